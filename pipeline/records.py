@@ -1,0 +1,126 @@
+"""The records that pass between stages: frozen, slotted, and with one JSON form each."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+SCHEMA_VERSION = 1
+
+
+class InputError(Exception):
+    """Bad input data: one line that names the file, the row or key, what was found and what to do."""
+
+    exit_status = 1
+
+
+class ConfigError(Exception):
+    """Wrong usage or configuration: one line that names the file, the key and the remedy."""
+
+    exit_status = 2
+
+
+class DropReason(str):
+    """Why a row was dropped: a stable code, in some cases with a detail after a colon (`blacklist:advertising`).
+
+    Codes go into drop tables, receipts and the funnel, so a code that was once published keeps its meaning.
+    """
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image-text pair on its way through the pipeline."""
+
+    key: str  # 32 hex digits, from the digest of (url, caption): the sample's place in the shuffled corpus
+    url: str
+    caption: str
+    source: str
+    width_px: int | None = None
+    height_px: int | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)  # encoder pair → cosine similarity
+    image_bytes: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file of samples that a stage published."""
+
+    path: str  # relative to the stage's folder in a manifest; absolute or a URL once resolved
+    num_samples: int
+    num_bytes: int
+    digest: str  # sha256 of the bytes, hex
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What one task did: published after its outputs, so its existence vouches for them.
+
+    `num_in = num_kept + Σ dropped` is checked at construction. `seconds` is for people and never
+    part of a digest.
+    """
+
+    stage: str
+    task: str
+    inputs_digest: str
+    config_digest: str
+    outputs: tuple[Shard, ...]
+    num_in: int
+    num_kept: int
+    dropped: Mapping[str, int]
+    seconds: float
+    extra: Mapping[str, Any] = field(default_factory=dict)  # small facts for the report, deterministic
+
+    def __post_init__(self) -> None:
+        if self.num_in != self.num_kept + sum(self.dropped.values()):
+            raise ValueError(
+                f"receipt {self.stage}/{self.task}: {self.num_in} rows in, but {self.num_kept} kept"
+                f" + {sum(self.dropped.values())} dropped"
+            )
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=1, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        fields = json.loads(text)
+        fields["outputs"] = tuple(Shard(**shard) for shard in fields["outputs"])
+        return cls(**fields)
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A finished stage: its receipts folded together. It existing means complete; it holds no times."""
+
+    stage: str
+    schema_version: int
+    config_digest: str
+    parents: Mapping[str, str]  # stage → digest of that stage's manifest
+    shards: tuple[Shard, ...]
+    num_in: int
+    num_kept: int
+    dropped: Mapping[str, int]
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=1, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        fields = json.loads(text)
+        fields["shards"] = tuple(Shard(**shard) for shard in fields["shards"])
+        return cls(**fields)
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingTable:
+    """Unit-norm vectors on disk with what made them."""
+
+    ids: str  # path of the Parquet file with the ids, in row order
+    vectors: str  # path of the .npy file, float32 [num_rows, dim]
+    num_rows: int
+    dim: int
+    model_digest: str
+    preprocessing_digest: str
