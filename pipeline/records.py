@@ -22,7 +22,7 @@ class ConfigError(Exception):
 
 
 class DropReason(str):
-    """Why a row was dropped: a stable code, in some cases with a detail after a colon (`blacklist:advertising`).
+    """Why a row was dropped: a stable code, sometimes with a detail after a colon (`blacklist:advertising`).
 
     Codes go into drop tables, receipts and the funnel, so a code that was once published keeps its meaning.
     """

@@ -1,0 +1,181 @@
+"""Strict configuration: TOML → frozen dataclasses, with errors that name file, key and the nearest known key.
+
+Relative paths in a run's TOML and in `--set` are relative to the folder the command is started in.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from typing import Any, TypeVar
+
+from pipeline.records import ConfigError
+
+T = TypeVar("T")
+
+# A field that cannot change a stage's output (how many processes, how long to wait) says so in its metadata
+# and stays out of the stage's digest.
+NOT_IN_DIGEST: Mapping[str, Any] = types.MappingProxyType({"in_digest": False})
+
+
+def find_recipe(name: str) -> str:
+    """Path of a run's TOML: the file itself, or a recipe that ships with the package (`demo`, `demo.toml`).
+
+    ConfigError names the shipped recipes where neither exists.
+    """
+    if os.path.isfile(name):
+        return name
+    shipped = resources.files("pipeline") / "recipes"
+    stem = os.path.basename(name).removesuffix(".toml")
+    if (shipped / f"{stem}.toml").is_file() and (
+        os.path.dirname(name) in ("", os.path.join("pipeline", "recipes"))
+    ):
+        return str(shipped / f"{stem}.toml")
+    known = ", ".join(sorted(entry.name for entry in shipped.iterdir() if entry.name.endswith(".toml")))
+    raise ConfigError(f"{name}: no such file; give a run's TOML file or one of the shipped recipes: {known}")
+
+
+def read_toml(path: str) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+
+
+def apply_overrides(table: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Apply `--set key=value` items; the value is TOML, and a bare word is taken as a string."""
+    table = json.loads(json.dumps(table))
+    for item in overrides:
+        key, sign, text = item.partition("=")
+        if not sign or not key.strip():
+            raise ConfigError(f"--set {item}: expected key=value, for example --set stage1.epochs=2")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        place = table
+        *folders, leaf = key.strip().split(".")
+        for folder in folders:
+            place = place.setdefault(folder, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"--set {item}: {folder} is a value, not a table")
+        place[leaf] = value
+    return table
+
+
+def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
+    """Check a TOML table against a dataclass and build it.
+
+    Types are strict: a string is no number and 1.5 no integer; an integer does for a float.
+    ConfigError names `where` (the file), the key, what was found and what is known.
+    """
+    import pydantic
+
+    _refuse_unknown_keys(cls, table, where, "")
+    try:
+        return _adapter(cls).validate_json(json.dumps(table), strict=True)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        # Union members appear in the location by class name or tag; only keys and indices are for the reader.
+        location = _readable_location(table, first["loc"])
+        found = "" if first["type"] == "missing" else f", found {_shorten(first['input'])}"
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{where}: {location}: {message}{found}") from None
+
+
+def digest(*values: Any) -> str:
+    """sha256 (hex) of the canonical JSON of dataclasses and plain values, without fields NOT_IN_DIGEST."""
+    text = json.dumps([_plain(value) for value in values], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def to_toml(config: Any) -> str:
+    """A resolved configuration as TOML; values that are not set (None) are left out, as TOML has no null."""
+    import tomli_w
+
+    return tomli_w.dumps(_without_none(dataclasses.asdict(config)))
+
+
+def _adapter(cls: type[T]) -> Any:
+    import pydantic
+
+    return pydantic.TypeAdapter(cls)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {
+            field.name: _plain(getattr(value, field.name))
+            for field in dataclasses.fields(value)
+            if field.metadata.get("in_digest", True)
+        }
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_without_none(item) for item in value]
+    return value
+
+
+def _refuse_unknown_keys(cls: Any, table: Any, where: str, prefix: str) -> None:
+    cls = _dataclass_for(cls, table)
+    if cls is None or not isinstance(table, dict):
+        return
+    hints = typing.get_type_hints(cls)
+    known = [field.name for field in dataclasses.fields(cls)]
+    for key, value in table.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            advice = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(known)}"
+            raise ConfigError(f"{where}: {prefix}{key}: unknown key; {advice}")
+        items = value if isinstance(value, list) else [value]
+        for item in items:
+            _refuse_unknown_keys(hints[key], item, where, f"{prefix}{key}.")
+
+
+def _dataclass_for(hint: Any, table: Any) -> Any:
+    """The dataclass inside a hint: itself, `X | None`, `tuple[X, ...]`, or the union member whose `kind` fits."""
+    if dataclasses.is_dataclass(hint):
+        return hint
+    candidates = [found for part in typing.get_args(hint) if (found := _dataclass_for(part, table))]
+    if len(candidates) > 1 and isinstance(table, dict):
+        for candidate in candidates:
+            if table.get("kind") in typing.get_args(typing.get_type_hints(candidate).get("kind")):
+                return candidate
+        return None
+    return candidates[0] if candidates else None
+
+
+def _readable_location(table: Any, location: tuple[int | str, ...]) -> str:
+    place, parts = table, list[str]()
+    for part in location:
+        if isinstance(place, dict) and part in place:
+            place = place[part]
+            parts.append(str(part))
+        elif isinstance(place, list) and isinstance(part, int):
+            place = place[part] if part < len(place) else None
+            parts.append(str(part))
+        elif isinstance(place, dict) and part == location[-1]:
+            parts.append(str(part))  # a missing key
+    return ".".join(parts)
+
+
+def _shorten(value: Any, limit: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,0 +1,167 @@
+"""What a stage is: tasks in, outcomes out, and receipts that say what is done.
+
+A stage turns its parents' manifests into tasks; a task reads named inputs, writes files under the
+stage's folder and accounts for every row. The runner (`pipeline.runner`) decides what has to run and
+publishes receipts and manifests; a stage never looks at them.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from pipeline import store
+from pipeline.config import digest
+from pipeline.records import Manifest, Receipt, Shard
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One piece of a stage's work; independent of the others, so they may run anywhere in any order."""
+
+    name: str  # file name of its receipt, sorted as the outputs should be
+    inputs: Mapping[str, str]  # what it reads: label → digest
+    arguments: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # plain values beside the stage's configuration
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a task did. Rows in = rows kept + rows dropped by reason."""
+
+    outputs: Mapping[str, int]  # path relative to the stage's folder → samples in it
+    num_in: int
+    num_kept: int
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)  # small deterministic facts for later stages
+
+
+class Progress(Protocol):
+    """Called by long tasks; units are the stage's own (shards, steps)."""
+
+    def __call__(self, done: int, total: int, text: str = "") -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """Where a task finds its run: folders, seed and the parents' manifests."""
+
+    run_folder: str
+    stage: str
+    seed: int
+    parents: Mapping[str, Manifest]
+
+    def path(self, *parts: str) -> str:
+        """A path under this stage's folder."""
+        return store.join(self.run_folder, self.stage, *parts)
+
+    def path_in(self, stage: str, *parts: str) -> str:
+        """A path under another stage's folder."""
+        return store.join(self.run_folder, stage, *parts)
+
+    def shards_of(self, stage: str, suffix: str = "") -> list[Shard]:
+        """A parent's outputs that end with `suffix`, with their full paths."""
+        return [
+            Shard(self.path_in(stage, shard.path), shard.num_samples, shard.num_bytes, shard.digest)
+            for shard in self.parents[stage].shards
+            if shard.path.endswith(suffix)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stage of a run. Every callable is a module-level function, so a stage travels to other processes.
+
+    `run` does one task. Where tasks must run together (one img2dataset call for all outstanding shards)
+    `run_together` is given instead and yields (task, outcome) pairs as they finish.
+    `version` changes when the same configuration would give other bytes than before.
+    """
+
+    name: str
+    title: str  # one line for a reader
+    version: int
+    config: Any
+    parents: tuple[str, ...]
+    tasks: Callable[[Any, Context], list[Task]]
+    run: Callable[[Any, Context, Task, Progress], Outcome] | None = None
+    run_together: Callable[[Any, Context, list[Task], Progress], Iterable[tuple[Task, Outcome]]] | None = None
+    parallel: bool = True  # tasks may run in several processes at once
+
+    @property
+    def config_digest(self) -> str:
+        return digest(self.name, self.version, self.config)
+
+
+def task_digest(task: Task) -> str:
+    """Digest of what a task reads: its inputs and arguments."""
+    return digest(dict(task.inputs), dict(task.arguments))
+
+
+def receipt_path(context: Context, task: Task) -> str:
+    return context.path("receipts", f"{task.name}.json")
+
+
+def make_receipt(stage: Stage, context: Context, task: Task, outcome: Outcome, seconds: float) -> Receipt:
+    """Digest a task's outputs and write its receipt, the last thing a task does."""
+    outputs = tuple(
+        Shard(path, num_samples, store.num_bytes(full), store.digest_file(full))
+        for path, num_samples in outcome.outputs.items()
+        for full in [context.path(path)]
+    )
+    receipt = Receipt(
+        stage=stage.name,
+        task=task.name,
+        inputs_digest=task_digest(task),
+        config_digest=stage.config_digest,
+        outputs=outputs,
+        num_in=outcome.num_in,
+        num_kept=outcome.num_kept,
+        dropped=dict(sorted(outcome.dropped.items())),
+        seconds=round(seconds, 3),
+        extra=outcome.extra,
+    )
+    store.write_text(receipt_path(context, task), receipt.to_json())
+    return receipt
+
+
+def read_receipt(context: Context, task: Task) -> Receipt | None:
+    """The receipt of a task, whatever it vouches for; None where there is none or it is not readable."""
+    path = receipt_path(context, task)
+    if not store.exists(path):
+        return None
+    try:
+        return Receipt.from_json(store.read_text(path))
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def receipt_counts(stage: Stage, context: Context, task: Task, receipt: Receipt) -> bool:
+    """True where the receipt is of these inputs and this configuration and its outputs are there."""
+    if receipt.inputs_digest != task_digest(task) or receipt.config_digest != stage.config_digest:
+        return False
+    return all(
+        store.exists(path) and store.num_bytes(path) == output.num_bytes
+        for output in receipt.outputs
+        for path in [context.path(output.path)]
+    )
+
+
+def fold(stage: Stage, parent_digests: Mapping[str, str], receipts: list[Receipt]) -> Manifest:
+    """A finished stage's receipts as its manifest, in task order, without times."""
+    from pipeline.records import SCHEMA_VERSION
+
+    dropped: dict[str, int] = {}
+    for receipt in receipts:
+        for reason, count in receipt.dropped.items():
+            dropped[reason] = dropped.get(reason, 0) + count
+    return Manifest(
+        stage=stage.name,
+        schema_version=SCHEMA_VERSION,
+        config_digest=stage.config_digest,
+        parents=dict(sorted(parent_digests.items())),
+        shards=tuple(output for receipt in receipts for output in receipt.outputs),
+        num_in=sum(receipt.num_in for receipt in receipts),
+        num_kept=sum(receipt.num_kept for receipt in receipts),
+        dropped=dict(sorted(dropped.items())),
+        extra={receipt.task: receipt.extra for receipt in receipts if receipt.extra},
+    )
