@@ -1,0 +1,94 @@
+"""The two-tower model (section 2.1 of the paper)."""
+
+import dataclasses
+import math
+import warnings
+from typing import Self
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from training.model.config import ModelConfig
+from training.model.text import build_text_tower
+from training.model.vision import build_image_tower
+
+INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
+
+
+class CLIP(nn.Module):
+    """Image tower, text tower, text projection and temperature; the image projection belongs to `visual`.
+
+    `logit_scale` is the logarithm of the factor on cosine similarities. Its shape is [1] here, since
+    DeepSpeed cannot hold a parameter without dimensions; files store shape [] as Chinese CLIP's do.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.visual = build_image_tower(config.vision, config.embed_dim)
+        self.bert = build_text_tower(config.text)
+        # A.2 and the released code: normal with std 1/√hidden, temperature 0.07
+        self.text_projection = nn.Parameter(
+            torch.randn(config.text.width, config.embed_dim) * config.text.width**-0.5
+        )
+        self.logit_scale = nn.Parameter(torch.full((1,), INITIAL_LOGIT_SCALE))
+        self.image_tower_locked = False
+
+    def encode_image(self, image_BCHW: torch.Tensor) -> torch.Tensor:
+        """Unit-norm feature_BD in float32 of images that are already resized and normalised.
+
+        No graph is recorded where the image tower is locked.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.image_tower_locked):
+            return F.normalize(self.visual(image_BCHW).float(), dim=-1)
+
+    def encode_text(self, tokens_BL: torch.Tensor) -> torch.Tensor:
+        """Unit-norm feature_BD in float32 of token ids; id 0 is padding and is not attended to.
+
+        Columns that are padding in every row may be cut off before the call: they cost time and change
+        nothing.
+        """
+        hidden_BLH = self.bert(input_ids=tokens_BL, attention_mask=tokens_BL.ne(0).long()).last_hidden_state
+        return F.normalize((hidden_BLH[:, 0] @ self.text_projection).float(), dim=-1)
+
+    def forward(self, image_BCHW: torch.Tensor, tokens_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`encode_image` and `encode_text` of one batch."""
+        return self.encode_image(image_BCHW), self.encode_text(tokens_BL)
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """Recompute activations in the backward pass, block by block in both towers (non-reentrant)."""
+        self.visual.set_grad_checkpointing(enabled)
+        with warnings.catch_warnings():
+            # transformers 5 already announces version 6's name for this, which its early releases lack
+            warnings.simplefilter("ignore", FutureWarning)
+            if enabled:
+                self.bert.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+            else:
+                self.bert.gradient_checkpointing_disable()  # type: ignore[no-untyped-call]
+
+    def lock_image_tower(self) -> None:
+        """Freeze the image tower with its projection (stage 1, A.2).
+
+        Its batch norms use and keep their running statistics from here on, also after `train()`.
+        """
+        self.image_tower_locked = True
+        self.visual.requires_grad_(False)
+        self.visual.eval()
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if self.image_tower_locked:
+            self.visual.eval()
+        return self
+
+
+def build_clip(config: ModelConfig, *, vocab_size: int | None = None) -> CLIP:
+    """A model with random weights from torch's global generator, in training mode.
+
+    `vocab_size` replaces the configuration's where the vocabulary was learned from the corpus; `CLIP.config`
+    then says so.
+    """
+    if vocab_size is not None:
+        config = dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=vocab_size))
+    return CLIP(config)

@@ -1,0 +1,119 @@
+"""The model sizes: the paper's five (Tables 1, 6 and 7) as literals, and two small ones.
+
+Facts that the tables do not print, from the released weights:
+- every ViT uses QuickGELU, ViT-H/14 included (LAION trained its weights with GELU; Chinese CLIP runs them
+  with QuickGELU, and so does this project);
+- ViT-H/14 has 16 heads of width 80, all other ViTs heads of width 64;
+- the released RoBERTa-wwm-large has 16 heads, although Table 6 prints 24: 16 is used here.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisionTransformerConfig:
+    """A ViT image tower as in OpenAI CLIP (Table 6)."""
+
+    kind: Literal["vit"] = "vit"
+    image_size_px: int  # side of the square input, pixels (Table 1)
+    patch_size_px: int  # side of one patch, pixels
+    layers: int  # transformer blocks
+    width: int  # hidden width; the feed-forward layers are 4 × as wide
+    heads: int  # attention heads
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModifiedResNetConfig:
+    """A ResNet image tower as in OpenAI CLIP: anti-aliased strides, attention pooling (Table 7)."""
+
+    kind: Literal["modified_resnet"] = "modified_resnet"
+    image_size_px: int  # side of the square input, pixels (Table 1)
+    blocks: tuple[int, int, int, int]  # bottleneck blocks of the four stages
+    width: int  # channels of the last stage, as Table 7 counts: 32 × the stem's; a multiple of 64
+
+    @property
+    def heads(self) -> int:
+        """Heads of the attention pooling, 64 wide."""
+        return self.width // 64
+
+
+VisionConfig = VisionTransformerConfig | ModifiedResNetConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextConfig:
+    """A BERT text tower (Tables 6 and 7)."""
+
+    layers: int  # transformer blocks
+    width: int  # hidden width; the feed-forward layers are 4 × as wide
+    heads: int  # attention heads
+    vocab_size: int = 21128  # word pieces of Chinese BERT (A.1)
+    max_positions: int = 512  # learned positions; captions use the first 52
+    dropout: float = 0.1  # probability, on hidden states and attention, as BERT was trained
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Both towers and the width of the space they share."""
+
+    name: str
+    embed_dim: int  # width of the shared space (Tables 6 and 7)
+    vision: VisionConfig
+    text: TextConfig
+
+
+RBT3 = TextConfig(layers=3, width=768, heads=12)
+ROBERTA_WWM_BASE = TextConfig(layers=12, width=768, heads=12)
+ROBERTA_WWM_LARGE = TextConfig(layers=24, width=1024, heads=16)
+
+RN50 = ModelConfig(
+    name="RN50",
+    embed_dim=1024,
+    vision=ModifiedResNetConfig(image_size_px=224, blocks=(3, 4, 6, 3), width=2048),
+    text=RBT3,
+)
+VIT_B_16 = ModelConfig(
+    name="ViT-B-16",
+    embed_dim=512,
+    vision=VisionTransformerConfig(image_size_px=224, patch_size_px=16, layers=12, width=768, heads=12),
+    text=ROBERTA_WWM_BASE,
+)
+VIT_L_14 = ModelConfig(
+    name="ViT-L-14",
+    embed_dim=768,
+    vision=VisionTransformerConfig(image_size_px=224, patch_size_px=14, layers=24, width=1024, heads=16),
+    text=ROBERTA_WWM_BASE,
+)
+VIT_L_14_336 = ModelConfig(
+    name="ViT-L-14-336",
+    embed_dim=768,
+    vision=VisionTransformerConfig(image_size_px=336, patch_size_px=14, layers=24, width=1024, heads=16),
+    text=ROBERTA_WWM_BASE,
+)
+VIT_H_14 = ModelConfig(
+    name="ViT-H-14",
+    embed_dim=1024,
+    vision=VisionTransformerConfig(image_size_px=224, patch_size_px=14, layers=32, width=1280, heads=16),
+    text=ROBERTA_WWM_LARGE,
+)
+
+# Trained from scratch on a laptop: the demo and the emoji run. Without dropout, since their corpora are a few
+# thousand pictures and the augmentation already regularises.
+TINY_RN = ModelConfig(
+    name="tiny-rn",
+    embed_dim=256,
+    vision=ModifiedResNetConfig(image_size_px=48, blocks=(1, 1, 1, 1), width=1024),
+    text=TextConfig(layers=2, width=256, heads=4, vocab_size=4000, max_positions=64, dropout=0.0),
+)
+# As small as a ViT can be and still have every part: for tests.
+TINY_VIT = ModelConfig(
+    name="tiny-vit",
+    embed_dim=32,
+    vision=VisionTransformerConfig(image_size_px=32, patch_size_px=8, layers=2, width=64, heads=2),
+    text=TextConfig(layers=2, width=64, heads=2, vocab_size=1000, max_positions=64),
+)
+
+MODELS: dict[str, ModelConfig] = {
+    config.name: config for config in (RN50, VIT_B_16, VIT_L_14, VIT_L_14_336, VIT_H_14, TINY_RN, TINY_VIT)
+}

@@ -1,0 +1,35 @@
+"""Image preprocessing for evaluation: what a stored picture becomes before it enters the image tower."""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pipeline.records import InputError
+
+# Per channel, of pixel values in [0, 1]: OpenAI CLIP's, kept by Chinese CLIP.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def preprocess(images: Sequence[bytes], image_size_px: int) -> torch.Tensor:
+    """image_BCHW float32, normalised, of encoded pictures in any format that Pillow reads.
+
+    As Chinese CLIP: bicubic resize to the square, without keeping the aspect and without a crop. Unlike it,
+    the picture is converted to RGB before it is resized: interpolating palette indices makes colours that are
+    not there. InputError names the position of a picture that cannot be decoded.
+    """
+    pixels_BHWC = np.empty((len(images), image_size_px, image_size_px, 3), dtype=np.uint8)
+    for row, data in enumerate(images):
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                square = image.convert("RGB").resize((image_size_px, image_size_px), Image.Resampling.BICUBIC)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise InputError(f"image {row} of {len(images)} cannot be decoded: {error}") from None
+        pixels_BHWC[row] = np.asarray(square)
+    image_BCHW = torch.from_numpy(pixels_BHWC).permute(0, 3, 1, 2).to(torch.float32).div_(255)
+    mean_C11 = torch.tensor(MEAN).view(3, 1, 1)
+    std_C11 = torch.tensor(STD).view(3, 1, 1)
+    return image_BCHW.sub_(mean_C11).div_(std_C11).contiguous()

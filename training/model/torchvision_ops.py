@@ -1,0 +1,61 @@
+"""Let `import torchvision` work beside a torch that its compiled extension was not built for.
+
+The package index's torchvision is a CUDA build. Beside a CPU-only torch its `_C.so` does not load, and then
+`import torchvision`, `import timm` and every model class of transformers fail with `operator torchvision::nms
+does not exist`, because torchvision registers a fake kernel for an operator that nobody declared. Declaring
+the two operators without an implementation is enough for all that this project uses (transforms, AutoAugment,
+model classes); `torchvision.ops.nms` itself stays unusable.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+_SCHEMAS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
+
+_library: Any = None  # the declarations live as long as this object
+
+
+class _DeclareBeforeTorchvision(MetaPathFinder):
+    """Finds nothing: takes the first import of torchvision as the moment to declare the operators."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname == "torchvision":
+            sys.meta_path.remove(self)
+            _declare_operators()
+        return None
+
+
+def install() -> None:
+    """Put the hook in place, once. It imports nothing until somebody imports torchvision."""
+    installed = any(isinstance(finder, _DeclareBeforeTorchvision) for finder in sys.meta_path)
+    if not installed and "torchvision" not in sys.modules:
+        sys.meta_path.insert(0, _DeclareBeforeTorchvision())
+
+
+def _declare_operators() -> None:
+    """Declare the operators only where torchvision's own extension cannot: declaring twice is an error."""
+    global _library
+    spec = PathFinder.find_spec("torchvision")
+    if spec is None or not spec.submodule_search_locations:
+        return  # torchvision is not installed: its own import error says so
+    import torch
+
+    for extension in sorted(Path(spec.submodule_search_locations[0]).glob("_C*.so")):
+        try:
+            torch.ops.load_library(str(extension))  # type: ignore[no-untyped-call]
+        except OSError:
+            continue
+        return
+    _library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
+    for schema in _SCHEMAS:
+        _library.define(schema)

@@ -1,0 +1,102 @@
+"""Image towers: timm's modules shaped like OpenAI CLIP's, ending in the projection to the shared space."""
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from training.model.config import ModifiedResNetConfig, VisionConfig, VisionTransformerConfig
+
+
+def build_image_tower(config: VisionConfig, embed_dim: int) -> "VisionTransformer | ModifiedResNet":
+    """A module from image_BCHW (float, normalised) to feature_BD (not yet unit-norm), D = embed_dim.
+
+    Initialised at random: timm's scheme for the towers, OpenAI CLIP's for the projections (normal, std =
+    1/√inputs).
+    """
+    if isinstance(config, VisionTransformerConfig):
+        return _vision_transformer(config, embed_dim)
+    return _modified_resnet(config, embed_dim)
+
+
+def _vision_transformer(config: VisionTransformerConfig, embed_dim: int) -> VisionTransformer:
+    """timm's `vit_*_clip_quickgelu_*`, save that the projection has no bias, as in CLIP."""
+    tower = VisionTransformer(
+        img_size=config.image_size_px,
+        patch_size=config.patch_size_px,
+        embed_dim=config.width,
+        depth=config.layers,
+        num_heads=config.heads,
+        num_classes=embed_dim,
+        pre_norm=True,
+        norm_layer=partial(nn.LayerNorm, eps=1e-5),
+        act_layer="quick_gelu",
+    )
+    projection = nn.Linear(config.width, embed_dim, bias=False)
+    nn.init.normal_(projection.weight, std=config.width**-0.5)
+    tower.head = projection
+    return tower
+
+
+def _modified_resnet(config: ModifiedResNetConfig, embed_dim: int) -> "ModifiedResNet":
+    """timm's `resnet50_clip` in any width and depth."""
+    stem_width = config.width // 32
+    stages = tuple(
+        ByoBlockCfg(type="bottle", d=blocks, c=stem_width * 4 * 2**stage, s=1 if stage == 0 else 2, br=0.25)
+        for stage, blocks in enumerate(config.blocks)
+    )
+    layout = ByoModelCfg(
+        blocks=stages,
+        stem_chs=(stem_width // 2, stem_width // 2, stem_width),
+        stem_type="",
+        stem_pool="avg2",
+        downsample="avg",
+        aa_layer="avg",
+        head_type="attn_abs",
+    )
+    tower = ModifiedResNet(layout, num_classes=embed_dim, img_size=config.image_size_px)
+    projection: nn.Linear = tower.get_submodule("head.proj")  # type: ignore[assignment]
+    nn.init.normal_(projection.weight, std=config.width**-0.5)
+    return tower
+
+
+class ModifiedResNet(ByobNet):  # type: ignore[misc]
+    """ByobNet whose activation checkpointing leaves the batch norms' running statistics alone.
+
+    Checkpointing runs a stage's forward twice; timm's would let both passes update the running mean and
+    variance, so that a checkpointed run would evaluate differently from a plain one.
+    """
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for stage in self.stages:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                contexts = partial(_first_pass_and_recomputation, stage)
+                x = checkpoint(stage, x, use_reentrant=False, context_fn=contexts)
+            else:
+                x = stage(x)
+        return x
+
+
+def _first_pass_and_recomputation(stage: nn.Module) -> tuple[Any, Any]:
+    return contextlib.nullcontext(), _running_statistics_kept(stage)
+
+
+@contextlib.contextmanager
+def _running_statistics_kept(stage: nn.Module) -> Iterator[None]:
+    """Batch norms normalise by the batch as always, but fold none of it into their running statistics."""
+    norms = [module for module in stage.modules() if isinstance(module, nn.BatchNorm2d)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, num_batches_tracked) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, num_batches_tracked
