@@ -1,0 +1,138 @@
+"""A small web site on loopback: it gives the demo and emoji corpora real URLs and a real web's manners.
+
+A site is a folder with `site.json`, which maps a URL's path to an answer, and `site/`, which holds the
+files. URLs have the host `corpus.invalid` (a name reserved by RFC 2606, so it never resolves) and reach
+the server because the client uses it as an HTTP proxy: they name no port, so a corpus has the same bytes
+wherever and however often it is served.
+"""
+
+import dataclasses
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from pipeline.records import InputError
+
+HOST = "corpus.invalid"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What the site does when one path is asked for."""
+
+    file: str | None = None  # the body, relative to site/; none: an empty body
+    content_type: str = "image/jpeg"
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)  # besides Content-Type and Content-Length
+    hang: bool = False  # accept the request and never answer
+    sent_share: float = 1.0  # of the promised body, before the connection closes; 0 closes without a word
+
+
+def write_site(folder: Path, answers: Mapping[str, Answer]) -> None:
+    """Write `site.json`: URL paths such as `/a/00012.jpg`, and what differs there from a plain 200."""
+    plain = Answer()
+    rows = {
+        path: {
+            name: value
+            for name, value in dataclasses.asdict(answer).items()
+            if value != getattr(plain, name) or name == "content_type"
+        }
+        for path, answer in sorted(answers.items())
+    }
+    (folder / "site.json").write_text(json.dumps(rows, ensure_ascii=False, indent=0), encoding="utf-8")
+
+
+def read_site(folder: Path) -> dict[str, Answer]:
+    """Read `site.json`. InputError where it is missing, malformed, or names a file outside `site/`."""
+    path = folder / "site.json"
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no such file; a site is served from the folder that make_demo or make_emoji wrote"
+        )
+    root = (folder / "site").resolve()
+    answers = {}
+    try:
+        for url_path, fields in json.loads(path.read_text(encoding="utf-8")).items():
+            answers[url_path] = Answer(**fields)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not a site description ({error}); generate the corpus again") from None
+    for url_path, answer in answers.items():
+        if answer.file is not None and not (root / answer.file).resolve().is_relative_to(root):
+            raise InputError(
+                f"{path}: {url_path} names {answer.file!r}, which is outside {root}; remove the entry"
+            )
+    return answers
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True  # a hanging answer must not keep the run from ending
+    block_on_close = False
+    request_queue_size = 128  # a downloader opens its connections all at once
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "site"
+        self.answers = read_site(folder)
+        self.stopping = threading.Event()
+        super().__init__(("127.0.0.1", 0), _Handler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients that hang up are part of the web; the default would print a traceback for each."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+    server_version = "corpus"
+    sys_version = ""
+    timeout = 30  # seconds that a client may take to send its request
+
+    def do_GET(self) -> None:
+        target = urlsplit(self.path)
+        if target.netloc not in ("", HOST) or target.scheme not in ("", "http"):
+            self._send(Answer(status=403))
+            return
+        key = target.path + (f"?{target.query}" if target.query else "")
+        answer = self.server.answers.get(key, Answer(status=404))
+        if answer.hang:
+            self.server.stopping.wait()
+        elif answer.sent_share > 0:
+            self._send(answer)
+        self.close_connection = True
+
+    def _send(self, answer: Answer) -> None:
+        body = b"" if answer.file is None else (self.server.root / answer.file).read_bytes()
+        self.send_response(answer.status)
+        self.send_header("Content-Type", answer.content_type)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Connection", "close")
+        for name, value in answer.headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body[: round(len(body) * answer.sent_share)])
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Quiet: the download stage counts what it got."""
+
+
+@contextmanager
+def serve(folder: str | Path) -> Iterator[str]:
+    """Serve a corpus folder on a free loopback port for the length of a `with` block.
+
+    Yields `http://127.0.0.1:PORT`, to be used as an HTTP proxy (`http_proxy`) for URLs of `corpus.invalid`
+    or as a plain server for their paths. Requests for any other host get 403, unknown paths 404.
+    """
+    server = _Server(Path(folder))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.stopping.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()
