@@ -1,0 +1,160 @@
+"""FAISS inner-product indices: built by factory string, written to one file, searched in batches."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from eval.metrics import exact_scores, score_error_bound
+from pipeline import store
+from pipeline.records import InputError
+
+Float32Array = npt.NDArray[np.float32]
+Float64Array = npt.NDArray[np.float64]
+Int64Array = npt.NDArray[np.int64]
+
+_SPARE_CANDIDATES = 32  # beyond k, so that ties at the cut are settled without a second search
+_QUERIES_PER_BATCH = 256
+
+
+def read_vectors(path: str) -> Float32Array:
+    """Features of one `.npy` file, float32 [num_rows, dim], unit-norm.
+
+    Raises InputError naming the file and the first bad row where a feature is not finite or not unit-norm.
+    """
+    try:
+        with store.open_read(path) as file:
+            vectors_ND = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path}: not a readable .npy file ({error}); embed again") from None
+    check_vectors(vectors_ND, path)
+    features_ND: Float32Array = vectors_ND
+    return features_ND
+
+
+def check_vectors(vectors_ND: npt.NDArray[Any], name: str) -> None:
+    """Raise InputError unless these are finite, unit-norm float32 vectors."""
+    if vectors_ND.dtype != np.float32 or vectors_ND.ndim != 2 or 0 in vectors_ND.shape:
+        raise InputError(
+            f"{name}: expected float32 features [rows, dim], found {vectors_ND.dtype} {list(vectors_ND.shape)}"
+        )
+    norms_N = np.sqrt(np.einsum("nd,nd->n", vectors_ND, vectors_ND, dtype=np.float64))
+    not_finite = np.flatnonzero(~np.isfinite(norms_N))
+    if len(not_finite):
+        raise InputError(
+            f"{name}: {len(not_finite)} of {len(vectors_ND)} features are NaN or infinite, the first in row"
+            f" {not_finite[0]}; the model diverged: train again with a lower peak_learning_rate"
+        )
+    off_norm = np.flatnonzero(np.abs(norms_N - 1) > 1e-3)
+    if len(off_norm):
+        raise InputError(
+            f"{name}: row {off_norm[0]} has norm {norms_N[off_norm[0]]:.4f}; features must be unit-norm"
+        )
+
+
+def build_index(vectors_path: str, index_path: str, *, factory: str = "Flat") -> None:
+    """Index the vectors of a `.npy` file by inner product; row i of the file is id i of the index.
+
+    `factory` is a FAISS factory string (https://github.com/facebookresearch/faiss/wiki/The-index-factory);
+    "Flat" is exact. The same vectors give the same bytes. Raises InputError for bad vectors or a string that
+    FAISS refuses.
+    """
+    import faiss
+
+    vectors_ND = read_vectors(vectors_path)
+    try:
+        index = faiss.index_factory(vectors_ND.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+        if not index.is_trained:
+            index.train(vectors_ND)
+        index.add(vectors_ND)
+    except RuntimeError as error:
+        raise InputError(
+            f"{vectors_path}: FAISS cannot build the index {factory!r}: {_reason(error)}"
+        ) from None
+    with store.publish(index_path) as temporary:
+        faiss.write_index(index, temporary)
+
+
+def read_index(path: str) -> Any:
+    """The FAISS index of a file. Raises InputError where the file is missing or damaged."""
+    import faiss
+
+    try:
+        return faiss.deserialize_index(np.frombuffer(store.read_bytes(path), dtype=np.uint8))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; build the index first") from None
+    except RuntimeError as error:
+        raise InputError(f"{path}: not a readable FAISS index ({_reason(error)}); build it again") from None
+
+
+def search(index: Any, queries_QD: Float32Array, k: int) -> tuple[Float64Array, Int64Array]:
+    """The k best rows of each query: (scores, rows), both [Q, k], best first, equal scores by lower row.
+
+    FAISS orders equal scores by its own heap and rounds float32 sums by its own kernels. From a flat index
+    this takes candidates, scores them exactly (`eval.metrics.exact_scores`), and asks for more candidates
+    until no row left out can belong among the k: the answer depends on the vectors alone. From any other
+    index it orders what FAISS returns, with FAISS's scores; rows FAISS did not find are -1 at the end.
+
+    Raises ValueError where the index holds fewer than k rows or vectors of another width.
+    """
+    import faiss
+
+    if index.ntotal < k or index.d != queries_QD.shape[1]:
+        raise ValueError(
+            f"{k} rows of width {queries_QD.shape[1]} asked from an index of {index.ntotal} rows of width"
+            f" {index.d}"
+        )
+    is_flat = isinstance(faiss.downcast_index(index), faiss.IndexFlat)
+    gallery_ND = index.reconstruct_n(0, index.ntotal) if is_flat else None
+    scores_QK = np.empty((len(queries_QD), k), dtype=np.float64)
+    rows_QK = np.empty((len(queries_QD), k), dtype=np.int64)
+    for start in range(0, len(queries_QD), _QUERIES_PER_BATCH):
+        part = slice(start, start + _QUERIES_PER_BATCH)
+        queries_BD = np.ascontiguousarray(queries_QD[part])
+        if gallery_ND is not None:
+            scores_QK[part], rows_QK[part] = _search_flat(index, gallery_ND, queries_BD, k)
+        else:
+            coarse_BK, found_BK = index.search(queries_BD, k)
+            scores_QK[part], rows_QK[part] = _best_first(coarse_BK.astype(np.float64), found_BK, k)
+    return scores_QK, rows_QK
+
+
+def _search_flat(
+    index: Any, gallery_ND: Float32Array, queries_BD: Float32Array, k: int
+) -> tuple[Float64Array, Int64Array]:
+    bound = score_error_bound(index.d)
+    scores_BK = np.empty((len(queries_BD), k), dtype=np.float64)
+    rows_BK = np.empty((len(queries_BD), k), dtype=np.int64)
+    open_queries = np.arange(len(queries_BD))
+    num_candidates = k + _SPARE_CANDIDATES
+    while len(open_queries):
+        num_candidates = min(num_candidates, index.ntotal)
+        coarse_OC, found_OC = index.search(queries_BD[open_queries], num_candidates)
+        # Query by query: a collapsed model ties everything, and all candidates at once would not fit.
+        exact_OC = np.stack(
+            [
+                exact_scores(np.broadcast_to(queries_BD[query], (num_candidates, index.d)), gallery_ND[found])
+                for query, found in zip(open_queries, found_OC, strict=True)
+            ]
+        )
+        best_OK, best_rows_OK = _best_first(exact_OC, found_OC, k)
+        settled = best_OK[:, -1] > coarse_OC[:, -1] + bound  # nothing left out can reach the k-th place
+        if num_candidates == index.ntotal:
+            settled[:] = True
+        scores_BK[open_queries[settled]] = best_OK[settled]
+        rows_BK[open_queries[settled]] = best_rows_OK[settled]
+        open_queries = open_queries[~settled]
+        num_candidates *= 8
+    return scores_BK, rows_BK
+
+
+def _best_first(scores_BC: Float64Array, rows_BC: Int64Array, k: int) -> tuple[Float64Array, Int64Array]:
+    """The first k by (score descending, row ascending); rows of -1 (not found) go last."""
+    missing = rows_BC < 0
+    order = np.lexsort((rows_BC, np.where(missing, np.inf, -scores_BC)), axis=1)[:, :k]
+    return np.take_along_axis(scores_BC, order, axis=1), np.take_along_axis(rows_BC, order, axis=1)
+
+
+def _reason(error: RuntimeError) -> str:
+    """The last line of a FAISS error: the earlier ones name C++ source files."""
+    return str(error).strip().splitlines()[-1].rsplit("Error: ", 1)[-1]

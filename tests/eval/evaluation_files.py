@@ -1,0 +1,41 @@
+"""Small evaluation sets on disk, for the tests of this folder."""
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def png_bytes(seed: int, size_px: int = 20) -> bytes:
+    """A picture of random blocks, different for each seed."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(blocks).resize((size_px, size_px), Image.Resampling.NEAREST).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_evaluation(
+    folder: Path, name: str, images: Mapping[int, bytes], texts: Sequence[tuple[int, str, Sequence[int]]]
+) -> str:
+    """Write CN-CLIP's two files, rows in the order given; returns the folder as a string."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{name}_imgs.tsv", "w", encoding="ascii") as file:
+        for image_id, data in images.items():
+            file.write(f"{image_id}\t{base64.b64encode(data).decode()}\n")
+    with open(folder / f"{name}_texts.jsonl", "w", encoding="utf-8") as file:
+        for text_id, text, image_ids in texts:
+            record = {"text_id": text_id, "text": text, "image_ids": list(image_ids)}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    return str(folder)
+
+
+def small_evaluation(folder: Path, name: str = "small", count: int = 12) -> str:
+    """`count` pictures with ids 100, 101, … and one text each; text 0 also names the last picture."""
+    images = {100 + row: png_bytes(row) for row in range(count)}
+    texts = [(row, f"第{row}张图片", [100 + row]) for row in range(count)]
+    texts[0] = (0, "第零张图片", [100, 100 + count - 1])
+    return write_evaluation(folder, name, images, texts)
