@@ -82,7 +82,8 @@ def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
 
     _refuse_unknown_keys(cls, table, where, "")
     try:
-        return _adapter(cls).validate_json(json.dumps(table), strict=True)
+        built: T = pydantic.TypeAdapter(cls).validate_json(json.dumps(table), strict=True)
+        return built
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         # Union members appear in the location by class name or tag; only keys and indices are for the reader.
@@ -103,12 +104,6 @@ def to_toml(config: Any) -> str:
     import tomli_w
 
     return tomli_w.dumps(_without_none(dataclasses.asdict(config)))
-
-
-def _adapter(cls: type[T]) -> Any:
-    import pydantic
-
-    return pydantic.TypeAdapter(cls)
 
 
 def _plain(value: Any) -> Any:
@@ -150,7 +145,7 @@ def _refuse_unknown_keys(cls: Any, table: Any, where: str, prefix: str) -> None:
 
 
 def _dataclass_for(hint: Any, table: Any) -> Any:
-    """The dataclass inside a hint: itself, `X | None`, `tuple[X, ...]`, or the union member whose `kind` fits."""
+    """The dataclass inside a hint: itself, in `X | None` or `tuple[X, ...]`, or the union's by `kind`."""
     if dataclasses.is_dataclass(hint):
         return hint
     candidates = [found for part in typing.get_args(hint) if (found := _dataclass_for(part, table))]

@@ -97,6 +97,7 @@ class Manifest:
     stage: str
     schema_version: int
     config_digest: str
+    inputs_digest: str  # of all its tasks: what the stage read
     parents: Mapping[str, str]  # stage → digest of that stage's manifest
     shards: tuple[Shard, ...]
     num_in: int

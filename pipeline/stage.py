@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from pipeline import store
 from pipeline.config import digest
-from pipeline.records import Manifest, Receipt, Shard
+from pipeline.records import SCHEMA_VERSION, Manifest, Receipt, Shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,10 +146,15 @@ def receipt_counts(stage: Stage, context: Context, task: Task, receipt: Receipt)
     )
 
 
-def fold(stage: Stage, parent_digests: Mapping[str, str], receipts: list[Receipt]) -> Manifest:
-    """A finished stage's receipts as its manifest, in task order, without times."""
-    from pipeline.records import SCHEMA_VERSION
+def inputs_digest(tasks: list[Task]) -> str:
+    """Digest of what a whole stage reads."""
+    return digest([[task.name, task_digest(task)] for task in tasks])
 
+
+def fold(
+    stage: Stage, tasks: list[Task], parent_digests: Mapping[str, str], receipts: list[Receipt]
+) -> Manifest:
+    """A finished stage's receipts as its manifest, in task order, without times."""
     dropped: dict[str, int] = {}
     for receipt in receipts:
         for reason, count in receipt.dropped.items():
@@ -158,6 +163,7 @@ def fold(stage: Stage, parent_digests: Mapping[str, str], receipts: list[Receipt
         stage=stage.name,
         schema_version=SCHEMA_VERSION,
         config_digest=stage.config_digest,
+        inputs_digest=inputs_digest(tasks),
         parents=dict(sorted(parent_digests.items())),
         shards=tuple(output for receipt in receipts for output in receipt.outputs),
         num_in=sum(receipt.num_in for receipt in receipts),

@@ -1,0 +1,216 @@
+"""Stage download: img2dataset fetches and resizes; what came back is packed in the corpus's order.
+
+img2dataset takes any `_stats.json` for "done" and prints what failed; here each partition has a receipt
+that binds its outputs to the rows asked for, and each row that gave no picture has its reason.
+Bytes are promised from here on: what the web returned is the snapshot.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import polars as pl
+
+from data_prep import corpus
+from data_prep.drop_table import drops_path, write_drops, write_table
+from data_prep.site import serve
+from data_prep.tar_members import TarWriter
+from pipeline import store
+from pipeline.config import NOT_IN_DIGEST
+from pipeline.records import DropReason, InputError
+from pipeline.stage import Context, Outcome, Progress, Task
+
+# img2dataset met an error of its own on a row and wrote nothing about it.
+LOST_BY_DOWNLOADER = DropReason("lost_by_downloader")
+
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DownloadConfig:
+    """`[download]`: what img2dataset is told. The paper trains at 224 px and 336 px (section 2.2)."""
+
+    short_side_px: int = 256  # larger pictures are reduced to it: room for a random crop of 224
+    jpeg_quality: int = 95
+    max_pixels: int = 100_000_000  # of a picture's header: above, a decompression bomb
+    timeout_seconds: float = 10.0  # a whole request
+    retries: int = 1  # further tries at an address that gave nothing
+    processes: int = field(default=2, metadata=NOT_IN_DIGEST)
+    threads: int = field(default=32, metadata=NOT_IN_DIGEST)  # connections a process
+
+
+def tasks(config: DownloadConfig, context: Context) -> list[Task]:
+    """One task a partition of the shuffled rows."""
+    return [
+        Task(Path(shard.path).stem, {"rows": shard.digest}, {"path": shard.path})
+        for shard in context.parents["dedup"].shards
+        if shard.path.startswith("kept/")
+    ]
+
+
+def run_together(
+    config: DownloadConfig, context: Context, tasks: list[Task], progress: Progress
+) -> Iterator[tuple[Task, Outcome]]:
+    """One img2dataset call for all outstanding partitions, one img2dataset shard each."""
+    for name in os.listdir(context.path()):
+        if name.startswith("raw"):  # of a run that was stopped: not vouched for by any receipt
+            store.remove(context.path(name))
+    raw = Path(context.path(f"raw.{os.getpid()}"))  # own name: workers of a killed run can't write into it
+    (raw / "lists").mkdir(parents=True)
+    num_rows = {shard.path: shard.num_samples for shard in context.parents["dedup"].shards}
+    waiting: dict[int, Task] = {}  # number of img2dataset's shard → task
+    for task in tasks:
+        rows = _asked(context, task)
+        if rows.height == 0:
+            yield task, _pack(context, task, raw, None)
+            continue
+        rows.select("url", sample_key=pl.col("key")).write_parquet(raw / "lists" / f"{task.name}.parquet")
+        waiting[len(waiting)] = task
+    if not waiting:
+        return
+    counts = [num_rows[task.arguments["path"]] for task in waiting.values()]
+    with _downloader(config, context, raw, max(counts)) as process:
+        done = 0
+        while waiting:
+            ended = process.poll()
+            for number in [n for n in waiting if (raw / "shards" / f"{n:05d}_stats.json").exists()]:
+                task = waiting.pop(number)
+                yield task, _pack(context, task, raw, number)
+                done += num_rows[task.arguments["path"]]
+                progress(done, sum(counts), "rows")
+            if waiting and ended is not None:
+                raise InputError(
+                    f"{context.path()}: img2dataset ended with status {ended} and left {len(waiting)} of"
+                    f" {len(tasks)} partitions; see {context.path('img2dataset.log')}, then run again"
+                )
+            time.sleep(_POLL_SECONDS)
+    store.remove(str(raw))
+
+
+@contextlib.contextmanager
+def _downloader(
+    config: DownloadConfig, context: Context, raw: Path, max_rows: int
+) -> Iterator[subprocess.Popen[bytes]]:
+    options = {
+        "resizer": {
+            "short_side_px": config.short_side_px,
+            "max_pixels": config.max_pixels,
+            "jpeg_quality": config.jpeg_quality,
+        },
+        "url_list": str(raw / "lists"),
+        "input_format": "parquet",
+        "url_col": "url",
+        "save_additional_columns": ["sample_key"],
+        "output_format": "webdataset",
+        "output_folder": str(raw / "shards"),
+        "number_sample_per_shard": max(max_rows, 2),
+        "processes_count": config.processes,
+        "thread_count": config.threads,
+        "timeout": config.timeout_seconds,
+        "retries": config.retries,
+        "compute_hash": "sha256",
+        "extract_exif": False,
+        "user_agent_token": "cnclip-pretraining",
+        "disallowed_header_directives": ["noai", "noimageai", "noindex", "noimageindex"],
+        "enable_wandb": False,
+    }
+    (raw / "options.json").write_text(json.dumps(options), encoding="utf-8")
+    environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1"}  # its import looks for updates otherwise
+    with contextlib.ExitStack() as stack:
+        if (site := corpus.site_folder(context)) is not None:
+            # The corpus brings its own web site: URLs name no port, the server stands in as a proxy.
+            address = stack.enter_context(serve(site))
+            environment |= {"http_proxy": address, "no_proxy": ""}
+        log = stack.enter_context(open(context.path("img2dataset.log"), "wb"))
+        command = [sys.executable, "-m", "data_prep.download_worker", str(raw / "options.json")]
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _asked(context: Context, task: Task) -> pl.DataFrame:
+    """The rows of one partition, in key order."""
+    return pl.read_parquet(context.path_in("dedup", task.arguments["path"]))
+
+
+def _pack(context: Context, task: Task, raw: Path, number: int | None) -> Outcome:
+    """Repack one img2dataset shard: pictures in key order, kept rows with their facts, drops with reasons.
+
+    `number` is img2dataset's; None for a partition without rows.
+    """
+    asked = _asked(context, task)
+    if number is None:
+        answers = pl.DataFrame(schema=_ANSWER_SCHEMA)
+    else:
+        answers = pl.read_parquet(raw / "shards" / f"{number:05d}.parquet")
+    answers = answers.select(
+        pl.col("sample_key").alias("key"),
+        pl.col("key").alias("member"),
+        reason=pl.col("error_message").str.split(":").list.first(),
+        original_width_px="original_width",
+        original_height_px="original_height",
+        stored_width_px="width",
+        stored_height_px="height",
+        source_sha256="sha256",
+    )
+    rows = asked.join(answers, on="key", how="left", maintain_order="left").with_columns(
+        reason=pl.when(pl.col("member").is_null())
+        .then(pl.lit(str(LOST_BY_DOWNLOADER)))
+        .otherwise(pl.col("reason"))
+    )
+    kept = (
+        rows.filter(pl.col("reason").is_null())
+        .drop("reason", "width_px", "height_px")
+        .rename({"original_width_px": "width_px", "original_height_px": "height_px"})
+    )
+    tar_path = f"pictures/{task.name}.tar"
+    with store.publish(context.path(tar_path)) as temporary, contextlib.ExitStack() as stack:
+        writer = stack.enter_context(TarWriter(temporary))
+        places = []
+        if number is not None:
+            raw_tar = raw / "shards" / f"{number:05d}.tar"
+            source = stack.enter_context(tarfile.open(raw_tar))
+            members = {member.name: member for member in source.getmembers() if member.name.endswith(".jpg")}
+            for key, name in zip(kept["key"], kept["member"], strict=True):
+                picture = source.extractfile(members[f"{name}.jpg"])
+                assert picture is not None
+                places.append(writer.add(f"{key}.jpg", picture.read()))
+    kept = kept.drop("member").with_columns(
+        pl.Series("offset_bytes", [place.offset_bytes for place in places], dtype=pl.Int64),
+        pl.Series("size_bytes", [place.size_bytes for place in places], dtype=pl.Int64),
+        pl.Series("image_sha256", [place.sha256 for place in places], dtype=pl.String),
+    )
+    table_path = f"pictures/{task.name}.parquet"
+    write_table(kept, context.path(table_path))
+    dropped = write_drops(rows.filter(pl.col("reason").is_not_null()), context.path(drops_path(task.name)))
+    if number is not None:
+        for path in (raw / "shards").glob(f"{number:05d}*"):
+            path.unlink()
+    return Outcome(
+        {tar_path: kept.height, table_path: kept.height, drops_path(task.name): rows.height - kept.height},
+        num_in=asked.height,
+        num_kept=kept.height,
+        dropped=dropped,
+    )
+
+
+_ANSWER_SCHEMA = {
+    "sample_key": pl.String,
+    "key": pl.String,
+    "error_message": pl.String,
+    "original_width": pl.Int32,
+    "original_height": pl.Int32,
+    "width": pl.Int32,
+    "height": pl.Int32,
+    "sha256": pl.String,
+}

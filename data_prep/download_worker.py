@@ -1,0 +1,88 @@
+"""Runs img2dataset in a process of its own: `python -m data_prep.download_worker OPTIONS.json`.
+
+img2dataset starts its workers by spawning, and each imports this module as its main module: what is set
+at the top holds in all of them.
+"""
+
+import io
+import json
+import socket
+import sys
+import time
+import urllib.error
+import urllib.request
+from typing import Any
+
+import img2dataset.downloader
+import img2dataset.main
+
+from data_prep.resize import UprightResizer
+from pipeline.processes import die_with_parent
+from pipeline.records import DropReason
+
+HTTP_404 = DropReason("http_404")
+HTTP_ERROR = DropReason("http_error")
+TIMEOUT = DropReason("timeout")
+CONNECTION = DropReason("connection")
+OPTED_OUT = DropReason("opted_out")
+BODY_LIMIT = DropReason("body_limit")
+
+USER_AGENT = "cnclip-pretraining (https://arxiv.org/abs/2211.01335; image-text research)"
+_MAX_BODY_BYTES = 32 << 20  # a web picture is well below; a stream without end is not read to the end
+_CHUNK_BYTES = 1 << 16
+
+
+def fetch(
+    row: Any, timeout: float, user_agent_token: str, disallowed_header_directives: Any
+) -> tuple[Any, ...]:
+    """img2dataset's `download_image` with an honest user agent, a deadline and a limit on the body.
+
+    `timeout` counts for the whole request, in seconds. Errors begin with a DropReason and a colon.
+    """
+    key, url = row
+    deadline = time.monotonic() + timeout
+    request = urllib.request.Request(url, headers={"User-Agent": USER_AGENT})
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            if disallowed_header_directives and img2dataset.downloader.is_disallowed(
+                response.headers, user_agent_token, disallowed_header_directives
+            ):
+                return key, None, f"{OPTED_OUT}: X-Robots-Tag"
+            body = io.BytesIO()
+            while chunk := response.read1(_CHUNK_BYTES):
+                body.write(chunk)
+                if body.tell() > _MAX_BODY_BYTES:
+                    return key, None, f"{BODY_LIMIT}: more than {_MAX_BODY_BYTES} bytes"
+                if time.monotonic() > deadline:
+                    return key, None, f"{TIMEOUT}: {timeout} s"
+            promised = response.headers.get("Content-Length")
+            if promised is not None and promised.isdigit() and body.tell() < int(promised):
+                return key, None, f"{CONNECTION}: {body.tell()} of {promised} bytes"
+            return key, body, None
+    except urllib.error.HTTPError as error:
+        reason = HTTP_404 if error.code in (404, 410) else HTTP_ERROR
+        return key, None, f"{reason}: {error.code}"
+    except TimeoutError:
+        return key, None, f"{TIMEOUT}: {timeout} s"
+    except urllib.error.URLError as error:
+        timed_out = isinstance(error.reason, TimeoutError | socket.timeout)
+        return key, None, f"{TIMEOUT if timed_out else CONNECTION}: {error.reason}"
+    except Exception as error:  # http.client and ssl raise many kinds; each is one address that gave nothing
+        return key, None, f"{CONNECTION}: {error}"
+
+
+die_with_parent()
+img2dataset.downloader.download_image = fetch
+
+
+def main() -> None:
+    """Read the options that `data_prep.download` wrote and download."""
+    with open(sys.argv[1], encoding="utf-8") as file:
+        options = json.load(file)
+    resizer = UprightResizer(**options.pop("resizer"))
+    img2dataset.main.Resizer = lambda **_: resizer
+    img2dataset.main.download(**options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Drop tables: for every dropped row its key, the digest of its URL, and the reason.
+
+They answer `cnclip why`; everything else about a row is looked up in its source.
+"""
+
+import os
+
+import polars as pl
+import polars_hash as plh
+
+from pipeline import store
+
+DROP_COLUMNS = {"key": pl.String, "url_hash": pl.String, "reason": pl.String}
+_KEY_HEX_DIGITS = 32  # 128 bits: no collision to be expected among billions of rows
+_URL_HASH_HEX_DIGITS = 16
+_SEPARATOR = "\u0000"
+_ROWS_PER_GROUP = 65_536
+
+
+def with_key(frame: pl.LazyFrame) -> pl.LazyFrame:
+    """Add the column `key` to a table with url and caption: the start of the sha256 of both, 32 hex digits.
+
+    Sorting by it shuffles the corpus once, the same way on any number of machines, and brings exact
+    duplicates together.
+    """
+    pair = pl.concat_str([pl.col("url").fill_null(""), pl.col("caption").fill_null("")], separator=_SEPARATOR)
+    return (
+        frame.with_columns(_pair=pair)
+        .with_columns(key=plh.col("_pair").chash.sha2_256().str.slice(0, _KEY_HEX_DIGITS))
+        .drop("_pair")
+    )
+
+
+def url_hash(name: str = "url") -> pl.Expr:
+    """Digest of a URL as drop tables keep it, 16 hex digits."""
+    hashed: pl.Expr = plh.col(name).chash.sha2_256().str.slice(0, _URL_HASH_HEX_DIGITS)
+    return hashed
+
+
+def write_table(frame: pl.DataFrame, path: str) -> None:
+    """Publish a table as Parquet; the same rows give the same bytes."""
+    with store.publish(path) as temporary:
+        frame.write_parquet(temporary, compression="zstd", statistics=True, row_group_size=_ROWS_PER_GROUP)
+
+
+def write_drops(dropped: pl.DataFrame, path: str) -> dict[str, int]:
+    """Publish the drop table of a frame with url, key and reason; returns rows per reason."""
+    table = dropped.with_columns(url=pl.col("url").fill_null("")).select(
+        "key", url_hash().alias("url_hash"), "reason"
+    )
+    write_table(table.sort("url_hash", "key", "reason"), path)
+    counts = dropped.group_by("reason").len().sort("reason")
+    return dict(counts.iter_rows())
+
+
+def drops_path(task: str) -> str:
+    """Where a task keeps its drop table, relative to its stage's folder."""
+    return os.path.join("dropped", f"{task}.parquet")

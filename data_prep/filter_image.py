@@ -1,0 +1,107 @@
+"""Stage filter_image: pictures that are too small, too long, or of an evaluation set go; hashes are made."""
+
+import base64
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from data_prep import image_rules
+from data_prep.drop_table import drops_path, write_drops, write_table
+from data_prep.resize import BadImageError, decode_upright
+from pipeline import store
+from pipeline.evaluation_sets import EvaluationSet, evaluations_of
+from pipeline.records import DropReason, InputError
+from pipeline.stage import Context, Outcome, Progress, Task
+
+UNDECODABLE = DropReason("undecodable")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FilterImageConfig:
+    """`[filter_image]`."""
+
+    min_side_px: int = 16  # shorter side of the picture as it came
+    max_aspect: float = 5.0  # longer side over shorter side
+    # Bits of 384 within which a picture counts as a copy of an evaluation picture; unset: not looked for.
+    evaluation_distance: int | None = 20
+
+
+def tasks(config: FilterImageConfig, context: Context) -> list[Task]:
+    """One task a downloaded partition."""
+    evaluations = evaluations_of(context) if config.evaluation_distance is not None else []
+    shared = {f"evaluation {item.name}": item.digest for item in evaluations}
+    shards = {shard.path: shard for shard in context.parents["download"].shards}
+    return [
+        Task(
+            Path(path).stem,
+            {**shared, "pictures": shard.digest, "rows": shards[path.replace(".tar", ".parquet")].digest},
+            {"tar": path, "table": path.replace(".tar", ".parquet")},
+        )
+        for path, shard in shards.items()
+        if path.endswith(".tar")
+    ]
+
+
+def run(config: FilterImageConfig, context: Context, task: Task, progress: Progress) -> Outcome:
+    """Judge one partition's pictures. Pictures stay where they are; the table says which are kept."""
+    table = pl.read_parquet(context.path_in("download", task.arguments["table"]))
+    tar_path = context.path_in("download", task.arguments["tar"])
+    reasons: list[str | None] = []
+    hashes: list[bytes] = []
+    with store.open_read(tar_path) as tar:
+        for offset, size, width, height, key in table.select(
+            "offset_bytes", "size_bytes", "width_px", "height_px", "key"
+        ).iter_rows():
+            tar.seek(offset)
+            data = tar.read(size)
+            if len(data) < size:
+                raise InputError(f"{tar_path}: ends inside {key}.jpg; run `--stage download --redo`")
+            try:
+                image = decode_upright(data, max_pixels=width * height)
+            except BadImageError:
+                reasons.append(UNDECODABLE)
+                hashes.append(bytes(image_rules.HASH_BITS // 8))
+                continue
+            reasons.append(image_rules.size(width, height, config.min_side_px, config.max_aspect))
+            hashes.append(image_rules.perceptual_hash(np.asarray(image)))
+    if config.evaluation_distance is not None:
+        references = [item for folder in evaluations_of(context) for item in _evaluation_hashes(folder)]
+        near = image_rules.nearest_hash_distances(hashes, references) <= config.evaluation_distance
+        reasons = [
+            image_rules.EVALUATION_IMAGE if reason is None and copy else reason
+            for reason, copy in zip(reasons, near, strict=True)
+        ]
+    judged = table.with_columns(
+        pl.Series("perceptual_hash", hashes, dtype=pl.Binary),
+        pl.Series("reason", [None if reason is None else str(reason) for reason in reasons], dtype=pl.String),
+        tar=pl.lit(task.arguments["tar"]),
+    )
+    kept = judged.filter(pl.col("reason").is_null()).drop("reason")
+    kept_path = f"kept/{task.name}.parquet"
+    write_table(kept, context.path(kept_path))
+    dropped = write_drops(judged.filter(pl.col("reason").is_not_null()), context.path(drops_path(task.name)))
+    return Outcome(
+        {kept_path: kept.height, drops_path(task.name): table.height - kept.height},
+        num_in=table.height,
+        num_kept=kept.height,
+        dropped=dropped,
+    )
+
+
+def _evaluation_hashes(evaluation: EvaluationSet) -> list[bytes]:
+    """Hashes of an evaluation set's pictures; InputError names a line that is no picture."""
+    path = store.join(evaluation.folder, f"{evaluation.name}_imgs.tsv")
+    hashes = []
+    with store.open_read(path) as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                data = base64.b64decode(line.split(b"\t", 1)[1], validate=False)
+                image = decode_upright(data, max_pixels=100_000_000)
+            except (IndexError, ValueError, BadImageError) as error:
+                raise InputError(
+                    f"{path}: line {number}: no picture in base64 ({error}); mend the line"
+                ) from None
+            hashes.append(image_rules.perceptual_hash(np.asarray(image)))
+    return hashes

@@ -1,0 +1,121 @@
+"""Stage filter_text: a caption table in; out, rows that pass every text rule, and why the others did not."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+
+from data_prep import text_rules
+from data_prep.corpus import evaluation_urls, tables_of
+from data_prep.drop_table import drops_path, with_key, write_drops, write_table
+from data_prep.sources.table import from_description, scan
+from data_prep.text_rules import TextRule
+from pipeline.records import ConfigError, InputError
+from pipeline.stage import Context, Outcome, Progress, Task
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FilterTextConfig:
+    """`[filter_text]`: which rows of the caption tables stay (paper, section 2.2)."""
+
+    language: str | None = "zh"  # LAION-5B's language mark to keep; unset: any
+    min_score: float | None = 0.26  # mCLIP cosine, where the source has a score column; unset: any
+    min_characters: int = 5
+    max_characters: int = 50
+    blacklists: tuple[str, ...] = ("advertising", "file_name")  # files of data_prep/blacklists, in this order
+
+    def __post_init__(self) -> None:
+        if self.min_characters > self.max_characters:
+            raise ValueError(
+                f"min_characters {self.min_characters} is above max_characters {self.max_characters}"
+            )
+
+
+def tasks(config: FilterTextConfig, context: Context) -> list[Task]:
+    """One task a table."""
+    corpus = context.parents["corpus"]
+    shared = {f"blacklist {theme}": _words_digest(theme) for theme in config.blacklists}
+    urls = evaluation_urls(context)
+    if urls is not None:
+        shared["evaluation urls"] = urls.digest
+    return [
+        Task(
+            name=f"{number:05d}",
+            inputs={**shared, "table": table["digest"]},
+            arguments={"table": {key: table[key] for key in ("stage", "path", "source")}},
+        )
+        for number, table in enumerate(tables_of(corpus))
+    ]
+
+
+def run(config: FilterTextConfig, context: Context, task: Task, progress: Progress) -> Outcome:
+    """Judge one table. Kept rows are sorted by key, the order of the shuffled corpus."""
+    table = task.arguments["table"]
+    source = from_description(table["source"])
+    path = context.path_in(table["stage"], table["path"]) if table["stage"] else table["path"]
+    frame = scan(path, source)
+    names = frame.collect_schema().names()
+    rules = rules_for(config, source.exempt_from, context, has_scores=_has_scores(frame))
+    judged = with_key(frame.with_columns(reason=text_rules.first_reason(rules)))
+    try:
+        rows = judged.collect(engine="streaming")
+    except pl.exceptions.PolarsError as error:
+        raise InputError(f"{path}: cannot be read: {str(error).splitlines()[0]}; replace the file") from None
+    kept = (
+        rows.filter(pl.col("reason").is_null())
+        .with_columns(pl.col("caption").str.strip_chars(), file=pl.lit(int(task.name), dtype=pl.Int32))
+        .select("key", "file", *names)
+        .drop("language")
+        .sort("key", "row")
+    )
+    kept_path = f"kept/{task.name}.parquet"
+    write_table(kept, context.path(kept_path))
+    dropped = write_drops(rows.filter(pl.col("reason").is_not_null()), context.path(drops_path(task.name)))
+    scores = rows["score"].drop_nulls()
+    return Outcome(
+        outputs={kept_path: kept.height, drops_path(task.name): rows.height - kept.height},
+        num_in=rows.height,
+        num_kept=kept.height,
+        dropped=dropped,
+        extra={
+            "source": source.name,
+            # Where every row already passes, the threshold is a no-op: the minimum shows it.
+            "score_minimum": round(float(scores.min()), 4) if len(scores) else None,  # type: ignore[arg-type]
+        },
+    )
+
+
+def rules_for(
+    config: FilterTextConfig, exempt_from: tuple[str, ...], context: Context, has_scores: bool
+) -> list[TextRule]:
+    """The rules of one source in the order they are asked; the first that drops a row names the reason."""
+    unknown = sorted(set(exempt_from) - set(text_rules.SWITCHABLE_RULES))
+    if unknown:
+        known = ", ".join(text_rules.SWITCHABLE_RULES)
+        raise ConfigError(f"corpus.tables.exempt_from: no rule {unknown[0]!r}; known: {known}")
+    rules = [text_rules.caption_present(), text_rules.url_valid()]
+    urls = evaluation_urls(context)
+    if urls is not None:
+        from pipeline import store
+
+        rules.append(text_rules.not_an_evaluation_url(store.read_text(urls.path).splitlines()))
+    if config.language is not None:
+        rules.append(text_rules.language_is(config.language))
+    if config.min_score is not None and has_scores:
+        rules.append(text_rules.score_at_least(config.min_score))
+    rules.append(text_rules.characters_between(config.min_characters, config.max_characters))
+    rules.append(
+        text_rules.not_blacklisted({theme: text_rules.blacklist(theme) for theme in config.blacklists})
+    )
+    return [rule for rule in rules if rule.name not in exempt_from]
+
+
+def _has_scores(frame: pl.LazyFrame) -> bool:
+    """A source without any score (Wukong) is not judged by one; a source with some is (paper: LAION only)."""
+    return bool(frame.select(pl.col("score").is_not_null().any()).collect().item())
+
+
+def _words_digest(theme: str) -> Any:
+    from pipeline.config import digest
+
+    return digest(text_rules.blacklist(theme))

@@ -1,0 +1,43 @@
+"""Progress for people: a bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+
+from pipeline.stage import Progress
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+def make_progress(label: str, unit: str = "task") -> Progress:
+    """A Progress that draws on standard error; one per stage."""
+    return _Bar(label, unit) if sys.stderr.isatty() else _Lines(label)
+
+
+class _Lines:
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._last = time.monotonic()
+
+    def __call__(self, done: int, total: int, text: str = "") -> None:
+        now = time.monotonic()
+        if done < total and now - self._last < _SECONDS_BETWEEN_LINES:
+            return
+        self._last = now
+        print(
+            f"{self._label}: {done:,} of {total:,}{'  ' + text if text else ''}", file=sys.stderr, flush=True
+        )
+
+
+class _Bar:
+    def __init__(self, label: str, unit: str) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(desc=label, unit=unit, dynamic_ncols=True, leave=True, file=sys.stderr)
+
+    def __call__(self, done: int, total: int, text: str = "") -> None:
+        self._bar.total = total
+        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update(done - self._bar.n)
+        self._bar.refresh()
+        if done >= total:
+            self._bar.close()

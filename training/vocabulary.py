@@ -1,0 +1,33 @@
+"""Stage vocabulary: WordPiece learned from the corpus's own captions, for runs that are given none."""
+
+from dataclasses import dataclass
+
+from pipeline.stage import Context, Outcome, Progress, Task
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VocabularyConfig:
+    """`[vocabulary]`: learned only where `[model] vocabulary` names none."""
+
+    size: int = 4_000  # most tokens; Chinese characters come first, then pieces of words
+    columns: tuple[str, ...] = ("caption",)  # caption columns of the shards, one vocabulary each
+
+
+def tasks(config: VocabularyConfig, context: Context) -> list[Task]:
+    """One task a caption column."""
+    sidecars = {shard.path: shard.digest for shard in context.parents["shards"].shards}
+    tables = {path: digest for path, digest in sidecars.items() if path.endswith(".parquet")}
+    return [Task(column, tables, {"column": column}) for column in config.columns]
+
+
+def run(config: VocabularyConfig, context: Context, task: Task, progress: Progress) -> Outcome:
+    """Learn one vocabulary; file `<column>.txt`, one token a line."""
+    import polars as pl
+
+    from training.model.tokenizer import learn_vocabulary, save_vocabulary
+
+    column = task.arguments["column"]
+    paths = [shard.path for shard in context.shards_of("shards", ".parquet")]
+    captions = pl.scan_parquet(paths).select(column).collect()[column]
+    save_vocabulary(context.path(f"{column}.txt"), learn_vocabulary(captions.to_list(), config.size))
+    return Outcome({f"{column}.txt": captions.len()}, num_in=captions.len(), num_kept=captions.len())
