@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -46,8 +46,9 @@ BOMB_SIDE_PX = 30_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoConfig:
-    """What the generator makes."""
+    """`[corpus]` of the demo: what the generator makes."""
 
+    kind: Literal["demo"] = "demo"
     seed: int = 0  # everything drawn follows from it
     num_clean: int = 3000  # ordinary training rows, each with its own picture
     num_evaluation: int = 200  # pictures of unseen pairs of things, one caption each
