@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import warnings
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -59,13 +59,14 @@ class CLIP(nn.Module):
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Recompute activations in the backward pass, block by block in both towers (non-reentrant)."""
         self.visual.set_grad_checkpointing(enabled)
+        bert: Any = self.bert
         with warnings.catch_warnings():
             # transformers 5 already announces version 6's name for this, which its early releases lack
             warnings.simplefilter("ignore", FutureWarning)
             if enabled:
-                self.bert.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+                bert.gradient_checkpointing_enable({"use_reentrant": False})
             else:
-                self.bert.gradient_checkpointing_disable()  # type: ignore[no-untyped-call]
+                bert.gradient_checkpointing_disable()
 
     def lock_image_tower(self) -> None:
         """Freeze the image tower with its projection (stage 1, A.2).

@@ -1,0 +1,274 @@
+"""Weights in and out: our checkpoints, and OpenAI CLIP's archives.
+
+Files name the image tower's tensors as OpenAI CLIP and Chinese CLIP do (`visual.*`); the model names them as
+timm does. The two tables below are the whole translation, in both directions.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import fsspec
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from pipeline import store
+from pipeline.records import InputError
+from training.model.clip import CLIP
+from training.model.config import ModelConfig, VisionTransformerConfig
+from training.model.torchscript import read_torchscript, write_torchscript
+
+# timm's name (a pattern) → OpenAI's, first match wins
+_VIT_NAMES = (
+    (r"patch_embed\.proj\.", r"conv1."),
+    (r"cls_token", r"class_embedding"),
+    (r"pos_embed", r"positional_embedding"),
+    (r"norm_pre\.", r"ln_pre."),
+    (r"blocks\.(\d+)\.norm([12])\.", r"transformer.resblocks.\1.ln_\2."),
+    (r"blocks\.(\d+)\.attn\.qkv\.", r"transformer.resblocks.\1.attn.in_proj_"),
+    (r"blocks\.(\d+)\.attn\.proj\.", r"transformer.resblocks.\1.attn.out_proj."),
+    (r"blocks\.(\d+)\.mlp\.fc1\.", r"transformer.resblocks.\1.mlp.c_fc."),
+    (r"blocks\.(\d+)\.mlp\.fc2\.", r"transformer.resblocks.\1.mlp.c_proj."),
+    (r"norm\.", r"ln_post."),
+    (r"head\.weight", r"proj"),
+)
+_RESNET_NAMES = (
+    (r"stem\.conv(\d)\.(conv|bn)\.", r"\2\1."),
+    *(
+        rule
+        for stage in range(4)  # timm counts stages from 0, OpenAI layers from 1
+        for rule in (
+            (rf"stages\.{stage}\.(\d+)\.conv(\d)_(?:1x1|kxk)\.(conv|bn)\.", rf"layer{stage + 1}.\1.\3\2."),
+            (rf"stages\.{stage}\.(\d+)\.shortcut\.conv\.conv\.", rf"layer{stage + 1}.\1.downsample.0."),
+            (rf"stages\.{stage}\.(\d+)\.shortcut\.conv\.bn\.", rf"layer{stage + 1}.\1.downsample.1."),
+        )
+    ),
+    (r"head\.pos_embed", r"attnpool.positional_embedding"),
+    (r"head\.([qkv])\.", r"attnpool.\1_proj."),
+    (r"head\.proj\.", r"attnpool.c_proj."),
+)
+
+# Tensors that OpenAI lays out otherwise than timm: timm's name → (to OpenAI's layout, to timm's)
+_Layout = tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]
+_VIT_LAYOUTS: dict[str, _Layout] = {
+    "cls_token": (lambda tensor_11W: tensor_11W[0, 0], lambda tensor_W: tensor_W[None, None]),
+    "pos_embed": (lambda tensor_1PW: tensor_1PW[0], lambda tensor_PW: tensor_PW[None]),
+    "head.weight": (lambda tensor_DW: tensor_DW.T, lambda tensor_WD: tensor_WD.T),
+}
+
+_METADATA_KEY = "cnclip"  # one key: safetensors writes several in an order that differs between processes
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """What became of one tensor when weights were taken over."""
+
+    tensor: str  # name in Chinese CLIP's layout, or in the file's where it was dropped
+    outcome: Literal["taken", "initialised", "dropped"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """Where a file's tensor lives in the model, and how its layout differs there."""
+
+    target: torch.Tensor
+    to_file: Callable[[torch.Tensor], torch.Tensor]
+    to_model: Callable[[torch.Tensor], torch.Tensor]
+
+
+def _slots(model: CLIP) -> dict[str, _Slot]:
+    """Every tensor of the model by its name in Chinese CLIP's layout."""
+    is_vit = isinstance(model.config.vision, VisionTransformerConfig)
+    rules = _VIT_NAMES if is_vit else _RESNET_NAMES
+    layouts = _VIT_LAYOUTS if is_vit else {}
+    slots: dict[str, _Slot] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name == "logit_scale":
+            slots[name] = _Slot(tensor, lambda tensor_1: tensor_1[0], lambda tensor_: tensor_.reshape(1))
+        elif name.startswith("visual."):
+            timm_name = name.removeprefix("visual.")
+            slots[f"visual.{_rename(timm_name, rules)}"] = _Slot(
+                tensor, *layouts.get(timm_name, (_unchanged, _unchanged))
+            )
+        else:
+            slots[name] = _Slot(tensor, _unchanged, _unchanged)
+    return slots
+
+
+def _rename(name: str, rules: Sequence[tuple[str, str]]) -> str:
+    for pattern, replacement in rules:
+        renamed, hits = re.subn(f"^{pattern}", replacement, name)
+        if hits:
+            return renamed
+    raise ValueError(f"no name in OpenAI CLIP's layout for the tensor {name}")
+
+
+def _unchanged(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def state_for_file(model: CLIP) -> dict[str, torch.Tensor]:
+    """The model's tensors in Chinese CLIP's names and layout, on the CPU; `logit_scale` has shape []."""
+    return {
+        name: slot.to_file(slot.target.detach()).cpu().contiguous() for name, slot in _slots(model).items()
+    }
+
+
+def _fill(slots: Mapping[str, _Slot], state: Mapping[str, torch.Tensor], origin: str, remedy: str) -> None:
+    """Copy a file's tensors into the model: all, or none with an InputError that names every misfit."""
+    missing = [name for name in slots if name not in state and not name.endswith(".num_batches_tracked")]
+    unexpected = [name for name in state if name not in slots]
+    misshapen = [
+        f"{name} is {list(state[name].shape)}, not {list(slot.to_file(slot.target).shape)}"
+        for name, slot in slots.items()
+        if name in state and state[name].shape != slot.to_file(slot.target).shape
+    ]
+    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
+    if problems := "; ".join(f"{kind}: {', '.join(sorted(names))}" for kind, names in kinds if names):
+        raise InputError(f"{origin}: does not fit the model: {problems}. {remedy}")
+    with torch.no_grad():
+        for name, tensor in state.items():
+            slots[name].target.copy_(slots[name].to_model(tensor))
+
+
+# Our checkpoints: safetensors
+
+
+def save_checkpoint(path: str, model: CLIP, config: ModelConfig, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file in Chinese CLIP's names, with the configuration in its header.
+
+    The same weights, configuration and metadata give the same bytes. ValueError where `config` is not the
+    model's own (`model.config`, which has the size of the vocabulary it was built with).
+    """
+    _require_own_config(model, config)
+    header = {"config": dataclasses.asdict(config), "metadata": dict(metadata)}
+    with store.publish(path) as temporary:
+        save_file(
+            state_for_file(model),
+            temporary,
+            metadata={_METADATA_KEY: json.dumps(header, sort_keys=True, ensure_ascii=False)},
+        )
+
+
+def _require_own_config(model: CLIP, config: ModelConfig) -> None:
+    if config != model.config:
+        raise ValueError(f"the model was built from {model.config}, not from {config}: pass model.config")
+
+
+def load_checkpoint(path: str, *, expected: ModelConfig | None = None) -> CLIP:
+    """Rebuild the model that `save_checkpoint` wrote, in training mode, float32 on the CPU.
+
+    InputError names the file where it is no checkpoint of ours, is damaged, holds tensors that its
+    configuration does not have (by name), or is another model than `expected`.
+    """
+    with _open_safetensors(path) as file:
+        config, _ = _read_header(path, file)
+        if expected is not None and config != expected:
+            raise InputError(f"{path}: holds another model than asked for: {_differences(config, expected)}")
+        with torch.random.fork_rng(devices=[]):  # the random weights that are overwritten here cost no draws
+            model = CLIP(config)
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    _fill(_slots(model), state, path, "The file was not written by this version: train again")
+    return model
+
+
+def read_metadata(path: str) -> tuple[ModelConfig, dict[str, str]]:
+    """Configuration and metadata of a checkpoint, without its weights."""
+    with _open_safetensors(path) as file:
+        return _read_header(path, file)
+
+
+def _open_safetensors(path: str) -> Any:
+    try:
+        return safe_open(_local_copy(path), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a readable safetensors file: {error}") from None
+
+
+def _read_header(path: str, file: Any) -> tuple[ModelConfig, dict[str, str]]:
+    text = (file.metadata() or {}).get(_METADATA_KEY)
+    if text is None:
+        raise InputError(
+            f"{path}: a safetensors file without the metadata key {_METADATA_KEY!r}: not our checkpoint"
+        )
+    try:
+        header = json.loads(text)
+        return TypeAdapter(ModelConfig).validate_python(header["config"]), dict(header["metadata"])
+    except (ValueError, KeyError, TypeError, ValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path}: the metadata key {_METADATA_KEY!r} cannot be read: {reason}") from None
+
+
+def _differences(found: ModelConfig, expected: ModelConfig) -> str:
+    found_fields, expected_fields = _flat(dataclasses.asdict(found)), _flat(dataclasses.asdict(expected))
+    return ", ".join(
+        f"{key} is {found_fields.get(key)}, not {expected_fields.get(key)}"
+        for key in sorted(found_fields.keys() | expected_fields.keys())
+        if found_fields.get(key) != expected_fields.get(key)
+    )
+
+
+def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in fields.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def _local_copy(path: str) -> str:
+    """The path itself, or a temporary copy of what a URL names."""
+    return path if store.is_local(path) else str(fsspec.open_local(f"simplecache::{path}"))
+
+
+# OpenAI CLIP's archives: TorchScript
+
+
+def load_image_tower(path: str, model: CLIP) -> list[Provenance]:
+    """Take image tower, visual projection and temperature from an OpenAI CLIP archive (section 2.3, A.2).
+
+    The file's English text tower is dropped; our text tower and its projection stay as they are. Returns what
+    became of every tensor, the model's first. InputError names the file and every tensor of the image tower
+    that is missing, unexpected or of another shape; the model is then unchanged.
+    """
+    state = read_torchscript(path)
+    ours = {name: slot for name, slot in _slots(model).items() if _is_image_side(name)}
+    theirs = {name: tensor for name, tensor in state.items() if _is_image_side(name)}
+    _fill(ours, theirs, path, f"Give the weights of {model.config.name}'s image tower")
+    return [
+        *(Provenance(name, "taken" if name in theirs else "initialised") for name in _slots(model)),
+        *(Provenance(name, "dropped") for name in state if name not in theirs),
+    ]
+
+
+def _is_image_side(name: str) -> bool:
+    return name.startswith("visual.") or name == "logit_scale"
+
+
+def save_openai(path: str, model: CLIP, config: ModelConfig) -> None:
+    """Write image tower, visual projection and temperature as OpenAI CLIP's archives, but in float32.
+
+    `torch.jit.load(path).state_dict()` gives OpenAI's names and shapes, and beside them the numbers
+    `input_resolution`, `context_length` and `vocab_size`. There is no text tower: OpenAI's layout has no
+    names for BERT. The same weights give the same bytes. ValueError where `config` is not the model's own.
+    """
+    _require_own_config(model, config)
+    state = {name: tensor for name, tensor in state_for_file(model).items() if _is_image_side(name)}
+    statistics = {
+        name for name in state if re.search(r"\.(running_mean|running_var|num_batches_tracked)$", name)
+    }
+    numbers = {
+        "input_resolution": config.vision.image_size_px,
+        "context_length": config.text.max_positions,
+        "vocab_size": config.text.vocab_size,
+    }
+    write_torchscript(
+        path,
+        parameters={name: tensor for name, tensor in state.items() if name not in statistics},
+        buffers={name: state[name] for name in state if name in statistics}
+        | {name: torch.tensor(number) for name, number in numbers.items()},
+    )
