@@ -36,7 +36,8 @@ def check_vectors(vectors_ND: npt.NDArray[Any], name: str) -> None:
     """Raise InputError unless these are finite, unit-norm float32 vectors."""
     if vectors_ND.dtype != np.float32 or vectors_ND.ndim != 2 or 0 in vectors_ND.shape:
         raise InputError(
-            f"{name}: expected float32 features [rows, dim], found {vectors_ND.dtype} {list(vectors_ND.shape)}"
+            f"{name}: expected float32 features [rows, dim], found {vectors_ND.dtype}"
+            f" {list(vectors_ND.shape)}"
         )
     norms_N = np.sqrt(np.einsum("nd,nd->n", vectors_ND, vectors_ND, dtype=np.float64))
     not_finite = np.flatnonzero(~np.isfinite(norms_N))

@@ -124,7 +124,8 @@ def ranks_from_scores(scores_QN: npt.NDArray[np.floating], positives: Positives)
     ahead_QN = scores_QN > best_score[:, None]
     earlier_QN = np.arange(scores_QN.shape[1]) < best_row[:, None]
     ahead_QN |= (scores_QN == best_score[:, None]) & earlier_QN
-    return 1 + np.count_nonzero(ahead_QN, axis=1).astype(np.int64)
+    ranks_Q: Int64Array = 1 + np.count_nonzero(ahead_QN, axis=1).astype(np.int64)
+    return ranks_Q
 
 
 def recall_at_k(ranks_Q: Int64Array) -> RecallAtK:

@@ -99,7 +99,7 @@ def test_few_texts_are_enough_where_only_images_are_searched(tmp_path: Path) -> 
 
 def test_unknown_pairing_is_read_but_not_scored(tmp_path: Path) -> None:
     texts = [(i, "图", [i]) for i in range(10)] + [(10, "无", [])]
-    folder = write_evaluation(tmp_path, "e", {i: b"x" for i in range(10)}, texts)
+    folder = write_evaluation(tmp_path, "e", dict.fromkeys(range(10), b"x"), texts)
     evaluation = read_evaluation(folder, "e")
     with pytest.raises(InputError, match="text_id 10 names no image"):
         check_scorable(evaluation)

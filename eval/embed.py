@@ -1,0 +1,275 @@
+"""Features of an evaluation set: written to disk from a model file, or held in memory during training.
+
+Written in clip-retrieval's layout, one folder an evaluation:
+
+    img_emb/img_emb_0.npy     float32 [num_images, dim], unit-norm      text_emb/text_emb_0.npy   of the texts
+    metadata/metadata_0.parquet   image_id, caption: row i describes image i
+    text_metadata/metadata_0.parquet   text_id, caption: row i describes text i
+    image.index, text.index       FAISS, row i = id i
+
+clip-retrieval assumes one text per image and has no folder for rows of texts alone; `text_metadata` is ours,
+and a clip-retrieval service reads the rest as it is. Rows are in id order (`eval.datasets.cnclip_tsv`).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from eval.datasets.cnclip_tsv import EvaluationSet, check_scorable, read_evaluation
+from eval.index import build_index, check_vectors
+from eval.metrics import (
+    Positives,
+    RetrievalScores,
+    ranks_from_features,
+    recall_at_k,
+    retrieval_scores,
+)
+from pipeline import store
+from pipeline.config import digest
+from pipeline.records import EmbeddingTable, InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from training.model.clip import CLIP
+    from training.model.tokenizer import Tokenizer
+
+Float32Array = npt.NDArray[np.float32]
+UInt8Array = npt.NDArray[np.uint8]
+
+CONTEXT_LENGTH = 52  # word pieces with [CLS] and [SEP], the paper's A.1
+BATCH_SIZE = 64
+
+
+def embed_evaluation(
+    model_path: str,
+    vocabulary: str,
+    evaluation: EvaluationSet,
+    out_folder: str,
+    *,
+    context_length: int = CONTEXT_LENGTH,
+    batch_size: int = BATCH_SIZE,
+) -> tuple[EmbeddingTable, EmbeddingTable]:
+    """Embed an evaluation with a model file and index both sides; returns the tables of images and texts.
+
+    `vocabulary` is what `Tokenizer.load` takes: a `vocab.txt`, its folder, or a model id. torch's own thread
+    settings apply. Raises InputError for a picture that cannot be decoded (naming its id), for a model that
+    yields NaN, and whatever reading the model or vocabulary raises.
+    """
+    import torch
+
+    from training.model.preprocess import MEAN, STD
+    from training.model.tokenizer import Tokenizer
+    from training.model.weights import load_checkpoint
+
+    model = load_checkpoint(model_path)
+    if torch.cuda.is_available():
+        model = model.cuda()
+    tokenizer = Tokenizer.load(vocabulary)
+    image_size_px = model.config.vision.image_size_px
+    with evaluating(model):
+        images = _image_batches(evaluation, image_size_px, batch_size)
+        image_ND = _encode(model.encode_image, images, model.logit_scale.device)
+        tokens_NL = _tokens(tokenizer, evaluation, context_length)
+        text_ND = _encode(model.encode_text, _text_batches(tokens_NL, batch_size), model.logit_scale.device)
+
+    model_digest = store.digest_file(model_path)
+    image_table = _write_side(
+        out_folder,
+        "image",
+        image_ND,
+        ("img_emb", "metadata"),
+        {"image_id": evaluation.image_ids, "caption": _caption_of_images(evaluation)},
+        digests=(model_digest, digest("squash, bicubic", image_size_px, MEAN, STD)),
+    )
+    text_table = _write_side(
+        out_folder,
+        "text",
+        text_ND,
+        ("text_emb", "text_metadata"),
+        {"text_id": evaluation.text_ids, "caption": list(evaluation.texts)},
+        digests=(model_digest, digest(tokenizer.digest, context_length)),
+    )
+    return image_table, text_table
+
+
+def validator(
+    evaluations: Mapping[str, str],
+    vocabulary: str,
+    context_length: int = CONTEXT_LENGTH,
+    *,
+    batch_size: int = BATCH_SIZE,
+) -> "Callable[[CLIP], dict[str, RetrievalScores]]":
+    """Recall during training: a function from the model as it stands to percent numbers by evaluation name.
+
+    `evaluations` maps names to folders in CN-CLIP's layout; they are read and checked here, so bad ones stop
+    a run before its first step. The first call resizes the pictures to the model's size and keeps them as
+    uint8. The function runs in evaluation mode without gradients, draws no random numbers, and leaves the
+    mode of every module as it was. Raises InputError for features that are not finite.
+    """
+    from training.model.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(vocabulary)
+    sets = [read_evaluation(folder, name) for name, folder in evaluations.items()]
+    for evaluation in sets:
+        check_scorable(evaluation)
+    tokens = {evaluation.name: _tokens(tokenizer, evaluation, context_length) for evaluation in sets}
+    pixels: dict[str, UInt8Array] = {}
+
+    def validate(model: "CLIP") -> dict[str, RetrievalScores]:
+        scores: dict[str, RetrievalScores] = {}
+        device = model.logit_scale.device
+        for evaluation in sets:
+            name = evaluation.name
+            if name not in pixels:
+                images = _image_batches(evaluation, model.config.vision.image_size_px, batch_size)
+                pixels[name] = np.concatenate([_to_uint8(image_BCHW) for image_BCHW in images])
+            batches = (
+                _from_uint8(pixels[name][start : start + batch_size])
+                for start in range(0, evaluation.num_images, batch_size)
+            )
+            with evaluating(model):
+                image_ND = _encode(model.encode_image, batches, device)
+                text_ND = _encode(model.encode_text, _text_batches(tokens[name], batch_size), device)
+            check_vectors(image_ND, f"evaluation `{name}`, images")
+            check_vectors(text_ND, f"evaluation `{name}`, texts")
+            scores[name] = score_features(evaluation, image_ND, text_ND)
+        return scores
+
+    return validate
+
+
+def score_features(
+    evaluation: EvaluationSet, image_ND: Float32Array, text_ND: Float32Array
+) -> RetrievalScores:
+    """Recall of both directions from features in memory; the same numbers as `eval.retrieval.retrieve`."""
+    texts_of_image = evaluation.texts_of_image
+    named = np.flatnonzero([len(rows) > 0 for rows in texts_of_image])
+    t2i = ranks_from_features(text_ND, image_ND, Positives.of(evaluation.images_of_text))
+    i2t = ranks_from_features(image_ND[named], text_ND, Positives.of([texts_of_image[row] for row in named]))
+    return retrieval_scores(recall_at_k(t2i), recall_at_k(i2t))
+
+
+@contextmanager
+def evaluating(model: "CLIP") -> "Iterator[None]":
+    """Evaluation mode without gradients; afterwards every module is in the mode it was in before."""
+    import torch
+
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode  # not .train(mode): that would also set the modules below
+
+
+def _image_batches(
+    evaluation: EvaluationSet, image_size_px: int, batch_size: int
+) -> "Iterator[torch.Tensor]":
+    """image_BCHW float32, normalised, in row order."""
+    from training.model.preprocess import preprocess
+
+    for start in range(0, evaluation.num_images, batch_size):
+        rows = range(start, min(start + batch_size, evaluation.num_images))
+        pictures = list(evaluation.image_bytes(rows))
+        try:
+            yield preprocess(pictures, image_size_px)
+        except InputError:
+            for row, picture in zip(rows, pictures, strict=True):  # once more, to say which picture it is
+                try:
+                    preprocess([picture], image_size_px)
+                except InputError as error:
+                    image_id = evaluation.image_ids[row]
+                    raise InputError(f"{evaluation.images_path}: image {image_id}: {error}") from None
+            raise
+
+
+def _tokens(tokenizer: "Tokenizer", evaluation: EvaluationSet, context_length: int) -> npt.NDArray[np.int32]:
+    return tokenizer.encode(evaluation.texts, context_length)
+
+
+def _text_batches(tokens_NL: npt.NDArray[np.int32], batch_size: int) -> "Iterator[torch.Tensor]":
+    """tokens_BL int64, each batch without the columns that are padding in all of its rows."""
+    import torch
+
+    for start in range(0, len(tokens_NL), batch_size):
+        tokens_BL = tokens_NL[start : start + batch_size]
+        longest = int((tokens_BL != 0).sum(axis=1).max())
+        yield torch.from_numpy(tokens_BL[:, :longest].astype(np.int64))
+
+
+def _encode(
+    encode: "Callable[[torch.Tensor], torch.Tensor]",
+    batches: "Iterator[torch.Tensor]",
+    device: "torch.device",
+) -> Float32Array:
+    features = [encode(batch.to(device)).float().cpu().numpy() for batch in batches]
+    feature_ND: Float32Array = np.concatenate(features)
+    return feature_ND
+
+
+def _to_uint8(image_BCHW: "torch.Tensor") -> UInt8Array:
+    """The pixel values that `preprocess` normalised, exactly: they were whole numbers in 0…255."""
+    import torch
+
+    mean_C11, std_C11 = _mean_and_std()
+    pixels: UInt8Array = (image_BCHW * std_C11 + mean_C11).mul(255).round().to(torch.uint8).numpy()
+    return pixels
+
+
+def _from_uint8(pixels_BCHW: UInt8Array) -> "torch.Tensor":
+    """Inverse of `_to_uint8`, by the same operations as `preprocess`: the same bits."""
+    import torch
+
+    mean_C11, std_C11 = _mean_and_std()
+    return torch.from_numpy(pixels_BCHW).to(torch.float32).div_(255).sub_(mean_C11).div_(std_C11)
+
+
+def _mean_and_std() -> "tuple[torch.Tensor, torch.Tensor]":
+    import torch
+
+    from training.model.preprocess import MEAN, STD
+
+    return torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+
+
+def _caption_of_images(evaluation: EvaluationSet) -> list[str]:
+    """The first text of each image, empty for an image that no text names."""
+    return [evaluation.texts[rows[0]] if len(rows) else "" for rows in evaluation.texts_of_image]
+
+
+def _write_side(
+    out_folder: str,
+    modality: str,
+    vectors_ND: Float32Array,
+    folders: tuple[str, str],
+    columns: Mapping[str, Sequence[str] | npt.NDArray[np.int64]],
+    *,
+    digests: tuple[str, str],
+) -> EmbeddingTable:
+    """Write vectors, metadata and index of one side."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    vectors_folder, metadata_folder = folders
+    vectors_path = store.join(out_folder, vectors_folder, f"{vectors_folder}_0.npy")
+    metadata_path = store.join(out_folder, metadata_folder, "metadata_0.parquet")
+    check_vectors(vectors_ND, vectors_path)
+    with store.publish(vectors_path) as temporary, open(temporary, "wb") as file:
+        np.save(file, vectors_ND)
+    with store.publish(metadata_path) as temporary:
+        pq.write_table(pa.table(dict(columns)), temporary)
+    build_index(vectors_path, store.join(out_folder, f"{modality}.index"))
+    return EmbeddingTable(
+        ids=metadata_path,
+        vectors=vectors_path,
+        num_rows=vectors_ND.shape[0],
+        dim=vectors_ND.shape[1],
+        model_digest=digests[0],
+        preprocessing_digest=digests[1],
+    )

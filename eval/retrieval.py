@@ -1,0 +1,175 @@
+"""From embeddings to prediction files and scores, in the files that MUGE and CN-CLIP define.
+
+Beside the embeddings of an evaluation `<name>` (see `eval.embed`) this writes
+
+    <name>.predictions.jsonl     {"text_id": int, "image_ids": [10 distinct ints]}, a line for each text
+    <name>.tr.predictions.jsonl  {"image_id": int, "text_ids": [10 distinct ints]}, for each image with a text
+    <name>.scores.json           {"success", "score", "scoreJson": {score, mean_recall, r1, r5, r10}}
+    <name>.tr.scores.json        the same for image-to-text
+
+Scores are in percent, counted from the prediction files, as the official scorer does, not from the vectors.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from eval.datasets.cnclip_tsv import EvaluationSet, Int64Array, check_scorable
+from eval.index import read_index, read_vectors, search
+from eval.metrics import CUTOFFS, RecallAtK, RetrievalScores, recall_at_k, retrieval_scores
+from pipeline import store
+from pipeline.records import InputError
+
+K = max(CUTOFFS)
+_QUERIES_PER_WRITE = 1024
+
+
+def retrieve(
+    evaluation: EvaluationSet, embeddings_folder: str, out_folder: str, *, image_to_text: bool = True
+) -> RetrievalScores:
+    """Search both ways, write prediction and score files into `out_folder`, and return the scores.
+
+    `embeddings_folder` is what `eval.embed.embed_evaluation` wrote. Image-to-text queries are the images that
+    some text names; `image_to_text=False` leaves that direction out, as MUGE does.
+
+    Raises InputError for a set too small for recall at 10 or without pairing, features that are NaN or not
+    unit-norm, and features or indices that are not of this evaluation.
+    """
+    check_scorable(evaluation, k=K, image_to_text=image_to_text)
+    t2i_path = store.join(out_folder, f"{evaluation.name}.predictions.jsonl")
+    _write_predictions(
+        t2i_path,
+        ("text_id", "image_ids"),
+        queries=("text", np.arange(evaluation.num_texts), evaluation.text_ids),
+        gallery=("image", evaluation.image_ids),
+        embeddings_folder=embeddings_folder,
+    )
+    t2i = score_text_to_image(t2i_path, evaluation)
+    write_scores(store.join(out_folder, f"{evaluation.name}.scores.json"), t2i)
+    if not image_to_text:
+        return retrieval_scores(t2i, None)
+
+    i2t_path = store.join(out_folder, f"{evaluation.name}.tr.predictions.jsonl")
+    image_rows = np.flatnonzero([len(rows) > 0 for rows in evaluation.texts_of_image])
+    _write_predictions(
+        i2t_path,
+        ("image_id", "text_ids"),
+        queries=("image", image_rows, evaluation.image_ids),
+        gallery=("text", evaluation.text_ids),
+        embeddings_folder=embeddings_folder,
+    )
+    i2t = score_image_to_text(i2t_path, evaluation)
+    write_scores(store.join(out_folder, f"{evaluation.name}.tr.scores.json"), i2t)
+    return retrieval_scores(t2i, i2t)
+
+
+def score_text_to_image(predictions_path: str, evaluation: EvaluationSet) -> RecallAtK:
+    """Recall of a `{"text_id", "image_ids"}` file: a hit is any of the text's images among the first k.
+
+    Raises InputError as the official scorer does: a text without a line, and a line without exactly 10
+    distinct known ids.
+    """
+    right = {
+        int(text_id): {int(evaluation.image_ids[row]) for row in rows}
+        for text_id, rows in zip(evaluation.text_ids, evaluation.images_of_text, strict=True)
+    }
+    return _score(predictions_path, ("text_id", "image_ids"), right, evaluation.image_ids)
+
+
+def score_image_to_text(predictions_path: str, evaluation: EvaluationSet) -> RecallAtK:
+    """Recall of a `{"image_id", "text_ids"}` file over the images that some text names; errors likewise."""
+    right = {
+        int(image_id): {int(evaluation.text_ids[row]) for row in rows}
+        for image_id, rows in zip(evaluation.image_ids, evaluation.texts_of_image, strict=True)
+        if len(rows)
+    }
+    return _score(predictions_path, ("image_id", "text_ids"), right, evaluation.text_ids)
+
+
+def read_predictions(path: str, keys: tuple[str, str]) -> Iterator[tuple[int, list[int]]]:
+    """(query id, 10 gallery ids best first) of each line. Raises InputError naming file and line."""
+    query_key, gallery_key = keys
+    with store.open_read(path) as file:
+        for line_number, line in enumerate(file, start=1):
+            where = f"{path}:{line_number}"
+            try:
+                record = json.loads(line)
+                query_id, gallery_ids = record[query_key], record[gallery_key]
+                well_formed = type(query_id) is int and all(type(value) is int for value in gallery_ids)
+            except (ValueError, KeyError, TypeError):
+                well_formed = False
+            if not well_formed:
+                raise InputError(f'{where}: expected {{"{query_key}": int, "{gallery_key}": [{K} ints]}}')
+            if len(gallery_ids) != K or len(set(gallery_ids)) != K:
+                raise InputError(
+                    f"{where}: {gallery_key} of {query_key} {query_id} must be {K} distinct ids, found"
+                    f" {len(gallery_ids)} with {len(set(gallery_ids))} distinct"
+                )
+            yield query_id, gallery_ids
+
+
+def write_scores(path: str, recall: RecallAtK) -> None:
+    """The official score file; `score` is the mean of the three recalls, all in percent."""
+    mean_recall = retrieval_scores(recall, None)["mean_recall"]
+    body = {"score": mean_recall, "mean_recall": mean_recall, **recall}
+    store.write_text(
+        path, json.dumps({"success": True, "score": mean_recall, "scoreJson": body}, indent=1) + "\n"
+    )
+
+
+def _write_predictions(
+    path: str,
+    keys: tuple[str, str],
+    *,
+    queries: tuple[str, Int64Array, Int64Array],  # modality, rows to ask for, ids of all rows
+    gallery: tuple[str, Int64Array],  # modality, ids of all rows
+    embeddings_folder: str,
+) -> None:
+    query_modality, query_rows, query_ids = queries
+    gallery_modality, gallery_ids = gallery
+    folder = {"image": "img_emb", "text": "text_emb"}[query_modality]
+    vectors_path = store.join(embeddings_folder, folder, f"{folder}_0.npy")
+    vectors_ND = read_vectors(vectors_path)
+    index_path = store.join(embeddings_folder, f"{gallery_modality}.index")
+    index = read_index(index_path)
+    for source, found, wanted in (
+        (vectors_path, len(vectors_ND), len(query_ids)),
+        (index_path, index.ntotal, len(gallery_ids)),
+    ):
+        if found != wanted:
+            raise InputError(f"{source}: {found} rows, but the evaluation has {wanted}; embed it again")
+    with store.publish(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for start in range(0, len(query_rows), _QUERIES_PER_WRITE):
+            rows = query_rows[start : start + _QUERIES_PER_WRITE]
+            _, found_QK = search(index, vectors_ND[rows], K)
+            for row, best_K in zip(rows, found_QK, strict=True):
+                record = {keys[0]: int(query_ids[row]), keys[1]: gallery_ids[best_K].tolist()}
+                file.write(json.dumps(record) + "\n")
+
+
+def _score(
+    path: str, keys: tuple[str, str], right: Mapping[int, set[int]], gallery_ids: Int64Array
+) -> RecallAtK:
+    known = set(gallery_ids.tolist())
+    rank_of_query: dict[int, int] = {}
+    for query_id, predicted in read_predictions(path, keys):
+        if query_id not in right:
+            raise InputError(f"{path}: {keys[0]} {query_id} is none of the evaluation's queries")
+        if query_id in rank_of_query:
+            raise InputError(f"{path}: {keys[0]} {query_id} occurs twice")
+        unknown = set(predicted) - known
+        if unknown:
+            raise InputError(
+                f"{path}: {keys[0]} {query_id} predicts {min(unknown)}, which the set does not hold"
+            )
+        rank_of_query[query_id] = _rank(predicted, right[query_id])
+    missing = right.keys() - rank_of_query.keys()
+    if missing:
+        raise InputError(f"{path}: {len(missing)} of {len(right)} queries are missing, first {min(missing)}")
+    return recall_at_k(np.array(list(rank_of_query.values()), dtype=np.int64))
+
+
+def _rank(predicted: Sequence[int], right: set[int]) -> int:
+    """Place (from 1) of the first right id; K + 1 where there is none."""
+    return next((place for place, value in enumerate(predicted, start=1) if value in right), K + 1)
