@@ -1,0 +1,122 @@
+"""What a run may say about training, and what every rank is told. No heavy imports here."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Self
+
+from pipeline.config import NOT_IN_DIGEST, build
+from pipeline.records import ConfigError, Shard
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AugmentConfig:
+    """How an image is changed before a step sees it. The defaults are the paper's and CN-CLIP's (A.2)."""
+
+    crop_area: tuple[float, float] = (0.9, 1.0)  # share of the image's area a random crop keeps (A.2)
+    crop_aspect: tuple[float, float] = (0.75, 4 / 3)  # width / height of that crop, in pixels
+    horizontal_flip: float = 0.5  # probability; 0 where captions speak of left and right
+    auto_augment: Literal["none", "original"] = "original"  # Cubuk et al. 2019 (A.2); it changes colours
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """One training stage. The defaults are the paper's Table 8, ViT column."""
+
+    epochs: int  # passes over the corpus; the last incomplete batch of an epoch carries over (A.2)
+    global_batch: int = 32_768  # samples an optimizer step sees over all ranks (Table 8)
+    peak_learning_rate: float = 1e-4  # reached after the warm-up, then a cosine to 0 (Table 8)
+    warmup_steps: int = 5_000  # steps of linear warm-up (Table 8)
+    weight_decay: float = 1e-3  # decoupled, on weight matrices and embeddings alone (Table 8)
+    adam_beta1: float = 0.9  # (Table 8)
+    adam_beta2: float = 0.98  # 0.999 for a ResNet (Table 8)
+    adam_eps: float = 1e-6  # 1e-8 for a ResNet (Table 8)
+    max_temperature: float = 100.0  # the logits' scale is clamped to 1…this (Table 8)
+    lock_image: bool = False  # stage 1: the image tower stays as it is, byte for byte (2.3)
+    checkpoint_activations: bool = False  # both towers recompute activations in the backward pass (A.2)
+    context_length: int = 52  # tokens of a caption with [CLS] and [SEP] (Table 8: 50 without)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)  # images (A.2)
+    caption_column: str = "caption"  # column of the shards' sidecars
+    exclude_duplicates: bool = False  # pairs of equal image or caption are no negatives of each other
+
+    lanes: int = 512  # streams the corpus is cut into; divides global_batch, at least ranks
+    window_shards: int = 4  # shards of a lane whose samples are shuffled together
+    ranks: int = 1  # processes; the batches do not depend on it
+    threads_per_rank: int = field(
+        default=1, metadata=NOT_IN_DIGEST
+    )  # threads that compute, and threads that decode
+    deepspeed: str = "zero1"  # file of deepspeed_configs, or a path ending in .json
+
+    validate_every_steps: int = 1_000  # also before the first step and after the last
+    save_every_steps: int = field(
+        default=1_000, metadata=NOT_IN_DIGEST
+    )  # optimizer steps between checkpoints
+    keep_checkpoints: int = field(default=2, metadata=NOT_IN_DIGEST)  # newest checkpoints left on disk
+
+    def check(self, stage: str) -> None:
+        """Raise ConfigError for values that are each well typed but cannot train."""
+        positive = (
+            "epochs global_batch peak_learning_rate context_length lanes window_shards ranks"
+            " threads_per_rank validate_every_steps save_every_steps keep_checkpoints"
+        )
+        for name in positive.split():
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"[{stage}] {name} = {getattr(self, name)}: must be above 0")
+        for name in ("warmup_steps", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"[{stage}] {name} = {getattr(self, name)}: must not be negative")
+        if self.max_temperature < 1:
+            raise ConfigError(f"[{stage}] max_temperature = {self.max_temperature}: must be at least 1")
+        if self.context_length < 3:
+            raise ConfigError(
+                f"[{stage}] context_length = {self.context_length}: [CLS] and [SEP] leave no caption"
+            )
+        if self.global_batch % self.lanes:
+            raise ConfigError(
+                f"[{stage}] global_batch = {self.global_batch} is no multiple of lanes = {self.lanes}:"
+                f" every step takes the same number of samples from each lane; change one of them"
+            )
+        if self.ranks > self.lanes:
+            raise ConfigError(
+                f"[{stage}] ranks = {self.ranks} is more than lanes = {self.lanes}:"
+                f" a rank owns whole lanes; raise lanes or use fewer ranks"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainJob:
+    """Everything a rank needs, written as one JSON file by whoever launches the ranks."""
+
+    stage: str  # name in messages: english, stage1, stage2
+    model: str  # key of training.model.config.MODELS
+    seed: int  # of the order of samples, the augmentation, dropout and new weights
+    shards: tuple[Shard, ...]  # tars in order, each with its .parquet sidecar beside it
+    vocabulary: str  # path or model id that Tokenizer.load takes
+    image_weights: str | None = None  # OpenAI-layout file whose image tower a new model starts from
+    start_checkpoint: str | None = None  # our safetensors of the stage before
+    config: TrainConfig
+    evaluations: Mapping[str, str] = field(default_factory=dict)  # name → folder, for whoever validates
+    folder: str  # checkpoints/, metrics.jsonl, log.jsonl and tokens/ go here
+    output_model: str  # the consolidated weights, written last
+    openai_model: str | None = None  # where to write them in OpenAI CLIP's layout too
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=1, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> Self:
+        """Read a job; ConfigError names `where` (its file) and the key."""
+        return build(cls, json.loads(text), where)
+
+
+def count_steps(config: TrainConfig, num_samples: int, stage: str) -> int:
+    """Number of optimizer steps of a stage over `num_samples`; ConfigError where there is none."""
+    if config.ranks > num_samples:
+        raise ConfigError(f"[{stage}] ranks = {config.ranks}, but the corpus has {num_samples} samples")
+    if config.global_batch > num_samples:
+        raise ConfigError(
+            f"[{stage}] global_batch = {config.global_batch}, but the corpus has {num_samples} samples:"
+            f" lower global_batch (and lanes, which divides it)"
+        )
+    return config.epochs * num_samples // config.global_batch
