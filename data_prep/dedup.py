@@ -50,7 +50,7 @@ def run(config: DedupConfig, context: Context, task: Task, progress: Progress) -
     rows = rows.sort("key", "file", "row")
     extra_copy = pl.col("key") == pl.col("key").shift(1)
     rows = rows.with_columns(reason=pl.when(extra_copy).then(pl.lit(DUPLICATE)))
-    kept = rows.filter(pl.col("reason").is_null()).drop("reason", "file")
+    kept = rows.filter(pl.col("reason").is_null()).drop("reason")
     kept_path = f"kept/{task.name}.parquet"
     write_table(kept, context.path(kept_path))
     dropped = write_drops(rows.filter(pl.col("reason").is_not_null()), context.path(drops_path(task.name)))

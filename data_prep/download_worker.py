@@ -4,6 +4,7 @@ img2dataset starts its workers by spawning, and each imports this module as its 
 at the top holds in all of them.
 """
 
+import importlib
 import io
 import json
 import socket
@@ -14,7 +15,6 @@ import urllib.request
 from typing import Any
 
 import img2dataset.downloader
-import img2dataset.main
 
 from data_prep.resize import UprightResizer
 from pipeline.processes import die_with_parent
@@ -80,8 +80,9 @@ def main() -> None:
     with open(sys.argv[1], encoding="utf-8") as file:
         options = json.load(file)
     resizer = UprightResizer(**options.pop("resizer"))
-    img2dataset.main.Resizer = lambda **_: resizer
-    img2dataset.main.download(**options)
+    program = importlib.import_module("img2dataset.main")  # the package hides it behind a function
+    program.Resizer = lambda **_: resizer  # type: ignore[attr-defined]
+    program.download(**options)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,160 @@
+"""Is this machine fit: each check says what was found and, where it is not enough, what to do."""
+
+import contextlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+
+from pipeline.tables import align
+
+_MIN_DISK_GB = 5  # the demo needs about 1 GB beside the installation
+_MIN_MEMORY_GB = 6  # what the demo may take
+_PYTHON_FROM, _PYTHON_BELOW = (3, 11), (3, 13)  # img2dataset imports imghdr, gone in 3.13
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    check: str
+    fit: bool
+    found: str
+    remedy: str = ""
+
+
+def examine(folder: str) -> bool:
+    """Print a table of findings; True where every check passed."""
+    findings = [
+        check(folder)
+        for check in (
+            _python,
+            _packages,
+            _disk,
+            _memory,
+            _writable,
+            _shared_memory,
+            _compiler,
+            _accelerator,
+            _ranks,
+        )
+    ]
+    rows = [("check", "", "found")]
+    rows += [(finding.check, "ok" if finding.fit else "NOT FIT", finding.found) for finding in findings]
+    print(align(rows, (False, False, False)))
+    unfit = [finding for finding in findings if not finding.fit]
+    for finding in unfit:
+        print(f"{finding.check}: {finding.remedy}")
+    print("this machine is fit" if not unfit else f"{len(unfit)} of {len(findings)} checks failed")
+    return not unfit
+
+
+def _python(folder: str) -> Finding:
+    fit = _PYTHON_FROM <= sys.version_info[:2] < _PYTHON_BELOW
+    return Finding("Python", fit, platform.python_version(), "install Python 3.11 or 3.12")
+
+
+def _packages(folder: str) -> Finding:
+    names = ("torch", "deepspeed", "transformers", "timm", "img2dataset", "faiss-cpu", "polars")
+    versions, missing = [], []
+    for name in names:
+        try:
+            versions.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            missing.append(name)
+    found = ", ".join(versions) + (f"; missing: {', '.join(missing)}" if missing else "")
+    return Finding("packages", not missing, found, "run `make install`")
+
+
+def _disk(folder: str) -> Finding:
+    place = _existing(folder)
+    free_gb = shutil.disk_usage(place).free / 1e9
+    found = f"{free_gb:.0f} GB free at {place}"
+    return Finding("disk", free_gb >= _MIN_DISK_GB, found, f"the demo needs {_MIN_DISK_GB} GB; free space")
+
+
+def _memory(folder: str) -> Finding:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    found = f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB available"
+    fit = memory.available / 1e9 >= _MIN_MEMORY_GB
+    return Finding("memory", fit, found, f"the demo needs {_MIN_MEMORY_GB} GB; close other programs")
+
+
+def _writable(folder: str) -> Finding:
+    place = _existing(folder)
+    try:
+        with tempfile.NamedTemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        return Finding("writable", False, f"{place}: {error.strerror}", "choose another [run] folder")
+    return Finding("writable", True, os.path.abspath(place))
+
+
+def _shared_memory(folder: str) -> Finding:
+    if not os.path.isdir("/dev/shm"):
+        return Finding("shared memory", True, "no /dev/shm on this system")
+    free_mb = shutil.disk_usage("/dev/shm").free / 1e6
+    remedy = "ranks on one machine talk through it: start the container with --shm-size=1g"
+    return Finding("shared memory", free_mb >= 64, f"{free_mb:.0f} MB free in /dev/shm", remedy)
+
+
+def _compiler(folder: str) -> Finding:
+    compiler = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+    search = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+    ninja = shutil.which("ninja", path=search)
+    found = f"{compiler or 'no C++ compiler'}, {'ninja' if ninja else 'no ninja'}"
+    remedy = "DeepSpeed compiles an operator once: apt-get install g++; pip install ninja"
+    return Finding("compiler", bool(compiler and ninja), found, remedy)
+
+
+def _accelerator(folder: str) -> Finding:
+    import torch
+
+    if torch.cuda.is_available():
+        names = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
+        return Finding("accelerator", True, f"{torch.cuda.device_count()} × {', '.join(sorted(names))}")
+    return Finding("accelerator", True, f"none: training runs on the CPU, {os.cpu_count()} cores")
+
+
+def _ranks(folder: str) -> Finding:
+    """Two processes really meet over gloo and add two numbers."""
+    from training.stage import free_port
+
+    program = (
+        "import sys, torch, torch.distributed as d;"
+        f"d.init_process_group('gloo', init_method='tcp://127.0.0.1:{free_port()}',"
+        " rank=int(sys.argv[1]), world_size=2);"
+        "t = torch.ones(1); d.all_reduce(t); sys.exit(int(t.item()) != 2)"
+    )
+    with _started([[sys.executable, "-c", program, str(rank)] for rank in range(2)]) as processes:
+        try:
+            statuses = [process.wait(timeout=60) for process in processes]
+        except subprocess.TimeoutExpired:
+            statuses = [-1]
+    fit = statuses == [0, 0]
+    found = "two processes met over gloo" if fit else f"two processes did not meet (status {statuses})"
+    return Finding("ranks", fit, found, "loopback must be up: `ip link set lo up`; no firewall on 127.0.0.1")
+
+
+@contextlib.contextmanager
+def _started(commands: list[list[str]]) -> Iterator[list[subprocess.Popen[bytes]]]:
+    processes = [subprocess.Popen(command, stderr=subprocess.DEVNULL) for command in commands]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def _existing(folder: str) -> str:
+    """The folder, or the nearest one above it that exists."""
+    place = os.path.abspath(folder)
+    while not os.path.isdir(place):
+        place = os.path.dirname(place)
+    return place

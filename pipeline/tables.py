@@ -1,0 +1,75 @@
+"""What the commands print: aligned plain text, columns also with Chinese in them."""
+
+import unicodedata
+from collections.abc import Sequence
+
+from pipeline import store
+from pipeline.records import Receipt
+from pipeline.runner import Run, StageStatus, State, read_manifest
+
+
+def align(rows: Sequence[Sequence[str]], numeric: Sequence[bool]) -> str:
+    """Rows as aligned columns, two spaces apart; a Chinese character is two columns wide."""
+    widths = [max(_width(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            " " * (width - _width(cell)) + cell if right else cell + " " * (width - _width(cell))
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def plan_table(statuses: Sequence[StageStatus]) -> str:
+    """Every stage with its state; tasks done of all where it has begun."""
+    rows = [("stage", "state", "tasks", "rows kept", "what it does")]
+    for status in statuses:
+        tasks = "" if status.num_tasks is None else f"{status.tasks_done}/{status.num_tasks}"
+        kept = f"{status.manifest.num_kept:,}" if status.manifest and status.state is State.DONE else ""
+        state = status.state.value + (f" ({status.why})" if status.why else "")
+        rows.append((status.stage.name, state, tasks, kept, status.stage.title))
+    return align(rows, (False, False, True, True, False))
+
+
+def status_table(run: Run, statuses: Sequence[StageStatus]) -> str:
+    """What each stage did so far, from its receipts."""
+    rows = [("stage", "state", "tasks", "in", "kept", "dropped", "seconds", "MB")]
+    for status in statuses:
+        receipts = read_receipts(run, status.stage.name)
+        tasks = f"{len(receipts)}/{'?' if status.num_tasks is None else status.num_tasks}"
+        rows.append(
+            (
+                status.stage.name,
+                status.state.value,
+                tasks,
+                f"{sum(receipt.num_in for receipt in receipts):,}",
+                f"{sum(receipt.num_kept for receipt in receipts):,}",
+                f"{sum(sum(receipt.dropped.values()) for receipt in receipts):,}",
+                f"{sum(receipt.seconds for receipt in receipts):,.1f}",
+                f"{sum(out.num_bytes for receipt in receipts for out in receipt.outputs) / 1e6:,.1f}",
+            )
+        )
+    return align(rows, (False, False, True, True, True, True, True, True))
+
+
+def read_receipts(run: Run, stage: str) -> list[Receipt]:
+    folder = store.join(run.folder, stage, "receipts")
+    return [
+        Receipt.from_json(store.read_text(store.join(folder, name)))
+        for name in store.list_files(folder)
+        if name.endswith(".json") and not name.startswith(".")
+    ]
+
+
+def closing_words(run: Run, num_run: int, num_stages: int) -> str:
+    """What `cnclip run` ends with: the headline table and the report's path, once there is a report."""
+    lines = [] if num_run else [f"nothing to do: all {num_stages} stages are done"]
+    if read_manifest(run, "report") is not None:
+        headline = store.read_text(store.join(run.folder, "report", "headline.txt"))
+        lines += ["", headline, "", f"report: {store.join(run.folder, 'report', 'report.html')}"]
+    return "\n".join(lines).strip("\n")
+
+
+def _width(text: str) -> int:
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)

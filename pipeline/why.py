@@ -1,0 +1,113 @@
+"""Where a row went: the answer to `cnclip why RUN.toml KEY-or-URL`, from tables and drop tables."""
+
+import re
+from collections.abc import Iterator
+
+import polars as pl
+
+from data_prep import text_rules
+from data_prep.corpus import tables_of
+from data_prep.drop_table import url_hash, with_key
+from data_prep.filter_text import FilterTextConfig
+from data_prep.sources.table import from_description, scan
+from pipeline import store
+from pipeline.records import InputError, Manifest
+from pipeline.runner import Run, read_manifest
+
+_KEY = re.compile(r"[0-9a-f]{32}")
+# Stages that drop rows, in order, and the stage whose tables hold what is kept at the end.
+_FILTERS = ("filter_text", "dedup", "download", "filter_image")
+
+
+def explain(run: Run, config: FilterTextConfig, key_or_url: str) -> list[str]:
+    """Lines that say what became of each row with this key or URL; InputError where no table has it."""
+    rows = _find_rows(run, key_or_url)
+    if rows.height == 0:
+        raise InputError(f"{key_or_url}: not in any caption table of {run.folder}; give a key or a whole URL")
+    lines = []
+    for row in rows.iter_rows(named=True):
+        lines.append(f"{row['key']}  {row['source']} row {row['row']}  {row['url']}  {row['caption']!r}")
+        lines += [f"  {line}" for line in _fate(run, config, row)]
+    return lines
+
+
+def _find_rows(run: Run, key_or_url: str) -> pl.DataFrame:
+    corpus = read_manifest(run, "corpus")
+    if corpus is None:
+        raise InputError(f"{run.folder}: the corpus stage is not done; run it first")
+    wanted = pl.col("key" if _KEY.fullmatch(key_or_url) else "url") == key_or_url
+    found = []
+    for number, table in enumerate(tables_of(corpus)):
+        path = store.join(run.folder, table["stage"], table["path"]) if table["stage"] else table["path"]
+        frame = with_key(scan(path, from_description(table["source"]))).filter(wanted)
+        columns = ("key", "url", "caption", "source", "row", "score", "language")
+        found.append(frame.select(*columns, file=pl.lit(number)).collect(engine="streaming"))
+    return pl.concat(found)
+
+
+def _fate(run: Run, config: FilterTextConfig, row: dict[str, object]) -> Iterator[str]:
+    drops = dict(_drops(run, str(row["key"]), str(row["url"] or "")))
+    if reason := drops.get("filter_text"):
+        yield f"dropped by filter_text: {reason}{_detail(config, str(reason), row)}"
+        return
+    if "dedup" in drops and not _is_first(run, row):
+        yield f"dropped by dedup: {drops['dedup']} (a lower table and row has the same URL and caption)"
+        return
+    for stage in ("download", "filter_image"):
+        if reason := drops.get(stage):
+            yield f"dropped by {stage}: {reason}"
+            return
+    place = _shard_of(run, str(row["key"]))
+    yield f"kept: {place}" if place else "kept so far; the shards are not made yet"
+
+
+def _drops(run: Run, key: str, url: str) -> Iterator[tuple[str, str]]:
+    hashed = pl.DataFrame({"url": [url]}).select(url_hash()).item()
+    for stage in _FILTERS:
+        for path in _outputs(run, stage, "dropped/"):
+            # Drop tables are sorted by URL hash: row groups outside it are skipped unread.
+            found = pl.scan_parquet(path).filter(url_hash=hashed, key=key).select("reason").collect()
+            if found.height:
+                yield stage, found["reason"][0]
+                break
+
+
+def _is_first(run: Run, row: dict[str, object]) -> bool:
+    for path in _outputs(run, "dedup", "kept/"):
+        found = pl.scan_parquet(path).filter(key=row["key"]).select("file", "row").collect()
+        if found.height:
+            return found.row(0) == (row["file"], row["row"])
+    return False
+
+
+def _shard_of(run: Run, key: str) -> str | None:
+    for path in _outputs(run, "shards", "", ".parquet"):
+        if pl.scan_parquet(path).filter(key=key).select(pl.len()).collect().item():
+            return f"{path.removesuffix('.parquet')}.tar, member {key}.jpg"
+    return None
+
+
+def _outputs(run: Run, stage: str, prefix: str, suffix: str = ".parquet") -> list[str]:
+    manifest: Manifest | None = read_manifest(run, stage)
+    shards = manifest.shards if manifest else ()
+    return [
+        store.join(run.folder, stage, shard.path)
+        for shard in shards
+        if shard.path.startswith(prefix) and shard.path.endswith(suffix) and shard.num_samples
+    ]
+
+
+def _detail(config: FilterTextConfig, reason: str, row: dict[str, object]) -> str:
+    """What the drop table does not keep is judged again: the word that hit, the score, the length."""
+    caption = str(row["caption"] or "").strip()
+    if reason.startswith("blacklist:"):
+        theme = reason.removeprefix("blacklist:")
+        hit = text_rules.blacklist_hit({theme: text_rules.blacklist(theme)}, caption)
+        return f" (the word {hit[1]!r})" if hit else ""
+    if reason == text_rules.SCORE_BELOW_THRESHOLD:
+        return f" ({row['score']:.4f} < {config.min_score})"
+    if reason in (text_rules.TOO_SHORT, text_rules.TOO_LONG):
+        return f" ({len(caption)} characters; {config.min_characters} to {config.max_characters} stay)"
+    if reason == text_rules.LANGUAGE:
+        return f" ({row['language']})"
+    return ""
