@@ -5,7 +5,7 @@ Written in clip-retrieval's layout, one folder an evaluation:
     img_emb/img_emb_0.npy     float32 [num_images, dim], unit-norm      text_emb/text_emb_0.npy   of the texts
     metadata/metadata_0.parquet   image_id, caption: row i describes image i
     text_metadata/metadata_0.parquet   text_id, caption: row i describes text i
-    image.index, text.index       FAISS, row i = id i
+    image.index, text.index       FAISS, row i = id i; written by `eval.index.index_embeddings`
 
 clip-retrieval assumes one text per image and has no folder for rows of texts alone; `text_metadata` is ours,
 and a clip-retrieval service reads the rest as it is. Rows are in id order (`eval.datasets.cnclip_tsv`).
@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eval.datasets.cnclip_tsv import EvaluationSet, check_scorable, read_evaluation
-from eval.index import build_index, check_vectors
+from eval.index import EMBEDDING_FOLDERS, check_vectors
 from eval.metrics import (
     Positives,
     RetrievalScores,
@@ -53,7 +53,7 @@ def embed_evaluation(
     context_length: int = CONTEXT_LENGTH,
     batch_size: int = BATCH_SIZE,
 ) -> tuple[EmbeddingTable, EmbeddingTable]:
-    """Embed an evaluation with a model file and index both sides; returns the tables of images and texts.
+    """Embed an evaluation with a model file; returns the tables of images and of texts.
 
     `vocabulary` is what `Tokenizer.load` takes: a `vocab.txt`, its folder, or a model id. torch's own thread
     settings apply. Raises InputError for a picture that cannot be decoded (naming its id), for a model that
@@ -73,23 +73,21 @@ def embed_evaluation(
     with evaluating(model):
         images = _image_batches(evaluation, image_size_px, batch_size)
         image_ND = _encode(model.encode_image, images, model.logit_scale.device)
-        tokens_NL = _tokens(tokenizer, evaluation, context_length)
+        tokens_NL = tokenizer.encode(evaluation.texts, context_length)
         text_ND = _encode(model.encode_text, _text_batches(tokens_NL, batch_size), model.logit_scale.device)
 
     model_digest = store.digest_file(model_path)
     image_table = _write_side(
-        out_folder,
-        "image",
+        store.join(out_folder, EMBEDDING_FOLDERS["image"], "img_emb_0.npy"),
         image_ND,
-        ("img_emb", "metadata"),
+        store.join(out_folder, "metadata", "metadata_0.parquet"),
         {"image_id": evaluation.image_ids, "caption": _caption_of_images(evaluation)},
         digests=(model_digest, digest("squash, bicubic", image_size_px, MEAN, STD)),
     )
     text_table = _write_side(
-        out_folder,
-        "text",
+        store.join(out_folder, EMBEDDING_FOLDERS["text"], "text_emb_0.npy"),
         text_ND,
-        ("text_emb", "text_metadata"),
+        store.join(out_folder, "text_metadata", "metadata_0.parquet"),
         {"text_id": evaluation.text_ids, "caption": list(evaluation.texts)},
         digests=(model_digest, digest(tokenizer.digest, context_length)),
     )
@@ -98,7 +96,7 @@ def embed_evaluation(
 
 def validator(
     evaluations: Mapping[str, str],
-    vocabulary: str,
+    tokenizer: "Tokenizer",
     context_length: int = CONTEXT_LENGTH,
     *,
     batch_size: int = BATCH_SIZE,
@@ -110,13 +108,10 @@ def validator(
     uint8. The function runs in evaluation mode without gradients, draws no random numbers, and leaves the
     mode of every module as it was. Raises InputError for features that are not finite.
     """
-    from training.model.tokenizer import Tokenizer
-
-    tokenizer = Tokenizer.load(vocabulary)
     sets = [read_evaluation(folder, name) for name, folder in evaluations.items()]
     for evaluation in sets:
         check_scorable(evaluation)
-    tokens = {evaluation.name: _tokens(tokenizer, evaluation, context_length) for evaluation in sets}
+    tokens = {evaluation.name: tokenizer.encode(evaluation.texts, context_length) for evaluation in sets}
     pixels: dict[str, UInt8Array] = {}
 
     def validate(model: "CLIP") -> dict[str, RetrievalScores]:
@@ -189,10 +184,6 @@ def _image_batches(
             raise
 
 
-def _tokens(tokenizer: "Tokenizer", evaluation: EvaluationSet, context_length: int) -> npt.NDArray[np.int32]:
-    return tokenizer.encode(evaluation.texts, context_length)
-
-
 def _text_batches(tokens_NL: npt.NDArray[np.int32], batch_size: int) -> "Iterator[torch.Tensor]":
     """tokens_BL int64, each batch without the columns that are padding in all of its rows."""
     import torch
@@ -244,27 +235,22 @@ def _caption_of_images(evaluation: EvaluationSet) -> list[str]:
 
 
 def _write_side(
-    out_folder: str,
-    modality: str,
+    vectors_path: str,
     vectors_ND: Float32Array,
-    folders: tuple[str, str],
+    metadata_path: str,
     columns: Mapping[str, Sequence[str] | npt.NDArray[np.int64]],
     *,
     digests: tuple[str, str],
 ) -> EmbeddingTable:
-    """Write vectors, metadata and index of one side."""
+    """Write vectors and metadata of one side."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    vectors_folder, metadata_folder = folders
-    vectors_path = store.join(out_folder, vectors_folder, f"{vectors_folder}_0.npy")
-    metadata_path = store.join(out_folder, metadata_folder, "metadata_0.parquet")
     check_vectors(vectors_ND, vectors_path)
     with store.publish(vectors_path) as temporary, open(temporary, "wb") as file:
         np.save(file, vectors_ND)
     with store.publish(metadata_path) as temporary:
         pq.write_table(pa.table(dict(columns)), temporary)
-    build_index(vectors_path, store.join(out_folder, f"{modality}.index"))
     return EmbeddingTable(
         ids=metadata_path,
         vectors=vectors_path,

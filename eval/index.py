@@ -13,6 +13,8 @@ Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
 Int64Array = npt.NDArray[np.int64]
 
+EMBEDDING_FOLDERS = {"image": "img_emb", "text": "text_emb"}  # clip-retrieval's names
+
 _SPARE_CANDIDATES = 32  # beyond k, so that ties at the cut are settled without a second search
 _QUERIES_PER_BATCH = 256
 
@@ -74,6 +76,13 @@ def build_index(vectors_path: str, index_path: str, *, factory: str = "Flat") ->
         ) from None
     with store.publish(index_path) as temporary:
         faiss.write_index(index, temporary)
+
+
+def index_embeddings(embeddings_folder: str, out_folder: str, *, factory: str = "Flat") -> None:
+    """Write `image.index` and `text.index` of what `eval.embed.embed_evaluation` wrote."""
+    for modality, folder in EMBEDDING_FOLDERS.items():
+        vectors_path = store.join(embeddings_folder, folder, f"{folder}_0.npy")
+        build_index(vectors_path, store.join(out_folder, f"{modality}.index"), factory=factory)
 
 
 def read_index(path: str) -> Any:

@@ -1,6 +1,6 @@
 """From embeddings to prediction files and scores, in the files that MUGE and CN-CLIP define.
 
-Beside the embeddings of an evaluation `<name>` (see `eval.embed`) this writes
+For an evaluation `<name>` this writes
 
     <name>.predictions.jsonl     {"text_id": int, "image_ids": [10 distinct ints]}, a line for each text
     <name>.tr.predictions.jsonl  {"image_id": int, "text_ids": [10 distinct ints]}, for each image with a text
@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from eval.datasets.cnclip_tsv import EvaluationSet, Int64Array, check_scorable
-from eval.index import read_index, read_vectors, search
+from eval.index import EMBEDDING_FOLDERS, read_index, read_vectors, search
 from eval.metrics import CUTOFFS, RecallAtK, RetrievalScores, recall_at_k, retrieval_scores
 from pipeline import store
 from pipeline.records import InputError
@@ -26,11 +26,17 @@ _QUERIES_PER_WRITE = 1024
 
 
 def retrieve(
-    evaluation: EvaluationSet, embeddings_folder: str, out_folder: str, *, image_to_text: bool = True
+    evaluation: EvaluationSet,
+    embeddings_folder: str,
+    index_folder: str,
+    out_folder: str,
+    *,
+    image_to_text: bool = True,
 ) -> RetrievalScores:
     """Search both ways, write prediction and score files into `out_folder`, and return the scores.
 
-    `embeddings_folder` is what `eval.embed.embed_evaluation` wrote. Image-to-text queries are the images that
+    The first two folders are what `eval.embed.embed_evaluation` and `eval.index.index_embeddings` wrote, and
+    may be one. Image-to-text queries are the images that
     some text names; `image_to_text=False` leaves that direction out, as MUGE does.
 
     Raises InputError for a set too small for recall at 10 or without pairing, features that are NaN or not
@@ -43,7 +49,7 @@ def retrieve(
         ("text_id", "image_ids"),
         queries=("text", np.arange(evaluation.num_texts), evaluation.text_ids),
         gallery=("image", evaluation.image_ids),
-        embeddings_folder=embeddings_folder,
+        folders=(embeddings_folder, index_folder),
     )
     t2i = score_text_to_image(t2i_path, evaluation)
     write_scores(store.join(out_folder, f"{evaluation.name}.scores.json"), t2i)
@@ -57,7 +63,7 @@ def retrieve(
         ("image_id", "text_ids"),
         queries=("image", image_rows, evaluation.image_ids),
         gallery=("text", evaluation.text_ids),
-        embeddings_folder=embeddings_folder,
+        folders=(embeddings_folder, index_folder),
     )
     i2t = score_image_to_text(i2t_path, evaluation)
     write_scores(store.join(out_folder, f"{evaluation.name}.tr.scores.json"), i2t)
@@ -124,14 +130,15 @@ def _write_predictions(
     *,
     queries: tuple[str, Int64Array, Int64Array],  # modality, rows to ask for, ids of all rows
     gallery: tuple[str, Int64Array],  # modality, ids of all rows
-    embeddings_folder: str,
+    folders: tuple[str, str],  # of embeddings and of indices
 ) -> None:
     query_modality, query_rows, query_ids = queries
     gallery_modality, gallery_ids = gallery
-    folder = {"image": "img_emb", "text": "text_emb"}[query_modality]
+    embeddings_folder, index_folder = folders
+    folder = EMBEDDING_FOLDERS[query_modality]
     vectors_path = store.join(embeddings_folder, folder, f"{folder}_0.npy")
     vectors_ND = read_vectors(vectors_path)
-    index_path = store.join(embeddings_folder, f"{gallery_modality}.index")
+    index_path = store.join(index_folder, f"{gallery_modality}.index")
     index = read_index(index_path)
     for source, found, wanted in (
         (vectors_path, len(vectors_ND), len(query_ids)),

@@ -12,13 +12,14 @@ from evaluation_files import png_bytes, small_evaluation, write_evaluation
 from eval import embed
 from eval.datasets.cnclip_tsv import read_evaluation
 from eval.embed import embed_evaluation, validator
+from eval.index import index_embeddings
 from eval.retrieval import retrieve
 from pipeline.records import InputError
 from training.model.clip import CLIP, build_clip
 from training.model.config import MODELS
 from training.model.preprocess import preprocess
 from training.model.tokenizer import Tokenizer, learn_vocabulary
-from training.model.weights import save_checkpoint
+from training.model.weights import load_checkpoint, save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +40,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def model_of(folder: Path) -> CLIP:
-    from training.model.weights import load_checkpoint
+def tokenizer_of(folder: Path) -> Tokenizer:
+    return Tokenizer.load(str(folder / "vocab.txt"))
 
+
+def model_of(folder: Path) -> CLIP:
     return load_checkpoint(str(folder / "model.safetensors"))
 
 
@@ -58,8 +61,6 @@ def test_layout_rows_and_indices(folder: Path, tmp_path: Path) -> None:
     assert metadata["image_id"] == evaluation.image_ids.tolist()
     assert metadata["caption"][29] == "第零张图片"  # its first text by id, not "第29张图片"
     assert pq.read_table(texts.ids).to_pydict()["caption"] == list(evaluation.texts)
-    assert (tmp_path / "image.index").exists()
-    assert (tmp_path / "text.index").exists()
     assert images.model_digest == texts.model_digest
     assert images.preprocessing_digest != texts.preprocessing_digest
 
@@ -67,8 +68,9 @@ def test_layout_rows_and_indices(folder: Path, tmp_path: Path) -> None:
 def test_validator_gives_the_numbers_of_the_prediction_files(folder: Path, tmp_path: Path) -> None:
     evaluation = read_evaluation(str(folder), "small")
     embed_evaluation(str(folder / "model.safetensors"), str(folder / "vocab.txt"), evaluation, str(tmp_path))
-    from_files = retrieve(evaluation, str(tmp_path), str(tmp_path / "out"))
-    validate = validator({"small": str(folder)}, str(folder / "vocab.txt"))
+    index_embeddings(str(tmp_path), str(tmp_path / "indices"))
+    from_files = retrieve(evaluation, str(tmp_path), str(tmp_path / "indices"), str(tmp_path / "out"))
+    validate = validator({"small": str(folder)}, tokenizer_of(folder))
     model = model_of(folder)
     assert validate(model) == {"small": from_files}
     assert validate(model) == {"small": from_files}  # now from the pictures kept in memory
@@ -81,7 +83,7 @@ def test_validator_leaves_modes_weights_and_random_numbers_alone(folder: Path) -
     modes = [module.training for module in model.modules()]
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     random_state = torch.get_rng_state()
-    validator({"small": str(folder)}, str(folder / "vocab.txt"))(model)
+    validator({"small": str(folder)}, tokenizer_of(folder))(model)
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random_state)
@@ -100,7 +102,7 @@ def test_a_model_that_diverged_and_a_broken_picture_are_named(folder: Path, tmp_
     with torch.no_grad():
         model.text_projection.fill_(float("nan"))
     with pytest.raises(InputError, match="evaluation `small`, texts: 30 of 30 features are NaN"):
-        validator({"small": str(folder)}, str(folder / "vocab.txt"))(model)
+        validator({"small": str(folder)}, tokenizer_of(folder))(model)
 
     images = {row: png_bytes(row) for row in range(12)} | {7: b"<html>not found</html>"}
     write_evaluation(tmp_path, "bad", images, [(row, "图片", [row]) for row in range(12)])
@@ -114,4 +116,4 @@ def test_a_model_that_diverged_and_a_broken_picture_are_named(folder: Path, tmp_
 def test_validator_refuses_a_bad_set_before_training(folder: Path, tmp_path: Path) -> None:
     small_evaluation(tmp_path, count=4)
     with pytest.raises(InputError, match="4 images are too few"):
-        validator({"small": str(tmp_path)}, str(folder / "vocab.txt"))
+        validator({"small": str(tmp_path)}, tokenizer_of(folder))

@@ -41,7 +41,7 @@ def test_scores_of_the_files_equal_the_metrics_with_many_ties(tmp_path: Path) ->
     base = rng.normal(size=(25, 12))  # fewer vectors than rows: every score is tied
     image = write_features(tmp_path / "emb", "image", base[rng.integers(0, 25, evaluation.num_images)])
     text = write_features(tmp_path / "emb", "text", base[rng.integers(0, 25, evaluation.num_texts)])
-    scores = retrieve(evaluation, str(tmp_path / "emb"), str(tmp_path / "out"))
+    scores = retrieve(evaluation, str(tmp_path / "emb"), str(tmp_path / "emb"), str(tmp_path / "out"))
     assert scores == score_features(evaluation, image, text)
     assert 0 < scores["mean_recall"] < 100
 
@@ -75,7 +75,7 @@ def test_same_features_same_bytes(tmp_path: Path) -> None:
     write_features(tmp_path / "emb", "image", rng.normal(size=(evaluation.num_images, 8)))
     write_features(tmp_path / "emb", "text", rng.normal(size=(evaluation.num_texts, 8)))
     for out in ("a", "b"):
-        retrieve(evaluation, str(tmp_path / "emb"), str(tmp_path / out))
+        retrieve(evaluation, str(tmp_path / "emb"), str(tmp_path / "emb"), str(tmp_path / out))
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
@@ -84,7 +84,9 @@ def test_text_to_image_only_has_a_mean_of_three(tmp_path: Path) -> None:
     evaluation = random_evaluation(tmp_path, num_texts=5)
     write_features(tmp_path / "emb", "image", np.random.default_rng(0).normal(size=(60, 8)))
     write_features(tmp_path / "emb", "text", np.random.default_rng(1).normal(size=(5, 8)))
-    scores = retrieve(evaluation, str(tmp_path / "emb"), str(tmp_path), image_to_text=False)
+    scores = retrieve(
+        evaluation, str(tmp_path / "emb"), str(tmp_path / "emb"), str(tmp_path), image_to_text=False
+    )
     assert scores["i2t"] is None
     assert scores["mean_recall"] == pytest.approx(sum(scores["t2i"].values()) / 3)
     assert not (tmp_path / "many.tr.predictions.jsonl").exists()
@@ -93,7 +95,7 @@ def test_text_to_image_only_has_a_mean_of_three(tmp_path: Path) -> None:
 def test_too_few_images_nan_and_foreign_features_are_refused(tmp_path: Path) -> None:
     few = read_evaluation(small_evaluation(tmp_path / "few", count=9), "small")
     with pytest.raises(InputError, match="9 images are too few for recall at 10"):
-        retrieve(few, str(tmp_path), str(tmp_path))
+        retrieve(few, str(tmp_path), str(tmp_path), str(tmp_path))
 
     evaluation = read_evaluation(small_evaluation(tmp_path / "set"), "small")
     vectors = np.random.default_rng(0).normal(size=(12, 8))
@@ -102,12 +104,12 @@ def test_too_few_images_nan_and_foreign_features_are_refused(tmp_path: Path) -> 
     broken[5] = np.nan
     np.save(tmp_path / "text_emb/text_emb_0.npy", broken)
     with pytest.raises(InputError, match=r"text_emb_0\.npy: 1 of 12 features are NaN"):
-        retrieve(evaluation, str(tmp_path), str(tmp_path / "out"))
+        retrieve(evaluation, str(tmp_path), str(tmp_path), str(tmp_path / "out"))
     assert not list((tmp_path / "out").glob("*"))
 
     write_features(tmp_path, "text", vectors[:11])
     with pytest.raises(InputError, match=r"text_emb_0\.npy: 11 rows, but the evaluation has 12"):
-        retrieve(evaluation, str(tmp_path), str(tmp_path / "out"))
+        retrieve(evaluation, str(tmp_path), str(tmp_path), str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(
