@@ -5,7 +5,7 @@ Written in clip-retrieval's layout, one folder an evaluation:
     img_emb/img_emb_0.npy     float32 [num_images, dim], unit-norm      text_emb/text_emb_0.npy   of the texts
     metadata/metadata_0.parquet   image_id, caption: row i describes image i
     text_metadata/metadata_0.parquet   text_id, caption: row i describes text i
-    image.index, text.index       FAISS, row i = id i; written by `eval.index.index_embeddings`
+    image.index, text.index       FAISS, row i = id i; added by `eval.index.build_index`
 
 clip-retrieval assumes one text per image and has no folder for rows of texts alone; `text_metadata` is ours,
 and a clip-retrieval service reads the rest as it is. Rows are in id order (`eval.datasets.cnclip_tsv`).

@@ -78,13 +78,6 @@ def build_index(vectors_path: str, index_path: str, *, factory: str = "Flat") ->
         faiss.write_index(index, temporary)
 
 
-def index_embeddings(embeddings_folder: str, out_folder: str, *, factory: str = "Flat") -> None:
-    """Write `image.index` and `text.index` of what `eval.embed.embed_evaluation` wrote."""
-    for modality, folder in EMBEDDING_FOLDERS.items():
-        vectors_path = store.join(embeddings_folder, folder, f"{folder}_0.npy")
-        build_index(vectors_path, store.join(out_folder, f"{modality}.index"), factory=factory)
-
-
 def read_index(path: str) -> Any:
     """The FAISS index of a file. Raises InputError where the file is missing or damaged."""
     import faiss

@@ -35,8 +35,8 @@ def retrieve(
 ) -> RetrievalScores:
     """Search both ways, write prediction and score files into `out_folder`, and return the scores.
 
-    The first two folders are what `eval.embed.embed_evaluation` and `eval.index.index_embeddings` wrote, and
-    may be one. Image-to-text queries are the images that
+    `embeddings_folder` is what `eval.embed.embed_evaluation` wrote, `index_folder` holds `image.index` and
+    `text.index` of it. Image-to-text queries are the images that
     some text names; `image_to_text=False` leaves that direction out, as MUGE does.
 
     Raises InputError for a set too small for recall at 10 or without pairing, features that are NaN or not

@@ -12,7 +12,7 @@ from evaluation_files import png_bytes, small_evaluation, write_evaluation
 from eval import embed
 from eval.datasets.cnclip_tsv import read_evaluation
 from eval.embed import embed_evaluation, validator
-from eval.index import index_embeddings
+from eval.index import build_index
 from eval.retrieval import retrieve
 from pipeline.records import InputError
 from training.model.clip import CLIP, build_clip
@@ -68,7 +68,8 @@ def test_layout_rows_and_indices(folder: Path, tmp_path: Path) -> None:
 def test_validator_gives_the_numbers_of_the_prediction_files(folder: Path, tmp_path: Path) -> None:
     evaluation = read_evaluation(str(folder), "small")
     embed_evaluation(str(folder / "model.safetensors"), str(folder / "vocab.txt"), evaluation, str(tmp_path))
-    index_embeddings(str(tmp_path), str(tmp_path / "indices"))
+    for side, vectors in (("image", "img_emb/img_emb_0.npy"), ("text", "text_emb/text_emb_0.npy")):
+        build_index(str(tmp_path / vectors), str(tmp_path / "indices" / f"{side}.index"))
     from_files = retrieve(evaluation, str(tmp_path), str(tmp_path / "indices"), str(tmp_path / "out"))
     validate = validator({"small": str(folder)}, tokenizer_of(folder))
     model = model_of(folder)

@@ -1,0 +1,116 @@
+"""Line charts as SVG elements for the report's page.
+
+They hold numbers and ASCII labels alone: matplotlib's fonts have no Chinese, so whatever a corpus may name is
+written by the page instead. Colours and font are the variables of the page's style sheet, so that charts
+follow light and dark.
+"""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+# Placeholders that matplotlib takes for colours → variables of the style sheet.
+_INK, _GRID, _SERIES = "#0a0b01", "#0a0b02", ("#0a0b03", "#0a0b04", "#0a0b05")
+_VARIABLES = {
+    _INK: "var(--muted)",
+    _GRID: "var(--line)",
+    **{colour: f"var(--series-{i})" for i, colour in enumerate(_SERIES, start=1)},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """A line: its name (written once, where the last line of that name ends), colour 0…2, (x, y) points."""
+
+    label: str
+    colour: int
+    points: Sequence[tuple[float, float]]
+
+
+def line_chart(
+    name: str,
+    title: str,
+    series: Sequence[Series],
+    boundaries: Sequence[tuple[str, int]],
+    *,
+    top: float | None = None,
+) -> str:
+    """An SVG element over samples seen, as wide as its container.
+
+    `name` keeps its ids apart from other charts'. `boundaries` are (stage, samples seen at its start), then
+    ("", the end); `top` bounds the y axis, which otherwise fits the data.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    settings: Any = {
+        "svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "axes.edgecolor": _GRID,
+        "axes.labelcolor": _INK, "text.color": _INK, "xtick.color": _INK, "ytick.color": _INK,
+        "axes.spines.top": False, "axes.spines.right": False,
+    }  # fmt: skip
+    with rc_context(settings):
+        figure = Figure(figsize=(4.6, 2.7), layout="constrained")
+        axes = figure.add_subplot()
+        last_point: dict[str, tuple[float, float, int]] = {}
+        for line in series:
+            if not line.points:
+                continue
+            x, y = zip(*line.points, strict=True)
+            marker = "o" if len(x) < 40 and line.label else None
+            axes.plot(x, y, color=_SERIES[line.colour], linewidth=1.6, marker=marker, markersize=2.6)
+            if line.label:
+                last_point[line.label] = (x[-1], y[-1], line.colour)
+        end = boundaries[-1][1] or 1
+        axes.set_xlim(0, end * (1.13 if last_point else 1.0))
+        if top is not None:
+            highest = max(value for line in series for _, value in line.points)
+            axes.set_ylim(0, min(top, max(10.0, highest * 1.2)))
+        for (stage, start), (_, stop) in pairwise(boundaries):
+            if start:
+                axes.axvline(start, color=_INK, linewidth=0.8, linestyle=(0, (3, 3)))
+            if stop - start > 0.08 * end:
+                label = stage.encode("ascii", "replace").decode()
+                middle = (start + stop) / 2
+                axes.text(middle, 1.02, label, transform=axes.get_xaxis_transform(), ha="center", va="bottom")
+        _label_lines(axes, last_point)
+        axes.grid(axis="y", color=_GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.tick_params(length=0)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.set_xlabel("samples seen")
+        file = io.StringIO()
+        no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
+    return _inline_svg(file.getvalue(), name, title)
+
+
+def _label_lines(axes: Any, last_point: Mapping[str, tuple[float, float, int]]) -> None:
+    """Names at the ends of the lines, moved apart where lines end close together."""
+    low, high = axes.get_ylim()
+    gap = 0.075 * (high - low)
+    position = -float("inf")
+    for label, (x, y, colour) in sorted(last_point.items(), key=lambda item: item[1][1]):
+        position = max(y, position + gap)
+        axes.annotate(
+            label, (x, position), xytext=(4, 0), textcoords="offset points", va="center",
+            color=_SERIES[colour], fontweight="bold", annotation_clip=False,
+        )  # fmt: skip
+
+
+def _inline_svg(svg: str, name: str, title: str) -> str:
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 role="img" aria-label="{title}"', svg, count=1)
+    svg = re.sub(r'id="([^"]+)"', rf'id="{name}-\1"', svg)  # several charts share a page
+    svg = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', svg)
+    svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", svg)
+    svg = re.sub(r"(font: [^;\"]*?[\d.]+px) [^;\"]*", r"\1 var(--font)", svg)
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(colour, variable)
+    return re.sub(r"\s*\n\s*", "\n", svg).strip()
