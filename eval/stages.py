@@ -1,0 +1,189 @@
+"""The evaluation stages of a run: embed, index, retrieval, baseline, report."""
+
+import json
+from dataclasses import dataclass
+
+from pipeline import store
+from pipeline.evaluation_sets import EvaluationSet, evaluations_of
+from pipeline.records import InputError
+from pipeline.stage import Context, Outcome, Progress, Task
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreConfig:
+    """What is scored: the training stages, in order (the last is the final model), and how texts are cut."""
+
+    stages: tuple[str, ...]
+    vocabulary: str | None  # unset: the vocabulary stage's
+    context_length: int  # tokens with [CLS] and [SEP]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexConfig:
+    """`[index]`: how features are searched."""
+
+    factory: str = "Flat"  # FAISS factory string; Flat is exact
+
+
+def _pairs(config: ScoreConfig, context: Context) -> list[tuple[str, EvaluationSet]]:
+    """(training stage, evaluation set) in order."""
+    return [(stage, item) for item in evaluations_of(context) for stage in config.stages]
+
+
+def _folder(name: str, stage: str) -> str:
+    return f"{name}/{stage}"
+
+
+def embed_tasks(config: ScoreConfig, context: Context) -> list[Task]:
+    """One task for each model and evaluation set."""
+    vocabulary = {}
+    if config.vocabulary is None:
+        vocabulary = {shard.path: shard.digest for shard in context.shards_of("vocabulary", "caption.txt")}
+    return [
+        Task(
+            f"{item.name}.{stage}",
+            {
+                **vocabulary,
+                "evaluation": item.digest,
+                "model": context.shards_of(stage, "model.safetensors")[0].digest,
+            },
+            {"evaluation": item.name, "stage": stage},
+        )
+        for stage, item in _pairs(config, context)
+    ]
+
+
+def embed(config: ScoreConfig, context: Context, task: Task, progress: Progress) -> Outcome:
+    """Features of one evaluation set under one model, in clip-retrieval's layout."""
+    from eval.datasets.cnclip_tsv import check_scorable, read_evaluation
+    from eval.embed import embed_evaluation
+
+    stage = task.arguments["stage"]
+    item = _evaluation(context, task)
+    evaluation = read_evaluation(item.folder, item.name)
+    check_scorable(evaluation)
+    folder = _folder(item.name, stage)
+    embed_evaluation(
+        context.path_in(stage, "model.safetensors"),
+        config.vocabulary or context.path_in("vocabulary", "caption.txt"),
+        evaluation,
+        context.path(folder),
+        context_length=config.context_length,
+    )
+    outputs = {
+        f"{folder}/img_emb/img_emb_0.npy": evaluation.num_images,
+        f"{folder}/text_emb/text_emb_0.npy": evaluation.num_texts,
+        f"{folder}/metadata/metadata_0.parquet": evaluation.num_images,
+        f"{folder}/text_metadata/metadata_0.parquet": evaluation.num_texts,
+    }
+    count = evaluation.num_images + evaluation.num_texts
+    return Outcome(outputs, num_in=count, num_kept=count)
+
+
+def index_tasks(config: IndexConfig, context: Context) -> list[Task]:
+    """One task for each folder of features, both sides."""
+    vectors = {shard.path: shard for shard in context.parents["embed"].shards if shard.path.endswith(".npy")}
+    folders = sorted({path.split("/img_emb/")[0] for path in vectors if "/img_emb/" in path})
+    return [
+        Task(
+            folder.replace("/", "."),
+            {path: shard.digest for path, shard in vectors.items() if path.startswith(f"{folder}/")},
+            {"folder": folder},
+        )
+        for folder in folders
+    ]
+
+
+def build_indices(config: IndexConfig, context: Context, task: Task, progress: Progress) -> Outcome:
+    """`image.index` and `text.index` of one folder of features."""
+    from eval.index import build_index, read_index
+
+    folder = task.arguments["folder"]
+    outputs = {}
+    for side, vectors in (("image", "img_emb/img_emb_0.npy"), ("text", "text_emb/text_emb_0.npy")):
+        path = f"{folder}/{side}.index"
+        build_index(context.path_in("embed", folder, vectors), context.path(path), factory=config.factory)
+        outputs[path] = int(read_index(context.path(path)).ntotal)
+    count = sum(outputs.values())
+    return Outcome(outputs, num_in=count, num_kept=count)
+
+
+def retrieval_tasks(config: ScoreConfig, context: Context) -> list[Task]:
+    """One task for each model and evaluation set."""
+    digests = {
+        shard.path: shard.digest for parent in ("embed", "index") for shard in context.parents[parent].shards
+    }
+    return [
+        Task(
+            f"{item.name}.{stage}",
+            {
+                "evaluation": item.digest,
+                **{
+                    path: digest
+                    for path, digest in digests.items()
+                    if path.startswith(f"{_folder(item.name, stage)}/")
+                },
+            },
+            {"evaluation": item.name, "stage": stage},
+        )
+        for stage, item in _pairs(config, context)
+    ]
+
+
+def retrieve(config: ScoreConfig, context: Context, task: Task, progress: Progress) -> Outcome:
+    """Prediction and score files of both directions; the scores go into the receipt for the report."""
+    from eval.datasets.cnclip_tsv import read_evaluation
+    from eval.retrieval import retrieve as search_and_score
+
+    item = _evaluation(context, task)
+    folder = _folder(item.name, task.arguments["stage"])
+    evaluation = read_evaluation(item.folder, item.name)
+    scores = search_and_score(
+        evaluation, context.path_in("embed", folder), context.path_in("index", folder), context.path(folder)
+    )
+    outputs = {
+        f"{folder}/{name}": num
+        for name, num in (
+            (f"{item.name}.predictions.jsonl", evaluation.num_texts),
+            (f"{item.name}.tr.predictions.jsonl", evaluation.num_images),
+            (f"{item.name}.scores.json", 0),
+            (f"{item.name}.tr.scores.json", 0),
+        )
+    }
+    return Outcome(
+        outputs,
+        num_in=evaluation.num_texts,
+        num_kept=evaluation.num_texts,
+        extra={"evaluation": item.name, "stage": task.arguments["stage"], "scores": dict(scores)},
+    )
+
+
+def baseline_tasks(config: None, context: Context) -> list[Task]:
+    """One task: the training pictures are read once for every evaluation set."""
+    inputs = {shard.path: shard.digest for shard in context.parents["shards"].shards}
+    inputs |= {f"evaluation {item.name}": item.digest for item in evaluations_of(context)}
+    return [Task("baseline", inputs)]
+
+
+def baseline(config: None, context: Context, task: Task, progress: Progress) -> Outcome:
+    """What a score must beat: chance, and a pixel nearest neighbour over the training pictures."""
+    from eval.baseline import PixelBaseline, chance
+    from eval.datasets.cnclip_tsv import check_scorable, read_evaluation
+
+    pixel = PixelBaseline.from_shards([shard.path for shard in context.shards_of("shards", ".tar")])
+    scores = {}
+    num_texts = 0
+    for item in evaluations_of(context):
+        evaluation = read_evaluation(item.folder, item.name)
+        check_scorable(evaluation)
+        scores[item.name] = {"pixel": pixel.scores(evaluation), "chance": chance(evaluation)}
+        num_texts += evaluation.num_texts
+    store.write_text(context.path("baselines.json"), json.dumps(scores, indent=1, ensure_ascii=False))
+    return Outcome({"baselines.json": num_texts}, num_in=num_texts, num_kept=num_texts)
+
+
+def _evaluation(context: Context, task: Task) -> EvaluationSet:
+    for item in evaluations_of(context):
+        if item.name == task.arguments["evaluation"]:
+            return item
+    raise InputError(f"{task.arguments['evaluation']}: the corpus has no such evaluation set")

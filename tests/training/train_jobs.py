@@ -1,0 +1,61 @@
+"""Small training jobs, and the functions that ranks run in tests."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from shard_files import write_shards, write_vocabulary
+
+from training.config import AugmentConfig, TrainConfig, TrainJob
+
+CONFIG = TrainConfig(
+    epochs=2,
+    global_batch=16,
+    peak_learning_rate=2e-3,
+    warmup_steps=2,
+    weight_decay=0.05,
+    context_length=12,
+    augment=AugmentConfig(crop_area=(0.6, 1.0), horizontal_flip=0.0, auto_augment="none"),
+    lanes=4,
+    window_shards=2,
+    save_every_steps=3,
+    validate_every_steps=4,
+)
+
+
+def make_job(
+    folder: Path, run: str, *, model: str = "tiny-vit", sizes: tuple[int, ...] = (20, 20, 9), **changes: Any
+) -> TrainJob:
+    """A job on shards that all runs of a test's folder share; `changes` are fields of TrainConfig."""
+    shards = write_shards(folder / "shards", list(sizes))
+    (folder / run).mkdir(exist_ok=True)
+    return TrainJob(
+        stage="stage2",
+        model=model,
+        seed=7,
+        shards=shards,
+        vocabulary=write_vocabulary(folder / "vocab.txt"),
+        config=dataclasses.replace(CONFIG, **changes),
+        folder=str(folder / run),
+        output_model=str(folder / run / "model.safetensors"),
+    )
+
+
+def mean_similarity(clip: Any) -> dict[str, dict[str, Any]]:
+    """A stand-in for recall that depends on every weight and buffer."""
+    import torch
+
+    assert not clip.training
+    generator = torch.Generator().manual_seed(1)
+    size_px = clip.config.vision.image_size_px
+    image_BCHW = torch.rand(4, 3, size_px, size_px, generator=generator)
+    tokens_BL = torch.randint(1, 20, (4, 6), generator=generator)
+    with torch.no_grad():
+        similarity = clip.encode_image(image_BCHW) @ clip.encode_text(tokens_BL).T
+    return {"toy": {"mean_recall": similarity.mean().item()}}
+
+
+def train_rank(job: TrainJob) -> None:
+    from training.pretrain import pretrain
+
+    pretrain(job, mean_similarity)

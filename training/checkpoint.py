@@ -1,0 +1,179 @@
+"""Checkpoints to go on from: whole or not there, verified when read, and independent of the number of ranks.
+
+A checkpoint is a folder `step_<step>` with `weights.safetensors` (parameters in float32 and buffers, by the
+model's names), `optimizer.safetensors` (Adam's two moments by the same names), `metrics.jsonl` as it was, and
+`state.json`: the step, what the run is (`identity`) and every file's sha256. There is no random state in it:
+every draw of a step is a function of the seed and the step.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline import store
+from pipeline.records import InputError
+from training.engine import MOMENTS, adam_of, gather_weights, load_weights
+
+_STEP_FOLDER = re.compile(r"step_(\d{9})")
+_STATE = "state.json"
+_WEIGHTS, _OPTIMIZER, _METRICS = "weights.safetensors", "optimizer.safetensors", "metrics.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A verified checkpoint on disk."""
+
+    folder: str
+    step: int  # optimizer steps that were finished
+
+    @property
+    def metrics_path(self) -> str:
+        return os.path.join(self.folder, _METRICS)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainState:
+    """What a run goes on from, whole and on the CPU."""
+
+    step: int
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]  # `exp_avg.<name>` and `exp_avg_sq.<name>`
+
+
+def gather_state(engine: Any, step: int) -> TrainState:
+    """Put a state together from all ranks; a collective, so every rank calls it."""
+    moments = {}
+    for name, parameter in engine.module.clip.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        for moment in MOMENTS:
+            if hasattr(parameter, "_hp_mapping"):
+                value = safe_get_full_optimizer_state(parameter, moment)
+            else:
+                value = adam_of(engine).state[parameter][moment]
+            moments[f"{moment}.{name}"] = value.cpu().contiguous()
+    return TrainState(step, gather_weights(engine), moments)
+
+
+def restore_state(engine: Any, state: TrainState) -> None:
+    """Put a state into an engine; each rank keeps its part."""
+    load_weights(engine, state.weights)
+    adam = adam_of(engine)
+    for values in adam.state.values():
+        values["step"].fill_(state.step)
+    for name, parameter in engine.module.clip.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        for moment in MOMENTS:
+            value = state.moments[f"{moment}.{name}"].to(parameter.device)
+            if hasattr(parameter, "_hp_mapping"):
+                safe_set_full_optimizer_state(parameter, value, moment)
+            else:
+                adam.state[parameter][moment].copy_(value)
+
+
+def save(root: str, state: TrainState, identity: Mapping[str, Any], metrics_path: str, *, keep: int) -> None:
+    """Publish a checkpoint under `root` and remove all but the newest `keep`; one rank calls it.
+
+    InputError where the disk is full.
+    """
+    name = f"step_{state.step:09d}"
+    partial, target = os.path.join(root, f".{name}.partial"), os.path.join(root, name)
+    os.makedirs(root, exist_ok=True)
+    try:
+        for left_over in os.listdir(root):
+            if left_over.startswith("."):
+                shutil.rmtree(os.path.join(root, left_over))
+        os.mkdir(partial)
+        save_file(state.weights, os.path.join(partial, _WEIGHTS))
+        save_file(state.moments, os.path.join(partial, _OPTIMIZER))
+        shutil.copyfile(metrics_path, os.path.join(partial, _METRICS))
+        files = {file: store.digest_file(os.path.join(partial, file)) for file in sorted(os.listdir(partial))}
+        with open(os.path.join(partial, _STATE), "w", encoding="utf-8") as file:
+            json.dump({"step": state.step, "identity": identity, "sha256": files}, file, indent=1)
+        for path in (*files, _STATE, ""):
+            _flush_to_disk(os.path.join(partial, path))
+        store.remove(target)  # a damaged one of the same step
+        os.rename(partial, target)
+        _flush_to_disk(root)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise InputError(
+            f"{target}: cannot write the checkpoint: {error}; make room and run the same command again"
+        ) from None
+    for step in sorted(_steps(root))[:-keep]:
+        store.remove(os.path.join(root, f"step_{step:09d}"))
+
+
+def find_newest(root: str, identity: Mapping[str, Any]) -> Checkpoint | None:
+    """The newest whole checkpoint, or None where there is none; damaged ones are named and passed over.
+
+    InputError where it belongs to another model, corpus or configuration.
+    """
+    for step in sorted(_steps(root), reverse=True):
+        folder = os.path.join(root, f"step_{step:09d}")
+        damage = _find_damage(folder)
+        if damage is None:
+            _require_same_run(folder, identity)
+            return at_step(root, step)
+        print(f"{folder}: damaged ({damage}): taking the checkpoint before it", flush=True)
+    return None
+
+
+def at_step(root: str, step: int) -> Checkpoint:
+    """The checkpoint of a step, not verified."""
+    return Checkpoint(os.path.join(root, f"step_{step:09d}"), step)
+
+
+def load(checkpoint: Checkpoint) -> TrainState:
+    return TrainState(
+        checkpoint.step,
+        load_file(os.path.join(checkpoint.folder, _WEIGHTS)),
+        load_file(os.path.join(checkpoint.folder, _OPTIMIZER)),
+    )
+
+
+def _steps(root: str) -> list[int]:
+    names = os.listdir(root) if os.path.isdir(root) else []
+    return [int(match[1]) for name in names if (match := _STEP_FOLDER.fullmatch(name))]
+
+
+def _find_damage(folder: str) -> str | None:
+    try:
+        state = json.loads(store.read_text(os.path.join(folder, _STATE)))
+        for file, sha256 in state["sha256"].items():
+            if store.digest_file(os.path.join(folder, file)) != sha256:
+                return f"{file} has other bytes than were written"
+    except FileNotFoundError as error:
+        return f"{os.path.basename(error.filename)} is missing"
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        return f"{_STATE} cannot be read: {error!r}"
+    return None
+
+
+def _require_same_run(folder: str, identity: Mapping[str, Any]) -> None:
+    saved = json.loads(store.read_text(os.path.join(folder, _STATE)))["identity"]
+    now = json.loads(json.dumps(identity))  # tuples are lists there
+    for key in sorted(saved.keys() | now.keys()):
+        if saved.get(key) != now.get(key):
+            raise InputError(
+                f"{folder}: made with {key} = {saved.get(key)}, but this run has {now.get(key)}:"
+                f" remove {os.path.dirname(folder)} to train anew, or restore the old value to go on"
+            )
+
+
+def _flush_to_disk(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

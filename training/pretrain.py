@@ -1,0 +1,175 @@
+"""One training stage on one rank: everything from the job to the consolidated weights."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import cv2
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import logger as deepspeed_logger
+from torch import distributed as dist
+
+from pipeline import store
+from pipeline.config import digest
+from pipeline.processes import die_with_parent
+from pipeline.records import ConfigError
+from training import checkpoint
+from training.checkpoint import Checkpoint
+from training.config import TrainJob, count_steps
+from training.data import BatchReader, Prefetcher, SampleOrder, check_shards
+from training.engine import build_engine, gather_weights, join_ranks
+from training.loop import Journal, Run, Validate, checkpoints_folder, train
+from training.model.clip import CLIP, build_clip
+from training.model.config import MODELS
+from training.model.tokenizer import Tokenizer
+from training.model.weights import load_checkpoint, load_image_tower, save_checkpoint, save_openai
+
+# Of TrainConfig, what a run may change between two starts: how it runs, not what it learns from what.
+_NOT_LEARNING = (
+    "ranks",
+    "threads_per_rank",
+    "deepspeed",
+    "validate_every_steps",
+    "save_every_steps",
+    "keep_checkpoints",
+)
+
+
+def pretrain(job: TrainJob, validate: Validate | None) -> None:
+    """Train one stage and write its weights; every rank calls it in the launcher's environment.
+
+    Goes on from the newest whole checkpoint of `job.folder`. Writes `metrics.jsonl`, `log.jsonl` and
+    `checkpoints/` there, and `job.output_model` (and `job.openai_model`) last. ConfigError and InputError as
+    their messages say.
+    """
+    die_with_parent()
+    deepspeed_logger.setLevel("WARNING")
+    torch.set_num_threads(job.config.threads_per_rank)
+    cv2.setNumThreads(1)  # the reader has its own threads
+    config, num_samples = job.config, sum(shard.num_samples for shard in job.shards)
+    config.check(job.stage)
+    total_steps = count_steps(config, num_samples, job.stage)
+    join_ranks(config)
+    rank = dist.get_rank()
+    if rank == 0:
+        check_shards(job.shards)
+
+    tokenizer = Tokenizer.load(job.vocabulary)
+    clip = build_model(job, tokenizer)
+    order = SampleOrder(
+        [shard.num_samples for shard in job.shards],
+        seed=job.seed,
+        global_batch=config.global_batch,
+        lanes=config.lanes,
+        window_shards=config.window_shards,
+    )
+    engine = build_engine(
+        clip, config, tuple(order.rank_num_samples(r, config.ranks) for r in range(config.ranks))
+    )
+    identity = describe(job, clip, tokenizer)
+    resumed = _agree_on_checkpoint(checkpoints_folder(job.folder), identity)
+    if resumed is not None:
+        checkpoint.restore_state(engine, checkpoint.load(resumed))
+    journal = Journal(job.folder, writes=rank == 0, total_steps=total_steps, global_batch=config.global_batch)
+    journal.start_at(resumed)
+    reader = BatchReader(
+        job.shards,
+        order,
+        tokenizer,
+        lanes=order.rank_lanes(rank, config.ranks),
+        image_size_px=clip.config.vision.image_size_px,
+        augment_config=config.augment,
+        caption_column=config.caption_column,
+        context_length=config.context_length,
+        token_folder=os.path.join(job.folder, "tokens"),
+        seed=job.seed,
+        threads=config.threads_per_rank,
+    )
+    first_step = 0 if resumed is None else resumed.step
+    batches = Prefetcher(reader, first_step, total_steps)
+    engine.train()
+    train(
+        Run(
+            stage=job.stage,
+            config=config,
+            seed=job.seed,
+            engine=engine,
+            batches=batches,
+            first_step=first_step,
+            total_steps=total_steps,
+            validate=validate,
+            journal=journal,
+            folder=job.folder,
+            identity=identity,
+        )
+    )
+    batches.close()
+    journal.flush()
+    write_model(job, engine, total_steps)
+
+
+def build_model(job: TrainJob, tokenizer: Tokenizer) -> CLIP:
+    """The model a stage starts from: new, with an image tower taken over, or another stage's weights."""
+    if job.model not in MODELS:
+        raise ConfigError(f"[{job.stage}] model = {job.model!r}: unknown; known: {', '.join(sorted(MODELS))}")
+    torch.manual_seed(job.seed)
+    clip = build_clip(MODELS[job.model], vocab_size=tokenizer.vocab_size)
+    if job.config.context_length > clip.config.text.max_positions:
+        raise ConfigError(
+            f"[{job.stage}] context_length = {job.config.context_length}, but {job.model} has"
+            f" {clip.config.text.max_positions} positions"
+        )
+    if job.image_weights is not None:
+        load_image_tower(job.image_weights, clip)
+    if job.start_checkpoint is not None:
+        clip.load_state_dict(load_checkpoint(job.start_checkpoint, expected=clip.config).state_dict())
+    if job.config.lock_image:
+        clip.lock_image_tower()
+    clip.set_activation_checkpointing(job.config.checkpoint_activations)
+    return clip
+
+
+def describe(job: TrainJob, clip: CLIP, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a checkpoint has to have in common with the run that goes on from it.
+
+    The number of ranks is not in it: a state is put together from all ranks.
+    """
+    learning = dataclasses.asdict(job.config)
+    for name in _NOT_LEARNING:
+        del learning[name]
+    return {
+        "model": job.model,
+        "seed": job.seed,
+        "shards": digest([shard.digest for shard in job.shards]),
+        "vocabulary": tokenizer.digest,
+        "image_weights": job.image_weights and store.digest_file(job.image_weights),
+        "start_checkpoint": job.start_checkpoint and store.digest_file(job.start_checkpoint),
+        **learning,
+    }
+
+
+def write_model(job: TrainJob, engine: Any, total_steps: int) -> None:
+    """Consolidate and write the weights by rank 0; every rank calls it."""
+    weights = gather_weights(engine)
+    if dist.get_rank() == 0:
+        clip: CLIP = engine.module.clip
+        final = CLIP(clip.config)
+        final.load_state_dict(weights)
+        samples_seen = str(total_steps * job.config.global_batch)
+        metadata: Mapping[str, str] = {"stage": job.stage, "samples_seen": samples_seen}
+        if job.openai_model is not None:
+            save_openai(job.openai_model, final, final.config)
+        save_checkpoint(job.output_model, final, final.config, metadata)
+    dist.barrier()
+
+
+def _agree_on_checkpoint(root: str, identity: Mapping[str, Any]) -> Checkpoint | None:
+    """Rank 0 verifies what is there; all go on from the same step."""
+    step = torch.tensor([-1], device=get_accelerator().current_device_name())
+    if dist.get_rank() == 0 and (newest := checkpoint.find_newest(root, identity)) is not None:
+        step[0] = newest.step
+        print(f"going on from {newest.folder}", flush=True)
+    dist.broadcast(step, 0)
+    return None if step.item() < 0 else checkpoint.at_step(root, int(step.item()))
