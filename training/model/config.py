@@ -102,9 +102,9 @@ VIT_H_14 = ModelConfig(
 # thousand pictures and the augmentation already regularises.
 TINY_RN = ModelConfig(
     name="tiny-rn",
-    embed_dim=256,
+    embed_dim=128,
     vision=ModifiedResNetConfig(image_size_px=48, blocks=(1, 1, 1, 1), width=1024),
-    text=TextConfig(layers=2, width=256, heads=4, vocab_size=4000, max_positions=64, dropout=0.0),
+    text=TextConfig(layers=2, width=128, heads=4, vocab_size=3000, max_positions=64, dropout=0.0),
 )
 # As small as a ViT can be and still have every part: for tests.
 TINY_VIT = ModelConfig(
