@@ -9,8 +9,6 @@ import torch
 from training.model.clip import CLIP, build_clip
 from training.model.config import MODELS
 
-torch.set_num_threads(1)
-
 
 def _model(name: str) -> CLIP:
     torch.manual_seed(0)

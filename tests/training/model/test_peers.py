@@ -98,7 +98,6 @@ def _take_over(model: CLIP, reference: Any, path: Path) -> None:
 
 @pytest.mark.parametrize("config", PEERS.values(), ids=PEERS.keys())
 def test_both_towers_equal_cn_clip(config: ModelConfig, tmp_path: Path) -> None:
-    torch.set_num_threads(1)
     reference, model = _cn_clip_model(config), build_clip(config).eval()
     _take_over(model, reference, tmp_path / "reference.pt")
     captions = ["一只红色的猫", "a blue square", "“两个”黄色的圆形，很大。" * 4, ""]
@@ -111,6 +110,38 @@ def test_both_towers_equal_cn_clip(config: ModelConfig, tmp_path: Path) -> None:
         torch.testing.assert_close(model.encode_text(tokens_BL), text_features, atol=TOLERANCE, rtol=0)
     torch.testing.assert_close(model.logit_scale.exp(), reference.logit_scale.exp().reshape(1))
     assert image_features.std(dim=0).max() > 0.01  # features that differ between pictures
+
+
+STRUCTURES = {
+    "RN50": "RN50@RBT3-chinese",
+    "ViT-B-16": "ViT-B-16@RoBERTa-wwm-ext-base-chinese",
+    "ViT-L-14": "ViT-L-14@RoBERTa-wwm-ext-base-chinese",
+    "ViT-L-14-336": "ViT-L-14-336@RoBERTa-wwm-ext-base-chinese",
+    "ViT-H-14": "ViT-H-14@RoBERTa-wwm-ext-large-chinese",
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_the_paper_models_have_cn_clips_tensors_and_heads(name: str) -> None:
+    from cn_clip.clip.utils import create_model  # type: ignore[import-untyped]
+
+    with torch.device("meta"):
+        model, reference = build_clip(MODELS[name]), create_model(STRUCTURES[name])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "cpu", lambda tensor: tensor)  # meta tensors have no bytes to move
+        ours = {key: tensor.shape for key, tensor in state_for_file(model).items()}
+    state = reference.state_dict()
+    assert ours == {key: tensor.shape for key, tensor in state.items() if "bert.pooler" not in key}
+    config, text = MODELS[name], reference.bert_config
+    assert config.text.heads == text.num_attention_heads
+    assert (config.text.dropout, config.text.max_positions) == (
+        text.hidden_dropout_prob,
+        text.max_position_embeddings,
+    )
+    if isinstance(config.vision, VisionTransformerConfig):
+        assert config.vision.heads == reference.visual.transformer.resblocks[0].attn.num_heads
+    else:
+        assert config.vision.heads == reference.visual.attnpool.num_heads
 
 
 @pytest.mark.parametrize("config", PEERS.values(), ids=PEERS.keys())
@@ -187,7 +218,7 @@ def test_every_common_character_is_normalised_as_cn_clip_does() -> None:
     assert _differing_characters(range(0xE000, 0x10000)) == []
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a million characters
 def test_every_character_is_normalised_as_cn_clip_does() -> None:
     assert _differing_characters(range(0x110000)) == []
 

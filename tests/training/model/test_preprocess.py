@@ -50,8 +50,6 @@ def test_every_mode_becomes_three_channels(mode: str) -> None:
 def test_torchvision_gives_the_same_pixels() -> None:
     from torchvision import transforms
 
-    import training.model  # noqa: F401  before torchvision, which it makes importable
-
     pixels = np.random.default_rng(0).integers(0, 256, (37, 53, 3), dtype=np.uint8)
     reference = transforms.Compose(
         [
