@@ -36,6 +36,7 @@ from data_prep.sources.demo_scenes import (
     random_training_scene,
 )
 from data_prep.sources.evaluation_set import EvaluationText, write_evaluation
+from pipeline.records import ConfigError
 
 EVALUATION_NAME = "unseen"
 NUM_TABLES = 3
@@ -617,7 +618,13 @@ def make_demo(config: DemoConfig, folder: str | Path) -> None:
       SAMPLE_ID.
     - `expected/`, `expected.json` (`{URL: PNG file}`): the upright RGB pictures that a reader must see in
       the files that need care.
+
+    ConfigError where a number leaves nothing to make.
     """
+    least = {"num_clean": 1, "num_evaluation": 1, "image_size_px": 32, "dirt": 0.01}
+    for name, minimum in least.items():
+        if getattr(config, name) < minimum:
+            raise ConfigError(f"corpus.{name}: {getattr(config, name)}, but at least {minimum} is needed")
     folder = Path(folder)
     world = _make_world(config)
     clean = list(_clean_rows(world))

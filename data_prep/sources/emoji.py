@@ -195,9 +195,13 @@ def make_emoji(config: EmojiConfig, out: str | Path) -> None:
     - `evaluation/<vendor>/`: pictures of each evaluated vendor but flags, in Chinese-CLIP's layout, their
       Chinese names as queries; `<vendor>_urls.txt`.
 
-    InputError for a missing or broken file; ConfigError where a vendor is both trained and evaluated on.
+    InputError for a missing or broken file; ConfigError where a vendor is both trained and evaluated on,
+    or a number leaves nothing to make.
     """
     folder, out = Path(config.folder), Path(out)
+    for name in ("captions_per_picture", "max_keywords"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"corpus.{name}: {getattr(config, name)}, but at least 1 is needed")
     both = sorted(set(config.train) & set(config.evaluate))
     if both:
         raise ConfigError(f"corpus.train and corpus.evaluate both name {', '.join(both)}; remove it from one")

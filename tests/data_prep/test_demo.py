@@ -6,6 +6,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -32,6 +33,7 @@ from data_prep.sources.demo_scenes import (
     hold_out_pairs,
     random_training_scene,
 )
+from pipeline.records import ConfigError
 
 CONFIG = DemoConfig(num_clean=60, num_evaluation=24, dirt=0.15)
 
@@ -301,3 +303,11 @@ def test_a_scene_told_from_the_other_side_is_the_same_scene() -> None:
     red, blue = Group(Kind("红色", "圆形"), 1, "plain"), Group(Kind("蓝色", "菱形"), 2, "small")
     assert Scene(red, "白色", "right", blue).canonical() == Scene(blue, "白色", "left", red).canonical()
     assert Scene(red, "白色", "above", blue).canonical() == Scene(blue, "白色", "below", red).canonical()
+
+
+@pytest.mark.parametrize("name", ["num_clean", "num_evaluation", "image_size_px", "dirt"])
+def test_numbers_that_leave_nothing_to_make_are_refused(tmp_path: Path, name: str) -> None:
+    changes: dict[str, Any] = {name: 0}
+    with pytest.raises(ConfigError, match=rf"corpus\.{name}: 0, but at least"):
+        make_demo(replace(CONFIG, **changes), tmp_path)
+    assert list(tmp_path.iterdir()) == []

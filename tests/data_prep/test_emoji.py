@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -206,3 +207,11 @@ def test_nothing_left_to_train_on(tmp_path: Path) -> None:
 def test_a_vendor_cannot_be_trained_and_evaluated_on(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"corpus\.train and corpus\.evaluate both name one"):
         make_emoji(EmojiConfig(folder=str(folder), train=("one",), evaluate=("one",)), tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["captions_per_picture", "max_keywords"])
+def test_numbers_that_leave_nothing_to_make_are_refused(folder: Path, tmp_path: Path, name: str) -> None:
+    changes: dict[str, Any] = {name: 0}
+    config = replace(EmojiConfig(folder=str(folder), evaluate=("two",)), **changes)
+    with pytest.raises(ConfigError, match=rf"corpus\.{name}: 0, but at least 1"):
+        make_emoji(config, tmp_path / "out")
