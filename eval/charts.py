@@ -53,9 +53,9 @@ def line_chart(
         "axes.spines.top": False, "axes.spines.right": False,
     }  # fmt: skip
     with rc_context(settings):
-        figure = Figure(figsize=(4.6, 2.7), layout="constrained")
+        figure = Figure(figsize=(4.0, 2.5), layout="constrained")
         axes = figure.add_subplot()
-        last_point: dict[str, tuple[float, float, int]] = {}
+        last_point: dict[str, tuple[float, float]] = {}
         for line in series:
             if not line.points:
                 continue
@@ -63,9 +63,9 @@ def line_chart(
             marker = "o" if len(x) < 40 and line.label else None
             axes.plot(x, y, color=_SERIES[line.colour], linewidth=1.6, marker=marker, markersize=2.6)
             if line.label:
-                last_point[line.label] = (x[-1], y[-1], line.colour)
+                last_point[line.label] = (x[-1], y[-1])
         end = boundaries[-1][1] or 1
-        axes.set_xlim(0, end * (1.13 if last_point else 1.0))
+        axes.set_xlim(0, end * (1.16 if last_point else 1.0))
         if top is not None:
             highest = max(value for line in series for _, value in line.points)
             axes.set_ylim(0, min(top, max(10.0, highest * 1.2)))
@@ -89,17 +89,28 @@ def line_chart(
     return _inline_svg(file.getvalue(), name, title)
 
 
-def _label_lines(axes: Any, last_point: Mapping[str, tuple[float, float, int]]) -> None:
-    """Names at the ends of the lines, moved apart where lines end close together."""
+def _label_lines(axes: Any, last_point: Mapping[str, tuple[float, float]]) -> None:
+    """Names at the ends of the lines, moved apart where lines end close together, and kept inside."""
     low, high = axes.get_ylim()
-    gap = 0.075 * (high - low)
-    position = -float("inf")
-    for label, (x, y, colour) in sorted(last_point.items(), key=lambda item: item[1][1]):
-        position = max(y, position + gap)
+    gap = 0.085 * (high - low)
+    from_below = sorted(last_point.items(), key=lambda item: item[1][1])
+    positions: list[float] = []
+    for _, (_, y) in from_below:
+        positions.append(max(y, positions[-1] + gap) if positions else y)
+    ceiling = high - 0.3 * gap
+    for i in reversed(range(len(positions))):
+        positions[i] = min(positions[i], ceiling)
+        ceiling = positions[i] - gap
+    for (label, (x, _)), position in zip(from_below, positions, strict=True):
         axes.annotate(
-            label, (x, position), xytext=(4, 0), textcoords="offset points", va="center",
-            color=_SERIES[colour], fontweight="bold", annotation_clip=False,
-        )  # fmt: skip
+            label,
+            (x, position),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontweight="bold",
+            annotation_clip=False,
+        )
 
 
 def _inline_svg(svg: str, name: str, title: str) -> str:
