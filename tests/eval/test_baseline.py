@@ -12,7 +12,7 @@ from evaluation_files import png_bytes, write_evaluation
 from PIL import Image
 
 from eval.baseline import PixelBaseline, chance, thumbnail
-from eval.datasets.cnclip_tsv import read_evaluation
+from eval.datasets.cnclip_tsv import EvaluationSet, read_evaluation
 from pipeline.records import InputError
 
 
@@ -37,7 +37,7 @@ def write_shard(folder: Path, name: str, samples: list[tuple[str, bytes]]) -> st
     return str(tar_path)
 
 
-def evaluation_of(folder: Path, texts: list[str]):
+def evaluation_of(folder: Path, texts: list[str]) -> EvaluationSet:
     images = {row: png_bytes(row) for row in range(len(texts))}
     write_evaluation(folder, "e", images, [(row, text, [row]) for row, text in enumerate(texts)])
     return read_evaluation(str(folder), "e")

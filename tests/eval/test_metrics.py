@@ -26,7 +26,7 @@ def plain_ranks(scores: np.ndarray, positives: list[np.ndarray]) -> list[int]:
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
-    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), dtype=np.float32)
 
 
 def random_positives(rng: np.random.Generator, queries: int, gallery: int) -> list[np.ndarray]:
