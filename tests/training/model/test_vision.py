@@ -36,4 +36,4 @@ def test_same_weights_same_features_as_timm() -> None:
     theirs.load_state_dict(ours.state_dict())
     image_BCHW = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
-        assert torch.equal(ours(image_BCHW), theirs(image_BCHW))
+        torch.testing.assert_close(ours(image_BCHW), theirs(image_BCHW), atol=1e-5, rtol=1e-5)
