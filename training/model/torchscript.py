@@ -44,7 +44,9 @@ def read_torchscript(path: str) -> dict[str, torch.Tensor]:
     """
     try:
         with store.open_read(path) as file, zipfile.ZipFile(file) as archive:
-            entry = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+            entry = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
+            if entry is None:
+                raise pickle.UnpicklingError("a zip without data.pkl")
             with archive.open(entry) as pickled:
                 root = _TensorUnpickler(pickled, archive, entry.removesuffix("data.pkl")).load()
             if not isinstance(root, _Module):

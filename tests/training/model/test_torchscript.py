@@ -108,6 +108,10 @@ def test_files_that_are_no_archives_are_named(tmp_path: Path) -> None:
     (tmp_path / "text.pt").write_text("not found")
     with pytest.raises(InputError, match=r"text\.pt: not a whole TorchScript archive"):
         read_torchscript(str(tmp_path / "text.pt"))
+    with zipfile.ZipFile(tmp_path / "other.pt", "w") as archive:
+        archive.writestr("readme.txt", "no weights")
+    with pytest.raises(InputError, match=r"other\.pt: .* \(a zip without data\.pkl\)"):
+        read_torchscript(str(tmp_path / "other.pt"))
     torch.save({"visual.proj": torch.ones(2)}, tmp_path / "state.pt")
     with pytest.raises(InputError, match="holds a dict instead of modules"):
         read_torchscript(str(tmp_path / "state.pt"))
