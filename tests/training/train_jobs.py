@@ -7,6 +7,7 @@ from typing import Any
 from shard_files import write_shards, write_vocabulary
 
 from training.config import AugmentConfig, TrainConfig, TrainJob
+from training.model.config import ModelConfig, ModifiedResNetConfig, TextConfig, VisionTransformerConfig
 
 CONFIG = TrainConfig(
     epochs=2,
@@ -24,7 +25,7 @@ CONFIG = TrainConfig(
 
 
 def make_job(
-    folder: Path, run: str, *, model: str = "tiny-vit", sizes: tuple[int, ...] = (20, 20, 9), **changes: Any
+    folder: Path, run: str, *, model: str = "small-vit", sizes: tuple[int, ...] = (20, 20, 9), **changes: Any
 ) -> TrainJob:
     """A job on shards that all runs of a test's folder share; `changes` are fields of TrainConfig."""
     shards = write_shards(folder / "shards", list(sizes))
@@ -55,7 +56,21 @@ def mean_similarity(clip: Any) -> dict[str, dict[str, Any]]:
     return {"toy": {"mean_recall": similarity.mean().item()}}
 
 
-def train_rank(job: TrainJob) -> None:
+def train_rank(job: TrainJob, *, dropout: float = 0.1) -> None:
+    """What one rank does, with the models of tests."""
+    from training.model.config import MODELS
     from training.pretrain import pretrain
 
+    MODELS.update(small_models(dropout))
     pretrain(job, mean_similarity)
+
+
+def small_models(dropout: float = 0.1) -> dict[str, ModelConfig]:
+    """A ViT, and a ResNet with its batch norms."""
+    text = TextConfig(layers=2, width=64, heads=2, max_positions=16, dropout=dropout)
+    vit = VisionTransformerConfig(image_size_px=32, patch_size_px=8, layers=2, width=64, heads=2)
+    resnet = ModifiedResNetConfig(image_size_px=32, blocks=(1, 1, 1, 1), width=256)
+    return {
+        "small-vit": ModelConfig(name="small-vit", embed_dim=32, vision=vit, text=text),
+        "small-rn": ModelConfig(name="small-rn", embed_dim=32, vision=resnet, text=text),
+    }

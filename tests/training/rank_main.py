@@ -1,0 +1,15 @@
+"""What the launcher starts in tests: one rank of the job whose path is the argument."""
+
+import sys
+from pathlib import Path
+
+from train_jobs import train_rank
+
+from pipeline.records import ConfigError, InputError
+from training.config import TrainJob
+
+try:
+    train_rank(TrainJob.from_json(Path(sys.argv[-1]).read_text(), sys.argv[-1]))
+except (ConfigError, InputError) as error:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(error.exit_status)

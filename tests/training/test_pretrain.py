@@ -1,0 +1,235 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rank_processes import free_port, run_ranks
+from safetensors.torch import load_file
+from train_jobs import make_job, small_models, train_rank
+
+from training.config import AugmentConfig, TrainJob
+
+HERE = Path(__file__).parent
+
+
+def read_metrics(job: TrainJob) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(job.folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(job: TrainJob) -> list[float]:
+    return [line["loss"] for line in read_metrics(job) if "loss" in line]
+
+
+def outputs(job: TrainJob) -> tuple[bytes, bytes]:
+    return Path(job.output_model).read_bytes(), (Path(job.folder) / "metrics.jsonl").read_bytes()
+
+
+def train_rank_without_dropout(job: TrainJob) -> None:
+    train_rank(job, dropout=0.0)
+
+
+def test_ranks_and_zero_stages_make_no_difference(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "exclude_duplicates": True,
+        "augment": AugmentConfig(horizontal_flip=0.5, auto_augment="original"),
+    }
+    one = make_job(tmp_path, "one", ranks=1, **changes)
+    run_ranks(train_rank_without_dropout, 1, one)
+    # 3 ranks own 4 lanes: their shares of a batch differ
+    for ranks, deepspeed in ((2, "zero1"), (3, "zero2")):
+        other = make_job(tmp_path, f"{deepspeed}-{ranks}", ranks=ranks, deepspeed=deepspeed, **changes)
+        run_ranks(train_rank_without_dropout, ranks, other)
+        np.testing.assert_allclose(losses(other), losses(one), atol=1e-4)
+        ours, theirs = load_file(other.output_model), load_file(one.output_model)
+        for name, tensor in theirs.items():
+            torch.testing.assert_close(ours[name], tensor, atol=1e-3, rtol=1e-3, msg=name)
+
+
+def test_it_learns_and_writes_what_it_promises(tmp_path: Path) -> None:
+    job = make_job(tmp_path, "run", sizes=(60, 60, 8), epochs=14, global_batch=32, exclude_duplicates=True)
+    run_ranks(train_rank, 1, job)
+    metrics = read_metrics(job)
+    assert losses(job)[-1] < losses(job)[0] - 0.3
+    assert [line["step"] for line in metrics if "evaluation" in line] == [*range(0, 57, 4)]
+    assert set(metrics[0]) == {"step", "samples_seen", "evaluation", "recall"}
+    assert set(metrics[1]) == {"step", "samples_seen", "loss", "temperature", "learning_rate"}
+    assert metrics[-1]["samples_seen"] == 56 * 32
+    assert len(list((Path(job.folder) / "checkpoints").iterdir())) == job.config.keep_checkpoints
+    speed = json.loads((Path(job.folder) / "log.jsonl").read_text().splitlines()[-1])
+    assert speed["samples_per_second"] > 0
+    assert speed["data_wait_seconds"] >= 0
+
+
+def test_a_locked_image_tower_stays_as_it_is_byte_for_byte(tmp_path: Path) -> None:
+    from training.model.config import MODELS
+    from training.model.tokenizer import Tokenizer
+    from training.model.weights import load_checkpoint
+    from training.pretrain import build_model
+
+    MODELS.update(small_models())
+    job = make_job(tmp_path, "run", model="small-rn", ranks=2, lock_image=True, epochs=1)
+    start = build_model(job, Tokenizer.load(job.vocabulary)).state_dict()
+    run_ranks(train_rank, 2, job)
+    end = load_checkpoint(job.output_model).state_dict()
+    assert any("running_mean" in name for name in end)
+    for name, tensor in end.items():
+        if name.startswith("visual."):
+            assert torch.equal(tensor, start[name]), name
+    assert not torch.equal(end["text_projection"], start["text_projection"])
+
+
+def test_activation_checkpointing_changes_nothing(tmp_path: Path) -> None:
+    plain = make_job(tmp_path, "plain", epochs=1)
+    recomputed = make_job(tmp_path, "recomputed", epochs=1, checkpoint_activations=True)
+    run_ranks(train_rank, 1, plain)
+    run_ranks(train_rank, 1, recomputed)
+    np.testing.assert_allclose(losses(recomputed), losses(plain), rtol=1e-6)
+
+
+def test_a_run_continues_on_another_number_of_ranks(tmp_path: Path) -> None:
+    whole = make_job(tmp_path, "whole", ranks=2)
+    run_ranks(train_rank_without_dropout, 2, whole)
+    continued = dataclasses.replace(whole, config=dataclasses.replace(whole.config, ranks=1))
+    Path(whole.output_model).unlink()
+    expected = losses(whole)
+    run_ranks(train_rank_without_dropout, 1, continued)
+    assert losses(continued)[:3] == expected[:3]
+    np.testing.assert_allclose(losses(continued), expected, atol=1e-4)
+
+
+def test_another_configuration_does_not_continue(tmp_path: Path) -> None:
+    job = make_job(tmp_path, "run", epochs=1, save_every_steps=1)
+    run_ranks(train_rank, 1, job)
+    changed = dataclasses.replace(job, config=dataclasses.replace(job.config, weight_decay=0.5))
+    with pytest.raises(AssertionError, match=r"InputError.*step_.*weight_decay = 0.05, but this run has 0.5"):
+        run_ranks(train_rank, 1, changed)
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_samples(tmp_path: Path) -> None:
+    job = make_job(tmp_path, "run", peak_learning_rate=1e38, warmup_steps=0)
+    with pytest.raises(AssertionError, match=r"InputError: \[stage2\] the loss is (nan|inf) at step [23]"):
+        run_ranks(train_rank, 1, job)
+    (found,) = Path(job.folder).glob("not_finite_step_*_rank_0.json")
+    assert len(json.loads(found.read_text())["keys"]) == job.config.global_batch
+    assert all(np.isfinite(losses(job)))
+
+
+def temperatures_and_masters(job: TrainJob) -> list[tuple[float, float]]:
+    """(module's temperature, its float32 master) after every step."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    from training import loop
+
+    found, train_step = [], loop.train_step
+
+    def watched(engine: Any, *arguments: Any) -> float:
+        loss: float = train_step(engine, *arguments)
+        scale = engine.module.clip.logit_scale
+        master = safe_get_full_fp32_param(scale) if hasattr(scale, "_hp_mapping") else scale
+        found.append((scale.exp().item(), master.exp().item()))
+        return loss
+
+    loop.train_step = watched
+    train_rank(job)
+    return found
+
+
+@pytest.mark.parametrize("deepspeed", ["zero0", "zero1", "zero2"])
+def test_the_temperature_is_clamped_in_the_master_too(tmp_path: Path, deepspeed: str) -> None:
+    job = make_job(tmp_path, "run", ranks=2, epochs=1, max_temperature=9.0, deepspeed=deepspeed)
+    for found in run_ranks(temperatures_and_masters, 2, job):
+        # It starts at 14.3. Were the master not clamped, the second step would go on from there.
+        assert found[0] == pytest.approx((9.0, 9.0), rel=1e-6)
+        assert all(8.9 < module == master <= 9.000001 for module, master in found)
+
+
+def launch(job: TrainJob) -> subprocess.Popen[str]:
+    """The real launcher on this machine, in a process group of its own."""
+    path = Path(job.folder) / "job.json"
+    path.write_text(job.to_json())
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(job.config.ranks)]
+    command += ["--master_port", str(free_port()), str(HERE / "rank_main.py"), str(path)]
+    python_path = os.pathsep.join([str(HERE), str(HERE.parent.parent)])
+    environment = os.environ | {"PYTHONPATH": python_path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def train_rank_until_killed(job: TrainJob, step: int) -> None:
+    """Die as by `kill -9`, in the middle of a step."""
+    from training import loop
+
+    train_step = loop.train_step
+
+    def killed(engine: Any, batch: Any, *arguments: Any) -> float:
+        if batch.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        loss: float = train_step(engine, batch, *arguments)
+        return loss
+
+    loop.train_step = killed
+    train_rank(job)
+
+
+def test_killed_and_launched_again_gives_the_bytes_of_a_run_that_was_not(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"model": "small-rn", "ranks": 2, "epochs": 4, "save_every_steps": 4}
+    whole, killed = (make_job(tmp_path, run, **changes) for run in ("whole", "killed"))
+    run_ranks(train_rank, 2, whole)
+    with pytest.raises(AssertionError, match="the rank died"):
+        run_ranks(train_rank_until_killed, 2, killed, 9)
+    newest = Path(killed.folder) / "checkpoints" / "step_000000008" / "optimizer.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    process = launch(killed)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "step_000000008: damaged (optimizer.safetensors has other bytes than were written)" in output
+    assert "going on from" in output
+    assert "step_000000004" in output
+    assert '@progress {"done": 12, "total": 12, "text": "loss' in output
+    assert outputs(killed) == outputs(whole)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"model": "small-rn", "ranks": 2, "epochs": 200, "save_every_steps": 20}
+    whole, killed = (make_job(tmp_path, run, **changes) for run in ("whole", "killed"))
+    run_ranks(train_rank, 2, whole)
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        process = launch(killed)
+        try:
+            process.communicate(timeout=random.uniform(1, 25))
+            break
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    process = launch(killed)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert outputs(killed) == outputs(whole)
+
+
+def test_an_error_of_one_rank_ends_all_and_is_shown(tmp_path: Path) -> None:
+    job = make_job(tmp_path, "run", ranks=2)
+    last = Path(job.shards[-1].path)
+    data = bytearray(last.read_bytes())
+    data[len(data) // 4 : -2048] = b"\0" * (len(data) - 2048 - len(data) // 4)
+    last.write_bytes(data)
+    process = launch(job)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert f"error: {last}: " in output
+    assert ".jpg is no picture" in output
