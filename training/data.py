@@ -12,6 +12,7 @@ import os
 import queue
 import threading
 import time
+import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -245,7 +246,7 @@ def _cached_tokens(
         try:
             with store.open_read(path) as file, np.load(file, allow_pickle=False) as arrays:
                 return arrays["token_ids"], arrays["token_starts"]
-        except (ValueError, OSError, KeyError, EOFError) as error:
+        except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile) as error:
             print(f"{path}: cannot be read ({error}): token ids are made again", flush=True)
     tokens_NL = tokenizer.encode(captions, context_length)
     full = [caption for caption, last in zip(captions, tokens_NL[:, -1], strict=True) if last]

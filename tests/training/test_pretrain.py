@@ -126,8 +126,9 @@ def temperatures_and_masters(job: TrainJob) -> list[tuple[float, float]]:
     from deepspeed.utils import safe_get_full_fp32_param
 
     from training import loop
+    from training.engine import train_step
 
-    found, train_step = [], loop.train_step
+    found = []
 
     def watched(engine: Any, *arguments: Any) -> float:
         loss: float = train_step(engine, *arguments)
@@ -136,7 +137,7 @@ def temperatures_and_masters(job: TrainJob) -> list[tuple[float, float]]:
         found.append((scale.exp().item(), master.exp().item()))
         return loss
 
-    loop.train_step = watched
+    pytest.MonkeyPatch().setattr(loop, "train_step", watched)
     train_rank(job)
     return found
 
@@ -171,8 +172,7 @@ def launch(job: TrainJob) -> subprocess.Popen[str]:
 def train_rank_until_killed(job: TrainJob, step: int) -> None:
     """Die as by `kill -9`, in the middle of a step."""
     from training import loop
-
-    train_step = loop.train_step
+    from training.engine import train_step
 
     def killed(engine: Any, batch: Any, *arguments: Any) -> float:
         if batch.step == step:
@@ -180,7 +180,7 @@ def train_rank_until_killed(job: TrainJob, step: int) -> None:
         loss: float = train_step(engine, batch, *arguments)
         return loss
 
-    loop.train_step = killed
+    pytest.MonkeyPatch().setattr(loop, "train_step", killed)
     train_rank(job)
 
 

@@ -1,0 +1,61 @@
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from train_jobs import CONFIG, make_job
+
+from pipeline.config import build
+from pipeline.records import ConfigError
+from training.config import TrainConfig, TrainJob, count_steps
+
+
+def test_a_job_survives_its_file(tmp_path: Path) -> None:
+    job = make_job(tmp_path, "run", ranks=2)
+    assert TrainJob.from_json(job.to_json(), "job.json") == job
+
+
+def test_a_job_with_a_misspelt_key_names_the_right_one(tmp_path: Path) -> None:
+    fields = json.loads(make_job(tmp_path, "run").to_json())
+    fields["config"]["global_bach"] = fields["config"].pop("global_batch")
+    with pytest.raises(
+        ConfigError, match=r"job.json: config.global_bach: unknown key; did you mean .*global_batch"
+    ):
+        TrainJob.from_json(json.dumps(fields), "job.json")
+
+
+def test_defaults_are_table_8() -> None:
+    config = build(TrainConfig, {"epochs": 44}, "test")
+    assert (config.global_batch, config.peak_learning_rate, config.warmup_steps) == (32_768, 1e-4, 5_000)
+    assert (config.weight_decay, config.max_temperature, config.context_length) == (1e-3, 100, 52)
+    assert (config.adam_beta1, config.adam_beta2, config.adam_eps) == (0.9, 0.98, 1e-6)
+    config.check("stage1")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": 0}, r"\[stage1\] epochs = 0: must be above 0"),
+        ({"warmup_steps": -1}, r"warmup_steps = -1: must not be negative"),
+        ({"lanes": 3}, r"global_batch = 16 is no multiple of lanes = 3"),
+        ({"ranks": 5}, r"ranks = 5 is more than lanes = 4"),
+        ({"max_temperature": 0.5}, r"max_temperature = 0.5"),
+        ({"context_length": 2}, r"context_length = 2"),
+    ],
+)
+def test_values_that_cannot_train_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(CONFIG, **change).check("stage1")
+
+
+def test_the_last_incomplete_batch_carries_over() -> None:
+    assert count_steps(dataclasses.replace(CONFIG, epochs=1), 47, "stage1") == 2
+    assert count_steps(dataclasses.replace(CONFIG, epochs=3), 47, "stage1") == 8
+
+
+def test_a_corpus_too_small_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"\[stage1\] global_batch = 16, but the corpus has 15 samples"):
+        count_steps(CONFIG, 15, "stage1")
+    with pytest.raises(ConfigError, match=r"ranks = 4, but the corpus has 3 samples"):
+        count_steps(dataclasses.replace(CONFIG, ranks=4), 3, "stage1")

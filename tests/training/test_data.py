@@ -1,0 +1,280 @@
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import fsspec
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from shard_files import VOCABULARY, write_shards
+
+from pipeline.records import ConfigError, InputError, Shard
+from training.config import AugmentConfig
+from training.data import (
+    BatchReader,
+    Prefetcher,
+    SampleOrder,
+    check_shards,
+    read_shard_table,
+    sidecar_path,
+)
+from training.model.tokenizer import Tokenizer
+
+
+def make_order(
+    sizes: Sequence[int], *, lanes: int, batch: int, window: int = 2, seed: int = 5
+) -> SampleOrder:
+    return SampleOrder(sizes, seed=seed, global_batch=batch, lanes=lanes, window_shards=window)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 12), min_size=1, max_size=8),
+    lanes=st.integers(1, 4),
+    per_lane=st.integers(1, 5),
+    window=st.integers(1, 3),
+)
+def test_every_epoch_of_a_lane_has_each_of_its_samples_once(
+    sizes: list[int], lanes: int, per_lane: int, window: int
+) -> None:
+    num_samples = sum(sizes)
+    if lanes * per_lane > num_samples:
+        with pytest.raises(ConfigError, match="the corpus has"):
+            make_order(sizes, lanes=lanes, batch=lanes * per_lane, window=window)
+        return
+    order = make_order(sizes, lanes=lanes, batch=lanes * per_lane, window=window)
+    for lane in range(lanes):
+        start, end = lane * num_samples // lanes, (lane + 1) * num_samples // lanes
+        steps = -(-2 * (end - start) // per_lane)  # two epochs
+        parts = [order.batch(step, range(lane, lane + 1)) for step in range(steps)]
+        index = np.concatenate([part[0] for part in parts])
+        epoch = np.concatenate([part[1] for part in parts])
+        assert all(len(part[0]) == per_lane for part in parts)
+        assert np.all(np.diff(epoch) >= 0)
+        for number in (0, 1):
+            assert sorted(index[epoch == number]) == list(range(start, end))
+
+
+def test_a_window_holds_whole_pieces_of_few_shards() -> None:
+    order = make_order([10] * 8, lanes=1, batch=20, window=2)
+    index, _ = order.batch(0, range(1))
+    shards = np.unique(index // 10)
+    assert len(shards) == 2
+    assert sorted(index) == sorted(np.concatenate([np.arange(10) + 10 * shard for shard in shards]))
+    assert index.tolist() != sorted(index)
+
+
+def test_order_depends_on_seed_and_epoch_and_on_nothing_else() -> None:
+    def read(steps: Sequence[int], seed: int) -> dict[int, list[int]]:
+        order = make_order([7, 9, 5, 11], lanes=4, batch=8, seed=seed)
+        return {step: order.batch(step, range(4))[0].tolist() for step in steps}
+
+    forwards, backwards = read(range(12), 1), read(range(11, -1, -1), 1)
+    assert forwards == backwards
+    assert forwards != read(range(12), 2)
+    assert forwards[0] != forwards[4]  # an epoch later
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_ranks_own_whole_lanes_and_together_the_same_batch(ranks: int) -> None:
+    order = make_order([7, 9, 5, 11], lanes=4, batch=12)
+    whole = order.batch(3, range(4))[0].tolist()
+    lanes = [order.rank_lanes(rank, ranks) for rank in range(ranks)]
+    parts = [order.batch(3, owned)[0].tolist() for owned in lanes]
+    assert [*itertools.chain(*parts)] == whole
+    assert [len(part) for part in parts] == [order.rank_num_samples(rank, ranks) for rank in range(ranks)]
+    assert max(map(len, lanes)) - min(map(len, lanes)) <= 1
+
+
+def test_a_batch_that_the_lanes_do_not_divide_is_refused() -> None:
+    with pytest.raises(ConfigError, match="global_batch = 10 is no multiple of lanes = 4"):
+        make_order([100], lanes=4, batch=10)
+
+
+class CountingTokenizer(Tokenizer):
+    calls = 0
+
+    def encode(self, texts: Sequence[str], context_length: int) -> Any:
+        self.calls += 1
+        return super().encode(texts, context_length)
+
+
+NO_CHANGE = AugmentConfig(
+    crop_area=(1.0, 1.0), crop_aspect=(1.0, 1.0), horizontal_flip=0, auto_augment="none"
+)
+
+
+def make_reader(
+    shards: Sequence[Shard], folder: Path, *, lanes: range = range(2), num_lanes: int = 2, **changes: Any
+) -> BatchReader:
+    order = make_order([shard.num_samples for shard in shards], lanes=num_lanes, batch=4 * num_lanes)
+    options: dict[str, Any] = {
+        "image_size_px": 32,
+        "augment_config": NO_CHANGE,
+        "caption_column": "caption",
+        "context_length": 16,
+        "token_folder": str(folder / "tokens"),
+        "seed": 0,
+        "threads": 1,
+    }
+    return BatchReader(shards, order, Tokenizer(VOCABULARY), lanes=lanes, **options | changes)
+
+
+def test_a_batch_holds_the_pictures_and_captions_of_its_keys(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path, [6, 6, 5])
+    rows = {}
+    for shard in shards:
+        data = Path(shard.path).read_bytes()
+        for row in pq.read_table(sidecar_path(shard.path)).to_pylist():
+            jpg = data[row["offset_bytes"] :][: row["size_bytes"]]
+            image = cv2.imdecode(np.frombuffer(jpg, np.uint8), cv2.IMREAD_COLOR)
+            assert image is not None
+            image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+            rows[row["key"]] = (cv2.resize(image, (32, 32), interpolation=cv2.INTER_AREA), row["caption"])
+    reader = make_reader(shards, tmp_path)
+    seen: set[str] = set()
+    for step in range(2):
+        batch = reader.read(step)
+        assert batch.step == step
+        for i, key in enumerate(key.decode() for key in batch.keys.tolist()):
+            image, caption = rows[key]
+            np.testing.assert_array_equal(batch.image_BCHW[i].permute(1, 2, 0).numpy(), image)
+            tokens = batch.tokens_BL[i]
+            assert [VOCABULARY[t] for t in tokens[tokens > 0].tolist()] == ["[CLS]", *caption, "[SEP]"]
+            seen.add(key)
+        assert batch.tokens_BL[:, -1].any()  # as long as the longest, no longer
+        same_caption = batch.caption_id_B[:, None] == batch.caption_id_B
+        assert same_caption.equal((batch.tokens_BL[:, None] == batch.tokens_BL).all(2))
+        assert len(set(batch.image_id_B.tolist())) == len(batch.image_id_B)
+    assert len(seen) == 16
+
+
+def test_a_sample_looks_the_same_on_any_rank_and_thread(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path, [20, 20])
+    change: dict[str, Any] = {"augment_config": AugmentConfig(crop_area=(0.3, 1.0)), "num_lanes": 2}
+    whole = make_reader(shards, tmp_path, **change).read(3)
+    halves = [
+        make_reader(shards, tmp_path, lanes=range(i, i + 1), threads=3, **change).read(3) for i in range(2)
+    ]
+    together = np.concatenate([half.image_BCHW.numpy() for half in halves])
+    np.testing.assert_array_equal(whole.image_BCHW.numpy(), together)
+    other_epoch = make_reader(shards, tmp_path, **change).read(8)
+    key = whole.keys[0]
+    later = [
+        view
+        for step in range(5, 10)
+        for batch in [make_reader(shards, tmp_path, **change).read(step)]
+        for view, other in zip(batch.image_BCHW, batch.keys, strict=True)
+        if other == key
+    ]
+    assert other_epoch.step == 8
+    assert later
+    assert not later[0].equal(whole.image_BCHW[0])
+
+
+def test_shards_at_a_url_read_the_same(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path, [12])
+    memory = fsspec.filesystem("memory")
+    for path in (shards[0].path, sidecar_path(shards[0].path)):
+        memory.pipe(f"/shards/{Path(path).name}", Path(path).read_bytes())
+    remote = [dataclasses.replace(shards[0], path="memory://shards/00000.tar")]
+    check_shards(remote)
+    ours = make_reader(shards, tmp_path).read(0)
+    theirs = make_reader(remote, tmp_path).read(0)
+    assert ours.image_BCHW.equal(theirs.image_BCHW)
+
+
+def read_table(shard: Shard, folder: Path, tokenizer: Tokenizer | None = None, **changes: Any) -> Any:
+    options: dict[str, Any] = {"caption_column": "caption", "context_length": 16, "token_folder": str(folder)}
+    return read_shard_table(shard, tokenizer or Tokenizer(VOCABULARY), **options | changes)
+
+
+def test_token_ids_are_made_once_for_a_vocabulary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (shard,) = write_shards(tmp_path / "shards", [6])
+    tokenizer, tokens = CountingTokenizer(VOCABULARY), tmp_path / "tokens"
+    first = read_table(shard, tokens, tokenizer)
+    again = read_table(shard, tokens, tokenizer)
+    assert tokenizer.calls == 1
+    np.testing.assert_array_equal(first.token_ids, again.token_ids)
+    read_table(shard, tokens, tokenizer, caption_column="caption_en")
+    read_table(shard, tokens, CountingTokenizer([*VOCABULARY, "新"]))
+    assert len(list(tokens.iterdir())) == 3
+    for file in tokens.iterdir():
+        file.write_bytes(file.read_bytes()[:50])
+    damaged = read_table(shard, tokens, tokenizer)
+    assert tokenizer.calls == 3
+    np.testing.assert_array_equal(first.token_ids, damaged.token_ids)
+    assert "token ids are made again" in capsys.readouterr().out
+
+
+def test_captions_that_are_cut_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (shard,) = write_shards(tmp_path / "shards", [30])
+    table = read_table(shard, tmp_path, context_length=10)
+    lengths = np.diff(table.token_starts)
+    captions = pq.read_table(sidecar_path(shard.path))["caption"].to_pylist()
+    num_cut = sum(len(caption) > 8 for caption in captions)
+    assert lengths.max() == 10
+    assert f"{num_cut} of 30 captions cut to 10 tokens" in capsys.readouterr().out
+
+
+def test_damaged_or_foreign_shards_are_refused_by_name(tmp_path: Path) -> None:
+    (shard,) = write_shards(tmp_path, [6])
+    sidecar = Path(sidecar_path(shard.path))
+    whole = sidecar.read_bytes()
+    with pytest.raises(InputError, match=r"00000.parquet: 6 rows, but its manifest says 7 samples"):
+        read_table(dataclasses.replace(shard, num_samples=7), tmp_path)
+    with pytest.raises(InputError, match=r"no column title; columns found: key, caption,"):
+        read_table(shard, tmp_path, caption_column="title")
+    with pytest.raises(InputError, match=r"row .: the picture lies outside the tar of 3000 bytes"):
+        read_table(dataclasses.replace(shard, num_bytes=3000), tmp_path)
+    sidecar.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"00000.parquet: not a whole Parquet file"):
+        read_table(shard, tmp_path)
+    sidecar.unlink()
+    with pytest.raises(InputError, match=r"00000.parquet: no such file"):
+        read_table(shard, tmp_path)
+
+
+def test_a_tar_of_another_length_is_refused_at_the_start(tmp_path: Path) -> None:
+    (shard,) = write_shards(tmp_path, [6])
+    check_shards([shard])
+    tar = Path(shard.path)
+    tar.write_bytes(tar.read_bytes()[:-512])
+    with pytest.raises(InputError, match=rf"00000.tar: {shard.num_bytes - 512} bytes, but its manifest says"):
+        check_shards([shard])
+    tar.unlink()
+    with pytest.raises(InputError, match=r"00000.tar: no such file"):
+        check_shards([shard])
+    with pytest.raises(InputError, match="no shards to train on"):
+        check_shards([])
+
+
+def test_batches_come_in_order_and_errors_come_through(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path, [20, 20])
+    steps = Prefetcher(make_reader(shards, tmp_path), 3, 12)
+    assert [batch.step for batch in steps] == list(range(3, 12))
+    steps.close()
+    tar = Path(shards[1].path)
+    tar.write_bytes(b"\0" * len(tar.read_bytes()))
+    steps = Prefetcher(make_reader(shards, tmp_path), 0, 12)
+    with pytest.raises(InputError, match=r"00001.tar: [0-9a-f]{32}.jpg is no picture"):
+        list(steps)
+    steps.close()
+
+
+def test_a_reader_that_is_ahead_stops_when_told(tmp_path: Path) -> None:
+    steps = Prefetcher(make_reader(write_shards(tmp_path, [20]), tmp_path), 0, 1000)
+    assert next(iter(steps)).step == 0
+    steps.close()
+    assert not steps._thread.is_alive()
+
+
+def test_lists_of_bytes_as_keys_have_their_full_length(tmp_path: Path) -> None:
+    (shard,) = write_shards(tmp_path, [4])
+    keys: npt.NDArray[np.bytes_] = read_table(shard, tmp_path).keys
+    assert [len(key) for key in keys.tolist()] == [32] * 4
