@@ -14,11 +14,16 @@ import numpy.typing as npt
 from PIL import Image
 
 from training.config import AugmentConfig
+from training.model import torchvision_ops
 
 Pixels = npt.NDArray[np.uint8]  # [height, width, 3], RGB
 
 # Sub-policies of timm whose magnitude has a random sign.
 _SIGNED_OPERATIONS = frozenset({"Rotate", "ShearX"})
+_LUMA = np.array([0.299, 0.587, 0.114])  # of RGB (ITU-R BT.601)
+# RGB to luma and two colour axes: the hue turns in their plane (NTSC).
+_YIQ = np.array([_LUMA, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+_YIQ_INVERSE = np.linalg.inv(_YIQ)
 _CROP_ATTEMPTS = 10  # as timm and torchvision, before the largest centred crop is taken
 
 
@@ -35,6 +40,12 @@ def augment(image: Pixels, size_px: int, config: AugmentConfig, random: np.rando
         view = view[:, ::-1]
     if config.auto_augment == "original":
         view = _auto_augment(view, random)
+    if _warps(config):
+        view = _warp(view, config, random)
+    if _recolours(config):
+        view = _recolour(view, config, random)
+    if random.random() < config.erase_probability:
+        view = _erase(view, random)
     return view
 
 
@@ -63,12 +74,73 @@ def _resize(image: Pixels, size_px: int) -> Pixels:
     return np.asarray(cv2.resize(image, (size_px, size_px), interpolation=mode), dtype=np.uint8)
 
 
+def _warps(config: AugmentConfig) -> bool:
+    largest = (config.stretch, config.rotation_degrees, config.shear_degrees, config.translation)
+    return any(largest) or config.zoom != (1.0, 1.0)
+
+
+def _warp(image: Pixels, config: AugmentConfig, random: np.random.Generator) -> Pixels:
+    """Zoom, stretch, turn, slant and shift about the centre; what comes in from outside is white."""
+    size_px = image.shape[0]
+    zoom = math.exp(random.uniform(math.log(config.zoom[0]), math.log(config.zoom[1])))
+    stretch = math.exp(random.uniform(-config.stretch, config.stretch) / 2)
+    turn = math.radians(random.uniform(-config.rotation_degrees, config.rotation_degrees))
+    slant = math.tan(math.radians(random.uniform(-config.shear_degrees, config.shear_degrees)))
+    shift_px = random.uniform(-config.translation, config.translation, 2) * size_px
+    rotation = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
+    linear = zoom * rotation @ np.array([[stretch, slant], [0, 1 / stretch]])
+    centre = np.full(2, (size_px - 1) / 2)
+    matrix = np.column_stack([linear, centre + shift_px - linear @ centre])
+    warped = cv2.warpAffine(
+        np.ascontiguousarray(image), matrix, (size_px, size_px), borderValue=(255.0, 255.0, 255.0)
+    )
+    return np.asarray(warped, dtype=np.uint8)
+
+
+def _recolours(config: AugmentConfig) -> bool:
+    return any((config.brightness, config.contrast, config.saturation, config.hue, config.grey_probability))
+
+
+def _recolour(image: Pixels, config: AugmentConfig, random: np.random.Generator) -> Pixels:
+    """Brightness, contrast, saturation and hue, all linear in the pixel: one 3 × 4 matrix."""
+    matrix, offset = np.eye(3), np.zeros(3)
+    brightness, contrast, saturation = (
+        random.uniform(1 - largest, 1 + largest)
+        for largest in (config.brightness, config.contrast, config.saturation)
+    )
+    hue = 2 * math.pi * random.uniform(-config.hue, config.hue)
+    if random.random() < config.colour_probability:
+        mean_luma = brightness * float(_LUMA @ np.array(cv2.mean(np.ascontiguousarray(image))[:3]))
+        rotation = np.array(
+            [[1, 0, 0], [0, math.cos(hue), -math.sin(hue)], [0, math.sin(hue), math.cos(hue)]]
+        )
+        towards_grey = saturation * np.eye(3) + (1 - saturation) * np.tile(_LUMA, (3, 1))
+        matrix = brightness * contrast * _YIQ_INVERSE @ rotation @ _YIQ @ towards_grey
+        offset[:] = (1 - contrast) * mean_luma  # a grey, which saturation and hue leave as it is
+    if random.random() < config.grey_probability:
+        matrix = np.tile(_LUMA @ matrix, (3, 1))
+    return np.asarray(cv2.transform(image, np.column_stack([matrix, offset])), dtype=np.uint8)
+
+
+def _erase(image: Pixels, random: np.random.Generator) -> Pixels:
+    """Noise over a rectangle (Random Erasing, Zhong et al. 2017)."""
+    size_px = image.shape[0]
+    area, aspect = random.uniform(0.02, 0.2), math.exp(random.uniform(-0.7, 0.7))
+    height = min(size_px, round(math.sqrt(area * aspect) * size_px))
+    width = min(size_px, round(math.sqrt(area / aspect) * size_px))
+    top, left = random.integers(size_px - height + 1), random.integers(size_px - width + 1)
+    erased = image.copy()
+    erased[top : top + height, left : left + width] = random.integers(
+        0, 256, (height, width, 3), dtype=np.uint8
+    )
+    return erased
+
+
 @functools.cache
 def _original_policy() -> list[list[Any]]:
     """AutoAugment's 25 sub-policies for ImageNet, as timm's "original" (Cubuk et al. 2019)."""
+    torchvision_ops.install()  # timm imports torchvision, which alone does not load beside a CPU-only torch
     from timm.data.auto_augment import auto_augment_policy
-
-    import training.model  # noqa: F401  (declares what torchvision lacks beside a CPU-only torch)
 
     bicubic_always = {"interpolation": Image.Resampling.BICUBIC}
     policy: list[list[Any]] = auto_augment_policy("original", bicubic_always)  # type: ignore[no-untyped-call]

@@ -12,12 +12,27 @@ from pipeline.records import ConfigError, Shard
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AugmentConfig:
-    """How an image is changed before a step sees it. The defaults are the paper's and CN-CLIP's (A.2)."""
+    """How an image is changed before a step sees it. The defaults are the paper's and CN-CLIP's (A.2).
+
+    What the paper does not have is off by default. It is for small corpora of drawn pictures on white.
+    """
 
     crop_area: tuple[float, float] = (0.9, 1.0)  # share of the image's area a random crop keeps (A.2)
     crop_aspect: tuple[float, float] = (0.75, 4 / 3)  # width / height of that crop, in pixels
     horizontal_flip: float = 0.5  # probability; 0 where captions speak of left and right
     auto_augment: Literal["none", "original"] = "original"  # Cubuk et al. 2019 (A.2); it changes colours
+    zoom: tuple[float, float] = (1.0, 1.0)  # factor on the content's size; under 1 leaves white around it
+    stretch: float = 0.0  # largest logarithm of the change of width / height, either way
+    rotation_degrees: float = 0.0  # largest turn, either way
+    shear_degrees: float = 0.0  # largest slant, either way
+    translation: float = 0.0  # largest shift along each axis, share of the side, either way
+    brightness: float = 0.0  # factor on pixel values is 1 ± this
+    contrast: float = 0.0  # factor on the distance to the mean luma is 1 ± this
+    saturation: float = 0.0  # factor on the distance to each pixel's luma is 1 ± this
+    hue: float = 0.0  # largest turn of the colour circle, in turns, either way
+    colour_probability: float = 1.0  # of changing brightness, contrast, saturation and hue at all
+    grey_probability: float = 0.0  # of dropping all colour
+    erase_probability: float = 0.0  # of noise over a rectangle of 2–20 % of the area (Zhong et al. 2017)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

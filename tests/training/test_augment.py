@@ -1,6 +1,9 @@
+import dataclasses
 import random as global_random
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from training.augment import Pixels, augment, sample_generator
@@ -83,3 +86,72 @@ def test_small_pictures_are_enlarged_smoothly() -> None:
     assert len(np.unique(row)) > 4
     assert row[0] == 0
     assert row[-1] == 200
+
+
+def only(**changes: Any) -> AugmentConfig:
+    return dataclasses.replace(PLAIN, **changes)
+
+
+def views(image: Pixels, config: AugmentConfig, num_views: int = 200) -> npt.NDArray[np.uint8]:
+    size_px = image.shape[0]
+    return np.stack([augment(image, size_px, config, sample_generator(0, i, KEY)) for i in range(num_views)])
+
+
+def disc(size_px: int = 48) -> Pixels:
+    """A black disc of a third of the side on white."""
+    y, x = np.mgrid[:size_px, :size_px] - (size_px - 1) / 2
+    return np.where((x**2 + y**2 < (size_px / 6) ** 2)[..., None], 0, 255).repeat(3, axis=2).astype(np.uint8)
+
+
+def test_turning_a_disc_leaves_it_and_white_comes_in() -> None:
+    found = views(disc(), only(rotation_degrees=40))
+    assert np.abs(found.astype(int) - disc()).mean() < 2
+    assert (views(np.zeros_like(disc()), only(rotation_degrees=40))[:, 0, 0] == 255).mean() > 0.5
+
+
+def test_zoom_and_translation_stay_in_their_ranges() -> None:
+    darkness = 255.0 - views(disc(), only(zoom=(0.5, 2.0)))[..., 0]
+    area = darkness.sum(axis=(1, 2)) / (255.0 - disc()[..., 0]).sum()
+    assert 0.2 < area.min() < 0.35
+    assert 3 < area.max() < 4.2
+    darkness = 255.0 - views(disc(), only(translation=0.25))[..., 0]
+    centre = (darkness.sum(axis=1) * np.arange(48)).sum(axis=1) / darkness.sum(axis=(1, 2)) - 23.5
+    assert 9 < np.abs(centre).max() <= 12.1
+
+
+def test_colours_change_by_what_was_asked_and_greys_stay_grey() -> None:
+    grey = np.full((8, 8, 3), 100, dtype=np.uint8)
+    found = views(grey, only(saturation=0.5, hue=0.5))
+    assert np.abs(found.astype(int) - 100).max() <= 1
+    found = views(grey, only(brightness=0.3))
+    assert 68 <= found.min() <= 74
+    assert 126 <= found.max() <= 132
+    red = np.zeros((8, 8, 3), dtype=np.uint8)
+    red[..., 0] = 200
+    assert views(red, only(hue=0.5))[..., 0].std() > 20
+    dropped = views(red, only(grey_probability=1.0))
+    assert np.ptp(dropped, axis=3).max() == 0
+    assert dropped.max() == 60
+    unchanged = views(red, only(brightness=0.9, hue=0.5, colour_probability=0.0))
+    assert (unchanged == red).all()
+
+
+def test_contrast_is_about_the_mean() -> None:
+    halves = np.full((8, 8, 3), 80, dtype=np.uint8)
+    halves[4:] = 120
+    found = views(halves, only(contrast=0.5)).astype(int)
+    np.testing.assert_allclose(found.mean(axis=(1, 2, 3)), 100, atol=1)
+    difference = found[:, -1, 0, 0] - found[:, 0, 0, 0]
+    assert difference.min() >= 19
+    assert difference.max() <= 61
+    assert np.ptp(difference) > 30
+
+
+def test_erasing_covers_a_small_rectangle_with_noise() -> None:
+    white = np.full((48, 48, 3), 255, dtype=np.uint8)
+    share = (views(white, only(erase_probability=1.0)) != 255).any(axis=3).mean(axis=(1, 2))
+    assert 0.01 < share.min() < 0.05
+    assert 0.15 < share.max() < 0.22
+    assert (views(white, only(erase_probability=0.5)) != 255).any(axis=(1, 2, 3)).mean() == pytest.approx(
+        0.5, abs=0.1
+    )
