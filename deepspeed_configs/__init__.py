@@ -1,1 +1,1 @@
-"""DeepSpeed files: memory, precision and communication, nothing else. What is learned stands in the run's TOML."""
+"""DeepSpeed files: memory and communication, nothing else. What is learned stands in the run's TOML."""

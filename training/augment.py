@@ -123,16 +123,14 @@ def _recolour(image: Pixels, config: AugmentConfig, random: np.random.Generator)
 
 
 def _erase(image: Pixels, random: np.random.Generator) -> Pixels:
-    """Noise over a rectangle (Random Erasing, Zhong et al. 2017)."""
+    """One colour over a rectangle (Random Erasing, Zhong et al. 2017)."""
     size_px = image.shape[0]
     area, aspect = random.uniform(0.02, 0.2), math.exp(random.uniform(-0.7, 0.7))
     height = min(size_px, round(math.sqrt(area * aspect) * size_px))
     width = min(size_px, round(math.sqrt(area / aspect) * size_px))
     top, left = random.integers(size_px - height + 1), random.integers(size_px - width + 1)
     erased = image.copy()
-    erased[top : top + height, left : left + width] = random.integers(
-        0, 256, (height, width, 3), dtype=np.uint8
-    )
+    erased[top : top + height, left : left + width] = random.integers(0, 256, 3)
     return erased
 
 

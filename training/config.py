@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Self
+from importlib import resources
+from typing import Any, Literal, Self
 
 from pipeline.config import NOT_IN_DIGEST, build
 from pipeline.records import ConfigError, Shard
@@ -32,7 +34,7 @@ class AugmentConfig:
     hue: float = 0.0  # largest turn of the colour circle, in turns, either way
     colour_probability: float = 1.0  # of changing brightness, contrast, saturation and hue at all
     grey_probability: float = 0.0  # of dropping all colour
-    erase_probability: float = 0.0  # of noise over a rectangle of 2–20 % of the area (Zhong et al. 2017)
+    erase_probability: float = 0.0  # of one colour over 2–20 % of the area (Zhong et al. 2017)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +49,7 @@ class TrainConfig:
     adam_beta1: float = 0.9  # (Table 8)
     adam_beta2: float = 0.98  # 0.999 for a ResNet (Table 8)
     adam_eps: float = 1e-6  # 1e-8 for a ResNet (Table 8)
+    max_gradient_norm: float | None = None  # longer gradients are shortened to this; the paper has none
     max_temperature: float = 100.0  # the logits' scale is clamped to 1…this (Table 8)
     lock_image: bool = False  # stage 1: the image tower stays as it is, byte for byte (2.3)
     checkpoint_activations: bool = False  # both towers recompute activations in the backward pass (A.2)
@@ -81,6 +84,8 @@ class TrainConfig:
         for name in ("warmup_steps", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"[{stage}] {name} = {getattr(self, name)}: must not be negative")
+        if self.max_gradient_norm is not None and self.max_gradient_norm <= 0:
+            raise ConfigError(f"[{stage}] max_gradient_norm = {self.max_gradient_norm}: must be above 0")
         if self.max_temperature < 1:
             raise ConfigError(f"[{stage}] max_temperature = {self.max_temperature}: must be at least 1")
         if self.context_length < 3:
@@ -135,3 +140,16 @@ def count_steps(config: TrainConfig, num_samples: int, stage: str) -> int:
             f" lower global_batch (and lanes, which divides it)"
         )
     return config.epochs * num_samples // config.global_batch
+
+
+def paper_recipe(model: str, stage: Literal["stage1", "stage2"]) -> TrainConfig:
+    """How the paper pretrained a model (Table 8, A.2); ConfigError where it did not."""
+    name = "training/recipes/pretrain.toml"
+    recipes = tomllib.loads((resources.files("training.recipes") / "pretrain.toml").read_text("utf-8"))
+    common, stages = recipes.pop("common"), {key: recipes.pop(key) for key in ("stage1", "stage2")}
+    own: dict[str, Any] = recipes.get(model, {})
+    if stage not in own:
+        trained = ", ".join(key for key, table in recipes.items() if stage in table)
+        raise ConfigError(f"{name}: the paper has no {stage} of {model!r}; it has that of {trained}")
+    of_all_stages = {key: value for key, value in own.items() if key not in stages}
+    return build(TrainConfig, {**common, **stages[stage], **of_all_stages, **own[stage]}, name)

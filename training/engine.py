@@ -24,9 +24,7 @@ from training.model.preprocess import MEAN, STD
 from training.optim import build_optimizer
 
 # What a DeepSpeed file may hold. Everything else is the run's TOML's or changes what is learned.
-_MEMORY_PRECISION_COMMUNICATION = frozenset(
-    {"zero_optimization", "bf16", "communication_data_type", "prescale_gradients", "torch_autocast"}
-)
+_MEMORY_AND_COMMUNICATION = ("communication_data_type", "prescale_gradients", "zero_optimization")
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's names for them
 # One rank validates or writes while the others wait.
 _COLLECTIVE_TIMEOUT = datetime.timedelta(hours=4)
@@ -52,11 +50,11 @@ class ContrastiveStep(nn.Module):
     ) -> Tensor:
         """Loss, a scalar, of uint8 pictures and token ids."""
         pixel_BCHW = (image_BCHW.float() - self._mean_C11) / self._std_C11
-        image_BD, text_BD = self.clip(pixel_BCHW.to(self.clip.text_projection.dtype), tokens_BL)
+        image_BD, text_BD = self.clip(pixel_BCHW, tokens_BL)
         return contrastive_loss(
             image_BD,
             text_BD,
-            self.clip.logit_scale.float(),
+            self.clip.logit_scale,
             num_samples_of_ranks=self._num_samples_of_ranks,
             image_id_B=image_id_B if self._exclude_duplicates else None,
             caption_id_B=caption_id_B if self._exclude_duplicates else None,
@@ -85,7 +83,7 @@ def join_ranks(config: TrainConfig) -> None:
 def read_deepspeed_config(name: str) -> dict[str, Any]:
     """A file of deepspeed_configs by its stem, or any path that ends in .json.
 
-    ConfigError for a key that is not about memory, precision or communication.
+    ConfigError for a key that is not about memory or communication. Training is in float32.
     """
     path = resources.files("deepspeed_configs") / f"{name}.json"
     try:
@@ -104,30 +102,21 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
         config: dict[str, Any] = json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{name}: not valid JSON: {error}") from None
-    foreign = sorted(set(config) - _MEMORY_PRECISION_COMMUNICATION)
+    foreign = sorted(set(config) - set(_MEMORY_AND_COMMUNICATION))
     if foreign:
         raise ConfigError(
-            f"{name}: {foreign[0]}: a DeepSpeed file holds memory, precision and communication only"
-            f" ({', '.join(sorted(_MEMORY_PRECISION_COMMUNICATION))}); the rest stands in the run's TOML"
+            f"{name}: {foreign[0]}: a DeepSpeed file holds memory and communication only"
+            f" ({', '.join(_MEMORY_AND_COMMUNICATION)}); the rest stands in the run's TOML"
         )
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    if stage == 3:
+    if config.get("zero_optimization", {}).get("stage") == 3:
         raise ConfigError(
             f"{name}: ZeRO stage 3 is not supported: checkpoints read whole parameters; use stage 2"
-        )
-    if stage == 0 and config.get("bf16", {}).get("enabled"):
-        raise ConfigError(
-            f"{name}: bf16 at ZeRO stage 0 takes a wrong first Adam step in DeepSpeed; use stage 1"
         )
     return config
 
 
 def build_engine(clip: CLIP, config: TrainConfig, num_samples_of_ranks: tuple[int, ...]) -> Any:
     """A DeepSpeed engine around `ContrastiveStep`; its optimizer holds the trainable parameters alone."""
-    start = None
-    deepspeed_config = read_deepspeed_config(config.deepspeed)
-    if deepspeed_config.get("bf16", {}).get("enabled"):
-        start = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
     step = ContrastiveStep(
         clip, num_samples_of_ranks=num_samples_of_ranks, exclude_duplicates=config.exclude_duplicates
     )
@@ -136,13 +125,15 @@ def build_engine(clip: CLIP, config: TrainConfig, num_samples_of_ranks: tuple[in
     engine, *_ = deepspeed.initialize(
         model=step,
         optimizer=build_optimizer(clip, config),
-        config=deepspeed_config | {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1},
+        config={
+            **read_deepspeed_config(config.deepspeed),
+            "gradient_clipping": config.max_gradient_norm or 0.0,
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+        },
         dist_init_required=False,
     )
     _make_adam_state(engine)
-    if start is not None:
-        # DeepSpeed makes its float32 masters from weights that it has already rounded.
-        load_weights(engine, start)
     return engine
 
 
@@ -234,29 +225,22 @@ def average_batch_norms(clip: CLIP) -> None:
 
 
 def load_weights(engine: Any, weights: dict[str, Tensor]) -> None:
-    """Set the model's weights and the float32 masters behind them, by the names of `CLIP.state_dict`."""
+    """Set the model's weights and the masters behind them, by the names of `CLIP.state_dict`."""
     clip: CLIP = engine.module.clip
     clip.load_state_dict(weights)
     for name, parameter in clip.named_parameters():
         if hasattr(parameter, "_hp_mapping"):
-            safe_set_full_fp32_param(parameter, weights[name].to(parameter.device, torch.float32))
-    # What is frozen has no master: where DeepSpeed rounds the module's weights, these are the exact ones.
-    engine.module.exact_frozen = {
-        name: weights[name].clone()
-        for name, parameter in clip.named_parameters()
-        if not parameter.requires_grad and parameter.dtype != weights[name].dtype
-    }
+            safe_set_full_fp32_param(parameter, weights[name].to(parameter.device))
 
 
 def gather_weights(engine: Any) -> dict[str, Tensor]:
-    """All weights and buffers by the names of `CLIP.state_dict`, parameters in float32, on the CPU.
+    """All weights and buffers by the names of `CLIP.state_dict`, on the CPU.
 
-    A collective: every rank calls it.
+    Parameters come from their masters. A collective: every rank calls it.
     """
     clip: CLIP = engine.module.clip
-    exact_frozen: dict[str, Tensor] = getattr(engine.module, "exact_frozen", {})
     weights = {name: tensor.detach() for name, tensor in clip.state_dict().items()}
     for name, parameter in clip.named_parameters():
         if hasattr(parameter, "_hp_mapping"):
             weights[name] = safe_get_full_fp32_param(parameter)
-    return {name: tensor.cpu().contiguous() for name, tensor in (weights | exact_frozen).items()}
+    return {name: tensor.cpu().contiguous() for name, tensor in weights.items()}

@@ -147,7 +147,7 @@ def test_contrast_is_about_the_mean() -> None:
     assert np.ptp(difference) > 30
 
 
-def test_erasing_covers_a_small_rectangle_with_noise() -> None:
+def test_erasing_covers_a_small_rectangle() -> None:
     white = np.full((48, 48, 3), 255, dtype=np.uint8)
     share = (views(white, only(erase_probability=1.0)) != 255).any(axis=3).mean(axis=(1, 2))
     assert 0.01 < share.min() < 0.05

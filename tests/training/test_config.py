@@ -1,14 +1,14 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from train_jobs import CONFIG, make_job
 
-from pipeline.config import build
 from pipeline.records import ConfigError
-from training.config import TrainConfig, TrainJob, count_steps
+from training.config import TrainConfig, TrainJob, count_steps, paper_recipe
+from training.model.config import MODELS
 
 
 def test_a_job_survives_its_file(tmp_path: Path) -> None:
@@ -25,12 +25,33 @@ def test_a_job_with_a_misspelt_key_names_the_right_one(tmp_path: Path) -> None:
         TrainJob.from_json(json.dumps(fields), "job.json")
 
 
-def test_defaults_are_table_8() -> None:
-    config = build(TrainConfig, {"epochs": 44}, "test")
-    assert (config.global_batch, config.peak_learning_rate, config.warmup_steps) == (32_768, 1e-4, 5_000)
-    assert (config.weight_decay, config.max_temperature, config.context_length) == (1e-3, 100, 52)
-    assert (config.adam_beta1, config.adam_beta2, config.adam_eps) == (0.9, 0.98, 1e-6)
-    config.check("stage1")
+def test_the_papers_recipes_are_table_8_and_a_2() -> None:
+    config = paper_recipe("ViT-B-16", "stage1")
+    assert (config.epochs, config.ranks, config.lock_image) == (44, 128, True)
+    # Table 8 is also what a run gets that says nothing else.
+    assert config == dataclasses.replace(TrainConfig(epochs=44), ranks=128, lock_image=True)
+    resnet = paper_recipe("RN50", "stage2")
+    assert (resnet.epochs, resnet.global_batch, resnet.peak_learning_rate) == (44, 16_384, 2e-5)
+    assert (resnet.adam_beta2, resnet.adam_eps, resnet.lock_image) == (0.999, 1e-8, False)
+    huge = paper_recipe("ViT-H-14", "stage2")
+    assert (huge.global_batch, huge.ranks, huge.checkpoint_activations) == (32_768, 184, True)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+@pytest.mark.parametrize("model", ["RN50", "ViT-B-16", "ViT-L-14", "ViT-L-14-336", "ViT-H-14"])
+def test_every_recipe_can_train_and_names_a_model_that_is(
+    model: str, stage: Literal["stage1", "stage2"]
+) -> None:
+    assert model in MODELS
+    if (model, stage) == ("ViT-L-14-336", "stage1"):
+        with pytest.raises(
+            ConfigError, match=r"the paper has no stage1 of 'ViT-L-14-336'; it has that of RN50,"
+        ):
+            paper_recipe(model, stage)
+    else:
+        config = paper_recipe(model, stage)
+        config.check(stage)
+        assert count_steps(config, 200_000_000, stage) > config.warmup_steps
 
 
 @pytest.mark.parametrize(
@@ -40,6 +61,7 @@ def test_defaults_are_table_8() -> None:
         ({"warmup_steps": -1}, r"warmup_steps = -1: must not be negative"),
         ({"lanes": 3}, r"global_batch = 16 is no multiple of lanes = 3"),
         ({"ranks": 5}, r"ranks = 5 is more than lanes = 4"),
+        ({"max_gradient_norm": 0.0}, r"max_gradient_norm = 0.0: must be above 0"),
         ({"max_temperature": 0.5}, r"max_temperature = 0.5"),
         ({"context_length": 2}, r"context_length = 2"),
     ],

@@ -85,6 +85,32 @@ def test_a_locked_image_tower_stays_as_it_is_byte_for_byte(tmp_path: Path) -> No
     assert not torch.equal(end["text_projection"], start["text_projection"])
 
 
+def gradient_norms(job: TrainJob) -> list[float]:
+    """Length of the gradient that the optimizer sees, step by step."""
+    found = []
+
+    class Watched(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> Any:
+            gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+            found.append(sum(gradient.norm().item() ** 2 for gradient in gradients))
+            return super().step(closure)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.optim.AdamW", Watched)
+        patch.setattr("deepspeed.runtime.engine.is_zero_supported_optimizer", lambda _: True)
+        train_rank(job, dropout=0.0)
+    return [float(sum(squares)) ** 0.5 for squares in np.array_split(found, len(losses(job)))]
+
+
+@pytest.mark.parametrize("deepspeed", ["zero0", "zero1"])
+def test_gradients_are_cut_to_the_asked_length(tmp_path: Path, deepspeed: str) -> None:
+    changes: dict[str, Any] = {"epochs": 1, "deepspeed": deepspeed, "model": "small-rn"}
+    (lengths,) = run_ranks(gradient_norms, 1, make_job(tmp_path, "plain", **changes))
+    longest = lengths[0] / 2
+    (cut,) = run_ranks(gradient_norms, 1, make_job(tmp_path, "cut", **changes, max_gradient_norm=longest))
+    assert cut[0] == pytest.approx(longest, rel=1e-3)
+
+
 def test_activation_checkpointing_changes_nothing(tmp_path: Path) -> None:
     plain = make_job(tmp_path, "plain", epochs=1)
     recomputed = make_job(tmp_path, "recomputed", epochs=1, checkpoint_activations=True)

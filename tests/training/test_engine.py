@@ -1,0 +1,48 @@
+import json
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+from pipeline.records import ConfigError
+from training.engine import read_deepspeed_config
+
+
+def shipped() -> list[str]:
+    files = resources.files("deepspeed_configs").iterdir()
+    return sorted(file.name.removesuffix(".json") for file in files if file.name.endswith(".json"))
+
+
+def test_shipped_files_are_as_they_are_named() -> None:
+    assert shipped() == ["zero0", "zero1", "zero2"]
+    for name in shipped():
+        config = read_deepspeed_config(name)
+        assert config == {"zero_optimization": {"stage": int(name[4])}}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            {"train_batch_size": 8},
+            r"mine.json: train_batch_size: a DeepSpeed file holds memory and communication",
+        ),
+        ({"optimizer": {"type": "AdamW"}}, r"mine.json: optimizer: "),
+        ({"gradient_clipping": 1.0}, r"mine.json: gradient_clipping: "),
+        ({"zero_optimization": {"stage": 3}}, r"ZeRO stage 3 is not supported"),
+        ({"bf16": {"enabled": True}}, r"mine.json: bf16: "),
+    ],
+)
+def test_what_training_owns_is_refused(tmp_path: Path, content: dict[str, object], message: str) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=message):
+        read_deepspeed_config(str(path))
+
+
+def test_a_file_that_is_not_there_or_no_json_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'zero9': no such file; known: zero0, zero1, zero2"):
+        read_deepspeed_config("zero9")
+    (tmp_path / "mine.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"mine.json: not valid JSON"):
+        read_deepspeed_config(str(tmp_path / "mine.json"))
