@@ -1,4 +1,4 @@
-"""What the launcher starts in tests: one rank of the job whose path is the argument."""
+"""What the launcher starts in tests: one rank of the job whose path is the last argument."""
 
 import sys
 from pathlib import Path
@@ -8,8 +8,9 @@ from train_jobs import train_rank
 from pipeline.records import ConfigError, InputError
 from training.config import TrainJob
 
-try:
-    train_rank(TrainJob.from_json(Path(sys.argv[-1]).read_text(), sys.argv[-1]))
-except (ConfigError, InputError) as error:
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(error.exit_status)
+if __name__ == "__main__":
+    try:
+        train_rank(TrainJob.from_json(Path(sys.argv[-1]).read_text(), sys.argv[-1]))
+    except (ConfigError, InputError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_status)
