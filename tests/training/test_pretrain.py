@@ -85,6 +85,30 @@ def test_a_locked_image_tower_stays_as_it_is_byte_for_byte(tmp_path: Path) -> No
     assert not torch.equal(end["text_projection"], start["text_projection"])
 
 
+def test_weights_are_handed_from_stage_to_stage(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"model": "small-rn", "epochs": 1}
+    openai = str(tmp_path / "openai.pt")
+    english = make_job(tmp_path, "english", **changes)
+    english = dataclasses.replace(english, stage="english", openai_model=openai)
+    stage1 = make_job(tmp_path, "stage1", **changes, lock_image=True)
+    stage1 = dataclasses.replace(stage1, stage="stage1", image_weights=openai)
+    stage2 = make_job(tmp_path, "stage2", **changes, peak_learning_rate=1e-30)
+    stage2 = dataclasses.replace(stage2, start_checkpoint=stage1.output_model)
+    for job in (english, stage1, stage2):
+        run_ranks(train_rank, 1, job)
+    first, second, third = (load_file(job.output_model) for job in (english, stage1, stage2))
+    for name, tensor in second.items():
+        if name.startswith("visual."):
+            assert torch.equal(tensor, first[name]), name
+        if "running_" not in name and "num_batches" not in name:  # batch norms look at pictures again
+            assert torch.equal(tensor, third[name]), name
+    assert not torch.equal(first["text_projection"], second["text_projection"])
+    other = dataclasses.replace(stage2, model="small-vit", folder=str(tmp_path / "other"))
+    (tmp_path / "other").mkdir()
+    with pytest.raises(AssertionError, match=r"InputError: .*stage1/model.safetensors: holds another model"):
+        run_ranks(train_rank, 1, other)
+
+
 def gradient_norms(job: TrainJob) -> list[float]:
     """Length of the gradient that the optimizer sees, step by step."""
     found = []
