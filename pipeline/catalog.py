@@ -8,12 +8,21 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Discriminator
 
 from data_prep import corpus, dedup, download, filter_image, filter_text, shards
+from data_prep.corpus import TablesConfig
+from data_prep.dedup import DedupConfig
+from data_prep.download import DownloadConfig
+from data_prep.filter_image import FilterImageConfig
+from data_prep.filter_text import FilterTextConfig
+from data_prep.shards import ShardsConfig
 from data_prep.sources.demo import DemoConfig
 from data_prep.sources.emoji import EmojiConfig
 from eval import stages as evaluation_stages
+from eval.stages import IndexConfig
 from pipeline import store
 from pipeline.config import apply_overrides, build, find_recipe, read_toml, to_toml
 from pipeline.evaluation_sets import EvaluationSource
@@ -24,6 +33,7 @@ from training import stage as training_stage
 from training import vocabulary
 from training.config import TrainConfig
 from training.model.config import MODELS
+from training.vocabulary import VocabularyConfig
 
 # What each rank of a training stage runs.
 RANK_MODULE = "pipeline.rank"
@@ -53,19 +63,19 @@ class RunConfig:
     """A run's TOML file."""
 
     run: RunTable
-    corpus: DemoConfig | EmojiConfig | corpus.TablesConfig
+    corpus: Annotated[DemoConfig | EmojiConfig | TablesConfig, Discriminator("kind")]
     model: ModelTable
     evaluation: tuple[EvaluationSource, ...] = ()
-    filter_text: filter_text.FilterTextConfig = field(default_factory=filter_text.FilterTextConfig)
-    dedup: dedup.DedupConfig = field(default_factory=dedup.DedupConfig)
-    download: download.DownloadConfig = field(default_factory=download.DownloadConfig)
-    filter_image: filter_image.FilterImageConfig = field(default_factory=filter_image.FilterImageConfig)
-    shards: shards.ShardsConfig = field(default_factory=shards.ShardsConfig)
-    vocabulary: vocabulary.VocabularyConfig = field(default_factory=vocabulary.VocabularyConfig)
+    filter_text: FilterTextConfig = field(default_factory=FilterTextConfig)
+    dedup: DedupConfig = field(default_factory=DedupConfig)
+    download: DownloadConfig = field(default_factory=DownloadConfig)
+    filter_image: FilterImageConfig = field(default_factory=FilterImageConfig)
+    shards: ShardsConfig = field(default_factory=ShardsConfig)
+    vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     english: TrainConfig | None = None  # stands in for OpenAI's CLIP where its weights are not at hand
     stage1: TrainConfig | None = None  # image tower locked (paper, 2.3)
     stage2: TrainConfig | None = None  # everything trained (paper, 2.3)
-    index: evaluation_stages.IndexConfig = field(default_factory=evaluation_stages.IndexConfig)
+    index: IndexConfig = field(default_factory=IndexConfig)
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> tuple[Run, RunConfig]:
@@ -76,7 +86,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> tuple[Run, RunConfig]:
         raise ConfigError(f"{path}: model.name: no model {config.model.name!r}; known: {', '.join(MODELS)}")
     if config.stage1 is None and config.stage2 is None:
         raise ConfigError(f"{path}: nothing to train; give [stage1], [stage2] or both")
-    if isinstance(config.corpus, corpus.TablesConfig) and not config.evaluation:
+    if isinstance(config.corpus, TablesConfig) and not config.evaluation:
         raise ConfigError(f"{path}: no [[evaluation]]; name at least one set with name and folder")
     for name in ("english", "stage1", "stage2"):
         if (train := getattr(config, name)) is not None:

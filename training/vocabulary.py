@@ -24,10 +24,11 @@ def run(config: VocabularyConfig, context: Context, task: Task, progress: Progre
     """Learn one vocabulary; file `<column>.txt`, one token a line."""
     import polars as pl
 
-    from training.model.tokenizer import learn_vocabulary, save_vocabulary
+    from training.model.tokenizer import Tokenizer, learn_vocabulary
 
     column = task.arguments["column"]
     paths = [shard.path for shard in context.shards_of("shards", ".parquet")]
     captions = pl.scan_parquet(paths).select(column).collect()[column]
-    save_vocabulary(context.path(f"{column}.txt"), learn_vocabulary(captions.to_list(), config.size))
+    learned = Tokenizer(learn_vocabulary(captions.to_list(), config.size))
+    learned.save_vocabulary(context.path(f"{column}.txt"))
     return Outcome({f"{column}.txt": captions.len()}, num_in=captions.len(), num_kept=captions.len())
