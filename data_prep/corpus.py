@@ -4,7 +4,6 @@ The demo and emoji corpora are made here; other sources stay where they are and 
 """
 
 import glob
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,8 +89,9 @@ def run(config: CorpusStageConfig, context: Context, task: Task, progress: Progr
         name = path.name.removesuffix("_imgs.tsv")
         evaluations[name] = f"evaluation/{path.parent.name}"
     total = sum(outputs.values())
-    for path in [*sorted((folder / "evaluation").rglob("*.*")), *sorted(folder.glob("*.json"))]:
-        if path.is_file() and path.name not in ("started.json", "manifest.json"):
+    planned = [folder / "site.json", folder / "planted.json", folder / "planted.parquet"]
+    for path in [*sorted((folder / "evaluation").rglob("*.*")), *planned]:
+        if path.is_file():
             outputs[path.relative_to(folder).as_posix()] = 0
     return Outcome(
         outputs,
@@ -132,19 +132,12 @@ def tables_of(corpus: Manifest) -> list[dict[str, Any]]:
     return tables
 
 
-def evaluation_urls(context: Context) -> Shard | None:
-    """File with the URLs of evaluation pictures, one a line, where the corpus has one."""
-    files = [shard for shard in context.shards_of("corpus") if shard.path.endswith("_urls.txt")]
-    return files[0] if files else None
+def evaluation_urls(context: Context) -> list[Shard]:
+    """Files with the URLs of evaluation pictures, one a line; one for each set that has URLs."""
+    return context.shards_of("corpus", "_urls.txt")
 
 
 def site_folder(context: Context) -> str | None:
     """Folder that the download stage serves over loopback, where the corpus brings its own pictures."""
     made = any(extra.get("site") for extra in context.parents["corpus"].extra.values())
     return context.path_in("corpus") if made else None
-
-
-def planted(context: Context) -> dict[str, Any]:
-    """The demo's plan of dirty rows: class → {count, fate, stage}; empty for other corpora."""
-    path = context.path_in("corpus", "planted.json")
-    return dict(json.loads(store.read_text(path))) if store.exists(path) else {}

@@ -24,14 +24,15 @@ class FilterImageConfig:
 
     min_side_px: int = 16  # shorter side of the picture as it came
     max_aspect: float = 5.0  # longer side over shorter side
-    # Bits of 384 within which a picture counts as a copy of an evaluation picture; unset: not looked for.
+    remove_evaluation_copies: bool = True  # pictures of the evaluation sets under other addresses (2.2)
+    # Bits of 384 within which a picture counts as a copy of an evaluation picture.
     # On the demo re-encoded copies are 0 to 22 bits away, other pictures 60 and more.
-    evaluation_distance: int | None = 32
+    evaluation_distance: int = 32
 
 
 def tasks(config: FilterImageConfig, context: Context) -> list[Task]:
     """One task a downloaded partition."""
-    evaluations = evaluations_of(context) if config.evaluation_distance is not None else []
+    evaluations = evaluations_of(context) if config.remove_evaluation_copies else []
     shared = {f"evaluation {item.name}": item.digest for item in evaluations}
     shards = {shard.path: shard for shard in context.parents["download"].shards}
     return [
@@ -67,7 +68,7 @@ def run(config: FilterImageConfig, context: Context, task: Task, progress: Progr
                 continue
             reasons.append(image_rules.size(width, height, config.min_side_px, config.max_aspect))
             hashes.append(image_rules.perceptual_hash(np.asarray(image)))
-    if config.evaluation_distance is not None:
+    if config.remove_evaluation_copies:
         references = [item for folder in evaluations_of(context) for item in _evaluation_hashes(folder)]
         near = image_rules.nearest_hash_distances(hashes, references) <= config.evaluation_distance
         reasons = [

@@ -1,5 +1,6 @@
 """Stage filter_text: a caption table in; out, rows that pass every text rule, and why the others did not."""
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from data_prep.corpus import evaluation_urls, tables_of
 from data_prep.drop_table import drops_path, with_key, write_drops, write_table
 from data_prep.sources.table import from_description, scan
 from data_prep.text_rules import TextRule
+from pipeline import store
 from pipeline.records import ConfigError, InputError
 from pipeline.stage import Context, Outcome, Progress, Task
 
@@ -18,8 +20,8 @@ from pipeline.stage import Context, Outcome, Progress, Task
 class FilterTextConfig:
     """`[filter_text]`: which rows of the caption tables stay (paper, section 2.2)."""
 
-    language: str | None = "zh"  # LAION-5B's language mark to keep; unset: any
-    min_score: float | None = 0.26  # mCLIP cosine, where the source has a score column; unset: any
+    language: str = "zh"  # LAION-5B's language mark to keep, where the source has the column
+    min_score: float = 0.26  # mCLIP cosine, where the source has scores
     min_characters: int = 5
     max_characters: int = 50
     blacklists: tuple[str, ...] = ("advertising", "file_name")  # files of data_prep/blacklists, in this order
@@ -35,9 +37,7 @@ def tasks(config: FilterTextConfig, context: Context) -> list[Task]:
     """One task a table."""
     corpus = context.parents["corpus"]
     shared = {f"blacklist {theme}": _words_digest(theme) for theme in config.blacklists}
-    urls = evaluation_urls(context)
-    if urls is not None:
-        shared["evaluation urls"] = urls.digest
+    shared |= {os.path.basename(urls.path): urls.digest for urls in evaluation_urls(context)}
     return [
         Task(
             name=f"{number:05d}",
@@ -94,14 +94,11 @@ def rules_for(
         known = ", ".join(text_rules.SWITCHABLE_RULES)
         raise ConfigError(f"corpus.tables.exempt_from: no rule {unknown[0]!r}; known: {known}")
     rules = [text_rules.caption_present(), text_rules.url_valid()]
-    urls = evaluation_urls(context)
-    if urls is not None:
-        from pipeline import store
-
-        rules.append(text_rules.not_an_evaluation_url(store.read_text(urls.path).splitlines()))
-    if config.language is not None:
-        rules.append(text_rules.language_is(config.language))
-    if config.min_score is not None and has_scores:
+    urls = [url for file in evaluation_urls(context) for url in store.read_text(file.path).splitlines()]
+    if urls:
+        rules.append(text_rules.not_an_evaluation_url(urls))
+    rules.append(text_rules.language_is(config.language))
+    if has_scores:
         rules.append(text_rules.score_at_least(config.min_score))
     rules.append(text_rules.characters_between(config.min_characters, config.max_characters))
     rules.append(

@@ -26,14 +26,13 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, slots=True)
 class StageFacts:
-    """One stage of the run, in order; `seconds` is the sum over its tasks, None where it is not known."""
+    """One stage of the run, in order. Without times: the same run gives the same report."""
 
     name: str
     title: str
     num_in: int
     num_kept: int
     dropped: Mapping[str, int]  # reason → rows
-    seconds: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +174,6 @@ def report_json(data: ReportData) -> dict[str, Any]:
                 "name": stage.name,
                 "title": stage.title,
                 **_counts_json(Counts(stage.num_in, stage.num_kept, stage.dropped)),
-                "seconds": stage.seconds,
             }
             for stage in data.stages
         ],
@@ -276,7 +274,7 @@ def render_html(data: ReportData) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"count": "{:,}".format, "percent": _percent, "duration": _duration}
+    environment.filters |= {"count": "{:,}".format, "percent": _percent}
     template = environment.from_string(
         (Path(__file__).parent / "report.html").read_text(encoding="utf-8"),
     )
@@ -292,8 +290,6 @@ def render_html(data: ReportData) -> str:
         ],
         funnel_start=max([step.total.num_in for step in data.funnel], default=1) or 1,
         sources=sorted({source for step in data.funnel for source in step.sources}),
-        slowest=max([stage.seconds or 0 for stage in data.stages], default=0) or 1,
-        total_seconds=sum(stage.seconds or 0 for stage in data.stages),
     )
 
 
@@ -344,16 +340,6 @@ def _percent(value: float) -> str:
     if math.isnan(value):
         return "–"
     return f"{value:.2f}" if 0 < value < 1 else f"{value:.1f}"
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "–"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
 def _width(text: str) -> int:

@@ -1,12 +1,18 @@
 """The evaluation stages of a run: embed, index, retrieval, baseline, report."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pipeline import store
+from pipeline.config import digest
 from pipeline.evaluation_sets import EvaluationSet, evaluations_of
 from pipeline.records import InputError
 from pipeline.stage import Context, Outcome, Progress, Task
+
+if TYPE_CHECKING:
+    from eval.report import ReportData
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +29,16 @@ class IndexConfig:
     """`[index]`: how features are searched."""
 
     factory: str = "Flat"  # FAISS factory string; Flat is exact
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportConfig:
+    """What the report shows beside the numbers."""
+
+    score: ScoreConfig
+    model: str
+    training_stages: tuple[str, ...]  # in order, with stages that are not scored
+    titles: Mapping[str, str]  # stage → what it does
 
 
 def _pairs(config: ScoreConfig, context: Context) -> list[tuple[str, EvaluationSet]]:
@@ -180,6 +196,89 @@ def baseline(config: None, context: Context, task: Task, progress: Progress) -> 
         num_texts += evaluation.num_texts
     store.write_text(context.path("baselines.json"), json.dumps(scores, indent=1, ensure_ascii=False))
     return Outcome({"baselines.json": num_texts}, num_in=num_texts, num_kept=num_texts)
+
+
+def report_tasks(config: ReportConfig, context: Context) -> list[Task]:
+    """One task: it reads every manifest."""
+    return [Task("report", {name: digest(manifest.to_json()) for name, manifest in context.parents.items()})]
+
+
+def report(config: ReportConfig, context: Context, task: Task, progress: Progress) -> Outcome:
+    """`report.html`, `report.json` and `headline.txt`. No times in them: the same run, the same bytes."""
+    from eval.report import headline, write_report
+
+    data = _report_data(config, context)
+    write_report(data, context.path("report.html"), context.path("report.json"))
+    store.write_text(context.path("headline.txt"), headline(data))
+    count = len(data.evaluations)
+    return Outcome(
+        {"report.html": count, "report.json": count, "headline.txt": count}, num_in=count, num_kept=count
+    )
+
+
+def _report_data(config: ReportConfig, context: Context) -> "ReportData":
+    from data_prep.funnel import STEPS, count_planted
+    from eval.datasets.cnclip_tsv import read_evaluation
+    from eval.report import (
+        Counts,
+        FunnelStep,
+        PlantedClass,
+        ReportData,
+        StageFacts,
+        make_gallery,
+        read_training_metrics,
+    )
+
+    final = config.score.stages[-1]
+    manifests = context.parents
+    found = list(manifests["retrieval"].extra.values())
+    evaluations = {item["evaluation"]: item["scores"] for item in found if item["stage"] == final}
+    evaluations |= {
+        f"{item['evaluation']}/{item['stage']}": item["scores"] for item in found if item["stage"] != final
+    }
+    training, recall = [], []
+    for stage in config.training_stages:
+        points = read_training_metrics(context.path_in(stage, "metrics.jsonl"), stage)
+        training += points[0]
+        recall += points[1]
+    galleries = []
+    for item in evaluations_of(context):
+        predictions = context.path_in(
+            "retrieval", _folder(item.name, final), f"{item.name}.predictions.jsonl"
+        )
+        galleries.append(make_gallery(read_evaluation(item.folder, item.name), predictions))
+    funnel = [
+        FunnelStep(name, config.titles[name], Counts(step.num_in, step.num_kept, step.dropped), {})
+        for name in STEPS
+        for step in [manifests[name]]
+    ]
+    return ReportData(
+        title="Chinese CLIP pretraining run",
+        summary=f"{manifests['shards'].num_kept:,} image-text pairs from"
+        f" {manifests['corpus'].num_in:,} rows, trained in {' → '.join(config.training_stages)},"
+        f" scored on {', '.join(sorted(name for name in evaluations if '/' not in name))}.",
+        facts={
+            "Model": config.model,
+            "Training pairs": f"{manifests['shards'].num_kept:,}",
+            "Seed": str(context.seed),
+            "Final model": f"{final}/model.safetensors",
+        },
+        final_stage=final,
+        evaluations=evaluations,
+        baselines=json.loads(store.read_text(context.path_in("baseline", "baselines.json"))),
+        stages=tuple(
+            StageFacts(name, config.titles[name], step.num_in, step.num_kept, step.dropped)
+            for name, step in manifests.items()
+        ),
+        funnel=tuple(funnel),
+        training=tuple(training),
+        recall=tuple(recall),
+        galleries=tuple(galleries),
+        planted=tuple(
+            PlantedClass(item.name, item.stage, item.fate, item.planted, item.counted)
+            for item in count_planted(context)
+        ),
+    )
 
 
 def _evaluation(context: Context, task: Task) -> EvaluationSet:

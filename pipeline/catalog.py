@@ -218,16 +218,23 @@ def make_run(config: RunConfig) -> Run:
             tasks=evaluation_stages.baseline_tasks,
             run=evaluation_stages.baseline,
         ),
+    ]
+    stages.append(
         Stage(
             name="report",
             title="one HTML page and report.json",
             version=1,
-            config=(scores, config.model.name),
-            parents=(*(stage.name for stage in stages), "embed", "index", "retrieval", "baseline"),
+            config=evaluation_stages.ReportConfig(
+                score=scores,
+                model=config.model.name,
+                training_stages=tuple(stage.name for stage in train_stages),
+                titles={stage.name: stage.title for stage in stages},
+            ),
+            parents=tuple(stage.name for stage in stages),
             tasks=evaluation_stages.report_tasks,
             run=evaluation_stages.report,
-        ),
-    ]
+        )
+    )
     table = config.run
     return Run(table.folder, table.seed, table.executor, table.processes, tuple(stages))
 

@@ -105,7 +105,7 @@ def survey_stage(run: Run, stage: Stage) -> StageStatus:
     context = make_context(run, stage)
     if context is None:
         waiting = [name for name in stage.parents if read_manifest(run, name) is None]
-        return StageStatus(stage, State.TO_DO, f"after {', '.join(waiting)}", 0, None, manifest)
+        return StageStatus(stage, State.TO_DO, f"after {waiting[-1]}", 0, None, manifest)
     tasks = stage.tasks(stage.config, context)
     if manifest is not None:
         why = _changed(stage, tasks, manifest.config_digest, manifest.inputs_digest)

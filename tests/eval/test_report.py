@@ -58,7 +58,7 @@ def make_data() -> ReportData:
         final_stage="stage2",
         evaluations={"表情": scores(24.0), "表情/stage1": scores(15.5), HOSTILE: scores(50.0)},
         baselines={"表情": {"chance": scores(0.08), "pixel": scores(9.9)}},
-        stages=(StageFacts("filter_text", f"Rules {HOSTILE}", 100, 75, dropped, 61.4),),
+        stages=(StageFacts("filter_text", f"Rules {HOSTILE}", 100, 75, dropped),),
         funnel=(
             FunnelStep(
                 "filter_text",
@@ -176,7 +176,7 @@ def test_json_has_the_fixed_form(tmp_path: Path) -> None:
         report["funnel"][0]["dropped"].values()
     )
     assert report["funnel"][0]["sources"]["a"] == {"in": 60, "kept": 55, "dropped": {"language": 5}}
-    assert report["stages"][0]["seconds"] == 61.4
+    assert report["stages"][0]["kept"] == 75
     assert sorted(path.name for path in (tmp_path / "r").iterdir()) == ["report.html", "report.json"]
 
 

@@ -1,0 +1,39 @@
+# Everything a newcomer needs: `make demo` and `make test`. PYTHON chooses the interpreter (3.11 or 3.12).
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+EMOJI ?= corpora/emoji_zh
+
+.PHONY: install demo test test-slow lint emoji clean
+
+install: $(VENV)/installed
+
+# Peers that parity tests compare with pin old versions of what they do not need here: no dependencies.
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,emoji]"
+	$(BIN)/python -m pip install --quiet --no-deps cn_clip==1.6.0 open_clip_torch==3.3.0
+	touch $@
+
+demo: install
+	$(BIN)/cnclip run pipeline/recipes/demo.toml
+
+test: install
+	$(BIN)/python -m pytest
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy pipeline data_prep training eval
+
+emoji: install
+	test -f $(EMOJI)/README.md || $(BIN)/python -m data_prep.sources.build_emoji $(EMOJI)
+	$(BIN)/cnclip run pipeline/recipes/emoji_zh.toml --set corpus.folder=$(EMOJI)
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,77 @@
+"""Where every row went: the funnel of a run, and for the demo whether it equals what was planted."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import polars as pl
+
+from data_prep.corpus import tables_of
+from data_prep.drop_table import with_key
+from data_prep.sources.table import from_description, scan
+from pipeline import store
+from pipeline.stage import Context
+
+# Stages that drop rows, in order.
+STEPS = ("filter_text", "dedup", "download", "filter_image")
+
+
+@dataclass(frozen=True, slots=True)
+class PlantedCount:
+    """A class of rows that the demo planted: its written fate and how many rows met it."""
+
+    name: str
+    stage: str
+    fate: str
+    planted: int
+    counted: int
+
+
+def count_planted(context: Context) -> list[PlantedCount]:
+    """Follow each planted row to its end by its key; empty for a corpus that plants nothing.
+
+    A row's end is the reason in the drop tables, else `duplicate` for the copies that dedup removed, else
+    `kept` where its key is in the shards.
+    """
+    path = context.path_in("corpus", "planted.parquet")
+    if not store.exists(path):
+        return []
+    rows = pl.concat([_keyed(context, table) for table in tables_of(context.parents["corpus"])])
+    rows = rows.join(pl.read_parquet(path), on="SAMPLE_ID", validate="1:1")
+    dropped = {stage: _dropped(context, stage) for stage in STEPS}
+    reasons = pl.concat([dropped[stage] for stage in STEPS if stage != "dedup"]).unique("key")
+    kept = [shard.path for shard in context.shards_of("shards", ".parquet")]
+    keys = pl.scan_parquet(kept).select("key", in_shards=pl.lit(True)).collect()
+    ends = (
+        rows.join(reasons, on="key", how="left")
+        .join(dropped["dedup"].unique("key").rename({"reason": "copy"}), on="key", how="left")
+        .join(keys, on="key", how="left")
+        .with_columns(
+            end=pl.coalesce(
+                "reason",
+                # The first row of a pair and its copies share the key: the copies are the planted ones.
+                pl.when(pl.col("stage") == "dedup").then("copy"),
+                pl.when(pl.col("in_shards")).then(pl.lit("kept")),
+            )
+        )
+    )
+    counts = ends.group_by("planted", "stage", "fate", maintain_order=True).agg(
+        total=pl.len(), met=(pl.col("end") == pl.col("fate")).sum()
+    )
+    order = {stage: position for position, stage in enumerate(STEPS)}
+    found = [
+        PlantedCount(name, stage or "", fate, total, met)
+        for name, stage, fate, total, met in counts.iter_rows()
+    ]
+    return sorted(found, key=lambda item: (order.get(item.stage, len(order)), item.name))
+
+
+def _keyed(context: Context, table: Mapping[str, str]) -> pl.DataFrame:
+    path = context.path_in(table["stage"], table["path"])
+    source = from_description(table["source"])  # type: ignore[arg-type]
+    ids = pl.scan_parquet(path).select("SAMPLE_ID")
+    return pl.concat([with_key(scan(path, source)).select("key"), ids], how="horizontal").collect()
+
+
+def _dropped(context: Context, stage: str) -> pl.DataFrame:
+    paths = [shard.path for shard in context.shards_of(stage) if "/dropped/" in shard.path]
+    return pl.concat([pl.read_parquet(path, columns=["key", "reason"]) for path in paths])
