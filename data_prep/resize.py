@@ -86,7 +86,7 @@ def decode_upright(data: bytes, max_pixels: int) -> Image.Image:
     try:
         image.load()
         with contextlib.suppress(Exception):  # a broken orientation tag is no reason to lose the pixels
-            image = ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)
         return _to_rgb(image)
     except Exception as error:  # decoders raise what they like: OSError, SyntaxError, struct.error, ...
         text = str(error).lower()

@@ -243,8 +243,15 @@ def _receipts(
             yield receipt
         return
     for number, task in enumerate(pending, start=num_done + 1):
-        yield run_task(stage, context, task, progress if num_tasks == 1 else _silent)
-        progress(number, num_tasks)
+        shown: list[int] = []  # a task that shows its own steps leaves nothing to add
+
+        def own(done: int, total: int, text: str = "", shown: list[int] = shown) -> None:
+            shown.append(done)
+            progress(done, total, text)
+
+        yield run_task(stage, context, task, own if num_tasks == 1 else _silent)
+        if not shown:
+            progress(number, num_tasks)
 
 
 def run_task(stage: Stage, context: Context, task: Task, progress: Progress) -> Receipt:

@@ -1,5 +1,6 @@
 """The training stages of a run: one task each, run by DeepSpeed's launcher in processes of their own."""
 
+import base64
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 
 from pipeline import store
 from pipeline.evaluation_sets import evaluations_of
+from pipeline.processes import die_with_parent
 from pipeline.records import InputError
 from pipeline.stage import Context, Outcome, Progress, Task
 from training.config import TrainConfig, TrainJob, count_steps
@@ -100,17 +102,19 @@ def run(config: TrainStageConfig, context: Context, task: Task, progress: Progre
 
 
 def launcher_command(entry: str, job_path: str, ranks: int, port: int) -> list[str]:
-    """The deepspeed launcher's command line for ranks on this machine."""
+    """Command line of DeepSpeed's launcher for ranks on this machine.
+
+    It is the process that `deepspeed` starts on each machine; started directly, it is our own child and
+    ends with us, however we end.
+    """
+    machines = json.dumps({"localhost": list(range(ranks))})
     return [
         sys.executable,
         "-m",
-        "deepspeed.launcher.runner",
-        "--num_accelerators",
-        str(ranks),
-        "--master_addr",
-        "127.0.0.1",
-        "--master_port",
-        str(port),
+        "deepspeed.launcher.launch",
+        f"--world_info={base64.urlsafe_b64encode(machines.encode()).decode()}",
+        "--master_addr=127.0.0.1",
+        f"--master_port={port}",
         "--module",
         entry,
         job_path,
@@ -140,8 +144,6 @@ def free_port() -> int:
 
 def _watch(command: list[str], environment: Mapping[str, str], log_path: str, progress: Progress) -> int:
     """Run a launcher, show its `@progress` lines, keep every other line in the log; returns its status."""
-    from pipeline.processes import die_with_parent
-
     with (
         open(log_path, "a", encoding="utf-8") as log,
         subprocess.Popen(
