@@ -1,0 +1,340 @@
+"""The runner on small real stages: numbers in, text files out."""
+
+import fcntl
+import json
+import multiprocessing
+import os
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from pipeline import runner, store
+from pipeline.config import NOT_IN_DIGEST
+from pipeline.records import ConfigError, InputError, Manifest, Receipt
+from pipeline.runner import Run, State
+from pipeline.stage import Context, Outcome, Progress, Stage, Task
+
+NUM_FILES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class SourceConfig:
+    folder: str = field(metadata=NOT_IN_DIGEST)
+
+
+@dataclass(frozen=True, slots=True)
+class EvenConfig:
+    below: int = 1000
+    journal: str = field(default="", metadata=NOT_IN_DIGEST)  # one line a task that ran
+    kill_in: str = field(default="", metadata=NOT_IN_DIGEST)  # task that kills its process half-way
+
+
+def source_tasks(config: SourceConfig, context: Context) -> list[Task]:
+    return [
+        Task(path.stem, {"file": store.digest_file(str(path))}, {"path": str(path)})
+        for path in sorted(Path(config.folder).glob("*.txt"))
+    ]
+
+
+def copy_source(config: SourceConfig, context: Context, task: Task, progress: Progress) -> Outcome:
+    text = store.read_text(task.arguments["path"])
+    store.write_text(context.path("numbers", f"{task.name}.txt"), text)
+    return Outcome({f"numbers/{task.name}.txt": len(text.split())}, len(text.split()), len(text.split()))
+
+
+def even_tasks(config: EvenConfig, context: Context) -> list[Task]:
+    return [
+        Task(Path(shard.path).stem, {"numbers": shard.digest}, {"path": shard.path})
+        for shard in context.parents["source"].shards
+    ]
+
+
+def keep_even(config: EvenConfig, context: Context, task: Task, progress: Progress) -> Outcome:
+    if config.journal:
+        with open(config.journal, "a") as journal:
+            journal.write(f"{task.name}\n")
+    numbers = [
+        int(word) for word in store.read_text(context.path_in("source", task.arguments["path"])).split()
+    ]
+    even = [number for number in numbers if number % 2 == 0]
+    kept = [number for number in even if number < config.below]
+    with store.publish(context.path(f"{task.name}.txt")) as temporary:
+        Path(temporary).write_text(" ".join(map(str, kept)))
+        if task.name == config.kill_in:
+            os.kill(os.getpid(), signal.SIGKILL)
+    dropped = {"odd": len(numbers) - len(even), "large": len(even) - len(kept)}
+    return Outcome({f"{task.name}.txt": len(kept)}, len(numbers), len(kept), dropped)
+
+
+def lose_rows(config: None, context: Context, task: Task, progress: Progress) -> Outcome:
+    return Outcome({}, num_in=10, num_kept=7, dropped={"odd": 2})
+
+
+def one_task(config: None, context: Context) -> list[Task]:
+    return [Task("all", {})]
+
+
+@pytest.fixture
+def numbers(tmp_path: Path) -> Path:
+    folder = tmp_path / "numbers"
+    folder.mkdir()
+    for number in range(NUM_FILES):
+        (folder / f"{number:05d}.txt").write_text(" ".join(str(number * 10 + i) for i in range(10)))
+    return folder
+
+
+def _run(numbers: Path, folder: Path, config: EvenConfig | None = None, processes: int = 1) -> Run:
+    source = Stage("source", "", 1, SourceConfig(str(numbers)), (), source_tasks, copy_source)
+    even = Stage("even", "", 1, config or EvenConfig(), ("source",), even_tasks, keep_even)
+    return Run(str(folder), 0, "local", processes, (source, even))
+
+
+def _execute(run: Run, redo: bool = False) -> int:
+    return runner.execute(run, run.stages, redo=redo)
+
+
+def _states(run: Run) -> list[State]:
+    return [status.state for status in runner.survey(run)]
+
+
+def _manifests(run: Run) -> list[str]:
+    return [store.read_text(runner.manifest_path(run, stage.name)) for stage in run.stages]
+
+
+def _manifest(run: Run, stage: str) -> Manifest:
+    manifest = runner.read_manifest(run, stage)
+    assert manifest is not None
+    return manifest
+
+
+def test_a_run_does_everything_once(numbers: Path, tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+    run = _run(numbers, tmp_path / "run", EvenConfig(below=30, journal=str(journal)))
+    assert _states(run) == [State.TO_DO, State.TO_DO]
+    assert runner.survey(run)[1].why == "after source"
+    assert _execute(run) == 2
+    assert _states(run) == [State.DONE, State.DONE]
+    even = _manifest(run, "even")
+    assert (even.num_in, even.num_kept, even.dropped) == (40, 15, {"large": 5, "odd": 20})
+    assert [shard.path for shard in even.shards] == [f"{number:05d}.txt" for number in range(NUM_FILES)]
+    assert store.read_text(store.join(run.folder, "even", "00001.txt")) == "10 12 14 16 18"
+    assert even.parents == {"source": store.digest_bytes(_manifest(run, "source").to_json().encode())}
+    assert _execute(run) == 0
+    assert journal.read_text().split() == [f"{number:05d}" for number in range(NUM_FILES)]
+
+
+def test_several_processes_give_the_same_manifests(numbers: Path, tmp_path: Path) -> None:
+    one, two = _run(numbers, tmp_path / "one"), _run(numbers, tmp_path / "two", processes=2)
+    _execute(one)
+    _execute(two)
+    assert _manifests(one) == _manifests(two)
+    assert runner.verify(two, two.stages) == []
+
+
+def test_a_changed_setting_is_stale_and_never_silently_redone(numbers: Path, tmp_path: Path) -> None:
+    _execute(_run(numbers, tmp_path / "run"))
+    changed = _run(numbers, tmp_path / "run", EvenConfig(below=20))
+    assert _states(changed) == [State.DONE, State.STALE]
+    assert runner.survey(changed)[1].why == "its configuration changed"
+    before = _manifests(changed)
+    with pytest.raises(ConfigError, match=r"even is stale: its configuration changed; run with --redo"):
+        _execute(changed)
+    assert _manifests(changed) == before
+    assert _states(_run(numbers, tmp_path / "run")) == [State.DONE, State.DONE]  # changed back: nothing lost
+    assert _execute(changed, redo=True) == 1
+    assert _manifest(changed, "even").num_kept == 10
+    assert _states(changed) == [State.DONE, State.DONE]
+
+
+def test_settings_that_change_no_bytes_are_not_stale(numbers: Path, tmp_path: Path) -> None:
+    _execute(_run(numbers, tmp_path / "run"))
+    run = _run(numbers, tmp_path / "run", EvenConfig(journal="elsewhere"), processes=2)
+    assert _states(run) == [State.DONE, State.DONE]
+
+
+def test_a_changed_input_redoes_its_own_tasks_alone(numbers: Path, tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+    run = _run(numbers, tmp_path / "run", EvenConfig(journal=str(journal)))
+    _execute(run)
+    (numbers / "00002.txt").write_text("2 4 6")
+    assert _states(run) == [State.STALE, State.DONE]  # even still matches the source stage's old manifest
+    with pytest.raises(ConfigError, match=r"source is stale: its inputs changed"):
+        _execute(run)
+    journal.unlink()
+    assert _execute(run, redo=True) == 2
+    assert journal.read_text().split() == ["00002"]
+    assert store.read_text(store.join(run.folder, "even", "00002.txt")) == "2 4 6"
+    fresh = _run(numbers, tmp_path / "fresh")
+    _execute(fresh)
+    # Apart from where the tables lie, a redone run is the run that never was another.
+    assert _manifest(run, "even") == _manifest(fresh, "even")
+
+
+def test_a_file_that_is_gone_leaves_the_manifest(numbers: Path, tmp_path: Path) -> None:
+    run = _run(numbers, tmp_path / "run")
+    _execute(run)
+    (numbers / "00003.txt").unlink()
+    _execute(run, redo=True)
+    assert [shard.path for shard in _manifest(run, "even").shards] == ["00000.txt", "00001.txt", "00002.txt"]
+    assert store.list_files(store.join(run.folder, "even", "receipts")) == [
+        "00000.json", "00001.json", "00002.json",
+    ]  # fmt: skip
+
+
+def test_a_task_whose_output_was_lost_is_done_again(numbers: Path, tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+    run = _run(numbers, tmp_path / "run", EvenConfig(journal=str(journal)))
+    _execute(run)
+    before = _manifests(run)
+    os.remove(runner.manifest_path(run, "even"))
+    os.remove(tmp_path / "run" / "even" / "00001.txt")
+    (tmp_path / "run" / "even" / "receipts" / "00003.json").write_text("{")  # damaged: counts for nothing
+    journal.unlink()
+    assert runner.survey(run)[1].tasks_done == 2
+    assert _execute(run) == 1
+    assert sorted(journal.read_text().split()) == ["00001", "00003"]
+    assert _manifests(run) == before
+
+
+def test_redo_of_one_finished_stage(numbers: Path, tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+    run = _run(numbers, tmp_path / "run", EvenConfig(journal=str(journal)))
+    _execute(run)
+    before = _manifests(run)
+    journal.unlink()
+    assert runner.execute(run, [run.stage("even")], redo=True, force=True) == 1
+    assert len(journal.read_text().split()) == NUM_FILES
+    assert _manifests(run) == before
+
+
+def test_verify_finds_a_flipped_byte_and_a_missing_file(numbers: Path, tmp_path: Path) -> None:
+    run = _run(numbers, tmp_path / "run")
+    _execute(run)
+    assert runner.verify(run, run.stages) == []
+    flipped, gone = (tmp_path / "run" / "even" / f"0000{number}.txt" for number in (1, 2))
+    data = bytearray(flipped.read_bytes())
+    data[0] ^= 1
+    flipped.write_bytes(data)
+    gone.unlink()
+    complaints = runner.verify(run, run.stages)
+    assert len(complaints) == 2
+    assert complaints[0].startswith(f"{flipped}: bytes differ")
+    assert complaints[1].startswith(f"{gone}: missing")
+    assert all("--stage even --redo" in line for line in complaints)
+    assert runner.execute(run, [run.stage("even")], redo=True, force=True) == 1  # the remedy heals
+    assert runner.verify(run, run.stages) == []
+
+
+def test_receipts_account_for_every_row(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"even/00000: 10 rows in, but 7 kept \+ 2 dropped"):
+        Receipt("even", "00000", "", "", (), 10, 7, {"odd": 2}, 0.0)
+    run = Run(str(tmp_path / "run"), 0, "local", 1, (Stage("lossy", "", 1, None, (), one_task, lose_rows),))
+    with pytest.raises(ValueError, match=r"lossy/all: 10 rows in"):
+        _execute(run)
+    assert not store.exists(store.join(run.folder, "lossy", "receipts", "all.json"))
+    assert _states(run) == [State.TO_DO]
+
+
+def test_no_rows_left_names_the_rules(numbers: Path, tmp_path: Path) -> None:
+    run = _run(numbers, tmp_path / "run", EvenConfig(below=0))
+    with pytest.raises(InputError) as caught:
+        _execute(run)
+    message = str(caught.value)
+    assert "no rows left of 40 after even" in message
+    assert "odd removed 20" in message
+    assert "large removed 20" in message
+    assert runner.read_manifest(run, "even") is None
+
+
+def test_one_run_at_a_time(numbers: Path, tmp_path: Path) -> None:
+    run = _run(numbers, tmp_path / "run")
+    os.makedirs(run.folder)
+    with open(os.path.join(run.folder, ".lock"), "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another `cnclip run` is at work here"):
+            _execute(run)
+    assert _states(run) == [State.TO_DO, State.TO_DO]
+    assert _execute(run) == 2
+
+
+@pytest.mark.parametrize("task", ["00000", "00002"])
+def test_a_killed_run_goes_on_to_the_same_manifests(numbers: Path, tmp_path: Path, task: str) -> None:
+    whole = _run(numbers, tmp_path / "whole")
+    _execute(whole)
+    killed = _run(numbers, tmp_path / "killed", EvenConfig(kill_in=task))
+    process = multiprocessing.get_context("fork").Process(target=_execute, args=(killed,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert runner.read_manifest(killed, "even") is None
+    assert not store.exists(store.join(killed.folder, "even", f"{task}.txt"))
+    journal = tmp_path / "journal"
+    again = _run(numbers, tmp_path / "killed", EvenConfig(journal=str(journal)))
+    assert runner.survey(again)[1].tasks_done == int(task)
+    assert _execute(again) == 1
+    assert len(journal.read_text().split()) == NUM_FILES - int(task)
+    assert _manifests(again) == _manifests(whole)
+
+
+def test_a_killed_worker_process_is_said_in_one_line(numbers: Path, tmp_path: Path) -> None:
+    run = _run(numbers, tmp_path / "run", EvenConfig(kill_in="00001"), processes=2)
+    with pytest.raises(InputError, match="a worker process was killed") as caught:
+        _execute(run)
+    assert "\n" not in str(caught.value)
+    whole = _run(numbers, tmp_path / "whole")
+    _execute(whole)
+    again = _run(numbers, tmp_path / "run", processes=2)
+    _execute(again)
+    assert _manifests(again) == _manifests(whole)
+
+
+def test_half_done_work_of_another_setting_is_stale(numbers: Path, tmp_path: Path) -> None:
+    run = _run(numbers, tmp_path / "run")
+    _execute(run)
+    os.remove(runner.manifest_path(run, "even"))
+    changed = _run(numbers, tmp_path / "run", EvenConfig(below=20))
+    assert _states(changed) == [State.DONE, State.STALE]
+    with pytest.raises(ConfigError, match="even is stale"):
+        _execute(changed)
+
+
+def test_a_damaged_manifest_is_named(numbers: Path, tmp_path: Path) -> None:
+    run = _run(numbers, tmp_path / "run")
+    _execute(run)
+    Path(runner.manifest_path(run, "source")).write_text('{"stage": "source"}')
+    with pytest.raises(InputError, match=r"source/manifest\.json: damaged manifest"):
+        runner.survey(run)
+
+
+def test_manifests_and_receipts_hold_no_times(numbers: Path, tmp_path: Path) -> None:
+    run = _run(numbers, tmp_path / "run")
+    _execute(run)
+    assert "seconds" not in json.loads(_manifests(run)[1])
+    receipt = Receipt.from_json(store.read_text(store.join(run.folder, "even", "receipts", "00000.json")))
+    assert receipt.seconds >= 0
+    assert Receipt.from_json(receipt.to_json()) == receipt
+
+
+def test_selecting_stages(numbers: Path, tmp_path: Path) -> None:
+    run = _run(numbers, tmp_path / "run")
+    assert [stage.name for stage in runner.select(run, None, None, "source")] == ["source"]
+    assert [stage.name for stage in runner.select(run, None, "even", None)] == ["even"]
+    assert [stage.name for stage in runner.select(run, "even", None, None)] == ["even"]
+    with pytest.raises(ConfigError, match="evn: no such stage in this run; it has source, even"):
+        runner.select(run, "evn", None, None)
+    with pytest.raises(ConfigError, match="comes after"):
+        runner.select(run, None, "even", "source")
+    with pytest.raises(ConfigError, match="even comes after source, which is not done"):
+        runner.execute(run, [run.stage("even")], redo=False)
+
+
+def test_a_run_in_an_object_store(numbers: Path, tmp_path: Path) -> None:
+    whole = _run(numbers, tmp_path / "run")
+    _execute(whole)
+    remote = Run(f"memory://{tmp_path.name}-runner", 0, "local", 1, whole.stages)
+    assert _execute(remote) == 2
+    assert _execute(remote) == 0
+    assert _manifests(remote) == _manifests(whole)
+    assert runner.verify(remote, remote.stages) == []

@@ -1,0 +1,105 @@
+"""Files appear whole or not at all, on disk and on an object store."""
+
+import hashlib
+import multiprocessing
+import os
+import signal
+import uuid
+from pathlib import Path
+
+import pytest
+
+from pipeline import store
+
+
+@pytest.fixture(params=["local", "memory"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "run") if request.param == "local" else f"memory://{uuid.uuid4().hex}"
+
+
+def test_write_read_list_digest_remove(folder: str) -> None:
+    path = store.join(folder, "stage", "a.txt")
+    assert not store.exists(path)
+    assert store.list_files(store.join(folder, "stage")) == []
+    store.write_text(path, "汉字")
+    store.write_bytes(store.join(folder, "stage", "b.bin"), bytes(3_000_000))
+    assert store.exists(path)
+    assert store.read_text(path) == "汉字"
+    assert store.num_bytes(path) == 6
+    assert store.list_files(store.join(folder, "stage")) == ["a.txt", "b.bin"]
+    assert (
+        store.digest_file(path)
+        == hashlib.sha256("汉字".encode()).hexdigest()
+        == store.digest_bytes("汉字".encode())
+    )
+    assert store.digest_file(store.join(folder, "stage", "b.bin")) == store.digest_bytes(bytes(3_000_000))
+    with store.open_read(path) as file:
+        file.seek(3)
+        assert file.read() == "字".encode()
+    store.write_text(path, "new")
+    assert store.read_text(path) == "new"
+    store.remove(path)
+    assert store.list_files(store.join(folder, "stage")) == ["b.bin"]
+    store.remove(store.join(folder, "stage"))
+    store.remove(store.join(folder, "stage"))  # nothing there: nothing happens
+    assert not store.exists(store.join(folder, "stage", "b.bin"))
+
+
+def _fail_half_way(path: str) -> None:
+    with store.publish(path) as temporary:
+        Path(temporary).write_bytes(b"half")
+        raise ZeroDivisionError
+
+
+def test_a_failed_publish_leaves_nothing(folder: str) -> None:
+    path = store.join(folder, "stage", "a.bin")
+    with pytest.raises(ZeroDivisionError):
+        _fail_half_way(path)
+    assert not store.exists(path)
+    assert store.list_files(store.join(folder, "stage")) == []
+
+
+def test_a_failed_publish_keeps_what_was_there(folder: str) -> None:
+    path = store.join(folder, "a.bin")
+    store.write_bytes(path, b"old")
+    with pytest.raises(ZeroDivisionError):
+        _fail_half_way(path)
+    with store.publish(path) as temporary:
+        Path(temporary).write_bytes(b"new")
+        assert store.read_bytes(path) == b"old"  # the new one is not seen before it is whole
+    assert store.read_bytes(path) == b"new"
+
+
+def test_a_failed_local_publish_removes_its_temporary_file(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError):
+        _fail_half_way(str(tmp_path / "a.bin"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def _die_while_publishing(path: str) -> None:
+    with store.publish(path) as temporary:
+        Path(temporary).write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_publish_never_shows(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.bin")
+    process = multiprocessing.get_context("fork").Process(target=_die_while_publishing, args=(path,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not store.exists(path)
+    assert [name for name in os.listdir(tmp_path) if not name.startswith(".")] == []
+
+
+def test_sizes_of_missing_files(folder: str) -> None:
+    with pytest.raises(FileNotFoundError):
+        store.num_bytes(store.join(folder, "none"))
+    with pytest.raises(FileNotFoundError):
+        store.read_bytes(store.join(folder, "none"))
+
+
+def test_join_keeps_schemes() -> None:
+    assert store.join("s3://bucket/run/", "a", "b") == "s3://bucket/run/a/b"
+    assert store.is_local("/a/b")
+    assert not store.is_local("s3://bucket/a")
