@@ -104,7 +104,8 @@ def run(config: CorpusStageConfig, context: Context, task: Task, progress: Progr
 def _look_at_table(config: CorpusStageConfig, task: Task) -> Outcome:
     source = caption_table.from_description(task.arguments["source"])
     path = task.arguments["path"]
-    num_rows = caption_table.scan(path, source).select(pl.len()).collect().item()
+    with caption_table.naming_damage(path):
+        num_rows = caption_table.scan(path, source).select(pl.len()).collect().item()
     if num_rows == 0:
         raise InputError(
             f"{path}: no rows (source {source.name}); remove it from [[corpus.tables]] or fill it"

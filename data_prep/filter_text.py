@@ -9,10 +9,10 @@ import polars as pl
 from data_prep import text_rules
 from data_prep.corpus import evaluation_urls, tables_of
 from data_prep.drop_table import drops_path, with_key, write_drops, write_table
-from data_prep.sources.table import from_description, scan
+from data_prep.sources.table import from_description, naming_damage, scan
 from data_prep.text_rules import TextRule
 from pipeline import store
-from pipeline.records import ConfigError, InputError
+from pipeline.records import ConfigError
 from pipeline.stage import Context, Outcome, Progress, Task
 
 
@@ -55,12 +55,12 @@ def run(config: FilterTextConfig, context: Context, task: Task, progress: Progre
     path = context.path_in(table["stage"], table["path"]) if table["stage"] else table["path"]
     frame = scan(path, source)
     names = frame.collect_schema().names()
-    rules = rules_for(config, source.exempt_from, context, has_scores=_has_scores(frame))
+    with naming_damage(path):
+        has_scores = _has_scores(frame)
+    rules = rules_for(config, source.exempt_from, context, has_scores)
     judged = with_key(frame.with_columns(reason=text_rules.first_reason(rules)))
-    try:
+    with naming_damage(path):
         rows = judged.collect(engine="streaming")
-    except pl.exceptions.PolarsError as error:
-        raise InputError(f"{path}: cannot be read: {str(error).splitlines()[0]}; replace the file") from None
     kept = (
         rows.filter(pl.col("reason").is_null())
         .with_columns(pl.col("caption").str.strip_chars(), file=pl.lit(int(task.name), dtype=pl.Int32))

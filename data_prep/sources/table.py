@@ -4,9 +4,10 @@ Column names of LAION-5B metadata and of its derivatives are found by themselves
 other names are given in the recipe.
 """
 
+import contextlib
 import dataclasses
 import glob
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import polars as pl
@@ -68,12 +69,8 @@ def scan(path: str, source: TableSource) -> pl.LazyFrame:
     InputError where the file cannot be read or lacks a column: it lists the columns found.
     """
     frame = _open(path)
-    try:
+    with naming_damage(path):
         found = frame.collect_schema().names()
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise InputError(
-            f"{path}: cannot be read as a table: {str(error).splitlines()[0]}; replace the file"
-        ) from None
     columns = {
         role: _resolve(path, source, role, names, found, required=role in ("url_column", "caption_column"))
         for role, names in _KNOWN_COLUMNS.items()
@@ -98,6 +95,17 @@ def scan(path: str, source: TableSource) -> pl.LazyFrame:
         column(height, pl.Int32).alias("height_px"),
         *(pl.col(name) for name in source.carry_columns),
     )
+
+
+@contextlib.contextmanager
+def naming_damage(path: str) -> Iterator[None]:
+    """InputError in place of what polars raises where a file's inside is damaged: a scan reads it late."""
+    try:
+        yield
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise InputError(
+            f"{path}: cannot be read as a table: {str(error).splitlines()[0]}; replace the file"
+        ) from None
 
 
 def describe(source: TableSource) -> dict[str, object]:
