@@ -167,7 +167,8 @@ def test_the_first_rule_in_order_names_the_reason() -> None:
     row: dict[str, Any] = {"caption": "", "url": "", "language": "en", "score": 0.1}
     reasons = []
     for mend in (
-        {"caption": "包邮"}, {"url": GOOD["url"]}, {"language": "zh"}, {"score": 0.3}, {"caption": "包邮的小猫"},
+        {"caption": "包邮"}, {"url": GOOD["url"]}, {"language": "zh"}, {"score": 0.3},
+        {"caption": "包邮的小猫"},
         {"caption": "可爱的小猫"},
     ):  # fmt: skip
         reasons.append(_reason(rules, **row))
