@@ -139,6 +139,12 @@ def evaluation_urls(context: Context) -> list[Shard]:
 
 
 def site_folder(context: Context) -> str | None:
-    """Folder that the download stage serves over loopback, where the corpus brings its own pictures."""
+    """Folder that the download stage serves over loopback, where the corpus brings its own site."""
     made = any(extra.get("site") for extra in context.parents["corpus"].extra.values())
     return context.path_in("corpus") if made else None
+
+
+def picture_folders(context: Context) -> dict[str, str]:
+    """Source → folder of pictures on disk, which the download stage serves over loopback too."""
+    sources = [table["source"] for table in tables_of(context.parents["corpus"])]
+    return {source["name"]: source["picture_folder"] for source in sources if source["picture_folder"]}

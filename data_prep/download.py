@@ -20,7 +20,7 @@ import polars as pl
 
 from data_prep import corpus
 from data_prep.drop_table import drops_path, write_drops, write_table
-from data_prep.site import serve
+from data_prep.site import SITE_VARIABLE, serve
 from data_prep.tar_members import TarWriter
 from pipeline import store
 from pipeline.config import NOT_IN_DIGEST
@@ -124,10 +124,11 @@ def _downloader(
     (raw / "options.json").write_text(json.dumps(options), encoding="utf-8")
     environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1"}  # its import looks for updates otherwise
     with contextlib.ExitStack() as stack:
-        if (site := corpus.site_folder(context)) is not None:
-            # The corpus brings its own web site: URLs name no port, the server stands in as a proxy.
-            address = stack.enter_context(serve(site))
-            environment |= {"http_proxy": address, "no_proxy": ""}
+        site, pictures = corpus.site_folder(context), corpus.picture_folders(context)
+        if site is not None or pictures:
+            # The corpus brings its own pictures: URLs name no port, the server stands in as a proxy.
+            address = stack.enter_context(serve(site, pictures))
+            environment[SITE_VARIABLE] = address.removeprefix("http://")
         log = stack.enter_context(open(context.path("img2dataset.log"), "wb"))
         command = [sys.executable, "-m", "data_prep.download_worker", str(raw / "options.json")]
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)

@@ -7,16 +7,20 @@ at the top holds in all of them.
 import importlib
 import io
 import json
+import os
 import socket
+import string
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from typing import Any
 
 import img2dataset.downloader
 
 from data_prep.resize import UprightResizer
+from data_prep.site import HOST, SITE_VARIABLE
 from pipeline.processes import die_with_parent
 from pipeline.records import DropReason
 
@@ -41,8 +45,12 @@ def fetch(
     """
     key, url = row
     deadline = time.monotonic() + timeout
-    request = urllib.request.Request(url, headers={"User-Agent": USER_AGENT})
     try:
+        # Chinese characters and spaces in an address are common, and not ASCII; what is quoted stays so.
+        address = urllib.parse.quote(url, safe=string.punctuation)
+        request = urllib.request.Request(address, headers={"User-Agent": USER_AGENT})
+        if request.host == HOST:  # a name that never resolves: the loopback site answers for it
+            request.set_proxy(os.environ[SITE_VARIABLE], "http")
         with urllib.request.urlopen(request, timeout=timeout) as response:
             if disallowed_header_directives and img2dataset.downloader.is_disallowed(
                 response.headers, user_agent_token, disallowed_header_directives

@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from pipeline.records import InputError
 
 HOST = "corpus.invalid"
+SITE_VARIABLE = "CNCLIP_SITE"  # environment variable: host:port of the server, for those who download
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,14 +71,18 @@ def read_site(folder: Path) -> dict[str, Answer]:
     return answers
 
 
+PICTURES = "pictures"  # the site's folder for pictures that lie on disk: /pictures/<source>/<path>
+
+
 class _Server(ThreadingHTTPServer):
     daemon_threads = True  # a hanging answer must not keep the run from ending
     block_on_close = False
     request_queue_size = 128  # a downloader opens its connections all at once
 
-    def __init__(self, folder: Path) -> None:
-        self.root = folder / "site"
-        self.answers = read_site(folder)
+    def __init__(self, folder: Path | None, pictures: Mapping[str, Path]) -> None:
+        self.root = folder / "site" if folder is not None else Path()
+        self.answers = read_site(folder) if folder is not None else {}
+        self.pictures = {name: path.resolve() for name, path in pictures.items()}
         self.stopping = threading.Event()
         super().__init__(("127.0.0.1", 0), _Handler)
 
@@ -97,12 +102,23 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(Answer(status=403))
             return
         key = target.path + (f"?{target.query}" if target.query else "")
-        answer = self.server.answers.get(key, Answer(status=404))
+        answer = self.server.answers.get(key) or self._picture(unquote(target.path))
         if answer.hang:
             self.server.stopping.wait()
         elif answer.sent_share > 0:
             self._send(answer)
         self.close_connection = True
+
+    def _picture(self, path: str) -> Answer:
+        """A file below one of the picture folders, or 404; never one outside of them."""
+        _, _, rest = path.partition(f"/{PICTURES}/")
+        name, _, relative = rest.partition("/")
+        root = self.server.pictures.get(name)
+        if root is not None:
+            file = (root / relative).resolve()
+            if file.is_relative_to(root) and file.is_file():
+                return Answer(file=str(file), content_type="application/octet-stream")
+        return Answer(status=404)
 
     def _send(self, answer: Answer) -> None:
         body = b"" if answer.file is None else (self.server.root / answer.file).read_bytes()
@@ -120,13 +136,16 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serve(folder: str | Path) -> Iterator[str]:
+def serve(folder: str | Path | None, pictures: Mapping[str, str] | None = None) -> Iterator[str]:
     """Serve a corpus folder on a free loopback port for the length of a `with` block.
+
+    `pictures` maps source names to folders whose files are served as `/pictures/<source>/<path>`.
 
     Yields `http://127.0.0.1:PORT`, to be used as an HTTP proxy (`http_proxy`) for URLs of `corpus.invalid`
     or as a plain server for their paths. Requests for any other host get 403, unknown paths 404.
     """
-    server = _Server(Path(folder))
+    folders = {name: Path(path) for name, path in (pictures or {}).items()}
+    server = _Server(Path(folder) if folder is not None else None, folders)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:

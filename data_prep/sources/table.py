@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
+from data_prep.site import HOST, PICTURES
 from pipeline import store
 from pipeline.records import InputError
 
@@ -27,7 +28,7 @@ class TableSource:
     language_column: str | None = None  # found by itself: LANGUAGE; a source without it is taken as Chinese
     score_column: str | None = None  # found by itself: similarity
     carry_columns: tuple[str, ...] = ()  # further columns to keep all the way to the shards
-    picture_folder: str | None = None  # set where the URL column holds paths relative to this folder
+    picture_folder: str | None = None  # set where the URL column holds paths of pictures below this folder
     exempt_from: tuple[str, ...] = ()  # text rules that do not apply to this source: length, score, language
 
 
@@ -87,7 +88,7 @@ def scan(path: str, source: TableSource) -> pl.LazyFrame:
     return frame.with_row_index("row").select(
         pl.lit(source.name).alias("source"),
         pl.col("row").cast(pl.Int64),
-        column(columns["url_column"], pl.String).alias("url"),
+        _url(columns["url_column"], source).alias("url"),
         column(columns["caption_column"], pl.String).alias("caption"),
         column(columns["language_column"], pl.String).alias("language"),
         column(columns["score_column"], pl.Float32).alias("score"),
@@ -95,6 +96,14 @@ def scan(path: str, source: TableSource) -> pl.LazyFrame:
         column(height, pl.Int32).alias("height_px"),
         *(pl.col(name) for name in source.carry_columns),
     )
+
+
+def _url(column: str | None, source: TableSource) -> pl.Expr:
+    """The address of each row; a path below the picture folder becomes one of the loopback site's."""
+    url = pl.col(str(column)).cast(pl.String)
+    if source.picture_folder is None:
+        return url
+    return pl.concat_str(pl.lit(f"http://{HOST}/{PICTURES}/{source.name}/"), url)
 
 
 @contextlib.contextmanager
