@@ -8,7 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator
 
@@ -31,7 +31,7 @@ from pipeline.runner import Run
 from pipeline.stage import Stage
 from training import stage as training_stage
 from training import vocabulary
-from training.config import TrainConfig
+from training.config import TrainConfig, paper_recipe
 from training.model.config import MODELS
 from training.vocabulary import VocabularyConfig
 
@@ -81,7 +81,8 @@ class RunConfig:
 def load(path: str, overrides: Sequence[str] = ()) -> tuple[Run, RunConfig]:
     """Read, override and check a run's TOML (a path, or the name of a shipped recipe)."""
     path = find_recipe(path)
-    config = build(RunConfig, apply_overrides(read_toml(path), overrides), path)
+    table = apply_overrides(read_toml(path), overrides)
+    config = build(RunConfig, _with_paper_recipes(table, path), path)
     if config.model.name not in MODELS:
         raise ConfigError(f"{path}: model.name: no model {config.model.name!r}; known: {', '.join(MODELS)}")
     if config.stage1 is None and config.stage2 is None:
@@ -92,6 +93,22 @@ def load(path: str, overrides: Sequence[str] = ()) -> tuple[Run, RunConfig]:
         if (train := getattr(config, name)) is not None:
             train.check(name)
     return make_run(config), config
+
+
+def _with_paper_recipes(table: dict[str, Any], where: str) -> dict[str, Any]:
+    """Fill in stages that say `recipe = "paper"` from training/recipes/pretrain.toml; own values go first."""
+    filled = dict(table)
+    for stage in ("stage1", "stage2"):
+        own = table.get(stage)
+        if not isinstance(own, dict) or "recipe" not in own:
+            continue
+        if own["recipe"] != "paper":
+            raise ConfigError(f'{where}: {stage}.recipe: found {own["recipe"]!r}; the only recipe is "paper"')
+        paper = dataclasses.asdict(paper_recipe(table.get("model", {}).get("name", ""), stage))
+        augment = {**paper["augment"], **own.get("augment", {})}
+        filled[stage] = {**paper, **own, "augment": augment}
+        del filled[stage]["recipe"]
+    return filled
 
 
 def write_resolved(run: Run, config: RunConfig) -> None:
