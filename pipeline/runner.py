@@ -189,6 +189,7 @@ def _run_stage(run: Run, stage: Stage, label: str) -> None:
     context = make_context(run, stage)
     assert context is not None  # execute() has checked
     tasks = stage.tasks(stage.config, context)
+    store.sweep(context.path())
     _write_started(context, stage, tasks)
     receipts: dict[str, Receipt] = {}
     for task in tasks:

@@ -12,6 +12,7 @@ from typing import IO, Any
 import fsspec
 
 _DIGEST_CHUNK_BYTES = 1 << 20
+_PARTIAL = ".partial"  # suffix of a file that is still being written
 
 
 def is_local(path: str) -> bool:
@@ -93,6 +94,13 @@ def remove(path: str) -> None:
         fs.rm(name, recursive=True)
 
 
+def sweep(folder: str) -> None:
+    """Remove what `publish` left behind under a local folder when its process was killed."""
+    if is_local(folder):
+        for leftover in Path(folder).rglob(f".*{_PARTIAL}"):
+            leftover.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def publish(path: str) -> Iterator[str]:
     """Yield a temporary local path to write to; when the block ends well the file appears at `path`.
@@ -103,7 +111,7 @@ def publish(path: str) -> Iterator[str]:
     if is_local(path):
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = str(target.parent / f".{target.name}.{os.getpid()}.partial")
+        temporary = str(target.parent / f".{target.name}.{os.getpid()}{_PARTIAL}")
         try:
             yield temporary
             with open(temporary, "rb") as file:

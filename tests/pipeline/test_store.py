@@ -103,3 +103,21 @@ def test_join_keeps_schemes() -> None:
     assert store.join("s3://bucket/run/", "a", "b") == "s3://bucket/run/a/b"
     assert store.is_local("/a/b")
     assert not store.is_local("s3://bucket/a")
+
+
+def test_sweep_removes_what_a_killed_writer_left(tmp_path: Path) -> None:
+    import os
+    import subprocess
+    import sys
+
+    target = tmp_path / "deep" / "table.parquet"
+    program = (
+        "import os, signal; from pipeline import store\n"
+        f"with store.publish({str(target)!r}) as temporary:\n"
+        "    open(temporary, 'wb').write(b'half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=False)
+    assert len(os.listdir(target.parent)) == 1
+    store.sweep(str(tmp_path))
+    assert os.listdir(target.parent) == []
