@@ -4,6 +4,7 @@ They answer `cnclip why`; everything else about a row is looked up in its source
 """
 
 import os
+import re
 
 import polars as pl
 import polars_hash as plh
@@ -40,7 +41,15 @@ def url_hash(name: str = "url") -> pl.Expr:
 def write_table(frame: pl.DataFrame, path: str) -> None:
     """Publish a table as Parquet; the same rows give the same bytes."""
     with store.publish(path) as temporary:
-        frame.write_parquet(temporary, compression="zstd", statistics=True, row_group_size=_ROWS_PER_GROUP)
+        try:
+            frame.write_parquet(
+                temporary, compression="zstd", statistics=True, row_group_size=_ROWS_PER_GROUP
+            )
+        except pl.exceptions.PolarsError as error:  # it wraps what the system says, a full disk for one
+            if found := re.search(r"os error (\d+)", str(error)):
+                number = int(found[1])
+                raise OSError(number, os.strerror(number), path) from None
+            raise
 
 
 def write_drops(dropped: pl.DataFrame, path: str) -> dict[str, int]:
