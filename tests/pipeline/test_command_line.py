@@ -1,0 +1,205 @@
+"""The command line as a person meets it: exit statuses, and errors in one line that name file and key."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline import __main__ as command_line
+
+ROOT = Path(__file__).parents[2]
+
+RUN = """
+[run]
+folder = "{folder}/run"
+processes = 1
+[corpus]
+kind = "tables"
+[[corpus.tables]]
+path = "{folder}/table.csv"
+name = "mine"
+[model]
+name = "tiny-rn"
+[[evaluation]]
+name = "test"
+folder = "{folder}"
+[stage1]
+epochs = 1
+global_batch = 4
+peak_learning_rate = 1e-3
+warmup_steps = 1
+weight_decay = 0.1
+lanes = 2
+[dedup]
+partitions = 2
+"""
+URL, BAD_URL = "http://a.cn/1.jpg", "http://a.cn/2.jpg"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A run of a table of two rows: one is kept, the caption of the other is too short."""
+    (tmp_path / "table.csv").write_text(f"url,caption\n{URL},一只黑色的猫\n{BAD_URL},猫\n")
+    (tmp_path / "test_imgs.tsv").write_text("0\tAAAA\n")
+    (tmp_path / "test_texts.jsonl").write_text('{"text_id": 0, "text": "猫", "image_ids": [0]}\n')
+    (tmp_path / "run.toml").write_text(RUN.format(folder=tmp_path))
+    return tmp_path / "run.toml"
+
+
+def _main(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    status = command_line.main([str(word) for word in words])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def _one_error(err: str) -> str:
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, err
+    assert "Traceback" not in err
+    return lines[0]
+
+
+def test_plan_run_status_verify_why(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = _main(capsys, "plan", recipe)
+    assert status == 0
+    assert [line.split()[0] for line in out.splitlines()[2:]][:4] == [
+        "corpus", "filter_text", "dedup", "download",
+    ]  # fmt: skip
+    assert "done" not in out
+    status, _, err = _main(capsys, "run", recipe, "--to", "dedup")
+    assert status == 0
+    assert "[2/3] filter_text: 1 of 1" in err
+    folder = recipe.parent / "run"
+    assert (folder / "run.resolved.toml").is_file()
+    assert (folder / "dedup" / "manifest.json").is_file()
+    status, out, _ = _main(capsys, "run", recipe, "--to", "dedup")
+    assert (status, out.strip()) == (0, "nothing to do: all 3 stages are done")
+    status, out, _ = _main(capsys, "status", recipe)
+    assert status == 0
+    row = next(line for line in out.splitlines() if line.startswith("filter_text")).split()
+    assert row[1:6] == ["done", "1/1", "2", "1", "1"]
+    assert _main(capsys, "verify", recipe)[0] == 0
+    status, out, _ = _main(capsys, "why", recipe, BAD_URL)
+    assert status == 0
+    assert "dropped by filter_text: too_short (1 characters; 5 to 50 stay)" in out
+    status, out, _ = _main(capsys, "why", recipe, URL)
+    assert "kept so far" in out
+    status, _, err = _main(capsys, "why", recipe, "http://a.cn/3.jpg")
+    assert status == 1
+    assert "http://a.cn/3.jpg: not in any caption table" in _one_error(err)
+
+
+def test_verify_fails_where_a_byte_differs(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _main(capsys, "run", recipe, "--to", "filter_text")[0] == 0
+    path = recipe.parent / "run" / "filter_text" / "kept" / "00000.parquet"
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    status, out, _ = _main(capsys, "verify", recipe)
+    assert status == 1
+    assert f"{path}: bytes differ from the manifest" in out
+    assert _main(capsys, "run", recipe, "--stage", "filter_text", "--redo")[0] == 0
+    assert _main(capsys, "verify", recipe)[0] == 0
+
+
+def test_a_changed_setting_asks_for_redo(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("run", recipe, "--to", "filter_text")
+    assert _main(capsys, *words)[0] == 0
+    changed = (*words, "--set", "filter_text.min_characters=1")
+    status, _, err = _main(capsys, *changed)
+    assert status == 2
+    assert "filter_text is stale: its configuration changed; run with --redo" in _one_error(err)
+    assert _main(capsys, *changed, "--redo")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (["plan", "none.toml"], 2, "none.toml: no such file"),
+        (["plan", "RUN", "--set", "filter_text.min_scores=0.1"], 2, "did you mean filter_text.min_score?"),
+        (["run", "RUN", "--set", "run.processes=two"], 2, "run.toml: run.processes"),
+        (["run", "RUN", "--set", "nonsense"], 2, "--set nonsense: expected key=value"),
+        (["run", "RUN", "--stage", "dedupe"], 2, "dedupe: no such stage"),
+        (["run", "RUN", "--stage", "dedup"], 2, "dedup comes after filter_text, which is not done"),
+        (["run", "RUN", "--set", "corpus.tables=[]"], 2, "corpus.tables: empty"),
+        (["why", "RUN", "http://a.cn"], 1, "the corpus stage is not done"),
+        (
+            ["run", "RUN", "--to", "filter_text", "--set", "filter_text.min_characters=20"],
+            1,
+            "no rows left of 2 after filter_text (too_short removed 2)",
+        ),
+        (
+            ["run", "RUN", "--set", 'evaluation=[{name="x", folder="/none"}]'],
+            1,
+            "/none/x_imgs.tsv: no such file",
+        ),
+    ],
+)
+def test_errors_are_one_line(
+    recipe: Path, capsys: pytest.CaptureFixture[str], words: list[str], status: int, message: str
+) -> None:
+    found, _, err = _main(capsys, *(recipe if word == "RUN" else word for word in words))
+    assert message in _one_error(err)
+    assert found == status
+
+
+def test_a_missing_and_an_empty_table(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = recipe.parent / "table.csv"
+    table.write_text("url,caption\n")
+    status, _, err = _main(capsys, "run", recipe)
+    assert (status, f"{table}: no rows" in _one_error(err)) == (1, True)
+    table.write_text("url,label\na,b\n")
+    status, _, err = _main(capsys, "run", recipe, "--redo")
+    assert (status, "found url, label" in _one_error(err)) == (1, True)
+    table.unlink()
+    status, _, err = _main(capsys, "run", recipe, "--redo")
+    assert (status, f"{table}: no such file" in _one_error(err)) == (1, True)
+
+
+def test_as_a_module_with_its_exit_statuses(recipe: Path) -> None:
+    def cnclip(*words: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pipeline", *map(str, words)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+
+    assert cnclip("plan", recipe).returncode == 0
+    misspelt = cnclip("plan", recipe, "--set", "modell.name=x")
+    assert misspelt.returncode == 2
+    assert "did you mean model?" in _one_error(misspelt.stderr)
+    usage = cnclip("plans", recipe)
+    assert usage.returncode == 2
+    assert "invalid choice" in usage.stderr
+
+
+def test_doctor_examines_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = _main(capsys, "doctor", tmp_path / "not" / "made" / "yet")
+    for check in ("Python", "packages", "disk", "memory", "writable", "compiler", "accelerator", "ranks"):
+        assert any(line.startswith(check) for line in out.splitlines()), check
+    assert "two processes met over gloo" in out
+    assert status == (1 if "NOT FIT" in out else 0)
+    assert not (tmp_path / "not").exists()
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_no_space_left_is_one_line(recipe: Path, tiny_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = "".join(f"http://a.cn/{number},第{number * 7919}只黑色的猫\n" for number in range(5000))
+    (recipe.parent / "table.csv").write_text("url,caption\n" + rows)
+    words = ("run", recipe, "--to", "dedup", "--set", f"run.folder={tiny_disk}/run")
+    status, _, err = _main(capsys, *words)
+    assert status == 1
+    message = _one_error(err)
+    assert "No space left on device" in message
+    assert "free space or move [run] folder" in message
+    subprocess.run(["mount", "-o", "remount,size=8m", str(tiny_disk)], check=True)
+    assert _main(capsys, *words)[0] == 0  # with space, the same command goes on
