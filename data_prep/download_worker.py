@@ -17,12 +17,20 @@ import urllib.parse
 import urllib.request
 from typing import Any
 
-import img2dataset.downloader
-
-from data_prep.resize import UprightResizer
-from data_prep.site import HOST, SITE_VARIABLE
 from pipeline.processes import die_with_parent
-from pipeline.records import DropReason
+
+# Before img2dataset, whose import takes seconds in which the run may be killed. Workers compare their parent
+# with the process that started them: the kernel tells nobody of a parent that was gone before it was asked.
+die_with_parent()
+_STARTED_BY = "CNCLIP_DOWNLOAD_PID"
+if os.environ.setdefault(_STARTED_BY, str(os.getpid())) not in (str(os.getpid()), str(os.getppid())):
+    sys.exit("the download that started this worker is gone")
+
+import img2dataset.downloader  # noqa: E402
+
+from data_prep.resize import UprightResizer  # noqa: E402
+from data_prep.site import HOST, SITE_VARIABLE  # noqa: E402
+from pipeline.records import DropReason  # noqa: E402
 
 HTTP_404 = DropReason("http_404")
 HTTP_ERROR = DropReason("http_error")
@@ -79,7 +87,6 @@ def fetch(
         return key, None, f"{CONNECTION}: {error}"
 
 
-die_with_parent()
 img2dataset.downloader.download_image = fetch
 
 
