@@ -129,7 +129,9 @@ def _ranks(folder: str) -> Finding:
         "import sys, torch, torch.distributed as d;"
         f"d.init_process_group('gloo', init_method='tcp://127.0.0.1:{free_port()}',"
         " rank=int(sys.argv[1]), world_size=2);"
-        "t = torch.ones(1); d.all_reduce(t); sys.exit(int(t.item()) != 2)"
+        "t = torch.ones(1); d.all_reduce(t); d.barrier();"
+        "d.destroy_process_group();"  # in order: a rank that just exits may abort when the other one is gone
+        "sys.exit(int(t.item()) != 2)"
     )
     with _started([[sys.executable, "-c", program, str(rank)] for rank in range(2)]) as processes:
         try:
