@@ -1,5 +1,6 @@
 """Progress for people: a bar on a terminal, plain lines elsewhere."""
 
+import os
 import sys
 import time
 
@@ -10,7 +11,12 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 def make_progress(label: str, unit: str = "task") -> Progress:
     """A Progress that draws on standard error; one per stage."""
-    return _Bar(label, unit) if sys.stderr.isatty() else _Lines(label)
+    return _Bar(label, unit) if _can_draw() else _Lines(label)
+
+
+def _can_draw() -> bool:
+    """A terminal that says how large it is; on one that does not, a bar would be invisible."""
+    return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).lines > 0
 
 
 class _Lines:
