@@ -95,10 +95,11 @@ def remove(path: str) -> None:
 
 
 def sweep(folder: str) -> None:
-    """Remove what `publish` left behind under a local folder when its process was killed."""
+    """Remove the files that `publish` left behind under a local folder when its process was killed."""
     if is_local(folder):
         for leftover in Path(folder).rglob(f".*{_PARTIAL}"):
-            leftover.unlink(missing_ok=True)
+            if leftover.is_file():  # a half-written checkpoint is a folder, and training's own to remove
+                leftover.unlink()
 
 
 @contextlib.contextmanager
