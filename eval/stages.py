@@ -54,7 +54,8 @@ def embed_tasks(config: ScoreConfig, context: Context) -> list[Task]:
     """One task for each model and evaluation set."""
     vocabulary = {}
     if config.vocabulary is None:
-        vocabulary = {shard.path: shard.digest for shard in context.shards_of("vocabulary", "caption.txt")}
+        learned = context.parents["vocabulary"].shards  # named by their relative paths: a run may move
+        vocabulary = {shard.path: shard.digest for shard in learned if shard.path == "caption.txt"}
     return [
         Task(
             f"{item.name}.{stage}",

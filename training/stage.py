@@ -42,7 +42,7 @@ def tasks(config: TrainStageConfig, context: Context) -> list[Task]:
     """One task: a training run reads every shard."""
     inputs = {shard.path: shard.digest for shard in context.parents["shards"].shards}
     if config.vocabulary is None:
-        inputs |= {f"vocabulary {shard.path}": shard.digest for shard in context.shards_of("vocabulary")}
+        inputs |= {f"vocabulary {shard.path}": shard.digest for shard in context.parents["vocabulary"].shards}
     for stage, name in ((config.start_stage, MODEL_FILE), (config.image_stage, OPENAI_FILE)):
         if stage is not None:
             inputs |= {f"{stage} {name}": shard.digest for shard in context.shards_of(stage, name)}
