@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from data_prep.drop_table import drops_path, write_drops, write_table
+from data_prep.drop_table import publish_judged
 from pipeline.stage import Context, Outcome, Progress, Task
 
 DUPLICATE = "duplicate"
@@ -51,15 +51,7 @@ def run(config: DedupConfig, context: Context, task: Task, progress: Progress) -
     extra_copy = pl.col("key") == pl.col("key").shift(1)
     rows = rows.with_columns(reason=pl.when(extra_copy).then(pl.lit(DUPLICATE)))
     kept = rows.filter(pl.col("reason").is_null()).drop("reason")
-    kept_path = f"kept/{task.name}.parquet"
-    write_table(kept, context.path(kept_path))
-    dropped = write_drops(rows.filter(pl.col("reason").is_not_null()), context.path(drops_path(task.name)))
-    return Outcome(
-        {kept_path: kept.height, drops_path(task.name): rows.height - kept.height},
-        num_in=rows.height,
-        num_kept=kept.height,
-        dropped=dropped,
-    )
+    return publish_judged(context, task, kept, rows.filter(pl.col("reason").is_not_null()))
 
 
 def partition_range(number: int, partitions: int) -> tuple[str, str | None]:

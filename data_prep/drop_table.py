@@ -5,11 +5,14 @@ They answer `cnclip why`; everything else about a row is looked up in its source
 
 import os
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import polars as pl
 import polars_hash as plh
 
 from pipeline import store
+from pipeline.stage import Context, Outcome, Task
 
 DROP_COLUMNS = {"key": pl.String, "url_hash": pl.String, "reason": pl.String}
 _KEY_HEX_DIGITS = 32  # 128 bits: no collision to be expected among billions of rows
@@ -60,6 +63,26 @@ def write_drops(dropped: pl.DataFrame, path: str) -> dict[str, int]:
     write_table(table.sort("url_hash", "key", "reason"), path)
     counts = dropped.group_by("reason").len().sort("reason")
     return dict(counts.iter_rows())
+
+
+def publish_judged(
+    context: Context,
+    task: Task,
+    kept: pl.DataFrame,
+    dropped: pl.DataFrame,
+    extra: Mapping[str, Any] | None = None,
+) -> Outcome:
+    """Publish a task's kept rows and its drops (with url, key and reason), and account for both."""
+    kept_path = f"kept/{task.name}.parquet"
+    write_table(kept, context.path(kept_path))
+    counts = write_drops(dropped, context.path(drops_path(task.name)))
+    return Outcome(
+        {kept_path: kept.height, drops_path(task.name): dropped.height},
+        num_in=kept.height + dropped.height,
+        num_kept=kept.height,
+        dropped=counts,
+        extra=extra or {},
+    )
 
 
 def drops_path(task: str) -> str:

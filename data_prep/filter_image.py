@@ -1,6 +1,7 @@
 """Stage filter_image: pictures that are too small, too long, or of an evaluation set go; hashes are made."""
 
 import base64
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,14 +9,12 @@ import numpy as np
 import polars as pl
 
 from data_prep import image_rules
-from data_prep.drop_table import drops_path, write_drops, write_table
-from data_prep.resize import BadImageError, decode_upright
+from data_prep.drop_table import publish_judged
+from data_prep.resize import UNDECODABLE, BadImageError, decode_upright
 from pipeline import store
 from pipeline.evaluation_sets import EvaluationSet, evaluations_of
-from pipeline.records import DropReason, InputError
+from pipeline.records import InputError
 from pipeline.stage import Context, Outcome, Progress, Task
-
-UNDECODABLE = DropReason("undecodable")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,17 +80,10 @@ def run(config: FilterImageConfig, context: Context, task: Task, progress: Progr
         tar=pl.lit(task.arguments["tar"]),
     )
     kept = judged.filter(pl.col("reason").is_null()).drop("reason")
-    kept_path = f"kept/{task.name}.parquet"
-    write_table(kept, context.path(kept_path))
-    dropped = write_drops(judged.filter(pl.col("reason").is_not_null()), context.path(drops_path(task.name)))
-    return Outcome(
-        {kept_path: kept.height, drops_path(task.name): table.height - kept.height},
-        num_in=table.height,
-        num_kept=kept.height,
-        dropped=dropped,
-    )
+    return publish_judged(context, task, kept, judged.filter(pl.col("reason").is_not_null()))
 
 
+@functools.lru_cache(maxsize=8)  # the sets are the same for every task that a process does
 def _evaluation_hashes(evaluation: EvaluationSet) -> list[bytes]:
     """Hashes of an evaluation set's pictures; InputError names a line that is no picture."""
     path = store.join(evaluation.folder, f"{evaluation.name}_imgs.tsv")

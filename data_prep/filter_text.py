@@ -8,7 +8,7 @@ import polars as pl
 
 from data_prep import text_rules
 from data_prep.corpus import evaluation_urls, tables_of
-from data_prep.drop_table import drops_path, with_key, write_drops, write_table
+from data_prep.drop_table import publish_judged, with_key
 from data_prep.sources.table import from_description, naming_damage, scan
 from data_prep.text_rules import TextRule
 from pipeline import store
@@ -68,15 +68,12 @@ def run(config: FilterTextConfig, context: Context, task: Task, progress: Progre
         .drop("language")
         .sort("key", "row")
     )
-    kept_path = f"kept/{task.name}.parquet"
-    write_table(kept, context.path(kept_path))
-    dropped = write_drops(rows.filter(pl.col("reason").is_not_null()), context.path(drops_path(task.name)))
     scores = rows["score"].drop_nulls()
-    return Outcome(
-        outputs={kept_path: kept.height, drops_path(task.name): rows.height - kept.height},
-        num_in=rows.height,
-        num_kept=kept.height,
-        dropped=dropped,
+    return publish_judged(
+        context,
+        task,
+        kept,
+        rows.filter(pl.col("reason").is_not_null()),
         extra={
             "source": source.name,
             # Where every row already passes, the threshold is a no-op: the minimum shows it.

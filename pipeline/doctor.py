@@ -108,7 +108,7 @@ def _compiler(folder: str) -> Finding:
     search = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
     ninja = shutil.which("ninja", path=search)
     found = f"{compiler or 'no C++ compiler'}, {'ninja' if ninja else 'no ninja'}"
-    remedy = "DeepSpeed compiles an operator once: apt-get install g++; pip install ninja"
+    remedy = "DeepSpeed compiles its operators with them: apt-get install g++; pip install ninja"
     return Finding("compiler", bool(compiler and ninja), found, remedy)
 
 
