@@ -6,7 +6,7 @@ from training.model.config import TextConfig
 
 
 def build_text_tower(config: TextConfig) -> BertModel:
-    """BERT as released for Chinese (erf GELU, layer-norm eps 1e-12), initialised at random with `config.init_std`.
+    """BERT as released for Chinese: erf GELU, layer-norm eps 1e-12; random until weights are loaded into it.
 
     Attention is PyTorch's fused one. Called with `input_ids` and `attention_mask`, both [B, L]; the feature
     is the hidden state at [CLS].
