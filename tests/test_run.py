@@ -19,7 +19,7 @@ SMALL = {
     "corpus.num_evaluation": 24,
     "corpus.dirt": 0.1,
     "dedup.partitions": 2,
-    "download.timeout_seconds": 1.5,
+    "download.timeout_seconds": 5.0,
     "download.retries": 0,
     "shards.samples_per_shard": 64,
     **{f"{stage}.epochs": 2 for stage in ("english", "stage1", "stage2")},
