@@ -37,7 +37,7 @@ def recall_intervals(
         if ranks is None:
             continue
         hits_QK = (ranks[:, None] <= np.array(CUTOFFS)) * 100.0
-        means_RK = _resampled_means(hits_QK, rng)
+        means_RK = _resampled_means(hits_QK.astype(np.float64), rng)
         for column, cutoff in enumerate(CUTOFFS):
             values[f"{name}/r{cutoff}"] = float(100.0 * np.count_nonzero(ranks <= cutoff) / len(ranks))
             resampled[f"{name}/r{cutoff}"] = means_RK[:, column]
