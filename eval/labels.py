@@ -63,14 +63,9 @@ def templates_for(dataset: str, choice: str) -> tuple[str, ...]:
     folder = resources.files("eval") / "templates_zh"
     own = str(folder / f"{dataset}.txt")
     if choice == "own":
-        return read_templates(
-            own
-            if os.path.basename(dataset) == dataset and os.path.isfile(own)
-            else str(folder / f"{GENERAL}.txt")
-        )
-    if choice == GENERAL:
-        return read_templates(str(folder / f"{GENERAL}.txt"))
-    return read_templates(choice)
+        has_own = os.path.basename(dataset) == dataset and os.path.isfile(own)
+        choice = own if has_own else GENERAL
+    return read_templates(str(folder / f"{GENERAL}.txt") if choice == GENERAL else choice)
 
 
 def read_templates(path: str) -> tuple[str, ...]:

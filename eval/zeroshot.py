@@ -120,8 +120,8 @@ def submission_record(
     """
     if classified.num_unreadable:
         raise InputError(
-            f"{data.name}: {classified.num_unreadable} pictures cannot be decoded, so there is no prediction for"
-            " them and no submission; fetch the set again"
+            f"{data.name}: {classified.num_unreadable} pictures cannot be decoded: no predictions for them,"
+            " so no submission; fetch the set again"
         )
     chance_NC = probabilities(classified.scores_NC, encoder.logit_scale)
     if data.submission_order is not None:

@@ -24,7 +24,7 @@ from pipeline.records import InputError
 BoolArray = npt.NDArray[np.bool_]
 Int64Array = npt.NDArray[np.int64]
 
-_SPLITS = ("test", "val", "valid", "validation")
+SPLITS = ("test", "val", "valid", "validation")  # the first that is there is read
 _PICTURES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
 _WEB_PICTURES = ("jpg", "jpeg", "png", "webp", "bmp")
 _MAX_LABEL_BYTES = 1 << 20
@@ -63,7 +63,7 @@ def is_classification_set(folder: str) -> bool:
     """Does this folder hold pictures in class folders, or a web data set?"""
     root = _split_folder(Path(folder))
     return (root / "nshards.txt").is_file() or any(
-        True for below in _folders(root) for _ in _picture_files(below)
+        file.suffix.lower() in _PICTURES for folder in _folders(root) for file in folder.iterdir()
     )
 
 
@@ -118,7 +118,7 @@ def _labels(root: Path, name: str, labels_path: str | None) -> Labels:
 
 
 def _split_folder(root: Path) -> Path:
-    return next((root / split for split in _SPLITS if (root / split).is_dir()), root)
+    return next((root / split for split in SPLITS if (root / split).is_dir()), root)
 
 
 def _folders(root: Path) -> list[Path]:
@@ -164,8 +164,8 @@ def _class_of_folders(split: Path, names: Sequence[str], labels: Labels) -> dict
     unknown = [name for name in names if _plain(name) not in known]
     if unknown:
         raise InputError(
-            f"{split}: no label is called {unknown[0]!r} ({len(unknown)} of {len(names)} folders are unknown);"
-            " give --labels with lines `folder name<TAB>Chinese name`"
+            f"{split}: no label is called {unknown[0]!r} ({len(unknown)} of {len(names)} folders are"
+            " unknown); give --labels with lines `folder name<TAB>Chinese name`"
         )
     return {name: known[_plain(name)] for name in names}
 
