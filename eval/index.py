@@ -72,7 +72,7 @@ def build_index(vectors_path: str, index_path: str, *, factory: str = "Flat") ->
         index.add(vectors_ND)
     except RuntimeError as error:
         raise InputError(
-            f"{vectors_path}: FAISS cannot build the index {factory!r}: {_reason(error)}"
+            f"{vectors_path}: FAISS cannot build the index {factory!r}: {faiss_reason(error)}"
         ) from None
     with store.publish(index_path) as temporary:
         faiss.write_index(index, temporary)
@@ -87,7 +87,9 @@ def read_index(path: str) -> Any:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; build the index first") from None
     except RuntimeError as error:
-        raise InputError(f"{path}: not a readable FAISS index ({_reason(error)}); build it again") from None
+        raise InputError(
+            f"{path}: not a readable FAISS index ({faiss_reason(error)}); build it again"
+        ) from None
 
 
 def search(index: Any, queries_QD: Float32Array, k: int) -> tuple[Float64Array, Int64Array]:
@@ -158,6 +160,6 @@ def _best_first(scores_BC: Float64Array, rows_BC: Int64Array, k: int) -> tuple[F
     return np.take_along_axis(scores_BC, order, axis=1), np.take_along_axis(rows_BC, order, axis=1)
 
 
-def _reason(error: RuntimeError) -> str:
+def faiss_reason(error: RuntimeError) -> str:
     """The last line of a FAISS error: the earlier ones name C++ source files."""
     return str(error).strip().splitlines()[-1].rsplit("Error: ", 1)[-1]
