@@ -29,6 +29,7 @@ from eval.comparison import (
 )
 from eval.datasets.classification import SPLITS, is_classification_set, read_classification
 from eval.datasets.cnclip_tsv import EvaluationSet, read_evaluation
+from eval.datasets.releases import Release, find_releases
 from eval.embed import embed_evaluation
 from eval.index import EMBEDDING_FOLDERS, build_index, read_vectors
 from eval.labels import templates_for
@@ -71,6 +72,7 @@ class Sources:
 
     retrieval: tuple[RetrievalSource, ...]
     classification: tuple[str, ...]  # folders
+    releases: tuple[Release, ...] = ()  # raw ones, to be written in Chinese-CLIP's layout first
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +90,14 @@ def find_sets(folder: str) -> Sources:
 
     `<prefix>_imgs.tsv` with `<prefix>_texts.jsonl` is a retrieval set; its protocol is `<prefix>` where that
     is a protocol's id, else `<folder>-<prefix>` in lower case, so that Chinese-CLIP's own `MUGE/valid` and
-    `COCO-CN/test` are recognised. Raises InputError where there is nothing.
+    `COCO-CN/test` are recognised. Raw releases and LMDB are recognised by `eval.datasets.releases`.
+
+    Raises InputError where there is nothing.
     """
     root = Path(folder)
     if not root.is_dir():
         raise InputError(f"{folder}: no such folder; give the folder that holds the evaluation sets")
-    retrieval, classification = list[RetrievalSource](), list[str]()
+    retrieval, classification, releases = list[RetrievalSource](), list[str](), list[Release]()
     below = sorted(path for path in root.iterdir() if path.is_dir())
     if is_classification_set(folder) and not any(
         path.name not in (*SPLITS, "train") and is_classification_set(str(path)) for path in below
@@ -101,19 +105,22 @@ def find_sets(folder: str) -> Sources:
         classification.append(folder)
         below = []
     for place in (root, *below):
+        releases += find_releases(str(place))
         for images in sorted(place.glob("*_imgs.tsv")):
             prefix = images.name.removesuffix("_imgs.tsv")
+            if (place / f"{prefix}_queries.jsonl").is_file():
+                continue  # MUGE's raw release
             joined = re.sub(r"[ _]", "-", f"{place.resolve().name}-{prefix}").lower()
             protocol = prefix if retrieval_protocol(prefix) else joined
             retrieval.append(RetrievalSource(prefix, str(place), protocol))
         if place is not root and is_classification_set(str(place)):
             classification.append(str(place))
-    if not retrieval and not classification:
+    if not retrieval and not classification and not releases:
         raise InputError(
             f"{folder}: holds no evaluation set: neither <name>_imgs.tsv with <name>_texts.jsonl, nor class"
             " folders with pictures, here or one level below"
         )
-    return Sources(tuple(retrieval), tuple(classification))
+    return Sources(tuple(retrieval), tuple(classification), tuple(releases))
 
 
 def sets_of_run(run_folder: str) -> Sources:
@@ -143,7 +150,13 @@ def evaluate(
             f"--as {options.paper_model}: no such row; choose from {', '.join(PAPER_MODELS.values())}"
         )
     tables = []
-    for source in sources.retrieval:
+    written = []
+    for release in sources.releases:
+        say(f"{release.protocol}: written in Chinese-CLIP's layout")
+        folder = store.join(out_folder, "releases")
+        release.write(folder)
+        written.append(RetrievalSource(release.protocol, folder, release.protocol))
+    for source in (*sources.retrieval, *written):
         say(f"{source.protocol}: retrieval")
         tables.append(_retrieval(source, checkpoint, encoder.name, out_folder, options, paper_model))
     scores, notes = dict[str, Measured](), list[str]()

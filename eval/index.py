@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from eval.metrics import exact_scores, score_error_bound
+from eval.exact_search import top_k
 from pipeline import store
 from pipeline.records import InputError
 
@@ -15,7 +15,6 @@ Int64Array = npt.NDArray[np.int64]
 
 EMBEDDING_FOLDERS = {"image": "img_emb", "text": "text_emb"}  # clip-retrieval's names
 
-_SPARE_CANDIDATES = 32  # beyond k, so that ties at the cut are settled without a second search
 _QUERIES_PER_BATCH = 256
 
 
@@ -95,10 +94,9 @@ def read_index(path: str) -> Any:
 def search(index: Any, queries_QD: Float32Array, k: int) -> tuple[Float64Array, Int64Array]:
     """The k best rows of each query: (scores, rows), both [Q, k], best first, equal scores by lower row.
 
-    FAISS orders equal scores by its own heap and rounds float32 sums by its own kernels. From a flat index
-    this takes candidates, scores them exactly (`eval.metrics.exact_scores`), and asks for more candidates
-    until no row left out can belong among the k: the answer depends on the vectors alone. From any other
-    index it orders what FAISS returns, with FAISS's scores; rows FAISS did not find are -1 at the end.
+    FAISS orders equal scores by its own heap and rounds float32 sums by its own kernels. The vectors of a
+    flat index are searched by `eval.exact_search.top_k` instead: the answer depends on the vectors alone.
+    From any other index this orders what FAISS returns, with FAISS's scores; rows not found are -1, last.
 
     Raises ValueError where the index holds fewer than k rows or vectors of another width.
     """
@@ -110,47 +108,15 @@ def search(index: Any, queries_QD: Float32Array, k: int) -> tuple[Float64Array, 
             f" {index.d}"
         )
     is_flat = isinstance(faiss.downcast_index(index), faiss.IndexFlat)
-    gallery_ND = index.reconstruct_n(0, index.ntotal) if is_flat else None
+    if is_flat:
+        return top_k(queries_QD, index.reconstruct_n(0, index.ntotal), k)
     scores_QK = np.empty((len(queries_QD), k), dtype=np.float64)
     rows_QK = np.empty((len(queries_QD), k), dtype=np.int64)
     for start in range(0, len(queries_QD), _QUERIES_PER_BATCH):
         part = slice(start, start + _QUERIES_PER_BATCH)
-        queries_BD = np.ascontiguousarray(queries_QD[part])
-        if gallery_ND is not None:
-            scores_QK[part], rows_QK[part] = _search_flat(index, gallery_ND, queries_BD, k)
-        else:
-            coarse_BK, found_BK = index.search(queries_BD, k)
-            scores_QK[part], rows_QK[part] = _best_first(coarse_BK.astype(np.float64), found_BK, k)
+        coarse_BK, found_BK = index.search(np.ascontiguousarray(queries_QD[part]), k)
+        scores_QK[part], rows_QK[part] = _best_first(coarse_BK.astype(np.float64), found_BK, k)
     return scores_QK, rows_QK
-
-
-def _search_flat(
-    index: Any, gallery_ND: Float32Array, queries_BD: Float32Array, k: int
-) -> tuple[Float64Array, Int64Array]:
-    bound = score_error_bound(index.d)
-    scores_BK = np.empty((len(queries_BD), k), dtype=np.float64)
-    rows_BK = np.empty((len(queries_BD), k), dtype=np.int64)
-    open_queries = np.arange(len(queries_BD))
-    num_candidates = k + _SPARE_CANDIDATES
-    while len(open_queries):
-        num_candidates = min(num_candidates, index.ntotal)
-        coarse_OC, found_OC = index.search(queries_BD[open_queries], num_candidates)
-        # Query by query: a collapsed model ties everything, and all candidates at once would not fit.
-        exact_OC = np.stack(
-            [
-                exact_scores(np.broadcast_to(queries_BD[query], (num_candidates, index.d)), gallery_ND[found])
-                for query, found in zip(open_queries, found_OC, strict=True)
-            ]
-        )
-        best_OK, best_rows_OK = _best_first(exact_OC, found_OC, k)
-        settled = best_OK[:, -1] > coarse_OC[:, -1] + bound  # nothing left out can reach the k-th place
-        if num_candidates == index.ntotal:
-            settled[:] = True
-        scores_BK[open_queries[settled]] = best_OK[settled]
-        rows_BK[open_queries[settled]] = best_rows_OK[settled]
-        open_queries = open_queries[~settled]
-        num_candidates *= 8
-    return scores_BK, rows_BK
 
 
 def _best_first(scores_BC: Float64Array, rows_BC: Int64Array, k: int) -> tuple[Float64Array, Int64Array]:
