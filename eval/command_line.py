@@ -80,6 +80,9 @@ def _add_eval(commands: Any) -> None:
         "--as", dest="row", metavar="ROW", help="the paper's row to compare with, such as 'CN-CLIP ViT-B/16'"
     )
     command.add_argument(
+        "--json-features", action="store_true", help="also write features as CN-CLIP's JSON lines"
+    )
+    command.add_argument(
         "--ensemble", choices=("features", "scores"), default="features", help="templates: mean of which"
     )
     command.add_argument(
@@ -108,6 +111,7 @@ def _eval(options: argparse.Namespace) -> int:
         paper_model=options.row,
         ensemble=options.ensemble,
         templates=options.templates,
+        json_features=options.json_features,
     )
     evaluate(checkpoint, sources, options.out, how, lambda text: print(text, file=sys.stderr))
     name = {"text": "eval.txt", "json": "eval.json", "csv": "eval.csv", "latex": "eval.tex"}[options.format]

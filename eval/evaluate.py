@@ -35,6 +35,7 @@ from eval.index import EMBEDDING_FOLDERS, build_index, read_vectors
 from eval.labels import templates_for
 from eval.metrics import Positives, ranks_from_features
 from eval.model import Checkpoint, Encoder, load_encoder
+from eval.official import write_features
 from eval.published import (
     PAPER_MODELS,
     Setup,
@@ -83,6 +84,7 @@ class Options:
     paper_model: str | None = None  # the published row to stand beside; unset: that of the model's size
     ensemble: Ensemble = "features"
     templates: str = "own"  # own, general, or a file
+    json_features: bool = False  # also write features as CN-CLIP's JSON lines
 
 
 def find_sets(folder: str) -> Sources:
@@ -144,6 +146,7 @@ def evaluate(
     Raises InputError for unknown `paper_model`, and whatever a set's reader or the model raises.
     """
     encoder = load_encoder(checkpoint)
+    store.remove(store.join(out_folder, "submission"))  # of another model perhaps: never mixed
     paper_model = options.paper_model or PAPER_MODELS.get(encoder.name)
     if options.paper_model is not None and options.paper_model not in PAPER_MODELS.values():
         raise InputError(
@@ -187,6 +190,12 @@ def _retrieval(
     embed_evaluation(
         checkpoint.path, checkpoint.vocabulary, evaluation, folder, context_length=checkpoint.context_length
     )
+    if options.json_features:
+        for side, ids in (("img", evaluation.image_ids), ("text", evaluation.text_ids)):
+            long, short = {"img": ("imgs", "img"), "text": ("texts", "txt")}[side]
+            path = store.join(folder, f"{source.name}_{long}.{short}_feat.jsonl")
+            vectors_ND = read_vectors(store.join(folder, f"{side}_emb", f"{side}_emb_0.npy"))
+            write_features(path, "image_id" if side == "img" else "text_id", ids, vectors_ND)
     for side, name in EMBEDDING_FOLDERS.items():
         build_index(store.join(folder, name, f"{name}_0.npy"), store.join(folder, f"{side}.index"))
     retrieve(evaluation, folder, folder, folder, image_to_text=both)

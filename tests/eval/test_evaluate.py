@@ -5,6 +5,7 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from classification_files import write_cnclip
 from evaluation_files import small_evaluation
@@ -111,6 +112,21 @@ def test_everything_is_written_and_a_small_set_is_not_compared(
     assert "checkpoint_sha256" in (tmp_path / "card.md").read_text()
     assert sorted(path.name for path in (tmp_path / "submission").iterdir()) == ["eurosat_clip.json"]
     assert (tmp_path / "submission.zip").is_file()
+
+
+def test_json_features_give_cn_clip_the_same_predictions(folder: Path, tmp_path: Path) -> None:
+    assert run(folder, "--out", str(tmp_path), "--json-features") == 0
+    sets = tmp_path / "mine-valid"
+    images, texts = (
+        [json.loads(line) for line in (sets / name).read_text().splitlines()]
+        for name in ("valid_imgs.img_feat.jsonl", "valid_texts.txt_feat.jsonl")
+    )
+    image_ND = np.array([item["feature"] for item in images], dtype=np.float32)
+    assert np.array_equal(image_ND, np.load(sets / "img_emb" / "img_emb_0.npy"))
+    for text, line in zip(texts, (sets / "valid.predictions.jsonl").read_text().splitlines(), strict=True):
+        scores = np.array(text["feature"], dtype=np.float64) @ image_ND.T.astype(np.float64)
+        best = [images[row]["image_id"] for row in np.argsort(-scores, kind="stable")[:10]]
+        assert json.loads(line) == {"text_id": text["text_id"], "image_ids": best}
 
 
 def test_met_counts_are_compared(
