@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from eval.comparison import compare_classification, compare_retrieval, to_csv, t
 from eval.evaluate import find_sets
 from eval.published import Protocols, RetrievalProtocol, protocols, published
 from pipeline import __main__ as command_line
-from pipeline.records import InputError
+from pipeline.records import InputError, Manifest
 
 KEYS = ["t2i/r1", "t2i/r5", "t2i/r10", "i2t/r1", "i2t/r5", "i2t/r10", "mean_recall"]
 
@@ -140,6 +141,31 @@ def test_met_counts_are_compared(
     table = next(table for table in body["tables"] if table["number"] == 4)
     assert table["lines"][0]["paper"] == 48.1
     assert table["lines"][0]["others"]["Wukong ViT-B/32"] == 49.2
+
+
+def test_a_run_brings_its_model_vocabulary_and_sets(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_folder = tmp_path / "run"
+    (run_folder / "stage1").mkdir(parents=True)
+    (run_folder / "vocabulary").mkdir()
+    recipe = tmp_path / "run.toml"
+    recipe.write_text(f'[run]\nfolder = "{run_folder}"\n[model]\nname = "tiny-vit"\n')
+    words = ["eval", str(recipe), "--out", str(tmp_path / "out")]
+    assert command_line.main(words) == 1
+    assert "holds no trained stage; first give: cnclip run" in capsys.readouterr().err
+    shutil.copy(folder / "model.safetensors", run_folder / "stage1" / "model.safetensors")
+    shutil.copy(folder / "vocab.txt", run_folder / "vocabulary" / "caption.txt")
+    assert command_line.main(words) == 1
+    assert "the run's corpus stage is not done" in capsys.readouterr().err
+    small_evaluation(run_folder / "corpus" / "evaluations" / "made", "made")
+    given = small_evaluation(tmp_path / "given", "given")
+    extra = {"0": {"evaluations": {"made": "evaluations/made"}, "own_evaluations": {"given": given}}}
+    manifest = Manifest("corpus", 1, "", "", {}, (), 0, 0, {}, extra)
+    (run_folder / "corpus" / "manifest.json").write_text(manifest.to_json())
+    assert command_line.main(words) == 0
+    out = capsys.readouterr().out
+    assert out.index("given, zero-shot: tiny-vit") < out.index("made, zero-shot: tiny-vit")
 
 
 def test_bad_usage(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
