@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from eval.metrics import exact_scores, score_error_bound
+from eval.exact_search import top_k
 from pipeline import store
 from pipeline.records import InputError
 
@@ -15,7 +15,6 @@ Int64Array = npt.NDArray[np.int64]
 
 EMBEDDING_FOLDERS = {"image": "img_emb", "text": "text_emb"}  # clip-retrieval's names
 
-_SPARE_CANDIDATES = 32  # beyond k, so that ties at the cut are settled without a second search
 _QUERIES_PER_BATCH = 256
 
 
@@ -72,7 +71,7 @@ def build_index(vectors_path: str, index_path: str, *, factory: str = "Flat") ->
         index.add(vectors_ND)
     except RuntimeError as error:
         raise InputError(
-            f"{vectors_path}: FAISS cannot build the index {factory!r}: {_reason(error)}"
+            f"{vectors_path}: FAISS cannot build the index {factory!r}: {faiss_reason(error)}"
         ) from None
     with store.publish(index_path) as temporary:
         faiss.write_index(index, temporary)
@@ -87,16 +86,17 @@ def read_index(path: str) -> Any:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; build the index first") from None
     except RuntimeError as error:
-        raise InputError(f"{path}: not a readable FAISS index ({_reason(error)}); build it again") from None
+        raise InputError(
+            f"{path}: not a readable FAISS index ({faiss_reason(error)}); build it again"
+        ) from None
 
 
 def search(index: Any, queries_QD: Float32Array, k: int) -> tuple[Float64Array, Int64Array]:
     """The k best rows of each query: (scores, rows), both [Q, k], best first, equal scores by lower row.
 
-    FAISS orders equal scores by its own heap and rounds float32 sums by its own kernels. From a flat index
-    this takes candidates, scores them exactly (`eval.metrics.exact_scores`), and asks for more candidates
-    until no row left out can belong among the k: the answer depends on the vectors alone. From any other
-    index it orders what FAISS returns, with FAISS's scores; rows FAISS did not find are -1 at the end.
+    FAISS orders equal scores by its own heap and rounds float32 sums by its own kernels. The vectors of a
+    flat index are searched by `eval.exact_search.top_k` instead: the answer depends on the vectors alone.
+    From any other index this orders what FAISS returns, with FAISS's scores; rows not found are -1, last.
 
     Raises ValueError where the index holds fewer than k rows or vectors of another width.
     """
@@ -108,47 +108,15 @@ def search(index: Any, queries_QD: Float32Array, k: int) -> tuple[Float64Array, 
             f" {index.d}"
         )
     is_flat = isinstance(faiss.downcast_index(index), faiss.IndexFlat)
-    gallery_ND = index.reconstruct_n(0, index.ntotal) if is_flat else None
+    if is_flat:
+        return top_k(queries_QD, index.reconstruct_n(0, index.ntotal), k)
     scores_QK = np.empty((len(queries_QD), k), dtype=np.float64)
     rows_QK = np.empty((len(queries_QD), k), dtype=np.int64)
     for start in range(0, len(queries_QD), _QUERIES_PER_BATCH):
         part = slice(start, start + _QUERIES_PER_BATCH)
-        queries_BD = np.ascontiguousarray(queries_QD[part])
-        if gallery_ND is not None:
-            scores_QK[part], rows_QK[part] = _search_flat(index, gallery_ND, queries_BD, k)
-        else:
-            coarse_BK, found_BK = index.search(queries_BD, k)
-            scores_QK[part], rows_QK[part] = _best_first(coarse_BK.astype(np.float64), found_BK, k)
+        coarse_BK, found_BK = index.search(np.ascontiguousarray(queries_QD[part]), k)
+        scores_QK[part], rows_QK[part] = _best_first(coarse_BK.astype(np.float64), found_BK, k)
     return scores_QK, rows_QK
-
-
-def _search_flat(
-    index: Any, gallery_ND: Float32Array, queries_BD: Float32Array, k: int
-) -> tuple[Float64Array, Int64Array]:
-    bound = score_error_bound(index.d)
-    scores_BK = np.empty((len(queries_BD), k), dtype=np.float64)
-    rows_BK = np.empty((len(queries_BD), k), dtype=np.int64)
-    open_queries = np.arange(len(queries_BD))
-    num_candidates = k + _SPARE_CANDIDATES
-    while len(open_queries):
-        num_candidates = min(num_candidates, index.ntotal)
-        coarse_OC, found_OC = index.search(queries_BD[open_queries], num_candidates)
-        # Query by query: a collapsed model ties everything, and all candidates at once would not fit.
-        exact_OC = np.stack(
-            [
-                exact_scores(np.broadcast_to(queries_BD[query], (num_candidates, index.d)), gallery_ND[found])
-                for query, found in zip(open_queries, found_OC, strict=True)
-            ]
-        )
-        best_OK, best_rows_OK = _best_first(exact_OC, found_OC, k)
-        settled = best_OK[:, -1] > coarse_OC[:, -1] + bound  # nothing left out can reach the k-th place
-        if num_candidates == index.ntotal:
-            settled[:] = True
-        scores_BK[open_queries[settled]] = best_OK[settled]
-        rows_BK[open_queries[settled]] = best_rows_OK[settled]
-        open_queries = open_queries[~settled]
-        num_candidates *= 8
-    return scores_BK, rows_BK
 
 
 def _best_first(scores_BC: Float64Array, rows_BC: Int64Array, k: int) -> tuple[Float64Array, Int64Array]:
@@ -158,6 +126,6 @@ def _best_first(scores_BC: Float64Array, rows_BC: Int64Array, k: int) -> tuple[F
     return np.take_along_axis(scores_BC, order, axis=1), np.take_along_axis(rows_BC, order, axis=1)
 
 
-def _reason(error: RuntimeError) -> str:
+def faiss_reason(error: RuntimeError) -> str:
     """The last line of a FAISS error: the earlier ones name C++ source files."""
     return str(error).strip().splitlines()[-1].rsplit("Error: ", 1)[-1]

@@ -105,11 +105,11 @@ def ranks_from_features(query_QD: Float32Array, gallery_ND: Float32Array, positi
         stop = min(start + block, len(query_QD))
         part = positives.block(start, stop)
         owner = np.repeat(np.arange(start, stop), part.counts)
-        best_score, best_row = part.best(_exact_scores_of_pairs(query_QD, owner, gallery_ND, part.rows))
+        best_score, best_row = part.best(exact_scores_of_pairs(query_QD, owner, gallery_ND, part.rows))
         margin_BN = query_QD[start:stop] @ gallery_DN - best_score[:, None]
         better = np.count_nonzero(margin_BN > bound, axis=1)
         unsure_query, unsure_row = np.nonzero(np.abs(margin_BN) <= bound)
-        scores = _exact_scores_of_pairs(query_QD, unsure_query + start, gallery_ND, unsure_row)
+        scores = exact_scores_of_pairs(query_QD, unsure_query + start, gallery_ND, unsure_row)
         ahead = scores > best_score[unsure_query]
         ahead |= (scores == best_score[unsure_query]) & (unsure_row < best_row[unsure_query])
         better += np.bincount(unsure_query[ahead], minlength=stop - start)
@@ -157,7 +157,7 @@ def retrieval_scores(t2i: RecallAtK, i2t: RecallAtK | None) -> RetrievalScores:
     return RetrievalScores(t2i=t2i, i2t=i2t, mean_recall=sum(values) / len(values))
 
 
-def _exact_scores_of_pairs(
+def exact_scores_of_pairs(
     query_QD: Float32Array, query_rows: Int64Array, gallery_ND: Float32Array, gallery_rows: Int64Array
 ) -> Float64Array:
     """`exact_scores` of (query row, gallery row) pairs, gathered a bounded number at a time."""

@@ -22,7 +22,7 @@ from pipeline import store
 from pipeline.records import InputError
 
 K = max(CUTOFFS)
-_QUERIES_PER_WRITE = 1024
+_QUERIES_PER_WRITE = 8192
 
 
 def retrieve(

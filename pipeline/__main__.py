@@ -1,9 +1,10 @@
-"""The command line: cnclip plan | run | status | verify | why | doctor."""
+"""The command line: cnclip plan | run | status | verify | why | doctor, and those of `eval.command_line`."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
+from eval.command_line import add_commands as add_evaluation_commands
 from pipeline.records import ConfigError, InputError
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -142,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         "doctor", _doctor, "is this machine fit: Python, disk, memory, accelerator, ranks, compiler"
     )
     command.add_argument("folder", nargs="?", default=".", help="where runs will live (default: here)")
+    add_evaluation_commands(commands)
     return parser
 
 

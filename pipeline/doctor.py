@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 
-from pipeline.tables import align
+from pipeline.align import align
 
 _MIN_DISK_GB = 5  # the demo needs about 1 GB beside the installation
 _MIN_MEMORY_GB = 6  # what the demo may take

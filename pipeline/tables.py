@@ -1,24 +1,11 @@
-"""What the commands print: aligned plain text, columns also with Chinese in them."""
+"""What the commands print."""
 
-import unicodedata
 from collections.abc import Sequence
 
 from pipeline import store
+from pipeline.align import align
 from pipeline.records import Receipt
 from pipeline.runner import Run, StageStatus, State, read_manifest
-
-
-def align(rows: Sequence[Sequence[str]], numeric: Sequence[bool]) -> str:
-    """Rows as aligned columns, two spaces apart; a Chinese character is two columns wide."""
-    widths = [max(_width(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            " " * (width - _width(cell)) + cell if right else cell + " " * (width - _width(cell))
-            for cell, width, right in zip(row, widths, numeric, strict=True)
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
 
 
 def plan_table(statuses: Sequence[StageStatus]) -> str:
@@ -69,7 +56,3 @@ def closing_words(run: Run, num_run: int, num_stages: int) -> str:
         headline = store.read_text(store.join(run.folder, "report", "headline.txt"))
         lines += ["", headline, "", f"report: {store.join(run.folder, 'report', 'report.html')}"]
     return "\n".join(lines).strip("\n")
-
-
-def _width(text: str) -> int:
-    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)

@@ -1,0 +1,233 @@
+"""Classification sets: Chinese-CLIP's folders, torchvision-style folders, and CLIP_benchmark's web data sets.
+
+    <name>/test/<class id>/…, label_cn.txt, index.json     Chinese-CLIP (ids 0…C-1, any padding)
+    <name>/[test/|val/]<class name>/…                      torchvision's ImageFolder
+    <name>/test/nshards.txt, 0.tar …, classnames.txt       CLIP_benchmark
+
+Pictures are in the order in which the owners' own loaders read them: class after class, paths sorted.
+"""
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from eval.labels import Labels, read_labels, shipped_labels
+from pipeline.records import InputError
+
+BoolArray = npt.NDArray[np.bool_]
+Int64Array = npt.NDArray[np.int64]
+
+SPLITS = ("test", "val", "valid", "validation")  # the first that is there is read
+_PICTURES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
+_WEB_PICTURES = ("jpg", "jpeg", "png", "webp", "bmp")
+_MAX_LABEL_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """Where one encoded picture lies: a file, or a range of a tar."""
+
+    path: str
+    offset_bytes: int = 0
+    size_bytes: int | None = None  # None: the whole file
+
+    def read(self) -> bytes:
+        with open(self.path, "rb") as file:
+            file.seek(self.offset_bytes)
+            return file.read(-1 if self.size_bytes is None else self.size_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class ClassificationSet:
+    """Pictures with their right classes; bytes stay on disk."""
+
+    name: str
+    labels: Labels
+    pictures: tuple[Picture, ...]
+    targets_NC: BoolArray  # right classes; several a row only in multi-label sets
+    submission_order: Int64Array | None  # ELEVATER's order of pictures (`index.json`), as rows
+
+    @property
+    def num_images(self) -> int:
+        return len(self.pictures)
+
+
+def is_classification_set(folder: str) -> bool:
+    """Does this folder hold pictures in class folders, or a web data set?"""
+    root = _split_folder(Path(folder))
+    return (root / "nshards.txt").is_file() or any(
+        file.suffix.lower() in _PICTURES for folder in _folders(root) for file in folder.iterdir()
+    )
+
+
+def read_classification(
+    folder: str, *, name: str | None = None, labels_path: str | None = None, multi_label: bool = False
+) -> ClassificationSet:
+    """Read a set in any of the three layouts.
+
+    Labels come from `labels_path`, else from the folder's `label_cn.txt`, else from ours where `name` (the
+    folder's name by default) is a set of ICinW. `multi_label` takes equal file names in several class folders
+    for one picture with several classes (VOC 2007).
+
+    Raises InputError for a folder without pictures, class folders that no label has, labels and classes of
+    different number, and a broken `index.json`.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise InputError(f"{folder}: no such folder; a classification set is a folder")
+    name = name or root.resolve().name
+    labels = _labels(root, name, labels_path)
+    split = _split_folder(root)
+    if (split / "nshards.txt").is_file():
+        pictures, classes = _read_web(split)
+    else:
+        pictures, classes = _read_folders(split, labels, multi_label)
+    if not pictures:
+        raise InputError(f"{split}: holds no pictures ({', '.join(_PICTURES)}) in class folders")
+    num_classes = len(labels.names)
+    highest = max(max(row) for row in classes)
+    if highest >= num_classes:
+        raise InputError(f"{split}: has class {highest}, but the labels name only {num_classes} classes")
+    targets_NC = np.zeros((len(pictures), num_classes), dtype=bool)
+    for row, right in enumerate(classes):
+        targets_NC[row, list(right)] = True
+    return ClassificationSet(
+        name, labels, tuple(pictures), targets_NC, _submission_order(root, len(pictures))
+    )
+
+
+def _labels(root: Path, name: str, labels_path: str | None) -> Labels:
+    if labels_path is not None:
+        return read_labels(labels_path)
+    if (root / "label_cn.txt").is_file():
+        return read_labels(str(root / "label_cn.txt"))
+    shipped = shipped_labels(name)
+    if shipped is None:
+        raise InputError(
+            f"{root}: has no label_cn.txt, and {name} is no set of ICinW; write the Chinese class names into"
+            f" {root / 'label_cn.txt'}, one a line in class order"
+        )
+    return shipped
+
+
+def _split_folder(root: Path) -> Path:
+    return next((root / split for split in SPLITS if (root / split).is_dir()), root)
+
+
+def _folders(root: Path) -> list[Path]:
+    return sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+
+
+def _picture_files(folder: Path) -> Iterator[str]:
+    """Paths in the order of torchvision's ImageFolder: folders sorted, then their files sorted."""
+    for parent, _, files in sorted(os.walk(folder, followlinks=True)):
+        for file in sorted(files):
+            if file.lower().endswith(_PICTURES):
+                yield os.path.join(parent, file)
+
+
+def _read_folders(
+    split: Path, labels: Labels, multi_label: bool
+) -> tuple[list[Picture], list[Sequence[int]]]:
+    folders = _folders(split)
+    class_of = _class_of_folders(split, [folder.name for folder in folders], labels)
+    pictures, classes = list[Picture](), list[list[int]]()
+    row_of_file: dict[str, int] = {}
+    for folder in sorted(folders, key=lambda path: class_of[path.name]):
+        for path in _picture_files(folder):
+            file = os.path.relpath(path, folder)
+            if multi_label and file in row_of_file:
+                classes[row_of_file[file]].append(class_of[folder.name])
+                continue
+            row_of_file[file] = len(pictures)
+            pictures.append(Picture(path))
+            classes.append([class_of[folder.name]])
+    return pictures, [*classes]
+
+
+def _class_of_folders(split: Path, names: Sequence[str], labels: Labels) -> dict[str, int]:
+    """Class of each folder: by number where all names are numbers, else by the labels' names."""
+    if names and all(name.isascii() and name.isdecimal() for name in names):
+        ids = sorted(int(name) for name in names)
+        if len(set(ids)) != len(ids):
+            raise InputError(f"{split}: two folders have the same class id, such as 1 and 001")
+        first = 1 if ids[0] == 1 and ids[-1] == len(labels.names) else 0  # some owners count from 1
+        return {name: int(name) - first for name in names}
+    known = {_plain(text): row for texts in (labels.keys, labels.names) for row, text in enumerate(texts)}
+    unknown = [name for name in names if _plain(name) not in known]
+    if unknown:
+        raise InputError(
+            f"{split}: no label is called {unknown[0]!r} ({len(unknown)} of {len(names)} folders are"
+            " unknown); give --labels with lines `folder name<TAB>Chinese name`"
+        )
+    return {name: known[_plain(name)] for name in names}
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.lower().replace("_", " ").replace("-", " ").replace("/", " ").split())
+
+
+def _read_web(split: Path) -> tuple[list[Picture], list[Sequence[int]]]:
+    """CLIP_benchmark's tars: `key.jpg` with `key.cls` (a class) or `key.npy` (a vector of 0 and 1)."""
+    text = (split / "nshards.txt").read_text().strip()
+    if not text.isdecimal():
+        raise InputError(f"{split / 'nshards.txt'}: expected the number of tars, found {text[:40]!r}")
+    pictures, classes = list[Picture](), list[Sequence[int]]()
+    for shard in range(int(text)):
+        path = split / f"{shard}.tar"
+        found: dict[str, Picture] = {}
+        right: dict[str, Sequence[int]] = {}
+        try:
+            with tarfile.open(path) as tar:
+                for member in tar:
+                    key, _, kind = member.name.partition(".")
+                    if not member.isfile():
+                        continue
+                    if kind.lower() in _WEB_PICTURES:
+                        found[key] = Picture(str(path), member.offset_data, member.size)
+                    elif kind in ("cls", "npy"):
+                        file = tar.extractfile(member)
+                        assert file is not None  # a regular file, as asked above
+                        right[key] = _web_classes(f"{path}: {member.name}", kind, file.read(_MAX_LABEL_BYTES))
+        except (OSError, tarfile.TarError) as error:
+            raise InputError(f"{path}: not a readable tar ({error}); fetch it again") from None
+        lonely = sorted(found.keys() ^ right.keys())
+        if lonely:
+            raise InputError(f"{path}: {lonely[0]} has not both a picture and a .cls or .npy label")
+        pictures += found.values()
+        classes += [right[key] for key in found]
+    return pictures, classes
+
+
+def _web_classes(where: str, kind: str, data: bytes) -> Sequence[int]:
+    try:
+        if kind == "cls":
+            row = [int(data.decode("ascii").strip())]
+        else:
+            vector = np.load(io.BytesIO(data), allow_pickle=False)
+            row = [int(vector)] if vector.ndim == 0 else np.flatnonzero(vector == 1).tolist()
+    except (ValueError, EOFError, UnicodeDecodeError) as error:
+        raise InputError(f"{where}: not a class ({error})") from None
+    if not row or min(row) < 0:
+        raise InputError(f"{where}: names no class")
+    return row
+
+
+def _submission_order(root: Path, num_images: int) -> Int64Array | None:
+    path = root / "index.json"
+    if not path.is_file():
+        return None
+    try:
+        order = np.array(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+    if order.shape != (num_images,) or not np.array_equal(np.sort(order), np.arange(num_images)):
+        raise InputError(f"{path}: must hold each of 0 to {num_images - 1} once, one for each picture")
+    return order.astype(np.int64)

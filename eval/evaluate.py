@@ -1,0 +1,306 @@
+"""`cnclip eval`: every set under a folder with one model, and the paper's tables beside it.
+
+Written into the output folder:
+
+    eval.txt  eval.json  eval.csv  eval.tex  card.md          the tables
+    <set>/…                                                    features, indices, official files
+    submission/<set>.json, submission.zip                      ELEVATER's files for the sets of ICinW
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval.bootstrap import Measured, recall_intervals
+from eval.comparison import (
+    Comparison,
+    compare_classification,
+    compare_retrieval,
+    to_card,
+    to_csv,
+    to_json,
+    to_latex,
+    to_text,
+)
+from eval.datasets.classification import SPLITS, is_classification_set, read_classification
+from eval.datasets.cnclip_tsv import EvaluationSet, read_evaluation
+from eval.datasets.releases import Release, find_releases
+from eval.embed import embed_evaluation
+from eval.index import EMBEDDING_FOLDERS, build_index, read_vectors
+from eval.labels import templates_for
+from eval.metrics import Positives, ranks_from_features
+from eval.model import Checkpoint, Encoder, load_encoder
+from eval.official import write_features
+from eval.published import (
+    PAPER_MODELS,
+    Setup,
+    classification_protocol,
+    mismatch,
+    retrieval_protocol,
+)
+from eval.retrieval import retrieve
+from eval.zeroshot import (
+    Ensemble,
+    class_vectors,
+    classify,
+    submission_record,
+    text_features,
+    write_submission,
+)
+from pipeline import store
+from pipeline.records import InputError, Manifest
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class RetrievalSource:
+    """A set in Chinese-CLIP's layout: its files' name, their folder, and the protocol that it claims."""
+
+    name: str
+    folder: str
+    protocol: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """What an evaluation found to measure."""
+
+    retrieval: tuple[RetrievalSource, ...]
+    classification: tuple[str, ...]  # folders
+    releases: tuple[Release, ...] = ()  # raw ones, to be written in Chinese-CLIP's layout first
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to measure."""
+
+    setup: Setup = "zero-shot"
+    paper_model: str | None = None  # the published row to stand beside; unset: that of the model's size
+    ensemble: Ensemble = "features"
+    templates: str = "own"  # own, general, or a file
+    json_features: bool = False  # also write features as CN-CLIP's JSON lines
+
+
+def find_sets(folder: str) -> Sources:
+    """Sets in a folder or one level below it, in order of their names.
+
+    `<prefix>_imgs.tsv` with `<prefix>_texts.jsonl` is a retrieval set; its protocol is `<prefix>` where that
+    is a protocol's id, else `<folder>-<prefix>` in lower case, so that Chinese-CLIP's own `MUGE/valid` and
+    `COCO-CN/test` are recognised. Raw releases and LMDB are recognised by `eval.datasets.releases`.
+
+    Raises InputError where there is nothing.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise InputError(f"{folder}: no such folder; give the folder that holds the evaluation sets")
+    retrieval, classification, releases = list[RetrievalSource](), list[str](), list[Release]()
+    below = sorted(path for path in root.iterdir() if path.is_dir())
+    if is_classification_set(folder) and not any(
+        path.name not in (*SPLITS, "train") and is_classification_set(str(path)) for path in below
+    ):
+        classification.append(folder)
+        below = []
+    for place in (root, *below):
+        releases += find_releases(str(place))
+        for images in sorted(place.glob("*_imgs.tsv")):
+            prefix = images.name.removesuffix("_imgs.tsv")
+            if (place / f"{prefix}_queries.jsonl").is_file():
+                continue  # MUGE's raw release
+            joined = re.sub(r"[ _]", "-", f"{place.resolve().name}-{prefix}").lower()
+            protocol = prefix if retrieval_protocol(prefix) else joined
+            retrieval.append(RetrievalSource(prefix, str(place), protocol))
+        if place is not root and is_classification_set(str(place)):
+            classification.append(str(place))
+    if not retrieval and not classification and not releases:
+        raise InputError(
+            f"{folder}: holds no evaluation set: neither <name>_imgs.tsv with <name>_texts.jsonl, nor class"
+            " folders with pictures, here or one level below"
+        )
+    return Sources(tuple(retrieval), tuple(classification), tuple(releases))
+
+
+def sets_of_run(run_folder: str) -> Sources:
+    """The evaluation sets that a run was given or made itself."""
+    path = store.join(run_folder, "corpus", "manifest.json")
+    if not store.exists(path):
+        raise InputError(f"{path}: no such file; the run's corpus stage is not done: cnclip run it first")
+    found = dict[str, str]()
+    for extra in Manifest.from_json(store.read_text(path)).extra.values():
+        made = extra.get("evaluations", {})
+        found |= {name: store.join(run_folder, "corpus", folder) for name, folder in made.items()}
+        found |= extra.get("own_evaluations", {})
+    return Sources(tuple(RetrievalSource(name, found[name], name) for name in sorted(found)), ())
+
+
+def evaluate(
+    checkpoint: Checkpoint, sources: Sources, out_folder: str, options: Options, say: Say
+) -> list[Comparison]:
+    """Measure every set and write every file; returns the tables.
+
+    Raises InputError for unknown `paper_model`, and whatever a set's reader or the model raises.
+    """
+    encoder = load_encoder(checkpoint)
+    store.remove(store.join(out_folder, "submission"))  # of another model perhaps: never mixed
+    paper_model = options.paper_model or PAPER_MODELS.get(encoder.name)
+    if options.paper_model is not None and options.paper_model not in PAPER_MODELS.values():
+        raise InputError(
+            f"--as {options.paper_model}: no such row; choose from {', '.join(PAPER_MODELS.values())}"
+        )
+    tables = []
+    written = []
+    for release in sources.releases:
+        say(f"{release.protocol}: written in Chinese-CLIP's layout")
+        folder = store.join(out_folder, "releases")
+        release.write(folder)
+        written.append(RetrievalSource(release.protocol, folder, release.protocol))
+    for source in (*sources.retrieval, *written):
+        say(f"{source.protocol}: retrieval")
+        tables.append(_retrieval(source, checkpoint, encoder.name, out_folder, options, paper_model))
+    scores, notes = dict[str, Measured](), list[str]()
+    for folder in sources.classification:
+        say(f"{Path(folder).resolve().name}: classification")
+        _classification(folder, encoder, out_folder, options, scores, notes)
+    tables += compare_classification(scores, model=encoder.name, paper_model=paper_model, notes=notes)
+    if scores:
+        notes_of_own = [note for note in notes if not any(note in table.notes for table in tables)]
+        for note in notes_of_own:
+            say(f"note: {note}")
+    _write(tables, checkpoint, encoder, out_folder, options)
+    return tables
+
+
+def _retrieval(
+    source: RetrievalSource,
+    checkpoint: Checkpoint,
+    model: str,
+    out_folder: str,
+    options: Options,
+    paper_model: str | None,
+) -> Comparison:
+    evaluation = read_evaluation(source.folder, source.name)
+    protocol = retrieval_protocol(source.protocol)
+    both = protocol is None or protocol.image_to_text
+    folder = store.join(out_folder, source.protocol)
+    embed_evaluation(
+        checkpoint.path, checkpoint.vocabulary, evaluation, folder, context_length=checkpoint.context_length
+    )
+    if options.json_features:
+        for side, ids in (("img", evaluation.image_ids), ("text", evaluation.text_ids)):
+            long, short = {"img": ("imgs", "img"), "text": ("texts", "txt")}[side]
+            path = store.join(folder, f"{source.name}_{long}.{short}_feat.jsonl")
+            vectors_ND = read_vectors(store.join(folder, f"{side}_emb", f"{side}_emb_0.npy"))
+            write_features(path, "image_id" if side == "img" else "text_id", ids, vectors_ND)
+    for side, name in EMBEDDING_FOLDERS.items():
+        build_index(store.join(folder, name, f"{name}_0.npy"), store.join(folder, f"{side}.index"))
+    retrieve(evaluation, folder, folder, folder, image_to_text=both)
+    scores = retrieval_intervals(evaluation, folder, image_to_text=both)
+    notes = list[str]()
+    if protocol is not None:
+        counts = (
+            ("images", protocol.images, evaluation.num_images),
+            ("texts", protocol.texts, evaluation.num_texts),
+        )
+        notes = [
+            note for what, pinned, found in counts if (note := mismatch(protocol.id, what, pinned, found))
+        ]
+        if protocol.images is None:
+            notes.append(
+                f"{protocol.id}: the paper prints no counts, so {evaluation.num_images} images and"
+                f" {evaluation.num_texts} texts are unchecked"
+            )
+    differs = protocol is None or any("not comparable" in note for note in notes)
+    return compare_retrieval(
+        source.protocol,
+        scores,
+        protocol=None if differs else source.protocol,
+        setup=options.setup,
+        model=model,
+        paper_model=paper_model,
+        notes=notes,
+    )
+
+
+def retrieval_intervals(
+    evaluation: EvaluationSet, folder: str, *, image_to_text: bool
+) -> dict[str, Measured]:
+    """Recalls with intervals from the features that `embed_evaluation` wrote into `folder`."""
+    image_ND, text_ND = (
+        read_vectors(store.join(folder, name, f"{name}_0.npy")) for name in ("img_emb", "text_emb")
+    )
+    t2i = ranks_from_features(text_ND, image_ND, Positives.of(evaluation.images_of_text))
+    i2t = None
+    if image_to_text:
+        texts_of_image = evaluation.texts_of_image
+        named = np.flatnonzero([len(rows) > 0 for rows in texts_of_image])
+        i2t = ranks_from_features(
+            image_ND[named], text_ND, Positives.of([texts_of_image[row] for row in named])
+        )
+    return recall_intervals(t2i, i2t)
+
+
+def _classification(
+    folder: str,
+    encoder: Encoder,
+    out_folder: str,
+    options: Options,
+    scores: dict[str, Measured],
+    notes: list[str],
+) -> None:
+    """Measure one set into `scores`, its remarks into `notes`; writes ELEVATER's record for ICinW."""
+    name = Path(folder).resolve().name
+    protocol = classification_protocol(name)
+    metric = "accuracy" if protocol is None else protocol.metric
+    data = read_classification(folder, multi_label=metric == "11-point-map")
+    templates = templates_for(name, options.templates)
+    vectors_CD = class_vectors(text_features(encoder, data.labels.names, templates), options.ensemble)
+    image_ND, rows_N = encoder.pictures(data.pictures)
+    classified = classify(data, image_ND, rows_N, vectors_CD, metric, num_templates=len(templates))
+    scores[name] = classified.measured
+    if classified.num_unreadable:
+        notes.append(f"{name}: {classified.num_unreadable} pictures cannot be decoded and are not scored")
+    if protocol is not None:
+        found = (
+            mismatch(name, "pictures", protocol.images, classified.num_images),
+            mismatch(name, "classes", protocol.classes, len(data.labels.names)),
+        )
+        notes += [note for note in found if note]
+        if not classified.num_unreadable:
+            record = submission_record(data, classified, encoder)
+            store.write_text(store.join(out_folder, "submission", f"{name}.json"), json.dumps(record))
+
+
+def _write(
+    tables: Sequence[Comparison], checkpoint: Checkpoint, encoder: Encoder, out_folder: str, options: Options
+) -> None:
+    facts: dict[str, Any] = {
+        "model": encoder.name,
+        "checkpoint": checkpoint.path,
+        "checkpoint_sha256": store.digest_file(checkpoint.path),
+        "setup": options.setup,
+        "context_length": checkpoint.context_length,
+        "ensemble": options.ensemble,
+        "templates": options.templates,
+        "published": "Chinese CLIP, arXiv 2211.01335v3",
+    }
+    for name, text in (
+        ("eval.txt", to_text(tables) + "\n"),
+        ("eval.json", to_json(tables, facts)),
+        ("eval.csv", to_csv(tables)),
+        ("eval.tex", to_latex(tables)),
+        ("card.md", to_card(tables, facts)),
+    ):
+        store.write_text(store.join(out_folder, name), text)
+    folder = store.join(out_folder, "submission")
+    records = [
+        json.loads(store.read_text(store.join(folder, name)))
+        for name in store.list_files(folder)
+        if name.endswith(".json")
+    ]
+    if records:
+        write_submission(store.join(out_folder, "submission.zip"), records)

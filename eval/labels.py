@@ -1,0 +1,98 @@
+"""Chinese class names and prompt templates: ours for the 20 sets of ICinW, or a user's own files.
+
+`labels_zh/<set>.txt` has one class a line in ELEVATER's order, `English name<TAB>Chinese name`. A user's
+`label_cn.txt` has Chinese names alone (Chinese-CLIP's form) or the same two columns. `templates_zh/<set>.txt`
+has one template a line with `{}` where the name goes; `general.txt` holds 80 for any set.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+
+from pipeline import store
+from pipeline.records import InputError
+
+GENERAL = "general"
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """Classes in order: what data sets call them, and what the model reads."""
+
+    keys: tuple[str, ...]  # English names; empty where the file gives Chinese alone
+    names: tuple[str, ...]  # Chinese
+
+
+def shipped_sets() -> list[str]:
+    """Ids of the sets whose labels ship with the package."""
+    return sorted(
+        entry.name.removesuffix(".txt")
+        for entry in (resources.files("eval") / "labels_zh").iterdir()
+        if entry.name.endswith(".txt")
+    )
+
+
+def shipped_labels(dataset: str) -> Labels | None:
+    """Our labels for a set of ICinW; None for any other set."""
+    path = str(resources.files("eval") / "labels_zh" / f"{dataset}.txt")
+    return read_labels(path) if dataset in shipped_sets() else None
+
+
+def read_labels(path: str) -> Labels:
+    """Labels of a file. Raises InputError for empty or repeated names and for lines of mixed forms."""
+    rows = [line.split("\t") for line in _lines(path)]
+    widths = {len(row) for row in rows}
+    if len(widths) != 1 or widths.pop() > 2:
+        raise InputError(
+            f"{path}: give one Chinese name a line, or `English<TAB>Chinese` in every line, not both"
+        )
+    names = [row[-1].strip() for row in rows]
+    repeated = [name for name in names if names.count(name) > 1]
+    if repeated:
+        raise InputError(f"{path}: {repeated[0]!r} names two classes, which a model cannot tell apart")
+    keys = tuple(row[0].strip() for row in rows) if len(rows[0]) == 2 else ()
+    return Labels(keys, tuple(names))
+
+
+def templates_for(dataset: str, choice: str) -> tuple[str, ...]:
+    """Templates by choice: `own` (the set's, general ones where it has none), `general`, or a file's path.
+
+    Raises InputError for a template without exactly one `{}`.
+    """
+    folder = resources.files("eval") / "templates_zh"
+    own = str(folder / f"{dataset}.txt")
+    if choice == "own":
+        has_own = os.path.basename(dataset) == dataset and os.path.isfile(own)
+        choice = own if has_own else GENERAL
+    return read_templates(str(folder / f"{GENERAL}.txt") if choice == GENERAL else choice)
+
+
+def read_templates(path: str) -> tuple[str, ...]:
+    """Templates of a file, one a line."""
+    lines = _lines(path)
+    for number, line in enumerate(lines, start=1):
+        if line.count("{}") != 1:
+            raise InputError(
+                f"{path}:{number}: a template needs {{}} once, where the name goes; found {line!r}"
+            )
+    return tuple(lines)
+
+
+def prompts(names: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """All texts, class after class: names[0] in every template, then names[1] …"""
+    return [template.replace("{}", name) for name in names for template in templates]
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        text = store.read_text(path).removeprefix("\ufeff")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from None
+    lines = text.replace("\r\n", "\n").rstrip("\n").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            raise InputError(f"{path}:{number}: an empty line; every line is one class or template")
+    return lines

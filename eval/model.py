@@ -1,0 +1,184 @@
+"""A model ready to turn texts and pictures into features: the one place where evaluation loads weights."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from eval.datasets.classification import Picture
+from eval.index import check_vectors
+from pipeline import store
+from pipeline.config import find_recipe, read_toml
+from pipeline.records import ConfigError, InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from training.model.clip import CLIP
+    from training.model.tokenizer import Tokenizer
+
+Float32Array = npt.NDArray[np.float32]
+Int64Array = npt.NDArray[np.int64]
+
+CONTEXT_LENGTH = 52  # word pieces with [CLS] and [SEP], the paper's A.1
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What to load: weights, vocabulary, and how texts are cut."""
+
+    path: str
+    vocabulary: str  # what `Tokenizer.load` takes
+    context_length: int  # tokens with [CLS] and [SEP]
+    run_folder: str | None = None  # of the run that trained it, where a run was given
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """Both towers in evaluation mode, with the tokenizer that belongs to them."""
+
+    model: "CLIP"
+    tokenizer: "Tokenizer"
+    context_length: int
+    batch_size: int
+
+    @property
+    def name(self) -> str:
+        return self.model.config.name
+
+    @property
+    def logit_scale(self) -> float:
+        """The factor on cosine similarities, exp of the learned parameter."""
+        return float(self.model.logit_scale.detach().exp())
+
+    def num_parameters(self) -> tuple[int, int]:
+        """(of everything, of the image tower)."""
+        return (
+            sum(tensor.numel() for tensor in self.model.parameters()),
+            sum(tensor.numel() for tensor in self.model.visual.parameters()),
+        )
+
+    def texts(self, texts: Sequence[str]) -> Float32Array:
+        """Unit-norm features [num_texts, dim]; texts of like length share a batch, so padding is rare."""
+        import torch
+
+        tokens_NL = self.tokenizer.encode(texts, self.context_length)
+        lengths_N = (tokens_NL != 0).sum(axis=1)
+        order = np.argsort(lengths_N, kind="stable")
+        feature_ND: Float32Array | None = None
+        with torch.inference_mode():
+            for start in range(0, len(order), self.batch_size):
+                rows = order[start : start + self.batch_size]
+                tokens_BL = tokens_NL[rows, : lengths_N[rows].max()].astype(np.int64)
+                feature_BD = self._numpy(self.model.encode_text(self._device(torch.from_numpy(tokens_BL))))
+                if feature_ND is None:
+                    feature_ND = np.empty((len(order), feature_BD.shape[1]), dtype=np.float32)
+                feature_ND[rows] = feature_BD
+        if feature_ND is None:
+            raise InputError("no texts to encode")
+        check_vectors(feature_ND, "text features")
+        return feature_ND
+
+    def pictures(self, pictures: Sequence[Picture]) -> tuple[Float32Array, Int64Array]:
+        """Unit-norm features of the pictures that can be decoded, and their rows among those given.
+
+        Raises InputError where none can be.
+        """
+        import torch
+
+        features, kept = list[Float32Array](), list[int]()
+        with torch.inference_mode():
+            for rows, image_BCHW in self._decoded(pictures):
+                features.append(self._numpy(self.model.encode_image(self._device(image_BCHW))))
+                kept += rows
+        if not kept:
+            raise InputError(f"{pictures[0].path}: none of {len(pictures)} pictures can be decoded")
+        feature_ND = np.concatenate(features)
+        check_vectors(feature_ND, "image features")
+        return feature_ND, np.array(kept, dtype=np.int64)
+
+    def _decoded(self, pictures: Sequence[Picture]) -> "Iterator[tuple[list[int], torch.Tensor]]":
+        import torch
+
+        from training.model.preprocess import preprocess
+
+        size_px = self.model.config.vision.image_size_px
+        for start in range(0, len(pictures), self.batch_size):
+            rows = list(range(start, min(start + self.batch_size, len(pictures))))
+            data = [pictures[row].read() for row in rows]
+            try:
+                yield rows, preprocess(data, size_px)
+            except InputError:  # once more, one by one, to leave out what cannot be decoded
+                good, images = list[int](), []
+                for row, item in zip(rows, data, strict=True):
+                    try:
+                        images.append(preprocess([item], size_px))
+                        good.append(row)
+                    except InputError:
+                        continue
+                if good:
+                    yield good, torch.cat(images)
+
+    def _device(self, tensor: "torch.Tensor") -> "torch.Tensor":
+        return tensor.to(self.model.logit_scale.device)
+
+    @staticmethod
+    def _numpy(feature_BD: "torch.Tensor") -> Float32Array:
+        found: Float32Array = feature_BD.float().cpu().numpy()
+        return found
+
+
+def find_checkpoint(target: str, vocabulary: str | None, context_length: int | None) -> Checkpoint:
+    """What `target` names: a run's TOML (or shipped recipe), whose last trained stage is taken, or a file.
+
+    Raises ConfigError where the vocabulary of a lone file is not given, InputError where a run has not
+    trained yet.
+    """
+    is_run = target.endswith(".toml") or not (os.path.exists(target) or "://" in target)
+    if not is_run:
+        if vocabulary is None:
+            raise ConfigError(
+                f"{target}: the file holds no vocabulary; give --vocabulary (a vocab.txt, its folder, or a"
+                " model id)"
+            )
+        return Checkpoint(target, vocabulary, context_length or CONTEXT_LENGTH)
+    path = find_recipe(target)
+    table = read_toml(path)
+    try:
+        folder = str(table["run"]["folder"])
+        model = table["model"]
+    except KeyError as error:
+        raise ConfigError(f"{path}: has no {error}; is it a run's file?") from None
+    for stage in ("stage2", "stage1"):
+        weights = store.join(folder, stage, "model.safetensors")
+        if store.exists(weights):
+            learned = store.join(folder, "vocabulary", "caption.txt")
+            lengths = [
+                table[name].get("context_length", CONTEXT_LENGTH)
+                for name in ("stage1", "stage2")
+                if name in table
+            ]
+            return Checkpoint(
+                weights,
+                vocabulary or model.get("vocabulary") or learned,
+                context_length or max(lengths, default=CONTEXT_LENGTH),
+                folder,
+            )
+    raise InputError(f"{folder}: holds no trained stage; first give: cnclip run {target}")
+
+
+def load_encoder(checkpoint: Checkpoint, *, batch_size: int = 64) -> Encoder:
+    """Load weights and vocabulary, on the accelerator where there is one."""
+    import torch
+
+    from training.model.tokenizer import Tokenizer
+    from training.model.weights import load_checkpoint
+
+    model = load_checkpoint(checkpoint.path)
+    if torch.cuda.is_available():
+        model = model.cuda()
+    model.eval()
+    return Encoder(model, Tokenizer.load(checkpoint.vocabulary), checkpoint.context_length, batch_size)

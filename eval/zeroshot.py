@@ -1,0 +1,165 @@
+"""Zero-shot classification with an ensemble of prompts (section 2.1), and ELEVATER's submission files.
+
+The text side is computed once: a class becomes one vector, and the pictures meet C vectors, not C × T.
+Two ways to fold T templates into one vector, both offered:
+
+- `features`: the mean of the text features, brought back to unit length. What OpenAI's and Chinese-CLIP's
+  code does, and the default.
+- `scores`: the mean of the scores, as section 2.1 of the paper words it. A mean of cosines is the cosine with
+  the mean vector left at its length, so this is one vector as well.
+"""
+
+import io
+import json
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from eval.bootstrap import Measured
+from eval.classification_metrics import measured_metric
+from eval.datasets.classification import ClassificationSet
+from eval.labels import prompts
+from eval.model import Encoder
+from eval.published import Metric
+from pipeline import store
+from pipeline.records import InputError
+
+Float32Array = npt.NDArray[np.float32]
+Float64Array = npt.NDArray[np.float64]
+Int64Array = npt.NDArray[np.int64]
+Ensemble = Literal["features", "scores"]
+
+_DECIMALS = 6  # of ELEVATER's probabilities
+_SUM_TOLERANCE = 1e-3  # of ELEVATER's checker
+
+
+def text_features(encoder: Encoder, names: Sequence[str], templates: Sequence[str]) -> Float32Array:
+    """Unit-norm features of every class in every template, [C, T, D]."""
+    flat = encoder.texts(prompts(names, templates))
+    return flat.reshape(len(names), len(templates), -1)
+
+
+def class_vectors(text_CTD: Float32Array, ensemble: Ensemble) -> Float32Array:
+    """One vector a class, [C, D]. Raises InputError where templates cancel out to a zero vector."""
+    mean_CD: Float32Array = text_CTD.mean(axis=1, dtype=np.float64).astype(np.float32)
+    if ensemble == "scores":
+        return mean_CD
+    length_C1 = np.linalg.norm(mean_CD, axis=1, keepdims=True)
+    if not length_C1.all():
+        raise InputError("the text features of a class cancel out to zero; use other templates")
+    unit_CD: Float32Array = mean_CD / length_C1
+    return unit_CD
+
+
+def scores_of(image_ND: Float32Array, vectors_CD: Float32Array) -> Float32Array:
+    """Score of each class for each picture, [N, C]: a cosine, or a mean of cosines."""
+    return image_ND @ vectors_CD.T
+
+
+def probabilities(scores_NC: Float32Array, logit_scale: float) -> Float64Array:
+    """Softmax over classes in float64; rows sum to 1."""
+    logits_NC = scores_NC.astype(np.float64) * logit_scale
+    logits_NC -= logits_NC.max(axis=1, keepdims=True)
+    exponentials_NC = np.exp(logits_NC)
+    found: Float64Array = exponentials_NC / exponentials_NC.sum(axis=1, keepdims=True)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Classified:
+    """One set under one model, and what is needed to look further."""
+
+    name: str
+    metric: Metric
+    measured: Measured
+    num_images: int  # scored
+    num_unreadable: int  # pictures that cannot be decoded; they are not scored
+    num_templates: int
+    scores_NC: Float32Array
+    rows_N: Int64Array  # rows of the set that were scored
+
+
+def classify(
+    data: ClassificationSet,
+    image_ND: Float32Array,
+    rows_N: Int64Array,
+    vectors_CD: Float32Array,
+    metric: Metric,
+    *,
+    num_templates: int,
+) -> Classified:
+    """Score a set from features; `rows_N` are the rows of the set that `image_ND` belongs to."""
+    scores_NC = scores_of(image_ND, vectors_CD)
+    targets_NC = data.targets_NC[rows_N]
+    try:
+        measured = measured_metric(metric, scores_NC, targets_NC)
+    except ValueError as error:
+        raise InputError(f"{data.name}: {error}") from None
+    return Classified(
+        data.name,
+        metric,
+        measured,
+        len(rows_N),
+        data.num_images - len(rows_N),
+        num_templates,
+        scores_NC,
+        rows_N,
+    )
+
+
+def submission_record(
+    data: ClassificationSet, classified: Classified, encoder: Encoder, *, seed: int = 0
+) -> dict[str, Any]:
+    """ELEVATER's record of one set: probabilities [1, N, C] with 6 decimals, in the order of `index.json`.
+
+    Raises InputError where pictures are missing: the leaderboard counts them.
+    """
+    if classified.num_unreadable:
+        raise InputError(
+            f"{data.name}: {classified.num_unreadable} pictures cannot be decoded: no predictions for them,"
+            " so no submission; fetch the set again"
+        )
+    chance_NC = probabilities(classified.scores_NC, encoder.logit_scale)
+    if data.submission_order is not None:
+        chance_NC = chance_NC[data.submission_order]
+    num_parameters, num_visual = encoder.num_parameters()
+    return {
+        "model_name": f"CN-CLIP-{encoder.name}",
+        "dataset_name": data.name,
+        "num_trainable_params": 0,
+        "num_params": num_parameters,
+        "num_visual_params": num_visual,
+        "num_backbone_params": num_parameters,
+        "n_shot": 0,
+        "rnd_seeds": [seed],
+        "predictions": [chance_NC.round(_DECIMALS).tolist()],
+    }
+
+
+def write_submission(path: str, records: Sequence[Mapping[str, Any]]) -> None:
+    """The zip for ELEVATER's leaderboard: `all_predictions.json` with `{"data": [...]}`.
+
+    Raises InputError for what its checker refuses: a set twice, probabilities outside [0, 1], a row of a
+    set that does not sum to 1 (± 1e-3). The same records give the same bytes.
+    """
+    names = [record["dataset_name"] for record in records]
+    if len(set(names)) != len(names) or not names:
+        raise InputError(f"{path}: a submission needs each set once, found {', '.join(names) or 'none'}")
+    for record in records:
+        predictions = np.array(record["predictions"])
+        if predictions.ndim != 3 or not ((predictions >= 0) & (predictions <= 1)).all():
+            raise InputError(
+                f"{path}: {record['dataset_name']}: predictions must be [1, N, C] within 0 and 1"
+            )
+        if (np.abs(predictions.sum(axis=2) - 1) > _SUM_TOLERANCE).any():
+            raise InputError(f"{path}: {record['dataset_name']}: a row of predictions does not sum to 1")
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        entry = zipfile.ZipInfo("all_predictions.json", date_time=(1980, 1, 1, 0, 0, 0))
+        entry.compress_type = zipfile.ZIP_DEFLATED
+        archive.writestr(entry, json.dumps({"data": list(records)}))
+    store.write_bytes(path, buffer.getvalue())

@@ -1,0 +1,84 @@
+"""Our labels and templates: complete, distinct, Chinese; a user's own files replace them."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from eval.labels import prompts, read_labels, shipped_labels, shipped_sets, templates_for
+from eval.published import protocols
+from pipeline.records import InputError
+
+SETS = [item.id for item in protocols().classification]
+
+
+def test_all_20_sets_are_there_and_no_other() -> None:
+    assert shipped_sets() == sorted(SETS)
+
+
+@pytest.mark.parametrize("dataset", SETS)
+def test_labels_are_complete_distinct_and_chinese(dataset: str) -> None:
+    labels = shipped_labels(dataset)
+    assert labels is not None
+    expected = next(item for item in protocols().classification if item.id == dataset).classes
+    assert len(labels.keys) == len(labels.names) == expected
+    assert len({key.lower() for key in labels.keys}) == expected
+    for name in labels.names:
+        assert name == name.strip()
+        # product names may be Latin, but a label that is nothing else was forgotten
+        assert re.search(r"[\u4e00-\u9fff]", name) or re.fullmatch(r"[A-Z0-9 -]+", name), name
+
+
+@pytest.mark.parametrize("dataset", SETS)
+def test_templates_are_distinct_and_fit_52_tokens(dataset: str) -> None:
+    templates = templates_for(dataset, "own")
+    assert len(templates) >= 3
+    assert len(set(templates)) == len(templates)
+    labels = shipped_labels(dataset)
+    assert labels is not None
+    # a Chinese character is one token; [CLS] and [SEP] take two of 52
+    longest = max(
+        len(re.findall(r"[\u4e00-\u9fff]|[a-zA-Z]+|\S", text)) for text in prompts(labels.names, templates)
+    )
+    assert longest <= 50
+
+
+def test_general_templates_are_80_and_serve_any_set() -> None:
+    assert len(set(templates_for("anything", "own"))) == 80
+    assert templates_for("mnist", "general") == templates_for("anything", "own")
+
+
+def test_a_user_s_labels_in_both_forms(tmp_path: Path) -> None:
+    path = tmp_path / "label_cn.txt"
+    path.write_text("\ufeff猫\r\n狗\r\n", encoding="utf-8")
+    assert read_labels(str(path)).names == ("猫", "狗")
+    path.write_text("cat\t猫\ndog\t狗", encoding="utf-8")
+    assert read_labels(str(path)).keys == ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cat\t猫\n狗\n", "not both"),
+        ("猫\n\n狗\n", ":2: an empty line"),
+        ("猫\n猫\n", "'猫' names two classes"),
+    ],
+)
+def test_bad_labels(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "label_cn.txt"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=message):
+        read_labels(str(path))
+
+
+def test_bad_templates(tmp_path: Path) -> None:
+    path = tmp_path / "templates.txt"
+    path.write_text("{}的照片\n照片\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"templates.txt:2: a template needs \{\} once"):
+        templates_for("mnist", str(path))
+    with pytest.raises(InputError, match="no such file"):
+        templates_for("mnist", "nowhere.txt")
+
+
+def test_names_with_braces_are_taken_as_they_are() -> None:
+    assert prompts(["{x}"], ["{}的照片"]) == ["{x}的照片"]

@@ -1,0 +1,216 @@
+"""Indices in parts: the same answers as one index, resumed, refused; and the benchmark over them."""
+
+import json
+import os
+from pathlib import Path
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from eval import bench_index
+from eval.bench_index import Point, best_point, exact_neighbours, pareto_front, recall_at, suggest
+from eval.large_index import Embeddings, PartedIndex, build_parts
+from pipeline import __main__ as command_line
+from pipeline.records import ConfigError, InputError
+
+DIM = 32
+
+
+def unit_rows(count: int, seed: int = 0) -> npt.NDArray[np.float32]:
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(40, DIM))
+    rows = centres[rng.integers(40, size=count)] + 0.5 * rng.normal(size=(count, DIM))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """clip-retrieval's layout: 3,000 rows in 11 files, so that names must be ordered by number."""
+    rows = unit_rows(3000)
+    (tmp_path / "features" / "img_emb").mkdir(parents=True)
+    for number, part in enumerate(np.array_split(rows, 11)):
+        np.save(tmp_path / "features" / "img_emb" / f"img_emb_{number}.npy", part)
+    return tmp_path
+
+
+def build(folder: Path, **settings: object) -> PartedIndex:
+    options = {"factory": "Flat", "rows_per_part": 700, "train_rows": 2000} | settings
+    embeddings = Embeddings.open(str(folder / "features"))
+    return build_parts(embeddings, str(folder / "index"), **options)  # type: ignore[arg-type]
+
+
+def test_rows_and_blocks_are_those_of_the_whole(folder: Path) -> None:
+    embeddings = Embeddings.open(str(folder / "features"))
+    assert (embeddings.num_rows, embeddings.dim, len(embeddings.paths)) == (3000, DIM, 11)
+    assert np.array_equal(np.concatenate(list(embeddings.blocks(250, 2900))), unit_rows(3000)[250:2900])
+    wanted = np.array([0, 272, 273, 2999])
+    assert np.array_equal(embeddings.rows(wanted), unit_rows(3000)[wanted])
+
+
+def test_parts_answer_as_exact_search_does(folder: Path) -> None:
+    index = build(folder)
+    assert [part.first_row for part in index.parts] == [0, 700, 1400, 2100, 2800]
+    queries = unit_rows(50, seed=1)
+    scores, rows = PartedIndex.open(str(folder / "index")).search(queries, 10)
+    expected = np.argsort(-(queries @ unit_rows(3000).T), axis=1, kind="stable")[:, :10]
+    assert np.array_equal(rows, expected)
+    assert np.abs(scores - np.take_along_axis(queries @ unit_rows(3000).T, rows, axis=1)).max() < 1e-5
+    assert index.bytes_per_vector == pytest.approx(4 * DIM, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [
+        "IVF16,Flat",
+        "IVF16,PQ8x4",
+        pytest.param("OPQ8,IVF16,PQ8x4", marks=pytest.mark.slow),
+        "HNSW16",
+        "SQ8",
+        "IVF16,RaBitQ",
+    ],
+)
+def test_parts_find_what_the_one_index_finds(folder: Path, factory: str) -> None:
+    parameters = "nprobe=16" if "IVF" in factory else ""
+    in_parts = build(folder, factory=factory)
+    queries = unit_rows(50, seed=1)
+    exact = exact_neighbours(Embeddings.open(str(folder / "features")), queries, 10)
+    whole = faiss.index_factory(DIM, factory, faiss.METRIC_INNER_PRODUCT)
+    if not whole.is_trained:
+        whole.train(unit_rows(3000))
+    whole.add(unit_rows(3000))
+    if parameters:
+        faiss.ParameterSpace().set_index_parameters(whole, parameters)
+    recall = recall_at(whole.search(queries, 10)[1], exact)
+    assert recall_at(in_parts.search(queries, 10, parameters=parameters)[1], exact) > recall - 0.1
+
+
+def test_a_killed_build_goes_on_and_gives_the_same_bytes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faiss.omp_set_num_threads(1)
+    build(folder, factory="IVF16,PQ8x4")
+    whole = {path.name: path.read_bytes() for path in (folder / "index").rglob("*") if path.is_file()}
+    for name in ("index.json", "parts/00003.index", "parts/00004.index"):
+        (folder / "index" / name).unlink()
+    kept = (folder / "index" / "parts" / "00000.index").stat().st_mtime_ns
+    with pytest.raises(InputError, match="go"):
+        PartedIndex.open(str(folder / "index"))
+    build(folder, factory="IVF16,PQ8x4")
+    assert (folder / "index" / "parts" / "00000.index").stat().st_mtime_ns == kept
+    again = {path.name: path.read_bytes() for path in (folder / "index").rglob("*") if path.is_file()}
+    assert again == whole
+
+
+def test_other_settings_or_embeddings_need_redo(folder: Path) -> None:
+    build(folder)
+    with pytest.raises(ConfigError, match="give --redo"):
+        build(folder, factory="SQ8")
+    assert build(folder, factory="SQ8", redo=True).factory == "SQ8"
+    np.save(folder / "features" / "img_emb" / "img_emb_10.npy", unit_rows(5, seed=9))
+    with pytest.raises(ConfigError, match="other embeddings"):
+        build(folder, factory="SQ8")
+
+
+def test_float16_is_read_and_brought_to_unit_length(folder: Path) -> None:
+    for path in (folder / "features" / "img_emb").iterdir():
+        np.save(path, np.load(path).astype(np.float16))
+    _, rows = build(folder).search(unit_rows(3000)[:40], 1)
+    assert rows[:, 0].tolist() == list(range(40))
+
+
+def test_bad_input_is_one_line(folder: Path) -> None:
+    build(folder)
+    index = PartedIndex.open(str(folder / "index"))
+    with pytest.raises(InputError, match="it is of another model"):
+        index.search(np.ones((1, DIM + 1), dtype=np.float32), 3)
+    with pytest.raises(InputError, match="k = 3001, but the index holds 3000"):
+        index.search(unit_rows(1), 3001)
+    with pytest.raises(ConfigError, match="search parameters 'nprobe=4'"):
+        index.search(unit_rows(1), 3, parameters="nprobe=4")
+    os.truncate(folder / "index" / "parts" / "00001.index", 100)
+    with pytest.raises(InputError, match=r"00001.index: not a readable FAISS index"):
+        index.search(unit_rows(1), 3)
+    with pytest.raises(InputError, match="FAISS refuses the index 'Flatt'"):
+        build(folder, factory="Flatt", redo=True)
+    bad = unit_rows(10)
+    bad[4] = np.nan
+    np.save(folder / "features" / "img_emb" / "img_emb_0.npy", bad)
+    with pytest.raises(InputError, match=r"img_emb_0.npy from row 0: 1 of 10 features are NaN .* row 4"):
+        build(folder, redo=True)
+    np.save(folder / "features" / "img_emb" / "img_emb_3.npy", np.ones((3, DIM + 1), dtype=np.float32))
+    with pytest.raises(InputError, match=r"img_emb_3.npy: features of width 33, but .* has 32"):
+        Embeddings.open(str(folder / "features"))
+    with pytest.raises(InputError, match=r"holds no .npy features"):
+        Embeddings.open(str(folder / "nowhere"))
+
+
+def test_exact_neighbours_and_recall() -> None:
+    exact = np.array([[1, 2, 3], [4, 5, 6]])
+    assert recall_at(np.array([[3, 9, 1], [-1, -1, 6]]), exact) == pytest.approx(3 / 6)
+
+
+def point(recall: float, speed: float, size: float) -> Point:
+    return Point("X", "", recall, speed, 0.0, size, 0)
+
+
+def test_pareto_front_and_the_best_point() -> None:
+    points = [
+        point(1.0, 10, 100),
+        point(0.9, 100, 100),
+        point(0.9, 90, 100),
+        point(0.9, 50, 20),
+        point(0.5, 60, 20),
+    ]
+    assert pareto_front(points) == [points[0], points[1], points[3], points[4]]
+    assert best_point(points, 0.9, 100) == points[1]
+    assert best_point(points, 0.9, 50) == points[3]
+    assert best_point(points, 0.99, 50) is None
+
+
+def test_suggestions_can_be_built_and_fit() -> None:
+    gib = 2**30
+    assert suggest(10_000, 512, gib, 0.9) == "Flat"
+    assert suggest(500_000, 512, 2 * gib, 0.95) == "HNSW32"
+    assert suggest(10_000_000, 512, 30 * gib, 0.95).endswith(",Flat")
+    assert suggest(10_000_000, 512, 6 * gib, 0.95).endswith(",SQ8")
+    assert suggest(10_000_000, 512, 1 * gib, 0.95).endswith("PQ64")
+    for memory in (30, 6, 1):
+        faiss.index_factory(512, suggest(10_000_000, 512, memory * gib, 0.95), faiss.METRIC_INNER_PRODUCT)
+    with pytest.raises(InputError, match="the smallest codes"):
+        suggest(10_000_000, 512, gib / 100, 0.9)
+    with pytest.raises(InputError, match="exact search over"):
+        suggest(10_000_000, 512, gib, 1.0)
+    for count in (1, 39, 100, 10_000, 10_000_000):
+        lists = bench_index.num_lists(count)
+        assert lists & (lists - 1) == 0
+        assert lists == 1 or lists <= min(count / 39, 4 * count**0.5) <= 2 * lists
+
+
+def test_commands(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    features, out = str(folder / "features"), str(folder / "out")
+    assert command_line.main(["index", features, out, "--rows-per-part", "2000"]) == 0
+    assert "Flat, 3,000 rows of width 32 in 2 parts" in capsys.readouterr().out
+    words = [
+        "bench-index",
+        features,
+        "--num-queries",
+        "100",
+        "--grid",
+        "Flat;IVF16,Flat;Nonsense",
+        "--recall",
+        "0.9",
+    ]
+    assert command_line.main([*words, "--out", out]) == 0
+    captured = capsys.readouterr()
+    assert "left out: FAISS refuses the index 'Nonsense'" in captured.err
+    assert "fastest with recall 0.9" in captured.out
+    points = {
+        (p["factory"], p["parameters"]): p for p in json.loads((folder / "out" / "points.json").read_text())
+    }
+    assert points["Flat", ""]["recall"] == 1.0
+    assert points["IVF16,Flat", "nprobe=1"]["recall"] < points["IVF16,Flat", "nprobe=16"]["recall"] == 1.0
+    assert (folder / "out" / "front.svg").read_text(encoding="utf-8").count("IVF16,Flat") == 1
+    assert command_line.main(["bench-index", features, "--k", "3001"]) == 1
+    assert "k = 3001, but there are 3000 rows" in capsys.readouterr().err
