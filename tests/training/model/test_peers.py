@@ -17,9 +17,10 @@ from training.model.config import (
     TextConfig,
     VisionTransformerConfig,
 )
+from training.model.initial import initialise
 from training.model.tokenizer import Tokenizer, normalise
 from training.model.torchscript import write_torchscript
-from training.model.weights import load_image_tower, save_checkpoint, state_for_file
+from training.model.weights import save_checkpoint, state_for_file
 
 TOLERANCE = 1e-5  # of unit-norm features, both sides in float32
 
@@ -89,7 +90,7 @@ def _take_over(model: CLIP, reference: Any, path: Path) -> None:
     """Load the reference's weights: the image side as an archive, the text side by its own names."""
     state = {name: tensor for name, tensor in reference.state_dict().items() if "bert.pooler" not in name}
     write_torchscript(str(path), state, {})
-    load_image_tower(str(path), model)
+    initialise(model, image_weights=str(path))
     text = {name.removeprefix("bert."): tensor for name, tensor in state.items() if name.startswith("bert.")}
     model.bert.load_state_dict(text)
     with torch.no_grad():
@@ -260,7 +261,7 @@ def test_an_archive_that_torch_made_of_open_clip_is_taken_over(tmp_path: Path) -
         torch.jit.save(traced.half(), str(tmp_path / "peer.pt"))
 
     model = build_clip(config, vocab_size=30).eval()
-    provenance = load_image_tower(str(tmp_path / "peer.pt"), model)
+    provenance = initialise(model, image_weights=str(tmp_path / "peer.pt"))
     with torch.no_grad():
         torch.testing.assert_close(model.encode_image(image_BCHW), expected, atol=TOLERANCE, rtol=0)
     assert {item.tensor for item in provenance if item.outcome == "dropped"} >= {"token_embedding.weight"}
