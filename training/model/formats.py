@@ -31,6 +31,7 @@ _FORMATS: Mapping[Layout, str] = {
     "bert": "BERT",
     "module": "training checkpoint of this project",
 }
+_OWN = "checkpoint of this project"
 # Names under which libraries put weights into a folder, in the order of preference.
 _WEIGHT_FILES = (
     "model.safetensors",
@@ -114,7 +115,7 @@ def read_weights(path: str) -> Weights:
             )
         chosen = others[0]
     weights = _of_file(path, _read_shards(path, chosen), store.join(path, chosen))
-    if "config.json" in names and METADATA_KEY not in weights.facts:
+    if "config.json" in names and weights.format != _OWN:
         weights = _with_hugging_face_config(weights, store.join(path, "config.json"))
     return weights
 
@@ -185,10 +186,8 @@ def _is_folder(path: str) -> bool:
 def _of_file(path: str, file: TensorFile, origin: str | None = None) -> Weights:
     origin = origin or path
     if METADATA_KEY in file.facts:
-        config, metadata = read_header(origin, file.facts)
-        return Weights(
-            path, "checkpoint of this project", file.tensors, (), config, {METADATA_KEY: "", **metadata}
-        )
+        own_config, metadata = read_header(origin, file.facts)
+        return Weights(path, _OWN, file.tensors, (), own_config, metadata)
     renamed = rename(file.tensors, origin)
     name = _FORMATS[renamed.layout]
     if file.container == "torchscript":

@@ -64,8 +64,8 @@ def initialise(
         heads = weights.facts.get("text heads")
         if heads is not None and heads != str(model.config.text.heads):
             raise InputError(
-                f"{text_weights}: config.json has {heads} attention heads, but {model.config.name}'s text tower"
-                f" {model.config.text.heads}: give another BERT"
+                f"{text_weights}: config.json has {heads} attention heads, but {model.config.name}'s text"
+                f" tower has {model.config.text.heads}: give another BERT"
             )
         ours = {name: slot for name, slot in slots.items() if name.startswith("bert.")}
         state = {name: tensor for name, tensor in weights.state.items() if name.startswith("bert.")}

@@ -184,7 +184,7 @@ def infer_config(state: Mapping[str, torch.Tensor], origin: str) -> ModelConfig:
     for known in MODELS.values():
         same_text = replace(known.text, vocab_size=text.vocab_size)
         if (
-            _without_heads(known.vision) == _without_heads(vision)
+            _as_shapes_show(known.vision) == _as_shapes_show(vision)
             and (same_text.layers, same_text.width, same_text.max_positions)
             == (text.layers, text.width, text.max_positions)
             and known.embed_dim == projection.shape[1]
@@ -200,7 +200,7 @@ def matching_towers(state: Mapping[str, torch.Tensor]) -> dict[Literal["image", 
         "image": [
             name
             for name, known in MODELS.items()
-            if vision is not None and _without_heads(known.vision) == _without_heads(vision)
+            if vision is not None and _as_shapes_show(known.vision) == _as_shapes_show(vision)
         ],
         "text": [
             name
@@ -250,8 +250,11 @@ def infer_text(state: Mapping[str, torch.Tensor]) -> TextConfig | None:
     )
 
 
-def _without_heads(config: VisionConfig) -> VisionConfig:
-    return replace(config, heads=0) if isinstance(config, VisionTransformerConfig) else config
+def _as_shapes_show(config: VisionConfig) -> VisionConfig:
+    """Without the number of heads; a ResNet's resolution down to what fills its grid of 32-pixel cells."""
+    if isinstance(config, VisionTransformerConfig):
+        return replace(config, heads=0)
+    return replace(config, image_size_px=config.image_size_px // 32 * 32)
 
 
 def _count(names: Mapping[str, object], pattern: str) -> int:
