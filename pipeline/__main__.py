@@ -137,8 +137,8 @@ def _embed(options: argparse.Namespace) -> int:
     )
     if done.num_truncated:
         print(
-            f"{done.num_truncated} of {done.num_texts} texts are longer than {options.context} tokens and were cut;"
-            " raise --context to keep more"
+            f"{done.num_truncated} of {done.num_texts} texts have more than {options.context} tokens and are"
+            " cut; raise --context to keep more"
         )
     print(f"{options.out}: {done.num_images} pictures, {done.num_texts} texts, {done.dim} dimensions")
     return EXIT_DONE
@@ -176,7 +176,7 @@ def _add_weight_commands(commands: "argparse._SubParsersAction[argparse.Argument
     embed.set_defaults(command=_embed)
     embed.add_argument("model", metavar="MODEL", help="weights of any known format")
     embed.add_argument(
-        "--images", metavar="FOLDER|TABLE", help="folder of pictures, or a table with a column of them"
+        "--images", metavar="FOLDER|TABLE", help="folder of pictures, or table with a column of them"
     )
     embed.add_argument("--texts", metavar="FILE", help="one text a line, or a table with a column of them")
     embed.add_argument("--out", required=True, metavar="DIR", help="folder for the features")

@@ -105,12 +105,13 @@ class Encoder:
         return context_length
 
     def _preprocess(self, images: Sequence[Picture]) -> torch.Tensor:
+        encoded = [_encoded(image) for image in images]
         try:
-            return preprocess([_encoded(image) for image in images], self.image_size_px)
+            return preprocess(encoded, self.image_size_px)
         except InputError:
-            for image in images:  # once more, to say which one it is
+            for image, data in zip(images, encoded, strict=True):  # once more, to say which one it is
                 try:
-                    preprocess([_encoded(image)], self.image_size_px)
+                    preprocess([data], self.image_size_px)
                 except InputError as error:
                     reason = str(error).partition("cannot be decoded: ")[2]
                     raise InputError(f"{_name(image)}: no picture that can be decoded: {reason}") from None
