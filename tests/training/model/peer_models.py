@@ -36,7 +36,7 @@ def _lively(model: Any) -> Any:
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
             if name.endswith("bn3.weight"):
-                parameter.add_(0.5)
+                parameter.add_(1)
             parameter.copy_(parameter.half().float())
     return model
 
