@@ -262,9 +262,23 @@ def test_batches_come_in_order_and_errors_come_through(tmp_path: Path) -> None:
     tar = Path(shards[1].path)
     tar.write_bytes(b"\0" * len(tar.read_bytes()))
     steps = Prefetcher(make_reader(shards, tmp_path), 0, 12)
-    with pytest.raises(InputError, match=r"00001.tar: [0-9a-f]{32}.jpg is no picture"):
+    with pytest.raises(InputError, match=r"00001.tar: [0-9a-f]{32}.jpg is not the picture"):
         list(steps)
     steps.close()
+
+
+def test_a_damaged_picture_that_still_decodes_is_refused(tmp_path: Path) -> None:
+    (shard,) = write_shards(tmp_path, [8])
+    tar = Path(shard.path)
+    sidecar = pq.read_table(sidecar_path(shard.path))
+    end = sidecar["offset_bytes"][0].as_py() + sidecar["size_bytes"][0].as_py()
+    data = bytearray(tar.read_bytes())
+    data[end - 20] ^= 0x55  # inside the entropy-coded part: libjpeg warns and goes on
+    tar.write_bytes(data)
+    first = np.frombuffer(data, np.uint8)[sidecar["offset_bytes"][0].as_py() : end]
+    assert cv2.imdecode(first, cv2.IMREAD_COLOR) is not None
+    with pytest.raises(InputError, match=rf"{sidecar['key'][0].as_py()}.jpg is not the picture"):
+        make_reader([shard], tmp_path).read(0)
 
 
 def test_a_reader_that_is_ahead_stops_when_told(tmp_path: Path) -> None:

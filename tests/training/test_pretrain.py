@@ -282,4 +282,4 @@ def test_an_error_of_one_rank_ends_all_and_is_shown(tmp_path: Path) -> None:
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert f"error: {last}: " in output
-    assert ".jpg is no picture" in output
+    assert ".jpg is not the picture" in output

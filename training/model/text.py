@@ -6,7 +6,7 @@ from training.model.config import TextConfig
 
 
 def build_text_tower(config: TextConfig) -> BertModel:
-    """BERT as released for Chinese (erf GELU, layer-norm eps 1e-12), initialised at random with std 0.02.
+    """BERT as released for Chinese: erf GELU, layer-norm eps 1e-12; random until weights are loaded into it.
 
     Attention is PyTorch's fused one. Called with `input_ids` and `attention_mask`, both [B, L]; the feature
     is the hidden state at [CLS].
@@ -23,7 +23,7 @@ def build_text_tower(config: TextConfig) -> BertModel:
             attention_probs_dropout_prob=config.dropout,
             max_position_embeddings=config.max_positions,
             type_vocab_size=2,
-            initializer_range=0.02,
+            initializer_range=config.init_std,
             layer_norm_eps=1e-12,
             pad_token_id=0,
             use_cache=False,
