@@ -152,7 +152,7 @@ def test_hugging_face_token_ids_equal_ours_on_many_captions() -> None:
         assert row[row != 0].tolist() == encoding.ids
 
 
-@pytest.mark.parametrize("name", ["tiny-vit", "tiny-rn"])
+@pytest.mark.parametrize("name", ["tiny-vit", pytest.param("tiny-rn", marks=pytest.mark.slow)])
 def test_onnx_of_both_towers_with_free_batch_and_length(name: str, tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
     pytest.importorskip("onnxscript", reason="the extra `onnx` is not installed")
