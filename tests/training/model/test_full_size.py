@@ -26,7 +26,7 @@ CAPTIONS = [
 ]
 VITS = [name for name in STRUCTURES if name != "RN50"]
 
-pytestmark = pytest.mark.slow  # minutes and up to 8 GiB each
+pytestmark = pytest.mark.slow  # up to minutes each; ViT-H/14 needs 12 GiB
 cn_clip = pytest.importorskip("cn_clip.clip", reason="cn_clip, Chinese CLIP's own code, is not installed")
 
 
