@@ -51,10 +51,13 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "model",
         metavar="RUN-or-CHECKPOINT",
-        help="a run's TOML (its last trained stage), or a .safetensors file",
+        help="a run's TOML (its last trained stage), or weights of any known format",
     )
     command.add_argument(
-        "--vocabulary", metavar="PATH-or-ID", help="vocab.txt, its folder or a model id; a run knows its own"
+        "--vocab",
+        dest="vocabulary",
+        metavar="PATH-or-ID",
+        help="vocab.txt, its folder or a model id (default: the run's, or looked for)",
     )
     command.add_argument(
         "--context-length",

@@ -46,29 +46,30 @@ BATCH_SIZE = 64
 
 def embed_evaluation(
     model_path: str,
-    vocabulary: str,
+    vocabulary: str | None,
     evaluation: EvaluationSet,
     out_folder: str,
     *,
     context_length: int = CONTEXT_LENGTH,
     batch_size: int = BATCH_SIZE,
 ) -> tuple[EmbeddingTable, EmbeddingTable]:
-    """Embed an evaluation with a model file; returns the tables of images and of texts.
+    """Embed an evaluation with weights of any known format; returns the tables of images and of texts.
 
-    `vocabulary` is what `Tokenizer.load` takes: a `vocab.txt`, its folder, or a model id. torch's own thread
+    `vocabulary` is what `Tokenizer.load` takes: a `vocab.txt`, its folder, or a model id; unset, it is looked
+    for. torch's own thread
     settings apply. Raises InputError for a picture that cannot be decoded (naming its id), for a model that
     yields NaN, and whatever reading the model or vocabulary raises.
     """
     import torch
 
+    from training.model.formats import load_model
     from training.model.preprocess import MEAN, STD
-    from training.model.tokenizer import Tokenizer
-    from training.model.weights import load_checkpoint
+    from training.model.vocabulary_lookup import find_vocabulary
 
-    model = load_checkpoint(model_path)
+    model = load_model(model_path)
     if torch.cuda.is_available():
         model = model.cuda()
-    tokenizer = Tokenizer.load(vocabulary)
+    tokenizer = find_vocabulary(model_path, model.config.text.vocab_size, given=vocabulary)
     image_size_px = model.config.vision.image_size_px
     with evaluating(model):
         images = _image_batches(evaluation, image_size_px, batch_size)
@@ -76,7 +77,12 @@ def embed_evaluation(
         tokens_NL = tokenizer.encode(evaluation.texts, context_length)
         text_ND = _encode(model.encode_text, _text_batches(tokens_NL, batch_size), model.logit_scale.device)
 
-    model_digest = store.digest_file(model_path)
+    files = store.list_files(model_path)  # empty unless the weights are a folder
+    model_digest = (
+        digest(*(store.digest_file(store.join(model_path, name)) for name in files))
+        if files
+        else (store.digest_file(model_path))
+    )
     image_table = _write_side(
         store.join(out_folder, EMBEDDING_FOLDERS["image"], "img_emb_0.npy"),
         image_ND,

@@ -17,8 +17,7 @@ from pipeline.records import ConfigError, InputError
 if TYPE_CHECKING:
     import torch
 
-    from training.model.clip import CLIP
-    from training.model.tokenizer import Tokenizer
+    from training.model.encoder import Encoder as TextAndImageEncoder
 
 Float32Array = npt.NDArray[np.float32]
 Int64Array = npt.NDArray[np.int64]
@@ -31,54 +30,41 @@ class Checkpoint:
     """What to load: weights, vocabulary, and how texts are cut."""
 
     path: str
-    vocabulary: str  # what `Tokenizer.load` takes
+    vocabulary: str | None  # what `Tokenizer.load` takes; unset, it is looked for
     context_length: int  # tokens with [CLS] and [SEP]
     run_folder: str | None = None  # of the run that trained it, where a run was given
 
 
 @dataclass(frozen=True, slots=True)
 class Encoder:
-    """Both towers in evaluation mode, with the tokenizer that belongs to them."""
+    """Both towers with what evaluation does to them: texts cut at a length, unreadable pictures left out."""
 
-    model: "CLIP"
-    tokenizer: "Tokenizer"
+    base: "TextAndImageEncoder"
     context_length: int
-    batch_size: int
+    batch_size: int  # pictures that are decoded and encoded at once
 
     @property
     def name(self) -> str:
-        return self.model.config.name
+        return self.base.model.config.name
 
     @property
     def logit_scale(self) -> float:
         """The factor on cosine similarities, exp of the learned parameter."""
-        return float(self.model.logit_scale.detach().exp())
+        return float(self.base.model.logit_scale.detach().exp())
 
     def num_parameters(self) -> tuple[int, int]:
         """(of everything, of the image tower)."""
+        model = self.base.model
         return (
-            sum(tensor.numel() for tensor in self.model.parameters()),
-            sum(tensor.numel() for tensor in self.model.visual.parameters()),
+            sum(tensor.numel() for tensor in model.parameters()),
+            sum(tensor.numel() for tensor in model.visual.parameters()),
         )
 
     def texts(self, texts: Sequence[str]) -> Float32Array:
-        """Unit-norm features [num_texts, dim]; texts of like length share a batch, so padding is rare."""
-        import torch
-
-        tokens_NL = self.tokenizer.encode(texts, self.context_length)
-        lengths_N = (tokens_NL != 0).sum(axis=1)
-        order = np.argsort(lengths_N, kind="stable")
-        feature_ND: Float32Array | None = None
-        with torch.inference_mode():
-            for start in range(0, len(order), self.batch_size):
-                rows = order[start : start + self.batch_size]
-                tokens_BL = tokens_NL[rows, : lengths_N[rows].max()].astype(np.int64)
-                feature_BD = self._numpy(self.model.encode_text(self._device(torch.from_numpy(tokens_BL))))
-                if feature_ND is None:
-                    feature_ND = np.empty((len(order), feature_BD.shape[1]), dtype=np.float32)
-                feature_ND[rows] = feature_BD
-        if feature_ND is None:
+        """Unit-norm features [num_texts, dim]; InputError where there are no texts or a feature is NaN."""
+        if not texts:
             raise InputError("no texts to encode")
+        feature_ND = self.base.embed_texts(texts, context_length=self.context_length)
         check_vectors(feature_ND, "text features")
         return feature_ND
 
@@ -87,13 +73,10 @@ class Encoder:
 
         Raises InputError where none can be.
         """
-        import torch
-
         features, kept = list[Float32Array](), list[int]()
-        with torch.inference_mode():
-            for rows, image_BCHW in self._decoded(pictures):
-                features.append(self._numpy(self.model.encode_image(self._device(image_BCHW))))
-                kept += rows
+        for rows, image_BCHW in self._decoded(pictures):
+            features.append(self.base.embed_pixels(image_BCHW))
+            kept += rows
         if not kept:
             raise InputError(f"{pictures[0].path}: none of {len(pictures)} pictures can be decoded")
         feature_ND = np.concatenate(features)
@@ -105,7 +88,7 @@ class Encoder:
 
         from training.model.preprocess import preprocess
 
-        size_px = self.model.config.vision.image_size_px
+        size_px = self.base.image_size_px
         for start in range(0, len(pictures), self.batch_size):
             rows = list(range(start, min(start + self.batch_size, len(pictures))))
             data = [pictures[row].read() for row in rows]
@@ -122,28 +105,14 @@ class Encoder:
                 if good:
                     yield good, torch.cat(images)
 
-    def _device(self, tensor: "torch.Tensor") -> "torch.Tensor":
-        return tensor.to(self.model.logit_scale.device)
-
-    @staticmethod
-    def _numpy(feature_BD: "torch.Tensor") -> Float32Array:
-        found: Float32Array = feature_BD.float().cpu().numpy()
-        return found
-
 
 def find_checkpoint(target: str, vocabulary: str | None, context_length: int | None) -> Checkpoint:
-    """What `target` names: a run's TOML (or shipped recipe), whose last trained stage is taken, or a file.
+    """What `target` names: a run's TOML (or shipped recipe), whose last trained stage is taken, or weights.
 
-    Raises ConfigError where the vocabulary of a lone file is not given, InputError where a run has not
-    trained yet.
+    Raises InputError where a run has not trained yet.
     """
     is_run = target.endswith(".toml") or not (os.path.exists(target) or "://" in target)
     if not is_run:
-        if vocabulary is None:
-            raise ConfigError(
-                f"{target}: the file holds no vocabulary; give --vocabulary (a vocab.txt, its folder, or a"
-                " model id)"
-            )
         return Checkpoint(target, vocabulary, context_length or CONTEXT_LENGTH)
     path = find_recipe(target)
     table = read_toml(path)
@@ -171,14 +140,8 @@ def find_checkpoint(target: str, vocabulary: str | None, context_length: int | N
 
 
 def load_encoder(checkpoint: Checkpoint, *, batch_size: int = 64) -> Encoder:
-    """Load weights and vocabulary, on the accelerator where there is one."""
-    import torch
+    """Weights of any format that `training.model.formats` reads, on the accelerator where there is one."""
+    from training.model.encoder import load
 
-    from training.model.tokenizer import Tokenizer
-    from training.model.weights import load_checkpoint
-
-    model = load_checkpoint(checkpoint.path)
-    if torch.cuda.is_available():
-        model = model.cuda()
-    model.eval()
-    return Encoder(model, Tokenizer.load(checkpoint.vocabulary), checkpoint.context_length, batch_size)
+    base = load(checkpoint.path, vocabulary=checkpoint.vocabulary)
+    return Encoder(base, checkpoint.context_length, batch_size)

@@ -1,4 +1,4 @@
-"""The command line: cnclip plan | run | status | verify | why | doctor, and those of `eval.command_line`."""
+"""The command line: what acts on runs and on weights; `eval.command_line` adds what measures."""
 
 import argparse
 import sys
@@ -102,6 +102,91 @@ def _doctor(options: argparse.Namespace) -> int:
     return EXIT_DONE if examine(options.folder) else EXIT_FAILED
 
 
+def _convert(options: argparse.Namespace) -> int:
+    from training.model.convert import convert
+
+    lines = convert(
+        options.source,
+        options.out,
+        to=options.to,
+        vocabulary=options.vocab,
+        image_size_px=options.image_size,
+    )
+    print("\n".join(lines))
+    return EXIT_DONE
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from training.model.convert import inspect
+
+    print("\n".join(inspect(options.file)))
+    return EXIT_DONE
+
+
+def _embed(options: argparse.Namespace) -> int:
+    from eval.embed_files import embed_files
+    from training.model.encoder import load
+
+    if options.images is None and options.texts is None:
+        raise ConfigError("embed: nothing to embed; give --images, --texts or both")
+    encoder = load(options.model, vocabulary=options.vocab)
+    positions = encoder.model.config.text.max_positions
+    if not 3 <= options.context <= positions:
+        raise ConfigError(f"--context {options.context}: {options.model} takes 3 to {positions} tokens")
+    done = embed_files(
+        encoder, images=options.images, texts=options.texts, out=options.out, context_length=options.context
+    )
+    if done.num_truncated:
+        print(
+            f"{done.num_truncated} of {done.num_texts} texts have more than {options.context} tokens and are"
+            " cut; raise --context to keep more"
+        )
+    print(f"{options.out}: {done.num_images} pictures, {done.num_texts} texts, {done.dim} dimensions")
+    return EXIT_DONE
+
+
+def _add_weight_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The commands that take weights instead of a run."""
+    vocab = "vocab.txt, a folder with one, or a model id (default: looked for)"
+
+    summary = "weights of any known format to another one"
+    convert = commands.add_parser("convert", help=summary, description=summary)
+    convert.set_defaults(command=_convert)
+    convert.add_argument("source", metavar="IN", help="weights: a file or a folder")
+    convert.add_argument("out", metavar="OUT", help="NAME.pt, NAME.safetensors, NAME.onnx, or a folder")
+    convert.add_argument(
+        "--to",
+        choices=("cn_clip", "hugging_face", "safetensors", "onnx"),
+        help="format to write (default: by OUT's ending; a folder is for Hugging Face)",
+    )
+    convert.add_argument("--vocab", metavar="V", help=vocab)
+    convert.add_argument(
+        "--image-size",
+        type=int,
+        metavar="PX",
+        help="another resolution; positions are interpolated",
+    )
+
+    summary = "what a file of weights is, which model it holds, what is missing in it"
+    inspect = commands.add_parser("inspect", help=summary, description=summary)
+    inspect.set_defaults(command=_inspect)
+    inspect.add_argument("file", metavar="FILE", help="weights: a file or a folder")
+
+    summary = "features of pictures and texts in clip-retrieval's layout"
+    embed = commands.add_parser("embed", help=summary, description=summary)
+    embed.set_defaults(command=_embed)
+    embed.add_argument("model", metavar="MODEL", help="weights of any known format")
+    embed.add_argument(
+        "--images", metavar="FOLDER|TABLE", help="folder of pictures, or table with a column of them"
+    )
+    embed.add_argument("--texts", metavar="FILE", help="one text a line, or a table with a column of them")
+    embed.add_argument("--out", required=True, metavar="DIR", help="folder for the features")
+    embed.add_argument("--vocab", metavar="V", help=vocab)
+    embed.add_argument(
+        "--context", type=int, default=52, metavar="N", help="tokens a text is cut at (default: 52)"
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cnclip",
@@ -144,6 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("folder", nargs="?", default=".", help="where runs will live (default: here)")
     add_evaluation_commands(commands)
+    _add_weight_commands(commands)
     return parser
 
 

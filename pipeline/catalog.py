@@ -55,7 +55,8 @@ class ModelTable:
 
     name: str
     vocabulary: str | None = None  # vocab.txt, folder or model id; unset: learned from the corpus
-    image_weights: str | None = None  # OpenAI CLIP's .pt for the image tower; unset: [english], else random
+    image_weights: str | None = None  # an English CLIP for the image tower; unset: [english], else random
+    text_weights: str | None = None  # a Chinese BERT for the text tower; unset: random
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -279,6 +280,7 @@ def _training_stages(config: RunConfig) -> list[Stage]:
             start_stage=None if starts_new else before,
             image_stage="english" if before == "english" else None,
             image_weights=config.model.image_weights if before is None and name != "english" else None,
+            text_weights=config.model.text_weights if starts_new and name != "english" else None,
             save_openai=name == "english",
             validate=name != "english",
         )

@@ -153,3 +153,11 @@ def digest_file(path: str) -> str:
         while chunk := file.read(_DIGEST_CHUNK_BYTES):
             digest.update(chunk)
         return digest.hexdigest()
+
+
+def digest_tree(path: str) -> str:
+    """sha256, hex, of a file's bytes, or of the names and digests of the files directly inside a folder."""
+    if names := list_files(path):
+        listing = "".join(f"{name}\0{digest_file(join(path, name))}\n" for name in names)
+        return digest_bytes(listing.encode("utf-8"))
+    return digest_file(path)

@@ -113,7 +113,8 @@ class TrainJob:
     seed: int  # of the order of samples, the augmentation, dropout and new weights
     shards: tuple[Shard, ...]  # tars in order, each with its .parquet sidecar beside it
     vocabulary: str  # path or model id that Tokenizer.load takes
-    image_weights: str | None = None  # OpenAI-layout file whose image tower a new model starts from
+    image_weights: str | None = None  # weights of any known format that give a new model its image tower
+    text_weights: str | None = None  # the same for the text tower
     start_checkpoint: str | None = None  # our safetensors of the stage before
     config: TrainConfig
     evaluations: Mapping[str, str] = field(default_factory=dict)  # name → folder, for whoever validates

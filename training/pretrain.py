@@ -23,8 +23,9 @@ from training.engine import build_engine, gather_weights, join_ranks
 from training.loop import Journal, Run, Validate, checkpoints_folder, train
 from training.model.clip import CLIP, build_clip
 from training.model.config import MODELS
+from training.model.initial import initialise, write_provenance
 from training.model.tokenizer import Tokenizer
-from training.model.weights import load_checkpoint, load_image_tower, save_checkpoint, save_openai
+from training.model.weights import load_checkpoint, save_checkpoint, save_openai
 
 # Of TrainConfig, what a run may change between two starts: how it runs, not what it learns from what.
 _NOT_LEARNING = (
@@ -111,7 +112,7 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
 
 
 def build_model(job: TrainJob, tokenizer: Tokenizer) -> CLIP:
-    """The model a stage starts from: new, with an image tower taken over, or another stage's weights."""
+    """The model a stage starts from: new, with towers taken over, or another stage's weights."""
     if job.model not in MODELS:
         raise ConfigError(f"[{job.stage}] model = {job.model!r}: unknown; known: {', '.join(sorted(MODELS))}")
     torch.manual_seed(job.seed)
@@ -121,8 +122,10 @@ def build_model(job: TrainJob, tokenizer: Tokenizer) -> CLIP:
             f"[{job.stage}] context_length = {job.config.context_length}, but {job.model} has"
             f" {clip.config.text.max_positions} positions"
         )
-    if job.image_weights is not None:
-        load_image_tower(job.image_weights, clip)
+    if job.image_weights is not None or job.text_weights is not None:
+        taken = initialise(clip, image_weights=job.image_weights, text_weights=job.text_weights)
+        if int(os.environ.get("RANK", "0")) == 0:
+            write_provenance(os.path.join(job.folder, "initial_weights.tsv"), taken)
     if job.start_checkpoint is not None:
         clip.load_state_dict(load_checkpoint(job.start_checkpoint, expected=clip.config).state_dict())
     if job.config.lock_image:
@@ -144,7 +147,8 @@ def describe(job: TrainJob, clip: CLIP, tokenizer: Tokenizer) -> dict[str, Any]:
         "seed": job.seed,
         "shards": digest([shard.digest for shard in job.shards]),
         "vocabulary": tokenizer.digest,
-        "image_weights": job.image_weights and store.digest_file(job.image_weights),
+        "image_weights": job.image_weights and store.digest_tree(job.image_weights),
+        "text_weights": job.text_weights and store.digest_tree(job.text_weights),
         "start_checkpoint": job.start_checkpoint and store.digest_file(job.start_checkpoint),
         **learning,
     }

@@ -33,7 +33,8 @@ class TrainStageConfig:
     vocabulary: str | None = None  # given by path or model id; unset: the vocabulary stage's
     start_stage: str | None = None  # stage whose weights it goes on with
     image_stage: str | None = None  # stage whose OpenAI-layout file gives the image tower
-    image_weights: str | None = None  # file in OpenAI CLIP's layout that gives the image tower
+    image_weights: str | None = None  # weights that give the image tower (training/model/formats.py)
+    text_weights: str | None = None  # weights that give the text tower
     save_openai: bool = False  # write the OpenAI-layout file too, for the stage that starts from it
     validate: bool = True  # zero-shot recall on the run's evaluation sets while training
 
@@ -46,10 +47,11 @@ def tasks(config: TrainStageConfig, context: Context) -> list[Task]:
     for stage, name in ((config.start_stage, MODEL_FILE), (config.image_stage, OPENAI_FILE)):
         if stage is not None:
             inputs |= {f"{stage} {name}": shard.digest for shard in context.shards_of(stage, name)}
-    if config.image_weights is not None:
-        if not store.exists(config.image_weights):
-            raise InputError(f"{config.image_weights}: no such file; correct [model] image_weights")
-        inputs["image weights"] = store.digest_file(config.image_weights)
+    for side in ("image_weights", "text_weights"):
+        if (weights := getattr(config, side)) is not None:
+            if not store.exists(weights):
+                raise InputError(f"{weights}: no such file or folder; correct [model] {side}")
+            inputs[side.replace("_", " ")] = store.digest_tree(weights)
     if config.validate:
         inputs |= {f"evaluation {item.name}": item.digest for item in evaluations_of(context)}
     return [Task("train", inputs)]
@@ -68,6 +70,7 @@ def make_job(config: TrainStageConfig, context: Context) -> TrainJob:
         shards=tuple(context.shards_of("shards", ".tar")),
         vocabulary=config.vocabulary or context.path_in("vocabulary", f"{train.caption_column}.txt"),
         image_weights=image_weights,
+        text_weights=config.text_weights,
         start_checkpoint=context.path_in(config.start_stage, MODEL_FILE) if config.start_stage else None,
         config=train,
         evaluations={item.name: item.folder for item in evaluations_of(context)} if config.validate else {},

@@ -80,7 +80,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(folder: Path, *words: str) -> int:
-    model = [str(folder / "model.safetensors"), "--vocabulary", str(folder / "vocab.txt")]
+    model = [str(folder / "model.safetensors"), "--vocab", str(folder / "vocab.txt")]
     return command_line.main(["eval", *model, "--sets", str(folder / "sets"), *words])
 
 
@@ -171,7 +171,7 @@ def test_a_run_brings_its_model_vocabulary_and_sets(
 def test_bad_usage(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(folder, "--out", str(tmp_path), "--as", "CLIP") == 1
     assert "--as CLIP: no such row" in capsys.readouterr().err
-    lone = [str(folder / "model.safetensors"), "--vocabulary", str(folder / "vocab.txt")]
+    lone = [str(folder / "model.safetensors"), "--vocab", str(folder / "vocab.txt")]
     assert command_line.main(["eval", *lone, "--out", str(tmp_path)]) == 2
     assert "give --sets FOLDER" in capsys.readouterr().err
 

@@ -105,7 +105,7 @@ def test_submission_follows_index_json_and_the_checker_s_rules(encoder: Encoder,
     assert found[0] == pytest.approx(
         probabilities(classified.scores_NC, encoder.logit_scale)[order], abs=1e-6
     )
-    assert record["num_params"] == sum(tensor.numel() for tensor in encoder.model.parameters())
+    assert record["num_params"] == sum(tensor.numel() for tensor in encoder.base.model.parameters())
 
     path = tmp_path / "submission.zip"
     write_submission(str(path), [record])
@@ -163,7 +163,7 @@ def test_negation_changes_one_label_alone(encoder: Encoder, tmp_path: Path) -> N
 def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights, vocabulary = write_tiny_model(tmp_path)
     data = write_cnclip(tmp_path / "kitti-distance")
-    model = [weights, "--vocabulary", vocabulary]
+    model = [weights, "--vocab", vocabulary]
     assert command_line.main(["prompts", *model, str(data), "--plot", str(tmp_path / "p.svg")]) == 0
     assert "kitti-distance, accuracy, tiny-vit" in capsys.readouterr().out
     assert (tmp_path / "p.svg").read_text(encoding="utf-8").lstrip().startswith("<?xml")
@@ -172,5 +172,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command_line.main(["negation", *model, str(data), "--pair", "白色", "a", "b"]) == 2
     assert "--pair 白色: no class of that label" in capsys.readouterr().err
     assert command_line.main(["negation", *model, str(data)]) == 1  # the shipped pair is of a fourth class
-    assert command_line.main(["prompts", weights, str(data)]) == 2
-    assert "give --vocabulary" in capsys.readouterr().err
+    other = tmp_path / "other.txt"
+    other.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n猫\n")
+    assert command_line.main(["prompts", weights, str(data), "--vocab", str(other)]) == 1
+    assert "a vocabulary of 6 tokens" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
 from shard_files import write_shards, write_vocabulary
 
 from training.config import AugmentConfig, TrainConfig, TrainJob
@@ -74,3 +75,50 @@ def small_models(dropout: float = 0.1) -> dict[str, ModelConfig]:
         "small-vit": ModelConfig(name="small-vit", embed_dim=32, vision=vit, text=text),
         "small-rn": ModelConfig(name="small-rn", embed_dim=32, vision=resnet, text=text),
     }
+
+
+def save_deepspeed_checkpoints(folder: str, stages: list[int]) -> None:
+    """Train the tiny ViT a step at each ZeRO stage and save it as DeepSpeed does, and as it is: `<stage>.pt`.
+
+    The image tower is frozen: what is frozen is kept elsewhere in the files than what is trained.
+    """
+    import deepspeed
+    from torch import nn
+
+    from training.config import TrainConfig
+    from training.engine import join_ranks
+    from training.model.clip import build_clip
+    from training.model.config import MODELS
+
+    join_ranks(TrainConfig(epochs=1, global_batch=4, lanes=2, ranks=2, peak_learning_rate=1e-3))
+
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.clip = build_clip(MODELS["tiny-vit"])
+            self.clip.lock_image_tower()
+
+        def forward(self, tokens_BL: torch.Tensor) -> torch.Tensor:
+            return self.clip.encode_text(tokens_BL).sum() * self.clip.logit_scale.sum()
+
+    for stage in stages:
+        module = Wrapped().eval()
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=torch.optim.AdamW([{"params": trained[:5]}, {"params": trained[5:]}], lr=1e-2),
+            config={
+                "zero_optimization": {"stage": stage},
+                "train_micro_batch_size_per_gpu": 2,
+                "zero_allow_untested_optimizer": True,
+            },
+            dist_init_required=False,
+        )
+        loss = engine(torch.tensor([[2, 5, 6, 3], [2, 9, 3, 0]]))
+        engine.backward(loss)
+        engine.step()
+        engine.save_checkpoint(f"{folder}/zero{stage}")
+        with deepspeed.zero.GatheredParameters(list(module.parameters()), enabled=stage == 3):
+            if torch.distributed.get_rank() == 0:
+                torch.save(module.clip.state_dict(), f"{folder}/{stage}.pt")

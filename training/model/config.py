@@ -1,4 +1,4 @@
-"""The model sizes: the paper's five (Tables 1, 6 and 7) as literals, and two small ones.
+"""The model sizes: the paper's five (Tables 1, 6 and 7) as literals, ViT-B/32, and two small ones.
 
 Facts that the tables do not print, from the released weights:
 - every ViT uses QuickGELU, ViT-H/14 included (LAION trained its weights with GELU; Chinese CLIP runs them
@@ -80,6 +80,13 @@ VIT_B_16 = ModelConfig(
     vision=VisionTransformerConfig(image_size_px=224, patch_size_px=16, layers=12, width=768, heads=12),
     text=ROBERTA_WWM_BASE,
 )
+# Not in the paper: its released code has this size too.
+VIT_B_32 = ModelConfig(
+    name="ViT-B-32",
+    embed_dim=512,
+    vision=VisionTransformerConfig(image_size_px=224, patch_size_px=32, layers=12, width=768, heads=12),
+    text=ROBERTA_WWM_BASE,
+)
 VIT_L_14 = ModelConfig(
     name="ViT-L-14",
     embed_dim=768,
@@ -119,5 +126,6 @@ TINY_VIT = ModelConfig(
 )
 
 MODELS: dict[str, ModelConfig] = {
-    config.name: config for config in (RN50, VIT_B_16, VIT_L_14, VIT_L_14_336, VIT_H_14, TINY_RN, TINY_VIT)
+    config.name: config
+    for config in (RN50, VIT_B_32, VIT_B_16, VIT_L_14, VIT_L_14_336, VIT_H_14, TINY_RN, TINY_VIT)
 }

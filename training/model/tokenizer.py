@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Self
 
 import numpy as np
+from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as WordPieceTokenizer
 from tokenizers.models import WordPiece
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -24,7 +25,7 @@ SPECIAL_TOKENS = (PAD, UNK, CLS, SEP, MASK)
 
 _CONTINUATION = "##"
 _MAX_WORD_CHARACTERS = 200  # a longer word becomes one [UNK]; the reference's limit
-_MODEL_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_MODEL_ID = re.compile(r"[\w.-]+/[\w.-]+|bert-base-chinese")  # the hub knows this one without its owner
 
 # What the reference splits off character by character, compatibility and extension blocks included.
 _CHINESE_BLOCKS = (
@@ -99,6 +100,7 @@ class Tokenizer:
 
     def __init__(self, vocabulary: Sequence[str], *, origin: str = "vocabulary") -> None:
         self.vocabulary = tuple(vocabulary)
+        self.origin = origin  # path or name, for messages
         ids = {token: index for index, token in enumerate(self.vocabulary)}
         for token in SPECIAL_TOKENS:
             if token not in ids:
@@ -158,19 +160,58 @@ class Tokenizer:
         self, texts: Sequence[str], context_length: int
     ) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
         """tokens_NL int32: [CLS], the caption's first `context_length` - 2 word pieces, [SEP], zeros."""
+        return self.encode_counting(texts, context_length)[0]
+
+    def encode_counting(
+        self, texts: Sequence[str], context_length: int
+    ) -> tuple[np.ndarray[tuple[int, int], np.dtype[np.int32]], int]:
+        """What `encode` returns, and how many captions it cut."""
         tokens_NL = np.zeros((len(texts), context_length), dtype=np.int32)
+        num_cut = 0
         for row, ids in zip(tokens_NL, self._piece_ids(texts), strict=True):
             kept = ids[: context_length - 2]
+            num_cut += len(ids) > len(kept)
             row[: len(kept) + 2] = [self._cls, *kept, self._sep]
-        return tokens_NL
+        return tokens_NL, num_cut
 
     def num_truncated(self, texts: Sequence[str], context_length: int) -> int:
         """How many captions `encode` cuts."""
-        return sum(len(ids) > context_length - 2 for ids in self._piece_ids(texts))
+        return self.encode_counting(texts, context_length)[1]
 
     def _piece_ids(self, texts: Sequence[str]) -> list[list[int]]:
         normalised = [normalise(text) for text in texts]
         return [encoding.ids for encoding in self._word_pieces.encode_batch_fast(normalised)]
+
+
+def hugging_face_tokenizer(tokenizer: Tokenizer) -> str:
+    """`tokenizer.json` for Hugging Face's libraries: the nearest that its Rust parts come to `Tokenizer`.
+
+    Lower case, accents, Chinese characters (the extension blocks included) and curly quotes as here. It
+    differs for characters newer than its Unicode tables, for private use, and in that it takes the text
+    "[SEP]" for the token.
+    """
+    ids = {token: index for index, token in enumerate(tokenizer.vocabulary)}
+    backend = WordPieceTokenizer(WordPiece(ids, unk_token=UNK, max_input_chars_per_word=_MAX_WORD_CHARACTERS))
+    blocks = "".join(f"{chr(first)}-{chr(last)}" for first, last in _CHINESE_BLOCKS)
+    backend.normalizer = normalizers.Sequence(
+        [
+            *(normalizers.Replace(quote, '"') for quote in "“”"),
+            normalizers.BertNormalizer(
+                clean_text=True, handle_chinese_chars=True, strip_accents=True, lowercase=True
+            ),
+        ]
+    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.BertPreTokenizer(), pre_tokenizers.Split(Regex(f"[{blocks}]"), "isolated")]
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{CLS}:0 $A:0 {SEP}:0",
+        pair=f"{CLS}:0 $A:0 {SEP}:0 $B:1 {SEP}:1",
+        special_tokens=[(CLS, ids[CLS]), (SEP, ids[SEP])],
+    )
+    backend.decoder = decoders.WordPiece()
+    backend.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
+    return str(backend.to_str(pretty=True))
 
 
 def _download_vocabulary(model_id: str) -> str:

@@ -1,4 +1,4 @@
-"""Weights in and out: our checkpoints, and OpenAI CLIP's archives.
+"""The model's tensors under the names that files give them; our checkpoints, and OpenAI CLIP's archives.
 
 Files name the image tower's tensors as OpenAI CLIP and Chinese CLIP do (`visual.*`); the model names them as
 timm does. The two tables below are the whole translation, in both directions.
@@ -9,9 +9,8 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import fsspec
 import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
@@ -21,7 +20,8 @@ from pipeline import store
 from pipeline.records import InputError
 from training.model.clip import CLIP
 from training.model.config import ModelConfig, VisionTransformerConfig
-from training.model.torchscript import read_torchscript, write_torchscript
+from training.model.tensor_files import local_copy
+from training.model.torchscript import write_torchscript
 
 # timm's name (a pattern) → OpenAI's, first match wins
 _VIT_NAMES = (
@@ -61,19 +61,11 @@ _VIT_LAYOUTS: dict[str, _Layout] = {
     "head.weight": (lambda tensor_DW: tensor_DW.T, lambda tensor_WD: tensor_WD.T),
 }
 
-_METADATA_KEY = "cnclip"  # one key: safetensors writes several in an order that differs between processes
+METADATA_KEY = "cnclip"  # one key: safetensors writes several in an order that differs between processes
 
 
 @dataclass(frozen=True, slots=True)
-class Provenance:
-    """What became of one tensor when weights were taken over."""
-
-    tensor: str  # name in Chinese CLIP's layout, or in the file's where it was dropped
-    outcome: Literal["taken", "initialised", "dropped"]
-
-
-@dataclass(frozen=True, slots=True)
-class _Slot:
+class Slot:
     """Where a file's tensor lives in the model, and how its layout differs there."""
 
     target: torch.Tensor
@@ -81,23 +73,46 @@ class _Slot:
     to_model: Callable[[torch.Tensor], torch.Tensor]
 
 
-def _slots(model: CLIP) -> dict[str, _Slot]:
+def tensor_slots(model: CLIP) -> dict[str, Slot]:
     """Every tensor of the model by its name in Chinese CLIP's layout."""
     is_vit = isinstance(model.config.vision, VisionTransformerConfig)
     rules = _VIT_NAMES if is_vit else _RESNET_NAMES
     layouts = _VIT_LAYOUTS if is_vit else {}
-    slots: dict[str, _Slot] = {}
+    slots: dict[str, Slot] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name == "logit_scale":
-            slots[name] = _Slot(tensor, lambda tensor_1: tensor_1[0], lambda tensor_: tensor_.reshape(1))
+            slots[name] = Slot(tensor, lambda tensor_1: tensor_1[0], lambda tensor_: tensor_.reshape(1))
         elif name.startswith("visual."):
             timm_name = name.removeprefix("visual.")
-            slots[f"visual.{_rename(timm_name, rules)}"] = _Slot(
+            slots[f"visual.{_rename(timm_name, rules)}"] = Slot(
                 tensor, *layouts.get(timm_name, (_unchanged, _unchanged))
             )
         else:
-            slots[name] = _Slot(tensor, _unchanged, _unchanged)
+            slots[name] = Slot(tensor, _unchanged, _unchanged)
     return slots
+
+
+def from_module_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state by the names of `CLIP.state_dict` (as training checkpoints have it) in Chinese CLIP's layout.
+
+    A tensor of the image tower that has no name there keeps its own.
+    """
+    is_vit = any(name.startswith("visual.patch_embed.") for name in tensors)
+    rules, layouts = (_VIT_NAMES, _VIT_LAYOUTS) if is_vit else (_RESNET_NAMES, {})
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if name == "logit_scale":
+            state[name] = tensor.reshape(())
+        elif name.startswith("visual."):
+            timm_name = name.removeprefix("visual.")
+            try:
+                renamed = f"visual.{_rename(timm_name, rules)}"
+            except ValueError:
+                renamed = name
+            state[renamed] = layouts.get(timm_name, (_unchanged, _unchanged))[0](tensor)
+        else:
+            state[name] = tensor
+    return state
 
 
 def _rename(name: str, rules: Sequence[tuple[str, str]]) -> str:
@@ -115,12 +130,13 @@ def _unchanged(tensor: torch.Tensor) -> torch.Tensor:
 def state_for_file(model: CLIP) -> dict[str, torch.Tensor]:
     """The model's tensors in Chinese CLIP's names and layout, on the CPU; `logit_scale` has shape []."""
     return {
-        name: slot.to_file(slot.target.detach()).cpu().contiguous() for name, slot in _slots(model).items()
+        name: slot.to_file(slot.target.detach()).cpu().contiguous()
+        for name, slot in tensor_slots(model).items()
     }
 
 
-def _fill(slots: Mapping[str, _Slot], state: Mapping[str, torch.Tensor], origin: str, remedy: str) -> None:
-    """Copy a file's tensors into the model: all, or none with an InputError that names every misfit."""
+def misfits(slots: Mapping[str, Slot], state: Mapping[str, torch.Tensor]) -> dict[str, list[str]]:
+    """Names of a file's tensors that a model lacks and the other way round, by kind; empty where all fit."""
     missing = [name for name in slots if name not in state and not name.endswith(".num_batches_tracked")]
     unexpected = [name for name in state if name not in slots]
     misshapen = [
@@ -128,9 +144,23 @@ def _fill(slots: Mapping[str, _Slot], state: Mapping[str, torch.Tensor], origin:
         for name, slot in slots.items()
         if name in state and state[name].shape != slot.to_file(slot.target).shape
     ]
-    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
-    if problems := "; ".join(f"{kind}: {', '.join(sorted(names))}" for kind, names in kinds if names):
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+    return {kind: sorted(names) for kind, names in kinds.items() if names}
+
+
+def fill(slots: Mapping[str, Slot], state: Mapping[str, torch.Tensor], origin: str, remedy: str) -> None:
+    """Copy a file's tensors into the model: all, or none with an InputError that names every misfit.
+
+    InputError too where a tensor holds NaN or infinity: such weights give nothing but NaN.
+    """
+    if found := misfits(slots, state):
+        problems = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in found.items())
         raise InputError(f"{origin}: does not fit the model: {problems}. {remedy}")
+    if broken := [name for name, tensor in state.items() if not bool(tensor.isfinite().all())]:
+        raise InputError(
+            f"{origin}: NaN or infinite values in {', '.join(sorted(broken))}: the training that wrote it"
+            " went wrong, or the file is damaged; take an earlier checkpoint or download it again"
+        )
     with torch.no_grad():
         for name, tensor in state.items():
             slots[name].target.copy_(slots[name].to_model(tensor))
@@ -151,7 +181,7 @@ def save_checkpoint(path: str, model: CLIP, config: ModelConfig, metadata: Mappi
         save_file(
             state_for_file(model),
             temporary,
-            metadata={_METADATA_KEY: json.dumps(header, sort_keys=True, ensure_ascii=False)},
+            metadata={METADATA_KEY: json.dumps(header, sort_keys=True, ensure_ascii=False)},
         )
 
 
@@ -167,41 +197,47 @@ def load_checkpoint(path: str, *, expected: ModelConfig | None = None) -> CLIP:
     configuration does not have (by name), or is another model than `expected`.
     """
     with _open_safetensors(path) as file:
-        config, _ = _read_header(path, file)
+        config, _ = read_header(path, file.metadata() or {})
         if expected is not None and config != expected:
             raise InputError(f"{path}: holds another model than asked for: {_differences(config, expected)}")
-        with torch.random.fork_rng(devices=[]):  # the random weights that are overwritten here cost no draws
-            model = CLIP(config)
+        model = build_empty(config)
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    _fill(_slots(model), state, path, "The file was not written by this version: train again")
+    fill(tensor_slots(model), state, path, "The file was not written by this version: train again")
     return model
+
+
+def build_empty(config: ModelConfig) -> CLIP:
+    """A model to be filled: its random weights cost the global generator no draws."""
+    with torch.random.fork_rng(devices=[]):
+        return CLIP(config)
 
 
 def read_metadata(path: str) -> tuple[ModelConfig, dict[str, str]]:
     """Configuration and metadata of a checkpoint, without its weights."""
     with _open_safetensors(path) as file:
-        return _read_header(path, file)
+        return read_header(path, file.metadata() or {})
 
 
 def _open_safetensors(path: str) -> Any:
     try:
-        return safe_open(_local_copy(path), framework="pt")
+        return safe_open(local_copy(path), framework="pt")
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a readable safetensors file: {error}") from None
 
 
-def _read_header(path: str, file: Any) -> tuple[ModelConfig, dict[str, str]]:
-    text = (file.metadata() or {}).get(_METADATA_KEY)
+def read_header(path: str, header: Mapping[str, str]) -> tuple[ModelConfig, dict[str, str]]:
+    """Configuration and metadata from a safetensors file's metadata; InputError where they are not ours."""
+    text = header.get(METADATA_KEY)
     if text is None:
         raise InputError(
-            f"{path}: a safetensors file without the metadata key {_METADATA_KEY!r}: not our checkpoint"
+            f"{path}: a safetensors file without the metadata key {METADATA_KEY!r}: not our checkpoint"
         )
     try:
-        header = json.loads(text)
-        return TypeAdapter(ModelConfig).validate_python(header["config"]), dict(header["metadata"])
+        ours = json.loads(text)
+        return TypeAdapter(ModelConfig).validate_python(ours["config"]), dict(ours["metadata"])
     except (ValueError, KeyError, TypeError, ValidationError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: the metadata key {_METADATA_KEY!r} cannot be read: {reason}") from None
+        raise InputError(f"{path}: the metadata key {METADATA_KEY!r} cannot be read: {reason}") from None
 
 
 def _differences(found: ModelConfig, expected: ModelConfig) -> str:
@@ -220,32 +256,11 @@ def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _local_copy(path: str) -> str:
-    """The path itself, or a temporary copy of what a URL names."""
-    return path if store.is_local(path) else str(fsspec.open_local(f"simplecache::{path}"))
-
-
 # OpenAI CLIP's archives: TorchScript
 
 
-def load_image_tower(path: str, model: CLIP) -> list[Provenance]:
-    """Take image tower, visual projection and temperature from an OpenAI CLIP archive (section 2.3, A.2).
-
-    The file's English text tower is dropped; our text tower and its projection stay as they are. Returns what
-    became of every tensor, the model's first. InputError names the file and every tensor of the image tower
-    that is missing, unexpected or of another shape; the model is then unchanged.
-    """
-    state = read_torchscript(path)
-    ours = {name: slot for name, slot in _slots(model).items() if _is_image_side(name)}
-    theirs = {name: tensor for name, tensor in state.items() if _is_image_side(name)}
-    _fill(ours, theirs, path, f"Give the weights of {model.config.name}'s image tower")
-    return [
-        *(Provenance(name, "taken" if name in theirs else "initialised") for name in _slots(model)),
-        *(Provenance(name, "dropped") for name in state if name not in theirs),
-    ]
-
-
-def _is_image_side(name: str) -> bool:
+def is_image_side(name: str) -> bool:
+    """What a Chinese model takes from an English CLIP: image tower, its projection, the temperature."""
     return name.startswith("visual.") or name == "logit_scale"
 
 
@@ -257,7 +272,7 @@ def save_openai(path: str, model: CLIP, config: ModelConfig) -> None:
     names for BERT. The same weights give the same bytes. ValueError where `config` is not the model's own.
     """
     _require_own_config(model, config)
-    state = {name: tensor for name, tensor in state_for_file(model).items() if _is_image_side(name)}
+    state = {name: tensor for name, tensor in state_for_file(model).items() if is_image_side(name)}
     statistics = {
         name for name in state if re.search(r"\.(running_mean|running_var|num_batches_tracked)$", name)
     }

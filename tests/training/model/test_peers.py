@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peer_models import STRUCTURES, cn_clip_of
 
 from training.model.clip import CLIP, build_clip
 from training.model.config import (
@@ -17,9 +18,10 @@ from training.model.config import (
     TextConfig,
     VisionTransformerConfig,
 )
+from training.model.initial import initialise
 from training.model.tokenizer import Tokenizer, normalise
 from training.model.torchscript import write_torchscript
-from training.model.weights import load_image_tower, save_checkpoint, state_for_file
+from training.model.weights import save_checkpoint, state_for_file
 
 TOLERANCE = 1e-5  # of unit-norm features, both sides in float32
 
@@ -43,38 +45,11 @@ cn_clip = pytest.importorskip("cn_clip.clip", reason="cn_clip, Chinese CLIP's ow
 
 
 def _cn_clip_model(config: ModelConfig) -> Any:
-    """cn_clip's own class with random weights, none of them left at zero or one."""
-    from cn_clip.clip.model import CLIP as Reference  # type: ignore[import-untyped]
-
-    vision = config.vision
-    is_vit = isinstance(vision, VisionTransformerConfig)
-    torch.manual_seed(0)
-    reference = Reference(
-        embed_dim=config.embed_dim,
-        image_resolution=vision.image_size_px,
-        vision_layers=vision.layers if isinstance(vision, VisionTransformerConfig) else vision.blocks,
-        vision_width=vision.width if is_vit else vision.width // 32,
-        vision_patch_size=vision.patch_size_px if isinstance(vision, VisionTransformerConfig) else None,
-        vision_head_width=vision.width // vision.heads,
-        vocab_size=config.text.vocab_size,
-        text_attention_probs_dropout_prob=0.1,
-        text_hidden_act="gelu",
-        text_hidden_dropout_prob=0.1,
-        text_hidden_size=config.text.width,
-        text_initializer_range=0.02,
-        text_intermediate_size=4 * config.text.width,
-        text_max_position_embeddings=config.text.max_positions,
-        text_num_attention_heads=config.text.heads,
-        text_num_hidden_layers=config.text.layers,
-        text_type_vocab_size=2,
-    )
+    """cn_clip's own class, with running statistics that fit, so that features differ between pictures."""
+    reference = cn_clip_of(config, 0)
     with torch.no_grad():
-        for name, parameter in reference.named_parameters():
-            if parameter.ndim == 1:
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
-            if name.endswith("bn3.weight"):
-                parameter.add_(1)  # zero at first, which would hide the residual branches
-        for _ in range(10):  # running statistics that fit, so that features differ between pictures
+        reference.train()
+        for _ in range(10):
             reference.visual(_images(config, 8))
     return reference.eval()
 
@@ -89,7 +64,7 @@ def _take_over(model: CLIP, reference: Any, path: Path) -> None:
     """Load the reference's weights: the image side as an archive, the text side by its own names."""
     state = {name: tensor for name, tensor in reference.state_dict().items() if "bert.pooler" not in name}
     write_torchscript(str(path), state, {})
-    load_image_tower(str(path), model)
+    initialise(model, image_weights=str(path))
     text = {name.removeprefix("bert."): tensor for name, tensor in state.items() if name.startswith("bert.")}
     model.bert.load_state_dict(text)
     with torch.no_grad():
@@ -110,15 +85,6 @@ def test_both_towers_equal_cn_clip(config: ModelConfig, tmp_path: Path) -> None:
         torch.testing.assert_close(model.encode_text(tokens_BL), text_features, atol=TOLERANCE, rtol=0)
     torch.testing.assert_close(model.logit_scale.exp(), reference.logit_scale.exp().reshape(1))
     assert image_features.std(dim=0).max() > 0.01  # features that differ between pictures
-
-
-STRUCTURES = {
-    "RN50": "RN50@RBT3-chinese",
-    "ViT-B-16": "ViT-B-16@RoBERTa-wwm-ext-base-chinese",
-    "ViT-L-14": "ViT-L-14@RoBERTa-wwm-ext-base-chinese",
-    "ViT-L-14-336": "ViT-L-14-336@RoBERTa-wwm-ext-base-chinese",
-    "ViT-H-14": "ViT-H-14@RoBERTa-wwm-ext-large-chinese",
-}
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
@@ -195,7 +161,7 @@ def _captions() -> list[str]:
     ranges += [(0x20000, 0x2CFFF), (0x2F800, 0x2FA1F), (0x1F000, 0x1FAFF)]
     characters = [chr(generator.randint(*generator.choice(ranges))) for _ in range(2000)]
     characters += list("aeiouAEIOUΣσςİıßẞ 　\t\n\x85\u2028“”‘’\"'#[]一二红猫") * 10
-    captions = ["".join(generator.choices(characters, k=generator.randint(0, 80))) for _ in range(2000)]
+    captions = ["".join(generator.choices(characters, k=generator.randint(0, 80))) for _ in range(10_000)]
     return [*captions, "[SEP] [MASK] 你好", "", "   ", "a" * 200, "a" * 201, "ΑΣ ΑΣ.", "Ⅷ ﬁ ㍿", "“引号”"]
 
 
@@ -260,7 +226,7 @@ def test_an_archive_that_torch_made_of_open_clip_is_taken_over(tmp_path: Path) -
         torch.jit.save(traced.half(), str(tmp_path / "peer.pt"))
 
     model = build_clip(config, vocab_size=30).eval()
-    provenance = load_image_tower(str(tmp_path / "peer.pt"), model)
+    provenance = initialise(model, image_weights=str(tmp_path / "peer.pt"))
     with torch.no_grad():
         torch.testing.assert_close(model.encode_image(image_BCHW), expected, atol=TOLERANCE, rtol=0)
     assert {item.tensor for item in provenance if item.outcome == "dropped"} >= {"token_embedding.weight"}

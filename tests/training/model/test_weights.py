@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from pipeline.records import InputError
 from training.model.clip import CLIP, build_clip
 from training.model.config import MODELS
+from training.model.initial import initialise
 from training.model.torchscript import read_torchscript, write_torchscript
 from training.model.weights import (
     load_checkpoint,
-    load_image_tower,
     read_metadata,
     save_checkpoint,
     save_openai,
@@ -190,7 +190,7 @@ def test_image_tower_travels_through_an_openai_archive(name: str, tmp_path: Path
     text_before = {key: tensor.clone() for key, tensor in target.bert.state_dict().items()}
     projection_before = target.text_projection.detach().clone()
     save_openai(path, source, source.config)
-    provenance = load_image_tower(path, target)
+    provenance = initialise(target, image_weights=path)
 
     assert _equal(target.visual, source.visual)
     assert target.logit_scale.item() == 3.25
@@ -230,7 +230,7 @@ def test_half_precision_and_text_tower_of_an_archive(tmp_path: Path) -> None:
     english = {"transformer.resblocks.0.ln_1.weight": torch.ones(8), "text_projection": torch.ones(8, 128)}
     write_torchscript(path, state | english, {"vocab_size": torch.tensor(49408)})
     projection_before = target.text_projection.detach().clone()
-    provenance = load_image_tower(path, target)
+    provenance = initialise(target, image_weights=path)
     taken = target.visual.get_parameter("stem.conv1.conv.weight")
     assert taken.dtype == torch.float32
     assert torch.equal(taken, source.visual.get_parameter("stem.conv1.conv.weight").half().float())
@@ -250,7 +250,7 @@ def test_an_archive_of_another_image_tower_is_refused_whole(tmp_path: Path) -> N
     target = _model("tiny-vit")
     before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
     with pytest.raises(InputError) as caught:
-        load_image_tower(path, target)
+        initialise(target, image_weights=path)
     assert str(caught.value).startswith(
         f"{path}: does not fit the model: missing: visual.ln_pre.bias; unexpected: visual.extra; "
         "of another shape: visual.proj is [64, 16], not [64, 32]. Give the weights of tiny-vit"

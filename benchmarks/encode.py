@@ -1,0 +1,296 @@
+"""Encoding and tokenising against cn_clip: the same weights, the same answers, samples a second.
+
+    python benchmarks/encode.py                 # 2 cores, under 5 minutes; ViT-B/16 with RoBERTa-base
+    python benchmarks/encode.py --full          # more captions and pictures
+    python benchmarks/encode.py --device cuda   # bf16; B/16, L/14, H/14; transformers too; MFU
+
+cn_clip pads every caption to 52 tokens; this project encodes captions of one length together. Captions are
+those of `--emoji FOLDER` (the emoji_zh corpus: name and keywords) where it is given, and made ones with
+lengths as in Flickr30K-CN (19.7 characters in the mean). Times are the best of alternating rounds.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import platform
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from training.model.clip import CLIP
+from training.model.config import MODELS
+from training.model.encoder import Encoder
+from training.model.tokenizer import Tokenizer
+from training.model.weights import fill, tensor_slots
+
+CONTEXT_LENGTH = 52
+PEER_BATCH = 64
+TOLERANCE = 1e-5  # of unit-norm float32 features
+TOLERANCE_BF16 = 2e-2
+FLICKR_MEAN_CHARACTERS = 19.7
+STRUCTURES = {
+    "ViT-B-16": "ViT-B-16@RoBERTa-wwm-ext-base-chinese",
+    "ViT-L-14": "ViT-L-14@RoBERTa-wwm-ext-base-chinese",
+    "ViT-H-14": "ViT-H-14@RoBERTa-wwm-ext-large-chinese",
+}
+# Forward FLOPs of one sample (a multiplication and an addition are two), text at 52 tokens.
+IMAGE_FLOPS = {"ViT-B-16": 35.1e9, "ViT-L-14": 162e9, "ViT-H-14": 335e9}
+TEXT_FLOPS = {"ViT-B-16": 8.9e9, "ViT-L-14": 8.9e9, "ViT-H-14": 31.7e9}
+PEAK_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "V100": 125e12}  # dense, by name
+
+
+def main() -> int:
+    options = _options()
+    try:
+        import cn_clip.clip as cn_clip
+    except ImportError:
+        print("cn_clip is not installed: pip install --no-deps cn_clip==1.6.0 and lmdb, six", file=sys.stderr)
+        return 2
+    tokenizer = Tokenizer.load(str(Path(cn_clip.__file__).parent / "vocab.txt"))
+    captions = {"": made_captions(4000)}
+    if options.emoji is not None:
+        captions["@emoji_zh"] = emoji_captions(options.emoji)
+    results = [
+        compare_tokenising(f"encode/tokenise{suffix}", tokenizer, cn_clip, texts)
+        for suffix, texts in captions.items()
+    ]
+    if options.device == "cpu":
+        results += _on_cpu(tokenizer, cn_clip, captions, options.full)
+    else:
+        for name in STRUCTURES:
+            results += _on_gpu(name, tokenizer, cn_clip, captions[""][:2048], options.device)
+    for result in results:
+        print(f"{result['name']:<28} {result['ours']:>9.1f} {result['peer']:>9.1f} {result['unit']}, "
+              f"ratio {result['ratio']:.2f}, equal {result['equal']}")  # fmt: skip
+    print(json.dumps(results, ensure_ascii=False))
+    return 0 if all(result["equal"] for result in results) else 1
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--full", action="store_true", help="more captions and pictures")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--emoji", metavar="FOLDER", help="the emoji_zh corpus, for its captions")
+    return parser.parse_args()
+
+
+def made_captions(count: int) -> list[str]:
+    """Captions of common characters whose lengths are spread as Flickr30K-CN's: 19.7 in the mean, skewed."""
+    generator = random.Random(0)
+    characters = (
+        "一个穿着红色衣服的小女孩在公园里和狗玩耍男人女人坐站走跑看街道上树下水边白黑蓝色车大两群们，着正前面"
+    )
+    lengths = [max(5, round(generator.gammavariate(8, FLICKR_MEAN_CHARACTERS / 8))) for _ in range(count)]
+    return ["".join(generator.choices(characters, k=length)) for length in lengths]
+
+
+def emoji_captions(folder: str) -> list[str]:
+    """Name and keywords of every picture of the corpus, as its runs train on them."""
+    import polars as pl
+
+    frame = pl.scan_parquet(f"{folder}/*.parquet").select("name_zh", "keywords_zh").collect()
+    keywords = frame["keywords_zh"].to_list()
+    joined = ["、".join(words) if isinstance(words, list) else str(words) for words in keywords]
+    return [f"{name}，{words}" for name, words in zip(frame["name_zh"].to_list(), joined, strict=True)]
+
+
+def machine() -> str:
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    threads = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{threads}{gpu}, torch {torch.__version__}"
+
+
+def fastest(*functions: Callable[[], Any], rounds: int) -> tuple[list[float], list[Any]]:
+    """Least seconds of each over rounds in turn, so that noise hits all alike, and each one's last result."""
+    seconds: list[list[float]] = [[] for _ in functions]
+    results: list[Any] = [function() for function in functions]  # warm-up
+    for _ in range(rounds):
+        for index, function in enumerate(functions):
+            start = time.perf_counter()
+            results[index] = function()
+            seconds[index].append(time.perf_counter() - start)
+    return [min(times) for times in seconds], results
+
+
+def record(
+    name: str, count: int, ours: float, peer: float, equal: bool, unit: str = "samples/s"
+) -> dict[str, Any]:
+    """One line of the result, from seconds; `ratio` > 1 where this project is faster."""
+    return {
+        "name": name,
+        "ours": count / ours,
+        "peer": count / peer,
+        "unit": unit,
+        "ratio": peer / ours,
+        "equal": equal,
+        "machine": machine(),
+    }
+
+
+def compare_tokenising(name: str, tokenizer: Tokenizer, cn_clip: Any, texts: Sequence[str]) -> dict[str, Any]:
+    """Captions to padded ids; lower case and quotes are folded for cn_clip as its data loader does."""
+
+    def theirs() -> Any:
+        return cn_clip.tokenize([_as_its_loader(text) for text in texts], context_length=CONTEXT_LENGTH)
+
+    (ours_s, peer_s), (ours, peer) = fastest(
+        lambda: tokenizer.encode(texts, CONTEXT_LENGTH), theirs, rounds=5
+    )
+    return record(name, len(texts), ours_s, peer_s, bool((ours == peer.numpy()).all()))
+
+
+def _as_its_loader(text: str) -> str:
+    return text.lower().replace("“", '"').replace("”", '"')
+
+
+def models_of(name: str, cn_clip: Any) -> tuple[CLIP, Any]:
+    """Our model and cn_clip's, in float32, with the same random weights."""
+    from cn_clip.clip.utils import create_model
+
+    torch.manual_seed(0)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its configuration
+        peer = create_model(STRUCTURES[name]).float().eval()
+    model = CLIP(MODELS[name]).eval()
+    fill(tensor_slots(model), peer.state_dict(), "cn_clip", "")
+    return model, peer
+
+
+def _on_cpu(
+    tokenizer: Tokenizer, cn_clip: Any, captions: dict[str, list[str]], full: bool
+) -> list[dict[str, Any]]:
+    num_texts, num_images, rounds = (1024, 32, 3) if full else (128, 4, 2)
+    model, peer = models_of("ViT-B-16", cn_clip)
+    encoder = Encoder(model, tokenizer, device="cpu")
+    results = []
+    for suffix, texts in captions.items():
+        chosen = random.Random(1).sample(texts, num_texts)
+        tokens_NL = tokenizer.encode(chosen, CONTEXT_LENGTH)
+        padded_NL = torch.from_numpy(tokens_NL).long()
+
+        def ours_text(tokens_NL: Any = tokens_NL) -> Any:
+            return encoder.embed_tokens(tokens_NL)
+
+        def peer_text(padded_NL: torch.Tensor = padded_NL) -> Any:
+            with torch.inference_mode():
+                parts = [F.normalize(peer.encode_text(part), dim=-1) for part in padded_NL.split(PEER_BATCH)]
+            return torch.cat(parts).numpy()
+
+        (ours_s, peer_s), (ours, theirs) = fastest(ours_text, peer_text, rounds=rounds)
+        equal = bool(np.abs(ours - theirs).max() <= TOLERANCE)
+        results.append(record(f"encode/text{suffix}", num_texts, ours_s, peer_s, equal))
+    image_BCHW = torch.randn(num_images, 3, 224, 224, generator=torch.Generator().manual_seed(2))
+
+    def peer_image() -> Any:
+        with torch.inference_mode():
+            return F.normalize(peer.encode_image(image_BCHW), dim=-1).numpy()
+
+    (ours_s, peer_s), (ours, theirs) = fastest(
+        lambda: encoder.embed_pixels(image_BCHW), peer_image, rounds=max(3, rounds)
+    )
+    equal = bool(np.abs(ours - theirs).max() <= TOLERANCE)
+    results.append(record("encode/image", num_images, ours_s, peer_s, equal))
+    return results
+
+
+def _on_gpu(
+    name: str,
+    tokenizer: Tokenizer,
+    cn_clip: Any,
+    texts: Sequence[str],
+    device: str,
+    num_images: int = 256,
+) -> list[dict[str, Any]]:
+    """bf16 throughput of ours, cn_clip and transformers, and what share of the accelerator's peak it is."""
+    model, peer = models_of(name, cn_clip)
+    third, peer = _transformers_model(model).to(device), peer.to(device)
+    encoder = Encoder(model, tokenizer, device=device)
+    image_BCHW = torch.randn(num_images, 3, 224, 224, device=device)
+    tokens_NL = tokenizer.encode(texts, CONTEXT_LENGTH)
+    padded_NL = torch.from_numpy(tokens_NL).long().to(device)
+    autocast = torch.autocast(torch.device(device).type, torch.bfloat16)
+
+    def run(function: Callable[[], torch.Tensor]) -> Any:
+        with torch.inference_mode(), autocast:
+            found = F.normalize(function().float(), dim=-1)
+        return found.cpu().numpy()  # waits for the device
+
+    def in_batches(encode: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        return torch.cat([encode(part) for part in padded_NL.split(512)])
+
+    def ours_text() -> Any:
+        with autocast:
+            return encoder.embed_tokens(tokens_NL)
+
+    def third_text(part_BL: torch.Tensor) -> torch.Tensor:
+        hidden = third.text_model(input_ids=part_BL, attention_mask=part_BL.ne(0).long()).last_hidden_state
+        projected: torch.Tensor = third.text_projection(hidden[:, 0])
+        return projected
+
+    results = []
+    for side, count, flops, functions in (
+        (
+            "text",
+            len(texts),
+            TEXT_FLOPS[name],
+            (
+                ours_text,
+                lambda: run(lambda: in_batches(peer.encode_text)),
+                lambda: run(lambda: in_batches(third_text)),
+            ),
+        ),
+        (
+            "image",
+            num_images,
+            IMAGE_FLOPS[name],
+            (
+                lambda: run(lambda: encoder.model.encode_image(image_BCHW)),
+                lambda: run(lambda: peer.encode_image(image_BCHW)),
+                lambda: run(lambda: third.visual_projection(third.vision_model(image_BCHW).pooler_output)),
+            ),
+        ),
+    ):
+        seconds, found = fastest(*functions, rounds=5)
+        for label, other_s, other in zip(("", "/transformers"), seconds[1:], found[1:], strict=True):
+            equal = bool(np.abs(found[0] - other).max() <= TOLERANCE_BF16)
+            result = record(f"encode/{side}/{name}{label}", count, seconds[0], other_s, equal)
+            result["peak_share"] = _peak_share(flops * result["ours"])
+            result["peer_peak_share"] = _peak_share(flops * result["peer"])
+            results.append(result)
+            print(
+                f"{result['name']}: {result['ours']:.0f} and {result['peer']:.0f} samples/s,"
+                f" {result['peak_share']} and {result['peer_peak_share']} of the peak"
+            )
+    return results
+
+
+def _peak_share(flops: float) -> float | None:
+    """Model FLOPs utilisation, every caption counted as 52 tokens long; None where the peak is not known."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    peak = next((value for key, value in PEAK_BF16_FLOPS.items() if key in device), None)
+    return None if peak is None else round(flops / peak, 3)
+
+
+def _transformers_model(model: CLIP) -> Any:
+    """transformers' ChineseCLIPModel with our weights."""
+    import tempfile
+
+    from transformers import ChineseCLIPModel
+
+    from training.model.export import save_hugging_face
+    from training.model.tokenizer import SPECIAL_TOKENS
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_hugging_face(folder, model, Tokenizer(SPECIAL_TOKENS), {})
+        return ChineseCLIPModel.from_pretrained(folder).eval()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

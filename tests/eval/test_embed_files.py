@@ -1,0 +1,150 @@
+"""`cnclip embed`, `convert` and `inspect` from the command line."""
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from PIL import Image
+
+from eval.embed_files import embed_files
+from pipeline.__main__ import main
+from pipeline.records import InputError
+from training.model.clip import build_clip
+from training.model.config import MODELS
+from training.model.encoder import load
+from training.model.tokenizer import SPECIAL_TOKENS, Tokenizer
+from training.model.weights import save_checkpoint
+
+WORDS = [*SPECIAL_TOKENS, *"红蓝色的猫狗"]
+TEXTS = ["红色的猫", "", "蓝色的狗" * 20]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    model = build_clip(MODELS["tiny-vit"], vocab_size=len(WORDS))
+    save_checkpoint(str(folder / "model.safetensors"), model, model.config, {})
+    Tokenizer(WORDS).save_vocabulary(str(folder / "vocab.txt"))
+    return str(folder / "model.safetensors")
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    for number, name in enumerate(("b.png", "a.png", "sub/c.jpg", "A.webp", "notes.txt")):
+        path = tmp_path / "pictures" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".txt"):
+            path.write_text("no picture")
+            continue
+        pixels = np.random.default_rng(number).integers(0, 256, (30, 20, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+    return tmp_path / "pictures"
+
+
+def test_folder_and_lines_in_clip_retrievals_layout(
+    weights: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
+    out = tmp_path / "out"
+    command = [
+        "embed",
+        weights,
+        "--images",
+        str(pictures),
+        "--texts",
+        str(tmp_path / "texts.txt"),
+        "--out",
+        str(out),
+    ]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "1 of 3 texts have more than 52 tokens and are cut; raise --context to keep more" in printed
+    image_ND = np.load(out / "img_emb" / "img_emb_0.npy", mmap_mode="r")
+    text_ND = np.load(out / "text_emb" / "text_emb_0.npy", mmap_mode="r")
+    assert image_ND.dtype == text_ND.dtype == np.float32
+    assert (image_ND.shape, text_ND.shape) == ((4, 32), (3, 32))
+    np.testing.assert_allclose(np.linalg.norm(image_ND, axis=1), 1, atol=1e-6)
+    table = pl.read_parquet(out / "metadata" / "metadata_0.parquet")
+    names = [str(pictures / name) for name in ("A.webp", "a.png", "b.png", "sub/c.jpg")]
+    assert table["image_path"].to_list() == names
+    assert table["caption"].to_list() == [*TEXTS, None]
+    encoder = load(weights)
+    np.testing.assert_allclose(image_ND, encoder.embed_images(names), atol=1e-6)
+    with pytest.warns(UserWarning, match="1 of 3"):
+        np.testing.assert_allclose(text_ND, encoder.embed_texts(TEXTS), atol=1e-6)
+
+
+def test_tables_of_paths_and_of_bytes(weights: str, pictures: Path, tmp_path: Path) -> None:
+    encoder = load(weights)
+    names = ["b.png", "a.png", "b.png"]
+    pl.DataFrame({"image_path": names, "caption": ["猫", "狗", "红"]}).write_csv(pictures / "table.csv")
+    data = [(pictures / name).read_bytes() for name in names]
+    pl.DataFrame({"png": data, "image_id": [7, 8, 9], "caption": ["猫", "狗", "红"]}).write_parquet(
+        tmp_path / "table.parquet"
+    )
+    for table, labels in ((pictures / "table.csv", names), (tmp_path / "table.parquet", ["7", "8", "9"])):
+        out = tmp_path / f"out_{table.suffix}"
+        done = embed_files(encoder, images=str(table), texts=str(table), out=str(out), context_length=52)
+        assert (done.num_images, done.num_texts, done.num_truncated, done.dim) == (3, 3, 0, 32)
+        image_ND = np.load(out / "img_emb" / "img_emb_0.npy")
+        np.testing.assert_allclose(image_ND, encoder.embed_images(data), atol=1e-6)
+        np.testing.assert_array_equal(image_ND[0], image_ND[2])
+        metadata = pl.read_parquet(out / "metadata" / "metadata_0.parquet")
+        assert metadata["image_path"].to_list() == labels
+        assert metadata["caption"].to_list() == ["猫", "狗", "红"]
+
+
+def test_faiss_searches_what_was_written(weights: str, pictures: Path, tmp_path: Path) -> None:
+    import faiss
+
+    embed_files(load(weights), images=str(pictures), texts=None, out=str(tmp_path / "out"), context_length=52)
+    image_ND = np.load(tmp_path / "out" / "img_emb" / "img_emb_0.npy")
+    index = faiss.IndexFlatIP(image_ND.shape[1])
+    index.add(image_ND)
+    _, found = index.search(image_ND, 1)
+    assert found[:, 0].tolist() == list(range(len(image_ND)))
+    assert not (tmp_path / "out" / "text_emb").exists()
+
+
+def test_bad_input_is_one_line(
+    weights: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encoder = load(weights)
+    (pictures / "z.png").write_bytes(b"broken")
+    out = str(tmp_path / "out")
+    with pytest.raises(InputError, match=r"z\.png: no picture that can be decoded"):
+        embed_files(encoder, images=str(pictures), texts=None, out=out, context_length=52)
+    assert not (tmp_path / "out" / "img_emb" / "img_emb_0.npy").exists()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="empty: no picture in it"):
+        embed_files(encoder, images=str(tmp_path / "empty"), texts=None, out=out, context_length=52)
+    (tmp_path / "t.txt").write_bytes("红".encode("gbk"))
+    with pytest.raises(InputError, match=r"t\.txt: not UTF-8 at byte 0"):
+        embed_files(encoder, images=None, texts=str(tmp_path / "t.txt"), out=out, context_length=52)
+    pl.DataFrame({"x": [1]}).write_parquet(tmp_path / "x.parquet")
+    with pytest.raises(InputError, match=r"no column of pictures .* it has x"):
+        embed_files(encoder, images=str(tmp_path / "x.parquet"), texts=None, out=out, context_length=52)
+    assert main(["embed", weights, "--out", out]) == 2
+    assert main(["embed", weights, "--texts", str(tmp_path / "t.txt"), "--out", out, "--context", "65"]) == 2
+    (tmp_path / "page.pt").write_text("<html></html>")
+    assert main(["inspect", str(tmp_path / "page.pt")]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert "--context 65" in lines[1]
+    assert "takes 3 to 64 tokens" in lines[1]
+    assert "a web page" in lines[2]
+
+
+def test_convert_and_inspect_commands(
+    weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", weights, str(tmp_path / "out.pt")]) == 0
+    assert main(["inspect", str(tmp_path / "out.pt")]) == 0
+    printed = capsys.readouterr().out
+    assert f"wrote {tmp_path}/out.pt" in printed
+    assert "Chinese CLIP, torch.save" in printed
+    assert main(["convert", str(tmp_path / "out.pt"), str(tmp_path / "folder"), "--to", "safetensors"]) == 0
+    assert (tmp_path / "folder" / "README.md").exists()

@@ -1,0 +1,186 @@
+"""The five lines of the README, texts of any length, and where vocabularies are found."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.records import InputError
+from training.model import vocabulary_lookup
+from training.model.clip import build_clip
+from training.model.config import MODELS
+from training.model.encoder import Encoder, batches_of_equal_length, load
+from training.model.tokenizer import SPECIAL_TOKENS, Tokenizer
+from training.model.vocabulary_lookup import find_vocabulary
+from training.model.weights import save_checkpoint
+
+WORDS = [*SPECIAL_TOKENS, *"红蓝色的猫狗"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    model = build_clip(MODELS["tiny-vit"], vocab_size=len(WORDS))
+    save_checkpoint(str(folder / "model.safetensors"), model, model.config, {})
+    Tokenizer(WORDS).save_vocabulary(str(folder / "vocab.txt"))
+    return str(folder / "model.safetensors")
+
+
+def _picture(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+
+
+def test_the_five_lines_of_the_readme(weights: str, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        _picture(seed).save(tmp_path / f"{seed}.png")
+    model = load(weights)
+    images = model.embed_images([str(tmp_path / "0.png"), str(tmp_path / "1.png")])
+    texts = model.embed_texts(["红色的猫", "蓝色的狗", "狗"])
+    probabilities = model.probabilities(images, texts)
+    assert probabilities.shape == (2, 3)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-6)
+    with torch.no_grad():
+        logits = model.model.logit_scale.exp() * torch.from_numpy(images @ texts.T)
+    np.testing.assert_allclose(probabilities, logits.softmax(-1).numpy(), atol=1e-6)
+    buffer = io.BytesIO()
+    _picture(0).save(buffer, "PNG")
+    both = model.embed_images([buffer.getvalue(), _picture(0)])
+    np.testing.assert_array_equal(both[0], both[1])
+    np.testing.assert_allclose(both[0], images[0], atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(images, axis=1), 1, atol=1e-6)
+    assert model.embed_images([]).shape == (0, 32)
+    assert model.embed_texts([]).shape == (0, 32)
+
+
+def test_texts_of_any_length_equal_padding_to_52(weights: str) -> None:
+    model = load(weights)
+    texts = ["", "猫" * 50, "红色", "狗" * 7, "蓝色的猫" * 3, "红色", "的" * 20] * 5
+    tokens_NL = model.tokenizer.encode(texts, 52)
+    with torch.no_grad():
+        padded = model.model.encode_text(torch.from_numpy(tokens_NL).long()).numpy()
+    np.testing.assert_allclose(model.embed_texts(texts), padded, atol=1e-6, rtol=0)
+
+
+def test_batches_hold_no_padding_and_every_row_once() -> None:
+    generator = np.random.default_rng(0)
+    length_N = generator.integers(2, 53, 3000)
+    tokens_NL = np.where(np.arange(52) < length_N[:, None], 5, 0).astype(np.int32)
+    batches = list(batches_of_equal_length(tokens_NL))
+    assert sorted(np.concatenate(batches)) == list(range(3000))
+    assert all(len(set(length_N[rows])) == 1 for rows in batches)
+    assert len(batches) < 120
+    assert list(batches_of_equal_length(tokens_NL[:0])) == []
+
+
+def test_longer_texts_are_counted_and_longer_contexts_work(weights: str) -> None:
+    model = load(weights)
+    texts = ["猫" * 50, "猫" * 51, "狗" * 200]
+    with pytest.warns(UserWarning, match="2 of 3 texts are longer than 52 tokens and were cut"):
+        cut = model.embed_texts(texts)
+    np.testing.assert_array_equal(cut[0], cut[1])
+    with pytest.warns(UserWarning, match="1 of 3 texts are longer than 64"):
+        longer = model.embed_texts(texts, context_length=64)
+    assert np.abs(longer[0] - longer[1]).max() > 1e-4
+    with pytest.raises(ValueError, match="this model takes 3 to 64 tokens"):
+        model.embed_texts(texts, context_length=65)
+
+
+def test_pictures_that_cannot_be_read_are_named(weights: str, tmp_path: Path) -> None:
+    model = load(weights)
+    (tmp_path / "bad.jpg").write_bytes(b"no picture")
+    _picture(0).save(tmp_path / "good.png")
+    with pytest.raises(InputError, match=r"bad\.jpg: no picture that can be decoded"):
+        model.embed_images([str(tmp_path / "good.png"), str(tmp_path / "bad.jpg")])
+    with pytest.raises(InputError, match=r"absent\.jpg: cannot be read: No such file"):
+        model.embed_images([str(tmp_path / "absent.jpg")])
+
+
+# Where vocabularies are found
+
+
+def _no_network(monkeypatch: pytest.MonkeyPatch, asked: list[str]) -> None:
+    import huggingface_hub
+
+    def download(model_id: str, name: str) -> str:
+        asked.append(model_id)
+        raise OSError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+
+
+def test_vocabulary_beside_the_weights_or_given(weights: str, tmp_path: Path) -> None:
+    assert find_vocabulary(weights, len(WORDS)).vocabulary == tuple(WORDS)
+    assert find_vocabulary(str(Path(weights).parent), len(WORDS)).vocabulary == tuple(WORDS)
+    swapped = [*SPECIAL_TOKENS, *"狗猫的色蓝红"]
+    Tokenizer(swapped).save_vocabulary(str(tmp_path / "other.txt"))
+    assert find_vocabulary(weights, len(WORDS), given=str(tmp_path / "other.txt")).vocabulary == tuple(
+        swapped
+    )
+    named = tmp_path / "x.pt"
+    Tokenizer(swapped).save_vocabulary(str(tmp_path / "x.vocab.txt"))
+    assert find_vocabulary(str(named), len(WORDS)).vocabulary == tuple(swapped)
+
+
+def test_vocabulary_of_the_run_that_trained_the_weights(tmp_path: Path) -> None:
+    (tmp_path / "stage2").mkdir()
+    (tmp_path / "stage2" / "job.json").write_text(json.dumps({"vocabulary": "/gone/vocabulary/caption.txt"}))
+    Tokenizer(WORDS).save_vocabulary(str(tmp_path / "vocabulary" / "caption.txt"))
+    found = find_vocabulary(str(tmp_path / "stage2" / "model.safetensors"), len(WORDS))
+    assert found.vocabulary == tuple(WORDS)
+
+
+def test_vocabulary_in_the_hub_cache_and_in_cn_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _no_network(monkeypatch, [])
+    weights = str(tmp_path / "model.pt")
+    package = tmp_path / "site" / "cn_clip" / "clip"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").write_text("raise RuntimeError('imported')")
+    Tokenizer([*WORDS, "鸟"]).save_vocabulary(str(package / "vocab.txt"))
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.delitem(sys.modules, "cn_clip", raising=False)
+    assert find_vocabulary(weights, len(WORDS) + 1).vocabulary[-1] == "鸟"
+    cached = tmp_path / "cached.txt"
+    Tokenizer(WORDS).save_vocabulary(str(cached))
+    monkeypatch.setattr(
+        "huggingface_hub.try_to_load_from_cache",
+        lambda source, name: str(cached) if source == "hfl/chinese-roberta-wwm-ext" else None,
+    )
+    assert find_vocabulary(weights, len(WORDS)).vocabulary == tuple(WORDS)
+
+
+def test_a_vocabulary_found_nowhere_names_the_four_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    _no_network(monkeypatch, asked)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda source, name: None)
+    monkeypatch.setattr(vocabulary_lookup, "_in_cn_clip", lambda: None)
+    with pytest.raises(InputError) as caught:
+        find_vocabulary(str(tmp_path / "model.pt"), 21128)
+    message = str(caught.value)
+    for place in (
+        "beside the weights",
+        "--vocab",
+        "bert-base-chinese",
+        "hfl/chinese-roberta-wwm-ext",
+        "cn_clip",
+    ):
+        assert place in message
+    assert asked == ["bert-base-chinese", "hfl/chinese-roberta-wwm-ext"]
+    assert "\n" not in message
+
+
+def test_a_vocabulary_of_another_size_is_refused(weights: str) -> None:
+    with pytest.raises(
+        InputError, match=r"vocab\.txt: a vocabulary of 11 tokens, but the embedding in .* has 21128"
+    ):
+        find_vocabulary(weights, 21128)
+    model = load(weights).model
+    with pytest.raises(InputError, match="a vocabulary of 12 tokens, but the model's embedding has 11"):
+        Encoder(model, Tokenizer([*WORDS, "鸟"]))

@@ -1,0 +1,100 @@
+"""The model card: what these weights are, in the README.md that hubs show."""
+
+import json
+import os
+import tomllib
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline import store
+from training.model.config import ModelConfig, VisionTransformerConfig
+from training.model.preprocess import MEAN, STD
+
+_UNKNOWN = "not recorded in the file these weights came from"
+
+
+def model_card(config: ModelConfig, num_parameters: int, facts: Mapping[str, str]) -> str:
+    """Markdown with Hugging Face's header: sizes, data, stage, samples seen, scores, and how inputs are made.
+
+    `facts` may have `data`, `stage`, `samples_seen`, `scores` and `source`; what it lacks is said so.
+    """
+    vision = config.vision
+    is_vit = isinstance(vision, VisionTransformerConfig)
+    sizes = (
+        f"ViT, {vision.layers} layers of width {vision.width}, patches of {vision.patch_size_px} pixels"
+        if isinstance(vision, VisionTransformerConfig)
+        else f"ResNet with attention pooling, blocks {vision.blocks}"
+    )
+    rows = {
+        "Model": config.name,
+        "Parameters": f"{num_parameters:,}",
+        "Image tower": f"{sizes}; {vision.image_size_px} × {vision.image_size_px} pixels",
+        "Text tower": f"BERT, {config.text.layers} layers of width {config.text.width},"
+        f" {config.text.vocab_size:,} tokens",
+        "Shared space": f"{config.embed_dim} dimensions",
+        "Data": facts.get("data", _UNKNOWN),
+        "Stage": facts.get("stage", _UNKNOWN),
+        "Samples seen": facts.get("samples_seen", _UNKNOWN),
+        "Scores": facts.get("scores", _UNKNOWN),
+        "Converted from": facts.get("source", _UNKNOWN),
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    library = "transformers" if is_vit else "pytorch"
+    return f"""---
+language: zh
+library_name: {library}
+pipeline_tag: zero-shot-image-classification
+tags:
+- clip
+- chinese-clip
+---
+
+# {config.name}, Chinese CLIP
+
+| | |
+| --- | --- |
+{table}
+
+Pictures are turned to RGB and resized to the square (bicubic, no crop), scaled to [0, 1] and normalised by
+mean {MEAN} and standard deviation {STD}. Captions are lower-cased, curly double quotes made straight, cut
+into word pieces of the vocabulary beside this file, framed by [CLS] and [SEP], and cut to 52 tokens.
+"""
+
+
+def facts_of(path: str, recorded: Mapping[str, str]) -> dict[str, str]:
+    """What a card can say of weights at `path`: what the file records, and what their run's folder tells.
+
+    A run's folder is the one above the stage's: `run.resolved.toml` names the data, `report/report.json` has
+    the scores of its models.
+    """
+    facts = {"source": os.path.basename(path.rstrip("/")), **recorded}
+    run = store.join(os.path.dirname(os.path.abspath(path)), "..") if store.is_local(path) else None
+    if run is None or not os.path.isfile(os.path.join(run, "run.resolved.toml")):
+        return facts
+    with open(os.path.join(run, "run.resolved.toml"), "rb") as file:
+        corpus = tomllib.load(file).get("corpus", {})
+    tables = ", ".join(table.get("name", "") for table in corpus.get("tables", []))
+    facts.setdefault("data", f"{corpus.get('kind', 'tables')}{': ' if tables else ''}{tables}")
+    report = os.path.join(run, "report", "report.json")
+    if os.path.isfile(report):
+        with open(report, encoding="utf-8") as file:
+            found = _scores(json.load(file).get("evaluations", {}), facts.get("stage", ""))
+        if found:
+            facts.setdefault("scores", found)
+    return facts
+
+
+def _scores(evaluations: Mapping[str, Any], stage: str) -> str:
+    """Recall of a stage's model; an earlier one's stands under `name/stage`, the final one's under `name`."""
+    earlier = {name: scores for name, scores in evaluations.items() if "/" in name}
+    mine = {name: scores for name, scores in earlier.items() if name.endswith(f"/{stage}")}
+    chosen = mine or {name: scores for name, scores in evaluations.items() if name not in earlier}
+    return "; ".join(
+        f"{name.partition('/')[0]}: "
+        + ", ".join(
+            f"{label} R@1/5/10 {scores[way]['r1']:.1f}/{scores[way]['r5']:.1f}/{scores[way]['r10']:.1f}"
+            for way, label in (("t2i", "text to image"), ("i2t", "image to text"))
+            if scores.get(way)
+        )
+        for name, scores in chosen.items()
+    )

@@ -1,0 +1,143 @@
+"""`cnclip convert` and `cnclip inspect`: weights from one format to another, and what a file holds."""
+
+import os
+from collections.abc import Iterator
+from typing import Literal
+
+from pipeline import store
+from pipeline.records import ConfigError
+from training.model.card import facts_of
+from training.model.clip import CLIP
+from training.model.export import save_cn_clip, save_hugging_face, save_onnx, save_safetensors
+from training.model.formats import Weights, load_model, read_weights
+from training.model.layouts import matching_towers
+from training.model.tokenizer import Tokenizer
+from training.model.vocabulary_lookup import find_vocabulary
+
+Target = Literal["cn_clip", "hugging_face", "safetensors", "onnx"]
+TARGETS: tuple[Target, ...] = ("cn_clip", "hugging_face", "safetensors", "onnx")
+_PUBLIC_VOCAB_SIZE = 21128  # of Chinese BERT, which cn_clip brings along
+_LISTED = 12  # tensor names that `inspect` prints of each kind
+
+
+def target_of(out: str, to: str | None) -> Target:
+    """The format to write: `to`, else by the name: `.pt`, `.safetensors`, `.onnx`; else `hugging_face`."""
+    if to is not None:
+        return next(target for target in TARGETS if target == to)
+    ending = os.path.splitext(out.rstrip("/"))[1]
+    by_ending: dict[str, Target] = {
+        ".pt": "cn_clip",
+        ".pth": "cn_clip",
+        ".safetensors": "safetensors",
+        ".onnx": "onnx",
+    }
+    return by_ending.get(ending, "hugging_face")
+
+
+def convert(
+    source: str,
+    out: str,
+    *,
+    to: str | None = None,
+    vocabulary: str | None = None,
+    image_size_px: int | None = None,
+) -> list[str]:
+    """Convert weights of any known format; returns lines that say what was written.
+
+    ConfigError where `out` is `source`, or the format cannot hold the model. InputError as reading says.
+    """
+    target = target_of(out, to)
+    if store.is_local(source) and os.path.exists(out) and os.path.samefile(source, out):
+        raise ConfigError(f"{out}: is the file that is read: give another path")
+    weights = read_weights(source)
+    model = load_model(source, image_size_px=image_size_px)
+    facts = facts_of(source, weights.facts)
+    lines = [f"{source}: {weights.format}, {model.config.name}"]
+    if target == "cn_clip":
+        save_cn_clip(out, model)
+        written = out
+        if model.config.text.vocab_size != _PUBLIC_VOCAB_SIZE:  # cn_clip has the public one
+            beside = f"{os.path.splitext(out)[0]}.vocab.txt"
+            find_vocabulary(source, model.config.text.vocab_size, given=vocabulary).save_vocabulary(beside)
+            written += f" and its vocabulary {beside}"
+    elif target == "hugging_face":
+        tokenizer = find_vocabulary(source, model.config.text.vocab_size, given=vocabulary)
+        save_hugging_face(out, model, tokenizer, facts)
+        written = (
+            f"{out}: config.json, model.safetensors, the tokenizer's and the processor's files, README.md"
+        )
+    elif target == "safetensors":
+        written = _write_safetensors(source, out, model, facts, vocabulary)
+    else:
+        prefix = out.removesuffix("onnx") if out.endswith(".onnx") else store.join(out, "")
+        differences = save_onnx(prefix, model)
+        written = ", ".join(
+            f"{prefix}{side}.onnx (differs by {difference:.0e} under onnxruntime)"
+            for side, difference in differences.items()
+        )
+    return [*lines, f"wrote {written}"]
+
+
+def _write_safetensors(
+    source: str, out: str, model: CLIP, facts: dict[str, str], vocabulary: str | None
+) -> str:
+    tokenizer: Tokenizer = find_vocabulary(source, model.config.text.vocab_size, given=vocabulary)
+    if out.endswith(".safetensors"):
+        stem = out.removesuffix(".safetensors")
+        path, card, words = out, f"{stem}.md", f"{stem}.vocab.txt"
+    else:
+        path, card, words = (
+            store.join(out, name) for name in ("model.safetensors", "README.md", "vocab.txt")
+        )
+    save_safetensors(path, model, tokenizer, facts, card=card, vocabulary=words)
+    return f"{path}, its model card {card} and its vocabulary {words}"
+
+
+def inspect(path: str) -> list[str]:
+    """Lines that say what a file or folder is, which model it holds, and what is missing in it."""
+    weights = read_weights(path)
+    num_parameters = sum(
+        tensor.numel() for name, tensor in weights.state.items() if not name.endswith(_STATISTICS)
+    )
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights.state.values()})
+    lines = [
+        f"{path}",
+        f"  format      {weights.format}",
+        f"  model       {_model(weights)}",
+        f"  parameters  {num_parameters:,} in {len(weights.state)} tensors, {', '.join(dtypes)}",
+    ]
+    lines += [f"  {key:<11} {value}" for key, value in sorted(weights.facts.items()) if key != "format"]
+    problems = weights.problems()
+    for kind in ("missing", "unexpected", "of another shape"):
+        names = problems.get(kind, [])
+        lines.append(f"  {kind:<11} {_listed(names)}")
+    lines.append(f"  {'left out':<11} {_listed(list(weights.dropped))}")
+    if broken := [name for name, tensor in weights.state.items() if not bool(tensor.isfinite().all())]:
+        lines.append(f"  not finite  {_listed(broken)}")
+    return lines
+
+
+_STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")
+
+
+def _model(weights: Weights) -> str:
+    if weights.config is not None:
+        config = weights.config
+        return (
+            f"{config.name}: {config.vision.image_size_px} px, {config.embed_dim} dimensions, text tower of"
+            f" {config.text.layers} layers, {config.text.vocab_size:,} tokens in its vocabulary"
+        )
+    towers = matching_towers(weights.state)
+    side: Literal["image", "text"] = "image" if weights.has_image_tower else "text"
+    return f"{side} tower alone, as in {', '.join(towers[side]) or 'no known model'}"
+
+
+def _listed(names: list[str]) -> str:
+    if not names:
+        return "nothing"
+    more = f", … ({len(names)} in all)" if len(names) > _LISTED else ""
+    return ", ".join(_first(names)) + more
+
+
+def _first(names: list[str]) -> Iterator[str]:
+    yield from names[:_LISTED]

@@ -1,0 +1,175 @@
+"""Features in a few lines: load any weights, embed pictures and captions, compare them.
+
+from training.model.encoder import load
+model = load("clip_cn_vit-b-16.pt")
+images = model.embed_images(["cat.jpg", "dog.jpg"])
+texts = model.embed_texts(["一只猫", "一只狗", "一辆汽车"])
+print(model.probabilities(images, texts))
+"""
+
+import io
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from pipeline import store
+from pipeline.records import InputError
+from training.model.clip import CLIP
+from training.model.formats import load_model
+from training.model.preprocess import preprocess
+from training.model.tokenizer import Tokenizer
+from training.model.vocabulary_lookup import find_vocabulary
+
+Float32Array = npt.NDArray[np.float32]
+Picture = str | bytes | Image.Image  # path or URL, encoded bytes, or decoded
+
+CONTEXT_LENGTH = 52  # tokens with [CLS] and [SEP] (A.1)
+IMAGES_PER_BATCH = 32
+TOKENS_PER_BATCH = 2048  # of texts, so that short ones go in larger batches
+
+
+class Encoder:
+    """A model with its vocabulary, on one device."""
+
+    def __init__(self, model: CLIP, tokenizer: Tokenizer, *, device: str | None = None) -> None:
+        """`device` as torch names it; unset, the accelerator where there is one, else the CPU.
+
+        InputError where the vocabulary is of another size than the model's embedding.
+        """
+        if tokenizer.vocab_size != model.config.text.vocab_size:
+            raise InputError(
+                f"{tokenizer.origin}: a vocabulary of {tokenizer.vocab_size} tokens, but the model's"
+                f" embedding has {model.config.text.vocab_size}: give the vocabulary that it was trained with"
+            )
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = model.eval().to(self.device)
+        self.tokenizer = tokenizer
+
+    @property
+    def image_size_px(self) -> int:
+        return self.model.config.vision.image_size_px
+
+    def embed_images(self, images: Sequence[Picture]) -> Float32Array:
+        """image_ND, unit-norm, of files, bytes or PIL pictures; InputError names one that is none."""
+        batches = (
+            images[start : start + IMAGES_PER_BATCH] for start in range(0, len(images), IMAGES_PER_BATCH)
+        )
+        features = [self.embed_pixels(self._preprocess(batch)) for batch in batches]
+        return np.concatenate([np.empty((0, self.model.config.embed_dim), np.float32), *features])
+
+    def embed_pixels(self, image_BCHW: torch.Tensor) -> Float32Array:
+        """image_BD, unit-norm, of preprocessed pictures."""
+        with torch.inference_mode():
+            image_BD: Float32Array = self.model.encode_image(image_BCHW.to(self.device)).cpu().numpy()
+        return image_BD
+
+    def embed_texts(self, texts: Sequence[str], *, context_length: int = CONTEXT_LENGTH) -> Float32Array:
+        """text_ND, unit-norm, of texts of any lengths; no padding is ever computed on.
+
+        A text of more than `context_length` tokens is cut there, and a warning says how many were. ValueError
+        where the model has fewer positions than `context_length`.
+        """
+        tokens_NL, cut = self.tokenizer.encode_counting(texts, self._checked(context_length))
+        if cut:
+            warnings.warn(
+                f"{cut} of {len(texts)} texts are longer than {context_length} tokens and were cut",
+                stacklevel=2,
+            )
+        return self.embed_tokens(tokens_NL)
+
+    def embed_tokens(self, tokens_NL: npt.NDArray[np.int32]) -> Float32Array:
+        """text_ND, unit-norm, of padded token ids."""
+
+        def encode(tokens_BL: torch.Tensor) -> torch.Tensor:
+            return self.model.encode_text(tokens_BL.to(self.device)).cpu()
+
+        with torch.inference_mode():
+            return encode_by_length(encode, tokens_NL, self.model.config.embed_dim)
+
+    def probabilities(self, image_MD: Float32Array, text_ND: Float32Array) -> Float32Array:
+        """probability_MN: for each image, the softmax over the texts of scaled cosines (section 2.1)."""
+        scale = float(self.model.logit_scale.detach().exp())
+        logits_MN = scale * image_MD @ text_ND.T
+        weight_MN = np.exp(logits_MN - logits_MN.max(axis=1, keepdims=True))
+        probability_MN: Float32Array = weight_MN / weight_MN.sum(axis=1, keepdims=True)
+        return probability_MN
+
+    def _checked(self, context_length: int) -> int:
+        positions = self.model.config.text.max_positions
+        if not 3 <= context_length <= positions:
+            raise ValueError(f"context_length is {context_length}; this model takes 3 to {positions} tokens")
+        return context_length
+
+    def _preprocess(self, images: Sequence[Picture]) -> torch.Tensor:
+        encoded = [_encoded(image) for image in images]
+        try:
+            return preprocess(encoded, self.image_size_px)
+        except InputError:
+            for image, data in zip(images, encoded, strict=True):  # once more, to say which one it is
+                try:
+                    preprocess([data], self.image_size_px)
+                except InputError as error:
+                    reason = str(error).partition("cannot be decoded: ")[2]
+                    raise InputError(f"{_name(image)}: no picture that can be decoded: {reason}") from None
+            raise
+
+
+def load(
+    path: str, *, vocabulary: str | None = None, image_size_px: int | None = None, device: str | None = None
+) -> Encoder:
+    """An encoder from weights of any format that `training.model.formats` reads.
+
+    `vocabulary` is a `vocab.txt`, its folder or a model id; unset, it is looked for. InputError in one line
+    where weights, vocabulary or their sizes are wrong.
+    """
+    model = load_model(path, image_size_px=image_size_px)
+    return Encoder(
+        model, find_vocabulary(path, model.config.text.vocab_size, given=vocabulary), device=device
+    )
+
+
+def encode_by_length(
+    encode: Callable[[torch.Tensor], torch.Tensor], tokens_NL: npt.NDArray[np.int32], dim: int
+) -> Float32Array:
+    """Features in row order of token ids padded with 0, encoded in batches of texts that are equally long.
+
+    `encode` is given tokens_BL without a single padding token, and returns feature_BD on the CPU.
+    """
+    feature_ND = np.empty((len(tokens_NL), dim), np.float32)
+    for rows in batches_of_equal_length(tokens_NL):
+        length = int((tokens_NL[rows[0]] != 0).sum())
+        tokens_BL = torch.from_numpy(tokens_NL[rows, :length].astype(np.int64))
+        feature_ND[rows] = encode(tokens_BL).float().numpy()
+    return feature_ND
+
+
+def batches_of_equal_length(tokens_NL: npt.NDArray[np.int32]) -> Iterator[npt.NDArray[np.int64]]:
+    """Row numbers, every row once: texts of one length together, at most TOKENS_PER_BATCH tokens a batch."""
+    length_N = (tokens_NL != 0).sum(axis=1)
+    order_N = np.argsort(length_N, kind="stable")
+    starts = np.flatnonzero(np.diff(length_N[order_N], prepend=-1))
+    for rows in np.split(order_N, starts[1:]):
+        if len(rows):
+            size = max(1, TOKENS_PER_BATCH // max(1, int(length_N[rows[0]])))
+            yield from (rows[start : start + size] for start in range(0, len(rows), size))
+
+
+def _encoded(image: Picture) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, str):
+        try:
+            return store.read_bytes(image)
+        except OSError as error:
+            raise InputError(f"{image}: cannot be read: {error.strerror or error}") from None
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "BMP")  # without loss, and quick
+    return buffer.getvalue()
+
+
+def _name(image: Picture) -> str:
+    return image if isinstance(image, str) else f"a picture given as {type(image).__name__}"

@@ -1,0 +1,99 @@
+"""What a model starts from: appendix A.2 of the paper.
+
+Image tower, visual projection and temperature come from an English CLIP; the text tower from a Chinese BERT,
+without its pooler; the text projection starts at random.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from pipeline import store
+from pipeline.records import InputError
+from training.model.clip import CLIP
+from training.model.formats import Weights, read_weights, with_resized_positions
+from training.model.weights import Slot, fill, is_image_side, tensor_slots
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """What became of one tensor when weights were taken over."""
+
+    tensor: str  # name in Chinese CLIP's layout, or in the file's where it was dropped
+    outcome: Literal["taken", "interpolated", "initialised", "dropped"]
+    source: str = ""  # path of the file; empty where it was initialised
+
+
+def initialise(
+    model: CLIP, *, image_weights: str | None = None, text_weights: str | None = None
+) -> list[Provenance]:
+    """Take over an image side, a text tower, or both, from files of any known format (A.2).
+
+    `image_weights` gives image tower, visual projection and temperature; its position embedding is
+    interpolated where the model has another resolution. `text_weights` gives BERT without pooler. Everything
+    else stays as it is. Returns what became of every tensor, the model's first. InputError names the file and
+    every tensor of the tower that is missing, unexpected, of another shape or not finite; the model is then
+    unchanged on that side.
+    """
+    slots = tensor_slots(model)
+    outcomes = {name: Provenance(name, "initialised") for name in slots}
+    dropped: list[Provenance] = []
+    if image_weights is not None:
+        weights = read_weights(image_weights)
+        if not weights.has_image_tower:
+            raise InputError(
+                f"{image_weights}: {weights.format}: holds no image tower; give an English CLIP's file"
+            )
+        ours = {name: slot for name, slot in slots.items() if is_image_side(name)}
+        state = {name: tensor for name, tensor in weights.state.items() if is_image_side(name)}
+        fitted = with_resized_positions(state, model.config)
+        _take(
+            weights, ours, fitted, f"Give the weights of {model.config.name}'s image tower", outcomes, dropped
+        )
+        for name in state:
+            if fitted[name].shape != state[name].shape:
+                outcomes[name] = Provenance(name, "interpolated", image_weights)
+    if text_weights is not None:
+        weights = read_weights(text_weights)
+        if not weights.has_text_tower:
+            raise InputError(
+                f"{text_weights}: {weights.format}: holds no text tower; give a Chinese BERT's folder"
+            )
+        heads = weights.facts.get("text heads")
+        if heads is not None and heads != str(model.config.text.heads):
+            raise InputError(
+                f"{text_weights}: config.json has {heads} attention heads, but {model.config.name}'s text"
+                f" tower has {model.config.text.heads}: give another BERT"
+            )
+        ours = {name: slot for name, slot in slots.items() if name.startswith("bert.")}
+        state = {name: tensor for name, tensor in weights.state.items() if name.startswith("bert.")}
+        remedy = (
+            f"Give the weights of {model.config.name}'s text tower, with the vocabulary it was trained on"
+        )
+        _take(weights, ours, state, remedy, outcomes, dropped)
+    return [*outcomes.values(), *dropped]
+
+
+def _take(
+    weights: Weights,
+    slots: Mapping[str, Slot],
+    state: Mapping[str, torch.Tensor],
+    remedy: str,
+    outcomes: dict[str, Provenance],
+    dropped: list[Provenance],
+) -> None:
+    fill(slots, state, weights.path, remedy)
+    outcomes.update({name: Provenance(name, "taken", weights.path) for name in state})
+    names = [*(name for name in weights.state if name not in state), *weights.dropped]
+    dropped.extend(Provenance(name, "dropped", weights.path) for name in names)
+
+
+def write_provenance(path: str, provenance: list[Provenance]) -> None:
+    """Write the table of where each tensor came from: tensor, outcome and source, separated by tabs."""
+    rows = [
+        ("tensor", "outcome", "source"),
+        *((item.tensor, item.outcome, item.source) for item in provenance),
+    ]
+    store.write_text(path, "".join("\t".join(row) + "\n" for row in rows))

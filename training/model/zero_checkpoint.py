@@ -1,0 +1,151 @@
+"""DeepSpeed's training checkpoints: the float32 weights put together from the parts of all ranks.
+
+Layout of DeepSpeed 0.9 and later: a folder with `latest` and one folder a tag, which holds
+`*_model_states.pt` (shapes, buffers, frozen parameters) and, a rank each, `*_optim_states.pt` (its part of
+the float32 masters). DeepSpeed's own `zero_to_fp32` unpickles without restriction; this does not.
+"""
+
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from pipeline import store
+from pipeline.records import InputError
+from training.model.tensor_files import read_pickle, strip_prefixes
+
+_MODEL_STATES, _OPTIMIZER_STATES = "_model_states.pt", "_optim_states.pt"
+
+
+class _StandIn:
+    """An object of DeepSpeed's as the arguments it was made with: none of its code runs."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def __setstate__(self, state: Any) -> None:
+        """What the object held is of no use here."""
+
+
+# Besides tensors, its files pickle these: settings of the loss scale, the ZeRO stage, places in flat buffers.
+_STAND_INS: Mapping[str, type] = {
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler": _StandIn,
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler": _StandIn,
+    "deepspeed.runtime.zero.config.ZeroStageEnum": _StandIn,
+    "deepspeed.utils.tensor_fragment.fragment_address": _StandIn,
+}
+
+
+def find_zero_checkpoint(folder: str) -> str | None:
+    """The folder of the newest tag, below or the folder itself; None where there is no such checkpoint."""
+    if any(name.endswith(_MODEL_STATES) for name in store.list_files(folder)):
+        return folder
+    latest = store.join(folder, "latest")
+    if not store.exists(latest):
+        return None
+    tag = store.read_text(latest).strip()
+    if not tag or tag != os.path.basename(tag):
+        raise InputError(f"{latest}: names the tag {tag!r}, which is no folder name")
+    chosen = store.join(folder, tag)
+    if not any(name.endswith(_MODEL_STATES) for name in store.list_files(chosen)):
+        raise InputError(
+            f"{latest}: names {tag}, but {chosen} holds no *{_MODEL_STATES}: copy the whole folder"
+        )
+    return chosen
+
+
+def read_zero_checkpoint(folder: str) -> dict[str, torch.Tensor]:
+    """Weights by name, parameters from their float32 masters, of a tag's folder at ZeRO stage 0, 1, 2 or 3.
+
+    InputError where a rank's file is missing or damaged, or the parts do not add up.
+    """
+    names = store.list_files(folder)
+    models = [_read(folder, name) for name in _by_rank(names, _MODEL_STATES)]
+    optimizers = [_read(folder, name)["optimizer_state_dict"] for name in _by_rank(names, _OPTIMIZER_STATES)]
+    module = models[0].get("module") or {}
+    if not optimizers:  # stage 0 keeps whole weights
+        if "param_shapes" in models[0] and models[0]["param_shapes"]:
+            raise InputError(f"{folder}: no *{_OPTIMIZER_STATES} beside the shapes: copy every rank's files")
+        return strip_prefixes(
+            {name: value for name, value in module.items() if isinstance(value, torch.Tensor)}
+        )
+    try:
+        weights = _assemble(folder, models, optimizers)
+    except (KeyError, TypeError, IndexError, RuntimeError, AttributeError) as error:
+        raise InputError(f"{folder}: not a DeepSpeed checkpoint that can be read: {error!r}") from None
+    return strip_prefixes({name: tensor.detach() for name, tensor in weights.items()})
+
+
+def _by_rank(names: Sequence[str], suffix: str) -> list[str]:
+    """File names in the order of ranks: by the numbers in them."""
+    return sorted(
+        (name for name in names if name.endswith(suffix)),
+        key=lambda name: [int(number) for number in re.findall(r"\d+", name)],
+    )
+
+
+def _read(folder: str, name: str) -> dict[str, Any]:
+    payload = read_pickle(store.join(folder, name), stand_ins=_STAND_INS)
+    if not isinstance(payload, dict):
+        raise InputError(
+            f"{store.join(folder, name)}: holds a {type(payload).__name__}: not DeepSpeed's file"
+        )
+    return payload
+
+
+def _assemble(
+    folder: str, models: Sequence[Mapping[str, Any]], optimizers: Sequence[Mapping[str, Any]]
+) -> dict[str, torch.Tensor]:
+    stage, world = optimizers[0]["zero_stage"], optimizers[0]["partition_count"]
+    stage = stage.arguments[0] if isinstance(stage, _StandIn) else stage
+    world = max(world) if isinstance(world, list) else world
+    if world != len(optimizers):
+        raise InputError(
+            f"{folder}: written by {world} ranks, but {len(optimizers)} *{_OPTIMIZER_STATES} are there:"
+            " copy every rank's files"
+        )
+    shapes = models[0]["param_shapes"]
+    if stage < 3:
+        # Buffers and frozen parameters are whole here (zero_to_fp32 loses the latter at stage 1); what was
+        # trained stands here in the precision of the forward pass and is replaced by its master.
+        weights = dict(models[0]["module"])
+        paddings = optimizers[0].get("param_alignment_paddings")
+        for index, group in enumerate(shapes):
+            parts = [optimizer["single_partition_of_fp32_groups"][index] for optimizer in optimizers]
+            weights |= _cut(torch.cat(parts), group, paddings[index] if paddings else None)
+        return weights
+    if len(models) != world:
+        raise InputError(
+            f"{folder}: written by {world} ranks, but {len(models)} *{_MODEL_STATES} are there: copy them all"
+        )
+    weights = {name: models[0]["module"][name] for name in models[0]["buffer_names"]}
+    for name, shape in (models[0].get("frozen_param_shapes") or {}).items():
+        fragments = [model["frozen_param_fragments"][name] for model in models]
+        weights[name] = torch.cat(fragments)[: math.prod(shape)].view(shape)
+    flat_of_ranks = [
+        torch.cat([part.view(-1) for part in optimizer["fp32_flat_groups"]]) for optimizer in optimizers
+    ]
+    offset = 0
+    for name, shape in ((name, shape) for group in shapes for name, shape in group.items()):
+        share = math.ceil(
+            math.prod(shape) / world
+        )  # each rank holds as much of every parameter; the last is padded
+        whole = torch.cat([flat[offset : offset + share] for flat in flat_of_ranks])
+        weights[name] = whole[: math.prod(shape)].view(shape)
+        offset += share
+    return weights
+
+
+def _cut(
+    flat: torch.Tensor, shapes: Mapping[str, torch.Size], paddings: Sequence[int] | None
+) -> dict[str, torch.Tensor]:
+    """One flat group as its parameters, which lie in it in order, each followed by its padding."""
+    weights, offset = {}, 0
+    for index, (name, shape) in enumerate(shapes.items()):
+        numel = math.prod(shape)
+        weights[name] = flat[offset : offset + numel].view(shape)
+        offset += numel + (paddings[index] if paddings else 0)
+    return weights
