@@ -19,7 +19,7 @@ from pathlib import Path
 import polars as pl
 
 from data_prep import corpus
-from data_prep.drop_table import drops_path, write_drops, write_table
+from data_prep.drop_table import count_by_source, drops_path, write_drops, write_table
 from data_prep.site import SITE_VARIABLE, serve
 from data_prep.tar_members import TarWriter
 from pipeline import store
@@ -71,7 +71,9 @@ def run_together(
         if rows.height == 0:
             yield task, _pack(context, task, raw, None)
             continue
-        rows.select("url", sample_key=pl.col("key")).write_parquet(raw / "lists" / f"{task.name}.parquet")
+        # Pictures that are on disk already have an address of the loopback site beside the row's own.
+        at = pl.coalesce("picture_at", "url") if "picture_at" in rows.columns else pl.col("url")
+        rows.select(url=at, sample_key=pl.col("key")).write_parquet(raw / "lists" / f"{task.name}.parquet")
         waiting[len(waiting)] = task
     if not waiting:
         return
@@ -125,9 +127,10 @@ def _downloader(
     environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1"}  # its import looks for updates otherwise
     with contextlib.ExitStack() as stack:
         site, pictures = corpus.site_folder(context), corpus.picture_folders(context)
-        if site is not None or pictures:
+        packed = corpus.packed_folders(context)
+        if site is not None or pictures or packed:
             # The corpus brings its own pictures: URLs name no port, the server stands in as a proxy.
-            address = stack.enter_context(serve(site, pictures))
+            address = stack.enter_context(serve(site, pictures, packed))
             environment[SITE_VARIABLE] = address.removeprefix("http://")
         log = stack.enter_context(open(context.path("img2dataset.log"), "wb"))
         command = [sys.executable, "-m", "data_prep.download_worker", str(raw / "options.json")]
@@ -193,7 +196,8 @@ def _pack(context: Context, task: Task, raw: Path, number: int | None) -> Outcom
     )
     table_path = f"pictures/{task.name}.parquet"
     write_table(kept, context.path(table_path))
-    dropped = write_drops(rows.filter(pl.col("reason").is_not_null()), context.path(drops_path(task.name)))
+    failed = rows.filter(pl.col("reason").is_not_null())
+    dropped = write_drops(failed, context.path(drops_path(task.name)))
     if number is not None:
         for path in (raw / "shards").glob(f"{number:05d}*"):
             path.unlink()
@@ -202,6 +206,7 @@ def _pack(context: Context, task: Task, raw: Path, number: int | None) -> Outcom
         num_in=asked.height,
         num_kept=kept.height,
         dropped=dropped,
+        extra={"sources": count_by_source(kept, failed)},
     )
 
 

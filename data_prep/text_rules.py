@@ -3,10 +3,12 @@
 A rule is a polars expression over the canonical table (`data_prep.sources.table.CANONICAL_COLUMNS`), so a
 file is judged in one pass by one engine. What a character is: a Unicode code point of the caption after
 white space at both ends is cut off; a full-width letter, an emoji's base and each combining mark count one
-each. Source of the thresholds: the paper, section 2.2.
+each, and so does every letter of a Latin word. Source of the thresholds: the paper, section 2.2; rules that
+the paper does not have are off unless a run asks for them. Traditional characters stay like simplified ones.
 """
 
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -23,12 +25,24 @@ SCORE_MISSING = DropReason("score_missing")
 SCORE_BELOW_THRESHOLD = DropReason("score_below_threshold")
 TOO_SHORT = DropReason("too_short")
 TOO_LONG = DropReason("too_long")
+CHINESE_SHARE = DropReason("chinese_share")
+NSFW = DropReason("nsfw")
+WATERMARK = DropReason("watermark")
 
 CHARACTERS_RULE = "characters"
 SCORE_RULE = "score"
 LANGUAGE_RULE = "language"
 BLACKLIST_RULE = "blacklist"
-SWITCHABLE_RULES = (LANGUAGE_RULE, SCORE_RULE, CHARACTERS_RULE, BLACKLIST_RULE)
+CHINESE_SHARE_RULE = "chinese_share"
+NSFW_RULE = "nsfw"
+WATERMARK_RULE = "watermark"
+SWITCHABLE_RULES = (
+    LANGUAGE_RULE, SCORE_RULE, CHARACTERS_RULE, CHINESE_SHARE_RULE, NSFW_RULE, WATERMARK_RULE, BLACKLIST_RULE,
+)  # fmt: skip
+
+# Up to this many words polars' Aho-Corasick is the faster matcher, above it one regular expression
+# (benchmarks/filter_text.py prints both).
+MOST_AHO_CORASICK_WORDS = 2000
 
 _CAPTION = pl.col("caption").str.strip_chars()
 
@@ -92,25 +106,65 @@ def characters_between(at_least: int, at_most: int) -> TextRule:
     )
 
 
+def chinese_share_at_least(share: float) -> TextRule:
+    """At least this share of the characters that are no white space is Chinese (Unicode script Han)."""
+    text = _CAPTION.str.replace_all(r"\s", "")
+    length = text.str.len_chars()
+    too_few = (length > 0) & (text.str.count_matches(r"\p{Han}") < share * length)
+    return TextRule(CHINESE_SHARE_RULE, 1, _drop(too_few, CHINESE_SHARE))
+
+
+def not_nsfw(marks: Sequence[str], max_unsafe: float | None) -> TextRule:
+    """LAION-5B's NSFW mark is none of these, and its `punsafe` at most `max_unsafe`; unknown passes."""
+    hit = pl.col("nsfw").is_in(list(marks)).fill_null(False)
+    if max_unsafe is not None:
+        hit |= (pl.col("unsafe") > max_unsafe).fill_null(False)
+    return TextRule(NSFW_RULE, 1, _drop(hit, NSFW))
+
+
+def no_watermark(max_watermark: float) -> TextRule:
+    """LAION-5B's `pwatermark` is at most this; unknown passes."""
+    hit = (pl.col("watermark") > max_watermark).fill_null(False)
+    return TextRule(WATERMARK_RULE, 1, _drop(hit, WATERMARK))
+
+
 def not_blacklisted(themes: Mapping[str, Sequence[str]]) -> TextRule:
     """No word of a blacklist inside the caption (section 2.2), upper and lower case alike.
 
     The reason is `blacklist:<theme>`; the first theme that hits, in the given order, names it.
     """
     reasons = [
-        _drop(_CAPTION.str.contains_any(list(words), ascii_case_insensitive=True), f"blacklist:{theme}")
+        _drop(contains_word(_CAPTION, words), f"blacklist:{theme}")
         for theme, words in themes.items()
         if words
     ]
     return TextRule(BLACKLIST_RULE, 1, pl.coalesce(reasons) if reasons else pl.lit(None, dtype=pl.String))
 
 
+def contains_word(text: pl.Expr, words: Sequence[str]) -> pl.Expr:
+    """Whether a text holds any of the words, ASCII letters in either case; null for a null text."""
+    if len(words) <= MOST_AHO_CORASICK_WORDS:
+        return text.str.contains_any(list(words), ascii_case_insensitive=True)
+    return text.str.contains(words_pattern(words))
+
+
+def words_pattern(words: Sequence[str]) -> str:
+    """One regular expression that finds what `contains_any` finds, ASCII letters in either case."""
+
+    def either_case(character: str) -> str:
+        if character.isascii() and character.isalpha():
+            return f"[{character.lower()}{character.upper()}]"
+        return re.escape(character)
+
+    return "|".join("".join(map(either_case, word)) for word in words)
+
+
 def blacklist_hit(themes: Mapping[str, Sequence[str]], caption: str) -> tuple[str, str] | None:
     """(theme, word) of the first blacklist word in one caption, or None; for `cnclip why`."""
-    folded = caption.lower()
+    folded = _ascii_lower(caption)
     for theme, words in themes.items():
         for word in words:
-            if word.lower() in folded:
+            if _ascii_lower(word) in folded:
                 return theme, word
     return None
 
@@ -133,6 +187,10 @@ def blacklist(theme: str) -> tuple[str, ...]:
         raise ConfigError(f"filter_text.blacklists: no list {theme!r}; known lists: {', '.join(known)}")
     lines = (line.partition("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines())
     return tuple(line for line in lines if line)
+
+
+def _ascii_lower(text: str) -> str:
+    return "".join(character.lower() if character.isascii() else character for character in text)
 
 
 def _drop(condition: pl.Expr, reason: str) -> pl.Expr:

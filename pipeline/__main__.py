@@ -1,4 +1,4 @@
-"""The command line: cnclip plan | run | status | verify | why | doctor."""
+"""The command line: cnclip plan | run | status | verify | why | guard | doctor."""
 
 import argparse
 import sys
@@ -95,6 +95,14 @@ def _why(options: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def _guard(options: argparse.Namespace) -> int:
+    from data_prep.guard import make_guard
+
+    count = make_guard(options.evaluation_set, options.family, options.out)
+    print(f"{options.out}: {count:,} pictures; name it in [corpus] guards")
+    return EXIT_DONE
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from pipeline.doctor import examine
 
@@ -112,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     def add(name: str, function: object, summary: str, stages: bool = False) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=summary, description=summary)
         command.set_defaults(command=function)
-        if name != "doctor":
+        if name not in ("doctor", "guard"):
             command.add_argument(
                 "run", metavar="RUN.toml", help="a run's file, or a shipped recipe such as demo"
             )
@@ -138,6 +146,19 @@ def _parser() -> argparse.ArgumentParser:
     add("verify", _verify, "hash every output again and compare it with the manifests", stages=True)
     command = add("why", _why, "where a row went: kept, or dropped by which stage and why")
     command.add_argument("key", metavar="KEY-or-URL", help="a sample's key or a picture's URL")
+    command = add("guard", _guard, "the list that keeps an evaluation set out of training")
+    command.add_argument(
+        "evaluation_set",
+        metavar="EVALUATION-SET",
+        help="NAME_imgs.tsv, a folder with it or with pictures, or a .txt with one picture id a line",
+    )
+    command.add_argument("--out", required=True, metavar="FILE.parquet", help="the guard to write")
+    command.add_argument(
+        "--family",
+        choices=("coco", "flickr", "own"),
+        default="own",
+        help="whose picture numbers the ids are; own: ids of no source (default)",
+    )
     command = add(
         "doctor", _doctor, "is this machine fit: Python, disk, memory, accelerator, ranks, compiler"
     )
