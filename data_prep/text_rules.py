@@ -8,7 +8,6 @@ the paper does not have are off unless a run asks for them. Traditional characte
 """
 
 import functools
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -39,10 +38,6 @@ WATERMARK_RULE = "watermark"
 SWITCHABLE_RULES = (
     LANGUAGE_RULE, SCORE_RULE, CHARACTERS_RULE, CHINESE_SHARE_RULE, NSFW_RULE, WATERMARK_RULE, BLACKLIST_RULE,
 )  # fmt: skip
-
-# Up to this many words polars' Aho-Corasick is the faster matcher, above it one regular expression
-# (benchmarks/filter_text.py prints both).
-MOST_AHO_CORASICK_WORDS = 2000
 
 _CAPTION = pl.col("caption").str.strip_chars()
 
@@ -134,29 +129,11 @@ def not_blacklisted(themes: Mapping[str, Sequence[str]]) -> TextRule:
     The reason is `blacklist:<theme>`; the first theme that hits, in the given order, names it.
     """
     reasons = [
-        _drop(contains_word(_CAPTION, words), f"blacklist:{theme}")
+        _drop(_CAPTION.str.contains_any(list(words), ascii_case_insensitive=True), f"blacklist:{theme}")
         for theme, words in themes.items()
         if words
     ]
     return TextRule(BLACKLIST_RULE, 1, pl.coalesce(reasons) if reasons else pl.lit(None, dtype=pl.String))
-
-
-def contains_word(text: pl.Expr, words: Sequence[str]) -> pl.Expr:
-    """Whether a text holds any of the words, ASCII letters in either case; null for a null text."""
-    if len(words) <= MOST_AHO_CORASICK_WORDS:
-        return text.str.contains_any(list(words), ascii_case_insensitive=True)
-    return text.str.contains(words_pattern(words))
-
-
-def words_pattern(words: Sequence[str]) -> str:
-    """One regular expression that finds what `contains_any` finds, ASCII letters in either case."""
-
-    def either_case(character: str) -> str:
-        if character.isascii() and character.isalpha():
-            return f"[{character.lower()}{character.upper()}]"
-        return re.escape(character)
-
-    return "|".join("".join(map(either_case, word)) for word in words)
 
 
 def blacklist_hit(themes: Mapping[str, Sequence[str]], caption: str) -> tuple[str, str] | None:
