@@ -3,17 +3,24 @@
 The demo and emoji corpora are made here; other sources stay where they are and are only looked at.
 """
 
+import dataclasses
 import glob
 import os
+import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import polars as pl
+from pydantic import Discriminator
 
+from data_prep import guard
+from data_prep.sources import convert, packed, text_file
 from data_prep.sources import table as caption_table
 from data_prep.sources.demo import DemoConfig, make_demo
 from data_prep.sources.emoji import EmojiConfig, make_emoji
+from data_prep.sources.packed import PackedSource
 from data_prep.sources.table import TableSource
 from pipeline import store
 from pipeline.evaluation_sets import EvaluationSource, digest_of
@@ -31,10 +38,19 @@ class TablesConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SourcesConfig:
+    """`[corpus]` of several sources: the paper's are in recipes/paper_corpus.toml."""
+
+    kind: Literal["sources"]
+    sources: tuple[Annotated[TableSource | PackedSource, Discriminator("kind")], ...]
+    guards: tuple[str, ...] = ()  # files that `cnclip guard` made: these pictures stay out of training
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CorpusStageConfig:
     """What the corpus stage depends on: `[corpus]` and `[[evaluation]]`."""
 
-    corpus: DemoConfig | EmojiConfig | TablesConfig
+    corpus: DemoConfig | EmojiConfig | TablesConfig | SourcesConfig
     evaluations: tuple[EvaluationSource, ...] = ()
 
 
@@ -53,24 +69,59 @@ def tasks(config: CorpusStageConfig, context: Context) -> list[Task]:
         return [
             Task("emoji", {**sets, **{os.path.basename(path): store.digest_file(path) for path in files}})
         ]
-    if not config.corpus.tables:
-        raise ConfigError("corpus.tables: empty; name at least one [[corpus.tables]] with path and name")
+    if not sources_of(config.corpus):
+        raise ConfigError(
+            f"corpus.{config.corpus.kind}: empty; name at least one [[corpus.{config.corpus.kind}]]"
+        )
+    guards = {f"guard {path}": store.digest_file(path) for path in guards_of(config.corpus)}
     return [
         Task(
             name=f"{number:05d}",
-            inputs={**sets, "table": store.digest_file(path)},
-            arguments={"path": path, "source": caption_table.describe(source)},
+            inputs={**sets, **guards, **_digests(files)},
+            arguments={"paths": files, "source": dataclasses.asdict(source)},
         )
-        for number, (source, path) in enumerate(
-            (source, path) for source in config.corpus.tables for path in caption_table.find_files(source)
-        )
+        for number, (source, files) in enumerate(_pieces(config.corpus))
     ]
+
+
+def sources_of(config: TablesConfig | SourcesConfig) -> tuple[TableSource | PackedSource, ...]:
+    return config.tables if isinstance(config, TablesConfig) else config.sources
+
+
+def guards_of(config: TablesConfig | SourcesConfig) -> tuple[str, ...]:
+    """Paths of the guards; InputError where one is not there."""
+    guards = config.guards if isinstance(config, SourcesConfig) else ()
+    for path in guards:
+        if not store.exists(path):
+            raise InputError(
+                f"{path}: no such file; make it with cnclip guard, or take it out of corpus.guards"
+            )
+    return guards
+
+
+def _pieces(
+    config: TablesConfig | SourcesConfig,
+) -> Iterator[tuple[TableSource | PackedSource, list[str]]]:
+    """What one task looks at: a file alone, the files whose captions are joined, or a packed piece."""
+    for source in sources_of(config):
+        if isinstance(source, PackedSource):
+            yield from ((source, files) for files in packed.pieces(source))
+        elif source.joins:
+            yield source, caption_table.find_files(source)
+        else:
+            yield from ((source, [path]) for path in caption_table.find_files(source))
+
+
+def _digests(files: list[str]) -> dict[str, str]:
+    if len(files) == 1:
+        return {"table": store.digest_file(files[0])}
+    return {f"table {path}": store.digest_file(path) for path in files}
 
 
 def run(config: CorpusStageConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """Make the demo or emoji corpus, or look at one table of your own."""
-    if isinstance(config.corpus, TablesConfig):
-        return _look_at_table(config, task)
+    if isinstance(config.corpus, TablesConfig | SourcesConfig):
+        return _take_in(config, config.corpus, context, task)
     folder = Path(context.path())
     if isinstance(config.corpus, DemoConfig):
         make_demo(config.corpus, folder)
@@ -101,24 +152,52 @@ def run(config: CorpusStageConfig, context: Context, task: Task, progress: Progr
     )
 
 
-def _look_at_table(config: CorpusStageConfig, task: Task) -> Outcome:
-    source = caption_table.from_description(task.arguments["source"])
-    path = task.arguments["path"]
+def _take_in(
+    config: CorpusStageConfig, corpus: TablesConfig | SourcesConfig, context: Context, task: Task
+) -> Outcome:
+    """Look at one Parquet table where it lies, or write another source as a table of the run."""
+    guards = guards_of(corpus)
+    extra = {**evaluation_facts({}, config.evaluations), **({"guards": list(guards)} if guards else {})}
+    paths, fields = task.arguments["paths"], task.arguments["source"]
+    table_path, malformed_path = f"tables/{task.name}.parquet", f"malformed/{task.name}.parquet"
+    full_paths = context.path(table_path), context.path(malformed_path)
+    taken: convert.Converted | packed.Unpacked
+    if fields["kind"] in typing.get_args(packed.PackedKind):
+        source = PackedSource(**{**fields, "exempt_from": tuple(fields["exempt_from"])})
+        extra["packed"] = {source.name: os.path.abspath(source.path)}
+        taken = packed.unpack(source, paths, *full_paths)
+    else:
+        table = caption_table.from_description(fields)
+        if table.joins:
+            taken = convert.join_regions(paths, table, guard.guarded_ids(guards), *full_paths)
+        elif text_file.is_text(paths[0]):
+            taken = convert.convert_text(paths[0], table, *full_paths)
+        else:
+            return _look_at_table(paths[0], table, task.inputs["table"], extra)
+    if taken.num_rows == 0:
+        _refuse_empty(paths[0], taken.source)
+    description = caption_table.describe(dataclasses.replace(taken.source, path=table_path))
+    dropped = dict(taken.dropped)
+    num_in = taken.num_rows + sum(dropped.values())
+    counts = {"in": num_in, "kept": taken.num_rows, "dropped": dropped}
+    extra |= {"tables": {table_path: description}, "sources": {taken.source.name: counts}}
+    num_malformed = sum(count for reason, count in dropped.items() if reason.startswith("malformed:"))
+    outputs = {table_path: taken.num_rows, malformed_path: num_malformed}
+    return Outcome(outputs, num_in=num_in, num_kept=taken.num_rows, dropped=dropped, extra=extra)
+
+
+def _look_at_table(path: str, source: TableSource, digest: str, extra: dict[str, Any]) -> Outcome:
     with caption_table.naming_damage(path):
         num_rows = caption_table.scan(path, source).select(pl.len()).collect().item()
     if num_rows == 0:
-        raise InputError(
-            f"{path}: no rows (source {source.name}); remove it from [[corpus.tables]] or fill it"
-        )
-    return Outcome(
-        {},
-        num_in=num_rows,
-        num_kept=num_rows,
-        extra={
-            "external": {"path": path, "source": task.arguments["source"], "digest": task.inputs["table"]},
-            **evaluation_facts({}, config.evaluations),
-        },
-    )
+        _refuse_empty(path, source)
+    extra["external"] = {"path": path, "source": caption_table.describe(source), "digest": digest}
+    extra["sources"] = {source.name: {"in": num_rows, "kept": num_rows, "dropped": {}}}
+    return Outcome({}, num_in=num_rows, num_kept=num_rows, extra=extra)
+
+
+def _refuse_empty(path: str, source: TableSource) -> NoReturn:
+    raise InputError(f"{path}: no rows (source {source.name}); remove it from [corpus] or fill it")
 
 
 def tables_of(corpus: Manifest) -> list[dict[str, Any]]:
@@ -148,3 +227,16 @@ def picture_folders(context: Context) -> dict[str, str]:
     """Source → folder of pictures on disk, which the download stage serves over loopback too."""
     sources = [table["source"] for table in tables_of(context.parents["corpus"])]
     return {source["name"]: source["picture_folder"] for source in sources if source["picture_folder"]}
+
+
+def packed_folders(context: Context) -> dict[str, str]:
+    """Source → folder of TSV, tar or LMDB files; the download stage serves the pictures in them."""
+    found: dict[str, str] = {}
+    for extra in context.parents["corpus"].extra.values():
+        found |= extra.get("packed", {})
+    return found
+
+
+def guard_paths(corpus: Manifest) -> list[str]:
+    """Guards of the run, whose pictures filter_image removes by their hashes."""
+    return sorted({path for extra in corpus.extra.values() for path in extra.get("guards", ())})

@@ -6,6 +6,7 @@ Bytes are promised from here on: what the web returned is the snapshot.
 """
 
 import contextlib
+import ipaddress
 import json
 import os
 import subprocess
@@ -19,7 +20,8 @@ from pathlib import Path
 import polars as pl
 
 from data_prep import corpus
-from data_prep.drop_table import drops_path, write_drops, write_table
+from data_prep.drop_table import count_by_source, drops_path, write_drops, write_table
+from data_prep.public_web import ALLOWED_VARIABLE
 from data_prep.site import SITE_VARIABLE, serve
 from data_prep.tar_members import TarWriter
 from pipeline import store
@@ -31,6 +33,9 @@ from pipeline.stage import Context, Outcome, Progress, Task
 LOST_BY_DOWNLOADER = DropReason("lost_by_downloader")
 
 _POLL_SECONDS = 0.2
+_NETWORK_REASONS = ("connection", "dns", "timeout")
+_LEAST_ROWS = 20  # of a partition that is judged for an outage
+_SUSPECT_SHARE = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,8 +47,18 @@ class DownloadConfig:
     max_pixels: int = 100_000_000  # of a picture's header: above, a decompression bomb
     timeout_seconds: float = 10.0  # a whole request
     retries: int = 1  # further tries at an address that gave nothing
+    # Networks that may be fetched from although they are not of the public web, such as "10.0.0.0/8".
+    allowed_networks: tuple[str, ...] = ()
+    # Share of a partition's addresses that fail for want of a network (DNS, connection, time-out) at which
+    # the stage stops, since that is an outage and not a dead web; above 1 is off.
+    outage_share: float = field(default=0.9, metadata=NOT_IN_DIGEST)
+    stall_seconds: float = field(default=600.0, metadata=NOT_IN_DIGEST)  # without a byte: a worker hangs
     processes: int = field(default=2, metadata=NOT_IN_DIGEST)
     threads: int = field(default=32, metadata=NOT_IN_DIGEST)  # connections a process
+
+    def __post_init__(self) -> None:
+        for network in self.allowed_networks:
+            ipaddress.ip_network(network, strict=False)  # ValueError says what is wrong with it
 
 
 def tasks(config: DownloadConfig, context: Context) -> list[Task]:
@@ -71,27 +86,67 @@ def run_together(
         if rows.height == 0:
             yield task, _pack(context, task, raw, None)
             continue
-        rows.select("url", sample_key=pl.col("key")).write_parquet(raw / "lists" / f"{task.name}.parquet")
+        # Pictures that are on disk already have an address of the loopback site beside the row's own.
+        at = pl.coalesce("picture_at", "url") if "picture_at" in rows.columns else pl.col("url")
+        rows.select(url=at, sample_key=pl.col("key")).write_parquet(raw / "lists" / f"{task.name}.parquet")
         waiting[len(waiting)] = task
     if not waiting:
         return
     counts = [num_rows[task.arguments["path"]] for task in waiting.values()]
     with _downloader(config, context, raw, max(counts)) as process:
         done = 0
+        suspects: list[tuple[Task, int]] = []  # an outage may have begun in them: the next partition tells
+        last_change, last_seen = time.monotonic(), -1
         while waiting:
             ended = process.poll()
             for number in [n for n in waiting if (raw / "shards" / f"{n:05d}_stats.json").exists()]:
                 task = waiting.pop(number)
-                yield task, _pack(context, task, raw, number)
-                done += num_rows[task.arguments["path"]]
-                progress(done, sum(counts), "rows")
+                share = _network_failures(raw, number)
+                if share >= config.outage_share:
+                    raise InputError(
+                        f"{context.path()}: the network seems to be down: {share:.0%} of partition"
+                        f" {task.name} failed by DNS, connection or time-out; mend it and run again, or"
+                        f" raise [download] outage_share"
+                    )
+                suspects.append((task, number))
+                if share < _SUSPECT_SHARE or not waiting:
+                    for finished, its_number in suspects:
+                        yield finished, _pack(context, finished, raw, its_number)
+                        done += num_rows[finished.arguments["path"]]
+                        progress(done, sum(counts), "rows")
+                    suspects.clear()
             if waiting and ended is not None:
                 raise InputError(
                     f"{context.path()}: img2dataset ended with status {ended} and left {len(waiting)} of"
                     f" {len(tasks)} partitions; see {context.path('img2dataset.log')}, then run again"
                 )
+            if (seen := _num_bytes(raw)) != last_seen:
+                last_change, last_seen = time.monotonic(), seen
+            elif time.monotonic() - last_change > config.stall_seconds:
+                raise InputError(
+                    f"{context.path()}: img2dataset wrote nothing for {config.stall_seconds:g} s, so a worker"
+                    f" hangs; run again to go on with the partitions that are left"
+                )
             time.sleep(_POLL_SECONDS)
     store.remove(str(raw))
+
+
+def _network_failures(raw: Path, number: int) -> float:
+    """Share of one img2dataset shard's addresses that failed for want of a network; 0 for a small shard."""
+    answers = pl.read_parquet(raw / "shards" / f"{number:05d}.parquet", columns=["error_message"])
+    if answers.height < _LEAST_ROWS:
+        return 0.0
+    reasons = answers["error_message"].str.split(":").list.first()
+    return float(reasons.is_in(_NETWORK_REASONS).fill_null(False).sum()) / answers.height
+
+
+def _num_bytes(raw: Path) -> int:
+    """Bytes and files below the folder that img2dataset writes to: grows while anything is going on."""
+    total = 0
+    for path in raw.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size + 1
+    return total
 
 
 @contextlib.contextmanager
@@ -125,10 +180,12 @@ def _downloader(
     environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1"}  # its import looks for updates otherwise
     with contextlib.ExitStack() as stack:
         site, pictures = corpus.site_folder(context), corpus.picture_folders(context)
-        if site is not None or pictures:
+        packed = corpus.packed_folders(context)
+        if site is not None or pictures or packed:
             # The corpus brings its own pictures: URLs name no port, the server stands in as a proxy.
-            address = stack.enter_context(serve(site, pictures))
+            address = stack.enter_context(serve(site, pictures, packed))
             environment[SITE_VARIABLE] = address.removeprefix("http://")
+        environment[ALLOWED_VARIABLE] = " ".join(config.allowed_networks)
         log = stack.enter_context(open(context.path("img2dataset.log"), "wb"))
         command = [sys.executable, "-m", "data_prep.download_worker", str(raw / "options.json")]
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
@@ -193,7 +250,8 @@ def _pack(context: Context, task: Task, raw: Path, number: int | None) -> Outcom
     )
     table_path = f"pictures/{task.name}.parquet"
     write_table(kept, context.path(table_path))
-    dropped = write_drops(rows.filter(pl.col("reason").is_not_null()), context.path(drops_path(task.name)))
+    failed = rows.filter(pl.col("reason").is_not_null())
+    dropped = write_drops(failed, context.path(drops_path(task.name)))
     if number is not None:
         for path in (raw / "shards").glob(f"{number:05d}*"):
             path.unlink()
@@ -202,6 +260,7 @@ def _pack(context: Context, task: Task, raw: Path, number: int | None) -> Outcom
         num_in=asked.height,
         num_kept=kept.height,
         dropped=dropped,
+        extra={"sources": count_by_source(kept, failed)},
     )
 
 

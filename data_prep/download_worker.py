@@ -9,6 +9,7 @@ import io
 import json
 import os
 import socket
+import ssl
 import string
 import sys
 import time
@@ -28,6 +29,7 @@ if os.environ.setdefault(_STARTED_BY, str(os.getpid())) not in (str(os.getpid())
 
 import img2dataset.downloader  # noqa: E402
 
+from data_prep.public_web import ALLOWED_VARIABLE, AddressRefusedError, open_public  # noqa: E402
 from data_prep.resize import UprightResizer  # noqa: E402
 from data_prep.site import HOST, SITE_VARIABLE  # noqa: E402
 from pipeline.records import DropReason  # noqa: E402
@@ -38,6 +40,9 @@ TIMEOUT = DropReason("timeout")
 CONNECTION = DropReason("connection")
 OPTED_OUT = DropReason("opted_out")
 BODY_LIMIT = DropReason("body_limit")
+ADDRESS_REFUSED = DropReason("address_refused")  # not of the public web, or redirected to what is not
+DNS = DropReason("dns")  # no address for the host's name
+TLS = DropReason("tls")
 
 USER_AGENT = "cnclip-pretraining (https://arxiv.org/abs/2211.01335; image-text research)"
 _MAX_BODY_BYTES = 32 << 20  # a web picture is well below; a stream without end is not read to the end
@@ -56,10 +61,7 @@ def fetch(
     try:
         # Chinese characters and spaces in an address are common, and not ASCII; what is quoted stays so.
         address = urllib.parse.quote(url, safe=string.punctuation)
-        request = urllib.request.Request(address, headers={"User-Agent": USER_AGENT})
-        if request.host == HOST:  # a name that never resolves: the loopback site answers for it
-            request.set_proxy(os.environ[SITE_VARIABLE], "http")
-        with urllib.request.urlopen(request, timeout=timeout) as response:
+        with open_public(address, {"User-Agent": USER_AGENT}, timeout, _allowed(), _to_own_site) as response:
             if disallowed_header_directives and img2dataset.downloader.is_disallowed(
                 response.headers, user_agent_token, disallowed_header_directives
             ):
@@ -75,16 +77,32 @@ def fetch(
             if promised is not None and promised.isdigit() and body.tell() < int(promised):
                 return key, None, f"{CONNECTION}: {body.tell()} of {promised} bytes"
             return key, body, None
+    except AddressRefusedError as error:
+        return key, None, f"{ADDRESS_REFUSED}: {error}"
     except urllib.error.HTTPError as error:
         reason = HTTP_404 if error.code in (404, 410) else HTTP_ERROR
         return key, None, f"{reason}: {error.code}"
     except TimeoutError:
         return key, None, f"{TIMEOUT}: {timeout} s"
     except urllib.error.URLError as error:
-        timed_out = isinstance(error.reason, TimeoutError | socket.timeout)
-        return key, None, f"{TIMEOUT if timed_out else CONNECTION}: {error.reason}"
+        for kind, reason in ((TimeoutError, TIMEOUT), (socket.gaierror, DNS), (ssl.SSLError, TLS)):
+            if isinstance(error.reason, kind):
+                return key, None, f"{reason}: {error.reason}"
+        return key, None, f"{CONNECTION}: {error.reason}"
     except Exception as error:  # http.client and ssl raise many kinds; each is one address that gave nothing
         return key, None, f"{CONNECTION}: {error}"
+
+
+def _to_own_site(request: urllib.request.Request) -> bool:
+    """Send requests for the corpus's own host to its loopback server: the name never resolves."""
+    if request.host != HOST or SITE_VARIABLE not in os.environ:
+        return False
+    request.set_proxy(os.environ[SITE_VARIABLE], "http")
+    return True
+
+
+def _allowed() -> list[str]:
+    return os.environ.get(ALLOWED_VARIABLE, "").split()
 
 
 img2dataset.downloader.download_image = fetch

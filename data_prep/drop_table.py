@@ -21,13 +21,19 @@ _SEPARATOR = "\u0000"
 _ROWS_PER_GROUP = 65_536
 
 
-def with_key(frame: pl.LazyFrame) -> pl.LazyFrame:
+def with_key(frame: pl.LazyFrame, normalise: bool = False) -> pl.LazyFrame:
     """Add the column `key` to a table with url and caption: the start of the sha256 of both, 32 hex digits.
 
     Sorting by it shuffles the corpus once, the same way on any number of machines, and brings exact
-    duplicates together.
+    duplicates together; with `normalise` also pairs that differ only in the caption's width, case, white
+    space and punctuation or in the address's scheme and fragment.
     """
-    pair = pl.concat_str([pl.col("url").fill_null(""), pl.col("caption").fill_null("")], separator=_SEPARATOR)
+    url, caption = pl.col("url").fill_null(""), pl.col("caption").fill_null("")
+    if normalise:
+        url = url.str.replace(r"^(?i)https?://(www\.)?", "").str.replace(r"#.*$", "")
+        plain = caption.str.normalize("NFKC").str.to_lowercase().str.replace_all(r"[\p{P}\p{Z}\p{C}]", "")
+        caption = pl.when(plain == "").then(caption).otherwise(plain)  # "！！" and "？？" stay two captions
+    pair = pl.concat_str([url, caption], separator=_SEPARATOR)
     return (
         frame.with_columns(_pair=pair)
         .with_columns(key=plh.col("_pair").chash.sha2_256().str.slice(0, _KEY_HEX_DIGITS))
@@ -73,6 +79,7 @@ def publish_judged(
     extra: Mapping[str, Any] | None = None,
 ) -> Outcome:
     """Publish a task's kept rows and its drops (with url, key and reason), and account for both."""
+    by_source = {"sources": count_by_source(kept, dropped)}
     kept_path = f"kept/{task.name}.parquet"
     write_table(kept, context.path(kept_path))
     counts = write_drops(dropped, context.path(drops_path(task.name)))
@@ -81,8 +88,26 @@ def publish_judged(
         num_in=kept.height + dropped.height,
         num_kept=kept.height,
         dropped=counts,
-        extra=extra or {},
+        extra={**(extra or {}), **by_source},
     )
+
+
+def count_by_source(kept: pl.DataFrame, dropped: pl.DataFrame) -> dict[str, dict[str, Any]]:
+    """Rows in, kept and dropped by reason, of each source: the receipt's part of the funnel."""
+    num_kept = dict(kept.group_by("source").len().iter_rows())
+    drops: dict[str, dict[str, int]] = {}
+    for source, reason, count in (
+        dropped.group_by("source", "reason").len().sort("source", "reason").iter_rows()
+    ):
+        drops.setdefault(source, {})[reason] = count
+    return {
+        source: {
+            "in": num_kept.get(source, 0) + sum(drops.get(source, {}).values()),
+            "kept": num_kept.get(source, 0),
+            "dropped": drops.get(source, {}),
+        }
+        for source in sorted({*num_kept, *drops})
+    }
 
 
 def drops_path(task: str) -> str:

@@ -1,6 +1,5 @@
 """Stage filter_image: pictures that are too small, too long, or of an evaluation set go; hashes are made."""
 
-import base64
 import functools
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from data_prep import image_rules
+from data_prep import guard, image_rules
+from data_prep.corpus import guard_paths
 from data_prep.drop_table import publish_judged
 from data_prep.resize import UNDECODABLE, BadImageError, decode_upright
 from pipeline import store
@@ -33,6 +33,10 @@ def tasks(config: FilterImageConfig, context: Context) -> list[Task]:
     """One task a downloaded partition."""
     evaluations = evaluations_of(context) if config.remove_evaluation_copies else []
     shared = {f"evaluation {item.name}": item.digest for item in evaluations}
+    if config.remove_evaluation_copies:
+        shared |= {
+            f"guard {path}": store.digest_file(path) for path in guard_paths(context.parents["corpus"])
+        }
     shards = {shard.path: shard for shard in context.parents["download"].shards}
     return [
         Task(
@@ -69,6 +73,7 @@ def run(config: FilterImageConfig, context: Context, task: Task, progress: Progr
             hashes.append(image_rules.perceptual_hash(np.asarray(image)))
     if config.remove_evaluation_copies:
         references = [item for folder in evaluations_of(context) for item in _evaluation_hashes(folder)]
+        references += guard.guarded_hashes(guard_paths(context.parents["corpus"]))
         near = image_rules.nearest_hash_distances(hashes, references) <= config.evaluation_distance
         reasons = [
             image_rules.EVALUATION_IMAGE if reason is None and copy else reason
@@ -86,16 +91,6 @@ def run(config: FilterImageConfig, context: Context, task: Task, progress: Progr
 @functools.lru_cache(maxsize=8)  # the sets are the same for every task that a process does
 def _evaluation_hashes(evaluation: EvaluationSet) -> list[bytes]:
     """Hashes of an evaluation set's pictures; InputError names a line that is no picture."""
-    path = store.join(evaluation.folder, f"{evaluation.name}_imgs.tsv")
-    hashes = []
-    with store.open_read(path) as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                data = base64.b64decode(line.split(b"\t", 1)[1], validate=False)
-                image = decode_upright(data, max_pixels=100_000_000)
-            except (IndexError, ValueError, BadImageError) as error:
-                raise InputError(
-                    f"{path}: line {number}: no picture in base64 ({error}); mend the line"
-                ) from None
-            hashes.append(image_rules.perceptual_hash(np.asarray(image)))
-    return hashes
+    return [
+        hashed for _, hashed in guard.tsv_hashes(store.join(evaluation.folder, f"{evaluation.name}_imgs.tsv"))
+    ]

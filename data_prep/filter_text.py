@@ -9,7 +9,7 @@ import polars as pl
 from data_prep import text_rules
 from data_prep.corpus import evaluation_urls, tables_of
 from data_prep.drop_table import publish_judged, with_key
-from data_prep.sources.table import from_description, naming_damage, scan
+from data_prep.sources.table import JUDGED_ONLY, from_description, naming_damage, scan
 from data_prep.text_rules import TextRule
 from pipeline import store
 from pipeline.records import ConfigError
@@ -25,6 +25,14 @@ class FilterTextConfig:
     min_characters: int = 5
     max_characters: int = 50
     blacklists: tuple[str, ...] = ("advertising", "file_name")  # files of data_prep/blacklists, in this order
+    # The paper has none of the following.
+    min_chinese_share: float = 0.0  # of the characters that are no white space; 0 is off
+    drop_nsfw: tuple[str, ...] = ()  # LAION-5B's marks to drop: NSFW, LIKELY, UNSURE; none is off
+    max_unsafe: float | None = None  # LAION-5B's punsafe, a probability; unset is off
+    max_watermark: float | None = None  # LAION-5B's pwatermark, a probability; unset is off
+    # Captions that differ in width, case, white space or punctuation, and addresses that differ in scheme or
+    # fragment, are duplicates of each other.
+    normalise_duplicates: bool = False
 
     def __post_init__(self) -> None:
         if self.min_characters > self.max_characters:
@@ -57,18 +65,20 @@ def run(config: FilterTextConfig, context: Context, task: Task, progress: Progre
     names = frame.collect_schema().names()
     with naming_damage(path):
         has_scores = _has_scores(frame)
-    rules = rules_for(config, source.exempt_from, context, has_scores)
-    judged = with_key(frame.with_columns(reason=text_rules.first_reason(rules)))
+    rules = rules_for(config, source.exemptions, context, has_scores)
+    judged = with_key(
+        frame.with_columns(reason=text_rules.first_reason(rules)), normalise=config.normalise_duplicates
+    )
     with naming_damage(path):
         rows = judged.collect(engine="streaming")
     kept = (
         rows.filter(pl.col("reason").is_null())
         .with_columns(pl.col("caption").str.strip_chars(), file=pl.lit(int(task.name), dtype=pl.Int32))
         .select("key", "file", *names)
-        .drop("language")
+        .drop(*JUDGED_ONLY)
         .sort("key", "row")
     )
-    scores = rows["score"].drop_nulls()
+    scores = rows["score"].drop_nulls().drop_nans()
     return publish_judged(
         context,
         task,
@@ -78,6 +88,7 @@ def run(config: FilterTextConfig, context: Context, task: Task, progress: Progre
             "source": source.name,
             # Where every row already passes, the threshold is a no-op: the minimum shows it.
             "score_minimum": round(float(scores.min()), 4) if len(scores) else None,  # type: ignore[arg-type]
+            "rules": {rule.name: rule.version for rule in rules},
         },
     )
 
@@ -89,7 +100,7 @@ def rules_for(
     unknown = sorted(set(exempt_from) - set(text_rules.SWITCHABLE_RULES))
     if unknown:
         known = ", ".join(text_rules.SWITCHABLE_RULES)
-        raise ConfigError(f"corpus.tables.exempt_from: no rule {unknown[0]!r}; known: {known}")
+        raise ConfigError(f"corpus: exempt_from: no rule {unknown[0]!r}; known: {known}")
     rules = [text_rules.caption_present(), text_rules.url_valid()]
     urls = [url for file in evaluation_urls(context) for url in store.read_text(file.path).splitlines()]
     if urls:
@@ -98,6 +109,12 @@ def rules_for(
     if has_scores:
         rules.append(text_rules.score_at_least(config.min_score))
     rules.append(text_rules.characters_between(config.min_characters, config.max_characters))
+    if config.min_chinese_share > 0:
+        rules.append(text_rules.chinese_share_at_least(config.min_chinese_share))
+    if config.drop_nsfw or config.max_unsafe is not None:
+        rules.append(text_rules.not_nsfw(config.drop_nsfw, config.max_unsafe))
+    if config.max_watermark is not None:
+        rules.append(text_rules.no_watermark(config.max_watermark))
     rules.append(
         text_rules.not_blacklisted({theme: text_rules.blacklist(theme) for theme in config.blacklists})
     )

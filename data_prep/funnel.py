@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import polars as pl
 
@@ -9,10 +10,24 @@ from data_prep.corpus import tables_of
 from data_prep.drop_table import with_key
 from data_prep.sources.table import from_description, scan
 from pipeline import store
+from pipeline.records import Manifest
 from pipeline.stage import Context
 
-# Stages that drop rows, in order.
+# Stages that drop rows, in order; a corpus drops the malformed rows of its sources.
 STEPS = ("filter_text", "dedup", "download", "filter_image")
+
+
+def by_source(manifest: Manifest) -> dict[str, dict[str, Any]]:
+    """Source → {in, kept, dropped{reason: rows}} of a finished stage, summed over its tasks."""
+    totals: dict[str, dict[str, Any]] = {}
+    for extra in manifest.extra.values():
+        for source, counts in extra.get("sources", {}).items():
+            total = totals.setdefault(source, {"in": 0, "kept": 0, "dropped": {}})
+            total["in"] += counts["in"]
+            total["kept"] += counts["kept"]
+            for reason, count in counts["dropped"].items():
+                total["dropped"][reason] = total["dropped"].get(reason, 0) + count
+    return dict(sorted(totals.items()))
 
 
 @dataclass(frozen=True, slots=True)

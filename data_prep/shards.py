@@ -22,7 +22,10 @@ _SIDECAR = (
     "key", "offset_bytes", "size_bytes", "caption", "source", "url", "score", "width_px", "height_px",
     "image_sha256", "perceptual_hash",
 )  # fmt: skip
-_INTERNAL = ("file", "row", "tar", "source_sha256", "stored_width_px", "stored_height_px")
+_INTERNAL = (
+    "file", "row", "tar", "source_sha256", "stored_width_px", "stored_height_px",
+    "picture_at",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,8 @@ the server because the client uses it as an HTTP proxy: they name no port, so a 
 wherever and however often it is served.
 """
 
+import base64
+import binascii
 import dataclasses
 import json
 import threading
@@ -15,7 +17,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from pipeline.records import InputError
 
@@ -72,6 +74,9 @@ def read_site(folder: Path) -> dict[str, Answer]:
 
 
 PICTURES = "pictures"  # the site's folder for pictures that lie on disk: /pictures/<source>/<path>
+# Pictures inside larger files: /packed/<source>/<path>?offset=&size=[&base64=1], or ?lmdb=<key>.
+PACKED = "packed"
+_MAX_PACKED_BYTES = 128 << 20
 
 
 class _Server(ThreadingHTTPServer):
@@ -79,12 +84,24 @@ class _Server(ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = 128  # a downloader opens its connections all at once
 
-    def __init__(self, folder: Path | None, pictures: Mapping[str, Path]) -> None:
+    def __init__(self, folder: Path | None, pictures: Mapping[str, Path], packed: Mapping[str, Path]) -> None:
         self.root = folder / "site" if folder is not None else Path()
         self.answers = read_site(folder) if folder is not None else {}
         self.pictures = {name: path.resolve() for name, path in pictures.items()}
+        self.packed = {name: path.resolve() for name, path in packed.items()}
+        self.environments: dict[str, Any] = {}  # open LMDBs: a process may open each but once
+        self.opening = threading.Lock()
         self.stopping = threading.Event()
         super().__init__(("127.0.0.1", 0), _Handler)
+
+    def environment(self, path: str) -> Any:
+        """The LMDB at a path, opened at its first use."""
+        from data_prep.sources.lmdb_files import open_lmdb
+
+        with self.opening:
+            if path not in self.environments:
+                self.environments[path] = open_lmdb(path)
+            return self.environments[path]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Clients that hang up are part of the web; the default would print a traceback for each."""
@@ -100,6 +117,10 @@ class _Handler(BaseHTTPRequestHandler):
         target = urlsplit(self.path)
         if target.netloc not in ("", HOST) or target.scheme not in ("", "http"):
             self._send(Answer(status=403))
+            return
+        if target.path.startswith(f"/{PACKED}/"):
+            self._send_body(*self._packed(unquote(target.path), parse_qs(target.query)))
+            self.close_connection = True
             return
         key = target.path + (f"?{target.query}" if target.query else "")
         answer = self.server.answers.get(key) or self._picture(unquote(target.path))
@@ -120,6 +141,36 @@ class _Handler(BaseHTTPRequestHandler):
                 return Answer(file=str(file), content_type="application/octet-stream")
         return Answer(status=404)
 
+    def _packed(self, path: str, query: Mapping[str, list[str]]) -> tuple[int, bytes]:
+        """Status and bytes of a picture inside a file below one of the packed folders."""
+        name, _, relative = path.removeprefix(f"/{PACKED}/").partition("/")
+        root = self.server.packed.get(name)
+        file = (root / relative).resolve() if root is not None else None
+        if root is None or file is None or not file.is_relative_to(root) or not file.exists():
+            return 404, b""
+        try:
+            if "lmdb" in query:
+                with self.server.environment(str(file)).begin() as transaction:
+                    data = transaction.get(query["lmdb"][0].encode())
+                return (404, b"") if data is None else (200, base64.b64decode(data))
+            offset, size = int(query["offset"][0]), int(query["size"][0])
+            if offset < 0 or not 0 <= size <= _MAX_PACKED_BYTES:
+                return 404, b""
+            with open(file, "rb") as opened:
+                opened.seek(offset)
+                data = opened.read(size)
+            return 200, base64.b64decode(data) if "base64" in query else data
+        except (KeyError, ValueError, OSError, binascii.Error):
+            return 404, b""
+
+    def _send_body(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", "application/octet-stream")
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(body)
+
     def _send(self, answer: Answer) -> None:
         body = b"" if answer.file is None else (self.server.root / answer.file).read_bytes()
         self.send_response(answer.status)
@@ -136,16 +187,22 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serve(folder: str | Path | None, pictures: Mapping[str, str] | None = None) -> Iterator[str]:
+def serve(
+    folder: str | Path | None,
+    pictures: Mapping[str, str] | None = None,
+    packed: Mapping[str, str] | None = None,
+) -> Iterator[str]:
     """Serve a corpus folder on a free loopback port for the length of a `with` block.
 
-    `pictures` maps source names to folders whose files are served as `/pictures/<source>/<path>`.
+    `pictures` maps source names to folders whose files are served as `/pictures/<source>/<path>`; `packed`
+    maps them to folders of TSV, tar or LMDB files, pictures in which are served by their place in them.
 
     Yields `http://127.0.0.1:PORT`, to be used as an HTTP proxy (`http_proxy`) for URLs of `corpus.invalid`
     or as a plain server for their paths. Requests for any other host get 403, unknown paths 404.
     """
     folders = {name: Path(path) for name, path in (pictures or {}).items()}
-    server = _Server(Path(folder) if folder is not None else None, folders)
+    containers = {name: Path(path) for name, path in (packed or {}).items()}
+    server = _Server(Path(folder) if folder is not None else None, folders, containers)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:
@@ -155,3 +212,5 @@ def serve(folder: str | Path | None, pictures: Mapping[str, str] | None = None) 
         server.shutdown()
         server.server_close()
         thread.join()
+        for environment in server.environments.values():
+            environment.close()

@@ -3,7 +3,8 @@
 A rule is a polars expression over the canonical table (`data_prep.sources.table.CANONICAL_COLUMNS`), so a
 file is judged in one pass by one engine. What a character is: a Unicode code point of the caption after
 white space at both ends is cut off; a full-width letter, an emoji's base and each combining mark count one
-each. Source of the thresholds: the paper, section 2.2.
+each, and so does every letter of a Latin word. Source of the thresholds: the paper, section 2.2; rules that
+the paper does not have are off unless a run asks for them. Traditional characters stay like simplified ones.
 """
 
 import functools
@@ -23,12 +24,20 @@ SCORE_MISSING = DropReason("score_missing")
 SCORE_BELOW_THRESHOLD = DropReason("score_below_threshold")
 TOO_SHORT = DropReason("too_short")
 TOO_LONG = DropReason("too_long")
+CHINESE_SHARE = DropReason("chinese_share")
+NSFW = DropReason("nsfw")
+WATERMARK = DropReason("watermark")
 
 CHARACTERS_RULE = "characters"
 SCORE_RULE = "score"
 LANGUAGE_RULE = "language"
 BLACKLIST_RULE = "blacklist"
-SWITCHABLE_RULES = (LANGUAGE_RULE, SCORE_RULE, CHARACTERS_RULE, BLACKLIST_RULE)
+CHINESE_SHARE_RULE = "chinese_share"
+NSFW_RULE = "nsfw"
+WATERMARK_RULE = "watermark"
+SWITCHABLE_RULES = (
+    LANGUAGE_RULE, SCORE_RULE, CHARACTERS_RULE, CHINESE_SHARE_RULE, NSFW_RULE, WATERMARK_RULE, BLACKLIST_RULE,
+)  # fmt: skip
 
 _CAPTION = pl.col("caption").str.strip_chars()
 
@@ -92,6 +101,28 @@ def characters_between(at_least: int, at_most: int) -> TextRule:
     )
 
 
+def chinese_share_at_least(share: float) -> TextRule:
+    """At least this share of the characters that are no white space is Chinese (Unicode script Han)."""
+    text = _CAPTION.str.replace_all(r"\s", "")
+    length = text.str.len_chars()
+    too_few = (length > 0) & (text.str.count_matches(r"\p{Han}") < share * length)
+    return TextRule(CHINESE_SHARE_RULE, 1, _drop(too_few, CHINESE_SHARE))
+
+
+def not_nsfw(marks: Sequence[str], max_unsafe: float | None) -> TextRule:
+    """LAION-5B's NSFW mark is none of these, and its `punsafe` at most `max_unsafe`; unknown passes."""
+    hit = pl.col("nsfw").is_in(list(marks)).fill_null(False)
+    if max_unsafe is not None:
+        hit |= (pl.col("unsafe") > max_unsafe).fill_null(False)
+    return TextRule(NSFW_RULE, 1, _drop(hit, NSFW))
+
+
+def no_watermark(max_watermark: float) -> TextRule:
+    """LAION-5B's `pwatermark` is at most this; unknown passes."""
+    hit = (pl.col("watermark") > max_watermark).fill_null(False)
+    return TextRule(WATERMARK_RULE, 1, _drop(hit, WATERMARK))
+
+
 def not_blacklisted(themes: Mapping[str, Sequence[str]]) -> TextRule:
     """No word of a blacklist inside the caption (section 2.2), upper and lower case alike.
 
@@ -107,10 +138,10 @@ def not_blacklisted(themes: Mapping[str, Sequence[str]]) -> TextRule:
 
 def blacklist_hit(themes: Mapping[str, Sequence[str]], caption: str) -> tuple[str, str] | None:
     """(theme, word) of the first blacklist word in one caption, or None; for `cnclip why`."""
-    folded = caption.lower()
+    folded = _ascii_lower(caption)
     for theme, words in themes.items():
         for word in words:
-            if word.lower() in folded:
+            if _ascii_lower(word) in folded:
                 return theme, word
     return None
 
@@ -133,6 +164,10 @@ def blacklist(theme: str) -> tuple[str, ...]:
         raise ConfigError(f"filter_text.blacklists: no list {theme!r}; known lists: {', '.join(known)}")
     lines = (line.partition("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines())
     return tuple(line for line in lines if line)
+
+
+def _ascii_lower(text: str) -> str:
+    return "".join(character.lower() if character.isascii() else character for character in text)
 
 
 def _drop(condition: pl.Expr, reason: str) -> pl.Expr:

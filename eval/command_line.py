@@ -15,6 +15,7 @@ def add_commands(commands: Any) -> None:
     _add_negation(commands)
     _add_index(commands)
     _add_bench_index(commands)
+    _add_guard(commands)
 
 
 def _add(commands: Any, name: str, function: object, summary: str) -> argparse.ArgumentParser:
@@ -340,4 +341,28 @@ def _bench_index(options: argparse.Namespace) -> int:
         body = [{**asdict(point), "front": point in front} for point in points]
         store.write_text(store.join(options.out, "points.json"), json.dumps(body, indent=1))
         store.write_text(store.join(options.out, "front.svg"), bench_index.front_plot(points, options.k))
+    return EXIT_DONE
+
+
+def _add_guard(commands: Any) -> None:
+    command = _add(commands, "guard", _guard, "the list that keeps an evaluation set out of training")
+    command.add_argument(
+        "evaluation_set",
+        metavar="EVALUATION-SET",
+        help="NAME_imgs.tsv, a folder with it or with pictures, or a .txt with one picture id a line",
+    )
+    command.add_argument("--out", required=True, metavar="FILE.parquet", help="the guard to write")
+    command.add_argument(
+        "--family",
+        choices=("coco", "flickr", "own"),
+        default="own",
+        help="whose picture numbers the ids are; own: ids of no source (default)",
+    )
+
+
+def _guard(options: argparse.Namespace) -> int:
+    from data_prep.guard import make_guard
+
+    count = make_guard(options.evaluation_set, options.family, options.out)
+    print(f"{options.out}: {count:,} pictures; name it in [corpus] guards")
     return EXIT_DONE

@@ -77,12 +77,7 @@ def embed_evaluation(
         tokens_NL = tokenizer.encode(evaluation.texts, context_length)
         text_ND = _encode(model.encode_text, _text_batches(tokens_NL, batch_size), model.logit_scale.device)
 
-    files = store.list_files(model_path)  # empty unless the weights are a folder
-    model_digest = (
-        digest(*(store.digest_file(store.join(model_path, name)) for name in files))
-        if files
-        else (store.digest_file(model_path))
-    )
+    model_digest = store.digest_tree(model_path)
     image_table = _write_side(
         store.join(out_folder, EMBEDDING_FOLDERS["image"], "img_emb_0.npy"),
         image_ND,

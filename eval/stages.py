@@ -218,7 +218,7 @@ def report(config: ReportConfig, context: Context, task: Task, progress: Progres
 
 
 def _report_data(config: ReportConfig, context: Context) -> "ReportData":
-    from data_prep.funnel import STEPS, count_planted
+    from data_prep.funnel import STEPS, by_source, count_planted
     from eval.datasets.cnclip_tsv import read_evaluation
     from eval.report import (
         Counts,
@@ -249,8 +249,16 @@ def _report_data(config: ReportConfig, context: Context) -> "ReportData":
         )
         galleries.append(make_gallery(read_evaluation(item.folder, item.name), predictions))
     funnel = [
-        FunnelStep(name, config.titles[name], Counts(step.num_in, step.num_kept, step.dropped), {})
-        for name in STEPS
+        FunnelStep(
+            name,
+            config.titles[name],
+            Counts(step.num_in, step.num_kept, step.dropped),
+            {
+                source: Counts(counts["in"], counts["kept"], counts["dropped"])
+                for source, counts in by_source(step).items()
+            },
+        )
+        for name in (*(("corpus",) if manifests["corpus"].dropped else ()), *STEPS)
         for step in [manifests[name]]
     ]
     return ReportData(

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator
 
 from data_prep import corpus, dedup, download, filter_image, filter_text, shards
-from data_prep.corpus import TablesConfig
+from data_prep.corpus import SourcesConfig, TablesConfig
 from data_prep.dedup import DedupConfig
 from data_prep.download import DownloadConfig
 from data_prep.filter_image import FilterImageConfig
@@ -64,7 +64,7 @@ class RunConfig:
     """A run's TOML file."""
 
     run: RunTable
-    corpus: Annotated[DemoConfig | EmojiConfig | TablesConfig, Discriminator("kind")]
+    corpus: Annotated[DemoConfig | EmojiConfig | TablesConfig | SourcesConfig, Discriminator("kind")]
     model: ModelTable
     evaluation: tuple[EvaluationSource, ...] = ()
     filter_text: FilterTextConfig = field(default_factory=FilterTextConfig)
@@ -88,7 +88,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> tuple[Run, RunConfig]:
         raise ConfigError(f"{path}: model.name: no model {config.model.name!r}; known: {', '.join(MODELS)}")
     if config.stage1 is None and config.stage2 is None:
         raise ConfigError(f"{path}: nothing to train; give [stage1], [stage2] or both")
-    if isinstance(config.corpus, TablesConfig) and not config.evaluation:
+    if isinstance(config.corpus, TablesConfig | SourcesConfig) and not config.evaluation:
         raise ConfigError(f"{path}: no [[evaluation]]; name at least one set with name and folder")
     for name in ("english", "stage1", "stage2"):
         if (train := getattr(config, name)) is not None:

@@ -21,7 +21,7 @@ _FILTERS = ("filter_text", "dedup", "download", "filter_image")
 
 def explain(run: Run, config: FilterTextConfig, key_or_url: str) -> list[str]:
     """Lines that say what became of each row with this key or URL; InputError where no table has it."""
-    rows = _find_rows(run, key_or_url)
+    rows = _find_rows(run, config, key_or_url)
     if rows.height == 0:
         raise InputError(f"{key_or_url}: not in any caption table of {run.folder}; give a key or a whole URL")
     lines = []
@@ -31,7 +31,7 @@ def explain(run: Run, config: FilterTextConfig, key_or_url: str) -> list[str]:
     return lines
 
 
-def _find_rows(run: Run, key_or_url: str) -> pl.DataFrame:
+def _find_rows(run: Run, config: FilterTextConfig, key_or_url: str) -> pl.DataFrame:
     corpus = read_manifest(run, "corpus")
     if corpus is None:
         raise InputError(f"{run.folder}: the corpus stage is not done; run it first")
@@ -39,7 +39,9 @@ def _find_rows(run: Run, key_or_url: str) -> pl.DataFrame:
     found = []
     for number, table in enumerate(tables_of(corpus)):
         path = store.join(run.folder, table["stage"], table["path"]) if table["stage"] else table["path"]
-        frame = with_key(scan(path, from_description(table["source"]))).filter(wanted)
+        frame = with_key(
+            scan(path, from_description(table["source"])), normalise=config.normalise_duplicates
+        ).filter(wanted)
         columns = ("key", "url", "caption", "source", "row", "score", "language")
         found.append(frame.select(*columns, file=pl.lit(number)).collect(engine="streaming"))
     return pl.concat(found)

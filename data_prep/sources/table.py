@@ -9,41 +9,75 @@ import dataclasses
 import glob
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import polars as pl
 
 from data_prep.site import HOST, PICTURES
+from data_prep.sources import text_file
 from pipeline import store
 from pipeline.records import InputError
+
+Kind = Literal["table", "laion", "wukong", "coco", "visual_genome"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableSource:
-    """One `[[corpus.tables]]` entry: where a caption table lies and what its columns are called."""
+    """One `[[corpus.tables]]` or `[[corpus.sources]]` entry: where a caption table is, its columns.
+
+    Kinds differ in their presets alone: `wukong` has no scores; in `coco` and `visual_genome` the captions of
+    one picture are joined into one text, which the rule on length does not apply to.
+    """
 
     path: str  # a file, a glob pattern, or an fsspec URL; .parquet, .csv, .tsv or .jsonl
     name: str  # the source's name in the funnel
+    kind: Kind = "table"
     url_column: str | None = None  # found by itself: url, URL
     caption_column: str | None = None  # found by itself: TEXT, text, caption
     language_column: str | None = None  # found by itself: LANGUAGE; a source without it is taken as Chinese
     score_column: str | None = None  # found by itself: similarity
+    nsfw_column: str | None = None  # found by itself: NSFW (UNLIKELY, UNSURE, NSFW, LIKELY)
+    unsafe_column: str | None = None  # found by itself: punsafe, a probability
+    watermark_column: str | None = None  # found by itself: pwatermark, a probability
+    image_id_column: str | None = None  # found by itself in coco and visual_genome: image_id
+    image_table: str | None = None  # Visual Genome's image_data.json: which pictures are COCO's or Flickr's
     carry_columns: tuple[str, ...] = ()  # further columns to keep all the way to the shards
     picture_folder: str | None = None  # set where the URL column holds paths of pictures below this folder
-    exempt_from: tuple[str, ...] = ()  # text rules that do not apply to this source: length, score, language
+    exempt_from: tuple[str, ...] = ()  # text rules that do not apply to this source, beside its kind's own
+
+    @property
+    def joins(self) -> bool:
+        """Whether captions of one picture become one text (paper, section 2.2: Visual Genome's regions)."""
+        return self.kind in ("coco", "visual_genome")
+
+    @property
+    def exemptions(self) -> tuple[str, ...]:
+        """Text rules that do not apply: the kind's and the entry's own."""
+        preset = {"wukong": ("score",), "coco": ("characters",), "visual_genome": ("characters",)}
+        return tuple(dict.fromkeys((*preset.get(self.kind, ()), *self.exempt_from)))
 
 
-# Names in use: LAION-5B metadata (upper case), its lower-case derivatives, img2dataset output, Wukong.
+# Names in use, in lower case: LAION-5B metadata, its derivatives, img2dataset output, Wukong.
 _KNOWN_COLUMNS = {
-    "url_column": ("url", "URL"),
-    "caption_column": ("caption", "TEXT", "text", "CAPTION"),
-    "language_column": ("LANGUAGE", "language"),
-    "score_column": ("similarity", "SIMILARITY", "score"),
+    "url_column": ("url",),
+    "caption_column": ("caption", "text"),
+    "language_column": ("language",),
+    "score_column": ("similarity", "score"),
+    "nsfw_column": ("nsfw",),
+    "unsafe_column": ("punsafe",),
+    "watermark_column": ("pwatermark",),
 }
-_WIDTH_COLUMNS = ("WIDTH", "width", "original_width")
-_HEIGHT_COLUMNS = ("HEIGHT", "height", "original_height")
+_REQUIRED = ("url_column", "caption_column")
+_WIDTH_COLUMNS = ("width", "original_width")
+_HEIGHT_COLUMNS = ("height", "original_height")
 
 # Columns of the table that every source becomes, in order; carried columns follow.
-CANONICAL_COLUMNS = ("source", "row", "url", "caption", "language", "score", "width_px", "height_px")
+CANONICAL_COLUMNS = (
+    "source", "row", "url", "caption", "language", "score", "width_px", "height_px",
+    "nsfw", "unsafe", "watermark",
+)  # fmt: skip
+# Those that only the text rules read: they go no further than filter_text.
+JUDGED_ONLY = ("language", "nsfw", "unsafe", "watermark")
 
 
 def find_files(source: TableSource) -> list[str]:
@@ -59,7 +93,7 @@ def find_files(source: TableSource) -> list[str]:
     if missing or not files:
         raise InputError(
             f"{missing[0] if missing else source.path}: no such file (source {source.name});"
-            f" correct `path` in [[corpus.tables]]"
+            f" correct `path` in [corpus]"
         )
     return files
 
@@ -69,33 +103,67 @@ def scan(path: str, source: TableSource) -> pl.LazyFrame:
 
     InputError where the file cannot be read or lacks a column: it lists the columns found.
     """
-    frame = _open(path)
+    frame = open_parquet(path)
     with naming_damage(path):
         found = frame.collect_schema().names()
-    columns = {
-        role: _resolve(path, source, role, names, found, required=role in ("url_column", "caption_column"))
-        for role, names in _KNOWN_COLUMNS.items()
-    }
-    for name in source.carry_columns:
-        if name not in found:
-            raise InputError(f"{path}: no column {name!r} to carry; found {', '.join(found)}")
-    width = next((name for name in _WIDTH_COLUMNS if name in found), None)
-    height = next((name for name in _HEIGHT_COLUMNS if name in found), None)
+    columns = resolve(path, source, found)
+    width = _first(found, _WIDTH_COLUMNS)
+    height = _first(found, _HEIGHT_COLUMNS)
 
-    def column(name: str | None, dtype: pl.DataType | type[pl.DataType]) -> pl.Expr:
+    def column(role: str, dtype: pl.DataType | type[pl.DataType]) -> pl.Expr:
+        name = columns[role]
         return pl.lit(None, dtype=dtype) if name is None else pl.col(name).cast(dtype, strict=False)
+
+    def pixels(name: str | None) -> pl.Expr:
+        if name is None:
+            return pl.lit(None, dtype=pl.Int32)
+        return pl.col(name).cast(pl.Float64, strict=False).cast(pl.Int32, strict=False)  # "30.0" is 30
 
     return frame.with_row_index("row").select(
         pl.lit(source.name).alias("source"),
         pl.col("row").cast(pl.Int64),
         _url(columns["url_column"], source).alias("url"),
-        column(columns["caption_column"], pl.String).alias("caption"),
-        column(columns["language_column"], pl.String).alias("language"),
-        column(columns["score_column"], pl.Float32).alias("score"),
-        column(width, pl.Int32).alias("width_px"),
-        column(height, pl.Int32).alias("height_px"),
+        column("caption_column", pl.String).alias("caption"),
+        column("language_column", pl.String).alias("language"),
+        column("score_column", pl.Float32).alias("score"),
+        pixels(width).alias("width_px"),
+        pixels(height).alias("height_px"),
+        column("nsfw_column", pl.String).alias("nsfw"),
+        column("unsafe_column", pl.Float32).alias("unsafe"),
+        column("watermark_column", pl.Float32).alias("watermark"),
         *(pl.col(name) for name in source.carry_columns),
     )
+
+
+def resolve(path: str, source: TableSource, found: list[str]) -> dict[str, str | None]:
+    """Role → column of a file of this source; InputError lists the columns found where one is missing."""
+    columns = {
+        role: _resolve(path, source, role, names, found, required=role in _REQUIRED)
+        for role, names in _KNOWN_COLUMNS.items()
+    }
+    for name in source.carry_columns:
+        if name not in found:
+            raise InputError(f"{path}: no column {name!r} to carry; found {', '.join(found)}")
+    return columns
+
+
+def needed_columns(path: str, source: TableSource, found: list[str]) -> list[str]:
+    """The columns of a file that `scan` reads, in the file's order."""
+    used = {name for name in resolve(path, source, found).values() if name is not None}
+    used |= {name for names in (_WIDTH_COLUMNS, _HEIGHT_COLUMNS) if (name := _first(found, names))}
+    used |= set(source.carry_columns)
+    if source.image_id_column:
+        used.add(source.image_id_column)
+    return [name for name in found if name in used]
+
+
+def _first(found: Sequence[str], known: Sequence[str]) -> str | None:
+    """The first of the known names (in lower case) that a file has, whatever its case."""
+    for name in known:
+        for candidate in found:
+            if candidate.lower() == name:
+                return candidate
+    return None
 
 
 def _url(column: str | None, source: TableSource) -> pl.Expr:
@@ -127,15 +195,20 @@ def from_description(fields: dict[str, object]) -> TableSource:
     return TableSource(**values)  # type: ignore[arg-type]
 
 
-def _open(path: str) -> pl.LazyFrame:
-    name = path.lower().removesuffix(".gz")
-    if name.endswith(".parquet"):
+def open_parquet(path: str) -> pl.LazyFrame:
+    """Scan a Parquet file; InputError for any other kind of file."""
+    if path.lower().endswith(".parquet"):
         return pl.scan_parquet(path)
-    if name.endswith((".csv", ".tsv")):
-        return pl.scan_csv(path, separator="\t" if name.endswith(".tsv") else ",", infer_schema=False)
-    if name.endswith((".jsonl", ".ndjson")):
-        return pl.scan_ndjson(path, infer_schema_length=1000)
+    if text_file.is_text(path):
+        raise InputError(f"{path}: a text table is read by the corpus stage first; give its Parquet form")
     raise InputError(f"{path}: unknown kind of table; give .parquet, .csv, .tsv or .jsonl")
+
+
+def find_column(
+    path: str, source: TableSource, role: str, known: Sequence[str], found: list[str]
+) -> str | None:
+    """The column for a role: the one that the source names, else the first known; None without one."""
+    return _resolve(path, source, role, known, found, required=False)
 
 
 def _resolve(
@@ -148,9 +221,8 @@ def _resolve(
         raise InputError(
             f"{path}: no column {named!r} ({role} of source {source.name}); found {', '.join(found)}"
         )
-    for name in known:
-        if name in found:
-            return name
+    if name := _first(found, known):
+        return name
     if required:
         raise InputError(
             f"{path}: no column for the {role.removesuffix('_column')} (source {source.name});"

@@ -12,10 +12,8 @@ columns of MUGE's queries, Flickr30K-CN's names and ICR are read leniently; an e
 
 import base64
 import binascii
-import io
 import json
 import os
-import pickle
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data_prep.sources.lmdb_files import open_lmdb, unpickle_plain
 from pipeline import store
 from pipeline.records import InputError
 
@@ -210,29 +209,10 @@ def _icr(root: Path, path: Path) -> tuple[Iterator[tuple[int, bytes]], list[_Tex
 # CN-CLIP's LMDB
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Only tuples, strings and numbers: anything that names a class or function is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
-
-
 def _lmdb(folder: Path) -> tuple[Iterator[tuple[int, bytes]], list[_Text]]:
-    try:
-        import lmdb
-    except ImportError:
-        raise InputError(f"{folder}: reading LMDB needs the package lmdb: pip install lmdb") from None
-
     def rows(name: str) -> Iterator[tuple[bytes, bytes]]:
-        path = str(folder / name)
-        try:
-            with (
-                lmdb.open(path, readonly=True, lock=False, create=False) as environment,
-                environment.begin() as transaction,
-            ):
-                yield from transaction.cursor()
-        except lmdb.Error as error:
-            raise InputError(f"{path}: not a readable LMDB ({error})") from None
+        with open_lmdb(str(folder / name)) as environment, environment.begin() as transaction:
+            yield from transaction.cursor()
 
     of_text: dict[int, tuple[str, dict[int, None]]] = {}
     for key, value in rows("pairs"):
@@ -240,7 +220,7 @@ def _lmdb(folder: Path) -> tuple[Iterator[tuple[int, bytes]], list[_Text]]:
             continue
         where = f"{folder / 'pairs'}: entry {key.decode('utf-8', 'replace')}"
         try:
-            image_id, text_id, text = _PlainUnpickler(io.BytesIO(value)).load()
+            image_id, text_id, text = unpickle_plain(value)
             of_text.setdefault(int(text_id), (str(text), {}))[1][int(image_id)] = None
         except Exception as error:  # pickle may raise anything on damaged bytes
             raise InputError(f"{where}: expected (image_id, text_id, text): {error}") from None

@@ -137,12 +137,15 @@ def test_blacklist_ignores_case_and_names_its_theme(
 
 
 def test_blacklists_that_ship() -> None:
-    for theme in ("advertising", "file_name"):
+    for theme in ("advertising", "file_name", "boilerplate", "contacts", "adult"):
         words = text_rules.blacklist(theme)
         assert len(words) > 10
         assert len(set(words)) == len(words)
         assert all(word == word.strip() and not word.startswith("#") for word in words)
-    with pytest.raises(ConfigError, match=r"no list 'adverts'; known lists: advertising, file_name"):
+    with pytest.raises(
+        ConfigError,
+        match=r"no list 'adverts'; known lists: adult, advertising, boilerplate, contacts, file_name",
+    ):
         text_rules.blacklist("adverts")
     assert _reason(text_rules.not_blacklisted({}), caption="包邮") is None
     assert _reason(text_rules.not_blacklisted({"empty": ()}), caption="包邮") is None

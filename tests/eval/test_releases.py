@@ -151,6 +151,6 @@ def test_a_pickle_that_names_a_function_is_not_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_lmdb(tmp_path / "MUGE", Trap())
-    with pytest.raises(InputError, match=r"pairs: entry 0: expected .*it names builtins.print"):
+    with pytest.raises(InputError, match=r"pairs: entry 0: expected .*names builtins.print"):
         converted(tmp_path / "MUGE", tmp_path / "out")
     assert capsys.readouterr().out == ""

@@ -1,0 +1,123 @@
+"""Guards: lists that keep an evaluation set out of training, by picture id and by perceptual hash.
+
+`cnclip guard` makes one from a set in Chinese-CLIP's layout, from a folder of pictures, or from a text file
+of ids such as COCO-CN's `coco-cn_test.txt` and Flickr30K-CN's `ImageSets/*.txt`. A guard is a Parquet file
+with columns family (`coco`, `flickr` or `own`), id, perceptual_hash (48 bytes; null: only ids known).
+"""
+
+import base64
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import polars as pl
+
+from data_prep import image_rules
+from data_prep.drop_table import write_table
+from data_prep.resize import BadImageError, decode_upright
+from pipeline import store
+from pipeline.records import InputError
+
+Family = Literal["coco", "flickr", "own"]
+FAMILIES: tuple[Family, ...] = ("coco", "flickr", "own")
+MAX_PIXELS = 100_000_000
+
+_SCHEMA = {"family": pl.String, "id": pl.String, "perceptual_hash": pl.Binary}
+_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+@dataclass(frozen=True, slots=True)
+class GuardedIds:
+    """Numbers of pictures that stay out of training, in the two numberings that sources share."""
+
+    coco: frozenset[int]
+    flickr: frozenset[int]
+
+
+def make_guard(evaluation_set: str, family: Family, out: str) -> int:
+    """Write the guard of an evaluation set; returns how many pictures it names.
+
+    `evaluation_set` is a `<name>_imgs.tsv` or the folder that holds one, a folder of pictures (searched
+    below too; ids are file names without their ending), or a `.txt` file with one id a line. InputError where
+    it is none of these, empty, or holds a picture that does not decode.
+    """
+    rows = [(family, name, hashed) for name, hashed in _members(evaluation_set)]
+    if not rows:
+        raise InputError(f"{evaluation_set}: no pictures and no ids; give the evaluation set's own files")
+    table = pl.DataFrame(rows, schema=_SCHEMA, orient="row").unique(maintain_order=True)
+    write_table(table, out)
+    return table.height
+
+
+def read_guard(path: str) -> pl.DataFrame:
+    """A guard's table; InputError where the file is none."""
+    try:
+        table = pl.read_parquet(path)
+        return table.select(pl.col(name).cast(dtype) for name, dtype in _SCHEMA.items())
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise InputError(
+            f"{path}: not a guard ({str(error).splitlines()[0]}); make it with cnclip guard"
+        ) from None
+
+
+def guarded_ids(paths: Sequence[str]) -> GuardedIds:
+    """Numbers that the guards name; ids count by their last run of digits (`COCO_val2014_000000391895`)."""
+    numbers: dict[str, frozenset[int]] = {family: frozenset() for family in FAMILIES}
+    for path in paths:
+        table = read_guard(path).with_columns(
+            pl.col("id").str.extract(r"(\d+)\D*$").cast(pl.Int64, strict=False)
+        )
+        for family in ("coco", "flickr"):
+            numbers[family] |= frozenset(table.filter(family=family)["id"].drop_nulls())
+    return GuardedIds(numbers["coco"], numbers["flickr"])
+
+
+def guarded_hashes(paths: Sequence[str]) -> list[bytes]:
+    """Perceptual hashes that the guards name."""
+    return [hashed for path in paths for hashed in read_guard(path)["perceptual_hash"].drop_nulls()]
+
+
+def tsv_hashes(path: str) -> Iterator[tuple[str, bytes]]:
+    """(id, perceptual hash) of each picture of a `<name>_imgs.tsv`; InputError names a line that is none."""
+    with store.open_read(path) as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                name, encoded = line.split(b"\t", 1)
+                image = decode_upright(base64.b64decode(encoded, validate=False), MAX_PIXELS)
+            except (ValueError, BadImageError) as error:
+                raise InputError(
+                    f"{path}: line {number}: no picture in base64 ({error}); mend the line"
+                ) from None
+            yield name.decode("utf-8", "replace"), image_rules.perceptual_hash(np.asarray(image))
+
+
+def _members(path: str) -> Iterator[tuple[str, bytes | None]]:
+    if path.endswith(".tsv"):
+        yield from tsv_hashes(path)
+    elif path.endswith(".txt") and os.path.isfile(path):
+        for line in store.read_text(path).splitlines():
+            if line.strip():
+                yield line.split("\t")[0].split("#")[0].strip(), None
+    elif os.path.isdir(path):
+        tables = sorted(Path(path).glob("*_imgs.tsv"))
+        for table in tables:
+            yield from tsv_hashes(str(table))
+        if not tables:
+            yield from _pictures(Path(path))
+    else:
+        raise InputError(
+            f"{path}: no evaluation set; give NAME_imgs.tsv, a folder with it or pictures, or a .txt of ids"
+        )
+
+
+def _pictures(folder: Path) -> Iterator[tuple[str, bytes]]:
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in _PICTURES:
+            try:
+                image = decode_upright(path.read_bytes(), MAX_PIXELS)
+            except BadImageError as error:
+                raise InputError(f"{path}: {error}; mend or remove the file") from None
+            yield path.stem, image_rules.perceptual_hash(np.asarray(image))

@@ -1,0 +1,176 @@
+"""Addresses that are not of the public web are refused at every hop; outages and hung workers are noticed."""
+
+import contextlib
+import dataclasses
+import socket
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from data_prep import download
+from data_prep.download import DownloadConfig
+from data_prep.drop_table import with_key, write_table
+from data_prep.public_web import AddressRefusedError, is_public, open_public
+from pipeline.config import build
+from pipeline.records import ConfigError, InputError, Manifest, Shard
+from pipeline.stage import Context, Outcome, Task
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("93.184.216.34", True),
+        ("2606:2800:220:1::1", True),
+        ("127.0.0.1", False),
+        ("127.8.9.1", False),
+        ("0.0.0.0", False),
+        ("10.1.2.3", False),
+        ("172.16.0.1", False),
+        ("192.168.1.1", False),
+        ("169.254.169.254", False),  # metadata service
+        ("100.100.100.200", False),  # another cloud's
+        ("fd00:ec2::254", False),
+        ("224.0.0.1", False),
+        ("::1", False),
+        ("::", False),
+        ("fe80::1%eth0", False),
+        ("::ffff:127.0.0.1", False),  # IPv4 inside IPv6
+        ("64:ff9b::7f00:1", False),
+        ("2002:7f00:1::", False),
+    ],
+)
+def test_public_addresses(address: str, public: bool) -> None:
+    assert is_public(address) is public
+
+
+def test_allowed_networks() -> None:
+    assert is_public("10.1.2.3", ["10.0.0.0/8"])
+    assert not is_public("192.168.1.1", ["10.0.0.0/8"])
+    with pytest.raises(ConfigError, match="allowed_networks"):
+        build(_Holder, {"download": {"allowed_networks": ["ten"]}}, "run.toml")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Holder:
+    download: DownloadConfig
+
+
+class _Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        places = {
+            "/metadata": "http://169.254.169.254/latest/meta-data/",
+            "/loopback": "http://127.0.0.2:1/",
+            "/spelled": "http://2130706434:1/",
+            "/file": "file:///etc/passwd",
+            "/ftp": "ftp://example.org/a",
+            "/round": "/round",
+            "/good": "/end",
+        }
+        location = places.get(self.path)
+        self.send_response(302 if location else 200)
+        if location:
+            self.send_header("Location", location)
+        self.send_header("Content-Length", "0" if location else "3")
+        self.end_headers()
+        if not location:
+            self.wfile.write(b"end")
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as running:
+        threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_address[1]}"
+        running.shutdown()
+
+
+def _get(address: str, allowed: list[str]) -> bytes:
+    with open_public(address, {}, 3, allowed) as response:
+        return bytes(response.read())
+
+
+def test_loopback_is_refused_unless_allowed(server: str) -> None:
+    with pytest.raises(AddressRefusedError, match=r"127\.0\.0\.1, which is not a public address"):
+        _get(f"{server}/end", [])
+    with pytest.raises(AddressRefusedError):
+        _get(server.replace("127.0.0.1", "localhost") + "/end", [])
+    assert _get(f"{server}/end", ["127.0.0.1/32"]) == b"end"
+    assert _get(f"{server}/good", ["127.0.0.1/32"]) == b"end"
+
+
+@pytest.mark.parametrize("path", ["metadata", "loopback", "spelled", "file", "ftp"])
+def test_redirects_to_what_is_not_public_are_refused(server: str, path: str) -> None:
+    with pytest.raises(AddressRefusedError):
+        _get(f"{server}/{path}", ["127.0.0.1/32"])
+
+
+def test_redirects_in_a_circle_end(server: str) -> None:
+    with pytest.raises(OSError, match="more than 5 redirects"):
+        _get(f"{server}/round", ["127.0.0.1/32"])
+
+
+def _download(folder: Path, urls: list[list[str]], config: DownloadConfig) -> dict[str, Outcome]:
+    """The download stage over partitions with these addresses; outcomes by task."""
+    shards = []
+    for number, addresses in enumerate(urls):
+        frame = pl.DataFrame({"url": addresses, "caption": ["一只黑色的猫"] * len(addresses)})
+        table = (
+            with_key(frame.lazy()).with_columns(source=pl.lit("a"), width_px=None, height_px=None).collect()
+        )
+        write_table(table, str(folder / f"dedup/kept/{number:05d}.parquet"))
+        shards.append(Shard(f"kept/{number:05d}.parquet", table.height, 0, str(number)))
+    dedup = Manifest("dedup", 1, "", "", {}, tuple(shards), 0, 0, {})
+    empty = Manifest("corpus", 1, "", "", {}, (), 0, 0, {})
+    context = Context(str(folder), "download", 0, {"corpus": empty, "dedup": dedup})
+    (folder / "download").mkdir()
+    tasks: list[Task] = download.tasks(config, context)
+    done: dict[str, Outcome] = {}
+    with contextlib.closing(iter(download.run_together(config, context, tasks, lambda *_: None))) as outcomes:  # type: ignore[type-var]
+        for task, outcome in outcomes:
+            done[task.name] = outcome
+    return done
+
+
+def test_the_download_refuses_private_addresses_and_says_so(tmp_path: Path, server: str) -> None:
+    urls = [f"{server}/{number}" for number in range(3)] + ["http://169.254.169.254/latest", "http://[::1]/a"]
+    done = _download(tmp_path, [urls], DownloadConfig(processes=1, retries=0, timeout_seconds=2.0))
+    assert done["00000"].dropped == {"address_refused": 5}
+    assert done["00000"].extra["sources"]["a"] == {"in": 5, "kept": 0, "dropped": {"address_refused": 5}}
+
+
+NEAR: dict[str, Any] = {"processes": 1, "retries": 0, "allowed_networks": ("127.0.0.0/8",)}
+
+
+def _dead(part: int) -> list[str]:
+    return [f"http://127.0.0.1:1/{part}/{number}" for number in range(25)]
+
+
+def test_an_outage_stops_the_stage_and_publishes_nothing_of_it(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"the network seems to be down: 100% of partition 00000"):
+        _download(tmp_path, [_dead(0)], DownloadConfig(**NEAR))
+    assert not list(tmp_path.glob("download/pictures/*"))
+
+
+@pytest.mark.slow
+def test_the_watch_for_outages_can_be_switched_off(tmp_path: Path) -> None:
+    done = _download(tmp_path, [_dead(0), _dead(1)], DownloadConfig(**NEAR, outage_share=1.1))
+    assert [done[name].dropped for name in sorted(done)] == [{"connection": 25}] * 2
+
+
+@pytest.mark.slow
+def test_a_hung_worker_is_noticed(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never answers
+        urls = [f"http://127.0.0.1:{silent.getsockname()[1]}/{number}" for number in range(2)]
+        config = DownloadConfig(**NEAR, timeout_seconds=300.0, stall_seconds=40.0)
+        with pytest.raises(InputError, match="wrote nothing for 40 s, so a worker hangs"):
+            _download(tmp_path, [urls], config)
+        silent.settimeout(1)
+        silent.accept()[0].close()  # a worker had indeed asked
