@@ -255,6 +255,8 @@ def _gallery(name: str, folder: str, pictures: Pictures, num_rows: int, paramete
         raise InputError(
             f"{folder}: holds {count} rows, but the metadata has {num_rows}: it is of other embeddings"
         )
+    # a damaged part or a parameter that does not apply is said now, not to the first who searches
+    found(np.full((1, dim), dim**-0.5, dtype=np.float32), 1)
     return Gallery(name, dim, count, pictures, found)
 
 

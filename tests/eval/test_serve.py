@@ -355,6 +355,14 @@ def test_what_does_not_belong_together_is_refused(site: Site, tmp_path: Path) ->
     with pytest.raises(InputError, match="holds 14 rows, but the metadata has 3"):
         open_gallery(site.index_of_shards, **{**shards, "embeddings_folder": str(tmp_path)})
 
+    with pytest.raises(ConfigError, match="search parameters 'nprobe=4'"):
+        open_gallery(site.index_of_shards, **shards, parameters="nprobe=4")
+    shutil.copytree(site.index_of_shards, tmp_path / "index")
+    part = tmp_path / "index" / "parts" / "00001.index"
+    part.write_bytes(part.read_bytes()[:40])
+    with pytest.raises(InputError, match=r"00001\.index: not a readable FAISS index"):
+        open_gallery(str(tmp_path / "index"), **shards)
+
     pictures = site.galleries[0].pictures
     narrow = Gallery("narrow", 5, NUM_PICTURES, pictures, site.galleries[0].search)
     with pytest.raises(InputError, match="narrow: an index of width 5, but tiny-vit gives"):
