@@ -1,11 +1,11 @@
 """A headless Chromium driven through its remote-debugging pipe: no driver and no web socket needed."""
 
-import fcntl
 import json
 import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from types import TracebackType
@@ -13,7 +13,14 @@ from typing import Any, Self
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
-_FIRST_FREE_FD = 20  # Chromium reads commands on 3 and answers on 4: the pipes must not lie there before
+# Chromium reads commands on 3 and answers on 4; moved aside first, since a pipe may lie on the other's place.
+_PLACE_PIPES = """
+import fcntl, os, sys
+reads, answers = (fcntl.fcntl(int(text), fcntl.F_DUPFD_CLOEXEC, 10) for text in sys.argv[1:3])
+os.dup2(reads, 3)
+os.dup2(answers, 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 _SECONDS = 60.0
 
 
@@ -23,20 +30,16 @@ class Chromium:
     def __enter__(self) -> Self:
         assert CHROMIUM is not None
         self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        ends = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE_FD) for end in (*os.pipe(), *os.pipe())]
-        reads, self._to, self._from, answers = ends
-
-        def place_pipes() -> None:
-            os.dup2(reads, 3)
-            os.dup2(answers, 4)
-
+        reads, self._to = os.pipe()
+        self._from, answers = os.pipe()
         self._process = subprocess.Popen(
             [
+                sys.executable, "-c", _PLACE_PIPES, str(reads), str(answers),
                 CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
                 "--no-first-run", "--lang=en-US", "--window-size=1100,900", "--remote-debugging-pipe",
                 f"--user-data-dir={self._folder.name}", "about:blank",
             ],
-            pass_fds=(3, 4), preexec_fn=place_pipes, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            pass_fds=(reads, answers), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         os.close(reads)
         os.close(answers)
