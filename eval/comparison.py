@@ -168,32 +168,41 @@ def compare_classification(
     return found
 
 
+def table_rows(table: Comparison) -> list[tuple[str, ...]]:
+    """The table as words, its header first: ours | interval | paper | difference.
+
+    Other published rows follow only where none is comparable.
+    """
+    others = () if table.paper_model else table.others
+    rows = [("", "ours", "95 % interval", "paper", "difference", *others)]
+    for line in table.lines:
+        shown = line.others if others else ()
+        shown = shown or tuple(None for _ in others)
+        rows.append(
+            (
+                line.label,
+                _value(line.ours),
+                _interval(line.ours),
+                _number(line.paper),
+                _signed(line.difference),
+                *(_number(value) for value in shown),
+            )
+        )
+    return rows
+
+
 def to_text(tables: Sequence[Comparison]) -> str:
-    """Aligned columns ours | paper | difference; other published rows only where none is comparable."""
+    """Aligned columns of `table_rows`, and the notes."""
     blocks = []
     for table in tables:
-        others = () if table.paper_model else table.others
-        rows = [("", "ours", "95 % interval", "paper", "difference", *others)]
-        for line in table.lines:
-            shown = line.others if others else ()
-            shown = shown or tuple(None for _ in others)
-            rows.append(
-                (
-                    line.label,
-                    _value(line.ours),
-                    _interval(line.ours),
-                    _number(line.paper),
-                    _signed(line.difference),
-                    *(_number(value) for value in shown),
-                )
-            )
+        rows = table_rows(table)
         text = align(rows, (False, *[True] * (len(rows[0]) - 1)))
         blocks.append("\n".join([table.heading, text, *(f"note: {note}" for note in table.notes)]))
     return "\n\n".join(blocks)
 
 
-def to_json(tables: Sequence[Comparison], facts: Mapping[str, Any]) -> str:
-    """Everything, with the other published rows by name."""
+def records(tables: Sequence[Comparison]) -> list[dict[str, Any]]:
+    """The tables as plain values, with differences and with the other published rows by name."""
     body = []
     for table in tables:
         record = asdict(table)
@@ -203,7 +212,12 @@ def to_json(tables: Sequence[Comparison], facts: Mapping[str, Any]) -> str:
             found["others"] = dict(zip(table.others, line.others, strict=False))
         del record["others"]
         body.append(record)
-    return json.dumps({**facts, "tables": body}, ensure_ascii=False, indent=1)
+    return body
+
+
+def to_json(tables: Sequence[Comparison], facts: Mapping[str, Any]) -> str:
+    """`records` beside the facts."""
+    return json.dumps({**facts, "tables": records(tables)}, ensure_ascii=False, indent=1)
 
 
 def to_csv(tables: Sequence[Comparison]) -> str:

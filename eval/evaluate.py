@@ -199,6 +199,31 @@ def _retrieval(
     for side, name in EMBEDDING_FOLDERS.items():
         build_index(store.join(folder, name, f"{name}_0.npy"), store.join(folder, f"{side}.index"))
     retrieve(evaluation, folder, folder, folder, image_to_text=both)
+    return compare_set(
+        evaluation,
+        source.protocol,
+        folder,
+        setup=options.setup,
+        model=model,
+        paper_model=paper_model,
+    )
+
+
+def compare_set(
+    evaluation: EvaluationSet,
+    protocol_id: str,
+    folder: str,
+    *,
+    setup: Setup,
+    model: str,
+    paper_model: str | None,
+) -> Comparison:
+    """A set's recalls with intervals beside its table of the paper, from the features in `folder`.
+
+    Counts that are not the protocol's, and ids that are no protocol's, are not compared.
+    """
+    protocol = retrieval_protocol(protocol_id)
+    both = protocol is None or protocol.image_to_text
     scores = retrieval_intervals(evaluation, folder, image_to_text=both)
     notes = list[str]()
     if protocol is not None:
@@ -216,10 +241,10 @@ def _retrieval(
             )
     differs = protocol is None or any("not comparable" in note for note in notes)
     return compare_retrieval(
-        source.protocol,
+        protocol_id,
         scores,
-        protocol=None if differs else source.protocol,
-        setup=options.setup,
+        protocol=None if differs else protocol_id,
+        setup=setup,
         model=model,
         paper_model=paper_model,
         notes=notes,

@@ -1,5 +1,6 @@
 """A model ready to turn texts and pictures into features: the one place where evaluation loads weights."""
 
+import io
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pipeline.records import ConfigError, InputError
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
 
     from training.model.encoder import Encoder as TextAndImageEncoder
 
@@ -82,6 +84,23 @@ class Encoder:
         feature_ND = np.concatenate(features)
         check_vectors(feature_ND, "image features")
         return feature_ND, np.array(kept, dtype=np.int64)
+
+    def picture(self, image: "Image.Image") -> Float32Array:
+        """Unit-norm feature [dim] of one RGB picture that is decoded already."""
+        import torch
+        from PIL import Image
+
+        from training.model.preprocess import preprocess
+
+        # `preprocess` takes files; squashed by its own filter beforehand, what it is given is small
+        side_px = self.model.config.vision.image_size_px
+        file = io.BytesIO()
+        image.resize((side_px, side_px), Image.Resampling.BICUBIC).save(file, "BMP")
+        with torch.inference_mode():
+            image_BCHW = preprocess([file.getvalue()], side_px)
+            feature_BD = self._numpy(self.model.encode_image(self._device(image_BCHW)))
+        feature_D: Float32Array = feature_BD[0]
+        return feature_D
 
     def _decoded(self, pictures: Sequence[Picture]) -> "Iterator[tuple[list[int], torch.Tensor]]":
         import torch

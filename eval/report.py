@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from eval.charts import Series, line_chart
+from eval.comparison import Comparison, records, table_rows
 from eval.datasets.cnclip_tsv import EvaluationSet
 from eval.metrics import RecallAtK, RetrievalScores
 from eval.retrieval import read_predictions
@@ -143,6 +144,7 @@ class ReportData:
     recall: tuple[RecallPoint, ...]
     galleries: tuple[Gallery, ...]
     planted: tuple[PlantedClass, ...]  # empty where nothing was planted
+    comparisons: tuple[Comparison, ...] = ()  # sets of the paper, the final model beside its figures
 
 
 def write_report(data: ReportData, html_path: str, json_path: str) -> None:
@@ -160,6 +162,7 @@ def report_json(data: ReportData) -> dict[str, Any]:
             name: {kind: dict(scores) for kind, scores in baselines.items()}
             for name, baselines in data.baselines.items()
         },
+        "comparisons": records(data.comparisons),
         "funnel": [
             {
                 "stage": step.stage,
@@ -282,6 +285,7 @@ def render_html(data: ReportData) -> str:
         data=data,
         cards=_cards(data),
         headline_rows=_headline_rows(data),
+        comparison_rows=[(table, table_rows(table)) for table in data.comparisons],
         values=_values,
         training_charts=[(title, Markup(svg)) for title, svg in _training_charts(data)],
         recall_charts=[

@@ -12,6 +12,7 @@ from pipeline.records import InputError
 from pipeline.stage import Context, Outcome, Progress, Task
 
 if TYPE_CHECKING:
+    from eval.comparison import Comparison
     from eval.report import ReportData
 
 
@@ -287,6 +288,28 @@ def _report_data(config: ReportConfig, context: Context) -> "ReportData":
             PlantedClass(item.name, item.stage, item.fate, item.planted, item.counted)
             for item in count_planted(context)
         ),
+        comparisons=comparisons(config, context),
+    )
+
+
+def comparisons(config: ReportConfig, context: Context) -> "tuple[Comparison, ...]":
+    """The final model beside the paper on each evaluation set that is named as one of its protocols."""
+    from eval.datasets.cnclip_tsv import read_evaluation
+    from eval.evaluate import compare_set
+    from eval.published import PAPER_MODELS, retrieval_protocol
+
+    final = config.score.stages[-1]
+    return tuple(
+        compare_set(
+            read_evaluation(item.folder, item.name),
+            item.name,
+            context.path_in("embed", _folder(item.name, final)),
+            setup="zero-shot",
+            model=config.model,
+            paper_model=PAPER_MODELS.get(config.model),
+        )
+        for item in evaluations_of(context)
+        if retrieval_protocol(item.name) is not None
     )
 
 

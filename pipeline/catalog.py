@@ -241,7 +241,7 @@ def make_run(config: RunConfig) -> Run:
         Stage(
             name="report",
             title="one HTML page and report.json",
-            version=1,
+            version=2,
             config=evaluation_stages.ReportConfig(
                 score=scores,
                 model=config.model.name,

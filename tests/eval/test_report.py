@@ -11,11 +11,16 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from evaluation_files import small_evaluation
 
+from eval import evaluate
+from eval.bootstrap import Measured
+from eval.comparison import Comparison, Line
 from eval.datasets.cnclip_tsv import read_evaluation
 from eval.metrics import RetrievalScores
+from eval.published import RetrievalProtocol
 from eval.report import (
     Counts,
     FunnelStep,
@@ -33,7 +38,9 @@ from eval.report import (
     render_html,
     write_report,
 )
-from pipeline.records import InputError
+from eval.stages import ReportConfig, ScoreConfig, comparisons
+from pipeline.records import InputError, Manifest, Shard
+from pipeline.stage import Context
 
 HOSTILE = "<script>document.title='owned'</script><img src=http://evil.invalid/x.png onerror=alert(1)>"
 
@@ -83,6 +90,18 @@ def make_data() -> ReportData:
         planted=(
             PlantedClass("english", "filter_text", "language", 20, 20),
             PlantedClass(HOSTILE, "download", "http_404", 5, 4),
+        ),
+        comparisons=(
+            Comparison(
+                4,
+                f"COCO-CN {HOSTILE}",
+                "zero-shot",
+                "RN50",
+                "CN-CLIP RN50",
+                (Line("text-to-image R@1", Measured(50.0, 48.25, 51.75), 48.1), Line(HOSTILE, None, None)),
+                ("Wukong",),
+                (HOSTILE,),
+            ),
         ),
     )
 
@@ -138,6 +157,8 @@ def test_sections_say_what_the_data_says() -> None:
     assert "chance 0.08 10.1 20.1" in text
     assert "1 of 2 classes did not meet their written fate." in text
     assert "no right picture among the first 10" in text
+    assert "text-to-image R@1 50.0 48.2 … 51.8 48.1 +1.9" in text
+    assert "Table 4, COCO-CN" in text
 
 
 def test_same_data_same_bytes() -> None:
@@ -146,10 +167,10 @@ def test_same_data_same_bytes() -> None:
 
 def test_a_run_without_planted_dirt_curves_or_pictures_has_no_such_sections() -> None:
     data = dataclasses.replace(
-        make_data(), planted=(), training=(), recall=(), galleries=(), funnel=(), baselines={}
+        make_data(), planted=(), training=(), recall=(), galleries=(), funnel=(), baselines={}, comparisons=()
     )
     ids = {attributes.get("id") for _, attributes in Page(render_html(data)).tags}
-    assert ids & {"planted", "training", "gallery", "funnel"} == set()
+    assert ids & {"planted", "training", "gallery", "funnel", "paper"} == set()
     assert {"scores", "stages", "facts"} <= ids
 
 
@@ -166,7 +187,9 @@ def test_json_has_the_fixed_form(tmp_path: Path) -> None:
     data = make_data()
     write_report(data, str(tmp_path / "r/report.html"), str(tmp_path / "r/report.json"))
     report = json.loads((tmp_path / "r/report.json").read_text())
-    assert set(report) == {"evaluations", "baselines", "funnel", "stages"}
+    assert set(report) == {"evaluations", "baselines", "comparisons", "funnel", "stages"}
+    line = report["comparisons"][0]["lines"][0]
+    assert (line["paper"], line["difference"]["value"]) == (48.1, pytest.approx(1.9))
     assert report["evaluations"]["表情"] == scores(24.0)
     assert report["evaluations"]["表情/stage1"]["t2i"] == {"r1": 15.5, "r5": 25.5, "r10": 35.5}
     assert set(report["baselines"]["表情"]) == {"chance", "pixel"}
@@ -222,6 +245,35 @@ def test_training_metrics_are_read_and_bad_lines_named(tmp_path: Path) -> None:
     path.write_text(json.dumps(step) + "\n{}\n")
     with pytest.raises(InputError, match=r"metrics\.jsonl:2: neither"):
         read_training_metrics(str(path), "stage1")
+
+
+def test_a_set_of_the_paper_stands_beside_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features under which each text finds its picture, but for text 0, which has two."""
+    shards = []
+    for name in ("coco-cn-test", "mine"):
+        small_evaluation(tmp_path / "corpus" / name, name, count=14)
+        for side in ("img", "text"):
+            folder = tmp_path / "embed" / name / "stage2" / f"{side}_emb"
+            folder.mkdir(parents=True)
+            np.save(folder / f"{side}_emb_0.npy", np.eye(14, 16, dtype=np.float32))
+        shards += [Shard(f"{name}/{name}{end}", 14, 1, "") for end in ("_imgs.tsv", "_texts.jsonl")]
+    extra = {"0": {"evaluations": {"coco-cn-test": "coco-cn-test", "mine": "mine"}}}
+    corpus = Manifest("corpus", 1, "", "", {}, tuple(shards), 0, 0, {}, extra)
+    context = Context(str(tmp_path), "report", 0, {"corpus": corpus})
+    score = ScoreConfig(stages=("stage1", "stage2"), vocabulary=None, context_length=52)
+    config = ReportConfig(score=score, model="RN50", training_stages=(), titles={})
+
+    (small,) = comparisons(config, context)
+    assert (small.number, small.lines[0].paper) == (None, None)
+    assert "coco-cn-test: 14 images, but the protocol has 1000: not comparable" in small.notes[0]
+
+    pinned = RetrievalProtocol(id="coco-cn-test", title="x", images=14, texts=14, image_to_text=True)
+    monkeypatch.setattr(evaluate, "retrieval_protocol", lambda name: pinned)
+    (table,) = comparisons(config, context)
+    assert (table.number, table.paper_model) == (4, "CN-CLIP RN50")
+    assert table.lines[0].ours is not None
+    assert table.lines[0].ours.value == pytest.approx(100.0)
+    assert table.lines[0].paper == 48.1
 
 
 CHROMIUM = next(

@@ -1,0 +1,309 @@
+"""Galleries that can be searched: an index, what each of its rows shows, and the picture behind the row.
+
+Pictures come from an evaluation set in Chinese-CLIP's layout or from shards (by offset in the tar): rows of
+an index are looked up in its metadata (`metadata/metadata_N.parquet`, clip-retrieval's layout), by the column
+`image_id` in the first case and `key` in the second. No path in this module comes from the one who searches.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from eval.datasets.cnclip_tsv import EvaluationSet, read_evaluation
+from eval.evaluate import RetrievalSource, find_sets, sets_of_run
+from eval.index import read_index, search
+from eval.large_index import PartedIndex
+from eval.model import Checkpoint
+from pipeline import store
+from pipeline.records import ConfigError, InputError
+
+if TYPE_CHECKING:
+    import polars as pl
+
+Float32Array = npt.NDArray[np.float32]
+Int64Array = npt.NDArray[np.int64]
+Found = tuple[npt.NDArray[Any], Int64Array]  # scores and rows [1, k], best first; rows not found are -1
+
+MAX_CAPTION_CHARACTERS = 500  # of one caption that is shown
+_MAX_CAPTIONS = 5  # of one picture that are shown
+_MAX_PICTURE_BYTES = 64 << 20  # of a picture in a shard: a damaged sidecar must not ask for gigabytes
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What is said about a picture. All of it is text from outside: show it as text."""
+
+    captions: tuple[str, ...]
+    source: str
+    url: str  # empty where none is known
+
+
+class Pictures(Protocol):
+    """Row of an index → what it shows."""
+
+    def describe(self, row: int) -> Description: ...
+
+    def read(self, row: int) -> bytes:
+        """The encoded picture. Raises InputError where it is not there or damaged."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Gallery:
+    """An index with the pictures that its rows stand for."""
+
+    name: str
+    dim: int
+    num_rows: int
+    pictures: Pictures
+    search: Callable[[Float32Array, int], Found]  # one query [1, dim] and k ≤ num_rows
+
+    def nearest(self, feature_D: Float32Array, k: int) -> list[tuple[int, float]]:
+        """(row, cosine similarity) of the k best rows, best first; fewer where the index finds fewer."""
+        scores_1K, rows_1K = self.search(feature_D[None], min(k, self.num_rows))
+        pairs = zip(rows_1K[0].tolist(), scores_1K[0].tolist(), strict=True)
+        return [(row, score) for row, score in pairs if row >= 0]
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationPictures:
+    """Pictures of an evaluation set, with every text that names them."""
+
+    evaluation: EvaluationSet
+    rows: Int64Array  # [num_rows], row in the set of each row of the index
+    texts_of_image: tuple[Int64Array, ...]
+
+    @classmethod
+    def of(cls, evaluation: EvaluationSet, image_ids: Int64Array) -> "EvaluationPictures":
+        """`image_ids` [num_rows] are ids of the set, one for each row of the index."""
+        rows = np.searchsorted(evaluation.image_ids, image_ids)
+        return cls(evaluation, rows, evaluation.texts_of_image)
+
+    def describe(self, row: int) -> Description:
+        image = self.rows[row]
+        texts = [self.evaluation.texts[text] for text in self.texts_of_image[image][:_MAX_CAPTIONS]]
+        source = f"{self.evaluation.name}, image {self.evaluation.image_ids[image]}"
+        return Description(tuple(map(_shortened, texts)), source, "")
+
+    def read(self, row: int) -> bytes:
+        return next(self.evaluation.image_bytes([int(self.rows[row])]))
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPictures:
+    """Pictures of shards. Held in memory are 8 bytes a row: captions and places are read when asked for."""
+
+    sidecars: tuple[str, ...]  # the Parquet files beside the tars
+    first_places: Int64Array  # [num_sidecars + 1], place of each sidecar's first sample
+    places: Int64Array  # [num_rows], place in the sequence of all samples; -1 for a key that no shard holds
+
+    @classmethod
+    def of(cls, folder: str, keys: "pl.Series") -> "ShardPictures":
+        """Look up `keys` (one a row of the index) in the shards of a folder.
+
+        Raises InputError for a folder without shards, a sidecar without keys, and where no key is found.
+        """
+        import polars as pl
+
+        names = set(store.list_files(folder))
+        stems = sorted(name.removesuffix(".tar") for name in names if name.endswith(".tar"))
+        sidecars = [store.join(folder, f"{stem}.parquet") for stem in stems if f"{stem}.parquet" in names]
+        if not sidecars:
+            raise InputError(f"{folder}: holds no shards (<name>.tar with <name>.parquet)")
+        try:
+            counts = [int(pl.scan_parquet(path).select(pl.len()).collect().item()) for path in sidecars]
+            known = pl.scan_parquet(sidecars).select("key").with_row_index("place")
+            places = (
+                keys.cast(pl.String).alias("key").to_frame().lazy()
+                .join(known.unique("key", keep="first"), on="key", how="left", maintain_order="left")
+                .select(pl.col("place").cast(pl.Int64).fill_null(-1))
+                .collect()["place"].to_numpy()
+            )  # fmt: skip
+        except (OSError, pl.exceptions.PolarsError) as error:
+            raise InputError(f"{folder}: the sidecars cannot be read ({_first_line(error)})") from None
+        if (places < 0).all():
+            raise InputError(
+                f"{folder}: none of the index's {len(keys)} keys is in these shards; give --pictures FOLDER"
+            )
+        return cls(tuple(sidecars), np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]), places)
+
+    def describe(self, row: int) -> Description:
+        if self.places[row] < 0:
+            return Description((), "not in these shards", "")
+        sidecar, sample = self._sample(row)
+        shard = Path(sidecar).stem
+        where = f"shard {shard}, {sample['key']}"
+        source = f"{sample['source']}, {where}" if sample.get("source") else where
+        return Description((_shortened(sample.get("caption") or ""),), source, sample.get("url") or "")
+
+    def read(self, row: int) -> bytes:
+        if self.places[row] < 0:
+            raise InputError(f"row {row} of the index is in no shard")
+        sidecar, sample = self._sample(row)
+        path = f"{sidecar.removesuffix('.parquet')}.tar"
+        size_bytes, offset_bytes = sample.get("size_bytes"), sample.get("offset_bytes")
+        if size_bytes is None or offset_bytes is None or not 0 < size_bytes <= _MAX_PICTURE_BYTES:
+            raise InputError(f"{sidecar}: {sample['key']}: no place of a picture; build the shard again")
+        with store.open_read(path) as file:
+            file.seek(offset_bytes)
+            data = bytes(file.read(size_bytes))
+        if len(data) < size_bytes:
+            raise InputError(f"{path}: ends inside {sample['key']}.jpg; build the shard again")
+        return data
+
+    def _sample(self, row: int) -> tuple[str, dict[str, Any]]:
+        import polars as pl
+
+        place = self.places[row]
+        number = int(np.searchsorted(self.first_places, place, side="right")) - 1
+        within = int(place - self.first_places[number])
+        path = self.sidecars[number]
+        columns = ("key", "offset_bytes", "size_bytes", "caption", "source", "url")
+        table = pl.scan_parquet(path)
+        known = [name for name in columns if name in table.collect_schema().names()]
+        return path, table.select(known).slice(within, 1).collect().row(0, named=True)
+
+
+def galleries_of_run(checkpoint: Checkpoint, target: str) -> list[Gallery]:
+    """The indices of the run's `index` stage that belong to this checkpoint, one for each evaluation set.
+
+    Raises InputError where the stage has not indexed that model.
+    """
+    if checkpoint.run_folder is None:
+        raise ConfigError(f"{target}: a lone file has no index; give --index FOLDER")
+    stage = Path(checkpoint.path).parent.name
+    galleries = []
+    for source in sets_of_run(checkpoint.run_folder).retrieval:
+        indices, features = (
+            store.join(checkpoint.run_folder, name, source.name, stage) for name in ("index", "embed")
+        )
+        if store.exists(store.join(indices, "image.index")):
+            image_ids = _metadata(features, ("image_id",))["image_id"].to_numpy()
+            evaluation = read_evaluation(source.folder, source.name)
+            if not np.isin(image_ids, evaluation.image_ids).all():
+                raise InputError(f"{features}: of another set than {source.folder}; embed again")
+            pictures = EvaluationPictures.of(evaluation, image_ids)
+            galleries.append(_gallery(source.name, indices, pictures, len(image_ids), ""))
+    if not galleries:
+        raise InputError(
+            f"{checkpoint.run_folder}: the run has not indexed {stage}; first give: cnclip run {target},"
+            " or give --index FOLDER"
+        )
+    return galleries
+
+
+def open_gallery(
+    index_folder: str,
+    *,
+    embeddings_folder: str | None = None,
+    pictures_folder: str | None = None,
+    run_folder: str | None = None,
+    parameters: str = "",
+) -> Gallery:
+    """A gallery of what `cnclip index` wrote, or of a folder with `image.index` as `cnclip eval` writes it.
+
+    `embeddings_folder` is the folder that was indexed (default: the index's own): its `metadata/` says what
+    each row is. Pictures are looked up in `pictures_folder` (shards, or evaluation sets), by default in the
+    run's. `parameters` is FAISS's search string, such as `nprobe=16`.
+
+    Raises InputError where one of them is missing or of something else, ConfigError where it is not clear
+    which set or folder is meant.
+    """
+    metadata_folder = embeddings_folder or index_folder
+    metadata = _metadata(metadata_folder, ("key", "image_id"))
+    if pictures_folder is None and run_folder is None:
+        raise ConfigError(f"{index_folder}: give --pictures FOLDER, with the shards or the evaluation sets")
+    pictures: Pictures
+    if "key" in metadata.columns:
+        shards = pictures_folder or store.join(str(run_folder), "shards")
+        pictures = ShardPictures.of(shards, metadata["key"])
+    else:
+        sources = (
+            find_sets(pictures_folder).retrieval
+            if pictures_folder is not None
+            else sets_of_run(str(run_folder)).retrieval
+        )
+        image_ids = metadata["image_id"].to_numpy()
+        pictures = EvaluationPictures.of(_set_of(image_ids, sources, metadata_folder), image_ids)
+    name = Path(index_folder).resolve().name
+    return _gallery(name, index_folder, pictures, metadata.height, parameters)
+
+
+def _gallery(name: str, folder: str, pictures: Pictures, num_rows: int, parameters: str) -> Gallery:
+    found: Callable[[Float32Array, int], Found]
+    if store.exists(store.join(folder, "image.index")):
+        if parameters:
+            raise ConfigError(f"{folder}: search parameters apply to an index by `cnclip index`")
+        whole = read_index(store.join(folder, "image.index"))
+        dim, count = int(whole.d), int(whole.ntotal)
+
+        def found(query_1D: Float32Array, k: int) -> Found:
+            return search(whole, query_1D, k)
+    else:
+        parted = PartedIndex.open(folder)
+        dim, count = parted.dim, parted.num_rows
+
+        def found(query_1D: Float32Array, k: int) -> Found:
+            return parted.search(query_1D, k, parameters=parameters)
+
+    if count != num_rows:
+        raise InputError(
+            f"{folder}: holds {count} rows, but the metadata has {num_rows}: it is of other embeddings"
+        )
+    # a damaged part or a parameter that does not apply is said now, not to the first who searches
+    found(np.full((1, dim), dim**-0.5, dtype=np.float32), 1)
+    return Gallery(name, dim, count, pictures, found)
+
+
+def _metadata(folder: str, columns: Sequence[str]) -> "pl.DataFrame":
+    """The first of `columns` that the metadata has, rows of all files in order of their numbers."""
+    import polars as pl
+
+    place = store.join(folder, "metadata")
+    names = [name for name in store.list_files(place) if re.fullmatch(r"metadata_\d+\.parquet", name)]
+    if not names:
+        raise InputError(
+            f"{place}: holds no metadata_0.parquet; give --embeddings FOLDER, the folder that was indexed"
+        )
+    names.sort(key=lambda name: int(re.findall(r"\d+", name)[0]))
+    paths = [store.join(place, name) for name in names]
+    try:
+        table = pl.scan_parquet(paths)
+        known = table.collect_schema().names()
+        for column in columns:
+            if column in known:
+                return table.select(column).collect()
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise InputError(f"{place}: cannot be read ({_first_line(error)}); embed again") from None
+    raise InputError(
+        f"{paths[0]}: has no column {' or '.join(columns)} to find pictures by; found: {', '.join(known)}"
+    )
+
+
+def _set_of(image_ids: Int64Array, sources: Sequence[RetrievalSource], where: str) -> EvaluationSet:
+    """The one set that holds all these pictures; of several, the one that holds no others."""
+    sets = [read_evaluation(source.folder, source.name) for source in sources]
+    fitting = [item for item in sets if np.isin(image_ids, item.image_ids).all()]
+    exact = [item for item in fitting if item.num_images == len(np.unique(image_ids))]
+    choice = exact or fitting
+    if not choice:
+        raise InputError(f"{where}: no evaluation set holds its pictures; give --pictures FOLDER")
+    if len(choice) > 1:
+        raise ConfigError(
+            f"{where}: its image ids fit {', '.join(item.name for item in choice)} alike; give --pictures"
+            " FOLDER with the right set alone"
+        )
+    return choice[0]
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_CAPTION_CHARACTERS else f"{text[: MAX_CAPTION_CHARACTERS - 1]}…"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

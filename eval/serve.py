@@ -1,0 +1,380 @@
+"""The search page: a small HTTP server over galleries and one model.
+
+    GET  /                                the page, `serve.html`
+    GET  /api/about                       model, galleries, limits
+    GET  /api/search?q=TEXT               pictures nearest to a text
+    POST /api/search                      pictures nearest to the picture in the body
+    GET  /picture?gallery=N&row=N         a small JPEG of one row
+
+Searches take `gallery` (number), `k` and `min_score` (cosine) as well, and answer with
+`{"results": [{"row", "score", "captions", "source", "url"}], "note"}`; refusals with `{"error"}`.
+
+What a client can send is a text, a picture and numbers, never a path. Pictures are judged by their header
+before a pixel is decoded, and those of a gallery are decoded and encoded anew, so that no byte of a corpus
+from the web reaches the browser as it came. Bound to loopback, the server answers only to loopback names: a
+page elsewhere whose name was pointed at this machine cannot read it.
+"""
+
+import base64
+import hashlib
+import io
+import ipaddress
+import json
+import math
+import re
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import numpy as np
+import numpy.typing as npt
+
+from data_prep.resize import BadImageError, decode_upright
+from eval.gallery import Gallery
+from eval.model import Encoder
+from pipeline.records import ConfigError, InputError
+
+Float32Array = npt.NDArray[np.float32]
+
+MAX_UPLOAD_BYTES = 16 << 20
+MAX_PIXELS = 40_000_000  # of one picture, as its header promises
+MAX_QUERY_CHARACTERS = 1000
+MAX_RESULTS = 200
+_DEFAULT_RESULTS = 24
+_THUMBNAIL_PX = 320
+_SILENT_SECONDS = 30  # a client that says nothing for so long is let go
+_DECODES_AT_ONCE = 4  # pictures of galleries; bounds the memory that many requests at once can take
+
+Answer = tuple[HTTPStatus, str, bytes]  # status, media type, body
+
+
+class Refusal(Exception):
+    """A request that is not answered: an HTTP status and one line for the person who asked."""
+
+    def __init__(self, status: HTTPStatus, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True, slots=True)
+class Searcher:
+    """One model over galleries of its own features. Raises InputError for a gallery of another width."""
+
+    encoder: Encoder
+    galleries: Sequence[Gallery]
+
+    def __post_init__(self) -> None:
+        dim = self.encoder.model.config.embed_dim
+        for gallery in self.galleries:
+            if gallery.dim != dim:
+                raise InputError(
+                    f"{gallery.name}: an index of width {gallery.dim}, but {self.encoder.name} gives {dim}:"
+                    " it is of another model"
+                )
+
+    def about(self) -> dict[str, Any]:
+        return {
+            "model": self.encoder.name,
+            "galleries": [{"name": item.name, "rows": item.num_rows} for item in self.galleries],
+            "max_upload_bytes": MAX_UPLOAD_BYTES,
+            "max_pixels": MAX_PIXELS,
+        }
+
+    def text_feature(self, text: str) -> tuple[Float32Array, str]:
+        """(feature [dim], a note where the text was cut). Refusal for a text that is empty or too long."""
+        text = text.strip()
+        if not text:
+            raise Refusal(HTTPStatus.BAD_REQUEST, "type a text or give a picture")
+        if len(text) > MAX_QUERY_CHARACTERS:
+            raise Refusal(HTTPStatus.BAD_REQUEST, f"at most {MAX_QUERY_CHARACTERS} characters")
+        length = self.encoder.context_length
+        cut = self.encoder.tokenizer.num_truncated([text], length)
+        note = f"only the first {length - 2} word pieces were used" if cut else ""
+        feature_D: Float32Array = self.encoder.texts([text])[0]
+        return feature_D, note
+
+    def picture_feature(self, data: bytes) -> Float32Array:
+        """Feature [dim] of an encoded picture from a stranger. Refusal where it is none or too large."""
+        try:
+            return self.encoder.picture(decode_upright(data, MAX_PIXELS))
+        except BadImageError as error:
+            raise Refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"not a picture for us: {error}") from None
+
+    def results(self, number: int, feature_D: Float32Array, k: int, min_score: float) -> list[dict[str, Any]]:
+        """What the page shows of the nearest rows of a gallery, best first."""
+        gallery = self.galleries[number]
+        found = []
+        for row, score in gallery.nearest(feature_D, k):
+            if score >= min_score:
+                facts = gallery.pictures.describe(row)
+                found.append(
+                    {
+                        "row": row,
+                        "score": round(score, 6),
+                        "captions": facts.captions,
+                        "source": facts.source,
+                        "url": facts.url,
+                    }
+                )
+        return found
+
+    def thumbnail(self, number: int, row: int) -> bytes:
+        """A JPEG of at most 320 px. Refusal where the gallery's picture cannot be decoded."""
+        from PIL import Image
+
+        try:
+            small = decode_upright(self.galleries[number].pictures.read(row), MAX_PIXELS)
+        except BadImageError as error:
+            raise Refusal(HTTPStatus.NOT_FOUND, f"row {row} cannot be decoded: {error}") from None
+        small.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX), Image.Resampling.LANCZOS, reducing_gap=3.0)
+        file = io.BytesIO()
+        small.save(file, "JPEG", quality=88, subsampling=0)
+        return file.getvalue()
+
+
+class SearchServer(ThreadingHTTPServer):
+    """Answers until it is shut down; `port` 0 takes a free one, see `server_port`.
+
+    Raises ConfigError where the address cannot be bound.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, searcher: Searcher, host: str = "127.0.0.1", port: int = 8000) -> None:
+        self.searcher = searcher
+        self.computing = threading.Lock()  # one search at a time: torch uses every core for one already
+        self.decoding = threading.BoundedSemaphore(_DECODES_AT_ONCE)
+        self.page = (Path(__file__).parent / "serve.html").read_bytes()
+        self.page_headers = _headers(self.page)
+        if ":" in host:
+            self.address_family = socket.AF_INET6
+        try:
+            super().__init__((host, port), _Handler)
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(
+                f"{host}, port {port}: {reason}; give another --host or --port (0 takes a free one)"
+            ) from None
+        self.names = _loopback_names(host)
+
+    @property
+    def url(self) -> str:
+        host = str(self.server_address[0])
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.server_port}/"
+
+    @property
+    def is_local(self) -> bool:
+        """True where only this machine can reach it."""
+        return self.names is not None
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: SearchServer
+    protocol_version = "HTTP/1.1"
+    server_version, sys_version = "cnclip", ""
+    timeout = _SILENT_SECONDS
+
+    def do_GET(self) -> None:
+        self._answer(
+            {
+                "/": self._page,
+                "/api/about": self._about,
+                "/api/search": self._search_text,
+                "/picture": self._picture,
+            }
+        )
+
+    def do_POST(self) -> None:
+        self._answer({"/api/search": self._search_picture})
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: what people search for is theirs."""
+
+    def _answer(self, routes: Mapping[str, Callable[[dict[str, str]], Answer]]) -> None:
+        self.unread_bytes = self._announced()
+        try:
+            self._check_origin()
+            parts = urlsplit(self.path)
+            if parts.path not in routes:
+                raise Refusal(HTTPStatus.NOT_FOUND, "no such page")
+            status, kind, body = routes[parts.path](_fields(parts.query))
+        except Refusal as refusal:
+            status, kind, body = _json({"error": str(refusal)}, refusal.status)
+        except (ConnectionError, TimeoutError):
+            self.close_connection = True
+            return
+        except InputError as error:  # names files of this machine: for the one who started the server
+            print(f"error: {error}", file=sys.stderr)
+            status, kind, body = _json(
+                {"error": "the gallery is damaged; the server's terminal says where"},
+                HTTPStatus.INTERNAL_SERVER_ERROR,
+            )
+        except Exception:
+            traceback.print_exc()
+            status, kind, body = _json({"error": "the search failed"}, HTTPStatus.INTERNAL_SERVER_ERROR)
+        self._send(status, kind, body)
+
+    def _send(self, status: HTTPStatus, kind: str, body: bytes) -> None:
+        if self.unread_bytes:
+            self.close_connection = True
+        self.send_response(status)
+        for name, value in self.server.page_headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        try:
+            self.wfile.write(body)
+            self.wfile.flush()
+            self._drain()
+        except (ConnectionError, TimeoutError):
+            self.close_connection = True
+
+    def _drain(self) -> None:
+        """Read what a refused client still sends, within reason: else it sees a reset, not the refusal."""
+        left = min(self.unread_bytes, 4 * MAX_UPLOAD_BYTES)
+        while left > 0 and (chunk := self.rfile.read(min(left, 1 << 16))):
+            left -= len(chunk)
+
+    def _announced(self) -> int:
+        """Bytes of the body that the client announces."""
+        text = self.headers.get("Content-Length", "0")
+        if re.fullmatch(r"[0-9]{1,15}", text) and "Transfer-Encoding" not in self.headers:
+            return int(text)
+        self.close_connection = True  # where such a request ends is anybody's guess
+        return 0
+
+    def _check_origin(self) -> None:
+        names = self.server.names
+        if names is not None and _host_name(self.headers.get("Host", "")) not in names:
+            raise Refusal(HTTPStatus.FORBIDDEN, "this page answers to this machine's own name only")
+        origin = self.headers.get("Origin")
+        if origin is not None and urlsplit(origin).netloc != self.headers.get("Host"):
+            raise Refusal(HTTPStatus.FORBIDDEN, "asked by another site")
+
+    def _page(self, fields: dict[str, str]) -> Answer:
+        return HTTPStatus.OK, "text/html; charset=utf-8", self.server.page
+
+    def _about(self, fields: dict[str, str]) -> Answer:
+        return _json(self.server.searcher.about())
+
+    def _search_text(self, fields: dict[str, str]) -> Answer:
+        with self.server.computing:
+            feature_D, note = self.server.searcher.text_feature(fields.get("q", ""))
+            return self._results(fields, feature_D, note)
+
+    def _search_picture(self, fields: dict[str, str]) -> Answer:
+        data = self._body()
+        with self.server.computing:
+            return self._results(fields, self.server.searcher.picture_feature(data), "")
+
+    def _body(self) -> bytes:
+        if "Content-Length" not in self.headers or "Transfer-Encoding" in self.headers:
+            raise Refusal(HTTPStatus.LENGTH_REQUIRED, "send the picture with its length")
+        if self.unread_bytes > MAX_UPLOAD_BYTES:
+            raise Refusal(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"at most {MAX_UPLOAD_BYTES >> 20} MiB a picture"
+            )
+        if self.unread_bytes == 0:
+            raise Refusal(HTTPStatus.BAD_REQUEST, "type a text or give a picture")
+        data = self.rfile.read(self.unread_bytes)
+        if len(data) < self.unread_bytes:
+            raise ConnectionError("the client left")
+        self.unread_bytes = 0
+        return data
+
+    def _results(self, fields: dict[str, str], feature_D: Float32Array, note: str) -> Answer:
+        searcher = self.server.searcher
+        number = _whole(fields, "gallery", 0, len(searcher.galleries) - 1, default=0)
+        k = _whole(fields, "k", 1, MAX_RESULTS, default=_DEFAULT_RESULTS)
+        results = searcher.results(number, feature_D, k, _score(fields))
+        return _json({"results": results, "note": note})
+
+    def _picture(self, fields: dict[str, str]) -> Answer:
+        searcher = self.server.searcher
+        number = _whole(fields, "gallery", 0, len(searcher.galleries) - 1, default=0)
+        row = _whole(fields, "row", 0, searcher.galleries[number].num_rows - 1)
+        with self.server.decoding:
+            return HTTPStatus.OK, "image/jpeg", searcher.thumbnail(number, row)
+
+
+def _json(value: object, status: HTTPStatus = HTTPStatus.OK) -> Answer:
+    return status, "application/json; charset=utf-8", json.dumps(value, ensure_ascii=False).encode("utf-8")
+
+
+def _fields(query: str) -> dict[str, str]:
+    try:
+        return {name: values[0] for name, values in parse_qs(query, max_num_fields=8).items()}
+    except ValueError:
+        raise Refusal(HTTPStatus.BAD_REQUEST, "too many fields") from None
+
+
+def _whole(fields: dict[str, str], name: str, low: int, high: int, default: int | None = None) -> int:
+    if name not in fields and default is not None:
+        return default
+    text = fields.get(name, "")
+    if not re.fullmatch(r"[0-9]{1,12}", text) or not low <= int(text) <= high:
+        raise Refusal(HTTPStatus.BAD_REQUEST, f"{name} must be a whole number from {low} to {high}")
+    return int(text)
+
+
+def _score(fields: dict[str, str]) -> float:
+    try:
+        score = float(fields.get("min_score", "-1"))
+    except ValueError:
+        score = math.nan
+    if not -1 <= score <= 1:
+        raise Refusal(HTTPStatus.BAD_REQUEST, "min_score must be a number from -1 to 1")
+    # exact scores of equal vectors stray from 1 by rounding; -1 leaves nothing out
+    return score if score > -1 else -math.inf
+
+
+def _host_name(host: str) -> str:
+    """`localhost` of `localhost:8000`, `[::1]` of `[::1]:8000`."""
+    return re.sub(r":[0-9]*$", "", host).lower()
+
+
+def _loopback_names(host: str) -> frozenset[str] | None:
+    """Names under which a loopback address may be asked; None for an address that others reach."""
+    try:
+        local = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = False
+    own = f"[{host}]" if ":" in host else host
+    return frozenset({"localhost", "127.0.0.1", "[::1]", own}) if local else None
+
+
+def _headers(page: bytes) -> dict[str, str]:
+    """Headers of every answer: the page may run its own script and style and nothing else."""
+    hashes = {}
+    for tag in (b"script", b"style"):
+        inside = page.split(b"<" + tag + b">")[1].split(b"</" + tag + b">")[0]
+        hashes[tag] = base64.b64encode(hashlib.sha256(inside).digest()).decode("ascii")
+    policy = (
+        "default-src 'none'",
+        f"script-src 'sha256-{hashes[b'script']}'",
+        f"style-src 'sha256-{hashes[b'style']}'",
+        "img-src 'self' blob: data:",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+        "require-trusted-types-for 'script'",
+    )
+    return {
+        "Content-Security-Policy": "; ".join(policy),
+        "Cache-Control": "no-store",
+        "Cross-Origin-Resource-Policy": "same-origin",
+        "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
+    }
