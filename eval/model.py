@@ -1,6 +1,5 @@
 """A model ready to turn texts and pictures into features: the one place where evaluation loads weights."""
 
-import io
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -87,19 +86,12 @@ class Encoder:
 
     def picture(self, image: "Image.Image") -> Float32Array:
         """Unit-norm feature [dim] of one RGB picture that is decoded already."""
-        import torch
         from PIL import Image
 
-        from training.model.preprocess import preprocess
-
-        # `preprocess` takes files; squashed by its own filter beforehand, what it is given is small
-        side_px = self.model.config.vision.image_size_px
-        file = io.BytesIO()
-        image.resize((side_px, side_px), Image.Resampling.BICUBIC).save(file, "BMP")
-        with torch.inference_mode():
-            image_BCHW = preprocess([file.getvalue()], side_px)
-            feature_BD = self._numpy(self.model.encode_image(self._device(image_BCHW)))
-        feature_D: Float32Array = feature_BD[0]
+        side_px = self.base.image_size_px
+        # squashed first, by the filter that preprocessing would use: what is encoded on the way is small
+        small = image.resize((side_px, side_px), Image.Resampling.BICUBIC)
+        feature_D: Float32Array = self.base.embed_images([small])[0]
         return feature_D
 
     def _decoded(self, pictures: Sequence[Picture]) -> "Iterator[tuple[list[int], torch.Tensor]]":

@@ -72,7 +72,7 @@ class Searcher:
     galleries: Sequence[Gallery]
 
     def __post_init__(self) -> None:
-        dim = self.encoder.model.config.embed_dim
+        dim = self.encoder.base.model.config.embed_dim
         for gallery in self.galleries:
             if gallery.dim != dim:
                 raise InputError(
@@ -96,7 +96,7 @@ class Searcher:
         if len(text) > MAX_QUERY_CHARACTERS:
             raise Refusal(HTTPStatus.BAD_REQUEST, f"at most {MAX_QUERY_CHARACTERS} characters")
         length = self.encoder.context_length
-        cut = self.encoder.tokenizer.num_truncated([text], length)
+        cut = self.encoder.base.tokenizer.num_truncated([text], length)
         note = f"only the first {length - 2} word pieces were used" if cut else ""
         feature_D: Float32Array = self.encoder.texts([text])[0]
         return feature_D, note

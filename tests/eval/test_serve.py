@@ -142,7 +142,7 @@ def embed_shards(encoder: Encoder, folder: Path) -> None:
     order = list(reversed(range(NUM_SAMPLES)))
     with torch.inference_mode():
         image_BCHW = preprocess([png_bytes(100 + row) for row in order], 32)
-        feature_ND = encoder.model.encode_image(image_BCHW).numpy()
+        feature_ND = encoder.base.model.encode_image(image_BCHW).numpy()
     keys = [key_of(row) for row in order[:-1]] + ["nowhere"]
     for name in ("img_emb", "metadata"):
         (folder / name).mkdir(parents=True)
@@ -436,7 +436,7 @@ def test_the_command_serves_and_stops(site: Site) -> None:
 
 
 def test_bad_usage(site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lone = [str(site.folder / "model.safetensors"), "--vocabulary", str(site.folder / "vocab.txt")]
+    lone = [str(site.folder / "model.safetensors"), "--vocab", str(site.folder / "vocab.txt")]
     assert command_line.main(["serve", *lone]) == 2
     assert "a lone file has no index; give --index FOLDER" in capsys.readouterr().err
     assert command_line.main(["serve", str(site.recipe), "--pictures", "x"]) == 2
