@@ -64,6 +64,8 @@ class TrainConfig:
     threads_per_rank: int = field(
         default=1, metadata=NOT_IN_DIGEST
     )  # threads that compute, and threads that decode
+    # Most samples whose activations a rank holds; unset: its whole share. The gradient is the whole batch's.
+    micro_batch: int | None = field(default=None, metadata=NOT_IN_DIGEST)
     deepspeed: str = "zero1"  # file of deepspeed_configs, or a path ending in .json
 
     validate_every_steps: int = 1_000  # also before the first step and after the last
@@ -86,6 +88,8 @@ class TrainConfig:
                 raise ConfigError(f"[{stage}] {name} = {getattr(self, name)}: must not be negative")
         if self.max_gradient_norm is not None and self.max_gradient_norm <= 0:
             raise ConfigError(f"[{stage}] max_gradient_norm = {self.max_gradient_norm}: must be above 0")
+        if self.micro_batch is not None and self.micro_batch <= 0:
+            raise ConfigError(f"[{stage}] micro_batch = {self.micro_batch}: must be above 0")
         if self.max_temperature < 1:
             raise ConfigError(f"[{stage}] max_temperature = {self.max_temperature}: must be at least 1")
         if self.context_length < 3:

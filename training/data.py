@@ -274,7 +274,7 @@ class Batch:
 
     step: int
     keys: npt.NDArray[np.bytes_]  # [B]
-    image_BCHW: torch.Tensor  # uint8 RGB, channels last in memory, not normalised
+    image: torch.Tensor  # uint8 RGB [B, C, H, W], channels last in memory, not normalised
     tokens_BL: torch.Tensor  # int64, 0 = padding, as long as this batch's longest caption
     image_id_B: torch.Tensor  # int64, equal for equal pictures
     caption_id_B: torch.Tensor  # int64, equal for captions of equal tokens
@@ -343,7 +343,7 @@ class BatchReader:
         return Batch(
             step=step,
             keys=np.array([tables[s].keys[r] for s, r, _ in places]),
-            image_BCHW=torch.from_numpy(image_BHWC).permute(0, 3, 1, 2),
+            image=torch.from_numpy(image_BHWC).permute(0, 3, 1, 2),
             tokens_BL=torch.from_numpy(tokens_BL),
             image_id_B=torch.tensor([int(tables[s].image_id[r]) for s, r, _ in places]),
             caption_id_B=torch.tensor(caption_id),

@@ -30,6 +30,7 @@ from training.model.weights import load_checkpoint, load_image_tower, save_check
 _NOT_LEARNING = (
     "ranks",
     "threads_per_rank",
+    "micro_batch",
     "deepspeed",
     "validate_every_steps",
     "save_every_steps",
