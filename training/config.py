@@ -52,6 +52,7 @@ class TrainConfig:
     max_gradient_norm: float | None = None  # longer gradients are shortened to this; the paper has none
     max_temperature: float = 100.0  # the logits' scale is clamped to 1…this (Table 8)
     lock_image: bool = False  # stage 1: the image tower stays as it is, byte for byte (2.3)
+    cached_views: int = 0  # augmented views of a picture whose features are computed once; 0: every time anew
     checkpoint_activations: bool = False  # both towers recompute activations in the backward pass (A.2)
     context_length: int = 52  # tokens of a caption with [CLS] and [SEP] (Table 8: 50 without)
     augment: AugmentConfig = field(default_factory=AugmentConfig)  # images (A.2)
@@ -88,6 +89,13 @@ class TrainConfig:
                 raise ConfigError(f"[{stage}] {name} = {getattr(self, name)}: must not be negative")
         if self.max_gradient_norm is not None and self.max_gradient_norm <= 0:
             raise ConfigError(f"[{stage}] max_gradient_norm = {self.max_gradient_norm}: must be above 0")
+        if self.cached_views < 0:
+            raise ConfigError(f"[{stage}] cached_views = {self.cached_views}: must not be negative")
+        if self.cached_views and not self.lock_image:
+            raise ConfigError(
+                f"[{stage}] cached_views = {self.cached_views}: features can be kept only of an image tower"
+                " that stays as it is; set lock_image = true or cached_views = 0"
+            )
         if self.micro_batch is not None and self.micro_batch <= 0:
             raise ConfigError(f"[{stage}] micro_batch = {self.micro_batch}: must be above 0")
         if self.max_temperature < 1:

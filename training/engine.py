@@ -54,9 +54,12 @@ class Towers(nn.Module):
         """
         scale = self.clip.logit_scale.float().clone()
         if image.ndim == 2:
-            return image, self.clip.encode_text(tokens_BL), scale
-        pixel_BCHW = (image.float() - self._mean_C11.float()) / self._std_C11.float()
-        return *self.clip(pixel_BCHW, tokens_BL), scale
+            return image.float(), self.clip.encode_text(tokens_BL), scale
+        return *self.clip(self.normalise(image), tokens_BL), scale
+
+    def normalise(self, image_BCHW: Tensor) -> Tensor:
+        """float32 pixels as the image tower wants them, of uint8."""
+        return (image_BCHW.float() - self._mean_C11.float()) / self._std_C11.float()
 
     def loss(self, image_BD: Tensor, text_BD: Tensor, logit_scale: Tensor, batch: Batch) -> Tensor:
         """Loss of the global batch, a scalar."""
@@ -126,13 +129,12 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
     return config
 
 
-def build_engine(clip: CLIP, config: TrainConfig, num_samples_of_ranks: tuple[int, ...]) -> Any:
-    """A DeepSpeed engine around `Towers`; its optimizer holds the trainable parameters alone.
+def build_engine(towers: Towers, config: TrainConfig) -> Any:
+    """A DeepSpeed engine around the towers; its optimizer holds the trainable parameters alone.
 
     ConfigError for bfloat16 where it would lose what is learned.
     """
-    settings = read_deepspeed_config(config.deepspeed)
-    towers = Towers(clip, num_samples_of_ranks=num_samples_of_ranks, config=config)
+    settings, clip = read_deepspeed_config(config.deepspeed), towers.clip
     before: dict[str, Tensor] = {}
     if settings.get("bf16", {}).get("enabled"):
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in clip.modules()):
