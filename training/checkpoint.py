@@ -14,14 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline import store
 from pipeline.records import InputError
-from training.engine import MOMENTS, adam_of, gather_weights, load_weights
+from training.engine import gather_weights, load_weights
+from training.partitions import MOMENTS, adam_of, set_moment, whole_moment
 
 _STEP_FOLDER = re.compile(r"step_(\d{9})")
 _STATE = "state.json"
@@ -53,32 +53,21 @@ def gather_state(engine: Any, step: int) -> TrainState:
     """Put a state together from all ranks; a collective, so every rank calls it."""
     moments = {}
     for name, parameter in engine.module.clip.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        for moment in MOMENTS:
-            if hasattr(parameter, "_hp_mapping"):
-                value = safe_get_full_optimizer_state(parameter, moment)
-            else:
-                value = adam_of(engine).state[parameter][moment]
-            moments[f"{moment}.{name}"] = value.cpu().contiguous()
+        if parameter.requires_grad:
+            for moment in MOMENTS:
+                moments[f"{moment}.{name}"] = whole_moment(engine, parameter, moment).cpu().contiguous()
     return TrainState(step, gather_weights(engine), moments)
 
 
 def restore_state(engine: Any, state: TrainState) -> None:
     """Put a state into an engine; each rank keeps its part."""
     load_weights(engine, state.weights)
-    adam = adam_of(engine)
-    for values in adam.state.values():
+    for values in adam_of(engine).state.values():
         values["step"].fill_(state.step)
     for name, parameter in engine.module.clip.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        for moment in MOMENTS:
-            value = state.moments[f"{moment}.{name}"].to(parameter.device)
-            if hasattr(parameter, "_hp_mapping"):
-                safe_set_full_optimizer_state(parameter, value, moment)
-            else:
-                adam.state[parameter][moment].copy_(value)
+        if parameter.requires_grad:
+            for moment in MOMENTS:
+                set_moment(engine, parameter, state.moments[f"{moment}.{name}"], moment)
 
 
 def save(root: str, state: TrainState, identity: Mapping[str, Any], metrics_path: str, *, keep: int) -> None:

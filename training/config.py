@@ -52,6 +52,7 @@ class TrainConfig:
     max_gradient_norm: float | None = None  # longer gradients are shortened to this; the paper has none
     max_temperature: float = 100.0  # the logits' scale is clamped to 1…this (Table 8)
     lock_image: bool = False  # stage 1: the image tower stays as it is, byte for byte (2.3)
+    cached_views: int = 0  # augmented views of a picture whose features are computed once; 0: every time anew
     checkpoint_activations: bool = False  # both towers recompute activations in the backward pass (A.2)
     context_length: int = 52  # tokens of a caption with [CLS] and [SEP] (Table 8: 50 without)
     augment: AugmentConfig = field(default_factory=AugmentConfig)  # images (A.2)
@@ -64,6 +65,8 @@ class TrainConfig:
     threads_per_rank: int = field(
         default=1, metadata=NOT_IN_DIGEST
     )  # threads that compute, and threads that decode
+    # Most samples whose activations a rank holds; unset: its whole share. The gradient is the whole batch's.
+    micro_batch: int | None = field(default=None, metadata=NOT_IN_DIGEST)
     deepspeed: str = "zero1"  # file of deepspeed_configs, or a path ending in .json
 
     validate_every_steps: int = 1_000  # also before the first step and after the last
@@ -86,6 +89,15 @@ class TrainConfig:
                 raise ConfigError(f"[{stage}] {name} = {getattr(self, name)}: must not be negative")
         if self.max_gradient_norm is not None and self.max_gradient_norm <= 0:
             raise ConfigError(f"[{stage}] max_gradient_norm = {self.max_gradient_norm}: must be above 0")
+        if self.cached_views < 0:
+            raise ConfigError(f"[{stage}] cached_views = {self.cached_views}: must not be negative")
+        if self.cached_views and not self.lock_image:
+            raise ConfigError(
+                f"[{stage}] cached_views = {self.cached_views}: features can be kept only of an image tower"
+                " that stays as it is; set lock_image = true or cached_views = 0"
+            )
+        if self.micro_batch is not None and self.micro_batch <= 0:
+            raise ConfigError(f"[{stage}] micro_batch = {self.micro_batch}: must be above 0")
         if self.max_temperature < 1:
             raise ConfigError(f"[{stage}] max_temperature = {self.max_temperature}: must be at least 1")
         if self.context_length < 3:

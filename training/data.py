@@ -32,6 +32,7 @@ from pipeline import store
 from pipeline.records import ConfigError, InputError, Shard
 from training.augment import Pixels, augment, sample_generator
 from training.config import AugmentConfig
+from training.feature_cache import FeatureCache
 
 Int64s = npt.NDArray[np.int64]
 
@@ -274,7 +275,8 @@ class Batch:
 
     step: int
     keys: npt.NDArray[np.bytes_]  # [B]
-    image_BCHW: torch.Tensor  # uint8 RGB, channels last in memory, not normalised
+    # uint8 RGB [B, C, H, W], channels last in memory, not normalised; or cached float16 features [B, D]
+    image: torch.Tensor
     tokens_BL: torch.Tensor  # int64, 0 = padding, as long as this batch's longest caption
     image_id_B: torch.Tensor  # int64, equal for equal pictures
     caption_id_B: torch.Tensor  # int64, equal for captions of equal tokens
@@ -301,6 +303,7 @@ class BatchReader:
         self._shards, self._order, self._lanes = shards, order, lanes
         self._image_size_px, self._augment_config, self._seed = image_size_px, augment_config, seed
         self._threads = threads
+        self.features: FeatureCache | None = None  # where set, batches have these instead of pictures
         self._pool = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
         # As many as a rank's lanes have open at once, and the next of each.
         open_shards = len(lanes) * (order.window_shards + 1) + 1
@@ -322,18 +325,10 @@ class BatchReader:
         row = index - self._order.shard_starts[shard]
         tables = {int(s): self._table(int(s)) for s in np.unique(shard)}
         places = list(zip(shard.tolist(), row.tolist(), epoch.tolist(), strict=True))
-
-        image_BHWC = np.empty((len(index), self._image_size_px, self._image_size_px, 3), dtype=np.uint8)
-
-        def fill(part: range) -> None:
-            for i in part:
-                s, r, e = places[i]
-                image_BHWC[i] = self._view(s, tables[s], r, e)
-
-        if self._pool is None:
-            fill(range(len(index)))
+        if self.features is not None:
+            image = torch.from_numpy(np.stack([self.features.read(*place) for place in places]))
         else:
-            list(self._pool.map(fill, [range(i, len(index), self._threads) for i in range(self._threads)]))
+            image = torch.from_numpy(self.pictures(places)).permute(0, 3, 1, 2)
 
         tokens = [tables[s].token_ids[slice(*tables[s].token_starts[r : r + 2])] for s, r, _ in places]
         tokens_BL = np.zeros((len(tokens), max(map(len, tokens))), dtype=np.int64)
@@ -343,11 +338,26 @@ class BatchReader:
         return Batch(
             step=step,
             keys=np.array([tables[s].keys[r] for s, r, _ in places]),
-            image_BCHW=torch.from_numpy(image_BHWC).permute(0, 3, 1, 2),
+            image=image,
             tokens_BL=torch.from_numpy(tokens_BL),
             image_id_B=torch.tensor([int(tables[s].image_id[r]) for s, r, _ in places]),
             caption_id_B=torch.tensor(caption_id),
         )
+
+    def pictures(self, places: list[tuple[int, int, int]]) -> Pixels:
+        """Augmented views, uint8 [B, H, W, 3], of samples named by (shard, row, epoch)."""
+        image_BHWC = np.empty((len(places), self._image_size_px, self._image_size_px, 3), dtype=np.uint8)
+
+        def fill(part: range) -> None:
+            for i in part:
+                s, r, e = places[i]
+                image_BHWC[i] = self._view(s, self._table(s), r, e)
+
+        if self._pool is None:
+            fill(range(len(places)))
+        else:
+            list(self._pool.map(fill, [range(i, len(places), self._threads) for i in range(self._threads)]))
+        return image_BHWC
 
     def _view(self, shard: int, table: ShardTable, row: int, epoch: int) -> Pixels:
         key = bytes(table.keys[row])

@@ -4,6 +4,7 @@ import datetime
 import json
 import math
 import os
+from collections.abc import Callable
 from importlib import resources
 from typing import Any
 
@@ -11,7 +12,6 @@ import deepspeed
 import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 from torch import Tensor, nn
 from torch import distributed as dist
 
@@ -22,42 +22,55 @@ from training.loss import contrastive_loss
 from training.model.clip import CLIP
 from training.model.preprocess import MEAN, STD
 from training.optim import build_optimizer
+from training.partitions import make_adam_state, set_weight, whole_weight
 
 # What a DeepSpeed file may hold. Everything else is the run's TOML's or changes what is learned.
-_MEMORY_AND_COMMUNICATION = ("communication_data_type", "prescale_gradients", "zero_optimization")
-MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's names for them
+_ALLOWED = ("bf16", "communication_data_type", "prescale_gradients", "torch_autocast", "zero_optimization")
 # One rank validates or writes while the others wait.
 _COLLECTIVE_TIMEOUT = datetime.timedelta(hours=4)
 
 
-class ContrastiveStep(nn.Module):
-    """What DeepSpeed wraps: a rank's part of a global batch in, the global batch's loss out."""
+class Towers(nn.Module):
+    """What DeepSpeed wraps: a rank's pictures and captions in, features and the temperature out."""
 
-    def __init__(
-        self, clip: CLIP, *, num_samples_of_ranks: tuple[int, ...], exclude_duplicates: bool
-    ) -> None:
+    def __init__(self, clip: CLIP, *, num_samples_of_ranks: tuple[int, ...], config: TrainConfig) -> None:
         super().__init__()
         self.clip = clip
         self._num_samples_of_ranks = num_samples_of_ranks
-        self._exclude_duplicates = exclude_duplicates
+        self._exclude_duplicates = config.exclude_duplicates
+        self.exact: dict[str, Tensor] = {}  # parameters that are not trained, where the model rounds them
+        # Gradients travel while micro-batches go back, so all ranks need the same number of them.
+        largest = config.micro_batch or max(num_samples_of_ranks)
+        self.num_micro_batches = math.ceil(max(num_samples_of_ranks) / largest)
         self._mean_C11: Tensor
         self._std_C11: Tensor
         self.register_buffer("_mean_C11", torch.tensor(MEAN).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("_std_C11", torch.tensor(STD).view(3, 1, 1) * 255, persistent=False)
 
-    def forward(
-        self, image_BCHW: Tensor, tokens_BL: Tensor, image_id_B: Tensor, caption_id_B: Tensor
-    ) -> Tensor:
-        """Loss, a scalar, of uint8 pictures and token ids."""
-        pixel_BCHW = (image_BCHW.float() - self._mean_C11) / self._std_C11
-        image_BD, text_BD = self.clip(pixel_BCHW, tokens_BL)
+    def forward(self, image: Tensor, tokens_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Unit-norm image_BD and text_BD and the [1] logarithm of the logits' scale, in float32.
+
+        `image` is uint8 pictures [B, C, H, W], or features [B, D] that are already there.
+        """
+        scale = self.clip.logit_scale.float().clone()
+        if image.ndim == 2:
+            return image.float(), self.clip.encode_text(tokens_BL), scale
+        return *self.clip(self.normalise(image), tokens_BL), scale
+
+    def normalise(self, image_BCHW: Tensor) -> Tensor:
+        """float32 pixels as the image tower wants them, of uint8."""
+        return (image_BCHW.float() - self._mean_C11.float()) / self._std_C11.float()
+
+    def loss(self, image_BD: Tensor, text_BD: Tensor, logit_scale: Tensor, batch: Batch) -> Tensor:
+        """Loss of the global batch, a scalar."""
+        device = image_BD.device
         return contrastive_loss(
             image_BD,
             text_BD,
-            self.clip.logit_scale,
+            logit_scale,
             num_samples_of_ranks=self._num_samples_of_ranks,
-            image_id_B=image_id_B if self._exclude_duplicates else None,
-            caption_id_B=caption_id_B if self._exclude_duplicates else None,
+            image_id_B=batch.image_id_B.to(device) if self._exclude_duplicates else None,
+            caption_id_B=batch.caption_id_B.to(device) if self._exclude_duplicates else None,
         )
 
 
@@ -83,7 +96,7 @@ def join_ranks(config: TrainConfig) -> None:
 def read_deepspeed_config(name: str) -> dict[str, Any]:
     """A file of deepspeed_configs by its stem, or any path that ends in .json.
 
-    ConfigError for a key that is not about memory or communication. Training is in float32.
+    ConfigError for a key that is not about memory, precision or communication.
     """
     path = resources.files("deepspeed_configs") / f"{name}.json"
     try:
@@ -102,91 +115,158 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
         config: dict[str, Any] = json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{name}: not valid JSON: {error}") from None
-    foreign = sorted(set(config) - set(_MEMORY_AND_COMMUNICATION))
+    foreign = sorted(set(config) - set(_ALLOWED))
     if foreign:
         raise ConfigError(
-            f"{name}: {foreign[0]}: a DeepSpeed file holds memory and communication only"
-            f" ({', '.join(_MEMORY_AND_COMMUNICATION)}); the rest stands in the run's TOML"
+            f"{name}: {foreign[0]}: a DeepSpeed file holds memory, precision and communication only"
+            f" ({', '.join(_ALLOWED)}); the rest stands in the run's TOML"
         )
-    if config.get("zero_optimization", {}).get("stage") == 3:
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if config.get("bf16", {}).get("enabled") and stage == 0:
         raise ConfigError(
-            f"{name}: ZeRO stage 3 is not supported: checkpoints read whole parameters; use stage 2"
+            f"{name}: bf16 at ZeRO stage 0 takes a wrong first Adam step in DeepSpeed; use stage 1 or above"
         )
     return config
 
 
-def build_engine(clip: CLIP, config: TrainConfig, num_samples_of_ranks: tuple[int, ...]) -> Any:
-    """A DeepSpeed engine around `ContrastiveStep`; its optimizer holds the trainable parameters alone."""
-    step = ContrastiveStep(
-        clip, num_samples_of_ranks=num_samples_of_ranks, exclude_duplicates=config.exclude_duplicates
-    )
-    # DeepSpeed's batch size feeds only its own speed report here: a rank's share may be uneven, and the whole
-    # global batch is one micro-batch, since the contrastive loss needs all of it at once.
+def build_engine(towers: Towers, config: TrainConfig) -> Any:
+    """A DeepSpeed engine around the towers; its optimizer holds the trainable parameters alone.
+
+    ConfigError for bfloat16 where it would lose what is learned.
+    """
+    settings, clip = read_deepspeed_config(config.deepspeed), towers.clip
+    before: dict[str, Tensor] = {}
+    if settings.get("bf16", {}).get("enabled"):
+        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in clip.modules()):
+            raise ConfigError(
+                f"deepspeed = {config.deepspeed!r}: bf16 rounds the weights of batch norms, whose running"
+                " statistics are float32; take zero1_autocast, which leaves both as they are"
+            )
+        before = {name: parameter.detach().clone() for name, parameter in clip.named_parameters()}
+        clip.visual.register_forward_pre_hook(_as_the_weights)
+    # DeepSpeed's batch size feeds only its own speed report here: a rank's share may be uneven, and the
+    # contrastive loss needs the whole global batch at once, so that micro-batches are ours.
     engine, *_ = deepspeed.initialize(
-        model=step,
+        model=towers,
         optimizer=build_optimizer(clip, config),
         config={
-            **read_deepspeed_config(config.deepspeed),
+            **settings,
             "gradient_clipping": config.max_gradient_norm or 0.0,
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
+            # torch's AdamW steps on the CPU too; DeepSpeed's own would have to be compiled.
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_allow_untested_optimizer": True,
         },
         dist_init_required=False,
     )
-    _make_adam_state(engine)
+    if engine.zero_optimization_partition_weights():
+        # `Towers` uses them outside of the module that owns them.
+        for parameter in (clip.logit_scale, clip.text_projection):
+            deepspeed.zero.register_external_parameter(engine.module, parameter)
+    make_adam_state(engine)
+    for name, parameter in clip.named_parameters():
+        if name in before and parameter.requires_grad:
+            set_weight(parameter, before.pop(name))  # DeepSpeed made the master from the rounded copy
+    towers.exact = before  # locked weights: rounded copies compute, and what is written at the end are these
     return engine
 
 
-def adam_of(engine: Any) -> torch.optim.AdamW:
-    """The AdamW inside: of the model's parameters at ZeRO stage 0, else of a flat partition of each group."""
-    optimizer = engine.optimizer
-    adam: torch.optim.AdamW = optimizer.optimizer if _is_zero(engine) else optimizer
-    return adam
-
-
-def _is_zero(engine: Any) -> bool:
-    return hasattr(engine.optimizer, "single_partition_of_fp32_groups")
-
-
-def _make_adam_state(engine: Any) -> None:
-    """Make the state that Adam would make at its first step.
-
-    DeepSpeed links parameters to their part of it after the first *group's* first step, when the second group
-    has none yet, and never again: with two groups, a checkpoint would find half of the moments.
-    """
-    adam = adam_of(engine)
-    for group in adam.param_groups:
-        for parameter in group["params"]:
-            adam.state[parameter] = {
-                "step": torch.zeros((), device=parameter.device),
-                **{moment: torch.zeros_like(parameter) for moment in MOMENTS},
-            }
-    if _is_zero(engine):
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
+def _as_the_weights(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    dtype = next(module.parameters()).dtype
+    return tuple(tensor.to(dtype) for tensor in inputs)
 
 
 def train_step(engine: Any, batch: Batch, learning_rate: float, max_temperature: float, seed: int) -> float:
     """One optimizer step on a global batch; returns its loss. A loss that is not finite changes nothing."""
-    # Dropout draws from here: whatever ran before, also in a run that was resumed, the step is the same.
-    purpose = np.random.SeedSequence([seed, batch.step, dist.get_rank()])
-    torch.manual_seed(int(purpose.generate_state(1, np.uint64)[0]))
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
-    device = engine.module.clip.logit_scale.device
-    loss: Tensor = engine(
-        batch.image_BCHW.to(device, non_blocking=True),
-        batch.tokens_BL.to(device, non_blocking=True),
-        batch.image_id_B.to(device),
-        batch.caption_id_B.to(device),
-    )
-    value = loss.item()
+    towers: Towers = engine.module
+    compute_loss = _whole_batch if towers.num_micro_batches == 1 else _in_micro_batches
+    value, backward = compute_loss(engine, batch, seed)
     if math.isfinite(value):
-        # The loss's gradients add up over ranks; DeepSpeed averages.
-        engine.backward(loss * dist.get_world_size())
+        backward()
         engine.step()
-        clamp_temperature(engine.module.clip, max_temperature)
-        average_batch_norms(engine.module.clip)
+        clamp_temperature(towers.clip, max_temperature)
+        average_batch_norms(towers.clip)
     return value
+
+
+def _whole_batch(engine: Any, batch: Batch, seed: int) -> tuple[float, Callable[[], None]]:
+    """(loss, what its backward pass is) with all activations held."""
+    _seed_dropout(seed, batch.step)
+    device = engine.module.clip.logit_scale.device
+    features = engine(
+        batch.image.to(device, non_blocking=True), batch.tokens_BL.to(device, non_blocking=True)
+    )
+    loss = engine.module.loss(*features, batch)
+    # The loss's gradients add up over ranks; DeepSpeed averages.
+    return loss.item(), lambda: engine.backward(loss * dist.get_world_size())
+
+
+def _in_micro_batches(engine: Any, batch: Batch, seed: int) -> tuple[float, Callable[[], None]]:
+    """The same with the activations of one micro-batch held at a time (Gao et al. 2021, GradCache).
+
+    A first pass without activations gives every feature; the loss over the whole global batch gives each
+    feature's gradient; then every micro-batch runs again, with the same dropout, and takes the gradients of
+    its own features back. What a locked tower gave in the first pass is not computed again.
+
+    A batch norm that is trained normalises within a micro-batch, as it does within a rank, and its running
+    statistics see every micro-batch once.
+    """
+    towers: Towers = engine.module
+    device = towers.clip.logit_scale.device
+    parts = [
+        slice(part[0], part[-1] + 1)
+        for part in np.array_split(np.arange(len(batch.tokens_BL)), towers.num_micro_batches)
+    ]
+
+    def inputs(part: slice) -> tuple[Tensor, Tensor]:
+        tokens_BL = batch.tokens_BL[part]
+        longest = int(tokens_BL.ne(0).sum(1).max())
+        return batch.image[part].to(device), tokens_BL[:, :longest].to(device)
+
+    statistics = [(tensor, tensor.clone()) for tensor in _running_statistics(towers.clip)]
+    features = []
+    with torch.no_grad():
+        for number, part in enumerate(parts):
+            _seed_dropout(seed, batch.step, number)
+            features.append(towers(*inputs(part)))
+    for tensor, before in statistics:
+        tensor.copy_(before)
+    image_BD, text_BD = (torch.cat([found[side] for found in features]) for side in (0, 1))
+    leaves = (
+        image_BD.requires_grad_(not towers.clip.image_tower_locked),
+        text_BD.requires_grad_(),
+        features[0][2].requires_grad_(),
+    )
+    loss = towers.loss(*leaves, batch)
+
+    def backward() -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+        for number, part in enumerate(parts):
+            is_last = number == len(parts) - 1
+            engine.set_gradient_accumulation_boundary(is_last)
+            _seed_dropout(seed, batch.step, number)
+            images, tokens_BL = inputs(part)
+            if towers.clip.image_tower_locked:
+                images = image_BD[part].detach()
+            again = engine(images, tokens_BL)
+            # Linear in the features, with the slope that the loss has there.
+            slopes = [leaf.grad for leaf in leaves[:2] if leaf.grad is not None]
+            trained = again[0:2] if leaves[0].grad is not None else again[1:2]
+            surrogate = sum((slope[part] * found).sum() for slope, found in zip(slopes, trained, strict=True))
+            # The temperature's gradient is the whole batch's, so it goes back once.
+            surrogate = surrogate + (again[2] * leaves[2].grad * is_last).sum()
+            engine.backward(surrogate * dist.get_world_size())
+
+    return loss.item(), backward
+
+
+def _seed_dropout(seed: int, step: int, *micro_batch: int) -> None:
+    """Dropout draws from here: whatever ran before, also in a run that was resumed, it is the same."""
+    purpose = np.random.SeedSequence([seed, step, dist.get_rank(), *micro_batch])
+    torch.manual_seed(int(purpose.generate_state(1, np.uint64)[0]))
 
 
 def clamp_temperature(clip: CLIP, max_temperature: float) -> None:
@@ -194,13 +274,10 @@ def clamp_temperature(clip: CLIP, max_temperature: float) -> None:
 
     Clamping the module alone would be undone by the next step, which writes the master over it.
     """
-    scale = clip.logit_scale
-    master = safe_get_full_fp32_param(scale) if hasattr(scale, "_hp_mapping") else scale.detach()
+    master = whole_weight(clip.logit_scale)
     clamped = master.clamp(0, math.log(max_temperature))
     if not torch.equal(clamped, master):
-        if hasattr(scale, "_hp_mapping"):
-            safe_set_full_fp32_param(scale, clamped)
-        scale.data.copy_(clamped)
+        set_weight(clip.logit_scale, clamped)
 
 
 def average_batch_norms(clip: CLIP) -> None:
@@ -208,13 +285,7 @@ def average_batch_norms(clip: CLIP) -> None:
 
     Normalisation itself stays within a rank, as in the released training.
     """
-    running = [
-        buffer
-        for module in clip.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
-        for buffer in (module.running_mean, module.running_var)
-        if buffer is not None
-    ]
+    running = [tensor for tensor in _running_statistics(clip) if tensor.is_floating_point()]
     if not running or dist.get_world_size() == 1:
         return
     flat = torch.cat(running)
@@ -224,23 +295,40 @@ def average_batch_norms(clip: CLIP) -> None:
         buffer.copy_(mean)
 
 
+def _running_statistics(clip: CLIP) -> list[Tensor]:
+    """Buffers of the batch norms that learn: means, variances and counts."""
+    return [
+        buffer
+        for module in clip.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
+        for buffer in (module.running_mean, module.running_var, module.num_batches_tracked)
+        if buffer is not None
+    ]
+
+
 def load_weights(engine: Any, weights: dict[str, Tensor]) -> None:
     """Set the model's weights and the masters behind them, by the names of `CLIP.state_dict`."""
     clip: CLIP = engine.module.clip
-    clip.load_state_dict(weights)
     for name, parameter in clip.named_parameters():
-        if hasattr(parameter, "_hp_mapping"):
-            safe_set_full_fp32_param(parameter, weights[name].to(parameter.device))
+        set_weight(parameter, weights[name])
+    for name, buffer in clip.named_buffers():
+        if name in weights:
+            buffer.copy_(weights[name])
 
 
 def gather_weights(engine: Any) -> dict[str, Tensor]:
-    """All weights and buffers by the names of `CLIP.state_dict`, on the CPU.
+    """All weights and buffers by the names of `CLIP.state_dict`, on the CPU, parameters from their masters.
 
-    Parameters come from their masters. A collective: every rank calls it.
+    What bfloat16 had to round and nothing trained is as it came. A collective: every rank calls it.
     """
     clip: CLIP = engine.module.clip
     weights = {name: tensor.detach() for name, tensor in clip.state_dict().items()}
     for name, parameter in clip.named_parameters():
-        if hasattr(parameter, "_hp_mapping"):
-            weights[name] = safe_get_full_fp32_param(parameter)
+        weights[name] = whole_weight(parameter)
+    weights |= engine.module.exact
     return {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
+
+
+def logit_scale(engine: Any) -> Tensor:
+    """The [1] logarithm of the factor on cosine similarities; a collective."""
+    return whole_weight(engine.module.clip.logit_scale)

@@ -15,9 +15,10 @@ from pipeline.records import InputError
 from training import checkpoint
 from training.config import TrainConfig
 from training.data import Batch, Prefetcher
-from training.engine import train_step
+from training.engine import logit_scale, train_step
 from training.model.clip import CLIP
 from training.optim import learning_rate
+from training.partitions import gathered
 
 Recalls = Mapping[str, Mapping[str, Any]]  # evaluation → its numbers in percent
 Validate = Callable[[CLIP], Recalls]
@@ -59,14 +60,20 @@ def train(run: Run) -> None:
 
 
 def validate(run: Run, step: int) -> None:
-    """Recall of the model as it is, by rank 0 alone; the others wait."""
+    """Recall of the model as it is, by rank 0 alone; the others wait.
+
+    Where every rank has only a part of each weight, all embed, since each needs the others' parts.
+    """
     if run.validate is None:
         return
-    if run.journal.writes:
-        clip: CLIP = run.engine.module.clip
+    clip: CLIP = run.engine.module.clip
+    if run.journal.writes or run.engine.zero_optimization_partition_weights():
         clip.eval()
-        run.journal.recalls(step, run.validate(clip))
+        with gathered(clip.text_projection, clip.logit_scale):
+            recalls = run.validate(clip)
         clip.train()
+        if run.journal.writes:
+            run.journal.recalls(step, recalls)
     dist.barrier()
 
 
@@ -108,8 +115,8 @@ def checkpoints_folder(folder: str) -> str:
 
 
 def temperature(run: Run) -> float:
-    """The factor on cosine similarities."""
-    scale: float = run.engine.module.clip.logit_scale.detach().float().exp().item()
+    """The factor on cosine similarities; a collective."""
+    scale: float = logit_scale(run.engine).exp().item()
     return scale
 
 

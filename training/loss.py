@@ -1,19 +1,23 @@
 """The contrastive loss over the global batch (section 2.1), tile by tile and with each logit computed once.
 
 A rank holds its own rows and gathers all columns. It computes its rows' logits once for both directions: a
-row's log-sum-exp is complete on its rank; a column's is put together over ranks, one number a column. The
-backward pass computes the tiles again, so that no rank ever holds an N × N matrix. Gradients of the gathered
-columns are summed back to the ranks that own them, and only where a column wants one: in stage 1 the image
-features are columns, and no feature gradient travels.
+row's log-sum-exp is complete on its rank; a column's is put together over ranks, one number a column. A rank
+whose rows are many computes the tiles again in the backward pass, so that none ever holds an N × N matrix.
+Gradients of the gathered columns are summed back to the ranks that own them, and only where a column wants
+one: in stage 1 the image features are columns, and no feature gradient travels.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-_TILE_ELEMENTS = 1 << 22  # 16 MiB of float32 logits at a time
+_TILE_SIDE = 1024  # rows and columns of a tile: 4 MiB of float32 logits, which caches hold
+_ACCELERATOR_TILE_SIDE = 4096  # enough work for one kernel: 64 MiB
+# A rank's logits are kept for the backward pass where they are few (32 MiB): 256 rows of the paper's 32,768.
+_KEPT_ELEMENTS = 1 << 23
 
 
 def contrastive_loss(
@@ -60,70 +64,100 @@ class _ContrastiveLoss(torch.autograd.Function):
         first_row = sum(num_samples_of_ranks[: _rank()])
         scale = logit_scale.detach().exp()
 
-        row_lse_B = row_BD.new_empty(len(row_BD))
+        row_lse_B = row_BD.new_full((len(row_BD),), -torch.inf)
         column_lse_N = row_BD.new_full((len(column_ND),), -torch.inf)
-        diagonal_B = (row_BD * column_BD).sum(1) * scale
-        for rows in _tiles(len(row_BD), len(column_ND)):
-            logit_RN = _logits(row_BD, column_ND, scale, rows, first_row, ids_N2)
-            row_lse_B[rows] = logit_RN.logsumexp(1)
-            column_lse_N = torch.logaddexp(column_lse_N, logit_RN.logsumexp(0))
+        logit_BN = None
+        if len(row_BD) * len(column_ND) <= _KEPT_ELEMENTS:
+            logit_BN = row_BD.new_empty(len(row_BD), len(column_ND))
+        for rows, columns in _tiles(row_BD, column_ND):
+            logit = _logits(row_BD, column_ND, scale, rows, columns, first_row, ids_N2)
+            if logit_BN is not None:
+                logit_BN[rows, columns] = logit
+            row_lse, column_lse = _log_sum_exps(logit)
+            row_lse_B[rows] = torch.logaddexp(row_lse_B[rows], row_lse)
+            column_lse_N[columns] = torch.logaddexp(column_lse_N[columns], column_lse)
         column_lse_N = _log_sum_exp_over_ranks(column_lse_N)
 
         own = slice(first_row, first_row + len(row_BD))
-        loss = (row_lse_B + column_lse_N[own] - 2 * diagonal_B).sum() / (2 * len(column_ND))
+        diagonal_B = torch.linalg.vecdot(row_BD, column_BD) * scale
+        loss: Tensor = (row_lse_B + column_lse_N[own] - 2 * diagonal_B).sum() / (2 * len(column_ND))
         if _world() > 1:
             dist.all_reduce(loss)
-        ctx.save_for_backward(row_BD, column_ND, scale, row_lse_B, column_lse_N, diagonal_B, ids_N2)
+        ctx.save_for_backward(row_BD, column_ND, scale, row_lse_B, column_lse_N, logit_BN, ids_N2)
         ctx.num_samples_of_ranks, ctx.first_row = num_samples_of_ranks, first_row
         return loss
 
     @staticmethod
     def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor | None, ...]:
-        row_BD, column_ND, scale, row_lse_B, column_lse_N, diagonal_B, ids_N2 = ctx.saved_tensors
+        row_BD, column_ND, scale, row_lse_B, column_lse_N, logit_BN, ids_N2 = ctx.saved_tensors
         wants_row, wants_column = ctx.needs_input_grad[:2]
         factor = output_gradients[0] / (2 * len(column_ND))
         own_column_BD = column_ND[ctx.first_row : ctx.first_row + len(row_BD)]
 
-        grad_row_BD = torch.empty_like(row_BD) if wants_row else None
+        grad_row_BD = torch.zeros_like(row_BD)
         grad_column_ND = torch.zeros_like(column_ND) if wants_column else None
-        grad_logit_scale = -2 * diagonal_B.sum()  # positives; the tiles below add the softmax terms
-        for rows in _tiles(len(row_BD), len(column_ND)):
-            logit_RN = _logits(row_BD, column_ND, scale, rows, ctx.first_row, ids_N2)
-            weight_RN = (logit_RN - row_lse_B[rows, None]).exp_()
-            weight_RN += (logit_RN - column_lse_N).exp_()
-            if ids_N2 is not None:
-                logit_RN.masked_fill_(logit_RN.isneginf(), 0)  # their weight is 0, and 0 × -inf is no number
-            grad_logit_scale += torch.dot(weight_RN.flatten(), logit_RN.flatten())
-            if grad_row_BD is not None:
-                grad_row_BD[rows] = weight_RN @ column_ND
+        for rows, columns in _tiles(row_BD, column_ND):
+            if logit_BN is not None:
+                logit = logit_BN[rows, columns]
+            else:
+                logit = _logits(row_BD, column_ND, scale, rows, columns, ctx.first_row, ids_N2)
+            weight = (logit - row_lse_B[rows, None]).exp_()
+            weight += (logit - column_lse_N[columns]).exp_()
+            grad_row_BD[rows].addmm_(weight, column_ND[columns])
             if grad_column_ND is not None:
-                grad_column_ND.addmm_(weight_RN.T, row_BD[rows])
+                grad_column_ND[columns].addmm_(weight.T, row_BD[rows])
+        grad_row_BD.sub_(own_column_BD, alpha=2)  # the positives
+        # Logits are scale × row · column, so that the sum of logit × its gradient is that of row × its own.
+        grad_logit_scale = torch.linalg.vecdot(row_BD, grad_row_BD).sum() * scale * factor
         grad_column_BD = None
-        if grad_row_BD is not None:
-            grad_row_BD = (grad_row_BD - 2 * own_column_BD) * (factor * scale)
         if grad_column_ND is not None:
             grad_column_BD = _sum_to_owner(grad_column_ND, ctx.num_samples_of_ranks)
-            grad_column_BD = (grad_column_BD - 2 * row_BD) * (factor * scale)
-        return grad_row_BD, grad_column_BD, (grad_logit_scale * factor).reshape(1), None, None
+            grad_column_BD.sub_(row_BD, alpha=2).mul_(factor * scale)
+        grad_row_BD.mul_(factor * scale)
+        return grad_row_BD if wants_row else None, grad_column_BD, grad_logit_scale.reshape(1), None, None
 
 
 def _logits(
-    row_BD: Tensor, column_ND: Tensor, scale: Tensor, rows: slice, first_row: int, ids_N2: Tensor | None
+    row_BD: Tensor,
+    column_ND: Tensor,
+    scale: Tensor,
+    rows: slice,
+    columns: slice,
+    first_row: int,
+    ids_N2: Tensor | None,
 ) -> Tensor:
-    """Logits of some rows with all columns; -inf where a pair is no negative of the other."""
-    logit_RN = (row_BD[rows] * scale) @ column_ND.T
+    """Logits of some rows with some columns; -inf where a pair is no negative of the other."""
+    logit_RC = (row_BD[rows] * scale) @ column_ND[columns].T
     if ids_N2 is not None:
-        own_ids_R2 = ids_N2[first_row:][rows]
-        shares_RN = (own_ids_R2[:, None, 0] == ids_N2[:, 0]) | (own_ids_R2[:, None, 1] == ids_N2[:, 1])
-        index_R = torch.arange(len(own_ids_R2), device=shares_RN.device)
-        shares_RN[index_R, first_row + rows.start + index_R] = False  # the positive stays
-        logit_RN.masked_fill_(shares_RN, -torch.inf)
-    return logit_RN
+        row_number_R = torch.arange(rows.start, rows.stop, device=row_BD.device) + first_row
+        column_number_C = torch.arange(columns.start, columns.stop, device=row_BD.device)
+        shares_RC = (ids_N2[row_number_R, None] == ids_N2[columns]).any(2)
+        shares_RC &= row_number_R[:, None] != column_number_C
+        logit_RC.masked_fill_(shares_RC, -torch.inf)
+    return logit_RC
 
 
-def _tiles(num_rows: int, num_columns: int) -> list[slice]:
-    height = max(1, _TILE_ELEMENTS // num_columns)
-    return [slice(start, min(start + height, num_rows)) for start in range(0, num_rows, height)]
+def _log_sum_exps(logit_RC: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp along rows and along columns with one exponential a logit; takes `logit_RC` as its own."""
+    # A row with every logit left out has -inf as its highest, and -inf - -inf is no number.
+    highest_R = logit_RC.amax(1).clamp_(min=torch.finfo(logit_RC.dtype).min)
+    exp_RC = (logit_RC - highest_R[:, None]).exp_()
+    row_lse_R = exp_RC.sum(1).log_() + highest_R
+    highest = highest_R.max()
+    sum_C = (highest_R - highest).exp_() @ exp_RC
+    # What the rows' shifts took below the smallest number is lost; it may matter only in a sum near there.
+    precision = torch.finfo(logit_RC.dtype)
+    if sum_C.min() < len(logit_RC) * precision.tiny / precision.eps:
+        return row_lse_R, logit_RC.logsumexp(0)
+    return row_lse_R, sum_C.log_() + highest
+
+
+def _tiles(row_BD: Tensor, column_ND: Tensor) -> Iterator[tuple[slice, slice]]:
+    side = _TILE_SIDE if row_BD.device.type == "cpu" else _ACCELERATOR_TILE_SIDE
+    for first_row in range(0, len(row_BD), side):
+        rows = slice(first_row, min(first_row + side, len(row_BD)))
+        for first_column in range(0, len(column_ND), side):
+            yield rows, slice(first_column, min(first_column + side, len(column_ND)))
 
 
 def _rank() -> int:

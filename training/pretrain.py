@@ -1,6 +1,7 @@
 """One training stage on one rank: everything from the job to the consolidated weights."""
 
 import dataclasses
+import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +20,8 @@ from training import checkpoint
 from training.checkpoint import Checkpoint
 from training.config import TrainJob, count_steps
 from training.data import BatchReader, Prefetcher, SampleOrder, check_shards
-from training.engine import build_engine, gather_weights, join_ranks
+from training.engine import Towers, build_engine, gather_weights, join_ranks
+from training.feature_cache import FeatureCache, build, cache_key
 from training.loop import Journal, Run, Validate, checkpoints_folder, train
 from training.model.clip import CLIP, build_clip
 from training.model.config import MODELS
@@ -31,6 +33,7 @@ from training.model.weights import load_checkpoint, save_checkpoint, save_openai
 _NOT_LEARNING = (
     "ranks",
     "threads_per_rank",
+    "micro_batch",
     "deepspeed",
     "validate_every_steps",
     "save_every_steps",
@@ -66,15 +69,6 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
         lanes=config.lanes,
         window_shards=config.window_shards,
     )
-    engine = build_engine(
-        clip, config, tuple(order.rank_num_samples(r, config.ranks) for r in range(config.ranks))
-    )
-    identity = describe(job, clip, tokenizer)
-    resumed = _agree_on_checkpoint(checkpoints_folder(job.folder), identity)
-    if resumed is not None:
-        checkpoint.restore_state(engine, checkpoint.load(resumed))
-    journal = Journal(job.folder, writes=rank == 0, total_steps=total_steps, global_batch=config.global_batch)
-    journal.start_at(resumed)
     reader = BatchReader(
         job.shards,
         order,
@@ -88,6 +82,20 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
         seed=job.seed,
         threads=config.threads_per_rank,
     )
+    towers = Towers(
+        clip,
+        num_samples_of_ranks=tuple(order.rank_num_samples(r, config.ranks) for r in range(config.ranks)),
+        config=config,
+    )
+    if config.cached_views:
+        reader.features = cache_features(job, towers, reader)
+    engine = build_engine(towers, config)
+    identity = describe(job, clip, tokenizer)
+    resumed = _agree_on_checkpoint(checkpoints_folder(job.folder), identity)
+    if resumed is not None:
+        checkpoint.restore_state(engine, checkpoint.load(resumed))
+    journal = Journal(job.folder, writes=rank == 0, total_steps=total_steps, global_batch=config.global_batch)
+    journal.start_at(resumed)
     first_step = 0 if resumed is None else resumed.step
     batches = Prefetcher(reader, first_step, total_steps)
     engine.train()
@@ -132,6 +140,40 @@ def build_model(job: TrainJob, tokenizer: Tokenizer) -> CLIP:
         clip.lock_image_tower()
     clip.set_activation_checkpointing(job.config.checkpoint_activations)
     return clip
+
+
+def cache_features(job: TrainJob, towers: Towers, reader: BatchReader) -> FeatureCache:
+    """Make what is missing of the locked tower's features, every rank its share of the shards."""
+    config, clip = job.config, towers.clip
+    device = get_accelerator().current_device_name()
+    key = cache_key(
+        clip.visual,
+        config.augment,
+        image_size_px=clip.config.vision.image_size_px,
+        seed=job.seed,
+        num_views=config.cached_views,
+    )
+    cache = FeatureCache(job.shards, key, num_views=config.cached_views, dim=clip.config.embed_dim)
+    missing = cache.missing()
+    dist.barrier()  # nobody writes before all have looked
+    if not missing:
+        return cache
+    towers.to(device)
+
+    def encode(image_BCHW: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return clip.encode_image(towers.normalise(image_BCHW.to(device)))
+
+    def show(done: int, total: int) -> None:
+        if dist.get_rank() == 0:
+            text = f"features of {config.cached_views} views"
+            progress = {"done": done, "total": total, "text": text}
+            print(f"@progress {json.dumps(progress)}", flush=True)
+
+    own = missing[dist.get_rank() :: config.ranks]
+    build(cache, own, lambda shard: job.shards[shard].num_samples, reader.pictures, encode, show)
+    dist.barrier()
+    return cache
 
 
 def describe(job: TrainJob, clip: CLIP, tokenizer: Tokenizer) -> dict[str, Any]:

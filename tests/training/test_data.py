@@ -143,7 +143,7 @@ def test_a_batch_holds_the_pictures_and_captions_of_its_keys(tmp_path: Path) -> 
         assert batch.step == step
         for i, key in enumerate(key.decode() for key in batch.keys.tolist()):
             image, caption = rows[key]
-            np.testing.assert_array_equal(batch.image_BCHW[i].permute(1, 2, 0).numpy(), image)
+            np.testing.assert_array_equal(batch.image[i].permute(1, 2, 0).numpy(), image)
             tokens = batch.tokens_BL[i]
             assert [VOCABULARY[t] for t in tokens[tokens > 0].tolist()] == ["[CLS]", *caption, "[SEP]"]
             seen.add(key)
@@ -161,20 +161,20 @@ def test_a_sample_looks_the_same_on_any_rank_and_thread(tmp_path: Path) -> None:
     halves = [
         make_reader(shards, tmp_path, lanes=range(i, i + 1), threads=3, **change).read(3) for i in range(2)
     ]
-    together = np.concatenate([half.image_BCHW.numpy() for half in halves])
-    np.testing.assert_array_equal(whole.image_BCHW.numpy(), together)
+    together = np.concatenate([half.image.numpy() for half in halves])
+    np.testing.assert_array_equal(whole.image.numpy(), together)
     other_epoch = make_reader(shards, tmp_path, **change).read(8)
     key = whole.keys[0]
     later = [
         view
         for step in range(5, 10)
         for batch in [make_reader(shards, tmp_path, **change).read(step)]
-        for view, other in zip(batch.image_BCHW, batch.keys, strict=True)
+        for view, other in zip(batch.image, batch.keys, strict=True)
         if other == key
     ]
     assert other_epoch.step == 8
     assert later
-    assert not later[0].equal(whole.image_BCHW[0])
+    assert not later[0].equal(whole.image[0])
 
 
 def test_shards_at_a_url_read_the_same(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_shards_at_a_url_read_the_same(tmp_path: Path) -> None:
     check_shards(remote)
     ours = make_reader(shards, tmp_path).read(0)
     theirs = make_reader(remote, tmp_path).read(0)
-    assert ours.image_BCHW.equal(theirs.image_BCHW)
+    assert ours.image.equal(theirs.image)
 
 
 def read_table(shard: Shard, folder: Path, tokenizer: Tokenizer | None = None, **changes: Any) -> Any:

@@ -14,10 +14,16 @@ def shipped() -> list[str]:
 
 
 def test_shipped_files_are_as_they_are_named() -> None:
-    assert shipped() == ["zero0", "zero1", "zero2"]
+    plain = ["zero0", "zero1", "zero2", "zero3"]
+    assert shipped() == sorted(
+        [*plain, "zero1_autocast", "zero1_bf16", "zero2_bf16", "zero3_bf16", "zero3_offload"]
+    )
     for name in shipped():
         config = read_deepspeed_config(name)
-        assert config == {"zero_optimization": {"stage": int(name[4])}}
+        assert config["zero_optimization"]["stage"] == int(name[4])
+        assert ("bf16" in config) == name.endswith("_bf16")
+        assert ("offload_optimizer" in config["zero_optimization"]) == name.endswith("_offload")
+        assert name not in plain or config == {"zero_optimization": {"stage": int(name[4])}}
 
 
 @pytest.mark.parametrize(
@@ -25,12 +31,12 @@ def test_shipped_files_are_as_they_are_named() -> None:
     [
         (
             {"train_batch_size": 8},
-            r"mine.json: train_batch_size: a DeepSpeed file holds memory and communication",
+            r"mine.json: train_batch_size: a DeepSpeed file holds memory, precision and",
         ),
         ({"optimizer": {"type": "AdamW"}}, r"mine.json: optimizer: "),
         ({"gradient_clipping": 1.0}, r"mine.json: gradient_clipping: "),
-        ({"zero_optimization": {"stage": 3}}, r"ZeRO stage 3 is not supported"),
-        ({"bf16": {"enabled": True}}, r"mine.json: bf16: "),
+        ({"train_micro_batch_size_per_gpu": 1}, r"mine.json: train_micro_batch_size_per_gpu: "),
+        ({"bf16": {"enabled": True}}, r"mine.json: bf16 at ZeRO stage 0 takes a wrong first Adam step"),
     ],
 )
 def test_what_training_owns_is_refused(tmp_path: Path, content: dict[str, object], message: str) -> None:
@@ -41,7 +47,7 @@ def test_what_training_owns_is_refused(tmp_path: Path, content: dict[str, object
 
 
 def test_a_file_that_is_not_there_or_no_json_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"'zero9': no such file; known: zero0, zero1, zero2"):
+    with pytest.raises(ConfigError, match=r"'zero9': no such file; known: zero0, zero1, zero1_autocast"):
         read_deepspeed_config("zero9")
     (tmp_path / "mine.json").write_text("{")
     with pytest.raises(ConfigError, match=r"mine.json: not valid JSON"):

@@ -1,9 +1,12 @@
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from rank_processes import run_ranks
 from torch import Tensor
 from torch.nn import functional as F
@@ -45,14 +48,14 @@ def plain(exclude: bool) -> tuple[Tensor, ...]:
 
 
 def tiled(
-    sizes: tuple[int, ...], exclude: bool, locked: bool, tile_elements: int
+    sizes: tuple[int, ...], exclude: bool, locked: bool, tile_side: int, kept_elements: int = 0
 ) -> list[npt.NDArray[np.float64]]:
     """Loss and this rank's gradients; run in a rank."""
     rank = 0
     if len(sizes) > 1:
         torch.distributed.init_process_group("gloo")
         rank = torch.distributed.get_rank()
-    loss_module._TILE_ELEMENTS = tile_elements
+    loss_module._TILE_SIDE, loss_module._KEPT_ELEMENTS = tile_side, kept_elements
     own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     image, text, scale, image_id, caption_id = make_inputs()
     image, text = image[own].clone(), text[own].clone()
@@ -66,14 +69,18 @@ def tiled(
     return [tensor.detach().numpy() for tensor in (loss, *torch.autograd.grad(loss, leaves))]
 
 
+@pytest.fixture
+def _tile_sizes_as_before() -> Iterator[None]:
+    before = loss_module._TILE_SIDE, loss_module._KEPT_ELEMENTS
+    yield
+    loss_module._TILE_SIDE, loss_module._KEPT_ELEMENTS = before
+
+
+@pytest.mark.usefixtures("_tile_sizes_as_before")
 @pytest.mark.parametrize("exclude", [False, True])
-@pytest.mark.parametrize("tile_elements", [1, 5 * N, 1 << 22])
-def test_one_rank_equals_the_plain_formula(exclude: bool, tile_elements: int) -> None:
-    default = loss_module._TILE_ELEMENTS
-    try:
-        found = tiled((N,), exclude, False, tile_elements)
-    finally:
-        loss_module._TILE_ELEMENTS = default
+@pytest.mark.parametrize(("tile_side", "kept"), [(1, 0), (5, 0), (5, N * N), (N, 0), (1024, 1 << 23)])
+def test_one_rank_equals_the_plain_formula(exclude: bool, tile_side: int, kept: int) -> None:
+    found = tiled((N,), exclude, False, tile_side, kept)
     for ours, theirs in zip(found, plain(exclude), strict=True):
         torch.testing.assert_close(torch.from_numpy(ours), theirs, rtol=1e-10, atol=1e-12)
 
@@ -89,7 +96,7 @@ def test_one_rank_equals_the_plain_formula(exclude: bool, tile_elements: int) ->
 )
 def test_ranks_together_equal_the_plain_formula(sizes: tuple[int, ...], exclude: bool, locked: bool) -> None:
     loss, image_grad, text_grad, scale_grad = plain(exclude)
-    results = run_ranks(tiled, len(sizes), sizes, exclude, locked, 4 * N)
+    results = run_ranks(tiled, len(sizes), sizes, exclude, locked, 4)
     found = [[torch.from_numpy(array) for array in rank] for rank in results]
     for rank in found:
         torch.testing.assert_close(rank[0], loss, rtol=1e-10, atol=1e-12)
@@ -112,6 +119,72 @@ def test_all_pairs_share_a_caption_leaves_a_loss_of_zero() -> None:
     assert loss.item() == pytest.approx(0, abs=1e-12)
 
 
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Features of any number and width, a temperature, and ids that repeat or are not asked for."""
+    num_samples, dim = draw(st.integers(1, 23)), draw(st.integers(1, 9))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    image, text = F.normalize(
+        torch.randn(2, num_samples, dim, generator=generator, dtype=torch.float64), dim=-1
+    )
+    scale = torch.tensor([draw(st.floats(0, math.log(100)))], dtype=torch.float64)
+    if not draw(st.booleans()):
+        return image, text, scale, None, None
+    kinds = draw(st.integers(1, 30))
+    image_id, caption_id = torch.randint(0, kinds, (2, num_samples), generator=generator)
+    return image, text, scale, image_id, caption_id
+
+
+@pytest.mark.usefixtures("_tile_sizes_as_before")
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(batch=batches(), tile_side=st.integers(1, 24), keeps=st.booleans(), wide=st.booleans())
+def test_any_batch_equals_the_plain_formula(
+    batch: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
+    tile_side: int,
+    keeps: bool,
+    wide: bool,
+) -> None:
+    """1e-6 in float64, 1e-5 in float32, the loss relative to the logits it is a difference of."""
+    loss_module._TILE_SIDE, loss_module._KEPT_ELEMENTS = tile_side, 1 << 23 if keeps else 0
+    image, text, scale, image_id, caption_id = batch
+    expected = [leaf.clone().requires_grad_() for leaf in (image, text, scale)]
+    logits = expected[2].exp() * expected[0] @ expected[1].T
+    if image_id is not None and caption_id is not None:
+        others = ~torch.eye(len(image), dtype=torch.bool)
+        logits = logits.masked_fill(shares_image_or_caption(image_id, caption_id) & others, -torch.inf)
+    target = torch.arange(len(image))
+    theirs = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    dtype, tolerance = (torch.float64, 1e-6) if wide else (torch.float32, 1e-5)
+    found = [leaf.to(dtype).requires_grad_() for leaf in (image, text, scale)]
+    sizes = (len(image),)
+    ours = contrastive_loss(*found, num_samples_of_ranks=sizes, image_id_B=image_id, caption_id_B=caption_id)
+    assert abs(ours.item() - theirs.item()) <= tolerance * max(1.0, scale.exp().item())
+    for mine, plain_gradient in zip(
+        torch.autograd.grad(ours, found), torch.autograd.grad(theirs, expected), strict=True
+    ):
+        # A gradient is a sum of scale × weight × feature, with weights of at most 2 / N.
+        largest = max(1.0, scale.exp().item()) ** 2 if not wide else 1.0
+        assert (mine.double() - plain_gradient).abs().max() <= tolerance * largest
+
+
+def test_a_column_far_below_its_rows_keeps_its_numbers() -> None:
+    """Every row has a logit of 100 in one column, beside which exp() of the others is 0 in float32."""
+    angle = torch.tensor([0.0, 0.0, math.pi])  # two images beside every text, one opposite to all
+    image = torch.stack([angle.cos(), angle.sin()], dim=1)
+    text = torch.tensor([[1.0, 0.0]]).repeat(3, 1)
+    scale = torch.tensor([math.log(100.0)])
+    leaves = [tensor.requires_grad_() for tensor in (image, text)]
+    loss = contrastive_loss(*leaves, scale, num_samples_of_ranks=(3,))
+    assert loss.item() == pytest.approx(plain_value(image, text, scale), rel=1e-5)
+    assert all(bool(gradient.isfinite().all()) for gradient in torch.autograd.grad(loss, leaves))
+
+
+def plain_value(image: Tensor, text: Tensor, scale: Tensor) -> float:
+    logits = scale.exp() * image @ text.T
+    target = torch.arange(len(image))
+    return ((F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2).item()
+
+
 def test_no_tensor_has_the_size_of_the_batch_squared() -> None:
     num_samples = 4096
     feature = F.normalize(torch.randn(num_samples, 16), dim=1)
@@ -120,4 +193,4 @@ def test_no_tensor_has_the_size_of_the_batch_squared() -> None:
         loss = contrastive_loss(image, text, torch.zeros(1), num_samples_of_ranks=(num_samples,))
         torch.autograd.grad(loss, (image, text))
     largest = max(event.cpu_memory_usage for event in profile.events())
-    assert loss_module._TILE_ELEMENTS * 4 <= largest <= num_samples**2 * 4 // 3
+    assert loss_module._TILE_SIDE**2 * 4 <= largest <= num_samples**2 * 4 // 8

@@ -1,0 +1,237 @@
+"""The contrastive loss against cn_clip's own `get_loss`: seconds of one rank of 8, and extra memory.
+
+    python benchmarks/loss.py           # N = 8,192 for time, 16,384 for memory (cn_clip takes 5 GB there)
+    python benchmarks/loss.py --full    # more rounds
+
+One process plays rank 0 of 8. What the seven other ranks would send (their features, log-sum-exps and column
+gradients) is made beforehand by the plain formula, and handed to both sides where they call a collective, so
+that what is timed is the rank's own work, and what comes out are the numbers of a real run of 8 ranks. Times
+are CPU seconds of one thread: other work on the machine does not count.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from training import loss as ours
+from training.loss import contrastive_loss
+from training.model import torchvision_ops
+
+RANKS, DIM = 8, 512
+TIME_SAMPLES, MEMORY_SAMPLES = 8_192, 16_384
+SCALE = math.log(100.0)  # where trained models end
+TOLERANCE = 1e-4  # of the loss, and of gradients relative to the largest
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--full", action="store_true", help="more rounds")
+    parser.add_argument("--extra-memory", choices=("ours", "peer"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.extra_memory:
+        print(extra_memory_mb(options.extra_memory))
+        return 0
+    torch.set_num_threads(1)
+    rounds = 9 if options.full else 3
+    results = [
+        compare_times("loss/time", rounds, lock_image=False),
+        compare_times("loss/time@stage1", rounds, lock_image=True),
+        compare_memory(),
+    ]
+    for result in results:
+        print(
+            f"{result['name']:<18} ours {result['ours']:.3f} peer {result['peer']:.3f} {result['unit']},"
+            f" ratio {result['ratio']:.1f}, equal {result['equal']}"
+        )
+    print(json.dumps(results))
+    return 0 if all(result["equal"] for result in results) else 1
+
+
+def compare_times(name: str, rounds: int, *, lock_image: bool) -> dict[str, Any]:
+    """Forward and backward of rank 0 of 8; in stage 1 the image features want no gradient."""
+    image_ND, text_ND = features(TIME_SAMPLES)
+    own = slice(0, TIME_SAMPLES // RANKS)
+    wire = Wire(image_ND, text_ND, own)
+    sides: dict[str, Callable[[], list[Tensor]]] = {
+        "ours": lambda: wire.run_ours(lock_image),
+        "peer": lambda: wire.run_peer(lock_image),
+    }
+    found = {side: run() for side, run in sides.items()}  # also the warm-up
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    for _ in range(rounds):
+        for side, run in sides.items():  # in turn, so that noise hits both alike
+            start = time.process_time()
+            run()
+            seconds[side].append(time.process_time() - start)
+    mine, theirs = statistics.median(seconds["ours"]), statistics.median(seconds["peer"])
+    return record(name, "CPU s", mine, theirs, are_equal(found["ours"], found["peer"]))
+
+
+def compare_memory() -> dict[str, Any]:
+    """Peak resident memory beyond the inputs and the imports, each side in a process of its own.
+
+    All samples are on one rank here, which is the most that ours can take.
+    """
+    found = {}
+    for side in ("ours", "peer"):
+        command = [sys.executable, str(Path(__file__).resolve()), "--extra-memory", side]
+        found[side] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    image_ND, text_ND = features(512)
+    wire = Wire(image_ND, text_ND, slice(0, 512))
+    equal = are_equal(wire.run_ours(False), wire.run_peer(False))
+    return record("loss/memory", "MB", found["ours"], found["peer"], equal)
+
+
+def extra_memory_mb(side: str) -> float:
+    image_ND, text_ND = features(MEMORY_SAMPLES)
+    wire = Wire(image_ND, text_ND, slice(0, MEMORY_SAMPLES))
+    small = Wire(image_ND[:64], text_ND[:64], slice(0, 64))
+    run = {"ours": Wire.run_ours, "peer": Wire.run_peer}[side]
+    run(small, False)  # what a first call allocates for good is not the loss's
+    inputs = wire.leaves(False)
+    wire.leaves = lambda _: inputs  # type: ignore[method-assign]
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here (Linux, proc(5))
+    before = _memory_kb("VmRSS")
+    run(wire, False)
+    return (_memory_kb("VmHWM") - before) / 1e3
+
+
+def _memory_kb(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def features(num_samples: int) -> tuple[Tensor, Tensor]:
+    """Unit-norm image and text features that resemble each other pair by pair, as in training."""
+    generator = torch.Generator().manual_seed(0)
+    image_ND = torch.randn(num_samples, DIM, generator=generator)
+    text_ND = 0.1 * image_ND + torch.randn(num_samples, DIM, generator=generator)
+    return F.normalize(image_ND, dim=1), F.normalize(text_ND, dim=1)
+
+
+class Wire:
+    """What rank 0 puts in and what it would receive; each `run` gives [loss, gradients of its inputs …]."""
+
+    def __init__(self, image_ND: Tensor, text_ND: Tensor, own: slice) -> None:
+        self.image_ND, self.text_ND, self.own = image_ND, text_ND, own
+        self.ranks = len(image_ND) // own.stop
+        scale = math.exp(SCALE)
+        # The others' shares by the plain formula; rows are texts and columns are images, as in training.loss.
+        self.others_loss = torch.zeros(())
+        self.others_lse_N = torch.full((len(image_ND),), -torch.inf)
+        self.others_column_ND = torch.zeros_like(image_ND)
+        if self.ranks == 1:
+            return
+        logit_NN = scale * text_ND @ image_ND.T
+        row_lse_N, column_lse_N = logit_NN.logsumexp(1), logit_NN.logsumexp(0)
+        diagonal_N = logit_NN.diagonal()
+        rest = slice(own.stop, None)
+        self.others_lse_N = logit_NN[rest].logsumexp(0)
+        per_sample_N = row_lse_N + column_lse_N - 2 * diagonal_N
+        self.others_loss = per_sample_N[rest].sum() / (2 * len(image_ND))
+        weight = (logit_NN[rest] - row_lse_N[rest, None]).exp() + (logit_NN[rest] - column_lse_N).exp()
+        self.others_column_ND = weight.T @ text_ND[rest]
+
+    def run_ours(self, lock_image: bool) -> list[Tensor]:
+        def sum_to_owner(grad_ND: Tensor, _: Any) -> Tensor:
+            return grad_ND[self.own] + self.others_column_ND[self.own]
+
+        patches = {
+            "_world": lambda: self.ranks,
+            "_gather": lambda local, _: self.image_ND if self.ranks > 1 else local,
+            "_log_sum_exp_over_ranks": lambda lse_N: torch.logaddexp(lse_N, self.others_lse_N),
+            "_sum_to_owner": sum_to_owner,
+            "dist": SimpleNamespace(all_reduce=lambda loss: loss.add_(self.others_loss), is_initialized=bool),
+        }
+        image_BD, text_BD, scale = self.leaves(lock_image)
+        with mock.patch.multiple(ours, **patches):
+            sizes = (self.own.stop,) * self.ranks
+            loss = contrastive_loss(image_BD, text_BD, scale, num_samples_of_ranks=sizes)
+            loss.backward()  # type: ignore[no-untyped-call]
+        return [loss.detach(), *(leaf.grad for leaf in (image_BD, text_BD) if leaf.grad is not None)]
+
+    def run_peer(self, lock_image: bool) -> list[Tensor]:
+        torchvision_ops.install()  # cn_clip imports torchvision
+        from cn_clip.training import train
+
+        image_BD, text_BD, scale = self.leaves(lock_image)
+
+        def all_gather(parts: list[Tensor], local: Tensor) -> None:
+            whole = self.image_ND if local is image_BD else self.text_ND
+            for part, sent in zip(parts, whole.split(self.own.stop), strict=True):
+                part.copy_(sent)
+
+        options = SimpleNamespace(
+            accum_freq=1,
+            aggregate=True,
+            gather_with_grad=False,
+            distillation=False,
+            mask_ratio=0,
+            rank=0,
+            local_device_rank=0,
+            report_training_batch_acc=False,
+        )
+        group = SimpleNamespace(get_world_size=lambda: self.ranks, get_rank=lambda: 0, all_gather=all_gather)
+        cross_entropy = torch.nn.CrossEntropyLoss()
+        with mock.patch.object(train, "dist", group), _without_cuda():
+            loss, _ = train.get_loss(
+                lambda images, texts, mask_ratio: (images, texts, scale.exp()),
+                image_BD,
+                text_BD,
+                cross_entropy,
+                cross_entropy,
+                options,
+            )
+            loss.backward()
+        return [loss.detach(), *(leaf.grad for leaf in (image_BD, text_BD) if leaf.grad is not None)]
+
+    def leaves(self, lock_image: bool) -> tuple[Tensor, Tensor, Tensor]:
+        image_BD, text_BD = self.image_ND[self.own].clone(), self.text_ND[self.own].clone()
+        scale = torch.tensor([SCALE], requires_grad=True)
+        return image_BD.requires_grad_(not lock_image), text_BD.requires_grad_(), scale
+
+
+@contextlib.contextmanager
+def _without_cuda() -> Iterator[None]:
+    """cn_clip calls `.cuda()` on everything."""
+    with mock.patch.object(torch.Tensor, "cuda", lambda tensor, *_, **__: tensor):
+        yield
+
+
+def are_equal(mine: list[Tensor], theirs: list[Tensor]) -> bool:
+    return len(mine) == len(theirs) and all(
+        ((a - b).abs().max() / b.abs().max()).item() < TOLERANCE for a, b in zip(mine, theirs, strict=True)
+    )
+
+
+def record(name: str, unit: str, mine: float, theirs: float, equal: bool) -> dict[str, Any]:
+    """Less is better in both units."""
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return {
+        "name": name,
+        "ours": round(mine, 4),
+        "peer": round(theirs, 4),
+        "unit": unit,
+        "ratio": round(theirs / mine, 2),
+        "equal": equal,
+        "machine": machine,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

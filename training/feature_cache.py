@@ -1,0 +1,117 @@
+"""Image features of stage 1, computed once: K augmented views of every picture through the locked tower.
+
+One file a shard, beside the shards: `features/<key>-<shard's digest>.npy`, float16 [samples, K, D], unit
+norm. The key is a digest of all that a feature depends on: the tower's weights, the augmentation, the size,
+the seed and K. A file that is there is therefore right; another tower or transform makes files of its own.
+View v is what the live path shows in epoch v: K views are those of K live epochs, and epoch e reads view
+e mod K.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from pipeline import store
+from pipeline.config import digest
+from pipeline.records import InputError, Shard
+from training.config import AugmentConfig
+
+Float16s = npt.NDArray[np.float16]
+UInt8s = npt.NDArray[np.uint8]
+
+_OPEN_FILES = 4096  # memory maps that stay open; a rank's lanes come back to the same few shards
+_SAMPLES_AT_ONCE = 64
+
+
+def cache_key(
+    tower: nn.Module, augment: AugmentConfig, *, image_size_px: int, seed: int, num_views: int
+) -> str:
+    """Hexadecimal digest of what the features depend on besides the pictures."""
+    weights = sha256()
+    for name, tensor in sorted(tower.state_dict().items()):
+        weights.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        weights.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    # The reading of views is versioned by hand: augment.py is code, which no digest of settings covers.
+    return digest("features", 1, weights.hexdigest(), augment, image_size_px, seed, num_views)[:32]
+
+
+class FeatureCache:
+    """The features of some shards; `read` after `missing` files were made with `write`."""
+
+    def __init__(self, shards: Sequence[Shard], key: str, *, num_views: int, dim: int) -> None:
+        self._shards, self._key = shards, key
+        self.num_views, self._dim = num_views, dim
+        self._open = lru_cache(maxsize=_OPEN_FILES)(self._open_file)
+
+    def path(self, shard: int) -> str:
+        """Where the features of a shard are; a local path."""
+        found = self._shards[shard]
+        if not store.is_local(found.path):
+            raise InputError(
+                f"{found.path}: cached_views needs shards on a file system: features are read by memory map;"
+                " copy the shards, or train with cached_views = 0"
+            )
+        name = f"{self._key}-{found.digest[:32]}.npy"
+        return os.path.join(os.path.dirname(found.path), "features", name)
+
+    def missing(self) -> list[int]:
+        """Shards without features, in order."""
+        return [shard for shard in range(len(self._shards)) if not os.path.exists(self.path(shard))]
+
+    def write(self, shard: int, feature_NKD: Float16s) -> None:
+        """Publish a shard's features: the file is whole or not there."""
+        path = self.path(shard)
+        with store.publish(path) as temporary, open(temporary, "wb") as file:
+            np.save(file, feature_NKD, allow_pickle=False)
+
+    def read(self, shard: int, row: int, epoch: int) -> Float16s:
+        """feature_D of one sample in one epoch."""
+        feature: Float16s = self._open(shard)[row, epoch % self.num_views]
+        return feature
+
+    def _open_file(self, shard: int) -> Float16s:
+        path = self.path(shard)
+        expected = (self._shards[shard].num_samples, self.num_views, self._dim)
+        try:
+            features: Float16s = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: cannot be read ({error}); remove the file: it is made again") from None
+        if features.shape != expected or features.dtype != np.float16:
+            raise InputError(
+                f"{path}: {features.dtype} {features.shape}, but its shard wants float16 {expected};"
+                " remove the file: it is made again"
+            )
+        return features
+
+
+def build(
+    cache: FeatureCache,
+    shards: Sequence[int],
+    num_samples: Callable[[int], int],
+    pictures: Callable[[list[tuple[int, int, int]]], UInt8s],
+    encode: Callable[[Tensor], Tensor],
+    show: Callable[[int, int], Any],
+) -> None:
+    """Make the features of `shards`; killed and called again, it goes on with the next shard.
+
+    `pictures` gives uint8 views [B, H, W, 3] of (shard, row, epoch); `encode` unit-norm float32 feature_BD of
+    uint8 [B, 3, H, W]; `show` is told (shards done, of all).
+    """
+    for done, shard in enumerate(shards):
+        show(done, len(shards))
+        rows = range(num_samples(shard))
+        parts = []
+        for first in range(0, len(rows), _SAMPLES_AT_ONCE):
+            some = rows[first : first + _SAMPLES_AT_ONCE]
+            views = pictures([(shard, row, view) for row in some for view in range(cache.num_views)])
+            feature = encode(torch.from_numpy(views).permute(0, 3, 1, 2)).cpu().numpy()
+            parts.append(feature.astype(np.float16).reshape(len(some), cache.num_views, -1))
+        cache.write(shard, np.concatenate(parts))
+    show(len(shards), len(shards))

@@ -1,0 +1,112 @@
+"""Whole parameters and Adam moments of a DeepSpeed engine, wherever its ZeRO stage keeps their parts.
+
+Stage 0 has them on every rank. Stages 1 and 2 have a float32 master and the moments as parts of one flat
+vector a parameter group; stage 3 has part of every parameter too. All functions but `adam_of` are
+collectives: every rank calls them, for the same parameters in the same order.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
+from torch import distributed as dist
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's names for them
+
+
+def adam_of(engine: Any) -> torch.optim.AdamW:
+    """The AdamW inside: of the model's parameters at ZeRO stage 0, else of flat parts of them."""
+    optimizer = engine.optimizer
+    adam: torch.optim.AdamW = optimizer.optimizer if engine.zero_optimization() else optimizer
+    return adam
+
+
+def make_adam_state(engine: Any) -> None:
+    """Make the state that Adam would make at its first step.
+
+    DeepSpeed links parameters to their part of it after the first *group's* first step, when the second group
+    has none yet, and never again: with two groups, a checkpoint would find half of the moments.
+    """
+    adam = adam_of(engine)
+    # Stage 3's groups are empty between steps: it lends Adam one flat part at a time.
+    flat_parts = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)
+    parameters = flat_parts or [parameter for group in adam.param_groups for parameter in group["params"]]
+    for parameter in parameters:
+        adam.state[parameter] = {
+            "step": torch.zeros((), device=parameter.device),
+            **{moment: torch.zeros_like(parameter) for moment in MOMENTS},
+        }
+    if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def whole_weight(parameter: nn.Parameter) -> Tensor:
+    """The parameter in float32 where it is trained, from its master; else as the module has it."""
+    if _is_partitioned(parameter) and not parameter.requires_grad:
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    master = safe_get_full_fp32_param(parameter)
+    return parameter.detach() if master is None else master
+
+
+def set_weight(parameter: nn.Parameter, value: Tensor) -> None:
+    """Set the module's parameter and the float32 master behind it; `value` is whole, equal on all ranks."""
+    value = value.to(parameter.device)
+    if _is_partitioned(parameter):
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.data.copy_(value)
+        if parameter.requires_grad:
+            safe_set_local_fp32_param(parameter, _own_part(parameter, value))
+        return
+    if hasattr(parameter, "_hp_mapping"):
+        safe_set_full_fp32_param(parameter, value)
+    parameter.data.copy_(value)
+
+
+def whole_moment(engine: Any, parameter: nn.Parameter, moment: str) -> Tensor:
+    """One of Adam's MOMENTS of a trained parameter, in float32."""
+    found = safe_get_full_optimizer_state(parameter, moment)
+    value: Tensor = adam_of(engine).state[parameter][moment] if found is None else found
+    return value
+
+
+def set_moment(engine: Any, parameter: nn.Parameter, value: Tensor, moment: str) -> None:
+    """Set one of Adam's MOMENTS of a trained parameter; `value` is whole, the same on all ranks."""
+    value = value.to(parameter.device)
+    if _is_partitioned(parameter):
+        safe_set_local_optimizer_state(parameter, _own_part(parameter, value), moment)
+    elif hasattr(parameter, "_hp_mapping"):
+        safe_set_full_optimizer_state(parameter, value, moment)
+    else:
+        adam_of(engine).state[parameter][moment].copy_(value)
+
+
+@contextmanager
+def gathered(*parameters: nn.Parameter) -> Iterator[None]:
+    """Whole parameters inside, for reading, where modules that own them are not called as modules."""
+    partitioned = [parameter for parameter in parameters if _is_partitioned(parameter)]
+    with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
+        yield
+
+
+def _is_partitioned(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "ds_id")
+
+
+def _own_part(parameter: Any, value: Tensor) -> Tensor:
+    """This rank's part of a whole value; the last ranks' parts of a small parameter are padding."""
+    size = parameter.ds_tensor.numel()
+    padded = torch.zeros(size * dist.get_world_size(), dtype=torch.float32, device=value.device)
+    padded[: value.numel()] = value.flatten()
+    return padded.narrow(0, size * dist.get_rank(), size)
