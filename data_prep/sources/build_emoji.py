@@ -130,6 +130,7 @@ def fetch(package: Package, cache: Path) -> Path:
 
     ConfigError where there is no npm; InputError where npm fails or the digest is another one.
     """
+    cache = cache.resolve()  # npm runs in another folder
     target = cache / f"{package.name}-{package.version}.tgz"
     if target.is_file() and integrity_of(target) == package.integrity:
         return target
@@ -138,7 +139,16 @@ def fetch(package: Package, cache: Path) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     wanted = f"{package.name}@{package.version}"
     with tempfile.TemporaryDirectory(dir=cache) as folder:
-        command = ["npm", "pack", wanted, "--pack-destination", folder, "--ignore-scripts", "--silent"]
+        command = [
+            "npm",
+            "pack",
+            wanted,
+            "--pack-destination",
+            folder,
+            "--ignore-scripts",
+            "--loglevel",
+            "error",
+        ]
         try:
             result = subprocess.run(
                 command, capture_output=True, text=True, timeout=NPM_TIMEOUT_S, cwd=folder

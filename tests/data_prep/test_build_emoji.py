@@ -191,6 +191,13 @@ def test_a_damaged_cache_is_fetched_again(packages: dict[str, Package], tmp_path
     assert len(_calls(tmp_path)) == 2
 
 
+def test_a_relative_folder_is_where_the_command_runs(
+    packages: dict[str, Package], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert integrity_of(fetch(packages["cldr"], Path("cache"))) == packages["cldr"].integrity
+
+
 def test_another_digest_is_refused(packages: dict[str, Package], tmp_path: Path) -> None:
     package = dataclasses.replace(packages["cldr"], integrity=PACKAGES["cldr"].integrity)
     with pytest.raises(
