@@ -31,7 +31,7 @@ def run_ranks(function: Callable[..., Any], ranks: int, *arguments: Any) -> list
     results = []
     for receiver in receivers:
         try:
-            results.append(receiver.recv() if receiver.poll(120) else ("failed", "no answer in 120 s"))
+            results.append(receiver.recv() if receiver.poll(600) else ("failed", "no answer in 600 s"))
         except EOFError:
             results.append(("failed", "the rank died"))
     for process in processes:
