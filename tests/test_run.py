@@ -170,7 +170,7 @@ def test_killed_inside_long_stages_gives_the_same_bytes(finished: Path, tmp_path
 def test_killed_at_every_stage_boundary_gives_the_same_bytes(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "demo"
     for stage in STAGES[:-1]:
-        run_and_kill(folder, (folder / stage / "manifest.json").exists)
+        assert not run_and_kill(folder, (folder / stage / "manifest.json").exists), "it ended before the kill"
     finish_and_compare(folder, finished)
 
 
@@ -185,6 +185,7 @@ def test_killed_at_random_moments_gives_the_same_bytes(seed: int, finished: Path
         if run_and_kill(folder, lambda end=end: time.monotonic() > end):
             break
         kills += 1
+    assert kills > 0
     finish_and_compare(folder, finished)
 
 
