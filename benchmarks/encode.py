@@ -25,13 +25,13 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from training.config import CONTEXT_LENGTH
 from training.model.clip import CLIP
 from training.model.config import MODELS
 from training.model.encoder import Encoder
 from training.model.tokenizer import Tokenizer
 from training.model.weights import fill, tensor_slots
 
-CONTEXT_LENGTH = 52
 PEER_BATCH = 64
 TOLERANCE = 1e-5  # of unit-norm float32 features
 TOLERANCE_BF16 = 2e-2

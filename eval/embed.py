@@ -30,6 +30,7 @@ from eval.metrics import (
 from pipeline import store
 from pipeline.config import digest
 from pipeline.records import EmbeddingTable, InputError
+from training.config import CONTEXT_LENGTH
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 Float32Array = npt.NDArray[np.float32]
 UInt8Array = npt.NDArray[np.uint8]
 
-CONTEXT_LENGTH = 52  # word pieces with [CLS] and [SEP], the paper's A.1
 BATCH_SIZE = 64
 
 

@@ -13,6 +13,7 @@ from eval.index import check_vectors
 from pipeline import store
 from pipeline.config import find_recipe, read_toml
 from pipeline.records import ConfigError, InputError
+from training.config import CONTEXT_LENGTH
 
 if TYPE_CHECKING:
     import torch
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 Float32Array = npt.NDArray[np.float32]
 Int64Array = npt.NDArray[np.int64]
-
-CONTEXT_LENGTH = 52  # word pieces with [CLS] and [SEP], the paper's A.1
 
 
 @dataclass(frozen=True, slots=True)

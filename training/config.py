@@ -11,6 +11,8 @@ from typing import Any, Literal, Self
 from pipeline.config import NOT_IN_DIGEST, build
 from pipeline.records import ConfigError, Shard
 
+CONTEXT_LENGTH = 52  # tokens of a caption with [CLS] and [SEP] (Table 8: 50 without)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AugmentConfig:
@@ -54,7 +56,7 @@ class TrainConfig:
     lock_image: bool = False  # stage 1: the image tower stays as it is, byte for byte (2.3)
     cached_views: int = 0  # augmented views of a picture whose features are computed once; 0: every time anew
     checkpoint_activations: bool = False  # both towers recompute activations in the backward pass (A.2)
-    context_length: int = 52  # tokens of a caption with [CLS] and [SEP] (Table 8: 50 without)
+    context_length: int = CONTEXT_LENGTH
     augment: AugmentConfig = field(default_factory=AugmentConfig)  # images (A.2)
     caption_column: str = "caption"  # column of the shards' sidecars
     exclude_duplicates: bool = False  # pairs of equal image or caption are no negatives of each other

@@ -18,6 +18,7 @@ from PIL import Image
 
 from pipeline import store
 from pipeline.records import InputError
+from training.config import CONTEXT_LENGTH
 from training.model.clip import CLIP
 from training.model.formats import load_model
 from training.model.preprocess import preprocess
@@ -27,7 +28,6 @@ from training.model.vocabulary_lookup import find_vocabulary
 Float32Array = npt.NDArray[np.float32]
 Picture = str | bytes | Image.Image  # path or URL, encoded bytes, or decoded
 
-CONTEXT_LENGTH = 52  # tokens with [CLS] and [SEP] (A.1)
 IMAGES_PER_BATCH = 32
 TOKENS_PER_BATCH = 2048  # of texts, so that short ones go in larger batches
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from pipeline import store
 from pipeline.records import ConfigError
+from training.config import CONTEXT_LENGTH
 from training.model.card import model_card
 from training.model.clip import CLIP
 from training.model.config import ModelConfig, VisionTransformerConfig
@@ -22,7 +23,6 @@ from training.model.preprocess import MEAN, STD
 from training.model.tokenizer import SPECIAL_TOKENS, Tokenizer, hugging_face_tokenizer
 from training.model.weights import save_checkpoint, state_for_file
 
-CONTEXT_LENGTH = 52
 ONNX_TOLERANCE = 1e-4  # of unit-norm features, onnxruntime against torch
 _ONNX_INLINE_BYTES = 1_500_000_000  # protobuf ends at 2 GB: larger weights go into a file beside
 # Chinese CLIP's names of its text towers, by layers and width

@@ -212,12 +212,6 @@ def build_empty(config: ModelConfig) -> CLIP:
         return CLIP(config)
 
 
-def read_metadata(path: str) -> tuple[ModelConfig, dict[str, str]]:
-    """Configuration and metadata of a checkpoint, without its weights."""
-    with _open_safetensors(path) as file:
-        return read_header(path, file.metadata() or {})
-
-
 def _open_safetensors(path: str) -> Any:
     try:
         return safe_open(local_copy(path), framework="pt")

@@ -9,6 +9,7 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pipeline.records import InputError
@@ -18,7 +19,7 @@ from training.model.initial import initialise
 from training.model.torchscript import read_torchscript, write_torchscript
 from training.model.weights import (
     load_checkpoint,
-    read_metadata,
+    read_header,
     save_checkpoint,
     save_openai,
     state_for_file,
@@ -107,7 +108,9 @@ def test_checkpoint_round_trip(name: str, tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
     assert _equal(loaded, model)
     assert loaded.config == model.config
-    assert read_metadata(path) == (model.config, {"stage": "第一", "a": "b"})
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    assert read_header(path, header) == (model.config, {"stage": "第一", "a": "b"})
 
 
 def test_checkpoint_bytes_depend_on_contents_alone(tmp_path: Path) -> None:
