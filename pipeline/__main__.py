@@ -99,6 +99,16 @@ def _why(options: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def _launch(options: argparse.Namespace) -> int:
+    from pipeline.catalog import load
+    from pipeline.config import find_recipe
+    from pipeline.launch import write_scripts
+
+    run, config = load(options.run, options.set)
+    print("\n".join(write_scripts(run, config.launch, find_recipe(options.run), options.set)))
+    return EXIT_DONE
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from pipeline.doctor import examine
 
@@ -227,6 +237,7 @@ def _parser() -> argparse.ArgumentParser:
     add("verify", _verify, "hash every output again and compare it with the manifests", stages=True)
     command = add("why", _why, "where a row went: kept, or dropped by which stage and why")
     command.add_argument("key", metavar="KEY-or-URL", help="a sample's key or a picture's URL")
+    add("launch", _launch, "write Slurm scripts, and print command lines for torchrun and deepspeed")
     command = add(
         "doctor", _doctor, "is this machine fit: Python, disk, memory, accelerator, ranks, compiler"
     )

@@ -26,6 +26,7 @@ from eval.stages import IndexConfig
 from pipeline import store
 from pipeline.config import apply_overrides, build, find_recipe, read_toml, to_toml
 from pipeline.evaluation_sets import EvaluationSource
+from pipeline.launch_config import LaunchConfig
 from pipeline.records import ConfigError
 from pipeline.runner import Run
 from pipeline.stage import Stage
@@ -77,6 +78,7 @@ class RunConfig:
     stage1: TrainConfig | None = None  # image tower locked (paper, 2.3)
     stage2: TrainConfig | None = None  # everything trained (paper, 2.3)
     index: IndexConfig = field(default_factory=IndexConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> tuple[Run, RunConfig]:
@@ -283,6 +285,7 @@ def _training_stages(config: RunConfig) -> list[Stage]:
             text_weights=config.model.text_weights if starts_new and name != "english" else None,
             save_openai=name == "english",
             validate=name != "english",
+            launcher=config.launch.launcher,
         )
         learns = job.vocabulary is None
         parents = ("corpus", "shards", *(("vocabulary",) if learns else ()), *((before,) if before else ()))
