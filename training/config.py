@@ -140,6 +140,7 @@ class TrainJob:
     image_weights: str | None = None  # weights of any known format that give a new model its image tower
     text_weights: str | None = None  # the same for the text tower
     start_checkpoint: str | None = None  # our safetensors of the stage before
+    start_weights: str | None = None  # a whole Chinese CLIP of any known format to go on from
     config: TrainConfig
     evaluations: Mapping[str, str] = field(default_factory=dict)  # name → folder, for whoever validates
     folder: str  # checkpoints/, metrics.jsonl, log.jsonl and tokens/ go here
@@ -170,7 +171,7 @@ def count_steps(config: TrainConfig, num_samples: int, stage: str) -> int:
 def paper_recipe(model: str, stage: Literal["stage1", "stage2"]) -> TrainConfig:
     """How the paper pretrained a model (Table 8, A.2); ConfigError where it did not."""
     name = "training/recipes/pretrain.toml"
-    recipes = tomllib.loads((resources.files("training.recipes") / "pretrain.toml").read_text("utf-8"))
+    recipes = _read_recipes("pretrain")
     common, stages = recipes.pop("common"), {key: recipes.pop(key) for key in ("stage1", "stage2")}
     own: dict[str, Any] = recipes.get(model, {})
     if stage not in own:
@@ -178,3 +179,29 @@ def paper_recipe(model: str, stage: Literal["stage1", "stage2"]) -> TrainConfig:
         raise ConfigError(f"{name}: the paper has no {stage} of {model!r}; it has that of {trained}")
     of_all_stages = {key: value for key, value in own.items() if key not in stages}
     return build(TrainConfig, {**common, **stages[stage], **of_all_stages, **own[stage]}, name)
+
+
+def finetune_recipe(model: str, data: str) -> TrainConfig:
+    """How the paper finetuned a model on `muge`, `flickr30k-cn`, `coco-cn` or `icr` (Table 9, A.3, A.4).
+
+    ConfigError where it did not.
+    """
+    name = "training/recipes/finetune.toml"
+    recipes, pretraining = _read_recipes("finetune"), _read_recipes("pretrain")
+    common, data_sets = recipes.pop("common"), recipes.pop("data")
+    own: dict[str, Any] = recipes.get(model, {})
+    if data not in own:
+        known = [
+            f"{key} on {found}" for key, table in recipes.items() for found in table if found in data_sets
+        ]
+        raise ConfigError(
+            f"{name}: the paper has no finetuning of {model!r} on {data!r}; it has {', '.join(known)}"
+        )
+    backbone = {key: value for key, value in pretraining[model].items() if key.startswith("adam_")}
+    of_all_data = {key: value for key, value in own.items() if key not in data_sets}
+    tables = (pretraining["common"], backbone, common, data_sets[data], of_all_data, own[data])
+    return build(TrainConfig, {key: value for table in tables for key, value in table.items()}, name)
+
+
+def _read_recipes(name: Literal["pretrain", "finetune"]) -> dict[str, Any]:
+    return tomllib.loads((resources.files("training.recipes") / f"{name}.toml").read_text("utf-8"))
