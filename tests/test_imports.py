@@ -19,7 +19,7 @@ BOTTOM = {
     "evaluation_sets",
     "launch_config",
 }
-TOP = {"catalog", "runner", "launch", "rank", "why", "tables", "doctor", "__main__"}
+TOP = {"catalog", "runner", "launch", "plan_training", "rank", "why", "tables", "doctor", "__main__"}
 
 # What each layer may import of this project besides itself.
 ALLOWED = {

@@ -203,5 +203,43 @@ def finetune_recipe(model: str, data: str) -> TrainConfig:
     return build(TrainConfig, {key: value for table in tables for key, value in table.items()}, name)
 
 
+def pretrained_stages(model: str) -> list[Literal["stage1", "stage2"]]:
+    """The stages in which the paper pretrained a model; none for a model that is not the paper's."""
+    stages: tuple[Literal["stage1", "stage2"], ...] = ("stage1", "stage2")
+    recipes = _read_recipes("pretrain")
+    return [stage for stage in stages if stage in recipes.get(model, {})]
+
+
+def finetuned_data(model: str) -> list[str]:
+    """The data sets that the paper finetuned a model on, as `finetune_recipe` takes them."""
+    recipes = _read_recipes("finetune")
+    return [data for data in recipes["data"] if data in recipes.get(model, {})]
+
+
+def deepspeed_settings(name: str) -> dict[str, Any]:
+    """The content of a file of deepspeed_configs by its stem, or of any path that ends in .json.
+
+    ConfigError where there is no such file or it is no JSON.
+    """
+    path = resources.files("deepspeed_configs") / f"{name}.json"
+    try:
+        if name.endswith(".json"):
+            with open(name, encoding="utf-8") as file:
+                text = file.read()
+        else:
+            text = path.read_text(encoding="utf-8")
+    except OSError:
+        entries = (entry.name for entry in resources.files("deepspeed_configs").iterdir())
+        known = ", ".join(sorted(entry.removesuffix(".json") for entry in entries if entry.endswith(".json")))
+        raise ConfigError(
+            f"deepspeed = {name!r}: no such file; known: {known}, or a path to a .json"
+        ) from None
+    try:
+        settings: dict[str, Any] = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{name}: not valid JSON: {error}") from None
+    return settings
+
+
 def _read_recipes(name: Literal["pretrain", "finetune"]) -> dict[str, Any]:
     return tomllib.loads((resources.files("training.recipes") / f"{name}.toml").read_text("utf-8"))

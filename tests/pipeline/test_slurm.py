@@ -6,9 +6,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rank_processes import run_ranks
 from slurm_machine import output, slurm, state, wait_for, why_not
+from train_jobs import make_job, train_rank
 
 pytestmark = [
     pytest.mark.slow,
@@ -46,7 +49,7 @@ def command(folder: Path, word: str) -> list[str]:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     with slurm(tmp_path_factory.mktemp("slurm")) as environment:
         root = Path(__file__).parents[2]
-        yield environment | {"PYTHONPATH": str(root)}
+        yield environment | {"PYTHONPATH": f"{root}:{root / 'tests' / 'training'}", "OMP_NUM_THREADS": "1"}
 
 
 def submit(cluster: dict[str, str], folder: Path) -> dict[str, str]:
@@ -58,6 +61,47 @@ def submit(cluster: dict[str, str], folder: Path) -> dict[str, str]:
 def steps_done(folder: Path) -> int:
     log = folder / "log.jsonl"
     return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def submit_urgent(cluster: dict[str, str]) -> str:
+    """A job that takes the whole machine from the partition `low`."""
+    options = ("--parsable", "--partition=high", "--ntasks=2", "--output=/dev/null", "--wrap=sleep 3")
+    return output(cluster, "sbatch", *options).strip()
+
+
+def script(folder: Path, job_path: Path) -> Path:
+    """A batch script as `cnclip launch` writes it, around the ranks of one job."""
+    path = folder / "job.sbatch"
+    path.write_text(
+        "#!/bin/bash\n#SBATCH --ntasks=2\n#SBATCH --requeue\n#SBATCH --open-mode=append\n"
+        f"#SBATCH --output={folder}/slurm.log\n"
+        f"{sys.executable} {Path(__file__).parent / 'slurm_job.py'} {job_path}\n"
+        'status=$?\nif [ $status -eq 143 ]; then scontrol requeue "$SLURM_JOB_ID"; fi\nexit $status\n'
+    )
+    return path
+
+
+def test_ranks_under_srun_stop_for_an_urgent_job_and_go_on_with_the_same_bytes(
+    tmp_path: Path, cluster: dict[str, str]
+) -> None:
+    changes: dict[str, Any] = {"ranks": 2, "epochs": 40, "save_every_steps": 10_000}
+    whole, stopped = (make_job(tmp_path, run, **changes) for run in ("whole", "stopped"))
+    run_ranks(train_rank, 2, whole)
+    job_path = Path(stopped.folder) / "job.json"
+    job_path.write_text(stopped.to_json())
+    job = output(cluster, "sbatch", "--parsable", str(script(tmp_path, job_path))).strip()
+    end = time.monotonic() + 120
+    while steps_done(Path(stopped.folder)) < 5:
+        assert time.monotonic() < end, (tmp_path / "slurm.log").read_text()
+        time.sleep(0.05)
+    wait_for(cluster, submit_urgent(cluster), "COMPLETED", seconds=200)
+    wait_for(cluster, job, "COMPLETED", "FAILED", seconds=300)
+    assert "Restarts=1" in output(cluster, "scontrol", "show", "job", job, "--oneliner")
+    log = (Path(stopped.folder) / "train.log").read_text()
+    assert "by SIGTERM after step" in log, log
+    assert "going on from" in log
+    for name in ("model.safetensors", "metrics.jsonl"):
+        assert (Path(stopped.folder) / name).read_bytes() == (Path(whole.folder) / name).read_bytes(), name
 
 
 def test_pre_empted_and_requeued_gives_the_bytes_of_a_run_without_slurm(
@@ -73,10 +117,7 @@ def test_pre_empted_and_requeued_gives_the_bytes_of_a_run_without_slurm(
         assert time.monotonic() < end, (jobs / "launch" / "stage2.log").read_text()
         assert state(cluster, ids["measure"]) == "PENDING"
         time.sleep(0.2)
-    urgent = output(
-        cluster, "sbatch", "--parsable", "--partition=high", "--ntasks=2", "--output=/dev/null",
-        "--wrap=sleep 3",
-    ).strip()  # fmt: skip
+    urgent = submit_urgent(cluster)
     wait_for(cluster, urgent, "COMPLETED", seconds=300)
     (stopped,) = (jobs / "stage2" / "checkpoints").iterdir()  # nothing but the signal asked for one
     assert "stopped: a checkpoint is written" in (jobs / "launch" / "stage2.log").read_text()
