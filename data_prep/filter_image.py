@@ -91,6 +91,4 @@ def run(config: FilterImageConfig, context: Context, task: Task, progress: Progr
 @functools.lru_cache(maxsize=8)  # the sets are the same for every task that a process does
 def _evaluation_hashes(evaluation: EvaluationSet) -> list[bytes]:
     """Hashes of an evaluation set's pictures; InputError names a line that is no picture."""
-    return [
-        hashed for _, hashed in guard.tsv_hashes(store.join(evaluation.folder, f"{evaluation.name}_imgs.tsv"))
-    ]
+    return [hashed for _, hashed in guard.set_hashes(evaluation.folder, evaluation.name)]

@@ -202,7 +202,7 @@ def make_run(config: RunConfig) -> Run:
         Stage(
             name="embed",
             title="features of the evaluation sets, in clip-retrieval's layout",
-            version=1,
+            version=2,
             config=scores,
             parents=("corpus", *learned, *scored),
             tasks=evaluation_stages.embed_tasks,
@@ -212,7 +212,7 @@ def make_run(config: RunConfig) -> Run:
         Stage(
             name="index",
             title="FAISS index of each set's pictures and texts",
-            version=1,
+            version=2,
             config=config.index,
             parents=("embed",),
             tasks=evaluation_stages.index_tasks,
