@@ -152,7 +152,7 @@ def _embed_rank(
 
 def _embed_shard(job: ShardJob, encoder: Encoder, stem: str, number: int, num_shards: int) -> None:
     samples = read_sidecar(stem, ("key", "caption", "offset_bytes", "size_bytes"), ("source", "url"))
-    places = samples.select("offset_bytes", "size_bytes").iter_rows()
+    places = samples.select("key", "offset_bytes", "size_bytes").iter_rows()
     image_ND, kept_N = encoder.encoded_pictures(read_pictures(f"{stem}.tar", places))
     metadata = samples[kept_N].drop("offset_bytes", "size_bytes")
     captions = metadata["caption"].fill_null("").to_list()

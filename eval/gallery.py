@@ -147,7 +147,7 @@ class ShardPictures:
         if self.places[row] < 0:
             raise InputError(f"row {row} of the index is in no shard")
         sidecar, sample = self._sample(row)
-        place = (sample.get("offset_bytes"), sample.get("size_bytes"))
+        place = (f"{sample['key']}.jpg", sample.get("offset_bytes"), sample.get("size_bytes"))
         return next(read_pictures(f"{sidecar.removesuffix('.parquet')}.tar", [place]))
 
     def _sample(self, row: int) -> tuple[str, dict[str, Any]]:

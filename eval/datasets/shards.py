@@ -37,26 +37,27 @@ class TarPictures:
         starts = np.flatnonzero(np.diff(self.shards[rows], prepend=-1))  # of runs in one tar
         for run in np.split(rows, starts[1:]):
             if len(run):
-                places = zip(self.offsets_bytes[run].tolist(), self.sizes_bytes[run].tolist(), strict=True)
+                pairs = zip(self.offsets_bytes[run].tolist(), self.sizes_bytes[run].tolist(), strict=True)
+                places = ((f"the picture at {offset}", offset, size) for offset, size in pairs)
                 yield from read_pictures(f"{self.stems[self.shards[run[0]]]}.tar", places)
 
 
-def read_pictures(tar: str, places: Iterable[tuple[int | None, int | None]]) -> Iterator[bytes]:
-    """Encoded pictures of one tar at these (offset, size) in bytes, one by one.
+def read_pictures(tar: str, places: Iterable[tuple[str, int | None, int | None]]) -> Iterator[bytes]:
+    """Encoded pictures of one tar at these (name for errors, offset, size) in bytes, one by one.
 
     Raises InputError for a place that cannot be one, and where the tar ends before it.
     """
     with store.open_read(tar) as file:
-        for offset_bytes, size_bytes in places:
+        for name, offset_bytes, size_bytes in places:
             if offset_bytes is None or size_bytes is None or not 0 < size_bytes <= _MAX_PICTURE_BYTES:
                 raise InputError(
-                    f"{tar}: its sidecar gives {size_bytes} bytes at {offset_bytes} for a picture; build the"
-                    " shard again"
+                    f"{tar}: {name}: its sidecar gives {size_bytes} bytes at {offset_bytes}; build the shard"
+                    " again"
                 )
             file.seek(offset_bytes)
             data = bytes(file.read(size_bytes))
             if len(data) < size_bytes:
-                raise InputError(f"{tar}: ends inside the picture at {offset_bytes}; build the shard again")
+                raise InputError(f"{tar}: ends inside {name}; build the shard again")
             yield data
 
 
