@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from eval.faiss_device import Device, check_device, from_device, to_device
 from eval.index import EMBEDDING_FOLDERS, check_vectors, faiss_reason
 from eval.model_identity import ModelIdentity, read_identity
 from pipeline import store
@@ -183,15 +184,17 @@ def build_parts(
     factory: str,
     rows_per_part: int,
     train_rows: int,
+    device: Device = "cpu",
     redo: bool = False,
     progress: Progress | None = None,
 ) -> PartedIndex:
     """Train on evenly spaced rows, then index part by part; what is there already is kept.
 
-    The same embeddings and settings give the same bytes on one thread. Raises ConfigError where the folder
-    holds an index of other embeddings or settings and `redo` is not set, InputError for a factory string that
-    FAISS refuses.
+    `device` trains and adds. The same embeddings and settings give the same bytes on one thread of the
+    processor. Raises ConfigError where the folder holds an index of other embeddings or settings and `redo`
+    is not set, and where there is no such device; InputError for a factory string that FAISS refuses.
     """
+    check_device(device)
     if rows_per_part < 1 or train_rows < 1:
         raise ConfigError("rows per part and rows to train on must be at least 1")
     inputs = digest([embeddings.digest(), factory, rows_per_part, train_rows])
@@ -207,7 +210,7 @@ def build_parts(
 
     trained_path = store.join(folder, "trained.index")
     if not store.exists(trained_path):
-        _write_index(_train(embeddings, factory, train_rows), trained_path)
+        _write_index(train(embeddings, factory, train_rows, device), trained_path)
     parts = []
     starts = range(0, embeddings.num_rows, rows_per_part)
     for number, start in enumerate(starts):
@@ -215,10 +218,10 @@ def build_parts(
         name = f"parts/{number:05d}.index"
         path = store.join(folder, name)
         if not store.exists(path):
-            index = map_index(trained_path, mapped=False)
+            index = to_device(map_index(trained_path, mapped=False), device, factory)
             for block_BD in embeddings.blocks(start, stop):
                 index.add(block_BD)
-            _write_index(index, path)
+            _write_index(from_device(index, device), path)
         parts.append(Part(name, start, stop - start, store.num_bytes(path)))
         if progress is not None:
             progress(number + 1, len(starts), name)
@@ -259,31 +262,33 @@ def map_index(path: str, *, mapped: bool = True) -> Any:
         ) from None
 
 
-def set_parameters(index: Any, parameters: str) -> None:
+def set_parameters(index: Any, parameters: str, device: Device = "cpu") -> None:
     """FAISS's search parameters, such as `nprobe=16`. ConfigError where they do not apply."""
     import faiss
 
     if not parameters:
         return
-    space: Any = faiss.ParameterSpace()  # FAISS's stubs know one of its two signatures
+    kind = faiss.ParameterSpace if device == "cpu" else faiss.GpuParameterSpace
+    space: Any = kind()  # FAISS's stubs know one of its two signatures
     try:
         space.set_index_parameters(index, parameters)
     except RuntimeError as error:
         raise ConfigError(f"search parameters {parameters!r}: {faiss_reason(error)}") from None
 
 
-def _train(embeddings: Embeddings, factory: str, train_rows: int) -> Any:
+def train(embeddings: Embeddings, factory: str, train_rows: int, device: Device) -> Any:
+    """An empty index trained on evenly spaced rows. Raises InputError where FAISS refuses string or rows."""
     index = new_index(embeddings.dim, factory)
-    if not index.is_trained:
-        count = min(train_rows, embeddings.num_rows)
-        rows = np.arange(count) * embeddings.num_rows // count
-        try:
-            index.train(embeddings.rows(rows))
-        except RuntimeError as error:
-            raise InputError(
-                f"FAISS cannot train {factory!r} on {count} rows: {faiss_reason(error)}"
-            ) from None
-    return index
+    if index.is_trained:
+        return index
+    count = min(train_rows, embeddings.num_rows)
+    rows = np.arange(count) * embeddings.num_rows // count
+    index = to_device(index, device, factory)
+    try:
+        index.train(embeddings.rows(rows))
+    except RuntimeError as error:
+        raise InputError(f"FAISS cannot train {factory!r} on {count} rows: {faiss_reason(error)}") from None
+    return from_device(index, device)
 
 
 def _write_index(index: Any, path: str) -> None:

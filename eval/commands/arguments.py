@@ -51,6 +51,16 @@ def add_embeddings(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_device(command: argparse.ArgumentParser) -> None:
+    """`--device`: where FAISS computes."""
+    command.add_argument(
+        "--device",
+        choices=("cpu", "gpu"),
+        default="cpu",
+        help="where FAISS computes; gpu needs faiss-gpu (default: cpu)",
+    )
+
+
 def add_target(command: argparse.ArgumentParser) -> None:
     """`--memory`, `--recall`: what an index is wanted to reach."""
     command.add_argument(

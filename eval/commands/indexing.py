@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any
 
-from eval.commands.arguments import EXIT_DONE, add, add_embeddings, add_target
+from eval.commands.arguments import EXIT_DONE, add, add_device, add_embeddings, add_target
 
 
 def add_index(commands: Any) -> None:
@@ -17,6 +17,7 @@ def add_index(commands: Any) -> None:
         help="FAISS's factory string, such as IVF4096,SQ8 (default: suggested from --memory and --recall)",
     )
     add_target(command)
+    add_device(command)
     command.add_argument(
         "--rows-per-part", type=int, default=500_000, metavar="N", help="rows of one FAISS file"
     )
@@ -40,6 +41,7 @@ def _index(options: argparse.Namespace) -> int:
         factory=factory,
         rows_per_part=options.rows_per_part,
         train_rows=options.train_rows,
+        device=options.device,
         redo=options.redo,
         progress=make_progress("index", "part"),
     )
@@ -66,6 +68,7 @@ def add_bench_index(commands: Any) -> None:
         "--grid", metavar="STRINGS", help="factory strings with a semicolon between (default: by size)"
     )
     add_target(command)
+    add_device(command)
     command.add_argument("--out", metavar="FOLDER", help="write points.json and front.svg there")
 
 
@@ -99,6 +102,7 @@ def _bench_index(options: argparse.Namespace) -> int:
         [text.strip() for text in grid if text.strip()],
         k=options.k,
         train_rows=options.train_rows,
+        device=options.device,
         say=lambda text: print(text, file=sys.stderr),
     )
     print(bench_index.points_table(points, options.k))
