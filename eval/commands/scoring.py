@@ -1,10 +1,35 @@
-"""`cnclip score` and `cnclip eval`."""
+"""`cnclip predict`, `cnclip score` and `cnclip eval`."""
 
 import argparse
 import sys
 from typing import Any
 
 from eval.commands.arguments import EXIT_DONE, EXIT_FAILED, add, add_model
+
+
+def add_predict(commands: Any) -> None:
+    command = add(commands, "predict", _predict, "a prediction file from CN-CLIP's feature files")
+    command.add_argument("images", metavar="IMG_FEAT.jsonl", help='lines {"image_id", "feature"}')
+    command.add_argument("texts", metavar="TXT_FEAT.jsonl", help='lines {"text_id", "feature"}')
+    command.add_argument("out", metavar="PREDICTIONS.jsonl", help="the prediction file to write")
+    command.add_argument(
+        "--image-to-text",
+        action="store_true",
+        help="texts for each picture (default: pictures for each text)",
+    )
+    command.add_argument(
+        "--top-k", type=int, default=10, metavar="K", help="ids a line; the official scorer takes 10"
+    )
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from eval.official import predict
+
+    count = predict(
+        options.images, options.texts, options.out, image_to_text=options.image_to_text, k=options.top_k
+    )
+    print(f"{options.out}: {options.top_k} ids for each of {count:,} queries")
+    return EXIT_DONE
 
 
 def add_score(commands: Any) -> None:
