@@ -61,14 +61,16 @@ def test_predictions_equal_the_peers(
     words = ["predict", *files, str(ours), *(["--image-to-text"] if image_to_text else [])]
     assert command_line.main(words) == 0
     query = "image_id" if image_to_text else "text_id"
-    expected = sorted((json.loads(line) for line in theirs.open()), key=lambda record: record[query])
-    assert [json.loads(line) for line in ours.open()] == expected
+    expected = sorted(
+        (json.loads(line) for line in theirs.read_text().splitlines()), key=lambda record: record[query]
+    )
+    assert [json.loads(line) for line in ours.read_text().splitlines()] == expected
 
 
 def test_from_feature_files_to_scores(files: tuple[str, str], tmp_path: Path) -> None:
     predictions, reference = str(tmp_path / "p.jsonl"), tmp_path / "r.jsonl"
     assert command_line.main(["predict", *files, predictions]) == 0
-    first = [json.loads(line) for line in Path(predictions).open()]
+    first = [json.loads(line) for line in Path(predictions).read_text().splitlines()]
     answers = [{"text_id": item["text_id"], "image_ids": item["image_ids"][4:5]} for item in first]
     reference.write_text("\n".join(map(json.dumps, answers)))
     out = tmp_path / "out.json"
