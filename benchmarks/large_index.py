@@ -1,8 +1,8 @@
 """10 million × 512 generated vectors indexed and searched in a fraction of the memory that they would take.
 
 `cnclip index` builds the index in a process of its own, another one searches it; the peak memory of each is
-sampled from the system (proportional set size: mapped pages that are resident count). Default: 1 million rows;
-`--full` takes 10 million (10 GB of float16 features and 5 GB of index on disk, in `--folder`).
+sampled from the system (proportional set size: mapped pages that are resident count). Default: 1 million
+rows; `--full` takes 10 million (10 GB of float16 features and 5 GB of index on disk, in `--folder`).
 """
 
 import argparse
