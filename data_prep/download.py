@@ -70,6 +70,11 @@ def tasks(config: DownloadConfig, context: Context) -> list[Task]:
     ]
 
 
+def partition_of(path: str) -> str:
+    """The partition that an output of this stage, or of one after it, belongs to."""
+    return Path(path).name.partition(".")[0]
+
+
 def run_together(
     config: DownloadConfig, context: Context, tasks: list[Task], progress: Progress
 ) -> Iterator[tuple[Task, Outcome]]:

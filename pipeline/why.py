@@ -83,7 +83,8 @@ def _is_first(run: Run, row: dict[str, object]) -> bool:
 
 
 def _shard_of(run: Run, key: str) -> str | None:
-    for path in _outputs(run, "shards", "", ".parquet"):
+    # Rows that [split] set aside for validation are packed like those for training.
+    for path in (*_outputs(run, "shards", "", ".parquet"), *_outputs(run, "validation", "", ".parquet")):
         if pl.scan_parquet(path).filter(key=key).select(pl.len()).collect().item():
             return f"{path.removesuffix('.parquet')}.tar, member {key}.jpg"
     return None
