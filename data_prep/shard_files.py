@@ -22,6 +22,7 @@ _INTERNAL = (
     "file", "row", "tar", "source_sha256", "stored_width_px", "stored_height_px",
     "picture_at",
 )  # fmt: skip
+_REMEDY = "run `--stage download --mend`, or make these shards again"
 _OPEN_TARS = 64  # at once: rows of one shard may come from any number of tars
 
 
@@ -109,15 +110,17 @@ def write_shard(context: Context, name: str, rows: pl.DataFrame, path_of: Callab
         writer = stack.enter_context(TarWriter(temporary))
         sources = stack.enter_context(_OpenFiles(path_of))
         places = []
-        for key, tar, offset, size, caption in rows.select(
-            "key", "tar", "offset_bytes", "size_bytes", "caption"
+        for key, tar, offset, size, sha256, caption in rows.select(
+            "key", "tar", "offset_bytes", "size_bytes", "image_sha256", "caption"
         ).iter_rows():
             source = sources[tar]
             source.seek(offset)
             data = source.read(size)
             if len(data) < size:
-                raise InputError(f"{path_of(tar)}: ends inside {key}.jpg; run `--stage download --redo`")
+                raise InputError(f"{path_of(tar)}: ends inside {key}.jpg; {_REMEDY}")
             places.append(writer.add(f"{key}.jpg", data))
+            if places[-1].sha256 != sha256:
+                raise InputError(f"{path_of(tar)}: the bytes at {offset} are not {key}.jpg; {_REMEDY}")
             writer.add(f"{key}.txt", caption.encode("utf-8"))
     carried = [column for column in rows.columns if column not in _SIDECAR and column not in _INTERNAL]
     sidecar = rows.with_columns(

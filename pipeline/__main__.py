@@ -1,10 +1,14 @@
-"""The command line: what acts on runs and on weights; `eval.command_line` adds what measures."""
+"""The command line: what acts on runs and on weights.
+
+`pipeline.corpus_commands` adds what acts on finished corpora, `eval.command_line` what measures.
+"""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
 from eval.command_line import add_commands as add_evaluation_commands
+from pipeline.corpus_commands import add_commands as add_corpus_commands
 from pipeline.records import ConfigError, InputError
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -228,6 +232,7 @@ def _parser() -> argparse.ArgumentParser:
         "doctor", _doctor, "is this machine fit: Python, disk, memory, accelerator, ranks, compiler"
     )
     command.add_argument("folder", nargs="?", default=".", help="where runs will live (default: here)")
+    add_corpus_commands(commands)
     add_evaluation_commands(commands)
     _add_weight_commands(commands)
     return parser
