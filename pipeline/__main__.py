@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from eval.command_line import add_commands as add_evaluation_commands
 from pipeline.corpus_commands import add_commands as add_corpus_commands
-from pipeline.records import ConfigError, InputError
+from pipeline.records import ConfigError, InputError, Stopped
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -22,6 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, InputError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
+    except Stopped as stopped:
+        print(f"stopped: {stopped}", file=sys.stderr)
+        return stopped.exit_status
     except KeyboardInterrupt:
         print("interrupted; run the same command to go on from here", file=sys.stderr)
         return EXIT_INTERRUPTED

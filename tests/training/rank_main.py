@@ -5,12 +5,12 @@ from pathlib import Path
 
 from train_jobs import train_rank
 
-from pipeline.records import ConfigError, InputError
+from pipeline.records import ConfigError, InputError, Stopped
 from training.config import TrainJob
 
 if __name__ == "__main__":
     try:
         train_rank(TrainJob.from_json(Path(sys.argv[-1]).read_text(), sys.argv[-1]))
-    except (ConfigError, InputError) as error:
+    except (ConfigError, InputError, Stopped) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_status)
