@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pipeline.records import ConfigError
 from pipeline.stage import Stage
 
-_EXIT_DONE, _EXIT_FAILED = 0, 1
+_EXIT_DONE = 0
 _CORPUS = "finished shards: their folder, the folder of their run, or its RUN.toml"
 
 
@@ -18,6 +18,10 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         command = commands.add_parser(name, help=summary, description=summary)
         command.set_defaults(command=function)
         return command
+
+    command = add("retry", _retry, "ask again for the pictures whose failure may pass, and take them in")
+    _add_run(command)
+    command.add_argument("--plan", action="store_true", help="only show what would be asked for again")
 
     command = add("reshard", _reshard, "the same samples in the same order, another number in each shard")
     command.add_argument("corpus", metavar="CORPUS", help=_CORPUS)
@@ -51,6 +55,13 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
 
 
+def _add_run(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run", metavar="RUN.toml", help="a run's file, or a shipped recipe such as demo")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting; may be repeated"
+    )
+
+
 def _add_out(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", required=True, metavar="DIR", help="folder that gets shards/")
     command.add_argument(
@@ -62,6 +73,28 @@ def _add_samples(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--samples", type=int, metavar="N", help="samples in each shard (default: as the corpus has)"
     )
+
+
+def _retry(options: argparse.Namespace) -> int:
+    from pipeline import retry
+    from pipeline.align import align
+    from pipeline.catalog import load
+
+    run, _ = load(options.run, options.set)
+    failures = retry.plan(run)
+    rows = [("failure", "rows", "asked for again")]
+    rows += [(item.name, f"{item.num_rows:,}", "yes" if item.is_worth_it else "no") for item in failures]
+    print(align(rows, (False, True, False)))
+    if options.plan:
+        return _EXIT_DONE
+    done = retry.do(run)
+    if not done.number:
+        print("nothing is worth another try")
+    else:
+        print(f"pass {done.number}: {done.recovered:,} of {done.asked:,} rows came back")
+    if done.redone:
+        print(f"done again with them: {', '.join(done.redone)}; what comes after is stale")
+    return _EXIT_DONE
 
 
 def _reshard(options: argparse.Namespace) -> int:
