@@ -1,12 +1,15 @@
-"""The command line: what acts on runs and on weights. `eval.commands` adds what measures and searches,
-`pipeline.data_commands` what prepares data outside a run."""
+"""The command line: what acts on runs and on weights.
+
+`pipeline.corpus_commands` adds what acts on corpora outside a run, `eval.commands` what measures and
+searches.
+"""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
 from eval.commands import add_commands as add_evaluation_commands
-from pipeline.data_commands import add_commands as add_data_commands
+from pipeline.corpus_commands import add_commands as add_corpus_commands
 from pipeline.records import ConfigError, InputError, Stopped
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -197,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
         "doctor", _doctor, "is this machine fit: Python, disk, memory, accelerator, ranks, compiler"
     )
     command.add_argument("folder", nargs="?", default=".", help="where runs will live (default: here)")
-    add_data_commands(commands)
+    add_corpus_commands(commands)
     add_evaluation_commands(commands)
     _add_weight_commands(commands)
     return parser
