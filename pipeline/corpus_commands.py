@@ -1,4 +1,4 @@
-"""The commands that prepare and act on corpora outside a run: guards, retries, other shards, other formats."""
+"""The commands that act on corpora outside a run: guards, retries, other shards, other formats."""
 
 import argparse
 import os

@@ -1,11 +1,9 @@
 """DeepSpeed around the model: from a file of deepspeed_configs to one optimizer step."""
 
 import datetime
-import json
 import math
 import os
 from collections.abc import Callable
-from importlib import resources
 from typing import Any
 
 import deepspeed
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from pipeline.records import ConfigError
-from training.config import TrainConfig
+from training.config import TrainConfig, deepspeed_settings
 from training.data import Batch
 from training.loss import contrastive_loss
 from training.model.clip import CLIP
@@ -99,23 +97,7 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
 
     ConfigError for a key that is not about memory, precision or communication.
     """
-    path = resources.files("deepspeed_configs") / f"{name}.json"
-    try:
-        if name.endswith(".json"):
-            with open(name, encoding="utf-8") as file:
-                text = file.read()
-        else:
-            text = path.read_text(encoding="utf-8")
-    except OSError:
-        entries = (entry.name for entry in resources.files("deepspeed_configs").iterdir())
-        known = ", ".join(sorted(entry.removesuffix(".json") for entry in entries if entry.endswith(".json")))
-        raise ConfigError(
-            f"deepspeed = {name!r}: no such file; known: {known}, or a path to a .json"
-        ) from None
-    try:
-        config: dict[str, Any] = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{name}: not valid JSON: {error}") from None
+    config = deepspeed_settings(name)
     foreign = sorted(set(config) - set(_ALLOWED))
     if foreign:
         raise ConfigError(

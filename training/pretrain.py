@@ -30,9 +30,10 @@ from training.journal import Journal
 from training.loop import Run, Validate, checkpoints_folder, choice_so_far, train
 from training.model.clip import CLIP, build_clip
 from training.model.config import MODELS
+from training.model.formats import load_model
 from training.model.initial import initialise, write_provenance
 from training.model.tokenizer import Tokenizer
-from training.model.weights import load_checkpoint, save_checkpoint, save_openai
+from training.model.weights import load_checkpoint, require_same_model, save_checkpoint, save_openai
 from training.stop import StopRequest
 from training.watchdog import Watchdog
 
@@ -155,6 +156,13 @@ def build_model(job: TrainJob, tokenizer: Tokenizer) -> CLIP:
         taken = initialise(clip, image_weights=job.image_weights, text_weights=job.text_weights)
         if int(os.environ.get("RANK", "0")) == 0:
             write_provenance(os.path.join(job.folder, "initial_weights.tsv"), taken)
+    if job.start_weights is not None:
+        start = load_model(job.start_weights, image_size_px=clip.config.vision.image_size_px)
+        # ViT-L/14 at another resolution has another name.
+        require_same_model(
+            dataclasses.replace(start.config, name=clip.config.name), clip.config, job.start_weights
+        )
+        clip.load_state_dict(start.state_dict())
     if job.start_checkpoint is not None:
         clip.load_state_dict(load_checkpoint(job.start_checkpoint, expected=clip.config).state_dict())
     if job.config.lock_image:
@@ -244,6 +252,7 @@ def describe(job: TrainJob, clip: CLIP, tokenizer: Tokenizer) -> dict[str, Any]:
         "vocabulary": tokenizer.digest,
         "image_weights": job.image_weights and store.digest_tree(job.image_weights),
         "text_weights": job.text_weights and store.digest_tree(job.text_weights),
+        "start_weights": job.start_weights and store.digest_tree(job.start_weights),
         "start_checkpoint": job.start_checkpoint and store.digest_file(job.start_checkpoint),
         **learning,
     }
