@@ -1,10 +1,15 @@
-"""The command line: what acts on runs and on weights; `eval.command_line` adds what measures."""
+"""The command line: what acts on runs and on weights.
+
+`pipeline.corpus_commands` adds what acts on corpora outside a run, `eval.commands` what measures and
+searches.
+"""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from eval.command_line import add_commands as add_evaluation_commands
+from eval.commands import add_commands as add_evaluation_commands
+from pipeline.corpus_commands import add_commands as add_corpus_commands
 from pipeline.records import ConfigError, InputError, Stopped
 
 _HARDWARE = "A100"  # that a paper recipe is planned for where nothing is said
@@ -156,28 +161,6 @@ def _inspect(options: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def _embed(options: argparse.Namespace) -> int:
-    from eval.embed_files import embed_files
-    from training.model.encoder import load
-
-    if options.images is None and options.texts is None:
-        raise ConfigError("embed: nothing to embed; give --images, --texts or both")
-    encoder = load(options.model, vocabulary=options.vocab)
-    positions = encoder.model.config.text.max_positions
-    if not 3 <= options.context <= positions:
-        raise ConfigError(f"--context {options.context}: {options.model} takes 3 to {positions} tokens")
-    done = embed_files(
-        encoder, images=options.images, texts=options.texts, out=options.out, context_length=options.context
-    )
-    if done.num_truncated:
-        print(
-            f"{done.num_truncated} of {done.num_texts} texts have more than {options.context} tokens and are"
-            " cut; raise --context to keep more"
-        )
-    print(f"{options.out}: {done.num_images} pictures, {done.num_texts} texts, {done.dim} dimensions")
-    return EXIT_DONE
-
-
 def _add_weight_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """The commands that take weights instead of a run."""
     vocab = "vocab.txt, a folder with one, or a model id (default: looked for)"
@@ -204,20 +187,6 @@ def _add_weight_commands(commands: "argparse._SubParsersAction[argparse.Argument
     inspect = commands.add_parser("inspect", help=summary, description=summary)
     inspect.set_defaults(command=_inspect)
     inspect.add_argument("file", metavar="FILE", help="weights: a file or a folder")
-
-    summary = "features of pictures and texts in clip-retrieval's layout"
-    embed = commands.add_parser("embed", help=summary, description=summary)
-    embed.set_defaults(command=_embed)
-    embed.add_argument("model", metavar="MODEL", help="weights of any known format")
-    embed.add_argument(
-        "--images", metavar="FOLDER|TABLE", help="folder of pictures, or table with a column of them"
-    )
-    embed.add_argument("--texts", metavar="FILE", help="one text a line, or a table with a column of them")
-    embed.add_argument("--out", required=True, metavar="DIR", help="folder for the features")
-    embed.add_argument("--vocab", metavar="V", help=vocab)
-    embed.add_argument(
-        "--context", type=int, default=52, metavar="N", help="tokens a text is cut at (default: 52)"
-    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -273,6 +242,7 @@ def _parser() -> argparse.ArgumentParser:
         "doctor", _doctor, "is this machine fit: Python, disk, memory, accelerator, ranks, compiler"
     )
     command.add_argument("folder", nargs="?", default=".", help="where runs will live (default: here)")
+    add_corpus_commands(commands)
     add_evaluation_commands(commands)
     _add_weight_commands(commands)
     return parser

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator
 
-from data_prep import corpus, dedup, download, filter_image, filter_text, shards
+from data_prep import corpus, dedup, download, filter_image, filter_text, shards, split
 from data_prep.corpus import SourcesConfig, TablesConfig
 from data_prep.dedup import DedupConfig
 from data_prep.download import DownloadConfig
@@ -21,6 +21,7 @@ from data_prep.filter_text import FilterTextConfig
 from data_prep.shards import ShardsConfig
 from data_prep.sources.demo import DemoConfig
 from data_prep.sources.emoji import EmojiConfig
+from data_prep.split import SplitConfig
 from eval import stages as evaluation_stages
 from eval.stages import IndexConfig
 from pipeline import store
@@ -75,6 +76,7 @@ class RunConfig:
     dedup: DedupConfig = field(default_factory=DedupConfig)
     download: DownloadConfig = field(default_factory=DownloadConfig)
     filter_image: FilterImageConfig = field(default_factory=FilterImageConfig)
+    split: SplitConfig | None = None  # rows set aside for validation; unset: none
     shards: ShardsConfig = field(default_factory=ShardsConfig)
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     english: TrainConfig | None = None  # stands in for OpenAI's CLIP where its weights are not at hand
@@ -217,15 +219,7 @@ def make_run(config: RunConfig) -> Run:
             tasks=filter_image.tasks,
             run=filter_image.run,
         ),
-        Stage(
-            name="shards",
-            title="tar shards with a Parquet sidecar: what training reads",
-            version=1,
-            config=config.shards,
-            parents=("download", "filter_image"),
-            tasks=shards.tasks,
-            run=shards.run,
-        ),
+        *_shard_stages(config),
     ]
     columns = _learned_columns(config, train_stages)
     if columns:
@@ -245,7 +239,7 @@ def make_run(config: RunConfig) -> Run:
         Stage(
             name="embed",
             title="features of the evaluation sets, in clip-retrieval's layout",
-            version=1,
+            version=2,
             config=scores,
             parents=("corpus", *learned, *scored),
             tasks=evaluation_stages.embed_tasks,
@@ -255,7 +249,7 @@ def make_run(config: RunConfig) -> Run:
         Stage(
             name="index",
             title="FAISS index of each set's pictures and texts",
-            version=1,
+            version=2,
             config=config.index,
             parents=("embed",),
             tasks=evaluation_stages.index_tasks,
@@ -298,6 +292,41 @@ def make_run(config: RunConfig) -> Run:
     )
     table = config.run
     return Run(table.folder, table.seed, table.executor, table.processes, tuple(stages))
+
+
+def _shard_stages(config: RunConfig) -> list[Stage]:
+    """Shards, and where the run has [split] the rows set aside for validation, in a stage of their own."""
+    packing = Stage(
+        name="shards",
+        title="tar shards with a Parquet sidecar: what training reads",
+        version=1,
+        config=config.shards,
+        parents=("download", "filter_image"),
+        tasks=shards.tasks,
+        run=shards.run,
+    )
+    if config.split is None:
+        return [packing]
+    parents = ("download", "filter_image", "split")
+    return [
+        Stage(
+            name="split",
+            title="pictures set aside for validation, with all their copies",
+            version=1,
+            config=config.split,
+            parents=("filter_image",),
+            tasks=split.tasks,
+            run=split.run,
+        ),
+        dataclasses.replace(packing, parents=parents),
+        dataclasses.replace(
+            packing,
+            name="validation",
+            title="tar shards of the rows set aside: training never reads them",
+            parents=parents,
+            tasks=functools.partial(shards.tasks, part="validation"),
+        ),
+    ]
 
 
 def _training_stages(config: RunConfig) -> list[Stage]:

@@ -83,26 +83,8 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
 
     tokenizer = Tokenizer.load(job.vocabulary)
     clip = build_model(job, tokenizer)
-    order = SampleOrder(
-        [shard.num_samples for shard in job.shards],
-        seed=job.seed,
-        global_batch=config.global_batch,
-        lanes=config.lanes,
-        window_shards=config.window_shards,
-    )
-    reader = BatchReader(
-        job.shards,
-        order,
-        tokenizer,
-        lanes=order.rank_lanes(rank, config.ranks),
-        image_size_px=clip.config.vision.image_size_px,
-        augment_config=config.augment,
-        caption_column=config.caption_column,
-        context_length=config.context_length,
-        token_folder=os.path.join(job.folder, "tokens"),
-        seed=job.seed,
-        threads=config.threads_per_rank,
-    )
+    order = sample_order(job)
+    reader = make_reader(job, order, tokenizer, clip, lanes=order.rank_lanes(rank, config.ranks))
     towers = Towers(
         clip,
         num_samples_of_ranks=tuple(order.rank_num_samples(r, config.ranks) for r in range(config.ranks)),
@@ -187,6 +169,37 @@ def build_model(job: TrainJob, tokenizer: Tokenizer) -> CLIP:
         clip.lock_image_tower()
     clip.set_activation_checkpointing(job.config.checkpoint_activations)
     return clip
+
+
+def sample_order(job: TrainJob) -> SampleOrder:
+    """Which samples every step of a job sees."""
+    return SampleOrder(
+        [shard.num_samples for shard in job.shards],
+        seed=job.seed,
+        global_batch=job.config.global_batch,
+        lanes=job.config.lanes,
+        window_shards=job.config.window_shards,
+    )
+
+
+def make_reader(
+    job: TrainJob, order: SampleOrder, tokenizer: Tokenizer, clip: CLIP, *, lanes: range
+) -> BatchReader:
+    """Reads the part of a job's batches that these lanes hold, in the model's image size."""
+    config = job.config
+    return BatchReader(
+        job.shards,
+        order,
+        tokenizer,
+        lanes=lanes,
+        image_size_px=clip.config.vision.image_size_px,
+        augment_config=config.augment,
+        caption_column=config.caption_column,
+        context_length=config.context_length,
+        token_folder=os.path.join(job.folder, "tokens"),
+        seed=job.seed,
+        threads=config.threads_per_rank,
+    )
 
 
 def cache_features(job: TrainJob, towers: Towers, reader: BatchReader, watchdog: Watchdog) -> FeatureCache:
