@@ -196,9 +196,7 @@ def _whole_batch(engine: Any, batch: Batch, seed: int) -> tuple[float, Callable[
     """(loss, what its backward pass is) with all activations held."""
     _seed_dropout(seed, batch.step)
     device = engine.module.clip.logit_scale.device
-    features = engine(
-        batch.image.to(device, non_blocking=True), batch.tokens_BL.to(device, non_blocking=True)
-    )
+    features = engine(batch.image.to(device, non_blocking=True), batch.tokens_BL)
     loss = engine.module.loss(*features, batch)
     # The loss's gradients add up over ranks; DeepSpeed averages.
     return loss.item(), lambda: engine.backward(loss * dist.get_world_size())
@@ -222,9 +220,7 @@ def _in_micro_batches(engine: Any, batch: Batch, seed: int) -> tuple[float, Call
     ]
 
     def inputs(part: slice) -> tuple[Tensor, Tensor]:
-        tokens_BL = batch.tokens_BL[part]
-        longest = int(tokens_BL.ne(0).sum(1).max())
-        return batch.image[part].to(device), tokens_BL[:, :longest].to(device)
+        return batch.image[part].to(device), batch.tokens_BL[part]
 
     statistics = [(tensor, tensor.clone()) for tensor in _running_statistics(towers.clip)]
     features = []
