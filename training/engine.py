@@ -28,7 +28,15 @@ from training.optim import build_optimizer
 from training.partitions import make_adam_state, set_weight, whole_weight
 
 # What a DeepSpeed file may hold. Everything else is the run's TOML's or changes what is learned.
-_ALLOWED = ("bf16", "communication_data_type", "prescale_gradients", "torch_autocast", "zero_optimization")
+_ALLOWED = (
+    "bf16",
+    "communication_data_type",
+    "fp16",
+    "prescale_gradients",
+    "torch_autocast",
+    "zero_optimization",
+)
+_HALVES = ("bf16", "fp16")  # weights in 16 bits, with a float32 master
 _SIDES = (0, 1, 3)  # of `Features`, those that have a row a sample
 # One rank validates or writes while the others wait.
 _COLLECTIVE_TIMEOUT = datetime.timedelta(hours=4)
@@ -211,26 +219,41 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
             f" ({', '.join(_ALLOWED)}); the rest stands in the run's TOML"
         )
     stage = config.get("zero_optimization", {}).get("stage", 0)
-    if config.get("bf16", {}).get("enabled") and stage == 0:
+    if (half := _half(config)) and stage == 0:
         raise ConfigError(
-            f"{name}: bf16 at ZeRO stage 0 takes a wrong first Adam step in DeepSpeed; use stage 1 or above"
+            f"{name}: {half} at ZeRO stage 0 takes a wrong first Adam step in DeepSpeed; use stage 1 or above"
         )
     return config
+
+
+def _half(settings: dict[str, Any]) -> str | None:
+    """Which 16-bit format a DeepSpeed file asks for."""
+    return next((name for name in _HALVES if settings.get(name, {}).get("enabled")), None)
+
+
+def check_precision(config: TrainConfig, clip: CLIP) -> None:
+    """Raise ConfigError where a DeepSpeed file's precision would lose what is learned, or cannot run here."""
+    half = _half(read_deepspeed_config(config.deepspeed))
+    if half == "fp16" and not get_accelerator().is_fp16_supported():
+        raise ConfigError(
+            f"deepspeed = {config.deepspeed!r}: fp16 needs a GPU, and this machine computes on its"
+            f" {get_accelerator().device_name()}; take zero1 (float32) or zero1_bf16 here"
+        )
+    if half and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in clip.modules()):
+        raise ConfigError(
+            f"deepspeed = {config.deepspeed!r}: {half} rounds the weights of batch norms, whose running"
+            " statistics are float32; take zero1_autocast, which leaves both as they are"
+        )
 
 
 def build_engine(towers: Towers, config: TrainConfig) -> Any:
     """A DeepSpeed engine around the towers; its optimizer holds the trainable parameters alone.
 
-    ConfigError for bfloat16 where it would lose what is learned.
+    `check_precision` comes before.
     """
     settings, clip = read_deepspeed_config(config.deepspeed), towers.clip
     before: dict[str, Tensor] = {}
-    if settings.get("bf16", {}).get("enabled"):
-        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in clip.modules()):
-            raise ConfigError(
-                f"deepspeed = {config.deepspeed!r}: bf16 rounds the weights of batch norms, whose running"
-                " statistics are float32; take zero1_autocast, which leaves both as they are"
-            )
+    if _half(settings):
         before = {name: parameter.detach().clone() for name, parameter in clip.named_parameters()}
         clip.visual.register_forward_pre_hook(_as_the_weights)
     if towers.teacher is not None:

@@ -21,7 +21,7 @@ from training.checkpoint import Checkpoint
 from training.config import TrainJob, count_steps
 from training.data import BatchReader, Prefetcher, SampleOrder, check_shards
 from training.distil import load_teacher
-from training.engine import Towers, build_engine, gather_weights, join_ranks
+from training.engine import Towers, build_engine, check_precision, gather_weights, join_ranks
 from training.feature_cache import FeatureCache, build, cache_key
 from training.loop import Journal, Run, Validate, checkpoints_folder, train
 from training.model.clip import CLIP, build_clip
@@ -65,6 +65,7 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
 
     tokenizer = Tokenizer.load(job.vocabulary)
     clip = build_model(job, tokenizer)
+    check_precision(config, clip)
     order = sample_order(job)
     reader = make_reader(job, order, tokenizer, clip, lanes=order.rank_lanes(rank, config.ranks))
     teacher = load_teacher(config, clip, job.stage)
