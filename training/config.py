@@ -98,21 +98,31 @@ class TrainConfig:
     deepspeed: str = "zero1"  # file of deepspeed_configs, or a path ending in .json
 
     validate_every_steps: int = 1_000  # also before the first step and after the last
+    validate_every_epoch: bool = False  # also at the end of every pass over the corpus (A.3)
+    # Which weights the stage ends with: the last ones, or those of the best mean recall while training (A.2).
+    choose: Literal["last", "best"] = "last"
+    choose_on: tuple[str, ...] = ()  # evaluation sets whose mean recall decides; empty: all of the run's
+    salient_gain: float = 0.0  # points of mean recall by which a validation has to beat the last salient one
+    patience: int = 0  # validations in a row without a salient gain that end the stage (2.3); 0: never
+    # What a loss or gradient that is not finite does: end the run, or leave that one batch out.
+    on_non_finite: Literal["stop", "skip"] = field(default="stop", metadata=NOT_IN_DIGEST)
+    # Longest time without a sign of life (a step, a validation, a checkpoint) before a rank ends the run.
+    stall_seconds: float = field(default=1_800.0, metadata=NOT_IN_DIGEST)
     save_every_steps: int = field(
         default=1_000, metadata=NOT_IN_DIGEST
     )  # optimizer steps between checkpoints
-    keep_checkpoints: int = field(default=2, metadata=NOT_IN_DIGEST)  # newest checkpoints left on disk
+    keep_checkpoints: int = field(default=2, metadata=NOT_IN_DIGEST)  # newest left on disk, beside the best
 
     def check(self, stage: str) -> None:
         """Raise ConfigError for values that are each well typed but cannot train."""
         positive = (
             "epochs global_batch peak_learning_rate context_length lanes window_shards ranks"
-            " threads_per_rank validate_every_steps save_every_steps keep_checkpoints"
+            " threads_per_rank validate_every_steps save_every_steps keep_checkpoints stall_seconds"
         )
         for name in positive.split():
             if getattr(self, name) <= 0:
                 raise ConfigError(f"[{stage}] {name} = {getattr(self, name)}: must be above 0")
-        for name in ("warmup_steps", "weight_decay"):
+        for name in ("warmup_steps", "weight_decay", "patience", "salient_gain"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"[{stage}] {name} = {getattr(self, name)}: must not be negative")
         if self.max_gradient_norm is not None and self.max_gradient_norm <= 0:
@@ -184,6 +194,7 @@ class TrainJob:
     image_weights: str | None = None  # weights of any known format that give a new model its image tower
     text_weights: str | None = None  # the same for the text tower
     start_checkpoint: str | None = None  # our safetensors of the stage before
+    start_weights: str | None = None  # a whole Chinese CLIP of any known format to go on from
     config: TrainConfig
     evaluations: Mapping[str, str] = field(default_factory=dict)  # name → folder, for whoever validates
     folder: str  # checkpoints/, metrics.jsonl, log.jsonl and tokens/ go here
@@ -214,7 +225,7 @@ def count_steps(config: TrainConfig, num_samples: int, stage: str) -> int:
 def paper_recipe(model: str, stage: Literal["stage1", "stage2"]) -> TrainConfig:
     """How the paper pretrained a model (Table 8, A.2); ConfigError where it did not."""
     name = "training/recipes/pretrain.toml"
-    recipes = tomllib.loads((resources.files("training.recipes") / "pretrain.toml").read_text("utf-8"))
+    recipes = _read_recipes("pretrain")
     common, stages = recipes.pop("common"), {key: recipes.pop(key) for key in ("stage1", "stage2")}
     own: dict[str, Any] = recipes.get(model, {})
     if stage not in own:
@@ -222,3 +233,67 @@ def paper_recipe(model: str, stage: Literal["stage1", "stage2"]) -> TrainConfig:
         raise ConfigError(f"{name}: the paper has no {stage} of {model!r}; it has that of {trained}")
     of_all_stages = {key: value for key, value in own.items() if key not in stages}
     return build(TrainConfig, {**common, **stages[stage], **of_all_stages, **own[stage]}, name)
+
+
+def finetune_recipe(model: str, data: str) -> TrainConfig:
+    """How the paper finetuned a model on `muge`, `flickr30k-cn`, `coco-cn` or `icr` (Table 9, A.3, A.4).
+
+    ConfigError where it did not.
+    """
+    name = "training/recipes/finetune.toml"
+    recipes, pretraining = _read_recipes("finetune"), _read_recipes("pretrain")
+    common, data_sets = recipes.pop("common"), recipes.pop("data")
+    own: dict[str, Any] = recipes.get(model, {})
+    if data not in own:
+        known = [
+            f"{key} on {found}" for key, table in recipes.items() for found in table if found in data_sets
+        ]
+        raise ConfigError(
+            f"{name}: the paper has no finetuning of {model!r} on {data!r}; it has {', '.join(known)}"
+        )
+    backbone = {key: value for key, value in pretraining[model].items() if key.startswith("adam_")}
+    of_all_data = {key: value for key, value in own.items() if key not in data_sets}
+    tables = (pretraining["common"], backbone, common, data_sets[data], of_all_data, own[data])
+    return build(TrainConfig, {key: value for table in tables for key, value in table.items()}, name)
+
+
+def pretrained_stages(model: str) -> list[Literal["stage1", "stage2"]]:
+    """The stages in which the paper pretrained a model; none for a model that is not the paper's."""
+    stages: tuple[Literal["stage1", "stage2"], ...] = ("stage1", "stage2")
+    recipes = _read_recipes("pretrain")
+    return [stage for stage in stages if stage in recipes.get(model, {})]
+
+
+def finetuned_data(model: str) -> list[str]:
+    """The data sets that the paper finetuned a model on, as `finetune_recipe` takes them."""
+    recipes = _read_recipes("finetune")
+    return [data for data in recipes["data"] if data in recipes.get(model, {})]
+
+
+def deepspeed_settings(name: str) -> dict[str, Any]:
+    """The content of a file of deepspeed_configs by its stem, or of any path that ends in .json.
+
+    ConfigError where there is no such file or it is no JSON.
+    """
+    path = resources.files("deepspeed_configs") / f"{name}.json"
+    try:
+        if name.endswith(".json"):
+            with open(name, encoding="utf-8") as file:
+                text = file.read()
+        else:
+            text = path.read_text(encoding="utf-8")
+    except OSError:
+        entries = (entry.name for entry in resources.files("deepspeed_configs").iterdir())
+        known = ", ".join(sorted(entry.removesuffix(".json") for entry in entries if entry.endswith(".json")))
+        raise ConfigError(
+            f"deepspeed = {name!r}: no such file; known: {known}, or a path to a .json"
+        ) from None
+    try:
+        settings: dict[str, Any] = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{name}: not valid JSON: {error}") from None
+    return settings
+
+
+def _read_recipes(name: Literal["pretrain", "finetune"]) -> dict[str, Any]:
+    return tomllib.loads((resources.files("training.recipes") / f"{name}.toml").read_text("utf-8"))

@@ -1,11 +1,9 @@
 """DeepSpeed around the model: from a file of deepspeed_configs to one optimizer step."""
 
 import datetime
-import json
 import math
 import os
 from collections.abc import Callable
-from importlib import resources
 from typing import Any
 
 import deepspeed
@@ -17,7 +15,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from pipeline.records import ConfigError
-from training.config import TrainConfig
+from training.config import TrainConfig, deepspeed_settings
 from training.data import Batch
 from training.distil import Teacher, TeacherFeatures
 from training.loss import contrastive_loss, distillation_loss
@@ -59,6 +57,7 @@ class Towers(nn.Module):
         self._num_samples_of_ranks = num_samples_of_ranks
         self._exclude_duplicates = config.exclude_duplicates
         self.exact: dict[str, Tensor] = {}  # parameters that are not trained, where the model rounds them
+        self.skipped = ""  # why the last step changed nothing; empty: it did
         # Gradients travel while micro-batches go back, so all ranks need the same number of them.
         largest = config.micro_batch or max(num_samples_of_ranks)
         self.num_micro_batches = math.ceil(max(num_samples_of_ranks) / largest)
@@ -195,23 +194,7 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
 
     ConfigError for a key that is not about memory, precision or communication.
     """
-    path = resources.files("deepspeed_configs") / f"{name}.json"
-    try:
-        if name.endswith(".json"):
-            with open(name, encoding="utf-8") as file:
-                text = file.read()
-        else:
-            text = path.read_text(encoding="utf-8")
-    except OSError:
-        entries = (entry.name for entry in resources.files("deepspeed_configs").iterdir())
-        known = ", ".join(sorted(entry.removesuffix(".json") for entry in entries if entry.endswith(".json")))
-        raise ConfigError(
-            f"deepspeed = {name!r}: no such file; known: {known}, or a path to a .json"
-        ) from None
-    try:
-        config: dict[str, Any] = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{name}: not valid JSON: {error}") from None
+    config = deepspeed_settings(name)
     foreign = sorted(set(config) - set(_ALLOWED))
     if foreign:
         raise ConfigError(
@@ -292,18 +275,42 @@ def _as_the_weights(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tens
 
 
 def train_step(engine: Any, batch: Batch, learning_rate: float, max_temperature: float, seed: int) -> float:
-    """One optimizer step on a global batch; returns its loss. A loss that is not finite changes nothing."""
+    """One optimizer step on a global batch; returns its loss.
+
+    A loss or a gradient that is not finite changes nothing; `Towers.skipped` then says which it was.
+    """
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
     towers: Towers = engine.module
+    statistics = [(tensor, tensor.clone()) for tensor in _running_statistics(towers.clip)]
     compute_loss = _whole_batch if towers.num_micro_batches == 1 else _in_micro_batches
     value, backward = compute_loss(engine, batch, seed)
-    if math.isfinite(value):
-        backward()
-        engine.step()
-        clamp_temperature(towers.clip, max_temperature)
-        average_batch_norms(towers.clip)
+    towers.skipped = "" if math.isfinite(value) else f"the loss is {value}"
+    if not towers.skipped and not _backward_and_step(engine, backward):
+        towers.skipped = "the gradient is not finite"
+    if towers.skipped:
+        for tensor, before in statistics:
+            tensor.copy_(before)
+        return value
+    clamp_temperature(towers.clip, max_temperature)
+    average_batch_norms(towers.clip)
     return value
+
+
+def _backward_and_step(engine: Any, backward: Callable[[], None]) -> bool:
+    """False where the gradient is not finite: the weights and Adam's state are then as before."""
+    backward()
+    if engine.zero_optimization():
+        engine.step()  # looks at the gradient's norm first, over all ranks
+        # In float16 an overflow is how DeepSpeed finds the loss scale: it leaves the step out and goes on.
+        return bool(engine.fp16_enabled() or not engine.optimizer.overflow)
+    # Every rank has the whole gradient, already averaged.
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    if not bool(torch.stack([gradient.isfinite().all() for gradient in gradients]).all()):
+        engine.zero_grad()
+        return False
+    engine.step()
+    return True
 
 
 def _whole_batch(engine: Any, batch: Batch, seed: int) -> tuple[float, Callable[[], None]]:
