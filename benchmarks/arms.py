@@ -23,7 +23,8 @@ from machine import machine
 from pipeline.catalog import RANK_MODULE, load
 from pipeline.runner import make_context
 from training.config import TrainConfig, TrainJob
-from training.stage import free_port, launcher_command, launcher_environment, make_job
+from training.launcher import free_port, launcher_command, launcher_environment
+from training.stage import make_job
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -106,7 +107,8 @@ class Experiment:
         start = time.monotonic()
         try:
             self._call(
-                launcher_command(RANK_MODULE, str(path), job.config.ranks, free_port()), signal.SIGTERM
+                launcher_command("local", RANK_MODULE, str(path), job.config.ranks, free_port()),
+                signal.SIGTERM,
             )
         finally:
             with open(folder / "seconds.txt", "a", encoding="utf-8") as file:
