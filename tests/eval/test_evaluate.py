@@ -101,9 +101,17 @@ def test_everything_is_written_and_a_small_set_is_not_compared(
     assert "coco-cn-test: 14 images, but the protocol has 1000: not comparable" in text
     assert "mnist: 1 pictures cannot be decoded and are not scored" in text
     assert "mnist: 11 pictures, but the protocol has 10000" in text
+    page = (tmp_path / "eval.html").read_text(encoding="utf-8")
+    assert "MNIST" in page
+    assert "not comparable with published figures" in page
+    assert "<script" not in page
     body = json.loads((tmp_path / "eval.json").read_text())
     by_title = {table["title"]: table for table in body["tables"]}
     assert by_title["coco-cn-test"]["number"] is None
+    by_number = {table["number"]: table for table in body["tables"]}
+    assert {line["label"]: line["paper"] for line in by_number[12]["lines"]} == {
+        "MNIST": None, "EuroSAT": None
+    }  # fmt: skip
     assert all(line["paper"] is None for line in by_title["coco-cn-test"]["lines"])
     official = json.loads((tmp_path / "coco-cn-test" / "test.scores.json").read_text())["scoreJson"]
     ours = {line["label"]: line["ours"]["value"] for line in by_title["coco-cn-test"]["lines"]}
