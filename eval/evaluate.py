@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from eval.comparison import (
 )
 from eval.datasets.classification import SPLITS, is_classification_set
 from eval.datasets.cnclip_tsv import EvaluationSet
+from eval.datasets.readable import UnreadablePicture, readable_subset
 from eval.datasets.releases import Release, find_releases
 from eval.datasets.retrieval_set import read_retrieval_set
 from eval.embed import embed_evaluation
@@ -195,9 +197,20 @@ def _retrieval(
     protocol = retrieval_protocol(source.protocol)
     both = protocol is None or protocol.image_to_text
     folder = store.join(out_folder, source.protocol)
-    embed_evaluation(
-        checkpoint.path, checkpoint.vocabulary, evaluation, folder, context_length=checkpoint.context_length
+    embed = partial(
+        embed_evaluation,
+        checkpoint.path,
+        checkpoint.vocabulary,
+        out_folder=folder,
+        context_length=checkpoint.context_length,
     )
+    unreadable = list[str]()
+    try:
+        embed(evaluation)
+    except UnreadablePicture:
+        evaluation, note = readable_subset(evaluation)
+        unreadable.append(note)
+        embed(evaluation)
     if options.json_features:
         for side, ids in (("img", evaluation.image_ids), ("text", evaluation.text_ids)):
             long, short = {"img": ("imgs", "img"), "text": ("texts", "txt")}[side]
@@ -214,6 +227,7 @@ def _retrieval(
         setup=options.setup,
         model=model,
         paper_model=paper_model,
+        notes=unreadable,
     )
 
 
@@ -225,6 +239,7 @@ def compare_set(
     setup: Setup,
     model: str,
     paper_model: str | None,
+    notes: Sequence[str] = (),
 ) -> Comparison:
     """A set's recalls with intervals beside its table of the paper, from the features in `folder`.
 
@@ -233,21 +248,21 @@ def compare_set(
     protocol = retrieval_protocol(protocol_id)
     both = protocol is None or protocol.image_to_text
     scores = retrieval_intervals(evaluation, folder, image_to_text=both)
-    notes = list[str]()
+    remarks = list(notes)
     if protocol is not None:
         counts = (
             ("images", protocol.images, evaluation.num_images),
             ("texts", protocol.texts, evaluation.num_texts),
         )
-        notes = [
+        remarks += [
             note for what, pinned, found in counts if (note := mismatch(protocol.id, what, pinned, found))
         ]
         if protocol.images is None:
-            notes.append(
+            remarks.append(
                 f"{protocol.id}: the paper prints no counts, so {evaluation.num_images} images and"
                 f" {evaluation.num_texts} texts are unchecked"
             )
-    differs = protocol is None or any("not comparable" in note for note in notes)
+    differs = protocol is None or any("not comparable" in note for note in remarks)
     return compare_retrieval(
         protocol_id,
         scores,
@@ -255,7 +270,7 @@ def compare_set(
         setup=setup,
         model=model,
         paper_model=paper_model,
-        notes=notes,
+        notes=remarks,
     )
 
 
