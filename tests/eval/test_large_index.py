@@ -164,7 +164,7 @@ def test_a_copy_is_as_good_as_its_original(tmp_path: Path) -> None:
     embeddings = Embeddings.open(str(tmp_path / "rows.npy"))
     queries = unit_rows(12)
     exact = exact_neighbours(embeddings, queries, 2)
-    assert recall_at(embeddings, queries, 47 - exact[::-1], exact) < 1
+    assert recall_at(embeddings, queries, (exact + 1) % 48, exact) == 0
     assert recall_at(embeddings, queries, (exact + 24) % 48, exact) == 1.0
 
 
