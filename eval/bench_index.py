@@ -97,8 +97,8 @@ def recall_at(
 ) -> float:
     """Share of the k places of each query that hold a row as near as the k nearest, mean over queries.
 
-    Rows that tie with the k-th count: web corpora are full of copies, and which of them comes first is chance.
-    Rows of -1 were not found.
+    Rows that tie with the k-th count: web corpora are full of copies, and which of them comes first is
+    chance. Rows of -1 were not found.
     """
     bound = score_error_bound(embeddings.dim)
     rows, inverse = np.unique(np.concatenate([found_QK, exact_QK], axis=1), return_inverse=True)
