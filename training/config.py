@@ -40,6 +40,29 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DistilConfig:
+    """A larger model that a smaller one learns from (the paper's future work, section 5)."""
+
+    teacher: str  # weights of any known format with both towers; the vocabulary is the student's
+    weight: float = 1.0  # factor on the distillation loss, which is added to the contrastive loss
+    temperature: float = 2.0  # both models' logits are divided by this; at 1 they stand as trained
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NegationConfig:
+    """Statements that a picture shows a thing or does not, true and false (sections 3.2.3 and 5).
+
+    A thing counts as shown where the caption names it and as absent where it does not: for corpora whose
+    captions name all there is of `objects`.
+    """
+
+    objects: tuple[str, ...]  # words for things, such as 圆形; at least two
+    affirmed: tuple[str, ...] = ("图中有{}", "有{}")  # templates; {} is the thing
+    negated: tuple[str, ...] = ("图中没有{}", "没有{}")
+    weight: float = 1.0  # factor on the loss over true and false statements, added to the contrastive loss
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
     """One training stage. The defaults are the paper's Table 8, ViT column."""
 
@@ -60,6 +83,9 @@ class TrainConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)  # images (A.2)
     caption_column: str = "caption"  # column of the shards' sidecars
     exclude_duplicates: bool = False  # pairs of equal image or caption are no negatives of each other
+    patch_mask: float = 0.0  # share of a ViT's patches left out at random in training (FLIP, Li et al. 2023)
+    distil: DistilConfig | None = None  # a teacher whose similarities the model learns too
+    negation: NegationConfig | None = None  # statements with absent objects as hard negatives
 
     lanes: int = 512  # streams the corpus is cut into; divides global_batch, at least ranks
     window_shards: int = 4  # shards of a lane whose samples are shuffled together
@@ -108,6 +134,7 @@ class TrainConfig:
                 f"[{stage}] cached_views = {self.cached_views}: features can be kept only of an image tower"
                 " that stays as it is; set lock_image = true or cached_views = 0"
             )
+        self._check_extras(stage)
         if self.micro_batch is not None and self.micro_batch <= 0:
             raise ConfigError(f"[{stage}] micro_batch = {self.micro_batch}: must be above 0")
         if self.max_temperature < 1:
@@ -126,6 +153,33 @@ class TrainConfig:
                 f"[{stage}] ranks = {self.ranks} is more than lanes = {self.lanes}:"
                 f" a rank owns whole lanes; raise lanes or use fewer ranks"
             )
+
+    def _check_extras(self, stage: str) -> None:
+        if not 0 <= self.patch_mask < 1:
+            raise ConfigError(f"[{stage}] patch_mask = {self.patch_mask}: a share from 0 to below 1")
+        for name, wants_pictures in (
+            ("patch_mask", self.patch_mask > 0),
+            ("distil", self.distil is not None),
+        ):
+            if self.cached_views and wants_pictures:
+                raise ConfigError(
+                    f"[{stage}] {name} needs pictures, but cached_views = {self.cached_views} reads features"
+                    f" in their place; set cached_views = 0 or leave {name} out"
+                )
+        if self.distil is not None and (self.distil.weight <= 0 or self.distil.temperature <= 0):
+            raise ConfigError(f"[{stage}] distil: weight and temperature must be above 0")
+        if self.negation is not None:
+            wrong = [
+                text for text in (*self.negation.affirmed, *self.negation.negated) if text.count("{}") != 1
+            ]
+            if wrong:
+                raise ConfigError(f"[{stage}] negation: template {wrong[0]!r}: must hold {{}} once")
+            if not self.negation.affirmed or not self.negation.negated:
+                raise ConfigError(f"[{stage}] negation: affirmed and negated need a template each")
+            if len(set(self.negation.objects)) < 2 or "" in self.negation.objects:
+                raise ConfigError(f"[{stage}] negation: objects: at least two different words, none empty")
+            if self.negation.weight <= 0:
+                raise ConfigError(f"[{stage}] negation: weight = {self.negation.weight}: must be above 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

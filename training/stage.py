@@ -48,6 +48,11 @@ def tasks(config: TrainStageConfig, context: Context) -> list[Task]:
             if not store.exists(weights):
                 raise InputError(f"{weights}: no such file or folder; correct [model] {side}")
             inputs[side.replace("_", " ")] = store.digest_tree(weights)
+    if config.train.distil is not None:
+        teacher = config.train.distil.teacher
+        if not store.exists(teacher):
+            raise InputError(f"{teacher}: no such file or folder; correct [{context.stage}.distil] teacher")
+        inputs["teacher"] = store.digest_tree(teacher)
     if config.validate:
         inputs |= {f"evaluation {item.name}": item.digest for item in evaluations_of(context)}
     return [Task("train", inputs)]

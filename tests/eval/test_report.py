@@ -21,7 +21,8 @@ from eval.comparison import Comparison, Line
 from eval.datasets.cnclip_tsv import read_evaluation
 from eval.metrics import RetrievalScores
 from eval.published import RetrievalProtocol
-from eval.report import (
+from eval.report import headline, write_report
+from eval.report_data import (
     Counts,
     FunnelStep,
     Gallery,
@@ -32,12 +33,9 @@ from eval.report import (
     ReportData,
     StageFacts,
     TrainingPoint,
-    headline,
-    make_gallery,
-    read_training_metrics,
-    render_html,
-    write_report,
 )
+from eval.report_page import render_html
+from eval.report_sources import make_gallery, read_training_metrics
 from eval.stages import ReportConfig, ScoreConfig, comparisons
 from pipeline.records import InputError, Manifest, Shard
 from pipeline.stage import Context
