@@ -80,8 +80,12 @@ def image_forward(model: ModelConfig) -> float:
 
 
 def text_forward(config: TextConfig, tokens: float) -> float:
-    """FLOPs of one caption of `tokens` tokens through a text tower."""
-    return config.layers * _block(tokens, config.width)
+    """FLOPs of one caption of `tokens` tokens through a text tower.
+
+    The last block is computed for [CLS] alone; keys and values are still made of every token there.
+    """
+    last = 4 * tokens * config.width**2 + 20 * config.width**2 + 4 * tokens * config.width
+    return (config.layers - 1) * _block(tokens, config.width) + last
 
 
 def training_flops(model: ModelConfig, config: TrainConfig, tokens: float) -> float:
