@@ -212,6 +212,31 @@ def tables_of(corpus: Manifest) -> list[dict[str, Any]]:
     return tables
 
 
+# Stages that judge downloaded pictures, in order; those after the first run only where a run asks for them.
+ROW_STAGES = ("filter_image", "dedup_image", "filter_score")
+
+
+def rows_stage(context: Context) -> str:
+    """The parent whose kept rows a stage goes on with: the last of ROW_STAGES that it has."""
+    return next(name for name in reversed(ROW_STAGES) if name in context.parents)
+
+
+def kept_tables(context: Context, stage: str) -> list[Shard]:
+    """Tables of the rows that a stage kept, in order, by their paths in its folder."""
+    return [shard for shard in context.parents[stage].shards if shard.path.startswith("kept/")]
+
+
+def table_name(shard: Shard) -> str:
+    """`00000` of `kept/00000.parquet`."""
+    return Path(shard.path).stem
+
+
+def exemptions(corpus: Manifest) -> dict[str, tuple[str, ...]]:
+    """Source → names of the rules that do not apply to it."""
+    sources = [caption_table.from_description(table["source"]) for table in tables_of(corpus)]
+    return {source.name: source.exemptions for source in sources}
+
+
 def evaluation_urls(context: Context) -> list[Shard]:
     """Files with the URLs of evaluation pictures, one a line; one for each set that has URLs."""
     return context.shards_of("corpus", "_urls.txt")

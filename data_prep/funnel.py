@@ -6,15 +6,15 @@ from typing import Any
 
 import polars as pl
 
-from data_prep.corpus import tables_of
+from data_prep.corpus import ROW_STAGES, tables_of
 from data_prep.drop_table import with_key
 from data_prep.sources.table import from_description, scan
 from pipeline import store
 from pipeline.records import Manifest
 from pipeline.stage import Context
 
-# Stages that drop rows, in order; a corpus drops the malformed rows of its sources.
-STEPS = ("filter_text", "dedup", "download", "filter_image")
+# Stages that drop rows, in order, where a run has them; a corpus drops the malformed rows of its sources.
+STEPS = ("filter_text", "dedup", "download", *ROW_STAGES)
 
 
 def by_source(manifest: Manifest) -> dict[str, dict[str, Any]]:
@@ -52,8 +52,8 @@ def count_planted(context: Context) -> list[PlantedCount]:
         return []
     rows = pl.concat([_keyed(context, table) for table in tables_of(context.parents["corpus"])])
     rows = rows.join(pl.read_parquet(path), on="SAMPLE_ID", validate="1:1")
-    dropped = {stage: _dropped(context, stage) for stage in STEPS}
-    reasons = pl.concat([dropped[stage] for stage in STEPS if stage != "dedup"]).unique("key")
+    dropped = {stage: _dropped(context, stage) for stage in STEPS if stage in context.parents}
+    reasons = pl.concat([rows for stage, rows in dropped.items() if stage != "dedup"]).unique("key")
     kept = [shard.path for shard in context.shards_of("shards", ".parquet")]
     keys = pl.scan_parquet(kept).select("key", in_shards=pl.lit(True)).collect()
     ends = (

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import polars as pl
 
+from data_prep.corpus import kept_tables, rows_stage
 from data_prep.drop_table import write_table
 from data_prep.tar_members import TarWriter
 from pipeline import store
@@ -37,7 +38,7 @@ class ShardsConfig:
 
 def tasks(config: ShardsConfig, context: Context) -> list[Task]:
     """One task a shard: samples number*n to (number+1)*n of all kept samples in order."""
-    kept = [shard for shard in context.parents["filter_image"].shards if shard.path.startswith("kept/")]
+    kept = kept_tables(context, rows_stage(context))
     pictures = {
         Path(s.path).stem: s.digest for s in context.parents["download"].shards if s.path.endswith(".tar")
     }
@@ -62,7 +63,7 @@ def run(config: ShardsConfig, context: Context, task: Task, progress: Progress) 
     """Pack one shard."""
     rows = pl.concat(
         [
-            pl.scan_parquet(context.path_in("filter_image", piece["table"])).slice(
+            pl.scan_parquet(context.path_in(rows_stage(context), piece["table"])).slice(
                 piece["first"], piece["count"]
             )
             for piece in task.arguments["pieces"]

@@ -259,7 +259,8 @@ def _report_data(config: ReportConfig, context: Context) -> "ReportData":
                 for source, counts in by_source(step).items()
             },
         )
-        for name in (*(("corpus",) if manifests["corpus"].dropped else ()), *STEPS)
+        for name in ("corpus", *STEPS)
+        if name in manifests and (name != "corpus" or manifests[name].dropped)
         for step in [manifests[name]]
     ]
     return ReportData(

@@ -12,15 +12,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator
 
-from data_prep import corpus, dedup, download, filter_image, filter_text, shards
+from data_prep import corpus, dedup, download, filter_image, filter_text, score, shards
 from data_prep.corpus import SourcesConfig, TablesConfig
 from data_prep.dedup import DedupConfig
 from data_prep.download import DownloadConfig
 from data_prep.filter_image import FilterImageConfig
 from data_prep.filter_text import FilterTextConfig
+from data_prep.score import FilterScoreConfig, ScoreConfig
 from data_prep.shards import ShardsConfig
 from data_prep.sources.demo import DemoConfig
 from data_prep.sources.emoji import EmojiConfig
+from eval import pair_encoder
 from eval import stages as evaluation_stages
 from eval.stages import IndexConfig
 from pipeline import store
@@ -71,6 +73,8 @@ class RunConfig:
     dedup: DedupConfig = field(default_factory=DedupConfig)
     download: DownloadConfig = field(default_factory=DownloadConfig)
     filter_image: FilterImageConfig = field(default_factory=FilterImageConfig)
+    score: ScoreConfig | None = None  # unset: rows whose source has no score are not judged by one
+    filter_score: FilterScoreConfig | None = None  # unset: the paper's threshold on what [score] gives
     shards: ShardsConfig = field(default_factory=ShardsConfig)
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     english: TrainConfig | None = None  # stands in for OpenAI's CLIP where its weights are not at hand
@@ -88,6 +92,10 @@ def load(path: str, overrides: Sequence[str] = ()) -> tuple[Run, RunConfig]:
         raise ConfigError(f"{path}: model.name: no model {config.model.name!r}; known: {', '.join(MODELS)}")
     if config.stage1 is None and config.stage2 is None:
         raise ConfigError(f"{path}: nothing to train; give [stage1], [stage2] or both")
+    if config.filter_score is not None and config.score is None:
+        raise ConfigError(
+            f"{path}: filter_score: nothing to judge without [score]; give it, or filter_text.min_score"
+        )
     if isinstance(config.corpus, TablesConfig | SourcesConfig) and not config.evaluation:
         raise ConfigError(f"{path}: no [[evaluation]]; name at least one set with name and folder")
     for name in ("english", "stage1", "stage2"):
@@ -174,12 +182,15 @@ def make_run(config: RunConfig) -> Run:
             tasks=filter_image.tasks,
             run=filter_image.run,
         ),
+        *_row_stages(config),
+    ]
+    stages += [
         Stage(
             name="shards",
             title="tar shards with a Parquet sidecar: what training reads",
             version=1,
             config=config.shards,
-            parents=("download", "filter_image"),
+            parents=("download", stages[-1].name),
             tasks=shards.tasks,
             run=shards.run,
         ),
@@ -255,6 +266,36 @@ def make_run(config: RunConfig) -> Run:
     )
     table = config.run
     return Run(table.folder, table.seed, table.executor, table.processes, tuple(stages))
+
+
+def _row_stages(config: RunConfig) -> list[Stage]:
+    """What a run asks for between the downloaded pictures and the shards."""
+    stages: list[Stage] = []
+    before = "filter_image"
+    if config.score is not None:
+        stages += [
+            Stage(
+                name="score",
+                title="cosine of picture and caption by two encoders",
+                version=1,
+                config=config.score,
+                parents=("corpus", "download", before),
+                tasks=functools.partial(score.tasks, identify=pair_encoder.identify),
+                run=functools.partial(score.run, load=pair_encoder.load),
+                # On one machine a second process would hold a second copy of both encoders.
+                parallel=config.run.executor == "ray",
+            ),
+            Stage(
+                name="filter_score",
+                title="pictures that their captions do not describe go",
+                version=1,
+                config=config.filter_score or FilterScoreConfig(),
+                parents=("corpus", before, "score"),
+                tasks=score.filter_tasks,
+                run=score.filter_run,
+            ),
+        ]
+    return stages
 
 
 def _training_stages(config: RunConfig) -> list[Stage]:

@@ -9,14 +9,13 @@ from data_prep import text_rules
 from data_prep.corpus import tables_of
 from data_prep.drop_table import url_hash, with_key
 from data_prep.filter_text import FilterTextConfig
+from data_prep.funnel import STEPS
 from data_prep.sources.table import from_description, scan
 from pipeline import store
 from pipeline.records import InputError, Manifest
 from pipeline.runner import Run, read_manifest
 
 _KEY = re.compile(r"[0-9a-f]{32}")
-# Stages that drop rows, in order, and the stage whose tables hold what is kept at the end.
-_FILTERS = ("filter_text", "dedup", "download", "filter_image")
 
 
 def explain(run: Run, config: FilterTextConfig, key_or_url: str) -> list[str]:
@@ -55,7 +54,7 @@ def _fate(run: Run, config: FilterTextConfig, row: dict[str, object]) -> Iterato
     if "dedup" in drops and not _is_first(run, row):
         yield f"dropped by dedup: {drops['dedup']} (a lower table and row has the same URL and caption)"
         return
-    for stage in ("download", "filter_image"):
+    for stage in STEPS[2:]:  # what became of the picture
         if reason := drops.get(stage):
             yield f"dropped by {stage}: {reason}"
             return
@@ -65,7 +64,7 @@ def _fate(run: Run, config: FilterTextConfig, row: dict[str, object]) -> Iterato
 
 def _drops(run: Run, key: str, url: str) -> Iterator[tuple[str, str]]:
     hashed = pl.DataFrame({"url": [url]}).select(url_hash()).item()
-    for stage in _FILTERS:
+    for stage in STEPS:
         for path in _outputs(run, stage, "dropped/"):
             # Drop tables are sorted by URL hash: row groups outside it are skipped unread.
             found = pl.scan_parquet(path).filter(url_hash=hashed, key=key).select("reason").collect()
