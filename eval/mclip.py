@@ -132,8 +132,8 @@ def preprocess_openai(images: Sequence[bytes], side_px: int, first: int = 0) -> 
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise InputError(f"image {first + at} cannot be decoded: {error}") from None
         short = min(rgb.size)
-        size = tuple(side_px if edge == short else int(side_px * edge / short) for edge in rgb.size)
-        rgb = rgb.resize(size, Image.Resampling.BICUBIC)
+        width_px, height_px = (side_px if edge == short else int(side_px * edge / short) for edge in rgb.size)
+        rgb = rgb.resize((width_px, height_px), Image.Resampling.BICUBIC)
         left, top = (round((edge - side_px) / 2) for edge in rgb.size)
         pixels_BHWC[at] = np.asarray(rgb.crop((left, top, left + side_px, top + side_px)))
     image_BCHW = torch.from_numpy(pixels_BHWC).permute(0, 3, 1, 2).to(torch.float32).div_(255)

@@ -1,7 +1,7 @@
 """An English CLIP's image tower alone, from any file that `training.model.formats` reads."""
 
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -48,7 +48,8 @@ def load_image_tower(path: str, *, activation: Activation = "quick_gelu") -> Ima
     state = {name: tensor for name, tensor in weights.state.items() if name.startswith("visual.")}
     fill(slots, state, path, "Give an English CLIP's weights")
     if activation == "gelu" and isinstance(vision, VisionTransformerConfig):
-        for block in model.visual.blocks:
+        blocks: Any = model.visual.blocks
+        for block in blocks:
             block.mlp.act = nn.GELU()
     return ImageTower(cast(nn.Module, model.visual).eval(), vision.image_size_px, embed_dim)
 
