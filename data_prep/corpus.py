@@ -22,6 +22,7 @@ from data_prep.sources.demo import DemoConfig, make_demo
 from data_prep.sources.emoji import EmojiConfig, make_emoji
 from data_prep.sources.packed import PackedSource
 from data_prep.sources.table import TableSource
+from data_prep.text_rules import SCORE_RULE
 from pipeline import store
 from pipeline.evaluation_sets import EvaluationSource, digest_of
 from pipeline.evaluation_sets import facts as evaluation_facts
@@ -180,7 +181,9 @@ def _take_in(
     dropped = dict(taken.dropped)
     num_in = taken.num_rows + sum(dropped.values())
     counts = {"in": num_in, "kept": taken.num_rows, "dropped": dropped}
+    pairs = caption_table.score_pairs(full_paths[0], taken.source)
     extra |= {"tables": {table_path: description}, "sources": {taken.source.name: counts}}
+    extra |= {"score_pairs": {taken.source.name: pairs}} if pairs else {}
     num_malformed = sum(count for reason, count in dropped.items() if reason.startswith("malformed:"))
     outputs = {table_path: taken.num_rows, malformed_path: num_malformed}
     return Outcome(outputs, num_in=num_in, num_kept=taken.num_rows, dropped=dropped, extra=extra)
@@ -193,6 +196,8 @@ def _look_at_table(path: str, source: TableSource, digest: str, extra: dict[str,
         _refuse_empty(path, source)
     extra["external"] = {"path": path, "source": caption_table.describe(source), "digest": digest}
     extra["sources"] = {source.name: {"in": num_rows, "kept": num_rows, "dropped": {}}}
+    if pairs := caption_table.score_pairs(path, source):
+        extra["score_pairs"] = {source.name: pairs}
     return Outcome({}, num_in=num_rows, num_kept=num_rows, extra=extra)
 
 
@@ -235,6 +240,17 @@ def exemptions(corpus: Manifest) -> dict[str, tuple[str, ...]]:
     """Source → names of the rules that do not apply to it."""
     sources = [caption_table.from_description(table["source"]) for table in tables_of(corpus)]
     return {source.name: source.exemptions for source in sources}
+
+
+def score_pairs(corpus: Manifest) -> dict[str, list[str]]:
+    """Source → encoder pairs of its own scores, for sources that are judged by them."""
+    exempt = {name for name, rules in exemptions(corpus).items() if SCORE_RULE in rules}
+    found: dict[str, list[str]] = {}
+    for extra in corpus.extra.values():
+        for source, pairs in extra.get("score_pairs", {}).items():
+            if source not in exempt:
+                found[source] = sorted({*found.get(source, []), *pairs})
+    return found
 
 
 def evaluation_urls(context: Context) -> list[Shard]:

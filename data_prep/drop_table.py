@@ -1,6 +1,7 @@
-"""Drop tables: for every dropped row its key, the digest of its URL, and the reason.
+"""Drop tables: for every dropped row its key, the digest of its URL, the reason, and some with a detail.
 
-They answer `cnclip why`; everything else about a row is looked up in its source.
+They answer `cnclip why`; everything else about a row is looked up in its source. `detail` is the word of a
+blacklist, or the key of the picture that a copy is of; a stage whose rows say enough has no such column.
 """
 
 import os
@@ -63,8 +64,9 @@ def write_table(frame: pl.DataFrame, path: str) -> None:
 
 def write_drops(dropped: pl.DataFrame, path: str) -> dict[str, int]:
     """Publish the drop table of a frame with url, key and reason; returns rows per reason."""
+    detail = ["detail"] if "detail" in dropped.columns else []
     table = dropped.with_columns(url=pl.col("url").fill_null("")).select(
-        "key", url_hash().alias("url_hash"), "reason"
+        "key", url_hash().alias("url_hash"), "reason", *detail
     )
     write_table(table.sort("url_hash", "key", "reason"), path)
     counts = dropped.group_by("reason").len().sort("reason")

@@ -1,6 +1,7 @@
 """Stage filter_image: pictures that are too small, too long, or of an evaluation set go; hashes are made."""
 
 import functools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,8 +9,9 @@ import numpy as np
 import polars as pl
 
 from data_prep import guard, image_rules
-from data_prep.corpus import guard_paths
+from data_prep.corpus import exemptions, guard_paths
 from data_prep.drop_table import publish_judged
+from data_prep.histograms import histogram
 from data_prep.resize import UNDECODABLE, BadImageError, decode_upright
 from pipeline import store
 from pipeline.evaluation_sets import EvaluationSet, evaluations_of
@@ -53,11 +55,12 @@ def run(config: FilterImageConfig, context: Context, task: Task, progress: Progr
     """Judge one partition's pictures. Pictures stay where they are; the table says which are kept."""
     table = pl.read_parquet(context.path_in("download", task.arguments["table"]))
     tar_path = context.path_in("download", task.arguments["tar"])
+    exempt_from = exemptions(context.parents["corpus"])
     reasons: list[str | None] = []
     hashes: list[bytes] = []
     with store.open_read(tar_path) as tar:
-        for offset, size, width, height, key in table.select(
-            "offset_bytes", "size_bytes", "width_px", "height_px", "key"
+        for offset, size, width, height, key, source in table.select(
+            "offset_bytes", "size_bytes", "width_px", "height_px", "key", "source"
         ).iter_rows():
             tar.seek(offset)
             data = tar.read(size)
@@ -69,7 +72,15 @@ def run(config: FilterImageConfig, context: Context, task: Task, progress: Progr
                 reasons.append(UNDECODABLE)
                 hashes.append(bytes(image_rules.HASH_BITS // 8))
                 continue
-            reasons.append(image_rules.size(width, height, config.min_side_px, config.max_aspect))
+            exempt = exempt_from.get(source, ())
+            reasons.append(
+                image_rules.size(
+                    width,
+                    height,
+                    1 if image_rules.SIZE_RULE in exempt else config.min_side_px,
+                    math.inf if image_rules.ASPECT_RULE in exempt else config.max_aspect,
+                )
+            )
             hashes.append(image_rules.perceptual_hash(np.asarray(image)))
     if config.remove_evaluation_copies:
         references = [item for folder in evaluations_of(context) for item in _evaluation_hashes(folder)]
@@ -85,7 +96,12 @@ def run(config: FilterImageConfig, context: Context, task: Task, progress: Progr
         tar=pl.lit(task.arguments["tar"]),
     )
     kept = judged.filter(pl.col("reason").is_null()).drop("reason")
-    return publish_judged(context, task, kept, judged.filter(pl.col("reason").is_not_null()))
+    dropped = judged.filter(pl.col("reason").is_not_null())
+    short_side = [
+        rows.select(pl.min_horizontal("width_px", "height_px")).to_series() for rows in (kept, dropped)
+    ]
+    sizes = {"histograms": {"short_side_px": histogram("short_side_px", *short_side)}}
+    return publish_judged(context, task, kept, dropped, extra=sizes)
 
 
 @functools.lru_cache(maxsize=8)  # the sets are the same for every task that a process does

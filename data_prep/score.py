@@ -23,6 +23,7 @@ from pipeline.config import NOT_IN_DIGEST
 from pipeline.records import ConfigError, InputError
 from pipeline.stage import Context, Outcome, Progress, Task
 
+# Of the sidecars; `data_prep.sources.table.score_pairs` reads them where a sidecar is a source.
 SCORE_COLUMN, TEXT_COLUMN, IMAGE_COLUMN = "pair_score", "pair_text_encoder", "pair_image_encoder"
 _PAIR_COLUMNS = (SCORE_COLUMN, TEXT_COLUMN, IMAGE_COLUMN)
 _ROWS_AT_ONCE = 2048  # pictures in memory; captions are sorted by length among them
@@ -67,14 +68,6 @@ class FilterScoreConfig:
     min_score: float = 0.26  # cosine; a pair's own scale: look at the report's histogram first
 
 
-@dataclass(frozen=True, slots=True)
-class EncoderPair:
-    """Digests of what makes the two features, 16 hex digits each: a score means nothing without them."""
-
-    text: str
-    image: str
-
-
 class PairEncoder(Protocol):
     """Both encoders, ready; features of either are unit-norm float32 [len, dim] of one space."""
 
@@ -83,16 +76,14 @@ class PairEncoder(Protocol):
     def embed_images(self, images: Sequence[bytes]) -> Float32Array: ...
 
 
-def short_digest(digest: str) -> str:
-    """The beginning of an encoder's digest, as tables keep it."""
-    return digest[:_DIGEST_DIGITS]
-
-
 def tasks(
-    config: ScoreConfig, context: Context, identify: Callable[[ScoreConfig], EncoderPair]
+    config: ScoreConfig, context: Context, identify: Callable[[ScoreConfig], tuple[str, str]]
 ) -> list[Task]:
-    """One task a partition, bound to the rows, the pictures and both encoders."""
-    pair = identify(config)
+    """One task a partition, bound to the rows, the pictures and both encoders.
+
+    `identify` gives the digests of what makes the two features: a score means nothing without them.
+    """
+    text, image = (digest[:_DIGEST_DIGITS] for digest in identify(config))
     pictures = {shard.path: shard.digest for shard in context.parents["download"].shards}
     return [
         Task(
@@ -100,10 +91,10 @@ def tasks(
             {
                 "rows": shard.digest,
                 "pictures": pictures[f"pictures/{name}.tar"],
-                "text encoder": pair.text,
-                "image encoder": pair.image,
+                "text encoder": text,
+                "image encoder": image,
             },
-            {"table": shard.path, "pair": {"text": pair.text, "image": pair.image}},
+            {"table": shard.path, "pair": {"text": text, "image": image}},
         )
         for shard in kept_tables(context, rows_stage(context))
         for name in [table_name(shard)]

@@ -5,12 +5,11 @@ The score stage (`data_prep.score`) may not import the models; `pipeline.catalog
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.score import EncoderPair, PairEncoder, ScoreConfig, short_digest
 from pipeline import store
 from pipeline.config import digest
 from pipeline.records import InputError
@@ -21,8 +20,35 @@ if TYPE_CHECKING:
 Float32Array = npt.NDArray[np.float32]
 
 
-def identify(config: ScoreConfig) -> EncoderPair:
-    """Digests of both encoders: weights, tokeniser and whatever else changes a feature.
+class PairSettings(Protocol):
+    """What `[score]` says about the encoders (`data_prep.score.ScoreConfig`); hashable."""
+
+    @property
+    def text_encoder(self) -> str | None: ...
+    @property
+    def image_encoder(self) -> str | None: ...
+    @property
+    def image_activation(self) -> Literal["quick_gelu", "gelu"]: ...
+    @property
+    def model(self) -> str | None: ...
+    @property
+    def vocabulary(self) -> str | None: ...
+    @property
+    def context_length(self) -> int: ...
+    @property
+    def device(self) -> str | None: ...
+
+
+class PairEncoder(Protocol):
+    """Both encoders, ready; features of either are unit-norm float32 [len, dim] of one space."""
+
+    def embed_texts(self, texts: Sequence[str]) -> Float32Array: ...
+
+    def embed_images(self, images: Sequence[bytes]) -> Float32Array: ...
+
+
+def identify(config: PairSettings) -> tuple[str, str]:
+    """Digests of the text and the image encoder: weights, tokeniser and whatever else changes a feature.
 
     InputError where a file is missing. A model id is fetched to Hugging Face's cache.
     """
@@ -31,7 +57,7 @@ def identify(config: ScoreConfig) -> EncoderPair:
         weights = store.digest_tree(config.model)
         vocabulary = _vocabulary(config)
         text = digest("chinese clip", weights, vocabulary.digest, config.context_length)
-        return EncoderPair(short_digest(text), short_digest(digest("chinese clip", weights)))
+        return text, digest("chinese clip", weights)
     from eval.mclip import find_text_folder, text_files
 
     assert config.text_encoder is not None
@@ -40,11 +66,11 @@ def identify(config: ScoreConfig) -> EncoderPair:
     files = text_files(find_text_folder(config.text_encoder))
     text = digest("mclip", [store.digest_file(path) for path in files])
     image = digest("clip", store.digest_tree(config.image_encoder), config.image_activation)
-    return EncoderPair(short_digest(text), short_digest(image))
+    return text, image
 
 
 @functools.lru_cache(maxsize=1)  # one process scores many partitions with one pair
-def load(config: ScoreConfig) -> PairEncoder:
+def load(config: PairSettings) -> PairEncoder:
     """Both encoders in memory, on the accelerator where there is one."""
     if config.model is not None:
         return OwnModel(config)
@@ -54,7 +80,7 @@ def load(config: ScoreConfig) -> PairEncoder:
 class MultilingualPair:
     """mCLIP: an XLM-R text tower and the image tower of the CLIP that it was taught to meet."""
 
-    def __init__(self, config: ScoreConfig) -> None:
+    def __init__(self, config: PairSettings) -> None:
         import torch
 
         from eval.mclip import ClipImages, load_text
@@ -80,7 +106,7 @@ class MultilingualPair:
 class OwnModel:
     """A Chinese CLIP of any known format: as the paper plans it, a corpus scored by the model it trained."""
 
-    def __init__(self, config: ScoreConfig) -> None:
+    def __init__(self, config: PairSettings) -> None:
         from training.model.encoder import Encoder
         from training.model.formats import load_model
 
@@ -95,7 +121,7 @@ class OwnModel:
         return self._encoder.embed_images(images)
 
 
-def _vocabulary(config: ScoreConfig) -> "Tokenizer":
+def _vocabulary(config: PairSettings) -> "Tokenizer":
     from training.model.formats import read_weights
     from training.model.vocabulary_lookup import find_vocabulary
 

@@ -40,7 +40,7 @@ class PackedSource:
     path: str  # local folder: of <split>_imgs.tsv, of lmdb/<split>, or of 00000.tar and 00000.parquet
     name: str
     split: str = "train"  # for Chinese-CLIP's formats
-    exempt_from: tuple[str, ...] = ()  # text rules that do not apply to this source
+    exempt_from: tuple[str, ...] = ()  # rules that do not apply to this source
 
 
 @dataclass(frozen=True, slots=True)
