@@ -1,4 +1,4 @@
-"""Traditional Chinese characters to simplified ones, by OpenCC's dictionary `t2s` (characters and phrases)."""
+"""Traditional Chinese characters to simplified ones, by OpenCC's `t2s` (characters and phrases)."""
 
 import functools
 from typing import Any
@@ -23,7 +23,8 @@ def _converter() -> Any:
         import opencc
     except ImportError:
         raise ConfigError(
-            'filter_text.traditional: "drop" and "convert" need OpenCC: pip install "cnclip-pretraining[opencc]"'
+            'filter_text.traditional: "drop" and "convert" need OpenCC:'
+            ' pip install "cnclip-pretraining[opencc]"'
         ) from None
     return opencc.OpenCC("t2s")
 

@@ -72,7 +72,6 @@ def run(config: FilterTextConfig, context: Context, task: Task, progress: Progre
         has_scores = _has_scores(frame)
     rules = rules_for(config, source.exemptions, context, has_scores)
     judged = prepared(frame, config, source).with_columns(reason=text_rules.first_reason(rules))
-    judged = judged.with_columns(detail=text_rules.blacklist_word(_themes(config)))
     with naming_damage(path):
         rows = judged.collect(engine="streaming")
     kept = (
@@ -83,6 +82,8 @@ def run(config: FilterTextConfig, context: Context, task: Task, progress: Progre
         .sort("key", "row")
     )
     dropped = rows.filter(pl.col("reason").is_not_null())
+    # Kept, since a list is edited after a run: `cnclip why` names the word that hit then.
+    dropped = dropped.with_columns(text_rules.blacklist_words(dropped, _themes(config)))
     scores = rows["score"].drop_nulls().drop_nans()
     judges_scores = any(rule.name == text_rules.SCORE_RULE for rule in rules) and len(scores) > 0
     return publish_judged(
@@ -129,12 +130,12 @@ def _refuse_mixed_scores(corpus: Manifest) -> None:
     """A threshold means one encoder pair's cosines (FORMATS of mCLIP: pairs differ by tenths)."""
     found: dict[str, str] = {}
     for source, pairs in score_pairs(corpus).items():
-        found |= {pair: source for pair in pairs}
+        found |= dict.fromkeys(pairs, source)
     if len(found) > 1:
         listed = ", ".join(f"{pair} (source {source})" for pair, source in sorted(found.items()))
         raise ConfigError(
-            f"filter_text.min_score: scores of different encoder pairs have no threshold in common: {listed}; name"
-            f' the pair with score_pair where it is the same, or give exempt_from = ["score"] and use [score]'
+            f"filter_text.min_score: scores of different encoder pairs have no threshold in common: {listed};"
+            f' name it with score_pair where it is the same, or give exempt_from = ["score"] and use [score]'
         )
 
 

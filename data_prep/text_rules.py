@@ -4,15 +4,16 @@ A rule is a polars expression over the canonical table (`data_prep.sources.table
 file is judged in one pass by one engine. Source of the thresholds: the paper, section 2.2; rules that the
 paper does not have are off unless a run asks for them.
 
-What a character is: a Unicode code point of the caption that is seen (`visible`), after white space at both ends
-is cut off. A full-width letter counts one, like a Chinese character; an emoji one for its base, one for each
-skin tone, variation selector and joiner in it; each combining mark one; and every letter of a Latin word one.
+What a character is: a Unicode code point of the caption that is seen (`visible`), after white space at both
+ends is cut off. A full-width letter counts one, like a Chinese character; an emoji one for its base and one
+for each skin tone, variation selector and joiner in it; each combining mark one; and every letter of a
+Latin word one.
 
-What a caption loses before it is judged, counted and kept: control characters (tab and line ends stay, as white
-space) and the marks that turn the direction of writing or have no width (U+200B, U+200E, U+200F, U+061C,
-U+202A to U+202E, U+2066 to U+2069, U+FEFF): they can hide words from a list and turn a terminal's
-lines around. Joiners stay (U+200C, U+200D), since emoji and some scripts are spelt with them. A row's key is
-made of the caption as it came.
+What a caption loses before it is judged, counted and kept: control characters (tab and line ends stay, as
+white space) and the marks that turn the direction of writing or have no width (U+200B, U+200E, U+200F,
+U+061C, U+202A to U+202E, U+2066 to U+2069, U+FEFF): they can hide words from a list and turn a terminal's
+lines around. Joiners stay (U+200C, U+200D), since emoji and some scripts are spelt with them. A row's key
+is made of the caption as it came.
 
 Traditional characters stay like simplified ones unless a run asks otherwise.
 """
@@ -167,14 +168,16 @@ def not_blacklisted(themes: Mapping[str, Sequence[str]]) -> TextRule:
     return TextRule(BLACKLIST_RULE, 1, reason)
 
 
-def blacklist_word(themes: Mapping[str, Sequence[str]]) -> pl.Expr:
-    """The part of the caption that a blacklist's word hit, in rows with such a reason; else null."""
-    words = [
-        pl.when(pl.col("reason") == f"{BLACKLIST_RULE}:{theme}").then(word_match.first_word(_CAPTION, words))
-        for theme, words in themes.items()
-        if words
-    ]
-    return pl.coalesce(words) if words else pl.lit(None, dtype=pl.String)
+def blacklist_words(rows: pl.DataFrame, themes: Mapping[str, Sequence[str]]) -> pl.Series:
+    """The word of each row with caption and a reason `blacklist:<theme>`: the list's first inside it; else null."""
+    words = pl.repeat(None, rows.height, dtype=pl.String, eager=True)
+    for theme, listed in themes.items():
+        at = rows.select(
+            (pl.col("reason") == f"{BLACKLIST_RULE}:{theme}").fill_null(False).arg_true()
+        ).to_series()
+        if len(at):
+            words = words.scatter(at, word_match.first_word(rows["caption"].gather(at), listed))
+    return words.alias("detail")
 
 
 def first_reason(rules: Sequence[TextRule]) -> pl.Expr:

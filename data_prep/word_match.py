@@ -1,8 +1,8 @@
 """Which of some word lists has a word inside a caption: the matcher is chosen by the number of words.
 
-Few words: polars' Aho-Corasick, which then is a vector search. Many: Hyperscan, where it is installed, over the
-whole column's bytes at once, since the automaton of thousands of words no longer fits a processor's caches
-(benchmarks/filter_text.py has both at 100, 1,000 and 5,000 words). Both give the same answers: bytes
+Few words: polars' Aho-Corasick, which then is a vector search. Many: Hyperscan, where it is installed, over
+the whole column's bytes at once, since the automaton of thousands of words no longer fits a processor's
+caches (benchmarks/filter_text.py has both at 100, 1,000 and 5,000 words). Both give the same answers: bytes
 compared as they are, letters A to Z like a to z.
 """
 
@@ -25,7 +25,7 @@ Words = tuple[str, ...]
 
 
 def first_list(captions: pl.Expr, lists: Sequence[Sequence[str]]) -> pl.Expr:
-    """Number of the first list, in order, that has a word inside the caption; null where none has (UInt32)."""
+    """Number (UInt32) of the first list in order with a word inside the caption; null where none has."""
     words = tuple(tuple(words) for words in lists)
     if sum(map(len, words)) > HYPERSCAN_FROM_WORDS and has_hyperscan():
         return captions.map_batches(
@@ -41,9 +41,26 @@ def first_list(captions: pl.Expr, lists: Sequence[Sequence[str]]) -> pl.Expr:
     return pl.coalesce(hits) if hits else pl.lit(None, dtype=pl.UInt32)
 
 
-def first_word(captions: pl.Expr, words: Sequence[str]) -> pl.Expr:
-    """The part of the caption that is a word of the list, the leftmost one; null where there is none."""
-    return captions.str.extract_many(list(words), ascii_case_insensitive=True, overlapping=False).list.first()
+def first_word(captions: pl.Series, words: Sequence[str]) -> pl.Series:
+    """For each caption the word that stands first in the list, of those inside it; null where none is."""
+    # Parts of a caption that are words up to the case of A to Z have the words' own lower case.
+    known = (
+        pl.DataFrame({"word": list(words)})
+        .with_row_index("place")
+        .with_columns(part=pl.col("word").str.to_lowercase())
+    )
+    hits = (
+        pl.DataFrame({"caption": captions})
+        .with_row_index("at")
+        .select(
+            "at",
+            part=pl.col("caption")
+            .str.extract_many(list(words), ascii_case_insensitive=True, overlapping=True)
+            .list.eval(pl.element().str.to_lowercase()),
+        )
+    )
+    found = hits.explode("part").join(known, on="part", how="left", maintain_order="left")
+    return found.group_by("at", maintain_order=True).agg(pl.col("word").sort_by("place").first())["word"]
 
 
 @functools.cache
@@ -56,7 +73,7 @@ def has_hyperscan() -> bool:
 
 
 class _Database:
-    """Compiled words of some lists. Scratch space is a thread's own: the streaming engine calls from several."""
+    """Compiled words of some lists. Scratch space is a thread's own: the engine calls from several."""
 
     def __init__(self, lists: tuple[Words, ...]) -> None:
         import hyperscan

@@ -140,7 +140,7 @@ def make_run(config: RunConfig) -> Run:
         Stage(
             name="corpus",
             title="caption tables and evaluation sets, bound by digest",
-            version=1,
+            version=2,
             config=corpus.CorpusStageConfig(corpus=config.corpus, evaluations=config.evaluation),
             parents=(),
             tasks=corpus.tasks,
@@ -149,7 +149,7 @@ def make_run(config: RunConfig) -> Run:
         Stage(
             name="filter_text",
             title="language, score, length, blacklist, addresses of evaluation pictures",
-            version=1,
+            version=2,
             config=config.filter_text,
             parents=("corpus",),
             tasks=filter_text.tasks,

@@ -67,11 +67,9 @@ def _drops(run: Run, key: str, url: str) -> Iterator[tuple[str, tuple[str, str |
     for stage in STEPS:
         for path in _outputs(run, stage, "dropped/"):
             # Drop tables are sorted by URL hash: row groups outside it are skipped unread.
-            found = (
-                pl.scan_parquet(path).filter(url_hash=hashed, key=key).select("reason", "detail").collect()
-            )
+            found = pl.scan_parquet(path).filter(url_hash=hashed, key=key).collect()
             if found.height:
-                yield stage, found.row(0)
+                yield stage, (found["reason"][0], found["detail"][0] if "detail" in found.columns else None)
                 break
 
 

@@ -17,7 +17,7 @@ import polars as pl
 
 from data_prep.drop_table import write_table
 from data_prep.site import HOST, PACKED
-from data_prep.sources.convert import write_malformed
+from data_prep.sources.convert import malformed_rows
 from data_prep.sources.lmdb_files import open_lmdb, unpickle_plain
 from data_prep.sources.table import TableSource
 from data_prep.sources.text_file import MALFORMED_COLUMNS, Malformed, column_names, read_batches
@@ -78,7 +78,9 @@ def unpack(source: PackedSource, files: list[str], table_path: str, malformed_pa
     read = {"cn_clip_tsv": _read_tsv, "cn_clip_lmdb": _read_lmdb, "img2dataset": _read_img2dataset}
     rows, counts, malformed = read[source.kind](source, files)
     dropped = {str(reason): count for reason, count in counts.items()}
-    for reason, count in write_malformed(malformed, malformed_path).items():
+    with malformed_rows(malformed_path) as out:
+        out.add(malformed)
+    for reason, count in out.counts.items():
         dropped[reason] = dropped.get(reason, 0) + count
     write_table(rows, table_path)
     description = TableSource(
