@@ -169,7 +169,7 @@ def not_blacklisted(themes: Mapping[str, Sequence[str]]) -> TextRule:
 
 
 def blacklist_words(rows: pl.DataFrame, themes: Mapping[str, Sequence[str]]) -> pl.Series:
-    """The word of each row with caption and a reason `blacklist:<theme>`: the list's first inside it; else null."""
+    """The list's first word inside each row's caption, for reasons `blacklist:<theme>`; else null."""
     words = pl.repeat(None, rows.height, dtype=pl.String, eager=True)
     for theme, listed in themes.items():
         at = rows.select(

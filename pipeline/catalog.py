@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator
 
-from data_prep import corpus, dedup, download, filter_image, filter_text, score, shards
+from data_prep import corpus, dedup, dedup_image, download, filter_image, filter_text, score, shards
 from data_prep.corpus import SourcesConfig, TablesConfig
 from data_prep.dedup import DedupConfig
+from data_prep.dedup_image import DedupImageConfig
 from data_prep.download import DownloadConfig
 from data_prep.filter_image import FilterImageConfig
 from data_prep.filter_text import FilterTextConfig
@@ -73,6 +74,7 @@ class RunConfig:
     dedup: DedupConfig = field(default_factory=DedupConfig)
     download: DownloadConfig = field(default_factory=DownloadConfig)
     filter_image: FilterImageConfig = field(default_factory=FilterImageConfig)
+    dedup_image: DedupImageConfig | None = None  # unset: copies of pictures stay, as in the paper
     score: ScoreConfig | None = None  # unset: rows whose source has no score are not judged by one
     filter_score: FilterScoreConfig | None = None  # unset: the paper's threshold on what [score] gives
     shards: ShardsConfig = field(default_factory=ShardsConfig)
@@ -272,6 +274,28 @@ def _row_stages(config: RunConfig) -> list[Stage]:
     """What a run asks for between the downloaded pictures and the shards."""
     stages: list[Stage] = []
     before = "filter_image"
+    if config.dedup_image is not None:
+        stages += [
+            Stage(
+                name="find_copies",
+                title="pictures that are there already, exactly or nearly",
+                version=1,
+                config=config.dedup_image,
+                parents=("corpus", before),
+                tasks=dedup_image.find_tasks,
+                run=dedup_image.find_run,
+            ),
+            Stage(
+                name="dedup_image",
+                title="copies go, the lowest key of each picture stays",
+                version=1,
+                config=config.dedup_image,
+                parents=("corpus", before, "find_copies"),
+                tasks=dedup_image.tasks,
+                run=dedup_image.run,
+            ),
+        ]
+        before = "dedup_image"
     if config.score is not None:
         stages += [
             Stage(
