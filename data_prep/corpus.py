@@ -164,7 +164,8 @@ def _take_in(
     full_paths = context.path(table_path), context.path(malformed_path)
     taken: convert.Converted | packed.Unpacked
     if fields["kind"] in typing.get_args(packed.PackedKind):
-        source = PackedSource(**{**fields, "exempt_from": tuple(fields["exempt_from"])})
+        lists = {name: tuple(fields[name]) for name in ("exempt_from", "carry_columns")}
+        source = PackedSource(**{**fields, **lists})
         extra["packed"] = {source.name: os.path.abspath(source.path)}
         taken = packed.unpack(source, paths, *full_paths)
     else:

@@ -102,7 +102,7 @@ def exact_copies(rows: pl.DataFrame) -> pl.DataFrame:
 
 
 def near_copies(rows: pl.DataFrame, max_distance: int) -> pl.DataFrame:
-    """Copies among rows with key, perceptual_hash and band: hashes of equal band within `max_distance` bits."""
+    """Copies among rows with key, perceptual_hash and band: near, and of one band's value."""
     rows = rows.sort("band", "perceptual_hash", "key")
     # Equal hashes are one picture: what is compared below differs.
     rows = rows.with_columns(first=pl.col("key").first().over("perceptual_hash"))
@@ -203,11 +203,11 @@ def run(config: DedupImageConfig, context: Context, task: Task, progress: Progre
 
 
 def _copies_among(context: Context, keys: pl.Series) -> pl.DataFrame:
-    """key, reason and detail of the copies among some keys; exact goes before near, then the lowest picture."""
+    """key, reason and detail of the copies among some keys; exact goes before near."""
     if not len(keys):
         return pl.DataFrame(schema=_SCHEMA)
     # Tables of copies are sorted by key, and so are tables of rows: row groups outside are skipped unread.
     paths = [shard.path for shard in context.shards_of("find_copies", ".parquet")]
-    between = pl.col("key").is_between(keys.min(), keys.max())
+    between = pl.col("key").is_between(pl.lit(keys.min()), pl.lit(keys.max()))
     found = pl.concat([pl.scan_parquet(path).filter(between) for path in paths]).collect()
     return found.sort("key", "reason", "detail").unique("key", keep="first", maintain_order=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from eval.charts import Series, line_chart
+from eval.charts import Series, histogram_chart, line_chart
 from eval.comparison import Comparison, records, table_rows
 from eval.datasets.cnclip_tsv import EvaluationSet
 from eval.metrics import RecallAtK, RetrievalScores
@@ -53,6 +53,28 @@ class FunnelStep:
     title: str
     total: Counts
     sources: Mapping[str, Counts]  # may be empty
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """How a quantity is spread over the rows that a stage kept and dropped.
+
+    Bin 0 is below the first edge, bin i between the edges i - 1 and i, the last from the last edge on.
+    """
+
+    name: str  # key of HISTOGRAM_TITLES
+    stage: str
+    edges: Sequence[float]
+    kept: Sequence[int]  # rows a bin
+    dropped: Sequence[int]
+
+
+HISTOGRAM_TITLES = {
+    "score": "Scores of the sources (cosine)",
+    "pair_score": "Scores of this run's encoders (cosine)",
+    "characters": "Characters of the captions",
+    "short_side_px": "Shorter side of the pictures as they came, pixels",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +167,8 @@ class ReportData:
     galleries: tuple[Gallery, ...]
     planted: tuple[PlantedClass, ...]  # empty where nothing was planted
     comparisons: tuple[Comparison, ...] = ()  # sets of the paper, the final model beside its figures
+    histograms: tuple[Histogram, ...] = ()
+    notes: tuple[str, ...] = ()  # sentences about the funnel
 
 
 def write_report(data: ReportData, html_path: str, json_path: str) -> None:
@@ -172,6 +196,17 @@ def report_json(data: ReportData) -> dict[str, Any]:
             }
             for step in data.funnel
         ],
+        "histograms": [
+            {
+                "name": item.name,
+                "stage": item.stage,
+                "edges": list(item.edges),
+                "kept": list(item.kept),
+                "dropped": list(item.dropped),
+            }
+            for item in data.histograms
+        ],
+        "notes": list(data.notes),
         "stages": [
             {
                 "name": stage.name,
@@ -291,6 +326,16 @@ def render_html(data: ReportData) -> str:
         recall_charts=[
             (evaluation, [(title, Markup(svg)) for title, svg in drawn])
             for evaluation, drawn in _recall_charts(data)
+        ],
+        histogram_charts=[
+            (f"{HISTOGRAM_TITLES[item.name]}, {item.stage}", Markup(svg))
+            for number, item in enumerate(data.histograms)
+            if any(item.kept) or any(item.dropped)
+            for svg in [
+                histogram_chart(
+                    f"histogram-{number}", HISTOGRAM_TITLES[item.name], item.edges, item.kept, item.dropped
+                )
+            ]
         ],
         funnel_start=max([step.total.num_in for step in data.funnel], default=1) or 1,
         sources=sorted({source for step in data.funnel for source in step.sources}),

@@ -219,11 +219,13 @@ def report(config: ReportConfig, context: Context, task: Task, progress: Progres
 
 
 def _report_data(config: ReportConfig, context: Context) -> "ReportData":
-    from data_prep.funnel import STEPS, by_source, count_planted
+    from data_prep import histograms
+    from data_prep.funnel import STEPS, by_source, count_planted, threshold_notes
     from eval.datasets.cnclip_tsv import read_evaluation
     from eval.report import (
         Counts,
         FunnelStep,
+        Histogram,
         PlantedClass,
         ReportData,
         StageFacts,
@@ -290,6 +292,13 @@ def _report_data(config: ReportConfig, context: Context) -> "ReportData":
             for item in count_planted(context)
         ),
         comparisons=comparisons(config, context),
+        histograms=tuple(
+            Histogram(name, step, histograms.EDGES[name], counts["kept"], counts["dropped"])
+            for step in STEPS
+            if step in manifests
+            for name, counts in histograms.of_stage(manifests[step].extra.values()).items()
+        ),
+        notes=tuple(note for step in STEPS if step in manifests for note in threshold_notes(manifests[step])),
     )
 
 

@@ -254,7 +254,7 @@ def make_run(config: RunConfig) -> Run:
         Stage(
             name="report",
             title="one HTML page and report.json",
-            version=2,
+            version=3,
             config=evaluation_stages.ReportConfig(
                 score=scores,
                 model=config.model.name,
