@@ -79,7 +79,7 @@ class _Database:
         import hyperscan
 
         # A word of two lists counts for the first.
-        number = {}
+        number: dict[bytes, int] = {}
         for at, words in enumerate(lists):
             for word in words:
                 number.setdefault(_folded(word), at)

@@ -187,7 +187,15 @@ def test_json_has_the_fixed_form(tmp_path: Path) -> None:
     data = make_data()
     write_report(data, str(tmp_path / "r/report.html"), str(tmp_path / "r/report.json"))
     report = json.loads((tmp_path / "r/report.json").read_text())
-    assert set(report) == {"evaluations", "baselines", "comparisons", "funnel", "stages"}
+    assert set(report) == {
+        "evaluations",
+        "baselines",
+        "comparisons",
+        "funnel",
+        "histograms",
+        "notes",
+        "stages",
+    }
     line = report["comparisons"][0]["lines"][0]
     assert (line["paper"], line["difference"]["value"]) == (48.1, pytest.approx(1.9))
     assert report["evaluations"]["表情"] == scores(24.0)
