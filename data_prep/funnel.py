@@ -77,7 +77,8 @@ def count_planted(context: Context) -> list[PlantedCount]:
     rows = rows.join(pl.read_parquet(path), on="SAMPLE_ID", validate="1:1")
     dropped = {stage: _dropped(context, stage) for stage in STEPS if stage in context.parents}
     reasons = pl.concat([rows for stage, rows in dropped.items() if stage != "dedup"]).unique("key")
-    kept = [shard.path for shard in context.shards_of("shards", ".parquet")]
+    packed = [stage for stage in ("shards", "validation") if stage in context.parents]
+    kept = [shard.path for stage in packed for shard in context.shards_of(stage, ".parquet")]
     keys = pl.scan_parquet(kept).select("key", in_shards=pl.lit(True)).collect()
     ends = (
         rows.join(reasons, on="key", how="left")

@@ -15,10 +15,11 @@ import numpy.typing as npt
 import polars as pl
 
 from data_prep.corpus import exemptions, kept_tables, rows_stage, table_name
+from data_prep.download import partition_of
 from data_prep.drop_table import publish_judged, write_table
 from data_prep.histograms import histogram
+from data_prep.shard_files import OpenFiles
 from data_prep.text_rules import SCORE_BELOW_THRESHOLD, SCORE_RULE
-from pipeline import store
 from pipeline.config import NOT_IN_DIGEST
 from pipeline.records import ConfigError, InputError
 from pipeline.stage import Context, Outcome, Progress, Task
@@ -84,13 +85,17 @@ def tasks(
     `identify` gives the digests of what makes the two features: a score means nothing without them.
     """
     text, image = (digest[:_DIGEST_DIGITS] for digest in identify(config))
-    pictures = {shard.path: shard.digest for shard in context.parents["download"].shards}
+    pictures: dict[str, dict[str, str]] = {}  # a partition may have several tars: a retry adds one
+    for shard in context.parents["download"].shards:
+        if shard.path.endswith(".tar"):
+            found = pictures.setdefault(partition_of(shard.path), {})
+            found[f"pictures {shard.path}"] = shard.digest
     return [
         Task(
             name,
             {
                 "rows": shard.digest,
-                "pictures": pictures[f"pictures/{name}.tar"],
+                **pictures[name],
                 "text encoder": text,
                 "image encoder": image,
             },
@@ -208,14 +213,6 @@ def minimums(rows: pl.DataFrame, column: str) -> dict[str, float]:
 
 def _pictures(context: Context, rows: pl.DataFrame) -> list[bytes]:
     """Bytes of the rows' pictures, in their order."""
-    pictures = []
-    for (tar,), part in rows.group_by("tar", maintain_order=True):
-        path = context.path_in("download", str(tar))
-        with store.open_read(path) as file:
-            for offset, size in part.select("offset_bytes", "size_bytes").iter_rows():
-                file.seek(offset)
-                data = file.read(size)
-                if len(data) < size:
-                    raise InputError(f"{path}: ends inside a picture; run `--stage download --redo`")
-                pictures.append(data)
-    return pictures
+    with OpenFiles(lambda name: context.path_in("download", name)) as tars:
+        places = rows.select("tar", "offset_bytes", "size_bytes", "key").iter_rows()
+        return [tars.read(*place) for place in places]

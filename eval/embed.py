@@ -5,6 +5,7 @@ Written in clip-retrieval's layout, one folder an evaluation:
     img_emb/img_emb_0.npy     float32 [num_images, dim], unit-norm      text_emb/text_emb_0.npy   of the texts
     metadata/metadata_0.parquet   image_id, caption: row i describes image i
     text_metadata/metadata_0.parquet   text_id, caption: row i describes text i
+    model.json                which model the features are of (`eval.model_identity`)
     image.index, text.index       FAISS, row i = id i; added by `eval.index.build_index`
 
 clip-retrieval assumes one text per image and has no folder for rows of texts alone; `text_metadata` is ours,
@@ -18,7 +19,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from eval.datasets.cnclip_tsv import EvaluationSet, check_scorable, read_evaluation
+from eval.datasets.cnclip_tsv import EvaluationSet, check_scorable
+from eval.datasets.retrieval_set import read_retrieval_set
 from eval.index import EMBEDDING_FOLDERS, check_vectors
 from eval.metrics import (
     Positives,
@@ -27,6 +29,7 @@ from eval.metrics import (
     recall_at_k,
     retrieval_scores,
 )
+from eval.model_identity import identify, write_identity
 from pipeline import store
 from pipeline.config import digest
 from pipeline.records import EmbeddingTable, InputError
@@ -77,7 +80,9 @@ def embed_evaluation(
         tokens_NL = tokenizer.encode(evaluation.texts, context_length)
         text_ND = _encode(model.encode_text, _text_batches(tokens_NL, batch_size), model.logit_scale.device)
 
-    model_digest = store.digest_tree(model_path)
+    identity = identify(model)
+    write_identity(out_folder, identity)
+    model_digest = identity.weights_sha256
     image_table = _write_side(
         store.join(out_folder, EMBEDDING_FOLDERS["image"], "img_emb_0.npy"),
         image_ND,
@@ -109,7 +114,7 @@ def validator(
     uint8. The function runs in evaluation mode without gradients, draws no random numbers, and leaves the
     mode of every module as it was. Raises InputError for features that are not finite.
     """
-    sets = [read_evaluation(folder, name) for name, folder in evaluations.items()]
+    sets = [read_retrieval_set(folder, name) for name, folder in evaluations.items()]
     for evaluation in sets:
         check_scorable(evaluation)
     tokens = {evaluation.name: tokenizer.encode(evaluation.texts, context_length) for evaluation in sets}

@@ -28,8 +28,9 @@ from eval.comparison import (
     to_text,
 )
 from eval.datasets.classification import SPLITS, is_classification_set, read_classification
-from eval.datasets.cnclip_tsv import EvaluationSet, read_evaluation
+from eval.datasets.cnclip_tsv import EvaluationSet
 from eval.datasets.releases import Release, find_releases
+from eval.datasets.retrieval_set import read_retrieval_set
 from eval.embed import embed_evaluation
 from eval.index import EMBEDDING_FOLDERS, build_index, read_vectors
 from eval.labels import templates_for
@@ -53,6 +54,7 @@ from eval.zeroshot import (
     write_submission,
 )
 from pipeline import store
+from pipeline.evaluation_sets import shard_stems
 from pipeline.records import InputError, Manifest
 
 Say = Callable[[str], None]
@@ -92,7 +94,8 @@ def find_sets(folder: str) -> Sources:
 
     `<prefix>_imgs.tsv` with `<prefix>_texts.jsonl` is a retrieval set; its protocol is `<prefix>` where that
     is a protocol's id, else `<folder>-<prefix>` in lower case, so that Chinese-CLIP's own `MUGE/valid` and
-    `COCO-CN/test` are recognised. Raw releases and LMDB are recognised by `eval.datasets.releases`.
+    `COCO-CN/test` are recognised. A folder of this project's shards is one of the folder's name. Raw releases
+    and LMDB are recognised by `eval.datasets.releases`.
 
     Raises InputError where there is nothing.
     """
@@ -115,12 +118,15 @@ def find_sets(folder: str) -> Sources:
             joined = re.sub(r"[ _]", "-", f"{place.resolve().name}-{prefix}").lower()
             protocol = prefix if retrieval_protocol(prefix) else joined
             retrieval.append(RetrievalSource(prefix, str(place), protocol))
+        if shard_stems(str(place)):
+            name = place.resolve().name
+            retrieval.append(RetrievalSource(name, str(place), name.lower()))
         if place is not root and is_classification_set(str(place)):
             classification.append(str(place))
     if not retrieval and not classification and not releases:
         raise InputError(
-            f"{folder}: holds no evaluation set: neither <name>_imgs.tsv with <name>_texts.jsonl, nor class"
-            " folders with pictures, here or one level below"
+            f"{folder}: holds no evaluation set: neither <name>_imgs.tsv with <name>_texts.jsonl, nor shards,"
+            " nor class folders with pictures, here or one level below"
         )
     return Sources(tuple(retrieval), tuple(classification), tuple(releases))
 
@@ -183,7 +189,7 @@ def _retrieval(
     options: Options,
     paper_model: str | None,
 ) -> Comparison:
-    evaluation = read_evaluation(source.folder, source.name)
+    evaluation = read_retrieval_set(source.folder, source.name)
     protocol = retrieval_protocol(source.protocol)
     both = protocol is None or protocol.image_to_text
     folder = store.join(out_folder, source.protocol)

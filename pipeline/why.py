@@ -7,7 +7,7 @@ import polars as pl
 
 from data_prep import text_rules
 from data_prep.corpus import tables_of
-from data_prep.drop_table import url_hash
+from data_prep.drop_table import DETAIL, HTTP_STATUS, url_hash
 from data_prep.filter_text import FilterTextConfig, prepared
 from data_prep.funnel import STEPS
 from data_prep.sources.table import from_description, scan
@@ -69,7 +69,10 @@ def _drops(run: Run, key: str, url: str) -> Iterator[tuple[str, tuple[str, str |
             # Drop tables are sorted by URL hash: row groups outside it are skipped unread.
             found = pl.scan_parquet(path).filter(url_hash=hashed, key=key).collect()
             if found.height:
-                yield stage, (found["reason"][0], found["detail"][0] if "detail" in found.columns else None)
+                found_row = found.row(0, named=True)
+                status = found_row.get(HTTP_STATUS)
+                detail = found_row.get(DETAIL) or (str(status) if status else None)
+                yield stage, (found_row["reason"], detail)
                 break
 
 
@@ -82,7 +85,8 @@ def _is_first(run: Run, row: dict[str, object]) -> bool:
 
 
 def _shard_of(run: Run, key: str) -> str | None:
-    for path in _outputs(run, "shards", "", ".parquet"):
+    # Rows that [split] set aside for validation are packed like those for training.
+    for path in (*_outputs(run, "shards", "", ".parquet"), *_outputs(run, "validation", "", ".parquet")):
         if pl.scan_parquet(path).filter(key=key).select(pl.len()).collect().item():
             return f"{path.removesuffix('.parquet')}.tar, member {key}.jpg"
     return None

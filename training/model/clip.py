@@ -35,13 +35,15 @@ class CLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.full((1,), INITIAL_LOGIT_SCALE))
         self.image_tower_locked = False
 
-    def encode_image(self, image_BCHW: torch.Tensor) -> torch.Tensor:
+    def encode_image(self, image_BCHW: torch.Tensor, kept_BP: torch.Tensor | None = None) -> torch.Tensor:
         """Unit-norm feature_BD in float32 of images that are already resized and normalised.
 
-        No graph is recorded where the image tower is locked.
+        `kept_BP` are the patches that a ViT computes on, all where unset. No graph is recorded where the
+        image tower is locked.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.image_tower_locked):
-            return F.normalize(self.visual(image_BCHW).float(), dim=-1)
+            masked = {} if kept_BP is None else {"kept_BP": kept_BP}
+            return F.normalize(self.visual(image_BCHW, **masked).float(), dim=-1)
 
     def encode_text(self, tokens_BL: torch.Tensor) -> torch.Tensor:
         """Unit-norm feature_BD in float32 of token ids; id 0 is padding and is not attended to.
