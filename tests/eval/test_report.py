@@ -254,7 +254,8 @@ def test_training_metrics_are_read_and_bad_lines_named(tmp_path: Path) -> None:
     step = {"step": 3, "samples_seen": 96, "loss": 2.5, "temperature": 14.0, "learning_rate": 0.001}
     validation = {"step": 3, "samples_seen": 96, "evaluation": "e", "recall": scores(5)}
     path = tmp_path / "metrics.jsonl"
-    path.write_text(json.dumps(step) + "\n" + json.dumps(validation) + "\n")
+    left_out = {"step": 4, "samples_seen": 128, "skipped": True}  # its loss was not finite
+    path.write_text("".join(json.dumps(line) + "\n" for line in (step, validation, left_out)))
     training, recall = read_training_metrics(str(path), "stage1")
     assert training == [TrainingPoint("stage1", 96, 2.5, 14.0, 0.001)]
     assert recall == [RecallPoint("stage1", 96, "e", scores(5))]
