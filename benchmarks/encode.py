@@ -110,7 +110,7 @@ def machine() -> str:
 
 
 def medians(*functions: Callable[[], Any], rounds: int) -> tuple[list[float], list[Any]]:
-    """Median seconds of each over rounds in turn, so that noise hits all alike, and each one's last result."""
+    """Median seconds of each over rounds in turn, so that noise hits all alike, and each last result."""
     seconds: list[list[float]] = [[] for _ in functions]
     results: list[Any] = [function() for function in functions]  # warm-up
     for _ in range(rounds):

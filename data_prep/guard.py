@@ -87,7 +87,7 @@ def tsv_hashes(path: str) -> Iterator[tuple[str, bytes]]:
         for number, line in enumerate(file, start=1):
             try:
                 name, encoded = line.split(b"\t", 1)
-                image = decode_upright(base64.b64decode(encoded, validate=False), MAX_PIXELS)
+                image = decode_upright(base64.urlsafe_b64decode(encoded), MAX_PIXELS)
             except (ValueError, BadImageError) as error:
                 raise InputError(
                     f"{path}: line {number}: no picture in base64 ({error}); mend the line"

@@ -152,14 +152,14 @@ class _Handler(BaseHTTPRequestHandler):
             if "lmdb" in query:
                 with self.server.environment(str(file)).begin() as transaction:
                     data = transaction.get(query["lmdb"][0].encode())
-                return (404, b"") if data is None else (200, base64.b64decode(data))
+                return (404, b"") if data is None else (200, base64.urlsafe_b64decode(data))
             offset, size = int(query["offset"][0]), int(query["size"][0])
             if offset < 0 or not 0 <= size <= _MAX_PACKED_BYTES:
                 return 404, b""
             with open(file, "rb") as opened:
                 opened.seek(offset)
                 data = opened.read(size)
-            return 200, base64.b64decode(data) if "base64" in query else data
+            return 200, base64.urlsafe_b64decode(data) if "base64" in query else data
         except (KeyError, ValueError, OSError, binascii.Error):
             return 404, b""
 

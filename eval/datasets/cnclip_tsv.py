@@ -16,6 +16,9 @@ from pipeline.records import InputError
 Int64Array = npt.NDArray[np.int64]
 
 
+_URL_SAFE = bytes.maketrans(b"-_", b"+/")  # MUGE's alphabet; CN-CLIP reads this and the plain one
+
+
 class Pictures(Protocol):
     """Where the encoded pictures of a set lie."""
 
@@ -80,7 +83,7 @@ class Base64Pictures:
                 file.seek(int(self.offsets_bytes[row]))
                 encoded = file.read(int(self.sizes_bytes[row]))
                 try:
-                    yield base64.b64decode(encoded, validate=True)
+                    yield base64.b64decode(encoded.translate(_URL_SAFE), validate=True)
                 except (binascii.Error, ValueError) as error:
                     raise InputError(
                         f"{self.path}: image {self.image_ids[row]} is not base64 ({error});"
@@ -142,6 +145,11 @@ def read_evaluation(folder: str, name: str) -> EvaluationSet:
         images_of_text=tuple(rows for _, _, rows in records),
         pictures=Base64Pictures(images_path, image_ids, offsets[image_order], sizes[image_order]),
     )
+
+
+def read_pictures(path: str) -> Base64Pictures:
+    """The pictures of one `_imgs.tsv`, in the order of its lines; InputError names a malformed line."""
+    return Base64Pictures(path, *_scan_images(path))
 
 
 def check_scorable(evaluation: EvaluationSet, *, k: int = 10, image_to_text: bool = True) -> None:

@@ -53,12 +53,19 @@ class Encoder:
     def image_size_px(self) -> int:
         return self.model.config.vision.image_size_px
 
-    def embed_images(self, images: Sequence[Picture]) -> Float32Array:
-        """image_ND, unit-norm, of files, bytes or PIL pictures; InputError names one that is none."""
+    def embed_images(self, images: Sequence[Picture], *, names: Sequence[str] | None = None) -> Float32Array:
+        """image_ND, unit-norm, of files, bytes or PIL pictures; InputError names one that is none.
+
+        `names` are what it then calls them; unset, by their paths or their places.
+        """
+        names = names or [
+            image if isinstance(image, str) else f"picture {row + 1} of {len(images)}"
+            for row, image in enumerate(images)
+        ]
         batches = (
-            images[start : start + IMAGES_PER_BATCH] for start in range(0, len(images), IMAGES_PER_BATCH)
+            slice(start, start + IMAGES_PER_BATCH) for start in range(0, len(images), IMAGES_PER_BATCH)
         )
-        features = [self.embed_pixels(self._preprocess(batch)) for batch in batches]
+        features = [self.embed_pixels(self._preprocess(images[part], names[part])) for part in batches]
         return np.concatenate([np.empty((0, self.model.config.embed_dim), np.float32), *features])
 
     def embed_pixels(self, image_BCHW: torch.Tensor) -> Float32Array:
@@ -100,17 +107,17 @@ class Encoder:
             raise ValueError(f"context_length is {context_length}; this model takes 3 to {positions} tokens")
         return context_length
 
-    def _preprocess(self, images: Sequence[Picture]) -> torch.Tensor:
+    def _preprocess(self, images: Sequence[Picture], names: Sequence[str]) -> torch.Tensor:
         encoded = [_encoded(image) for image in images]
         try:
             return preprocess(encoded, self.image_size_px)
         except InputError:
-            for image, data in zip(images, encoded, strict=True):  # once more, to say which one it is
+            for name, data in zip(names, encoded, strict=True):  # once more, to say which one it is
                 try:
                     preprocess([data], self.image_size_px)
                 except InputError as error:
                     reason = str(error).partition("cannot be decoded: ")[2]
-                    raise InputError(f"{_name(image)}: no picture that can be decoded: {reason}") from None
+                    raise InputError(f"{name}: no picture that can be decoded: {reason}") from None
             raise
 
 
@@ -158,7 +165,3 @@ def _encoded(image: Picture) -> bytes:
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "BMP")  # without loss, and quick
     return buffer.getvalue()
-
-
-def _name(image: Picture) -> str:
-    return image if isinstance(image, str) else f"a picture given as {type(image).__name__}"
