@@ -144,13 +144,15 @@ def test_bad_input_is_one_line(
         embed_files(encoder, images=str(tmp_path / "x.parquet"), texts=None, out=out, context_length=52)
     assert main(["embed", weights, "--out", out]) == 2
     assert main(["embed", weights, "--texts", str(tmp_path / "t.txt"), "--out", out, "--context", "65"]) == 2
+    assert main(["embed", str(tmp_path / "absent.pt"), "--texts", "t.txt", "--out", out]) == 1
     (tmp_path / "page.pt").write_text("<html></html>")
     assert main(["inspect", str(tmp_path / "page.pt")]) == 1
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 4
     assert "--context 65" in lines[1]
     assert "takes 3 to 64 tokens" in lines[1]
-    assert "a web page" in lines[2]
+    assert lines[2].endswith("absent.pt: no such file or folder: give the path of weights")
+    assert "a web page" in lines[3]
 
 
 def test_convert_and_inspect_commands(
