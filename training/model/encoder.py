@@ -30,6 +30,7 @@ Picture = str | bytes | Image.Image  # path or URL, encoded bytes, or decoded
 
 IMAGES_PER_BATCH = 32
 TOKENS_PER_BATCH = 2048  # of texts, counted without padding
+TOKENS_PER_BATCH_ACCELERATED = 32_768  # fewer would leave it waiting for the host
 
 
 class Encoder:
@@ -138,19 +139,21 @@ def load(
 def encode_tokens(model: CLIP, tokens_NL: npt.NDArray[np.int32]) -> Float32Array:
     """text_ND, unit-norm, in row order, of token ids padded with 0, by the model as it is set."""
     text_ND = np.empty((len(tokens_NL), model.config.embed_dim), np.float32)
-    for rows in batches_of_tokens(tokens_NL):
+    is_cpu = model.logit_scale.device.type == "cpu"
+    size = TOKENS_PER_BATCH if is_cpu else TOKENS_PER_BATCH_ACCELERATED
+    for rows in batches_of_tokens(tokens_NL, size):
         text_ND[rows] = model.encode_text(torch.from_numpy(tokens_NL[rows])).cpu().numpy()
     return text_ND
 
 
-def batches_of_tokens(tokens_NL: npt.NDArray[np.int32]) -> list[npt.NDArray[np.int64]]:
-    """Row numbers, every row once, of batches of about TOKENS_PER_BATCH tokens.
+def batches_of_tokens(tokens_NL: npt.NDArray[np.int32], size: int) -> list[npt.NDArray[np.int64]]:
+    """Row numbers, every row once, of batches of about `size` tokens.
 
     Texts of like lengths come together, since attention takes those of one length at once.
     """
     length_N = (tokens_NL != 0).sum(axis=1)
     order_N = np.argsort(length_N, kind="stable")
-    batch_N = (np.cumsum(length_N[order_N]) - 1) // TOKENS_PER_BATCH
+    batch_N = (np.cumsum(length_N[order_N]) - 1) // size
     return np.split(order_N, np.flatnonzero(np.diff(batch_N)) + 1) if len(order_N) else []
 
 

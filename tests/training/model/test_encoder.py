@@ -68,12 +68,12 @@ def test_batches_are_about_as_many_tokens_and_hold_every_row_once() -> None:
     generator = np.random.default_rng(0)
     length_N = generator.integers(2, 53, 3000)
     tokens_NL = np.where(np.arange(52) < length_N[:, None], 5, 0).astype(np.int32)
-    batches = batches_of_tokens(tokens_NL)
+    batches = batches_of_tokens(tokens_NL, 2048)
     assert sorted(np.concatenate(batches)) == list(range(3000))
     sizes = [int(length_N[rows].sum()) for rows in batches]
     assert all(2048 - 52 < size < 2048 + 52 for size in sizes[:-1])
     assert np.all(np.diff(np.concatenate([length_N[rows] for rows in batches])) >= 0)
-    assert batches_of_tokens(tokens_NL[:0]) == []
+    assert batches_of_tokens(tokens_NL[:0], 2048) == []
 
 
 def test_longer_texts_are_counted_and_longer_contexts_work(weights: str) -> None:
