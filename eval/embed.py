@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eval.datasets.cnclip_tsv import EvaluationSet, check_scorable
+from eval.datasets.readable import UnreadablePicture
 from eval.datasets.retrieval_set import read_retrieval_set
 from eval.index import EMBEDDING_FOLDERS, check_vectors
 from eval.metrics import (
@@ -189,7 +190,7 @@ def _image_batches(
                     preprocess([picture], image_size_px)
                 except InputError as error:
                     image_id = evaluation.image_ids[row]
-                    raise InputError(f"{evaluation.images_path}: image {image_id}: {error}") from None
+                    raise UnreadablePicture(f"{evaluation.images_path}: image {image_id}: {error}") from None
             raise
 
 

@@ -20,7 +20,7 @@ from training.data import Batch
 from training.distil import Teacher, TeacherFeatures
 from training.loss import contrastive_loss, distillation_loss
 from training.model.clip import CLIP
-from training.model.preprocess import MEAN, STD
+from training.model.preprocess import MEAN, STD, normalise
 from training.negation import negation_loss
 from training.optim import build_optimizer
 from training.partitions import make_adam_state, set_weight, whole_weight
@@ -85,7 +85,7 @@ class Towers(nn.Module):
 
     def normalise(self, image_BCHW: Tensor) -> Tensor:
         """float32 pixels as the image tower wants them, of uint8."""
-        return (image_BCHW.float() - self._mean_C11.float()) / self._std_C11.float()
+        return normalise(image_BCHW, self._mean_C11.float(), self._std_C11.float())
 
     def teacher_features(self, image_BCHW: Tensor, tokens_BL: Tensor) -> TeacherFeatures | None:
         """What the teacher gives for uint8 pictures and captions, where there is one."""
