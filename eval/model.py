@@ -128,7 +128,8 @@ def find_checkpoint(target: str, vocabulary: str | None, context_length: int | N
 
     Raises InputError where a run has not trained yet.
     """
-    is_run = target.endswith(".toml") or not (os.path.exists(target) or "://" in target)
+    is_recipe = os.path.basename(target) == target and "." not in target and not os.path.exists(target)
+    is_run = target.endswith(".toml") or is_recipe
     if not is_run:
         return Checkpoint(target, vocabulary, context_length or CONTEXT_LENGTH)
     path = find_recipe(target)

@@ -173,6 +173,23 @@ def test_onnx_of_both_towers_with_free_batch_and_length(name: str, tmp_path: Pat
                 torch.testing.assert_close(torch.from_numpy(found), encode(batch), atol=1e-4, rtol=0)
 
 
+def test_onnx_weights_beyond_protobufs_limit_stand_beside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
+    pytest.importorskip("onnxscript", reason="the extra `onnx` is not installed")
+    monkeypatch.setattr("training.model.export._ONNX_INLINE_BYTES", 200_000)
+    model, source = _source(tmp_path / "in", "tiny-vit")
+    convert(source, str(tmp_path / "clip.onnx"))
+    data = tmp_path / "clip.text.onnx.data"
+    assert data.stat().st_size > 200_000
+    session = runtime.InferenceSession(tmp_path / "clip.text.onnx", providers=["CPUExecutionProvider"])
+    tokens_BL = torch.tensor([[2, 7, 8, 3], [2, 9, 3, 0]])
+    (found,) = session.run(None, {"text": tokens_BL.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found), model.encode_text(tokens_BL), atol=1e-4, rtol=0)
+
+
 def test_model_card_says_what_is_known_and_what_is_not(tmp_path: Path) -> None:
     _, source = _source(tmp_path / "run" / "stage2", "tiny-vit")
     convert(source, str(tmp_path / "out.safetensors"))
