@@ -19,18 +19,15 @@ from pathlib import Path
 
 import polars as pl
 
-from data_prep import corpus
-from data_prep.drop_table import count_by_source, drops_path, write_drops, write_table
+from data_prep import corpus, retry
+from data_prep.drop_table import HTTP_STATUS, count_by_source, drops_path, write_drops, write_table
 from data_prep.public_web import ALLOWED_VARIABLE
 from data_prep.site import SITE_VARIABLE, serve
 from data_prep.tar_members import TarWriter
 from pipeline import store
 from pipeline.config import NOT_IN_DIGEST
-from pipeline.records import DropReason, InputError
+from pipeline.records import InputError
 from pipeline.stage import Context, Outcome, Progress, Task
-
-# img2dataset met an error of its own on a row and wrote nothing about it.
-LOST_BY_DOWNLOADER = DropReason("lost_by_downloader")
 
 _POLL_SECONDS = 0.2
 _NETWORK_REASONS = ("connection", "dns", "timeout")
@@ -84,10 +81,11 @@ def run_together(
             store.remove(context.path(name))
     raw = Path(context.path(f"raw.{os.getpid()}"))  # own name: workers of a killed run can't write into it
     (raw / "lists").mkdir(parents=True)
-    num_rows = {shard.path: shard.num_samples for shard in context.parents["dedup"].shards}
+    num_rows: dict[str, int] = {}  # asked for, of each task
     waiting: dict[int, Task] = {}  # number of img2dataset's shard → task
     for task in tasks:
         rows = _asked(context, task)
+        num_rows[task.name] = rows.height
         if rows.height == 0:
             yield task, _pack(context, task, raw, None)
             continue
@@ -97,7 +95,7 @@ def run_together(
         waiting[len(waiting)] = task
     if not waiting:
         return
-    counts = [num_rows[task.arguments["path"]] for task in waiting.values()]
+    counts = [num_rows[task.name] for task in waiting.values()]
     with _downloader(config, context, raw, max(counts)) as process:
         done = 0
         suspects: list[tuple[Task, int]] = []  # an outage may have begun in them: the next partition tells
@@ -117,7 +115,7 @@ def run_together(
                 if share < _SUSPECT_SHARE or not waiting:
                     for finished, its_number in suspects:
                         yield finished, _pack(context, finished, raw, its_number)
-                        done += num_rows[finished.arguments["path"]]
+                        done += num_rows[finished.name]
                         progress(done, sum(counts), "rows")
                     suspects.clear()
             if waiting and ended is not None:
@@ -202,8 +200,12 @@ def _downloader(
 
 
 def _asked(context: Context, task: Task) -> pl.DataFrame:
-    """The rows of one partition, in key order."""
-    return pl.read_parquet(context.path_in("dedup", task.arguments["path"]))
+    """The rows of one partition, in key order; in a later pass those that are worth another try."""
+    rows = pl.read_parquet(context.path_in("dedup", task.arguments["path"]))
+    if drops := task.arguments.get("drops"):
+        again = retry.worth_it(pl.scan_parquet(context.path_in("download", drops))).select("key").collect()
+        rows = rows.join(again, on="key", how="semi", maintain_order="left")
+    return rows
 
 
 def _pack(context: Context, task: Task, raw: Path, number: int | None) -> Outcome:
@@ -220,6 +222,7 @@ def _pack(context: Context, task: Task, raw: Path, number: int | None) -> Outcom
         pl.col("sample_key").alias("key"),
         pl.col("key").alias("member"),
         reason=pl.col("error_message").str.split(":").list.first(),
+        http_status=pl.col("error_message").str.extract(r"^http_\w+: (\d{3})$").cast(pl.Int16),
         original_width_px="original_width",
         original_height_px="original_height",
         stored_width_px="width",
@@ -228,12 +231,12 @@ def _pack(context: Context, task: Task, raw: Path, number: int | None) -> Outcom
     )
     rows = asked.join(answers, on="key", how="left", maintain_order="left").with_columns(
         reason=pl.when(pl.col("member").is_null())
-        .then(pl.lit(str(LOST_BY_DOWNLOADER)))
+        .then(pl.lit(str(retry.LOST_BY_DOWNLOADER)))
         .otherwise(pl.col("reason"))
     )
     kept = (
         rows.filter(pl.col("reason").is_null())
-        .drop("reason", "width_px", "height_px")
+        .drop("reason", HTTP_STATUS, "width_px", "height_px")
         .rename({"original_width_px": "width_px", "original_height_px": "height_px"})
     )
     tar_path = f"pictures/{task.name}.tar"

@@ -15,6 +15,7 @@ from pipeline import store
 from pipeline.stage import Context, Outcome, Task
 
 DROP_COLUMNS = {"key": pl.String, "url_hash": pl.String, "reason": pl.String}
+HTTP_STATUS = "http_status"  # of the answer, where there was one: the download's drop tables alone
 _KEY_HEX_DIGITS = 32  # 128 bits: no collision to be expected among billions of rows
 _URL_HASH_HEX_DIGITS = 16
 _SEPARATOR = "\u0000"
@@ -62,9 +63,13 @@ def write_table(frame: pl.DataFrame, path: str) -> None:
 
 
 def write_drops(dropped: pl.DataFrame, path: str) -> dict[str, int]:
-    """Publish the drop table of a frame with url, key and reason; returns rows per reason."""
+    """Publish the drop table of a frame with url, key and reason; returns rows per reason.
+
+    Where the frame has a column http_status, the table has it too.
+    """
+    status = [HTTP_STATUS] if HTTP_STATUS in dropped.columns else []
     table = dropped.with_columns(url=pl.col("url").fill_null("")).select(
-        "key", url_hash().alias("url_hash"), "reason"
+        "key", url_hash().alias("url_hash"), "reason", *status
     )
     write_table(table.sort("url_hash", "key", "reason"), path)
     counts = dropped.group_by("reason").len().sort("reason")

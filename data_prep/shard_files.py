@@ -22,6 +22,7 @@ _INTERNAL = (
     "file", "row", "tar", "source_sha256", "stored_width_px", "stored_height_px",
     "picture_at",
 )  # fmt: skip
+_REMEDY = "run `--stage download --mend`, or make these shards again"
 _OPEN_TARS = 64  # at once: rows of one shard may come from any number of tars
 
 
@@ -107,17 +108,15 @@ def write_shard(context: Context, name: str, rows: pl.DataFrame, path_of: Callab
     tar_path, table_path = f"{name}.tar", f"{name}.parquet"
     with store.publish(context.path(tar_path)) as temporary, contextlib.ExitStack() as stack:
         writer = stack.enter_context(TarWriter(temporary))
-        sources = stack.enter_context(_OpenFiles(path_of))
+        sources = stack.enter_context(OpenFiles(path_of))
         places = []
-        for key, tar, offset, size, caption in rows.select(
-            "key", "tar", "offset_bytes", "size_bytes", "caption"
+        for key, tar, offset, size, sha256, caption in rows.select(
+            "key", "tar", "offset_bytes", "size_bytes", "image_sha256", "caption"
         ).iter_rows():
-            source = sources[tar]
-            source.seek(offset)
-            data = source.read(size)
-            if len(data) < size:
-                raise InputError(f"{path_of(tar)}: ends inside {key}.jpg; run `--stage download --redo`")
+            data = sources.read(tar, offset, size, key)
             places.append(writer.add(f"{key}.jpg", data))
+            if places[-1].sha256 != sha256:
+                raise InputError(f"{path_of(tar)}: the bytes at {offset} are not {key}.jpg; {_REMEDY}")
             writer.add(f"{key}.txt", caption.encode("utf-8"))
     carried = [column for column in rows.columns if column not in _SIDECAR and column not in _INTERNAL]
     sidecar = rows.with_columns(
@@ -127,20 +126,26 @@ def write_shard(context: Context, name: str, rows: pl.DataFrame, path_of: Callab
     return Outcome({tar_path: rows.height, table_path: rows.height}, num_in=rows.height, num_kept=rows.height)
 
 
-class _OpenFiles(contextlib.AbstractContextManager["_OpenFiles"]):
-    """Files opened at their first use; the one unused for longest is closed where there are too many."""
+class OpenFiles(contextlib.AbstractContextManager["OpenFiles"]):
+    """Tars opened at their first use; the one unused for longest is closed where there are too many."""
 
     def __init__(self, path_of: Callable[[str], str]) -> None:
         self._path_of = path_of
         self._open: collections.OrderedDict[str, IO[Any]] = collections.OrderedDict()
 
-    def __getitem__(self, name: str) -> IO[Any]:
+    def read(self, name: str, offset_bytes: int, size_bytes: int, key: str) -> bytes:
+        """A picture's bytes; InputError where the tar ends before they do."""
         if name not in self._open:
             if len(self._open) >= _OPEN_TARS:
                 self._open.popitem(last=False)[1].close()
             self._open[name] = store.open_read(self._path_of(name))
         self._open.move_to_end(name)
-        return self._open[name]
+        file = self._open[name]
+        file.seek(offset_bytes)
+        data = bytes(file.read(size_bytes))
+        if len(data) < size_bytes:
+            raise InputError(f"{self._path_of(name)}: ends inside {key}.jpg; {_REMEDY}")
+        return data
 
     def __exit__(self, *error: object) -> None:
         for file in self._open.values():

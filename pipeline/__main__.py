@@ -1,13 +1,18 @@
-"""The command line: what acts on runs and on weights. `eval.commands` adds what measures and searches,
-`pipeline.data_commands` what prepares data outside a run."""
+"""The command line: what acts on runs and on weights.
+
+`pipeline.corpus_commands` adds what acts on corpora outside a run, `eval.commands` what measures and
+searches.
+"""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
 from eval.commands import add_commands as add_evaluation_commands
-from pipeline.data_commands import add_commands as add_data_commands
+from pipeline.corpus_commands import add_commands as add_corpus_commands
 from pipeline.records import ConfigError, InputError, Stopped
+
+_HARDWARE = "A100"  # that a paper recipe is planned for where nothing is said
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -45,6 +50,21 @@ def _remedy(error: OSError) -> str:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    from pipeline.plan_training import (
+        RECIPES,
+        hardware,
+        training_table,
+        trainings_of_recipe,
+        trainings_of_run,
+    )
+
+    if options.samples is not None and options.samples <= 0:
+        raise ConfigError(f"--samples {options.samples}: must be above 0")
+    recipe = options.run.removeprefix("training/recipes/").removesuffix(".toml")
+    if recipe in RECIPES:
+        on = hardware(options.hardware or _HARDWARE, options.utilisation, options.memory)
+        print(training_table(trainings_of_recipe(recipe, options.samples), on, options.tokens))
+        return EXIT_DONE
     from pipeline.catalog import load
     from pipeline.runner import survey
     from pipeline.tables import plan_table
@@ -52,6 +72,9 @@ def _plan(options: argparse.Namespace) -> int:
     run, _ = load(options.run, options.set)
     print(f"{options.run} → {run.folder}")
     print(plan_table(survey(run)))
+    if options.hardware is not None:
+        on = hardware(options.hardware, options.utilisation, options.memory)
+        print(f"\n{training_table(trainings_of_run(run, options.samples), on, options.tokens)}")
     return EXIT_DONE
 
 
@@ -98,6 +121,16 @@ def _why(options: argparse.Namespace) -> int:
     run, config = load(options.run, options.set)
     lines = explain(run, config.filter_text, options.key)
     print("\n".join(lines))
+    return EXIT_DONE
+
+
+def _launch(options: argparse.Namespace) -> int:
+    from pipeline.catalog import load
+    from pipeline.config import find_recipe
+    from pipeline.launch import write_scripts
+
+    run, config = load(options.run, options.set)
+    print("\n".join(write_scripts(run, config.launch, find_recipe(options.run), options.set)))
     return EXIT_DONE
 
 
@@ -184,7 +217,18 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--to", dest="last", metavar="NAME", help="up to and with this stage")
         return command
 
-    add("plan", _plan, "show every stage with done, stale or to do")
+    command = add("plan", _plan, "show every stage with done, stale or to do; what training needs")
+    command.add_argument(
+        "--hardware", metavar="NAME", help="device to plan training for, such as V100, A100 or H100"
+    )
+    command.add_argument(
+        "--utilisation", type=float, default=0.4, metavar="U", help="share of its 16-bit peak (default: 0.4)"
+    )
+    command.add_argument("--memory", type=float, metavar="GIB", help="its memory (default: the data sheet's)")
+    command.add_argument("--samples", type=int, metavar="N", help="pairs to train on (default: the shards')")
+    command.add_argument(
+        "--tokens", type=int, default=22, metavar="L", help="mean length of a caption (default: 22)"
+    )
     command = add("run", _run, "do what is missing, and nothing twice", stages=True)
     command.add_argument(
         "--redo", action="store_true", help="do stale stages again; with --stage, that stage in any case"
@@ -193,11 +237,12 @@ def _parser() -> argparse.ArgumentParser:
     add("verify", _verify, "hash every output again and compare it with the manifests", stages=True)
     command = add("why", _why, "where a row went: kept, or dropped by which stage and why")
     command.add_argument("key", metavar="KEY-or-URL", help="a sample's key or a picture's URL")
+    add("launch", _launch, "write Slurm scripts, and print command lines for torchrun and deepspeed")
     command = add(
         "doctor", _doctor, "is this machine fit: Python, disk, memory, accelerator, ranks, compiler"
     )
     command.add_argument("folder", nargs="?", default=".", help="where runs will live (default: here)")
-    add_data_commands(commands)
+    add_corpus_commands(commands)
     add_evaluation_commands(commands)
     _add_weight_commands(commands)
     return parser

@@ -29,12 +29,13 @@ from eval.zeroshot_stage import ClassificationSource, ZeroshotConfig
 from pipeline import store
 from pipeline.config import apply_overrides, build, find_recipe, read_toml, to_toml
 from pipeline.evaluation_sets import EvaluationSource
+from pipeline.launch_config import LaunchConfig
 from pipeline.records import ConfigError
 from pipeline.runner import Run
 from pipeline.stage import Stage
 from training import stage as training_stage
 from training import vocabulary
-from training.config import TrainConfig, paper_recipe
+from training.config import TrainConfig, finetune_recipe, paper_recipe
 from training.model.config import MODELS
 from training.vocabulary import VocabularyConfig
 
@@ -60,6 +61,9 @@ class ModelTable:
     vocabulary: str | None = None  # vocab.txt, folder or model id; unset: learned from the corpus
     image_weights: str | None = None  # an English CLIP for the image tower; unset: [english], else random
     text_weights: str | None = None  # a Chinese BERT for the text tower; unset: random
+    start_weights: str | None = (
+        None  # a whole Chinese CLIP, of another resolution too; then none of the above
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,37 +85,74 @@ class RunConfig:
     english: TrainConfig | None = None  # stands in for OpenAI's CLIP where its weights are not at hand
     stage1: TrainConfig | None = None  # image tower locked (paper, 2.3)
     stage2: TrainConfig | None = None  # everything trained (paper, 2.3)
+    finetune: TrainConfig | None = None  # on the pairs of a downstream task (paper, A.3)
     index: IndexConfig = field(default_factory=IndexConfig)
     zeroshot: ZeroshotConfig = field(default_factory=ZeroshotConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> tuple[Run, RunConfig]:
     """Read, override and check a run's TOML (a path, or the name of a shipped recipe)."""
     path = find_recipe(path)
-    table = apply_overrides(read_toml(path), overrides)
+    table = apply_overrides(_with_base(read_toml(path), path), overrides)
     config = build(RunConfig, _with_paper_recipes(table, path), path)
     if config.model.name not in MODELS:
         raise ConfigError(f"{path}: model.name: no model {config.model.name!r}; known: {', '.join(MODELS)}")
-    if config.stage1 is None and config.stage2 is None:
-        raise ConfigError(f"{path}: nothing to train; give [stage1], [stage2] or both")
+    if config.stage1 is None and config.stage2 is None and config.finetune is None:
+        raise ConfigError(f"{path}: nothing to train; give [stage1], [stage2] or both, or [finetune]")
+    model = config.model
+    if model.start_weights and (model.image_weights or model.text_weights or config.english):
+        raise ConfigError(
+            f"{path}: model.start_weights is a whole model: leave out image_weights, text_weights, [english]"
+        )
     if isinstance(config.corpus, TablesConfig | SourcesConfig) and not config.evaluation:
         raise ConfigError(f"{path}: no [[evaluation]]; name at least one set with name and folder")
-    for name in ("english", "stage1", "stage2"):
+    for name in ("english", "stage1", "stage2", "finetune"):
         if (train := getattr(config, name)) is not None:
             train.check(name)
     return make_run(config), config
 
 
+def _with_base(table: dict[str, Any], where: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """`base = "RUN"` starts from another run's file; `without = ["stage1"]` takes tables of it away.
+
+    Own values go first; tables are joined key by key, lists are replaced.
+    """
+    own = dict(table)
+    base, without = own.pop("base", None), own.pop("without", [])
+    if base is None:
+        if without:
+            raise ConfigError(f"{where}: without: takes tables of a base away, but there is no base")
+        return own
+    if not isinstance(base, str) or base in seen:
+        raise ConfigError(f"{where}: base: found {base!r}; give the name or path of another run's file")
+    path = find_recipe(base)
+    joined = _with_base(read_toml(path), path, (*seen, base))
+    for name in without:
+        if name not in joined:
+            raise ConfigError(f"{where}: without: {base} has no {name!r}; it has {', '.join(joined)}")
+        del joined[name]
+    for key, value in own.items():
+        before = joined.get(key)
+        joined[key] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
+    return joined
+
+
 def _with_paper_recipes(table: dict[str, Any], where: str) -> dict[str, Any]:
-    """Fill in stages that say `recipe = "paper"` from training/recipes/pretrain.toml; own values go first."""
+    """Fill in stages that say `recipe = …` from training/recipes; own values go first."""
     filled = dict(table)
-    for stage in ("stage1", "stage2"):
+    model = table.get("model", {}).get("name", "")
+    names: tuple[Literal["stage1", "stage2", "finetune"], ...] = ("stage1", "stage2", "finetune")
+    for stage in names:
         own = table.get(stage)
         if not isinstance(own, dict) or "recipe" not in own:
             continue
-        if own["recipe"] != "paper":
+        if stage == "finetune":
+            paper = dataclasses.asdict(finetune_recipe(model, own["recipe"]))
+        elif own["recipe"] == "paper":
+            paper = dataclasses.asdict(paper_recipe(model, stage))
+        else:
             raise ConfigError(f'{where}: {stage}.recipe: found {own["recipe"]!r}; the only recipe is "paper"')
-        paper = dataclasses.asdict(paper_recipe(table.get("model", {}).get("name", ""), stage))
         augment = {**paper["augment"], **own.get("augment", {})}
         filled[stage] = {**paper, **own, "augment": augment}
         del filled[stage]["recipe"]
@@ -131,7 +172,9 @@ def make_run(config: RunConfig) -> Run:
     scores = evaluation_stages.ScoreConfig(
         stages=scored,
         vocabulary=config.model.vocabulary,
-        context_length=max(train.context_length for train in (config.stage1, config.stage2) if train),
+        context_length=max(
+            train.context_length for train in (config.stage1, config.stage2, config.finetune) if train
+        ),
     )
     learned = () if config.model.vocabulary else ("vocabulary",)
     stages = [
@@ -310,7 +353,7 @@ def _shard_stages(config: RunConfig) -> list[Stage]:
 
 
 def _training_stages(config: RunConfig) -> list[Stage]:
-    """english (where asked for) → stage1 → stage2: each hands its weights to the next (paper, 2.3)."""
+    """english (where asked for) → stage1 → stage2 → finetune: each hands its weights to the next (2.3)."""
     stages: list[Stage] = []
     before: str | None = None
     for name, title, train in (
@@ -321,6 +364,7 @@ def _training_stages(config: RunConfig) -> list[Stage]:
         ),
         ("stage1", "image tower locked, text tower trained", config.stage1),
         ("stage2", "both towers trained", config.stage2),
+        ("finetune", "both towers trained on a task's own pairs", config.finetune),
     ):
         if train is None:
             continue
@@ -333,8 +377,10 @@ def _training_stages(config: RunConfig) -> list[Stage]:
             image_stage="english" if before == "english" else None,
             image_weights=config.model.image_weights if before is None and name != "english" else None,
             text_weights=config.model.text_weights if starts_new and name != "english" else None,
+            start_weights=config.model.start_weights if before is None else None,
             save_openai=name == "english",
             validate=name != "english",
+            launcher=config.launch.launcher,
         )
         learns = job.vocabulary is None
         parents = ("corpus", "shards", *(("vocabulary",) if learns else ()), *((before,) if before else ()))

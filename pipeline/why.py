@@ -7,7 +7,7 @@ import polars as pl
 
 from data_prep import text_rules
 from data_prep.corpus import tables_of
-from data_prep.drop_table import url_hash, with_key
+from data_prep.drop_table import HTTP_STATUS, url_hash, with_key
 from data_prep.filter_text import FilterTextConfig
 from data_prep.sources.table import from_description, scan
 from pipeline import store
@@ -68,9 +68,11 @@ def _drops(run: Run, key: str, url: str) -> Iterator[tuple[str, str]]:
     for stage in _FILTERS:
         for path in _outputs(run, stage, "dropped/"):
             # Drop tables are sorted by URL hash: row groups outside it are skipped unread.
-            found = pl.scan_parquet(path).filter(url_hash=hashed, key=key).select("reason").collect()
+            found = pl.scan_parquet(path).filter(url_hash=hashed, key=key).collect()
             if found.height:
-                yield stage, found["reason"][0]
+                row = found.row(0, named=True)
+                status = row.get(HTTP_STATUS)
+                yield stage, row["reason"] + (f" ({status})" if status else "")
                 break
 
 

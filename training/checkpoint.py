@@ -16,15 +16,23 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, float64, tensor
 
 from pipeline import store
 from pipeline.records import InputError
 from training.engine import gather_weights, load_weights
-from training.partitions import MOMENTS, adam_of, set_moment, whole_moment
+from training.partitions import (
+    MOMENTS,
+    adam_of,
+    loss_scaling,
+    set_loss_scaling,
+    set_moment,
+    whole_moment,
+)
 
 _STEP_FOLDER = re.compile(r"step_(\d{9})")
 _STATE = "state.json"
+_LOSS_SCALING = "loss_scaling."
 _WEIGHTS, _OPTIMIZER, _METRICS = "weights.safetensors", "optimizer.safetensors", "metrics.jsonl"
 
 
@@ -46,7 +54,7 @@ class TrainState:
 
     step: int
     weights: dict[str, Tensor]
-    moments: dict[str, Tensor]  # `exp_avg.<name>` and `exp_avg_sq.<name>`
+    moments: dict[str, Tensor]  # `exp_avg.<name>`, `exp_avg_sq.<name>`; for float16 `loss_scaling.<name>`
     num_updates: int | None = None  # steps that changed weights, where some were left out; None: all
 
 
@@ -57,6 +65,8 @@ def gather_state(engine: Any, step: int) -> TrainState:
         if parameter.requires_grad:
             for moment in MOMENTS:
                 moments[f"{moment}.{name}"] = whole_moment(engine, parameter, moment).cpu().contiguous()
+    for name, value in loss_scaling(engine).items():
+        moments[f"{_LOSS_SCALING}{name}"] = tensor(value, dtype=float64)
     num_updates = int(next(iter(adam_of(engine).state.values()))["step"].item())
     return TrainState(step, gather_weights(engine), moments, num_updates)
 
@@ -70,6 +80,12 @@ def restore_state(engine: Any, state: TrainState) -> None:
         if parameter.requires_grad:
             for moment in MOMENTS:
                 set_moment(engine, parameter, state.moments[f"{moment}.{name}"], moment)
+    scaling = {
+        name.removeprefix(_LOSS_SCALING): value.item()
+        for name, value in state.moments.items()
+        if name.startswith(_LOSS_SCALING)
+    }
+    set_loss_scaling(engine, scaling)
 
 
 def save(

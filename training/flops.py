@@ -14,7 +14,6 @@ from training.model.config import (
     ModelConfig,
     ModifiedResNetConfig,
     TextConfig,
-    VisionConfig,
     VisionTransformerConfig,
 )
 
@@ -69,14 +68,15 @@ def matmul_flops(size: int = 1024) -> float:
     return 2 * size**3 / best_seconds
 
 
-def image_forward(config: VisionConfig) -> float:
-    """FLOPs of one picture through an image tower."""
+def image_forward(model: ModelConfig) -> float:
+    """FLOPs of one picture through the image tower."""
+    config = model.vision
     if isinstance(config, VisionTransformerConfig):
         patches = (config.image_size_px // config.patch_size_px) ** 2
         patch_values = 3 * config.patch_size_px**2
         blocks = config.layers * _block(patches + 1, config.width)
-        return 2 * patches * patch_values * config.width + blocks
-    return _modified_resnet(config)
+        return 2 * patches * patch_values * config.width + blocks + 2 * config.width * model.embed_dim
+    return _modified_resnet(config, model.embed_dim)
 
 
 def text_forward(config: TextConfig, tokens: float) -> float:
@@ -93,7 +93,7 @@ def training_flops(model: ModelConfig, config: TrainConfig, tokens: float) -> fl
     text = 3 * text_forward(model.text, tokens)
     if config.cached_views:
         return text
-    return text + image_forward(model.vision) * (1 if config.lock_image else 3)
+    return text + image_forward(model) * (1 if config.lock_image else 3)
 
 
 def _block(tokens: float, width: int) -> float:
@@ -101,7 +101,7 @@ def _block(tokens: float, width: int) -> float:
     return tokens * (24 * width**2 + 4 * tokens * width)
 
 
-def _modified_resnet(config: ModifiedResNetConfig) -> float:
+def _modified_resnet(config: ModifiedResNetConfig, embed_dim: int) -> float:
     """OpenAI CLIP's ResNet: three convolutions before the stages, anti-aliased strides, attention pooling."""
     stem = config.width // 32
     side = config.image_size_px // 2
@@ -115,10 +115,9 @@ def _modified_resnet(config: ModifiedResNetConfig) -> float:
             outside = side // 2 if strided else side  # pooled after the second convolution
             total += 2 * side**2 * (incoming * planes + 9 * planes**2)
             total += 2 * outside**2 * planes * 4 * planes
-            if block == 0:
-                total += 2 * outside**2 * incoming * 4 * planes
+            if block == 0:  # the shortcut is pooled too; what is left over at the edge stays
+                total += 2 * (-(-side // 2) if strided else side) ** 2 * incoming * 4 * planes
             side, incoming = outside, 4 * planes
-    positions = side**2 + 1
-    # One query attends to all positions; keys and values are made of each.
-    pooling = 2 * (2 * positions + 1) * incoming**2 + 4 * positions * incoming
-    return total + pooling
+    positions = (-(-config.image_size_px // 32)) ** 2 + 1
+    # timm makes queries, keys, values and the output of every position, and keeps the first.
+    return total + 2 * positions * incoming * (3 * incoming + embed_dim) + 4 * positions**2 * incoming

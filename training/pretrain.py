@@ -22,7 +22,8 @@ from training.checkpoint import Checkpoint
 from training.choice import check_sets, choose, read_validations
 from training.config import TrainConfig, TrainJob, count_steps
 from training.data import BatchReader, Prefetcher, SampleOrder, check_shards
-from training.engine import Towers, build_engine, gather_weights, join_ranks
+from training.distil import load_teacher
+from training.engine import Towers, build_engine, check_precision, gather_weights, join_ranks
 from training.feature_cache import FeatureCache, build, cache_key
 from training.finished import mark_finished
 from training.flops import PEAK_FLOPS, find_device, matmul_flops, training_flops
@@ -30,9 +31,12 @@ from training.journal import Journal
 from training.loop import Run, Validate, checkpoints_folder, choice_so_far, train
 from training.model.clip import CLIP, build_clip
 from training.model.config import MODELS
+from training.model.formats import load_model
 from training.model.initial import initialise, write_provenance
 from training.model.tokenizer import Tokenizer
-from training.model.weights import load_checkpoint, save_checkpoint, save_openai
+from training.model.weights import load_checkpoint, require_same_model, save_checkpoint, save_openai
+from training.negation import Statements
+from training.patch_mask import make_patch_mask
 from training.stop import StopRequest
 from training.watchdog import Watchdog
 
@@ -82,12 +86,15 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
 
     tokenizer = Tokenizer.load(job.vocabulary)
     clip = build_model(job, tokenizer)
+    check_precision(config, clip)
     order = sample_order(job)
     reader = make_reader(job, order, tokenizer, clip, lanes=order.rank_lanes(rank, config.ranks))
+    teacher = load_teacher(config, clip, job.stage)
     towers = Towers(
         clip,
         num_samples_of_ranks=tuple(order.rank_num_samples(r, config.ranks) for r in range(config.ranks)),
         config=config,
+        teacher=teacher,
     )
     if config.cached_views:
         reader.features = cache_features(job, towers, reader, watchdog)
@@ -155,6 +162,13 @@ def build_model(job: TrainJob, tokenizer: Tokenizer) -> CLIP:
         taken = initialise(clip, image_weights=job.image_weights, text_weights=job.text_weights)
         if int(os.environ.get("RANK", "0")) == 0:
             write_provenance(os.path.join(job.folder, "initial_weights.tsv"), taken)
+    if job.start_weights is not None:
+        start = load_model(job.start_weights, image_size_px=clip.config.vision.image_size_px)
+        # ViT-L/14 at another resolution has another name.
+        require_same_model(
+            dataclasses.replace(start.config, name=clip.config.name), clip.config, job.start_weights
+        )
+        clip.load_state_dict(start.state_dict())
     if job.start_checkpoint is not None:
         clip.load_state_dict(load_checkpoint(job.start_checkpoint, expected=clip.config).state_dict())
     if job.config.lock_image:
@@ -178,7 +192,11 @@ def make_reader(
     job: TrainJob, order: SampleOrder, tokenizer: Tokenizer, clip: CLIP, *, lanes: range
 ) -> BatchReader:
     """Reads the part of a job's batches that these lanes hold, in the model's image size."""
-    config = job.config
+    config, statements = job.config, None
+    if config.negation is not None:
+        statements = Statements(
+            config.negation, tokenizer, context_length=config.context_length, seed=job.seed
+        )
     return BatchReader(
         job.shards,
         order,
@@ -191,6 +209,8 @@ def make_reader(
         token_folder=os.path.join(job.folder, "tokens"),
         seed=job.seed,
         threads=config.threads_per_rank,
+        patch_mask=make_patch_mask(config, clip.config, job.stage, job.seed),
+        statements=statements,
     )
 
 
@@ -237,6 +257,8 @@ def describe(job: TrainJob, clip: CLIP, tokenizer: Tokenizer) -> dict[str, Any]:
     learning = dataclasses.asdict(job.config)
     for name in _NOT_LEARNING:
         del learning[name]
+    if learning["distil"] is not None:
+        del learning["distil"]["teacher"]  # its digest says which; it may lie elsewhere
     return {
         "model": job.model,
         "seed": job.seed,
@@ -244,6 +266,8 @@ def describe(job: TrainJob, clip: CLIP, tokenizer: Tokenizer) -> dict[str, Any]:
         "vocabulary": tokenizer.digest,
         "image_weights": job.image_weights and store.digest_tree(job.image_weights),
         "text_weights": job.text_weights and store.digest_tree(job.text_weights),
+        "start_weights": job.start_weights and store.digest_tree(job.start_weights),
+        "teacher": job.config.distil and store.digest_tree(job.config.distil.teacher),
         "start_checkpoint": job.start_checkpoint and store.digest_file(job.start_checkpoint),
         **learning,
     }

@@ -29,6 +29,7 @@ class TrainStageConfig:
     image_stage: str | None = None  # stage whose OpenAI-layout file gives the image tower
     image_weights: str | None = None  # weights that give the image tower (training/model/formats.py)
     text_weights: str | None = None  # weights that give the text tower
+    start_weights: str | None = None  # a whole Chinese CLIP to go on from
     save_openai: bool = False  # write the OpenAI-layout file too, for the stage that starts from it
     validate: bool = True  # zero-shot recall on the run's evaluation sets while training
     launcher: Launcher = field(default="local", metadata=NOT_IN_DIGEST)  # who starts the ranks
@@ -42,11 +43,16 @@ def tasks(config: TrainStageConfig, context: Context) -> list[Task]:
     for stage, name in ((config.start_stage, MODEL_FILE), (config.image_stage, OPENAI_FILE)):
         if stage is not None:
             inputs |= {f"{stage} {name}": shard.digest for shard in context.shards_of(stage, name)}
-    for side in ("image_weights", "text_weights"):
+    for side in ("image_weights", "text_weights", "start_weights"):
         if (weights := getattr(config, side)) is not None:
             if not store.exists(weights):
                 raise InputError(f"{weights}: no such file or folder; correct [model] {side}")
             inputs[side.replace("_", " ")] = store.digest_tree(weights)
+    if config.train.distil is not None:
+        teacher = config.train.distil.teacher
+        if not store.exists(teacher):
+            raise InputError(f"{teacher}: no such file or folder; correct [{context.stage}.distil] teacher")
+        inputs["teacher"] = store.digest_tree(teacher)
     if config.validate:
         inputs |= {f"evaluation {item.name}": item.digest for item in evaluations_of(context)}
     return [Task("train", inputs)]
@@ -66,6 +72,7 @@ def make_job(config: TrainStageConfig, context: Context) -> TrainJob:
         vocabulary=config.vocabulary or context.path_in("vocabulary", f"{train.caption_column}.txt"),
         image_weights=image_weights,
         text_weights=config.text_weights,
+        start_weights=config.start_weights,
         start_checkpoint=context.path_in(config.start_stage, MODEL_FILE) if config.start_stage else None,
         config=train,
         evaluations={item.name: item.folder for item in evaluations_of(context)} if config.validate else {},

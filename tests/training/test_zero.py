@@ -209,8 +209,8 @@ def features_of_both_passes(job: TrainJob) -> list[tuple[bool, npt.NDArray[Any]]
     found = []
     forward = Towers.forward
 
-    def watched(towers: Towers, image: Tensor, tokens_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        features = forward(towers, image, tokens_BL)
+    def watched(towers: Towers, *inputs: Tensor) -> tuple[Tensor, ...]:
+        features = forward(towers, *inputs)
         found.append((torch.is_grad_enabled(), features[1].detach().numpy().copy()))
         return features
 
