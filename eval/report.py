@@ -35,6 +35,17 @@ def report_json(data: ReportData) -> dict[str, Any]:
             }
             for step in data.funnel
         ],
+        "histograms": [
+            {
+                "name": item.name,
+                "stage": item.stage,
+                "edges": list(item.edges),
+                "kept": list(item.kept),
+                "dropped": list(item.dropped),
+            }
+            for item in data.histograms
+        ],
+        "notes": list(data.notes),
         "stages": [
             {
                 "name": stage.name,

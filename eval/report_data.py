@@ -2,7 +2,7 @@
 
 import base64
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from eval.comparison import Comparison
@@ -37,6 +37,28 @@ class FunnelStep:
     title: str
     total: Counts
     sources: Mapping[str, Counts]  # may be empty
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """How a quantity is spread over the rows that a stage kept and dropped.
+
+    Bin 0 is below the first edge, bin i between the edges i - 1 and i, the last from the last edge on.
+    """
+
+    name: str  # key of HISTOGRAM_TITLES
+    stage: str
+    edges: Sequence[float]
+    kept: Sequence[int]  # rows a bin
+    dropped: Sequence[int]
+
+
+HISTOGRAM_TITLES = {
+    "score": "Scores of the sources (cosine)",
+    "pair_score": "Scores of this run's encoders (cosine)",
+    "characters": "Characters of the captions",
+    "short_side_px": "Shorter side of the pictures as they came, pixels",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +151,8 @@ class ReportData:
     galleries: tuple[Gallery, ...]
     planted: tuple[PlantedClass, ...]  # empty where nothing was planted
     comparisons: tuple[Comparison, ...] = ()  # sets of the paper, the final model beside its figures
+    histograms: tuple[Histogram, ...] = ()
+    notes: tuple[str, ...] = ()  # sentences about the funnel
 
 
 def headline_rows(data: ReportData) -> list[tuple[str, list[tuple[str, RetrievalScores]]]]:

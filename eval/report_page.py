@@ -8,10 +8,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.charts import Series, line_chart
+from eval.charts import Series, histogram_chart, line_chart
 from eval.comparison import Comparison, table_rows
 from eval.metrics import RecallAtK, RetrievalScores
-from eval.report_data import ReportData, TrainingPoint, headline_rows, percent, recall_values
+from eval.report_data import (
+    HISTOGRAM_TITLES,
+    ReportData,
+    TrainingPoint,
+    headline_rows,
+    percent,
+    recall_values,
+)
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -31,6 +38,16 @@ def render_html(data: ReportData) -> str:
         recall_charts=[
             (evaluation, [(title, Markup(svg)) for title, svg in drawn])
             for evaluation, drawn in _recall_charts(data)
+        ],
+        histogram_charts=[
+            (f"{HISTOGRAM_TITLES[item.name]}, {item.stage}", Markup(svg))
+            for number, item in enumerate(data.histograms)
+            if any(item.kept) or any(item.dropped)
+            for svg in [
+                histogram_chart(
+                    f"histogram-{number}", HISTOGRAM_TITLES[item.name], item.edges, item.kept, item.dropped
+                )
+            ]
         ],
         funnel_start=max([step.total.num_in for step in data.funnel], default=1) or 1,
         sources=sorted({source for step in data.funnel for source in step.sources}),

@@ -230,9 +230,10 @@ def report(config: ReportConfig, context: Context, task: Task, progress: Progres
 
 
 def _report_data(config: ReportConfig, context: Context) -> "ReportData":
-    from data_prep.funnel import STEPS, by_source, count_planted
+    from data_prep import histograms
+    from data_prep.funnel import STEPS, by_source, count_planted, threshold_notes
     from eval.datasets.retrieval_set import read_retrieval_set
-    from eval.report_data import Counts, FunnelStep, PlantedClass, ReportData, StageFacts
+    from eval.report_data import Counts, FunnelStep, Histogram, PlantedClass, ReportData, StageFacts
     from eval.report_sources import make_gallery, read_training_metrics
 
     final = config.score.stages[-1]
@@ -263,7 +264,8 @@ def _report_data(config: ReportConfig, context: Context) -> "ReportData":
                 for source, counts in by_source(step).items()
             },
         )
-        for name in (*(("corpus",) if manifests["corpus"].dropped else ()), *STEPS)
+        for name in ("corpus", *STEPS)
+        if name in manifests and (name != "corpus" or manifests[name].dropped)
         for step in [manifests[name]]
     ]
     return ReportData(
@@ -293,6 +295,13 @@ def _report_data(config: ReportConfig, context: Context) -> "ReportData":
             for item in count_planted(context)
         ),
         comparisons=comparisons(config, context),
+        histograms=tuple(
+            Histogram(name, step, histograms.EDGES[name], counts["kept"], counts["dropped"])
+            for step in STEPS
+            if step in manifests
+            for name, counts in histograms.of_stage(manifests[step].extra.values()).items()
+        ),
+        notes=tuple(note for step in STEPS if step in manifests for note in threshold_notes(manifests[step])),
     )
 
 
