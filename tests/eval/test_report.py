@@ -152,7 +152,7 @@ def test_page_is_accessible() -> None:
     assert page.tags[0] == ("html", {"lang": "en"})
     assert all(attributes.get("alt") for tag, attributes in page.tags if tag == "img")
     charts = [attributes for tag, attributes in page.tags if tag == "svg"]
-    assert len(charts) == 3 + 2 * 2 + 2  # training, recall of both directions, histograms
+    assert len(charts) == 3 + 2 * 2
     assert all(chart["role"] == "img" and chart["aria-label"] for chart in charts)
     assert all("scope" in attributes for tag, attributes in page.tags if tag == "th")
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
