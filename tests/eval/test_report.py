@@ -292,6 +292,13 @@ def test_a_set_of_the_paper_stands_beside_its_table(tmp_path: Path, monkeypatch:
     assert table.lines[0].ours.value == pytest.approx(100.0)
     assert table.lines[0].paper == 48.1
 
+    (tmp_path / "embed" / "coco-cn-test" / "finetune").symlink_to(
+        tmp_path / "embed" / "coco-cn-test" / "stage2"
+    )
+    score = ScoreConfig(stages=("stage2", "finetune"), vocabulary=None, context_length=52)
+    (table, *_) = comparisons(dataclasses.replace(config, score=score), context)
+    assert (table.setup, table.lines[0].paper) == ("finetuned", 66.8)
+
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
