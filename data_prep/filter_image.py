@@ -2,15 +2,17 @@
 
 import dataclasses
 import functools
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
 
 from data_prep import guard, image_rules
-from data_prep.corpus import guard_paths
+from data_prep.corpus import exemptions, guard_paths
 from data_prep.download import partition_of
 from data_prep.drop_table import publish_judged
+from data_prep.histograms import histogram
 from data_prep.resize import UNDECODABLE, BadImageError, decode_upright
 from data_prep.shard_files import OpenFiles
 from pipeline import store
@@ -62,11 +64,12 @@ def run(config: FilterImageConfig, context: Context, task: Task, progress: Progr
     table = pl.read_parquet(context.path_in("download", task.arguments["table"]))
     if "tar" not in table.columns:
         table = table.with_columns(tar=pl.lit(task.arguments["tar"]))
+    exempt_from = exemptions(context.parents["corpus"])
     reasons: list[str | None] = []
     hashes: list[bytes] = []
     with OpenFiles(lambda name: context.path_in("download", name)) as tars:
-        for tar, offset, size, width, height, key in table.select(
-            "tar", "offset_bytes", "size_bytes", "width_px", "height_px", "key"
+        for tar, offset, size, width, height, key, source in table.select(
+            "tar", "offset_bytes", "size_bytes", "width_px", "height_px", "key", "source"
         ).iter_rows():
             data = tars.read(tar, offset, size, key)
             try:
@@ -75,7 +78,15 @@ def run(config: FilterImageConfig, context: Context, task: Task, progress: Progr
                 reasons.append(UNDECODABLE)
                 hashes.append(bytes(image_rules.HASH_BITS // 8))
                 continue
-            reasons.append(image_rules.size(width, height, config.min_side_px, config.max_aspect))
+            exempt = exempt_from.get(source, ())
+            reasons.append(
+                image_rules.size(
+                    width,
+                    height,
+                    1 if image_rules.SIZE_RULE in exempt else config.min_side_px,
+                    math.inf if image_rules.ASPECT_RULE in exempt else config.max_aspect,
+                )
+            )
             hashes.append(image_rules.perceptual_hash(np.asarray(image)))
     if config.remove_evaluation_copies:
         references = [item for folder in evaluations_of(context) for item in _evaluation_hashes(folder)]
@@ -90,7 +101,12 @@ def run(config: FilterImageConfig, context: Context, task: Task, progress: Progr
         pl.Series("reason", [None if reason is None else str(reason) for reason in reasons], dtype=pl.String),
     )
     kept = judged.filter(pl.col("reason").is_null()).drop("reason")
-    return publish_judged(context, task, kept, judged.filter(pl.col("reason").is_not_null()))
+    dropped = judged.filter(pl.col("reason").is_not_null())
+    short_side = [
+        rows.select(pl.min_horizontal("width_px", "height_px")).to_series() for rows in (kept, dropped)
+    ]
+    sizes = {"histograms": {"short_side_px": histogram("short_side_px", *short_side)}}
+    return publish_judged(context, task, kept, dropped, extra=sizes)
 
 
 @functools.lru_cache(maxsize=8)  # the sets are the same for every task that a process does

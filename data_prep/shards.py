@@ -15,6 +15,7 @@ from typing import Literal
 import polars as pl
 
 from data_prep import split
+from data_prep.corpus import kept_tables, rows_stage
 from data_prep.download import partition_of
 from data_prep.shard_files import cut, write_shard
 from pipeline.records import Shard
@@ -36,7 +37,7 @@ class ShardsConfig:
 
 def tasks(config: ShardsConfig, context: Context, part: Part = "train") -> list[Task]:
     """One task a shard: samples number*n to (number+1)*n of all kept samples of this part, in order."""
-    kept = [shard for shard in context.parents["filter_image"].shards if shard.path.startswith("kept/")]
+    kept = kept_tables(context, rows_stage(context))
     digests = {shard.path: {shard.path: shard.digest} for shard in kept}
     partitions = {partition_of(shard.path): digests[shard.path] for shard in kept}
     for shard in context.parents["download"].shards:
@@ -69,7 +70,7 @@ def run(config: ShardsConfig, context: Context, task: Task, progress: Progress) 
 
 
 def _rows(context: Context, table: str, part: Part | None) -> pl.LazyFrame:
-    rows = pl.scan_parquet(context.path_in("filter_image", table))
+    rows = pl.scan_parquet(context.path_in(rows_stage(context), table))
     if part is None:
         return rows
     validation = pl.scan_parquet(context.path_in("split", split.KEYS_FILE))

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import polars as pl
 import polars_hash as plh
 
+from data_prep.corpus import kept_tables, rows_stage
 from data_prep.drop_table import write_table
 from data_prep.image_rules import HASH_BITS
 from pipeline.records import InputError, Shard
@@ -87,18 +88,18 @@ def run(config: SplitConfig, context: Context, task: Task, progress: Progress) -
 
 
 def counts(context: Context) -> dict[str, int]:
-    """Table of filter_image → validation rows in it."""
+    """Table of kept rows → validation rows in it."""
     found: dict[str, int] = context.parents["split"].extra["split"]["counts"]
     return found
 
 
 def _kept(context: Context) -> list[Shard]:
-    return [shard for shard in context.parents["filter_image"].shards if shard.path.startswith("kept/")]
+    return kept_tables(context, rows_stage(context))
 
 
 def _ranked(context: Context, shard: Shard) -> pl.LazyFrame:
     identity = pl.coalesce(pl.col("perceptual_hash").bin.encode("hex"), "image_sha256")
-    frame = pl.scan_parquet(context.path_in("filter_image", shard.path))
+    frame = pl.scan_parquet(context.path_in(rows_stage(context), shard.path))
     return (
         frame.select("key", "perceptual_hash", "image_sha256")
         .with_columns(_identity=identity)

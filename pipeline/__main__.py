@@ -95,10 +95,12 @@ def _run(options: argparse.Namespace) -> int:
 def _status(options: argparse.Namespace) -> int:
     from pipeline.catalog import load
     from pipeline.runner import survey
-    from pipeline.tables import status_table
+    from pipeline.tables import notes, status_table
 
     run, _ = load(options.run, options.set)
     print(status_table(run, survey(run)))
+    for note in notes(run):
+        print(f"note: {note}")
     return EXIT_DONE
 
 

@@ -12,18 +12,22 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator
 
-from data_prep import corpus, dedup, download, filter_image, filter_text, shards, split
+from data_prep import corpus, dedup, dedup_image, download, filter_image, filter_text, score, shards, split
 from data_prep.corpus import SourcesConfig, TablesConfig
 from data_prep.dedup import DedupConfig
+from data_prep.dedup_image import DedupImageConfig
 from data_prep.download import DownloadConfig
 from data_prep.filter_image import FilterImageConfig
 from data_prep.filter_text import FilterTextConfig
+from data_prep.score import FilterScoreConfig, ScoreConfig
 from data_prep.shards import ShardsConfig
 from data_prep.sources.demo import DemoConfig
 from data_prep.sources.emoji import EmojiConfig
 from data_prep.split import SplitConfig
+from eval import pair_encoder, zeroshot_stage
 from eval import stages as evaluation_stages
 from eval.stages import IndexConfig
+from eval.zeroshot_stage import ClassificationSource, ZeroshotConfig
 from pipeline import store
 from pipeline.config import apply_overrides, build, find_recipe, read_toml, to_toml
 from pipeline.evaluation_sets import EvaluationSource
@@ -72,10 +76,14 @@ class RunConfig:
     corpus: Annotated[DemoConfig | EmojiConfig | TablesConfig | SourcesConfig, Discriminator("kind")]
     model: ModelTable
     evaluation: tuple[EvaluationSource, ...] = ()
+    classification: tuple[ClassificationSource, ...] = ()
     filter_text: FilterTextConfig = field(default_factory=FilterTextConfig)
     dedup: DedupConfig = field(default_factory=DedupConfig)
     download: DownloadConfig = field(default_factory=DownloadConfig)
     filter_image: FilterImageConfig = field(default_factory=FilterImageConfig)
+    dedup_image: DedupImageConfig | None = None  # unset: copies of pictures stay, as in the paper
+    score: ScoreConfig | None = None  # unset: rows whose source has no score are not judged by one
+    filter_score: FilterScoreConfig | None = None  # unset: the paper's threshold on what [score] gives
     split: SplitConfig | None = None  # rows set aside for validation; unset: none
     shards: ShardsConfig = field(default_factory=ShardsConfig)
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
@@ -85,6 +93,7 @@ class RunConfig:
     finetune: TrainConfig | None = None  # on the pairs of a downstream task (paper, A.3)
     index: IndexConfig = field(default_factory=IndexConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+    zeroshot: ZeroshotConfig = field(default_factory=ZeroshotConfig)
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> tuple[Run, RunConfig]:
@@ -96,6 +105,10 @@ def load(path: str, overrides: Sequence[str] = ()) -> tuple[Run, RunConfig]:
         raise ConfigError(f"{path}: model.name: no model {config.model.name!r}; known: {', '.join(MODELS)}")
     if config.stage1 is None and config.stage2 is None and config.finetune is None:
         raise ConfigError(f"{path}: nothing to train; give [stage1], [stage2] or both, or [finetune]")
+    if config.filter_score is not None and config.score is None:
+        raise ConfigError(
+            f"{path}: filter_score: nothing to judge without [score]; give it, or filter_text.min_score"
+        )
     model = config.model
     if model.start_weights and (model.image_weights or model.text_weights or config.english):
         raise ConfigError(
@@ -177,7 +190,7 @@ def make_run(config: RunConfig) -> Run:
         Stage(
             name="corpus",
             title="caption tables and evaluation sets, bound by digest",
-            version=1,
+            version=2,
             config=corpus.CorpusStageConfig(corpus=config.corpus, evaluations=config.evaluation),
             parents=(),
             tasks=corpus.tasks,
@@ -186,7 +199,7 @@ def make_run(config: RunConfig) -> Run:
         Stage(
             name="filter_text",
             title="language, score, length, blacklist, addresses of evaluation pictures",
-            version=1,
+            version=2,
             config=config.filter_text,
             parents=("corpus",),
             tasks=filter_text.tasks,
@@ -219,8 +232,9 @@ def make_run(config: RunConfig) -> Run:
             tasks=filter_image.tasks,
             run=filter_image.run,
         ),
-        *_shard_stages(config),
+        *_row_stages(config),
     ]
+    stages += _shard_stages(config, rows=stages[-1].name)
     columns = _learned_columns(config, train_stages)
     if columns:
         stages.append(
@@ -274,11 +288,30 @@ def make_run(config: RunConfig) -> Run:
             run=evaluation_stages.baseline,
         ),
     ]
+    if config.classification:
+        stages.append(
+            Stage(
+                name="zeroshot",
+                title="classification sets by the final model",
+                version=1,
+                config=zeroshot_stage.ZeroshotStageConfig(
+                    zeroshot=config.zeroshot,
+                    sets=config.classification,
+                    stage=scored[-1],
+                    vocabulary=config.model.vocabulary,
+                    context_length=scores.context_length,
+                ),
+                parents=(*learned, scored[-1]),
+                tasks=zeroshot_stage.tasks,
+                run=zeroshot_stage.run,
+                parallel=False,
+            )
+        )
     stages.append(
         Stage(
             name="report",
             title="one HTML page and report.json",
-            version=2,
+            version=3,
             config=evaluation_stages.ReportConfig(
                 score=scores,
                 model=config.model.name,
@@ -294,27 +327,79 @@ def make_run(config: RunConfig) -> Run:
     return Run(table.folder, table.seed, table.executor, table.processes, tuple(stages))
 
 
-def _shard_stages(config: RunConfig) -> list[Stage]:
-    """Shards, and where the run has [split] the rows set aside for validation, in a stage of their own."""
+def _row_stages(config: RunConfig) -> list[Stage]:
+    """What a run asks for between the downloaded pictures and the shards."""
+    stages: list[Stage] = []
+    before = "filter_image"
+    if config.dedup_image is not None:
+        stages += [
+            Stage(
+                name="find_copies",
+                title="pictures that are there already, exactly or nearly",
+                version=1,
+                config=config.dedup_image,
+                parents=("corpus", before),
+                tasks=dedup_image.find_tasks,
+                run=dedup_image.find_run,
+            ),
+            Stage(
+                name="dedup_image",
+                title="copies go, the lowest key of each picture stays",
+                version=1,
+                config=config.dedup_image,
+                parents=("corpus", before, "find_copies"),
+                tasks=dedup_image.tasks,
+                run=dedup_image.run,
+            ),
+        ]
+        before = "dedup_image"
+    if config.score is not None:
+        stages += [
+            Stage(
+                name="score",
+                title="cosine of picture and caption by two encoders",
+                version=1,
+                config=config.score,
+                parents=("corpus", "download", before),
+                tasks=functools.partial(score.tasks, identify=pair_encoder.identify),
+                run=functools.partial(score.run, load=pair_encoder.load),
+                # On one machine a second process would hold a second copy of both encoders.
+                parallel=config.run.executor == "ray",
+            ),
+            Stage(
+                name="filter_score",
+                title="pictures that their captions do not describe go",
+                version=1,
+                config=config.filter_score or FilterScoreConfig(),
+                parents=("corpus", before, "score"),
+                tasks=score.filter_tasks,
+                run=score.filter_run,
+            ),
+        ]
+    return stages
+
+
+def _shard_stages(config: RunConfig, rows: str) -> list[Stage]:
+    """Shards of what the stage `rows` kept; with [split], the rows for validation in a stage of their own."""
     packing = Stage(
         name="shards",
         title="tar shards with a Parquet sidecar: what training reads",
         version=1,
         config=config.shards,
-        parents=("download", "filter_image"),
+        parents=("download", rows),
         tasks=shards.tasks,
         run=shards.run,
     )
     if config.split is None:
         return [packing]
-    parents = ("download", "filter_image", "split")
+    parents = ("download", rows, "split")
     return [
         Stage(
             name="split",
             title="pictures set aside for validation, with all their copies",
             version=1,
             config=config.split,
-            parents=("filter_image",),
+            parents=(rows,),
             tasks=split.tasks,
             run=split.run,
         ),
