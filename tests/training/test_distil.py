@@ -164,6 +164,10 @@ def test_the_teacher_s_similarities_are_learned(tmp_path: Path) -> None:
     taught = teacher.features(image_BCHW, tokens_BL)
     assert not taught.image_BE.requires_grad
     assert torch.equal(taught.text_BE, teacher.features(image_BCHW, tokens_BL).text_BE)  # no dropout
+    teacher.prepare("cpu", torch.bfloat16)
+    rounded = teacher.features(image_BCHW, tokens_BL).text_BE
+    assert rounded.dtype == torch.float32
+    assert 1e-5 < (rounded - taught.text_BE).abs().max() < 0.05
     adam = torch.optim.AdamW(student.parameters(), lr=2e-3)
     found = []
     for _ in range(12):
