@@ -68,13 +68,13 @@ def matmul_flops(size: int = 1024) -> float:
     return 2 * size**3 / best_seconds
 
 
-def image_forward(model: ModelConfig, kept: float = 1.0) -> float:
-    """FLOPs of one picture through the image tower; a ViT sees the share `kept` of its patches."""
+def image_forward(model: ModelConfig, patch_mask: float = 0.0) -> float:
+    """FLOPs of one picture through the image tower; a ViT computes on all but `patch_mask` of the patches."""
     config = model.vision
     if isinstance(config, VisionTransformerConfig):
-        patches = (config.image_size_px // config.patch_size_px) ** 2
+        patches = config.num_patches  # all are embedded, masked or not
         patch_values = 3 * config.patch_size_px**2
-        blocks = config.layers * _block(kept * patches + 1, config.width)
+        blocks = config.layers * _block(config.num_kept(patch_mask) + 1, config.width)
         return 2 * patches * patch_values * config.width + blocks + 2 * config.width * model.embed_dim
     return _modified_resnet(config, model.embed_dim)
 
@@ -98,7 +98,7 @@ def training_flops(model: ModelConfig, config: TrainConfig, tokens: float) -> fl
     text = 3 * text_forward(model.text, tokens)
     if config.cached_views:
         return text
-    return text + image_forward(model, 1 - config.patch_mask) * (1 if config.lock_image else 3)
+    return text + image_forward(model, config.patch_mask) * (1 if config.lock_image else 3)
 
 
 def _block(tokens: float, width: int) -> float:
