@@ -105,7 +105,7 @@ def test_the_word_that_hit_outlives_an_edited_list(tmp_path: Path, monkeypatch: 
 
 
 def test_every_rule_and_every_list_is_switched_per_source(tmp_path: Path) -> None:
-    captions = ["包邮的一只小猫", "图片IMG_1.jpg的", "短", "a cat on a mat", "賣書的臺灣人家"]
+    captions = ["包邮的一只小猫", "图片文件很多个.jpg", "短", "a cat on a mat", "賣書的臺灣人家"]
     config = FilterTextConfig(min_chinese_share=0.5)
     columns = {"LANGUAGE": ["zh", "zh", "zh", "en", "zh"], "similarity": [0.3, 0.3, 0.1, 0.3, 0.3]}
     plain = table(tmp_path / "a.parquet", captions, **columns)
