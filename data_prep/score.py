@@ -222,7 +222,7 @@ def threshold(config: FilterScoreConfig, scores: Manifest) -> float:
         return _PAPERS_MIN_SCORE if config.min_score is None else config.min_score
     counts: Counter[int] = Counter()
     for extra in scores.extra.values():
-        counts.update({int(step): count for step, count in extra["scores"].items()})
+        counts.update({int(step): count for step, count in extra.get("scores", {}).items()})
     to_drop = config.drop_share * counts.total()
     for step in sorted(counts):
         to_drop -= counts[step]
