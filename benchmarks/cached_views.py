@@ -13,11 +13,12 @@ import json
 import sys
 
 import numpy as np
-from emoji_arms import (
+from arms import (
     RESULTS,
-    Experiment,
     OutOfTime,
+    add_emoji_options,
     curve,
+    emoji_experiment,
     header,
     is_finished,
     mean_and_spread,
@@ -30,11 +31,12 @@ VIEWS = (0, 8, 4, 1)  # 0: live
 
 def main() -> int:
     flags = parser(__doc__, "runs/cached_views")
+    add_emoji_options(flags)
     flags.add_argument("--epochs", type=int, default=12, help="of stage 1")
     options = flags.parse_args()
     done = True
     try:
-        experiment = Experiment(options)
+        experiment = emoji_experiment(options)
     except OutOfTime:
         print("the image tower is not trained yet: the same command goes on")
         return 0

@@ -16,7 +16,18 @@ import sys
 from typing import Any
 
 import numpy as np
-from emoji_arms import RESULTS, Experiment, OutOfTime, curve, header, is_finished, mean_and_spread, parser
+from arms import (
+    RESULTS,
+    Experiment,
+    OutOfTime,
+    add_emoji_options,
+    curve,
+    emoji_experiment,
+    header,
+    is_finished,
+    mean_and_spread,
+    parser,
+)
 
 from training.config import TrainJob
 
@@ -26,10 +37,11 @@ VALIDATE_EVERY = 41  # steps: half an epoch
 
 def main() -> int:
     flags = parser(__doc__, "runs/figure2")
+    add_emoji_options(flags)
     flags.add_argument("--epochs", type=int, default=6, help="of every arm; a third of them is stage 1")
     options = flags.parse_args()
     try:
-        experiment = Experiment(options)
+        experiment = emoji_experiment(options)
     except OutOfTime:
         print("the image tower is not trained yet: the same command goes on")
         return 0

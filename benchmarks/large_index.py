@@ -82,7 +82,7 @@ def search(folder: Path, parameters: str) -> None:
     exact_QK = exact_neighbours(embeddings, query_QD, K)
     found = {
         "queries_per_second": NUM_QUERIES / min(seconds),
-        "recall": recall_at(rows_QK, exact_QK),
+        "recall": recall_at(embeddings, query_QD, rows_QK, exact_QK),
         "bytes_per_vector": index.bytes_per_vector,
     }
     (folder / "found.json").write_text(json.dumps(found))

@@ -5,7 +5,6 @@ of ids such as COCO-CN's `coco-cn_test.txt` and Flickr30K-CN's `ImageSets/*.txt`
 with columns family (`coco`, `flickr` or `own`), id, perceptual_hash (48 bytes; null: only ids known).
 """
 
-import base64
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import polars as pl
 
 from data_prep import image_rules
 from data_prep.drop_table import write_table
+from data_prep.picture_base64 import decode_picture
 from data_prep.resize import BadImageError, decode_upright
 from pipeline import store
 from pipeline.evaluation_sets import shard_stems
@@ -87,7 +87,7 @@ def tsv_hashes(path: str) -> Iterator[tuple[str, bytes]]:
         for number, line in enumerate(file, start=1):
             try:
                 name, encoded = line.split(b"\t", 1)
-                image = decode_upright(base64.b64decode(encoded, validate=False), MAX_PIXELS)
+                image = decode_upright(decode_picture(encoded.strip()), MAX_PIXELS)
             except (ValueError, BadImageError) as error:
                 raise InputError(
                     f"{path}: line {number}: no picture in base64 ({error}); mend the line"

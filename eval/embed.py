@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eval.datasets.cnclip_tsv import EvaluationSet, check_scorable
+from eval.datasets.readable import UnreadablePicture
 from eval.datasets.retrieval_set import read_retrieval_set
 from eval.index import EMBEDDING_FOLDERS, check_vectors
 from eval.metrics import (
@@ -65,6 +66,7 @@ def embed_evaluation(
     """
     import torch
 
+    from training.model.encoder import encode_tokens
     from training.model.formats import load_model
     from training.model.preprocess import MEAN, STD
     from training.model.vocabulary_lookup import find_vocabulary
@@ -78,7 +80,7 @@ def embed_evaluation(
         images = _image_batches(evaluation, image_size_px, batch_size)
         image_ND = _encode(model.encode_image, images, model.logit_scale.device)
         tokens_NL = tokenizer.encode(evaluation.texts, context_length)
-        text_ND = _encode(model.encode_text, _text_batches(tokens_NL, batch_size), model.logit_scale.device)
+        text_ND = encode_tokens(model, tokens_NL)
 
     identity = identify(model)
     write_identity(out_folder, identity)
@@ -114,6 +116,8 @@ def validator(
     uint8. The function runs in evaluation mode without gradients, draws no random numbers, and leaves the
     mode of every module as it was. Raises InputError for features that are not finite.
     """
+    from training.model.encoder import encode_tokens
+
     sets = [read_retrieval_set(folder, name) for name, folder in evaluations.items()]
     for evaluation in sets:
         check_scorable(evaluation)
@@ -134,7 +138,7 @@ def validator(
             )
             with evaluating(model):
                 image_ND = _encode(model.encode_image, batches, device)
-                text_ND = _encode(model.encode_text, _text_batches(tokens[name], batch_size), device)
+                text_ND = encode_tokens(model, tokens[name])
             check_vectors(image_ND, f"evaluation `{name}`, images")
             check_vectors(text_ND, f"evaluation `{name}`, texts")
             scores[name] = score_features(evaluation, image_ND, text_ND)
@@ -186,18 +190,8 @@ def _image_batches(
                     preprocess([picture], image_size_px)
                 except InputError as error:
                     image_id = evaluation.image_ids[row]
-                    raise InputError(f"{evaluation.images_path}: image {image_id}: {error}") from None
+                    raise UnreadablePicture(f"{evaluation.images_path}: image {image_id}: {error}") from None
             raise
-
-
-def _text_batches(tokens_NL: npt.NDArray[np.int32], batch_size: int) -> "Iterator[torch.Tensor]":
-    """tokens_BL int64, each batch without the columns that are padding in all of its rows."""
-    import torch
-
-    for start in range(0, len(tokens_NL), batch_size):
-        tokens_BL = tokens_NL[start : start + batch_size]
-        longest = int((tokens_BL != 0).sum(axis=1).max())
-        yield torch.from_numpy(tokens_BL[:, :longest].astype(np.int64))
 
 
 def _encode(

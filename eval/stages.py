@@ -13,7 +13,7 @@ from pipeline.stage import Context, Outcome, Progress, Task
 
 if TYPE_CHECKING:
     from eval.comparison import Comparison
-    from eval.report import ReportData
+    from eval.report_data import ReportData
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,16 +233,8 @@ def _report_data(config: ReportConfig, context: Context) -> "ReportData":
     from data_prep import histograms
     from data_prep.funnel import STEPS, by_source, count_planted, threshold_notes
     from eval.datasets.retrieval_set import read_retrieval_set
-    from eval.report import (
-        Counts,
-        FunnelStep,
-        Histogram,
-        PlantedClass,
-        ReportData,
-        StageFacts,
-        make_gallery,
-        read_training_metrics,
-    )
+    from eval.report_data import Counts, FunnelStep, Histogram, PlantedClass, ReportData, StageFacts
+    from eval.report_sources import make_gallery, read_training_metrics
 
     final = config.score.stages[-1]
     manifests = context.parents
@@ -314,13 +306,15 @@ def _report_data(config: ReportConfig, context: Context) -> "ReportData":
 
 
 def comparisons(config: ReportConfig, context: Context) -> "tuple[Comparison, ...]":
-    """The final model beside the paper on each evaluation set that is named as one of its protocols."""
+    """The final model beside the paper: evaluation sets named as its protocols, and classification sets."""
+    from eval.comparison import compare_classification
     from eval.datasets.retrieval_set import read_retrieval_set
     from eval.evaluate import compare_set
     from eval.published import PAPER_MODELS, retrieval_protocol
+    from eval.zeroshot_stage import ZeroshotScores
 
     final = config.score.stages[-1]
-    return tuple(
+    tables = [
         compare_set(
             read_retrieval_set(item.folder, item.name),
             item.name,
@@ -331,7 +325,17 @@ def comparisons(config: ReportConfig, context: Context) -> "tuple[Comparison, ..
         )
         for item in evaluations_of(context)
         if retrieval_protocol(item.name) is not None
-    )
+    ]
+    if (manifest := context.parents.get("zeroshot")) is not None:
+        found = ZeroshotScores.of(manifest)
+        tables += compare_classification(
+            found.measured,
+            model=config.model,
+            paper_model=PAPER_MODELS.get(config.model),
+            notes=found.notes,
+            differing=found.differing,
+        )
+    return tuple(tables)
 
 
 def _evaluation(context: Context, task: Task) -> EvaluationSet:

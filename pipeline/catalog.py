@@ -24,9 +24,10 @@ from data_prep.shards import ShardsConfig
 from data_prep.sources.demo import DemoConfig
 from data_prep.sources.emoji import EmojiConfig
 from data_prep.split import SplitConfig
-from eval import pair_encoder
+from eval import pair_encoder, zeroshot_stage
 from eval import stages as evaluation_stages
 from eval.stages import IndexConfig
+from eval.zeroshot_stage import ClassificationSource, ZeroshotConfig
 from pipeline import store
 from pipeline.config import apply_overrides, build, find_recipe, read_toml, to_toml
 from pipeline.evaluation_sets import EvaluationSource
@@ -75,6 +76,7 @@ class RunConfig:
     corpus: Annotated[DemoConfig | EmojiConfig | TablesConfig | SourcesConfig, Discriminator("kind")]
     model: ModelTable
     evaluation: tuple[EvaluationSource, ...] = ()
+    classification: tuple[ClassificationSource, ...] = ()
     filter_text: FilterTextConfig = field(default_factory=FilterTextConfig)
     dedup: DedupConfig = field(default_factory=DedupConfig)
     download: DownloadConfig = field(default_factory=DownloadConfig)
@@ -91,6 +93,7 @@ class RunConfig:
     finetune: TrainConfig | None = None  # on the pairs of a downstream task (paper, A.3)
     index: IndexConfig = field(default_factory=IndexConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+    zeroshot: ZeroshotConfig = field(default_factory=ZeroshotConfig)
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> tuple[Run, RunConfig]:
@@ -285,6 +288,25 @@ def make_run(config: RunConfig) -> Run:
             run=evaluation_stages.baseline,
         ),
     ]
+    if config.classification:
+        stages.append(
+            Stage(
+                name="zeroshot",
+                title="classification sets by the final model",
+                version=1,
+                config=zeroshot_stage.ZeroshotStageConfig(
+                    zeroshot=config.zeroshot,
+                    sets=config.classification,
+                    stage=scored[-1],
+                    vocabulary=config.model.vocabulary,
+                    context_length=scores.context_length,
+                ),
+                parents=(*learned, scored[-1]),
+                tasks=zeroshot_stage.tasks,
+                run=zeroshot_stage.run,
+                parallel=False,
+            )
+        )
     stages.append(
         Stage(
             name="report",

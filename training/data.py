@@ -30,7 +30,8 @@ import torch
 
 from pipeline import store
 from pipeline.records import ConfigError, InputError, Shard
-from training.augment import Pixels, augment, sample_generator
+from training.augment import augment, sample_generator
+from training.auto_augment import Pixels
 from training.config import AugmentConfig
 from training.feature_cache import FeatureCache
 from training.negation import Bools, Questions, Statements

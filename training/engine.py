@@ -20,7 +20,7 @@ from training.data import Batch
 from training.distil import Teacher, TeacherFeatures
 from training.loss import contrastive_loss, distillation_loss
 from training.model.clip import CLIP
-from training.model.preprocess import MEAN, STD
+from training.model.preprocess import MEAN, STD, normalise
 from training.negation import negation_loss
 from training.optim import build_optimizer
 from training.partitions import make_adam_state, set_weight, whole_weight
@@ -85,7 +85,7 @@ class Towers(nn.Module):
 
     def normalise(self, image_BCHW: Tensor) -> Tensor:
         """float32 pixels as the image tower wants them, of uint8."""
-        return (image_BCHW.float() - self._mean_C11.float()) / self._std_C11.float()
+        return normalise(image_BCHW, self._mean_C11.float(), self._std_C11.float())
 
     def teacher_features(self, image_BCHW: Tensor, tokens_BL: Tensor) -> TeacherFeatures | None:
         """What the teacher gives for uint8 pictures and captions, where there is one."""
@@ -137,16 +137,19 @@ Features = tuple[Tensor, ...]
 
 
 def _inputs(batch: Batch, part: slice, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(pictures, token ids of captions and statements, patches) of some rows, as `Towers` reads them."""
-    texts = [_without_padding(batch.tokens_BL[part])]
+    """(pictures, token ids of captions and statements, patches) of some rows, as `Towers` reads them.
+
+    Token ids stay on the CPU, where the text tower packs them: their padding is never computed on.
+    """
+    texts = [batch.tokens_BL[part]]
     if batch.questions is not None:
-        texts.append(_without_padding(batch.questions.tokens_B2L[part].flatten(0, 1)))
+        texts.append(batch.questions.tokens_B2L[part].flatten(0, 1))
     longest = max(tokens.shape[1] for tokens in texts)
     tokens_XL = torch.cat([F.pad(tokens, (0, longest - tokens.shape[1])) for tokens in texts])
     kept_BP = None if batch.kept_BP is None else batch.kept_BP[part].to(device, non_blocking=True)
     return (
         batch.image[part].to(device, non_blocking=True),
-        tokens_XL.to(device, non_blocking=True),
+        tokens_XL,
         kept_BP,
     )
 
@@ -163,11 +166,6 @@ def _joined(taught: list[TeacherFeatures]) -> TeacherFeatures | None:
     return TeacherFeatures(
         torch.cat([part.image_BE for part in taught]), torch.cat([part.text_BE for part in taught])
     )
-
-
-def _without_padding(tokens_XL: Tensor) -> Tensor:
-    """Without the columns that are padding in every row."""
-    return tokens_XL[:, : int(tokens_XL.ne(0).sum(1).max())]
 
 
 def join_ranks(config: TrainConfig) -> None:

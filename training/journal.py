@@ -154,6 +154,7 @@ class Journal:
     def notice(self, text: str) -> None:
         """A line that the person who started the run should see now."""
         if self.writes:
+            self._log.write(json.dumps({"time": time.time(), "notice": text}, ensure_ascii=False) + "\n")
             self._say("notice", {"text": text})
 
     def flush(self) -> None:

@@ -1,7 +1,5 @@
 """Evaluation sets in CN-CLIP's layout: `<name>_imgs.tsv` and `<name>_texts.jsonl` in one folder."""
 
-import base64
-import binascii
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +8,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from data_prep.picture_base64 import decode_picture
 from pipeline import store
 from pipeline.records import InputError
 
@@ -80,8 +79,8 @@ class Base64Pictures:
                 file.seek(int(self.offsets_bytes[row]))
                 encoded = file.read(int(self.sizes_bytes[row]))
                 try:
-                    yield base64.b64decode(encoded, validate=True)
-                except (binascii.Error, ValueError) as error:
+                    yield decode_picture(encoded)
+                except ValueError as error:
                     raise InputError(
                         f"{self.path}: image {self.image_ids[row]} is not base64 ({error});"
                         " write each line as `id<TAB>base64 of the image file`"

@@ -22,7 +22,8 @@ from eval.comparison import Comparison, Line
 from eval.datasets.cnclip_tsv import read_evaluation
 from eval.metrics import RetrievalScores
 from eval.published import RetrievalProtocol
-from eval.report import (
+from eval.report import headline, report_json, write_report
+from eval.report_data import (
     Counts,
     FunnelStep,
     Gallery,
@@ -34,13 +35,9 @@ from eval.report import (
     ReportData,
     StageFacts,
     TrainingPoint,
-    headline,
-    make_gallery,
-    read_training_metrics,
-    render_html,
-    report_json,
-    write_report,
 )
+from eval.report_page import render_html
+from eval.report_sources import make_gallery, read_training_metrics
 from eval.stages import ReportConfig, ScoreConfig, comparisons
 from pipeline.records import InputError, Manifest, Shard
 from pipeline.stage import Context

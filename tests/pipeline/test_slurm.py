@@ -1,5 +1,6 @@
 """A whole run as jobs of a real Slurm: pre-empted, cut by the time limit, with an undisturbed run's bytes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -30,6 +31,17 @@ SETTINGS = {
     **{f"{stage}.global_batch": 32 for stage in ("english", "stage1", "stage2")},
     **{f"{stage}.save_every_steps": 100_000 for stage in ("english", "stage1", "stage2")},
     **{f"{stage}.validate_every_steps": 50 for stage in ("stage1", "stage2")},
+    "finetune.epochs": 2,
+    "finetune.global_batch": 32,
+    "finetune.peak_learning_rate": 2e-4,
+    "finetune.warmup_steps": 2,
+    "finetune.lanes": 4,
+    "finetune.ranks": 2,
+    "finetune.choose": "best",
+    "finetune.choose_on": '["unseen"]',
+    "finetune.validate_every_epoch": "true",
+    "finetune.augment.horizontal_flip": 0.0,
+    "finetune.augment.auto_augment": "none",
     "launch.ranks_per_node": 2,
     "launch.gpus_per_node": 0,
     "launch.cpus_per_rank": 1,
@@ -37,7 +49,7 @@ SETTINGS = {
     "launch.partition": "low",
     "launch.stop_seconds": 30,
 }
-JOBS = ("prepare", "english", "stage1", "stage2", "measure")
+JOBS = ("prepare", "english", "stage1", "stage2", "finetune", "measure")
 
 
 def command(folder: Path, word: str) -> list[str]:
@@ -124,10 +136,12 @@ def test_pre_empted_and_requeued_gives_the_bytes_of_a_run_without_slurm(
     wait_for(cluster, ids["measure"], "COMPLETED", seconds=900)
     assert "Restarts=1" in output(cluster, "scontrol", "show", "job", ids["stage2"], "--oneliner")
     assert f"going on from {stopped}" in (jobs / "stage2" / "train.log").read_text()
-    for stage in ("english", "stage1", "stage2"):
+    for stage in ("english", "stage1", "stage2", "finetune"):
         for name in ("model.safetensors", "metrics.jsonl"):
             assert (jobs / stage / name).read_bytes() == (plain / stage / name).read_bytes(), (stage, name)
-    assert (jobs / "report/report.json").read_bytes() == (plain / "report/report.json").read_bytes()
+    report = (jobs / "report" / "report.json").read_bytes()
+    assert report == (plain / "report" / "report.json").read_bytes()
+    assert set(json.loads(report)["evaluations"]) == {"unseen", "unseen/stage1", "unseen/stage2"}
 
 
 def test_a_job_that_reaches_its_time_limit_goes_on_in_the_queue(

@@ -1,8 +1,8 @@
-"""Trainings of the emoji run that differ in one thing: what `cached_views.py` and `figure2.py` share.
+"""Trainings that differ in one thing: what `cached_views.py`, `figure2.py` and `negation.py` share.
 
-All arms read one corpus and start from one English image tower, both made by `cnclip run emoji_zh --to
-english`. An arm's legs are trained by the launcher and rank program that a run's stages use, each in a folder
-of its own; a leg that was stopped goes on from its newest checkpoint, and one that is finished stays.
+All arms read one corpus and start from one model, both made by `cnclip run RECIPE --to STAGE`. An arm's legs
+are trained by the launcher and rank program that a run's stages use, each in a folder of its own; a leg that
+was stopped goes on from its newest checkpoint, and one that is finished stays.
 """
 
 import argparse
@@ -23,10 +23,10 @@ from machine import machine
 from pipeline.catalog import RANK_MODULE, load
 from pipeline.runner import make_context
 from training.config import TrainConfig, TrainJob
-from training.stage import free_port, launcher_command, launcher_environment, make_job
+from training.launcher import free_port, launcher_command, launcher_environment
+from training.stage import make_job
 
 RESULTS = Path(__file__).parent / "results"
-EVALUATION = "fluent"
 
 
 class OutOfTime(Exception):
@@ -34,33 +34,52 @@ class OutOfTime(Exception):
 
 
 def parser(description: str | None, folder: str) -> argparse.ArgumentParser:
-    """Options that both scripts take."""
+    """Options that all scripts take."""
     options = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
-    options.add_argument("--corpus", help="folder of the emoji tables; unset: the recipe's")
-    options.add_argument("--folder", default=folder, help="where corpus, tower and arms are kept")
+    options.add_argument("--folder", default=folder, help="where corpus, first model and arms are kept")
     options.add_argument("--seconds", type=float, default=270, help="of training in this call")
-    options.add_argument("--english-epochs", type=int, default=12, help="of the image tower's own training")
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     return options
 
 
-class Experiment:
-    """The corpus, the tower, and the arms that start from them."""
+def add_emoji_options(options: argparse.ArgumentParser) -> None:
+    """Options of the scripts on the emoji run."""
+    options.add_argument("--corpus", help="folder of the emoji tables; unset: the recipe's")
+    options.add_argument("--english-epochs", type=int, default=12, help="of the image tower's own training")
 
-    def __init__(self, options: argparse.Namespace) -> None:
+
+def emoji_experiment(options: argparse.Namespace) -> "Experiment":
+    """The emoji corpus and the English image tower."""
+    overrides = [f"english.epochs={options.english_epochs}"]
+    if options.corpus:
+        overrides.append(f"corpus.folder={options.corpus}")
+    folder = Path(options.folder).parent / f"emoji_english_{options.english_epochs}"
+    return Experiment(options, "emoji_zh", overrides, str(folder), last="english", first="stage1")
+
+
+class Experiment:
+    """A corpus, the model of the stage `last`, and arms that start where the stage `first` would."""
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        recipe: str,
+        overrides: list[str],
+        run_folder: str,
+        *,
+        last: str,
+        first: str,
+    ) -> None:
         self.folder, self._end = Path(options.folder), time.monotonic() + options.seconds
-        run = self.folder.parent / f"emoji_english_{options.english_epochs}"
-        overrides = [f"run.folder={run}", f"english.epochs={options.english_epochs}"]
-        if options.corpus:
-            overrides.append(f"corpus.folder={options.corpus}")
+        overrides = [f"run.folder={run_folder}", *overrides]
         sets = [part for override in overrides for part in ("--set", override)]
-        command = [sys.executable, "-m", "pipeline", "run", "emoji_zh", *sets, "--to", "english"]
+        command = [sys.executable, "-m", "pipeline", "run", recipe, *sets, "--to", last]
         self._call(command, signal.SIGINT)
-        self.run, self.config = load("emoji_zh", overrides)
-        stage = self.run.stage("stage1")
+        self.run, self.config = load(recipe, overrides)
+        stage = self.run.stage(first)
         context = make_context(self.run, stage)
-        assert context is not None, "the english stage ended without its manifest"
-        self._first = make_job(stage.config, context)
+        assert context is not None, f"the {last} stage ended without its manifest"
+        self.first_job = make_job(stage.config, context)
 
     def leg(
         self, name: str, seed: int, config: TrainConfig, *, tower: bool, start: TrainJob | None = None
@@ -68,10 +87,10 @@ class Experiment:
         """A training from the English tower, from the weights of another leg (`start`), or from nothing."""
         folder = self.folder / f"{name}_seed{seed}"
         return dataclasses.replace(
-            self._first,
+            self.first_job,
             seed=seed,
             config=config,
-            image_weights=self._first.image_weights if tower else None,
+            image_weights=self.first_job.image_weights if tower else None,
             start_checkpoint=start.output_model if start else None,
             folder=str(folder),
             output_model=str(folder / "model.safetensors"),
@@ -88,7 +107,8 @@ class Experiment:
         start = time.monotonic()
         try:
             self._call(
-                launcher_command(RANK_MODULE, str(path), job.config.ranks, free_port()), signal.SIGTERM
+                launcher_command("local", RANK_MODULE, str(path), job.config.ranks, free_port()),
+                signal.SIGTERM,
             )
         finally:
             with open(folder / "seconds.txt", "a", encoding="utf-8") as file:
@@ -111,10 +131,10 @@ class Experiment:
 
 
 def curve(job: TrainJob) -> dict[int, Mapping[str, Any]]:
-    """Recall of the evaluation by number of samples seen; empty before the first validation."""
+    """Recall of the one evaluation by number of samples seen; empty before the first validation."""
     path = Path(job.folder) / "metrics.jsonl"
     lines = map(json.loads, path.read_text(encoding="utf-8").splitlines()) if path.exists() else ()
-    return {line["samples_seen"]: line["recall"] for line in lines if line.get("evaluation") == EVALUATION}
+    return {line["samples_seen"]: line["recall"] for line in lines if "evaluation" in line}
 
 
 def is_finished(job: TrainJob) -> bool:
