@@ -17,7 +17,7 @@ import polars as pl
 
 from data_prep.corpus import exemptions, kept_tables, rows_stage, table_name
 from data_prep.download import partition_of
-from data_prep.drop_table import publish_judged, write_table
+from data_prep.drop_table import DETAIL, publish_judged, write_table
 from data_prep.histograms import histogram
 from data_prep.shard_files import OpenFiles
 from data_prep.text_rules import SCORE_BELOW_THRESHOLD, SCORE_RULE
@@ -202,7 +202,8 @@ def filter_run(config: FilterScoreConfig, context: Context, task: Task, progress
         )
     )
     kept = judged.filter(pl.col("reason").is_null()).drop("reason")
-    dropped = judged.filter(pl.col("reason").is_not_null())
+    why = pl.format("{} < {}", pl.col(SCORE_COLUMN).round(4), pl.lit(min_score))
+    dropped = judged.filter(pl.col("reason").is_not_null()).with_columns(why.alias(DETAIL))
     return publish_judged(
         context,
         task,

@@ -202,6 +202,11 @@ def test_another_threshold_costs_no_second_pass(
     manifest = runner.read_manifest(again, "filter_score")
     assert manifest is not None
     assert manifest.dropped == {"score_below_threshold": 7}
+    drops = pl.concat([pl.read_parquet(p) for p in Path(again.folder, "filter_score/dropped").glob("*")])
+    lowest = float(everything["pair_score"].min())  # type: ignore[arg-type]
+    assert f"{lowest:.4f} < {middle}" in [
+        f"{float(text.split()[0]):.4f} < {text.split()[2]}" for text in drops["detail"]
+    ]
     monkeypatch.undo()
     exempt = make(tmp_path / "exempt", config, min_score=2.0, exempt=("score",))
     execute(exempt)
