@@ -358,7 +358,7 @@ def _row_stages(config: RunConfig) -> list[Stage]:
             Stage(
                 name="score",
                 title="cosine of picture and caption by two encoders",
-                version=1,
+                version=2,
                 config=config.score,
                 parents=("corpus", "download", before),
                 tasks=functools.partial(score.tasks, identify=pair_encoder.identify),

@@ -22,7 +22,7 @@ from eval.comparison import Comparison, Line
 from eval.datasets.cnclip_tsv import read_evaluation
 from eval.metrics import RetrievalScores
 from eval.published import RetrievalProtocol
-from eval.report import headline, write_report
+from eval.report import headline, report_json, write_report
 from eval.report_data import (
     Counts,
     FunnelStep,
@@ -74,14 +74,6 @@ def make_data() -> ReportData:
                 {"a": Counts(60, 55, {"language": 5}), HOSTILE: Counts(40, 20, {"language": 15, HOSTILE: 5})},
             ),
         ),
-        histograms=(
-            Histogram(
-                "characters", "filter_text", range(1, 101), [0] * 5 + [40, 30, 5] + [0] * 93, [9] * 101
-            ),
-            Histogram("score", "filter_text", [0.1, 0.2, 0.3], [0, 0, 50, 25], [3, 2, 0, 0]),
-            Histogram("short_side_px", "filter_image", [16, 32], [0, 0, 0], [0, 0, 0]),  # nothing came in
-        ),
-        notes=(f"the threshold 0.26 is a no-op for {HOSTILE}",),
         training=tuple(TrainingPoint(stage, seen, 5 - seen / 200, 14.3, 1e-3) for stage, seen in steps),
         recall=tuple(
             RecallPoint(stage, seen, name, scores(seen / 20))
@@ -373,26 +365,38 @@ def test_the_browser_check_notices_scripts_and_requests(tmp_path: Path) -> None:
 
 
 def test_histograms_and_notes_are_shown() -> None:
-    html = render_html(make_data())
+    histograms = (
+        Histogram("characters", "filter_text", range(1, 101), [0] * 5 + [40, 30, 5] + [0] * 93, [9] * 101),
+        Histogram("score", "filter_text", [0.1, 0.2, 0.3], [0, 0, 50, 25], [3, 2, 0, 0]),
+        Histogram("short_side_px", "filter_image", [16, 32], [0, 0, 0], [0, 0, 0]),  # nothing came in
+    )
+    data = dataclasses.replace(make_data(), histograms=histograms, notes=(f"a no-op for {HOSTILE}",))
+    html = render_html(data)
     assert html.count("<figcaption>Characters of the captions, filter_text</figcaption>") == 1
     assert "Scores of the sources (cosine), filter_text" in html
     assert "Shorter side of the pictures" not in html  # of an empty histogram there is nothing to draw
-    assert "Note: the threshold 0.26 is a no-op for &lt;script&gt;" in html
-    assert 'href="#histograms"' in html or 'id="histograms"' in html
+    assert "Note: a no-op for &lt;script&gt;" in html
+    report = report_json(data)
+    assert report["histograms"][1]["kept"] == [0, 0, 50, 25]
+    assert report["notes"] == [f"a no-op for {HOSTILE}"]
+    page = Page(html)
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))  # charts keep theirs apart
 
 
 def test_a_histogram_draws_its_counts() -> None:
     svg = histogram_chart("h", "Scores", [0.1, 0.2, 0.3], [0, 10, 0, 0], [0, 5, 0, 20])
-    heights = [
-        abs(float(ys[0]) - float(ys[1]))
-        for colour in ("kept", "dropped")
-        for path in re.findall(rf'<path d="([^"]*)"[^>]*fill: var\\(--{colour}\\)', svg)
-        for ys in [sorted({point.split()[1] for point in re.findall(r"[ML] ([\d.]+ [\d.]+)", path)})]
-        if len(ys) == 2
-    ]
-    # bins 1 to 3: kept 10, 0, 0 and dropped 5, 0, 20; empty bars have no height
-    tallest = max(heights)
-    assert sorted(round(20 * height / tallest) for height in heights) == [5, 10, 20]
+    heights = {}
+    for side in ("kept", "dropped"):
+        paths = re.findall(rf'<path d="([^"]*)"[^>]*fill: var\(--{side}\)', svg)
+        heights[side] = []
+        for path in paths:
+            ys = [float(y) for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", path)]
+            heights[side].append(max(ys) - min(ys))
+    # bins 1 to 3, the empty one at the end left out; empty bars have no height
+    unit = heights["kept"][0] / 10
+    assert [round(height / unit) for height in heights["kept"]] == [10, 0, 0]
+    assert [round(height / unit) for height in heights["dropped"]] == [5, 0, 20]
     assert ">0.2<" in svg
     with pytest.raises(ValueError, match="every bin is empty"):
         histogram_chart("h", "Scores", [0.1], [0, 0], [0, 0])
