@@ -16,9 +16,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from pipeline import store
 from pipeline.records import InputError
 
 HOST = "corpus.invalid"
@@ -135,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
         _, _, rest = path.partition(f"/{PICTURES}/")
         name, _, relative = rest.partition("/")
         root = self.server.pictures.get(name)
-        if root is not None:
+        if root is not None and "\0" not in relative:
             file = (root / relative).resolve()
             if file.is_relative_to(root) and file.is_file():
                 return Answer(file=str(file), content_type="application/octet-stream")
@@ -145,7 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Status and bytes of a picture inside a file below one of the packed folders."""
         name, _, relative = path.removeprefix(f"/{PACKED}/").partition("/")
         root = self.server.packed.get(name)
-        file = (root / relative).resolve() if root is not None else None
+        file = (root / relative).resolve() if root is not None and "\0" not in relative else None
         if root is None or file is None or not file.is_relative_to(root) or not file.exists():
             return 404, b""
         try:
@@ -184,6 +186,18 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Quiet: the download stage counts what it got."""
+
+
+@contextmanager
+def local_site(folder: str) -> Iterator[str]:
+    """A corpus folder's site as a local folder: itself, or a copy of a remote one without its tables."""
+    if store.is_local(folder):
+        yield folder
+        return
+    with store.local_folder(store.join(folder, "site")) as files, TemporaryDirectory() as copy:
+        Path(copy, "site.json").write_bytes(store.read_bytes(store.join(folder, "site.json")))
+        Path(copy, "site").symlink_to(files)
+        yield copy
 
 
 @contextmanager

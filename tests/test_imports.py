@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("pipeline", "data_prep", "training", "eval")
 BOTTOM = {"align", "records", "store", "stage", "config", "processes", "progress", "evaluation_sets"}
-TOP = {"catalog", "runner", "launch", "rank", "why", "tables", "doctor", "__main__"}
+TOP = {"catalog", "runner", "ray_cluster", "launch", "rank", "why", "tables", "doctor", "__main__"}
 
 # What each layer may import of this project besides itself.
 ALLOWED = {

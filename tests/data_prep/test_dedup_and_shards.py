@@ -84,8 +84,8 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return paths
 
 
-def _run(folder: Path, tables: Sequence[Path], partitions: int = 3) -> Run:
-    sources = tuple(TableSource(path=str(path), name=path.stem) for path in tables)
+def _run(folder: Path | str, tables: Sequence[Path | str], partitions: int = 3) -> Run:
+    sources = tuple(TableSource(path=str(path), name=Path(path).stem) for path in tables)
     images = FilterImageConfig()
     stages = (
         Stage(
