@@ -45,8 +45,8 @@ class DownloadConfig:
     short_side_px: int = 256  # larger pictures are reduced to it: room for a random crop of 224
     jpeg_quality: int = 95
     max_pixels: int = 100_000_000  # of a picture's header: above, a decompression bomb
-    # Decode a JPEG at a half, a quarter or an eighth where that is still larger than short_side_px: faster, and
-    # pixels differ a little (benchmarks/resize.py says both).
+    # Decode a JPEG at 1/2, 1/4 or 1/8 where that still exceeds short_side_px, and average areas: faster,
+    # and pixels differ a little (benchmarks/resize.py says both).
     scaled_decode: bool = False
     timeout_seconds: float = 10.0  # a whole request
     retries: int = 1  # further tries at an address that gave nothing

@@ -43,7 +43,7 @@ class UprightResizer:
     max_pixels: int  # of the picture as its header promises, before anything is decoded
     jpeg_quality: int
     # Decode a JPEG at 1/2, 1/4 or 1/8 of its size where that is still large enough (libjpeg's scaled inverse
-    # DCT): half the time, and pixels that differ by less than one of 255 on photographs (benchmarks/resize.py).
+    # DCT), and average areas as img2dataset does instead of Lanczos: faster, a little softer.
     scaled_decode: bool = False
 
     def __call__(self, img_stream: Any, blurring_bbox_list: Any = None) -> tuple[Any, ...]:
@@ -61,7 +61,7 @@ class UprightResizer:
         scale = self.short_side_px / min(original_size)
         if scale < 1:
             size = (max(1, round(original_width * scale)), max(1, round(original_height * scale)))
-            image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+            image = _average(image, size) if self.scaled_decode else _lanczos(image, size)
         out = io.BytesIO()
         image.save(out, "JPEG", quality=self.jpeg_quality, subsampling=0)
         return out.getvalue(), *image.size, original_width, original_height, None
@@ -105,6 +105,16 @@ def _draft(image: Image.Image, short_side_px: int) -> None:
     if scale < 1:
         width, height = image.size
         image.draft(None, (math.ceil(width * scale), math.ceil(height * scale)))  # type: ignore[arg-type]
+
+
+def _lanczos(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+
+
+def _average(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    import cv2
+
+    return Image.fromarray(cv2.resize(np.asarray(image), size, interpolation=cv2.INTER_AREA))
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
