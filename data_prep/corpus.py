@@ -216,14 +216,16 @@ def _refuse_empty(path: str, source: TableSource) -> NoReturn:
 
 
 def tables_of(corpus: Manifest) -> list[dict[str, Any]]:
-    """Tables of the corpus in order: {stage (None for an outside file), path, source, digest}."""
-    digests = {shard.path: shard.digest for shard in corpus.shards}
+    """Tables of the corpus in order: {stage (None for an outside file), path, source, digest, num_rows}."""
+    shards = {shard.path: shard for shard in corpus.shards}
     tables = []
     for extra in corpus.extra.values():
         for path, source in extra.get("tables", {}).items():
-            tables.append({"stage": "corpus", "path": path, "source": source, "digest": digests[path]})
+            facts = {"digest": shards[path].digest, "num_rows": shards[path].num_samples}
+            tables.append({"stage": "corpus", "path": path, "source": source, **facts})
         if outside := extra.get("external"):
-            tables.append({"stage": None, **outside})
+            num_rows = extra["sources"][outside["source"]["name"]]["in"]
+            tables.append({"stage": None, **outside, "num_rows": num_rows})
     return tables
 
 

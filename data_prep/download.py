@@ -45,7 +45,7 @@ class DownloadConfig:
     short_side_px: int = 256  # larger pictures are reduced to it: room for a random crop of 224
     jpeg_quality: int = 95
     max_pixels: int = 100_000_000  # of a picture's header: above, a decompression bomb
-    # Decode a JPEG at 1/2, 1/4 or 1/8 where that still exceeds short_side_px, and average areas: faster,
+    # Decode a JPEG at 1/2, 1/4 or 1/8 where that still exceeds short_side_px, and average pixels: faster,
     # and pixels differ a little (benchmarks/resize.py says both).
     scaled_decode: bool = False
     timeout_seconds: float = 10.0  # a whole request

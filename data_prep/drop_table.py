@@ -77,14 +77,20 @@ def publish_judged(
     kept: pl.DataFrame,
     dropped: pl.DataFrame,
     extra: Mapping[str, Any] | None = None,
+    pieces: Mapping[str, pl.DataFrame] | None = None,
 ) -> Outcome:
-    """Publish a task's kept rows and its drops (with url, key and reason), and account for both."""
+    """Publish a task's kept rows and its drops (with url, key and reason), and account for both.
+
+    `pieces` is the kept rows cut into several files, by name; without it they are one, named as the task.
+    """
     by_source = {"sources": count_by_source(kept, dropped)}
-    kept_path = f"kept/{task.name}.parquet"
-    write_table(kept, context.path(kept_path))
+    outputs = {}
+    for name, piece in (pieces or {task.name: kept}).items():
+        write_table(piece, context.path(f"kept/{name}.parquet"))
+        outputs[f"kept/{name}.parquet"] = piece.height
     counts = write_drops(dropped, context.path(drops_path(task.name)))
     return Outcome(
-        {kept_path: kept.height, drops_path(task.name): dropped.height},
+        {**outputs, drops_path(task.name): dropped.height},
         num_in=kept.height + dropped.height,
         num_kept=kept.height,
         dropped=counts,

@@ -1,6 +1,7 @@
 """Stage filter_text: a caption table in; out, rows that pass every text rule, and why the others did not."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,9 @@ from data_prep.text_rules import TextRule
 from pipeline import store
 from pipeline.records import ConfigError
 from pipeline.stage import Context, Outcome, Progress, Task
+
+# LAION-5B's tables hold some 17 million rows each; a task holds this many of them in memory.
+ROWS_PER_TASK = 500_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,18 +46,28 @@ class FilterTextConfig:
 
 
 def tasks(config: FilterTextConfig, context: Context) -> list[Task]:
-    """One task a table."""
+    """One task a table, or a slice of one that is longer than a task should hold in memory."""
     corpus = context.parents["corpus"]
     shared = {f"blacklist {theme}": _words_digest(theme) for theme in config.blacklists}
     shared |= {os.path.basename(urls.path): urls.digest for urls in evaluation_urls(context)}
     return [
         Task(
-            name=f"{number:05d}",
+            name=f"{number:05d}{piece}",
             inputs={**shared, "table": table["digest"]},
-            arguments={"table": {key: table[key] for key in ("stage", "path", "source")}},
+            arguments={"table": {key: table[key] for key in ("stage", "path", "source")}, **rows},
         )
         for number, table in enumerate(tables_of(corpus))
+        for piece, rows in _slices(table["num_rows"])
     ]
+
+
+def _slices(num_rows: int) -> Iterator[tuple[str, dict[str, int]]]:
+    """(suffix of the task's name, its rows); a table that one task holds has neither."""
+    if num_rows <= ROWS_PER_TASK:
+        yield "", {}
+        return
+    for number, first in enumerate(range(0, num_rows, ROWS_PER_TASK)):
+        yield f"-{number:05d}", {"first": first, "count": min(ROWS_PER_TASK, num_rows - first)}
 
 
 def run(config: FilterTextConfig, context: Context, task: Task, progress: Progress) -> Outcome:
@@ -64,7 +78,9 @@ def run(config: FilterTextConfig, context: Context, task: Task, progress: Progre
     frame = scan(path, source)
     names = frame.collect_schema().names()
     with naming_damage(path):
-        has_scores = _has_scores(frame)
+        has_scores = _has_scores(frame)  # of the whole table: all its slices are judged by the same rules
+    if "first" in task.arguments:
+        frame = frame.slice(task.arguments["first"], task.arguments["count"])
     rules = rules_for(config, source.exemptions, context, has_scores)
     judged = with_key(
         frame.with_columns(reason=text_rules.first_reason(rules)), normalise=config.normalise_duplicates
@@ -73,7 +89,7 @@ def run(config: FilterTextConfig, context: Context, task: Task, progress: Progre
         rows = judged.collect(engine="streaming")
     kept = (
         rows.filter(pl.col("reason").is_null())
-        .with_columns(pl.col("caption").str.strip_chars(), file=pl.lit(int(task.name), dtype=pl.Int32))
+        .with_columns(pl.col("caption").str.strip_chars(), file=pl.lit(int(task.name[:5]), dtype=pl.Int32))
         .select("key", "file", *names)
         .drop(*JUDGED_ONLY)
         .sort("key", "row")
