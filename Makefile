@@ -14,7 +14,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,emoji,onnx]"
-	$(BIN)/python -m pip install --quiet --no-deps cn_clip==1.6.0 open_clip_torch==3.3.0
+	$(BIN)/python -m pip install --quiet --no-deps cn_clip==1.6.0 open_clip_torch==3.3.0 multilingual-clip==1.0.10
 	touch $@
 
 demo: install

@@ -4,9 +4,9 @@
     python benchmarks/encode.py --full          # more captions and pictures
     python benchmarks/encode.py --device cuda   # bf16; B/16, L/14, H/14; transformers too; MFU
 
-cn_clip pads every caption to 52 tokens; this project encodes captions of one length together. Captions are
-those of `--emoji FOLDER` (the emoji_zh corpus: name and keywords) where it is given, and made ones with
-lengths as in Flickr30K-CN (19.7 characters in the mean). Times are the best of alternating rounds.
+cn_clip pads every caption to 52 tokens; this project computes on no padding. Captions are those of `--emoji
+FOLDER` (the emoji_zh corpus: name and keywords) where it is given, and made ones with lengths as in
+Flickr30K-CN (19.7 characters in the mean). Times are medians of alternating rounds.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import io
 import json
 import platform
 import random
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -108,8 +109,8 @@ def machine() -> str:
     return f"{threads}{gpu}, torch {torch.__version__}"
 
 
-def fastest(*functions: Callable[[], Any], rounds: int) -> tuple[list[float], list[Any]]:
-    """Least seconds of each over rounds in turn, so that noise hits all alike, and each one's last result."""
+def medians(*functions: Callable[[], Any], rounds: int) -> tuple[list[float], list[Any]]:
+    """Median seconds of each over rounds in turn, so that noise hits all alike, and each one's last result."""
     seconds: list[list[float]] = [[] for _ in functions]
     results: list[Any] = [function() for function in functions]  # warm-up
     for _ in range(rounds):
@@ -117,7 +118,7 @@ def fastest(*functions: Callable[[], Any], rounds: int) -> tuple[list[float], li
             start = time.perf_counter()
             results[index] = function()
             seconds[index].append(time.perf_counter() - start)
-    return [min(times) for times in seconds], results
+    return [statistics.median(times) for times in seconds], results
 
 
 def record(
@@ -141,8 +142,8 @@ def compare_tokenising(name: str, tokenizer: Tokenizer, cn_clip: Any, texts: Seq
     def theirs() -> Any:
         return cn_clip.tokenize([_as_its_loader(text) for text in texts], context_length=CONTEXT_LENGTH)
 
-    (ours_s, peer_s), (ours, peer) = fastest(
-        lambda: tokenizer.encode(texts, CONTEXT_LENGTH), theirs, rounds=5
+    (ours_s, peer_s), (ours, peer) = medians(
+        lambda: tokenizer.encode(texts, CONTEXT_LENGTH), theirs, rounds=15
     )
     return record(name, len(texts), ours_s, peer_s, bool((ours == peer.numpy()).all()))
 
@@ -166,7 +167,7 @@ def models_of(name: str, cn_clip: Any) -> tuple[CLIP, Any]:
 def _on_cpu(
     tokenizer: Tokenizer, cn_clip: Any, captions: dict[str, list[str]], full: bool
 ) -> list[dict[str, Any]]:
-    num_texts, num_images, rounds = (1024, 32, 3) if full else (128, 4, 2)
+    num_texts, num_images, rounds = (1024, 32, 5) if full else (96, 4, 3)
     model, peer = models_of("ViT-B-16", cn_clip)
     encoder = Encoder(model, tokenizer, device="cpu")
     results = []
@@ -183,7 +184,7 @@ def _on_cpu(
                 parts = [F.normalize(peer.encode_text(part), dim=-1) for part in padded_NL.split(PEER_BATCH)]
             return torch.cat(parts).numpy()
 
-        (ours_s, peer_s), (ours, theirs) = fastest(ours_text, peer_text, rounds=rounds)
+        (ours_s, peer_s), (ours, theirs) = medians(ours_text, peer_text, rounds=rounds)
         equal = bool(np.abs(ours - theirs).max() <= TOLERANCE)
         results.append(record(f"encode/text{suffix}", num_texts, ours_s, peer_s, equal))
     image_BCHW = torch.randn(num_images, 3, 224, 224, generator=torch.Generator().manual_seed(2))
@@ -192,8 +193,8 @@ def _on_cpu(
         with torch.inference_mode():
             return F.normalize(peer.encode_image(image_BCHW), dim=-1).numpy()
 
-    (ours_s, peer_s), (ours, theirs) = fastest(
-        lambda: encoder.embed_pixels(image_BCHW), peer_image, rounds=max(3, rounds)
+    (ours_s, peer_s), (ours, theirs) = medians(
+        lambda: encoder.embed_pixels(image_BCHW), peer_image, rounds=max(5, rounds)
     )
     equal = bool(np.abs(ours - theirs).max() <= TOLERANCE)
     results.append(record("encode/image", num_images, ours_s, peer_s, equal))
@@ -257,7 +258,7 @@ def _on_gpu(
             ),
         ),
     ):
-        seconds, found = fastest(*functions, rounds=5)
+        seconds, found = medians(*functions, rounds=5)
         for label, other_s, other in zip(("", "/transformers"), seconds[1:], found[1:], strict=True):
             equal = bool(np.abs(found[0] - other).max() <= TOLERANCE_BF16)
             result = record(f"encode/{side}/{name}{label}", count, seconds[0], other_s, equal)

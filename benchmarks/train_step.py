@@ -78,11 +78,10 @@ def compare(name: str, rounds: int, *, lock_image: bool, cached: bool) -> dict[s
     if cached:
         with torch.no_grad():
             image = clip.encode_image(pixel_BCHW).half()
-    longest = int(tokens_BL.ne(0).sum(1).max())  # batches are as long as that
     batch = SimpleNamespace(image_id_B=None, caption_id_B=None)
 
     def our_step() -> Tensor:
-        loss = towers.loss(*towers(image, tokens_BL[:, :longest]), batch)  # type: ignore[arg-type]
+        loss = towers.loss(*towers(image, tokens_BL), batch)  # type: ignore[arg-type]
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 

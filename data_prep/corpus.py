@@ -23,6 +23,7 @@ from data_prep.sources.demo import DemoConfig, make_demo
 from data_prep.sources.emoji import EmojiConfig, make_emoji
 from data_prep.sources.packed import PackedSource
 from data_prep.sources.table import TableSource
+from data_prep.text_rules import SCORE_RULE
 from pipeline import store
 from pipeline.evaluation_sets import EvaluationSource, digest_of
 from pipeline.evaluation_sets import facts as evaluation_facts
@@ -178,7 +179,8 @@ def _take_in(
     full_paths = context.path(table_path), context.path(malformed_path)
     taken: convert.Converted | packed.Unpacked
     if fields["kind"] in typing.get_args(packed.PackedKind):
-        source = PackedSource(**{**fields, "exempt_from": tuple(fields["exempt_from"])})
+        lists = {name: tuple(fields[name]) for name in ("exempt_from", "carry_columns")}
+        source = PackedSource(**{**fields, **lists})
         extra["packed"] = {source.name: store.absolute(source.path)}
         taken = packed.unpack(source, paths, *full_paths)
     else:
@@ -195,7 +197,9 @@ def _take_in(
     dropped = dict(taken.dropped)
     num_in = taken.num_rows + sum(dropped.values())
     counts = {"in": num_in, "kept": taken.num_rows, "dropped": dropped}
+    pairs = caption_table.score_pairs(full_paths[0], taken.source)
     extra |= {"tables": {table_path: description}, "sources": {taken.source.name: counts}}
+    extra |= {"score_pairs": {taken.source.name: pairs}} if pairs else {}
     num_malformed = sum(count for reason, count in dropped.items() if reason.startswith("malformed:"))
     outputs = {table_path: taken.num_rows, malformed_path: num_malformed}
     return Outcome(outputs, num_in=num_in, num_kept=taken.num_rows, dropped=dropped, extra=extra)
@@ -208,6 +212,8 @@ def _look_at_table(path: str, source: TableSource, digest: str, extra: dict[str,
         _refuse_empty(path, source)
     extra["external"] = {"path": path, "source": caption_table.describe(source), "digest": digest}
     extra["sources"] = {source.name: {"in": num_rows, "kept": num_rows, "dropped": {}}}
+    if pairs := caption_table.score_pairs(path, source):
+        extra["score_pairs"] = {source.name: pairs}
     return Outcome({}, num_in=num_rows, num_kept=num_rows, extra=extra)
 
 
@@ -227,6 +233,42 @@ def tables_of(corpus: Manifest) -> list[dict[str, Any]]:
             num_rows = extra["sources"][outside["source"]["name"]]["in"]
             tables.append({"stage": None, **outside, "num_rows": num_rows})
     return tables
+
+
+# Stages that judge downloaded pictures, in order; those after the first run only where a run asks for them.
+ROW_STAGES = ("filter_image", "dedup_image", "filter_score")
+
+
+def rows_stage(context: Context) -> str:
+    """The parent whose kept rows a stage goes on with: the last of ROW_STAGES that it has."""
+    return next(name for name in reversed(ROW_STAGES) if name in context.parents)
+
+
+def kept_tables(context: Context, stage: str) -> list[Shard]:
+    """Tables of the rows that a stage kept, in order, by their paths in its folder."""
+    return [shard for shard in context.parents[stage].shards if shard.path.startswith("kept/")]
+
+
+def table_name(shard: Shard) -> str:
+    """`00000` of `kept/00000.parquet`."""
+    return Path(shard.path).stem
+
+
+def exemptions(corpus: Manifest) -> dict[str, tuple[str, ...]]:
+    """Source → names of the rules that do not apply to it."""
+    sources = [caption_table.from_description(table["source"]) for table in tables_of(corpus)]
+    return {source.name: source.exemptions for source in sources}
+
+
+def score_pairs(corpus: Manifest) -> dict[str, list[str]]:
+    """Source → encoder pairs of its own scores, for sources that are judged by them."""
+    exempt = {name for name, rules in exemptions(corpus).items() if SCORE_RULE in rules}
+    found: dict[str, list[str]] = {}
+    for extra in corpus.extra.values():
+        for source, pairs in extra.get("score_pairs", {}).items():
+            if source not in exempt:
+                found[source] = sorted({*found.get(source, []), *pairs})
+    return found
 
 
 def evaluation_urls(context: Context) -> list[Shard]:

@@ -19,18 +19,15 @@ from pathlib import Path
 
 import polars as pl
 
-from data_prep import corpus
-from data_prep.drop_table import count_by_source, drops_path, write_drops, write_table
+from data_prep import corpus, retry
+from data_prep.drop_table import HTTP_STATUS, count_by_source, drops_path, write_drops, write_table
 from data_prep.public_web import ALLOWED_VARIABLE
 from data_prep.site import SITE_VARIABLE, local_site, serve
 from data_prep.tar_members import TarWriter
 from pipeline import store
 from pipeline.config import NOT_IN_DIGEST
-from pipeline.records import DropReason, InputError
+from pipeline.records import InputError
 from pipeline.stage import Context, Outcome, Progress, Task
-
-# img2dataset met an error of its own on a row and wrote nothing about it.
-LOST_BY_DOWNLOADER = DropReason("lost_by_downloader")
 
 _POLL_SECONDS = 0.2
 _NETWORK_REASONS = ("connection", "dns", "timeout")
@@ -73,6 +70,11 @@ def tasks(config: DownloadConfig, context: Context) -> list[Task]:
     ]
 
 
+def partition_of(path: str) -> str:
+    """The partition that an output of this stage, or of one after it, belongs to."""
+    return Path(path).name.partition(".")[0]
+
+
 def run_together(
     config: DownloadConfig, context: Context, tasks: list[Task], progress: Progress
 ) -> Iterator[tuple[Task, Outcome]]:
@@ -85,10 +87,11 @@ def _download(
     config: DownloadConfig, context: Context, tasks: list[Task], raw: Path, progress: Progress
 ) -> Iterator[tuple[Task, Outcome]]:
     (raw / "lists").mkdir()
-    num_rows = {shard.path: shard.num_samples for shard in context.parents["dedup"].shards}
+    num_rows: dict[str, int] = {}  # asked for, of each task
     waiting: dict[int, Task] = {}  # number of img2dataset's shard → task
     for task in tasks:
         rows = _asked(context, task)
+        num_rows[task.name] = rows.height
         if rows.height == 0:
             yield task, _pack(context, task, raw, None)
             continue
@@ -98,7 +101,7 @@ def _download(
         waiting[len(waiting)] = task
     if not waiting:
         return
-    counts = [num_rows[task.arguments["path"]] for task in waiting.values()]
+    counts = [num_rows[task.name] for task in waiting.values()]
     log = _log_path(context, tasks[0])
     with _downloader(config, context, raw, log, max(counts)) as process:
         done = 0
@@ -119,7 +122,7 @@ def _download(
                 if share < _SUSPECT_SHARE or not waiting:
                     for finished, its_number in suspects:
                         yield finished, _pack(context, finished, raw, its_number)
-                        done += num_rows[finished.arguments["path"]]
+                        done += num_rows[finished.name]
                         progress(done, sum(counts), "rows")
                     suspects.clear()
             if waiting and ended is not None:
@@ -215,8 +218,12 @@ def _downloader(
 
 
 def _asked(context: Context, task: Task) -> pl.DataFrame:
-    """The rows of one partition, in key order."""
-    return pl.read_parquet(context.path_in("dedup", task.arguments["path"]))
+    """The rows of one partition, in key order; in a later pass those that are worth another try."""
+    rows = pl.read_parquet(context.path_in("dedup", task.arguments["path"]))
+    if drops := task.arguments.get("drops"):
+        again = retry.worth_it(pl.scan_parquet(context.path_in("download", drops))).select("key").collect()
+        rows = rows.join(again, on="key", how="semi", maintain_order="left")
+    return rows
 
 
 def _pack(context: Context, task: Task, raw: Path, number: int | None) -> Outcome:
@@ -233,6 +240,7 @@ def _pack(context: Context, task: Task, raw: Path, number: int | None) -> Outcom
         pl.col("sample_key").alias("key"),
         pl.col("key").alias("member"),
         reason=pl.col("error_message").str.split(":").list.first(),
+        http_status=pl.col("error_message").str.extract(r"^http_\w+: (\d{3})$").cast(pl.Int16),
         original_width_px="original_width",
         original_height_px="original_height",
         stored_width_px="width",
@@ -241,12 +249,12 @@ def _pack(context: Context, task: Task, raw: Path, number: int | None) -> Outcom
     )
     rows = asked.join(answers, on="key", how="left", maintain_order="left").with_columns(
         reason=pl.when(pl.col("member").is_null())
-        .then(pl.lit(str(LOST_BY_DOWNLOADER)))
+        .then(pl.lit(str(retry.LOST_BY_DOWNLOADER)))
         .otherwise(pl.col("reason"))
     )
     kept = (
         rows.filter(pl.col("reason").is_null())
-        .drop("reason", "width_px", "height_px")
+        .drop("reason", HTTP_STATUS, "width_px", "height_px")
         .rename({"original_width_px": "width_px", "original_height_px": "height_px"})
     )
     tar_path = f"pictures/{task.name}.tar"

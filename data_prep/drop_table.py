@@ -1,6 +1,7 @@
-"""Drop tables: for every dropped row its key, the digest of its URL, and the reason.
+"""Drop tables: for every dropped row its key, the digest of its URL, the reason, and some with a detail.
 
-They answer `cnclip why`; everything else about a row is looked up in its source.
+They answer `cnclip why`; everything else about a row is looked up in its source. `detail` is the word of a
+blacklist, or the key of the picture that a copy is of; a stage whose rows say enough has no such column.
 """
 
 import os
@@ -15,6 +16,8 @@ from pipeline import store
 from pipeline.stage import Context, Outcome, Task
 
 DROP_COLUMNS = {"key": pl.String, "url_hash": pl.String, "reason": pl.String}
+DETAIL = "detail"  # the word of a blacklist, the key that a copy is of: where a stage notes one
+HTTP_STATUS = "http_status"  # of the answer, where there was one: the download's drop tables alone
 _KEY_HEX_DIGITS = 32  # 128 bits: no collision to be expected among billions of rows
 _URL_HASH_HEX_DIGITS = 16
 _SEPARATOR = "\u0000"
@@ -62,9 +65,13 @@ def write_table(frame: pl.DataFrame, path: str) -> None:
 
 
 def write_drops(dropped: pl.DataFrame, path: str) -> dict[str, int]:
-    """Publish the drop table of a frame with url, key and reason; returns rows per reason."""
+    """Publish the drop table of a frame with url, key and reason; returns rows per reason.
+
+    Where the frame has a column http_status or detail, the table has it too.
+    """
+    further = [name for name in (HTTP_STATUS, DETAIL) if name in dropped.columns]
     table = dropped.with_columns(url=pl.col("url").fill_null("")).select(
-        "key", url_hash().alias("url_hash"), "reason"
+        "key", url_hash().alias("url_hash"), "reason", *further
     )
     write_table(table.sort("url_hash", "key", "reason"), path)
     counts = dropped.group_by("reason").len().sort("reason")

@@ -1,19 +1,22 @@
 """Stage filter_image: pictures that are too small, too long, or of an evaluation set go; hashes are made."""
 
+import dataclasses
 import functools
+import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import polars as pl
 
 from data_prep import guard, image_rules
-from data_prep.corpus import guard_paths
+from data_prep.corpus import exemptions, guard_paths
+from data_prep.download import partition_of
 from data_prep.drop_table import publish_judged
+from data_prep.histograms import histogram
 from data_prep.resize import UNDECODABLE, BadImageError, decode_upright
+from data_prep.shard_files import OpenFiles
 from pipeline import store
 from pipeline.evaluation_sets import EvaluationSet, evaluations_of
-from pipeline.records import InputError
 from pipeline.stage import Context, Outcome, Progress, Task
 
 
@@ -37,39 +40,53 @@ def tasks(config: FilterImageConfig, context: Context) -> list[Task]:
         shared |= {
             f"guard {path}": store.digest_file(path) for path in guard_paths(context.parents["corpus"])
         }
-    shards = {shard.path: shard for shard in context.parents["download"].shards}
-    return [
-        Task(
-            Path(path).stem,
-            {**shared, "pictures": shard.digest, "rows": shards[path.replace(".tar", ".parquet")].digest},
-            {"tar": path, "table": path.replace(".tar", ".parquet")},
-        )
-        for path, shard in shards.items()
-        if path.endswith(".tar")
-    ]
+    plan: dict[str, Task] = {}
+    tables = {
+        partition_of(shard.path): shard
+        for shard in context.parents["download"].shards
+        if shard.path.startswith("pictures/") and shard.path.endswith(".parquet")
+    }
+    for shard in context.parents["download"].shards:
+        if not shard.path.endswith(".tar"):
+            continue
+        name = partition_of(shard.path)
+        if name not in plan:
+            inputs = {**shared, "pictures": shard.digest, "rows": tables[name].digest}
+            plan[name] = Task(name, inputs, {"tar": shard.path, "table": tables[name].path})
+        else:  # a later pass of the download has added pictures
+            inputs = {**plan[name].inputs, f"pictures {shard.path}": shard.digest}
+            plan[name] = dataclasses.replace(plan[name], inputs=inputs)
+    return list(plan.values())
 
 
 def run(config: FilterImageConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """Judge one partition's pictures. Pictures stay where they are; the table says which are kept."""
     table = pl.read_parquet(context.path_in("download", task.arguments["table"]))
-    tar_path = context.path_in("download", task.arguments["tar"])
+    if "tar" not in table.columns:
+        table = table.with_columns(tar=pl.lit(task.arguments["tar"]))
+    exempt_from = exemptions(context.parents["corpus"])
     reasons: list[str | None] = []
     hashes: list[bytes] = []
-    with store.open_read(tar_path) as tar:
-        for offset, size, width, height, key in table.select(
-            "offset_bytes", "size_bytes", "width_px", "height_px", "key"
+    with OpenFiles(lambda name: context.path_in("download", name)) as tars:
+        for tar, offset, size, width, height, key, source in table.select(
+            "tar", "offset_bytes", "size_bytes", "width_px", "height_px", "key", "source"
         ).iter_rows():
-            tar.seek(offset)
-            data = tar.read(size)
-            if len(data) < size:
-                raise InputError(f"{tar_path}: ends inside {key}.jpg; run `--stage download --redo`")
+            data = tars.read(tar, offset, size, key)
             try:
                 image = decode_upright(data, max_pixels=width * height)
             except BadImageError:
                 reasons.append(UNDECODABLE)
                 hashes.append(bytes(image_rules.HASH_BITS // 8))
                 continue
-            reasons.append(image_rules.size(width, height, config.min_side_px, config.max_aspect))
+            exempt = exempt_from.get(source, ())
+            reasons.append(
+                image_rules.size(
+                    width,
+                    height,
+                    1 if image_rules.SIZE_RULE in exempt else config.min_side_px,
+                    math.inf if image_rules.ASPECT_RULE in exempt else config.max_aspect,
+                )
+            )
             hashes.append(image_rules.perceptual_hash(np.asarray(image)))
     if config.remove_evaluation_copies:
         references = [item for folder in evaluations_of(context) for item in _evaluation_hashes(folder)]
@@ -82,15 +99,17 @@ def run(config: FilterImageConfig, context: Context, task: Task, progress: Progr
     judged = table.with_columns(
         pl.Series("perceptual_hash", hashes, dtype=pl.Binary),
         pl.Series("reason", [None if reason is None else str(reason) for reason in reasons], dtype=pl.String),
-        tar=pl.lit(task.arguments["tar"]),
     )
     kept = judged.filter(pl.col("reason").is_null()).drop("reason")
-    return publish_judged(context, task, kept, judged.filter(pl.col("reason").is_not_null()))
+    dropped = judged.filter(pl.col("reason").is_not_null())
+    short_side = [
+        rows.select(pl.min_horizontal("width_px", "height_px")).to_series() for rows in (kept, dropped)
+    ]
+    sizes = {"histograms": {"short_side_px": histogram("short_side_px", *short_side)}}
+    return publish_judged(context, task, kept, dropped, extra=sizes)
 
 
 @functools.lru_cache(maxsize=8)  # the sets are the same for every task that a process does
 def _evaluation_hashes(evaluation: EvaluationSet) -> list[bytes]:
     """Hashes of an evaluation set's pictures; InputError names a line that is no picture."""
-    return [
-        hashed for _, hashed in guard.tsv_hashes(store.join(evaluation.folder, f"{evaluation.name}_imgs.tsv"))
-    ]
+    return [hashed for _, hashed in guard.set_hashes(evaluation.folder, evaluation.name)]

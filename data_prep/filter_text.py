@@ -3,17 +3,19 @@
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import polars as pl
 
-from data_prep import text_rules
-from data_prep.corpus import evaluation_urls, tables_of
+from data_prep import chinese_script, text_rules
+from data_prep.corpus import evaluation_urls, score_pairs, tables_of
 from data_prep.drop_table import publish_judged, with_key
-from data_prep.sources.table import JUDGED_ONLY, from_description, naming_damage, scan
+from data_prep.histograms import histogram
+from data_prep.image_rules import SWITCHABLE_IMAGE_RULES
+from data_prep.sources.table import JUDGED_ONLY, TableSource, from_description, naming_damage, scan
 from data_prep.text_rules import TextRule
 from pipeline import store
-from pipeline.records import ConfigError
+from pipeline.records import ConfigError, Manifest
 from pipeline.stage import Context, Outcome, Progress, Task
 
 # LAION-5B's tables hold some 17 million rows each; a task holds this many of them in memory.
@@ -37,6 +39,8 @@ class FilterTextConfig:
     # Captions that differ in width, case, white space or punctuation, and addresses that differ in scheme or
     # fragment, are duplicates of each other.
     normalise_duplicates: bool = False
+    # Captions with traditional characters: kept as they are, dropped, or written in simplified ones.
+    traditional: Literal["keep", "drop", "convert"] = "keep"
 
     def __post_init__(self) -> None:
         if self.min_characters > self.max_characters:
@@ -46,8 +50,12 @@ class FilterTextConfig:
 
 
 def tasks(config: FilterTextConfig, context: Context) -> list[Task]:
-    """One task a table, or a slice of one that is longer than a task should hold in memory."""
+    """One task a table, or a slice of one that is longer than a task should hold in memory.
+
+    ConfigError where scores of different encoders would meet under one threshold.
+    """
     corpus = context.parents["corpus"]
+    _refuse_mixed_scores(corpus)
     shared = {f"blacklist {theme}": _words_digest(theme) for theme in config.blacklists}
     shared |= {os.path.basename(urls.path): urls.digest for urls in evaluation_urls(context)}
     return [
@@ -82,9 +90,7 @@ def run(config: FilterTextConfig, context: Context, task: Task, progress: Progre
     if "first" in task.arguments:
         frame = frame.slice(task.arguments["first"], task.arguments["count"])
     rules = rules_for(config, source.exemptions, context, has_scores)
-    judged = with_key(
-        frame.with_columns(reason=text_rules.first_reason(rules)), normalise=config.normalise_duplicates
-    )
+    judged = prepared(frame, config, source).with_columns(reason=text_rules.first_reason(rules))
     with naming_damage(path):
         rows = judged.collect(engine="streaming")
     kept = (
@@ -94,28 +100,74 @@ def run(config: FilterTextConfig, context: Context, task: Task, progress: Progre
         .drop(*JUDGED_ONLY)
         .sort("key", "row")
     )
+    dropped = rows.filter(pl.col("reason").is_not_null())
+    # Kept, since a list is edited after a run: `cnclip why` names the word that hit then.
+    dropped = dropped.with_columns(text_rules.blacklist_words(dropped, _themes(config)))
     scores = rows["score"].drop_nulls().drop_nans()
+    judges_scores = any(rule.name == text_rules.SCORE_RULE for rule in rules) and len(scores) > 0
     return publish_judged(
         context,
         task,
         kept,
-        rows.filter(pl.col("reason").is_not_null()),
+        dropped,
         extra={
             "source": source.name,
-            # Where every row already passes, the threshold is a no-op: the minimum shows it.
-            "score_minimum": round(float(scores.min()), 4) if len(scores) else None,  # type: ignore[arg-type]
             "rules": {rule.name: rule.version for rule in rules},
+            # Where every row already passes, the threshold is a no-op: the minimum shows it.
+            "min_score": config.min_score,
+            "score_minimums": {source.name: round(float(scores.min()), 4)} if judges_scores else {},  # type: ignore[arg-type]
+            "histograms": {
+                "characters": histogram("characters", _length(kept), _length(dropped)),
+                **({"score": histogram("score", kept["score"], dropped["score"])} if len(scores) else {}),
+            },
         },
     )
+
+
+def prepared(frame: pl.LazyFrame, config: FilterTextConfig, source: TableSource) -> pl.LazyFrame:
+    """A canonical table with its keys, and captions as they are judged and kept (see text_rules).
+
+    Keys are made of what came in, so that a caption can be asked for as its source has it.
+    """
+    exempt = source.exemptions
+    normalise = config.normalise_duplicates and text_rules.NORMALISED_DUPLICATES_RULE not in exempt
+    caption = text_rules.visible(pl.col("caption"))
+    if config.traditional == "convert" and text_rules.TRADITIONAL_RULE not in exempt:
+        caption = chinese_script.simplified(caption)
+    return with_key(frame, normalise=normalise).with_columns(caption=caption)
+
+
+def _length(rows: pl.DataFrame) -> pl.Series:
+    return rows["caption"].str.strip_chars().str.len_chars()
+
+
+def _themes(config: FilterTextConfig) -> dict[str, tuple[str, ...]]:
+    return {theme: text_rules.blacklist(theme) for theme in config.blacklists}
+
+
+def _refuse_mixed_scores(corpus: Manifest) -> None:
+    """A threshold means one encoder pair's cosines (FORMATS of mCLIP: pairs differ by tenths)."""
+    found: dict[str, str] = {}
+    for source, pairs in score_pairs(corpus).items():
+        found |= dict.fromkeys(pairs, source)
+    if len(found) > 1:
+        listed = ", ".join(f"{pair} (source {source})" for pair, source in sorted(found.items()))
+        raise ConfigError(
+            f"filter_text.min_score: scores of different encoder pairs have no threshold in common: {listed};"
+            f' name it with score_pair where it is the same, or give exempt_from = ["score"] and use [score]'
+        )
 
 
 def rules_for(
     config: FilterTextConfig, exempt_from: tuple[str, ...], context: Context, has_scores: bool
 ) -> list[TextRule]:
     """The rules of one source in the order they are asked; the first that drops a row names the reason."""
-    unknown = sorted(set(exempt_from) - set(text_rules.SWITCHABLE_RULES))
+    lists = {f"{text_rules.BLACKLIST_RULE}:{theme}" for theme in config.blacklists}
+    known_rules = (*text_rules.SWITCHABLE_RULES, *SWITCHABLE_IMAGE_RULES, *sorted(lists))
+    # A list that another run uses is no mistake.
+    unknown = sorted({*exempt_from} - {*known_rules} - {f"blacklist:{name}" for name in text_rules.themes()})
     if unknown:
-        known = ", ".join(text_rules.SWITCHABLE_RULES)
+        known = ", ".join(known_rules)
         raise ConfigError(f"corpus: exempt_from: no rule {unknown[0]!r}; known: {known}")
     rules = [text_rules.caption_present(), text_rules.url_valid()]
     urls = [url for file in evaluation_urls(context) for url in store.read_text(file.path).splitlines()]
@@ -131,9 +183,12 @@ def rules_for(
         rules.append(text_rules.not_nsfw(config.drop_nsfw, config.max_unsafe))
     if config.max_watermark is not None:
         rules.append(text_rules.no_watermark(config.max_watermark))
-    rules.append(
-        text_rules.not_blacklisted({theme: text_rules.blacklist(theme) for theme in config.blacklists})
-    )
+    if config.traditional == "drop":
+        rules.append(text_rules.no_traditional_characters())
+    applied = {
+        name: words for name, words in _themes(config).items() if f"blacklist:{name}" not in exempt_from
+    }
+    rules.append(text_rules.not_blacklisted(applied))
     return [rule for rule in rules if rule.name not in exempt_from]
 
 

@@ -6,15 +6,16 @@ from typing import Any
 
 import polars as pl
 
-from data_prep.corpus import tables_of
+from data_prep.corpus import ROW_STAGES, tables_of
 from data_prep.drop_table import with_key
 from data_prep.sources.table import from_description, scan
+from data_prep.text_rules import SCORE_BELOW_THRESHOLD
 from pipeline import store
 from pipeline.records import Manifest
 from pipeline.stage import Context
 
-# Stages that drop rows, in order; a corpus drops the malformed rows of its sources.
-STEPS = ("filter_text", "dedup", "download", "filter_image")
+# Stages that drop rows, in order, where a run has them; a corpus drops the malformed rows of its sources.
+STEPS = ("filter_text", "dedup", "download", *ROW_STAGES)
 
 
 def by_source(manifest: Manifest) -> dict[str, dict[str, Any]]:
@@ -28,6 +29,28 @@ def by_source(manifest: Manifest) -> dict[str, dict[str, Any]]:
             for reason, count in counts["dropped"].items():
                 total["dropped"][reason] = total["dropped"].get(reason, 0) + count
     return dict(sorted(totals.items()))
+
+
+def threshold_notes(manifest: Manifest) -> list[str]:
+    """A sentence for each source in which every row passes a stage's threshold on scores.
+
+    LAION-5B kept what its own encoders scored high enough: the paper's 0.26 can be a no-op on it.
+    """
+    lowest: dict[str, float] = {}
+    threshold = None
+    for extra in manifest.extra.values():
+        for source, score in extra.get("score_minimums", {}).items():
+            lowest[source] = min(score, lowest.get(source, score))
+            threshold = extra["min_score"]
+    counts = by_source(manifest)
+    return [
+        f"{manifest.stage}: the threshold {threshold:g} on scores is a no-op for {source}:"
+        f" the minimum seen is {score:.4f}"
+        for source, score in sorted(lowest.items())
+        if str(SCORE_BELOW_THRESHOLD) not in counts.get(source, {}).get("dropped", {})
+        and threshold is not None
+        and score >= threshold - 1e-6  # rows that an earlier rule drops are seen and not judged
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +75,10 @@ def count_planted(context: Context) -> list[PlantedCount]:
         return []
     rows = pl.concat([_keyed(context, table) for table in tables_of(context.parents["corpus"])])
     rows = rows.join(pl.read_parquet(path), on="SAMPLE_ID", validate="1:1")
-    dropped = {stage: _dropped(context, stage) for stage in STEPS}
-    reasons = pl.concat([dropped[stage] for stage in STEPS if stage != "dedup"]).unique("key")
-    kept = [shard.path for shard in context.shards_of("shards", ".parquet")]
+    dropped = {stage: _dropped(context, stage) for stage in STEPS if stage in context.parents}
+    reasons = pl.concat([rows for stage, rows in dropped.items() if stage != "dedup"]).unique("key")
+    packed = [stage for stage in ("shards", "validation") if stage in context.parents]
+    kept = [shard.path for stage in packed for shard in context.shards_of(stage, ".parquet")]
     keys = pl.scan_parquet(kept).select("key", in_shards=pl.lit(True)).collect()
     ends = (
         rows.join(reasons, on="key", how="left")

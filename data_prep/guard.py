@@ -5,7 +5,6 @@ of ids such as COCO-CN's `coco-cn_test.txt` and Flickr30K-CN's `ImageSets/*.txt`
 with columns family (`coco`, `flickr` or `own`), id, perceptual_hash (48 bytes; null: only ids known).
 """
 
-import base64
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,8 +16,10 @@ import polars as pl
 
 from data_prep import image_rules
 from data_prep.drop_table import write_table
+from data_prep.picture_base64 import decode_picture
 from data_prep.resize import BadImageError, decode_upright
 from pipeline import store
+from pipeline.evaluation_sets import shard_stems
 from pipeline.records import InputError
 
 Family = Literal["coco", "flickr", "own"]
@@ -40,9 +41,9 @@ class GuardedIds:
 def make_guard(evaluation_set: str, family: Family, out: str) -> int:
     """Write the guard of an evaluation set; returns how many pictures it names.
 
-    `evaluation_set` is a `<name>_imgs.tsv` or the folder that holds one, a folder of pictures (searched
-    below too; ids are file names without their ending), or a `.txt` file with one id a line. InputError where
-    it is none of these, empty, or holds a picture that does not decode.
+    `evaluation_set` is a `<name>_imgs.tsv` or the folder that holds one, a folder of shards, a folder of
+    pictures (searched below too; ids are file names without their ending), or a `.txt` file with one id a
+    line. InputError where it is none of these, empty, or holds a picture that does not decode.
     """
     rows = [(family, name, hashed) for name, hashed in _members(evaluation_set)]
     if not rows:
@@ -86,12 +87,36 @@ def tsv_hashes(path: str) -> Iterator[tuple[str, bytes]]:
         for number, line in enumerate(file, start=1):
             try:
                 name, encoded = line.split(b"\t", 1)
-                image = decode_upright(base64.b64decode(encoded, validate=False), MAX_PIXELS)
+                image = decode_upright(decode_picture(encoded.strip()), MAX_PIXELS)
             except (ValueError, BadImageError) as error:
                 raise InputError(
                     f"{path}: line {number}: no picture in base64 ({error}); mend the line"
                 ) from None
             yield name.decode("utf-8", "replace"), image_rules.perceptual_hash(np.asarray(image))
+
+
+def set_hashes(folder: str, name: str) -> Iterator[tuple[str, bytes]]:
+    """(id, perceptual hash) of each picture of an evaluation set: of its TSV, or as its shards say."""
+    path = store.join(folder, f"{name}_imgs.tsv")
+    stems = [] if store.exists(path) else shard_stems(folder)
+    yield from (
+        (pair for stem in stems for pair in _sidecar_hashes(f"{stem}.parquet")) if stems else tsv_hashes(path)
+    )
+
+
+def _sidecar_hashes(path: str) -> Iterator[tuple[str, bytes]]:
+    try:
+        with store.open_read(path) as file:
+            table = pl.read_parquet(file, columns=["key", "perceptual_hash"])
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise InputError(
+            f"{path}: no sidecar with key and perceptual_hash ({str(error).splitlines()[0]}); build the"
+            " shards again"
+        ) from None
+    missing = table.filter(pl.col("perceptual_hash").is_null())
+    if missing.height:
+        raise InputError(f"{path}: {missing['key'][0]}: no perceptual hash; build the shards again")
+    yield from table.iter_rows()
 
 
 def _members(path: str) -> Iterator[tuple[str, bytes | None]]:
@@ -105,11 +130,15 @@ def _members(path: str) -> Iterator[tuple[str, bytes | None]]:
         tables = sorted(Path(path).glob("*_imgs.tsv"))
         for table in tables:
             yield from tsv_hashes(str(table))
-        if not tables:
+        stems = [] if tables else shard_stems(path)
+        for stem in stems:
+            yield from _sidecar_hashes(f"{stem}.parquet")
+        if not tables and not stems:
             yield from _pictures(Path(path))
     else:
         raise InputError(
-            f"{path}: no evaluation set; give NAME_imgs.tsv, a folder with it or pictures, or a .txt of ids"
+            f"{path}: no evaluation set; give NAME_imgs.tsv, a folder with it, shards or pictures, or a .txt"
+            " of ids"
         )
 
 

@@ -17,6 +17,10 @@ TOO_SMALL = DropReason("too_small")
 ASPECT = DropReason("aspect")
 EVALUATION_IMAGE = DropReason("evaluation_image")
 
+# What a source's `exempt_from` may name of the rules on pictures.
+SIZE_RULE, ASPECT_RULE, IMAGE_DUPLICATES_RULE = "size", "aspect", "image_duplicates"
+SWITCHABLE_IMAGE_RULES = (SIZE_RULE, ASPECT_RULE, IMAGE_DUPLICATES_RULE)
+
 HASH_BITS = 384
 _GRID = 8
 _MARGIN = 4  # of 255: above JPEG noise in flat areas, below any edge worth a bit

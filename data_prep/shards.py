@@ -4,28 +4,24 @@ Each tar holds `{key}.jpg` and `{key}.txt` for each sample, and but for the last
 samples. The sidecar (Parquet, rows in tar order) holds key, offset_bytes, size_bytes (of the picture),
 caption, source, url, score, width_px, height_px (as downloaded from the web), image_sha256 (of the stored
 bytes), perceptual_hash, and the columns that sources carry.
+
+Where a run has `[split]`, stage shards packs the training rows and stage validation, the same way into a
+folder and a manifest of its own, the rows that stage split set aside.
 """
 
-import contextlib
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal
 
 import polars as pl
 
-from data_prep.drop_table import write_table
-from data_prep.tar_members import TarWriter
-from pipeline import store
-from pipeline.records import InputError
+from data_prep import split
+from data_prep.corpus import kept_tables, rows_stage
+from data_prep.download import partition_of
+from data_prep.shard_files import cut, write_shard
+from pipeline.records import Shard
 from pipeline.stage import Context, Outcome, Progress, Task
 
-_SIDECAR = (
-    "key", "offset_bytes", "size_bytes", "caption", "source", "url", "score", "width_px", "height_px",
-    "image_sha256", "perceptual_hash",
-)  # fmt: skip
-_INTERNAL = (
-    "file", "row", "tar", "source_sha256", "stored_width_px", "stored_height_px",
-    "picture_at",
-)  # fmt: skip
+Part = Literal["train", "validation"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,62 +30,63 @@ class ShardsConfig:
 
     samples_per_shard: int = 10_000  # about 300 MB at 256 px
 
+    def __post_init__(self) -> None:
+        if self.samples_per_shard < 1:
+            raise ValueError("samples_per_shard must be at least 1")
 
-def tasks(config: ShardsConfig, context: Context) -> list[Task]:
-    """One task a shard: samples number*n to (number+1)*n of all kept samples in order."""
-    kept = [shard for shard in context.parents["filter_image"].shards if shard.path.startswith("kept/")]
-    pictures = {
-        Path(s.path).stem: s.digest for s in context.parents["download"].shards if s.path.endswith(".tar")
-    }
-    total = sum(shard.num_samples for shard in kept)
+
+def tasks(config: ShardsConfig, context: Context, part: Part = "train") -> list[Task]:
+    """One task a shard: samples number*n to (number+1)*n of all kept samples of this part, in order."""
+    kept = kept_tables(context, rows_stage(context))
+    digests = {shard.path: {shard.path: shard.digest} for shard in kept}
+    partitions = {partition_of(shard.path): digests[shard.path] for shard in kept}
+    for shard in context.parents["download"].shards:
+        if shard.path.endswith(".tar"):
+            name = shard.path.removeprefix("pictures/").removesuffix(".tar")
+            partitions[partition_of(shard.path)][f"pictures {name}"] = shard.digest
+    arguments, chosen = {}, {}
+    if "split" in context.parents:
+        kept = _part_of(kept, split.counts(context), part)
+        arguments = {"part": part}
+        chosen = {"validation keys": context.shards_of("split", split.KEYS_FILE)[0].digest}
     plan = []
-    for number, first in enumerate(range(0, total, config.samples_per_shard)):
-        end = min(first + config.samples_per_shard, total)
-        pieces, begin = [], 0
-        for shard in kept:
-            low, high = max(first, begin), min(end, begin + shard.num_samples)
-            if low < high:
-                pieces.append({"table": shard.path, "first": low - begin, "count": high - low})
-            begin += shard.num_samples
-        names = [str(piece["table"]) for piece in pieces]
-        digests = {shard.path: shard.digest for shard in kept if shard.path in names}
-        digests |= {f"pictures {Path(name).stem}": pictures[Path(name).stem] for name in names}
-        plan.append(Task(f"{number:05d}", digests, {"pieces": pieces}))
+    for number, pieces in enumerate(cut(kept, config.samples_per_shard)):
+        inputs = {label: digest for piece in pieces for label, digest in digests[piece["table"]].items()}
+        plan.append(Task(f"{number:05d}", {**inputs, **chosen}, {"pieces": pieces, **arguments}))
     return plan
 
 
 def run(config: ShardsConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """Pack one shard."""
+    part = task.arguments.get("part")
     rows = pl.concat(
         [
-            pl.scan_parquet(context.path_in("filter_image", piece["table"])).slice(
-                piece["first"], piece["count"]
-            )
+            _rows(context, piece["table"], part).slice(piece["first"], piece["count"])
             for piece in task.arguments["pieces"]
         ],
         how="diagonal",
     ).collect()
-    tar_path, table_path = f"{task.name}.tar", f"{task.name}.parquet"
-    with store.publish(context.path(tar_path)) as temporary, contextlib.ExitStack() as stack:
-        writer = stack.enter_context(TarWriter(temporary))
-        places = []
-        sources = {
-            name: stack.enter_context(store.open_read(context.path_in("download", name)))
-            for name in rows["tar"].unique(maintain_order=True)
-        }
-        for key, tar, offset, size, caption in rows.select(
-            "key", "tar", "offset_bytes", "size_bytes", "caption"
-        ).iter_rows():
-            sources[tar].seek(offset)
-            data = sources[tar].read(size)
-            if len(data) < size:
-                path = context.path_in("download", tar)
-                raise InputError(f"{path}: ends inside {key}.jpg; run `--stage download --redo`")
-            places.append(writer.add(f"{key}.jpg", data))
-            writer.add(f"{key}.txt", caption.encode("utf-8"))
-    carried = [name for name in rows.columns if name not in _SIDECAR and name not in _INTERNAL]
-    sidecar = rows.with_columns(
-        pl.Series("offset_bytes", [place.offset_bytes for place in places], dtype=pl.Int64)
-    ).select(*_SIDECAR, *carried)
-    write_table(sidecar, context.path(table_path))
-    return Outcome({tar_path: rows.height, table_path: rows.height}, num_in=rows.height, num_kept=rows.height)
+    return write_shard(context, task.name, rows, lambda tar: context.path_in("download", tar))
+
+
+def _rows(context: Context, table: str, part: Part | None) -> pl.LazyFrame:
+    rows = pl.scan_parquet(context.path_in(rows_stage(context), table))
+    if part is None:
+        return rows
+    validation = pl.scan_parquet(context.path_in("split", split.KEYS_FILE))
+    how: Literal["semi", "anti"] = "semi" if part == "validation" else "anti"
+    return rows.join(validation, on="key", how=how, maintain_order="left")
+
+
+def _part_of(kept: list[Shard], num_validation: dict[str, int], part: Part) -> list[Shard]:
+    """The tables with the number of rows that this part has in each."""
+    return [
+        Shard(
+            shard.path,
+            count if part == "validation" else shard.num_samples - count,
+            shard.num_bytes,
+            shard.digest,
+        )
+        for shard in kept
+        for count in [num_validation.get(shard.path, 0)]
+    ]

@@ -6,8 +6,6 @@ the server because the client uses it as an HTTP proxy: they name no port, so a 
 wherever and however often it is served.
 """
 
-import base64
-import binascii
 import dataclasses
 import json
 import threading
@@ -20,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from data_prep.picture_base64 import decode_picture
 from pipeline import store
 from pipeline.records import InputError
 
@@ -154,15 +153,15 @@ class _Handler(BaseHTTPRequestHandler):
             if "lmdb" in query:
                 with self.server.environment(str(file)).begin() as transaction:
                     data = transaction.get(query["lmdb"][0].encode())
-                return (404, b"") if data is None else (200, base64.b64decode(data))
+                return (404, b"") if data is None else (200, decode_picture(bytes(data)))
             offset, size = int(query["offset"][0]), int(query["size"][0])
             if offset < 0 or not 0 <= size <= _MAX_PACKED_BYTES:
                 return 404, b""
             with open(file, "rb") as opened:
                 opened.seek(offset)
                 data = opened.read(size)
-            return 200, base64.b64decode(data) if "base64" in query else data
-        except (KeyError, ValueError, OSError, binascii.Error):
+            return 200, decode_picture(data.strip()) if "base64" in query else data
+        except (KeyError, ValueError, OSError):
             return 404, b""
 
     def _send_body(self, status: int, body: bytes) -> None:

@@ -1,10 +1,21 @@
 """Rules on captions: pure, vectorised, each giving the reason a row is dropped for, or null.
 
 A rule is a polars expression over the canonical table (`data_prep.sources.table.CANONICAL_COLUMNS`), so a
-file is judged in one pass by one engine. What a character is: a Unicode code point of the caption after
-white space at both ends is cut off; a full-width letter, an emoji's base and each combining mark count one
-each, and so does every letter of a Latin word. Source of the thresholds: the paper, section 2.2; rules that
-the paper does not have are off unless a run asks for them. Traditional characters stay like simplified ones.
+file is judged in one pass by one engine. Source of the thresholds: the paper, section 2.2; rules that the
+paper does not have are off unless a run asks for them.
+
+What a character is: a Unicode code point of the caption that is seen (`visible`), after white space at both
+ends is cut off. A full-width letter counts one, like a Chinese character; an emoji one for its base and one
+for each skin tone, variation selector and joiner in it; each combining mark one; and every letter of a
+Latin word one.
+
+What a caption loses before it is judged, counted and kept: control characters (tab and line ends stay, as
+white space) and the marks that turn the direction of writing or have no width (U+200B, U+200E, U+200F,
+U+061C, U+202A to U+202E, U+2066 to U+2069, U+FEFF): they can hide words from a list and turn a terminal's
+lines around. Joiners stay (U+200C, U+200D), since emoji and some scripts are spelt with them. A row's key
+is made of the caption as it came.
+
+Traditional characters stay like simplified ones unless a run asks otherwise.
 """
 
 import functools
@@ -14,6 +25,7 @@ from importlib import resources
 
 import polars as pl
 
+from data_prep import chinese_script, word_match
 from pipeline.records import ConfigError, DropReason
 
 CAPTION_MISSING = DropReason("caption_missing")
@@ -27,6 +39,7 @@ TOO_LONG = DropReason("too_long")
 CHINESE_SHARE = DropReason("chinese_share")
 NSFW = DropReason("nsfw")
 WATERMARK = DropReason("watermark")
+TRADITIONAL = DropReason("traditional")
 
 CHARACTERS_RULE = "characters"
 SCORE_RULE = "score"
@@ -35,11 +48,20 @@ BLACKLIST_RULE = "blacklist"
 CHINESE_SHARE_RULE = "chinese_share"
 NSFW_RULE = "nsfw"
 WATERMARK_RULE = "watermark"
+TRADITIONAL_RULE = "traditional"
+NORMALISED_DUPLICATES_RULE = "normalised_duplicates"
+# What a source's `exempt_from` may name; `blacklist:<theme>` stands for one list. Image rules have theirs in
+# image_rules.py.
 SWITCHABLE_RULES = (
     LANGUAGE_RULE, SCORE_RULE, CHARACTERS_RULE, CHINESE_SHARE_RULE, NSFW_RULE, WATERMARK_RULE, BLACKLIST_RULE,
+    TRADITIONAL_RULE, NORMALISED_DUPLICATES_RULE,
 )  # fmt: skip
 
 _CAPTION = pl.col("caption").str.strip_chars()
+_UNSEEN = (
+    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x{9f}\x{61c}\x{200b}\x{200e}\x{200f}"
+    r"\x{202a}-\x{202e}\x{2066}-\x{2069}\x{feff}]"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +71,11 @@ class TextRule:
     name: str
     version: int
     reason: pl.Expr
+
+
+def visible(caption: pl.Expr) -> pl.Expr:
+    """The caption without control characters and without marks that have no width (see the top)."""
+    return caption.str.replace_all(_UNSEEN, "")
 
 
 def caption_present() -> TextRule:
@@ -123,27 +150,34 @@ def no_watermark(max_watermark: float) -> TextRule:
     return TextRule(WATERMARK_RULE, 1, _drop(hit, WATERMARK))
 
 
+def no_traditional_characters() -> TextRule:
+    """Every character is its own simplified form (OpenCC's t2s), phrases considered."""
+    return TextRule(TRADITIONAL_RULE, 1, _drop(chinese_script.simplified(_CAPTION) != _CAPTION, TRADITIONAL))
+
+
 def not_blacklisted(themes: Mapping[str, Sequence[str]]) -> TextRule:
     """No word of a blacklist inside the caption (section 2.2), upper and lower case alike.
 
     The reason is `blacklist:<theme>`; the first theme that hits, in the given order, names it.
     """
-    reasons = [
-        _drop(_CAPTION.str.contains_any(list(words), ascii_case_insensitive=True), f"blacklist:{theme}")
-        for theme, words in themes.items()
-        if words
-    ]
-    return TextRule(BLACKLIST_RULE, 1, pl.coalesce(reasons) if reasons else pl.lit(None, dtype=pl.String))
+    if not any(themes.values()):
+        return TextRule(BLACKLIST_RULE, 1, pl.lit(None, dtype=pl.String))
+    hit = word_match.first_list(_CAPTION, list(themes.values()))
+    names = [f"{BLACKLIST_RULE}:{theme}" for theme in themes]
+    reason = hit.replace_strict(list(range(len(names))), names, default=None, return_dtype=pl.String)
+    return TextRule(BLACKLIST_RULE, 1, reason)
 
 
-def blacklist_hit(themes: Mapping[str, Sequence[str]], caption: str) -> tuple[str, str] | None:
-    """(theme, word) of the first blacklist word in one caption, or None; for `cnclip why`."""
-    folded = _ascii_lower(caption)
-    for theme, words in themes.items():
-        for word in words:
-            if _ascii_lower(word) in folded:
-                return theme, word
-    return None
+def blacklist_words(rows: pl.DataFrame, themes: Mapping[str, Sequence[str]]) -> pl.Series:
+    """The list's first word inside each row's caption, for reasons `blacklist:<theme>`; else null."""
+    words = pl.repeat(None, rows.height, dtype=pl.String, eager=True)
+    for theme, listed in themes.items():
+        at = rows.select(
+            (pl.col("reason") == f"{BLACKLIST_RULE}:{theme}").fill_null(False).arg_true()
+        ).to_series()
+        if len(at):
+            words = words.scatter(at, word_match.first_word(rows["caption"].gather(at), listed))
+    return words.alias("detail")
 
 
 def first_reason(rules: Sequence[TextRule]) -> pl.Expr:
@@ -151,23 +185,21 @@ def first_reason(rules: Sequence[TextRule]) -> pl.Expr:
     return pl.coalesce(rule.reason for rule in rules)
 
 
+def themes() -> list[str]:
+    """Names of the lists that are there, sorted."""
+    folder = resources.files("data_prep") / "blacklists"
+    names = (entry.name for entry in folder.iterdir())
+    return sorted(name.removesuffix(".txt") for name in names if name.endswith(".txt"))
+
+
 @functools.cache
 def blacklist(theme: str) -> tuple[str, ...]:
     """Words of `data_prep/blacklists/<theme>.txt`: one a line, `#` starts a comment."""
     file = resources.files("data_prep") / "blacklists" / f"{theme}.txt"
     if not file.is_file():
-        known = sorted(
-            entry.name.removesuffix(".txt")
-            for entry in (resources.files("data_prep") / "blacklists").iterdir()
-            if entry.name.endswith(".txt")
-        )
-        raise ConfigError(f"filter_text.blacklists: no list {theme!r}; known lists: {', '.join(known)}")
+        raise ConfigError(f"filter_text.blacklists: no list {theme!r}; known lists: {', '.join(themes())}")
     lines = (line.partition("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines())
     return tuple(line for line in lines if line)
-
-
-def _ascii_lower(text: str) -> str:
-    return "".join(character.lower() if character.isascii() else character for character in text)
 
 
 def _drop(condition: pl.Expr, reason: str) -> pl.Expr:

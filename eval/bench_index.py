@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from eval.faiss_device import Device, check_device, from_device, to_device
 from eval.index import faiss_reason
-from eval.large_index import Embeddings, new_index, set_parameters
+from eval.large_index import Embeddings, set_parameters, train
+from eval.metrics import exact_scores_of_pairs, score_error_bound
 from pipeline.align import align
 from pipeline.records import InputError
 
@@ -90,10 +92,25 @@ def exact_neighbours(embeddings: Embeddings, queries_QD: Float32Array, k: int) -
     return np.take_along_axis(best_rows, order, axis=1)
 
 
-def recall_at(found_QK: Int64Array, exact_QK: Int64Array) -> float:
-    """Mean share of each query's exact neighbours among those found."""
-    hits = (found_QK[:, :, None] == exact_QK[:, None, :]).any(axis=1)
-    return float(hits.mean())
+def recall_at(
+    embeddings: Embeddings, queries_QD: Float32Array, found_QK: Int64Array, exact_QK: Int64Array
+) -> float:
+    """Share of the k places of each query that hold a row as near as the k nearest, mean over queries.
+
+    Rows that tie with the k-th count: web corpora are full of copies, and which of them comes first is
+    chance. Rows of -1 were not found.
+    """
+    bound = score_error_bound(embeddings.dim)
+    rows, inverse = np.unique(np.concatenate([found_QK, exact_QK], axis=1), return_inverse=True)
+    vectors_RD = np.zeros((len(rows), embeddings.dim), dtype=np.float32)
+    vectors_RD[rows >= 0] = embeddings.rows(rows[rows >= 0])
+    num_queries, k = found_QK.shape
+    query_rows = np.repeat(np.arange(num_queries), 2 * k)
+    scores_QK2 = exact_scores_of_pairs(queries_QD, query_rows, vectors_RD, inverse.ravel()).reshape(
+        num_queries, 2 * k
+    )
+    least_Q1 = scores_QK2[:, k:].min(axis=1, keepdims=True) - bound
+    return float(((scores_QK2[:, :k] >= least_Q1) & (found_QK >= 0)).mean())
 
 
 def measure(
@@ -103,12 +120,15 @@ def measure(
     *,
     k: int,
     train_rows: int,
+    device: Device = "cpu",
     say: Callable[[str], None],
 ) -> list[Point]:
     """Build and sweep every factory string. A string that FAISS refuses at this size is said and left out.
 
-    Raises InputError for k above the number of rows, for queries of another width, and where nothing is left.
+    Raises InputError for k above the number of rows, for queries of another width, and where nothing is left;
+    ConfigError where FAISS has no such device.
     """
+    check_device(device)
     if not 0 < k <= embeddings.num_rows:
         raise InputError(f"{embeddings.paths[0]}: k = {k}, but there are {embeddings.num_rows} rows")
     if queries_QD.shape[1] != embeddings.dim:
@@ -122,17 +142,25 @@ def measure(
         memory = _resident_bytes()
         start = time.perf_counter()
         try:
-            index = _build(embeddings, factory, train_rows)
+            index = _build(embeddings, factory, train_rows, device)
         except InputError as error:
             say(f"left out: {error}")
             continue
         seconds = time.perf_counter() - start
         grown = max(0, _resident_bytes() - memory)
-        size = _serialised_bytes(index) / embeddings.num_rows
+        size = _serialised_bytes(from_device(index, device)) / embeddings.num_rows
         for parameters in settings(factory):
-            set_parameters(index, parameters)
+            set_parameters(index, parameters, device)
             found_QK, speed = _search(index, queries_QD, k)
-            point = Point(factory, parameters, recall_at(found_QK, exact_QK), speed, seconds, size, grown)
+            point = Point(
+                factory,
+                parameters,
+                recall_at(embeddings, queries_QD, found_QK, exact_QK),
+                speed,
+                seconds,
+                size,
+                grown,
+            )
             say(f"{factory} {parameters}: recall {point.recall:.3f}, {speed:,.0f} queries/s")
             points.append(point)
         del index
@@ -245,12 +273,9 @@ def front_plot(points: Sequence[Point], k: int) -> str:
     return file.getvalue()
 
 
-def _build(embeddings: Embeddings, factory: str, train_rows: int) -> Any:
-    index = new_index(embeddings.dim, factory)
+def _build(embeddings: Embeddings, factory: str, train_rows: int, device: Device) -> Any:
+    index = to_device(train(embeddings, factory, train_rows, device), device, factory)
     try:
-        if not index.is_trained:
-            count = min(train_rows, embeddings.num_rows)
-            index.train(embeddings.rows(np.arange(count) * embeddings.num_rows // count))
         for block_BD in embeddings.blocks(0, embeddings.num_rows):
             index.add(block_BD)
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Line charts as SVG elements for the report's page.
+"""Line charts and histograms as SVG elements for the report's page.
 
 They hold numbers and ASCII labels alone: matplotlib's fonts have no Chinese, so whatever a corpus may name is
 written by the page instead. Colours and font are the variables of the page's style sheet, so that charts
@@ -14,9 +14,12 @@ from typing import Any
 
 # Placeholders that matplotlib takes for colours → variables of the style sheet.
 _INK, _GRID, _SERIES = "#0a0b01", "#0a0b02", ("#0a0b03", "#0a0b04", "#0a0b05")
+_KEPT, _DROPPED = "#0a0b06", "#0a0b07"
 _VARIABLES = {
     _INK: "var(--muted)",
     _GRID: "var(--line)",
+    _KEPT: "var(--kept)",
+    _DROPPED: "var(--dropped)",
     **{colour: f"var(--series-{i})" for i, colour in enumerate(_SERIES, start=1)},
 }
 
@@ -47,12 +50,7 @@ def line_chart(
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    settings: Any = {
-        "svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "axes.edgecolor": _GRID,
-        "axes.labelcolor": _INK, "text.color": _INK, "xtick.color": _INK, "ytick.color": _INK,
-        "axes.spines.top": False, "axes.spines.right": False,
-    }  # fmt: skip
-    with rc_context(settings):
+    with rc_context(_settings(name)):
         figure = Figure(figsize=(4.0, 2.5), layout="constrained")
         axes = figure.add_subplot()
         last_point: dict[str, tuple[float, float]] = {}
@@ -83,10 +81,63 @@ def line_chart(
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_xlabel("samples seen")
-        file = io.StringIO()
-        no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
-    return _inline_svg(file.getvalue(), name, title)
+        svg = _svg(figure)
+    return _inline_svg(svg, name, title)
+
+
+def histogram_chart(
+    name: str, title: str, edges: Sequence[float], kept: Sequence[int], dropped: Sequence[int]
+) -> str:
+    """An SVG element: rows a bin, what was dropped on what was kept; empty bins at the ends are left out.
+
+    Bin 0 is below the first edge, bin i between the edges i - 1 and i, the last from the last edge on. `name`
+    keeps its ids apart from other charts'. ValueError where every bin is empty.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    filled = [number for number, pair in enumerate(zip(kept, dropped, strict=True)) if any(pair)]
+    if not filled:
+        raise ValueError(f"histogram {name}: every bin is empty")
+    first, last = filled[0], filled[-1]
+    bins = range(first, last + 1)
+    with rc_context(_settings(name)):
+        figure = Figure(figsize=(4.0, 2.5), layout="constrained")
+        axes = figure.add_subplot()
+        axes.bar(bins, kept[first : last + 1], width=0.9, color=_KEPT)
+        axes.bar(bins, dropped[first : last + 1], width=0.9, bottom=kept[first : last + 1], color=_DROPPED)
+        # An edge stands between its two bins; some eight of them are written.
+        inside = [number for number in range(first, last + 2) if 1 <= number <= len(edges)]
+        written = inside[:: max(1, len(inside) // 7)]
+        places, labels = (
+            [number - 0.5 for number in written],
+            [f"{edges[number - 1]:g}" for number in written],
+        )
+        axes.set_xticks(places, labels)
+        axes.grid(axis="y", color=_GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.tick_params(length=0)
+        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.set_ylabel("rows")
+        svg = _svg(figure)
+    return _inline_svg(svg, name, title)
+
+
+def _settings(name: str) -> Any:
+    return {
+        "svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "axes.edgecolor": _GRID,
+        "axes.labelcolor": _INK, "text.color": _INK, "xtick.color": _INK, "ytick.color": _INK,
+        "axes.spines.top": False, "axes.spines.right": False,
+    }  # fmt: skip
+
+
+def _svg(figure: Any) -> str:
+    file = io.StringIO()
+    no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
+    return file.getvalue()
 
 
 def _label_lines(axes: Any, last_point: Mapping[str, tuple[float, float]]) -> None:

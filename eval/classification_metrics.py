@@ -1,5 +1,9 @@
 """The metrics of Table 11: accuracy, mean per class, ROC AUC, 11-point mean average precision; in percent.
 
+11-point mAP is taken for VOC-2007 alone, and by VOC's own definition, which is what its name says and what
+other programs can be compared with. ELEVATER's code, the source of the paper's figure, deviates a little from
+it: `elevater_map` tells by how much, and `cnclip eval` writes that beside the score.
+
 Scores are [N, C], higher is better. Of equal scores the lower class is predicted.
 """
 
@@ -82,12 +86,28 @@ def average_precision_11(score_N: FloatArray, positive_N: BoolArray) -> float:
     """VOC 2007's average precision (Everingham et al. 2010, section 4.2); nan without a positive.
 
     The mean over recall levels 0, 0.1 … 1 of the highest precision at that recall or above. Equal scores come
-    in together, so that their order does not matter. (ELEVATER's code adds scikit-learn's artificial point of
-    precision 1 at recall 0, so that its first level is always 1; VOC's does not, nor does this.)
+    in together, so that their order does not matter.
     """
+    levels = _precision_at_levels(score_N, positive_N)
+    return float("nan") if levels is None else float(levels.mean())
+
+
+def elevater_map(scores_NC: FloatArray, targets_NC: BoolArray) -> float:
+    """The 11-point mAP of ELEVATER's code, percent; for VOC-2007, whose published figures come from it.
+
+    It takes scikit-learn's precision-recall curve with its artificial point, precision 1 at recall 0, so that
+    the first of the 11 levels is always 1: never below VOC's own definition, and by 1/11 at most above.
+    """
+    found = [_precision_at_levels(scores_NC[:, c], targets_NC[:, c]) for c in range(scores_NC.shape[1])]
+    means = [(levels[1:].sum() + 1) / len(levels) for levels in found if levels is not None]
+    return 100 * float(np.mean(means)) if means else float("nan")
+
+
+def _precision_at_levels(score_N: FloatArray, positive_N: BoolArray) -> FloatArray | None:
+    """Highest precision at each of the 11 recall levels or above; None without a positive."""
     num_positive = int(np.count_nonzero(positive_N))
     if not num_positive:
-        return float("nan")
+        return None
     order = np.argsort(-score_N, kind="stable")
     ordered = score_N[order]
     last_of_equals = np.append(ordered[1:] != ordered[:-1], True)
@@ -97,7 +117,8 @@ def average_precision_11(score_N: FloatArray, positive_N: BoolArray) -> float:
     best_from_here = np.maximum.accumulate(precision[::-1])[::-1]
     # 3 of 10 meet the level 0.3, though 3/10 and linspace's 0.3 differ in the last bit
     first = np.searchsorted(recall, _RECALL_LEVELS - 1e-12)
-    return float(best_from_here[first].mean())
+    levels: FloatArray = best_from_here[first]
+    return levels
 
 
 def mean_average_precision_11(scores_NC: FloatArray, targets_NC: BoolArray) -> float:

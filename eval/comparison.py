@@ -4,8 +4,9 @@ import csv
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 from eval.bootstrap import Measured
@@ -116,11 +117,13 @@ def compare_classification(
     *,
     model: str,
     paper_model: str | None,
-    notes: Sequence[str] = (),
+    notes: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    differing: Collection[str] = (),
 ) -> list[Comparison]:
     """Measured sets of ICinW beside Tables 12 and 5; the average where all sets of Table 12 were measured.
 
-    Table 5 has no row of one checkpoint, so it is shown without differences.
+    `notes` are by set. `differing` sets are not those of the protocol: no published figure stands beside
+    them. Table 5 has no row of one checkpoint, so it is shown without differences.
     """
     found = []
     for table in sorted(published().classification, key=lambda item: -item.table):
@@ -133,14 +136,15 @@ def compare_classification(
             Line(
                 _title(name),
                 scores[name],
-                None if beside is None else score_of(table, beside, name),
+                None if beside is None or name in differing else score_of(table, beside, name),
                 tuple(score_of(table, row, name) for row in others),
             )
             for name in names
         ]
-        if beside is not None and beside.average is not None and len(names) == len(table.datasets):
+        complete = len(names) == len(table.datasets) and not set(names) & set(differing)
+        if beside is not None and beside.average is not None and complete:
             lines.append(Line("Average", _mean([scores[name] for name in names]), beside.average))
-        remarks = list(notes) if table.table == 12 else []
+        remarks = [note for name in names for note in notes.get(name, ())] if table.table == 12 else []
         if any(row.best_of_sizes for row in table.rows):
             remarks.append(
                 "the CN-CLIP column takes the best of several sizes: no checkpoint is compared with it"
@@ -164,7 +168,12 @@ def compare_classification(
     own = {name: value for name, value in scores.items() if classification_protocol(name) is None}
     if own:
         lines = [Line(name, value, None) for name, value in own.items()]
-        found.append(Comparison(None, "Classification, own sets", "zero-shot", model, None, tuple(lines)))
+        remarks = [note for name in own for note in notes.get(name, ())]
+        found.append(
+            Comparison(
+                None, "Classification, own sets", "zero-shot", model, None, tuple(lines), (), tuple(remarks)
+            )
+        )
     return found
 
 

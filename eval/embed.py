@@ -5,6 +5,7 @@ Written in clip-retrieval's layout, one folder an evaluation:
     img_emb/img_emb_0.npy     float32 [num_images, dim], unit-norm      text_emb/text_emb_0.npy   of the texts
     metadata/metadata_0.parquet   image_id, caption: row i describes image i
     text_metadata/metadata_0.parquet   text_id, caption: row i describes text i
+    model.json                which model the features are of (`eval.model_identity`)
     image.index, text.index       FAISS, row i = id i; added by `eval.index.build_index`
 
 clip-retrieval assumes one text per image and has no folder for rows of texts alone; `text_metadata` is ours,
@@ -18,7 +19,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from eval.datasets.cnclip_tsv import EvaluationSet, check_scorable, read_evaluation
+from eval.datasets.cnclip_tsv import EvaluationSet, check_scorable
+from eval.datasets.readable import UnreadablePicture
+from eval.datasets.retrieval_set import read_retrieval_set
 from eval.index import EMBEDDING_FOLDERS, check_vectors
 from eval.metrics import (
     Positives,
@@ -27,6 +30,7 @@ from eval.metrics import (
     recall_at_k,
     retrieval_scores,
 )
+from eval.model_identity import identify, write_identity
 from pipeline import store
 from pipeline.config import digest
 from pipeline.records import EmbeddingTable, InputError
@@ -62,6 +66,7 @@ def embed_evaluation(
     """
     import torch
 
+    from training.model.encoder import encode_tokens
     from training.model.formats import load_model
     from training.model.preprocess import MEAN, STD
     from training.model.vocabulary_lookup import find_vocabulary
@@ -75,9 +80,11 @@ def embed_evaluation(
         images = _image_batches(evaluation, image_size_px, batch_size)
         image_ND = _encode(model.encode_image, images, model.logit_scale.device)
         tokens_NL = tokenizer.encode(evaluation.texts, context_length)
-        text_ND = _encode(model.encode_text, _text_batches(tokens_NL, batch_size), model.logit_scale.device)
+        text_ND = encode_tokens(model, tokens_NL)
 
-    model_digest = store.digest_tree(model_path)
+    identity = identify(model)
+    write_identity(out_folder, identity)
+    model_digest = identity.weights_sha256
     image_table = _write_side(
         store.join(out_folder, EMBEDDING_FOLDERS["image"], "img_emb_0.npy"),
         image_ND,
@@ -109,7 +116,9 @@ def validator(
     uint8. The function runs in evaluation mode without gradients, draws no random numbers, and leaves the
     mode of every module as it was. Raises InputError for features that are not finite.
     """
-    sets = [read_evaluation(folder, name) for name, folder in evaluations.items()]
+    from training.model.encoder import encode_tokens
+
+    sets = [read_retrieval_set(folder, name) for name, folder in evaluations.items()]
     for evaluation in sets:
         check_scorable(evaluation)
     tokens = {evaluation.name: tokenizer.encode(evaluation.texts, context_length) for evaluation in sets}
@@ -129,7 +138,7 @@ def validator(
             )
             with evaluating(model):
                 image_ND = _encode(model.encode_image, batches, device)
-                text_ND = _encode(model.encode_text, _text_batches(tokens[name], batch_size), device)
+                text_ND = encode_tokens(model, tokens[name])
             check_vectors(image_ND, f"evaluation `{name}`, images")
             check_vectors(text_ND, f"evaluation `{name}`, texts")
             scores[name] = score_features(evaluation, image_ND, text_ND)
@@ -181,18 +190,8 @@ def _image_batches(
                     preprocess([picture], image_size_px)
                 except InputError as error:
                     image_id = evaluation.image_ids[row]
-                    raise InputError(f"{evaluation.images_path}: image {image_id}: {error}") from None
+                    raise UnreadablePicture(f"{evaluation.images_path}: image {image_id}: {error}") from None
             raise
-
-
-def _text_batches(tokens_NL: npt.NDArray[np.int32], batch_size: int) -> "Iterator[torch.Tensor]":
-    """tokens_BL int64, each batch without the columns that are padding in all of its rows."""
-    import torch
-
-    for start in range(0, len(tokens_NL), batch_size):
-        tokens_BL = tokens_NL[start : start + batch_size]
-        longest = int((tokens_BL != 0).sum(axis=1).max())
-        yield torch.from_numpy(tokens_BL[:, :longest].astype(np.int64))
 
 
 def _encode(

@@ -1,19 +1,20 @@
 """`cnclip embed`: features of pictures and of texts in files, for clip-retrieval and FAISS.
 
-Written are `img_emb/img_emb_0.npy` and `text_emb/text_emb_0.npy` (float32, unit-norm) and
-`metadata/metadata_0.parquet`, whose row i has the path of picture i and the caption of text i, null where one
-side is shorter. Memory does not grow with the number of pictures.
+Written are `img_emb/img_emb_0.npy` and `text_emb/text_emb_0.npy` (unit-norm), `metadata/metadata_0.parquet`,
+whose row i has the path of picture i and the caption of text i, null where one side is shorter, and
+`model.json`, which says whose features they are. Memory does not grow with the number of pictures.
 """
 
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from eval.model_identity import identify, write_identity
 from pipeline import store
 from pipeline.records import InputError
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from training.model.encoder import Encoder
 
 Float32Array = npt.NDArray[np.float32]
+Precision = Literal["float16", "float32"]
 T = TypeVar("T")
 
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -30,6 +32,7 @@ _TABLE_ENDINGS = (".parquet", ".csv", ".tsv", ".jsonl")
 # Columns that hold a picture, as bytes or as a path or URL, and columns that hold a text.
 _PICTURE_COLUMNS = ("image_path", "path", "image", "image_bytes", "jpg", "png", "file", "filename", "url")
 _TEXT_COLUMNS = ("caption", "text", "query_text", "TEXT", "name_zh")
+FEATURE_TYPES = {"float16": "<f2", "float32": "<f4"}
 _IMAGES_PER_STEP = 256
 _TEXTS_PER_STEP = 16_384  # grouped by length among themselves
 
@@ -45,7 +48,13 @@ class Embedded:
 
 
 def embed_files(
-    encoder: "Encoder", *, images: str | None, texts: str | None, out: str, context_length: int
+    encoder: "Encoder",
+    *,
+    images: str | None,
+    texts: str | None,
+    out: str,
+    context_length: int,
+    dtype: Precision = "float32",
 ) -> Embedded:
     """Embed and write; `images` is a folder (in the order of its sorted file names, subfolders included) or a
     table, `texts` a file with one text a line, or a table.
@@ -59,7 +68,7 @@ def embed_files(
         names = source.names
         path = store.join(out, "img_emb", "img_emb_0.npy")
         chunks = (encoder.embed_images(chunk) for chunk in _chunks(source.read(), _IMAGES_PER_STEP))
-        _write_features(path, chunks, len(names), dim)
+        _write_features(path, chunks, len(names), dim, dtype)
     if texts is not None:
         captions = _texts(texts)
         path = store.join(out, "text_emb", "text_emb_0.npy")
@@ -71,8 +80,9 @@ def embed_files(
                 counts.append(cut)
                 yield encoder.embed_tokens(tokens_NL)
 
-        _write_features(path, embedded(), len(captions), dim)
+        _write_features(path, embedded(), len(captions), dim, dtype)
         num_truncated = sum(counts)
+    write_identity(out, identify(encoder.model))
     _write_metadata(store.join(out, "metadata", "metadata_0.parquet"), names, captions)
     return Embedded(len(names), len(captions), num_truncated, dim)
 
@@ -193,17 +203,19 @@ def _chunks(items: Iterable[T], size: int) -> Iterator[Sequence[T]]:
         yield chunk
 
 
-def _write_features(path: str, chunks: Iterable[Float32Array], num_rows: int, dim: int) -> None:
+def _write_features(
+    path: str, chunks: Iterable[Float32Array], num_rows: int, dim: int, dtype: Precision
+) -> None:
     """Write a .npy chunk by chunk; it appears once whole. InputError for features that are not finite."""
     with store.publish(path) as temporary, open(temporary, "wb") as file:
         np.lib.format.write_array_header_1_0(
-            file, {"descr": "<f4", "fortran_order": False, "shape": (num_rows, dim)}
+            file, {"descr": FEATURE_TYPES[dtype], "fortran_order": False, "shape": (num_rows, dim)}
         )
         written = 0
         for chunk_ND in chunks:
             if not np.isfinite(chunk_ND).all():
                 raise InputError(f"{path}: the model gives NaN: its weights or the input are damaged")
-            file.write(np.ascontiguousarray(chunk_ND, dtype="<f4").tobytes())
+            file.write(np.ascontiguousarray(chunk_ND, dtype=FEATURE_TYPES[dtype]).tobytes())
             written += len(chunk_ND)
         if written != num_rows:
             raise InputError(

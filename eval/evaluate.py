@@ -2,21 +2,23 @@
 
 Written into the output folder:
 
-    eval.txt  eval.json  eval.csv  eval.tex  card.md          the tables
-    <set>/…                                                    features, indices, official files
-    submission/<set>.json, submission.zip                      ELEVATER's files for the sets of ICinW
+    eval.txt  eval.json  eval.csv  eval.tex  eval.html  card.md   the tables
+    <set>/…                                                       features, indices, official files
+    submission/<set>.json, submission.zip                         ELEVATER's files for the sets of ICinW
 """
 
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from eval.bootstrap import Measured, recall_intervals
+from eval.classify import MeasuredSet, measure_set
 from eval.comparison import (
     Comparison,
     compare_classification,
@@ -27,32 +29,30 @@ from eval.comparison import (
     to_latex,
     to_text,
 )
-from eval.datasets.classification import SPLITS, is_classification_set, read_classification
-from eval.datasets.cnclip_tsv import EvaluationSet, read_evaluation
+from eval.datasets.classification import SPLITS, is_classification_set
+from eval.datasets.cnclip_tsv import EvaluationSet
+from eval.datasets.readable import UnreadablePicture, readable_subset
 from eval.datasets.releases import Release, find_releases
+from eval.datasets.retrieval_set import read_retrieval_set
 from eval.embed import embed_evaluation
 from eval.index import EMBEDDING_FOLDERS, build_index, read_vectors
-from eval.labels import templates_for
 from eval.metrics import Positives, ranks_from_features
 from eval.model import Checkpoint, Encoder, load_encoder
 from eval.official import write_features
 from eval.published import (
     PAPER_MODELS,
     Setup,
-    classification_protocol,
     mismatch,
     retrieval_protocol,
 )
+from eval.report_page import render_tables
 from eval.retrieval import retrieve
 from eval.zeroshot import (
     Ensemble,
-    class_vectors,
-    classify,
-    submission_record,
-    text_features,
     write_submission,
 )
 from pipeline import store
+from pipeline.evaluation_sets import shard_stems
 from pipeline.records import InputError, Manifest
 
 Say = Callable[[str], None]
@@ -92,7 +92,8 @@ def find_sets(folder: str) -> Sources:
 
     `<prefix>_imgs.tsv` with `<prefix>_texts.jsonl` is a retrieval set; its protocol is `<prefix>` where that
     is a protocol's id, else `<folder>-<prefix>` in lower case, so that Chinese-CLIP's own `MUGE/valid` and
-    `COCO-CN/test` are recognised. Raw releases and LMDB are recognised by `eval.datasets.releases`.
+    `COCO-CN/test` are recognised. A folder of this project's shards is one of the folder's name. Raw releases
+    and LMDB are recognised by `eval.datasets.releases`.
 
     Raises InputError where there is nothing.
     """
@@ -115,12 +116,15 @@ def find_sets(folder: str) -> Sources:
             joined = re.sub(r"[ _]", "-", f"{place.resolve().name}-{prefix}").lower()
             protocol = prefix if retrieval_protocol(prefix) else joined
             retrieval.append(RetrievalSource(prefix, str(place), protocol))
+        if shard_stems(str(place)):
+            name = place.resolve().name
+            retrieval.append(RetrievalSource(name, str(place), name.lower()))
         if place is not root and is_classification_set(str(place)):
             classification.append(str(place))
     if not retrieval and not classification and not releases:
         raise InputError(
-            f"{folder}: holds no evaluation set: neither <name>_imgs.tsv with <name>_texts.jsonl, nor class"
-            " folders with pictures, here or one level below"
+            f"{folder}: holds no evaluation set: neither <name>_imgs.tsv with <name>_texts.jsonl, nor shards,"
+            " nor class folders with pictures, here or one level below"
         )
     return Sources(tuple(retrieval), tuple(classification), tuple(releases))
 
@@ -162,15 +166,21 @@ def evaluate(
     for source in (*sources.retrieval, *written):
         say(f"{source.protocol}: retrieval")
         tables.append(_retrieval(source, checkpoint, encoder.name, out_folder, options, paper_model))
-    scores, notes = dict[str, Measured](), list[str]()
+    sets = list[MeasuredSet]()
     for folder in sources.classification:
         say(f"{Path(folder).resolve().name}: classification")
-        _classification(folder, encoder, out_folder, options, scores, notes)
-    tables += compare_classification(scores, model=encoder.name, paper_model=paper_model, notes=notes)
-    if scores:
-        notes_of_own = [note for note in notes if not any(note in table.notes for table in tables)]
-        for note in notes_of_own:
-            say(f"note: {note}")
+        sets.append(measure_set(folder, encoder, ensemble=options.ensemble, templates=options.templates))
+        if sets[-1].submission is not None:
+            path = store.join(out_folder, "submission", f"{sets[-1].name}.json")
+            store.write_text(path, json.dumps(sets[-1].submission))
+            sets[-1] = replace(sets[-1], submission=None)  # tens of megabytes each
+    tables += compare_classification(
+        {item.name: item.measured for item in sets},
+        model=encoder.name,
+        paper_model=paper_model,
+        notes={item.name: item.notes for item in sets},
+        differing=[item.name for item in sets if item.differs],
+    )
     _write(tables, checkpoint, encoder, out_folder, options)
     return tables
 
@@ -183,13 +193,24 @@ def _retrieval(
     options: Options,
     paper_model: str | None,
 ) -> Comparison:
-    evaluation = read_evaluation(source.folder, source.name)
+    evaluation = read_retrieval_set(source.folder, source.name)
     protocol = retrieval_protocol(source.protocol)
     both = protocol is None or protocol.image_to_text
     folder = store.join(out_folder, source.protocol)
-    embed_evaluation(
-        checkpoint.path, checkpoint.vocabulary, evaluation, folder, context_length=checkpoint.context_length
+    embed = partial(
+        embed_evaluation,
+        checkpoint.path,
+        checkpoint.vocabulary,
+        out_folder=folder,
+        context_length=checkpoint.context_length,
     )
+    unreadable = list[str]()
+    try:
+        embed(evaluation)
+    except UnreadablePicture:
+        evaluation, note = readable_subset(evaluation)
+        unreadable.append(note)
+        embed(evaluation)
     if options.json_features:
         for side, ids in (("img", evaluation.image_ids), ("text", evaluation.text_ids)):
             long, short = {"img": ("imgs", "img"), "text": ("texts", "txt")}[side]
@@ -206,6 +227,7 @@ def _retrieval(
         setup=options.setup,
         model=model,
         paper_model=paper_model,
+        notes=unreadable,
     )
 
 
@@ -217,6 +239,7 @@ def compare_set(
     setup: Setup,
     model: str,
     paper_model: str | None,
+    notes: Sequence[str] = (),
 ) -> Comparison:
     """A set's recalls with intervals beside its table of the paper, from the features in `folder`.
 
@@ -225,21 +248,21 @@ def compare_set(
     protocol = retrieval_protocol(protocol_id)
     both = protocol is None or protocol.image_to_text
     scores = retrieval_intervals(evaluation, folder, image_to_text=both)
-    notes = list[str]()
+    remarks = list(notes)
     if protocol is not None:
         counts = (
             ("images", protocol.images, evaluation.num_images),
             ("texts", protocol.texts, evaluation.num_texts),
         )
-        notes = [
+        remarks += [
             note for what, pinned, found in counts if (note := mismatch(protocol.id, what, pinned, found))
         ]
         if protocol.images is None:
-            notes.append(
+            remarks.append(
                 f"{protocol.id}: the paper prints no counts, so {evaluation.num_images} images and"
                 f" {evaluation.num_texts} texts are unchecked"
             )
-    differs = protocol is None or any("not comparable" in note for note in notes)
+    differs = protocol is None or any("not comparable" in note for note in remarks)
     return compare_retrieval(
         protocol_id,
         scores,
@@ -247,7 +270,7 @@ def compare_set(
         setup=setup,
         model=model,
         paper_model=paper_model,
-        notes=notes,
+        notes=remarks,
     )
 
 
@@ -269,44 +292,13 @@ def retrieval_intervals(
     return recall_intervals(t2i, i2t)
 
 
-def _classification(
-    folder: str,
-    encoder: Encoder,
-    out_folder: str,
-    options: Options,
-    scores: dict[str, Measured],
-    notes: list[str],
-) -> None:
-    """Measure one set into `scores`, its remarks into `notes`; writes ELEVATER's record for ICinW."""
-    name = Path(folder).resolve().name
-    protocol = classification_protocol(name)
-    metric = "accuracy" if protocol is None else protocol.metric
-    data = read_classification(folder, multi_label=metric == "11-point-map")
-    templates = templates_for(name, options.templates)
-    vectors_CD = class_vectors(text_features(encoder, data.labels.names, templates), options.ensemble)
-    image_ND, rows_N = encoder.pictures(data.pictures)
-    classified = classify(data, image_ND, rows_N, vectors_CD, metric, num_templates=len(templates))
-    scores[name] = classified.measured
-    if classified.num_unreadable:
-        notes.append(f"{name}: {classified.num_unreadable} pictures cannot be decoded and are not scored")
-    if protocol is not None:
-        found = (
-            mismatch(name, "pictures", protocol.images, classified.num_images),
-            mismatch(name, "classes", protocol.classes, len(data.labels.names)),
-        )
-        notes += [note for note in found if note]
-        if not classified.num_unreadable:
-            record = submission_record(data, classified, encoder)
-            store.write_text(store.join(out_folder, "submission", f"{name}.json"), json.dumps(record))
-
-
 def _write(
     tables: Sequence[Comparison], checkpoint: Checkpoint, encoder: Encoder, out_folder: str, options: Options
 ) -> None:
     facts: dict[str, Any] = {
         "model": encoder.name,
         "checkpoint": checkpoint.path,
-        "checkpoint_sha256": store.digest_file(checkpoint.path),
+        "checkpoint_sha256": store.digest_tree(checkpoint.path),
         "setup": options.setup,
         "context_length": checkpoint.context_length,
         "ensemble": options.ensemble,
@@ -319,6 +311,7 @@ def _write(
         ("eval.csv", to_csv(tables)),
         ("eval.tex", to_latex(tables)),
         ("card.md", to_card(tables, facts)),
+        ("eval.html", render_tables(tables, {name: str(value) for name, value in facts.items()})),
     ):
         store.write_text(store.join(out_folder, name), text)
     folder = store.join(out_folder, "submission")

@@ -14,12 +14,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from eval.datasets.cnclip_tsv import EvaluationSet, read_evaluation
+from eval.datasets.cnclip_tsv import EvaluationSet
+from eval.datasets.retrieval_set import read_retrieval_set
+from eval.datasets.shards import read_pictures
 from eval.evaluate import RetrievalSource, find_sets, sets_of_run
 from eval.index import read_index, search
 from eval.large_index import PartedIndex
 from eval.model import Checkpoint
+from eval.model_identity import ModelIdentity, read_identity
 from pipeline import store
+from pipeline.evaluation_sets import shard_stems
 from pipeline.records import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -31,7 +35,6 @@ Found = tuple[npt.NDArray[Any], Int64Array]  # scores and rows [1, k], best firs
 
 MAX_CAPTION_CHARACTERS = 500  # of one caption that is shown
 _MAX_CAPTIONS = 5  # of one picture that are shown
-_MAX_PICTURE_BYTES = 64 << 20  # of a picture in a shard: a damaged sidecar must not ask for gigabytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,7 @@ class Gallery:
     num_rows: int
     pictures: Pictures
     search: Callable[[Float32Array, int], Found]  # one query [1, dim] and k ≤ num_rows
+    model: ModelIdentity | None = None  # of the features; None where nothing says
 
     def nearest(self, feature_D: Float32Array, k: int) -> list[tuple[int, float]]:
         """(row, cosine similarity) of the k best rows, best first; fewer where the index finds fewer."""
@@ -110,9 +114,7 @@ class ShardPictures:
         """
         import polars as pl
 
-        names = set(store.list_files(folder))
-        stems = sorted(name.removesuffix(".tar") for name in names if name.endswith(".tar"))
-        sidecars = [store.join(folder, f"{stem}.parquet") for stem in stems if f"{stem}.parquet" in names]
+        sidecars = [f"{stem}.parquet" for stem in shard_stems(folder)]
         if not sidecars:
             raise InputError(f"{folder}: holds no shards (<name>.tar with <name>.parquet)")
         try:
@@ -145,16 +147,8 @@ class ShardPictures:
         if self.places[row] < 0:
             raise InputError(f"row {row} of the index is in no shard")
         sidecar, sample = self._sample(row)
-        path = f"{sidecar.removesuffix('.parquet')}.tar"
-        size_bytes, offset_bytes = sample.get("size_bytes"), sample.get("offset_bytes")
-        if size_bytes is None or offset_bytes is None or not 0 < size_bytes <= _MAX_PICTURE_BYTES:
-            raise InputError(f"{sidecar}: {sample['key']}: no place of a picture; build the shard again")
-        with store.open_read(path) as file:
-            file.seek(offset_bytes)
-            data = bytes(file.read(size_bytes))
-        if len(data) < size_bytes:
-            raise InputError(f"{path}: ends inside {sample['key']}.jpg; build the shard again")
-        return data
+        place = (f"{sample['key']}.jpg", sample.get("offset_bytes"), sample.get("size_bytes"))
+        return next(read_pictures(f"{sidecar.removesuffix('.parquet')}.tar", [place]))
 
     def _sample(self, row: int) -> tuple[str, dict[str, Any]]:
         import polars as pl
@@ -184,11 +178,11 @@ def galleries_of_run(checkpoint: Checkpoint, target: str) -> list[Gallery]:
         )
         if store.exists(store.join(indices, "image.index")):
             image_ids = _metadata(features, ("image_id",))["image_id"].to_numpy()
-            evaluation = read_evaluation(source.folder, source.name)
+            evaluation = read_retrieval_set(source.folder, source.name)
             if not np.isin(image_ids, evaluation.image_ids).all():
                 raise InputError(f"{features}: of another set than {source.folder}; embed again")
             pictures = EvaluationPictures.of(evaluation, image_ids)
-            galleries.append(_gallery(source.name, indices, pictures, len(image_ids), ""))
+            galleries.append(_gallery(source.name, indices, pictures, len(image_ids), "", features))
     if not galleries:
         raise InputError(
             f"{checkpoint.run_folder}: the run has not indexed {stage}; first give: cnclip run {target},"
@@ -231,22 +225,24 @@ def open_gallery(
         image_ids = metadata["image_id"].to_numpy()
         pictures = EvaluationPictures.of(_set_of(image_ids, sources, metadata_folder), image_ids)
     name = Path(index_folder).resolve().name
-    return _gallery(name, index_folder, pictures, metadata.height, parameters)
+    return _gallery(name, index_folder, pictures, metadata.height, parameters, metadata_folder)
 
 
-def _gallery(name: str, folder: str, pictures: Pictures, num_rows: int, parameters: str) -> Gallery:
+def _gallery(
+    name: str, folder: str, pictures: Pictures, num_rows: int, parameters: str, features: str
+) -> Gallery:
     found: Callable[[Float32Array, int], Found]
     if store.exists(store.join(folder, "image.index")):
         if parameters:
             raise ConfigError(f"{folder}: search parameters apply to an index by `cnclip index`")
         whole = read_index(store.join(folder, "image.index"))
-        dim, count = int(whole.d), int(whole.ntotal)
+        dim, count, model = int(whole.d), int(whole.ntotal), read_identity(folder) or read_identity(features)
 
         def found(query_1D: Float32Array, k: int) -> Found:
             return search(whole, query_1D, k)
     else:
         parted = PartedIndex.open(folder)
-        dim, count = parted.dim, parted.num_rows
+        dim, count, model = parted.dim, parted.num_rows, parted.model
 
         def found(query_1D: Float32Array, k: int) -> Found:
             return parted.search(query_1D, k, parameters=parameters)
@@ -257,7 +253,7 @@ def _gallery(name: str, folder: str, pictures: Pictures, num_rows: int, paramete
         )
     # a damaged part or a parameter that does not apply is said now, not to the first who searches
     found(np.full((1, dim), dim**-0.5, dtype=np.float32), 1)
-    return Gallery(name, dim, count, pictures, found)
+    return Gallery(name, dim, count, pictures, found, model)
 
 
 def _metadata(folder: str, columns: Sequence[str]) -> "pl.DataFrame":
@@ -287,7 +283,7 @@ def _metadata(folder: str, columns: Sequence[str]) -> "pl.DataFrame":
 
 def _set_of(image_ids: Int64Array, sources: Sequence[RetrievalSource], where: str) -> EvaluationSet:
     """The one set that holds all these pictures; of several, the one that holds no others."""
-    sets = [read_evaluation(source.folder, source.name) for source in sources]
+    sets = [read_retrieval_set(source.folder, source.name) for source in sources]
     fitting = [item for item in sets if np.isin(image_ids, item.image_ids).all()]
     exact = [item for item in fitting if item.num_images == len(np.unique(image_ids))]
     choice = exact or fitting

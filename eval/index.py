@@ -1,5 +1,6 @@
 """FAISS inner-product indices: built by factory string, written to one file, searched in batches."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -127,5 +128,6 @@ def _best_first(scores_BC: Float64Array, rows_BC: Int64Array, k: int) -> tuple[F
 
 
 def faiss_reason(error: RuntimeError) -> str:
-    """The last line of a FAISS error: the earlier ones name C++ source files."""
-    return str(error).strip().splitlines()[-1].rsplit("Error: ", 1)[-1]
+    """What a FAISS error says, without the C++ function and source file that it comes from."""
+    last = str(error).strip().splitlines()[-1].rsplit("Error: ", 1)[-1]
+    return re.sub(r"^Error in .*\.\w+:\d+:\s*", "", last)

@@ -39,6 +39,23 @@ def shipped_labels(dataset: str) -> Labels | None:
     return read_labels(path) if dataset in shipped_sets() else None
 
 
+def labels_for(folder: str, dataset: str, path: str | None) -> Labels:
+    """Labels of a set: those of `path`, else of the folder's `label_cn.txt`, else ours.
+
+    Raises InputError where the set is none of ICinW and there is no file.
+    """
+    own = store.join(folder, "label_cn.txt")
+    if path is not None or store.exists(own):
+        return read_labels(path or own)
+    shipped = shipped_labels(dataset)
+    if shipped is None:
+        raise InputError(
+            f"{folder}: has no label_cn.txt, and {dataset} is no set of ICinW; write the Chinese class names"
+            f" into {own}, one a line in class order"
+        )
+    return shipped
+
+
 def read_labels(path: str) -> Labels:
     """Labels of a file. Raises InputError for empty or repeated names and for lines of mixed forms."""
     rows = [line.split("\t") for line in _lines(path)]

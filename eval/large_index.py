@@ -2,7 +2,8 @@
 
 A folder written by `build_parts`:
 
-    index.json           factory, dim, rows, and the parts; written last: it existing means complete
+    index.json           factory, dim, rows, the model of the features where known, and the parts; written
+                         last: it existing means complete
     plan.json            digest of embeddings and settings, so that parts of two indices never mix
     trained.index        the empty trained index that every part is a copy of
     parts/00000.index    rows 0 … rows_per_part - 1 as a plain FAISS file, ids from 0 within the part
@@ -21,7 +22,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from eval.faiss_device import Device, check_device, from_device, to_device
 from eval.index import EMBEDDING_FOLDERS, check_vectors, faiss_reason
+from eval.model_identity import ModelIdentity, read_identity
 from pipeline import store
 from pipeline.config import digest
 from pipeline.records import ConfigError, InputError
@@ -31,7 +34,6 @@ Float32Array = npt.NDArray[np.float32]
 Int64Array = npt.NDArray[np.int64]
 
 BLOCK_ROWS = 65_536  # read, checked and added at once: 128 MiB of float32 at 512
-_EDGE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,7 @@ class Embeddings:
     paths: tuple[str, ...]
     first_rows: tuple[int, ...]  # of each file, and the number of all rows at the end
     dim: int
+    model: ModelIdentity | None = None  # None where nothing says
 
     @property
     def num_rows(self) -> int:
@@ -59,7 +62,9 @@ class Embeddings:
                 )
             dim = matrix.shape[1]
             first_rows.append(first_rows[-1] + len(matrix))
-        return cls(tuple(paths), tuple(first_rows), dim)
+        if not first_rows[-1]:
+            raise InputError(f"{source}: holds files of features, but not one row")
+        return cls(tuple(paths), tuple(first_rows), dim, read_identity(source))
 
     def blocks(self, start: int, stop: int) -> Iterator[Float32Array]:
         """Rows start … stop - 1 as checked float32 blocks, in order.
@@ -95,7 +100,7 @@ class Embeddings:
 
     def digest(self) -> str:
         """Of names, sizes, and the first and last MiB of each file: reading terabytes is not worth more."""
-        return digest([(os.path.basename(path), *_edges(path)) for path in self.paths])
+        return digest([(os.path.basename(path), *store.digest_edges(path)) for path in self.paths])
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +123,7 @@ class PartedIndex:
     num_rows: int
     inputs: str  # digest of embeddings and settings
     parts: tuple[Part, ...]
+    model: ModelIdentity | None = None  # None where nothing said it
 
     @classmethod
     def open(cls, folder: str) -> "PartedIndex":
@@ -126,7 +132,10 @@ class PartedIndex:
         try:
             fields = json.loads(store.read_text(path))
             parts = tuple(Part(**part) for part in fields.pop("parts"))
-            return cls(folder=folder, parts=parts, **fields)
+            model = fields.pop("model", None)
+            return cls(
+                folder=folder, parts=parts, model=None if model is None else ModelIdentity(**model), **fields
+            )
         except FileNotFoundError:
             raise InputError(
                 f"{path}: no such file; build the index: cnclip index (it goes on where it stopped)"
@@ -175,15 +184,17 @@ def build_parts(
     factory: str,
     rows_per_part: int,
     train_rows: int,
+    device: Device = "cpu",
     redo: bool = False,
     progress: Progress | None = None,
 ) -> PartedIndex:
     """Train on evenly spaced rows, then index part by part; what is there already is kept.
 
-    The same embeddings and settings give the same bytes on one thread. Raises ConfigError where the folder
-    holds an index of other embeddings or settings and `redo` is not set, InputError for a factory string that
-    FAISS refuses.
+    `device` trains and adds. The same embeddings and settings give the same bytes on one thread of the
+    processor. Raises ConfigError where the folder holds an index of other embeddings or settings and `redo`
+    is not set, and where there is no such device; InputError for a factory string that FAISS refuses.
     """
+    check_device(device)
     if rows_per_part < 1 or train_rows < 1:
         raise ConfigError("rows per part and rows to train on must be at least 1")
     inputs = digest([embeddings.digest(), factory, rows_per_part, train_rows])
@@ -199,7 +210,7 @@ def build_parts(
 
     trained_path = store.join(folder, "trained.index")
     if not store.exists(trained_path):
-        _write_index(_train(embeddings, factory, train_rows), trained_path)
+        _write_index(train(embeddings, factory, train_rows, device), trained_path)
     parts = []
     starts = range(0, embeddings.num_rows, rows_per_part)
     for number, start in enumerate(starts):
@@ -207,14 +218,16 @@ def build_parts(
         name = f"parts/{number:05d}.index"
         path = store.join(folder, name)
         if not store.exists(path):
-            index = map_index(trained_path, mapped=False)
+            index = to_device(map_index(trained_path, mapped=False), device, factory)
             for block_BD in embeddings.blocks(start, stop):
                 index.add(block_BD)
-            _write_index(index, path)
+            _write_index(from_device(index, device), path)
         parts.append(Part(name, start, stop - start, store.num_bytes(path)))
         if progress is not None:
             progress(number + 1, len(starts), name)
-    result = PartedIndex(folder, factory, embeddings.dim, embeddings.num_rows, inputs, tuple(parts))
+    result = PartedIndex(
+        folder, factory, embeddings.dim, embeddings.num_rows, inputs, tuple(parts), embeddings.model
+    )
     fields = asdict(result)
     del fields["folder"]
     store.write_text(store.join(folder, "index.json"), json.dumps(fields, indent=1))
@@ -249,31 +262,33 @@ def map_index(path: str, *, mapped: bool = True) -> Any:
         ) from None
 
 
-def set_parameters(index: Any, parameters: str) -> None:
+def set_parameters(index: Any, parameters: str, device: Device = "cpu") -> None:
     """FAISS's search parameters, such as `nprobe=16`. ConfigError where they do not apply."""
     import faiss
 
     if not parameters:
         return
-    space: Any = faiss.ParameterSpace()  # FAISS's stubs know one of its two signatures
+    kind = faiss.ParameterSpace if device == "cpu" else faiss.GpuParameterSpace
+    space: Any = kind()  # FAISS's stubs know one of its two signatures
     try:
         space.set_index_parameters(index, parameters)
     except RuntimeError as error:
         raise ConfigError(f"search parameters {parameters!r}: {faiss_reason(error)}") from None
 
 
-def _train(embeddings: Embeddings, factory: str, train_rows: int) -> Any:
+def train(embeddings: Embeddings, factory: str, train_rows: int, device: Device) -> Any:
+    """An empty index trained on evenly spaced rows. Raises InputError where FAISS refuses string or rows."""
     index = new_index(embeddings.dim, factory)
-    if not index.is_trained:
-        count = min(train_rows, embeddings.num_rows)
-        rows = np.arange(count) * embeddings.num_rows // count
-        try:
-            index.train(embeddings.rows(rows))
-        except RuntimeError as error:
-            raise InputError(
-                f"FAISS cannot train {factory!r} on {count} rows: {faiss_reason(error)}"
-            ) from None
-    return index
+    if index.is_trained:
+        return index
+    count = min(train_rows, embeddings.num_rows)
+    rows = np.arange(count) * embeddings.num_rows // count
+    index = to_device(index, device, factory)
+    try:
+        index.train(embeddings.rows(rows))
+    except RuntimeError as error:
+        raise InputError(f"FAISS cannot train {factory!r} on {count} rows: {faiss_reason(error)}") from None
+    return from_device(index, device)
 
 
 def _write_index(index: Any, path: str) -> None:
@@ -317,7 +332,7 @@ def _open_npy(path: str) -> npt.NDArray[Any]:
         raise InputError(f"{path}: no such file; embed first") from None
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{path}: not a readable .npy file ({error}); embed again") from None
-    if matrix.dtype not in (np.float16, np.float32) or matrix.ndim != 2 or 0 in matrix.shape:
+    if matrix.dtype not in (np.float16, np.float32) or matrix.ndim != 2 or not matrix.shape[1]:
         raise InputError(
             f"{path}: expected float16 or float32 features [rows, dim], found {matrix.dtype}"
             f" {list(matrix.shape)}"
@@ -332,13 +347,3 @@ def _unit(block_BD: Float32Array) -> Float32Array:
         np.abs(length_B1 - 1) < 5e-3, block_BD / np.maximum(length_B1, 0.5), block_BD
     )
     return unit
-
-
-def _edges(path: str) -> tuple[int, str]:
-    """Size of a file, and the digest of its first and last MiB."""
-    size = store.num_bytes(path)
-    with store.open_read(path) as file:
-        head = file.read(_EDGE_BYTES)
-        file.seek(max(0, size - _EDGE_BYTES))
-        tail = file.read(_EDGE_BYTES)
-    return size, store.digest_bytes(head + tail)

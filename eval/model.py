@@ -1,7 +1,8 @@
 """A model ready to turn texts and pictures into features: the one place where evaluation loads weights."""
 
+import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -73,14 +74,20 @@ class Encoder:
 
         Raises InputError where none can be.
         """
+        feature_ND, kept_N = self.encoded_pictures(picture.read() for picture in pictures)
+        if not len(kept_N):
+            raise InputError(f"{pictures[0].path}: none of {len(pictures)} pictures can be decoded")
+        return feature_ND, kept_N
+
+    def encoded_pictures(self, encoded: Iterable[bytes]) -> tuple[Float32Array, Int64Array]:
+        """`pictures` of encoded bytes, read a batch at a time; empty where none can be decoded."""
         features, kept = list[Float32Array](), list[int]()
-        for rows, image_BCHW in self._decoded(pictures):
+        for rows, image_BCHW in self._decoded(encoded):
             features.append(self.base.embed_pixels(image_BCHW))
             kept += rows
-        if not kept:
-            raise InputError(f"{pictures[0].path}: none of {len(pictures)} pictures can be decoded")
-        feature_ND = np.concatenate(features)
-        check_vectors(feature_ND, "image features")
+        feature_ND = np.concatenate([np.empty((0, self.base.model.config.embed_dim), np.float32), *features])
+        if kept:
+            check_vectors(feature_ND, "image features")
         return feature_ND, np.array(kept, dtype=np.int64)
 
     def picture(self, image: "Image.Image") -> Float32Array:
@@ -93,15 +100,15 @@ class Encoder:
         feature_D: Float32Array = self.base.embed_images([small])[0]
         return feature_D
 
-    def _decoded(self, pictures: Sequence[Picture]) -> "Iterator[tuple[list[int], torch.Tensor]]":
+    def _decoded(self, encoded: Iterable[bytes]) -> "Iterator[tuple[list[int], torch.Tensor]]":
         import torch
 
         from training.model.preprocess import preprocess
 
         size_px = self.base.image_size_px
-        for start in range(0, len(pictures), self.batch_size):
-            rows = list(range(start, min(start + self.batch_size, len(pictures))))
-            data = [pictures[row].read() for row in rows]
+        numbered = enumerate(encoded)
+        while batch := list(itertools.islice(numbered, self.batch_size)):
+            rows, data = [row for row, _ in batch], [item for _, item in batch]
             try:
                 yield rows, preprocess(data, size_px)
             except InputError:  # once more, one by one, to leave out what cannot be decoded
@@ -149,9 +156,18 @@ def find_checkpoint(target: str, vocabulary: str | None, context_length: int | N
     raise InputError(f"{folder}: holds no trained stage; first give: cnclip run {target}")
 
 
-def load_encoder(checkpoint: Checkpoint, *, batch_size: int = 64) -> Encoder:
-    """Weights of any format that `training.model.formats` reads, on the accelerator where there is one."""
+def load_encoder(checkpoint: Checkpoint, *, batch_size: int = 64, device: str | None = None) -> Encoder:
+    """Weights of any format that `training.model.formats` reads, on the accelerator where there is one.
+
+    `device` is torch's name of another one. Raises ConfigError where the model has fewer positions than the
+    context length.
+    """
     from training.model.encoder import load
 
-    base = load(checkpoint.path, vocabulary=checkpoint.vocabulary)
+    base = load(checkpoint.path, vocabulary=checkpoint.vocabulary, device=device)
+    positions = base.model.config.text.max_positions
+    if not 3 <= checkpoint.context_length <= positions:
+        raise ConfigError(
+            f"--context {checkpoint.context_length}: {checkpoint.path} takes 3 to {positions} tokens"
+        )
     return Encoder(base, checkpoint.context_length, batch_size)

@@ -18,6 +18,7 @@ import numpy as np
 from eval.datasets.cnclip_tsv import EvaluationSet, Int64Array, check_scorable
 from eval.index import EMBEDDING_FOLDERS, read_index, read_vectors, search
 from eval.metrics import CUTOFFS, RecallAtK, RetrievalScores, recall_at_k, retrieval_scores
+from eval.model_identity import check_same_model, read_identity
 from pipeline import store
 from pipeline.records import InputError
 
@@ -40,9 +41,10 @@ def retrieve(
     some text names; `image_to_text=False` leaves that direction out, as MUGE does.
 
     Raises InputError for a set too small for recall at 10 or without pairing, features that are NaN or not
-    unit-norm, and features or indices that are not of this evaluation.
+    unit-norm, features or indices that are not of this evaluation, and an index of another model.
     """
     check_scorable(evaluation, k=K, image_to_text=image_to_text)
+    check_same_model(index_folder, read_identity(index_folder), read_identity(embeddings_folder))
     t2i_path = store.join(out_folder, f"{evaluation.name}.predictions.jsonl")
     _write_predictions(
         t2i_path,
@@ -146,6 +148,11 @@ def _write_predictions(
     ):
         if found != wanted:
             raise InputError(f"{source}: {found} rows, but the evaluation has {wanted}; embed it again")
+    if index.d != vectors_ND.shape[1]:
+        raise InputError(
+            f"{index_path}: an index of width {index.d}, but {vectors_path} has {vectors_ND.shape[1]}: it"
+            " is of another model; build it again"
+        )
     with store.publish(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for start in range(0, len(query_rows), _QUERIES_PER_WRITE):
             rows = query_rows[start : start + _QUERIES_PER_WRITE]

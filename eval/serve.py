@@ -40,6 +40,7 @@ import numpy.typing as npt
 from data_prep.resize import BadImageError, decode_upright
 from eval.gallery import Gallery
 from eval.model import Encoder
+from eval.model_identity import check_same_model, identify
 from pipeline.records import ConfigError, InputError
 
 Float32Array = npt.NDArray[np.float32]
@@ -66,7 +67,7 @@ class Refusal(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Searcher:
-    """One model over galleries of its own features. Raises InputError for a gallery of another width."""
+    """One model over galleries of its own features. Raises InputError for a gallery of another model."""
 
     encoder: Encoder
     galleries: Sequence[Gallery]
@@ -79,6 +80,10 @@ class Searcher:
                     f"{gallery.name}: an index of width {gallery.dim}, but {self.encoder.name} gives {dim}:"
                     " it is of another model"
                 )
+        if any(gallery.model is not None for gallery in self.galleries):
+            own = identify(self.encoder.base.model)
+            for gallery in self.galleries:
+                check_same_model(gallery.name, gallery.model, own)
 
     def about(self) -> dict[str, Any]:
         return {

@@ -13,7 +13,7 @@ from pipeline.stage import Context, Outcome, Progress, Task
 
 if TYPE_CHECKING:
     from eval.comparison import Comparison
-    from eval.report import ReportData
+    from eval.report_data import ReportData
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,12 +73,13 @@ def embed_tasks(config: ScoreConfig, context: Context) -> list[Task]:
 
 def embed(config: ScoreConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """Features of one evaluation set under one model, in clip-retrieval's layout."""
-    from eval.datasets.cnclip_tsv import check_scorable, read_evaluation
+    from eval.datasets.cnclip_tsv import check_scorable
+    from eval.datasets.retrieval_set import read_retrieval_set
     from eval.embed import embed_evaluation
 
     stage = task.arguments["stage"]
     item = _evaluation(context, task)
-    evaluation = read_evaluation(item.folder, item.name)
+    evaluation = read_retrieval_set(item.folder, item.name)
     check_scorable(evaluation)
     folder = _folder(item.name, stage)
     embed_evaluation(
@@ -93,6 +94,7 @@ def embed(config: ScoreConfig, context: Context, task: Task, progress: Progress)
         f"{folder}/text_emb/text_emb_0.npy": evaluation.num_texts,
         f"{folder}/metadata/metadata_0.parquet": evaluation.num_images,
         f"{folder}/text_metadata/metadata_0.parquet": evaluation.num_texts,
+        f"{folder}/model.json": 0,
     }
     count = evaluation.num_images + evaluation.num_texts
     return Outcome(outputs, num_in=count, num_kept=count)
@@ -100,12 +102,16 @@ def embed(config: ScoreConfig, context: Context, task: Task, progress: Progress)
 
 def index_tasks(config: IndexConfig, context: Context) -> list[Task]:
     """One task for each folder of features, both sides."""
-    vectors = {shard.path: shard for shard in context.parents["embed"].shards if shard.path.endswith(".npy")}
-    folders = sorted({path.split("/img_emb/")[0] for path in vectors if "/img_emb/" in path})
+    read = {
+        shard.path: shard
+        for shard in context.parents["embed"].shards
+        if shard.path.endswith((".npy", "/model.json"))
+    }
+    folders = sorted({path.split("/img_emb/")[0] for path in read if "/img_emb/" in path})
     return [
         Task(
             folder.replace("/", "."),
-            {path: shard.digest for path, shard in vectors.items() if path.startswith(f"{folder}/")},
+            {path: shard.digest for path, shard in read.items() if path.startswith(f"{folder}/")},
             {"folder": folder},
         )
         for folder in folders
@@ -113,11 +119,15 @@ def index_tasks(config: IndexConfig, context: Context) -> list[Task]:
 
 
 def build_indices(config: IndexConfig, context: Context, task: Task, progress: Progress) -> Outcome:
-    """`image.index` and `text.index` of one folder of features."""
+    """`image.index` and `text.index` of one folder of features, and which model these are of."""
     from eval.index import build_index, read_index
+    from eval.model_identity import read_identity, write_identity
 
     folder = task.arguments["folder"]
     outputs = {}
+    if (identity := read_identity(context.path_in("embed", folder))) is not None:
+        write_identity(context.path(folder), identity)
+        outputs[f"{folder}/model.json"] = 0
     for side, vectors in (("image", "img_emb/img_emb_0.npy"), ("text", "text_emb/text_emb_0.npy")):
         path = f"{folder}/{side}.index"
         build_index(context.path_in("embed", folder, vectors), context.path(path), factory=config.factory)
@@ -150,12 +160,12 @@ def retrieval_tasks(config: ScoreConfig, context: Context) -> list[Task]:
 
 def retrieve(config: ScoreConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """Prediction and score files of both directions; the scores go into the receipt for the report."""
-    from eval.datasets.cnclip_tsv import read_evaluation
+    from eval.datasets.retrieval_set import read_retrieval_set
     from eval.retrieval import retrieve as search_and_score
 
     item = _evaluation(context, task)
     folder = _folder(item.name, task.arguments["stage"])
-    evaluation = read_evaluation(item.folder, item.name)
+    evaluation = read_retrieval_set(item.folder, item.name)
     scores = search_and_score(
         evaluation, context.path_in("embed", folder), context.path_in("index", folder), context.path(folder)
     )
@@ -186,13 +196,14 @@ def baseline_tasks(config: None, context: Context) -> list[Task]:
 def baseline(config: None, context: Context, task: Task, progress: Progress) -> Outcome:
     """What a score must beat: chance, and a pixel nearest neighbour over the training pictures."""
     from eval.baseline import PixelBaseline, chance
-    from eval.datasets.cnclip_tsv import check_scorable, read_evaluation
+    from eval.datasets.cnclip_tsv import check_scorable
+    from eval.datasets.retrieval_set import read_retrieval_set
 
     pixel = PixelBaseline.from_shards([shard.path for shard in context.shards_of("shards", ".tar")])
     scores = {}
     num_texts = 0
     for item in evaluations_of(context):
-        evaluation = read_evaluation(item.folder, item.name)
+        evaluation = read_retrieval_set(item.folder, item.name)
         check_scorable(evaluation)
         scores[item.name] = {"pixel": pixel.scores(evaluation), "chance": chance(evaluation)}
         num_texts += evaluation.num_texts
@@ -219,17 +230,11 @@ def report(config: ReportConfig, context: Context, task: Task, progress: Progres
 
 
 def _report_data(config: ReportConfig, context: Context) -> "ReportData":
-    from data_prep.funnel import STEPS, by_source, count_planted
-    from eval.datasets.cnclip_tsv import read_evaluation
-    from eval.report import (
-        Counts,
-        FunnelStep,
-        PlantedClass,
-        ReportData,
-        StageFacts,
-        make_gallery,
-        read_training_metrics,
-    )
+    from data_prep import histograms
+    from data_prep.funnel import STEPS, by_source, count_planted, threshold_notes
+    from eval.datasets.retrieval_set import read_retrieval_set
+    from eval.report_data import Counts, FunnelStep, Histogram, PlantedClass, ReportData, StageFacts
+    from eval.report_sources import make_gallery, read_training_metrics
 
     final = config.score.stages[-1]
     manifests = context.parents
@@ -248,7 +253,7 @@ def _report_data(config: ReportConfig, context: Context) -> "ReportData":
         predictions = context.path_in(
             "retrieval", _folder(item.name, final), f"{item.name}.predictions.jsonl"
         )
-        galleries.append(make_gallery(read_evaluation(item.folder, item.name), predictions))
+        galleries.append(make_gallery(read_retrieval_set(item.folder, item.name), predictions))
     funnel = [
         FunnelStep(
             name,
@@ -259,7 +264,8 @@ def _report_data(config: ReportConfig, context: Context) -> "ReportData":
                 for source, counts in by_source(step).items()
             },
         )
-        for name in (*(("corpus",) if manifests["corpus"].dropped else ()), *STEPS)
+        for name in ("corpus", *STEPS)
+        if name in manifests and (name != "corpus" or manifests[name].dropped)
         for step in [manifests[name]]
     ]
     return ReportData(
@@ -289,19 +295,28 @@ def _report_data(config: ReportConfig, context: Context) -> "ReportData":
             for item in count_planted(context)
         ),
         comparisons=comparisons(config, context),
+        histograms=tuple(
+            Histogram(name, step, histograms.EDGES[name], counts["kept"], counts["dropped"])
+            for step in STEPS
+            if step in manifests
+            for name, counts in histograms.of_stage(manifests[step].extra.values()).items()
+        ),
+        notes=tuple(note for step in STEPS if step in manifests for note in threshold_notes(manifests[step])),
     )
 
 
 def comparisons(config: ReportConfig, context: Context) -> "tuple[Comparison, ...]":
-    """The final model beside the paper on each evaluation set that is named as one of its protocols."""
-    from eval.datasets.cnclip_tsv import read_evaluation
+    """The final model beside the paper: evaluation sets named as its protocols, and classification sets."""
+    from eval.comparison import compare_classification
+    from eval.datasets.retrieval_set import read_retrieval_set
     from eval.evaluate import compare_set
     from eval.published import PAPER_MODELS, retrieval_protocol
+    from eval.zeroshot_stage import ZeroshotScores
 
     final = config.score.stages[-1]
-    return tuple(
+    tables = [
         compare_set(
-            read_evaluation(item.folder, item.name),
+            read_retrieval_set(item.folder, item.name),
             item.name,
             context.path_in("embed", _folder(item.name, final)),
             setup="zero-shot",
@@ -310,7 +325,17 @@ def comparisons(config: ReportConfig, context: Context) -> "tuple[Comparison, ..
         )
         for item in evaluations_of(context)
         if retrieval_protocol(item.name) is not None
-    )
+    ]
+    if (manifest := context.parents.get("zeroshot")) is not None:
+        found = ZeroshotScores.of(manifest)
+        tables += compare_classification(
+            found.measured,
+            model=config.model,
+            paper_model=PAPER_MODELS.get(config.model),
+            notes=found.notes,
+            differing=found.differing,
+        )
+    return tuple(tables)
 
 
 def _evaluation(context: Context, task: Task) -> EvaluationSet:

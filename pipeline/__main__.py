@@ -1,11 +1,18 @@
-"""The command line: what acts on runs and on weights; `eval.command_line` adds what measures."""
+"""The command line: what acts on runs and on weights.
+
+`pipeline.corpus_commands` adds what acts on corpora outside a run, `eval.commands` what measures and
+searches.
+"""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from eval.command_line import add_commands as add_evaluation_commands
-from pipeline.records import ConfigError, InputError
+from eval.commands import add_commands as add_evaluation_commands
+from pipeline.corpus_commands import add_commands as add_corpus_commands
+from pipeline.records import ConfigError, InputError, Stopped
+
+_HARDWARE = "A100"  # that a paper recipe is planned for where nothing is said
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -18,6 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, InputError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
+    except Stopped as stopped:
+        print(f"stopped: {stopped}", file=sys.stderr)
+        return stopped.exit_status
     except KeyboardInterrupt:
         print("interrupted; run the same command to go on from here", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -40,6 +50,21 @@ def _remedy(error: OSError) -> str:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    from pipeline.plan_training import (
+        RECIPES,
+        hardware,
+        training_table,
+        trainings_of_recipe,
+        trainings_of_run,
+    )
+
+    if options.samples is not None and options.samples <= 0:
+        raise ConfigError(f"--samples {options.samples}: must be above 0")
+    recipe = options.run.removeprefix("training/recipes/").removesuffix(".toml")
+    if recipe in RECIPES:
+        on = hardware(options.hardware or _HARDWARE, options.utilisation, options.memory)
+        print(training_table(trainings_of_recipe(recipe, options.samples), on, options.tokens))
+        return EXIT_DONE
     from pipeline.catalog import load
     from pipeline.runner import survey
     from pipeline.tables import plan_table
@@ -47,6 +72,9 @@ def _plan(options: argparse.Namespace) -> int:
     run, _ = load(options.run, options.set)
     print(f"{options.run} → {run.folder}")
     print(plan_table(survey(run)))
+    if options.hardware is not None:
+        on = hardware(options.hardware, options.utilisation, options.memory)
+        print(f"\n{training_table(trainings_of_run(run, options.samples), on, options.tokens)}")
     return EXIT_DONE
 
 
@@ -67,10 +95,12 @@ def _run(options: argparse.Namespace) -> int:
 def _status(options: argparse.Namespace) -> int:
     from pipeline.catalog import load
     from pipeline.runner import survey
-    from pipeline.tables import status_table
+    from pipeline.tables import notes, status_table
 
     run, _ = load(options.run, options.set)
     print(status_table(run, survey(run)))
+    for note in notes(run):
+        print(f"note: {note}")
     return EXIT_DONE
 
 
@@ -93,6 +123,16 @@ def _why(options: argparse.Namespace) -> int:
     run, config = load(options.run, options.set)
     lines = explain(run, config.filter_text, options.key)
     print("\n".join(lines))
+    return EXIT_DONE
+
+
+def _launch(options: argparse.Namespace) -> int:
+    from pipeline.catalog import load
+    from pipeline.config import find_recipe
+    from pipeline.launch import write_scripts
+
+    run, config = load(options.run, options.set)
+    print("\n".join(write_scripts(run, config.launch, find_recipe(options.run), options.set)))
     return EXIT_DONE
 
 
@@ -123,28 +163,6 @@ def _inspect(options: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def _embed(options: argparse.Namespace) -> int:
-    from eval.embed_files import embed_files
-    from training.model.encoder import load
-
-    if options.images is None and options.texts is None:
-        raise ConfigError("embed: nothing to embed; give --images, --texts or both")
-    encoder = load(options.model, vocabulary=options.vocab)
-    positions = encoder.model.config.text.max_positions
-    if not 3 <= options.context <= positions:
-        raise ConfigError(f"--context {options.context}: {options.model} takes 3 to {positions} tokens")
-    done = embed_files(
-        encoder, images=options.images, texts=options.texts, out=options.out, context_length=options.context
-    )
-    if done.num_truncated:
-        print(
-            f"{done.num_truncated} of {done.num_texts} texts have more than {options.context} tokens and are"
-            " cut; raise --context to keep more"
-        )
-    print(f"{options.out}: {done.num_images} pictures, {done.num_texts} texts, {done.dim} dimensions")
-    return EXIT_DONE
-
-
 def _add_weight_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """The commands that take weights instead of a run."""
     vocab = "vocab.txt, a folder with one, or a model id (default: looked for)"
@@ -171,20 +189,6 @@ def _add_weight_commands(commands: "argparse._SubParsersAction[argparse.Argument
     inspect = commands.add_parser("inspect", help=summary, description=summary)
     inspect.set_defaults(command=_inspect)
     inspect.add_argument("file", metavar="FILE", help="weights: a file or a folder")
-
-    summary = "features of pictures and texts in clip-retrieval's layout"
-    embed = commands.add_parser("embed", help=summary, description=summary)
-    embed.set_defaults(command=_embed)
-    embed.add_argument("model", metavar="MODEL", help="weights of any known format")
-    embed.add_argument(
-        "--images", metavar="FOLDER|TABLE", help="folder of pictures, or table with a column of them"
-    )
-    embed.add_argument("--texts", metavar="FILE", help="one text a line, or a table with a column of them")
-    embed.add_argument("--out", required=True, metavar="DIR", help="folder for the features")
-    embed.add_argument("--vocab", metavar="V", help=vocab)
-    embed.add_argument(
-        "--context", type=int, default=52, metavar="N", help="tokens a text is cut at (default: 52)"
-    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -215,7 +219,18 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--to", dest="last", metavar="NAME", help="up to and with this stage")
         return command
 
-    add("plan", _plan, "show every stage with done, stale or to do")
+    command = add("plan", _plan, "show every stage with done, stale or to do; what training needs")
+    command.add_argument(
+        "--hardware", metavar="NAME", help="device to plan training for, such as V100, A100 or H100"
+    )
+    command.add_argument(
+        "--utilisation", type=float, default=0.4, metavar="U", help="share of its 16-bit peak (default: 0.4)"
+    )
+    command.add_argument("--memory", type=float, metavar="GIB", help="its memory (default: the data sheet's)")
+    command.add_argument("--samples", type=int, metavar="N", help="pairs to train on (default: the shards')")
+    command.add_argument(
+        "--tokens", type=int, default=22, metavar="L", help="mean length of a caption (default: 22)"
+    )
     command = add("run", _run, "do what is missing, and nothing twice", stages=True)
     command.add_argument(
         "--redo", action="store_true", help="do stale stages again; with --stage, that stage in any case"
@@ -224,10 +239,12 @@ def _parser() -> argparse.ArgumentParser:
     add("verify", _verify, "hash every output again and compare it with the manifests", stages=True)
     command = add("why", _why, "where a row went: kept, or dropped by which stage and why")
     command.add_argument("key", metavar="KEY-or-URL", help="a sample's key or a picture's URL")
+    add("launch", _launch, "write Slurm scripts, and print command lines for torchrun and deepspeed")
     command = add(
         "doctor", _doctor, "is this machine fit: Python, disk, memory, accelerator, ranks, compiler"
     )
     command.add_argument("folder", nargs="?", default=".", help="where runs will live (default: here)")
+    add_corpus_commands(commands)
     add_evaluation_commands(commands)
     _add_weight_commands(commands)
     return parser

@@ -12,26 +12,32 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator
 
-from data_prep import corpus, dedup, download, filter_image, filter_text, shards
+from data_prep import corpus, dedup, dedup_image, download, filter_image, filter_text, score, shards, split
 from data_prep.corpus import SourcesConfig, TablesConfig
 from data_prep.dedup import DedupConfig
+from data_prep.dedup_image import DedupImageConfig
 from data_prep.download import DownloadConfig
 from data_prep.filter_image import FilterImageConfig
 from data_prep.filter_text import FilterTextConfig
+from data_prep.score import FilterScoreConfig, ScoreConfig
 from data_prep.shards import ShardsConfig
 from data_prep.sources.demo import DemoConfig
 from data_prep.sources.emoji import EmojiConfig
+from data_prep.split import SplitConfig
+from eval import pair_encoder, zeroshot_stage
 from eval import stages as evaluation_stages
 from eval.stages import IndexConfig
+from eval.zeroshot_stage import ClassificationSource, ZeroshotConfig
 from pipeline import store
 from pipeline.config import apply_overrides, build, find_recipe, read_toml, to_toml
 from pipeline.evaluation_sets import EvaluationSource
+from pipeline.launch_config import LaunchConfig
 from pipeline.records import ConfigError
 from pipeline.runner import Run
 from pipeline.stage import Stage
 from training import stage as training_stage
 from training import vocabulary
-from training.config import TrainConfig, paper_recipe
+from training.config import TrainConfig, finetune_recipe, paper_recipe
 from training.model.config import MODELS
 from training.vocabulary import VocabularyConfig
 
@@ -57,6 +63,9 @@ class ModelTable:
     vocabulary: str | None = None  # vocab.txt, folder or model id; unset: learned from the corpus
     image_weights: str | None = None  # an English CLIP for the image tower; unset: [english], else random
     text_weights: str | None = None  # a Chinese BERT for the text tower; unset: random
+    start_weights: str | None = (
+        None  # a whole Chinese CLIP, of another resolution too; then none of the above
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,45 +76,92 @@ class RunConfig:
     corpus: Annotated[DemoConfig | EmojiConfig | TablesConfig | SourcesConfig, Discriminator("kind")]
     model: ModelTable
     evaluation: tuple[EvaluationSource, ...] = ()
+    classification: tuple[ClassificationSource, ...] = ()
     filter_text: FilterTextConfig = field(default_factory=FilterTextConfig)
     dedup: DedupConfig = field(default_factory=DedupConfig)
     download: DownloadConfig = field(default_factory=DownloadConfig)
     filter_image: FilterImageConfig = field(default_factory=FilterImageConfig)
+    dedup_image: DedupImageConfig | None = None  # unset: copies of pictures stay, as in the paper
+    score: ScoreConfig | None = None  # unset: rows whose source has no score are not judged by one
+    filter_score: FilterScoreConfig | None = None  # unset: the paper's threshold on what [score] gives
+    split: SplitConfig | None = None  # rows set aside for validation; unset: none
     shards: ShardsConfig = field(default_factory=ShardsConfig)
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     english: TrainConfig | None = None  # stands in for OpenAI's CLIP where its weights are not at hand
     stage1: TrainConfig | None = None  # image tower locked (paper, 2.3)
     stage2: TrainConfig | None = None  # everything trained (paper, 2.3)
+    finetune: TrainConfig | None = None  # on the pairs of a downstream task (paper, A.3)
     index: IndexConfig = field(default_factory=IndexConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    zeroshot: ZeroshotConfig = field(default_factory=ZeroshotConfig)
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> tuple[Run, RunConfig]:
     """Read, override and check a run's TOML (a path, or the name of a shipped recipe)."""
     path = find_recipe(path)
-    table = apply_overrides(read_toml(path), overrides)
+    table = apply_overrides(_with_base(read_toml(path), path), overrides)
     config = build(RunConfig, _with_paper_recipes(table, path), path)
     if config.model.name not in MODELS:
         raise ConfigError(f"{path}: model.name: no model {config.model.name!r}; known: {', '.join(MODELS)}")
-    if config.stage1 is None and config.stage2 is None:
-        raise ConfigError(f"{path}: nothing to train; give [stage1], [stage2] or both")
+    if config.stage1 is None and config.stage2 is None and config.finetune is None:
+        raise ConfigError(f"{path}: nothing to train; give [stage1], [stage2] or both, or [finetune]")
+    if config.filter_score is not None and config.score is None:
+        raise ConfigError(
+            f"{path}: filter_score: nothing to judge without [score]; give it, or filter_text.min_score"
+        )
+    model = config.model
+    if model.start_weights and (model.image_weights or model.text_weights or config.english):
+        raise ConfigError(
+            f"{path}: model.start_weights is a whole model: leave out image_weights, text_weights, [english]"
+        )
     if isinstance(config.corpus, TablesConfig | SourcesConfig) and not config.evaluation:
         raise ConfigError(f"{path}: no [[evaluation]]; name at least one set with name and folder")
-    for name in ("english", "stage1", "stage2"):
+    for name in ("english", "stage1", "stage2", "finetune"):
         if (train := getattr(config, name)) is not None:
             train.check(name)
     return make_run(config), config
 
 
+def _with_base(table: dict[str, Any], where: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """`base = "RUN"` starts from another run's file; `without = ["stage1"]` takes tables of it away.
+
+    Own values go first; tables are joined key by key, lists are replaced.
+    """
+    own = dict(table)
+    base, without = own.pop("base", None), own.pop("without", [])
+    if base is None:
+        if without:
+            raise ConfigError(f"{where}: without: takes tables of a base away, but there is no base")
+        return own
+    if not isinstance(base, str) or base in seen:
+        raise ConfigError(f"{where}: base: found {base!r}; give the name or path of another run's file")
+    path = find_recipe(base)
+    joined = _with_base(read_toml(path), path, (*seen, base))
+    for name in without:
+        if name not in joined:
+            raise ConfigError(f"{where}: without: {base} has no {name!r}; it has {', '.join(joined)}")
+        del joined[name]
+    for key, value in own.items():
+        before = joined.get(key)
+        joined[key] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
+    return joined
+
+
 def _with_paper_recipes(table: dict[str, Any], where: str) -> dict[str, Any]:
-    """Fill in stages that say `recipe = "paper"` from training/recipes/pretrain.toml; own values go first."""
+    """Fill in stages that say `recipe = …` from training/recipes; own values go first."""
     filled = dict(table)
-    for stage in ("stage1", "stage2"):
+    model = table.get("model", {}).get("name", "")
+    names: tuple[Literal["stage1", "stage2", "finetune"], ...] = ("stage1", "stage2", "finetune")
+    for stage in names:
         own = table.get(stage)
         if not isinstance(own, dict) or "recipe" not in own:
             continue
-        if own["recipe"] != "paper":
+        if stage == "finetune":
+            paper = dataclasses.asdict(finetune_recipe(model, own["recipe"]))
+        elif own["recipe"] == "paper":
+            paper = dataclasses.asdict(paper_recipe(model, stage))
+        else:
             raise ConfigError(f'{where}: {stage}.recipe: found {own["recipe"]!r}; the only recipe is "paper"')
-        paper = dataclasses.asdict(paper_recipe(table.get("model", {}).get("name", ""), stage))
         augment = {**paper["augment"], **own.get("augment", {})}
         filled[stage] = {**paper, **own, "augment": augment}
         del filled[stage]["recipe"]
@@ -125,14 +181,16 @@ def make_run(config: RunConfig) -> Run:
     scores = evaluation_stages.ScoreConfig(
         stages=scored,
         vocabulary=config.model.vocabulary,
-        context_length=max(train.context_length for train in (config.stage1, config.stage2) if train),
+        context_length=max(
+            train.context_length for train in (config.stage1, config.stage2, config.finetune) if train
+        ),
     )
     learned = () if config.model.vocabulary else ("vocabulary",)
     stages = [
         Stage(
             name="corpus",
             title="caption tables and evaluation sets, bound by digest",
-            version=1,
+            version=2,
             config=corpus.CorpusStageConfig(corpus=config.corpus, evaluations=config.evaluation),
             parents=(),
             tasks=corpus.tasks,
@@ -141,7 +199,7 @@ def make_run(config: RunConfig) -> Run:
         Stage(
             name="filter_text",
             title="language, score, length, blacklist, addresses of evaluation pictures",
-            version=1,
+            version=2,
             config=config.filter_text,
             parents=("corpus",),
             tasks=filter_text.tasks,
@@ -175,16 +233,9 @@ def make_run(config: RunConfig) -> Run:
             tasks=filter_image.tasks,
             run=filter_image.run,
         ),
-        Stage(
-            name="shards",
-            title="tar shards with a Parquet sidecar: what training reads",
-            version=1,
-            config=config.shards,
-            parents=("download", "filter_image"),
-            tasks=shards.tasks,
-            run=shards.run,
-        ),
+        *_row_stages(config),
     ]
+    stages += _shard_stages(config, rows=stages[-1].name)
     columns = _learned_columns(config, train_stages)
     if columns:
         stages.append(
@@ -203,7 +254,7 @@ def make_run(config: RunConfig) -> Run:
         Stage(
             name="embed",
             title="features of the evaluation sets, in clip-retrieval's layout",
-            version=1,
+            version=2,
             config=scores,
             parents=("corpus", *learned, *scored),
             tasks=evaluation_stages.embed_tasks,
@@ -213,7 +264,7 @@ def make_run(config: RunConfig) -> Run:
         Stage(
             name="index",
             title="FAISS index of each set's pictures and texts",
-            version=1,
+            version=2,
             config=config.index,
             parents=("embed",),
             tasks=evaluation_stages.index_tasks,
@@ -238,11 +289,30 @@ def make_run(config: RunConfig) -> Run:
             run=evaluation_stages.baseline,
         ),
     ]
+    if config.classification:
+        stages.append(
+            Stage(
+                name="zeroshot",
+                title="classification sets by the final model",
+                version=1,
+                config=zeroshot_stage.ZeroshotStageConfig(
+                    zeroshot=config.zeroshot,
+                    sets=config.classification,
+                    stage=scored[-1],
+                    vocabulary=config.model.vocabulary,
+                    context_length=scores.context_length,
+                ),
+                parents=(*learned, scored[-1]),
+                tasks=zeroshot_stage.tasks,
+                run=zeroshot_stage.run,
+                parallel=False,
+            )
+        )
     stages.append(
         Stage(
             name="report",
             title="one HTML page and report.json",
-            version=2,
+            version=3,
             config=evaluation_stages.ReportConfig(
                 score=scores,
                 model=config.model.name,
@@ -258,8 +328,95 @@ def make_run(config: RunConfig) -> Run:
     return Run(table.folder, table.seed, table.executor, table.processes, tuple(stages))
 
 
+def _row_stages(config: RunConfig) -> list[Stage]:
+    """What a run asks for between the downloaded pictures and the shards."""
+    stages: list[Stage] = []
+    before = "filter_image"
+    if config.dedup_image is not None:
+        stages += [
+            Stage(
+                name="find_copies",
+                title="pictures that are there already, exactly or nearly",
+                version=1,
+                config=config.dedup_image,
+                parents=("corpus", before),
+                tasks=dedup_image.find_tasks,
+                run=dedup_image.find_run,
+            ),
+            Stage(
+                name="dedup_image",
+                title="copies go, the lowest key of each picture stays",
+                version=1,
+                config=config.dedup_image,
+                parents=("corpus", before, "find_copies"),
+                tasks=dedup_image.tasks,
+                run=dedup_image.run,
+            ),
+        ]
+        before = "dedup_image"
+    if config.score is not None:
+        stages += [
+            Stage(
+                name="score",
+                title="cosine of picture and caption by two encoders",
+                version=1,
+                config=config.score,
+                parents=("corpus", "download", before),
+                tasks=functools.partial(score.tasks, identify=pair_encoder.identify),
+                run=functools.partial(score.run, load=pair_encoder.load),
+                # On one machine a second process would hold a second copy of both encoders.
+                parallel=config.run.executor == "ray",
+            ),
+            Stage(
+                name="filter_score",
+                title="pictures that their captions do not describe go",
+                version=1,
+                config=config.filter_score or FilterScoreConfig(),
+                parents=("corpus", before, "score"),
+                tasks=score.filter_tasks,
+                run=score.filter_run,
+            ),
+        ]
+    return stages
+
+
+def _shard_stages(config: RunConfig, rows: str) -> list[Stage]:
+    """Shards of what the stage `rows` kept; with [split], the rows for validation in a stage of their own."""
+    packing = Stage(
+        name="shards",
+        title="tar shards with a Parquet sidecar: what training reads",
+        version=1,
+        config=config.shards,
+        parents=("download", rows),
+        tasks=shards.tasks,
+        run=shards.run,
+    )
+    if config.split is None:
+        return [packing]
+    parents = ("download", rows, "split")
+    return [
+        Stage(
+            name="split",
+            title="pictures set aside for validation, with all their copies",
+            version=1,
+            config=config.split,
+            parents=(rows,),
+            tasks=split.tasks,
+            run=split.run,
+        ),
+        dataclasses.replace(packing, parents=parents),
+        dataclasses.replace(
+            packing,
+            name="validation",
+            title="tar shards of the rows set aside: training never reads them",
+            parents=parents,
+            tasks=functools.partial(shards.tasks, part="validation"),
+        ),
+    ]
+
+
 def _training_stages(config: RunConfig) -> list[Stage]:
-    """english (where asked for) → stage1 → stage2: each hands its weights to the next (paper, 2.3)."""
+    """english (where asked for) → stage1 → stage2 → finetune: each hands its weights to the next (2.3)."""
     stages: list[Stage] = []
     before: str | None = None
     for name, title, train in (
@@ -270,6 +427,7 @@ def _training_stages(config: RunConfig) -> list[Stage]:
         ),
         ("stage1", "image tower locked, text tower trained", config.stage1),
         ("stage2", "both towers trained", config.stage2),
+        ("finetune", "both towers trained on a task's own pairs", config.finetune),
     ):
         if train is None:
             continue
@@ -282,8 +440,10 @@ def _training_stages(config: RunConfig) -> list[Stage]:
             image_stage="english" if before == "english" else None,
             image_weights=config.model.image_weights if before is None and name != "english" else None,
             text_weights=config.model.text_weights if starts_new and name != "english" else None,
+            start_weights=config.model.start_weights if before is None else None,
             save_openai=name == "english",
             validate=name != "english",
+            launcher=config.launch.launcher,
         )
         learns = job.vocabulary is None
         parents = ("corpus", "shards", *(("vocabulary",) if learns else ()), *((before,) if before else ()))

@@ -123,7 +123,7 @@ def _accelerator(folder: str) -> Finding:
 
 def _ranks(folder: str) -> Finding:
     """Two processes really meet over gloo and add two numbers."""
-    from training.stage import free_port
+    from training.launcher import free_port
 
     program = (
         "import sys, torch, torch.distributed as d;"

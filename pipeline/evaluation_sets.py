@@ -1,11 +1,13 @@
 """Evaluation sets of a run: given by `[[evaluation]]` or made by the corpus stage.
 
-A set is a folder in Chinese-CLIP's layout: `<name>_imgs.tsv` (id, base64 picture) and `<name>_texts.jsonl`.
+A set is a folder in Chinese-CLIP's layout: `<name>_imgs.tsv` (id, base64 picture) and `<name>_texts.jsonl`;
+or a folder of this project's shards.
 """
 
 from dataclasses import dataclass
 
 from pipeline import store
+from pipeline.config import digest
 from pipeline.records import InputError
 from pipeline.stage import Context
 
@@ -14,7 +16,7 @@ SUFFIXES = ("_imgs.tsv", "_texts.jsonl")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationSource:
-    """`[[evaluation]]`: a set in Chinese-CLIP's layout, `<name>_imgs.tsv` and `<name>_texts.jsonl`."""
+    """`[[evaluation]]`: `<name>_imgs.tsv` and `<name>_texts.jsonl` in a folder, or a folder of shards."""
 
     name: str
     folder: str
@@ -22,7 +24,7 @@ class EvaluationSource:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationSet:
-    """Where a set lies, and the digests of its two files."""
+    """Where a set lies, and the digests of its files."""
 
     name: str
     folder: str
@@ -30,15 +32,27 @@ class EvaluationSet:
 
 
 def digest_of(source: EvaluationSource) -> str:
-    """Digest of a given set's files; InputError where one is missing."""
+    """Digest of a given set's files, of shards their sidecars (which have each picture's digest).
+
+    InputError where a file is missing.
+    """
     paths = [store.join(source.folder, source.name + suffix) for suffix in SUFFIXES]
+    if not any(store.exists(path) for path in paths) and (stems := shard_stems(source.folder)):
+        return digest([store.digest_file(f"{stem}.parquet") for stem in stems])
     for path in paths:
         if not store.exists(path):
             raise InputError(
                 f"{path}: no such file; [[evaluation]] {source.name} needs {source.name}_imgs.tsv and"
-                f" {source.name}_texts.jsonl in its folder"
+                f" {source.name}_texts.jsonl in its folder, or shards (<name>.tar with <name>.parquet)"
             )
     return ":".join(store.digest_file(path) for path in paths)
+
+
+def shard_stems(folder: str) -> list[str]:
+    """Paths without their ending of the shards directly in a folder: each has a `.tar` and a `.parquet`."""
+    names = set(store.list_files(folder))
+    stems = sorted(name.removesuffix(".tar") for name in names if name.endswith(".tar"))
+    return [store.join(folder, stem) for stem in stems if f"{stem}.parquet" in names]
 
 
 def facts(made: dict[str, str], given: tuple[EvaluationSource, ...]) -> dict[str, dict[str, str]]:

@@ -1,10 +1,13 @@
-"""Child processes that never outlive the one that started them."""
+"""Child processes that never outlive the one that started them, and what asks them to stop."""
 
 import ctypes
 import signal
 import sys
 
 _PR_SET_PDEATHSIG = 1
+
+# Ask a training run for a checkpoint and its end. SIGINT is Ctrl-C, which reaches all ranks of a terminal.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def die_with_parent() -> None:

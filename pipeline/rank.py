@@ -1,27 +1,91 @@
-"""What each rank of a training stage runs: `deepspeed --module pipeline.rank JOB.json`."""
+"""What each rank of a training stage runs.
 
+    python -m pipeline.rank JOB.json                        started by `cnclip run`
+    torchrun … -m pipeline.rank RUN.toml stage1 [KEY=VALUE …]
+    deepspeed … --module pipeline.rank RUN.toml stage1 [KEY=VALUE …]
+
+The ranks find each other by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, or by what Slurm says.
+"""
+
+import os
 import sys
+from collections.abc import Mapping, Sequence
 
 from pipeline import store
 from pipeline.processes import die_with_parent
+from pipeline.records import ConfigError, InputError, Stopped
 from training.config import TrainJob
 
 
-def main() -> None:
-    """Train; zero-shot recall on the run's evaluation sets comes from eval, which training never imports."""
+def main() -> int:
+    """Train; zero-shot recall on the run's evaluation sets comes from eval, which training never imports.
+
+    Returns the exit status: 143 where a signal asked for the end and a checkpoint is written.
+    """
     die_with_parent()
-    path = sys.argv[-1]  # the launcher puts --local_rank before it
-    job = TrainJob.from_json(store.read_text(path), path)
+    os.environ.update(ranks_of_slurm(os.environ))
+    # DeepSpeed's launcher puts --local_rank before our own arguments.
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local")]
+    try:
+        job = read_job(arguments)
 
-    from eval.embed import validator
-    from training.model.tokenizer import Tokenizer
-    from training.pretrain import pretrain
+        from eval.embed import validator
+        from training.model.tokenizer import Tokenizer
+        from training.pretrain import pretrain
 
-    validate = None
-    if job.evaluations:
-        validate = validator(job.evaluations, Tokenizer.load(job.vocabulary), job.config.context_length)
-    pretrain(job, validate)
+        validate = None
+        if job.evaluations:
+            validate = validator(job.evaluations, Tokenizer.load(job.vocabulary), job.config.context_length)
+        pretrain(job, validate)
+    except (ConfigError, InputError, Stopped) as error:
+        kind = "stopped" if isinstance(error, Stopped) else "error"
+        print(f"{kind}: {error}", file=sys.stderr, flush=True)
+        _leave(error.exit_status)
+    return 0
+
+
+def read_job(arguments: Sequence[str]) -> TrainJob:
+    """The job of a JSON file, or of a run's stage whose parents are done."""
+    path, *rest = arguments
+    if path.endswith(".json"):
+        return TrainJob.from_json(store.read_text(path), path)
+
+    from pipeline.catalog import load
+    from pipeline.runner import make_context
+    from training.stage import TrainStageConfig, make_job
+
+    if not rest:
+        raise ConfigError(f"{path}: which stage? give its name after the run, such as stage1")
+    run, _ = load(path, rest[1:])
+    stage = run.stage(rest[0])
+    if not isinstance(stage.config, TrainStageConfig):
+        raise ConfigError(f"{path}: {stage.name} is no training stage")
+    context = make_context(run, stage)
+    if context is None:
+        raise ConfigError(f"{path}: {stage.name} waits for {', '.join(stage.parents)}; run those first")
+    return make_job(stage.config, context)
+
+
+def ranks_of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
+    """torch's names for what srun tells each task; nothing where there is no srun, or torch's are there."""
+    if "SLURM_PROCID" not in environment or "RANK" in environment:
+        return {}
+    local_ranks = environment["SLURM_TASKS_PER_NODE"].split("(")[0].split(",")[0]
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": environment["SLURM_NTASKS"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "LOCAL_SIZE": local_ranks,
+        "LOCAL_WORLD_SIZE": local_ranks,
+    }
+
+
+def _leave(status: int) -> None:
+    """End at once: peers may wait in a collective, which tearing the group down would wait for too."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -21,6 +21,12 @@ class ConfigError(Exception):
     exit_status = 2
 
 
+class Stopped(Exception):
+    """A signal asked for the end and what was done so far is kept: the same command goes on from there."""
+
+    exit_status = 143  # as a shell says of what SIGTERM ended
+
+
 class DropReason(str):
     """Why a row was dropped: a stable code, sometimes with a detail after a colon (`blacklist:advertising`).
 

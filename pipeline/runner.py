@@ -136,7 +136,7 @@ def execute(run: Run, stages: Sequence[Stage], *, redo: bool, force: bool = Fals
     `force` redoes finished stages too.
     """
     num_run = 0
-    with _locked(run):
+    with locked(run):
         for position, stage in enumerate(stages, start=1):
             status = survey_stage(run, stage)
             if status.num_tasks is None:
@@ -199,7 +199,7 @@ def _run_stage(run: Run, stage: Stage, label: str) -> None:
         {name: store.digest_bytes(parent.to_json().encode()) for name, parent in context.parents.items()},
         [receipts[task.name] for task in tasks],
     )
-    if manifest.num_kept == 0:
+    if manifest.num_kept == 0 and not stage.may_be_empty:
         removed = ", ".join(
             f"{reason} removed {count:,}"
             for reason, count in sorted(manifest.dropped.items(), key=lambda item: -item[1])
@@ -371,7 +371,7 @@ def _agrees(status: StageStatus) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(run: Run) -> Iterator[None]:
+def locked(run: Run) -> Iterator[None]:
     """One `cnclip run` at a time in a folder (local folders only)."""
     if not store.is_local(run.folder):
         yield

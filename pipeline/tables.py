@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from data_prep.funnel import STEPS, threshold_notes
 from pipeline import store
 from pipeline.align import align
 from pipeline.records import Receipt
@@ -38,6 +39,12 @@ def status_table(run: Run, statuses: Sequence[StageStatus]) -> str:
             )
         )
     return align(rows, (False, False, True, True, True, True, True, True))
+
+
+def notes(run: Run) -> list[str]:
+    """What a reader of the funnel should know: thresholds that remove nothing, with the minimum seen."""
+    manifests = (read_manifest(run, stage) for stage in STEPS)
+    return [note for manifest in manifests if manifest for note in threshold_notes(manifest)]
 
 
 def read_receipts(run: Run, stage: str) -> list[Receipt]:

@@ -7,16 +7,15 @@ import polars as pl
 
 from data_prep import text_rules
 from data_prep.corpus import tables_of
-from data_prep.drop_table import url_hash, with_key
-from data_prep.filter_text import FilterTextConfig
+from data_prep.drop_table import DETAIL, HTTP_STATUS, url_hash
+from data_prep.filter_text import FilterTextConfig, prepared
+from data_prep.funnel import STEPS
 from data_prep.sources.table import from_description, scan
 from pipeline import store
 from pipeline.records import InputError, Manifest
 from pipeline.runner import Run, read_manifest
 
 _KEY = re.compile(r"[0-9a-f]{32}")
-# Stages that drop rows, in order, and the stage whose tables hold what is kept at the end.
-_FILTERS = ("filter_text", "dedup", "download", "filter_image")
 
 
 def explain(run: Run, config: FilterTextConfig, key_or_url: str) -> list[str]:
@@ -39,9 +38,8 @@ def _find_rows(run: Run, config: FilterTextConfig, key_or_url: str) -> pl.DataFr
     found = []
     for number, table in enumerate(tables_of(corpus)):
         path = store.join(run.folder, table["stage"], table["path"]) if table["stage"] else table["path"]
-        frame = with_key(
-            scan(path, from_description(table["source"])), normalise=config.normalise_duplicates
-        ).filter(wanted)
+        source = from_description(table["source"])
+        frame = prepared(scan(path, source), config, source).filter(wanted)
         columns = ("key", "url", "caption", "source", "row", "score", "language")
         found.append(frame.select(*columns, file=pl.lit(number)).collect(engine="streaming"))
     return pl.concat(found)
@@ -49,28 +47,32 @@ def _find_rows(run: Run, config: FilterTextConfig, key_or_url: str) -> pl.DataFr
 
 def _fate(run: Run, config: FilterTextConfig, row: dict[str, object]) -> Iterator[str]:
     drops = dict(_drops(run, str(row["key"]), str(row["url"] or "")))
-    if reason := drops.get("filter_text"):
-        yield f"dropped by filter_text: {reason}{_detail(config, str(reason), row)}"
+    if found := drops.get("filter_text"):
+        yield f"dropped by filter_text: {found[0]}{_detail(config, *found, row)}"
         return
     if "dedup" in drops and not _is_first(run, row):
-        yield f"dropped by dedup: {drops['dedup']} (a lower table and row has the same URL and caption)"
+        yield f"dropped by dedup: {drops['dedup'][0]} (a lower table and row has the same URL and caption)"
         return
-    for stage in ("download", "filter_image"):
-        if reason := drops.get(stage):
-            yield f"dropped by {stage}: {reason}"
+    for stage in STEPS[2:]:  # what became of the picture
+        if found := drops.get(stage):
+            yield f"dropped by {stage}: {found[0]}" + (f" ({found[1]})" if found[1] else "")
             return
     place = _shard_of(run, str(row["key"]))
     yield f"kept: {place}" if place else "kept so far; the shards are not made yet"
 
 
-def _drops(run: Run, key: str, url: str) -> Iterator[tuple[str, str]]:
+def _drops(run: Run, key: str, url: str) -> Iterator[tuple[str, tuple[str, str | None]]]:
+    """(stage, (reason, detail)) of the drop tables that hold a row."""
     hashed = pl.DataFrame({"url": [url]}).select(url_hash()).item()
-    for stage in _FILTERS:
+    for stage in STEPS:
         for path in _outputs(run, stage, "dropped/"):
             # Drop tables are sorted by URL hash: row groups outside it are skipped unread.
-            found = pl.scan_parquet(path).filter(url_hash=hashed, key=key).select("reason").collect()
+            found = pl.scan_parquet(path).filter(url_hash=hashed, key=key).collect()
             if found.height:
-                yield stage, found["reason"][0]
+                found_row = found.row(0, named=True)
+                status = found_row.get(HTTP_STATUS)
+                detail = found_row.get(DETAIL) or (str(status) if status else None)
+                yield stage, (found_row["reason"], detail)
                 break
 
 
@@ -83,7 +85,8 @@ def _is_first(run: Run, row: dict[str, object]) -> bool:
 
 
 def _shard_of(run: Run, key: str) -> str | None:
-    for path in _outputs(run, "shards", "", ".parquet"):
+    # Rows that [split] set aside for validation are packed like those for training.
+    for path in (*_outputs(run, "shards", "", ".parquet"), *_outputs(run, "validation", "", ".parquet")):
         if pl.scan_parquet(path).filter(key=key).select(pl.len()).collect().item():
             return f"{path.removesuffix('.parquet')}.tar, member {key}.jpg"
     return None
@@ -99,13 +102,11 @@ def _outputs(run: Run, stage: str, prefix: str, suffix: str = ".parquet") -> lis
     ]
 
 
-def _detail(config: FilterTextConfig, reason: str, row: dict[str, object]) -> str:
-    """What the drop table does not keep is judged again: the word that hit, the score, the length."""
+def _detail(config: FilterTextConfig, reason: str, detail: str | None, row: dict[str, object]) -> str:
+    """The word that hit is in the drop table, since lists are edited; the rest the row itself shows."""
     caption = str(row["caption"] or "").strip()
-    if reason.startswith("blacklist:"):
-        theme = reason.removeprefix("blacklist:")
-        hit = text_rules.blacklist_hit({theme: text_rules.blacklist(theme)}, caption)
-        return f" (the word {hit[1]!r})" if hit else ""
+    if detail is not None:
+        return f" (the word {detail!r})"
     if reason == text_rules.SCORE_BELOW_THRESHOLD:
         return f" ({row['score']:.4f} < {config.min_score})"
     if reason in (text_rules.TOO_SHORT, text_rules.TOO_LONG):

@@ -10,21 +10,29 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, float64, tensor
 
 from pipeline import store
 from pipeline.records import InputError
 from training.engine import gather_weights, load_weights
-from training.partitions import MOMENTS, adam_of, set_moment, whole_moment
+from training.partitions import (
+    MOMENTS,
+    adam_of,
+    loss_scaling,
+    set_loss_scaling,
+    set_moment,
+    whole_moment,
+)
 
 _STEP_FOLDER = re.compile(r"step_(\d{9})")
 _STATE = "state.json"
+_LOSS_SCALING = "loss_scaling."
 _WEIGHTS, _OPTIMIZER, _METRICS = "weights.safetensors", "optimizer.safetensors", "metrics.jsonl"
 
 
@@ -46,7 +54,8 @@ class TrainState:
 
     step: int
     weights: dict[str, Tensor]
-    moments: dict[str, Tensor]  # `exp_avg.<name>` and `exp_avg_sq.<name>`
+    moments: dict[str, Tensor]  # `exp_avg.<name>`, `exp_avg_sq.<name>`; for float16 `loss_scaling.<name>`
+    num_updates: int | None = None  # steps that changed weights, where some were left out; None: all
 
 
 def gather_state(engine: Any, step: int) -> TrainState:
@@ -56,22 +65,41 @@ def gather_state(engine: Any, step: int) -> TrainState:
         if parameter.requires_grad:
             for moment in MOMENTS:
                 moments[f"{moment}.{name}"] = whole_moment(engine, parameter, moment).cpu().contiguous()
-    return TrainState(step, gather_weights(engine), moments)
+    for name, value in loss_scaling(engine).items():
+        moments[f"{_LOSS_SCALING}{name}"] = tensor(value, dtype=float64)
+    num_updates = int(next(iter(adam_of(engine).state.values()))["step"].item())
+    return TrainState(step, gather_weights(engine), moments, num_updates)
 
 
 def restore_state(engine: Any, state: TrainState) -> None:
     """Put a state into an engine; each rank keeps its part."""
     load_weights(engine, state.weights)
     for values in adam_of(engine).state.values():
-        values["step"].fill_(state.step)
+        values["step"].fill_(state.step if state.num_updates is None else state.num_updates)
     for name, parameter in engine.module.clip.named_parameters():
         if parameter.requires_grad:
             for moment in MOMENTS:
                 set_moment(engine, parameter, state.moments[f"{moment}.{name}"], moment)
+    scaling = {
+        name.removeprefix(_LOSS_SCALING): value.item()
+        for name, value in state.moments.items()
+        if name.startswith(_LOSS_SCALING)
+    }
+    set_loss_scaling(engine, scaling)
 
 
-def save(root: str, state: TrainState, identity: Mapping[str, Any], metrics_path: str, *, keep: int) -> None:
-    """Publish a checkpoint under `root` and remove all but the newest `keep`; one rank calls it.
+def save(
+    root: str,
+    state: TrainState,
+    identity: Mapping[str, Any],
+    metrics_path: str,
+    *,
+    keep: int,
+    keep_also: Collection[int] = (),
+) -> None:
+    """Publish a checkpoint under `root` and remove all but the newest `keep` and the steps `keep_also`.
+
+    One rank calls it.
 
     InputError where the disk is full.
     """
@@ -88,7 +116,8 @@ def save(root: str, state: TrainState, identity: Mapping[str, Any], metrics_path
         shutil.copyfile(metrics_path, os.path.join(partial, _METRICS))
         files = {file: store.digest_file(os.path.join(partial, file)) for file in sorted(os.listdir(partial))}
         with open(os.path.join(partial, _STATE), "w", encoding="utf-8") as file:
-            json.dump({"step": state.step, "identity": identity, "sha256": files}, file, indent=1)
+            fields = {"step": state.step, "num_updates": state.num_updates}
+            json.dump({**fields, "identity": identity, "sha256": files}, file, indent=1)
         for path in (*files, _STATE, ""):
             _flush_to_disk(os.path.join(partial, path))
         store.remove(target)  # a damaged one of the same step
@@ -99,21 +128,32 @@ def save(root: str, state: TrainState, identity: Mapping[str, Any], metrics_path
         raise InputError(
             f"{target}: cannot write the checkpoint: {error}; make room and run the same command again"
         ) from None
-    for step in sorted(_steps(root))[:-keep]:
+    for step in set(sorted(_steps(root))[:-keep]) - set(keep_also):
         store.remove(os.path.join(root, f"step_{step:09d}"))
 
 
-def find_newest(root: str, identity: Mapping[str, Any]) -> Checkpoint | None:
+def find_newest(
+    root: str, identity: Mapping[str, Any], needs: Callable[[Checkpoint], int | None] = lambda _: None
+) -> Checkpoint | None:
     """The newest whole checkpoint, or None where there is none; damaged ones are named and passed over.
 
-    InputError where it belongs to another model, corpus or configuration.
+    `needs` names the step of another checkpoint that has to be whole too: the best so far, which the end of
+    the stage may come back to. InputError where it belongs to another model, corpus or configuration.
     """
     for step in sorted(_steps(root), reverse=True):
-        folder = os.path.join(root, f"step_{step:09d}")
+        found = at_step(root, step)
+        folder = found.folder
         damage = _find_damage(folder)
         if damage is None:
             _require_same_run(folder, identity)
-            return at_step(root, step)
+            needed = needs(found)
+            if needed in (None, step):
+                return found
+            other = at_step(root, needed).folder
+            damage = _find_damage(other)
+            if damage is None:
+                return found
+            print(f"{other}: damaged ({damage}), and it is the best so far", flush=True)
         print(f"{folder}: damaged ({damage}): taking the checkpoint before it", flush=True)
     return None
 
@@ -126,9 +166,15 @@ def at_step(root: str, step: int) -> Checkpoint:
 def load(checkpoint: Checkpoint) -> TrainState:
     return TrainState(
         checkpoint.step,
-        load_file(os.path.join(checkpoint.folder, _WEIGHTS)),
+        load_weights_of(checkpoint),
         load_file(os.path.join(checkpoint.folder, _OPTIMIZER)),
+        json.loads(store.read_text(os.path.join(checkpoint.folder, _STATE))).get("num_updates"),
     )
+
+
+def load_weights_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The weights and buffers alone, by the names of `CLIP.state_dict`."""
+    return load_file(os.path.join(checkpoint.folder, _WEIGHTS))
 
 
 def _steps(root: str) -> list[int]:

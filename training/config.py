@@ -40,6 +40,29 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DistilConfig:
+    """A larger model that a smaller one learns from (the paper's future work, section 5)."""
+
+    teacher: str  # weights of any known format with both towers; the vocabulary is the student's
+    weight: float = 1.0  # factor on the distillation loss, which is added to the contrastive loss
+    temperature: float = 2.0  # both models' logits are divided by this; at 1 they stand as trained
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NegationConfig:
+    """Statements that a picture shows a thing or does not, true and false (sections 3.2.3 and 5).
+
+    A thing counts as shown where the caption names it and as absent where it does not: for corpora whose
+    captions name all there is of `objects`.
+    """
+
+    objects: tuple[str, ...]  # words for things, such as 圆形; at least two
+    affirmed: tuple[str, ...] = ("图中有{}", "有{}")  # templates; {} is the thing
+    negated: tuple[str, ...] = ("图中没有{}", "没有{}")
+    weight: float = 1.0  # factor on the loss over true and false statements, added to the contrastive loss
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
     """One training stage. The defaults are the paper's Table 8, ViT column."""
 
@@ -60,6 +83,9 @@ class TrainConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)  # images (A.2)
     caption_column: str = "caption"  # column of the shards' sidecars
     exclude_duplicates: bool = False  # pairs of equal image or caption are no negatives of each other
+    patch_mask: float = 0.0  # share of a ViT's patches left out at random in training (FLIP, Li et al. 2023)
+    distil: DistilConfig | None = None  # a teacher whose similarities the model learns too
+    negation: NegationConfig | None = None  # statements with absent objects as hard negatives
 
     lanes: int = 512  # streams the corpus is cut into; divides global_batch, at least ranks
     window_shards: int = 4  # shards of a lane whose samples are shuffled together
@@ -72,21 +98,31 @@ class TrainConfig:
     deepspeed: str = "zero1"  # file of deepspeed_configs, or a path ending in .json
 
     validate_every_steps: int = 1_000  # also before the first step and after the last
+    validate_every_epoch: bool = False  # also at the end of every pass over the corpus (A.3)
+    # Which weights the stage ends with: the last ones, or those of the best mean recall while training (A.2).
+    choose: Literal["last", "best"] = "last"
+    choose_on: tuple[str, ...] = ()  # evaluation sets whose mean recall decides; empty: all of the run's
+    salient_gain: float = 0.0  # points of mean recall by which a validation has to beat the last salient one
+    patience: int = 0  # validations in a row without a salient gain that end the stage (2.3); 0: never
+    # What a loss or gradient that is not finite does: end the run, or leave that one batch out.
+    on_non_finite: Literal["stop", "skip"] = field(default="stop", metadata=NOT_IN_DIGEST)
+    # Longest time without a sign of life (a step, a validation, a checkpoint) before a rank ends the run.
+    stall_seconds: float = field(default=1_800.0, metadata=NOT_IN_DIGEST)
     save_every_steps: int = field(
         default=1_000, metadata=NOT_IN_DIGEST
     )  # optimizer steps between checkpoints
-    keep_checkpoints: int = field(default=2, metadata=NOT_IN_DIGEST)  # newest checkpoints left on disk
+    keep_checkpoints: int = field(default=2, metadata=NOT_IN_DIGEST)  # newest left on disk, beside the best
 
     def check(self, stage: str) -> None:
         """Raise ConfigError for values that are each well typed but cannot train."""
         positive = (
             "epochs global_batch peak_learning_rate context_length lanes window_shards ranks"
-            " threads_per_rank validate_every_steps save_every_steps keep_checkpoints"
+            " threads_per_rank validate_every_steps save_every_steps keep_checkpoints stall_seconds"
         )
         for name in positive.split():
             if getattr(self, name) <= 0:
                 raise ConfigError(f"[{stage}] {name} = {getattr(self, name)}: must be above 0")
-        for name in ("warmup_steps", "weight_decay"):
+        for name in ("warmup_steps", "weight_decay", "patience", "salient_gain"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"[{stage}] {name} = {getattr(self, name)}: must not be negative")
         if self.max_gradient_norm is not None and self.max_gradient_norm <= 0:
@@ -98,6 +134,7 @@ class TrainConfig:
                 f"[{stage}] cached_views = {self.cached_views}: features can be kept only of an image tower"
                 " that stays as it is; set lock_image = true or cached_views = 0"
             )
+        self._check_extras(stage)
         if self.micro_batch is not None and self.micro_batch <= 0:
             raise ConfigError(f"[{stage}] micro_batch = {self.micro_batch}: must be above 0")
         if self.max_temperature < 1:
@@ -117,6 +154,33 @@ class TrainConfig:
                 f" a rank owns whole lanes; raise lanes or use fewer ranks"
             )
 
+    def _check_extras(self, stage: str) -> None:
+        if not 0 <= self.patch_mask < 1:
+            raise ConfigError(f"[{stage}] patch_mask = {self.patch_mask}: a share from 0 to below 1")
+        for name, wants_pictures in (
+            ("patch_mask", self.patch_mask > 0),
+            ("distil", self.distil is not None),
+        ):
+            if self.cached_views and wants_pictures:
+                raise ConfigError(
+                    f"[{stage}] {name} needs pictures, but cached_views = {self.cached_views} reads features"
+                    f" in their place; set cached_views = 0 or leave {name} out"
+                )
+        if self.distil is not None and (self.distil.weight <= 0 or self.distil.temperature <= 0):
+            raise ConfigError(f"[{stage}] distil: weight and temperature must be above 0")
+        if self.negation is not None:
+            wrong = [
+                text for text in (*self.negation.affirmed, *self.negation.negated) if text.count("{}") != 1
+            ]
+            if wrong:
+                raise ConfigError(f"[{stage}] negation: template {wrong[0]!r}: must hold {{}} once")
+            if not self.negation.affirmed or not self.negation.negated:
+                raise ConfigError(f"[{stage}] negation: affirmed and negated need a template each")
+            if len(set(self.negation.objects)) < 2 or "" in self.negation.objects:
+                raise ConfigError(f"[{stage}] negation: objects: at least two different words, none empty")
+            if self.negation.weight <= 0:
+                raise ConfigError(f"[{stage}] negation: weight = {self.negation.weight}: must be above 0")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainJob:
@@ -130,6 +194,7 @@ class TrainJob:
     image_weights: str | None = None  # weights of any known format that give a new model its image tower
     text_weights: str | None = None  # the same for the text tower
     start_checkpoint: str | None = None  # our safetensors of the stage before
+    start_weights: str | None = None  # a whole Chinese CLIP of any known format to go on from
     config: TrainConfig
     evaluations: Mapping[str, str] = field(default_factory=dict)  # name → folder, for whoever validates
     folder: str  # checkpoints/, metrics.jsonl, log.jsonl and tokens/ go here
@@ -160,7 +225,7 @@ def count_steps(config: TrainConfig, num_samples: int, stage: str) -> int:
 def paper_recipe(model: str, stage: Literal["stage1", "stage2"]) -> TrainConfig:
     """How the paper pretrained a model (Table 8, A.2); ConfigError where it did not."""
     name = "training/recipes/pretrain.toml"
-    recipes = tomllib.loads((resources.files("training.recipes") / "pretrain.toml").read_text("utf-8"))
+    recipes = _read_recipes("pretrain")
     common, stages = recipes.pop("common"), {key: recipes.pop(key) for key in ("stage1", "stage2")}
     own: dict[str, Any] = recipes.get(model, {})
     if stage not in own:
@@ -168,3 +233,67 @@ def paper_recipe(model: str, stage: Literal["stage1", "stage2"]) -> TrainConfig:
         raise ConfigError(f"{name}: the paper has no {stage} of {model!r}; it has that of {trained}")
     of_all_stages = {key: value for key, value in own.items() if key not in stages}
     return build(TrainConfig, {**common, **stages[stage], **of_all_stages, **own[stage]}, name)
+
+
+def finetune_recipe(model: str, data: str) -> TrainConfig:
+    """How the paper finetuned a model on `muge`, `flickr30k-cn`, `coco-cn` or `icr` (Table 9, A.3, A.4).
+
+    ConfigError where it did not.
+    """
+    name = "training/recipes/finetune.toml"
+    recipes, pretraining = _read_recipes("finetune"), _read_recipes("pretrain")
+    common, data_sets = recipes.pop("common"), recipes.pop("data")
+    own: dict[str, Any] = recipes.get(model, {})
+    if data not in own:
+        known = [
+            f"{key} on {found}" for key, table in recipes.items() for found in table if found in data_sets
+        ]
+        raise ConfigError(
+            f"{name}: the paper has no finetuning of {model!r} on {data!r}; it has {', '.join(known)}"
+        )
+    backbone = {key: value for key, value in pretraining[model].items() if key.startswith("adam_")}
+    of_all_data = {key: value for key, value in own.items() if key not in data_sets}
+    tables = (pretraining["common"], backbone, common, data_sets[data], of_all_data, own[data])
+    return build(TrainConfig, {key: value for table in tables for key, value in table.items()}, name)
+
+
+def pretrained_stages(model: str) -> list[Literal["stage1", "stage2"]]:
+    """The stages in which the paper pretrained a model; none for a model that is not the paper's."""
+    stages: tuple[Literal["stage1", "stage2"], ...] = ("stage1", "stage2")
+    recipes = _read_recipes("pretrain")
+    return [stage for stage in stages if stage in recipes.get(model, {})]
+
+
+def finetuned_data(model: str) -> list[str]:
+    """The data sets that the paper finetuned a model on, as `finetune_recipe` takes them."""
+    recipes = _read_recipes("finetune")
+    return [data for data in recipes["data"] if data in recipes.get(model, {})]
+
+
+def deepspeed_settings(name: str) -> dict[str, Any]:
+    """The content of a file of deepspeed_configs by its stem, or of any path that ends in .json.
+
+    ConfigError where there is no such file or it is no JSON.
+    """
+    path = resources.files("deepspeed_configs") / f"{name}.json"
+    try:
+        if name.endswith(".json"):
+            with open(name, encoding="utf-8") as file:
+                text = file.read()
+        else:
+            text = path.read_text(encoding="utf-8")
+    except OSError:
+        entries = (entry.name for entry in resources.files("deepspeed_configs").iterdir())
+        known = ", ".join(sorted(entry.removesuffix(".json") for entry in entries if entry.endswith(".json")))
+        raise ConfigError(
+            f"deepspeed = {name!r}: no such file; known: {known}, or a path to a .json"
+        ) from None
+    try:
+        settings: dict[str, Any] = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{name}: not valid JSON: {error}") from None
+    return settings
+
+
+def _read_recipes(name: Literal["pretrain", "finetune"]) -> dict[str, Any]:
+    return tomllib.loads((resources.files("training.recipes") / f"{name}.toml").read_text("utf-8"))

@@ -30,9 +30,12 @@ import torch
 
 from pipeline import store
 from pipeline.records import ConfigError, InputError, Shard
-from training.augment import Pixels, augment, sample_generator
+from training.augment import augment, sample_generator
+from training.auto_augment import Pixels
 from training.config import AugmentConfig
 from training.feature_cache import FeatureCache
+from training.negation import Bools, Questions, Statements
+from training.patch_mask import PatchMask
 
 Int64s = npt.NDArray[np.int64]
 
@@ -151,6 +154,7 @@ class ShardTable:
     image_id: Int64s  # equal where the stored pictures are equal
     token_ids: npt.NDArray[np.int32]  # all captions' ids one after the other, without padding
     token_starts: Int64s  # [num_samples + 1]
+    mentioned: Bools | None  # [num_samples, O]: objects that captions name, where statements ask for them
 
 
 def sidecar_path(tar_path: str) -> str:
@@ -178,7 +182,13 @@ def check_shards(shards: Sequence[Shard]) -> None:
 
 
 def read_shard_table(
-    shard: Shard, tokenizer: TextEncoder, *, caption_column: str, context_length: int, token_folder: str
+    shard: Shard,
+    tokenizer: TextEncoder,
+    *,
+    caption_column: str,
+    context_length: int,
+    token_folder: str,
+    statements: Statements | None = None,
 ) -> ShardTable:
     """Read a shard's sidecar; the token ids come from `token_folder` or are made and kept there.
 
@@ -213,6 +223,7 @@ def read_shard_table(
         image_id=np.array([_image_id(sha) for sha in table["image_sha256"].to_pylist()], dtype=np.int64),
         token_ids=token_ids,
         token_starts=token_starts,
+        mentioned=None if statements is None else statements.mentions(captions),
     )
 
 
@@ -280,6 +291,8 @@ class Batch:
     tokens_BL: torch.Tensor  # int64, 0 = padding, as long as this batch's longest caption
     image_id_B: torch.Tensor  # int64, equal for equal pictures
     caption_id_B: torch.Tensor  # int64, equal for captions of equal tokens
+    kept_BP: torch.Tensor | None = None  # int64, patches to compute on; unset: all (training.patch_mask)
+    questions: Questions | None = None  # true and false statements (training.negation)
 
 
 class BatchReader:
@@ -299,11 +312,14 @@ class BatchReader:
         token_folder: str,
         seed: int,
         threads: int,
+        patch_mask: PatchMask | None = None,
+        statements: Statements | None = None,
     ) -> None:
         self._shards, self._order, self._lanes = shards, order, lanes
         self._image_size_px, self._augment_config, self._seed = image_size_px, augment_config, seed
         self._threads = threads
         self.features: FeatureCache | None = None  # where set, batches have these instead of pictures
+        self._patch_mask, self._statements = patch_mask, statements
         self._pool = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
         # As many as a rank's lanes have open at once, and the next of each.
         open_shards = len(lanes) * (order.window_shards + 1) + 1
@@ -314,6 +330,7 @@ class BatchReader:
                 caption_column=caption_column,
                 context_length=context_length,
                 token_folder=token_folder,
+                statements=statements,
             )
         )
         self._tar = functools.lru_cache(maxsize=open_shards)(lambda shard: _Tar(shards[shard].path))
@@ -335,13 +352,23 @@ class BatchReader:
         for i, ids in enumerate(tokens):
             tokens_BL[i, : len(ids)] = ids
         caption_id = [int.from_bytes(blake2b(ids.tobytes(), digest_size=7).digest()) for ids in tokens]
+        keys = np.array([tables[s].keys[r] for s, r, _ in places])
+        questions = None
+        if self._statements is not None:
+            mentioned = [rows[r] for s, r, _ in places if (rows := tables[s].mentioned) is not None]
+            questions = self._statements.draw(mentioned, keys.tolist(), epoch.tolist())
+        kept_BP = None
+        if self._patch_mask is not None:
+            kept_BP = self._patch_mask.draw(keys.tolist(), epoch.tolist())
         return Batch(
             step=step,
-            keys=np.array([tables[s].keys[r] for s, r, _ in places]),
+            keys=keys,
             image=image,
             tokens_BL=torch.from_numpy(tokens_BL),
             image_id_B=torch.tensor([int(tables[s].image_id[r]) for s, r, _ in places]),
             caption_id_B=torch.tensor(caption_id),
+            kept_BP=kept_BP,
+            questions=questions,
         )
 
     def pictures(self, places: list[tuple[int, int, int]]) -> Pixels:

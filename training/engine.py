@@ -1,11 +1,9 @@
 """DeepSpeed around the model: from a file of deepspeed_configs to one optimizer step."""
 
 import datetime
-import json
 import math
 import os
 from collections.abc import Callable
-from importlib import resources
 from typing import Any
 
 import deepspeed
@@ -14,18 +12,30 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.nn import functional as F
 
 from pipeline.records import ConfigError
-from training.config import TrainConfig
+from training.config import TrainConfig, deepspeed_settings
 from training.data import Batch
-from training.loss import contrastive_loss
+from training.distil import Teacher, TeacherFeatures
+from training.loss import contrastive_loss, distillation_loss
 from training.model.clip import CLIP
-from training.model.preprocess import MEAN, STD
+from training.model.preprocess import MEAN, STD, normalise
+from training.negation import negation_loss
 from training.optim import build_optimizer
 from training.partitions import make_adam_state, set_weight, whole_weight
 
 # What a DeepSpeed file may hold. Everything else is the run's TOML's or changes what is learned.
-_ALLOWED = ("bf16", "communication_data_type", "prescale_gradients", "torch_autocast", "zero_optimization")
+_ALLOWED = (
+    "bf16",
+    "communication_data_type",
+    "fp16",
+    "prescale_gradients",
+    "torch_autocast",
+    "zero_optimization",
+)
+_HALVES = ("bf16", "fp16")  # weights in 16 bits, with a float32 master
+_SIDES = (0, 1, 3)  # of `Features`, those that have a row a sample
 # One rank validates or writes while the others wait.
 _COLLECTIVE_TIMEOUT = datetime.timedelta(hours=4)
 
@@ -33,12 +43,21 @@ _COLLECTIVE_TIMEOUT = datetime.timedelta(hours=4)
 class Towers(nn.Module):
     """What DeepSpeed wraps: a rank's pictures and captions in, features and the temperature out."""
 
-    def __init__(self, clip: CLIP, *, num_samples_of_ranks: tuple[int, ...], config: TrainConfig) -> None:
+    def __init__(
+        self,
+        clip: CLIP,
+        *,
+        num_samples_of_ranks: tuple[int, ...],
+        config: TrainConfig,
+        teacher: Teacher | None = None,
+    ) -> None:
         super().__init__()
         self.clip = clip
+        self.teacher, self._negation = teacher, config.negation
         self._num_samples_of_ranks = num_samples_of_ranks
         self._exclude_duplicates = config.exclude_duplicates
         self.exact: dict[str, Tensor] = {}  # parameters that are not trained, where the model rounds them
+        self.skipped = ""  # why the last step changed nothing; empty: it did
         # Gradients travel while micro-batches go back, so all ranks need the same number of them.
         largest = config.micro_batch or max(num_samples_of_ranks)
         self.num_micro_batches = math.ceil(max(num_samples_of_ranks) / largest)
@@ -47,31 +66,106 @@ class Towers(nn.Module):
         self.register_buffer("_mean_C11", torch.tensor(MEAN).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("_std_C11", torch.tensor(STD).view(3, 1, 1) * 255, persistent=False)
 
-    def forward(self, image: Tensor, tokens_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Unit-norm image_BD and text_BD and the [1] logarithm of the logits' scale, in float32.
+    def forward(self, image: Tensor, tokens_XL: Tensor, kept_BP: Tensor | None = None) -> "Features":
+        """Features in float32, unit-norm.
 
-        `image` is uint8 pictures [B, C, H, W], or features [B, D] that are already there.
+        `image` is uint8 pictures [B, C, H, W], or features [B, D] that are already there. Texts are the B
+        captions, and after them a true and a false statement each where the run asks. `kept_BP` are the
+        patches to compute on.
         """
         scale = self.clip.logit_scale.float().clone()
         if image.ndim == 2:
-            return image.float(), self.clip.encode_text(tokens_BL), scale
-        return *self.clip(self.normalise(image), tokens_BL), scale
+            image_BD = image.float()
+        else:
+            image_BD = self.clip.encode_image(self.normalise(image), kept_BP)
+        text_BD, statement_SD = self.clip.encode_text(tokens_XL).tensor_split([len(image)])
+        if not len(statement_SD):
+            return image_BD, text_BD, scale
+        return image_BD, text_BD, scale, statement_SD.view(len(image), 2, -1)
 
     def normalise(self, image_BCHW: Tensor) -> Tensor:
         """float32 pixels as the image tower wants them, of uint8."""
-        return (image_BCHW.float() - self._mean_C11.float()) / self._std_C11.float()
+        return normalise(image_BCHW, self._mean_C11.float(), self._std_C11.float())
 
-    def loss(self, image_BD: Tensor, text_BD: Tensor, logit_scale: Tensor, batch: Batch) -> Tensor:
-        """Loss of the global batch, a scalar."""
-        device = image_BD.device
-        return contrastive_loss(
+    def teacher_features(self, image_BCHW: Tensor, tokens_BL: Tensor) -> TeacherFeatures | None:
+        """What the teacher gives for uint8 pictures and captions, where there is one."""
+        if self.teacher is None:
+            return None
+        return self.teacher.features(self.normalise(image_BCHW), tokens_BL)
+
+    def loss(
+        self,
+        image_BD: Tensor,
+        text_BD: Tensor,
+        logit_scale: Tensor,
+        batch: Batch,
+        *,
+        statement_B2D: Tensor | None = None,
+        taught: TeacherFeatures | None = None,
+    ) -> Tensor:
+        """Loss of the global batch, a scalar: contrastive, and what else the run asks for."""
+        device, sizes = image_BD.device, self._num_samples_of_ranks
+        loss = contrastive_loss(
             image_BD,
             text_BD,
             logit_scale,
-            num_samples_of_ranks=self._num_samples_of_ranks,
+            num_samples_of_ranks=sizes,
             image_id_B=batch.image_id_B.to(device) if self._exclude_duplicates else None,
             caption_id_B=batch.caption_id_B.to(device) if self._exclude_duplicates else None,
         )
+        if self.teacher is not None and taught is not None:
+            loss = loss + self.teacher.config.weight * distillation_loss(
+                image_BD,
+                text_BD,
+                logit_scale,
+                taught.image_BE,
+                taught.text_BE,
+                self.teacher.scale,
+                temperature=self.teacher.config.temperature,
+                num_samples_of_ranks=sizes,
+            )
+        if self._negation is not None and batch.questions is not None and statement_B2D is not None:
+            asked_B = batch.questions.asked_B.to(device)
+            loss = loss + self._negation.weight * negation_loss(
+                image_BD, statement_B2D, logit_scale, asked_B, sum(sizes)
+            )
+        return loss
+
+
+# image_BD, text_BD, the [1] logarithm of the logits' scale and, where the run asks, statement_B2D
+Features = tuple[Tensor, ...]
+
+
+def _inputs(batch: Batch, part: slice, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(pictures, token ids of captions and statements, patches) of some rows, as `Towers` reads them.
+
+    Token ids stay on the CPU, where the text tower packs them: their padding is never computed on.
+    """
+    texts = [batch.tokens_BL[part]]
+    if batch.questions is not None:
+        texts.append(batch.questions.tokens_B2L[part].flatten(0, 1))
+    longest = max(tokens.shape[1] for tokens in texts)
+    tokens_XL = torch.cat([F.pad(tokens, (0, longest - tokens.shape[1])) for tokens in texts])
+    kept_BP = None if batch.kept_BP is None else batch.kept_BP[part].to(device, non_blocking=True)
+    return (
+        batch.image[part].to(device, non_blocking=True),
+        tokens_XL,
+        kept_BP,
+    )
+
+
+def _loss(towers: Towers, features: Features, batch: Batch, taught: TeacherFeatures | None) -> Tensor:
+    image_BD, text_BD, scale, *statements = features
+    statement_B2D = statements[0] if statements else None
+    return towers.loss(image_BD, text_BD, scale, batch, statement_B2D=statement_B2D, taught=taught)
+
+
+def _joined(taught: list[TeacherFeatures]) -> TeacherFeatures | None:
+    if not taught:
+        return None
+    return TeacherFeatures(
+        torch.cat([part.image_BE for part in taught]), torch.cat([part.text_BE for part in taught])
+    )
 
 
 def join_ranks(config: TrainConfig) -> None:
@@ -98,23 +192,7 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
 
     ConfigError for a key that is not about memory, precision or communication.
     """
-    path = resources.files("deepspeed_configs") / f"{name}.json"
-    try:
-        if name.endswith(".json"):
-            with open(name, encoding="utf-8") as file:
-                text = file.read()
-        else:
-            text = path.read_text(encoding="utf-8")
-    except OSError:
-        entries = (entry.name for entry in resources.files("deepspeed_configs").iterdir())
-        known = ", ".join(sorted(entry.removesuffix(".json") for entry in entries if entry.endswith(".json")))
-        raise ConfigError(
-            f"deepspeed = {name!r}: no such file; known: {known}, or a path to a .json"
-        ) from None
-    try:
-        config: dict[str, Any] = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{name}: not valid JSON: {error}") from None
+    config = deepspeed_settings(name)
     foreign = sorted(set(config) - set(_ALLOWED))
     if foreign:
         raise ConfigError(
@@ -122,28 +200,45 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
             f" ({', '.join(_ALLOWED)}); the rest stands in the run's TOML"
         )
     stage = config.get("zero_optimization", {}).get("stage", 0)
-    if config.get("bf16", {}).get("enabled") and stage == 0:
+    if (half := _half(config)) and stage == 0:
         raise ConfigError(
-            f"{name}: bf16 at ZeRO stage 0 takes a wrong first Adam step in DeepSpeed; use stage 1 or above"
+            f"{name}: {half} at ZeRO stage 0 takes a wrong first Adam step in DeepSpeed; use stage 1 or above"
         )
     return config
+
+
+def _half(settings: dict[str, Any]) -> str | None:
+    """Which 16-bit format a DeepSpeed file asks for."""
+    return next((name for name in _HALVES if settings.get(name, {}).get("enabled")), None)
+
+
+def check_precision(config: TrainConfig, clip: CLIP) -> None:
+    """Raise ConfigError where a DeepSpeed file's precision would lose what is learned, or cannot run here."""
+    half = _half(read_deepspeed_config(config.deepspeed))
+    if half == "fp16" and not get_accelerator().is_fp16_supported():
+        raise ConfigError(
+            f"deepspeed = {config.deepspeed!r}: fp16 needs a GPU, and this machine computes on its"
+            f" {get_accelerator().device_name()}; take zero1 (float32) or zero1_bf16 here"
+        )
+    if half and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in clip.modules()):
+        raise ConfigError(
+            f"deepspeed = {config.deepspeed!r}: {half} rounds the weights of batch norms, whose running"
+            " statistics are float32; take zero1_autocast, which leaves both as they are"
+        )
 
 
 def build_engine(towers: Towers, config: TrainConfig) -> Any:
     """A DeepSpeed engine around the towers; its optimizer holds the trainable parameters alone.
 
-    ConfigError for bfloat16 where it would lose what is learned.
+    `check_precision` comes before.
     """
     settings, clip = read_deepspeed_config(config.deepspeed), towers.clip
     before: dict[str, Tensor] = {}
-    if settings.get("bf16", {}).get("enabled"):
-        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in clip.modules()):
-            raise ConfigError(
-                f"deepspeed = {config.deepspeed!r}: bf16 rounds the weights of batch norms, whose running"
-                " statistics are float32; take zero1_autocast, which leaves both as they are"
-            )
+    if _half(settings):
         before = {name: parameter.detach().clone() for name, parameter in clip.named_parameters()}
         clip.visual.register_forward_pre_hook(_as_the_weights)
+    if towers.teacher is not None:
+        towers.teacher.to(get_accelerator().current_device_name())
     # DeepSpeed's batch size feeds only its own speed report here: a rank's share may be uneven, and the
     # contrastive loss needs the whole global batch at once, so that micro-batches are ours.
     engine, *_ = deepspeed.initialize(
@@ -178,28 +273,51 @@ def _as_the_weights(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tens
 
 
 def train_step(engine: Any, batch: Batch, learning_rate: float, max_temperature: float, seed: int) -> float:
-    """One optimizer step on a global batch; returns its loss. A loss that is not finite changes nothing."""
+    """One optimizer step on a global batch; returns its loss.
+
+    A loss or a gradient that is not finite changes nothing; `Towers.skipped` then says which it was.
+    """
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
     towers: Towers = engine.module
+    statistics = [(tensor, tensor.clone()) for tensor in _running_statistics(towers.clip)]
     compute_loss = _whole_batch if towers.num_micro_batches == 1 else _in_micro_batches
     value, backward = compute_loss(engine, batch, seed)
-    if math.isfinite(value):
-        backward()
-        engine.step()
-        clamp_temperature(towers.clip, max_temperature)
-        average_batch_norms(towers.clip)
+    towers.skipped = "" if math.isfinite(value) else f"the loss is {value}"
+    if not towers.skipped and not _backward_and_step(engine, backward):
+        towers.skipped = "the gradient is not finite"
+    if towers.skipped:
+        for tensor, before in statistics:
+            tensor.copy_(before)
+        return value
+    clamp_temperature(towers.clip, max_temperature)
+    average_batch_norms(towers.clip)
     return value
+
+
+def _backward_and_step(engine: Any, backward: Callable[[], None]) -> bool:
+    """False where the gradient is not finite: the weights and Adam's state are then as before."""
+    backward()
+    if engine.zero_optimization():
+        engine.step()  # looks at the gradient's norm first, over all ranks
+        # In float16 an overflow is how DeepSpeed finds the loss scale: it leaves the step out and goes on.
+        return bool(engine.fp16_enabled() or not engine.optimizer.overflow)
+    # Every rank has the whole gradient, already averaged.
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    if not bool(torch.stack([gradient.isfinite().all() for gradient in gradients]).all()):
+        engine.zero_grad()
+        return False
+    engine.step()
+    return True
 
 
 def _whole_batch(engine: Any, batch: Batch, seed: int) -> tuple[float, Callable[[], None]]:
     """(loss, what its backward pass is) with all activations held."""
     _seed_dropout(seed, batch.step)
     device = engine.module.clip.logit_scale.device
-    features = engine(
-        batch.image.to(device, non_blocking=True), batch.tokens_BL.to(device, non_blocking=True)
-    )
-    loss = engine.module.loss(*features, batch)
+    image, tokens_XL, kept_BP = _inputs(batch, slice(None), device)
+    taught = engine.module.teacher_features(image, tokens_XL[: len(image)])
+    loss = _loss(engine.module, engine(image, tokens_XL, kept_BP), batch, taught)
     # The loss's gradients add up over ranks; DeepSpeed averages.
     return loss.item(), lambda: engine.backward(loss * dist.get_world_size())
 
@@ -221,26 +339,26 @@ def _in_micro_batches(engine: Any, batch: Batch, seed: int) -> tuple[float, Call
         for part in np.array_split(np.arange(len(batch.tokens_BL)), towers.num_micro_batches)
     ]
 
-    def inputs(part: slice) -> tuple[Tensor, Tensor]:
-        tokens_BL = batch.tokens_BL[part]
-        longest = int(tokens_BL.ne(0).sum(1).max())
-        return batch.image[part].to(device), tokens_BL[:, :longest].to(device)
-
     statistics = [(tensor, tensor.clone()) for tensor in _running_statistics(towers.clip)]
-    features = []
+    features, taught = list[Features](), list[TeacherFeatures]()
     with torch.no_grad():
         for number, part in enumerate(parts):
+            image, tokens_XL, kept_BP = _inputs(batch, part, device)
             _seed_dropout(seed, batch.step, number)
-            features.append(towers(*inputs(part)))
+            features.append(towers(image, tokens_XL, kept_BP))
+            if (known := towers.teacher_features(image, tokens_XL[: len(image)])) is not None:
+                taught.append(known)
     for tensor, before in statistics:
         tensor.copy_(before)
-    image_BD, text_BD = (torch.cat([found[side] for found in features]) for side in (0, 1))
+    scale = features[0][2].requires_grad_()
+    image_BD, *texts = (
+        torch.cat([found[side] for found in features]) for side in _SIDES[: len(features[0]) - 1]
+    )
     leaves = (
         image_BD.requires_grad_(not towers.clip.image_tower_locked),
-        text_BD.requires_grad_(),
-        features[0][2].requires_grad_(),
+        *(text.requires_grad_() for text in texts),
     )
-    loss = towers.loss(*leaves, batch)
+    loss = _loss(towers, (*leaves[:2], scale, *leaves[2:]), batch, _joined(taught))
 
     def backward() -> None:
         loss.backward()  # type: ignore[no-untyped-call]
@@ -248,16 +366,16 @@ def _in_micro_batches(engine: Any, batch: Batch, seed: int) -> tuple[float, Call
             is_last = number == len(parts) - 1
             engine.set_gradient_accumulation_boundary(is_last)
             _seed_dropout(seed, batch.step, number)
-            images, tokens_BL = inputs(part)
+            image, tokens_XL, kept_BP = _inputs(batch, part, device)
             if towers.clip.image_tower_locked:
-                images = image_BD[part].detach()
-            again = engine(images, tokens_BL)
-            # Linear in the features, with the slope that the loss has there.
-            slopes = [leaf.grad for leaf in leaves[:2] if leaf.grad is not None]
-            trained = again[0:2] if leaves[0].grad is not None else again[1:2]
-            surrogate = sum((slope[part] * found).sum() for slope, found in zip(slopes, trained, strict=True))
+                image = image_BD[part].detach()
+            again = engine(image, tokens_XL, kept_BP)
             # The temperature's gradient is the whole batch's, so it goes back once.
-            surrogate = surrogate + (again[2] * leaves[2].grad * is_last).sum()
+            surrogate = (again[2] * scale.grad * is_last).sum()
+            # Linear in the features, with the slope that the loss has there.
+            for side, leaf in zip(_SIDES, leaves, strict=False):
+                if leaf.grad is not None:
+                    surrogate = surrogate + (leaf.grad[part] * again[side]).sum()
             engine.backward(surrogate * dist.get_world_size())
 
     return loss.item(), backward

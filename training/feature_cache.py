@@ -1,13 +1,15 @@
 """Image features of stage 1, computed once: K augmented views of every picture through the locked tower.
 
-One file a shard, beside the shards: `features/<key>-<shard's digest>.npy`, float16 [samples, K, D], unit
-norm. The key is a digest of all that a feature depends on: the tower's weights, the augmentation, the size,
-the seed and K. A file that is there is therefore right; another tower or transform makes files of its own.
-View v is what the live path shows in epoch v: K views are those of K live epochs, and epoch e reads view
-e mod K.
+One file a shard, beside the shards: `features/<key>-<shard's digest>.npy`, [samples, K] records of a
+unit-norm float16 feature_D and a CRC-32, which every read checks: a cache is terabytes, and reading it whole
+before a run would take as long as epochs. The key is a digest of all that a feature depends on: the tower's
+weights, the augmentation, the size, the seed and K. A file that is there is therefore right; another tower or
+transform makes files of its own. View v is what the live path shows in epoch v: K views are those of K live
+epochs, and epoch e reads view e mod K.
 """
 
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from hashlib import sha256
@@ -39,7 +41,7 @@ def cache_key(
         weights.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         weights.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     # The reading of views is versioned by hand: augment.py is code, which no digest of settings covers.
-    return digest("features", 1, weights.hexdigest(), augment, image_size_px, seed, num_views)[:32]
+    return digest("features", 2, weights.hexdigest(), augment, image_size_px, seed, num_views)[:32]
 
 
 class FeatureCache:
@@ -68,27 +70,48 @@ class FeatureCache:
     def write(self, shard: int, feature_NKD: Float16s) -> None:
         """Publish a shard's features: the file is whole or not there."""
         path = self.path(shard)
+        record_NK = np.empty(feature_NKD.shape[:2], _record(self._dim))
+        record_NK["feature"] = feature_NKD
+        for row, view in np.ndindex(*record_NK.shape):
+            record_NK["crc32"][row, view] = _crc32(feature_NKD[row, view], row, view)
         with store.publish(path) as temporary, open(temporary, "wb") as file:
-            np.save(file, feature_NKD, allow_pickle=False)
+            np.save(file, record_NK, allow_pickle=False)
 
     def read(self, shard: int, row: int, epoch: int) -> Float16s:
-        """feature_D of one sample in one epoch."""
-        feature: Float16s = self._open(shard)[row, epoch % self.num_views]
+        """feature_D of one sample in one epoch; InputError where its bytes are not those written."""
+        view = epoch % self.num_views
+        record = self._open(shard)[row, view]
+        feature: Float16s = record["feature"]
+        if _crc32(feature, row, view) != record["crc32"]:
+            raise InputError(
+                f"{self.path(shard)}: row {row}, view {view}: other bytes than were written (CRC-32 differs):"
+                " the disk or a copy damaged it; remove the file: it is made again"
+            )
         return feature
 
-    def _open_file(self, shard: int) -> Float16s:
+    def _open_file(self, shard: int) -> npt.NDArray[np.void]:
         path = self.path(shard)
-        expected = (self._shards[shard].num_samples, self.num_views, self._dim)
+        expected = (self._shards[shard].num_samples, self.num_views)
         try:
-            features: Float16s = np.load(path, mmap_mode="r", allow_pickle=False)
+            records: npt.NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: cannot be read ({error}); remove the file: it is made again") from None
-        if features.shape != expected or features.dtype != np.float16:
+        dtype = _record(self._dim)
+        if records.shape != expected or records.dtype != dtype:
             raise InputError(
-                f"{path}: {features.dtype} {features.shape}, but its shard wants float16 {expected};"
+                f"{path}: {records.dtype} {records.shape}, but its shard wants {dtype} {expected};"
                 " remove the file: it is made again"
             )
-        return features
+        return records
+
+
+def _record(dim: int) -> np.dtype[np.void]:
+    return np.dtype([("feature", "<f2", (dim,)), ("crc32", "<u4")])
+
+
+def _crc32(feature_D: Float16s, row: int, view: int) -> int:
+    """Of the bytes and of where they belong: a feature in another's place is damage too."""
+    return zlib.crc32(feature_D.tobytes(), zlib.crc32(f"{row} {view}".encode()))
 
 
 def build(

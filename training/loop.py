@@ -1,9 +1,8 @@
-"""The training loop, and what it writes while it runs."""
+"""The training loop."""
 
 import json
-import math
 import os
-import time
+import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,19 +10,24 @@ from typing import Any
 from torch import distributed as dist
 
 from pipeline import store
-from pipeline.records import InputError
+from pipeline.records import InputError, Stopped
 from training import checkpoint
+from training.choice import Choice, choose
 from training.config import TrainConfig
 from training.data import Batch, Prefetcher
 from training.engine import logit_scale, train_step
+from training.journal import Journal
 from training.model.clip import CLIP
 from training.optim import learning_rate
 from training.partitions import gathered
+from training.stop import StopRequest
+from training.watchdog import Watchdog
 
 Recalls = Mapping[str, Mapping[str, Any]]  # evaluation → its numbers in percent
 Validate = Callable[[CLIP], Recalls]
 
-_SECONDS_BETWEEN_PROGRESS = 1.0
+# Batches left out one after the other: the model is broken, not the batch.
+_MOST_SKIPPED_IN_A_ROW = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,26 +41,77 @@ class Run:
     batches: Prefetcher
     first_step: int  # steps that were finished before
     total_steps: int
+    num_samples: int  # of the corpus
     validate: Validate | None
-    journal: "Journal"
+    journal: Journal
+    stop: StopRequest
+    watchdog: Watchdog
     folder: str  # where checkpoints/ are
     identity: Mapping[str, Any]
 
 
-def train(run: Run) -> None:
-    """Train to the last step: load, step, write down, validate, save."""
-    if run.first_step == 0:
-        validate(run, 0)
+def train(run: Run) -> int:
+    """Train to the last step, or to where it is no longer worth it: load, step, write down, validate, save.
+
+    Returns how many steps are finished. Stopped where a signal asked for it, after a checkpoint.
+    """
+    if validation_is_due(run, run.first_step) and not run.journal.has_recalls(run.first_step):
+        validate(run, run.first_step)  # the start, or a stop came before it
+    step, skipped_in_a_row = run.first_step, 0
+    run.watchdog.alive(f"reading the batch of step {step + 1}")
     for batch in run.batches:
+        if no_longer_gains(run):
+            break
+        step = batch.step + 1
+        run.watchdog.alive(f"computing step {step}")
         rate = learning_rate(batch.step, run.total_steps, run.config)
         loss = train_step(run.engine, batch, rate, run.config.max_temperature, run.seed)
-        refuse_non_finite(run, batch, loss)
-        step = batch.step + 1
-        run.journal.step(step, loss, temperature(run), rate, run.batches.wait_seconds)
-        if step % run.config.validate_every_steps == 0 or step == run.total_steps:
-            validate(run, step)
-        if step % run.config.save_every_steps == 0 and step < run.total_steps:
+        skipped = run.engine.module.skipped
+        skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
+        if skipped:
+            refuse_non_finite(run, batch, loss, skipped_in_a_row)
+        run.journal.step(batch, loss, temperature(run), rate, run.batches.wait_seconds, skipped=bool(skipped))
+        if number := run.stop.agreed():
             save(run, step)
+            raise Stopped(f"[{run.stage}] by {signal.Signals(number).name} after step {step}")
+        if validation_is_due(run, step):
+            validate(run, step)
+        if save_is_due(run, step):
+            save(run, step)
+        run.watchdog.alive(f"reading the batch of step {step + 1}")
+    return step
+
+
+def validation_is_due(run: Run, step: int) -> bool:
+    """Before the first step, at the asked intervals and after the last step."""
+    if run.validate is None:
+        return False
+    seen, batch = step * run.config.global_batch, run.config.global_batch
+    ends_epoch = seen // run.num_samples > (seen - batch) // run.num_samples
+    return (
+        step % run.config.validate_every_steps == 0
+        or (run.config.validate_every_epoch and ends_epoch)
+        or step == run.total_steps
+    )
+
+
+def save_is_due(run: Run, step: int) -> bool:
+    """At the asked intervals, and where the stage ends with its best weights, whenever they are these."""
+    if step == run.total_steps or no_longer_gains(run):
+        return False  # the weights themselves are written now
+    best = choice_so_far(run).best
+    is_best = run.config.choose == "best" and best is not None and best.step == step
+    return is_best or step % run.config.save_every_steps == 0
+
+
+def choice_so_far(run: Run) -> Choice:
+    """What the validations up to now say; the same on every rank."""
+    return choose(run.journal.validations, run.config.salient_gain)
+
+
+def no_longer_gains(run: Run) -> bool:
+    """The recipe's rule says that training on is not worth it (paper, 2.3)."""
+    return 0 < run.config.patience <= choice_so_far(run).num_without_gain
 
 
 def validate(run: Run, step: int) -> None:
@@ -66,19 +121,23 @@ def validate(run: Run, step: int) -> None:
     """
     if run.validate is None:
         return
+    run.watchdog.alive(f"validating after step {step}")
     clip: CLIP = run.engine.module.clip
+    recalls: Recalls = {}
     if run.journal.writes or run.engine.zero_optimization_partition_weights():
         clip.eval()
         with gathered(clip.text_projection, clip.logit_scale):
             recalls = run.validate(clip)
         clip.train()
-        if run.journal.writes:
-            run.journal.recalls(step, recalls)
-    dist.barrier()
+    shared = [recalls]  # all ranks decide alike: by rank 0's numbers
+    dist.broadcast_object_list(shared, 0)
+    run.journal.recalls(step, shared[0])
 
 
 def save(run: Run, step: int) -> None:
     """A checkpoint, put together by all ranks and written by rank 0."""
+    run.watchdog.alive(f"writing the checkpoint of step {step}")
+    best = choice_so_far(run).best if run.config.choose == "best" else None
     state = checkpoint.gather_state(run.engine, step)
     if run.journal.writes:
         run.journal.flush()
@@ -88,24 +147,28 @@ def save(run: Run, step: int) -> None:
             run.identity,
             run.journal.metrics_path,
             keep=run.config.keep_checkpoints,
+            keep_also=() if best is None else (best.step,),
         )
     dist.barrier()
 
 
-def refuse_non_finite(run: Run, batch: Batch, loss: float) -> None:
-    """Stop at a loss that is not finite: the weights are still those of the step before."""
-    if math.isfinite(loss):
-        return
+def refuse_non_finite(run: Run, batch: Batch, loss: float, in_a_row: int) -> None:
+    """Name the samples of a batch that left the weights as they were; stop, or leave it out, by the rule."""
     keys = [key.decode() for key in batch.keys.tolist()]
-    path = os.path.join(run.folder, f"not_finite_step_{batch.step + 1}_rank_{dist.get_rank()}.json")
-    found = {"step": batch.step + 1, "loss": str(loss), "keys": keys}
-    store.write_text(path, json.dumps(found))
+    step, what = batch.step + 1, run.engine.module.skipped
+    path = os.path.join(run.folder, f"not_finite_step_{step}_rank_{dist.get_rank()}.json")
+    store.write_text(path, json.dumps({"step": step, "loss": str(loss), "what": what, "keys": keys}))
     # The file of every rank has to be there before the first error ends all of them.
     dist.barrier()
+    samples = f"rank {dist.get_rank()} had the samples {', '.join(keys[:3])}, … (all {len(keys)} in {path})"
+    found = f"[{run.stage}] {what} at step {step}"
+    if run.config.on_non_finite == "skip" and in_a_row <= _MOST_SKIPPED_IN_A_ROW:
+        run.journal.notice(f"{found}: the batch is left out; {samples}")
+        return
+    also = f", {in_a_row} batches in a row" if in_a_row > 1 else ""
     raise InputError(
-        f"[{run.stage}] the loss is {loss} at step {batch.step + 1}; rank {dist.get_rank()} had the samples"
-        f" {', '.join(keys[:3])}, … (all {len(keys)} in {path});"
-        " lower peak_learning_rate or lengthen warmup_steps, or look at these samples"
+        f"{found}{also}; {samples}; lower peak_learning_rate or lengthen warmup_steps, look at these samples,"
+        ' or leave such batches out: on_non_finite = "skip"'
     )
 
 
@@ -118,69 +181,3 @@ def temperature(run: Run) -> float:
     """The factor on cosine similarities; a collective."""
     scale: float = logit_scale(run.engine).exp().item()
     return scale
-
-
-class Journal:
-    """What rank 0 writes of a run; other ranks write nothing.
-
-    `metrics.jsonl` holds no times, so that a run that was killed and resumed writes the same bytes as one
-    that was not. `log.jsonl` holds the speed.
-    """
-
-    def __init__(self, folder: str, *, writes: bool, total_steps: int, global_batch: int) -> None:
-        self.writes = writes
-        self.metrics_path = os.path.join(folder, "metrics.jsonl")
-        self._log_path = os.path.join(folder, "log.jsonl")
-        self._total_steps, self._global_batch = total_steps, global_batch
-        self._last_line, self._last_progress = time.monotonic(), 0.0
-        self._last_wait_seconds = 0.0
-
-    def start_at(self, resumed: checkpoint.Checkpoint | None) -> None:
-        """Take the metrics back to a checkpoint's, or to none."""
-        if not self.writes:
-            return
-        data = b"" if resumed is None else store.read_bytes(resumed.metrics_path)
-        store.write_bytes(self.metrics_path, data)
-        self._metrics = open(self.metrics_path, "a", encoding="utf-8")  # noqa: SIM115
-        self._log = open(self._log_path, "a", encoding="utf-8")  # noqa: SIM115
-
-    def step(
-        self, step: int, loss: float, temperature: float, learning_rate: float, wait_seconds: float
-    ) -> None:
-        if not self.writes:
-            return
-        values = {"loss": loss, "temperature": temperature, "learning_rate": learning_rate}
-        self._write_metrics(step, values)
-        now = time.monotonic()
-        seconds, self._last_line = now - self._last_line, now
-        waited, self._last_wait_seconds = wait_seconds - self._last_wait_seconds, wait_seconds
-        samples_per_second = self._global_batch / seconds
-        line = {
-            "time": time.time(),
-            "step": step,
-            "seconds": round(seconds, 4),
-            "data_wait_seconds": round(waited, 4),
-            "samples_per_second": round(samples_per_second, 1),
-        }
-        self._log.write(json.dumps(line) + "\n")
-        if now - self._last_progress >= _SECONDS_BETWEEN_PROGRESS or step == self._total_steps:
-            self._last_progress = now
-            self._log.flush()
-            text = f"loss {loss:.3f} · {samples_per_second:.0f} samples/s"
-            progress = {"done": step, "total": self._total_steps, "text": text}
-            print(f"@progress {json.dumps(progress, ensure_ascii=False)}", flush=True)
-
-    def recalls(self, step: int, recalls: Recalls) -> None:
-        for name, recall in recalls.items():
-            self._write_metrics(step, {"evaluation": name, "recall": recall})
-        self.flush()
-        self._last_line = time.monotonic()  # validation is not part of the next step's time
-
-    def flush(self) -> None:
-        if self.writes:
-            self._metrics.flush()
-            self._log.flush()
-
-    def _write_metrics(self, step: int, values: Mapping[str, Any]) -> None:
-        line = {"step": step, "samples_seen": step * self._global_batch, **values}
-        self._metrics.write(json.dumps(line, ensure_ascii=False) + "\n")

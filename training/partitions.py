@@ -5,7 +5,7 @@ vector a parameter group; stage 3 has part of every parameter too. All functions
 collectives: every rank calls them, for the same parameters in the same order.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,8 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 from torch import distributed as dist
 
+# What DeepSpeed's DynamicLossScaler changes as it goes
+_LOSS_SCALING = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's names for them
 
 
@@ -90,6 +92,22 @@ def set_moment(engine: Any, parameter: nn.Parameter, value: Tensor, moment: str)
         safe_set_full_optimizer_state(parameter, value, moment)
     else:
         adam_of(engine).state[parameter][moment].copy_(value)
+
+
+def loss_scaling(engine: Any) -> dict[str, float]:
+    """Where float16's dynamic loss scaling stands; empty for other precisions. Equal on all ranks."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if not getattr(scaler, "dynamic", False):
+        return {}
+    return {name: float(getattr(scaler, name)) for name in _LOSS_SCALING}
+
+
+def set_loss_scaling(engine: Any, values: Mapping[str, float]) -> None:
+    """Go on from what `loss_scaling` gave; a run that now has another precision takes none of it."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    for name in loss_scaling(engine):
+        if name in values:
+            setattr(scaler, name, type(getattr(scaler, name))(values[name]))
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import cv2
@@ -18,16 +19,26 @@ from pipeline.processes import die_with_parent
 from pipeline.records import ConfigError
 from training import checkpoint
 from training.checkpoint import Checkpoint
-from training.config import TrainJob, count_steps
+from training.choice import check_sets, choose, read_validations
+from training.config import TrainConfig, TrainJob, count_steps
 from training.data import BatchReader, Prefetcher, SampleOrder, check_shards
-from training.engine import Towers, build_engine, gather_weights, join_ranks
+from training.distil import load_teacher
+from training.engine import Towers, build_engine, check_precision, gather_weights, join_ranks
 from training.feature_cache import FeatureCache, build, cache_key
-from training.loop import Journal, Run, Validate, checkpoints_folder, train
+from training.finished import mark_finished
+from training.flops import PEAK_FLOPS, find_device, matmul_flops, training_flops
+from training.journal import Journal
+from training.loop import Run, Validate, checkpoints_folder, choice_so_far, train
 from training.model.clip import CLIP, build_clip
 from training.model.config import MODELS
+from training.model.formats import load_model
 from training.model.initial import initialise, write_provenance
 from training.model.tokenizer import Tokenizer
-from training.model.weights import load_checkpoint, save_checkpoint, save_openai
+from training.model.weights import load_checkpoint, require_same_model, save_checkpoint, save_openai
+from training.negation import Statements
+from training.patch_mask import make_patch_mask
+from training.stop import StopRequest
+from training.watchdog import Watchdog
 
 # Of TrainConfig, what a run may change between two starts: how it runs, not what it learns from what.
 _NOT_LEARNING = (
@@ -37,7 +48,14 @@ _NOT_LEARNING = (
     "deepspeed",
     "validate_every_steps",
     "save_every_steps",
+    "validate_every_epoch",
     "keep_checkpoints",
+    "choose",
+    "choose_on",
+    "salient_gain",
+    "patience",
+    "on_non_finite",
+    "stall_seconds",
 )
 
 
@@ -49,74 +67,84 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
     their messages say.
     """
     die_with_parent()
+    stop = StopRequest()
+    stop.listen()
     deepspeed_logger.setLevel("WARNING")
     torch.set_num_threads(job.config.threads_per_rank)
     cv2.setNumThreads(1)  # the reader has its own threads
     config, num_samples = job.config, sum(shard.num_samples for shard in job.shards)
     config.check(job.stage)
+    check_sets(config, job.evaluations if validate is not None else (), job.stage)
     total_steps = count_steps(config, num_samples, job.stage)
     join_ranks(config)
     rank = dist.get_rank()
+    watchdog = Watchdog(
+        job.folder, stage=job.stage, rank=rank, ranks=config.ranks, limit_seconds=config.stall_seconds
+    )
     if rank == 0:
         check_shards(job.shards)
 
     tokenizer = Tokenizer.load(job.vocabulary)
     clip = build_model(job, tokenizer)
-    order = SampleOrder(
-        [shard.num_samples for shard in job.shards],
-        seed=job.seed,
-        global_batch=config.global_batch,
-        lanes=config.lanes,
-        window_shards=config.window_shards,
-    )
-    reader = BatchReader(
-        job.shards,
-        order,
-        tokenizer,
-        lanes=order.rank_lanes(rank, config.ranks),
-        image_size_px=clip.config.vision.image_size_px,
-        augment_config=config.augment,
-        caption_column=config.caption_column,
-        context_length=config.context_length,
-        token_folder=os.path.join(job.folder, "tokens"),
-        seed=job.seed,
-        threads=config.threads_per_rank,
-    )
+    check_precision(config, clip)
+    order = sample_order(job)
+    reader = make_reader(job, order, tokenizer, clip, lanes=order.rank_lanes(rank, config.ranks))
+    teacher = load_teacher(config, clip, job.stage)
     towers = Towers(
         clip,
         num_samples_of_ranks=tuple(order.rank_num_samples(r, config.ranks) for r in range(config.ranks)),
         config=config,
+        teacher=teacher,
     )
     if config.cached_views:
-        reader.features = cache_features(job, towers, reader)
+        reader.features = cache_features(job, towers, reader, watchdog)
+    watchdog.alive("building the engine")
     engine = build_engine(towers, config)
     identity = describe(job, clip, tokenizer)
-    resumed = _agree_on_checkpoint(checkpoints_folder(job.folder), identity)
+    resumed = _agree_on_checkpoint(job, identity)
     if resumed is not None:
         checkpoint.restore_state(engine, checkpoint.load(resumed))
-    journal = Journal(job.folder, writes=rank == 0, total_steps=total_steps, global_batch=config.global_batch)
+    journal = Journal(
+        job.folder,
+        writes=rank == 0,
+        total_steps=total_steps,
+        global_batch=config.global_batch,
+        deciding=config.choose_on,
+        flops_of_sample=partial(training_flops, clip.config, config),
+        peak_flops=peak_flops_of_ranks(config) if rank == 0 else None,
+    )
     journal.start_at(resumed)
     first_step = 0 if resumed is None else resumed.step
     batches = Prefetcher(reader, first_step, total_steps)
     engine.train()
-    train(
-        Run(
-            stage=job.stage,
-            config=config,
-            seed=job.seed,
-            engine=engine,
-            batches=batches,
-            first_step=first_step,
-            total_steps=total_steps,
-            validate=validate,
-            journal=journal,
-            folder=job.folder,
-            identity=identity,
-        )
+    run = Run(
+        stage=job.stage,
+        config=config,
+        seed=job.seed,
+        engine=engine,
+        batches=batches,
+        first_step=first_step,
+        total_steps=total_steps,
+        num_samples=num_samples,
+        validate=validate,
+        journal=journal,
+        stop=stop,
+        watchdog=watchdog,
+        folder=job.folder,
+        identity=identity,
     )
+    last_step = train(run)
+    watchdog.alive("writing the model")
     batches.close()
-    journal.flush()
-    write_model(job, engine, total_steps)
+    best = choice_so_far(run).best if config.choose == "best" else None
+    if last_step < total_steps:
+        journal.notice(
+            f"[{job.stage}] ended after step {last_step} of {total_steps}: {config.patience} validations in a"
+            f" row without a gain of {config.salient_gain:g} points of mean recall"
+        )
+    journal.close()
+    write_model(job, engine, last_step, last_step if best is None else best.step)
+    watchdog.close()
 
 
 def build_model(job: TrainJob, tokenizer: Tokenizer) -> CLIP:
@@ -134,6 +162,13 @@ def build_model(job: TrainJob, tokenizer: Tokenizer) -> CLIP:
         taken = initialise(clip, image_weights=job.image_weights, text_weights=job.text_weights)
         if int(os.environ.get("RANK", "0")) == 0:
             write_provenance(os.path.join(job.folder, "initial_weights.tsv"), taken)
+    if job.start_weights is not None:
+        start = load_model(job.start_weights, image_size_px=clip.config.vision.image_size_px)
+        # ViT-L/14 at another resolution has another name.
+        require_same_model(
+            dataclasses.replace(start.config, name=clip.config.name), clip.config, job.start_weights
+        )
+        clip.load_state_dict(start.state_dict())
     if job.start_checkpoint is not None:
         clip.load_state_dict(load_checkpoint(job.start_checkpoint, expected=clip.config).state_dict())
     if job.config.lock_image:
@@ -142,7 +177,44 @@ def build_model(job: TrainJob, tokenizer: Tokenizer) -> CLIP:
     return clip
 
 
-def cache_features(job: TrainJob, towers: Towers, reader: BatchReader) -> FeatureCache:
+def sample_order(job: TrainJob) -> SampleOrder:
+    """Which samples every step of a job sees."""
+    return SampleOrder(
+        [shard.num_samples for shard in job.shards],
+        seed=job.seed,
+        global_batch=job.config.global_batch,
+        lanes=job.config.lanes,
+        window_shards=job.config.window_shards,
+    )
+
+
+def make_reader(
+    job: TrainJob, order: SampleOrder, tokenizer: Tokenizer, clip: CLIP, *, lanes: range
+) -> BatchReader:
+    """Reads the part of a job's batches that these lanes hold, in the model's image size."""
+    config, statements = job.config, None
+    if config.negation is not None:
+        statements = Statements(
+            config.negation, tokenizer, context_length=config.context_length, seed=job.seed
+        )
+    return BatchReader(
+        job.shards,
+        order,
+        tokenizer,
+        lanes=lanes,
+        image_size_px=clip.config.vision.image_size_px,
+        augment_config=config.augment,
+        caption_column=config.caption_column,
+        context_length=config.context_length,
+        token_folder=os.path.join(job.folder, "tokens"),
+        seed=job.seed,
+        threads=config.threads_per_rank,
+        patch_mask=make_patch_mask(config, clip.config, job.stage, job.seed),
+        statements=statements,
+    )
+
+
+def cache_features(job: TrainJob, towers: Towers, reader: BatchReader, watchdog: Watchdog) -> FeatureCache:
     """Make what is missing of the locked tower's features, every rank its share of the shards."""
     config, clip = job.config, towers.clip
     device = get_accelerator().current_device_name()
@@ -165,6 +237,7 @@ def cache_features(job: TrainJob, towers: Towers, reader: BatchReader) -> Featur
             return clip.encode_image(towers.normalise(image_BCHW.to(device)))
 
     def show(done: int, total: int) -> None:
+        watchdog.alive(f"computing the features of shard {done + 1} of {total}")
         if dist.get_rank() == 0:
             text = f"features of {config.cached_views} views"
             progress = {"done": done, "total": total, "text": text}
@@ -184,6 +257,8 @@ def describe(job: TrainJob, clip: CLIP, tokenizer: Tokenizer) -> dict[str, Any]:
     learning = dataclasses.asdict(job.config)
     for name in _NOT_LEARNING:
         del learning[name]
+    if learning["distil"] is not None:
+        del learning["distil"]["teacher"]  # its digest says which; it may lie elsewhere
     return {
         "model": job.model,
         "seed": job.seed,
@@ -191,30 +266,59 @@ def describe(job: TrainJob, clip: CLIP, tokenizer: Tokenizer) -> dict[str, Any]:
         "vocabulary": tokenizer.digest,
         "image_weights": job.image_weights and store.digest_tree(job.image_weights),
         "text_weights": job.text_weights and store.digest_tree(job.text_weights),
+        "start_weights": job.start_weights and store.digest_tree(job.start_weights),
+        "teacher": job.config.distil and store.digest_tree(job.config.distil.teacher),
         "start_checkpoint": job.start_checkpoint and store.digest_file(job.start_checkpoint),
         **learning,
     }
 
 
-def write_model(job: TrainJob, engine: Any, total_steps: int) -> None:
-    """Consolidate and write the weights by rank 0; every rank calls it."""
-    weights = gather_weights(engine)
+def write_model(job: TrainJob, engine: Any, last_step: int, chosen_step: int) -> None:
+    """Consolidate and write the weights of a step by rank 0; every rank calls it.
+
+    The engine holds those of `last_step`; those of an earlier one come from its checkpoint.
+    """
+    weights = gather_weights(engine) if chosen_step == last_step else None
     if dist.get_rank() == 0:
+        if weights is None:
+            chosen = checkpoint.at_step(checkpoints_folder(job.folder), chosen_step)
+            weights = checkpoint.load_weights_of(chosen)
         clip: CLIP = engine.module.clip
         final = CLIP(clip.config)
         final.load_state_dict(weights)
-        samples_seen = str(total_steps * job.config.global_batch)
+        samples_seen = str(chosen_step * job.config.global_batch)
         metadata: Mapping[str, str] = {"stage": job.stage, "samples_seen": samples_seen}
         if job.openai_model is not None:
             save_openai(job.openai_model, final, final.config)
         save_checkpoint(job.output_model, final, final.config, metadata)
+        mark_finished(job)
     dist.barrier()
 
 
-def _agree_on_checkpoint(root: str, identity: Mapping[str, Any]) -> Checkpoint | None:
+def peak_flops_of_ranks(config: TrainConfig) -> float | None:
+    """FLOP/s that all ranks' devices can do together; None for a device whose data sheet is not known.
+
+    A CPU is asked: the rate of a matrix product is its peak.
+    """
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        known = find_device(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+        return None if known is None else PEAK_FLOPS[known] * config.ranks
+    return config.ranks * matmul_flops()
+
+
+def _agree_on_checkpoint(job: TrainJob, identity: Mapping[str, Any]) -> Checkpoint | None:
     """Rank 0 verifies what is there; all go on from the same step."""
+    root = checkpoints_folder(job.folder)
+
+    def best_step(found: Checkpoint) -> int | None:
+        lines = store.read_text(found.metrics_path).splitlines()
+        validations = read_validations(lines, job.config.choose_on)
+        best = choose(validations, job.config.salient_gain).best
+        return best.step if best is not None and job.config.choose == "best" else None
+
     step = torch.tensor([-1], device=get_accelerator().current_device_name())
-    if dist.get_rank() == 0 and (newest := checkpoint.find_newest(root, identity)) is not None:
+    if dist.get_rank() == 0 and (newest := checkpoint.find_newest(root, identity, best_step)) is not None:
         step[0] = newest.step
         print(f"going on from {newest.folder}", flush=True)
     dist.broadcast(step, 0)

@@ -1,13 +1,21 @@
-"""Text tables and region tables become Parquet in the run's folder, with every row accounted for."""
+"""Text tables and region tables become Parquet in the run's folder, with every row accounted for.
 
-from collections.abc import Mapping, Sequence
+Memory is that of a block, however long a table is: malformed rows go to their file as they come, and the
+captions to be joined are first dealt to files by a digest of their picture, each small enough to be held.
+"""
+
+import contextlib
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import polars as pl
+import polars_hash as plh
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.drop_table import write_table
 from data_prep.guard import GuardedIds
 from data_prep.sources import text_file
 from data_prep.sources.table import (
@@ -26,7 +34,12 @@ GUARDED_ID = DropReason("guarded_id")  # a picture of an evaluation set, by its 
 IMAGE_ID_MISSING = DropReason("image_id_missing")
 
 JOINT = "，"  # between the captions of one picture
-_MALFORMED_SCHEMA = {"reason": pl.String, "text": pl.String}
+_MALFORMED_SCHEMA = pa.schema([("reason", pa.large_string()), ("text", pa.large_string())])
+_MALFORMED_AT_ONCE = 10_000
+# Input bytes of the regions that are joined at once; the number of piles, and with it the order of rows,
+# follows from the input alone.
+PILE_BYTES = 64 << 20
+_MOST_PILES = 1024  # files open at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +51,41 @@ class Converted:
     dropped: Mapping[str, int]
 
 
+class MalformedRows:
+    """The rows set aside, written as they come with the beginning of each."""
+
+    def __init__(self, writer: pq.ParquetWriter) -> None:
+        self.counts: Counter[str] = Counter()
+        self.first: text_file.Malformed | None = None
+        self._writer = writer
+        self._waiting: list[text_file.Malformed] = []
+
+    def add(self, rows: Sequence[text_file.Malformed]) -> None:
+        if rows and self.first is None:
+            self.first = rows[0]
+        self.counts.update(str(row.reason) for row in rows)
+        self._waiting += rows
+        if len(self._waiting) >= _MALFORMED_AT_ONCE:
+            self.flush()
+
+    def flush(self) -> None:
+        columns = [[str(row.reason) for row in self._waiting], [row.text for row in self._waiting]]
+        self._writer.write_table(pa.table(columns, schema=_MALFORMED_SCHEMA))
+        self._waiting = []
+
+
+@contextlib.contextmanager
+def malformed_rows(path: str) -> Iterator[MalformedRows]:
+    """Publish a table of the rows that are added while the block runs."""
+    with (
+        store.publish(path) as temporary,
+        pq.ParquetWriter(temporary, _MALFORMED_SCHEMA, compression="zstd") as writer,
+    ):
+        rows = MalformedRows(writer)
+        yield rows
+        rows.flush()
+
+
 def convert_text(path: str, source: TableSource, table_path: str, malformed_path: str) -> Converted:
     """Write a CSV, TSV or JSON-lines table as Parquet, columns as strings; memory is that of a block.
 
@@ -45,31 +93,23 @@ def convert_text(path: str, source: TableSource, table_path: str, malformed_path
     """
     columns = needed_columns(path, source, text_file.column_names(path))
     schema = pa.schema([(name, pa.large_string()) for name in columns])
-    malformed: list[text_file.Malformed] = []
     num_rows = 0
     with (
+        malformed_rows(malformed_path) as malformed,
         store.publish(table_path) as temporary,
         pq.ParquetWriter(temporary, schema, compression="zstd") as out,
     ):
         for batch in text_file.read_batches(path, columns):
-            malformed += batch.malformed
+            malformed.add(batch.malformed)
             num_rows += batch.rows.height
             if batch.rows.height:
                 out.write_table(batch.rows.to_arrow().cast(schema))
-    if num_rows == 0 and malformed:
+    if num_rows == 0 and malformed.first is not None:
         raise InputError(
-            f"{path}: none of its {len(malformed)} rows is well formed, the first is"
-            f" {malformed[0].reason}: {malformed[0].text[:60]!r}; write it as UTF-8 with its header"
+            f"{path}: none of its {malformed.counts.total()} rows is well formed, the first is"
+            f" {malformed.first.reason}: {malformed.first.text[:60]!r}; write it as UTF-8 with its header"
         )
-    return Converted(source, num_rows, write_malformed(malformed, malformed_path))
-
-
-def write_malformed(malformed: Sequence[text_file.Malformed], path: str) -> dict[str, int]:
-    """Publish the rows set aside, with the beginning of each; returns rows by reason."""
-    rows = [(str(item.reason), item.text) for item in malformed]
-    table = pl.DataFrame(rows, schema=_MALFORMED_SCHEMA, orient="row")
-    write_table(table, path)
-    return dict(table.group_by("reason").len().sort("reason").iter_rows())
+    return Converted(source, num_rows, dict(sorted(malformed.counts.items())))
 
 
 def join_regions(
@@ -80,73 +120,137 @@ def join_regions(
     A caption that repeats another of its picture is not repeated. Pictures of evaluation sets go, by their
     COCO number, or for Visual Genome by the COCO and Flickr numbers of its own `image_data.json`.
     """
-    malformed: list[text_file.Malformed] = []
-    frames = [_regions(path, source, malformed) for path in paths]
-    rows = pl.concat(frames)
-    dropped: dict[str, int] = {}
-    missing = pl.col("image").is_null() | pl.col("caption").is_null()
-    if count := rows.filter(missing).height:
-        dropped[IMAGE_ID_MISSING] = count
-        rows = rows.filter(~missing)
-    removed = rows.filter(_is_guarded(source, guarded, rows))
-    if removed.height:
-        dropped[GUARDED_ID] = removed.height
-        rows = rows.join(removed.select("image").unique(), on="image", how="anti", maintain_order="left")
-    joined = rows.group_by("image", maintain_order=True).agg(
-        pl.col("url").drop_nulls().first(),
-        pl.col("caption").str.strip_chars().unique(maintain_order=True).str.join(JOINT),
-        *(pl.col(name).first() for name in source.carry_columns),
-    )
-    if rows.height > joined.height:
-        dropped[JOINED] = rows.height - joined.height
-    write_table(joined, table_path)
-    dropped |= write_malformed(malformed, malformed_path)
+    own = _guarded_numbers(source, guarded)
+    num_piles = min(_MOST_PILES, 1 + sum(store.num_bytes(path) for path in paths) // PILE_BYTES)
+    dropped: Counter[str] = Counter()
+    num_rows = 0
+    with (
+        malformed_rows(malformed_path) as malformed,
+        tempfile.TemporaryDirectory(dir=_folder_of(table_path)) as folder,
+        store.publish(table_path) as temporary,
+        contextlib.ExitStack() as stack,
+    ):
+        piles = [os.path.join(folder, f"{number}.parquet") for number in range(num_piles)]
+        schema = _deal(paths, source, piles, own, malformed, dropped)
+        out = stack.enter_context(pq.ParquetWriter(temporary, schema, compression="zstd"))
+        for pile in piles:
+            rows = pl.read_parquet(pile)
+            joined = rows.group_by("image", maintain_order=True).agg(
+                pl.col("url").drop_nulls().first(),
+                pl.col("caption").str.strip_chars().unique(maintain_order=True).str.join(JOINT),
+                *(pl.col(name).first() for name in source.carry_columns),
+            )
+            dropped[JOINED] += rows.height - joined.height
+            num_rows += joined.height
+            out.write_table(joined.to_arrow().cast(schema))
+            os.remove(pile)
     read_as = replace(source, url_column="url", caption_column="caption", image_id_column="image")
-    return Converted(read_as, joined.height, dropped)
+    counts = {str(reason): count for reason, count in dropped.items() if count}
+    return Converted(read_as, num_rows, counts | dict(sorted(malformed.counts.items())))
 
 
-def _regions(path: str, source: TableSource, malformed: list[text_file.Malformed]) -> pl.DataFrame:
-    """image (as text), url, caption and the carried columns of one file."""
-    if text_file.is_text(path):
-        found = text_file.column_names(path)
-        image = find_column(path, source, "image_id_column", ("image_id", "imageid", "id"), found)
-        columns = [*dict.fromkeys((*needed_columns(path, source, found), *([image] if image else [])))]
-        batches = []
-        for batch in text_file.read_batches(path, columns):
-            malformed += batch.malformed
-            batches.append(batch.rows)
-        frame = pl.concat(batches)
-    else:
-        with naming_damage(path):
-            lazy = open_parquet(path)
-            found = lazy.collect_schema().names()
-            image = find_column(path, source, "image_id_column", ("image_id", "imageid", "id"), found)
-            columns = [*dict.fromkeys((*needed_columns(path, source, found), *([image] if image else [])))]
-            frame = lazy.select(columns).collect()
-    roles = resolve(path, source, found)
-    return frame.select(
-        image=pl.col(image or str(roles["url_column"])).cast(pl.String),
-        url=pl.col(str(roles["url_column"])).cast(pl.String),
-        caption=pl.col(str(roles["caption_column"])).cast(pl.String),
-        **{name: pl.col(name) for name in source.carry_columns},
-    )
-
-
-def _is_guarded(source: TableSource, guarded: GuardedIds, rows: pl.DataFrame) -> pl.Series:
-    """Whether each row's picture is of an evaluation set, bool [rows]."""
+def _deal(
+    paths: Sequence[str],
+    source: TableSource,
+    piles: Sequence[str],
+    own: frozenset[int],
+    malformed: MalformedRows,
+    dropped: "Counter[str]",
+) -> pa.Schema:
+    """Write the regions that stay to the pile of their picture, in the order of the tables; their schema."""
     # COCO_val2014_000000391895.jpg and 391895 are one picture: the last run of digits counts.
-    number = rows["image"].str.extract(r"(\d+)\D*$").cast(pl.Int64, strict=False)
+    number = pl.col("image").str.extract(r"(\d+)\D*$").cast(pl.Int64, strict=False)
+    hashed = plh.col("image").chash.sha2_256().str.slice(0, 8).str.to_integer(base=16)
+    missing = pl.col("image").is_null() | pl.col("caption").is_null()
+    writers: list[pq.ParquetWriter] = []
+    schema: pa.Schema | None = None
+    with contextlib.ExitStack() as stack:
+        for path in paths:
+            for rows in _regions(path, source, malformed):
+                if schema is None:
+                    schema = pa.schema(
+                        [
+                            (name, _plain_type(rows.to_arrow().schema.field(name).type))
+                            for name in rows.columns
+                        ]
+                    )
+                    writers = [stack.enter_context(pq.ParquetWriter(pile, schema)) for pile in piles]
+                whole = rows.filter(~missing)
+                dropped[IMAGE_ID_MISSING] += rows.height - whole.height
+                stays = whole.filter(~number.is_in(list(own)).fill_null(False))
+                dropped[GUARDED_ID] += whole.height - stays.height
+                dealt = stays.with_columns(_pile=hashed % len(piles)).partition_by(
+                    "_pile", as_dict=True, include_key=False
+                )
+                for (pile,), part in dealt.items():
+                    writers[int(pile)].write_table(part.to_arrow().cast(schema))
+    if schema is None:  # every table is empty
+        names = ("image", "url", "caption", *source.carry_columns)
+        schema = pa.schema([(name, pa.large_string()) for name in names])
+        for pile in piles:
+            pq.write_table(schema.empty_table(), pile)
+    return schema
+
+
+def _plain_type(dtype: pa.DataType) -> pa.DataType:
+    return pa.large_string() if pa.types.is_string_view(dtype) else dtype
+
+
+def _folder_of(path: str) -> str | None:
+    """Where the piles lie: beside a local table, for space there is where the table goes."""
+    if not store.is_local(path):
+        return None
+    folder = os.path.dirname(path)
+    os.makedirs(folder, exist_ok=True)
+    return folder
+
+
+def _regions(path: str, source: TableSource, malformed: MalformedRows) -> Iterator[pl.DataFrame]:
+    """image (as text), url, caption and the carried columns of one file, in blocks."""
+    is_text = text_file.is_text(path)
+    with naming_damage(path):
+        found = text_file.column_names(path) if is_text else open_parquet(path).collect_schema().names()
+    image = find_column(path, source, "image_id_column", ("image_id", "imageid", "id"), found)
+    columns = [*dict.fromkeys((*needed_columns(path, source, found), *([image] if image else [])))]
+    roles = resolve(path, source, found)
+    for block in _text_blocks(path, columns, malformed) if is_text else _parquet_blocks(path, columns):
+        yield block.select(
+            image=pl.col(image or str(roles["url_column"])).cast(pl.String),
+            url=pl.col(str(roles["url_column"])).cast(pl.String),
+            caption=pl.col(str(roles["caption_column"])).cast(pl.String),
+            **{name: pl.col(name) for name in source.carry_columns},
+        )
+
+
+def _text_blocks(path: str, columns: Sequence[str], malformed: MalformedRows) -> Iterator[pl.DataFrame]:
+    for batch in text_file.read_batches(path, columns):
+        malformed.add(batch.malformed)
+        yield batch.rows
+
+
+def _parquet_blocks(path: str, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
+    with store.open_read(path) as file:
+        try:
+            for batch in pq.ParquetFile(file).iter_batches(columns=list(columns)):
+                yield pl.DataFrame(pl.from_arrow(batch))
+        except (pa.ArrowInvalid, OSError) as error:
+            raise InputError(
+                f"{path}: cannot be read as a table: {str(error).splitlines()[0]}; replace the file"
+            ) from None
+
+
+def _guarded_numbers(source: TableSource, guarded: GuardedIds) -> frozenset[int]:
+    """The source's own numbers of pictures of evaluation sets."""
     if source.kind == "coco":
-        return number.is_in(list(guarded.coco))
+        return guarded.coco
     if not guarded.coco and not guarded.flickr:
-        return pl.repeat(False, rows.height, dtype=pl.Boolean, eager=True)
+        return frozenset()
     if source.image_table is None:
         raise InputError(
             f"source {source.name}: guards name COCO or Flickr pictures by numbers that are not its own;"
             f" give image_table, its image_data.json"
         )
-    own = _evaluation_images(source.image_table, guarded)
-    return number.is_in(own)
+    return frozenset(_evaluation_images(source.image_table, guarded))
 
 
 def _evaluation_images(path: str, guarded: GuardedIds) -> list[int]:

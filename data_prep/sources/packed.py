@@ -1,4 +1,4 @@
-"""Pictures that are here already: Chinese-CLIP's TSV and LMDB, and img2dataset's output.
+"""Pictures that are here already: Chinese-CLIP's TSV and LMDB, img2dataset's output, and a run's shards.
 
 A pair becomes a row of a caption table with two addresses: `url`, what the row is known by, and `picture_at`,
 where the loopback site finds the picture's bytes (`data_prep.site`), so that pictures from disk take the same
@@ -17,7 +17,7 @@ import polars as pl
 
 from data_prep.drop_table import write_table
 from data_prep.site import HOST, PACKED
-from data_prep.sources.convert import write_malformed
+from data_prep.sources.convert import malformed_rows
 from data_prep.sources.lmdb_files import open_lmdb, unpickle_plain
 from data_prep.sources.table import TableSource
 from data_prep.sources.text_file import MALFORMED_COLUMNS, Malformed, column_names, read_batches
@@ -29,7 +29,7 @@ NOT_DOWNLOADED = DropReason("not_downloaded")  # img2dataset's own table says so
 MALFORMED_PICKLE = DropReason("malformed:pickle")  # an LMDB pair that is not (image id, text id, text)
 PICTURE_AT = "picture_at"
 
-PackedKind = Literal["cn_clip_tsv", "cn_clip_lmdb", "img2dataset"]
+PackedKind = Literal["cn_clip_tsv", "cn_clip_lmdb", "img2dataset", "shards"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,9 +38,10 @@ class PackedSource:
 
     kind: PackedKind
     path: str  # local folder: of <split>_imgs.tsv, of lmdb/<split>, or of 00000.tar and 00000.parquet
+    carry_columns: tuple[str, ...] = ()  # of shards: further columns of the sidecars to keep
     name: str
     split: str = "train"  # for Chinese-CLIP's formats
-    exempt_from: tuple[str, ...] = ()  # text rules that do not apply to this source
+    exempt_from: tuple[str, ...] = ()  # rules that do not apply to this source
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,8 @@ def pieces(source: PackedSource) -> list[list[str]]:
         return [files]
     tars = sorted(folder.glob("*.tar"))
     if not tars:
-        raise InputError(f"{source.path}: no .tar of img2dataset's webdataset output (source {source.name})")
+        what = "of a run's shards" if source.kind == "shards" else "of img2dataset's webdataset output"
+        raise InputError(f"{source.path}: no .tar {what} (source {source.name})")
     found = [[str(tar), str(tar.with_suffix(".parquet"))] for tar in tars]
     for files in found:
         _exist(source, files)
@@ -75,10 +77,17 @@ def pieces(source: PackedSource) -> list[list[str]]:
 
 def unpack(source: PackedSource, files: list[str], table_path: str, malformed_path: str) -> Unpacked:
     """Write one piece as a caption table with columns url, caption, picture_at."""
-    read = {"cn_clip_tsv": _read_tsv, "cn_clip_lmdb": _read_lmdb, "img2dataset": _read_img2dataset}
+    read = {
+        "cn_clip_tsv": _read_tsv,
+        "cn_clip_lmdb": _read_lmdb,
+        "img2dataset": _read_img2dataset,
+        "shards": _read_shards,
+    }
     rows, counts, malformed = read[source.kind](source, files)
     dropped = {str(reason): count for reason, count in counts.items()}
-    for reason, count in write_malformed(malformed, malformed_path).items():
+    with malformed_rows(malformed_path) as out:
+        out.add(malformed)
+    for reason, count in out.counts.items():
         dropped[reason] = dropped.get(reason, 0) + count
     write_table(rows, table_path)
     description = TableSource(
@@ -86,7 +95,7 @@ def unpack(source: PackedSource, files: list[str], table_path: str, malformed_pa
         name=source.name,
         url_column="url",
         caption_column="caption",
-        carry_columns=(PICTURE_AT,),
+        carry_columns=(PICTURE_AT, *source.carry_columns),
         exempt_from=source.exempt_from,
     )
     return Unpacked(description, rows.height, {name: count for name, count in dropped.items() if count})
@@ -227,3 +236,28 @@ def _read_img2dataset(source: PackedSource, files: list[str]) -> _Read:
     rows = keyed.join(places, on="key", how="inner", maintain_order="left")
     dropped = {NOT_DOWNLOADED: table.height - done.height, IMAGE_MISSING: done.height - rows.height}
     return rows.select("url", "caption", PICTURE_AT), dropped, []
+
+
+def _read_shards(source: PackedSource, files: list[str]) -> _Read:
+    """What a run has packed: addresses stay those of the web, and scores stay behind, to be made anew."""
+    tar_path, table_path = files
+    columns = ["url", "caption", "offset_bytes", "size_bytes", *source.carry_columns]
+    try:
+        table = pl.read_parquet(table_path)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise InputError(f"{table_path}: cannot be read as a table: {str(error).splitlines()[0]}") from None
+    missing = [name for name in columns if name not in table.columns]
+    if missing:
+        raise InputError(
+            f"{table_path}: no column {', '.join(missing)}; found {', '.join(table.columns)}; give the folder"
+            f" of a run's shards"
+        )
+    whole = table.filter(pl.col("offset_bytes") + pl.col("size_bytes") <= os.path.getsize(tar_path))
+    at = pl.concat_str(
+        pl.lit(_address(source, os.path.basename(tar_path)) + "offset="),
+        pl.col("offset_bytes").cast(pl.String),
+        pl.lit("&size="),
+        pl.col("size_bytes").cast(pl.String),
+    )
+    rows = whole.select("url", "caption", at.alias(PICTURE_AT), *source.carry_columns)
+    return rows, {IMAGE_MISSING: table.height - whole.height}, []

@@ -35,7 +35,10 @@ class TableSource:
     url_column: str | None = None  # found by itself: url, URL
     caption_column: str | None = None  # found by itself: TEXT, text, caption
     language_column: str | None = None  # found by itself: LANGUAGE; a source without it is taken as Chinese
-    score_column: str | None = None  # found by itself: similarity
+    score_column: str | None = None  # found by itself: similarity; pair_score in the sidecars of a run
+    # Which encoders made the scores: those of different pairs never meet under one threshold. Known by itself
+    # for LAION-5B and for the sidecars of a run.
+    score_pair: str | None = None
     nsfw_column: str | None = None  # found by itself: NSFW (UNLIKELY, UNSURE, NSFW, LIKELY)
     unsafe_column: str | None = None  # found by itself: punsafe, a probability
     watermark_column: str | None = None  # found by itself: pwatermark, a probability
@@ -43,7 +46,7 @@ class TableSource:
     image_table: str | None = None  # Visual Genome's image_data.json: which pictures are COCO's or Flickr's
     carry_columns: tuple[str, ...] = ()  # further columns to keep all the way to the shards
     picture_folder: str | None = None  # set where the URL column holds paths of pictures below this folder
-    exempt_from: tuple[str, ...] = ()  # text rules that do not apply to this source, beside its kind's own
+    exempt_from: tuple[str, ...] = ()  # rules that do not apply to this source, beside its kind's own
 
     @property
     def joins(self) -> bool:
@@ -52,7 +55,7 @@ class TableSource:
 
     @property
     def exemptions(self) -> tuple[str, ...]:
-        """Text rules that do not apply: the kind's and the entry's own."""
+        """Rules that do not apply: the kind's and the entry's own."""
         preset = {"wukong": ("score",), "coco": ("characters",), "visual_genome": ("characters",)}
         return tuple(dict.fromkeys((*preset.get(self.kind, ()), *self.exempt_from)))
 
@@ -67,6 +70,7 @@ _KNOWN_COLUMNS = {
     "unsafe_column": ("punsafe",),
     "watermark_column": ("pwatermark",),
 }
+_PAIR_COLUMNS = ("pair_text_encoder", "pair_image_encoder")  # beside pair_score (data_prep.score)
 _REQUIRED = ("url_column", "caption_column")
 _WIDTH_COLUMNS = ("width", "original_width")
 _HEIGHT_COLUMNS = ("height", "original_height")
@@ -145,6 +149,26 @@ def resolve(path: str, source: TableSource, found: list[str]) -> dict[str, str |
         if name not in found:
             raise InputError(f"{path}: no column {name!r} to carry; found {', '.join(found)}")
     return columns
+
+
+def score_pairs(path: str, source: TableSource) -> list[str]:
+    """The encoder pairs that made a table's scores; empty where it has none."""
+    frame = open_parquet(path)
+    with naming_damage(path):
+        found = frame.collect_schema().names()
+    column = resolve(path, source, found)["score_column"]
+    if column is None:
+        return []
+    if source.score_pair is None and {column, *_PAIR_COLUMNS} == {"pair_score", *_PAIR_COLUMNS} <= {*found}:
+        # A sidecar of a run says it itself.
+        both = pl.concat_str([pl.col(name) for name in _PAIR_COLUMNS], separator="+")
+        with naming_damage(path):
+            pairs = frame.select(both.alias("pair")).drop_nulls().unique().collect()["pair"]
+        return sorted(pairs)
+    with naming_damage(path):
+        if not frame.select(pl.col(column).is_not_null().any()).collect().item():
+            return []
+    return [source.score_pair or ("LAION-5B" if source.kind == "laion" else "not named")]
 
 
 def needed_columns(path: str, source: TableSource, found: list[str]) -> list[str]:

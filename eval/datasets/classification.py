@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from eval.labels import Labels, read_labels, shipped_labels
+from eval.labels import Labels, labels_for
 from pipeline.records import InputError
 
 BoolArray = npt.NDArray[np.bool_]
@@ -83,7 +83,7 @@ def read_classification(
     if not root.is_dir():
         raise InputError(f"{folder}: no such folder; a classification set is a folder")
     name = name or root.resolve().name
-    labels = _labels(root, name, labels_path)
+    labels = labels_for(folder, name, labels_path)
     split = _split_folder(root)
     if (split / "nshards.txt").is_file():
         pictures, classes = _read_web(split)
@@ -101,20 +101,6 @@ def read_classification(
     return ClassificationSet(
         name, labels, tuple(pictures), targets_NC, _submission_order(root, len(pictures))
     )
-
-
-def _labels(root: Path, name: str, labels_path: str | None) -> Labels:
-    if labels_path is not None:
-        return read_labels(labels_path)
-    if (root / "label_cn.txt").is_file():
-        return read_labels(str(root / "label_cn.txt"))
-    shipped = shipped_labels(name)
-    if shipped is None:
-        raise InputError(
-            f"{root}: has no label_cn.txt, and {name} is no set of ICinW; write the Chinese class names into"
-            f" {root / 'label_cn.txt'}, one a line in class order"
-        )
-    return shipped
 
 
 def _split_folder(root: Path) -> Path:

@@ -1,18 +1,24 @@
 """Evaluation sets in CN-CLIP's layout: `<name>_imgs.tsv` and `<name>_texts.jsonl` in one folder."""
 
-import base64
-import binascii
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from data_prep.picture_base64 import decode_picture
 from pipeline import store
 from pipeline.records import InputError
 
 Int64Array = npt.NDArray[np.int64]
+
+
+class Pictures(Protocol):
+    """Where the encoded pictures of a set lie."""
+
+    def read(self, rows: Sequence[int] | Int64Array) -> Iterator[bytes]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +26,7 @@ class EvaluationSet:
     """Images and texts of one evaluation, both in ascending order of their ids.
 
     Because rows are in id order, "the lower row" and "the lower id" are the same thing: that is the rule
-    by which equal scores are ordered everywhere (see `eval.metrics`). Image bytes stay in the file.
+    by which equal scores are ordered everywhere (see `eval.metrics`). Image bytes stay in their files.
     """
 
     name: str
@@ -30,8 +36,7 @@ class EvaluationSet:
     text_ids: Int64Array  # [num_texts]
     texts: tuple[str, ...]
     images_of_text: tuple[Int64Array, ...]  # per text: the rows of its images, ascending; may be empty
-    base64_offsets_bytes: Int64Array  # [num_images], where each image's base64 starts in the TSV
-    base64_sizes_bytes: Int64Array  # [num_images]
+    pictures: Pictures
 
     @property
     def num_images(self) -> int:
@@ -53,17 +58,31 @@ class EvaluationSet:
     def image_bytes(self, rows: Sequence[int] | Int64Array) -> Iterator[bytes]:
         """Encoded image files of these rows, read one by one.
 
-        Raises InputError where the base64 is broken.
+        Raises InputError where one is damaged.
         """
-        with store.open_read(self.images_path) as file:
+        return self.pictures.read(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Base64Pictures:
+    """Pictures of a TSV by place."""
+
+    path: str
+    image_ids: Int64Array  # [num_images]
+    offsets_bytes: Int64Array  # [num_images], where each image's base64 starts
+    sizes_bytes: Int64Array  # [num_images]
+
+    def read(self, rows: Sequence[int] | Int64Array) -> Iterator[bytes]:
+        """Encoded pictures. InputError where the base64 is broken."""
+        with store.open_read(self.path) as file:
             for row in rows:
-                file.seek(int(self.base64_offsets_bytes[row]))
-                encoded = file.read(int(self.base64_sizes_bytes[row]))
+                file.seek(int(self.offsets_bytes[row]))
+                encoded = file.read(int(self.sizes_bytes[row]))
                 try:
-                    yield base64.b64decode(encoded, validate=True)
-                except (binascii.Error, ValueError) as error:
+                    yield decode_picture(encoded)
+                except ValueError as error:
                     raise InputError(
-                        f"{self.images_path}: image {self.image_ids[row]} is not base64 ({error});"
+                        f"{self.path}: image {self.image_ids[row]} is not base64 ({error});"
                         " write each line as `id<TAB>base64 of the image file`"
                     ) from None
 
@@ -120,8 +139,7 @@ def read_evaluation(folder: str, name: str) -> EvaluationSet:
         text_ids=np.array([text_id for text_id, _, _ in records], dtype=np.int64),
         texts=tuple(text for _, text, _ in records),
         images_of_text=tuple(rows for _, _, rows in records),
-        base64_offsets_bytes=offsets[image_order],
-        base64_sizes_bytes=sizes[image_order],
+        pictures=Base64Pictures(images_path, image_ids, offsets[image_order], sizes[image_order]),
     )
 
 

@@ -23,6 +23,7 @@ from data_prep.site import HOST, serve
 from data_prep.sources import text_file
 from data_prep.sources.packed import PackedSource
 from data_prep.sources.table import TableSource
+from data_prep.tar_members import TarWriter
 from pipeline import runner
 from pipeline.__main__ import main
 from pipeline.config import build
@@ -356,6 +357,35 @@ def test_img2dataset_output_keeps_the_addresses_of_the_web(tmp_path: Path) -> No
     rows = kept(run)
     assert rows["url"].to_list() == ["http://a.cn/0.jpg"]
     assert _fetch(run, rows["picture_at"][0]) == picture()
+
+
+def test_a_runs_shards_are_a_source(tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    pictures = [picture(), picture((0, 0, 255))]
+    with TarWriter(str(folder / "00000.tar")) as tar:
+        places = [tar.add(f"{number}.jpg", data) for number, data in enumerate(pictures)]
+    rows = {
+        "key": ["a", "b", "c"],
+        "url": [f"http://a.cn/{number}.jpg" for number in range(3)],
+        "caption": ["左边红色的图片", "左边蓝色的图片", "包里没有的图片"],
+        "offset_bytes": [*(place.offset_bytes for place in places), 1 << 20],
+        "size_bytes": [*(place.size_bytes for place in places), 9],
+        "caption_en": ["red", "blue", "none"],
+        "pair_score": [0.1, 0.2, 0.3],  # stays behind: another run scores anew
+    }
+    pl.DataFrame(rows).write_parquet(folder / "00000.parquet")
+    source = PackedSource(kind="shards", path=str(folder), name="first", carry_columns=("caption_en",))
+    run = take_in(tmp_path / "run", source)
+    assert manifest(run, "corpus").dropped == {"image_missing": 1}
+    found = kept(run)
+    assert found["url"].to_list() == rows["url"][:2]
+    assert found["caption_en"].to_list() == ["red", "blue"]
+    assert "pair_score" not in found.columns
+    assert [_fetch(run, at) for at in found["picture_at"]] == pictures
+    missing = PackedSource(kind="shards", path=str(folder), name="first", carry_columns=("caption_fr",))
+    with pytest.raises(InputError, match=r"00000\.parquet: no column caption_fr; found key, url"):
+        take_in(tmp_path / "missing", missing)
 
 
 @pytest.mark.parametrize(

@@ -132,8 +132,8 @@ def test_blacklist_ignores_case_and_names_its_theme(
     caption: str, reason: str | None, word: str | None
 ) -> None:
     assert _reason(text_rules.not_blacklisted(THEMES), caption=caption) == reason
-    hit = text_rules.blacklist_hit(THEMES, caption)
-    assert hit == (None if reason is None else (reason.removeprefix("blacklist:"), word))
+    row = pl.DataFrame({"caption": [caption], "reason": pl.Series([reason], dtype=pl.String)})
+    assert text_rules.blacklist_words(row, THEMES).to_list() == [word]
 
 
 def test_blacklists_that_ship() -> None:

@@ -1,13 +1,17 @@
 """Small evaluation sets on disk, for the tests of this folder."""
 
 import base64
+import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 from PIL import Image
+
+from data_prep.tar_members import TarWriter
 
 
 def png_bytes(seed: int, size_px: int = 20) -> bytes:
@@ -39,3 +43,33 @@ def small_evaluation(folder: Path, name: str = "small", count: int = 12) -> str:
     texts = [(row, f"第{row}张图片", [100 + row]) for row in range(count)]
     texts[0] = (0, "第零张图片", [100, 100 + count - 1])
     return write_evaluation(folder, name, images, texts)
+
+
+def shard_key(sample: int) -> str:
+    return f"{sample * 7919 % 104729:032x}"
+
+
+def write_shards(folder: Path, samples: Sequence[tuple[bytes, str]], per_shard: int) -> str:
+    """Shards of (picture, caption) as the stage writes them, with the sidecar columns that are read here."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, start in enumerate(range(0, len(samples), per_shard)):
+        part = samples[start : start + per_shard]
+        keys = [shard_key(start + row) for row in range(len(part))]
+        with TarWriter(str(folder / f"{number:05d}.tar")) as tar:
+            places = []
+            for key, (data, caption) in zip(keys, part, strict=True):
+                places.append(tar.add(f"{key}.jpg", data))
+                tar.add(f"{key}.txt", caption.encode())
+        pl.DataFrame(
+            {
+                "key": keys,
+                "offset_bytes": [place.offset_bytes for place in places],
+                "size_bytes": [place.size_bytes for place in places],
+                "caption": [caption for _, caption in part],
+                "source": ["mine"] * len(part),
+                "url": [f"https://pictures.example/{key}" for key in keys],
+                "image_sha256": [place.sha256 for place in places],
+                "perceptual_hash": [hashlib.sha384(data).digest() for data, _ in part],
+            }
+        ).write_parquet(folder / f"{number:05d}.parquet")
+    return str(folder)

@@ -6,7 +6,12 @@ import pytest
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, precision_recall_curve, roc_auc_score
 
 from eval.bootstrap import recall_intervals
-from eval.classification_metrics import average_precision_11, classification_metric, measured_metric
+from eval.classification_metrics import (
+    average_precision_11,
+    classification_metric,
+    elevater_map,
+    measured_metric,
+)
 
 
 def random_case(
@@ -73,6 +78,22 @@ def test_average_precision_with_ties_follows_scikit_learn_s_curve(seed: int) -> 
     precision, recall = precision[:-1], recall[:-1]
     expected = np.mean([precision[recall >= level - 1e-12].max() for level in np.linspace(0, 1, 11)])
     assert average_precision_11(score_N, positive_N) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_elevater_s_variant_takes_scikit_learn_s_curve_as_it_is(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    targets_NC = rng.random((60, 3)) < 0.3
+    targets_NC[0] = True
+    scores_NC = (rng.normal(size=(60, 3)) + 0.3 * targets_NC).round(1)
+    means = []
+    for column in range(3):
+        precision, recall, _ = precision_recall_curve(targets_NC[:, column], scores_NC[:, column])
+        means.append(np.mean([precision[recall >= level - 1e-12].max() for level in np.linspace(0, 1, 11)]))
+    found = elevater_map(scores_NC, targets_NC)
+    assert found == pytest.approx(100 * np.mean(means))
+    plain = classification_metric("11-point-map", scores_NC, targets_NC)
+    assert plain <= found <= plain + 100 / 11
 
 
 def test_several_right_classes_only_where_the_metric_takes_them() -> None:

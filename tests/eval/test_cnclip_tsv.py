@@ -103,3 +103,15 @@ def test_unknown_pairing_is_read_but_not_scored(tmp_path: Path) -> None:
     evaluation = read_evaluation(folder, "e")
     with pytest.raises(InputError, match="text_id 10 names no image"):
         check_scorable(evaluation)
+
+
+def test_both_alphabets_of_base64_are_read(tmp_path: Path) -> None:
+    """MUGE comes in the URL-safe one, in which CN-CLIP reads."""
+    folder = small_evaluation(tmp_path)
+    path = tmp_path / "small_imgs.tsv"
+    before = list(read_evaluation(folder, "small").image_bytes(range(12)))
+    text = path.read_text()
+    assert "+" in text
+    assert "/" in text
+    path.write_text(text.translate(str.maketrans("+/", "-_")))
+    assert list(read_evaluation(folder, "small").image_bytes(range(12))) == before

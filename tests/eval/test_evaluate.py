@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from classification_files import write_cnclip
-from evaluation_files import small_evaluation
+from evaluation_files import png_bytes, small_evaluation, write_evaluation
 from tiny_model import write_tiny_model
 
 from eval import comparison, evaluate
@@ -101,9 +101,17 @@ def test_everything_is_written_and_a_small_set_is_not_compared(
     assert "coco-cn-test: 14 images, but the protocol has 1000: not comparable" in text
     assert "mnist: 1 pictures cannot be decoded and are not scored" in text
     assert "mnist: 11 pictures, but the protocol has 10000" in text
+    page = (tmp_path / "eval.html").read_text(encoding="utf-8")
+    assert "MNIST" in page
+    assert "not comparable with published figures" in page
+    assert "<script" not in page
     body = json.loads((tmp_path / "eval.json").read_text())
     by_title = {table["title"]: table for table in body["tables"]}
     assert by_title["coco-cn-test"]["number"] is None
+    by_number = {table["number"]: table for table in body["tables"]}
+    assert {line["label"]: line["paper"] for line in by_number[12]["lines"]} == {
+        "MNIST": None, "EuroSAT": None
+    }  # fmt: skip
     assert all(line["paper"] is None for line in by_title["coco-cn-test"]["lines"])
     official = json.loads((tmp_path / "coco-cn-test" / "test.scores.json").read_text())["scoreJson"]
     ours = {line["label"]: line["ours"]["value"] for line in by_title["coco-cn-test"]["lines"]}
@@ -128,6 +136,27 @@ def test_json_features_give_cn_clip_the_same_predictions(folder: Path, tmp_path:
         scores = np.array(text["feature"], dtype=np.float64) @ image_ND.T.astype(np.float64)
         best = [images[row]["image_id"] for row in np.argsort(-scores, kind="stable")[:10]]
         assert json.loads(line) == {"text_id": text["text_id"], "image_ids": best}
+
+
+def test_unreadable_pictures_are_counted_and_nothing_is_compared(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = {100 + row: png_bytes(row) for row in range(16)} | {103: b"no picture", 107: b"nor this"}
+    texts = [(row, f"第{row}张图片", [100 + row]) for row in range(16)]
+    texts[7] = (7, "第七张图片", [107, 108])
+    write_evaluation(tmp_path / "sets" / "COCO-CN", "test", images, texts)
+    pinned = RetrievalProtocol(id="coco-cn-test", title="x", images=16, texts=16, image_to_text=True)
+    monkeypatch.setattr(evaluate, "retrieval_protocol", lambda name: pinned if name == pinned.id else None)
+    out = tmp_path / "out"
+    assert run(folder, "--sets", str(tmp_path / "sets"), "--out", str(out), "--as", "CN-CLIP RN50") == 0
+    text = capsys.readouterr().out
+    assert "2 pictures cannot be decoded (first: 103); they are left out, with 1 texts that only" in text
+    assert "coco-cn-test: 14 images, but the protocol has 16: not comparable" in text
+    body = json.loads((out / "eval.json").read_text())
+    assert {line["paper"] for line in body["tables"][0]["lines"]} == {None}
+    lines = (out / "coco-cn-test" / "test.predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["text_id"] for line in lines] == [row for row in range(16) if row != 3]
+    assert {103, 107}.isdisjoint(i for line in lines for i in json.loads(line)["image_ids"])
 
 
 def test_met_counts_are_compared(

@@ -1,6 +1,7 @@
 """Our labels and templates: complete, distinct, Chinese; a user's own files replace them."""
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,26 @@ def test_templates_are_distinct_and_fit_52_tokens(dataset: str) -> None:
         len(re.findall(r"[\u4e00-\u9fff]|[a-zA-Z]+|\S", text)) for text in prompts(labels.names, templates)
     )
     assert longest <= 50
+
+
+@pytest.mark.skipif(
+    find_spec("cn_clip") is None, reason="cn_clip, which has the vocabulary, is not installed"
+)
+@pytest.mark.parametrize("dataset", SETS)
+def test_labels_differ_in_the_eyes_of_the_21128_word_pieces(dataset: str) -> None:
+    """A character that the vocabulary lacks is [UNK]: no two labels may become the same, nor one nothing."""
+    import cn_clip
+
+    from training.model.tokenizer import Tokenizer
+
+    labels = shipped_labels(dataset)
+    assert labels is not None
+    tokenizer = Tokenizer.load(str(Path(cn_clip.__file__).parent / "clip" / "vocab.txt"))
+    unknown = tokenizer.encode(["鸸"], 3)[0, 1]
+    tokens = [tuple(row[row != 0]) for row in tokenizer.encode(labels.names, 52)]
+    assert len(set(tokens)) == len(tokens)
+    for name, row in zip(labels.names, tokens, strict=True):
+        assert set(row[1:-1]) - {unknown}, f"{name} is unknown altogether"
 
 
 def test_general_templates_are_80_and_serve_any_set() -> None:

@@ -75,15 +75,17 @@ def test_parts_find_what_the_one_index_finds(folder: Path, factory: str) -> None
     parameters = "nprobe=16" if "IVF" in factory else ""
     in_parts = build(folder, factory=factory)
     queries = unit_rows(50, seed=1)
-    exact = exact_neighbours(Embeddings.open(str(folder / "features")), queries, 10)
+    embeddings = Embeddings.open(str(folder / "features"))
+    exact = exact_neighbours(embeddings, queries, 10)
     whole = faiss.index_factory(DIM, factory, faiss.METRIC_INNER_PRODUCT)
     if not whole.is_trained:
         whole.train(unit_rows(3000))
     whole.add(unit_rows(3000))
     if parameters:
         faiss.ParameterSpace().set_index_parameters(whole, parameters)
-    recall = recall_at(whole.search(queries, 10)[1], exact)
-    assert recall_at(in_parts.search(queries, 10, parameters=parameters)[1], exact) > recall - 0.1
+    recall = recall_at(embeddings, queries, whole.search(queries, 10)[1], exact)
+    parted = in_parts.search(queries, 10, parameters=parameters)[1]
+    assert recall_at(embeddings, queries, parted, exact) > recall - 0.1
 
 
 def test_a_killed_build_goes_on_and_gives_the_same_bytes(
@@ -146,9 +148,24 @@ def test_bad_input_is_one_line(folder: Path) -> None:
         Embeddings.open(str(folder / "nowhere"))
 
 
-def test_exact_neighbours_and_recall() -> None:
-    exact = np.array([[1, 2, 3], [4, 5, 6]])
-    assert recall_at(np.array([[3, 9, 1], [-1, -1, 6]]), exact) == pytest.approx(3 / 6)
+def test_exact_neighbours_and_recall(tmp_path: Path) -> None:
+    np.save(tmp_path / "rows.npy", unit_rows(12))
+    embeddings = Embeddings.open(str(tmp_path / "rows.npy"))
+    queries = unit_rows(2)
+    exact = exact_neighbours(embeddings, queries, 3)
+    worst = int(np.argsort(embeddings.rows(np.arange(12)) @ queries[0])[0])
+    found = np.array([[exact[0, 2], worst, exact[0, 0]], [-1, -1, exact[1, 1]]])
+    assert recall_at(embeddings, queries, found, exact) == pytest.approx(3 / 6)
+
+
+def test_a_copy_is_as_good_as_its_original(tmp_path: Path) -> None:
+    """Twelve rows, four times each: which copies an index returns says nothing against it."""
+    np.save(tmp_path / "rows.npy", np.tile(unit_rows(12), (4, 1)))
+    embeddings = Embeddings.open(str(tmp_path / "rows.npy"))
+    queries = unit_rows(12)
+    exact = exact_neighbours(embeddings, queries, 2)
+    assert recall_at(embeddings, queries, (exact + 1) % 48, exact) == 0
+    assert recall_at(embeddings, queries, (exact + 24) % 48, exact) == 1.0
 
 
 def point(recall: float, speed: float, size: float) -> Point:

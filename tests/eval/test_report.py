@@ -17,27 +17,27 @@ from evaluation_files import small_evaluation
 
 from eval import evaluate
 from eval.bootstrap import Measured
+from eval.charts import histogram_chart
 from eval.comparison import Comparison, Line
 from eval.datasets.cnclip_tsv import read_evaluation
 from eval.metrics import RetrievalScores
 from eval.published import RetrievalProtocol
-from eval.report import (
+from eval.report import headline, write_report
+from eval.report_data import (
     Counts,
     FunnelStep,
     Gallery,
     GalleryRow,
+    Histogram,
     Picture,
     PlantedClass,
     RecallPoint,
     ReportData,
     StageFacts,
     TrainingPoint,
-    headline,
-    make_gallery,
-    read_training_metrics,
-    render_html,
-    write_report,
 )
+from eval.report_page import render_html
+from eval.report_sources import make_gallery, read_training_metrics
 from eval.stages import ReportConfig, ScoreConfig, comparisons
 from pipeline.records import InputError, Manifest, Shard
 from pipeline.stage import Context
@@ -74,6 +74,14 @@ def make_data() -> ReportData:
                 {"a": Counts(60, 55, {"language": 5}), HOSTILE: Counts(40, 20, {"language": 15, HOSTILE: 5})},
             ),
         ),
+        histograms=(
+            Histogram(
+                "characters", "filter_text", range(1, 101), [0] * 5 + [40, 30, 5] + [0] * 93, [9] * 101
+            ),
+            Histogram("score", "filter_text", [0.1, 0.2, 0.3], [0, 0, 50, 25], [3, 2, 0, 0]),
+            Histogram("short_side_px", "filter_image", [16, 32], [0, 0, 0], [0, 0, 0]),  # nothing came in
+        ),
+        notes=(f"the threshold 0.26 is a no-op for {HOSTILE}",),
         training=tuple(TrainingPoint(stage, seen, 5 - seen / 200, 14.3, 1e-3) for stage, seen in steps),
         recall=tuple(
             RecallPoint(stage, seen, name, scores(seen / 20))
@@ -187,7 +195,15 @@ def test_json_has_the_fixed_form(tmp_path: Path) -> None:
     data = make_data()
     write_report(data, str(tmp_path / "r/report.html"), str(tmp_path / "r/report.json"))
     report = json.loads((tmp_path / "r/report.json").read_text())
-    assert set(report) == {"evaluations", "baselines", "comparisons", "funnel", "stages"}
+    assert set(report) == {
+        "evaluations",
+        "baselines",
+        "comparisons",
+        "funnel",
+        "histograms",
+        "notes",
+        "stages",
+    }
     line = report["comparisons"][0]["lines"][0]
     assert (line["paper"], line["difference"]["value"]) == (48.1, pytest.approx(1.9))
     assert report["evaluations"]["表情"] == scores(24.0)
@@ -346,3 +362,29 @@ def test_the_browser_check_notices_scripts_and_requests(tmp_path: Path) -> None:
     assert "GET http://evil.invalid/x.png" in requests
     assert "<title>owned</title>" in dom
     assert any("seen" in line for line in console)
+
+
+def test_histograms_and_notes_are_shown() -> None:
+    html = render_html(make_data())
+    assert html.count("<figcaption>Characters of the captions, filter_text</figcaption>") == 1
+    assert "Scores of the sources (cosine), filter_text" in html
+    assert "Shorter side of the pictures" not in html  # of an empty histogram there is nothing to draw
+    assert "Note: the threshold 0.26 is a no-op for &lt;script&gt;" in html
+    assert 'href="#histograms"' in html or 'id="histograms"' in html
+
+
+def test_a_histogram_draws_its_counts() -> None:
+    svg = histogram_chart("h", "Scores", [0.1, 0.2, 0.3], [0, 10, 0, 0], [0, 5, 0, 20])
+    heights = [
+        abs(float(ys[0]) - float(ys[1]))
+        for colour in ("kept", "dropped")
+        for path in re.findall(rf'<path d="([^"]*)"[^>]*fill: var\\(--{colour}\\)', svg)
+        for ys in [sorted({point.split()[1] for point in re.findall(r"[ML] ([\d.]+ [\d.]+)", path)})]
+        if len(ys) == 2
+    ]
+    # bins 1 to 3: kept 10, 0, 0 and dropped 5, 0, 20; empty bars have no height
+    tallest = max(heights)
+    assert sorted(round(20 * height / tallest) for height in heights) == [5, 10, 20]
+    assert ">0.2<" in svg
+    with pytest.raises(ValueError, match="every bin is empty"):
+        histogram_chart("h", "Scores", [0.1], [0, 0], [0, 0])

@@ -16,12 +16,18 @@ def shipped() -> list[str]:
 def test_shipped_files_are_as_they_are_named() -> None:
     plain = ["zero0", "zero1", "zero2", "zero3"]
     assert shipped() == sorted(
-        [*plain, "zero1_autocast", "zero1_bf16", "zero2_bf16", "zero3_bf16", "zero3_offload"]
+        [
+            *plain,
+            "zero1_autocast",
+            "zero3_offload",
+            *(f"zero{stage}_{half}" for stage in (1, 2, 3) for half in ("bf16", "fp16")),
+        ]
     )
     for name in shipped():
         config = read_deepspeed_config(name)
         assert config["zero_optimization"]["stage"] == int(name[4])
         assert ("bf16" in config) == name.endswith("_bf16")
+        assert ("fp16" in config) == name.endswith("_fp16")
         assert ("offload_optimizer" in config["zero_optimization"]) == name.endswith("_offload")
         assert name not in plain or config == {"zero_optimization": {"stage": int(name[4])}}
 
@@ -37,6 +43,7 @@ def test_shipped_files_are_as_they_are_named() -> None:
         ({"gradient_clipping": 1.0}, r"mine.json: gradient_clipping: "),
         ({"train_micro_batch_size_per_gpu": 1}, r"mine.json: train_micro_batch_size_per_gpu: "),
         ({"bf16": {"enabled": True}}, r"mine.json: bf16 at ZeRO stage 0 takes a wrong first Adam step"),
+        ({"fp16": {"enabled": True}}, r"mine.json: fp16 at ZeRO stage 0 takes a wrong first Adam step"),
     ],
 )
 def test_what_training_owns_is_refused(tmp_path: Path, content: dict[str, object], message: str) -> None:

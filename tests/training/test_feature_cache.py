@@ -4,12 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from rank_processes import run_ranks
+from shard_files import write_shards
 from train_jobs import CONFIG, make_job, train_rank
 
-from pipeline.records import ConfigError
+from pipeline.records import ConfigError, InputError
 from training.config import TrainJob
+from training.feature_cache import FeatureCache
 
 LOCKED: dict[str, Any] = {"lock_image": True, "model": "small-rn"}
 
@@ -23,9 +26,9 @@ def losses(job: TrainJob) -> list[float]:
     return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
 
 
-def files_of(job: TrainJob) -> dict[str, bytes]:
+def features_of(job: TrainJob) -> dict[str, npt.NDArray[np.float16]]:
     folder = Path(job.shards[0].path).parent / "features"
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return {path.name: np.load(path)["feature"] for path in sorted(folder.iterdir())}
 
 
 def test_as_many_views_as_epochs_train_as_live_does(tmp_path: Path) -> None:
@@ -37,15 +40,14 @@ def test_as_many_views_as_epochs_train_as_live_does(tmp_path: Path) -> None:
     np.testing.assert_allclose(losses(cached), losses(live), atol=2e-3)  # float16 features, scale of 14
 
     # Two ranks make the same files, and train the same from them, also in micro-batches.
-    made = files_of(cached)
+    made = features_of(cached)
     assert len(made) == len(cached.shards)
     for name in made:
         (tmp_path / "shards" / "features" / name).unlink()
     again = make_job(tmp_path, "again", cached_views=2, ranks=2, micro_batch=3, **LOCKED)
     run_ranks(train_without_dropout, 2, again)
-    for name, data in files_of(again).items():
-        ours, theirs = (np.frombuffer(each[128:], np.float16) for each in (data, made[name]))
-        np.testing.assert_allclose(ours, theirs, atol=1e-3)
+    for name, feature_NKD in features_of(again).items():
+        np.testing.assert_allclose(feature_NKD, made[name], atol=1e-3)
     np.testing.assert_allclose(losses(again), losses(cached), atol=1e-3)
 
 
@@ -83,6 +85,36 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
         run_ranks(train_without_dropout, 1, again)
     path.unlink()
     run_ranks(train_without_dropout, 1, again)
+
+
+@pytest.mark.parametrize("byte", ["feature", "crc32"])
+def test_a_flipped_bit_is_noticed_when_it_is_read(tmp_path: Path, byte: str) -> None:
+    shards = write_shards(tmp_path / "shards", [5, 3])
+    cache = FeatureCache(shards, "0123", num_views=2, dim=4)
+    feature_NKD = np.random.default_rng(0).normal(size=(5, 2, 4)).astype(np.float16)
+    cache.write(0, feature_NKD)
+    assert cache.missing() == [1]
+    np.testing.assert_array_equal(cache.read(0, 3, 7), feature_NKD[3, 1])
+    record_bytes = 4 * 2 + 4
+    data = bytearray(Path(cache.path(0)).read_bytes())
+    place = len(data) - 5 * 2 * record_bytes + (3 * 2 + 1) * record_bytes
+    data[place + (5 if byte == "feature" else 8)] ^= 1
+    Path(cache.path(0)).write_bytes(data)
+    again = FeatureCache(shards, "0123", num_views=2, dim=4)
+    np.testing.assert_array_equal(again.read(0, 3, 0), feature_NKD[3, 0])
+    with pytest.raises(InputError, match=r"0123-.*\.npy: row 3, view 1: .*remove the file: it is made again"):
+        again.read(0, 3, 1)
+
+
+def test_features_in_each_others_place_are_noticed(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards", [5])
+    cache = FeatureCache(shards, "0123", num_views=1, dim=4)
+    cache.write(0, np.arange(20, dtype=np.float16).reshape(5, 1, 4))
+    records = np.load(cache.path(0))
+    np.save(cache.path(0), records[::-1])
+    cache.read(0, 2, 0)  # the middle stays where it was
+    with pytest.raises(InputError, match="row 1, view 0"):
+        cache.read(0, 1, 0)
 
 
 @pytest.mark.parametrize(

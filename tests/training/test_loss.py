@@ -1,5 +1,6 @@
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -194,3 +195,98 @@ def test_no_tensor_has_the_size_of_the_batch_squared() -> None:
         torch.autograd.grad(loss, (image, text))
     largest = max(event.cpu_memory_usage for event in profile.events())
     assert loss_module._TILE_SIDE**2 * 4 <= largest <= num_samples**2 * 4 // 8
+
+
+def bytes_that_travel(sizes: tuple[int, ...], locked: bool, exclude: bool) -> dict[str, int]:
+    """Bytes that this rank gives to each kind of collective in a forward and a backward pass."""
+    dist = torch.distributed
+    dist.init_process_group("gloo")
+    found: dict[str, int] = {"all_gather": 0, "all_reduce": 0, "reduce_scatter": 0}
+    whole = {name: getattr(dist, name) for name in found}
+
+    def watched(name: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            sent = arguments[0] if name == "all_reduce" else arguments[1]
+            tensors = sent if isinstance(sent, list) else [sent]
+            found[name] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            return whole[name](*arguments, **options)
+
+        return call
+
+    patch = pytest.MonkeyPatch()
+    for name in dir(dist):  # whatever else would send is an error
+        if name.startswith(("all_", "reduce", "broadcast", "gather", "scatter", "send", "recv", "isend")):
+            patch.setattr(dist, name, watched(name) if name in found else None)
+    rank = dist.get_rank()
+    own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    image, text, scale, image_id, caption_id = make_inputs(torch.float32)
+    ids = {"image_id_B": image_id[own], "caption_id_B": caption_id[own]} if exclude else {}
+    leaves = [text[own].clone().requires_grad_(), scale.requires_grad_()]
+    image = image[own].clone().requires_grad_(not locked)
+    loss = contrastive_loss(image, leaves[0], scale, num_samples_of_ranks=sizes, **ids)
+    torch.autograd.grad(loss, leaves if locked else [image, *leaves])
+    patch.undo()
+    return found
+
+
+@pytest.mark.parametrize(("locked", "exclude"), [(True, False), (False, False), (False, True)])
+def test_only_features_statistics_and_needed_gradients_travel(locked: bool, exclude: bool) -> None:
+    """Features of one side once, two numbers a column, the loss; in stage 1 no gradient of a feature."""
+    sizes = (12, 10)
+    longest, float32, int64 = max(sizes), 4, 8
+    for found in run_ranks(bytes_that_travel, 2, sizes, locked, exclude):
+        ids = longest * 2 * int64 if exclude else 0
+        assert found["all_gather"] == longest * D * float32 + ids
+        assert found["all_reduce"] == (2 * N + 1) * float32
+        assert found["reduce_scatter"] == (0 if locked else len(sizes) * longest * D * float32)
+
+
+def largest_errors_of_random_batches(ranks: int, cases: int) -> list[tuple[float, float]]:
+    """(error, tolerance) of each random batch: the worst of this rank's numbers against the formula."""
+    dist = torch.distributed
+    dist.init_process_group("gloo")
+    rank, random = dist.get_rank(), np.random.default_rng(ranks)
+    found = []
+    for case in range(cases):
+        sizes = tuple(int(size) for size in random.integers(1, 9, ranks))
+        num_samples, dim = sum(sizes), int(random.integers(1, 10))
+        loss_module._TILE_SIDE = int(random.integers(1, 12))
+        loss_module._KEPT_ELEMENTS = int(random.choice([0, 1 << 23]))
+        features = torch.from_numpy(random.normal(size=(2, num_samples, dim)))
+        image, text = F.normalize(features, dim=2)
+        scale = torch.tensor([float(random.uniform(0, math.log(100)))], dtype=torch.float64)
+        kinds = int(random.integers(1, 30))
+        image_id, caption_id = (torch.from_numpy(random.integers(0, kinds, num_samples)) for _ in range(2))
+        exclude, wide = bool(random.integers(2)), case % 2 == 0
+        leaves = [tensor.clone().requires_grad_() for tensor in (image, text, scale)]
+        logits = leaves[2].exp() * leaves[0] @ leaves[1].T
+        if exclude:
+            others = ~torch.eye(num_samples, dtype=torch.bool)
+            logits = logits.masked_fill(shares_image_or_caption(image_id, caption_id) & others, -torch.inf)
+        target = torch.arange(num_samples)
+        plain_loss_value = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        expected = torch.autograd.grad(plain_loss_value, leaves)
+
+        own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+        dtype, tolerance = (torch.float64, 1e-6) if wide else (torch.float32, 1e-5)
+        mine = [tensor.to(dtype).requires_grad_() for tensor in (image[own], text[own], scale)]
+        ids = {"image_id_B": image_id[own], "caption_id_B": caption_id[own]} if exclude else {}
+        loss = contrastive_loss(*mine, num_samples_of_ranks=sizes, **ids)
+        gradients = list(torch.autograd.grad(loss, mine))
+        dist.all_reduce(gradients[2])
+        rows = [expected[0][own], expected[1][own], expected[2]]
+        errors = [
+            (ours.double() - theirs).abs().max().item() for ours, theirs in zip(gradients, rows, strict=True)
+        ]
+        largest = scale.exp().item() ** (1 if wide else 2)
+        found.append((max(*errors, abs(loss.item() - plain_loss_value.item())), tolerance * largest))
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_any_batch_over_ranks_equals_the_plain_formula(ranks: int) -> None:
+    """Random shapes, uneven ranks, duplicates: 1e-6 in float64, 1e-5 in float32, of what logits reach."""
+    for found in run_ranks(largest_errors_of_random_batches, ranks, ranks, 40):
+        assert len(found) == 40
+        for error, tolerance in found:
+            assert error <= tolerance

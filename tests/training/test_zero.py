@@ -62,36 +62,16 @@ def train_plainly(job: TrainJob) -> Plain:
 
     One process, the whole batch in one forward, the N × N matrix of the formula, and torch's AdamW.
     """
-    from training.data import BatchReader, SampleOrder
     from training.model.config import MODELS
     from training.model.preprocess import MEAN, STD
     from training.model.tokenizer import Tokenizer
     from training.optim import build_optimizer, learning_rate
-    from training.pretrain import build_model
+    from training.pretrain import build_model, make_reader, sample_order
 
     MODELS.update(small_models(dropout=0.0))
     config, tokenizer = job.config, Tokenizer.load(job.vocabulary)
     clip = build_model(job, tokenizer).train()
-    order = SampleOrder(
-        [shard.num_samples for shard in job.shards],
-        seed=job.seed,
-        global_batch=config.global_batch,
-        lanes=config.lanes,
-        window_shards=config.window_shards,
-    )
-    reader = BatchReader(
-        job.shards,
-        order,
-        tokenizer,
-        lanes=range(config.lanes),
-        image_size_px=clip.config.vision.image_size_px,
-        augment_config=config.augment,
-        caption_column=config.caption_column,
-        context_length=config.context_length,
-        token_folder=str(Path(job.folder) / "tokens"),
-        seed=job.seed,
-        threads=1,
-    )
+    reader = make_reader(job, sample_order(job), tokenizer, clip, lanes=range(config.lanes))
     adam = build_optimizer(clip, config)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     start = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
@@ -229,8 +209,8 @@ def features_of_both_passes(job: TrainJob) -> list[tuple[bool, npt.NDArray[Any]]
     found = []
     forward = Towers.forward
 
-    def watched(towers: Towers, image: Tensor, tokens_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        features = forward(towers, image, tokens_BL)
+    def watched(towers: Towers, *inputs: Tensor) -> tuple[Tensor, ...]:
+        features = forward(towers, *inputs)
         found.append((torch.is_grad_enabled(), features[1].detach().numpy().copy()))
         return features
 

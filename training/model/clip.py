@@ -2,15 +2,14 @@
 
 import dataclasses
 import math
-import warnings
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from training.model.config import ModelConfig
-from training.model.text import build_text_tower
+from training.model.text import build_text_tower, encode_packed
 from training.model.vision import build_image_tower
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
@@ -34,23 +33,29 @@ class CLIP(nn.Module):
         )
         self.logit_scale = nn.Parameter(torch.full((1,), INITIAL_LOGIT_SCALE))
         self.image_tower_locked = False
+        self._recompute_text = False
 
-    def encode_image(self, image_BCHW: torch.Tensor) -> torch.Tensor:
+    def encode_image(self, image_BCHW: torch.Tensor, kept_BP: torch.Tensor | None = None) -> torch.Tensor:
         """Unit-norm feature_BD in float32 of images that are already resized and normalised.
 
-        No graph is recorded where the image tower is locked.
+        `kept_BP` are the patches that a ViT computes on, all where unset. No graph is recorded where the
+        image tower is locked.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.image_tower_locked):
-            return F.normalize(self.visual(image_BCHW).float(), dim=-1)
+            masked = {} if kept_BP is None else {"kept_BP": kept_BP}
+            return F.normalize(self.visual(image_BCHW, **masked).float(), dim=-1)
 
     def encode_text(self, tokens_BL: torch.Tensor) -> torch.Tensor:
-        """Unit-norm feature_BD in float32 of token ids; id 0 is padding and is not attended to.
+        """Unit-norm feature_BD in float32 of token ids, int32 or int64; id 0 is padding and costs nothing.
 
-        Columns that are padding in every row may be cut off before the call: they cost time and change
-        nothing.
+        The ids may be on the CPU wherever the model is, which is quicker: they are packed there. ValueError
+        where a row begins with padding.
         """
-        hidden_BLH = self.bert(input_ids=tokens_BL, attention_mask=tokens_BL.ne(0).long()).last_hidden_state
-        return F.normalize((hidden_BLH[:, 0] @ self.text_projection).float(), dim=-1)
+        return self.project_text(encode_packed(self.bert, tokens_BL, recompute=self._recompute_text))
+
+    def project_text(self, hidden_BH: torch.Tensor) -> torch.Tensor:
+        """Unit-norm feature_BD in float32 of the text tower's hidden states at [CLS]."""
+        return F.normalize((hidden_BH @ self.text_projection).float(), dim=-1)
 
     def forward(self, image_BCHW: torch.Tensor, tokens_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`encode_image` and `encode_text` of one batch."""
@@ -59,14 +64,7 @@ class CLIP(nn.Module):
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Recompute activations in the backward pass, block by block in both towers (non-reentrant)."""
         self.visual.set_grad_checkpointing(enabled)
-        bert: Any = self.bert
-        with warnings.catch_warnings():
-            # transformers 5 already announces version 6's name for this, which its early releases lack
-            warnings.simplefilter("ignore", FutureWarning)
-            if enabled:
-                bert.gradient_checkpointing_enable({"use_reentrant": False})
-            else:
-                bert.gradient_checkpointing_disable()
+        self._recompute_text = enabled
 
     def lock_image_tower(self) -> None:
         """Freeze the image tower with its projection (stage 1, A.2).

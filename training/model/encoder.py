@@ -9,7 +9,7 @@ print(model.probabilities(images, texts))
 
 import io
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,7 @@ Float32Array = npt.NDArray[np.float32]
 Picture = str | bytes | Image.Image  # path or URL, encoded bytes, or decoded
 
 IMAGES_PER_BATCH = 32
-TOKENS_PER_BATCH = 2048  # of texts, so that short ones go in larger batches
+TOKENS_PER_BATCH = 2048  # of texts, counted without padding
 
 
 class Encoder:
@@ -83,12 +83,8 @@ class Encoder:
 
     def embed_tokens(self, tokens_NL: npt.NDArray[np.int32]) -> Float32Array:
         """text_ND, unit-norm, of padded token ids."""
-
-        def encode(tokens_BL: torch.Tensor) -> torch.Tensor:
-            return self.model.encode_text(tokens_BL.to(self.device)).cpu()
-
         with torch.inference_mode():
-            return encode_by_length(encode, tokens_NL, self.model.config.embed_dim)
+            return encode_tokens(self.model, tokens_NL)
 
     def probabilities(self, image_MD: Float32Array, text_ND: Float32Array) -> Float32Array:
         """probability_MN: for each image, the softmax over the texts of scaled cosines (section 2.1)."""
@@ -132,30 +128,23 @@ def load(
     )
 
 
-def encode_by_length(
-    encode: Callable[[torch.Tensor], torch.Tensor], tokens_NL: npt.NDArray[np.int32], dim: int
-) -> Float32Array:
-    """Features in row order of token ids padded with 0, encoded in batches of texts that are equally long.
+def encode_tokens(model: CLIP, tokens_NL: npt.NDArray[np.int32]) -> Float32Array:
+    """text_ND, unit-norm, in row order, of token ids padded with 0, by the model as it is set."""
+    text_ND = np.empty((len(tokens_NL), model.config.embed_dim), np.float32)
+    for rows in batches_of_tokens(tokens_NL):
+        text_ND[rows] = model.encode_text(torch.from_numpy(tokens_NL[rows])).cpu().numpy()
+    return text_ND
 
-    `encode` is given tokens_BL without a single padding token, and returns feature_BD on the CPU.
+
+def batches_of_tokens(tokens_NL: npt.NDArray[np.int32]) -> list[npt.NDArray[np.int64]]:
+    """Row numbers, every row once, of batches of about TOKENS_PER_BATCH tokens.
+
+    Texts of like lengths come together, since attention takes those of one length at once.
     """
-    feature_ND = np.empty((len(tokens_NL), dim), np.float32)
-    for rows in batches_of_equal_length(tokens_NL):
-        length = int((tokens_NL[rows[0]] != 0).sum())
-        tokens_BL = torch.from_numpy(tokens_NL[rows, :length].astype(np.int64))
-        feature_ND[rows] = encode(tokens_BL).float().numpy()
-    return feature_ND
-
-
-def batches_of_equal_length(tokens_NL: npt.NDArray[np.int32]) -> Iterator[npt.NDArray[np.int64]]:
-    """Row numbers, every row once: texts of one length together, at most TOKENS_PER_BATCH tokens a batch."""
     length_N = (tokens_NL != 0).sum(axis=1)
     order_N = np.argsort(length_N, kind="stable")
-    starts = np.flatnonzero(np.diff(length_N[order_N], prepend=-1))
-    for rows in np.split(order_N, starts[1:]):
-        if len(rows):
-            size = max(1, TOKENS_PER_BATCH // max(1, int(length_N[rows[0]])))
-            yield from (rows[start : start + size] for start in range(0, len(rows), size))
+    batch_N = (np.cumsum(length_N[order_N]) - 1) // TOKENS_PER_BATCH
+    return np.split(order_N, np.flatnonzero(np.diff(batch_N)) + 1) if len(order_N) else []
 
 
 def _encoded(image: Picture) -> bytes:

@@ -178,7 +178,9 @@ class _TextSide(nn.Module):
         self.clip = clip
 
     def forward(self, text: torch.Tensor) -> torch.Tensor:
-        return self.clip.encode_text(text)
+        # Padded: what a packed row looks like depends on the ids, which a graph cannot follow.
+        found = self.clip.bert(input_ids=text, attention_mask=text.ne(0).long())
+        return self.clip.project_text(found.last_hidden_state[:, 0])
 
 
 def save_onnx(prefix: str, model: CLIP) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Sequence
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image
@@ -33,3 +34,19 @@ def preprocess(images: Sequence[bytes], image_size_px: int) -> torch.Tensor:
     mean_C11 = torch.tensor(MEAN).view(3, 1, 1)
     std_C11 = torch.tensor(STD).view(3, 1, 1)
     return image_BCHW.sub_(mean_C11).div_(std_C11).contiguous()
+
+
+def normalise(image_BCHW: torch.Tensor, mean_C11: torch.Tensor, std_C11: torch.Tensor) -> torch.Tensor:
+    """(pixels - mean) / std in float32 of uint8 pictures, channels last in memory; all in units of 0…255.
+
+    On a CPU it is looked up, with the same bits: there are 256 values a channel, and three passes of
+    arithmetic over float32 pictures take nine times as long.
+    """
+    if image_BCHW.device.type != "cpu":
+        return (image_BCHW.float() - mean_C11) / std_C11
+    table_VC = (torch.arange(256.0)[:, None] - mean_C11.flatten()) / std_C11.flatten()
+    pixels_BHWC = image_BCHW.permute(0, 2, 3, 1).numpy()
+    normal_BHWC = np.empty(pixels_BHWC.shape, dtype=np.float32)
+    for pixels_HWC, normal_HWC in zip(pixels_BHWC, normal_BHWC, strict=True):
+        cv2.LUT(np.ascontiguousarray(pixels_HWC), table_VC.numpy()[None], dst=normal_HWC)
+    return torch.from_numpy(normal_BHWC).permute(0, 3, 1, 2)

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from training.model.config import ModifiedResNetConfig, VisionConfig, VisionTransformerConfig
 
 
-def build_image_tower(config: VisionConfig, embed_dim: int) -> "VisionTransformer | ModifiedResNet":
+def build_image_tower(config: VisionConfig, embed_dim: int) -> "ImageTransformer | ModifiedResNet":
     """A module from image_BCHW (float, normalised) to feature_BD (not yet unit-norm), D = embed_dim.
 
     Initialised at random: timm's scheme for the towers, OpenAI CLIP's for the projections (normal, std =
@@ -25,9 +25,9 @@ def build_image_tower(config: VisionConfig, embed_dim: int) -> "VisionTransforme
     return _modified_resnet(config, embed_dim)
 
 
-def _vision_transformer(config: VisionTransformerConfig, embed_dim: int) -> VisionTransformer:
+def _vision_transformer(config: VisionTransformerConfig, embed_dim: int) -> "ImageTransformer":
     """timm's `vit_*_clip_quickgelu_*`, save that the projection has no bias, as in CLIP."""
-    tower = VisionTransformer(
+    tower = ImageTransformer(
         img_size=config.image_size_px,
         patch_size=config.patch_size_px,
         embed_dim=config.width,
@@ -64,6 +64,39 @@ def _modified_resnet(config: ModifiedResNetConfig, embed_dim: int) -> "ModifiedR
     projection: nn.Linear = tower.get_submodule("head.proj")  # type: ignore[assignment]
     nn.init.normal_(projection.weight, std=config.width**-0.5)
     return tower
+
+
+class ImageTransformer(VisionTransformer):  # type: ignore[misc]
+    """VisionTransformer that can compute on a part of the patches."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        # timm's place for it, after the positions and before the blocks
+        self.patch_drop = _KeptPatches()  # type: ignore[assignment]
+
+    def forward(self, x: torch.Tensor, *, kept_BP: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]
+        """feature_BD of image_BCHW; `kept_BP` (int64) are the patches to compute on, all where unset."""
+        if kept_BP is None:
+            return super().forward(x)
+        kept_patches = cast(_KeptPatches, self.patch_drop)
+        kept_patches.kept_BP = kept_BP
+        try:
+            return super().forward(x)
+        finally:
+            kept_patches.kept_BP = None
+
+
+class _KeptPatches(nn.Module):
+    """The class token and the patches that are kept (FLIP: Li et al. 2023, section 3)."""
+
+    kept_BP: torch.Tensor | None = None
+
+    def forward(self, tokens_BTW: torch.Tensor) -> torch.Tensor:
+        if self.kept_BP is None:
+            return tokens_BTW
+        index_BP1 = self.kept_BP[:, :, None] + 1  # the class token stands before the patches
+        kept_BPW = tokens_BTW.gather(1, index_BP1.expand(-1, -1, tokens_BTW.shape[2]))
+        return torch.cat([tokens_BTW[:, :1], kept_BPW], dim=1)
 
 
 class ModifiedResNet(ByobNet):  # type: ignore[misc]

@@ -198,12 +198,18 @@ def load_checkpoint(path: str, *, expected: ModelConfig | None = None) -> CLIP:
     """
     with _open_safetensors(path) as file:
         config, _ = read_header(path, file.metadata() or {})
-        if expected is not None and config != expected:
-            raise InputError(f"{path}: holds another model than asked for: {_differences(config, expected)}")
+        if expected is not None:
+            require_same_model(config, expected, path)
         model = build_empty(config)
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     fill(tensor_slots(model), state, path, "The file was not written by this version: train again")
     return model
+
+
+def require_same_model(found: ModelConfig, expected: ModelConfig, path: str) -> None:
+    """InputError where a file's model has another name, size or vocabulary than is asked for."""
+    if found != expected:
+        raise InputError(f"{path}: holds another model than asked for: {_differences(found, expected)}")
 
 
 def build_empty(config: ModelConfig) -> CLIP:

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from pipeline.records import InputError
-from training.model.preprocess import MEAN, STD, preprocess
+from training.model.preprocess import MEAN, STD, normalise, preprocess
 
 
 def _encoded(image: Image.Image, format: str = "PNG") -> bytes:
@@ -68,3 +68,14 @@ def test_an_undecodable_picture_is_named() -> None:
     for bad in (b"<html>", _encoded(Image.fromarray(noise), "JPEG")[:1000]):
         with pytest.raises(InputError, match="image 1 of 2 cannot be decoded"):
             preprocess([good, bad], 4)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_normalising_uint8_is_the_plain_arithmetic_bit_for_bit(channels_last: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    image_BCHW = torch.randint(0, 256, (3, 3, 5, 7), generator=generator, dtype=torch.uint8)
+    if channels_last:
+        image_BCHW = image_BCHW.contiguous(memory_format=torch.channels_last)
+    mean_C11, std_C11 = (torch.tensor(values).view(3, 1, 1) * 255 for values in (MEAN, STD))
+    found = normalise(image_BCHW, mean_C11, std_C11)
+    assert torch.equal(found, (image_BCHW.float() - mean_C11) / std_C11)

@@ -1,0 +1,160 @@
+"""Trainings that differ in one thing: what `cached_views.py`, `figure2.py` and `negation.py` share.
+
+All arms read one corpus and start from one model, both made by `cnclip run RECIPE --to STAGE`. An arm's legs
+are trained by the launcher and rank program that a run's stages use, each in a folder of its own; a leg that
+was stopped goes on from its newest checkpoint, and one that is finished stays.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from machine import machine
+
+from pipeline.catalog import RANK_MODULE, load
+from pipeline.runner import make_context
+from training.config import TrainConfig, TrainJob
+from training.launcher import free_port, launcher_command, launcher_environment
+from training.stage import make_job
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class OutOfTime(Exception):
+    """The slice of time is over; the same command goes on."""
+
+
+def parser(description: str | None, folder: str) -> argparse.ArgumentParser:
+    """Options that all scripts take."""
+    options = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
+    options.add_argument("--folder", default=folder, help="where corpus, first model and arms are kept")
+    options.add_argument("--seconds", type=float, default=270, help="of training in this call")
+    options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    return options
+
+
+def add_emoji_options(options: argparse.ArgumentParser) -> None:
+    """Options of the scripts on the emoji run."""
+    options.add_argument("--corpus", help="folder of the emoji tables; unset: the recipe's")
+    options.add_argument("--english-epochs", type=int, default=12, help="of the image tower's own training")
+
+
+def emoji_experiment(options: argparse.Namespace) -> "Experiment":
+    """The emoji corpus and the English image tower."""
+    overrides = [f"english.epochs={options.english_epochs}"]
+    if options.corpus:
+        overrides.append(f"corpus.folder={options.corpus}")
+    folder = Path(options.folder).parent / f"emoji_english_{options.english_epochs}"
+    return Experiment(options, "emoji_zh", overrides, str(folder), last="english", first="stage1")
+
+
+class Experiment:
+    """A corpus, the model of the stage `last`, and arms that start where the stage `first` would."""
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        recipe: str,
+        overrides: list[str],
+        run_folder: str,
+        *,
+        last: str,
+        first: str,
+    ) -> None:
+        self.folder, self._end = Path(options.folder), time.monotonic() + options.seconds
+        overrides = [f"run.folder={run_folder}", *overrides]
+        sets = [part for override in overrides for part in ("--set", override)]
+        command = [sys.executable, "-m", "pipeline", "run", recipe, *sets, "--to", last]
+        self._call(command, signal.SIGINT)
+        self.run, self.config = load(recipe, overrides)
+        stage = self.run.stage(first)
+        context = make_context(self.run, stage)
+        assert context is not None, f"the {last} stage ended without its manifest"
+        self.first_job = make_job(stage.config, context)
+
+    def leg(
+        self, name: str, seed: int, config: TrainConfig, *, tower: bool, start: TrainJob | None = None
+    ) -> TrainJob:
+        """A training from the English tower, from the weights of another leg (`start`), or from nothing."""
+        folder = self.folder / f"{name}_seed{seed}"
+        return dataclasses.replace(
+            self.first_job,
+            seed=seed,
+            config=config,
+            image_weights=self.first_job.image_weights if tower else None,
+            start_checkpoint=start.output_model if start else None,
+            folder=str(folder),
+            output_model=str(folder / "model.safetensors"),
+        )
+
+    def train(self, job: TrainJob) -> None:
+        """Train a leg to its end, or as far as the time goes (OutOfTime)."""
+        if os.path.exists(job.output_model):
+            return
+        folder = Path(job.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "job.json"
+        path.write_text(job.to_json(), encoding="utf-8")
+        start = time.monotonic()
+        try:
+            self._call(
+                launcher_command("local", RANK_MODULE, str(path), job.config.ranks, free_port()),
+                signal.SIGTERM,
+            )
+        finally:
+            with open(folder / "seconds.txt", "a", encoding="utf-8") as file:
+                file.write(f"{time.monotonic() - start}\n")
+
+    def _call(self, command: list[str], stop: signal.Signals) -> None:
+        seconds = self._end - time.monotonic()
+        if seconds < 20:
+            raise OutOfTime  # less than it takes to start
+        environment = launcher_environment(os.environ, threads_per_rank=1)
+        process = subprocess.Popen(command, env=environment)
+        try:
+            status = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(stop)
+            process.wait()
+            raise OutOfTime from None
+        if status:
+            raise SystemExit(f"{' '.join(command[:4])} … ended with status {status}")
+
+
+def curve(job: TrainJob) -> dict[int, Mapping[str, Any]]:
+    """Recall of the one evaluation by number of samples seen; empty before the first validation."""
+    path = Path(job.folder) / "metrics.jsonl"
+    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines()) if path.exists() else ()
+    return {line["samples_seen"]: line["recall"] for line in lines if "evaluation" in line}
+
+
+def is_finished(job: TrainJob) -> bool:
+    return os.path.exists(job.output_model)
+
+
+def seconds_of(job: TrainJob) -> float:
+    """Wall seconds of a leg, over all its starts."""
+    return sum(map(float, (Path(job.folder) / "seconds.txt").read_text().split()))
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """ "mean ± standard deviation" over seeds."""
+    spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{spread}"
+
+
+def header() -> dict[str, str]:
+    """What every results file says about where it comes from."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    return {"commit": commit.stdout.strip(), "machine": f"{machine()}, no GPU"}

@@ -1,0 +1,95 @@
+"""Stage 1 of the emoji run on K cached views of each picture, against a new view at every visit.
+
+    python benchmarks/cached_views.py                     # goes on for 270 s; call again until it is done
+    python benchmarks/cached_views.py --seconds 3000      # in one go
+
+Every arm starts from one English image tower and trains the text tower alone with the recipe's settings; only
+K and the seed (order of samples, views, new weights) differ. The table has final recall on pictures of a
+vendor that was not trained on. When all arms are done it is written to benchmarks/results.
+"""
+
+import dataclasses
+import json
+import sys
+
+import numpy as np
+from arms import (
+    RESULTS,
+    OutOfTime,
+    add_emoji_options,
+    curve,
+    emoji_experiment,
+    header,
+    is_finished,
+    mean_and_spread,
+    parser,
+    seconds_of,
+)
+
+VIEWS = (0, 8, 4, 1)  # 0: live
+
+
+def main() -> int:
+    flags = parser(__doc__, "runs/cached_views")
+    add_emoji_options(flags)
+    flags.add_argument("--epochs", type=int, default=12, help="of stage 1")
+    options = flags.parse_args()
+    done = True
+    try:
+        experiment = emoji_experiment(options)
+    except OutOfTime:
+        print("the image tower is not trained yet: the same command goes on")
+        return 0
+    assert experiment.config.stage1 is not None
+    config = dataclasses.replace(
+        experiment.config.stage1, epochs=options.epochs, validate_every_steps=10**6, save_every_steps=50
+    )
+    legs = {
+        (views, seed): experiment.leg(
+            f"views{views}", seed, dataclasses.replace(config, cached_views=views), tower=True
+        )
+        for seed in options.seeds
+        for views in VIEWS
+    }
+    try:
+        for leg in legs.values():
+            experiment.train(leg)
+    except OutOfTime:
+        done = False
+        print("the time is over: the same command goes on")
+
+    rows = []
+    for views in VIEWS:
+        own = [legs[views, seed] for seed in options.seeds if is_finished(legs[views, seed])]
+        if not own:
+            continue
+        last = [list(curve(leg).values())[-1] for leg in own]
+        found = {key: [float(recall["t2i"][key]) for recall in last] for key in ("r1", "r5", "r10")}
+        found["mean_recall"] = [float(recall["mean_recall"]) for recall in last]
+        rows.append(
+            {
+                "views": views or "live",
+                "seeds": len(own),
+                **found,
+                "seconds": [round(seconds_of(leg)) for leg in own],
+            }
+        )
+        print(
+            f"K = {views or 'live':<5} {len(own)} seeds:"
+            + "".join(f"  {key} {mean_and_spread(values)}" for key, values in found.items())
+            + f"  {np.mean([seconds_of(leg) for leg in own]):.0f} s"
+        )
+    report = {
+        **header(),
+        "what": "final text-to-image recall and mean recall of both directions in percent, by seed,"
+        f" after {options.epochs} epochs of stage 1; image tower: {options.english_epochs} of English names",
+        "rows": rows,
+    }
+    print(json.dumps(report))
+    if done:
+        (RESULTS / "cached_views.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

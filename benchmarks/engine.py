@@ -1,0 +1,154 @@
+"""What DeepSpeed costs on one rank: a training step in it against PyTorch's DistributedDataParallel.
+
+    python benchmarks/engine.py           # tiny-rn of the demo, batch 64, one thread
+    python benchmarks/engine.py --full    # ViT-B/16 with RoBERTa-base too, batch 4, and more rounds
+
+Both sides take the same batches through the same towers, loss, learning rates and AdamW; what differs is who
+wraps the module and steps the optimizer. `equal` says that losses of all steps agree to 1e-4. Times are CPU
+seconds of one thread and process. `ratio` is DDP's time by DeepSpeed's: below 1 is DeepSpeed's overhead.
+"""
+
+import argparse
+import json
+import math
+import os
+import socket
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from machine import machine
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from training.config import TrainConfig
+from training.data import Batch
+from training.engine import Towers, build_engine, join_ranks, train_step
+from training.model.clip import CLIP, build_clip
+from training.model.config import TINY_RN, VIT_B_16, ModelConfig
+from training.optim import build_optimizer, learning_rate
+
+ENGINES = ("zero0", "zero1")
+TOLERANCE = 1e-4
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--full", action="store_true", help="ViT-B/16 too, and more rounds")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"MASTER_PORT": port, "LOCAL_SIZE": "1", "DS_ACCELERATOR": "cpu"}
+    results = compare(TINY_RN, batch_size=64, steps=24 if options.full else 12)
+    if options.full:
+        results += compare(VIT_B_16, batch_size=4, steps=4)
+    for result in results:
+        print(
+            f"{result['name']:<24} DeepSpeed {result['ours']:.4f} DDP {result['peer']:.4f} CPU s a step,"
+            f" overhead {100 * (1 / result['ratio'] - 1):+.1f} %, equal {result['equal']}"
+        )
+    print(json.dumps(results))
+    return 0 if all(result["equal"] for result in results) else 1
+
+
+def compare(model: ModelConfig, *, batch_size: int, steps: int) -> list[dict[str, Any]]:
+    """DeepSpeed at each of the stages against DDP, steps in turn so that noise hits all alike."""
+    config = TrainConfig(
+        epochs=1, global_batch=batch_size, lanes=1, peak_learning_rate=1e-4, warmup_steps=2, weight_decay=0.1
+    )
+    sides: dict[str, Callable[[Batch, float], float]] = {}
+    if not dist.is_initialized():
+        join_ranks(config)
+    sides["ddp"] = with_ddp(towers_of(model, config), config)
+    for name in ENGINES:
+        own = TrainConfig(**{**as_arguments(config), "deepspeed": name})
+        sides[name] = with_deepspeed(towers_of(model, own), own)
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    losses: dict[str, list[float]] = {name: [] for name in sides}
+    for step in range(steps):
+        batch = make_batch(model, batch_size, step)
+        rate = learning_rate(step, steps, config)
+        for name, run in sides.items():
+            start = time.process_time()
+            losses[name].append(run(batch, rate))
+            if step >= 2:  # the first steps allocate
+                seconds[name].append(time.process_time() - start)
+    peer = statistics.median(seconds["ddp"])
+    return [
+        {
+            "name": f"engine/{model.name}@{name}",
+            "ours": round(statistics.median(seconds[name]), 5),
+            "peer": round(peer, 5),
+            "unit": "CPU s a step",
+            "ratio": round(peer / statistics.median(seconds[name]), 3),
+            "equal": bool(np.allclose(losses[name], losses["ddp"], atol=TOLERANCE)),
+            "machine": machine(),
+        }
+        for name in ENGINES
+    ]
+
+
+def as_arguments(config: TrainConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in config.__dataclass_fields__}
+
+
+def towers_of(model: ModelConfig, config: TrainConfig) -> Towers:
+    torch.manual_seed(0)
+    clip: CLIP = build_clip(model)
+    for module in clip.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return Towers(clip.train(), num_samples_of_ranks=(config.global_batch,), config=config)
+
+
+def make_batch(model: ModelConfig, batch_size: int, step: int) -> Batch:
+    generator = torch.Generator().manual_seed(step)
+    side = model.vision.image_size_px
+    image = torch.randint(0, 256, (batch_size, side, side, 3), generator=generator, dtype=torch.uint8)
+    ids = torch.arange(batch_size)
+    return Batch(
+        step=step,
+        keys=np.array([f"{row:032x}".encode() for row in range(batch_size)]),
+        image=image.permute(0, 3, 1, 2),
+        tokens_BL=torch.randint(5, model.text.vocab_size, (batch_size, 20), generator=generator),
+        image_id_B=ids,
+        caption_id_B=ids,
+    )
+
+
+def with_deepspeed(towers: Towers, config: TrainConfig) -> Callable[[Batch, float], float]:
+    engine = build_engine(towers, config)
+    engine.train()
+    return lambda batch, rate: train_step(engine, batch, rate, config.max_temperature, seed=0)
+
+
+def with_ddp(towers: Towers, config: TrainConfig) -> Callable[[Batch, float], float]:
+    """The same step in plain PyTorch."""
+    module = DistributedDataParallel(towers)
+    adam = build_optimizer(towers.clip, config)
+    bounds = (0, math.log(config.max_temperature))
+
+    def step(batch: Batch, rate: float) -> float:
+        for group in adam.param_groups:
+            group["lr"] = rate
+        loss = towers.loss(*module(batch.image, batch.tokens_BL), batch)
+        value = loss.item()
+        adam.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        adam.step()
+        with torch.no_grad():
+            towers.clip.logit_scale.clamp_(*bounds)
+        return value
+
+    return step
+
+
+if __name__ == "__main__":
+    sys.exit(main())

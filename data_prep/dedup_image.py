@@ -1,0 +1,213 @@
+"""Stages find_copies and dedup_image: pictures that are there already, exactly or nearly (not in the paper).
+
+Exact copies have the same stored bytes. Near copies have perceptual hashes at most `max_distance` of 384 bits
+apart. They are found without comparing all pairs: the hash is cut into max_distance + 1 bands, and two hashes
+so close agree in at least one band whole (pigeonhole; multi-index hashing, Norouzi et al. 2012), so only
+rows that share a band's value are compared. Bits go to the bands in turn, since neighbouring bits are
+alike. A value that very many pictures share (white ground) would still be quadratic: its rows are sorted by
+their whole hash, and each is compared with the WINDOW after it. That bounds the work to rows x bands x
+WINDOW comparisons, all vectorised, and is exact where no more than WINDOW + 1 different hashes share a
+value; beyond, a pair is missed only where every band that it agrees in is that crowded.
+
+Of two copies the one with the lower key stays, in whatever order the work is done. A row near to one that
+is itself dropped goes too: in a chain of small steps only its lowest key stays.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import pyarrow as pa
+
+from data_prep.corpus import exemptions, kept_tables, rows_stage, table_name
+from data_prep.drop_table import publish_judged, write_table
+from data_prep.image_rules import HASH_BITS, IMAGE_DUPLICATES_RULE
+from pipeline.records import DropReason
+from pipeline.stage import Context, Outcome, Progress, Task
+
+DUPLICATE_IMAGE = DropReason("duplicate_image")
+NEAR_DUPLICATE_IMAGE = DropReason("near_duplicate_image")
+
+WINDOW = 1000
+_COMPARED_AT_ONCE = 1 << 19  # pairs; 48 bytes a side
+_SCHEMA = {"key": pl.String, "reason": pl.String, "detail": pl.String}
+
+UInt64Array = npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DedupImageConfig:
+    """`[dedup_image]`: a run without this table keeps copies, as the paper does."""
+
+    exact: bool = True  # the same picture under several addresses or captions
+    # Bits of 384 within which a picture is a near copy; unset is off. More bits are more and shorter bands:
+    # benchmarks/near_copies.py has their cost.
+    max_distance: int | None = None
+    partitions: int = 1  # of each band: a task holds its share of all keys and hashes, some 100 bytes a row
+
+    def __post_init__(self) -> None:
+        if self.max_distance is not None and not 0 <= self.max_distance <= 31:
+            raise ValueError("max_distance must be 0 to 31 bits")
+        if not self.exact and self.max_distance is None:
+            raise ValueError("exact is off and max_distance not set: nothing to look for")
+        if self.partitions < 1:
+            raise ValueError("partitions must be at least 1")
+
+
+def find_tasks(config: DedupImageConfig, context: Context) -> list[Task]:
+    """One task for each band (and for exact copies) and partition; each reads two columns of every table."""
+    tables = kept_tables(context, rows_stage(context))
+    inputs = {shard.path: shard.digest for shard in tables}
+    num_bands = 0 if config.max_distance is None else config.max_distance + 1
+    kinds = [*([("exact", 0)] if config.exact else []), *(("near", band) for band in range(num_bands))]
+    return [
+        Task(f"{kind}.{band:02d}.{part:04d}", inputs, {"kind": kind, "band": band, "part": part})
+        for kind, band in kinds
+        for part in range(config.partitions)
+    ]
+
+
+def find_run(config: DedupImageConfig, context: Context, task: Task, progress: Progress) -> Outcome:
+    """`copies/<task>.parquet`: key of each copy, reason, and key of the picture that it is a copy of."""
+    part = task.arguments["part"]
+    if task.arguments["kind"] == "exact":
+        rows = _read(context, "image_sha256")
+        number = pl.col("image_sha256").str.slice(0, 8).str.to_integer(base=16)
+        wanted = (frame.filter(number % config.partitions == part) for frame in rows)
+        found = exact_copies(pl.concat(wanted))
+    else:
+        assert config.max_distance is not None
+        num_bands = config.max_distance + 1
+        parts = []
+        for frame in _read(context, "perceptual_hash"):
+            frame = frame.with_columns(
+                band=pl.Series(band_values(hash_bytes(frame), task.arguments["band"], num_bands))
+            )
+            parts.append(frame.filter(pl.col("band") % config.partitions == part))
+        found = near_copies(pl.concat(parts), config.max_distance)
+    path = f"copies/{task.name}.parquet"
+    write_table(found.sort("key"), context.path(path))
+    num_rows = context.parents[rows_stage(context)].num_kept
+    return Outcome({path: found.height}, num_in=num_rows, num_kept=num_rows)
+
+
+def exact_copies(rows: pl.DataFrame) -> pl.DataFrame:
+    """Copies among rows with key and image_sha256: all but the lowest key of each picture."""
+    rows = rows.sort("image_sha256", "key").with_columns(first=pl.col("key").first().over("image_sha256"))
+    copies = rows.filter(pl.col("key") != pl.col("first"))
+    return copies.select("key", reason=pl.lit(str(DUPLICATE_IMAGE)), detail="first")
+
+
+def near_copies(rows: pl.DataFrame, max_distance: int) -> pl.DataFrame:
+    """Copies among rows with key, perceptual_hash and band: near, and of one band's value."""
+    rows = rows.sort("band", "perceptual_hash", "key")
+    # Equal hashes are one picture: what is compared below differs.
+    rows = rows.with_columns(first=pl.col("key").first().over("perceptual_hash"))
+    equal = rows.filter(pl.col("key") != pl.col("first")).select("key", detail="first")
+    rows = rows.filter(pl.col("key") == pl.col("first")).drop("first")
+    near = _windowed(rows, max_distance)
+    pairs = pl.DataFrame(
+        {
+            "perceptual_hash": rows["perceptual_hash"],
+            "nearest": pl.Series(near, dtype=pl.Int64),
+            "key": rows["key"],
+        }
+    ).filter(pl.col("nearest") >= 0)
+    by_rank = rows["key"].sort()
+    copies = pairs.select("key", detail=by_rank.gather(pairs["nearest"]))
+    return pl.concat([equal, copies]).select("key", reason=pl.lit(str(NEAR_DUPLICATE_IMAGE)), detail="detail")
+
+
+def band_values(hash_NB: npt.NDArray[np.uint8], band: int, num_bands: int) -> UInt64Array:
+    """A number for the bits band, band + num_bands, … of each hash, uint64 [N]; equal bits, equal number."""
+    value_N = np.zeros(len(hash_NB), np.uint64)
+    for start in range(0, len(hash_NB), _COMPARED_AT_ONCE):
+        bits = np.unpackbits(hash_NB[start : start + _COMPARED_AT_ONCE], axis=1)[:, band::num_bands]
+        packed = np.packbits(bits, axis=1)
+        padded = np.pad(packed, ((0, 0), (0, -packed.shape[1] % 8)))
+        words = np.ascontiguousarray(padded).view(np.uint64)
+        for column in range(words.shape[1]):  # at most 6: whatever collides is told apart by the whole hash
+            block = value_N[start : start + _COMPARED_AT_ONCE]
+            block *= np.uint64(0x9E3779B97F4A7C15)
+            block ^= words[:, column]
+    return value_N
+
+
+def hash_bytes(rows: pl.DataFrame) -> npt.NDArray[np.uint8]:
+    """perceptual_hash as uint8 [N, 48]."""
+    table: Any = rows["perceptual_hash"].to_arrow()
+    column = table.cast(pa.large_binary())
+    column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if not len(column):
+        return np.empty((0, HASH_BITS // 8), np.uint8)
+    data = np.frombuffer(column.buffers()[2], np.uint8)
+    first = np.frombuffer(column.buffers()[1], np.int64)[column.offset]
+    return data[first : first + len(column) * (HASH_BITS // 8)].reshape(len(column), HASH_BITS // 8)
+
+
+def _windowed(rows: pl.DataFrame, max_distance: int) -> npt.NDArray[np.int64]:
+    """For rows sorted by band and hash: rank of the lowest lower key near each, int64 [N]; -1 without one."""
+    word_NW = np.ascontiguousarray(hash_bytes(rows)).view(np.uint64)
+    band_N = rows["band"].to_numpy()
+    rank_N = rows["key"].rank("ordinal").cast(pl.Int64).to_numpy() - 1
+    none = rows.height
+    nearest_N = np.full(rows.height, none, np.int64)
+    active = np.arange(rows.height)
+    for step in range(1, WINDOW + 1):
+        active = active[active + step < rows.height]
+        active = active[band_N[active] == band_N[active + step]]
+        if not len(active):
+            break
+        for start in range(0, len(active), _COMPARED_AT_ONCE):
+            one = active[start : start + _COMPARED_AT_ONCE]
+            two = one + step
+            distance = np.bitwise_count(word_NW[one] ^ word_NW[two]).sum(axis=1, dtype=np.int32)
+            one, two = one[distance <= max_distance], two[distance <= max_distance]
+            higher = np.where(rank_N[one] > rank_N[two], one, two)
+            np.minimum.at(nearest_N, higher, np.minimum(rank_N[one], rank_N[two]))
+    nearest_N[nearest_N == none] = -1
+    return nearest_N
+
+
+def _read(context: Context, column: str) -> Iterator[pl.DataFrame]:
+    """key and one column of each table of the rows so far."""
+    stage = rows_stage(context)
+    for shard in kept_tables(context, stage):
+        yield pl.read_parquet(context.path_in(stage, shard.path), columns=["key", column])
+
+
+def tasks(config: DedupImageConfig, context: Context) -> list[Task]:
+    """One task a table of rows, bound to all the copies that were found."""
+    copies = {shard.path: shard.digest for shard in context.parents["find_copies"].shards}
+    return [
+        Task(table_name(shard), {"rows": shard.digest, **copies}, {"table": shard.path})
+        for shard in kept_tables(context, rows_stage(context))
+    ]
+
+
+def run(config: DedupImageConfig, context: Context, task: Task, progress: Progress) -> Outcome:
+    """Drop the copies of one table, except those of sources that `exempt_from` keeps."""
+    rows = pl.read_parquet(context.path_in(rows_stage(context), task.arguments["table"]))
+    rules = exemptions(context.parents["corpus"])
+    exempt = [name for name, names in rules.items() if IMAGE_DUPLICATES_RULE in names]
+    found = _copies_among(context, rows["key"])
+    stays = pl.col("source").is_in(exempt)
+    judged = rows.join(found, on="key", how="left", maintain_order="left").with_columns(
+        pl.when(~stays).then(pl.col(name)).alias(name) for name in ("reason", "detail")
+    )
+    kept = judged.filter(pl.col("reason").is_null()).drop("reason", "detail")
+    return publish_judged(context, task, kept, judged.filter(pl.col("reason").is_not_null()))
+
+
+def _copies_among(context: Context, keys: pl.Series) -> pl.DataFrame:
+    """key, reason and detail of the copies among some keys; exact goes before near."""
+    if not len(keys):
+        return pl.DataFrame(schema=_SCHEMA)
+    # Tables of copies are sorted by key, and so are tables of rows: row groups outside are skipped unread.
+    paths = [shard.path for shard in context.shards_of("find_copies", ".parquet")]
+    between = pl.col("key").is_between(pl.lit(keys.min()), pl.lit(keys.max()))
+    found = pl.concat([pl.scan_parquet(path).filter(between) for path in paths]).collect()
+    return found.sort("key", "reason", "detail").unique("key", keep="first", maintain_order=True)

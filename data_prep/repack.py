@@ -1,0 +1,232 @@
+"""Shards to other shards: another number of samples in each, a part of them by key, several corpora in one.
+
+Each is a short run of its own (`pipeline.runner`): a stage `rows` that says which rows of which tars, where
+rows are chosen at all, and a stage `shards` that packs them as every corpus is packed. So they go on where
+they stopped, account for every row, give the same bytes on any number of workers, and what comes out is a
+corpus like the one that went in.
+"""
+
+import functools
+import os
+from dataclasses import dataclass, field
+
+import polars as pl
+import pyarrow.parquet as pq
+
+from data_prep.dedup import DUPLICATE, partition_range
+from data_prep.drop_table import publish_judged, write_table
+from data_prep.shard_files import CorpusShard, corpus_shards, cut, write_shard
+from pipeline import store
+from pipeline.config import NOT_IN_DIGEST, digest
+from pipeline.records import ConfigError, DropReason, InputError, Shard
+from pipeline.stage import Context, Outcome, Progress, Stage, Task
+
+NOT_LISTED = DropReason("not_listed")  # the row's key is not in the list of keys
+KEY_PATTERN = "^[0-9a-f]{32}$"
+
+_ROWS_PER_PARTITION = 1_000_000  # held in memory at once when corpora are merged
+_KEYS_PER_BUCKET = 4_000_000  # held in memory at once when a list of keys is read
+_BYTES_PER_LINE = 33
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepackConfig:
+    """What goes in, and the size of what comes out. Corpora are bound by the digests of their shards."""
+
+    corpora: tuple[str, ...] = field(metadata=NOT_IN_DIGEST)  # folders, as `corpus_shards` takes them
+    samples_per_shard: int
+    keys: str | None = field(default=None, metadata=NOT_IN_DIGEST)  # list of keys: .txt, .csv or .parquet
+
+    def __post_init__(self) -> None:
+        if self.samples_per_shard < 1:
+            raise ConfigError(f"--samples {self.samples_per_shard}: a shard holds at least 1")
+
+
+def reshard_stages(config: RepackConfig) -> tuple[Stage, ...]:
+    """The same samples in the same order, another number of them in each shard."""
+    return (_packing(config, chosen=False),)
+
+
+def subset_stages(config: RepackConfig) -> tuple[Stage, ...]:
+    """The samples whose keys are listed, in the corpus's order."""
+    return (
+        Stage("keys", "the listed keys, sorted", 1, config, (), key_tasks, read_keys),
+        Stage("rows", "rows whose keys are listed", 1, config, ("keys",), subset_tasks, choose_rows),
+        _packing(config, chosen=True),
+    )
+
+
+def merge_stages(config: RepackConfig) -> tuple[Stage, ...]:
+    """All samples of several corpora in the order of their keys; of one key the first corpus's stays."""
+    return (
+        Stage("rows", "rows of all corpora, one for each key", 1, config, (), merge_tasks, merge_rows),
+        _packing(config, chosen=True),
+    )
+
+
+def _packing(config: RepackConfig, *, chosen: bool) -> Stage:
+    parents = ("rows",) if chosen else ()
+    return Stage("shards", "tar shards with a Parquet sidecar", 1, config, parents, pack_tasks, pack)
+
+
+def pack_tasks(config: RepackConfig, context: Context) -> list[Task]:
+    """One task a shard."""
+    if "rows" in context.parents:
+        tables = [shard for shard in context.parents["rows"].shards if shard.path.startswith("kept/")]
+    else:
+        tables = [
+            Shard(shard.table, shard.num_samples, 0, shard.digest)
+            for corpus in config.corpora
+            for shard in corpus_shards(corpus)
+        ]
+    digests = {table.path: table.digest for table in tables}
+    return [
+        Task(
+            f"{number:05d}",
+            {f"table {place}": digests[piece["table"]] for place, piece in enumerate(pieces)},
+            {"pieces": pieces},
+        )
+        for number, pieces in enumerate(cut(tables, config.samples_per_shard))
+    ]
+
+
+def pack(config: RepackConfig, context: Context, task: Task, progress: Progress) -> Outcome:
+    """Copy one shard's pictures, captions and columns."""
+    frames = []
+    for piece in task.arguments["pieces"]:
+        if "rows" in context.parents:
+            rows = pl.scan_parquet(context.path_in("rows", piece["table"]))
+        else:
+            rows = _sidecar(piece["table"])
+        frames.append(rows.slice(piece["first"], piece["count"]))
+    rows = pl.concat(frames, how="diagonal_relaxed")
+    return write_shard(context, task.name, rows.collect(), lambda tar: tar)
+
+
+def key_tasks(config: RepackConfig, context: Context) -> list[Task]:
+    """One task a range of keys; each reads the whole list and holds its range."""
+    path = str(config.keys)
+    if not store.exists(path):
+        raise InputError(f"{path}: no such file; give a list of keys: .txt, .csv or .parquet")
+    if path.endswith(".parquet"):
+        num_keys = pl.scan_parquet(path).select(pl.len()).collect().item()
+    else:
+        num_keys = store.num_bytes(path) // _BYTES_PER_LINE
+    buckets = num_keys // _KEYS_PER_BUCKET + 1
+    inputs = {"keys": store.digest_file(path)}
+    return [Task(f"{number:05d}", inputs, {"buckets": buckets}) for number in range(buckets)]
+
+
+def read_keys(config: RepackConfig, context: Context, task: Task, progress: Progress) -> Outcome:
+    """Sort one range of the listed keys. InputError for a line that is no key."""
+    keys = _scan_keys(str(config.keys))
+    if int(task.name) == 0:
+        wrong = keys.filter(~pl.col("key").str.contains(KEY_PATTERN).fill_null(False)).head(1).collect()
+        if wrong.height:
+            raise InputError(
+                f"{config.keys}: {wrong.item()!r} is no key; a key is 32 lower-case hex digits, as in a"
+                f" sidecar's column key"
+            )
+    first, end = partition_range(int(task.name), task.arguments["buckets"])
+    condition = pl.col("key") >= first
+    if end is not None:
+        condition &= pl.col("key") < end
+    listed = keys.filter(condition).collect(engine="streaming")
+    unique = listed.unique().sort("key")
+    path = f"kept/{task.name}.parquet"
+    write_table(unique, context.path(path))
+    repeated = listed.height - unique.height
+    return Outcome(
+        {path: unique.height},
+        num_in=listed.height,
+        num_kept=unique.height,
+        dropped={DUPLICATE: repeated} if repeated else {},
+    )
+
+
+def _scan_keys(path: str) -> pl.LazyFrame:
+    ending = os.path.splitext(path)[1].lower()
+    if ending == ".txt":
+        lines = pl.scan_csv(
+            path, has_header=False, new_columns=["key"], separator="\t", quote_char=None, infer_schema=False
+        )
+        return lines.select(pl.col("key").str.strip_chars()).filter(pl.col("key") != "")
+    if ending not in (".csv", ".parquet"):
+        raise InputError(f"{path}: unknown kind of list; give .txt (one key a line), .csv or .parquet")
+    table = pl.scan_parquet(path) if ending == ".parquet" else pl.scan_csv(path, infer_schema=False)
+    found = table.collect_schema().names()
+    if "key" not in found:
+        raise InputError(f"{path}: no column key; found {', '.join(found)}")
+    return table.select(pl.col("key").cast(pl.String))
+
+
+def subset_tasks(config: RepackConfig, context: Context) -> list[Task]:
+    """One task a shard of the corpus."""
+    listed = digest([[shard.path, shard.digest] for shard in context.parents["keys"].shards])
+    return [
+        Task(f"{number:05d}", {"shard": shard.digest, "keys": listed}, {"table": shard.table})
+        for number, shard in enumerate(corpus_shards(config.corpora[0]))
+    ]
+
+
+def choose_rows(config: RepackConfig, context: Context, task: Task, progress: Progress) -> Outcome:
+    """Rows of one shard whose keys are listed; reads no more of the list than the shard's range of keys."""
+    rows = _sidecar(task.arguments["table"]).collect()
+    between = pl.col("key").is_between(pl.lit(rows["key"].min()), pl.lit(rows["key"].max()))
+    paths = [shard.path for shard in context.shards_of("keys") if shard.num_samples]
+    listed = pl.scan_parquet(paths).filter(between).collect(engine="streaming")
+    kept = rows.join(listed, on="key", how="semi", maintain_order="left")
+    rest = rows.join(listed, on="key", how="anti", maintain_order="left")
+    return publish_judged(context, task, kept, rest.with_columns(reason=pl.lit(str(NOT_LISTED))))
+
+
+def merge_tasks(config: RepackConfig, context: Context) -> list[Task]:
+    """One task a range of keys."""
+    corpora = [corpus_shards(corpus) for corpus in config.corpora]
+    total = sum(shard.num_samples for shards in corpora for shard in shards)
+    partitions = total // _ROWS_PER_PARTITION + 1
+    inputs = {"corpora": digest([[shard.digest for shard in shards] for shards in corpora])}
+    return [Task(f"{number:05d}", inputs, {"partitions": partitions}) for number in range(partitions)]
+
+
+def merge_rows(config: RepackConfig, context: Context, task: Task, progress: Progress) -> Outcome:
+    """One range of keys of all corpora, sorted; of rows with one key the first corpus's is kept."""
+    first, end = partition_range(int(task.name), task.arguments["partitions"])
+    condition = pl.col("key") >= first
+    if end is not None:
+        condition &= pl.col("key") < end
+    frames = [
+        _sidecar(shard.table).filter(condition).with_columns(file=pl.lit(number, dtype=pl.Int32))
+        for number, corpus in enumerate(config.corpora)
+        for shard in corpus_shards(corpus)
+        if _overlaps(shard, first, end)
+    ]
+    if not frames:  # the columns of any sidecar, and none of its rows
+        frames = [_sidecar(corpus_shards(config.corpora[0])[0].table).head(0).with_columns(file=pl.lit(0))]
+    rows = pl.concat(frames, how="diagonal_relaxed").collect().sort("key", "file", maintain_order=True)
+    repeated = pl.col("key") == pl.col("key").shift(1)
+    rows = rows.with_columns(reason=pl.when(repeated).then(pl.lit(DUPLICATE)))
+    kept = rows.filter(pl.col("reason").is_null()).drop("reason")
+    return publish_judged(context, task, kept, rows.filter(pl.col("reason").is_not_null()))
+
+
+def _sidecar(table: str) -> pl.LazyFrame:
+    """A shard's rows with the tar that their places are in."""
+    return pl.scan_parquet(table).with_columns(tar=pl.lit(table.removesuffix(".parquet") + ".tar"))
+
+
+def _overlaps(shard: CorpusShard, first: str, end: str | None) -> bool:
+    lowest, highest = _key_range(shard.table)
+    return highest >= first and (end is None or lowest < end)
+
+
+@functools.cache  # two short strings a shard; each task asks for all of them
+def _key_range(table: str) -> tuple[str, str]:
+    """Lowest and highest key of a sidecar, from its statistics; the widest range where it has none."""
+    with store.open_read(table) as file:
+        metadata = pq.read_metadata(file)
+    place = metadata.schema.names.index("key")
+    found = [metadata.row_group(group).column(place).statistics for group in range(metadata.num_row_groups)]
+    if not found or any(item is None or not item.has_min_max for item in found):
+        return "", "g"
+    return min(item.min for item in found), max(item.max for item in found)

@@ -1,0 +1,208 @@
+"""A further pass of the download: which failures are worth another try, and how what came back is merged.
+
+A pass is a stage of the download's own kind (`download/retry1`, `retry2`, …) over the rows that an earlier
+pass gave up on. Merging it gives each partition a new receipt: the pictures that were there, those that came
+back, one table of both in key order, and the drops that are left. So a row is counted once, and what comes
+after finds the corpus that a better first pass would have given.
+"""
+
+import collections
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+
+from data_prep.drop_table import HTTP_STATUS, write_table
+from pipeline import store
+from pipeline.records import DropReason, Manifest, Receipt, Shard
+from pipeline.stage import Context, Task
+
+# img2dataset met an error of its own on a row and wrote nothing about it.
+LOST_BY_DOWNLOADER = DropReason("lost_by_downloader")
+
+# What another day may mend. Not: 404, a page in place of a picture, an owner who opted out, ...
+_PASSING = ("timeout", "connection", "dns", "tls", str(LOST_BY_DOWNLOADER))
+_HTTP_ERROR = "http_error"
+# Request timeout, too early, too many requests (RFC 9110, RFC 8470, RFC 6585), and the server's own errors.
+_PASSING_STATUSES = (408, 425, 429)
+_SERVER_ERRORS_FROM = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Failures:
+    """Failed rows of one class (`http_error 503`), and whether they are worth another try."""
+
+    name: str
+    num_rows: int
+    is_worth_it: bool
+
+
+def worth_it(drops: pl.LazyFrame) -> pl.LazyFrame:
+    """The rows of a download's drop table that are worth another try."""
+    if HTTP_STATUS not in drops.collect_schema().names():
+        drops = drops.with_columns(pl.lit(None, dtype=pl.Int16).alias(HTTP_STATUS))
+    status = pl.col(HTTP_STATUS)
+    passing = status.is_in(_PASSING_STATUSES) | (status >= _SERVER_ERRORS_FROM)
+    of_server = (pl.col("reason") == _HTTP_ERROR) & passing.fill_null(
+        True
+    )  # unknown: made before it was kept
+    return drops.filter(pl.col("reason").is_in(_PASSING) | of_server)
+
+
+def failures(context: Context) -> list[Failures]:
+    """What the download gave up on, by class, the largest first."""
+    counts: collections.Counter[tuple[str, bool]] = collections.Counter()
+    for drops in _drop_tables(context).values():
+        table = pl.scan_parquet(context.path_in("download", drops.path))
+        again = worth_it(table).select("key", again=pl.lit(True))
+        shown = [pl.col("reason")]
+        if HTTP_STATUS in table.collect_schema().names():
+            shown.append(pl.when(pl.col("reason") == _HTTP_ERROR).then(pl.col(HTTP_STATUS).cast(pl.String)))
+        name = pl.concat_str(shown, separator=" ", ignore_nulls=True)
+        rows = table.join(again, on="key", how="left").select(
+            name=name, again=pl.col("again").fill_null(False)
+        )
+        for row in rows.group_by("name", "again").len().collect().iter_rows():
+            counts[row[0], row[1]] += row[2]
+    return [
+        Failures(name, count, again)
+        for (name, again), count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    ]
+
+
+def tasks(config: Any, context: Context) -> list[Task]:
+    """One task a partition that has rows worth another try."""
+    rows = {shard.path: shard for shard in context.parents["dedup"].shards if shard.path.startswith("kept/")}
+    plan = []
+    for name, drops in _drop_tables(context).items():
+        if not drops.num_samples:
+            continue
+        table = pl.scan_parquet(context.path_in("download", drops.path))
+        if worth_it(table).select(pl.len()).collect().item():
+            path = f"kept/{name}.parquet"
+            inputs = {"rows": rows[path].digest, "drops": drops.digest}
+            plan.append(Task(name, inputs, {"path": path, "drops": drops.path}))
+    return plan
+
+
+def next_pass(download: Manifest) -> int:
+    """The number of the pass that is still to be merged; 1 after the first download."""
+    merged = [number for extra in download.extra.values() for number in extra.get("passes", {})]
+    return 1 + max(map(int, merged), default=0)
+
+
+def merge(
+    context: Context, receipts: list[Receipt], number: int, came: dict[str, Receipt]
+) -> Iterator[Receipt]:
+    """The download's receipts after a pass; `came` has the pass's receipts by partition.
+
+    Writes new files beside the old ones; nothing that the download's manifest names is touched. A partition
+    whose receipt already has the pass, since a merge was killed, is left as it is.
+    """
+    for receipt in receipts:
+        is_merged = str(number) in receipt.extra.get("passes", {})
+        if receipt.task in came and not is_merged:
+            receipt = _merge_one(context, receipt, number, came[receipt.task])
+        yield receipt
+
+
+def _merge_one(context: Context, before: Receipt, number: int, came: Receipt) -> Receipt:
+    folder = f"retry{number}"
+    outputs = {output.path: output for output in before.outputs}
+    came_outputs = {output.path: output for output in came.outputs}
+    table_path, drops_path = _table_of(before), _drops_of(before)
+    came_table, came_drops = (
+        context.path_in("download", folder, path) for path in (_table_of(came), _drops_of(came))
+    )
+    old_drops = pl.read_parquet(context.path_in("download", drops_path))
+    asked = worth_it(old_drops.lazy()).collect()
+    left = pl.concat(
+        [old_drops.join(asked, on="key", how="anti"), pl.read_parquet(came_drops)], how="diagonal"
+    )
+    new_drops = f"dropped/{before.task}.{folder}.parquet"
+    write_table(left.sort("url_hash", "key", "reason"), context.path_in("download", new_drops))
+    written = {new_drops: left.height}
+    tars = [path for path in outputs if path.endswith(".tar")]
+    kept = [outputs[path] for path in tars]
+    if came.num_kept:
+        first = pl.read_parquet(context.path_in("download", table_path))
+        if "tar" not in first.columns:
+            first = first.with_columns(tar=pl.lit(tars[0]))
+        tar = next(path for path in came_outputs if path.endswith(".tar"))
+        second = pl.read_parquet(came_table).with_columns(tar=pl.lit(f"{folder}/{tar}"))
+        merged = pl.concat([first, second], how="diagonal_relaxed").sort("key")
+        new_table = f"pictures/{before.task}.{folder}.parquet"
+        write_table(merged, context.path_in("download", new_table))
+        written[new_table] = merged.height
+        found = came_outputs[tar]
+        kept.append(Shard(f"{folder}/{tar}", found.num_samples, found.num_bytes, found.digest))
+    else:
+        kept.append(outputs[table_path])
+    for path, num_samples in written.items():
+        full = context.path_in("download", path)
+        kept.append(Shard(path, num_samples, store.num_bytes(full), store.digest_file(full)))
+    rows = pl.scan_parquet(context.path_in("dedup", f"kept/{before.task}.parquet")).select("key", "source")
+    sources = rows.collect().join(asked, on="key").group_by("source", "reason").len()
+    passes = {
+        **before.extra.get("passes", {}),
+        str(number): {"asked": came.num_in, "recovered": came.num_kept},
+    }
+    return Receipt(
+        stage=before.stage,
+        task=before.task,
+        inputs_digest=before.inputs_digest,
+        config_digest=before.config_digest,
+        outputs=tuple(kept),
+        num_in=before.num_in,
+        num_kept=before.num_kept + came.num_kept,
+        dropped=dict(left.group_by("reason").len().sort("reason").iter_rows()),
+        seconds=round(before.seconds + came.seconds, 3),
+        extra={
+            **before.extra,
+            "sources": _sources(before.extra["sources"], sources, came.extra["sources"]),
+            "passes": passes,
+        },
+    )
+
+
+def unused_files(context: Context, download: Manifest) -> Iterator[str]:
+    """Tables of the download that its manifest no longer names: those that a merge has replaced."""
+    named = {shard.path for shard in download.shards}
+    for folder in ("pictures", "dropped"):
+        for name in store.list_files(context.path_in("download", folder)):
+            if name.endswith(".parquet") and f"{folder}/{name}" not in named:
+                yield context.path_in("download", folder, name)
+
+
+def _sources(before: dict[str, Any], asked: pl.DataFrame, came: dict[str, Any]) -> dict[str, Any]:
+    """The funnel by source: what was asked for again is taken out, what became of it put in."""
+    total = {source: {**counts, "dropped": dict(counts["dropped"])} for source, counts in before.items()}
+    for source, reason, count in asked.iter_rows():
+        total[source]["dropped"][reason] -= count
+    for source, counts in came.items():
+        total[source]["kept"] += counts["kept"]
+        for reason, count in counts["dropped"].items():
+            total[source]["dropped"][reason] = total[source]["dropped"].get(reason, 0) + count
+    for counts in total.values():
+        counts["dropped"] = {reason: count for reason, count in sorted(counts["dropped"].items()) if count}
+    return total
+
+
+def _drop_tables(context: Context) -> dict[str, Shard]:
+    """Partition → its drop table, of the finished download."""
+    return {
+        shard.path.removeprefix("dropped/").partition(".")[0]: shard
+        for shard in context.parents["download"].shards
+        if shard.path.startswith("dropped/")
+    }
+
+
+def _table_of(receipt: Receipt) -> str:
+    return next(
+        o.path for o in receipt.outputs if o.path.startswith("pictures/") and o.path.endswith(".parquet")
+    )
+
+
+def _drops_of(receipt: Receipt) -> str:
+    return next(output.path for output in receipt.outputs if output.path.startswith("dropped/"))

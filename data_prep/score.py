@@ -1,0 +1,218 @@
+"""Stages score and filter_score: the cosine of picture and caption, and the threshold on it (section 2.2).
+
+Scoring is a stage of its own and drops nothing: another threshold redoes `filter_score` alone, which reads
+numbers. What encodes is given from above (`pipeline.catalog`): Multilingual-CLIP with its CLIP, or a model
+that a run has trained. Scores are kept with the digests of both encoders, so that those of different
+pairs never meet under one threshold.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from data_prep.corpus import exemptions, kept_tables, rows_stage, table_name
+from data_prep.download import partition_of
+from data_prep.drop_table import publish_judged, write_table
+from data_prep.histograms import histogram
+from data_prep.shard_files import OpenFiles
+from data_prep.text_rules import SCORE_BELOW_THRESHOLD, SCORE_RULE
+from pipeline.config import NOT_IN_DIGEST
+from pipeline.records import ConfigError, InputError
+from pipeline.stage import Context, Outcome, Progress, Task
+
+# Of the sidecars; `data_prep.sources.table.score_pairs` reads them where a sidecar is a source.
+SCORE_COLUMN, TEXT_COLUMN, IMAGE_COLUMN = "pair_score", "pair_text_encoder", "pair_image_encoder"
+_PAIR_COLUMNS = (SCORE_COLUMN, TEXT_COLUMN, IMAGE_COLUMN)
+_ROWS_AT_ONCE = 2048  # pictures in memory; captions are sorted by length among them
+_DIGEST_DIGITS = 16
+
+Float32Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreConfig:
+    """`[score]`: who scores, and which rows. Give text_encoder and image_encoder, or model.
+
+    Paths and the device stay out of the digest: the encoders' own digests are what the scores are bound to.
+    """
+
+    # A Multilingual-CLIP text tower (folder or model id) and the weights of the CLIP that it belongs to.
+    text_encoder: str | None = field(default=None, metadata=NOT_IN_DIGEST)
+    image_encoder: str | None = field(default=None, metadata=NOT_IN_DIGEST)
+    image_activation: Literal["quick_gelu", "gelu"] = (
+        "quick_gelu"  # OpenAI's; gelu for OpenCLIP's B-16-plus-240
+    )
+    model: str | None = field(
+        default=None, metadata=NOT_IN_DIGEST
+    )  # weights of a Chinese CLIP, for both sides
+    vocabulary: str | None = field(default=None, metadata=NOT_IN_DIGEST)  # of that model; unset: looked for
+    context_length: int = 52  # tokens of that model's texts, with [CLS] and [SEP]
+    rows: Literal["unscored", "all"] = (
+        "unscored"  # those whose source has no score (section 2.2), or every row
+    )
+    device: str | None = field(default=None, metadata=NOT_IN_DIGEST)  # as torch names it; unset: GPU if there
+
+    def __post_init__(self) -> None:
+        two = (self.text_encoder is not None, self.image_encoder is not None)
+        if two != (self.model is None, self.model is None):
+            raise ValueError("give text_encoder and image_encoder, or model alone")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FilterScoreConfig:
+    """`[filter_score]`: the threshold on the scores that the run has made."""
+
+    min_score: float = 0.26  # cosine; a pair's own scale: look at the report's histogram first
+
+
+class PairEncoder(Protocol):
+    """Both encoders, ready; features of either are unit-norm float32 [len, dim] of one space."""
+
+    def embed_texts(self, texts: Sequence[str]) -> Float32Array: ...
+
+    def embed_images(self, images: Sequence[bytes]) -> Float32Array: ...
+
+
+def tasks(
+    config: ScoreConfig, context: Context, identify: Callable[[ScoreConfig], tuple[str, str]]
+) -> list[Task]:
+    """One task a partition, bound to the rows, the pictures and both encoders.
+
+    `identify` gives the digests of what makes the two features: a score means nothing without them.
+    """
+    text, image = (digest[:_DIGEST_DIGITS] for digest in identify(config))
+    pictures: dict[str, dict[str, str]] = {}  # a partition may have several tars: a retry adds one
+    for shard in context.parents["download"].shards:
+        if shard.path.endswith(".tar"):
+            found = pictures.setdefault(partition_of(shard.path), {})
+            found[f"pictures {shard.path}"] = shard.digest
+    return [
+        Task(
+            name,
+            {
+                "rows": shard.digest,
+                **pictures[name],
+                "text encoder": text,
+                "image encoder": image,
+            },
+            {"table": shard.path, "pair": {"text": text, "image": image}},
+        )
+        for shard in kept_tables(context, rows_stage(context))
+        for name in [table_name(shard)]
+    ]
+
+
+def run(
+    config: ScoreConfig,
+    context: Context,
+    task: Task,
+    progress: Progress,
+    load: Callable[[ScoreConfig], PairEncoder],
+) -> Outcome:
+    """`scores/<partition>.parquet`: key and pair_score (null where the row was not to be scored)."""
+    path = context.path_in(rows_stage(context), task.arguments["table"])
+    rows = pl.read_parquet(path, columns=["key", "caption", "score", "tar", "offset_bytes", "size_bytes"])
+    wanted = pl.lit(True) if config.rows == "all" else pl.col("score").is_null() | pl.col("score").is_nan()
+    chosen = rows.with_row_index("at").filter(wanted)
+    scores_N = np.full(rows.height, np.nan, np.float32)
+    if chosen.height:
+        encoder = load(config)
+        for start in range(0, chosen.height, _ROWS_AT_ONCE):
+            part = chosen.slice(start, _ROWS_AT_ONCE)
+            image_ND = encoder.embed_images(_pictures(context, part))
+            text_ND = encoder.embed_texts(part["caption"].to_list())
+            scores_N[part["at"].to_numpy()] = np.einsum("nd,nd->n", image_ND, text_ND)
+            progress(start + part.height, chosen.height, "pairs")
+    found = scores_N[chosen["at"].to_numpy()]
+    if not np.isfinite(found).all():
+        raise InputError(f"{path}: a score is not finite; the weights of [score] give NaN features")
+    table = pl.DataFrame(
+        {"key": rows["key"], SCORE_COLUMN: pl.Series(scores_N, dtype=pl.Float32).fill_nan(None)}
+    )
+    out = f"scores/{task.name}.parquet"
+    write_table(table, context.path(out))
+    extra = {
+        "pair": task.arguments["pair"],
+        "scored": chosen.height,
+        "score_minimum": round(float(found.min()), 4) if len(found) else None,
+    }
+    return Outcome({out: rows.height}, num_in=rows.height, num_kept=rows.height, extra=extra)
+
+
+def filter_tasks(config: FilterScoreConfig, context: Context) -> list[Task]:
+    """One task a partition; ConfigError where the scores are of more than one pair of encoders."""
+    pairs = {tuple(extra["pair"].items()) for extra in context.parents["score"].extra.values()}
+    if len(pairs) > 1:
+        raise ConfigError(
+            f"filter_score.min_score: scores of {len(pairs)} different encoder pairs have no threshold in"
+            f" common; run `--stage score --redo`"
+        )
+    pair = dict(next(iter(pairs)))
+    scores = {shard.path: shard.digest for shard in context.parents["score"].shards}
+    return [
+        Task(
+            name,
+            {"rows": shard.digest, "scores": scores[f"scores/{name}.parquet"]},
+            {"table": shard.path, "pair": pair},
+        )
+        for shard in kept_tables(context, rows_stage(context))
+        for name in [table_name(shard)]
+    ]
+
+
+def filter_run(config: FilterScoreConfig, context: Context, task: Task, progress: Progress) -> Outcome:
+    """Rows scored below the threshold go; the others carry the score and both encoders' digests on."""
+    rows = pl.read_parquet(context.path_in(rows_stage(context), task.arguments["table"]))
+    scores = pl.read_parquet(context.path_in("score", f"scores/{task.name}.parquet"))
+    if not rows["key"].equals(scores["key"]):
+        raise InputError(f"{context.path_in('score')}: scores of other rows; run `--stage score --redo`")
+    exempt = [name for name, rules in exemptions(context.parents["corpus"]).items() if SCORE_RULE in rules]
+    score = scores[SCORE_COLUMN]
+    is_scored = pl.col(SCORE_COLUMN).is_not_null()
+    judged = (
+        rows.drop(*_PAIR_COLUMNS, strict=False)
+        .with_columns(score)
+        .with_columns(
+            pl.when(is_scored).then(pl.lit(task.arguments["pair"]["text"])).alias(TEXT_COLUMN),
+            pl.when(is_scored).then(pl.lit(task.arguments["pair"]["image"])).alias(IMAGE_COLUMN),
+            reason=pl.when(
+                (pl.col(SCORE_COLUMN) < pl.lit(config.min_score, dtype=pl.Float32))
+                & ~pl.col("source").is_in(exempt)
+            ).then(pl.lit(str(SCORE_BELOW_THRESHOLD))),
+        )
+    )
+    kept = judged.filter(pl.col("reason").is_null()).drop("reason")
+    dropped = judged.filter(pl.col("reason").is_not_null())
+    return publish_judged(
+        context,
+        task,
+        kept,
+        dropped,
+        extra={
+            "histograms": {"pair_score": histogram("pair_score", kept[SCORE_COLUMN], dropped[SCORE_COLUMN])},
+            "min_score": config.min_score,
+            "score_minimums": minimums(judged.filter(~pl.col("source").is_in(exempt)), SCORE_COLUMN),
+        },
+    )
+
+
+def minimums(rows: pl.DataFrame, column: str) -> dict[str, float]:
+    """Source → lowest score, 4 digits; sources without any score are left out."""
+    lowest = (
+        rows.filter(pl.col(column).is_not_null() & pl.col(column).is_not_nan())
+        .group_by("source")
+        .agg(pl.col(column).min())
+        .sort("source")
+    )
+    return {source: round(float(score), 4) for source, score in lowest.select("source", column).iter_rows()}
+
+
+def _pictures(context: Context, rows: pl.DataFrame) -> list[bytes]:
+    """Bytes of the rows' pictures, in their order."""
+    with OpenFiles(lambda name: context.path_in("download", name)) as tars:
+        places = rows.select("tar", "offset_bytes", "size_bytes", "key").iter_rows()
+        return [tars.read(*place) for place in places]

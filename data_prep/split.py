@@ -1,0 +1,215 @@
+"""Stage split: which pictures are set aside for validation, so that no copy of one is left in training.
+
+Pictures are ranked by a digest of their perceptual hash (of their bytes where no hash is recorded): all rows
+of one picture, and its copies with the same hash, come together, and the order depends on neither partitions
+nor workers. The first in rank become validation, except those that have a near copy, another hash within
+`distance` bits, among the training rows; so nothing has to be dropped, and of two rows within that distance
+never one is in training and one in validation.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import polars_hash as plh
+
+from data_prep.corpus import kept_tables, rows_stage
+from data_prep.drop_table import write_table
+from data_prep.image_rules import HASH_BITS
+from pipeline.records import InputError, Shard
+from pipeline.stage import Context, Outcome, Progress, Task
+
+KEYS_FILE = "validation.parquet"
+
+_RANK_HEX_DIGITS = 32
+# Candidates for each row asked for: what is left over makes up for candidates with near copies elsewhere.
+_CANDIDATES_PER_ROW = 4
+_SPARE_CANDIDATES = 1000
+_BATCH = 65_536  # hashes compared at once
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitConfig:
+    """`[split]`: without this table every row is for training. Give `share` or `count`."""
+
+    share: float | None = None  # of all kept rows, above 0 and below 1
+    count: int | None = None  # rows; at most so many are set aside, rows of one picture together
+    # Bits of 384 within which two pictures count as copies; 0: only equal hashes do.
+    # On the demo re-encoded copies are 0 to 22 bits away, other pictures 60 and more.
+    distance: int = 32
+
+    def __post_init__(self) -> None:
+        if (self.share is None) == (self.count is None):
+            raise ValueError("give either share or count")
+        if self.share is not None and not 0 < self.share < 1:
+            raise ValueError(f"share {self.share} is not between 0 and 1")
+        if self.count is not None and self.count < 1:
+            raise ValueError(f"count {self.count} is below 1")
+        if not 0 <= self.distance < HASH_BITS:
+            raise ValueError(f"distance {self.distance} is not between 0 and {HASH_BITS - 1} bits")
+
+
+def tasks(config: SplitConfig, context: Context) -> list[Task]:
+    """One task: a picture's copies may be in any partition."""
+    return [Task("split", {shard.path: shard.digest for shard in _kept(context)})]
+
+
+def run(config: SplitConfig, context: Context, task: Task, progress: Progress) -> Outcome:
+    """Write the keys of the validation rows, sorted; memory grows with their number, not with the corpus."""
+    kept = _kept(context)
+    total = sum(shard.num_samples for shard in kept)
+    wanted = config.count if config.count is not None else int(total * (config.share or 0))
+    if not 0 < wanted < total:
+        raise InputError(
+            f"{context.path()}: {wanted} of {total} rows were to be set aside; correct [split] share or count"
+        )
+    candidates = _first_in_rank(context, kept, wanted * _CANDIDATES_PER_ROW + _SPARE_CANDIDATES)
+    images = candidates.group_by("rank", "perceptual_hash").agg(num_rows=pl.len()).sort("rank")
+    beside_training = _near_training(config, context, kept, images, progress)
+    chosen = _choose(config, images, beside_training, wanted)
+    keys = candidates.join(chosen.select("rank"), on="rank", how="semi").sort("key")
+    if keys.height == 0:
+        raise InputError(
+            f"{context.path()}: of {images.height} pictures each has a near copy that would be left in"
+            f" training; lower [split] distance or raise its share or count"
+        )
+    write_table(keys.select("key"), context.path(KEYS_FILE))
+    by_table = dict(keys.group_by("table").len().sort("table").iter_rows())
+    extra = {
+        "asked": wanted,
+        "validation": keys.height,
+        "candidates_with_copies_in_training": int(beside_training.sum()),
+        "counts": {kept[number].path: count for number, count in by_table.items()},
+    }
+    return Outcome({KEYS_FILE: keys.height}, num_in=total, num_kept=total, extra=extra)
+
+
+def counts(context: Context) -> dict[str, int]:
+    """Table of kept rows → validation rows in it."""
+    found: dict[str, int] = context.parents["split"].extra["split"]["counts"]
+    return found
+
+
+def _kept(context: Context) -> list[Shard]:
+    return kept_tables(context, rows_stage(context))
+
+
+def _ranked(context: Context, shard: Shard) -> pl.LazyFrame:
+    identity = pl.coalesce(pl.col("perceptual_hash").bin.encode("hex"), "image_sha256")
+    frame = pl.scan_parquet(context.path_in(rows_stage(context), shard.path))
+    return (
+        frame.select("key", "perceptual_hash", "image_sha256")
+        .with_columns(_identity=identity)
+        .with_columns(rank=plh.col("_identity").chash.sha2_256().str.slice(0, _RANK_HEX_DIGITS))
+        .select("key", "rank", "perceptual_hash")
+    )
+
+
+def _first_in_rank(context: Context, kept: list[Shard], limit: int) -> pl.DataFrame:
+    """Rows (key, rank, perceptual_hash, table) of the pictures first in rank, at most `limit` of them.
+
+    A picture whose rows do not all fit is left out, so the border does not depend on the order of tables.
+    """
+    schema = {"key": pl.String, "rank": pl.String, "perceptual_hash": pl.Binary, "table": pl.UInt32}
+    found = pl.DataFrame(schema=schema)
+    border: str | None = None
+    for number, shard in enumerate(kept):
+        rows = _ranked(context, shard)
+        if border is not None:
+            rows = rows.filter(pl.col("rank") < border)
+        rows = rows.with_columns(table=pl.lit(number, dtype=pl.UInt32))
+        found = pl.concat([found, rows.collect(engine="streaming")]).sort("rank", "key")
+        if found.height > limit:
+            border = str(found["rank"][limit])
+            found = found.filter(pl.col("rank") < border)
+    return found
+
+
+def _near_training(
+    config: SplitConfig, context: Context, kept: list[Shard], images: pl.DataFrame, progress: Progress
+) -> npt.NDArray[np.bool_]:
+    """For each candidate picture whether a row that is no candidate has a near copy of it, bool [images]."""
+    near = np.zeros(images.height, dtype=np.bool_)
+    hashed = np.flatnonzero(images["perceptual_hash"].is_not_null().to_numpy())
+    if config.distance == 0 or not len(hashed):
+        return near
+    index = _Hashes(images["perceptual_hash"].drop_nulls())
+    border = images["rank"][-1]  # pictures after it in rank are no candidates
+    for number, shard in enumerate(kept, start=1):
+        others = _ranked(context, shard).filter(
+            pl.col("rank") > border, pl.col("perceptual_hash").is_not_null()
+        )
+        hashes = others.select(pl.col("perceptual_hash").unique()).collect(engine="streaming")
+        for _, found in index.within(hashes["perceptual_hash"], config.distance):
+            near[hashed[found]] = True
+        progress(number, len(kept), "tables compared")
+    return near
+
+
+def _choose(
+    config: SplitConfig, images: pl.DataFrame, beside_training: npt.NDArray[np.bool_], wanted: int
+) -> pl.DataFrame:
+    """The pictures to set aside: groups of near copies together, in rank, at most `wanted` rows."""
+    groups = np.arange(images.height)
+    hashed = np.flatnonzero(images["perceptual_hash"].is_not_null().to_numpy())
+    if config.distance and len(hashed):
+        groups = _groups_of_copies(images, hashed, config.distance)
+    pictures = images.with_row_index("place").with_columns(
+        group=pl.Series(groups), refused=pl.Series(beside_training)
+    )
+    by_group = (
+        pictures.group_by("group")
+        .agg(pl.col("num_rows").sum(), pl.col("refused").any(), pl.col("place").min())
+        .filter(~pl.col("refused"))
+        .sort("place")
+    )
+    accepted, room = [], wanted
+    for group, num_rows in by_group.select("group", "num_rows").iter_rows():
+        if num_rows <= room:  # a group too large is passed over, so that smaller ones fill the rest
+            accepted.append(group)
+            room -= num_rows
+        if not room:
+            break
+    return pictures.filter(pl.col("group").is_in(accepted))
+
+
+def _groups_of_copies(
+    images: pl.DataFrame, hashed: npt.NDArray[np.int64], distance: int
+) -> npt.NDArray[np.int64]:
+    """Group of each candidate picture, int64 [images]: near copies of near copies are in one group."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    hashes = images["perceptual_hash"].drop_nulls()
+    pairs = [(hashed[left], hashed[right]) for left, right in _Hashes(hashes).within(hashes, distance)]
+    left, right = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    size = (images.height, images.height)
+    _, groups = connected_components(coo_array((np.ones(len(left)), (left, right)), shape=size))
+    found: npt.NDArray[np.int64] = groups.astype(np.int64)
+    return found
+
+
+class _Hashes:
+    """Perceptual hashes that others are compared with, all with all, on every core (FAISS)."""
+
+    def __init__(self, hashes: pl.Series) -> None:
+        import faiss
+
+        self._index: Any = faiss.IndexBinaryFlat(HASH_BITS)
+        self._index.add(_bytes_of(hashes))
+
+    def within(
+        self, hashes: pl.Series, distance: int
+    ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+        """Pairs (place in `hashes`, place in the index) at most `distance` bits apart, a batch at a time."""
+        for first in range(0, hashes.len(), _BATCH):
+            batch = _bytes_of(hashes[first : first + _BATCH])
+            limits, _, found = self._index.range_search(batch, distance + 1)
+            yield first + np.repeat(np.arange(len(batch)), np.diff(limits.astype(np.int64))), found
+
+
+def _bytes_of(hashes: pl.Series) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, HASH_BITS // 8)

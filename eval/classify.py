@@ -1,0 +1,75 @@
+"""One classification set from its folder to its score, with what has to be said about it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval.bootstrap import Measured
+from eval.classification_metrics import elevater_map
+from eval.datasets.classification import read_classification
+from eval.labels import templates_for
+from eval.model import Encoder
+from eval.published import Metric, classification_protocol, mismatch
+from eval.zeroshot import Ensemble, class_vectors, classify, submission_record, text_features
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredSet:
+    """A set under one model."""
+
+    name: str
+    metric: Metric
+    measured: Measured
+    num_images: int  # scored
+    notes: tuple[str, ...]
+    differs: bool  # pictures or classes are not those of the protocol: no published figure is comparable
+    submission: dict[str, Any] | None  # ELEVATER's record, for a set of ICinW whose pictures are all there
+
+
+def measure_set(
+    folder: str,
+    encoder: Encoder,
+    *,
+    name: str | None = None,
+    labels_path: str | None = None,
+    metric: Metric | None = None,
+    ensemble: Ensemble = "features",
+    templates: str = "own",
+) -> MeasuredSet:
+    """Read, embed and score a set in any of the layouts of `eval.datasets.classification`.
+
+    `name` (the folder's by default) chooses protocol, labels and templates where it is a set of ICinW;
+    `metric` is that of the protocol by default, else accuracy; `templates` is `own`, `general` or a file.
+    Raises what reading the set, its labels and its templates raises.
+    """
+    name = name or Path(folder).resolve().name
+    protocol = classification_protocol(name)
+    metric = metric or ("accuracy" if protocol is None else protocol.metric)
+    data = read_classification(
+        folder, name=name, labels_path=labels_path, multi_label=metric == "11-point-map"
+    )
+    prompts = templates_for(name, templates)
+    vectors_CD = class_vectors(text_features(encoder, data.labels.names, prompts), ensemble)
+    image_ND, rows_N = encoder.pictures(data.pictures)
+    classified = classify(data, image_ND, rows_N, vectors_CD, metric, num_templates=len(prompts))
+    notes, differs, submission = list[str](), False, None
+    if classified.num_unreadable:
+        notes.append(f"{name}: {classified.num_unreadable} pictures cannot be decoded and are not scored")
+    if metric == "11-point-map":
+        theirs = elevater_map(classified.scores_NC, data.targets_NC[rows_N])
+        notes.append(
+            f"{name}: 11-point mAP as VOC 2007 defines it; by ELEVATER's code, which counts precision 1 at"
+            f" recall 0 and which the paper's figure comes from, it is {theirs:.1f}"
+        )
+    if protocol is not None:
+        found = (
+            mismatch(name, "pictures", protocol.images, classified.num_images),
+            mismatch(name, "classes", protocol.classes, len(data.labels.names)),
+        )
+        notes += [note for note in found if note]
+        differs = any(found)
+        if not classified.num_unreadable:
+            submission = submission_record(data, classified, encoder)
+    return MeasuredSet(
+        name, metric, classified.measured, classified.num_images, tuple(notes), differs, submission
+    )

@@ -1,0 +1,94 @@
+"""`cnclip prompts` and `cnclip negation`: the paper's two analyses (3.2.3)."""
+
+import argparse
+from typing import Any
+
+from eval.commands.arguments import EXIT_DONE, add, add_model
+
+
+def _add_set(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", metavar="FOLDER", help="a classification set in any of the three layouts")
+    command.add_argument("--labels", metavar="FILE", help="Chinese class names instead of the set's or ours")
+    command.add_argument(
+        "--metric",
+        choices=("accuracy", "mean-per-class", "roc-auc", "11-point-map"),
+        help="default: the set's own in Table 11, else accuracy",
+    )
+
+
+def _open_set(options: argparse.Namespace) -> Any:
+    """(the set, its metric) of a command's options."""
+    from pathlib import Path
+
+    from eval.datasets.classification import read_classification
+    from eval.published import classification_protocol
+
+    protocol = classification_protocol(Path(options.folder).resolve().name)
+    metric = options.metric or ("accuracy" if protocol is None else protocol.metric)
+    data = read_classification(
+        options.folder, labels_path=options.labels, multi_label=metric == "11-point-map"
+    )
+    return data, metric
+
+
+def add_prompts(commands: Any) -> None:
+    command = add(commands, "prompts", _prompts, "each template alone and the ensembles (paper, 3.2.3)")
+    add_model(command)
+    _add_set(command)
+    command.add_argument("--templates", default="own", metavar="own|FILE", help="the set's own templates")
+    command.add_argument("--plot", metavar="OUT.svg", help="draw the scores as well")
+
+
+def _prompts(options: argparse.Namespace) -> int:
+    from eval.analyses import prompt_sensitivity, prompts_plot, prompts_table
+    from eval.model import find_checkpoint, load_encoder
+    from pipeline import store
+
+    data, metric = _open_set(options)
+    encoder = load_encoder(find_checkpoint(options.model, options.vocabulary, options.context_length))
+    scores = prompt_sensitivity(encoder, data, metric, own=options.templates)
+    print(f"{data.name}, {metric}, {encoder.name}")
+    print(prompts_table(scores))
+    if options.plot:
+        store.write_text(options.plot, prompts_plot(scores, f"{data.name}, {metric}"))
+    return EXIT_DONE
+
+
+def add_negation(commands: Any) -> None:
+    command = add(commands, "negation", _negation, "a label worded with and without negation (paper, 3.2.3)")
+    add_model(command)
+    _add_set(command)
+    command.add_argument(
+        "--pair",
+        action="append",
+        nargs=3,
+        default=[],
+        metavar=("CLASS", "PLAIN", "NEGATED"),
+        help="class (number or label) and its two wordings; may be repeated (default: the paper's pairs)",
+    )
+    command.add_argument("--templates", default="own", metavar="own|general|FILE", help="prompts")
+
+
+def _negation(options: argparse.Namespace) -> int:
+    from eval.analyses import SHIPPED_PAIRS, NegationPair, negation, negation_table
+    from eval.labels import templates_for
+    from eval.model import find_checkpoint, load_encoder
+    from pipeline.records import ConfigError
+
+    data, metric = _open_set(options)
+    names = data.labels.names
+    pairs = list(SHIPPED_PAIRS.get(data.name, ())) if not options.pair else []
+    for which, plain, negated in options.pair:
+        row = names.index(which) if which in names else int(which) if which.isdecimal() else -1
+        if not 0 <= row < len(names):
+            raise ConfigError(
+                f"--pair {which}: no class of that label or number; labels: {'、'.join(names[:20])}"
+            )
+        pairs.append(NegationPair(row, plain, negated))
+    if not pairs:
+        raise ConfigError(f"{data.name}: no pair ships for this set; give --pair CLASS PLAIN NEGATED")
+    encoder = load_encoder(find_checkpoint(options.model, options.vocabulary, options.context_length))
+    scores = negation(encoder, data, metric, pairs, templates_for(data.name, options.templates))
+    print(f"{data.name}, {metric}, {encoder.name}")
+    print(negation_table(scores, names))
+    return EXIT_DONE

@@ -1,0 +1,88 @@
+"""`cnclip embed`."""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from eval.commands.arguments import EXIT_DONE, add, add_model
+
+if TYPE_CHECKING:
+    from eval.model import Checkpoint
+
+
+def add_embed(commands: Any) -> None:
+    command = add(commands, "embed", _embed, "features of pictures and texts in clip-retrieval's layout")
+    add_model(command)
+    command.add_argument(
+        "--images", metavar="FOLDER|TABLE", help="folder of pictures, or table with a column of them"
+    )
+    command.add_argument("--texts", metavar="FILE", help="one text a line, or a table with a column of them")
+    command.add_argument(
+        "--shards", metavar="FOLDER", help="instead: a run's shards, both sides, a file a shard; resumable"
+    )
+    command.add_argument("--out", required=True, metavar="DIR", help="folder for the features")
+    command.add_argument(
+        "--dtype",
+        choices=("float16", "float32"),
+        default="float32",
+        help="of the features (default: float32)",
+    )
+    command.add_argument(
+        "--ranks", type=int, default=1, metavar="N", help="with --shards: processes, one an accelerator"
+    )
+    command.add_argument(
+        "--redo", action="store_true", help="with --shards: replace features of another model or setting"
+    )
+
+
+def _embed(options: argparse.Namespace) -> int:
+    from pipeline.records import ConfigError
+
+    if options.shards is not None:
+        if options.images is not None or options.texts is not None:
+            raise ConfigError("--shards has pictures and texts of its own; leave out --images and --texts")
+        return _embed_shards(options)
+    if options.images is None and options.texts is None:
+        raise ConfigError("embed: nothing to embed; give --images, --texts, both, or --shards")
+    if options.ranks != 1 or options.redo:
+        raise ConfigError("--ranks and --redo go with --shards")
+
+    from eval.embed_files import embed_files
+    from eval.model import load_encoder
+
+    encoder = load_encoder(_checkpoint(options))
+    done = embed_files(
+        encoder.base,
+        images=options.images,
+        texts=options.texts,
+        out=options.out,
+        context_length=encoder.context_length,
+        dtype=options.dtype,
+    )
+    if done.num_truncated:
+        print(
+            f"{done.num_truncated} of {done.num_texts} texts have more than {encoder.context_length} tokens"
+            " and are cut; raise --context to keep more"
+        )
+    print(f"{options.out}: {done.num_images} pictures, {done.num_texts} texts, {done.dim} dimensions")
+    return EXIT_DONE
+
+
+def _embed_shards(options: argparse.Namespace) -> int:
+    from eval.embed_shards import ShardJob, embed_shards
+    from pipeline.progress import make_progress
+    from pipeline.records import ConfigError
+
+    if options.ranks < 1:
+        raise ConfigError(f"--ranks {options.ranks}: give at least 1")
+    job = ShardJob(_checkpoint(options), options.shards, options.out, options.dtype, options.ranks)
+    done = embed_shards(job, redo=options.redo, progress=make_progress("embed", "shard"))
+    if done.num_unreadable:
+        print(f"{done.num_unreadable} pictures cannot be decoded and have no row")
+    print(f"{options.out}: {done.num_rows:,} pairs of {done.num_shards:,} shards, {options.dtype}")
+    return EXIT_DONE
+
+
+def _checkpoint(options: argparse.Namespace) -> "Checkpoint":
+    from eval.model import find_checkpoint
+
+    return find_checkpoint(options.model, options.vocabulary, options.context_length)

@@ -1,0 +1,65 @@
+"""`cnclip serve`."""
+
+import argparse
+import sys
+from typing import Any
+
+from eval.commands.arguments import EXIT_DONE, add, add_model
+
+
+def add_serve(commands: Any) -> None:
+    command = add(commands, "serve", _serve, "a local page: type a text or drop a picture, see the nearest")
+    add_model(command)
+    command.add_argument(
+        "--index",
+        metavar="FOLDER",
+        help="of `cnclip index`, or one with image.index (default: those of the run's index stage)",
+    )
+    command.add_argument(
+        "--embeddings",
+        metavar="FOLDER",
+        help="what was indexed, with metadata/ (default: the index's folder)",
+    )
+    command.add_argument(
+        "--pictures", metavar="FOLDER", help="shards or evaluation sets to show (default: the run's)"
+    )
+    command.add_argument("--parameters", default="", metavar="STRING", help="FAISS's, such as nprobe=16")
+    command.add_argument(
+        "--host", default="127.0.0.1", metavar="ADDRESS", help="to listen on (default: this machine alone)"
+    )
+    command.add_argument("--port", type=int, default=8000, metavar="N", help="0 takes a free one")
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from eval.gallery import galleries_of_run, open_gallery
+    from eval.model import find_checkpoint, load_encoder
+    from eval.serve import Searcher, SearchServer
+    from pipeline.records import ConfigError
+
+    checkpoint = find_checkpoint(options.model, options.vocabulary, options.context_length)
+    if options.index is None:
+        for name in ("embeddings", "pictures", "parameters"):
+            if getattr(options, name):
+                raise ConfigError(f"--{name} goes with --index FOLDER")
+        galleries = galleries_of_run(checkpoint, options.model)
+    else:
+        gallery = open_gallery(
+            options.index,
+            embeddings_folder=options.embeddings,
+            pictures_folder=options.pictures,
+            run_folder=checkpoint.run_folder,
+            parameters=options.parameters,
+        )
+        galleries = [gallery]
+    searcher = Searcher(load_encoder(checkpoint), galleries)
+    with SearchServer(searcher, options.host, options.port) as server:
+        for gallery in galleries:
+            print(f"{gallery.name}: {gallery.num_rows:,} pictures", file=sys.stderr)
+        if not server.is_local:
+            print("note: everyone who reaches this address can search and see the pictures", file=sys.stderr)
+        print(f"{server.url}  (Ctrl-C stops)", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+    return EXIT_DONE

@@ -1,0 +1,182 @@
+"""`cnclip embed --shards`: features of a whole corpus, a shard at a time, by several ranks, resumable.
+
+For shard N of the folder, in order of their names (N has as many digits as the last one, so that programs
+which sort names as text read them in order):
+
+    img_emb/img_emb_N.npy, text_emb/text_emb_N.npy   [rows, dim], unit-norm, float16 or float32
+    metadata/metadata_N.parquet                      key, caption, source, url: row i is of row i of both
+
+What clip-retrieval, autofaiss and `cnclip index` read. `plan.json` binds the folder to the model, the
+settings and the shards; `model.json` says which model it is. A shard's metadata is written last: it existing
+means that the shard is done, so a run that was killed goes on with the next one and ends with the same bytes.
+A picture that cannot be decoded has no row anywhere and is counted. Memory is that of a model and of one
+shard's features for each rank.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from eval.datasets.shards import read_pictures, read_sidecar
+from eval.embed_files import FEATURE_TYPES, Precision
+from eval.index import EMBEDDING_FOLDERS, check_vectors
+from eval.model import Checkpoint, Encoder, load_encoder
+from eval.model_identity import identify, write_identity
+from pipeline import store
+from pipeline.config import digest
+from pipeline.evaluation_sets import shard_stems
+from pipeline.processes import die_with_parent
+from pipeline.records import ConfigError, InputError
+from pipeline.stage import Progress
+
+
+@dataclass(frozen=True, slots=True)
+class ShardJob:
+    """What all ranks of one embedding share."""
+
+    checkpoint: Checkpoint
+    shards: str  # folder
+    out: str
+    dtype: Precision
+    num_ranks: int
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddedShards:
+    """What the folder holds."""
+
+    num_shards: int
+    num_rows: int
+    num_unreadable: int  # pictures without a row
+
+
+def embed_shards(job: ShardJob, *, redo: bool = False, progress: Progress | None = None) -> EmbeddedShards:
+    """Embed every shard that is not done, with `job.num_ranks` processes; this one is rank 0.
+
+    On a machine with accelerators rank r takes number r modulo their count. Raises ConfigError where the
+    folder holds features of another model, setting or corpus and `redo` is not set; InputError for damaged
+    shards, and where a rank failed.
+    """
+    import multiprocessing
+
+    stems = _stems(job)
+    encoder = _encoder(job, rank=0)
+    _begin(job, encoder, stems, redo)
+    context = multiprocessing.get_context("spawn")  # a fork would share torch's threads and accelerators
+    others = [
+        context.Process(target=_other_rank, args=(job, rank), name=f"rank {rank}")
+        for rank in range(1, min(job.num_ranks, len(stems)))
+    ]
+    for process in others:
+        process.start()
+    try:
+        _embed_rank(job, encoder, stems, 0, progress)
+        for process in others:
+            process.join()
+    finally:
+        for process in others:
+            process.terminate()  # those that still run: this rank failed or was interrupted
+    failed = [process.name for process in others if process.exitcode]
+    if failed:
+        raise InputError(
+            f"{job.out}: {', '.join(failed)} failed, see above; mend it and run the same command to go on"
+        )
+    return _summary(job, stems)
+
+
+def _other_rank(job: ShardJob, rank: int) -> None:
+    die_with_parent()
+    try:
+        _embed_rank(job, _encoder(job, rank), _stems(job), rank, None)
+    except (ConfigError, InputError) as error:
+        print(f"error: rank {rank}: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+
+
+def _stems(job: ShardJob) -> list[str]:
+    stems = shard_stems(job.shards)
+    if not stems:
+        raise InputError(f"{job.shards}: holds no shards (<name>.tar with <name>.parquet)")
+    return stems
+
+
+def _encoder(job: ShardJob, rank: int) -> Encoder:
+    """The model on this rank's accelerator, or with its share of the processor's threads."""
+    import torch
+
+    if torch.cuda.is_available():
+        return load_encoder(job.checkpoint, device=f"cuda:{rank % torch.cuda.device_count()}")
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // job.num_ranks))
+    return load_encoder(job.checkpoint, device="cpu")
+
+
+def _begin(job: ShardJob, encoder: Encoder, stems: Sequence[str], redo: bool) -> None:
+    """Bind the folder to this model, these settings and these shards."""
+    identity = identify(encoder.base.model)
+    plan: dict[str, Any] = {
+        "weights_sha256": identity.weights_sha256,
+        "vocabulary": encoder.base.tokenizer.digest,
+        "context_length": job.checkpoint.context_length,
+        "dtype": job.dtype,
+        "shards": digest([(os.path.basename(stem), store.digest_edges(f"{stem}.parquet")) for stem in stems]),
+    }
+    path = store.join(job.out, "plan.json")
+    if store.exists(path) and json.loads(store.read_text(path)) != plan:
+        if not redo:
+            raise ConfigError(
+                f"{job.out}: holds features of another model, setting or corpus; give --redo or another --out"
+            )
+        for name in ("metadata", *EMBEDDING_FOLDERS.values()):
+            store.remove(store.join(job.out, name))
+    store.write_text(path, json.dumps(plan, indent=1) + "\n")
+    write_identity(job.out, identity)
+
+
+def _embed_rank(
+    job: ShardJob, encoder: Encoder, stems: Sequence[str], rank: int, progress: Progress | None
+) -> None:
+    """Shards rank, rank + num_ranks … that have no metadata yet."""
+    for number in range(rank, len(stems), job.num_ranks):
+        metadata_path = _path(job, "metadata", number, len(stems))
+        if not store.exists(metadata_path):
+            _embed_shard(job, encoder, stems[number], number, len(stems))
+        if progress is not None:
+            progress(number + 1, len(stems), os.path.basename(stems[number]))
+
+
+def _embed_shard(job: ShardJob, encoder: Encoder, stem: str, number: int, num_shards: int) -> None:
+    samples = read_sidecar(stem, ("key", "caption", "offset_bytes", "size_bytes"), ("source", "url"))
+    places = samples.select("key", "offset_bytes", "size_bytes").iter_rows()
+    image_ND, kept_N = encoder.encoded_pictures(read_pictures(f"{stem}.tar", places))
+    metadata = samples[kept_N].drop("offset_bytes", "size_bytes")
+    captions = metadata["caption"].fill_null("").to_list()
+    tokens_NL = encoder.base.tokenizer.encode(captions, job.checkpoint.context_length)
+    text_ND = encoder.base.embed_tokens(tokens_NL)
+    for name, feature_ND in (("img_emb", image_ND), ("text_emb", text_ND)):
+        path = _path(job, name, number, num_shards)
+        if len(feature_ND):
+            check_vectors(feature_ND, path)
+        with store.publish(path) as temporary, open(temporary, "wb") as file:
+            np.save(file, feature_ND.astype(FEATURE_TYPES[job.dtype]))
+    with store.publish(_path(job, "metadata", number, num_shards)) as temporary:
+        metadata.write_parquet(temporary)
+
+
+def _path(job: ShardJob, name: str, number: int, num_shards: int) -> str:
+    ending = "parquet" if name == "metadata" else "npy"
+    return store.join(job.out, name, f"{name}_{number:0{len(str(num_shards - 1))}d}.{ending}")
+
+
+def _summary(job: ShardJob, stems: Sequence[str]) -> EmbeddedShards:
+    def count(path: str) -> int:
+        return int(pl.scan_parquet(path).select(pl.len()).collect().item())
+
+    num_samples = sum(count(f"{stem}.parquet") for stem in stems)
+    num_rows = sum(count(_path(job, "metadata", number, len(stems))) for number in range(len(stems)))
+    return EmbeddedShards(len(stems), num_rows, num_samples - num_rows)

@@ -1,0 +1,72 @@
+"""Which model features are of: a digest of its weights, kept beside the features and in their index.
+
+Two models of one width give features that fit each other's indices and mean nothing there. So whatever writes
+features writes `model.json` beside them, an index takes it over, and a query of another model is refused.
+The digest is of the tensors, not of a file: the same weights in another format are the same model.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from eval.index import EMBEDDING_FOLDERS
+from pipeline import store
+from pipeline.records import InputError
+
+if TYPE_CHECKING:
+    from training.model.clip import CLIP
+
+_FILE = "model.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """A model's name, and the digest of its weights."""
+
+    name: str  # of its size, such as ViT-B-16
+    weights_sha256: str  # over names, shapes and float32 values of all tensors, in order of their names
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.weights_sha256[:12]}"
+
+
+def identify(model: "CLIP") -> ModelIdentity:
+    """The identity of a model in memory, on whatever device."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
+    return ModelIdentity(model.config.name, digest.hexdigest())
+
+
+def write_identity(folder: str, identity: ModelIdentity) -> None:
+    """Write `model.json` into a folder of features."""
+    store.write_text(store.join(folder, _FILE), json.dumps(asdict(identity), indent=1) + "\n")
+
+
+def read_identity(features: str) -> ModelIdentity | None:
+    """The model of a folder of features, or of a `.npy` file in it; None where nothing says, as others' do.
+
+    Raises InputError for a damaged `model.json`.
+    """
+    folder = os.path.dirname(features) or "." if features.endswith(".npy") else features.rstrip("/")
+    if os.path.basename(folder) in EMBEDDING_FOLDERS.values():
+        folder = os.path.dirname(folder) or "."
+    path = store.join(folder, _FILE)
+    if not store.exists(path):
+        return None
+    try:
+        return ModelIdentity(**json.loads(store.read_text(path)))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: does not say which model the features are of ({error})") from None
+
+
+def check_same_model(what: str, found: ModelIdentity | None, wanted: ModelIdentity | None) -> None:
+    """Raise InputError where both are known and differ; `what` names the index or the features."""
+    if found is not None and wanted is not None and found.weights_sha256 != wanted.weights_sha256:
+        raise InputError(
+            f"{what}: of the model {found}, but this is {wanted}: features of two models cannot be compared;"
+            " embed and index again"
+        )

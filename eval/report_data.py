@@ -1,0 +1,192 @@
+"""What the report shows, as plain values, and the few figures that page and terminal share."""
+
+import base64
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from eval.comparison import Comparison
+from eval.metrics import RecallAtK, RetrievalScores
+
+
+@dataclass(frozen=True, slots=True)
+class StageFacts:
+    """One stage of the run, in order. Without times: the same run gives the same report."""
+
+    name: str
+    title: str
+    num_in: int
+    num_kept: int
+    dropped: Mapping[str, int]  # reason → rows
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Rows into a step, rows it kept, and rows it dropped by reason."""
+
+    num_in: int
+    num_kept: int
+    dropped: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class FunnelStep:
+    """One filtering step from caption table to shards; `sources` splits its counts by source, if known."""
+
+    stage: str
+    title: str
+    total: Counts
+    sources: Mapping[str, Counts]  # may be empty
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """How a quantity is spread over the rows that a stage kept and dropped.
+
+    Bin 0 is below the first edge, bin i between the edges i - 1 and i, the last from the last edge on.
+    """
+
+    name: str  # key of HISTOGRAM_TITLES
+    stage: str
+    edges: Sequence[float]
+    kept: Sequence[int]  # rows a bin
+    dropped: Sequence[int]
+
+
+HISTOGRAM_TITLES = {
+    "score": "Scores of the sources (cosine)",
+    "pair_score": "Scores of this run's encoders (cosine)",
+    "characters": "Characters of the captions",
+    "short_side_px": "Shorter side of the pictures as they came, pixels",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingPoint:
+    """One logged step. `samples_seen` counts from the start of its stage."""
+
+    stage: str
+    samples_seen: int
+    loss: float
+    temperature: float  # the factor on cosine similarities, exp(logit_scale)
+    learning_rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class RecallPoint:
+    """One validation. `samples_seen` counts from the start of its stage."""
+
+    stage: str
+    samples_seen: int
+    evaluation: str
+    scores: RetrievalScores
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A small picture of the gallery as encoded bytes."""
+
+    image_id: int
+    is_right: bool
+    media_type: str  # such as image/webp
+    data: bytes
+
+    @property
+    def data_uri(self) -> str:
+        return f"data:{self.media_type};base64,{base64.b64encode(self.data).decode('ascii')}"
+
+
+@dataclass(frozen=True, slots=True)
+class GalleryRow:
+    """A query text, the rank of its first right picture within the top 10, and its top five."""
+
+    query: str
+    rank: int | None  # None: no right picture among the first ten
+    results: tuple[Picture, ...]  # best first
+    answer: Picture | None  # a right picture, given where the top five hold none
+
+
+@dataclass(frozen=True, slots=True)
+class Gallery:
+    """Examples of one evaluation's text-to-image answers by the final model."""
+
+    evaluation: str
+    hits: tuple[GalleryRow, ...]  # a right picture comes first
+    misses: tuple[GalleryRow, ...]  # no right picture among the first five
+
+
+@dataclass(frozen=True, slots=True)
+class PlantedClass:
+    """One class of dirt that the demo planted, and how many rows met the fate that was written for it."""
+
+    name: str
+    stage: str
+    fate: str  # "kept" or a drop reason
+    planted: int
+    counted: int
+
+    @property
+    def is_equal(self) -> bool:
+        return self.planted == self.counted
+
+
+@dataclass(frozen=True, slots=True)
+class ReportData:
+    """Everything the report shows; plain values only, so that the page is a function of this.
+
+    `evaluations` has the plain name for the final model and `name/stage` for each earlier stage, in the order
+    in which they are to be shown. `baselines` has the names without stage, each with "chance" and "pixel".
+    """
+
+    title: str
+    summary: str  # one or two plain sentences under the title
+    facts: Mapping[str, str]  # of the run, label → value: model, samples, seed, versions, machine …
+    final_stage: str  # name of the stage that made the final model
+    evaluations: Mapping[str, RetrievalScores]
+    baselines: Mapping[str, Mapping[str, RetrievalScores]]
+    stages: tuple[StageFacts, ...]
+    funnel: tuple[FunnelStep, ...]
+    training: tuple[TrainingPoint, ...]  # stages in the order they ran
+    recall: tuple[RecallPoint, ...]
+    galleries: tuple[Gallery, ...]
+    planted: tuple[PlantedClass, ...]  # empty where nothing was planted
+    comparisons: tuple[Comparison, ...] = ()  # sets of the paper, the final model beside its figures
+    histograms: tuple[Histogram, ...] = ()
+    notes: tuple[str, ...] = ()  # sentences about the funnel
+
+
+def headline_rows(data: ReportData) -> list[tuple[str, list[tuple[str, RetrievalScores]]]]:
+    """Evaluation → rows to compare: chance, pixel baseline, earlier stages, final model last."""
+    names = [name for name in data.evaluations if not _is_earlier_stage(name, data)]
+    table: list[tuple[str, list[tuple[str, RetrievalScores]]]] = []
+    for name in names:
+        baselines = data.baselines.get(name, {})
+        rows = [
+            (label, baselines[kind])
+            for kind, label in (("chance", "chance"), ("pixel", "pixel neighbour"))
+            if kind in baselines
+        ]
+        rows += [
+            (key.removeprefix(f"{name}/"), scores)
+            for key, scores in data.evaluations.items()
+            if key.startswith(f"{name}/") and key != name
+        ]
+        rows.append((data.final_stage, data.evaluations[name]))
+        table.append((name, rows))
+    return table
+
+
+def _is_earlier_stage(name: str, data: ReportData) -> bool:
+    plain, slash, _ = name.rpartition("/")
+    return bool(slash) and plain in data.evaluations
+
+
+def recall_values(recall: RecallAtK | None) -> list[float]:
+    """R@1, R@5, R@10; NaN where the direction is not scored."""
+    return [math.nan] * 3 if recall is None else [recall["r1"], recall["r5"], recall["r10"]]
+
+
+def percent(value: float) -> str:
+    if math.isnan(value):
+        return "–"
+    return f"{value:.2f}" if 0 < value < 1 else f"{value:.1f}"

@@ -1,0 +1,93 @@
+"""What the report takes from a run's files: logged steps, and examples of answers with small pictures."""
+
+import io
+import json
+from collections.abc import Sequence
+from typing import TypeVar
+
+from eval.datasets.cnclip_tsv import EvaluationSet
+from eval.report_data import Gallery, GalleryRow, Picture, RecallPoint, TrainingPoint
+from eval.retrieval import read_predictions
+from pipeline import store
+from pipeline.records import InputError
+
+Item = TypeVar("Item")
+
+
+def read_training_metrics(path: str, stage: str) -> tuple[list[TrainingPoint], list[RecallPoint]]:
+    """The points of one stage's `metrics.jsonl`: logged steps and validations.
+
+    Raises InputError naming file and line for a line that is neither.
+    """
+    training: list[TrainingPoint] = []
+    recall: list[RecallPoint] = []
+    for line_number, line in enumerate(store.read_text(path).splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            if "evaluation" in record:
+                point = (stage, record["samples_seen"], record["evaluation"], record["recall"])
+                recall.append(RecallPoint(*point))
+            else:
+                names = ("samples_seen", "loss", "temperature", "learning_rate")
+                training.append(TrainingPoint(stage, *(record[name] for name in names)))
+        except (ValueError, KeyError, TypeError):
+            raise InputError(
+                f"{path}:{line_number}: neither a logged step nor a validation: {line[:80]}"
+            ) from None
+    return training, recall
+
+
+def make_gallery(evaluation: EvaluationSet, predictions_path: str, *, num_rows: int = 6) -> Gallery:
+    """At most `num_rows` hits and as many misses of a text-to-image prediction file, spread over the texts.
+
+    A hit has a right picture in the first place, a miss none in the first five.
+    """
+    right = {
+        int(text_id): [int(evaluation.image_ids[row]) for row in rows]
+        for text_id, rows in zip(evaluation.text_ids, evaluation.images_of_text, strict=True)
+    }
+    text = {int(text_id): text for text_id, text in zip(evaluation.text_ids, evaluation.texts, strict=True)}
+    hits: list[tuple[int, int | None, list[int]]] = []
+    misses: list[tuple[int, int | None, list[int]]] = []
+    for text_id, image_ids in read_predictions(predictions_path, ("text_id", "image_ids")):
+        rank = next((place for place, i in enumerate(image_ids, start=1) if i in right[text_id]), None)
+        if rank == 1:
+            hits.append((text_id, rank, image_ids[:5]))
+        elif rank is None or rank > 5:
+            misses.append((text_id, rank, image_ids[:5]))
+    row_of_image = {int(image_id): row for row, image_id in enumerate(evaluation.image_ids)}
+
+    def picture(image_id: int, is_right: bool) -> Picture:
+        data = next(evaluation.image_bytes([row_of_image[image_id]]))
+        return Picture(image_id, is_right, "image/webp", _thumbnail(data))
+
+    def rows(found: list[tuple[int, int | None, list[int]]]) -> tuple[GalleryRow, ...]:
+        return tuple(
+            GalleryRow(
+                query=text[text_id],
+                rank=rank,
+                results=tuple(picture(image_id, image_id in right[text_id]) for image_id in image_ids),
+                answer=None if rank is not None and rank <= 5 else picture(right[text_id][0], True),
+            )
+            for text_id, rank, image_ids in _spread(found, num_rows)
+        )
+
+    return Gallery(evaluation.name, rows(hits), rows(misses))
+
+
+def _spread(items: Sequence[Item], count: int) -> list[Item]:
+    """`count` items at even distances, all of them where there are fewer."""
+    if len(items) <= count:
+        return list(items)
+    return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
+
+
+def _thumbnail(data: bytes) -> bytes:
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as image:
+        small = image.convert("RGB")
+    small.thumbnail((96, 96), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    small.save(file, "WEBP", quality=80)
+    return file.getvalue()

@@ -1,0 +1,174 @@
+"""What a Slurm cluster needs: one job a training stage, each waiting for the one before.
+
+Slurm asks the ranks to stop before the time limit and when it pre-empts the job; they write a checkpoint and
+end with status 143, and the script puts its own job back into the queue. A job that dies without a word goes
+on from its newest checkpoint when Slurm starts it again.
+"""
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline import store
+from pipeline.launch_config import LaunchConfig
+from pipeline.records import ConfigError, Stopped
+from pipeline.runner import Run
+from pipeline.stage import Stage
+from training.config import TrainConfig
+from training.stage import TrainStageConfig
+
+_PORT = 29_500  # torchrun's own default
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One Slurm job: some stages of a run, one after the other."""
+
+    name: str
+    stages: tuple[str, ...]
+    train: TrainConfig | None  # of a training stage, which has ranks
+
+    def nodes(self, launch: LaunchConfig) -> int:
+        return 1 if self.train is None else -(-self.train.ranks // launch.ranks_per_node)
+
+
+def plan_jobs(run: Run) -> list[Job]:
+    """The stages before training as one job, each training stage as one, and what comes after as one."""
+    jobs: list[Job] = []
+    for stage in run.stages:
+        train = _training(stage)
+        if train is not None:
+            jobs.append(Job(stage.name, (stage.name,), train))
+        elif jobs and jobs[-1].train is None:
+            jobs[-1] = Job(jobs[-1].name, (*jobs[-1].stages, stage.name), None)
+        else:
+            jobs.append(Job("measure" if jobs else "prepare", (stage.name,), None))
+    return jobs
+
+
+def write_scripts(run: Run, launch: LaunchConfig, run_path: str, overrides: Sequence[str]) -> list[str]:
+    """Write `<run>/launch/*.sbatch` and `submit.sh`; returns the lines that tell what to do with them.
+
+    ConfigError where the ranks do not fill whole machines, or the run is not on a file system.
+    """
+    if not store.is_local(run.folder):
+        raise ConfigError(f"{run.folder}: scripts need a folder on a file system that all machines see")
+    jobs = plan_jobs(run)
+    for job in jobs:
+        _check_ranks(job, launch)
+    folder = os.path.join(os.path.abspath(run.folder), "launch")
+    arguments = [os.path.abspath(run_path), *(part for item in overrides for part in ("--set", item))]
+    for job in jobs:
+        store.write_text(os.path.join(folder, f"{job.name}.sbatch"), script(job, launch, folder, arguments))
+    submit = os.path.join(folder, "submit.sh")
+    store.write_text(submit, submission(jobs, folder))
+    lines = [f"{len(jobs)} jobs written to {folder}: {', '.join(job.name for job in jobs)}"]
+    lines += ["submit them, each waiting for the one before:", f"  bash {shlex.quote(submit)}"]
+    for job in jobs:
+        if job.train is not None:
+            lines += [
+                "",
+                f"{job.name} without Slurm, instead of its job:",
+                *command_lines(job, launch, arguments),
+            ]
+    return lines
+
+
+def script(job: Job, launch: LaunchConfig, folder: str, arguments: Sequence[str]) -> str:
+    """The sbatch script of one job; `arguments` are those of `cnclip run`, the run's path first."""
+    options = [
+        f"--job-name={os.path.basename(os.path.dirname(folder))}-{job.name}",
+        f"--nodes={job.nodes(launch)}",
+        f"--time={_clock(launch.time_limit_minutes)}",
+        "--requeue",
+        "--open-mode=append",
+        f"--output={folder}/{job.name}.log",
+    ]
+    if job.train is not None:
+        options += [
+            f"--ntasks-per-node={min(job.train.ranks, launch.ranks_per_node)}",
+            f"--cpus-per-task={launch.cpus_per_rank}",
+            f"--signal=TERM@{launch.stop_seconds}",
+        ]
+        if launch.gpus_per_node:
+            options.append(f"--gpus-per-node={launch.gpus_per_node}")
+    else:
+        options += ["--ntasks=1", f"--cpus-per-task={launch.cpus_prepare}"]
+    for key, value in (("partition", launch.partition), ("account", launch.account)):
+        if value is not None:
+            options.append(f"--{key}={value}")
+    options += launch.options
+    chosen = ["--stage", job.name] if job.train else ["--from", job.stages[0], "--to", job.stages[-1]]
+    srun = ["--set", "launch.launcher=srun"] if job.train else []
+    command = [sys.executable, "-m", "pipeline", "run", *arguments, *chosen, *srun]
+    lines = [
+        "#!/bin/bash",
+        *(f"#SBATCH {option}" for option in options),
+        "",
+        f"cd {shlex.quote(os.getcwd())} || exit 1",
+        *launch.setup,
+        *(["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"] if job.train else []),
+        shlex.join(command),
+        "status=$?",
+        f"if [ $status -eq {Stopped.exit_status} ]; then",
+        "    # What is done is kept: this job goes on from there when its turn comes again.",
+        '    scontrol requeue "$SLURM_JOB_ID"',
+        "fi",
+        "exit $status",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def submission(jobs: Sequence[Job], folder: str) -> str:
+    """A shell script that submits all jobs, each after the success of the one before."""
+    lines = ["#!/bin/bash", "set -euo pipefail", f"cd {shlex.quote(folder)}"]
+    before = ""
+    for job in jobs:
+        after = f"--dependency=afterok:${before} --kill-on-invalid-dep=yes " if before else ""
+        lines.append(f"{job.name}=$(sbatch --parsable {after}{shlex.quote(job.name)}.sbatch)")
+        lines.append(f'echo "{job.name}: job ${job.name}"')
+        before = job.name
+    return "\n".join(lines) + "\n"
+
+
+def command_lines(job: Job, launch: LaunchConfig, arguments: Sequence[str]) -> list[str]:
+    """The same training started by torchrun or by DeepSpeed's launcher, and what publishes its receipt."""
+    assert job.train is not None
+    nodes, ranks = job.nodes(launch), min(job.train.ranks, launch.ranks_per_node)
+    path, *overrides = arguments
+    values = overrides[1::2]
+    rank = shlex.join(["pipeline.rank", path, job.name, *values])
+    rendezvous = (
+        f"--rdzv-backend=c10d --rdzv-endpoint=FIRST_MACHINE:{_PORT} " if nodes > 1 else "--standalone "
+    )
+    hosts = f"--hostfile HOSTFILE --num_nodes {nodes} " if nodes > 1 else ""
+    where = f" (on each of the {nodes} machines)" if nodes > 1 else ""
+    return [
+        f"  torchrun --nnodes={nodes} --nproc-per-node={ranks} {rendezvous}-m {rank}{where}",
+        f"  deepspeed {hosts}--num_accelerators {ranks} --module {rank}",
+        f"  then: {shlex.join(['cnclip', 'run', *arguments, '--stage', job.name])}",
+    ]
+
+
+def _check_ranks(job: Job, launch: LaunchConfig) -> None:
+    if job.train is None or job.train.ranks <= launch.ranks_per_node:
+        return
+    if left := job.train.ranks % launch.ranks_per_node:
+        raise ConfigError(
+            f"[{job.name}] ranks = {job.train.ranks}, but [launch] ranks_per_node = {launch.ranks_per_node}"
+            f" leaves {left} over: take ranks = {job.train.ranks - left} or"
+            f" {job.train.ranks - left + launch.ranks_per_node}"
+        )
+
+
+def _training(stage: Stage) -> TrainConfig | None:
+    return stage.config.train if isinstance(stage.config, TrainStageConfig) else None
+
+
+def _clock(minutes: int) -> str:
+    """Slurm's days-hours:minutes:seconds."""
+    days, rest = divmod(minutes, 24 * 60)
+    return f"{days}-{rest // 60:02d}:{rest % 60:02d}:00"

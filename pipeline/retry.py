@@ -1,0 +1,131 @@
+"""`cnclip retry`: a further pass of the download for the failures worth it, carried through to the shards."""
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+
+from data_prep import download, retry
+from data_prep.retry import Failures
+from pipeline import store
+from pipeline.records import ConfigError, InputError, Manifest, Receipt
+from pipeline.runner import (
+    Run,
+    State,
+    execute,
+    locked,
+    make_context,
+    manifest_path,
+    read_manifest,
+    survey_stage,
+)
+from pipeline.stage import Context, Stage, Task, fold, read_receipt, receipt_path
+
+_PACKED = ("shards", "validation")  # the last stages that a recovered row goes through
+_NO_OUTAGE = 2.0  # these rows failed before: that most fail again is no sign of an outage
+
+
+@dataclass(frozen=True, slots=True)
+class Retried:
+    """What a pass did."""
+
+    number: int
+    asked: int
+    recovered: int
+    redone: tuple[str, ...]  # stages after the download that took the recovered rows in
+
+
+def plan(run: Run) -> list[Failures]:
+    """What the download gave up on, by class. ConfigError where the download is not done."""
+    return retry.failures(_context(run, _pass_stage(run, _finished(run))))
+
+
+def do(run: Run) -> Retried:
+    """Ask again for the rows worth it, merge what comes back, and redo the finished stages up to the shards.
+
+    Killed at any moment, the same call goes on: the pass by its receipts; a merge starts over, and until the
+    download's manifest is replaced, as its last step, every stage sees the download as it was.
+    """
+    stage = _pass_stage(run, _finished(run))
+    if not retry.tasks(stage.config, _context(run, stage)):
+        return Retried(0, 0, 0, _bring_up_to_date(run))
+    execute(dataclasses.replace(run, stages=(*run.stages, stage)), [stage], redo=True)
+    with locked(run):
+        done = _merge(run, stage)
+    return dataclasses.replace(done, redone=_bring_up_to_date(run))
+
+
+def _finished(run: Run) -> Manifest:
+    status = survey_stage(run, run.stage("download"))
+    if status.state is not State.DONE or status.manifest is None:
+        why = f" ({status.why})" if status.why else ""
+        raise ConfigError(f"{run.folder}: download is {status.state.value}{why}; run it first: --to download")
+    return status.manifest
+
+
+def _pass_stage(run: Run, done: Manifest) -> Stage:
+    before = run.stage("download")
+    return dataclasses.replace(
+        before,
+        name=f"download/retry{retry.next_pass(done)}",
+        title="rows that failed and may not fail again",
+        config=dataclasses.replace(before.config, outage_share=_NO_OUTAGE),
+        parents=("corpus", "dedup", "download"),
+        tasks=retry.tasks,
+        run_together=download.run_together,
+        may_be_empty=True,
+    )
+
+
+def _context(run: Run, stage: Stage) -> Context:
+    context = make_context(run, stage)
+    assert context is not None  # the download is done, so its parents are
+    return context
+
+
+def _merge(run: Run, stage: Stage) -> Retried:
+    """Replace the receipts of the partitions that the pass asked for, then the manifest, then tidy up."""
+    target = run.stage("download")
+    context, of_pass = _context(run, target), _context(run, stage)
+    number = retry.next_pass(of_pass.parents["download"])
+    tasks = target.tasks(target.config, context)
+    came = {item.task: item for item in _receipts(of_pass, stage.tasks(stage.config, of_pass))}
+    merged = list(retry.merge(of_pass, _receipts(context, tasks), number, came))
+    parents = {name: store.digest_bytes(item.to_json().encode()) for name, item in context.parents.items()}
+    manifest = fold(target, tasks, parents, merged)
+    for receipt, task in zip(merged, tasks, strict=True):
+        if receipt.task in came:
+            store.write_text(receipt_path(context, task), receipt.to_json())
+    store.write_text(manifest_path(run, "download"), manifest.to_json())
+    for path in list(retry.unused_files(of_pass, manifest)):
+        store.remove(path)
+    asked, recovered = (
+        sum(item.num_in for item in came.values()),
+        sum(item.num_kept for item in came.values()),
+    )
+    return Retried(number, asked, recovered, ())
+
+
+def _receipts(context: Context, tasks: list[Task]) -> list[Receipt]:
+    found = []
+    for task in tasks:
+        receipt = read_receipt(context, task)
+        if receipt is None:
+            raise InputError(
+                f"{receipt_path(context, task)}: missing or damaged; run `--stage {context.stage} --mend`"
+            )
+        found.append(receipt)
+    return found
+
+
+def _bring_up_to_date(run: Run) -> tuple[str, ...]:
+    """Redo the stages after the download, up to the shards, as far as they were done before."""
+    names = [stage.name for stage in run.stages]
+    last = max(names.index(name) for name in _PACKED if name in names)
+    after = run.stages[names.index("download") + 1 : last + 1]
+    had = list(itertools.takewhile(lambda stage: read_manifest(run, stage.name) is not None, after))
+    changed = [stage for stage in had if survey_stage(run, stage).state is not State.DONE]
+    if not changed:
+        return ()
+    first = had.index(changed[0])
+    execute(run, had[first:], redo=True)
+    return tuple(stage.name for stage in had[first:])

@@ -1,0 +1,130 @@
+"""Small finished corpora for tests: real stages, but pictures come from a folder instead of the web."""
+
+import io
+import random
+from collections.abc import Mapping
+from pathlib import Path
+
+import polars as pl
+from PIL import Image, ImageDraw
+
+from data_prep import corpus, dedup, filter_image, filter_text, shards, split
+from data_prep.corpus import CorpusStageConfig, TablesConfig
+from data_prep.dedup import DedupConfig
+from data_prep.download import tasks as download_tasks
+from data_prep.drop_table import drops_path, write_drops, write_table
+from data_prep.filter_image import FilterImageConfig
+from data_prep.filter_text import FilterTextConfig
+from data_prep.shards import ShardsConfig
+from data_prep.sources.table import TableSource
+from data_prep.split import SplitConfig
+from data_prep.tar_members import TarWriter
+from pipeline import runner, store
+from pipeline.runner import Run
+from pipeline.stage import Context, Outcome, Progress, Stage, Task
+
+
+def drawing(seed: int, side: int = 64) -> Image.Image:
+    """A picture of rectangles that follows from its seed; two seeds are far apart by perceptual hash."""
+    rng = random.Random(seed)
+    image = Image.new("RGB", (side, side), tuple(rng.randrange(256) for _ in range(3)))
+    for _ in range(12):
+        left, top = rng.randrange(side), rng.randrange(side)
+        box = (left, top, left + rng.randrange(8, side // 2), top + rng.randrange(8, side // 2))
+        ImageDraw.Draw(image).rectangle(box, fill=tuple(rng.randrange(256) for _ in range(3)))
+    return image
+
+
+def encoded(image: Image.Image, quality: int = 95) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def fetch(config: str, context: Context, task: Task, progress: Progress) -> Outcome:
+    """Stands in for the download: the same files, from a folder with one file for the end of each URL."""
+    rows = pl.read_parquet(context.path_in("dedup", task.arguments["path"]))
+    pictures = [(Path(config) / url.rsplit("/", 1)[1]).read_bytes() for url in rows["url"]]
+    tar_path, table_path = f"pictures/{task.name}.tar", f"pictures/{task.name}.parquet"
+    with store.publish(context.path(tar_path)) as temporary, TarWriter(temporary) as tar:
+        places = [tar.add(f"{key}.jpg", data) for key, data in zip(rows["key"], pictures, strict=True)]
+    sizes = [Image.open(io.BytesIO(data)).size for data in pictures]
+    table = rows.drop("width_px", "height_px").with_columns(
+        pl.Series("width_px", [size[0] for size in sizes], dtype=pl.Int32),
+        pl.Series("height_px", [size[1] for size in sizes], dtype=pl.Int32),
+        pl.Series("offset_bytes", [place.offset_bytes for place in places], dtype=pl.Int64),
+        pl.Series("size_bytes", [place.size_bytes for place in places], dtype=pl.Int64),
+        pl.Series("image_sha256", [place.sha256 for place in places], dtype=pl.String),
+    )
+    write_table(table, context.path(table_path))
+    write_drops(rows.head(0).with_columns(reason=pl.lit("")), context.path(drops_path(task.name)))
+    outputs = {tar_path: rows.height, table_path: rows.height, drops_path(task.name): 0}
+    return Outcome(outputs, rows.height, rows.height)
+
+
+def make_run(
+    folder: Path,
+    pictures: Mapping[str, bytes],
+    captions: Mapping[str, str],
+    *,
+    partitions: int = 3,
+    samples_per_shard: int = 8,
+    splitting: SplitConfig | None = None,
+    processes: int = 1,
+    source: str = "mine",
+) -> Run:
+    """A run over pictures and captions by name, up to its shards; not yet executed."""
+    inputs = folder / "inputs"
+    inputs.mkdir(parents=True, exist_ok=True)
+    for name, data in pictures.items():
+        (inputs / name).write_bytes(data)
+    table = inputs / "table.csv"
+    rows = [(f"http://a.cn/{name}", caption) for name, caption in captions.items()]
+    pl.DataFrame(rows, schema=["url", "caption"], orient="row").write_csv(table)
+    sources = (TableSource(path=str(table), name=source),)
+    images = FilterImageConfig(remove_evaluation_copies=False)
+    packing = ShardsConfig(samples_per_shard=samples_per_shard)
+    stages = [
+        Stage(
+            "corpus", "", 1, CorpusStageConfig(corpus=TablesConfig(kind="tables", tables=sources)), (),
+            corpus.tasks, corpus.run,
+        ),
+        Stage("filter_text", "", 1, FilterTextConfig(), ("corpus",), filter_text.tasks, filter_text.run),
+        Stage("dedup", "", 1, DedupConfig(partitions=partitions), ("filter_text",), dedup.tasks, dedup.run),
+        Stage("download", "", 1, str(inputs), ("corpus", "dedup"), download_tasks, fetch),
+        Stage(
+            "filter_image", "", 1, images, ("corpus", "download"), filter_image.tasks, filter_image.run
+        ),
+    ]  # fmt: skip
+    parents: tuple[str, ...] = ("download", "filter_image")
+    if splitting is not None:
+        stages.append(Stage("split", "", 1, splitting, ("filter_image",), split.tasks, split.run))
+        parents += ("split",)
+    stages.append(Stage("shards", "", 1, packing, parents, shards.tasks, shards.run))
+    if splitting is not None:
+        stages.append(
+            Stage("validation", "", 1, packing, parents, validation_tasks, shards.run)
+        )  # fmt: skip
+    return Run(str(folder / "run"), 0, "local", processes, tuple(stages))
+
+
+def validation_tasks(config: ShardsConfig, context: Context) -> list[Task]:
+    return shards.tasks(config, context, part="validation")
+
+
+def finish(run: Run) -> Run:
+    runner.execute(run, run.stages, redo=False)
+    return run
+
+
+def plain_corpus(folder: Path, names: range, *, samples_per_shard: int = 8, source: str = "mine") -> Run:
+    """A finished run of one drawing and one caption for each number."""
+    pictures = {f"{number}.jpg": encoded(drawing(number)) for number in names}
+    captions = {f"{number}.jpg": f"编号{number:04d}的图片" for number in names}
+    run = make_run(folder, pictures, captions, samples_per_shard=samples_per_shard, source=source)
+    return finish(run)
+
+
+def sidecars(run: Run, stage: str = "shards") -> pl.DataFrame:
+    paths = sorted(Path(run.folder, stage).glob("*.parquet"))
+    return pl.concat([pl.read_parquet(path) for path in paths])

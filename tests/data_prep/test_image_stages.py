@@ -1,0 +1,291 @@
+"""Rules on pictures as stages: evaluation pictures by guard, sizes by source, exact and near copies."""
+
+import base64
+import functools
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from PIL import Image, ImageDraw
+
+from data_prep import corpus, dedup, dedup_image, filter_image, filter_text, shards
+from data_prep.corpus import CorpusStageConfig, SourcesConfig
+from data_prep.dedup import DedupConfig
+from data_prep.dedup_image import DedupImageConfig, band_values, near_copies
+from data_prep.download import tasks as download_tasks
+from data_prep.drop_table import drops_path, write_drops, write_table
+from data_prep.filter_image import FilterImageConfig
+from data_prep.filter_text import FilterTextConfig
+from data_prep.guard import make_guard
+from data_prep.shards import ShardsConfig
+from data_prep.sources.table import TableSource
+from data_prep.tar_members import TarWriter
+from pipeline import runner, store
+from pipeline.catalog import load
+from pipeline.config import build
+from pipeline.evaluation_sets import EvaluationSource
+from pipeline.records import ConfigError
+from pipeline.runner import Run
+from pipeline.stage import Context, Outcome, Progress, Stage, Task
+from pipeline.why import explain
+
+
+def draw(seed: int, size: tuple[int, int] = (160, 120)) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    image = Image.new("RGB", (160, 120), tuple(rng.integers(0, 255, 3).tolist()))
+    canvas = ImageDraw.Draw(image)
+    for _ in range(12):
+        x, y = rng.integers(0, 120, 2).tolist()
+        canvas.rectangle((x, y, x + 40, y + 30), fill=tuple(rng.integers(0, 255, 3).tolist()))
+    return image.resize(size)
+
+
+def jpeg(image: Image.Image, quality: int = 95) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def fetch(
+    pictures_by_url: Mapping[str, bytes], config: None, context: Context, task: Task, progress: Progress
+) -> Outcome:
+    """Stands in for the download: the files that `data_prep.download` publishes, no network."""
+    rows = pl.read_parquet(context.path_in("dedup", task.arguments["path"]))
+    tar_path, table_path = f"pictures/{task.name}.tar", f"pictures/{task.name}.parquet"
+    pictures = [pictures_by_url[url] for url in rows["url"]]
+    with store.publish(context.path(tar_path)) as temporary, TarWriter(temporary) as tar:
+        places = [tar.add(f"{key}.jpg", data) for key, data in zip(rows["key"], pictures, strict=True)]
+    sizes = [Image.open(io.BytesIO(data)).size for data in pictures]
+    table = rows.drop("width_px", "height_px").with_columns(
+        pl.Series("width_px", [size[0] for size in sizes], dtype=pl.Int32),
+        pl.Series("height_px", [size[1] for size in sizes], dtype=pl.Int32),
+        pl.Series("offset_bytes", [place.offset_bytes for place in places], dtype=pl.Int64),
+        pl.Series("size_bytes", [place.size_bytes for place in places], dtype=pl.Int64),
+        pl.Series("image_sha256", [place.sha256 for place in places], dtype=pl.String),
+    )
+    write_table(table, context.path(table_path))
+    write_drops(rows.head(0).with_columns(reason=pl.lit("")), context.path(drops_path(task.name)))
+    outputs = {tar_path: rows.height, table_path: rows.height, drops_path(task.name): 0}
+    return Outcome(outputs, rows.height, rows.height)
+
+
+def make(
+    folder: Path,
+    tables: Mapping[str, Mapping[str, bytes]],
+    images: FilterImageConfig | None = None,
+    copies: DedupImageConfig | None = None,
+    guards: tuple[str, ...] = (),
+    evaluations: tuple[EvaluationSource, ...] = (),
+    exempt: Mapping[str, tuple[str, ...]] | None = None,
+    partitions: int = 2,
+) -> Run:
+    """A run over named tables of url → picture, finished up to the shards."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = []
+    for name, pictures in tables.items():
+        path = folder / f"{name}.parquet"
+        rows = {"url": list(pictures), "caption": [f"编号为{n}的{name}图片" for n in range(len(pictures))]}
+        pl.DataFrame(rows).write_parquet(path)
+        sources.append(TableSource(path=str(path), name=name, exempt_from=(exempt or {}).get(name, ())))
+    web = {url: data for pictures in tables.values() for url, data in pictures.items()}
+    config = CorpusStageConfig(
+        corpus=SourcesConfig(kind="sources", sources=tuple(sources), guards=guards), evaluations=evaluations
+    )
+    stages = [
+        Stage("corpus", "", 1, config, (), corpus.tasks, corpus.run),
+        Stage("filter_text", "", 1, FilterTextConfig(), ("corpus",), filter_text.tasks, filter_text.run),
+        Stage("dedup", "", 1, DedupConfig(partitions=partitions), ("filter_text",), dedup.tasks, dedup.run),
+        Stage("download", "", 1, None, ("corpus", "dedup"), download_tasks, functools.partial(fetch, web)),
+        Stage(
+            "filter_image", "", 1, images or FilterImageConfig(), ("corpus", "download"),
+            filter_image.tasks, filter_image.run,
+        ),
+    ]  # fmt: skip
+    last = "filter_image"
+    if copies is not None:
+        stages += [
+            Stage(
+                "find_copies", "", 1, copies, ("corpus", last), dedup_image.find_tasks, dedup_image.find_run
+            ),
+            Stage(
+                "dedup_image", "", 1, copies, ("corpus", last, "find_copies"),
+                dedup_image.tasks, dedup_image.run,
+            ),
+        ]  # fmt: skip
+        last = "dedup_image"
+    stages.append(Stage("shards", "", 1, ShardsConfig(), ("download", last), shards.tasks, shards.run))
+    run = Run(str(folder / "run"), 0, "local", 1, tuple(stages))
+    runner.execute(run, run.stages, redo=False)
+    return run
+
+
+def kept_urls(run: Run) -> set[str]:
+    paths = sorted(Path(run.folder, "shards").glob("*.parquet"))
+    return {url for path in paths for url in pl.read_parquet(path)["url"]}
+
+
+def dropped(run: Run, stage: str) -> dict[str, int]:
+    manifest = runner.read_manifest(run, stage)
+    assert manifest is not None
+    return dict(manifest.dropped)
+
+
+def web(*pictures: bytes) -> dict[str, bytes]:
+    return {f"http://a.cn/{number}": data for number, data in enumerate(pictures)}
+
+
+def test_copies_of_guarded_pictures_go_whatever_their_address(tmp_path: Path) -> None:
+    evaluation = tmp_path / "evaluation" / "中文"
+    evaluation.mkdir(parents=True)
+    for number in range(3):
+        draw(number).save(evaluation / f"{number}.png")
+    guard = tmp_path / "guard.parquet"
+    assert make_guard(str(tmp_path / "evaluation"), "own", str(guard)) == 3
+    table = web(
+        jpeg(draw(0)), jpeg(draw(1), quality=60), jpeg(draw(2, (320, 240))), jpeg(draw(3)), jpeg(draw(4)),
+    )  # fmt: skip
+    guarded = make(tmp_path / "on", {"a": table}, guards=(str(guard),))
+    assert dropped(guarded, "filter_image") == {"evaluation_image": 3}
+    assert kept_urls(guarded) == {"http://a.cn/3", "http://a.cn/4"}
+    assert len(kept_urls(make(tmp_path / "off", {"a": table}))) == 5
+    switched = FilterImageConfig(remove_evaluation_copies=False)
+    assert len(kept_urls(make(tmp_path / "no", {"a": table}, images=switched, guards=(str(guard),)))) == 5
+
+
+def test_copies_of_the_runs_own_evaluation_sets_go(tmp_path: Path) -> None:
+    folder = tmp_path / "valid"
+    folder.mkdir()
+    (folder / "valid_imgs.tsv").write_text(f"7\t{base64.b64encode(jpeg(draw(1))).decode()}\n")
+    (folder / "valid_texts.jsonl").write_text('{"text_id": 1, "text": "图", "image_ids": [7]}\n')
+    sets = (EvaluationSource(name="valid", folder=str(folder)),)
+    run = make(tmp_path / "r", {"a": web(jpeg(draw(0)), jpeg(draw(1), 70))}, evaluations=sets)
+    assert kept_urls(run) == {"http://a.cn/0"}
+
+
+def test_size_and_aspect_are_switched_per_source(tmp_path: Path) -> None:
+    small, long = jpeg(draw(0, (12, 12))), jpeg(draw(1, (200, 20)))
+    tables = {
+        "a": {"http://a.cn/s": small, "http://a.cn/l": long, "http://a.cn/g": jpeg(draw(2))},
+        "b": {"http://b.cn/s": small, "http://b.cn/l": long},
+        "c": {"http://c.cn/s": small, "http://c.cn/l": long},
+    }
+    run = make(tmp_path, tables, exempt={"b": ("size", "aspect"), "c": ("aspect",)})
+    assert dropped(run, "filter_image") == {"aspect": 1, "too_small": 2}
+    assert kept_urls(run) == {"http://a.cn/g", "http://b.cn/s", "http://b.cn/l", "http://c.cn/l"}
+
+
+@pytest.mark.parametrize("partitions", [1, 3])
+def test_of_exact_copies_the_lowest_key_stays(tmp_path: Path, partitions: int) -> None:
+    pictures = [jpeg(draw(number % 4)) for number in range(11)]
+    run = make(tmp_path, {"a": web(*pictures)}, copies=DedupImageConfig(partitions=partitions), partitions=3)
+    assert dropped(run, "dedup_image") == {"duplicate_image": 7}
+    tables = [pl.read_parquet(path) for path in Path(run.folder, "filter_image", "kept").glob("*.parquet")]
+    rows = pl.concat(tables).sort("key")
+    first = rows.unique("image_sha256", keep="first", maintain_order=True)
+    assert kept_urls(run) == set(first["url"])
+    gone = rows.join(first, on="key", how="anti").row(0, named=True)
+    lowest = first.filter(image_sha256=gone["image_sha256"])["key"].item()
+    assert (
+        explain(run, FilterTextConfig(), gone["key"])[1]
+        == f"  dropped by dedup_image: duplicate_image ({lowest})"
+    )
+
+
+def test_near_copies_go_and_a_source_can_keep_its_own(tmp_path: Path) -> None:
+    tables = {
+        "a": {f"http://a.cn/{n}": jpeg(draw(n)) for n in range(4)},
+        "b": {f"http://b.cn/{n}": jpeg(draw(n, (200, 150)), 80) for n in range(4)},
+    }
+    copies = DedupImageConfig(max_distance=20)
+    run = make(tmp_path / "on", tables, copies=copies)
+    assert dropped(run, "dedup_image") == {"near_duplicate_image": 4}
+    assert {url.rsplit("/", 1)[1] for url in kept_urls(run)} == {"0", "1", "2", "3"}
+    both = make(
+        tmp_path / "b", tables, copies=copies, exempt={"a": ("image_duplicates",), "b": ("image_duplicates",)}
+    )
+    assert len(kept_urls(both)) == 8
+
+
+def _hashes(count: int, rng: np.random.Generator) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Random hashes, a third of them a few bits from another."""
+    hash_NB = rng.integers(0, 256, (count, 48), dtype=np.uint8)
+    for row in range(0, count, 3):
+        bits = np.unpackbits(hash_NB[rng.integers(0, count)])
+        bits[rng.choice(384, rng.integers(0, 12), replace=False)] ^= 1
+        hash_NB[row] = np.packbits(bits)
+    return hash_NB
+
+
+@pytest.mark.parametrize("max_distance", [0, 3, 7, 11, 31])
+def test_bands_find_what_all_pairs_find(max_distance: int) -> None:
+    rng = np.random.default_rng(max_distance)
+    hash_NB = _hashes(300, rng)
+    keys = [f"{number:032x}" for number in rng.permutation(300)]
+    rows = pl.DataFrame({"key": keys, "perceptual_hash": [item.tobytes() for item in hash_NB]})
+    num_bands = max_distance + 1
+    found: set[str] = set()
+    for band in range(num_bands):
+        values = band_values(hash_NB, band, num_bands)
+        copies = near_copies(rows.with_columns(band=pl.Series(values)), max_distance)
+        assert set(copies["reason"]) <= {"near_duplicate_image"}
+        for key, detail in copies.select("key", "detail").iter_rows():
+            one, other = hash_NB[keys.index(key)], hash_NB[keys.index(detail)]
+            assert detail < key
+            assert np.bitwise_count(one ^ other).sum() <= max_distance
+        found |= set(copies["key"])
+    distance_NN = np.bitwise_count(hash_NB[:, None] ^ hash_NB[None]).sum(axis=2)
+    expected = {
+        keys[i]
+        for i in range(300)
+        for j in range(300)
+        if keys[j] < keys[i] and distance_NN[i, j] <= max_distance
+    }
+    assert len(expected) > 2
+    assert found == expected
+
+
+def test_a_crowded_band_is_bounded_and_still_finds_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """10,000 different hashes share a band's value: each is compared with its neighbours alone."""
+    rng = np.random.default_rng(0)
+    hash_NB = rng.integers(0, 256, (10_000, 48), dtype=np.uint8)
+    hash_NB[:, ::2] = 0
+    hash_NB[1] = hash_NB[0]
+    hash_NB[1, 47] ^= 1
+    compared = 0
+    count = np.bitwise_count
+
+    def counting(words: Any) -> Any:
+        nonlocal compared
+        compared += len(words)
+        return count(words)
+
+    monkeypatch.setattr(np, "bitwise_count", counting)
+    monkeypatch.setattr(dedup_image, "WINDOW", 20)
+    keys = [f"{number:032x}" for number in range(10_000)]
+    rows = pl.DataFrame({"key": keys, "perceptual_hash": [item.tobytes() for item in hash_NB]})
+    copies = near_copies(rows.with_columns(band=pl.lit(5, dtype=pl.UInt64)), 4)
+    assert copies.select("key", "detail").rows() == [(keys[1], keys[0])]
+    assert compared <= 20 * 10_000
+
+
+def test_what_is_not_asked_for_is_not_there() -> None:
+    plain, _ = load("demo")
+    assert "dedup_image" not in {stage.name for stage in plain.stages}
+    run, _ = load("demo", ["dedup_image.max_distance=7", "score.model=m"])
+    names = [stage.name for stage in run.stages]
+    assert names[names.index("filter_image") : names.index("shards")] == [
+        "filter_image", "find_copies", "dedup_image", "score", "filter_score",
+    ]  # fmt: skip
+    paper, _ = load("paper_corpus")
+    assert not {"dedup_image", "score"} & {stage.name for stage in paper.stages}
+    for fields, message in (
+        ({"max_distance": 32}, "0 to 31 bits"),
+        ({"exact": False}, "nothing to look for"),
+        ({"partitions": 0}, "at least 1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            build(DedupImageConfig, fields, "run.toml")

@@ -1,0 +1,255 @@
+"""A second pass of the download: what comes back, comes to the shards as if it had never failed."""
+
+import contextlib
+import io
+import json
+import shutil
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import polars as pl
+import pytest
+from corpus_files import drawing, encoded, make_run, sidecars
+
+from data_prep import download
+from data_prep import retry as data_retry
+from data_prep.download import DownloadConfig
+from data_prep.funnel import by_source
+from pipeline import catalog, retry, runner, store
+from pipeline.records import ConfigError
+from pipeline.runner import Run
+
+NUM_PICTURES = 60
+PICTURES = {f"{number}.jpg": encoded(drawing(number)) for number in range(NUM_PICTURES)}
+CAPTIONS = {name: f"编号{int(name[:-4]):04d}的图片" for name in PICTURES}
+
+# What the web says to each picture at first: some of it passes, some of it stays.
+ERRORS = ("timeout: 10 s", "http_error: 503", "http_error: 429", "dns: no", "tls: bad", "connection: reset")
+LASTING = ("http_404: 404", "http_error: 403", "opted_out: X-Robots-Tag", "not_an_image: starts with b''")
+Web = Callable[[int], str | None]  # number of a picture → error, None where it is given, "" where it is lost
+
+
+def first_time(number: int) -> str | None:
+    if number % 10 == 1:
+        return ""
+    if number % 4 == 0:
+        return ERRORS[number // 4 % len(ERRORS)]
+    if number % 10 == 7:
+        return LASTING[number // 10 % len(LASTING)]
+    return None
+
+
+def still_gone(number: int) -> str | None:
+    return first_time(number) if first_time(number) in LASTING else None
+
+
+def fake_web(monkeypatch: pytest.MonkeyPatch, web: Web) -> list[int]:
+    """Stands in for img2dataset and the web: writes the files that it writes. Numbers asked for are noted."""
+    asked: list[int] = []
+
+    @contextlib.contextmanager
+    def downloader(config: Any, context: Any, raw: Path, max_rows: int) -> Iterator[Any]:
+        (raw / "shards").mkdir()
+        for place, path in enumerate(sorted((raw / "lists").glob("*.parquet"))):
+            rows = []
+            with tarfile.open(raw / "shards" / f"{place:05d}.tar", "w") as tar:
+                for index, (url, key) in enumerate(pl.read_parquet(path).iter_rows()):
+                    name = url.rsplit("/", 1)[1]
+                    asked.append(int(name[:-4]))
+                    error = web(asked[-1])
+                    if error == "":
+                        continue
+                    if error is None:
+                        member = tarfile.TarInfo(f"{index:09d}.jpg")
+                        member.size = len(PICTURES[name])
+                        tar.addfile(member, io.BytesIO(PICTURES[name]))
+                    size = 64 if error is None else None
+                    rows.append((key, f"{index:09d}", error, size, size, size, size, "00"))
+            table = pl.DataFrame(rows, schema=download._ANSWER_SCHEMA, orient="row")
+            table.write_parquet(raw / "shards" / f"{place:05d}.parquet")
+            (raw / "shards" / f"{place:05d}_stats.json").write_text("{}")
+        yield SimpleNamespace(poll=lambda: 0)
+
+    monkeypatch.setattr(download, "_downloader", downloader)
+    return asked
+
+
+def load(folder: Path) -> Run:
+    run = make_run(folder, PICTURES, CAPTIONS)
+    stages = [
+        replace(stage, config=DownloadConfig(), run=None, run_together=download.run_together)
+        if stage.name == "download"
+        else stage
+        for stage in run.stages
+    ]
+    return replace(run, stages=tuple(stages))
+
+
+@pytest.fixture
+def failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A finished run on a bad day."""
+    fake_web(monkeypatch, first_time)
+    run = load(tmp_path / "failed")
+    runner.execute(run, run.stages, redo=False)
+    return run
+
+
+def shard_bytes(run: Run) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(Path(run.folder, "shards").glob("00*"))}
+
+
+def dropped(run: Run) -> dict[str, int]:
+    manifest = runner.read_manifest(run, "download")
+    assert manifest is not None
+    assert manifest.num_in == NUM_PICTURES == manifest.num_kept + sum(manifest.dropped.values())
+    return dict(manifest.dropped)
+
+
+def expected(web: Web) -> Counter[str]:
+    answers = [web(number) for number in range(NUM_PICTURES)]
+    return Counter(answer.split(":")[0] or "lost_by_downloader" for answer in answers if answer is not None)
+
+
+def test_the_plan_names_the_classes_and_which_are_worth_it(failed: Run) -> None:
+    worth = {item.name: item.num_rows for item in retry.plan(failed) if item.is_worth_it}
+    assert worth == {
+        "lost_by_downloader": 6, "timeout": 3, "http_error 503": 3, "http_error 429": 3, "dns": 2, "tls": 2,
+        "connection": 2,
+    }  # fmt: skip
+    lasting = {item.name for item in retry.plan(failed) if not item.is_worth_it}
+    assert lasting == {"http_404", "http_error 403", "opted_out", "not_an_image"}
+
+
+def test_after_a_retry_the_shards_are_those_of_a_good_day(
+    failed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert dropped(failed) == expected(first_time)
+    asked = fake_web(monkeypatch, still_gone)
+    done = retry.do(failed)
+    assert sorted(asked) == [n for n in range(NUM_PICTURES) if first_time(n) not in (None, *LASTING)]
+    assert (done.number, done.asked, done.recovered) == (1, len(asked), len(asked))
+    assert done.redone == ("filter_image", "shards")
+    good = load(tmp_path / "good")
+    runner.execute(good, good.stages, redo=False)
+    assert shard_bytes(failed) == shard_bytes(good)
+    assert dropped(failed) == dropped(good) == expected(still_gone)
+    manifests = [runner.read_manifest(run, "download") for run in (failed, good)]
+    funnels = [by_source(manifest) for manifest in manifests if manifest is not None]
+    assert funnels[0] == funnels[1]
+    assert runner.verify(failed, failed.stages) == []
+    assert all(status.state is runner.State.DONE for status in runner.survey(failed))
+    # And nothing is left to ask for.
+    assert retry.do(failed) == retry.Retried(0, 0, 0, ())
+
+
+def test_passes_add_up(failed: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails again stays for the next pass; what fails for good then has its last reason."""
+
+    def second_time(number: int) -> str | None:
+        if number % 8 == 0:
+            return "timeout: 10 s" if number % 16 == 0 else "http_404: 404"
+        return first_time(number) if first_time(number) in LASTING else None
+
+    fake_web(monkeypatch, second_time)
+    first = retry.do(failed)
+    assert 0 < first.recovered < first.asked
+    assert dropped(failed) == expected(second_time)
+    asked = fake_web(monkeypatch, still_gone)
+    second = retry.do(failed)
+    assert (second.number, second.recovered) == (2, 4)
+    assert sorted(asked) == [0, 16, 32, 48]
+    assert dropped(failed)["http_404"] == expected(second_time)["http_404"]
+    assert sidecars(failed).height == NUM_PICTURES - sum(dropped(failed).values())
+    assert sidecars(failed)["key"].is_sorted()
+    assert runner.verify(failed, failed.stages) == []
+
+
+def test_nothing_comes_back(failed: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = shard_bytes(failed)
+    fake_web(monkeypatch, first_time)
+    assert retry.do(failed).recovered == 0
+    assert dropped(failed) == expected(first_time)
+    assert shard_bytes(failed) == before
+
+
+@pytest.mark.parametrize("fatal", ["write_table", "write_text"])
+@pytest.mark.parametrize("after", range(0, 7, 2))
+def test_killed_at_any_write_it_goes_on(
+    failed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fatal: str, after: int
+) -> None:
+    """Stopped at one of the writes, the run is whole as it was; the same call then ends as if never stopped."""
+    copy = load(tmp_path / "copy")
+    shutil.copytree(failed.folder, copy.folder, dirs_exist_ok=True)
+    other = replace(failed, folder=copy.folder)
+    fake_web(monkeypatch, still_gone)
+    retry.do(failed)
+    module, writes = (data_retry, [0]) if fatal == "write_table" else (store, [0])
+    write = getattr(module, fatal)
+
+    def failing(*arguments: Any) -> None:
+        writes[0] += 1
+        if writes[0] > after:
+            raise KeyboardInterrupt
+        write(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, fatal, failing)
+        with contextlib.suppress(KeyboardInterrupt):
+            retry.do(other)
+    assert [line for line in runner.verify(other, other.stages) if "download" in line] == []
+    retry.do(other)
+    assert shard_bytes(other) == shard_bytes(failed)
+    assert dropped(other) == dropped(failed)
+    assert runner.verify(other, other.stages) == []
+    names = [{p.name for p in Path(run.folder, "download").rglob("*.parquet")} for run in (other, failed)]
+    assert names[0] == names[1]
+
+
+def test_a_run_that_is_not_downloaded_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="download is to do"):
+        retry.plan(load(tmp_path))
+
+
+def test_drop_tables_of_before_statuses_were_kept(failed: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    drops = pl.LazyFrame({"key": ["a", "b"], "url_hash": ["", ""], "reason": ["http_error", "http_404"]})
+    assert data_retry.worth_it(drops).collect()["key"].to_list() == ["a"]
+
+
+@pytest.mark.slow
+def test_a_site_that_heals_over_real_http(tmp_path: Path) -> None:
+    """Real img2dataset, real HTTP: addresses that hung, broke off or answered 500 give their pictures later."""
+    settings = {
+        "run.folder": tmp_path / "demo", "run.processes": 1, "corpus.num_clean": 40,
+        "corpus.num_evaluation": 12, "corpus.dirt": 0.2, "dedup.partitions": 2,
+        "download.timeout_seconds": 1.5, "download.retries": 0, "shards.samples_per_shard": 32,
+    }  # fmt: skip
+    run, _ = catalog.load("demo", [f"{key}={value}" for key, value in settings.items()])
+    runner.execute(run, runner.select(run, None, None, "shards"), redo=False)
+    before = dropped_by(run)
+    path = Path(run.folder, "corpus", "site.json")
+    site = json.loads(path.read_text())
+    picture = next(answer for answer in site.values() if answer.get("file", "").endswith(".jpg"))
+    for answer in site.values():
+        if answer.get("hang") or answer.get("status", 200) >= 500 or answer.get("sent_share", 1) < 1:
+            answer.clear()
+            answer.update(picture)
+    path.write_text(json.dumps(site))
+    done = retry.do(run)
+    after = dropped_by(run)
+    passing = ("timeout", "connection")
+    gone = sum(before[reason] for reason in passing) + before["http_error"] - after["http_error"]
+    assert after["timeout"] == after["connection"] == 0
+    assert 0 < after["http_error"] < before["http_error"]  # 403 stays
+    assert done.asked == done.recovered == gone
+    assert runner.verify(run, [run.stage(name) for name in ("download", "filter_image", "shards")]) == []
+
+
+def dropped_by(run: Run) -> Counter[str]:
+    manifest = runner.read_manifest(run, "download")
+    assert manifest is not None
+    return Counter(manifest.dropped)

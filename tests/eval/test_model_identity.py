@@ -1,0 +1,96 @@
+"""A model's identity: of the weights, whatever their format; an index of another model is refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from evaluation_files import png_bytes, small_evaluation, write_shards
+from tiny_model import write_tiny_model
+
+from eval.datasets.cnclip_tsv import read_evaluation
+from eval.embed import embed_evaluation
+from eval.index import build_index
+from eval.large_index import PartedIndex
+from eval.model_identity import identify, read_identity
+from eval.retrieval import retrieve
+from pipeline import __main__ as command_line
+from pipeline.records import InputError
+from training.model.formats import load_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("identity")
+    for seed in (0, 1):
+        (folder / f"model{seed}").mkdir()
+        write_tiny_model(folder / f"model{seed}", seed=seed)
+    write_shards(folder / "shards", [(png_bytes(row), f"第{row}张图片") for row in range(12)], per_shard=12)
+    for seed in (0, 1):
+        words = ["--shards", str(folder / "shards"), "--out", str(folder / f"features{seed}")]
+        assert command_line.main(["embed", *model(folder, seed), *words]) == 0
+    assert command_line.main(["index", str(folder / "features0"), str(folder / "index0")]) == 0
+    return folder
+
+
+def model(folder: Path, seed: int) -> list[str]:
+    return [str(folder / f"model{seed}" / "model.safetensors"), "--vocab", str(folder / f"model{seed}")]
+
+
+def test_the_same_weights_in_another_format_are_the_same_model(folder: Path, tmp_path: Path) -> None:
+    weights = model(folder, 0)[0]
+    own = identify(load_model(weights))
+    for out in ("other.pt", "hugging_face"):
+        command = ["convert", weights, str(tmp_path / out), "--vocab", str(folder / "model0")]
+        assert command_line.main(command) == 0
+        assert identify(load_model(str(tmp_path / out))).weights_sha256 == own.weights_sha256
+    assert identify(load_model(model(folder, 1)[0])) != own
+
+
+def test_an_index_says_whose_features_it_holds(folder: Path) -> None:
+    own = identify(load_model(model(folder, 0)[0]))
+    assert json.loads((folder / "index0" / "index.json").read_text())["model"] == {
+        "name": "tiny-vit",
+        "weights_sha256": own.weights_sha256,
+    }
+    assert PartedIndex.open(str(folder / "index0")).model == own
+    assert read_identity(str(folder / "features0" / "img_emb" / "img_emb_0.npy")) == own
+
+
+def test_serve_refuses_an_index_of_another_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--index", str(folder / "index0"), "--embeddings", str(folder / "features0")]
+    words += ["--pictures", str(folder / "shards"), "--port", "0"]
+    assert command_line.main(["serve", *model(folder, 1), *words]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "index0: of the model tiny-vit" in error
+
+
+def test_bench_index_refuses_queries_of_another_model(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    queries = str(folder / "features1" / "text_emb" / "text_emb_0.npy")
+    words = ["bench-index", str(folder / "features0"), "--grid", "Flat", "--k", "3", "--queries"]
+    assert command_line.main([*words, queries]) == 1
+    assert "features of two models cannot be compared" in capsys.readouterr().err
+    assert command_line.main([*words, queries.replace("features1", "features0")]) == 0
+
+
+def test_retrieval_refuses_an_index_of_another_model_and_of_another_width(
+    folder: Path, tmp_path: Path
+) -> None:
+    evaluation = read_evaluation(small_evaluation(tmp_path / "set"), "small")
+    for seed in (0, 1):
+        out = tmp_path / f"out{seed}"
+        embed_evaluation(model(folder, seed)[0], str(folder / f"model{seed}"), evaluation, str(out))
+        for side, name in (("image", "img_emb"), ("text", "text_emb")):
+            build_index(str(out / name / f"{name}_0.npy"), str(out / f"{side}.index"))
+    features, other = str(tmp_path / "out0"), str(tmp_path / "out1")
+    retrieve(evaluation, features, features, str(tmp_path / "scores"))
+    with pytest.raises(InputError, match=r"out1: of the model tiny-vit .*, but this is tiny-vit"):
+        retrieve(evaluation, features, other, str(tmp_path / "scores"))
+    (tmp_path / "out1" / "model.json").unlink()
+    np.save(tmp_path / "narrow.npy", np.eye(12, 16, dtype=np.float32))
+    build_index(str(tmp_path / "narrow.npy"), str(tmp_path / "out1" / "image.index"))
+    with pytest.raises(InputError, match="an index of width 16"):
+        retrieve(evaluation, features, other, str(tmp_path / "scores"))

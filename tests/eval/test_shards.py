@@ -1,0 +1,104 @@
+"""Shards of the project as an evaluation set: alone, in `cnclip eval`, and as an evaluation of a run."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from evaluation_files import png_bytes, write_evaluation, write_shards
+from tiny_model import write_tiny_model
+
+from data_prep.guard import set_hashes
+from eval.datasets.cnclip_tsv import read_evaluation
+from eval.datasets.retrieval_set import read_retrieval_set
+from eval.datasets.shards import read_shards
+from eval.embed import score_features, validator
+from eval.evaluate import find_sets
+from pipeline import __main__ as command_line
+from pipeline.evaluation_sets import EvaluationSource, digest_of
+from pipeline.records import InputError
+from training.model.formats import load_model
+from training.model.tokenizer import Tokenizer
+
+# samples 3 and 15 have the same picture, 5 and 9 the same caption
+SAMPLES = [(png_bytes(3 if row == 15 else row), f"第{5 if row == 9 else row}张图片") for row in range(16)]
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> str:
+    return write_shards(tmp_path / "sets" / "mine", SAMPLES, per_shard=6)
+
+
+def test_equal_pictures_and_equal_captions_are_one(shards: str) -> None:
+    evaluation = read_shards(shards, "mine")
+    assert evaluation.image_ids.tolist() == list(range(15))
+    assert evaluation.text_ids.tolist() == [row for row in range(16) if row != 9]
+    positives = {
+        int(text_id): evaluation.image_ids[rows].tolist()
+        for text_id, rows in zip(evaluation.text_ids, evaluation.images_of_text, strict=True)
+    }
+    assert positives[5] == [5, 9]
+    assert positives[3] == positives[15] == [3]
+    assert evaluation.texts[evaluation.text_ids.tolist().index(15)] == "第15张图片"
+    rows = [14, 0, 7, 6, 1]
+    assert list(evaluation.image_bytes(rows)) == [SAMPLES[row][0] for row in rows]
+
+
+def test_scores_equal_those_of_the_same_set_in_chinese_clips_layout(shards: str, tmp_path: Path) -> None:
+    images = {row: SAMPLES[row][0] for row in range(15)}
+    texts = [(row, SAMPLES[row][1], {5: [5, 9], 15: [3]}.get(row, [row])) for row in range(16) if row != 9]
+    plain = read_evaluation(write_evaluation(tmp_path / "plain", "mine", images, texts), "mine")
+    evaluation = read_retrieval_set(shards, "mine")
+    rng = np.random.default_rng(0)
+    image_ND, text_ND = (rng.normal(size=(15, 8)).astype(np.float32) for _ in range(2))
+    image_ND, text_ND = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in (image_ND, text_ND))
+    scores = score_features(evaluation, image_ND, text_ND)
+    assert scores == score_features(plain, image_ND, text_ND)
+    assert list(evaluation.image_bytes(range(15))) == list(plain.image_bytes(range(15)))
+
+
+def test_cnclip_eval_measures_shards(shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights, vocabulary = write_tiny_model(tmp_path)
+    assert [item.protocol for item in find_sets(str(tmp_path / "sets")).retrieval] == ["mine"]
+    out = tmp_path / "out"
+    words = ["eval", weights, "--vocab", vocabulary, "--sets", str(tmp_path / "sets"), "--out", str(out)]
+    assert command_line.main(words) == 0
+    assert "text-to-image R@1" in capsys.readouterr().out
+    lines = (out / "mine" / "mine.predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["text_id"] for line in lines] == [row for row in range(16) if row != 9]
+
+
+def test_shards_serve_a_run_as_an_evaluation_set(shards: str, tmp_path: Path) -> None:
+    before = digest_of(EvaluationSource(name="mine", folder=shards))
+    assert [hashed for _, hashed in set_hashes(shards, "mine")] == [
+        hashed for stem in ("00000", "00001", "00002")
+        for hashed in pl.read_parquet(f"{shards}/{stem}.parquet")["perceptual_hash"]
+    ]  # fmt: skip
+    weights, vocabulary = write_tiny_model(tmp_path)
+    validate = validator({"mine": shards}, Tokenizer.load(vocabulary), 52)
+    assert set(validate(load_model(weights))) == {"mine"}
+    path = f"{shards}/00001.parquet"
+    pl.read_parquet(path).with_columns(caption=pl.lit("另一句")).write_parquet(path)
+    assert digest_of(EvaluationSource(name="mine", folder=shards)) != before
+
+
+def test_bad_shards_are_said_in_one_line(shards: str, tmp_path: Path) -> None:
+    path = Path(shards) / "00001.parquet"
+    table = pl.read_parquet(path)
+    table.with_columns(caption=pl.lit(" ")).write_parquet(path)
+    with pytest.raises(InputError, match=r"00001.parquet: 0+b99a: an empty caption \(6 such samples\)"):
+        read_shards(shards, "mine")
+    table.drop("offset_bytes").write_parquet(path)
+    with pytest.raises(InputError, match=r"00001.parquet: has no column offset_bytes"):
+        read_shards(shards, "mine")
+    path.write_bytes(b"PAR1 no")
+    with pytest.raises(InputError, match=r"00001.parquet: cannot be read"):
+        read_shards(shards, "mine")
+    table.write_parquet(path)
+    evaluation = read_shards(shards, "mine")
+    (Path(shards) / "00001.tar").write_bytes(b"short")
+    with pytest.raises(InputError, match=r"00001.tar: ends inside the picture at"):
+        list(evaluation.image_bytes([7]))
+    with pytest.raises(InputError, match="or shards"):
+        digest_of(EvaluationSource(name="none", folder=str(tmp_path)))

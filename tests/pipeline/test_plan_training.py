@@ -1,0 +1,72 @@
+"""What `cnclip plan` prints of training."""
+
+import pytest
+
+from pipeline.__main__ import main
+
+
+def plan(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(["plan", *words]) == 0
+    return capsys.readouterr().out
+
+
+def test_every_stage_of_every_model_of_the_paper(capsys: pytest.CaptureFixture[str]) -> None:
+    said = plan(capsys, "pretrain")
+    rows = [line.split() for line in said.splitlines()[1:10]]
+    assert [row[:2] for row in rows] == [
+        *([model, stage] for model in ("RN50", "ViT-B-16", "ViT-L-14") for stage in ("stage1", "stage2")),
+        ["ViT-L-14-336", "stage2"],
+        *(["ViT-H-14", stage] for stage in ("stage1", "stage2")),
+    ]
+    steps = {(row[0], row[1]): row[4] for row in rows}
+    assert steps["ViT-B-16", "stage1"] == f"{44 * 200_000_000 // 32_768:,}"
+    assert steps["ViT-L-14", "stage2"] == f"{7 * 200_000_000 // 4_608:,}"
+    assert "ViT-H-14 stage1: 184 does not divide 32,768; " in said
+    assert "128 or 256 ranks share evenly" in said
+    assert said.count("does not divide") == 2
+
+
+def test_the_hardware_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    def days(*words: str) -> float:
+        return float(plan(capsys, "pretrain", *words).splitlines()[1].split()[9].replace(",", ""))
+
+    # two devices, one of 2.5 times the other's peak, at a fifth of the utilisation
+    assert days("--hardware", "V100", "--utilisation", "0.08") == pytest.approx(
+        days("--hardware", "A100", "--utilisation", "0.4") * 312 / 125 * 5, rel=0.02
+    )
+    half = days("--samples", "100000000")
+    assert days() == pytest.approx(2 * half, rel=0.02)
+    small = plan(capsys, "pretrain", "--hardware", "V100", "--memory", "12")
+    assert " 64 " in small.splitlines()[2]  # RN50's stage 2 no longer fits as a whole
+    assert "none fits" in plan(capsys, "pretrain", "--memory", "5")
+
+
+def test_finetuning(capsys: pytest.CaptureFixture[str]) -> None:
+    said = plan(capsys, "finetune", "--hardware", "H100")
+    assert len([line for line in said.splitlines() if line.startswith("ViT-B-16 ")]) == 4 + 2
+    assert "ViT-B-16 coco-cn: how many pairs it has is not known here; give --samples" in said
+
+
+def test_a_run_shows_its_training_where_hardware_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = "--set=run.folder=/nowhere/demo"
+    assert "Reckoned" not in plan(capsys, "demo", folder)
+    said = plan(capsys, "demo", folder, "--hardware", "A100", "--samples", "3000")
+    (row,) = [line.split() for line in said.splitlines() if line.startswith("tiny-rn  stage2")]
+    assert row[2:7] == ["128", "12", f"{12 * 3000 // 128}", "2", "64"]
+    assert "tiny-rn stage1: how many pairs" in plan(capsys, "demo", folder, "--hardware", "A100")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--hardware", "abacus"), "--hardware abacus: no data sheet"),
+        (("--utilisation", "40"), "--utilisation 40.0: must be above 0 and at most 1"),
+        (("--memory", "0"), "--memory 0.0: must be above 0 GiB"),
+        (("--samples", "0"), "--samples 0: must be above 0"),
+    ],
+)
+def test_what_no_device_does_is_refused(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
+) -> None:
+    assert main(["plan", "pretrain", *words]) == 2
+    assert message in capsys.readouterr().err

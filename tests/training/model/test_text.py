@@ -1,0 +1,146 @@
+"""The packed text tower against transformers' own computation on captions padded to 52."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import BertModel
+
+from training.model import text
+from training.model.config import TextConfig
+from training.model.text import build_text_tower, encode_packed, pack
+
+CONFIG = TextConfig(layers=3, width=64, heads=2, vocab_size=100, max_positions=128, init_std=0.05)
+LENGTHS = (9, 5, 52, 9, 2, 30, 5, 9, 1)
+
+
+def _tower(*, dropout: float = 0.0) -> BertModel:
+    torch.manual_seed(0)
+    tower = build_text_tower(TextConfig(**{name: getattr(CONFIG, name) for name in CONFIG.__slots__}))
+    with torch.no_grad():
+        for parameter in tower.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    for module in tower.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = dropout
+    return tower
+
+
+def _tokens(lengths: tuple[int, ...] = LENGTHS, context_length: int = 52) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    tokens_BL = torch.zeros(len(lengths), context_length, dtype=torch.int64)
+    for row, length in enumerate(lengths):
+        tokens_BL[row, :length] = torch.randint(1, 100, (length,), generator=generator)
+    return tokens_BL
+
+
+def _padded(tower: BertModel, tokens_BL: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = tower(input_ids=tokens_BL, attention_mask=tokens_BL.ne(0).long()).last_hidden_state[
+        :, 0
+    ]
+    return found
+
+
+ATTENTIONS = {"by run": text._attend_by_run, "jagged": text._attend_jagged}
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_features_and_gradients_equal_padding_to_52(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`jagged` is what accelerators run; PyTorch computes it on a CPU too, by other kernels."""
+    monkeypatch.setattr(text, "_attend_by_run", ATTENTIONS[name])
+    tower, tokens_BL = _tower(), _tokens()
+    normalise: Callable[..., torch.Tensor] = torch.nn.functional.normalize
+    with torch.inference_mode():
+        apart = normalise(encode_packed(tower, tokens_BL)) - normalise(_padded(tower, tokens_BL))
+    assert apart.abs().max() < 1e-6
+    double = tower.double()
+    gradients = []
+    for encode in (encode_packed, _padded):
+        double.zero_grad()
+        found = encode(double, tokens_BL)
+        found.pow(3).sum().backward()
+        gradients.append({key: parameter.grad for key, parameter in double.named_parameters()})
+    assert gradients[0].keys() == gradients[1].keys()
+    for key, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][key], rtol=1e-9, atol=1e-10)
+
+
+def test_operations_are_those_of_the_tokens_and_of_the_last_layers_first_tokens() -> None:
+    def linear(tokens: int) -> int:
+        """Projections and feed-forward of one layer: a multiplication and an addition a weight."""
+        return 2 * 12 * CONFIG.width**2 * tokens
+
+    def attention(queries: int, keys: int) -> int:
+        return 2 * 2 * CONFIG.width * queries * keys
+
+    tower = _tower().eval()
+    whole_layers, tokens, rows = CONFIG.layers - 1, sum(LENGTHS), len(LENGTHS)
+    expected = whole_layers * (linear(tokens) + sum(attention(length, length) for length in LENGTHS))
+    expected += linear(rows) + 2 * 2 * CONFIG.width**2 * (tokens - rows)  # keys and values of all tokens
+    expected += sum(attention(1, length) for length in LENGTHS)
+
+    def counted(encode: Callable[[BertModel, torch.Tensor], torch.Tensor], tokens_BL: torch.Tensor) -> int:
+        # The counter does not know the fused attention of CPUs.
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+            encode(tower, tokens_BL)
+        return counter.get_total_flops()
+
+    assert counted(encode_packed, _tokens()) == expected
+    assert counted(encode_packed, _tokens(context_length=128)) == expected
+    padded = CONFIG.layers * rows * (linear(52) + attention(52, 52))
+    assert counted(_padded, _tokens()) == padded > 3 * expected
+
+
+def test_a_caption_alone_and_in_company_is_the_same() -> None:
+    tower, tokens_BL = _tower().eval(), _tokens()
+    with torch.inference_mode():
+        together = encode_packed(tower, tokens_BL)
+        alone = torch.cat([encode_packed(tower, row_L[None]) for row_L in tokens_BL])
+        assert torch.equal(encode_packed(tower, tokens_BL.int()), together)
+    torch.testing.assert_close(together, alone, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_dropout_is_drawn_from_the_generator_in_attention_too(recompute: bool) -> None:
+    """The re-forward of micro-batches and of checkpointing relies on it."""
+    tokens_BL = _tokens()
+
+    def gradients(tower: BertModel, seed: int, *, recompute: bool) -> list[Any]:
+        torch.manual_seed(seed)
+        tower.zero_grad()
+        encode_packed(tower, tokens_BL, recompute=recompute).pow(3).sum().backward()
+        return [parameter.grad for parameter in tower.parameters()]
+
+    tower = _tower(dropout=0.1).train()
+    first = gradients(tower, 3, recompute=False)
+    again = gradients(copy.deepcopy(tower), 3, recompute=recompute)
+    other = gradients(copy.deepcopy(tower), 4, recompute=recompute)
+    assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True) if one is not None)
+    assert not torch.equal(first[0], other[0])
+    for layer in tower.encoder.layer:  # in the attention alone
+        layer.attention.output.dropout.p = layer.output.dropout.p = 0.0
+    tower.embeddings.dropout.p = 0.0
+    assert not torch.equal(
+        gradients(tower, 3, recompute=False)[0], gradients(_tower(), 3, recompute=False)[0]
+    )
+
+
+def test_a_caption_that_begins_with_padding_is_refused() -> None:
+    for tokens_BL in (torch.tensor([[2, 3], [0, 3]]), torch.zeros(2, 4), torch.zeros(2, 0)):
+        with pytest.raises(ValueError, match="every caption has to begin with a token"):
+            pack(tokens_BL, torch.device("cpu"))
+
+
+def test_an_empty_batch_and_one_of_single_tokens() -> None:
+    tower = _tower().eval()
+    with torch.inference_mode():
+        assert torch.allclose(
+            encode_packed(tower, _tokens((1, 1))), _padded(tower, _tokens((1, 1))), atol=2e-6
+        )
+        assert encode_packed(tower, _tokens(())).shape == (0, 64)

@@ -1,0 +1,139 @@
+"""The best step, and when it is no longer worth it: as a rule on numbers, and in training."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rank_processes import run_ranks
+from safetensors.torch import load_file
+from train_jobs import make_job, small_models
+
+from pipeline.records import ConfigError
+from training.choice import Choice, Validation, check_sets, choose, read_validations
+from training.config import TrainConfig, TrainJob
+from training.model.weights import load_checkpoint
+
+
+def validations(*scores: float) -> list[Validation]:
+    return [Validation(step, score) for step, score in enumerate(scores, start=1)]
+
+
+def test_the_best_is_the_highest_and_the_earliest_of_equal_ones() -> None:
+    assert choose([], 0.0) == Choice(None, 0)
+    assert choose(validations(3.0, 5.0, 4.0, 5.0), 0.0).best == Validation(2, 5.0)
+
+
+def test_a_gain_counts_from_the_last_salient_one() -> None:
+    # three times 0.4 is salient together; the best is the highest even where its gain was not
+    assert choose(validations(10.0, 10.4, 10.8, 11.2), 1.0) == Choice(Validation(4, 11.2), 0)
+    assert choose(validations(10.0, 10.4, 10.8, 10.2), 1.0) == Choice(Validation(3, 10.8), 3)
+    assert choose(validations(10.0, 11.0), 1.0).num_without_gain == 1  # "more than", not "as much as"
+
+
+def test_the_mean_over_the_deciding_sets_without_the_start() -> None:
+    lines = [
+        json.dumps({"step": step, "evaluation": name, "recall": {"mean_recall": score}})
+        for step, name, score in (
+            (0, "a", 99.0),
+            (5, "a", 10.0),
+            (5, "b", 30.0),
+            (10, "a", 12.0),
+            (10, "b", 20.0),
+        )
+    ]
+    lines.insert(1, json.dumps({"step": 1, "loss": 1.0}))
+    assert read_validations(lines, ()) == [Validation(5, 20.0), Validation(10, 16.0)]
+    assert read_validations(lines, ("a",)) == [Validation(5, 10.0), Validation(10, 12.0)]
+
+
+def test_sets_that_are_not_there_are_refused() -> None:
+    config = TrainConfig(epochs=1, choose="best", choose_on=("valid",))
+    with pytest.raises(
+        ConfigError, match=r"\[stage1\] choose_on: no evaluation set 'valid'; the run has test"
+    ):
+        check_sets(config, ("test",), "stage1")
+    with pytest.raises(ConfigError, match=r'choose = "best" needs an evaluation set, and the run has none'):
+        check_sets(dataclasses.replace(config, choose_on=()), (), "stage1")
+    check_sets(config, ("valid", "test"), "stage1")
+
+
+SCORES = {4: 10.0, 8: 30.0, 12: 20.0, 16: 25.0, 20: 31.0}  # by step
+
+
+def train_with_scores(job: TrainJob, scores: dict[int, float]) -> list[int]:
+    """Train with these for recall; returns the steps that were validated."""
+    from training.model.config import MODELS
+    from training.pretrain import pretrain
+
+    MODELS.update(small_models())
+    asked: list[int] = []
+    metrics = Path(job.folder) / "metrics.jsonl"
+
+    def recall(clip: Any) -> dict[str, dict[str, Any]]:
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        steps = [json.loads(line)["step"] for line in lines if "loss" in line]
+        asked.append(max(steps, default=0))
+        return {"toy": {"mean_recall": scores.get(asked[-1], 0.0)}}
+
+    from training.journal import Journal
+
+    def flushing(self: Journal, *arguments: Any, **named: Any) -> None:
+        step(self, *arguments, **named)
+        self.flush()
+
+    step = Journal.step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Journal, "step", flushing)
+        pretrain(job, recall)
+    return asked
+
+
+def job_that_chooses(folder: Path, run: str, **changes: Any) -> TrainJob:
+    settings: dict[str, Any] = {"choose": "best", "epochs": 7, "save_every_steps": 3, "keep_checkpoints": 1}
+    job = make_job(folder, run, **{**settings, **changes})
+    return dataclasses.replace(job, evaluations={"toy": "nowhere"})
+
+
+def test_the_stage_ends_with_the_weights_of_its_best_validation(tmp_path: Path) -> None:
+    job = job_that_chooses(tmp_path, "best")
+    (asked,) = run_ranks(train_with_scores, 1, job, {**SCORES, 20: 29.0})
+    assert asked == [0, 4, 8, 12, 16, 20, 21]  # 7 · 49 // 16 = 21 steps; the last is validated too
+    checkpoints = sorted(path.name for path in (Path(job.folder) / "checkpoints").iterdir())
+    assert checkpoints == ["step_000000008", "step_000000018"]  # the best, and the newest one
+    chosen = load_file(Path(job.folder) / "checkpoints" / "step_000000008" / "weights.safetensors")
+    ended = load_checkpoint(job.output_model).state_dict()
+    assert all(torch.equal(ended[name], chosen[name]) for name in chosen)
+    last = job_that_chooses(tmp_path, "last", choose="last")
+    run_ranks(train_with_scores, 1, last, SCORES)
+    at_the_end = load_checkpoint(last.output_model).state_dict()
+    assert not torch.equal(at_the_end["text_projection"], ended["text_projection"])
+
+
+def test_it_ends_when_it_no_longer_gains_also_after_a_stop(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"patience": 2, "salient_gain": 1.0}
+    whole = job_that_chooses(tmp_path, "whole", **changes)
+    (asked,) = run_ranks(train_with_scores, 1, whole, SCORES)
+    assert asked == [0, 4, 8, 12, 16]  # 20 and 25 do not gain on 30
+    # A run that has only the checkpoint of step 8 left decides the same, and asks for the rest alone.
+    again = job_that_chooses(tmp_path, "again", **changes)
+    (Path(whole.folder) / "checkpoints").rename(Path(again.folder) / "checkpoints")
+    newest = Path(again.folder) / "checkpoints" / "step_000000015"
+    (newest / "weights.safetensors").write_bytes(b"")
+    (asked,) = run_ranks(train_with_scores, 1, again, SCORES)
+    assert asked == [12, 16]
+    assert Path(again.output_model).read_bytes() == Path(whole.output_model).read_bytes()
+
+
+def test_a_damaged_best_is_made_again(tmp_path: Path) -> None:
+    whole, damaged = job_that_chooses(tmp_path, "whole"), job_that_chooses(tmp_path, "damaged")
+    scores = {**SCORES, 20: 29.0}
+    run_ranks(train_with_scores, 1, whole, scores)
+    (Path(whole.folder) / "checkpoints").rename(Path(damaged.folder) / "checkpoints")
+    best = Path(damaged.folder) / "checkpoints" / "step_000000008"
+    (best / "weights.safetensors").write_bytes(b"")
+    (asked,) = run_ranks(train_with_scores, 1, damaged, scores)
+    assert asked == [0, 4, 8, 12, 16, 20, 21]  # nothing else was left
+    assert Path(damaged.output_model).read_bytes() == Path(whole.output_model).read_bytes()

@@ -1,0 +1,216 @@
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from rank_processes import run_ranks
+from shard_files import VOCABULARY
+from torch import Tensor
+from torch.nn import functional as F
+from train_jobs import CONFIG, make_job, small_models, train_rank
+
+from pipeline.records import ConfigError
+from training import loss as loss_module
+from training.config import DistilConfig, TrainJob
+from training.distil import load_teacher
+from training.loss import distillation_loss
+from training.model.clip import build_clip
+from training.model.config import ModelConfig
+from training.model.weights import load_checkpoint, save_checkpoint
+
+N, D, E, TEMPERATURE = 13, 6, 9, 3.0
+
+
+def features() -> tuple[list[Tensor], list[Tensor]]:
+    """Student's image, text and scale; teacher's, wider."""
+    generator = torch.Generator().manual_seed(5)
+    sides = []
+    for dim, scale in ((D, 10.0), (E, 30.0)):
+        image, text = F.normalize(torch.randn(2, N, dim, generator=generator, dtype=torch.float64), dim=2)
+        sides.append([image, text, torch.tensor([scale], dtype=torch.float64)])
+    sides[0][2] = sides[0][2].log()
+    return sides[0], sides[1]
+
+
+def plain() -> tuple[Tensor, ...]:
+    """Loss and gradients by the formula, with N × N matrices and torch's KL divergence."""
+    (image, text, scale), (teacher_image, teacher_text, teacher_scale) = features()
+    leaves = [tensor.requires_grad_() for tensor in (image, text, scale)]
+    student = scale.exp() * image @ text.T / TEMPERATURE
+    teacher = teacher_scale * teacher_image @ teacher_text.T / TEMPERATURE
+    loss = sum(
+        F.kl_div(ours.log_softmax(1), theirs.log_softmax(1), reduction="batchmean", log_target=True)
+        for ours, theirs in ((student, teacher), (student.T, teacher.T))
+    )
+    loss = loss * TEMPERATURE**2 / 2
+    return (loss.detach(), *torch.autograd.grad(loss, leaves))
+
+
+def tiled(sizes: tuple[int, ...], tile_side: int, locked: bool) -> list[npt.NDArray[np.float64]]:
+    """Loss and this rank's gradients; run in a rank."""
+    rank = 0
+    if len(sizes) > 1:
+        torch.distributed.init_process_group("gloo")
+        rank = torch.distributed.get_rank()
+    before, loss_module._TILE_SIDE = loss_module._TILE_SIDE, tile_side
+    own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    (image, text, scale), (teacher_image, teacher_text, teacher_scale) = features()
+    image, text = image[own].clone(), text[own].clone()
+    leaves = [text.requires_grad_(), scale.requires_grad_()]
+    if not locked:
+        leaves.insert(0, image.requires_grad_())
+    loss = distillation_loss(
+        image,
+        text,
+        scale,
+        teacher_image[own],
+        teacher_text[own],
+        teacher_scale,
+        temperature=TEMPERATURE,
+        num_samples_of_ranks=sizes,
+    )
+    loss_module._TILE_SIDE = before
+    gradients = torch.autograd.grad(3 * loss, leaves)  # upstream factors go through
+    return [loss.detach().numpy(), *((gradient / 3).numpy() for gradient in gradients)]
+
+
+@pytest.mark.parametrize("tile_side", [1, 4, 1024])
+def test_loss_and_gradient_are_the_plain_formula_s(tile_side: int) -> None:
+    for ours, theirs in zip(tiled((N,), tile_side, False), plain(), strict=True):
+        torch.testing.assert_close(torch.from_numpy(ours), theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("locked", [False, True])
+def test_two_ranks_together_have_the_gradient_of_one(locked: bool) -> None:
+    loss, image_grad, text_grad, scale_grad = plain()
+    found = [[torch.from_numpy(a) for a in rank] for rank in run_ranks(tiled, 2, (7, 6), 4, locked)]
+    for rank in found:
+        torch.testing.assert_close(rank[0], loss, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(torch.cat([rank[-2] for rank in found]), text_grad, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(sum(rank[-1] for rank in found), scale_grad, rtol=1e-9, atol=1e-12)
+    if not locked:
+        torch.testing.assert_close(torch.cat([rank[1] for rank in found]), image_grad, rtol=1e-9, atol=1e-12)
+
+
+def test_a_student_that_is_its_teacher_has_no_loss() -> None:
+    (image, text, scale), _ = features()
+    leaves = [tensor.requires_grad_() for tensor in (image, text, scale)]
+    loss = distillation_loss(
+        *leaves, image.detach(), text.detach(), scale.exp(), temperature=2.0, num_samples_of_ranks=(N,)
+    )
+    assert abs(loss.item()) < 1e-12
+    assert all(gradient.abs().max() < 1e-9 for gradient in torch.autograd.grad(loss, leaves))
+
+
+def wider() -> ModelConfig:
+    small = small_models(dropout=0.3)["small-vit"]
+    text = dataclasses.replace(small.text, width=96, heads=3)
+    return dataclasses.replace(small, name="custom", embed_dim=48, text=text)
+
+
+def save_teacher(folder: Path, model: ModelConfig) -> str:
+    torch.manual_seed(9)
+    clip = build_clip(model, vocab_size=len(VOCABULARY))
+    for parameter in clip.parameters():
+        if parameter.ndim > 1:  # features that differ from picture to picture
+            parameter.data = torch.randn(parameter.shape) * parameter[0].numel() ** -0.5
+    path = str(folder / "teacher.safetensors")
+    save_checkpoint(path, clip, clip.config, {})
+    return path
+
+
+def train_without_dropout(job: TrainJob) -> None:
+    train_rank(job, dropout=0.0)
+
+
+def losses(job: TrainJob) -> list[float]:
+    lines = (Path(job.folder) / "metrics.jsonl").read_text().splitlines()
+    return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
+
+
+def test_two_ranks_in_micro_batches_learn_as_one_does(tmp_path: Path) -> None:
+    teacher = save_teacher(tmp_path, wider())
+    before = Path(teacher).read_bytes()
+    distil = DistilConfig(teacher=teacher, weight=0.7, temperature=1.5)
+    one = make_job(tmp_path, "one", distil=distil)
+    two = make_job(tmp_path, "two", distil=distil, ranks=2, micro_batch=3)
+    alone = make_job(tmp_path, "alone")
+    run_ranks(train_without_dropout, 1, one)
+    run_ranks(train_without_dropout, 2, two)
+    run_ranks(train_without_dropout, 1, alone)
+    np.testing.assert_allclose(losses(two), losses(one), atol=2e-5)
+    assert losses(one)[0] > losses(alone)[0] + 1e-3
+    assert Path(teacher).read_bytes() == before
+    ours, others = (load_checkpoint(job.output_model).text_projection.detach() for job in (one, alone))
+    assert (ours - others).abs().max() > 1e-3
+
+
+def test_the_teacher_s_similarities_are_learned(tmp_path: Path) -> None:
+    """On its own pictures and captions, the student's matrix comes closer to the teacher's."""
+    torch.manual_seed(0)
+    config = small_models(dropout=0.0)["small-vit"]
+    student = build_clip(config, vocab_size=len(VOCABULARY))
+    changes = dataclasses.replace(CONFIG, distil=DistilConfig(teacher=save_teacher(tmp_path, wider())))
+    teacher = load_teacher(changes, student, "stage2")
+    assert teacher is not None
+    image_BCHW, tokens_BL = torch.rand(8, 3, 32, 32), torch.randint(5, len(VOCABULARY), (8, 5))
+    taught = teacher.features(image_BCHW, tokens_BL)
+    assert not taught.image_BE.requires_grad
+    assert torch.equal(taught.image_BE, teacher.features(image_BCHW, tokens_BL).image_BE)  # no dropout
+    adam = torch.optim.AdamW(student.parameters(), lr=2e-3)
+    found = []
+    for _ in range(12):
+        image_BD, text_BD = student(image_BCHW, tokens_BL)
+        loss = distillation_loss(
+            image_BD,
+            text_BD,
+            student.logit_scale,
+            taught.image_BE,
+            taught.text_BE,
+            teacher.scale,
+            temperature=1.0,
+            num_samples_of_ranks=(8,),
+        )
+        adam.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        adam.step()
+        found.append(loss.item())
+    assert found[-1] < 0.5 * found[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"max_positions": 8}, "has 8 positions, but context_length = 12"),
+        ({"vocab_size": 99}, f"has a vocabulary of 99, the model {len(VOCABULARY)}"),
+    ],
+)
+def test_a_teacher_that_cannot_read_the_same_is_refused(
+    tmp_path: Path, model: dict[str, Any], message: str
+) -> None:
+    own = wider()
+    torch.manual_seed(0)
+    text = dataclasses.replace(own.text, **{"vocab_size": len(VOCABULARY), **model})
+    clip = build_clip(dataclasses.replace(own, text=text))
+    path = str(tmp_path / "teacher.safetensors")
+    save_checkpoint(path, clip, clip.config, {})
+    student = build_clip(small_models()["small-vit"], vocab_size=len(VOCABULARY))
+    config = dataclasses.replace(CONFIG, distil=DistilConfig(teacher=path))
+    with pytest.raises(ConfigError, match=message):
+        load_teacher(config, student, "stage2")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cached_views": 2, "lock_image": True}, "distil needs pictures, but cached_views = 2"),
+        ({"distil": DistilConfig(teacher="t", temperature=0.0)}, "temperature must be above 0"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(CONFIG, **{"distil": DistilConfig(teacher="t"), **changes}).check("stage2")

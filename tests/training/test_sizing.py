@@ -1,0 +1,208 @@
+"""FLOPs, parameters, memory and shares, each against what PyTorch counts or a process measures."""
+
+import dataclasses
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from rank_processes import run_ranks
+from torch.utils.flop_counter import FlopCounterMode
+
+from training.config import TrainConfig
+from training.flops import find_device, image_forward, text_forward, training_flops
+from training.model.clip import CLIP, build_clip
+from training.model.config import MODELS, ModelConfig
+from training.sizing import Precision, gpu_days, largest_micro_batch, memory, num_parameters, shares
+
+CONFIG = TrainConfig(epochs=1, global_batch=64, lanes=8, ranks=1)
+LENGTH = 24
+
+
+def on_meta(model: ModelConfig) -> CLIP:
+    """The model without numbers."""
+    with torch.device("meta"):
+        return CLIP(model)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_are_those_of_the_model(name: str) -> None:
+    clip = on_meta(MODELS[name])
+    visual = sum(parameter.numel() for parameter in clip.visual.parameters())
+    rest = sum(parameter.numel() for parameter in clip.parameters()) - visual
+    assert num_parameters(MODELS[name]) == (visual, rest)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_flops_are_what_pytorch_counts(name: str) -> None:
+    model = MODELS[name]
+    clip, side = on_meta(model).eval(), model.vision.image_size_px
+    with torch.device("meta"), FlopCounterMode(display=False) as image, torch.no_grad():
+        clip.visual(torch.zeros(1, 3, side, side))
+    with torch.device("meta"), FlopCounterMode(display=False) as text, torch.no_grad():
+        clip.bert(input_ids=torch.ones(1, LENGTH, dtype=torch.long))
+    assert image_forward(model) == pytest.approx(image.get_total_flops(), rel=0.02)
+    assert text_forward(model.text, LENGTH) == pytest.approx(text.get_total_flops(), rel=0.02)
+
+
+def kept_for_backward(clip: CLIP, side: str, num_samples: int, autocast: bool) -> float:
+    """Bytes of distinct storages that a forward pass keeps, without the parameters'."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*clip.parameters(), *clip.buffers())}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    size_px = clip.config.vision.image_size_px
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        if side == "image":
+            clip.visual(torch.zeros(num_samples, 3, size_px, size_px))
+        else:
+            clip.encode_text(torch.ones(num_samples, LENGTH, dtype=torch.long))
+    return sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in own)
+
+
+def check_activations(name: str, precision: Precision, tolerance: float) -> None:
+    model = MODELS[name]
+    clip = build_clip(model)
+    measured = 0.0
+    for side in ("image", "text"):
+        few, more = (kept_for_backward(clip, side, n, precision == "autocast") for n in (2, 4))
+        measured += (more - few) / 2  # a sample's; what does not grow with them is the weights' copies
+    found = memory(model, CONFIG, zero_stage=0, precision=precision, micro_batch=1, tokens=LENGTH)
+    assert found.activations == pytest.approx(measured, rel=tolerance)
+
+
+@pytest.mark.parametrize("precision", ["float32", "autocast"])
+@pytest.mark.parametrize("name", ["tiny-vit", "tiny-rn"])
+def test_activations_of_small_models_are_those_that_autograd_keeps(name: str, precision: Precision) -> None:
+    check_activations(name, precision, 0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "autocast"])
+@pytest.mark.parametrize("name", ["ViT-B-16", "RN50"])
+def test_activations_are_those_that_autograd_keeps(name: str, precision: Precision) -> None:
+    check_activations(name, precision, 0.06)
+
+
+def peak_bytes(name: str, config: TrainConfig) -> tuple[float, float]:
+    """(what a rank's memory grew by from before the model to its fullest in a step, the estimate)."""
+    from training import engine as engines
+
+    engines.join_ranks(config)
+    process = psutil.Process()
+    before = process.memory_info().rss
+    clip = build_clip(MODELS[name])
+    if config.lock_image:
+        clip.lock_image_tower()
+    share = config.global_batch
+    towers = engines.Towers(clip, num_samples_of_ranks=(share,), config=config)
+    engine = engines.build_engine(towers, config)
+    side_px = clip.config.vision.image_size_px
+    batch: Any = engines.Batch(
+        step=0,
+        keys=None,  # type: ignore[arg-type]
+        image=torch.zeros(share, 3, side_px, side_px, dtype=torch.uint8),
+        tokens_BL=torch.ones(share, LENGTH, dtype=torch.long),
+        image_id_B=torch.arange(share),
+        caption_id_B=torch.arange(share),
+    )
+    engine.train()
+    for step in range(2):
+        engines.train_step(engine, dataclasses.replace(batch, step=step), 1e-4, 100.0, 0)
+    with open("/proc/self/status", encoding="ascii") as file:
+        (highest,) = [int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM")]
+    estimate = memory(
+        MODELS[name], config, zero_stage=1, precision="float32", micro_batch=share, tokens=LENGTH
+    )
+    return highest - before, estimate.total
+
+
+@pytest.mark.slow
+def test_a_rank_of_vit_b_16_takes_what_is_estimated() -> None:
+    config = dataclasses.replace(CONFIG, global_batch=8, lanes=1, lock_image=True)
+    ((measured, estimate),) = run_ranks(peak_bytes, 1, "ViT-B-16", config)
+    assert estimate == pytest.approx(measured, rel=0.25), (measured / 2**30, estimate / 2**30)
+
+
+def test_the_parts_of_memory_follow_the_zero_stages() -> None:
+    model = MODELS["ViT-B-16"]
+    image, text = num_parameters(model)
+    config = dataclasses.replace(CONFIG, ranks=8)
+
+    def states(zero_stage: int, precision: Precision = "float32", **changes: Any) -> float:
+        changed = dataclasses.replace(config, **changes)
+        return memory(
+            model, changed, zero_stage=zero_stage, precision=precision, micro_batch=1, tokens=52
+        ).states
+
+    everything = image + text
+    assert states(0) == 16 * everything
+    assert states(0, lock_image=True) == 4 * everything + 12 * text
+    bucket = 4 * everything
+    assert states(1) == pytest.approx(8 * everything + 12 * everything / 8 + bucket)
+    assert states(2) == pytest.approx(4 * everything + 16 * everything / 8 + bucket)
+    assert states(3) == pytest.approx(20 * everything / 8)
+    assert states(3, "bfloat16") == pytest.approx(16 * everything / 8)
+
+
+def test_what_fits_is_the_share_or_a_power_of_two() -> None:
+    model, config = MODELS["ViT-B-16"], dataclasses.replace(CONFIG, global_batch=800, lanes=8)
+
+    def needs(micro_batch: int) -> Any:
+        return memory(model, config, zero_stage=0, precision="float32", micro_batch=micro_batch, tokens=52)
+
+    most = needs(micro_batch=800).total / 0.9
+    assert largest_micro_batch(needs, 800, most * 1.001) == 800
+    assert largest_micro_batch(needs, 800, most * 0.999) == 512
+    assert largest_micro_batch(needs, 800, needs(micro_batch=1).total) == 0
+
+
+def test_ranks_that_do_not_divide_the_batch_are_told_better_ones() -> None:
+    huge = TrainConfig(epochs=1, ranks=184)
+    found = shares(huge)
+    assert (found.smallest, found.largest, found.better_ranks) == (128, 192, (128, 256))
+    assert found.idle == pytest.approx(1 - 32_768 / 184 / 192)
+    even = shares(dataclasses.replace(huge, ranks=128))
+    assert (even.smallest, even.largest, even.idle, even.better_ranks) == (256, 256, 0.0, ())
+
+
+def test_days_count_what_is_computed_and_what_is_computed_twice() -> None:
+    model = MODELS["ViT-B-16"]
+    config = TrainConfig(epochs=1, global_batch=1024, lanes=8, ranks=8)
+    text, image = text_forward(model.text, 20), image_forward(model)
+
+    def days(micro_batch: int, **changes: Any) -> float:
+        return gpu_days(
+            model,
+            dataclasses.replace(config, **changes),
+            num_steps=86_400,
+            micro_batch=micro_batch,
+            flops_per_second=1024.0,
+            tokens=20,
+        )
+
+    assert days(128) == pytest.approx(3 * (text + image))
+    assert days(64) == pytest.approx(4 * (text + image))
+    assert days(128, checkpoint_activations=True) == pytest.approx(4 * (text + image))
+    assert days(128, lock_image=True) == pytest.approx(3 * text + image)
+    assert days(64, lock_image=True) == pytest.approx(4 * text + image)
+    assert days(128, lock_image=True, cached_views=4) == pytest.approx(3 * text)
+    assert training_flops(model, config, 20) == 3 * (text + image)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("Tesla V100-SXM2-32GB", "V100"),
+        ("a100", "A100"),
+        ("Radeon", None),
+    ],
+)
+def test_a_device_is_known_by_its_name(name: str, expected: str | None) -> None:
+    assert find_device(name) == expected

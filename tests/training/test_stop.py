@@ -1,0 +1,131 @@
+"""Stopped at any step by a signal, gone on with other ranks and micro-batches: the same samples and run."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rank_processes import run_ranks
+from test_pretrain import HERE, LIMIT_SECONDS, launch, losses, outputs
+from train_jobs import make_job, train_rank
+
+from pipeline.records import Stopped
+from training.config import TrainJob
+
+
+def train_and_note_keys(job: TrainJob, stop_after: int | None = None) -> list[list[str]]:
+    """Train without dropout; the keys of the rank's part of every step. The signal reaches rank 0 alone."""
+    from training import loop
+    from training.engine import train_step
+
+    found = []
+
+    def noted(engine: Any, batch: Any, *arguments: Any) -> float:
+        found.append([key.decode() for key in batch.keys.tolist()])
+        if batch.step + 1 == stop_after and os.environ["RANK"] == "0":
+            os.kill(os.getpid(), signal.SIGTERM)
+        loss: float = train_step(engine, batch, *arguments)
+        return loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_step", noted)
+        if stop_after is None:
+            train_rank(job, dropout=0.0)
+        else:
+            with pytest.raises(Stopped, match=f"by SIGTERM after step {stop_after}"):
+                train_rank(job, dropout=0.0)
+    return found
+
+
+def joined(of_ranks: list[list[list[str]]]) -> list[list[str]]:
+    """Keys of every step over all ranks, in order."""
+    return [[key for part in parts for key in part] for parts in zip(*of_ranks, strict=True)]
+
+
+def test_stopped_at_any_step_and_on_any_ranks_it_sees_the_same_samples(tmp_path: Path) -> None:
+    whole = make_job(tmp_path, "whole", save_every_steps=1000)
+    expected = joined(run_ranks(train_and_note_keys, 1, whole))
+    assert len(expected) == 6
+    stopped = make_job(tmp_path, "stopped", save_every_steps=1000)
+    seen = []
+    for ranks, micro_batch, stop_after in ((1, None, 1), (2, 3, 3), (4, None, 4), (1, 5, None)):
+        changed = dataclasses.replace(stopped.config, ranks=ranks, micro_batch=micro_batch)
+        part = dataclasses.replace(stopped, config=changed)
+        seen += joined(run_ranks(train_and_note_keys, ranks, part, stop_after))
+        if stop_after is not None:
+            newest = max((Path(stopped.folder) / "checkpoints").iterdir())
+            assert newest.name == f"step_{stop_after:09d}"
+            assert not Path(stopped.output_model).exists()
+    assert seen == expected
+    np.testing.assert_allclose(losses(stopped), losses(whole), atol=1e-4)
+
+
+def test_stopped_and_gone_on_the_same_way_gives_the_same_bytes(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"model": "small-rn", "ranks": 2, "micro_batch": 3, "save_every_steps": 1000}
+    whole, stopped = (make_job(tmp_path, run, **changes) for run in ("whole", "stopped"))
+    run_ranks(train_and_note_keys, 2, whole)
+    # step 4 is validated: the stop comes before that, and the next start makes up for it
+    run_ranks(train_and_note_keys, 2, stopped, 4)
+    run_ranks(train_and_note_keys, 2, stopped)
+    assert outputs(stopped) == outputs(whole)
+
+
+def test_the_launcher_passes_a_signal_on_and_says_that_it_was_stopped(tmp_path: Path) -> None:
+    job = make_job(tmp_path, "run", ranks=2, epochs=2000, save_every_steps=100_000)
+    path = Path(job.folder) / "job.json"
+    path.write_text(job.to_json())
+    words = [sys.executable, str(HERE / "watch_main.py"), str(path)]
+    python_path = os.pathsep.join([str(HERE), str(HERE.parent.parent)])
+    environment = os.environ | {"PYTHONPATH": python_path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        wait_for_steps(job, 3)
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=LIMIT_SECONDS)
+    assert process.returncode == Stopped.exit_status
+    assert "stopped: a checkpoint is written; run the same command to go on" in said
+    (newest,) = (Path(job.folder) / "checkpoints").iterdir()
+    step = json.loads((newest / "state.json").read_text())["step"]
+    assert step >= 3
+    assert f"by SIGUSR1 after step {step}" in (Path(job.folder) / "train.log").read_text()
+
+
+def wait_for_steps(job: TrainJob, count: int) -> None:
+    log, end = Path(job.folder) / "log.jsonl", time.monotonic() + LIMIT_SECONDS
+    while not log.exists() or len(log.read_text().splitlines()) < count:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_a_rank_that_hangs_ends_the_run_and_is_named(tmp_path: Path) -> None:
+    job = make_job(tmp_path, "run", ranks=2, epochs=100_000, stall_seconds=8.0)
+    process = launch(job)
+    try:
+        wait_for_steps(job, 2)
+        (rank,) = [found for found in ranks_of(process.pid) if "LOCAL_RANK=1" in found[1]]
+        os.kill(rank[0], signal.SIGSTOP)
+        output, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode not in (0, None)
+    (said,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert "no sign of life for 8 s; rank 0: computing step" in said
+    assert "rank 1: nothing heard, it is stopped or gone" in said
+    assert "training/loop.py" in output  # where rank 0 stands
+
+
+def ranks_of(launcher_pid: int) -> list[tuple[int, str]]:
+    """(process, its environment) of every rank below a launcher."""
+    import psutil
+
+    return [
+        (child.pid, " ".join(f"{key}={value}" for key, value in child.environ().items()))
+        for child in psutil.Process(launcher_pid).children(recursive=True)
+        if "rank_main.py" in " ".join(child.cmdline()) and "launcher" not in " ".join(child.cmdline())
+    ]

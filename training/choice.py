@@ -1,0 +1,72 @@
+"""Which step of a stage was its best, and when more training is no longer worth it (paper, 2.3 and A.2).
+
+A validation's score is the mean of the mean recalls of the evaluation sets that decide. Everything here is a
+function of the scores so far, which stand in `metrics.jsonl`: a run that goes on from a checkpoint decides as
+one that was never stopped.
+"""
+
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.records import ConfigError
+from training.config import TrainConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """The score of the weights after `step` steps, in percent."""
+
+    step: int
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What the validations so far say."""
+
+    best: Validation | None  # highest score, the earliest of equal ones; None before the first validation
+    num_without_gain: int  # validations since the last one with a salient gain
+
+
+def choose(validations: Sequence[Validation], salient_gain: float) -> Choice:
+    """The best validation, and how many came after the last that gained saliently.
+
+    The first gains. Another one does if it beats the last that did by more than `salient_gain` points.
+    """
+    best: Validation | None = None
+    reference: float | None = None
+    num_without_gain = 0
+    for validation in validations:
+        if best is None or validation.score > best.score:
+            best = validation
+        if reference is None or validation.score > reference + salient_gain:
+            reference, num_without_gain = validation.score, 0
+        else:
+            num_without_gain += 1
+    return Choice(best, num_without_gain)
+
+
+def read_validations(lines: Iterable[str], deciding: Collection[str]) -> list[Validation]:
+    """The validations in `metrics.jsonl`, without that of the weights a stage starts from.
+
+    `deciding` names the evaluation sets that count; empty: all of them.
+    """
+    of_step: dict[int, list[float]] = {}
+    for line in lines:
+        fields: Mapping[str, Any] = json.loads(line)
+        if "evaluation" in fields and (not deciding or fields["evaluation"] in deciding):
+            of_step.setdefault(fields["step"], []).append(fields["recall"]["mean_recall"])
+    return [Validation(step, sum(found) / len(found)) for step, found in sorted(of_step.items()) if step > 0]
+
+
+def check_sets(config: TrainConfig, evaluations: Collection[str], stage: str) -> None:
+    """Raise ConfigError where the stage is to choose by evaluation sets that the run does not have."""
+    for name in config.choose_on:
+        if name not in evaluations:
+            known = ", ".join(sorted(evaluations)) or "none"
+            raise ConfigError(f"[{stage}] choose_on: no evaluation set {name!r}; the run has {known}")
+    if (config.choose == "best" or config.patience) and not evaluations:
+        key = 'choose = "best"' if config.choose == "best" else f"patience = {config.patience}"
+        raise ConfigError(f"[{stage}] {key} needs an evaluation set, and the run has none")

@@ -1,0 +1,66 @@
+"""A larger model whose similarities a smaller one learns (the paper's future work, section 5)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.records import ConfigError
+from training.config import DistilConfig, TrainConfig
+from training.model.clip import CLIP
+from training.model.formats import load_model
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherFeatures:
+    """What the teacher gives for one rank's part of a batch: unit-norm, without gradients."""
+
+    image_BE: Tensor
+    text_BE: Tensor
+
+
+class Teacher:
+    """A frozen model. It is no part of the module that DeepSpeed wraps, so that nothing of it is trained."""
+
+    def __init__(self, clip: CLIP, config: DistilConfig) -> None:
+        self.config = config
+        self._clip = clip.eval().requires_grad_(False)
+
+    @property
+    def scale(self) -> Tensor:
+        """The [1] factor on its cosines."""
+        return self._clip.logit_scale.exp()
+
+    def to(self, device: torch.device | str) -> None:
+        self._clip.to(device)
+
+    @torch.no_grad()
+    def features(self, image_BCHW: Tensor, tokens_BL: Tensor) -> TeacherFeatures:
+        """Features of whole pictures, normalised as the image tower wants them, and of captions."""
+        return TeacherFeatures(*self._clip(image_BCHW, tokens_BL))
+
+
+def load_teacher(config: TrainConfig, student: CLIP, stage: str) -> Teacher | None:
+    """The teacher that a stage names, or None.
+
+    ConfigError where it cannot see what the student sees: another vocabulary or picture size, or too few
+    positions. InputError where the weights cannot be read.
+    """
+    if config.distil is None:
+        return None
+    clip = load_model(config.distil.teacher)
+    for name, theirs, ours in (
+        ("a vocabulary of", clip.config.text.vocab_size, student.config.text.vocab_size),
+        ("pictures of", clip.config.vision.image_size_px, student.config.vision.image_size_px),
+    ):
+        if theirs != ours:
+            raise ConfigError(
+                f"[{stage}] distil.teacher = {config.distil.teacher!r} has {name} {theirs}, the model {ours}:"
+                " both must read the same tokens and pixels; take a teacher that does"
+            )
+    if clip.config.text.max_positions < config.context_length:
+        raise ConfigError(
+            f"[{stage}] distil.teacher = {config.distil.teacher!r} has {clip.config.text.max_positions}"
+            f" positions, but context_length = {config.context_length}; shorten context_length"
+        )
+    return Teacher(clip, config.distil)

@@ -1,0 +1,40 @@
+"""The note that a training job is done, for whoever starts it again or publishes its receipt."""
+
+import json
+
+from pipeline import store
+from pipeline.config import digest
+from training.config import TrainJob
+
+_NAME = "finished.json"
+
+
+def mark_finished(job: TrainJob) -> None:
+    """Write what was trained and the digests of what came out; the last thing a job does."""
+    outputs = {path: store.digest_file(path) for path in _outputs(job)}
+    store.write_text(_path(job), json.dumps({"job": digest(job), "outputs": outputs}, indent=1))
+
+
+def is_finished(job: TrainJob) -> bool:
+    """This very job wrote its outputs, and they are as they were."""
+    if not store.exists(_path(job)):
+        return False
+    try:
+        note = json.loads(store.read_text(_path(job)))
+        outputs: dict[str, str] = note["outputs"]
+        same = note["job"] == digest(job) and set(outputs) == set(_outputs(job))
+    except (ValueError, KeyError, TypeError):
+        return False
+    return same and all(
+        store.exists(path) and store.digest_file(path) == sha256 for path, sha256 in outputs.items()
+    )
+
+
+def _outputs(job: TrainJob) -> list[str]:
+    """The files that count; the metrics are one of them, so that a receipt never names half of them."""
+    paths = [job.output_model, store.join(job.folder, "metrics.jsonl")]
+    return paths if job.openai_model is None else [*paths, job.openai_model]
+
+
+def _path(job: TrainJob) -> str:
+    return store.join(job.folder, _NAME)

@@ -1,0 +1,123 @@
+"""Floating-point operations of a training step, and what devices can do: for planning and for utilisation.
+
+A multiply and an add count as two. Counted are the matrix products and convolutions, which are all but a
+few percent: per token and block 24 · width² for the projections and the 4 × wide feed-forward, and
+4 · tokens · width for the two products of attention (Kaplan et al. 2020, Table 1, with attention). A backward
+pass costs twice a forward pass.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from training.config import TrainConfig
+from training.model.config import (
+    ModelConfig,
+    ModifiedResNetConfig,
+    TextConfig,
+    VisionTransformerConfig,
+)
+
+# Dense peak of a device in its 16-bit format with tensor cores, FLOP/s, by what its name contains; the most
+# particular name first. From NVIDIA's data sheets.
+PEAK_FLOPS: Mapping[str, float] = MappingProxyType(
+    {
+        "H100 PCIe": 756e12,
+        "H100 NVL": 835e12,
+        "H100": 989e12,
+        "H200": 989e12,
+        "A100": 312e12,
+        "V100": 125e12,
+        "L40S": 362e12,
+        "A10": 125e12,
+        "T4": 65e12,
+    }
+)
+MEMORY_GIB: Mapping[str, float] = MappingProxyType(
+    {
+        "H100 PCIe": 80,
+        "H100 NVL": 94,
+        "H100": 80,
+        "H200": 141,
+        "A100": 80,
+        "V100": 32,
+        "L40S": 48,
+        "A10": 24,
+        "T4": 16,
+    }
+)
+
+
+def find_device(name: str) -> str | None:
+    """The key of PEAK_FLOPS that a device's name contains ("NVIDIA H100 80GB HBM3" → "H100"), or None."""
+    plain = name.lower().replace("-", " ").replace("_", " ")
+    return next((key for key in PEAK_FLOPS if all(word in plain for word in key.lower().split())), None)
+
+
+def matmul_flops(size: int = 1024) -> float:
+    """FLOP/s of float32 matrix products on this machine's CPU with torch's threads: the best of a few."""
+    import time
+
+    import torch
+
+    left, right = torch.rand(size, size), torch.rand(size, size)
+    best_seconds = float("inf")
+    for _ in range(4):
+        started = time.perf_counter()
+        torch.mm(left, right)
+        best_seconds = min(best_seconds, time.perf_counter() - started)
+    return 2 * size**3 / best_seconds
+
+
+def image_forward(model: ModelConfig) -> float:
+    """FLOPs of one picture through the image tower."""
+    config = model.vision
+    if isinstance(config, VisionTransformerConfig):
+        patches = (config.image_size_px // config.patch_size_px) ** 2
+        patch_values = 3 * config.patch_size_px**2
+        blocks = config.layers * _block(patches + 1, config.width)
+        return 2 * patches * patch_values * config.width + blocks + 2 * config.width * model.embed_dim
+    return _modified_resnet(config, model.embed_dim)
+
+
+def text_forward(config: TextConfig, tokens: float) -> float:
+    """FLOPs of one caption of `tokens` tokens through a text tower."""
+    return config.layers * _block(tokens, config.width)
+
+
+def training_flops(model: ModelConfig, config: TrainConfig, tokens: float) -> float:
+    """FLOPs that one sample needs in a training step; `tokens` is a caption's mean length.
+
+    What is computed twice to save memory (checkpointing, micro-batches) is not counted: it is overhead, not
+    work. A locked tower has no backward pass, and none at all where its features are cached.
+    """
+    text = 3 * text_forward(model.text, tokens)
+    if config.cached_views:
+        return text
+    return text + image_forward(model) * (1 if config.lock_image else 3)
+
+
+def _block(tokens: float, width: int) -> float:
+    """FLOPs of a transformer block over `tokens` tokens."""
+    return tokens * (24 * width**2 + 4 * tokens * width)
+
+
+def _modified_resnet(config: ModifiedResNetConfig, embed_dim: int) -> float:
+    """OpenAI CLIP's ResNet: three convolutions before the stages, anti-aliased strides, attention pooling."""
+    stem = config.width // 32
+    side = config.image_size_px // 2
+    total = 2 * side**2 * 9 * (3 * stem // 2 + (stem // 2) ** 2 + stem // 2 * stem)
+    side //= 2
+    incoming = stem
+    for stage, blocks in enumerate(config.blocks):
+        planes = stem * 2**stage
+        for block in range(blocks):
+            strided = stage > 0 and block == 0
+            outside = side // 2 if strided else side  # pooled after the second convolution
+            total += 2 * side**2 * (incoming * planes + 9 * planes**2)
+            total += 2 * outside**2 * planes * 4 * planes
+            if block == 0:  # the shortcut is pooled too; what is left over at the edge stays
+                total += 2 * (-(-side // 2) if strided else side) ** 2 * incoming * 4 * planes
+            side, incoming = outside, 4 * planes
+    positions = (-(-config.image_size_px // 32)) ** 2 + 1
+    # timm makes queries, keys, values and the output of every position, and keeps the first.
+    return total + 2 * positions * incoming * (3 * incoming + embed_dim) + 4 * positions**2 * incoming

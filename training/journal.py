@@ -1,0 +1,207 @@
+"""What a run writes while it trains: its curves, its speed, and a line for whoever watches."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+from pipeline import store
+from training import checkpoint
+from training.choice import Validation, read_validations
+
+if TYPE_CHECKING:
+    from training.data import Batch
+
+# Share of the time that waiting for data may take before it is said.
+MOST_DATA_WAIT = 0.03
+_SECONDS_BETWEEN_PROGRESS = 1.0
+_STEPS_BEFORE_A_VERDICT = 20  # the first batches wait for files to open and caches to fill
+
+
+class Speed:
+    """Where the time of the last steps went."""
+
+    def __init__(self) -> None:
+        self._started = self._last = time.monotonic()
+        self._waited_before = self._first_wait = 0.0
+        self.num_steps = 0
+        self.total_seconds = self.total_wait_seconds = 0.0  # without the first step of this start
+        self.seconds = self.wait_seconds = 0.0  # of the last step
+
+    def step(self, wait_seconds: float) -> None:
+        """A step ended; `wait_seconds` is all the waiting for data since the start."""
+        now = time.monotonic()
+        self.seconds, self._last = now - self._last, now
+        self.wait_seconds, self._waited_before = wait_seconds - self._waited_before, wait_seconds
+        self.num_steps += 1
+        if self.num_steps > 1:
+            self.total_seconds += self.seconds
+            self.total_wait_seconds += self.wait_seconds
+
+    def pause(self) -> None:
+        """What took place since the last step belongs to no step."""
+        self._last = time.monotonic()
+
+    @property
+    def wait_share(self) -> float:
+        """Share of the time so far that was spent waiting for data."""
+        return self.total_wait_seconds / self.total_seconds if self.total_seconds else 0.0
+
+
+class Journal:
+    """What rank 0 writes of a run; other ranks write nothing, but know the validations.
+
+    `metrics.jsonl` holds no times, so that a run that was killed and resumed writes the same bytes as one
+    that was not. `log.jsonl` holds the speed, and `tensorboard/` both.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        *,
+        writes: bool,
+        total_steps: int,
+        global_batch: int,
+        deciding: Collection[str] = (),
+        flops_of_sample: Callable[[float], float],
+        peak_flops: float | None,
+    ) -> None:
+        """`deciding`: evaluation sets of the validations, empty for all; `flops_of_sample` takes the mean
+        length of the captions in tokens; `peak_flops` is that of all ranks together, where it is known."""
+        self.writes = writes
+        self.validations: list[Validation] = []
+        self.metrics_path = os.path.join(folder, "metrics.jsonl")
+        self._log_path = os.path.join(folder, "log.jsonl")
+        self._curves_path = os.path.join(folder, "tensorboard")
+        self._total_steps, self._global_batch = total_steps, global_batch
+        self._deciding = deciding
+        self._flops_of_sample, self._peak_flops = flops_of_sample, peak_flops
+        self._last_progress = 0.0
+        self._speed = Speed()
+        self._has_complained = False
+
+    def start_at(self, resumed: checkpoint.Checkpoint | None) -> None:
+        """Take the metrics back to a checkpoint's, or to none."""
+        data = b"" if resumed is None else store.read_bytes(resumed.metrics_path)
+        self.validations = read_validations(data.decode().splitlines(), self._deciding)
+        self._steps_with_recalls = {
+            fields["step"] for line in data.splitlines() if "recall" in (fields := json.loads(line))
+        }
+        if self.writes:
+            from torch.utils.tensorboard import SummaryWriter
+
+            store.write_bytes(self.metrics_path, data)
+            self._metrics = open(self.metrics_path, "a", encoding="utf-8")  # noqa: SIM115
+            self._log = open(self._log_path, "a", encoding="utf-8")  # noqa: SIM115
+            first_step = 0 if resumed is None else resumed.step
+            # Steps after the checkpoint that an earlier start has shown are hidden.
+            self._curves = SummaryWriter(self._curves_path, purge_step=first_step + 1)
+        self._speed = Speed()
+
+    def has_recalls(self, step: int) -> bool:
+        """The weights after `step` steps were validated."""
+        return step in self._steps_with_recalls
+
+    def step(
+        self,
+        batch: "Batch",
+        loss: float,
+        temperature: float,
+        learning_rate: float,
+        wait_seconds: float,
+        *,
+        skipped: bool = False,
+    ) -> None:
+        """A step ended. `temperature` is the factor on cosines; `wait_seconds` all waiting so far."""
+        if not self.writes:
+            return
+        step = batch.step + 1
+        learned: dict[str, Any] = {"loss": loss, "temperature": temperature, "learning_rate": learning_rate}
+        self._write_metrics(step, {"skipped": True} if skipped else learned)
+        self._speed.step(wait_seconds)
+        tokens = float(batch.tokens_BL.ne(0).sum(1).float().mean())
+        speed = self._describe_speed(tokens)
+        line = {"time": time.time(), "step": step, **speed}
+        self._log.write(json.dumps(line) + "\n")
+        for name, value in {**({} if skipped else learned), **speed}.items():
+            self._curves.add_scalar(f"train/{name}", value, step)
+        self._complain_of_waiting()
+        now = time.monotonic()
+        if now - self._last_progress >= _SECONDS_BETWEEN_PROGRESS or step == self._total_steps:
+            self._last_progress = now
+            self._log.flush()
+            text = f"loss {loss:.3f} · temperature {temperature:.1f} · {speed['samples_per_second']:.0f}"
+            text += f" samples/s · data wait {100 * self._speed.wait_share:.1f} %"
+            if "utilisation" in speed:
+                text += f" · {100 * speed['utilisation']:.0f} % of peak FLOP/s"
+            self._say("progress", {"done": step, "total": self._total_steps, "text": text})
+
+    def recalls(self, step: int, recalls: Mapping[str, Mapping[str, Any]]) -> None:
+        """The weights after `step` steps were validated; every rank is told."""
+        lines = []
+        for name, recall in recalls.items():
+            lines.append(self._line(step, {"evaluation": name, "recall": recall}))
+        self.validations += read_validations(lines, self._deciding)
+        self._steps_with_recalls.add(step)
+        if self.writes:
+            self._metrics.writelines(lines)
+            for name, recall in recalls.items():
+                self._curves.add_scalar(f"mean_recall/{name}", recall["mean_recall"], step)
+            self.flush()
+        self._speed.pause()  # validation is not part of the next step's time
+
+    def notice(self, text: str) -> None:
+        """A line that the person who started the run should see now."""
+        if self.writes:
+            self._log.write(json.dumps({"time": time.time(), "notice": text}, ensure_ascii=False) + "\n")
+            self._say("notice", {"text": text})
+
+    def flush(self) -> None:
+        if self.writes:
+            self._metrics.flush()
+            self._log.flush()
+            self._curves.flush()
+
+    def close(self) -> None:
+        """Write what is left; says so where the run waited for data for more than MOST_DATA_WAIT."""
+        if self.writes:
+            self._complain_of_waiting(at_the_end=True)
+            self.flush()
+            self._curves.close()
+
+    def _describe_speed(self, tokens: float) -> dict[str, float]:
+        """Of the last step: seconds, samples and FLOP a second, and the share of the devices' peak."""
+        samples_per_second = self._global_batch / self._speed.seconds
+        flops_per_second = samples_per_second * self._flops_of_sample(tokens)
+        speed = {
+            "seconds": round(self._speed.seconds, 4),
+            "data_wait_seconds": round(self._speed.wait_seconds, 4),
+            "samples_per_second": round(samples_per_second, 1),
+            "teraflops": round(flops_per_second / 1e12, 4),
+        }
+        if self._peak_flops is not None:
+            speed["utilisation"] = round(flops_per_second / self._peak_flops, 4)
+        return speed
+
+    def _complain_of_waiting(self, at_the_end: bool = False) -> None:
+        share, num_steps = self._speed.wait_share, self._speed.num_steps
+        if share <= MOST_DATA_WAIT or num_steps < _STEPS_BEFORE_A_VERDICT:
+            return
+        if at_the_end or not self._has_complained:
+            self._has_complained = True
+            self.notice(
+                f"{100 * share:.1f} % of the time of {num_steps} steps went into waiting for data (more than"
+                f" {100 * MOST_DATA_WAIT:g} %): raise threads_per_rank, set cached_views where the image"
+                " tower is locked, or put the shards on a faster disk"
+            )
+
+    def _say(self, kind: str, fields: Mapping[str, Any]) -> None:
+        print(f"@{kind} {json.dumps(fields, ensure_ascii=False)}", flush=True)
+
+    def _write_metrics(self, step: int, values: Mapping[str, Any]) -> None:
+        self._metrics.write(self._line(step, values))
+
+    def _line(self, step: int, values: Mapping[str, Any]) -> str:
+        line = {"step": step, "samples_seen": step * self._global_batch, **values}
+        return json.dumps(line, ensure_ascii=False) + "\n"

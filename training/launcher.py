@@ -1,0 +1,208 @@
+"""Starting the ranks of a training stage, watching them, and passing on the wish to stop."""
+
+import base64
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import psutil
+
+from pipeline.processes import STOP_SIGNALS, die_with_parent
+from pipeline.records import Stopped
+from pipeline.stage import Progress
+
+Launcher = Literal["local", "srun"]
+
+_MESSAGE = re.compile(r"^@(progress|notice) (\{.*\})$")
+_ERROR = re.compile(r"^(?:\[rank\d+\]:? ?|\d+: )?((?:[\w.]+(?:Error|Exception)|error)\b.*)")
+# What others say once one rank has failed, and not why it did.
+_ECHOES = ("CalledProcessError", "ChildFailed", "Connection closed by peer", "Connection reset by peer")
+
+
+def launcher_command(launcher: Launcher, entry: str, job_path: str, ranks: int, port: int) -> list[str]:
+    """Command line that starts module `entry` with the job's path as each of `ranks` processes.
+
+    `local` is what `deepspeed` starts on each machine; started directly, it is our own child and ends with
+    us, however we end. `srun` spreads the ranks over the Slurm job we are in; Slurm signals them itself.
+    """
+    if launcher == "srun":
+        return [
+            "srun",
+            f"--ntasks={ranks}",
+            "--kill-on-bad-exit=1",
+            "--unbuffered",
+            sys.executable,
+            "-m",
+            entry,
+            job_path,
+        ]
+    machines = json.dumps({"localhost": list(range(ranks))})
+    return [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.launch",
+        f"--world_info={base64.urlsafe_b64encode(machines.encode()).decode()}",
+        "--master_addr=127.0.0.1",
+        f"--master_port={port}",
+        "--module",
+        entry,
+        job_path,
+    ]
+
+
+def launcher_environment(
+    environment: Mapping[str, str], threads_per_rank: int, *, launcher: Launcher = "local", port: int = 0
+) -> dict[str, str]:
+    """Environment for the launcher: this interpreter's folder on PATH (ninja is there), threads a rank.
+
+    Under `srun` also where the ranks meet: rank 0 runs on the first machine of the job, which is this one.
+    """
+    scripts = os.path.dirname(sys.executable)
+    settings = {
+        "PATH": os.pathsep.join([scripts, environment.get("PATH", "")]),
+        "OMP_NUM_THREADS": str(threads_per_rank),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if shutil.which("nvidia-smi") is None:
+        settings["DS_ACCELERATOR"] = "cpu"
+    if launcher == "srun":
+        is_one_machine = environment.get("SLURM_JOB_NUM_NODES", "1") == "1"
+        settings |= {
+            "MASTER_ADDR": "127.0.0.1" if is_one_machine else socket.gethostname(),
+            "MASTER_PORT": str(port),
+        }
+    return {**environment, **settings}
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def watch(
+    command: list[str],
+    environment: Mapping[str, str],
+    log_path: str,
+    progress: Progress,
+    notice: Callable[[str], Any],
+) -> int:
+    """Run a launcher and return its status; show its `@` lines, and keep every other line in the log.
+
+    One of STOP_SIGNALS to us goes on to the ranks, which end by themselves, with a checkpoint: Stopped, or
+    KeyboardInterrupt after Ctrl-C. A second Ctrl-C does not wait for that.
+    """
+    with (
+        open(log_path, "a", encoding="utf-8") as log,
+        subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            preexec_fn=die_with_parent,
+            start_new_session=True,  # or Ctrl-C would end DeepSpeed's launcher, and that its ranks
+        ) as process,
+        _passing_on_signals(process) as received,
+    ):
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                found = _MESSAGE.match(line.strip())
+                if found is None:
+                    log.write(line)
+                    log.flush()
+                    continue
+                fields = json.loads(found[2])
+                if found[1] == "progress":
+                    progress(fields["done"], fields["total"], fields["text"])
+                else:
+                    log.write(fields["text"] + "\n")
+                    notice(fields["text"])
+            status = process.wait()
+        except BaseException:
+            process.terminate()  # DeepSpeed's launcher ends its ranks on SIGTERM
+            process.wait()
+            raise
+    if status == Stopped.exit_status:
+        if signal.SIGINT in received:
+            raise KeyboardInterrupt
+        raise Stopped(f"a checkpoint is written; run the same command to go on (log: {log_path})")
+    return status
+
+
+def failure(log_path: str, status: int) -> str:
+    """One line for a failed launch: the last error in the log, and where to read on."""
+    with open(log_path, encoding="utf-8", errors="replace") as file:
+        lines = [line.strip() for line in file.readlines()[-400:] if line.strip()]
+    errors = [found[1] for line in lines if (found := _ERROR.match(line))]
+    known = [line for line in errors if not any(echo in line for echo in _ECHOES)]
+    where = f"(training ended with status {status}; log: {log_path})"
+    if known:
+        return f"{known[-1]} {where}"
+    if killed := _killed_by(status):
+        return (
+            f"error: a rank was killed by {killed} and said nothing: most often the machine had no memory"
+            f" left; try a smaller micro_batch or checkpoint_activations {where}"
+        )
+    return f"{errors[-1] if errors else (lines[-1] if lines else 'no output')} {where}"
+
+
+def _killed_by(status: int) -> str | None:
+    """Name of the signal in a status as Popen (-9), DeepSpeed's launcher (247) and shells (137) give it."""
+    for number in (-status, 256 - status, status - 128):
+        if number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS):
+            return signal.Signals(number).name
+    return None
+
+
+@contextlib.contextmanager
+def _passing_on_signals(process: "subprocess.Popen[str]") -> Iterator[list[int]]:
+    """Inside, STOP_SIGNALS to this process reach the ranks; gives the list of those that came.
+
+    Only a main thread can listen for them.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def pass_on(number: int, frame: object) -> None:
+        if number == signal.SIGINT and number in received:
+            raise KeyboardInterrupt
+        received.append(number)
+        for rank in _rank_processes(process.pid):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.send_signal(signal.SIGUSR1)
+
+    before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _rank_processes(launcher_pid: int) -> list[psutil.Process]:
+    """What takes the signal: the ranks of a local launcher, or srun itself, which passes it on to its own."""
+    try:
+        launcher = psutil.Process(launcher_pid)
+        if launcher.name() == "srun":
+            return [launcher]
+        ranks: list[psutil.Process] = launcher.children()
+        return ranks
+    except psutil.NoSuchProcess:
+        return []

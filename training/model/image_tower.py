@@ -1,0 +1,63 @@
+"""An English CLIP's image tower alone, from any file that `training.model.formats` reads."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pipeline.records import InputError
+from training.model.config import MODELS, ModelConfig, TextConfig, VisionTransformerConfig
+from training.model.formats import Weights, read_weights
+from training.model.layouts import infer_vision, matching_towers
+from training.model.weights import build_empty, fill, tensor_slots
+
+# OpenAI trained with QuickGELU; OpenCLIP's own models (ViT-B-16-plus-240 of LAION-400M) with GELU.
+Activation = Literal["quick_gelu", "gelu"]
+_PROJECTIONS = ("visual.proj", "visual.attnpool.c_proj.weight")
+_NO_TEXT = TextConfig(layers=1, width=64, heads=1, vocab_size=1, max_positions=1)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageTower:
+    """A tower in evaluation mode on the CPU."""
+
+    module: nn.Module
+    image_size_px: int
+    embed_dim: int
+
+    def encode(self, image_BCHW: torch.Tensor) -> torch.Tensor:
+        """Unit-norm feature_BD in float32 of normalised pictures."""
+        return F.normalize(self.module(image_BCHW).float(), dim=-1)
+
+
+def load_image_tower(path: str, *, activation: Activation = "quick_gelu") -> ImageTower:
+    """The image tower of OpenAI CLIP's, OpenCLIP's or Chinese CLIP's weights, of any size.
+
+    InputError names the path where it holds no image tower, or one whose sizes cannot be told.
+    """
+    weights = read_weights(path)
+    vision, embed_dim = infer_vision(weights.state), _embed_dim(weights)
+    if vision is None or embed_dim is None:
+        raise InputError(f"{path}: {weights.format}: holds no image tower; give an English CLIP's weights")
+    if known := matching_towers(weights.state)["image"]:
+        vision = MODELS[known[0]].vision  # shapes do not show the number of heads
+    model = build_empty(ModelConfig(name="image tower", embed_dim=embed_dim, vision=vision, text=_NO_TEXT))
+    slots = {name: slot for name, slot in tensor_slots(model).items() if name.startswith("visual.")}
+    state = {name: tensor for name, tensor in weights.state.items() if name.startswith("visual.")}
+    fill(slots, state, path, "Give an English CLIP's weights")
+    if activation == "gelu" and isinstance(vision, VisionTransformerConfig):
+        blocks: Any = model.visual.blocks
+        for block in blocks:
+            block.mlp.act = nn.GELU()
+    return ImageTower(cast(nn.Module, model.visual).eval(), vision.image_size_px, embed_dim)
+
+
+def _embed_dim(weights: Weights) -> int | None:
+    """Width of the shared space: columns of a ViT's projection, rows of a ResNet's."""
+    for name, axis in zip(_PROJECTIONS, (1, 0), strict=True):
+        tensor = weights.state.get(name)
+        if tensor is not None and tensor.ndim == 2:
+            return int(tensor.shape[axis])
+    return None

@@ -1,0 +1,235 @@
+"""How long a training stage takes and what it needs, computed before anything is started. No torch here.
+
+Memory of a rank, in bytes, P parameters of which T are trained, R ranks:
+
+- weights 4 P, gradients 4 T, Adam's moments 8 T in float32. ZeRO-1 adds a float32 copy of the trained weights
+  and shares it and the moments out over the ranks, ZeRO-2 the gradients too, ZeRO-3 the weights too; with
+  bfloat16 weights these and their gradients take 2 (Rajbhandari et al. 2020, section 3, where float16 makes
+  2 + 2 + 12). From ZeRO-1 on a bucket for gradients, at DeepSpeed's default of 5e8 values.
+- activations kept for the backward pass: so many bytes a token, block and unit of width, counted on this
+  project's towers with `torch.autograd.graph.saved_tensors_hooks` (tests/training/test_sizing.py counts
+  again). Korthikanti et al. 2022, equation 1, have 34 with everything in float16; autocast keeps
+  normalisations in float32, hence more. Attention keeps no matrix of probabilities: PyTorch's fused attention
+  computes it again. With checkpointing a block keeps its input alone, and one block all of it.
+- a locked tower keeps none, beside what its largest block needs while it computes.
+- uint8 pictures and features of the rank's share, and the gathered features of the batch.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal
+
+from training.config import TrainConfig
+from training.flops import image_forward, text_forward, training_flops
+from training.model.config import (
+    ModelConfig,
+    ModifiedResNetConfig,
+    TextConfig,
+    VisionConfig,
+    VisionTransformerConfig,
+)
+
+Precision = Literal["float32", "autocast", "bfloat16"]
+
+# Bytes kept for the backward pass a token, block and unit of width; of a ResNet, a value of its feature maps.
+_VIT_BYTES: Mapping[Precision, float] = MappingProxyType({"float32": 82, "autocast": 45, "bfloat16": 41})
+_BERT_BYTES: Mapping[Precision, float] = MappingProxyType({"float32": 80, "autocast": 57, "bfloat16": 42})
+_RESNET_BYTES: Mapping[Precision, float] = MappingProxyType({"float32": 8, "autocast": 4, "bfloat16": 4})
+_BUCKET_VALUES = 500_000_000  # DeepSpeed's reduce_bucket_size
+_USABLE = 0.9  # share of a device's memory: the rest goes to fragments, workspaces and the driver
+SECONDS_A_DAY = 86_400
+
+# Cards × days that the paper gives (A.2): V100 but for ViT-L-14-336 and ViT-H-14 (A100).
+PAPER_GPU_DAYS: Mapping[tuple[str, str], float] = MappingProxyType(
+    {
+        ("RN50", "stage1"): 64 * 1.6,
+        ("RN50", "stage2"): 64 * 5.8,
+        ("ViT-B-16", "stage1"): 128 * 4.5,
+        ("ViT-B-16", "stage2"): 128 * 3.0,
+        ("ViT-L-14", "stage1"): 128 * 11.5,
+        ("ViT-L-14", "stage2"): 128 * 8.0,
+        ("ViT-L-14-336", "stage2"): 128 * 0.7,
+        ("ViT-H-14", "stage1"): 184 * 3.8,
+        ("ViT-H-14", "stage2"): 184 * 2.2,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What one rank holds at its fullest, in bytes."""
+
+    states: float  # weights, gradients, master weights, moments, buckets
+    activations: float
+    batch: float  # pictures, and features with their gradients
+
+    @property
+    def total(self) -> float:
+        return self.states + self.activations + self.batch
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """How a global batch falls on the ranks."""
+
+    smallest: int  # samples of the rank with the fewest
+    largest: int
+    idle: float  # share of all ranks' time lost by waiting for the largest
+    better_ranks: tuple[int, ...]  # rank counts nearby of which each gets the same; empty where these do
+
+
+def num_parameters(model: ModelConfig) -> tuple[int, int]:
+    """(of the image tower with its projection, of the text tower with its projection and the temperature)."""
+    text = model.text
+    embeddings = (text.vocab_size + text.max_positions + 2 + 2) * text.width
+    blocks = text.layers * (12 * text.width**2 + 13 * text.width)
+    ends = text.width * model.embed_dim + 1
+    return _vision_parameters(model.vision, model.embed_dim), embeddings + blocks + ends
+
+
+def memory(
+    model: ModelConfig,
+    config: TrainConfig,
+    *,
+    zero_stage: int,
+    precision: Precision,
+    micro_batch: int,
+    tokens: int,
+) -> Memory:
+    """What a rank needs that holds activations of `micro_batch` samples with captions padded to `tokens`."""
+    image_parameters, text_parameters = num_parameters(model)
+    all_parameters = image_parameters + text_parameters
+    trained = text_parameters if config.lock_image else all_parameters
+    weight_bytes = 2 if precision == "bfloat16" else 4
+    ranks = config.ranks
+    weights = weight_bytes * all_parameters / (ranks if zero_stage >= 3 else 1)
+    gradients = weight_bytes * trained / (ranks if zero_stage >= 2 else 1)
+    optimizer = 8 * trained if zero_stage == 0 else 12 * trained / ranks
+    bucket = weight_bytes * min(_BUCKET_VALUES, trained) if zero_stage in (1, 2) else 0
+    share = shares(config).largest
+    side_px = model.vision.image_size_px
+    pictures = 0 if config.cached_views else 3 * side_px**2 * share
+    features = 4 * model.embed_dim * (4 * config.global_batch + 4 * share)
+    per_sample = _image_activations(model.vision, config, precision) + _text_activations(
+        model.text, config, precision, tokens
+    )
+    return Memory(
+        states=weights + gradients + optimizer + bucket,
+        activations=micro_batch * per_sample,
+        batch=pictures + features,
+    )
+
+
+def largest_micro_batch(needs: Callable[..., Memory], share: int, memory_bytes: float) -> int:
+    """Most samples whose activations fit beside the rest: the whole share, or a power of two; 0: none.
+
+    `needs` gives the Memory of a `micro_batch`.
+    """
+    sizes = [share, *(2**power for power in range(share.bit_length(), -1, -1) if 2**power < share)]
+    return next((size for size in sizes if needs(micro_batch=size).total <= _USABLE * memory_bytes), 0)
+
+
+def shares(config: TrainConfig) -> Shares:
+    """How many samples each rank gets: whole lanes, so that counts may differ by one lane."""
+    a_lane = config.global_batch // config.lanes
+    smallest = config.lanes // config.ranks * a_lane
+    largest = -(-config.lanes // config.ranks) * a_lane
+    idle = 1 - config.global_batch / config.ranks / largest
+    if config.global_batch % config.ranks == 0 and smallest == largest:
+        return Shares(smallest, largest, 0.0, ())
+    even = [ranks for ranks in range(1, config.lanes + 1) if config.lanes % ranks == 0]
+    below = [ranks for ranks in even if ranks < config.ranks]
+    above = [ranks for ranks in even if ranks > config.ranks]
+    return Shares(smallest, largest, idle, (*below[-1:], *above[:1]))
+
+
+def gpu_days(
+    model: ModelConfig,
+    config: TrainConfig,
+    *,
+    num_steps: int,
+    micro_batch: int,
+    flops_per_second: float,
+    tokens: float,
+) -> float:
+    """Days of one device at `flops_per_second`; `tokens` is a caption's mean length.
+
+    Micro-batches and checkpointing each run the towers that are trained forward once more.
+    """
+    again = int(config.checkpoint_activations) + int(micro_batch < shares(config).largest)
+    forward = text_forward(model.text, tokens) + (0 if config.lock_image else image_forward(model))
+    flops = training_flops(model, config, tokens) + again * forward
+    return flops * config.global_batch * num_steps / flops_per_second / SECONDS_A_DAY
+
+
+def zero_stage_of(settings: Mapping[str, Any]) -> int:
+    """ZeRO stage of a DeepSpeed file's content."""
+    return int(settings.get("zero_optimization", {}).get("stage", 0))
+
+
+def precision_of(settings: Mapping[str, Any]) -> Precision:
+    """What a DeepSpeed file's content computes in; float16 takes what bfloat16 takes."""
+    if any(settings.get(key, {}).get("enabled") for key in ("bf16", "fp16")):
+        return "bfloat16"
+    return "autocast" if settings.get("torch_autocast", {}).get("enabled") else "float32"
+
+
+def _image_activations(config: VisionConfig, train: TrainConfig, precision: Precision) -> float:
+    """Bytes a sample that the image tower keeps."""
+    if train.cached_views:
+        return 0
+    if isinstance(config, VisionTransformerConfig):
+        tokens = (config.image_size_px // config.patch_size_px) ** 2 + 1
+        values, block_bytes = tokens * config.width, _VIT_BYTES[precision]
+        return _transformer(config.layers, values, block_bytes, train.lock_image, train)
+    whole = _RESNET_BYTES[precision] * _resnet_values(config)
+    return whole / 8 if train.lock_image else whole  # the widest maps, at the stem, are an eighth
+
+
+def _text_activations(config: TextConfig, train: TrainConfig, precision: Precision, tokens: int) -> float:
+    return _transformer(config.layers, tokens * config.width, _BERT_BYTES[precision], False, train)
+
+
+def _transformer(layers: int, values: int, block_bytes: float, locked: bool, train: TrainConfig) -> float:
+    if locked:
+        return block_bytes * values
+    if train.checkpoint_activations:
+        return (4 * layers + block_bytes) * values  # each block's input in float32
+    return layers * block_bytes * values
+
+
+def _vision_parameters(config: VisionConfig, embed_dim: int) -> int:
+    if isinstance(config, VisionTransformerConfig):
+        width, patches = config.width, (config.image_size_px // config.patch_size_px) ** 2
+        ends = (3 * config.patch_size_px**2 + 1 + patches + 1 + 4 + embed_dim) * width
+        return ends + config.layers * (12 * width**2 + 13 * width)
+    stem = config.width // 32
+    half = stem // 2
+    total = 9 * (3 * half + half * half + half * stem) + 2 * (half + half + stem)
+    incoming = stem
+    for stage, blocks in enumerate(config.blocks):
+        planes = stem * 2**stage
+        for block in range(blocks):
+            total += incoming * planes + 9 * planes**2 + 4 * planes**2 + 2 * (planes + planes + 4 * planes)
+            if block == 0:
+                total += incoming * 4 * planes + 8 * planes
+            incoming = 4 * planes
+    positions = (config.image_size_px // 32) ** 2 + 1
+    return total + positions * incoming + 3 * (incoming**2 + incoming) + incoming * embed_dim + embed_dim
+
+
+def _resnet_values(config: ModifiedResNetConfig) -> int:
+    """Values of all feature maps of one picture."""
+    stem, side = config.width // 32, config.image_size_px // 2
+    total = side**2 * 2 * stem
+    side //= 2
+    total += side**2 * stem
+    for stage, blocks in enumerate(config.blocks):
+        planes = stem * 2**stage
+        for block in range(blocks):
+            first, strided = block == 0, block == 0 and stage > 0
+            outside = side // 2 if strided else side
+            total += side**2 * 2 * planes + outside**2 * (4 + strided + 4 * first) * planes
+            side = outside
+    return total

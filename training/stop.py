@@ -1,0 +1,34 @@
+"""Stopping on request: a signal asks, all ranks agree at the end of a step, and a checkpoint is written."""
+
+import signal
+from types import FrameType
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import distributed as dist
+
+from pipeline.processes import STOP_SIGNALS
+
+
+class StopRequest:
+    """Remembers a signal; Slurm sends one before the time limit and on pre-emption."""
+
+    def __init__(self) -> None:
+        self._received = 0
+
+    def listen(self) -> None:
+        """Take STOP_SIGNALS from here on, instead of dying of them. Main thread only."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._remember)
+
+    def agreed(self) -> int:
+        """The highest signal number that any rank received, 0 for none; a collective.
+
+        The signal reaches the ranks at different moments, so that one rank's own word is not enough.
+        """
+        number = torch.tensor([self._received], device=get_accelerator().current_device_name())
+        dist.all_reduce(number, op=dist.ReduceOp.MAX)
+        return int(number.item())
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self._received = number

@@ -1,0 +1,69 @@
+"""A rank that hangs ends the run with an error that says who waits for what, instead of waiting for ever."""
+
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+from pipeline import store
+
+_EXIT_FAILED = 1
+
+
+class Watchdog:
+    """Ends this process when it shows no sign of life for `limit_seconds`.
+
+    In a collective every rank waits for the one that hangs, so all of them end: each writes down what it was
+    doing, gives the others the time to do so too, and prints all of it. A rank that wrote nothing is the one
+    that is stopped or gone.
+    """
+
+    def __init__(self, folder: str, *, stage: str, rank: int, ranks: int, limit_seconds: float) -> None:
+        self._folder, self._stage = Path(folder), stage
+        self._rank, self._ranks, self._limit_seconds = rank, ranks, limit_seconds
+        self._doing, self._since = "starting", time.monotonic()
+        self._ended = threading.Event()
+        store.remove(str(self._note(rank)))  # of an earlier start
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def alive(self, doing: str) -> None:
+        """A sign of life, and what comes now."""
+        self._doing, self._since = doing, time.monotonic()
+
+    def close(self) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        period_seconds = min(5.0, self._limit_seconds / 10)
+        while not self._ended.wait(period_seconds):
+            if time.monotonic() - self._since > self._limit_seconds:
+                self._end(3 * period_seconds)
+
+    def _end(self, patience_seconds: float) -> None:
+        self._note(self._rank).write_text(json.dumps({"doing": self._doing}), encoding="utf-8")
+        time.sleep(patience_seconds)
+        said = [f"rank {rank}: {self._last_words(rank)}" for rank in range(self._ranks)]
+        faulthandler.dump_traceback(sys.stderr)
+        print(
+            f"error: [{self._stage}] no sign of life for {self._limit_seconds:g} s; {'; '.join(said)};"
+            " the log has where each rank stands; run the same command to go on, with a higher stall_seconds"
+            " where a step, a validation or a checkpoint takes that long",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(_EXIT_FAILED)
+
+    def _last_words(self, rank: int) -> str:
+        try:
+            doing: str = json.loads(self._note(rank).read_text(encoding="utf-8"))["doing"]
+        except (OSError, ValueError):
+            return "nothing heard, it is stopped or gone"
+        return doing
+
+    def _note(self, rank: int) -> Path:
+        return self._folder / f"stalled_rank_{rank}.json"
