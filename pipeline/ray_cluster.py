@@ -7,6 +7,7 @@ nothing but receipts comes back. The run's folder and its sources must be where 
 import logging
 import math
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from pipeline.stage import Context, Stage, Task
 # each time has to be seen.
 _MAX_RETRIES = 5
 _MAX_GROUP = 4  # partitions a call where tasks run together: start-up is spread, progress is still seen
+_KNOCK_SECONDS = 10.0
 _MAX_WAITING = 2000  # calls handed to Ray at once: its driver holds the arguments of each
 
 Work = Callable[[Stage, Context, Sequence[Task]], list[Receipt]]
@@ -70,12 +72,19 @@ def _connect(processes: int) -> Any:
         raise ConfigError('[run] executor = "ray" needs Ray: pip install "cnclip-pretraining[ray]"') from None
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS")
-        cores = None if address else processes  # a cluster that is there has its own
         try:
-            ray.init(
-                num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
-            )
-        except (ConnectionError, RuntimeError, ValueError) as error:
+            if address:
+                _knock(address)
+                ray.init(log_to_driver=False, logging_level=logging.ERROR)
+            else:
+                ray.init(
+                    address="local",
+                    num_cpus=processes,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )
+        except (OSError, RuntimeError, ValueError) as error:
             raise ConfigError(
                 f"RAY_ADDRESS={address}: no Ray cluster answers ({str(error).splitlines()[0]}); start one"
                 f" with `ray start --head`, or unset it to work on this machine alone"
@@ -86,3 +95,10 @@ def _connect(processes: int) -> Any:
         machines = "1 machine" if len(nodes) == 1 else f"{len(nodes)} machines"
         print(f"Ray {place}: {machines}, {total:g} cores", file=sys.stderr, flush=True)
     return ray
+
+
+def _knock(address: str) -> None:
+    """OSError where nothing listens at `host:port`: Ray itself would knock for many minutes."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host, int(port)), _KNOCK_SECONDS).close()
