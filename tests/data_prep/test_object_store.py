@@ -1,16 +1,19 @@
 """The same run with all its paths on S3 gives the same manifests; moto's server stands in for S3."""
 
+import http.client
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import polars as pl
 import pytest
 from s3_server import s3_server
 from test_dedup_and_shards import _finish, _rows, _run
 
+from data_prep.site import serve
 from pipeline import runner, store
 from pipeline.records import ConfigError
 from pipeline.runner import Run
@@ -86,6 +89,23 @@ def test_tables_and_run_on_s3_give_the_same_manifests(bucket: str, tmp_path: Pat
     assert _manifests(there) == _manifests(here)
     assert runner.verify(there, there.stages) == []
     assert runner.execute(there, there.stages, redo=False) == 0  # all is done, and seen to be
+
+
+def test_pictures_on_s3_are_served(bucket: str) -> None:
+    folder = store.join(bucket, "图片")
+    store.write_bytes(store.join(folder, "猫 1.jpg"), b"picture")
+    store.write_bytes(store.join(bucket, "secret"), b"secret")
+    with serve(None, {"own": folder}, {"own": folder}) as address:
+        for path, found in (
+            (quote("/pictures/own/猫 1.jpg"), (200, b"picture")),
+            (quote("/packed/own/猫 1.jpg") + "?offset=2&size=3", (200, b"ctu")),
+            ("/pictures/own/none.jpg", (404, b"")),
+            ("/pictures/own/../secret", (404, b"")),
+        ):
+            connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            assert (answer.status, answer.read()) == found, path
 
 
 def test_an_unknown_scheme_is_a_configuration_error() -> None:
