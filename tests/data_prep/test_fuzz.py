@@ -34,6 +34,7 @@ from pipeline import runner
 from pipeline.records import InputError
 from pipeline.runner import Run
 from pipeline.stage import Stage
+from pipeline.why import explain
 
 SECONDS_A_CASE = 10
 MAX_PIXELS = 200_000
@@ -261,3 +262,13 @@ def test_a_table_that_unfolds_to_much_is_read_in_blocks(tmp_path: Path) -> None:
             file.write(bytes(1 << 20))
     config = TablesConfig(kind="tables", tables=(TableSource(path=str(path), name="bomb"),))
     assert run_text_stages(tmp_path / "run", config, "bomb") == "refused"
+
+
+def test_an_address_cannot_steer_the_terminal(tmp_path: Path) -> None:
+    url = "http://a.cn/\x1b[2J\u202egpj.jpg"
+    pl.DataFrame({"url": [url], "caption": ["窗台上的一只橘猫"]}).write_parquet(tmp_path / "a.parquet")
+    tables = TablesConfig(kind="tables", tables=(TableSource(path=str(tmp_path / "a.parquet"), name="a"),))
+    assert run_text_stages(tmp_path / "run", tables, "address") == "counted"
+    lines = explain(Run(str(tmp_path / "run"), 0, "local", 1, ()), FilterTextConfig(), url)
+    assert "http://a.cn/\\x1b[2J\\u202egpj.jpg" in lines[0]
+    assert all(line.isprintable() for line in lines)
