@@ -222,6 +222,7 @@ def make_run(config: RunConfig) -> Run:
             parents=("corpus", "dedup"),
             tasks=download.tasks,
             run_together=download.run_together,
+            processes=config.download.processes,
         ),
         Stage(
             name="filter_image",

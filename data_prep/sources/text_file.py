@@ -10,6 +10,7 @@ import csv
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
@@ -247,8 +248,9 @@ class _Utf8:
     Parsers stop at the first wrong byte of a block; this way only the row it stands in is lost.
     """
 
-    def __init__(self, file: IO[Any]) -> None:
+    def __init__(self, file: IO[Any], path: str) -> None:
         self._file = file
+        self._path = path
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
         self._left = b""
         self.closed = False
@@ -256,7 +258,10 @@ class _Utf8:
     def read(self, size: int = -1) -> bytes:
         parts, length = [self._left], len(self._left)
         while size < 0 or length < size:
-            raw = self._file.read(BLOCK_BYTES if size < 0 else max(size - length, 1))
+            try:
+                raw = self._file.read(BLOCK_BYTES if size < 0 else max(size - length, 1))
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise _unreadable(self._path, error) from None
             parts.append(self._decoder.decode(raw, final=not raw).encode("utf-8"))
             length += len(parts[-1])
             if not raw:
@@ -282,7 +287,7 @@ class _Utf8:
 
 def _open_utf8(path: str) -> _Utf8:
     file = store.open_read(path)
-    return _Utf8(gzip.GzipFile(fileobj=file) if path.lower().endswith(".gz") else file)  # type: ignore[arg-type]
+    return _Utf8(gzip.GzipFile(fileobj=file) if path.lower().endswith(".gz") else file, path)  # type: ignore[arg-type]
 
 
 def _unreadable(path: str, error: Exception) -> InputError:
