@@ -137,12 +137,14 @@ def watch(
             process.terminate()  # DeepSpeed's launcher ends its ranks on SIGTERM
             process.wait()
             raise
-    # Ranks that did not listen yet die of the signal, and have nothing to lose.
-    if status == Stopped.exit_status or (received and _killed_by(status, (signal.SIGUSR1,))):
+    # Ranks that did not listen yet die of the signal, and have nothing to lose; ranks that were done are done.
+    how = {0: "training is finished" if received else None, Stopped.exit_status: "a checkpoint is written"}
+    if received and _killed_by(status, (signal.SIGUSR1,)):
+        how[status] = "before its first step"
+    if (said := how.get(status)) is not None:
         if signal.SIGINT in received:
             raise KeyboardInterrupt
-        written = "a checkpoint is written" if status == Stopped.exit_status else "before its first step"
-        raise Stopped(f"{written}; run the same command to go on (log: {log_path})")
+        raise Stopped(f"{said}; run the same command to go on (log: {log_path})")
     return status
 
 

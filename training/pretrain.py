@@ -134,6 +134,7 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
         identity=identity,
     )
     last_step = train(run)
+    stop.close()
     watchdog.alive("writing the model", between_steps=True)
     batches.close()
     best = choice_so_far(run).best if config.choose == "best" else None

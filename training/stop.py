@@ -21,6 +21,11 @@ class StopRequest:
         for number in STOP_SIGNALS:
             signal.signal(number, self._remember)
 
+    def close(self) -> None:
+        """Nothing is left to interrupt: signals are ignored from here on, also while Python shuts down."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     def agreed(self) -> int:
         """The highest signal number that any rank received, 0 for none; a collective.
 

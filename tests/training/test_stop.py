@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from train_jobs import make_job, train_rank
 
 from pipeline.records import Stopped
 from training.config import TrainJob
+from training.launcher import watch
 
 
 def train_and_note_keys(job: TrainJob, stop_after: int | None = None) -> list[list[str]]:
@@ -94,6 +96,39 @@ def test_the_launcher_passes_a_signal_on_and_says_that_it_was_stopped(tmp_path: 
     step = json.loads((newest / "state.json").read_text())["step"]
     assert step >= 3
     assert f"by SIGUSR1 after step {step}" in (Path(job.folder) / "train.log").read_text()
+
+
+def train_and_be_told_to_stop_afterwards(job: TrainJob) -> bool:
+    train_rank(job, dropout=0.0)
+    os.kill(os.getpid(), signal.SIGUSR1)  # it would end a process that does not listen
+    return signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN  # so that Python, shutting down, leaves it so
+
+
+def test_a_signal_after_the_last_step_does_not_end_a_rank(tmp_path: Path) -> None:
+    job = make_job(tmp_path, "run", save_every_steps=1000)
+    assert run_ranks(train_and_be_told_to_stop_afterwards, 1, job) == [True]
+    assert Path(job.output_model).exists()
+
+
+def test_a_signal_to_a_launcher_whose_ranks_are_done_stops_the_run_all_the_same(tmp_path: Path) -> None:
+    rank = (
+        "import signal, time; from pathlib import Path; signal.signal(signal.SIGUSR1, signal.SIG_IGN);"
+        f" Path({str(tmp_path / 'done')!r}).touch();"
+        f" [time.sleep(0.05) for _ in iter(lambda: Path({str(tmp_path / 'end')!r}).exists(), True)]"
+    )
+    launcher = f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {rank!r}]))"
+
+    def tell() -> None:
+        while not (tmp_path / "done").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)
+        (tmp_path / "end").touch()
+
+    threading.Thread(target=tell).start()
+    log_path = str(tmp_path / "train.log")
+    with pytest.raises(Stopped, match="training is finished; run the same command to go on"):
+        watch([sys.executable, "-c", launcher], dict(os.environ), log_path, lambda *_: None, print)
 
 
 def wait_for_steps(job: TrainJob, count: int) -> None:
