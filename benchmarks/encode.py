@@ -6,7 +6,8 @@
 
 cn_clip pads every caption to 52 tokens; this project computes on no padding. Captions are those of `--emoji
 FOLDER` (the emoji_zh corpus: name and keywords) where it is given, and made ones with lengths as in
-Flickr30K-CN (19.7 characters in the mean). Times are medians of alternating rounds.
+Flickr30K-CN (19.7 characters in the mean). Times are medians of alternating rounds, by the clock and in CPU
+seconds.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ import torch
 from torch.nn import functional as F
 
 from training.config import CONTEXT_LENGTH
+from training.flops import PEAK_FLOPS, find_device, image_forward, text_forward
 from training.model.clip import CLIP
 from training.model.config import MODELS
 from training.model.encoder import Encoder
@@ -42,10 +45,6 @@ STRUCTURES = {
     "ViT-L-14": "ViT-L-14@RoBERTa-wwm-ext-base-chinese",
     "ViT-H-14": "ViT-H-14@RoBERTa-wwm-ext-large-chinese",
 }
-# Forward FLOPs of one sample (a multiplication and an addition are two), text at 52 tokens.
-IMAGE_FLOPS = {"ViT-B-16": 35.1e9, "ViT-L-14": 162e9, "ViT-H-14": 335e9}
-TEXT_FLOPS = {"ViT-B-16": 8.9e9, "ViT-L-14": 8.9e9, "ViT-H-14": 31.7e9}
-PEAK_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "V100": 125e12}  # dense, by name
 
 
 def main() -> int:
@@ -69,8 +68,10 @@ def main() -> int:
         for name in STRUCTURES:
             results += _on_gpu(name, tokenizer, cn_clip, captions[""][:2048], options.device)
     for result in results:
-        print(f"{result['name']:<28} {result['ours']:>9.1f} {result['peer']:>9.1f} {result['unit']}, "
-              f"ratio {result['ratio']:.2f}, equal {result['equal']}")  # fmt: skip
+        print(
+            f"{result['name']:<28} {result['ours']:>9.1f} {result['peer']:>9.1f} {result['unit']},"
+            f" ratio {result['ratio']:.2f} (CPU time {result['cpu_ratio']:.2f}), equal {result['equal']}"
+        )
     print(json.dumps(results, ensure_ascii=False))
     return 0 if all(result["equal"] for result in results) else 1
 
@@ -109,28 +110,39 @@ def machine() -> str:
     return f"{threads}{gpu}, torch {torch.__version__}"
 
 
-def medians(*functions: Callable[[], Any], rounds: int) -> tuple[list[float], list[Any]]:
-    """Median seconds of each over rounds in turn, so that noise hits all alike, and each one's last result."""
-    seconds: list[list[float]] = [[] for _ in functions]
+@dataclass(frozen=True, slots=True)
+class Time:
+    """Median of a few runs."""
+
+    wall_s: float
+    cpu_s: float  # of all threads: what other work on the machine does not stretch
+
+
+def medians(*functions: Callable[[], Any], rounds: int) -> tuple[list[Time], list[Any]]:
+    """Each one's time over rounds in turn, so that noise hits all alike, and its last result."""
+    wall_s: list[list[float]] = [[] for _ in functions]
+    cpu_s: list[list[float]] = [[] for _ in functions]
     results: list[Any] = [function() for function in functions]  # warm-up
     for _ in range(rounds):
         for index, function in enumerate(functions):
-            start = time.perf_counter()
+            start, start_cpu = time.perf_counter(), time.process_time()
             results[index] = function()
-            seconds[index].append(time.perf_counter() - start)
-    return [statistics.median(times) for times in seconds], results
+            wall_s[index].append(time.perf_counter() - start)
+            cpu_s[index].append(time.process_time() - start_cpu)
+    return [Time(*map(statistics.median, both)) for both in zip(wall_s, cpu_s, strict=True)], results
 
 
 def record(
-    name: str, count: int, ours: float, peer: float, equal: bool, unit: str = "samples/s"
+    name: str, count: int, ours: Time, peer: Time, equal: bool, unit: str = "samples/s"
 ) -> dict[str, Any]:
-    """One line of the result, from seconds; `ratio` > 1 where this project is faster."""
+    """One line of the result; `ratio` > 1 where this project is faster, `cpu_ratio` in CPU seconds."""
     return {
         "name": name,
-        "ours": count / ours,
-        "peer": count / peer,
+        "ours": round(count / ours.wall_s, 3),
+        "peer": round(count / peer.wall_s, 3),
         "unit": unit,
-        "ratio": peer / ours,
+        "ratio": round(peer.wall_s / ours.wall_s, 3),
+        "cpu_ratio": round(peer.cpu_s / ours.cpu_s, 3),
         "equal": equal,
         "machine": machine(),
     }
@@ -235,12 +247,14 @@ def _on_gpu(
         projected: torch.Tensor = third.text_projection(hidden[:, 0])
         return projected
 
+    known = find_device(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    peak = PEAK_FLOPS[known] if known is not None else None
     results = []
     for side, count, flops, functions in (
         (
             "text",
             len(texts),
-            TEXT_FLOPS[name],
+            text_forward(MODELS[name].text, float((tokens_NL != 0).sum(axis=1).mean())),
             (
                 ours_text,
                 lambda: run(lambda: in_batches(peer.encode_text)),
@@ -250,7 +264,7 @@ def _on_gpu(
         (
             "image",
             num_images,
-            IMAGE_FLOPS[name],
+            image_forward(MODELS[name]),
             (
                 lambda: run(lambda: encoder.model.encode_image(image_BCHW)),
                 lambda: run(lambda: peer.encode_image(image_BCHW)),
@@ -262,8 +276,8 @@ def _on_gpu(
         for label, other_s, other in zip(("", "/transformers"), seconds[1:], found[1:], strict=True):
             equal = bool(np.abs(found[0] - other).max() <= TOLERANCE_BF16)
             result = record(f"encode/{side}/{name}{label}", count, seconds[0], other_s, equal)
-            result["peak_share"] = _peak_share(flops * result["ours"])
-            result["peer_peak_share"] = _peak_share(flops * result["peer"])
+            result["peak_share"] = peak_share(flops * result["ours"], peak)
+            result["peer_peak_share"] = peak_share(flops * result["peer"], peak)
             results.append(result)
             print(
                 f"{result['name']}: {result['ours']:.0f} and {result['peer']:.0f} samples/s,"
@@ -272,10 +286,11 @@ def _on_gpu(
     return results
 
 
-def _peak_share(flops: float) -> float | None:
-    """Model FLOPs utilisation, every caption counted as 52 tokens long; None where the peak is not known."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    peak = next((value for key, value in PEAK_BF16_FLOPS.items() if key in device), None)
+def peak_share(flops: float, peak: float | None) -> float | None:
+    """Model FLOPs utilisation: what the model needs for the captions as long as they are, over the peak.
+
+    What is computed on padding is no use and does not count. None where the peak is not known.
+    """
     return None if peak is None else round(flops / peak, 3)
 
 

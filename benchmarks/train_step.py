@@ -16,17 +16,18 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
+from cn_clip_peer import cn_clip_of
 from torch import Tensor
 from torch.nn import functional as F
 
 from training.config import TrainConfig
 from training.engine import Towers
-from training.model import torchvision_ops
 from training.model.clip import CLIP, build_clip
 from training.model.config import VIT_B_16
 from training.model.weights import state_for_file
@@ -61,7 +62,7 @@ def main() -> int:
 def compare(name: str, rounds: int, *, lock_image: bool, cached: bool) -> dict[str, Any]:
     """Samples a CPU second of both sides on one batch."""
     torch.manual_seed(0)
-    clip = without_dropout(build_clip(VIT_B_16))
+    clip = build_clip(replace(VIT_B_16, text=replace(VIT_B_16.text, dropout=0.0)))
     peer = peer_of(clip)
     if lock_image:
         clip.lock_image_tower()
@@ -135,45 +136,14 @@ def make_batch() -> tuple[Tensor, Tensor]:
     return image_BCHW, tokens_BL
 
 
-def without_dropout(clip: CLIP) -> CLIP:
-    for module in clip.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    clip.bert.config.attention_probs_dropout_prob = 0.0
-    for layer in clip.bert.encoder.layer:
-        layer.attention.self.dropout_prob = 0.0  # of the fused attention
-    return clip
-
-
 def peer_of(clip: CLIP) -> Any:
     """cn_clip's model with the same weights."""
-    torchvision_ops.install()  # cn_clip imports torchvision
-    from cn_clip.clip.model import CLIP as PeerCLIP
-
-    vision, text = VIT_B_16.vision, VIT_B_16.text
-    peer = PeerCLIP(
-        embed_dim=VIT_B_16.embed_dim,
-        image_resolution=vision.image_size_px,
-        vision_layers=vision.layers,  # type: ignore[union-attr]
-        vision_width=vision.width,
-        vision_patch_size=vision.patch_size_px,  # type: ignore[union-attr]
-        vocab_size=text.vocab_size,
-        text_attention_probs_dropout_prob=0.0,
-        text_hidden_act="gelu",
-        text_hidden_dropout_prob=0.0,
-        text_hidden_size=text.width,
-        text_initializer_range=0.02,
-        text_intermediate_size=4 * text.width,
-        text_max_position_embeddings=text.max_positions,
-        text_num_attention_heads=text.heads,
-        text_num_hidden_layers=text.layers,
-        text_type_vocab_size=2,
-    )
+    peer = cn_clip_of(clip.config)
     found = peer.load_state_dict(state_for_file(clip), strict=False)
     lacking = [key for key in found.missing_keys if "pooler" not in key and "position_ids" not in key]
     assert not lacking, lacking
     assert not found.unexpected_keys, found.unexpected_keys
-    return peer.float()
+    return peer
 
 
 def peer_forward_backward(peer: Any, pixel_BCHW: Tensor, tokens_BL: Tensor) -> Tensor:

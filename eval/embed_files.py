@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from eval.datasets.cnclip_tsv import Base64Pictures, read_pictures
 from eval.model_identity import identify, write_identity
 from pipeline import store
 from pipeline.records import InputError
@@ -57,7 +58,7 @@ def embed_files(
     dtype: Precision = "float32",
 ) -> Embedded:
     """Embed and write; `images` is a folder (in the order of its sorted file names, subfolders included) or a
-    table, `texts` a file with one text a line, or a table.
+    table, CN-CLIP's `_imgs.tsv` among them; `texts` a file with one text a line, or a table.
 
     InputError names the picture that cannot be decoded, the table without a known column, or an empty input.
     """
@@ -67,7 +68,14 @@ def embed_files(
         source = _pictures(images)
         names = source.names
         path = store.join(out, "img_emb", "img_emb_0.npy")
-        chunks = (encoder.embed_images(chunk) for chunk in _chunks(source.read(), _IMAGES_PER_STEP))
+        chunks = (
+            encoder.embed_images(chunk, names=[source.called(row) for row in rows])
+            for rows, chunk in zip(
+                _chunks(range(len(names)), _IMAGES_PER_STEP),
+                _chunks(source.read(), _IMAGES_PER_STEP),
+                strict=True,
+            )
+        )
         _write_features(path, chunks, len(names), dim, dtype)
     if texts is not None:
         captions = _texts(texts)
@@ -95,6 +103,15 @@ class _Pictures:
     table: str | None = None  # table with the bytes in a column
     column: str | None = None
     folder: str | None = None  # what relative paths are relative to
+    base64: Base64Pictures | None = None  # CN-CLIP's `_imgs.tsv`
+
+    def called(self, row: int) -> str:
+        """What a message calls a picture."""
+        if self.table is not None:
+            return f"{self.table}: {self.names[row]}"
+        if self.base64 is not None:
+            return f"{self.base64.path}: image {self.names[row]}"
+        return self._place(self.names[row])
 
     def read(self) -> Iterator[str | bytes]:
         if self.table is not None and self.column is not None:
@@ -105,9 +122,14 @@ class _Pictures:
                     for row in batch.column(0).to_pylist():
                         yield row if row is not None else b""
             return
-        for name in self.names:
-            absolute = os.path.isabs(name) or not store.is_local(name) or self.folder is None
-            yield name if absolute else store.join(str(self.folder), name)
+        if self.base64 is not None:
+            yield from self.base64.read(range(len(self.names)))
+            return
+        yield from map(self._place, self.names)
+
+    def _place(self, name: str) -> str:
+        absolute = os.path.isabs(name) or not store.is_local(name) or self.folder is None
+        return name if absolute else store.join(str(self.folder), name)
 
 
 def _pictures(source: str) -> _Pictures:
@@ -121,6 +143,9 @@ def _pictures(source: str) -> _Pictures:
         if not found:
             raise InputError(f"{source}: no picture in it (looked for {', '.join(PICTURE_ENDINGS)})")
         return _Pictures([os.path.join(source, name) for name in found])
+    if _is_cn_clips(source):
+        pictures = read_pictures(source)
+        return _Pictures([str(image_id) for image_id in pictures.image_ids.tolist()], base64=pictures)
     import polars as pl
 
     frame = _scan(source)
@@ -146,6 +171,15 @@ def _pictures(source: str) -> _Pictures:
             f"{source}: column {column}: {paths.null_count()} of {len(paths)} rows name no picture"
         )
     return _Pictures(paths.to_list(), folder=os.path.dirname(source) or ".")
+
+
+def _is_cn_clips(source: str) -> bool:
+    """A TSV that begins with a number, as CN-CLIP's `_imgs.tsv`, and not with the names of columns."""
+    if not source.endswith(".tsv") or not store.exists(source):
+        return False
+    with store.open_read(source) as file:
+        first, tab, _ = bytes(file.read(32)).partition(b"\t")
+    return bool(tab) and first.isdigit()
 
 
 def _texts(source: str) -> list[str]:

@@ -199,6 +199,11 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
             f"{name}: {foreign[0]}: a DeepSpeed file holds memory, precision and communication only"
             f" ({', '.join(_ALLOWED)}); the rest stands in the run's TOML"
         )
+    if "check_grad_overflow" in config.get("bf16", {}):
+        raise ConfigError(
+            f"{name}: bf16.check_grad_overflow: what becomes of a gradient that is not finite is the run's"
+            " on_non_finite"
+        )
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if (half := _half(config)) and stage == 0:
         raise ConfigError(

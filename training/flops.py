@@ -80,15 +80,20 @@ def image_forward(model: ModelConfig, patch_mask: float = 0.0) -> float:
 
 
 def text_forward(config: TextConfig, tokens: float) -> float:
-    """FLOPs of one caption of `tokens` tokens through a text tower."""
-    return config.layers * _block(tokens, config.width)
+    """FLOPs of one caption of `tokens` tokens through a text tower.
+
+    The last block is computed for [CLS] alone; keys and values are still made of every token there.
+    """
+    last = 4 * tokens * config.width**2 + 20 * config.width**2 + 4 * tokens * config.width
+    return (config.layers - 1) * _block(tokens, config.width) + last
 
 
 def training_flops(model: ModelConfig, config: TrainConfig, tokens: float) -> float:
     """FLOPs that one sample needs in a training step; `tokens` is a caption's mean length.
 
     What is computed twice to save memory (checkpointing, micro-batches) is not counted: it is overhead, not
-    work. A locked tower has no backward pass, and none at all where its features are cached.
+    work. Nor is a teacher, nor what is learned from statements. A locked tower has no backward pass, and none
+    at all where its features are cached.
     """
     text = 3 * text_forward(model.text, tokens)
     if config.cached_views:

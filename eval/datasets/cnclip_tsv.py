@@ -143,6 +143,11 @@ def read_evaluation(folder: str, name: str) -> EvaluationSet:
     )
 
 
+def read_pictures(path: str) -> Base64Pictures:
+    """The pictures of one `_imgs.tsv`, in the order of its lines; InputError names a malformed line."""
+    return Base64Pictures(path, *_scan_images(path))
+
+
 def check_scorable(evaluation: EvaluationSet, *, k: int = 10, image_to_text: bool = True) -> None:
     """Raise InputError where recall at `k` would be meaningless.
 

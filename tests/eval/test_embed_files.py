@@ -1,34 +1,26 @@
 """`cnclip embed`, `convert` and `inspect` from the command line."""
 
+import base64
+import json
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
-import torch
 from PIL import Image
+from tiny_model import write_tiny_model
 
 from eval.embed_files import embed_files
 from pipeline.__main__ import main
 from pipeline.records import InputError
-from training.model.clip import build_clip
-from training.model.config import MODELS
 from training.model.encoder import load
-from training.model.tokenizer import SPECIAL_TOKENS, Tokenizer
-from training.model.weights import save_checkpoint
 
-WORDS = [*SPECIAL_TOKENS, *"红蓝色的猫狗"]
 TEXTS = ["红色的猫", "", "蓝色的狗" * 20]
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("weights")
-    torch.manual_seed(0)
-    model = build_clip(MODELS["tiny-vit"], vocab_size=len(WORDS))
-    save_checkpoint(str(folder / "model.safetensors"), model, model.config, {})
-    Tokenizer(WORDS).save_vocabulary(str(folder / "vocab.txt"))
-    return str(folder / "model.safetensors")
+    return write_tiny_model(tmp_path_factory.mktemp("weights"), words="红蓝色的猫狗")[0]
 
 
 @pytest.fixture
@@ -97,6 +89,29 @@ def test_tables_of_paths_and_of_bytes(weights: str, pictures: Path, tmp_path: Pa
         assert metadata["caption"].to_list() == ["猫", "狗", "红"]
 
 
+def test_cn_clips_own_tables(weights: str, pictures: Path, tmp_path: Path) -> None:
+    """`_imgs.tsv` has no names of columns; rows stay in the order of its lines."""
+    data = [(pictures / name).read_bytes() for name in ("b.png", "a.png", "A.webp")]
+    images, texts = tmp_path / "valid_imgs.tsv", tmp_path / "valid_texts.jsonl"
+    rows = zip((90, 7, 1000), data, strict=True)
+    images.write_text("".join(f"{key}\t{base64.urlsafe_b64encode(png).decode()}\n" for key, png in rows))
+    texts.write_text(json.dumps({"text_id": 3, "text": "红色的猫", "image_ids": [7]}) + "\n")
+    encoder, out = load(weights), tmp_path / "out"
+    main(["embed", weights, "--images", str(images), "--texts", str(texts), "--out", str(out)])
+    np.testing.assert_allclose(
+        np.load(out / "img_emb" / "img_emb_0.npy"), encoder.embed_images(data), atol=1e-6
+    )
+    metadata = pl.read_parquet(out / "metadata" / "metadata_0.parquet")
+    assert metadata.to_dict(as_series=False) == {
+        "image_path": ["90", "7", "1000"], "caption": ["红色的猫", None, None],
+    }  # fmt: skip
+    images.write_text(
+        f"90\t{base64.b64encode(data[0]).decode()}\n7\t{base64.b64encode(b'<html>').decode()}\n"
+    )
+    with pytest.raises(InputError, match=r"valid_imgs\.tsv: image 7: no picture that can be decoded"):
+        embed_files(encoder, images=str(images), texts=None, out=str(out), context_length=52)
+
+
 def test_faiss_searches_what_was_written(weights: str, pictures: Path, tmp_path: Path) -> None:
     import faiss
 
@@ -129,13 +144,15 @@ def test_bad_input_is_one_line(
         embed_files(encoder, images=str(tmp_path / "x.parquet"), texts=None, out=out, context_length=52)
     assert main(["embed", weights, "--out", out]) == 2
     assert main(["embed", weights, "--texts", str(tmp_path / "t.txt"), "--out", out, "--context", "65"]) == 2
+    assert main(["embed", str(tmp_path / "absent.pt"), "--texts", "t.txt", "--out", out]) == 1
     (tmp_path / "page.pt").write_text("<html></html>")
     assert main(["inspect", str(tmp_path / "page.pt")]) == 1
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 4
     assert "--context 65" in lines[1]
     assert "takes 3 to 64 tokens" in lines[1]
-    assert "a web page" in lines[2]
+    assert lines[2].endswith("absent.pt: no such file or folder: give the path of weights")
+    assert "a web page" in lines[3]
 
 
 def test_convert_and_inspect_commands(

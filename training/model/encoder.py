@@ -30,6 +30,7 @@ Picture = str | bytes | Image.Image  # path or URL, encoded bytes, or decoded
 
 IMAGES_PER_BATCH = 32
 TOKENS_PER_BATCH = 2048  # of texts, counted without padding
+TOKENS_PER_BATCH_ACCELERATED = 32_768  # fewer would leave it waiting for the host
 
 
 class Encoder:
@@ -53,12 +54,19 @@ class Encoder:
     def image_size_px(self) -> int:
         return self.model.config.vision.image_size_px
 
-    def embed_images(self, images: Sequence[Picture]) -> Float32Array:
-        """image_ND, unit-norm, of files, bytes or PIL pictures; InputError names one that is none."""
+    def embed_images(self, images: Sequence[Picture], *, names: Sequence[str] | None = None) -> Float32Array:
+        """image_ND, unit-norm, of files, bytes or PIL pictures; InputError names one that is none.
+
+        `names` are what it then calls them; unset, by their paths or their places.
+        """
+        names = names or [
+            image if isinstance(image, str) else f"picture {row + 1} of {len(images)}"
+            for row, image in enumerate(images)
+        ]
         batches = (
-            images[start : start + IMAGES_PER_BATCH] for start in range(0, len(images), IMAGES_PER_BATCH)
+            slice(start, start + IMAGES_PER_BATCH) for start in range(0, len(images), IMAGES_PER_BATCH)
         )
-        features = [self.embed_pixels(self._preprocess(batch)) for batch in batches]
+        features = [self.embed_pixels(self._preprocess(images[part], names[part])) for part in batches]
         return np.concatenate([np.empty((0, self.model.config.embed_dim), np.float32), *features])
 
     def embed_pixels(self, image_BCHW: torch.Tensor) -> Float32Array:
@@ -100,17 +108,17 @@ class Encoder:
             raise ValueError(f"context_length is {context_length}; this model takes 3 to {positions} tokens")
         return context_length
 
-    def _preprocess(self, images: Sequence[Picture]) -> torch.Tensor:
+    def _preprocess(self, images: Sequence[Picture], names: Sequence[str]) -> torch.Tensor:
         encoded = [_encoded(image) for image in images]
         try:
             return preprocess(encoded, self.image_size_px)
         except InputError:
-            for image, data in zip(images, encoded, strict=True):  # once more, to say which one it is
+            for name, data in zip(names, encoded, strict=True):  # once more, to say which one it is
                 try:
                     preprocess([data], self.image_size_px)
                 except InputError as error:
                     reason = str(error).partition("cannot be decoded: ")[2]
-                    raise InputError(f"{_name(image)}: no picture that can be decoded: {reason}") from None
+                    raise InputError(f"{name}: no picture that can be decoded: {reason}") from None
             raise
 
 
@@ -131,19 +139,21 @@ def load(
 def encode_tokens(model: CLIP, tokens_NL: npt.NDArray[np.int32]) -> Float32Array:
     """text_ND, unit-norm, in row order, of token ids padded with 0, by the model as it is set."""
     text_ND = np.empty((len(tokens_NL), model.config.embed_dim), np.float32)
-    for rows in batches_of_tokens(tokens_NL):
+    is_cpu = model.logit_scale.device.type == "cpu"
+    size = TOKENS_PER_BATCH if is_cpu else TOKENS_PER_BATCH_ACCELERATED
+    for rows in batches_of_tokens(tokens_NL, size):
         text_ND[rows] = model.encode_text(torch.from_numpy(tokens_NL[rows])).cpu().numpy()
     return text_ND
 
 
-def batches_of_tokens(tokens_NL: npt.NDArray[np.int32]) -> list[npt.NDArray[np.int64]]:
-    """Row numbers, every row once, of batches of about TOKENS_PER_BATCH tokens.
+def batches_of_tokens(tokens_NL: npt.NDArray[np.int32], size: int) -> list[npt.NDArray[np.int64]]:
+    """Row numbers, every row once, of batches of about `size` tokens.
 
     Texts of like lengths come together, since attention takes those of one length at once.
     """
     length_N = (tokens_NL != 0).sum(axis=1)
     order_N = np.argsort(length_N, kind="stable")
-    batch_N = (np.cumsum(length_N[order_N]) - 1) // TOKENS_PER_BATCH
+    batch_N = (np.cumsum(length_N[order_N]) - 1) // size
     return np.split(order_N, np.flatnonzero(np.diff(batch_N)) + 1) if len(order_N) else []
 
 
@@ -158,7 +168,3 @@ def _encoded(image: Picture) -> bytes:
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "BMP")  # without loss, and quick
     return buffer.getvalue()
-
-
-def _name(image: Picture) -> str:
-    return image if isinstance(image, str) else f"a picture given as {type(image).__name__}"

@@ -20,7 +20,8 @@ def preprocess(images: Sequence[bytes], image_size_px: int) -> torch.Tensor:
 
     As Chinese CLIP: bicubic resize to the square, without keeping the aspect and without a crop. Unlike it,
     the picture is converted to RGB before it is resized: interpolating palette indices makes colours that are
-    not there. InputError names the position of a picture that cannot be decoded.
+    not there. So pictures with a palette, with transparency or of more than 8 bits differ from it.
+    InputError names the position of a picture that cannot be decoded.
     """
     pixels_BHWC = np.empty((len(images), image_size_px, image_size_px, 3), dtype=np.uint8)
     for row, data in enumerate(images):

@@ -6,6 +6,7 @@ archives of TorchScript through `training.model.torchscript`; safetensors hold n
 
 import itertools
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -80,7 +81,8 @@ def read_pickle(path: str, *, stand_ins: Mapping[str, type] | None = None) -> An
     local = local_copy(path)
     allowed: list[Any] = [(stand_in, name) for name, stand_in in (stand_ins or {}).items()]
     try:
-        with torch.serialization.safe_globals(allowed):
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols: what is wrong is said below
             # Large files are mapped into memory; the old format, without a zip, cannot be.
             return torch.load(local, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(local))
     except pickle.UnpicklingError as error:
@@ -89,7 +91,10 @@ def read_pickle(path: str, *, stand_ins: Mapping[str, type] | None = None) -> An
                 f"{path}: its pickle asks for {names}, which weights have no need of: nothing was run;"
                 " do not use this file"
             ) from None
-        raise InputError(f"{path}: damaged ({_first_line(error)}): {DOWNLOAD_AGAIN}") from None
+        raise InputError(
+            f"{path}: a pickle that torch's reader of weights refuses ({_refusal(str(error))}): nothing was"
+            f" run; {DOWNLOAD_AGAIN}, and if it stays so do not use it"
+        ) from None
     except Exception as error:  # damaged bytes surface as whatever torch trips over
         raise InputError(f"{path}: cut or damaged ({_first_line(error)}): {DOWNLOAD_AGAIN}") from None
 
@@ -160,6 +165,7 @@ def _foreign_names(message: str) -> str:
     """The class or function that torch's weights-only machine refused, from its message."""
     for marker in (
         "Unsupported global: GLOBAL ",
+        "Trying to load unsupported GLOBAL ",  # of a module that is never allowed, such as os
         "Unsupported class ",
         "Trying to call reduce for unrecognized function ",
         "Trying to instantiate unsupported class ",
@@ -169,6 +175,13 @@ def _foreign_names(message: str) -> str:
         if found:
             return rest.split()[0]
     return ""
+
+
+def _refusal(message: str) -> str:
+    """What torch's message says about the file, without its advice to read it by unsafe means."""
+    around = ("Weights only load failed", "Please file an issue", "Check the documentation")
+    lines = (line.strip() for line in message.splitlines())
+    return next((line[:200] for line in lines if line and not line.startswith(around)), "no reason given")
 
 
 def _first_line(error: Exception) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.cn_clip_peer import cn_clip_of as build
 from training.model.config import ModelConfig, VisionTransformerConfig
 
 # cn_clip's names of the released structures
@@ -73,28 +74,5 @@ def hugging_face_model(config: ModelConfig, seed: int) -> Any:
 
 def cn_clip_of(config: ModelConfig, seed: int) -> Any:
     """cn_clip's class in any size, with weights that float16 holds."""
-    from cn_clip.clip.model import CLIP as Reference  # type: ignore[import-untyped]
-
-    vision, text = config.vision, config.text
-    is_vit = isinstance(vision, VisionTransformerConfig)
     torch.manual_seed(seed)
-    reference = Reference(
-        embed_dim=config.embed_dim,
-        image_resolution=vision.image_size_px,
-        vision_layers=vision.layers if isinstance(vision, VisionTransformerConfig) else vision.blocks,
-        vision_width=vision.width if is_vit else vision.width // 32,
-        vision_patch_size=vision.patch_size_px if isinstance(vision, VisionTransformerConfig) else None,
-        vision_head_width=vision.width // vision.heads,
-        vocab_size=text.vocab_size,
-        text_attention_probs_dropout_prob=text.dropout,
-        text_hidden_act="gelu",
-        text_hidden_dropout_prob=text.dropout,
-        text_hidden_size=text.width,
-        text_initializer_range=0.02,
-        text_intermediate_size=4 * text.width,
-        text_max_position_embeddings=text.max_positions,
-        text_num_attention_heads=text.heads,
-        text_num_hidden_layers=text.layers,
-        text_type_vocab_size=2,
-    )
-    return _lively(reference.float()).eval()
+    return _lively(build(config)).eval()

@@ -9,27 +9,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_model import write_tiny_model
 
 from pipeline.records import InputError
 from training.model import vocabulary_lookup
-from training.model.clip import build_clip
-from training.model.config import MODELS
 from training.model.encoder import Encoder, batches_of_tokens, load
 from training.model.tokenizer import SPECIAL_TOKENS, Tokenizer
 from training.model.vocabulary_lookup import find_vocabulary
-from training.model.weights import save_checkpoint
 
 WORDS = [*SPECIAL_TOKENS, *"红蓝色的猫狗"]
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("weights")
-    torch.manual_seed(0)
-    model = build_clip(MODELS["tiny-vit"], vocab_size=len(WORDS))
-    save_checkpoint(str(folder / "model.safetensors"), model, model.config, {})
-    Tokenizer(WORDS).save_vocabulary(str(folder / "vocab.txt"))
-    return str(folder / "model.safetensors")
+    return write_tiny_model(tmp_path_factory.mktemp("weights"), words="红蓝色的猫狗")[0]
 
 
 def _picture(seed: int) -> Image.Image:
@@ -75,12 +68,12 @@ def test_batches_are_about_as_many_tokens_and_hold_every_row_once() -> None:
     generator = np.random.default_rng(0)
     length_N = generator.integers(2, 53, 3000)
     tokens_NL = np.where(np.arange(52) < length_N[:, None], 5, 0).astype(np.int32)
-    batches = batches_of_tokens(tokens_NL)
+    batches = batches_of_tokens(tokens_NL, 2048)
     assert sorted(np.concatenate(batches)) == list(range(3000))
     sizes = [int(length_N[rows].sum()) for rows in batches]
     assert all(2048 - 52 < size < 2048 + 52 for size in sizes[:-1])
     assert np.all(np.diff(np.concatenate([length_N[rows] for rows in batches])) >= 0)
-    assert batches_of_tokens(tokens_NL[:0]) == []
+    assert batches_of_tokens(tokens_NL[:0], 2048) == []
 
 
 def test_longer_texts_are_counted_and_longer_contexts_work(weights: str) -> None:

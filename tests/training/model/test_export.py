@@ -173,6 +173,23 @@ def test_onnx_of_both_towers_with_free_batch_and_length(name: str, tmp_path: Pat
                 torch.testing.assert_close(torch.from_numpy(found), encode(batch), atol=1e-4, rtol=0)
 
 
+def test_onnx_weights_beyond_protobufs_limit_stand_beside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
+    pytest.importorskip("onnxscript", reason="the extra `onnx` is not installed")
+    monkeypatch.setattr("training.model.export._ONNX_INLINE_BYTES", 200_000)
+    model, source = _source(tmp_path / "in", "tiny-vit")
+    convert(source, str(tmp_path / "clip.onnx"))
+    data = tmp_path / "clip.text.onnx.data"
+    assert data.stat().st_size > 200_000
+    session = runtime.InferenceSession(tmp_path / "clip.text.onnx", providers=["CPUExecutionProvider"])
+    tokens_BL = torch.tensor([[2, 7, 8, 3], [2, 9, 3, 0]])
+    (found,) = session.run(None, {"text": tokens_BL.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found), model.encode_text(tokens_BL), atol=1e-4, rtol=0)
+
+
 def test_model_card_says_what_is_known_and_what_is_not(tmp_path: Path) -> None:
     _, source = _source(tmp_path / "run" / "stage2", "tiny-vit")
     convert(source, str(tmp_path / "out.safetensors"))
@@ -193,6 +210,20 @@ def test_model_card_says_what_is_known_and_what_is_not(tmp_path: Path) -> None:
     assert facts["scores"].startswith("muge: text to image R@1/5/10 50.0/75.0/100.0")
     assert facts_of(source, {"stage": "stage1"})["scores"] == "muge: text to image R@1/5/10 1.0/2.0/3.0"
     assert "muge: text to image" in model_card(MODELS["tiny-vit"], 10, facts)
+    assert "Table 12" not in model_card(MODELS["tiny-vit"], 10, facts)  # of the final model, not of this one
+    line = {
+        "label": "MNIST",
+        "ours": {"value": 51.25, "low": 50.0, "high": 52.5},
+        "paper": 50.2,
+        "difference": {"value": 1.05, "low": -0.2, "high": 2.3},
+    }
+    table = {"number": 12, "title": "ICinW", "setup": "zero-shot", "paper_model": "CN-CLIP RN50"}
+    with_tables = {**report, "comparisons": [{**table, "lines": [line], "notes": ["a note"]}]}
+    (tmp_path / "run" / "report" / "report.json").write_text(json.dumps(with_tables))
+    card = model_card(MODELS["tiny-vit"], 10, facts_of(source, {"stage": "stage2"}))
+    assert "## Table 12, ICinW, zero-shot beside CN-CLIP RN50" in card
+    assert "| MNIST | 51.2 | 50.0 … 52.5 | 50.2 | +1.1 |" in card
+    assert "Table 12" not in model_card(MODELS["tiny-vit"], 10, facts_of(source, {"stage": "stage1"}))
     convert(source, str(tmp_path / "again"), to="safetensors")
     assert "wukong" in (tmp_path / "again" / "README.md").read_text()
     assert read_weights(str(tmp_path / "again")).facts["data"] == "tables: wukong"

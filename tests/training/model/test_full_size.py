@@ -170,3 +170,24 @@ def test_224_to_336_equals_cn_clip(tmp_path: Path) -> None:
     assert isinstance(model.config.vision, VisionTransformerConfig)
     with torch.no_grad():
         torch.testing.assert_close(model.encode_image(image_BCHW), expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["RN50", "ViT-B-16", "ViT-H-14"])
+def test_onnx_at_full_size(name: str, tmp_path: Path) -> None:
+    """ViT-H/14's image tower is larger than a protobuf may be: its weights stand beside."""
+    runtime = pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
+    pytest.importorskip("onnxscript", reason="the extra `onnx` is not installed")
+    from training.model.export import save_onnx
+
+    torch.save({"state_dict": cn_clip_model(name, seed=70).state_dict()}, tmp_path / "clip_cn.pt")
+    model = load_model(str(tmp_path / "clip_cn.pt"))
+    differences = save_onnx(f"{tmp_path}/clip.", model)
+    assert max(differences.values()) <= 1e-4
+    assert (tmp_path / "clip.image.onnx.data").exists() == (name == "ViT-H-14")
+    inputs = {"image": _pictures(224)[[0, 1, 0]], "text": _tokens()}
+    for side, encode in (("image", model.encode_image), ("text", model.encode_text)):
+        session = runtime.InferenceSession(tmp_path / f"clip.{side}.onnx", providers=["CPUExecutionProvider"])
+        (found,) = session.run([f"{side}_features"], {side: inputs[side].numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(found), encode(inputs[side]), atol=1e-4, rtol=0)
+        del session

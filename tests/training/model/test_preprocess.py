@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 
 from pipeline.records import InputError
+from training.model.config import MODELS
+from training.model.export import _preprocessor_config
 from training.model.preprocess import MEAN, STD, normalise, preprocess
 
 
@@ -60,6 +62,62 @@ def test_torchvision_gives_the_same_pixels() -> None:
     )
     image = Image.fromarray(pixels)
     torch.testing.assert_close(preprocess([_encoded(image)], 24)[0], reference(image), atol=1e-6, rtol=0)
+
+
+def _pictures() -> dict[str, Image.Image]:
+    """Edges, gradients and noise, wider and higher than the square, smaller and larger; also in grey."""
+    random = np.random.default_rng(5)
+    y, x = np.mgrid[0:211, 0:333]
+    drawn = np.stack([x * 255 // 332, y * 255 // 210, (x // 30 + y // 30) % 2 * 255], axis=-1).astype(
+        np.uint8
+    )
+    opaque = Image.fromarray(drawn).convert("RGBA")
+    return {
+        "drawn": Image.fromarray(drawn),
+        "tiny": Image.fromarray(random.integers(0, 256, (13, 40, 3), dtype=np.uint8)),
+        "grey": Image.fromarray(random.integers(0, 256, (97, 301), dtype=np.uint8)),
+        "opaque": opaque,
+        "noise": Image.fromarray(random.integers(0, 256, (301, 97, 3), dtype=np.uint8)),
+    }
+
+
+def _apart(one: torch.Tensor, two: torch.Tensor) -> tuple[float, float]:
+    """(largest, mean) difference in pixel values of 0 … 255."""
+    apart = (one - two).mul(torch.tensor(STD).view(3, 1, 1) * 255).abs()
+    return apart.max().item(), apart.mean().item()
+
+
+@pytest.mark.parametrize("side", [224, 336])
+def test_cn_clip_gives_the_same_pixels(side: int) -> None:
+    utils = pytest.importorskip("cn_clip.clip.utils", reason="cn_clip is not installed")
+    reference = utils.image_transform(side)
+    for image in _pictures().values():
+        assert torch.equal(preprocess([_encoded(image)], side)[0], reference(image))
+
+
+@pytest.mark.parametrize("side", [224, 336])
+@pytest.mark.parametrize(
+    ("backend", "largest", "mean"),
+    [("ChineseCLIPImageProcessorPil", 1e-3, 1e-4), ("ChineseCLIPImageProcessor", 20, 0.5)],
+)
+def test_transformers_gives_the_same_pixels_or_nearly(
+    backend: str, largest: float, mean: float, side: int
+) -> None:
+    """Its own bicubic of torchvision rounds otherwise: printed and bounded, mostly within 2 of 255."""
+    import transformers
+
+    if not hasattr(transformers, backend):
+        pytest.skip(f"this release of transformers has no {backend}")
+    config = _preprocessor_config(MODELS["ViT-L-14-336" if side == 336 else "ViT-B-16"])
+    processor = getattr(transformers, backend)(
+        **{key: value for key, value in config.items() if key != "image_processor_type"}
+    )
+    for name, image in _pictures().items():
+        theirs = processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+        found = _apart(preprocess([_encoded(image)], side)[0], theirs)
+        print(f"{backend} at {side}: {name}: largest {found[0]:.2f}, mean {found[1]:.4f} of 255")
+        assert found[0] <= (largest if name == "noise" else min(largest, 2.01))
+        assert found[1] <= mean
 
 
 def test_an_undecodable_picture_is_named() -> None:
