@@ -11,6 +11,7 @@ import gzip
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
@@ -67,7 +68,12 @@ def column_names(path: str) -> list[str]:
             names = next(csv.reader([header], delimiter=_separator(path)), [])
             if not names:
                 raise InputError(f"{path}: cannot be read as a table: it is empty; replace the file")
-            return [name.strip() for name in names]
+            names = [name.strip() for name in names]
+            if twice := [name for name, count in Counter(names).items() if count > 1]:
+                raise InputError(
+                    f"{path}: its header names {twice[0][:80]!r} twice; rename one of the columns"
+                )
+            return names
         found: dict[str, None] = {}
         for line in file.read(BLOCK_BYTES).decode("utf-8", "replace").split("\n")[:_SEEN_LINES]:
             try:
