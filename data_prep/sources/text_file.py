@@ -65,7 +65,10 @@ def column_names(path: str) -> list[str]:
     with _open_utf8(path) as file:
         if not _plain_name(path).endswith((".jsonl", ".ndjson")):
             header = file.read(1 << 16).decode("utf-8", "replace").split("\n", 1)[0]
-            names = next(csv.reader([header], delimiter=_separator(path)), [])
+            try:
+                names = next(csv.reader([header], delimiter=_separator(path)), [])
+            except csv.Error as error:
+                raise _unreadable(path, error) from None
             if not names:
                 raise InputError(f"{path}: cannot be read as a table: it is empty; replace the file")
             names = [name.strip() for name in names]
