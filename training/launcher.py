@@ -137,7 +137,7 @@ def watch(
             process.terminate()  # DeepSpeed's launcher ends its ranks on SIGTERM
             process.wait()
             raise
-    # Ranks that did not listen yet die of the signal, and have nothing to lose; ranks that were done are done.
+    # Ranks that did not listen yet die of the signal, and have nothing to lose; done ranks are done.
     how = {0: "training is finished" if received else None, Stopped.exit_status: "a checkpoint is written"}
     if received and _killed_by(status, (signal.SIGUSR1,)):
         how[status] = "before its first step"

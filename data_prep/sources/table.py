@@ -206,9 +206,10 @@ def naming_damage(path: str) -> Iterator[None]:
     """InputError in place of what polars raises where a file's inside is damaged: a scan reads it late."""
     try:
         yield
-    except (pl.exceptions.PolarsError, OSError) as error:
+    # A panic is what polars' reader answers to bytes that it never expected, and no Exception.
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
         raise InputError(
-            f"{path}: cannot be read as a table: {str(error).splitlines()[0]}; replace the file"
+            f"{path}: cannot be read as a table: {str(error).splitlines()[0][:300]}; replace the file"
         ) from None
 
 

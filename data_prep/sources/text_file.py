@@ -11,6 +11,7 @@ import gzip
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
@@ -65,10 +66,18 @@ def column_names(path: str) -> list[str]:
     with _open_utf8(path) as file:
         if not _plain_name(path).endswith((".jsonl", ".ndjson")):
             header = file.read(1 << 16).decode("utf-8", "replace").split("\n", 1)[0]
-            names = next(csv.reader([header], delimiter=_separator(path)), [])
+            try:
+                names = next(csv.reader([header], delimiter=_separator(path)), [])
+            except csv.Error as error:
+                raise _unreadable(path, error) from None
             if not names:
                 raise InputError(f"{path}: cannot be read as a table: it is empty; replace the file")
-            return [name.strip() for name in names]
+            names = [name.strip() for name in names]
+            if twice := [name for name, count in Counter(names).items() if count > 1]:
+                raise InputError(
+                    f"{path}: its header names {twice[0][:80]!r} twice; rename one of the columns"
+                )
+            return names
         found: dict[str, None] = {}
         for line in file.read(BLOCK_BYTES).decode("utf-8", "replace").split("\n")[:_SEEN_LINES]:
             try:

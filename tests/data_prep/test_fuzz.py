@@ -264,6 +264,14 @@ def test_a_table_that_unfolds_to_much_is_read_in_blocks(tmp_path: Path) -> None:
     assert run_text_stages(tmp_path / "run", config, "bomb") == "refused"
 
 
+def test_a_header_that_names_a_column_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(
+        "url,caption,caption\nhttp://a.cn/1,窗台上的猫,窗台上的猫\n", encoding="utf-8"
+    )
+    tables = TablesConfig(kind="tables", tables=(TableSource(path=str(tmp_path / "a.csv"), name="a"),))
+    assert run_text_stages(tmp_path / "run", tables, "header") == "refused"
+
+
 def test_an_address_cannot_steer_the_terminal(tmp_path: Path) -> None:
     url = "http://a.cn/\x1b[2J\u202egpj.jpg"
     pl.DataFrame({"url": [url], "caption": ["窗台上的一只橘猫"]}).write_parquet(tmp_path / "a.parquet")
