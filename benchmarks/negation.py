@@ -37,10 +37,13 @@ WORDINGS = {
 def main() -> int:
     flags = parser(__doc__, "runs/negation")
     flags.add_argument("--epochs", type=int, default=6, help="of stage 2")
+    flags.add_argument("--english-epochs", type=int, default=12, help="of the image tower's own training")
+    flags.add_argument("--stage1-epochs", type=int, default=6, help="of stage 1")
     options = flags.parse_args()
     run_folder = str(options.folder).rstrip("/") + "_run"
     try:
-        experiment = Experiment(options, "demo", [], run_folder, last="stage1", first="stage2")
+        overrides = [f"english.epochs={options.english_epochs}", f"stage1.epochs={options.stage1_epochs}"]
+        experiment = Experiment(options, "demo", overrides, run_folder, last="stage1", first="stage2")
     except OutOfTime:
         print("the first stage is not trained yet: the same command goes on")
         return 0
@@ -74,7 +77,8 @@ def main() -> int:
     report = {
         **header(),
         "what": f"percent of questions answered rightly, and mean recall, after {options.epochs} epochs of"
-        " stage 2 of the demo with and without negation statements, by seed; chance is 50",
+        f" stage 2 of the demo with and without negation statements, by seed; chance is 50; before it"
+        f" {options.english_epochs} epochs of English names and {options.stage1_epochs} of stage 1",
         "rows": rows,
     }
     print(json.dumps(report, ensure_ascii=False))

@@ -6,6 +6,7 @@ The demo and emoji corpora are made here; other sources stay where they are and 
 import dataclasses
 import glob
 import os
+import tempfile
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -123,11 +124,25 @@ def run(config: CorpusStageConfig, context: Context, task: Task, progress: Progr
     """Make the demo or emoji corpus, or look at one table of your own."""
     if isinstance(config.corpus, TablesConfig | SourcesConfig):
         return _take_in(config, config.corpus, context, task)
-    folder = Path(context.path())
-    if isinstance(config.corpus, DemoConfig):
-        make_demo(config.corpus, folder)
+    if store.is_local(context.run_folder):
+        folder = Path(context.path())
+        _make(config.corpus, folder)
+        return _describe_made(config, folder)
+    with tempfile.TemporaryDirectory(prefix="cnclip-corpus-") as place:
+        _make(config.corpus, Path(place))
+        store.put_folder(place, context.path())
+        return _describe_made(config, Path(place))
+
+
+def _make(corpus: DemoConfig | EmojiConfig, folder: Path) -> None:
+    if isinstance(corpus, DemoConfig):
+        make_demo(corpus, folder)
     else:
-        make_emoji(config.corpus, folder)
+        make_emoji(corpus, folder)
+
+
+def _describe_made(config: CorpusStageConfig, folder: Path) -> Outcome:
+    """Account for the files of a made corpus, which lies in a local folder."""
     sources = {}
     outputs: dict[str, int] = {}
     carry = ("caption_en",)
@@ -166,7 +181,7 @@ def _take_in(
     if fields["kind"] in typing.get_args(packed.PackedKind):
         lists = {name: tuple(fields[name]) for name in ("exempt_from", "carry_columns")}
         source = PackedSource(**{**fields, **lists})
-        extra["packed"] = {source.name: os.path.abspath(source.path)}
+        extra["packed"] = {source.name: store.absolute(source.path)}
         taken = packed.unpack(source, paths, *full_paths)
     else:
         table = caption_table.from_description(fields)
@@ -207,14 +222,16 @@ def _refuse_empty(path: str, source: TableSource) -> NoReturn:
 
 
 def tables_of(corpus: Manifest) -> list[dict[str, Any]]:
-    """Tables of the corpus in order: {stage (None for an outside file), path, source, digest}."""
-    digests = {shard.path: shard.digest for shard in corpus.shards}
+    """Tables of the corpus in order: {stage (None for an outside file), path, source, digest, num_rows}."""
+    shards = {shard.path: shard for shard in corpus.shards}
     tables = []
     for extra in corpus.extra.values():
         for path, source in extra.get("tables", {}).items():
-            tables.append({"stage": "corpus", "path": path, "source": source, "digest": digests[path]})
+            facts = {"digest": shards[path].digest, "num_rows": shards[path].num_samples}
+            tables.append({"stage": "corpus", "path": path, "source": source, **facts})
         if outside := extra.get("external"):
-            tables.append({"stage": None, **outside})
+            num_rows = extra["sources"][outside["source"]["name"]]["in"]
+            tables.append({"stage": None, **outside, "num_rows": num_rows})
     return tables
 
 

@@ -5,6 +5,8 @@ and the order is as good as random and the same on any number of machines. Parti
 of its share of the range, so P files one after the other are the shuffled corpus.
 """
 
+import itertools
+import math
 from dataclasses import dataclass
 
 import polars as pl
@@ -14,6 +16,8 @@ from pipeline.stage import Context, Outcome, Progress, Task
 
 DUPLICATE = "duplicate"
 _PREFIX_HEX_DIGITS = 8
+_ROWS_PER_TASK = 1_000_000  # about a gigabyte with its sorted copy
+_MIN_TASKS = 64  # below, one task a partition
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,20 +32,34 @@ class DedupConfig:
 
 
 def tasks(config: DedupConfig, context: Context) -> list[Task]:
-    """One task a partition; each reads its range of every filtered table."""
+    """One task a partition; of a large corpus in many small partitions, one task some neighbours.
+
+    Each task looks into every filtered table, so there are no more of them than memory asks for.
+    """
     kept = [shard for shard in context.parents["filter_text"].shards if shard.path.startswith("kept/")]
     inputs = {shard.path: shard.digest for shard in kept}
-    width = len(str(config.partitions - 1))
+    width = max(len(str(config.partitions - 1)), 5)
+    total = sum(shard.num_samples for shard in kept)
+    num_tasks = min(config.partitions, max(_MIN_TASKS, math.ceil(total / _ROWS_PER_TASK)))
+    bounds = [number * config.partitions // num_tasks for number in range(num_tasks + 1)]
     return [
-        Task(f"{number:0{max(width, 5)}d}", inputs, {"paths": [shard.path for shard in kept]})
-        for number in range(config.partitions)
+        Task(
+            f"{first:0{width}d}",
+            inputs,
+            {"paths": [shard.path for shard in kept], **({"end": end} if end > first + 1 else {})},
+        )
+        for first, end in itertools.pairwise(bounds)
     ]
 
 
 def run(config: DedupConfig, context: Context, task: Task, progress: Progress) -> Outcome:
-    """Sort one partition by key and keep the lowest (table, row) of each."""
+    """Sort some partitions' rows by key and keep the lowest (table, row) of each; one file a partition."""
     paths = [context.path_in("filter_text", path) for path in task.arguments["paths"]]
-    first, end = partition_range(int(task.name), config.partitions)
+    first_partition = int(task.name)
+    last_partition = task.arguments.get("end", first_partition + 1) - 1
+    first, end = partition_range(first_partition, config.partitions)[0], None
+    if last_partition + 1 < config.partitions:
+        end = partition_range(last_partition, config.partitions)[1]
     # Files are sorted by key, so whole row groups outside the range are skipped unread.
     condition = pl.col("key") >= first
     if end is not None:
@@ -51,7 +69,20 @@ def run(config: DedupConfig, context: Context, task: Task, progress: Progress) -
     extra_copy = pl.col("key") == pl.col("key").shift(1)
     rows = rows.with_columns(reason=pl.when(extra_copy).then(pl.lit(DUPLICATE)))
     kept = rows.filter(pl.col("reason").is_null()).drop("reason")
-    return publish_judged(context, task, kept, rows.filter(pl.col("reason").is_not_null()))
+    dropped = rows.filter(pl.col("reason").is_not_null())
+    if last_partition == first_partition:
+        return publish_judged(context, task, kept, dropped)
+    ends = [
+        kept["key"].search_sorted(end)
+        if (end := partition_range(number, config.partitions)[1])
+        else kept.height
+        for number in range(first_partition, last_partition + 1)
+    ]
+    pieces = {
+        f"{number:0{len(task.name)}d}": kept.slice(begin, int(stop) - begin)
+        for number, (begin, stop) in enumerate(itertools.pairwise([0, *ends]), start=first_partition)
+    }
+    return publish_judged(context, task, kept, dropped, pieces=pieces)
 
 
 def partition_range(number: int, partitions: int) -> tuple[str, str | None]:

@@ -22,7 +22,7 @@ import polars as pl
 from data_prep import corpus, retry
 from data_prep.drop_table import HTTP_STATUS, count_by_source, drops_path, write_drops, write_table
 from data_prep.public_web import ALLOWED_VARIABLE
-from data_prep.site import SITE_VARIABLE, serve
+from data_prep.site import SITE_VARIABLE, local_site, serve
 from data_prep.tar_members import TarWriter
 from pipeline import store
 from pipeline.config import NOT_IN_DIGEST
@@ -42,6 +42,9 @@ class DownloadConfig:
     short_side_px: int = 256  # larger pictures are reduced to it: room for a random crop of 224
     jpeg_quality: int = 95
     max_pixels: int = 100_000_000  # of a picture's header: above, a decompression bomb
+    # Decode a JPEG at 1/2, 1/4 or 1/8 where that still exceeds short_side_px, and average pixels: faster,
+    # and pixels differ a little (benchmarks/resize.py says both).
+    scaled_decode: bool = False
     timeout_seconds: float = 10.0  # a whole request
     retries: int = 1  # further tries at an address that gave nothing
     # Networks that may be fetched from although they are not of the public web, such as "10.0.0.0/8".
@@ -76,11 +79,14 @@ def run_together(
     config: DownloadConfig, context: Context, tasks: list[Task], progress: Progress
 ) -> Iterator[tuple[Task, Outcome]]:
     """One img2dataset call for all outstanding partitions, one img2dataset shard each."""
-    for name in os.listdir(context.path()):
-        if name.startswith("raw"):  # of a run that was stopped: not vouched for by any receipt
-            store.remove(context.path(name))
-    raw = Path(context.path(f"raw.{os.getpid()}"))  # own name: workers of a killed run can't write into it
-    (raw / "lists").mkdir(parents=True)
+    with store.scratch(context.path(), "raw") as raw:  # own name: workers of a killed run can't write into it
+        yield from _download(config, context, tasks, Path(raw), progress)
+
+
+def _download(
+    config: DownloadConfig, context: Context, tasks: list[Task], raw: Path, progress: Progress
+) -> Iterator[tuple[Task, Outcome]]:
+    (raw / "lists").mkdir()
     num_rows: dict[str, int] = {}  # asked for, of each task
     waiting: dict[int, Task] = {}  # number of img2dataset's shard → task
     for task in tasks:
@@ -96,7 +102,8 @@ def run_together(
     if not waiting:
         return
     counts = [num_rows[task.name] for task in waiting.values()]
-    with _downloader(config, context, raw, max(counts)) as process:
+    log = _log_path(context, tasks[0])
+    with _downloader(config, context, raw, log, max(counts)) as process:
         done = 0
         suspects: list[tuple[Task, int]] = []  # an outage may have begun in them: the next partition tells
         last_change, last_seen = time.monotonic(), -1
@@ -121,7 +128,7 @@ def run_together(
             if waiting and ended is not None:
                 raise InputError(
                     f"{context.path()}: img2dataset ended with status {ended} and left {len(waiting)} of"
-                    f" {len(tasks)} partitions; see {context.path('img2dataset.log')}, then run again"
+                    f" {len(tasks)} partitions; see {log}, then run again"
                 )
             if (seen := _num_bytes(raw)) != last_seen:
                 last_change, last_seen = time.monotonic(), seen
@@ -131,7 +138,12 @@ def run_together(
                     f" hangs; run again to go on with the partitions that are left"
                 )
             time.sleep(_POLL_SECONDS)
-    store.remove(str(raw))
+
+
+def _log_path(context: Context, first: Task) -> str:
+    """Where img2dataset's output goes; an object store cannot append, so there each call has its own file."""
+    local = store.is_local(context.run_folder)
+    return context.path("img2dataset.log" if local else f"img2dataset/{first.name}.log")
 
 
 def _network_failures(raw: Path, number: int) -> float:
@@ -154,13 +166,14 @@ def _num_bytes(raw: Path) -> int:
 
 @contextlib.contextmanager
 def _downloader(
-    config: DownloadConfig, context: Context, raw: Path, max_rows: int
+    config: DownloadConfig, context: Context, raw: Path, log_path: str, max_rows: int
 ) -> Iterator[subprocess.Popen[bytes]]:
     options = {
         "resizer": {
             "short_side_px": config.short_side_px,
             "max_pixels": config.max_pixels,
             "jpeg_quality": config.jpeg_quality,
+            "scaled_decode": config.scaled_decode,
         },
         "url_list": str(raw / "lists"),
         "input_format": "parquet",
@@ -186,10 +199,15 @@ def _downloader(
         packed = corpus.packed_folders(context)
         if site is not None or pictures or packed:
             # The corpus brings its own pictures: URLs name no port, the server stands in as a proxy.
+            site = None if site is None else stack.enter_context(local_site(site))
             address = stack.enter_context(serve(site, pictures, packed))
             environment[SITE_VARIABLE] = address.removeprefix("http://")
         environment[ALLOWED_VARIABLE] = " ".join(config.allowed_networks)
-        log = stack.enter_context(open(context.path("img2dataset.log"), "wb"))
+        own_log = log_path
+        if not store.is_local(log_path):
+            own_log = str(raw / "img2dataset.log")
+            stack.callback(lambda: store.write_bytes(log_path, Path(own_log).read_bytes()))
+        log = stack.enter_context(open(own_log, "ab"))  # on a cluster several calls may write to one file
         command = [sys.executable, "-m", "data_prep.download_worker", str(raw / "options.json")]
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
         try:

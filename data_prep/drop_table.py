@@ -50,13 +50,11 @@ def url_hash(name: str = "url") -> pl.Expr:
     return hashed
 
 
-def write_table(frame: pl.DataFrame, path: str) -> None:
+def write_table(frame: pl.DataFrame, path: str, rows_per_group: int = _ROWS_PER_GROUP) -> None:
     """Publish a table as Parquet; the same rows give the same bytes."""
     with store.publish(path) as temporary:
         try:
-            frame.write_parquet(
-                temporary, compression="zstd", statistics=True, row_group_size=_ROWS_PER_GROUP
-            )
+            frame.write_parquet(temporary, compression="zstd", statistics=True, row_group_size=rows_per_group)
         except pl.exceptions.PolarsError as error:  # it wraps what the system says, a full disk for one
             if found := re.search(r"os error (\d+)", str(error)):
                 number = int(found[1])
@@ -84,14 +82,22 @@ def publish_judged(
     kept: pl.DataFrame,
     dropped: pl.DataFrame,
     extra: Mapping[str, Any] | None = None,
+    pieces: Mapping[str, pl.DataFrame] | None = None,
+    rows_per_group: int = _ROWS_PER_GROUP,
 ) -> Outcome:
-    """Publish a task's kept rows and its drops (with url, key and reason), and account for both."""
+    """Publish a task's kept rows and its drops (with url, key and reason), and account for both.
+
+    `pieces` is the kept rows cut into several files, by name; without it they are one, named as the task.
+    `rows_per_group` is for tables of which others read a range.
+    """
     by_source = {"sources": count_by_source(kept, dropped)}
-    kept_path = f"kept/{task.name}.parquet"
-    write_table(kept, context.path(kept_path))
+    outputs = {}
+    for name, piece in (pieces or {task.name: kept}).items():
+        write_table(piece, context.path(f"kept/{name}.parquet"), rows_per_group)
+        outputs[f"kept/{name}.parquet"] = piece.height
     counts = write_drops(dropped, context.path(drops_path(task.name)))
     return Outcome(
-        {kept_path: kept.height, drops_path(task.name): dropped.height},
+        {**outputs, drops_path(task.name): dropped.height},
         num_in=kept.height + dropped.height,
         num_kept=kept.height,
         dropped=counts,

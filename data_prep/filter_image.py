@@ -105,8 +105,11 @@ def run(config: FilterImageConfig, context: Context, task: Task, progress: Progr
     short_side = [
         rows.select(pl.min_horizontal("width_px", "height_px")).to_series() for rows in (kept, dropped)
     ]
-    sizes = {"histograms": {"short_side_px": histogram("short_side_px", *short_side)}}
-    return publish_judged(context, task, kept, dropped, extra=sizes)
+    extra = {
+        "rules": image_rules.VERSIONS,
+        "histograms": {"short_side_px": histogram("short_side_px", *short_side)},
+    }
+    return publish_judged(context, task, kept, dropped, extra=extra)
 
 
 @functools.lru_cache(maxsize=8)  # the sets are the same for every task that a process does

@@ -1,6 +1,7 @@
 """Stage filter_text: a caption table in; out, rows that pass every text rule, and why the others did not."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +17,11 @@ from data_prep.text_rules import TextRule
 from pipeline import store
 from pipeline.records import ConfigError, Manifest
 from pipeline.stage import Context, Outcome, Progress, Task
+
+# LAION-5B's tables hold some 17 million rows each; a task holds this many of them in memory.
+ROWS_PER_TASK = 500_000
+# Of a table that each task of dedup reads a range of: the rest of the groups at its ends is read in vain.
+_ROWS_PER_GROUP = 4_096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,19 +52,32 @@ class FilterTextConfig:
 
 
 def tasks(config: FilterTextConfig, context: Context) -> list[Task]:
-    """One task a table; ConfigError where scores of different encoders would meet under one threshold."""
+    """One task a table, or a slice of one that is longer than a task should hold in memory.
+
+    ConfigError where scores of different encoders would meet under one threshold.
+    """
     corpus = context.parents["corpus"]
     _refuse_mixed_scores(corpus)
     shared = {f"blacklist {theme}": _words_digest(theme) for theme in config.blacklists}
     shared |= {os.path.basename(urls.path): urls.digest for urls in evaluation_urls(context)}
     return [
         Task(
-            name=f"{number:05d}",
+            name=f"{number:05d}{piece}",
             inputs={**shared, "table": table["digest"]},
-            arguments={"table": {key: table[key] for key in ("stage", "path", "source")}},
+            arguments={"table": {key: table[key] for key in ("stage", "path", "source")}, **rows},
         )
         for number, table in enumerate(tables_of(corpus))
+        for piece, rows in _slices(table["num_rows"])
     ]
+
+
+def _slices(num_rows: int) -> Iterator[tuple[str, dict[str, int]]]:
+    """(suffix of the task's name, its rows); a table that one task holds has neither."""
+    if num_rows <= ROWS_PER_TASK:
+        yield "", {}
+        return
+    for number, first in enumerate(range(0, num_rows, ROWS_PER_TASK)):
+        yield f"-{number:05d}", {"first": first, "count": min(ROWS_PER_TASK, num_rows - first)}
 
 
 def run(config: FilterTextConfig, context: Context, task: Task, progress: Progress) -> Outcome:
@@ -69,14 +88,16 @@ def run(config: FilterTextConfig, context: Context, task: Task, progress: Progre
     frame = scan(path, source)
     names = frame.collect_schema().names()
     with naming_damage(path):
-        has_scores = _has_scores(frame)
+        has_scores = _has_scores(frame)  # of the whole table: all its slices are judged by the same rules
+    if "first" in task.arguments:
+        frame = frame.slice(task.arguments["first"], task.arguments["count"])
     rules = rules_for(config, source.exemptions, context, has_scores)
     judged = prepared(frame, config, source).with_columns(reason=text_rules.first_reason(rules))
     with naming_damage(path):
         rows = judged.collect(engine="streaming")
     kept = (
         rows.filter(pl.col("reason").is_null())
-        .with_columns(pl.col("caption").str.strip_chars(), file=pl.lit(int(task.name), dtype=pl.Int32))
+        .with_columns(pl.col("caption").str.strip_chars(), file=pl.lit(int(task.name[:5]), dtype=pl.Int32))
         .select("key", "file", *names)
         .drop(*JUDGED_ONLY)
         .sort("key", "row")
@@ -102,6 +123,7 @@ def run(config: FilterTextConfig, context: Context, task: Task, progress: Progre
                 **({"score": histogram("score", kept["score"], dropped["score"])} if len(scores) else {}),
             },
         },
+        rows_per_group=_ROWS_PER_GROUP,
     )
 
 

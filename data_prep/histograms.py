@@ -13,7 +13,7 @@ import polars as pl
 # Name → edges: bin 0 is below the first edge, bin i is [edge i-1, edge i), the last from the last edge on.
 EDGES: Mapping[str, Sequence[float]] = {
     "score": tuple(round(0.01 * step, 2) for step in range(10, 61)),  # cosine of the source's own scores
-    "pair_score": tuple(round(0.02 * step - 0.2, 2) for step in range(61)),  # cosine of the run's scores
+    "pair_score": tuple(round(0.01 * step - 0.2, 2) for step in range(121)),  # cosine of the run's scores
     "characters": tuple(range(1, 101)),
     "short_side_px": tuple(round(16 * 2 ** (step / 2)) for step in range(17)),  # 16 to 4096, each √2 wider
 }

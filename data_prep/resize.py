@@ -7,12 +7,13 @@ which says what is wrong, after the header's size was checked.
 
 import contextlib
 import io
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from pipeline.records import DropReason
 
@@ -41,19 +42,26 @@ class UprightResizer:
     short_side_px: int  # larger pictures are reduced to it, aspect kept; smaller ones stay as they are
     max_pixels: int  # of the picture as its header promises, before anything is decoded
     jpeg_quality: int
+    # Decode a JPEG at 1/2, 1/4 or 1/8 of its size where that is still large enough (libjpeg's scaled inverse
+    # DCT), and average pixels for the rest of the way instead of Lanczos: faster, a little softer.
+    scaled_decode: bool = False
 
     def __call__(self, img_stream: Any, blurring_bbox_list: Any = None) -> tuple[Any, ...]:
         """(jpeg bytes, width, height, original width, original height, None), or five None and the error."""
         data = img_stream.read()
         try:
-            image = decode_upright(data, self.max_pixels)
+            image = _open(data, self.max_pixels)
+            original_size = _upright_size(image)
+            if self.scaled_decode:
+                _draft(image, self.short_side_px)
+            image = _upright(image)
         except BadImageError as error:
             return None, None, None, None, None, str(error)
-        original_width, original_height = image.size
-        scale = self.short_side_px / min(image.size)
+        original_width, original_height = original_size
+        scale = self.short_side_px / min(original_size)
         if scale < 1:
             size = (max(1, round(original_width * scale)), max(1, round(original_height * scale)))
-            image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+            image = _average(image, size) if self.scaled_decode else _lanczos(image, size)
         out = io.BytesIO()
         image.save(out, "JPEG", quality=self.jpeg_quality, subsampling=0)
         return out.getvalue(), *image.size, original_width, original_height, None
@@ -69,6 +77,11 @@ def decode_upright(data: bytes, max_pixels: int) -> Image.Image:
     BadImageError where the bytes are no picture, are cut off, do not decode, or promise more than
     `max_pixels` pixels.
     """
+    return _upright(_open(data, max_pixels))
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    """A picture whose header was read and judged, and none of its pixels."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the size is judged below, before any pixel is decoded
@@ -83,6 +96,40 @@ def decode_upright(data: bytes, max_pixels: int) -> Image.Image:
     width, height = image.size
     if width * height > max_pixels:
         raise BadImageError(f"{PIXEL_LIMIT}: {width} x {height} pixels, {max_pixels} allowed")
+    return image
+
+
+def _draft(image: Image.Image, short_side_px: int) -> None:
+    """Have a JPEG decoded at the smallest of 1, 1/2, 1/4, 1/8 of its size that is at least as large."""
+    scale = short_side_px / min(image.size)
+    if scale < 1:
+        width, height = image.size
+        image.draft(None, (math.ceil(width * scale), math.ceil(height * scale)))  # type: ignore[arg-type]
+
+
+def _lanczos(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+
+
+def _average(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    import cv2
+
+    # After a scaled decode less than half is left to do, where two neighbours a pixel are average enough.
+    kind = cv2.INTER_LINEAR if image.width < 2 * size[0] else cv2.INTER_AREA
+    return Image.fromarray(cv2.resize(np.asarray(image), size, interpolation=kind))
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height as shown: EXIF orientations 5 to 8 lie on their side."""
+    orientation = 1
+    with contextlib.suppress(Exception):
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    width, height = image.size
+    return (height, width) if orientation in (5, 6, 7, 8) else (width, height)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Decode the pixels, turn them as the EXIF tag says, and make them RGB."""
     try:
         image.load()
         with contextlib.suppress(Exception):  # a broken orientation tag is no reason to lose the pixels

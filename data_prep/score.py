@@ -6,6 +6,7 @@ that a run has trained. Scores are kept with the digests of both encoders, so th
 pairs never meet under one threshold.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -16,12 +17,12 @@ import polars as pl
 
 from data_prep.corpus import exemptions, kept_tables, rows_stage, table_name
 from data_prep.download import partition_of
-from data_prep.drop_table import publish_judged, write_table
+from data_prep.drop_table import DETAIL, publish_judged, write_table
 from data_prep.histograms import histogram
 from data_prep.shard_files import OpenFiles
 from data_prep.text_rules import SCORE_BELOW_THRESHOLD, SCORE_RULE
 from pipeline.config import NOT_IN_DIGEST
-from pipeline.records import ConfigError, InputError
+from pipeline.records import ConfigError, InputError, Manifest
 from pipeline.stage import Context, Outcome, Progress, Task
 
 # Of the sidecars; `data_prep.sources.table.score_pairs` reads them where a sidecar is a source.
@@ -29,6 +30,8 @@ SCORE_COLUMN, TEXT_COLUMN, IMAGE_COLUMN = "pair_score", "pair_text_encoder", "pa
 _PAIR_COLUMNS = (SCORE_COLUMN, TEXT_COLUMN, IMAGE_COLUMN)
 _ROWS_AT_ONCE = 2048  # pictures in memory; captions are sorted by length among them
 _DIGEST_DIGITS = 16
+_PAPERS_MIN_SCORE = 0.26
+_STEPS_PER_UNIT = 500  # of the counts that a share is worked out from
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -66,7 +69,18 @@ class ScoreConfig:
 class FilterScoreConfig:
     """`[filter_score]`: the threshold on the scores that the run has made."""
 
-    min_score: float = 0.26  # cosine; a pair's own scale: look at the report's histogram first
+    # Lowest cosine that stays; 0.26 (section 2.2) where neither is given. Each pair of encoders has its own
+    # scale, which the report shows.
+    min_score: float | None = None
+    # Instead: the share of the scored rows, above 0 and below 1, that go for their low scores, at most. The
+    # threshold is then a multiple of 0.002.
+    drop_share: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.min_score is not None and self.drop_share is not None:
+            raise ValueError("give min_score or drop_share, not both")
+        if self.drop_share is not None and not 0 < self.drop_share < 1:
+            raise ValueError(f"drop_share {self.drop_share} is not between 0 and 1")
 
 
 class PairEncoder(Protocol):
@@ -138,7 +152,8 @@ def run(
     extra = {
         "pair": task.arguments["pair"],
         "scored": chosen.height,
-        "score_minimum": round(float(found.min()), 4) if len(found) else None,
+        # Rows by score, in steps of 0.002: a share becomes a threshold without reading scores again.
+        "scores": _counts(found),
     }
     return Outcome({out: rows.height}, num_in=rows.height, num_kept=rows.height, extra=extra)
 
@@ -152,12 +167,13 @@ def filter_tasks(config: FilterScoreConfig, context: Context) -> list[Task]:
             f" common; run `--stage score --redo`"
         )
     pair = dict(next(iter(pairs)))
+    min_score = threshold(config, context.parents["score"])
     scores = {shard.path: shard.digest for shard in context.parents["score"].shards}
     return [
         Task(
             name,
             {"rows": shard.digest, "scores": scores[f"scores/{name}.parquet"]},
-            {"table": shard.path, "pair": pair},
+            {"table": shard.path, "pair": pair, "min_score": min_score},
         )
         for shard in kept_tables(context, rows_stage(context))
         for name in [table_name(shard)]
@@ -170,6 +186,7 @@ def filter_run(config: FilterScoreConfig, context: Context, task: Task, progress
     scores = pl.read_parquet(context.path_in("score", f"scores/{task.name}.parquet"))
     if not rows["key"].equals(scores["key"]):
         raise InputError(f"{context.path_in('score')}: scores of other rows; run `--stage score --redo`")
+    min_score = task.arguments["min_score"]
     exempt = [name for name, rules in exemptions(context.parents["corpus"]).items() if SCORE_RULE in rules]
     score = scores[SCORE_COLUMN]
     is_scored = pl.col(SCORE_COLUMN).is_not_null()
@@ -180,13 +197,13 @@ def filter_run(config: FilterScoreConfig, context: Context, task: Task, progress
             pl.when(is_scored).then(pl.lit(task.arguments["pair"]["text"])).alias(TEXT_COLUMN),
             pl.when(is_scored).then(pl.lit(task.arguments["pair"]["image"])).alias(IMAGE_COLUMN),
             reason=pl.when(
-                (pl.col(SCORE_COLUMN) < pl.lit(config.min_score, dtype=pl.Float32))
-                & ~pl.col("source").is_in(exempt)
+                (pl.col(SCORE_COLUMN) < pl.lit(min_score, dtype=pl.Float32)) & ~pl.col("source").is_in(exempt)
             ).then(pl.lit(str(SCORE_BELOW_THRESHOLD))),
         )
     )
     kept = judged.filter(pl.col("reason").is_null()).drop("reason")
-    dropped = judged.filter(pl.col("reason").is_not_null())
+    why = pl.format("{} < {}", pl.col(SCORE_COLUMN).round(4), pl.lit(min_score))
+    dropped = judged.filter(pl.col("reason").is_not_null()).with_columns(why.alias(DETAIL))
     return publish_judged(
         context,
         task,
@@ -194,10 +211,31 @@ def filter_run(config: FilterScoreConfig, context: Context, task: Task, progress
         dropped,
         extra={
             "histograms": {"pair_score": histogram("pair_score", kept[SCORE_COLUMN], dropped[SCORE_COLUMN])},
-            "min_score": config.min_score,
+            "min_score": min_score,
             "score_minimums": minimums(judged.filter(~pl.col("source").is_in(exempt)), SCORE_COLUMN),
         },
     )
+
+
+def threshold(config: FilterScoreConfig, scores: Manifest) -> float:
+    """The lowest cosine that stays."""
+    if config.drop_share is None:
+        return _PAPERS_MIN_SCORE if config.min_score is None else config.min_score
+    counts: Counter[int] = Counter()
+    for extra in scores.extra.values():
+        counts.update({int(step): count for step, count in extra.get("scores", {}).items()})
+    to_drop = config.drop_share * counts.total()
+    for step in sorted(counts):
+        to_drop -= counts[step]
+        if to_drop < 0:
+            return step / _STEPS_PER_UNIT
+    return -1.0  # nothing was scored
+
+
+def _counts(scores_N: Float32Array) -> dict[str, int]:
+    """Step of 0.002 (as text: it goes into a receipt) → how many scores lie in it, in order."""
+    steps, counts = np.unique(np.floor(scores_N * _STEPS_PER_UNIT).astype(int), return_counts=True)
+    return {str(step): int(count) for step, count in zip(steps, counts, strict=True)}
 
 
 def minimums(rows: pl.DataFrame, column: str) -> dict[str, float]:

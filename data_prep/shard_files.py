@@ -117,7 +117,7 @@ def write_shard(context: Context, name: str, rows: pl.DataFrame, path_of: Callab
             places.append(writer.add(f"{key}.jpg", data))
             if places[-1].sha256 != sha256:
                 raise InputError(f"{path_of(tar)}: the bytes at {offset} are not {key}.jpg; {_REMEDY}")
-            writer.add(f"{key}.txt", caption.encode("utf-8"))
+            writer.append(f"{key}.txt", caption.encode("utf-8"))
     carried = [column for column in rows.columns if column not in _SIDECAR and column not in _INTERNAL]
     sidecar = rows.with_columns(
         pl.Series("offset_bytes", [place.offset_bytes for place in places], dtype=pl.Int64)

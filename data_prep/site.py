@@ -8,16 +8,19 @@ wherever and however often it is served.
 
 import dataclasses
 import json
+import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from data_prep.picture_base64 import decode_picture
+from pipeline import store
 from pipeline.records import InputError
 
 HOST = "corpus.invalid"
@@ -83,11 +86,10 @@ class _Server(ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = 128  # a downloader opens its connections all at once
 
-    def __init__(self, folder: Path | None, pictures: Mapping[str, Path], packed: Mapping[str, Path]) -> None:
+    def __init__(self, folder: Path | None, pictures: Mapping[str, str], packed: Mapping[str, str]) -> None:
         self.root = folder / "site" if folder is not None else Path()
         self.answers = read_site(folder) if folder is not None else {}
-        self.pictures = {name: path.resolve() for name, path in pictures.items()}
-        self.packed = {name: path.resolve() for name, path in packed.items()}
+        self.pictures, self.packed = dict(pictures), dict(packed)
         self.environments: dict[str, Any] = {}  # open LMDBs: a process may open each but once
         self.opening = threading.Lock()
         self.stopping = threading.Event()
@@ -133,31 +135,28 @@ class _Handler(BaseHTTPRequestHandler):
         """A file below one of the picture folders, or 404; never one outside of them."""
         _, _, rest = path.partition(f"/{PICTURES}/")
         name, _, relative = rest.partition("/")
-        root = self.server.pictures.get(name)
-        if root is not None:
-            file = (root / relative).resolve()
-            if file.is_relative_to(root) and file.is_file():
-                return Answer(file=str(file), content_type="application/octet-stream")
+        file = _below(self.server.pictures.get(name), relative)
+        if file is not None and (not store.is_local(file) or os.path.isfile(file)):
+            return Answer(file=file, content_type="application/octet-stream")
         return Answer(status=404)
 
     def _packed(self, path: str, query: Mapping[str, list[str]]) -> tuple[int, bytes]:
         """Status and bytes of a picture inside a file below one of the packed folders."""
         name, _, relative = path.removeprefix(f"/{PACKED}/").partition("/")
-        root = self.server.packed.get(name)
-        file = (root / relative).resolve() if root is not None else None
-        if root is None or file is None or not file.is_relative_to(root) or not file.exists():
+        file = _below(self.server.packed.get(name), relative)
+        if file is None:
             return 404, b""
         try:
             if "lmdb" in query:
-                with self.server.environment(str(file)).begin() as transaction:
+                with self.server.environment(file).begin() as transaction:
                     data = transaction.get(query["lmdb"][0].encode())
                 return (404, b"") if data is None else (200, decode_picture(bytes(data)))
             offset, size = int(query["offset"][0]), int(query["size"][0])
             if offset < 0 or not 0 <= size <= _MAX_PACKED_BYTES:
                 return 404, b""
-            with open(file, "rb") as opened:
+            with store.open_read(file) as opened:
                 opened.seek(offset)
-                data = opened.read(size)
+                data = bytes(opened.read(size))
             return 200, decode_picture(data.strip()) if "base64" in query else data
         except (KeyError, ValueError, OSError):
             return 404, b""
@@ -171,7 +170,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def _send(self, answer: Answer) -> None:
-        body = b"" if answer.file is None else (self.server.root / answer.file).read_bytes()
+        body = b""
+        if answer.file is not None:
+            local = store.is_local(answer.file)
+            body = store.read_bytes(str(self.server.root / answer.file) if local else answer.file)
         self.send_response(answer.status)
         self.send_header("Content-Type", answer.content_type)
         self.send_header("Content-Length", str(len(body)))
@@ -185,6 +187,32 @@ class _Handler(BaseHTTPRequestHandler):
         """Quiet: the download stage counts what it got."""
 
 
+def _below(root: str | None, relative: str) -> str | None:
+    """What lies at a path below a local or remote folder; None for nothing and for what is outside."""
+    if root is None or "\0" in relative:
+        return None
+    if store.is_local(root):
+        place = Path(root).resolve()
+        file = (place / relative).resolve()
+        return str(file) if file.is_relative_to(place) and file.exists() else None
+    if {"", ".", ".."} & set(relative.split("/")):
+        return None
+    url = store.join(root, relative)
+    return url if store.exists(url) else None
+
+
+@contextmanager
+def local_site(folder: str) -> Iterator[str]:
+    """A corpus folder's site as a local folder: itself, or a copy of a remote one without its tables."""
+    if store.is_local(folder):
+        yield folder
+        return
+    with store.local_folder(store.join(folder, "site")) as files, TemporaryDirectory() as copy:
+        Path(copy, "site.json").write_bytes(store.read_bytes(store.join(folder, "site.json")))
+        Path(copy, "site").symlink_to(files)
+        yield copy
+
+
 @contextmanager
 def serve(
     folder: str | Path | None,
@@ -193,15 +221,14 @@ def serve(
 ) -> Iterator[str]:
     """Serve a corpus folder on a free loopback port for the length of a `with` block.
 
-    `pictures` maps source names to folders whose files are served as `/pictures/<source>/<path>`; `packed`
+    `pictures` maps source names to folders, whose files are served as `/pictures/<source>/<path>`; `packed`
     maps them to folders of TSV, tar or LMDB files, pictures in which are served by their place in them.
+    Folders may be URLs; LMDBs may not.
 
     Yields `http://127.0.0.1:PORT`, to be used as an HTTP proxy (`http_proxy`) for URLs of `corpus.invalid`
     or as a plain server for their paths. Requests for any other host get 403, unknown paths 404.
     """
-    folders = {name: Path(path) for name, path in (pictures or {}).items()}
-    containers = {name: Path(path) for name, path in (packed or {}).items()}
-    server = _Server(Path(folder) if folder is not None else None, folders, containers)
+    server = _Server(Path(folder) if folder is not None else None, pictures or {}, packed or {})
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:

@@ -59,8 +59,9 @@ def first_word(captions: pl.Series, words: Sequence[str]) -> pl.Series:
             .list.eval(pl.element().str.to_lowercase()),
         )
     )
-    found = hits.explode("part").join(known, on="part", how="left", maintain_order="left")
-    return found.group_by("at", maintain_order=True).agg(pl.col("word").sort_by("place").first())["word"]
+    found = hits.explode("part").join(known, on="part")
+    first = found.group_by("at").agg(pl.col("word").sort_by("place").first())
+    return hits.select("at").join(first, on="at", how="left", maintain_order="left")["word"]
 
 
 @functools.cache

@@ -137,7 +137,7 @@ def compare_classification(
                 _title(name),
                 scores[name],
                 None if beside is None or name in differing else score_of(table, beside, name),
-                tuple(score_of(table, row, name) for row in others),
+                tuple(None if name in differing else score_of(table, row, name) for row in others),
             )
             for name in names
         ]

@@ -23,14 +23,13 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from eval.datasets.shards import read_pictures, read_sidecar
+from eval.datasets.shards import read_pictures, read_sidecar, whole_shards
 from eval.embed_files import FEATURE_TYPES, Precision
 from eval.index import EMBEDDING_FOLDERS, check_vectors
 from eval.model import Checkpoint, Encoder, load_encoder
 from eval.model_identity import identify, write_identity
 from pipeline import store
 from pipeline.config import digest
-from pipeline.evaluation_sets import shard_stems
 from pipeline.processes import die_with_parent
 from pipeline.records import ConfigError, InputError
 from pipeline.stage import Progress
@@ -65,7 +64,7 @@ def embed_shards(job: ShardJob, *, redo: bool = False, progress: Progress | None
     """
     import multiprocessing
 
-    stems = _stems(job)
+    stems = whole_shards(job.shards)
     encoder = _encoder(job, rank=0)
     _begin(job, encoder, stems, redo)
     context = multiprocessing.get_context("spawn")  # a fork would share torch's threads and accelerators
@@ -93,17 +92,10 @@ def embed_shards(job: ShardJob, *, redo: bool = False, progress: Progress | None
 def _other_rank(job: ShardJob, rank: int) -> None:
     die_with_parent()
     try:
-        _embed_rank(job, _encoder(job, rank), _stems(job), rank, None)
+        _embed_rank(job, _encoder(job, rank), whole_shards(job.shards), rank, None)
     except (ConfigError, InputError) as error:
         print(f"error: rank {rank}: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
-
-
-def _stems(job: ShardJob) -> list[str]:
-    stems = shard_stems(job.shards)
-    if not stems:
-        raise InputError(f"{job.shards}: holds no shards (<name>.tar with <name>.parquet)")
-    return stems
 
 
 def _encoder(job: ShardJob, rank: int) -> Encoder:
@@ -134,6 +126,7 @@ def _begin(job: ShardJob, encoder: Encoder, stems: Sequence[str], redo: bool) ->
             )
         for name in ("metadata", *EMBEDDING_FOLDERS.values()):
             store.remove(store.join(job.out, name))
+    store.sweep(job.out)
     store.write_text(path, json.dumps(plan, indent=1) + "\n")
     write_identity(job.out, identity)
 

@@ -1,8 +1,9 @@
 """Galleries that can be searched: an index, what each of its rows shows, and the picture behind the row.
 
-Pictures come from an evaluation set in Chinese-CLIP's layout or from shards (by offset in the tar): rows of
-an index are looked up in its metadata (`metadata/metadata_N.parquet`, clip-retrieval's layout), by the column
-`image_id` in the first case and `key` in the second. No path in this module comes from the one who searches.
+Pictures come from an evaluation set in Chinese-CLIP's layout, from shards (by offset in the tar), or from
+files: rows of an index are looked up in its metadata (`metadata/metadata_N.parquet`, clip-retrieval's
+layout), by the column `image_id` in the first case, `key` in the second and `image_path` in the third. No
+path in this module comes from the one who searches, and none that the metadata names leaves its folder.
 """
 
 import re
@@ -16,7 +17,7 @@ import numpy.typing as npt
 
 from eval.datasets.cnclip_tsv import EvaluationSet
 from eval.datasets.retrieval_set import read_retrieval_set
-from eval.datasets.shards import read_pictures
+from eval.datasets.shards import MAX_PICTURE_BYTES, read_pictures
 from eval.evaluate import RetrievalSource, find_sets, sets_of_run
 from eval.index import read_index, search
 from eval.large_index import PartedIndex
@@ -163,6 +164,54 @@ class ShardPictures:
         return path, table.select(known).slice(within, 1).collect().row(0, named=True)
 
 
+@dataclass(frozen=True, slots=True)
+class FilePictures:
+    """Local files that the metadata names, as `cnclip embed --images` and clip-retrieval write it."""
+
+    tables: tuple[str, ...]  # the metadata, read a row at a time
+    first_rows: Int64Array  # [num_tables + 1], row of the index of each table's first row
+    folder: str  # that relative paths are relative to, and that no path may leave
+
+    @classmethod
+    def of(cls, metadata_folder: str, folder: str) -> "FilePictures":
+        import polars as pl
+
+        tables = _metadata_files(metadata_folder)
+        counts = [int(pl.scan_parquet(path).select(pl.len()).collect().item()) for path in tables]
+        return cls(tuple(tables), np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]), folder)
+
+    def describe(self, row: int) -> Description:
+        found = self._row(row)
+        source = Path(found.get("image_path") or "no file").name
+        return Description((_shortened(found.get("caption") or ""),), source, found.get("url") or "")
+
+    def read(self, row: int) -> bytes:
+        path = self._row(row).get("image_path")
+        if not path:
+            raise InputError(f"row {row} of the index names no file")
+        root = Path(self.folder).resolve()
+        place = (root / path).resolve()
+        if not place.is_relative_to(root):
+            raise InputError(f"{place}: lies outside {root}; give --pictures with the folder that holds it")
+        try:
+            with open(place, "rb") as file:
+                data = file.read(MAX_PICTURE_BYTES + 1)
+        except OSError as error:
+            raise InputError(f"{place}: cannot be read ({error.strerror}); give --pictures FOLDER") from None
+        if len(data) > MAX_PICTURE_BYTES:
+            raise InputError(f"{place}: more than {MAX_PICTURE_BYTES >> 20} MiB; that is no picture")
+        return data
+
+    def _row(self, row: int) -> dict[str, Any]:
+        import polars as pl
+
+        number = int(np.searchsorted(self.first_rows, row, side="right")) - 1
+        table = pl.scan_parquet(self.tables[number])
+        known = [name for name in ("image_path", "caption", "url") if name in table.collect_schema().names()]
+        within = int(row - self.first_rows[number])
+        return table.select(known).slice(within, 1).collect().row(0, named=True)
+
+
 def galleries_of_run(checkpoint: Checkpoint, target: str) -> list[Gallery]:
     """The indices of the run's `index` stage that belong to this checkpoint, one for each evaluation set.
 
@@ -202,18 +251,22 @@ def open_gallery(
     """A gallery of what `cnclip index` wrote, or of a folder with `image.index` as `cnclip eval` writes it.
 
     `embeddings_folder` is the folder that was indexed (default: the index's own): its `metadata/` says what
-    each row is. Pictures are looked up in `pictures_folder` (shards, or evaluation sets), by default in the
-    run's. `parameters` is FAISS's search string, such as `nprobe=16`.
+    each row is. Pictures are looked up in `pictures_folder` (shards, evaluation sets, or what file names are
+    relative to), by default in the run's, or where the names say. `parameters` is FAISS's search string, such
+    as `nprobe=16`.
 
     Raises InputError where one of them is missing or of something else, ConfigError where it is not clear
     which set or folder is meant.
     """
     metadata_folder = embeddings_folder or index_folder
-    metadata = _metadata(metadata_folder, ("key", "image_id"))
-    if pictures_folder is None and run_folder is None:
-        raise ConfigError(f"{index_folder}: give --pictures FOLDER, with the shards or the evaluation sets")
+    metadata = _metadata(metadata_folder, ("key", "image_id", "image_path"))
     pictures: Pictures
-    if "key" in metadata.columns:
+    if "image_path" in metadata.columns:
+        metadata = metadata.drop_nulls()  # rows of texts beyond the last picture
+        pictures = FilePictures.of(metadata_folder, pictures_folder or ".")
+    elif pictures_folder is None and run_folder is None:
+        raise ConfigError(f"{index_folder}: give --pictures FOLDER, with the shards or the evaluation sets")
+    elif "key" in metadata.columns:
         shards = pictures_folder or store.join(str(run_folder), "shards")
         pictures = ShardPictures.of(shards, metadata["key"])
     else:
@@ -256,10 +309,8 @@ def _gallery(
     return Gallery(name, dim, count, pictures, found, model)
 
 
-def _metadata(folder: str, columns: Sequence[str]) -> "pl.DataFrame":
-    """The first of `columns` that the metadata has, rows of all files in order of their numbers."""
-    import polars as pl
-
+def _metadata_files(folder: str) -> list[str]:
+    """Paths of `metadata_N.parquet` in order of their numbers. InputError where there is none."""
     place = store.join(folder, "metadata")
     names = [name for name in store.list_files(place) if re.fullmatch(r"metadata_\d+\.parquet", name)]
     if not names:
@@ -267,7 +318,14 @@ def _metadata(folder: str, columns: Sequence[str]) -> "pl.DataFrame":
             f"{place}: holds no metadata_0.parquet; give --embeddings FOLDER, the folder that was indexed"
         )
     names.sort(key=lambda name: int(re.findall(r"\d+", name)[0]))
-    paths = [store.join(place, name) for name in names]
+    return [store.join(place, name) for name in names]
+
+
+def _metadata(folder: str, columns: Sequence[str]) -> "pl.DataFrame":
+    """The first of `columns` that the metadata has, rows of all files in order of their numbers."""
+    import polars as pl
+
+    paths = _metadata_files(folder)
     try:
         table = pl.scan_parquet(paths)
         known = table.collect_schema().names()
@@ -275,7 +333,7 @@ def _metadata(folder: str, columns: Sequence[str]) -> "pl.DataFrame":
             if column in known:
                 return table.select(column).collect()
     except (OSError, pl.exceptions.PolarsError) as error:
-        raise InputError(f"{place}: cannot be read ({_first_line(error)}); embed again") from None
+        raise InputError(f"{paths[0]}: cannot be read ({_first_line(error)}); embed again") from None
     raise InputError(
         f"{paths[0]}: has no column {' or '.join(columns)} to find pictures by; found: {', '.join(known)}"
     )

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from training.model.encoder import Encoder as TextAndImageEncoder
 
+_STAGES = ("stage1", "stage2", "finetune")  # that end in a model, in order
+
 Float32Array = npt.NDArray[np.float32]
 Int64Array = npt.NDArray[np.int64]
 
@@ -34,6 +36,11 @@ class Checkpoint:
     vocabulary: str | None  # what `Tokenizer.load` takes; unset, it is looked for
     context_length: int  # tokens with [CLS] and [SEP]
     run_folder: str | None = None  # of the run that trained it, where a run was given
+
+    @property
+    def is_finetuned(self) -> bool:
+        """Is it a run's finetuned model? Of lone weights nobody knows."""
+        return self.run_folder is not None and os.path.basename(os.path.dirname(self.path)) == "finetune"
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,15 +146,11 @@ def find_checkpoint(target: str, vocabulary: str | None, context_length: int | N
         model = table["model"]
     except KeyError as error:
         raise ConfigError(f"{path}: has no {error}; is it a run's file?") from None
-    for stage in ("stage2", "stage1"):
+    for stage in reversed(_STAGES):
         weights = store.join(folder, stage, "model.safetensors")
         if store.exists(weights):
             learned = store.join(folder, "vocabulary", "caption.txt")
-            lengths = [
-                table[name].get("context_length", CONTEXT_LENGTH)
-                for name in ("stage1", "stage2")
-                if name in table
-            ]
+            lengths = [table[name].get("context_length", CONTEXT_LENGTH) for name in _STAGES if name in table]
             return Checkpoint(
                 weights,
                 vocabulary or model.get("vocabulary") or learned,

@@ -15,7 +15,7 @@ Item = TypeVar("Item")
 
 
 def read_training_metrics(path: str, stage: str) -> tuple[list[TrainingPoint], list[RecallPoint]]:
-    """The points of one stage's `metrics.jsonl`: logged steps and validations.
+    """The points of one stage's `metrics.jsonl`: logged steps and validations, without steps left out.
 
     Raises InputError naming file and line for a line that is neither.
     """
@@ -27,7 +27,7 @@ def read_training_metrics(path: str, stage: str) -> tuple[list[TrainingPoint], l
             if "evaluation" in record:
                 point = (stage, record["samples_seen"], record["evaluation"], record["recall"])
                 recall.append(RecallPoint(*point))
-            else:
+            elif not record.get("skipped"):
                 names = ("samples_seen", "loss", "temperature", "learning_rate")
                 training.append(TrainingPoint(stage, *(record[name] for name in names)))
         except (ValueError, KeyError, TypeError):

@@ -319,7 +319,7 @@ def comparisons(config: ReportConfig, context: Context) -> "tuple[Comparison, ..
             read_retrieval_set(item.folder, item.name),
             item.name,
             context.path_in("embed", _folder(item.name, final)),
-            setup="zero-shot",
+            setup="finetuned" if final == "finetune" else "zero-shot",
             model=config.model,
             paper_model=PAPER_MODELS.get(config.model),
         )

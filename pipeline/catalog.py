@@ -222,6 +222,7 @@ def make_run(config: RunConfig) -> Run:
             parents=("corpus", "dedup"),
             tasks=download.tasks,
             run_together=download.run_together,
+            processes=config.download.processes,
         ),
         Stage(
             name="filter_image",
@@ -358,7 +359,7 @@ def _row_stages(config: RunConfig) -> list[Stage]:
             Stage(
                 name="score",
                 title="cosine of picture and caption by two encoders",
-                version=1,
+                version=2,
                 config=config.score,
                 parents=("corpus", "download", before),
                 tasks=functools.partial(score.tasks, identify=pair_encoder.identify),

@@ -4,7 +4,6 @@ A set is a folder in Chinese-CLIP's layout: `<name>_imgs.tsv` (id, base64 pictur
 or a folder of this project's shards.
 """
 
-import os
 from dataclasses import dataclass
 
 from pipeline import store
@@ -60,7 +59,7 @@ def facts(made: dict[str, str], given: tuple[EvaluationSource, ...]) -> dict[str
     """What the corpus stage notes in its receipt: folders of made sets (relative) and of given ones."""
     return {
         "evaluations": made,
-        "own_evaluations": {item.name: os.path.abspath(item.folder) for item in given},
+        "own_evaluations": {item.name: store.absolute(item.folder) for item in given},
     }
 
 

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 from pipeline import store
 from pipeline.processes import die_with_parent
@@ -46,14 +46,6 @@ class StageStatus:
     tasks_done: int
     num_tasks: int | None  # None while the parents are not done
     manifest: Manifest | None
-
-
-class Executor(Protocol):
-    """Runs a stage's independent tasks; yields each receipt as its task ends."""
-
-    def __call__(
-        self, stage: Stage, context: Context, tasks: Sequence[Task], progress: Progress
-    ) -> Iterator[Receipt]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +192,7 @@ def _run_stage(run: Run, stage: Stage, label: str) -> None:
     progress = make_progress(label)
     for receipt in _receipts(run, stage, context, pending, progress, len(receipts), len(tasks)):
         receipts[receipt.task] = receipt
+    store.sweep(context.path())  # a machine that was lost took its tasks with it, not what they had begun
     manifest = fold(
         stage,
         tasks,
@@ -230,18 +223,17 @@ def _receipts(
     """Run the pending tasks; show tasks done of all tasks, or the task's own progress where there is one."""
     if not pending:
         return
-    if stage.run_together is not None:
-        last = time.monotonic()
-        for task, outcome in stage.run_together(stage.config, context, pending, progress):
-            now = time.monotonic()
-            yield make_receipt(stage, context, task, outcome, now - last)
-            last = now
+    if run.executor == "ray" and stage.parallel:
+        from pipeline.ray_cluster import map_tasks
+
+        found = map_tasks(run_group, stage, context, pending, run.processes)
+        yield from _counted(found, progress, num_done, num_tasks)
         return
-    if stage.parallel and len(pending) > 1 and (run.executor == "ray" or run.processes > 1):
-        execute_tasks = _run_on_ray if run.executor == "ray" else _run_in_processes
-        for number, receipt in enumerate(execute_tasks(run, stage, context, pending), start=num_done + 1):
-            progress(number, num_tasks)
-            yield receipt
+    if stage.run_together is not None:
+        yield from _run_together(stage, context, pending, progress)
+        return
+    if stage.parallel and len(pending) > 1 and run.processes > 1:
+        yield from _counted(_run_in_processes(run, stage, context, pending), progress, num_done, num_tasks)
         return
     for number, task in enumerate(pending, start=num_done + 1):
         shown: list[int] = []  # a task that shows its own steps leaves nothing to add
@@ -255,12 +247,45 @@ def _receipts(
             progress(number, num_tasks)
 
 
+def _counted(
+    receipts: Iterator[Receipt], progress: Progress, num_done: int, num_tasks: int
+) -> Iterator[Receipt]:
+    """Show tasks done of all tasks, receipt by receipt."""
+    for number, receipt in enumerate(receipts, start=num_done + 1):
+        progress(number, num_tasks)
+        yield receipt
+
+
 def run_task(stage: Stage, context: Context, task: Task, progress: Progress) -> Receipt:
     """Do one task and publish its receipt."""
     assert stage.run is not None
     started = time.monotonic()
     outcome = stage.run(stage.config, context, task, progress)
     return make_receipt(stage, context, task, outcome, time.monotonic() - started)
+
+
+def _run_together(stage: Stage, context: Context, tasks: list[Task], progress: Progress) -> Iterator[Receipt]:
+    assert stage.run_together is not None
+    last = time.monotonic()
+    for task, outcome in stage.run_together(stage.config, context, tasks, progress):
+        now = time.monotonic()
+        yield make_receipt(stage, context, task, outcome, now - last)
+        last = now
+
+
+def run_group(stage: Stage, context: Context, tasks: Sequence[Task]) -> list[Receipt]:
+    """Do some tasks on whatever machine this is; what a machine now lost had finished stays as it is."""
+    done = {
+        task.name: receipt
+        for task in tasks
+        if (receipt := read_receipt(context, task)) and receipt_counts(stage, context, task, receipt)
+    }
+    left = [task for task in tasks if task.name not in done]
+    if stage.run_together is None:
+        receipts = [run_task(stage, context, task, _silent) for task in left]
+    else:
+        receipts = list(_run_together(stage, context, left, _silent)) if left else []
+    return [*done.values(), *receipts]
 
 
 def _silent(done: int, total: int, text: str = "") -> None:
@@ -284,21 +309,6 @@ def _run_in_processes(run: Run, stage: Stage, context: Context, tasks: list[Task
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _run_on_ray(run: Run, stage: Stage, context: Context, tasks: list[Task]) -> Iterator[Receipt]:
-    """Map the tasks over the Ray cluster that is there (RAY_ADDRESS), or over one on this machine."""
-    try:
-        import ray
-    except ImportError:
-        raise ConfigError('[run] executor = "ray" needs Ray: pip install "cnclip-pretraining[ray]"') from None
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False, num_cpus=None if "RAY_ADDRESS" in os.environ else run.processes)
-    remote = ray.remote(run_task)
-    waiting = [remote.remote(stage, context, task, _silent) for task in tasks]
-    while waiting:
-        ready, waiting = ray.wait(waiting)
-        yield from ray.get(ready)
 
 
 def _changed(stage: Stage, tasks: list[Task], config_digest: str, digest_of_inputs: str) -> str:

@@ -86,6 +86,7 @@ class Stage:
     run: Callable[[Any, Context, Task, Progress], Outcome] | None = None
     run_together: Callable[[Any, Context, list[Task], Progress], Iterable[tuple[Task, Outcome]]] | None = None
     parallel: bool = True  # tasks may run in several processes at once
+    processes: int = 1  # that one call starts: what it needs of a cluster's cores
     may_be_empty: bool = False  # that no row is left is no error
 
     @property

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +12,12 @@ from typing import IO, Any
 
 import fsspec
 
+from pipeline.records import ConfigError
+
 _DIGEST_CHUNK_BYTES = 1 << 20
 _EDGE_BYTES = 1 << 20
 _PARTIAL = ".partial"  # suffix of a file that is still being written
+SCRATCH = ".scratch"  # suffix of a folder that a task works in; `sweep` removes those of killed tasks
 
 
 def is_local(path: str) -> bool:
@@ -26,10 +30,31 @@ def join(folder: str, *parts: str) -> str:
     return "/".join([str(folder).rstrip("/"), *parts])
 
 
+def absolute(path: str) -> str:
+    """A local path from the root on; a URL as it is."""
+    return os.path.abspath(path) if is_local(path) else path
+
+
+def remote(url: str) -> tuple[Any, str]:
+    """File system and name of a URL. Listings are asked for anew: other processes write there too.
+
+    Credentials and endpoints are those of the file system's own environment variables (for S3
+    AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL), which polars reads as well. ConfigError
+    where the scheme is unknown or its package (s3fs, gcsfs) is not installed.
+    """
+    try:
+        fs, name = fsspec.core.url_to_fs(url, use_listings_cache=False)
+    except (ImportError, ValueError) as error:
+        scheme = url.partition("://")[0]
+        remedy = 'pip install "cnclip-pretraining[s3]"' if scheme in ("s3", "s3a") else str(error)
+        raise ConfigError(f"{url}: no file system for {scheme}://: {remedy}") from None
+    return fs, str(name)
+
+
 def exists(path: str) -> bool:
     if is_local(path):
         return os.path.exists(path)
-    fs, name = fsspec.core.url_to_fs(path)
+    fs, name = remote(path)
     return bool(fs.exists(name))
 
 
@@ -37,7 +62,7 @@ def num_bytes(path: str) -> int:
     """Size of a file in bytes; FileNotFoundError where there is none."""
     if is_local(path):
         return os.path.getsize(path)
-    fs, name = fsspec.core.url_to_fs(path)
+    fs, name = remote(path)
     return int(fs.size(name))
 
 
@@ -54,7 +79,7 @@ def open_read(path: str) -> IO[Any]:
     """Binary file handle, seekable; ranges of a remote file are fetched as they are read."""
     if is_local(path):
         return open(path, "rb")
-    fs, name = fsspec.core.url_to_fs(path)
+    fs, name = remote(path)
     handle: IO[Any] = fs.open(name, "rb")
     return handle
 
@@ -65,7 +90,7 @@ def list_files(folder: str) -> list[str]:
         if not os.path.isdir(folder):
             return []
         return sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
-    fs, name = fsspec.core.url_to_fs(folder)
+    fs, name = remote(folder)
     if not fs.exists(name):
         return []
     return sorted(
@@ -81,8 +106,6 @@ def remove(path: str) -> None:
     if not exists(path):
         return
     if is_local(path):
-        import shutil
-
         if os.path.isdir(path):
             doomed = f"{path.rstrip('/')}.removing"
             shutil.rmtree(doomed, ignore_errors=True)
@@ -91,13 +114,15 @@ def remove(path: str) -> None:
         else:
             os.remove(path)
     else:
-        fs, name = fsspec.core.url_to_fs(path)
+        fs, name = remote(path)
         fs.rm(name, recursive=True)
 
 
 def sweep(folder: str) -> None:
-    """Remove the files that `publish` left behind under a local folder when its process was killed."""
+    """Remove what killed processes left under a local folder: `publish`'s files and scratch folders."""
     if is_local(folder):
+        for scratch in Path(folder).glob(f"*{SCRATCH}"):
+            shutil.rmtree(scratch, ignore_errors=True)
         for leftover in Path(folder).rglob(f".*{_PARTIAL}"):
             if leftover.is_file():  # a half-written checkpoint is a folder, and training's own to remove
                 leftover.unlink()
@@ -126,8 +151,45 @@ def publish(path: str) -> Iterator[str]:
         with tempfile.TemporaryDirectory() as folder:
             temporary = os.path.join(folder, "file")
             yield temporary
-            fs, name = fsspec.core.url_to_fs(path)
+            fs, name = remote(path)
             fs.put_file(temporary, name)
+
+
+@contextlib.contextmanager
+def local_folder(folder: str) -> Iterator[str]:
+    """A folder as a local path for the length of a block: itself, or a temporary copy of a remote one.
+
+    For programs that know local files alone. Nothing that is written there goes back.
+    """
+    if is_local(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="cnclip-") as copy:
+        fs, name = remote(folder)
+        if fs.exists(name):
+            fs.get(name.rstrip("/") + "/", copy + "/", recursive=True)
+        yield copy
+
+
+def put_folder(local: str, folder: str) -> None:
+    """Copy all files below a local folder to a remote one."""
+    fs, name = remote(folder)
+    fs.put(local.rstrip("/") + "/", name.rstrip("/") + "/", recursive=True)
+
+
+@contextlib.contextmanager
+def scratch(folder: str, name: str) -> Iterator[str]:
+    """A local folder to work in, gone after the block: under a local stage folder, else a temporary one.
+
+    What a killed process leaves under a stage folder is removed by `sweep`.
+    """
+    if is_local(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        prefix: dict[str, Any] = {"prefix": f"{name}.", "suffix": SCRATCH, "dir": folder}
+    else:
+        prefix = {"prefix": f"cnclip-{name}-"}
+    with tempfile.TemporaryDirectory(**prefix, ignore_cleanup_errors=True) as place:
+        yield place
 
 
 def write_bytes(path: str, data: bytes) -> None:

@@ -25,9 +25,19 @@ def explain(run: Run, config: FilterTextConfig, key_or_url: str) -> list[str]:
         raise InputError(f"{key_or_url}: not in any caption table of {run.folder}; give a key or a whole URL")
     lines = []
     for row in rows.iter_rows(named=True):
-        lines.append(f"{row['key']}  {row['source']} row {row['row']}  {row['url']}  {row['caption']!r}")
+        lines.append(
+            f"{row['key']}  {row['source']} row {row['row']}  {_shown(row['url'])}  {row['caption']!r}"
+        )
         lines += [f"  {line}" for line in _fate(run, config, row)]
     return lines
+
+
+def _shown(url: str | None) -> str:
+    """An address for a terminal: what could steer it, or turn the direction of writing, is written out."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii")
+        for letter in url or "(no address)"
+    )
 
 
 def _find_rows(run: Run, config: FilterTextConfig, key_or_url: str) -> pl.DataFrame:

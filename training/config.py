@@ -106,7 +106,7 @@ class TrainConfig:
     patience: int = 0  # validations in a row without a salient gain that end the stage (2.3); 0: never
     # What a loss or gradient that is not finite does: end the run, or leave that one batch out.
     on_non_finite: Literal["stop", "skip"] = field(default="stop", metadata=NOT_IN_DIGEST)
-    # Longest time without a sign of life (a step, a validation, a checkpoint) before a rank ends the run.
+    # Longest time of a step before a rank ends the run; validations and checkpoints have 8 times that.
     stall_seconds: float = field(default=1_800.0, metadata=NOT_IN_DIGEST)
     save_every_steps: int = field(
         default=1_000, metadata=NOT_IN_DIGEST

@@ -25,19 +25,24 @@ class Teacher:
     def __init__(self, clip: CLIP, config: DistilConfig) -> None:
         self.config = config
         self._clip = clip.eval().requires_grad_(False)
+        self._dtype = torch.float32
 
     @property
     def scale(self) -> Tensor:
         """The [1] factor on its cosines."""
         return self._clip.logit_scale.exp()
 
-    def to(self, device: torch.device | str) -> None:
+    def prepare(self, device: torch.device | str, dtype: torch.dtype) -> None:
+        """Move to a device, and compute in `dtype` from now on; the weights stay float32."""
         self._clip.to(device)
+        self._dtype = dtype
 
     @torch.no_grad()
     def features(self, image_BCHW: Tensor, tokens_BL: Tensor) -> TeacherFeatures:
-        """Features of whole pictures, normalised as the image tower wants them, and of captions."""
-        return TeacherFeatures(*self._clip(image_BCHW, tokens_BL))
+        """float32 features of whole pictures, normalised as the image tower wants them, and of captions."""
+        is_half = self._dtype != torch.float32
+        with torch.autocast(image_BCHW.device.type, self._dtype if is_half else None, enabled=is_half):
+            return TeacherFeatures(*self._clip(image_BCHW, tokens_BL))
 
 
 def load_teacher(config: TrainConfig, student: CLIP, stage: str) -> Teacher | None:

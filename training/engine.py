@@ -199,6 +199,11 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
             f"{name}: {foreign[0]}: a DeepSpeed file holds memory, precision and communication only"
             f" ({', '.join(_ALLOWED)}); the rest stands in the run's TOML"
         )
+    if "check_grad_overflow" in config.get("bf16", {}):
+        raise ConfigError(
+            f"{name}: bf16.check_grad_overflow: what becomes of a gradient that is not finite is the run's"
+            " on_non_finite"
+        )
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if (half := _half(config)) and stage == 0:
         raise ConfigError(
@@ -210,6 +215,15 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
 def _half(settings: dict[str, Any]) -> str | None:
     """Which 16-bit format a DeepSpeed file asks for."""
     return next((name for name in _HALVES if settings.get(name, {}).get("enabled")), None)
+
+
+def _compute_dtype(settings: dict[str, Any]) -> torch.dtype:
+    """What a DeepSpeed file has matrices multiplied in."""
+    autocast = settings.get("torch_autocast", {})
+    if autocast.get("enabled"):
+        dtype: torch.dtype = getattr(torch, autocast.get("dtype", "bfloat16"))
+        return dtype
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, None: torch.float32}[_half(settings)]
 
 
 def check_precision(config: TrainConfig, clip: CLIP) -> None:
@@ -238,7 +252,7 @@ def build_engine(towers: Towers, config: TrainConfig) -> Any:
         before = {name: parameter.detach().clone() for name, parameter in clip.named_parameters()}
         clip.visual.register_forward_pre_hook(_as_the_weights)
     if towers.teacher is not None:
-        towers.teacher.to(get_accelerator().current_device_name())
+        towers.teacher.prepare(get_accelerator().current_device_name(), _compute_dtype(settings))
     # DeepSpeed's batch size feeds only its own speed report here: a rank's share may be uneven, and the
     # contrastive loss needs the whole global batch at once, so that micro-batches are ours.
     engine, *_ = deepspeed.initialize(

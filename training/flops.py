@@ -68,32 +68,37 @@ def matmul_flops(size: int = 1024) -> float:
     return 2 * size**3 / best_seconds
 
 
-def image_forward(model: ModelConfig) -> float:
-    """FLOPs of one picture through the image tower."""
+def image_forward(model: ModelConfig, patch_mask: float = 0.0) -> float:
+    """FLOPs of one picture through the image tower; a ViT computes on all but `patch_mask` of the patches."""
     config = model.vision
     if isinstance(config, VisionTransformerConfig):
-        patches = (config.image_size_px // config.patch_size_px) ** 2
+        patches = config.num_patches  # all are embedded, masked or not
         patch_values = 3 * config.patch_size_px**2
-        blocks = config.layers * _block(patches + 1, config.width)
+        blocks = config.layers * _block(config.num_kept(patch_mask) + 1, config.width)
         return 2 * patches * patch_values * config.width + blocks + 2 * config.width * model.embed_dim
     return _modified_resnet(config, model.embed_dim)
 
 
 def text_forward(config: TextConfig, tokens: float) -> float:
-    """FLOPs of one caption of `tokens` tokens through a text tower."""
-    return config.layers * _block(tokens, config.width)
+    """FLOPs of one caption of `tokens` tokens through a text tower.
+
+    The last block is computed for [CLS] alone; keys and values are still made of every token there.
+    """
+    last = 4 * tokens * config.width**2 + 20 * config.width**2 + 4 * tokens * config.width
+    return (config.layers - 1) * _block(tokens, config.width) + last
 
 
 def training_flops(model: ModelConfig, config: TrainConfig, tokens: float) -> float:
     """FLOPs that one sample needs in a training step; `tokens` is a caption's mean length.
 
     What is computed twice to save memory (checkpointing, micro-batches) is not counted: it is overhead, not
-    work. A locked tower has no backward pass, and none at all where its features are cached.
+    work. Nor is a teacher, nor what is learned from statements. A locked tower has no backward pass, and none
+    at all where its features are cached.
     """
     text = 3 * text_forward(model.text, tokens)
     if config.cached_views:
         return text
-    return text + image_forward(model) * (1 if config.lock_image else 3)
+    return text + image_forward(model, config.patch_mask) * (1 if config.lock_image else 3)
 
 
 def _block(tokens: float, width: int) -> float:

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import psutil
@@ -137,10 +137,12 @@ def watch(
             process.terminate()  # DeepSpeed's launcher ends its ranks on SIGTERM
             process.wait()
             raise
-    if status == Stopped.exit_status:
+    # Ranks that did not listen yet die of the signal, and have nothing to lose.
+    if status == Stopped.exit_status or (received and _killed_by(status, (signal.SIGUSR1,))):
         if signal.SIGINT in received:
             raise KeyboardInterrupt
-        raise Stopped(f"a checkpoint is written; run the same command to go on (log: {log_path})")
+        written = "a checkpoint is written" if status == Stopped.exit_status else "before its first step"
+        raise Stopped(f"{written}; run the same command to go on (log: {log_path})")
     return status
 
 
@@ -153,7 +155,7 @@ def failure(log_path: str, status: int) -> str:
     where = f"(training ended with status {status}; log: {log_path})"
     if known:
         return f"{known[-1]} {where}"
-    if killed := _killed_by(status):
+    if killed := _killed_by(status, (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS)):
         return (
             f"error: a rank was killed by {killed} and said nothing: most often the machine had no memory"
             f" left; try a smaller micro_batch or checkpoint_activations {where}"
@@ -161,10 +163,10 @@ def failure(log_path: str, status: int) -> str:
     return f"{errors[-1] if errors else (lines[-1] if lines else 'no output')} {where}"
 
 
-def _killed_by(status: int) -> str | None:
+def _killed_by(status: int, signals: Sequence[int]) -> str | None:
     """Name of the signal in a status as Popen (-9), DeepSpeed's launcher (247) and shells (137) give it."""
     for number in (-status, 256 - status, status - 128):
-        if number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS):
+        if number in signals:
             return signal.Signals(number).name
     return None
 

@@ -121,7 +121,7 @@ def validate(run: Run, step: int) -> None:
     """
     if run.validate is None:
         return
-    run.watchdog.alive(f"validating after step {step}")
+    run.watchdog.alive(f"validating after step {step}", between_steps=True)
     clip: CLIP = run.engine.module.clip
     recalls: Recalls = {}
     if run.journal.writes or run.engine.zero_optimization_partition_weights():
@@ -136,7 +136,7 @@ def validate(run: Run, step: int) -> None:
 
 def save(run: Run, step: int) -> None:
     """A checkpoint, put together by all ranks and written by rank 0."""
-    run.watchdog.alive(f"writing the checkpoint of step {step}")
+    run.watchdog.alive(f"writing the checkpoint of step {step}", between_steps=True)
     best = choice_so_far(run).best if run.config.choose == "best" else None
     state = checkpoint.gather_state(run.engine, step)
     if run.journal.writes:

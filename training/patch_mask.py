@@ -45,5 +45,4 @@ def make_patch_mask(config: TrainConfig, model: ModelConfig, stage: str, seed: i
             f"[{stage}] patch_mask = {config.patch_mask}: {model.name} has a ResNet, which computes on whole"
             " pictures; set patch_mask = 0 or take a ViT"
         )
-    num_patches = (model.vision.image_size_px // model.vision.patch_size_px) ** 2
-    return PatchMask(num_patches, max(1, round(num_patches * (1 - config.patch_mask))), seed)
+    return PatchMask(model.vision.num_patches, model.vision.num_kept(config.patch_mask), seed)

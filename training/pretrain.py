@@ -98,7 +98,7 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
     )
     if config.cached_views:
         reader.features = cache_features(job, towers, reader, watchdog)
-    watchdog.alive("building the engine")
+    watchdog.alive("building the engine", between_steps=True)
     engine = build_engine(towers, config)
     identity = describe(job, clip, tokenizer)
     resumed = _agree_on_checkpoint(job, identity)
@@ -134,7 +134,7 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
         identity=identity,
     )
     last_step = train(run)
-    watchdog.alive("writing the model")
+    watchdog.alive("writing the model", between_steps=True)
     batches.close()
     best = choice_so_far(run).best if config.choose == "best" else None
     if last_step < total_steps:
@@ -233,11 +233,11 @@ def cache_features(job: TrainJob, towers: Towers, reader: BatchReader, watchdog:
     towers.to(device)
 
     def encode(image_BCHW: torch.Tensor) -> torch.Tensor:
+        watchdog.alive("computing features of the locked tower", between_steps=True)
         with torch.no_grad():
             return clip.encode_image(towers.normalise(image_BCHW.to(device)))
 
     def show(done: int, total: int) -> None:
-        watchdog.alive(f"computing the features of shard {done + 1} of {total}")
         if dist.get_rank() == 0:
             text = f"features of {config.cached_views} views"
             progress = {"done": done, "total": total, "text": text}

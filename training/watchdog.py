@@ -11,10 +11,12 @@ from pathlib import Path
 from pipeline import store
 
 _EXIT_FAILED = 1
+# Validating, saving and starting may take so many times as long as a step: one rank works, the others wait.
+_PATIENCE_BETWEEN_STEPS = 8
 
 
 class Watchdog:
-    """Ends this process when it shows no sign of life for `limit_seconds`.
+    """Ends this process when it shows no sign of life for `limit_seconds`, or longer between steps.
 
     In a collective every rank waits for the one that hangs, so all of them end: each writes down what it was
     doing, gives the others the time to do so too, and prints all of it. A rank that wrote nothing is the one
@@ -24,15 +26,16 @@ class Watchdog:
     def __init__(self, folder: str, *, stage: str, rank: int, ranks: int, limit_seconds: float) -> None:
         self._folder, self._stage = Path(folder), stage
         self._rank, self._ranks, self._limit_seconds = rank, ranks, limit_seconds
-        self._doing, self._since = "starting", time.monotonic()
+        self._now = ("starting", time.monotonic(), _PATIENCE_BETWEEN_STEPS * limit_seconds)
         self._ended = threading.Event()
         store.remove(str(self._note(rank)))  # of an earlier start
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
-    def alive(self, doing: str) -> None:
+    def alive(self, doing: str, *, between_steps: bool = False) -> None:
         """A sign of life, and what comes now."""
-        self._doing, self._since = doing, time.monotonic()
+        patience = _PATIENCE_BETWEEN_STEPS if between_steps else 1
+        self._now = (doing, time.monotonic(), patience * self._limit_seconds)
 
     def close(self) -> None:
         self._ended.set()
@@ -41,16 +44,17 @@ class Watchdog:
     def _watch(self) -> None:
         period_seconds = min(5.0, self._limit_seconds / 10)
         while not self._ended.wait(period_seconds):
-            if time.monotonic() - self._since > self._limit_seconds:
-                self._end(3 * period_seconds)
+            doing, since, limit_seconds = self._now
+            if time.monotonic() - since > limit_seconds:
+                self._end(doing, limit_seconds, 3 * period_seconds)
 
-    def _end(self, patience_seconds: float) -> None:
-        self._note(self._rank).write_text(json.dumps({"doing": self._doing}), encoding="utf-8")
-        time.sleep(patience_seconds)
+    def _end(self, doing: str, limit_seconds: float, grace_seconds: float) -> None:
+        self._note(self._rank).write_text(json.dumps({"doing": doing}), encoding="utf-8")
+        time.sleep(grace_seconds)
         said = [f"rank {rank}: {self._last_words(rank)}" for rank in range(self._ranks)]
         faulthandler.dump_traceback(sys.stderr)
         print(
-            f"error: [{self._stage}] no sign of life for {self._limit_seconds:g} s; {'; '.join(said)};"
+            f"error: [{self._stage}] no sign of life for {limit_seconds:g} s; {'; '.join(said)};"
             " the log has where each rank stands; run the same command to go on, with a higher stall_seconds"
             " where a step, a validation or a checkpoint takes that long",
             file=sys.stderr,

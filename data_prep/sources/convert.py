@@ -99,7 +99,7 @@ def convert_text(path: str, source: TableSource, table_path: str, malformed_path
         store.publish(table_path) as temporary,
         pq.ParquetWriter(temporary, schema, compression="zstd") as out,
     ):
-        for batch in text_file.read_batches(path, columns):
+        for batch in text_file.read_batches(path, columns, malformed.add):
             malformed.add(batch.malformed)
             num_rows += batch.rows.height
             if batch.rows.height:
@@ -223,7 +223,7 @@ def _regions(path: str, source: TableSource, malformed: MalformedRows) -> Iterat
 
 
 def _text_blocks(path: str, columns: Sequence[str], malformed: MalformedRows) -> Iterator[pl.DataFrame]:
-    for batch in text_file.read_batches(path, columns):
+    for batch in text_file.read_batches(path, columns, malformed.add):
         malformed.add(batch.malformed)
         yield batch.rows
 

@@ -107,6 +107,10 @@ def _exist(source: PackedSource, files: list[str]) -> None:
             raise InputError(f"{path}: no such file (source {source.name}, {source.kind}); correct its path")
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def _address(source: PackedSource, relative: str = "", **query: Any) -> str:
     return f"http://{HOST}/{PACKED}/{quote(source.name)}/{quote(relative)}?{urlencode(query)}"
 
@@ -198,13 +202,15 @@ def _read_img2dataset(source: PackedSource, files: list[str]) -> _Read:
     tar_path, table_path = files
     members: dict[str, tuple[int, int]] = {}
     try:
-        with tarfile.open(tar_path) as tar:
+        with tarfile.open(tar_path, "r:") as tar:  # never one that unpacks to whatever size
             for member in tar:
                 stem, dot, extension = member.name.rpartition(".")
                 if member.isfile() and dot and extension.lower() not in ("txt", "json"):
                     members[stem] = (member.offset_data, member.size)
-    except tarfile.TarError as error:
-        raise InputError(f"{tar_path}: damaged ({error}); download this shard again or remove it") from None
+    except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError) as error:
+        raise InputError(
+            f"{tar_path}: damaged ({_first_line(error)}); download this shard again or remove it"
+        ) from None
     try:
         table = pl.read_parquet(table_path)
     except (pl.exceptions.PolarsError, OSError) as error:

@@ -195,6 +195,9 @@ def _url(column: str | None, source: TableSource) -> pl.Expr:
     url = pl.col(str(column)).cast(pl.String)
     if source.picture_folder is None:
         return url
+    # In a file's name these are letters, in an address they would end the path or begin an escape.
+    for letter, escape in (("%", "%25"), ("#", "%23"), ("?", "%3F")):
+        url = url.str.replace_all(letter, escape, literal=True)
     return pl.concat_str(pl.lit(f"http://{HOST}/{PICTURES}/{source.name}/"), url)
 
 

@@ -10,7 +10,8 @@ import csv
 import gzip
 import json
 import re
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -31,6 +32,7 @@ _SHOWN_CHARACTERS = 300  # of a malformed row, in the table of malformed rows
 _REPLACEMENT = "\ufffd"
 # A line that begins a row of its own inside a field's value: an address as one of the comma's fields.
 _ADDRESS = r"https?://"
+_SET_ASIDE_AT_ONCE = 1000  # malformed rows, where no batch takes them along
 _SEEN_LINES = 1000  # of JSON lines, to learn the columns
 
 
@@ -80,12 +82,18 @@ def column_names(path: str) -> list[str]:
     return list(found)
 
 
-def read_batches(path: str, columns: Sequence[str]) -> Iterator[Batch]:
-    """Read a text table in batches of bounded size; `columns` must be among `column_names`."""
+def read_batches(
+    path: str, columns: Sequence[str], set_aside: Callable[[list[Malformed]], None] | None = None
+) -> Iterator[Batch]:
+    """Read a text table in batches of bounded size; `columns` must be among `column_names`.
+
+    Malformed rows come with the batches. A stretch of a CSV without a single good row has no batch:
+    `set_aside` is given its rows as they come, so that memory stays that of a block.
+    """
     if _plain_name(path).endswith((".jsonl", ".ndjson")):
         batches = _json_batches(path, columns)
     else:
-        batches = _csv_batches(path, columns)
+        batches = _csv_batches(path, columns, set_aside)
     for batch in batches:
         damaged = pl.any_horizontal(pl.col(columns).str.contains(_REPLACEMENT, literal=True).fill_null(False))
         marked = batch.rows.with_columns(_damaged=damaged)
@@ -95,13 +103,22 @@ def read_batches(path: str, columns: Sequence[str]) -> Iterator[Batch]:
         yield Batch(rows, batch.malformed + malformed)
 
 
-def _csv_batches(path: str, columns: Sequence[str]) -> Iterator[Batch]:
+def _csv_batches(
+    path: str, columns: Sequence[str], set_aside: Callable[[list[Malformed]], None] | None
+) -> Iterator[Batch]:
     names = column_names(path)
     separator = _separator(path)
-    set_aside: list[str] = []
+    # Of the rows that the parser refused since the last batch: what is malformed, and what is none alone.
+    refused: list[Malformed] = []
+    rescued: list[tuple[str, ...]] = []
 
     def keep_aside(row: Any) -> str:
-        set_aside.append(row.text)
+        more, found = _reparse(row.text.split("\n"), names, columns, separator)
+        rescued.extend(more)
+        refused.extend(found)
+        if set_aside is not None and len(refused) >= _SET_ASIDE_AT_ONCE:
+            set_aside(refused.copy())
+            refused.clear()
         return "skip"
 
     with _open_utf8(path) as file:
@@ -132,17 +149,19 @@ def _csv_batches(path: str, columns: Sequence[str]) -> Iterator[Batch]:
             except pa.ArrowInvalid as error:
                 raise _unreadable(path, error) from None
             rows = pl.DataFrame(pl.from_arrow(block)).select(columns)
-            rows, malformed, rescued = _unswallow(rows, names, columns, separator)
-            for text in set_aside:
-                more, found = _reparse(text.split("\n"), names, columns, separator)
-                malformed += found
-                rescued += more
-            set_aside.clear()
-            if rescued:
+            rows, malformed, unswallowed = _unswallow(rows, names, columns, separator)
+            malformed += refused
+            unswallowed += rescued
+            refused.clear()
+            rescued.clear()
+            if unswallowed:
                 schema = dict.fromkeys(columns, pl.String)
-                rows = pl.concat([rows, pl.DataFrame(rescued, schema=schema, orient="row")])
+                rows = pl.concat([rows, pl.DataFrame(unswallowed, schema=schema, orient="row")])
             # An empty field is no value: a row with an empty caption has no caption.
             yield Batch(rows.with_columns(pl.all().replace("", None)), malformed)
+        if refused or rescued:  # the table ended without another good row
+            rows = pl.DataFrame(rescued, schema=dict.fromkeys(columns, pl.String), orient="row")
+            yield Batch(rows.with_columns(pl.all().replace("", None)), list(refused))
 
 
 def _unswallow(
@@ -229,8 +248,9 @@ class _Utf8:
     Parsers stop at the first wrong byte of a block; this way only the row it stands in is lost.
     """
 
-    def __init__(self, file: IO[Any]) -> None:
+    def __init__(self, file: IO[Any], path: str) -> None:
         self._file = file
+        self._path = path
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
         self._left = b""
         self.closed = False
@@ -238,7 +258,10 @@ class _Utf8:
     def read(self, size: int = -1) -> bytes:
         parts, length = [self._left], len(self._left)
         while size < 0 or length < size:
-            raw = self._file.read(BLOCK_BYTES if size < 0 else max(size - length, 1))
+            try:
+                raw = self._file.read(BLOCK_BYTES if size < 0 else max(size - length, 1))
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise _unreadable(self._path, error) from None
             parts.append(self._decoder.decode(raw, final=not raw).encode("utf-8"))
             length += len(parts[-1])
             if not raw:
@@ -264,7 +287,7 @@ class _Utf8:
 
 def _open_utf8(path: str) -> _Utf8:
     file = store.open_read(path)
-    return _Utf8(gzip.GzipFile(fileobj=file) if path.lower().endswith(".gz") else file)  # type: ignore[arg-type]
+    return _Utf8(gzip.GzipFile(fileobj=file) if path.lower().endswith(".gz") else file, path)  # type: ignore[arg-type]
 
 
 def _unreadable(path: str, error: Exception) -> InputError:

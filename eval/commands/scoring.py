@@ -67,7 +67,11 @@ def add_eval(commands: Any) -> None:
     command.add_argument(
         "--out", metavar="FOLDER", required=True, help="where features, scores and tables go"
     )
-    command.add_argument("--finetuned", action="store_true", help="compare with the paper's finetuned rows")
+    command.add_argument(
+        "--finetuned",
+        action="store_true",
+        help="compare with the paper's finetuned rows (a run's finetune stage does so by itself)",
+    )
     command.add_argument(
         "--as", dest="row", metavar="ROW", help="the paper's row to compare with, such as 'CN-CLIP ViT-B/16'"
     )
@@ -99,7 +103,7 @@ def _eval(options: argparse.Namespace) -> int:
     else:
         raise ConfigError(f"{options.model}: a lone file has no evaluation sets; give --sets FOLDER")
     how = Options(
-        setup="finetuned" if options.finetuned else "zero-shot",
+        setup="finetuned" if options.finetuned or checkpoint.is_finetuned else "zero-shot",
         paper_model=options.row,
         ensemble=options.ensemble,
         templates=options.templates,

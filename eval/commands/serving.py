@@ -21,7 +21,9 @@ def add_serve(commands: Any) -> None:
         help="what was indexed, with metadata/ (default: the index's folder)",
     )
     command.add_argument(
-        "--pictures", metavar="FOLDER", help="shards or evaluation sets to show (default: the run's)"
+        "--pictures",
+        metavar="FOLDER",
+        help="shards, evaluation sets, or what file names are relative to (default: the run's, or here)",
     )
     command.add_argument("--parameters", default="", metavar="STRING", help="FAISS's, such as nprobe=16")
     command.add_argument(

@@ -19,7 +19,7 @@ from pipeline.records import InputError
 
 Int64Array = npt.NDArray[np.int64]
 
-_MAX_PICTURE_BYTES = 64 << 20  # a damaged sidecar must not ask for gigabytes
+MAX_PICTURE_BYTES = 64 << 20  # a damaged sidecar must not ask for gigabytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,20 @@ class TarPictures:
                 yield from read_pictures(f"{self.stems[self.shards[run[0]]]}.tar", places)
 
 
+def whole_shards(folder: str) -> list[str]:
+    """`shard_stems`; InputError for none, and for a tar or a sidecar without the other: a part is missing."""
+    stems = shard_stems(folder)
+    if not stems:
+        raise InputError(f"{folder}: holds no shards (<name>.tar with <name>.parquet)")
+    names = set(store.list_files(folder))
+    for name in sorted(names):
+        stem, _, ending = name.rpartition(".")
+        other = {"tar": "parquet", "parquet": "tar"}.get(ending)
+        if other is not None and f"{stem}.{other}" not in names:
+            raise InputError(f"{folder}: has {name}, but no {stem}.{other}; the shards are not complete")
+    return stems
+
+
 def read_pictures(tar: str, places: Iterable[tuple[str, int | None, int | None]]) -> Iterator[bytes]:
     """Encoded pictures of one tar at these (name for errors, offset, size) in bytes, one by one.
 
@@ -49,7 +63,7 @@ def read_pictures(tar: str, places: Iterable[tuple[str, int | None, int | None]]
     """
     with store.open_read(tar) as file:
         for name, offset_bytes, size_bytes in places:
-            if offset_bytes is None or size_bytes is None or not 0 < size_bytes <= _MAX_PICTURE_BYTES:
+            if offset_bytes is None or size_bytes is None or not 0 < size_bytes <= MAX_PICTURE_BYTES:
                 raise InputError(
                     f"{tar}: {name}: its sidecar gives {size_bytes} bytes at {offset_bytes}; build the shard"
                     " again"
@@ -89,9 +103,7 @@ def read_shards(folder: str, name: str) -> EvaluationSet:
     Raises InputError for a folder without shards, a sidecar that is damaged or lacks a column, and a sample
     without a caption.
     """
-    stems = shard_stems(folder)
-    if not stems:
-        raise InputError(f"{folder}: holds no shards (<name>.tar with <name>.parquet)")
+    stems = whole_shards(folder)
     columns = ("key", "caption", "image_sha256", "offset_bytes", "size_bytes")
     tables = []
     for number, stem in enumerate(stems):

@@ -84,8 +84,8 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return paths
 
 
-def _run(folder: Path, tables: Sequence[Path], partitions: int = 3) -> Run:
-    sources = tuple(TableSource(path=str(path), name=path.stem) for path in tables)
+def _run(folder: Path | str, tables: Sequence[Path | str], partitions: int = 3) -> Run:
+    sources = tuple(TableSource(path=str(path), name=Path(path).stem) for path in tables)
     images = FilterImageConfig()
     stages = (
         Stage(
@@ -249,3 +249,53 @@ def test_a_key_of_nulls_is_a_key() -> None:
     )
     keys = with_key(frame).collect()["key"].to_list()
     assert keys == [hashlib.sha256(pair).hexdigest()[:32] for pair in (b"\0b", b"a\0")]
+
+
+def test_neighbouring_partitions_in_one_task_give_the_same_files(
+    finished: Run, tables: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large corpus in many small partitions has fewer tasks than partitions."""
+    alone = _run(tmp_path / "alone", tables, partitions=7)
+    runner.execute(alone, alone.stages[:3], redo=False)
+    monkeypatch.setattr(dedup, "_MIN_TASKS", 3)
+    together = _run(tmp_path / "together", tables, partitions=7)
+    runner.execute(together, together.stages[:3], redo=False)
+    context = runner.make_context(together, together.stage("dedup"))
+    assert context is not None
+    assert [task.name for task in dedup.tasks(DedupConfig(partitions=7), context)] == [
+        "00000",
+        "00002",
+        "00004",
+    ]
+    kept = [
+        {
+            shard.path: shard.digest
+            for shard in _manifest(run, "dedup").shards
+            if shard.path.startswith("kept/")
+        }
+        for run in (alone, together)
+    ]
+    assert kept[0] == kept[1]
+    assert len(kept[0]) == 7
+    assert (
+        _manifest(alone, "dedup").dropped == _manifest(together, "dedup").dropped == {"duplicate": NUM_COPIES}
+    )
+    assert _digests(_finish(together)) == _digests(finished)  # whose pictures lie in three partitions
+
+
+def test_a_long_table_is_filtered_in_slices(
+    finished: Run, tables: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slices are judged apart; the rows keep their places, and the shards are the same."""
+    monkeypatch.setattr(filter_text, "ROWS_PER_TASK", 5)
+    sliced = _finish(_run(tmp_path, tables))
+    lengths = [len(_rows()[number::3]) for number in range(3)]
+    assert len(list(Path(sliced.folder, "filter_text", "kept").iterdir())) == sum(-(-n // 5) for n in lengths)
+    assert _manifest(sliced, "filter_text").num_in == _manifest(finished, "filter_text").num_in
+    assert _digests(sliced) == _digests(finished)
+    columns = ("key", "file", "row")
+    rows = [
+        pl.read_parquet(Path(run.folder, "dedup", "kept", "*.parquet"), columns=list(columns)).sort(columns)
+        for run in (sliced, finished)
+    ]
+    assert rows[0].equals(rows[1])

@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 from PIL import Image, ImageDraw
 
-from data_prep import corpus, dedup, dedup_image, filter_image, filter_text, shards
+from data_prep import corpus, dedup, dedup_image, filter_image, filter_text, image_rules, shards
 from data_prep.corpus import CorpusStageConfig, SourcesConfig
 from data_prep.dedup import DedupConfig
 from data_prep.dedup_image import DedupImageConfig, band_values, near_copies
@@ -174,6 +174,9 @@ def test_size_and_aspect_are_switched_per_source(tmp_path: Path) -> None:
         "c": {"http://c.cn/s": small, "http://c.cn/l": long},
     }
     run = make(tmp_path, tables, exempt={"b": ("size", "aspect"), "c": ("aspect",)})
+    manifest = runner.read_manifest(run, "filter_image")
+    assert manifest is not None
+    assert all(extra["rules"] == image_rules.VERSIONS for extra in manifest.extra.values())
     assert dropped(run, "filter_image") == {"aspect": 1, "too_small": 2}
     assert kept_urls(run) == {"http://a.cn/g", "http://b.cn/s", "http://b.cn/l", "http://c.cn/l"}
 

@@ -196,3 +196,23 @@ def test_small_pictures_are_not_enlarged_and_long_ones_keep_a_pixel() -> None:
 def test_the_same_picture_gives_the_same_bytes() -> None:
     resizer = UprightResizer(96, MAX_PIXELS, 95)
     assert resizer(io.BytesIO(JPEG)) == resizer(io.BytesIO(JPEG))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_scaled_decode_gives_nearly_the_same_picture(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = _encode(_picture((403, 260)), "JPEG", quality=95, exif=exif.tobytes())
+    plain = UprightResizer(64, MAX_PIXELS, 95)(io.BytesIO(data))
+    scaled = UprightResizer(64, MAX_PIXELS, 95, scaled_decode=True)(io.BytesIO(data))
+    assert scaled[1:] == plain[1:]
+    assert scaled[0] != plain[0]  # it is another way
+    assert _difference(*(Image.open(io.BytesIO(answer[0])) for answer in (plain, scaled))) < 2
+
+
+def test_scaled_decode_leaves_other_pictures_alone() -> None:
+    resizer = UprightResizer(96, MAX_PIXELS, 95, scaled_decode=True)
+    for data in (_encode(_picture((50, 40)), "JPEG"), _encode(_picture((96, 300)), "JPEG")):
+        assert resizer(io.BytesIO(data)) == UprightResizer(96, MAX_PIXELS, 95)(io.BytesIO(data))
+    assert resizer(io.BytesIO(_encode(_picture((400, 384)), "PNG")))[1:5] == (100, 96, 400, 384)
+    assert resizer(io.BytesIO(JPEG[:-30]))[5].startswith("truncated: ")

@@ -21,7 +21,7 @@ from data_prep import retry as data_retry
 from data_prep.download import DownloadConfig
 from data_prep.funnel import by_source
 from pipeline import catalog, retry, runner, store
-from pipeline.records import ConfigError, InputError
+from pipeline.records import ConfigError
 from pipeline.runner import Run
 
 NUM_PICTURES = 60
@@ -182,7 +182,7 @@ def test_nothing_comes_back(failed: Run, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_killed_at_any_write_it_goes_on(
     failed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fatal: str, after: int
 ) -> None:
-    """Stopped at one of the writes, the run is whole as it was; the same call then ends as if never stopped."""
+    """Stopped at one of the writes, the run is whole as it was; the same call then ends as if not stopped."""
     copy = load(tmp_path / "copy")
     shutil.copytree(failed.folder, copy.folder, dirs_exist_ok=True)
     other = replace(failed, folder=copy.folder)
@@ -222,7 +222,7 @@ def test_drop_tables_of_before_statuses_were_kept(failed: Run, monkeypatch: pyte
 
 @pytest.mark.slow
 def test_a_site_that_heals_over_real_http(tmp_path: Path) -> None:
-    """Real img2dataset, real HTTP: addresses that hung, broke off or answered 500 give their pictures later."""
+    """Real img2dataset, real HTTP: addresses that hung, broke off or answered 500 give pictures later."""
     settings = {
         "run.folder": tmp_path / "demo", "run.processes": 1, "corpus.num_clean": 40,
         "corpus.num_evaluation": 12, "corpus.dirt": 0.2, "dedup.partitions": 2,

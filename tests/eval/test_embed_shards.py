@@ -19,8 +19,8 @@ from eval.large_index import Embeddings
 from pipeline import __main__ as command_line
 from training.model.encoder import load
 
-SAMPLES = [(png_bytes(row), f"第{row}张图片") for row in range(26)]
-NUM_SHARDS = 13  # two digits in the names
+SAMPLES = [(png_bytes(row), f"第{row}张图片") for row in range(22)]
+NUM_SHARDS = 11  # two digits in the names
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +63,8 @@ def test_rows_are_the_samples_in_the_layout_that_others_read(folder: Path, whole
         np.testing.assert_allclose(found, expected, atol=1e-6)
     metadata = pl.concat([pl.read_parquet(whole / "metadata" / f"metadata_{n}.parquet") for n in names])
     assert metadata.columns == ["key", "caption", "source", "url"]
-    assert metadata["key"].to_list() == [shard_key(row) for row in range(26)]
-    assert Embeddings.open(str(whole)).num_rows == 26
+    assert metadata["key"].to_list() == [shard_key(row) for row in range(22)]
+    assert Embeddings.open(str(whole)).num_rows == 22
 
 
 def test_two_ranks_in_float16(folder: Path, whole: Path, tmp_path: Path) -> None:
@@ -95,8 +95,6 @@ def test_killed_and_resumed_gives_the_same_bytes(
     times = {name: os.stat(out / "metadata" / name).st_mtime_ns for name in done}
     assert command_line.main(words(folder, out, "--ranks", ranks)) == 0
     assert {name: os.stat(out / "metadata" / name).st_mtime_ns for name in done} == times
-    for path in out.rglob(".*.partial"):
-        path.unlink()  # of the process that was killed
     assert bytes_of(out) == bytes_of(whole)
 
 

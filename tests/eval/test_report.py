@@ -22,7 +22,7 @@ from eval.comparison import Comparison, Line
 from eval.datasets.cnclip_tsv import read_evaluation
 from eval.metrics import RetrievalScores
 from eval.published import RetrievalProtocol
-from eval.report import headline, write_report
+from eval.report import headline, report_json, write_report
 from eval.report_data import (
     Counts,
     FunnelStep,
@@ -74,14 +74,6 @@ def make_data() -> ReportData:
                 {"a": Counts(60, 55, {"language": 5}), HOSTILE: Counts(40, 20, {"language": 15, HOSTILE: 5})},
             ),
         ),
-        histograms=(
-            Histogram(
-                "characters", "filter_text", range(1, 101), [0] * 5 + [40, 30, 5] + [0] * 93, [9] * 101
-            ),
-            Histogram("score", "filter_text", [0.1, 0.2, 0.3], [0, 0, 50, 25], [3, 2, 0, 0]),
-            Histogram("short_side_px", "filter_image", [16, 32], [0, 0, 0], [0, 0, 0]),  # nothing came in
-        ),
-        notes=(f"the threshold 0.26 is a no-op for {HOSTILE}",),
         training=tuple(TrainingPoint(stage, seen, 5 - seen / 200, 14.3, 1e-3) for stage, seen in steps),
         recall=tuple(
             RecallPoint(stage, seen, name, scores(seen / 20))
@@ -254,7 +246,8 @@ def test_training_metrics_are_read_and_bad_lines_named(tmp_path: Path) -> None:
     step = {"step": 3, "samples_seen": 96, "loss": 2.5, "temperature": 14.0, "learning_rate": 0.001}
     validation = {"step": 3, "samples_seen": 96, "evaluation": "e", "recall": scores(5)}
     path = tmp_path / "metrics.jsonl"
-    path.write_text(json.dumps(step) + "\n" + json.dumps(validation) + "\n")
+    left_out = {"step": 4, "samples_seen": 128, "skipped": True}  # its loss was not finite
+    path.write_text("".join(json.dumps(line) + "\n" for line in (step, validation, left_out)))
     training, recall = read_training_metrics(str(path), "stage1")
     assert training == [TrainingPoint("stage1", 96, 2.5, 14.0, 0.001)]
     assert recall == [RecallPoint("stage1", 96, "e", scores(5))]
@@ -290,6 +283,13 @@ def test_a_set_of_the_paper_stands_beside_its_table(tmp_path: Path, monkeypatch:
     assert table.lines[0].ours is not None
     assert table.lines[0].ours.value == pytest.approx(100.0)
     assert table.lines[0].paper == 48.1
+
+    (tmp_path / "embed" / "coco-cn-test" / "finetune").symlink_to(
+        tmp_path / "embed" / "coco-cn-test" / "stage2"
+    )
+    score = ScoreConfig(stages=("stage2", "finetune"), vocabulary=None, context_length=52)
+    (table, *_) = comparisons(dataclasses.replace(config, score=score), context)
+    assert (table.setup, table.lines[0].paper) == ("finetuned", 66.8)
 
 
 CHROMIUM = next(
@@ -365,26 +365,38 @@ def test_the_browser_check_notices_scripts_and_requests(tmp_path: Path) -> None:
 
 
 def test_histograms_and_notes_are_shown() -> None:
-    html = render_html(make_data())
+    histograms = (
+        Histogram("characters", "filter_text", range(1, 101), [0] * 5 + [40, 30, 5] + [0] * 93, [9] * 101),
+        Histogram("score", "filter_text", [0.1, 0.2, 0.3], [0, 0, 50, 25], [3, 2, 0, 0]),
+        Histogram("short_side_px", "filter_image", [16, 32], [0, 0, 0], [0, 0, 0]),  # nothing came in
+    )
+    data = dataclasses.replace(make_data(), histograms=histograms, notes=(f"a no-op for {HOSTILE}",))
+    html = render_html(data)
     assert html.count("<figcaption>Characters of the captions, filter_text</figcaption>") == 1
     assert "Scores of the sources (cosine), filter_text" in html
     assert "Shorter side of the pictures" not in html  # of an empty histogram there is nothing to draw
-    assert "Note: the threshold 0.26 is a no-op for &lt;script&gt;" in html
-    assert 'href="#histograms"' in html or 'id="histograms"' in html
+    assert "Note: a no-op for &lt;script&gt;" in html
+    report = report_json(data)
+    assert report["histograms"][1]["kept"] == [0, 0, 50, 25]
+    assert report["notes"] == [f"a no-op for {HOSTILE}"]
+    page = Page(html)
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))  # charts keep theirs apart
 
 
 def test_a_histogram_draws_its_counts() -> None:
     svg = histogram_chart("h", "Scores", [0.1, 0.2, 0.3], [0, 10, 0, 0], [0, 5, 0, 20])
-    heights = [
-        abs(float(ys[0]) - float(ys[1]))
-        for colour in ("kept", "dropped")
-        for path in re.findall(rf'<path d="([^"]*)"[^>]*fill: var\\(--{colour}\\)', svg)
-        for ys in [sorted({point.split()[1] for point in re.findall(r"[ML] ([\d.]+ [\d.]+)", path)})]
-        if len(ys) == 2
-    ]
-    # bins 1 to 3: kept 10, 0, 0 and dropped 5, 0, 20; empty bars have no height
-    tallest = max(heights)
-    assert sorted(round(20 * height / tallest) for height in heights) == [5, 10, 20]
+    heights = {}
+    for side in ("kept", "dropped"):
+        paths = re.findall(rf'<path d="([^"]*)"[^>]*fill: var\(--{side}\)', svg)
+        heights[side] = []
+        for path in paths:
+            ys = [float(y) for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", path)]
+            heights[side].append(max(ys) - min(ys))
+    # bins 1 to 3, the empty one at the end left out; empty bars have no height
+    unit = heights["kept"][0] / 10
+    assert [round(height / unit) for height in heights["kept"]] == [10, 0, 0]
+    assert [round(height / unit) for height in heights["dropped"]] == [5, 0, 20]
     assert ">0.2<" in svg
     with pytest.raises(ValueError, match="every bin is empty"):
         histogram_chart("h", "Scores", [0.1], [0, 0], [0, 0])

@@ -94,7 +94,13 @@ def make_rows(config: Any, context: Context, task: Task, progress: Progress) -> 
     return Outcome({f"kept/{task.name}.parquet": NUM_ROWS}, NUM_ROWS, NUM_ROWS)
 
 
-def make(folder: Path, config: ScoreConfig, min_score: float = 0.0, exempt: tuple[str, ...] = ()) -> Run:
+def make(
+    folder: Path,
+    config: ScoreConfig,
+    min_score: float | None = 0.0,
+    exempt: tuple[str, ...] = (),
+    drop_share: float | None = None,
+) -> Run:
     stages = (
         Stage("corpus", "", 1, {"exempt": exempt}, (), one_task, make_corpus),
         Stage("download", "", 1, None, ("corpus",), one_task, make_pictures),
@@ -105,7 +111,7 @@ def make(folder: Path, config: ScoreConfig, min_score: float = 0.0, exempt: tupl
             functools.partial(score.run, load=pair_encoder.load),
         ),
         Stage(
-            "filter_score", "", 1, FilterScoreConfig(min_score=min_score),
+            "filter_score", "", 1, FilterScoreConfig(min_score=min_score, drop_share=drop_share),
             ("corpus", "filter_image", "score"), score.filter_tasks, score.filter_run,
         ),
     )  # fmt: skip
@@ -196,10 +202,38 @@ def test_another_threshold_costs_no_second_pass(
     manifest = runner.read_manifest(again, "filter_score")
     assert manifest is not None
     assert manifest.dropped == {"score_below_threshold": 7}
+    drops = pl.concat([pl.read_parquet(p) for p in Path(again.folder, "filter_score/dropped").glob("*")])
+    lowest = float(everything["pair_score"].min())  # type: ignore[arg-type]
+    assert f"{lowest:.4f} < {middle}" in [
+        f"{float(text.split()[0]):.4f} < {text.split()[2]}" for text in drops["detail"]
+    ]
     monkeypatch.undo()
     exempt = make(tmp_path / "exempt", config, min_score=2.0, exempt=("score",))
     execute(exempt)
     assert kept(exempt)["source"].value_counts().sort("source").rows() == [("plain", 10), ("scored", 5)]
+
+
+def test_a_share_of_the_scored_rows_goes(encoders: tuple[ScoreConfig, Any, str], tmp_path: Path) -> None:
+    config = dataclasses.replace(encoders[0], rows="all")
+    everything = make(tmp_path, config, min_score=-1.0)
+    execute(everything)
+    values = np.sort(scores(everything)["pair_score"].to_numpy())
+    run = make(tmp_path, config, min_score=None, drop_share=0.4)
+    assert execute(run, redo=True) == 1
+    manifest = runner.read_manifest(run, "filter_score")
+    assert manifest is not None
+    found = {extra["min_score"] for extra in manifest.extra.values()}
+    assert len(found) == 1
+    threshold = found.pop()
+    assert values[8] - 0.002 <= threshold <= values[8]  # 8 of 20 rows are below the ninth
+    assert manifest.dropped == {"score_below_threshold": int((values < threshold).sum())}
+    assert 6 <= manifest.dropped["score_below_threshold"] <= 8
+    for fields, message in (
+        ({"min_score": 0.1, "drop_share": 0.1}, "not both"),
+        ({"drop_share": 1.0}, "is not between 0 and 1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            build(FilterScoreConfig, fields, "run.toml")
 
 
 def test_a_killed_stage_goes_on_at_the_next_partition(

@@ -346,7 +346,9 @@ def test_what_does_not_belong_together_is_refused(site: Site, tmp_path: Path) ->
     (tmp_path / "metadata").mkdir()
     metadata = tmp_path / "metadata" / "metadata_0.parquet"
     pl.DataFrame({"path": ["/etc/passwd"] * NUM_SAMPLES}).write_parquet(metadata)
-    with pytest.raises(InputError, match="has no column key or image_id to find pictures by; found: path"):
+    with pytest.raises(
+        InputError, match="has no column key or image_id or image_path to find pictures by; found: path"
+    ):
         open_gallery(site.index_of_shards, embeddings_folder=str(tmp_path), run_folder="run")
     pl.DataFrame({"key": ["other"] * NUM_SAMPLES}).write_parquet(metadata)
     with pytest.raises(InputError, match="none of the index's 14 keys is in these shards"):
@@ -394,6 +396,34 @@ def test_rows_that_an_index_does_not_find_are_left_out(site: Site) -> None:
     rows, scores = np.array([[3, -1, -1]]), np.array([[0.5, -np.inf, -np.inf]])
     gallery = Gallery("ivf", 32, 12, site.galleries[0].pictures, lambda query, k: (scores, rows))
     assert gallery.nearest(np.zeros(32, dtype=np.float32), 3) == [(3, 0.5)]
+
+
+def test_an_index_over_files_shows_them(site: Site, tmp_path: Path) -> None:
+    """What `cnclip embed --images` wrote, with more texts than pictures; one file is gone meanwhile."""
+    for row in range(4):
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        (tmp_path / "pictures" / f"{row}.png").write_bytes(png_bytes(row))
+    captions = [f"第{row}张图片" for row in range(6)]
+    (tmp_path / "captions.txt").write_text("\n".join(captions), encoding="utf-8")
+    model = [site.checkpoint.path, "--vocab", str(site.checkpoint.vocabulary)]
+    features, index = str(tmp_path / "features"), str(tmp_path / "index")
+    inputs = ["--images", str(tmp_path / "pictures"), "--texts", str(tmp_path / "captions.txt")]
+    assert command_line.main(["embed", *model, *inputs, "--out", features]) == 0
+    assert command_line.main(["index", features, index]) == 0
+    gallery = open_gallery(index, embeddings_folder=features, pictures_folder=str(tmp_path / "pictures"))
+    assert gallery.num_rows == 4
+    elsewhere = open_gallery(index, embeddings_folder=features, pictures_folder=str(tmp_path / "index"))
+    with pytest.raises(InputError, match=r"0\.png: lies outside"):
+        elsewhere.pictures.read(0)
+    query = site.encoder.picture(Image.open(io.BytesIO(png_bytes(2))).convert("RGB"))
+    (row, score), *_ = gallery.nearest(query, 4)
+    assert (row, round(score, 4)) == (2, 1.0)
+    assert gallery.pictures.describe(2).captions == (captions[2],)
+    assert gallery.pictures.describe(2).source == "2.png"
+    assert gallery.pictures.read(2) == png_bytes(2)
+    (tmp_path / "pictures" / "3.png").unlink()
+    with pytest.raises(InputError, match=r"3\.png: cannot be read"):
+        gallery.pictures.read(3)
 
 
 def test_a_broken_picture_is_said_without_its_path(

@@ -102,3 +102,9 @@ def test_bad_shards_are_said_in_one_line(shards: str, tmp_path: Path) -> None:
         list(evaluation.image_bytes([7]))
     with pytest.raises(InputError, match="or shards"):
         digest_of(EvaluationSource(name="none", folder=str(tmp_path)))
+
+
+def test_a_missing_part_of_a_shard_is_said(shards: str) -> None:
+    (Path(shards) / "00002.parquet").unlink()
+    with pytest.raises(InputError, match=r"has 00002.tar, but no 00002.parquet; the shards are not complete"):
+        read_shards(shards, "mine")

@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from train_jobs import CONFIG, make_job, small_models, train_rank
 
-from pipeline.records import ConfigError
+from pipeline.catalog import load
+from pipeline.records import ConfigError, InputError, Manifest
+from pipeline.stage import Context
 from training import loss as loss_module
 from training.config import DistilConfig, TrainJob
 from training.distil import load_teacher
@@ -21,6 +23,7 @@ from training.loss import distillation_loss
 from training.model.clip import build_clip
 from training.model.config import ModelConfig
 from training.model.weights import load_checkpoint, save_checkpoint
+from training.stage import TrainStageConfig, tasks
 
 N, D, E, TEMPERATURE = 13, 6, 9, 3.0
 
@@ -160,7 +163,11 @@ def test_the_teacher_s_similarities_are_learned(tmp_path: Path) -> None:
     image_BCHW, tokens_BL = torch.rand(8, 3, 32, 32), torch.randint(5, len(VOCABULARY), (8, 5))
     taught = teacher.features(image_BCHW, tokens_BL)
     assert not taught.image_BE.requires_grad
-    assert torch.equal(taught.image_BE, teacher.features(image_BCHW, tokens_BL).image_BE)  # no dropout
+    assert torch.equal(taught.text_BE, teacher.features(image_BCHW, tokens_BL).text_BE)  # no dropout
+    teacher.prepare("cpu", torch.bfloat16)
+    rounded = teacher.features(image_BCHW, tokens_BL).text_BE
+    assert rounded.dtype == torch.float32
+    assert 1e-5 < (rounded - taught.text_BE).abs().max() < 0.05
     adam = torch.optim.AdamW(student.parameters(), lr=2e-3)
     found = []
     for _ in range(12):
@@ -214,3 +221,32 @@ def test_a_teacher_that_cannot_read_the_same_is_refused(
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         dataclasses.replace(CONFIG, **{"distil": DistilConfig(teacher="t"), **changes}).check("stage2")
+
+
+def test_a_run_with_another_teacher_is_another_run(tmp_path: Path) -> None:
+    """The stage names the teacher's bytes among what it reads, and a checkpoint what it was made with."""
+    shards = Manifest("shards", 1, "", "", {}, (), 0, 0, {})
+    context = Context(str(tmp_path), "stage2", 0, {"shards": shards})
+    teacher = tmp_path / "teacher.safetensors"
+    train = dataclasses.replace(CONFIG, distil=DistilConfig(teacher=str(teacher)))
+    config = TrainStageConfig(train=train, model="tiny-vit", vocabulary="vocab.txt", validate=False)
+    with pytest.raises(InputError, match=r"no such file or folder; correct \[stage2.distil\] teacher"):
+        tasks(config, context)
+    teacher.write_bytes(b"one")
+    (before,) = tasks(config, context)
+    teacher.write_bytes(b"two")
+    (after,) = tasks(config, context)
+    assert before.inputs["teacher"] != after.inputs["teacher"]
+
+
+def test_a_run_s_file_may_ask_for_all_of_it() -> None:
+    extras = {"patch_mask": 0.5, "distil.teacher": "big.pt", "negation.objects": ["圆形", "菱形"]}
+    overrides = [f"stage2.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in extras.items()]
+    _, config = load("demo", overrides)
+    assert config.stage2 is not None
+    assert config.stage2.patch_mask == 0.5
+    assert config.stage2.distil == DistilConfig(teacher="big.pt")
+    assert config.stage2.negation is not None
+    assert config.stage2.negation.objects == ("圆形", "菱形")
+    with pytest.raises(ConfigError, match=r"stage2.distil.teachr: unknown key; did you mean .*teacher"):
+        load("demo", ["stage2.distil.teachr=big.pt"])

@@ -42,6 +42,10 @@ def test_shipped_files_are_as_they_are_named() -> None:
         ({"optimizer": {"type": "AdamW"}}, r"mine.json: optimizer: "),
         ({"gradient_clipping": 1.0}, r"mine.json: gradient_clipping: "),
         ({"train_micro_batch_size_per_gpu": 1}, r"mine.json: train_micro_batch_size_per_gpu: "),
+        (
+            {"bf16": {"enabled": True, "check_grad_overflow": False}, "zero_optimization": {"stage": 1}},
+            r"mine.json: bf16.check_grad_overflow: .* on_non_finite",
+        ),
         ({"bf16": {"enabled": True}}, r"mine.json: bf16 at ZeRO stage 0 takes a wrong first Adam step"),
         ({"fp16": {"enabled": True}}, r"mine.json: fp16 at ZeRO stage 0 takes a wrong first Adam step"),
     ],

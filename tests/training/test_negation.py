@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 import torch
 from rank_processes import run_ranks
-from shard_files import VOCABULARY
+from shard_files import COLOURS, SHAPES, VOCABULARY, draw
 from torch.nn import functional as F
 from train_jobs import CONFIG, make_job, train_rank
 
 from pipeline.records import ConfigError
 from training.config import NegationConfig, TrainJob
+from training.model.encoder import Encoder
 from training.model.tokenizer import Tokenizer
+from training.model.weights import load_checkpoint
 from training.negation import Statements, negation_loss
 
 # Templates in the characters that the small vocabulary has.
@@ -110,3 +112,29 @@ def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], messag
 def test_a_statement_longer_than_a_caption_may_be_is_refused() -> None:
     with pytest.raises(ConfigError, match="longer than context_length = 4"):
         Statements(CONFIG_OF_SHAPES, Tokenizer(VOCABULARY), context_length=4, seed=0)
+
+
+def share_of_right_answers(job: TrainJob, template: str) -> float:
+    """Over new pictures: is "no <absent colour>" nearer to the picture than "no <its colour>"?"""
+    encoder = Encoder(load_checkpoint(job.output_model), Tokenizer(VOCABULARY), device="cpu")
+    random = np.random.default_rng(99)
+    text_OD = encoder.embed_texts([template.format(colour) for colour in COLOURS], context_length=12)
+    right = []
+    for row, rgb in enumerate(COLOURS.values()):
+        pictures = [draw(rgb, SHAPES[number % 2], 40, random) for number in range(10)]
+        cosine_NO = encoder.embed_images(pictures) @ text_OD.T
+        right.append(np.delete(cosine_NO, row, axis=1) > cosine_NO[:, [row]])
+    return float(np.mean(right))
+
+
+def test_negation_is_learned_from_the_statements_alone(tmp_path: Path) -> None:
+    """Captions never negate: without statements, a negated colour stays the colour's text."""
+    colours = NegationConfig(objects=tuple(COLOURS), affirmed=("图片的{}",), negated=("零{}",))
+    settings: dict[str, Any] = {"sizes": (64, 64), "epochs": 12, "model": "small-rn"}
+    found = {}
+    for name, negation in (("without", None), ("with", colours)):
+        job = make_job(tmp_path, name, negation=negation, **settings)
+        run_ranks(train_without_dropout, 1, job)
+        found[name] = share_of_right_answers(job, "零{}")
+    assert found["without"] < 0.5
+    assert found["with"] > 0.8

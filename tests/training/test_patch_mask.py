@@ -14,6 +14,7 @@ from train_jobs import CONFIG, make_job, small_models, train_rank
 
 from pipeline.records import ConfigError
 from training.config import TrainJob
+from training.flops import image_forward
 from training.model.clip import build_clip
 from training.patch_mask import PatchMask, make_patch_mask
 
@@ -59,6 +60,8 @@ def test_all_patches_kept_are_the_tower_and_fewer_cost_less() -> None:
         return int(counter.get_total_flops())
 
     assert flops(half) < 0.62 * flops(None)  # the patches' own embedding is not saved
+    for kept, share in ((None, 0.0), (half, 0.5)):
+        assert 3 * image_forward(clip.config, share) == pytest.approx(flops(kept), rel=0.05)
 
 
 def masks_of_forwards(job: TrainJob) -> list[tuple[bool, npt.NDArray[np.int64] | None, int]]:

@@ -40,8 +40,7 @@ def test_ranks_and_zero_stages_make_no_difference(tmp_path: Path) -> None:
     changes: dict[str, Any] = {
         "exclude_duplicates": True,
         "augment": AugmentConfig(horizontal_flip=0.5, auto_augment="original"),
-        # Adam makes whole steps of gradients that are nothing but rounding, which other sums round otherwise.
-        "adam_eps": 1e-5,
+        "adam_eps": 1e-5,  # at 1e-6, a gradient that is mere rounding moves a weight by a whole step
     }
     one = make_job(tmp_path, "one", ranks=1, **changes)
     run_ranks(train_rank_without_dropout, 1, one)
@@ -57,7 +56,7 @@ def test_ranks_and_zero_stages_make_no_difference(tmp_path: Path) -> None:
 
 def test_it_learns_and_writes_what_it_promises(tmp_path: Path) -> None:
     job = make_job(tmp_path, "run", sizes=(60, 60, 8), epochs=14, global_batch=32, exclude_duplicates=True)
-    run_ranks(train_rank, 1, job)
+    run_ranks(train_rank_without_dropout, 1, job)  # with dropout it is luck whether so few steps learn
     metrics = read_metrics(job)
     assert losses(job)[-1] < losses(job)[0] - 0.3
     assert [line["step"] for line in metrics if "evaluation" in line] == [*range(0, 57, 4)]

@@ -104,7 +104,8 @@ def wait_for_steps(job: TrainJob, count: int) -> None:
 
 
 def test_a_rank_that_hangs_ends_the_run_and_is_named(tmp_path: Path) -> None:
-    job = make_job(tmp_path, "run", ranks=2, epochs=100_000, stall_seconds=8.0)
+    never = {"save_every_steps": 10**9, "validate_every_steps": 10**9}
+    job = make_job(tmp_path, "run", ranks=2, epochs=100_000, stall_seconds=8.0, **never)
     process = launch(job)
     try:
         wait_for_steps(job, 2)

@@ -17,6 +17,7 @@ def model_card(config: ModelConfig, num_parameters: int, facts: Mapping[str, str
     """Markdown with Hugging Face's header: sizes, data, stage, samples seen, scores, and how inputs are made.
 
     `facts` may have `data`, `stage`, `samples_seen`, `scores` and `source`; what it lacks is said so.
+    `tables` is Markdown that follows: the run's tables beside the paper's.
     """
     vision = config.vision
     is_vit = isinstance(vision, VisionTransformerConfig)
@@ -58,14 +59,14 @@ tags:
 Pictures are turned to RGB and resized to the square (bicubic, no crop), scaled to [0, 1] and normalised by
 mean {MEAN} and standard deviation {STD}. Captions are lower-cased, curly double quotes made straight, cut
 into word pieces of the vocabulary beside this file, framed by [CLS] and [SEP], and cut to 52 tokens.
-"""
+{facts.get("tables", "")}"""
 
 
 def facts_of(path: str, recorded: Mapping[str, str]) -> dict[str, str]:
     """What a card can say of weights at `path`: what the file records, and what their run's folder tells.
 
     A run's folder is the one above the stage's: `run.resolved.toml` names the data, `report/report.json` has
-    the scores of its models.
+    the scores of its models and the final model's tables, retrieval and classification.
     """
     facts = {"source": os.path.basename(path.rstrip("/")), **recorded}
     run = store.join(os.path.dirname(os.path.abspath(path)), "..") if store.is_local(path) else None
@@ -78,10 +79,38 @@ def facts_of(path: str, recorded: Mapping[str, str]) -> dict[str, str]:
     report = os.path.join(run, "report", "report.json")
     if os.path.isfile(report):
         with open(report, encoding="utf-8") as file:
-            found = _scores(json.load(file).get("evaluations", {}), facts.get("stage", ""))
+            body = json.load(file)
+        stage = facts.get("stage", "")
+        found = _scores(body.get("evaluations", {}), stage)
         if found:
             facts.setdefault("scores", found)
+        is_earlier = any(name.endswith(f"/{stage}") for name in body.get("evaluations", {}))
+        if not is_earlier:  # the tables are of the run's final model
+            facts["tables"] = "".join(map(_table, body.get("comparisons", [])))
     return facts
+
+
+def _table(comparison: Mapping[str, Any]) -> str:
+    """One table of `report.json` in Markdown: ours with its interval, the paper's figure, the difference."""
+    number = f"Table {comparison['number']}, " if comparison["number"] is not None else ""
+    beside = f" beside {comparison['paper_model']}" if comparison["paper_model"] else ""
+    rows = []
+    for line in comparison["lines"]:
+        ours, paper, difference = line["ours"], line["paper"], line["difference"]
+        cells = (
+            line["label"],
+            "–" if ours is None else f"{ours['value']:.1f}",
+            "–" if ours is None else f"{ours['low']:.1f} … {ours['high']:.1f}",
+            "–" if paper is None else f"{paper:.1f}",
+            "–" if difference is None else f"{difference['value']:+.1f}",
+        )
+        rows.append(f"| {' | '.join(cells)} |\n")
+    notes = "".join(f"\nNote: {note}.\n" for note in comparison["notes"])
+    return (
+        f"\n## {number}{comparison['title']}, {comparison['setup']}{beside}\n\n"
+        "| | ours | 95 % interval | paper | difference |\n|---|--:|--:|--:|--:|\n"
+        f"{''.join(rows)}{notes}"
+    )
 
 
 def _scores(evaluations: Mapping[str, Any], stage: str) -> str:

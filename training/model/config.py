@@ -22,6 +22,15 @@ class VisionTransformerConfig:
     width: int  # hidden width; the feed-forward layers are 4 × as wide
     heads: int  # attention heads
 
+    @property
+    def num_patches(self) -> int:
+        """Patches of a picture, without the class token."""
+        return (self.image_size_px // self.patch_size_px) ** 2
+
+    def num_kept(self, patch_mask: float) -> int:
+        """Patches that are left where the share `patch_mask` is not computed on; at least one."""
+        return max(1, round(self.num_patches * (1 - patch_mask)))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModifiedResNetConfig:

@@ -210,6 +210,20 @@ def test_model_card_says_what_is_known_and_what_is_not(tmp_path: Path) -> None:
     assert facts["scores"].startswith("muge: text to image R@1/5/10 50.0/75.0/100.0")
     assert facts_of(source, {"stage": "stage1"})["scores"] == "muge: text to image R@1/5/10 1.0/2.0/3.0"
     assert "muge: text to image" in model_card(MODELS["tiny-vit"], 10, facts)
+    assert "Table 12" not in model_card(MODELS["tiny-vit"], 10, facts)  # of the final model, not of this one
+    line = {
+        "label": "MNIST",
+        "ours": {"value": 51.25, "low": 50.0, "high": 52.5},
+        "paper": 50.2,
+        "difference": {"value": 1.05, "low": -0.2, "high": 2.3},
+    }
+    table = {"number": 12, "title": "ICinW", "setup": "zero-shot", "paper_model": "CN-CLIP RN50"}
+    with_tables = {**report, "comparisons": [{**table, "lines": [line], "notes": ["a note"]}]}
+    (tmp_path / "run" / "report" / "report.json").write_text(json.dumps(with_tables))
+    card = model_card(MODELS["tiny-vit"], 10, facts_of(source, {"stage": "stage2"}))
+    assert "## Table 12, ICinW, zero-shot beside CN-CLIP RN50" in card
+    assert "| MNIST | 51.2 | 50.0 … 52.5 | 50.2 | +1.1 |" in card
+    assert "Table 12" not in model_card(MODELS["tiny-vit"], 10, facts_of(source, {"stage": "stage1"}))
     convert(source, str(tmp_path / "again"), to="safetensors")
     assert "wukong" in (tmp_path / "again" / "README.md").read_text()
     assert read_weights(str(tmp_path / "again")).facts["data"] == "tables: wukong"

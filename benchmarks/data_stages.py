@@ -1,0 +1,128 @@
+"""Pictures a CPU second of the stages that handle pictures: what docs/scale.md reckons with.
+
+    python benchmarks/data_stages.py [--full] [--pictures N]
+
+Photographs as in benchmarks/resize.py lie in a folder, which the run serves to itself over HTTP on
+loopback; the real stages download (img2dataset and all, one process), filter_image and shards run on
+them. CPU seconds of the download are those of its own processes, without the server, and without what
+starting them costs: the difference of a long and a short run. Each row has an address of its own; files
+behind them repeat.
+Last line: one JSON list, a record a stage, with bytes stored a picture; there is no peer.
+"""
+
+import argparse
+import json
+import resource
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import polars as pl
+from machine import machine
+from resize import photographs
+
+from pipeline import catalog, runner
+
+NUM_FILES = 32
+SHORT_RUN = 32  # pictures
+RECIPE = """
+[run]
+folder = "{root}/run"
+processes = 1
+[corpus]
+kind = "tables"
+[[corpus.tables]]
+path = "{root}/captions.parquet"
+name = "made"
+picture_folder = "{root}/pictures"
+[[evaluation]]
+name = "valid"
+folder = "{root}/valid"
+[dedup]
+partitions = 1
+[download]
+processes = 1
+scaled_decode = {scaled}
+[filter_image]
+remove_evaluation_copies = false
+[model]
+name = "tiny-rn"
+[stage2]
+epochs = 1
+global_batch = 8
+lanes = 2
+"""
+
+
+def cpu_seconds(folder: Path, count: int, scaled: bool) -> tuple[dict[str, float], float, float]:
+    """CPU seconds of each stage, and bytes a picture on the wire and stored."""
+    (folder / "pictures").mkdir(parents=True)
+    (folder / "valid").mkdir()
+    for suffix in ("_imgs.tsv", "_texts.jsonl"):
+        (folder / "valid" / f"valid{suffix}").write_text("")
+    files = photographs(NUM_FILES)
+    for number in range(count):
+        (folder / "pictures" / f"{number}.jpg").write_bytes(files[number % NUM_FILES])
+    rows = {
+        "url": [f"{number}.jpg" for number in range(count)],
+        "caption": [f"窗台上的第{number}只猫" for number in range(count)],
+    }
+    pl.DataFrame(rows).write_parquet(folder / "captions.parquet")
+    path = folder / "run.toml"
+    path.write_text(RECIPE.format(root=folder, scaled=str(scaled).lower()), encoding="utf-8")
+    run, _ = catalog.load(str(path))
+    found = {}
+    for stage in run.stages:
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        started = time.process_time()
+        runner.execute(run, [stage], redo=False)
+        own = time.process_time() - started
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        theirs = after.ru_utime + after.ru_stime - children.ru_utime - children.ru_stime
+        found[stage.name] = theirs if stage.name == "download" else own
+        if stage.name == "shards":
+            break
+    manifest = runner.read_manifest(run, "shards")
+    assert manifest is not None
+    assert manifest.num_kept == count, f"{manifest.num_kept} of {count} pictures came through"
+    stored = sum(shard.num_bytes for shard in manifest.shards if shard.path.endswith(".tar")) / count
+    return found, sum(map(len, files)) / NUM_FILES, stored
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pictures", type=int, default=600)
+    parser.add_argument("--full", action="store_true", help="4,000 pictures")
+    options = parser.parse_args()
+    count = 4000 if options.full else options.pictures
+    folder = Path(tempfile.mkdtemp(prefix="data-stages-"))
+    records = []
+    try:
+        for scaled in (False, True):
+            short, _, _ = cpu_seconds(folder / f"short{scaled}", SHORT_RUN, scaled)
+            long, received, stored = cpu_seconds(folder / f"long{scaled}", count, scaled)
+            for stage in ("download",) if scaled else ("download", "filter_image", "shards"):
+                rate = (count - SHORT_RUN) / (long[stage] - short[stage])
+                name = f"data_stages/{stage}" + ("/scaled" if scaled else "")
+                print(f"{name:<30} {rate:8.1f} pictures/CPU s")
+                records.append(
+                    {
+                        "name": name,
+                        "ours": round(rate, 1),
+                        "peer": None,
+                        "unit": "pictures/CPU s",
+                        "ratio": None,
+                        "equal": True,
+                        "bytes_received": round(received),
+                        "bytes_stored": round(stored),
+                        "machine": machine(),
+                    }
+                )
+    finally:
+        shutil.rmtree(folder)
+    print(json.dumps(records))
+
+
+if __name__ == "__main__":
+    main()

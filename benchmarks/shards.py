@@ -1,0 +1,187 @@
+"""Writing shards: the real stage beside a plain copy of the same bytes, and where its time goes.
+
+    python benchmarks/shards.py [--full] [--samples N]
+
+Pictures of some 25 kB lie in one tar as the download leaves them; the stage packs them with their
+captions and checks their digests. The plain copy reads the pictures' tar and writes a file of that size,
+with fsync: what the disk can do. webdataset's TarWriter packs the same samples. All three take turns, and
+a side's time is that of its best round. The profile sorts the stage's time into the disk (read, write,
+fsync, rename), hashing, and everything else.
+Last line: one JSON list; `equal` says that webdataset reads back the very samples from ours.
+"""
+
+import argparse
+import cProfile
+import json
+import os
+import pstats
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import webdataset
+from machine import machine
+
+from data_prep import shards
+from data_prep.drop_table import write_table
+from data_prep.shards import ShardsConfig
+from data_prep.tar_members import TarWriter
+from pipeline import store
+from pipeline.records import Manifest, Shard
+from pipeline.stage import Context, Task
+
+BYTES_A_PICTURE = 25_000
+ROUNDS = 3
+COPY_BYTES = 16 << 20
+# Functions of a profile by what they wait for.
+DISK = (
+    "read",
+    "write",
+    "fsync",
+    "replace",
+    "seek",
+    "flush",
+    "close",
+    "open",
+    "read_parquet",
+    "write_parquet",
+)
+HASHING = ("sha256", "hexdigest", "file_digest", "update")
+
+
+def prepare(folder: Path, samples: int) -> tuple[Context, Task]:
+    """A partition of the download and of filter_image, as they leave them; contents do not matter here."""
+    rng = np.random.default_rng(0)
+    noise = rng.bytes(4 * BYTES_A_PICTURE)
+    keys = [f"{number:032x}" for number in range(samples)]
+    path = folder / "download" / "pictures" / "00000.tar"
+    path.parent.mkdir(parents=True)
+    with TarWriter(str(path)) as tar:
+        places = []
+        for key in keys:
+            start, size = (
+                int(rng.integers(BYTES_A_PICTURE)),
+                int(rng.integers(10_000, 2 * BYTES_A_PICTURE - 10_000)),
+            )
+            places.append(tar.add(f"{key}.jpg", noise[start : start + size]))
+    rows = pl.DataFrame(
+        {
+            "key": keys,
+            "offset_bytes": [place.offset_bytes for place in places],
+            "size_bytes": [place.size_bytes for place in places],
+            "caption": ["一只橘猫趴在洒满阳光的窗台上睡觉"] * samples,
+            "image_sha256": [place.sha256 for place in places],
+        }
+    ).with_columns(
+        tar=pl.lit("pictures/00000.tar"), source=pl.lit("made"), url=pl.lit("https://a.cn/1.jpg"),
+        score=pl.lit(0.3), width_px=pl.lit(256), height_px=pl.lit(256), perceptual_hash=pl.lit(bytes(48)),
+    )  # fmt: skip
+    write_table(rows, str(folder / "filter_image" / "kept" / "00000.parquet"))
+    kept = Manifest(
+        "filter_image", 1, "", "", {}, (Shard("kept/00000.parquet", samples, 0, "a"),), samples, samples, {}
+    )
+    taken = Manifest(
+        "download", 1, "", "", {}, (Shard("pictures/00000.tar", samples, 0, "b"),), samples, samples, {}
+    )
+    context = Context(str(folder), "shards", 0, {"filter_image": kept, "download": taken})
+    return context, shards.tasks(ShardsConfig(samples_per_shard=samples), context)[0]
+
+
+def ours(context: Context, task: Task) -> None:
+    shards.run(ShardsConfig(), context, task, lambda done, total, text="": None)
+
+
+def plain_copy(context: Context, task: Task) -> None:
+    """The bytes alone: no other program can be faster on this disk."""
+    with (
+        open(context.path_in("download", "pictures", "00000.tar"), "rb") as source,
+        store.publish(context.path("copy")) as temporary,
+        open(temporary, "wb") as out,
+    ):
+        shutil.copyfileobj(source, out, COPY_BYTES)
+
+
+def webdataset_writer(context: Context, task: Task) -> None:
+    rows = pl.read_parquet(context.path_in("filter_image", "kept", "00000.parquet"))
+    source_path = context.path_in("download", "pictures", "00000.tar")
+    columns = ("key", "offset_bytes", "size_bytes", "caption")
+    with (
+        store.publish(context.path("peer.tar")) as temporary,
+        open(source_path, "rb") as source,
+        webdataset.TarWriter(temporary) as out,
+    ):
+        for key, offset, size, caption in rows.select(columns).iter_rows():
+            source.seek(offset)
+            out.write({"__key__": key, "jpg": source.read(size), "txt": caption})
+
+
+def profile(context: Context, task: Task) -> dict[str, float]:
+    """Seconds of the stage by what they went to."""
+    profiler = cProfile.Profile()
+    profiler.runcall(ours, context, task)
+    found = {"disk": 0.0, "hashing": 0.0, "other": 0.0}
+    for (_, _, name), (_, _, own, _, _) in pstats.Stats(profiler).stats.items():  # type: ignore[attr-defined]
+        bare = (
+            name.strip("<>{}")
+            .replace("built-in method ", "")
+            .split("'")[1 if "'" in name else 0]
+            .split(".")[-1]
+        )
+        kind = "disk" if bare in DISK else "hashing" if any(word in name for word in HASHING) else "other"
+        found[kind] += own
+    return found
+
+
+def samples_of(path: str) -> list[tuple[str, bytes, bytes]]:
+    return list(webdataset.WebDataset(path, shardshuffle=False).to_tuple("__key__", "jpg", "txt"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--samples", type=int, default=10_000)
+    parser.add_argument("--full", action="store_true", help="40,000 samples, a gigabyte")
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="shards-"))
+    try:
+        context, task = prepare(folder, 40_000 if options.full else options.samples)
+        sides: dict[str, Callable[[Context, Task], None]] = {
+            "ours": ours, "copy": plain_copy, "webdataset": webdataset_writer,
+        }  # fmt: skip
+        best = dict.fromkeys(sides, float("inf"))
+        for _ in range(ROUNDS):
+            for name, side in sides.items():
+                os.sync()
+                started = time.perf_counter()
+                side(context, task)
+                best[name] = min(best[name], time.perf_counter() - started)
+        megabytes = os.path.getsize(context.path("00000.tar")) / 1e6
+        equal = samples_of(context.path("00000.tar")) == samples_of(context.path("peer.tar"))
+        parts = profile(context, task)
+        total = sum(parts.values())
+        for name, seconds in best.items():
+            print(f"{name:<10} {megabytes / seconds:7.0f} MB/s")
+        print("profile    " + ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in parts.items()))
+        records = [
+            {
+                "name": f"shards/{name}",
+                "ours": round(megabytes / best["ours"], 1),
+                "peer": round(megabytes / best[name], 1),
+                "unit": "MB/s",
+                "ratio": round(best[name] / best["ours"], 3),
+                "equal": equal,
+                "profile": {part: round(seconds / total, 3) for part, seconds in parts.items()},
+                "machine": machine(),
+            }
+            for name in ("copy", "webdataset")
+        ]
+        print(json.dumps(records))
+    finally:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

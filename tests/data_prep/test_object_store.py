@@ -1,0 +1,132 @@
+"""The same run with all its paths on S3 gives the same manifests; moto's server stands in for S3."""
+
+import http.client
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+import polars as pl
+import pytest
+from s3_server import s3_server
+from test_dedup_and_shards import _finish, _rows, _run
+
+from data_prep.site import serve
+from pipeline import runner, store
+from pipeline.records import ConfigError
+from pipeline.runner import Run
+
+DATA_STAGES = ("corpus", "filter_text", "dedup", "download", "filter_image", "shards")
+DEMO = {
+    "run.processes": 1,
+    "corpus.num_clean": 60,
+    "corpus.num_evaluation": 12,
+    "corpus.dirt": 0.08,
+    "dedup.partitions": 2,
+    "download.timeout_seconds": 5.0,
+    "download.retries": 0,
+    "shards.samples_per_shard": 32,
+}
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    with s3_server() as url:
+        yield url
+
+
+def _manifests(run: Run) -> list[str]:
+    return [store.read_text(runner.manifest_path(run, stage.name)) for stage in run.stages]
+
+
+def test_files_on_s3(bucket: str, tmp_path: Path) -> None:
+    path = store.join(bucket, "files", "a.txt")
+    assert not store.exists(path)
+    assert store.list_files(store.join(bucket, "files")) == []
+    store.write_text(path, "汉字")
+    assert (store.exists(path), store.num_bytes(path), store.read_text(path)) == (True, 6, "汉字")
+    with store.open_read(path) as file:
+        file.seek(3)
+        assert file.read() == "字".encode()
+    assert store.digest_file(path) == store.digest_bytes("汉字".encode())
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "b.bin").write_bytes(bytes(3_000_000))
+    store.put_folder(str(tmp_path), store.join(bucket, "files"))
+    with store.local_folder(store.join(bucket, "files")) as copy:
+        assert sorted(p.relative_to(copy).as_posix() for p in Path(copy).rglob("*.*")) == [
+            "a.txt",
+            "deep/b.bin",
+        ]
+        assert Path(copy, "deep", "b.bin").stat().st_size == 3_000_000
+    assert not Path(copy).exists()
+    assert store.list_files(store.join(bucket, "files")) == ["a.txt"]
+    store.remove(store.join(bucket, "files"))
+    assert not store.exists(path)
+
+
+def test_what_another_process_writes_is_seen(bucket: str) -> None:
+    """A listing kept from before would hide the receipts of other machines."""
+    folder = store.join(bucket, "shared")
+    store.write_text(store.join(folder, "a"), "1")
+    assert store.list_files(folder) == ["a"]
+    path = store.join(folder, "b")
+    program = f"from pipeline import store; store.write_text({path!r}, '2')"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])
+    assert store.list_files(folder) == ["a", "b"]
+    assert store.exists(path)
+
+
+def test_tables_and_run_on_s3_give_the_same_manifests(bucket: str, tmp_path: Path) -> None:
+    pl.DataFrame(_rows(), schema=["url", "caption"], orient="row").write_csv(tmp_path / "0.csv")
+    table = store.join(bucket, "tables", "0.csv")
+    with store.publish(table) as temporary:
+        shutil.copy(tmp_path / "0.csv", temporary)
+    # The paths of the tables are in the configuration of the corpus stage: both runs read the same one.
+    here = _finish(_run(tmp_path / "run", [table]))
+    there = _finish(_run(store.join(bucket, "run"), [table]))
+    assert _manifests(there) == _manifests(here)
+    assert runner.verify(there, there.stages) == []
+    assert runner.execute(there, there.stages, redo=False) == 0  # all is done, and seen to be
+
+
+def test_pictures_on_s3_are_served(bucket: str) -> None:
+    folder = store.join(bucket, "图片")
+    store.write_bytes(store.join(folder, "猫 1.jpg"), b"picture")
+    store.write_bytes(store.join(bucket, "secret"), b"secret")
+    with serve(None, {"own": folder}, {"own": folder}) as address:
+        for path, found in (
+            (quote("/pictures/own/猫 1.jpg"), (200, b"picture")),
+            (quote("/packed/own/猫 1.jpg") + "?offset=2&size=3", (200, b"ctu")),
+            ("/pictures/own/none.jpg", (404, b"")),
+            ("/pictures/own/../secret", (404, b"")),
+        ):
+            connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            assert (answer.status, answer.read()) == found, path
+
+
+def test_an_unknown_scheme_is_a_configuration_error() -> None:
+    with pytest.raises(ConfigError, match=r"s4://bucket/a: no file system for s4://"):
+        store.exists("s4://bucket/a")
+
+
+def _cnclip(folder: str, *words: str) -> None:
+    sets = [f"--set=run.folder={folder}", *(f"--set={key}={value}" for key, value in DEMO.items())]
+    command = [sys.executable, "-m", "pipeline", words[0], "demo", *sets, *words[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_the_demo_on_s3_gives_the_same_manifests(bucket: str, tmp_path: Path) -> None:
+    """Made, downloaded, judged and packed there: from the local run only the place differs."""
+    here, there = str(tmp_path / "demo"), store.join(bucket, "demo")
+    for folder in (here, there):
+        _cnclip(folder, "run", "--to", "shards")
+    for stage in DATA_STAGES:
+        parts = (stage, "manifest.json")
+        assert store.read_text(store.join(there, *parts)) == store.read_text(store.join(here, *parts)), stage
+    _cnclip(there, "verify", "--to", "shards")
