@@ -12,13 +12,25 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator
 
-from data_prep import corpus, dedup, dedup_image, download, filter_image, filter_text, score, shards, split
+from data_prep import (
+    corpus,
+    dedup,
+    dedup_image,
+    download,
+    filter_image,
+    filter_text,
+    lock,
+    score,
+    shards,
+    split,
+)
 from data_prep.corpus import SourcesConfig, TablesConfig
 from data_prep.dedup import DedupConfig
 from data_prep.dedup_image import DedupImageConfig
 from data_prep.download import DownloadConfig
 from data_prep.filter_image import FilterImageConfig
 from data_prep.filter_text import FilterTextConfig
+from data_prep.lock import LockConfig
 from data_prep.score import FilterScoreConfig, ScoreConfig
 from data_prep.shards import ShardsConfig
 from data_prep.sources.demo import DemoConfig
@@ -236,6 +248,17 @@ def make_run(config: RunConfig) -> Run:
         *_row_stages(config),
     ]
     stages += _shard_stages(config, rows=stages[-1].name)
+    stages.append(
+        Stage(
+            name="lock",
+            title="sources, rules, settings and funnel of the corpus in one file",
+            version=1,
+            config=LockConfig(settings={stage.name: stage.config for stage in stages}),
+            parents=tuple(stage.name for stage in stages),
+            tasks=lock.tasks,
+            run=lock.run,
+        )
+    )
     columns = _learned_columns(config, train_stages)
     if columns:
         stages.append(

@@ -95,7 +95,7 @@ def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
 
 def digest(*values: Any) -> str:
     """sha256 (hex) of the canonical JSON of dataclasses and plain values, without fields NOT_IN_DIGEST."""
-    text = json.dumps([_plain(value) for value in values], sort_keys=True, ensure_ascii=False)
+    text = json.dumps([plain(value) for value in values], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
@@ -106,17 +106,18 @@ def to_toml(config: Any) -> str:
     return tomli_w.dumps(_without_none(dataclasses.asdict(config)))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Dataclasses as mappings of plain values, without fields NOT_IN_DIGEST."""
     if dataclasses.is_dataclass(value):
         return {
-            field.name: _plain(getattr(value, field.name))
+            field.name: plain(getattr(value, field.name))
             for field in dataclasses.fields(value)
             if field.metadata.get("in_digest", True)
         }
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value
 
 

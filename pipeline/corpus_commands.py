@@ -1,4 +1,4 @@
-"""The commands that act on corpora outside a run: guards, retries, other shards, other formats."""
+"""The commands that act on corpora outside a run: guards, retries, other shards and formats, comparison."""
 
 import argparse
 import os
@@ -52,6 +52,13 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     command.add_argument("--to", choices=("tsv", "lmdb"), default="tsv", help="format (default: tsv)")
     command.add_argument(
         "--split", default="train", metavar="NAME", help="name in the files (default: train)"
+    )
+
+    command = add("diff", _diff, "two builds of a corpus compared: settings, funnel, rows in and out and why")
+    for name in ("A", "B"):
+        command.add_argument(name.lower(), metavar=name, help="a run's folder or RUN.toml, done up to `lock`")
+    command.add_argument(
+        "--rows", metavar="FILE.parquet", help="also write the rows that only one of them has"
     )
 
     command = add("guard", _guard, "the list that keeps an evaluation set out of training")
@@ -145,6 +152,13 @@ def _export(options: argparse.Namespace) -> int:
     files = ", ".join(done.files)
     was = "" if done.is_new else "nothing to do: "
     print(f"{was}{options.out}: {done.num_pictures:,} pictures and {done.num_texts:,} texts in {files}")
+    return _EXIT_DONE
+
+
+def _diff(options: argparse.Namespace) -> int:
+    from pipeline.diff import compare
+
+    print("\n".join(compare(_folder(options.a), _folder(options.b), options.rows)))
     return _EXIT_DONE
 
 

@@ -20,7 +20,7 @@ from pipeline.runner import (
 )
 from pipeline.stage import Context, Stage, Task, fold, read_receipt, receipt_path
 
-_PACKED = ("shards", "validation")  # the last stages that a recovered row goes through
+_PACKED = ("shards", "validation", "lock")  # the last stages that a recovered row goes through
 _NO_OUTAGE = 2.0  # these rows failed before: that most fail again is no sign of an outage
 
 

@@ -28,8 +28,8 @@ SMALL = {
     **{f"{stage}.validate_every_steps": 6 for stage in ("stage1", "stage2")},
 }
 STAGES = [
-    "corpus", "filter_text", "dedup", "download", "filter_image", "shards", "vocabulary", "english", "stage1",
-    "stage2", "embed", "index", "retrieval", "baseline", "report",
+    "corpus", "filter_text", "dedup", "download", "filter_image", "shards", "lock", "vocabulary", "english",
+    "stage1", "stage2", "embed", "index", "retrieval", "baseline", "report",
 ]  # fmt: skip
 LIMIT_SECONDS = 400
 

@@ -1,0 +1,85 @@
+"""Stage lock: what a corpus was made of, by which rules, and what became of its rows, in one file.
+
+`corpus.lock.json` holds no times and none of the run's own paths, so that equal builds have equal bytes;
+`cnclip diff` compares two of them. Its keys: `sources` (tables with rows and digest), `settings` and `rules`
+(rule → version) of each stage, `funnel` (rows in, kept and dropped by reason, of each stage and source) and
+`shards` (samples and digest).
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from data_prep.corpus import tables_of
+from data_prep.funnel import STEPS, by_source
+from pipeline import store
+from pipeline.config import digest, plain
+from pipeline.records import Manifest
+from pipeline.stage import Context, Outcome, Progress, Task
+
+LOCK_FILE = "corpus.lock.json"
+# Stages whose outputs are a corpus; `validation` where a run has [split].
+PACKED = ("shards", "validation")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LockConfig:
+    """Settings of the stages that made the corpus, by their names."""
+
+    settings: Mapping[str, Any]
+
+
+def tasks(config: LockConfig, context: Context) -> list[Task]:
+    """One task, over the manifests of all stages of the corpus."""
+    inputs = {name: digest(manifest.to_json()) for name, manifest in context.parents.items()}
+    return [Task("lock", inputs)]
+
+
+def run(config: LockConfig, context: Context, task: Task, progress: Progress) -> Outcome:
+    """Write the lock file."""
+    manifests = context.parents
+    content = {
+        "sources": [
+            {
+                "source": table["source"]["name"],
+                # A table that the run wrote itself goes by its place in the stage; others by their own path.
+                "table": table["path"],
+                "rows": table["num_rows"],
+                "digest": table["digest"],
+            }
+            for table in tables_of(manifests["corpus"])
+        ],
+        "settings": plain(config.settings),
+        "rules": {name: rules for name in STEPS if (rules := _rules(manifests.get(name)))},
+        "funnel": {
+            name: {
+                "in": manifest.num_in,
+                "kept": manifest.num_kept,
+                "dropped": manifest.dropped,
+                "sources": by_source(manifest),
+            }
+            for name in ("corpus", *STEPS)
+            if (manifest := manifests.get(name)) is not None
+        },
+        **{
+            name: [
+                {"path": shard.path, "samples": shard.num_samples, "digest": shard.digest}
+                for shard in manifests[name].shards
+            ]
+            for name in PACKED
+            if name in manifests
+        },
+    }
+    text = json.dumps(content, ensure_ascii=False, indent=1, sort_keys=True)
+    store.write_text(context.path(LOCK_FILE), text + "\n")
+    total = sum(manifests[name].num_kept for name in PACKED if name in manifests)
+    return Outcome({LOCK_FILE: total}, num_in=total, num_kept=total)
+
+
+def _rules(manifest: Manifest | None) -> dict[str, int]:
+    """Rule → version, of all rules that a stage asked of some source."""
+    found: dict[str, int] = {}
+    for extra in manifest.extra.values() if manifest else ():
+        found |= extra.get("rules", {})
+    return dict(sorted(found.items()))

@@ -1,0 +1,328 @@
+"""Two builds of a corpus compared: the answer to `cnclip diff A B`, of lock files, sidecars and drop tables.
+
+Rows are the same where their keys are (of address and caption). Sidecars are in the order of keys, so both
+corpora are walked through side by side and memory holds some shards and the differing rows of a batch.
+"""
+
+import bisect
+import contextlib
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import polars as pl
+
+from data_prep.dedup import DUPLICATE
+from data_prep.funnel import STEPS
+from data_prep.lock import LOCK_FILE
+from pipeline import store
+from pipeline.align import align
+from pipeline.records import InputError
+from pipeline.runner import Run, read_manifest
+
+_ROWS_AT_ONCE = 1_000_000  # of the larger corpus, compared in one step
+_BATCH_ROWS = 2_000_000  # differing rows that are looked up in the other build's drop tables in one pass
+_COLUMNS = ("key", "url", "caption", "source", "image_sha256")
+_NOT_THERE = ("corpus", "not_in_sources")
+_SET_ASIDE = ("split", "validation")
+Side = Literal["A", "B"]
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """A finished corpus: its lock file and the files of its run."""
+
+    run: Run
+    lock: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, folder: str) -> "Build":
+        """The corpus in a run's folder; InputError where its lock file is missing or damaged."""
+        path = store.join(folder, "lock", LOCK_FILE)
+        if not store.exists(path):
+            raise InputError(f"{path}: no such file; finish the corpus with `cnclip run RUN.toml --to lock`")
+        try:
+            lock = json.loads(store.read_text(path))
+            funnel = lock["funnel"]
+            assert all({"in", "kept", "dropped", "sources"} <= step.keys() for step in funnel.values())
+        except (ValueError, KeyError, AttributeError, TypeError, AssertionError):
+            raise InputError(f"{path}: no lock file of a corpus; redo it with --stage lock --redo") from None
+        return cls(Run(folder, 0, "local", 1, ()), lock)
+
+    def files(self, stage: str, prefix: str = "") -> list[str]:
+        """Tables that a stage published below `prefix`, in order; none where the run has no such stage."""
+        manifest = read_manifest(self.run, stage)
+        return [
+            store.join(self.run.folder, stage, shard.path)
+            for shard in (manifest.shards if manifest else ())
+            if shard.path.startswith(prefix) and shard.path.endswith(".parquet") and shard.num_samples
+        ]
+
+
+@dataclass(slots=True)
+class RowChanges:
+    """Rows of two corpora by what became of them."""
+
+    kept_by_both: int = 0
+    other_picture: int = 0  # of those: the bytes stored for the picture differ
+    other_caption: int = 0
+    # Side that has rows alone → (stage, reason) by which the other is without them → rows.
+    missing: dict[Side, Counter[tuple[str, str]]] = field(
+        default_factory=lambda: {"A": Counter(), "B": Counter()}
+    )
+
+
+def compare(folder_a: str, folder_b: str, rows_path: str | None = None) -> list[str]:
+    """Lines that say how corpus B differs from corpus A; at `rows_path` a Parquet table of the rows.
+
+    The table has a line for each row that only one of them has: in (A or B), key, url, caption, source, and
+    the other build's stage and reason. InputError where a build is not finished, or where rows are asked for
+    and keys of one build are made otherwise than those of the other.
+    """
+    a, b = Build.open(folder_a), Build.open(folder_b)
+    lines = [f"A  {folder_a}", f"B  {folder_b}", ""]
+    lines += _titled("sources", _source_changes(a.lock, b.lock))
+    lines += _titled("settings", _value_changes(a.lock["settings"], b.lock["settings"]))
+    lines += _titled("versions of rules", _value_changes(a.lock["rules"], b.lock["rules"]))
+    lines += ["rows through each stage", *_funnel_changes(a.lock["funnel"], b.lock["funnel"]), ""]
+    if _normalises(a) != _normalises(b):
+        without = "rows are not compared: with another filter_text.normalise_duplicates their keys differ"
+        if rows_path is not None:
+            raise InputError(f"{folder_a} and {folder_b}: {without}; leave out --rows")
+        return [*lines, without]
+    changes = row_changes(a, b, rows_path)
+    lines += [
+        f"kept by both: {changes.kept_by_both:,} rows, of them {changes.other_picture:,} with another picture"
+        f" and {changes.other_caption:,} with another caption"
+    ]
+    sides: tuple[tuple[Side, str], ...] = (("A", "B"), ("B", "A"))
+    for side, other in sides:
+        found = changes.missing[side]
+        lines.append(f"only in {side}: {sum(found.values()):,} rows")
+        lines += [
+            f"  {count:,} {_why_missing(stage, reason, other)}"
+            for (stage, reason), count in sorted(found.items(), key=lambda item: (-item[1], item[0]))
+        ]
+    return lines
+
+
+def _normalises(build: Build) -> bool:
+    return bool(build.lock["settings"].get("filter_text", {}).get("normalise_duplicates", False))
+
+
+def _why_missing(stage: str, reason: str, other: str) -> str:
+    if (stage, reason) == _NOT_THERE:
+        return f"not among the rows of {other}'s sources"
+    if (stage, reason) == _SET_ASIDE:
+        return f"set aside for validation in {other}"
+    return f"dropped by {other}'s {stage}: {reason}"
+
+
+def _titled(title: str, lines: list[str]) -> list[str]:
+    return [title, *(f"  {line}" for line in lines or ["the same"]), ""]
+
+
+def _source_changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    tables_a, tables_b = (
+        {(item["source"], item["table"]): item for item in lock["sources"]} for lock in (a, b)
+    )
+    lines = []
+    for name in sorted({*tables_a, *tables_b}):
+        label = f"{name[0]}  {name[1]}"
+        if name not in tables_b:
+            lines.append(f"only in A: {label}, {tables_a[name]['rows']:,} rows")
+        elif name not in tables_a:
+            lines.append(f"only in B: {label}, {tables_b[name]['rows']:,} rows")
+        elif tables_a[name]["digest"] != tables_b[name]["digest"]:
+            rows = f"{tables_a[name]['rows']:,} → {tables_b[name]['rows']:,} rows"
+            lines.append(f"other bytes: {label}, {rows}")
+    return lines
+
+
+def _value_changes(a: Any, b: Any) -> list[str]:
+    values_a, values_b = dict(_leaves(a, "")), dict(_leaves(b, ""))
+    return [
+        f"{key}: {_shown(values_a.get(key))} → {_shown(values_b.get(key))}"
+        for key in sorted({*values_a, *values_b})
+        if values_a.get(key) != values_b.get(key)
+    ]
+
+
+def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(item, f"{name}.{key}" if name else key)
+    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        for number, item in enumerate(value):
+            yield from _leaves(item, f"{name}.{number}")
+    else:
+        yield name, value
+
+
+def _shown(value: Any) -> str:
+    return "unset" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _funnel_changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """Rows in, kept, and dropped by reason in A and B, of each stage and source."""
+    rows = [("stage", "source", "rows", "A", "B", "B - A")]
+    for stage in [name for name in ("corpus", *STEPS) if name in a or name in b]:
+        of_a, of_b = (funnel.get(stage, {"sources": {}})["sources"] for funnel in (a, b))
+        for source in sorted({*of_a, *of_b}):
+            counts = [
+                {"in": one["in"], **{f"- {reason}": n for reason, n in one["dropped"].items()}}
+                | {"kept": one["kept"]}
+                for one in (of.get(source, {"in": 0, "kept": 0, "dropped": {}}) for of in (of_a, of_b))
+            ]
+            reasons = sorted({*counts[0], *counts[1]} - {"in", "kept"})
+            for what in ("in", *reasons, "kept"):
+                before, after = (count.get(what, 0) for count in counts)
+                change = f"{after - before:+,}" if after != before else ""
+                rows.append((stage, source, what, f"{before:,}", f"{after:,}", change))
+    return align(rows, (False, False, False, True, True, True)).splitlines()
+
+
+def row_changes(a: Build, b: Build, rows_path: str | None = None) -> RowChanges:
+    """Compare the rows of both corpora's training shards."""
+    changes = RowChanges()
+    sidecars_a, sidecars_b = _Sidecars.of(a), _Sidecars.of(b)
+    with _rows_table(rows_path) as table:
+        only: dict[Side, list[pl.DataFrame]] = {"A": [], "B": []}
+        others: tuple[tuple[Side, Build], ...] = (("A", b), ("B", a))
+
+        def look_up() -> None:
+            for side, other in others:
+                if only[side]:
+                    found = _with_fate(pl.concat(only[side]), other)
+                    counts = found.group_by("stage", "reason").len()
+                    changes.missing[side].update(
+                        {(stage, reason): count for stage, reason, count in counts.iter_rows()}
+                    )
+                    table.write(found, side)
+                    only[side].clear()
+
+        for first, end in _ranges(sidecars_a, sidecars_b):
+            rows_a, rows_b = sidecars_a.rows(first, end), sidecars_b.rows(first, end)
+            both = rows_a.join(rows_b, on="key", suffix="_b")
+            changes.kept_by_both += both.height
+            changes.other_picture += int((both["image_sha256"] != both["image_sha256_b"]).sum())
+            changes.other_caption += int((both["caption"] != both["caption_b"]).sum())
+            only["A"].append(rows_a.join(rows_b, on="key", how="anti").drop("image_sha256"))
+            only["B"].append(rows_b.join(rows_a, on="key", how="anti").drop("image_sha256"))
+            if sum(frame.height for frames in only.values() for frame in frames) >= _BATCH_ROWS:
+                look_up()
+        look_up()
+    return changes
+
+
+@dataclass(frozen=True, slots=True)
+class _Sidecars:
+    """The sidecars of a corpus' training shards, and the first key of each."""
+
+    paths: list[str]
+    first_keys: list[str]
+    num_rows: int
+
+    @classmethod
+    def of(cls, build: Build) -> "_Sidecars":
+        paths = build.files("shards")
+        heads = [pl.scan_parquet(path).select("key").head(1) for path in paths]
+        keys = pl.concat(heads).collect()["key"].to_list() if heads else []
+        manifest = read_manifest(build.run, "shards")
+        if manifest is None:
+            raise InputError(f"{build.run.folder}: its shards are not finished; run it again, --to lock")
+        return cls(paths, keys, manifest.num_kept)
+
+    def rows(self, first: str, end: str | None) -> pl.DataFrame:
+        """Rows with keys from `first` on and below `end` (None: to the last)."""
+        begin = max(0, bisect.bisect_right(self.first_keys, first) - 1)
+        stop = len(self.paths) if end is None else bisect.bisect_left(self.first_keys, end)
+        condition = pl.col("key") >= first
+        if end is not None:
+            condition &= pl.col("key") < end
+        schema = dict.fromkeys(_COLUMNS, pl.String)
+        frames = [
+            pl.scan_parquet(path).select(*_COLUMNS).filter(condition).cast(schema)  # type: ignore[arg-type]
+            for path in self.paths[begin:stop]
+        ]
+        return pl.concat(frames).collect() if frames else pl.DataFrame(schema=schema)
+
+
+def _ranges(a: _Sidecars, b: _Sidecars) -> Iterator[tuple[str, str | None]]:
+    """Ranges of keys with about _ROWS_AT_ONCE rows of the larger corpus each, from the first to the last."""
+    larger = a if a.num_rows >= b.num_rows else b
+    shards_at_once = max(1, len(larger.paths) * _ROWS_AT_ONCE // max(larger.num_rows, 1))
+    bounds = ["", *larger.first_keys[shards_at_once::shards_at_once], None]
+    for first, end in itertools.pairwise(bounds):
+        assert first is not None
+        yield first, end
+
+
+def _with_fate(rows: pl.DataFrame, other: Build) -> pl.DataFrame:
+    """Rows with the stage and reason by which another build is without them: of several the last stage."""
+    first, last = rows["key"].min(), rows["key"].max()
+    wanted = rows.lazy().select("key")
+    found = [
+        pl.scan_parquet(path)
+        .select("key", "reason")
+        .filter(pl.col("key").is_between(pl.lit(first), pl.lit(last)), pl.col("reason") != DUPLICATE)
+        .join(wanted, on="key", how="semi")
+        .with_columns(stage=pl.lit(stage), order=pl.lit(order))
+        for order, stage in enumerate(STEPS)
+        for path in other.files(stage, "dropped/")
+    ]
+    found += [
+        pl.scan_parquet(path)
+        .select("key")
+        .join(wanted, on="key", how="semi")
+        .with_columns(reason=pl.lit(_SET_ASIDE[1]), stage=pl.lit(_SET_ASIDE[0]), order=pl.lit(len(STEPS)))
+        for path in other.files("validation")
+    ]
+    rows = rows.with_columns(stage=pl.lit(_NOT_THERE[0]), reason=pl.lit(_NOT_THERE[1]))
+    if not found:
+        return rows
+    fates = (
+        pl.concat(found)
+        .collect(engine="streaming")
+        .sort("key", "order", "reason", descending=[False, True, False])
+        .unique("key", keep="first")
+        .select("key", "stage", "reason")
+    )
+    return rows.update(fates, on="key")
+
+
+class _RowsTable:
+    """The Parquet table of rows that only one corpus has; without a path nothing is written."""
+
+    def __init__(self, path: str | None) -> None:
+        self._path = path
+        self._writer: Any = None
+
+    def write(self, rows: pl.DataFrame, side: Side) -> None:
+        if self._path is None:
+            return
+        import pyarrow.parquet as pq
+
+        table = rows.select(pl.lit(side).alias("in"), "key", "url", "caption", "source", "stage", "reason")
+        arrow = table.to_arrow(compat_level=pl.CompatLevel.oldest())
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(self._path, arrow.schema, compression="zstd")
+        self._writer.write_table(arrow)
+
+    def close(self) -> None:
+        if self._path is not None and self._writer is None:
+            empty = dict.fromkeys(("key", "url", "caption", "source", "stage", "reason"), pl.String)
+            self.write(pl.DataFrame(schema=empty), "A")
+        if self._writer is not None:
+            self._writer.close()
+
+
+@contextlib.contextmanager
+def _rows_table(path: str | None) -> Iterator[_RowsTable]:
+    with contextlib.ExitStack() as stack:
+        table = _RowsTable(None if path is None else stack.enter_context(store.publish(path)))
+        yield table
+        table.close()
