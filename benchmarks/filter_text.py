@@ -4,10 +4,11 @@
 
 Each engine says of every caption whether it holds any of the words; the answers are compared row by row.
 Engines take turns on one thread and the best time counts, in processor seconds, which other work on the
-machine hardly moves; one that is slow is timed on a part of the rows, and its rate is used. Peers: a row loop with `in`, duckdb (RE2 over lower case), polars' `contains_any` and regex,
-pyarrow's RE2, ahocorasick_rs and pyahocorasick in a row loop; those that are not installed are left out and
-named. Last line: one JSON list, ratio = ours / peer in rows a processor second; the peer of `filter_text/fastest@N`
-is the fastest of them.
+machine hardly moves; one that is slow is timed on a part of the rows, and its rate is used. Peers: a row
+loop with `in`, duckdb (RE2 over lower case), polars' `contains_any` and regex, pyarrow's RE2, ahocorasick_rs
+and pyahocorasick in a row loop; those that are not installed are left out and named. Last line: one JSON
+list, ratio = ours / peer in rows a processor second; the peer of `filter_text/fastest@N` is the fastest of
+them.
 """
 
 import argparse

@@ -1,9 +1,9 @@
 """Which of some word lists has a word inside a caption: the matcher is chosen by the number of words.
 
-A handful of words: polars' Aho-Corasick. More: Hyperscan, where it is installed, over the whole column's bytes
-at once; it takes half of the other's processor time at 10 to 100 words and less beyond, since the automaton
-of thousands of words no longer fits a processor's caches (benchmarks/filter_text.py has both). Both give the same answers: bytes
-compared as they are, letters A to Z like a to z.
+A handful of words: polars' Aho-Corasick. More: Hyperscan, where it is installed, over the whole column's
+bytes at once; it takes half of the other's processor time from 10 words on and less beyond, since the
+automaton of thousands of words no longer fits a processor's caches (benchmarks/filter_text.py has both).
+Both give the same answers: bytes compared as they are, letters A to Z like a to z.
 """
 
 import functools
