@@ -1,9 +1,9 @@
 """Which of some word lists has a word inside a caption: the matcher is chosen by the number of words.
 
-Few words: polars' Aho-Corasick, which then is a vector search. Many: Hyperscan, where it is installed, over
-the whole column's bytes at once, since the automaton of thousands of words no longer fits a processor's
-caches (benchmarks/filter_text.py has both at 100, 1,000 and 5,000 words). Both give the same answers: bytes
-compared as they are, letters A to Z like a to z.
+A handful of words: polars' Aho-Corasick. More: Hyperscan, where it is installed, over the whole column's
+bytes at once; it takes half of the other's processor time from 10 words on and less beyond, since the
+automaton of thousands of words no longer fits a processor's caches (benchmarks/filter_text.py has both).
+Both give the same answers: bytes compared as they are, letters A to Z like a to z.
 """
 
 import functools
@@ -17,7 +17,7 @@ import polars as pl
 import pyarrow as pa
 
 # Above this, one pass of Hyperscan is quicker than polars' automaton.
-HYPERSCAN_FROM_WORDS = 50
+HYPERSCAN_FROM_WORDS = 10
 _MAX_BYTES_AT_ONCE = 1 << 30  # Hyperscan counts offsets of a block in 32 bits
 _NONE = np.iinfo(np.uint32).max
 
