@@ -154,10 +154,10 @@ def _ranks(folder: str) -> Finding:
 
 
 def _resolver(folder: str) -> Finding:
-    """Whether a resolver that caches answers: on this machine, or one that serves a question twice at once."""
+    """Whether a resolver that caches answers: on this machine, or one that is quick at a repeated question."""
     remedy = (
-        "name look-ups bind a large download first: run a caching resolver (knot-resolver, unbound, dnsmasq) on"
-        " this machine and put `nameserver 127.0.0.1` first in /etc/resolv.conf; not needed without a download"
+        "name look-ups bind a large download first: run a caching resolver (unbound, dnsmasq) on"
+        " this machine, with `nameserver 127.0.0.1` first in /etc/resolv.conf; only downloads need it"
     )
     servers = nameservers(_RESOLV_CONF)
     if not servers:
