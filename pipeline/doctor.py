@@ -154,7 +154,7 @@ def _ranks(folder: str) -> Finding:
 
 
 def _resolver(folder: str) -> Finding:
-    """Whether a resolver that caches answers: on this machine, or one that is quick at a repeated question."""
+    """Whether a caching resolver answers: on this machine, or one quick at a repeated question."""
     remedy = (
         "name look-ups bind a large download first: run a caching resolver (unbound, dnsmasq) on"
         " this machine, with `nameserver 127.0.0.1` first in /etc/resolv.conf; only downloads need it"
