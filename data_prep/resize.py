@@ -43,7 +43,7 @@ class UprightResizer:
     max_pixels: int  # of the picture as its header promises, before anything is decoded
     jpeg_quality: int
     # Decode a JPEG at 1/2, 1/4 or 1/8 of its size where that is still large enough (libjpeg's scaled inverse
-    # DCT), and average pixels for the rest of the way instead of Lanczos: faster, a little softer.
+    # DCT), and average pixels for the rest of the way: faster, a little softer.
     scaled_decode: bool = False
 
     def __call__(self, img_stream: Any, blurring_bbox_list: Any = None) -> tuple[Any, ...]:
@@ -61,7 +61,7 @@ class UprightResizer:
         scale = self.short_side_px / min(original_size)
         if scale < 1:
             size = (max(1, round(original_width * scale)), max(1, round(original_height * scale)))
-            image = _average(image, size) if self.scaled_decode else _lanczos(image, size)
+            image = _average(image, size) if self.scaled_decode else _reduce(image, size)
         out = io.BytesIO()
         image.save(out, "JPEG", quality=self.jpeg_quality, subsampling=0)
         return out.getvalue(), *image.size, original_width, original_height, None
@@ -107,8 +107,10 @@ def _draft(image: Image.Image, short_side_px: int) -> None:
         image.draft(None, (math.ceil(width * scale), math.ceil(height * scale)))  # type: ignore[arg-type]
 
 
-def _lanczos(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+def _reduce(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    # Whole blocks of pixels are averaged, the rest of the way, less than a half, is bicubic: twice as fast as
+    # Lanczos on all pixels, and nearer to it than img2dataset's plain average (benchmarks/resize.py).
+    return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=1.0)
 
 
 def _average(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -152,4 +154,4 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         layer = image.convert("RGBA")
         white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, layer).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

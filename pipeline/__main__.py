@@ -85,7 +85,8 @@ def _run(options: argparse.Namespace) -> int:
 
     run, config = load(options.run, options.set)
     stages = select(run, options.stage, options.first, options.last)
-    num_run = execute(run, stages, redo=options.redo, force=options.redo and options.stage is not None)
+    force = options.redo and options.stage is not None
+    num_run = execute(run, stages, redo=options.redo, force=force, mend=options.mend)
     if num_run:
         write_resolved(run, config)
     print(closing_words(run, num_run, len(stages)))
@@ -235,13 +236,20 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--redo", action="store_true", help="do stale stages again; with --stage, that stage in any case"
     )
+    command.add_argument(
+        "--mend",
+        action="store_true",
+        help="hash what is done again; do the tasks again whose files are missing or damaged",
+    )
     add("status", _status, "show what each stage did: rows, drops, seconds, bytes")
     add("verify", _verify, "hash every output again and compare it with the manifests", stages=True)
     command = add("why", _why, "where a row went: kept, or dropped by which stage and why")
     command.add_argument("key", metavar="KEY-or-URL", help="a sample's key or a picture's URL")
     add("launch", _launch, "write Slurm scripts, and print command lines for torchrun and deepspeed")
     command = add(
-        "doctor", _doctor, "is this machine fit: Python, disk, memory, accelerator, ranks, compiler"
+        "doctor",
+        _doctor,
+        "is this machine fit: Python, disk, memory, accelerator, ranks, DNS resolver, compiler",
     )
     command.add_argument("folder", nargs="?", default=".", help="where runs will live (default: here)")
     add_corpus_commands(commands)

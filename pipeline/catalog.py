@@ -229,7 +229,7 @@ def make_run(config: RunConfig) -> Run:
         Stage(
             name="download",
             title="img2dataset fetches, turns upright and resizes",
-            version=1,
+            version=2,
             config=config.download,
             parents=("corpus", "dedup"),
             tasks=download.tasks,

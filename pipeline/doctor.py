@@ -1,12 +1,16 @@
 """Is this machine fit: each check says what was found and, where it is not enough, what to do."""
 
 import contextlib
+import ipaddress
 import os
 import platform
+import secrets
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -16,6 +20,11 @@ from pipeline.align import align
 _MIN_DISK_GB = 5  # the demo needs about 1 GB beside the installation
 _MIN_MEMORY_GB = 6  # what the demo may take
 _PYTHON_FROM, _PYTHON_BELOW = (3, 11), (3, 13)  # img2dataset imports imghdr, gone in 3.13
+
+_RESOLV_CONF = "/etc/resolv.conf"
+_NAME = "arxiv.org"  # a name that is looked up everywhere, and stays in caches
+_QUESTIONS = 3  # the first fills a cache, the others are answered from it
+_CACHED_MS = 2.0  # a cache on this machine or beside it; another network takes longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +49,7 @@ def examine(folder: str) -> bool:
             _compiler,
             _accelerator,
             _ranks,
+            _resolver,
         )
     ]
     rows = [("check", "", "found")]
@@ -141,6 +151,61 @@ def _ranks(folder: str) -> Finding:
     fit = statuses == [0, 0]
     found = "two processes met over gloo" if fit else f"two processes did not meet (status {statuses})"
     return Finding("ranks", fit, found, "loopback must be up: `ip link set lo up`; no firewall on 127.0.0.1")
+
+
+def _resolver(folder: str) -> Finding:
+    """Whether a caching resolver answers: on this machine, or one quick at a repeated question."""
+    remedy = (
+        "name look-ups bind a large download first: run a caching resolver (unbound, dnsmasq) on"
+        " this machine, with `nameserver 127.0.0.1` first in /etc/resolv.conf; only downloads need it"
+    )
+    servers = nameservers(_RESOLV_CONF)
+    if not servers:
+        return Finding("DNS resolver", True, f"no nameserver in {_RESOLV_CONF}: names cannot be looked up")
+    first = servers[0]
+    answered = [seconds for _ in range(_QUESTIONS) if (seconds := ask(first)) is not None]
+    where = "on this machine" if ipaddress.ip_address(first).is_loopback else "not on this machine"
+    if not answered:
+        return Finding("DNS resolver", True, f"{first} ({where}) does not resolve {_NAME}: no download here")
+    again_ms = 1000 * min(answered[1:], default=answered[0])
+    found = f"{first} ({where}) answers, again in {again_ms:.1f} ms"
+    caches = len(answered) == _QUESTIONS and again_ms <= _CACHED_MS
+    text = f"{found}: it caches" if caches else f"{found}: no cache near. {remedy}"
+    return Finding("DNS resolver", True, text)
+
+
+def nameservers(path: str) -> list[str]:
+    """Addresses of a resolv.conf's name servers, in order."""
+    found = []
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            words = line.split()
+            if len(words) > 1 and words[0] == "nameserver":
+                with contextlib.suppress(ValueError):
+                    ipaddress.ip_address(words[1].partition("%")[0])
+                    found.append(words[1].partition("%")[0])
+    return found
+
+
+def ask(server: str, port: int = 53, timeout: float = 2.0) -> float | None:
+    """Seconds until a name server answers a question with a result (RFC 1035); None where it does not."""
+    number = secrets.token_bytes(2)
+    name = b"".join(bytes([len(part)]) + part for part in _NAME.encode("ascii").split(b".")) + b"\0"
+    question = number + b"\x01\x00\0\x01\0\0\0\0\0\0" + name + b"\0\x01\0\x01"
+    family = socket.AF_INET6 if ":" in server else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as connection:
+            connection.settimeout(timeout)
+            connection.connect((server, port))
+            started = time.perf_counter()
+            connection.send(question)
+            answer = connection.recv(4096)
+            seconds = time.perf_counter() - started
+    except OSError:
+        return None
+    # The same question's number, an answer, and no error, such as that of a resolver that reaches no other.
+    is_answer = len(answer) >= 12 and answer[:2] == number and bool(answer[2] & 0x80)
+    return seconds if is_answer and answer[3] & 0x0F == 0 else None
 
 
 @contextlib.contextmanager

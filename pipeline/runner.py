@@ -16,7 +16,7 @@ from typing import Literal
 from pipeline import store
 from pipeline.processes import die_with_parent
 from pipeline.progress import make_progress
-from pipeline.records import ConfigError, InputError, Manifest, Receipt
+from pipeline.records import ConfigError, InputError, Manifest, Receipt, Shard
 from pipeline.stage import (
     Context,
     Progress,
@@ -27,6 +27,7 @@ from pipeline.stage import (
     make_receipt,
     read_receipt,
     receipt_counts,
+    receipt_path,
 )
 
 
@@ -129,15 +130,18 @@ def select(run: Run, only: str | None, first: str | None, last: str | None) -> l
     return list(run.stages[start:end])
 
 
-def execute(run: Run, stages: Sequence[Stage], *, redo: bool, force: bool = False) -> int:
+def execute(run: Run, stages: Sequence[Stage], *, redo: bool, force: bool = False, mend: bool = False) -> int:
     """Do what is missing, in order; returns how many stages had to run.
 
     A stale stage stops the run, unless `redo` is set or the person at the terminal agrees.
-    `force` redoes finished stages too.
+    `force` redoes finished stages too. `mend` hashes the outputs of what is done again, and redoes the tasks
+    whose outputs are missing or differ.
     """
     num_run = 0
     with locked(run):
         for position, stage in enumerate(stages, start=1):
+            if mend:
+                _forget_damaged(run, stage)
             status = survey_stage(run, stage)
             if status.num_tasks is None:
                 raise ConfigError(
@@ -168,13 +172,42 @@ def verify(run: Run, stages: Sequence[Stage]) -> list[str]:
         for number, shard in enumerate(manifest.shards, start=1):
             path = store.join(run.folder, stage.name, shard.path)
             if not store.exists(path):
-                complaints.append(f"{path}: missing; run `--stage {stage.name} --redo`")
+                complaints.append(f"{path}: missing; run `--stage {stage.name} --mend`")
             elif store.digest_file(path) != shard.digest:
                 complaints.append(
-                    f"{path}: bytes differ from the manifest; run `--stage {stage.name} --redo`"
+                    f"{path}: bytes differ from the manifest; run `--stage {stage.name} --mend`"
                 )
             progress(number, len(manifest.shards))
     return complaints
+
+
+def _forget_damaged(run: Run, stage: Stage) -> None:
+    """Make the tasks to do whose outputs have not the bytes that their receipts name; says how many."""
+    status = survey_stage(run, stage)
+    context = make_context(run, stage)
+    if context is None or status.state is State.STALE:
+        return
+    tasks = stage.tasks(stage.config, context)
+    progress = make_progress(f"mend {stage.name}", "task")
+    damaged = []
+    for number, task in enumerate(tasks, start=1):
+        receipt = read_receipt(context, task)
+        if receipt is None or not all(_is_whole(context.path(out.path), out) for out in receipt.outputs):
+            damaged.append(task)
+        progress(number, len(tasks))
+    if status.manifest is not None and damaged:
+        store.remove(manifest_path(run, stage.name))  # first: without it nothing here counts as complete
+        print(f"{stage.name}: {len(damaged)} of {len(tasks)} tasks are damaged", file=sys.stderr, flush=True)
+    for task in damaged:
+        store.remove(receipt_path(context, task))
+
+
+def _is_whole(path: str, output: Shard) -> bool:
+    return (
+        store.exists(path)
+        and store.num_bytes(path) == output.num_bytes
+        and store.digest_file(path) == output.digest
+    )
 
 
 def _run_stage(run: Run, stage: Stage, label: str) -> None:

@@ -1,14 +1,18 @@
 """The command line as a person meets it: exit statuses, and errors in one line that name file and key."""
 
 import os
+import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pipeline import __main__ as command_line
+from pipeline import doctor
 
 ROOT = Path(__file__).parents[2]
 
@@ -203,3 +207,51 @@ def test_no_space_left_is_one_line(recipe: Path, tiny_disk: Path, capsys: pytest
     assert "free space or move [run] folder" in message
     subprocess.run(["mount", "-o", "remount,size=8m", str(tiny_disk)], check=True)
     assert _main(capsys, *words)[0] == 0  # with space, the same command goes on
+
+
+def _name_server(delays_seconds: list[float], error: int) -> tuple[socket.socket, threading.Thread]:
+    """Answers one question after each delay with this error code (0: none), on loopback."""
+    server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    server.bind(("127.0.0.1", 0))
+
+    def answer() -> None:
+        for delay in delays_seconds:
+            question, client = server.recvfrom(512)
+            assert question[12:] == b"\x05arxiv\x03org\0\0\x01\0\x01"
+            time.sleep(delay)
+            server.sendto(question[:2] + bytes([0x81, 0x80 | error]) + question[4:], client)
+
+    thread = threading.Thread(target=answer, daemon=True)
+    thread.start()
+    return server, thread
+
+
+@pytest.mark.parametrize(
+    ("delays_seconds", "error", "found"),
+    [
+        ([0.05, 0, 0], 0, "on this machine) answers, again in"),
+        ([0.05, 0.05, 0.05], 0, "no cache near"),
+        ([0, 0, 0], 2, "does not resolve arxiv.org"),
+    ],
+)
+def test_doctor_asks_the_resolver(
+    delays_seconds: list[float],
+    error: int,
+    found: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "resolv.conf").write_text("# a comment\nnameserver nonsense\nnameserver 127.0.0.1\n")
+    assert doctor.nameservers(str(tmp_path / "resolv.conf")) == ["127.0.0.1"]
+    assert doctor.nameservers(str(tmp_path / "none")) == []
+    server, thread = _name_server(delays_seconds, error)
+    with server:
+        port, ask = server.getsockname()[1], doctor.ask
+        monkeypatch.setattr(doctor, "_RESOLV_CONF", str(tmp_path / "resolv.conf"))
+        monkeypatch.setattr(doctor, "_CACHED_MS", 40.0)
+        monkeypatch.setattr(doctor, "ask", lambda server: ask(server, port))
+        finding = doctor._resolver(".")
+        assert finding.fit
+        assert found in finding.found
+        assert ("it caches" in finding.found) == (delays_seconds == [0.05, 0, 0])
+        thread.join(5)

@@ -222,9 +222,30 @@ def test_verify_finds_a_flipped_byte_and_a_missing_file(numbers: Path, tmp_path:
     assert len(complaints) == 2
     assert complaints[0].startswith(f"{flipped}: bytes differ")
     assert complaints[1].startswith(f"{gone}: missing")
-    assert all("--stage even --redo" in line for line in complaints)
-    assert runner.execute(run, [run.stage("even")], redo=True, force=True) == 1  # the remedy heals
+    assert all("--stage even --mend" in line for line in complaints)
+    assert runner.execute(run, [run.stage("even")], redo=False, mend=True) == 1  # the remedy heals
     assert runner.verify(run, run.stages) == []
+
+
+def test_mend_redoes_damaged_tasks_alone(numbers: Path, tmp_path: Path) -> None:
+    run = _run(numbers, tmp_path / "run", EvenConfig(journal=str(tmp_path / "journal")))
+    _execute(run)
+    before = store.read_text(runner.manifest_path(run, "even"))
+    (tmp_path / "journal").write_text("")
+    assert runner.execute(run, run.stages, redo=False, mend=True) == 0  # all is whole
+    flipped, cut, gone = (tmp_path / "run" / "even" / f"0000{number}.txt" for number in range(3))
+    flipped.write_bytes(bytes(reversed(flipped.read_bytes())))  # as long as before: only its bytes tell
+    cut.write_bytes(cut.read_bytes()[:-1])
+    gone.unlink()
+    (tmp_path / "run" / "even" / "receipts" / "00003.json").write_text("{")
+    assert runner.execute(run, run.stages, redo=False) == 0  # finished stages are trusted by their manifests
+    assert runner.execute(run, run.stages, redo=False, mend=True) == 1  # what comes after is as it was
+    assert (tmp_path / "journal").read_text().split() == ["00000", "00001", "00002", "00003"]
+    (tmp_path / "journal").write_text("")
+    cut.unlink()
+    assert runner.execute(run, run.stages, redo=False, mend=True) == 1
+    assert (tmp_path / "journal").read_text().split() == ["00001"]
+    assert store.read_text(runner.manifest_path(run, "even")) == before
 
 
 def test_receipts_account_for_every_row(tmp_path: Path) -> None:
