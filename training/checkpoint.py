@@ -2,8 +2,8 @@
 
 A checkpoint is a folder `step_<step>` with `weights.safetensors` (parameters in float32 and buffers, by the
 model's names), `optimizer.safetensors` (Adam's two moments by the same names), `metrics.jsonl` as it was, and
-`state.json`: the step, what the run is (`identity`) and every file's sha256. There is no random state in it:
-every draw of a step is a function of the seed and the step.
+`state.json`: the step, what the run is (`identity`), every file's sha256 and, last, a digest of all this.
+There is no random state in it: every draw of a step is a function of the seed and the step.
 """
 
 import json
@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, float64, tensor
 
 from pipeline import store
+from pipeline.config import digest
 from pipeline.records import InputError
 from training.engine import gather_weights, load_weights
 from training.partitions import (
@@ -31,7 +32,9 @@ from training.partitions import (
 )
 
 _STEP_FOLDER = re.compile(r"step_(\d{9})")
+_PARTIAL_FOLDER = re.compile(r"\.step_\d{9}\.partial")
 _STATE = "state.json"
+_OWN_DIGEST = "digest"  # of what else state.json holds
 _LOSS_SCALING = "loss_scaling."
 _WEIGHTS, _OPTIMIZER, _METRICS = "weights.safetensors", "optimizer.safetensors", "metrics.jsonl"
 
@@ -99,7 +102,7 @@ def save(
 ) -> None:
     """Publish a checkpoint under `root` and remove all but the newest `keep` and the steps `keep_also`.
 
-    One rank calls it.
+    Later steps than this go too: a run that is here has passed them over. One rank calls it.
 
     InputError where the disk is full.
     """
@@ -108,7 +111,7 @@ def save(
     os.makedirs(root, exist_ok=True)
     try:
         for left_over in os.listdir(root):
-            if left_over.startswith("."):
+            if _PARTIAL_FOLDER.fullmatch(left_over):
                 shutil.rmtree(os.path.join(root, left_over))
         os.mkdir(partial)
         save_file(state.weights, os.path.join(partial, _WEIGHTS))
@@ -117,7 +120,8 @@ def save(
         files = {file: store.digest_file(os.path.join(partial, file)) for file in sorted(os.listdir(partial))}
         with open(os.path.join(partial, _STATE), "w", encoding="utf-8") as file:
             fields = {"step": state.step, "num_updates": state.num_updates}
-            json.dump({**fields, "identity": identity, "sha256": files}, file, indent=1)
+            fields = json.loads(json.dumps({**fields, "identity": identity, "sha256": files}))
+            json.dump({**fields, _OWN_DIGEST: digest(fields)}, file, indent=1)
         for path in (*files, _STATE, ""):
             _flush_to_disk(os.path.join(partial, path))
         store.remove(target)  # a damaged one of the same step
@@ -128,7 +132,9 @@ def save(
         raise InputError(
             f"{target}: cannot write the checkpoint: {error}; make room and run the same command again"
         ) from None
-    for step in set(sorted(_steps(root))[:-keep]) - set(keep_also):
+    # Later ones are those that a start passed over as damaged: they would take the place of whole ones.
+    later = {step for step in _steps(root) if step > state.step}
+    for step in later | set(sorted(set(_steps(root)) - later)[:-keep]) - set(keep_also):
         store.remove(os.path.join(root, f"step_{step:09d}"))
 
 
@@ -172,6 +178,16 @@ def load(checkpoint: Checkpoint) -> TrainState:
     )
 
 
+def load_verified_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """`load_weights_of` a checkpoint that nobody has verified; InputError where it is damaged."""
+    if (damage := _find_damage(checkpoint.folder)) is not None:
+        raise InputError(
+            f"{checkpoint.folder}: damaged ({damage}), and it is the best of the stage, whose weights are"
+            " wanted; run the same command again: it goes back to a whole checkpoint before it"
+        )
+    return load_weights_of(checkpoint)
+
+
 def load_weights_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The weights and buffers alone, by the names of `CLIP.state_dict`."""
     return load_file(os.path.join(checkpoint.folder, _WEIGHTS))
@@ -185,6 +201,8 @@ def _steps(root: str) -> list[int]:
 def _find_damage(folder: str) -> str | None:
     try:
         state = json.loads(store.read_text(os.path.join(folder, _STATE)))
+        if state.pop(_OWN_DIGEST) != digest(state):
+            return f"{_STATE} has other values than were written"
         for file, sha256 in state["sha256"].items():
             if store.digest_file(os.path.join(folder, file)) != sha256:
                 return f"{file} has other bytes than were written"

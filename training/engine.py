@@ -345,13 +345,16 @@ def _in_micro_batches(engine: Any, batch: Batch, seed: int) -> tuple[float, Call
 
     A batch norm that is trained normalises within a micro-batch, as it does within a rank, and its running
     statistics see every micro-batch once.
+
+    A rank with fewer samples than another has micro-batches computes its first sample again where it has none
+    left: collectives want every rank. What comes of it is dropped.
     """
     towers: Towers = engine.module
     device = towers.clip.logit_scale.device
-    parts = [
-        slice(part[0], part[-1] + 1)
-        for part in np.array_split(np.arange(len(batch.tokens_BL)), towers.num_micro_batches)
-    ]
+    rows = np.arange(len(batch.tokens_BL))
+    num_parts = min(towers.num_micro_batches, len(rows))
+    parts = [slice(part[0], part[-1] + 1) for part in np.array_split(rows, num_parts)]
+    parts += [slice(0, 1)] * (towers.num_micro_batches - num_parts)
 
     statistics = [(tensor, tensor.clone()) for tensor in _running_statistics(towers.clip)]
     features, taught = list[Features](), list[TeacherFeatures]()
@@ -364,6 +367,7 @@ def _in_micro_batches(engine: Any, batch: Batch, seed: int) -> tuple[float, Call
                 taught.append(known)
     for tensor, before in statistics:
         tensor.copy_(before)
+    features, taught = features[:num_parts], taught[:num_parts]
     scale = features[0][2].requires_grad_()
     image_BD, *texts = (
         torch.cat([found[side] for found in features]) for side in _SIDES[: len(features[0]) - 1]
@@ -383,13 +387,19 @@ def _in_micro_batches(engine: Any, batch: Batch, seed: int) -> tuple[float, Call
             image, tokens_XL, kept_BP = _inputs(batch, part, device)
             if towers.clip.image_tower_locked:
                 image = image_BD[part].detach()
+            statistics_before = [tensor.clone() for tensor, _ in statistics]
             again = engine(image, tokens_XL, kept_BP)
+            is_extra = number >= num_parts
+            if is_extra:
+                for (tensor, _), before in zip(statistics, statistics_before, strict=True):
+                    tensor.copy_(before)
             # The temperature's gradient is the whole batch's, so it goes back once.
             surrogate = (again[2] * scale.grad * is_last).sum()
             # Linear in the features, with the slope that the loss has there.
             for side, leaf in zip(_SIDES, leaves, strict=False):
                 if leaf.grad is not None:
-                    surrogate = surrogate + (leaf.grad[part] * again[side]).sum()
+                    slope = torch.zeros_like(leaf.grad[part]) if is_extra else leaf.grad[part]
+                    surrogate = surrogate + (slope * again[side]).sum()
             engine.backward(surrogate * dist.get_world_size())
 
     return loss.item(), backward

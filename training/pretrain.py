@@ -283,7 +283,7 @@ def write_model(job: TrainJob, engine: Any, last_step: int, chosen_step: int) ->
     if dist.get_rank() == 0:
         if weights is None:
             chosen = checkpoint.at_step(checkpoints_folder(job.folder), chosen_step)
-            weights = checkpoint.load_weights_of(chosen)
+            weights = checkpoint.load_verified_weights(chosen)
         clip: CLIP = engine.module.clip
         final = CLIP(clip.config)
         final.load_state_dict(weights)

@@ -69,6 +69,47 @@ def test_a_damaged_one_gives_way_to_the_one_before(
     assert "step_000000002: damaged" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("before", "after"), [('"num_updates": null', '"num_updates": 7777'), ("small-vit", "smalm-vit")]
+)
+def test_a_changed_value_in_its_state_is_damage_and_not_another_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], before: str, after: str
+) -> None:
+    root = tmp_path / "checkpoints"
+    save(root, 1, 2)
+    path = root / "step_000000002" / "state.json"
+    text = path.read_text()
+    assert before in text
+    path.write_text(text.replace(before, after))
+    found = checkpoint.find_newest(str(root), IDENTITY)
+    assert found is not None
+    assert found.step == 1
+    assert "state.json has other values than were written" in capsys.readouterr().out
+
+
+def test_damaged_later_ones_do_not_push_out_whole_ones(tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    save(root, 4, 8, 12)
+    for step in (8, 12):
+        (root / f"step_{step:09d}" / "state.json").unlink()
+    save(root, 6, keep=1)
+    found = checkpoint.find_newest(str(root), IDENTITY)
+    assert found is not None
+    assert found.step == 6
+    assert [path.name for path in root.iterdir()] == ["step_000000006"]
+
+
+def test_weights_of_a_damaged_best_are_not_taken(tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    save(root, 1)
+    path = root / "step_000000001" / "weights.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"step_000000001: damaged \(weights.safetensors has other bytes"):
+        checkpoint.load_verified_weights(checkpoint.at_step(str(root), 1))
+
+
 def test_one_of_another_run_is_refused(tmp_path: Path) -> None:
     root = tmp_path / "checkpoints"
     save(root, 1)
