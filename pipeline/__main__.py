@@ -61,8 +61,15 @@ def _plan(options: argparse.Namespace) -> int:
     if options.samples is not None and options.samples <= 0:
         raise ConfigError(f"--samples {options.samples}: must be above 0")
     recipe = options.run.removeprefix("training/recipes/").removesuffix(".toml")
-    if recipe in RECIPES:
+    on = None
+    if recipe in RECIPES or options.hardware is not None:
         on = hardware(options.hardware or _HARDWARE, options.utilisation, options.memory)
+    if recipe in RECIPES and on is not None:
+        if options.set:
+            raise ConfigError(
+                f"--set {options.set[0]}: {recipe} is the paper's and has no settings to override; plan a run"
+                ' of your own with [stage1] recipe = "paper" and --hardware'
+            )
         print(training_table(trainings_of_recipe(recipe, options.samples), on, options.tokens))
         return EXIT_DONE
     from pipeline.catalog import load
@@ -72,8 +79,7 @@ def _plan(options: argparse.Namespace) -> int:
     run, _ = load(options.run, options.set)
     print(f"{options.run} → {run.folder}")
     print(plan_table(survey(run)))
-    if options.hardware is not None:
-        on = hardware(options.hardware, options.utilisation, options.memory)
+    if on is not None:
         print(f"\n{training_table(trainings_of_run(run, options.samples), on, options.tokens)}")
     return EXIT_DONE
 

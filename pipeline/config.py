@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import os
 import tomllib
 import types
@@ -81,6 +82,7 @@ def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
     import pydantic
 
     _refuse_unknown_keys(cls, table, where, "")
+    _refuse_non_finite(table, where, "")
     try:
         built: T = pydantic.TypeAdapter(cls).validate_json(json.dumps(table), strict=True)
         return built
@@ -143,6 +145,18 @@ def _refuse_unknown_keys(cls: Any, table: Any, where: str, prefix: str) -> None:
         items = value if isinstance(value, list) else [value]
         for item in items:
             _refuse_unknown_keys(hints[key], item, where, f"{prefix}{key}.")
+
+
+def _refuse_non_finite(value: Any, where: str, key: str) -> None:
+    """TOML has nan and inf, and a comparison with nan lets it pass every limit."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}: {key}: must be a finite number, found {value}")
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            _refuse_non_finite(item, where, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _refuse_non_finite(item, where, key)
 
 
 def _dataclass_for(hint: Any, table: Any) -> Any:

@@ -24,6 +24,8 @@ class LaunchConfig:
         for name in ("ranks_per_node", "cpus_per_rank", "cpus_prepare", "time_limit_minutes", "stop_seconds"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be above 0")
+        if self.gpus_per_node < 0:
+            raise ValueError(f"gpus_per_node = {self.gpus_per_node}: must not be negative (0: none)")
         if 60 * self.time_limit_minutes <= self.stop_seconds:
             raise ValueError(
                 f"stop_seconds = {self.stop_seconds} leaves nothing of time_limit_minutes ="

@@ -1,6 +1,7 @@
 """What `cnclip plan` says of training: steps, micro-batches, memory and days on given devices."""
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,7 +63,7 @@ def hardware(name: str, utilisation: float, memory_gib: float | None) -> Hardwar
         raise ConfigError(f"--hardware {name}: no data sheet of it here; known: {', '.join(PEAK_FLOPS)}")
     if not 0 < utilisation <= 1:
         raise ConfigError(f"--utilisation {utilisation}: must be above 0 and at most 1")
-    if memory_gib is not None and memory_gib <= 0:
+    if memory_gib is not None and not (math.isfinite(memory_gib) and memory_gib > 0):
         raise ConfigError(f"--memory {memory_gib}: must be above 0 GiB")
     return Hardware(
         name=found,
@@ -107,19 +108,27 @@ def trainings_of_run(run: Run, num_samples: int | None) -> list[Training]:
 def training_table(trainings: Sequence[Training], on: Hardware, tokens: int) -> str:
     """One row a training, what was reckoned with, and a line for each whose ranks do not divide its batch.
 
-    `tokens` is a caption's mean length with [CLS] and [SEP].
+    `tokens` is a caption's mean length with [CLS] and [SEP]; ConfigError where no caption can have it.
     """
+    longest = max((item.config.context_length for item in trainings), default=tokens)
+    if not 3 <= tokens <= longest:
+        raise ConfigError(
+            f"--tokens {tokens}: must be from 3 ([CLS], one, [SEP]) to {longest}, the longest caption"
+        )
     header = "model training batch epochs steps ranks samples/rank micro-batch GiB GPU-days days paper's"
     rows, notes = [tuple(header.split())], []
     for item in trainings:
         row, note = _row(item, on, tokens)
         rows.append(row)
         notes += note
-    table = align(rows, (False, False, *(True,) * 10))
+    paper = any(row[-1] for row in rows[1:])
+    table = align([row if paper else row[:-1] for row in rows], (False, False, *(True,) * (9 + paper)))
     reckoned = (
         f"Reckoned with {on.name} ({on.memory_bytes / _GIB:g} GiB) at {100 * on.utilisation:g} % of its"
-        f" 16-bit peak and captions of {tokens} tokens on average. GiB: what a rank holds at its fullest"
-        " (training/sizing.py). days: on all ranks. paper's: its GPU-days (A.2), on V100 or A100."
+        f" 16-bit peak and captions of {tokens} tokens on average. micro-batch: the most samples whose"
+        " activations a rank can hold at once. GiB: what a rank then holds at its fullest"
+        " (training/sizing.py). days: by the clock, on all ranks."
+        + (" paper's: its GPU-days (A.2), on V100 or A100." if paper else "")
     )
     return "\n".join([table, "", reckoned, *notes])
 
@@ -148,7 +157,7 @@ def _row(item: Training, on: Hardware, tokens: int) -> tuple[tuple[str, ...], li
             num_steps=num_steps,
             micro_batch=micro_batch,
             flops_per_second=on.flops_per_second,
-            tokens=tokens,
+            tokens=min(tokens, config.context_length),
         )
         steps, days = f"{num_steps:,}", f"{needed_days:,.1f}"
         wall = f"{needed_days / config.ranks / (1 - split.idle):,.2f}"

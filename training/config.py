@@ -125,6 +125,11 @@ class TrainConfig:
         for name in ("warmup_steps", "weight_decay", "patience", "salient_gain"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"[{stage}] {name} = {getattr(self, name)}: must not be negative")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"[{stage}] {name} = {getattr(self, name)}: must be from 0 to below 1")
+        if self.adam_eps <= 0:
+            raise ConfigError(f"[{stage}] adam_eps = {self.adam_eps}: must be above 0")
         if self.max_gradient_norm is not None and self.max_gradient_norm <= 0:
             raise ConfigError(f"[{stage}] max_gradient_norm = {self.max_gradient_norm}: must be above 0")
         if self.cached_views < 0:

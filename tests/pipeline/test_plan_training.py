@@ -50,9 +50,12 @@ def test_finetuning(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_run_shows_its_training_where_hardware_is_given(capsys: pytest.CaptureFixture[str]) -> None:
     folder = "--set=run.folder=/nowhere/demo"
     assert "Reckoned" not in plan(capsys, "demo", folder)
+    assert main(["plan", "demo", folder, "--hardware", "abacus"]) == 2
+    assert capsys.readouterr().out == ""  # refused before anything is shown
     said = plan(capsys, "demo", folder, "--hardware", "A100", "--samples", "3000")
     (row,) = [line.split() for line in said.splitlines() if line.startswith("tiny-rn  stage2")]
     assert row[2:7] == ["128", "12", f"{12 * 3000 // 128}", "2", "64"]
+    assert "paper's" not in said  # it did not train this
     assert "tiny-rn stage1: how many pairs" in plan(capsys, "demo", folder, "--hardware", "A100")
 
 
@@ -62,6 +65,10 @@ def test_a_run_shows_its_training_where_hardware_is_given(capsys: pytest.Capture
         (("--hardware", "abacus"), "--hardware abacus: no data sheet"),
         (("--utilisation", "40"), "--utilisation 40.0: must be above 0 and at most 1"),
         (("--memory", "0"), "--memory 0.0: must be above 0 GiB"),
+        (("--memory", "nan"), "--memory nan: must be above 0 GiB"),
+        (("--tokens", "2"), "--tokens 2: must be from 3 ([CLS], one, [SEP]) to 52"),
+        (("--tokens", "53"), "--tokens 53: must be from 3"),
+        (("--set", "stage1.epochs=3"), "--set stage1.epochs=3: pretrain is the paper's"),
         (("--samples", "0"), "--samples 0: must be above 0"),
     ],
 )

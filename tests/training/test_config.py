@@ -56,6 +56,8 @@ def test_every_recipe_can_train_and_names_a_model_that_is(
         ({"warmup_steps": -1}, r"warmup_steps = -1: must not be negative"),
         ({"lanes": 3}, r"global_batch = 16 is no multiple of lanes = 3"),
         ({"ranks": 5}, r"ranks = 5 is more than lanes = 4"),
+        ({"adam_beta2": 1.0}, r"adam_beta2 = 1.0: must be from 0 to below 1"),
+        ({"adam_eps": 0.0}, r"adam_eps = 0.0: must be above 0"),
         ({"max_gradient_norm": 0.0}, r"max_gradient_norm = 0.0: must be above 0"),
         ({"max_temperature": 0.5}, r"max_temperature = 0.5"),
         ({"context_length": 2}, r"context_length = 2"),

@@ -19,7 +19,7 @@ PRETRAINING = {
 # Table 9: batch size, peak learning rate, maximum epochs, warmup iterations, each on MUGE, Flickr, COCO.
 TABLE_9 = """
 RN50          24576 24576 24576   5e-5 6e-5 5e-5   60 30 40   100 20 6
-ViT-B-16      12800  7680 12800   2e-5 5e-5 2e-5   20 16 30    40 20 6
+ViT-B-16      12800  7680 12800   2e-5 5e-5 5e-5   20 16 30    40 20 6
 ViT-L-14       4096  4096  4096   3e-5 2e-5 6e-5   20 16 18   100 60 9
 ViT-L-14-336   8192  8192  8192   2e-5 2e-5 4e-5   20 18 18   100 20 2
 ViT-H-14      20480  4096  5120   2e-5 6e-6 2e-5   20 18 18    20  6 10
