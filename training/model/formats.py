@@ -109,7 +109,11 @@ def read_weights(path: str) -> Weights:
     if chosen is None:
         others = [name for name in names if name.endswith(_WEIGHT_ENDINGS)]
         if len(others) != 1:
-            found = f"it holds {', '.join(others)}: give one of them" if others else "it holds no weights"
+            found = (
+                f"it holds {', '.join(others)}: give one of them"
+                if others
+                else "it holds no weights: give the folder that does"
+            )
             raise InputError(
                 f"{path}: no {_WEIGHT_FILES[0]}, {_WEIGHT_FILES[2]} or DeepSpeed checkpoint; {found}"
             )

@@ -131,8 +131,8 @@ def _container(path: str) -> Container:
     if head.startswith(b"version https://git-lfs"):
         raise InputError(f"{path}: a Git LFS pointer, not the weights: fetch them with `git lfs pull`")
     raise InputError(
-        f"{path}: not a weights file: begins with {head[:8]!r}; expected torch.save's format,"
-        " TorchScript or safetensors"
+        f"{path}: not a weights file: begins with {head[:8]!r}, not as torch.save's format,"
+        f" TorchScript or safetensors do: {DOWNLOAD_AGAIN}, or give the checkpoint itself"
     )
 
 

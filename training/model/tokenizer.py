@@ -71,6 +71,8 @@ def _split(character: str) -> str:
     category = unicodedata.category(character)
     if category == "Mn":
         return ""
+    if category == "Cs":  # half a surrogate pair, as broken JSON has: no UTF-8, so in no vocabulary
+        return "\ufffd"
     is_ascii_symbol = character.isascii() and character.isprintable() and not character.isalnum()
     if character != " " and (is_ascii_symbol or category.startswith("P")):
         return f" {character} "

@@ -158,7 +158,7 @@ def _captions() -> list[str]:
     """Captions from all over Unicode, with what trips tokenizers: accents, controls, spaces, brackets."""
     generator = random.Random(0)
     ranges = [(0x20, 0x2FF), (0x300, 0x36F), (0x4E00, 0x9FFF), (0x2000, 0x30FF), (0xE000, 0xFFFD)]
-    ranges += [(0x20000, 0x2CFFF), (0x2F800, 0x2FA1F), (0x1F000, 0x1FAFF)]
+    ranges += [(0x20000, 0x2CFFF), (0x2F800, 0x2FA1F), (0x1F000, 0x1FAFF), (0xD800, 0xDFFF)]
     characters = [chr(generator.randint(*generator.choice(ranges))) for _ in range(2000)]
     characters += list("aeiouAEIOUΣσςİıßẞ 　\t\n\x85\u2028“”‘’\"'#[]一二红猫") * 10
     captions = ["".join(generator.choices(characters, k=generator.randint(0, 80))) for _ in range(10_000)]

@@ -48,6 +48,15 @@ def test_encode_frames_cuts_and_pads() -> None:
     assert tokenizer.num_truncated(["红色红色红色", "红色红色", "猫"], 6) == 1
 
 
+def test_half_a_surrogate_pair_makes_its_word_unknown() -> None:
+    """Broken JSON escapes give such strings; no encoding holds them, and the reference takes them."""
+    tokenizer = Tokenizer([*SPECIAL_TOKENS, "猫", "a"])
+    assert tokenizer.encode(["猫\ud83d", "a\udc00a a"], 6).tolist() == [
+        [2, 5, 1, 3, 0, 0],
+        [2, 1, 6, 3, 0, 0],
+    ]
+
+
 def test_special_tokens_in_a_caption_are_text() -> None:
     assert Tokenizer(VOCABULARY).encode(["[SEP]红"], 8)[0].tolist() == [2, 1, 1, 1, 5, 3, 0, 0]
 
