@@ -175,9 +175,22 @@ def test_as_a_module_with_its_exit_statuses(recipe: Path) -> None:
     assert "invalid choice" in usage.stderr
 
 
-def test_doctor_examines_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_examines_this_machine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_RESOLV_CONF", str(tmp_path / "none"))  # no question leaves the machine
     status, out, _ = _main(capsys, "doctor", tmp_path / "not" / "made" / "yet")
-    for check in ("Python", "packages", "disk", "memory", "writable", "compiler", "accelerator", "ranks"):
+    for check in (
+        "Python",
+        "packages",
+        "disk",
+        "memory",
+        "writable",
+        "compiler",
+        "accelerator",
+        "ranks",
+        "DNS",
+    ):
         assert any(line.startswith(check) for line in out.splitlines()), check
     assert "two processes met over gloo" in out
     assert status == (1 if "NOT FIT" in out else 0)
