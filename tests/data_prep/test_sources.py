@@ -189,8 +189,8 @@ def _laion(path: Path) -> None:
             "LANGUAGE": ["zh"] * 5,
             "NSFW": ["UNLIKELY", None, "NSFW", "UNLIKELY", "UNLIKELY"],
             "similarity": [0.3] * 5,
-            "punsafe": [0.1, None, 0.1, 0.9, 0.1],
-            "pwatermark": [0.1, None, 0.1, 0.1, 0.95],
+            "punsafe": [float("nan"), None, 0.1, 0.9, 0.1],  # unknown in either way
+            "pwatermark": [float("nan"), None, 0.1, 0.1, 0.95],
             "__index_level_0__": range(5),
         }
     ).write_parquet(path)
