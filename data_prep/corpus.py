@@ -193,11 +193,11 @@ def _take_in(
             taken = convert.convert_text(paths[0], table, to)
         else:
             return _look_at_table(paths[0], table, task.inputs["table"], extra)
-    if taken.num_rows == 0:
-        _refuse_empty(paths[0], taken.source)
     description = caption_table.describe(dataclasses.replace(taken.source, path=table_path))
     dropped = dict(taken.dropped)
     num_in = taken.num_rows + sum(dropped.values())
+    if num_in == 0:
+        _refuse_empty(paths[0], taken.source)
     counts = {"in": num_in, "kept": taken.num_rows, "dropped": dropped}
     pairs = caption_table.score_pairs(to.table, taken.source)
     extra |= {"tables": {table_path: description}, "sources": {taken.source.name: counts}}

@@ -428,6 +428,28 @@ def test_img2dataset_output_keeps_the_addresses_of_the_web(tmp_path: Path) -> No
     assert _fetch(run, rows["picture_at"][0]) == picture()
 
 
+def test_a_piece_without_a_single_picture_is_counted(tmp_path: Path) -> None:
+    """The last shard of img2dataset's is often small: all of its addresses may have failed."""
+    for name, status in (("00000", "success"), ("00001", "failed_to_download")):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            if status == "success":
+                member = tarfile.TarInfo("000000000.jpg")
+                member.size = len(picture())
+                tar.addfile(member, io.BytesIO(picture()))
+        pl.DataFrame(
+            {
+                "url": [f"http://a.cn/{name}"],
+                "caption": ["左边红色的图片"],
+                "key": ["000000000"],
+                "status": [status],
+            }
+        ).write_parquet(tmp_path / f"{name}.parquet")
+    run = take_in(tmp_path / "run", PackedSource(kind="img2dataset", path=str(tmp_path), name="old"))
+    assert manifest(run, "corpus").dropped == {"not_downloaded": 1}
+    assert kept(run)["url"].to_list() == ["http://a.cn/00000"]
+    assert why(run, "http://a.cn/00001")[1] == "  dropped by corpus: not_downloaded"
+
+
 def test_a_runs_shards_are_a_source(tmp_path: Path) -> None:
     folder = tmp_path / "shards"
     folder.mkdir()
