@@ -17,6 +17,7 @@ import polars as pl
 from pydantic import Discriminator
 
 from data_prep import guard
+from data_prep.drop_table import drops_path
 from data_prep.sources import convert, packed, text_file
 from data_prep.sources import table as caption_table
 from data_prep.sources.demo import DemoConfig, make_demo
@@ -175,33 +176,36 @@ def _take_in(
     guards = guards_of(corpus)
     extra = {**evaluation_facts({}, config.evaluations), **({"guards": list(guards)} if guards else {})}
     paths, fields = task.arguments["paths"], task.arguments["source"]
-    table_path, malformed_path = f"tables/{task.name}.parquet", f"malformed/{task.name}.parquet"
-    full_paths = context.path(table_path), context.path(malformed_path)
-    taken: convert.Converted | packed.Unpacked
+    table_path, malformed_path = f"tables/{task.name}.parquet", malformed_table(task.name)
+    to = convert.Places(
+        context.path(table_path), context.path(malformed_path), context.path(drops_path(task.name))
+    )
     if fields["kind"] in typing.get_args(packed.PackedKind):
         lists = {name: tuple(fields[name]) for name in ("exempt_from", "carry_columns")}
         source = PackedSource(**{**fields, **lists})
         extra["packed"] = {source.name: store.absolute(source.path)}
-        taken = packed.unpack(source, paths, *full_paths)
+        taken = packed.unpack(source, paths, to)
     else:
         table = caption_table.from_description(fields)
         if table.joins:
-            taken = convert.join_regions(paths, table, guard.guarded_ids(guards), *full_paths)
+            taken = convert.join_regions(paths, table, guard.guarded_ids(guards), to)
         elif text_file.is_text(paths[0]):
-            taken = convert.convert_text(paths[0], table, *full_paths)
+            taken = convert.convert_text(paths[0], table, to)
         else:
             return _look_at_table(paths[0], table, task.inputs["table"], extra)
-    if taken.num_rows == 0:
-        _refuse_empty(paths[0], taken.source)
     description = caption_table.describe(dataclasses.replace(taken.source, path=table_path))
     dropped = dict(taken.dropped)
     num_in = taken.num_rows + sum(dropped.values())
+    if num_in == 0:
+        _refuse_empty(paths[0], taken.source)
     counts = {"in": num_in, "kept": taken.num_rows, "dropped": dropped}
-    pairs = caption_table.score_pairs(full_paths[0], taken.source)
+    pairs = caption_table.score_pairs(to.table, taken.source)
     extra |= {"tables": {table_path: description}, "sources": {taken.source.name: counts}}
     extra |= {"score_pairs": {taken.source.name: pairs}} if pairs else {}
-    num_malformed = sum(count for reason, count in dropped.items() if reason.startswith("malformed:"))
+    num_malformed = sum(dropped.values()) - taken.num_drops
     outputs = {table_path: taken.num_rows, malformed_path: num_malformed}
+    if taken.num_drops:
+        outputs[drops_path(task.name)] = taken.num_drops
     return Outcome(outputs, num_in=num_in, num_kept=taken.num_rows, dropped=dropped, extra=extra)
 
 
@@ -219,6 +223,11 @@ def _look_at_table(path: str, source: TableSource, digest: str, extra: dict[str,
 
 def _refuse_empty(path: str, source: TableSource) -> NoReturn:
     raise InputError(f"{path}: no rows (source {source.name}); remove it from [corpus] or fill it")
+
+
+def malformed_table(task: str) -> str:
+    """Where a task keeps the rows that are none (reason, text: its beginning), in the stage's folder."""
+    return f"malformed/{task}.parquet"
 
 
 def tables_of(corpus: Manifest) -> list[dict[str, Any]]:

@@ -1,12 +1,15 @@
 """Drop tables: for every dropped row its key, the digest of its URL, the reason, and some with a detail.
 
 They answer `cnclip why`; everything else about a row is looked up in its source. `detail` is the word of a
-blacklist, or the key of the picture that a copy is of; a stage whose rows say enough has no such column.
+blacklist, the key of the picture that a copy is of, or the key of the text that a caption became part of; a
+stage whose rows say enough has no such column.
 """
 
+import contextlib
 import os
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import polars as pl
@@ -16,7 +19,7 @@ from pipeline import store
 from pipeline.stage import Context, Outcome, Task
 
 DROP_COLUMNS = {"key": pl.String, "url_hash": pl.String, "reason": pl.String}
-DETAIL = "detail"  # the word of a blacklist, the key that a copy is of: where a stage notes one
+DETAIL = "detail"  # the word of a blacklist, the key that a copy or a caption belongs to
 HTTP_STATUS = "http_status"  # of the answer, where there was one: the download's drop tables alone
 _KEY_HEX_DIGITS = 32  # 128 bits: no collision to be expected among billions of rows
 _URL_HASH_HEX_DIGITS = 16
@@ -68,12 +71,52 @@ def write_drops(dropped: pl.DataFrame, path: str) -> dict[str, int]:
     Where the frame has a column http_status or detail, the table has it too.
     """
     further = [name for name in (HTTP_STATUS, DETAIL) if name in dropped.columns]
+    write_table(_as_drops(dropped, further), path)
+    counts = dropped.group_by("reason").len().sort("reason")
+    return dict(counts.iter_rows())
+
+
+def _as_drops(dropped: pl.DataFrame, further: list[str]) -> pl.DataFrame:
     table = dropped.with_columns(url=pl.col("url").fill_null("")).select(
         "key", url_hash().alias("url_hash"), "reason", *further
     )
-    write_table(table.sort("url_hash", "key", "reason"), path)
-    counts = dropped.group_by("reason").len().sort("reason")
-    return dict(counts.iter_rows())
+    return table.sort("url_hash", "key", "reason")
+
+
+class DropsAsTheyCome:
+    """A drop table with details, written block by block; without a row there is no file."""
+
+    def __init__(self, path: str, stack: contextlib.ExitStack) -> None:
+        self.counts: Counter[str] = Counter()
+        self._path = path
+        self._stack = stack
+        self._writer: Any = None
+
+    def add(self, rows: pl.DataFrame, reason: str, detail: pl.Expr | None = None) -> None:
+        """Note rows with url and caption. Their keys are the plain ones, whatever a run normalises later."""
+        if rows.is_empty():
+            return
+        import pyarrow.parquet as pq
+
+        self.counts[str(reason)] += rows.height
+        marked = with_key(rows.lazy()).with_columns(
+            pl.lit(str(reason)).alias("reason"),
+            pl.lit(None, pl.String).alias(DETAIL) if detail is None else detail,
+        )
+        table = _as_drops(marked.collect(), [DETAIL]).to_arrow(compat_level=pl.CompatLevel.oldest())
+        if self._writer is None:
+            temporary = self._stack.enter_context(store.publish(self._path))
+            self._writer = self._stack.enter_context(
+                pq.ParquetWriter(temporary, table.schema, compression="zstd")
+            )
+        self._writer.write_table(table)
+
+
+@contextlib.contextmanager
+def drops_as_they_come(path: str) -> Iterator[DropsAsTheyCome]:
+    """Publish a drop table of the rows that are added while the block runs; memory is that of a block."""
+    with contextlib.ExitStack() as stack:
+        yield DropsAsTheyCome(path, stack)
 
 
 def publish_judged(

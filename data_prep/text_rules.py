@@ -140,14 +140,18 @@ def not_nsfw(marks: Sequence[str], max_unsafe: float | None) -> TextRule:
     """LAION-5B's NSFW mark is none of these, and its `punsafe` at most `max_unsafe`; unknown passes."""
     hit = pl.col("nsfw").is_in(list(marks)).fill_null(False)
     if max_unsafe is not None:
-        hit |= (pl.col("unsafe") > max_unsafe).fill_null(False)
-    return TextRule(NSFW_RULE, 1, _drop(hit, NSFW))
+        hit |= _above("unsafe", max_unsafe)
+    return TextRule(NSFW_RULE, 2, _drop(hit, NSFW))
 
 
 def no_watermark(max_watermark: float) -> TextRule:
     """LAION-5B's `pwatermark` is at most this; unknown passes."""
-    hit = (pl.col("watermark") > max_watermark).fill_null(False)
-    return TextRule(WATERMARK_RULE, 1, _drop(hit, WATERMARK))
+    return TextRule(WATERMARK_RULE, 2, _drop(_above("watermark", max_watermark), WATERMARK))
+
+
+def _above(column: str, limit: float) -> pl.Expr:
+    """Unknown is null or NaN, which polars takes for larger than any number."""
+    return (pl.col(column).fill_nan(None) > limit).fill_null(False)
 
 
 def no_traditional_characters() -> TextRule:

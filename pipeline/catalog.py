@@ -202,7 +202,7 @@ def make_run(config: RunConfig) -> Run:
         Stage(
             name="corpus",
             title="caption tables and evaluation sets, bound by digest",
-            version=2,
+            version=3,
             config=corpus.CorpusStageConfig(corpus=config.corpus, evaluations=config.evaluation),
             parents=(),
             tasks=corpus.tasks,
@@ -211,7 +211,7 @@ def make_run(config: RunConfig) -> Run:
         Stage(
             name="filter_text",
             title="language, score, length, blacklist, addresses of evaluation pictures",
-            version=2,
+            version=3,
             config=config.filter_text,
             parents=("corpus",),
             tasks=filter_text.tasks,

@@ -16,8 +16,10 @@ from typing import Any, Literal
 import polars as pl
 
 from data_prep.dedup import DUPLICATE
+from data_prep.drop_table import url_hash
 from data_prep.funnel import STEPS
 from data_prep.lock import LOCK_FILE
+from data_prep.sources.convert import JOINED
 from pipeline import store
 from pipeline.align import align
 from pipeline.records import InputError
@@ -265,7 +267,19 @@ def _with_fate(rows: pl.DataFrame, other: Build) -> pl.DataFrame:
     """Rows with the stage and reason by which another build is without them: of several the last stage."""
     first, last = rows["key"].min(), rows["key"].max()
     wanted = rows.lazy().select("key")
+    # A source's captions of one picture are joined after it dropped some, so that keys differ: what counts
+    # there is the address. A caption that was joined is no reason: its picture's text is in the table.
+    addresses = rows.lazy().select("key", url_hash().alias("url_hash"))
     found = [
+        pl.scan_parquet(path)
+        .select("url_hash", "reason")
+        .filter(pl.col("reason") != JOINED)
+        .unique()
+        .join(addresses, on="url_hash")
+        .select("key", "reason", stage=pl.lit("corpus"), order=pl.lit(-1))
+        for path in other.files("corpus", "dropped/")
+    ]
+    found += [
         pl.scan_parquet(path)
         .select("key", "reason")
         .filter(pl.col("key").is_between(pl.lit(first), pl.lit(last)), pl.col("reason") != DUPLICATE)

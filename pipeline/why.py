@@ -1,4 +1,8 @@
-"""Where a row went: the answer to `cnclip why RUN.toml KEY-or-URL`, from tables and drop tables."""
+"""Where a row went: the answer to `cnclip why RUN.toml KEY-or-URL`, from tables and drop tables.
+
+A row of a source that never reached its caption table is found in the corpus stage's drop tables, by the
+plain key of its address and caption; a malformed one by the address in what is kept of its text.
+"""
 
 import re
 from collections.abc import Iterator
@@ -6,10 +10,11 @@ from collections.abc import Iterator
 import polars as pl
 
 from data_prep import text_rules
-from data_prep.corpus import tables_of
-from data_prep.drop_table import DETAIL, HTTP_STATUS, url_hash
+from data_prep.corpus import malformed_table, tables_of
+from data_prep.drop_table import DETAIL, HTTP_STATUS, drops_path, url_hash
 from data_prep.filter_text import FilterTextConfig, prepared
 from data_prep.funnel import STEPS
+from data_prep.sources.convert import JOINED
 from data_prep.sources.table import from_description, scan
 from pipeline import store
 from pipeline.records import InputError, Manifest
@@ -20,10 +25,15 @@ _KEY = re.compile(r"[0-9a-f]{32}")
 
 def explain(run: Run, config: FilterTextConfig, key_or_url: str) -> list[str]:
     """Lines that say what became of each row with this key or URL; InputError where no table has it."""
-    rows = _find_rows(run, config, key_or_url)
-    if rows.height == 0:
-        raise InputError(f"{key_or_url}: not in any caption table of {run.folder}; give a key or a whole URL")
-    lines = []
+    corpus = read_manifest(run, "corpus")
+    if corpus is None:
+        raise InputError(f"{run.folder}: the corpus stage is not done; run it first")
+    rows = _find_rows(run, corpus, config, key_or_url)
+    lines = list(_dropped_by_corpus(run, corpus, key_or_url))
+    if rows.height == 0 and not lines:
+        raise InputError(
+            f"{_shown(key_or_url)}: not in any caption table of {run.folder}; give a key or a whole URL"
+        )
     for row in rows.iter_rows(named=True):
         lines.append(
             f"{row['key']}  {row['source']} row {row['row']}  {_shown(row['url'])}  {row['caption']!r}"
@@ -40,10 +50,7 @@ def _shown(url: str | None) -> str:
     )
 
 
-def _find_rows(run: Run, config: FilterTextConfig, key_or_url: str) -> pl.DataFrame:
-    corpus = read_manifest(run, "corpus")
-    if corpus is None:
-        raise InputError(f"{run.folder}: the corpus stage is not done; run it first")
+def _find_rows(run: Run, corpus: Manifest, config: FilterTextConfig, key_or_url: str) -> pl.DataFrame:
     wanted = pl.col("key" if _KEY.fullmatch(key_or_url) else "url") == key_or_url
     found = []
     for number, table in enumerate(tables_of(corpus)):
@@ -53,6 +60,36 @@ def _find_rows(run: Run, config: FilterTextConfig, key_or_url: str) -> pl.DataFr
         columns = ("key", "url", "caption", "source", "row", "score", "language")
         found.append(frame.select(*columns, file=pl.lit(number)).collect(engine="streaming"))
     return pl.concat(found)
+
+
+def _dropped_by_corpus(run: Run, corpus: Manifest, key_or_url: str) -> Iterator[str]:
+    """Lines about the rows of sources that are in no caption table."""
+    is_key = _KEY.fullmatch(key_or_url) is not None
+    hashed = pl.DataFrame({"url": [key_or_url]}).select(url_hash()).item()
+    wanted = pl.col("key") == key_or_url if is_key else pl.col("url_hash") == hashed
+    # Where the address goes on, it is another one.
+    inside = re.compile(re.escape(key_or_url) + r"""(?=[\s,"'\\]|$)""")
+    written = {shard.path for shard in corpus.shards if shard.num_samples}
+    for task, extra in corpus.extra.items():
+        source = ", ".join(extra.get("sources", {}))
+        if (path := drops_path(task)) in written:
+            table = pl.scan_parquet(store.join(run.folder, "corpus", path))
+            found = table.filter(wanted).collect().sort("reason", DETAIL, "key")
+            for (reason, text), rows in found.group_by("reason", DETAIL, maintain_order=True):
+                if reason == JOINED:
+                    yield f"{source}: {rows.height} further captions of one picture"
+                    yield f"  dropped by corpus: {reason} (part of the text {text})"
+                    continue
+                for key in rows["key"]:
+                    yield f"{key}  {source}"
+                    yield f"  dropped by corpus: {reason}"
+        if not is_key and (path := malformed_table(task)) in written:
+            table = pl.scan_parquet(store.join(run.folder, "corpus", path))
+            holds = pl.col("text").str.contains(key_or_url, literal=True)
+            for reason, text in table.filter(holds).select("reason", "text").collect().iter_rows():
+                if inside.search(text):
+                    yield f"{source}  {text!r}"
+                    yield f"  dropped by corpus: {reason}"
 
 
 def _fate(run: Run, config: FilterTextConfig, row: dict[str, object]) -> Iterator[str]:

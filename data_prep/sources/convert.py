@@ -2,6 +2,7 @@
 
 Memory is that of a block, however long a table is: malformed rows go to their file as they come, and the
 captions to be joined are first dealt to files by a digest of their picture, each small enough to be held.
+Rows that a source has and its table has not are in a drop table, as those of later stages are.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ import polars_hash as plh
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_prep.drop_table import DETAIL, DropsAsTheyCome, drops_as_they_come, with_key
 from data_prep.guard import GuardedIds
 from data_prep.sources import text_file
 from data_prep.sources.table import (
@@ -49,6 +51,16 @@ class Converted:
     source: TableSource  # how to read it
     num_rows: int
     dropped: Mapping[str, int]
+    num_drops: int = 0  # of the dropped: rows of the drop table; 0: there is none
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where a converted source goes: its table, its malformed rows, its drop table."""
+
+    table: str
+    malformed: str
+    drops: str
 
 
 class MalformedRows:
@@ -86,7 +98,7 @@ def malformed_rows(path: str) -> Iterator[MalformedRows]:
         rows.flush()
 
 
-def convert_text(path: str, source: TableSource, table_path: str, malformed_path: str) -> Converted:
+def convert_text(path: str, source: TableSource, to: Places) -> Converted:
     """Write a CSV, TSV or JSON-lines table as Parquet, columns as strings; memory is that of a block.
 
     InputError where a column is missing, or no row is well formed.
@@ -95,8 +107,8 @@ def convert_text(path: str, source: TableSource, table_path: str, malformed_path
     schema = pa.schema([(name, pa.large_string()) for name in columns])
     num_rows = 0
     with (
-        malformed_rows(malformed_path) as malformed,
-        store.publish(table_path) as temporary,
+        malformed_rows(to.malformed) as malformed,
+        store.publish(to.table) as temporary,
         pq.ParquetWriter(temporary, schema, compression="zstd") as out,
     ):
         for batch in text_file.read_batches(path, columns, malformed.add):
@@ -112,9 +124,7 @@ def convert_text(path: str, source: TableSource, table_path: str, malformed_path
     return Converted(source, num_rows, dict(sorted(malformed.counts.items())))
 
 
-def join_regions(
-    paths: Sequence[str], source: TableSource, guarded: GuardedIds, table_path: str, malformed_path: str
-) -> Converted:
+def join_regions(paths: Sequence[str], source: TableSource, guarded: GuardedIds, to: Places) -> Converted:
     """Join the captions of each picture into one text, in the order of the tables (paper, section 2.2).
 
     A caption that repeats another of its picture is not repeated. Pictures of evaluation sets go, by their
@@ -122,16 +132,16 @@ def join_regions(
     """
     own = _guarded_numbers(source, guarded)
     num_piles = min(_MOST_PILES, 1 + sum(store.num_bytes(path) for path in paths) // PILE_BYTES)
-    dropped: Counter[str] = Counter()
     num_rows = 0
     with (
-        malformed_rows(malformed_path) as malformed,
-        tempfile.TemporaryDirectory(dir=_folder_of(table_path)) as folder,
-        store.publish(table_path) as temporary,
+        malformed_rows(to.malformed) as malformed,
+        drops_as_they_come(to.drops) as drops,
+        tempfile.TemporaryDirectory(dir=_folder_of(to.table)) as folder,
+        store.publish(to.table) as temporary,
         contextlib.ExitStack() as stack,
     ):
         piles = [os.path.join(folder, f"{number}.parquet") for number in range(num_piles)]
-        schema = _deal(paths, source, piles, own, malformed, dropped)
+        schema = _deal(paths, source, piles, own, malformed, drops)
         out = stack.enter_context(pq.ParquetWriter(temporary, schema, compression="zstd"))
         for pile in piles:
             rows = pl.read_parquet(pile)
@@ -140,13 +150,21 @@ def join_regions(
                 pl.col("caption").str.strip_chars().unique(maintain_order=True).str.join(JOINT),
                 *(pl.col(name).first() for name in source.carry_columns),
             )
-            dropped[JOINED] += rows.height - joined.height
+            _note_joined(rows, joined, drops)
             num_rows += joined.height
             out.write_table(joined.to_arrow().cast(schema))
             os.remove(pile)
     read_as = replace(source, url_column="url", caption_column="caption", image_id_column="image")
-    counts = {str(reason): count for reason, count in dropped.items() if count}
-    return Converted(read_as, num_rows, counts | dict(sorted(malformed.counts.items())))
+    counts = dict(sorted((drops.counts + malformed.counts).items()))
+    return Converted(read_as, num_rows, counts, num_drops=drops.counts.total())
+
+
+def _note_joined(rows: pl.DataFrame, joined: pl.DataFrame, drops: DropsAsTheyCome) -> None:
+    """Every caption but the first of its picture, with the key of the text that it became part of."""
+    texts = with_key(joined.lazy()).select("image", url_of_text="url", key_of_text="key").collect()
+    further = rows.filter(~pl.col("image").is_first_distinct()).join(texts, on="image")
+    further = further.with_columns(url=pl.coalesce("url", "url_of_text"))
+    drops.add(further, JOINED, pl.col("key_of_text").alias(DETAIL))
 
 
 def _deal(
@@ -155,7 +173,7 @@ def _deal(
     piles: Sequence[str],
     own: frozenset[int],
     malformed: MalformedRows,
-    dropped: "Counter[str]",
+    drops: DropsAsTheyCome,
 ) -> pa.Schema:
     """Write the regions that stay to the pile of their picture, in the order of the tables; their schema."""
     # COCO_val2014_000000391895.jpg and 391895 are one picture: the last run of digits counts.
@@ -175,10 +193,11 @@ def _deal(
                         ]
                     )
                     writers = [stack.enter_context(pq.ParquetWriter(pile, schema)) for pile in piles]
+                drops.add(rows.filter(missing), IMAGE_ID_MISSING)
                 whole = rows.filter(~missing)
-                dropped[IMAGE_ID_MISSING] += rows.height - whole.height
-                stays = whole.filter(~number.is_in(list(own)).fill_null(False))
-                dropped[GUARDED_ID] += whole.height - stays.height
+                is_guarded = number.is_in(list(own)).fill_null(False)
+                drops.add(whole.filter(is_guarded), GUARDED_ID)
+                stays = whole.filter(~is_guarded)
                 dealt = stays.with_columns(_pile=hashed % len(piles)).partition_by(
                     "_pile", as_dict=True, include_key=False
                 )

@@ -7,7 +7,6 @@ way through the resizer as those from the web. Formats: Chinese-CLIP's README, i
 
 import os
 import tarfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +14,9 @@ from urllib.parse import quote, urlencode
 
 import polars as pl
 
-from data_prep.drop_table import write_table
+from data_prep.drop_table import drops_as_they_come, write_table
 from data_prep.site import HOST, PACKED
-from data_prep.sources.convert import malformed_rows
+from data_prep.sources.convert import Converted, Places, malformed_rows
 from data_prep.sources.lmdb_files import open_lmdb, unpickle_plain
 from data_prep.sources.table import TableSource
 from data_prep.sources.text_file import MALFORMED_COLUMNS, Malformed, column_names, read_batches
@@ -27,6 +26,9 @@ UNPAIRED = DropReason("unpaired")  # a text whose image_ids are empty: the pairi
 IMAGE_MISSING = DropReason("image_missing")  # a text that names a picture which is not there
 NOT_DOWNLOADED = DropReason("not_downloaded")  # img2dataset's own table says so
 MALFORMED_PICKLE = DropReason("malformed:pickle")  # an LMDB pair that is not (image id, text id, text)
+# Lines of _imgs.tsv: each counts as a row, beside the texts that name the picture.
+MALFORMED_PICTURE = DropReason("malformed:picture_line")  # not a number, a tab and base64
+PICTURE_REPEATED = DropReason("malformed:picture_repeated")  # a later line has the number: that one stays
 PICTURE_AT = "picture_at"
 
 PackedKind = Literal["cn_clip_tsv", "cn_clip_lmdb", "img2dataset", "shards"]
@@ -42,15 +44,6 @@ class PackedSource:
     name: str
     split: str = "train"  # for Chinese-CLIP's formats
     exempt_from: tuple[str, ...] = ()  # rules that do not apply to this source
-
-
-@dataclass(frozen=True, slots=True)
-class Unpacked:
-    """The caption table that a packed source became, and what was set aside."""
-
-    source: TableSource
-    num_rows: int
-    dropped: dict[str, int]
 
 
 def pieces(source: PackedSource) -> list[list[str]]:
@@ -75,7 +68,7 @@ def pieces(source: PackedSource) -> list[list[str]]:
     return found
 
 
-def unpack(source: PackedSource, files: list[str], table_path: str, malformed_path: str) -> Unpacked:
+def unpack(source: PackedSource, files: list[str], to: Places) -> Converted:
     """Write one piece as a caption table with columns url, caption, picture_at."""
     read = {
         "cn_clip_tsv": _read_tsv,
@@ -83,22 +76,23 @@ def unpack(source: PackedSource, files: list[str], table_path: str, malformed_pa
         "img2dataset": _read_img2dataset,
         "shards": _read_shards,
     }
-    rows, counts, malformed = read[source.kind](source, files)
-    dropped = {str(reason): count for reason, count in counts.items()}
-    with malformed_rows(malformed_path) as out:
+    rows, drops, malformed = read[source.kind](source, files)
+    with malformed_rows(to.malformed) as out:
         out.add(malformed)
-    for reason, count in out.counts.items():
-        dropped[reason] = dropped.get(reason, 0) + count
-    write_table(rows, table_path)
+    with drops_as_they_come(to.drops) as listed:
+        for reason, dropped in drops.items():
+            listed.add(dropped, reason)
+    write_table(rows, to.table)
     description = TableSource(
-        path=table_path,
+        path=to.table,
         name=source.name,
         url_column="url",
         caption_column="caption",
         carry_columns=(PICTURE_AT, *source.carry_columns),
         exempt_from=source.exempt_from,
     )
-    return Unpacked(description, rows.height, {name: count for name, count in dropped.items() if count})
+    counts = dict(sorted((listed.counts + out.counts).items()))
+    return Converted(description, rows.height, counts, num_drops=listed.counts.total())
 
 
 def _exist(source: PackedSource, files: list[str]) -> None:
@@ -119,11 +113,15 @@ def _known_by(source: PackedSource, image_id: object) -> str:
     return f"http://{HOST}/{PACKED}/{quote(source.name)}/{source.split}/{image_id}"
 
 
-_Read = tuple[pl.DataFrame, dict[DropReason, int], list[Malformed]]
+# The rows, those left out by reason (url and caption), and what is no row.
+_Read = tuple[pl.DataFrame, dict[DropReason, pl.DataFrame], list[Malformed]]
+# Numbers of more digits than 64 bits hold are no numbers of pictures.
+_MOST_DIGITS = 18
 
 
 def _read_tsv(source: PackedSource, files: list[str]) -> _Read:
-    places = dict(_tsv_places(files[0]))
+    malformed = list[Malformed]()
+    places = _tsv_places(files[0], malformed)
     images = pl.DataFrame(
         {
             "image_id": list(places),
@@ -136,13 +134,15 @@ def _read_tsv(source: PackedSource, files: list[str]) -> _Read:
         schema={"image_id": pl.Int64, "url": pl.String, PICTURE_AT: pl.String},
     )
     found = column_names(files[1])
-    missing = {"text", "image_ids"} - set(found)
-    if missing:
-        raise InputError(f"{files[1]}: no column {', '.join(sorted(missing))}; found {', '.join(found)}")
-    tables, malformed = [], []
+    lacking = {"text", "image_ids"} - set(found)
+    if lacking:
+        raise InputError(f"{files[1]}: no column {', '.join(sorted(lacking))}; found {', '.join(found)}")
+    tables = []
     for batch in read_batches(files[1], ["text", "image_ids"]):
         malformed += batch.malformed
-        is_list = pl.col("image_ids").str.contains(r"^\[[\d\s,\"-]*\]$").fill_null(False)
+        is_list = pl.col("image_ids").str.contains(r"^\[[\d\s,\"-]*\]$")
+        is_list &= ~pl.col("image_ids").str.contains(rf"\d{{{_MOST_DIGITS + 1}}}")
+        is_list = is_list.fill_null(False)
         for text in batch.rows.filter(~is_list)["text"]:
             malformed.append(Malformed(MALFORMED_COLUMNS, str(text)[:300]))
         tables.append(
@@ -151,27 +151,39 @@ def _read_tsv(source: PackedSource, files: list[str]) -> _Read:
             )
         )
     texts = pl.concat(tables)
-    unpaired = texts.filter(pl.col("image_id").list.len() == 0).height
+    unpaired = texts.filter(pl.col("image_id").list.len() == 0)
     pairs = texts.explode("image_id").drop_nulls("image_id")
     rows = pairs.join(images, on="image_id", how="inner", maintain_order="left")
-    dropped = {UNPAIRED: unpaired, IMAGE_MISSING: pairs.height - rows.height}
+    missing = pairs.join(images, on="image_id", how="anti", maintain_order="left")
+    known_by = pl.concat_str(pl.lit(_known_by(source, "")), "image_id").alias("url")
+    dropped = {
+        UNPAIRED: unpaired.select(pl.lit(None, pl.String).alias("url"), "caption"),
+        IMAGE_MISSING: missing.select(known_by, "caption"),
+    }
     return rows.select("url", "caption", PICTURE_AT), dropped, malformed
 
 
-def _tsv_places(path: str) -> Iterator[tuple[int, tuple[int, int]]]:
-    """(image id, (offset, size)) of each picture's base64 text; a line that is none has no place."""
+def _tsv_places(path: str, malformed: list[Malformed]) -> dict[int, tuple[int, int]]:
+    """Image id → (offset, size) of each picture's base64 text; lines that are none go to `malformed`."""
+    places: dict[int, tuple[int, int]] = {}
     offset = 0
     with open(path, "rb") as file:
         for line in file:
-            name, tab, encoded = line.partition(b"\t")
-            if tab and name.strip().isdigit():
-                yield int(name), (offset + len(name) + 1, len(encoded.rstrip(b"\r\n")))
+            name, _, encoded = line.partition(b"\t")
+            number, encoded = name.strip(), encoded.rstrip(b"\r\n")
+            if encoded and number.isdigit() and len(number) <= _MOST_DIGITS:
+                if int(number) in places:
+                    malformed.append(Malformed(PICTURE_REPEATED, number.decode()))
+                places[int(number)] = offset + len(name) + 1, len(encoded)
+            elif line.strip():
+                malformed.append(Malformed(MALFORMED_PICTURE, line[:300].decode("utf-8", "replace").strip()))
             offset += len(line)
+    return places
 
 
 def _read_lmdb(source: PackedSource, files: list[str]) -> _Read:
     pairs_path, images_path = (os.path.dirname(path) for path in files)
-    rows, malformed, missing = [], list[Malformed](), 0
+    rows, missing, malformed = [], [], list[Malformed]()
     with (
         open_lmdb(pairs_path) as pairs,
         open_lmdb(images_path) as images,
@@ -179,8 +191,13 @@ def _read_lmdb(source: PackedSource, files: list[str]) -> _Read:
         images.begin(buffers=True) as pictures,
     ):
         count = texts.get(b"num_samples")
-        if count is None or not bytes(count).isdigit():
+        if count is None or not bytes(count).isdigit() or len(count) > _MOST_DIGITS:
             raise InputError(f"{pairs_path}: no num_samples; give a split's folder of Chinese-CLIP's LMDB")
+        if int(count) > 2 * (entries := texts.stat()["entries"]):  # a loop over them would never end
+            raise InputError(
+                f"{pairs_path}: num_samples says {bytes(count)[:40].decode()}, but it holds {entries}"
+                f" entries; copy the split's LMDB again"
+            )
         for number in range(int(count)):
             data = texts.get(str(number).encode()) or b""
             try:
@@ -190,12 +207,13 @@ def _read_lmdb(source: PackedSource, files: list[str]) -> _Read:
                 malformed.append(Malformed(MALFORMED_PICKLE, f"{number}: {error}"[:300]))
                 continue
             if not known:
-                missing += 1
+                missing.append((_known_by(source, int(image_id)), str(text)))
                 continue
             at = _address(source, os.path.relpath(images_path, source.path), lmdb=int(image_id))
             rows.append((_known_by(source, int(image_id)), str(text), at))
-    schema = {"url": pl.String, "caption": pl.String, PICTURE_AT: pl.String}
-    return pl.DataFrame(rows, schema=schema, orient="row"), {IMAGE_MISSING: missing}, malformed
+    pair = {"url": pl.String, "caption": pl.String}
+    dropped = {IMAGE_MISSING: pl.DataFrame(missing, schema=pair, orient="row")}
+    return pl.DataFrame(rows, schema={**pair, PICTURE_AT: pl.String}, orient="row"), dropped, malformed
 
 
 def _read_img2dataset(source: PackedSource, files: list[str]) -> _Read:
@@ -221,7 +239,8 @@ def _read_img2dataset(source: PackedSource, files: list[str]) -> _Read:
             f"{table_path}: no column {', '.join(missing)}; found {', '.join(table.columns)}; give"
             f" img2dataset's output made with a caption column"
         )
-    done = table.filter(pl.col("status") == "success")
+    table = table.with_columns(pl.col("key", "url", "caption").cast(pl.String))
+    is_done = (pl.col("status") == "success").fill_null(False)
     end = os.path.getsize(tar_path)
     places = pl.DataFrame(
         [
@@ -232,9 +251,12 @@ def _read_img2dataset(source: PackedSource, files: list[str]) -> _Read:
         schema={"key": pl.String, PICTURE_AT: pl.String},
         orient="row",
     )
-    keyed = done.with_columns(pl.col("key").cast(pl.String))
-    rows = keyed.join(places, on="key", how="inner", maintain_order="left")
-    dropped = {NOT_DOWNLOADED: table.height - done.height, IMAGE_MISSING: done.height - rows.height}
+    done = table.filter(is_done)
+    rows = done.join(places, on="key", how="inner", maintain_order="left")
+    dropped = {
+        NOT_DOWNLOADED: table.filter(~is_done),
+        IMAGE_MISSING: done.join(places, on="key", how="anti", maintain_order="left"),
+    }
     return rows.select("url", "caption", PICTURE_AT), dropped, []
 
 
@@ -252,7 +274,9 @@ def _read_shards(source: PackedSource, files: list[str]) -> _Read:
             f"{table_path}: no column {', '.join(missing)}; found {', '.join(table.columns)}; give the folder"
             f" of a run's shards"
         )
-    whole = table.filter(pl.col("offset_bytes") + pl.col("size_bytes") <= os.path.getsize(tar_path))
+    end = pl.col("offset_bytes") + pl.col("size_bytes")
+    is_whole = (end <= os.path.getsize(tar_path)).fill_null(False)
+    whole = table.filter(is_whole)
     at = pl.concat_str(
         pl.lit(_address(source, os.path.basename(tar_path)) + "offset="),
         pl.col("offset_bytes").cast(pl.String),
@@ -260,4 +284,4 @@ def _read_shards(source: PackedSource, files: list[str]) -> _Read:
         pl.col("size_bytes").cast(pl.String),
     )
     rows = whole.select("url", "caption", at.alias(PICTURE_AT), *source.carry_columns)
-    return rows, {IMAGE_MISSING: table.height - whole.height}, []
+    return rows, {IMAGE_MISSING: table.filter(~is_whole)}, []

@@ -260,12 +260,14 @@ def test_export_to_lmdb_is_read_by_cn_clip(repeated: Run, tmp_path: Path) -> Non
 
 def test_what_was_exported_trains_again(repeated: Run, tmp_path: Path) -> None:
     """Our own reader takes the LMDB as a source; texts and pictures come back."""
+    from data_prep.sources.convert import Places
     from data_prep.sources.packed import PackedSource, pieces, unpack
 
     assert main(["export", repeated.folder, "--out", str(tmp_path), "--to", "lmdb"]) == 0
     source = PackedSource(kind="cn_clip_lmdb", path=str(tmp_path), name="back")
     [files] = pieces(source)
-    unpacked = unpack(source, files, str(tmp_path / "table.parquet"), str(tmp_path / "malformed.parquet"))
+    to = Places(*(str(tmp_path / f"{name}.parquet") for name in ("table", "malformed", "dropped")))
+    unpacked = unpack(source, files, to)
     captions = [caption for *_, caption in pictures_of(Path(repeated.folder, "shards"))]
     assert unpacked.dropped == {}
     assert pl.read_parquet(tmp_path / "table.parquet")["caption"].to_list() == captions

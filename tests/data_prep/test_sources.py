@@ -1,6 +1,7 @@
 """Every kind of source through the corpus stage: what becomes a row, what is set aside and why."""
 
 import base64
+import hashlib
 import io
 import json
 import pickle
@@ -30,6 +31,7 @@ from pipeline.config import build
 from pipeline.records import ConfigError, InputError, Manifest
 from pipeline.runner import Run
 from pipeline.stage import Stage
+from pipeline.why import explain
 
 
 def picture(colour: tuple[int, int, int] = (200, 30, 30), side: int = 20) -> bytes:
@@ -62,6 +64,15 @@ def manifest(run: Run, stage: str) -> Manifest:
     found = runner.read_manifest(run, stage)
     assert found is not None
     return found
+
+
+def why(run: Run, key_or_url: str) -> list[str]:
+    filters: FilterTextConfig = run.stage("filter_text").config
+    return explain(run, filters, key_or_url)
+
+
+def key_of(url: str, caption: str) -> str:
+    return hashlib.sha256(f"{url}\0{caption}".encode()).hexdigest()[:32]
 
 
 def kept(run: Run) -> pl.DataFrame:
@@ -151,6 +162,11 @@ def test_malformed_rows_are_counted_by_the_stage(tmp_path: Path) -> None:
     assert (found.num_in, found.num_kept, found.dropped) == (3, 2, {"malformed:columns": 1})
     malformed = pl.read_parquet(f"{run.folder}/corpus/malformed/00000.parquet")
     assert malformed.rows() == [("malformed:columns", "http://a.cn/2,两只,白色的狗")]
+    assert why(run, "http://a.cn/2") == [
+        "w  'http://a.cn/2,两只,白色的狗'", "  dropped by corpus: malformed:columns"
+    ]  # fmt: skip
+    with pytest.raises(InputError, match="not in any caption table"):
+        why(run, "http://a.cn/")
     assert by_source(manifest(run, "filter_text")) == {"w": {"in": 2, "kept": 1, "dropped": {"too_short": 1}}}
     assert by_source(found) == {"w": {"in": 3, "kept": 2, "dropped": {"malformed:columns": 1}}}
 
@@ -173,8 +189,8 @@ def _laion(path: Path) -> None:
             "LANGUAGE": ["zh"] * 5,
             "NSFW": ["UNLIKELY", None, "NSFW", "UNLIKELY", "UNLIKELY"],
             "similarity": [0.3] * 5,
-            "punsafe": [0.1, None, 0.1, 0.9, 0.1],
-            "pwatermark": [0.1, None, 0.1, 0.1, 0.95],
+            "punsafe": [float("nan"), None, 0.1, 0.9, 0.1],  # unknown in either way
+            "pwatermark": [float("nan"), None, 0.1, 0.1, 0.95],
             "__index_level_0__": range(5),
         }
     ).write_parquet(path)
@@ -242,6 +258,20 @@ def test_region_captions_are_joined_exempt_from_length_and_guarded(tmp_path: Pat
         "guarded_id": 1, "image_id_missing": 1, "joined_with_image": 3, "malformed:json": 1,
     }  # fmt: skip
     assert kept(run)["caption"].to_list() == ["一只猫在桌子上面，桌子是棕色的，" + "猫" * 60, "一个人"]
+    # Rows that never reached the table can be asked about, by key and by address.
+    guarded = key_of("http://a.cn/vg/2.jpg", "蓝色的天空")
+    assert why(run, guarded) == why(run, "http://a.cn/vg/2.jpg")
+    assert why(run, guarded) == [f"{guarded}  vg", "  dropped by corpus: guarded_id"]
+    assert why(run, "http://a.cn/x")[1] == "  dropped by corpus: image_id_missing"
+    text = kept(run)["key"][0]
+    joined = why(run, "http://a.cn/vg/1.jpg")
+    assert joined[0] == "vg: 3 further captions of one picture"
+    assert joined[1] == f"  dropped by corpus: joined_with_image (part of the text {text})"
+    assert joined[2].startswith(f"{text}  vg row 0  http://a.cn/vg/1.jpg")
+    assert joined[3] == "  kept so far; the shards are not made yet"
+    assert why(run, key_of("http://a.cn/vg/1.jpg", "桌子是棕色的"))[1] == joined[1]
+    with pytest.raises(InputError, match="not in any caption table"):
+        why(run, "http://a.cn/vg/2")
     bare = TableSource(path=str(path), name="vg", kind="visual_genome")
     with pytest.raises(InputError, match="give image_table"):
         take_in(tmp_path / "bare", bare, guards=(str(guard),))
@@ -293,11 +323,39 @@ def test_cn_clip_tsv(tmp_path: Path) -> None:
     _cn_clip(tmp_path / "own")
     run = take_in(tmp_path / "run", PackedSource(kind="cn_clip_tsv", path=str(tmp_path / "own"), name="own"))
     found = manifest(run, "corpus")
-    assert (found.num_in, found.num_kept) == (5, 2)
-    assert found.dropped == {"image_missing": 1, "malformed:columns": 1, "unpaired": 1}
+    assert (found.num_in, found.num_kept) == (6, 2)
+    assert found.dropped == {
+        "image_missing": 1, "malformed:columns": 1, "malformed:picture_line": 1, "unpaired": 1,
+    }  # fmt: skip
+    missing = f"http://{HOST}/packed/own/train/77"
+    assert why(run, missing) == [
+        f"{key_of(missing, '图片不在这里吧')}  own", "  dropped by corpus: image_missing"
+    ]  # fmt: skip
+    assert why(run, key_of("", "没有配对的文字"))[1] == "  dropped by corpus: unpaired"
     rows = kept(run)
     assert rows["url"].to_list() == [f"http://{HOST}/packed/own/train/{number}" for number in (5, 9)]
     assert [_fetch(run, at) for at in rows["picture_at"]] == [picture(), picture((0, 0, 255))]
+
+
+def test_broken_lines_of_a_picture_tsv_are_counted_each_with_its_reason(tmp_path: Path) -> None:
+    _cn_clip(tmp_path)
+    encoded = base64.b64encode(picture((0, 200, 0)))
+    with open(tmp_path / "train_imgs.tsv", "ab") as file:
+        file.write(
+            b"\n" + b"12\n" + b"12\t\r\n" + b"x\t" + encoded + b"\n" + b"9" * 19 + b"\t" + encoded + b"\n"
+        )
+        file.write(b"\xff\xfe\n" + b"5\t" + encoded)  # the last line of a number counts, as in LMDB
+    with open(tmp_path / "train_texts.jsonl", "a") as file:
+        file.write('{"text_id": 9, "text": "编号长得不像话", "image_ids": [' + "9" * 30 + "]}\n")
+    run = take_in(tmp_path / "run", PackedSource(kind="cn_clip_tsv", path=str(tmp_path), name="own"))
+    found = manifest(run, "corpus")
+    assert found.dropped == {
+        "image_missing": 1, "malformed:columns": 2, "malformed:picture_line": 6,
+        "malformed:picture_repeated": 1, "unpaired": 1,
+    }  # fmt: skip
+    assert found.num_kept == 2
+    assert _fetch(run, kept(run)["picture_at"][0]) == picture((0, 200, 0))
+    assert pl.read_parquet(Path(run.folder, "corpus", "malformed", "00000.parquet")).height == 9
 
 
 class _Evil:
@@ -330,6 +388,13 @@ def test_cn_clip_lmdb_is_read_without_running_what_it_holds(
     rows = kept(run)
     assert rows["caption"].to_list() == ["左边红色的图片"]
     assert _fetch(run, rows["picture_at"][0]) == picture()
+    with (
+        lmdb.open(str(tmp_path / "lmdb" / "train" / "pairs")) as environment,
+        environment.begin(write=True) as out,
+    ):
+        out.put(b"num_samples", b"1" * 18)
+    with pytest.raises(InputError, match=r"num_samples says 1+, but it holds 5 entries"):
+        take_in(tmp_path / "absurd", PackedSource(kind="cn_clip_lmdb", path=str(tmp_path), name="own"))
 
 
 def test_img2dataset_output_keeps_the_addresses_of_the_web(tmp_path: Path) -> None:
@@ -354,9 +419,35 @@ def test_img2dataset_output_keeps_the_addresses_of_the_web(tmp_path: Path) -> No
     ).write_parquet(folder / "00000.parquet")
     run = take_in(tmp_path / "run", PackedSource(kind="img2dataset", path=str(folder), name="old"))
     assert manifest(run, "corpus").dropped == {"image_missing": 1, "not_downloaded": 1}
+    assert why(run, "http://a.cn/1.jpg") == [
+        f"{key_of('http://a.cn/1.jpg', '没有下载的图片')}  old", "  dropped by corpus: not_downloaded"
+    ]  # fmt: skip
+    assert why(run, "http://a.cn/2.jpg")[1] == "  dropped by corpus: image_missing"
     rows = kept(run)
     assert rows["url"].to_list() == ["http://a.cn/0.jpg"]
     assert _fetch(run, rows["picture_at"][0]) == picture()
+
+
+def test_a_piece_without_a_single_picture_is_counted(tmp_path: Path) -> None:
+    """The last shard of img2dataset's is often small: all of its addresses may have failed."""
+    for name, status in (("00000", "success"), ("00001", "failed_to_download")):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            if status == "success":
+                member = tarfile.TarInfo("000000000.jpg")
+                member.size = len(picture())
+                tar.addfile(member, io.BytesIO(picture()))
+        pl.DataFrame(
+            {
+                "url": [f"http://a.cn/{name}"],
+                "caption": ["左边红色的图片"],
+                "key": ["000000000"],
+                "status": [status],
+            }
+        ).write_parquet(tmp_path / f"{name}.parquet")
+    run = take_in(tmp_path / "run", PackedSource(kind="img2dataset", path=str(tmp_path), name="old"))
+    assert manifest(run, "corpus").dropped == {"not_downloaded": 1}
+    assert kept(run)["url"].to_list() == ["http://a.cn/00000"]
+    assert why(run, "http://a.cn/00001")[1] == "  dropped by corpus: not_downloaded"
 
 
 def test_a_runs_shards_are_a_source(tmp_path: Path) -> None:

@@ -252,11 +252,15 @@ def test_regions_dealt_to_piles_are_those_joined_at_once(
         monkeypatch.setattr(convert, "PILE_BYTES", pile_bytes)
         out = tmp_path / str(pile_bytes)
         done = convert.join_regions(
-            [str(path)], source, nothing, str(out / "t.parquet"), str(out / "m.parquet")
+            [str(path)], source, nothing, convert.Places(*(str(out / f"{name}.parquet") for name in "tmd"))
         )
         assert done.dropped == {"joined_with_image": 5000 - 997, "malformed:columns": 7}
         assert pl.read_parquet(out / "m.parquet").height == 7
-        assert sorted(item.name for item in out.iterdir()) == ["m.parquet", "t.parquet"]  # the piles are gone
+        assert sorted(item.name for item in out.iterdir()) == [
+            "d.parquet",
+            "m.parquet",
+            "t.parquet",
+        ]  # the piles are gone
         results.append(pl.read_parquet(out / "t.parquet"))
     assert results[0]["image"].to_list() == [str(number) for number in range(997)]  # one pile: in order
     assert results[1].sort(pl.col("image").cast(int)).equals(results[0])
@@ -275,9 +279,10 @@ def test_malformed_rows_are_not_held_in_memory(tmp_path: Path, monkeypatch: pyte
     source = TableSource(path=str(path), name="a")
     few = tmp_path / "few.csv"
     few.write_text("url,caption\nhttp://a.cn/1,猫\na,b,c\n", encoding="utf-8")
-    convert.convert_text(str(few), source, str(tmp_path / "t"), str(tmp_path / "m"))  # imports take room too
+    to = convert.Places(str(tmp_path / "t"), str(tmp_path / "m"), str(tmp_path / "d"))
+    convert.convert_text(str(few), source, to)  # imports take room too
     tracemalloc.start()
-    done = convert.convert_text(str(path), source, str(tmp_path / "t.parquet"), str(tmp_path / "m.parquet"))
+    done = convert.convert_text(str(path), source, to)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert done.dropped == {"malformed:columns": 80_000}

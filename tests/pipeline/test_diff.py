@@ -9,8 +9,11 @@ import pytest
 from corpus_files import drawing, encoded, finish, make_run, sidecars
 
 from data_prep import lock
+from data_prep.corpus import CorpusStageConfig, SourcesConfig
 from data_prep.filter_text import FilterTextConfig
+from data_prep.guard import make_guard
 from data_prep.lock import LockConfig
+from data_prep.sources.table import TableSource
 from data_prep.split import SplitConfig
 from pipeline import diff
 from pipeline.__main__ import main
@@ -100,6 +103,35 @@ def test_another_picture_at_an_address_and_rows_set_aside(plain: Run, tmp_path: 
     assert changes.kept_by_both == 30 - num_aside
     trained = any(url.endswith("/2.jpg") for url in sidecars(other)["url"])
     assert changes.other_picture == int(trained)
+
+
+def test_a_picture_that_the_other_guards_is_no_unknown_row(tmp_path: Path) -> None:
+    """Captions of one picture are joined: the guarded ones have other keys than the text they became."""
+    (tmp_path / "ids.txt").write_text("7\n8\n")
+    make_guard(str(tmp_path / "ids.txt"), "coco", str(tmp_path / "guard.parquet"))
+    runs = []
+    for name, guards in (("a", ()), ("b", (str(tmp_path / "guard.parquet"),))):
+        run = make_run(tmp_path / name, PICTURES, CAPTIONS)
+        table = tmp_path / name / "inputs" / "table.csv"
+        table.write_text(table.read_text() + "http://a.cn/7.jpg,旁边还有一只猫\n", encoding="utf-8")
+        source = TableSource(path=str(table), name="coco", kind="coco")
+        corpora = CorpusStageConfig(corpus=SourcesConfig(kind="sources", sources=(source,), guards=guards))
+        stages = [dataclasses.replace(run.stages[0], config=corpora), *run.stages[1:]]
+        stages.append(
+            Stage(
+                "lock",
+                "",
+                1,
+                LockConfig(settings={}),
+                ("corpus", "filter_text", "shards"),
+                lock.tasks,
+                lock.run,
+            )
+        )
+        runs.append(finish(dataclasses.replace(run, stages=tuple(stages))))
+    changes = diff.row_changes(*(diff.Build.open(run.folder) for run in runs))
+    assert changes.kept_by_both == 28
+    assert changes.missing == {"A": {("corpus", "guarded_id"): 2}, "B": {}}
 
 
 def test_the_command_shows_settings_funnel_and_rows(
