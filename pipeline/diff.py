@@ -64,8 +64,9 @@ class Build:
 
 @dataclass(slots=True)
 class RowChanges:
-    """Rows of two corpora by what became of them."""
+    """Rows of two corpora's training shards by what became of them."""
 
+    num_rows: dict[Side, int] = field(default_factory=dict)
     kept_by_both: int = 0
     other_picture: int = 0  # of those: the bytes stored for the picture differ
     other_caption: int = 0
@@ -95,8 +96,9 @@ def compare(folder_a: str, folder_b: str, rows_path: str | None = None) -> list[
         return [*lines, without]
     changes = row_changes(a, b, rows_path)
     lines += [
+        f"rows in training shards: {changes.num_rows['A']:,} in A, {changes.num_rows['B']:,} in B",
         f"kept by both: {changes.kept_by_both:,} rows, of them {changes.other_picture:,} with another picture"
-        f" and {changes.other_caption:,} with another caption"
+        f" and {changes.other_caption:,} with another caption",
     ]
     sides: tuple[tuple[Side, str], ...] = (("A", "B"), ("B", "A"))
     for side, other in sides:
@@ -187,8 +189,8 @@ def _funnel_changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
 
 def row_changes(a: Build, b: Build, rows_path: str | None = None) -> RowChanges:
     """Compare the rows of both corpora's training shards."""
-    changes = RowChanges()
     sidecars_a, sidecars_b = _Sidecars.of(a), _Sidecars.of(b)
+    changes = RowChanges(num_rows={"A": sidecars_a.num_rows, "B": sidecars_b.num_rows})
     with _rows_table(rows_path) as table:
         only: dict[Side, list[pl.DataFrame]] = {"A": [], "B": []}
         others: tuple[tuple[Side, Build], ...] = (("A", b), ("B", a))
