@@ -23,7 +23,7 @@ from pipeline.align import align
 from pipeline.records import InputError
 from pipeline.runner import Run, read_manifest
 
-_ROWS_AT_ONCE = 1_000_000  # of the larger corpus, compared in one step
+_ROWS_AT_ONCE = 250_000  # of the larger corpus, compared in one step
 _BATCH_ROWS = 2_000_000  # differing rows that are looked up in the other build's drop tables in one pass
 _COLUMNS = ("key", "url", "caption", "source", "image_sha256")
 _NOT_THERE = ("corpus", "not_in_sources")
@@ -208,7 +208,8 @@ def row_changes(a: Build, b: Build, rows_path: str | None = None) -> RowChanges:
 
         for first, end in _ranges(sidecars_a, sidecars_b):
             rows_a, rows_b = sidecars_a.rows(first, end), sidecars_b.rows(first, end)
-            both = rows_a.join(rows_b, on="key", suffix="_b")
+            compared = ("key", "caption", "image_sha256")
+            both = rows_a.select(compared).join(rows_b.select(compared), on="key", suffix="_b")
             changes.kept_by_both += both.height
             changes.other_picture += int((both["image_sha256"] != both["image_sha256_b"]).sum())
             changes.other_caption += int((both["caption"] != both["caption_b"]).sum())
