@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +33,7 @@ _POLL_SECONDS = 0.2
 _NETWORK_REASONS = ("connection", "dns", "timeout")
 _LEAST_ROWS = 20  # of a partition that is judged for an outage
 _SUSPECT_SHARE = 0.5
+_CALLS = 2  # of img2dataset, the first included, for what it leaves damaged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,14 +79,27 @@ def partition_of(path: str) -> str:
 def run_together(
     config: DownloadConfig, context: Context, tasks: list[Task], progress: Progress
 ) -> Iterator[tuple[Task, Outcome]]:
-    """One img2dataset call for all outstanding partitions, one img2dataset shard each."""
-    with store.scratch(context.path(), "raw") as raw:  # own name: workers of a killed run can't write into it
-        yield from _download(config, context, tasks, Path(raw), progress)
+    """One img2dataset call for all outstanding partitions, one img2dataset shard each.
+
+    Partitions whose tar or table it left damaged are asked for once more.
+    """
+    for _ in range(_CALLS):
+        with store.scratch(context.path(), "raw") as raw:  # workers of a killed run can't write into it
+            damaged = yield from _download(config, context, tasks, Path(raw), progress)
+        if not damaged:
+            return
+        tasks = [task for task, _ in damaged]
+    first, damage = damaged[0]
+    raise InputError(
+        f"{context.path()}: img2dataset left {len(damaged)} partitions damaged, {_CALLS} times"
+        f" ({first.name}: {damage}); see {_log_path(context, first)}, look at the disk, then run again"
+    )
 
 
 def _download(
     config: DownloadConfig, context: Context, tasks: list[Task], raw: Path, progress: Progress
-) -> Iterator[tuple[Task, Outcome]]:
+) -> Generator[tuple[Task, Outcome], None, list[tuple[Task, str]]]:
+    """Returns the tasks whose files img2dataset left damaged, and what is wrong with them."""
     (raw / "lists").mkdir()
     num_rows: dict[str, int] = {}  # asked for, of each task
     waiting: dict[int, Task] = {}  # number of img2dataset's shard → task
@@ -99,8 +113,9 @@ def _download(
         at = pl.coalesce("picture_at", "url") if "picture_at" in rows.columns else pl.col("url")
         rows.select(url=at, sample_key=pl.col("key")).write_parquet(raw / "lists" / f"{task.name}.parquet")
         waiting[len(waiting)] = task
+    damaged: list[tuple[Task, str]] = []
     if not waiting:
-        return
+        return damaged
     counts = [num_rows[task.name] for task in waiting.values()]
     log = _log_path(context, tasks[0])
     with _downloader(config, context, raw, log, max(counts)) as process:
@@ -111,14 +126,18 @@ def _download(
             ended = process.poll()
             for number in [n for n in waiting if (raw / "shards" / f"{n:05d}_stats.json").exists()]:
                 task = waiting.pop(number)
-                share = _network_failures(raw, number)
-                if share >= config.outage_share:
+                if (damage := _damage(raw, number)) is not None:
+                    damaged.append((task, damage))
+                    share = _SUSPECT_SHARE  # it tells nothing about the network
+                else:
+                    share = _network_failures(raw, number)
+                    suspects.append((task, number))
+                if damage is None and share >= config.outage_share:
                     raise InputError(
                         f"{context.path()}: the network seems to be down: {share:.0%} of partition"
                         f" {task.name} failed by DNS, connection or time-out; mend it and run again, or"
                         f" raise [download] outage_share"
                     )
-                suspects.append((task, number))
                 if share < _SUSPECT_SHARE or not waiting:
                     for finished, its_number in suspects:
                         yield finished, _pack(context, finished, raw, its_number)
@@ -138,12 +157,27 @@ def _download(
                     f" hangs; run again to go on with the partitions that are left"
                 )
             time.sleep(_POLL_SECONDS)
+    return damaged
 
 
 def _log_path(context: Context, first: Task) -> str:
     """Where img2dataset's output goes; an object store cannot append, so there each call has its own file."""
     local = store.is_local(context.run_folder)
     return context.path("img2dataset.log" if local else f"img2dataset/{first.name}.log")
+
+
+def _damage(raw: Path, number: int) -> str | None:
+    """What is wrong with one img2dataset shard; None where its tar has every picture that its table names."""
+    path = raw / "shards" / f"{number:05d}"
+    try:
+        answers = pl.read_parquet(f"{path}.parquet", columns=["key", "error_message"])
+        with tarfile.open(f"{path}.tar") as tar:
+            members = set(tar.getnames())  # walks over all headers: a cut is found at the latest at its end
+    except (pl.exceptions.PolarsError, tarfile.TarError, OSError) as error:
+        return str(error).splitlines()[0]
+    given = answers.filter(pl.col("error_message").is_null())["key"]
+    missing = sum(f"{key}.jpg" not in members for key in given)
+    return f"its tar lacks {missing} of {given.len()} pictures" if missing else None
 
 
 def _network_failures(raw: Path, number: int) -> float:

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from data_prep.dedup import DUPLICATE, partition_range
 from data_prep.drop_table import publish_judged, write_table
 from data_prep.shard_files import CorpusShard, corpus_shards, cut, write_shard
+from data_prep.sources.table import naming_damage
 from pipeline import store
 from pipeline.config import NOT_IN_DIGEST, digest
 from pipeline.records import ConfigError, DropReason, InputError, Shard
@@ -51,7 +52,16 @@ def subset_stages(config: RepackConfig) -> tuple[Stage, ...]:
     """The samples whose keys are listed, in the corpus's order."""
     return (
         Stage("keys", "the listed keys, sorted", 1, config, (), key_tasks, read_keys),
-        Stage("rows", "rows whose keys are listed", 1, config, ("keys",), subset_tasks, choose_rows),
+        Stage(
+            "rows",
+            "rows whose keys are listed",
+            1,
+            config,
+            ("keys",),
+            subset_tasks,
+            choose_rows,
+            may_be_empty=True,
+        ),
         _packing(config, chosen=True),
     )
 
@@ -72,6 +82,10 @@ def _packing(config: RepackConfig, *, chosen: bool) -> Stage:
 def pack_tasks(config: RepackConfig, context: Context) -> list[Task]:
     """One task a shard."""
     if "rows" in context.parents:
+        if context.parents["rows"].num_kept == 0:
+            raise InputError(
+                f"{config.keys}: none of its keys is in {config.corpora[0]}; give keys of its rows"
+            )
         tables = [shard for shard in context.parents["rows"].shards if shard.path.startswith("kept/")]
     else:
         tables = [
@@ -109,7 +123,8 @@ def key_tasks(config: RepackConfig, context: Context) -> list[Task]:
     if not store.exists(path):
         raise InputError(f"{path}: no such file; give a list of keys: .txt, .csv or .parquet")
     if path.endswith(".parquet"):
-        num_keys = pl.scan_parquet(path).select(pl.len()).collect().item()
+        with naming_damage(path):
+            num_keys = pl.scan_parquet(path).select(pl.len()).collect().item()
     else:
         num_keys = store.num_bytes(path) // _BYTES_PER_LINE
     buckets = num_keys // _KEYS_PER_BUCKET + 1
@@ -118,20 +133,16 @@ def key_tasks(config: RepackConfig, context: Context) -> list[Task]:
 
 
 def read_keys(config: RepackConfig, context: Context, task: Task, progress: Progress) -> Outcome:
-    """Sort one range of the listed keys. InputError for a line that is no key."""
-    keys = _scan_keys(str(config.keys))
-    if int(task.name) == 0:
-        wrong = keys.filter(~pl.col("key").str.contains(KEY_PATTERN).fill_null(False)).head(1).collect()
-        if wrong.height:
-            raise InputError(
-                f"{config.keys}: {wrong.item()!r} is no key; a key is 32 lower-case hex digits, as in a"
-                f" sidecar's column key"
-            )
+    """Sort one range of the listed keys. InputError for a line that is no key, and for a list without any."""
     first, end = partition_range(int(task.name), task.arguments["buckets"])
     condition = pl.col("key") >= first
     if end is not None:
         condition &= pl.col("key") < end
-    listed = keys.filter(condition).collect(engine="streaming")
+    with naming_damage(str(config.keys)):
+        keys = _scan_keys(str(config.keys))
+        if int(task.name) == 0:
+            _refuse_other_than_keys(str(config.keys), keys)
+        listed = keys.filter(condition).collect(engine="streaming")
     unique = listed.unique().sort("key")
     path = f"kept/{task.name}.parquet"
     write_table(unique, context.path(path))
@@ -144,8 +155,21 @@ def read_keys(config: RepackConfig, context: Context, task: Task, progress: Prog
     )
 
 
+def _refuse_other_than_keys(path: str, keys: pl.LazyFrame) -> None:
+    wrong = keys.filter(~pl.col("key").str.contains(KEY_PATTERN).fill_null(False)).head(1).collect()
+    if wrong.height:
+        raise InputError(
+            f"{path}: {wrong.item()!r} is no key; a key is 32 lower-case hex digits, as in a sidecar's column"
+            f" key"
+        )
+    if keys.head(1).collect().is_empty():
+        raise InputError(f"{path}: no keys in it; give one a line, or in a column key")
+
+
 def _scan_keys(path: str) -> pl.LazyFrame:
     ending = os.path.splitext(path)[1].lower()
+    if ending in (".txt", ".csv") and store.num_bytes(path) == 0:
+        return pl.LazyFrame(schema={"key": pl.String})
     if ending == ".txt":
         lines = pl.scan_csv(
             path, has_header=False, new_columns=["key"], separator="\t", quote_char=None, infer_schema=False
@@ -156,7 +180,7 @@ def _scan_keys(path: str) -> pl.LazyFrame:
     table = pl.scan_parquet(path) if ending == ".parquet" else pl.scan_csv(path, infer_schema=False)
     found = table.collect_schema().names()
     if "key" not in found:
-        raise InputError(f"{path}: no column key; found {', '.join(found)}")
+        raise InputError(f"{path}: no column key; found {', '.join(found)[:200]}")
     return table.select(pl.col("key").cast(pl.String))
 
 

@@ -4,7 +4,7 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from pipeline.records import ConfigError
+from pipeline.records import ConfigError, Manifest
 from pipeline.stage import Stage
 
 _EXIT_DONE = 0
@@ -122,7 +122,7 @@ def _reshard(options: argparse.Namespace) -> int:
     from data_prep.repack import RepackConfig, reshard_stages
 
     config = RepackConfig(corpora=(_folder(options.corpus),), samples_per_shard=options.samples)
-    print(_do(options, reshard_stages(config)))
+    _do(options, reshard_stages(config))
     return _EXIT_DONE
 
 
@@ -131,7 +131,9 @@ def _subset(options: argparse.Namespace) -> int:
 
     corpora = (_folder(options.corpus),)
     config = RepackConfig(corpora=corpora, samples_per_shard=_samples(options, corpora), keys=options.keys)
-    print(_do(options, subset_stages(config)))
+    done = _do(options, subset_stages(config))
+    if unknown := done["keys"].num_kept - done["rows"].num_kept:
+        print(f"{unknown:,} of the listed keys are not in the corpus")
     return _EXIT_DONE
 
 
@@ -140,7 +142,7 @@ def _merge(options: argparse.Namespace) -> int:
 
     corpora = tuple(_folder(corpus) for corpus in options.corpora)
     config = RepackConfig(corpora=corpora, samples_per_shard=_samples(options, corpora))
-    print(_do(options, merge_stages(config)))
+    _do(options, merge_stages(config))
     return _EXIT_DONE
 
 
@@ -178,8 +180,8 @@ def _samples(options: argparse.Namespace, corpora: Sequence[str]) -> int:
     return max(shard.num_samples for corpus in corpora for shard in corpus_shards(corpus))
 
 
-def _do(options: argparse.Namespace, stages: tuple[Stage, ...]) -> str:
-    """Run the stages in --out; says what went in and came out."""
+def _do(options: argparse.Namespace, stages: tuple[Stage, ...]) -> dict[str, Manifest]:
+    """Run the stages in --out and print what went in and came out; their manifests by name."""
     from pipeline.runner import Run, State, execute, read_manifest, survey
 
     run = Run(options.out, 0, "local", options.processes, stages)
@@ -188,15 +190,17 @@ def _do(options: argparse.Namespace, stages: tuple[Stage, ...]) -> str:
             f"{options.out}: was made of something else ({changed[0].stage.name}: {changed[0].why}); give"
             f" another --out"
         )
-    num_run = execute(run, stages, redo=False)
-    lines = [] if num_run else ["nothing to do: it is there already"]
+    if not execute(run, stages, redo=False):
+        print("nothing to do: it is there already")
+    manifests = {}
     for stage in stages:
         manifest = read_manifest(run, stage.name)
         assert manifest is not None
+        manifests[stage.name] = manifest
         dropped = "".join(f", {count:,} {reason}" for reason, count in manifest.dropped.items())
-        lines.append(f"{stage.name}: {manifest.num_in:,} in, {manifest.num_kept:,} kept{dropped}")
-    lines.append(f"shards in {os.path.join(options.out, 'shards')}")
-    return "\n".join(lines)
+        print(f"{stage.name}: {manifest.num_in:,} in, {manifest.num_kept:,} kept{dropped}")
+    print(f"shards in {os.path.join(options.out, 'shards')}")
+    return manifests
 
 
 def _folder(corpus: str) -> str:

@@ -25,7 +25,7 @@ from pipeline.align import align
 from pipeline.records import InputError
 from pipeline.runner import Run, read_manifest
 
-_ROWS_AT_ONCE = 1_000_000  # of the larger corpus, compared in one step
+_ROWS_AT_ONCE = 250_000  # of the larger corpus, compared in one step
 _BATCH_ROWS = 2_000_000  # differing rows that are looked up in the other build's drop tables in one pass
 _COLUMNS = ("key", "url", "caption", "source", "image_sha256")
 _NOT_THERE = ("corpus", "not_in_sources")
@@ -66,8 +66,9 @@ class Build:
 
 @dataclass(slots=True)
 class RowChanges:
-    """Rows of two corpora by what became of them."""
+    """Rows of two corpora's training shards by what became of them."""
 
+    num_rows: dict[Side, int] = field(default_factory=dict)
     kept_by_both: int = 0
     other_picture: int = 0  # of those: the bytes stored for the picture differ
     other_caption: int = 0
@@ -97,8 +98,9 @@ def compare(folder_a: str, folder_b: str, rows_path: str | None = None) -> list[
         return [*lines, without]
     changes = row_changes(a, b, rows_path)
     lines += [
+        f"rows in training shards: {changes.num_rows['A']:,} in A, {changes.num_rows['B']:,} in B",
         f"kept by both: {changes.kept_by_both:,} rows, of them {changes.other_picture:,} with another picture"
-        f" and {changes.other_caption:,} with another caption"
+        f" and {changes.other_caption:,} with another caption",
     ]
     sides: tuple[tuple[Side, str], ...] = (("A", "B"), ("B", "A"))
     for side, other in sides:
@@ -189,8 +191,8 @@ def _funnel_changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
 
 def row_changes(a: Build, b: Build, rows_path: str | None = None) -> RowChanges:
     """Compare the rows of both corpora's training shards."""
-    changes = RowChanges()
     sidecars_a, sidecars_b = _Sidecars.of(a), _Sidecars.of(b)
+    changes = RowChanges(num_rows={"A": sidecars_a.num_rows, "B": sidecars_b.num_rows})
     with _rows_table(rows_path) as table:
         only: dict[Side, list[pl.DataFrame]] = {"A": [], "B": []}
         others: tuple[tuple[Side, Build], ...] = (("A", b), ("B", a))
@@ -208,7 +210,8 @@ def row_changes(a: Build, b: Build, rows_path: str | None = None) -> RowChanges:
 
         for first, end in _ranges(sidecars_a, sidecars_b):
             rows_a, rows_b = sidecars_a.rows(first, end), sidecars_b.rows(first, end)
-            both = rows_a.join(rows_b, on="key", suffix="_b")
+            compared = ("key", "caption", "image_sha256")
+            both = rows_a.select(compared).join(rows_b.select(compared), on="key", suffix="_b")
             changes.kept_by_both += both.height
             changes.other_picture += int((both["image_sha256"] != both["image_sha256_b"]).sum())
             changes.other_caption += int((both["caption"] != both["caption_b"]).sum())

@@ -1,6 +1,7 @@
 """Your own captions and pictures, and what is said where they are bad: through the command line."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,19 @@ lanes = 2
 
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
+    return make_own(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, with its corpus done up to the vocabulary."""
+    root = make_own(tmp_path_factory.mktemp("packed"))
+    done = cnclip(root, "run", "--to", "vocabulary")
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+def make_own(tmp_path: Path) -> Path:
     """Twelve pictures with Chinese file names, a table, an evaluation set and a recipe."""
     random = np.random.default_rng(0)
     folder = tmp_path / "图片"
@@ -81,12 +95,10 @@ def one_line(done: subprocess.CompletedProcess[str]) -> str:
     return lines[0]
 
 
-def test_pictures_on_disk_become_shards(own: Path) -> None:
-    done = cnclip(own, "run", "--to", "shards")
-    assert done.returncode == 0, done.stderr
-    shards = [pl.read_parquet(path) for path in sorted((own / "run" / "shards").glob("*.parquet"))]
+def test_pictures_on_disk_become_shards(packed: Path) -> None:
+    shards = [pl.read_parquet(path) for path in sorted((packed / "run" / "shards").glob("*.parquet"))]
     assert [shard.height for shard in shards] == [8, 4]
-    dropped = json.loads((own / "run" / "download" / "manifest.json").read_text())["dropped"]
+    dropped = json.loads((packed / "run" / "download" / "manifest.json").read_text())["dropped"]
     assert dropped == {"http_404": 1}  # the path that leads out of the folder
 
 
@@ -125,8 +137,6 @@ def test_evaluation_set_without_files(own: Path) -> None:
 
 
 def test_evaluation_set_smaller_than_k(own: Path) -> None:
-    import shutil
-
     shutil.rmtree(own / "valid")
     write_evaluation(own / "valid", own / "图片", 4)
     done = cnclip(own, "run")
@@ -136,25 +146,34 @@ def test_evaluation_set_smaller_than_k(own: Path) -> None:
     assert "valid" in one_line(done)
 
 
-def test_more_ranks_than_samples(own: Path) -> None:
-    sets = ("stage2.ranks=16", "stage2.lanes=16", "stage2.global_batch=16")
-    done = cnclip(own, "run", *(f"--set={item}" for item in sets))
+def test_more_ranks_than_samples(packed: Path, tmp_path: Path) -> None:
+    shutil.copytree(packed / "run", tmp_path / "run")
+    sets = (
+        f"run.folder={tmp_path}/run",
+        "stage2.ranks=16",
+        "stage2.lanes=16",
+        "stage2.global_batch=16",
+    )
+    done = cnclip(packed, "run", *(f"--set={item}" for item in sets))
     assert done.returncode == 2
     assert "[stage2] ranks = 16, but the corpus has 12 samples" in one_line(done)
 
 
-def test_corrupted_tar_and_truncated_sidecar(own: Path) -> None:
-    assert cnclip(own, "run", "--to", "vocabulary").returncode == 0
-    tar, sidecar = own / "run" / "shards" / "00000.tar", own / "run" / "shards" / "00001.parquet"
+def test_corrupted_tar_and_truncated_sidecar(packed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(packed / "run", run)
+    here = f"--set=run.folder={run}"
+    tar, sidecar = run / "shards" / "00000.tar", run / "shards" / "00001.parquet"
     good = tar.read_bytes()
     tar.write_bytes(good[:512] + bytes(len(good) - 512))
-    assert cnclip(own, "verify").returncode == 1
-    assert "00000.tar: bytes differ from the manifest" in cnclip(own, "verify").stdout
-    done = cnclip(own, "run")
+    verified = cnclip(packed, "verify", here)
+    assert verified.returncode == 1
+    assert "00000.tar: bytes differ from the manifest" in verified.stdout
+    done = cnclip(packed, "run", here)
     assert done.returncode == 1
     assert "00000.tar" in one_line(done)
     tar.write_bytes(good)
     sidecar.write_bytes(sidecar.read_bytes()[:-100])
-    done = cnclip(own, "run")
+    done = cnclip(packed, "run", here)
     assert done.returncode == 1
     assert "00001.parquet" in one_line(done)

@@ -124,6 +124,7 @@ def test_subset_by_a_list_of_keys(
     said = capsys.readouterr().out
     assert "keys: 16 in, 15 kept, 1 duplicate" in said
     assert "rows: 40 in, 14 kept, 26 not_listed" in said
+    assert "1 of the listed keys are not in the corpus" in said
     drops = pl.concat([pl.read_parquet(file) for file in (out / "rows" / "dropped").glob("*.parquet")])
     assert set(drops["key"]) == {key for key, *_ in samples} - {key for key, *_ in wanted}
 
@@ -145,6 +146,10 @@ def test_a_long_list_is_read_in_ranges(corpus: Run, tmp_path: Path, monkeypatch:
         ("keys.txt", "0123\n", "'0123' is no key"),
         ("keys.csv", "id\n1\n", "no column key; found id"),
         ("keys.json", "[]", "unknown kind of list"),
+        ("keys.txt", "", "no keys in it"),
+        ("keys.csv", "key\n", "no keys in it"),
+        ("keys.parquet", "no Parquet", "cannot be read as a table"),
+        ("keys.txt", "f" * 32, "none of its keys is in"),
         ("absent.txt", None, "no such file"),
     ],
 )
@@ -154,7 +159,7 @@ def test_a_bad_list_is_named(
     if text is not None:
         (tmp_path / name).write_text(text)
     words = ["subset", corpus.folder, "--keys", str(tmp_path / name), "--out", str(tmp_path / "out")]
-    assert main(words) == 1
+    assert main([*words, "--processes=1"]) == 1
     assert f"{tmp_path / name}: {says}" in capsys.readouterr().err
 
 

@@ -21,7 +21,7 @@ from data_prep import retry as data_retry
 from data_prep.download import DownloadConfig
 from data_prep.funnel import by_source
 from pipeline import catalog, retry, runner, store
-from pipeline.records import ConfigError
+from pipeline.records import ConfigError, InputError
 from pipeline.runner import Run
 
 NUM_PICTURES = 60
@@ -208,6 +208,55 @@ def test_killed_at_any_write_it_goes_on(
     assert runner.verify(other, other.stages) == []
     names = [{p.name for p in Path(run.folder, "download").rglob("*.parquet")} for run in (other, failed)]
     assert names[0] == names[1]
+
+
+def _cut(tar: Path) -> None:
+    tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 2 + 77])
+
+
+def _cut_at_a_member(tar: Path) -> None:
+    """As after a full disk: zeros from a member on, which a reader takes for the end."""
+    with tarfile.open(tar) as file:
+        first_lost = file.getmembers()[5].offset
+    tar.write_bytes(tar.read_bytes()[:first_lost] + bytes(10240))
+
+
+def _cut_table(tar: Path) -> None:
+    table = tar.with_suffix(".parquet")
+    table.write_bytes(table.read_bytes()[:-40])
+
+
+@pytest.mark.parametrize("damage", [_cut, _cut_at_a_member, _cut_table, Path.unlink])
+@pytest.mark.parametrize("for_good", [False, True])
+def test_what_img2dataset_leaves_damaged_is_asked_for_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None], for_good: bool
+) -> None:
+    run = load(tmp_path)
+    asked = fake_web(monkeypatch, still_gone)
+    downloader, calls = download._downloader, []
+
+    @contextlib.contextmanager
+    def damaging(config: Any, context: Any, raw: Path, *rest: Any) -> Iterator[Any]:
+        with downloader(config, context, raw, *rest) as process:
+            calls.append(len(list((raw / "shards").glob("*.tar"))))
+            if len(calls) == 1 or for_good:
+                damage(raw / "shards" / "00000.tar")
+            yield process
+
+    monkeypatch.setattr(download, "_downloader", damaging)
+    stages = runner.select(run, None, None, "download")
+    if for_good:
+        with pytest.raises(InputError, match="img2dataset left 1 partitions damaged, 2 times"):
+            runner.execute(run, stages, redo=False)
+        calls.clear()
+        monkeypatch.setattr(download, "_downloader", downloader)
+        runner.execute(run, stages, redo=False)
+    else:
+        runner.execute(run, stages, redo=False)
+        assert calls == [3, 1]  # tars of each call
+        assert NUM_PICTURES < len(asked) < 2 * NUM_PICTURES
+    assert dropped(run) == expected(still_gone)
+    assert runner.verify(run, stages) == []
 
 
 def test_a_run_that_is_not_downloaded_is_refused(tmp_path: Path) -> None:

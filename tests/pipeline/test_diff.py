@@ -146,6 +146,7 @@ def test_the_command_shows_settings_funnel_and_rows(
     assert main(["diff", first.folder, other.folder, "--rows", str(table)]) == 0
     shown = capsys.readouterr().out
     assert "filter_text.max_characters: 50 → 8" in shown
+    assert "rows in training shards: 30 in A, 1 in B" in shown
     assert "kept by both: 1 rows" in shown
     assert "only in A: 29 rows\n  29 dropped by B's filter_text: too_long" in shown
     assert [line.split()[2:] for line in shown.splitlines() if " - too_long " in line] == [

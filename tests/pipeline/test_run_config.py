@@ -13,6 +13,7 @@ from pydantic import Discriminator
 from pipeline import catalog
 from pipeline.config import NOT_IN_DIGEST, apply_overrides, build, digest, find_recipe, read_toml, to_toml
 from pipeline.records import ConfigError
+from training.model.config import MODELS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +146,13 @@ def test_every_shipped_recipe_loads(name: str) -> None:
     for position, stage in enumerate(run.stages):
         assert set(stage.parents) <= set(names[:position]), stage.name
     assert build(catalog.RunConfig, tomllib.loads(to_toml(config)), name) == config
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_pictures_of_every_shipped_recipe_leave_room_for_a_crop(name: str) -> None:
+    _, config = catalog.load(name)
+    if config.download is not None and config.model.name in MODELS:
+        assert config.download.short_side_px > MODELS[config.model.name].vision.image_size_px
 
 
 def test_a_recipe_is_found_by_name_and_by_its_path_in_the_tree(
