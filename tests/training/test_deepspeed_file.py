@@ -92,6 +92,7 @@ def test_a_run_is_refused_before_its_first_stage(
     settings = f"--set=run.folder={tmp_path / 'run'}", f"--set=stage2.deepspeed={path}"
     assert main([command, "demo", *settings]) == 2
     out, error = capsys.readouterr()
-    assert out == "" and len(error.splitlines()) == 1
+    assert out == ""
+    assert len(error.splitlines()) == 1
     assert said.format(path) in error
     assert not (tmp_path / "run").exists()
