@@ -50,6 +50,7 @@ from pipeline.stage import Stage
 from training import stage as training_stage
 from training import vocabulary
 from training.config import TrainConfig, finetune_recipe, paper_recipe
+from training.deepspeed_file import check_model
 from training.model.config import MODELS
 from training.vocabulary import VocabularyConfig
 
@@ -131,6 +132,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> tuple[Run, RunConfig]:
     for name in ("english", "stage1", "stage2", "finetune"):
         if (train := getattr(config, name)) is not None:
             train.check(name)
+            check_model(train.deepspeed, MODELS[model.name], name)
     return make_run(config), config
 
 

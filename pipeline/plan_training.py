@@ -10,12 +10,12 @@ from pipeline.records import ConfigError
 from pipeline.runner import Run, read_manifest
 from training.config import (
     TrainConfig,
-    deepspeed_settings,
     finetune_recipe,
     finetuned_data,
     paper_recipe,
     pretrained_stages,
 )
+from training.deepspeed_file import read_deepspeed_file
 from training.flops import MEMORY_GIB, PEAK_FLOPS, find_device
 from training.model.config import MODELS
 from training.sizing import (
@@ -136,7 +136,7 @@ def training_table(trainings: Sequence[Training], on: Hardware, tokens: int) -> 
 def _row(item: Training, on: Hardware, tokens: int) -> tuple[tuple[str, ...], list[str]]:
     """A training's line of the table, and what has to be said about it."""
     config, model, split = item.config, MODELS[item.model], shares(item.config)
-    settings = deepspeed_settings(config.deepspeed)
+    settings = read_deepspeed_file(config.deepspeed)
     needs = functools.partial(
         memory,
         model,

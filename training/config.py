@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 
 from pipeline.config import NOT_IN_DIGEST, build
 from pipeline.records import ConfigError, Shard
+from training.deepspeed_file import read_deepspeed_file
 
 CONTEXT_LENGTH = 52  # tokens of a caption with [CLS] and [SEP] (Table 8: 50 without)
 
@@ -148,6 +149,7 @@ class TrainConfig:
             raise ConfigError(
                 f"[{stage}] context_length = {self.context_length}: [CLS] and [SEP] leave no caption"
             )
+        self._check_deepspeed(stage)
         if self.global_batch % self.lanes:
             raise ConfigError(
                 f"[{stage}] global_batch = {self.global_batch} is no multiple of lanes = {self.lanes}:"
@@ -158,6 +160,12 @@ class TrainConfig:
                 f"[{stage}] ranks = {self.ranks} is more than lanes = {self.lanes}:"
                 f" a rank owns whole lanes; raise lanes or use fewer ranks"
             )
+
+    def _check_deepspeed(self, stage: str) -> None:
+        try:
+            read_deepspeed_file(self.deepspeed)
+        except ConfigError as error:
+            raise ConfigError(f"[{stage}] {error}") from None
 
     def _check_extras(self, stage: str) -> None:
         if not 0 <= self.patch_mask < 1:
@@ -273,31 +281,6 @@ def finetuned_data(model: str) -> list[str]:
     """The data sets that the paper finetuned a model on, as `finetune_recipe` takes them."""
     recipes = _read_recipes("finetune")
     return [data for data in recipes["data"] if data in recipes.get(model, {})]
-
-
-def deepspeed_settings(name: str) -> dict[str, Any]:
-    """The content of a file of deepspeed_configs by its stem, or of any path that ends in .json.
-
-    ConfigError where there is no such file or it is no JSON.
-    """
-    path = resources.files("deepspeed_configs") / f"{name}.json"
-    try:
-        if name.endswith(".json"):
-            with open(name, encoding="utf-8") as file:
-                text = file.read()
-        else:
-            text = path.read_text(encoding="utf-8")
-    except OSError:
-        entries = (entry.name for entry in resources.files("deepspeed_configs").iterdir())
-        known = ", ".join(sorted(entry.removesuffix(".json") for entry in entries if entry.endswith(".json")))
-        raise ConfigError(
-            f"deepspeed = {name!r}: no such file; known: {known}, or a path to a .json"
-        ) from None
-    try:
-        settings: dict[str, Any] = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{name}: not valid JSON: {error}") from None
-    return settings
 
 
 def _read_recipes(name: Literal["pretrain", "finetune"]) -> dict[str, Any]:

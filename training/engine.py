@@ -15,8 +15,9 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from pipeline.records import ConfigError
-from training.config import TrainConfig, deepspeed_settings
+from training.config import TrainConfig
 from training.data import Batch
+from training.deepspeed_file import half_of, read_deepspeed_file
 from training.distil import Teacher, TeacherFeatures
 from training.loss import contrastive_loss, distillation_loss
 from training.model.clip import CLIP
@@ -25,16 +26,6 @@ from training.negation import negation_loss
 from training.optim import build_optimizer
 from training.partitions import make_adam_state, set_weight, whole_weight
 
-# What a DeepSpeed file may hold. Everything else is the run's TOML's or changes what is learned.
-_ALLOWED = (
-    "bf16",
-    "communication_data_type",
-    "fp16",
-    "prescale_gradients",
-    "torch_autocast",
-    "zero_optimization",
-)
-_HALVES = ("bf16", "fp16")  # weights in 16 bits, with a float32 master
 _SIDES = (0, 1, 3)  # of `Features`, those that have a row a sample
 # One rank validates or writes while the others wait.
 _COLLECTIVE_TIMEOUT = datetime.timedelta(hours=4)
@@ -187,57 +178,22 @@ def join_ranks(config: TrainConfig) -> None:
         )
 
 
-def read_deepspeed_config(name: str) -> dict[str, Any]:
-    """A file of deepspeed_configs by its stem, or any path that ends in .json.
-
-    ConfigError for a key that is not about memory, precision or communication.
-    """
-    config = deepspeed_settings(name)
-    foreign = sorted(set(config) - set(_ALLOWED))
-    if foreign:
-        raise ConfigError(
-            f"{name}: {foreign[0]}: a DeepSpeed file holds memory, precision and communication only"
-            f" ({', '.join(_ALLOWED)}); the rest stands in the run's TOML"
-        )
-    if "check_grad_overflow" in config.get("bf16", {}):
-        raise ConfigError(
-            f"{name}: bf16.check_grad_overflow: what becomes of a gradient that is not finite is the run's"
-            " on_non_finite"
-        )
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    if (half := _half(config)) and stage == 0:
-        raise ConfigError(
-            f"{name}: {half} at ZeRO stage 0 takes a wrong first Adam step in DeepSpeed; use stage 1 or above"
-        )
-    return config
-
-
-def _half(settings: dict[str, Any]) -> str | None:
-    """Which 16-bit format a DeepSpeed file asks for."""
-    return next((name for name in _HALVES if settings.get(name, {}).get("enabled")), None)
-
-
 def _compute_dtype(settings: dict[str, Any]) -> torch.dtype:
     """What a DeepSpeed file has matrices multiplied in."""
     autocast = settings.get("torch_autocast", {})
     if autocast.get("enabled"):
         dtype: torch.dtype = getattr(torch, autocast.get("dtype", "bfloat16"))
         return dtype
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, None: torch.float32}[_half(settings)]
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, None: torch.float32}[half_of(settings)]
 
 
-def check_precision(config: TrainConfig, clip: CLIP) -> None:
-    """Raise ConfigError where a DeepSpeed file's precision would lose what is learned, or cannot run here."""
-    half = _half(read_deepspeed_config(config.deepspeed))
+def check_precision(config: TrainConfig) -> None:
+    """Raise ConfigError where a DeepSpeed file's precision cannot run on this machine."""
+    half = half_of(read_deepspeed_file(config.deepspeed))
     if half == "fp16" and not get_accelerator().is_fp16_supported():
         raise ConfigError(
             f"deepspeed = {config.deepspeed!r}: fp16 needs a GPU, and this machine computes on its"
             f" {get_accelerator().device_name()}; take zero1 (float32) or zero1_bf16 here"
-        )
-    if half and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in clip.modules()):
-        raise ConfigError(
-            f"deepspeed = {config.deepspeed!r}: {half} rounds the weights of batch norms, whose running"
-            " statistics are float32; take zero1_autocast, which leaves both as they are"
         )
 
 
@@ -246,9 +202,9 @@ def build_engine(towers: Towers, config: TrainConfig) -> Any:
 
     `check_precision` comes before.
     """
-    settings, clip = read_deepspeed_config(config.deepspeed), towers.clip
+    settings, clip = read_deepspeed_file(config.deepspeed), towers.clip
     before: dict[str, Tensor] = {}
-    if _half(settings):
+    if half_of(settings):
         before = {name: parameter.detach().clone() for name, parameter in clip.named_parameters()}
         clip.visual.register_forward_pre_hook(_as_the_weights)
     if towers.teacher is not None:

@@ -22,6 +22,7 @@ from training.checkpoint import Checkpoint
 from training.choice import check_sets, choose, read_validations
 from training.config import TrainConfig, TrainJob, count_steps
 from training.data import BatchReader, Prefetcher, SampleOrder, check_shards
+from training.deepspeed_file import check_model
 from training.distil import load_teacher
 from training.engine import Towers, build_engine, check_precision, gather_weights, join_ranks
 from training.feature_cache import FeatureCache, build, cache_key
@@ -86,7 +87,7 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
 
     tokenizer = Tokenizer.load(job.vocabulary)
     clip = build_model(job, tokenizer)
-    check_precision(config, clip)
+    check_precision(config)
     order = sample_order(job)
     reader = make_reader(job, order, tokenizer, clip, lanes=order.rank_lanes(rank, config.ranks))
     teacher = load_teacher(config, clip, job.stage)
@@ -153,6 +154,7 @@ def build_model(job: TrainJob, tokenizer: Tokenizer) -> CLIP:
     if job.model not in MODELS:
         raise ConfigError(f"[{job.stage}] model = {job.model!r}: unknown; known: {', '.join(sorted(MODELS))}")
     torch.manual_seed(job.seed)
+    check_model(job.config.deepspeed, MODELS[job.model], job.stage)
     clip = build_clip(MODELS[job.model], vocab_size=tokenizer.vocab_size)
     if job.config.context_length > clip.config.text.max_positions:
         raise ConfigError(

@@ -48,6 +48,8 @@ def tasks(config: TrainStageConfig, context: Context) -> list[Task]:
             if not store.exists(weights):
                 raise InputError(f"{weights}: no such file or folder; correct [model] {side}")
             inputs[side.replace("_", " ")] = store.digest_tree(weights)
+    if config.train.deepspeed.endswith(".json"):  # the shipped files stay as they are
+        inputs["deepspeed"] = store.digest_tree(config.train.deepspeed)
     if config.train.distil is not None:
         teacher = config.train.distil.teacher
         if not store.exists(teacher):

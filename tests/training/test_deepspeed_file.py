@@ -1,11 +1,13 @@
 import json
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pipeline.__main__ import main
 from pipeline.records import ConfigError
-from training.engine import read_deepspeed_config
+from training.deepspeed_file import read_deepspeed_file
 
 
 def shipped() -> list[str]:
@@ -24,7 +26,7 @@ def test_shipped_files_are_as_they_are_named() -> None:
         ]
     )
     for name in shipped():
-        config = read_deepspeed_config(name)
+        config = read_deepspeed_file(name)
         assert config["zero_optimization"]["stage"] == int(name[4])
         assert ("bf16" in config) == name.endswith("_bf16")
         assert ("fp16" in config) == name.endswith("_fp16")
@@ -47,19 +49,50 @@ def test_shipped_files_are_as_they_are_named() -> None:
             r"mine.json: bf16.check_grad_overflow: .* on_non_finite",
         ),
         ({"bf16": {"enabled": True}}, r"mine.json: bf16 at ZeRO stage 0 takes a wrong first Adam step"),
+        (
+            {"zero_optimization": {"stage": 4}},
+            r"mine.json: zero_optimization.stage: found 4; must be 0, 1, 2",
+        ),
+        ({"zero_optimization": 1}, r"mine.json: zero_optimization: found 1; must be an object"),
+        ([1], r"mine.json: found list; a DeepSpeed file is one object"),
         ({"fp16": {"enabled": True}}, r"mine.json: fp16 at ZeRO stage 0 takes a wrong first Adam step"),
     ],
 )
-def test_what_training_owns_is_refused(tmp_path: Path, content: dict[str, object], message: str) -> None:
+def test_what_training_owns_is_refused(tmp_path: Path, content: Any, message: str) -> None:
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=message):
-        read_deepspeed_config(str(path))
+        read_deepspeed_file(str(path))
 
 
 def test_a_file_that_is_not_there_or_no_json_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"'zero9': no such file; known: zero0, zero1, zero1_autocast"):
-        read_deepspeed_config("zero9")
+        read_deepspeed_file("zero9")
     (tmp_path / "mine.json").write_text("{")
     with pytest.raises(ConfigError, match=r"mine.json: not valid JSON"):
-        read_deepspeed_config(str(tmp_path / "mine.json"))
+        read_deepspeed_file(str(tmp_path / "mine.json"))
+
+
+@pytest.mark.parametrize("command", ["plan", "run"])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"gradient_clipping": 1.0}, "[stage2] {}: gradient_clipping: a DeepSpeed file holds memory, "),
+        ({"optimizer": {"type": "Adam"}}, "[stage2] {}: optimizer: a DeepSpeed file holds memory, "),
+        ({"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}, "bf16 rounds the weights of batch"),
+        (None, "[stage2] deepspeed = '{}': no such file; known: zero0, "),
+    ],
+)
+def test_a_run_is_refused_before_its_first_stage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, content: Any, said: str
+) -> None:
+    path = tmp_path / "mine.json"
+    if content is not None:
+        path.write_text(json.dumps(content))
+    settings = f"--set=run.folder={tmp_path / 'run'}", f"--set=stage2.deepspeed={path}"
+    assert main([command, "demo", *settings]) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert len(error.splitlines()) == 1
+    assert said.format(path) in error
+    assert not (tmp_path / "run").exists()

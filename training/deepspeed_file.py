@@ -1,0 +1,89 @@
+"""The DeepSpeed files: memory, precision and communication, and nothing that training owns. No torch here."""
+
+import json
+from importlib import resources
+from typing import Any, Literal
+
+from pipeline.records import ConfigError
+from training.model.config import ModelConfig, ModifiedResNetConfig
+
+Half = Literal["bf16", "fp16"]  # weights in 16 bits, with a float32 master
+
+# What a DeepSpeed file may hold. Everything else is the run's TOML's or changes what is learned.
+_ALLOWED = (
+    "bf16",
+    "communication_data_type",
+    "fp16",
+    "prescale_gradients",
+    "torch_autocast",
+    "zero_optimization",
+)
+_TABLES = ("bf16", "fp16", "torch_autocast", "zero_optimization")
+
+
+def read_deepspeed_file(name: str) -> dict[str, Any]:
+    """A file of deepspeed_configs by its stem, or any path that ends in .json.
+
+    ConfigError where there is no such file, it is no JSON, or a key is not about memory, precision or
+    communication.
+    """
+    settings = _read(name)
+    foreign = sorted(set(settings) - set(_ALLOWED))
+    if foreign:
+        raise ConfigError(
+            f"{name}: {foreign[0]}: a DeepSpeed file holds memory, precision and communication only"
+            f" ({', '.join(_ALLOWED)}); the rest stands in the run's TOML"
+        )
+    for key in _TABLES:
+        if not isinstance(found := settings.get(key, {}), dict):
+            raise ConfigError(f"{name}: {key}: found {found!r}; must be an object, {{…}}")
+    if "check_grad_overflow" in settings.get("bf16", {}):
+        raise ConfigError(
+            f"{name}: bf16.check_grad_overflow: what becomes of a gradient that is not finite is the run's"
+            " on_non_finite"
+        )
+    stage = settings.get("zero_optimization", {}).get("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise ConfigError(f"{name}: zero_optimization.stage: found {stage!r}; must be 0, 1, 2 or 3")
+    if (half := half_of(settings)) and stage == 0:
+        raise ConfigError(
+            f"{name}: {half} at ZeRO stage 0 takes a wrong first Adam step in DeepSpeed; use stage 1 or above"
+        )
+    return settings
+
+
+def half_of(settings: dict[str, Any]) -> Half | None:
+    """Which 16-bit format a DeepSpeed file's content asks for."""
+    halves: tuple[Half, ...] = ("bf16", "fp16")
+    return next((name for name in halves if settings.get(name, {}).get("enabled")), None)
+
+
+def check_model(name: str, model: ModelConfig, stage: str) -> None:
+    """Raise ConfigError where a DeepSpeed file's precision would lose what the model learns."""
+    half = half_of(read_deepspeed_file(name))
+    if half and isinstance(model.vision, ModifiedResNetConfig):
+        raise ConfigError(
+            f"[{stage}] deepspeed = {name!r}: {half} rounds the weights of batch norms, whose running"
+            f" statistics are float32; take zero1_autocast for {model.name}, which leaves both as they are"
+        )
+
+
+def _read(name: str) -> dict[str, Any]:
+    try:
+        if name.endswith(".json"):
+            with open(name, encoding="utf-8") as file:
+                text = file.read()
+        else:
+            text = (resources.files("deepspeed_configs") / f"{name}.json").read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:  # ValueError: no text, or a name that no file can have
+        entries = (entry.name for entry in resources.files("deepspeed_configs").iterdir())
+        known = ", ".join(sorted(entry.removesuffix(".json") for entry in entries if entry.endswith(".json")))
+        why = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+        raise ConfigError(f"deepspeed = {name!r}: {why}; known: {known}, or a path to a .json") from None
+    try:
+        settings = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{name}: not valid JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{name}: found {type(settings).__name__}; a DeepSpeed file is one object, {{…}}")
+    return settings
