@@ -414,14 +414,20 @@ def models_of(model: str, kind: Kind) -> tuple[CLIP, Any]:
 
 def make_batch(model: str, batch_size: int) -> tuple[Tensor, Tensor]:
     """uint8 pictures of noise, and token ids of captions padded to 52."""
+    side = MODELS[model].vision.image_size_px
     generator = torch.Generator().manual_seed(0)
-    side, vocab_size = MODELS[model].vision.image_size_px, MODELS[model].text.vocab_size
     image_BCHW = torch.randint(0, 256, (batch_size, 3, side, side), generator=generator, dtype=torch.uint8)
+    return image_BCHW, make_tokens(batch_size, MODELS[model].text.vocab_size)
+
+
+def make_tokens(batch_size: int, vocab_size: int) -> Tensor:
+    """Random token ids of captions of LENGTHS, padded to 52."""
+    generator = torch.Generator().manual_seed(1)
     tokens_BL = torch.zeros(batch_size, CONTEXT_LENGTH, dtype=torch.int64)
     for row in range(batch_size):
         num_tokens = LENGTHS[row % len(LENGTHS)] + 2
         tokens_BL[row, :num_tokens] = torch.randint(5, vocab_size, (num_tokens,), generator=generator)
-    return image_BCHW, tokens_BL
+    return tokens_BL
 
 
 def peer_loss(peer: Any, pixel_BCHW: Tensor, tokens_BL: Tensor) -> Tensor:
