@@ -2,10 +2,12 @@
 
     python benchmarks/engine.py           # tiny-rn of the demo, batch 64, one thread
     python benchmarks/engine.py --full    # ViT-B/16 with RoBERTa-base too, batch 4, and more rounds
+    python benchmarks/engine.py --device cuda
 
 Both sides take the same batches through the same towers, loss, learning rates and AdamW; what differs is who
 wraps the module and steps the optimizer. `equal` says that losses of all steps agree to 1e-4. Times are CPU
-seconds of one thread and process. `ratio` is DDP's time by DeepSpeed's: below 1 is DeepSpeed's overhead.
+seconds of one thread and process; on a GPU, seconds by the clock. `ratio` is DDP's time by DeepSpeed's: below
+1 is DeepSpeed's overhead.
 """
 
 import argparse
@@ -15,13 +17,12 @@ import os
 import socket
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from machine import machine
+from machine import machine, seconds
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,26 +40,29 @@ TOLERANCE = 1e-4
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--full", action="store_true", help="ViT-B/16 too, and more rounds")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this PyTorch sees no GPU")
     torch.set_num_threads(1)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {"MASTER_PORT": port, "LOCAL_SIZE": "1", "DS_ACCELERATOR": "cpu"}
-    results = compare(TINY_RN, batch_size=64, steps=24 if options.full else 12)
+    os.environ |= {"MASTER_PORT": port, "LOCAL_SIZE": "1", "DS_ACCELERATOR": options.device}
+    results = compare(TINY_RN, options.device, batch_size=64, steps=24 if options.full else 12)
     if options.full:
-        results += compare(VIT_B_16, batch_size=4, steps=4)
+        results += compare(VIT_B_16, options.device, batch_size=4, steps=4)
     for result in results:
         print(
-            f"{result['name']:<24} DeepSpeed {result['ours']:.4f} DDP {result['peer']:.4f} CPU s a step,"
+            f"{result['name']:<24} DeepSpeed {result['ours']:.4f} DDP {result['peer']:.4f} {result['unit']},"
             f" overhead {100 * (1 / result['ratio'] - 1):+.1f} %, equal {result['equal']}"
         )
     print(json.dumps(results))
     return 0 if all(result["equal"] for result in results) else 1
 
 
-def compare(model: ModelConfig, *, batch_size: int, steps: int) -> list[dict[str, Any]]:
+def compare(model: ModelConfig, device: str, *, batch_size: int, steps: int) -> list[dict[str, Any]]:
     """DeepSpeed at each of the stages against DDP, steps in turn so that noise hits all alike."""
     config = TrainConfig(
         epochs=1, global_batch=batch_size, lanes=1, peak_learning_rate=1e-4, warmup_steps=2, weight_decay=0.1
@@ -66,30 +70,30 @@ def compare(model: ModelConfig, *, batch_size: int, steps: int) -> list[dict[str
     sides: dict[str, Callable[[Batch, float], float]] = {}
     if not dist.is_initialized():
         join_ranks(config)
-    sides["ddp"] = with_ddp(towers_of(model, config), config)
+    sides["ddp"] = with_ddp(towers_of(model, config).to(device), config)
     for name in ENGINES:
         own = TrainConfig(**{**as_arguments(config), "deepspeed": name})
         sides[name] = with_deepspeed(towers_of(model, own), own)
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    times: dict[str, list[float]] = {name: [] for name in sides}
     losses: dict[str, list[float]] = {name: [] for name in sides}
     for step in range(steps):
         batch = make_batch(model, batch_size, step)
         rate = learning_rate(step, steps, config)
         for name, run in sides.items():
-            start = time.process_time()
+            start = seconds(device)
             losses[name].append(run(batch, rate))
             if step >= 2:  # the first steps allocate
-                seconds[name].append(time.process_time() - start)
-    peer = statistics.median(seconds["ddp"])
+                times[name].append(seconds(device) - start)
+    peer = statistics.median(times["ddp"])
     return [
         {
             "name": f"engine/{model.name}@{name}",
-            "ours": round(statistics.median(seconds[name]), 5),
+            "ours": round(statistics.median(times[name]), 5),
             "peer": round(peer, 5),
-            "unit": "CPU s a step",
-            "ratio": round(peer / statistics.median(seconds[name]), 3),
+            "unit": "CPU s a step" if device == "cpu" else "s a step",
+            "ratio": round(peer / statistics.median(times[name]), 3),
             "equal": bool(np.allclose(losses[name], losses["ddp"], atol=TOLERANCE)),
-            "machine": machine(),
+            "machine": machine(device),
         }
         for name in ENGINES
     ]
@@ -131,14 +135,14 @@ def with_deepspeed(towers: Towers, config: TrainConfig) -> Callable[[Batch, floa
 
 def with_ddp(towers: Towers, config: TrainConfig) -> Callable[[Batch, float], float]:
     """The same step in plain PyTorch."""
-    module = DistributedDataParallel(towers)
+    module, device = DistributedDataParallel(towers), towers.clip.logit_scale.device
     adam = build_optimizer(towers.clip, config)
     bounds = (0, math.log(config.max_temperature))
 
     def step(batch: Batch, rate: float) -> float:
         for group in adam.param_groups:
             group["lr"] = rate
-        loss = towers.loss(*module(batch.image, batch.tokens_BL), batch)
+        loss = towers.loss(*module(batch.image.to(device), batch.tokens_BL), batch)
         value = loss.item()
         adam.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

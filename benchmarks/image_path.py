@@ -7,7 +7,8 @@ The peer is what CN-CLIP 1.6.0's data set does with a picture in training: base6
 `create_transform` with its arguments (random crop of 90-100 %, flip, AutoAugment, bicubic). Ours reads the
 same pictures from a shard, with the check of each picture's digest, and has the same augmentation; its batch
 is normalised as the engine does. Times are CPU seconds of one thread. `image_path@uint8` stops at the uint8
-tensor that goes to an accelerator, where normalising is free.
+tensor that goes to an accelerator, where normalising is free; there is no --device, since the rest is work of
+the CPU.
 
 `equal` compares pixels where no draw is involved but ours alone: for each picture our crop, flip and
 AutoAugment operations are done again by PIL and timm; mean absolute difference under 2 of 255.

@@ -2,22 +2,22 @@
 
     python benchmarks/loss.py           # N = 8,192 for time, 16,384 for memory (cn_clip takes 5 GB there)
     python benchmarks/loss.py --full    # more rounds
+    python benchmarks/loss.py --device cuda
 
 One process plays rank 0 of 8. What the seven other ranks would send (their features, log-sum-exps and column
 gradients) is made beforehand by the plain formula, and handed to both sides where they call a collective, so
 that what is timed is the rank's own work, and what comes out are the numbers of a real run of 8 ranks. Times
-are CPU seconds of one thread: other work on the machine does not count.
+are CPU seconds of one thread: other work on the machine does not count. On a GPU they are seconds by the
+clock, and memory is what PyTorch allocated.
 """
 
 import argparse
 import contextlib
 import json
 import math
-import platform
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +25,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from machine import machine, seconds
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -41,17 +42,20 @@ TOLERANCE = 1e-4  # of the loss, and of gradients relative to the largest
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--full", action="store_true", help="more rounds")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--extra-memory", choices=("ours", "peer"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this PyTorch sees no GPU")
     if options.extra_memory:
-        print(extra_memory_mb(options.extra_memory))
+        print(extra_memory_mb(options.extra_memory, options.device))
         return 0
     torch.set_num_threads(1)
     rounds = 9 if options.full else 3
     results = [
-        compare_times("loss/time", rounds, lock_image=False),
-        compare_times("loss/time@stage1", rounds, lock_image=True),
-        compare_memory(),
+        compare_times("loss/time", rounds, options.device, lock_image=False),
+        compare_times("loss/time@stage1", rounds, options.device, lock_image=True),
+        compare_memory(options.device),
     ]
     for result in results:
         print(
@@ -62,9 +66,9 @@ def main() -> int:
     return 0 if all(result["equal"] for result in results) else 1
 
 
-def compare_times(name: str, rounds: int, *, lock_image: bool) -> dict[str, Any]:
+def compare_times(name: str, rounds: int, device: str, *, lock_image: bool) -> dict[str, Any]:
     """Forward and backward of rank 0 of 8; in stage 1 the image features want no gradient."""
-    image_ND, text_ND = features(TIME_SAMPLES)
+    image_ND, text_ND = features(TIME_SAMPLES, device)
     own = slice(0, TIME_SAMPLES // RANKS)
     wire = Wire(image_ND, text_ND, own)
     sides: dict[str, Callable[[], list[Tensor]]] = {
@@ -72,39 +76,45 @@ def compare_times(name: str, rounds: int, *, lock_image: bool) -> dict[str, Any]
         "peer": lambda: wire.run_peer(lock_image),
     }
     found = {side: run() for side, run in sides.items()}  # also the warm-up
-    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    times: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(rounds):
         for side, run in sides.items():  # in turn, so that noise hits both alike
-            start = time.process_time()
+            start = seconds(device)
             run()
-            seconds[side].append(time.process_time() - start)
-    mine, theirs = statistics.median(seconds["ours"]), statistics.median(seconds["peer"])
-    return record(name, "CPU s", mine, theirs, are_equal(found["ours"], found["peer"]))
+            times[side].append(seconds(device) - start)
+    mine, theirs = statistics.median(times["ours"]), statistics.median(times["peer"])
+    unit = "CPU s" if device == "cpu" else "s"
+    return record(name, unit, mine, theirs, are_equal(found["ours"], found["peer"]), device)
 
 
-def compare_memory() -> dict[str, Any]:
-    """Peak resident memory beyond the inputs and the imports, each side in a process of its own.
+def compare_memory(device: str) -> dict[str, Any]:
+    """Peak memory beyond the inputs and the imports, each side in a process of its own.
 
     All samples are on one rank here, which is the most that ours can take.
     """
     found = {}
     for side in ("ours", "peer"):
-        command = [sys.executable, str(Path(__file__).resolve()), "--extra-memory", side]
+        command = [sys.executable, str(Path(__file__).resolve()), "--extra-memory", side, "--device", device]
         found[side] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    image_ND, text_ND = features(512)
+    image_ND, text_ND = features(512, device)
     wire = Wire(image_ND, text_ND, slice(0, 512))
     equal = are_equal(wire.run_ours(False), wire.run_peer(False))
-    return record("loss/memory", "MB", found["ours"], found["peer"], equal)
+    return record("loss/memory", "MB", found["ours"], found["peer"], equal, device)
 
 
-def extra_memory_mb(side: str) -> float:
-    image_ND, text_ND = features(MEMORY_SAMPLES)
+def extra_memory_mb(side: str, device: str) -> float:
+    image_ND, text_ND = features(MEMORY_SAMPLES, device)
     wire = Wire(image_ND, text_ND, slice(0, MEMORY_SAMPLES))
     small = Wire(image_ND[:64], text_ND[:64], slice(0, 64))
     run = {"ours": Wire.run_ours, "peer": Wire.run_peer}[side]
     run(small, False)  # what a first call allocates for good is not the loss's
     inputs = wire.leaves(False)
     wire.leaves = lambda _: inputs  # type: ignore[method-assign]
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
+        allocated = torch.cuda.memory_allocated(device)
+        run(wire, False)
+        return (torch.cuda.max_memory_allocated(device) - allocated) / 1e6
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here (Linux, proc(5))
     before = _memory_kb("VmRSS")
     run(wire, False)
@@ -116,12 +126,12 @@ def _memory_kb(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
-def features(num_samples: int) -> tuple[Tensor, Tensor]:
+def features(num_samples: int, device: str) -> tuple[Tensor, Tensor]:
     """Unit-norm image and text features that resemble each other pair by pair, as in training."""
     generator = torch.Generator().manual_seed(0)
     image_ND = torch.randn(num_samples, DIM, generator=generator)
     text_ND = 0.1 * image_ND + torch.randn(num_samples, DIM, generator=generator)
-    return F.normalize(image_ND, dim=1), F.normalize(text_ND, dim=1)
+    return F.normalize(image_ND, dim=1).to(device), F.normalize(text_ND, dim=1).to(device)
 
 
 class Wire:
@@ -132,8 +142,8 @@ class Wire:
         self.ranks = len(image_ND) // own.stop
         scale = math.exp(SCALE)
         # The others' shares by the plain formula; rows are texts and columns are images, as in training.loss.
-        self.others_loss = torch.zeros(())
-        self.others_lse_N = torch.full((len(image_ND),), -torch.inf)
+        self.others_loss = image_ND.new_zeros(())
+        self.others_lse_N = image_ND.new_full((len(image_ND),), -torch.inf)
         self.others_column_ND = torch.zeros_like(image_ND)
         if self.ranks == 1:
             return
@@ -188,7 +198,7 @@ class Wire:
         )
         group = SimpleNamespace(get_world_size=lambda: self.ranks, get_rank=lambda: 0, all_gather=all_gather)
         cross_entropy = torch.nn.CrossEntropyLoss()
-        with mock.patch.object(train, "dist", group), _without_cuda():
+        with mock.patch.object(train, "dist", group), _cuda_is(image_BD.device):
             loss, _ = train.get_loss(
                 lambda images, texts, mask_ratio: (images, texts, scale.exp()),
                 image_BD,
@@ -202,14 +212,14 @@ class Wire:
 
     def leaves(self, lock_image: bool) -> tuple[Tensor, Tensor, Tensor]:
         image_BD, text_BD = self.image_ND[self.own].clone(), self.text_ND[self.own].clone()
-        scale = torch.tensor([SCALE], requires_grad=True)
+        scale = torch.tensor([SCALE], device=image_BD.device, requires_grad=True)
         return image_BD.requires_grad_(not lock_image), text_BD.requires_grad_(), scale
 
 
 @contextlib.contextmanager
-def _without_cuda() -> Iterator[None]:
+def _cuda_is(device: torch.device) -> Iterator[None]:
     """cn_clip calls `.cuda()` on everything."""
-    with mock.patch.object(torch.Tensor, "cuda", lambda tensor, *_, **__: tensor):
+    with mock.patch.object(torch.Tensor, "cuda", lambda tensor, *_, **__: tensor.to(device)):
         yield
 
 
@@ -219,9 +229,8 @@ def are_equal(mine: list[Tensor], theirs: list[Tensor]) -> bool:
     )
 
 
-def record(name: str, unit: str, mine: float, theirs: float, equal: bool) -> dict[str, Any]:
+def record(name: str, unit: str, mine: float, theirs: float, equal: bool, device: str) -> dict[str, Any]:
     """Less is better in both units."""
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     return {
         "name": name,
         "ours": round(mine, 4),
@@ -229,7 +238,7 @@ def record(name: str, unit: str, mine: float, theirs: float, equal: bool) -> dic
         "unit": unit,
         "ratio": round(theirs / mine, 2),
         "equal": equal,
-        "machine": machine,
+        "machine": f"{machine(device)}, {torch.get_num_threads()} thread, torch {torch.__version__}",
     }
 
 

@@ -1,11 +1,12 @@
-"""What every benchmark says about where it ran."""
+"""What every benchmark says about where it ran, and its clock."""
 
 import os
 import platform
+import time
 
 
-def machine() -> str:
-    """Processor, cores that this process may use, and Python."""
+def machine(device: str = "cpu") -> str:
+    """The accelerator, where it is one, then processor, cores that this process may use, and Python."""
     name = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
@@ -13,4 +14,22 @@ def machine() -> str:
             name = models[0] if models else name
     except OSError:
         pass
-    return f"{name}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}"
+    host = f"{name}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}"
+    if device == "cpu":
+        return host
+    import torch
+
+    return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {host}"
+
+
+def seconds(device: str = "cpu") -> float:
+    """CPU seconds of this process, which other work on the machine does not stretch.
+
+    On an accelerator: seconds by the clock, once it has done all that it was asked.
+    """
+    if device == "cpu":
+        return time.process_time()
+    import torch
+
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
