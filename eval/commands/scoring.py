@@ -90,14 +90,16 @@ def add_eval(commands: Any) -> None:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from eval.evaluate import Options, evaluate, find_sets, sets_of_run
+    from eval.evaluate import Options, evaluate, find_sets, reported_splits, sets_of_run
     from eval.model import find_checkpoint
     from pipeline import store
     from pipeline.records import ConfigError
 
     checkpoint = find_checkpoint(options.model, options.vocabulary, options.context_length)
     if options.sets is not None:
-        sources = find_sets(options.sets)
+        sources, notes = reported_splits(find_sets(options.sets))
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
     elif checkpoint.run_folder is not None:
         sources = sets_of_run(checkpoint.run_folder)
     else:
