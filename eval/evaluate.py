@@ -42,6 +42,7 @@ from eval.official import write_features
 from eval.published import (
     PAPER_MODELS,
     Setup,
+    classification_protocol,
     mismatch,
     retrieval_protocol,
 )
@@ -56,6 +57,8 @@ from pipeline.evaluation_sets import shard_stems
 from pipeline.records import InputError, Manifest
 
 Say = Callable[[str], None]
+
+_NOT_COMPARABLE = "not comparable"  # in every note that forbids a published figure
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +105,12 @@ def find_sets(folder: str) -> Sources:
         raise InputError(f"{folder}: no such folder; give the folder that holds the evaluation sets")
     retrieval, classification, releases = list[RetrievalSource](), list[str](), list[Release]()
     below = sorted(path for path in root.iterdir() if path.is_dir())
-    if is_classification_set(folder) and not any(
-        path.name not in (*SPLITS, "train") and is_classification_set(str(path)) for path in below
+    if (
+        is_classification_set(folder)
+        and not _holds_loose_pictures(find_releases(folder), root)
+        and not any(
+            path.name not in (*SPLITS, "train") and is_classification_set(str(path)) for path in below
+        )
     ):
         classification.append(folder)
         below = []
@@ -119,7 +126,11 @@ def find_sets(folder: str) -> Sources:
         if shard_stems(str(place)):
             name = place.resolve().name
             retrieval.append(RetrievalSource(name, str(place), name.lower()))
-        if place is not root and is_classification_set(str(place)):
+        if (
+            place is not root
+            and is_classification_set(str(place))
+            and not _holds_loose_pictures(releases, place)
+        ):
             classification.append(str(place))
     if not retrieval and not classification and not releases:
         raise InputError(
@@ -127,6 +138,52 @@ def find_sets(folder: str) -> Sources:
             " nor class folders with pictures, here or one level below"
         )
     return Sources(tuple(retrieval), tuple(classification), tuple(releases))
+
+
+def _holds_loose_pictures(releases: Sequence[Release], place: Path) -> bool:
+    """Are the pictures at or below `place` files of a release, and not classes of a set with names?"""
+    is_theirs = any(
+        item.has_loose_pictures and Path(item.folder) in (place, place.parent) for item in releases
+    )
+    return is_theirs and not (
+        (place / "label_cn.txt").is_file() or classification_protocol(place.resolve().name)
+    )
+
+
+def reported_splits(sources: Sources) -> tuple[Sources, list[str]]:
+    """Without the other splits of sets of which the paper reports one, and a line for each set left out.
+
+    An owner's release comes with all its splits, of which some are large, some without pairs. Of a set that
+    lies beside its own LMDB the files are taken. Raises InputError for two sets of the same name: their
+    results would go into one folder.
+    """
+    found: list[RetrievalSource | Release] = [*sources.retrieval, *sources.releases]
+    reported = {
+        item.protocol.rpartition("-")[0]: item.protocol for item in found if retrieval_protocol(item.protocol)
+    }
+    kept, notes = dict[str, RetrievalSource | Release](), list[str]()
+    for item in found:
+        family, _, split = item.protocol.rpartition("-")
+        taken = reported.get(family, item.protocol)
+        if split in ("train", "val", "valid", "test") and taken != item.protocol:
+            notes.append(
+                f"{item.protocol}: left out, as the paper reports {taken}; put it into a folder of its own to"
+                " measure it"
+            )
+        elif (twin := kept.get(item.protocol)) is None:
+            kept[item.protocol] = item
+        elif isinstance(item, Release) and isinstance(twin, RetrievalSource) and item.folder == twin.folder:
+            notes.append(f"{item.protocol}: read from its files, not from the LMDB beside them")
+        else:
+            raise InputError(
+                f"{item.folder}: {item.protocol} lies in {twin.folder} too; give one of them another name"
+            )
+    remaining = replace(
+        sources,
+        retrieval=tuple(item for item in kept.values() if isinstance(item, RetrievalSource)),
+        releases=tuple(item for item in kept.values() if isinstance(item, Release)),
+    )
+    return remaining, notes
 
 
 def sets_of_run(run_folder: str) -> Sources:
@@ -166,6 +223,9 @@ def evaluate(
     for source in (*sources.retrieval, *written):
         say(f"{source.protocol}: retrieval")
         tables.append(_retrieval(source, checkpoint, encoder.name, out_folder, options, paper_model))
+        for note in tables[-1].notes:
+            if _NOT_COMPARABLE in note:
+                say(f"note: {note}")
     sets = list[MeasuredSet]()
     for folder in sources.classification:
         say(f"{Path(folder).resolve().name}: classification")
@@ -262,7 +322,7 @@ def compare_set(
                 f"{protocol.id}: the paper prints no counts, so {evaluation.num_images} images and"
                 f" {evaluation.num_texts} texts are unchecked"
             )
-    differs = protocol is None or any("not comparable" in note for note in remarks)
+    differs = protocol is None or any(_NOT_COMPARABLE in note for note in remarks)
     return compare_retrieval(
         protocol_id,
         scores,

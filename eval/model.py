@@ -12,7 +12,7 @@ import numpy.typing as npt
 from eval.datasets.classification import Picture
 from eval.index import check_vectors
 from pipeline import store
-from pipeline.config import find_recipe, read_toml
+from pipeline.config import find_recipe, read_run
 from pipeline.records import ConfigError, InputError
 from training.config import CONTEXT_LENGTH
 
@@ -130,27 +130,36 @@ class Encoder:
                     yield good, torch.cat(images)
 
 
-def find_checkpoint(target: str, vocabulary: str | None, context_length: int | None) -> Checkpoint:
+def find_checkpoint(
+    target: str, vocabulary: str | None, context_length: int | None, overrides: Sequence[str] = ()
+) -> Checkpoint:
     """What `target` names: a run's TOML (or shipped recipe), whose last trained stage is taken, or weights.
 
-    Raises InputError where a run has not trained yet.
+    `overrides` are `--set` items for a run's file. Vocabulary and context length are those that the run was
+    last resolved to. Raises InputError where a run has not trained yet, ConfigError for overrides of weights.
     """
     is_recipe = os.path.basename(target) == target and "." not in target and not os.path.exists(target)
     is_run = target.endswith(".toml") or is_recipe
     if not is_run:
+        if overrides:
+            raise ConfigError(f"--set {overrides[0]}: {target} is no run's file; only these have settings")
         return Checkpoint(target, vocabulary, context_length or CONTEXT_LENGTH)
     path = find_recipe(target)
-    table = read_toml(path)
+    table = read_run(path, overrides)
     try:
         folder = str(table["run"]["folder"])
+        resolved = store.join(folder, "run.resolved.toml")
+        if os.path.isfile(resolved):
+            table = read_run(resolved, overrides)
         model = table["model"]
-    except KeyError as error:
+    except (KeyError, TypeError) as error:
         raise ConfigError(f"{path}: has no {error}; is it a run's file?") from None
     for stage in reversed(_STAGES):
         weights = store.join(folder, stage, "model.safetensors")
         if store.exists(weights):
             learned = store.join(folder, "vocabulary", "caption.txt")
-            lengths = [table[name].get("context_length", CONTEXT_LENGTH) for name in _STAGES if name in table]
+            stages = [table[name] for name in _STAGES if isinstance(table.get(name), dict)]
+            lengths = [stage.get("context_length", CONTEXT_LENGTH) for stage in stages]
             return Checkpoint(
                 weights,
                 vocabulary or model.get("vocabulary") or learned,

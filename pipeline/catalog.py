@@ -41,7 +41,7 @@ from eval import stages as evaluation_stages
 from eval.stages import IndexConfig
 from eval.zeroshot_stage import ClassificationSource, ZeroshotConfig
 from pipeline import store
-from pipeline.config import apply_overrides, build, find_recipe, read_toml, to_toml
+from pipeline.config import build, find_recipe, read_run, to_toml
 from pipeline.evaluation_sets import EvaluationSource
 from pipeline.launch_config import LaunchConfig
 from pipeline.records import ConfigError
@@ -112,7 +112,7 @@ class RunConfig:
 def load(path: str, overrides: Sequence[str] = ()) -> tuple[Run, RunConfig]:
     """Read, override and check a run's TOML (a path, or the name of a shipped recipe)."""
     path = find_recipe(path)
-    table = apply_overrides(_with_base(read_toml(path), path), overrides)
+    table = read_run(path, overrides)
     config = build(RunConfig, _with_paper_recipes(table, path), path)
     if config.model.name not in MODELS:
         raise ConfigError(f"{path}: model.name: no model {config.model.name!r}; known: {', '.join(MODELS)}")
@@ -134,31 +134,6 @@ def load(path: str, overrides: Sequence[str] = ()) -> tuple[Run, RunConfig]:
             train.check(name)
             check_model(train.deepspeed, MODELS[model.name], name)
     return make_run(config), config
-
-
-def _with_base(table: dict[str, Any], where: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
-    """`base = "RUN"` starts from another run's file; `without = ["stage1"]` takes tables of it away.
-
-    Own values go first; tables are joined key by key, lists are replaced.
-    """
-    own = dict(table)
-    base, without = own.pop("base", None), own.pop("without", [])
-    if base is None:
-        if without:
-            raise ConfigError(f"{where}: without: takes tables of a base away, but there is no base")
-        return own
-    if not isinstance(base, str) or base in seen:
-        raise ConfigError(f"{where}: base: found {base!r}; give the name or path of another run's file")
-    path = find_recipe(base)
-    joined = _with_base(read_toml(path), path, (*seen, base))
-    for name in without:
-        if name not in joined:
-            raise ConfigError(f"{where}: without: {base} has no {name!r}; it has {', '.join(joined)}")
-        del joined[name]
-    for key, value in own.items():
-        before = joined.get(key)
-        joined[key] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
-    return joined
 
 
 def _with_paper_recipes(table: dict[str, Any], where: str) -> dict[str, Any]:

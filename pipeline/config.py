@@ -73,6 +73,36 @@ def apply_overrides(table: dict[str, Any], overrides: Iterable[str]) -> dict[str
     return table
 
 
+def read_run(path: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """The table of a run's file, joined with that of its `base`, with `--set` items applied."""
+    return apply_overrides(_with_base(read_toml(path), path), overrides)
+
+
+def _with_base(table: dict[str, Any], where: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """`base = "RUN"` starts from another run's file; `without = ["stage1"]` takes tables of it away.
+
+    Own values go first; tables are joined key by key, lists are replaced.
+    """
+    own = dict(table)
+    base, without = own.pop("base", None), own.pop("without", [])
+    if base is None:
+        if without:
+            raise ConfigError(f"{where}: without: takes tables of a base away, but there is no base")
+        return own
+    if not isinstance(base, str) or base in seen:
+        raise ConfigError(f"{where}: base: found {base!r}; give the name or path of another run's file")
+    path = find_recipe(base)
+    joined = _with_base(read_toml(path), path, (*seen, base))
+    for name in without:
+        if name not in joined:
+            raise ConfigError(f"{where}: without: {base} has no {name!r}; it has {', '.join(joined)}")
+        del joined[name]
+    for key, value in own.items():
+        before = joined.get(key)
+        joined[key] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
+    return joined
+
+
 def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
     """Check a TOML table against a dataclass and build it.
 

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from eval.commands.arguments import EXIT_DONE, add, add_model
+from eval.commands.arguments import EXIT_DONE, add, add_model, checkpoint
 
 
 def _add_set(command: argparse.ArgumentParser) -> None:
@@ -41,11 +41,11 @@ def add_prompts(commands: Any) -> None:
 
 def _prompts(options: argparse.Namespace) -> int:
     from eval.analyses import prompt_sensitivity, prompts_plot, prompts_table
-    from eval.model import find_checkpoint, load_encoder
+    from eval.model import load_encoder
     from pipeline import store
 
     data, metric = _open_set(options)
-    encoder = load_encoder(find_checkpoint(options.model, options.vocabulary, options.context_length))
+    encoder = load_encoder(checkpoint(options))
     scores = prompt_sensitivity(encoder, data, metric, own=options.templates)
     print(f"{data.name}, {metric}, {encoder.name}")
     print(prompts_table(scores))
@@ -72,7 +72,7 @@ def add_negation(commands: Any) -> None:
 def _negation(options: argparse.Namespace) -> int:
     from eval.analyses import SHIPPED_PAIRS, NegationPair, negation, negation_table
     from eval.labels import templates_for
-    from eval.model import find_checkpoint, load_encoder
+    from eval.model import load_encoder
     from pipeline.records import ConfigError
 
     data, metric = _open_set(options)
@@ -87,7 +87,7 @@ def _negation(options: argparse.Namespace) -> int:
         pairs.append(NegationPair(row, plain, negated))
     if not pairs:
         raise ConfigError(f"{data.name}: no pair ships for this set; give --pair CLASS PLAIN NEGATED")
-    encoder = load_encoder(find_checkpoint(options.model, options.vocabulary, options.context_length))
+    encoder = load_encoder(checkpoint(options))
     scores = negation(encoder, data, metric, pairs, templates_for(data.name, options.templates))
     print(f"{data.name}, {metric}, {encoder.name}")
     print(negation_table(scores, names))

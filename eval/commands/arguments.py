@@ -1,7 +1,10 @@
 """What several of the evaluation commands take, and how they end."""
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from eval.model import Checkpoint
 
 EXIT_DONE, EXIT_FAILED = 0, 1
 
@@ -14,11 +17,18 @@ def add(commands: Any, name: str, function: object, summary: str) -> argparse.Ar
 
 
 def add_model(command: argparse.ArgumentParser) -> None:
-    """`RUN-or-CHECKPOINT`, `--vocab`, `--context-length`: what `eval.model.find_checkpoint` takes."""
+    """`RUN-or-CHECKPOINT`, `--set`, `--vocab`, `--context-length`: what `checkpoint` takes."""
     command.add_argument(
         "model",
         metavar="RUN-or-CHECKPOINT",
         help="a run's TOML (its last trained stage), or weights of any known format",
+    )
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a setting of the run's TOML, as in --set run.folder=runs/other; may be repeated",
     )
     command.add_argument(
         "--vocab",
@@ -34,6 +44,13 @@ def add_model(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens with [CLS] and [SEP] (default: the run's, or 52)",
     )
+
+
+def checkpoint(options: argparse.Namespace) -> "Checkpoint":
+    """The weights that the options of `add_model` name."""
+    from eval.model import find_checkpoint
+
+    return find_checkpoint(options.model, options.vocabulary, options.context_length, options.set)
 
 
 def add_embeddings(command: argparse.ArgumentParser) -> None:

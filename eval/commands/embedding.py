@@ -1,12 +1,9 @@
 """`cnclip embed`."""
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from eval.commands.arguments import EXIT_DONE, add, add_model
-
-if TYPE_CHECKING:
-    from eval.model import Checkpoint
+from eval.commands.arguments import EXIT_DONE, add, add_model, checkpoint
 
 
 def add_embed(commands: Any) -> None:
@@ -49,7 +46,7 @@ def _embed(options: argparse.Namespace) -> int:
     from eval.embed_files import embed_files
     from eval.model import load_encoder
 
-    encoder = load_encoder(_checkpoint(options))
+    encoder = load_encoder(checkpoint(options))
     done = embed_files(
         encoder.base,
         images=options.images,
@@ -74,15 +71,9 @@ def _embed_shards(options: argparse.Namespace) -> int:
 
     if options.ranks < 1:
         raise ConfigError(f"--ranks {options.ranks}: give at least 1")
-    job = ShardJob(_checkpoint(options), options.shards, options.out, options.dtype, options.ranks)
+    job = ShardJob(checkpoint(options), options.shards, options.out, options.dtype, options.ranks)
     done = embed_shards(job, redo=options.redo, progress=make_progress("embed", "shard"))
     if done.num_unreadable:
         print(f"{done.num_unreadable} pictures cannot be decoded and have no row")
     print(f"{options.out}: {done.num_rows:,} pairs of {done.num_shards:,} shards, {options.dtype}")
     return EXIT_DONE
-
-
-def _checkpoint(options: argparse.Namespace) -> "Checkpoint":
-    from eval.model import find_checkpoint
-
-    return find_checkpoint(options.model, options.vocabulary, options.context_length)

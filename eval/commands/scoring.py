@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any
 
-from eval.commands.arguments import EXIT_DONE, EXIT_FAILED, add, add_model
+from eval.commands.arguments import EXIT_DONE, EXIT_FAILED, add, add_model, checkpoint
 
 
 def add_predict(commands: Any) -> None:
@@ -90,26 +90,27 @@ def add_eval(commands: Any) -> None:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from eval.evaluate import Options, evaluate, find_sets, sets_of_run
-    from eval.model import find_checkpoint
+    from eval.evaluate import Options, evaluate, find_sets, reported_splits, sets_of_run
     from pipeline import store
     from pipeline.records import ConfigError
 
-    checkpoint = find_checkpoint(options.model, options.vocabulary, options.context_length)
+    model = checkpoint(options)
     if options.sets is not None:
-        sources = find_sets(options.sets)
-    elif checkpoint.run_folder is not None:
-        sources = sets_of_run(checkpoint.run_folder)
+        sources, notes = reported_splits(find_sets(options.sets))
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+    elif model.run_folder is not None:
+        sources = sets_of_run(model.run_folder)
     else:
         raise ConfigError(f"{options.model}: a lone file has no evaluation sets; give --sets FOLDER")
     how = Options(
-        setup="finetuned" if options.finetuned or checkpoint.is_finetuned else "zero-shot",
+        setup="finetuned" if options.finetuned or model.is_finetuned else "zero-shot",
         paper_model=options.row,
         ensemble=options.ensemble,
         templates=options.templates,
         json_features=options.json_features,
     )
-    evaluate(checkpoint, sources, options.out, how, lambda text: print(text, file=sys.stderr))
+    evaluate(model, sources, options.out, how, lambda text: print(text, file=sys.stderr))
     name = {"text": "eval.txt", "json": "eval.json", "csv": "eval.csv", "latex": "eval.tex"}[options.format]
     print(store.read_text(store.join(options.out, name)).rstrip("\n"))
     return EXIT_DONE

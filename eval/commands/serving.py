@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any
 
-from eval.commands.arguments import EXIT_DONE, add, add_model
+from eval.commands.arguments import EXIT_DONE, add, add_model, checkpoint
 
 
 def add_serve(commands: Any) -> None:
@@ -34,26 +34,26 @@ def add_serve(commands: Any) -> None:
 
 def _serve(options: argparse.Namespace) -> int:
     from eval.gallery import galleries_of_run, open_gallery
-    from eval.model import find_checkpoint, load_encoder
+    from eval.model import load_encoder
     from eval.serve import Searcher, SearchServer
     from pipeline.records import ConfigError
 
-    checkpoint = find_checkpoint(options.model, options.vocabulary, options.context_length)
+    model = checkpoint(options)
     if options.index is None:
         for name in ("embeddings", "pictures", "parameters"):
             if getattr(options, name):
                 raise ConfigError(f"--{name} goes with --index FOLDER")
-        galleries = galleries_of_run(checkpoint, options.model)
+        galleries = galleries_of_run(model, options.model)
     else:
         gallery = open_gallery(
             options.index,
             embeddings_folder=options.embeddings,
             pictures_folder=options.pictures,
-            run_folder=checkpoint.run_folder,
+            run_folder=model.run_folder,
             parameters=options.parameters,
         )
         galleries = [gallery]
-    searcher = Searcher(load_encoder(checkpoint), galleries)
+    searcher = Searcher(load_encoder(model), galleries)
     with SearchServer(searcher, options.host, options.port) as server:
         for gallery in galleries:
             print(f"{gallery.name}: {gallery.num_rows:,} pictures", file=sys.stderr)

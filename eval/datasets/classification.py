@@ -87,6 +87,9 @@ def read_classification(
     split = _split_folder(root)
     if (split / "nshards.txt").is_file():
         pictures, classes = _read_web(split)
+        if labels.keys and (root / "classnames.txt").is_file():
+            row_of_class = _rows_of_class_names(root / "classnames.txt", labels)
+            classes = [[row_of_class.get(number, number) for number in right] for right in classes]
     else:
         pictures, classes = _read_folders(split, labels, multi_label)
     if not pictures:
@@ -190,6 +193,28 @@ def _read_web(split: Path) -> tuple[list[Picture], list[Sequence[int]]]:
         pictures += found.values()
         classes += [right[key] for key in found]
     return pictures, classes
+
+
+def _rows_of_class_names(path: Path, labels: Labels) -> dict[int, int]:
+    """Rows of the labels for the classes of CLIP_benchmark's `classnames.txt`, which orders them in its way.
+
+    By name where the labels know all names, else by number. Raises InputError where some names are known
+    and stand elsewhere, and where the numbers of classes differ.
+    """
+    names = path.read_text(encoding="utf-8").splitlines()
+    known = {_plain(key): row for row, key in enumerate(labels.keys)}
+    rows = {number: known[_plain(name)] for number, name in enumerate(names) if _plain(name) in known}
+    if len(names) != len(labels.keys):
+        raise InputError(f"{path}: has {len(names)} classes, but the labels {len(labels.keys)}")
+    if len(set(rows.values())) == len(names):
+        return rows
+    moved = [number for number, row in rows.items() if number != row]
+    if moved:
+        raise InputError(
+            f"{path}: class {moved[0]}, {names[moved[0]]!r}, is class {rows[moved[0]]} of the labels, and"
+            f" {len(names) - len(rows)} names are unknown to them; give a label_cn.txt in this order"
+        )
+    return {}
 
 
 def _web_classes(where: str, kind: str, data: bytes) -> Sequence[int]:

@@ -33,6 +33,8 @@ class Release:
     """A set that was recognised, and how to write it."""
 
     protocol: str  # id of the protocol it is meant for, such as muge-valid
+    folder: str  # that it was found in
+    has_loose_pictures: bool  # its pictures are files anywhere below that folder
     write: Callable[[str], None]  # writes `<protocol>_imgs.tsv` and `<protocol>_texts.jsonl` into a folder
 
 
@@ -50,26 +52,29 @@ def find_releases(folder: str) -> list[Release]:
     for path in sorted(root.glob("MR_*_queries.jsonl")):
         split = path.name.removeprefix("MR_").removesuffix("_queries.jsonl")
         images = root / f"MR_{split}_imgs.tsv"
-        found.append(_release(f"muge-{split}", partial(_muge, images, path)))
+        found.append(_release(f"muge-{split}", folder, False, partial(_muge, images, path)))
     for path in sorted((root / "TextData").glob("seg.*.caption.txt")):
         split = _split_in(path.name)
-        found.append(_release(f"flickr30k-cn-{split}", partial(_flickr, root, path)))
+        found.append(_release(f"flickr30k-cn-{split}", folder, True, partial(_flickr, root, path)))
     captions = root / "imageid.human-written-caption.txt"
     for path in sorted(root.glob("coco-cn_*.txt")) if captions.is_file() else []:
         split = path.stem.removeprefix("coco-cn_")
-        found.append(_release(f"coco-cn-{split}", partial(_coco, root, path, captions)))
+        found.append(_release(f"coco-cn-{split}", folder, True, partial(_coco, root, path, captions)))
     for path in sorted([*root.glob("*.jsonl"), *root.glob("*.json")]):
         if _is_icr(path):
             split = _split_in(path.name)
-            found.append(_release(f"icr-{split}", partial(_icr, root, path)))
+            found.append(_release(f"icr-{split}", folder, True, partial(_icr, root, path)))
     for path in sorted((root / "lmdb").glob("*/pairs")):
         name = f"{root.resolve().name}-{path.parent.name}".lower()
-        found.append(_release(name, partial(_lmdb, path.parent)))
+        found.append(_release(name, folder, False, partial(_lmdb, path.parent)))
     return found
 
 
 def _release(
-    protocol: str, read: Callable[[], tuple[Iterable[tuple[int, bytes]], Iterable[_Text]]]
+    protocol: str,
+    folder: str,
+    has_loose_pictures: bool,
+    read: Callable[[], tuple[Iterable[tuple[int, bytes]], Iterable[_Text]]],
 ) -> Release:
     def write(folder: str) -> None:
         images, texts = read()
@@ -84,7 +89,7 @@ def _release(
                 record = {"text_id": item.text_id, "text": item.text, "image_ids": list(item.image_ids)}
                 lines.write(json.dumps(record, ensure_ascii=False) + "\n")
 
-    return Release(protocol, write)
+    return Release(protocol, folder, has_loose_pictures, write)
 
 
 def _split_in(name: str) -> str:
@@ -127,10 +132,11 @@ def _muge_texts(path: Path) -> Iterator[_Text]:
         text_id = _field(record, ("query_id", "text_id"), where)
         text = _field(record, ("query_text", "text", "query"), where)
         image_ids = record.get("item_ids", record.get("image_ids", []))
-        try:
-            yield _Text(int(text_id), str(text), tuple(int(value) for value in image_ids))
-        except (TypeError, ValueError):
-            raise InputError(f"{where}: ids must be integers, found {str(record)[:120]}") from None
+        if type(text_id) is not int or not isinstance(image_ids, list) or {*map(type, image_ids)} - {int}:
+            raise InputError(f"{where}: ids must be integers, found {str(record)[:120]}")
+        if not isinstance(text, str):
+            raise InputError(f"{where}: the text must be a string, found {str(text)[:80]}")
+        yield _Text(text_id, text, tuple(image_ids))
 
 
 # Flickr30K-CN
@@ -150,7 +156,11 @@ def _flickr(root: Path, captions: Path) -> tuple[Iterator[tuple[int, bytes]], li
     named = {image_id for item in texts for image_id in item.image_ids}
     listed = root / "ImageSets" / f"{captions.name.removeprefix('seg.').removesuffix('.caption.txt')}.txt"
     if listed.is_file():
-        named = {int(line) for _, line in _lines(listed)}
+        named = set[int]()
+        for where, line in _lines(listed):
+            if not line.strip().isdecimal():
+                raise InputError(f"{where}: expected a picture's number, found {line[:80]!r}")
+            named.add(int(line))
     return _pictures(root, {str(image_id): image_id for image_id in named}), texts
 
 
@@ -221,9 +231,12 @@ def _lmdb(folder: Path) -> tuple[Iterator[tuple[int, bytes]], list[_Text]]:
         where = f"{folder / 'pairs'}: entry {key.decode('utf-8', 'replace')}"
         try:
             image_id, text_id, text = unpickle_plain(value)
-            of_text.setdefault(int(text_id), (str(text), {}))[1][int(image_id)] = None
+            first, image_ids = of_text.setdefault(int(text_id), (str(text), {}))
+            image_ids[int(image_id)] = None
         except Exception as error:  # pickle may raise anything on damaged bytes
             raise InputError(f"{where}: expected (image_id, text_id, text): {error}") from None
+        if first != text:
+            raise InputError(f"{where}: text_id {text_id} has two texts, {first[:40]!r} and {text[:40]!r}")
 
     def images() -> Iterator[tuple[int, bytes]]:
         for key, value in rows("imgs"):

@@ -33,6 +33,27 @@ def test_three_layouts_hold_the_same_set(tmp_path: Path) -> None:
     assert not is_classification_set(str(tmp_path))
 
 
+def test_classes_of_web_sets_go_by_their_names(tmp_path: Path) -> None:
+    root = write_web(tmp_path / "web")
+    labels = tmp_path / "labels.tsv"
+    labels.write_text("blue\t蓝色\nred\t红色\ngreen\t绿色\n", encoding="utf-8")
+    data = read_classification(str(root), labels_path=str(labels))
+    assert (data.targets_NC.argmax(axis=1) == np.repeat([1, 2, 0], 4)).all()
+    (root / "classnames.txt").write_text("red\nlime\nblue")
+    with pytest.raises(
+        InputError, match=r"class 0, 'red', is class 1 of the labels, and 1 names are unknown"
+    ):
+        read_classification(str(root), labels_path=str(labels))
+    (root / "classnames.txt").write_text("crimson\nlime\nnavy")  # other words: by number
+    assert (
+        read_classification(str(root), labels_path=str(labels)).targets_NC.argmax(axis=1)
+        == np.repeat([0, 1, 2], 4)
+    ).all()
+    (root / "classnames.txt").write_text("red\nlime")
+    with pytest.raises(InputError, match=r"classnames.txt: has 2 classes, but the labels 3"):
+        read_classification(str(root), labels_path=str(labels))
+
+
 def test_class_folders_by_number_of_any_padding(tmp_path: Path) -> None:
     root = write_cnclip(tmp_path / "set")
     for number in range(3):

@@ -97,8 +97,9 @@ def test_everything_is_written_and_a_small_set_is_not_compared(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(folder, "--out", str(tmp_path), "--as", "CN-CLIP RN50") == 0
-    text = capsys.readouterr().out
+    text, said = capsys.readouterr()
     assert "coco-cn-test: 14 images, but the protocol has 1000: not comparable" in text
+    assert "note: coco-cn-test: 14 images, but the protocol has 1000: not comparable" in said
     assert "mnist: 1 pictures cannot be decoded and are not scored" in text
     assert "mnist: 11 pictures, but the protocol has 10000" in text
     page = (tmp_path / "eval.html").read_text(encoding="utf-8")

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from evaluation_files import png_bytes
+from classification_files import write_cnclip
+from evaluation_files import png_bytes, small_evaluation
 
 from eval.datasets.cnclip_tsv import EvaluationSet, read_evaluation
 from eval.datasets.releases import find_releases
-from eval.evaluate import find_sets
+from eval.evaluate import find_sets, reported_splits
 from pipeline.records import InputError
 
 
@@ -60,6 +61,43 @@ def test_muge_with_other_columns_lists_them(tmp_path: Path) -> None:
         release.write(str(tmp_path / "out"))
 
 
+@pytest.mark.parametrize(
+    "changed", [{"query_id": "7"}, {"query_id": 7.0}, {"item_ids": ["40"]}, {"item_ids": 40}]
+)
+def test_muge_ids_are_integers(tmp_path: Path, changed: dict[str, object]) -> None:
+    (tmp_path / "MR_valid_imgs.tsv").write_text(f"40\t{url_safe(png_bytes(1))}\n")
+    query = {"query_id": 7, "query_text": "红裙", "item_ids": [40]} | changed
+    (tmp_path / "MR_valid_queries.jsonl").write_text(json.dumps(query))
+    (release,) = find_releases(str(tmp_path))
+    with pytest.raises(InputError, match=r"queries.jsonl:1: ids must be integers"):
+        release.write(str(tmp_path / "out"))
+
+
+def test_of_a_release_the_split_that_the_paper_reports_is_measured(tmp_path: Path) -> None:
+    for split in ("test", "train", "valid"):
+        (tmp_path / f"MR_{split}_imgs.tsv").write_text(f"1\t{url_safe(png_bytes(1))}\n")
+        (tmp_path / f"MR_{split}_queries.jsonl").write_text('{"query_id": 1, "query_text": "裙"}')
+    sources, notes = reported_splits(find_sets(str(tmp_path)))
+    assert [item.protocol for item in sources.releases] == ["muge-valid"]
+    assert [note.split(":")[0] for note in notes] == ["muge-test", "muge-train"]
+    for path in tmp_path.glob("MR_valid_*"):
+        path.unlink()
+    sources, notes = reported_splits(find_sets(str(tmp_path)))
+    assert ([item.protocol for item in sources.releases], notes) == (["muge-test", "muge-train"], [])
+
+
+def test_pictures_of_a_release_are_no_classes(tmp_path: Path) -> None:
+    root = tmp_path / "sets" / "icr"
+    (root / "images").mkdir(parents=True)
+    (root / "images" / "a.jpg").write_bytes(png_bytes(1))
+    (root / "icr_test.jsonl").write_text('{"text": "猫", "image_path": "images/a.jpg"}')
+    write_cnclip(root / "colours")
+    for folder, classes in ((root, ["colours"]), (root.parent, [])):
+        found = find_sets(str(folder))
+        assert [item.protocol for item in found.releases] == ["icr-test"]
+        assert [Path(path).name for path in found.classification] == classes
+
+
 def test_flickr30k_cn(tmp_path: Path) -> None:
     root = tmp_path / "raw"
     for folder in ("ImageSets", "TextData", "pictures/deep"):
@@ -77,6 +115,10 @@ def test_flickr30k_cn(tmp_path: Path) -> None:
     assert data.name == "flickr30k-cn-test"
     assert data.image_ids.tolist() == [100, 200]
     assert pairs(data) == {"一个穿着T shirt的男人": [100], "两只狗": [200], "男人在跑": [100]}
+    (root / "ImageSets" / "flickr30k-cn-test.txt").write_text("100.jpg\n")
+    with pytest.raises(InputError, match=r"test.txt:1: expected a picture's number, found '100.jpg'"):
+        converted(root, tmp_path / "out")
+    (root / "ImageSets" / "flickr30k-cn-test.txt").write_text("100\n200\n")
     (root / "pictures" / "deep" / "200.jpg").unlink()
     with pytest.raises(InputError, match=r"1 of 2 pictures are not below it, first 200.jpg"):
         converted(root, tmp_path / "out")
@@ -145,6 +187,24 @@ def test_lmdb(tmp_path: Path) -> None:
     assert data.name == "muge-valid"
     assert pairs(data) == {"红": [40, 41]}
     assert list(data.image_bytes([1])) == [png_bytes(1)]
+    for name in ("imgs.tsv", "texts.jsonl"):
+        (tmp_path / "out" / f"muge-valid_{name}").rename(tmp_path / "MUGE" / f"valid_{name}")
+    sources, notes = reported_splits(find_sets(str(tmp_path)))
+    assert ([item.name for item in sources.retrieval], sources.releases) == (["valid"], ())
+    assert notes == ["muge-valid: read from its files, not from the LMDB beside them"]
+
+
+def test_lmdb_with_two_texts_of_one_id(tmp_path: Path) -> None:
+    write_lmdb(tmp_path / "MUGE", (40, 7, "绿"))
+    with pytest.raises(InputError, match=r"entry 1: text_id 7 has two texts, '绿' and '红'"):
+        converted(tmp_path / "MUGE", tmp_path / "out")
+
+
+def test_two_sets_of_one_name(tmp_path: Path) -> None:
+    for folder in ("sets/a", "sets/b"):
+        small_evaluation(tmp_path / folder, "coco-cn-test", count=12)
+    with pytest.raises(InputError, match=r"b: coco-cn-test lies in .*a too"):
+        reported_splits(find_sets(str(tmp_path / "sets")))
 
 
 def test_a_pickle_that_names_a_function_is_not_run(
