@@ -17,7 +17,7 @@ import polars as pl
 from data_prep import image_rules
 from data_prep.drop_table import write_table
 from data_prep.picture_base64 import decode_picture
-from data_prep.resize import BadImageError, decode_upright
+from data_prep.resize import SIGNATURES, BadImageError, decode_upright
 from pipeline import store
 from pipeline.evaluation_sets import shard_stems
 from pipeline.records import InputError
@@ -144,9 +144,17 @@ def _members(path: str) -> Iterator[tuple[str, bytes | None]]:
 
 def _pictures(folder: Path) -> Iterator[tuple[str, bytes]]:
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in _PICTURES:
+        if path.is_file() and _is_picture(path):
             try:
                 image = decode_upright(path.read_bytes(), MAX_PIXELS)
             except BadImageError as error:
                 raise InputError(f"{path}: {error}; mend or remove the file") from None
             yield path.stem, image_rules.perceptual_hash(np.asarray(image))
+
+
+def _is_picture(path: Path) -> bool:
+    """By its name, or by its first bytes: a picture under another name is one of the set all the same."""
+    if path.suffix.lower() in _PICTURES:
+        return True
+    with open(path, "rb") as file:
+        return file.read(max(map(len, SIGNATURES))).startswith(SIGNATURES)

@@ -25,7 +25,7 @@ PIXEL_LIMIT = DropReason("pixel_limit")
 # What a web corpus holds. Formats outside this list have decoders that see little use and much attack.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 # Bytes that begin in the way of a picture and still are none were damaged; others never were a picture.
-_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF", b"GIF8", b"BM", b"II*\x00", b"MM\x00*")
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF", b"GIF8", b"BM", b"II*\x00", b"MM\x00*")
 _TRUNCATION_WORDS = (
     "truncated",
     "broken data stream",
@@ -87,7 +87,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
             warnings.simplefilter("ignore")  # the size is judged below, before any pixel is decoded
             image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except UnidentifiedImageError:
-        reason = UNDECODABLE if data.startswith(_SIGNATURES) else NOT_AN_IMAGE
+        reason = UNDECODABLE if data.startswith(SIGNATURES) else NOT_AN_IMAGE
         raise BadImageError(f"{reason}: starts with {data[:12]!r}") from None
     except Image.DecompressionBombError as error:
         raise BadImageError(f"{PIXEL_LIMIT}: {error}") from None

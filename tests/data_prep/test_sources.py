@@ -498,7 +498,8 @@ def test_guard_of_pictures_gives_ids_and_hashes(tmp_path: Path, capsys: pytest.C
     (tmp_path / "set" / "train_imgs.tsv").write_text(f"5\t{base64.b64encode(picture()).decode()}\n")
     pictures = tmp_path / "pictures" / "中文"
     pictures.mkdir(parents=True)
-    (pictures / "1000.png").write_bytes(picture(side=40))
+    (pictures / "1000.jfif").write_bytes(picture(side=40))  # the ending is not what makes a picture
+    (pictures / "labels.txt").write_text("1000 猫")
     guards = []
     for name, family in (("set", "own"), ("pictures", "flickr")):
         guards.append(str(tmp_path / f"{name}.parquet"))

@@ -46,7 +46,8 @@ def _read(path: Path, **fields: Any) -> pl.DataFrame:
     source = _source(path, **fields)
     if text_file.is_text(str(path)):  # the corpus stage writes these as Parquet first
         table = path.with_name(f"{path.name}.parquet")
-        convert.convert_text(str(path), source, str(table), str(path.with_name("malformed.parquet")))
+        aside = (str(path.with_name(f"{name}.parquet")) for name in ("malformed", "dropped"))
+        convert.convert_text(str(path), source, convert.Places(str(table), *aside))
         path = table
     return scan(str(path), source).collect()
 
