@@ -129,11 +129,6 @@ def test_the_local_launcher_knows_its_ranks_and_srun_theirs() -> None:
         ("1: error: of rank one", 1, "of rank one (training"),
         ("RuntimeError: Connection closed by peer\nbye", 247, "a rank was killed by SIGKILL and said"),
         ("starting", -9, "a rank was killed by SIGKILL"),
-        (
-            "['python', '--local_rank=1', 'job'] exits with return code = -9",
-            247,
-            "rank 1 was killed by SIGKILL",
-        ),
         ("starting\nlast words", 2, "last words (training ended with status 2"),
         ("", 2, "no output"),
     ],
