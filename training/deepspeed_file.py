@@ -9,6 +9,8 @@ from training.model.config import ModelConfig, ModifiedResNetConfig
 
 Half = Literal["bf16", "fp16"]  # weights in 16 bits, with a float32 master
 
+DEEPSPEED_BUCKET_VALUES = 500_000_000  # its default reduce_bucket_size
+
 # What a DeepSpeed file may hold. Everything else is the run's TOML's or changes what is learned.
 _ALLOWED = (
     "bf16",

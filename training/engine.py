@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from pipeline.records import ConfigError
 from training.config import TrainConfig
 from training.data import Batch
-from training.deepspeed_file import half_of, read_deepspeed_file
+from training.deepspeed_file import DEEPSPEED_BUCKET_VALUES, half_of, read_deepspeed_file
 from training.distil import Teacher, TeacherFeatures
 from training.loss import contrastive_loss, distillation_loss
 from training.model.clip import CLIP
@@ -209,6 +209,9 @@ def build_engine(towers: Towers, config: TrainConfig) -> Any:
         clip.visual.register_forward_pre_hook(_as_the_weights)
     if towers.teacher is not None:
         towers.teacher.prepare(get_accelerator().current_device_name(), _compute_dtype(settings))
+    trained = sum(parameter.numel() for parameter in clip.parameters() if parameter.requires_grad)
+    # DeepSpeed allocates its bucket for gradients whole, however few there are.
+    bucket = {"reduce_bucket_size": min(DEEPSPEED_BUCKET_VALUES, trained)}
     # DeepSpeed's batch size feeds only its own speed report here: a rank's share may be uneven, and the
     # contrastive loss needs the whole global batch at once, so that micro-batches are ours.
     engine, *_ = deepspeed.initialize(
@@ -216,6 +219,7 @@ def build_engine(towers: Towers, config: TrainConfig) -> Any:
         optimizer=build_optimizer(clip, config),
         config={
             **settings,
+            "zero_optimization": {**bucket, **settings.get("zero_optimization", {})},
             "gradient_clipping": config.max_gradient_norm or 0.0,
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,

@@ -149,17 +149,17 @@ def watch(
 
 
 def failure(log_path: str, status: int) -> str:
-    """One line for a failed launch: the last error in the log, and where to read on."""
+    """One line for a failed launch, as an error's text: the log's last error, and where to read on."""
     with open(log_path, encoding="utf-8", errors="replace") as file:
         lines = [line.strip() for line in file.readlines()[-400:] if line.strip()]
     errors = [found[1] for line in lines if (found := _ERROR.match(line))]
     known = [line for line in errors if not any(echo in line for echo in _ECHOES)]
     where = f"(training ended with status {status}; log: {log_path})"
     if known:
-        return f"{known[-1]} {where}"
+        return f"{known[-1].removeprefix('error: ')} {where}"
     if killed := _killed_by(status, (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS)):
         return (
-            f"error: a rank was killed by {killed} and said nothing: most often the machine had no memory"
+            f"a rank was killed by {killed} and said nothing: most often the machine had no memory"
             f" left; try a smaller micro_batch or checkpoint_activations {where}"
         )
     return f"{errors[-1] if errors else (lines[-1] if lines else 'no output')} {where}"

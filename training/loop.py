@@ -160,7 +160,8 @@ def refuse_non_finite(run: Run, batch: Batch, loss: float, in_a_row: int) -> Non
     store.write_text(path, json.dumps({"step": step, "loss": str(loss), "what": what, "keys": keys}))
     # The file of every rank has to be there before the first error ends all of them.
     dist.barrier()
-    samples = f"rank {dist.get_rank()} had the samples {', '.join(keys[:3])}, … (all {len(keys)} in {path})"
+    samples = f"rank {dist.get_rank()} had the samples {', '.join(keys[:3])}, … (all {len(keys)} in {path}"
+    samples += ", those of other ranks beside it)" if run.config.ranks > 1 else ")"
     found = f"[{run.stage}] {what} at step {step}"
     if run.config.on_non_finite == "skip" and in_a_row <= _MOST_SKIPPED_IN_A_ROW:
         run.journal.notice(f"{found}: the batch is left out; {samples}")

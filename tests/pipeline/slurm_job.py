@@ -20,7 +20,7 @@ def main(path: str) -> int:
         print(f"stopped: {stopped}")
         return stopped.exit_status
     if status:
-        print(failure(log_path, status))
+        print(f"error: {failure(log_path, status)}")
     return status
 
 

@@ -125,10 +125,10 @@ def test_the_local_launcher_knows_its_ranks_and_srun_theirs() -> None:
 @pytest.mark.parametrize(
     ("log", "status", "expected"),
     [
-        ("error: a\nRuntimeError: Connection closed by peer", 1, "error: a (training"),
-        ("1: error: of rank one", 1, "error: of rank one (training"),
-        ("RuntimeError: Connection closed by peer\nbye", 247, "error: a rank was killed by SIGKILL and said"),
-        ("starting", -9, "error: a rank was killed by SIGKILL"),
+        ("error: a\nRuntimeError: Connection closed by peer", 1, "a (training"),
+        ("1: error: of rank one", 1, "of rank one (training"),
+        ("RuntimeError: Connection closed by peer\nbye", 247, "a rank was killed by SIGKILL and said"),
+        ("starting", -9, "a rank was killed by SIGKILL"),
         ("starting\nlast words", 2, "last words (training ended with status 2"),
         ("", 2, "no output"),
     ],

@@ -1,6 +1,7 @@
 """FLOPs, parameters, memory and shares, each against what PyTorch counts or a process measures."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -155,8 +156,29 @@ def test_the_parts_of_memory_follow_the_zero_stages() -> None:
     bucket = 4 * everything
     assert states(1) == pytest.approx(8 * everything + 12 * everything / 8 + bucket)
     assert states(2) == pytest.approx(4 * everything + 16 * everything / 8 + bucket)
-    assert states(3) == pytest.approx(20 * everything / 8)
-    assert states(3, "bfloat16") == pytest.approx(16 * everything / 8)
+    assert states(3) == pytest.approx(20 * everything / 8 + bucket)
+    assert states(3, "bfloat16") == pytest.approx(16 * everything / 8 + bucket / 2)
+    assert states(1, "autocast") == pytest.approx(states(1) + bucket)
+
+
+def bucket_sizes(config: TrainConfig, names: tuple[str, ...]) -> list[int]:
+    """DeepSpeed's buckets for gradients of tiny-vit, in values."""
+    from training import engine as engines
+
+    engines.join_ranks(config)
+    found = []
+    for name in names:
+        towers = engines.Towers(build_clip(MODELS["tiny-vit"]), num_samples_of_ranks=(64,), config=config)
+        engine = engines.build_engine(towers, dataclasses.replace(config, deepspeed=name))
+        found.append(engine.optimizer.reduce_bucket_size)
+    return found
+
+
+def test_buckets_are_no_larger_than_what_is_trained(tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": 70000}}')
+    names = ("zero1", "zero2", "zero3", str(tmp_path / "mine.json"))
+    (found,) = run_ranks(bucket_sizes, 1, CONFIG, names)
+    assert found == [sum(num_parameters(MODELS["tiny-vit"]))] * 3 + [70_000]
 
 
 def test_what_fits_is_the_share_or_a_power_of_two() -> None:
