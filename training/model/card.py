@@ -11,16 +11,31 @@ from training.model.config import ModelConfig, VisionTransformerConfig
 from training.model.preprocess import MEAN, STD
 
 _UNKNOWN = "not recorded in the file these weights came from"
+# Bounded in tests/training/model/test_preprocess.py
+_PIXELS = """
+```python
+from transformers import ChineseCLIPModel, ChineseCLIPProcessor
+
+model = ChineseCLIPModel.from_pretrained(FOLDER)
+processor = ChineseCLIPProcessor.from_pretrained(FOLDER, backend="pil")
+```
+
+With `backend="pil"` the pixels are those of training. Without, transformers resizes with torchvision, which
+rounds otherwise: pixels differ by up to 2 of 255, and by up to about 30 at hard edges of pictures that are
+made smaller. A folder has no setting for this.
+"""
 
 
-def model_card(config: ModelConfig, num_parameters: int, facts: Mapping[str, str]) -> str:
+def model_card(
+    config: ModelConfig, num_parameters: int, facts: Mapping[str, str], *, for_transformers: bool = False
+) -> str:
     """Markdown with Hugging Face's header: sizes, data, stage, samples seen, scores, and how inputs are made.
 
     `facts` may have `data`, `stage`, `samples_seen`, `scores` and `source`; what it lacks is said so.
-    `tables` is Markdown that follows: the run's tables beside the paper's.
+    `tables` is Markdown that follows: the run's tables beside the paper's. `for_transformers` says that the
+    folder is Hugging Face's, and how its processor gives these very pixels.
     """
     vision = config.vision
-    is_vit = isinstance(vision, VisionTransformerConfig)
     sizes = (
         f"ViT, {vision.layers} layers of width {vision.width}, patches of {vision.patch_size_px} pixels"
         if isinstance(vision, VisionTransformerConfig)
@@ -40,7 +55,7 @@ def model_card(config: ModelConfig, num_parameters: int, facts: Mapping[str, str
         "Converted from": facts.get("source", _UNKNOWN),
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    library = "transformers" if is_vit else "pytorch"
+    library = "transformers" if for_transformers else "pytorch"
     return f"""---
 language: zh
 library_name: {library}
@@ -59,7 +74,7 @@ tags:
 Pictures are turned to RGB and resized to the square (bicubic, no crop), scaled to [0, 1] and normalised by
 mean {MEAN} and standard deviation {STD}. Captions are lower-cased, curly double quotes made straight, cut
 into word pieces of the vocabulary beside this file, framed by [CLS] and [SEP], and cut to 52 tokens.
-{facts.get("tables", "")}"""
+{_PIXELS if for_transformers else ""}{facts.get("tables", "")}"""
 
 
 def facts_of(path: str, recorded: Mapping[str, str]) -> dict[str, str]:

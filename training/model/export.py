@@ -72,7 +72,7 @@ def save_hugging_face(folder: str, model: CLIP, tokenizer: Tokenizer, facts: Map
             f"{folder}: {config.name} cannot be written for Hugging Face: its ChineseCLIP has ViT towers"
             " only, none with a ResNet; write Chinese CLIP's .pt, safetensors or ONNX instead"
         )
-    _write_card(store.join(folder, "README.md"), model, facts)
+    _write_card(store.join(folder, "README.md"), model, facts, for_transformers=True)
     tokenizer.save_vocabulary(store.join(folder, "vocab.txt"))
     store.write_text(store.join(folder, "tokenizer.json"), hugging_face_tokenizer(tokenizer))
     _write_json(folder, "tokenizer_config.json", _tokenizer_config())
@@ -82,9 +82,10 @@ def save_hugging_face(folder: str, model: CLIP, tokenizer: Tokenizer, facts: Map
         save_file(to_hugging_face(state_for_file(model)), temporary, metadata={"format": "pt"})
 
 
-def _write_card(path: str, model: CLIP, facts: Mapping[str, str]) -> None:
+def _write_card(path: str, model: CLIP, facts: Mapping[str, str], *, for_transformers: bool = False) -> None:
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    store.write_text(path, model_card(model.config, num_parameters, facts))
+    card = model_card(model.config, num_parameters, facts, for_transformers=for_transformers)
+    store.write_text(path, card)
 
 
 def _write_json(folder: str, name: str, value: Mapping[str, Any]) -> None:

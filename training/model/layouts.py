@@ -87,13 +87,14 @@ def rename(tensors: Mapping[str, torch.Tensor], origin: str) -> Renamed:
         return Renamed(layout, taken, tuple(name for name in tensors if name not in taken))
     state: dict[str, torch.Tensor] = {}
     dropped = []
-    for name, tensor in tensors.items():
+    for original, tensor in tensors.items():
+        name = original
         if layout == "bert":
             name = name if name.startswith(("bert.", "cls.")) else f"bert.{name}"
             name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
             name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
         if _LEFT_OUT.match(name) or (layout == "bert" and re.match(r"bert\.(qa_outputs|classifier)\.", name)):
-            dropped.append(name)
+            dropped.append(original)
         elif match := _FLASH_TEXT.fullmatch(name):  # trained with flash attention: one tensor for three
             for part, third in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
                 state[f"{match[1]}.{part}.{match[2]}"] = third

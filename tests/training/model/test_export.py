@@ -102,7 +102,7 @@ def test_transformers_loads_the_folder_offline(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     model, source = _source(tmp_path / "in", "tiny-vit")
     folder = tmp_path / "hf"
-    convert(source, str(folder))
+    lines = convert(source, str(folder))
     peer, info = ChineseCLIPModel.from_pretrained(folder, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     processor: Any = ChineseCLIPProcessor.from_pretrained(folder)
@@ -122,6 +122,13 @@ def test_transformers_loads_the_folder_offline(tmp_path: Path, monkeypatch: pyte
     assert inputs["pixel_values"].shape == pixels.shape  # the whole picture, squashed
     # torchvision's uint8 bicubic against Pillow's: a few grey levels on noise
     assert (inputs["pixel_values"] - pixels).abs().mean() < 0.05
+    card = (folder / "README.md").read_text()
+    assert "library_name: transformers" in card
+    assert 'backend="pil"' in card
+    assert 'backend="pil"' in lines[-1]
+    exact: Any = ChineseCLIPProcessor.from_pretrained(folder, backend="pil")
+    theirs_too = exact(images=[picture], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(torch.as_tensor(theirs_too), pixels, atol=1e-6, rtol=0)
     with torch.no_grad():
         theirs = peer.eval()(**{**inputs, "pixel_values": pixels})
         image_BD, text_BD = model(pixels, torch.from_numpy(tokens_NL).long())
@@ -194,6 +201,7 @@ def test_model_card_says_what_is_known_and_what_is_not(tmp_path: Path) -> None:
     _, source = _source(tmp_path / "run" / "stage2", "tiny-vit")
     convert(source, str(tmp_path / "out.safetensors"))
     card = (tmp_path / "out.md").read_text()
+    assert "library_name: pytorch" in card  # the names in the file are not transformers'
     assert "| Stage | stage2 |" in card
     assert "| Samples seen | 1234 |" in card
     assert "| Data | not recorded" in card

@@ -173,7 +173,7 @@ def test_bert_folders_with_old_and_new_names(old_names: bool, prefix: str, tmp_p
     ours, theirs = model.bert.state_dict(), source.bert.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     outcomes = {item.tensor: item.outcome for item in provenance}
-    assert outcomes["bert.pooler.dense.weight"] == outcomes["cls.predictions.bias"] == "dropped"
+    assert outcomes[f"{prefix}pooler.dense.weight"] == outcomes["cls.predictions.bias"] == "dropped"
     assert outcomes["text_projection"] == outcomes["visual.proj"] == outcomes["logit_scale"] == "initialised"
     (tmp_path / "config.json").write_text(json.dumps(settings | {"num_attention_heads": 4}))
     with pytest.raises(
