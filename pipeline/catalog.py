@@ -49,6 +49,7 @@ from pipeline.runner import Run
 from pipeline.stage import Stage
 from training import stage as training_stage
 from training import vocabulary
+from training.choice import check_sets
 from training.config import TrainConfig, finetune_recipe, paper_recipe
 from training.deepspeed_file import check_model
 from training.model.config import MODELS
@@ -133,6 +134,9 @@ def load(path: str, overrides: Sequence[str] = ()) -> tuple[Run, RunConfig]:
         if (train := getattr(config, name)) is not None:
             train.check(name)
             check_model(train.deepspeed, MODELS[model.name], name)
+            if isinstance(config.corpus, TablesConfig | SourcesConfig):  # the made ones bring their own sets
+                sets = [item.name for item in config.evaluation] if name != "english" else []
+                check_sets(train, sets, name)
     return make_run(config), config
 
 

@@ -189,3 +189,8 @@ def test_a_run_with_a_wrong_key_is_refused(override: str, words: str) -> None:
         catalog.load("demo", [override])
     assert words in str(caught.value)
     assert "demo.toml" in str(caught.value)
+
+
+def test_a_stage_cannot_choose_by_a_set_that_the_run_lacks() -> None:
+    with pytest.raises(ConfigError, match=r"\[stage1\] choose_on: no evaluation set 'nope'; the run has"):
+        catalog.load("paper_corpus", ['stage1.choose_on=["nope"]'])
