@@ -199,6 +199,7 @@ def _steps(root: str) -> list[int]:
 
 
 def _find_damage(folder: str) -> str | None:
+    file = _STATE
     try:
         state = json.loads(store.read_text(os.path.join(folder, _STATE)))
         if state.pop(_OWN_DIGEST) != digest(state):
@@ -206,9 +207,11 @@ def _find_damage(folder: str) -> str | None:
         for file, sha256 in state["sha256"].items():
             if store.digest_file(os.path.join(folder, file)) != sha256:
                 return f"{file} has other bytes than were written"
-    except FileNotFoundError as error:
-        return f"{os.path.basename(error.filename)} is missing"
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except FileNotFoundError:
+        return f"{file} is missing"
+    except OSError as error:
+        return f"{file} cannot be read: {error.strerror or error}"
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         return f"{_STATE} cannot be read: {error!r}"
     return None
 

@@ -350,9 +350,6 @@ def _in_micro_batches(engine: Any, batch: Batch, seed: int) -> tuple[float, Call
             statistics_before = [tensor.clone() for tensor, _ in statistics]
             again = engine(image, tokens_XL, kept_BP)
             is_extra = number >= num_parts
-            if is_extra:
-                for (tensor, _), before in zip(statistics, statistics_before, strict=True):
-                    tensor.copy_(before)
             # The temperature's gradient is the whole batch's, so it goes back once.
             surrogate = (again[2] * scale.grad * is_last).sum()
             # Linear in the features, with the slope that the loss has there.
@@ -361,6 +358,9 @@ def _in_micro_batches(engine: Any, batch: Batch, seed: int) -> tuple[float, Call
                     slope = torch.zeros_like(leaf.grad[part]) if is_extra else leaf.grad[part]
                     surrogate = surrogate + (slope * again[side]).sum()
             engine.backward(surrogate * dist.get_world_size())
+            if is_extra:  # only now: the backward pass reads the statistics as the forward pass left them
+                for (tensor, _), before in zip(statistics, statistics_before, strict=True):
+                    tensor.copy_(before)
 
     return loss.item(), backward
 

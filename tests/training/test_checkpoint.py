@@ -52,7 +52,7 @@ def test_only_the_newest_are_kept_and_left_overs_go(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "file", ["weights.safetensors", "optimizer.safetensors", "metrics.jsonl", "state.json"]
 )
-@pytest.mark.parametrize("damage", ["cut", "missing"])
+@pytest.mark.parametrize("damage", ["cut", "missing", "unreadable"])
 def test_a_damaged_one_gives_way_to_the_one_before(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, damage: str
 ) -> None:
@@ -63,10 +63,12 @@ def test_a_damaged_one_gives_way_to_the_one_before(
         path.write_bytes(path.read_bytes()[:-1])
     else:
         path.unlink()
+        if damage == "unreadable":
+            path.mkdir()
     found = checkpoint.find_newest(str(root), IDENTITY)
     assert found is not None
     assert found.step == 1
-    assert "step_000000002: damaged" in capsys.readouterr().out
+    assert f"step_000000002: damaged ({file} " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

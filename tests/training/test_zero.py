@@ -241,6 +241,19 @@ def test_running_statistics_see_every_micro_batch_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("deepspeed", ["zero1", "zero3"])
+def test_running_statistics_see_nothing_of_what_ranks_without_samples_compute(
+    tmp_path: Path, deepspeed: str
+) -> None:
+    changes: dict[str, Any] = {"model": "small-rn-64", "epochs": 1, "ranks": 3, "micro_batch": 1}
+    job = job_of_20_steps(tmp_path, "run", deepspeed=deepspeed, **changes)
+    run_ranks(train_without_dropout, 3, job)
+    end = load_checkpoint(job.output_model).state_dict()
+    counts = {int(tensor) for name, tensor in end.items() if name.endswith("num_batches_tracked")}
+    assert counts == {40}  # 10 steps of the 4 samples of rank 0, which writes; rank 2 has 8
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after"), [("zero3", "zero1"), ("zero1", "zero3"), ("zero3", "zero3_offload")]
 )

@@ -67,13 +67,19 @@ def train_rank(job: TrainJob, *, dropout: float = 0.1) -> None:
 
 
 def small_models(dropout: float = 0.1) -> dict[str, ModelConfig]:
-    """A ViT, and a ResNet with its batch norms."""
+    """A ViT, and a ResNet with its batch norms; the large one normalises even a single picture."""
     text = TextConfig(layers=2, width=64, heads=2, max_positions=16, dropout=dropout)
     vit = VisionTransformerConfig(image_size_px=32, patch_size_px=8, layers=2, width=64, heads=2)
     resnet = ModifiedResNetConfig(image_size_px=32, blocks=(1, 1, 1, 1), width=256)
     return {
         "small-vit": ModelConfig(name="small-vit", embed_dim=32, vision=vit, text=text),
         "small-rn": ModelConfig(name="small-rn", embed_dim=32, vision=resnet, text=text),
+        "small-rn-64": ModelConfig(
+            name="small-rn-64",
+            embed_dim=32,
+            vision=dataclasses.replace(resnet, image_size_px=64),
+            text=text,
+        ),
     }
 
 
