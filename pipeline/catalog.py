@@ -41,7 +41,7 @@ from eval import stages as evaluation_stages
 from eval.stages import IndexConfig
 from eval.zeroshot_stage import ClassificationSource, ZeroshotConfig
 from pipeline import store
-from pipeline.config import build, find_recipe, read_run, to_toml
+from pipeline.config import build, find_recipe, read_run, refuse_non_finite, to_toml
 from pipeline.evaluation_sets import EvaluationSource
 from pipeline.launch_config import LaunchConfig
 from pipeline.records import ConfigError
@@ -114,6 +114,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> tuple[Run, RunConfig]:
     """Read, override and check a run's TOML (a path, or the name of a shipped recipe)."""
     path = find_recipe(path)
     table = read_run(path, overrides)
+    refuse_non_finite(table, path)
     config = build(RunConfig, _with_paper_recipes(table, path), path)
     if config.model.name not in MODELS:
         raise ConfigError(f"{path}: model.name: no model {config.model.name!r}; known: {', '.join(MODELS)}")

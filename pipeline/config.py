@@ -112,7 +112,6 @@ def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
     import pydantic
 
     _refuse_unknown_keys(cls, table, where, "")
-    _refuse_non_finite(table, where, "")
     try:
         built: T = pydantic.TypeAdapter(cls).validate_json(json.dumps(table), strict=True)
         return built
@@ -177,16 +176,16 @@ def _refuse_unknown_keys(cls: Any, table: Any, where: str, prefix: str) -> None:
             _refuse_unknown_keys(hints[key], item, where, f"{prefix}{key}.")
 
 
-def _refuse_non_finite(value: Any, where: str, key: str) -> None:
-    """TOML has nan and inf, and a comparison with nan lets it pass every limit."""
+def refuse_non_finite(value: Any, where: str, key: str = "") -> None:
+    """Raise ConfigError for nan and inf in settings: a comparison with nan lets it pass every limit."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where}: {key}: must be a finite number, found {value}")
     if isinstance(value, Mapping):
         for name, item in value.items():
-            _refuse_non_finite(item, where, f"{key}.{name}" if key else str(name))
+            refuse_non_finite(item, where, f"{key}.{name}" if key else str(name))
     elif isinstance(value, list | tuple):
         for item in value:
-            _refuse_non_finite(item, where, key)
+            refuse_non_finite(item, where, key)
 
 
 def _dataclass_for(hint: Any, table: Any) -> Any:
