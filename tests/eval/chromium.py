@@ -11,6 +11,12 @@ import time
 from types import TracebackType
 from typing import Any, Self
 
+# Chromium asks its makers' servers for this and that while it runs: not while it is tested.
+QUIET = (
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic",
+    "--disable-default-apps", "--disable-extensions", "--disable-features=OptimizationHints,MediaRouter",
+    "--no-first-run",
+)  # fmt: skip
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 # Chromium reads commands on 3 and answers on 4; moved aside first, since a pipe may lie on the other's place.
@@ -36,7 +42,7 @@ class Chromium:
             [
                 sys.executable, "-c", _PLACE_PIPES, str(reads), str(answers),
                 CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-                "--no-first-run", "--lang=en-US", "--window-size=1100,900", "--remote-debugging-pipe",
+                *QUIET, "--lang=en-US", "--window-size=1100,900", "--remote-debugging-pipe",
                 f"--user-data-dir={self._folder.name}", "about:blank",
             ],
             pass_fds=(reads, answers), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

@@ -4,7 +4,6 @@ import dataclasses
 import http.server
 import json
 import re
-import shutil
 import subprocess
 import threading
 from html.parser import HTMLParser
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from chromium import CHROMIUM, QUIET
 from evaluation_files import small_evaluation
 
 from eval import evaluate
@@ -292,13 +292,8 @@ def test_a_set_of_the_paper_stands_beside_its_table(tmp_path: Path, monkeypatch:
     assert (table.setup, table.lines[0].paper) == ("finetuned", 66.8)
 
 
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
-
-
 # What Chromium asks for itself, whatever it is told: updates, the time, accounts.
-OF_THE_BROWSER = re.compile(r"(//| )(update|clients2|accounts|optimizationguide-pa)\.google(apis)?\.com[:/]")
+OF_THE_BROWSER = re.compile(r"(//| )[\w.-]*\.(google|googleapis|gstatic|gvt1)\.com[:/]")
 
 
 def open_in_browser(folder: Path, html: str) -> tuple[list[str], list[str], str]:
@@ -324,8 +319,7 @@ def open_in_browser(folder: Path, html: str) -> tuple[list[str], list[str], str]
     address = f"127.0.0.1:{server.server_port}"
     assert CHROMIUM is not None
     command = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", "--no-first-run", "--disable-dev-shm-usage",
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", *QUIET, "--disable-dev-shm-usage",
         f"--proxy-server={address}", f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr",
         "--virtual-time-budget=2000", "--dump-dom", f"http://{address}/page.html",
     ]  # fmt: skip
