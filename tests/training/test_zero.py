@@ -121,7 +121,8 @@ def assert_as_plain(job: TrainJob, plain: Plain) -> None:
         ("zero1", 2, None),
         ("zero2", 2, 3),
         ("zero3", 2, None),
-        ("zero1", 3, 1),  # 4, 4 and 8 samples: two ranks have none in the last micro-batches
+        # 4, 4 and 8 samples: two ranks have none in the last micro-batches
+        pytest.param("zero1", 3, 1, marks=pytest.mark.slow),
         pytest.param("zero3", 3, 1, marks=pytest.mark.slow),
         pytest.param("zero0", 2, None, marks=pytest.mark.slow),
         pytest.param("zero0", 2, 3, marks=pytest.mark.slow),
