@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from data_prep.dedup import DUPLICATE
 from data_prep.drop_table import url_hash
@@ -31,6 +33,10 @@ _COLUMNS = ("key", "url", "caption", "source", "image_sha256")
 _NOT_THERE = ("corpus", "not_in_sources")
 _SET_ASIDE = ("split", "validation")
 Side = Literal["A", "B"]
+# Of the table of rows that only one build has; `in` says which.
+_ROWS_SCHEMA = pa.schema(
+    [(name, pa.large_string()) for name in ("in", "key", "url", "caption", "source", "stage", "reason")]
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +199,11 @@ def row_changes(a: Build, b: Build, rows_path: str | None = None) -> RowChanges:
     """Compare the rows of both corpora's training shards."""
     sidecars_a, sidecars_b = _Sidecars.of(a), _Sidecars.of(b)
     changes = RowChanges(num_rows={"A": sidecars_a.num_rows, "B": sidecars_b.num_rows})
-    with _rows_table(rows_path) as table:
+    with contextlib.ExitStack() as stack:
+        writer = None
+        if rows_path is not None:
+            temporary = stack.enter_context(store.publish(rows_path))
+            writer = stack.enter_context(pq.ParquetWriter(temporary, _ROWS_SCHEMA, compression="zstd"))
         only: dict[Side, list[pl.DataFrame]] = {"A": [], "B": []}
         others: tuple[tuple[Side, Build], ...] = (("A", b), ("B", a))
 
@@ -205,7 +215,8 @@ def row_changes(a: Build, b: Build, rows_path: str | None = None) -> RowChanges:
                     changes.missing[side].update(
                         {(stage, reason): count for stage, reason, count in counts.iter_rows()}
                     )
-                    table.write(found, side)
+                    if writer is not None:
+                        writer.write_table(_table_of(found, side))
                     only[side].clear()
 
         for first, end in _ranges(sidecars_a, sidecars_b):
@@ -311,35 +322,7 @@ def _with_fate(rows: pl.DataFrame, other: Build) -> pl.DataFrame:
     return rows.update(fates, on="key")
 
 
-class _RowsTable:
-    """The Parquet table of rows that only one corpus has; without a path nothing is written."""
-
-    def __init__(self, path: str | None) -> None:
-        self._path = path
-        self._writer: Any = None
-
-    def write(self, rows: pl.DataFrame, side: Side) -> None:
-        if self._path is None:
-            return
-        import pyarrow.parquet as pq
-
-        table = rows.select(pl.lit(side).alias("in"), "key", "url", "caption", "source", "stage", "reason")
-        arrow = table.to_arrow(compat_level=pl.CompatLevel.oldest())
-        if self._writer is None:
-            self._writer = pq.ParquetWriter(self._path, arrow.schema, compression="zstd")
-        self._writer.write_table(arrow)
-
-    def close(self) -> None:
-        if self._path is not None and self._writer is None:
-            empty = dict.fromkeys(("key", "url", "caption", "source", "stage", "reason"), pl.String)
-            self.write(pl.DataFrame(schema=empty), "A")
-        if self._writer is not None:
-            self._writer.close()
-
-
-@contextlib.contextmanager
-def _rows_table(path: str | None) -> Iterator[_RowsTable]:
-    with contextlib.ExitStack() as stack:
-        table = _RowsTable(None if path is None else stack.enter_context(store.publish(path)))
-        yield table
-        table.close()
+def _table_of(rows: pl.DataFrame, side: Side) -> pa.Table:
+    marked = rows.select(pl.lit(side).alias("in"), *_ROWS_SCHEMA.names[1:])
+    table: pa.Table = marked.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(_ROWS_SCHEMA)
+    return table

@@ -26,8 +26,8 @@ from pipeline.stage import (
     inputs_digest,
     make_receipt,
     read_receipt,
+    receipt_at,
     receipt_counts,
-    receipt_path,
 )
 
 
@@ -140,13 +140,13 @@ def execute(run: Run, stages: Sequence[Stage], *, redo: bool, force: bool = Fals
     num_run = 0
     with locked(run):
         for position, stage in enumerate(stages, start=1):
-            if mend:
-                _forget_damaged(run, stage)
             status = survey_stage(run, stage)
             if status.num_tasks is None:
                 raise ConfigError(
                     f"{stage.name} comes {status.why}, which is not done; run without --stage first"
                 )
+            if mend and status.state is not State.STALE and _forget_damaged(run, stage):
+                status = survey_stage(run, stage)
             if status.state is State.DONE and not force:
                 continue
             if status.state is State.STALE or (status.state is State.DONE and force):
@@ -181,25 +181,31 @@ def verify(run: Run, stages: Sequence[Stage]) -> list[str]:
     return complaints
 
 
-def _forget_damaged(run: Run, stage: Stage) -> None:
-    """Make the tasks to do whose outputs have not the bytes that their receipts name; says how many."""
-    status = survey_stage(run, stage)
-    context = make_context(run, stage)
-    if context is None or status.state is State.STALE:
-        return
-    tasks = stage.tasks(stage.config, context)
+def _forget_damaged(run: Run, stage: Stage) -> bool:
+    """Make the tasks to do whose outputs have not the bytes of their receipts; True where there are any.
+
+    Goes by receipts and manifest: asking the stage for its tasks may hash its sources again.
+    """
+    folder = store.join(run.folder, stage.name)
+    names = store.list_files(store.join(folder, "receipts"))
     progress = make_progress(f"mend {stage.name}", "task")
-    damaged = []
-    for number, task in enumerate(tasks, start=1):
-        receipt = read_receipt(context, task)
-        if receipt is None or not all(_is_whole(context.path(out.path), out) for out in receipt.outputs):
-            damaged.append(task)
-        progress(number, len(tasks))
-    if status.manifest is not None and damaged:
+    damaged, whole = [], set[str]()
+    for number, name in enumerate(names, start=1):
+        receipt = receipt_at(store.join(folder, "receipts", name))
+        outputs = receipt.outputs if receipt is not None else ()
+        if receipt is not None and all(_is_whole(store.join(folder, out.path), out) for out in outputs):
+            whole |= {output.path for output in outputs}
+        else:
+            damaged.append(name)
+        progress(number, len(names))
+    manifest = read_manifest(run, stage.name)
+    is_short = manifest is not None and any(shard.path not in whole for shard in manifest.shards)
+    if is_short or (manifest is not None and damaged):
         store.remove(manifest_path(run, stage.name))  # first: without it nothing here counts as complete
-        print(f"{stage.name}: {len(damaged)} of {len(tasks)} tasks are damaged", file=sys.stderr, flush=True)
-    for task in damaged:
-        store.remove(receipt_path(context, task))
+        print(f"{stage.name}: {len(damaged)} of {len(names)} tasks are damaged", file=sys.stderr, flush=True)
+    for name in damaged:
+        store.remove(store.join(folder, "receipts", name))
+    return is_short or bool(damaged)
 
 
 def _is_whole(path: str, output: Shard) -> bool:

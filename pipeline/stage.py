@@ -128,7 +128,11 @@ def make_receipt(stage: Stage, context: Context, task: Task, outcome: Outcome, s
 
 def read_receipt(context: Context, task: Task) -> Receipt | None:
     """The receipt of a task, whatever it vouches for; None where there is none or it is not readable."""
-    path = receipt_path(context, task)
+    return receipt_at(receipt_path(context, task))
+
+
+def receipt_at(path: str) -> Receipt | None:
+    """`read_receipt` of a file."""
     if not store.exists(path):
         return None
     try:
