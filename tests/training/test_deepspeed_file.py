@@ -6,8 +6,11 @@ from typing import Any
 import pytest
 
 from pipeline.__main__ import main
-from pipeline.records import ConfigError
+from pipeline.records import ConfigError, Manifest
+from pipeline.stage import Context, inputs_digest
+from training.config import TrainConfig
 from training.deepspeed_file import read_deepspeed_file
+from training.stage import TrainStageConfig, tasks
 
 
 def shipped() -> list[str]:
@@ -96,3 +99,19 @@ def test_a_run_is_refused_before_its_first_stage(
     assert len(error.splitlines()) == 1
     assert said.format(path) in error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_changed_file_of_ones_own_makes_the_stage_stale(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    shards = Manifest("shards", 1, "", "", {}, (), 1, 1, {})
+    config = TrainStageConfig(
+        train=TrainConfig(epochs=1, deepspeed=str(path)),
+        model="tiny-vit",
+        vocabulary="vocab.txt",
+        validate=False,
+    )
+    digests = []
+    for stage in (1, 2, 1):
+        path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+        digests.append(inputs_digest(tasks(config, Context(str(tmp_path), "stage1", 0, {"shards": shards}))))
+    assert digests[0] == digests[2] != digests[1]
