@@ -20,8 +20,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: install
 	$(BIN)/cnclip run pipeline/recipes/demo.toml
 
+# Two files at once, each whole in one process: tests of a file share what they have made.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
