@@ -6,7 +6,7 @@ from data_prep.funnel import STEPS, threshold_notes
 from pipeline import store
 from pipeline.align import align
 from pipeline.records import Receipt
-from pipeline.runner import Run, StageStatus, State, read_manifest
+from pipeline.runner import Run, StageStatus, State, read_manifest, survey_stage
 
 
 def plan_table(statuses: Sequence[StageStatus]) -> str:
@@ -57,9 +57,12 @@ def read_receipts(run: Run, stage: str) -> list[Receipt]:
 
 
 def closing_words(run: Run, num_run: int, num_stages: int) -> str:
-    """What `cnclip run` ends with: the headline table and the report's path, once there is a report."""
+    """What `cnclip run` ends with: the headline table and the report's path, while the report is current."""
     lines = [] if num_run else [f"nothing to do: all {num_stages} stages are done"]
-    if read_manifest(run, "report") is not None:
+    report = survey_stage(run, run.stage("report"))
+    if report.state is State.DONE:
         headline = store.read_text(store.join(run.folder, "report", "headline.txt"))
         lines += ["", headline, "", f"report: {store.join(run.folder, 'report', 'report.html')}"]
+    elif num_run:
+        lines.append(f"stages done: {num_run}; `cnclip plan` shows what the run still has to do")
     return "\n".join(lines).strip("\n")

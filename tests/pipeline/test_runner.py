@@ -1,5 +1,6 @@
 """The runner on small real stages: numbers in, text files out."""
 
+import dataclasses
 import fcntl
 import json
 import multiprocessing
@@ -15,6 +16,7 @@ from pipeline.config import NOT_IN_DIGEST
 from pipeline.records import ConfigError, InputError, Manifest, Receipt
 from pipeline.runner import Run, State
 from pipeline.stage import Context, Outcome, Progress, Stage, Task
+from pipeline.tables import closing_words
 
 NUM_FILES = 4
 
@@ -359,3 +361,20 @@ def test_a_run_in_an_object_store(numbers: Path, tmp_path: Path) -> None:
     assert _execute(remote) == 0
     assert _manifests(remote) == _manifests(whole)
     assert runner.verify(remote, remote.stages) == []
+
+
+def test_a_run_ends_with_its_report_only_while_that_is_of_its_state(numbers: Path, tmp_path: Path) -> None:
+    def named_report(below: int) -> Run:
+        run = _run(numbers, tmp_path / "run", EvenConfig(below=below))
+        return dataclasses.replace(
+            run, stages=(run.stages[0], dataclasses.replace(run.stages[1], name="report"))
+        )
+
+    run = named_report(1000)
+    runner.execute(run, run.stages[:1], redo=False)
+    assert closing_words(run, 1, 1) == "stages done: 1; `cnclip plan` shows what the run still has to do"
+    runner.execute(run, run.stages, redo=False)
+    store.write_text(str(tmp_path / "run" / "report" / "headline.txt"), "R@1 82.5")
+    assert closing_words(run, 1, 2).startswith("R@1 82.5\n\nreport: ")
+    assert closing_words(run, 0, 2).startswith("nothing to do: all 2 stages are done\n\nR@1 82.5")
+    assert "82.5" not in closing_words(named_report(10), 1, 2)  # its report is of other settings
