@@ -121,8 +121,11 @@ def build(
     pictures: Callable[[list[tuple[int, int, int]]], UInt8s],
     encode: Callable[[Tensor], Tensor],
     show: Callable[[int, int], Any],
+    is_asked_to_stop: Callable[[], bool],
 ) -> None:
-    """Make the features of `shards`; killed and called again, it goes on with the next shard.
+    """Make the features of `shards`, or as many as there are before it is asked to stop, even within a shard.
+
+    Stopped or killed and called again, it goes on with the first shard that has none.
 
     `pictures` gives uint8 views [B, H, W, 3] of (shard, row, epoch); `encode` unit-norm float32 feature_BD of
     uint8 [B, 3, H, W]; `show` is told (shards done, of all).
@@ -132,6 +135,8 @@ def build(
         rows = range(num_samples(shard))
         parts = []
         for first in range(0, len(rows), _SAMPLES_AT_ONCE):
+            if is_asked_to_stop():
+                return
             some = rows[first : first + _SAMPLES_AT_ONCE]
             views = pictures([(shard, row, view) for row in some for view in range(cache.num_views)])
             feature = encode(torch.from_numpy(views).permute(0, 3, 1, 2)).cpu().numpy()

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 import psutil
@@ -19,11 +20,21 @@ import psutil
 from pipeline.processes import STOP_SIGNALS, die_with_parent
 from pipeline.records import Stopped
 from pipeline.stage import Progress
+from training.rank_ends import DEADLY, RankEnds
 
 Launcher = Literal["local", "srun"]
 
 _MESSAGE = re.compile(r"^@(progress|notice) (\{.*\})$")
 _ERROR = re.compile(r"^(?:\[rank\d+\]:? ?|\d+: )?((?:[\w.]+(?:Error|Exception)|error)\b.*)")
+_STOPPED = re.compile(r"^stopped: (.*)")
+# Of the first rank that died of a signal: RankEnds says it, and srun, which then gives 143 for its status:
+# it ends the others with SIGTERM.
+_DEATHS = "|".join(str(signal.strsignal(number)) for number in DEADLY)
+_KILLED = re.compile(
+    r"^(?:(?P<rank>rank \d+ \(process \d+\)) was killed by (?P<signal>\w+)"
+    rf"|srun: error: (?P<machine>\S+): tasks? (?P<tasks>[\d,-]+): (?P<how>Out Of Memory|{_DEATHS}))"
+)
+_START = "=== ranks are started"
 # What others say once one rank has failed, and not why it did.
 _ECHOES = ("CalledProcessError", "ChildFailed", "Connection closed by peer", "Connection reset by peer")
 
@@ -100,8 +111,8 @@ def watch(
 ) -> int:
     """Run a launcher and return its status; show its `@` lines, and keep every other line in the log.
 
-    One of STOP_SIGNALS to us goes on to the ranks, which end by themselves, with a checkpoint: Stopped, or
-    KeyboardInterrupt after Ctrl-C. A second Ctrl-C does not wait for that.
+    One of STOP_SIGNALS to us goes on to the ranks, which end by themselves, with a checkpoint: Stopped with
+    what they say of it, or KeyboardInterrupt after Ctrl-C. A second Ctrl-C does not wait for that.
     """
     with (
         open(log_path, "a", encoding="utf-8") as log,
@@ -117,14 +128,18 @@ def watch(
             start_new_session=True,  # or Ctrl-C would end DeepSpeed's launcher, and that its ranks
         ) as process,
         _passing_on_signals(process) as received,
+        RankEnds(process.pid, log.write),
     ):
         assert process.stdout is not None
+        stopped: re.Match[str] | None = None
+        log.write(f"{_START} {datetime.now(UTC).isoformat(timespec='seconds')}\n")
         try:
             for line in process.stdout:
                 found = _MESSAGE.match(line.strip())
                 if found is None:
                     log.write(line)
                     log.flush()
+                    stopped = _STOPPED.match(line) or stopped
                     continue
                 fields = json.loads(found[2])
                 if found[1] == "progress":
@@ -137,11 +152,14 @@ def watch(
             process.terminate()  # DeepSpeed's launcher ends its ranks on SIGTERM
             process.wait()
             raise
-    # Ranks that did not listen yet die of the signal, and have nothing to lose; done ranks are done.
-    how = {0: "training is finished" if received else None, Stopped.exit_status: "a checkpoint is written"}
-    if received and _killed_by(status, (signal.SIGUSR1,)):
-        how[status] = "before its first step"
-    if (said := how.get(status)) is not None:
+    said = None
+    if status == Stopped.exit_status and stopped is not None:
+        said = stopped[1]
+    elif received and status == 0:
+        said = "training is finished"
+    elif received and _killed_by(status, (signal.SIGUSR1, signal.SIGTERM)):
+        said = "before a step was finished"  # ranks that do not listen yet have nothing to lose
+    if said is not None:
         if signal.SIGINT in received:
             raise KeyboardInterrupt
         raise Stopped(f"{said}; run the same command to go on (log: {log_path})")
@@ -151,18 +169,31 @@ def watch(
 def failure(log_path: str, status: int) -> str:
     """One line for a failed launch, as an error's text: the log's last error, and where to read on."""
     with open(log_path, encoding="utf-8", errors="replace") as file:
-        lines = [line.strip() for line in file.readlines()[-400:] if line.strip()]
+        lines = [line.strip() for line in file.read().rpartition(_START)[2].splitlines()[-400:]]
+    lines = [line for line in lines if line]
     errors = [found[1] for line in lines if (found := _ERROR.match(line))]
     known = [line for line in errors if not any(echo in line for echo in _ECHOES)]
     where = f"(training ended with status {status}; log: {log_path})"
     if known:
         return f"{known[-1].removeprefix('error: ')} {where}"
-    if killed := _killed_by(status, (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS)):
+    if killed := _killed(lines, status):
         return (
-            f"a rank was killed by {killed} and said nothing: most often the machine had no memory"
-            f" left; try a smaller micro_batch or checkpoint_activations {where}"
+            f"{killed} and said nothing: most often the machine had no memory left; try a smaller micro_batch"
+            f" or checkpoint_activations {where}"
         )
     return f"{errors[-1] if errors else (lines[-1] if lines else 'no output')} {where}"
+
+
+def _killed(lines: Sequence[str], status: int) -> str | None:
+    """Which rank was killed by what, in words; None where none was."""
+    for line in lines:
+        if (found := _KILLED.match(line)) and found["rank"]:
+            return f"{found['rank']} was killed by {found['signal']}"
+        if found:
+            return f"rank {found['tasks']} on {found['machine']} was killed ({found['how']})"
+    if number := _killed_by(status, DEADLY):
+        return f"a rank was killed by {number}"
+    return None
 
 
 def _killed_by(status: int, signals: Sequence[int]) -> str | None:

@@ -73,7 +73,7 @@ def train(run: Run) -> int:
         run.journal.step(batch, loss, temperature(run), rate, run.batches.wait_seconds, skipped=bool(skipped))
         if number := run.stop.agreed():
             save(run, step)
-            raise Stopped(f"[{run.stage}] by {signal.Signals(number).name} after step {step}")
+            raise Stopped(f"by {signal.Signals(number).name} after step {step}, a checkpoint is written")
         if validation_is_due(run, step):
             validate(run, step)
         if save_is_due(run, step):

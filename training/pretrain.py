@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from torch import distributed as dist
 from pipeline import store
 from pipeline.config import digest
 from pipeline.processes import die_with_parent
-from pipeline.records import ConfigError
+from pipeline.records import ConfigError, Stopped
 from training import checkpoint
 from training.checkpoint import Checkpoint
 from training.choice import check_sets, choose, read_validations
@@ -98,7 +99,7 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
         teacher=teacher,
     )
     if config.cached_views:
-        reader.features = cache_features(job, towers, reader, watchdog)
+        reader.features = cache_features(job, towers, reader, watchdog, stop)
     watchdog.alive("building the engine", between_steps=True)
     engine = build_engine(towers, config)
     identity = describe(job, clip, tokenizer)
@@ -217,8 +218,13 @@ def make_reader(
     )
 
 
-def cache_features(job: TrainJob, towers: Towers, reader: BatchReader, watchdog: Watchdog) -> FeatureCache:
-    """Make what is missing of the locked tower's features, every rank its share of the shards."""
+def cache_features(
+    job: TrainJob, towers: Towers, reader: BatchReader, watchdog: Watchdog, stop: StopRequest
+) -> FeatureCache:
+    """Make what is missing of the locked tower's features, every rank its share of the shards.
+
+    Stopped where a signal asks for it: whole shards are kept.
+    """
     config, clip = job.config, towers.clip
     device = get_accelerator().current_device_name()
     key = cache_key(
@@ -247,8 +253,20 @@ def cache_features(job: TrainJob, towers: Towers, reader: BatchReader, watchdog:
             print(f"@progress {json.dumps(progress)}", flush=True)
 
     own = missing[dist.get_rank() :: config.ranks]
-    build(cache, own, lambda shard: job.shards[shard].num_samples, reader.pictures, encode, show)
-    dist.barrier()
+    build(
+        cache,
+        own,
+        lambda shard: job.shards[shard].num_samples,
+        reader.pictures,
+        encode,
+        show,
+        is_asked_to_stop=stop.is_asked,
+    )
+    if number := stop.agreed():  # after all have written theirs
+        with_features = len(job.shards) - len(cache.missing())
+        raise Stopped(
+            f"by {signal.Signals(number).name}, {with_features:,} of {len(job.shards):,} shards have features"
+        )
     return cache
 
 

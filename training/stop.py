@@ -1,4 +1,7 @@
-"""Stopping on request: a signal asks, all ranks agree at the end of a step, and a checkpoint is written."""
+"""Stopping on request: a signal asks, all ranks agree at the end of a step, and a checkpoint is written.
+
+Where features of a cache are computed they agree at the end of a shard.
+"""
 
 import signal
 from types import FrameType
@@ -15,6 +18,10 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._received = 0
+
+    def is_asked(self) -> bool:
+        """Has this rank received a signal?"""
+        return self._received != 0
 
     def listen(self) -> None:
         """Take STOP_SIGNALS from here on, instead of dying of them. Main thread only."""

@@ -131,7 +131,10 @@ def test_pre_empted_and_requeued_gives_the_bytes_of_a_run_without_slurm(
     urgent = submit_urgent(cluster)
     wait_for(cluster, urgent, "COMPLETED", seconds=300)
     (stopped,) = (jobs / "stage2" / "checkpoints").iterdir()  # nothing but the signal asked for one
-    assert "stopped: a checkpoint is written" in (jobs / "launch" / "stage2.log").read_text()
+    assert (
+        ", a checkpoint is written; run the same command to go on"
+        in (jobs / "launch" / "stage2.log").read_text()
+    )
     wait_for(cluster, ids["measure"], "COMPLETED", seconds=900)
     assert "Restarts=1" in output(cluster, "scontrol", "show", "job", ids["stage2"], "--oneliner")
     assert f"going on from {stopped}" in (jobs / "stage2" / "train.log").read_text()

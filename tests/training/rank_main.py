@@ -15,5 +15,6 @@ if __name__ == "__main__":
     try:
         train_rank(TrainJob.from_json(Path(sys.argv[-1]).read_text(), sys.argv[-1]))
     except (ConfigError, InputError, Stopped) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        kind = "stopped" if isinstance(error, Stopped) else "error"
+        print(f"{kind}: {error}", file=sys.stderr, flush=True)
         os._exit(error.exit_status)  # as pipeline.rank does

@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from rank_processes import run_ranks
 from shard_files import write_shards
 from train_jobs import CONFIG, make_job, train_rank
 
-from pipeline.records import ConfigError, InputError
+from pipeline.records import ConfigError, InputError, Stopped
 from training.config import TrainJob
 from training.feature_cache import FeatureCache
 
@@ -67,6 +69,34 @@ def test_files_that_are_there_are_used_and_others_stay_apart(tmp_path: Path) -> 
         job = make_job(tmp_path, f"other{number}", **{"cached_views": 1, **LOCKED, **changes})
         run_ranks(train_without_dropout, 1, dataclasses.replace(job, seed=seed))
         assert len(list(folder.iterdir())) == (number + 1) * len(before)
+
+
+def train_and_stop_after_a_shard(job: TrainJob) -> None:
+    """Rank 0 is told to stop when it has written its first shard's features."""
+    write = FeatureCache.write
+
+    def told(self: FeatureCache, shard: int, feature_NKD: npt.NDArray[np.float16]) -> None:
+        write(self, shard, feature_NKD)
+        if os.environ["RANK"] == "0":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeatureCache, "write", told)
+        with pytest.raises(Stopped, match=r"by SIGTERM, 3 of 4 shards have features"):
+            train_without_dropout(job)
+
+
+def test_it_stops_between_shards_and_makes_the_others_later(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"sizes": (20, 20, 9, 5), "cached_views": 2, "ranks": 2, **LOCKED}
+    job = make_job(tmp_path, "run", **changes)
+    run_ranks(train_and_stop_after_a_shard, 2, job)  # of shards 0 and 2, and 1 and 3
+    folder = tmp_path / "shards" / "features"
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert len(before) == 3
+    run_ranks(train_without_dropout, 2, job)
+    after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert len(after) == 4
+    assert after.items() > before.items()
 
 
 @pytest.mark.parametrize("damage", ["cut", "other"])
