@@ -27,25 +27,27 @@ class Choice:
     """What the validations so far say."""
 
     best: Validation | None  # highest score, the earliest of equal ones; None before the first validation
-    num_without_gain: int  # validations since the last one with a salient gain
+    steps_without_gain: int  # from the last validation with a salient gain to the newest
 
 
 def choose(validations: Sequence[Validation], salient_gain: float) -> Choice:
-    """The best validation, and how many came after the last that gained saliently.
+    """The best validation, and how far the newest is from the last that gained saliently.
 
     The first gains. Another one does if it beats the last that did by more than `salient_gain` points.
     """
     best: Validation | None = None
-    reference: float | None = None
-    num_without_gain = 0
+    reference: Validation | None = None
     for validation in validations:
         if best is None or validation.score > best.score:
             best = validation
-        if reference is None or validation.score > reference + salient_gain:
-            reference, num_without_gain = validation.score, 0
-        else:
-            num_without_gain += 1
-    return Choice(best, num_without_gain)
+        if reference is None or validation.score > reference.score + salient_gain:
+            reference = validation
+    return Choice(best, 0 if reference is None else validations[-1].step - reference.step)
+
+
+def has_no_gain_left(choice: Choice, config: TrainConfig, num_samples: int) -> bool:
+    """`patience` epochs of `num_samples` samples have passed without a salient gain: the stage ends (2.3)."""
+    return 0 < config.patience * num_samples <= choice.steps_without_gain * config.global_batch
 
 
 def read_validations(lines: Iterable[str], deciding: Collection[str]) -> list[Validation]:

@@ -98,13 +98,13 @@ class TrainConfig:
     micro_batch: int | None = field(default=None, metadata=NOT_IN_DIGEST)
     deepspeed: str = "zero1"  # file of deepspeed_configs, or a path ending in .json
 
-    validate_every_steps: int = 1_000  # also before the first step and after the last
+    validate_every_steps: int = 1_000  # also before the first step and after the last; 0: these two alone
     validate_every_epoch: bool = False  # also at the end of every pass over the corpus (A.3)
     # Which weights the stage ends with: the last ones, or those of the best mean recall while training (A.2).
     choose: Literal["last", "best"] = "last"
     choose_on: tuple[str, ...] = ()  # evaluation sets whose mean recall decides; empty: all of the run's
     salient_gain: float = 0.0  # points of mean recall by which a validation has to beat the last salient one
-    patience: int = 0  # validations in a row without a salient gain that end the stage (2.3); 0: never
+    patience: int = 0  # epochs since the last salient gain that end the stage (2.3); 0: never
     # What a loss or gradient that is not finite does: end the run, or leave that one batch out.
     on_non_finite: Literal["stop", "skip"] = field(default="stop", metadata=NOT_IN_DIGEST)
     # Longest time of a step before a rank ends the run; validations and checkpoints have 8 times that.
@@ -118,12 +118,12 @@ class TrainConfig:
         """Raise ConfigError for values that are each well typed but cannot train."""
         positive = (
             "epochs global_batch peak_learning_rate context_length lanes window_shards ranks"
-            " threads_per_rank validate_every_steps save_every_steps keep_checkpoints stall_seconds"
+            " threads_per_rank save_every_steps keep_checkpoints stall_seconds"
         )
         for name in positive.split():
             if getattr(self, name) <= 0:
                 raise ConfigError(f"[{stage}] {name} = {getattr(self, name)}: must be above 0")
-        for name in ("warmup_steps", "weight_decay", "patience", "salient_gain"):
+        for name in ("warmup_steps", "weight_decay", "patience", "salient_gain", "validate_every_steps"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"[{stage}] {name} = {getattr(self, name)}: must not be negative")
         for name in ("adam_beta1", "adam_beta2"):

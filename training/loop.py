@@ -12,7 +12,7 @@ from torch import distributed as dist
 from pipeline import store
 from pipeline.records import InputError, Stopped
 from training import checkpoint
-from training.choice import Choice, choose
+from training.choice import Choice, choose, has_no_gain_left
 from training.config import TrainConfig
 from training.data import Batch, Prefetcher
 from training.engine import logit_scale, train_step
@@ -89,7 +89,8 @@ def validation_is_due(run: Run, step: int) -> bool:
     seen, batch = step * run.config.global_batch, run.config.global_batch
     ends_epoch = seen // run.num_samples > (seen - batch) // run.num_samples
     return (
-        step % run.config.validate_every_steps == 0
+        step == 0
+        or (run.config.validate_every_steps > 0 and step % run.config.validate_every_steps == 0)
         or (run.config.validate_every_epoch and ends_epoch)
         or step == run.total_steps
     )
@@ -111,7 +112,7 @@ def choice_so_far(run: Run) -> Choice:
 
 def no_longer_gains(run: Run) -> bool:
     """The recipe's rule says that training on is not worth it (paper, 2.3)."""
-    return 0 < run.config.patience <= choice_so_far(run).num_without_gain
+    return has_no_gain_left(choice_so_far(run), run.config, run.num_samples)
 
 
 def validate(run: Run, step: int) -> None:

@@ -142,8 +142,8 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
     best = choice_so_far(run).best if config.choose == "best" else None
     if last_step < total_steps:
         journal.notice(
-            f"[{job.stage}] ended after step {last_step} of {total_steps}: {config.patience} validations in a"
-            f" row without a gain of {config.salient_gain:g} points of mean recall"
+            f"[{job.stage}] ended after step {last_step} of {total_steps}: {config.patience} epochs"
+            f" without a gain of {config.salient_gain:g} points of mean recall"
         )
     journal.close()
     write_model(job, engine, last_step, last_step if best is None else best.step)

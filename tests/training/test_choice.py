@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from safetensors.torch import load_file
 from train_jobs import make_job, small_models
 
 from pipeline.records import ConfigError
-from training.choice import Choice, Validation, check_sets, choose, read_validations
-from training.config import TrainConfig, TrainJob
+from training.choice import Choice, Validation, check_sets, choose, has_no_gain_left, read_validations
+from training.config import TrainConfig, TrainJob, paper_recipe
 from training.model.weights import load_checkpoint
 
 
@@ -30,7 +31,32 @@ def test_a_gain_counts_from_the_last_salient_one() -> None:
     # three times 0.4 is salient together; the best is the highest even where its gain was not
     assert choose(validations(10.0, 10.4, 10.8, 11.2), 1.0) == Choice(Validation(4, 11.2), 0)
     assert choose(validations(10.0, 10.4, 10.8, 10.2), 1.0) == Choice(Validation(3, 10.8), 3)
-    assert choose(validations(10.0, 11.0), 1.0).num_without_gain == 1  # "more than", not "as much as"
+    assert choose(validations(10.0, 11.0), 1.0).steps_without_gain == 1  # "more than", not "as much as"
+    assert choose([Validation(7, 3.0), Validation(20, 2.0), Validation(95, 3.0)], 0.0).steps_without_gain == 88
+
+
+def paper_curve(model: str, stage: Literal["stage1", "stage2"], points: float) -> tuple[TrainConfig, int]:
+    """A paper recipe and the epoch it ends in where mean recall rises by so many points, ever more slowly."""
+    config, num_samples = paper_recipe(model, stage), 200_000_000
+    last = config.epochs * num_samples // config.global_batch
+    found: list[Validation] = []
+    for step in range(1_000, last, 1_000):
+        found.append(Validation(step, 60 + points * (1 - math.exp(-3 * step / last))))
+        if has_no_gain_left(choose(found, config.salient_gain), config, num_samples):
+            return config, math.ceil(step * config.global_batch / num_samples)
+    return config, config.epochs
+
+
+@pytest.mark.parametrize(
+    ("model", "stage"),
+    [("RN50", "stage2"), ("ViT-B-16", "stage1"), ("ViT-L-14", "stage2"), ("ViT-H-14", "stage1")],
+)
+def test_patience_is_in_epochs_however_often_recall_is_measured(
+    model: str, stage: Literal["stage1", "stage2"]
+) -> None:
+    config, ended = paper_curve(model, stage, 10.0)
+    assert ended == config.epochs
+    assert paper_curve(model, stage, 0.0)[1] == config.patience + 1
 
 
 def test_the_mean_over_the_deciding_sets_without_the_start() -> None:

@@ -82,6 +82,7 @@ def test_table_9(row: str) -> None:
         assert config.ranks == 32  # A.3
         assert config.checkpoint_activations == (model in ("ViT-L-14-336", "ViT-H-14"))  # A.3
         assert (config.choose, config.validate_every_epoch, config.patience) == ("best", True, 0)  # A.3
+        assert config.validate_every_steps == 0  # at the end of each epoch alone (A.3)
         assert not config.lock_image
 
 
