@@ -62,7 +62,9 @@ def main() -> int:
         live = reader.read(0)
         tar = Path(folder) / "00000.tar"
         shard = Shard(str(tar), NUM_PICTURES, tar.stat().st_size, "0" * 64)
-        key = cache_key(clip.visual, AugmentConfig(), image_size_px=224, seed=0, num_views=1)
+        key = cache_key(
+            clip.visual, AugmentConfig(), image_size_px=224, seed=0, num_views=1, dtype=torch.float32
+        )
         cache = FeatureCache([shard], key, num_views=1, dim=clip.config.embed_dim)
 
         def encode(image_BCHW: torch.Tensor) -> torch.Tensor:

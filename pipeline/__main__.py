@@ -88,9 +88,13 @@ def _run(options: argparse.Namespace) -> int:
     from pipeline.catalog import load, write_resolved
     from pipeline.runner import execute, select
     from pipeline.tables import closing_words
+    from training.stage import TrainStageConfig, check_given_files
 
     run, config = load(options.run, options.set)
     stages = select(run, options.stage, options.first, options.last)
+    for stage in run.stages:  # a corpus takes days: what its training lacks is said before it
+        if isinstance(stage.config, TrainStageConfig):
+            check_given_files(stage.config, stage.name)
     force = options.redo and options.stage is not None
     num_run = execute(run, stages, redo=options.redo, force=force, mend=options.mend)
     if num_run:

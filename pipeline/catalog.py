@@ -50,8 +50,7 @@ from pipeline.stage import Stage
 from training import stage as training_stage
 from training import vocabulary
 from training.choice import check_sets
-from training.config import TrainConfig, finetune_recipe, paper_recipe
-from training.deepspeed_file import check_model
+from training.config import TrainConfig, check_fits, finetune_recipe, paper_recipe
 from training.model.config import MODELS
 from training.vocabulary import VocabularyConfig
 
@@ -129,12 +128,17 @@ def load(path: str, overrides: Sequence[str] = ()) -> tuple[Run, RunConfig]:
         raise ConfigError(
             f"{path}: model.start_weights is a whole model: leave out image_weights, text_weights, [english]"
         )
+    if model.image_weights and config.english:
+        raise ConfigError(
+            f"{path}: model.image_weights and [english] both give the image tower: leave one of them out"
+            ' (without = ["english"] in a run with a base)'
+        )
     if isinstance(config.corpus, TablesConfig | SourcesConfig) and not config.evaluation:
         raise ConfigError(f"{path}: no [[evaluation]]; name at least one set with name and folder")
     for name in ("english", "stage1", "stage2", "finetune"):
         if (train := getattr(config, name)) is not None:
             train.check(name)
-            check_model(train.deepspeed, MODELS[model.name], name)
+            check_fits(train, MODELS[model.name], name)
             if isinstance(config.corpus, TablesConfig | SourcesConfig):  # the made ones bring their own sets
                 sets = [item.name for item in config.evaluation] if name != "english" else []
                 check_sets(train, sets, name)
@@ -443,7 +447,7 @@ def _training_stages(config: RunConfig) -> list[Stage]:
             vocabulary=config.model.vocabulary if name != "english" else None,
             start_stage=None if starts_new else before,
             image_stage="english" if before == "english" else None,
-            image_weights=config.model.image_weights if before is None and name != "english" else None,
+            image_weights=config.model.image_weights if before is None else None,
             text_weights=config.model.text_weights if starts_new and name != "english" else None,
             start_weights=config.model.start_weights if before is None else None,
             save_openai=name == "english",

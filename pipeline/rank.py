@@ -24,6 +24,13 @@ def main() -> int:
     """
     die_with_parent()
     os.environ.update(ranks_of_slurm(os.environ))
+    if missing := [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name not in os.environ]:
+        print(
+            f"error: no {missing[0]} in the environment: a rank is started by torchrun, deepspeed, srun or"
+            " `cnclip run`; `cnclip launch` prints the lines",
+            file=sys.stderr,
+        )
+        return ConfigError.exit_status
     # DeepSpeed's launcher puts --local_rank before our own arguments.
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local")]
     try:

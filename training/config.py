@@ -10,7 +10,8 @@ from typing import Any, Literal, Self
 
 from pipeline.config import NOT_IN_DIGEST, build
 from pipeline.records import ConfigError, Shard
-from training.deepspeed_file import read_deepspeed_file
+from training.deepspeed_file import check_model, read_deepspeed_file
+from training.model.config import ModelConfig
 
 CONTEXT_LENGTH = 52  # tokens of a caption with [CLS] and [SEP] (Table 8: 50 without)
 
@@ -38,6 +39,26 @@ class AugmentConfig:
     colour_probability: float = 1.0  # of changing brightness, contrast, saturation and hue at all
     grey_probability: float = 0.0  # of dropping all colour
     erase_probability: float = 0.0  # of one colour over 2–20 % of the area (Zhong et al. 2017)
+
+    def check(self, stage: str) -> None:
+        """Raise ConfigError for numbers that are no share, probability, range or amount."""
+        for name in ("crop_area", "crop_aspect", "zoom"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high or (name == "crop_area" and high > 1):
+                what = "a share of the area" if name == "crop_area" else "a factor"
+                raise ConfigError(
+                    f"[{stage}.augment] {name} = [{low}, {high}]: {what}, from above 0, the smaller one first"
+                    + (", to at most 1" if name == "crop_area" else "")
+                )
+        for name in ("horizontal_flip", "colour_probability", "grey_probability", "erase_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(
+                    f"[{stage}.augment] {name} = {getattr(self, name)}: a probability, from 0 to 1"
+                )
+        amounts = "stretch rotation_degrees shear_degrees translation brightness contrast saturation hue"
+        for name in amounts.split():
+            if getattr(self, name) < 0:
+                raise ConfigError(f"[{stage}.augment] {name} = {getattr(self, name)}: must not be negative")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +100,8 @@ class TrainConfig:
     max_temperature: float = 100.0  # the logits' scale is clamped to 1…this (Table 8)
     lock_image: bool = False  # stage 1: the image tower stays as it is, byte for byte (2.3)
     cached_views: int = 0  # augmented views of a picture whose features are computed once; 0: every time anew
-    checkpoint_activations: bool = False  # both towers recompute activations in the backward pass (A.2)
+    # Both towers recompute activations in the backward pass (A.2).
+    checkpoint_activations: bool = field(default=False, metadata=NOT_IN_DIGEST)
     context_length: int = CONTEXT_LENGTH
     augment: AugmentConfig = field(default_factory=AugmentConfig)  # images (A.2)
     caption_column: str = "caption"  # column of the shards' sidecars
@@ -140,6 +162,7 @@ class TrainConfig:
                 f"[{stage}] cached_views = {self.cached_views}: features can be kept only of an image tower"
                 " that stays as it is; set lock_image = true or cached_views = 0"
             )
+        self.augment.check(stage)
         self._check_extras(stage)
         if self.micro_batch is not None and self.micro_batch <= 0:
             raise ConfigError(f"[{stage}] micro_batch = {self.micro_batch}: must be above 0")
@@ -221,6 +244,16 @@ class TrainJob:
     def from_json(cls, text: str, where: str) -> Self:
         """Read a job; ConfigError names `where` (its file) and the key."""
         return build(cls, json.loads(text), where)
+
+
+def check_fits(config: TrainConfig, model: ModelConfig, stage: str) -> None:
+    """Raise ConfigError where a model cannot be trained so: captions too long for it, or its precision."""
+    check_model(config.deepspeed, model, stage)
+    if config.context_length > model.text.max_positions:
+        raise ConfigError(
+            f"[{stage}] context_length = {config.context_length}, but {model.name} has"
+            f" {model.text.max_positions} positions"
+        )
 
 
 def count_steps(config: TrainConfig, num_samples: int, stage: str) -> int:

@@ -163,17 +163,18 @@ def sidecar_path(tar_path: str) -> str:
 
 
 def check_shards(shards: Sequence[Shard]) -> None:
-    """Raise InputError for a tar or sidecar that is missing or of another length than its manifest says.
+    """Raise InputError for a tar or sidecar that is missing, and a tar of another length than was written.
 
-    Only sizes and Parquet footers are read: `cnclip verify` reads the bytes.
+    Nothing is opened: `cnclip verify` reads the bytes, and every read checks what it reads.
     """
     if not shards:
         raise InputError("no shards to train on: the shards stage kept no sample")
     for shard in shards:
-        try:
-            num_bytes = store.num_bytes(shard.path)
-        except FileNotFoundError:
-            raise InputError(f"{shard.path}: no such file; run the shards stage again") from None
+        for path in (sidecar_path(shard.path), shard.path):
+            try:
+                num_bytes = store.num_bytes(path)
+            except FileNotFoundError:
+                raise InputError(f"{path}: no such file; run the shards stage again") from None
         if num_bytes != shard.num_bytes:
             raise InputError(
                 f"{shard.path}: {num_bytes} bytes, but its manifest says {shard.num_bytes}:"

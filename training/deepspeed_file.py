@@ -1,5 +1,6 @@
 """The DeepSpeed files: memory, precision and communication, and nothing that training owns. No torch here."""
 
+import difflib
 import json
 from importlib import resources
 from typing import Any, Literal
@@ -19,6 +20,61 @@ _ALLOWED = (
     "prescale_gradients",
     "torch_autocast",
     "zero_optimization",
+)
+# The keys of DeepSpeed's own table (deepspeed.runtime.zero.config), which takes seconds to import.
+ZERO_KEYS: tuple[str, ...] = (
+    "allgather_bucket_size",
+    "allgather_partitions",
+    "allgather_sequential",
+    "compute_grad_norm",
+    "contiguous_gradients",
+    "cpu_offload",
+    "cpu_offload_param",
+    "cpu_offload_use_pin_memory",
+    "elastic_checkpoint",
+    "enable_sanity_checks",
+    "gather_16bit_weights_on_model_save",
+    "ignore_unused_parameters",
+    "leaf_module",
+    "legacy_stage1",
+    "load_from_fp32_weights",
+    "log_trace_cache_warnings",
+    "max_live_parameters",
+    "max_reuse_distance",
+    "memory_efficient_linear",
+    "model_persistence_threshold",
+    "module_granularity_threshold",
+    "offload_optimizer",
+    "offload_param",
+    "overlap_comm",
+    "override_module_apply",
+    "param_persistence_threshold",
+    "parameter_alignment",
+    "pipeline_loading_checkpoint",
+    "prefetch_bucket_size",
+    "reduce_bucket_size",
+    "reduce_scatter",
+    "round_robin_gradients",
+    "save_muon_momentum_buffer_in_memory",
+    "stage",
+    "stage3_allgather_sequential",
+    "stage3_gather_16bit_weights_on_model_save",
+    "stage3_gather_fp16_weights_on_model_save",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "stage3_model_persistence_threshold",
+    "stage3_module_granularity_threshold",
+    "stage3_param_persistence_threshold",
+    "stage3_prefetch_bucket_size",
+    "stage3_use_all_reduce_for_fetch_params",
+    "sub_group_size",
+    "use_all_reduce_for_fetch_params",
+    "use_multi_rank_bucket_allreduce",
+    "zenflow",
+    "zero_hpz_partition_size",
+    "zero_quantized_gradients",
+    "zero_quantized_nontrainable_weights",
+    "zero_quantized_weights",
 )
 _TABLES = ("bf16", "fp16", "torch_autocast", "zero_optimization")
 
@@ -47,11 +103,34 @@ def read_deepspeed_file(name: str) -> dict[str, Any]:
     stage = settings.get("zero_optimization", {}).get("stage", 0)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise ConfigError(f"{name}: zero_optimization.stage: found {stage!r}; must be 0, 1, 2 or 3")
+    _check_precisions(name, settings)
+    for key in settings.get("zero_optimization", {}):
+        if key not in ZERO_KEYS:
+            near = ", ".join(difflib.get_close_matches(key, ZERO_KEYS, 1) or ZERO_KEYS)
+            raise ConfigError(f"{name}: zero_optimization.{key}: unknown to DeepSpeed; did you mean {near}?")
     if (half := half_of(settings)) and stage == 0:
         raise ConfigError(
             f"{name}: {half} at ZeRO stage 0 takes a wrong first Adam step in DeepSpeed; use stage 1 or above"
         )
     return settings
+
+
+def _check_precisions(name: str, settings: dict[str, Any]) -> None:
+    """Raise ConfigError where a file asks for two precisions at once, or for one that is none."""
+    enabled = []
+    for key in ("bf16", "fp16", "torch_autocast"):
+        found = settings.get(key, {}).get("enabled", False)
+        if not isinstance(found, bool):
+            raise ConfigError(f"{name}: {key}.enabled: found {found!r}; must be true or false")
+        if found:
+            enabled.append(key)
+    if len(enabled) > 1:
+        raise ConfigError(f"{name}: {' and '.join(enabled)} are enabled; a run computes in one of them")
+    if (dtype := settings.get("torch_autocast", {}).get("dtype", "bfloat16")) != "bfloat16":
+        raise ConfigError(
+            f"{name}: torch_autocast.dtype: found {dtype!r}; must be 'bfloat16': DeepSpeed scales float16's"
+            " loss only with fp16 enabled"
+        )
 
 
 def half_of(settings: dict[str, Any]) -> Half | None:

@@ -9,6 +9,7 @@ from pipeline.records import ConfigError
 from training.config import DistilConfig, TrainConfig
 from training.model.clip import CLIP
 from training.model.formats import load_model
+from training.precision import autocast
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +41,7 @@ class Teacher:
     @torch.no_grad()
     def features(self, image_BCHW: Tensor, tokens_BL: Tensor) -> TeacherFeatures:
         """float32 features of whole pictures, normalised as the image tower wants them, and of captions."""
-        is_half = self._dtype != torch.float32
-        with torch.autocast(image_BCHW.device.type, self._dtype if is_half else None, enabled=is_half):
+        with autocast(image_BCHW.device.type, self._dtype):
             return TeacherFeatures(*self._clip(image_BCHW, tokens_BL))
 
 

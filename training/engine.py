@@ -25,6 +25,7 @@ from training.model.preprocess import MEAN, STD, normalise
 from training.negation import negation_loss
 from training.optim import build_optimizer
 from training.partitions import make_adam_state, set_weight, whole_weight
+from training.precision import autocast, autocast_dtype, compute_dtype
 
 _SIDES = (0, 1, 3)  # of `Features`, those that have a row a sample
 # One rank validates or writes while the others wait.
@@ -47,6 +48,8 @@ class Towers(nn.Module):
         self.teacher, self._negation = teacher, config.negation
         self._num_samples_of_ranks = num_samples_of_ranks
         self._exclude_duplicates = config.exclude_duplicates
+        settings = read_deepspeed_file(config.deepspeed)
+        self._autocast_dtype, self.compute_dtype = autocast_dtype(settings), compute_dtype(settings)
         self.exact: dict[str, Tensor] = {}  # parameters that are not trained, where the model rounds them
         self.skipped = ""  # why the last step changed nothing; empty: it did
         # Gradients travel while micro-batches go back, so all ranks need the same number of them.
@@ -77,6 +80,10 @@ class Towers(nn.Module):
     def normalise(self, image_BCHW: Tensor) -> Tensor:
         """float32 pixels as the image tower wants them, of uint8."""
         return normalise(image_BCHW, self._mean_C11.float(), self._std_C11.float())
+
+    def autocast(self) -> torch.autocast:
+        """What DeepSpeed's engine computes in, for a pass that goes around it."""
+        return autocast(self._mean_C11.device.type, self._autocast_dtype)
 
     def teacher_features(self, image_BCHW: Tensor, tokens_BL: Tensor) -> TeacherFeatures | None:
         """What the teacher gives for uint8 pictures and captions, where there is one."""
@@ -178,29 +185,10 @@ def join_ranks(config: TrainConfig) -> None:
         )
 
 
-def _compute_dtype(settings: dict[str, Any]) -> torch.dtype:
-    """What a DeepSpeed file has matrices multiplied in."""
-    autocast = settings.get("torch_autocast", {})
-    if autocast.get("enabled"):
-        dtype: torch.dtype = getattr(torch, autocast.get("dtype", "bfloat16"))
-        return dtype
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, None: torch.float32}[half_of(settings)]
-
-
-def check_precision(config: TrainConfig) -> None:
-    """Raise ConfigError where a DeepSpeed file's precision cannot run on this machine."""
-    half = half_of(read_deepspeed_file(config.deepspeed))
-    if half == "fp16" and not get_accelerator().is_fp16_supported():
-        raise ConfigError(
-            f"deepspeed = {config.deepspeed!r}: fp16 needs a GPU, and this machine computes on its"
-            f" {get_accelerator().device_name()}; take zero1 (float32) or zero1_bf16 here"
-        )
-
-
 def build_engine(towers: Towers, config: TrainConfig) -> Any:
     """A DeepSpeed engine around the towers; its optimizer holds the trainable parameters alone.
 
-    `check_precision` comes before.
+    `training.precision.check_precision` comes before.
     """
     settings, clip = read_deepspeed_file(config.deepspeed), towers.clip
     before: dict[str, Tensor] = {}
@@ -208,7 +196,7 @@ def build_engine(towers: Towers, config: TrainConfig) -> Any:
         before = {name: parameter.detach().clone() for name, parameter in clip.named_parameters()}
         clip.visual.register_forward_pre_hook(_as_the_weights)
     if towers.teacher is not None:
-        towers.teacher.prepare(get_accelerator().current_device_name(), _compute_dtype(settings))
+        towers.teacher.prepare(get_accelerator().current_device_name(), towers.compute_dtype)
     trained = sum(parameter.numel() for parameter in clip.parameters() if parameter.requires_grad)
     # DeepSpeed allocates its bucket for gradients whole, however few there are.
     bucket = {"reduce_bucket_size": min(DEEPSPEED_BUCKET_VALUES, trained)}
@@ -322,7 +310,8 @@ def _in_micro_batches(engine: Any, batch: Batch, seed: int) -> tuple[float, Call
         for number, part in enumerate(parts):
             image, tokens_XL, kept_BP = _inputs(batch, part, device)
             _seed_dropout(seed, batch.step, number)
-            features.append(towers(image, tokens_XL, kept_BP))
+            with towers.autocast():
+                features.append(towers(image, tokens_XL, kept_BP))
             if (known := towers.teacher_features(image, tokens_XL[: len(image)])) is not None:
                 taught.append(known)
     for tensor, before in statistics:

@@ -3,9 +3,9 @@
 One file a shard, beside the shards: `features/<key>-<shard's digest>.npy`, [samples, K] records of a
 unit-norm float16 feature_D and a CRC-32, which every read checks: a cache is terabytes, and reading it whole
 before a run would take as long as epochs. The key is a digest of all that a feature depends on: the tower's
-weights, the augmentation, the size, the seed and K. A file that is there is therefore right; another tower or
-transform makes files of its own. View v is what the live path shows in epoch v: K views are those of K live
-epochs, and epoch e reads view e mod K.
+weights, the augmentation, the size, the seed, K and the precision. A file that is there is therefore right;
+another tower or transform makes files of its own. View v is what the live path shows in epoch v: K views are
+those of K live epochs, and epoch e reads view e mod K.
 """
 
 import os
@@ -33,15 +33,23 @@ _SAMPLES_AT_ONCE = 64
 
 
 def cache_key(
-    tower: nn.Module, augment: AugmentConfig, *, image_size_px: int, seed: int, num_views: int
+    tower: nn.Module,
+    augment: AugmentConfig,
+    *,
+    image_size_px: int,
+    seed: int,
+    num_views: int,
+    dtype: torch.dtype,
 ) -> str:
-    """Hexadecimal digest of what the features depend on besides the pictures."""
+    """Hexadecimal digest of what the features depend on besides the pictures; `dtype`: computed in."""
     weights = sha256()
     for name, tensor in sorted(tower.state_dict().items()):
         weights.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         weights.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     # The reading of views is versioned by hand: augment.py is code, which no digest of settings covers.
-    return digest("features", 2, weights.hexdigest(), augment, image_size_px, seed, num_views)[:32]
+    return digest("features", 3, weights.hexdigest(), augment, image_size_px, seed, num_views, str(dtype))[
+        :32
+    ]
 
 
 class FeatureCache:
@@ -68,14 +76,20 @@ class FeatureCache:
         return [shard for shard in range(len(self._shards)) if not os.path.exists(self.path(shard))]
 
     def write(self, shard: int, feature_NKD: Float16s) -> None:
-        """Publish a shard's features: the file is whole or not there."""
+        """Publish a shard's features: the file is whole or not there. InputError where the disk is full."""
         path = self.path(shard)
         record_NK = np.empty(feature_NKD.shape[:2], _record(self._dim))
         record_NK["feature"] = feature_NKD
         for row, view in np.ndindex(*record_NK.shape):
             record_NK["crc32"][row, view] = _crc32(feature_NKD[row, view], row, view)
-        with store.publish(path) as temporary, open(temporary, "wb") as file:
-            np.save(file, record_NK, allow_pickle=False)
+        try:
+            with store.publish(path) as temporary, open(temporary, "wb") as file:
+                np.save(file, record_NK, allow_pickle=False)
+        except OSError as error:
+            raise InputError(
+                f"{path}: cannot be written ({error.strerror}); make room (a view takes {2 * self._dim + 4}"
+                " bytes) and run the same command: it goes on"
+            ) from None
 
     def read(self, shard: int, row: int, epoch: int) -> Float16s:
         """feature_D of one sample in one epoch; InputError where its bytes are not those written."""

@@ -1,12 +1,14 @@
 """What a run writes while it trains: its curves, its speed, and a line for whoever watches."""
 
+import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pipeline import store
+from pipeline.records import InputError
 from training import checkpoint
 from training.choice import Validation, read_validations
 
@@ -113,9 +115,22 @@ class Journal:
         *,
         skipped: bool = False,
     ) -> None:
-        """A step ended. `temperature` is the factor on cosines; `wait_seconds` all waiting so far."""
+        """A step ended. `temperature` is the factor on cosines; `wait_seconds` all waiting for data so far,
+        of the rank that waited longest. InputError where the disk is full."""
         if not self.writes:
             return
+        with self._naming_the_folder():
+            self._write_step(batch, loss, temperature, learning_rate, wait_seconds, skipped)
+
+    def _write_step(
+        self,
+        batch: "Batch",
+        loss: float,
+        temperature: float,
+        learning_rate: float,
+        wait_seconds: float,
+        skipped: bool,
+    ) -> None:
         step = batch.step + 1
         learned: dict[str, Any] = {"loss": loss, "temperature": temperature, "learning_rate": learning_rate}
         self._write_metrics(step, {"skipped": True} if skipped else learned)
@@ -149,19 +164,35 @@ class Journal:
             for name, recall in recalls.items():
                 self._curves.add_scalar(f"mean_recall/{name}", recall["mean_recall"], step)
             self.flush()
-        self._speed.pause()  # validation is not part of the next step's time
+
+    def pause(self) -> None:
+        """What took place since the last step, such as a validation or a checkpoint, belongs to no step."""
+        self._speed.pause()
 
     def notice(self, text: str) -> None:
         """A line that the person who started the run should see now."""
         if self.writes:
-            self._log.write(json.dumps({"time": time.time(), "notice": text}, ensure_ascii=False) + "\n")
+            with self._naming_the_folder():
+                self._log.write(json.dumps({"time": time.time(), "notice": text}, ensure_ascii=False) + "\n")
             self._say("notice", {"text": text})
 
     def flush(self) -> None:
+        """Bring to the disk what was written so far; InputError where it is full."""
         if self.writes:
-            self._metrics.flush()
-            self._log.flush()
-            self._curves.flush()
+            with self._naming_the_folder():
+                self._metrics.flush()
+                self._log.flush()
+                self._curves.flush()
+
+    @contextlib.contextmanager
+    def _naming_the_folder(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(
+                f"{os.path.dirname(self.metrics_path)}: the curves and the log cannot be written"
+                f" ({error.strerror}); make room and run the same command: it goes on from its checkpoint"
+            ) from None
 
     def close(self) -> None:
         """Write what is left; says so where the run waited for data for more than MOST_DATA_WAIT."""

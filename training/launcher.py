@@ -83,7 +83,7 @@ def launcher_environment(
         "OMP_NUM_THREADS": str(threads_per_rank),
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if shutil.which("nvidia-smi") is None:
+    if shutil.which("nvidia-smi") is None and "DS_ACCELERATOR" not in environment:
         settings["DS_ACCELERATOR"] = "cpu"
     if launcher == "srun":
         is_one_machine = environment.get("SLURM_JOB_NUM_NODES", "1") == "1"
@@ -127,7 +127,7 @@ def watch(
             preexec_fn=die_with_parent,
             start_new_session=True,  # or Ctrl-C would end DeepSpeed's launcher, and that its ranks
         ) as process,
-        _passing_on_signals(process) as received,
+        _passing_on_signals(process) as (received, was_early),
         RankEnds(process.pid, log.write),
     ):
         assert process.stdout is not None
@@ -157,7 +157,7 @@ def watch(
         said = stopped[1]
     elif received and status == 0:
         said = "training is finished"
-    elif received and _killed_by(status, (signal.SIGUSR1, signal.SIGTERM)):
+    elif received and (was_early or _killed_by(status, (signal.SIGUSR1, signal.SIGTERM))):
         said = "before a step was finished"  # ranks that do not listen yet have nothing to lose
     if said is not None:
         if signal.SIGINT in received:
@@ -205,27 +205,33 @@ def _killed_by(status: int, signals: Sequence[int]) -> str | None:
 
 
 @contextlib.contextmanager
-def _passing_on_signals(process: "subprocess.Popen[str]") -> Iterator[list[int]]:
-    """Inside, STOP_SIGNALS to this process reach the ranks; gives the list of those that came.
+def _passing_on_signals(process: "subprocess.Popen[str]") -> Iterator[tuple[list[int], list[int]]]:
+    """Inside, STOP_SIGNALS to this process reach the ranks.
 
+    Gives the list of those that came, and of those that came before there were ranks and ended the launcher.
     Only a main thread can listen for them.
     """
     received: list[int] = []
+    early: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield received
+        yield received, early
         return
 
     def pass_on(number: int, frame: object) -> None:
         if number == signal.SIGINT and number in received:
             raise KeyboardInterrupt
         received.append(number)
-        for rank in _rank_processes(process.pid):
+        ranks = _rank_processes(process.pid)
+        if not ranks:
+            early.append(number)
+            process.terminate()
+        for rank in ranks:
             with contextlib.suppress(psutil.NoSuchProcess):
                 rank.send_signal(signal.SIGUSR1)
 
     before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
     try:
-        yield received
+        yield received, early
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -57,6 +57,7 @@ def train(run: Run) -> int:
     """
     if validation_is_due(run, run.first_step) and not run.journal.has_recalls(run.first_step):
         validate(run, run.first_step)  # the start, or a stop came before it
+        run.journal.pause()
     step, skipped_in_a_row = run.first_step, 0
     run.watchdog.alive(f"reading the batch of step {step + 1}")
     for batch in run.batches:
@@ -70,14 +71,17 @@ def train(run: Run) -> int:
         skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
         if skipped:
             refuse_non_finite(run, batch, loss, skipped_in_a_row)
-        run.journal.step(batch, loss, temperature(run), rate, run.batches.wait_seconds, skipped=bool(skipped))
-        if number := run.stop.agreed():
+        number, wait_seconds = run.stop.agreed(run.batches.wait_seconds)
+        run.journal.step(batch, loss, temperature(run), rate, wait_seconds, skipped=bool(skipped))
+        if not number and validation_is_due(run, step):
+            validate(run, step)
+            number, _ = run.stop.agreed()
+        if number:
             save(run, step)
             raise Stopped(f"by {signal.Signals(number).name} after step {step}, a checkpoint is written")
-        if validation_is_due(run, step):
-            validate(run, step)
         if save_is_due(run, step):
             save(run, step)
+        run.journal.pause()
         run.watchdog.alive(f"reading the batch of step {step + 1}")
     return step
 

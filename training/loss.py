@@ -39,6 +39,8 @@ def contrastive_loss(
     The backward pass gives each rank the gradient of the global loss by what this rank put in: *summed* over
     ranks, parameter gradients are those of the plain formula.
     """
+    if (image_id_B is None) != (caption_id_B is None):
+        raise ValueError("give the ids of both images and captions, or of neither")
     # Rows are the side that surely wants a gradient: then columns, which travel, may need none.
     ids_B2 = None
     if image_id_B is not None and caption_id_B is not None:

@@ -21,11 +21,10 @@ from pipeline.records import ConfigError, Stopped
 from training import checkpoint
 from training.checkpoint import Checkpoint
 from training.choice import check_sets, choose, read_validations
-from training.config import TrainConfig, TrainJob, count_steps
+from training.config import TrainConfig, TrainJob, check_fits, count_steps
 from training.data import BatchReader, Prefetcher, SampleOrder, check_shards
-from training.deepspeed_file import check_model
 from training.distil import load_teacher
-from training.engine import Towers, build_engine, check_precision, gather_weights, join_ranks
+from training.engine import Towers, build_engine, gather_weights, join_ranks
 from training.feature_cache import FeatureCache, build, cache_key
 from training.finished import mark_finished
 from training.flops import PEAK_FLOPS, find_device, matmul_flops, training_flops
@@ -39,6 +38,7 @@ from training.model.tokenizer import Tokenizer
 from training.model.weights import load_checkpoint, require_same_model, save_checkpoint, save_openai
 from training.negation import Statements
 from training.patch_mask import make_patch_mask
+from training.precision import autocast, check_precision
 from training.stop import StopRequest
 from training.watchdog import Watchdog
 
@@ -48,6 +48,7 @@ _NOT_LEARNING = (
     "threads_per_rank",
     "micro_batch",
     "deepspeed",
+    "checkpoint_activations",
     "validate_every_steps",
     "save_every_steps",
     "validate_every_epoch",
@@ -69,8 +70,6 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
     their messages say.
     """
     die_with_parent()
-    stop = StopRequest()
-    stop.listen()
     deepspeed_logger.setLevel("WARNING")
     torch.set_num_threads(job.config.threads_per_rank)
     cv2.setNumThreads(1)  # the reader has its own threads
@@ -78,11 +77,12 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
     config.check(job.stage)
     check_sets(config, job.evaluations if validate is not None else (), job.stage)
     total_steps = count_steps(config, num_samples, job.stage)
-    join_ranks(config)
-    rank = dist.get_rank()
+    rank, stop = int(os.environ["RANK"]), StopRequest()
     watchdog = Watchdog(
         job.folder, stage=job.stage, rank=rank, ranks=config.ranks, limit_seconds=config.stall_seconds
     )
+    join_ranks(config)
+    stop.listen()  # until here there is nothing to lose, and a rank that waits for others could not be ended
     if rank == 0:
         check_shards(job.shards)
 
@@ -155,13 +155,8 @@ def build_model(job: TrainJob, tokenizer: Tokenizer) -> CLIP:
     if job.model not in MODELS:
         raise ConfigError(f"[{job.stage}] model = {job.model!r}: unknown; known: {', '.join(sorted(MODELS))}")
     torch.manual_seed(job.seed)
-    check_model(job.config.deepspeed, MODELS[job.model], job.stage)
+    check_fits(job.config, MODELS[job.model], job.stage)
     clip = build_clip(MODELS[job.model], vocab_size=tokenizer.vocab_size)
-    if job.config.context_length > clip.config.text.max_positions:
-        raise ConfigError(
-            f"[{job.stage}] context_length = {job.config.context_length}, but {job.model} has"
-            f" {clip.config.text.max_positions} positions"
-        )
     if job.image_weights is not None or job.text_weights is not None:
         taken = initialise(clip, image_weights=job.image_weights, text_weights=job.text_weights)
         if int(os.environ.get("RANK", "0")) == 0:
@@ -233,6 +228,7 @@ def cache_features(
         image_size_px=clip.config.vision.image_size_px,
         seed=job.seed,
         num_views=config.cached_views,
+        dtype=towers.compute_dtype,
     )
     cache = FeatureCache(job.shards, key, num_views=config.cached_views, dim=clip.config.embed_dim)
     missing = cache.missing()
@@ -243,8 +239,9 @@ def cache_features(
 
     def encode(image_BCHW: torch.Tensor) -> torch.Tensor:
         watchdog.alive("computing features of the locked tower", between_steps=True)
-        with torch.no_grad():
-            return clip.encode_image(towers.normalise(image_BCHW.to(device)))
+        image_BCHW = image_BCHW.to(device)
+        with torch.no_grad(), autocast(image_BCHW.device.type, towers.compute_dtype):
+            return clip.encode_image(towers.normalise(image_BCHW))
 
     def show(done: int, total: int) -> None:
         if dist.get_rank() == 0:
@@ -262,7 +259,8 @@ def cache_features(
         show,
         is_asked_to_stop=stop.is_asked,
     )
-    if number := stop.agreed():  # after all have written theirs
+    number, _ = stop.agreed()
+    if number:
         with_features = len(job.shards) - len(cache.missing())
         raise Stopped(
             f"by {signal.Signals(number).name}, {with_features:,} of {len(job.shards):,} shards have features"

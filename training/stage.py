@@ -16,6 +16,7 @@ from training.launcher import Launcher, failure, free_port, launcher_command, la
 MODEL_FILE = "model.safetensors"
 OPENAI_FILE = "openai.pt"
 METRICS_FILE = "metrics.jsonl"
+_WEIGHTS = ("image_weights", "text_weights", "start_weights")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +36,16 @@ class TrainStageConfig:
     launcher: Launcher = field(default="local", metadata=NOT_IN_DIGEST)  # who starts the ranks
 
 
+def check_given_files(config: TrainStageConfig, stage: str) -> None:
+    """Raise InputError for weights that a training stage is given and that are not there."""
+    given = [(f"[model] {side}", getattr(config, side)) for side in _WEIGHTS]
+    if config.train.distil is not None:
+        given.append((f"[{stage}.distil] teacher", config.train.distil.teacher))
+    for key, path in given:
+        if path is not None and not store.exists(path):
+            raise InputError(f"{path}: no such file or folder; correct {key}")
+
+
 def tasks(config: TrainStageConfig, context: Context) -> list[Task]:
     """One task: a training run reads every shard."""
     inputs = {shard.path: shard.digest for shard in context.parents["shards"].shards}
@@ -43,18 +54,14 @@ def tasks(config: TrainStageConfig, context: Context) -> list[Task]:
     for stage, name in ((config.start_stage, MODEL_FILE), (config.image_stage, OPENAI_FILE)):
         if stage is not None:
             inputs |= {f"{stage} {name}": shard.digest for shard in context.shards_of(stage, name)}
-    for side in ("image_weights", "text_weights", "start_weights"):
+    check_given_files(config, context.stage)
+    for side in _WEIGHTS:
         if (weights := getattr(config, side)) is not None:
-            if not store.exists(weights):
-                raise InputError(f"{weights}: no such file or folder; correct [model] {side}")
             inputs[side.replace("_", " ")] = store.digest_tree(weights)
     if config.train.deepspeed.endswith(".json"):  # the shipped files stay as they are
         inputs["deepspeed"] = store.digest_tree(config.train.deepspeed)
     if config.train.distil is not None:
-        teacher = config.train.distil.teacher
-        if not store.exists(teacher):
-            raise InputError(f"{teacher}: no such file or folder; correct [{context.stage}.distil] teacher")
-        inputs["teacher"] = store.digest_tree(teacher)
+        inputs["teacher"] = store.digest_tree(config.train.distil.teacher)
     if config.validate:
         inputs |= {f"evaluation {item.name}": item.digest for item in evaluations_of(context)}
     return [Task("train", inputs)]

@@ -33,14 +33,17 @@ class StopRequest:
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
-    def agreed(self) -> int:
-        """The highest signal number that any rank received, 0 for none; a collective.
+    def agreed(self, wait_seconds: float = 0.0) -> tuple[int, float]:
+        """(the highest signal number that any rank received, 0 for none; the longest `wait_seconds`).
 
-        The signal reaches the ranks at different moments, so that one rank's own word is not enough.
+        A collective: the signal reaches the ranks at different moments, so that one rank's own word is not
+        enough; and the rank that waits longest for data is the one that all others wait for.
         """
-        number = torch.tensor([self._received], device=get_accelerator().current_device_name())
-        dist.all_reduce(number, op=dist.ReduceOp.MAX)
-        return int(number.item())
+        device = get_accelerator().current_device_name()
+        highest = torch.tensor([self._received, wait_seconds], dtype=torch.float64, device=device)
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+        number, longest = highest.tolist()
+        return int(number), longest
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._received = number

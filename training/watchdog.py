@@ -1,5 +1,6 @@
 """A rank that hangs ends the run with an error that says who waits for what, instead of waiting for ever."""
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -49,7 +50,8 @@ class Watchdog:
                 self._end(doing, limit_seconds, 3 * period_seconds)
 
     def _end(self, doing: str, limit_seconds: float, grace_seconds: float) -> None:
-        self._note(self._rank).write_text(json.dumps({"doing": doing}), encoding="utf-8")
+        with contextlib.suppress(OSError):  # a full disk; what is said below is said all the same
+            self._note(self._rank).write_text(json.dumps({"doing": doing}), encoding="utf-8")
         time.sleep(grace_seconds)
         said = [f"rank {rank}: {self._last_words(rank)}" for rank in range(self._ranks)]
         faulthandler.dump_traceback(sys.stderr)

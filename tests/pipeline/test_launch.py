@@ -10,6 +10,7 @@ import pytest
 from pipeline.__main__ import main
 from pipeline.catalog import load
 from pipeline.launch import plan_jobs, write_scripts
+from pipeline.rank import main as rank_main
 from pipeline.rank import ranks_of_slurm, read_job
 from pipeline.records import ConfigError
 from training.launcher import failure, launcher_command
@@ -113,6 +114,15 @@ def test_a_rank_without_a_stage_that_trains_is_refused(tmp_path: Path) -> None:
         read_job([path, "shards"])
     with pytest.raises(ConfigError, match="stage1 waits for corpus, shards; run those first"):
         read_job([path, "stage1", "stage1.epochs=3"])
+
+
+def test_a_rank_that_nobody_started_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    assert rank_main() == 2
+    assert "error: no RANK in the environment: a rank is started by torchrun" in capsys.readouterr().err
 
 
 def test_the_local_launcher_knows_its_ranks_and_srun_theirs() -> None:

@@ -32,7 +32,9 @@ def test_a_gain_counts_from_the_last_salient_one() -> None:
     assert choose(validations(10.0, 10.4, 10.8, 11.2), 1.0) == Choice(Validation(4, 11.2), 0)
     assert choose(validations(10.0, 10.4, 10.8, 10.2), 1.0) == Choice(Validation(3, 10.8), 3)
     assert choose(validations(10.0, 11.0), 1.0).steps_without_gain == 1  # "more than", not "as much as"
-    assert choose([Validation(7, 3.0), Validation(20, 2.0), Validation(95, 3.0)], 0.0).steps_without_gain == 88
+    assert (
+        choose([Validation(7, 3.0), Validation(20, 2.0), Validation(95, 3.0)], 0.0).steps_without_gain == 88
+    )
 
 
 def paper_curve(model: str, stage: Literal["stage1", "stage2"], points: float) -> tuple[TrainConfig, int]:

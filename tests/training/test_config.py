@@ -6,8 +6,10 @@ from typing import Any, Literal
 import pytest
 from train_jobs import CONFIG, make_job
 
+from pipeline.__main__ import main
+from pipeline.catalog import load
 from pipeline.records import ConfigError
-from training.config import TrainConfig, TrainJob, count_steps, paper_recipe
+from training.config import AugmentConfig, TrainConfig, TrainJob, count_steps, paper_recipe
 from training.model.config import MODELS
 
 
@@ -61,11 +63,39 @@ def test_every_recipe_can_train_and_names_a_model_that_is(
         ({"max_gradient_norm": 0.0}, r"max_gradient_norm = 0.0: must be above 0"),
         ({"max_temperature": 0.5}, r"max_temperature = 0.5"),
         ({"context_length": 2}, r"context_length = 2"),
+        ({"validate_every_steps": -1}, r"validate_every_steps = -1: must not be negative"),
+        (
+            {"augment": AugmentConfig(crop_area=(90, 100))},
+            r"\[stage1.augment\] crop_area = \[90, 100\]: a sh",
+        ),
+        ({"augment": AugmentConfig(crop_area=(0.9, 0.1))}, r"crop_area = \[0.9, 0.1\]: .* the smaller one"),
+        ({"augment": AugmentConfig(zoom=(0.0, 1.0))}, r"zoom = \[0.0, 1.0\]: a factor, from above 0"),
+        ({"augment": AugmentConfig(horizontal_flip=3.0)}, r"horizontal_flip = 3.0: a probability, from 0"),
+        ({"augment": AugmentConfig(hue=-0.1)}, r"hue = -0.1: must not be negative"),
     ],
 )
 def test_values_that_cannot_train_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         dataclasses.replace(CONFIG, **change).check("stage1")
+
+
+def test_weights_that_are_not_there_are_said_before_the_corpus_is_built(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = f"--set=run.folder={tmp_path / 'run'}", f"--set=model.text_weights={tmp_path}/none.pt"
+    assert main(["run", "demo", *settings, "--to", "corpus"]) == 1
+    assert "/none.pt: no such file or folder; correct [model] text_weights" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_sources_of_the_image_tower_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model.image_weights and \[english\] both give the image tower"):
+        load("demo", ["model.image_weights=clip.pt"])
+
+
+def test_captions_longer_than_a_model_takes_are_refused_with_the_run() -> None:
+    with pytest.raises(ConfigError, match=r"\[stage1\] context_length = 100, but tiny-rn has 64 positions"):
+        load("demo", ["stage1.context_length=100"])
 
 
 def test_the_last_incomplete_batch_carries_over() -> None:

@@ -241,7 +241,7 @@ def test_damaged_or_foreign_shards_are_refused_by_name(tmp_path: Path) -> None:
         read_table(shard, tmp_path)
 
 
-def test_a_tar_of_another_length_is_refused_at_the_start(tmp_path: Path) -> None:
+def test_shards_that_are_not_whole_are_refused_at_the_start(tmp_path: Path) -> None:
     (shard,) = write_shards(tmp_path, [6])
     check_shards([shard])
     tar = Path(shard.path)
@@ -250,6 +250,9 @@ def test_a_tar_of_another_length_is_refused_at_the_start(tmp_path: Path) -> None
         check_shards([shard])
     tar.unlink()
     with pytest.raises(InputError, match=r"00000.tar: no such file"):
+        check_shards([shard])
+    Path(sidecar_path(shard.path)).unlink()
+    with pytest.raises(InputError, match=r"00000.parquet: no such file"):
         check_shards([shard])
     with pytest.raises(InputError, match="no shards to train on"):
         check_shards([])

@@ -9,7 +9,7 @@ from pipeline.__main__ import main
 from pipeline.records import ConfigError, Manifest
 from pipeline.stage import Context, inputs_digest
 from training.config import TrainConfig
-from training.deepspeed_file import read_deepspeed_file
+from training.deepspeed_file import ZERO_KEYS, read_deepspeed_file
 from training.stage import TrainStageConfig, tasks
 
 
@@ -59,6 +59,19 @@ def test_shipped_files_are_as_they_are_named() -> None:
         ({"zero_optimization": 1}, r"mine.json: zero_optimization: found 1; must be an object"),
         ([1], r"mine.json: found list; a DeepSpeed file is one object"),
         ({"fp16": {"enabled": True}}, r"mine.json: fp16 at ZeRO stage 0 takes a wrong first Adam step"),
+        (
+            {"zero_optimization": {"stage": 1, "reduce_bucketsize": 5}},
+            r"zero_optimization.reduce_bucketsize: unknown to DeepSpeed; did you mean reduce_bucket_size\?",
+        ),
+        ({"bf16": {"enabled": "false"}}, r"mine.json: bf16.enabled: found 'false'; must be true or false"),
+        (
+            {"bf16": {"enabled": True}, "fp16": {"enabled": True}, "zero_optimization": {"stage": 1}},
+            r"mine.json: bf16 and fp16 are enabled; a run computes in one of them",
+        ),
+        (
+            {"torch_autocast": {"enabled": True, "dtype": "float16"}},
+            r"torch_autocast.dtype: found 'float16'; must be 'bfloat16'",
+        ),
     ],
 )
 def test_what_training_owns_is_refused(tmp_path: Path, content: Any, message: str) -> None:
@@ -66,6 +79,13 @@ def test_what_training_owns_is_refused(tmp_path: Path, content: Any, message: st
     path.write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=message):
         read_deepspeed_file(str(path))
+
+
+def test_the_keys_are_those_of_deepspeed() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    fields = DeepSpeedZeroConfig.model_fields
+    assert set(ZERO_KEYS) == {*fields, *(field.alias for field in fields.values() if field.alias)}
 
 
 def test_a_file_that_is_not_there_or_no_json_is_refused(tmp_path: Path) -> None:

@@ -290,3 +290,9 @@ def test_any_batch_over_ranks_equals_the_plain_formula(ranks: int) -> None:
         assert len(found) == 40
         for error, tolerance in found:
             assert error <= tolerance
+
+
+def test_ids_of_one_side_alone_are_refused() -> None:
+    image, text, scale, image_id, _ = make_inputs()
+    with pytest.raises(ValueError, match="the ids of both images and captions, or of neither"):
+        contrastive_loss(image, text, scale, num_samples_of_ranks=(N,), image_id_B=image_id)

@@ -164,6 +164,15 @@ def test_another_configuration_does_not_continue(tmp_path: Path) -> None:
         run_ranks(train_rank, 1, changed)
 
 
+def test_activations_can_be_given_up_between_two_starts(tmp_path: Path) -> None:
+    job = make_job(tmp_path, "run", save_every_steps=2)
+    run_ranks(train_rank, 1, job)
+    (Path(job.output_model)).unlink()
+    changed = dataclasses.replace(job, config=dataclasses.replace(job.config, checkpoint_activations=True))
+    run_ranks(train_rank, 1, changed)  # what a rank that ran out of memory is told to try
+    assert Path(job.output_model).exists()
+
+
 def test_a_loss_that_is_not_finite_stops_and_names_the_samples(tmp_path: Path) -> None:
     job = make_job(tmp_path, "run", peak_learning_rate=1e38, warmup_steps=0)
     with pytest.raises(AssertionError, match=r"InputError: \[stage2\] the loss is (nan|inf) at step [23]"):

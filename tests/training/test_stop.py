@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
-from rank_processes import run_ranks
+from rank_processes import free_port, run_ranks
 from test_pretrain import HERE, LIMIT_SECONDS, launch, losses, outputs
 from train_jobs import make_job, train_rank
 
@@ -102,6 +103,54 @@ def test_the_launcher_passes_a_signal_on_and_says_that_it_was_stopped(tmp_path: 
     step = json.loads((newest / "state.json").read_text())["step"]
     assert step >= 3
     assert f"by SIGUSR1 after step {step}" in (Path(job.folder) / "train.log").read_text()
+
+
+def test_a_signal_that_comes_before_there_are_ranks_is_not_lost(tmp_path: Path) -> None:
+    job = make_job(tmp_path, "run", epochs=2000, save_every_steps=100_000)
+    with run_watched(job) as process:
+        end = time.monotonic() + LIMIT_SECONDS
+        while not (launchers := psutil.Process(process.pid).children()):
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        assert not launchers[0].children()
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=LIMIT_SECONDS)
+    assert process.returncode == Stopped.exit_status
+    assert "stopped: before a step was finished; run the same command to go on" in said
+
+
+def test_a_rank_that_waits_for_another_to_come_ends_too(tmp_path: Path) -> None:
+    job = make_job(tmp_path, "run", ranks=2, stall_seconds=1.0)  # 8 times that between steps
+    path = Path(job.folder) / "job.json"
+    path.write_text(job.to_json())
+    here = {"RANK": "0", "LOCAL_RANK": "0", "LOCAL_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    python_path = {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent.parent)])}
+    ended = subprocess.run(
+        [sys.executable, str(HERE / "rank_main.py"), str(path)],
+        env=os.environ | here | meeting | python_path,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_SECONDS,
+    )
+    assert ended.returncode == 1
+    assert "no sign of life for 8 s; rank 0: starting; rank 1: nothing heard" in ended.stderr
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_the_watchdog_ends_a_rank_also_on_a_full_disk(tmp_path: Path, is_full: bool) -> None:
+    program = (
+        "import resource, time; from training.watchdog import Watchdog;"
+        f" {'resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0));' if is_full else ''}"
+        f" Watchdog({str(tmp_path)!r}, stage='stage1', rank=0, ranks=1, limit_seconds=0.05);"
+        f" time.sleep({LIMIT_SECONDS})"
+    )
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, timeout=LIMIT_SECONDS, cwd=HERE.parent.parent
+    )
+    assert ended.returncode == 1
+    assert "error: [stage1] no sign of life for 0.4 s" in ended.stderr
 
 
 def train_and_be_told_to_stop_afterwards(job: TrainJob) -> bool:

@@ -126,14 +126,15 @@ def test_a_rank_that_dies_ends_the_run_with_its_cause(tmp_path: Path) -> None:
     assert f"error: rank 1 (process {rank}) was killed by SIGKILL and said nothing: most often" in said
 
 
-def train_slowly(job: TrainJob) -> None:
-    """Train with a reader that takes longer than a step."""
+def train_slowly(job: TrainJob, slow_rank: str) -> None:
+    """Train where one rank's reader takes longer than a step."""
     from training.data import BatchReader
 
     read = BatchReader.read
 
     def slow(self: BatchReader, step: int) -> Any:
-        time.sleep(0.25)
+        if os.environ["RANK"] == slow_rank:
+            time.sleep(0.25)
         return read(self, step)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -141,9 +142,10 @@ def train_slowly(job: TrainJob) -> None:
         train_rank(job)
 
 
-def test_waiting_for_data_is_said_and_speed_is_written(tmp_path: Path) -> None:
-    job = make_job(tmp_path, "run", epochs=8)  # 24 steps
-    run_ranks(train_slowly, 1, job)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_waiting_for_data_is_said_and_speed_is_written(tmp_path: Path, ranks: int) -> None:
+    job = make_job(tmp_path, "run", epochs=8, ranks=ranks)  # 24 steps
+    run_ranks(train_slowly, ranks, job, str(ranks - 1))  # the last rank's wait is everybody's
     log, notices = read_log(job)
     assert len(notices) == 2  # once when it is sure, once at the end
     assert "% of the time of 24 steps went into waiting for data (more than 3 %)" in notices[1]
@@ -158,6 +160,15 @@ def test_waiting_for_data_is_said_and_speed_is_written(tmp_path: Path) -> None:
         peaks.append(line["teraflops"] / line["utilisation"])
     # rounded to four digits each
     assert np.median(peaks) == pytest.approx(peaks[-1], rel=0.2)
+
+
+def test_a_full_disk_ends_the_run_with_what_to_do(tmp_path: Path) -> None:
+    job = make_job(tmp_path, "run", epochs=1)
+    (Path(job.folder) / "log.jsonl").symlink_to("/dev/full")
+    with pytest.raises(
+        AssertionError, match=r"InputError: .*run: the curves and the log cannot be written \(No space left"
+    ):
+        run_ranks(train_rank, 1, job)
 
 
 def test_the_curves_are_there_for_tensorboard(tmp_path: Path) -> None:

@@ -233,6 +233,30 @@ def test_a_micro_batch_runs_again_with_the_dropout_it_had(tmp_path: Path) -> Non
     assert not np.array_equal(first[1], first[2])
 
 
+def precisions_of_both_passes(job: TrainJob) -> set[tuple[bool, bool]]:
+    """(the pass keeps activations, it casts) of every forward pass of the image tower."""
+    from training.model.clip import CLIP
+
+    encode, found = CLIP.encode_image, set()
+
+    def noted(self: CLIP, image: Tensor, *arguments: Any) -> Tensor:
+        found.add((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+        return encode(self, image, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CLIP, "encode_image", noted)
+        train_without_dropout(dataclasses.replace(job, evaluations={}))
+    return found
+
+
+def test_both_passes_of_a_micro_batch_cast_alike(tmp_path: Path) -> None:
+    never = {"validate_every_steps": 0, "epochs": 1}
+    job = make_job(tmp_path, "run", micro_batch=4, deepspeed="zero1_autocast", **never)
+    (found,) = run_ranks(precisions_of_both_passes, 1, job)
+    assert {(True, True), (False, True)} <= found
+    assert (True, False) not in found
+
+
 def test_running_statistics_see_every_micro_batch_once(tmp_path: Path) -> None:
     job = job_of_20_steps(tmp_path, "run", model="small-rn", epochs=1, micro_batch=8)
     run_ranks(train_without_dropout, 1, job)

@@ -1,0 +1,38 @@
+"""What a DeepSpeed file has matrices multiplied in, also in passes that go around DeepSpeed's engine."""
+
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from pipeline.records import ConfigError
+from training.config import TrainConfig
+from training.deepspeed_file import half_of, read_deepspeed_file
+
+
+def compute_dtype(settings: dict[str, Any]) -> torch.dtype:
+    """float32, or the 16-bit format of weights or of autocast; `settings` are a DeepSpeed file's content."""
+    if settings.get("torch_autocast", {}).get("enabled"):
+        return torch.bfloat16
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, None: torch.float32}[half_of(settings)]
+
+
+def autocast_dtype(settings: dict[str, Any]) -> torch.dtype:
+    """What the engine's forward pass casts to; float32 where it casts nothing."""
+    return torch.float32 if half_of(settings) else compute_dtype(settings)
+
+
+def autocast(device_type: str, dtype: torch.dtype) -> torch.autocast:
+    """A context that multiplies matrices in `dtype`, the weights staying as they are; float32: no change."""
+    is_half = dtype != torch.float32
+    return torch.autocast(device_type, dtype if is_half else None, enabled=is_half)
+
+
+def check_precision(config: TrainConfig) -> None:
+    """Raise ConfigError where a DeepSpeed file's precision cannot run on this machine."""
+    half = half_of(read_deepspeed_file(config.deepspeed))
+    if half == "fp16" and not get_accelerator().is_fp16_supported():
+        raise ConfigError(
+            f"deepspeed = {config.deepspeed!r}: fp16 needs a GPU, and this machine computes on its"
+            f" {get_accelerator().device_name()}; take zero1 (float32) or zero1_bf16 here"
+        )
