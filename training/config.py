@@ -238,6 +238,7 @@ class TrainJob:
     openai_model: str | None = None  # where to write them in OpenAI CLIP's layout too
 
     def to_json(self) -> str:
+        """The text of a job's file; `from_json` reads it."""
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=1, sort_keys=True)
 
     @classmethod

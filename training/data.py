@@ -47,9 +47,14 @@ class TextEncoder(Protocol):
     """What reading needs of `training.model.tokenizer.Tokenizer`."""
 
     @property
-    def digest(self) -> str: ...
-    def encode(self, texts: Sequence[str], context_length: int) -> npt.NDArray[np.int32]: ...
-    def num_truncated(self, texts: Sequence[str], context_length: int) -> int: ...
+    def digest(self) -> str:
+        """Hexadecimal digest of the vocabulary and of how it is used: names the files of token ids."""
+
+    def encode(self, texts: Sequence[str], context_length: int) -> npt.NDArray[np.int32]:
+        """Token ids [texts, context_length] with [CLS] and [SEP], 0 = padding; longer texts are cut."""
+
+    def num_truncated(self, texts: Sequence[str], context_length: int) -> int:
+        """How many of the texts `encode` cuts."""
 
 
 class SampleOrder:

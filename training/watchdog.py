@@ -39,6 +39,7 @@ class Watchdog:
         self._now = (doing, time.monotonic(), patience * self._limit_seconds)
 
     def close(self) -> None:
+        """The rank is done: nothing is watched any more."""
         self._ended.set()
         self._thread.join()
 

@@ -76,6 +76,7 @@ class CLIP(nn.Module):
         self.visual.eval()
 
     def train(self, mode: bool = True) -> Self:
+        """As of every module, but a locked image tower stays in evaluation: its batch norms learn nothing."""
         super().train(mode)
         if self.image_tower_locked:
             self.visual.eval()
