@@ -235,6 +235,9 @@ def cache_features(
         num_views=config.cached_views,
     )
     cache = FeatureCache(job.shards, key, num_views=config.cached_views, dim=clip.config.embed_dim)
+    if dist.get_rank() == 0:
+        for folder in {os.path.dirname(cache.path(shard)) for shard in range(len(job.shards))}:
+            store.sweep_shared(folder)
     missing = cache.missing()
     dist.barrier()  # nobody writes before all have looked
     if not missing:
