@@ -17,11 +17,12 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, float64, tensor
+from torch import distributed as dist
 
 from pipeline import store
 from pipeline.config import digest
 from pipeline.records import InputError
-from training.engine import gather_weights, load_weights
+from training.engine import load_weights
 from training.partitions import (
     MOMENTS,
     adam_of,
@@ -29,6 +30,7 @@ from training.partitions import (
     set_loss_scaling,
     set_moment,
     whole_moment,
+    whole_weight,
 )
 
 _STEP_FOLDER = re.compile(r"step_(\d{9})")
@@ -62,16 +64,36 @@ class TrainState:
 
 
 def gather_state(engine: Any, step: int) -> TrainState:
-    """Put a state together from all ranks; a collective, so every rank calls it."""
+    """Put a state together from all ranks for rank 0; a collective, so every rank calls it.
+
+    The others get one without weights and moments, and drop each as it comes: ranks share a machine's memory.
+    """
     moments = {}
     for name, parameter in engine.module.clip.named_parameters():
         if parameter.requires_grad:
             for moment in MOMENTS:
-                moments[f"{moment}.{name}"] = whole_moment(engine, parameter, moment).cpu().contiguous()
+                whole = whole_moment(engine, parameter, moment)
+                if dist.get_rank() == 0:
+                    moments[f"{moment}.{name}"] = whole.cpu().contiguous()
     for name, value in loss_scaling(engine).items():
         moments[f"{_LOSS_SCALING}{name}"] = tensor(value, dtype=float64)
     num_updates = int(next(iter(adam_of(engine).state.values()))["step"].item())
     return TrainState(step, gather_weights(engine), moments, num_updates)
+
+
+def gather_weights(engine: Any) -> dict[str, Tensor]:
+    """All weights and buffers by the names of `CLIP.state_dict`, on the CPU of rank 0; others get none.
+
+    Parameters come from their float32 masters; what bfloat16 had to round and nothing trained is as it came.
+    A collective: every rank calls it.
+    """
+    clip, writes = engine.module.clip, dist.get_rank() == 0
+    parameters, weights = dict(clip.named_parameters()), {}
+    for name, value in {**clip.state_dict(), **parameters}.items():
+        whole = whole_weight(parameters[name]) if name in parameters else value
+        if writes:
+            weights[name] = engine.module.exact.get(name, whole).detach().cpu().contiguous()
+    return weights
 
 
 def restore_state(engine: Any, state: TrainState) -> None:

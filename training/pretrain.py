@@ -26,7 +26,7 @@ from training.config import TrainConfig, TrainJob, count_steps
 from training.data import BatchReader, Prefetcher, SampleOrder, check_shards
 from training.deepspeed_file import check_model
 from training.distil import load_teacher
-from training.engine import Towers, build_engine, check_precision, gather_weights, join_ranks
+from training.engine import Towers, build_engine, check_precision, join_ranks
 from training.feature_cache import FeatureCache, build, cache_key
 from training.finished import mark_finished
 from training.flops import PEAK_FLOPS, find_device, matmul_flops, training_flops
@@ -308,7 +308,7 @@ def write_model(job: TrainJob, engine: Any, last_step: int, chosen_step: int) ->
 
     The engine holds those of `last_step`; those of an earlier one come from its checkpoint.
     """
-    weights = gather_weights(engine) if chosen_step == last_step else None
+    weights = checkpoint.gather_weights(engine) if chosen_step == last_step else None
     if dist.get_rank() == 0:
         if weights is None:
             chosen = checkpoint.at_step(checkpoints_folder(job.folder), chosen_step)

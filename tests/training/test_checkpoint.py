@@ -3,6 +3,7 @@ import json
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from train_jobs import make_job, train_rank
 from pipeline.records import InputError
 from training import checkpoint
 from training.checkpoint import Checkpoint, TrainState
+from training.config import TrainJob
 
 IDENTITY = {"model": "small-vit", "crop_area": (0.9, 1.0)}
 
@@ -175,6 +177,33 @@ def test_a_start_sweeps(tmp_path: Path) -> None:
     run_ranks(train_rank, 1, job)
     assert list(checkpoints.iterdir()) == []
     assert {path.suffix for path in features.iterdir()} == {".npy"}
+
+
+def held_at_saves(job: TrainJob) -> list[tuple[int, int]]:
+    """How many weights and moments a rank holds when checkpoints are put together."""
+    gather, held = checkpoint.gather_state, []
+
+    def counted(engine: Any, step: int) -> TrainState:
+        state = gather(engine, step)
+        held.append((len(state.weights), len(state.moments)))
+        return state
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "gather_state", counted)
+        train_rank(job)
+    return held
+
+
+@pytest.mark.parametrize("deepspeed", ["zero1", "zero3"])
+def test_only_the_rank_that_writes_holds_the_state(tmp_path: Path, deepspeed: str) -> None:
+    job = make_job(tmp_path, "run", ranks=2, epochs=1, save_every_steps=2, deepspeed=deepspeed)
+    writes, other = run_ranks(held_at_saves, 2, job)
+    assert other == [(0, 0)]
+    ((weights, moments),) = writes
+    state = checkpoint.load(checkpoint.at_step(str(Path(job.folder) / "checkpoints"), 2))
+    assert (len(state.weights), len(state.moments)) == (weights, moments)
+    assert weights > 10
+    assert moments > 10
 
 
 def test_weights_of_a_damaged_best_are_not_taken(tmp_path: Path) -> None:
