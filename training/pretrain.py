@@ -1,10 +1,12 @@
 """One training stage on one rank: everything from the job to the consolidated weights."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,12 +15,13 @@ import cv2
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger as deepspeed_logger
+from safetensors import SafetensorError
 from torch import distributed as dist
 
 from pipeline import store
 from pipeline.config import digest
 from pipeline.processes import die_with_parent
-from pipeline.records import ConfigError, Stopped
+from pipeline.records import ConfigError, InputError, Stopped
 from training import checkpoint
 from training.checkpoint import Checkpoint
 from training.choice import best_first, check_sets, read_validations
@@ -319,10 +322,25 @@ def write_model(job: TrainJob, engine: Any, last_step: int, chosen_step: int) ->
         samples_seen = str(chosen_step * job.config.global_batch)
         metadata: Mapping[str, str] = {"stage": job.stage, "samples_seen": samples_seen}
         if job.openai_model is not None:
-            save_openai(job.openai_model, final, final.config)
-        save_checkpoint(job.output_model, final, final.config, metadata)
-        mark_finished(job)
+            with _disk_may_be_full(job.openai_model, job.folder):
+                save_openai(job.openai_model, final, final.config)
+        with _disk_may_be_full(job.output_model, job.folder):
+            save_checkpoint(job.output_model, final, final.config, metadata)
+            mark_finished(job)
     dist.barrier()
+
+
+@contextlib.contextmanager
+def _disk_may_be_full(path: str, folder: str) -> Iterator[None]:
+    """InputError where a model cannot be written; training goes on from its newest checkpoint afterwards."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        free = shutil.disk_usage(folder).free
+        raise InputError(
+            f"{path}: cannot write the model: {error}; {folder} has {free / 1e9:.2f} GB free; make room and"
+            " run the same command to go on"
+        ) from None
 
 
 def peak_flops_of_ranks(config: TrainConfig) -> float | None:

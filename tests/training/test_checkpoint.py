@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import json
 import os
@@ -204,6 +205,43 @@ def test_only_the_rank_that_writes_holds_the_state(tmp_path: Path, deepspeed: st
     assert (len(state.weights), len(state.moments)) == (weights, moments)
     assert weights > 10
     assert moments > 10
+
+
+def train_into_a_limit(job: TrainJob, limit_bytes: int) -> str:
+    """The error where no file may be as large as the model that is to be written."""
+    import resource
+
+    from training import pretrain
+
+    write = pretrain.write_model
+
+    def limited(*arguments: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, resource.RLIM_INFINITY))
+        write(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "write_model", limited)
+        with pytest.raises(InputError) as caught:
+            train_rank(job)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("openai", [False, True])
+def test_a_disk_that_is_full_of_the_model_is_named_and_the_run_goes_on_later(
+    tmp_path: Path, openai: bool
+) -> None:
+    job, path = make_job(tmp_path, "run", epochs=1), tmp_path / "run" / "model.safetensors"
+    if openai:
+        path = tmp_path / "run" / "openai.pt"
+        job = dataclasses.replace(job, openai_model=str(path))
+    (said,) = run_ranks(train_into_a_limit, 1, job, 100_000)
+    assert said.startswith(f"{path}: cannot write the model: ")
+    assert "File too large" in said
+    assert said.endswith(" GB free; make room and run the same command to go on")
+    assert not list(Path(job.folder).glob(".*"))
+    run_ranks(train_rank, 1, job)
+    assert path.exists()
+    assert Path(job.output_model).exists()
 
 
 def test_weights_of_a_damaged_best_are_not_taken(tmp_path: Path) -> None:
