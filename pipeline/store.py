@@ -1,11 +1,15 @@
 """Files: every path is an fsspec URL or a local path; files appear whole or not at all."""
 
 import contextlib
+import functools
 import hashlib
 import io
 import os
+import re
+import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +21,9 @@ from pipeline.records import ConfigError
 _DIGEST_CHUNK_BYTES = 1 << 20
 _EDGE_BYTES = 1 << 20
 _PARTIAL = ".partial"  # suffix of a file that is still being written
+# A file that `publish` has begun: where its writer runs, and the number of the process there
+_WRITER = re.compile(r"\..*\.([0-9a-f]{8})-(\d{1,9})-[0-9a-f]{8}\.partial")
+_ABANDONED_SECONDS = 86_400.0  # nobody writes a file for a day without adding to it
 SCRATCH = ".scratch"  # suffix of a folder that a task works in; `sweep` removes those of killed tasks
 
 
@@ -128,6 +135,45 @@ def sweep(folder: str) -> None:
                 leftover.unlink()
 
 
+def sweep_shared(folder: str) -> None:
+    """Remove what killed processes left of `publish` directly inside a local folder that others write to too.
+
+    A file goes where its writer ran here and is gone, or where nobody has written to it for a day.
+    """
+    for entry in os.scandir(folder) if os.path.isdir(folder) else []:
+        if not (entry.name.startswith(".") and entry.name.endswith(_PARTIAL)):
+            continue
+        writer = _WRITER.fullmatch(entry.name)
+        with contextlib.suppress(FileNotFoundError):  # it was published or removed meanwhile
+            is_old = time.time() - entry.stat().st_mtime > _ABANDONED_SECONDS
+            if is_old or (writer is not None and writer[1] == _place() and not _is_running(int(writer[2]))):
+                os.remove(entry.path)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+@functools.cache
+def _place() -> str:
+    """Where this process's number means this process: the start of a machine, and the container.
+
+    Containers on a host may share its name, and each counts its processes from 1. Random where the kernel
+    does not say.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+        return digest_bytes(f"{boot} {os.readlink('/proc/self/ns/pid')}".encode())[:8]
+    except OSError:
+        return secrets.token_hex(4)
+
+
 @contextlib.contextmanager
 def publish(path: str) -> Iterator[str]:
     """Yield a temporary local path to write to; when the block ends well the file appears at `path`.
@@ -138,7 +184,8 @@ def publish(path: str) -> Iterator[str]:
     if is_local(path):
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = str(target.parent / f".{target.name}.{os.getpid()}{_PARTIAL}")
+        writer = f"{_place()}-{os.getpid()}-{secrets.token_hex(4)}"
+        temporary = str(target.parent / f".{target.name}.{writer}{_PARTIAL}")
         try:
             yield temporary
             with open(temporary, "rb") as file:

@@ -10,18 +10,19 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, float64, tensor
+from torch import distributed as dist
 
 from pipeline import store
 from pipeline.config import digest
 from pipeline.records import InputError
-from training.engine import gather_weights, load_weights
+from training.engine import load_weights
 from training.partitions import (
     MOMENTS,
     adam_of,
@@ -29,10 +30,11 @@ from training.partitions import (
     set_loss_scaling,
     set_moment,
     whole_moment,
+    whole_weight,
 )
 
 _STEP_FOLDER = re.compile(r"step_(\d{9})")
-_PARTIAL_FOLDER = re.compile(r"\.step_\d{9}\.partial")
+_LEFT_OVER = re.compile(r"\.step_\d{9}\.partial|step_\d{9}\.removing")  # of a kill while saving or removing
 _STATE = "state.json"
 _OWN_DIGEST = "digest"  # of what else state.json holds
 _LOSS_SCALING = "loss_scaling."
@@ -48,6 +50,7 @@ class Checkpoint:
 
     @property
     def metrics_path(self) -> str:
+        """Its copy of `metrics.jsonl`, as it was at that step."""
         return os.path.join(self.folder, _METRICS)
 
 
@@ -62,16 +65,36 @@ class TrainState:
 
 
 def gather_state(engine: Any, step: int) -> TrainState:
-    """Put a state together from all ranks; a collective, so every rank calls it."""
+    """Put a state together from all ranks for rank 0; a collective, so every rank calls it.
+
+    The others get one without weights and moments, and drop each as it comes: ranks share a machine's memory.
+    """
     moments = {}
     for name, parameter in engine.module.clip.named_parameters():
         if parameter.requires_grad:
             for moment in MOMENTS:
-                moments[f"{moment}.{name}"] = whole_moment(engine, parameter, moment).cpu().contiguous()
+                whole = whole_moment(engine, parameter, moment)
+                if dist.get_rank() == 0:
+                    moments[f"{moment}.{name}"] = whole.cpu().contiguous()
     for name, value in loss_scaling(engine).items():
         moments[f"{_LOSS_SCALING}{name}"] = tensor(value, dtype=float64)
     num_updates = int(next(iter(adam_of(engine).state.values()))["step"].item())
     return TrainState(step, gather_weights(engine), moments, num_updates)
+
+
+def gather_weights(engine: Any) -> dict[str, Tensor]:
+    """All weights and buffers by the names of `CLIP.state_dict`, on the CPU of rank 0; others get none.
+
+    Parameters come from their float32 masters; what bfloat16 had to round and nothing trained is as it came.
+    A collective: every rank calls it.
+    """
+    clip, writes = engine.module.clip, dist.get_rank() == 0
+    parameters, weights = dict(clip.named_parameters()), {}
+    for name, value in {**clip.state_dict(), **parameters}.items():
+        whole = whole_weight(parameters[name]) if name in parameters else value
+        if writes:
+            weights[name] = engine.module.exact.get(name, whole).detach().cpu().contiguous()
+    return weights
 
 
 def restore_state(engine: Any, state: TrainState) -> None:
@@ -99,10 +122,14 @@ def save(
     *,
     keep: int,
     keep_also: Collection[int] = (),
+    rank_steps: Callable[[Checkpoint], Sequence[int]] = lambda _: (),
+    damaged: Collection[int] = (),
 ) -> None:
-    """Publish a checkpoint under `root` and remove all but the newest `keep` and the steps `keep_also`.
+    """Publish a checkpoint under `root`; remove all but the newest `keep` and those that they may need.
 
-    Later steps than this go too: a run that is here has passed them over. One rank calls it.
+    These are the steps `keep_also` and, for each one kept, the first of the steps that `rank_steps` gives for
+    it, best first, that is still there: a run that falls back to it may end with those weights. Later steps
+    and those that a start found `damaged` count, and stay, only where they are whole. One rank calls it.
 
     InputError where the disk is full.
     """
@@ -110,9 +137,7 @@ def save(
     partial, target = os.path.join(root, f".{name}.partial"), os.path.join(root, name)
     os.makedirs(root, exist_ok=True)
     try:
-        for left_over in os.listdir(root):
-            if _PARTIAL_FOLDER.fullmatch(left_over):
-                shutil.rmtree(os.path.join(root, left_over))
+        sweep(root)
         os.mkdir(partial)
         save_file(state.weights, os.path.join(partial, _WEIGHTS))
         save_file(state.moments, os.path.join(partial, _OPTIMIZER))
@@ -132,36 +157,44 @@ def save(
         raise InputError(
             f"{target}: cannot write the checkpoint: {error}; make room and run the same command again"
         ) from None
-    # Later ones are those that a start passed over as damaged: they would take the place of whole ones.
-    later = {step for step in _steps(root) if step > state.step}
-    for step in later | set(sorted(set(_steps(root)) - later)[:-keep]) - set(keep_also):
-        store.remove(os.path.join(root, f"step_{step:09d}"))
+    steps = _steps(root)
+    # Damaged ones would take the place of whole ones.
+    doubtful = [step for step in steps if step > state.step or (step in damaged and step != state.step)]
+    whole = set(steps) - {step for step in doubtful if find_damage(at_step(root, step)) is not None}
+    earlier = sorted(step for step in whole if step <= state.step)
+    kept = (whole - set(earlier[:-keep])) | set(keep_also)
+    unseen = list(kept)
+    while unseen:
+        ranked = rank_steps(at_step(root, unseen.pop()))
+        best = next((step for step in ranked if step in whole), None)
+        if best is not None and best not in kept:
+            kept.add(best)
+            unseen.append(best)
+    for step in set(steps) - kept:
+        store.remove(at_step(root, step).folder)
 
 
-def find_newest(
-    root: str, identity: Mapping[str, Any], needs: Callable[[Checkpoint], int | None] = lambda _: None
-) -> Checkpoint | None:
-    """The newest whole checkpoint, or None where there is none; damaged ones are named and passed over.
+def sweep(root: str) -> None:
+    """Remove what kills left of saving and removing; nobody else may be at it."""
+    for name in os.listdir(root) if os.path.isdir(root) else []:
+        if _LEFT_OVER.fullmatch(name):
+            shutil.rmtree(os.path.join(root, name), ignore_errors=True)
 
-    `needs` names the step of another checkpoint that has to be whole too: the best so far, which the end of
-    the stage may come back to. InputError where it belongs to another model, corpus or configuration.
+
+def find_newest(root: str, identity: Mapping[str, Any]) -> tuple[Checkpoint | None, dict[int, str]]:
+    """The newest whole checkpoint, None where there is none, and the damage of those after it by their steps.
+
+    InputError where it belongs to another model, corpus or configuration.
     """
+    damage: dict[int, str] = {}
     for step in sorted(_steps(root), reverse=True):
-        found = at_step(root, step)
-        folder = found.folder
-        damage = _find_damage(folder)
-        if damage is None:
-            _require_same_run(folder, identity)
-            needed = needs(found)
-            if needed in (None, step):
-                return found
-            other = at_step(root, needed).folder
-            damage = _find_damage(other)
-            if damage is None:
-                return found
-            print(f"{other}: damaged ({damage}), and it is the best so far", flush=True)
-        print(f"{folder}: damaged ({damage}): taking the checkpoint before it", flush=True)
-    return None
+        checkpoint = at_step(root, step)
+        found = find_damage(checkpoint)
+        if found is None:
+            _require_same_run(checkpoint.folder, identity)
+            return checkpoint, damage
+        damage[step] = found
+    return None, damage
 
 
 def at_step(root: str, step: int) -> Checkpoint:
@@ -170,6 +203,7 @@ def at_step(root: str, step: int) -> Checkpoint:
 
 
 def load(checkpoint: Checkpoint) -> TrainState:
+    """The state of a checkpoint that was verified; `restore_state` puts it into an engine."""
     return TrainState(
         checkpoint.step,
         load_weights_of(checkpoint),
@@ -180,10 +214,11 @@ def load(checkpoint: Checkpoint) -> TrainState:
 
 def load_verified_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """`load_weights_of` a checkpoint that nobody has verified; InputError where it is damaged."""
-    if (damage := _find_damage(checkpoint.folder)) is not None:
+    if (damage := find_damage(checkpoint)) is not None:
         raise InputError(
             f"{checkpoint.folder}: damaged ({damage}), and it is the best of the stage, whose weights are"
-            " wanted; run the same command again: it goes back to a whole checkpoint before it"
+            " wanted; run the same command again: it goes on from the newest whole checkpoint and chooses"
+            " among the weights that are left"
         )
     return load_weights_of(checkpoint)
 
@@ -198,8 +233,9 @@ def _steps(root: str) -> list[int]:
     return [int(match[1]) for name in names if (match := _STEP_FOLDER.fullmatch(name))]
 
 
-def _find_damage(folder: str) -> str | None:
-    file = _STATE
+def find_damage(checkpoint: Checkpoint) -> str | None:
+    """What is wrong with a checkpoint on disk, None where it is whole; reads all of it."""
+    folder, file = checkpoint.folder, _STATE
     try:
         state = json.loads(store.read_text(os.path.join(folder, _STATE)))
         if state.pop(_OWN_DIGEST) != digest(state):

@@ -45,6 +45,11 @@ def choose(validations: Sequence[Validation], salient_gain: float) -> Choice:
     return Choice(best, 0 if reference is None else validations[-1].step - reference.step)
 
 
+def best_first(validations: Iterable[Validation]) -> list[Validation]:
+    """In the order in which a stage would end with their weights."""
+    return sorted(validations, key=lambda validation: (-validation.score, validation.step))
+
+
 def has_no_gain_left(choice: Choice, config: TrainConfig, num_samples: int) -> bool:
     """`patience` epochs of `num_samples` samples have passed without a salient gain: the stage ends (2.3)."""
     return 0 < config.patience * num_samples <= choice.steps_without_gain * config.global_batch

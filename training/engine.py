@@ -407,19 +407,6 @@ def load_weights(engine: Any, weights: dict[str, Tensor]) -> None:
             buffer.copy_(weights[name])
 
 
-def gather_weights(engine: Any) -> dict[str, Tensor]:
-    """All weights and buffers by the names of `CLIP.state_dict`, on the CPU, parameters from their masters.
-
-    What bfloat16 had to round and nothing trained is as it came. A collective: every rank calls it.
-    """
-    clip: CLIP = engine.module.clip
-    weights = {name: tensor.detach() for name, tensor in clip.state_dict().items()}
-    for name, parameter in clip.named_parameters():
-        weights[name] = whole_weight(parameter)
-    weights |= engine.module.exact
-    return {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
-
-
 def logit_scale(engine: Any) -> Tensor:
     """The [1] logarithm of the factor on cosine similarities; a collective."""
     return whole_weight(engine.module.clip.logit_scale)

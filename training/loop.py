@@ -1,5 +1,6 @@
 """The training loop."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -12,7 +13,8 @@ from torch import distributed as dist
 from pipeline import store
 from pipeline.records import InputError, Stopped
 from training import checkpoint
-from training.choice import Choice, choose, has_no_gain_left
+from training.checkpoint import Checkpoint
+from training.choice import Choice, best_first, choose, has_no_gain_left, read_validations
 from training.config import TrainConfig
 from training.data import Batch, Prefetcher
 from training.engine import logit_scale, train_step
@@ -40,6 +42,8 @@ class Run:
     engine: Any  # DeepSpeed's
     batches: Prefetcher
     first_step: int  # steps that were finished before
+    best_before: int | None  # the best validated step before it whose weights are there to come back to
+    damaged: frozenset[int]  # steps of checkpoints that this start found damaged
     total_steps: int
     num_samples: int  # of the corpus
     validate: Validate | None
@@ -110,8 +114,15 @@ def save_is_due(run: Run, step: int) -> bool:
 
 
 def choice_so_far(run: Run) -> Choice:
-    """What the validations up to now say; the same on every rank."""
-    return choose(run.journal.validations, run.config.salient_gain)
+    """What the validations up to now say; the same on every rank.
+
+    The best is one whose weights are there: of those before the first step, which an earlier start measured,
+    only one may be.
+    """
+    found = run.journal.validations
+    there = [item for item in found if item.step >= run.first_step or item.step == run.best_before]
+    gain = run.config.salient_gain
+    return dataclasses.replace(choose(found, gain), best=choose(there, gain).best)
 
 
 def no_longer_gains(run: Run) -> bool:
@@ -153,8 +164,22 @@ def save(run: Run, step: int) -> None:
             run.journal.metrics_path,
             keep=run.config.keep_checkpoints,
             keep_also=() if best is None else (best.step,),
+            rank_steps=lambda found: ranked_steps(run, found),
+            damaged=run.damaged,
         )
     dist.barrier()
+
+
+def ranked_steps(run: Run, found: Checkpoint) -> list[int]:
+    """The steps that a stage which goes on from a checkpoint may end with, best first."""
+    if run.config.choose != "best":
+        return []
+    try:
+        lines = store.read_text(found.metrics_path).splitlines()
+        validations = read_validations(lines, run.config.choose_on)
+        return [validation.step for validation in best_first(validations)]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # damaged: who goes on from it is told
 
 
 def refuse_non_finite(run: Run, batch: Batch, loss: float, in_a_row: int) -> None:

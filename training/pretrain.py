@@ -1,10 +1,13 @@
 """One training stage on one rank: everything from the job to the consolidated weights."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,19 +15,20 @@ import cv2
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger as deepspeed_logger
+from safetensors import SafetensorError
 from torch import distributed as dist
 
 from pipeline import store
 from pipeline.config import digest
 from pipeline.processes import die_with_parent
-from pipeline.records import ConfigError, Stopped
+from pipeline.records import ConfigError, InputError, Stopped
 from training import checkpoint
 from training.checkpoint import Checkpoint
-from training.choice import check_sets, choose, read_validations
+from training.choice import best_first, check_sets, read_validations
 from training.config import TrainConfig, TrainJob, check_fits, count_steps
 from training.data import BatchReader, Prefetcher, SampleOrder, check_shards
 from training.distil import load_teacher
-from training.engine import Towers, build_engine, gather_weights, join_ranks
+from training.engine import Towers, build_engine, join_ranks
 from training.feature_cache import FeatureCache, build, cache_key
 from training.finished import mark_finished
 from training.flops import PEAK_FLOPS, find_device, matmul_flops, training_flops
@@ -103,7 +107,8 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
     watchdog.alive("building the engine", between_steps=True)
     engine = build_engine(towers, config)
     identity = describe(job, clip, tokenizer)
-    resumed = _agree_on_checkpoint(job, identity)
+    start = _agree_on_checkpoint(job, identity)
+    resumed = start.checkpoint
     if resumed is not None:
         checkpoint.restore_state(engine, checkpoint.load(resumed))
     journal = Journal(
@@ -116,6 +121,8 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
         peak_flops=peak_flops_of_ranks(config) if rank == 0 else None,
     )
     journal.start_at(resumed)
+    for text in start.notices:
+        journal.notice(text)
     first_step = 0 if resumed is None else resumed.step
     batches = Prefetcher(reader, first_step, total_steps)
     engine.train()
@@ -126,6 +133,8 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
         engine=engine,
         batches=batches,
         first_step=first_step,
+        best_before=start.best_before,
+        damaged=start.damaged,
         total_steps=total_steps,
         num_samples=num_samples,
         validate=validate,
@@ -231,6 +240,9 @@ def cache_features(
         dtype=towers.compute_dtype,
     )
     cache = FeatureCache(job.shards, key, num_views=config.cached_views, dim=clip.config.embed_dim)
+    if dist.get_rank() == 0:
+        for folder in {os.path.dirname(cache.path(shard)) for shard in range(len(job.shards))}:
+            store.sweep_shared(folder)
     missing = cache.missing()
     dist.barrier()  # nobody writes before all have looked
     if not missing:
@@ -297,7 +309,7 @@ def write_model(job: TrainJob, engine: Any, last_step: int, chosen_step: int) ->
 
     The engine holds those of `last_step`; those of an earlier one come from its checkpoint.
     """
-    weights = gather_weights(engine) if chosen_step == last_step else None
+    weights = checkpoint.gather_weights(engine) if chosen_step == last_step else None
     if dist.get_rank() == 0:
         if weights is None:
             chosen = checkpoint.at_step(checkpoints_folder(job.folder), chosen_step)
@@ -308,10 +320,25 @@ def write_model(job: TrainJob, engine: Any, last_step: int, chosen_step: int) ->
         samples_seen = str(chosen_step * job.config.global_batch)
         metadata: Mapping[str, str] = {"stage": job.stage, "samples_seen": samples_seen}
         if job.openai_model is not None:
-            save_openai(job.openai_model, final, final.config)
-        save_checkpoint(job.output_model, final, final.config, metadata)
-        mark_finished(job)
+            with _disk_may_be_full(job.openai_model, job.folder):
+                save_openai(job.openai_model, final, final.config)
+        with _disk_may_be_full(job.output_model, job.folder):
+            save_checkpoint(job.output_model, final, final.config, metadata)
+            mark_finished(job)
     dist.barrier()
+
+
+@contextlib.contextmanager
+def _disk_may_be_full(path: str, folder: str) -> Iterator[None]:
+    """InputError where a model cannot be written; training goes on from its newest checkpoint afterwards."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        free = shutil.disk_usage(folder).free
+        raise InputError(
+            f"{path}: cannot write the model: {error}; {folder} has {free / 1e9:.2f} GB free; make room and"
+            " run the same command to go on"
+        ) from None
 
 
 def peak_flops_of_ranks(config: TrainConfig) -> float | None:
@@ -326,19 +353,57 @@ def peak_flops_of_ranks(config: TrainConfig) -> float | None:
     return config.ranks * matmul_flops()
 
 
-def _agree_on_checkpoint(job: TrainJob, identity: Mapping[str, Any]) -> Checkpoint | None:
-    """Rank 0 verifies what is there; all go on from the same step."""
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """Where a start goes on from, and what it came upon."""
+
+    checkpoint: Checkpoint | None  # None: from the first step on
+    best_before: int | None  # the best validated step up to there whose weights are there to come back to
+    damaged: frozenset[int]  # steps
+    notices: tuple[str, ...]
+
+
+def _agree_on_checkpoint(job: TrainJob, identity: Mapping[str, Any]) -> _Start:
+    """Rank 0 removes what kills left and verifies what is there; all go on from the same step."""
+    shared = [_find_start(job, identity) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(shared, 0)
+    start = shared[0]
+    assert start is not None
+    return start
+
+
+def _find_start(job: TrainJob, identity: Mapping[str, Any]) -> _Start:
+    """The newest whole checkpoint, whether or not the best weights before it are still there."""
     root = checkpoints_folder(job.folder)
-
-    def best_step(found: Checkpoint) -> int | None:
-        lines = store.read_text(found.metrics_path).splitlines()
-        validations = read_validations(lines, job.config.choose_on)
-        best = choose(validations, job.config.salient_gain).best
-        return best.step if best is not None and job.config.choose == "best" else None
-
-    step = torch.tensor([-1], device=get_accelerator().current_device_name())
-    if dist.get_rank() == 0 and (newest := checkpoint.find_newest(root, identity, best_step)) is not None:
-        step[0] = newest.step
-        print(f"going on from {newest.folder}", flush=True)
-    dist.broadcast(step, 0)
-    return None if step.item() < 0 else checkpoint.at_step(root, int(step.item()))
+    checkpoint.sweep(root)
+    newest, damage = checkpoint.find_newest(root, identity)
+    notices = [
+        f"{checkpoint.at_step(root, step).folder}: damaged ({found}): taking the checkpoint before it"
+        for step, found in damage.items()
+    ]
+    if newest is None:
+        if damage:
+            notices.append(f"{root}: no checkpoint is whole: the stage starts anew")
+        return _Start(None, None, frozenset(damage), tuple(notices))
+    print(f"going on from {newest.folder}", flush=True)
+    if job.config.choose != "best":
+        return _Start(newest, None, frozenset(damage), tuple(notices))
+    lines = store.read_text(newest.metrics_path).splitlines()
+    ranked = best_first(read_validations(lines, job.config.choose_on))
+    best = None
+    for validation in ranked:
+        of_step = checkpoint.at_step(root, validation.step)
+        found = None if of_step == newest else checkpoint.find_damage(of_step)
+        if found is None:
+            best = validation
+            break
+        if os.path.isdir(of_step.folder):
+            damage[validation.step] = found
+            notices.append(f"{of_step.folder}: damaged ({found})")
+    if ranked and best != ranked[0]:
+        left = "" if best is None else f"step {best.step} ({best.score:.2f}) and "
+        notices.append(
+            f"[{job.stage}] step {ranked[0].step} has the best mean recall so far ({ranked[0].score:.2f}),"
+            f" but its weights are no longer there: the best is chosen among {left}the validations to come"
+        )
+    return _Start(newest, None if best is None else best.step, frozenset(damage), tuple(notices))

@@ -4,6 +4,10 @@ import hashlib
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import threading
+import time
 import uuid
 from pathlib import Path
 
@@ -105,12 +109,8 @@ def test_join_keeps_schemes() -> None:
     assert not store.is_local("s3://bucket/a")
 
 
-def test_sweep_removes_what_a_killed_writer_left(tmp_path: Path) -> None:
-    import os
-    import subprocess
-    import sys
-
-    target = tmp_path / "deep" / "table.parquet"
+def killed_while_publishing(target: Path) -> Path:
+    """The file that is left."""
     program = (
         "import os, signal; from pipeline import store\n"
         f"with store.publish({str(target)!r}) as temporary:\n"
@@ -118,6 +118,49 @@ def test_sweep_removes_what_a_killed_writer_left(tmp_path: Path) -> None:
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     subprocess.run([sys.executable, "-c", program], check=False)
-    assert len(os.listdir(target.parent)) == 1
+    (left,) = target.parent.glob(f".{target.name}.*")
+    return left
+
+
+def test_sweep_removes_what_a_killed_writer_left(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "table.parquet"
+    killed_while_publishing(target)
     store.sweep(str(tmp_path))
     assert os.listdir(target.parent) == []
+
+
+def test_in_a_shared_folder_only_what_nobody_writes_is_swept(tmp_path: Path) -> None:
+    store.sweep_shared(str(tmp_path / "none"))
+    old, fresh = (tmp_path / f".{name}.npy.0badcafe-1-0badcafe.partial" for name in ("old", "fresh"))
+    for path in (old, fresh, tmp_path / "whole.npy"):
+        path.write_bytes(b"of another machine")
+    yesterday = time.time() - 25 * 3600
+    os.utime(old, (yesterday, yesterday))
+    killed_while_publishing(tmp_path / "killed.npy")
+    with store.publish(str(tmp_path / "own.npy")) as temporary:
+        Path(temporary).write_bytes(b"half")
+        store.sweep_shared(str(tmp_path))
+        left = {Path(temporary).name, fresh.name, "whole.npy"}
+        assert set(os.listdir(tmp_path)) == left
+    assert store.read_bytes(str(tmp_path / "own.npy")) == b"half"
+
+
+def test_writers_of_the_same_number_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getpid", lambda: 42)  # two containers that share a folder
+    both, failed = threading.Barrier(2), []
+
+    def write() -> None:
+        try:
+            with store.publish(str(tmp_path / "tokens.npz")) as temporary:
+                Path(temporary).write_bytes(b"same")
+                both.wait()
+        except OSError as error:
+            failed.append(error)
+
+    writers = [threading.Thread(target=write) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert failed == []
+    assert [path.name for path in tmp_path.iterdir()] == ["tokens.npz"]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -155,13 +156,78 @@ def test_it_ends_when_it_no_longer_gains_also_after_a_stop(tmp_path: Path) -> No
     assert Path(again.output_model).read_bytes() == Path(whole.output_model).read_bytes()
 
 
-def test_a_damaged_best_is_made_again(tmp_path: Path) -> None:
-    whole, damaged = job_that_chooses(tmp_path, "whole"), job_that_chooses(tmp_path, "damaged")
+def checkpoints_of(job: TrainJob) -> list[int]:
+    """Steps of the checkpoints on disk."""
+    names = (path.name for path in (Path(job.folder) / "checkpoints").iterdir())
+    return sorted(int(name.removeprefix("step_")) for name in names)
+
+
+def damage(job: TrainJob, step: int) -> None:
+    (Path(job.folder) / "checkpoints" / f"step_{step:09d}" / "weights.safetensors").write_bytes(b"")
+
+
+def notices(job: TrainJob) -> str:
+    lines = (Path(job.folder) / "log.jsonl").read_text().splitlines()
+    return "\n".join(fields["notice"] for line in lines if "notice" in (fields := json.loads(line)))
+
+
+def ends_with(job: TrainJob, step: int) -> bool:
+    """The stage's weights are those of one of its checkpoints."""
+    kept = load_file(Path(job.folder) / "checkpoints" / f"step_{step:09d}" / "weights.safetensors")
+    ended = load_checkpoint(job.output_model).state_dict()
+    return all(torch.equal(ended[name], kept[name]) for name in kept)
+
+
+def test_where_the_newest_is_the_best_and_damaged_the_one_before_is_enough(tmp_path: Path) -> None:
+    scores = {4: 10.0, 8: 20.0, 12: 25.0, 16: 28.0, 20: 31.0}
+    job = job_that_chooses(tmp_path, "run", keep_checkpoints=2)
+    run_ranks(train_with_scores, 1, job, scores)
+    model, metrics = Path(job.output_model), Path(job.folder) / "metrics.jsonl"
+    expected = model.read_bytes(), metrics.read_bytes()
+    assert checkpoints_of(job) == [16, 18, 20]  # 16 is what step 18 may come back to
+    lost: set[int]
+    for lost in (set(), {16}):
+        damage(job, 20)
+        for step in lost:
+            shutil.rmtree(Path(job.folder) / "checkpoints" / f"step_{step:09d}")
+        (asked,) = run_ranks(train_with_scores, 1, job, scores)
+        assert asked == [20, 21]
+        assert (model.read_bytes(), metrics.read_bytes()) == expected
+        assert checkpoints_of(job) == sorted({16, 18, 20} - lost)
+    said = notices(job)
+    assert "step_000000020: damaged (weights.safetensors has other bytes than were written): taking" in said
+    assert "step 16 has the best mean recall so far (28.00), but its weights are no longer there" in said
+
+
+def test_a_damaged_best_costs_no_step_and_the_others_are_chosen_among(tmp_path: Path) -> None:
+    job = job_that_chooses(tmp_path, "run")
     scores = {**SCORES, 20: 29.0}
-    run_ranks(train_with_scores, 1, whole, scores)
-    (Path(whole.folder) / "checkpoints").rename(Path(damaged.folder) / "checkpoints")
-    best = Path(damaged.folder) / "checkpoints" / "step_000000008"
-    (best / "weights.safetensors").write_bytes(b"")
-    (asked,) = run_ranks(train_with_scores, 1, damaged, scores)
-    assert asked == [0, 4, 8, 12, 16, 20, 21]  # nothing else was left
-    assert Path(damaged.output_model).read_bytes() == Path(whole.output_model).read_bytes()
+    run_ranks(train_with_scores, 1, job, scores)
+    assert checkpoints_of(job) == [8, 18]
+    damage(job, 8)
+    (asked,) = run_ranks(train_with_scores, 1, job, scores)
+    assert asked == [20, 21]
+    assert checkpoints_of(job) == [20]
+    assert ends_with(job, 20)
+    said = notices(job)
+    assert "step_000000008: damaged (weights.safetensors has other bytes than were written)" in said
+    assert "[stage2] step 8 has the best mean recall so far (30.00), but its weights are no longer" in said
+    assert "chosen among the validations to come" in said
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_that_now_wants_its_best_goes_on_and_takes_the_best_that_is_left(
+    tmp_path: Path, ranks: int
+) -> None:
+    scores = {4: 30.0, 8: 20.0, 12: 19.0, 16: 18.0, 20: 17.0}
+    job = job_that_chooses(
+        tmp_path, "run", choose="last", keep_checkpoints=2, save_every_steps=4, ranks=ranks
+    )
+    run_ranks(train_with_scores, ranks, job, scores)
+    assert checkpoints_of(job) == [16, 20]
+    best = dataclasses.replace(job, config=dataclasses.replace(job.config, choose="best"))
+    (asked, *_) = run_ranks(train_with_scores, ranks, best, scores)
+    assert asked == [21]
+    assert ends_with(best, 16)
+    assert "step 4 has the best mean recall so far (30.00)" in notices(job)
+    assert "the best is chosen among step 16 (18.00) and the validations to come" in notices(job)

@@ -134,7 +134,7 @@ def train_slowly(job: TrainJob, slow_rank: str) -> None:
 
     def slow(self: BatchReader, step: int) -> Any:
         if os.environ["RANK"] == slow_rank:
-            time.sleep(0.25)
+            time.sleep(0.3)
         return read(self, step)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -144,7 +144,8 @@ def train_slowly(job: TrainJob, slow_rank: str) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_waiting_for_data_is_said_and_speed_is_written(tmp_path: Path, ranks: int) -> None:
-    job = make_job(tmp_path, "run", epochs=8, ranks=ranks)  # 24 steps
+    steps_alone = {"validate_every_steps": 0, "save_every_steps": 1000}
+    job = make_job(tmp_path, "run", epochs=8, ranks=ranks, **steps_alone)  # 24 steps
     run_ranks(train_slowly, ranks, job, str(ranks - 1))  # the last rank's wait is everybody's
     log, notices = read_log(job)
     assert len(notices) == 2  # once when it is sure, once at the end
