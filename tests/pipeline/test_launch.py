@@ -67,9 +67,11 @@ def test_one_job_a_training_stage_each_after_the_one_before(
     } <= options
     assert "module load cuda" in lines
     (command,) = [line for line in lines if " -m pipeline run " in line]
-    assert command.endswith("--set stage1.epochs=3 --stage stage1 --set launch.launcher=srun")
+    assert command.endswith("--set stage1.epochs=3 --stage stage1 --set launch.launcher=srun &")
     assert f"'{path}'" in command  # quoted: the path has a space
-    assert "--gpus" not in (folder / "prepare.sbatch").read_text()
+    data = (folder / "prepare.sbatch").read_text()
+    assert "--gpus" not in data
+    assert "#SBATCH --signal=B:TERM@300" in data  # it has no tasks that Slurm could signal
     submit = (folder / "submit.sh").read_text()
     assert "stage2=$(sbatch --parsable --dependency=afterok:$stage1" in submit
     assert "--dependency" not in submit.splitlines()[3]
