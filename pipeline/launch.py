@@ -55,7 +55,8 @@ def plan_jobs(run: Run) -> list[Job]:
 def write_scripts(run: Run, launch: LaunchConfig, run_path: str, overrides: Sequence[str]) -> list[str]:
     """Write `<run>/launch/*.sbatch` and `submit.sh`; returns the lines that tell what to do with them.
 
-    ConfigError where the ranks do not fill whole machines, or the run is not on a file system.
+    ConfigError where the ranks do not fill whole machines or have not a GPU each, or the run is not on a file
+    system.
     """
     if not store.is_local(run.folder):
         raise ConfigError(f"{run.folder}: scripts need a folder on a file system that all machines see")
@@ -98,7 +99,7 @@ def script(job: Job, launch: LaunchConfig, folder: str, arguments: Sequence[str]
             f"--signal=TERM@{launch.stop_seconds}",
         ]
         if launch.gpus_per_node:
-            options.append(f"--gpus-per-node={launch.gpus_per_node}")
+            options.append(f"--gpus-per-node={ranks}")
     else:
         # B: the script itself, for it starts no srun whose tasks could be signalled.
         options += ["--ntasks=1", f"--cpus-per-task={launch.cpus_prepare}"]
@@ -183,6 +184,12 @@ def _check_ranks(job: Job, launch: LaunchConfig) -> None:
     if job.train is None:
         return
     ranks = job.ranks_a_node(launch)
+    if 0 < launch.gpus_per_node < ranks:
+        raise ConfigError(
+            f"[launch] gpus_per_node = {launch.gpus_per_node}, but [{job.name}] has {ranks} ranks on a"
+            f" machine, each with a GPU of its own: take ranks_per_node = {launch.gpus_per_node}, or"
+            " gpus_per_node = 0 on machines without"
+        )
     if left := job.train.ranks % ranks:
         raise ConfigError(
             f"[{job.name}] ranks = {job.train.ranks}, but [launch] ranks_per_node = {launch.ranks_per_node}"

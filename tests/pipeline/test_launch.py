@@ -90,6 +90,22 @@ def test_ranks_that_do_not_fill_machines_are_refused(tmp_path: Path) -> None:
         write_scripts(run, config.launch, "my.toml", [])
 
 
+def test_a_job_asks_for_a_gpu_a_rank(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    stages = [f"{stage}.ranks=2" for stage in ("stage1", "stage2")]
+    run, config = load(path, stages)
+    write_scripts(run, config.launch, path, [])
+    script = (tmp_path / "run" / "launch" / "stage1.sbatch").read_text()
+    assert "--ntasks-per-node=2\n" in script
+    assert "--gpus-per-node=2\n" in script
+    run, config = load(path, [*stages, "launch.gpus_per_node=1"])
+    with pytest.raises(ConfigError, match=r"gpus_per_node = 1, but \[stage1\] has 2 ranks on a machine"):
+        write_scripts(run, config.launch, path, [])
+    run, config = load(path, [*stages, "launch.gpus_per_node=0"])
+    write_scripts(run, config.launch, path, [])
+    assert "--gpus" not in (tmp_path / "run" / "launch" / "stage1.sbatch").read_text()
+
+
 def test_what_cannot_be_launched_is_refused(tmp_path: Path) -> None:
     run, config = load(write(tmp_path), ["run.folder=memory://run"])
     with pytest.raises(ConfigError, match="memory://run: scripts need a folder on a file system"):
