@@ -25,7 +25,7 @@ from training.sizing import (
     memory,
     precision_of,
     shares,
-    zero_stage_of,
+    zero_of,
 )
 from training.stage import TrainStageConfig
 
@@ -142,7 +142,7 @@ def _row(item: Training, on: Hardware, tokens: int) -> tuple[tuple[str, ...], li
         memory,
         model,
         config,
-        zero_stage=zero_stage_of(settings),
+        zero=zero_of(settings),
         precision=precision_of(settings),
         tokens=config.context_length,  # the longest captions decide
     )

@@ -1,6 +1,7 @@
 """FLOPs, parameters, memory and shares, each against what PyTorch counts or a process measures."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,20 @@ from rank_processes import run_ranks
 from torch.utils.flop_counter import FlopCounterMode
 
 from training.config import TrainConfig
+from training.deepspeed_file import read_deepspeed_file
 from training.flops import find_device, image_forward, text_forward, training_flops
 from training.model.clip import CLIP, build_clip
-from training.model.config import MODELS, ModelConfig
-from training.sizing import Precision, gpu_days, largest_micro_batch, memory, num_parameters, shares
+from training.model.config import MODELS, ModelConfig, VisionTransformerConfig
+from training.sizing import (
+    Precision,
+    Zero,
+    gpu_days,
+    largest_micro_batch,
+    memory,
+    num_parameters,
+    shares,
+    zero_of,
+)
 
 CONFIG = TrainConfig(epochs=1, global_batch=64, lanes=8, ranks=1)
 LENGTH = 24
@@ -56,7 +67,7 @@ def test_flops_of_the_text_tower_are_what_pytorch_counts(name: str) -> None:
     assert expected == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
-def kept_for_backward(clip: CLIP, side: str, num_samples: int, autocast: bool) -> float:
+def kept_for_backward(clip: CLIP, side: str, num_samples: int, autocast: bool, patch_mask: float) -> float:
     """Bytes of distinct storages that a forward pass keeps, without the parameters'."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*clip.parameters(), *clip.buffers())}
     kept: dict[int, torch.Tensor] = {}
@@ -65,25 +76,35 @@ def kept_for_backward(clip: CLIP, side: str, num_samples: int, autocast: bool) -
         kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    size_px = clip.config.vision.image_size_px
+    vision = clip.config.vision
+    patches = None
+    if patch_mask and isinstance(vision, VisionTransformerConfig):
+        patches = torch.arange(vision.num_kept(patch_mask)).expand(num_samples, -1)
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with hooks, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         if side == "image":
-            clip.visual(torch.zeros(num_samples, 3, size_px, size_px))
+            clip.encode_image(
+                torch.zeros(num_samples, 3, vision.image_size_px, vision.image_size_px), patches
+            )
         else:
             clip.encode_text(torch.ones(num_samples, LENGTH, dtype=torch.long))
     return sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in own)
 
 
-def check_activations(name: str, precision: Precision, tolerance: float) -> None:
-    model = MODELS[name]
+def check_activations(name: str, precision: Precision, tolerance: float, patch_mask: float = 0.0) -> None:
+    model, config = MODELS[name], dataclasses.replace(CONFIG, patch_mask=patch_mask)
     clip = build_clip(model)
     measured = 0.0
     for side in ("image", "text"):
-        few, more = (kept_for_backward(clip, side, n, precision == "autocast") for n in (2, 4))
+        few, more = (kept_for_backward(clip, side, n, precision == "autocast", patch_mask) for n in (2, 4))
         measured += (more - few) / 2  # a sample's; what does not grow with them is the weights' copies
-    found = memory(model, CONFIG, zero_stage=0, precision=precision, micro_batch=1, tokens=LENGTH)
+    found = memory(model, config, zero=Zero(), precision=precision, micro_batch=1, tokens=LENGTH)
     assert found.activations == pytest.approx(measured, rel=tolerance)
+
+
+@pytest.mark.parametrize("patch_mask", [0.5, 0.9])
+def test_activations_of_masked_pictures_are_those_that_autograd_keeps(patch_mask: float) -> None:
+    check_activations("tiny-vit", "float32", 0.15, patch_mask)
 
 
 @pytest.mark.parametrize("precision", ["float32", "autocast"])
@@ -127,7 +148,7 @@ def peak_bytes(name: str, config: TrainConfig) -> tuple[float, float]:
     with open("/proc/self/status", encoding="ascii") as file:
         (highest,) = [int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM")]
     estimate = memory(
-        MODELS[name], config, zero_stage=1, precision="float32", micro_batch=share, tokens=LENGTH
+        MODELS[name], config, zero=Zero(1), precision="float32", micro_batch=share, tokens=LENGTH
     )
     return highest - before, estimate.total
 
@@ -144,21 +165,81 @@ def test_the_parts_of_memory_follow_the_zero_stages() -> None:
     image, text = num_parameters(model)
     config = dataclasses.replace(CONFIG, ranks=8)
 
-    def states(zero_stage: int, precision: Precision = "float32", **changes: Any) -> float:
+    def states(file: str, precision: Precision = "float32", **changes: Any) -> float:
         changed = dataclasses.replace(config, **changes)
-        return memory(
-            model, changed, zero_stage=zero_stage, precision=precision, micro_batch=1, tokens=52
-        ).states
+        zero = zero_of(read_deepspeed_file(file))
+        return memory(model, changed, zero=zero, precision=precision, micro_batch=1, tokens=52).states
 
     everything = image + text
-    assert states(0) == 16 * everything
-    assert states(0, lock_image=True) == 4 * everything + 12 * text
+    assert states("zero0") == 16 * everything
+    assert states("zero0", lock_image=True) == 4 * everything + 12 * text
     bucket = 4 * everything
-    assert states(1) == pytest.approx(8 * everything + 12 * everything / 8 + bucket)
-    assert states(2) == pytest.approx(4 * everything + 16 * everything / 8 + bucket)
-    assert states(3) == pytest.approx(20 * everything / 8 + bucket)
-    assert states(3, "bfloat16") == pytest.approx(16 * everything / 8 + bucket / 2)
-    assert states(1, "autocast") == pytest.approx(states(1) + bucket)
+    assert states("zero1") == pytest.approx(8 * everything + 12 * everything / 8 + bucket)
+    assert states("zero2") == pytest.approx(4 * everything + 16 * everything / 8 + bucket)
+    gathered = 4 * everything
+    assert states("zero3") == pytest.approx(20 * everything / 8 + gathered + bucket)
+    assert states("zero3_bf16", "bfloat16") == pytest.approx(16 * everything / 8 + (gathered + bucket) / 2)
+    assert states("zero1_autocast", "autocast") == pytest.approx(states("zero1") + bucket)
+    assert states("zero3_offload") == pytest.approx(gathered + bucket)
+
+
+def test_what_is_offloaded_leaves_the_device() -> None:
+    model, (image, text) = MODELS["ViT-H-14"], num_parameters(MODELS["ViT-H-14"])
+    config = dataclasses.replace(CONFIG, ranks=8)
+
+    def states(stage: int, **more: Any) -> float:
+        zero = zero_of({"zero_optimization": {"stage": stage, **more}})
+        return memory(model, config, zero=zero, precision="float32", micro_batch=1, tokens=52).states
+
+    optimizer, weights = {"offload_optimizer": {"device": "cpu"}}, {"offload_param": {"device": "nvme"}}
+    everything = image + text
+    assert states(1) - states(1, **optimizer) == pytest.approx(12 * everything / 8)
+    assert states(2) - states(2, **optimizer) == pytest.approx(16 * everything / 8)
+    assert states(3) - states(3, **optimizer) == pytest.approx(16 * everything / 8)
+    assert states(3) - states(3, **weights) == pytest.approx(4 * everything / 8)
+    assert states(3, offload_optimizer={"device": "none"}) == states(3)
+    assert (
+        states(3) - states(3, stage3_max_reuse_distance=0) == 4 * 5e8
+    )  # half of what is gathered by default
+
+
+def gathered_share(config: TrainConfig, deepspeed: str) -> float:
+    """Share of the weights that ZeRO-3 holds whole between the forward and the backward pass."""
+    from training import engine as engines
+
+    engines.join_ranks(config)
+    model = MODELS["tiny-vit"]
+    towers = engines.Towers(build_clip(model), num_samples_of_ranks=(8,), config=config)
+    engine: Any = engines.build_engine(towers, dataclasses.replace(config, deepspeed=deepspeed))
+    side_px, shares_found = model.vision.image_size_px, list[float]()
+    whole_loss, everything = towers.loss, sum(num_parameters(model))
+
+    def loss(*arguments: Any, **more: Any) -> torch.Tensor:
+        held = sum(parameter.data.numel() for parameter in towers.clip.parameters())
+        shares_found.append(held / everything)
+        return whole_loss(*arguments, **more)
+
+    towers.loss = loss  # type: ignore[method-assign]
+    batch: Any = engines.Batch(
+        step=0,
+        keys=None,  # type: ignore[arg-type]
+        image=torch.zeros(8, 3, side_px, side_px, dtype=torch.uint8),
+        tokens_BL=torch.ones(8, LENGTH, dtype=torch.long),
+        image_id_B=torch.arange(8),
+        caption_id_B=torch.arange(8),
+    )
+    engine.train()
+    for step in range(3):  # the first one learns in which order layers come
+        engines.train_step(engine, dataclasses.replace(batch, step=step), 1e-4, 100.0, 0)
+    return shares_found[-1]
+
+
+def test_zero_3_holds_all_weights_of_a_small_model_at_the_end_of_a_forward_pass(tmp_path: Path) -> None:
+    zero: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    zero |= {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}
+    (tmp_path / "mine.json").write_text(json.dumps({"zero_optimization": zero}))
+    config = dataclasses.replace(CONFIG, global_batch=8)
+    assert run_ranks(gathered_share, 1, config, str(tmp_path / "mine.json")) == [1.0]
 
 
 def bucket_sizes(config: TrainConfig, names: tuple[str, ...]) -> list[int]:
@@ -185,7 +266,7 @@ def test_what_fits_is_the_share_or_a_power_of_two() -> None:
     model, config = MODELS["ViT-B-16"], dataclasses.replace(CONFIG, global_batch=800, lanes=8)
 
     def needs(micro_batch: int) -> Any:
-        return memory(model, config, zero_stage=0, precision="float32", micro_batch=micro_batch, tokens=52)
+        return memory(model, config, zero=Zero(), precision="float32", micro_batch=micro_batch, tokens=52)
 
     most = needs(micro_batch=800).total / 0.9
     assert largest_micro_batch(needs, 800, most * 1.001) == 800
