@@ -50,13 +50,8 @@ def _remedy(error: OSError) -> str:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from pipeline.plan_training import (
-        RECIPES,
-        hardware,
-        training_table,
-        trainings_of_recipe,
-        trainings_of_run,
-    )
+    from pipeline.plan_training import RECIPES, hardware, trainings_of_recipe, trainings_of_run
+    from pipeline.training_table import training_table
 
     if options.samples is not None and options.samples <= 0:
         raise ConfigError(f"--samples {options.samples}: must be above 0")

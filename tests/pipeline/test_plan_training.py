@@ -1,5 +1,7 @@
 """What `cnclip plan` prints of training."""
 
+import re
+
 import pytest
 
 from pipeline.__main__ import main
@@ -37,8 +39,21 @@ def test_the_hardware_counts(capsys: pytest.CaptureFixture[str]) -> None:
     half = days("--samples", "100000000")
     assert days() == pytest.approx(2 * half, rel=0.02)
     small = plan(capsys, "pretrain", "--hardware", "V100", "--memory", "12")
-    assert " 64 " in small.splitlines()[2]  # RN50's stage 2 no longer fits as a whole
+    assert small.splitlines()[2].split()[7] == "128"  # RN50's stage 2 no longer fits as a whole
     assert "none fits" in plan(capsys, "pretrain", "--memory", "5")
+
+
+def test_a_micro_batch_that_does_not_fit_is_told_one_that_does(capsys: pytest.CaptureFixture[str]) -> None:
+    said = plan(capsys, "pretrain", "--hardware", "V100", "--memory", "12")
+    told = "RN50 stage2: without micro_batch a rank holds its 256 samples at once, which needs "
+    assert re.search(told + r"14\.\d+ of 10\.80 GiB; set micro_batch = 128", said)
+    assert "RN50 stage1: without" not in said  # it fits as a whole
+    own = ("demo", "--set=run.folder=/nowhere/demo", "--hardware=A100", "--memory=0.08", "--samples=3000")
+    too_large = plan(capsys, *own, "--set=stage1.micro_batch=64")
+    assert "tiny-rn stage1: micro_batch = 64 needs 0.08 of 0.07 GiB; micro_batch = 32 fits" in too_large
+    (row,) = [line.split() for line in too_large.splitlines() if line.startswith("tiny-rn  stage1")]
+    assert row[7] == "64"  # what runs
+    assert "tiny-rn stage1: " not in plan(capsys, *own, "--set=stage1.micro_batch=32")
 
 
 def test_finetuning(capsys: pytest.CaptureFixture[str]) -> None:
