@@ -2,7 +2,9 @@
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from pipeline.records import ConfigError
 from pipeline.runner import Run, read_manifest
@@ -30,6 +32,21 @@ from training.stage import TrainStageConfig
 
 RECIPES = ("pretrain", "finetune")
 PAPER_PAIRS = 200_000_000  # section 2.2
+# Cards × days that the paper gives (A.2): V100 but for ViT-L-14-336 and ViT-H-14 (A100).
+_PAPER_GPU_DAYS: Mapping[tuple[str, str], float] = MappingProxyType(
+    {
+        ("RN50", "stage1"): 64 * 1.6,
+        ("RN50", "stage2"): 64 * 5.8,
+        ("ViT-B-16", "stage1"): 128 * 4.5,
+        ("ViT-B-16", "stage2"): 128 * 3.0,
+        ("ViT-L-14", "stage1"): 128 * 11.5,
+        ("ViT-L-14", "stage2"): 128 * 8.0,
+        ("ViT-L-14-336", "stage2"): 128 * 0.7,
+        ("ViT-H-14", "stage1"): 184 * 3.8,
+        ("ViT-H-14", "stage2"): 184 * 2.2,
+    }
+)
+_WORK = ("epochs", "global_batch", "lock_image")  # what a training computes, beside its samples
 # Training pairs of the tasks, where their owners print them; of the others --samples has to say it.
 _TASK_PAIRS = {"muge": 250_314, "flickr30k-cn": 148_915}
 GIB = 2**30
@@ -121,6 +138,16 @@ def trainings_of_run(run: Run, num_samples: int | None) -> list[Training]:
         for stage in run.stages
         if isinstance(stage.config, TrainStageConfig)
     ]
+
+
+def paper_gpu_days(item: Training) -> float | None:
+    """What the paper needed for this training; None for one that it did not do so."""
+    for stage in pretrained_stages(item.model):
+        if stage == item.name and item.num_samples == PAPER_PAIRS:
+            recipe = paper_recipe(item.model, stage)
+            differs = any(getattr(recipe, name) != getattr(item.config, name) for name in _WORK)
+            return None if differs else _PAPER_GPU_DAYS[item.model, stage]
+    return None
 
 
 def need(item: Training, on: Hardware, tokens: int) -> Need:

@@ -3,9 +3,8 @@
 from collections.abc import Iterator, Sequence
 
 from pipeline.align import align
-from pipeline.plan_training import GIB, Hardware, Need, Training, need
+from pipeline.plan_training import GIB, Hardware, Need, Training, need, paper_gpu_days
 from pipeline.records import ConfigError
-from training.sizing import PAPER_GPU_DAYS
 
 _HEADER = (
     *("model", "training", "batch", "epochs", "steps", "ranks", "samples/rank", "micro-batch"),
@@ -33,7 +32,8 @@ def training_table(trainings: Sequence[Training], on: Hardware, tokens: int) -> 
         " micro-batch: the training's own, or where it sets none the most samples whose activations a rank"
         " can hold at once. GiB: a rank's tensors at their fullest (training/sizing.py); counted ones were"
         " 5 % less (RN50) to 45 % more (the tiny models in bfloat16), and a process needs more than its"
-        " tensors: allocator and libraries. days: by the clock, on all ranks."
+        " tensors: allocator and libraries. days: by the clock, on all ranks; GPU-days: that times ranks,"
+        " with the time that some wait for the fullest."
         + (" paper's: its GPU-days (A.2), on V100 or A100; they come to 5 to 19 % of peak." if paper else "")
     )
     notes = [
@@ -43,16 +43,16 @@ def training_table(trainings: Sequence[Training], on: Hardware, tokens: int) -> 
 
 
 def _row(item: Training, needed: Need) -> tuple[str, ...]:
-    config, split = item.config, needed.shares
+    config = item.config
     steps = days = wall = "?"
     if needed.num_steps is not None and needed.gpu_days is not None:
         steps, days = f"{needed.num_steps:,}", f"{needed.gpu_days:,.1f}"
-        wall = f"{needed.gpu_days / config.ranks / (1 - split.idle):,.2f}"
-    paper = PAPER_GPU_DAYS.get((item.model, item.name))
+        wall = f"{needed.gpu_days / config.ranks:,.2f}"
+    paper = paper_gpu_days(item)
     return (
         *(item.model, item.name, f"{config.global_batch:,}", str(config.epochs), steps, str(config.ranks)),
         *(_share(needed), f"{needed.micro_batch:,}" if needed.micro_batch else "none fits"),
-        *(f"{needed.memory_gib:,.1f}", days, wall, f"{paper:,.0f}" if paper else ""),
+        *(f"{needed.memory_gib:,.1f}", days, wall, f"{paper:,.0f}" if paper is not None else ""),
     )
 
 

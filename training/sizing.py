@@ -54,21 +54,6 @@ _REUSE_DISTANCE = 1e9  # values; DeepSpeed's default stage3_max_reuse_distance a
 USABLE = 0.9  # share of a device's memory: the rest goes to fragments, workspaces and the driver
 SECONDS_A_DAY = 86_400
 
-# Cards × days that the paper gives (A.2): V100 but for ViT-L-14-336 and ViT-H-14 (A100).
-PAPER_GPU_DAYS: Mapping[tuple[str, str], float] = MappingProxyType(
-    {
-        ("RN50", "stage1"): 64 * 1.6,
-        ("RN50", "stage2"): 64 * 5.8,
-        ("ViT-B-16", "stage1"): 128 * 4.5,
-        ("ViT-B-16", "stage2"): 128 * 3.0,
-        ("ViT-L-14", "stage1"): 128 * 11.5,
-        ("ViT-L-14", "stage2"): 128 * 8.0,
-        ("ViT-L-14-336", "stage2"): 128 * 0.7,
-        ("ViT-H-14", "stage1"): 184 * 3.8,
-        ("ViT-H-14", "stage2"): 184 * 2.2,
-    }
-)
-
 
 @dataclass(frozen=True, slots=True)
 class Zero:
@@ -183,14 +168,16 @@ def gpu_days(
     flops_per_second: float,
     tokens: float,
 ) -> float:
-    """Days of one device at `flops_per_second`; `tokens` is a caption's mean length.
+    """Days of all devices together, each at `flops_per_second`; `tokens` is a caption's mean length.
 
-    Micro-batches and checkpointing each run the towers that are trained forward once more.
+    Every rank takes as long as the one with the most samples. Micro-batches and checkpointing each run the
+    towers that are trained forward once more.
     """
-    again = int(config.checkpoint_activations) + int(micro_batch < shares(config).largest)
+    largest = shares(config).largest
+    again = int(config.checkpoint_activations) + int(micro_batch < largest)
     forward = text_forward(model.text, tokens) + (0 if config.lock_image else image_forward(model))
     flops = training_flops(model, config, tokens) + again * forward
-    return flops * config.global_batch * num_steps / flops_per_second / SECONDS_A_DAY
+    return flops * largest * config.ranks * num_steps / flops_per_second / SECONDS_A_DAY
 
 
 def zero_of(settings: Mapping[str, Any]) -> Zero:

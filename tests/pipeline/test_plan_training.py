@@ -1,6 +1,7 @@
 """What `cnclip plan` prints of training."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +42,45 @@ def test_the_hardware_counts(capsys: pytest.CaptureFixture[str]) -> None:
     small = plan(capsys, "pretrain", "--hardware", "V100", "--memory", "12")
     assert small.splitlines()[2].split()[7] == "128"  # RN50's stage 2 no longer fits as a whole
     assert "none fits" in plan(capsys, "pretrain", "--memory", "5")
+
+
+def test_days_by_the_clock_are_gpu_days_of_all_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    for line in plan(capsys, "pretrain", "--utilisation", "0.001").splitlines()[1:10]:
+        ranks, gpu_days, days = (float(line.split()[column].replace(",", "")) for column in (5, 9, 10))
+        assert days * ranks == pytest.approx(gpu_days, rel=0.001)
+
+
+RUN = """
+[run]
+folder = "/nowhere/run"
+[corpus]
+kind = "demo"
+[model]
+name = "ViT-B-16"
+vocabulary = "bert-base-chinese"
+[stage1]
+recipe = "paper"
+[stage2]
+recipe = "paper"
+"""
+
+
+def test_the_papers_days_stand_beside_the_papers_work_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.toml").write_text(RUN)
+
+    def papers(*words: str, samples: str = "200000000") -> list[str]:
+        said = plan(capsys, str(tmp_path / "run.toml"), "--hardware", "A100", "--samples", samples, *words)
+        rows = [line.split() for line in said.splitlines() if line.startswith("ViT-B-16  ")]
+        return ["".join(row[11:]) for row in rows]
+
+    assert papers() == ["576", "384"]
+    assert papers("--set=stage1.ranks=64") == ["576", "384"]  # it is the same work
+    assert papers("--set=stage1.epochs=1") == ["", "384"]
+    assert papers("--set=stage2.global_batch=4096") == ["576", ""]
+    assert papers("--set=stage1.lock_image=false") == ["", "384"]
+    assert papers(samples="20000000") == ["", ""]
 
 
 def test_a_micro_batch_that_does_not_fit_is_told_one_that_does(capsys: pytest.CaptureFixture[str]) -> None:

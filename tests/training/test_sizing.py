@@ -305,6 +305,8 @@ def test_days_count_what_is_computed_and_what_is_computed_twice() -> None:
     assert days(64, lock_image=True) == pytest.approx(4 * text + image)
     assert days(128, lock_image=True, cached_views=4) == pytest.approx(3 * text)
     assert training_flops(model, config, 20) == 3 * (text + image)
+    # On 5 ranks of 8 lanes two ranks hold one lane and three hold two: all take as long as those.
+    assert days(256, ranks=5) == pytest.approx(3 * (text + image) * 5 * 256 / 1024)
     masked = training_flops(model, dataclasses.replace(config, patch_mask=0.5), 20)
     assert 3 * text + 1.4 * image < masked < 3 * text + 1.5 * image  # half of the patches, and no longer n²
 
