@@ -132,3 +132,28 @@ def test_what_no_device_does_is_refused(
 ) -> None:
     assert main(["plan", "pretrain", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_any_wish_about_training_plans_it(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = "--set=run.folder=/nowhere/demo"
+    for wish in ("--samples=3000", "--utilisation=0.4", "--memory=80", "--tokens=22"):
+        assert "Reckoned with A100 (80 GiB" in plan(capsys, "demo", folder, wish), wish
+    for nonsense in ("--samples=0", "--utilisation=7", "--memory=-1", "--tokens=2000"):
+        assert main(["plan", "demo", folder, nonsense]) == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert nonsense.partition("=")[0] in said.err
+
+
+def test_training_is_planned_before_its_data_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where the recipe's sources are not
+    assert main(["plan", "paper_corpus", "--hardware", "A100", "--samples", "200000000"]) == 2
+    said = capsys.readouterr()
+    (corpus,) = [line for line in said.out.splitlines() if line.startswith("corpus ")]
+    assert "to do (an input is missing, see below)" in corpus
+    assert "filter_text" in said.out
+    (row,) = [line.split() for line in said.out.splitlines() if line.startswith("ViT-B-16  stage1")]
+    assert row[4] == "268,554"
+    assert said.err.startswith("error: evaluation/muge/valid_imgs.tsv: no such file; ")
