@@ -241,7 +241,13 @@ def _parser() -> argparse.ArgumentParser:
         "--utilisation", type=float, metavar="U", help=f"share of its 16-bit peak (default: {_UTILISATION})"
     )
     command.add_argument("--memory", type=float, metavar="GIB", help="its memory (default: the data sheet's)")
-    command.add_argument("--samples", type=int, metavar="N", help="pairs to train on (default: the shards')")
+    command.add_argument(
+        "--samples",
+        type=int,
+        metavar="N",
+        help="pairs to train on (default: the shards'; of pretrain 200 million); of finetune, those of the"
+        " sets whose number is not known here",
+    )
     command.add_argument(
         "--tokens", type=int, metavar="L", help=f"mean length of a caption (default: {_TOKENS})"
     )

@@ -21,6 +21,7 @@ from training.model.config import MODELS
 from training.sizing import (
     USABLE,
     Shares,
+    cache_days,
     gpu_days,
     largest_micro_batch,
     memory,
@@ -48,7 +49,7 @@ _PAPER_GPU_DAYS: Mapping[tuple[str, str], float] = MappingProxyType(
 )
 _WORK = ("epochs", "global_batch", "lock_image")  # what a training computes, beside its samples
 # Training pairs of the tasks, where their owners print them; of the others --samples has to say it.
-_TASK_PAIRS = {"muge": 250_314, "flickr30k-cn": 148_915}
+TASK_PAIRS = {"muge": 250_314, "flickr30k-cn": 148_915}
 GIB = 2**30
 
 
@@ -88,7 +89,7 @@ class Need:
     share_gib: float  # of a rank that holds its whole share at once
     sample_gib: float  # of a rank that holds one sample at once
     num_steps: int | None  # None: how many samples there are is not known
-    gpu_days: float | None
+    gpu_days: float | None  # with the building of a cache of features
 
 
 def hardware(name: str, utilisation: float, memory_gib: float | None) -> Hardware:
@@ -109,14 +110,17 @@ def hardware(name: str, utilisation: float, memory_gib: float | None) -> Hardwar
 
 
 def trainings_of_recipe(recipe: str, num_samples: int | None) -> list[Training]:
-    """Every model and stage of pretrain.toml, or every model and data set of finetune.toml."""
+    """Every model and stage of pretrain.toml, or every model and data set of finetune.toml.
+
+    `num_samples` does not change the sets whose pairs their owners print: Table 9's epochs are of those.
+    """
     if recipe == "finetune":
         return [
             Training(
                 model=model,
                 name=data,
                 config=finetune_recipe(model, data),
-                num_samples=num_samples or _TASK_PAIRS.get(data),
+                num_samples=TASK_PAIRS.get(data, num_samples),
             )
             for model in MODELS
             for data in finetuned_data(model)
@@ -178,7 +182,7 @@ def need(item: Training, on: Hardware, tokens: int) -> Need:
             micro_batch=micro_batch,
             flops_per_second=on.flops_per_second,
             tokens=min(tokens, config.context_length),
-        )
+        ) + cache_days(model, config, num_samples=item.num_samples, flops_per_second=on.flops_per_second)
     return Need(
         shares=split,
         micro_batch=micro_batch,

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pipeline.align import align
 from pipeline.plan_training import GIB, Hardware, Need, Training, need, paper_gpu_days
 from pipeline.records import ConfigError
+from training.sizing import SECONDS_A_DAY
 
 _HEADER = (
     *("model", "training", "batch", "epochs", "steps", "ranks", "samples/rank", "micro-batch"),
@@ -34,6 +35,12 @@ def training_table(trainings: Sequence[Training], on: Hardware, tokens: int) -> 
         " 5 % less (RN50) to 45 % more (the tiny models in bfloat16), and a process needs more than its"
         " tensors: allocator and libraries. days: by the clock, on all ranks; GPU-days: that times ranks,"
         " with the time that some wait for the fullest."
+        + (
+            " GPU-days of a training with cached_views hold the building of its cache, K views of every"
+            " picture through the locked tower once; a cache that is there already saves them."
+            if any(item.config.cached_views for item in trainings)
+            else ""
+        )
         + (" paper's: its GPU-days (A.2), on V100 or A100; they come to 5 to 19 % of peak." if paper else "")
     )
     notes = [
@@ -46,14 +53,23 @@ def _row(item: Training, needed: Need) -> tuple[str, ...]:
     config = item.config
     steps = days = wall = "?"
     if needed.num_steps is not None and needed.gpu_days is not None:
-        steps, days = f"{needed.num_steps:,}", f"{needed.gpu_days:,.1f}"
-        wall = f"{needed.gpu_days / config.ranks:,.2f}"
+        steps, days = f"{needed.num_steps:,}", _duration(needed.gpu_days, digits=1)
+        wall = _duration(needed.gpu_days / config.ranks, digits=2)
     paper = paper_gpu_days(item)
     return (
         *(item.model, item.name, f"{config.global_batch:,}", str(config.epochs), steps, str(config.ranks)),
         *(_share(needed), f"{needed.micro_batch:,}" if needed.micro_batch else "none fits"),
         *(f"{needed.memory_gib:,.1f}", days, wall, f"{paper:,.0f}" if paper is not None else ""),
     )
+
+
+def _duration(days: float, digits: int) -> str:
+    """Days, or hours, minutes or seconds where the digits would show none."""
+    if round(days, digits) > 0 or days == 0:
+        return f"{days:,.{digits}f}"
+    units = (("h", 24 * days), ("min", 24 * 60 * days), ("s", SECONDS_A_DAY * days))
+    unit, value = next((found for found in units if found[1] >= 1), units[-1])
+    return f"{value:.1f}{unit}"
 
 
 def _share(needed: Need) -> str:
@@ -80,6 +96,11 @@ def _notes(item: Training, needed: Need, on: Hardware) -> Iterator[str]:
         yield (
             f"a batch of {config.global_batch:,} is more than the {item.num_samples:,} pairs; lower"
             " global_batch (and lanes, which divides it)"
+        )
+    elif needed.num_steps is not None and config.warmup_steps > needed.num_steps:
+        yield (
+            f"the warm-up of {config.warmup_steps:,} steps is longer than all its {needed.num_steps:,}: the"
+            " learning rate never reaches its peak; lower warmup_steps"
         )
     yield from _notes_on_memory(item, needed, on)
 

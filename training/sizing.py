@@ -180,6 +180,14 @@ def gpu_days(
     return flops * largest * config.ranks * num_steps / flops_per_second / SECONDS_A_DAY
 
 
+def cache_days(
+    model: ModelConfig, config: TrainConfig, *, num_samples: int, flops_per_second: float
+) -> float:
+    """Days of all devices together that it takes to compute `cached_views` features of every picture."""
+    flops = config.cached_views * num_samples * image_forward(model)
+    return flops / flops_per_second / SECONDS_A_DAY
+
+
 def zero_of(settings: Mapping[str, Any]) -> Zero:
     """Where a DeepSpeed file's content puts the states."""
     found = settings.get("zero_optimization", {})

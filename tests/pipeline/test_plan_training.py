@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.__main__ import main
+from training.flops import image_forward
+from training.model.config import MODELS
 
 
 def plan(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -99,7 +101,43 @@ def test_a_micro_batch_that_does_not_fit_is_told_one_that_does(capsys: pytest.Ca
 def test_finetuning(capsys: pytest.CaptureFixture[str]) -> None:
     said = plan(capsys, "finetune", "--hardware", "H100")
     assert len([line for line in said.splitlines() if line.startswith("ViT-B-16 ")]) == 4 + 2
+    days = [line.split()[9:11] for line in said.splitlines() if line.startswith("RN50  ")]
+    assert days[:2] == [["24.5min", "45.9s"], ["7.3min", "13.6s"]]  # no day has to be read as 0.0
     assert "ViT-B-16 coco-cn: how many pairs it has is not known here; give --samples" in said
+
+
+def test_samples_are_for_sets_whose_own_are_not_known(capsys: pytest.CaptureFixture[str]) -> None:
+    def steps(*words: str) -> dict[str, str]:
+        rows = [line.split() for line in plan(capsys, "finetune", *words).splitlines()]
+        return {row[1]: row[4] for row in rows if row[:1] == ["ViT-B-16"]}
+
+    known, given = steps(), steps("--samples", "20000")
+    assert (known["muge"], known["flickr30k-cn"]) == (given["muge"], given["flickr30k-cn"]) == ("391", "310")
+    assert (known["coco-cn"], given["coco-cn"]) == ("?", f"{30 * 20_000 // 12_800}")
+
+
+def test_the_building_of_a_cache_is_in_a_stages_days(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.toml").write_text(RUN)
+
+    def days(*words: str) -> float:
+        hardware = ("--hardware=A100", "--utilisation=0.01", "--samples=200000000")
+        said = plan(capsys, str(tmp_path / "run.toml"), *hardware, *words)
+        assert ("GPU-days of a training with cached_views hold" in said) == bool(words)
+        (row,) = [line.split() for line in said.splitlines() if line.startswith("ViT-B-16  stage1")]
+        return float(row[9].replace(",", ""))
+
+    one, three = (days(f"--set=stage1.cached_views={views}") for views in (1, 3))
+    passes = 200_000_000 * image_forward(MODELS["ViT-B-16"]) / (0.01 * 312e12) / 86_400
+    assert three - one == pytest.approx(2 * passes, rel=0.01)
+    assert days() - one == pytest.approx(43 * passes, rel=0.01)  # live: 44 times, once an epoch
+
+
+def test_a_warm_up_longer_than_its_training_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    short = plan(capsys, "pretrain", "--samples", "200000")
+    assert "ViT-B-16 stage1: the warm-up of 5,000 steps is longer than all its 268: the learning" in short
+    assert "warm-up" not in plan(capsys, "pretrain")
 
 
 def test_a_run_shows_its_training_where_hardware_is_given(capsys: pytest.CaptureFixture[str]) -> None:
