@@ -15,8 +15,8 @@ from training.config import (
     paper_recipe,
     pretrained_stages,
 )
-from training.deepspeed_file import read_deepspeed_file
-from training.flops import MEMORY_GIB, PEAK_FLOPS, find_device
+from training.deepspeed_file import computes_in_bfloat16, read_deepspeed_file
+from training.flops import PEAK_FLOPS, WITHOUT_BFLOAT16, device_gib, find_device
 from training.model.config import MODELS
 from training.sizing import (
     USABLE,
@@ -61,6 +61,7 @@ class Hardware:
     flops_per_second: float  # of one device: its peak times `utilisation`
     memory_bytes: float
     utilisation: float
+    has_bfloat16: bool  # in its tensor cores
 
     @property
     def usable_gib(self) -> float:
@@ -88,6 +89,7 @@ class Need:
     memory_gib: float  # of a rank with that micro-batch, or with one sample
     share_gib: float  # of a rank that holds its whole share at once
     sample_gib: float  # of a rank that holds one sample at once
+    in_bfloat16: bool  # what matrices are multiplied in
     num_steps: int | None  # None: how many samples there are is not known
     gpu_days: float | None  # with the building of a cache of features
 
@@ -104,8 +106,9 @@ def hardware(name: str, utilisation: float, memory_gib: float | None) -> Hardwar
     return Hardware(
         name=found,
         flops_per_second=PEAK_FLOPS[found] * utilisation,
-        memory_bytes=(memory_gib or MEMORY_GIB[found]) * GIB,
+        memory_bytes=(memory_gib or device_gib(name)) * GIB,
         utilisation=utilisation,
+        has_bfloat16=found not in WITHOUT_BFLOAT16,
     )
 
 
@@ -190,6 +193,7 @@ def need(item: Training, on: Hardware, tokens: int) -> Need:
         memory_gib=gib(max(1, micro_batch)),
         share_gib=gib(split.largest),
         sample_gib=gib(1),
+        in_bfloat16=computes_in_bfloat16(settings),
         num_steps=num_steps,
         gpu_days=days,
     )

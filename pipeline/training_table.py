@@ -27,7 +27,17 @@ def training_table(trainings: Sequence[Training], on: Hardware, tokens: int) -> 
     rows = [_HEADER, *(_row(item, needed) for item, needed in planned)]
     paper = any(row[-1] for row in rows[1:])
     table = align([row if paper else row[:-1] for row in rows], (False, False, *(True,) * (9 + paper)))
-    reckoned = (
+    notes = [
+        f"{item.model} {item.name}: {note}" for item, needed in planned for note in _notes(item, needed, on)
+    ]
+    if not on.has_bfloat16 and any(needed.in_bfloat16 for _, needed in planned):
+        notes.insert(0, _note_on_bfloat16([item for item, needed in planned if needed.in_bfloat16], on))
+    return "\n".join([table, "", _reckoned(trainings, on, tokens, paper), *notes])
+
+
+def _reckoned(trainings: Sequence[Training], on: Hardware, tokens: int, paper: bool) -> str:
+    """What the table was reckoned with, and what its columns mean."""
+    return (
         f"Reckoned with {on.name} ({on.memory_bytes / GIB:g} GiB, {on.usable_gib:g} of them planned with) at"
         f" {100 * on.utilisation:g} % of its 16-bit peak and captions of {tokens} tokens on average."
         " micro-batch: the training's own, or where it sets none the most samples whose activations a rank"
@@ -43,10 +53,14 @@ def training_table(trainings: Sequence[Training], on: Hardware, tokens: int) -> 
         )
         + (" paper's: its GPU-days (A.2), on V100 or A100; they come to 5 to 19 % of peak." if paper else "")
     )
-    notes = [
-        f"{item.model} {item.name}: {note}" for item, needed in planned for note in _notes(item, needed, on)
-    ]
-    return "\n".join([table, "", reckoned, *notes])
+
+
+def _note_on_bfloat16(trainings: Sequence[Training], on: Hardware) -> str:
+    names = ", ".join(f"{item.model} {item.name}" for item in trainings)
+    return (
+        f"{on.name} has no tensor cores for bfloat16, which these compute in; its peak is float16's, for"
+        f' which a ViT takes deepspeed = "zero1_fp16" (a ResNet has no float16 here): {names}'
+    )
 
 
 def _row(item: Training, needed: Need) -> tuple[str, ...]:

@@ -98,6 +98,30 @@ def test_a_micro_batch_that_does_not_fit_is_told_one_that_does(capsys: pytest.Ca
     assert "tiny-rn stage1: " not in plan(capsys, *own, "--set=stage1.micro_batch=32")
 
 
+def test_memory_is_what_the_name_of_the_hardware_says(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "with A100 (40 GiB" in plan(capsys, "pretrain", "--hardware", "A100-SXM4-40GB")
+    assert "with A100 (20 GiB" in plan(capsys, "pretrain", "--hardware", "A100-40GB", "--memory", "20")
+    assert main(["plan", "pretrain", "--hardware", "A10G"]) == 2
+    assert "--hardware A10G: no data sheet of it here; known: " in capsys.readouterr().err
+
+
+def test_bfloat16_is_not_planned_in_silence_where_there_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = "has no tensor cores for bfloat16"
+    said = plan(capsys, "pretrain", "--hardware", "V100-SXM2-16GB")
+    (note,) = [line for line in said.splitlines() if told in line]
+    assert note.startswith("V100 ")
+    assert '"zero1_fp16"' in note
+    assert note.endswith("ViT-H-14 stage1, ViT-H-14 stage2")
+    assert told not in plan(capsys, "pretrain", "--hardware", "A100")
+    (tmp_path / "run.toml").write_text(RUN)
+    run = (str(tmp_path / "run.toml"), "--hardware", "T4", "--set", "stage1.deepspeed=zero1_fp16")
+    (note,) = [line for line in plan(capsys, *run).splitlines() if told in line]
+    assert note.endswith(": ViT-B-16 stage2")
+    assert told not in plan(capsys, *run, "--set", "stage2.deepspeed=zero2")
+
+
 def test_finetuning(capsys: pytest.CaptureFixture[str]) -> None:
     said = plan(capsys, "finetune", "--hardware", "H100")
     assert len([line for line in said.splitlines() if line.startswith("ViT-B-16 ")]) == 4 + 2

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from training.config import TrainConfig
 from training.deepspeed_file import read_deepspeed_file
-from training.flops import find_device, image_forward, text_forward, training_flops
+from training.flops import device_gib, find_device, image_forward, text_forward, training_flops
 from training.model.clip import CLIP, build_clip
 from training.model.config import MODELS, ModelConfig, VisionTransformerConfig
 from training.sizing import (
@@ -312,14 +312,25 @@ def test_days_count_what_is_computed_and_what_is_computed_twice() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
+    ("name", "expected", "gib"),
     [
-        ("NVIDIA H100 80GB HBM3", "H100"),
-        ("NVIDIA H100 PCIe", "H100 PCIe"),
-        ("Tesla V100-SXM2-32GB", "V100"),
-        ("a100", "A100"),
-        ("Radeon", None),
+        ("NVIDIA H100 80GB HBM3", "H100", 80),
+        ("NVIDIA H100 PCIe", "H100 PCIe", 80),
+        ("NVIDIA H100 NVL", "H100 NVL", 94),
+        ("Tesla V100-SXM2-32GB", "V100", 32),
+        ("Tesla V100-SXM2-16GB", "V100", 16),
+        ("NVIDIA A100-SXM4-40GB", "A100", 40),
+        ("A100 40 GB", "A100", 40),
+        ("a100_40gb", "A100", 40),
+        ("a100", "A100", 80),
+        ("NVIDIA A10", "A10", 24),
     ],
 )
-def test_a_device_is_known_by_its_name(name: str, expected: str | None) -> None:
+def test_a_device_is_known_by_its_name(name: str, expected: str, gib: float) -> None:
     assert find_device(name) == expected
+    assert device_gib(name) == gib
+
+
+@pytest.mark.parametrize("name", ["Radeon", "NVIDIA A10G", "NVIDIA RTX A1000", "T400", "V100S-PCIE-32GB", ""])
+def test_a_device_with_another_letter_is_another_one(name: str) -> None:
+    assert find_device(name) is None
