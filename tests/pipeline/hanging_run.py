@@ -1,8 +1,9 @@
 """A run whose data stages never end: its pictures' server takes every request and answers none."""
 
 import contextlib
+import select
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _RUN = """
@@ -21,6 +22,7 @@ folder = "{folder}"
 [dedup]
 partitions = 1
 [download]
+allowed_networks = ["127.0.0.0/8"]
 timeout_seconds = 3600.0
 retries = 0
 processes = 1
@@ -38,8 +40,8 @@ cpus_prepare = 1
 
 
 @contextlib.contextmanager
-def hanging_run(folder: Path) -> Iterator[str]:
-    """Path of the run's file; inside, its server listens."""
+def hanging_run(folder: Path) -> Iterator[tuple[str, Callable[[], bool]]]:
+    """(path of the run's file, has it begun to ask for pictures?); inside, its server listens."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         rows = [f"http://127.0.0.1:{port}/{number}.jpg,一只黑色的猫在看第{number}本书" for number in range(8)]
@@ -48,9 +50,5 @@ def hanging_run(folder: Path) -> Iterator[str]:
             (folder / name).touch()
         path = folder / "hanging.toml"
         path.write_text(_RUN.format(folder=folder))
-        yield str(path)
-
-
-def is_downloading(folder: Path) -> bool:
-    """Has a worker begun to ask for the pictures?"""
-    return any(folder.glob("run/download/raw*/shards/_tmp/*"))
+        # A connection is made without our accepting it; the server can be read once there is one.
+        yield str(path), lambda: bool(select.select([server], [], [], 0)[0])

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hanging_run import hanging_run, is_downloading
+from hanging_run import hanging_run
 
 from pipeline.launch import requeued
 
@@ -66,9 +66,9 @@ def test_a_run_that_is_stopped_within_its_data_goes_back_into_the_queue(
 ) -> None:
     if executor == "ray":
         pytest.importorskip("ray", reason="Ray is in the extra `ray`")
-    with hanging_run(tmp_path) as path:
+    with hanging_run(tmp_path) as (path, is_asked):
         words = ("run", path, "--to", "shards", "--set", f"run.executor={executor}")
         command = shlex.join([sys.executable, "-m", "pipeline", *words])
-        found = end_of(tmp_path, command, stop_when=lambda: is_downloading(tmp_path))
+        found = end_of(tmp_path, command, stop_when=is_asked)
     assert found == (143, "requeue 17")
     assert (tmp_path / "run" / "dedup" / "manifest.json").exists()  # what is done is kept

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hanging_run import hanging_run, is_downloading
+from hanging_run import hanging_run
 from rank_processes import run_ranks
 from slurm_machine import output, slurm, state, wait_for, why_not
 from train_jobs import make_job, train_rank
@@ -173,7 +173,7 @@ def test_a_job_that_reaches_its_time_limit_goes_on_in_the_queue(
 
 
 def test_data_that_reach_their_time_limit_go_on_in_the_queue(tmp_path: Path, cluster: dict[str, str]) -> None:
-    with hanging_run(tmp_path) as path:
+    with hanging_run(tmp_path) as (path, is_asked):
         limit = ("--set=launch.time_limit_minutes=2", "--set=launch.stop_seconds=60")
         write = [sys.executable, "-m", "pipeline", "launch", path, *limit]
         subprocess.run(write, env=cluster, check=True, capture_output=True, timeout=60)
@@ -181,6 +181,6 @@ def test_data_that_reach_their_time_limit_go_on_in_the_queue(tmp_path: Path, clu
         job = output(cluster, "sbatch", "--parsable", str(scripts / "prepare.sbatch")).strip()
         wait_for_a_restart(cluster, job, scripts / "prepare.log")
         output(cluster, "scancel", job)
-    assert is_downloading(tmp_path)  # the download was under way
+        assert is_asked()  # the download was under way
     assert (tmp_path / "run" / "dedup" / "manifest.json").exists()
     assert "DUE TO TIME LIMIT" not in (scripts / "prepare.log").read_text()
