@@ -47,14 +47,16 @@ def test_a_job_goes_back_where_its_command_was_stopped(
     assert end_of(tmp_path, f"bash -c '{command}'") == expected
 
 
+@pytest.mark.parametrize("seconds", [0, 0.5])  # from the signal to the end
 @pytest.mark.parametrize(
     ("last_words", "expected"), [("exit 143", (143, "requeue 17")), ("exit 0", (0, "")), ("exit 3", (3, ""))]
 )
 def test_the_script_passes_a_signal_on_and_waits_for_the_command(
-    tmp_path: Path, last_words: str, expected: tuple[int, str]
+    tmp_path: Path, last_words: str, expected: tuple[int, str], seconds: float
 ) -> None:
     heard, ready = tmp_path / "heard", tmp_path / "ready"
-    body = f"trap 'sleep 0.5; touch {heard}; {last_words}' TERM; touch {ready}; while :; do sleep 0.05; done"
+    ends = f"trap 'sleep {seconds}; touch {heard}; {last_words}' TERM"
+    body = f"{ends}; touch {ready}; while :; do sleep 0.05; done"
     found = end_of(tmp_path, f"bash -c {shlex.quote(body)}", stop_when=ready.exists)
     assert heard.exists()
     assert found == expected
