@@ -12,7 +12,10 @@ from eval.commands import add_commands as add_evaluation_commands
 from pipeline.corpus_commands import add_commands as add_corpus_commands
 from pipeline.records import ConfigError, InputError, Stopped
 
-_HARDWARE = "A100"  # that a paper recipe is planned for where nothing is said
+# What training is planned with where nothing is said of it.
+_HARDWARE = "A100"
+_UTILISATION = 0.4  # share of its 16-bit peak
+_TOKENS = 22  # mean length of a caption
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -50,38 +53,40 @@ def _remedy(error: OSError) -> str:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from pipeline.plan_training import (
-        RECIPES,
-        hardware,
-        training_table,
-        trainings_of_recipe,
-        trainings_of_run,
-    )
+    from pipeline.plan_training import RECIPES, hardware, trainings_of_recipe, trainings_of_run
+    from pipeline.training_table import training_table
 
     if options.samples is not None and options.samples <= 0:
         raise ConfigError(f"--samples {options.samples}: must be above 0")
     recipe = options.run.removeprefix("training/recipes/").removesuffix(".toml")
+    asked = (options.hardware, options.utilisation, options.memory, options.samples, options.tokens)
+    utilisation = _UTILISATION if options.utilisation is None else options.utilisation
+    tokens = _TOKENS if options.tokens is None else options.tokens
     on = None
-    if recipe in RECIPES or options.hardware is not None:
-        on = hardware(options.hardware or _HARDWARE, options.utilisation, options.memory)
+    if recipe in RECIPES or any(value is not None for value in asked):
+        on = hardware(options.hardware or _HARDWARE, utilisation, options.memory)
     if recipe in RECIPES and on is not None:
         if options.set:
             raise ConfigError(
                 f"--set {options.set[0]}: {recipe} is the paper's and has no settings to override; plan a run"
                 ' of your own with [stage1] recipe = "paper" and --hardware'
             )
-        print(training_table(trainings_of_recipe(recipe, options.samples), on, options.tokens))
+        print(training_table(trainings_of_recipe(recipe, options.samples), on, tokens))
         return EXIT_DONE
     from pipeline.catalog import load
-    from pipeline.runner import survey
+    from pipeline.runner import survey_what_is_there
     from pipeline.tables import plan_table
 
     run, _ = load(options.run, options.set)
+    needs = training_table(trainings_of_run(run, options.samples), on, tokens) if on is not None else ""
+    statuses, complaints = survey_what_is_there(run)
     print(f"{options.run} → {run.folder}")
-    print(plan_table(survey(run)))
-    if on is not None:
-        print(f"\n{training_table(trainings_of_run(run, options.samples), on, options.tokens)}")
-    return EXIT_DONE
+    print(plan_table(statuses))
+    if needs:
+        print(f"\n{needs}")
+    for complaint in complaints:
+        print(f"error: {complaint}", file=sys.stderr)
+    return EXIT_USAGE if complaints else EXIT_DONE
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -232,15 +237,23 @@ def _parser() -> argparse.ArgumentParser:
 
     command = add("plan", _plan, "show every stage with done, stale or to do; what training needs")
     command.add_argument(
-        "--hardware", metavar="NAME", help="device to plan training for, such as V100, A100 or H100"
+        "--hardware",
+        metavar="NAME",
+        help=f"device to plan training for, such as V100, A100-40GB or H100 (default: {_HARDWARE})",
     )
     command.add_argument(
-        "--utilisation", type=float, default=0.4, metavar="U", help="share of its 16-bit peak (default: 0.4)"
+        "--utilisation", type=float, metavar="U", help=f"share of its 16-bit peak (default: {_UTILISATION})"
     )
     command.add_argument("--memory", type=float, metavar="GIB", help="its memory (default: the data sheet's)")
-    command.add_argument("--samples", type=int, metavar="N", help="pairs to train on (default: the shards')")
     command.add_argument(
-        "--tokens", type=int, default=22, metavar="L", help="mean length of a caption (default: 22)"
+        "--samples",
+        type=int,
+        metavar="N",
+        help="pairs to train on (default: the shards'; of pretrain 200 million); of finetune, those of the"
+        " sets whose number is not known here",
+    )
+    command.add_argument(
+        "--tokens", type=int, metavar="L", help=f"mean length of a caption (default: {_TOKENS})"
     )
     command = add("run", _run, "do what is missing, and nothing twice", stages=True)
     command.add_argument(

@@ -1,8 +1,9 @@
 """What a Slurm cluster needs: one job a training stage, each waiting for the one before.
 
-Slurm asks the ranks to stop before the time limit and when it pre-empts the job; they write a checkpoint and
-end with status 143, and the script puts its own job back into the queue. A job that dies without a word goes
-on from its newest checkpoint when Slurm starts it again.
+Before the time limit Slurm asks the ranks of a training job to stop, and the script of any other; ranks are
+asked on pre-emption too. They write a checkpoint, other stages keep the tasks that are done, all end with
+status 143, and the script puts its own job back into the queue. A job that dies without a word goes on from
+what it kept when Slurm starts it again.
 """
 
 import os
@@ -33,6 +34,9 @@ class Job:
     def nodes(self, launch: LaunchConfig) -> int:
         return 1 if self.train is None else -(-self.train.ranks // launch.ranks_per_node)
 
+    def ranks_a_node(self, launch: LaunchConfig) -> int:
+        return 1 if self.train is None else min(self.train.ranks, launch.ranks_per_node)
+
 
 def plan_jobs(run: Run) -> list[Job]:
     """The stages before training as one job, each training stage as one, and what comes after as one."""
@@ -51,7 +55,8 @@ def plan_jobs(run: Run) -> list[Job]:
 def write_scripts(run: Run, launch: LaunchConfig, run_path: str, overrides: Sequence[str]) -> list[str]:
     """Write `<run>/launch/*.sbatch` and `submit.sh`; returns the lines that tell what to do with them.
 
-    ConfigError where the ranks do not fill whole machines, or the run is not on a file system.
+    ConfigError where the ranks do not fill whole machines or have not a GPU each, or the run is not on a file
+    system.
     """
     if not store.is_local(run.folder):
         raise ConfigError(f"{run.folder}: scripts need a folder on a file system that all machines see")
@@ -87,15 +92,18 @@ def script(job: Job, launch: LaunchConfig, folder: str, arguments: Sequence[str]
         f"--output={folder}/{job.name}.log",
     ]
     if job.train is not None:
+        ranks = job.ranks_a_node(launch)
         options += [
-            f"--ntasks-per-node={min(job.train.ranks, launch.ranks_per_node)}",
+            f"--ntasks-per-node={ranks}",
             f"--cpus-per-task={launch.cpus_per_rank}",
             f"--signal=TERM@{launch.stop_seconds}",
         ]
         if launch.gpus_per_node:
-            options.append(f"--gpus-per-node={launch.gpus_per_node}")
+            options.append(f"--gpus-per-node={ranks}")
     else:
+        # B: the script itself, for it starts no srun whose tasks could be signalled.
         options += ["--ntasks=1", f"--cpus-per-task={launch.cpus_prepare}"]
+        options.append(f"--signal=B:TERM@{launch.stop_seconds}")
     for key, value in (("partition", launch.partition), ("account", launch.account)):
         if value is not None:
             options.append(f"--{key}={value}")
@@ -110,16 +118,35 @@ def script(job: Job, launch: LaunchConfig, folder: str, arguments: Sequence[str]
         f"cd {shlex.quote(os.getcwd())} || exit 1",
         *launch.setup,
         *(["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"] if job.train else []),
-        shlex.join(command),
-        "status=$?",
+        *requeued(shlex.join(command)),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def requeued(command: str) -> list[str]:
+    """Lines of a script that run a command and put their job back into the queue where it was stopped.
+
+    Bash hears a signal while it waits, not while a command runs in the foreground; a `wait` that a signal cut
+    short says nothing of the command, which goes on and has its own status.
+    """
+    return [
+        f"{command} &",
+        "run=$!",
+        "trap 'again=yes; kill -TERM $run 2> /dev/null' TERM",
+        "again=yes",
+        "while [ $again = yes ]; do",
+        "    again=no",
+        "    wait $run",
+        "    status=$?",
+        "done",
+        "trap '' TERM",
         f"if [ $status -eq {Stopped.exit_status} ]; then",
         "    # What is done is kept: this job goes on from there when its turn comes again.",
         '    scontrol requeue "$SLURM_JOB_ID"',
         "fi",
         "exit $status",
-        "",
     ]
-    return "\n".join(lines)
 
 
 def submission(jobs: Sequence[Job], folder: str) -> str:
@@ -137,7 +164,7 @@ def submission(jobs: Sequence[Job], folder: str) -> str:
 def command_lines(job: Job, launch: LaunchConfig, arguments: Sequence[str]) -> list[str]:
     """The same training started by torchrun or by DeepSpeed's launcher, and what publishes its receipt."""
     assert job.train is not None
-    nodes, ranks = job.nodes(launch), min(job.train.ranks, launch.ranks_per_node)
+    nodes, ranks = job.nodes(launch), job.ranks_a_node(launch)
     path, *overrides = arguments
     values = overrides[1::2]
     rank = shlex.join(["pipeline.rank", path, job.name, *values])
@@ -154,9 +181,16 @@ def command_lines(job: Job, launch: LaunchConfig, arguments: Sequence[str]) -> l
 
 
 def _check_ranks(job: Job, launch: LaunchConfig) -> None:
-    if job.train is None or job.train.ranks <= launch.ranks_per_node:
+    if job.train is None:
         return
-    if left := job.train.ranks % launch.ranks_per_node:
+    ranks = job.ranks_a_node(launch)
+    if 0 < launch.gpus_per_node < ranks:
+        raise ConfigError(
+            f"[launch] gpus_per_node = {launch.gpus_per_node}, but [{job.name}] has {ranks} ranks on a"
+            f" machine, each with a GPU of its own: take ranks_per_node = {launch.gpus_per_node}, or"
+            " gpus_per_node = 0 on machines without"
+        )
+    if left := job.train.ranks % ranks:
         raise ConfigError(
             f"[{job.name}] ranks = {job.train.ranks}, but [launch] ranks_per_node = {launch.ranks_per_node}"
             f" leaves {left} over: take ranks = {job.train.ranks - left} or"

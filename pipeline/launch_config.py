@@ -10,7 +10,7 @@ class LaunchConfig:
 
     launcher: Literal["local", "srun"] = "local"  # the scripts say srun; alone it needs a Slurm job around it
     ranks_per_node: int = 8  # accelerators of a machine that are used, one a rank
-    gpus_per_node: int = 8  # asked of Slurm; 0 on a machine without
+    gpus_per_node: int = 8  # that a machine has; one a rank is asked of Slurm; 0 on a machine without
     cpus_per_rank: int = 8  # cores asked of Slurm for each rank
     cpus_prepare: int = 16  # cores of the jobs before and after training
     time_limit_minutes: int = 24 * 60  # of each job; one that reaches it goes on in the queue

@@ -1,11 +1,11 @@
-"""What `cnclip plan` says of training: steps, micro-batches, memory and days on given devices."""
+"""What a training needs on given devices: steps, micro-batch, memory and days. `cnclip plan` reckons so."""
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
-from pipeline.align import align
 from pipeline.records import ConfigError
 from pipeline.runner import Run, read_manifest
 from training.config import (
@@ -15,25 +15,42 @@ from training.config import (
     paper_recipe,
     pretrained_stages,
 )
-from training.deepspeed_file import read_deepspeed_file
-from training.flops import MEMORY_GIB, PEAK_FLOPS, find_device
+from training.deepspeed_file import computes_in_bfloat16, read_deepspeed_file
+from training.flops import PEAK_FLOPS, WITHOUT_BFLOAT16, device_gib, find_device
 from training.model.config import MODELS
 from training.sizing import (
-    PAPER_GPU_DAYS,
+    USABLE,
+    Shares,
+    cache_days,
     gpu_days,
     largest_micro_batch,
     memory,
     precision_of,
     shares,
-    zero_stage_of,
+    zero_of,
 )
 from training.stage import TrainStageConfig
 
 RECIPES = ("pretrain", "finetune")
 PAPER_PAIRS = 200_000_000  # section 2.2
+# Cards × days that the paper gives (A.2): V100 but for ViT-L-14-336 and ViT-H-14 (A100).
+_PAPER_GPU_DAYS: Mapping[tuple[str, str], float] = MappingProxyType(
+    {
+        ("RN50", "stage1"): 64 * 1.6,
+        ("RN50", "stage2"): 64 * 5.8,
+        ("ViT-B-16", "stage1"): 128 * 4.5,
+        ("ViT-B-16", "stage2"): 128 * 3.0,
+        ("ViT-L-14", "stage1"): 128 * 11.5,
+        ("ViT-L-14", "stage2"): 128 * 8.0,
+        ("ViT-L-14-336", "stage2"): 128 * 0.7,
+        ("ViT-H-14", "stage1"): 184 * 3.8,
+        ("ViT-H-14", "stage2"): 184 * 2.2,
+    }
+)
+_WORK = ("epochs", "global_batch", "lock_image")  # what a training computes, beside its samples
 # Training pairs of the tasks, where their owners print them; of the others --samples has to say it.
-_TASK_PAIRS = {"muge": 250_314, "flickr30k-cn": 148_915}
-_GIB = 2**30
+TASK_PAIRS = {"muge": 250_314, "flickr30k-cn": 148_915}
+GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +61,12 @@ class Hardware:
     flops_per_second: float  # of one device: its peak times `utilisation`
     memory_bytes: float
     utilisation: float
+    has_bfloat16: bool  # in its tensor cores
+
+    @property
+    def usable_gib(self) -> float:
+        """What of its memory is planned with: fragments, workspaces and the driver take the rest."""
+        return USABLE * self.memory_bytes / GIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +77,21 @@ class Training:
     name: str  # stage1, stage2, or what it is finetuned on
     config: TrainConfig
     num_samples: int | None  # None: not known yet
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Need:
+    """What a training takes on some hardware."""
+
+    shares: Shares
+    micro_batch: int  # the run's own; where it sets none, the largest that fits, 0 where none does
+    fitting: int  # the largest that fits; 0: none
+    memory_gib: float  # of a rank with that micro-batch, or with one sample
+    share_gib: float  # of a rank that holds its whole share at once
+    sample_gib: float  # of a rank that holds one sample at once
+    in_bfloat16: bool  # what matrices are multiplied in
+    num_steps: int | None  # None: how many samples there are is not known
+    gpu_days: float | None  # with the building of a cache of features
 
 
 def hardware(name: str, utilisation: float, memory_gib: float | None) -> Hardware:
@@ -68,20 +106,24 @@ def hardware(name: str, utilisation: float, memory_gib: float | None) -> Hardwar
     return Hardware(
         name=found,
         flops_per_second=PEAK_FLOPS[found] * utilisation,
-        memory_bytes=(memory_gib or MEMORY_GIB[found]) * _GIB,
+        memory_bytes=(memory_gib or device_gib(name)) * GIB,
         utilisation=utilisation,
+        has_bfloat16=found not in WITHOUT_BFLOAT16,
     )
 
 
 def trainings_of_recipe(recipe: str, num_samples: int | None) -> list[Training]:
-    """Every model and stage of pretrain.toml, or every model and data set of finetune.toml."""
+    """Every model and stage of pretrain.toml, or every model and data set of finetune.toml.
+
+    `num_samples` does not change the sets whose pairs their owners print: Table 9's epochs are of those.
+    """
     if recipe == "finetune":
         return [
             Training(
                 model=model,
                 name=data,
                 config=finetune_recipe(model, data),
-                num_samples=num_samples or _TASK_PAIRS.get(data),
+                num_samples=TASK_PAIRS.get(data, num_samples),
             )
             for model in MODELS
             for data in finetuned_data(model)
@@ -105,90 +147,53 @@ def trainings_of_run(run: Run, num_samples: int | None) -> list[Training]:
     ]
 
 
-def training_table(trainings: Sequence[Training], on: Hardware, tokens: int) -> str:
-    """One row a training, what was reckoned with, and a line for each whose ranks do not divide its batch.
-
-    `tokens` is a caption's mean length with [CLS] and [SEP]; ConfigError where no caption can have it.
-    """
-    longest = max((item.config.context_length for item in trainings), default=tokens)
-    if not 3 <= tokens <= longest:
-        raise ConfigError(
-            f"--tokens {tokens}: must be from 3 ([CLS], one, [SEP]) to {longest}, the longest caption"
-        )
-    header = "model training batch epochs steps ranks samples/rank micro-batch GiB GPU-days days paper's"
-    rows, notes = [tuple(header.split())], []
-    for item in trainings:
-        row, note = _row(item, on, tokens)
-        rows.append(row)
-        notes += note
-    paper = any(row[-1] for row in rows[1:])
-    table = align([row if paper else row[:-1] for row in rows], (False, False, *(True,) * (9 + paper)))
-    reckoned = (
-        f"Reckoned with {on.name} ({on.memory_bytes / _GIB:g} GiB) at {100 * on.utilisation:g} % of its"
-        f" 16-bit peak and captions of {tokens} tokens on average. micro-batch: the most samples whose"
-        " activations a rank can hold at once. GiB: a rank's tensors at their fullest (training/sizing.py);"
-        " counted ones were 5 % less (RN50) to 45 % more (the tiny models in bfloat16), and a process needs"
-        " more than its tensors: allocator and libraries. days: by the clock, on all ranks."
-        + (" paper's: its GPU-days (A.2), on V100 or A100; they come to 5 to 19 % of peak." if paper else "")
-    )
-    return "\n".join([table, "", reckoned, *notes])
+def paper_gpu_days(item: Training) -> float | None:
+    """What the paper needed for this training; None for one that it did not do so."""
+    for stage in pretrained_stages(item.model):
+        if stage == item.name and item.num_samples == PAPER_PAIRS:
+            recipe = paper_recipe(item.model, stage)
+            differs = any(getattr(recipe, name) != getattr(item.config, name) for name in _WORK)
+            return None if differs else _PAPER_GPU_DAYS[item.model, stage]
+    return None
 
 
-def _row(item: Training, on: Hardware, tokens: int) -> tuple[tuple[str, ...], list[str]]:
-    """A training's line of the table, and what has to be said about it."""
+def need(item: Training, on: Hardware, tokens: int) -> Need:
+    """What one training takes; `tokens` is a caption's mean length with [CLS] and [SEP]."""
     config, model, split = item.config, MODELS[item.model], shares(item.config)
     settings = read_deepspeed_file(config.deepspeed)
     needs = functools.partial(
         memory,
         model,
         config,
-        zero_stage=zero_stage_of(settings),
+        zero=zero_of(settings),
         precision=precision_of(settings),
         tokens=config.context_length,  # the longest captions decide
     )
-    fits = largest_micro_batch(needs, split.largest, on.memory_bytes)
-    micro_batch = min(config.micro_batch or fits, split.largest)
-    gib = needs(micro_batch=max(1, micro_batch)).total / _GIB
-    steps = days = wall = "?"
+
+    def gib(micro_batch: int) -> float:
+        return needs(micro_batch=micro_batch).total / GIB
+
+    fitting = largest_micro_batch(needs, split.largest, on.memory_bytes)
+    micro_batch = min(config.micro_batch or fitting, split.largest)
+    num_steps = days = None
     if item.num_samples is not None:
         num_steps = config.epochs * item.num_samples // config.global_batch
-        needed_days = gpu_days(
+        days = gpu_days(
             model,
             config,
             num_steps=num_steps,
             micro_batch=micro_batch,
             flops_per_second=on.flops_per_second,
             tokens=min(tokens, config.context_length),
-        )
-        steps, days = f"{num_steps:,}", f"{needed_days:,.1f}"
-        wall = f"{needed_days / config.ranks / (1 - split.idle):,.2f}"
-    even = split.smallest == split.largest
-    share = f"{split.largest:,}" if even else f"{split.smallest:,}-{split.largest:,}"
-    paper = PAPER_GPU_DAYS.get((item.model, item.name))
-    row = (
-        *(item.model, item.name, f"{config.global_batch:,}", str(config.epochs), steps, str(config.ranks)),
-        *(share, f"{micro_batch:,}" if micro_batch else "none fits", f"{gib:,.1f}", days, wall),
-        f"{paper:,.0f}" if paper else "",
+        ) + cache_days(model, config, num_samples=item.num_samples, flops_per_second=on.flops_per_second)
+    return Need(
+        shares=split,
+        micro_batch=micro_batch,
+        fitting=fitting,
+        memory_gib=gib(max(1, micro_batch)),
+        share_gib=gib(split.largest),
+        sample_gib=gib(1),
+        in_bfloat16=computes_in_bfloat16(settings),
+        num_steps=num_steps,
+        gpu_days=days,
     )
-    notes = []
-    if split.better_ranks:
-        better = " or ".join(str(ranks) for ranks in split.better_ranks)
-        divides = "divides" if config.global_batch % config.ranks == 0 else "does not divide"
-        notes.append(
-            f"{item.model} {item.name}: {config.ranks} {divides} {config.global_batch:,}; ranks own whole"
-            f" lanes ({config.lanes}) and hold {share} samples: {100 * split.idle:.1f} % of the time is lost"
-            f" in waiting; {better} ranks share evenly"
-        )
-    if item.num_samples is None:
-        notes.append(f"{item.model} {item.name}: how many pairs it has is not known here; give --samples")
-    elif config.global_batch > item.num_samples:
-        notes.append(
-            f"{item.model} {item.name}: a batch of {config.global_batch:,} is more than the"
-            f" {item.num_samples:,} pairs; lower global_batch (and lanes, which divides it)"
-        )
-    if not micro_batch:
-        notes.append(
-            f"{item.model} {item.name}: one sample needs {gib:,.1f} GiB, more than {on.name} has to give; set"
-            " checkpoint_activations, a higher ZeRO stage, or take a larger device"
-        )
-    return row, notes

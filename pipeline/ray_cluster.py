@@ -7,8 +7,10 @@ nothing but receipts comes back. The run's folder and its sources must be where 
 import logging
 import math
 import os
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -72,6 +74,7 @@ def _connect(processes: int) -> Any:
         raise ConfigError('[run] executor = "ray" needs Ray: pip install "cnclip-pretraining[ray]"') from None
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS")
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             if address:
                 _knock(address)
@@ -89,6 +92,9 @@ def _connect(processes: int) -> Any:
                 f"RAY_ADDRESS={address}: no Ray cluster answers ({str(error).splitlines()[0]}); start one"
                 f" with `ray start --head`, or unset it to work on this machine alone"
             ) from None
+        if threading.current_thread() is threading.main_thread():
+            # Ray puts a handler of its own there, which exits with another status than a stopped run has.
+            signal.signal(signal.SIGTERM, on_sigterm)
         nodes: list[Any] = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
         total = sum(node["Resources"].get("CPU", 0) for node in nodes)
         place = f"cluster at {address}" if address else "on this machine"

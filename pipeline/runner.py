@@ -118,6 +118,18 @@ def survey(run: Run) -> list[StageStatus]:
     return [survey_stage(run, stage) for stage in run.stages]
 
 
+def survey_what_is_there(run: Run) -> tuple[list[StageStatus], list[str]]:
+    """Like `survey`, and a line for each input that is not there yet, or is no good: its stages are to do."""
+    statuses, complaints = [], dict[str, None]()
+    for stage in run.stages:
+        try:
+            statuses.append(survey_stage(run, stage))
+        except InputError as error:
+            complaints[str(error)] = None  # one file may stop many stages
+            statuses.append(StageStatus(stage, State.TO_DO, "an input is missing, see below", 0, None, None))
+    return statuses, list(complaints)
+
+
 def select(run: Run, only: str | None, first: str | None, last: str | None) -> list[Stage]:
     """The stages that `--stage`, `--from` and `--to` name; ConfigError for an unknown name."""
     names = [stage.name for stage in run.stages]

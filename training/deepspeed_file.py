@@ -139,6 +139,13 @@ def half_of(settings: dict[str, Any]) -> Half | None:
     return next((name for name in halves if settings.get(name, {}).get("enabled")), None)
 
 
+def computes_in_bfloat16(settings: dict[str, Any]) -> bool:
+    """Are matrices multiplied in bfloat16 under a DeepSpeed file's content?"""
+    autocast = settings.get("torch_autocast", {})
+    in_autocast = autocast.get("enabled", False) and autocast.get("dtype", "bfloat16") == "bfloat16"
+    return half_of(settings) == "bf16" or in_autocast
+
+
 def check_model(name: str, model: ModelConfig, stage: str) -> None:
     """Raise ConfigError where a DeepSpeed file's precision would lose what the model learns."""
     half = half_of(read_deepspeed_file(name))

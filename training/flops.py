@@ -6,6 +6,7 @@ few percent: per token and block 24 · width² for the projections and the 4 × 
 pass costs twice a forward pass.
 """
 
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -17,7 +18,7 @@ from training.model.config import (
     VisionTransformerConfig,
 )
 
-# Dense peak of a device in its 16-bit format with tensor cores, FLOP/s, by what its name contains; the most
+# Dense peak of a device in its 16-bit format with tensor cores, FLOP/s, by words of its name; the most
 # particular name first. From NVIDIA's data sheets.
 PEAK_FLOPS: Mapping[str, float] = MappingProxyType(
     {
@@ -47,10 +48,28 @@ MEMORY_GIB: Mapping[str, float] = MappingProxyType(
 )
 
 
+WITHOUT_BFLOAT16 = ("V100", "T4")  # their tensor cores know float16 alone
+
+
 def find_device(name: str) -> str | None:
-    """The key of PEAK_FLOPS that a device's name contains ("NVIDIA H100 80GB HBM3" → "H100"), or None."""
-    plain = name.lower().replace("-", " ").replace("_", " ")
-    return next((key for key in PEAK_FLOPS if all(word in plain for word in key.lower().split())), None)
+    """The key of PEAK_FLOPS whose words a device's name has ("NVIDIA H100 80GB HBM3" → "H100"), or None.
+
+    Whole words: an A10G is no A10, nor an A1000 an A100.
+    """
+    words = _words(name)
+    return next((key for key in PEAK_FLOPS if set(key.lower().split()) <= set(words)), None)
+
+
+def device_gib(name: str) -> float:
+    """Memory of a device that `find_device` knows: as its name says ("A100-SXM4-40GB"), or its data sheet."""
+    said = re.search(r"\b([1-9]\d*) ?gb\b", " ".join(_words(name)))
+    found = find_device(name)
+    assert found is not None
+    return float(said[1]) if said else MEMORY_GIB[found]
+
+
+def _words(name: str) -> list[str]:
+    return re.split(r"[\s_-]+", name.strip().lower())
 
 
 def matmul_flops(size: int = 1024) -> float:

@@ -6,13 +6,16 @@ Memory of a rank, in bytes, P parameters of which T are trained, R ranks:
   and shares it and the moments out over the ranks, ZeRO-2 the gradients too, ZeRO-3 the weights too; with
   bfloat16 weights these and their gradients take 2 (Rajbhandari et al. 2020, section 3, where float16 makes
   2 + 2 + 12). From ZeRO-1 on a bucket for gradients of at most 5e8 values, DeepSpeed's default; autocast has
-  two of them, one a type that gradients travel in.
+  two of them, one a type that gradients travel in. What a DeepSpeed file offloads leaves the device, with the
+  optimizer also the gradients that ZeRO-2 and 3 share out. ZeRO-3 gathers weights layer by layer and keeps
+  those that the backward pass needs soon: all of a small model's at the end of a forward pass, of a large
+  one's half of `stage3_max_reuse_distance` (tests/training/test_sizing.py looks).
 - activations kept for the backward pass: so many bytes a token, block and unit of width, counted on this
   project's towers with `torch.autograd.graph.saved_tensors_hooks` (tests/training/test_sizing.py counts
   again). Korthikanti et al. 2022, equation 1, have 34 with everything in float16; autocast keeps
   normalisations in float32, hence more. Attention keeps no matrix of probabilities: PyTorch's fused attention
   computes it again. With checkpointing a block keeps its input alone, and one block all of it.
-- a locked tower keeps none, beside what its largest block needs while it computes.
+- a locked tower keeps none, beside what its largest block needs while it computes. Masked patches keep none.
 - uint8 pictures and features of the rank's share, and the gathered features of the batch.
 
 These are tensors that are alive at once. Against the peak that PyTorch's profiler counts in a step on the
@@ -47,23 +50,19 @@ _BERT_LAST_BYTES: Mapping[Precision, float] = MappingProxyType(  # of the last b
     {"float32": 23, "autocast": 22, "bfloat16": 12}
 )
 _RESNET_BYTES: Mapping[Precision, float] = MappingProxyType({"float32": 8, "autocast": 4, "bfloat16": 4})
-_USABLE = 0.9  # share of a device's memory: the rest goes to fragments, workspaces and the driver
+_REUSE_DISTANCE = 1e9  # values; DeepSpeed's default stage3_max_reuse_distance and stage3_max_live_parameters
+USABLE = 0.9  # share of a device's memory: the rest goes to fragments, workspaces and the driver
 SECONDS_A_DAY = 86_400
 
-# Cards × days that the paper gives (A.2): V100 but for ViT-L-14-336 and ViT-H-14 (A100).
-PAPER_GPU_DAYS: Mapping[tuple[str, str], float] = MappingProxyType(
-    {
-        ("RN50", "stage1"): 64 * 1.6,
-        ("RN50", "stage2"): 64 * 5.8,
-        ("ViT-B-16", "stage1"): 128 * 4.5,
-        ("ViT-B-16", "stage2"): 128 * 3.0,
-        ("ViT-L-14", "stage1"): 128 * 11.5,
-        ("ViT-L-14", "stage2"): 128 * 8.0,
-        ("ViT-L-14-336", "stage2"): 128 * 0.7,
-        ("ViT-H-14", "stage1"): 184 * 3.8,
-        ("ViT-H-14", "stage2"): 184 * 2.2,
-    }
-)
+
+@dataclass(frozen=True, slots=True)
+class Zero:
+    """What a DeepSpeed file says of where a training's states are."""
+
+    stage: int = 0
+    offloads_optimizer: bool = False  # moments, the float32 copy, and from stage 2 on the gradients
+    offloads_weights: bool = False
+    most_gathered: float = _REUSE_DISTANCE / 2  # values of weights that ZeRO-3 holds whole at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +101,7 @@ def memory(
     model: ModelConfig,
     config: TrainConfig,
     *,
-    zero_stage: int,
+    zero: Zero,
     precision: Precision,
     micro_batch: int,
     tokens: int,
@@ -113,10 +112,15 @@ def memory(
     trained = text_parameters if config.lock_image else all_parameters
     weight_bytes = 2 if precision == "bfloat16" else 4
     ranks = config.ranks
-    weights = weight_bytes * all_parameters / (ranks if zero_stage >= 3 else 1)
-    gradients = weight_bytes * trained / (ranks if zero_stage >= 2 else 1)
-    optimizer = 8 * trained if zero_stage == 0 else 12 * trained / ranks
-    buckets = (2 if precision == "autocast" else 1) if zero_stage else 0  # one a type of weights' gradients
+    weights = weight_bytes * all_parameters / (ranks if zero.stage >= 3 else 1)
+    gathered = weight_bytes * min(all_parameters, zero.most_gathered) if zero.stage >= 3 else 0
+    gradients = weight_bytes * trained / (ranks if zero.stage >= 2 else 1)
+    optimizer = 8 * trained if zero.stage == 0 else 12 * trained / ranks
+    if zero.offloads_weights:
+        weights = 0
+    if zero.offloads_optimizer:
+        optimizer, gradients = 0, gradients if zero.stage < 2 else 0
+    buckets = (2 if precision == "autocast" else 1) if zero.stage else 0  # one a type of weights' gradients
     bucket = buckets * weight_bytes * min(DEEPSPEED_BUCKET_VALUES, trained)
     share = shares(config).largest
     side_px = model.vision.image_size_px
@@ -126,7 +130,7 @@ def memory(
         model.text, config, precision, tokens
     )
     return Memory(
-        states=weights + gradients + optimizer + bucket,
+        states=weights + gathered + gradients + optimizer + bucket,
         activations=micro_batch * per_sample,
         batch=pictures + features,
     )
@@ -138,7 +142,7 @@ def largest_micro_batch(needs: Callable[..., Memory], share: int, memory_bytes: 
     `needs` gives the Memory of a `micro_batch`.
     """
     sizes = [share, *(2**power for power in range(share.bit_length(), -1, -1) if 2**power < share)]
-    return next((size for size in sizes if needs(micro_batch=size).total <= _USABLE * memory_bytes), 0)
+    return next((size for size in sizes if needs(micro_batch=size).total <= USABLE * memory_bytes), 0)
 
 
 def shares(config: TrainConfig) -> Shares:
@@ -164,19 +168,40 @@ def gpu_days(
     flops_per_second: float,
     tokens: float,
 ) -> float:
-    """Days of one device at `flops_per_second`; `tokens` is a caption's mean length.
+    """Days of all devices together, each at `flops_per_second`; `tokens` is a caption's mean length.
 
-    Micro-batches and checkpointing each run the towers that are trained forward once more.
+    Every rank takes as long as the one with the most samples. Micro-batches and checkpointing each run the
+    towers that are trained forward once more.
     """
-    again = int(config.checkpoint_activations) + int(micro_batch < shares(config).largest)
+    largest = shares(config).largest
+    again = int(config.checkpoint_activations) + int(micro_batch < largest)
     forward = text_forward(model.text, tokens) + (0 if config.lock_image else image_forward(model))
     flops = training_flops(model, config, tokens) + again * forward
-    return flops * config.global_batch * num_steps / flops_per_second / SECONDS_A_DAY
+    return flops * largest * config.ranks * num_steps / flops_per_second / SECONDS_A_DAY
 
 
-def zero_stage_of(settings: Mapping[str, Any]) -> int:
-    """ZeRO stage of a DeepSpeed file's content."""
-    return int(settings.get("zero_optimization", {}).get("stage", 0))
+def cache_days(
+    model: ModelConfig, config: TrainConfig, *, num_samples: int, flops_per_second: float
+) -> float:
+    """Days of all devices together that it takes to compute `cached_views` features of every picture."""
+    flops = config.cached_views * num_samples * image_forward(model)
+    return flops / flops_per_second / SECONDS_A_DAY
+
+
+def zero_of(settings: Mapping[str, Any]) -> Zero:
+    """Where a DeepSpeed file's content puts the states."""
+    found = settings.get("zero_optimization", {})
+    stage = int(found.get("stage", 0))
+    gathered = min(
+        found.get("stage3_max_reuse_distance", _REUSE_DISTANCE) / 2,
+        found.get("stage3_max_live_parameters", _REUSE_DISTANCE),
+    )
+
+    def offloads(what: str, from_stage: int) -> bool:
+        device = (found.get(f"offload_{what}") or {}).get("device", "none")
+        return stage >= from_stage and device != "none"
+
+    return Zero(stage, offloads("optimizer", 1), offloads("param", 3), gathered)
 
 
 def precision_of(settings: Mapping[str, Any]) -> Precision:
@@ -191,7 +216,7 @@ def _image_activations(config: VisionConfig, train: TrainConfig, precision: Prec
     if train.cached_views:
         return 0
     if isinstance(config, VisionTransformerConfig):
-        tokens = (config.image_size_px // config.patch_size_px) ** 2 + 1
+        tokens = config.num_kept(train.patch_mask) + 1
         values, block_bytes = tokens * config.width, _VIT_BYTES[precision]
         return _transformer(config.layers, values, block_bytes, train.lock_image, train)
     whole = _RESNET_BYTES[precision] * _resnet_values(config)

@@ -68,9 +68,11 @@ def test_one_job_a_training_stage_each_after_the_one_before(
     } <= options
     assert "module load cuda" in lines
     (command,) = [line for line in lines if " -m pipeline run " in line]
-    assert command.endswith("--set stage1.epochs=3 --stage stage1 --set launch.launcher=srun")
+    assert command.endswith("--set stage1.epochs=3 --stage stage1 --set launch.launcher=srun &")
     assert f"'{path}'" in command  # quoted: the path has a space
-    assert "--gpus" not in (folder / "prepare.sbatch").read_text()
+    data = (folder / "prepare.sbatch").read_text()
+    assert "--gpus" not in data
+    assert "#SBATCH --signal=B:TERM@300" in data  # it has no tasks that Slurm could signal
     submit = (folder / "submit.sh").read_text()
     assert "stage2=$(sbatch --parsable --dependency=afterok:$stage1" in submit
     assert "--dependency" not in submit.splitlines()[3]
@@ -87,6 +89,22 @@ def test_ranks_that_do_not_fill_machines_are_refused(tmp_path: Path) -> None:
     run, config = load(write(tmp_path), ["stage1.ranks=100"])
     with pytest.raises(ConfigError, match=r"\[stage1\] ranks = 100.* leaves 4 over: take ranks = 96 or 104"):
         write_scripts(run, config.launch, "my.toml", [])
+
+
+def test_a_job_asks_for_a_gpu_a_rank(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    stages = [f"{stage}.ranks=2" for stage in ("stage1", "stage2")]
+    run, config = load(path, stages)
+    write_scripts(run, config.launch, path, [])
+    script = (tmp_path / "run" / "launch" / "stage1.sbatch").read_text()
+    assert "--ntasks-per-node=2\n" in script
+    assert "--gpus-per-node=2\n" in script
+    run, config = load(path, [*stages, "launch.gpus_per_node=1"])
+    with pytest.raises(ConfigError, match=r"gpus_per_node = 1, but \[stage1\] has 2 ranks on a machine"):
+        write_scripts(run, config.launch, path, [])
+    run, config = load(path, [*stages, "launch.gpus_per_node=0"])
+    write_scripts(run, config.launch, path, [])
+    assert "--gpus" not in (tmp_path / "run" / "launch" / "stage1.sbatch").read_text()
 
 
 def test_what_cannot_be_launched_is_refused(tmp_path: Path) -> None:

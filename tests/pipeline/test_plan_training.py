@@ -1,8 +1,13 @@
 """What `cnclip plan` prints of training."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from pipeline.__main__ import main
+from training.flops import image_forward
+from training.model.config import MODELS
 
 
 def plan(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -37,14 +42,126 @@ def test_the_hardware_counts(capsys: pytest.CaptureFixture[str]) -> None:
     half = days("--samples", "100000000")
     assert days() == pytest.approx(2 * half, rel=0.02)
     small = plan(capsys, "pretrain", "--hardware", "V100", "--memory", "12")
-    assert " 64 " in small.splitlines()[2]  # RN50's stage 2 no longer fits as a whole
+    assert small.splitlines()[2].split()[7] == "128"  # RN50's stage 2 no longer fits as a whole
     assert "none fits" in plan(capsys, "pretrain", "--memory", "5")
+
+
+def test_days_by_the_clock_are_gpu_days_of_all_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    for line in plan(capsys, "pretrain", "--utilisation", "0.001").splitlines()[1:10]:
+        ranks, gpu_days, days = (float(line.split()[column].replace(",", "")) for column in (5, 9, 10))
+        assert days * ranks == pytest.approx(gpu_days, rel=0.001)
+
+
+RUN = """
+[run]
+folder = "/nowhere/run"
+[corpus]
+kind = "demo"
+[model]
+name = "ViT-B-16"
+vocabulary = "bert-base-chinese"
+[stage1]
+recipe = "paper"
+[stage2]
+recipe = "paper"
+"""
+
+
+def test_the_papers_days_stand_beside_the_papers_work_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.toml").write_text(RUN)
+
+    def papers(*words: str, samples: str = "200000000") -> list[str]:
+        said = plan(capsys, str(tmp_path / "run.toml"), "--hardware", "A100", "--samples", samples, *words)
+        rows = [line.split() for line in said.splitlines() if line.startswith("ViT-B-16  ")]
+        return ["".join(row[11:]) for row in rows]
+
+    assert papers() == ["576", "384"]
+    assert papers("--set=stage1.ranks=64") == ["576", "384"]  # it is the same work
+    assert papers("--set=stage1.epochs=1") == ["", "384"]
+    assert papers("--set=stage2.global_batch=4096") == ["576", ""]
+    assert papers("--set=stage1.lock_image=false") == ["", "384"]
+    assert papers(samples="20000000") == ["", ""]
+
+
+def test_a_micro_batch_that_does_not_fit_is_told_one_that_does(capsys: pytest.CaptureFixture[str]) -> None:
+    said = plan(capsys, "pretrain", "--hardware", "V100", "--memory", "12")
+    told = "RN50 stage2: without micro_batch a rank holds its 256 samples at once, which needs "
+    assert re.search(told + r"14\.\d+ of 10\.80 GiB; set micro_batch = 128", said)
+    assert "RN50 stage1: without" not in said  # it fits as a whole
+    own = ("demo", "--set=run.folder=/nowhere/demo", "--hardware=A100", "--memory=0.08", "--samples=3000")
+    too_large = plan(capsys, *own, "--set=stage1.micro_batch=64")
+    assert "tiny-rn stage1: micro_batch = 64 needs 0.08 of 0.07 GiB; micro_batch = 32 fits" in too_large
+    (row,) = [line.split() for line in too_large.splitlines() if line.startswith("tiny-rn  stage1")]
+    assert row[7] == "64"  # what runs
+    assert "tiny-rn stage1: " not in plan(capsys, *own, "--set=stage1.micro_batch=32")
+
+
+def test_memory_is_what_the_name_of_the_hardware_says(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "with A100 (40 GiB" in plan(capsys, "pretrain", "--hardware", "A100-SXM4-40GB")
+    assert "with A100 (20 GiB" in plan(capsys, "pretrain", "--hardware", "A100-40GB", "--memory", "20")
+    assert main(["plan", "pretrain", "--hardware", "A10G"]) == 2
+    assert "--hardware A10G: no data sheet of it here; known: " in capsys.readouterr().err
+
+
+def test_bfloat16_is_not_planned_in_silence_where_there_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = "has no tensor cores for bfloat16"
+    said = plan(capsys, "pretrain", "--hardware", "V100-SXM2-16GB")
+    (note,) = [line for line in said.splitlines() if told in line]
+    assert note.startswith("V100 ")
+    assert '"zero1_fp16"' in note
+    assert note.endswith("ViT-H-14 stage1, ViT-H-14 stage2")
+    assert told not in plan(capsys, "pretrain", "--hardware", "A100")
+    (tmp_path / "run.toml").write_text(RUN)
+    run = (str(tmp_path / "run.toml"), "--hardware", "T4", "--set", "stage1.deepspeed=zero1_fp16")
+    (note,) = [line for line in plan(capsys, *run).splitlines() if told in line]
+    assert note.endswith(": ViT-B-16 stage2")
+    assert told not in plan(capsys, *run, "--set", "stage2.deepspeed=zero2")
 
 
 def test_finetuning(capsys: pytest.CaptureFixture[str]) -> None:
     said = plan(capsys, "finetune", "--hardware", "H100")
     assert len([line for line in said.splitlines() if line.startswith("ViT-B-16 ")]) == 4 + 2
+    days = [line.split()[9:11] for line in said.splitlines() if line.startswith("RN50  ")]
+    assert days[:2] == [["24.5min", "45.9s"], ["7.3min", "13.6s"]]  # no day has to be read as 0.0
     assert "ViT-B-16 coco-cn: how many pairs it has is not known here; give --samples" in said
+
+
+def test_samples_are_for_sets_whose_own_are_not_known(capsys: pytest.CaptureFixture[str]) -> None:
+    def steps(*words: str) -> dict[str, str]:
+        rows = [line.split() for line in plan(capsys, "finetune", *words).splitlines()]
+        return {row[1]: row[4] for row in rows if row[:1] == ["ViT-B-16"]}
+
+    known, given = steps(), steps("--samples", "20000")
+    assert (known["muge"], known["flickr30k-cn"]) == (given["muge"], given["flickr30k-cn"]) == ("391", "310")
+    assert (known["coco-cn"], given["coco-cn"]) == ("?", f"{30 * 20_000 // 12_800}")
+
+
+def test_the_building_of_a_cache_is_in_a_stages_days(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.toml").write_text(RUN)
+
+    def days(*words: str) -> float:
+        hardware = ("--hardware=A100", "--utilisation=0.01", "--samples=200000000")
+        said = plan(capsys, str(tmp_path / "run.toml"), *hardware, *words)
+        assert ("GPU-days of a training with cached_views hold" in said) == bool(words)
+        (row,) = [line.split() for line in said.splitlines() if line.startswith("ViT-B-16  stage1")]
+        return float(row[9].replace(",", ""))
+
+    one, three = (days(f"--set=stage1.cached_views={views}") for views in (1, 3))
+    passes = 200_000_000 * image_forward(MODELS["ViT-B-16"]) / (0.01 * 312e12) / 86_400
+    assert three - one == pytest.approx(2 * passes, rel=0.01)
+    assert days() - one == pytest.approx(43 * passes, rel=0.01)  # live: 44 times, once an epoch
+
+
+def test_a_warm_up_longer_than_its_training_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    short = plan(capsys, "pretrain", "--samples", "200000")
+    assert "ViT-B-16 stage1: the warm-up of 5,000 steps is longer than all its 268: the learning" in short
+    assert "warm-up" not in plan(capsys, "pretrain")
 
 
 def test_a_run_shows_its_training_where_hardware_is_given(capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,3 +194,28 @@ def test_what_no_device_does_is_refused(
 ) -> None:
     assert main(["plan", "pretrain", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_any_wish_about_training_plans_it(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = "--set=run.folder=/nowhere/demo"
+    for wish in ("--samples=3000", "--utilisation=0.4", "--memory=80", "--tokens=22"):
+        assert "Reckoned with A100 (80 GiB" in plan(capsys, "demo", folder, wish), wish
+    for nonsense in ("--samples=0", "--utilisation=7", "--memory=-1", "--tokens=2000"):
+        assert main(["plan", "demo", folder, nonsense]) == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert nonsense.partition("=")[0] in said.err
+
+
+def test_training_is_planned_before_its_data_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where the recipe's sources are not
+    assert main(["plan", "paper_corpus", "--hardware", "A100", "--samples", "200000000"]) == 2
+    said = capsys.readouterr()
+    (corpus,) = [line for line in said.out.splitlines() if line.startswith("corpus ")]
+    assert "to do (an input is missing, see below)" in corpus
+    assert "filter_text" in said.out
+    (row,) = [line.split() for line in said.out.splitlines() if line.startswith("ViT-B-16  stage1")]
+    assert row[4] == "268,554"
+    assert said.err.startswith("error: evaluation/muge/valid_imgs.tsv: no such file; ")

@@ -1,6 +1,7 @@
 """A whole run as jobs of a real Slurm: pre-empted, cut by the time limit, with an undisturbed run's bytes."""
 
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -9,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hanging_run import hanging_run
 from rank_processes import run_ranks
 from slurm_machine import output, slurm, state, wait_for, why_not
 from train_jobs import make_job, train_rank
+
+from pipeline.launch import requeued
 
 pytestmark = [
     pytest.mark.slow,
@@ -80,15 +84,21 @@ def submit_urgent(cluster: dict[str, str]) -> str:
     return output(cluster, "sbatch", *options).strip()
 
 
+def wait_for_a_restart(cluster: dict[str, str], job: str, log: Path) -> None:
+    """Wait until a job whose limit is two minutes is in the queue again."""
+    end = time.monotonic() + 240
+    while "Restarts=0" in output(cluster, "scontrol", "show", "job", job, "--oneliner"):
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.5)
+
+
 def script(folder: Path, job_path: Path) -> Path:
     """A batch script as `cnclip launch` writes it, around the ranks of one job."""
+    command = shlex.join([sys.executable, str(Path(__file__).parent / "slurm_job.py"), str(job_path)])
+    options = ("ntasks=2", "requeue", "open-mode=append", f"output={folder}/slurm.log")
+    lines = ["#!/bin/bash", *(f"#SBATCH --{option}" for option in options), *requeued(command)]
     path = folder / "job.sbatch"
-    path.write_text(
-        "#!/bin/bash\n#SBATCH --ntasks=2\n#SBATCH --requeue\n#SBATCH --open-mode=append\n"
-        f"#SBATCH --output={folder}/slurm.log\n"
-        f"{sys.executable} {Path(__file__).parent / 'slurm_job.py'} {job_path}\n"
-        'status=$?\nif [ $status -eq 143 ]; then scontrol requeue "$SLURM_JOB_ID"; fi\nexit $status\n'
-    )
+    path.write_text("\n".join(lines) + "\n")
     return path
 
 
@@ -155,11 +165,22 @@ def test_a_job_that_reaches_its_time_limit_goes_on_in_the_queue(
     # Slurm looks once in a while: the signal may come up to a minute early.
     limited = ["--time=2", "--signal=TERM@60", str(script(tmp_path, job_path))]
     number = output(cluster, "sbatch", "--parsable", *limited).strip()
-    end = time.monotonic() + 240
-    while "Restarts=0" in output(cluster, "scontrol", "show", "job", number, "--oneliner"):
-        assert time.monotonic() < end, (tmp_path / "slurm.log").read_text()
-        time.sleep(0.5)
+    wait_for_a_restart(cluster, number, tmp_path / "slurm.log")
     output(cluster, "scancel", number)
     assert "by SIGTERM after step" in (Path(job.folder) / "train.log").read_text()
     (saved,) = (Path(job.folder) / "checkpoints").iterdir()  # nothing but the signal asked for one
     assert json.loads((saved / "state.json").read_text())["step"] > 0
+
+
+def test_data_that_reach_their_time_limit_go_on_in_the_queue(tmp_path: Path, cluster: dict[str, str]) -> None:
+    with hanging_run(tmp_path) as (path, is_asked):
+        limit = ("--set=launch.time_limit_minutes=2", "--set=launch.stop_seconds=60")
+        write = [sys.executable, "-m", "pipeline", "launch", path, *limit]
+        subprocess.run(write, env=cluster, check=True, capture_output=True, timeout=60)
+        scripts = tmp_path / "run" / "launch"
+        job = output(cluster, "sbatch", "--parsable", str(scripts / "prepare.sbatch")).strip()
+        wait_for_a_restart(cluster, job, scripts / "prepare.log")
+        output(cluster, "scancel", job)
+        assert is_asked()  # the download was under way
+    assert (tmp_path / "run" / "dedup" / "manifest.json").exists()
+    assert "DUE TO TIME LIMIT" not in (scripts / "prepare.log").read_text()

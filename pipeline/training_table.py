@@ -1,0 +1,138 @@
+"""What `cnclip plan` prints of training: a row each, what was reckoned with, and what has to be said."""
+
+from collections.abc import Iterator, Sequence
+
+from pipeline.align import align
+from pipeline.plan_training import GIB, Hardware, Need, Training, need, paper_gpu_days
+from pipeline.records import ConfigError
+from training.sizing import SECONDS_A_DAY
+
+_HEADER = (
+    *("model", "training", "batch", "epochs", "steps", "ranks", "samples/rank", "micro-batch"),
+    *("GiB", "GPU-days", "days", "paper's"),
+)
+
+
+def training_table(trainings: Sequence[Training], on: Hardware, tokens: int) -> str:
+    """One row a training, what was reckoned with, and notes on what does not fit or divide.
+
+    `tokens` is a caption's mean length with [CLS] and [SEP]; ConfigError where no caption can have it.
+    """
+    longest = max((item.config.context_length for item in trainings), default=tokens)
+    if not 3 <= tokens <= longest:
+        raise ConfigError(
+            f"--tokens {tokens}: must be from 3 ([CLS], one, [SEP]) to {longest}, the longest caption"
+        )
+    planned = [(item, need(item, on, tokens)) for item in trainings]
+    rows = [_HEADER, *(_row(item, needed) for item, needed in planned)]
+    paper = any(row[-1] for row in rows[1:])
+    table = align([row if paper else row[:-1] for row in rows], (False, False, *(True,) * (9 + paper)))
+    notes = [
+        f"{item.model} {item.name}: {note}" for item, needed in planned for note in _notes(item, needed, on)
+    ]
+    if not on.has_bfloat16 and any(needed.in_bfloat16 for _, needed in planned):
+        notes.insert(0, _note_on_bfloat16([item for item, needed in planned if needed.in_bfloat16], on))
+    return "\n".join([table, "", _reckoned(trainings, on, tokens, paper), *notes])
+
+
+def _reckoned(trainings: Sequence[Training], on: Hardware, tokens: int, paper: bool) -> str:
+    """What the table was reckoned with, and what its columns mean."""
+    return (
+        f"Reckoned with {on.name} ({on.memory_bytes / GIB:g} GiB, {on.usable_gib:g} of them planned with) at"
+        f" {100 * on.utilisation:g} % of its 16-bit peak and captions of {tokens} tokens on average."
+        " micro-batch: the training's own, or where it sets none the most samples whose activations a rank"
+        " can hold at once. GiB: a rank's tensors at their fullest (training/sizing.py); counted ones were"
+        " 5 % less (RN50) to 45 % more (the tiny models in bfloat16), and a process needs more than its"
+        " tensors: allocator and libraries. days: by the clock, on all ranks; GPU-days: that times ranks,"
+        " with the time that some wait for the fullest."
+        + (
+            " GPU-days of a training with cached_views hold the building of its cache, K views of every"
+            " picture through the locked tower once; a cache that is there already saves them."
+            if any(item.config.cached_views for item in trainings)
+            else ""
+        )
+        + (" paper's: its GPU-days (A.2), on V100 or A100; they come to 5 to 19 % of peak." if paper else "")
+    )
+
+
+def _note_on_bfloat16(trainings: Sequence[Training], on: Hardware) -> str:
+    names = ", ".join(f"{item.model} {item.name}" for item in trainings)
+    return (
+        f"{on.name} has no tensor cores for bfloat16, which these compute in; its peak is float16's, for"
+        f' which a ViT takes deepspeed = "zero1_fp16" (a ResNet has no float16 here): {names}'
+    )
+
+
+def _row(item: Training, needed: Need) -> tuple[str, ...]:
+    config = item.config
+    steps = days = wall = "?"
+    if needed.num_steps is not None and needed.gpu_days is not None:
+        steps, days = f"{needed.num_steps:,}", _duration(needed.gpu_days, digits=1)
+        wall = _duration(needed.gpu_days / config.ranks, digits=2)
+    paper = paper_gpu_days(item)
+    return (
+        *(item.model, item.name, f"{config.global_batch:,}", str(config.epochs), steps, str(config.ranks)),
+        *(_share(needed), f"{needed.micro_batch:,}" if needed.micro_batch else "none fits"),
+        *(f"{needed.memory_gib:,.1f}", days, wall, f"{paper:,.0f}" if paper is not None else ""),
+    )
+
+
+def _duration(days: float, digits: int) -> str:
+    """Days, or hours, minutes or seconds where the digits would show none."""
+    if round(days, digits) > 0 or days == 0:
+        return f"{days:,.{digits}f}"
+    units = (("h", 24 * days), ("min", 24 * 60 * days), ("s", SECONDS_A_DAY * days))
+    unit, value = next((found for found in units if found[1] >= 1), units[-1])
+    return f"{value:.1f}{unit}"
+
+
+def _share(needed: Need) -> str:
+    split = needed.shares
+    if split.smallest == split.largest:
+        return f"{split.largest:,}"
+    return f"{split.smallest:,}-{split.largest:,}"
+
+
+def _notes(item: Training, needed: Need, on: Hardware) -> Iterator[str]:
+    """What has to be said about one training."""
+    config, split = item.config, needed.shares
+    if split.better_ranks:
+        better = " or ".join(str(ranks) for ranks in split.better_ranks)
+        divides = "divides" if config.global_batch % config.ranks == 0 else "does not divide"
+        yield (
+            f"{config.ranks} {divides} {config.global_batch:,}; ranks own whole lanes ({config.lanes}) and"
+            f" hold {_share(needed)} samples: {100 * split.idle:.1f} % of the time is lost in waiting;"
+            f" {better} ranks share evenly"
+        )
+    if item.num_samples is None:
+        yield "how many pairs it has is not known here; give --samples"
+    elif config.global_batch > item.num_samples:
+        yield (
+            f"a batch of {config.global_batch:,} is more than the {item.num_samples:,} pairs; lower"
+            " global_batch (and lanes, which divides it)"
+        )
+    elif needed.num_steps is not None and config.warmup_steps > needed.num_steps:
+        yield (
+            f"the warm-up of {config.warmup_steps:,} steps is longer than all its {needed.num_steps:,}: the"
+            " learning rate never reaches its peak; lower warmup_steps"
+        )
+    yield from _notes_on_memory(item, needed, on)
+
+
+def _notes_on_memory(item: Training, needed: Need, on: Hardware) -> Iterator[str]:
+    own = item.config.micro_batch
+    if not needed.fitting:
+        yield (
+            f"one sample needs {needed.sample_gib:,.2f} of {on.usable_gib:,.2f} GiB; set"
+            f" checkpoint_activations, a higher ZeRO stage, or take a larger device than {on.name}"
+        )
+    elif own is not None and needed.memory_gib > on.usable_gib:
+        yield (
+            f"micro_batch = {own} needs {needed.memory_gib:,.2f} of {on.usable_gib:,.2f} GiB;"
+            f" micro_batch = {needed.fitting} fits"
+        )
+    elif own is None and needed.fitting < needed.shares.largest:
+        yield (
+            f"without micro_batch a rank holds its {needed.shares.largest:,} samples at once, which needs"
+            f" {needed.share_gib:,.2f} of {on.usable_gib:,.2f} GiB; set micro_batch = {needed.fitting}"
+        )
