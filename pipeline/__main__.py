@@ -97,7 +97,7 @@ def _run(options: argparse.Namespace) -> int:
 
     run, config = load(options.run, options.set)
     stages = select(run, options.stage, options.first, options.last)
-    for stage in run.stages:  # a corpus takes days: what its training lacks is said before it
+    for stage in stages:  # a corpus takes days: what training after it lacks is said before it
         if isinstance(stage.config, TrainStageConfig):
             check_given_files(stage.config, stage.name)
     force = options.redo and options.stage is not None

@@ -83,9 +83,10 @@ def test_weights_that_are_not_there_are_said_before_the_corpus_is_built(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = f"--set=run.folder={tmp_path / 'run'}", f"--set=model.text_weights={tmp_path}/none.pt"
-    assert main(["run", "demo", *settings, "--to", "corpus"]) == 1
+    assert main(["run", "demo", *settings]) == 1
     assert "/none.pt: no such file or folder; correct [model] text_weights" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+    assert main(["run", "demo", *settings, "--to", "corpus"]) == 0  # who builds a corpus alone needs none
 
 
 def test_two_sources_of_the_image_tower_are_refused() -> None:
