@@ -117,6 +117,8 @@ def load(path: str, overrides: Sequence[str] = ()) -> tuple[Run, RunConfig]:
     config = build(RunConfig, _with_paper_recipes(table, path), path)
     if config.model.name not in MODELS:
         raise ConfigError(f"{path}: model.name: no model {config.model.name!r}; known: {', '.join(MODELS)}")
+    if config.run.seed < 0:
+        raise ConfigError(f"{path}: run.seed = {config.run.seed}: must not be negative")
     if config.stage1 is None and config.stage2 is None and config.finetune is None:
         raise ConfigError(f"{path}: nothing to train; give [stage1], [stage2] or both, or [finetune]")
     if config.filter_score is not None and config.score is None:

@@ -175,6 +175,7 @@ def test_a_recipe_is_found_by_name_and_by_its_path_in_the_tree(
         ("filtertext.min_score=0.2", "did you mean filter_text?"),
         ("model.name=tiny", "model.name"),
         ("run.processes=two", "run.processes"),
+        ("run.seed=-1", "run.seed = -1: must not be negative"),
         ("stage1.peak_learning_rate=nan", "stage1.peak_learning_rate: must be a finite number, found nan"),
         (
             "stage1.augment.crop_area=[0.5, inf]",
