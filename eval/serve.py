@@ -16,6 +16,7 @@ page elsewhere whose name was pointed at this machine cannot read it.
 """
 
 import base64
+import contextlib
 import hashlib
 import io
 import ipaddress
@@ -151,10 +152,11 @@ class SearchServer(ThreadingHTTPServer):
     Raises ConfigError where the address cannot be bound.
     """
 
-    daemon_threads = True
+    daemon_threads = False  # one that is inside torch or FAISS while Python shuts down ends in an abort
 
     def __init__(self, searcher: Searcher, host: str = "127.0.0.1", port: int = 8000) -> None:
         self.searcher = searcher
+        self._connections = set[Any]()
         self.computing = threading.Lock()  # one search at a time: torch uses every core for one already
         self.decoding = threading.BoundedSemaphore(_DECODES_AT_ONCE)
         self.page = (Path(__file__).parent / "serve.html").read_bytes()
@@ -174,6 +176,23 @@ class SearchServer(ThreadingHTTPServer):
     def url(self) -> str:
         host = str(self.server_address[0])
         return f"http://{f'[{host}]' if ':' in host else host}:{self.server_port}/"
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """A thread for a connection."""
+        self._connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """The connection's end."""
+        self._connections.discard(request)
+        super().shutdown_request(request)
+
+    def server_close(self) -> None:
+        """End what is still open, such as a browser's idle connections, and wait for its threads."""
+        for connection in list(self._connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        super().server_close()
 
     @property
     def is_local(self) -> bool:

@@ -14,7 +14,7 @@ BOTTOM = {
 }  # fmt: skip
 TOP = {
     "catalog", "runner", "launch", "plan_training", "rank", "why", "tables", "doctor", "__main__",
-    "corpus_commands", "diff", "lock", "ray_cluster", "retry",
+    "corpus_commands", "diff", "lock", "ray_cluster", "retry", "training_table",
 }  # fmt: skip
 
 # What each layer may import of this project besides itself.

@@ -6,10 +6,12 @@ import json
 import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -575,3 +577,15 @@ def test_nothing_found_and_nothing_asked(browser: Chromium, site: Site) -> None:
     visit(browser, site)
     browser.type("")
     browser.wait(f"{STATUS} === 'type a text or give a picture'")
+
+
+def test_an_idle_connection_does_not_keep_it_from_stopping(site: Site) -> None:
+    server = SearchServer(Searcher(site.encoder, []), port=0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with socket.create_connection(("127.0.0.1", server.server_port)) as idle:
+        idle.sendall(b"GET /api/about HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        assert idle.recv(1000).startswith(b"HTTP/1.1 ")
+        server.shutdown()
+        started = time.monotonic()
+        server.server_close()  # waits for its threads, of which one waits for the next request
+        assert time.monotonic() - started < 5

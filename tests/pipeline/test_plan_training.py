@@ -218,4 +218,4 @@ def test_training_is_planned_before_its_data_are_there(
     assert "filter_text" in said.out
     (row,) = [line.split() for line in said.out.splitlines() if line.startswith("ViT-B-16  stage1")]
     assert row[4] == "268,554"
-    assert said.err.startswith("error: evaluation/muge/valid_imgs.tsv: no such file; ")
+    assert said.err.startswith("error: evaluation/muge/muge-valid_imgs.tsv: no such file; ")

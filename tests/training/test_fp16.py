@@ -14,8 +14,8 @@ from train_jobs import CONFIG, make_job, train_rank
 
 from pipeline.records import ConfigError
 from training.config import TrainJob
-from training.engine import check_precision
 from training.partitions import loss_scaling, set_loss_scaling
+from training.precision import check_precision
 
 HAS_GPU = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="no GPU")
