@@ -20,9 +20,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: install
 	$(BIN)/cnclip run pipeline/recipes/demo.toml
 
-# Two files at once, each whole in one process: tests of a file share what they have made.
+# Two files at once, each whole in one process: tests of a file share what they have made. In their own order: the
+# longest files have few tests and would come last.
 test: install
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
