@@ -120,37 +120,30 @@ class Journal:
         if not self.writes:
             return
         with self._naming_the_folder():
-            self._write_step(batch, loss, temperature, learning_rate, wait_seconds, skipped)
-
-    def _write_step(
-        self,
-        batch: "Batch",
-        loss: float,
-        temperature: float,
-        learning_rate: float,
-        wait_seconds: float,
-        skipped: bool,
-    ) -> None:
-        step = batch.step + 1
-        learned: dict[str, Any] = {"loss": loss, "temperature": temperature, "learning_rate": learning_rate}
-        self._write_metrics(step, {"skipped": True} if skipped else learned)
-        self._speed.step(wait_seconds)
-        tokens = float(batch.tokens_BL.ne(0).sum(1).float().mean())
-        speed = self._describe_speed(tokens)
-        line = {"time": time.time(), "step": step, **speed}
-        self._log.write(json.dumps(line) + "\n")
-        for name, value in {**({} if skipped else learned), **speed}.items():
-            self._curves.add_scalar(f"train/{name}", value, step)
-        self._complain_of_waiting()
-        now = time.monotonic()
-        if now - self._last_progress >= _SECONDS_BETWEEN_PROGRESS or step == self._total_steps:
-            self._last_progress = now
-            self._log.flush()
-            text = f"loss {loss:.3f} · temperature {temperature:.1f} · {speed['samples_per_second']:.0f}"
-            text += f" samples/s · data wait {100 * self._speed.wait_share:.1f} %"
-            if "utilisation" in speed:
-                text += f" · {100 * speed['utilisation']:.0f} % of peak FLOP/s"
-            self._say("progress", {"done": step, "total": self._total_steps, "text": text})
+            step = batch.step + 1
+            learned: dict[str, Any] = {
+                "loss": loss,
+                "temperature": temperature,
+                "learning_rate": learning_rate,
+            }
+            self._write_metrics(step, {"skipped": True} if skipped else learned)
+            self._speed.step(wait_seconds)
+            tokens = float(batch.tokens_BL.ne(0).sum(1).float().mean())
+            speed = self._describe_speed(tokens)
+            line = {"time": time.time(), "step": step, **speed}
+            self._log.write(json.dumps(line) + "\n")
+            for name, value in {**({} if skipped else learned), **speed}.items():
+                self._curves.add_scalar(f"train/{name}", value, step)
+            self._complain_of_waiting()
+            now = time.monotonic()
+            if now - self._last_progress >= _SECONDS_BETWEEN_PROGRESS or step == self._total_steps:
+                self._last_progress = now
+                self._log.flush()
+                text = f"loss {loss:.3f} · temperature {temperature:.1f} · {speed['samples_per_second']:.0f}"
+                text += f" samples/s · data wait {100 * self._speed.wait_share:.1f} %"
+                if "utilisation" in speed:
+                    text += f" · {100 * speed['utilisation']:.0f} % of peak FLOP/s"
+                self._say("progress", {"done": step, "total": self._total_steps, "text": text})
 
     def recalls(self, step: int, recalls: Mapping[str, Mapping[str, Any]]) -> None:
         """The weights after `step` steps were validated; every rank is told."""

@@ -158,7 +158,7 @@ def watch(
     elif received and status == 0:
         said = "training is finished"
     elif received and (was_early or _killed_by(status, (signal.SIGUSR1, signal.SIGTERM))):
-        said = "before a step was finished"  # ranks that do not listen yet have nothing to lose
+        said = "no rank was training"  # those that do not listen yet have nothing to lose
     if said is not None:
         if signal.SIGINT in received:
             raise KeyboardInterrupt

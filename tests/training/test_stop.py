@@ -116,7 +116,7 @@ def test_a_signal_that_comes_before_there_are_ranks_is_not_lost(tmp_path: Path) 
         process.send_signal(signal.SIGTERM)
         said, _ = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == Stopped.exit_status
-    assert "stopped: before a step was finished; run the same command to go on" in said
+    assert "stopped: no rank was training; run the same command to go on" in said
 
 
 def test_a_rank_that_waits_for_another_to_come_ends_too(tmp_path: Path) -> None:
