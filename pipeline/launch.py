@@ -111,34 +111,37 @@ def script(job: Job, launch: LaunchConfig, folder: str, arguments: Sequence[str]
     chosen = ["--stage", job.name] if job.train else ["--from", job.stages[0], "--to", job.stages[-1]]
     srun = ["--set", "launch.launcher=srun"] if job.train else []
     command = [sys.executable, "-m", "pipeline", "run", *arguments, *chosen, *srun]
+    cpus = ["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"] if job.train else []
     lines = [
         "#!/bin/bash",
         *(f"#SBATCH {option}" for option in options),
         "",
         f"cd {shlex.quote(os.getcwd())} || exit 1",
-        *launch.setup,
-        *(["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"] if job.train else []),
-        *requeued(shlex.join(command)),
+        *requeued(shlex.join(command), [*launch.setup, *cpus]),
         "",
     ]
     return "\n".join(lines)
 
 
-def requeued(command: str) -> list[str]:
+def requeued(command: str, setup: Sequence[str] = ()) -> list[str]:
     """Lines of a script that run a command and put their job back into the queue where it was stopped.
 
     Bash hears a signal while it waits, not while a command runs in the foreground; a `wait` that a signal cut
-    short says nothing of the command, which goes on and has its own status.
+    short says nothing of the command, which goes on and has its own status. A signal that comes during the
+    `setup` lines, or before `$run` is known, is passed on as soon as there is a command to hear it.
+    The lines hold under a `set -eu` of the setup, too.
     """
     return [
+        "run= early=",
+        "trap 'again=yes; kill -TERM $run 2> /dev/null || early=yes' TERM",
+        *setup,
         f"{command} &",
         "run=$!",
-        "trap 'again=yes; kill -TERM $run 2> /dev/null' TERM",
+        '[ -z "$early" ] || kill -TERM $run 2> /dev/null || :',
         "again=yes",
         "while [ $again = yes ]; do",
         "    again=no",
-        "    wait $run",
-        "    status=$?",
+        "    wait $run && status=0 || status=$?",
         "done",
         "trap '' TERM",
         f"if [ $status -eq {Stopped.exit_status} ]; then",

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,14 +17,16 @@ from pipeline.launch import requeued
 LIMIT_SECONDS = 60
 
 
-def end_of(folder: Path, command: str, *, stop_when: Callable[[], bool] | None = None) -> tuple[int, str]:
+def end_of(
+    folder: Path, command: str, setup: Sequence[str] = (), *, stop_when: Callable[[], bool] | None = None
+) -> tuple[int, str]:
     """(status of the script, what it had `scontrol` do), SIGTERM sent to the script at some moment."""
     fake = folder / "bin" / "scontrol"
     fake.parent.mkdir()
     fake.write_text(f'#!/bin/bash\nsleep 0.2\necho "$@" >> {folder}/asked\n')
     fake.chmod(0o755)
     environment = os.environ | {"SLURM_JOB_ID": "17", "PATH": f"{fake.parent}:{os.environ['PATH']}"}
-    with subprocess.Popen(["bash", "-c", "\n".join(requeued(command))], env=environment) as script:
+    with subprocess.Popen(["bash", "-c", "\n".join(requeued(command, setup))], env=environment) as script:
         if stop_when is not None:
             end = time.monotonic() + LIMIT_SECONDS
             while not stop_when():
@@ -60,6 +62,10 @@ def test_the_script_passes_a_signal_on_and_waits_for_the_command(
     found = end_of(tmp_path, f"bash -c {shlex.quote(body)}", stop_when=ready.exists)
     assert heard.exists()
     assert found == expected
+
+
+def test_a_signal_before_there_is_a_command_is_passed_on_to_it(tmp_path: Path) -> None:
+    assert end_of(tmp_path, "sleep 60", ["set -euo pipefail", "kill -TERM $$"]) == (143, "requeue 17")
 
 
 @pytest.mark.parametrize("executor", ["local", pytest.param("ray", marks=pytest.mark.slow)])
