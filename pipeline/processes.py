@@ -1,8 +1,13 @@
-"""Child processes that never outlive the one that started them, and what asks them to stop."""
+"""Child processes: how they start and end, what asks them to stop, and that none outlives its parent."""
 
+import contextlib
 import ctypes
+import gc
+import os
 import signal
 import sys
+from collections.abc import Iterator
+from typing import NoReturn
 
 _PR_SET_PDEATHSIG = 1
 
@@ -18,3 +23,24 @@ def die_with_parent() -> None:
     if not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Around large imports, such as torch's: their objects stay, and the garbage collector leaves them alone.
+
+    Looking through them again and again takes a sixth of a rank's start, and of every full collection later.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def leave(status: int) -> NoReturn:
+    """End at once: taking torch's modules apart takes a second, and a group of ranks may wait for a peer."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

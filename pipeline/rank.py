@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from pipeline import store
-from pipeline.processes import die_with_parent
+from pipeline.processes import die_with_parent, importing, leave
 from pipeline.records import ConfigError, InputError, Stopped
 from training.config import TrainJob
 
@@ -36,9 +36,10 @@ def main() -> int:
     try:
         job = read_job(arguments)
 
-        from eval.embed import validator
-        from training.model.tokenizer import Tokenizer
-        from training.pretrain import pretrain
+        with importing():
+            from eval.embed import validator
+            from training.model.tokenizer import Tokenizer
+            from training.pretrain import pretrain
 
         validate = None
         if job.evaluations:
@@ -46,8 +47,8 @@ def main() -> int:
         pretrain(job, validate)
     except (ConfigError, InputError, Stopped) as error:
         kind = "stopped" if isinstance(error, Stopped) else "error"
-        print(f"{kind}: {error}", file=sys.stderr, flush=True)
-        _leave(error.exit_status)
+        print(f"{kind}: {error}", file=sys.stderr)
+        return error.exit_status
     return 0
 
 
@@ -87,12 +88,5 @@ def ranks_of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _leave(status: int) -> None:
-    """End at once: peers may wait in a collective, which tearing the group down would wait for too."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

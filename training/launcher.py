@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -116,6 +117,7 @@ def watch(
     """
     with (
         open(log_path, "a", encoding="utf-8") as log,
+        _passing_on_signals() as signals,
         subprocess.Popen(
             command,
             env=environment,
@@ -127,10 +129,12 @@ def watch(
             preexec_fn=die_with_parent,
             start_new_session=True,  # or Ctrl-C would end DeepSpeed's launcher, and that its ranks
         ) as process,
-        _passing_on_signals(process) as (received, was_early),
         RankEnds(process.pid, log.write),
     ):
         assert process.stdout is not None
+        signals.launcher = process
+        if signals.early:
+            process.terminate()
         stopped: re.Match[str] | None = None
         log.write(f"{_START} {datetime.now(UTC).isoformat(timespec='seconds')}\n")
         try:
@@ -155,12 +159,12 @@ def watch(
     said = None
     if status == Stopped.exit_status and stopped is not None:
         said = stopped[1]
-    elif received and status == 0:
+    elif signals.received and status == 0:
         said = "training is finished"
-    elif received and (was_early or _killed_by(status, (signal.SIGUSR1, signal.SIGTERM))):
+    elif signals.received and (signals.early or _killed_by(status, (signal.SIGUSR1, signal.SIGTERM))):
         said = "no rank was training"  # those that do not listen yet have nothing to lose
     if said is not None:
-        if signal.SIGINT in received:
+        if signal.SIGINT in signals.received:
             raise KeyboardInterrupt
         raise Stopped(f"{said}; run the same command to go on (log: {log_path})")
     return status
@@ -204,34 +208,42 @@ def _killed_by(status: int, signals: Sequence[int]) -> str | None:
     return None
 
 
-@contextlib.contextmanager
-def _passing_on_signals(process: "subprocess.Popen[str]") -> Iterator[tuple[list[int], list[int]]]:
-    """Inside, STOP_SIGNALS to this process reach the ranks.
+@dataclass(slots=True)
+class _Signals:
+    """Those that asked for the end, in order."""
 
-    Gives the list of those that came, and of those that came before there were ranks and ended the launcher.
+    received: list[int] = field(default_factory=list)
+    early: list[int] = field(default_factory=list)  # those that came before there were ranks to hear them
+    launcher: "subprocess.Popen[str] | None" = None
+
+
+@contextlib.contextmanager
+def _passing_on_signals() -> Iterator[_Signals]:
+    """Inside, STOP_SIGNALS to this process reach the ranks of the launcher; without ranks they end it.
+
     Only a main thread can listen for them.
     """
-    received: list[int] = []
-    early: list[int] = []
+    signals = _Signals()
     if threading.current_thread() is not threading.main_thread():
-        yield received, early
+        yield signals
         return
 
     def pass_on(number: int, frame: object) -> None:
-        if number == signal.SIGINT and number in received:
+        if number == signal.SIGINT and number in signals.received:
             raise KeyboardInterrupt
-        received.append(number)
-        ranks = _rank_processes(process.pid)
+        signals.received.append(number)
+        ranks = [] if signals.launcher is None else _rank_processes(signals.launcher.pid)
         if not ranks:
-            early.append(number)
-            process.terminate()
+            signals.early.append(number)
+            if signals.launcher is not None:
+                signals.launcher.terminate()
         for rank in ranks:
             with contextlib.suppress(psutil.NoSuchProcess):
                 rank.send_signal(signal.SIGUSR1)
 
     before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
     try:
-        yield received, early
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

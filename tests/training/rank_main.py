@@ -4,17 +4,27 @@ import os
 import sys
 from pathlib import Path
 
-from train_jobs import train_rank
-
+from pipeline.processes import importing, leave
 from pipeline.rank import ranks_of_slurm
 from pipeline.records import ConfigError, InputError, Stopped
 from training.config import TrainJob
 
-if __name__ == "__main__":
+with importing():
+    from train_jobs import train_rank
+
+    import training.pretrain  # noqa: F401  `train_rank` imports it
+
+
+def main(path: str) -> int:
     os.environ.update(ranks_of_slurm(os.environ))
     try:
-        train_rank(TrainJob.from_json(Path(sys.argv[-1]).read_text(), sys.argv[-1]))
+        train_rank(TrainJob.from_json(Path(path).read_text(), path))
     except (ConfigError, InputError, Stopped) as error:
         kind = "stopped" if isinstance(error, Stopped) else "error"
-        print(f"{kind}: {error}", file=sys.stderr, flush=True)
-        os._exit(error.exit_status)  # as pipeline.rank does
+        print(f"{kind}: {error}", file=sys.stderr)
+        return error.exit_status
+    return 0
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[-1]))
