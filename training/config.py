@@ -99,6 +99,8 @@ class TrainConfig:
     max_gradient_norm: float | None = None  # longer gradients are shortened to this; the paper has none
     max_temperature: float = 100.0  # the logits' scale is clamped to 1…this (Table 8)
     lock_image: bool = False  # stage 1: the image tower stays as it is, byte for byte (2.3)
+    # torch compiles the locked tower: half a minute or more at each start, then a picture takes less.
+    compile_image: bool = field(default=False, metadata=NOT_IN_DIGEST)
     cached_views: int = 0  # augmented views of a picture whose features are computed once; 0: every time anew
     # Both towers recompute activations in the backward pass (A.2).
     checkpoint_activations: bool = field(default=False, metadata=NOT_IN_DIGEST)
@@ -162,6 +164,11 @@ class TrainConfig:
                 f"[{stage}] cached_views = {self.cached_views}: features can be kept only of an image tower"
                 " that stays as it is; set lock_image = true or cached_views = 0"
             )
+        if self.compile_image and not self.lock_image:
+            raise ConfigError(
+                f"[{stage}] compile_image = true: only a tower that stays as it is runs compiled; set"
+                " lock_image = true or leave compile_image out"
+            )
         self.augment.check(stage)
         self._check_extras(stage)
         if self.micro_batch is not None and self.micro_batch <= 0:
@@ -186,9 +193,14 @@ class TrainConfig:
 
     def _check_deepspeed(self, stage: str) -> None:
         try:
-            read_deepspeed_file(self.deepspeed)
+            settings = read_deepspeed_file(self.deepspeed)
         except ConfigError as error:
             raise ConfigError(f"[{stage}] {error}") from None
+        if self.compile_image and settings.get("zero_optimization", {}).get("stage") == 3:
+            raise ConfigError(
+                f"[{stage}] compile_image = true, but {self.deepspeed} is ZeRO 3: it gathers weights while"
+                " the model runs, which cannot be compiled; take a lower stage or leave compile_image out"
+            )
 
     def _check_extras(self, stage: str) -> None:
         if not 0 <= self.patch_mask < 1:

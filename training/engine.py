@@ -59,6 +59,9 @@ class Towers(nn.Module):
         self._std_C11: Tensor
         self.register_buffer("_mean_C11", torch.tensor(MEAN).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("_std_C11", torch.tensor(STD).view(3, 1, 1) * 255, persistent=False)
+        # A validation goes around it: its batches have other sizes, and what is compiled depends on which
+        # came first, which in a start from a checkpoint may be another.
+        self._encode_image = torch.compile(clip.encode_image) if config.compile_image else clip.encode_image
 
     def forward(self, image: Tensor, tokens_XL: Tensor, kept_BP: Tensor | None = None) -> "Features":
         """Features in float32, unit-norm.
@@ -68,14 +71,15 @@ class Towers(nn.Module):
         patches to compute on.
         """
         scale = self.clip.logit_scale.float().clone()
-        if image.ndim == 2:
-            image_BD = image.float()
-        else:
-            image_BD = self.clip.encode_image(self.normalise(image), kept_BP)
+        image_BD = image.float() if image.ndim == 2 else self.encode_image(image, kept_BP)
         text_BD, statement_SD = self.clip.encode_text(tokens_XL).tensor_split([len(image)])
         if not len(statement_SD):
             return image_BD, text_BD, scale
         return image_BD, text_BD, scale, statement_SD.view(len(image), 2, -1)
+
+    def encode_image(self, image_BCHW: Tensor, kept_BP: Tensor | None = None) -> Tensor:
+        """Unit-norm feature_BD in float32 of uint8 pictures; compiled where the run asks for it."""
+        return self._encode_image(self.normalise(image_BCHW), kept_BP)
 
     def normalise(self, image_BCHW: Tensor) -> Tensor:
         """float32 pixels as the image tower wants them, of uint8."""

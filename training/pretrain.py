@@ -53,6 +53,7 @@ _NOT_LEARNING = (
     "micro_batch",
     "deepspeed",
     "checkpoint_activations",
+    "compile_image",
     "validate_every_steps",
     "save_every_steps",
     "validate_every_epoch",
@@ -93,6 +94,7 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
     tokenizer = Tokenizer.load(job.vocabulary)
     clip = build_model(job, tokenizer)
     check_precision(config)
+    check_compiler(config, job.stage)
     order = sample_order(job)
     reader = make_reader(job, order, tokenizer, clip, lanes=order.rank_lanes(rank, config.ranks))
     teacher = load_teacher(config, clip, job.stage)
@@ -185,6 +187,16 @@ def build_model(job: TrainJob, tokenizer: Tokenizer) -> CLIP:
     return clip
 
 
+def check_compiler(config: TrainConfig, stage: str) -> None:
+    """Raise ConfigError where a tower is to be compiled and torch finds nothing to do it with."""
+    compiler = os.environ.get("CXX", "g++")
+    if config.compile_image and shutil.which(compiler) is None:
+        raise ConfigError(
+            f"[{stage}] compile_image = true: no C++ compiler: {compiler} is not there; install one (apt-get"
+            " install g++), set CXX, or leave compile_image out"
+        )
+
+
 def sample_order(job: TrainJob) -> SampleOrder:
     """Which samples every step of a job sees."""
     return SampleOrder(
@@ -253,7 +265,7 @@ def cache_features(
         watchdog.alive("computing features of the locked tower", between_steps=True)
         image_BCHW = image_BCHW.to(device)
         with torch.no_grad(), autocast(image_BCHW.device.type, towers.compute_dtype):
-            return clip.encode_image(towers.normalise(image_BCHW))
+            return towers.encode_image(image_BCHW)
 
     def show(done: int, total: int) -> None:
         if dist.get_rank() == 0:
