@@ -78,7 +78,11 @@ def ranks_of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
     """torch's names for what srun tells each task; nothing where there is no srun, or torch's are there."""
     if "SLURM_PROCID" not in environment or "RANK" in environment:
         return {}
-    local_ranks = environment["SLURM_TASKS_PER_NODE"].split("(")[0].split(",")[0]
+    of_nodes = list[str]()  # ranks of each machine; Slurm writes 8,8,4 as 8(x2),4
+    for part in environment["SLURM_TASKS_PER_NODE"].split(","):
+        ranks, _, times = part.rstrip(")").partition("(x")
+        of_nodes += [ranks] * int(times or 1)
+    local_ranks = of_nodes[int(environment.get("SLURM_NODEID", "0"))]
     return {
         "RANK": environment["SLURM_PROCID"],
         "WORLD_SIZE": environment["SLURM_NTASKS"],

@@ -120,6 +120,10 @@ def test_a_rank_takes_its_place_from_slurm_where_nobody_else_says_it() -> None:
     found = ranks_of_slurm({**slurm, "SLURM_TASKS_PER_NODE": "8(x2)"})
     assert (found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]) == ("9", "16", "1")
     assert found["LOCAL_WORLD_SIZE"] == "8"
+    uneven = {**slurm, "SLURM_TASKS_PER_NODE": "8(x2),4,2"}
+    assert [
+        ranks_of_slurm({**uneven, "SLURM_NODEID": str(node)})["LOCAL_WORLD_SIZE"] for node in range(4)
+    ] == ["8", "8", "4", "2"]
     assert ranks_of_slurm({**slurm, "RANK": "0"}) == {}
     assert ranks_of_slurm({"PATH": "/bin"}) == {}
 
