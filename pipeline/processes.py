@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 _PR_SET_PDEATHSIG = 1
 
@@ -37,6 +37,13 @@ def importing() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def say(line: str, stream: TextIO | None = None) -> None:
+    """A line to standard output, or to another stream, in one write: ranks share a pipe and print at once."""
+    stream = stream or sys.stdout
+    stream.write(f"{line}\n")
+    stream.flush()
 
 
 def leave(status: int) -> NoReturn:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from pipeline import store
-from pipeline.processes import die_with_parent, importing, leave
+from pipeline.processes import die_with_parent, importing, leave, say
 from pipeline.records import ConfigError, InputError, Stopped
 from training.config import TrainJob
 
@@ -47,7 +47,7 @@ def main() -> int:
         pretrain(job, validate)
     except (ConfigError, InputError, Stopped) as error:
         kind = "stopped" if isinstance(error, Stopped) else "error"
-        print(f"{kind}: {error}", file=sys.stderr)
+        say(f"{kind}: {error}", sys.stderr)
         return error.exit_status
     return 0
 

@@ -99,7 +99,7 @@ class TrainConfig:
     max_gradient_norm: float | None = None  # longer gradients are shortened to this; the paper has none
     max_temperature: float = 100.0  # the logits' scale is clamped to 1…this (Table 8)
     lock_image: bool = False  # stage 1: the image tower stays as it is, byte for byte (2.3)
-    # torch compiles the locked tower: half a minute or more at each start, then a picture takes less.
+    # torch compiles the locked tower: some 20 seconds at each start, then a picture takes less time.
     compile_image: bool = field(default=False, metadata=NOT_IN_DIGEST)
     cached_views: int = 0  # augmented views of a picture whose features are computed once; 0: every time anew
     # Both towers recompute activations in the backward pass (A.2).

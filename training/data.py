@@ -12,7 +12,6 @@ import os
 import queue
 import threading
 import time
-import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline import store
+from pipeline.processes import say
 from pipeline.records import ConfigError, InputError, Shard
 from training.augment import augment, sample_generator
 from training.auto_augment import Pixels
@@ -264,12 +264,12 @@ def _cached_tokens(
         try:
             with store.open_read(path) as file, np.load(file, allow_pickle=False) as arrays:
                 return arrays["token_ids"], arrays["token_starts"]
-        except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            print(f"{path}: cannot be read ({error}): token ids are made again", flush=True)
+        except Exception as error:  # damaged bytes surface as whatever zipfile and numpy trip over
+            say(f"{path}: cannot be read ({error}): token ids are made again")
     tokens_NL = tokenizer.encode(captions, context_length)
     full = [caption for caption, last in zip(captions, tokens_NL[:, -1], strict=True) if last]
     if full and (num_cut := tokenizer.num_truncated(full, context_length)):
-        print(f"{sidecar}: {num_cut} of {len(captions)} captions cut to {context_length} tokens", flush=True)
+        say(f"{sidecar}: {num_cut} of {len(captions)} captions cut to {context_length} tokens")
     is_token = tokens_NL != 0
     token_ids = tokens_NL[is_token]
     token_starts = np.concatenate([[0], np.cumsum(is_token.sum(axis=1), dtype=np.int64)])

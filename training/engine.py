@@ -51,6 +51,7 @@ class Towers(nn.Module):
         settings = read_deepspeed_file(config.deepspeed)
         self._autocast_dtype, self.compute_dtype = autocast_dtype(settings), compute_dtype(settings)
         self.exact: dict[str, Tensor] = {}  # parameters that are not trained, where the model rounds them
+        self.num_asked = 0  # questions of statements that this rank was asked
         self.skipped = ""  # why the last step changed nothing; empty: it did
         # Gradients travel while micro-batches go back, so all ranks need the same number of them.
         largest = config.micro_batch or max(num_samples_of_ranks)
@@ -127,6 +128,7 @@ class Towers(nn.Module):
                 num_samples_of_ranks=sizes,
             )
         if self._negation is not None and batch.questions is not None and statement_B2D is not None:
+            self.num_asked += int(batch.questions.asked_B.sum())
             asked_B = batch.questions.asked_B.to(device)
             loss = loss + self._negation.weight * negation_loss(
                 image_BD, statement_B2D, logit_scale, asked_B, sum(sizes)

@@ -108,7 +108,7 @@ class FeatureCache:
         expected = (self._shards[shard].num_samples, self.num_views)
         try:
             records: npt.NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # numpy's reader of headers raises what Python's parser does
             raise InputError(f"{path}: cannot be read ({error}); remove the file: it is made again") from None
         dtype = _record(self._dim)
         if records.shape != expected or records.dtype != dtype:

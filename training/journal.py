@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pipeline import store
+from pipeline.processes import say
 from pipeline.records import InputError
 from training import checkpoint
 from training.choice import Validation, read_validations
@@ -221,7 +222,7 @@ class Journal:
             )
 
     def _say(self, kind: str, fields: Mapping[str, Any]) -> None:
-        print(f"@{kind} {json.dumps(fields, ensure_ascii=False)}", flush=True)
+        say(f"@{kind} {json.dumps(fields, ensure_ascii=False)}")
 
     def _write_metrics(self, step: int, values: Mapping[str, Any]) -> None:
         self._metrics.write(self._line(step, values))

@@ -152,8 +152,11 @@ def watch(
                     log.write(fields["text"] + "\n")
                     notice(fields["text"])
             status = process.wait()
-        except BaseException:
-            process.terminate()  # DeepSpeed's launcher ends its ranks on SIGTERM
+        except BaseException as error:
+            # DeepSpeed's launcher passes SIGTERM on and waits for its ranks. A second Ctrl-C does not want
+            # that: killed, the launcher takes them along (`die_with_parent`), which srun would not.
+            is_second = isinstance(error, KeyboardInterrupt) and command[0] != "srun"
+            process.send_signal(signal.SIGKILL if is_second else signal.SIGTERM)
             process.wait()
             raise
     said = None

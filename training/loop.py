@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import distributed as dist
 
 from pipeline import store
@@ -77,6 +78,7 @@ def train(run: Run) -> int:
             refuse_non_finite(run, batch, loss, skipped_in_a_row)
         number, wait_seconds = run.stop.agreed(run.batches.wait_seconds)
         run.journal.step(batch, loss, temperature(run), rate, wait_seconds, skipped=bool(skipped))
+        complain_of_statements(run, step)
         if not number and validation_is_due(run, step):
             validate(run, step)
             number, _ = run.stop.agreed()
@@ -201,6 +203,22 @@ def refuse_non_finite(run: Run, batch: Batch, loss: float, in_a_row: int) -> Non
         f"{found}{also}; {samples}; lower peak_learning_rate or lengthen warmup_steps, look at these samples,"
         ' or leave such batches out: on_non_finite = "skip"'
     )
+
+
+def complain_of_statements(run: Run, step: int) -> None:
+    """Say after a pass over the corpus that none of its captions led to a statement that a run asks for."""
+    pass_steps = max(1, run.num_samples // run.config.global_batch)
+    if run.config.negation is None or step - run.first_step != pass_steps:
+        return
+    towers = run.engine.module
+    asked = torch.tensor(towers.num_asked, device=towers.clip.logit_scale.device)
+    dist.all_reduce(asked)
+    if not asked:
+        run.journal.notice(
+            f"[{run.stage}] negation: in {pass_steps} steps no caption named some of objects ="
+            f" {', '.join(run.config.negation.objects)} and not all: no statement is learned; name what these"
+            " captions name"
+        )
 
 
 def checkpoints_folder(folder: str) -> str:

@@ -48,7 +48,7 @@ class Statements:
         """ConfigError for a statement that is longer than `context_length` tokens."""
         self.config, self._seed = config, seed
         templates = (*config.affirmed, *config.negated)
-        texts = [template.format(thing) for template in templates for thing in config.objects]
+        texts = [template.replace("{}", thing) for template in templates for thing in config.objects]
         if tokenizer.num_truncated(texts, context_length):
             raise ConfigError(
                 f"negation: a statement is longer than context_length = {context_length} tokens"

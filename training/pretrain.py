@@ -20,7 +20,7 @@ from torch import distributed as dist
 
 from pipeline import store
 from pipeline.config import digest
-from pipeline.processes import die_with_parent
+from pipeline.processes import die_with_parent, say
 from pipeline.records import ConfigError, InputError, Stopped
 from training import checkpoint
 from training.checkpoint import Checkpoint
@@ -271,7 +271,7 @@ def cache_features(
         if dist.get_rank() == 0:
             text = f"features of {config.cached_views} views"
             progress = {"done": done, "total": total, "text": text}
-            print(f"@progress {json.dumps(progress)}", flush=True)
+            say(f"@progress {json.dumps(progress)}")
 
     own = missing[dist.get_rank() :: config.ranks]
     build(
@@ -397,7 +397,7 @@ def _find_start(job: TrainJob, identity: Mapping[str, Any]) -> _Start:
         if damage:
             notices.append(f"{root}: no checkpoint is whole: the stage starts anew")
         return _Start(None, None, frozenset(damage), tuple(notices))
-    print(f"going on from {newest.folder}", flush=True)
+    say(f"going on from {newest.folder}")
     if job.config.choose != "best":
         return _Start(newest, None, frozenset(damage), tuple(notices))
     lines = store.read_text(newest.metrics_path).splitlines()

@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from pipeline.processes import importing, leave
+from pipeline.processes import importing, leave, say
 from pipeline.rank import ranks_of_slurm
 from pipeline.records import ConfigError, InputError, Stopped
 from training.config import TrainJob
@@ -21,7 +21,7 @@ def main(path: str) -> int:
         train_rank(TrainJob.from_json(Path(path).read_text(), path))
     except (ConfigError, InputError, Stopped) as error:
         kind = "stopped" if isinstance(error, Stopped) else "error"
-        print(f"{kind}: {error}", file=sys.stderr)
+        say(f"{kind}: {error}", sys.stderr)
         return error.exit_status
     return 0
 

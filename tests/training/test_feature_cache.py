@@ -136,6 +136,19 @@ def test_a_flipped_bit_is_noticed_when_it_is_read(tmp_path: Path, byte: str) -> 
         again.read(0, 3, 1)
 
 
+def test_whatever_the_header_has_become_the_file_is_named(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards", [5])
+    made = FeatureCache(shards, "0123", num_views=1, dim=4)
+    made.write(0, np.zeros((5, 1, 4), np.float16))
+    path = Path(made.path(0))
+    whole = path.read_bytes()
+    for data in (b"", whole[:9], whole.replace(b"(5, 1)", b"((5, 1"), whole.replace(b"(5, 1)", b"'5, 1)")):
+        path.write_bytes(data)
+        cache = FeatureCache(shards, "0123", num_views=1, dim=4)
+        with pytest.raises(InputError, match=rf"{path}: cannot be read .*remove the file: it is made again"):
+            cache.read(0, 2, 0)
+
+
 def test_features_in_each_others_place_are_noticed(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards", [5])
     cache = FeatureCache(shards, "0123", num_views=1, dim=4)

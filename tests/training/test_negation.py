@@ -109,6 +109,35 @@ def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], messag
         dataclasses.replace(CONFIG, negation=negation).check("stage2")
 
 
+def test_braces_beside_the_place_of_the_thing_are_text() -> None:
+    config = dataclasses.replace(CONFIG_OF_SHAPES, affirmed=("{}零{x}",), negated=("{零}{}",))
+    dataclasses.replace(CONFIG, negation=config).check("stage2")
+    made = Statements(config, Tokenizer([*VOCABULARY, "{", "}", "x"]), context_length=12, seed=7)
+    mentioned_NO, keys = made.mentions(CAPTIONS[:1] * 20), [f"{row:032x}".encode() for row in range(20)]
+    words = [*VOCABULARY, "{", "}", "x"]
+    true_B = made.draw(list(mentioned_NO), keys, [0] * 20).tokens_B2L[:, 0]
+    read = {"".join(words[token] for token in row if token not in (0, 2, 3)) for row in true_B.tolist()}
+    assert read == {"圆零{x}", "{零}方"}
+
+
+@pytest.mark.parametrize(
+    ("objects", "is_said"), [(("圆", "方"), False), (("红", "零"), False), (("零", "图片零"), True)]
+)
+def test_statements_that_no_caption_leads_to_are_said(
+    tmp_path: Path, objects: tuple[str, ...], is_said: bool
+) -> None:
+    negation = dataclasses.replace(CONFIG_OF_SHAPES, objects=objects)
+    run_ranks(train_without_dropout, 2, job := make_job(tmp_path, "run", negation=negation, ranks=2))
+    lines = [json.loads(line) for line in (Path(job.folder) / "log.jsonl").read_text().splitlines()]
+    notices = [line["notice"] for line in lines if "negation" in line.get("notice", "")]
+    assert len(notices) == is_said
+    if is_said:
+        (said,) = notices
+        assert said.startswith(
+            "[stage2] negation: in 3 steps no caption named some of objects = 零, 图片零 and"
+        )
+
+
 def test_a_statement_longer_than_a_caption_may_be_is_refused() -> None:
     with pytest.raises(ConfigError, match="longer than context_length = 4"):
         Statements(CONFIG_OF_SHAPES, Tokenizer(VOCABULARY), context_length=4, seed=0)

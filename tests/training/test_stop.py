@@ -1,5 +1,6 @@
 """Stopped at any step by a signal, gone on with other ranks and micro-batches: the same samples and run."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -103,6 +104,25 @@ def test_the_launcher_passes_a_signal_on_and_says_that_it_was_stopped(tmp_path: 
     step = json.loads((newest / "state.json").read_text())["step"]
     assert step >= 3
     assert f"by SIGUSR1 after step {step}" in (Path(job.folder) / "train.log").read_text()
+
+
+def test_a_second_interrupt_does_not_wait_for_the_ranks(tmp_path: Path) -> None:
+    job = make_job(tmp_path, "run", epochs=2000, save_every_steps=100_000)
+    with run_watched(job) as process:
+        wait_for_steps(job, 3)
+        ((rank, _),) = ranks_of(process.pid)
+        os.kill(rank, signal.SIGSTOP)  # a step that takes for ever
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=LIMIT_SECONDS / 10)
+    assert process.returncode == -signal.SIGINT
+    end = time.monotonic() + LIMIT_SECONDS
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while psutil.Process(rank).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < end
+            time.sleep(0.02)
 
 
 def test_a_signal_that_comes_before_there_are_ranks_is_not_lost(tmp_path: Path) -> None:
