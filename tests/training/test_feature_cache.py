@@ -99,7 +99,7 @@ def test_it_stops_between_shards_and_makes_the_others_later(tmp_path: Path) -> N
     assert after.items() > before.items()
 
 
-@pytest.mark.parametrize("damage", ["cut", "other"])
+@pytest.mark.parametrize("damage", ["cut", pytest.param("other", marks=pytest.mark.slow)])
 def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
     job = make_job(tmp_path, "run", cached_views=1, epochs=1, **LOCKED)
     run_ranks(train_without_dropout, 1, job)

@@ -63,7 +63,10 @@ def train_with_poison(job: TrainJob, steps: tuple[int, ...], what: str) -> list[
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-@pytest.mark.parametrize("deepspeed", ["zero0", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "deepspeed",
+    ["zero0", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2")), "zero3"],
+)
 def test_a_batch_that_is_not_finite_is_left_out_and_named(tmp_path: Path, deepspeed: str, what: str) -> None:
     changes: dict[str, Any] = {"deepspeed": deepspeed, "ranks": 2, "on_non_finite": "skip", "epochs": 1}
     changes |= {"model": "small-rn", "save_every_steps": 2} if deepspeed != "zero3" else {}
@@ -142,7 +145,7 @@ def train_slowly(job: TrainJob, slow_rank: str) -> None:
         train_rank(job)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_waiting_for_data_is_said_and_speed_is_written(tmp_path: Path, ranks: int) -> None:
     steps_alone = {"validate_every_steps": 0, "save_every_steps": 1000}
     job = make_job(tmp_path, "run", epochs=8, ranks=ranks, **steps_alone)  # 24 steps
