@@ -32,7 +32,7 @@ SETTINGS = {
     "corpus.num_evaluation": 12,
     "corpus.dirt": 0.08,
     "dedup.partitions": 2,
-    "download.timeout_seconds": 1.5,
+    "download.timeout_seconds": 5.0,
     "download.retries": 0,
     "shards.samples_per_shard": 32,
 }

@@ -275,7 +275,7 @@ def test_a_site_that_heals_over_real_http(tmp_path: Path) -> None:
     settings = {
         "run.folder": tmp_path / "demo", "run.processes": 1, "corpus.num_clean": 40,
         "corpus.num_evaluation": 12, "corpus.dirt": 0.2, "dedup.partitions": 2,
-        "download.timeout_seconds": 1.5, "download.retries": 0, "shards.samples_per_shard": 32,
+        "download.timeout_seconds": 5.0, "download.retries": 0, "shards.samples_per_shard": 32,
     }  # fmt: skip
     run, _ = catalog.load("demo", [f"{key}={value}" for key, value in settings.items()])
     runner.execute(run, runner.select(run, None, None, "shards"), redo=False)
