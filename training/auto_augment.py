@@ -89,7 +89,7 @@ class _Work:
     def counts(self) -> Counts:
         """The histogram of what `finished` would give."""
         if self._counts is None:
-            channels = [cv2.calcHist([self._image], [c], None, [256], [0, 256])[:, 0] for c in range(3)]
+            channels = [cv2.calcHist([self._image], [c], None, [256], [0, 256]).ravel() for c in range(3)]
             self._counts = np.stack(channels, axis=1).astype(np.int64)
         if self._table is None:
             return self._counts
