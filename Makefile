@@ -34,7 +34,7 @@ lint: install
 	$(BIN)/mypy pipeline data_prep training eval
 
 emoji: install
-	test -f $(EMOJI)/README.md || $(BIN)/python -m data_prep.sources.build_emoji $(EMOJI)
+	test -f $(EMOJI)/README.md || $(BIN)/python -m data_prep.corpora.build_emoji $(EMOJI)
 	$(BIN)/cnclip run pipeline/recipes/emoji_zh.toml --set corpus.folder=$(EMOJI)
 
 clean:

@@ -16,20 +16,21 @@ from typing import Annotated, Any, Literal, NoReturn
 import polars as pl
 from pydantic import Discriminator
 
-from data_prep import guard
-from data_prep.drop_table import drops_path
-from data_prep.sources import convert, packed, text_file
+from data_prep import decontamination as guard
+from data_prep.accounting.drop_table import drops_path
+from data_prep.corpora.demo import DemoConfig, make_demo
+from data_prep.corpora.emoji import EmojiConfig, make_emoji
+from data_prep.rules.text import SCORE_RULE
+from data_prep.sources import packed, text_file
+from data_prep.sources import regions as convert
 from data_prep.sources import table as caption_table
-from data_prep.sources.demo import DemoConfig, make_demo
-from data_prep.sources.emoji import EmojiConfig, make_emoji
 from data_prep.sources.packed import PackedSource
 from data_prep.sources.table import TableSource
-from data_prep.text_rules import SCORE_RULE
-from pipeline import store
-from pipeline.evaluation_sets import EvaluationSource, digest_of
-from pipeline.evaluation_sets import facts as evaluation_facts
-from pipeline.records import ConfigError, InputError, Manifest, Shard
-from pipeline.stage import Context, Outcome, Progress, Task
+from pipeline.core import store
+from pipeline.core.evaluation_sets import EvaluationSource, digest_of
+from pipeline.core.evaluation_sets import facts as evaluation_facts
+from pipeline.core.records import ConfigError, InputError, Manifest, Shard
+from pipeline.core.stage import Context, Outcome, Progress, Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

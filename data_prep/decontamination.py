@@ -14,13 +14,13 @@ from typing import Literal
 import numpy as np
 import polars as pl
 
-from data_prep import image_rules
-from data_prep.drop_table import write_table
-from data_prep.picture_base64 import decode_picture
-from data_prep.resize import SIGNATURES, BadImageError, decode_upright
-from pipeline import store
-from pipeline.evaluation_sets import shard_stems
-from pipeline.records import InputError
+from data_prep.accounting.drop_table import write_table
+from data_prep.download.resize import SIGNATURES, BadImageError, decode_upright
+from data_prep.formats.base64_image import decode_picture
+from data_prep.rules import image as image_rules
+from pipeline.core import store
+from pipeline.core.evaluation_sets import shard_stems
+from pipeline.core.records import InputError
 
 Family = Literal["coco", "flickr", "own"]
 FAMILIES: tuple[Family, ...] = ("coco", "flickr", "own")

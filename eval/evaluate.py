@@ -17,9 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from eval.bootstrap import Measured, recall_intervals
-from eval.classify import MeasuredSet, measure_set
-from eval.comparison import (
+from eval.datasets.classification import SPLITS, is_classification_set
+from eval.datasets.cnclip_tsv import EvaluationSet
+from eval.datasets.readable import UnreadablePicture, readable_subset
+from eval.datasets.releases import Release, find_releases
+from eval.datasets.retrieval_set import read_retrieval_set
+from eval.features.encoder import Checkpoint, Encoder, load_encoder
+from eval.features.evaluation_set import embed_evaluation
+from eval.index.flat import EMBEDDING_FOLDERS, build_index, read_vectors
+from eval.metrics.bootstrap import Measured, recall_intervals
+from eval.metrics.recall import Positives, ranks_from_features
+from eval.paper.comparison import (
     Comparison,
     compare_classification,
     compare_retrieval,
@@ -29,32 +37,15 @@ from eval.comparison import (
     to_latex,
     to_text,
 )
-from eval.datasets.classification import SPLITS, is_classification_set
-from eval.datasets.cnclip_tsv import EvaluationSet
-from eval.datasets.readable import UnreadablePicture, readable_subset
-from eval.datasets.releases import Release, find_releases
-from eval.datasets.retrieval_set import read_retrieval_set
-from eval.embed import embed_evaluation
-from eval.index import EMBEDDING_FOLDERS, build_index, read_vectors
-from eval.metrics import Positives, ranks_from_features
-from eval.model import Checkpoint, Encoder, load_encoder
-from eval.official import write_features
-from eval.published import (
-    PAPER_MODELS,
-    Setup,
-    classification_protocol,
-    mismatch,
-    retrieval_protocol,
-)
-from eval.report_page import render_tables
-from eval.retrieval import retrieve
-from eval.zeroshot import (
-    Ensemble,
-    write_submission,
-)
-from pipeline import store
-from pipeline.evaluation_sets import shard_stems
-from pipeline.records import InputError, Manifest
+from eval.paper.published import PAPER_MODELS, Setup, classification_protocol, mismatch, retrieval_protocol
+from eval.report.page import render_tables
+from eval.retrieval.official_files import write_features
+from eval.retrieval.predictions import retrieve
+from eval.zeroshot.classifier import Ensemble, write_submission
+from eval.zeroshot.measure import MeasuredSet, measure_set
+from pipeline.core import store
+from pipeline.core.evaluation_sets import shard_stems
+from pipeline.core.records import InputError, Manifest
 
 Say = Callable[[str], None]
 

@@ -5,15 +5,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pipeline import store
-from pipeline.config import digest
-from pipeline.evaluation_sets import EvaluationSet, evaluations_of
-from pipeline.records import InputError
-from pipeline.stage import Context, Outcome, Progress, Task
+from pipeline.core import store
+from pipeline.core.config import digest
+from pipeline.core.evaluation_sets import EvaluationSet, evaluations_of
+from pipeline.core.records import InputError
+from pipeline.core.stage import Context, Outcome, Progress, Task
 
 if TYPE_CHECKING:
-    from eval.comparison import Comparison
-    from eval.report_data import ReportData
+    from eval.paper.comparison import Comparison
+    from eval.report.data import ReportData
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +75,7 @@ def embed(config: ScoreConfig, context: Context, task: Task, progress: Progress)
     """Features of one evaluation set under one model, in clip-retrieval's layout."""
     from eval.datasets.cnclip_tsv import check_scorable
     from eval.datasets.retrieval_set import read_retrieval_set
-    from eval.embed import embed_evaluation
+    from eval.features.evaluation_set import embed_evaluation
 
     stage = task.arguments["stage"]
     item = _evaluation(context, task)
@@ -120,8 +120,8 @@ def index_tasks(config: IndexConfig, context: Context) -> list[Task]:
 
 def build_indices(config: IndexConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """`image.index` and `text.index` of one folder of features, and which model these are of."""
-    from eval.index import build_index, read_index
-    from eval.model_identity import read_identity, write_identity
+    from eval.features.model_identity import read_identity, write_identity
+    from eval.index.flat import build_index, read_index
 
     folder = task.arguments["folder"]
     outputs = {}
@@ -161,7 +161,7 @@ def retrieval_tasks(config: ScoreConfig, context: Context) -> list[Task]:
 def retrieve(config: ScoreConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """Prediction and score files of both directions; the scores go into the receipt for the report."""
     from eval.datasets.retrieval_set import read_retrieval_set
-    from eval.retrieval import retrieve as search_and_score
+    from eval.retrieval.predictions import retrieve as search_and_score
 
     item = _evaluation(context, task)
     folder = _folder(item.name, task.arguments["stage"])
@@ -195,9 +195,9 @@ def baseline_tasks(config: None, context: Context) -> list[Task]:
 
 def baseline(config: None, context: Context, task: Task, progress: Progress) -> Outcome:
     """What a score must beat: chance, and a pixel nearest neighbour over the training pictures."""
-    from eval.baseline import PixelBaseline, chance
     from eval.datasets.cnclip_tsv import check_scorable
     from eval.datasets.retrieval_set import read_retrieval_set
+    from eval.retrieval.baseline import PixelBaseline, chance
 
     pixel = PixelBaseline.from_shards([shard.path for shard in context.shards_of("shards", ".tar")])
     scores = {}
@@ -218,7 +218,7 @@ def report_tasks(config: ReportConfig, context: Context) -> list[Task]:
 
 def report(config: ReportConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """`report.html`, `report.json` and `headline.txt`. No times in them: the same run, the same bytes."""
-    from eval.report import headline, write_report
+    from eval.report.files import headline, write_report
 
     data = _report_data(config, context)
     write_report(data, context.path("report.html"), context.path("report.json"))
@@ -230,11 +230,11 @@ def report(config: ReportConfig, context: Context, task: Task, progress: Progres
 
 
 def _report_data(config: ReportConfig, context: Context) -> "ReportData":
-    from data_prep import histograms
-    from data_prep.funnel import STEPS, by_source, count_planted, threshold_notes
+    from data_prep.accounting import histograms
+    from data_prep.accounting.funnel import STEPS, by_source, count_planted, threshold_notes
     from eval.datasets.retrieval_set import read_retrieval_set
-    from eval.report_data import Counts, FunnelStep, Histogram, PlantedClass, ReportData, StageFacts
-    from eval.report_sources import make_gallery, read_training_metrics
+    from eval.report.data import Counts, FunnelStep, Histogram, PlantedClass, ReportData, StageFacts
+    from eval.report.sources import make_gallery, read_training_metrics
 
     final = config.score.stages[-1]
     manifests = context.parents
@@ -307,11 +307,11 @@ def _report_data(config: ReportConfig, context: Context) -> "ReportData":
 
 def comparisons(config: ReportConfig, context: Context) -> "tuple[Comparison, ...]":
     """The final model beside the paper: evaluation sets named as its protocols, and classification sets."""
-    from eval.comparison import compare_classification
     from eval.datasets.retrieval_set import read_retrieval_set
     from eval.evaluate import compare_set
-    from eval.published import PAPER_MODELS, retrieval_protocol
-    from eval.zeroshot_stage import ZeroshotScores
+    from eval.paper.comparison import compare_classification
+    from eval.paper.published import PAPER_MODELS, retrieval_protocol
+    from eval.zeroshot.stage import ZeroshotScores
 
     final = config.score.stages[-1]
     tables = [

@@ -12,45 +12,43 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator
 
-from data_prep import (
-    corpus,
-    dedup,
-    dedup_image,
-    download,
-    filter_image,
-    filter_text,
-    lock,
-    score,
-    shards,
-    split,
-)
+from data_prep import corpus
+from data_prep.corpora.demo import DemoConfig
+from data_prep.corpora.emoji import EmojiConfig
 from data_prep.corpus import SourcesConfig, TablesConfig
-from data_prep.dedup import DedupConfig
-from data_prep.dedup_image import DedupImageConfig
-from data_prep.download import DownloadConfig
-from data_prep.filter_image import FilterImageConfig
-from data_prep.filter_text import FilterTextConfig
-from data_prep.lock import LockConfig
-from data_prep.score import FilterScoreConfig, ScoreConfig
-from data_prep.shards import ShardsConfig
-from data_prep.sources.demo import DemoConfig
-from data_prep.sources.emoji import EmojiConfig
-from data_prep.split import SplitConfig
-from eval import pair_encoder, zeroshot_stage
+from data_prep.dedup import exact as dedup
+from data_prep.dedup import near_duplicates as dedup_image
+from data_prep.dedup.exact import DedupConfig
+from data_prep.dedup.near_duplicates import DedupImageConfig
+from data_prep.download import stage as download
+from data_prep.download.stage import DownloadConfig
+from data_prep.filters import image as filter_image
+from data_prep.filters import score
+from data_prep.filters import text as filter_text
+from data_prep.filters.image import FilterImageConfig
+from data_prep.filters.score import FilterScoreConfig, ScoreConfig
+from data_prep.filters.text import FilterTextConfig
+from data_prep.shards import lock, split
+from data_prep.shards import stage as shards
+from data_prep.shards.lock import LockConfig
+from data_prep.shards.split import SplitConfig
+from data_prep.shards.stage import ShardsConfig
 from eval import stages as evaluation_stages
 from eval.stages import IndexConfig
-from eval.zeroshot_stage import ClassificationSource, ZeroshotConfig
-from pipeline import store
-from pipeline.config import build, find_recipe, read_run, refuse_non_finite, to_toml
-from pipeline.evaluation_sets import EvaluationSource
-from pipeline.launch_config import LaunchConfig
-from pipeline.records import ConfigError
+from eval.zeroshot import stage as zeroshot_stage
+from eval.zeroshot.stage import ClassificationSource, ZeroshotConfig
+from pipeline import pair_scorers as pair_encoder
+from pipeline.core import store
+from pipeline.core.config import build, find_recipe, read_run, refuse_non_finite, to_toml
+from pipeline.core.evaluation_sets import EvaluationSource
+from pipeline.core.records import ConfigError
+from pipeline.core.stage import Stage
+from pipeline.launch.config import LaunchConfig
 from pipeline.runner import Run
-from pipeline.stage import Stage
-from training import stage as training_stage
+from training import stages as training_stage
 from training import vocabulary
-from training.choice import check_sets
-from training.config import TrainConfig, check_fits, finetune_recipe, paper_recipe
+from training.checkpoint.selection import check_sets
+from training.config.train import TrainConfig, check_fits, finetune_recipe, paper_recipe
 from training.model.config import MODELS
 from training.vocabulary import VocabularyConfig
 

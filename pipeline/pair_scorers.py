@@ -1,6 +1,6 @@
 """Who scores pictures against captions: Multilingual-CLIP with its CLIP, or a Chinese CLIP trained here.
 
-The score stage (`data_prep.score`) may not import the models; `pipeline.catalog` hands it these functions.
+The score stage (`data_prep.filters.score`) may not import the models; `pipeline.catalog` hands it these functions.
 """
 
 import functools
@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pipeline import store
-from pipeline.config import digest
-from pipeline.records import InputError
+from pipeline.core import store
+from pipeline.core.config import digest
+from pipeline.core.records import InputError
 
 if TYPE_CHECKING:
     from training.model.tokenizer import Tokenizer
@@ -21,7 +21,7 @@ Float32Array = npt.NDArray[np.float32]
 
 
 class PairSettings(Protocol):
-    """What `[score]` says about the encoders (`data_prep.score.ScoreConfig`); hashable."""
+    """What `[score]` says about the encoders (`data_prep.filters.score.ScoreConfig`); hashable."""
 
     @property
     def text_encoder(self) -> str | None: ...
@@ -58,7 +58,7 @@ def identify(config: PairSettings) -> tuple[str, str]:
         vocabulary = _vocabulary(config)
         text = digest("chinese clip", weights, vocabulary.digest, config.context_length)
         return text, digest("chinese clip", weights)
-    from eval.mclip import find_text_folder, text_files
+    from training.model.multilingual_clip import find_text_folder, text_files
 
     assert config.text_encoder is not None
     assert config.image_encoder is not None
@@ -83,8 +83,8 @@ class MultilingualPair:
     def __init__(self, config: PairSettings) -> None:
         import torch
 
-        from eval.mclip import ClipImages, load_text
-        from training.model.image_tower import load_image_tower
+        from training.model.multilingual_clip import ClipImages, load_text
+        from training.weights.image_tower import load_image_tower
 
         device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._text = load_text(str(config.text_encoder), device)
@@ -107,8 +107,8 @@ class OwnModel:
     """A Chinese CLIP of any known format: as the paper plans it, a corpus scored by the model it trained."""
 
     def __init__(self, config: PairSettings) -> None:
-        from training.model.encoder import Encoder
-        from training.model.formats import load_model
+        from training.encoder import Encoder
+        from training.weights.formats import load_model
 
         self._encoder = Encoder(load_model(str(config.model)), _vocabulary(config), device=config.device)
         self._context_length = min(config.context_length, self._encoder.model.config.text.max_positions)
@@ -122,8 +122,8 @@ class OwnModel:
 
 
 def _vocabulary(config: PairSettings) -> "Tokenizer":
-    from training.model.formats import read_weights
-    from training.model.vocabulary_lookup import find_vocabulary
+    from training.weights.formats import read_weights
+    from training.weights.vocabulary_lookup import find_vocabulary
 
     weights = read_weights(str(config.model))
     if weights.config is None:

@@ -11,10 +11,10 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
-from pipeline import store
-from pipeline.processes import die_with_parent, importing, leave, say
-from pipeline.records import ConfigError, InputError, Stopped
-from training.config import TrainJob
+from pipeline.core import store
+from pipeline.core.processes import die_with_parent, importing, leave, say
+from pipeline.core.records import ConfigError, InputError, Stopped
+from training.config.train import TrainJob
 
 
 def main() -> int:
@@ -37,7 +37,7 @@ def main() -> int:
         job = read_job(arguments)
 
         with importing():
-            from eval.embed import validator
+            from eval.features.evaluation_set import validator
             from training.model.tokenizer import Tokenizer
             from training.pretrain import pretrain
 
@@ -60,7 +60,7 @@ def read_job(arguments: Sequence[str]) -> TrainJob:
 
     from pipeline.catalog import load
     from pipeline.runner import make_context
-    from training.stage import TrainStageConfig, make_job
+    from training.stages import TrainStageConfig, make_job
 
     if not rest:
         raise ConfigError(f"{path}: which stage? give its name after the run, such as stage1")

@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline import store
-from pipeline.processes import die_with_parent
-from pipeline.progress import make_progress
-from pipeline.records import ConfigError, InputError, Manifest, Receipt, Shard
-from pipeline.stage import (
+from pipeline.core import store
+from pipeline.core.processes import die_with_parent
+from pipeline.core.progress import make_progress
+from pipeline.core.records import ConfigError, InputError, Manifest, Receipt, Shard
+from pipeline.core.stage import (
     Context,
     Progress,
     Stage,
@@ -275,7 +275,7 @@ def _receipts(
     if not pending:
         return
     if run.executor == "ray" and stage.parallel:
-        from pipeline.ray_cluster import map_tasks
+        from pipeline.executors.ray import map_tasks
 
         found = map_tasks(run_group, stage, context, pending, run.processes)
         yield from _counted(found, progress, num_done, num_tasks)

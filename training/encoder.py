@@ -16,14 +16,14 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from pipeline import store
-from pipeline.records import InputError
-from training.config import CONTEXT_LENGTH
+from pipeline.core import store
+from pipeline.core.records import InputError
+from training.config.train import CONTEXT_LENGTH
 from training.model.clip import CLIP
-from training.model.formats import load_model
 from training.model.preprocess import preprocess
 from training.model.tokenizer import Tokenizer
-from training.model.vocabulary_lookup import find_vocabulary
+from training.weights.formats import load_model
+from training.weights.vocabulary_lookup import find_vocabulary
 
 Float32Array = npt.NDArray[np.float32]
 Picture = str | bytes | Image.Image  # path or URL, encoded bytes, or decoded
@@ -125,7 +125,7 @@ class Encoder:
 def load(
     path: str, *, vocabulary: str | None = None, image_size_px: int | None = None, device: str | None = None
 ) -> Encoder:
-    """An encoder from weights of any format that `training.model.formats` reads.
+    """An encoder from weights of any format that `training.weights.formats` reads.
 
     `vocabulary` is a `vocab.txt`, its folder or a model id; unset, it is looked for. InputError in one line
     where weights, vocabulary or their sizes are wrong.

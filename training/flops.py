@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from training.config import TrainConfig
+from training.config.train import TrainConfig
 from training.model.config import (
     ModelConfig,
     ModifiedResNetConfig,

@@ -7,14 +7,14 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from pipeline import store
-from pipeline.processes import say
-from pipeline.records import InputError
-from training import checkpoint
-from training.choice import Validation, read_validations
+from pipeline.core import store
+from pipeline.core.processes import say
+from pipeline.core.records import InputError
+from training.checkpoint import checkpoint
+from training.checkpoint.selection import Validation, read_validations
 
 if TYPE_CHECKING:
-    from training.data import Batch
+    from training.data.loader import Batch
 
 # Share of the time that waiting for data may take before it is said.
 MOST_DATA_WAIT = 0.03

@@ -18,33 +18,33 @@ from deepspeed.utils import logger as deepspeed_logger
 from safetensors import SafetensorError
 from torch import distributed as dist
 
-from pipeline import store
-from pipeline.config import digest
-from pipeline.processes import die_with_parent, say
-from pipeline.records import ConfigError, InputError, Stopped
-from training import checkpoint
-from training.checkpoint import Checkpoint
-from training.choice import best_first, check_sets, read_validations
-from training.config import TrainConfig, TrainJob, check_fits, count_steps
-from training.data import BatchReader, Prefetcher, SampleOrder, check_shards
-from training.distil import load_teacher
-from training.engine import Towers, build_engine, join_ranks
-from training.feature_cache import FeatureCache, build, cache_key
-from training.finished import mark_finished
+from pipeline.core import store
+from pipeline.core.config import digest
+from pipeline.core.processes import die_with_parent, say
+from pipeline.core.records import ConfigError, InputError, Stopped
+from training.checkpoint import checkpoint
+from training.checkpoint.checkpoint import Checkpoint
+from training.checkpoint.finished import mark_finished
+from training.checkpoint.selection import best_first, check_sets, read_validations
+from training.config.train import TrainConfig, TrainJob, check_fits, count_steps
+from training.data.feature_cache import FeatureCache, build, cache_key
+from training.data.loader import BatchReader, Prefetcher, SampleOrder, check_shards
+from training.data.patch_mask import make_patch_mask
+from training.data.statements import Statements
+from training.engine.engine import Towers, build_engine, join_ranks
+from training.engine.precision import autocast, check_precision
+from training.engine.teacher import load_teacher
 from training.flops import PEAK_FLOPS, find_device, matmul_flops, training_flops
-from training.journal import Journal
-from training.loop import Run, Validate, checkpoints_folder, choice_so_far, train
+from training.metrics import Journal
 from training.model.clip import CLIP, build_clip
 from training.model.config import MODELS
-from training.model.formats import load_model
-from training.model.initial import initialise, write_provenance
 from training.model.tokenizer import Tokenizer
-from training.model.weights import load_checkpoint, require_same_model, save_checkpoint, save_openai
-from training.negation import Statements
-from training.patch_mask import make_patch_mask
-from training.precision import autocast, check_precision
-from training.stop import StopRequest
-from training.watchdog import Watchdog
+from training.ranks.preemption import StopRequest
+from training.ranks.watchdog import Watchdog
+from training.trainer import Run, Validate, checkpoints_folder, choice_so_far, train
+from training.weights.formats import load_model
+from training.weights.initialise import initialise, write_provenance
+from training.weights.weights import load_checkpoint, require_same_model, save_checkpoint, save_openai
 
 # Of TrainConfig, what a run may change between two starts: how it runs, not what it learns from what.
 _NOT_LEARNING = (

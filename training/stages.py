@@ -4,14 +4,21 @@ import os
 import sys
 from dataclasses import dataclass, field
 
-from pipeline import store
-from pipeline.config import NOT_IN_DIGEST
-from pipeline.evaluation_sets import evaluations_of
-from pipeline.records import InputError
-from pipeline.stage import Context, Outcome, Progress, Task
-from training.config import TrainConfig, TrainJob, count_steps
-from training.finished import is_finished
-from training.launcher import Launcher, failure, free_port, launcher_command, launcher_environment, watch
+from pipeline.core import store
+from pipeline.core.config import NOT_IN_DIGEST
+from pipeline.core.evaluation_sets import evaluations_of
+from pipeline.core.records import InputError
+from pipeline.core.stage import Context, Outcome, Progress, Task
+from training.checkpoint.finished import is_finished
+from training.config.train import TrainConfig, TrainJob, count_steps
+from training.ranks.launcher import (
+    Launcher,
+    failure,
+    free_port,
+    launcher_command,
+    launcher_environment,
+    watch,
+)
 
 MODEL_FILE = "model.safetensors"
 OPENAI_FILE = "openai.pt"
@@ -28,7 +35,7 @@ class TrainStageConfig:
     vocabulary: str | None = None  # given by path or model id; unset: the vocabulary stage's
     start_stage: str | None = None  # stage whose weights it goes on with
     image_stage: str | None = None  # stage whose OpenAI-layout file gives the image tower
-    image_weights: str | None = None  # weights that give the image tower (training/model/formats.py)
+    image_weights: str | None = None  # weights that give the image tower (training/weights/formats.py)
     text_weights: str | None = None  # weights that give the text tower
     start_weights: str | None = None  # a whole Chinese CLIP to go on from
     save_openai: bool = False  # write the OpenAI-layout file too, for the stage that starts from it

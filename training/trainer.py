@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from pipeline import store
-from pipeline.records import InputError, Stopped
-from training import checkpoint
-from training.checkpoint import Checkpoint
-from training.choice import Choice, best_first, choose, has_no_gain_left, read_validations
-from training.config import TrainConfig
-from training.data import Batch, Prefetcher
-from training.engine import logit_scale, train_step
-from training.journal import Journal
+from pipeline.core import store
+from pipeline.core.records import InputError, Stopped
+from training.checkpoint import checkpoint
+from training.checkpoint.checkpoint import Checkpoint
+from training.checkpoint.selection import Choice, best_first, choose, has_no_gain_left, read_validations
+from training.config.train import TrainConfig
+from training.data.loader import Batch, Prefetcher
+from training.engine.engine import logit_scale, train_step
+from training.engine.optim import learning_rate
+from training.engine.zero_state import gathered
+from training.metrics import Journal
 from training.model.clip import CLIP
-from training.optim import learning_rate
-from training.partitions import gathered
-from training.stop import StopRequest
-from training.watchdog import Watchdog
+from training.ranks.preemption import StopRequest
+from training.ranks.watchdog import Watchdog
 
 Recalls = Mapping[str, Mapping[str, Any]]  # evaluation → its numbers in percent
 Validate = Callable[[CLIP], Recalls]

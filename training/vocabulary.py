@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pipeline.stage import Context, Outcome, Progress, Task
+from pipeline.core.stage import Context, Outcome, Progress, Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

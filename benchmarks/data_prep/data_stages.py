@@ -1,8 +1,8 @@
 """Pictures a CPU second of the stages that handle pictures: what docs/scale.md reckons with.
 
-    python benchmarks/data_stages.py [--full] [--pictures N]
+    python benchmarks/data_prep/data_stages.py [--full] [--pictures N]
 
-Photographs as in benchmarks/resize.py lie in a folder, which the run serves to itself over HTTP on
+Photographs as in benchmarks/data_prep/resize.py lie in a folder, which the run serves to itself over HTTP on
 loopback; the real stages download (img2dataset and all, one process), filter_image and shards run on
 them. CPU seconds of the download are those of its own processes, without the server, and without what
 starting them costs: the difference of a long and a short run. Each row has an address of its own; files
@@ -10,18 +10,22 @@ behind them repeat.
 Last line: one JSON list, a record a stage, with bytes stored a picture; there is no peer.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import argparse
 import json
 import resource
 import shutil
 import tempfile
 import time
-from pathlib import Path
 
 import polars as pl
-from machine import machine
-from resize import photographs
 
+from benchmarks.data_prep.resize import photographs
+from benchmarks.harness import machine
 from pipeline import catalog, runner
 
 NUM_FILES = 32

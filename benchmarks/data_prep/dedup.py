@@ -1,6 +1,6 @@
 """Exact duplicates out of generated rows: the real stage beside duckdb and polars on the whole table.
 
-    python benchmarks/dedup.py [--full] [--rows N]
+    python benchmarks/data_prep/dedup.py [--full] [--rows N]
 
 A tenth of the rows are copies of others. The stage reads what filter_text would have written (tables
 sorted by key) and runs its tasks one after the other, in a process of its own, as the runner does; polars
@@ -9,6 +9,11 @@ Rates are rows a CPU second; peak memory is the largest resident set of the proc
 compared by key, table and row.
 Last line: one JSON list: rate and peak memory against each peer.
 """
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import argparse
 import json
@@ -21,17 +26,16 @@ import tempfile
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import polars as pl
-from machine import machine
 
-from data_prep import dedup
-from data_prep.dedup import DedupConfig
-from data_prep.drop_table import with_key, write_table
-from pipeline import store
-from pipeline.records import Manifest, Shard
-from pipeline.stage import Context
+from benchmarks.harness import machine
+from data_prep.accounting.drop_table import with_key, write_table
+from data_prep.dedup import exact as dedup
+from data_prep.dedup.exact import DedupConfig
+from pipeline.core import store
+from pipeline.core.records import Manifest, Shard
+from pipeline.core.stage import Context
 
 ROWS_A_TABLE = 500_000
 ROWS_A_PARTITION = 10_000  # what download likes

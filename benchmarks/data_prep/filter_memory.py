@@ -1,6 +1,6 @@
 """Memory of the text filter on generated rows: the stages as `cnclip run` runs them, all processes together.
 
-    python benchmarks/filter_memory.py [--full] [--rows N] [--processes P]
+    python benchmarks/data_prep/filter_memory.py [--full] [--rows N] [--processes P]
 
 Tables of 5 million rows, with LAION-5B's columns, are generated a block at a time; corpus and filter_text
 then run on them with the paper's rules. The proportional set size (PSS) of the process and all its
@@ -8,26 +8,31 @@ children is read several times a second. Rows in, kept and dropped are compared 
 Last line: one JSON object; `ours` is the peak in MB, `peer` the limit of 3 GiB.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import argparse
 import json
 import shutil
 import tempfile
 import threading
 import time
-from pathlib import Path
 
 import polars as pl
 import psutil
 import pyarrow.parquet as pq
-from machine import machine
 
-from data_prep import corpus, filter_text
+from benchmarks.harness import machine
+from data_prep import corpus
 from data_prep.corpus import CorpusStageConfig, TablesConfig
-from data_prep.filter_text import FilterTextConfig
+from data_prep.filters import text as filter_text
+from data_prep.filters.text import FilterTextConfig
 from data_prep.sources.table import TableSource
 from pipeline import runner
+from pipeline.core.stage import Stage
 from pipeline.runner import Run
-from pipeline.stage import Stage
 
 ROWS_A_TABLE = 5_000_000
 ROWS_A_BLOCK = 250_000

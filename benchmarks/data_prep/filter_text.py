@@ -1,6 +1,6 @@
 """Blacklist matching on generated captions: ours beside a Python row loop, duckdb and the fastest engine.
 
-    python benchmarks/filter_text.py [--full] [--rows N]
+    python benchmarks/data_prep/filter_text.py [--full] [--rows N]
 
 Each engine says of every caption whether it holds any of the words; the answers are compared row by row.
 Engines take turns on one thread and the best time counts, in processor seconds, which other work on the
@@ -10,6 +10,11 @@ and pyahocorasick in a row loop; those that are not installed are left out and n
 list, ratio = ours / peer in rows a processor second; the peer of `filter_text/fastest@N` is the fastest of
 them.
 """
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import argparse
 import json
@@ -25,10 +30,10 @@ os.environ["POLARS_MAX_THREADS"] = "1"  # polars reads it once, when it is impor
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-from machine import machine
 
-from data_prep.text_rules import first_reason, not_blacklisted
-from data_prep.word_match import has_hyperscan
+from benchmarks.harness import machine
+from data_prep.rules.text import first_reason, not_blacklisted
+from data_prep.rules.word_match import has_hyperscan
 
 WORD_COUNTS = (100, 1000, 5000)
 PROBE_ROWS = 2_000  # first rate of an engine

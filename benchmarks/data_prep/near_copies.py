@@ -1,11 +1,16 @@
-"""Near copies of pictures among N hashes: bands (`data_prep.dedup_image`) against FAISS comparing all pairs.
+"""Near copies of pictures among N hashes: bands (`data_prep.dedup.near_duplicates`) against FAISS comparing all pairs.
 
-    python benchmarks/near_copies.py [--rows N] [--distance BITS] [--full]
+    python benchmarks/data_prep/near_copies.py [--rows N] [--distance BITS] [--full]
 
 Hashes are random but for planted copies a few bits away and a fifth that share half of their bits, as
 pictures on white ground do. Both sides find the rows that a lower row is near to; the sets are compared.
 `--full` adds a million rows without the peer, whose time grows with the square. Last line: one JSON object.
 """
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import argparse
 import json
@@ -15,10 +20,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-from machine import machine
 
-from data_prep.dedup_image import band_values, near_copies
-from data_prep.image_rules import HASH_BITS
+from benchmarks.harness import machine
+from data_prep.dedup.near_duplicates import band_values, near_copies
+from data_prep.rules.image import HASH_BITS
 
 
 def make_hashes(count: int, distance: int, rng: np.random.Generator) -> npt.NDArray[np.uint8]:

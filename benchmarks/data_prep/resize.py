@@ -1,6 +1,6 @@
 """Decode and resize as the download does it: ours, plain and with scaled decode, beside img2dataset's own.
 
-    python benchmarks/resize.py [--full] [--pictures N]
+    python benchmarks/data_prep/resize.py [--full] [--pictures N]
 
 Pictures are JPEGs of 1,000 pixels on the longer side, at quality 85, cut from the two photographs that come
 with scikit-learn, laid side by side and mirrored; their mean size is printed. All sides reduce them to a
@@ -11,6 +11,11 @@ resolution, ours do not.
 Last line: one JSON list; `equal` says that the difference is under 2 of 255.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import argparse
 import io
 import json
@@ -20,10 +25,10 @@ from typing import Any
 
 import cv2
 import numpy as np
-from machine import machine
 from PIL import Image
 
-from data_prep.resize import UprightResizer
+from benchmarks.harness import machine
+from data_prep.download.resize import UprightResizer
 
 SHORT_SIDE_PX = 256
 SIZES = ((1000, 750), (1000, 667), (750, 1000), (1000, 1000))

@@ -1,6 +1,6 @@
 """Writing shards: the real stage beside a plain copy of the same bytes, and where its time goes.
 
-    python benchmarks/shards.py [--full] [--samples N]
+    python benchmarks/data_prep/shards.py [--full] [--samples N]
 
 Pictures of some 25 kB lie in one tar as the download leaves them; the stage packs them with their
 captions and checks their digests. The plain copy reads the pictures' tar and writes a file of that size,
@@ -9,6 +9,11 @@ a side's time is that of its best round. The profile sorts the stage's time into
 fsync, rename), hashing, and everything else.
 Last line: one JSON list; `equal` says that webdataset reads back the very samples from ours.
 """
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import argparse
 import cProfile
@@ -19,20 +24,19 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import polars as pl
 import webdataset
-from machine import machine
 
-from data_prep import shards
-from data_prep.drop_table import write_table
-from data_prep.shards import ShardsConfig
-from data_prep.tar_members import TarWriter
-from pipeline import store
-from pipeline.records import Manifest, Shard
-from pipeline.stage import Context, Task
+from benchmarks.harness import machine
+from data_prep.accounting.drop_table import write_table
+from data_prep.formats.tar import TarWriter
+from data_prep.shards import stage as shards
+from data_prep.shards.stage import ShardsConfig
+from pipeline.core import store
+from pipeline.core.records import Manifest, Shard
+from pipeline.core.stage import Context, Task
 
 BYTES_A_PICTURE = 25_000
 ROUNDS = 3

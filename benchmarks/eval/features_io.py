@@ -4,16 +4,20 @@ The peer's lines are written and read as extract_features.py and make_topk_predi
 all rows; without it JSON lines are measured on a tenth and scaled.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import argparse
 import json
 import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
-from machine import machine
 
-from eval.index import read_vectors
+from benchmarks.harness import machine
+from eval.index.flat import read_vectors
 
 NUM_ROWS, DIM = 30_000, 512
 

@@ -5,21 +5,24 @@ sampled from the system (proportional set size: resident pages of mapped files c
 rows; `--full` takes 10 million (10 GB of float16 features and 5 GB of index on disk, in `--folder`).
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import argparse
 import json
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from machine import machine
 
-from eval.bench_index import exact_neighbours, recall_at
-from eval.large_index import Embeddings, PartedIndex
+from benchmarks.harness import machine
+from eval.index.benchmark import exact_neighbours, recall_at
+from eval.index.partitioned import Embeddings, PartedIndex
 
 DIM, K, NUM_QUERIES = 512, 10, 256
 ROWS_PER_FILE, NUM_CLUSTERS = 500_000, 4096

@@ -5,14 +5,19 @@ scores, as section 2.1 of the paper words it. Both are given the same text featu
 of the pictures unless `--full`, and its time is scaled.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import argparse
 import json
 import time
 
 import numpy as np
-from machine import machine
 
-from eval.zeroshot import class_vectors, scores_of
+from benchmarks.harness import machine
+from eval.zeroshot.classifier import class_vectors, scores_of
 
 NUM_IMAGES, NUM_CLASSES, NUM_TEMPLATES, DIM = 10_000, 1_000, 80, 512
 

@@ -5,28 +5,31 @@ are trained by the launcher and rank program that a run's stages use, each in a 
 was stopped goes on from its newest checkpoint, and one that is finished stays.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import argparse
 import dataclasses
 import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import machine
 
+from benchmarks.harness import machine
 from pipeline.catalog import RANK_MODULE, load
 from pipeline.runner import make_context
-from training.config import TrainConfig, TrainJob
-from training.launcher import free_port, launcher_command, launcher_environment
-from training.stage import make_job
+from training.config.train import TrainConfig, TrainJob
+from training.ranks.launcher import free_port, launcher_command, launcher_environment
+from training.stages import make_job
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 class OutOfTime(Exception):

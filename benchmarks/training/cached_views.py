@@ -1,19 +1,24 @@
 """Stage 1 of the emoji run on K cached views of each picture, against a new view at every visit.
 
-    python benchmarks/cached_views.py                     # goes on for 270 s; call again until it is done
-    python benchmarks/cached_views.py --seconds 3000      # in one go
+    python benchmarks/training/cached_views.py                     # goes on for 270 s; call again until it is done
+    python benchmarks/training/cached_views.py --seconds 3000      # in one go
 
 Every arm starts from one English image tower and trains the text tower alone with the recipe's settings; only
 K and the seed (order of samples, views, new weights) differ. The table has final recall on pictures of a
 vendor that was not trained on. When all arms are done it is written to benchmarks/results.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import dataclasses
 import json
-import sys
 
 import numpy as np
-from arms import (
+
+from benchmarks.training.arms import (
     RESULTS,
     OutOfTime,
     add_emoji_options,

@@ -1,27 +1,31 @@
 """The locked image tower compiled by torch against the same tower as it is: `compile_image` of a stage.
 
-    python benchmarks/compile_image.py                 # ViT-B/16 at batch 8, one thread; 3 minutes
-    python benchmarks/compile_image.py --full          # RN50 too, and more rounds
-    python benchmarks/compile_image.py --device cuda   # bf16 autocast at batch 256; B/16, L/14, H/14
+    python benchmarks/training/compile_image.py                 # ViT-B/16 at batch 8, one thread; 3 minutes
+    python benchmarks/training/compile_image.py --full          # RN50 too, and more rounds
+    python benchmarks/training/compile_image.py --device cuda   # bf16 autocast at batch 256; B/16, L/14, H/14
 
 Times are medians of alternating rounds, in CPU seconds, or by the clock on a GPU. `equal` says that the
 unit-norm features differ by no more than 1e-5 in float32, 2e-2 in bfloat16. `compile_seconds` are those of
 the first call, by the clock.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import argparse
 import dataclasses
 import json
 import statistics
-import sys
 import time
 from typing import Any
 
 import torch
-from machine import machine, seconds
 
-from training.config import TrainConfig
-from training.engine import Towers
+from benchmarks.harness import machine, seconds
+from training.config.train import TrainConfig
+from training.engine.engine import Towers
 from training.model.clip import build_clip
 from training.model.config import MODELS
 

@@ -1,14 +1,19 @@
 """Encoding and tokenising against cn_clip: the same weights, the same answers, samples a second.
 
-    python benchmarks/encode.py                 # 2 cores, under 5 minutes; ViT-B/16 with RoBERTa-base
-    python benchmarks/encode.py --full          # more captions and pictures
-    python benchmarks/encode.py --device cuda   # bf16; B/16, L/14, H/14; transformers too; MFU
+    python benchmarks/training/encode.py                 # 2 cores, under 5 minutes; ViT-B/16 with RoBERTa-base
+    python benchmarks/training/encode.py --full          # more captions and pictures
+    python benchmarks/training/encode.py --device cuda   # bf16; B/16, L/14, H/14; transformers too; MFU
 
 cn_clip pads every caption to 52 tokens; this project computes on no padding. Captions are those of `--emoji
 FOLDER` (the emoji_zh corpus: name and keywords) where it is given, and made ones with lengths as in
 Flickr30K-CN (19.7 characters in the mean). Times are medians of alternating rounds, by the clock and in CPU
 seconds.
 """
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import argparse
 import contextlib
@@ -17,24 +22,22 @@ import json
 import platform
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from training.config import CONTEXT_LENGTH
+from training.config.train import CONTEXT_LENGTH
+from training.encoder import Encoder
 from training.flops import PEAK_FLOPS, find_device, image_forward, text_forward
 from training.model.clip import CLIP
 from training.model.config import MODELS
-from training.model.encoder import Encoder
 from training.model.tokenizer import Tokenizer
-from training.model.weights import fill, tensor_slots
+from training.weights.weights import fill, tensor_slots
 
 PEER_BATCH = 64
 TOLERANCE = 1e-5  # of unit-norm float32 features
@@ -300,8 +303,8 @@ def _transformers_model(model: CLIP) -> Any:
 
     from transformers import ChineseCLIPModel
 
-    from training.model.export import save_hugging_face
     from training.model.tokenizer import SPECIAL_TOKENS
+    from training.weights.export import save_hugging_face
 
     with tempfile.TemporaryDirectory() as folder:
         save_hugging_face(folder, model, Tokenizer(SPECIAL_TOKENS), {})

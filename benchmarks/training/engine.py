@@ -1,8 +1,8 @@
 """What DeepSpeed costs on one rank: a training step in it against PyTorch's DistributedDataParallel.
 
-    python benchmarks/engine.py           # tiny-rn of the demo, batch 64, one thread
-    python benchmarks/engine.py --full    # ViT-B/16 with RoBERTa-base too, batch 4, and more rounds
-    python benchmarks/engine.py --device cuda
+    python benchmarks/training/engine.py           # tiny-rn of the demo, batch 64, one thread
+    python benchmarks/training/engine.py --full    # ViT-B/16 with RoBERTa-base too, batch 4, and more rounds
+    python benchmarks/training/engine.py --device cuda
 
 Both sides take the same batches through the same towers, loss, learning rates and AdamW; what differs is who
 wraps the module and steps the optimizer. `equal` says that losses of all steps agree to 1e-4. Times are CPU
@@ -10,28 +10,32 @@ seconds of one thread and process; on a GPU, seconds by the clock. `ratio` is DD
 1 is DeepSpeed's overhead.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import argparse
 import json
 import math
 import os
 import socket
 import statistics
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from machine import machine, seconds
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from training.config import TrainConfig
-from training.data import Batch
-from training.engine import Towers, build_engine, join_ranks, train_step
+from benchmarks.harness import machine, seconds
+from training.config.train import TrainConfig
+from training.data.loader import Batch
+from training.engine.engine import Towers, build_engine, join_ranks, train_step
+from training.engine.optim import build_optimizer, learning_rate
 from training.model.clip import CLIP, build_clip
 from training.model.config import TINY_RN, VIT_B_16, ModelConfig
-from training.optim import build_optimizer, learning_rate
 
 ENGINES = ("zero0", "zero1")
 TOLERANCE = 1e-4

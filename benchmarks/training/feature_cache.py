@@ -1,7 +1,7 @@
 """Stage 1 on cached features: what the cache costs to build, and after how many epochs it has paid.
 
-    python benchmarks/feature_cache.py           # ViT-B/16 with RoBERTa-base, 8 pictures; one thread
-    python benchmarks/feature_cache.py --full    # more rounds
+    python benchmarks/training/feature_cache.py           # ViT-B/16 with RoBERTa-base, 8 pictures; one thread
+    python benchmarks/training/feature_cache.py --full    # more rounds
 
 Measured for each picture, in CPU seconds: decoding, augmenting and embedding it once (K views cost K times
 that), reading one cached feature with its check, and a training step's share with pictures (live) and with
@@ -13,28 +13,31 @@ There is no --device: on a GPU the steps are `train_step/live` and `train_step/c
 view's embedding is `encode/image` of encode.py; its decoding and augmenting stay on the CPU.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import argparse
 import copy
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import cv2
 import torch
-from image_path import draw_jpegs, make_reader
-from machine import machine
-from train_step import make_tokens
 
-from pipeline.records import Shard
-from training.config import AugmentConfig, TrainConfig
-from training.data import Batch, BatchReader
-from training.engine import Towers
-from training.feature_cache import FeatureCache, build, cache_key
+from benchmarks.harness import machine
+from benchmarks.training.image_path import draw_jpegs, make_reader
+from benchmarks.training.train_step import make_tokens
+from pipeline.core.records import Shard
+from training.config.train import AugmentConfig, TrainConfig
+from training.data.feature_cache import FeatureCache, build, cache_key
+from training.data.loader import Batch, BatchReader
+from training.engine.engine import Towers
 from training.model.clip import build_clip
 from training.model.config import VIT_B_16
 

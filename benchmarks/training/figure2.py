@@ -1,7 +1,7 @@
 """The paper's Figure 2 in small, on the emoji run: from scratch, without locking, and in two stages.
 
-    python benchmarks/figure2.py                          # goes on for 270 s; call again until it is done
-    python benchmarks/figure2.py --seconds 3000           # in one go
+    python benchmarks/training/figure2.py                          # goes on for 270 s; call again until it is done
+    python benchmarks/training/figure2.py --seconds 3000           # in one go
 
 Three arms see the same number of samples with each seed: all weights from nothing; the image tower from
 English names and nothing locked (the recipe's first learning rate, as the arm from nothing); the same tower,
@@ -10,13 +10,18 @@ settings. Writes the curves of mean recall over samples seen, with the band betw
 seed, to benchmarks/results/figure2.{json,svg}, and says which of the paper's findings hold.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import dataclasses
 import json
-import sys
 from typing import Any
 
 import numpy as np
-from arms import (
+
+from benchmarks.training.arms import (
     RESULTS,
     Experiment,
     OutOfTime,
@@ -28,8 +33,7 @@ from arms import (
     mean_and_spread,
     parser,
 )
-
-from training.config import TrainJob
+from training.config.train import TrainJob
 
 SCRATCH, UNLOCKED, TWO_STAGE = "from scratch", "without locking", "two stages"
 VALIDATE_EVERY = 41  # steps: half an epoch

@@ -1,7 +1,7 @@
 """From JPEG bytes to a normalised tensor, with augmentation: our reader against cn_clip's data set.
 
-    python benchmarks/image_path.py           # pictures of 256 pixels on the short side, to 224
-    python benchmarks/image_path.py --full    # more rounds
+    python benchmarks/training/image_path.py           # pictures of 256 pixels on the short side, to 224
+    python benchmarks/training/image_path.py --full    # more rounds
 
 The peer is what CN-CLIP 1.6.0's data set does with a picture in training: base64, PIL, and timm's
 `create_transform` with its arguments (random crop of 90-100 %, flip, AutoAugment, bicubic). Ours reads the
@@ -14,17 +14,20 @@ the CPU.
 AutoAugment operations are done again by PIL and timm; mean absolute difference under 2 of 255.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import argparse
 import base64
 import hashlib
 import io
 import json
 import statistics
-import sys
 import tarfile
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -33,15 +36,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from machine import machine
 from PIL import Image
 
-from pipeline.records import Shard
-from training import augment as ours_augment
-from training import auto_augment
-from training.augment import augment, sample_generator
-from training.config import AugmentConfig, TrainConfig
-from training.data import BatchReader, SampleOrder
+from benchmarks.harness import machine
+from pipeline.core.records import Shard
+from training.config.train import AugmentConfig, TrainConfig
+from training.data import augment as ours_augment
+from training.data import auto_augment
+from training.data.augment import augment, sample_generator
+from training.data.loader import BatchReader, SampleOrder
 from training.model import torchvision_ops
 from training.model.preprocess import MEAN, STD, normalise
 

@@ -1,8 +1,8 @@
 """The contrastive loss against cn_clip's own `get_loss`: seconds of one rank of 8, and extra memory.
 
-    python benchmarks/loss.py           # N = 8,192 for time, 16,384 for memory (cn_clip takes 5 GB there)
-    python benchmarks/loss.py --full    # more rounds
-    python benchmarks/loss.py --device cuda
+    python benchmarks/training/loss.py           # N = 8,192 for time, 16,384 for memory (cn_clip takes 5 GB there)
+    python benchmarks/training/loss.py --full    # more rounds
+    python benchmarks/training/loss.py --device cuda
 
 One process plays rank 0 of 8. What the seven other ranks would send (their features, log-sum-exps and column
 gradients) is made beforehand by the plain formula, and handed to both sides where they call a collective, so
@@ -11,26 +11,29 @@ are CPU seconds of one thread: other work on the machine does not count. On a GP
 clock, and memory is what PyTorch allocated.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import argparse
 import contextlib
 import json
 import math
 import statistics
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
-from machine import machine, seconds
 from torch import Tensor
 from torch.nn import functional as F
 
-from training import loss as ours
-from training.loss import contrastive_loss
+from benchmarks.harness import machine, seconds
+from training.losses import contrastive as ours
+from training.losses.contrastive import contrastive_loss
 from training.model import torchvision_ops
 
 RANKS, DIM = 8, 512
@@ -141,7 +144,7 @@ class Wire:
         self.image_ND, self.text_ND, self.own = image_ND, text_ND, own
         self.ranks = len(image_ND) // own.stop
         scale = math.exp(SCALE)
-        # The others' shares by the plain formula; rows are texts and columns are images, as in training.loss.
+        # The others' shares by the plain formula; rows are texts and columns are images, as in training.losses.contrastive.
         self.others_loss = image_ND.new_zeros(())
         self.others_lse_N = image_ND.new_full((len(image_ND),), -torch.inf)
         self.others_column_ND = torch.zeros_like(image_ND)

@@ -1,7 +1,7 @@
 """Do hard negatives with absent objects teach negation? On the demo: stage 2 with them and without.
 
-    python benchmarks/negation.py                         # goes on for 270 s; call again until it is done
-    python benchmarks/negation.py --seconds 1500          # in one go
+    python benchmarks/training/negation.py                         # goes on for 270 s; call again until it is done
+    python benchmarks/training/negation.py --seconds 1500          # in one go
 
 Both arms start from one stage-1 model and see the same samples with each seed; one has
 `[stage2.negation] objects` = the demo's eight shapes. Asked are the evaluation's pictures, whose
@@ -12,19 +12,32 @@ had. Chance is 50 %. Recall of the ordinary texts stands beside. The demo learns
 captions, which never negate: characters of negation are unknown tokens to it, all alike.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import dataclasses
 import json
-import sys
 from typing import Any
 
 import numpy as np
 import torch
-from arms import RESULTS, Experiment, OutOfTime, curve, header, is_finished, mean_and_spread, parser
 
-from data_prep.sources.demo_scenes import SHAPES
+from benchmarks.training.arms import (
+    RESULTS,
+    Experiment,
+    OutOfTime,
+    curve,
+    header,
+    is_finished,
+    mean_and_spread,
+    parser,
+)
+from data_prep.corpora.demo_scenes import SHAPES
 from eval.datasets.cnclip_tsv import read_evaluation
-from training.config import NegationConfig, TrainJob
-from training.model.encoder import load
+from training.config.train import NegationConfig, TrainJob
+from training.encoder import load
 
 NEGATION = NegationConfig(objects=tuple(SHAPES))
 WORDINGS = {

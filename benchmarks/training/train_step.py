@@ -1,9 +1,9 @@
 """One training step against cn_clip's: its towers and `get_loss`, forward and backward; optimizer apart.
 
-    python benchmarks/train_step.py                 # ViT-B/16 with RoBERTa-base, batch 8, one thread
-    python benchmarks/train_step.py --full          # more rounds
-    python benchmarks/train_step.py --device cuda   # bf16: ViT-B/16, L/14 and H/14, with utilisation
-    python benchmarks/train_step.py --device cuda --models ViT-L-14 --batch 192
+    python benchmarks/training/train_step.py                 # ViT-B/16 with RoBERTa-base, batch 8, one thread
+    python benchmarks/training/train_step.py --full          # more rounds
+    python benchmarks/training/train_step.py --device cuda   # bf16: ViT-B/16, L/14 and H/14, with utilisation
+    python benchmarks/training/train_step.py --device cuda --models ViT-L-14 --batch 192
 
 Both sides have the same weights, no dropout, and the same pictures and captions. Captions have lengths like
 Flickr30K-CN's (19.7 characters in the mean); cn_clip computes on 52 tokens of each. `equal` says that the
@@ -21,13 +21,17 @@ the operations that the model needs for captions as long as they are, by the dat
 for float32 on the GPU too, and for losses of the bfloat16 steps that agree to 0.05.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import argparse
 import functools
 import json
 import multiprocessing
 import os
 import statistics
-import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -37,20 +41,20 @@ from unittest import mock
 
 import numpy as np
 import torch
-from cn_clip_peer import cn_clip_of
-from machine import machine, seconds
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.config import TrainConfig
-from training.data import Batch
-from training.engine import Towers, build_engine, join_ranks, train_step
+from benchmarks.harness import machine, seconds
+from benchmarks.peers import cn_clip_of
+from training.config.train import TrainConfig
+from training.data.loader import Batch
+from training.engine.engine import Towers, build_engine, join_ranks, train_step
+from training.engine.optim import build_optimizer
 from training.flops import PEAK_FLOPS, find_device, training_flops
-from training.launcher import free_port
 from training.model.clip import CLIP, build_clip
 from training.model.config import MODELS
-from training.model.weights import state_for_file
-from training.optim import build_optimizer
+from training.ranks.launcher import free_port
+from training.weights.weights import state_for_file
 
 Kind = Literal["live", "cached", "stage2"]
 Side = Literal["ours", "peer"]

@@ -15,8 +15,8 @@ from typing import Any
 import polars as pl
 import polars_hash as plh
 
-from pipeline import store
-from pipeline.stage import Context, Outcome, Task
+from pipeline.core import store
+from pipeline.core.stage import Context, Outcome, Task
 
 DROP_COLUMNS = {"key": pl.String, "url_hash": pl.String, "reason": pl.String}
 DETAIL = "detail"  # the word of a blacklist, the key that a copy or a caption belongs to

@@ -6,13 +6,13 @@ from typing import Any
 
 import polars as pl
 
+from data_prep.accounting.drop_table import with_key
 from data_prep.corpus import ROW_STAGES, tables_of
-from data_prep.drop_table import with_key
+from data_prep.rules.text import SCORE_BELOW_THRESHOLD
 from data_prep.sources.table import from_description, scan
-from data_prep.text_rules import SCORE_BELOW_THRESHOLD
-from pipeline import store
-from pipeline.records import Manifest
-from pipeline.stage import Context
+from pipeline.core import store
+from pipeline.core.records import Manifest
+from pipeline.core.stage import Context
 
 # Stages that drop rows, in order, where a run has them; a corpus drops the malformed rows of its sources.
 STEPS = ("filter_text", "dedup", "download", *ROW_STAGES)

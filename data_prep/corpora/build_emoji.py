@@ -1,4 +1,4 @@
-"""Builds the emoji pictures and names from npm packages: `python -m data_prep.sources.build_emoji OUT`.
+"""Builds the emoji pictures and names from npm packages: `python -m data_prep.corpora.build_emoji OUT`.
 
 Three houses' drawings of the same things meet the names and keywords of Unicode CLDR 47, Chinese and
 English, by code points. OUT gets `twemoji.parquet`, `openmoji.parquet`, `fluent.parquet`, the packages'
@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipeline.records import ConfigError, InputError
+from pipeline.core.records import ConfigError, InputError
 
 SIDE_PX = 64
 MAX_MEMBER_BYTES = 64 << 20  # the largest file that is read has 2 MB
@@ -272,7 +272,7 @@ def _read_me(packages: Mapping[str, Package], counts: Mapping[str, int]) -> str:
     lines = [
         "# Emoji pictures with Chinese and English names",
         "",
-        "Made by `python -m data_prep.sources.build_emoji` from these npm packages."
+        "Made by `python -m data_prep.corpora.build_emoji` from these npm packages."
         " Their licence texts are in `licences/`.",
         "",
         "| package | licence | whose |",
@@ -340,7 +340,7 @@ def build(out: Path, packages: Mapping[str, Package] = PACKAGES) -> dict[str, in
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m data_prep.sources.build_emoji", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m data_prep.corpora.build_emoji", description=__doc__)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
     try:
         build(parser.parse_args().out)

@@ -20,8 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from data_prep.site import HOST, Answer, write_site
-from data_prep.sources.demo_scenes import (
+from data_prep.corpora.demo_scenes import (
     COLOURS,
     SHAPES,
     Caption,
@@ -35,8 +34,9 @@ from data_prep.sources.demo_scenes import (
     random_dimensions,
     random_training_scene,
 )
-from data_prep.sources.evaluation_set import EvaluationText, write_evaluation
-from pipeline.records import ConfigError
+from data_prep.formats.cnclip import EvaluationText, write_evaluation
+from data_prep.sources.local_server import HOST, Answer, write_site
+from pipeline.core.records import ConfigError
 
 EVALUATION_NAME = "unseen"
 NUM_TABLES = 3
@@ -612,7 +612,7 @@ def make_demo(config: DemoConfig, folder: str | Path) -> None:
     """Write the demo corpus into a new folder; the same configuration gives the same bytes.
 
     - `tables/demo-0000N.parquet`: caption tables with LAION's columns and `caption_en`, rows shuffled.
-    - `site.json`, `site/`: the web site that answers their URLs (see `data_prep.site`).
+    - `site.json`, `site/`: the web site that answers their URLs (see `data_prep.sources.local_server`).
     - `evaluation/unseen/`: the evaluation set in Chinese-CLIP's layout, and its URLs in `unseen_urls.txt`.
     - `planted.json`: `{class: {"count", "fate", "stage"}}`; `planted.parquet`: the same for every row, by
       SAMPLE_ID.

@@ -1,6 +1,6 @@
 """Emoji pictures with their Chinese names as a corpus: real drawings of the same things by several houses.
 
-A vendor's file is a Parquet table as `data_prep.sources.build_emoji` writes it: one picture a row, with the
+A vendor's file is a Parquet table as `data_prep.corpora.build_emoji` writes it: one picture a row, with the
 names and keywords of Unicode CLDR. Some vendors' pictures become training rows on a loopback web site, those
 of others an evaluation set: same names, a style never seen.
 """
@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
-from data_prep.site import HOST, Answer, write_site
-from data_prep.sources.evaluation_set import EvaluationText, write_evaluation
-from pipeline.records import ConfigError, InputError
+from data_prep.formats.cnclip import EvaluationText, write_evaluation
+from data_prep.sources.local_server import HOST, Answer, write_site
+from pipeline.core.records import ConfigError, InputError
 
 COLUMNS = ("name_zh", "keywords_zh", "name_en", "keywords_en", "category_en", "png")
 UNSCORED_CATEGORY = "Flags"  # nearly the same picture in every style: matching pixels solves them
@@ -191,7 +191,7 @@ def make_emoji(config: EmojiConfig, out: str | Path) -> None:
 
     - `tables/<vendor>.parquet`: url, caption, caption_en for each training vendor. Most names are shorter
       than five characters: the rule on length is for captions from the web.
-    - `site.json`, `site/`: the web site that answers their URLs (see `data_prep.site`).
+    - `site.json`, `site/`: the web site that answers their URLs (see `data_prep.sources.local_server`).
     - `evaluation/<vendor>/`: pictures of each evaluated vendor but flags, in Chinese-CLIP's layout, their
       Chinese names as queries; `<vendor>_urls.txt`.
 

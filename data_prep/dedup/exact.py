@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from data_prep.drop_table import publish_judged
-from pipeline.stage import Context, Outcome, Progress, Task
+from data_prep.accounting.drop_table import publish_judged
+from pipeline.core.stage import Context, Outcome, Progress, Task
 
 DUPLICATE = "duplicate"
 _PREFIX_HEX_DIGITS = 8

@@ -22,11 +22,11 @@ import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
+from data_prep.accounting.drop_table import publish_judged, write_table
 from data_prep.corpus import exemptions, kept_tables, rows_stage, table_name
-from data_prep.drop_table import publish_judged, write_table
-from data_prep.image_rules import HASH_BITS, IMAGE_DUPLICATES_RULE
-from pipeline.records import DropReason
-from pipeline.stage import Context, Outcome, Progress, Task
+from data_prep.rules.image import HASH_BITS, IMAGE_DUPLICATES_RULE
+from pipeline.core.records import DropReason
+from pipeline.core.stage import Context, Outcome, Progress, Task
 
 DUPLICATE_IMAGE = DropReason("duplicate_image")
 NEAR_DUPLICATE_IMAGE = DropReason("near_duplicate_image")
@@ -44,7 +44,7 @@ class DedupImageConfig:
 
     exact: bool = True  # the same picture under several addresses or captions
     # Bits of 384 within which a picture is a near copy; unset is off. More bits are more and shorter bands:
-    # benchmarks/near_copies.py has their cost.
+    # benchmarks/data_prep/near_copies.py has their cost.
     max_distance: int | None = None
     partitions: int = 1  # of each band: a task holds its share of all keys and hashes, some 100 bytes a row
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import polars as pl
 
-from data_prep.drop_table import HTTP_STATUS, write_table
-from pipeline import store
-from pipeline.records import DropReason, Manifest, Receipt, Shard
-from pipeline.stage import Context, Task
+from data_prep.accounting.drop_table import HTTP_STATUS, write_table
+from pipeline.core import store
+from pipeline.core.records import DropReason, Manifest, Receipt, Shard
+from pipeline.core.stage import Context, Task
 
 # img2dataset met an error of its own on a row and wrote nothing about it.
 LOST_BY_DOWNLOADER = DropReason("lost_by_downloader")

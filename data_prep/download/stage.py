@@ -19,15 +19,22 @@ from pathlib import Path
 
 import polars as pl
 
-from data_prep import corpus, retry
-from data_prep.drop_table import HTTP_STATUS, count_by_source, drops_path, write_drops, write_table
-from data_prep.public_web import ALLOWED_VARIABLE
-from data_prep.site import SITE_VARIABLE, local_site, serve
-from data_prep.tar_members import TarWriter
-from pipeline import store
-from pipeline.config import NOT_IN_DIGEST
-from pipeline.records import InputError
-from pipeline.stage import Context, Outcome, Progress, Task
+from data_prep import corpus
+from data_prep.accounting.drop_table import (
+    HTTP_STATUS,
+    count_by_source,
+    drops_path,
+    write_drops,
+    write_table,
+)
+from data_prep.download import retry
+from data_prep.download.public_web import ALLOWED_VARIABLE
+from data_prep.formats.tar import TarWriter
+from data_prep.sources.local_server import SITE_VARIABLE, local_site, serve
+from pipeline.core import store
+from pipeline.core.config import NOT_IN_DIGEST
+from pipeline.core.records import InputError
+from pipeline.core.stage import Context, Outcome, Progress, Task
 
 _POLL_SECONDS = 0.2
 _NETWORK_REASONS = ("connection", "dns", "timeout")
@@ -44,7 +51,7 @@ class DownloadConfig:
     jpeg_quality: int = 95
     max_pixels: int = 100_000_000  # of a picture's header: above, a decompression bomb
     # Decode a JPEG at 1/2, 1/4 or 1/8 where that still exceeds short_side_px, and average pixels: faster,
-    # and pixels differ a little (benchmarks/resize.py says both).
+    # and pixels differ a little (benchmarks/data_prep/resize.py says both).
     scaled_decode: bool = False
     timeout_seconds: float = 10.0  # a whole request
     retries: int = 1  # further tries at an address that gave nothing
@@ -242,7 +249,7 @@ def _downloader(
             own_log = str(raw / "img2dataset.log")
             stack.callback(lambda: store.write_bytes(log_path, Path(own_log).read_bytes()))
         log = stack.enter_context(open(own_log, "ab"))  # on a cluster several calls may write to one file
-        command = [sys.executable, "-m", "data_prep.download_worker", str(raw / "options.json")]
+        command = [sys.executable, "-m", "data_prep.download.worker", str(raw / "options.json")]
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
         try:
             yield process

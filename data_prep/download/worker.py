@@ -1,4 +1,4 @@
-"""Runs img2dataset in a process of its own: `python -m data_prep.download_worker OPTIONS.json`.
+"""Runs img2dataset in a process of its own: `python -m data_prep.download.worker OPTIONS.json`.
 
 img2dataset starts its workers by spawning, and each imports this module as its main module: what is set
 at the top holds in all of them.
@@ -18,7 +18,7 @@ import urllib.parse
 import urllib.request
 from typing import Any
 
-from pipeline.processes import die_with_parent
+from pipeline.core.processes import die_with_parent
 
 # Before img2dataset, whose import takes seconds in which the run may be killed. Workers compare their parent
 # with the process that started them: the kernel tells nobody of a parent that was gone before it was asked.
@@ -29,10 +29,10 @@ if os.environ.setdefault(_STARTED_BY, str(os.getpid())) not in (str(os.getpid())
 
 import img2dataset.downloader  # noqa: E402
 
-from data_prep.public_web import ALLOWED_VARIABLE, AddressRefusedError, open_public  # noqa: E402
-from data_prep.resize import UprightResizer  # noqa: E402
-from data_prep.site import HOST, SITE_VARIABLE  # noqa: E402
-from pipeline.records import DropReason  # noqa: E402
+from data_prep.download.public_web import ALLOWED_VARIABLE, AddressRefusedError, open_public  # noqa: E402
+from data_prep.download.resize import UprightResizer  # noqa: E402
+from data_prep.sources.local_server import HOST, SITE_VARIABLE  # noqa: E402
+from pipeline.core.records import DropReason  # noqa: E402
 
 HTTP_404 = DropReason("http_404")
 HTTP_ERROR = DropReason("http_error")
@@ -109,7 +109,7 @@ img2dataset.downloader.download_image = fetch
 
 
 def main() -> None:
-    """Read the options that `data_prep.download` wrote and download."""
+    """Read the options that `data_prep.download.stage` wrote and download."""
     with open(sys.argv[1], encoding="utf-8") as file:
         options = json.load(file)
     resizer = UprightResizer(**options.pop("resizer"))

@@ -8,16 +8,17 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from data_prep import guard, image_rules
+from data_prep import decontamination as guard
+from data_prep.accounting.drop_table import publish_judged
+from data_prep.accounting.histograms import histogram
 from data_prep.corpus import exemptions, guard_paths
-from data_prep.download import partition_of
-from data_prep.drop_table import publish_judged
-from data_prep.histograms import histogram
-from data_prep.resize import UNDECODABLE, BadImageError, decode_upright
-from data_prep.shard_files import OpenFiles
-from pipeline import store
-from pipeline.evaluation_sets import EvaluationSet, evaluations_of
-from pipeline.stage import Context, Outcome, Progress, Task
+from data_prep.download.resize import UNDECODABLE, BadImageError, decode_upright
+from data_prep.download.stage import partition_of
+from data_prep.formats.shards import OpenFiles
+from data_prep.rules import image as image_rules
+from pipeline.core import store
+from pipeline.core.evaluation_sets import EvaluationSet, evaluations_of
+from pipeline.core.stage import Context, Outcome, Progress, Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,15 +15,15 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from data_prep.accounting.drop_table import DETAIL, publish_judged, write_table
+from data_prep.accounting.histograms import histogram
 from data_prep.corpus import exemptions, kept_tables, rows_stage, table_name
-from data_prep.download import partition_of
-from data_prep.drop_table import DETAIL, publish_judged, write_table
-from data_prep.histograms import histogram
-from data_prep.shard_files import OpenFiles
-from data_prep.text_rules import SCORE_BELOW_THRESHOLD, SCORE_RULE
-from pipeline.config import NOT_IN_DIGEST
-from pipeline.records import ConfigError, InputError, Manifest
-from pipeline.stage import Context, Outcome, Progress, Task
+from data_prep.download.stage import partition_of
+from data_prep.formats.shards import OpenFiles
+from data_prep.rules.text import SCORE_BELOW_THRESHOLD, SCORE_RULE
+from pipeline.core.config import NOT_IN_DIGEST
+from pipeline.core.records import ConfigError, InputError, Manifest
+from pipeline.core.stage import Context, Outcome, Progress, Task
 
 # Of the sidecars; `data_prep.sources.table.score_pairs` reads them where a sidecar is a source.
 SCORE_COLUMN, TEXT_COLUMN, IMAGE_COLUMN = "pair_score", "pair_text_encoder", "pair_image_encoder"

@@ -7,16 +7,17 @@ from typing import Any, Literal
 
 import polars as pl
 
-from data_prep import chinese_script, text_rules
+from data_prep.accounting.drop_table import publish_judged, with_key
+from data_prep.accounting.histograms import histogram
 from data_prep.corpus import evaluation_urls, score_pairs, tables_of
-from data_prep.drop_table import publish_judged, with_key
-from data_prep.histograms import histogram
-from data_prep.image_rules import SWITCHABLE_IMAGE_RULES
+from data_prep.rules import chinese_script
+from data_prep.rules import text as text_rules
+from data_prep.rules.image import SWITCHABLE_IMAGE_RULES
+from data_prep.rules.text import TextRule
 from data_prep.sources.table import JUDGED_ONLY, TableSource, from_description, naming_damage, scan
-from data_prep.text_rules import TextRule
-from pipeline import store
-from pipeline.records import ConfigError, Manifest
-from pipeline.stage import Context, Outcome, Progress, Task
+from pipeline.core import store
+from pipeline.core.records import ConfigError, Manifest
+from pipeline.core.stage import Context, Outcome, Progress, Task
 
 # LAION-5B's tables hold some 17 million rows each; a task holds this many of them in memory.
 ROWS_PER_TASK = 500_000
@@ -201,6 +202,6 @@ def _has_scores(frame: pl.LazyFrame) -> bool:
 
 
 def _words_digest(theme: str) -> Any:
-    from pipeline.config import digest
+    from pipeline.core.config import digest
 
     return digest(text_rules.blacklist(theme))

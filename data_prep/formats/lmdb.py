@@ -4,7 +4,7 @@ import io
 import pickle
 from typing import Any
 
-from pipeline.records import InputError
+from pipeline.core.records import InputError
 
 
 class _PlainUnpickler(pickle.Unpickler):

@@ -8,11 +8,11 @@ from typing import IO, Any
 
 import polars as pl
 
-from data_prep.drop_table import write_table
-from data_prep.tar_members import TarWriter
-from pipeline import store
-from pipeline.records import InputError, Manifest, Shard
-from pipeline.stage import Context, Outcome
+from data_prep.accounting.drop_table import write_table
+from data_prep.formats.tar import TarWriter
+from pipeline.core import store
+from pipeline.core.records import InputError, Manifest, Shard
+from pipeline.core.stage import Context, Outcome
 
 _SIDECAR = (
     "key", "offset_bytes", "size_bytes", "caption", "source", "url", "score", "width_px", "height_px",

@@ -5,7 +5,7 @@ from typing import Any
 
 import polars as pl
 
-from pipeline.records import ConfigError
+from pipeline.core.records import ConfigError
 
 # Between captions, so that one call converts a whole column: OpenCC's dictionaries know no control character,
 # and `text_rules.visible` has taken them out of the captions.

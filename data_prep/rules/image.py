@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.records import DropReason
+from pipeline.core.records import DropReason
 
 TOO_SMALL = DropReason("too_small")
 ASPECT = DropReason("aspect")

@@ -25,8 +25,8 @@ from importlib import resources
 
 import polars as pl
 
-from data_prep import chinese_script, word_match
-from pipeline.records import ConfigError, DropReason
+from data_prep.rules import chinese_script, word_match
+from pipeline.core.records import ConfigError, DropReason
 
 CAPTION_MISSING = DropReason("caption_missing")
 URL_INVALID = DropReason("url_invalid")

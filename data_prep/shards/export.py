@@ -16,11 +16,11 @@ from typing import Any, Literal
 
 import polars as pl
 
-from data_prep.shard_files import CorpusShard, corpus_shards
-from pipeline import store
-from pipeline.config import digest
-from pipeline.records import SCHEMA_VERSION, ConfigError, InputError, Manifest, Shard
-from pipeline.stage import Progress
+from data_prep.formats.shards import CorpusShard, corpus_shards
+from pipeline.core import store
+from pipeline.core.config import digest
+from pipeline.core.records import SCHEMA_VERSION, ConfigError, InputError, Manifest, Shard
+from pipeline.core.stage import Progress
 
 Format = Literal["tsv", "lmdb"]
 

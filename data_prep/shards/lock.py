@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from data_prep.accounting.funnel import STEPS, by_source
 from data_prep.corpus import tables_of
-from data_prep.funnel import STEPS, by_source
-from pipeline import store
-from pipeline.config import digest, plain
-from pipeline.records import Manifest
-from pipeline.stage import Context, Outcome, Progress, Task
+from pipeline.core import store
+from pipeline.core.config import digest, plain
+from pipeline.core.records import Manifest
+from pipeline.core.stage import Context, Outcome, Progress, Task
 
 LOCK_FILE = "corpus.lock.json"
 # Stages whose outputs are a corpus; `validation` where a run has [split].

@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 import polars as pl
 import pyarrow.parquet as pq
 
-from data_prep.dedup import DUPLICATE, partition_range
-from data_prep.drop_table import publish_judged, write_table
-from data_prep.shard_files import CorpusShard, corpus_shards, cut, write_shard
+from data_prep.accounting.drop_table import publish_judged, write_table
+from data_prep.dedup.exact import DUPLICATE, partition_range
+from data_prep.formats.shards import CorpusShard, corpus_shards, cut, write_shard
 from data_prep.sources.table import naming_damage
-from pipeline import store
-from pipeline.config import NOT_IN_DIGEST, digest
-from pipeline.records import ConfigError, DropReason, InputError, Shard
-from pipeline.stage import Context, Outcome, Progress, Stage, Task
+from pipeline.core import store
+from pipeline.core.config import NOT_IN_DIGEST, digest
+from pipeline.core.records import ConfigError, DropReason, InputError, Shard
+from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 NOT_LISTED = DropReason("not_listed")  # the row's key is not in the list of keys
 KEY_PATTERN = "^[0-9a-f]{32}$"

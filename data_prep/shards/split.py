@@ -16,11 +16,11 @@ import numpy.typing as npt
 import polars as pl
 import polars_hash as plh
 
+from data_prep.accounting.drop_table import write_table
 from data_prep.corpus import kept_tables, rows_stage
-from data_prep.drop_table import write_table
-from data_prep.image_rules import HASH_BITS
-from pipeline.records import InputError, Shard
-from pipeline.stage import Context, Outcome, Progress, Task
+from data_prep.rules.image import HASH_BITS
+from pipeline.core.records import InputError, Shard
+from pipeline.core.stage import Context, Outcome, Progress, Task
 
 KEYS_FILE = "validation.parquet"
 

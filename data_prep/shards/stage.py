@@ -14,12 +14,12 @@ from typing import Literal
 
 import polars as pl
 
-from data_prep import split
 from data_prep.corpus import kept_tables, rows_stage
-from data_prep.download import partition_of
-from data_prep.shard_files import cut, write_shard
-from pipeline.records import Shard
-from pipeline.stage import Context, Outcome, Progress, Task
+from data_prep.download.stage import partition_of
+from data_prep.formats.shards import cut, write_shard
+from data_prep.shards import split
+from pipeline.core.records import Shard
+from pipeline.core.stage import Context, Outcome, Progress, Task
 
 Part = Literal["train", "validation"]
 

@@ -19,9 +19,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from data_prep.picture_base64 import decode_picture
-from pipeline import store
-from pipeline.records import InputError
+from data_prep.formats.base64_image import decode_picture
+from pipeline.core import store
+from pipeline.core.records import InputError
 
 HOST = "corpus.invalid"
 SITE_VARIABLE = "CNCLIP_SITE"  # environment variable: host:port of the server, for those who download
@@ -97,7 +97,7 @@ class _Server(ThreadingHTTPServer):
 
     def environment(self, path: str) -> Any:
         """The LMDB at a path, opened at its first use."""
-        from data_prep.sources.lmdb_files import open_lmdb
+        from data_prep.formats.lmdb import open_lmdb
 
         with self.opening:
             if path not in self.environments:

@@ -1,7 +1,7 @@
 """Pictures that are here already: Chinese-CLIP's TSV and LMDB, img2dataset's output, and a run's shards.
 
 A pair becomes a row of a caption table with two addresses: `url`, what the row is known by, and `picture_at`,
-where the loopback site finds the picture's bytes (`data_prep.site`), so that pictures from disk take the same
+where the loopback site finds the picture's bytes (`data_prep.sources.local_server`), so that pictures from disk take the same
 way through the resizer as those from the web. Formats: Chinese-CLIP's README, img2dataset's README.
 """
 
@@ -14,13 +14,13 @@ from urllib.parse import quote, urlencode
 
 import polars as pl
 
-from data_prep.drop_table import drops_as_they_come, write_table
-from data_prep.site import HOST, PACKED
-from data_prep.sources.convert import Converted, Places, malformed_rows
-from data_prep.sources.lmdb_files import open_lmdb, unpickle_plain
+from data_prep.accounting.drop_table import drops_as_they_come, write_table
+from data_prep.formats.lmdb import open_lmdb, unpickle_plain
+from data_prep.sources.local_server import HOST, PACKED
+from data_prep.sources.regions import Converted, Places, malformed_rows
 from data_prep.sources.table import TableSource
 from data_prep.sources.text_file import MALFORMED_COLUMNS, Malformed, column_names, read_batches
-from pipeline.records import DropReason, InputError
+from pipeline.core.records import DropReason, InputError
 
 UNPAIRED = DropReason("unpaired")  # a text whose image_ids are empty: the pairing is unknown
 IMAGE_MISSING = DropReason("image_missing")  # a text that names a picture which is not there

@@ -17,8 +17,8 @@ import polars_hash as plh
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.drop_table import DETAIL, DropsAsTheyCome, drops_as_they_come, with_key
-from data_prep.guard import GuardedIds
+from data_prep.accounting.drop_table import DETAIL, DropsAsTheyCome, drops_as_they_come, with_key
+from data_prep.decontamination import GuardedIds
 from data_prep.sources import text_file
 from data_prep.sources.table import (
     TableSource,
@@ -28,8 +28,8 @@ from data_prep.sources.table import (
     open_parquet,
     resolve,
 )
-from pipeline import store
-from pipeline.records import DropReason, InputError
+from pipeline.core import store
+from pipeline.core.records import DropReason, InputError
 
 JOINED = DropReason("joined_with_image")  # a caption that became part of its picture's one text
 GUARDED_ID = DropReason("guarded_id")  # a picture of an evaluation set, by its COCO or Flickr number

@@ -13,10 +13,10 @@ from typing import Literal
 
 import polars as pl
 
-from data_prep.site import HOST, PICTURES
 from data_prep.sources import text_file
-from pipeline import store
-from pipeline.records import InputError
+from data_prep.sources.local_server import HOST, PICTURES
+from pipeline.core import store
+from pipeline.core.records import InputError
 
 Kind = Literal["table", "laion", "wukong", "coco", "visual_genome"]
 
@@ -70,7 +70,7 @@ _KNOWN_COLUMNS = {
     "unsafe_column": ("punsafe",),
     "watermark_column": ("pwatermark",),
 }
-_PAIR_COLUMNS = ("pair_text_encoder", "pair_image_encoder")  # beside pair_score (data_prep.score)
+_PAIR_COLUMNS = ("pair_text_encoder", "pair_image_encoder")  # beside pair_score (data_prep.filters.score)
 _REQUIRED = ("url_column", "caption_column")
 _WIDTH_COLUMNS = ("width", "original_width")
 _HEIGHT_COLUMNS = ("height", "original_height")

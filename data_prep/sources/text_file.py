@@ -20,8 +20,8 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.csv
 
-from pipeline import store
-from pipeline.records import DropReason, InputError
+from pipeline.core import store
+from pipeline.core.records import DropReason, InputError
 
 MALFORMED_COLUMNS = DropReason("malformed:columns")  # more or fewer fields than the header has
 MALFORMED_ENCODING = DropReason("malformed:encoding")  # not UTF-8, or text that was damaged before (U+FFFD)

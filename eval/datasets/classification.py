@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from eval.labels import Labels, labels_for
-from pipeline.records import InputError
+from eval.datasets.labels import Labels, labels_for
+from pipeline.core.records import InputError
 
 BoolArray = npt.NDArray[np.bool_]
 Int64Array = npt.NDArray[np.int64]

@@ -8,9 +8,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.picture_base64 import decode_picture
-from pipeline import store
-from pipeline.records import InputError
+from data_prep.formats.base64_image import decode_picture
+from pipeline.core import store
+from pipeline.core.records import InputError
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -26,7 +26,7 @@ class EvaluationSet:
     """Images and texts of one evaluation, both in ascending order of their ids.
 
     Because rows are in id order, "the lower row" and "the lower id" are the same thing: that is the rule
-    by which equal scores are ordered everywhere (see `eval.metrics`). Image bytes stay in their files.
+    by which equal scores are ordered everywhere (see `eval.metrics.recall`). Image bytes stay in their files.
     """
 
     name: str

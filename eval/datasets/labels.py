@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 
-from pipeline import store
-from pipeline.records import InputError
+from pipeline.core import store
+from pipeline.core.records import InputError
 
 GENERAL = "general"
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from eval.datasets.cnclip_tsv import EvaluationSet, Int64Array, Pictures
-from pipeline.records import InputError
+from pipeline.core.records import InputError
 
 
 class UnreadablePicture(InputError):

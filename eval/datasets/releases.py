@@ -21,9 +21,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources.lmdb_files import open_lmdb, unpickle_plain
-from pipeline import store
-from pipeline.records import InputError
+from data_prep.formats.lmdb import open_lmdb, unpickle_plain
+from pipeline.core import store
+from pipeline.core.records import InputError
 
 _PICTURES = (".jpg", ".jpeg", ".png")
 

@@ -2,8 +2,8 @@
 
 from eval.datasets.cnclip_tsv import EvaluationSet, read_evaluation
 from eval.datasets.shards import read_shards
-from pipeline import store
-from pipeline.evaluation_sets import SUFFIXES, shard_stems
+from pipeline.core import store
+from pipeline.core.evaluation_sets import SUFFIXES, shard_stems
 
 
 def read_retrieval_set(folder: str, name: str) -> EvaluationSet:

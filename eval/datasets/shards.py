@@ -1,4 +1,4 @@
-"""Shards of the project (`data_prep.shards`) as an evaluation set, and their pictures by place in the tar.
+"""Shards of the project (`data_prep.shards.stage`) as an evaluation set, and their pictures by place in the tar.
 
 Pictures with the same bytes are one picture, equal captions are one text: a text's right pictures are all
 those that carry it. Ids are places in the sequence of all samples, of the first sample that has the picture
@@ -13,9 +13,9 @@ import numpy.typing as npt
 import polars as pl
 
 from eval.datasets.cnclip_tsv import EvaluationSet
-from pipeline import store
-from pipeline.evaluation_sets import shard_stems
-from pipeline.records import InputError
+from pipeline.core import store
+from pipeline.core.evaluation_sets import shard_stems
+from pipeline.core.records import InputError
 
 Int64Array = npt.NDArray[np.int64]
 

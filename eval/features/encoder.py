@@ -10,17 +10,17 @@ import numpy as np
 import numpy.typing as npt
 
 from eval.datasets.classification import Picture
-from eval.index import check_vectors
-from pipeline import store
-from pipeline.config import find_recipe, read_run
-from pipeline.records import ConfigError, InputError
-from training.config import CONTEXT_LENGTH
+from eval.index.flat import check_vectors
+from pipeline.core import store
+from pipeline.core.config import find_recipe, read_run
+from pipeline.core.records import ConfigError, InputError
+from training.config.train import CONTEXT_LENGTH
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from training.model.encoder import Encoder as TextAndImageEncoder
+    from training.encoder import Encoder as TextAndImageEncoder
 
 _STAGES = ("stage1", "stage2", "finetune")  # that end in a model, in order
 
@@ -170,12 +170,12 @@ def find_checkpoint(
 
 
 def load_encoder(checkpoint: Checkpoint, *, batch_size: int = 64, device: str | None = None) -> Encoder:
-    """Weights of any format that `training.model.formats` reads, on the accelerator where there is one.
+    """Weights of any format that `training.weights.formats` reads, on the accelerator where there is one.
 
     `device` is torch's name of another one. Raises ConfigError where the model has fewer positions than the
     context length.
     """
-    from training.model.encoder import load
+    from training.encoder import load
 
     base = load(checkpoint.path, vocabulary=checkpoint.vocabulary, device=device)
     positions = base.model.config.text.max_positions

@@ -5,8 +5,8 @@ Written in clip-retrieval's layout, one folder an evaluation:
     img_emb/img_emb_0.npy     float32 [num_images, dim], unit-norm      text_emb/text_emb_0.npy   of the texts
     metadata/metadata_0.parquet   image_id, caption: row i describes image i
     text_metadata/metadata_0.parquet   text_id, caption: row i describes text i
-    model.json                which model the features are of (`eval.model_identity`)
-    image.index, text.index       FAISS, row i = id i; added by `eval.index.build_index`
+    model.json                which model the features are of (`eval.features.model_identity`)
+    image.index, text.index       FAISS, row i = id i; added by `eval.index.flat.build_index`
 
 clip-retrieval assumes one text per image and has no folder for rows of texts alone; `text_metadata` is ours,
 and a clip-retrieval service reads the rest as it is. Rows are in id order (`eval.datasets.cnclip_tsv`).
@@ -22,19 +22,19 @@ import numpy.typing as npt
 from eval.datasets.cnclip_tsv import EvaluationSet, check_scorable
 from eval.datasets.readable import UnreadablePicture
 from eval.datasets.retrieval_set import read_retrieval_set
-from eval.index import EMBEDDING_FOLDERS, check_vectors
-from eval.metrics import (
+from eval.features.model_identity import identify, write_identity
+from eval.index.flat import EMBEDDING_FOLDERS, check_vectors
+from eval.metrics.recall import (
     Positives,
     RetrievalScores,
     ranks_from_features,
     recall_at_k,
     retrieval_scores,
 )
-from eval.model_identity import identify, write_identity
-from pipeline import store
-from pipeline.config import digest
-from pipeline.records import EmbeddingTable, InputError
-from training.config import CONTEXT_LENGTH
+from pipeline.core import store
+from pipeline.core.config import digest
+from pipeline.core.records import EmbeddingTable, InputError
+from training.config.train import CONTEXT_LENGTH
 
 if TYPE_CHECKING:
     import torch
@@ -66,10 +66,10 @@ def embed_evaluation(
     """
     import torch
 
-    from training.model.encoder import encode_tokens
-    from training.model.formats import load_model
+    from training.encoder import encode_tokens
     from training.model.preprocess import MEAN, STD
-    from training.model.vocabulary_lookup import find_vocabulary
+    from training.weights.formats import load_model
+    from training.weights.vocabulary_lookup import find_vocabulary
 
     model = load_model(model_path)
     if torch.cuda.is_available():
@@ -116,7 +116,7 @@ def validator(
     uint8. The function runs in evaluation mode without gradients, draws no random numbers, and leaves the
     mode of every module as it was. Raises InputError for features that are not finite.
     """
-    from training.model.encoder import encode_tokens
+    from training.encoder import encode_tokens
 
     sets = [read_retrieval_set(folder, name) for name, folder in evaluations.items()]
     for evaluation in sets:
@@ -150,7 +150,7 @@ def validator(
 def score_features(
     evaluation: EvaluationSet, image_ND: Float32Array, text_ND: Float32Array
 ) -> RetrievalScores:
-    """Recall of both directions from features in memory; the same numbers as `eval.retrieval.retrieve`."""
+    """Recall of both directions from features in memory; the same numbers as `eval.retrieval.predictions.retrieve`."""
     texts_of_image = evaluation.texts_of_image
     named = np.flatnonzero([len(rows) > 0 for rows in texts_of_image])
     t2i = ranks_from_features(text_ND, image_ND, Positives.of(evaluation.images_of_text))

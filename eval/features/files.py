@@ -15,14 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from eval.datasets.cnclip_tsv import Base64Pictures, read_pictures
-from eval.model_identity import identify, write_identity
-from pipeline import store
-from pipeline.records import InputError
+from eval.features.model_identity import identify, write_identity
+from pipeline.core import store
+from pipeline.core.records import InputError
 
 if TYPE_CHECKING:
     import polars as pl
 
-    from training.model.encoder import Encoder
+    from training.encoder import Encoder
 
 Float32Array = npt.NDArray[np.float32]
 Precision = Literal["float16", "float32"]

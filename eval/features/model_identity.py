@@ -11,9 +11,9 @@ import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from eval.index import EMBEDDING_FOLDERS
-from pipeline import store
-from pipeline.records import InputError
+from eval.index.flat import EMBEDDING_FOLDERS
+from pipeline.core import store
+from pipeline.core.records import InputError
 
 if TYPE_CHECKING:
     from training.model.clip import CLIP

@@ -24,15 +24,15 @@ import numpy as np
 import polars as pl
 
 from eval.datasets.shards import read_pictures, read_sidecar, whole_shards
-from eval.embed_files import FEATURE_TYPES, Precision
-from eval.index import EMBEDDING_FOLDERS, check_vectors
-from eval.model import Checkpoint, Encoder, load_encoder
-from eval.model_identity import identify, write_identity
-from pipeline import store
-from pipeline.config import digest
-from pipeline.processes import die_with_parent
-from pipeline.records import ConfigError, InputError
-from pipeline.stage import Progress
+from eval.features.encoder import Checkpoint, Encoder, load_encoder
+from eval.features.files import FEATURE_TYPES, Precision
+from eval.features.model_identity import identify, write_identity
+from eval.index.flat import EMBEDDING_FOLDERS, check_vectors
+from pipeline.core import store
+from pipeline.core.config import digest
+from pipeline.core.processes import die_with_parent
+from pipeline.core.records import ConfigError, InputError
+from pipeline.core.stage import Progress
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from eval.faiss_device import Device, check_device, from_device, to_device
-from eval.index import faiss_reason
-from eval.large_index import Embeddings, set_parameters, train
-from eval.metrics import exact_scores_of_pairs, score_error_bound
-from pipeline.align import align
-from pipeline.records import InputError
+from eval.index.device import Device, check_device, from_device, to_device
+from eval.index.flat import faiss_reason
+from eval.index.partitioned import Embeddings, set_parameters, train
+from eval.metrics.recall import exact_scores_of_pairs, score_error_bound
+from pipeline.core.records import InputError
+from pipeline.core.text_table import align
 
 Float32Array = npt.NDArray[np.float32]
 Int64Array = npt.NDArray[np.int64]

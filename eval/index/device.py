@@ -7,8 +7,8 @@ What is written to disk is always the processor's form, which any FAISS reads.
 
 from typing import Any, Literal
 
-from eval.index import faiss_reason
-from pipeline.records import ConfigError, InputError
+from eval.index.flat import faiss_reason
+from pipeline.core.records import ConfigError, InputError
 
 Device = Literal["cpu", "gpu"]
 

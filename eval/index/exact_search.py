@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from eval.metrics import exact_scores_of_pairs, score_error_bound
+from eval.metrics.recall import exact_scores_of_pairs, score_error_bound
 
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
@@ -18,7 +18,7 @@ def top_k(query_QD: Float32Array, gallery_ND: Float32Array, k: int) -> tuple[Flo
 
     Unit-norm float32 features. The matrix product only finds candidates: columns are looked at in groups by
     their highest score. The k-th highest of those bounds the k-th best score from below, so only groups that
-    reach it, less the product's error, are opened. Candidates are ordered by `eval.metrics.exact_scores`: the
+    reach it, less the product's error, are opened. Candidates are ordered by `eval.metrics.recall.exact_scores`: the
     answer depends on the vectors alone. ValueError where k exceeds the gallery or the widths differ.
     """
     num_rows, dim = gallery_ND.shape

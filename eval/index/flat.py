@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from eval.exact_search import top_k
-from pipeline import store
-from pipeline.records import InputError
+from eval.index.exact_search import top_k
+from pipeline.core import store
+from pipeline.core.records import InputError
 
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
@@ -96,7 +96,7 @@ def search(index: Any, queries_QD: Float32Array, k: int) -> tuple[Float64Array, 
     """The k best rows of each query: (scores, rows), both [Q, k], best first, equal scores by lower row.
 
     FAISS orders equal scores by its own heap and rounds float32 sums by its own kernels. The vectors of a
-    flat index are searched by `eval.exact_search.top_k` instead: the answer depends on the vectors alone.
+    flat index are searched by `eval.index.exact_search.top_k` instead: the answer depends on the vectors alone.
     From any other index this orders what FAISS returns, with FAISS's scores; rows not found are -1, last.
 
     Raises ValueError where the index holds fewer than k rows or vectors of another width.

@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from eval.faiss_device import Device, check_device, from_device, to_device
-from eval.index import EMBEDDING_FOLDERS, check_vectors, faiss_reason
-from eval.model_identity import ModelIdentity, read_identity
-from pipeline import store
-from pipeline.config import digest
-from pipeline.records import ConfigError, InputError
-from pipeline.stage import Progress
+from eval.features.model_identity import ModelIdentity, read_identity
+from eval.index.device import Device, check_device, from_device, to_device
+from eval.index.flat import EMBEDDING_FOLDERS, check_vectors, faiss_reason
+from pipeline.core import store
+from pipeline.core.config import digest
+from pipeline.core.records import ConfigError, InputError
+from pipeline.core.stage import Progress
 
 Float32Array = npt.NDArray[np.float32]
 Int64Array = npt.NDArray[np.int64]

@@ -10,8 +10,8 @@ Scores are [N, C], higher is better. Of equal scores the lower class is predicte
 import numpy as np
 import numpy.typing as npt
 
-from eval.bootstrap import NUM_RESAMPLES, Measured, metric_interval
-from eval.published import Metric
+from eval.metrics.bootstrap import NUM_RESAMPLES, Measured, metric_interval
+from eval.paper.published import Metric
 
 FloatArray = npt.NDArray[np.floating]
 Int64Array = npt.NDArray[np.int64]

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any
 
-from eval.bootstrap import Measured
-from eval.published import (
+from eval.metrics.bootstrap import Measured
+from eval.paper.published import (
     RetrievalRow,
     RetrievalTable,
     Setup,
@@ -18,7 +18,7 @@ from eval.published import (
     published,
     score_of,
 )
-from pipeline.align import align
+from pipeline.core.text_table import align
 
 _RECALLS = {
     "t2i/r1": "text-to-image R@1",
@@ -80,7 +80,7 @@ def compare_retrieval(
 ) -> Comparison:
     """A retrieval set beside its table; `protocol` is None where its counts are not met or it is one's own.
 
-    `scores` are those of `eval.bootstrap.recall_intervals`.
+    `scores` are those of `eval.metrics.bootstrap.recall_intervals`.
     """
     table = next((item for item in published().retrieval if item.protocol == protocol), None)
     if table is None:

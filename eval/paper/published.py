@@ -6,8 +6,8 @@ from functools import cache
 from importlib import resources
 from typing import Literal, TypeVar
 
-from pipeline.config import build, read_toml
-from pipeline.records import InputError
+from pipeline.core.config import build, read_toml
+from pipeline.core.records import InputError
 
 T = TypeVar("T")
 
@@ -117,7 +117,7 @@ def protocols() -> Protocols:
 
 
 def _read(name: str, cls: type[T]) -> T:
-    path = str(resources.files("eval") / name)
+    path = str(resources.files("eval.paper") / name)
     return build(cls, read_toml(path), path)
 
 

@@ -5,8 +5,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from eval.comparison import Comparison
-from eval.metrics import RecallAtK, RetrievalScores
+from eval.metrics.recall import RecallAtK, RetrievalScores
+from eval.paper.comparison import Comparison
 
 
 @dataclass(frozen=True, slots=True)

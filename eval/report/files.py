@@ -4,10 +4,10 @@ import json
 import unicodedata
 from typing import Any
 
-from eval.comparison import records
-from eval.report_data import Counts, ReportData, headline_rows, percent, recall_values
-from eval.report_page import render_html
-from pipeline import store
+from eval.paper.comparison import records
+from eval.report.data import Counts, ReportData, headline_rows, percent, recall_values
+from eval.report.page import render_html
+from pipeline.core import store
 
 
 def write_report(data: ReportData, html_path: str, json_path: str) -> None:

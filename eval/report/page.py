@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.charts import Series, histogram_chart, line_chart
-from eval.comparison import Comparison, table_rows
-from eval.metrics import RecallAtK, RetrievalScores
-from eval.report_data import (
+from eval.metrics.recall import RecallAtK, RetrievalScores
+from eval.paper.comparison import Comparison, table_rows
+from eval.report.charts import Series, histogram_chart, line_chart
+from eval.report.data import (
     HISTOGRAM_TITLES,
     ReportData,
     TrainingPoint,

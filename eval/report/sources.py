@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from eval.datasets.cnclip_tsv import EvaluationSet
-from eval.report_data import Gallery, GalleryRow, Picture, RecallPoint, TrainingPoint
-from eval.retrieval import read_predictions
-from pipeline import store
-from pipeline.records import InputError
+from eval.report.data import Gallery, GalleryRow, Picture, RecallPoint, TrainingPoint
+from eval.retrieval.predictions import read_predictions
+from pipeline.core import store
+from pipeline.core.records import InputError
 
 Item = TypeVar("Item")
 

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eval.datasets.cnclip_tsv import EvaluationSet
-from eval.metrics import (
+from eval.metrics.recall import (
     Positives,
     RetrievalScores,
     chance_recall_at_k,
@@ -25,8 +25,8 @@ from eval.metrics import (
     recall_at_k,
     retrieval_scores,
 )
-from pipeline import store
-from pipeline.records import InputError
+from pipeline.core import store
+from pipeline.core.records import InputError
 
 Float64Array = npt.NDArray[np.float64]
 Int64Array = npt.NDArray[np.int64]

@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from eval.exact_search import top_k
-from eval.index import check_vectors
-from pipeline import store
-from pipeline.records import ConfigError, InputError
+from eval.index.exact_search import top_k
+from eval.index.flat import check_vectors
+from pipeline.core import store
+from pipeline.core.records import ConfigError, InputError
 
 Float32Array = npt.NDArray[np.float32]
 Int64Array = npt.NDArray[np.int64]

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from eval.metrics import CUTOFFS
-from pipeline import store
-from pipeline.records import InputError
+from eval.metrics.recall import CUTOFFS
+from pipeline.core import store
+from pipeline.core.records import InputError
 
 K = max(CUTOFFS)
 _MAX_LISTED = 20  # missing ids named in an error; the official scorer lists all, thousands in one line

@@ -16,11 +16,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from eval.datasets.cnclip_tsv import EvaluationSet, Int64Array, check_scorable
-from eval.index import EMBEDDING_FOLDERS, read_index, read_vectors, search
-from eval.metrics import CUTOFFS, RecallAtK, RetrievalScores, recall_at_k, retrieval_scores
-from eval.model_identity import check_same_model, read_identity
-from pipeline import store
-from pipeline.records import InputError
+from eval.features.model_identity import check_same_model, read_identity
+from eval.index.flat import EMBEDDING_FOLDERS, read_index, read_vectors, search
+from eval.metrics.recall import CUTOFFS, RecallAtK, RetrievalScores, recall_at_k, retrieval_scores
+from pipeline.core import store
+from pipeline.core.records import InputError
 
 K = max(CUTOFFS)
 _QUERIES_PER_WRITE = 8192
@@ -36,7 +36,7 @@ def retrieve(
 ) -> RetrievalScores:
     """Search both ways, write prediction and score files into `out_folder`, and return the scores.
 
-    `embeddings_folder` is what `eval.embed.embed_evaluation` wrote, `index_folder` holds `image.index` and
+    `embeddings_folder` is what `eval.features.evaluation_set.embed_evaluation` wrote, `index_folder` holds `image.index` and
     `text.index` of it. Image-to-text queries are the images that
     some text names; `image_to_text=False` leaves that direction out, as MUGE does.
 

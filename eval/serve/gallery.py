@@ -19,13 +19,13 @@ from eval.datasets.cnclip_tsv import EvaluationSet
 from eval.datasets.retrieval_set import read_retrieval_set
 from eval.datasets.shards import MAX_PICTURE_BYTES, read_pictures
 from eval.evaluate import RetrievalSource, find_sets, sets_of_run
-from eval.index import read_index, search
-from eval.large_index import PartedIndex
-from eval.model import Checkpoint
-from eval.model_identity import ModelIdentity, read_identity
-from pipeline import store
-from pipeline.evaluation_sets import shard_stems
-from pipeline.records import ConfigError, InputError
+from eval.features.encoder import Checkpoint
+from eval.features.model_identity import ModelIdentity, read_identity
+from eval.index.flat import read_index, search
+from eval.index.partitioned import PartedIndex
+from pipeline.core import store
+from pipeline.core.evaluation_sets import shard_stems
+from pipeline.core.records import ConfigError, InputError
 
 if TYPE_CHECKING:
     import polars as pl

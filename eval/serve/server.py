@@ -38,11 +38,11 @@ from urllib.parse import parse_qs, urlsplit
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.resize import BadImageError, decode_upright
-from eval.gallery import Gallery
-from eval.model import Encoder
-from eval.model_identity import check_same_model, identify
-from pipeline.records import ConfigError, InputError
+from data_prep.download.resize import BadImageError, decode_upright
+from eval.features.encoder import Encoder
+from eval.features.model_identity import check_same_model, identify
+from eval.serve.gallery import Gallery
+from pipeline.core.records import ConfigError, InputError
 
 Float32Array = npt.NDArray[np.float32]
 

@@ -5,15 +5,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.bootstrap import Measured
-from eval.classification_metrics import measured_metric
 from eval.datasets.classification import ClassificationSet
-from eval.labels import templates_for
-from eval.model import Encoder
-from eval.published import Metric
-from eval.zeroshot import Float32Array, Int64Array, class_vectors, scores_of, text_features
-from pipeline.align import align
-from pipeline.records import InputError
+from eval.datasets.labels import templates_for
+from eval.features.encoder import Encoder
+from eval.metrics.bootstrap import Measured
+from eval.metrics.classification import measured_metric
+from eval.paper.published import Metric
+from eval.zeroshot.classifier import Float32Array, Int64Array, class_vectors, scores_of, text_features
+from pipeline.core.records import InputError
+from pipeline.core.text_table import align
 
 
 @dataclass(frozen=True, slots=True)

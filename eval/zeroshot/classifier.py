@@ -19,14 +19,14 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from eval.bootstrap import Measured
-from eval.classification_metrics import measured_metric
 from eval.datasets.classification import ClassificationSet
-from eval.labels import prompts
-from eval.model import Encoder
-from eval.published import Metric
-from pipeline import store
-from pipeline.records import InputError
+from eval.datasets.labels import prompts
+from eval.features.encoder import Encoder
+from eval.metrics.bootstrap import Measured
+from eval.metrics.classification import measured_metric
+from eval.paper.published import Metric
+from pipeline.core import store
+from pipeline.core.records import InputError
 
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.bootstrap import Measured
-from eval.classification_metrics import elevater_map
 from eval.datasets.classification import read_classification
-from eval.labels import templates_for
-from eval.model import Encoder
-from eval.published import Metric, classification_protocol, mismatch
-from eval.zeroshot import Ensemble, class_vectors, classify, submission_record, text_features
+from eval.datasets.labels import templates_for
+from eval.features.encoder import Encoder
+from eval.metrics.bootstrap import Measured
+from eval.metrics.classification import elevater_map
+from eval.paper.published import Metric, classification_protocol, mismatch
+from eval.zeroshot.classifier import Ensemble, class_vectors, classify, submission_record, text_features
 
 
 @dataclass(frozen=True, slots=True)

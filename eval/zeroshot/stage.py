@@ -5,14 +5,14 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from eval.bootstrap import Measured
-from eval.labels import labels_for, templates_for
-from eval.published import Metric
-from eval.zeroshot import Ensemble
-from pipeline import store
-from pipeline.config import digest
-from pipeline.records import Manifest
-from pipeline.stage import Context, Outcome, Progress, Task
+from eval.datasets.labels import labels_for, templates_for
+from eval.metrics.bootstrap import Measured
+from eval.paper.published import Metric
+from eval.zeroshot.classifier import Ensemble
+from pipeline.core import store
+from pipeline.core.config import digest
+from pipeline.core.records import Manifest
+from pipeline.core.stage import Context, Outcome, Progress, Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +70,8 @@ def tasks(config: ZeroshotStageConfig, context: Context) -> list[Task]:
 
 def run(config: ZeroshotStageConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """`<set>/scores.json`, and `<set>/submission.json` for ELEVATER where the set is one of ICinW."""
-    from eval.classify import measure_set
-    from eval.model import Checkpoint, load_encoder
+    from eval.features.encoder import Checkpoint, load_encoder
+    from eval.zeroshot.measure import measure_set
 
     item = next(item for item in config.sets if item.name == task.arguments["set"])
     vocabulary = config.vocabulary or context.path_in("vocabulary", "caption.txt")

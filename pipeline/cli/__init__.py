@@ -1,6 +1,6 @@
 """The command line: what acts on runs and on weights.
 
-`pipeline.corpus_commands` adds what acts on corpora outside a run, `eval.commands` what measures and
+`pipeline.cli.corpus` adds what acts on corpora outside a run, `eval.commands` what measures and
 searches.
 """
 
@@ -8,9 +8,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from eval.commands import add_commands as add_evaluation_commands
-from pipeline.corpus_commands import add_commands as add_corpus_commands
-from pipeline.records import ConfigError, InputError, Stopped
+from pipeline.cli.corpus import add_commands as add_corpus_commands
+from pipeline.cli.evaluation import add_commands as add_evaluation_commands
+from pipeline.core.records import ConfigError, InputError, Stopped
 
 # What training is planned with where nothing is said of it.
 _HARDWARE = "A100"
@@ -53,8 +53,8 @@ def _remedy(error: OSError) -> str:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from pipeline.plan_training import RECIPES, hardware, trainings_of_recipe, trainings_of_run
-    from pipeline.training_table import training_table
+    from pipeline.planning.requirements import RECIPES, hardware, trainings_of_recipe, trainings_of_run
+    from pipeline.planning.table import training_table
 
     if options.samples is not None and options.samples <= 0:
         raise ConfigError(f"--samples {options.samples}: must be above 0")
@@ -74,8 +74,8 @@ def _plan(options: argparse.Namespace) -> int:
         print(training_table(trainings_of_recipe(recipe, options.samples), on, tokens))
         return EXIT_DONE
     from pipeline.catalog import load
+    from pipeline.cli.tables import plan_table
     from pipeline.runner import survey_what_is_there
-    from pipeline.tables import plan_table
 
     run, _ = load(options.run, options.set)
     needs = training_table(trainings_of_run(run, options.samples), on, tokens) if on is not None else ""
@@ -91,9 +91,9 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from pipeline.catalog import load, write_resolved
+    from pipeline.cli.tables import closing_words
     from pipeline.runner import execute, select
-    from pipeline.tables import closing_words
-    from training.stage import TrainStageConfig, check_given_files
+    from training.stages import TrainStageConfig, check_given_files
 
     run, config = load(options.run, options.set)
     stages = select(run, options.stage, options.first, options.last)
@@ -110,8 +110,8 @@ def _run(options: argparse.Namespace) -> int:
 
 def _status(options: argparse.Namespace) -> int:
     from pipeline.catalog import load
+    from pipeline.cli.tables import notes, status_table
     from pipeline.runner import survey
-    from pipeline.tables import notes, status_table
 
     run, _ = load(options.run, options.set)
     print(status_table(run, survey(run)))
@@ -134,7 +134,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _why(options: argparse.Namespace) -> int:
     from pipeline.catalog import load
-    from pipeline.why import explain
+    from pipeline.tools.why import explain
 
     run, config = load(options.run, options.set)
     lines = explain(run, config.filter_text, options.key)
@@ -144,8 +144,8 @@ def _why(options: argparse.Namespace) -> int:
 
 def _launch(options: argparse.Namespace) -> int:
     from pipeline.catalog import load
-    from pipeline.config import find_recipe
-    from pipeline.launch import write_scripts
+    from pipeline.core.config import find_recipe
+    from pipeline.launch.slurm import write_scripts
 
     run, config = load(options.run, options.set)
     print("\n".join(write_scripts(run, config.launch, find_recipe(options.run), options.set)))
@@ -153,13 +153,13 @@ def _launch(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from pipeline.doctor import examine
+    from pipeline.tools.doctor import examine
 
     return EXIT_DONE if examine(options.folder) else EXIT_FAILED
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from training.model.convert import convert
+    from training.weights.convert import convert
 
     lines = convert(
         options.source,
@@ -173,7 +173,7 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from training.model.convert import inspect
+    from training.weights.convert import inspect
 
     print("\n".join(inspect(options.file)))
     return EXIT_DONE
@@ -279,7 +279,3 @@ def _parser() -> argparse.ArgumentParser:
     add_evaluation_commands(commands)
     _add_weight_commands(commands)
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

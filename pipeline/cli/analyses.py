@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from eval.commands.arguments import EXIT_DONE, add, add_model, checkpoint
+from pipeline.cli.arguments import EXIT_DONE, add, add_model, checkpoint
 
 
 def _add_set(command: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def _open_set(options: argparse.Namespace) -> Any:
     from pathlib import Path
 
     from eval.datasets.classification import read_classification
-    from eval.published import classification_protocol
+    from eval.paper.published import classification_protocol
 
     protocol = classification_protocol(Path(options.folder).resolve().name)
     metric = options.metric or ("accuracy" if protocol is None else protocol.metric)
@@ -40,9 +40,9 @@ def add_prompts(commands: Any) -> None:
 
 
 def _prompts(options: argparse.Namespace) -> int:
-    from eval.analyses import prompt_sensitivity, prompts_plot, prompts_table
-    from eval.model import load_encoder
-    from pipeline import store
+    from eval.features.encoder import load_encoder
+    from eval.zeroshot.analyses import prompt_sensitivity, prompts_plot, prompts_table
+    from pipeline.core import store
 
     data, metric = _open_set(options)
     encoder = load_encoder(checkpoint(options))
@@ -70,10 +70,10 @@ def add_negation(commands: Any) -> None:
 
 
 def _negation(options: argparse.Namespace) -> int:
-    from eval.analyses import SHIPPED_PAIRS, NegationPair, negation, negation_table
-    from eval.labels import templates_for
-    from eval.model import load_encoder
-    from pipeline.records import ConfigError
+    from eval.datasets.labels import templates_for
+    from eval.features.encoder import load_encoder
+    from eval.zeroshot.analyses import SHIPPED_PAIRS, NegationPair, negation, negation_table
+    from pipeline.core.records import ConfigError
 
     data, metric = _open_set(options)
     names = data.labels.names

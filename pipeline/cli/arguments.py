@@ -4,7 +4,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from eval.model import Checkpoint
+    from eval.features.encoder import Checkpoint
 
 EXIT_DONE, EXIT_FAILED = 0, 1
 
@@ -48,7 +48,7 @@ def add_model(command: argparse.ArgumentParser) -> None:
 
 def checkpoint(options: argparse.Namespace) -> "Checkpoint":
     """The weights that the options of `add_model` name."""
-    from eval.model import find_checkpoint
+    from eval.features.encoder import find_checkpoint
 
     return find_checkpoint(options.model, options.vocabulary, options.context_length, options.set)
 

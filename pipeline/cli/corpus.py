@@ -4,8 +4,8 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from pipeline.records import ConfigError, Manifest
-from pipeline.stage import Stage
+from pipeline.core.records import ConfigError, Manifest
+from pipeline.core.stage import Stage
 
 _EXIT_DONE = 0
 _CORPUS = "finished shards: their folder, the folder of their run, or its RUN.toml"
@@ -97,9 +97,9 @@ def _add_samples(command: argparse.ArgumentParser) -> None:
 
 
 def _retry(options: argparse.Namespace) -> int:
-    from pipeline import retry
-    from pipeline.align import align
     from pipeline.catalog import load
+    from pipeline.core.text_table import align
+    from pipeline.tools import retry
 
     run, _ = load(options.run, options.set)
     failures = retry.plan(run)
@@ -119,7 +119,7 @@ def _retry(options: argparse.Namespace) -> int:
 
 
 def _reshard(options: argparse.Namespace) -> int:
-    from data_prep.repack import RepackConfig, reshard_stages
+    from data_prep.shards.repack import RepackConfig, reshard_stages
 
     config = RepackConfig(corpora=(_folder(options.corpus),), samples_per_shard=options.samples)
     _do(options, reshard_stages(config))
@@ -127,7 +127,7 @@ def _reshard(options: argparse.Namespace) -> int:
 
 
 def _subset(options: argparse.Namespace) -> int:
-    from data_prep.repack import RepackConfig, subset_stages
+    from data_prep.shards.repack import RepackConfig, subset_stages
 
     corpora = (_folder(options.corpus),)
     config = RepackConfig(corpora=corpora, samples_per_shard=_samples(options, corpora), keys=options.keys)
@@ -138,7 +138,7 @@ def _subset(options: argparse.Namespace) -> int:
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from data_prep.repack import RepackConfig, merge_stages
+    from data_prep.shards.repack import RepackConfig, merge_stages
 
     corpora = tuple(_folder(corpus) for corpus in options.corpora)
     config = RepackConfig(corpora=corpora, samples_per_shard=_samples(options, corpora))
@@ -147,8 +147,8 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from data_prep.export import export
-    from pipeline.progress import make_progress
+    from data_prep.shards.export import export
+    from pipeline.core.progress import make_progress
 
     done = export(_folder(options.corpus), options.out, options.to, options.split, make_progress("export"))
     files = ", ".join(done.files)
@@ -158,14 +158,14 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _diff(options: argparse.Namespace) -> int:
-    from pipeline.diff import compare
+    from pipeline.tools.diff import compare
 
     print("\n".join(compare(_folder(options.a), _folder(options.b), options.rows)))
     return _EXIT_DONE
 
 
 def _guard(options: argparse.Namespace) -> int:
-    from data_prep.guard import make_guard
+    from data_prep.decontamination import make_guard
 
     count = make_guard(options.evaluation_set, options.family, options.out)
     print(f"{options.out}: {count:,} pictures; name it in [corpus] guards")
@@ -173,7 +173,7 @@ def _guard(options: argparse.Namespace) -> int:
 
 
 def _samples(options: argparse.Namespace, corpora: Sequence[str]) -> int:
-    from data_prep.shard_files import corpus_shards
+    from data_prep.formats.shards import corpus_shards
 
     if options.samples is not None:
         return int(options.samples)

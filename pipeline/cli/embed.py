@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from eval.commands.arguments import EXIT_DONE, add, add_model, checkpoint
+from pipeline.cli.arguments import EXIT_DONE, add, add_model, checkpoint
 
 
 def add_embed(commands: Any) -> None:
@@ -32,7 +32,7 @@ def add_embed(commands: Any) -> None:
 
 
 def _embed(options: argparse.Namespace) -> int:
-    from pipeline.records import ConfigError
+    from pipeline.core.records import ConfigError
 
     if options.shards is not None:
         if options.images is not None or options.texts is not None:
@@ -43,8 +43,8 @@ def _embed(options: argparse.Namespace) -> int:
     if options.ranks != 1 or options.redo:
         raise ConfigError("--ranks and --redo go with --shards")
 
-    from eval.embed_files import embed_files
-    from eval.model import load_encoder
+    from eval.features.encoder import load_encoder
+    from eval.features.files import embed_files
 
     encoder = load_encoder(checkpoint(options))
     done = embed_files(
@@ -65,9 +65,9 @@ def _embed(options: argparse.Namespace) -> int:
 
 
 def _embed_shards(options: argparse.Namespace) -> int:
-    from eval.embed_shards import ShardJob, embed_shards
-    from pipeline.progress import make_progress
-    from pipeline.records import ConfigError
+    from eval.features.shards import ShardJob, embed_shards
+    from pipeline.core.progress import make_progress
+    from pipeline.core.records import ConfigError
 
     if options.ranks < 1:
         raise ConfigError(f"--ranks {options.ranks}: give at least 1")

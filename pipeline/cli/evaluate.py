@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any
 
-from eval.commands.arguments import EXIT_DONE, EXIT_FAILED, add, add_model, checkpoint
+from pipeline.cli.arguments import EXIT_DONE, EXIT_FAILED, add, add_model, checkpoint
 
 
 def add_predict(commands: Any) -> None:
@@ -23,7 +23,7 @@ def add_predict(commands: Any) -> None:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from eval.official import predict
+    from eval.retrieval.official_files import predict
 
     count = predict(
         options.images, options.texts, options.out, image_to_text=options.image_to_text, k=options.top_k
@@ -40,7 +40,7 @@ def add_score(commands: Any) -> None:
 
 
 def _score(options: argparse.Namespace) -> int:
-    from eval.score import score_files
+    from eval.retrieval.official_scorer import score_files
 
     result = score_files(options.reference, options.predictions, options.out)
     for note in result.notes:
@@ -91,8 +91,8 @@ def add_eval(commands: Any) -> None:
 
 def _eval(options: argparse.Namespace) -> int:
     from eval.evaluate import Options, evaluate, find_sets, reported_splits, sets_of_run
-    from pipeline import store
-    from pipeline.records import ConfigError
+    from pipeline.core import store
+    from pipeline.core.records import ConfigError
 
     model = checkpoint(options)
     if options.sets is not None:

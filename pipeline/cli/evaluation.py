@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from eval.commands.analysing import add_negation, add_prompts
-from eval.commands.embedding import add_embed
-from eval.commands.indexing import add_bench_index, add_index
-from eval.commands.scoring import add_eval, add_predict, add_score
-from eval.commands.serving import add_serve
+from pipeline.cli.analyses import add_negation, add_prompts
+from pipeline.cli.embed import add_embed
+from pipeline.cli.evaluate import add_eval, add_predict, add_score
+from pipeline.cli.index import add_bench_index, add_index
+from pipeline.cli.serve import add_serve
 
 
 def add_commands(commands: Any) -> None:

@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any
 
-from eval.commands.arguments import EXIT_DONE, add, add_device, add_embeddings, add_target
+from pipeline.cli.arguments import EXIT_DONE, add, add_device, add_embeddings, add_target
 
 
 def add_index(commands: Any) -> None:
@@ -27,9 +27,9 @@ def add_index(commands: Any) -> None:
 
 
 def _index(options: argparse.Namespace) -> int:
-    from eval.bench_index import suggest
-    from eval.large_index import Embeddings, build_parts
-    from pipeline.progress import make_progress
+    from eval.index.benchmark import suggest
+    from eval.index.partitioned import Embeddings, build_parts
+    from pipeline.core.progress import make_progress
 
     embeddings = Embeddings.open(options.embeddings, side=options.side)
     factory = options.factory or suggest(
@@ -78,11 +78,11 @@ def _bench_index(options: argparse.Namespace) -> int:
 
     import numpy as np
 
-    from eval import bench_index
-    from eval.large_index import Embeddings
-    from eval.model_identity import check_same_model
-    from pipeline import store
-    from pipeline.records import ConfigError
+    from eval.features.model_identity import check_same_model
+    from eval.index import benchmark as bench_index
+    from eval.index.partitioned import Embeddings
+    from pipeline.core import store
+    from pipeline.core.records import ConfigError
 
     if options.num_queries < 1:
         raise ConfigError(f"--num-queries {options.num_queries}: give at least 1")

@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any
 
-from eval.commands.arguments import EXIT_DONE, add, add_model, checkpoint
+from pipeline.cli.arguments import EXIT_DONE, add, add_model, checkpoint
 
 
 def add_serve(commands: Any) -> None:
@@ -33,10 +33,10 @@ def add_serve(commands: Any) -> None:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from eval.gallery import galleries_of_run, open_gallery
-    from eval.model import load_encoder
-    from eval.serve import Searcher, SearchServer
-    from pipeline.records import ConfigError
+    from eval.features.encoder import load_encoder
+    from eval.serve.gallery import galleries_of_run, open_gallery
+    from eval.serve.server import Searcher, SearchServer
+    from pipeline.core.records import ConfigError
 
     model = checkpoint(options)
     if options.index is None:

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from data_prep.funnel import STEPS, threshold_notes
-from pipeline import store
-from pipeline.align import align
-from pipeline.records import Receipt
+from data_prep.accounting.funnel import STEPS, threshold_notes
+from pipeline.core import store
+from pipeline.core.records import Receipt
+from pipeline.core.text_table import align
 from pipeline.runner import Run, StageStatus, State, read_manifest, survey_stage
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from importlib import resources
 from typing import Any, TypeVar
 
-from pipeline.records import ConfigError
+from pipeline.core.records import ConfigError
 
 T = TypeVar("T")
 

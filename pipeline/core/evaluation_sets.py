@@ -6,10 +6,10 @@ or a folder of this project's shards.
 
 from dataclasses import dataclass
 
-from pipeline import store
-from pipeline.config import digest
-from pipeline.records import InputError
-from pipeline.stage import Context
+from pipeline.core import store
+from pipeline.core.config import digest
+from pipeline.core.records import InputError
+from pipeline.core.stage import Context
 
 SUFFIXES = ("_imgs.tsv", "_texts.jsonl")
 

@@ -4,7 +4,7 @@ import os
 import sys
 import time
 
-from pipeline.stage import Progress
+from pipeline.core.stage import Progress
 
 _SECONDS_BETWEEN_LINES = 10.0
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from pipeline import store
-from pipeline.config import digest
-from pipeline.records import SCHEMA_VERSION, Manifest, Receipt, Shard
+from pipeline.core import store
+from pipeline.core.config import digest
+from pipeline.core.records import SCHEMA_VERSION, Manifest, Receipt, Shard
 
 
 @dataclass(frozen=True, slots=True)

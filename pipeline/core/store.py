@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import fsspec
 
-from pipeline.records import ConfigError
+from pipeline.core.records import ConfigError
 
 _DIGEST_CHUNK_BYTES = 1 << 20
 _EDGE_BYTES = 1 << 20

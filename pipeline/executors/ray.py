@@ -14,8 +14,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from pipeline.records import ConfigError, InputError, Receipt
-from pipeline.stage import Context, Stage, Task
+from pipeline.core.records import ConfigError, InputError, Receipt
+from pipeline.core.stage import Context, Stage, Task
 
 # Lost machines that a task may meet before the run stops: spot machines go, a task that kills its worker
 # each time has to be seen.

@@ -12,13 +12,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline import store
-from pipeline.launch_config import LaunchConfig
-from pipeline.records import ConfigError, Stopped
+from pipeline.core import store
+from pipeline.core.records import ConfigError, Stopped
+from pipeline.core.stage import Stage
+from pipeline.launch.config import LaunchConfig
 from pipeline.runner import Run
-from pipeline.stage import Stage
-from training.config import TrainConfig
-from training.stage import TrainStageConfig
+from training.config.train import TrainConfig
+from training.stages import TrainStageConfig
 
 _PORT = 29_500  # torchrun's own default
 

@@ -9,9 +9,9 @@ Memory of a rank, in bytes, P parameters of which T are trained, R ranks:
   two of them, one a type that gradients travel in. What a DeepSpeed file offloads leaves the device, with the
   optimizer also the gradients that ZeRO-2 and 3 share out. ZeRO-3 gathers weights layer by layer and keeps
   those that the backward pass needs soon: all of a small model's at the end of a forward pass, of a large
-  one's half of `stage3_max_reuse_distance` (tests/training/test_sizing.py looks).
+  one's half of `stage3_max_reuse_distance` (tests/pipeline/planning/test_memory.py looks).
 - activations kept for the backward pass: so many bytes a token, block and unit of width, counted on this
-  project's towers with `torch.autograd.graph.saved_tensors_hooks` (tests/training/test_sizing.py counts
+  project's towers with `torch.autograd.graph.saved_tensors_hooks` (tests/pipeline/planning/test_memory.py counts
   again). Korthikanti et al. 2022, equation 1, have 34 with everything in float16; autocast keeps
   normalisations in float32, hence more. Attention keeps no matrix of probabilities: PyTorch's fused attention
   computes it again. With checkpointing a block keeps its input alone, and one block all of it.
@@ -30,8 +30,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
-from training.config import TrainConfig
-from training.deepspeed_file import DEEPSPEED_BUCKET_VALUES
+from training.config.deepspeed_file import DEEPSPEED_BUCKET_VALUES
+from training.config.train import TrainConfig
 from training.flops import image_forward, text_forward, training_flops
 from training.model.config import (
     ModelConfig,

@@ -6,19 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from pipeline.records import ConfigError
-from pipeline.runner import Run, read_manifest
-from training.config import (
-    TrainConfig,
-    finetune_recipe,
-    finetuned_data,
-    paper_recipe,
-    pretrained_stages,
-)
-from training.deepspeed_file import computes_in_bfloat16, read_deepspeed_file
-from training.flops import PEAK_FLOPS, WITHOUT_BFLOAT16, device_gib, find_device
-from training.model.config import MODELS
-from training.sizing import (
+from pipeline.core.records import ConfigError
+from pipeline.planning.memory import (
     USABLE,
     Shares,
     cache_days,
@@ -29,7 +18,18 @@ from training.sizing import (
     shares,
     zero_of,
 )
-from training.stage import TrainStageConfig
+from pipeline.runner import Run, read_manifest
+from training.config.deepspeed_file import computes_in_bfloat16, read_deepspeed_file
+from training.config.train import (
+    TrainConfig,
+    finetune_recipe,
+    finetuned_data,
+    paper_recipe,
+    pretrained_stages,
+)
+from training.flops import PEAK_FLOPS, WITHOUT_BFLOAT16, device_gib, find_device
+from training.model.config import MODELS
+from training.stages import TrainStageConfig
 
 RECIPES = ("pretrain", "finetune")
 PAPER_PAIRS = 200_000_000  # section 2.2

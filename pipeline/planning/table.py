@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 
-from pipeline.align import align
-from pipeline.plan_training import GIB, Hardware, Need, Training, need, paper_gpu_days
-from pipeline.records import ConfigError
-from training.sizing import SECONDS_A_DAY
+from pipeline.core.records import ConfigError
+from pipeline.core.text_table import align
+from pipeline.planning.memory import SECONDS_A_DAY
+from pipeline.planning.requirements import GIB, Hardware, Need, Training, need, paper_gpu_days
 
 _HEADER = (
     *("model", "training", "batch", "epochs", "steps", "ranks", "samples/rank", "micro-batch"),
@@ -41,7 +41,7 @@ def _reckoned(trainings: Sequence[Training], on: Hardware, tokens: int, paper: b
         f"Reckoned with {on.name} ({on.memory_bytes / GIB:g} GiB, {on.usable_gib:g} of them planned with) at"
         f" {100 * on.utilisation:g} % of its 16-bit peak and captions of {tokens} tokens on average."
         " micro-batch: the training's own, or where it sets none the most samples whose activations a rank"
-        " can hold at once. GiB: a rank's tensors at their fullest (training/sizing.py); counted ones were"
+        " can hold at once. GiB: a rank's tensors at their fullest (pipeline/planning/memory.py); counted ones were"
         " 5 % less (RN50) to 45 % more (the tiny models in bfloat16), and a process needs more than its"
         " tensors: allocator and libraries. days: by the clock, on all ranks; GPU-days: that times ranks,"
         " with the time that some wait for the fullest."

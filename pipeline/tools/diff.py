@@ -17,14 +17,14 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.dedup import DUPLICATE
-from data_prep.drop_table import url_hash
-from data_prep.funnel import STEPS
-from data_prep.lock import LOCK_FILE
-from data_prep.sources.convert import JOINED
-from pipeline import store
-from pipeline.align import align
-from pipeline.records import InputError
+from data_prep.accounting.drop_table import url_hash
+from data_prep.accounting.funnel import STEPS
+from data_prep.dedup.exact import DUPLICATE
+from data_prep.shards.lock import LOCK_FILE
+from data_prep.sources.regions import JOINED
+from pipeline.core import store
+from pipeline.core.records import InputError
+from pipeline.core.text_table import align
 from pipeline.runner import Run, read_manifest
 
 _ROWS_AT_ONCE = 250_000  # of the larger corpus, compared in one step

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 
-from pipeline.align import align
+from pipeline.core.text_table import align
 
 _MIN_DISK_GB = 5  # the demo needs about 1 GB beside the installation
 _MIN_MEMORY_GB = 6  # what the demo may take
@@ -133,7 +133,7 @@ def _accelerator(folder: str) -> Finding:
 
 def _ranks(folder: str) -> Finding:
     """Two processes really meet over gloo and add two numbers."""
-    from training.launcher import free_port
+    from training.ranks.launcher import free_port
 
     program = (
         "import sys, torch, torch.distributed as d;"

@@ -4,10 +4,12 @@ import dataclasses
 import itertools
 from dataclasses import dataclass
 
-from data_prep import download, retry
-from data_prep.retry import Failures
-from pipeline import store
-from pipeline.records import ConfigError, InputError, Manifest, Receipt
+from data_prep.download import retry
+from data_prep.download import stage as download
+from data_prep.download.retry import Failures
+from pipeline.core import store
+from pipeline.core.records import ConfigError, InputError, Manifest, Receipt
+from pipeline.core.stage import Context, Stage, Task, fold, read_receipt, receipt_path
 from pipeline.runner import (
     Run,
     State,
@@ -18,7 +20,6 @@ from pipeline.runner import (
     read_manifest,
     survey_stage,
 )
-from pipeline.stage import Context, Stage, Task, fold, read_receipt, receipt_path
 
 _PACKED = ("shards", "validation", "lock")  # the last stages that a recovered row goes through
 _NO_OUTAGE = 2.0  # these rows failed before: that most fail again is no sign of an outage

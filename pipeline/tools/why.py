@@ -9,15 +9,15 @@ from collections.abc import Iterator
 
 import polars as pl
 
-from data_prep import text_rules
+from data_prep.accounting.drop_table import DETAIL, HTTP_STATUS, drops_path, url_hash
+from data_prep.accounting.funnel import STEPS
 from data_prep.corpus import malformed_table, tables_of
-from data_prep.drop_table import DETAIL, HTTP_STATUS, drops_path, url_hash
-from data_prep.filter_text import FilterTextConfig, prepared
-from data_prep.funnel import STEPS
-from data_prep.sources.convert import JOINED
+from data_prep.filters.text import FilterTextConfig, prepared
+from data_prep.rules import text as text_rules
+from data_prep.sources.regions import JOINED
 from data_prep.sources.table import from_description, scan
-from pipeline import store
-from pipeline.records import InputError, Manifest
+from pipeline.core import store
+from pipeline.core.records import InputError, Manifest
 from pipeline.runner import Run, read_manifest
 
 _KEY = re.compile(r"[0-9a-f]{32}")

@@ -10,13 +10,14 @@ from urllib.parse import quote
 
 import polars as pl
 import pytest
-from s3_server import s3_server
-from test_dedup_and_shards import _finish, _rows, _run
 
-from data_prep.site import serve
-from pipeline import runner, store
-from pipeline.records import ConfigError
+from data_prep.sources.local_server import serve
+from pipeline import runner
+from pipeline.core import store
+from pipeline.core.records import ConfigError
 from pipeline.runner import Run
+from tests.data_prep.shards.test_dedup_and_shards import _finish, _rows, _run
+from tests.helpers.s3_server import s3_server
 
 DATA_STAGES = ("corpus", "filter_text", "dedup", "download", "filter_image", "shards")
 DEMO = {

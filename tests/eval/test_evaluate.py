@@ -8,17 +8,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from classification_files import write_cnclip
-from evaluation_files import png_bytes, small_evaluation, write_evaluation
-from tiny_model import write_tiny_model
 
-from eval import comparison, evaluate
-from eval.bootstrap import Measured
-from eval.comparison import compare_classification, compare_retrieval, to_csv, to_json, to_latex, to_text
+from eval import evaluate
 from eval.evaluate import find_sets
-from eval.published import Protocols, RetrievalProtocol, protocols, published
-from pipeline import __main__ as command_line
-from pipeline.records import InputError, Manifest
+from eval.metrics.bootstrap import Measured
+from eval.paper import comparison
+from eval.paper.comparison import (
+    compare_classification,
+    compare_retrieval,
+    to_csv,
+    to_json,
+    to_latex,
+    to_text,
+)
+from eval.paper.published import Protocols, RetrievalProtocol, protocols, published
+from pipeline import cli as command_line
+from pipeline.core.records import InputError, Manifest
+from tests.helpers.classification_files import write_cnclip
+from tests.helpers.evaluation_files import png_bytes, small_evaluation, write_evaluation
+from tests.helpers.tiny_model import write_tiny_model
 
 KEYS = ["t2i/r1", "t2i/r5", "t2i/r10", "i2t/r1", "i2t/r5", "i2t/r10", "mean_recall"]
 

@@ -8,20 +8,26 @@ from pathlib import Path
 import polars as pl
 from PIL import Image, ImageDraw
 
-from data_prep import corpus, dedup, filter_image, filter_text, shards, split
+from data_prep import corpus
+from data_prep.accounting.drop_table import drops_path, write_drops, write_table
 from data_prep.corpus import CorpusStageConfig, TablesConfig
-from data_prep.dedup import DedupConfig
-from data_prep.download import tasks as download_tasks
-from data_prep.drop_table import drops_path, write_drops, write_table
-from data_prep.filter_image import FilterImageConfig
-from data_prep.filter_text import FilterTextConfig
-from data_prep.shards import ShardsConfig
+from data_prep.dedup import exact as dedup
+from data_prep.dedup.exact import DedupConfig
+from data_prep.download.stage import tasks as download_tasks
+from data_prep.filters import image as filter_image
+from data_prep.filters import text as filter_text
+from data_prep.filters.image import FilterImageConfig
+from data_prep.filters.text import FilterTextConfig
+from data_prep.formats.tar import TarWriter
+from data_prep.shards import split
+from data_prep.shards import stage as shards
+from data_prep.shards.split import SplitConfig
+from data_prep.shards.stage import ShardsConfig
 from data_prep.sources.table import TableSource
-from data_prep.split import SplitConfig
-from data_prep.tar_members import TarWriter
-from pipeline import runner, store
+from pipeline import runner
+from pipeline.core import store
+from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 from pipeline.runner import Run
-from pipeline.stage import Context, Outcome, Progress, Stage, Task
 
 
 def drawing(seed: int, side: int = 64) -> Image.Image:

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 from PIL import Image
 
-from data_prep.tar_members import TarWriter
+from data_prep.formats.tar import TarWriter
 
 
 def png_bytes(seed: int, size_px: int = 20) -> bytes:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cn_clip_peer import cn_clip_of as build
+from benchmarks.peers import cn_clip_of as build
 from training.model.config import ModelConfig, VisionTransformerConfig
 
 # cn_clip's names of the released structures

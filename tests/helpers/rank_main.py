@@ -4,15 +4,14 @@ import os
 import sys
 from pathlib import Path
 
-from pipeline.processes import importing, leave, say
+from pipeline.core.processes import importing, leave, say
+from pipeline.core.records import ConfigError, InputError, Stopped
 from pipeline.rank import ranks_of_slurm
-from pipeline.records import ConfigError, InputError, Stopped
-from training.config import TrainJob
+from training.config.train import TrainJob
 
 with importing():
-    from train_jobs import train_rank
-
     import training.pretrain  # noqa: F401  `train_rank` imports it
+    from tests.helpers.train_jobs import train_rank
 
 
 def main(path: str) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.records import Shard
+from pipeline.core.records import Shard
 
 COLOURS = {"红": (220, 30, 30), "绿": (30, 180, 60), "蓝": (40, 60, 220), "黄": (230, 210, 40)}
 SHAPES = ("圆", "方")

@@ -4,9 +4,9 @@ import os
 import sys
 from pathlib import Path
 
-from pipeline.records import Stopped
-from training.config import TrainJob
-from training.launcher import failure, free_port, launcher_command, launcher_environment, watch
+from pipeline.core.records import Stopped
+from training.config.train import TrainJob
+from training.ranks.launcher import failure, free_port, launcher_command, launcher_environment, watch
 
 
 def main(path: str) -> int:

@@ -7,7 +7,7 @@ import torch
 from training.model.clip import build_clip
 from training.model.config import MODELS
 from training.model.tokenizer import SPECIAL_TOKENS, Tokenizer, learn_vocabulary
-from training.model.weights import save_checkpoint
+from training.weights.weights import save_checkpoint
 
 
 def write_tiny_model(folder: Path, seed: int = 0, *, words: str | None = None) -> tuple[str, str]:

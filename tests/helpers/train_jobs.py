@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shard_files import write_shards, write_vocabulary
 
-from training.config import AugmentConfig, TrainConfig, TrainJob
+from tests.helpers.shard_files import write_shards, write_vocabulary
+from training.config.train import AugmentConfig, TrainConfig, TrainJob
 from training.model.config import ModelConfig, ModifiedResNetConfig, TextConfig, VisionTransformerConfig
 
 CONFIG = TrainConfig(
@@ -91,8 +91,8 @@ def save_deepspeed_checkpoints(folder: str, stages: list[int]) -> None:
     import deepspeed
     from torch import nn
 
-    from training.config import TrainConfig
-    from training.engine import join_ranks
+    from training.config.train import TrainConfig
+    from training.engine.engine import join_ranks
     from training.model.clip import build_clip
     from training.model.config import MODELS
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from pipeline import store
+from pipeline.core import store
 
 TRAINING = {
     "vocabulary.size": 600,

@@ -10,26 +10,27 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from mclip_files import write_mclip
 from PIL import Image
-from tiny_model import write_tiny_model
 
-from data_prep import score
-from data_prep.drop_table import write_table
-from data_prep.score import FilterScoreConfig, ScoreConfig
+from data_prep.accounting.drop_table import write_table
+from data_prep.filters import score
+from data_prep.filters.score import FilterScoreConfig, ScoreConfig
+from data_prep.formats.tar import TarWriter
 from data_prep.sources.table import TableSource, describe
-from data_prep.tar_members import TarWriter
-from eval import pair_encoder
-from pipeline import runner, store
+from pipeline import pair_scorers as pair_encoder
+from pipeline import runner
 from pipeline.catalog import load, make_run
-from pipeline.config import build
-from pipeline.records import ConfigError, InputError
+from pipeline.core import store
+from pipeline.core.config import build
+from pipeline.core.records import ConfigError, InputError
+from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 from pipeline.runner import Run, State, survey_stage
-from pipeline.stage import Context, Outcome, Progress, Stage, Task
+from tests.helpers.mclip_files import write_mclip
+from tests.helpers.tiny_model import write_tiny_model
 from training.model.clip import build_clip
 from training.model.config import MODELS
-from training.model.image_tower import load_image_tower
-from training.model.weights import save_openai
+from training.weights.image_tower import load_image_tower
+from training.weights.weights import save_openai
 
 CAPTIONS = [
     "一只黑色的猫",
@@ -284,7 +285,7 @@ def test_other_weights_make_the_scores_stale(encoders: tuple[ScoreConfig, Any, s
 
 
 def test_one_of_our_models_scores_both_sides(tmp_path: Path) -> None:
-    from training.model.encoder import load as load_encoder
+    from training.encoder import load as load_encoder
 
     weights, vocabulary = write_tiny_model(tmp_path)
     config = ScoreConfig(model=weights, vocabulary=vocabulary, rows="all", device="cpu")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.catalog import load
-from pipeline.records import ConfigError
+from pipeline.core.records import ConfigError
 
 RUN = """
 [run]

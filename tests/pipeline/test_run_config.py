@@ -11,8 +11,16 @@ import pytest
 from pydantic import Discriminator
 
 from pipeline import catalog
-from pipeline.config import NOT_IN_DIGEST, apply_overrides, build, digest, find_recipe, read_toml, to_toml
-from pipeline.records import ConfigError
+from pipeline.core.config import (
+    NOT_IN_DIGEST,
+    apply_overrides,
+    build,
+    digest,
+    find_recipe,
+    read_toml,
+    to_toml,
+)
+from pipeline.core.records import ConfigError
 from training.model.config import MODELS
 
 

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import runner, store
-from pipeline.config import NOT_IN_DIGEST
-from pipeline.records import ConfigError, InputError, Manifest, Receipt
+from pipeline import runner
+from pipeline.cli.tables import closing_words
+from pipeline.core import store
+from pipeline.core.config import NOT_IN_DIGEST
+from pipeline.core.records import ConfigError, InputError, Manifest, Receipt
+from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 from pipeline.runner import Run, State
-from pipeline.stage import Context, Outcome, Progress, Stage, Task
-from pipeline.tables import closing_words
 
 NUM_FILES = 4
 

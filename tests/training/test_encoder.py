@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_model import write_tiny_model
 
-from pipeline.records import InputError
-from training.model import vocabulary_lookup
-from training.model.encoder import Encoder, batches_of_tokens, load
+from pipeline.core.records import InputError
+from tests.helpers.tiny_model import write_tiny_model
+from training.encoder import Encoder, batches_of_tokens, load
 from training.model.tokenizer import SPECIAL_TOKENS, Tokenizer
-from training.model.vocabulary_lookup import find_vocabulary
+from training.weights import vocabulary_lookup
+from training.weights.vocabulary_lookup import find_vocabulary
 
 WORDS = [*SPECIAL_TOKENS, *"红蓝色的猫狗"]
 

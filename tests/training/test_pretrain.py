@@ -3,33 +3,24 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from rank_processes import free_port, run_ranks
 from safetensors.torch import load_file
-from train_jobs import make_job, small_models, train_rank
 
-from training.config import AugmentConfig, TrainJob
-
-HERE = Path(__file__).parent
-LIMIT_SECONDS = 600  # far more than any of these takes alone; the machine may be busy
-
-
-def read_metrics(job: TrainJob) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (Path(job.folder) / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(job: TrainJob) -> list[float]:
-    return [line["loss"] for line in read_metrics(job) if "loss" in line]
-
-
-def outputs(job: TrainJob) -> tuple[bytes, bytes]:
-    return Path(job.output_model).read_bytes(), (Path(job.folder) / "metrics.jsonl").read_bytes()
+from tests.helpers.launched_jobs import (
+    LIMIT_SECONDS,
+    launch,
+    losses,
+    outputs,
+    read_metrics,
+)
+from tests.helpers.rank_processes import run_ranks
+from tests.helpers.train_jobs import make_job, small_models, train_rank
+from training.config.train import AugmentConfig, TrainJob
 
 
 def train_rank_without_dropout(job: TrainJob) -> None:
@@ -72,8 +63,8 @@ def test_it_learns_and_writes_what_it_promises(tmp_path: Path) -> None:
 def test_a_locked_image_tower_stays_as_it_is_byte_for_byte(tmp_path: Path) -> None:
     from training.model.config import MODELS
     from training.model.tokenizer import Tokenizer
-    from training.model.weights import load_checkpoint
     from training.pretrain import build_model
+    from training.weights.weights import load_checkpoint
 
     MODELS.update(small_models())
     job = make_job(tmp_path, "run", model="small-rn", ranks=2, lock_image=True, epochs=1)
@@ -186,8 +177,8 @@ def temperatures_and_masters(job: TrainJob) -> list[tuple[float, float]]:
     """(module's temperature, its float32 master) after every step."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    from training import loop
-    from training.engine import train_step
+    from training import trainer as loop
+    from training.engine.engine import train_step
 
     found = []
 
@@ -212,28 +203,10 @@ def test_the_temperature_is_clamped_in_the_master_too(tmp_path: Path, deepspeed:
         assert all(8.9 < module == master <= 9.000001 for module, master in found)
 
 
-def launch(job: TrainJob) -> subprocess.Popen[str]:
-    """The real launcher on this machine, in a process group of its own."""
-    path = Path(job.folder) / "job.json"
-    path.write_text(job.to_json())
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(job.config.ranks)]
-    command += ["--master_port", str(free_port()), str(HERE / "rank_main.py"), str(path)]
-    python_path = os.pathsep.join([str(HERE), str(HERE.parent.parent)])
-    environment = os.environ | {"PYTHONPATH": python_path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
 def train_rank_until_killed(job: TrainJob, step: int) -> None:
     """Die as by `kill -9`, in the middle of a step."""
-    from training import loop
-    from training.engine import train_step
+    from training import trainer as loop
+    from training.engine.engine import train_step
 
     def killed(engine: Any, batch: Any, *arguments: Any) -> float:
         if batch.step == step:

@@ -5,13 +5,13 @@ import json
 from pathlib import Path
 
 import torch
-from train_jobs import make_job, small_models
 
+from tests.helpers.train_jobs import make_job, small_models
 from training.model.clip import build_clip
 from training.model.config import MODELS
 from training.model.tokenizer import Tokenizer
-from training.model.weights import save_openai, state_for_file
 from training.pretrain import build_model, describe
+from training.weights.weights import save_openai, state_for_file
 
 
 def test_both_towers_are_taken_over_and_the_text_projection_is_not(tmp_path: Path) -> None:

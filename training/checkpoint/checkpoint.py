@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, float64, tensor
 from torch import distributed as dist
 
-from pipeline import store
-from pipeline.config import digest
-from pipeline.records import InputError
-from training.engine import load_weights
-from training.partitions import (
+from pipeline.core import store
+from pipeline.core.config import digest
+from pipeline.core.records import InputError
+from training.engine.engine import load_weights
+from training.engine.zero_state import (
     MOMENTS,
     adam_of,
     loss_scaling,

@@ -2,9 +2,9 @@
 
 import json
 
-from pipeline import store
-from pipeline.config import digest
-from training.config import TrainJob
+from pipeline.core import store
+from pipeline.core.config import digest
+from training.config.train import TrainJob
 
 _NAME = "finished.json"
 

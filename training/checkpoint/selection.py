@@ -10,8 +10,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.records import ConfigError
-from training.config import TrainConfig
+from pipeline.core.records import ConfigError
+from training.config.train import TrainConfig
 
 
 @dataclass(frozen=True, slots=True)

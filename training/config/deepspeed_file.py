@@ -5,7 +5,7 @@ import json
 from importlib import resources
 from typing import Any, Literal
 
-from pipeline.records import ConfigError
+from pipeline.core.records import ConfigError
 from training.model.config import ModelConfig, ModifiedResNetConfig
 
 Half = Literal["bf16", "fp16"]  # weights in 16 bits, with a float32 master

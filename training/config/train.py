@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, Literal, Self
 
-from pipeline.config import NOT_IN_DIGEST, build
-from pipeline.records import ConfigError, Shard
-from training.deepspeed_file import check_model, read_deepspeed_file
+from pipeline.core.config import NOT_IN_DIGEST, build
+from pipeline.core.records import ConfigError, Shard
+from training.config.deepspeed_file import check_model, read_deepspeed_file
 from training.model.config import ModelConfig
 
 CONTEXT_LENGTH = 52  # tokens of a caption with [CLS] and [SEP] (Table 8: 50 without)

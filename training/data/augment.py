@@ -9,8 +9,8 @@ import math
 import cv2
 import numpy as np
 
-from training.auto_augment import Pixels, auto_augment
-from training.config import AugmentConfig
+from training.config.train import AugmentConfig
+from training.data.auto_augment import Pixels, auto_augment
 
 _LUMA = np.array([0.299, 0.587, 0.114])  # of RGB (ITU-R BT.601)
 # RGB to luma and two colour axes: the hue turns in their plane (NTSC).

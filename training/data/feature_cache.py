@@ -20,10 +20,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from pipeline import store
-from pipeline.config import digest
-from pipeline.records import InputError, Shard
-from training.config import AugmentConfig
+from pipeline.core import store
+from pipeline.core.config import digest
+from pipeline.core.records import InputError, Shard
+from training.config.train import AugmentConfig
 
 Float16s = npt.NDArray[np.float16]
 UInt8s = npt.NDArray[np.uint8]

@@ -27,15 +27,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from pipeline import store
-from pipeline.processes import say
-from pipeline.records import ConfigError, InputError, Shard
-from training.augment import augment, sample_generator
-from training.auto_augment import Pixels
-from training.config import AugmentConfig
-from training.feature_cache import FeatureCache
-from training.negation import Bools, Questions, Statements
-from training.patch_mask import PatchMask
+from pipeline.core import store
+from pipeline.core.processes import say
+from pipeline.core.records import ConfigError, InputError, Shard
+from training.config.train import AugmentConfig
+from training.data.augment import augment, sample_generator
+from training.data.auto_augment import Pixels
+from training.data.feature_cache import FeatureCache
+from training.data.patch_mask import PatchMask
+from training.data.statements import Bools, Questions, Statements
 
 Int64s = npt.NDArray[np.int64]
 
@@ -297,8 +297,8 @@ class Batch:
     tokens_BL: torch.Tensor  # int64, 0 = padding, as long as this batch's longest caption
     image_id_B: torch.Tensor  # int64, equal for equal pictures
     caption_id_B: torch.Tensor  # int64, equal for captions of equal tokens
-    kept_BP: torch.Tensor | None = None  # int64, patches to compute on; unset: all (training.patch_mask)
-    questions: Questions | None = None  # true and false statements (training.negation)
+    kept_BP: torch.Tensor | None = None  # int64, patches to compute on; unset: all (training.data.patch_mask)
+    questions: Questions | None = None  # true and false statements (training.data.statements)
 
 
 class BatchReader:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipeline.records import ConfigError
-from training.config import TrainConfig
+from pipeline.core.records import ConfigError
+from training.config.train import TrainConfig
 from training.model.config import ModelConfig, VisionTransformerConfig
 
-_PURPOSE = 1  # a word of the generator's counter that the view's draws (training.augment) have at 0
+_PURPOSE = 1  # a word of the generator's counter that the view's draws (training.data.augment) have at 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,11 +20,11 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from pipeline.records import ConfigError
-from training.config import NegationConfig
+from pipeline.core.records import ConfigError
+from training.config.train import NegationConfig
 
 if TYPE_CHECKING:
-    from training.data import TextEncoder
+    from training.data.loader import TextEncoder
 
 Bools = npt.NDArray[np.bool_]
 
@@ -94,7 +94,7 @@ def negation_loss(
 ) -> Tensor:
     """The loss over the global batch of `num_samples`, the same scalar on every rank.
 
-    As with `training.loss.contrastive_loss`, gradients are those by this rank's features: they add up over
+    As with `training.losses.contrastive.contrastive_loss`, gradients are those by this rank's features: they add up over
     ranks.
     """
     cosine_B2 = (image_BD[:, None] * statement_B2D).sum(2)

@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from pipeline.records import ConfigError
-from training.config import TrainConfig
-from training.data import Batch
-from training.deepspeed_file import DEEPSPEED_BUCKET_VALUES, half_of, read_deepspeed_file
-from training.distil import Teacher, TeacherFeatures
-from training.loss import contrastive_loss, distillation_loss
+from pipeline.core.records import ConfigError
+from training.config.deepspeed_file import DEEPSPEED_BUCKET_VALUES, half_of, read_deepspeed_file
+from training.config.train import TrainConfig
+from training.data.loader import Batch
+from training.data.statements import negation_loss
+from training.engine.optim import build_optimizer
+from training.engine.precision import autocast, autocast_dtype, compute_dtype
+from training.engine.teacher import Teacher, TeacherFeatures
+from training.engine.zero_state import make_adam_state, set_weight, whole_weight
+from training.losses.contrastive import contrastive_loss, distillation_loss
 from training.model.clip import CLIP
 from training.model.preprocess import MEAN, STD, normalise
-from training.negation import negation_loss
-from training.optim import build_optimizer
-from training.partitions import make_adam_state, set_weight, whole_weight
-from training.precision import autocast, autocast_dtype, compute_dtype
 
 _SIDES = (0, 1, 3)  # of `Features`, those that have a row a sample
 # One rank validates or writes while the others wait.
@@ -194,7 +194,7 @@ def join_ranks(config: TrainConfig) -> None:
 def build_engine(towers: Towers, config: TrainConfig) -> Any:
     """A DeepSpeed engine around the towers; its optimizer holds the trainable parameters alone.
 
-    `training.precision.check_precision` comes before.
+    `training.engine.precision.check_precision` comes before.
     """
     settings, clip = read_deepspeed_file(config.deepspeed), towers.clip
     before: dict[str, Tensor] = {}

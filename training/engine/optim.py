@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from training.config import TrainConfig
+from training.config.train import TrainConfig
 
 # Modules whose parameters are gains and shifts, not maps between spaces: they are not decayed.
 _NORMALISATIONS = (

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from pipeline.records import ConfigError
-from training.config import TrainConfig
-from training.deepspeed_file import half_of, read_deepspeed_file
+from pipeline.core.records import ConfigError
+from training.config.deepspeed_file import half_of, read_deepspeed_file
+from training.config.train import TrainConfig
 
 
 def compute_dtype(settings: dict[str, Any]) -> torch.dtype:

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.records import ConfigError
-from training.config import DistilConfig, TrainConfig
+from pipeline.core.records import ConfigError
+from training.config.train import DistilConfig, TrainConfig
+from training.engine.precision import autocast
 from training.model.clip import CLIP
-from training.model.formats import load_model
-from training.precision import autocast
+from training.weights.formats import load_model
 
 
 @dataclass(frozen=True, slots=True)

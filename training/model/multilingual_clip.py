@@ -19,11 +19,11 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline import store
-from pipeline.records import InputError
-from training.model.image_tower import ImageTower
+from pipeline.core import store
+from pipeline.core.records import InputError
 from training.model.preprocess import MEAN, STD
-from training.model.tensor_files import read_tensors
+from training.weights.image_tower import ImageTower
+from training.weights.tensor_files import read_tensors
 
 Float32Array = npt.NDArray[np.float32]
 

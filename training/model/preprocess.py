@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeline.records import InputError
+from pipeline.core.records import InputError
 
 # Per channel, of pixel values in [0, 1]: OpenAI CLIP's, kept by Chinese CLIP.
 MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -17,8 +17,8 @@ from tokenizers import Tokenizer as WordPieceTokenizer
 from tokenizers.models import WordPiece
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
-from pipeline import store
-from pipeline.records import InputError
+from pipeline.core import store
+from pipeline.core.records import InputError
 
 PAD, UNK, CLS, SEP, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
 SPECIAL_TOKENS = (PAD, UNK, CLS, SEP, MASK)

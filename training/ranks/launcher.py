@@ -18,10 +18,10 @@ from typing import Any, Literal
 
 import psutil
 
-from pipeline.processes import STOP_SIGNALS, die_with_parent
-from pipeline.records import Stopped
-from pipeline.stage import Progress
-from training.rank_ends import DEADLY, RankEnds
+from pipeline.core.processes import STOP_SIGNALS, die_with_parent
+from pipeline.core.records import Stopped
+from pipeline.core.stage import Progress
+from training.ranks.rank_failures import DEADLY, RankEnds
 
 Launcher = Literal["local", "srun"]
 

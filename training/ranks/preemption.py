@@ -10,7 +10,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import distributed as dist
 
-from pipeline.processes import STOP_SIGNALS
+from pipeline.core.processes import STOP_SIGNALS
 
 
 class StopRequest:

@@ -9,7 +9,7 @@ import threading
 import time
 from pathlib import Path
 
-from pipeline import store
+from pipeline.core import store
 
 _EXIT_FAILED = 1
 # Validating, saving and starting may take so many times as long as a step: one rank works, the others wait.

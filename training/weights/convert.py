@@ -4,15 +4,15 @@ import os
 from collections.abc import Iterator
 from typing import Literal
 
-from pipeline import store
-from pipeline.records import ConfigError
-from training.model.card import facts_of
+from pipeline.core import store
+from pipeline.core.records import ConfigError
 from training.model.clip import CLIP
-from training.model.export import save_cn_clip, save_hugging_face, save_onnx, save_safetensors
-from training.model.formats import Weights, load_model, read_weights
-from training.model.layouts import matching_towers
 from training.model.tokenizer import Tokenizer
-from training.model.vocabulary_lookup import find_vocabulary
+from training.weights.export import save_cn_clip, save_hugging_face, save_onnx, save_safetensors
+from training.weights.formats import Weights, load_model, read_weights
+from training.weights.layouts import matching_towers
+from training.weights.model_card import facts_of
+from training.weights.vocabulary_lookup import find_vocabulary
 
 Target = Literal["cn_clip", "hugging_face", "safetensors", "onnx"]
 TARGETS: tuple[Target, ...] = ("cn_clip", "hugging_face", "safetensors", "onnx")

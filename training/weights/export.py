@@ -12,16 +12,16 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from pipeline import store
-from pipeline.records import ConfigError
-from training.config import CONTEXT_LENGTH
-from training.model.card import model_card
+from pipeline.core import store
+from pipeline.core.records import ConfigError
+from training.config.train import CONTEXT_LENGTH
 from training.model.clip import CLIP
 from training.model.config import ModelConfig, VisionTransformerConfig
-from training.model.layouts import to_hugging_face
 from training.model.preprocess import MEAN, STD
 from training.model.tokenizer import SPECIAL_TOKENS, Tokenizer, hugging_face_tokenizer
-from training.model.weights import save_checkpoint, state_for_file
+from training.weights.layouts import to_hugging_face
+from training.weights.model_card import model_card
+from training.weights.weights import save_checkpoint, state_for_file
 
 ONNX_TOLERANCE = 1e-4  # of unit-norm features, onnxruntime against torch
 _ONNX_INLINE_BYTES = 1_500_000_000  # protobuf ends at 2 GB: larger weights go into a file beside

@@ -14,14 +14,14 @@ import fsspec
 import torch
 from torch.nn import functional as F
 
-from pipeline import store
-from pipeline.records import InputError
+from pipeline.core import store
+from pipeline.core.records import InputError
 from training.model.clip import CLIP
 from training.model.config import MODELS, ModelConfig, VisionTransformerConfig
-from training.model.layouts import Layout, infer_config, matching_towers, rename
-from training.model.tensor_files import TensorFile, read_tensors
-from training.model.weights import METADATA_KEY, build_empty, fill, misfits, read_header, tensor_slots
-from training.model.zero_checkpoint import find_zero_checkpoint, read_zero_checkpoint
+from training.weights.layouts import Layout, infer_config, matching_towers, rename
+from training.weights.tensor_files import TensorFile, read_tensors
+from training.weights.weights import METADATA_KEY, build_empty, fill, misfits, read_header, tensor_slots
+from training.weights.zero_checkpoint import find_zero_checkpoint, read_zero_checkpoint
 
 _FORMATS: Mapping[Layout, str] = {
     "chinese_clip": "Chinese CLIP",

@@ -1,4 +1,4 @@
-"""An English CLIP's image tower alone, from any file that `training.model.formats` reads."""
+"""An English CLIP's image tower alone, from any file that `training.weights.formats` reads."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.records import InputError
+from pipeline.core.records import InputError
 from training.model.config import MODELS, ModelConfig, TextConfig, VisionTransformerConfig
-from training.model.formats import Weights, read_weights
-from training.model.layouts import infer_vision, matching_towers
-from training.model.weights import build_empty, fill, tensor_slots
+from training.weights.formats import Weights, read_weights
+from training.weights.layouts import infer_vision, matching_towers
+from training.weights.weights import build_empty, fill, tensor_slots
 
 # OpenAI trained with QuickGELU; OpenCLIP's own models (ViT-B-16-plus-240 of LAION-400M) with GELU.
 Activation = Literal["quick_gelu", "gelu"]

@@ -10,11 +10,11 @@ from typing import Literal
 
 import torch
 
-from pipeline import store
-from pipeline.records import InputError
+from pipeline.core import store
+from pipeline.core.records import InputError
 from training.model.clip import CLIP
-from training.model.formats import Weights, read_weights, with_resized_positions
-from training.model.weights import Slot, fill, is_image_side, tensor_slots
+from training.weights.formats import Weights, read_weights, with_resized_positions
+from training.weights.weights import Slot, fill, is_image_side, tensor_slots
 
 
 @dataclass(frozen=True, slots=True)

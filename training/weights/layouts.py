@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from pipeline.records import InputError
+from pipeline.core.records import InputError
 from training.model.config import (
     MODELS,
     ModelConfig,
@@ -21,7 +21,7 @@ from training.model.config import (
     VisionConfig,
     VisionTransformerConfig,
 )
-from training.model.weights import from_module_names, is_image_side
+from training.weights.weights import from_module_names, is_image_side
 
 Layout = Literal["chinese_clip", "hugging_face", "image_tower", "hugging_face_english", "bert", "module"]
 

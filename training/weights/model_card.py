@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline import store
+from pipeline.core import store
 from training.model.config import ModelConfig, VisionTransformerConfig
 from training.model.preprocess import MEAN, STD
 

@@ -1,7 +1,7 @@
 """Tensors out of files that others made: which kind of file it is, by its first bytes, and what it holds.
 
 Nothing is run: pickles go through torch's weights-only machine, which knows tensors and plain values;
-archives of TorchScript through `training.model.torchscript`; safetensors hold nothing but tensors.
+archives of TorchScript through `training.weights.torchscript`; safetensors hold nothing but tensors.
 """
 
 import itertools
@@ -16,9 +16,9 @@ import fsspec
 import torch
 from safetensors import SafetensorError, safe_open
 
-from pipeline import store
-from pipeline.records import InputError
-from training.model.torchscript import read_torchscript
+from pipeline.core import store
+from pipeline.core.records import InputError
+from training.weights.torchscript import read_torchscript
 
 Container = Literal["safetensors", "torch", "torchscript"]
 DOWNLOAD_AGAIN = "download it again"

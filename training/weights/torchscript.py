@@ -17,8 +17,8 @@ from typing import IO, Any
 
 import torch
 
-from pipeline import store
-from pipeline.records import InputError
+from pipeline.core import store
+from pipeline.core.records import InputError
 
 _DTYPE_OF_STORAGE = {
     "HalfStorage": torch.float16,

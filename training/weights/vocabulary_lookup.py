@@ -5,8 +5,8 @@ import importlib.util
 import json
 import os
 
-from pipeline import store
-from pipeline.records import InputError
+from pipeline.core import store
+from pipeline.core.records import InputError
 from training.model.tokenizer import Tokenizer
 
 # The 21,128 tokens of Chinese BERT, which every Chinese CLIP uses (A.1), under the names the hub knows.

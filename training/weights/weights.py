@@ -16,12 +16,12 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from pipeline import store
-from pipeline.records import InputError
+from pipeline.core import store
+from pipeline.core.records import InputError
 from training.model.clip import CLIP
 from training.model.config import ModelConfig, VisionTransformerConfig
-from training.model.tensor_files import local_copy
-from training.model.torchscript import write_torchscript
+from training.weights.tensor_files import local_copy
+from training.weights.torchscript import write_torchscript
 
 # timm's name (a pattern) → OpenAI's, first match wins
 _VIT_NAMES = (

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from pipeline import store
-from pipeline.records import InputError
-from training.model.tensor_files import read_pickle, strip_prefixes
+from pipeline.core import store
+from pipeline.core.records import InputError
+from training.weights.tensor_files import read_pickle, strip_prefixes
 
 _MODEL_STATES, _OPTIMIZER_STATES = "_model_states.pt", "_optim_states.pt"
 

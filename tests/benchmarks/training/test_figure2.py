@@ -8,9 +8,8 @@ from types import ModuleType
 
 import pytest
 
-from training.config import TrainConfig, TrainJob
+from training.config.train import TrainConfig, TrainJob
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
 JOB = TrainJob(
     stage="stage1",
     model="tiny-rn",
@@ -25,8 +24,7 @@ JOB = TrainJob(
 
 @pytest.fixture
 def figure2(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    import figure2
+    from benchmarks.training import figure2
 
     return sys.modules[figure2.__name__]
 

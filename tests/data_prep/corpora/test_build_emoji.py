@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_prep.sources import build_emoji
-from data_prep.sources.build_emoji import (
+from data_prep.corpora import build_emoji
+from data_prep.corpora.build_emoji import (
     PACKAGES,
     SIDE_PX,
     Package,
@@ -28,8 +28,8 @@ from data_prep.sources.build_emoji import (
     read_members,
     slug,
 )
-from data_prep.sources.emoji import EmojiConfig, make_emoji
-from pipeline.records import ConfigError, InputError
+from data_prep.corpora.emoji import EmojiConfig, make_emoji
+from pipeline.core.records import ConfigError, InputError
 
 
 def _tarball(path: Path, files: dict[str, bytes]) -> None:

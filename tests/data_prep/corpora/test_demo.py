@@ -18,10 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageOps
 
-from data_prep import image_rules, text_rules
-from data_prep.site import HOST, read_site
-from data_prep.sources.demo import BOMB_SIDE_PX, PLAN, SCHEMA, DemoConfig, make_demo
-from data_prep.sources.demo_scenes import (
+from data_prep.corpora.demo import BOMB_SIDE_PX, PLAN, SCHEMA, DemoConfig, make_demo
+from data_prep.corpora.demo_scenes import (
     COLOURS,
     SHAPES,
     Group,
@@ -33,7 +31,10 @@ from data_prep.sources.demo_scenes import (
     hold_out_pairs,
     random_training_scene,
 )
-from pipeline.records import ConfigError
+from data_prep.rules import image as image_rules
+from data_prep.rules import text as text_rules
+from data_prep.sources.local_server import HOST, read_site
+from pipeline.core.records import ConfigError
 
 CONFIG = DemoConfig(num_clean=60, num_evaluation=24, dirt=0.15)
 

@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_prep.site import serve
-from data_prep.sources.emoji import EmojiConfig, captions, evaluation_texts, make_emoji
-from data_prep.sources.evaluation_set import EvaluationText
-from pipeline.records import ConfigError, InputError
+from data_prep.corpora.emoji import EmojiConfig, captions, evaluation_texts, make_emoji
+from data_prep.formats.cnclip import EvaluationText
+from data_prep.sources.local_server import serve
+from pipeline.core.records import ConfigError, InputError
 
 COLOURS = {"红": (220, 30, 30), "绿": (30, 160, 60), "蓝": (30, 60, 220)}
 

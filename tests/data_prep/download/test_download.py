@@ -19,12 +19,12 @@ import psutil
 import pytest
 from PIL import Image
 
-from data_prep.drop_table import with_key
+from data_prep.accounting.drop_table import with_key
 from pipeline import catalog, runner
 from pipeline.catalog import RunConfig
-from pipeline.records import InputError, Manifest
+from pipeline.core.records import InputError, Manifest
 from pipeline.runner import Run
-from pipeline.why import explain
+from pipeline.tools.why import explain
 
 SETTINGS = {
     "run.processes": 1,

@@ -9,8 +9,9 @@ import numpy as np
 import polars as pl
 import pytest
 from PIL import Image
-from test_own_pictures import RECIPE, cnclip, write_evaluation
-from test_resize import _encode, _picture, _png16, _sixteen
+
+from tests.data_prep.download.test_resize import _encode, _picture, _png16, _sixteen
+from tests.data_prep.sources.test_own_images import RECIPE, cnclip, write_evaluation
 
 
 def _stored(folder: Path) -> dict[str, Image.Image]:

@@ -12,13 +12,13 @@ from typing import Any
 import polars as pl
 import pytest
 
-from data_prep import download
-from data_prep.download import DownloadConfig
-from data_prep.drop_table import with_key, write_table
-from data_prep.public_web import AddressRefusedError, is_public, open_public
-from pipeline.config import build
-from pipeline.records import ConfigError, InputError, Manifest, Shard
-from pipeline.stage import Context, Outcome, Task
+from data_prep.accounting.drop_table import with_key, write_table
+from data_prep.download import stage as download
+from data_prep.download.public_web import AddressRefusedError, is_public, open_public
+from data_prep.download.stage import DownloadConfig
+from pipeline.core.config import build
+from pipeline.core.records import ConfigError, InputError, Manifest, Shard
+from pipeline.core.stage import Context, Outcome, Task
 
 
 @pytest.mark.parametrize(

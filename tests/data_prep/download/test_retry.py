@@ -14,15 +14,17 @@ from typing import Any
 
 import polars as pl
 import pytest
-from corpus_files import drawing, encoded, make_run, sidecars
 
-from data_prep import download
-from data_prep import retry as data_retry
-from data_prep.download import DownloadConfig
-from data_prep.funnel import by_source
-from pipeline import catalog, retry, runner, store
-from pipeline.records import ConfigError, InputError
+from data_prep.accounting.funnel import by_source
+from data_prep.download import retry as data_retry
+from data_prep.download import stage as download
+from data_prep.download.stage import DownloadConfig
+from pipeline import catalog, runner
+from pipeline.core import store
+from pipeline.core.records import ConfigError, InputError
 from pipeline.runner import Run
+from pipeline.tools import retry
+from tests.helpers.corpus_files import drawing, encoded, make_run, sidecars
 
 NUM_PICTURES = 60
 PICTURES = {f"{number}.jpg": encoded(drawing(number)) for number in range(NUM_PICTURES)}

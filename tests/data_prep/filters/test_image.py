@@ -12,26 +12,33 @@ import polars as pl
 import pytest
 from PIL import Image, ImageDraw
 
-from data_prep import corpus, dedup, dedup_image, filter_image, filter_text, image_rules, shards
+from data_prep import corpus
+from data_prep.accounting.drop_table import drops_path, write_drops, write_table
 from data_prep.corpus import CorpusStageConfig, SourcesConfig
-from data_prep.dedup import DedupConfig
-from data_prep.dedup_image import DedupImageConfig, band_values, near_copies
-from data_prep.download import tasks as download_tasks
-from data_prep.drop_table import drops_path, write_drops, write_table
-from data_prep.filter_image import FilterImageConfig
-from data_prep.filter_text import FilterTextConfig
-from data_prep.guard import make_guard
-from data_prep.shards import ShardsConfig
+from data_prep.decontamination import make_guard
+from data_prep.dedup import exact as dedup
+from data_prep.dedup import near_duplicates as dedup_image
+from data_prep.dedup.exact import DedupConfig
+from data_prep.dedup.near_duplicates import DedupImageConfig, band_values, near_copies
+from data_prep.download.stage import tasks as download_tasks
+from data_prep.filters import image as filter_image
+from data_prep.filters import text as filter_text
+from data_prep.filters.image import FilterImageConfig
+from data_prep.filters.text import FilterTextConfig
+from data_prep.formats.tar import TarWriter
+from data_prep.rules import image as image_rules
+from data_prep.shards import stage as shards
+from data_prep.shards.stage import ShardsConfig
 from data_prep.sources.table import TableSource
-from data_prep.tar_members import TarWriter
-from pipeline import runner, store
+from pipeline import runner
 from pipeline.catalog import load
-from pipeline.config import build
-from pipeline.evaluation_sets import EvaluationSource
-from pipeline.records import ConfigError
+from pipeline.core import store
+from pipeline.core.config import build
+from pipeline.core.evaluation_sets import EvaluationSource
+from pipeline.core.records import ConfigError
+from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 from pipeline.runner import Run
-from pipeline.stage import Context, Outcome, Progress, Stage, Task
-from pipeline.why import explain
+from pipeline.tools.why import explain
 
 
 def draw(seed: int, size: tuple[int, int] = (160, 120)) -> Image.Image:
@@ -53,7 +60,7 @@ def jpeg(image: Image.Image, quality: int = 95) -> bytes:
 def fetch(
     pictures_by_url: Mapping[str, bytes], config: None, context: Context, task: Task, progress: Progress
 ) -> Outcome:
-    """Stands in for the download: the files that `data_prep.download` publishes, no network."""
+    """Stands in for the download: the files that `data_prep.download.stage` publishes, no network."""
     rows = pl.read_parquet(context.path_in("dedup", task.arguments["path"]))
     tar_path, table_path = f"pictures/{task.name}.tar", f"pictures/{task.name}.parquet"
     pictures = [pictures_by_url[url] for url in rows["url"]]

@@ -8,21 +8,24 @@ from typing import Any
 import polars as pl
 import pytest
 
-from data_prep import corpus, filter_text, text_rules
+from data_prep import corpus
+from data_prep.accounting.funnel import threshold_notes
+from data_prep.accounting.histograms import EDGES, add, histogram
 from data_prep.corpus import CorpusStageConfig, SourcesConfig
-from data_prep.filter_text import FilterTextConfig
-from data_prep.funnel import threshold_notes
-from data_prep.guard import GuardedIds
-from data_prep.histograms import EDGES, add, histogram
-from data_prep.sources import convert, text_file
+from data_prep.decontamination import GuardedIds
+from data_prep.filters import text as filter_text
+from data_prep.filters.text import FilterTextConfig
+from data_prep.rules import text as text_rules
+from data_prep.sources import regions as convert
+from data_prep.sources import text_file
 from data_prep.sources.packed import PackedSource
 from data_prep.sources.table import TableSource
 from pipeline import runner
-from pipeline.records import ConfigError, Manifest
+from pipeline.cli.tables import notes
+from pipeline.core.records import ConfigError, Manifest
+from pipeline.core.stage import Stage
 from pipeline.runner import Run
-from pipeline.stage import Stage
-from pipeline.tables import notes
-from pipeline.why import explain
+from pipeline.tools.why import explain
 
 
 def take(folder: Path, *sources: TableSource | PackedSource, config: FilterTextConfig | None = None) -> Run:
@@ -168,7 +171,7 @@ def test_traditional_characters(tmp_path: Path) -> None:
 
 def test_conversion_is_opencc_row_by_row() -> None:
     opencc = pytest.importorskip("opencc")
-    from data_prep.chinese_script import simplified
+    from data_prep.rules.chinese_script import simplified
 
     captions = ["乾隆皇帝", None, "", "發財\x1e麵包", "著名", "瞭望", "頭髮"]
     frame = (

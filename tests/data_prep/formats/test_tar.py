@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.tar_members import TarWriter
+from data_prep.formats.tar import TarWriter
 
 
 def _by_tarfile(members: list[tuple[str, bytes]]) -> bytes:

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image, ImageDraw
 
-from data_prep import image_rules
+from data_prep.rules import image as image_rules
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ from typing import Any
 import polars as pl
 import pytest
 
-from data_prep import text_rules
-from data_prep.filter_text import FilterTextConfig, rules_for
-from data_prep.text_rules import TextRule
-from pipeline.records import ConfigError, Manifest
-from pipeline.stage import Context
+from data_prep.filters.text import FilterTextConfig, rules_for
+from data_prep.rules import text as text_rules
+from data_prep.rules.text import TextRule
+from pipeline.core.records import ConfigError, Manifest
+from pipeline.core.stage import Context
 
 SCHEMA = {"url": pl.String, "caption": pl.String, "language": pl.String, "score": pl.Float32}
 GOOD = {"url": "http://a.cn/1.jpg", "caption": "一只黑色的猫", "language": "zh", "score": 0.3}

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import polars as pl
 import pytest
 
-from data_prep import word_match
-from data_prep.word_match import first_list, first_word
+from data_prep.rules import word_match
+from data_prep.rules.word_match import first_list, first_word
 
 HYPERSCAN = pytest.param(
     True, marks=pytest.mark.skipif(not word_match.has_hyperscan(), reason="no hyperscan")

@@ -13,20 +13,25 @@ import pytest
 import webdataset  # type: ignore[import-untyped]
 from PIL import Image
 
-from data_prep import corpus, dedup, filter_image, filter_text, shards
+from data_prep import corpus
+from data_prep.accounting.drop_table import drops_path, with_key, write_drops, write_table
 from data_prep.corpus import CorpusStageConfig, TablesConfig
-from data_prep.dedup import DedupConfig, partition_range
-from data_prep.download import tasks as download_tasks
-from data_prep.drop_table import drops_path, with_key, write_drops, write_table
-from data_prep.filter_image import FilterImageConfig
-from data_prep.filter_text import FilterTextConfig
-from data_prep.shards import ShardsConfig
+from data_prep.dedup import exact as dedup
+from data_prep.dedup.exact import DedupConfig, partition_range
+from data_prep.download.stage import tasks as download_tasks
+from data_prep.filters import image as filter_image
+from data_prep.filters import text as filter_text
+from data_prep.filters.image import FilterImageConfig
+from data_prep.filters.text import FilterTextConfig
+from data_prep.formats.tar import TarWriter
+from data_prep.shards import stage as shards
+from data_prep.shards.stage import ShardsConfig
 from data_prep.sources.table import TableSource
-from data_prep.tar_members import TarWriter
-from pipeline import runner, store
-from pipeline.records import InputError, Manifest
+from pipeline import runner
+from pipeline.core import store
+from pipeline.core.records import InputError, Manifest
+from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 from pipeline.runner import Run
-from pipeline.stage import Context, Outcome, Progress, Stage, Task
 
 NUM_PAIRS = 45
 NUM_COPIES = 12
@@ -44,7 +49,7 @@ def draw(url: str) -> bytes:
 
 
 def fetch(config: None, context: Context, task: Task, progress: Progress) -> Outcome:
-    """Stands in for the download: the same files as `data_prep.download` publishes, no network."""
+    """Stands in for the download: the same files as `data_prep.download.stage` publishes, no network."""
     rows = pl.read_parquet(context.path_in("dedup", task.arguments["path"]))
     tar_path, table_path = f"pictures/{task.name}.tar", f"pictures/{task.name}.parquet"
     with store.publish(context.path(tar_path)) as temporary, TarWriter(temporary) as tar:

@@ -12,12 +12,12 @@ from pathlib import Path
 import polars as pl
 import pytest
 import webdataset  # type: ignore[import-untyped]
-from corpus_files import drawing, encoded, finish, make_run, plain_corpus, sidecars
 from PIL import Image
 
-from data_prep import repack
-from pipeline.__main__ import main
+from data_prep.shards import repack
+from pipeline.cli import main
 from pipeline.runner import Run
+from tests.helpers.corpus_files import drawing, encoded, finish, make_run, plain_corpus, sidecars
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +217,7 @@ def repeated(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_export_to_tsv(
     repeated: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_per_bucket: int
 ) -> None:
-    monkeypatch.setattr("data_prep.export._ROWS_PER_BUCKET", rows_per_bucket)
+    monkeypatch.setattr("data_prep.shards.export._ROWS_PER_BUCKET", rows_per_bucket)
     assert main(["export", repeated.folder, "--out", str(tmp_path), "--split", "valid"]) == 0
     lines = (tmp_path / "valid_imgs.tsv").read_text().splitlines()
     images = {int(name): base64.b64decode(data) for name, data in (line.split("\t") for line in lines)}
@@ -265,8 +265,8 @@ def test_export_to_lmdb_is_read_by_cn_clip(repeated: Run, tmp_path: Path) -> Non
 
 def test_what_was_exported_trains_again(repeated: Run, tmp_path: Path) -> None:
     """Our own reader takes the LMDB as a source; texts and pictures come back."""
-    from data_prep.sources.convert import Places
     from data_prep.sources.packed import PackedSource, pieces, unpack
+    from data_prep.sources.regions import Places
 
     assert main(["export", repeated.folder, "--out", str(tmp_path), "--to", "lmdb"]) == 0
     source = PackedSource(kind="cn_clip_lmdb", path=str(tmp_path), name="back")
@@ -285,7 +285,7 @@ def test_exports_are_whole_or_not_there(
     for form, killed in (("tsv", "json.dumps"), ("lmdb", "pickle.dumps")):
         with monkeypatch.context() as patch:
             patch.setattr(
-                f"data_prep.export.{killed}", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+                f"data_prep.shards.export.{killed}", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
             )
             assert main([*words, form]) == 130
         assert not list((tmp_path / "out").glob(f"train_{form}.json"))

@@ -5,15 +5,15 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from corpus_files import drawing, encoded, finish, make_run, sidecars
 from PIL import Image
 
-from data_prep import split as split_module
-from data_prep.image_rules import nearest_hash_distances
-from data_prep.split import SplitConfig
+from data_prep.rules.image import nearest_hash_distances
+from data_prep.shards import split as split_module
+from data_prep.shards.split import SplitConfig
 from pipeline import runner
-from pipeline.records import InputError
+from pipeline.core.records import InputError
 from pipeline.runner import Run
+from tests.helpers.corpus_files import drawing, encoded, finish, make_run, sidecars
 
 NUM_PICTURES = 60
 DISTANCE = 32

@@ -14,27 +14,28 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from mutations import mutate, seed_pictures, seed_tables, seed_tar
 from PIL import Image
 
-from data_prep import corpus, filter_text
+from data_prep import corpus
 from data_prep.corpus import CorpusStageConfig, SourcesConfig, TablesConfig
-from data_prep.filter_text import FilterTextConfig
-from data_prep.resize import (
+from data_prep.download.resize import (  # fmt: skip
     NOT_AN_IMAGE,
     PIXEL_LIMIT,
     TRUNCATED,
     UNDECODABLE,
     UprightResizer,
-)  # fmt: skip
-from data_prep.site import serve
+)
+from data_prep.filters import text as filter_text
+from data_prep.filters.text import FilterTextConfig
+from data_prep.sources.local_server import serve
 from data_prep.sources.packed import PackedSource
 from data_prep.sources.table import TableSource
 from pipeline import runner
-from pipeline.records import InputError
+from pipeline.core.records import InputError
+from pipeline.core.stage import Stage
 from pipeline.runner import Run
-from pipeline.stage import Stage
-from pipeline.why import explain
+from pipeline.tools.why import explain
+from tests.helpers.mutations import mutate, seed_pictures, seed_tables, seed_tar
 
 SECONDS_A_CASE = 10
 MAX_PIXELS = 200_000

@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from data_prep.site import Answer, read_site, serve, write_site
-from pipeline.records import InputError
+from data_prep.sources.local_server import Answer, read_site, serve, write_site
+from pipeline.core.records import InputError
 
 
 def _make(folder: Path, answers: dict[str, Answer]) -> Path:

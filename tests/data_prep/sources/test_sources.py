@@ -15,23 +15,24 @@ import polars as pl
 import pytest
 from PIL import Image
 
-from data_prep import corpus, filter_text
+from data_prep import corpus
+from data_prep.accounting.funnel import by_source
 from data_prep.corpus import CorpusStageConfig, SourcesConfig, packed_folders
-from data_prep.filter_text import FilterTextConfig
-from data_prep.funnel import by_source
-from data_prep.guard import guarded_hashes, guarded_ids, make_guard
-from data_prep.site import HOST, serve
+from data_prep.decontamination import guarded_hashes, guarded_ids, make_guard
+from data_prep.filters import text as filter_text
+from data_prep.filters.text import FilterTextConfig
+from data_prep.formats.tar import TarWriter
 from data_prep.sources import text_file
+from data_prep.sources.local_server import HOST, serve
 from data_prep.sources.packed import PackedSource
 from data_prep.sources.table import TableSource
-from data_prep.tar_members import TarWriter
 from pipeline import runner
-from pipeline.__main__ import main
-from pipeline.config import build
-from pipeline.records import ConfigError, InputError, Manifest
+from pipeline.cli import main
+from pipeline.core.config import build
+from pipeline.core.records import ConfigError, InputError, Manifest
+from pipeline.core.stage import Stage
 from pipeline.runner import Run
-from pipeline.stage import Stage
-from pipeline.why import explain
+from pipeline.tools.why import explain
 
 
 def picture(colour: tuple[int, int, int] = (200, 30, 30), side: int = 20) -> bytes:

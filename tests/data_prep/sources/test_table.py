@@ -8,10 +8,12 @@ from typing import Any
 import polars as pl
 import pytest
 
-from data_prep import corpus, filter_text
+from data_prep import corpus
 from data_prep.corpus import CorpusStageConfig, TablesConfig
-from data_prep.filter_text import FilterTextConfig
-from data_prep.sources import convert, text_file
+from data_prep.filters import text as filter_text
+from data_prep.filters.text import FilterTextConfig
+from data_prep.sources import regions as convert
+from data_prep.sources import text_file
 from data_prep.sources.table import (
     CANONICAL_COLUMNS,
     TableSource,
@@ -21,9 +23,9 @@ from data_prep.sources.table import (
     scan,
 )
 from pipeline import runner
-from pipeline.records import ConfigError, InputError
+from pipeline.core.records import ConfigError, InputError
+from pipeline.core.stage import Stage
 from pipeline.runner import Run
-from pipeline.stage import Stage
 
 LAION = {
     "SAMPLE_ID": [7, 8],

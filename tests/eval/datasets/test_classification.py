@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from classification_files import picture, write_cnclip, write_torchvision, write_web
 
 from eval.datasets.classification import is_classification_set, read_classification
-from pipeline.records import InputError
+from pipeline.core.records import InputError
+from tests.helpers.classification_files import picture, write_cnclip, write_torchvision, write_web
 
 
 def test_three_layouts_hold_the_same_set(tmp_path: Path) -> None:

@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 
 import pytest
-from evaluation_files import png_bytes, small_evaluation, write_evaluation
 
 from eval.datasets.cnclip_tsv import check_scorable, read_evaluation
-from pipeline.records import InputError
+from pipeline.core.records import InputError
+from tests.helpers.evaluation_files import png_bytes, small_evaluation, write_evaluation
 
 
 def test_rows_are_in_id_order_whatever_the_files_say(tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from eval.labels import prompts, read_labels, shipped_labels, shipped_sets, templates_for
-from eval.published import protocols
-from pipeline.records import InputError
+from eval.datasets.labels import prompts, read_labels, shipped_labels, shipped_sets, templates_for
+from eval.paper.published import protocols
+from pipeline.core.records import InputError
 
 SETS = [item.id for item in protocols().classification]
 

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from classification_files import write_cnclip
-from evaluation_files import png_bytes, small_evaluation
 
 from eval.datasets.cnclip_tsv import EvaluationSet, read_evaluation
 from eval.datasets.releases import find_releases
 from eval.evaluate import find_sets, reported_splits
-from pipeline.records import InputError
+from pipeline.core.records import InputError
+from tests.helpers.classification_files import write_cnclip
+from tests.helpers.evaluation_files import png_bytes, small_evaluation
 
 
 def converted(root: Path, out: Path) -> EvaluationSet:

@@ -6,20 +6,20 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from evaluation_files import png_bytes, write_evaluation, write_shards
-from tiny_model import write_tiny_model
 
-from data_prep.guard import set_hashes
+from data_prep.decontamination import set_hashes
 from eval.datasets.cnclip_tsv import read_evaluation
 from eval.datasets.retrieval_set import read_retrieval_set
 from eval.datasets.shards import read_shards
-from eval.embed import score_features, validator
 from eval.evaluate import find_sets
-from pipeline import __main__ as command_line
-from pipeline.evaluation_sets import EvaluationSource, digest_of
-from pipeline.records import InputError
-from training.model.formats import load_model
+from eval.features.evaluation_set import score_features, validator
+from pipeline import cli as command_line
+from pipeline.core.evaluation_sets import EvaluationSource, digest_of
+from pipeline.core.records import InputError
+from tests.helpers.evaluation_files import png_bytes, write_evaluation, write_shards
+from tests.helpers.tiny_model import write_tiny_model
 from training.model.tokenizer import Tokenizer
+from training.weights.formats import load_model
 
 # samples 3 and 15 have the same picture, 5 and 9 the same caption
 SAMPLES = [(png_bytes(3 if row == 15 else row), f"第{5 if row == 9 else row}张图片") for row in range(16)]

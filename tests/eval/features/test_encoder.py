@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from eval.model import find_checkpoint
-from pipeline import __main__ as command_line
-from pipeline.records import ConfigError
+from eval.features.encoder import find_checkpoint
+from pipeline import cli as command_line
+from pipeline.core.records import ConfigError
 
 
 def write_trained(folder: Path, resolved: str) -> None:

@@ -7,19 +7,19 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from evaluation_files import png_bytes, small_evaluation, write_evaluation
 
-from eval import embed
 from eval.datasets.cnclip_tsv import read_evaluation
-from eval.embed import embed_evaluation, validator
-from eval.index import build_index
-from eval.retrieval import retrieve
-from pipeline.records import InputError
+from eval.features import evaluation_set as embed
+from eval.features.evaluation_set import embed_evaluation, validator
+from eval.index.flat import build_index
+from eval.retrieval.predictions import retrieve
+from pipeline.core.records import InputError
+from tests.helpers.evaluation_files import png_bytes, small_evaluation, write_evaluation
 from training.model.clip import CLIP, build_clip
 from training.model.config import MODELS
 from training.model.preprocess import preprocess
 from training.model.tokenizer import Tokenizer, learn_vocabulary
-from training.model.weights import load_checkpoint, save_checkpoint
+from training.weights.weights import load_checkpoint, save_checkpoint
 
 
 @pytest.fixture(scope="module")

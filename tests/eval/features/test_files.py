@@ -8,12 +8,12 @@ import numpy as np
 import polars as pl
 import pytest
 from PIL import Image
-from tiny_model import write_tiny_model
 
-from eval.embed_files import embed_files
-from pipeline.__main__ import main
-from pipeline.records import InputError
-from training.model.encoder import load
+from eval.features.files import embed_files
+from pipeline.cli import main
+from pipeline.core.records import InputError
+from tests.helpers.tiny_model import write_tiny_model
+from training.encoder import load
 
 TEXTS = ["红色的猫", "", "蓝色的狗" * 20]
 

@@ -5,18 +5,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from evaluation_files import png_bytes, small_evaluation, write_shards
-from tiny_model import write_tiny_model
 
 from eval.datasets.cnclip_tsv import read_evaluation
-from eval.embed import embed_evaluation
-from eval.index import build_index
-from eval.large_index import PartedIndex
-from eval.model_identity import identify, read_identity
-from eval.retrieval import retrieve
-from pipeline import __main__ as command_line
-from pipeline.records import InputError
-from training.model.formats import load_model
+from eval.features.evaluation_set import embed_evaluation
+from eval.features.model_identity import identify, read_identity
+from eval.index.flat import build_index
+from eval.index.partitioned import PartedIndex
+from eval.retrieval.predictions import retrieve
+from pipeline import cli as command_line
+from pipeline.core.records import InputError
+from tests.helpers.evaluation_files import png_bytes, small_evaluation, write_shards
+from tests.helpers.tiny_model import write_tiny_model
+from training.weights.formats import load_model
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from evaluation_files import png_bytes, shard_key, write_shards
-from tiny_model import write_tiny_model
 
-from eval.large_index import Embeddings
-from pipeline import __main__ as command_line
-from training.model.encoder import load
+from eval.index.partitioned import Embeddings
+from pipeline import cli as command_line
+from tests.helpers.evaluation_files import png_bytes, shard_key, write_shards
+from tests.helpers.tiny_model import write_tiny_model
+from training.encoder import load
 
 SAMPLES = [(png_bytes(row), f"第{row}张图片") for row in range(22)]
 NUM_SHARDS = 11  # two digits in the names

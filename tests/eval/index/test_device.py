@@ -6,9 +6,9 @@ import faiss
 import numpy as np
 import pytest
 
-from eval.large_index import Embeddings, build_parts
-from pipeline import __main__ as command_line
-from pipeline.records import ConfigError, InputError
+from eval.index.partitioned import Embeddings, build_parts
+from pipeline import cli as command_line
+from pipeline.core.records import ConfigError, InputError
 
 HAS_GPU = hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
 

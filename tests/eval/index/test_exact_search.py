@@ -4,8 +4,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from eval.exact_search import top_k
-from eval.metrics import exact_scores
+from eval.index.exact_search import top_k
+from eval.metrics.recall import exact_scores
 
 
 def unit(rows: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval import index as index_module
-from eval.index import build_index, read_index, read_vectors, search
-from eval.metrics import exact_scores
-from pipeline.records import InputError
+from eval.index import flat as index_module
+from eval.index.flat import build_index, read_index, read_vectors, search
+from eval.metrics.recall import exact_scores
+from pipeline.core.records import InputError
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:

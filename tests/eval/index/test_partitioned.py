@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from eval import bench_index
-from eval.bench_index import Point, best_point, exact_neighbours, pareto_front, recall_at, suggest
-from eval.large_index import Embeddings, PartedIndex, build_parts
-from pipeline import __main__ as command_line
-from pipeline.records import ConfigError, InputError
+from eval.index import benchmark as bench_index
+from eval.index.benchmark import Point, best_point, exact_neighbours, pareto_front, recall_at, suggest
+from eval.index.partitioned import Embeddings, PartedIndex, build_parts
+from pipeline import cli as command_line
+from pipeline.core.records import ConfigError, InputError
 
 DIM = 32
 

@@ -5,8 +5,8 @@ import numpy.typing as npt
 import pytest
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, precision_recall_curve, roc_auc_score
 
-from eval.bootstrap import recall_intervals
-from eval.classification_metrics import (
+from eval.metrics.bootstrap import recall_intervals
+from eval.metrics.classification import (
     average_precision_11,
     classification_metric,
     elevater_map,

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.metrics import (
+from eval.metrics.recall import (
     Positives,
     chance_recall_at_k,
     exact_scores,
@@ -59,7 +59,7 @@ def test_feature_ranks_do_not_depend_on_the_block_size(monkeypatch: pytest.Monke
     gallery, queries = unit(rng.normal(size=(50, 8))), unit(rng.normal(size=(33, 8)))
     positives = Positives.of(random_positives(rng, 33, 50))
     whole = ranks_from_features(queries, gallery, positives)
-    monkeypatch.setattr("eval.metrics._BLOCK_ELEMENTS", 120)
+    monkeypatch.setattr("eval.metrics.recall._BLOCK_ELEMENTS", 120)
     assert ranks_from_features(queries, gallery, positives).tolist() == whole.tolist()
 
 

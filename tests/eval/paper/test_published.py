@@ -5,7 +5,7 @@ from typing import get_args
 
 import pytest
 
-from eval.published import (
+from eval.paper.published import (
     PAPER_MODELS,
     ClassificationTable,
     Metric,

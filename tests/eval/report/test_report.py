@@ -12,18 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chromium import CHROMIUM, QUIET
-from evaluation_files import small_evaluation
 
 from eval import evaluate
-from eval.bootstrap import Measured
-from eval.charts import histogram_chart
-from eval.comparison import Comparison, Line
 from eval.datasets.cnclip_tsv import read_evaluation
-from eval.metrics import RetrievalScores
-from eval.published import RetrievalProtocol
-from eval.report import headline, report_json, write_report
-from eval.report_data import (
+from eval.metrics.bootstrap import Measured
+from eval.metrics.recall import RetrievalScores
+from eval.paper.comparison import Comparison, Line
+from eval.paper.published import RetrievalProtocol
+from eval.report.charts import histogram_chart
+from eval.report.data import (
     Counts,
     FunnelStep,
     Gallery,
@@ -36,11 +33,14 @@ from eval.report_data import (
     StageFacts,
     TrainingPoint,
 )
-from eval.report_page import render_html
-from eval.report_sources import make_gallery, read_training_metrics
+from eval.report.files import headline, report_json, write_report
+from eval.report.page import render_html
+from eval.report.sources import make_gallery, read_training_metrics
 from eval.stages import ReportConfig, ScoreConfig, comparisons
-from pipeline.records import InputError, Manifest, Shard
-from pipeline.stage import Context
+from pipeline.core.records import InputError, Manifest, Shard
+from pipeline.core.stage import Context
+from tests.helpers.chromium import CHROMIUM, QUIET
+from tests.helpers.evaluation_files import small_evaluation
 
 HOSTILE = "<script>document.title='owned'</script><img src=http://evil.invalid/x.png onerror=alert(1)>"
 

@@ -8,12 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from evaluation_files import png_bytes, write_evaluation
 from PIL import Image
 
-from eval.baseline import PixelBaseline, chance, thumbnail
 from eval.datasets.cnclip_tsv import EvaluationSet, read_evaluation
-from pipeline.records import InputError
+from eval.retrieval.baseline import PixelBaseline, chance, thumbnail
+from pipeline.core.records import InputError
+from tests.helpers.evaluation_files import png_bytes, write_evaluation
 
 
 def write_shard(folder: Path, name: str, samples: list[tuple[str, bytes]]) -> str:

@@ -11,10 +11,10 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from eval import official
-from eval.official import predict, read_features, write_features
-from pipeline import __main__ as command_line
-from pipeline.records import InputError
+from eval.retrieval import official_files as official
+from eval.retrieval.official_files import predict, read_features, write_features
+from pipeline import cli as command_line
+from pipeline.core.records import InputError
 
 needs_peer = pytest.mark.skipif(find_spec("cn_clip") is None, reason="cn_clip is not installed")
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from eval.score import score_files
-from pipeline import __main__ as command_line
+from eval.retrieval.official_scorer import score_files
+from pipeline import cli as command_line
 
 needs_peer = pytest.mark.skipif(find_spec("cn_clip") is None, reason="cn_clip is not installed")
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from evaluation_files import png_bytes, small_evaluation, write_evaluation
 
 from eval.datasets.cnclip_tsv import EvaluationSet, read_evaluation
-from eval.embed import score_features
-from eval.index import build_index
-from eval.retrieval import retrieve, score_image_to_text, score_text_to_image
-from pipeline.records import InputError
+from eval.features.evaluation_set import score_features
+from eval.index.flat import build_index
+from eval.retrieval.predictions import retrieve, score_image_to_text, score_text_to_image
+from pipeline.core.records import InputError
+from tests.helpers.evaluation_files import png_bytes, small_evaluation, write_evaluation
 
 
 def write_features(folder: Path, modality: str, vectors: np.ndarray) -> np.ndarray:

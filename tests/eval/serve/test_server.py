@@ -25,22 +25,22 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from chromium import CHROMIUM, Chromium
-from evaluation_files import png_bytes, write_evaluation
 from PIL import Image
-from tiny_model import write_tiny_model
 
-from data_prep.tar_members import TarWriter
-from eval import serve
+from data_prep.formats.tar import TarWriter
 from eval.datasets.cnclip_tsv import read_evaluation
-from eval.embed import embed_evaluation
-from eval.gallery import EvaluationPictures, Gallery, galleries_of_run, open_gallery
-from eval.index import build_index
-from eval.large_index import Embeddings, build_parts
-from eval.model import Checkpoint, Encoder, find_checkpoint, load_encoder
-from eval.serve import MAX_UPLOAD_BYTES, Searcher, SearchServer
-from pipeline import __main__ as command_line
-from pipeline.records import ConfigError, InputError, Manifest
+from eval.features.encoder import Checkpoint, Encoder, find_checkpoint, load_encoder
+from eval.features.evaluation_set import embed_evaluation
+from eval.index.flat import build_index
+from eval.index.partitioned import Embeddings, build_parts
+from eval.serve import server as serve
+from eval.serve.gallery import EvaluationPictures, Gallery, galleries_of_run, open_gallery
+from eval.serve.server import MAX_UPLOAD_BYTES, Searcher, SearchServer
+from pipeline import cli as command_line
+from pipeline.core.records import ConfigError, InputError, Manifest
+from tests.helpers.chromium import CHROMIUM, Chromium
+from tests.helpers.evaluation_files import png_bytes, write_evaluation
+from tests.helpers.tiny_model import write_tiny_model
 from training.model.preprocess import preprocess
 
 HOSTILE = '<img src=x onerror="window.hostile = 1"><script>window.hostile = 2</script>&lt;b&gt; \'"`猫'

@@ -7,14 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from classification_files import write_cnclip
-from tiny_model import write_tiny_model
 
-from eval.analyses import NegationPair, negation, prompt_sensitivity, prompts_plot, prompts_table
 from eval.datasets.classification import Picture, read_classification
-from eval.labels import prompts
-from eval.model import Checkpoint, Encoder, load_encoder
-from eval.zeroshot import (
+from eval.datasets.labels import prompts
+from eval.features.encoder import Checkpoint, Encoder, load_encoder
+from eval.zeroshot.analyses import NegationPair, negation, prompt_sensitivity, prompts_plot, prompts_table
+from eval.zeroshot.classifier import (
     class_vectors,
     classify,
     probabilities,
@@ -23,8 +21,10 @@ from eval.zeroshot import (
     text_features,
     write_submission,
 )
-from pipeline import __main__ as command_line
-from pipeline.records import InputError
+from pipeline import cli as command_line
+from pipeline.core.records import InputError
+from tests.helpers.classification_files import write_cnclip
+from tests.helpers.tiny_model import write_tiny_model
 
 TEMPLATES = ("{}", "{}的照片", "一张{}色的图")
 

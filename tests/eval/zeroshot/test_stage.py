@@ -6,17 +6,17 @@ import shutil
 from pathlib import Path
 
 import pytest
-from classification_files import write_cnclip
-from tiny_model import write_tiny_model
 
-from eval import classify
-from eval.published import ClassificationProtocol
+from eval.paper.published import ClassificationProtocol
 from eval.stages import ReportConfig, ScoreConfig, comparisons
-from eval.zeroshot_stage import ClassificationSource, ZeroshotConfig, ZeroshotStageConfig, run, tasks
-from pipeline import store
+from eval.zeroshot import measure as classify
+from eval.zeroshot.stage import ClassificationSource, ZeroshotConfig, ZeroshotStageConfig, run, tasks
 from pipeline.catalog import load
-from pipeline.records import Manifest, Shard
-from pipeline.stage import Context, Task
+from pipeline.core import store
+from pipeline.core.records import Manifest, Shard
+from pipeline.core.stage import Context, Task
+from tests.helpers.classification_files import write_cnclip
+from tests.helpers.tiny_model import write_tiny_model
 
 
 def manifest(stage: str, name: str, path: Path) -> Manifest:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import __main__ as command_line
-from pipeline import doctor
+from pipeline import cli as command_line
+from pipeline.tools import doctor
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 RUN = """
 [run]

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from pipeline.processes import say
+from pipeline.core.processes import say
 
 
 class Written(io.StringIO):

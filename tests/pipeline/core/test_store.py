@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import store
+from pipeline.core import store
 
 
 @pytest.fixture(params=["local", "memory"])

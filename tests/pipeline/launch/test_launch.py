@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.__main__ import main
 from pipeline.catalog import load
-from pipeline.launch import plan_jobs, write_scripts
+from pipeline.cli import main
+from pipeline.core.records import ConfigError
+from pipeline.launch.slurm import plan_jobs, write_scripts
 from pipeline.rank import main as rank_main
 from pipeline.rank import ranks_of_slurm, read_job
-from pipeline.records import ConfigError
-from training.launcher import failure, launcher_command
+from training.ranks.launcher import failure, launcher_command
 
 RUN = """
 [run]

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from hanging_run import hanging_run
 
-from pipeline.launch import requeued
+from pipeline.launch.slurm import requeued
+from tests.helpers.hanging_run import hanging_run
 
 LIMIT_SECONDS = 60
 

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hanging_run import hanging_run
-from rank_processes import run_ranks
-from slurm_machine import output, slurm, state, wait_for, why_not
-from train_jobs import make_job, train_rank
 
-from pipeline.launch import requeued
+from pipeline.launch.slurm import requeued
+from tests.helpers import slurm_job
+from tests.helpers.hanging_run import hanging_run
+from tests.helpers.rank_processes import run_ranks
+from tests.helpers.slurm_machine import output, slurm, state, wait_for, why_not
+from tests.helpers.train_jobs import make_job, train_rank
 
 pytestmark = [
     pytest.mark.slow,
@@ -63,8 +64,8 @@ def command(folder: Path, word: str) -> list[str]:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     with slurm(tmp_path_factory.mktemp("slurm")) as environment:
-        root = Path(__file__).parents[2]
-        yield environment | {"PYTHONPATH": f"{root}:{root / 'tests' / 'training'}", "OMP_NUM_THREADS": "1"}
+        root = Path(__file__).parents[3]
+        yield environment | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
 
 
 def submit(cluster: dict[str, str], folder: Path) -> dict[str, str]:
@@ -94,7 +95,7 @@ def wait_for_a_restart(cluster: dict[str, str], job: str, log: Path) -> None:
 
 def script(folder: Path, job_path: Path) -> Path:
     """A batch script as `cnclip launch` writes it, around the ranks of one job."""
-    command = shlex.join([sys.executable, str(Path(__file__).parent / "slurm_job.py"), str(job_path)])
+    command = shlex.join([sys.executable, str(Path(slurm_job.__file__)), str(job_path)])
     options = ("ntasks=2", "requeue", "open-mode=append", f"output={folder}/slurm.log")
     lines = ["#!/bin/bash", *(f"#SBATCH --{option}" for option in options), *requeued(command)]
     path = folder / "job.sbatch"

@@ -6,14 +6,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from rank_processes import run_ranks
 from torch.utils.flop_counter import FlopCounterMode
 
-from training.config import TrainConfig
-from training.flops import device_gib, find_device, image_forward, text_forward, training_flops
-from training.model.clip import CLIP, build_clip
-from training.model.config import MODELS, ModelConfig, VisionTransformerConfig
-from training.sizing import (
+from pipeline.planning.memory import (
     Precision,
     Zero,
     gpu_days,
@@ -22,6 +17,11 @@ from training.sizing import (
     num_parameters,
     shares,
 )
+from tests.helpers.rank_processes import run_ranks
+from training.config.train import TrainConfig
+from training.flops import device_gib, find_device, image_forward, text_forward, training_flops
+from training.model.clip import CLIP, build_clip
+from training.model.config import MODELS, ModelConfig, VisionTransformerConfig
 
 CONFIG = TrainConfig(epochs=1, global_batch=64, lanes=8, ranks=1)
 LENGTH = 24
@@ -118,7 +118,7 @@ def test_activations_are_those_that_autograd_keeps(name: str, precision: Precisi
 
 def peak_bytes(name: str, config: TrainConfig) -> tuple[float, float]:
     """(what a rank's memory grew by from before the model to its fullest in a step, the estimate)."""
-    from training import engine as engines
+    from training.engine import engine as engines
 
     engines.join_ranks(config)
     process = psutil.Process()

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from rank_processes import run_ranks
 
-from training.config import TrainConfig
-from training.deepspeed_file import read_deepspeed_file
+from pipeline.planning.memory import Precision, memory, num_parameters, zero_of
+from tests.helpers.rank_processes import run_ranks
+from training.config.deepspeed_file import read_deepspeed_file
+from training.config.train import TrainConfig
 from training.model.clip import build_clip
 from training.model.config import MODELS
-from training.sizing import Precision, memory, num_parameters, zero_of
 
 CONFIG = TrainConfig(epochs=1, global_batch=64, lanes=8, ranks=1)
 LENGTH = 24
@@ -64,7 +64,7 @@ def test_what_is_offloaded_leaves_the_device() -> None:
 
 def gathered_share(config: TrainConfig, deepspeed: str) -> float:
     """Share of the weights that ZeRO-3 holds whole between the forward and the backward pass."""
-    from training import engine as engines
+    from training.engine import engine as engines
 
     engines.join_ranks(config)
     model = MODELS["tiny-vit"]
@@ -103,7 +103,7 @@ def test_zero_3_holds_all_weights_of_a_small_model_at_the_end_of_a_forward_pass(
 
 def bucket_sizes(config: TrainConfig, names: tuple[str, ...]) -> list[int]:
     """DeepSpeed's buckets for gradients of tiny-vit, in values."""
-    from training import engine as engines
+    from training.engine import engine as engines
 
     engines.join_ranks(config)
     found = []

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.__main__ import main
+from pipeline.cli import main
 from training.flops import image_forward
 from training.model.config import MODELS
 

@@ -6,20 +6,20 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from corpus_files import drawing, encoded, finish, make_run, sidecars
 
-from data_prep import lock
 from data_prep.corpus import CorpusStageConfig, SourcesConfig
-from data_prep.filter_text import FilterTextConfig
-from data_prep.guard import make_guard
-from data_prep.lock import LockConfig
+from data_prep.decontamination import make_guard
+from data_prep.filters.text import FilterTextConfig
+from data_prep.shards import lock
+from data_prep.shards.lock import LockConfig
+from data_prep.shards.split import SplitConfig
 from data_prep.sources.table import TableSource
-from data_prep.split import SplitConfig
-from pipeline import diff
-from pipeline.__main__ import main
-from pipeline.records import InputError
+from pipeline.cli import main
+from pipeline.core.records import InputError
+from pipeline.core.stage import Stage
 from pipeline.runner import Run
-from pipeline.stage import Stage
+from pipeline.tools import diff
+from tests.helpers.corpus_files import drawing, encoded, finish, make_run, sidecars
 
 PICTURES = {f"{number}.jpg": encoded(drawing(number)) for number in range(30)}
 CAPTIONS = {name: f"编号{name.removesuffix('.jpg'):0>4}的图片" for name in PICTURES}

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from rank_processes import run_ranks
-from train_jobs import make_job, train_rank
 
-from pipeline.records import InputError
-from training import checkpoint
-from training.checkpoint import Checkpoint, TrainState
-from training.config import TrainJob
+from pipeline.core.records import InputError
+from tests.helpers.rank_processes import run_ranks
+from tests.helpers.train_jobs import make_job, train_rank
+from training.checkpoint import checkpoint
+from training.checkpoint.checkpoint import Checkpoint, TrainState
+from training.config.train import TrainJob
 
 IDENTITY = {"model": "small-vit", "crop_area": (0.9, 1.0)}
 

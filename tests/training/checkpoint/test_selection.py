@@ -9,14 +9,21 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from rank_processes import run_ranks
 from safetensors.torch import load_file
-from train_jobs import make_job, small_models
 
-from pipeline.records import ConfigError
-from training.choice import Choice, Validation, check_sets, choose, has_no_gain_left, read_validations
-from training.config import TrainConfig, TrainJob, paper_recipe
-from training.model.weights import load_checkpoint
+from pipeline.core.records import ConfigError
+from tests.helpers.rank_processes import run_ranks
+from tests.helpers.train_jobs import make_job, small_models
+from training.checkpoint.selection import (
+    Choice,
+    Validation,
+    check_sets,
+    choose,
+    has_no_gain_left,
+    read_validations,
+)
+from training.config.train import TrainConfig, TrainJob, paper_recipe
+from training.weights.weights import load_checkpoint
 
 
 def validations(*scores: float) -> list[Validation]:
@@ -107,7 +114,7 @@ def train_with_scores(job: TrainJob, scores: dict[int, float]) -> list[int]:
         asked.append(max(steps, default=0))
         return {"toy": {"mean_recall": scores.get(asked[-1], 0.0)}}
 
-    from training.journal import Journal
+    from training.metrics import Journal
 
     def flushing(self: Journal, *arguments: Any, **named: Any) -> None:
         step(self, *arguments, **named)

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from pipeline.__main__ import main
-from pipeline.records import ConfigError, Manifest
-from pipeline.stage import Context, inputs_digest
-from training.config import TrainConfig
-from training.deepspeed_file import ZERO_KEYS, read_deepspeed_file
-from training.stage import TrainStageConfig, tasks
+from pipeline.cli import main
+from pipeline.core.records import ConfigError, Manifest
+from pipeline.core.stage import Context, inputs_digest
+from training.config.deepspeed_file import ZERO_KEYS, read_deepspeed_file
+from training.config.train import TrainConfig
+from training.stages import TrainStageConfig, tasks
 
 
 def shipped() -> list[str]:

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from pipeline.catalog import load
-from pipeline.records import ConfigError
-from training.config import TrainConfig, finetune_recipe, paper_recipe
+from pipeline.core.records import ConfigError
+from training.config.train import TrainConfig, finetune_recipe, paper_recipe
 
 # Appendix A.2: epochs in stage 1, epochs in stage 2, batch size of stage 2, cards.
 PRETRAINING = {

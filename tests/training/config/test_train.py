@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from train_jobs import CONFIG, make_job
 
-from pipeline.__main__ import main
 from pipeline.catalog import load
-from pipeline.records import ConfigError
-from training.config import AugmentConfig, TrainConfig, TrainJob, count_steps, paper_recipe
+from pipeline.cli import main
+from pipeline.core.records import ConfigError
+from tests.helpers.train_jobs import CONFIG, make_job
+from training.config.train import AugmentConfig, TrainConfig, TrainJob, count_steps, paper_recipe
 from training.model.config import MODELS
 
 

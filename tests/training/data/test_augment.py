@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from training.augment import Pixels, augment, sample_generator
-from training.config import AugmentConfig
+from training.config.train import AugmentConfig
+from training.data.augment import Pixels, augment, sample_generator
 
 KEY = b"00112233445566778899aabbccddeeff"
 PLAIN = AugmentConfig(crop_area=(1.0, 1.0), crop_aspect=(1.0, 1.0), horizontal_flip=0.0, auto_augment="none")

@@ -3,9 +3,9 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from training.augment import augment, sample_generator
-from training.auto_augment import apply_operations, auto_augment, original_policy
-from training.config import AugmentConfig
+from training.config.train import AugmentConfig
+from training.data.augment import augment, sample_generator
+from training.data.auto_augment import apply_operations, auto_augment, original_policy
 
 KEY = b"0123456789abcdef0123456789abcdef"
 

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from rank_processes import run_ranks
-from shard_files import write_shards
-from train_jobs import CONFIG, make_job, train_rank
 
-from pipeline.records import ConfigError, InputError, Stopped
-from training.config import TrainJob
-from training.feature_cache import FeatureCache
+from pipeline.core.records import ConfigError, InputError, Stopped
+from tests.helpers.rank_processes import run_ranks
+from tests.helpers.shard_files import write_shards
+from tests.helpers.train_jobs import CONFIG, make_job, train_rank
+from training.config.train import TrainJob
+from training.data.feature_cache import FeatureCache
 
 LOCKED: dict[str, Any] = {"lock_image": True, "model": "small-rn"}
 

@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from shard_files import VOCABULARY, write_shards
 
-from pipeline.records import ConfigError, InputError, Shard
-from training.config import AugmentConfig
-from training.data import (
+from pipeline.core.records import ConfigError, InputError, Shard
+from tests.helpers.shard_files import VOCABULARY, write_shards
+from training.config.train import AugmentConfig
+from training.data.loader import (
     BatchReader,
     Prefetcher,
     SampleOrder,

@@ -7,16 +7,16 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from rank_processes import run_ranks
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from train_jobs import CONFIG, make_job, small_models, train_rank
 
-from pipeline.records import ConfigError
-from training.config import TrainJob
+from pipeline.core.records import ConfigError
+from tests.helpers.rank_processes import run_ranks
+from tests.helpers.train_jobs import CONFIG, make_job, small_models, train_rank
+from training.config.train import TrainJob
+from training.data.patch_mask import PatchMask, make_patch_mask
 from training.flops import image_forward
 from training.model.clip import build_clip
-from training.patch_mask import PatchMask, make_patch_mask
 
 KEYS = [f"{number:032x}".encode() for number in (3, 77, 2**100)]
 

@@ -6,17 +6,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rank_processes import run_ranks
-from shard_files import COLOURS, SHAPES, VOCABULARY, draw
 from torch.nn import functional as F
-from train_jobs import CONFIG, make_job, train_rank
 
-from pipeline.records import ConfigError
-from training.config import NegationConfig, TrainJob
-from training.model.encoder import Encoder
+from pipeline.core.records import ConfigError
+from tests.helpers.rank_processes import run_ranks
+from tests.helpers.shard_files import COLOURS, SHAPES, VOCABULARY, draw
+from tests.helpers.train_jobs import CONFIG, make_job, train_rank
+from training.config.train import NegationConfig, TrainJob
+from training.data.statements import Statements, negation_loss
+from training.encoder import Encoder
 from training.model.tokenizer import Tokenizer
-from training.model.weights import load_checkpoint
-from training.negation import Statements, negation_loss
+from training.weights.weights import load_checkpoint
 
 # Templates in the characters that the small vocabulary has.
 CONFIG_OF_SHAPES = NegationConfig(objects=("圆", "方"), affirmed=("图片的{}",), negated=("图片零{}", "零{}"))

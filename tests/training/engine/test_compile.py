@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rank_processes import run_ranks
-from train_jobs import CONFIG, make_job, small_models, train_rank
 
-from pipeline.records import ConfigError
-from training.config import TrainJob
-from training.engine import Towers
+from pipeline.core.records import ConfigError
+from tests.helpers.rank_processes import run_ranks
+from tests.helpers.train_jobs import CONFIG, make_job, small_models, train_rank
+from training.config.train import TrainJob
+from training.engine.engine import Towers
 from training.model.clip import build_clip
 from training.pretrain import check_compiler
 

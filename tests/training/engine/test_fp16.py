@@ -8,14 +8,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from rank_processes import run_ranks
 from safetensors.torch import load_file
-from train_jobs import CONFIG, make_job, train_rank
 
-from pipeline.records import ConfigError
-from training.config import TrainJob
-from training.partitions import loss_scaling, set_loss_scaling
-from training.precision import check_precision
+from pipeline.core.records import ConfigError
+from tests.helpers.rank_processes import run_ranks
+from tests.helpers.train_jobs import CONFIG, make_job, train_rank
+from training.config.train import TrainJob
+from training.engine.precision import check_precision
+from training.engine.zero_state import loss_scaling, set_loss_scaling
 
 HAS_GPU = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="no GPU")

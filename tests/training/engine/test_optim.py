@@ -3,10 +3,10 @@ import math
 
 import pytest
 from torch import nn
-from train_jobs import CONFIG, small_models
 
+from tests.helpers.train_jobs import CONFIG, small_models
+from training.engine.optim import build_optimizer, learning_rate, parameter_groups
 from training.model.clip import build_clip
-from training.optim import build_optimizer, learning_rate, parameter_groups
 
 SCHEDULE = dataclasses.replace(CONFIG, peak_learning_rate=2.0, warmup_steps=10)
 

@@ -7,23 +7,23 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from rank_processes import run_ranks
-from shard_files import VOCABULARY
 from torch import Tensor
 from torch.nn import functional as F
-from train_jobs import CONFIG, make_job, small_models, train_rank
 
 from pipeline.catalog import load
-from pipeline.records import ConfigError, InputError, Manifest
-from pipeline.stage import Context
-from training import loss as loss_module
-from training.config import DistilConfig, TrainJob
-from training.distil import load_teacher
-from training.loss import distillation_loss
+from pipeline.core.records import ConfigError, InputError, Manifest
+from pipeline.core.stage import Context
+from tests.helpers.rank_processes import run_ranks
+from tests.helpers.shard_files import VOCABULARY
+from tests.helpers.train_jobs import CONFIG, make_job, small_models, train_rank
+from training.config.train import DistilConfig, TrainJob
+from training.engine.teacher import load_teacher
+from training.losses import contrastive as loss_module
+from training.losses.contrastive import distillation_loss
 from training.model.clip import build_clip
 from training.model.config import ModelConfig
-from training.model.weights import load_checkpoint, save_checkpoint
-from training.stage import TrainStageConfig, tasks
+from training.stages import TrainStageConfig, tasks
+from training.weights.weights import load_checkpoint, save_checkpoint
 
 N, D, E, TEMPERATURE = 13, 6, 9, 3.0
 

@@ -9,15 +9,15 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from rank_processes import run_ranks
-from shard_files import VOCABULARY
 from torch import Tensor
 from torch.nn import functional as F
-from train_jobs import make_job, small_models, train_rank
 
-from training.config import TrainJob
+from tests.helpers.rank_processes import run_ranks
+from tests.helpers.shard_files import VOCABULARY
+from tests.helpers.train_jobs import make_job, small_models, train_rank
+from training.config.train import TrainJob
 from training.model.clip import build_clip
-from training.model.weights import load_checkpoint, save_checkpoint
+from training.weights.weights import load_checkpoint, save_checkpoint
 
 STEPS = 20
 # Root mean square of a weight's gradients; below, they are rounding, and Adam steps as far on that as on any.
@@ -62,10 +62,10 @@ def train_plainly(job: TrainJob) -> Plain:
 
     One process, the whole batch in one forward, the N × N matrix of the formula, and torch's AdamW.
     """
+    from training.engine.optim import build_optimizer, learning_rate
     from training.model.config import MODELS
     from training.model.preprocess import MEAN, STD
     from training.model.tokenizer import Tokenizer
-    from training.optim import build_optimizer, learning_rate
     from training.pretrain import build_model, make_reader, sample_order
 
     MODELS.update(small_models(dropout=0.0))
@@ -207,7 +207,7 @@ def test_bfloat16_with_batch_norms_is_refused(tmp_path: Path) -> None:
 
 def features_of_both_passes(job: TrainJob) -> list[tuple[bool, npt.NDArray[Any]]]:
     """(whether it is for the backward pass, text features) of every forward of training."""
-    from training.engine import Towers
+    from training.engine.engine import Towers
 
     found = []
     forward = Towers.forward

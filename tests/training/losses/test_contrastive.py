@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rank_processes import run_ranks
 from torch import Tensor
 from torch.nn import functional as F
 
-from training import loss as loss_module
-from training.loss import contrastive_loss
+from tests.helpers.rank_processes import run_ranks
+from training.losses import contrastive as loss_module
+from training.losses.contrastive import contrastive_loss
 
 N, D = 22, 8
 

@@ -6,16 +6,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peer_models import STRUCTURES, cn_clip_model, hugging_face_model
 from PIL import Image
 from torch.nn import functional as F
 
+from tests.helpers.peer_models import STRUCTURES, cn_clip_model, hugging_face_model
 from training.model.config import MODELS, VisionTransformerConfig
-from training.model.formats import load_model
-from training.model.initial import initialise
 from training.model.preprocess import preprocess
 from training.model.tokenizer import Tokenizer
-from training.model.weights import state_for_file
+from training.weights.formats import load_model
+from training.weights.initialise import initialise
+from training.weights.weights import state_for_file
 
 TOLERANCE = 1e-5  # of unit-norm features, both sides in float32
 CAPTIONS = [
@@ -137,7 +137,7 @@ def test_image_towers_equal_open_clip(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [name for name in STRUCTURES if name not in ("RN50", "ViT-B-32")])
 def test_what_we_write_cn_clips_loader_takes(name: str, tmp_path: Path) -> None:
     from training.model.clip import build_clip
-    from training.model.export import save_cn_clip
+    from training.weights.export import save_cn_clip
 
     torch.manual_seed(50)
     model = build_clip(MODELS[name]).eval()
@@ -177,7 +177,7 @@ def test_onnx_at_full_size(name: str, tmp_path: Path) -> None:
     """ViT-H/14's image tower is larger than a protobuf may be: its weights stand beside."""
     runtime = pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
     pytest.importorskip("onnxscript", reason="the extra `onnx` is not installed")
-    from training.model.export import save_onnx
+    from training.weights.export import save_onnx
 
     torch.save({"state_dict": cn_clip_model(name, seed=70).state_dict()}, tmp_path / "clip_cn.pt")
     model = load_model(str(tmp_path / "clip_cn.pt"))

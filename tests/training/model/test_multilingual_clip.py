@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mclip_files import write_mclip
 from PIL import Image
 from torch.nn import functional as F
 
-from eval.mclip import batches_by_length, load_text, preprocess_openai
-from pipeline.records import InputError
+from pipeline.core.records import InputError
+from tests.helpers.mclip_files import write_mclip
 from training.model.clip import build_clip
 from training.model.config import MODELS
-from training.model.image_tower import load_image_tower
-from training.model.weights import save_openai
+from training.model.multilingual_clip import batches_by_length, load_text, preprocess_openai
+from training.weights.image_tower import load_image_tower
+from training.weights.weights import save_openai
 
 TEXTS = [
     "一只黑色的猫",
@@ -61,7 +61,7 @@ def test_text_features_are_the_packages(mclip: tuple[Path, Any]) -> None:
 def test_a_batch_changes_no_feature(mclip: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     text = load_text(str(mclip[0]), "cpu")
     whole = text.embed(TEXTS)
-    monkeypatch.setattr("eval.mclip.TOKENS_PER_BATCH", 1)
+    monkeypatch.setattr("training.model.multilingual_clip.TOKENS_PER_BATCH", 1)
     np.testing.assert_allclose(text.embed(TEXTS), whole, atol=1e-5)
 
 

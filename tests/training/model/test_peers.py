@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from peer_models import STRUCTURES, cn_clip_of
 
+from tests.helpers.peer_models import STRUCTURES, cn_clip_of
 from training.model.clip import CLIP, build_clip
 from training.model.config import (
     MODELS,
@@ -18,10 +18,10 @@ from training.model.config import (
     TextConfig,
     VisionTransformerConfig,
 )
-from training.model.initial import initialise
 from training.model.tokenizer import Tokenizer, normalise
-from training.model.torchscript import write_torchscript
-from training.model.weights import save_checkpoint, state_for_file
+from training.weights.initialise import initialise
+from training.weights.torchscript import write_torchscript
+from training.weights.weights import save_checkpoint, state_for_file
 
 TOLERANCE = 1e-5  # of unit-norm features, both sides in float32
 

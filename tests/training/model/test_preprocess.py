@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.records import InputError
+from pipeline.core.records import InputError
 from training.model.config import MODELS
-from training.model.export import _preprocessor_config
 from training.model.preprocess import MEAN, STD, normalise, preprocess
+from training.weights.export import _preprocessor_config
 
 
 def _encoded(image: Image.Image, format: str = "PNG") -> bytes:

@@ -9,7 +9,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 
-from pipeline.records import InputError
+from pipeline.core.records import InputError
 from training.model.tokenizer import SPECIAL_TOKENS, Tokenizer, learn_vocabulary, normalise
 
 VOCABULARY = [*SPECIAL_TOKENS, "红", "色", "猫", "\U0002b820", "red", "##dish", "cat", '"', "!", "1", "##2"]
@@ -135,12 +135,12 @@ def test_learned_vocabulary_depends_on_nothing_but_the_captions() -> None:
     assert len(vocabulary) == 35
     assert learn_vocabulary(captions[::-1], 35) == vocabulary
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from test_tokenizer import _captions, learn_vocabulary;"
+        "from tests.training.model.test_tokenizer import _captions, learn_vocabulary;"
         "print('\\n'.join(learn_vocabulary(_captions(), 35)))"
     )
     for seed in ("1", "2"):
         output = subprocess.check_output(
-            [sys.executable, "-c", code, str(Path(__file__).parent)],
+            [sys.executable, "-c", code],
             env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path), "PYTHONIOENCODING": "utf-8"},
             encoding="utf-8",
         )

@@ -16,19 +16,29 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from rank_processes import free_port, run_ranks
-from test_pretrain import HERE, LIMIT_SECONDS, launch, losses, outputs
-from train_jobs import make_job, train_rank
 
-from pipeline.records import Stopped
-from training.config import TrainJob
-from training.launcher import watch
+from pipeline.core.records import Stopped
+from tests.helpers.launched_jobs import (
+    HELPERS,
+    LIMIT_SECONDS,
+    ROOT,
+    launch,
+    losses,
+    outputs,
+    ranks_of,
+    run_watched,
+    wait_for_steps,
+)
+from tests.helpers.rank_processes import free_port, run_ranks
+from tests.helpers.train_jobs import make_job, train_rank
+from training.config.train import TrainJob
+from training.ranks.launcher import watch
 
 
 def train_and_note_keys(job: TrainJob, stop_after: int | None = None) -> list[list[str]]:
     """Train without dropout; the keys of the rank's part of every step. The signal reaches rank 0 alone."""
-    from training import loop
-    from training.engine import train_step
+    from training import trainer as loop
+    from training.engine.engine import train_step
 
     found = []
 
@@ -80,16 +90,6 @@ def test_stopped_and_gone_on_the_same_way_gives_the_same_bytes(tmp_path: Path) -
     run_ranks(train_and_note_keys, 2, stopped, 4)
     run_ranks(train_and_note_keys, 2, stopped)
     assert outputs(stopped) == outputs(whole)
-
-
-def run_watched(job: TrainJob) -> subprocess.Popen[str]:
-    """Start the ranks as `cnclip run` does; what it prints is to be read."""
-    path = Path(job.folder) / "job.json"
-    path.write_text(job.to_json())
-    words = [sys.executable, str(HERE / "watch_main.py"), str(path)]
-    python_path = os.pathsep.join([str(HERE), str(HERE.parent.parent)])
-    environment = os.environ | {"PYTHONPATH": python_path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
 
 
 def test_the_launcher_passes_a_signal_on_and_says_that_it_was_stopped(tmp_path: Path) -> None:
@@ -145,9 +145,9 @@ def test_a_rank_that_waits_for_another_to_come_ends_too(tmp_path: Path) -> None:
     path.write_text(job.to_json())
     here = {"RANK": "0", "LOCAL_RANK": "0", "LOCAL_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    python_path = {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent.parent)])}
+    python_path = {"PYTHONPATH": str(ROOT)}
     ended = subprocess.run(
-        [sys.executable, str(HERE / "rank_main.py"), str(path)],
+        [sys.executable, str(HELPERS / "rank_main.py"), str(path)],
         env=os.environ | here | meeting | python_path,
         capture_output=True,
         text=True,
@@ -160,15 +160,13 @@ def test_a_rank_that_waits_for_another_to_come_ends_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("is_full", [False, True])
 def test_the_watchdog_ends_a_rank_also_on_a_full_disk(tmp_path: Path, is_full: bool) -> None:
     program = (
-        "import resource, time; from training.watchdog import Watchdog;"
+        "import resource, time; from training.ranks.watchdog import Watchdog;"
         f" {'resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0));' if is_full else ''}"
         f" Watchdog({str(tmp_path)!r}, stage='stage1', rank=0, ranks=1, limit_seconds=0.05);"
         f" time.sleep({LIMIT_SECONDS})"
     )
     command = [sys.executable, "-c", program]
-    ended = subprocess.run(
-        command, capture_output=True, text=True, timeout=LIMIT_SECONDS, cwd=HERE.parent.parent
-    )
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS, cwd=ROOT)
     assert ended.returncode == 1
     assert "error: [stage1] no sign of life for 0.4 s" in ended.stderr
 
@@ -206,13 +204,6 @@ def test_a_signal_to_a_launcher_whose_ranks_are_done_stops_the_run_all_the_same(
         watch([sys.executable, "-c", launcher], dict(os.environ), log_path, lambda *_: None, print)
 
 
-def wait_for_steps(job: TrainJob, count: int) -> None:
-    log, end = Path(job.folder) / "log.jsonl", time.monotonic() + LIMIT_SECONDS
-    while not log.exists() or len(log.read_text().splitlines()) < count:
-        assert time.monotonic() < end
-        time.sleep(0.1)
-
-
 # DeepSpeed's launcher waits half a minute for a stopped rank before it kills it.
 @pytest.mark.parametrize("waits", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_rank_that_hangs_ends_the_run_and_is_named(tmp_path: Path, waits: bool) -> None:
@@ -237,15 +228,4 @@ def test_a_rank_that_hangs_ends_the_run_and_is_named(tmp_path: Path, waits: bool
     (said,) = [line for line in output.splitlines() if line.startswith("error: ")]
     assert "no sign of life for 8 s; rank 0: computing step" in said
     assert "rank 1: nothing heard, it is stopped or gone" in said
-    assert "training/loop.py" in output  # where rank 0 stands
-
-
-def ranks_of(launcher_pid: int) -> list[tuple[int, str]]:
-    """(process, its environment) of every rank below a launcher."""
-    import psutil
-
-    return [
-        (child.pid, " ".join(f"{key}={value}" for key, value in child.environ().items()))
-        for child in psutil.Process(launcher_pid).children(recursive=True)
-        if "rank_main" in " ".join(child.cmdline()) and "launcher" not in " ".join(child.cmdline())
-    ]
+    assert "training/trainer.py" in output  # where rank 0 stands

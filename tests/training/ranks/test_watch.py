@@ -13,14 +13,20 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from evaluation_files import small_evaluation
-from rank_processes import run_ranks
 from safetensors.torch import load_file
-from test_pretrain import LIMIT_SECONDS, losses, read_metrics
-from test_stop import ranks_of, run_watched, wait_for_steps
-from train_jobs import make_job, train_rank
 
-from training.config import TrainJob
+from tests.helpers.evaluation_files import small_evaluation
+from tests.helpers.launched_jobs import (
+    LIMIT_SECONDS,
+    losses,
+    ranks_of,
+    read_metrics,
+    run_watched,
+    wait_for_steps,
+)
+from tests.helpers.rank_processes import run_ranks
+from tests.helpers.train_jobs import make_job, train_rank
+from training.config.train import TrainJob
 
 
 def read_log(job: TrainJob) -> tuple[list[dict[str, Any]], list[str]]:
@@ -35,8 +41,8 @@ def train_with_poison(job: TrainJob, steps: tuple[int, ...], what: str) -> list[
 
     The gradient is poisoned on rank 0 alone, where its own part of the batch is to blame.
     """
-    from training import engine as engines
-    from training.engine import Towers
+    from training.engine import engine as engines
+    from training.engine.engine import Towers
 
     forward = Towers.forward
     now: dict[str, int] = {}
@@ -131,7 +137,7 @@ def test_a_rank_that_dies_ends_the_run_with_its_cause(tmp_path: Path) -> None:
 
 def train_slowly(job: TrainJob, slow_rank: str) -> None:
     """Train where one rank's reader takes longer than a step."""
-    from training.data import BatchReader
+    from training.data.loader import BatchReader
 
     read = BatchReader.read
 
@@ -194,9 +200,8 @@ def copies_while_validating(job: TrainJob) -> list[int]:
     """How many token embeddings more there are at each encoding of texts in the real validation."""
     import gc
 
-    from train_jobs import small_models
-
-    from eval.embed import validator
+    from eval.features.evaluation_set import validator
+    from tests.helpers.train_jobs import small_models
     from training.model.clip import CLIP
     from training.model.config import MODELS
     from training.model.tokenizer import Tokenizer

@@ -11,16 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.records import ConfigError
-from training.model.card import facts_of, model_card
+from pipeline.core.records import ConfigError
+from training.encoder import load
 from training.model.clip import CLIP, build_clip
 from training.model.config import MODELS
-from training.model.convert import convert, inspect, target_of
-from training.model.encoder import load
-from training.model.formats import load_model, read_weights
 from training.model.preprocess import preprocess
 from training.model.tokenizer import SPECIAL_TOKENS, Tokenizer, hugging_face_tokenizer
-from training.model.weights import save_checkpoint, state_for_file
+from training.weights.convert import convert, inspect, target_of
+from training.weights.formats import load_model, read_weights
+from training.weights.model_card import facts_of, model_card
+from training.weights.weights import save_checkpoint, state_for_file
 
 WORDS = [*SPECIAL_TOKENS, *"红蓝黄绿色的猫狗鸟圆方形一二三", *"abcdefghijklmnopqrstuvwxyz0123456789,.!\"'"]
 WORDS += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz0123456789"]
@@ -77,7 +77,7 @@ def test_the_pt_has_the_same_bytes_every_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["tiny-vit", "tiny-rn"])
 def test_cn_clips_class_takes_the_pt(name: str, tmp_path: Path) -> None:
     pytest.importorskip("cn_clip.clip", reason="cn_clip is not installed")
-    from peer_models import cn_clip_of
+    from tests.helpers.peer_models import cn_clip_of
 
     model, source = _source(tmp_path / "in", name, image_size_px=64)  # whole cells of 32 pixels
     convert(source, str(tmp_path / "out.pt"))
@@ -185,7 +185,7 @@ def test_onnx_weights_beyond_protobufs_limit_stand_beside(
 ) -> None:
     runtime = pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
     pytest.importorskip("onnxscript", reason="the extra `onnx` is not installed")
-    monkeypatch.setattr("training.model.export._ONNX_INLINE_BYTES", 200_000)
+    monkeypatch.setattr("training.weights.export._ONNX_INLINE_BYTES", 200_000)
     model, source = _source(tmp_path / "in", "tiny-vit")
     convert(source, str(tmp_path / "clip.onnx"))
     data = tmp_path / "clip.text.onnx.data"

@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from peer_models import cn_clip_of, hugging_face_model
 from safetensors.torch import save_file
 
-from pipeline.records import InputError
+from pipeline.core.records import InputError
+from tests.helpers.peer_models import cn_clip_of, hugging_face_model
 from training.model.clip import CLIP, build_clip
 from training.model.config import MODELS
-from training.model.formats import load_model, read_weights, resize_positions
-from training.model.initial import initialise, write_provenance
-from training.model.layouts import to_hugging_face
-from training.model.tensor_files import read_tensors
-from training.model.weights import save_checkpoint, state_for_file
+from training.weights.formats import load_model, read_weights, resize_positions
+from training.weights.initialise import initialise, write_provenance
+from training.weights.layouts import to_hugging_face
+from training.weights.tensor_files import read_tensors
+from training.weights.weights import save_checkpoint, state_for_file
 
 VIT, RN = MODELS["tiny-vit"], MODELS["tiny-rn"]
 
@@ -223,7 +223,7 @@ def test_position_embedding_is_interpolated_as_cn_clip_does(tmp_path: Path) -> N
 
 
 def test_training_checkpoints_of_this_project(tmp_path: Path) -> None:
-    """Module names, as training/checkpoint.py writes them; a checkpoint folder, and its file."""
+    """Module names, as training/checkpoint/checkpoint.py writes them; a checkpoint folder, and its file."""
     for name in ("tiny-vit", "tiny-rn"):
         model, folder = _model(name), tmp_path / name / "step_000000008"
         folder.mkdir(parents=True)

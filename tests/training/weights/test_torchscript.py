@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.records import InputError
-from training.model.torchscript import read_torchscript, write_torchscript
+from pipeline.core.records import InputError
+from training.weights.torchscript import read_torchscript, write_torchscript
 
 
 @pytest.fixture(autouse=True)
@@ -76,11 +76,11 @@ def test_what_torch_writes_is_read(tmp_path: Path) -> None:
 def test_bytes_are_the_same_in_every_process(tmp_path: Path) -> None:
     write_torchscript(str(tmp_path / "a.pt"), *_tensors())
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]);"
-        "from test_torchscript import _tensors, write_torchscript;"
-        "write_torchscript(sys.argv[2], *_tensors())"
+        "import sys;"
+        "from tests.training.weights.test_torchscript import _tensors, write_torchscript;"
+        "write_torchscript(sys.argv[1], *_tensors())"
     )
-    command = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path / "b.pt")]
+    command = [sys.executable, "-c", code, str(tmp_path / "b.pt")]
     subprocess.run(command, check=True, env={"PYTHONHASHSEED": "5", "PYTHONPATH": ":".join(sys.path)})
     assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
 

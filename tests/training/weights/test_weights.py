@@ -12,12 +12,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pipeline.records import InputError
+from pipeline.core.records import InputError
 from training.model.clip import CLIP, build_clip
 from training.model.config import MODELS
-from training.model.initial import initialise
-from training.model.torchscript import read_torchscript, write_torchscript
-from training.model.weights import (
+from training.weights.initialise import initialise
+from training.weights.torchscript import read_torchscript, write_torchscript
+from training.weights.weights import (
     load_checkpoint,
     read_header,
     save_checkpoint,

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_processes import run_ranks
-from train_jobs import save_deepspeed_checkpoints
 
-from pipeline.records import InputError
-from training.model.formats import load_model, read_weights
-from training.model.zero_checkpoint import find_zero_checkpoint, read_zero_checkpoint
+from pipeline.core.records import InputError
+from tests.helpers.rank_processes import run_ranks
+from tests.helpers.train_jobs import save_deepspeed_checkpoints
+from training.weights.formats import load_model, read_weights
+from training.weights.zero_checkpoint import find_zero_checkpoint, read_zero_checkpoint
 
 STAGES = [0, 1, 2, 3]
 

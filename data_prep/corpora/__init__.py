@@ -1,0 +1,1 @@
+"""Corpora that the project makes itself: the demo and the emoji."""

@@ -1,0 +1,1 @@
+"""The download stage and the process that runs img2dataset."""

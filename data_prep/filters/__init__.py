@@ -1,0 +1,1 @@
+"""The filter stages: captions, images, scores."""

@@ -1,0 +1,1 @@
+"""File formats that the corpus is read from and written to."""

@@ -1,0 +1,1 @@
+"""Pure rules on captions and images: no torch, no files."""

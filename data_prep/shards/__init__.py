@@ -1,0 +1,1 @@
+"""Shards: the stage that packs them, and what is made from finished ones."""

@@ -1,0 +1,1 @@
+"""Features of evaluation sets, files and shards."""

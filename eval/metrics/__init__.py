@@ -1,0 +1,1 @@
+"""Recall, classification metrics and their intervals."""

@@ -1,0 +1,1 @@
+"""Retrieval: predictions, official scores, baselines."""

@@ -1,0 +1,1 @@
+"""What every package stands on: records, files, stages, configuration, processes."""

@@ -1,0 +1,1 @@
+"""What a training needs, computed before anything starts."""

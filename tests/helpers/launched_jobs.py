@@ -1,0 +1,75 @@
+"""Training jobs started as users start them: by a launcher, in processes of their own."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.helpers.rank_processes import free_port
+from training.config.train import TrainJob
+
+HELPERS = Path(__file__).parent
+ROOT = HELPERS.parents[1]
+LIMIT_SECONDS = 600  # far more than any of these takes alone; the machine may be busy
+
+
+def read_metrics(job: TrainJob) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(job.folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(job: TrainJob) -> list[float]:
+    return [line["loss"] for line in read_metrics(job) if "loss" in line]
+
+
+def outputs(job: TrainJob) -> tuple[bytes, bytes]:
+    return Path(job.output_model).read_bytes(), (Path(job.folder) / "metrics.jsonl").read_bytes()
+
+
+def launch(job: TrainJob) -> subprocess.Popen[str]:
+    """The real launcher on this machine, in a process group of its own."""
+    path = Path(job.folder) / "job.json"
+    path.write_text(job.to_json())
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(job.config.ranks)]
+    command += ["--master_port", str(free_port()), str(HELPERS / "rank_main.py"), str(path)]
+    python_path = str(ROOT)
+    environment = os.environ | {"PYTHONPATH": python_path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run_watched(job: TrainJob) -> subprocess.Popen[str]:
+    """Start the ranks as `cnclip run` does; what it prints is to be read."""
+    path = Path(job.folder) / "job.json"
+    path.write_text(job.to_json())
+    words = [sys.executable, str(HELPERS / "watch_main.py"), str(path)]
+    python_path = str(ROOT)
+    environment = os.environ | {"PYTHONPATH": python_path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def wait_for_steps(job: TrainJob, count: int) -> None:
+    log, end = Path(job.folder) / "log.jsonl", time.monotonic() + LIMIT_SECONDS
+    while not log.exists() or len(log.read_text().splitlines()) < count:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def ranks_of(launcher_pid: int) -> list[tuple[int, str]]:
+    """(process, its environment) of every rank below a launcher."""
+
+    return [
+        (child.pid, " ".join(f"{key}={value}" for key, value in child.environ().items()))
+        for child in psutil.Process(launcher_pid).children(recursive=True)
+        if "rank_main" in " ".join(child.cmdline()) and "launcher" not in " ".join(child.cmdline())
+    ]
