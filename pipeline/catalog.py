@@ -191,7 +191,7 @@ def make_run(config: RunConfig) -> Run:
             version=3,
             config=corpus.CorpusStageConfig(corpus=config.corpus, evaluations=config.evaluation),
             parents=(),
-            tasks=corpus.tasks,
+            plan=corpus.tasks,
             run=corpus.run,
         ),
         Stage(
@@ -200,7 +200,7 @@ def make_run(config: RunConfig) -> Run:
             version=3,
             config=config.filter_text,
             parents=("corpus",),
-            tasks=filter_text.tasks,
+            plan=filter_text.tasks,
             run=filter_text.run,
         ),
         Stage(
@@ -209,7 +209,7 @@ def make_run(config: RunConfig) -> Run:
             version=1,
             config=config.dedup,
             parents=("filter_text",),
-            tasks=dedup.tasks,
+            plan=dedup.tasks,
             run=dedup.run,
         ),
         Stage(
@@ -218,7 +218,7 @@ def make_run(config: RunConfig) -> Run:
             version=2,
             config=config.download,
             parents=("corpus", "dedup"),
-            tasks=download.tasks,
+            plan=download.tasks,
             run_together=download.run_together,
             processes=config.download.processes,
         ),
@@ -228,7 +228,7 @@ def make_run(config: RunConfig) -> Run:
             version=1,
             config=config.filter_image,
             parents=("corpus", "download"),
-            tasks=filter_image.tasks,
+            plan=filter_image.tasks,
             run=filter_image.run,
         ),
         *_row_stages(config),
@@ -241,7 +241,7 @@ def make_run(config: RunConfig) -> Run:
             version=1,
             config=LockConfig(settings={stage.name: stage.config for stage in stages}),
             parents=tuple(stage.name for stage in stages),
-            tasks=lock.tasks,
+            plan=lock.tasks,
             run=lock.run,
         )
     )
@@ -254,7 +254,7 @@ def make_run(config: RunConfig) -> Run:
                 version=1,
                 config=dataclasses.replace(config.vocabulary, columns=columns),
                 parents=("shards",),
-                tasks=vocabulary.tasks,
+                plan=vocabulary.tasks,
                 run=vocabulary.run,
             )
         )
@@ -266,7 +266,7 @@ def make_run(config: RunConfig) -> Run:
             version=2,
             config=scores,
             parents=("corpus", *learned, *scored),
-            tasks=evaluation_stages.embed_tasks,
+            plan=evaluation_stages.embed_tasks,
             run=evaluation_stages.embed,
             parallel=False,  # a model in memory for each process is too much
         ),
@@ -276,7 +276,7 @@ def make_run(config: RunConfig) -> Run:
             version=2,
             config=config.index,
             parents=("embed",),
-            tasks=evaluation_stages.index_tasks,
+            plan=evaluation_stages.index_tasks,
             run=evaluation_stages.build_indices,
         ),
         Stage(
@@ -285,7 +285,7 @@ def make_run(config: RunConfig) -> Run:
             version=1,
             config=scores,
             parents=("corpus", "embed", "index"),
-            tasks=evaluation_stages.retrieval_tasks,
+            plan=evaluation_stages.retrieval_tasks,
             run=evaluation_stages.retrieve,
         ),
         Stage(
@@ -294,7 +294,7 @@ def make_run(config: RunConfig) -> Run:
             version=1,
             config=None,
             parents=("corpus", "shards"),
-            tasks=evaluation_stages.baseline_tasks,
+            plan=evaluation_stages.baseline_tasks,
             run=evaluation_stages.baseline,
         ),
     ]
@@ -312,7 +312,7 @@ def make_run(config: RunConfig) -> Run:
                     context_length=scores.context_length,
                 ),
                 parents=(*learned, scored[-1]),
-                tasks=zeroshot_stage.tasks,
+                plan=zeroshot_stage.tasks,
                 run=zeroshot_stage.run,
                 parallel=False,
             )
@@ -329,7 +329,7 @@ def make_run(config: RunConfig) -> Run:
                 titles={stage.name: stage.title for stage in stages},
             ),
             parents=tuple(stage.name for stage in stages),
-            tasks=evaluation_stages.report_tasks,
+            plan=evaluation_stages.report_tasks,
             run=evaluation_stages.report,
         )
     )
@@ -349,7 +349,7 @@ def _row_stages(config: RunConfig) -> list[Stage]:
                 version=1,
                 config=config.dedup_image,
                 parents=("corpus", before),
-                tasks=dedup_image.find_tasks,
+                plan=dedup_image.find_tasks,
                 run=dedup_image.find_run,
             ),
             Stage(
@@ -358,7 +358,7 @@ def _row_stages(config: RunConfig) -> list[Stage]:
                 version=1,
                 config=config.dedup_image,
                 parents=("corpus", before, "find_copies"),
-                tasks=dedup_image.tasks,
+                plan=dedup_image.tasks,
                 run=dedup_image.run,
             ),
         ]
@@ -371,7 +371,7 @@ def _row_stages(config: RunConfig) -> list[Stage]:
                 version=2,
                 config=config.score,
                 parents=("corpus", "download", before),
-                tasks=functools.partial(score.tasks, identify=pair_encoder.identify),
+                plan=functools.partial(score.tasks, identify=pair_encoder.identify),
                 run=functools.partial(score.run, load=pair_encoder.load),
                 # On one machine a second process would hold a second copy of both encoders.
                 parallel=config.run.executor == "ray",
@@ -382,7 +382,7 @@ def _row_stages(config: RunConfig) -> list[Stage]:
                 version=1,
                 config=config.filter_score or FilterScoreConfig(),
                 parents=("corpus", before, "score"),
-                tasks=score.filter_tasks,
+                plan=score.filter_tasks,
                 run=score.filter_run,
             ),
         ]
@@ -397,7 +397,7 @@ def _shard_stages(config: RunConfig, rows: str) -> list[Stage]:
         version=1,
         config=config.shards,
         parents=("download", rows),
-        tasks=shards.tasks,
+        plan=shards.tasks,
         run=shards.run,
     )
     if config.split is None:
@@ -410,7 +410,7 @@ def _shard_stages(config: RunConfig, rows: str) -> list[Stage]:
             version=1,
             config=config.split,
             parents=(rows,),
-            tasks=split.tasks,
+            plan=split.tasks,
             run=split.run,
         ),
         dataclasses.replace(packing, parents=parents),
@@ -419,7 +419,7 @@ def _shard_stages(config: RunConfig, rows: str) -> list[Stage]:
             name="validation",
             title="tar shards of the rows set aside: training never reads them",
             parents=parents,
-            tasks=functools.partial(shards.tasks, part="validation"),
+            plan=functools.partial(shards.tasks, part="validation"),
         ),
     ]
 
@@ -463,7 +463,7 @@ def _training_stages(config: RunConfig) -> list[Stage]:
                 version=1,
                 config=job,
                 parents=parents,
-                tasks=training_stage.tasks,
+                plan=training_stage.tasks,
                 run=functools.partial(training_stage.run, entry=RANK_MODULE),
                 parallel=False,
             )

@@ -99,7 +99,7 @@ def survey_stage(run: Run, stage: Stage) -> StageStatus:
     if context is None:
         waiting = [name for name in stage.parents if read_manifest(run, name) is None]
         return StageStatus(stage, State.TO_DO, f"after {waiting[-1]}", 0, None, manifest)
-    tasks = stage.tasks(stage.config, context)
+    tasks = stage.plan(stage.config, context)
     if manifest is not None:
         why = _changed(stage, tasks, manifest.config_digest, manifest.inputs_digest)
         state = State.STALE if why else State.DONE
@@ -231,7 +231,7 @@ def _is_whole(path: str, output: Shard) -> bool:
 def _run_stage(run: Run, stage: Stage, label: str) -> None:
     context = make_context(run, stage)
     assert context is not None  # execute() has checked
-    tasks = stage.tasks(stage.config, context)
+    tasks = stage.plan(stage.config, context)
     store.sweep(context.path())
     _write_started(context, stage, tasks)
     receipts: dict[str, Receipt] = {}
@@ -395,7 +395,7 @@ def _discard(run: Run, stage: Stage, force: bool) -> None:
     path = manifest_path(run, stage.name)
     if store.exists(path):
         store.remove(path)  # first: without it nothing here counts as complete
-    tasks = [] if force else stage.tasks(stage.config, context)
+    tasks = [] if force else stage.plan(stage.config, context)
     valid = {
         f"{task.name}.json"
         for task in tasks

@@ -82,7 +82,7 @@ class Stage:
     version: int
     config: Any
     parents: tuple[str, ...]
-    tasks: Callable[[Any, Context], list[Task]]
+    plan: Callable[[Any, Context], list[Task]]
     run: Callable[[Any, Context, Task, Progress], Outcome] | None = None
     run_together: Callable[[Any, Context, list[Task], Progress], Iterable[tuple[Task, Outcome]]] | None = None
     parallel: bool = True  # tasks may run in several processes at once

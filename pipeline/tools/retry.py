@@ -71,7 +71,7 @@ def _pass_stage(run: Run, done: Manifest) -> Stage:
         title="rows that failed and may not fail again",
         config=dataclasses.replace(before.config, outage_share=_NO_OUTAGE),
         parents=("corpus", "dedup", "download"),
-        tasks=retry.tasks,
+        plan=retry.tasks,
         run_together=download.run_together,
         may_be_empty=True,
     )
@@ -88,8 +88,8 @@ def _merge(run: Run, stage: Stage) -> Retried:
     target = run.stage("download")
     context, of_pass = _context(run, target), _context(run, stage)
     number = retry.next_pass(of_pass.parents["download"])
-    tasks = target.tasks(target.config, context)
-    came = {item.task: item for item in _receipts(of_pass, stage.tasks(stage.config, of_pass))}
+    tasks = target.plan(target.config, context)
+    came = {item.task: item for item in _receipts(of_pass, stage.plan(stage.config, of_pass))}
     merged = list(retry.merge(of_pass, _receipts(context, tasks), number, came))
     parents = {name: store.digest_bytes(item.to_json().encode()) for name, item in context.parents.items()}
     manifest = fold(target, tasks, parents, merged)

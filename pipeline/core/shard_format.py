@@ -1,0 +1,145 @@
+"""The shard format: a tar of images and captions with one Parquet table next to it, its sidecar.
+
+Whoever writes, reads, repacks or serves shards takes names, columns and byte ranges from here.
+"""
+
+import collections
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from typing import IO, TYPE_CHECKING, Any
+
+from pipeline.core import store
+from pipeline.core.records import InputError
+
+if TYPE_CHECKING:
+    import polars as pl
+
+TAR, SIDECAR = ".tar", ".parquet"
+# In this order; columns that a source carries along follow them. Offsets and sizes are those of the image's bytes
+# in the tar, image_sha256 is their digest in hex, perceptual_hash the hash of data_prep.rules.image.
+SIDECAR_COLUMNS = (
+    "key", "offset_bytes", "size_bytes", "caption", "source", "url", "score", "width_px", "height_px",
+    "image_sha256", "perceptual_hash",
+)  # fmt: skip
+MAX_IMAGE_BYTES = 64 << 20  # of one range: a damaged sidecar must not ask for gigabytes
+_OPEN_FILES = 64  # at once in a pool: the rows of one shard may come from any number of tars
+
+
+def sidecar_of(tar: str) -> str:
+    """Return the path of a tar's sidecar."""
+    return tar.removesuffix(TAR) + SIDECAR
+
+
+def tar_of(sidecar: str) -> str:
+    """Return the path of a sidecar's tar."""
+    return sidecar.removesuffix(SIDECAR) + TAR
+
+
+def read_sidecar(path: str, columns: Sequence[str], optional: Sequence[str] = ()) -> "pl.DataFrame":
+    """Read these columns of a sidecar, and the optional ones that it has, in that order.
+
+    Raises:
+        InputError: if the file cannot be read or lacks one of `columns`.
+    """
+    import polars as pl
+
+    try:
+        with store.open_read(path) as file:
+            known = pl.read_parquet_schema(file)
+            missing = [name for name in columns if name not in known]
+            if missing:
+                raise InputError(
+                    f"{path}: has no column {missing[0]}, so it is not a sidecar of this project's shards; it"
+                    f" has {', '.join(known)}"
+                )
+            file.seek(0)
+            return pl.read_parquet(file, columns=[*columns, *(name for name in optional if name in known)])
+    except (OSError, pl.exceptions.PolarsError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: cannot be read ({reason}); build the shard again") from None
+
+
+class ByteRanges(contextlib.AbstractContextManager["ByteRanges"]):
+    """Byte ranges of one file.
+
+    A local file may be read by several threads at once. A remote one reads ahead, for one thread that goes
+    through it in order; with `concurrent` each range is a request of its own, for several threads.
+    """
+
+    def __init__(self, path: str, *, concurrent: bool = False) -> None:
+        self.path = path
+        self._file: IO[Any] | None = None
+        self._fs: Any = None
+        self._is_local = store.is_local(path)
+        if self._is_local:
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+        elif concurrent:
+            import fsspec
+
+            self._fs, self._name = fsspec.core.url_to_fs(path)
+        else:
+            self._file = store.open_read(path)
+
+    def read(self, offset_bytes: int | None, size_bytes: int | None, name: str) -> bytes:
+        """Return the bytes of one range; `name` says in errors what lies there, such as `<key>.jpg`.
+
+        Raises:
+            InputError: if the range cannot be one of an image, or the file ends before it does.
+        """
+        if (
+            offset_bytes is None
+            or size_bytes is None
+            or offset_bytes < 0
+            or not 0 < size_bytes <= MAX_IMAGE_BYTES
+        ):
+            raise InputError(
+                f"{self.path}: {name}: its sidecar gives {size_bytes} bytes at {offset_bytes}; build the shard again"
+            )
+        data = self._range(offset_bytes, size_bytes)
+        if len(data) < size_bytes:
+            raise InputError(
+                f"{self.path}: ends inside {name}: the file is cut short or not its sidecar's; build it again"
+            )
+        return data
+
+    def _range(self, offset_bytes: int, size_bytes: int) -> bytes:
+        if self._is_local and self._file is not None:
+            return os.pread(self._file.fileno(), size_bytes, offset_bytes)
+        if self._file is not None:
+            self._file.seek(offset_bytes)
+            return bytes(self._file.read(size_bytes))
+        return bytes(self._fs.cat_file(self._name, start=offset_bytes, end=offset_bytes + size_bytes))
+
+    def close(self) -> None:
+        """Close the file; reading afterwards is an error."""
+        if self._file is not None:
+            self._file.close()
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_file", None) is not None:
+            self.close()
+
+
+class ByteRangePool(contextlib.AbstractContextManager["ByteRangePool"]):
+    """Byte ranges of many files, each opened at its first use; the least recently used one is closed first."""
+
+    def __init__(self, path_of: Callable[[str], str]) -> None:
+        self._path_of = path_of
+        self._open: collections.OrderedDict[str, ByteRanges] = collections.OrderedDict()
+
+    def read(self, file: str, offset_bytes: int, size_bytes: int, name: str) -> bytes:
+        """Return a range of the file at `path_of(file)`, as `ByteRanges.read` does."""
+        if file not in self._open:
+            if len(self._open) >= _OPEN_FILES:
+                self._open.popitem(last=False)[1].close()
+            self._open[file] = ByteRanges(self._path_of(file))
+        self._open.move_to_end(file)
+        return self._open[file].read(offset_bytes, size_bytes, name)
+
+    def __exit__(self, *error: object) -> None:
+        for ranges in self._open.values():
+            ranges.close()
