@@ -12,7 +12,7 @@ from training.ranks.launcher import failure, free_port, launcher_command, launch
 def main(path: str) -> int:
     job = TrainJob.from_json(Path(path).read_text(), path)
     port, log_path = free_port(), str(Path(job.folder) / "train.log")
-    command = launcher_command("srun", "rank_main", path, job.config.ranks, port)
+    command = launcher_command("srun", "tests.helpers.rank_main", path, job.config.ranks, port)
     environment = launcher_environment(os.environ, 1, launcher="srun", port=port)
     try:
         status = watch(command, environment, log_path, lambda done, total, text="": None, print)

@@ -12,7 +12,7 @@ from training.ranks.launcher import failure, free_port, launcher_command, launch
 def main(path: str) -> int:
     job = TrainJob.from_json(Path(path).read_text(), path)
     log_path = str(Path(job.folder) / "train.log")
-    command = launcher_command("local", "rank_main", path, job.config.ranks, free_port())
+    command = launcher_command("local", "tests.helpers.rank_main", path, job.config.ranks, free_port())
     try:
         status = watch(
             command, launcher_environment(os.environ, 1), log_path, lambda done, total, text="": None, print

@@ -40,7 +40,7 @@ def _bytes_by_path(folder: Path) -> dict[str, bytes]:
 def test_every_stage_of_an_old_run_is_done(old_run: Path) -> None:
     run, _ = load(RECIPE)
     states = {status.stage.name: (status.state, status.why) for status in survey(run)}
-    assert states == {name: (State.DONE, "") for name in STAGES}
+    assert states == dict.fromkeys(STAGES, (State.DONE, ""))
 
 
 def test_running_an_old_run_again_changes_nothing(old_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
