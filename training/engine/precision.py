@@ -31,8 +31,10 @@ def autocast(device_type: str, dtype: torch.dtype) -> torch.autocast:
 def check_precision(config: TrainConfig) -> None:
     """Raise ConfigError where a DeepSpeed file's precision cannot run on this machine."""
     half = half_of(read_deepspeed_file(config.deepspeed))
-    if half == "fp16" and not get_accelerator().is_fp16_supported():
+    on = get_accelerator()
+    # Some processors multiply in float16 too, and DeepSpeed then calls it supported; its loss scaling was never tried there.
+    if half == "fp16" and (on.device_name() == "cpu" or not on.is_fp16_supported()):
         raise ConfigError(
             f"deepspeed = {config.deepspeed!r}: fp16 needs a GPU, and this machine computes on its"
-            f" {get_accelerator().device_name()}; take zero1 (float32) or zero1_bf16 here"
+            f" {on.device_name()}; take zero1 (float32) or zero1_bf16 here"
         )
