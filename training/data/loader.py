@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b, sha256
-from typing import Any, Protocol
+from typing import Any
 
 import cv2
 import fsspec
@@ -36,25 +36,12 @@ from training.data.auto_augment import Pixels
 from training.data.feature_cache import FeatureCache
 from training.data.patch_mask import PatchMask
 from training.data.statements import Bools, Questions, Statements
+from training.data.text_encoder import TextEncoder
 
 Int64s = npt.NDArray[np.int64]
 
 _PIECE_ORDER, _SAMPLE_ORDER = 1, 2  # purposes of a draw, so that two of them never share a generator
 _BATCHES_AHEAD = 4
-
-
-class TextEncoder(Protocol):
-    """What reading needs of `training.model.tokenizer.Tokenizer`."""
-
-    @property
-    def digest(self) -> str:
-        """Hexadecimal digest of the vocabulary and of how it is used: names the files of token ids."""
-
-    def encode(self, texts: Sequence[str], context_length: int) -> npt.NDArray[np.int32]:
-        """Token ids [texts, context_length] with [CLS] and [SEP], 0 = padding; longer texts are cut."""
-
-    def num_truncated(self, texts: Sequence[str], context_length: int) -> int:
-        """How many of the texts `encode` cuts."""
 
 
 class SampleOrder:

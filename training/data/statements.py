@@ -9,7 +9,6 @@ the sum over its questions divided by the samples of the global batch.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +21,7 @@ from torch.nn import functional as F
 
 from pipeline.core.records import ConfigError
 from training.config.train import NegationConfig
-
-if TYPE_CHECKING:
-    from training.data.loader import TextEncoder
+from training.data.text_encoder import TextEncoder
 
 Bools = npt.NDArray[np.bool_]
 
@@ -43,7 +40,7 @@ class Statements:
     """Every statement as token ids, and the draw of a sample's question."""
 
     def __init__(
-        self, config: NegationConfig, tokenizer: "TextEncoder", *, context_length: int, seed: int
+        self, config: NegationConfig, tokenizer: TextEncoder, *, context_length: int, seed: int
     ) -> None:
         """ConfigError for a statement that is longer than `context_length` tokens."""
         self.config, self._seed = config, seed
