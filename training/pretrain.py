@@ -28,8 +28,10 @@ from training.checkpoint.finished import mark_finished
 from training.checkpoint.selection import best_first, check_sets, read_validations
 from training.config.train import TrainConfig, TrainJob, check_fits, count_steps
 from training.data.feature_cache import FeatureCache, build, cache_key
-from training.data.loader import BatchReader, Prefetcher, SampleOrder, check_shards
+from training.data.loader import BatchReader, Prefetcher, ReaderConfig
 from training.data.patch_mask import make_patch_mask
+from training.data.sampler import SampleOrder
+from training.data.shard_table import check_shards
 from training.data.statements import Statements
 from training.engine.engine import Towers, build_engine, join_ranks
 from training.engine.precision import autocast, check_precision
@@ -221,14 +223,16 @@ def make_reader(
         job.shards,
         order,
         tokenizer,
+        ReaderConfig(
+            image_size_px=clip.config.vision.image_size_px,
+            augment=config.augment,
+            caption_column=config.caption_column,
+            context_length=config.context_length,
+            token_folder=os.path.join(job.folder, "tokens"),
+            seed=job.seed,
+            threads=config.threads_per_rank,
+        ),
         lanes=lanes,
-        image_size_px=clip.config.vision.image_size_px,
-        augment_config=config.augment,
-        caption_column=config.caption_column,
-        context_length=config.context_length,
-        token_folder=os.path.join(job.folder, "tokens"),
-        seed=job.seed,
-        threads=config.threads_per_rank,
         patch_mask=make_patch_mask(config, clip.config, job.stage, job.seed),
         statements=statements,
     )
@@ -278,7 +282,7 @@ def cache_features(
         cache,
         own,
         lambda shard: job.shards[shard].num_samples,
-        reader.pictures,
+        reader.images,
         encode,
         show,
         is_asked_to_stop=stop.is_asked,

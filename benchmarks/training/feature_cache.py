@@ -75,7 +75,7 @@ def main() -> int:
                 return clip.encode_image(towers.normalise(image_BCHW))
 
         def build_once() -> None:
-            build(cache, [0], lambda _: NUM_PICTURES, reader.pictures, encode, lambda *_: None, lambda: False)
+            build(cache, [0], lambda _: NUM_PICTURES, reader.images, encode, lambda *_: None, lambda: False)
 
         build_once()
         cached_reader = make_cached(reader, cache)

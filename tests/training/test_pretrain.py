@@ -266,4 +266,4 @@ def test_an_error_of_one_rank_ends_all_and_is_shown(tmp_path: Path) -> None:
     output, _ = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode != 0
     assert f"error: {last}: " in output
-    assert ".jpg is not the picture" in output
+    assert ".jpg is not the image" in output

@@ -18,12 +18,12 @@ from pipeline.core.records import ConfigError
 from training.config.deepspeed_file import DEEPSPEED_BUCKET_VALUES, half_of, read_deepspeed_file
 from training.config.train import TrainConfig
 from training.data.loader import Batch
-from training.data.statements import negation_loss
 from training.engine.optim import build_optimizer
 from training.engine.precision import autocast, autocast_dtype, compute_dtype
 from training.engine.teacher import Teacher, TeacherFeatures
 from training.engine.zero_state import make_adam_state, set_weight, whole_weight
 from training.losses.contrastive import contrastive_loss, distillation_loss
+from training.losses.negation import negation_loss
 from training.model.clip import CLIP
 from training.model.preprocess import MEAN, STD, normalise
 

@@ -13,8 +13,9 @@ from tests.helpers.rank_processes import run_ranks
 from tests.helpers.shard_files import COLOURS, SHAPES, VOCABULARY, draw
 from tests.helpers.train_jobs import CONFIG, make_job, train_rank
 from training.config.train import NegationConfig, TrainJob
-from training.data.statements import Statements, negation_loss
+from training.data.statements import Statements
 from training.encoder import Encoder
+from training.losses.negation import negation_loss
 from training.model.tokenizer import Tokenizer
 from training.weights.weights import load_checkpoint
 
