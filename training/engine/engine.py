@@ -22,7 +22,8 @@ from training.engine.optim import build_optimizer
 from training.engine.precision import autocast, autocast_dtype, compute_dtype
 from training.engine.teacher import Teacher, TeacherFeatures
 from training.engine.zero_state import make_adam_state, set_weight, whole_weight
-from training.losses.contrastive import contrastive_loss, distillation_loss
+from training.losses.contrastive import contrastive_loss
+from training.losses.distillation import distillation_loss
 from training.losses.negation import negation_loss
 from training.model.clip import CLIP
 from training.model.preprocess import MEAN, STD, normalise

@@ -18,8 +18,8 @@ from tests.helpers.shard_files import VOCABULARY
 from tests.helpers.train_jobs import CONFIG, make_job, small_models, train_rank
 from training.config.train import DistilConfig, TrainJob
 from training.engine.teacher import load_teacher
-from training.losses import contrastive as loss_module
-from training.losses.contrastive import distillation_loss
+from training.losses import tiles
+from training.losses.distillation import distillation_loss
 from training.model.clip import build_clip
 from training.model.config import ModelConfig
 from training.stages import TrainStageConfig, tasks
@@ -59,7 +59,7 @@ def tiled(sizes: tuple[int, ...], tile_side: int, locked: bool) -> list[npt.NDAr
     if len(sizes) > 1:
         torch.distributed.init_process_group("gloo")
         rank = torch.distributed.get_rank()
-    before, loss_module._TILE_SIDE = loss_module._TILE_SIDE, tile_side
+    before, tiles._TILE_SIDE = tiles._TILE_SIDE, tile_side
     own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     (image, text, scale), (teacher_image, teacher_text, teacher_scale) = features()
     image, text = image[own].clone(), text[own].clone()
@@ -76,7 +76,7 @@ def tiled(sizes: tuple[int, ...], tile_side: int, locked: bool) -> list[npt.NDAr
         temperature=TEMPERATURE,
         num_samples_of_ranks=sizes,
     )
-    loss_module._TILE_SIDE = before
+    tiles._TILE_SIDE = before
     gradients = torch.autograd.grad(3 * loss, leaves)  # upstream factors go through
     return [loss.detach().numpy(), *((gradient / 3).numpy() for gradient in gradients)]
 
