@@ -37,7 +37,7 @@ from pipeline.core.records import Shard
 from training.config.train import AugmentConfig, TrainConfig
 from training.data.feature_cache import FeatureCache, build, cache_key
 from training.data.loader import Batch, BatchReader
-from training.engine.engine import Towers
+from training.engine.towers import Towers
 from training.model.clip import build_clip
 from training.model.config import VIT_B_16
 

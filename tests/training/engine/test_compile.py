@@ -14,7 +14,7 @@ from pipeline.core.records import ConfigError
 from tests.helpers.rank_processes import run_ranks
 from tests.helpers.train_jobs import CONFIG, make_job, small_models, train_rank
 from training.config.train import TrainJob
-from training.engine.engine import Towers
+from training.engine.towers import Towers
 from training.model.clip import build_clip
 from training.pretrain import check_compiler
 

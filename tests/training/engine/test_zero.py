@@ -207,7 +207,7 @@ def test_bfloat16_with_batch_norms_is_refused(tmp_path: Path) -> None:
 
 def features_of_both_passes(job: TrainJob) -> list[tuple[bool, npt.NDArray[Any]]]:
     """(whether it is for the backward pass, text features) of every forward of training."""
-    from training.engine.engine import Towers
+    from training.engine.towers import Towers
 
     found = []
     forward = Towers.forward
