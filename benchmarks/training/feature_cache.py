@@ -84,7 +84,7 @@ def main() -> int:
 
         def step(name: str, read: BatchReader) -> None:
             batch: Batch = read.read(0)
-            loss = towers.loss(*towers(batch.image, tokens_BL), batch)
+            loss = towers.loss(towers(batch.image, tokens_BL), batch)
             loss.backward()  # type: ignore[no-untyped-call]
             losses[name] = loss.item()
 
