@@ -48,7 +48,8 @@ from pipeline.runner import Run
 from training import stages as training_stage
 from training import vocabulary
 from training.checkpoint.selection import check_sets
-from training.config.train import TrainConfig, check_fits, finetune_recipe, paper_recipe
+from training.config.recipes import finetune_recipe, paper_recipe
+from training.config.train import TrainConfig, check_fits
 from training.model.config import MODELS
 from training.vocabulary import VocabularyConfig
 
@@ -137,7 +138,6 @@ def load(path: str, overrides: Sequence[str] = ()) -> tuple[Run, RunConfig]:
         raise ConfigError(f"{path}: no [[evaluation]]; name at least one set with name and folder")
     for name in ("english", "stage1", "stage2", "finetune"):
         if (train := getattr(config, name)) is not None:
-            train.check(name)
             check_fits(train, MODELS[model.name], name)
             if isinstance(config.corpus, TablesConfig | SourcesConfig):  # the made ones bring their own sets
                 sets = [item.name for item in config.evaluation] if name != "english" else []

@@ -26,7 +26,8 @@ from training.checkpoint import checkpoint
 from training.checkpoint.checkpoint import Checkpoint
 from training.checkpoint.finished import mark_finished
 from training.checkpoint.selection import best_first, check_sets, read_validations
-from training.config.train import TrainConfig, TrainJob, check_fits, count_steps
+from training.config.job import TrainJob
+from training.config.train import TrainConfig, check_fits, count_steps
 from training.data.feature_cache import FeatureCache, build, cache_key
 from training.data.loader import BatchReader, Prefetcher, ReaderConfig
 from training.data.patch_mask import make_patch_mask
@@ -82,7 +83,6 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
     torch.set_num_threads(job.config.threads_per_rank)
     cv2.setNumThreads(1)  # the reader has its own threads
     config, num_samples = job.config, sum(shard.num_samples for shard in job.shards)
-    config.check(job.stage)
     check_sets(config, job.evaluations if validate is not None else (), job.stage)
     total_steps = count_steps(config, num_samples, job.stage)
     rank, stop = int(os.environ["RANK"]), StopRequest()

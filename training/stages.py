@@ -10,7 +10,8 @@ from pipeline.core.evaluation_sets import evaluations_of
 from pipeline.core.records import InputError
 from pipeline.core.stage import Context, Outcome, Progress, Task
 from training.checkpoint.finished import is_finished
-from training.config.train import TrainConfig, TrainJob, count_steps
+from training.config.job import TrainJob
+from training.config.train import TrainConfig, count_steps
 from training.ranks.launcher import (
     Launcher,
     failure,

@@ -20,7 +20,8 @@ from tests.helpers.launched_jobs import (
 )
 from tests.helpers.rank_processes import run_ranks
 from tests.helpers.train_jobs import make_job, small_models, train_rank
-from training.config.train import AugmentConfig, TrainJob
+from training.config.job import TrainJob
+from training.config.train import AugmentConfig
 
 
 def train_rank_without_dropout(job: TrainJob) -> None:

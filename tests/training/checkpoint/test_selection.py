@@ -22,7 +22,9 @@ from training.checkpoint.selection import (
     read_validations,
     select,
 )
-from training.config.train import TrainConfig, TrainJob, paper_recipe
+from training.config.job import TrainJob
+from training.config.recipes import paper_recipe
+from training.config.train import TrainConfig
 from training.weights.weights import load_checkpoint
 
 

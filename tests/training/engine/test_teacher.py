@@ -15,8 +15,9 @@ from pipeline.core.records import ConfigError, InputError, Manifest
 from pipeline.core.stage import Context
 from tests.helpers.rank_processes import run_ranks
 from tests.helpers.shard_files import VOCABULARY
-from tests.helpers.train_jobs import CONFIG, make_job, small_models, train_rank
-from training.config.train import DistilConfig, TrainJob
+from tests.helpers.train_jobs import CONFIG, build_config, make_job, small_models, train_rank
+from training.config.job import TrainJob
+from training.config.train import DistilConfig
 from training.engine.teacher import load_teacher
 from training.losses import tiles
 from training.losses.distillation import distillation_loss
@@ -214,13 +215,14 @@ def test_a_teacher_that_cannot_read_the_same_is_refused(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"cached_views": 2, "lock_image": True}, "distil needs pictures, but cached_views = 2"),
-        ({"distil": DistilConfig(teacher="t", temperature=0.0)}, "temperature must be above 0"),
+        ({"cached_views": 2, "lock_image": True}, "distil needs images, but cached_views = 2"),
+        ({"distil": DistilConfig(teacher="t", temperature=0.0)}, "distil.temperature: .* greater than 0"),
+        ({"distil": DistilConfig(teacher="t", weight=0.0)}, "distil.weight: .* greater than 0"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        dataclasses.replace(CONFIG, **{"distil": DistilConfig(teacher="t"), **changes}).check("stage2")
+        build_config({"distil": DistilConfig(teacher="t"), **changes})
 
 
 def test_a_run_with_another_teacher_is_another_run(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from tests.helpers.launched_jobs import (
 )
 from tests.helpers.rank_processes import free_port, run_ranks
 from tests.helpers.train_jobs import make_job, train_rank
-from training.config.train import TrainJob
+from training.config.job import TrainJob
 from training.ranks.launcher import watch
 
 

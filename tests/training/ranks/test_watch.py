@@ -26,7 +26,7 @@ from tests.helpers.launched_jobs import (
 )
 from tests.helpers.rank_processes import run_ranks
 from tests.helpers.train_jobs import make_job, train_rank
-from training.config.train import TrainJob
+from training.config.job import TrainJob
 
 
 def read_log(job: TrainJob) -> tuple[list[dict[str, Any]], list[str]]:
