@@ -23,7 +23,7 @@ from training.losses import tiles
 from training.losses.distillation import distillation_loss
 from training.model.clip import build_clip
 from training.model.config import ModelConfig
-from training.stages import TrainStageConfig, tasks
+from training.stages import TrainStageConfig, plan
 from training.weights.weights import load_checkpoint, save_checkpoint
 
 N, D, E, TEMPERATURE = 13, 6, 9, 3.0
@@ -233,11 +233,11 @@ def test_a_run_with_another_teacher_is_another_run(tmp_path: Path) -> None:
     train = dataclasses.replace(CONFIG, distil=DistilConfig(teacher=str(teacher)))
     config = TrainStageConfig(train=train, model="tiny-vit", vocabulary="vocab.txt", validate=False)
     with pytest.raises(InputError, match=r"no such file or folder; correct \[stage2.distil\] teacher"):
-        tasks(config, context)
+        plan(config, context)
     teacher.write_bytes(b"one")
-    (before,) = tasks(config, context)
+    (before,) = plan(config, context)
     teacher.write_bytes(b"two")
-    (after,) = tasks(config, context)
+    (after,) = plan(config, context)
     assert before.inputs["teacher"] != after.inputs["teacher"]
 
 
