@@ -48,7 +48,8 @@ from pipeline.runner import Run
 from training import stages as training_stage
 from training import vocabulary
 from training.checkpoint.selection import check_sets
-from training.config.train import TrainConfig, check_fits, finetune_recipe, paper_recipe
+from training.config.recipes import finetune_recipe, paper_recipe
+from training.config.train import TrainConfig, check_fits
 from training.model.config import MODELS
 from training.vocabulary import VocabularyConfig
 
@@ -137,7 +138,6 @@ def load(path: str, overrides: Sequence[str] = ()) -> tuple[Run, RunConfig]:
         raise ConfigError(f"{path}: no [[evaluation]]; name at least one set with name and folder")
     for name in ("english", "stage1", "stage2", "finetune"):
         if (train := getattr(config, name)) is not None:
-            train.check(name)
             check_fits(train, MODELS[model.name], name)
             if isinstance(config.corpus, TablesConfig | SourcesConfig):  # the made ones bring their own sets
                 sets = [item.name for item in config.evaluation] if name != "english" else []
@@ -247,17 +247,7 @@ def make_run(config: RunConfig) -> Run:
     )
     columns = _learned_columns(config, train_stages)
     if columns:
-        stages.append(
-            Stage(
-                name="vocabulary",
-                title="word pieces learned from the captions",
-                version=1,
-                config=dataclasses.replace(config.vocabulary, columns=columns),
-                parents=("shards",),
-                plan=vocabulary.tasks,
-                run=vocabulary.run,
-            )
-        )
+        stages.append(vocabulary.stage(dataclasses.replace(config.vocabulary, columns=columns)))
     stages += train_stages
     stages += [
         Stage(
@@ -428,15 +418,11 @@ def _training_stages(config: RunConfig) -> list[Stage]:
     """english (where asked for) → stage1 → stage2 → finetune: each hands its weights to the next (2.3)."""
     stages: list[Stage] = []
     before: str | None = None
-    for name, title, train in (
-        (
-            "english",
-            "image tower from English captions, as the paper starts from OpenAI's CLIP",
-            config.english,
-        ),
-        ("stage1", "image tower locked, text tower trained", config.stage1),
-        ("stage2", "both towers trained", config.stage2),
-        ("finetune", "both towers trained on a task's own pairs", config.finetune),
+    for name, train in (
+        ("english", config.english),
+        ("stage1", config.stage1),
+        ("stage2", config.stage2),
+        ("finetune", config.finetune),
     ):
         if train is None:
             continue
@@ -454,20 +440,7 @@ def _training_stages(config: RunConfig) -> list[Stage]:
             validate=name != "english",
             launcher=config.launch.launcher,
         )
-        learns = job.vocabulary is None
-        parents = ("corpus", "shards", *(("vocabulary",) if learns else ()), *((before,) if before else ()))
-        stages.append(
-            Stage(
-                name=name,
-                title=title,
-                version=1,
-                config=job,
-                parents=parents,
-                plan=training_stage.tasks,
-                run=functools.partial(training_stage.run, entry=RANK_MODULE),
-                parallel=False,
-            )
-        )
+        stages.append(training_stage.stage(name, job, before=before, entry=RANK_MODULE))
         before = name
     return stages
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pipeline.core import store
 from pipeline.core.processes import die_with_parent, importing, leave, say
 from pipeline.core.records import ConfigError, InputError, Stopped
-from training.config.train import TrainJob
+from training.config.job import TrainJob
 
 
 def main() -> int:

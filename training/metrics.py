@@ -52,7 +52,7 @@ class Speed:
         return self.total_wait_seconds / self.total_seconds if self.total_seconds else 0.0
 
 
-class Journal:
+class MetricsLog:
     """What rank 0 writes of a run; other ranks write nothing, but know the validations.
 
     `metrics.jsonl` holds no times, so that a run that was killed and resumed writes the same bytes as one

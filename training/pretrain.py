@@ -26,22 +26,26 @@ from training.checkpoint import checkpoint
 from training.checkpoint.checkpoint import Checkpoint
 from training.checkpoint.finished import mark_finished
 from training.checkpoint.selection import best_first, check_sets, read_validations
-from training.config.train import TrainConfig, TrainJob, check_fits, count_steps
+from training.config.job import TrainJob
+from training.config.train import TrainConfig, check_fits, count_steps
 from training.data.feature_cache import FeatureCache, build, cache_key
-from training.data.loader import BatchReader, Prefetcher, SampleOrder, check_shards
+from training.data.loader import BatchReader, Prefetcher, ReaderConfig
 from training.data.patch_mask import make_patch_mask
+from training.data.sampler import SampleOrder
+from training.data.shard_table import check_shards
 from training.data.statements import Statements
-from training.engine.engine import Towers, build_engine, join_ranks
+from training.engine.engine import build_engine, join_ranks
 from training.engine.precision import autocast, check_precision
 from training.engine.teacher import load_teacher
+from training.engine.towers import Engine, Towers
 from training.flops import PEAK_FLOPS, find_device, matmul_flops, training_flops
-from training.metrics import Journal
+from training.metrics import MetricsLog
 from training.model.clip import CLIP, build_clip
 from training.model.config import MODELS
 from training.model.tokenizer import Tokenizer
 from training.ranks.preemption import StopRequest
 from training.ranks.watchdog import Watchdog
-from training.trainer import Run, Validate, checkpoints_folder, choice_so_far, train
+from training.trainer import Trainer, Validate, checkpoints_folder
 from training.weights.formats import load_model
 from training.weights.initialise import initialise, write_provenance
 from training.weights.weights import load_checkpoint, require_same_model, save_checkpoint, save_openai
@@ -79,7 +83,6 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
     torch.set_num_threads(job.config.threads_per_rank)
     cv2.setNumThreads(1)  # the reader has its own threads
     config, num_samples = job.config, sum(shard.num_samples for shard in job.shards)
-    config.check(job.stage)
     check_sets(config, job.evaluations if validate is not None else (), job.stage)
     total_steps = count_steps(config, num_samples, job.stage)
     rank, stop = int(os.environ["RANK"]), StopRequest()
@@ -113,7 +116,7 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
     resumed = start.checkpoint
     if resumed is not None:
         checkpoint.restore_state(engine, checkpoint.load(resumed))
-    journal = Journal(
+    metrics = MetricsLog(
         job.folder,
         writes=rank == 0,
         total_steps=total_steps,
@@ -122,13 +125,13 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
         flops_of_sample=partial(training_flops, clip.config, config),
         peak_flops=peak_flops_of_ranks(config) if rank == 0 else None,
     )
-    journal.start_at(resumed)
+    metrics.start_at(resumed)
     for text in start.notices:
-        journal.notice(text)
+        metrics.notice(text)
     first_step = 0 if resumed is None else resumed.step
     batches = Prefetcher(reader, first_step, total_steps)
     engine.train()
-    run = Run(
+    trainer = Trainer(
         stage=job.stage,
         config=config,
         seed=job.seed,
@@ -139,24 +142,24 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
         damaged=start.damaged,
         total_steps=total_steps,
         num_samples=num_samples,
-        validate=validate,
-        journal=journal,
+        recalls_of=validate,
+        metrics=metrics,
         stop=stop,
         watchdog=watchdog,
         folder=job.folder,
         identity=identity,
     )
-    last_step = train(run)
+    last_step = trainer.train()
     stop.close()
     watchdog.alive("writing the model", between_steps=True)
     batches.close()
-    best = choice_so_far(run).best if config.choose == "best" else None
+    best = trainer.selection().best if config.choose == "best" else None
     if last_step < total_steps:
-        journal.notice(
+        metrics.notice(
             f"[{job.stage}] ended after step {last_step} of {total_steps}: {config.patience} epochs"
             f" without a gain of {config.salient_gain:g} points of mean recall"
         )
-    journal.close()
+    metrics.close()
     write_model(job, engine, last_step, last_step if best is None else best.step)
     watchdog.close()
 
@@ -221,14 +224,16 @@ def make_reader(
         job.shards,
         order,
         tokenizer,
+        ReaderConfig(
+            image_size_px=clip.config.vision.image_size_px,
+            augment=config.augment,
+            caption_column=config.caption_column,
+            context_length=config.context_length,
+            token_folder=os.path.join(job.folder, "tokens"),
+            seed=job.seed,
+            threads=config.threads_per_rank,
+        ),
         lanes=lanes,
-        image_size_px=clip.config.vision.image_size_px,
-        augment_config=config.augment,
-        caption_column=config.caption_column,
-        context_length=config.context_length,
-        token_folder=os.path.join(job.folder, "tokens"),
-        seed=job.seed,
-        threads=config.threads_per_rank,
         patch_mask=make_patch_mask(config, clip.config, job.stage, job.seed),
         statements=statements,
     )
@@ -278,7 +283,7 @@ def cache_features(
         cache,
         own,
         lambda shard: job.shards[shard].num_samples,
-        reader.pictures,
+        reader.images,
         encode,
         show,
         is_asked_to_stop=stop.is_asked,
@@ -316,7 +321,7 @@ def describe(job: TrainJob, clip: CLIP, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def write_model(job: TrainJob, engine: Any, last_step: int, chosen_step: int) -> None:
+def write_model(job: TrainJob, engine: Engine, last_step: int, chosen_step: int) -> None:
     """Consolidate and write the weights of a step by rank 0; every rank calls it.
 
     The engine holds those of `last_step`; those of an earlier one come from its checkpoint.

@@ -1,5 +1,6 @@
 """The training stages of a run: one task each, run by DeepSpeed's launcher in processes of their own."""
 
+import functools
 import os
 import sys
 from dataclasses import dataclass, field
@@ -8,9 +9,10 @@ from pipeline.core import store
 from pipeline.core.config import NOT_IN_DIGEST
 from pipeline.core.evaluation_sets import evaluations_of
 from pipeline.core.records import InputError
-from pipeline.core.stage import Context, Outcome, Progress, Task
+from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 from training.checkpoint.finished import is_finished
-from training.config.train import TrainConfig, TrainJob, count_steps
+from training.config.job import TrainJob
+from training.config.train import TrainConfig, count_steps
 from training.ranks.launcher import (
     Launcher,
     failure,
@@ -24,6 +26,12 @@ MODEL_FILE = "model.safetensors"
 OPENAI_FILE = "openai.pt"
 METRICS_FILE = "metrics.jsonl"
 _WEIGHTS = ("image_weights", "text_weights", "start_weights")
+_TITLES = {
+    "english": "image tower from English captions, as the paper starts from OpenAI's CLIP",
+    "stage1": "image tower locked, text tower trained",
+    "stage2": "both towers trained",
+    "finetune": "both towers trained on a task's own pairs",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,18 +41,22 @@ class TrainStageConfig:
     train: TrainConfig
     model: str  # key of training.model.config.MODELS
     vocabulary: str | None = None  # given by path or model id; unset: the vocabulary stage's
-    start_stage: str | None = None  # stage whose weights it goes on with
+    start_stage: str | None = None  # stage whose weights it continues with
     image_stage: str | None = None  # stage whose OpenAI-layout file gives the image tower
     image_weights: str | None = None  # weights that give the image tower (training/weights/formats.py)
     text_weights: str | None = None  # weights that give the text tower
-    start_weights: str | None = None  # a whole Chinese CLIP to go on from
+    start_weights: str | None = None  # a whole Chinese CLIP to continue from
     save_openai: bool = False  # write the OpenAI-layout file too, for the stage that starts from it
     validate: bool = True  # zero-shot recall on the run's evaluation sets while training
     launcher: Launcher = field(default="local", metadata=NOT_IN_DIGEST)  # who starts the ranks
 
 
 def check_given_files(config: TrainStageConfig, stage: str) -> None:
-    """Raise InputError for weights that a training stage is given and that are not there."""
+    """Check that the weights that a training stage is given are there.
+
+    Raises:
+        InputError: if one is not.
+    """
     given = [(f"[model] {side}", getattr(config, side)) for side in _WEIGHTS]
     if config.train.distil is not None:
         given.append((f"[{stage}.distil] teacher", config.train.distil.teacher))
@@ -53,8 +65,8 @@ def check_given_files(config: TrainStageConfig, stage: str) -> None:
             raise InputError(f"{path}: no such file or folder; correct {key}")
 
 
-def tasks(config: TrainStageConfig, context: Context) -> list[Task]:
-    """One task: a training run reads every shard."""
+def plan(config: TrainStageConfig, context: Context) -> list[Task]:
+    """Return one task: a training run reads every shard."""
     inputs = {shard.path: shard.digest for shard in context.parents["shards"].shards}
     if config.vocabulary is None:
         inputs |= {f"vocabulary {shard.path}": shard.digest for shard in context.parents["vocabulary"].shards}
@@ -75,7 +87,7 @@ def tasks(config: TrainStageConfig, context: Context) -> list[Task]:
 
 
 def make_job(config: TrainStageConfig, context: Context) -> TrainJob:
-    """What the ranks are told."""
+    """Return what the ranks are told."""
     train = config.train
     image_weights = config.image_weights
     if config.image_stage is not None:
@@ -101,8 +113,11 @@ def make_job(config: TrainStageConfig, context: Context) -> TrainJob:
 def run(config: TrainStageConfig, context: Context, task: Task, progress: Progress, entry: str) -> Outcome:
     """Launch the ranks and wait; `entry` is the module each rank runs with the job's path.
 
-    A run that was stopped goes on from its newest checkpoint; one that torchrun or deepspeed has finished
-    without us is taken as it is. InputError with the end of the log where a rank fails.
+    A run that was stopped resumes from its newest checkpoint; one that torchrun or deepspeed has finished
+    without us is taken as it is.
+
+    Raises:
+        InputError: with the end of the log, if a rank fails.
     """
     job = make_job(config, context)
     num_samples = sum(shard.num_samples for shard in job.shards)
@@ -126,3 +141,21 @@ def run(config: TrainStageConfig, context: Context, task: Task, progress: Progre
     if config.save_openai:
         outputs[OPENAI_FILE] = 0
     return Outcome(outputs, num_in=num_samples, num_kept=num_samples)
+
+
+def stage(name: str, config: TrainStageConfig, *, before: str | None, entry: str) -> Stage:
+    """Return a training stage: english, stage1, stage2 or finetune.
+
+    `before` is the training stage that hands its weights on; `entry` the module that each rank runs.
+    """
+    learned = ("vocabulary",) if config.vocabulary is None else ()
+    return Stage(
+        name=name,
+        title=_TITLES[name],
+        version=1,
+        config=config,
+        parents=("corpus", "shards", *learned, *(() if before is None else (before,))),
+        plan=plan,
+        run=functools.partial(run, entry=entry),
+        parallel=False,
+    )

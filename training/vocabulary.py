@@ -1,23 +1,41 @@
 """Stage vocabulary: WordPiece learned from the corpus's own captions, for runs that are given none."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Self
 
-from pipeline.core.stage import Context, Outcome, Progress, Task
+from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VocabularyConfig:
-    """`[vocabulary]`: learned only where `[model] vocabulary` names none."""
+    """`[vocabulary]`: learned only if `[model] vocabulary` names none."""
 
     size: int = 4_000  # most tokens; Chinese characters come first, then pieces of words
     columns: tuple[str, ...] = ("caption",)  # caption columns of the shards, one vocabulary each
 
 
-def tasks(config: VocabularyConfig, context: Context) -> list[Task]:
-    """One task a caption column."""
+@dataclass(frozen=True, slots=True)
+class VocabularyTask:
+    """What one task of the stage is told."""
+
+    column: str  # of the captions
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the task's arguments."""
+        return {"column": self.column}
+
+    @classmethod
+    def from_json(cls, arguments: Mapping[str, Any]) -> Self:
+        """Read a task's arguments."""
+        return cls(arguments["column"])
+
+
+def plan(config: VocabularyConfig, context: Context) -> list[Task]:
+    """Return one task a caption column."""
     sidecars = {shard.path: shard.digest for shard in context.parents["shards"].shards}
     tables = {path: digest for path, digest in sidecars.items() if path.endswith(".parquet")}
-    return [Task(column, tables, {"column": column}) for column in config.columns]
+    return [Task(column, tables, VocabularyTask(column).to_json()) for column in config.columns]
 
 
 def run(config: VocabularyConfig, context: Context, task: Task, progress: Progress) -> Outcome:
@@ -26,9 +44,22 @@ def run(config: VocabularyConfig, context: Context, task: Task, progress: Progre
 
     from training.model.tokenizer import Tokenizer, learn_vocabulary
 
-    column = task.arguments["column"]
+    column = VocabularyTask.from_json(task.arguments).column
     paths = [shard.path for shard in context.shards_of("shards", ".parquet")]
     captions = pl.scan_parquet(paths).select(column).collect()[column]
     learned = Tokenizer(learn_vocabulary(captions.to_list(), config.size))
     learned.save_vocabulary(context.path(f"{column}.txt"))
     return Outcome({f"{column}.txt": captions.len()}, num_in=captions.len(), num_kept=captions.len())
+
+
+def stage(config: VocabularyConfig) -> Stage:
+    """Return the stage that learns a vocabulary from the corpus's own captions."""
+    return Stage(
+        "vocabulary",
+        title="word pieces learned from the captions",
+        version=1,
+        config=config,
+        parents=("shards",),
+        plan=plan,
+        run=run,
+    )

@@ -25,7 +25,8 @@ import numpy as np
 from benchmarks.harness import machine
 from pipeline.catalog import RANK_MODULE, load
 from pipeline.runner import make_context
-from training.config.train import TrainConfig, TrainJob
+from training.config.job import TrainJob
+from training.config.train import TrainConfig
 from training.ranks.launcher import free_port, launcher_command, launcher_environment
 from training.stages import make_job
 

@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.harness import machine, seconds
 from training.config.train import TrainConfig
-from training.engine.engine import Towers
+from training.engine.towers import Towers
 from training.model.clip import build_clip
 from training.model.config import MODELS
 

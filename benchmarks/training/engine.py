@@ -32,8 +32,9 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.harness import machine, seconds
 from training.config.train import TrainConfig
 from training.data.loader import Batch
-from training.engine.engine import Towers, build_engine, join_ranks, train_step
+from training.engine.engine import build_engine, join_ranks, train_step
 from training.engine.optim import build_optimizer, learning_rate
+from training.engine.towers import Towers
 from training.model.clip import CLIP, build_clip
 from training.model.config import TINY_RN, VIT_B_16, ModelConfig
 
@@ -134,7 +135,7 @@ def make_batch(model: ModelConfig, batch_size: int, step: int) -> Batch:
 def with_deepspeed(towers: Towers, config: TrainConfig) -> Callable[[Batch, float], float]:
     engine = build_engine(towers, config)
     engine.train()
-    return lambda batch, rate: train_step(engine, batch, rate, config.max_temperature, seed=0)
+    return lambda batch, rate: train_step(engine, batch, rate, config.max_temperature, seed=0).loss
 
 
 def with_ddp(towers: Towers, config: TrainConfig) -> Callable[[Batch, float], float]:
@@ -146,7 +147,7 @@ def with_ddp(towers: Towers, config: TrainConfig) -> Callable[[Batch, float], fl
     def step(batch: Batch, rate: float) -> float:
         for group in adam.param_groups:
             group["lr"] = rate
-        loss = towers.loss(*module(batch.image.to(device), batch.tokens_BL), batch)
+        loss = towers.loss(module(batch.image.to(device), batch.tokens_BL), batch)
         value = loss.item()
         adam.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

@@ -37,7 +37,7 @@ from pipeline.core.records import Shard
 from training.config.train import AugmentConfig, TrainConfig
 from training.data.feature_cache import FeatureCache, build, cache_key
 from training.data.loader import Batch, BatchReader
-from training.engine.engine import Towers
+from training.engine.towers import Towers
 from training.model.clip import build_clip
 from training.model.config import VIT_B_16
 
@@ -75,7 +75,7 @@ def main() -> int:
                 return clip.encode_image(towers.normalise(image_BCHW))
 
         def build_once() -> None:
-            build(cache, [0], lambda _: NUM_PICTURES, reader.pictures, encode, lambda *_: None, lambda: False)
+            build(cache, [0], lambda _: NUM_PICTURES, reader.images, encode, lambda *_: None, lambda: False)
 
         build_once()
         cached_reader = make_cached(reader, cache)
@@ -84,7 +84,7 @@ def main() -> int:
 
         def step(name: str, read: BatchReader) -> None:
             batch: Batch = read.read(0)
-            loss = towers.loss(*towers(batch.image, tokens_BL), batch)
+            loss = towers.loss(towers(batch.image, tokens_BL), batch)
             loss.backward()  # type: ignore[no-untyped-call]
             losses[name] = loss.item()
 

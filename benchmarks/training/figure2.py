@@ -33,7 +33,7 @@ from benchmarks.training.arms import (
     mean_and_spread,
     parser,
 )
-from training.config.train import TrainJob
+from training.config.job import TrainJob
 
 SCRATCH, UNLOCKED, TWO_STAGE = "from scratch", "without locking", "two stages"
 VALIDATE_EVERY = 41  # steps: half an epoch

@@ -44,7 +44,8 @@ from training.config.train import AugmentConfig, TrainConfig
 from training.data import augment as ours_augment
 from training.data import auto_augment
 from training.data.augment import augment, sample_generator
-from training.data.loader import BatchReader, SampleOrder
+from training.data.loader import BatchReader, ReaderConfig
+from training.data.sampler import SampleOrder
 from training.model import torchvision_ops
 from training.model.preprocess import MEAN, STD, normalise
 
@@ -156,14 +157,16 @@ def make_reader(folder: Path, jpegs: list[bytes]) -> BatchReader:
         [shard],
         order,
         OneToken(),
+        ReaderConfig(
+            image_size_px=SIZE_PX,
+            augment=AugmentConfig(),
+            caption_column="caption",
+            context_length=4,
+            token_folder=str(folder / "tokens"),
+            seed=0,
+            threads=TrainConfig(epochs=1).threads_per_rank,
+        ),
         lanes=range(1),
-        image_size_px=SIZE_PX,
-        augment_config=AugmentConfig(),
-        caption_column="caption",
-        context_length=4,
-        token_folder=str(folder / "tokens"),
-        seed=0,
-        threads=TrainConfig(epochs=1).threads_per_rank,
     )
 
 

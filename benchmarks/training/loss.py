@@ -165,10 +165,10 @@ class Wire:
             return grad_ND[self.own] + self.others_column_ND[self.own]
 
         patches = {
-            "_world": lambda: self.ranks,
-            "_gather": lambda local, _: self.image_ND if self.ranks > 1 else local,
-            "_log_sum_exp_over_ranks": lambda lse_N: torch.logaddexp(lse_N, self.others_lse_N),
-            "_sum_to_owner": sum_to_owner,
+            "num_ranks": lambda: self.ranks,
+            "gather": lambda local, _: self.image_ND if self.ranks > 1 else local,
+            "log_sum_exp_over_ranks": lambda lse_N: torch.logaddexp(lse_N, self.others_lse_N),
+            "sum_to_owner": sum_to_owner,
             "dist": SimpleNamespace(all_reduce=lambda loss: loss.add_(self.others_loss), is_initialized=bool),
         }
         image_BD, text_BD, scale = self.leaves(lock_image)

@@ -36,7 +36,8 @@ from benchmarks.training.arms import (
 )
 from data_prep.corpora.demo_scenes import SHAPES
 from eval.datasets.cnclip_tsv import read_evaluation
-from training.config.train import NegationConfig, TrainJob
+from training.config.job import TrainJob
+from training.config.train import NegationConfig
 from training.encoder import load
 
 NEGATION = NegationConfig(objects=tuple(SHAPES))

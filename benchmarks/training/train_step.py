@@ -48,8 +48,9 @@ from benchmarks.harness import machine, seconds
 from benchmarks.peers import cn_clip_of
 from training.config.train import TrainConfig
 from training.data.loader import Batch
-from training.engine.engine import Towers, build_engine, join_ranks, train_step
+from training.engine.engine import build_engine, join_ranks, train_step
 from training.engine.optim import build_optimizer
+from training.engine.towers import Towers
 from training.flops import PEAK_FLOPS, find_device, training_flops
 from training.model.clip import CLIP, build_clip
 from training.model.config import MODELS
@@ -153,7 +154,7 @@ class Pair:
 
     def our_step(self) -> Tensor:
         features = self.towers(self._image, self._tokens_BL)
-        loss = self.towers.loss(*features, SimpleNamespace(image_id_B=None, caption_id_B=None))  # type: ignore[arg-type]
+        loss = self.towers.loss(features, SimpleNamespace(image_id_B=None, caption_id_B=None))  # type: ignore[arg-type]
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
@@ -345,7 +346,7 @@ def our_training(
         image_id_B=ids_B,
         caption_id_B=ids_B,
     )
-    return lambda: train_step(engine, batch, LEARNING_RATE, config.max_temperature, 0), engine
+    return lambda: train_step(engine, batch, LEARNING_RATE, config.max_temperature, 0).loss, engine
 
 
 def peer_training(

@@ -20,13 +20,8 @@ from pipeline.planning.memory import (
 )
 from pipeline.runner import Run, read_manifest
 from training.config.deepspeed_file import computes_in_bfloat16, read_deepspeed_file
-from training.config.train import (
-    TrainConfig,
-    finetune_recipe,
-    finetuned_data,
-    paper_recipe,
-    pretrained_stages,
-)
+from training.config.recipes import finetune_recipe, finetuned_data, paper_recipe, pretrained_stages
+from training.config.train import TrainConfig
 from training.flops import PEAK_FLOPS, WITHOUT_BFLOAT16, device_gib, find_device
 from training.model.config import MODELS
 from training.stages import TrainStageConfig

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 
 from tests.helpers.rank_processes import free_port
-from training.config.train import TrainJob
+from training.config.job import TrainJob
 
 HELPERS = Path(__file__).parent
 ROOT = HELPERS.parents[1]

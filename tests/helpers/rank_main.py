@@ -7,7 +7,7 @@ from pathlib import Path
 from pipeline.core.processes import importing, leave, say
 from pipeline.core.records import ConfigError, InputError, Stopped
 from pipeline.rank import ranks_of_slurm
-from training.config.train import TrainJob
+from training.config.job import TrainJob
 
 with importing():
     import training.pretrain  # noqa: F401  `train_rank` imports it

@@ -1,13 +1,16 @@
 """Small training jobs, and the functions that ranks run in tests."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pipeline.core.config import build
 from tests.helpers.shard_files import write_shards, write_vocabulary
-from training.config.train import AugmentConfig, TrainConfig, TrainJob
+from training.config.job import TrainJob
+from training.config.train import AugmentConfig, TrainConfig
 from training.model.config import ModelConfig, ModifiedResNetConfig, TextConfig, VisionTransformerConfig
 
 CONFIG = TrainConfig(
@@ -23,6 +26,15 @@ CONFIG = TrainConfig(
     save_every_steps=3,
     validate_every_steps=4,
 )
+
+
+def build_config(changes: Mapping[str, Any]) -> TrainConfig:
+    """CONFIG with changes, as a run's file gives it: checked; tables are merged."""
+    table = dataclasses.asdict(CONFIG)
+    for name, value in changes.items():
+        plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+        table[name] = {**(table[name] or {}), **plain} if isinstance(plain, dict) else plain
+    return build(TrainConfig, table, "run.toml")
 
 
 def make_job(

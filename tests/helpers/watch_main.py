@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from pipeline.core.records import Stopped
-from training.config.train import TrainJob
+from training.config.job import TrainJob
 from training.ranks.launcher import failure, free_port, launcher_command, launcher_environment, watch
 
 

@@ -20,7 +20,8 @@ from tests.helpers.launched_jobs import (
 )
 from tests.helpers.rank_processes import run_ranks
 from tests.helpers.train_jobs import make_job, small_models, train_rank
-from training.config.train import AugmentConfig, TrainJob
+from training.config.job import TrainJob
+from training.config.train import AugmentConfig
 
 
 def train_rank_without_dropout(job: TrainJob) -> None:
@@ -178,16 +179,16 @@ def temperatures_and_masters(job: TrainJob) -> list[tuple[float, float]]:
     from deepspeed.utils import safe_get_full_fp32_param
 
     from training import trainer as loop
-    from training.engine.engine import train_step
+    from training.engine.engine import StepResult, train_step
 
     found = []
 
-    def watched(engine: Any, *arguments: Any) -> float:
-        loss: float = train_step(engine, *arguments)
+    def watched(engine: Any, *arguments: Any) -> StepResult:
+        result = train_step(engine, *arguments)
         scale = engine.module.clip.logit_scale
         master = safe_get_full_fp32_param(scale) if hasattr(scale, "_hp_mapping") else scale
         found.append((scale.exp().item(), master.exp().item()))
-        return loss
+        return result
 
     pytest.MonkeyPatch().setattr(loop, "train_step", watched)
     train_rank(job)
@@ -206,13 +207,12 @@ def test_the_temperature_is_clamped_in_the_master_too(tmp_path: Path, deepspeed:
 def train_rank_until_killed(job: TrainJob, step: int) -> None:
     """Die as by `kill -9`, in the middle of a step."""
     from training import trainer as loop
-    from training.engine.engine import train_step
+    from training.engine.engine import StepResult, train_step
 
-    def killed(engine: Any, batch: Any, *arguments: Any) -> float:
+    def killed(engine: Any, batch: Any, *arguments: Any) -> StepResult:
         if batch.step == step:
             os.kill(os.getpid(), signal.SIGKILL)
-        loss: float = train_step(engine, batch, *arguments)
-        return loss
+        return train_step(engine, batch, *arguments)
 
     pytest.MonkeyPatch().setattr(loop, "train_step", killed)
     train_rank(job)
@@ -266,4 +266,4 @@ def test_an_error_of_one_rank_ends_all_and_is_shown(tmp_path: Path) -> None:
     output, _ = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode != 0
     assert f"error: {last}: " in output
-    assert ".jpg is not the picture" in output
+    assert ".jpg is not the image" in output

@@ -23,6 +23,7 @@ from pipeline.core import store
 from pipeline.core.config import digest
 from pipeline.core.records import InputError
 from training.engine.engine import load_weights
+from training.engine.towers import Engine
 from training.engine.zero_state import (
     MOMENTS,
     adam_of,
@@ -64,7 +65,7 @@ class TrainState:
     num_updates: int | None = None  # steps that changed weights, where some were left out; None: all
 
 
-def gather_state(engine: Any, step: int) -> TrainState:
+def gather_state(engine: Engine, step: int) -> TrainState:
     """Put a state together from all ranks for rank 0; a collective, so every rank calls it.
 
     The others get one without weights and moments, and drop each as it comes: ranks share a machine's memory.
@@ -82,7 +83,7 @@ def gather_state(engine: Any, step: int) -> TrainState:
     return TrainState(step, gather_weights(engine), moments, num_updates)
 
 
-def gather_weights(engine: Any) -> dict[str, Tensor]:
+def gather_weights(engine: Engine) -> dict[str, Tensor]:
     """All weights and buffers by the names of `CLIP.state_dict`, on the CPU of rank 0; others get none.
 
     Parameters come from their float32 masters; what bfloat16 had to round and nothing trained is as it came.
@@ -97,7 +98,7 @@ def gather_weights(engine: Any) -> dict[str, Tensor]:
     return weights
 
 
-def restore_state(engine: Any, state: TrainState) -> None:
+def restore_state(engine: Engine, state: TrainState) -> None:
     """Put a state into an engine; each rank keeps its part."""
     load_weights(engine, state.weights)
     for values in adam_of(engine).state.values():

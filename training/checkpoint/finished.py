@@ -4,7 +4,7 @@ import json
 
 from pipeline.core import store
 from pipeline.core.config import digest
-from training.config.train import TrainJob
+from training.config.job import TrainJob
 
 _NAME = "finished.json"
 

@@ -1,8 +1,8 @@
-"""Which step of a stage was its best, and when more training is no longer worth it (paper, 2.3 and A.2).
+"""Checkpoint selection and early stopping: the best step, and when training ends (paper, 2.3 and A.2).
 
 A validation's score is the mean of the mean recalls of the evaluation sets that decide. Everything here is a
-function of the scores so far, which stand in `metrics.jsonl`: a run that goes on from a checkpoint decides as
-one that was never stopped.
+function of the scores so far, which stand in `metrics.jsonl`: a run that resumes from a checkpoint decides
+as one that was never stopped.
 """
 
 import json
@@ -23,15 +23,15 @@ class Validation:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class Selection:
     """What the validations so far say."""
 
     best: Validation | None  # highest score, the earliest of equal ones; None before the first validation
     steps_without_gain: int  # from the last validation with a salient gain to the newest
 
 
-def choose(validations: Sequence[Validation], salient_gain: float) -> Choice:
-    """The best validation, and how far the newest is from the last that gained saliently.
+def select(validations: Sequence[Validation], salient_gain: float) -> Selection:
+    """Return the best validation, and how far the newest is from the last that gained saliently.
 
     The first gains. Another one does if it beats the last that did by more than `salient_gain` points.
     """
@@ -42,21 +42,21 @@ def choose(validations: Sequence[Validation], salient_gain: float) -> Choice:
             best = validation
         if reference is None or validation.score > reference.score + salient_gain:
             reference = validation
-    return Choice(best, 0 if reference is None else validations[-1].step - reference.step)
+    return Selection(best, 0 if reference is None else validations[-1].step - reference.step)
 
 
 def best_first(validations: Iterable[Validation]) -> list[Validation]:
-    """In the order in which a stage would end with their weights."""
+    """Return validations in the order in which a stage would end with their weights."""
     return sorted(validations, key=lambda validation: (-validation.score, validation.step))
 
 
-def has_no_gain_left(choice: Choice, config: TrainConfig, num_samples: int) -> bool:
-    """`patience` epochs of `num_samples` samples have passed without a salient gain: the stage ends (2.3)."""
-    return 0 < config.patience * num_samples <= choice.steps_without_gain * config.global_batch
+def has_no_gain_left(selection: Selection, config: TrainConfig, num_samples: int) -> bool:
+    """Return true if `patience` epochs of `num_samples` samples passed without a salient gain (2.3)."""
+    return 0 < config.patience * num_samples <= selection.steps_without_gain * config.global_batch
 
 
 def read_validations(lines: Iterable[str], deciding: Collection[str]) -> list[Validation]:
-    """The validations in `metrics.jsonl`, without that of the weights a stage starts from.
+    """Read the validations in `metrics.jsonl`, without that of the weights a stage starts from.
 
     `deciding` names the evaluation sets that count; empty: all of them.
     """
@@ -69,7 +69,11 @@ def read_validations(lines: Iterable[str], deciding: Collection[str]) -> list[Va
 
 
 def check_sets(config: TrainConfig, evaluations: Collection[str], stage: str) -> None:
-    """Raise ConfigError where the stage is to choose by evaluation sets that the run does not have."""
+    """Check that the run has the evaluation sets that the stage is to choose by.
+
+    Raises:
+        ConfigError: if it lacks one.
+    """
     for name in config.choose_on:
         if name not in evaluations:
             known = ", ".join(sorted(evaluations)) or "none"

@@ -15,11 +15,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from pipeline.core.arrays import Int64Array, UInt8Array
 from training.model import torchvision_ops
 
-Pixels = npt.NDArray[np.uint8]  # [height, width, 3], RGB
-Table = npt.NDArray[np.uint8]  # [256, 3]: the new value of each old one, by channel
-Counts = npt.NDArray[np.int64]  # [256, 3]: how many pixels have each value, by channel
+Pixels = UInt8Array  # [height, width, 3], RGB
+Table = UInt8Array  # [256, 3]: the new value of each old one, by channel
+ChannelHistograms = Int64Array  # [256, 3]: how many pixels have each value, by channel
 
 _SIGNED_OPERATIONS = frozenset({"Rotate", "ShearX"})  # whose magnitude has a random sign
 _LUMA = np.array([0.299, 0.587, 0.114])  # of RGB (ITU-R BT.601)
@@ -70,7 +71,7 @@ class _Work:
     def __init__(self, image: Pixels) -> None:
         self._image = image
         self._table: Table | None = None
-        self._counts: Counts | None = None  # of the image as it is, without the table
+        self._counts: ChannelHistograms | None = None  # of the image as it is, without the table
 
     def finished(self) -> Pixels:
         """The image with everything applied."""
@@ -86,7 +87,7 @@ class _Work:
         """Apply a table after what there is."""
         self._table = table if self._table is None else np.take_along_axis(table, self._table.astype(int), 0)
 
-    def counts(self) -> Counts:
+    def counts(self) -> ChannelHistograms:
         """The histogram of what `finished` would give."""
         if self._counts is None:
             channels = [cv2.calcHist([self._image], [c], None, [256], [0, 256]).ravel() for c in range(3)]

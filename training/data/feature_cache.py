@@ -1,6 +1,6 @@
-"""Image features of stage 1, computed once: K augmented views of every picture through the locked tower.
+"""Image features of stage 1, computed once: K augmented views of every image through the locked tower.
 
-One file a shard, beside the shards: `features/<key>-<shard's digest>.npy`, [samples, K] records of a
+One file a shard, next to the shards: `features/<key>-<shard's digest>.npy`, [samples, K] records of a
 unit-norm float16 feature_D and a CRC-32, which every read checks: a cache is terabytes, and reading it whole
 before a run would take as long as epochs. The key is a digest of all that a feature depends on: the tower's
 weights, the augmentation, the size, the seed, K and the precision. A file that is there is therefore right;
@@ -21,12 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.core import store
+from pipeline.core.arrays import Float16Array, UInt8Array
 from pipeline.core.config import digest
 from pipeline.core.records import InputError, Shard
 from training.config.train import AugmentConfig
-
-Float16s = npt.NDArray[np.float16]
-UInt8s = npt.NDArray[np.uint8]
 
 _OPEN_FILES = 4096  # memory maps that stay open; a rank's lanes come back to the same few shards
 _SAMPLES_AT_ONCE = 64
@@ -41,7 +39,7 @@ def cache_key(
     num_views: int,
     dtype: torch.dtype,
 ) -> str:
-    """Hexadecimal digest of what the features depend on besides the pictures; `dtype`: computed in."""
+    """Return a hexadecimal digest of what the features depend on besides the images; `dtype`: computed in."""
     weights = sha256()
     for name, tensor in sorted(tower.state_dict().items()):
         weights.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -61,7 +59,7 @@ class FeatureCache:
         self._open = lru_cache(maxsize=_OPEN_FILES)(self._open_file)
 
     def path(self, shard: int) -> str:
-        """Where the features of a shard are; a local path."""
+        """Return where the features of a shard are; a local path."""
         found = self._shards[shard]
         if not store.is_local(found.path):
             raise InputError(
@@ -72,11 +70,15 @@ class FeatureCache:
         return os.path.join(os.path.dirname(found.path), "features", name)
 
     def missing(self) -> list[int]:
-        """Shards without features, in order."""
+        """Return the shards without features, in order."""
         return [shard for shard in range(len(self._shards)) if not os.path.exists(self.path(shard))]
 
-    def write(self, shard: int, feature_NKD: Float16s) -> None:
-        """Publish a shard's features: the file is whole or not there. InputError where the disk is full."""
+    def write(self, shard: int, feature_NKD: Float16Array) -> None:
+        """Publish a shard's features: the file is whole or not there.
+
+        Raises:
+            InputError: if the disk is full.
+        """
         path = self.path(shard)
         record_NK = np.empty(feature_NKD.shape[:2], _record(self._dim))
         record_NK["feature"] = feature_NKD
@@ -88,14 +90,18 @@ class FeatureCache:
         except OSError as error:
             raise InputError(
                 f"{path}: cannot be written ({error.strerror}); make room (a view takes {2 * self._dim + 4}"
-                " bytes) and run the same command: it goes on"
+                " bytes) and rerun the same command to resume"
             ) from None
 
-    def read(self, shard: int, row: int, epoch: int) -> Float16s:
-        """feature_D of one sample in one epoch; InputError where its bytes are not those written."""
+    def read(self, shard: int, row: int, epoch: int) -> Float16Array:
+        """Return feature_D of one sample in one epoch.
+
+        Raises:
+            InputError: if its bytes are not those written.
+        """
         view = epoch % self.num_views
         record = self._open(shard)[row, view]
-        feature: Float16s = record["feature"]
+        feature: Float16Array = record["feature"]
         if _crc32(feature, row, view) != record["crc32"]:
             raise InputError(
                 f"{self.path(shard)}: row {row}, view {view}: other bytes than were written (CRC-32 differs):"
@@ -123,8 +129,8 @@ def _record(dim: int) -> np.dtype[np.void]:
     return np.dtype([("feature", "<f2", (dim,)), ("crc32", "<u4")])
 
 
-def _crc32(feature_D: Float16s, row: int, view: int) -> int:
-    """Of the bytes and of where they belong: a feature in another's place is damage too."""
+def _crc32(feature_D: Float16Array, row: int, view: int) -> int:
+    """Return the CRC of the bytes and of their place: a feature in another's place is damage too."""
     return zlib.crc32(feature_D.tobytes(), zlib.crc32(f"{row} {view}".encode()))
 
 
@@ -132,16 +138,16 @@ def build(
     cache: FeatureCache,
     shards: Sequence[int],
     num_samples: Callable[[int], int],
-    pictures: Callable[[list[tuple[int, int, int]]], UInt8s],
+    images: Callable[[list[tuple[int, int, int]]], UInt8Array],
     encode: Callable[[Tensor], Tensor],
     show: Callable[[int, int], Any],
     is_asked_to_stop: Callable[[], bool],
 ) -> None:
     """Make the features of `shards`, or as many as there are before it is asked to stop, even within a shard.
 
-    Stopped or killed and called again, it goes on with the first shard that has none.
+    Stopped or killed and called again, it continues with the first shard that has none.
 
-    `pictures` gives uint8 views [B, H, W, 3] of (shard, row, epoch); `encode` unit-norm float32 feature_BD of
+    `images` gives uint8 views [B, H, W, 3] of (shard, row, epoch); `encode` unit-norm float32 feature_BD of
     uint8 [B, 3, H, W]; `show` is told (shards done, of all).
     """
     for done, shard in enumerate(shards):
@@ -152,7 +158,7 @@ def build(
             if is_asked_to_stop():
                 return
             some = rows[first : first + _SAMPLES_AT_ONCE]
-            views = pictures([(shard, row, view) for row in some for view in range(cache.num_views)])
+            views = images([(shard, row, view) for row in some for view in range(cache.num_views)])
             feature = encode(torch.from_numpy(views).permute(0, 3, 1, 2)).cpu().numpy()
             parts.append(feature.astype(np.float16).reshape(len(some), cache.num_views, -1))
         cache.write(shard, np.concatenate(parts))

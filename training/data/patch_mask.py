@@ -1,4 +1,4 @@
-"""Random patch masking: in training, the image tower sees a part of each picture (FLIP, Li et al. 2023).
+"""Random patch masking: in training, the image tower sees a part of each image (FLIP, Li et al. 2023).
 
 Which patches are kept is a function of (seed, epoch, key), so of the step as well: it depends on no rank and
 no micro-batch, and a forward pass that is repeated for the gradient keeps the same ones.
@@ -19,7 +19,7 @@ _PURPOSE = 1  # a word of the generator's counter that the view's draws (trainin
 
 @dataclass(frozen=True, slots=True)
 class PatchMask:
-    """How many of a picture's patches are kept."""
+    """How many of an image's patches are kept."""
 
     num_patches: int
     num_kept: int
@@ -37,12 +37,16 @@ class PatchMask:
 
 
 def make_patch_mask(config: TrainConfig, model: ModelConfig, stage: str, seed: int) -> PatchMask | None:
-    """The mask that a stage asks for, or None; ConfigError for a tower that has no patches."""
+    """Return the mask that a stage asks for, or None.
+
+    Raises:
+        ConfigError: if the tower has no patches.
+    """
     if not config.patch_mask:
         return None
     if not isinstance(model.vision, VisionTransformerConfig):
         raise ConfigError(
             f"[{stage}] patch_mask = {config.patch_mask}: {model.name} has a ResNet, which computes on whole"
-            " pictures; set patch_mask = 0 or take a ViT"
+            " images; set patch_mask = 0 or take a ViT"
         )
     return PatchMask(model.vision.num_patches, model.vision.num_kept(config.patch_mask), seed)

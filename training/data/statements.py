@@ -1,32 +1,23 @@
-"""True and false statements about what pictures show, as hard negatives of each other.
+"""True and false statements about what images show, as hard negatives of each other.
 
 A sample whose caption names some of the objects is asked one question a visit: either "there is X" with X
 shown against "there is Y" with Y absent, or "there is no Y" against "there is no X". Which question, objects
-and template is a function of (seed, epoch, key). The loss of a question is the cross-entropy of choosing the
-true statement by its scaled cosine with the picture, log(1 + exp(s · (cos_false - cos_true))); a batch's is
-the sum over its questions divided by the samples of the global batch.
+and template is a function of (seed, epoch, key). `training.losses.negation` has the loss of a question.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
-from torch import distributed as dist
-from torch.nn import functional as F
 
+from pipeline.core.arrays import BoolArray, Int64Array
 from pipeline.core.records import ConfigError
 from training.config.train import NegationConfig
-
-if TYPE_CHECKING:
-    from training.data.loader import TextEncoder
-
-Bools = npt.NDArray[np.bool_]
+from training.data.text_encoder import TextEncoder
 
 _PURPOSE = 2  # a word of the generator's counter; 0 is the view's, 1 the patch mask's
 
@@ -36,16 +27,20 @@ class Questions:
     """One rank's questions of a step."""
 
     tokens_B2L: Tensor  # int64, the true and the false statement, 0 = padding
-    asked_B: Tensor  # bool; where not, both statements are alike and count nothing
+    asked_B: Tensor  # bool; if false, both statements are alike and count nothing
 
 
 class Statements:
     """Every statement as token ids, and the draw of a sample's question."""
 
     def __init__(
-        self, config: NegationConfig, tokenizer: "TextEncoder", *, context_length: int, seed: int
+        self, config: NegationConfig, tokenizer: TextEncoder, *, context_length: int, seed: int
     ) -> None:
-        """ConfigError for a statement that is longer than `context_length` tokens."""
+        """Encode every statement.
+
+        Raises:
+            ConfigError: if a statement is longer than `context_length` tokens.
+        """
         self.config, self._seed = config, seed
         templates = (*config.affirmed, *config.negated)
         texts = [template.replace("{}", thing) for template in templates for thing in config.objects]
@@ -57,14 +52,14 @@ class Statements:
         longest = int((tokens_SL != 0).sum(1).max())
         self._tokens_TOL = tokens_SL[:, :longest].reshape(len(templates), len(config.objects), longest)
 
-    def mentions(self, captions: Sequence[str]) -> Bools:
-        """mentioned_NO: which objects each caption names."""
+    def mentions(self, captions: Sequence[str]) -> BoolArray:
+        """Return mentioned_NO: which objects each caption names."""
         column = pa.array(captions, pa.string())
         found = [pc.match_substring(column, thing) for thing in self.config.objects]
         return np.stack([each.to_numpy(zero_copy_only=False) for each in found], axis=1).astype(np.bool_)
 
-    def draw(self, mentioned: Sequence[Bools], keys: Sequence[bytes], epochs: Sequence[int]) -> Questions:
-        """The questions of some visits, given each sample's row of `mentions`."""
+    def draw(self, mentioned: Sequence[BoolArray], keys: Sequence[bytes], epochs: Sequence[int]) -> Questions:
+        """Draw the questions of some visits, given each sample's row of `mentions`."""
         pairs = [self._draw_one(*visit) for visit in zip(mentioned, keys, epochs, strict=True)]
         any_statement = self._tokens_TOL[0, 0]
         tokens_B2L = np.stack([(any_statement, any_statement) if pair is None else pair for pair in pairs])
@@ -73,8 +68,8 @@ class Statements:
         return Questions(torch.from_numpy(tokens_B2L[:, :, :longest].copy()), asked)
 
     def _draw_one(
-        self, mentioned_O: Bools, key: bytes, epoch: int
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None:
+        self, mentioned_O: BoolArray, key: bytes, epoch: int
+    ) -> tuple[Int64Array, Int64Array] | None:
         if mentioned_O.all() or not mentioned_O.any():
             return None
         counter = [0, _PURPOSE, epoch, self._seed]
@@ -87,21 +82,3 @@ class Statements:
             return statements_OL[shown], statements_OL[absent]
         statements_OL = self._tokens_TOL[num_affirmed + int(random.integers(num_negated))]
         return statements_OL[absent], statements_OL[shown]
-
-
-def negation_loss(
-    image_BD: Tensor, statement_B2D: Tensor, logit_scale: Tensor, asked_B: Tensor, num_samples: int
-) -> Tensor:
-    """The loss over the global batch of `num_samples`, the same scalar on every rank.
-
-    As with `training.losses.contrastive.contrastive_loss`, gradients are those by this rank's features: they add up over
-    ranks.
-    """
-    cosine_B2 = (image_BD[:, None] * statement_B2D).sum(2)
-    per_question_B = F.softplus(logit_scale.exp() * (cosine_B2[:, 1] - cosine_B2[:, 0]))
-    own: Tensor = (per_question_B * asked_B).sum() / num_samples
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
-        return own
-    everyone = own.detach().clone()
-    dist.all_reduce(everyone)
-    return own + (everyone - own.detach())

@@ -22,19 +22,21 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from training.engine.towers import Engine
+
 # What DeepSpeed's DynamicLossScaler changes as it goes
 _LOSS_SCALING = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's names for them
 
 
-def adam_of(engine: Any) -> torch.optim.AdamW:
+def adam_of(engine: Engine) -> torch.optim.AdamW:
     """The AdamW inside: of the model's parameters at ZeRO stage 0, else of flat parts of them."""
     optimizer = engine.optimizer
     adam: torch.optim.AdamW = optimizer.optimizer if engine.zero_optimization() else optimizer
     return adam
 
 
-def make_adam_state(engine: Any) -> None:
+def make_adam_state(engine: Engine) -> None:
     """Make the state that Adam would make at its first step.
 
     DeepSpeed links parameters to their part of it after the first *group's* first step, when the second group
@@ -76,14 +78,14 @@ def set_weight(parameter: nn.Parameter, value: Tensor) -> None:
     parameter.data.copy_(value)
 
 
-def whole_moment(engine: Any, parameter: nn.Parameter, moment: str) -> Tensor:
+def whole_moment(engine: Engine, parameter: nn.Parameter, moment: str) -> Tensor:
     """One of Adam's MOMENTS of a trained parameter, in float32."""
     found = safe_get_full_optimizer_state(parameter, moment)
     value: Tensor = adam_of(engine).state[parameter][moment] if found is None else found
     return value
 
 
-def set_moment(engine: Any, parameter: nn.Parameter, value: Tensor, moment: str) -> None:
+def set_moment(engine: Engine, parameter: nn.Parameter, value: Tensor, moment: str) -> None:
     """Set one of Adam's MOMENTS of a trained parameter; `value` is whole, the same on all ranks."""
     value = value.to(parameter.device)
     if _is_partitioned(parameter):
@@ -94,7 +96,7 @@ def set_moment(engine: Any, parameter: nn.Parameter, value: Tensor, moment: str)
         adam_of(engine).state[parameter][moment].copy_(value)
 
 
-def loss_scaling(engine: Any) -> dict[str, float]:
+def loss_scaling(engine: Engine) -> dict[str, float]:
     """Where float16's dynamic loss scaling stands; empty for other precisions. Equal on all ranks."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if not getattr(scaler, "dynamic", False):
@@ -102,7 +104,7 @@ def loss_scaling(engine: Any) -> dict[str, float]:
     return {name: float(getattr(scaler, name)) for name in _LOSS_SCALING}
 
 
-def set_loss_scaling(engine: Any, values: Mapping[str, float]) -> None:
+def set_loss_scaling(engine: Engine, values: Mapping[str, float]) -> None:
     """Go on from what `loss_scaling` gave; a run that now has another precision takes none of it."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     for name in loss_scaling(engine):

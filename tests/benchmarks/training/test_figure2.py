@@ -8,7 +8,8 @@ from types import ModuleType
 
 import pytest
 
-from training.config.train import TrainConfig, TrainJob
+from training.config.job import TrainJob
+from training.config.train import TrainConfig
 
 JOB = TrainJob(
     stage="stage1",

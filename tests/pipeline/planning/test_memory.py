@@ -118,7 +118,9 @@ def test_activations_are_those_that_autograd_keeps(name: str, precision: Precisi
 
 def peak_bytes(name: str, config: TrainConfig) -> tuple[float, float]:
     """(what a rank's memory grew by from before the model to its fullest in a step, the estimate)."""
+    from training.data.loader import Batch
     from training.engine import engine as engines
+    from training.engine.towers import Towers
 
     engines.join_ranks(config)
     process = psutil.Process()
@@ -127,10 +129,10 @@ def peak_bytes(name: str, config: TrainConfig) -> tuple[float, float]:
     if config.lock_image:
         clip.lock_image_tower()
     share = config.global_batch
-    towers = engines.Towers(clip, num_samples_of_ranks=(share,), config=config)
+    towers = Towers(clip, num_samples_of_ranks=(share,), config=config)
     engine = engines.build_engine(towers, config)
     side_px = clip.config.vision.image_size_px
-    batch: Any = engines.Batch(
+    batch: Any = Batch(
         step=0,
         keys=None,  # type: ignore[arg-type]
         image=torch.zeros(share, 3, side_px, side_px, dtype=torch.uint8),

@@ -64,11 +64,13 @@ def test_what_is_offloaded_leaves_the_device() -> None:
 
 def gathered_share(config: TrainConfig, deepspeed: str) -> float:
     """Share of the weights that ZeRO-3 holds whole between the forward and the backward pass."""
+    from training.data.loader import Batch
     from training.engine import engine as engines
+    from training.engine.towers import Towers
 
     engines.join_ranks(config)
     model = MODELS["tiny-vit"]
-    towers = engines.Towers(build_clip(model), num_samples_of_ranks=(8,), config=config)
+    towers = Towers(build_clip(model), num_samples_of_ranks=(8,), config=config)
     engine: Any = engines.build_engine(towers, dataclasses.replace(config, deepspeed=deepspeed))
     side_px, shares_found = model.vision.image_size_px, list[float]()
     whole_loss, everything = towers.loss, sum(num_parameters(model))
@@ -79,7 +81,7 @@ def gathered_share(config: TrainConfig, deepspeed: str) -> float:
         return whole_loss(*arguments, **more)
 
     towers.loss = loss  # type: ignore[method-assign]
-    batch: Any = engines.Batch(
+    batch: Any = Batch(
         step=0,
         keys=None,  # type: ignore[arg-type]
         image=torch.zeros(8, 3, side_px, side_px, dtype=torch.uint8),
@@ -104,11 +106,12 @@ def test_zero_3_holds_all_weights_of_a_small_model_at_the_end_of_a_forward_pass(
 def bucket_sizes(config: TrainConfig, names: tuple[str, ...]) -> list[int]:
     """DeepSpeed's buckets for gradients of tiny-vit, in values."""
     from training.engine import engine as engines
+    from training.engine.towers import Towers
 
     engines.join_ranks(config)
     found = []
     for name in names:
-        towers = engines.Towers(build_clip(MODELS["tiny-vit"]), num_samples_of_ranks=(64,), config=config)
+        towers = Towers(build_clip(MODELS["tiny-vit"]), num_samples_of_ranks=(64,), config=config)
         engine = engines.build_engine(towers, dataclasses.replace(config, deepspeed=name))
         found.append(engine.optimizer.reduce_bucket_size)
     return found

@@ -14,7 +14,7 @@ from tests.helpers.rank_processes import run_ranks
 from tests.helpers.train_jobs import make_job, train_rank
 from training.checkpoint import checkpoint
 from training.checkpoint.checkpoint import Checkpoint, TrainState
-from training.config.train import TrainJob
+from training.config.job import TrainJob
 
 IDENTITY = {"model": "small-vit", "crop_area": (0.9, 1.0)}
 

@@ -15,14 +15,16 @@ from pipeline.core.records import ConfigError
 from tests.helpers.rank_processes import run_ranks
 from tests.helpers.train_jobs import make_job, small_models
 from training.checkpoint.selection import (
-    Choice,
+    Selection,
     Validation,
     check_sets,
-    choose,
     has_no_gain_left,
     read_validations,
+    select,
 )
-from training.config.train import TrainConfig, TrainJob, paper_recipe
+from training.config.job import TrainJob
+from training.config.recipes import paper_recipe
+from training.config.train import TrainConfig
 from training.weights.weights import load_checkpoint
 
 
@@ -31,17 +33,17 @@ def validations(*scores: float) -> list[Validation]:
 
 
 def test_the_best_is_the_highest_and_the_earliest_of_equal_ones() -> None:
-    assert choose([], 0.0) == Choice(None, 0)
-    assert choose(validations(3.0, 5.0, 4.0, 5.0), 0.0).best == Validation(2, 5.0)
+    assert select([], 0.0) == Selection(None, 0)
+    assert select(validations(3.0, 5.0, 4.0, 5.0), 0.0).best == Validation(2, 5.0)
 
 
 def test_a_gain_counts_from_the_last_salient_one() -> None:
     # three times 0.4 is salient together; the best is the highest even where its gain was not
-    assert choose(validations(10.0, 10.4, 10.8, 11.2), 1.0) == Choice(Validation(4, 11.2), 0)
-    assert choose(validations(10.0, 10.4, 10.8, 10.2), 1.0) == Choice(Validation(3, 10.8), 3)
-    assert choose(validations(10.0, 11.0), 1.0).steps_without_gain == 1  # "more than", not "as much as"
+    assert select(validations(10.0, 10.4, 10.8, 11.2), 1.0) == Selection(Validation(4, 11.2), 0)
+    assert select(validations(10.0, 10.4, 10.8, 10.2), 1.0) == Selection(Validation(3, 10.8), 3)
+    assert select(validations(10.0, 11.0), 1.0).steps_without_gain == 1  # "more than", not "as much as"
     assert (
-        choose([Validation(7, 3.0), Validation(20, 2.0), Validation(95, 3.0)], 0.0).steps_without_gain == 88
+        select([Validation(7, 3.0), Validation(20, 2.0), Validation(95, 3.0)], 0.0).steps_without_gain == 88
     )
 
 
@@ -52,7 +54,7 @@ def paper_curve(model: str, stage: Literal["stage1", "stage2"], points: float) -
     found: list[Validation] = []
     for step in range(1_000, last, 1_000):
         found.append(Validation(step, 60 + points * (1 - math.exp(-3 * step / last))))
-        if has_no_gain_left(choose(found, config.salient_gain), config, num_samples):
+        if has_no_gain_left(select(found, config.salient_gain), config, num_samples):
             return config, math.ceil(step * config.global_batch / num_samples)
     return config, config.epochs
 
@@ -114,15 +116,15 @@ def train_with_scores(job: TrainJob, scores: dict[int, float]) -> list[int]:
         asked.append(max(steps, default=0))
         return {"toy": {"mean_recall": scores.get(asked[-1], 0.0)}}
 
-    from training.metrics import Journal
+    from training.metrics import MetricsLog
 
-    def flushing(self: Journal, *arguments: Any, **named: Any) -> None:
+    def flushing(self: MetricsLog, *arguments: Any, **named: Any) -> None:
         step(self, *arguments, **named)
         self.flush()
 
-    step = Journal.step
+    step = MetricsLog.step
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Journal, "step", flushing)
+        patch.setattr(MetricsLog, "step", flushing)
         pretrain(job, recall)
     return asked
 

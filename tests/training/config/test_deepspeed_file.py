@@ -10,7 +10,7 @@ from pipeline.core.records import ConfigError, Manifest
 from pipeline.core.stage import Context, inputs_digest
 from training.config.deepspeed_file import ZERO_KEYS, read_deepspeed_file
 from training.config.train import TrainConfig
-from training.stages import TrainStageConfig, tasks
+from training.stages import TrainStageConfig, plan
 
 
 def shipped() -> list[str]:
@@ -133,5 +133,5 @@ def test_a_changed_file_of_ones_own_makes_the_stage_stale(tmp_path: Path) -> Non
     digests = []
     for stage in (1, 2, 1):
         path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
-        digests.append(inputs_digest(tasks(config, Context(str(tmp_path), "stage1", 0, {"shards": shards}))))
+        digests.append(inputs_digest(plan(config, Context(str(tmp_path), "stage1", 0, {"shards": shards}))))
     assert digests[0] == digests[2] != digests[1]

@@ -14,16 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.core.records import ConfigError, InputError, Shard
+from pipeline.core.shard_format import sidecar_of
 from tests.helpers.shard_files import VOCABULARY, write_shards
 from training.config.train import AugmentConfig
-from training.data.loader import (
-    BatchReader,
-    Prefetcher,
-    SampleOrder,
-    check_shards,
-    read_shard_table,
-    sidecar_path,
-)
+from training.data.loader import BatchReader, Prefetcher, ReaderConfig
+from training.data.sampler import SampleOrder
+from training.data.shard_table import check_shards, read_shard_table
 from training.model.tokenizer import Tokenizer
 
 
@@ -115,22 +111,22 @@ def make_reader(
     order = make_order([shard.num_samples for shard in shards], lanes=num_lanes, batch=4 * num_lanes)
     options: dict[str, Any] = {
         "image_size_px": 32,
-        "augment_config": NO_CHANGE,
+        "augment": NO_CHANGE,
         "caption_column": "caption",
         "context_length": 16,
         "token_folder": str(folder / "tokens"),
         "seed": 0,
         "threads": 1,
     }
-    return BatchReader(shards, order, Tokenizer(VOCABULARY), lanes=lanes, **options | changes)
+    return BatchReader(shards, order, Tokenizer(VOCABULARY), ReaderConfig(**options | changes), lanes=lanes)
 
 
-def test_a_batch_holds_the_pictures_and_captions_of_its_keys(tmp_path: Path) -> None:
+def test_a_batch_holds_the_images_and_captions_of_its_keys(tmp_path: Path) -> None:
     shards = write_shards(tmp_path, [6, 6, 5])
     rows = {}
     for shard in shards:
         data = Path(shard.path).read_bytes()
-        for row in pq.read_table(sidecar_path(shard.path)).to_pylist():
+        for row in pq.read_table(sidecar_of(shard.path)).to_pylist():
             jpg = data[row["offset_bytes"] :][: row["size_bytes"]]
             image = cv2.imdecode(np.frombuffer(jpg, np.uint8), cv2.IMREAD_COLOR)
             assert image is not None
@@ -157,7 +153,7 @@ def test_a_batch_holds_the_pictures_and_captions_of_its_keys(tmp_path: Path) -> 
 
 def test_a_sample_looks_the_same_on_any_rank_and_thread(tmp_path: Path) -> None:
     shards = write_shards(tmp_path, [20, 20])
-    change: dict[str, Any] = {"augment_config": AugmentConfig(crop_area=(0.3, 1.0)), "num_lanes": 2}
+    change: dict[str, Any] = {"augment": AugmentConfig(crop_area=(0.3, 1.0)), "num_lanes": 2}
     whole = make_reader(shards, tmp_path, **change).read(3)
     halves = [
         make_reader(shards, tmp_path, lanes=range(i, i + 1), threads=3, **change).read(3) for i in range(2)
@@ -181,7 +177,7 @@ def test_a_sample_looks_the_same_on_any_rank_and_thread(tmp_path: Path) -> None:
 def test_shards_at_a_url_read_the_same(tmp_path: Path) -> None:
     shards = write_shards(tmp_path, [12])
     memory = fsspec.filesystem("memory")
-    for path in (shards[0].path, sidecar_path(shards[0].path)):
+    for path in (shards[0].path, sidecar_of(shards[0].path)):
         memory.pipe(f"/shards/{Path(path).name}", Path(path).read_bytes())
     remote = [dataclasses.replace(shards[0], path="memory://shards/00000.tar")]
     check_shards(remote)
@@ -223,7 +219,7 @@ def test_captions_that_are_cut_are_counted(tmp_path: Path, capsys: pytest.Captur
     (shard,) = write_shards(tmp_path / "shards", [30])
     table = read_table(shard, tmp_path, context_length=10)
     lengths = np.diff(table.token_starts)
-    captions = pq.read_table(sidecar_path(shard.path))["caption"].to_pylist()
+    captions = pq.read_table(sidecar_of(shard.path))["caption"].to_pylist()
     num_cut = sum(len(caption) > 8 for caption in captions)
     assert lengths.max() == 10
     assert f"{num_cut} of 30 captions cut to 10 tokens" in capsys.readouterr().out
@@ -231,19 +227,19 @@ def test_captions_that_are_cut_are_counted(tmp_path: Path, capsys: pytest.Captur
 
 def test_damaged_or_foreign_shards_are_refused_by_name(tmp_path: Path) -> None:
     (shard,) = write_shards(tmp_path, [6])
-    sidecar = Path(sidecar_path(shard.path))
+    sidecar = Path(sidecar_of(shard.path))
     whole = sidecar.read_bytes()
     with pytest.raises(InputError, match=r"00000.parquet: 6 rows, but its manifest says 7 samples"):
         read_table(dataclasses.replace(shard, num_samples=7), tmp_path)
-    with pytest.raises(InputError, match=r"no column title; columns found: key, caption,"):
+    with pytest.raises(InputError, match=r"00000.parquet: has no column title, .* it has key, caption,"):
         read_table(shard, tmp_path, caption_column="title")
-    with pytest.raises(InputError, match=r"row .: the picture lies outside the tar of 3000 bytes"):
+    with pytest.raises(InputError, match=r"row .: the image lies outside the tar of 3000 bytes"):
         read_table(dataclasses.replace(shard, num_bytes=3000), tmp_path)
     sidecar.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match=r"00000.parquet: not a whole Parquet file"):
+    with pytest.raises(InputError, match=r"00000.parquet: cannot be read \(.*; build the shard again"):
         read_table(shard, tmp_path)
     sidecar.unlink()
-    with pytest.raises(InputError, match=r"00000.parquet: no such file"):
+    with pytest.raises(InputError, match=r"00000.parquet: cannot be read \(.*No such file"):
         read_table(shard, tmp_path)
 
 
@@ -257,7 +253,7 @@ def test_shards_that_are_not_whole_are_refused_at_the_start(tmp_path: Path) -> N
     tar.unlink()
     with pytest.raises(InputError, match=r"00000.tar: no such file"):
         check_shards([shard])
-    Path(sidecar_path(shard.path)).unlink()
+    Path(sidecar_of(shard.path)).unlink()
     with pytest.raises(InputError, match=r"00000.parquet: no such file"):
         check_shards([shard])
     with pytest.raises(InputError, match="no shards to train on"):
@@ -272,22 +268,22 @@ def test_batches_come_in_order_and_errors_come_through(tmp_path: Path) -> None:
     tar = Path(shards[1].path)
     tar.write_bytes(b"\0" * len(tar.read_bytes()))
     steps = Prefetcher(make_reader(shards, tmp_path), 0, 12)
-    with pytest.raises(InputError, match=r"00001.tar: [0-9a-f]{32}.jpg is not the picture"):
+    with pytest.raises(InputError, match=r"00001.tar: [0-9a-f]{32}.jpg is not the image"):
         list(steps)
     steps.close()
 
 
-def test_a_damaged_picture_that_still_decodes_is_refused(tmp_path: Path) -> None:
+def test_a_damaged_image_that_still_decodes_is_refused(tmp_path: Path) -> None:
     (shard,) = write_shards(tmp_path, [8])
     tar = Path(shard.path)
-    sidecar = pq.read_table(sidecar_path(shard.path))
+    sidecar = pq.read_table(sidecar_of(shard.path))
     end = sidecar["offset_bytes"][0].as_py() + sidecar["size_bytes"][0].as_py()
     data = bytearray(tar.read_bytes())
     data[end - 20] ^= 0x55  # inside the entropy-coded part: libjpeg warns and goes on
     tar.write_bytes(data)
     first = np.frombuffer(data, np.uint8)[sidecar["offset_bytes"][0].as_py() : end]
     assert cv2.imdecode(first, cv2.IMREAD_COLOR) is not None
-    with pytest.raises(InputError, match=rf"{sidecar['key'][0].as_py()}.jpg is not the picture"):
+    with pytest.raises(InputError, match=rf"{sidecar['key'][0].as_py()}.jpg is not the image"):
         make_reader([shard], tmp_path).read(0)
 
 

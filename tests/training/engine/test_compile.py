@@ -12,9 +12,10 @@ import torch
 
 from pipeline.core.records import ConfigError
 from tests.helpers.rank_processes import run_ranks
-from tests.helpers.train_jobs import CONFIG, make_job, small_models, train_rank
-from training.config.train import TrainJob
-from training.engine.engine import Towers
+from tests.helpers.train_jobs import CONFIG, build_config, make_job, small_models, train_rank
+from training.config.job import TrainJob
+from training.config.train import check_fits
+from training.engine.towers import Towers
 from training.model.clip import build_clip
 from training.pretrain import check_compiler
 
@@ -23,9 +24,10 @@ LOCKED: dict[str, Any] = {"lock_image": True, "compile_image": True}
 
 def test_only_what_can_be_compiled_is(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="only a tower that stays as it is runs compiled"):
-        dataclasses.replace(CONFIG, compile_image=True).check("stage2")
+        build_config({"compile_image": True})
+    config = build_config({"deepspeed": "zero3", **LOCKED})
     with pytest.raises(ConfigError, match="zero3 is ZeRO 3"):
-        dataclasses.replace(CONFIG, deepspeed="zero3", **LOCKED).check("stage1")
+        check_fits(config, small_models()["small-vit"], "stage1")
     monkeypatch.setenv("CXX", "/nowhere/c++")
     check_compiler(CONFIG, "stage1")
     with pytest.raises(ConfigError, match=r"\[stage1\] compile_image = true: no C\+\+ compiler: /nowhere"):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from pipeline.core.records import ConfigError
 from tests.helpers.rank_processes import run_ranks
 from tests.helpers.train_jobs import CONFIG, make_job, train_rank
-from training.config.train import TrainJob
+from training.config.job import TrainJob
 from training.engine.precision import check_precision
 from training.engine.zero_state import loss_scaling, set_loss_scaling
 

@@ -15,14 +15,15 @@ from pipeline.core.records import ConfigError, InputError, Manifest
 from pipeline.core.stage import Context
 from tests.helpers.rank_processes import run_ranks
 from tests.helpers.shard_files import VOCABULARY
-from tests.helpers.train_jobs import CONFIG, make_job, small_models, train_rank
-from training.config.train import DistilConfig, TrainJob
+from tests.helpers.train_jobs import CONFIG, build_config, make_job, small_models, train_rank
+from training.config.job import TrainJob
+from training.config.train import DistilConfig
 from training.engine.teacher import load_teacher
-from training.losses import contrastive as loss_module
-from training.losses.contrastive import distillation_loss
+from training.losses import tiles
+from training.losses.distillation import distillation_loss
 from training.model.clip import build_clip
 from training.model.config import ModelConfig
-from training.stages import TrainStageConfig, tasks
+from training.stages import TrainStageConfig, plan
 from training.weights.weights import load_checkpoint, save_checkpoint
 
 N, D, E, TEMPERATURE = 13, 6, 9, 3.0
@@ -59,7 +60,7 @@ def tiled(sizes: tuple[int, ...], tile_side: int, locked: bool) -> list[npt.NDAr
     if len(sizes) > 1:
         torch.distributed.init_process_group("gloo")
         rank = torch.distributed.get_rank()
-    before, loss_module._TILE_SIDE = loss_module._TILE_SIDE, tile_side
+    before, tiles._TILE_SIDE = tiles._TILE_SIDE, tile_side
     own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     (image, text, scale), (teacher_image, teacher_text, teacher_scale) = features()
     image, text = image[own].clone(), text[own].clone()
@@ -76,7 +77,7 @@ def tiled(sizes: tuple[int, ...], tile_side: int, locked: bool) -> list[npt.NDAr
         temperature=TEMPERATURE,
         num_samples_of_ranks=sizes,
     )
-    loss_module._TILE_SIDE = before
+    tiles._TILE_SIDE = before
     gradients = torch.autograd.grad(3 * loss, leaves)  # upstream factors go through
     return [loss.detach().numpy(), *((gradient / 3).numpy() for gradient in gradients)]
 
@@ -214,13 +215,14 @@ def test_a_teacher_that_cannot_read_the_same_is_refused(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"cached_views": 2, "lock_image": True}, "distil needs pictures, but cached_views = 2"),
-        ({"distil": DistilConfig(teacher="t", temperature=0.0)}, "temperature must be above 0"),
+        ({"cached_views": 2, "lock_image": True}, "distil needs images, but cached_views = 2"),
+        ({"distil": DistilConfig(teacher="t", temperature=0.0)}, "distil.temperature: .* greater than 0"),
+        ({"distil": DistilConfig(teacher="t", weight=0.0)}, "distil.weight: .* greater than 0"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        dataclasses.replace(CONFIG, **{"distil": DistilConfig(teacher="t"), **changes}).check("stage2")
+        build_config({"distil": DistilConfig(teacher="t"), **changes})
 
 
 def test_a_run_with_another_teacher_is_another_run(tmp_path: Path) -> None:
@@ -231,11 +233,11 @@ def test_a_run_with_another_teacher_is_another_run(tmp_path: Path) -> None:
     train = dataclasses.replace(CONFIG, distil=DistilConfig(teacher=str(teacher)))
     config = TrainStageConfig(train=train, model="tiny-vit", vocabulary="vocab.txt", validate=False)
     with pytest.raises(InputError, match=r"no such file or folder; correct \[stage2.distil\] teacher"):
-        tasks(config, context)
+        plan(config, context)
     teacher.write_bytes(b"one")
-    (before,) = tasks(config, context)
+    (before,) = plan(config, context)
     teacher.write_bytes(b"two")
-    (after,) = tasks(config, context)
+    (after,) = plan(config, context)
     assert before.inputs["teacher"] != after.inputs["teacher"]
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from tests.helpers.rank_processes import run_ranks
 from tests.helpers.shard_files import VOCABULARY
 from tests.helpers.train_jobs import make_job, small_models, train_rank
-from training.config.train import TrainJob
+from training.config.job import TrainJob
 from training.model.clip import build_clip
 from training.weights.weights import load_checkpoint, save_checkpoint
 
@@ -207,7 +207,7 @@ def test_bfloat16_with_batch_norms_is_refused(tmp_path: Path) -> None:
 
 def features_of_both_passes(job: TrainJob) -> list[tuple[bool, npt.NDArray[Any]]]:
     """(whether it is for the backward pass, text features) of every forward of training."""
-    from training.engine.engine import Towers
+    from training.engine.towers import Towers
 
     found = []
     forward = Towers.forward

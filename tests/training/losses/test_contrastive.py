@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from tests.helpers.rank_processes import run_ranks
 from training.losses import contrastive as loss_module
+from training.losses import tiles
 from training.losses.contrastive import contrastive_loss
 
 N, D = 22, 8
@@ -56,7 +57,7 @@ def tiled(
     if len(sizes) > 1:
         torch.distributed.init_process_group("gloo")
         rank = torch.distributed.get_rank()
-    loss_module._TILE_SIDE, loss_module._KEPT_ELEMENTS = tile_side, kept_elements
+    tiles._TILE_SIDE, loss_module._KEPT_ELEMENTS = tile_side, kept_elements
     own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     image, text, scale, image_id, caption_id = make_inputs()
     image, text = image[own].clone(), text[own].clone()
@@ -72,9 +73,9 @@ def tiled(
 
 @pytest.fixture
 def _tile_sizes_as_before() -> Iterator[None]:
-    before = loss_module._TILE_SIDE, loss_module._KEPT_ELEMENTS
+    before = tiles._TILE_SIDE, loss_module._KEPT_ELEMENTS
     yield
-    loss_module._TILE_SIDE, loss_module._KEPT_ELEMENTS = before
+    tiles._TILE_SIDE, loss_module._KEPT_ELEMENTS = before
 
 
 @pytest.mark.usefixtures("_tile_sizes_as_before")
@@ -146,7 +147,7 @@ def test_any_batch_equals_the_plain_formula(
     wide: bool,
 ) -> None:
     """1e-6 in float64, 1e-5 in float32, the loss relative to the logits it is a difference of."""
-    loss_module._TILE_SIDE, loss_module._KEPT_ELEMENTS = tile_side, 1 << 23 if keeps else 0
+    tiles._TILE_SIDE, loss_module._KEPT_ELEMENTS = tile_side, 1 << 23 if keeps else 0
     image, text, scale, image_id, caption_id = batch
     expected = [leaf.clone().requires_grad_() for leaf in (image, text, scale)]
     logits = expected[2].exp() * expected[0] @ expected[1].T
@@ -194,7 +195,7 @@ def test_no_tensor_has_the_size_of_the_batch_squared() -> None:
         loss = contrastive_loss(image, text, torch.zeros(1), num_samples_of_ranks=(num_samples,))
         torch.autograd.grad(loss, (image, text))
     largest = max(event.cpu_memory_usage for event in profile.events())
-    assert loss_module._TILE_SIDE**2 * 4 <= largest <= num_samples**2 * 4 // 8
+    assert tiles._TILE_SIDE**2 * 4 <= largest <= num_samples**2 * 4 // 8
 
 
 def bytes_that_travel(sizes: tuple[int, ...], locked: bool, exclude: bool) -> dict[str, int]:
@@ -250,7 +251,7 @@ def largest_errors_of_random_batches(ranks: int, cases: int) -> list[tuple[float
     for case in range(cases):
         sizes = tuple(int(size) for size in random.integers(1, 9, ranks))
         num_samples, dim = sum(sizes), int(random.integers(1, 10))
-        loss_module._TILE_SIDE = int(random.integers(1, 12))
+        tiles._TILE_SIDE = int(random.integers(1, 12))
         loss_module._KEPT_ELEMENTS = int(random.choice([0, 1 << 23]))
         features = torch.from_numpy(random.normal(size=(2, num_samples, dim)))
         image, text = F.normalize(features, dim=2)

@@ -31,23 +31,22 @@ from tests.helpers.launched_jobs import (
 )
 from tests.helpers.rank_processes import free_port, run_ranks
 from tests.helpers.train_jobs import make_job, train_rank
-from training.config.train import TrainJob
+from training.config.job import TrainJob
 from training.ranks.launcher import watch
 
 
 def train_and_note_keys(job: TrainJob, stop_after: int | None = None) -> list[list[str]]:
     """Train without dropout; the keys of the rank's part of every step. The signal reaches rank 0 alone."""
     from training import trainer as loop
-    from training.engine.engine import train_step
+    from training.engine.engine import StepResult, train_step
 
     found = []
 
-    def noted(engine: Any, batch: Any, *arguments: Any) -> float:
+    def noted(engine: Any, batch: Any, *arguments: Any) -> StepResult:
         found.append([key.decode() for key in batch.keys.tolist()])
         if batch.step + 1 == stop_after and os.environ["RANK"] == "0":
             os.kill(os.getpid(), signal.SIGTERM)
-        loss: float = train_step(engine, batch, *arguments)
-        return loss
+        return train_step(engine, batch, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "train_step", noted)

@@ -26,7 +26,7 @@ from tests.helpers.launched_jobs import (
 )
 from tests.helpers.rank_processes import run_ranks
 from tests.helpers.train_jobs import make_job, train_rank
-from training.config.train import TrainJob
+from training.config.job import TrainJob
 
 
 def read_log(job: TrainJob) -> tuple[list[dict[str, Any]], list[str]]:
@@ -42,20 +42,21 @@ def train_with_poison(job: TrainJob, steps: tuple[int, ...], what: str) -> list[
     The gradient is poisoned on rank 0 alone, where its own part of the batch is to blame.
     """
     from training.engine import engine as engines
-    from training.engine.engine import Towers
+    from training.engine.towers import Features, Towers
 
     forward = Towers.forward
     now: dict[str, int] = {}
 
-    def poisoned(self: Towers, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        image_BD, text_BD, scale = forward(self, *inputs)
+    def poisoned(self: Towers, *inputs: torch.Tensor) -> Features:
+        features = forward(self, *inputs)
+        text_BD = features.text_BD
         if now["step"] in steps and what == "loss":
             text_BD = text_BD * float("nan")
         if now["step"] in steps and what == "gradient" and os.environ["RANK"] == "0":
             text_BD.register_hook(lambda gradient: gradient * float("inf"))
-        return image_BD, text_BD, scale
+        return features._replace(text_BD=text_BD)
 
-    whole = engines._whole_batch
+    whole = engines.whole_batch
 
     def noted(engine: Any, batch: Any, seed: int) -> Any:
         now["step"] = batch.step + 1
@@ -63,7 +64,7 @@ def train_with_poison(job: TrainJob, steps: tuple[int, ...], what: str) -> list[
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Towers, "forward", poisoned)
-        patch.setattr(engines, "_whole_batch", noted)
+        patch.setattr(engines, "whole_batch", noted)
         train_rank(job, dropout=0.0)
     return []
 

@@ -1,0 +1,44 @@
+"""What every rank of a training stage is told. No heavy imports here."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Self
+
+from pipeline.core.config import build
+from pipeline.core.records import Shard
+from training.config.train import TrainConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainJob:
+    """Everything a rank needs, written as one JSON file by whoever launches the ranks."""
+
+    stage: str  # name in messages: english, stage1, stage2
+    model: str  # key of training.model.config.MODELS
+    seed: int  # of the order of samples, the augmentation, dropout and new weights
+    shards: tuple[Shard, ...]  # tars in order, each with its .parquet sidecar next to it
+    vocabulary: str  # path or model id that Tokenizer.load takes
+    image_weights: str | None = None  # weights of any known format that give a new model its image tower
+    text_weights: str | None = None  # the same for the text tower
+    start_checkpoint: str | None = None  # our safetensors of the stage before
+    start_weights: str | None = None  # a whole Chinese CLIP of any known format to continue from
+    config: TrainConfig
+    evaluations: Mapping[str, str] = field(default_factory=dict)  # name → folder, for whoever validates
+    folder: str  # checkpoints/, metrics.jsonl, log.jsonl and tokens/ go here
+    output_model: str  # the consolidated weights, written last
+    openai_model: str | None = None  # where to write them in OpenAI CLIP's layout too
+
+    def to_json(self) -> str:
+        """Return the text of a job's file; `from_json` reads it."""
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=1, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> Self:
+        """Read a job.
+
+        Raises:
+            ConfigError: with `where` (its file) and the key.
+        """
+        return build(cls, json.loads(text), where)

@@ -1,0 +1,127 @@
+"""What is known of a shard's samples without opening its tar, with their captions as token ids."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.core import store
+from pipeline.core.arrays import BoolArray, Int32Array, Int64Array
+from pipeline.core.processes import say
+from pipeline.core.records import InputError, Shard
+from pipeline.core.shard_format import read_sidecar, sidecar_of
+from training.data.statements import Statements
+from training.data.text_encoder import TextEncoder
+
+
+@dataclass(frozen=True, slots=True)
+class ShardTable:
+    """What is known of a shard's samples without opening its tar, in tar order."""
+
+    keys: npt.NDArray[np.bytes_]  # [num_samples] of 32 hexadecimal digits
+    offset_bytes: Int64Array  # where each image's bytes start in the tar
+    size_bytes: Int64Array
+    image_id: Int64Array  # equal if the stored images are equal
+    token_ids: Int32Array  # all captions' ids one after the other, without padding
+    token_starts: Int64Array  # [num_samples + 1]
+    mentioned: BoolArray | None  # [num_samples, O]: objects that captions name, if statements ask for them
+
+
+def check_shards(shards: Sequence[Shard]) -> None:
+    """Check that every tar and sidecar is there, and that each tar has the length that was written.
+
+    It opens nothing: `cnclip verify` reads the bytes, and every read checks what it reads.
+
+    Raises:
+        InputError: if a file is missing or a tar has another length.
+    """
+    if not shards:
+        raise InputError("no shards to train on: the shards stage kept no sample")
+    for shard in shards:
+        for path in (sidecar_of(shard.path), shard.path):
+            try:
+                num_bytes = store.num_bytes(path)
+            except FileNotFoundError:
+                raise InputError(f"{path}: no such file; run the shards stage again") from None
+        if num_bytes != shard.num_bytes:
+            raise InputError(
+                f"{shard.path}: {num_bytes} bytes, but its manifest says {shard.num_bytes}:"
+                " the tar is cut or was changed; run the shards stage again"
+            )
+
+
+def read_shard_table(
+    shard: Shard,
+    tokenizer: TextEncoder,
+    *,
+    caption_column: str,
+    context_length: int,
+    token_folder: str,
+    statements: Statements | None = None,
+) -> ShardTable:
+    """Read a shard's sidecar; the token ids come from `token_folder` or are made and kept there.
+
+    Raises:
+        InputError: if the sidecar is missing, truncated, lacks a column or does not fit its tar.
+    """
+    path = sidecar_of(shard.path)
+    columns = list(dict.fromkeys(("key", "offset_bytes", "size_bytes", "image_sha256", caption_column)))
+    table = read_sidecar(path, columns)
+    if table.height != shard.num_samples:
+        raise InputError(f"{path}: {table.height} rows, but its manifest says {shard.num_samples} samples")
+    for column in columns:
+        if num_empty := table[column].null_count():
+            raise InputError(f"{path}: column {column} has {num_empty} empty rows")
+    if not table["key"].str.contains("^[0-9a-f]{32}$").all():
+        raise InputError(f"{path}: column key: expected 32 hexadecimal digits in every row")
+    offset_bytes, size_bytes = (
+        table[name].to_numpy().astype(np.int64) for name in ("offset_bytes", "size_bytes")
+    )
+    is_outside = (offset_bytes < 0) | (size_bytes <= 0) | (offset_bytes + size_bytes > shard.num_bytes)
+    if is_outside.any():
+        row = int(np.argmax(is_outside))
+        raise InputError(f"{path}: row {row}: the image lies outside the tar of {shard.num_bytes} bytes")
+    captions = table[caption_column].to_list()
+    token_ids, token_starts = _cached_tokens(path, captions, tokenizer, context_length, token_folder)
+    return ShardTable(
+        keys=np.array(table["key"].to_list(), dtype="S32"),
+        offset_bytes=offset_bytes,
+        size_bytes=size_bytes,
+        image_id=np.array([image_id_of(sha) for sha in table["image_sha256"].to_list()], dtype=np.int64),
+        token_ids=token_ids,
+        token_starts=token_starts,
+        mentioned=None if statements is None else statements.mentions(captions),
+    )
+
+
+def _cached_tokens(
+    sidecar: str, captions: list[str], tokenizer: TextEncoder, context_length: int, token_folder: str
+) -> tuple[Int32Array, Int64Array]:
+    # The name holds all that the ids depend on, so that a file that is there is right and never stale.
+    digest = blake2b(f"{tokenizer.digest} {context_length} ".encode(), digest_size=16)
+    for caption in captions:
+        digest.update(blake2b(caption.encode(), digest_size=16).digest())
+    path = store.join(token_folder, f"{digest.hexdigest()}.npz")
+    if store.exists(path):
+        try:
+            with store.open_read(path) as file, np.load(file, allow_pickle=False) as arrays:
+                return arrays["token_ids"], arrays["token_starts"]
+        except Exception as error:  # damaged bytes surface as whatever zipfile and numpy trip over
+            say(f"{path}: cannot be read ({error}): token ids are made again")
+    tokens_NL = tokenizer.encode(captions, context_length)
+    full = [caption for caption, last in zip(captions, tokens_NL[:, -1], strict=True) if last]
+    if full and (num_cut := tokenizer.num_truncated(full, context_length)):
+        say(f"{sidecar}: {num_cut} of {len(captions)} captions cut to {context_length} tokens")
+    is_token = tokens_NL != 0
+    token_ids = tokens_NL[is_token]
+    token_starts = np.concatenate([[0], np.cumsum(is_token.sum(axis=1), dtype=np.int64)])
+    with store.publish(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, token_ids=token_ids, token_starts=token_starts)
+    return token_ids, token_starts
+
+
+def image_id_of(image_sha256: str) -> int:
+    """Return the number that stands for an image with this digest."""
+    return int(image_sha256[:15], 16)  # 60 bits: what an int64 holds of the digest
