@@ -30,7 +30,7 @@ from pipeline.core import store
 from pipeline.core.evaluation_sets import EvaluationSource, digest_of
 from pipeline.core.evaluation_sets import facts as evaluation_facts
 from pipeline.core.records import ConfigError, InputError, Manifest, Shard
-from pipeline.core.stage import Context, Outcome, Progress, Task
+from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +58,7 @@ class CorpusStageConfig:
     evaluations: tuple[EvaluationSource, ...] = ()
 
 
-def tasks(config: CorpusStageConfig, context: Context) -> list[Task]:
+def plan(config: CorpusStageConfig, context: Context) -> list[Task]:
     """One task a table; the demo and emoji corpora are one task."""
     sets = {f"evaluation {item.name}": digest_of(item) for item in config.evaluations}
     if isinstance(config.corpus, DemoConfig):
@@ -309,3 +309,16 @@ def packed_folders(context: Context) -> dict[str, str]:
 def guard_paths(corpus: Manifest) -> list[str]:
     """Guards of the run, whose pictures filter_image removes by their hashes."""
     return sorted({path for extra in corpus.extra.values() for path in extra.get("guards", ())})
+
+
+def stage(config: CorpusStageConfig) -> Stage:
+    """Return the stage that binds caption tables and evaluation sets by digest."""
+    return Stage(
+        "corpus",
+        title="caption tables and evaluation sets, bound by digest",
+        version=3,
+        config=config,
+        parents=(),
+        plan=plan,
+        run=run,
+    )

@@ -78,7 +78,7 @@ def generate(folder: Path, num_rows: int) -> Context:
 def ours(context: Context, out: str) -> None:
     total = context.parents["filter_text"].num_kept
     config = DedupConfig(partitions=math.ceil(total / ROWS_A_PARTITION))
-    for task in dedup.tasks(config, context):
+    for task in dedup.plan(config, context):
         dedup.run(config, context, task, lambda done, total, text="": None)
 
 

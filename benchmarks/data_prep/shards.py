@@ -92,7 +92,7 @@ def prepare(folder: Path, samples: int) -> tuple[Context, Task]:
         "download", 1, "", "", {}, (Shard("pictures/00000.tar", samples, 0, "b"),), samples, samples, {}
     )
     context = Context(str(folder), "shards", 0, {"filter_image": kept, "download": taken})
-    return context, shards.tasks(ShardsConfig(samples_per_shard=samples), context)[0]
+    return context, shards.plan(ShardsConfig(samples_per_shard=samples), context)[0]
 
 
 def ours(context: Context, task: Task) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import polars as pl
 
 from data_prep.accounting.drop_table import publish_judged
-from pipeline.core.stage import Context, Outcome, Progress, Task
+from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 DUPLICATE = "duplicate"
 _PREFIX_HEX_DIGITS = 8
@@ -31,7 +31,7 @@ class DedupConfig:
             raise ValueError("partitions must be at least 1")
 
 
-def tasks(config: DedupConfig, context: Context) -> list[Task]:
+def plan(config: DedupConfig, context: Context) -> list[Task]:
     """One task a partition; of a large corpus in many small partitions, one task some neighbours.
 
     Each task looks into every filtered table, so there are no more of them than memory asks for.
@@ -93,3 +93,16 @@ def partition_range(number: int, partitions: int) -> tuple[str, str | None]:
         return f"{which * span // partitions:0{_PREFIX_HEX_DIGITS}x}"
 
     return prefix(number), prefix(number + 1) if number + 1 < partitions else None
+
+
+def stage(config: DedupConfig) -> Stage:
+    """Return the stage that removes exact duplicates and shuffles the rows once."""
+    return Stage(
+        "dedup",
+        title="exact duplicates out; rows shuffled, once",
+        version=1,
+        config=config,
+        parents=("filter_text",),
+        plan=plan,
+        run=run,
+    )

@@ -26,7 +26,7 @@ from data_prep.accounting.drop_table import publish_judged, write_table
 from data_prep.corpus import exemptions, kept_tables, rows_stage, table_name
 from data_prep.rules.image import HASH_BITS, IMAGE_DUPLICATES_RULE
 from pipeline.core.records import DropReason
-from pipeline.core.stage import Context, Outcome, Progress, Task
+from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 DUPLICATE_IMAGE = DropReason("duplicate_image")
 NEAR_DUPLICATE_IMAGE = DropReason("near_duplicate_image")
@@ -57,7 +57,7 @@ class DedupImageConfig:
             raise ValueError("partitions must be at least 1")
 
 
-def find_tasks(config: DedupImageConfig, context: Context) -> list[Task]:
+def plan_find(config: DedupImageConfig, context: Context) -> list[Task]:
     """One task for each band (and for exact copies) and partition; each reads two columns of every table."""
     tables = kept_tables(context, rows_stage(context))
     inputs = {shard.path: shard.digest for shard in tables}
@@ -70,7 +70,7 @@ def find_tasks(config: DedupImageConfig, context: Context) -> list[Task]:
     ]
 
 
-def find_run(config: DedupImageConfig, context: Context, task: Task, progress: Progress) -> Outcome:
+def run_find(config: DedupImageConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """`copies/<task>.parquet`: key of each copy, reason, and key of the picture that it is a copy of."""
     part = task.arguments["part"]
     if task.arguments["kind"] == "exact":
@@ -179,7 +179,7 @@ def _read(context: Context, column: str) -> Iterator[pl.DataFrame]:
         yield pl.read_parquet(context.path_in(stage, shard.path), columns=["key", column])
 
 
-def tasks(config: DedupImageConfig, context: Context) -> list[Task]:
+def plan(config: DedupImageConfig, context: Context) -> list[Task]:
     """One task a table of rows, bound to all the copies that were found."""
     copies = {shard.path: shard.digest for shard in context.parents["find_copies"].shards}
     return [
@@ -211,3 +211,29 @@ def _copies_among(context: Context, keys: pl.Series) -> pl.DataFrame:
     between = pl.col("key").is_between(pl.lit(keys.min()), pl.lit(keys.max()))
     found = pl.concat([pl.scan_parquet(path).filter(between) for path in paths]).collect()
     return found.sort("key", "reason", "detail").unique("key", keep="first", maintain_order=True)
+
+
+def find_stage(config: DedupImageConfig, *, rows: str) -> Stage:
+    """Return the stage that looks for copies among what the stage `rows` kept."""
+    return Stage(
+        "find_copies",
+        title="pictures that are there already, exactly or nearly",
+        version=1,
+        config=config,
+        parents=("corpus", rows),
+        plan=plan_find,
+        run=run_find,
+    )
+
+
+def stage(config: DedupImageConfig, *, rows: str) -> Stage:
+    """Return the stage that drops the copies found among what the stage `rows` kept."""
+    return Stage(
+        "dedup_image",
+        title="copies go, the lowest key of each picture stays",
+        version=1,
+        config=config,
+        parents=("corpus", rows, "find_copies"),
+        plan=plan,
+        run=run,
+    )

@@ -71,10 +71,10 @@ def failures(context: Context) -> list[Failures]:
     ]
 
 
-def tasks(config: Any, context: Context) -> list[Task]:
+def plan(config: Any, context: Context) -> list[Task]:
     """One task a partition that has rows worth another try."""
     rows = {shard.path: shard for shard in context.parents["dedup"].shards if shard.path.startswith("kept/")}
-    plan = []
+    tasks = []
     for name, drops in _drop_tables(context).items():
         if not drops.num_samples:
             continue
@@ -82,8 +82,8 @@ def tasks(config: Any, context: Context) -> list[Task]:
         if worth_it(table).select(pl.len()).collect().item():
             path = f"kept/{name}.parquet"
             inputs = {"rows": rows[path].digest, "drops": drops.digest}
-            plan.append(Task(name, inputs, {"path": path, "drops": drops.path}))
-    return plan
+            tasks.append(Task(name, inputs, {"path": path, "drops": drops.path}))
+    return tasks
 
 
 def next_pass(download: Manifest) -> int:

@@ -34,7 +34,7 @@ from data_prep.sources.local_server import SITE_VARIABLE, local_site, serve
 from pipeline.core import store
 from pipeline.core.config import NOT_IN_DIGEST
 from pipeline.core.records import InputError
-from pipeline.core.stage import Context, Outcome, Progress, Task
+from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 _POLL_SECONDS = 0.2
 _NETWORK_REASONS = ("connection", "dns", "timeout")
@@ -69,7 +69,7 @@ class DownloadConfig:
             ipaddress.ip_network(network, strict=False)  # ValueError says what is wrong with it
 
 
-def tasks(config: DownloadConfig, context: Context) -> list[Task]:
+def plan(config: DownloadConfig, context: Context) -> list[Task]:
     """One task a partition of the shuffled rows."""
     return [
         Task(Path(shard.path).stem, {"rows": shard.digest}, {"path": shard.path})
@@ -341,3 +341,17 @@ _ANSWER_SCHEMA = {
     "height": pl.Int32,
     "sha256": pl.String,
 }
+
+
+def stage(config: DownloadConfig) -> Stage:
+    """Return the stage that downloads and resizes the images."""
+    return Stage(
+        "download",
+        title="img2dataset fetches, turns upright and resizes",
+        version=2,
+        config=config,
+        parents=("corpus", "dedup"),
+        plan=plan,
+        run_together=run_together,
+        processes=config.processes,
+    )

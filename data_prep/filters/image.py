@@ -18,7 +18,7 @@ from data_prep.formats.shards import OpenFiles
 from data_prep.rules import image as image_rules
 from pipeline.core import store
 from pipeline.core.evaluation_sets import EvaluationSet, evaluations_of
-from pipeline.core.stage import Context, Outcome, Progress, Task
+from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +33,7 @@ class FilterImageConfig:
     evaluation_distance: int = 32
 
 
-def tasks(config: FilterImageConfig, context: Context) -> list[Task]:
+def plan(config: FilterImageConfig, context: Context) -> list[Task]:
     """One task a downloaded partition."""
     evaluations = evaluations_of(context) if config.remove_evaluation_copies else []
     shared = {f"evaluation {item.name}": item.digest for item in evaluations}
@@ -41,7 +41,7 @@ def tasks(config: FilterImageConfig, context: Context) -> list[Task]:
         shared |= {
             f"guard {path}": store.digest_file(path) for path in guard_paths(context.parents["corpus"])
         }
-    plan: dict[str, Task] = {}
+    tasks: dict[str, Task] = {}
     tables = {
         partition_of(shard.path): shard
         for shard in context.parents["download"].shards
@@ -51,13 +51,13 @@ def tasks(config: FilterImageConfig, context: Context) -> list[Task]:
         if not shard.path.endswith(".tar"):
             continue
         name = partition_of(shard.path)
-        if name not in plan:
+        if name not in tasks:
             inputs = {**shared, "pictures": shard.digest, "rows": tables[name].digest}
-            plan[name] = Task(name, inputs, {"tar": shard.path, "table": tables[name].path})
+            tasks[name] = Task(name, inputs, {"tar": shard.path, "table": tables[name].path})
         else:  # a later pass of the download has added pictures
-            inputs = {**plan[name].inputs, f"pictures {shard.path}": shard.digest}
-            plan[name] = dataclasses.replace(plan[name], inputs=inputs)
-    return list(plan.values())
+            inputs = {**tasks[name].inputs, f"pictures {shard.path}": shard.digest}
+            tasks[name] = dataclasses.replace(tasks[name], inputs=inputs)
+    return list(tasks.values())
 
 
 def run(config: FilterImageConfig, context: Context, task: Task, progress: Progress) -> Outcome:
@@ -117,3 +117,16 @@ def run(config: FilterImageConfig, context: Context, task: Task, progress: Progr
 def _evaluation_hashes(evaluation: EvaluationSet) -> list[bytes]:
     """Hashes of an evaluation set's pictures; InputError names a line that is no picture."""
     return [hashed for _, hashed in guard.set_hashes(evaluation.folder, evaluation.name)]
+
+
+def stage(config: FilterImageConfig) -> Stage:
+    """Return the stage that judges the downloaded images."""
+    return Stage(
+        "filter_image",
+        title="size, aspect, copies of evaluation pictures",
+        version=1,
+        config=config,
+        parents=("corpus", "download"),
+        plan=plan,
+        run=run,
+    )

@@ -6,6 +6,7 @@ that a run has trained. Scores are kept with the digests of both encoders, so th
 pairs never meet under one threshold.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from data_prep.formats.shards import OpenFiles
 from data_prep.rules.text import SCORE_BELOW_THRESHOLD, SCORE_RULE
 from pipeline.core.config import NOT_IN_DIGEST
 from pipeline.core.records import ConfigError, InputError, Manifest
-from pipeline.core.stage import Context, Outcome, Progress, Task
+from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 # Of the sidecars; `data_prep.sources.table.score_pairs` reads them where a sidecar is a source.
 SCORE_COLUMN, TEXT_COLUMN, IMAGE_COLUMN = "pair_score", "pair_text_encoder", "pair_image_encoder"
@@ -91,7 +92,7 @@ class PairEncoder(Protocol):
     def embed_images(self, images: Sequence[bytes]) -> Float32Array: ...
 
 
-def tasks(
+def plan(
     config: ScoreConfig, context: Context, identify: Callable[[ScoreConfig], tuple[str, str]]
 ) -> list[Task]:
     """One task a partition, bound to the rows, the pictures and both encoders.
@@ -158,7 +159,7 @@ def run(
     return Outcome({out: rows.height}, num_in=rows.height, num_kept=rows.height, extra=extra)
 
 
-def filter_tasks(config: FilterScoreConfig, context: Context) -> list[Task]:
+def plan_filter(config: FilterScoreConfig, context: Context) -> list[Task]:
     """One task a partition; ConfigError where the scores are of more than one pair of encoders."""
     pairs = {tuple(extra["pair"].items()) for extra in context.parents["score"].extra.values()}
     if len(pairs) > 1:
@@ -180,7 +181,7 @@ def filter_tasks(config: FilterScoreConfig, context: Context) -> list[Task]:
     ]
 
 
-def filter_run(config: FilterScoreConfig, context: Context, task: Task, progress: Progress) -> Outcome:
+def run_filter(config: FilterScoreConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """Rows scored below the threshold go; the others carry the score and both encoders' digests on."""
     rows = pl.read_parquet(context.path_in(rows_stage(context), task.arguments["table"]))
     scores = pl.read_parquet(context.path_in("score", f"scores/{task.name}.parquet"))
@@ -254,3 +255,37 @@ def _pictures(context: Context, rows: pl.DataFrame) -> list[bytes]:
     with OpenFiles(lambda name: context.path_in("download", name)) as tars:
         places = rows.select("tar", "offset_bytes", "size_bytes", "key").iter_rows()
         return [tars.read(*place) for place in places]
+
+
+def stage(
+    config: ScoreConfig,
+    *,
+    rows: str,
+    identify: Callable[[ScoreConfig], tuple[str, str]],
+    load: Callable[[ScoreConfig], PairEncoder],
+    parallel: bool,
+) -> Stage:
+    """Return the stage that scores what the stage `rows` kept; `plan` and `run` say what the callables give."""
+    return Stage(
+        "score",
+        title="cosine of picture and caption by two encoders",
+        version=2,
+        config=config,
+        parents=("corpus", "download", rows),
+        plan=functools.partial(plan, identify=identify),
+        run=functools.partial(run, load=load),
+        parallel=parallel,
+    )
+
+
+def filter_stage(config: FilterScoreConfig, *, rows: str) -> Stage:
+    """Return the stage that drops the rows scored below the threshold."""
+    return Stage(
+        "filter_score",
+        title="pictures that their captions do not describe go",
+        version=1,
+        config=config,
+        parents=("corpus", rows, "score"),
+        plan=plan_filter,
+        run=run_filter,
+    )

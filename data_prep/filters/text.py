@@ -17,7 +17,7 @@ from data_prep.rules.text import TextRule
 from data_prep.sources.table import JUDGED_ONLY, TableSource, from_description, naming_damage, scan
 from pipeline.core import store
 from pipeline.core.records import ConfigError, Manifest
-from pipeline.core.stage import Context, Outcome, Progress, Task
+from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 # LAION-5B's tables hold some 17 million rows each; a task holds this many of them in memory.
 ROWS_PER_TASK = 500_000
@@ -52,7 +52,7 @@ class FilterTextConfig:
             )
 
 
-def tasks(config: FilterTextConfig, context: Context) -> list[Task]:
+def plan(config: FilterTextConfig, context: Context) -> list[Task]:
     """One task a table, or a slice of one that is longer than a task should hold in memory.
 
     ConfigError where scores of different encoders would meet under one threshold.
@@ -205,3 +205,16 @@ def _words_digest(theme: str) -> Any:
     from pipeline.core.config import digest
 
     return digest(text_rules.blacklist(theme))
+
+
+def stage(config: FilterTextConfig) -> Stage:
+    """Return the stage that judges captions and addresses."""
+    return Stage(
+        "filter_text",
+        title="language, score, length, blacklist, addresses of evaluation pictures",
+        version=3,
+        config=config,
+        parents=("corpus",),
+        plan=plan,
+        run=run,
+    )

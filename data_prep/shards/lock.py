@@ -7,7 +7,7 @@
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from data_prep.corpus import tables_of
 from pipeline.core import store
 from pipeline.core.config import digest, plain
 from pipeline.core.records import Manifest
-from pipeline.core.stage import Context, Outcome, Progress, Task
+from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 LOCK_FILE = "corpus.lock.json"
 # Stages whose outputs are a corpus; `validation` where a run has [split].
@@ -30,7 +30,7 @@ class LockConfig:
     settings: Mapping[str, Any]
 
 
-def tasks(config: LockConfig, context: Context) -> list[Task]:
+def plan(config: LockConfig, context: Context) -> list[Task]:
     """One task, over the manifests of all stages of the corpus."""
     inputs = {name: digest(manifest.to_json()) for name, manifest in context.parents.items()}
     return [Task("lock", inputs)]
@@ -83,3 +83,16 @@ def _rules(manifest: Manifest | None) -> dict[str, int]:
     for extra in manifest.extra.values() if manifest else ():
         found |= extra.get("rules", {})
     return dict(sorted(found.items()))
+
+
+def stage(corpus_stages: Sequence[Stage]) -> Stage:
+    """Return the stage that describes a corpus made by these stages in one file."""
+    return Stage(
+        "lock",
+        title="sources, rules, settings and funnel of the corpus in one file",
+        version=1,
+        config=LockConfig(settings={made.name: made.config for made in corpus_stages}),
+        parents=tuple(made.name for made in corpus_stages),
+        plan=plan,
+        run=run,
+    )

@@ -51,15 +51,15 @@ def reshard_stages(config: RepackConfig) -> tuple[Stage, ...]:
 def subset_stages(config: RepackConfig) -> tuple[Stage, ...]:
     """The samples whose keys are listed, in the corpus's order."""
     return (
-        Stage("keys", "the listed keys, sorted", 1, config, (), key_tasks, read_keys),
+        Stage("keys", "the listed keys, sorted", 1, config, (), plan_keys, run_keys),
         Stage(
             "rows",
             "rows whose keys are listed",
             1,
             config,
             ("keys",),
-            subset_tasks,
-            choose_rows,
+            plan_subset,
+            run_subset,
             may_be_empty=True,
         ),
         _packing(config, chosen=True),
@@ -69,17 +69,17 @@ def subset_stages(config: RepackConfig) -> tuple[Stage, ...]:
 def merge_stages(config: RepackConfig) -> tuple[Stage, ...]:
     """All samples of several corpora in the order of their keys; of one key the first corpus's stays."""
     return (
-        Stage("rows", "rows of all corpora, one for each key", 1, config, (), merge_tasks, merge_rows),
+        Stage("rows", "rows of all corpora, one for each key", 1, config, (), plan_merge, run_merge),
         _packing(config, chosen=True),
     )
 
 
 def _packing(config: RepackConfig, *, chosen: bool) -> Stage:
     parents = ("rows",) if chosen else ()
-    return Stage("shards", "tar shards with a Parquet sidecar", 1, config, parents, pack_tasks, pack)
+    return Stage("shards", "tar shards with a Parquet sidecar", 1, config, parents, plan_shards, run_shards)
 
 
-def pack_tasks(config: RepackConfig, context: Context) -> list[Task]:
+def plan_shards(config: RepackConfig, context: Context) -> list[Task]:
     """One task a shard."""
     if "rows" in context.parents:
         if context.parents["rows"].num_kept == 0:
@@ -104,7 +104,7 @@ def pack_tasks(config: RepackConfig, context: Context) -> list[Task]:
     ]
 
 
-def pack(config: RepackConfig, context: Context, task: Task, progress: Progress) -> Outcome:
+def run_shards(config: RepackConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """Copy one shard's pictures, captions and columns."""
     frames = []
     for piece in task.arguments["pieces"]:
@@ -117,7 +117,7 @@ def pack(config: RepackConfig, context: Context, task: Task, progress: Progress)
     return write_shard(context, task.name, rows.collect(), lambda tar: tar)
 
 
-def key_tasks(config: RepackConfig, context: Context) -> list[Task]:
+def plan_keys(config: RepackConfig, context: Context) -> list[Task]:
     """One task a range of keys; each reads the whole list and holds its range."""
     path = str(config.keys)
     if not store.exists(path):
@@ -132,7 +132,7 @@ def key_tasks(config: RepackConfig, context: Context) -> list[Task]:
     return [Task(f"{number:05d}", inputs, {"buckets": buckets}) for number in range(buckets)]
 
 
-def read_keys(config: RepackConfig, context: Context, task: Task, progress: Progress) -> Outcome:
+def run_keys(config: RepackConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """Sort one range of the listed keys. InputError for a line that is no key, and for a list without any."""
     first, end = partition_range(int(task.name), task.arguments["buckets"])
     condition = pl.col("key") >= first
@@ -184,7 +184,7 @@ def _scan_keys(path: str) -> pl.LazyFrame:
     return table.select(pl.col("key").cast(pl.String))
 
 
-def subset_tasks(config: RepackConfig, context: Context) -> list[Task]:
+def plan_subset(config: RepackConfig, context: Context) -> list[Task]:
     """One task a shard of the corpus."""
     listed = digest([[shard.path, shard.digest] for shard in context.parents["keys"].shards])
     return [
@@ -193,7 +193,7 @@ def subset_tasks(config: RepackConfig, context: Context) -> list[Task]:
     ]
 
 
-def choose_rows(config: RepackConfig, context: Context, task: Task, progress: Progress) -> Outcome:
+def run_subset(config: RepackConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """Rows of one shard whose keys are listed; reads no more of the list than the shard's range of keys."""
     rows = _sidecar(task.arguments["table"]).collect()
     between = pl.col("key").is_between(pl.lit(rows["key"].min()), pl.lit(rows["key"].max()))
@@ -204,7 +204,7 @@ def choose_rows(config: RepackConfig, context: Context, task: Task, progress: Pr
     return publish_judged(context, task, kept, rest.with_columns(reason=pl.lit(str(NOT_LISTED))))
 
 
-def merge_tasks(config: RepackConfig, context: Context) -> list[Task]:
+def plan_merge(config: RepackConfig, context: Context) -> list[Task]:
     """One task a range of keys."""
     corpora = [corpus_shards(corpus) for corpus in config.corpora]
     total = sum(shard.num_samples for shards in corpora for shard in shards)
@@ -213,7 +213,7 @@ def merge_tasks(config: RepackConfig, context: Context) -> list[Task]:
     return [Task(f"{number:05d}", inputs, {"partitions": partitions}) for number in range(partitions)]
 
 
-def merge_rows(config: RepackConfig, context: Context, task: Task, progress: Progress) -> Outcome:
+def run_merge(config: RepackConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """One range of keys of all corpora, sorted; of rows with one key the first corpus's is kept."""
     first, end = partition_range(int(task.name), task.arguments["partitions"])
     condition = pl.col("key") >= first

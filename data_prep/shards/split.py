@@ -20,7 +20,7 @@ from data_prep.accounting.drop_table import write_table
 from data_prep.corpus import kept_tables, rows_stage
 from data_prep.rules.image import HASH_BITS
 from pipeline.core.records import InputError, Shard
-from pipeline.core.stage import Context, Outcome, Progress, Task
+from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 KEYS_FILE = "validation.parquet"
 
@@ -52,7 +52,7 @@ class SplitConfig:
             raise ValueError(f"distance {self.distance} is not between 0 and {HASH_BITS - 1} bits")
 
 
-def tasks(config: SplitConfig, context: Context) -> list[Task]:
+def plan(config: SplitConfig, context: Context) -> list[Task]:
     """One task: a picture's copies may be in any partition."""
     return [Task("split", {shard.path: shard.digest for shard in _kept(context)})]
 
@@ -213,3 +213,16 @@ class _Hashes:
 
 def _bytes_of(hashes: pl.Series) -> npt.NDArray[np.uint8]:
     return np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, HASH_BITS // 8)
+
+
+def stage(config: SplitConfig, *, rows: str) -> Stage:
+    """Return the stage that sets rows aside for validation."""
+    return Stage(
+        "split",
+        title="pictures set aside for validation, with all their copies",
+        version=1,
+        config=config,
+        parents=(rows,),
+        plan=plan,
+        run=run,
+    )

@@ -9,6 +9,7 @@ Where a run has `[split]`, stage shards packs the training rows and stage valida
 folder and a manifest of its own, the rows that stage split set aside.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,7 +20,7 @@ from data_prep.download.stage import partition_of
 from data_prep.formats.shards import cut, write_shard
 from data_prep.shards import split
 from pipeline.core.records import Shard
-from pipeline.core.stage import Context, Outcome, Progress, Task
+from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 Part = Literal["train", "validation"]
 
@@ -35,7 +36,7 @@ class ShardsConfig:
             raise ValueError("samples_per_shard must be at least 1")
 
 
-def tasks(config: ShardsConfig, context: Context, part: Part = "train") -> list[Task]:
+def plan(config: ShardsConfig, context: Context, part: Part = "train") -> list[Task]:
     """One task a shard: samples number*n to (number+1)*n of all kept samples of this part, in order."""
     kept = kept_tables(context, rows_stage(context))
     digests = {shard.path: {shard.path: shard.digest} for shard in kept}
@@ -49,11 +50,11 @@ def tasks(config: ShardsConfig, context: Context, part: Part = "train") -> list[
         kept = _part_of(kept, split.counts(context), part)
         arguments = {"part": part}
         chosen = {"validation keys": context.shards_of("split", split.KEYS_FILE)[0].digest}
-    plan = []
+    tasks = []
     for number, pieces in enumerate(cut(kept, config.samples_per_shard)):
         inputs = {label: digest for piece in pieces for label, digest in digests[piece["table"]].items()}
-        plan.append(Task(f"{number:05d}", {**inputs, **chosen}, {"pieces": pieces, **arguments}))
-    return plan
+        tasks.append(Task(f"{number:05d}", {**inputs, **chosen}, {"pieces": pieces, **arguments}))
+    return tasks
 
 
 def run(config: ShardsConfig, context: Context, task: Task, progress: Progress) -> Outcome:
@@ -90,3 +91,29 @@ def _part_of(kept: list[Shard], num_validation: dict[str, int], part: Part) -> l
         for shard in kept
         for count in [num_validation.get(shard.path, 0)]
     ]
+
+
+def stage(config: ShardsConfig, *, rows: str, has_split: bool) -> Stage:
+    """Return the stage that packs what the stage `rows` kept; with a split, its training rows."""
+    return Stage(
+        "shards",
+        title="tar shards with a Parquet sidecar: what training reads",
+        version=1,
+        config=config,
+        parents=("download", rows, *(("split",) if has_split else ())),
+        plan=plan,
+        run=run,
+    )
+
+
+def validation_stage(config: ShardsConfig, *, rows: str) -> Stage:
+    """Return the stage that packs the rows that stage split set aside."""
+    return Stage(
+        "validation",
+        title="tar shards of the rows set aside: training never reads them",
+        version=1,
+        config=config,
+        parents=("download", rows, "split"),
+        plan=functools.partial(plan, part="validation"),
+        run=run,
+    )

@@ -108,12 +108,12 @@ def make(
         Stage("filter_image", "", 1, None, ("corpus", "download"), one_task, make_rows),
         Stage(
             "score", "", 1, config, ("corpus", "download", "filter_image"),
-            functools.partial(score.tasks, identify=pair_encoder.identify),
+            functools.partial(score.plan, identify=pair_encoder.identify),
             functools.partial(score.run, load=pair_encoder.load),
         ),
         Stage(
             "filter_score", "", 1, FilterScoreConfig(min_score=min_score, drop_share=drop_share),
-            ("corpus", "filter_image", "score"), score.filter_tasks, score.filter_run,
+            ("corpus", "filter_image", "score"), score.plan_filter, score.run_filter,
         ),
     )  # fmt: skip
     return Run(str(folder), 0, "local", 1, stages)
@@ -309,7 +309,7 @@ def test_pairs_are_not_mixed(encoders: tuple[ScoreConfig, Any, str], tmp_path: P
     context = runner.make_context(run, run.stage("filter_score"))
     assert context is not None
     with pytest.raises(ConfigError, match="scores of 2 different encoder pairs have no threshold in common"):
-        score.filter_tasks(FilterScoreConfig(), context)
+        score.plan_filter(FilterScoreConfig(), context)
 
 
 def test_encoders_of_two_spaces_are_refused(encoders: tuple[ScoreConfig, Any, str], tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def _download(folder: Path, urls: list[list[str]], config: DownloadConfig) -> di
     empty = Manifest("corpus", 1, "", "", {}, (), 0, 0, {})
     context = Context(str(folder), "download", 0, {"corpus": empty, "dedup": dedup})
     (folder / "download").mkdir()
-    tasks: list[Task] = download.tasks(config, context)
+    tasks: list[Task] = download.plan(config, context)
     done: dict[str, Outcome] = {}
     with contextlib.closing(iter(download.run_together(config, context, tasks, lambda *_: None))) as outcomes:  # type: ignore[type-var]
         for task, outcome in outcomes:

@@ -20,7 +20,7 @@ from data_prep.dedup import exact as dedup
 from data_prep.dedup import near_duplicates as dedup_image
 from data_prep.dedup.exact import DedupConfig
 from data_prep.dedup.near_duplicates import DedupImageConfig, band_values, near_copies
-from data_prep.download.stage import tasks as download_tasks
+from data_prep.download.stage import plan as plan_download
 from data_prep.filters import image as filter_image
 from data_prep.filters import text as filter_text
 from data_prep.filters.image import FilterImageConfig
@@ -103,28 +103,28 @@ def make(
         corpus=SourcesConfig(kind="sources", sources=tuple(sources), guards=guards), evaluations=evaluations
     )
     stages = [
-        Stage("corpus", "", 1, config, (), corpus.tasks, corpus.run),
-        Stage("filter_text", "", 1, FilterTextConfig(), ("corpus",), filter_text.tasks, filter_text.run),
-        Stage("dedup", "", 1, DedupConfig(partitions=partitions), ("filter_text",), dedup.tasks, dedup.run),
-        Stage("download", "", 1, None, ("corpus", "dedup"), download_tasks, functools.partial(fetch, web)),
+        Stage("corpus", "", 1, config, (), corpus.plan, corpus.run),
+        Stage("filter_text", "", 1, FilterTextConfig(), ("corpus",), filter_text.plan, filter_text.run),
+        Stage("dedup", "", 1, DedupConfig(partitions=partitions), ("filter_text",), dedup.plan, dedup.run),
+        Stage("download", "", 1, None, ("corpus", "dedup"), plan_download, functools.partial(fetch, web)),
         Stage(
             "filter_image", "", 1, images or FilterImageConfig(), ("corpus", "download"),
-            filter_image.tasks, filter_image.run,
+            filter_image.plan, filter_image.run,
         ),
     ]  # fmt: skip
     last = "filter_image"
     if copies is not None:
         stages += [
             Stage(
-                "find_copies", "", 1, copies, ("corpus", last), dedup_image.find_tasks, dedup_image.find_run
+                "find_copies", "", 1, copies, ("corpus", last), dedup_image.plan_find, dedup_image.run_find
             ),
             Stage(
                 "dedup_image", "", 1, copies, ("corpus", last, "find_copies"),
-                dedup_image.tasks, dedup_image.run,
+                dedup_image.plan, dedup_image.run,
             ),
         ]  # fmt: skip
         last = "dedup_image"
-    stages.append(Stage("shards", "", 1, ShardsConfig(), ("download", last), shards.tasks, shards.run))
+    stages.append(Stage("shards", "", 1, ShardsConfig(), ("download", last), shards.plan, shards.run))
     run = Run(str(folder / "run"), 0, "local", 1, tuple(stages))
     runner.execute(run, run.stages, redo=False)
     return run

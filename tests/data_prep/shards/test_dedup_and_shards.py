@@ -18,7 +18,7 @@ from data_prep.accounting.drop_table import drops_path, with_key, write_drops, w
 from data_prep.corpus import CorpusStageConfig, TablesConfig
 from data_prep.dedup import exact as dedup
 from data_prep.dedup.exact import DedupConfig, partition_range
-from data_prep.download.stage import tasks as download_tasks
+from data_prep.download.stage import plan as plan_download
 from data_prep.filters import image as filter_image
 from data_prep.filters import text as filter_text
 from data_prep.filters.image import FilterImageConfig
@@ -95,17 +95,17 @@ def _run(folder: Path | str, tables: Sequence[Path | str], partitions: int = 3) 
     stages = (
         Stage(
             "corpus", "", 1, CorpusStageConfig(corpus=TablesConfig(kind="tables", tables=sources)), (),
-            corpus.tasks, corpus.run,
+            corpus.plan, corpus.run,
         ),
-        Stage("filter_text", "", 1, FilterTextConfig(), ("corpus",), filter_text.tasks, filter_text.run),
-        Stage("dedup", "", 1, DedupConfig(partitions=partitions), ("filter_text",), dedup.tasks, dedup.run),
-        Stage("download", "", 1, None, ("corpus", "dedup"), download_tasks, fetch),
+        Stage("filter_text", "", 1, FilterTextConfig(), ("corpus",), filter_text.plan, filter_text.run),
+        Stage("dedup", "", 1, DedupConfig(partitions=partitions), ("filter_text",), dedup.plan, dedup.run),
+        Stage("download", "", 1, None, ("corpus", "dedup"), plan_download, fetch),
         Stage(
-            "filter_image", "", 1, images, ("corpus", "download"), filter_image.tasks, filter_image.run
+            "filter_image", "", 1, images, ("corpus", "download"), filter_image.plan, filter_image.run
         ),
         Stage(
             "shards", "", 1, ShardsConfig(samples_per_shard=SAMPLES_PER_SHARD), ("download", "filter_image"),
-            shards.tasks, shards.run,
+            shards.plan, shards.run,
         ),
     )  # fmt: skip
     return Run(str(folder), 0, "local", 1, stages)
@@ -267,7 +267,7 @@ def test_neighbouring_partitions_in_one_task_give_the_same_files(
     runner.execute(together, together.stages[:3], redo=False)
     context = runner.make_context(together, together.stage("dedup"))
     assert context is not None
-    assert [task.name for task in dedup.tasks(DedupConfig(partitions=7), context)] == [
+    assert [task.name for task in dedup.plan(DedupConfig(partitions=7), context)] == [
         "00000",
         "00002",
         "00004",

@@ -100,8 +100,8 @@ def judge_tables(count: int, seed: int, folder: Path) -> Counter[str]:
 def run_text_stages(folder: Path, config: TablesConfig | SourcesConfig, what: str) -> str:
     """`refused` with one line that names a file, or `counted`."""
     stages = (
-        Stage("corpus", "", 1, CorpusStageConfig(corpus=config), (), corpus.tasks, corpus.run),
-        Stage("filter_text", "", 1, FilterTextConfig(), ("corpus",), filter_text.tasks, filter_text.run),
+        Stage("corpus", "", 1, CorpusStageConfig(corpus=config), (), corpus.plan, corpus.run),
+        Stage("filter_text", "", 1, FilterTextConfig(), ("corpus",), filter_text.plan, filter_text.run),
     )
     run = Run(str(folder), 0, "local", 1, stages)
     with time_limit(what):

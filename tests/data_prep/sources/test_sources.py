@@ -53,8 +53,8 @@ def take_in(
     config = CorpusStageConfig(corpus=SourcesConfig(kind="sources", sources=sources, guards=guards))
     filters = filters or FilterTextConfig()
     stages = (
-        Stage("corpus", "", 1, config, (), corpus.tasks, corpus.run),
-        Stage("filter_text", "", 1, filters, ("corpus",), filter_text.tasks, filter_text.run),
+        Stage("corpus", "", 1, config, (), corpus.plan, corpus.run),
+        Stage("filter_text", "", 1, filters, ("corpus",), filter_text.plan, filter_text.run),
     )
     run = Run(str(folder), 0, "local", 1, stages)
     runner.execute(run, stages, redo=False)
