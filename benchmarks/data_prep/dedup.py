@@ -30,9 +30,10 @@ from multiprocessing.connection import Connection
 import polars as pl
 
 from benchmarks.harness import machine
-from data_prep.accounting.drop_table import with_key, write_table
 from data_prep.dedup import exact as dedup
 from data_prep.dedup.exact import DedupConfig
+from data_prep.formats.keys import with_key
+from data_prep.formats.parquet import write_table
 from pipeline.core import store
 from pipeline.core.records import Manifest, Shard
 from pipeline.core.stage import Context

@@ -30,7 +30,7 @@ import polars as pl
 import webdataset
 
 from benchmarks.harness import machine
-from data_prep.accounting.drop_table import write_table
+from data_prep.formats.parquet import write_table
 from data_prep.formats.tar import TarWriter
 from data_prep.shards import stage as shards
 from data_prep.shards.stage import ShardsConfig

@@ -7,11 +7,13 @@ of its share of the range, so P files one after the other are the shuffled corpu
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import polars as pl
 
-from data_prep.accounting.drop_table import publish_judged
+from data_prep.accounting.judged import publish_judged
+from data_prep.facts import Facts
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 DUPLICATE = "duplicate"
@@ -31,6 +33,14 @@ class DedupConfig:
             raise ValueError("partitions must be at least 1")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DedupTask(Facts):
+    """Tables to look into, and the partition after the task's last one (None: it has one)."""
+
+    paths: Sequence[str]
+    end: int | None = None
+
+
 def plan(config: DedupConfig, context: Context) -> list[Task]:
     """One task a partition; of a large corpus in many small partitions, one task some neighbours.
 
@@ -46,7 +56,7 @@ def plan(config: DedupConfig, context: Context) -> list[Task]:
         Task(
             f"{first:0{width}d}",
             inputs,
-            {"paths": [shard.path for shard in kept], **({"end": end} if end > first + 1 else {})},
+            DedupTask(paths=[shard.path for shard in kept], end=end if end > first + 1 else None).to_json(),
         )
         for first, end in itertools.pairwise(bounds)
     ]
@@ -54,9 +64,10 @@ def plan(config: DedupConfig, context: Context) -> list[Task]:
 
 def run(config: DedupConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """Sort some partitions' rows by key and keep the lowest (table, row) of each; one file a partition."""
-    paths = [context.path_in("filter_text", path) for path in task.arguments["paths"]]
+    asked = DedupTask.from_json(task.arguments)
+    paths = [context.path_in("filter_text", path) for path in asked.paths]
     first_partition = int(task.name)
-    last_partition = task.arguments.get("end", first_partition + 1) - 1
+    last_partition = (asked.end or first_partition + 1) - 1
     first, end = partition_range(first_partition, config.partitions)[0], None
     if last_partition + 1 < config.partitions:
         end = partition_range(last_partition, config.partitions)[1]

@@ -15,15 +15,17 @@ is itself dropped goes too: in a chain of small steps only its lowest key stays.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
-from data_prep.accounting.drop_table import publish_judged, write_table
-from data_prep.corpus import exemptions, kept_tables, rows_stage, table_name
+from data_prep.accounting.judged import publish_judged
+from data_prep.corpus_facts import exempt_sources, kept_tables, rows_stage, table_name
+from data_prep.facts import Facts
+from data_prep.formats.parquet import write_table
 from data_prep.rules.image import HASH_BITS, IMAGE_DUPLICATES_RULE
 from pipeline.core.records import DropReason
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
@@ -57,14 +59,31 @@ class DedupImageConfig:
             raise ValueError("partitions must be at least 1")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FindTask(Facts):
+    """Which copies a task looks for, and in which share of the rows."""
+
+    kind: Literal["exact", "near"]
+    band: int  # of the hashes; 0 for exact copies
+    part: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowsTask(Facts):
+    """A table of rows, by its path in the folder of the stage that kept them."""
+
+    table: str
+
+
 def plan_find(config: DedupImageConfig, context: Context) -> list[Task]:
     """One task for each band (and for exact copies) and partition; each reads two columns of every table."""
     tables = kept_tables(context, rows_stage(context))
     inputs = {shard.path: shard.digest for shard in tables}
     num_bands = 0 if config.max_distance is None else config.max_distance + 1
-    kinds = [*([("exact", 0)] if config.exact else []), *(("near", band) for band in range(num_bands))]
+    kinds: list[tuple[Literal["exact", "near"], int]] = [("exact", 0)] if config.exact else []
+    kinds += [("near", band) for band in range(num_bands)]
     return [
-        Task(f"{kind}.{band:02d}.{part:04d}", inputs, {"kind": kind, "band": band, "part": part})
+        Task(f"{kind}.{band:02d}.{part:04d}", inputs, FindTask(kind=kind, band=band, part=part).to_json())
         for kind, band in kinds
         for part in range(config.partitions)
     ]
@@ -72,21 +91,19 @@ def plan_find(config: DedupImageConfig, context: Context) -> list[Task]:
 
 def run_find(config: DedupImageConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """`copies/<task>.parquet`: key of each copy, reason, and key of the picture that it is a copy of."""
-    part = task.arguments["part"]
-    if task.arguments["kind"] == "exact":
+    asked = FindTask.from_json(task.arguments)
+    if asked.kind == "exact":
         rows = _read(context, "image_sha256")
         number = pl.col("image_sha256").str.slice(0, 8).str.to_integer(base=16)
-        wanted = (frame.filter(number % config.partitions == part) for frame in rows)
+        wanted = (frame.filter(number % config.partitions == asked.part) for frame in rows)
         found = exact_copies(pl.concat(wanted))
     else:
         assert config.max_distance is not None
         num_bands = config.max_distance + 1
         parts = []
         for frame in _read(context, "perceptual_hash"):
-            frame = frame.with_columns(
-                band=pl.Series(band_values(hash_bytes(frame), task.arguments["band"], num_bands))
-            )
-            parts.append(frame.filter(pl.col("band") % config.partitions == part))
+            frame = frame.with_columns(band=pl.Series(band_values(hash_bytes(frame), asked.band, num_bands)))
+            parts.append(frame.filter(pl.col("band") % config.partitions == asked.part))
         found = near_copies(pl.concat(parts), config.max_distance)
     path = f"copies/{task.name}.parquet"
     write_table(found.sort("key"), context.path(path))
@@ -183,16 +200,16 @@ def plan(config: DedupImageConfig, context: Context) -> list[Task]:
     """One task a table of rows, bound to all the copies that were found."""
     copies = {shard.path: shard.digest for shard in context.parents["find_copies"].shards}
     return [
-        Task(table_name(shard), {"rows": shard.digest, **copies}, {"table": shard.path})
+        Task(table_name(shard), {"rows": shard.digest, **copies}, RowsTask(table=shard.path).to_json())
         for shard in kept_tables(context, rows_stage(context))
     ]
 
 
 def run(config: DedupImageConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """Drop the copies of one table, except those of sources that `exempt_from` keeps."""
-    rows = pl.read_parquet(context.path_in(rows_stage(context), task.arguments["table"]))
-    rules = exemptions(context.parents["corpus"])
-    exempt = [name for name, names in rules.items() if IMAGE_DUPLICATES_RULE in names]
+    table = RowsTask.from_json(task.arguments).table
+    rows = pl.read_parquet(context.path_in(rows_stage(context), table))
+    exempt = exempt_sources(context.parents["corpus"], IMAGE_DUPLICATES_RULE)
     found = _copies_among(context, rows["key"])
     stays = pl.col("source").is_in(exempt)
     judged = rows.join(found, on="key", how="left", maintain_order="left").with_columns(

@@ -9,11 +9,12 @@ import numpy as np
 import polars as pl
 
 from data_prep import decontamination as guard
-from data_prep.accounting.drop_table import publish_judged
 from data_prep.accounting.histograms import histogram
-from data_prep.corpus import exemptions, guard_paths
+from data_prep.accounting.judged import JudgedFacts, publish_judged
+from data_prep.corpus_facts import exemptions, guard_paths
 from data_prep.download.resize import UNDECODABLE, BadImageError, decode_upright
 from data_prep.download.stage import partition_of
+from data_prep.facts import Facts
 from data_prep.formats.shards import OpenFiles
 from data_prep.rules import image as image_rules
 from pipeline.core import store
@@ -31,6 +32,14 @@ class FilterImageConfig:
     # Bits of 384 within which a picture counts as a copy of an evaluation picture.
     # On the demo re-encoded copies are 0 to 22 bits away, other pictures 60 and more.
     evaluation_distance: int = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageTask(Facts):
+    """A downloaded partition, by its paths in the folder of stage download."""
+
+    tar: str  # of the first pass; rows of later ones name theirs
+    table: str
 
 
 def plan(config: FilterImageConfig, context: Context) -> list[Task]:
@@ -53,7 +62,8 @@ def plan(config: FilterImageConfig, context: Context) -> list[Task]:
         name = partition_of(shard.path)
         if name not in tasks:
             inputs = {**shared, "pictures": shard.digest, "rows": tables[name].digest}
-            tasks[name] = Task(name, inputs, {"tar": shard.path, "table": tables[name].path})
+            asked = ImageTask(tar=shard.path, table=tables[name].path)
+            tasks[name] = Task(name, inputs, asked.to_json())
         else:  # a later pass of the download has added pictures
             inputs = {**tasks[name].inputs, f"pictures {shard.path}": shard.digest}
             tasks[name] = dataclasses.replace(tasks[name], inputs=inputs)
@@ -62,9 +72,10 @@ def plan(config: FilterImageConfig, context: Context) -> list[Task]:
 
 def run(config: FilterImageConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """Judge one partition's pictures. Pictures stay where they are; the table says which are kept."""
-    table = pl.read_parquet(context.path_in("download", task.arguments["table"]))
+    asked = ImageTask.from_json(task.arguments)
+    table = pl.read_parquet(context.path_in("download", asked.table))
     if "tar" not in table.columns:
-        table = table.with_columns(tar=pl.lit(task.arguments["tar"]))
+        table = table.with_columns(tar=pl.lit(asked.tar))
     exempt_from = exemptions(context.parents["corpus"])
     reasons: list[str | None] = []
     hashes: list[bytes] = []
@@ -106,11 +117,11 @@ def run(config: FilterImageConfig, context: Context, task: Task, progress: Progr
     short_side = [
         rows.select(pl.min_horizontal("width_px", "height_px")).to_series() for rows in (kept, dropped)
     ]
-    extra = {
-        "rules": image_rules.VERSIONS,
-        "histograms": {"short_side_px": histogram("short_side_px", *short_side)},
-    }
-    return publish_judged(context, task, kept, dropped, extra=extra)
+    facts = JudgedFacts(
+        rules=image_rules.VERSIONS,
+        histograms={"short_side_px": histogram("short_side_px", *short_side)},
+    )
+    return publish_judged(context, task, kept, dropped, facts)
 
 
 @functools.lru_cache(maxsize=8)  # the sets are the same for every task that a process does

@@ -8,18 +8,21 @@ pairs never meet under one threshold.
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from data_prep.accounting.drop_table import DETAIL, publish_judged, write_table
+from data_prep.accounting.drop_table import DETAIL
 from data_prep.accounting.histograms import histogram
-from data_prep.corpus import exemptions, kept_tables, rows_stage, table_name
+from data_prep.accounting.judged import JudgedFacts, publish_judged
+from data_prep.corpus_facts import exempt_sources, kept_tables, rows_stage, table_name
 from data_prep.download.stage import partition_of
+from data_prep.facts import Facts
+from data_prep.formats.parquet import write_table
 from data_prep.formats.shards import OpenFiles
 from data_prep.rules.text import SCORE_BELOW_THRESHOLD, SCORE_RULE
 from pipeline.core.config import NOT_IN_DIGEST
@@ -84,6 +87,43 @@ class FilterScoreConfig:
             raise ValueError(f"drop_share {self.drop_share} is not between 0 and 1")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncoderPair(Facts):
+    """The first digits of both encoders' digests."""
+
+    text: str
+    image: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreTask(Facts):
+    """A table of rows in the folder of the stage that kept them, who scores it, and for the filter how high."""
+
+    table: str
+    pair: EncoderPair
+    min_score: float | None = None
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        pair = EncoderPair.from_json(fields["pair"])
+        return cls(table=fields["table"], pair=pair, min_score=fields.get("min_score"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreFacts(Facts):
+    """The facts of one scored table."""
+
+    pair: EncoderPair
+    scored: int = 0  # rows
+    # Rows by score, in steps of 0.002: a share becomes a threshold without reading scores again.
+    scores: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        pair = EncoderPair.from_json(fields["pair"])
+        return cls(pair=pair, scored=fields.get("scored", 0), scores=fields.get("scores", {}))
+
+
 class PairEncoder(Protocol):
     """Both encoders, ready; features of either are unit-norm float32 [len, dim] of one space."""
 
@@ -114,7 +154,7 @@ def plan(
                 "text encoder": text,
                 "image encoder": image,
             },
-            {"table": shard.path, "pair": {"text": text, "image": image}},
+            ScoreTask(table=shard.path, pair=EncoderPair(text=text, image=image)).to_json(),
         )
         for shard in kept_tables(context, rows_stage(context))
         for name in [table_name(shard)]
@@ -129,7 +169,8 @@ def run(
     load: Callable[[ScoreConfig], PairEncoder],
 ) -> Outcome:
     """`scores/<partition>.parquet`: key and pair_score (null where the row was not to be scored)."""
-    path = context.path_in(rows_stage(context), task.arguments["table"])
+    asked = ScoreTask.from_json(task.arguments)
+    path = context.path_in(rows_stage(context), asked.table)
     rows = pl.read_parquet(path, columns=["key", "caption", "score", "tar", "offset_bytes", "size_bytes"])
     wanted = pl.lit(True) if config.rows == "all" else pl.col("score").is_null() | pl.col("score").is_nan()
     chosen = rows.with_row_index("at").filter(wanted)
@@ -150,31 +191,26 @@ def run(
     )
     out = f"scores/{task.name}.parquet"
     write_table(table, context.path(out))
-    extra = {
-        "pair": task.arguments["pair"],
-        "scored": chosen.height,
-        # Rows by score, in steps of 0.002: a share becomes a threshold without reading scores again.
-        "scores": _counts(found),
-    }
-    return Outcome({out: rows.height}, num_in=rows.height, num_kept=rows.height, extra=extra)
+    facts = ScoreFacts(pair=asked.pair, scored=chosen.height, scores=_counts(found))
+    return Outcome({out: rows.height}, num_in=rows.height, num_kept=rows.height, extra=facts.to_json())
 
 
 def plan_filter(config: FilterScoreConfig, context: Context) -> list[Task]:
     """One task a partition; ConfigError where the scores are of more than one pair of encoders."""
-    pairs = {tuple(extra["pair"].items()) for extra in context.parents["score"].extra.values()}
+    pairs = {facts.pair for facts in _facts_of(context.parents["score"])}
     if len(pairs) > 1:
         raise ConfigError(
             f"filter_score.min_score: scores of {len(pairs)} different encoder pairs have no threshold in"
             f" common; run `--stage score --redo`"
         )
-    pair = dict(next(iter(pairs)))
+    pair = next(iter(pairs))
     min_score = threshold(config, context.parents["score"])
     scores = {shard.path: shard.digest for shard in context.parents["score"].shards}
     return [
         Task(
             name,
             {"rows": shard.digest, "scores": scores[f"scores/{name}.parquet"]},
-            {"table": shard.path, "pair": pair, "min_score": min_score},
+            ScoreTask(table=shard.path, pair=pair, min_score=min_score).to_json(),
         )
         for shard in kept_tables(context, rows_stage(context))
         for name in [table_name(shard)]
@@ -183,20 +219,22 @@ def plan_filter(config: FilterScoreConfig, context: Context) -> list[Task]:
 
 def run_filter(config: FilterScoreConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """Rows scored below the threshold go; the others carry the score and both encoders' digests on."""
-    rows = pl.read_parquet(context.path_in(rows_stage(context), task.arguments["table"]))
+    asked = ScoreTask.from_json(task.arguments)
+    rows = pl.read_parquet(context.path_in(rows_stage(context), asked.table))
     scores = pl.read_parquet(context.path_in("score", f"scores/{task.name}.parquet"))
     if not rows["key"].equals(scores["key"]):
         raise InputError(f"{context.path_in('score')}: scores of other rows; run `--stage score --redo`")
-    min_score = task.arguments["min_score"]
-    exempt = [name for name, rules in exemptions(context.parents["corpus"]).items() if SCORE_RULE in rules]
+    min_score = asked.min_score
+    assert min_score is not None  # plan_filter has set it
+    exempt = exempt_sources(context.parents["corpus"], SCORE_RULE)
     score = scores[SCORE_COLUMN]
     is_scored = pl.col(SCORE_COLUMN).is_not_null()
     judged = (
         rows.drop(*_PAIR_COLUMNS, strict=False)
         .with_columns(score)
         .with_columns(
-            pl.when(is_scored).then(pl.lit(task.arguments["pair"]["text"])).alias(TEXT_COLUMN),
-            pl.when(is_scored).then(pl.lit(task.arguments["pair"]["image"])).alias(IMAGE_COLUMN),
+            pl.when(is_scored).then(pl.lit(asked.pair.text)).alias(TEXT_COLUMN),
+            pl.when(is_scored).then(pl.lit(asked.pair.image)).alias(IMAGE_COLUMN),
             reason=pl.when(
                 (pl.col(SCORE_COLUMN) < pl.lit(min_score, dtype=pl.Float32)) & ~pl.col("source").is_in(exempt)
             ).then(pl.lit(str(SCORE_BELOW_THRESHOLD))),
@@ -210,11 +248,11 @@ def run_filter(config: FilterScoreConfig, context: Context, task: Task, progress
         task,
         kept,
         dropped,
-        extra={
-            "histograms": {"pair_score": histogram("pair_score", kept[SCORE_COLUMN], dropped[SCORE_COLUMN])},
-            "min_score": min_score,
-            "score_minimums": minimums(judged.filter(~pl.col("source").is_in(exempt)), SCORE_COLUMN),
-        },
+        JudgedFacts(
+            histograms={"pair_score": histogram("pair_score", kept[SCORE_COLUMN], dropped[SCORE_COLUMN])},
+            min_score=min_score,
+            score_minimums=minimums(judged.filter(~pl.col("source").is_in(exempt)), SCORE_COLUMN),
+        ),
     )
 
 
@@ -223,14 +261,18 @@ def threshold(config: FilterScoreConfig, scores: Manifest) -> float:
     if config.drop_share is None:
         return _PAPERS_MIN_SCORE if config.min_score is None else config.min_score
     counts: Counter[int] = Counter()
-    for extra in scores.extra.values():
-        counts.update({int(step): count for step, count in extra.get("scores", {}).items()})
+    for facts in _facts_of(scores):
+        counts.update({int(step): count for step, count in facts.scores.items()})
     to_drop = config.drop_share * counts.total()
     for step in sorted(counts):
         to_drop -= counts[step]
         if to_drop < 0:
             return step / _STEPS_PER_UNIT
     return -1.0  # nothing was scored
+
+
+def _facts_of(scores: Manifest) -> list[ScoreFacts]:
+    return [ScoreFacts.from_json(extra) for extra in scores.extra.values()]
 
 
 def _counts(scores_N: Float32Array) -> dict[str, int]:

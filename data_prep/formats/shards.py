@@ -2,13 +2,14 @@
 
 import collections
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, Literal, Self
 
 import polars as pl
 
-from data_prep.accounting.drop_table import write_table
+from data_prep.facts import Facts
+from data_prep.formats.parquet import write_table
 from data_prep.formats.tar import TarWriter
 from pipeline.core import store
 from pipeline.core.records import InputError, Manifest, Shard
@@ -24,6 +25,9 @@ _INTERNAL = (
 )  # fmt: skip
 _REMEDY = "run `--stage download --mend`, or make these shards again"
 _OPEN_TARS = 64  # at once: rows of one shard may come from any number of tars
+
+
+Part = Literal["train", "validation"]  # of a corpus that [split] divides
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +79,29 @@ def _in_manifest(folder: str, path: str) -> list[CorpusShard]:
     return found
 
 
-def cut(tables: Sequence[Shard], samples_per_shard: int) -> Iterator[list[dict[str, Any]]]:
-    """For each shard the pieces {table, first, count} of these tables' rows, in order.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece(Facts):
+    """Some rows of a table."""
+
+    table: str
+    first: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardTask(Facts):
+    """The rows of one shard; `part` says of which part of a corpus that is split."""
+
+    pieces: Sequence[Piece]
+    part: Part | None = None
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        return cls(pieces=[Piece.from_json(piece) for piece in fields["pieces"]], part=fields.get("part"))
+
+
+def cut(tables: Sequence[Shard], samples_per_shard: int) -> Iterator[list[Piece]]:
+    """Yield for each shard the pieces of these tables' rows, in order.
 
     Every shard has `samples_per_shard` rows but the last.
     """
@@ -94,7 +119,7 @@ def cut(tables: Sequence[Shard], samples_per_shard: int) -> Iterator[list[dict[s
             low, high = max(first, starts[number]), min(end, starts[number + 1])
             if low < high:
                 begin = starts[number]
-                pieces.append({"table": tables[number].path, "first": low - begin, "count": high - low})
+                pieces.append(Piece(table=tables[number].path, first=low - begin, count=high - low))
             number += 1
         yield pieces
 

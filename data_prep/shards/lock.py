@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_prep.accounting.funnel import STEPS, by_source
-from data_prep.corpus import tables_of
+from data_prep.accounting.judged import JudgedFacts
+from data_prep.corpus_facts import tables_of
 from pipeline.core import store
 from pipeline.core.config import digest, plain
 from pipeline.core.records import Manifest
@@ -42,11 +43,11 @@ def run(config: LockConfig, context: Context, task: Task, progress: Progress) ->
     content = {
         "sources": [
             {
-                "source": table["source"]["name"],
+                "source": table.place.source.name,
                 # A table that the run wrote itself goes by its place in the stage; others by their own path.
-                "table": table["path"],
-                "rows": table["num_rows"],
-                "digest": table["digest"],
+                "table": table.place.path,
+                "rows": table.num_rows,
+                "digest": table.digest,
             }
             for table in tables_of(manifests["corpus"])
         ],
@@ -81,7 +82,7 @@ def _rules(manifest: Manifest | None) -> dict[str, int]:
     """Rule → version, of all rules that a stage asked of some source."""
     found: dict[str, int] = {}
     for extra in manifest.extra.values() if manifest else ():
-        found |= extra.get("rules", {})
+        found |= JudgedFacts.from_json(extra).rules or {}
     return dict(sorted(found.items()))
 
 

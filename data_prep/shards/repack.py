@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 import polars as pl
 import pyarrow.parquet as pq
 
-from data_prep.accounting.drop_table import publish_judged, write_table
+from data_prep.accounting.judged import publish_judged
 from data_prep.dedup.exact import DUPLICATE, partition_range
-from data_prep.formats.shards import CorpusShard, corpus_shards, cut, write_shard
+from data_prep.facts import Facts
+from data_prep.formats.parquet import write_table
+from data_prep.formats.shards import CorpusShard, ShardTask, corpus_shards, cut, write_shard
 from data_prep.sources.table import naming_damage
 from pipeline.core import store
 from pipeline.core.config import NOT_IN_DIGEST, digest
@@ -41,6 +43,27 @@ class RepackConfig:
     def __post_init__(self) -> None:
         if self.samples_per_shard < 1:
             raise ConfigError(f"--samples {self.samples_per_shard}: a shard holds at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeysTask(Facts):
+    """The number of ranges that the listed keys are read in."""
+
+    buckets: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubsetTask(Facts):
+    """The sidecar of one shard of the corpus."""
+
+    table: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeTask(Facts):
+    """The number of ranges that the rows of all corpora are merged in."""
+
+    partitions: int
 
 
 def reshard_stages(config: RepackConfig) -> tuple[Stage, ...]:
@@ -97,8 +120,8 @@ def plan_shards(config: RepackConfig, context: Context) -> list[Task]:
     return [
         Task(
             f"{number:05d}",
-            {f"table {place}": digests[piece["table"]] for place, piece in enumerate(pieces)},
-            {"pieces": pieces},
+            {f"table {place}": digests[piece.table] for place, piece in enumerate(pieces)},
+            ShardTask(pieces=pieces).to_json(),
         )
         for number, pieces in enumerate(cut(tables, config.samples_per_shard))
     ]
@@ -107,12 +130,12 @@ def plan_shards(config: RepackConfig, context: Context) -> list[Task]:
 def run_shards(config: RepackConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """Copy one shard's pictures, captions and columns."""
     frames = []
-    for piece in task.arguments["pieces"]:
+    for piece in ShardTask.from_json(task.arguments).pieces:
         if "rows" in context.parents:
-            rows = pl.scan_parquet(context.path_in("rows", piece["table"]))
+            rows = pl.scan_parquet(context.path_in("rows", piece.table))
         else:
-            rows = _sidecar(piece["table"])
-        frames.append(rows.slice(piece["first"], piece["count"]))
+            rows = _sidecar(piece.table)
+        frames.append(rows.slice(piece.first, piece.count))
     rows = pl.concat(frames, how="diagonal_relaxed")
     return write_shard(context, task.name, rows.collect(), lambda tar: tar)
 
@@ -129,12 +152,12 @@ def plan_keys(config: RepackConfig, context: Context) -> list[Task]:
         num_keys = store.num_bytes(path) // _BYTES_PER_LINE
     buckets = num_keys // _KEYS_PER_BUCKET + 1
     inputs = {"keys": store.digest_file(path)}
-    return [Task(f"{number:05d}", inputs, {"buckets": buckets}) for number in range(buckets)]
+    return [Task(f"{number:05d}", inputs, KeysTask(buckets=buckets).to_json()) for number in range(buckets)]
 
 
 def run_keys(config: RepackConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """Sort one range of the listed keys. InputError for a line that is no key, and for a list without any."""
-    first, end = partition_range(int(task.name), task.arguments["buckets"])
+    first, end = partition_range(int(task.name), KeysTask.from_json(task.arguments).buckets)
     condition = pl.col("key") >= first
     if end is not None:
         condition &= pl.col("key") < end
@@ -188,14 +211,16 @@ def plan_subset(config: RepackConfig, context: Context) -> list[Task]:
     """One task a shard of the corpus."""
     listed = digest([[shard.path, shard.digest] for shard in context.parents["keys"].shards])
     return [
-        Task(f"{number:05d}", {"shard": shard.digest, "keys": listed}, {"table": shard.table})
+        Task(
+            f"{number:05d}", {"shard": shard.digest, "keys": listed}, SubsetTask(table=shard.table).to_json()
+        )
         for number, shard in enumerate(corpus_shards(config.corpora[0]))
     ]
 
 
 def run_subset(config: RepackConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """Rows of one shard whose keys are listed; reads no more of the list than the shard's range of keys."""
-    rows = _sidecar(task.arguments["table"]).collect()
+    rows = _sidecar(SubsetTask.from_json(task.arguments).table).collect()
     between = pl.col("key").is_between(pl.lit(rows["key"].min()), pl.lit(rows["key"].max()))
     paths = [shard.path for shard in context.shards_of("keys") if shard.num_samples]
     listed = pl.scan_parquet(paths).filter(between).collect(engine="streaming")
@@ -210,12 +235,15 @@ def plan_merge(config: RepackConfig, context: Context) -> list[Task]:
     total = sum(shard.num_samples for shards in corpora for shard in shards)
     partitions = total // _ROWS_PER_PARTITION + 1
     inputs = {"corpora": digest([[shard.digest for shard in shards] for shards in corpora])}
-    return [Task(f"{number:05d}", inputs, {"partitions": partitions}) for number in range(partitions)]
+    return [
+        Task(f"{number:05d}", inputs, MergeTask(partitions=partitions).to_json())
+        for number in range(partitions)
+    ]
 
 
 def run_merge(config: RepackConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """One range of keys of all corpora, sorted; of rows with one key the first corpus's is kept."""
-    first, end = partition_range(int(task.name), task.arguments["partitions"])
+    first, end = partition_range(int(task.name), MergeTask.from_json(task.arguments).partitions)
     condition = pl.col("key") >= first
     if end is not None:
         condition &= pl.col("key") < end

@@ -7,7 +7,7 @@ nor workers. The first in rank become validation, except those that have a near 
 never one is in training and one in validation.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,9 @@ import numpy.typing as npt
 import polars as pl
 import polars_hash as plh
 
-from data_prep.accounting.drop_table import write_table
-from data_prep.corpus import kept_tables, rows_stage
+from data_prep.corpus_facts import kept_tables, rows_stage
+from data_prep.facts import Facts
+from data_prep.formats.parquet import write_table
 from data_prep.rules.image import HASH_BITS
 from pipeline.core.records import InputError, Shard
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
@@ -52,6 +53,16 @@ class SplitConfig:
             raise ValueError(f"distance {self.distance} is not between 0 and {HASH_BITS - 1} bits")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitFacts(Facts):
+    """Rows that were to be set aside, those that are, and how they lie in the tables."""
+
+    asked: int
+    validation: int
+    candidates_with_copies_in_training: int
+    counts: Mapping[str, int]  # table of kept rows → validation rows in it
+
+
 def plan(config: SplitConfig, context: Context) -> list[Task]:
     """One task: a picture's copies may be in any partition."""
     return [Task("split", {shard.path: shard.digest for shard in _kept(context)})]
@@ -78,19 +89,18 @@ def run(config: SplitConfig, context: Context, task: Task, progress: Progress) -
         )
     write_table(keys.select("key"), context.path(KEYS_FILE))
     by_table = dict(keys.group_by("table").len().sort("table").iter_rows())
-    extra = {
-        "asked": wanted,
-        "validation": keys.height,
-        "candidates_with_copies_in_training": int(beside_training.sum()),
-        "counts": {kept[number].path: count for number, count in by_table.items()},
-    }
-    return Outcome({KEYS_FILE: keys.height}, num_in=total, num_kept=total, extra=extra)
+    facts = SplitFacts(
+        asked=wanted,
+        validation=keys.height,
+        candidates_with_copies_in_training=int(beside_training.sum()),
+        counts={kept[number].path: count for number, count in by_table.items()},
+    )
+    return Outcome({KEYS_FILE: keys.height}, num_in=total, num_kept=total, extra=facts.to_json())
 
 
-def counts(context: Context) -> dict[str, int]:
-    """Table of kept rows → validation rows in it."""
-    found: dict[str, int] = context.parents["split"].extra["split"]["counts"]
-    return found
+def counts(context: Context) -> Mapping[str, int]:
+    """Return table of kept rows → validation rows in it."""
+    return SplitFacts.from_json(context.parents["split"].extra["split"]).counts
 
 
 def _kept(context: Context) -> list[Shard]:

@@ -10,19 +10,18 @@ folder and a manifest of its own, the rows that stage split set aside.
 """
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import polars as pl
 
-from data_prep.corpus import kept_tables, rows_stage
+from data_prep.corpus_facts import kept_tables, rows_stage
 from data_prep.download.stage import partition_of
-from data_prep.formats.shards import cut, write_shard
+from data_prep.formats.shards import Part, ShardTask, cut, write_shard
 from data_prep.shards import split
 from pipeline.core.records import Shard
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
-
-Part = Literal["train", "validation"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,26 +44,26 @@ def plan(config: ShardsConfig, context: Context, part: Part = "train") -> list[T
         if shard.path.endswith(".tar"):
             name = shard.path.removeprefix("pictures/").removesuffix(".tar")
             partitions[partition_of(shard.path)][f"pictures {name}"] = shard.digest
-    arguments, chosen = {}, {}
+    own_part: Part | None = None
+    chosen = {}
     if "split" in context.parents:
         kept = _part_of(kept, split.counts(context), part)
-        arguments = {"part": part}
+        own_part = part
         chosen = {"validation keys": context.shards_of("split", split.KEYS_FILE)[0].digest}
     tasks = []
     for number, pieces in enumerate(cut(kept, config.samples_per_shard)):
-        inputs = {label: digest for piece in pieces for label, digest in digests[piece["table"]].items()}
-        tasks.append(Task(f"{number:05d}", {**inputs, **chosen}, {"pieces": pieces, **arguments}))
+        inputs = {label: digest for piece in pieces for label, digest in digests[piece.table].items()}
+        tasks.append(
+            Task(f"{number:05d}", {**inputs, **chosen}, ShardTask(pieces=pieces, part=own_part).to_json())
+        )
     return tasks
 
 
 def run(config: ShardsConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """Pack one shard."""
-    part = task.arguments.get("part")
+    asked = ShardTask.from_json(task.arguments)
     rows = pl.concat(
-        [
-            _rows(context, piece["table"], part).slice(piece["first"], piece["count"])
-            for piece in task.arguments["pieces"]
-        ],
+        [_rows(context, piece.table, asked.part).slice(piece.first, piece.count) for piece in asked.pieces],
         how="diagonal",
     ).collect()
     return write_shard(context, task.name, rows, lambda tar: context.path_in("download", tar))
@@ -79,7 +78,7 @@ def _rows(context: Context, table: str, part: Part | None) -> pl.LazyFrame:
     return rows.join(validation, on="key", how=how, maintain_order="left")
 
 
-def _part_of(kept: list[Shard], num_validation: dict[str, int], part: Part) -> list[Shard]:
+def _part_of(kept: list[Shard], num_validation: Mapping[str, int], part: Part) -> list[Shard]:
     """The tables with the number of rows that this part has in each."""
     return [
         Shard(

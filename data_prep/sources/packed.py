@@ -14,8 +14,9 @@ from urllib.parse import quote, urlencode
 
 import polars as pl
 
-from data_prep.accounting.drop_table import drops_as_they_come, write_table
+from data_prep.accounting.drop_table import drops_as_they_come
 from data_prep.formats.lmdb import open_lmdb, unpickle_plain
+from data_prep.formats.parquet import write_table
 from data_prep.sources.local_server import HOST, PACKED
 from data_prep.sources.regions import Converted, Places, malformed_rows
 from data_prep.sources.table import TableSource

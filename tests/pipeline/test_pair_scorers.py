@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep.accounting.drop_table import write_table
 from data_prep.filters import score
 from data_prep.filters.score import FilterScoreConfig, ScoreConfig
+from data_prep.formats.parquet import write_table
 from data_prep.formats.tar import TarWriter
 from data_prep.sources.table import TableSource, describe
 from pipeline import pair_scorers as pair_encoder

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from data_prep import corpus
-from data_prep.accounting.drop_table import drops_path, write_drops, write_table
+from data_prep.accounting.drop_table import drops_path, write_drops
 from data_prep.corpus import CorpusStageConfig, SourcesConfig
 from data_prep.decontamination import make_guard
 from data_prep.dedup import exact as dedup
@@ -25,6 +25,7 @@ from data_prep.filters import image as filter_image
 from data_prep.filters import text as filter_text
 from data_prep.filters.image import FilterImageConfig
 from data_prep.filters.text import FilterTextConfig
+from data_prep.formats.parquet import write_table
 from data_prep.formats.tar import TarWriter
 from data_prep.rules import image as image_rules
 from data_prep.shards import stage as shards

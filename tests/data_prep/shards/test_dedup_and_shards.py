@@ -14,7 +14,7 @@ import webdataset  # type: ignore[import-untyped]
 from PIL import Image
 
 from data_prep import corpus
-from data_prep.accounting.drop_table import drops_path, with_key, write_drops, write_table
+from data_prep.accounting.drop_table import drops_path, write_drops
 from data_prep.corpus import CorpusStageConfig, TablesConfig
 from data_prep.dedup import exact as dedup
 from data_prep.dedup.exact import DedupConfig, partition_range
@@ -23,6 +23,8 @@ from data_prep.filters import image as filter_image
 from data_prep.filters import text as filter_text
 from data_prep.filters.image import FilterImageConfig
 from data_prep.filters.text import FilterTextConfig
+from data_prep.formats.keys import with_key
+from data_prep.formats.parquet import write_table
 from data_prep.formats.tar import TarWriter
 from data_prep.shards import stage as shards
 from data_prep.shards.stage import ShardsConfig

@@ -17,7 +17,8 @@ from PIL import Image
 
 from data_prep import corpus
 from data_prep.accounting.funnel import by_source
-from data_prep.corpus import CorpusStageConfig, SourcesConfig, packed_folders
+from data_prep.corpus import CorpusStageConfig, SourcesConfig
+from data_prep.corpus_facts import packed_folders
 from data_prep.decontamination import guarded_hashes, guarded_ids, make_guard
 from data_prep.filters import text as filter_text
 from data_prep.filters.text import FilterTextConfig
