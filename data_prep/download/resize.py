@@ -108,8 +108,9 @@ def _draft(image: Image.Image, short_side_px: int) -> None:
 
 
 def _reduce(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    # Whole blocks of pixels are averaged, the rest of the way, less than a half, is bicubic: twice as fast as
-    # Lanczos on all pixels, and nearer to it than img2dataset's plain average (benchmarks/data_prep/resize.py).
+    # Whole blocks of pixels are averaged; the rest of the way, less than a half, is bicubic: twice as fast as
+    # Lanczos on all pixels, and nearer to it than img2dataset's plain average
+    # (benchmarks/data_prep/resize.py).
     return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=1.0)
 
 

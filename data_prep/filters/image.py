@@ -15,10 +15,10 @@ from data_prep.corpus_facts import exemptions, guard_paths
 from data_prep.download.resize import UNDECODABLE, BadImageError, decode_upright
 from data_prep.download.stage import partition_of
 from data_prep.facts import Facts
-from data_prep.formats.shards import OpenFiles
 from data_prep.rules import image as image_rules
 from pipeline.core import store
 from pipeline.core.evaluation_sets import EvaluationSet, evaluations_of
+from pipeline.core.shard_format import ByteRangePool
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 
@@ -79,11 +79,11 @@ def run(config: FilterImageConfig, context: Context, task: Task, progress: Progr
     exempt_from = exemptions(context.parents["corpus"])
     reasons: list[str | None] = []
     hashes: list[bytes] = []
-    with OpenFiles(lambda name: context.path_in("download", name)) as tars:
+    with ByteRangePool(lambda name: context.path_in("download", name)) as tars:
         for tar, offset, size, width, height, key, source in table.select(
             "tar", "offset_bytes", "size_bytes", "width_px", "height_px", "key", "source"
         ).iter_rows():
-            data = tars.read(tar, offset, size, key)
+            data = tars.read(tar, offset, size, f"{key}.jpg")
             try:
                 image = decode_upright(data, max_pixels=width * height)
             except BadImageError:

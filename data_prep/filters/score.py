@@ -23,10 +23,10 @@ from data_prep.corpus_facts import exempt_sources, kept_tables, rows_stage, tabl
 from data_prep.download.stage import partition_of
 from data_prep.facts import Facts
 from data_prep.formats.parquet import write_table
-from data_prep.formats.shards import OpenFiles
 from data_prep.rules.text import SCORE_BELOW_THRESHOLD, SCORE_RULE
 from pipeline.core.config import NOT_IN_DIGEST
 from pipeline.core.records import ConfigError, InputError, Manifest
+from pipeline.core.shard_format import ByteRangePool
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 # Of the sidecars; `data_prep.sources.table.score_pairs` reads them where a sidecar is a source.
@@ -97,7 +97,7 @@ class EncoderPair(Facts):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreTask(Facts):
-    """A table of rows in the folder of the stage that kept them, who scores it, and for the filter how high."""
+    """A table in the folder of the stage that kept its rows, who scores it, and the filter's threshold."""
 
     table: str
     pair: EncoderPair
@@ -294,9 +294,9 @@ def minimums(rows: pl.DataFrame, column: str) -> dict[str, float]:
 
 def _pictures(context: Context, rows: pl.DataFrame) -> list[bytes]:
     """Bytes of the rows' pictures, in their order."""
-    with OpenFiles(lambda name: context.path_in("download", name)) as tars:
+    with ByteRangePool(lambda name: context.path_in("download", name)) as tars:
         places = rows.select("tar", "offset_bytes", "size_bytes", "key").iter_rows()
-        return [tars.read(*place) for place in places]
+        return [tars.read(tar, offset, size, f"{key}.jpg") for tar, offset, size, key in places]
 
 
 def stage(

@@ -22,6 +22,7 @@ from data_prep.sources.table import naming_damage
 from pipeline.core import store
 from pipeline.core.config import NOT_IN_DIGEST, digest
 from pipeline.core.records import ConfigError, DropReason, InputError, Shard
+from pipeline.core.shard_format import tar_of
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 NOT_LISTED = DropReason("not_listed")  # the row's key is not in the list of keys
@@ -264,7 +265,7 @@ def run_merge(config: RepackConfig, context: Context, task: Task, progress: Prog
 
 def _sidecar(table: str) -> pl.LazyFrame:
     """A shard's rows with the tar that their places are in."""
-    return pl.scan_parquet(table).with_columns(tar=pl.lit(table.removesuffix(".parquet") + ".tar"))
+    return pl.scan_parquet(table).with_columns(tar=pl.lit(tar_of(table)))
 
 
 def _overlaps(shard: CorpusShard, first: str, end: str | None) -> bool:

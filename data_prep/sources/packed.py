@@ -22,6 +22,7 @@ from data_prep.sources.regions import Converted, Places, malformed_rows
 from data_prep.sources.table import TableSource
 from data_prep.sources.text_file import MALFORMED_COLUMNS, Malformed, column_names, read_batches
 from pipeline.core.records import DropReason, InputError
+from pipeline.core.shard_format import sidecar_of
 
 UNPAIRED = DropReason("unpaired")  # a text whose image_ids are empty: the pairing is unknown
 IMAGE_MISSING = DropReason("image_missing")  # a text that names a picture which is not there
@@ -63,7 +64,7 @@ def pieces(source: PackedSource) -> list[list[str]]:
     if not tars:
         what = "of a run's shards" if source.kind == "shards" else "of img2dataset's webdataset output"
         raise InputError(f"{source.path}: no .tar {what} (source {source.name})")
-    found = [[str(tar), str(tar.with_suffix(".parquet"))] for tar in tars]
+    found = [[str(tar), sidecar_of(str(tar))] for tar in tars]
     for files in found:
         _exist(source, files)
     return found
