@@ -14,8 +14,8 @@ from typing import Literal
 import numpy as np
 import polars as pl
 
-from data_prep.download.resize import SIGNATURES, BadImageError, decode_upright
 from data_prep.formats.base64_image import decode_picture
+from data_prep.formats.image import SIGNATURES, BadImageError, decode_upright
 from data_prep.formats.parquet import write_table
 from data_prep.rules import image as image_rules
 from pipeline.core import store

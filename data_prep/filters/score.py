@@ -307,7 +307,7 @@ def stage(
     load: Callable[[ScoreConfig], PairEncoder],
     parallel: bool,
 ) -> Stage:
-    """Return the stage that scores what the stage `rows` kept; `plan` and `run` say what the callables give."""
+    """Return the stage that scores what the stage `rows` kept; `identify` and `load` give the encoders."""
     return Stage(
         "score",
         title="cosine of picture and caption by two encoders",

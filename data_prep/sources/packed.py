@@ -1,8 +1,8 @@
-"""Pictures that are here already: Chinese-CLIP's TSV and LMDB, img2dataset's output, and a run's shards.
+"""Images that are here already: Chinese-CLIP's TSV and LMDB, img2dataset's output, and a run's shards.
 
 A pair becomes a row of a caption table with two addresses: `url`, what the row is known by, and `picture_at`,
-where the loopback site finds the picture's bytes (`data_prep.sources.local_server`), so that pictures from disk take the same
-way through the resizer as those from the web. Formats: Chinese-CLIP's README, img2dataset's README.
+where the loopback site (`data_prep.sources.local_server`) finds the image's bytes, so that images from disk
+take the same way through the resizer as those from the web. Formats: Chinese-CLIP's README, img2dataset's README.
 """
 
 import os

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageOps
 
-from data_prep.corpora.demo import BOMB_SIDE_PX, PLAN, SCHEMA, DemoConfig, make_demo
+from data_prep.corpora.demo import SCHEMA, DemoConfig, make_demo
 from data_prep.corpora.demo_scenes import (
     COLOURS,
     SHAPES,
@@ -31,6 +31,8 @@ from data_prep.corpora.demo_scenes import (
     hold_out_pairs,
     random_training_scene,
 )
+from data_prep.corpora.planted import PLAN
+from data_prep.corpora.planted_files import BOMB_SIDE_PX
 from data_prep.rules import image as image_rules
 from data_prep.rules import text as text_rules
 from data_prep.sources.local_server import HOST, read_site
