@@ -9,10 +9,11 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Literal
+from typing import Annotated, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import Field
 
 from data_prep.corpora.demo_scenes import describe, draw, evaluation_scenes, hold_out_pairs, random_dimensions
 from data_prep.corpora.planted import (
@@ -29,7 +30,6 @@ from data_prep.corpora.planted import (
 from data_prep.corpora.planted_files import careful_images, download_dirt, image_dirt
 from data_prep.formats.cnclip import EvaluationText, write_evaluation
 from data_prep.sources.local_server import HOST, Answer, write_site
-from pipeline.core.records import ConfigError
 
 EVALUATION_NAME = "unseen"
 NUM_TABLES = 3
@@ -42,10 +42,11 @@ class DemoConfig:
 
     kind: Literal["demo"] = "demo"
     seed: int = 0  # everything drawn follows from it
-    num_clean: int = 3000  # ordinary training rows, each with its own picture
-    num_evaluation: int = 200  # pictures of unseen pairs of things, one caption each
-    image_size_px: int = 96  # side of the most common, square picture; others are up to 3.1 times as long
-    dirt: float = 1.0  # factor on the number of rows of each class of dirt in PLAN
+    num_clean: Annotated[int, Field(ge=1)] = 3000  # ordinary training rows, each with its own picture
+    num_evaluation: Annotated[int, Field(ge=1)] = 200  # pictures of unseen pairs of things, one caption each
+    # Side of the most common, square image; others are up to 3.1 times as long.
+    image_size_px: Annotated[int, Field(ge=32)] = 96
+    dirt: Annotated[float, Field(ge=0.01)] = 1.0  # factor on the number of rows of each class of dirt in PLAN
 
 
 SCHEMA = pa.schema(
@@ -112,13 +113,7 @@ def make_demo(config: DemoConfig, folder: str | Path) -> None:
       SAMPLE_ID.
     - `expected/`, `expected.json` (`{URL: PNG file}`): the upright RGB pictures that a reader must see in
       the files that need care.
-
-    ConfigError where a number leaves nothing to make.
     """
-    least = {"num_clean": 1, "num_evaluation": 1, "image_size_px": 32, "dirt": 0.01}
-    for name, minimum in least.items():
-        if getattr(config, name) < minimum:
-            raise ConfigError(f"corpus.{name}: {getattr(config, name)}, but at least {minimum} is needed")
     folder = Path(folder)
     world = _make_world(config)
     clean = list(clean_rows(world))

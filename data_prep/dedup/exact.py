@@ -9,8 +9,10 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import polars as pl
+from pydantic import Field
 
 from data_prep.accounting.judged import publish_judged
 from data_prep.facts import Facts
@@ -26,11 +28,8 @@ _MIN_TASKS = 64  # below, one task a partition
 class DedupConfig:
     """`[dedup]`."""
 
-    partitions: int = 4  # files that the corpus is cut into; about 10,000 rows each is what download likes
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.partitions <= 16**_PREFIX_HEX_DIGITS:
-            raise ValueError("partitions must be at least 1")
+    # Files that the corpus is cut into; about 10,000 rows each is what download likes.
+    partitions: Annotated[int, Field(ge=1, le=16**_PREFIX_HEX_DIGITS)] = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

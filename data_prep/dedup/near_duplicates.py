@@ -15,12 +15,13 @@ is itself dropped goes too: in a chain of small steps only its lowest key stays.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
+from pydantic import Field
 
 from data_prep.accounting.judged import publish_judged
 from data_prep.corpus_facts import exempt_sources, kept_tables, rows_stage, table_name
@@ -47,16 +48,13 @@ class DedupImageConfig:
     exact: bool = True  # the same picture under several addresses or captions
     # Bits of 384 within which a picture is a near copy; unset is off. More bits are more and shorter bands:
     # benchmarks/data_prep/near_copies.py has their cost.
-    max_distance: int | None = None
-    partitions: int = 1  # of each band: a task holds its share of all keys and hashes, some 100 bytes a row
+    max_distance: Annotated[int, Field(ge=0, le=31)] | None = None
+    # Of each band: a task holds its share of all keys and hashes, some 100 bytes a row.
+    partitions: Annotated[int, Field(ge=1)] = 1
 
     def __post_init__(self) -> None:
-        if self.max_distance is not None and not 0 <= self.max_distance <= 31:
-            raise ValueError("max_distance must be 0 to 31 bits")
         if not self.exact and self.max_distance is None:
             raise ValueError("exact is off and max_distance not set: nothing to look for")
-        if self.partitions < 1:
-            raise ValueError("partitions must be at least 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

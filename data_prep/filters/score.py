@@ -10,11 +10,12 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, Self
+from typing import Annotated, Any, Literal, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+from pydantic import Field
 
 from data_prep.accounting.drop_table import DETAIL
 from data_prep.accounting.histograms import histogram
@@ -78,13 +79,11 @@ class FilterScoreConfig:
     min_score: float | None = None
     # Instead: the share of the scored rows, above 0 and below 1, that go for their low scores, at most. The
     # threshold is then a multiple of 0.002.
-    drop_share: float | None = None
+    drop_share: Annotated[float, Field(gt=0, lt=1)] | None = None
 
     def __post_init__(self) -> None:
         if self.min_score is not None and self.drop_share is not None:
             raise ValueError("give min_score or drop_share, not both")
-        if self.drop_share is not None and not 0 < self.drop_share < 1:
-            raise ValueError(f"drop_share {self.drop_share} is not between 0 and 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +123,7 @@ class ScoreFacts(Facts):
         return cls(pair=pair, scored=fields.get("scored", 0), scores=fields.get("scores", {}))
 
 
-class PairEncoder(Protocol):
+class PairScorer(Protocol):
     """Both encoders, ready; features of either are unit-norm float32 [len, dim] of one space."""
 
     def embed_texts(self, texts: Sequence[str]) -> Float32Array: ...
@@ -166,7 +165,7 @@ def run(
     context: Context,
     task: Task,
     progress: Progress,
-    load: Callable[[ScoreConfig], PairEncoder],
+    load: Callable[[ScoreConfig], PairScorer],
 ) -> Outcome:
     """`scores/<partition>.parquet`: key and pair_score (null where the row was not to be scored)."""
     asked = ScoreTask.from_json(task.arguments)
@@ -304,7 +303,7 @@ def stage(
     *,
     rows: str,
     identify: Callable[[ScoreConfig], tuple[str, str]],
-    load: Callable[[ScoreConfig], PairEncoder],
+    load: Callable[[ScoreConfig], PairScorer],
     parallel: bool,
 ) -> Stage:
     """Return the stage that scores what the stage `rows` kept; `identify` and `load` give the encoders."""

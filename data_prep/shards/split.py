@@ -9,12 +9,13 @@ never one is in training and one in validation.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 import polars_hash as plh
+from pydantic import Field
 
 from data_prep.corpus_facts import kept_tables, rows_stage
 from data_prep.facts import Facts
@@ -36,21 +37,16 @@ _BATCH = 65_536  # hashes compared at once
 class SplitConfig:
     """`[split]`: without this table every row is for training. Give `share` or `count`."""
 
-    share: float | None = None  # of all kept rows, above 0 and below 1
-    count: int | None = None  # rows; at most so many are set aside, rows of one picture together
+    share: Annotated[float, Field(gt=0, lt=1)] | None = None  # of all kept rows
+    # Rows; at most so many are set aside, rows of one image together.
+    count: Annotated[int, Field(ge=1)] | None = None
     # Bits of 384 within which two pictures count as copies; 0: only equal hashes do.
     # On the demo re-encoded copies are 0 to 22 bits away, other pictures 60 and more.
-    distance: int = 32
+    distance: Annotated[int, Field(ge=0, lt=HASH_BITS)] = 32
 
     def __post_init__(self) -> None:
         if (self.share is None) == (self.count is None):
             raise ValueError("give either share or count")
-        if self.share is not None and not 0 < self.share < 1:
-            raise ValueError(f"share {self.share} is not between 0 and 1")
-        if self.count is not None and self.count < 1:
-            raise ValueError(f"count {self.count} is below 1")
-        if not 0 <= self.distance < HASH_BITS:
-            raise ValueError(f"distance {self.distance} is not between 0 and {HASH_BITS - 1} bits")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

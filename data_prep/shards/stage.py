@@ -12,9 +12,10 @@ folder and a manifest of its own, the rows that stage split set aside.
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import polars as pl
+from pydantic import Field
 
 from data_prep.corpus_facts import kept_tables, rows_stage
 from data_prep.download.stage import partition_of
@@ -28,11 +29,7 @@ from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 class ShardsConfig:
     """`[shards]`."""
 
-    samples_per_shard: int = 10_000  # about 300 MB at 256 px
-
-    def __post_init__(self) -> None:
-        if self.samples_per_shard < 1:
-            raise ValueError("samples_per_shard must be at least 1")
+    samples_per_shard: Annotated[int, Field(ge=1)] = 10_000  # about 300 MB at 256 px
 
 
 def plan(config: ShardsConfig, context: Context, part: Part = "train") -> list[Task]:

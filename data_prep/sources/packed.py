@@ -2,7 +2,8 @@
 
 A pair becomes a row of a caption table with two addresses: `url`, what the row is known by, and `picture_at`,
 where the loopback site (`data_prep.sources.local_server`) finds the image's bytes, so that images from disk
-take the same way through the resizer as those from the web. Formats: Chinese-CLIP's README, img2dataset's README.
+take the same way through the resizer as those from the web. Formats: Chinese-CLIP's README, img2dataset's
+README.
 """
 
 import os
