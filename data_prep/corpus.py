@@ -8,29 +8,29 @@ import glob
 import os
 import tempfile
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, Self
 
 import polars as pl
 from pydantic import Discriminator
 
-from data_prep import decontamination as guard
+from data_prep import decontamination
 from data_prep.accounting.drop_table import drops_path
+from data_prep.accounting.judged import SourceCounts
 from data_prep.corpora.demo import DemoConfig, make_demo
 from data_prep.corpora.emoji import EmojiConfig, make_emoji
-from data_prep.rules.text import SCORE_RULE
-from data_prep.sources import packed, text_file
-from data_prep.sources import regions as convert
+from data_prep.corpus_facts import CorpusFacts, OutsideTable, malformed_table
+from data_prep.facts import Facts
+from data_prep.sources import packed, regions, text_file
 from data_prep.sources import table as caption_table
 from data_prep.sources.packed import PackedSource
 from data_prep.sources.table import TableSource
 from pipeline.core import store
 from pipeline.core.evaluation_sets import EvaluationSource, digest_of
-from pipeline.core.evaluation_sets import facts as evaluation_facts
-from pipeline.core.records import ConfigError, InputError, Manifest, Shard
-from pipeline.core.stage import Context, Outcome, Progress, Task
+from pipeline.core.records import ConfigError, InputError
+from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +58,23 @@ class CorpusStageConfig:
     evaluations: tuple[EvaluationSource, ...] = ()
 
 
-def tasks(config: CorpusStageConfig, context: Context) -> list[Task]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorpusTask(Facts):
+    """What one task looks at: a file alone, the files whose captions are joined, or a packed piece."""
+
+    paths: list[str]
+    source: TableSource | PackedSource
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        source = fields["source"]
+        if source["kind"] not in typing.get_args(packed.PackedKind):
+            return cls(paths=fields["paths"], source=caption_table.from_description(source))
+        lists = {name: tuple(source[name]) for name in ("exempt_from", "carry_columns")}
+        return cls(paths=fields["paths"], source=PackedSource(**{**source, **lists}))
+
+
+def plan(config: CorpusStageConfig, context: Context) -> list[Task]:
     """One task a table; the demo and emoji corpora are one task."""
     sets = {f"evaluation {item.name}": digest_of(item) for item in config.evaluations}
     if isinstance(config.corpus, DemoConfig):
@@ -82,7 +98,7 @@ def tasks(config: CorpusStageConfig, context: Context) -> list[Task]:
         Task(
             name=f"{number:05d}",
             inputs={**sets, **guards, **_digests(files)},
-            arguments={"paths": files, "source": dataclasses.asdict(source)},
+            arguments=CorpusTask(paths=files, source=source).to_json(),
         )
         for number, (source, files) in enumerate(_pieces(config.corpus))
     ]
@@ -145,14 +161,12 @@ def _make(corpus: DemoConfig | EmojiConfig, folder: Path) -> None:
 
 def _describe_made(config: CorpusStageConfig, folder: Path) -> Outcome:
     """Account for the files of a made corpus, which lies in a local folder."""
-    sources = {}
+    tables: dict[str, TableSource] = {}
     outputs: dict[str, int] = {}
-    carry = ("caption_en",)
     for path in sorted((folder / "tables").glob("*.parquet")):
-        num_rows = pl.scan_parquet(path).select(pl.len()).collect().item()
-        outputs[f"tables/{path.name}"] = num_rows
-        source = TableSource(path=f"tables/{path.name}", name=path.stem, carry_columns=carry)
-        sources[f"tables/{path.name}"] = caption_table.describe(source)
+        place = f"tables/{path.name}"
+        outputs[place] = pl.scan_parquet(path).select(pl.len()).collect().item()
+        tables[place] = TableSource(path=place, name=path.stem, carry_columns=("caption_en",))
     evaluations = {}
     for path in sorted((folder / "evaluation").glob("*/*_imgs.tsv")):
         name = path.name.removesuffix("_imgs.tsv")
@@ -162,12 +176,14 @@ def _describe_made(config: CorpusStageConfig, folder: Path) -> Outcome:
     for path in [*sorted((folder / "evaluation").rglob("*.*")), *planned]:
         if path.is_file():
             outputs[path.relative_to(folder).as_posix()] = 0
-    return Outcome(
-        outputs,
-        num_in=total,
-        num_kept=total,
-        extra={"tables": sources, **evaluation_facts(evaluations, config.evaluations), "site": True},
+    facts = CorpusFacts(
+        tables=tables, site=True, evaluations=evaluations, own_evaluations=_own_evaluations(config)
     )
+    return Outcome(outputs, num_in=total, num_kept=total, extra=facts.to_json())
+
+
+def _own_evaluations(config: CorpusStageConfig) -> dict[str, str]:
+    return {item.name: store.absolute(item.folder) for item in config.evaluations}
 
 
 def _take_in(
@@ -175,137 +191,68 @@ def _take_in(
 ) -> Outcome:
     """Look at one Parquet table where it lies, or write another source as a table of the run."""
     guards = guards_of(corpus)
-    extra = {**evaluation_facts({}, config.evaluations), **({"guards": list(guards)} if guards else {})}
-    paths, fields = task.arguments["paths"], task.arguments["source"]
+    facts = CorpusFacts(guards=guards, own_evaluations=_own_evaluations(config))
+    asked = CorpusTask.from_json(task.arguments)
+    paths, source = asked.paths, asked.source
     table_path, malformed_path = f"tables/{task.name}.parquet", malformed_table(task.name)
-    to = convert.Places(
+    to = regions.Places(
         context.path(table_path), context.path(malformed_path), context.path(drops_path(task.name))
     )
-    if fields["kind"] in typing.get_args(packed.PackedKind):
-        lists = {name: tuple(fields[name]) for name in ("exempt_from", "carry_columns")}
-        source = PackedSource(**{**fields, **lists})
-        extra["packed"] = {source.name: store.absolute(source.path)}
+    if isinstance(source, PackedSource):
+        facts = dataclasses.replace(facts, packed={source.name: store.absolute(source.path)})
         taken = packed.unpack(source, paths, to)
+    elif source.joins:
+        taken = regions.join_regions(paths, source, decontamination.guarded_ids(guards), to)
+    elif text_file.is_text(paths[0]):
+        taken = regions.convert_text(paths[0], source, to)
     else:
-        table = caption_table.from_description(fields)
-        if table.joins:
-            taken = convert.join_regions(paths, table, guard.guarded_ids(guards), to)
-        elif text_file.is_text(paths[0]):
-            taken = convert.convert_text(paths[0], table, to)
-        else:
-            return _look_at_table(paths[0], table, task.inputs["table"], extra)
-    description = caption_table.describe(dataclasses.replace(taken.source, path=table_path))
+        return _look_at_table(paths[0], source, task.inputs["table"], facts)
     dropped = dict(taken.dropped)
     num_in = taken.num_rows + sum(dropped.values())
     if num_in == 0:
         _refuse_empty(paths[0], taken.source)
-    counts = {"in": num_in, "kept": taken.num_rows, "dropped": dropped}
+    name = taken.source.name
     pairs = caption_table.score_pairs(to.table, taken.source)
-    extra |= {"tables": {table_path: description}, "sources": {taken.source.name: counts}}
-    extra |= {"score_pairs": {taken.source.name: pairs}} if pairs else {}
+    facts = dataclasses.replace(
+        facts,
+        tables={table_path: dataclasses.replace(taken.source, path=table_path)},
+        sources={name: SourceCounts(num_in=num_in, num_kept=taken.num_rows, dropped=dropped)},
+        score_pairs={name: pairs} if pairs else {},
+    )
     num_malformed = sum(dropped.values()) - taken.num_drops
     outputs = {table_path: taken.num_rows, malformed_path: num_malformed}
     if taken.num_drops:
         outputs[drops_path(task.name)] = taken.num_drops
-    return Outcome(outputs, num_in=num_in, num_kept=taken.num_rows, dropped=dropped, extra=extra)
+    return Outcome(outputs, num_in=num_in, num_kept=taken.num_rows, dropped=dropped, extra=facts.to_json())
 
 
-def _look_at_table(path: str, source: TableSource, digest: str, extra: dict[str, Any]) -> Outcome:
+def _look_at_table(path: str, source: TableSource, digest: str, facts: CorpusFacts) -> Outcome:
     with caption_table.naming_damage(path):
         num_rows = caption_table.scan(path, source).select(pl.len()).collect().item()
     if num_rows == 0:
         _refuse_empty(path, source)
-    extra["external"] = {"path": path, "source": caption_table.describe(source), "digest": digest}
-    extra["sources"] = {source.name: {"in": num_rows, "kept": num_rows, "dropped": {}}}
-    if pairs := caption_table.score_pairs(path, source):
-        extra["score_pairs"] = {source.name: pairs}
-    return Outcome({}, num_in=num_rows, num_kept=num_rows, extra=extra)
+    pairs = caption_table.score_pairs(path, source)
+    facts = dataclasses.replace(
+        facts,
+        external=OutsideTable(path=path, source=source, digest=digest),
+        sources={source.name: SourceCounts(num_in=num_rows, num_kept=num_rows)},
+        score_pairs={source.name: pairs} if pairs else {},
+    )
+    return Outcome({}, num_in=num_rows, num_kept=num_rows, extra=facts.to_json())
 
 
 def _refuse_empty(path: str, source: TableSource) -> NoReturn:
     raise InputError(f"{path}: no rows (source {source.name}); remove it from [corpus] or fill it")
 
 
-def malformed_table(task: str) -> str:
-    """Where a task keeps the rows that are none (reason, text: its beginning), in the stage's folder."""
-    return f"malformed/{task}.parquet"
-
-
-def tables_of(corpus: Manifest) -> list[dict[str, Any]]:
-    """Tables of the corpus in order: {stage (None for an outside file), path, source, digest, num_rows}."""
-    shards = {shard.path: shard for shard in corpus.shards}
-    tables = []
-    for extra in corpus.extra.values():
-        for path, source in extra.get("tables", {}).items():
-            facts = {"digest": shards[path].digest, "num_rows": shards[path].num_samples}
-            tables.append({"stage": "corpus", "path": path, "source": source, **facts})
-        if outside := extra.get("external"):
-            num_rows = extra["sources"][outside["source"]["name"]]["in"]
-            tables.append({"stage": None, **outside, "num_rows": num_rows})
-    return tables
-
-
-# Stages that judge downloaded pictures, in order; those after the first run only where a run asks for them.
-ROW_STAGES = ("filter_image", "dedup_image", "filter_score")
-
-
-def rows_stage(context: Context) -> str:
-    """The parent whose kept rows a stage goes on with: the last of ROW_STAGES that it has."""
-    return next(name for name in reversed(ROW_STAGES) if name in context.parents)
-
-
-def kept_tables(context: Context, stage: str) -> list[Shard]:
-    """Tables of the rows that a stage kept, in order, by their paths in its folder."""
-    return [shard for shard in context.parents[stage].shards if shard.path.startswith("kept/")]
-
-
-def table_name(shard: Shard) -> str:
-    """`00000` of `kept/00000.parquet`."""
-    return Path(shard.path).stem
-
-
-def exemptions(corpus: Manifest) -> dict[str, tuple[str, ...]]:
-    """Source → names of the rules that do not apply to it."""
-    sources = [caption_table.from_description(table["source"]) for table in tables_of(corpus)]
-    return {source.name: source.exemptions for source in sources}
-
-
-def score_pairs(corpus: Manifest) -> dict[str, list[str]]:
-    """Source → encoder pairs of its own scores, for sources that are judged by them."""
-    exempt = {name for name, rules in exemptions(corpus).items() if SCORE_RULE in rules}
-    found: dict[str, list[str]] = {}
-    for extra in corpus.extra.values():
-        for source, pairs in extra.get("score_pairs", {}).items():
-            if source not in exempt:
-                found[source] = sorted({*found.get(source, []), *pairs})
-    return found
-
-
-def evaluation_urls(context: Context) -> list[Shard]:
-    """Files with the URLs of evaluation pictures, one a line; one for each set that has URLs."""
-    return context.shards_of("corpus", "_urls.txt")
-
-
-def site_folder(context: Context) -> str | None:
-    """Folder that the download stage serves over loopback, where the corpus brings its own site."""
-    made = any(extra.get("site") for extra in context.parents["corpus"].extra.values())
-    return context.path_in("corpus") if made else None
-
-
-def picture_folders(context: Context) -> dict[str, str]:
-    """Source → folder of pictures on disk, which the download stage serves over loopback too."""
-    sources = [table["source"] for table in tables_of(context.parents["corpus"])]
-    return {source["name"]: source["picture_folder"] for source in sources if source["picture_folder"]}
-
-
-def packed_folders(context: Context) -> dict[str, str]:
-    """Source → folder of TSV, tar or LMDB files; the download stage serves the pictures in them."""
-    found: dict[str, str] = {}
-    for extra in context.parents["corpus"].extra.values():
-        found |= extra.get("packed", {})
-    return found
-
-
-def guard_paths(corpus: Manifest) -> list[str]:
-    """Guards of the run, whose pictures filter_image removes by their hashes."""
-    return sorted({path for extra in corpus.extra.values() for path in extra.get("guards", ())})
+def stage(config: CorpusStageConfig) -> Stage:
+    """Return the stage that binds caption tables and evaluation sets by digest."""
+    return Stage(
+        "corpus",
+        title="caption tables and evaluation sets, bound by digest",
+        version=3,
+        config=config,
+        parents=(),
+        plan=plan,
+        run=run,
+    )

@@ -14,13 +14,14 @@ from typing import Literal
 import numpy as np
 import polars as pl
 
-from data_prep.accounting.drop_table import write_table
-from data_prep.download.resize import SIGNATURES, BadImageError, decode_upright
 from data_prep.formats.base64_image import decode_picture
+from data_prep.formats.image import SIGNATURES, BadImageError, decode_upright
+from data_prep.formats.parquet import write_table
 from data_prep.rules import image as image_rules
 from pipeline.core import store
 from pipeline.core.evaluation_sets import shard_stems
 from pipeline.core.records import InputError
+from pipeline.core.shard_format import read_sidecar
 
 Family = Literal["coco", "flickr", "own"]
 FAMILIES: tuple[Family, ...] = ("coco", "flickr", "own")
@@ -105,14 +106,7 @@ def set_hashes(folder: str, name: str) -> Iterator[tuple[str, bytes]]:
 
 
 def _sidecar_hashes(path: str) -> Iterator[tuple[str, bytes]]:
-    try:
-        with store.open_read(path) as file:
-            table = pl.read_parquet(file, columns=["key", "perceptual_hash"])
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise InputError(
-            f"{path}: no sidecar with key and perceptual_hash ({str(error).splitlines()[0]}); build the"
-            " shards again"
-        ) from None
+    table = read_sidecar(path, ("key", "perceptual_hash"))
     missing = table.filter(pl.col("perceptual_hash").is_null())
     if missing.height:
         raise InputError(f"{path}: {missing['key'][0]}: no perceptual hash; build the shards again")

@@ -30,7 +30,6 @@ from data_prep.filters.score import FilterScoreConfig, ScoreConfig
 from data_prep.filters.text import FilterTextConfig
 from data_prep.shards import lock, split
 from data_prep.shards import stage as shards
-from data_prep.shards.lock import LockConfig
 from data_prep.shards.split import SplitConfig
 from data_prep.shards.stage import ShardsConfig
 from eval import stages as evaluation_stages
@@ -185,66 +184,15 @@ def make_run(config: RunConfig) -> Run:
     )
     learned = () if config.model.vocabulary else ("vocabulary",)
     stages = [
-        Stage(
-            name="corpus",
-            title="caption tables and evaluation sets, bound by digest",
-            version=3,
-            config=corpus.CorpusStageConfig(corpus=config.corpus, evaluations=config.evaluation),
-            parents=(),
-            plan=corpus.tasks,
-            run=corpus.run,
-        ),
-        Stage(
-            name="filter_text",
-            title="language, score, length, blacklist, addresses of evaluation pictures",
-            version=3,
-            config=config.filter_text,
-            parents=("corpus",),
-            plan=filter_text.tasks,
-            run=filter_text.run,
-        ),
-        Stage(
-            name="dedup",
-            title="exact duplicates out; rows shuffled, once",
-            version=1,
-            config=config.dedup,
-            parents=("filter_text",),
-            plan=dedup.tasks,
-            run=dedup.run,
-        ),
-        Stage(
-            name="download",
-            title="img2dataset fetches, turns upright and resizes",
-            version=2,
-            config=config.download,
-            parents=("corpus", "dedup"),
-            plan=download.tasks,
-            run_together=download.run_together,
-            processes=config.download.processes,
-        ),
-        Stage(
-            name="filter_image",
-            title="size, aspect, copies of evaluation pictures",
-            version=1,
-            config=config.filter_image,
-            parents=("corpus", "download"),
-            plan=filter_image.tasks,
-            run=filter_image.run,
-        ),
+        corpus.stage(corpus.CorpusStageConfig(corpus=config.corpus, evaluations=config.evaluation)),
+        filter_text.stage(config.filter_text),
+        dedup.stage(config.dedup),
+        download.stage(config.download),
+        filter_image.stage(config.filter_image),
         *_row_stages(config),
     ]
     stages += _shard_stages(config, rows=stages[-1].name)
-    stages.append(
-        Stage(
-            name="lock",
-            title="sources, rules, settings and funnel of the corpus in one file",
-            version=1,
-            config=LockConfig(settings={stage.name: stage.config for stage in stages}),
-            parents=tuple(stage.name for stage in stages),
-            plan=lock.tasks,
-            run=lock.run,
-        )
-    )
+    stages.append(lock.stage(stages))
     columns = _learned_columns(config, train_stages)
     if columns:
         stages.append(vocabulary.stage(dataclasses.replace(config.vocabulary, columns=columns)))
@@ -333,84 +281,34 @@ def _row_stages(config: RunConfig) -> list[Stage]:
     before = "filter_image"
     if config.dedup_image is not None:
         stages += [
-            Stage(
-                name="find_copies",
-                title="pictures that are there already, exactly or nearly",
-                version=1,
-                config=config.dedup_image,
-                parents=("corpus", before),
-                plan=dedup_image.find_tasks,
-                run=dedup_image.find_run,
-            ),
-            Stage(
-                name="dedup_image",
-                title="copies go, the lowest key of each picture stays",
-                version=1,
-                config=config.dedup_image,
-                parents=("corpus", before, "find_copies"),
-                plan=dedup_image.tasks,
-                run=dedup_image.run,
-            ),
+            dedup_image.find_stage(config.dedup_image, rows=before),
+            dedup_image.stage(config.dedup_image, rows=before),
         ]
         before = "dedup_image"
     if config.score is not None:
         stages += [
-            Stage(
-                name="score",
-                title="cosine of picture and caption by two encoders",
-                version=2,
-                config=config.score,
-                parents=("corpus", "download", before),
-                plan=functools.partial(score.tasks, identify=pair_encoder.identify),
-                run=functools.partial(score.run, load=pair_encoder.load),
+            score.stage(
+                config.score,
+                rows=before,
+                identify=pair_encoder.identify,
+                load=pair_encoder.load,
                 # On one machine a second process would hold a second copy of both encoders.
                 parallel=config.run.executor == "ray",
             ),
-            Stage(
-                name="filter_score",
-                title="pictures that their captions do not describe go",
-                version=1,
-                config=config.filter_score or FilterScoreConfig(),
-                parents=("corpus", before, "score"),
-                plan=score.filter_tasks,
-                run=score.filter_run,
-            ),
+            score.filter_stage(config.filter_score or FilterScoreConfig(), rows=before),
         ]
     return stages
 
 
 def _shard_stages(config: RunConfig, rows: str) -> list[Stage]:
     """Shards of what the stage `rows` kept; with [split], the rows for validation in a stage of their own."""
-    packing = Stage(
-        name="shards",
-        title="tar shards with a Parquet sidecar: what training reads",
-        version=1,
-        config=config.shards,
-        parents=("download", rows),
-        plan=shards.tasks,
-        run=shards.run,
-    )
+    packing = shards.stage(config.shards, rows=rows, has_split=config.split is not None)
     if config.split is None:
         return [packing]
-    parents = ("download", rows, "split")
     return [
-        Stage(
-            name="split",
-            title="pictures set aside for validation, with all their copies",
-            version=1,
-            config=config.split,
-            parents=(rows,),
-            plan=split.tasks,
-            run=split.run,
-        ),
-        dataclasses.replace(packing, parents=parents),
-        dataclasses.replace(
-            packing,
-            name="validation",
-            title="tar shards of the rows set aside: training never reads them",
-            parents=parents,
-            plan=functools.partial(shards.tasks, part="validation"),
-        ),
+        split.stage(config.split, rows=rows),
+        packing,
+        shards.validation_stage(config.shards, rows=rows),
     ]
 
 

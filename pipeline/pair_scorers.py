@@ -1,6 +1,7 @@
-"""Who scores pictures against captions: Multilingual-CLIP with its CLIP, or a Chinese CLIP trained here.
+"""Who scores images against captions: Multilingual-CLIP with its CLIP, or a Chinese CLIP trained here.
 
-The score stage (`data_prep.filters.score`) may not import the models; `pipeline.catalog` hands it these functions.
+The score stage (`data_prep.filters.score`, whose `PairScorer` both are) may not import the models;
+`pipeline.catalog` hands it these functions.
 """
 
 import functools
@@ -39,14 +40,6 @@ class PairSettings(Protocol):
     def device(self) -> str | None: ...
 
 
-class PairEncoder(Protocol):
-    """Both encoders, ready; features of either are unit-norm float32 [len, dim] of one space."""
-
-    def embed_texts(self, texts: Sequence[str]) -> Float32Array: ...
-
-    def embed_images(self, images: Sequence[bytes]) -> Float32Array: ...
-
-
 def identify(config: PairSettings) -> tuple[str, str]:
     """Digests of the text and the image encoder: weights, tokeniser and whatever else changes a feature.
 
@@ -70,8 +63,8 @@ def identify(config: PairSettings) -> tuple[str, str]:
 
 
 @functools.lru_cache(maxsize=1)  # one process scores many partitions with one pair
-def load(config: PairSettings) -> PairEncoder:
-    """Both encoders in memory, on the accelerator where there is one."""
+def load(config: PairSettings) -> "OwnModel | MultilingualPair":
+    """Load both encoders into memory, on the accelerator if there is one."""
     if config.model is not None:
         return OwnModel(config)
     return MultilingualPair(config)

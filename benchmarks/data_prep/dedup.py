@@ -30,9 +30,10 @@ from multiprocessing.connection import Connection
 import polars as pl
 
 from benchmarks.harness import machine
-from data_prep.accounting.drop_table import with_key, write_table
 from data_prep.dedup import exact as dedup
 from data_prep.dedup.exact import DedupConfig
+from data_prep.formats.keys import with_key
+from data_prep.formats.parquet import write_table
 from pipeline.core import store
 from pipeline.core.records import Manifest, Shard
 from pipeline.core.stage import Context
@@ -78,7 +79,7 @@ def generate(folder: Path, num_rows: int) -> Context:
 def ours(context: Context, out: str) -> None:
     total = context.parents["filter_text"].num_kept
     config = DedupConfig(partitions=math.ceil(total / ROWS_A_PARTITION))
-    for task in dedup.tasks(config, context):
+    for task in dedup.plan(config, context):
         dedup.run(config, context, task, lambda done, total, text="": None)
 
 

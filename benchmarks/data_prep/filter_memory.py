@@ -125,8 +125,8 @@ def main() -> None:
         source = TableSource(path=str(folder / "*.parquet"), name="generated", kind="laion")
         tables = CorpusStageConfig(corpus=TablesConfig(kind="tables", tables=(source,)))
         stages = (
-            Stage("corpus", "", 1, tables, (), corpus.tasks, corpus.run),
-            Stage("filter_text", "", 1, FilterTextConfig(), ("corpus",), filter_text.tasks, filter_text.run),
+            Stage("corpus", "", 1, tables, (), corpus.plan, corpus.run),
+            Stage("filter_text", "", 1, FilterTextConfig(), ("corpus",), filter_text.plan, filter_text.run),
         )
         run = Run(str(folder / "run"), 0, "local", options.processes, stages)
         before = sum(psutil.Process().cpu_times()[:4])

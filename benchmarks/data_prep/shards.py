@@ -30,7 +30,7 @@ import polars as pl
 import webdataset
 
 from benchmarks.harness import machine
-from data_prep.accounting.drop_table import write_table
+from data_prep.formats.parquet import write_table
 from data_prep.formats.tar import TarWriter
 from data_prep.shards import stage as shards
 from data_prep.shards.stage import ShardsConfig
@@ -92,7 +92,7 @@ def prepare(folder: Path, samples: int) -> tuple[Context, Task]:
         "download", 1, "", "", {}, (Shard("pictures/00000.tar", samples, 0, "b"),), samples, samples, {}
     )
     context = Context(str(folder), "shards", 0, {"filter_image": kept, "download": taken})
-    return context, shards.tasks(ShardsConfig(samples_per_shard=samples), context)[0]
+    return context, shards.plan(ShardsConfig(samples_per_shard=samples), context)[0]
 
 
 def ours(context: Context, task: Task) -> None:

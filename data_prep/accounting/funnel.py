@@ -1,15 +1,15 @@
 """Where every row went: the funnel of a run, and for the demo whether it equals what was planted."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import polars as pl
 
-from data_prep.accounting.drop_table import with_key
-from data_prep.corpus import ROW_STAGES, tables_of
+from data_prep.accounting.judged import JudgedFacts, SourceCounts, sources_from_json
+from data_prep.corpus_facts import ROW_STAGES, TablePlace, tables_of
+from data_prep.formats.keys import with_key
 from data_prep.rules.text import SCORE_BELOW_THRESHOLD
-from data_prep.sources.table import from_description, scan
+from data_prep.sources.table import scan
 from pipeline.core import store
 from pipeline.core.records import Manifest
 from pipeline.core.stage import Context
@@ -20,15 +20,11 @@ STEPS = ("filter_text", "dedup", "download", *ROW_STAGES)
 
 def by_source(manifest: Manifest) -> dict[str, dict[str, Any]]:
     """Source → {in, kept, dropped{reason: rows}} of a finished stage, summed over its tasks."""
-    totals: dict[str, dict[str, Any]] = {}
+    totals: dict[str, SourceCounts] = {}
     for extra in manifest.extra.values():
-        for source, counts in extra.get("sources", {}).items():
-            total = totals.setdefault(source, {"in": 0, "kept": 0, "dropped": {}})
-            total["in"] += counts["in"]
-            total["kept"] += counts["kept"]
-            for reason, count in counts["dropped"].items():
-                total["dropped"][reason] = total["dropped"].get(reason, 0) + count
-    return dict(sorted(totals.items()))
+        for source, counts in sources_from_json(extra).items():
+            totals[source] = totals.get(source, SourceCounts()) + counts
+    return {source: total.to_json() for source, total in sorted(totals.items())}
 
 
 def threshold_notes(manifest: Manifest) -> list[str]:
@@ -39,9 +35,10 @@ def threshold_notes(manifest: Manifest) -> list[str]:
     lowest: dict[str, float] = {}
     threshold = None
     for extra in manifest.extra.values():
-        for source, score in extra.get("score_minimums", {}).items():
+        facts = JudgedFacts.from_json(extra)
+        for source, score in (facts.score_minimums or {}).items():
             lowest[source] = min(score, lowest.get(source, score))
-            threshold = extra["min_score"]
+            threshold = facts.min_score
     counts = by_source(manifest)
     return [
         f"{manifest.stage}: the threshold {threshold:g} on scores is a no-op for {source}:"
@@ -73,7 +70,7 @@ def count_planted(context: Context) -> list[PlantedCount]:
     path = context.path_in("corpus", "planted.parquet")
     if not store.exists(path):
         return []
-    rows = pl.concat([_keyed(context, table) for table in tables_of(context.parents["corpus"])])
+    rows = pl.concat([_keyed(context, table.place) for table in tables_of(context.parents["corpus"])])
     rows = rows.join(pl.read_parquet(path), on="SAMPLE_ID", validate="1:1")
     dropped = {stage: _dropped(context, stage) for stage in STEPS if stage in context.parents}
     reasons = pl.concat([rows for stage, rows in dropped.items() if stage != "dedup"]).unique("key")
@@ -104,11 +101,10 @@ def count_planted(context: Context) -> list[PlantedCount]:
     return sorted(found, key=lambda item: (order.get(item.stage, len(order)), item.name))
 
 
-def _keyed(context: Context, table: Mapping[str, str]) -> pl.DataFrame:
-    path = context.path_in(table["stage"], table["path"])
-    source = from_description(table["source"])  # type: ignore[arg-type]
+def _keyed(context: Context, table: TablePlace) -> pl.DataFrame:
+    path = table.full_path(context.run_folder)
     ids = pl.scan_parquet(path).select("SAMPLE_ID")
-    return pl.concat([with_key(scan(path, source)).select("key"), ids], how="horizontal").collect()
+    return pl.concat([with_key(scan(path, table.source)).select("key"), ids], how="horizontal").collect()
 
 
 def _dropped(context: Context, stage: str) -> pl.DataFrame:

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Literal
+from typing import Annotated, Literal
 from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
+from pydantic import Field
 
 from data_prep.formats.cnclip import EvaluationText, write_evaluation
 from data_prep.sources.local_server import HOST, Answer, write_site
@@ -34,8 +35,9 @@ class EmojiConfig:
     folder: str  # holds <vendor>.parquet files
     train: tuple[str, ...] = ()  # vendors to train on; empty: every file that is not evaluated
     evaluate: tuple[str, ...] = ("fluent",)  # vendors to score on, an evaluation set each
-    captions_per_picture: int = 3  # rows a picture: its name, then the name with some of its keywords
-    max_keywords: int = 3  # in one caption
+    # Rows an image: its name, then the name with some of its keywords.
+    captions_per_picture: Annotated[int, Field(ge=1)] = 3
+    max_keywords: Annotated[int, Field(ge=1)] = 3  # in one caption
     seed: int = 0  # chooses the keywords
 
 
@@ -195,13 +197,9 @@ def make_emoji(config: EmojiConfig, out: str | Path) -> None:
     - `evaluation/<vendor>/`: pictures of each evaluated vendor but flags, in Chinese-CLIP's layout, their
       Chinese names as queries; `<vendor>_urls.txt`.
 
-    InputError for a missing or broken file; ConfigError where a vendor is both trained and evaluated on,
-    or a number leaves nothing to make.
+    InputError for a missing or broken file; ConfigError if a vendor is both trained and evaluated on.
     """
     folder, out = Path(config.folder), Path(out)
-    for name in ("captions_per_picture", "max_keywords"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"corpus.{name}: {getattr(config, name)}, but at least 1 is needed")
     both = sorted(set(config.train) & set(config.evaluate))
     if both:
         raise ConfigError(f"corpus.train and corpus.evaluate both name {', '.join(both)}; remove it from one")

@@ -7,12 +7,16 @@ of its share of the range, so P files one after the other are the shuffled corpu
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import polars as pl
+from pydantic import Field
 
-from data_prep.accounting.drop_table import publish_judged
-from pipeline.core.stage import Context, Outcome, Progress, Task
+from data_prep.accounting.judged import publish_judged
+from data_prep.facts import Facts
+from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 DUPLICATE = "duplicate"
 _PREFIX_HEX_DIGITS = 8
@@ -24,14 +28,19 @@ _MIN_TASKS = 64  # below, one task a partition
 class DedupConfig:
     """`[dedup]`."""
 
-    partitions: int = 4  # files that the corpus is cut into; about 10,000 rows each is what download likes
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.partitions <= 16**_PREFIX_HEX_DIGITS:
-            raise ValueError("partitions must be at least 1")
+    # Files that the corpus is cut into; about 10,000 rows each is what download likes.
+    partitions: Annotated[int, Field(ge=1, le=16**_PREFIX_HEX_DIGITS)] = 4
 
 
-def tasks(config: DedupConfig, context: Context) -> list[Task]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DedupTask(Facts):
+    """Tables to look into, and the partition after the task's last one (None: it has one)."""
+
+    paths: Sequence[str]
+    end: int | None = None
+
+
+def plan(config: DedupConfig, context: Context) -> list[Task]:
     """One task a partition; of a large corpus in many small partitions, one task some neighbours.
 
     Each task looks into every filtered table, so there are no more of them than memory asks for.
@@ -46,7 +55,7 @@ def tasks(config: DedupConfig, context: Context) -> list[Task]:
         Task(
             f"{first:0{width}d}",
             inputs,
-            {"paths": [shard.path for shard in kept], **({"end": end} if end > first + 1 else {})},
+            DedupTask(paths=[shard.path for shard in kept], end=end if end > first + 1 else None).to_json(),
         )
         for first, end in itertools.pairwise(bounds)
     ]
@@ -54,9 +63,10 @@ def tasks(config: DedupConfig, context: Context) -> list[Task]:
 
 def run(config: DedupConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """Sort some partitions' rows by key and keep the lowest (table, row) of each; one file a partition."""
-    paths = [context.path_in("filter_text", path) for path in task.arguments["paths"]]
+    asked = DedupTask.from_json(task.arguments)
+    paths = [context.path_in("filter_text", path) for path in asked.paths]
     first_partition = int(task.name)
-    last_partition = task.arguments.get("end", first_partition + 1) - 1
+    last_partition = (asked.end or first_partition + 1) - 1
     first, end = partition_range(first_partition, config.partitions)[0], None
     if last_partition + 1 < config.partitions:
         end = partition_range(last_partition, config.partitions)[1]
@@ -93,3 +103,16 @@ def partition_range(number: int, partitions: int) -> tuple[str, str | None]:
         return f"{which * span // partitions:0{_PREFIX_HEX_DIGITS}x}"
 
     return prefix(number), prefix(number + 1) if number + 1 < partitions else None
+
+
+def stage(config: DedupConfig) -> Stage:
+    """Return the stage that removes exact duplicates and shuffles the rows once."""
+    return Stage(
+        "dedup",
+        title="exact duplicates out; rows shuffled, once",
+        version=1,
+        config=config,
+        parents=("filter_text",),
+        plan=plan,
+        run=run,
+    )

@@ -15,18 +15,21 @@ is itself dropped goes too: in a chain of small steps only its lowest key stays.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
+from pydantic import Field
 
-from data_prep.accounting.drop_table import publish_judged, write_table
-from data_prep.corpus import exemptions, kept_tables, rows_stage, table_name
+from data_prep.accounting.judged import publish_judged
+from data_prep.corpus_facts import exempt_sources, kept_tables, rows_stage, table_name
+from data_prep.facts import Facts
+from data_prep.formats.parquet import write_table
 from data_prep.rules.image import HASH_BITS, IMAGE_DUPLICATES_RULE
 from pipeline.core.records import DropReason
-from pipeline.core.stage import Context, Outcome, Progress, Task
+from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 DUPLICATE_IMAGE = DropReason("duplicate_image")
 NEAR_DUPLICATE_IMAGE = DropReason("near_duplicate_image")
@@ -45,48 +48,60 @@ class DedupImageConfig:
     exact: bool = True  # the same picture under several addresses or captions
     # Bits of 384 within which a picture is a near copy; unset is off. More bits are more and shorter bands:
     # benchmarks/data_prep/near_copies.py has their cost.
-    max_distance: int | None = None
-    partitions: int = 1  # of each band: a task holds its share of all keys and hashes, some 100 bytes a row
+    max_distance: Annotated[int, Field(ge=0, le=31)] | None = None
+    # Of each band: a task holds its share of all keys and hashes, some 100 bytes a row.
+    partitions: Annotated[int, Field(ge=1)] = 1
 
     def __post_init__(self) -> None:
-        if self.max_distance is not None and not 0 <= self.max_distance <= 31:
-            raise ValueError("max_distance must be 0 to 31 bits")
         if not self.exact and self.max_distance is None:
             raise ValueError("exact is off and max_distance not set: nothing to look for")
-        if self.partitions < 1:
-            raise ValueError("partitions must be at least 1")
 
 
-def find_tasks(config: DedupImageConfig, context: Context) -> list[Task]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FindTask(Facts):
+    """Which copies a task looks for, and in which share of the rows."""
+
+    kind: Literal["exact", "near"]
+    band: int  # of the hashes; 0 for exact copies
+    part: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowsTask(Facts):
+    """A table of rows, by its path in the folder of the stage that kept them."""
+
+    table: str
+
+
+def plan_find(config: DedupImageConfig, context: Context) -> list[Task]:
     """One task for each band (and for exact copies) and partition; each reads two columns of every table."""
     tables = kept_tables(context, rows_stage(context))
     inputs = {shard.path: shard.digest for shard in tables}
     num_bands = 0 if config.max_distance is None else config.max_distance + 1
-    kinds = [*([("exact", 0)] if config.exact else []), *(("near", band) for band in range(num_bands))]
+    kinds: list[tuple[Literal["exact", "near"], int]] = [("exact", 0)] if config.exact else []
+    kinds += [("near", band) for band in range(num_bands)]
     return [
-        Task(f"{kind}.{band:02d}.{part:04d}", inputs, {"kind": kind, "band": band, "part": part})
+        Task(f"{kind}.{band:02d}.{part:04d}", inputs, FindTask(kind=kind, band=band, part=part).to_json())
         for kind, band in kinds
         for part in range(config.partitions)
     ]
 
 
-def find_run(config: DedupImageConfig, context: Context, task: Task, progress: Progress) -> Outcome:
+def run_find(config: DedupImageConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """`copies/<task>.parquet`: key of each copy, reason, and key of the picture that it is a copy of."""
-    part = task.arguments["part"]
-    if task.arguments["kind"] == "exact":
+    asked = FindTask.from_json(task.arguments)
+    if asked.kind == "exact":
         rows = _read(context, "image_sha256")
         number = pl.col("image_sha256").str.slice(0, 8).str.to_integer(base=16)
-        wanted = (frame.filter(number % config.partitions == part) for frame in rows)
+        wanted = (frame.filter(number % config.partitions == asked.part) for frame in rows)
         found = exact_copies(pl.concat(wanted))
     else:
         assert config.max_distance is not None
         num_bands = config.max_distance + 1
         parts = []
         for frame in _read(context, "perceptual_hash"):
-            frame = frame.with_columns(
-                band=pl.Series(band_values(hash_bytes(frame), task.arguments["band"], num_bands))
-            )
-            parts.append(frame.filter(pl.col("band") % config.partitions == part))
+            frame = frame.with_columns(band=pl.Series(band_values(hash_bytes(frame), asked.band, num_bands)))
+            parts.append(frame.filter(pl.col("band") % config.partitions == asked.part))
         found = near_copies(pl.concat(parts), config.max_distance)
     path = f"copies/{task.name}.parquet"
     write_table(found.sort("key"), context.path(path))
@@ -179,20 +194,20 @@ def _read(context: Context, column: str) -> Iterator[pl.DataFrame]:
         yield pl.read_parquet(context.path_in(stage, shard.path), columns=["key", column])
 
 
-def tasks(config: DedupImageConfig, context: Context) -> list[Task]:
+def plan(config: DedupImageConfig, context: Context) -> list[Task]:
     """One task a table of rows, bound to all the copies that were found."""
     copies = {shard.path: shard.digest for shard in context.parents["find_copies"].shards}
     return [
-        Task(table_name(shard), {"rows": shard.digest, **copies}, {"table": shard.path})
+        Task(table_name(shard), {"rows": shard.digest, **copies}, RowsTask(table=shard.path).to_json())
         for shard in kept_tables(context, rows_stage(context))
     ]
 
 
 def run(config: DedupImageConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """Drop the copies of one table, except those of sources that `exempt_from` keeps."""
-    rows = pl.read_parquet(context.path_in(rows_stage(context), task.arguments["table"]))
-    rules = exemptions(context.parents["corpus"])
-    exempt = [name for name, names in rules.items() if IMAGE_DUPLICATES_RULE in names]
+    table = RowsTask.from_json(task.arguments).table
+    rows = pl.read_parquet(context.path_in(rows_stage(context), table))
+    exempt = exempt_sources(context.parents["corpus"], IMAGE_DUPLICATES_RULE)
     found = _copies_among(context, rows["key"])
     stays = pl.col("source").is_in(exempt)
     judged = rows.join(found, on="key", how="left", maintain_order="left").with_columns(
@@ -211,3 +226,29 @@ def _copies_among(context: Context, keys: pl.Series) -> pl.DataFrame:
     between = pl.col("key").is_between(pl.lit(keys.min()), pl.lit(keys.max()))
     found = pl.concat([pl.scan_parquet(path).filter(between) for path in paths]).collect()
     return found.sort("key", "reason", "detail").unique("key", keep="first", maintain_order=True)
+
+
+def find_stage(config: DedupImageConfig, *, rows: str) -> Stage:
+    """Return the stage that looks for copies among what the stage `rows` kept."""
+    return Stage(
+        "find_copies",
+        title="pictures that are there already, exactly or nearly",
+        version=1,
+        config=config,
+        parents=("corpus", rows),
+        plan=plan_find,
+        run=run_find,
+    )
+
+
+def stage(config: DedupImageConfig, *, rows: str) -> Stage:
+    """Return the stage that drops the copies found among what the stage `rows` kept."""
+    return Stage(
+        "dedup_image",
+        title="copies go, the lowest key of each picture stays",
+        version=1,
+        config=config,
+        parents=("corpus", rows, "find_copies"),
+        plan=plan,
+        run=run,
+    )

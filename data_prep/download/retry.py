@@ -7,13 +7,16 @@ after finds the corpus that a better first pass would have given.
 """
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import polars as pl
 
-from data_prep.accounting.drop_table import HTTP_STATUS, write_table
+from data_prep.accounting.drop_table import HTTP_STATUS
+from data_prep.accounting.judged import SourceCounts, sources_from_json
+from data_prep.facts import Facts
+from data_prep.formats.parquet import write_table
 from pipeline.core import store
 from pipeline.core.records import DropReason, Manifest, Receipt, Shard
 from pipeline.core.stage import Context, Task
@@ -27,6 +30,35 @@ _HTTP_ERROR = "http_error"
 # Request timeout, too early, too many requests (RFC 9110, RFC 8470, RFC 6585), and the server's own errors.
 _PASSING_STATUSES = (408, 425, 429)
 _SERVER_ERRORS_FROM = 500
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DownloadTask(Facts):
+    """The rows of a partition; in a later pass, the drop table that says which of them to ask for again."""
+
+    path: str  # in the folder of stage dedup
+    drops: str | None = None  # in the folder of stage download
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassCounts(Facts):
+    """Rows that a further pass asked for, and those that came."""
+
+    asked: int
+    recovered: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DownloadFacts(Facts):
+    """The facts of one partition's download."""
+
+    sources: Mapping[str, SourceCounts]
+    passes: Mapping[str, PassCounts] | None = None  # number of a further pass → its rows
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        passes = {number: PassCounts.from_json(counts) for number, counts in fields.get("passes", {}).items()}
+        return cls(sources=sources_from_json(fields), passes=passes or None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +103,10 @@ def failures(context: Context) -> list[Failures]:
     ]
 
 
-def tasks(config: Any, context: Context) -> list[Task]:
+def plan(config: Any, context: Context) -> list[Task]:
     """One task a partition that has rows worth another try."""
     rows = {shard.path: shard for shard in context.parents["dedup"].shards if shard.path.startswith("kept/")}
-    plan = []
+    tasks = []
     for name, drops in _drop_tables(context).items():
         if not drops.num_samples:
             continue
@@ -82,13 +114,15 @@ def tasks(config: Any, context: Context) -> list[Task]:
         if worth_it(table).select(pl.len()).collect().item():
             path = f"kept/{name}.parquet"
             inputs = {"rows": rows[path].digest, "drops": drops.digest}
-            plan.append(Task(name, inputs, {"path": path, "drops": drops.path}))
-    return plan
+            tasks.append(Task(name, inputs, DownloadTask(path=path, drops=drops.path).to_json()))
+    return tasks
 
 
 def next_pass(download: Manifest) -> int:
     """The number of the pass that is still to be merged; 1 after the first download."""
-    merged = [number for extra in download.extra.values() for number in extra.get("passes", {})]
+    merged = [
+        number for extra in download.extra.values() for number in DownloadFacts.from_json(extra).passes or {}
+    ]
     return 1 + max(map(int, merged), default=0)
 
 
@@ -101,7 +135,7 @@ def merge(
     whose receipt already has the pass, since a merge was killed, is left as it is.
     """
     for receipt in receipts:
-        is_merged = str(number) in receipt.extra.get("passes", {})
+        is_merged = str(number) in (DownloadFacts.from_json(receipt.extra).passes or {})
         if receipt.task in came and not is_merged:
             receipt = _merge_one(context, receipt, number, came[receipt.task])
         yield receipt
@@ -144,10 +178,8 @@ def _merge_one(context: Context, before: Receipt, number: int, came: Receipt) ->
         kept.append(Shard(path, num_samples, store.num_bytes(full), store.digest_file(full)))
     rows = pl.scan_parquet(context.path_in("dedup", f"kept/{before.task}.parquet")).select("key", "source")
     sources = rows.collect().join(asked, on="key").group_by("source", "reason").len()
-    passes = {
-        **before.extra.get("passes", {}),
-        str(number): {"asked": came.num_in, "recovered": came.num_kept},
-    }
+    facts, came_facts = DownloadFacts.from_json(before.extra), DownloadFacts.from_json(came.extra)
+    this_pass = PassCounts(asked=came.num_in, recovered=came.num_kept)
     return Receipt(
         stage=before.stage,
         task=before.task,
@@ -158,11 +190,10 @@ def _merge_one(context: Context, before: Receipt, number: int, came: Receipt) ->
         num_kept=before.num_kept + came.num_kept,
         dropped=dict(left.group_by("reason").len().sort("reason").iter_rows()),
         seconds=round(before.seconds + came.seconds, 3),
-        extra={
-            **before.extra,
-            "sources": _sources(before.extra["sources"], sources, came.extra["sources"]),
-            "passes": passes,
-        },
+        extra=DownloadFacts(
+            sources=_sources(facts.sources, sources, came_facts.sources),
+            passes={**(facts.passes or {}), str(number): this_pass},
+        ).to_json(),
     )
 
 
@@ -175,18 +206,26 @@ def unused_files(context: Context, download: Manifest) -> Iterator[str]:
                 yield context.path_in("download", folder, name)
 
 
-def _sources(before: dict[str, Any], asked: pl.DataFrame, came: dict[str, Any]) -> dict[str, Any]:
+def _sources(
+    before: Mapping[str, SourceCounts], asked: pl.DataFrame, came: Mapping[str, SourceCounts]
+) -> dict[str, SourceCounts]:
     """The funnel by source: what was asked for again is taken out, what became of it put in."""
-    total = {source: {**counts, "dropped": dict(counts["dropped"])} for source, counts in before.items()}
+    num_kept = {source: counts.num_kept for source, counts in before.items()}
+    dropped = {source: dict(counts.dropped) for source, counts in before.items()}
     for source, reason, count in asked.iter_rows():
-        total[source]["dropped"][reason] -= count
+        dropped[source][reason] -= count
     for source, counts in came.items():
-        total[source]["kept"] += counts["kept"]
-        for reason, count in counts["dropped"].items():
-            total[source]["dropped"][reason] = total[source]["dropped"].get(reason, 0) + count
-    for counts in total.values():
-        counts["dropped"] = {reason: count for reason, count in sorted(counts["dropped"].items()) if count}
-    return total
+        num_kept[source] += counts.num_kept
+        for reason, count in counts.dropped.items():
+            dropped[source][reason] = dropped[source].get(reason, 0) + count
+    return {
+        source: SourceCounts(
+            num_in=counts.num_in,
+            num_kept=num_kept[source],
+            dropped={reason: count for reason, count in sorted(dropped[source].items()) if count},
+        )
+        for source, counts in before.items()
+    }
 
 
 def _drop_tables(context: Context) -> dict[str, Shard]:

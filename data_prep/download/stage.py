@@ -19,22 +19,19 @@ from pathlib import Path
 
 import polars as pl
 
-from data_prep import corpus
-from data_prep.accounting.drop_table import (
-    HTTP_STATUS,
-    count_by_source,
-    drops_path,
-    write_drops,
-    write_table,
-)
+from data_prep import corpus_facts
+from data_prep.accounting.drop_table import HTTP_STATUS, drops_path, write_drops
+from data_prep.accounting.judged import count_by_source
 from data_prep.download import retry
 from data_prep.download.public_web import ALLOWED_VARIABLE
+from data_prep.download.retry import DownloadFacts, DownloadTask
+from data_prep.formats.parquet import write_table
 from data_prep.formats.tar import TarWriter
 from data_prep.sources.local_server import SITE_VARIABLE, local_site, serve
 from pipeline.core import store
 from pipeline.core.config import NOT_IN_DIGEST
 from pipeline.core.records import InputError
-from pipeline.core.stage import Context, Outcome, Progress, Task
+from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 _POLL_SECONDS = 0.2
 _NETWORK_REASONS = ("connection", "dns", "timeout")
@@ -69,10 +66,10 @@ class DownloadConfig:
             ipaddress.ip_network(network, strict=False)  # ValueError says what is wrong with it
 
 
-def tasks(config: DownloadConfig, context: Context) -> list[Task]:
+def plan(config: DownloadConfig, context: Context) -> list[Task]:
     """One task a partition of the shuffled rows."""
     return [
-        Task(Path(shard.path).stem, {"rows": shard.digest}, {"path": shard.path})
+        Task(Path(shard.path).stem, {"rows": shard.digest}, DownloadTask(path=shard.path).to_json())
         for shard in context.parents["dedup"].shards
         if shard.path.startswith("kept/")
     ]
@@ -236,12 +233,12 @@ def _downloader(
     (raw / "options.json").write_text(json.dumps(options), encoding="utf-8")
     environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1"}  # its import looks for updates otherwise
     with contextlib.ExitStack() as stack:
-        site, pictures = corpus.site_folder(context), corpus.picture_folders(context)
-        packed = corpus.packed_folders(context)
-        if site is not None or pictures or packed:
+        site, images = corpus_facts.site_folder(context), corpus_facts.image_folders(context)
+        packed = corpus_facts.packed_folders(context)
+        if site is not None or images or packed:
             # The corpus brings its own pictures: URLs name no port, the server stands in as a proxy.
             site = None if site is None else stack.enter_context(local_site(site))
-            address = stack.enter_context(serve(site, pictures, packed))
+            address = stack.enter_context(serve(site, images, packed))
             environment[SITE_VARIABLE] = address.removeprefix("http://")
         environment[ALLOWED_VARIABLE] = " ".join(config.allowed_networks)
         own_log = log_path
@@ -260,9 +257,14 @@ def _downloader(
 
 def _asked(context: Context, task: Task) -> pl.DataFrame:
     """The rows of one partition, in key order; in a later pass those that are worth another try."""
-    rows = pl.read_parquet(context.path_in("dedup", task.arguments["path"]))
-    if drops := task.arguments.get("drops"):
-        again = retry.worth_it(pl.scan_parquet(context.path_in("download", drops))).select("key").collect()
+    task_facts = DownloadTask.from_json(task.arguments)
+    rows = pl.read_parquet(context.path_in("dedup", task_facts.path))
+    if task_facts.drops is not None:
+        again = (
+            retry.worth_it(pl.scan_parquet(context.path_in("download", task_facts.drops)))
+            .select("key")
+            .collect()
+        )
         rows = rows.join(again, on="key", how="semi", maintain_order="left")
     return rows
 
@@ -327,7 +329,7 @@ def _pack(context: Context, task: Task, raw: Path, number: int | None) -> Outcom
         num_in=asked.height,
         num_kept=kept.height,
         dropped=dropped,
-        extra={"sources": count_by_source(kept, failed)},
+        extra=DownloadFacts(sources=count_by_source(kept, failed)).to_json(),
     )
 
 
@@ -341,3 +343,17 @@ _ANSWER_SCHEMA = {
     "height": pl.Int32,
     "sha256": pl.String,
 }
+
+
+def stage(config: DownloadConfig) -> Stage:
+    """Return the stage that downloads and resizes the images."""
+    return Stage(
+        "download",
+        title="img2dataset fetches, turns upright and resizes",
+        version=2,
+        config=config,
+        parents=("corpus", "dedup"),
+        plan=plan,
+        run_together=run_together,
+        processes=config.processes,
+    )

@@ -9,16 +9,17 @@ import numpy as np
 import polars as pl
 
 from data_prep import decontamination as guard
-from data_prep.accounting.drop_table import publish_judged
 from data_prep.accounting.histograms import histogram
-from data_prep.corpus import exemptions, guard_paths
-from data_prep.download.resize import UNDECODABLE, BadImageError, decode_upright
+from data_prep.accounting.judged import JudgedFacts, publish_judged
+from data_prep.corpus_facts import exemptions, guard_paths
 from data_prep.download.stage import partition_of
-from data_prep.formats.shards import OpenFiles
+from data_prep.facts import Facts
+from data_prep.formats.image import UNDECODABLE, BadImageError, decode_upright
 from data_prep.rules import image as image_rules
 from pipeline.core import store
 from pipeline.core.evaluation_sets import EvaluationSet, evaluations_of
-from pipeline.core.stage import Context, Outcome, Progress, Task
+from pipeline.core.shard_format import ByteRangePool
+from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +34,15 @@ class FilterImageConfig:
     evaluation_distance: int = 32
 
 
-def tasks(config: FilterImageConfig, context: Context) -> list[Task]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageTask(Facts):
+    """A downloaded partition, by its paths in the folder of stage download."""
+
+    tar: str  # of the first pass; rows of later ones name theirs
+    table: str
+
+
+def plan(config: FilterImageConfig, context: Context) -> list[Task]:
     """One task a downloaded partition."""
     evaluations = evaluations_of(context) if config.remove_evaluation_copies else []
     shared = {f"evaluation {item.name}": item.digest for item in evaluations}
@@ -41,7 +50,7 @@ def tasks(config: FilterImageConfig, context: Context) -> list[Task]:
         shared |= {
             f"guard {path}": store.digest_file(path) for path in guard_paths(context.parents["corpus"])
         }
-    plan: dict[str, Task] = {}
+    tasks: dict[str, Task] = {}
     tables = {
         partition_of(shard.path): shard
         for shard in context.parents["download"].shards
@@ -51,28 +60,30 @@ def tasks(config: FilterImageConfig, context: Context) -> list[Task]:
         if not shard.path.endswith(".tar"):
             continue
         name = partition_of(shard.path)
-        if name not in plan:
+        if name not in tasks:
             inputs = {**shared, "pictures": shard.digest, "rows": tables[name].digest}
-            plan[name] = Task(name, inputs, {"tar": shard.path, "table": tables[name].path})
+            asked = ImageTask(tar=shard.path, table=tables[name].path)
+            tasks[name] = Task(name, inputs, asked.to_json())
         else:  # a later pass of the download has added pictures
-            inputs = {**plan[name].inputs, f"pictures {shard.path}": shard.digest}
-            plan[name] = dataclasses.replace(plan[name], inputs=inputs)
-    return list(plan.values())
+            inputs = {**tasks[name].inputs, f"pictures {shard.path}": shard.digest}
+            tasks[name] = dataclasses.replace(tasks[name], inputs=inputs)
+    return list(tasks.values())
 
 
 def run(config: FilterImageConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """Judge one partition's pictures. Pictures stay where they are; the table says which are kept."""
-    table = pl.read_parquet(context.path_in("download", task.arguments["table"]))
+    asked = ImageTask.from_json(task.arguments)
+    table = pl.read_parquet(context.path_in("download", asked.table))
     if "tar" not in table.columns:
-        table = table.with_columns(tar=pl.lit(task.arguments["tar"]))
+        table = table.with_columns(tar=pl.lit(asked.tar))
     exempt_from = exemptions(context.parents["corpus"])
     reasons: list[str | None] = []
     hashes: list[bytes] = []
-    with OpenFiles(lambda name: context.path_in("download", name)) as tars:
+    with ByteRangePool(lambda name: context.path_in("download", name)) as tars:
         for tar, offset, size, width, height, key, source in table.select(
             "tar", "offset_bytes", "size_bytes", "width_px", "height_px", "key", "source"
         ).iter_rows():
-            data = tars.read(tar, offset, size, key)
+            data = tars.read(tar, offset, size, f"{key}.jpg")
             try:
                 image = decode_upright(data, max_pixels=width * height)
             except BadImageError:
@@ -106,14 +117,27 @@ def run(config: FilterImageConfig, context: Context, task: Task, progress: Progr
     short_side = [
         rows.select(pl.min_horizontal("width_px", "height_px")).to_series() for rows in (kept, dropped)
     ]
-    extra = {
-        "rules": image_rules.VERSIONS,
-        "histograms": {"short_side_px": histogram("short_side_px", *short_side)},
-    }
-    return publish_judged(context, task, kept, dropped, extra=extra)
+    facts = JudgedFacts(
+        rules=image_rules.VERSIONS,
+        histograms={"short_side_px": histogram("short_side_px", *short_side)},
+    )
+    return publish_judged(context, task, kept, dropped, facts)
 
 
 @functools.lru_cache(maxsize=8)  # the sets are the same for every task that a process does
 def _evaluation_hashes(evaluation: EvaluationSet) -> list[bytes]:
     """Hashes of an evaluation set's pictures; InputError names a line that is no picture."""
     return [hashed for _, hashed in guard.set_hashes(evaluation.folder, evaluation.name)]
+
+
+def stage(config: FilterImageConfig) -> Stage:
+    """Return the stage that judges the downloaded images."""
+    return Stage(
+        "filter_image",
+        title="size, aspect, copies of evaluation pictures",
+        version=1,
+        config=config,
+        parents=("corpus", "download"),
+        plan=plan,
+        run=run,
+    )

@@ -6,24 +6,29 @@ that a run has trained. Scores are kept with the digests of both encoders, so th
 pairs never meet under one threshold.
 """
 
+import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+from pydantic import Field
 
-from data_prep.accounting.drop_table import DETAIL, publish_judged, write_table
+from data_prep.accounting.drop_table import DETAIL
 from data_prep.accounting.histograms import histogram
-from data_prep.corpus import exemptions, kept_tables, rows_stage, table_name
+from data_prep.accounting.judged import JudgedFacts, publish_judged
+from data_prep.corpus_facts import exempt_sources, kept_tables, rows_stage, table_name
 from data_prep.download.stage import partition_of
-from data_prep.formats.shards import OpenFiles
+from data_prep.facts import Facts
+from data_prep.formats.parquet import write_table
 from data_prep.rules.text import SCORE_BELOW_THRESHOLD, SCORE_RULE
 from pipeline.core.config import NOT_IN_DIGEST
 from pipeline.core.records import ConfigError, InputError, Manifest
-from pipeline.core.stage import Context, Outcome, Progress, Task
+from pipeline.core.shard_format import ByteRangePool
+from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 # Of the sidecars; `data_prep.sources.table.score_pairs` reads them where a sidecar is a source.
 SCORE_COLUMN, TEXT_COLUMN, IMAGE_COLUMN = "pair_score", "pair_text_encoder", "pair_image_encoder"
@@ -74,16 +79,51 @@ class FilterScoreConfig:
     min_score: float | None = None
     # Instead: the share of the scored rows, above 0 and below 1, that go for their low scores, at most. The
     # threshold is then a multiple of 0.002.
-    drop_share: float | None = None
+    drop_share: Annotated[float, Field(gt=0, lt=1)] | None = None
 
     def __post_init__(self) -> None:
         if self.min_score is not None and self.drop_share is not None:
             raise ValueError("give min_score or drop_share, not both")
-        if self.drop_share is not None and not 0 < self.drop_share < 1:
-            raise ValueError(f"drop_share {self.drop_share} is not between 0 and 1")
 
 
-class PairEncoder(Protocol):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncoderPair(Facts):
+    """The first digits of both encoders' digests."""
+
+    text: str
+    image: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreTask(Facts):
+    """A table in the folder of the stage that kept its rows, who scores it, and the filter's threshold."""
+
+    table: str
+    pair: EncoderPair
+    min_score: float | None = None
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        pair = EncoderPair.from_json(fields["pair"])
+        return cls(table=fields["table"], pair=pair, min_score=fields.get("min_score"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreFacts(Facts):
+    """The facts of one scored table."""
+
+    pair: EncoderPair
+    scored: int = 0  # rows
+    # Rows by score, in steps of 0.002: a share becomes a threshold without reading scores again.
+    scores: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        pair = EncoderPair.from_json(fields["pair"])
+        return cls(pair=pair, scored=fields.get("scored", 0), scores=fields.get("scores", {}))
+
+
+class PairScorer(Protocol):
     """Both encoders, ready; features of either are unit-norm float32 [len, dim] of one space."""
 
     def embed_texts(self, texts: Sequence[str]) -> Float32Array: ...
@@ -91,7 +131,7 @@ class PairEncoder(Protocol):
     def embed_images(self, images: Sequence[bytes]) -> Float32Array: ...
 
 
-def tasks(
+def plan(
     config: ScoreConfig, context: Context, identify: Callable[[ScoreConfig], tuple[str, str]]
 ) -> list[Task]:
     """One task a partition, bound to the rows, the pictures and both encoders.
@@ -113,7 +153,7 @@ def tasks(
                 "text encoder": text,
                 "image encoder": image,
             },
-            {"table": shard.path, "pair": {"text": text, "image": image}},
+            ScoreTask(table=shard.path, pair=EncoderPair(text=text, image=image)).to_json(),
         )
         for shard in kept_tables(context, rows_stage(context))
         for name in [table_name(shard)]
@@ -125,10 +165,11 @@ def run(
     context: Context,
     task: Task,
     progress: Progress,
-    load: Callable[[ScoreConfig], PairEncoder],
+    load: Callable[[ScoreConfig], PairScorer],
 ) -> Outcome:
     """`scores/<partition>.parquet`: key and pair_score (null where the row was not to be scored)."""
-    path = context.path_in(rows_stage(context), task.arguments["table"])
+    asked = ScoreTask.from_json(task.arguments)
+    path = context.path_in(rows_stage(context), asked.table)
     rows = pl.read_parquet(path, columns=["key", "caption", "score", "tar", "offset_bytes", "size_bytes"])
     wanted = pl.lit(True) if config.rows == "all" else pl.col("score").is_null() | pl.col("score").is_nan()
     chosen = rows.with_row_index("at").filter(wanted)
@@ -149,53 +190,50 @@ def run(
     )
     out = f"scores/{task.name}.parquet"
     write_table(table, context.path(out))
-    extra = {
-        "pair": task.arguments["pair"],
-        "scored": chosen.height,
-        # Rows by score, in steps of 0.002: a share becomes a threshold without reading scores again.
-        "scores": _counts(found),
-    }
-    return Outcome({out: rows.height}, num_in=rows.height, num_kept=rows.height, extra=extra)
+    facts = ScoreFacts(pair=asked.pair, scored=chosen.height, scores=_counts(found))
+    return Outcome({out: rows.height}, num_in=rows.height, num_kept=rows.height, extra=facts.to_json())
 
 
-def filter_tasks(config: FilterScoreConfig, context: Context) -> list[Task]:
+def plan_filter(config: FilterScoreConfig, context: Context) -> list[Task]:
     """One task a partition; ConfigError where the scores are of more than one pair of encoders."""
-    pairs = {tuple(extra["pair"].items()) for extra in context.parents["score"].extra.values()}
+    pairs = {facts.pair for facts in _facts_of(context.parents["score"])}
     if len(pairs) > 1:
         raise ConfigError(
             f"filter_score.min_score: scores of {len(pairs)} different encoder pairs have no threshold in"
             f" common; run `--stage score --redo`"
         )
-    pair = dict(next(iter(pairs)))
+    pair = next(iter(pairs))
     min_score = threshold(config, context.parents["score"])
     scores = {shard.path: shard.digest for shard in context.parents["score"].shards}
     return [
         Task(
             name,
             {"rows": shard.digest, "scores": scores[f"scores/{name}.parquet"]},
-            {"table": shard.path, "pair": pair, "min_score": min_score},
+            ScoreTask(table=shard.path, pair=pair, min_score=min_score).to_json(),
         )
         for shard in kept_tables(context, rows_stage(context))
         for name in [table_name(shard)]
     ]
 
 
-def filter_run(config: FilterScoreConfig, context: Context, task: Task, progress: Progress) -> Outcome:
+def run_filter(config: FilterScoreConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """Rows scored below the threshold go; the others carry the score and both encoders' digests on."""
-    rows = pl.read_parquet(context.path_in(rows_stage(context), task.arguments["table"]))
+    asked = ScoreTask.from_json(task.arguments)
+    rows = pl.read_parquet(context.path_in(rows_stage(context), asked.table))
     scores = pl.read_parquet(context.path_in("score", f"scores/{task.name}.parquet"))
     if not rows["key"].equals(scores["key"]):
         raise InputError(f"{context.path_in('score')}: scores of other rows; run `--stage score --redo`")
-    min_score = task.arguments["min_score"]
-    exempt = [name for name, rules in exemptions(context.parents["corpus"]).items() if SCORE_RULE in rules]
+    min_score = asked.min_score
+    assert min_score is not None  # plan_filter has set it
+    exempt = exempt_sources(context.parents["corpus"], SCORE_RULE)
     score = scores[SCORE_COLUMN]
     is_scored = pl.col(SCORE_COLUMN).is_not_null()
     judged = (
         rows.drop(*_PAIR_COLUMNS, strict=False)
         .with_columns(score)
         .with_columns(
-            pl.when(is_scored).then(pl.lit(task.arguments["pair"]["text"])).alias(TEXT_COLUMN),
-            pl.when(is_scored).then(pl.lit(task.arguments["pair"]["image"])).alias(IMAGE_COLUMN),
+            pl.when(is_scored).then(pl.lit(asked.pair.text)).alias(TEXT_COLUMN),
+            pl.when(is_scored).then(pl.lit(asked.pair.image)).alias(IMAGE_COLUMN),
             reason=pl.when(
                 (pl.col(SCORE_COLUMN) < pl.lit(min_score, dtype=pl.Float32)) & ~pl.col("source").is_in(exempt)
             ).then(pl.lit(str(SCORE_BELOW_THRESHOLD))),
@@ -209,11 +247,11 @@ def filter_run(config: FilterScoreConfig, context: Context, task: Task, progress
         task,
         kept,
         dropped,
-        extra={
-            "histograms": {"pair_score": histogram("pair_score", kept[SCORE_COLUMN], dropped[SCORE_COLUMN])},
-            "min_score": min_score,
-            "score_minimums": minimums(judged.filter(~pl.col("source").is_in(exempt)), SCORE_COLUMN),
-        },
+        JudgedFacts(
+            histograms={"pair_score": histogram("pair_score", kept[SCORE_COLUMN], dropped[SCORE_COLUMN])},
+            min_score=min_score,
+            score_minimums=minimums(judged.filter(~pl.col("source").is_in(exempt)), SCORE_COLUMN),
+        ),
     )
 
 
@@ -222,14 +260,18 @@ def threshold(config: FilterScoreConfig, scores: Manifest) -> float:
     if config.drop_share is None:
         return _PAPERS_MIN_SCORE if config.min_score is None else config.min_score
     counts: Counter[int] = Counter()
-    for extra in scores.extra.values():
-        counts.update({int(step): count for step, count in extra.get("scores", {}).items()})
+    for facts in _facts_of(scores):
+        counts.update({int(step): count for step, count in facts.scores.items()})
     to_drop = config.drop_share * counts.total()
     for step in sorted(counts):
         to_drop -= counts[step]
         if to_drop < 0:
             return step / _STEPS_PER_UNIT
     return -1.0  # nothing was scored
+
+
+def _facts_of(scores: Manifest) -> list[ScoreFacts]:
+    return [ScoreFacts.from_json(extra) for extra in scores.extra.values()]
 
 
 def _counts(scores_N: Float32Array) -> dict[str, int]:
@@ -251,6 +293,40 @@ def minimums(rows: pl.DataFrame, column: str) -> dict[str, float]:
 
 def _pictures(context: Context, rows: pl.DataFrame) -> list[bytes]:
     """Bytes of the rows' pictures, in their order."""
-    with OpenFiles(lambda name: context.path_in("download", name)) as tars:
+    with ByteRangePool(lambda name: context.path_in("download", name)) as tars:
         places = rows.select("tar", "offset_bytes", "size_bytes", "key").iter_rows()
-        return [tars.read(*place) for place in places]
+        return [tars.read(tar, offset, size, f"{key}.jpg") for tar, offset, size, key in places]
+
+
+def stage(
+    config: ScoreConfig,
+    *,
+    rows: str,
+    identify: Callable[[ScoreConfig], tuple[str, str]],
+    load: Callable[[ScoreConfig], PairScorer],
+    parallel: bool,
+) -> Stage:
+    """Return the stage that scores what the stage `rows` kept; `identify` and `load` give the encoders."""
+    return Stage(
+        "score",
+        title="cosine of picture and caption by two encoders",
+        version=2,
+        config=config,
+        parents=("corpus", "download", rows),
+        plan=functools.partial(plan, identify=identify),
+        run=functools.partial(run, load=load),
+        parallel=parallel,
+    )
+
+
+def filter_stage(config: FilterScoreConfig, *, rows: str) -> Stage:
+    """Return the stage that drops the rows scored below the threshold."""
+    return Stage(
+        "filter_score",
+        title="pictures that their captions do not describe go",
+        version=1,
+        config=config,
+        parents=("corpus", rows, "score"),
+        plan=plan_filter,
+        run=run_filter,
+    )

@@ -1,23 +1,25 @@
 """Stage filter_text: a caption table in; out, rows that pass every text rule, and why the others did not."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import polars as pl
 
-from data_prep.accounting.drop_table import publish_judged, with_key
 from data_prep.accounting.histograms import histogram
-from data_prep.corpus import evaluation_urls, score_pairs, tables_of
+from data_prep.accounting.judged import JudgedFacts, publish_judged
+from data_prep.corpus_facts import TablePlace, evaluation_urls, score_pairs, tables_of
+from data_prep.facts import Facts
+from data_prep.formats.keys import with_key
 from data_prep.rules import chinese_script
 from data_prep.rules import text as text_rules
 from data_prep.rules.image import SWITCHABLE_IMAGE_RULES
 from data_prep.rules.text import TextRule
-from data_prep.sources.table import JUDGED_ONLY, TableSource, from_description, naming_damage, scan
+from data_prep.sources.table import JUDGED_ONLY, TableSource, naming_damage, scan
 from pipeline.core import store
 from pipeline.core.records import ConfigError, Manifest
-from pipeline.core.stage import Context, Outcome, Progress, Task
+from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 # LAION-5B's tables hold some 17 million rows each; a task holds this many of them in memory.
 ROWS_PER_TASK = 500_000
@@ -52,7 +54,21 @@ class FilterTextConfig:
             )
 
 
-def tasks(config: FilterTextConfig, context: Context) -> list[Task]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextTask(Facts):
+    """A table, or the slice of it that a task judges."""
+
+    table: TablePlace
+    first: int | None = None
+    count: int | None = None
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        table = TablePlace.from_json(fields["table"])
+        return cls(table=table, first=fields.get("first"), count=fields.get("count"))
+
+
+def plan(config: FilterTextConfig, context: Context) -> list[Task]:
     """One task a table, or a slice of one that is longer than a task should hold in memory.
 
     ConfigError where scores of different encoders would meet under one threshold.
@@ -64,11 +80,11 @@ def tasks(config: FilterTextConfig, context: Context) -> list[Task]:
     return [
         Task(
             name=f"{number:05d}{piece}",
-            inputs={**shared, "table": table["digest"]},
-            arguments={"table": {key: table[key] for key in ("stage", "path", "source")}, **rows},
+            inputs={**shared, "table": table.digest},
+            arguments=TextTask(table=table.place, **rows).to_json(),
         )
         for number, table in enumerate(tables_of(corpus))
-        for piece, rows in _slices(table["num_rows"])
+        for piece, rows in _slices(table.num_rows)
     ]
 
 
@@ -83,15 +99,14 @@ def _slices(num_rows: int) -> Iterator[tuple[str, dict[str, int]]]:
 
 def run(config: FilterTextConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """Judge one table. Kept rows are sorted by key, the order of the shuffled corpus."""
-    table = task.arguments["table"]
-    source = from_description(table["source"])
-    path = context.path_in(table["stage"], table["path"]) if table["stage"] else table["path"]
+    asked = TextTask.from_json(task.arguments)
+    source, path = asked.table.source, asked.table.full_path(context.run_folder)
     frame = scan(path, source)
     names = frame.collect_schema().names()
     with naming_damage(path):
         has_scores = _has_scores(frame)  # of the whole table: all its slices are judged by the same rules
-    if "first" in task.arguments:
-        frame = frame.slice(task.arguments["first"], task.arguments["count"])
+    if asked.first is not None:
+        frame = frame.slice(asked.first, asked.count)
     rules = rules_for(config, source.exemptions, context, has_scores)
     judged = prepared(frame, config, source).with_columns(reason=text_rules.first_reason(rules))
     with naming_damage(path):
@@ -113,17 +128,17 @@ def run(config: FilterTextConfig, context: Context, task: Task, progress: Progre
         task,
         kept,
         dropped,
-        extra={
-            "source": source.name,
-            "rules": {rule.name: rule.version for rule in rules},
-            # Where every row already passes, the threshold is a no-op: the minimum shows it.
-            "min_score": config.min_score,
-            "score_minimums": {source.name: round(float(scores.min()), 4)} if judges_scores else {},  # type: ignore[arg-type]
-            "histograms": {
+        JudgedFacts(
+            source=source.name,
+            rules={rule.name: rule.version for rule in rules},
+            # If every row already passes, the threshold is a no-op: the minimum shows it.
+            min_score=config.min_score,
+            score_minimums={source.name: round(float(scores.min()), 4)} if judges_scores else {},  # type: ignore[arg-type]
+            histograms={
                 "characters": histogram("characters", _length(kept), _length(dropped)),
                 **({"score": histogram("score", kept["score"], dropped["score"])} if len(scores) else {}),
             },
-        },
+        ),
         rows_per_group=_ROWS_PER_GROUP,
     )
 
@@ -205,3 +220,16 @@ def _words_digest(theme: str) -> Any:
     from pipeline.core.config import digest
 
     return digest(text_rules.blacklist(theme))
+
+
+def stage(config: FilterTextConfig) -> Stage:
+    """Return the stage that judges captions and addresses."""
+    return Stage(
+        "filter_text",
+        title="language, score, length, blacklist, addresses of evaluation pictures",
+        version=3,
+        config=config,
+        parents=("corpus",),
+        plan=plan,
+        run=run,
+    )

@@ -1,29 +1,28 @@
 """Shards as files: cutting rows into shards, writing one, and finding those of a finished corpus."""
 
-import collections
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any, Literal, Self
 
 import polars as pl
 
-from data_prep.accounting.drop_table import write_table
+from data_prep.facts import Facts
+from data_prep.formats.parquet import write_table
 from data_prep.formats.tar import TarWriter
 from pipeline.core import store
 from pipeline.core.records import InputError, Manifest, Shard
+from pipeline.core.shard_format import SIDECAR_COLUMNS, TAR, ByteRangePool, sidecar_of
 from pipeline.core.stage import Context, Outcome
 
-_SIDECAR = (
-    "key", "offset_bytes", "size_bytes", "caption", "source", "url", "score", "width_px", "height_px",
-    "image_sha256", "perceptual_hash",
-)  # fmt: skip
 _INTERNAL = (
     "file", "row", "tar", "source_sha256", "stored_width_px", "stored_height_px",
     "picture_at",
 )  # fmt: skip
 _REMEDY = "run `--stage download --mend`, or make these shards again"
-_OPEN_TARS = 64  # at once: rows of one shard may come from any number of tars
+
+
+Part = Literal["train", "validation"]  # of a corpus that [split] divides
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +55,12 @@ def _in_manifest(folder: str, path: str) -> list[CorpusShard]:
     except (ValueError, TypeError, KeyError):
         raise InputError(f"{path}: not a manifest of shards; give the folder of finished shards") from None
     files = {shard.path: shard for shard in manifest.shards}
-    tars = [shard for shard in manifest.shards if shard.path.endswith(".tar")]
+    tars = [shard for shard in manifest.shards if shard.path.endswith(TAR)]
     if not tars:
         raise InputError(f"{path}: names no tar (stage {manifest.stage}); give the folder of finished shards")
     found = []
     for tar in tars:
-        name = tar.path.removesuffix(".tar") + ".parquet"
+        name = sidecar_of(tar.path)
         if name not in files:
             raise InputError(f"{path}: {tar.path} has no sidecar {name}; give shards made by this project")
         found.append(
@@ -75,8 +74,29 @@ def _in_manifest(folder: str, path: str) -> list[CorpusShard]:
     return found
 
 
-def cut(tables: Sequence[Shard], samples_per_shard: int) -> Iterator[list[dict[str, Any]]]:
-    """For each shard the pieces {table, first, count} of these tables' rows, in order.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece(Facts):
+    """Some rows of a table."""
+
+    table: str
+    first: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardTask(Facts):
+    """The rows of one shard; `part` says of which part of a corpus that is split."""
+
+    pieces: Sequence[Piece]
+    part: Part | None = None
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        return cls(pieces=[Piece.from_json(piece) for piece in fields["pieces"]], part=fields.get("part"))
+
+
+def cut(tables: Sequence[Shard], samples_per_shard: int) -> Iterator[list[Piece]]:
+    """Yield for each shard the pieces of these tables' rows, in order.
 
     Every shard has `samples_per_shard` rows but the last.
     """
@@ -94,7 +114,7 @@ def cut(tables: Sequence[Shard], samples_per_shard: int) -> Iterator[list[dict[s
             low, high = max(first, starts[number]), min(end, starts[number + 1])
             if low < high:
                 begin = starts[number]
-                pieces.append({"table": tables[number].path, "first": low - begin, "count": high - low})
+                pieces.append(Piece(table=tables[number].path, first=low - begin, count=high - low))
             number += 1
         yield pieces
 
@@ -105,48 +125,22 @@ def write_shard(context: Context, name: str, rows: pl.DataFrame, path_of: Callab
     `rows` has the sidecar's columns, of which offset_bytes and size_bytes are places in the file that
     `path_of(tar)` names. InputError where a picture is not whole in its file.
     """
-    tar_path, table_path = f"{name}.tar", f"{name}.parquet"
+    tar_path, table_path = name + TAR, sidecar_of(name + TAR)
     with store.publish(context.path(tar_path)) as temporary, contextlib.ExitStack() as stack:
         writer = stack.enter_context(TarWriter(temporary))
-        sources = stack.enter_context(OpenFiles(path_of))
+        sources = stack.enter_context(ByteRangePool(path_of))
         places = []
         for key, tar, offset, size, sha256, caption in rows.select(
             "key", "tar", "offset_bytes", "size_bytes", "image_sha256", "caption"
         ).iter_rows():
-            data = sources.read(tar, offset, size, key)
+            data = sources.read(tar, offset, size, f"{key}.jpg")
             places.append(writer.add(f"{key}.jpg", data))
             if places[-1].sha256 != sha256:
                 raise InputError(f"{path_of(tar)}: the bytes at {offset} are not {key}.jpg; {_REMEDY}")
             writer.append(f"{key}.txt", caption.encode("utf-8"))
-    carried = [column for column in rows.columns if column not in _SIDECAR and column not in _INTERNAL]
+    carried = [column for column in rows.columns if column not in SIDECAR_COLUMNS and column not in _INTERNAL]
     sidecar = rows.with_columns(
         pl.Series("offset_bytes", [place.offset_bytes for place in places], dtype=pl.Int64)
-    ).select(*_SIDECAR, *carried)
+    ).select(*SIDECAR_COLUMNS, *carried)
     write_table(sidecar, context.path(table_path))
     return Outcome({tar_path: rows.height, table_path: rows.height}, num_in=rows.height, num_kept=rows.height)
-
-
-class OpenFiles(contextlib.AbstractContextManager["OpenFiles"]):
-    """Tars opened at their first use; the one unused for longest is closed where there are too many."""
-
-    def __init__(self, path_of: Callable[[str], str]) -> None:
-        self._path_of = path_of
-        self._open: collections.OrderedDict[str, IO[Any]] = collections.OrderedDict()
-
-    def read(self, name: str, offset_bytes: int, size_bytes: int, key: str) -> bytes:
-        """A picture's bytes; InputError where the tar ends before they do."""
-        if name not in self._open:
-            if len(self._open) >= _OPEN_TARS:
-                self._open.popitem(last=False)[1].close()
-            self._open[name] = store.open_read(self._path_of(name))
-        self._open.move_to_end(name)
-        file = self._open[name]
-        file.seek(offset_bytes)
-        data = bytes(file.read(size_bytes))
-        if len(data) < size_bytes:
-            raise InputError(f"{self._path_of(name)}: ends inside {key}.jpg; {_REMEDY}")
-        return data
-
-    def __exit__(self, *error: object) -> None:
-        for file in self._open.values():
-            file.close()

@@ -2,7 +2,8 @@
 
 A handful of words: polars' Aho-Corasick. More: Hyperscan, where it is installed, over the whole column's
 bytes at once; it takes half of the other's processor time from 10 words on and less beyond, since the
-automaton of thousands of words no longer fits a processor's caches (benchmarks/data_prep/filter_text.py has both).
+automaton of thousands of words no longer fits a processor's caches (benchmarks/data_prep/filter_text.py has
+both).
 Both give the same answers: bytes compared as they are, letters A to Z like a to z.
 """
 

@@ -19,7 +19,8 @@ import polars as pl
 from data_prep.formats.shards import CorpusShard, corpus_shards
 from pipeline.core import store
 from pipeline.core.config import digest
-from pipeline.core.records import SCHEMA_VERSION, ConfigError, InputError, Manifest, Shard
+from pipeline.core.records import SCHEMA_VERSION, ConfigError, Manifest, Shard
+from pipeline.core.shard_format import ByteRanges, read_sidecar
 from pipeline.core.stage import Progress
 
 Format = Literal["tsv", "lmdb"]
@@ -114,17 +115,14 @@ def _pairs(shards: list[CorpusShard], progress: Progress) -> Iterator[_Pair]:
     repeats = _repeated_pictures(shards)
     row = 0
     for number, shard in enumerate(shards, start=1):
-        rows = pl.read_parquet(shard.table, columns=["key", "offset_bytes", "size_bytes", "caption"])
+        rows = read_sidecar(shard.table, ("key", "offset_bytes", "size_bytes", "caption"))
         own = repeats.filter(pl.col("row").is_between(row, row + rows.height - 1))
         first = dict(own.iter_rows())
-        with store.open_read(shard.tar) as tar:
+        with ByteRanges(shard.tar) as tar:
             for key, offset, size, caption in rows.iter_rows():
                 data = None
                 if row not in first:
-                    tar.seek(offset)
-                    data = tar.read(size)
-                    if len(data) < size:
-                        raise InputError(f"{shard.tar}: ends inside {key}.jpg; make the shard again")
+                    data = tar.read(offset, size, f"{key}.jpg")
                 yield _Pair(row, first.get(row, row), data, caption)
                 row += 1
         progress(number, len(shards), "shards")

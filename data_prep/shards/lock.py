@@ -7,16 +7,17 @@
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from data_prep.accounting.funnel import STEPS, by_source
-from data_prep.corpus import tables_of
+from data_prep.accounting.judged import JudgedFacts
+from data_prep.corpus_facts import tables_of
 from pipeline.core import store
 from pipeline.core.config import digest, plain
 from pipeline.core.records import Manifest
-from pipeline.core.stage import Context, Outcome, Progress, Task
+from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 LOCK_FILE = "corpus.lock.json"
 # Stages whose outputs are a corpus; `validation` where a run has [split].
@@ -30,7 +31,7 @@ class LockConfig:
     settings: Mapping[str, Any]
 
 
-def tasks(config: LockConfig, context: Context) -> list[Task]:
+def plan(config: LockConfig, context: Context) -> list[Task]:
     """One task, over the manifests of all stages of the corpus."""
     inputs = {name: digest(manifest.to_json()) for name, manifest in context.parents.items()}
     return [Task("lock", inputs)]
@@ -42,11 +43,11 @@ def run(config: LockConfig, context: Context, task: Task, progress: Progress) ->
     content = {
         "sources": [
             {
-                "source": table["source"]["name"],
+                "source": table.place.source.name,
                 # A table that the run wrote itself goes by its place in the stage; others by their own path.
-                "table": table["path"],
-                "rows": table["num_rows"],
-                "digest": table["digest"],
+                "table": table.place.path,
+                "rows": table.num_rows,
+                "digest": table.digest,
             }
             for table in tables_of(manifests["corpus"])
         ],
@@ -81,5 +82,18 @@ def _rules(manifest: Manifest | None) -> dict[str, int]:
     """Rule → version, of all rules that a stage asked of some source."""
     found: dict[str, int] = {}
     for extra in manifest.extra.values() if manifest else ():
-        found |= extra.get("rules", {})
+        found |= JudgedFacts.from_json(extra).rules or {}
     return dict(sorted(found.items()))
+
+
+def stage(corpus_stages: Sequence[Stage]) -> Stage:
+    """Return the stage that describes a corpus made by these stages in one file."""
+    return Stage(
+        "lock",
+        title="sources, rules, settings and funnel of the corpus in one file",
+        version=1,
+        config=LockConfig(settings={made.name: made.config for made in corpus_stages}),
+        parents=tuple(made.name for made in corpus_stages),
+        plan=plan,
+        run=run,
+    )

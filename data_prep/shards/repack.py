@@ -13,13 +13,16 @@ from dataclasses import dataclass, field
 import polars as pl
 import pyarrow.parquet as pq
 
-from data_prep.accounting.drop_table import publish_judged, write_table
+from data_prep.accounting.judged import publish_judged
 from data_prep.dedup.exact import DUPLICATE, partition_range
-from data_prep.formats.shards import CorpusShard, corpus_shards, cut, write_shard
+from data_prep.facts import Facts
+from data_prep.formats.parquet import write_table
+from data_prep.formats.shards import CorpusShard, ShardTask, corpus_shards, cut, write_shard
 from data_prep.sources.table import naming_damage
 from pipeline.core import store
 from pipeline.core.config import NOT_IN_DIGEST, digest
 from pipeline.core.records import ConfigError, DropReason, InputError, Shard
+from pipeline.core.shard_format import tar_of
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 NOT_LISTED = DropReason("not_listed")  # the row's key is not in the list of keys
@@ -43,6 +46,27 @@ class RepackConfig:
             raise ConfigError(f"--samples {self.samples_per_shard}: a shard holds at least 1")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeysTask(Facts):
+    """The number of ranges that the listed keys are read in."""
+
+    buckets: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubsetTask(Facts):
+    """The sidecar of one shard of the corpus."""
+
+    table: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeTask(Facts):
+    """The number of ranges that the rows of all corpora are merged in."""
+
+    partitions: int
+
+
 def reshard_stages(config: RepackConfig) -> tuple[Stage, ...]:
     """The same samples in the same order, another number of them in each shard."""
     return (_packing(config, chosen=False),)
@@ -51,15 +75,15 @@ def reshard_stages(config: RepackConfig) -> tuple[Stage, ...]:
 def subset_stages(config: RepackConfig) -> tuple[Stage, ...]:
     """The samples whose keys are listed, in the corpus's order."""
     return (
-        Stage("keys", "the listed keys, sorted", 1, config, (), key_tasks, read_keys),
+        Stage("keys", "the listed keys, sorted", 1, config, (), plan_keys, run_keys),
         Stage(
             "rows",
             "rows whose keys are listed",
             1,
             config,
             ("keys",),
-            subset_tasks,
-            choose_rows,
+            plan_subset,
+            run_subset,
             may_be_empty=True,
         ),
         _packing(config, chosen=True),
@@ -69,17 +93,17 @@ def subset_stages(config: RepackConfig) -> tuple[Stage, ...]:
 def merge_stages(config: RepackConfig) -> tuple[Stage, ...]:
     """All samples of several corpora in the order of their keys; of one key the first corpus's stays."""
     return (
-        Stage("rows", "rows of all corpora, one for each key", 1, config, (), merge_tasks, merge_rows),
+        Stage("rows", "rows of all corpora, one for each key", 1, config, (), plan_merge, run_merge),
         _packing(config, chosen=True),
     )
 
 
 def _packing(config: RepackConfig, *, chosen: bool) -> Stage:
     parents = ("rows",) if chosen else ()
-    return Stage("shards", "tar shards with a Parquet sidecar", 1, config, parents, pack_tasks, pack)
+    return Stage("shards", "tar shards with a Parquet sidecar", 1, config, parents, plan_shards, run_shards)
 
 
-def pack_tasks(config: RepackConfig, context: Context) -> list[Task]:
+def plan_shards(config: RepackConfig, context: Context) -> list[Task]:
     """One task a shard."""
     if "rows" in context.parents:
         if context.parents["rows"].num_kept == 0:
@@ -97,27 +121,27 @@ def pack_tasks(config: RepackConfig, context: Context) -> list[Task]:
     return [
         Task(
             f"{number:05d}",
-            {f"table {place}": digests[piece["table"]] for place, piece in enumerate(pieces)},
-            {"pieces": pieces},
+            {f"table {place}": digests[piece.table] for place, piece in enumerate(pieces)},
+            ShardTask(pieces=pieces).to_json(),
         )
         for number, pieces in enumerate(cut(tables, config.samples_per_shard))
     ]
 
 
-def pack(config: RepackConfig, context: Context, task: Task, progress: Progress) -> Outcome:
+def run_shards(config: RepackConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """Copy one shard's pictures, captions and columns."""
     frames = []
-    for piece in task.arguments["pieces"]:
+    for piece in ShardTask.from_json(task.arguments).pieces:
         if "rows" in context.parents:
-            rows = pl.scan_parquet(context.path_in("rows", piece["table"]))
+            rows = pl.scan_parquet(context.path_in("rows", piece.table))
         else:
-            rows = _sidecar(piece["table"])
-        frames.append(rows.slice(piece["first"], piece["count"]))
+            rows = _sidecar(piece.table)
+        frames.append(rows.slice(piece.first, piece.count))
     rows = pl.concat(frames, how="diagonal_relaxed")
     return write_shard(context, task.name, rows.collect(), lambda tar: tar)
 
 
-def key_tasks(config: RepackConfig, context: Context) -> list[Task]:
+def plan_keys(config: RepackConfig, context: Context) -> list[Task]:
     """One task a range of keys; each reads the whole list and holds its range."""
     path = str(config.keys)
     if not store.exists(path):
@@ -129,12 +153,12 @@ def key_tasks(config: RepackConfig, context: Context) -> list[Task]:
         num_keys = store.num_bytes(path) // _BYTES_PER_LINE
     buckets = num_keys // _KEYS_PER_BUCKET + 1
     inputs = {"keys": store.digest_file(path)}
-    return [Task(f"{number:05d}", inputs, {"buckets": buckets}) for number in range(buckets)]
+    return [Task(f"{number:05d}", inputs, KeysTask(buckets=buckets).to_json()) for number in range(buckets)]
 
 
-def read_keys(config: RepackConfig, context: Context, task: Task, progress: Progress) -> Outcome:
+def run_keys(config: RepackConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """Sort one range of the listed keys. InputError for a line that is no key, and for a list without any."""
-    first, end = partition_range(int(task.name), task.arguments["buckets"])
+    first, end = partition_range(int(task.name), KeysTask.from_json(task.arguments).buckets)
     condition = pl.col("key") >= first
     if end is not None:
         condition &= pl.col("key") < end
@@ -184,18 +208,20 @@ def _scan_keys(path: str) -> pl.LazyFrame:
     return table.select(pl.col("key").cast(pl.String))
 
 
-def subset_tasks(config: RepackConfig, context: Context) -> list[Task]:
+def plan_subset(config: RepackConfig, context: Context) -> list[Task]:
     """One task a shard of the corpus."""
     listed = digest([[shard.path, shard.digest] for shard in context.parents["keys"].shards])
     return [
-        Task(f"{number:05d}", {"shard": shard.digest, "keys": listed}, {"table": shard.table})
+        Task(
+            f"{number:05d}", {"shard": shard.digest, "keys": listed}, SubsetTask(table=shard.table).to_json()
+        )
         for number, shard in enumerate(corpus_shards(config.corpora[0]))
     ]
 
 
-def choose_rows(config: RepackConfig, context: Context, task: Task, progress: Progress) -> Outcome:
+def run_subset(config: RepackConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """Rows of one shard whose keys are listed; reads no more of the list than the shard's range of keys."""
-    rows = _sidecar(task.arguments["table"]).collect()
+    rows = _sidecar(SubsetTask.from_json(task.arguments).table).collect()
     between = pl.col("key").is_between(pl.lit(rows["key"].min()), pl.lit(rows["key"].max()))
     paths = [shard.path for shard in context.shards_of("keys") if shard.num_samples]
     listed = pl.scan_parquet(paths).filter(between).collect(engine="streaming")
@@ -204,18 +230,21 @@ def choose_rows(config: RepackConfig, context: Context, task: Task, progress: Pr
     return publish_judged(context, task, kept, rest.with_columns(reason=pl.lit(str(NOT_LISTED))))
 
 
-def merge_tasks(config: RepackConfig, context: Context) -> list[Task]:
+def plan_merge(config: RepackConfig, context: Context) -> list[Task]:
     """One task a range of keys."""
     corpora = [corpus_shards(corpus) for corpus in config.corpora]
     total = sum(shard.num_samples for shards in corpora for shard in shards)
     partitions = total // _ROWS_PER_PARTITION + 1
     inputs = {"corpora": digest([[shard.digest for shard in shards] for shards in corpora])}
-    return [Task(f"{number:05d}", inputs, {"partitions": partitions}) for number in range(partitions)]
+    return [
+        Task(f"{number:05d}", inputs, MergeTask(partitions=partitions).to_json())
+        for number in range(partitions)
+    ]
 
 
-def merge_rows(config: RepackConfig, context: Context, task: Task, progress: Progress) -> Outcome:
+def run_merge(config: RepackConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """One range of keys of all corpora, sorted; of rows with one key the first corpus's is kept."""
-    first, end = partition_range(int(task.name), task.arguments["partitions"])
+    first, end = partition_range(int(task.name), MergeTask.from_json(task.arguments).partitions)
     condition = pl.col("key") >= first
     if end is not None:
         condition &= pl.col("key") < end
@@ -236,7 +265,7 @@ def merge_rows(config: RepackConfig, context: Context, task: Task, progress: Pro
 
 def _sidecar(table: str) -> pl.LazyFrame:
     """A shard's rows with the tar that their places are in."""
-    return pl.scan_parquet(table).with_columns(tar=pl.lit(table.removesuffix(".parquet") + ".tar"))
+    return pl.scan_parquet(table).with_columns(tar=pl.lit(tar_of(table)))
 
 
 def _overlaps(shard: CorpusShard, first: str, end: str | None) -> bool:

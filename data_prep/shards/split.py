@@ -7,20 +7,22 @@ nor workers. The first in rank become validation, except those that have a near 
 never one is in training and one in validation.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 import polars_hash as plh
+from pydantic import Field
 
-from data_prep.accounting.drop_table import write_table
-from data_prep.corpus import kept_tables, rows_stage
+from data_prep.corpus_facts import kept_tables, rows_stage
+from data_prep.facts import Facts
+from data_prep.formats.parquet import write_table
 from data_prep.rules.image import HASH_BITS
 from pipeline.core.records import InputError, Shard
-from pipeline.core.stage import Context, Outcome, Progress, Task
+from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 KEYS_FILE = "validation.parquet"
 
@@ -35,24 +37,29 @@ _BATCH = 65_536  # hashes compared at once
 class SplitConfig:
     """`[split]`: without this table every row is for training. Give `share` or `count`."""
 
-    share: float | None = None  # of all kept rows, above 0 and below 1
-    count: int | None = None  # rows; at most so many are set aside, rows of one picture together
+    share: Annotated[float, Field(gt=0, lt=1)] | None = None  # of all kept rows
+    # Rows; at most so many are set aside, rows of one image together.
+    count: Annotated[int, Field(ge=1)] | None = None
     # Bits of 384 within which two pictures count as copies; 0: only equal hashes do.
     # On the demo re-encoded copies are 0 to 22 bits away, other pictures 60 and more.
-    distance: int = 32
+    distance: Annotated[int, Field(ge=0, lt=HASH_BITS)] = 32
 
     def __post_init__(self) -> None:
         if (self.share is None) == (self.count is None):
             raise ValueError("give either share or count")
-        if self.share is not None and not 0 < self.share < 1:
-            raise ValueError(f"share {self.share} is not between 0 and 1")
-        if self.count is not None and self.count < 1:
-            raise ValueError(f"count {self.count} is below 1")
-        if not 0 <= self.distance < HASH_BITS:
-            raise ValueError(f"distance {self.distance} is not between 0 and {HASH_BITS - 1} bits")
 
 
-def tasks(config: SplitConfig, context: Context) -> list[Task]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitFacts(Facts):
+    """Rows that were to be set aside, those that are, and how they lie in the tables."""
+
+    asked: int
+    validation: int
+    candidates_with_copies_in_training: int
+    counts: Mapping[str, int]  # table of kept rows → validation rows in it
+
+
+def plan(config: SplitConfig, context: Context) -> list[Task]:
     """One task: a picture's copies may be in any partition."""
     return [Task("split", {shard.path: shard.digest for shard in _kept(context)})]
 
@@ -78,19 +85,18 @@ def run(config: SplitConfig, context: Context, task: Task, progress: Progress) -
         )
     write_table(keys.select("key"), context.path(KEYS_FILE))
     by_table = dict(keys.group_by("table").len().sort("table").iter_rows())
-    extra = {
-        "asked": wanted,
-        "validation": keys.height,
-        "candidates_with_copies_in_training": int(beside_training.sum()),
-        "counts": {kept[number].path: count for number, count in by_table.items()},
-    }
-    return Outcome({KEYS_FILE: keys.height}, num_in=total, num_kept=total, extra=extra)
+    facts = SplitFacts(
+        asked=wanted,
+        validation=keys.height,
+        candidates_with_copies_in_training=int(beside_training.sum()),
+        counts={kept[number].path: count for number, count in by_table.items()},
+    )
+    return Outcome({KEYS_FILE: keys.height}, num_in=total, num_kept=total, extra=facts.to_json())
 
 
-def counts(context: Context) -> dict[str, int]:
-    """Table of kept rows → validation rows in it."""
-    found: dict[str, int] = context.parents["split"].extra["split"]["counts"]
-    return found
+def counts(context: Context) -> Mapping[str, int]:
+    """Return table of kept rows → validation rows in it."""
+    return SplitFacts.from_json(context.parents["split"].extra["split"]).counts
 
 
 def _kept(context: Context) -> list[Shard]:
@@ -213,3 +219,16 @@ class _Hashes:
 
 def _bytes_of(hashes: pl.Series) -> npt.NDArray[np.uint8]:
     return np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, HASH_BITS // 8)
+
+
+def stage(config: SplitConfig, *, rows: str) -> Stage:
+    """Return the stage that sets rows aside for validation."""
+    return Stage(
+        "split",
+        title="pictures set aside for validation, with all their copies",
+        version=1,
+        config=config,
+        parents=(rows,),
+        plan=plan,
+        run=run,
+    )

@@ -9,33 +9,30 @@ Where a run has `[split]`, stage shards packs the training rows and stage valida
 folder and a manifest of its own, the rows that stage split set aside.
 """
 
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import polars as pl
+from pydantic import Field
 
-from data_prep.corpus import kept_tables, rows_stage
+from data_prep.corpus_facts import kept_tables, rows_stage
 from data_prep.download.stage import partition_of
-from data_prep.formats.shards import cut, write_shard
+from data_prep.formats.shards import Part, ShardTask, cut, write_shard
 from data_prep.shards import split
 from pipeline.core.records import Shard
-from pipeline.core.stage import Context, Outcome, Progress, Task
-
-Part = Literal["train", "validation"]
+from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardsConfig:
     """`[shards]`."""
 
-    samples_per_shard: int = 10_000  # about 300 MB at 256 px
-
-    def __post_init__(self) -> None:
-        if self.samples_per_shard < 1:
-            raise ValueError("samples_per_shard must be at least 1")
+    samples_per_shard: Annotated[int, Field(ge=1)] = 10_000  # about 300 MB at 256 px
 
 
-def tasks(config: ShardsConfig, context: Context, part: Part = "train") -> list[Task]:
+def plan(config: ShardsConfig, context: Context, part: Part = "train") -> list[Task]:
     """One task a shard: samples number*n to (number+1)*n of all kept samples of this part, in order."""
     kept = kept_tables(context, rows_stage(context))
     digests = {shard.path: {shard.path: shard.digest} for shard in kept}
@@ -44,26 +41,26 @@ def tasks(config: ShardsConfig, context: Context, part: Part = "train") -> list[
         if shard.path.endswith(".tar"):
             name = shard.path.removeprefix("pictures/").removesuffix(".tar")
             partitions[partition_of(shard.path)][f"pictures {name}"] = shard.digest
-    arguments, chosen = {}, {}
+    own_part: Part | None = None
+    chosen = {}
     if "split" in context.parents:
         kept = _part_of(kept, split.counts(context), part)
-        arguments = {"part": part}
+        own_part = part
         chosen = {"validation keys": context.shards_of("split", split.KEYS_FILE)[0].digest}
-    plan = []
+    tasks = []
     for number, pieces in enumerate(cut(kept, config.samples_per_shard)):
-        inputs = {label: digest for piece in pieces for label, digest in digests[piece["table"]].items()}
-        plan.append(Task(f"{number:05d}", {**inputs, **chosen}, {"pieces": pieces, **arguments}))
-    return plan
+        inputs = {label: digest for piece in pieces for label, digest in digests[piece.table].items()}
+        tasks.append(
+            Task(f"{number:05d}", {**inputs, **chosen}, ShardTask(pieces=pieces, part=own_part).to_json())
+        )
+    return tasks
 
 
 def run(config: ShardsConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """Pack one shard."""
-    part = task.arguments.get("part")
+    asked = ShardTask.from_json(task.arguments)
     rows = pl.concat(
-        [
-            _rows(context, piece["table"], part).slice(piece["first"], piece["count"])
-            for piece in task.arguments["pieces"]
-        ],
+        [_rows(context, piece.table, asked.part).slice(piece.first, piece.count) for piece in asked.pieces],
         how="diagonal",
     ).collect()
     return write_shard(context, task.name, rows, lambda tar: context.path_in("download", tar))
@@ -78,7 +75,7 @@ def _rows(context: Context, table: str, part: Part | None) -> pl.LazyFrame:
     return rows.join(validation, on="key", how=how, maintain_order="left")
 
 
-def _part_of(kept: list[Shard], num_validation: dict[str, int], part: Part) -> list[Shard]:
+def _part_of(kept: list[Shard], num_validation: Mapping[str, int], part: Part) -> list[Shard]:
     """The tables with the number of rows that this part has in each."""
     return [
         Shard(
@@ -90,3 +87,29 @@ def _part_of(kept: list[Shard], num_validation: dict[str, int], part: Part) -> l
         for shard in kept
         for count in [num_validation.get(shard.path, 0)]
     ]
+
+
+def stage(config: ShardsConfig, *, rows: str, has_split: bool) -> Stage:
+    """Return the stage that packs what the stage `rows` kept; with a split, its training rows."""
+    return Stage(
+        "shards",
+        title="tar shards with a Parquet sidecar: what training reads",
+        version=1,
+        config=config,
+        parents=("download", rows, *(("split",) if has_split else ())),
+        plan=plan,
+        run=run,
+    )
+
+
+def validation_stage(config: ShardsConfig, *, rows: str) -> Stage:
+    """Return the stage that packs the rows that stage split set aside."""
+    return Stage(
+        "validation",
+        title="tar shards of the rows set aside: training never reads them",
+        version=1,
+        config=config,
+        parents=("download", rows, "split"),
+        plan=functools.partial(plan, part="validation"),
+        run=run,
+    )

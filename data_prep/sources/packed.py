@@ -1,8 +1,9 @@
-"""Pictures that are here already: Chinese-CLIP's TSV and LMDB, img2dataset's output, and a run's shards.
+"""Images that are here already: Chinese-CLIP's TSV and LMDB, img2dataset's output, and a run's shards.
 
 A pair becomes a row of a caption table with two addresses: `url`, what the row is known by, and `picture_at`,
-where the loopback site finds the picture's bytes (`data_prep.sources.local_server`), so that pictures from disk take the same
-way through the resizer as those from the web. Formats: Chinese-CLIP's README, img2dataset's README.
+where the loopback site (`data_prep.sources.local_server`) finds the image's bytes, so that images from disk
+take the same way through the resizer as those from the web. Formats: Chinese-CLIP's README, img2dataset's
+README.
 """
 
 import os
@@ -14,13 +15,15 @@ from urllib.parse import quote, urlencode
 
 import polars as pl
 
-from data_prep.accounting.drop_table import drops_as_they_come, write_table
+from data_prep.accounting.drop_table import drops_as_they_come
 from data_prep.formats.lmdb import open_lmdb, unpickle_plain
+from data_prep.formats.parquet import write_table
 from data_prep.sources.local_server import HOST, PACKED
 from data_prep.sources.regions import Converted, Places, malformed_rows
 from data_prep.sources.table import TableSource
 from data_prep.sources.text_file import MALFORMED_COLUMNS, Malformed, column_names, read_batches
 from pipeline.core.records import DropReason, InputError
+from pipeline.core.shard_format import sidecar_of
 
 UNPAIRED = DropReason("unpaired")  # a text whose image_ids are empty: the pairing is unknown
 IMAGE_MISSING = DropReason("image_missing")  # a text that names a picture which is not there
@@ -62,7 +65,7 @@ def pieces(source: PackedSource) -> list[list[str]]:
     if not tars:
         what = "of a run's shards" if source.kind == "shards" else "of img2dataset's webdataset output"
         raise InputError(f"{source.path}: no .tar {what} (source {source.name})")
-    found = [[str(tar), str(tar.with_suffix(".parquet"))] for tar in tars]
+    found = [[str(tar), sidecar_of(str(tar))] for tar in tars]
     for files in found:
         _exist(source, files)
     return found

@@ -17,8 +17,9 @@ import polars_hash as plh
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.accounting.drop_table import DETAIL, DropsAsTheyCome, drops_as_they_come, with_key
+from data_prep.accounting.drop_table import DETAIL, DropsAsTheyCome, drops_as_they_come
 from data_prep.decontamination import GuardedIds
+from data_prep.formats.keys import with_key
 from data_prep.sources import text_file
 from data_prep.sources.table import (
     TableSource,

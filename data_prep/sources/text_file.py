@@ -46,7 +46,7 @@ class Malformed:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class RowBatch:
     """Rows of a text file: all columns as strings, and what was set aside among them."""
 
     rows: pl.DataFrame
@@ -93,7 +93,7 @@ def column_names(path: str) -> list[str]:
 
 def read_batches(
     path: str, columns: Sequence[str], set_aside: Callable[[list[Malformed]], None] | None = None
-) -> Iterator[Batch]:
+) -> Iterator[RowBatch]:
     """Read a text table in batches of bounded size; `columns` must be among `column_names`.
 
     Malformed rows come with the batches. A stretch of a CSV without a single good row has no batch:
@@ -109,12 +109,12 @@ def read_batches(
         rows = marked.filter(~pl.col("_damaged")).drop("_damaged")
         bad = marked.filter("_damaged").select(pl.concat_str(columns, separator=" ", ignore_nulls=True))
         malformed = [Malformed(MALFORMED_ENCODING, text[:_SHOWN_CHARACTERS]) for text in bad.to_series()]
-        yield Batch(rows, batch.malformed + malformed)
+        yield RowBatch(rows, batch.malformed + malformed)
 
 
 def _csv_batches(
     path: str, columns: Sequence[str], set_aside: Callable[[list[Malformed]], None] | None
-) -> Iterator[Batch]:
+) -> Iterator[RowBatch]:
     names = column_names(path)
     separator = _separator(path)
     # Of the rows that the parser refused since the last batch: what is malformed, and what is none alone.
@@ -167,10 +167,10 @@ def _csv_batches(
                 schema = dict.fromkeys(columns, pl.String)
                 rows = pl.concat([rows, pl.DataFrame(unswallowed, schema=schema, orient="row")])
             # An empty field is no value: a row with an empty caption has no caption.
-            yield Batch(rows.with_columns(pl.all().replace("", None)), malformed)
+            yield RowBatch(rows.with_columns(pl.all().replace("", None)), malformed)
         if refused or rescued:  # the table ended without another good row
             rows = pl.DataFrame(rescued, schema=dict.fromkeys(columns, pl.String), orient="row")
-            yield Batch(rows.with_columns(pl.all().replace("", None)), list(refused))
+            yield RowBatch(rows.with_columns(pl.all().replace("", None)), list(refused))
 
 
 def _unswallow(
@@ -224,7 +224,7 @@ def _reparse(
     return rows, malformed
 
 
-def _json_batches(path: str, columns: Sequence[str]) -> Iterator[Batch]:
+def _json_batches(path: str, columns: Sequence[str]) -> Iterator[RowBatch]:
     with _open_utf8(path) as file:
         rest = b""
         while True:
@@ -243,7 +243,7 @@ def _json_batches(path: str, columns: Sequence[str]) -> Iterator[Batch]:
             ]
             read = text.select(*values, _line="line", _is_row=is_row)
             bad = read.filter(~pl.col("_is_row"))["_line"]
-            yield Batch(
+            yield RowBatch(
                 read.filter("_is_row").select(columns),
                 [Malformed(MALFORMED_JSON, line[:_SHOWN_CHARACTERS]) for line in bad],
             )

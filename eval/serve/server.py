@@ -38,7 +38,7 @@ from urllib.parse import parse_qs, urlsplit
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.download.resize import BadImageError, decode_upright
+from data_prep.formats.image import BadImageError, decode_upright
 from eval.features.encoder import Encoder
 from eval.features.model_identity import check_same_model, identify
 from eval.serve.gallery import Gallery

@@ -55,14 +55,6 @@ def shard_stems(folder: str) -> list[str]:
     return [store.join(folder, stem) for stem in stems if f"{stem}.parquet" in names]
 
 
-def facts(made: dict[str, str], given: tuple[EvaluationSource, ...]) -> dict[str, dict[str, str]]:
-    """What the corpus stage notes in its receipt: folders of made sets (relative) and of given ones."""
-    return {
-        "evaluations": made,
-        "own_evaluations": {item.name: store.absolute(item.folder) for item in given},
-    }
-
-
 def evaluations_of(context: Context) -> list[EvaluationSet]:
     """The run's evaluation sets in order of their names; `corpus` must be among the stage's parents."""
     corpus = context.parents["corpus"]

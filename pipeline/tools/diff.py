@@ -17,9 +17,9 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.accounting.drop_table import url_hash
 from data_prep.accounting.funnel import STEPS
 from data_prep.dedup.exact import DUPLICATE
+from data_prep.formats.keys import url_hash
 from data_prep.shards.lock import LOCK_FILE
 from data_prep.sources.regions import JOINED
 from pipeline.core import store

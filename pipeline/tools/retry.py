@@ -47,7 +47,7 @@ def do(run: Run) -> Retried:
     download's manifest is replaced, as its last step, every stage sees the download as it was.
     """
     stage = _pass_stage(run, _finished(run))
-    if not retry.tasks(stage.config, _context(run, stage)):
+    if not retry.plan(stage.config, _context(run, stage)):
         return Retried(0, 0, 0, _bring_up_to_date(run))
     execute(dataclasses.replace(run, stages=(*run.stages, stage)), [stage], redo=True)
     with locked(run):
@@ -71,7 +71,7 @@ def _pass_stage(run: Run, done: Manifest) -> Stage:
         title="rows that failed and may not fail again",
         config=dataclasses.replace(before.config, outage_share=_NO_OUTAGE),
         parents=("corpus", "dedup", "download"),
-        plan=retry.tasks,
+        plan=retry.plan,
         run_together=download.run_together,
         may_be_empty=True,
     )

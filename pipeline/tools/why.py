@@ -9,13 +9,14 @@ from collections.abc import Iterator
 
 import polars as pl
 
-from data_prep.accounting.drop_table import DETAIL, HTTP_STATUS, drops_path, url_hash
+from data_prep.accounting.drop_table import DETAIL, HTTP_STATUS, drops_path
 from data_prep.accounting.funnel import STEPS
-from data_prep.corpus import malformed_table, tables_of
+from data_prep.corpus_facts import facts_of, malformed_table, tables_of
 from data_prep.filters.text import FilterTextConfig, prepared
+from data_prep.formats.keys import url_hash
 from data_prep.rules import text as text_rules
 from data_prep.sources.regions import JOINED
-from data_prep.sources.table import from_description, scan
+from data_prep.sources.table import scan
 from pipeline.core import store
 from pipeline.core.records import InputError, Manifest
 from pipeline.runner import Run, read_manifest
@@ -54,8 +55,7 @@ def _find_rows(run: Run, corpus: Manifest, config: FilterTextConfig, key_or_url:
     wanted = pl.col("key" if _KEY.fullmatch(key_or_url) else "url") == key_or_url
     found = []
     for number, table in enumerate(tables_of(corpus)):
-        path = store.join(run.folder, table["stage"], table["path"]) if table["stage"] else table["path"]
-        source = from_description(table["source"])
+        path, source = table.place.full_path(run.folder), table.place.source
         frame = prepared(scan(path, source), config, source).filter(wanted)
         columns = ("key", "url", "caption", "source", "row", "score", "language")
         found.append(frame.select(*columns, file=pl.lit(number)).collect(engine="streaming"))
@@ -70,8 +70,8 @@ def _dropped_by_corpus(run: Run, corpus: Manifest, key_or_url: str) -> Iterator[
     # Where the address goes on, it is another one.
     inside = re.compile(re.escape(key_or_url) + r"""(?=[\s,"'\\]|$)""")
     written = {shard.path for shard in corpus.shards if shard.num_samples}
-    for task, extra in corpus.extra.items():
-        source = ", ".join(extra.get("sources", {}))
+    for task, facts in facts_of(corpus).items():
+        source = ", ".join(facts.sources)
         if (path := drops_path(task)) in written:
             table = pl.scan_parquet(store.join(run.folder, "corpus", path))
             found = table.filter(wanted).collect().sort("reason", DETAIL, "key")

@@ -9,15 +9,16 @@ import polars as pl
 from PIL import Image, ImageDraw
 
 from data_prep import corpus
-from data_prep.accounting.drop_table import drops_path, write_drops, write_table
+from data_prep.accounting.drop_table import drops_path, write_drops
 from data_prep.corpus import CorpusStageConfig, TablesConfig
 from data_prep.dedup import exact as dedup
 from data_prep.dedup.exact import DedupConfig
-from data_prep.download.stage import tasks as download_tasks
+from data_prep.download.stage import plan as plan_download
 from data_prep.filters import image as filter_image
 from data_prep.filters import text as filter_text
 from data_prep.filters.image import FilterImageConfig
 from data_prep.filters.text import FilterTextConfig
+from data_prep.formats.parquet import write_table
 from data_prep.formats.tar import TarWriter
 from data_prep.shards import split
 from data_prep.shards import stage as shards
@@ -93,20 +94,20 @@ def make_run(
     stages = [
         Stage(
             "corpus", "", 1, CorpusStageConfig(corpus=TablesConfig(kind="tables", tables=sources)), (),
-            corpus.tasks, corpus.run,
+            corpus.plan, corpus.run,
         ),
-        Stage("filter_text", "", 1, FilterTextConfig(), ("corpus",), filter_text.tasks, filter_text.run),
-        Stage("dedup", "", 1, DedupConfig(partitions=partitions), ("filter_text",), dedup.tasks, dedup.run),
-        Stage("download", "", 1, str(inputs), ("corpus", "dedup"), download_tasks, fetch),
+        Stage("filter_text", "", 1, FilterTextConfig(), ("corpus",), filter_text.plan, filter_text.run),
+        Stage("dedup", "", 1, DedupConfig(partitions=partitions), ("filter_text",), dedup.plan, dedup.run),
+        Stage("download", "", 1, str(inputs), ("corpus", "dedup"), plan_download, fetch),
         Stage(
-            "filter_image", "", 1, images, ("corpus", "download"), filter_image.tasks, filter_image.run
+            "filter_image", "", 1, images, ("corpus", "download"), filter_image.plan, filter_image.run
         ),
     ]  # fmt: skip
     parents: tuple[str, ...] = ("download", "filter_image")
     if splitting is not None:
-        stages.append(Stage("split", "", 1, splitting, ("filter_image",), split.tasks, split.run))
+        stages.append(Stage("split", "", 1, splitting, ("filter_image",), split.plan, split.run))
         parents += ("split",)
-    stages.append(Stage("shards", "", 1, packing, parents, shards.tasks, shards.run))
+    stages.append(Stage("shards", "", 1, packing, parents, shards.plan, shards.run))
     if splitting is not None:
         stages.append(
             Stage("validation", "", 1, packing, parents, validation_tasks, shards.run)
@@ -115,7 +116,7 @@ def make_run(
 
 
 def validation_tasks(config: ShardsConfig, context: Context) -> list[Task]:
-    return shards.tasks(config, context, part="validation")
+    return shards.plan(config, context, part="validation")
 
 
 def finish(run: Run) -> Run:

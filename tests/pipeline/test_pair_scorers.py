@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep.accounting.drop_table import write_table
 from data_prep.filters import score
 from data_prep.filters.score import FilterScoreConfig, ScoreConfig
+from data_prep.formats.parquet import write_table
 from data_prep.formats.tar import TarWriter
 from data_prep.sources.table import TableSource, describe
 from pipeline import pair_scorers as pair_encoder
@@ -108,12 +108,12 @@ def make(
         Stage("filter_image", "", 1, None, ("corpus", "download"), one_task, make_rows),
         Stage(
             "score", "", 1, config, ("corpus", "download", "filter_image"),
-            functools.partial(score.tasks, identify=pair_encoder.identify),
+            functools.partial(score.plan, identify=pair_encoder.identify),
             functools.partial(score.run, load=pair_encoder.load),
         ),
         Stage(
             "filter_score", "", 1, FilterScoreConfig(min_score=min_score, drop_share=drop_share),
-            ("corpus", "filter_image", "score"), score.filter_tasks, score.filter_run,
+            ("corpus", "filter_image", "score"), score.plan_filter, score.run_filter,
         ),
     )  # fmt: skip
     return Run(str(folder), 0, "local", 1, stages)
@@ -231,7 +231,7 @@ def test_a_share_of_the_scored_rows_goes(encoders: tuple[ScoreConfig, Any, str],
     assert 6 <= manifest.dropped["score_below_threshold"] <= 8
     for fields, message in (
         ({"min_score": 0.1, "drop_share": 0.1}, "not both"),
-        ({"drop_share": 1.0}, "is not between 0 and 1"),
+        ({"drop_share": 1.0}, "drop_share: Input should be less than 1"),
     ):
         with pytest.raises(ConfigError, match=message):
             build(FilterScoreConfig, fields, "run.toml")
@@ -309,7 +309,7 @@ def test_pairs_are_not_mixed(encoders: tuple[ScoreConfig, Any, str], tmp_path: P
     context = runner.make_context(run, run.stage("filter_score"))
     assert context is not None
     with pytest.raises(ConfigError, match="scores of 2 different encoder pairs have no threshold in common"):
-        score.filter_tasks(FilterScoreConfig(), context)
+        score.plan_filter(FilterScoreConfig(), context)
 
 
 def test_encoders_of_two_spaces_are_refused(encoders: tuple[ScoreConfig, Any, str], tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import urllib.request
-from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -17,6 +16,7 @@ from PIL import Image
 from data_prep.corpora.emoji import EmojiConfig, captions, evaluation_texts, make_emoji
 from data_prep.formats.cnclip import EvaluationText
 from data_prep.sources.local_server import serve
+from pipeline.core.config import build
 from pipeline.core.records import ConfigError, InputError
 
 COLOURS = {"红": (220, 30, 30), "绿": (30, 160, 60), "蓝": (30, 60, 220)}
@@ -210,8 +210,6 @@ def test_a_vendor_cannot_be_trained_and_evaluated_on(folder: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["captions_per_picture", "max_keywords"])
-def test_numbers_that_leave_nothing_to_make_are_refused(folder: Path, tmp_path: Path, name: str) -> None:
-    changes: dict[str, Any] = {name: 0}
-    config = replace(EmojiConfig(folder=str(folder), evaluate=("two",)), **changes)
-    with pytest.raises(ConfigError, match=rf"corpus\.{name}: 0, but at least 1"):
-        make_emoji(config, tmp_path / "out")
+def test_numbers_that_leave_nothing_to_make_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"run\.toml: {name}: Input should be greater .*, found 0"):
+        build(EmojiConfig, {"folder": "emoji", name: 0}, "run.toml")

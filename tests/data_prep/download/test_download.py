@@ -19,7 +19,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from data_prep.accounting.drop_table import with_key
+from data_prep.formats.keys import with_key
 from pipeline import catalog, runner
 from pipeline.catalog import RunConfig
 from pipeline.core.records import InputError, Manifest

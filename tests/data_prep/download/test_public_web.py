@@ -12,10 +12,11 @@ from typing import Any
 import polars as pl
 import pytest
 
-from data_prep.accounting.drop_table import with_key, write_table
 from data_prep.download import stage as download
 from data_prep.download.public_web import AddressRefusedError, is_public, open_public
 from data_prep.download.stage import DownloadConfig
+from data_prep.formats.keys import with_key
+from data_prep.formats.parquet import write_table
 from pipeline.core.config import build
 from pipeline.core.records import ConfigError, InputError, Manifest, Shard
 from pipeline.core.stage import Context, Outcome, Task
@@ -131,7 +132,7 @@ def _download(folder: Path, urls: list[list[str]], config: DownloadConfig) -> di
     empty = Manifest("corpus", 1, "", "", {}, (), 0, 0, {})
     context = Context(str(folder), "download", 0, {"corpus": empty, "dedup": dedup})
     (folder / "download").mkdir()
-    tasks: list[Task] = download.tasks(config, context)
+    tasks: list[Task] = download.plan(config, context)
     done: dict[str, Outcome] = {}
     with contextlib.closing(iter(download.run_together(config, context, tasks, lambda *_: None))) as outcomes:  # type: ignore[type-var]
         for task, outcome in outcomes:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from data_prep.download.resize import BadImageError, UprightResizer, decode_upright
+from data_prep.download.resize import UprightResizer
+from data_prep.formats.image import BadImageError, decode_upright
 
 MAX_PIXELS = 1_000_000
 

@@ -13,18 +13,19 @@ import pytest
 from PIL import Image, ImageDraw
 
 from data_prep import corpus
-from data_prep.accounting.drop_table import drops_path, write_drops, write_table
+from data_prep.accounting.drop_table import drops_path, write_drops
 from data_prep.corpus import CorpusStageConfig, SourcesConfig
 from data_prep.decontamination import make_guard
 from data_prep.dedup import exact as dedup
 from data_prep.dedup import near_duplicates as dedup_image
 from data_prep.dedup.exact import DedupConfig
 from data_prep.dedup.near_duplicates import DedupImageConfig, band_values, near_copies
-from data_prep.download.stage import tasks as download_tasks
+from data_prep.download.stage import plan as plan_download
 from data_prep.filters import image as filter_image
 from data_prep.filters import text as filter_text
 from data_prep.filters.image import FilterImageConfig
 from data_prep.filters.text import FilterTextConfig
+from data_prep.formats.parquet import write_table
 from data_prep.formats.tar import TarWriter
 from data_prep.rules import image as image_rules
 from data_prep.shards import stage as shards
@@ -103,28 +104,28 @@ def make(
         corpus=SourcesConfig(kind="sources", sources=tuple(sources), guards=guards), evaluations=evaluations
     )
     stages = [
-        Stage("corpus", "", 1, config, (), corpus.tasks, corpus.run),
-        Stage("filter_text", "", 1, FilterTextConfig(), ("corpus",), filter_text.tasks, filter_text.run),
-        Stage("dedup", "", 1, DedupConfig(partitions=partitions), ("filter_text",), dedup.tasks, dedup.run),
-        Stage("download", "", 1, None, ("corpus", "dedup"), download_tasks, functools.partial(fetch, web)),
+        Stage("corpus", "", 1, config, (), corpus.plan, corpus.run),
+        Stage("filter_text", "", 1, FilterTextConfig(), ("corpus",), filter_text.plan, filter_text.run),
+        Stage("dedup", "", 1, DedupConfig(partitions=partitions), ("filter_text",), dedup.plan, dedup.run),
+        Stage("download", "", 1, None, ("corpus", "dedup"), plan_download, functools.partial(fetch, web)),
         Stage(
             "filter_image", "", 1, images or FilterImageConfig(), ("corpus", "download"),
-            filter_image.tasks, filter_image.run,
+            filter_image.plan, filter_image.run,
         ),
     ]  # fmt: skip
     last = "filter_image"
     if copies is not None:
         stages += [
             Stage(
-                "find_copies", "", 1, copies, ("corpus", last), dedup_image.find_tasks, dedup_image.find_run
+                "find_copies", "", 1, copies, ("corpus", last), dedup_image.plan_find, dedup_image.run_find
             ),
             Stage(
                 "dedup_image", "", 1, copies, ("corpus", last, "find_copies"),
-                dedup_image.tasks, dedup_image.run,
+                dedup_image.plan, dedup_image.run,
             ),
         ]  # fmt: skip
         last = "dedup_image"
-    stages.append(Stage("shards", "", 1, ShardsConfig(), ("download", last), shards.tasks, shards.run))
+    stages.append(Stage("shards", "", 1, ShardsConfig(), ("download", last), shards.plan, shards.run))
     run = Run(str(folder / "run"), 0, "local", 1, tuple(stages))
     runner.execute(run, run.stages, redo=False)
     return run
@@ -293,9 +294,9 @@ def test_what_is_not_asked_for_is_not_there() -> None:
     paper, _ = load("paper_corpus")
     assert not {"dedup_image", "score"} & {stage.name for stage in paper.stages}
     for fields, message in (
-        ({"max_distance": 32}, "0 to 31 bits"),
+        ({"max_distance": 32}, "max_distance: Input should be less than or equal to 31"),
         ({"exact": False}, "nothing to look for"),
-        ({"partitions": 0}, "at least 1"),
+        ({"partitions": 0}, "partitions: Input should be greater than or equal to 1"),
     ):
         with pytest.raises(ConfigError, match=message):
             build(DedupImageConfig, fields, "run.toml")

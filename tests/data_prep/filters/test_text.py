@@ -31,14 +31,14 @@ from pipeline.tools.why import explain
 def take(folder: Path, *sources: TableSource | PackedSource, config: FilterTextConfig | None = None) -> Run:
     corpora = CorpusStageConfig(corpus=SourcesConfig(kind="sources", sources=sources))
     stages = (
-        Stage("corpus", "", 1, corpora, (), corpus.tasks, corpus.run),
+        Stage("corpus", "", 1, corpora, (), corpus.plan, corpus.run),
         Stage(
             "filter_text",
             "",
             1,
             config or FilterTextConfig(),
             ("corpus",),
-            filter_text.tasks,
+            filter_text.plan,
             filter_text.run,
         ),
     )

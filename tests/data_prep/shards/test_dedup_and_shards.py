@@ -14,15 +14,17 @@ import webdataset  # type: ignore[import-untyped]
 from PIL import Image
 
 from data_prep import corpus
-from data_prep.accounting.drop_table import drops_path, with_key, write_drops, write_table
+from data_prep.accounting.drop_table import drops_path, write_drops
 from data_prep.corpus import CorpusStageConfig, TablesConfig
 from data_prep.dedup import exact as dedup
 from data_prep.dedup.exact import DedupConfig, partition_range
-from data_prep.download.stage import tasks as download_tasks
+from data_prep.download.stage import plan as plan_download
 from data_prep.filters import image as filter_image
 from data_prep.filters import text as filter_text
 from data_prep.filters.image import FilterImageConfig
 from data_prep.filters.text import FilterTextConfig
+from data_prep.formats.keys import with_key
+from data_prep.formats.parquet import write_table
 from data_prep.formats.tar import TarWriter
 from data_prep.shards import stage as shards
 from data_prep.shards.stage import ShardsConfig
@@ -95,17 +97,17 @@ def _run(folder: Path | str, tables: Sequence[Path | str], partitions: int = 3) 
     stages = (
         Stage(
             "corpus", "", 1, CorpusStageConfig(corpus=TablesConfig(kind="tables", tables=sources)), (),
-            corpus.tasks, corpus.run,
+            corpus.plan, corpus.run,
         ),
-        Stage("filter_text", "", 1, FilterTextConfig(), ("corpus",), filter_text.tasks, filter_text.run),
-        Stage("dedup", "", 1, DedupConfig(partitions=partitions), ("filter_text",), dedup.tasks, dedup.run),
-        Stage("download", "", 1, None, ("corpus", "dedup"), download_tasks, fetch),
+        Stage("filter_text", "", 1, FilterTextConfig(), ("corpus",), filter_text.plan, filter_text.run),
+        Stage("dedup", "", 1, DedupConfig(partitions=partitions), ("filter_text",), dedup.plan, dedup.run),
+        Stage("download", "", 1, None, ("corpus", "dedup"), plan_download, fetch),
         Stage(
-            "filter_image", "", 1, images, ("corpus", "download"), filter_image.tasks, filter_image.run
+            "filter_image", "", 1, images, ("corpus", "download"), filter_image.plan, filter_image.run
         ),
         Stage(
             "shards", "", 1, ShardsConfig(samples_per_shard=SAMPLES_PER_SHARD), ("download", "filter_image"),
-            shards.tasks, shards.run,
+            shards.plan, shards.run,
         ),
     )  # fmt: skip
     return Run(str(folder), 0, "local", 1, stages)
@@ -244,7 +246,9 @@ def test_a_cut_off_picture_file_is_named(finished: Run, tables: list[Path], tmp_
     runner.execute(run, run.stages[:4], redo=False)
     path = tmp_path / "download" / "pictures" / "00001.tar"
     path.write_bytes(path.read_bytes()[:3000])
-    with pytest.raises(InputError, match=r"pictures/00001\.tar: ends inside [0-9a-f]{32}\.jpg; run `--stage"):
+    with pytest.raises(
+        InputError, match=r"pictures/00001\.tar: ends inside [0-9a-f]{32}\.jpg: the file is cut short"
+    ):
         _finish(run)
 
 
@@ -267,7 +271,7 @@ def test_neighbouring_partitions_in_one_task_give_the_same_files(
     runner.execute(together, together.stages[:3], redo=False)
     context = runner.make_context(together, together.stage("dedup"))
     assert context is not None
-    assert [task.name for task in dedup.tasks(DedupConfig(partitions=7), context)] == [
+    assert [task.name for task in dedup.plan(DedupConfig(partitions=7), context)] == [
         "00000",
         "00002",
         "00004",

@@ -11,7 +11,8 @@ from data_prep.rules.image import nearest_hash_distances
 from data_prep.shards import split as split_module
 from data_prep.shards.split import SplitConfig
 from pipeline import runner
-from pipeline.core.records import InputError
+from pipeline.core.config import build
+from pipeline.core.records import ConfigError, InputError
 from pipeline.runner import Run
 from tests.helpers.corpus_files import drawing, encoded, finish, make_run, sidecars
 
@@ -129,8 +130,8 @@ def test_wrong_settings() -> None:
         {"count": 0},
         {"count": 1, "distance": 384},
     ):
-        with pytest.raises(ValueError, match=r"share|count|distance"):
-            SplitConfig(**wrong)
+        with pytest.raises(ConfigError, match=r"share|count|distance"):
+            build(SplitConfig, wrong, "run.toml")
 
 
 def test_more_than_there_is(tmp_path: Path) -> None:

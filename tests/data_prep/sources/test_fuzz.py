@@ -18,15 +18,10 @@ from PIL import Image
 
 from data_prep import corpus
 from data_prep.corpus import CorpusStageConfig, SourcesConfig, TablesConfig
-from data_prep.download.resize import (  # fmt: skip
-    NOT_AN_IMAGE,
-    PIXEL_LIMIT,
-    TRUNCATED,
-    UNDECODABLE,
-    UprightResizer,
-)
+from data_prep.download.resize import UprightResizer
 from data_prep.filters import text as filter_text
 from data_prep.filters.text import FilterTextConfig
+from data_prep.formats.image import NOT_AN_IMAGE, PIXEL_LIMIT, TRUNCATED, UNDECODABLE
 from data_prep.sources.local_server import serve
 from data_prep.sources.packed import PackedSource
 from data_prep.sources.table import TableSource
@@ -100,8 +95,8 @@ def judge_tables(count: int, seed: int, folder: Path) -> Counter[str]:
 def run_text_stages(folder: Path, config: TablesConfig | SourcesConfig, what: str) -> str:
     """`refused` with one line that names a file, or `counted`."""
     stages = (
-        Stage("corpus", "", 1, CorpusStageConfig(corpus=config), (), corpus.tasks, corpus.run),
-        Stage("filter_text", "", 1, FilterTextConfig(), ("corpus",), filter_text.tasks, filter_text.run),
+        Stage("corpus", "", 1, CorpusStageConfig(corpus=config), (), corpus.plan, corpus.run),
+        Stage("filter_text", "", 1, FilterTextConfig(), ("corpus",), filter_text.plan, filter_text.run),
     )
     run = Run(str(folder), 0, "local", 1, stages)
     with time_limit(what):

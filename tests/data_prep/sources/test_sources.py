@@ -17,7 +17,8 @@ from PIL import Image
 
 from data_prep import corpus
 from data_prep.accounting.funnel import by_source
-from data_prep.corpus import CorpusStageConfig, SourcesConfig, packed_folders
+from data_prep.corpus import CorpusStageConfig, SourcesConfig
+from data_prep.corpus_facts import packed_folders
 from data_prep.decontamination import guarded_hashes, guarded_ids, make_guard
 from data_prep.filters import text as filter_text
 from data_prep.filters.text import FilterTextConfig
@@ -53,8 +54,8 @@ def take_in(
     config = CorpusStageConfig(corpus=SourcesConfig(kind="sources", sources=sources, guards=guards))
     filters = filters or FilterTextConfig()
     stages = (
-        Stage("corpus", "", 1, config, (), corpus.tasks, corpus.run),
-        Stage("filter_text", "", 1, filters, ("corpus",), filter_text.tasks, filter_text.run),
+        Stage("corpus", "", 1, config, (), corpus.plan, corpus.run),
+        Stage("filter_text", "", 1, filters, ("corpus",), filter_text.plan, filter_text.run),
     )
     run = Run(str(folder), 0, "local", 1, stages)
     runner.execute(run, stages, redo=False)

@@ -164,8 +164,8 @@ def _run(folder: Path, *tables: TableSource) -> Run:
         "local",
         1,
         (
-            Stage("corpus", "", 1, config, (), corpus.tasks, corpus.run),
-            Stage("filter_text", "", 1, FilterTextConfig(), ("corpus",), filter_text.tasks, filter_text.run),
+            Stage("corpus", "", 1, config, (), corpus.plan, corpus.run),
+            Stage("filter_text", "", 1, FilterTextConfig(), ("corpus",), filter_text.plan, filter_text.run),
         ),
     )
 

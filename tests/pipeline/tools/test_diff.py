@@ -41,7 +41,7 @@ def _build(
     ]
     config = LockConfig(settings={stage.name: stage.config for stage in stages})
     parents = tuple(stage.name for stage in stages)
-    stages.append(Stage("lock", "", 1, config, parents, lock.tasks, lock.run))
+    stages.append(Stage("lock", "", 1, config, parents, lock.plan, lock.run))
     return finish(dataclasses.replace(run, stages=tuple(stages)))
 
 
@@ -124,7 +124,7 @@ def test_a_picture_that_the_other_guards_is_no_unknown_row(tmp_path: Path) -> No
                 1,
                 LockConfig(settings={}),
                 ("corpus", "filter_text", "shards"),
-                lock.tasks,
+                lock.plan,
                 lock.run,
             )
         )

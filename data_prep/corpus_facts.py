@@ -1,0 +1,187 @@
+"""What the corpus stage notes, and what later stages ask of it: tables, folders, scores, exemptions."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from data_prep.accounting.judged import SourceCounts, sources_from_json
+from data_prep.facts import Facts
+from data_prep.rules.text import SCORE_RULE
+from data_prep.sources.table import TableSource, from_description
+from pipeline.core import store
+from pipeline.core.records import Manifest, Shard
+from pipeline.core.stage import Context
+
+# Stages that judge downloaded images, in order; those after the first run only if a run asks for them.
+ROW_STAGES = ("filter_image", "dedup_image", "filter_score")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutsideTable(Facts):
+    """A Parquet table that stays where it is."""
+
+    path: str
+    source: TableSource
+    digest: str
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        return cls(path=fields["path"], source=from_description(fields["source"]), digest=fields["digest"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorpusFacts(Facts):
+    """The facts of one task of the corpus stage."""
+
+    tables: Mapping[str, TableSource] = field(default_factory=dict)  # path in the stage's folder → columns
+    external: OutsideTable | None = None
+    sources: Mapping[str, SourceCounts] = field(default_factory=dict)
+    score_pairs: Mapping[str, Sequence[str]] = field(default_factory=dict)  # source → pairs of encoders
+    packed: Mapping[str, str] = field(default_factory=dict)  # source → folder of TSV, tar or LMDB files
+    guards: Sequence[str] = ()  # paths
+    site: bool = False  # the stage's folder has a web site that the download stage serves
+    evaluations: Mapping[str, str] = field(default_factory=dict)  # made set → folder in the stage's
+    own_evaluations: Mapping[str, str] = field(default_factory=dict)  # given set → its folder
+
+    def to_json(self) -> dict[str, Any]:
+        always = {"evaluations": dict(self.evaluations), "own_evaluations": dict(self.own_evaluations)}
+        # Named, since super() fails in a class with slots.
+        return {name: value for name, value in Facts.to_json(self).items() if value} | always
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        external = fields.get("external")
+        return cls(
+            tables={path: from_description(source) for path, source in fields.get("tables", {}).items()},
+            external=OutsideTable.from_json(external) if external else None,
+            sources=sources_from_json(fields),
+            score_pairs=fields.get("score_pairs", {}),
+            packed=fields.get("packed", {}),
+            guards=fields.get("guards", ()),
+            site=fields.get("site", False),
+            evaluations=fields.get("evaluations", {}),
+            own_evaluations=fields.get("own_evaluations", {}),
+        )
+
+
+def facts_of(corpus: Manifest) -> dict[str, CorpusFacts]:
+    """Return task → facts of the finished corpus stage."""
+    return {task: CorpusFacts.from_json(extra) for task, extra in corpus.extra.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TablePlace(Facts):
+    """Where a caption table is, and how to read it."""
+
+    stage: str | None  # that wrote it; None: a file outside the run
+    path: str  # in the stage's folder
+    source: TableSource
+
+    def to_json(self) -> dict[str, Any]:
+        return {"stage": None, **Facts.to_json(self)}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        return cls(stage=fields["stage"], path=fields["path"], source=from_description(fields["source"]))
+
+    def full_path(self, run_folder: str) -> str:
+        """Return the table's path."""
+        return store.join(run_folder, self.stage, self.path) if self.stage else self.path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorpusTable:
+    """A caption table of the corpus."""
+
+    place: TablePlace
+    digest: str
+    num_rows: int
+
+
+def tables_of(corpus: Manifest) -> list[CorpusTable]:
+    """Return the tables of the corpus in order."""
+    shards = {shard.path: shard for shard in corpus.shards}
+    tables = []
+    for facts in facts_of(corpus).values():
+        for path, source in facts.tables.items():
+            place = TablePlace(stage="corpus", path=path, source=source)
+            tables.append(
+                CorpusTable(place=place, digest=shards[path].digest, num_rows=shards[path].num_samples)
+            )
+        if outside := facts.external:
+            place = TablePlace(stage=None, path=outside.path, source=outside.source)
+            num_rows = facts.sources[outside.source.name].num_in
+            tables.append(CorpusTable(place=place, digest=outside.digest, num_rows=num_rows))
+    return tables
+
+
+def malformed_table(task: str) -> str:
+    """Return a task's table of malformed rows (reason, text: its beginning), in the stage's folder."""
+    return f"malformed/{task}.parquet"
+
+
+def rows_stage(context: Context) -> str:
+    """Return the parent whose kept rows a stage continues with: the last of ROW_STAGES that it has."""
+    return next(name for name in reversed(ROW_STAGES) if name in context.parents)
+
+
+def kept_tables(context: Context, stage: str) -> list[Shard]:
+    """Return the tables of the rows that a stage kept, in order, by their paths in its folder."""
+    return [shard for shard in context.parents[stage].shards if shard.path.startswith("kept/")]
+
+
+def table_name(shard: Shard) -> str:
+    """Return `00000` of `kept/00000.parquet`."""
+    return Path(shard.path).stem
+
+
+def exemptions(corpus: Manifest) -> dict[str, tuple[str, ...]]:
+    """Return source → names of the rules that do not apply to it."""
+    return {table.place.source.name: table.place.source.exemptions for table in tables_of(corpus)}
+
+
+def exempt_sources(corpus: Manifest, rule: str) -> list[str]:
+    """Return the names of the sources that a rule does not apply to."""
+    return [source for source, rules in exemptions(corpus).items() if rule in rules]
+
+
+def score_pairs(corpus: Manifest) -> dict[str, list[str]]:
+    """Return source → encoder pairs of its own scores, for sources that are judged by them."""
+    exempt = exempt_sources(corpus, SCORE_RULE)
+    found: dict[str, list[str]] = {}
+    for facts in facts_of(corpus).values():
+        for source, pairs in facts.score_pairs.items():
+            if source not in exempt:
+                found[source] = sorted({*found.get(source, []), *pairs})
+    return found
+
+
+def evaluation_urls(context: Context) -> list[Shard]:
+    """Return the files with the URLs of evaluation images, one a line; one for each set that has URLs."""
+    return context.shards_of("corpus", "_urls.txt")
+
+
+def site_folder(context: Context) -> str | None:
+    """Return the folder that the download stage serves over loopback, if the corpus brings its own site."""
+    made = any(facts.site for facts in facts_of(context.parents["corpus"]).values())
+    return context.path_in("corpus") if made else None
+
+
+def image_folders(context: Context) -> dict[str, str]:
+    """Return source → folder of images on disk, which the download stage serves over loopback too."""
+    sources = [table.place.source for table in tables_of(context.parents["corpus"])]
+    return {source.name: source.picture_folder for source in sources if source.picture_folder}
+
+
+def packed_folders(context: Context) -> dict[str, str]:
+    """Return source → folder of TSV, tar or LMDB files; the download stage serves the images in them."""
+    found: dict[str, str] = {}
+    for facts in facts_of(context.parents["corpus"]).values():
+        found |= facts.packed
+    return found
+
+
+def guard_paths(corpus: Manifest) -> list[str]:
+    """Return the guards of the run, whose images filter_image removes by their hashes."""
+    return sorted({path for facts in facts_of(corpus).values() for path in facts.guards})

@@ -1,0 +1,34 @@
+"""What stages hand to each other: frozen records with one JSON form, in tasks, receipts and manifests."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """Base of these records. A field that is None has no key in the JSON."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as plain values."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: _plain(value) for name, value in values.items() if value is not None}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        """Build the record from plain values; keys that it does not know are another record's."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in fields.items() if name in names})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Facts):
+        return value.to_json()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
