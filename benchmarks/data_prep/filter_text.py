@@ -16,8 +16,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import argparse
-import json
 import os
 import random
 import re
@@ -31,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from benchmarks.harness import machine
+from benchmarks.harness import parse, parser, record, report
 from data_prep.rules.text import first_reason, not_blacklisted
 from data_prep.rules.word_match import has_hyperscan
 
@@ -178,32 +176,29 @@ def measure(count: int, num_rows: int) -> list[dict[str, Any]]:
     fastest = max((name for name in rates if name != "ours"), key=rates.__getitem__)
     peers = {name: name for name in ("loop", "duckdb") if name in rates} | {"fastest": fastest}
     return [
-        {
-            "name": f"filter_text/{label}@{count}",
-            "ours": round(rates["ours"]),
-            "peer": round(rates[name]),
-            "unit": "rows/CPU s",
-            "ratio": round(rates["ours"] / rates[name], 2),
-            "equal": equal[name],
-            "machine": machine(),
+        record(
+            f"filter_text/{label}@{count}",
+            ours=rates["ours"],
+            peer=rates[name],
+            unit="rows/CPU s",
+            equal=equal[name],
             **({"engine": name} if label == "fastest" else {}),
-        }
+        )
         for label, name in peers.items()
     ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=400_000)
-    parser.add_argument("--full", action="store_true", help="2 million rows")
-    options = parser.parse_args()
+    made = parser(__doc__, full="2 million rows")
+    made.add_argument("--rows", type=int, default=400_000)
+    options = parse(made)
     if not has_hyperscan():
         print("hyperscan is not installed: ours is polars' contains_any at every size")
     num_rows = 2_000_000 if options.full else options.rows
-    records = [record for count in WORD_COUNTS for record in measure(count, num_rows)]
-    if wrong := [record["name"] for record in records if not record["equal"]]:
+    records = [found for count in WORD_COUNTS for found in measure(count, num_rows)]
+    if wrong := [found["name"] for found in records if not found["equal"]]:
         raise SystemExit(f"engines keep different rows: {', '.join(wrong)}")
-    print(json.dumps(records))
+    report(records)
 
 
 if __name__ == "__main__":

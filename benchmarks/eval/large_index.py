@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.harness import machine
+from benchmarks.harness import parse, parser, record, report
 from eval.index.benchmark import exact_neighbours, recall_at
 from eval.index.partitioned import Embeddings, PartedIndex
 
@@ -91,17 +91,16 @@ def search(folder: Path, parameters: str) -> None:
     (folder / "found.json").write_text(json.dumps(found))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument("--factory", default="IVF1024,SQ8")
-    parser.add_argument("--parameters", default="nprobe=8")
-    parser.add_argument("--folder", help="where features and index lie meanwhile (default: a temporary one)")
-    parser.add_argument("--search", metavar="FOLDER", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+def main() -> int:
+    made = parser(__doc__, full="10 million rows")
+    made.add_argument("--factory", default="IVF1024,SQ8")
+    made.add_argument("--parameters", default="nprobe=8")
+    made.add_argument("--folder", help="where features and index lie meanwhile (default: a temporary one)")
+    made.add_argument("--search", metavar="FOLDER", help=argparse.SUPPRESS)
+    options = parse(made)
     if options.search:
         search(Path(options.search), options.parameters)
-        return
+        return 0
     num_rows = 10_000_000 if options.full else 1_000_000
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
@@ -118,10 +117,11 @@ def main() -> None:
         f" {NUM_QUERIES}, {found['bytes_per_vector']:.0f} bytes a vector"
     )
     ours, flat = max(build_gib, search_gib), num_rows * DIM * 4 / 2**30
-    record = {"name": "large_index/memory", "ours": ours, "peer": flat, "unit": "GiB", "ratio": flat / ours}
-    record |= {"equal": found["recall"] >= 0.9 and ours <= LIMIT_GIB, "machine": machine()}
-    print(json.dumps(record | {"build_seconds": build_seconds, **found}))
+    equal = found["recall"] >= 0.9 and ours <= LIMIT_GIB
+    return report(
+        record("large_index/memory", ours, flat, "GiB", equal=equal, build_seconds=build_seconds, **found)
+    )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,7 +1,7 @@
 """Stage 1 of the emoji run on K cached views of each picture, against a new view at every visit.
 
-    python benchmarks/training/cached_views.py                     # goes on for 270 s; call again until it is done
-    python benchmarks/training/cached_views.py --seconds 3000      # in one go
+    python benchmarks/training/cached_views.py   # trains for 270 s; call again to resume
+    python benchmarks/training/cached_views.py --seconds 3000   # in one go
 
 Every arm starts from one English image tower and trains the text tower alone with the recipe's settings; only
 K and the seed (order of samples, views, new weights) differ. The table has final recall on pictures of a

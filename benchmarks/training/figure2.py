@@ -1,7 +1,7 @@
 """The paper's Figure 2 in small, on the emoji run: from scratch, without locking, and in two stages.
 
-    python benchmarks/training/figure2.py                          # goes on for 270 s; call again until it is done
-    python benchmarks/training/figure2.py --seconds 3000           # in one go
+    python benchmarks/training/figure2.py   # trains for 270 s; call again to resume
+    python benchmarks/training/figure2.py --seconds 3000   # in one go
 
 Three arms see the same number of samples with each seed: all weights from nothing; the image tower from
 English names and nothing locked (the recipe's first learning rate, as the arm from nothing); the same tower,

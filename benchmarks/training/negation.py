@@ -1,7 +1,7 @@
 """Do hard negatives with absent objects teach negation? On the demo: stage 2 with them and without.
 
-    python benchmarks/training/negation.py                         # goes on for 270 s; call again until it is done
-    python benchmarks/training/negation.py --seconds 1500          # in one go
+    python benchmarks/training/negation.py   # trains for 270 s; call again to resume
+    python benchmarks/training/negation.py --seconds 1500   # in one go
 
 Both arms start from one stage-1 model and see the same samples with each seed; one has
 `[stage2.negation] objects` = the demo's eight shapes. Asked are the evaluation's pictures, whose
