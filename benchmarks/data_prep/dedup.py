@@ -1,4 +1,4 @@
-"""Exact duplicates out of generated rows: the real stage beside duckdb and polars on the whole table.
+"""Exact duplicates out of generated rows: the real stage against duckdb and polars on the whole table.
 
     python benchmarks/data_prep/dedup.py [--full] [--rows N]
 

@@ -1,4 +1,4 @@
-"""Blacklist matching on generated captions: ours beside a Python row loop, duckdb and the fastest engine.
+"""Blacklist matching on generated captions: ours against a Python row loop, duckdb and the fastest engine.
 
     python benchmarks/data_prep/filter_text.py [--full] [--rows N]
 

@@ -1,4 +1,4 @@
-"""Decode and resize as the download does it: ours, plain and with scaled decode, beside img2dataset's own.
+"""Decode and resize as the download does it: ours, plain and with scaled decode, against img2dataset's own.
 
     python benchmarks/data_prep/resize.py [--full] [--images N]
 

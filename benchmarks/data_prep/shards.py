@@ -1,4 +1,4 @@
-"""Writing shards: the real stage beside a plain copy of the same bytes, and where its time goes.
+"""Writing shards: the real stage against a plain copy of the same bytes, and where its time goes.
 
     python benchmarks/data_prep/shards.py [--full] [--samples N]
 

@@ -2,13 +2,8 @@
 
 All arms read one corpus and start from one model, both made by `cnclip run RECIPE --to STAGE`. An arm's legs
 are trained by the launcher and rank program that a run's stages use, each in a folder of its own; a leg that
-was stopped goes on from its newest checkpoint, and one that is finished stays.
+was stopped resumes from its newest checkpoint, and one that is finished stays.
 """
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import argparse
 import dataclasses
@@ -16,8 +11,10 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,11 +26,9 @@ from training.config.train import TrainConfig, TrainJob
 from training.ranks.launcher import free_port, launcher_command, launcher_environment
 from training.stages import make_job
 
-RESULTS = Path(__file__).parents[1] / "results"
-
 
 class OutOfTime(Exception):
-    """The slice of time is over; the same command goes on."""
+    """The time is over; the same command resumes."""
 
 
 def parser(description: str | None, folder: str) -> argparse.ArgumentParser:
@@ -156,7 +151,7 @@ def mean_and_spread(values: list[float]) -> str:
 
 
 def header() -> dict[str, str]:
-    """What every results file says about where it comes from."""
+    """Return the commit and the machine, which every results file names."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
     )

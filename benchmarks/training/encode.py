@@ -5,7 +5,7 @@
     python benchmarks/training/encode.py --device cuda   # bf16; B/16, L/14, H/14; transformers too; MFU
 
 cn_clip pads every caption to 52 tokens; this project computes on no padding. Captions are those of `--emoji
-FOLDER` (the emoji_zh corpus: name and keywords) where it is given, and made ones with lengths as in
+FOLDER` (the emoji_zh corpus: name and keywords) if it is given, and made ones with lengths as in
 Flickr30K-CN (19.7 characters in the mean). Times are medians of alternating rounds, by the clock and in CPU
 seconds.
 """
@@ -279,7 +279,7 @@ def on_gpu(
 def peak_share(flops: float, peak: float | None) -> float | None:
     """Model FLOPs utilisation: what the model needs for the captions as long as they are, over the peak.
 
-    What is computed on padding is no use and does not count. None where the peak is not known.
+    What is computed on padding is no use and does not count. None if the peak is not known.
     """
     return None if peak is None else round(flops / peak, 3)
 

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.harness import RESULTS
 from benchmarks.training.arms import (
-    RESULTS,
     Experiment,
     OutOfTime,
     add_emoji_options,
@@ -47,7 +47,7 @@ def main() -> int:
     try:
         experiment = emoji_experiment(options)
     except OutOfTime:
-        print("the image tower is not trained yet: the same command goes on")
+        print("the image tower is not trained yet: rerun the same command to resume")
         return 0
     arms = {
         (name, seed): legs for seed in options.seeds for name, legs in _arms(experiment, seed, options.epochs)
@@ -57,7 +57,7 @@ def main() -> int:
             for leg in legs:
                 experiment.train(leg)
     except OutOfTime:
-        print("the time is over: the same command goes on")
+        print("out of time: rerun the same command to resume")
 
     curves: dict[str, dict[int, dict[int, float]]] = {}
     for (name, seed), legs in arms.items():

@@ -10,8 +10,8 @@ is normalised as the engine does. Times are CPU seconds of one thread. `image_pa
 tensor that goes to an accelerator, where normalising is free; there is no --device, since the rest is work of
 the CPU.
 
-`equal` compares pixels where no draw is involved but ours alone: for each image our crop, flip and
-AutoAugment operations are done again by PIL and timm; mean absolute difference under 2 of 255.
+`equal` compares pixels for the same draws, ours: PIL and timm repeat each image's crop, flip and AutoAugment
+operations; the mean absolute difference is under 2 of 255.
 """
 
 import sys

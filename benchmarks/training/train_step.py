@@ -14,7 +14,7 @@ that other work on the machine does not count.
 
 On a GPU, which its figures need, steps are whole ones, optimizer included, in samples a second by the clock:
 ours in the engine that trains (DeepSpeed, `zero1_bf16`), cn_clip's in its automatic mixed precision, in
-bfloat16, with AdamW. Each side has its fastest setting that runs there: activations are recomputed only where
+bfloat16, with AdamW. Each side has its fastest setting that runs there: activations are recomputed only if
 memory asks for it. cn_clip's image tower attends by PyTorch's fused kernels; `--use-flash-attention` of its
 own wants the interface of flash-attn 1, which later ones no longer have, and is left out. Utilisation counts
 the operations that the model needs for captions as long as they are, by the data sheet's peak. `equal` asks
