@@ -1,4 +1,4 @@
-"""The peers: cn_clip's model, loss and data set, made to run on any device and without a database."""
+"""Make cn_clip's model, loss and data set run on any device and without a database."""
 
 import base64
 import contextlib

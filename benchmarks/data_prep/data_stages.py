@@ -1,4 +1,4 @@
-"""Images a CPU second of the stages that handle images: what docs/scale.md reckons with.
+"""Measure images a CPU second of the stages that handle images, for docs/scale.md.
 
     python benchmarks/data_prep/data_stages.py [--full] [--images N]
 
@@ -58,7 +58,7 @@ lanes = 2
 
 
 def cpu_seconds(folder: Path, count: int, scaled: bool) -> tuple[dict[str, float], float, float]:
-    """CPU seconds of each stage, and bytes an image on the wire and stored."""
+    """Return CPU seconds of each stage, and bytes an image on the wire and stored."""
     (folder / "pictures").mkdir(parents=True)
     (folder / "valid").mkdir()
     for suffix in ("_imgs.tsv", "_texts.jsonl"):

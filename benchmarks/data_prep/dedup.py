@@ -1,4 +1,4 @@
-"""Exact duplicates out of generated rows: the real stage against duckdb and polars on the whole table.
+"""Measure the removal of exact duplicates: the real stage against duckdb and polars on the whole table.
 
     python benchmarks/data_prep/dedup.py [--full] [--rows N]
 
@@ -40,7 +40,7 @@ ROWS_A_PARTITION = 10_000  # what download likes
 
 
 def generate(folder: Path, num_rows: int) -> Context:
-    """Tables as filter_text leaves them; every tenth row repeats a row of any table before."""
+    """Write tables as filter_text leaves them; every tenth row repeats a row of any table before."""
     shards = []
     for number, first in enumerate(range(0, num_rows, ROWS_A_TABLE)):
         count = min(ROWS_A_TABLE, num_rows - first)
@@ -97,7 +97,7 @@ def duckdb_distinct(context: Context, out: str) -> None:
 
 
 def key_scan(context: Context, out: str) -> None:
-    """Looks at every key and finds none: what reading a table in vain costs."""
+    """Look at every key and find none: what reading a table without a hit costs."""
     tables = pl.scan_parquet(context.path_in("filter_text", "kept", "*.parquet"))
     assert tables.filter(pl.col("key").str.ends_with("none")).collect().height == 0
 
@@ -111,7 +111,7 @@ def _measured(engine: Callable[[Context, str], None], context: Context, out: str
 
 
 def measure(engine: Callable[[Context, str], None], context: Context, out: str) -> tuple[float, float, float]:
-    """Wall seconds, peak MB and CPU seconds of an engine in a fresh process."""
+    """Return wall seconds, peak MB and CPU seconds of an engine in a fresh process."""
     here, there = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(
         target=_measured, args=(engine, context, out, there)

@@ -1,4 +1,4 @@
-"""Memory of the text filter on generated rows: the stages as `cnclip run` runs them, all processes together.
+"""Measure the memory of the text filter on generated rows, of all processes of a run together.
 
     python benchmarks/data_prep/filter_memory.py [--full] [--rows N] [--processes P]
 
@@ -40,7 +40,7 @@ KEPT_OF_TEN = 6
 
 
 def write_table(path: Path, first: int, count: int) -> None:
-    """One table of LAION-5B's columns, written block by block."""
+    """Write one table of LAION-5B's columns, block by block."""
     writer = None
     for start in range(first, first + count, ROWS_A_BLOCK):
         block = _block(start, min(ROWS_A_BLOCK, first + count - start)).to_arrow()
@@ -76,7 +76,7 @@ def _block(start: int, count: int) -> pl.DataFrame:
 
 
 class PeakMemory:
-    """Samples the PSS of this process and its children until stopped."""
+    """Sample the PSS of this process and its children until stopped."""
 
     def __init__(self) -> None:
         self.peak_mb = 0.0

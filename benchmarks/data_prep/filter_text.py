@@ -1,4 +1,4 @@
-"""Blacklist matching on generated captions: ours against a Python row loop, duckdb and the fastest engine.
+"""Measure the matching of word lists: ours against a Python row loop, duckdb and the fastest engine.
 
     python benchmarks/data_prep/filter_text.py [--full] [--rows N]
 
@@ -43,7 +43,7 @@ CHARACTERS = "".join(chr(0x4E00 + 7 * number % 3000) for number in range(3000))
 
 
 def make_words(count: int, rng: random.Random) -> list[str]:
-    """Distinct words of 2 to 6 characters, a tenth of them Latin."""
+    """Return distinct words of 2 to 6 characters, a tenth of them Latin."""
     words: dict[str, None] = {}
     while len(words) < count:
         alphabet = "abcdefghijklmnopqrstuvwxyz" if rng.random() < 0.1 else CHARACTERS
@@ -52,7 +52,7 @@ def make_words(count: int, rng: random.Random) -> list[str]:
 
 
 def make_captions(count: int, words: list[str], rng: random.Random) -> pl.Series:
-    """Captions of 5 to 50 characters; a tenth of them hold a word of the list, in either case."""
+    """Return captions of 5 to 50 characters; a tenth of them hold a word of the list, in either case."""
     pool = []
     for _ in range(min(count, 50_000)):
         caption = "".join(rng.choices(CHARACTERS, k=rng.randint(5, 44)))
@@ -144,13 +144,13 @@ def timed(engine: Engine, captions: pl.Series, words: list[str]) -> tuple[float,
 
 
 def rows_for(engine: Engine, captions: pl.Series, words: list[str]) -> int:
-    """How many rows one timing takes: all, or what a slow engine does in SECONDS."""
+    """Return how many rows one timing takes: all, or what a slow engine does in SECONDS."""
     seconds, _ = timed(engine, captions[:PROBE_ROWS], words)
     return min(len(captions), max(PROBE_ROWS, int(SECONDS / seconds * PROBE_ROWS)))
 
 
 def measure(count: int, num_rows: int) -> list[dict[str, Any]]:
-    """The records of one list size."""
+    """Return the records of one list size."""
     rng = random.Random(count)
     words = make_words(count, rng)
     captions = make_captions(num_rows, words, rng)

@@ -1,4 +1,4 @@
-"""Near duplicates among N perceptual hashes: ours, in bands, against FAISS comparing all pairs.
+"""Find near duplicates among N perceptual hashes: ours, in bands, against FAISS comparing all pairs.
 
     python benchmarks/data_prep/near_copies.py [--rows N] [--distance BITS] [--full]
 
@@ -25,7 +25,7 @@ from data_prep.rules.image import HASH_BITS
 
 
 def make_hashes(count: int, distance: int, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
-    """hash_NB uint8 [count, 48]; one in twenty is a copy of another, up to `distance` + 4 bits away."""
+    """Return hash_NB uint8 [count, 48]; one in twenty copies another, up to `distance` + 4 bits away."""
     hash_NB = rng.integers(0, 256, (count, HASH_BITS // 8), dtype=np.uint8)
     hash_NB[: count // 5, ::2] = 0
     rows = rng.choice(count, count // 20, replace=False)

@@ -1,4 +1,4 @@
-"""Decode and resize as the download does it: ours, plain and with scaled decode, against img2dataset's own.
+"""Measure decoding and resizing: the download's, plain and with scaled decode, against img2dataset's own.
 
     python benchmarks/data_prep/resize.py [--full] [--images N]
 
@@ -34,7 +34,7 @@ ROUNDS = 5
 
 
 def photographs(count: int) -> list[bytes]:
-    """JPEGs cut from a wall of two photographs of 640 x 427 pixels and their mirror images."""
+    """Return JPEGs cut from a wall of two photographs of 640 x 427 pixels and their mirror images."""
     from sklearn.datasets import load_sample_images
 
     china, flower = load_sample_images().images
@@ -61,7 +61,7 @@ def img2dataset_resizer() -> Callable[[Any], Any]:
 
 
 def rates(sides: dict[str, Callable[[Any], Any]], images: list[bytes]) -> dict[str, float]:
-    """Images a CPU second of each side, best of the rounds."""
+    """Return images a CPU second of each side, best of the rounds."""
     best = dict.fromkeys(sides, float("inf"))
     for side in sides.values():
         side(io.BytesIO(images[0]))
@@ -78,7 +78,7 @@ def rates(sides: dict[str, Callable[[Any], Any]], images: list[bytes]) -> dict[s
 def difference(
     side: Callable[[Any], Any], other: Callable[[Any], Any], images: list[bytes]
 ) -> tuple[float, int]:
-    """Mean and largest absolute difference of the stored images, of 255."""
+    """Return the mean and largest absolute difference of the stored images, of 255."""
     means, largest = [], 0
     for data in images:
         first, second = (

@@ -1,4 +1,4 @@
-"""Writing shards: the real stage against a plain copy of the same bytes, and where its time goes.
+"""Measure the writing of shards: the stage against a plain copy of the bytes, and where its time goes.
 
     python benchmarks/data_prep/shards.py [--full] [--samples N]
 
@@ -56,7 +56,7 @@ HASHING = ("sha256", "hexdigest", "file_digest", "update")
 
 
 def prepare(folder: Path, samples: int) -> tuple[Context, Task]:
-    """A partition of the download and of filter_image, as they leave them; contents do not matter here."""
+    """Write a partition of the download and of filter_image, as they leave them; contents do not matter."""
     rng = np.random.default_rng(0)
     noise = rng.bytes(4 * BYTES_AN_IMAGE)
     keys = [f"{number:032x}" for number in range(samples)]
@@ -122,7 +122,7 @@ def webdataset_writer(context: Context, task: Task) -> None:
 
 
 def profile(context: Context, task: Task) -> dict[str, float]:
-    """Seconds of the stage by what they went to."""
+    """Return seconds of the stage by what they went to."""
     profiler = cProfile.Profile()
     profiler.runcall(ours, context, task)
     found = {"disk": 0.0, "hashing": 0.0, "other": 0.0}

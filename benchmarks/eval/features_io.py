@@ -1,4 +1,4 @@
-"""Feature files: `.npy` as this project keeps them, against CN-CLIP's JSON lines; 30,000 × 512.
+"""Measure feature files: `.npy` as this project keeps them, against CN-CLIP's JSON lines; 30,000 × 512.
 
 The peer's lines are written and read as extract_features.py and make_topk_predictions.py do. `--full` takes
 all rows; without it JSON lines are measured on a tenth and scaled.

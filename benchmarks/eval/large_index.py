@@ -1,4 +1,4 @@
-"""10 million × 512 generated vectors indexed and searched in a fraction of the memory that they would take.
+"""Index and search 10 million × 512 vectors in a fraction of the memory that they would take.
 
 `cnclip index` builds the index in a process of its own, another one searches it; the peak memory of each is
 sampled from the system (proportional set size: resident pages of mapped files count). Default: 1 million
@@ -32,7 +32,7 @@ Float32Array = npt.NDArray[np.float32]
 
 
 def rows_near(centre_ND: Float32Array, noise: float, rng: np.random.Generator) -> Float32Array:
-    """Unit rows around unit rows: real features lie in clusters, and an index lives on that."""
+    """Return unit rows around unit rows: real features lie in clusters, and an index lives on that."""
     rows_ND = rng.standard_normal(centre_ND.shape, dtype=np.float32)
     rows_ND *= noise / DIM**0.5
     rows_ND += centre_ND
@@ -41,7 +41,7 @@ def rows_near(centre_ND: Float32Array, noise: float, rng: np.random.Generator) -
 
 
 def write_features(folder: Path, num_rows: int) -> None:
-    """`img_emb/img_emb_N.npy`, float16, as `cnclip embed --dtype float16` writes them."""
+    """Write `img_emb/img_emb_N.npy`, float16, as `cnclip embed --dtype float16` writes them."""
     (folder / "img_emb").mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     centre_CD = rows_near(np.zeros((NUM_CLUSTERS, DIM), np.float32), 1.0, rng)
@@ -56,7 +56,7 @@ def write_features(folder: Path, num_rows: int) -> None:
 
 
 def watch(command: Sequence[str]) -> tuple[float, float]:
-    """(seconds, peak GiB) of a command, its memory sampled twenty times a second."""
+    """Return (seconds, peak GiB) of a command, its memory sampled twenty times a second."""
     start, peak = time.perf_counter(), 0
     with subprocess.Popen(command) as process:
         while process.poll() is None:
@@ -72,7 +72,7 @@ def watch(command: Sequence[str]) -> tuple[float, float]:
 
 
 def search(folder: Path, parameters: str) -> None:
-    """What the second process does: search, compare with exact search, write `found.json`."""
+    """Search in the second process, compare with exact search, write `found.json`."""
     embeddings = Embeddings.open(str(folder / "features"))
     index = PartedIndex.open(str(folder / "index"))
     sample = np.arange(NUM_QUERIES) * embeddings.num_rows // NUM_QUERIES

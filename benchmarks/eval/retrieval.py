@@ -1,4 +1,4 @@
-"""From features to the score file: 30,000 images × 5,000 queries × 512, against CN-CLIP's loop.
+"""Measure from features to the score file: 30,000 images × 5,000 queries × 512, against CN-CLIP's loop.
 
 The peer is the loop of CN-CLIP 1.6.0's make_topk_predictions.py, on the CPU: for each query a product with
 all images, a Python list of (id, score) and a sort. It takes the same time for every query, so it runs on
@@ -48,7 +48,7 @@ def ours(query_QD: Float32Array, image_ND: Float32Array, folder: Path) -> dict[i
 
 
 def peer(query_QD: Float32Array, image_ND: Float32Array) -> dict[int, list[int]]:
-    """CN-CLIP's inner loop, line by line; its batch of 32,768 images holds them all."""
+    """Run CN-CLIP's inner loop, line by line; its batch of 32,768 images holds them all."""
     image_ids = list(range(len(image_ND)))
     found = {}
     for text_id, text_feat in enumerate(query_QD):
@@ -63,7 +63,7 @@ def peer(query_QD: Float32Array, image_ND: Float32Array) -> dict[int, list[int]]
 
 
 def product(query_QD: Float32Array, image_ND: Float32Array) -> None:
-    """The bare matrix product, in blocks that fit into memory."""
+    """Compute the bare matrix product, in blocks that fit into memory."""
     for start in range(0, len(query_QD), 256):
         query_QD[start : start + 256] @ image_ND.T
 

@@ -1,4 +1,4 @@
-"""Classification from features: 10,000 images × 1,000 classes × 80 templates × 512.
+"""Measure classification from features: 10,000 images × 1,000 classes × 80 templates × 512.
 
 Ours folds the templates into one vector a class, once; the peer scores every prompt and takes the mean of the
 scores, as section 2.1 of the paper words it. Both are given the same text features. The peer runs on a tenth

@@ -1,4 +1,4 @@
-"""Trainings that differ in one thing: what `cached_views.py`, `figure2.py` and `negation.py` share.
+"""Run trainings that differ in one thing: what `cached_views.py`, `figure2.py` and `negation.py` share.
 
 All arms read one corpus and start from one model, both made by `cnclip run RECIPE --to STAGE`. An arm's legs
 are trained by the launcher and rank program that a run's stages use, each in a folder of its own; a leg that
@@ -32,7 +32,7 @@ class OutOfTime(Exception):
 
 
 def parser(description: str | None, folder: str) -> argparse.ArgumentParser:
-    """Options that all scripts take."""
+    """Return a parser with the options that all scripts take."""
     options = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     options.add_argument("--folder", default=folder, help="where corpus, first model and arms are kept")
     options.add_argument("--seconds", type=float, default=270, help="of training in this call")
@@ -41,13 +41,13 @@ def parser(description: str | None, folder: str) -> argparse.ArgumentParser:
 
 
 def add_emoji_options(options: argparse.ArgumentParser) -> None:
-    """Options of the scripts on the emoji run."""
+    """Add the options of the scripts on the emoji run."""
     options.add_argument("--corpus", help="folder of the emoji tables; unset: the recipe's")
     options.add_argument("--english-epochs", type=int, default=12, help="of the image tower's own training")
 
 
 def emoji_experiment(options: argparse.Namespace) -> "Experiment":
-    """The emoji corpus and the English image tower."""
+    """Return the emoji corpus and the English image tower."""
     overrides = [f"english.epochs={options.english_epochs}"]
     if options.corpus:
         overrides.append(f"corpus.folder={options.corpus}")
@@ -82,7 +82,7 @@ class Experiment:
     def leg(
         self, name: str, seed: int, config: TrainConfig, *, tower: bool, start: TrainJob | None = None
     ) -> TrainJob:
-        """A training from the English tower, from the weights of another leg (`start`), or from nothing."""
+        """Return a training from the English tower, another leg's weights (`start`), or nothing."""
         folder = self.folder / f"{name}_seed{seed}"
         return dataclasses.replace(
             self.first_job,
@@ -129,7 +129,7 @@ class Experiment:
 
 
 def curve(job: TrainJob) -> dict[int, Mapping[str, Any]]:
-    """Recall of the one evaluation by number of samples seen; empty before the first validation."""
+    """Return recall of the one evaluation by number of samples seen; empty before the first validation."""
     path = Path(job.folder) / "metrics.jsonl"
     lines = map(json.loads, path.read_text(encoding="utf-8").splitlines()) if path.exists() else ()
     return {line["samples_seen"]: line["recall"] for line in lines if "evaluation" in line}
@@ -140,12 +140,12 @@ def is_finished(job: TrainJob) -> bool:
 
 
 def seconds_of(job: TrainJob) -> float:
-    """Wall seconds of a leg, over all its starts."""
+    """Return wall seconds of a leg, over all its starts."""
     return sum(map(float, (Path(job.folder) / "seconds.txt").read_text().split()))
 
 
 def mean_and_spread(values: list[float]) -> str:
-    """ "mean ± standard deviation" over seeds."""
+    """Return "mean ± standard deviation" over seeds."""
     spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
     return f"{np.mean(values):.1f}{spread}"
 

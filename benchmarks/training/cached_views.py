@@ -1,4 +1,4 @@
-"""Stage 1 of the emoji run on K cached views of each image, against a new view at every visit.
+"""Train stage 1 of the emoji run on K cached views of each image, against a new view at every visit.
 
     python benchmarks/training/cached_views.py   # trains for 270 s; call again to resume
     python benchmarks/training/cached_views.py --seconds 3000   # in one go

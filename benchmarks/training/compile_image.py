@@ -1,4 +1,4 @@
-"""The locked image tower compiled by torch against the same tower as it is: `compile_image` of a stage.
+"""Measure the locked image tower compiled by torch (`compile_image`) against the same tower uncompiled.
 
     python benchmarks/training/compile_image.py                 # ViT-B/16 at batch 8, one thread; 3 minutes
     python benchmarks/training/compile_image.py --full          # RN50 too, and more rounds
@@ -47,7 +47,7 @@ def main() -> int:
 
 
 def compare(model: str, device: str, *, rounds: int) -> dict[str, Any]:
-    """One model's towers with the same weights, in turn on the same uint8 images."""
+    """Compare one model's towers with the same weights, in turn on the same uint8 images."""
     torch.manual_seed(0)
     clip = build_clip(MODELS[model])
     clip.lock_image_tower()

@@ -1,4 +1,4 @@
-"""Encoding and tokenising against cn_clip: the same weights, the same answers, samples a second.
+"""Measure encoding and tokenising against cn_clip: samples a second, with the same weights and answers.
 
     python benchmarks/training/encode.py                 # under 5 minutes on 2 cores; ViT-B/16, RoBERTa-base
     python benchmarks/training/encode.py --full          # more captions and images
@@ -84,7 +84,7 @@ def _options() -> argparse.Namespace:
 
 
 def made_captions(count: int) -> list[str]:
-    """Captions of common characters whose lengths are spread as Flickr30K-CN's: 19.7 in the mean, skewed."""
+    """Return captions of common characters, their lengths spread as Flickr30K-CN's: 19.7 in the mean."""
     generator = random.Random(0)
     characters = (
         "一个穿着红色衣服的小女孩在公园里和狗玩耍男人女人坐站走跑看街道上树下水边白黑蓝色车大两群们，着正前面"
@@ -94,7 +94,7 @@ def made_captions(count: int) -> list[str]:
 
 
 def emoji_captions(folder: str) -> list[str]:
-    """Name and keywords of every image of the corpus, as its runs train on them."""
+    """Return name and keywords of every image of the corpus, as its runs train on them."""
     import polars as pl
 
     frame = pl.scan_parquet(f"{folder}/*.parquet").select("name_zh", "keywords_zh").collect()
@@ -112,7 +112,7 @@ class Time:
 
 
 def times_in_turn(*functions: Callable[[], Any], rounds: int) -> tuple[list[Time], list[Any]]:
-    """Each one's time over rounds in turn, so that noise hits all alike, and its last result."""
+    """Return each one's time over rounds in turn (noise hits all alike), and its last result."""
     wall_s: list[list[float]] = [[] for _ in functions]
     cpu_s: list[list[float]] = [[] for _ in functions]
     results: list[Any] = [function() for function in functions]  # warm-up
@@ -139,7 +139,7 @@ def rates(name: str, count: int, ours: Time, peer: Time, equal: bool, device: st
 
 
 def compare_tokenising(name: str, tokenizer: Tokenizer, cn_clip: Any, texts: Sequence[str]) -> dict[str, Any]:
-    """Captions to padded ids; lower case and quotes are folded for cn_clip as its data loader does."""
+    """Compare tokenising to padded ids; for cn_clip, case and quotes are folded as its data loader does."""
 
     def theirs() -> Any:
         return cn_clip.tokenize([_as_its_loader(text) for text in texts], context_length=CONTEXT_LENGTH)
@@ -155,7 +155,7 @@ def _as_its_loader(text: str) -> str:
 
 
 def models_of(name: str, cn_clip: Any) -> tuple[CLIP, Any]:
-    """Our model and cn_clip's, in float32, with the same random weights."""
+    """Return our model and cn_clip's, in float32, with the same random weights."""
     from cn_clip.clip.utils import create_model
 
     torch.manual_seed(0)
@@ -211,7 +211,7 @@ def on_gpu(
     device: str,
     num_images: int = 256,
 ) -> list[dict[str, Any]]:
-    """bf16 throughput of ours, cn_clip and transformers, and what share of the accelerator's peak it is."""
+    """Measure bf16 throughput of ours, cn_clip and transformers, and its share of the peak."""
     model, peer = models_of(name, cn_clip)
     third, peer = _transformers_model(model).to(device), peer.to(device)
     encoder = Encoder(model, tokenizer, device=device)
@@ -277,7 +277,7 @@ def on_gpu(
 
 
 def peak_share(flops: float, peak: float | None) -> float | None:
-    """Model FLOPs utilisation: what the model needs for the captions as long as they are, over the peak.
+    """Return model FLOPs utilisation: what the model needs for the captions' true lengths, over the peak.
 
     What is computed on padding is no use and does not count. None if the peak is not known.
     """
@@ -285,7 +285,7 @@ def peak_share(flops: float, peak: float | None) -> float | None:
 
 
 def _transformers_model(model: CLIP) -> Any:
-    """transformers' ChineseCLIPModel with our weights."""
+    """Return transformers' ChineseCLIPModel with our weights."""
     import tempfile
 
     from transformers import ChineseCLIPModel

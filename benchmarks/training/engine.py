@@ -1,4 +1,4 @@
-"""What DeepSpeed costs on one rank: a training step in it against PyTorch's DistributedDataParallel.
+"""Measure what DeepSpeed costs on one rank: a training step in it against PyTorch's DistributedDataParallel.
 
     python benchmarks/training/engine.py           # tiny-rn of the demo, batch 64, one thread
     python benchmarks/training/engine.py --full    # ViT-B/16 with RoBERTa-base too, batch 4, and more rounds
@@ -55,7 +55,7 @@ def main() -> int:
 
 
 def compare(model: ModelConfig, device: str, *, batch_size: int, steps: int) -> list[dict[str, Any]]:
-    """DeepSpeed at each of the stages against DDP, steps in turn so that noise hits all alike."""
+    """Compare DeepSpeed at each of the stages against DDP, steps in turn so that noise hits all alike."""
     config = TrainConfig(
         epochs=1, global_batch=batch_size, lanes=1, peak_learning_rate=1e-4, warmup_steps=2, weight_decay=0.1
     )
@@ -125,7 +125,7 @@ def with_deepspeed(towers: Towers, config: TrainConfig) -> Callable[[Batch, floa
 
 
 def with_ddp(towers: Towers, config: TrainConfig) -> Callable[[Batch, float], float]:
-    """The same step in plain PyTorch."""
+    """Return the same step in plain PyTorch."""
     module, device = DistributedDataParallel(towers), towers.clip.logit_scale.device
     adam = build_optimizer(towers.clip, config)
     bounds = (0, math.log(config.max_temperature))

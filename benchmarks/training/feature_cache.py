@@ -1,4 +1,4 @@
-"""Stage 1 on cached features: what the cache costs to build, and after how many epochs it has paid.
+"""Measure stage 1 on cached features: what the cache costs to build, and when it has paid.
 
     python benchmarks/training/feature_cache.py           # ViT-B/16 with RoBERTa-base, 8 images; one thread
     python benchmarks/training/feature_cache.py --full    # more rounds
@@ -116,7 +116,7 @@ def main() -> int:
 
 
 def make_cached(reader: BatchReader, cache: FeatureCache | None) -> BatchReader:
-    """The same reader with features in place of images."""
+    """Return the same reader with features in place of images."""
     other = copy.copy(reader)
     other.features = cache
     return other

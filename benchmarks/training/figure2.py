@@ -1,4 +1,4 @@
-"""The paper's Figure 2 in small, on the emoji run: from scratch, without locking, and in two stages.
+"""Repeat the paper's Figure 2 in small, on the emoji run: from scratch, without locking, and in two stages.
 
     python benchmarks/training/figure2.py   # trains for 270 s; call again to resume
     python benchmarks/training/figure2.py --seconds 3000   # in one go
@@ -99,7 +99,7 @@ def _arms(experiment: Experiment, seed: int, epochs: int) -> list[tuple[str, lis
 
 
 def _joined(legs: list[TrainJob]) -> dict[int, float]:
-    """Mean recall by samples seen over all legs; a later leg's start is the former's end."""
+    """Return mean recall by samples seen over all legs; a later leg's start is the former's end."""
     points: dict[int, float] = {}
     seen = 0
     for leg in legs:
@@ -113,7 +113,7 @@ def _last(points: dict[int, float]) -> float:
 
 
 def findings(curves: dict[str, dict[int, dict[int, float]]], stage1_share: float) -> list[str]:
-    """The paper's three observations on its Figure 2, each with the figures that it is judged by."""
+    """Return the paper's three observations on its Figure 2, each with the figures that it is judged by."""
     if len(curves) < 3:
         return []
     ends = {name: [_last(points) for points in of_seeds.values()] for name, of_seeds in curves.items()}
@@ -144,7 +144,7 @@ def _nearest(points: dict[int, float], samples: float) -> int:
 
 
 def plot(curves: dict[str, dict[int, dict[int, float]]], path: str) -> None:
-    """Mean over seeds, and the band from the lowest to the highest."""
+    """Draw the mean over seeds, and the band from the lowest to the highest."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

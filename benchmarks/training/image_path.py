@@ -1,4 +1,4 @@
-"""From JPEG bytes to a normalised tensor, with augmentation: our reader against cn_clip's data set.
+"""Measure from JPEG bytes to a normalised tensor, with augmentation: our reader against cn_clip's data set.
 
     python benchmarks/training/image_path.py           # images of 256 pixels on the short side, to 224
     python benchmarks/training/image_path.py --full    # more rounds
@@ -159,7 +159,7 @@ def read(reader: BatchReader, step: int) -> torch.Tensor:
 
 
 def pixel_difference(jpegs: list[bytes]) -> float:
-    """Mean absolute difference of our views from the same crops, flips and operations by PIL and timm."""
+    """Return how far our views are from the same crops, flips and operations by PIL and timm, in the mean."""
     config = AugmentConfig()
     differences = []
     for number, jpeg in enumerate(jpegs):

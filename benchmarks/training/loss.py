@@ -1,4 +1,4 @@
-"""The contrastive loss against cn_clip's own `get_loss`: seconds of one rank of 8, and extra memory.
+"""Measure the contrastive loss against cn_clip's own `get_loss`: seconds of one rank of 8, and extra memory.
 
     python benchmarks/training/loss.py           # N = 8,192 for time, 16,384 for memory (cn_clip: 5 GB)
     python benchmarks/training/loss.py --full    # more rounds
@@ -68,7 +68,7 @@ def main() -> int:
 
 
 def compare_times(name: str, rounds: int, device: str, *, lock_image: bool) -> dict[str, Any]:
-    """Forward and backward of rank 0 of 8; in stage 1 the image features want no gradient."""
+    """Compare forward and backward of rank 0 of 8; in stage 1 the image features want no gradient."""
     image_ND, text_ND = features(TIME_SAMPLES, device)
     own = slice(0, TIME_SAMPLES // RANKS)
     wire = Wire(image_ND, text_ND, own)
@@ -83,7 +83,7 @@ def compare_times(name: str, rounds: int, device: str, *, lock_image: bool) -> d
 
 
 def compare_memory(device: str) -> dict[str, Any]:
-    """Peak memory beyond the inputs and the imports, each side in a process of its own.
+    """Compare peak memory beyond the inputs and the imports, each side in a process of its own.
 
     All samples are on one rank here, which is the most that ours can take.
     """
@@ -122,7 +122,7 @@ def _memory_kb(field: str) -> int:
 
 
 def features(num_samples: int, device: str) -> tuple[Tensor, Tensor]:
-    """Unit-norm image and text features that resemble each other pair by pair, as in training."""
+    """Return unit-norm image and text features that resemble each other pair by pair, as in training."""
     generator = torch.Generator().manual_seed(0)
     image_ND = torch.randn(num_samples, DIM, generator=generator)
     text_ND = 0.1 * image_ND + torch.randn(num_samples, DIM, generator=generator)

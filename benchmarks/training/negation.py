@@ -1,4 +1,4 @@
-"""Do hard negatives with absent objects teach negation? On the demo: stage 2 with them and without.
+"""Train stage 2 of the demo with negation statements and without: do they teach negation?
 
     python benchmarks/training/negation.py   # trains for 270 s; call again to resume
     python benchmarks/training/negation.py --seconds 1500   # in one go
@@ -102,7 +102,7 @@ def main() -> int:
 
 
 def measured(leg: TrainJob) -> dict[str, float]:
-    """A finished arm's answers and its recall."""
+    """Return a finished arm's answers and its recall."""
     recall: dict[int, Any] = dict(curve(leg))
     return {**questions(leg.output_model, leg), "mean recall": float(recall[max(recall)]["mean_recall"])}
 

@@ -1,4 +1,4 @@
-"""Both sides of a training step: our model and cn_clip's with the same weights, and a batch for them."""
+"""Make both sides of a training step: our model and cn_clip's with the same weights, and a batch for them."""
 
 import os
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""One training step against cn_clip's: its towers and `get_loss`, forward and backward; optimizer apart.
+"""Measure one training step against cn_clip's: its towers and `get_loss`, forward and backward.
 
     python benchmarks/training/train_step.py                 # ViT-B/16 with RoBERTa-base, batch 8, one thread
     python benchmarks/training/train_step.py --full          # more rounds
