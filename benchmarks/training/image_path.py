@@ -118,7 +118,9 @@ class OneToken:
         return 0
 
 
-def make_reader(folder: Path, jpegs: list[bytes]) -> BatchReader:
+def make_reader(
+    folder: Path, jpegs: list[bytes], threads: int = TrainConfig(epochs=1).threads_per_rank
+) -> BatchReader:
     """Return a reader of one shard with the images."""
     keys = [hashlib.sha256(str(number).encode()).hexdigest()[:32] for number in range(len(jpegs))]
     tar_path = folder / "00000.tar"
@@ -150,7 +152,7 @@ def make_reader(folder: Path, jpegs: list[bytes]) -> BatchReader:
         context_length=4,
         token_folder=str(folder / "tokens"),
         seed=0,
-        threads=TrainConfig(epochs=1).threads_per_rank,
+        threads=threads,
     )
 
 

@@ -31,8 +31,10 @@ def be_the_only_rank() -> None:
 
 
 def take_step(engine: Any, batch: Batch, rate: float, config: TrainConfig) -> float:
-    """Take one training step in the engine and return its loss."""
-    return train_step(engine, batch, rate, config.max_temperature, 0)
+    """Take one training step in the engine and return its loss; a step that is skipped is an error."""
+    loss = train_step(engine, batch, rate, config.max_temperature, 0)
+    assert not engine.module.skipped, engine.module.skipped
+    return loss
 
 
 def config_of(kind: Kind, batch_size: int) -> TrainConfig:
