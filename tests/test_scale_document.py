@@ -15,7 +15,7 @@ def test_rates_are_those_of_the_results() -> None:
     assert len(rates) == 7
     for number, record, script in rates:
         assert float(number.replace(",", "")) == results[record], record
-        assert (ROOT / "benchmarks" / script).is_file()
+        assert (ROOT / script).is_file()
 
 
 def test_hours_follow_from_the_formulas() -> None:

@@ -1,13 +1,13 @@
-"""Pictures a CPU second of the stages that handle pictures: what docs/scale.md reckons with.
+"""Measure images a CPU second of the stages that handle images, for docs/scale.md.
 
-    python benchmarks/data_prep/data_stages.py [--full] [--pictures N]
+    python benchmarks/data_prep/data_stages.py [--full] [--images N]
 
 Photographs as in benchmarks/data_prep/resize.py lie in a folder, which the run serves to itself over HTTP on
 loopback; the real stages download (img2dataset and all, one process), filter_image and shards run on
 them. CPU seconds of the download are those of its own processes, without the server, and without what
 starting them costs: the difference of a long and a short run. Each row has an address of its own; files
 behind them repeat.
-Last line: one JSON list, a record a stage, with bytes stored a picture; there is no peer.
+Last line: one JSON list, a record a stage, with bytes stored an image; there is no peer.
 """
 
 import sys
@@ -15,8 +15,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import argparse
-import json
 import resource
 import shutil
 import tempfile
@@ -25,11 +23,11 @@ import time
 import polars as pl
 
 from benchmarks.data_prep.resize import photographs
-from benchmarks.harness import machine
+from benchmarks.harness import parse, parser, record, report
 from pipeline import catalog, runner
 
 NUM_FILES = 32
-SHORT_RUN = 32  # pictures
+SHORT_RUN = 32  # images
 RECIPE = """
 [run]
 folder = "{root}/run"
@@ -60,7 +58,7 @@ lanes = 2
 
 
 def cpu_seconds(folder: Path, count: int, scaled: bool) -> tuple[dict[str, float], float, float]:
-    """CPU seconds of each stage, and bytes a picture on the wire and stored."""
+    """Return CPU seconds of each stage, and bytes an image on the wire and stored."""
     (folder / "pictures").mkdir(parents=True)
     (folder / "valid").mkdir()
     for suffix in ("_imgs.tsv", "_texts.jsonl"):
@@ -89,17 +87,16 @@ def cpu_seconds(folder: Path, count: int, scaled: bool) -> tuple[dict[str, float
             break
     manifest = runner.read_manifest(run, "shards")
     assert manifest is not None
-    assert manifest.num_kept == count, f"{manifest.num_kept} of {count} pictures came through"
+    assert manifest.num_kept == count, f"{manifest.num_kept} of {count} images came through"
     stored = sum(shard.num_bytes for shard in manifest.shards if shard.path.endswith(".tar")) / count
     return found, sum(map(len, files)) / NUM_FILES, stored
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", type=int, default=600)
-    parser.add_argument("--full", action="store_true", help="4,000 pictures")
-    options = parser.parse_args()
-    count = 4000 if options.full else options.pictures
+    made = parser(__doc__, full="4,000 images")
+    made.add_argument("--images", "--pictures", type=int, default=600)
+    options = parse(made)
+    count = 4000 if options.full else options.images
     folder = Path(tempfile.mkdtemp(prefix="data-stages-"))
     records = []
     try:
@@ -109,23 +106,20 @@ def main() -> None:
             for stage in ("download",) if scaled else ("download", "filter_image", "shards"):
                 rate = (count - SHORT_RUN) / (long[stage] - short[stage])
                 name = f"data_stages/{stage}" + ("/scaled" if scaled else "")
-                print(f"{name:<30} {rate:8.1f} pictures/CPU s")
+                print(f"{name:<30} {rate:8.1f} images/CPU s")
                 records.append(
-                    {
-                        "name": name,
-                        "ours": round(rate, 1),
-                        "peer": None,
-                        "unit": "pictures/CPU s",
-                        "ratio": None,
-                        "equal": True,
-                        "bytes_received": round(received),
-                        "bytes_stored": round(stored),
-                        "machine": machine(),
-                    }
+                    record(
+                        name,
+                        ours=rate,
+                        peer=None,
+                        unit="images/CPU s",
+                        bytes_received=round(received),
+                        bytes_stored=round(stored),
+                    )
                 )
     finally:
         shutil.rmtree(folder)
-    print(json.dumps(records))
+    report(records)
 
 
 if __name__ == "__main__":

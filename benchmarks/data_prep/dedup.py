@@ -1,4 +1,4 @@
-"""Exact duplicates out of generated rows: the real stage beside duckdb and polars on the whole table.
+"""Measure the removal of exact duplicates: the real stage against duckdb and polars on the whole table.
 
     python benchmarks/data_prep/dedup.py [--full] [--rows N]
 
@@ -15,8 +15,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import argparse
-import json
 import math
 import multiprocessing
 import os
@@ -29,7 +27,7 @@ from multiprocessing.connection import Connection
 
 import polars as pl
 
-from benchmarks.harness import machine
+from benchmarks.harness import parse, parser, record, report
 from data_prep.dedup import exact as dedup
 from data_prep.dedup.exact import DedupConfig
 from data_prep.formats.keys import with_key
@@ -43,7 +41,7 @@ ROWS_A_PARTITION = 10_000  # what download likes
 
 
 def generate(folder: Path, num_rows: int) -> Context:
-    """Tables as filter_text leaves them; every tenth row repeats a row of any table before."""
+    """Write tables as filter_text leaves them; every tenth row repeats a row of any table before."""
     shards = []
     for number, first in enumerate(range(0, num_rows, ROWS_A_TABLE)):
         count = min(ROWS_A_TABLE, num_rows - first)
@@ -100,7 +98,7 @@ def duckdb_distinct(context: Context, out: str) -> None:
 
 
 def key_scan(context: Context, out: str) -> None:
-    """Looks at every key and finds none: what reading a table in vain costs."""
+    """Look at every key and find none: what reading a table without a hit costs."""
     tables = pl.scan_parquet(context.path_in("filter_text", "kept", "*.parquet"))
     assert tables.filter(pl.col("key").str.ends_with("none")).collect().height == 0
 
@@ -114,7 +112,7 @@ def _measured(engine: Callable[[Context, str], None], context: Context, out: str
 
 
 def measure(engine: Callable[[Context, str], None], context: Context, out: str) -> tuple[float, float, float]:
-    """Wall seconds, peak MB and CPU seconds of an engine in a fresh process."""
+    """Return wall seconds, peak MB and CPU seconds of an engine in a fresh process."""
     here, there = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(
         target=_measured, args=(engine, context, out, there)
@@ -131,10 +129,9 @@ def kept_rows(pattern: str) -> pl.DataFrame:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=2_000_000)
-    parser.add_argument("--full", action="store_true", help="10 million rows")
-    options = parser.parse_args()
+    made = parser(__doc__, full="10 million rows")
+    made.add_argument("--rows", type=int, default=2_000_000)
+    options = parse(made)
     num_rows = 10_000_000 if options.full else options.rows
     folder = Path(tempfile.mkdtemp(prefix="dedup-"))
     try:
@@ -154,42 +151,15 @@ def main() -> None:
                 f"{name:<7} in {peer_seconds:.1f} s ({peer_cpu:.1f} CPU s), peak {peer_peak:,.0f} MB,"
                 f" same rows: {equal}"
             )
-            common = {"equal": equal, "rows": num_rows, "machine": machine()}
-            records.append(
-                {
-                    "name": f"dedup/{name}",
-                    "ours": round(num_rows / cpu),
-                    "peer": round(num_rows / peer_cpu),
-                    "unit": "rows/CPU s",
-                    "ratio": round(peer_cpu / cpu, 3),
-                    **common,
-                }
-            )
-            records.append(
-                {
-                    "name": f"dedup/memory/{name}",
-                    "ours": round(peak),
-                    "peer": round(peer_peak),
-                    "unit": "MB",
-                    "ratio": round(peer_peak / peak, 3),
-                    **common,
-                }
-            )
+            for label, mine, theirs, unit in (
+                (f"dedup/{name}", num_rows / cpu, num_rows / peer_cpu, "rows/CPU s"),
+                (f"dedup/memory/{name}", peak, peer_peak, "MB"),
+            ):
+                records.append(record(label, mine, theirs, unit, equal=equal, rows=num_rows))
         _, _, scan_cpu = measure(key_scan, context, "")
-        print(f"keys alone: {num_rows / scan_cpu / 1e6:.1f} million rows a CPU second")
-        records.append(
-            {
-                "name": "dedup/keys",
-                "ours": round(num_rows / scan_cpu),
-                "peer": None,
-                "unit": "rows/CPU s",
-                "ratio": None,
-                "equal": True,
-                "rows": num_rows,
-                "machine": machine(),
-            }
-        )
-        print(json.dumps(records))
+        print(f"reading the keys: {num_rows / scan_cpu / 1e6:.1f} million rows a CPU second")
+        records.append(record("dedup/keys", num_rows / scan_cpu, None, "rows/CPU s", rows=num_rows))
+        report(records)
     finally:
         shutil.rmtree(folder)
 

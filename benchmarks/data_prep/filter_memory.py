@@ -1,4 +1,4 @@
-"""Memory of the text filter on generated rows: the stages as `cnclip run` runs them, all processes together.
+"""Measure the memory of the text filter on generated rows, of all processes of a run together.
 
     python benchmarks/data_prep/filter_memory.py [--full] [--rows N] [--processes P]
 
@@ -13,8 +13,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import argparse
-import json
 import shutil
 import tempfile
 import threading
@@ -24,7 +22,7 @@ import polars as pl
 import psutil
 import pyarrow.parquet as pq
 
-from benchmarks.harness import machine
+from benchmarks.harness import parse, parser, record, report
 from data_prep import corpus
 from data_prep.corpus import CorpusStageConfig, TablesConfig
 from data_prep.filters import text as filter_text
@@ -42,7 +40,7 @@ KEPT_OF_TEN = 6
 
 
 def write_table(path: Path, first: int, count: int) -> None:
-    """One table of LAION-5B's columns, written block by block."""
+    """Write one table of LAION-5B's columns, block by block."""
     writer = None
     for start in range(first, first + count, ROWS_A_BLOCK):
         block = _block(start, min(ROWS_A_BLOCK, first + count - start)).to_arrow()
@@ -78,7 +76,7 @@ def _block(start: int, count: int) -> pl.DataFrame:
 
 
 class PeakMemory:
-    """Samples the PSS of this process and its children until stopped."""
+    """Sample the PSS of this process and its children until stopped."""
 
     def __init__(self) -> None:
         self.peak_mb = 0.0
@@ -105,12 +103,11 @@ class PeakMemory:
             self.peak_mb = max(self.peak_mb, total / 2**20)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=5_000_000)
-    parser.add_argument("--full", action="store_true", help="50 million rows")
-    parser.add_argument("--processes", type=int, default=2)
-    options = parser.parse_args()
+def main() -> int:
+    made = parser(__doc__, full="50 million rows")
+    made.add_argument("--rows", type=int, default=5_000_000)
+    made.add_argument("--processes", type=int, default=2)
+    options = parse(made)
     num_rows = 50_000_000 if options.full else options.rows
     folder = Path(tempfile.mkdtemp(prefix="filter-memory-"))
     try:
@@ -142,22 +139,20 @@ def main() -> None:
             f"{seconds:.0f} s, {cpu:.0f} CPU s, peak {memory.peak_mb:,.0f} MB;"
             f" dropped {dict(manifest.dropped)}"
         )
-        record = {
-            "name": f"filter_memory@{num_rows}",
-            "ours": round(memory.peak_mb),
-            "peer": LIMIT_MB,
-            "unit": "MB",
-            "ratio": round(LIMIT_MB / memory.peak_mb, 3),
-            "equal": equal,
-            "rows_per_cpu_second": round(num_rows / cpu),
-            "bytes_out_per_row": round(sum(shard.num_bytes for shard in manifest.shards) / num_rows, 1),
-            "processes": options.processes,
-            "machine": machine(),
-        }
-        print(json.dumps(record))
+        found = record(
+            f"filter_memory@{num_rows}",
+            ours=memory.peak_mb,
+            peer=LIMIT_MB,
+            unit="MB",
+            equal=equal,
+            rows_per_cpu_second=round(num_rows / cpu),
+            bytes_out_per_row=round(sum(shard.num_bytes for shard in manifest.shards) / num_rows, 1),
+            processes=options.processes,
+        )
+        return report(found)
     finally:
         shutil.rmtree(folder)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Blacklist matching on generated captions: ours beside a Python row loop, duckdb and the fastest engine.
+"""Measure the matching of word lists: ours against a Python row loop, duckdb and the fastest engine.
 
     python benchmarks/data_prep/filter_text.py [--full] [--rows N]
 
@@ -16,8 +16,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import argparse
-import json
 import os
 import random
 import re
@@ -31,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from benchmarks.harness import machine
+from benchmarks.harness import parse, parser, record, report
 from data_prep.rules.text import first_reason, not_blacklisted
 from data_prep.rules.word_match import has_hyperscan
 
@@ -45,7 +43,7 @@ CHARACTERS = "".join(chr(0x4E00 + 7 * number % 3000) for number in range(3000))
 
 
 def make_words(count: int, rng: random.Random) -> list[str]:
-    """Distinct words of 2 to 6 characters, a tenth of them Latin."""
+    """Return distinct words of 2 to 6 characters, a tenth of them Latin."""
     words: dict[str, None] = {}
     while len(words) < count:
         alphabet = "abcdefghijklmnopqrstuvwxyz" if rng.random() < 0.1 else CHARACTERS
@@ -54,7 +52,7 @@ def make_words(count: int, rng: random.Random) -> list[str]:
 
 
 def make_captions(count: int, words: list[str], rng: random.Random) -> pl.Series:
-    """Captions of 5 to 50 characters; a tenth of them hold a word of the list, in either case."""
+    """Return captions of 5 to 50 characters; a tenth of them hold a word of the list, in either case."""
     pool = []
     for _ in range(min(count, 50_000)):
         caption = "".join(rng.choices(CHARACTERS, k=rng.randint(5, 44)))
@@ -146,13 +144,13 @@ def timed(engine: Engine, captions: pl.Series, words: list[str]) -> tuple[float,
 
 
 def rows_for(engine: Engine, captions: pl.Series, words: list[str]) -> int:
-    """How many rows one timing takes: all, or what a slow engine does in SECONDS."""
+    """Return how many rows one timing takes: all, or what a slow engine does in SECONDS."""
     seconds, _ = timed(engine, captions[:PROBE_ROWS], words)
     return min(len(captions), max(PROBE_ROWS, int(SECONDS / seconds * PROBE_ROWS)))
 
 
 def measure(count: int, num_rows: int) -> list[dict[str, Any]]:
-    """The records of one list size."""
+    """Return the records of one list size."""
     rng = random.Random(count)
     words = make_words(count, rng)
     captions = make_captions(num_rows, words, rng)
@@ -178,32 +176,29 @@ def measure(count: int, num_rows: int) -> list[dict[str, Any]]:
     fastest = max((name for name in rates if name != "ours"), key=rates.__getitem__)
     peers = {name: name for name in ("loop", "duckdb") if name in rates} | {"fastest": fastest}
     return [
-        {
-            "name": f"filter_text/{label}@{count}",
-            "ours": round(rates["ours"]),
-            "peer": round(rates[name]),
-            "unit": "rows/CPU s",
-            "ratio": round(rates["ours"] / rates[name], 2),
-            "equal": equal[name],
-            "machine": machine(),
+        record(
+            f"filter_text/{label}@{count}",
+            ours=rates["ours"],
+            peer=rates[name],
+            unit="rows/CPU s",
+            equal=equal[name],
             **({"engine": name} if label == "fastest" else {}),
-        }
+        )
         for label, name in peers.items()
     ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=400_000)
-    parser.add_argument("--full", action="store_true", help="2 million rows")
-    options = parser.parse_args()
+    made = parser(__doc__, full="2 million rows")
+    made.add_argument("--rows", type=int, default=400_000)
+    options = parse(made)
     if not has_hyperscan():
         print("hyperscan is not installed: ours is polars' contains_any at every size")
     num_rows = 2_000_000 if options.full else options.rows
-    records = [record for count in WORD_COUNTS for record in measure(count, num_rows)]
-    if wrong := [record["name"] for record in records if not record["equal"]]:
+    records = [found for count in WORD_COUNTS for found in measure(count, num_rows)]
+    if wrong := [found["name"] for found in records if not found["equal"]]:
         raise SystemExit(f"engines keep different rows: {', '.join(wrong)}")
-    print(json.dumps(records))
+    report(records)
 
 
 if __name__ == "__main__":

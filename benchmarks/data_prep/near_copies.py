@@ -1,9 +1,9 @@
-"""Near copies of pictures among N hashes: bands (`data_prep.dedup.near_duplicates`) against FAISS comparing all pairs.
+"""Find near duplicates among N perceptual hashes: ours, in bands, against FAISS comparing all pairs.
 
     python benchmarks/data_prep/near_copies.py [--rows N] [--distance BITS] [--full]
 
 Hashes are random but for planted copies a few bits away and a fifth that share half of their bits, as
-pictures on white ground do. Both sides find the rows that a lower row is near to; the sets are compared.
+images on a white ground do. Both sides find the rows that a lower row is near to; the sets are compared.
 `--full` adds a million rows without the peer, whose time grows with the square. Last line: one JSON object.
 """
 
@@ -12,8 +12,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import argparse
-import json
 import time
 from typing import Any
 
@@ -21,13 +19,13 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from benchmarks.harness import machine
+from benchmarks.harness import parse, parser, record, report
 from data_prep.dedup.near_duplicates import band_values, near_copies
 from data_prep.rules.image import HASH_BITS
 
 
 def make_hashes(count: int, distance: int, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
-    """hash_NB uint8 [count, 48]; one in twenty is a copy of another, up to `distance` + 4 bits away."""
+    """Return hash_NB uint8 [count, 48]; one in twenty copies another, up to `distance` + 4 bits away."""
     hash_NB = rng.integers(0, 256, (count, HASH_BITS // 8), dtype=np.uint8)
     hash_NB[: count // 5, ::2] = 0
     rows = rng.choice(count, count // 20, replace=False)
@@ -60,12 +58,11 @@ def all_pairs(hash_NB: npt.NDArray[np.uint8], distance: int) -> set[int]:
     return set(row_M[found < row_M].tolist())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=50_000)
-    parser.add_argument("--distance", type=int, default=7)
-    parser.add_argument("--full", action="store_true", help="a million rows too, ours alone")
-    options = parser.parse_args()
+def main() -> int:
+    made = parser(__doc__, full="a million rows too, without the peer")
+    made.add_argument("--rows", type=int, default=50_000)
+    made.add_argument("--distance", type=int, default=7)
+    options = parse(made)
     rng = np.random.default_rng(0)
     hash_NB = make_hashes(options.rows, options.distance, rng)
     started = time.perf_counter()
@@ -80,17 +77,8 @@ def main() -> None:
         started = time.perf_counter()
         count = len(ours(many_NB, options.distance))
         print(f"1,000,000 hashes, {count:,} copies: {time.perf_counter() - started:.2f} s")
-    record = {
-        "name": "near_copies",
-        "ours": round(seconds, 3),
-        "peer": round(peer_seconds, 3),
-        "unit": "s",
-        "ratio": round(peer_seconds / seconds, 2),
-        "equal": copies == expected,
-        "machine": machine(),
-    }
-    print(json.dumps(record))
+    return report(record("near_copies", seconds, peer_seconds, "s", equal=copies == expected))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

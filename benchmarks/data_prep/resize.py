@@ -1,12 +1,12 @@
-"""Decode and resize as the download does it: ours, plain and with scaled decode, beside img2dataset's own.
+"""Measure decoding and resizing: the download's, plain and with scaled decode, against img2dataset's own.
 
-    python benchmarks/data_prep/resize.py [--full] [--pictures N]
+    python benchmarks/data_prep/resize.py [--full] [--images N]
 
-Pictures are JPEGs of 1,000 pixels on the longer side, at quality 85, cut from the two photographs that come
+Images are JPEGs of 1,000 pixels on the longer side, at quality 85, cut from the two photographs that come
 with scikit-learn, laid side by side and mirrored; their mean size is printed. All sides reduce them to a
 short side of 256 and write a JPEG of quality 95, on one thread. The sides take turns, so that a busy
 machine hits all alike; times are CPU seconds, and a side's rate is that of its best round. The pixel
-difference is the mean absolute one of the stored pictures, of 255; img2dataset's store colour at half the
+difference is the mean absolute one of the stored images, of 255; img2dataset's store colour at half the
 resolution, ours do not.
 Last line: one JSON list; `equal` says that the difference is under 2 of 255.
 """
@@ -16,9 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import argparse
 import io
-import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +25,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from benchmarks.harness import machine
+from benchmarks.harness import parse, parser, record, report
 from data_prep.download.resize import UprightResizer
 
 SHORT_SIDE_PX = 256
@@ -36,7 +34,7 @@ ROUNDS = 5
 
 
 def photographs(count: int) -> list[bytes]:
-    """JPEGs cut from a wall of two photographs of 640 x 427 pixels and their mirror images."""
+    """Return JPEGs cut from a wall of two photographs of 640 x 427 pixels and their mirror images."""
     from sklearn.datasets import load_sample_images
 
     china, flower = load_sample_images().images
@@ -62,27 +60,27 @@ def img2dataset_resizer() -> Callable[[Any], Any]:
     )  # type: ignore[no-any-return]
 
 
-def rates(sides: dict[str, Callable[[Any], Any]], pictures: list[bytes]) -> dict[str, float]:
-    """Pictures a CPU second of each side, best of the rounds."""
+def rates(sides: dict[str, Callable[[Any], Any]], images: list[bytes]) -> dict[str, float]:
+    """Return images a CPU second of each side, best of the rounds."""
     best = dict.fromkeys(sides, float("inf"))
     for side in sides.values():
-        side(io.BytesIO(pictures[0]))
+        side(io.BytesIO(images[0]))
     for _ in range(ROUNDS):
         for name, side in sides.items():
             started = time.process_time()
-            for data in pictures:
+            for data in images:
                 answer = side(io.BytesIO(data))
                 assert answer[5] is None, answer[5]
             best[name] = min(best[name], time.process_time() - started)
-    return {name: len(pictures) / seconds for name, seconds in best.items()}
+    return {name: len(images) / seconds for name, seconds in best.items()}
 
 
 def difference(
-    side: Callable[[Any], Any], other: Callable[[Any], Any], pictures: list[bytes]
+    side: Callable[[Any], Any], other: Callable[[Any], Any], images: list[bytes]
 ) -> tuple[float, int]:
-    """Mean and largest absolute difference of the stored pictures, of 255."""
+    """Return the mean and largest absolute difference of the stored images, of 255."""
     means, largest = [], 0
-    for data in pictures:
+    for data in images:
         first, second = (
             np.asarray(Image.open(io.BytesIO(f(io.BytesIO(data))[0])), np.int16) for f in (side, other)
         )
@@ -93,40 +91,37 @@ def difference(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", type=int, default=48)
-    parser.add_argument("--full", action="store_true", help="400 pictures")
-    options = parser.parse_args()
+    made = parser(__doc__, full="400 images")
+    made.add_argument("--images", "--pictures", type=int, default=48)
+    options = parse(made)
     cv2.setNumThreads(1)
-    pictures = photographs(400 if options.full else options.pictures)
+    images = photographs(400 if options.full else options.images)
     sides: dict[str, Callable[[Any], Any]] = {
         "plain": UprightResizer(SHORT_SIDE_PX, 100_000_000, 95),
         "scaled": UprightResizer(SHORT_SIDE_PX, 100_000_000, 95, scaled_decode=True),
         "img2dataset": img2dataset_resizer(),
     }
-    rate = rates(sides, pictures)
-    print(f"{len(pictures)} pictures of {np.mean([len(data) for data in pictures]) / 1000:.0f} kB on average")
+    rate = rates(sides, images)
+    print(f"{len(images)} images of {np.mean([len(data) for data in images]) / 1000:.0f} kB on average")
     records = []
     for name, against in (("plain", "img2dataset"), ("scaled", "img2dataset"), ("scaled", "plain")):
-        mean, largest = difference(sides[name], sides[against], pictures)
+        mean, largest = difference(sides[name], sides[against], images)
         print(
-            f"{name:<7} {rate[name]:7.1f} pictures/CPU s, {against} {rate[against]:7.1f}:"
+            f"{name:<7} {rate[name]:7.1f} images/CPU s, {against} {rate[against]:7.1f}:"
             f" {rate[name] / rate[against]:.2f} times; pixels differ by {mean:.2f} of 255 on average,"
             f" {largest} at most"
         )
         records.append(
-            {
-                "name": f"resize/{name}" + ("" if against == "img2dataset" else f"@{against}"),
-                "ours": round(rate[name], 1),
-                "peer": round(rate[against], 1),
-                "unit": "pictures/CPU s",
-                "ratio": round(rate[name] / rate[against], 3),
-                "equal": mean < 2,
-                "difference": round(mean, 3),
-                "machine": machine(),
-            }
+            record(
+                f"resize/{name}" + ("" if against == "img2dataset" else f"@{against}"),
+                ours=rate[name],
+                peer=rate[against],
+                unit="images/CPU s",
+                equal=mean < 2,
+                difference=round(mean, 3),
+            )
         )
-    print(json.dumps(records))
+    report(records)
 
 
 if __name__ == "__main__":

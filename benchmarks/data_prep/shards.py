@@ -1,9 +1,9 @@
-"""Writing shards: the real stage beside a plain copy of the same bytes, and where its time goes.
+"""Measure the writing of shards: the stage against a plain copy of the bytes, and where its time goes.
 
     python benchmarks/data_prep/shards.py [--full] [--samples N]
 
-Pictures of some 25 kB lie in one tar as the download leaves them; the stage packs them with their
-captions and checks their digests. The plain copy reads the pictures' tar and writes a file of that size,
+Images of some 25 kB lie in one tar as the download leaves them; the stage packs them with their
+captions and checks their digests. The plain copy reads the images' tar and writes a file of that size,
 with fsync: what the disk can do. webdataset's TarWriter packs the same samples. All three take turns, and
 a side's time is that of its best round. The profile sorts the stage's time into the disk (read, write,
 fsync, rename), hashing, and everything else.
@@ -15,9 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import argparse
 import cProfile
-import json
 import os
 import pstats
 import shutil
@@ -29,7 +27,7 @@ import numpy as np
 import polars as pl
 import webdataset
 
-from benchmarks.harness import machine
+from benchmarks.harness import parse, parser, record, report
 from data_prep.formats.parquet import write_table
 from data_prep.formats.tar import TarWriter
 from data_prep.shards import stage as shards
@@ -38,7 +36,7 @@ from pipeline.core import store
 from pipeline.core.records import Manifest, Shard
 from pipeline.core.stage import Context, Task
 
-BYTES_A_PICTURE = 25_000
+BYTES_AN_IMAGE = 25_000
 ROUNDS = 3
 COPY_BYTES = 16 << 20
 # Functions of a profile by what they wait for.
@@ -58,9 +56,9 @@ HASHING = ("sha256", "hexdigest", "file_digest", "update")
 
 
 def prepare(folder: Path, samples: int) -> tuple[Context, Task]:
-    """A partition of the download and of filter_image, as they leave them; contents do not matter here."""
+    """Write a partition of the download and of filter_image, as they leave them; contents do not matter."""
     rng = np.random.default_rng(0)
-    noise = rng.bytes(4 * BYTES_A_PICTURE)
+    noise = rng.bytes(4 * BYTES_AN_IMAGE)
     keys = [f"{number:032x}" for number in range(samples)]
     path = folder / "download" / "pictures" / "00000.tar"
     path.parent.mkdir(parents=True)
@@ -68,8 +66,8 @@ def prepare(folder: Path, samples: int) -> tuple[Context, Task]:
         places = []
         for key in keys:
             start, size = (
-                int(rng.integers(BYTES_A_PICTURE)),
-                int(rng.integers(10_000, 2 * BYTES_A_PICTURE - 10_000)),
+                int(rng.integers(BYTES_AN_IMAGE)),
+                int(rng.integers(10_000, 2 * BYTES_AN_IMAGE - 10_000)),
             )
             places.append(tar.add(f"{key}.jpg", noise[start : start + size]))
     rows = pl.DataFrame(
@@ -100,7 +98,7 @@ def ours(context: Context, task: Task) -> None:
 
 
 def plain_copy(context: Context, task: Task) -> None:
-    """The bytes alone: no other program can be faster on this disk."""
+    """Copy the bytes only: no other program can be faster on this disk."""
     with (
         open(context.path_in("download", "pictures", "00000.tar"), "rb") as source,
         store.publish(context.path("copy")) as temporary,
@@ -124,7 +122,7 @@ def webdataset_writer(context: Context, task: Task) -> None:
 
 
 def profile(context: Context, task: Task) -> dict[str, float]:
-    """Seconds of the stage by what they went to."""
+    """Return seconds of the stage by what they went to."""
     profiler = cProfile.Profile()
     profiler.runcall(ours, context, task)
     found = {"disk": 0.0, "hashing": 0.0, "other": 0.0}
@@ -144,11 +142,10 @@ def samples_of(path: str) -> list[tuple[str, bytes, bytes]]:
     return list(webdataset.WebDataset(path, shardshuffle=False).to_tuple("__key__", "jpg", "txt"))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--samples", type=int, default=10_000)
-    parser.add_argument("--full", action="store_true", help="40,000 samples, a gigabyte")
-    options = parser.parse_args()
+def main() -> int:
+    made = parser(__doc__, full="40,000 samples, a gigabyte")
+    made.add_argument("--samples", type=int, default=10_000)
+    options = parse(made)
     folder = Path(tempfile.mkdtemp(prefix="shards-"))
     try:
         context, task = prepare(folder, 40_000 if options.full else options.samples)
@@ -170,22 +167,20 @@ def main() -> None:
             print(f"{name:<10} {megabytes / seconds:7.0f} MB/s")
         print("profile    " + ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in parts.items()))
         records = [
-            {
-                "name": f"shards/{name}",
-                "ours": round(megabytes / best["ours"], 1),
-                "peer": round(megabytes / best[name], 1),
-                "unit": "MB/s",
-                "ratio": round(best[name] / best["ours"], 3),
-                "equal": equal,
-                "profile": {part: round(seconds / total, 3) for part, seconds in parts.items()},
-                "machine": machine(),
-            }
+            record(
+                f"shards/{name}",
+                ours=megabytes / best["ours"],
+                peer=megabytes / best[name],
+                unit="MB/s",
+                equal=equal,
+                profile={part: round(seconds / total, 3) for part, seconds in parts.items()},
+            )
             for name in ("copy", "webdataset")
         ]
-        print(json.dumps(records))
+        return report(records)
     finally:
         shutil.rmtree(folder)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

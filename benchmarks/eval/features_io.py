@@ -1,4 +1,4 @@
-"""Feature files: `.npy` as this project keeps them, against CN-CLIP's JSON lines; 30,000 × 512.
+"""Measure feature files: `.npy` as this project keeps them, against CN-CLIP's JSON lines; 30,000 × 512.
 
 The peer's lines are written and read as extract_features.py and make_topk_predictions.py do. `--full` takes
 all rows; without it JSON lines are measured on a tenth and scaled.
@@ -9,23 +9,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import argparse
 import json
 import tempfile
 import time
 
 import numpy as np
 
-from benchmarks.harness import machine
+from benchmarks.harness import parse, parser, record, report
 from eval.index.flat import read_vectors
 
 NUM_ROWS, DIM = 30_000, 512
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--full", action="store_true")
-    options = parser.parse_args()
+def main() -> int:
+    options = parse(parser(__doc__, full="measure all rows of JSON lines"))
     count = NUM_ROWS if options.full else NUM_ROWS // 10
     rows = np.random.default_rng(0).normal(size=(NUM_ROWS, DIM)).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
@@ -52,15 +49,8 @@ def main() -> None:
     total, peer_total = min(writes) + min(reads), peer_write + peer_read
     print(f"ours: write {min(writes):.3f} s, read and check {min(reads):.3f} s")
     print(f"JSON lines: write {peer_write:.1f} s, read {peer_read:.1f} s")
-    record = {
-        "name": "features_io",
-        "ours": total,
-        "peer": peer_total,
-        "unit": "s",
-        "ratio": peer_total / total,
-    }
-    print(json.dumps(record | {"equal": equal, "machine": machine()}))
+    return report(record("features_io", ours=total, peer=peer_total, unit="s", equal=equal))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""10 million × 512 generated vectors indexed and searched in a fraction of the memory that they would take.
+"""Index and search 10 million × 512 vectors in a fraction of the memory that they would take.
 
 `cnclip index` builds the index in a process of its own, another one searches it; the peak memory of each is
 sampled from the system (proportional set size: resident pages of mapped files count). Default: 1 million
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.harness import machine
+from benchmarks.harness import parse, parser, record, report
 from eval.index.benchmark import exact_neighbours, recall_at
 from eval.index.partitioned import Embeddings, PartedIndex
 
@@ -32,7 +32,7 @@ Float32Array = npt.NDArray[np.float32]
 
 
 def rows_near(centre_ND: Float32Array, noise: float, rng: np.random.Generator) -> Float32Array:
-    """Unit rows around unit rows: real features lie in clusters, and an index lives on that."""
+    """Return unit rows around unit rows: real features lie in clusters, and an index lives on that."""
     rows_ND = rng.standard_normal(centre_ND.shape, dtype=np.float32)
     rows_ND *= noise / DIM**0.5
     rows_ND += centre_ND
@@ -41,7 +41,7 @@ def rows_near(centre_ND: Float32Array, noise: float, rng: np.random.Generator) -
 
 
 def write_features(folder: Path, num_rows: int) -> None:
-    """`img_emb/img_emb_N.npy`, float16, as `cnclip embed --dtype float16` writes them."""
+    """Write `img_emb/img_emb_N.npy`, float16, as `cnclip embed --dtype float16` writes them."""
     (folder / "img_emb").mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     centre_CD = rows_near(np.zeros((NUM_CLUSTERS, DIM), np.float32), 1.0, rng)
@@ -56,7 +56,7 @@ def write_features(folder: Path, num_rows: int) -> None:
 
 
 def watch(command: Sequence[str]) -> tuple[float, float]:
-    """(seconds, peak GiB) of a command, its memory sampled twenty times a second."""
+    """Return (seconds, peak GiB) of a command, its memory sampled twenty times a second."""
     start, peak = time.perf_counter(), 0
     with subprocess.Popen(command) as process:
         while process.poll() is None:
@@ -72,7 +72,7 @@ def watch(command: Sequence[str]) -> tuple[float, float]:
 
 
 def search(folder: Path, parameters: str) -> None:
-    """What the second process does: search, compare with exact search, write `found.json`."""
+    """Search in the second process, compare with exact search, write `found.json`."""
     embeddings = Embeddings.open(str(folder / "features"))
     index = PartedIndex.open(str(folder / "index"))
     sample = np.arange(NUM_QUERIES) * embeddings.num_rows // NUM_QUERIES
@@ -91,17 +91,16 @@ def search(folder: Path, parameters: str) -> None:
     (folder / "found.json").write_text(json.dumps(found))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument("--factory", default="IVF1024,SQ8")
-    parser.add_argument("--parameters", default="nprobe=8")
-    parser.add_argument("--folder", help="where features and index lie meanwhile (default: a temporary one)")
-    parser.add_argument("--search", metavar="FOLDER", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+def main() -> int:
+    made = parser(__doc__, full="10 million rows")
+    made.add_argument("--factory", default="IVF1024,SQ8")
+    made.add_argument("--parameters", default="nprobe=8")
+    made.add_argument("--folder", help="where features and index lie meanwhile (default: a temporary one)")
+    made.add_argument("--search", metavar="FOLDER", help=argparse.SUPPRESS)
+    options = parse(made)
     if options.search:
         search(Path(options.search), options.parameters)
-        return
+        return 0
     num_rows = 10_000_000 if options.full else 1_000_000
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
@@ -118,10 +117,11 @@ def main() -> None:
         f" {NUM_QUERIES}, {found['bytes_per_vector']:.0f} bytes a vector"
     )
     ours, flat = max(build_gib, search_gib), num_rows * DIM * 4 / 2**30
-    record = {"name": "large_index/memory", "ours": ours, "peer": flat, "unit": "GiB", "ratio": flat / ours}
-    record |= {"equal": found["recall"] >= 0.9 and ours <= LIMIT_GIB, "machine": machine()}
-    print(json.dumps(record | {"build_seconds": build_seconds, **found}))
+    equal = found["recall"] >= 0.9 and ours <= LIMIT_GIB
+    return report(
+        record("large_index/memory", ours, flat, "GiB", equal=equal, build_seconds=build_seconds, **found)
+    )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,7 +1,7 @@
-"""From features to the score file: 30,000 pictures × 5,000 queries × 512, against CN-CLIP's loop.
+"""Measure from features to the score file: 30,000 images × 5,000 queries × 512, against CN-CLIP's loop.
 
 The peer is the loop of CN-CLIP 1.6.0's make_topk_predictions.py, on the CPU: for each query a product with
-all pictures, a Python list of (id, score) and a sort. It takes the same time for every query, so it runs on
+all images, a Python list of (id, score) and a sort. It takes the same time for every query, so it runs on
 `--peer-queries` of them, a third in each round, and its time is scaled; `--full` runs them all. Features are
 in memory on both sides. Rounds alternate and each side's best counts: other programs slow all alike.
 """
@@ -11,7 +11,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import argparse
 import json
 import tempfile
 import time
@@ -20,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from benchmarks.harness import machine
+from benchmarks.harness import parse, parser, record, report
 from eval.index.exact_search import top_k
 from eval.retrieval.official_scorer import score_files
 
@@ -49,7 +48,7 @@ def ours(query_QD: Float32Array, image_ND: Float32Array, folder: Path) -> dict[i
 
 
 def peer(query_QD: Float32Array, image_ND: Float32Array) -> dict[int, list[int]]:
-    """CN-CLIP's inner loop, line by line; its batch of 32,768 pictures holds them all."""
+    """Run CN-CLIP's inner loop, line by line; its batch of 32,768 images holds them all."""
     image_ids = list(range(len(image_ND)))
     found = {}
     for text_id, text_feat in enumerate(query_QD):
@@ -64,16 +63,15 @@ def peer(query_QD: Float32Array, image_ND: Float32Array) -> dict[int, list[int]]
 
 
 def product(query_QD: Float32Array, image_ND: Float32Array) -> None:
-    """The bare matrix product, in blocks that fit into memory."""
+    """Compute the bare matrix product, in blocks that fit into memory."""
     for start in range(0, len(query_QD), 256):
         query_QD[start : start + 256] @ image_ND.T
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument("--peer-queries", type=int, default=250)
-    options = parser.parse_args()
+def main() -> int:
+    made = parser(__doc__, full="run the peer on all queries")
+    made.add_argument("--peer-queries", type=int, default=250)
+    options = parse(made)
     num_peer = NUM_QUERIES if options.full else options.peer_queries
     image_ND, query_QD = features(0, NUM_IMAGES), features(1, NUM_QUERIES)
     with tempfile.TemporaryDirectory() as name:
@@ -92,7 +90,7 @@ def main() -> None:
             theirs |= dict(zip(part.tolist(), peer(query_QD[part], image_ND).values(), strict=True))
             loop.append((time.perf_counter() - start) * NUM_QUERIES / len(part))
     peer_seconds = min(loop)
-    # Ties aside: where the sets differ, float32 cannot tell the exchanged pictures apart.
+    # Ties aside: where the sets differ, float32 cannot tell the exchanged images apart.
     equal = True
     for query, rows in theirs.items():
         mine = found[query]
@@ -102,13 +100,9 @@ def main() -> None:
     total, least = min(seconds), min(bare)
     print(f"ours {total:.2f} s, bare matrix product {least:.2f} s ({total / least:.2f} ×)")
     print(f"CN-CLIP's loop {peer_seconds:.1f} s, from {num_peer} of {NUM_QUERIES} queries")
-    common = {"unit": "s", "equal": equal, "machine": machine()}
-    records = [
-        {"name": name, "ours": total, "peer": other, "ratio": other / total} | common
-        for name, other in (("retrieval", peer_seconds), ("retrieval/matmul", least))
-    ]
-    print(json.dumps(records))
+    others = {"retrieval": peer_seconds, "retrieval/matmul": least}
+    return report([record(name, total, other, "s", equal=equal) for name, other in others.items()])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

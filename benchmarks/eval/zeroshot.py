@@ -1,8 +1,8 @@
-"""Classification from features: 10,000 pictures × 1,000 classes × 80 templates × 512.
+"""Measure classification from features: 10,000 images × 1,000 classes × 80 templates × 512.
 
 Ours folds the templates into one vector a class, once; the peer scores every prompt and takes the mean of the
 scores, as section 2.1 of the paper words it. Both are given the same text features. The peer runs on a tenth
-of the pictures unless `--full`, and its time is scaled.
+of the images unless `--full`, and its time is scaled.
 """
 
 import sys
@@ -10,22 +10,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import argparse
-import json
 import time
 
 import numpy as np
 
-from benchmarks.harness import machine
+from benchmarks.harness import parse, parser, record, report
 from eval.zeroshot.classifier import class_vectors, scores_of
 
 NUM_IMAGES, NUM_CLASSES, NUM_TEMPLATES, DIM = 10_000, 1_000, 80, 512
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--full", action="store_true")
-    options = parser.parse_args()
+def main() -> int:
+    options = parse(parser(__doc__, full="score every image by the peer"))
     count = NUM_IMAGES if options.full else NUM_IMAGES // 10
     rng = np.random.default_rng(0)
     text_CTD = rng.normal(size=(NUM_CLASSES, NUM_TEMPLATES, DIM)).astype(np.float32)
@@ -46,15 +42,8 @@ def main() -> None:
         difference = max(difference, float(np.abs(theirs - ours[first : first + 100]).max()))
     peer = (time.perf_counter() - start) * NUM_IMAGES / count
     print(f"ours {min(seconds):.2f} s, every prompt scored {peer:.1f} s, largest difference {difference:.1e}")
-    record = {
-        "name": "zeroshot",
-        "ours": min(seconds),
-        "peer": peer,
-        "unit": "s",
-        "ratio": peer / min(seconds),
-    }
-    print(json.dumps(record | {"equal": difference < 1e-6, "machine": machine()}))
+    return report(record("zeroshot", ours=min(seconds), peer=peer, unit="s", equal=difference < 1e-6))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,14 +1,9 @@
-"""Trainings that differ in one thing: what `cached_views.py`, `figure2.py` and `negation.py` share.
+"""Run trainings that differ in one thing: what `cached_views.py`, `figure2.py` and `negation.py` share.
 
 All arms read one corpus and start from one model, both made by `cnclip run RECIPE --to STAGE`. An arm's legs
 are trained by the launcher and rank program that a run's stages use, each in a folder of its own; a leg that
-was stopped goes on from its newest checkpoint, and one that is finished stays.
+was stopped resumes from its newest checkpoint, and one that is finished stays.
 """
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import argparse
 import dataclasses
@@ -16,8 +11,10 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,15 +27,13 @@ from training.config.train import TrainConfig
 from training.ranks.launcher import free_port, launcher_command, launcher_environment
 from training.stages import make_job
 
-RESULTS = Path(__file__).parents[1] / "results"
-
 
 class OutOfTime(Exception):
-    """The slice of time is over; the same command goes on."""
+    """The time is over; the same command resumes."""
 
 
 def parser(description: str | None, folder: str) -> argparse.ArgumentParser:
-    """Options that all scripts take."""
+    """Return a parser with the options that all scripts take."""
     options = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     options.add_argument("--folder", default=folder, help="where corpus, first model and arms are kept")
     options.add_argument("--seconds", type=float, default=270, help="of training in this call")
@@ -47,13 +42,13 @@ def parser(description: str | None, folder: str) -> argparse.ArgumentParser:
 
 
 def add_emoji_options(options: argparse.ArgumentParser) -> None:
-    """Options of the scripts on the emoji run."""
+    """Add the options of the scripts on the emoji run."""
     options.add_argument("--corpus", help="folder of the emoji tables; unset: the recipe's")
     options.add_argument("--english-epochs", type=int, default=12, help="of the image tower's own training")
 
 
 def emoji_experiment(options: argparse.Namespace) -> "Experiment":
-    """The emoji corpus and the English image tower."""
+    """Return the emoji corpus and the English image tower."""
     overrides = [f"english.epochs={options.english_epochs}"]
     if options.corpus:
         overrides.append(f"corpus.folder={options.corpus}")
@@ -88,7 +83,7 @@ class Experiment:
     def leg(
         self, name: str, seed: int, config: TrainConfig, *, tower: bool, start: TrainJob | None = None
     ) -> TrainJob:
-        """A training from the English tower, from the weights of another leg (`start`), or from nothing."""
+        """Return a training from the English tower, another leg's weights (`start`), or nothing."""
         folder = self.folder / f"{name}_seed{seed}"
         return dataclasses.replace(
             self.first_job,
@@ -135,7 +130,7 @@ class Experiment:
 
 
 def curve(job: TrainJob) -> dict[int, Mapping[str, Any]]:
-    """Recall of the one evaluation by number of samples seen; empty before the first validation."""
+    """Return recall of the one evaluation by number of samples seen; empty before the first validation."""
     path = Path(job.folder) / "metrics.jsonl"
     lines = map(json.loads, path.read_text(encoding="utf-8").splitlines()) if path.exists() else ()
     return {line["samples_seen"]: line["recall"] for line in lines if "evaluation" in line}
@@ -146,18 +141,18 @@ def is_finished(job: TrainJob) -> bool:
 
 
 def seconds_of(job: TrainJob) -> float:
-    """Wall seconds of a leg, over all its starts."""
+    """Return wall seconds of a leg, over all its starts."""
     return sum(map(float, (Path(job.folder) / "seconds.txt").read_text().split()))
 
 
 def mean_and_spread(values: list[float]) -> str:
-    """ "mean ± standard deviation" over seeds."""
+    """Return "mean ± standard deviation" over seeds."""
     spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
     return f"{np.mean(values):.1f}{spread}"
 
 
 def header() -> dict[str, str]:
-    """What every results file says about where it comes from."""
+    """Return the commit and the machine, which every results file names."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
     )

@@ -1,10 +1,10 @@
-"""Stage 1 of the emoji run on K cached views of each picture, against a new view at every visit.
+"""Train stage 1 of the emoji run on K cached views of each image, against a new view at every visit.
 
-    python benchmarks/training/cached_views.py                     # goes on for 270 s; call again until it is done
-    python benchmarks/training/cached_views.py --seconds 3000      # in one go
+    python benchmarks/training/cached_views.py   # trains for 270 s; call again to resume
+    python benchmarks/training/cached_views.py --seconds 3000   # in one go
 
-Every arm starts from one English image tower and trains the text tower alone with the recipe's settings; only
-K and the seed (order of samples, views, new weights) differ. The table has final recall on pictures of a
+Every arm starts from one English image tower and trains only the text tower, with the recipe's settings; only
+K and the seed (order of samples, views, new weights) differ. The table has final recall on images of a
 vendor that was not trained on. When all arms are done it is written to benchmarks/results.
 """
 
@@ -18,8 +18,8 @@ import json
 
 import numpy as np
 
+from benchmarks.harness import RESULTS
 from benchmarks.training.arms import (
-    RESULTS,
     OutOfTime,
     add_emoji_options,
     curve,
@@ -43,7 +43,7 @@ def main() -> int:
     try:
         experiment = emoji_experiment(options)
     except OutOfTime:
-        print("the image tower is not trained yet: the same command goes on")
+        print("the image tower is not trained yet: rerun the same command to resume")
         return 0
     assert experiment.config.stage1 is not None
     config = dataclasses.replace(
@@ -61,7 +61,7 @@ def main() -> int:
             experiment.train(leg)
     except OutOfTime:
         done = False
-        print("the time is over: the same command goes on")
+        print("out of time: rerun the same command to resume")
 
     rows = []
     for views in VIEWS:

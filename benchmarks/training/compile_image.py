@@ -1,4 +1,4 @@
-"""The locked image tower compiled by torch against the same tower as it is: `compile_image` of a stage.
+"""Measure the locked image tower compiled by torch (`compile_image`) against the same tower uncompiled.
 
     python benchmarks/training/compile_image.py                 # ViT-B/16 at batch 8, one thread; 3 minutes
     python benchmarks/training/compile_image.py --full          # RN50 too, and more rounds
@@ -14,16 +14,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import argparse
 import dataclasses
-import json
-import statistics
+import functools
 import time
 from typing import Any
 
 import torch
 
-from benchmarks.harness import machine, seconds
+from benchmarks.harness import in_turns, medians, parse, parser, record, report, seconds, unit_of_seconds
 from training.config.train import TrainConfig
 from training.engine.towers import Towers
 from training.model.clip import build_clip
@@ -34,26 +32,22 @@ BATCH = {"cpu": 8, "cuda": 256}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--full", action="store_true", help="RN50 too, and more rounds")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    options = parser.parse_args()
+    options = parse(parser(__doc__, full="RN50 too, and more rounds", rounds=(7, 15), device=True))
     models = ["ViT-B-16", "RN50"] if options.full else ["ViT-B-16"]
     if options.device == "cuda":
         models = ["ViT-B-16", "ViT-L-14", "ViT-H-14"]
     torch.set_num_threads(1)
-    results = [compare(model, options.device, rounds=15 if options.full else 7) for model in models]
+    results = [compare(model, options.device, rounds=options.rounds) for model in models]
     for result in results:
         print(
-            f"{result['name']}: {result['ours']} pictures/s compiled, {result['peer']} as it is, ratio"
+            f"{result['name']}: {result['ours']} images/s compiled, {result['peer']} as it is, ratio"
             f" {result['ratio']}, {result['compile_seconds']} s to compile, equal {result['equal']}"
         )
-    print(json.dumps(results))
-    return 0 if all(result["equal"] for result in results) else 1
+    return report(results)
 
 
 def compare(model: str, device: str, *, rounds: int) -> dict[str, Any]:
-    """One model's towers with the same weights, in turn on the same uint8 pictures."""
+    """Compare one model's towers with the same weights, in turn on the same uint8 images."""
     torch.manual_seed(0)
     clip = build_clip(MODELS[model])
     clip.lock_image_tower()
@@ -68,30 +62,24 @@ def compare(model: str, device: str, *, rounds: int) -> dict[str, Any]:
     size_px = clip.config.vision.image_size_px
     image_BCHW = torch.randint(0, 256, (batch, 3, size_px, size_px), dtype=torch.uint8, device=device)
     features: dict[str, torch.Tensor] = {}
-    taken: dict[str, list[float]] = {"peer": [], "ours": []}
     with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
         features["peer"] = towers["peer"].encode_image(image_BCHW)
         start = time.perf_counter()
         features["ours"] = towers["ours"].encode_image(image_BCHW)
         compile_seconds = time.perf_counter() - start
-        for _ in range(rounds):
-            for side, tower in towers.items():
-                before = seconds(device)
-                tower.encode_image(image_BCHW)
-                taken[side].append(seconds(device) - before)
-    ours, peer = (batch / statistics.median(taken[side]) for side in ("ours", "peer"))
+        sides = {side: functools.partial(tower.encode_image, image_BCHW) for side, tower in towers.items()}
+        taken = medians(in_turns(sides, rounds, lambda: seconds(device)))
     difference = (features["ours"] - features["peer"]).abs().max().item()
-    return {
-        "name": f"compile_image/{model}",
-        "ours": round(ours, 3),
-        "peer": round(peer, 3),
-        "unit": "pictures/s" if device == "cuda" else "pictures/CPU s",
-        "ratio": round(ours / peer, 3),
-        "equal": difference <= TOLERANCE[device],
-        "machine": machine(device),
-        "compile_seconds": round(compile_seconds, 1),
-        "largest_difference": difference,
-    }
+    return record(
+        f"compile_image/{model}",
+        ours=batch / taken["ours"],
+        peer=batch / taken["peer"],
+        unit=f"images/{unit_of_seconds(device)}",
+        equal=difference <= TOLERANCE[device],
+        device=device,
+        compile_seconds=round(compile_seconds, 1),
+        largest_difference=difference,
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Encoding and tokenising against cn_clip: the same weights, the same answers, samples a second.
+"""Measure encoding and tokenising against cn_clip: samples a second, with the same weights and answers.
 
-    python benchmarks/training/encode.py                 # 2 cores, under 5 minutes; ViT-B/16 with RoBERTa-base
-    python benchmarks/training/encode.py --full          # more captions and pictures
+    python benchmarks/training/encode.py                 # under 5 minutes on 2 cores; ViT-B/16, RoBERTa-base
+    python benchmarks/training/encode.py --full          # more captions and images
     python benchmarks/training/encode.py --device cuda   # bf16; B/16, L/14, H/14; transformers too; MFU
 
 cn_clip pads every caption to 52 tokens; this project computes on no padding. Captions are those of `--emoji
-FOLDER` (the emoji_zh corpus: name and keywords) where it is given, and made ones with lengths as in
+FOLDER` (the emoji_zh corpus: name and keywords) if it is given, and made ones with lengths as in
 Flickr30K-CN (19.7 characters in the mean). Times are medians of alternating rounds, by the clock and in CPU
 seconds.
 """
@@ -18,8 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import argparse
 import contextlib
 import io
-import json
-import platform
 import random
 import statistics
 import time
@@ -31,6 +29,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from benchmarks.harness import parse, parser, record, report
 from training.config.train import CONTEXT_LENGTH
 from training.encoder import Encoder
 from training.flops import PEAK_FLOPS, find_device, image_forward, text_forward
@@ -69,26 +68,23 @@ def main() -> int:
         results += _on_cpu(tokenizer, cn_clip, captions, options.full)
     else:
         for name in STRUCTURES:
-            results += _on_gpu(name, tokenizer, cn_clip, captions[""][:2048], options.device)
+            results += on_gpu(name, tokenizer, cn_clip, captions[""][:2048], options.device)
     for result in results:
         print(
             f"{result['name']:<28} {result['ours']:>9.1f} {result['peer']:>9.1f} {result['unit']},"
             f" ratio {result['ratio']:.2f} (CPU time {result['cpu_ratio']:.2f}), equal {result['equal']}"
         )
-    print(json.dumps(results, ensure_ascii=False))
-    return 0 if all(result["equal"] for result in results) else 1
+    return report(results)
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--full", action="store_true", help="more captions and pictures")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--emoji", metavar="FOLDER", help="the emoji_zh corpus, for its captions")
-    return parser.parse_args()
+    made = parser(__doc__, full="more captions and images", device=True)
+    made.add_argument("--emoji", metavar="FOLDER", help="the emoji_zh corpus, for its captions")
+    return parse(made)
 
 
 def made_captions(count: int) -> list[str]:
-    """Captions of common characters whose lengths are spread as Flickr30K-CN's: 19.7 in the mean, skewed."""
+    """Return captions of common characters, their lengths spread as Flickr30K-CN's: 19.7 in the mean."""
     generator = random.Random(0)
     characters = (
         "一个穿着红色衣服的小女孩在公园里和狗玩耍男人女人坐站走跑看街道上树下水边白黑蓝色车大两群们，着正前面"
@@ -98,19 +94,13 @@ def made_captions(count: int) -> list[str]:
 
 
 def emoji_captions(folder: str) -> list[str]:
-    """Name and keywords of every picture of the corpus, as its runs train on them."""
+    """Return name and keywords of every image of the corpus, as its runs train on them."""
     import polars as pl
 
     frame = pl.scan_parquet(f"{folder}/*.parquet").select("name_zh", "keywords_zh").collect()
     keywords = frame["keywords_zh"].to_list()
     joined = ["、".join(words) if isinstance(words, list) else str(words) for words in keywords]
     return [f"{name}，{words}" for name, words in zip(frame["name_zh"].to_list(), joined, strict=True)]
-
-
-def machine() -> str:
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    threads = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    return f"{threads}{gpu}, torch {torch.__version__}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +111,8 @@ class Time:
     cpu_s: float  # of all threads: what other work on the machine does not stretch
 
 
-def medians(*functions: Callable[[], Any], rounds: int) -> tuple[list[Time], list[Any]]:
-    """Each one's time over rounds in turn, so that noise hits all alike, and its last result."""
+def times_in_turn(*functions: Callable[[], Any], rounds: int) -> tuple[list[Time], list[Any]]:
+    """Return each one's time over rounds in turn (noise hits all alike), and its last result."""
     wall_s: list[list[float]] = [[] for _ in functions]
     cpu_s: list[list[float]] = [[] for _ in functions]
     results: list[Any] = [function() for function in functions]  # warm-up
@@ -135,32 +125,29 @@ def medians(*functions: Callable[[], Any], rounds: int) -> tuple[list[Time], lis
     return [Time(*map(statistics.median, both)) for both in zip(wall_s, cpu_s, strict=True)], results
 
 
-def record(
-    name: str, count: int, ours: Time, peer: Time, equal: bool, unit: str = "samples/s"
-) -> dict[str, Any]:
-    """One line of the result; `ratio` > 1 where this project is faster, `cpu_ratio` in CPU seconds."""
-    return {
-        "name": name,
-        "ours": round(count / ours.wall_s, 3),
-        "peer": round(count / peer.wall_s, 3),
-        "unit": unit,
-        "ratio": round(peer.wall_s / ours.wall_s, 3),
-        "cpu_ratio": round(peer.cpu_s / ours.cpu_s, 3),
-        "equal": equal,
-        "machine": machine(),
-    }
+def rates(name: str, count: int, ours: Time, peer: Time, equal: bool, device: str = "cpu") -> dict[str, Any]:
+    """Return one result: samples a second by the clock; `cpu_ratio` is the ratio in CPU seconds."""
+    return record(
+        name,
+        ours=count / ours.wall_s,
+        peer=count / peer.wall_s,
+        unit="samples/s",
+        equal=equal,
+        device=device,
+        cpu_ratio=round(peer.cpu_s / ours.cpu_s, 3),
+    )
 
 
 def compare_tokenising(name: str, tokenizer: Tokenizer, cn_clip: Any, texts: Sequence[str]) -> dict[str, Any]:
-    """Captions to padded ids; lower case and quotes are folded for cn_clip as its data loader does."""
+    """Compare tokenising to padded ids; for cn_clip, case and quotes are folded as its data loader does."""
 
     def theirs() -> Any:
         return cn_clip.tokenize([_as_its_loader(text) for text in texts], context_length=CONTEXT_LENGTH)
 
-    (ours_s, peer_s), (ours, peer) = medians(
+    (ours_s, peer_s), (ours, peer) = times_in_turn(
         lambda: tokenizer.encode(texts, CONTEXT_LENGTH), theirs, rounds=15
     )
-    return record(name, len(texts), ours_s, peer_s, bool((ours == peer.numpy()).all()))
+    return rates(name, len(texts), ours_s, peer_s, bool((ours == peer.numpy()).all()))
 
 
 def _as_its_loader(text: str) -> str:
@@ -168,7 +155,7 @@ def _as_its_loader(text: str) -> str:
 
 
 def models_of(name: str, cn_clip: Any) -> tuple[CLIP, Any]:
-    """Our model and cn_clip's, in float32, with the same random weights."""
+    """Return our model and cn_clip's, in float32, with the same random weights."""
     from cn_clip.clip.utils import create_model
 
     torch.manual_seed(0)
@@ -199,24 +186,24 @@ def _on_cpu(
                 parts = [F.normalize(peer.encode_text(part), dim=-1) for part in padded_NL.split(PEER_BATCH)]
             return torch.cat(parts).numpy()
 
-        (ours_s, peer_s), (ours, theirs) = medians(ours_text, peer_text, rounds=rounds)
+        (ours_s, peer_s), (ours, theirs) = times_in_turn(ours_text, peer_text, rounds=rounds)
         equal = bool(np.abs(ours - theirs).max() <= TOLERANCE)
-        results.append(record(f"encode/text{suffix}", num_texts, ours_s, peer_s, equal))
+        results.append(rates(f"encode/text{suffix}", num_texts, ours_s, peer_s, equal))
     image_BCHW = torch.randn(num_images, 3, 224, 224, generator=torch.Generator().manual_seed(2))
 
     def peer_image() -> Any:
         with torch.inference_mode():
             return F.normalize(peer.encode_image(image_BCHW), dim=-1).numpy()
 
-    (ours_s, peer_s), (ours, theirs) = medians(
+    (ours_s, peer_s), (ours, theirs) = times_in_turn(
         lambda: encoder.embed_pixels(image_BCHW), peer_image, rounds=max(5, rounds)
     )
     equal = bool(np.abs(ours - theirs).max() <= TOLERANCE)
-    results.append(record("encode/image", num_images, ours_s, peer_s, equal))
+    results.append(rates("encode/image", num_images, ours_s, peer_s, equal))
     return results
 
 
-def _on_gpu(
+def on_gpu(
     name: str,
     tokenizer: Tokenizer,
     cn_clip: Any,
@@ -224,7 +211,7 @@ def _on_gpu(
     device: str,
     num_images: int = 256,
 ) -> list[dict[str, Any]]:
-    """bf16 throughput of ours, cn_clip and transformers, and what share of the accelerator's peak it is."""
+    """Measure bf16 throughput of ours, cn_clip and transformers, and its share of the peak."""
     model, peer = models_of(name, cn_clip)
     third, peer = _transformers_model(model).to(device), peer.to(device)
     encoder = Encoder(model, tokenizer, device=device)
@@ -275,10 +262,10 @@ def _on_gpu(
             ),
         ),
     ):
-        seconds, found = medians(*functions, rounds=5)
+        seconds, found = times_in_turn(*functions, rounds=5)
         for label, other_s, other in zip(("", "/transformers"), seconds[1:], found[1:], strict=True):
             equal = bool(np.abs(found[0] - other).max() <= TOLERANCE_BF16)
-            result = record(f"encode/{side}/{name}{label}", count, seconds[0], other_s, equal)
+            result = rates(f"encode/{side}/{name}{label}", count, seconds[0], other_s, equal, device)
             result["peak_share"] = peak_share(flops * result["ours"], peak)
             result["peer_peak_share"] = peak_share(flops * result["peer"], peak)
             results.append(result)
@@ -290,15 +277,15 @@ def _on_gpu(
 
 
 def peak_share(flops: float, peak: float | None) -> float | None:
-    """Model FLOPs utilisation: what the model needs for the captions as long as they are, over the peak.
+    """Return model FLOPs utilisation: what the model needs for the captions' true lengths, over the peak.
 
-    What is computed on padding is no use and does not count. None where the peak is not known.
+    What is computed on padding is no use and does not count. None if the peak is not known.
     """
     return None if peak is None else round(flops / peak, 3)
 
 
 def _transformers_model(model: CLIP) -> Any:
-    """transformers' ChineseCLIPModel with our weights."""
+    """Return transformers' ChineseCLIPModel with our weights."""
     import tempfile
 
     from transformers import ChineseCLIPModel

@@ -1,4 +1,4 @@
-"""What DeepSpeed costs on one rank: a training step in it against PyTorch's DistributedDataParallel.
+"""Measure what DeepSpeed costs on one rank: a training step in it against PyTorch's DistributedDataParallel.
 
     python benchmarks/training/engine.py           # tiny-rn of the demo, batch 64, one thread
     python benchmarks/training/engine.py --full    # ViT-B/16 with RoBERTa-base too, batch 4, and more rounds
@@ -15,12 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import argparse
-import json
 import math
 import os
-import socket
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -29,12 +25,12 @@ import torch
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.harness import machine, seconds
+from benchmarks.harness import medians, parse, parser, record, report, seconds, unit_of_seconds
+from benchmarks.training.step_models import be_the_only_rank, take_step
 from training.config.train import TrainConfig
 from training.data.loader import Batch
-from training.engine.engine import build_engine, join_ranks, train_step
+from training.engine.engine import Towers, build_engine, join_ranks
 from training.engine.optim import build_optimizer, learning_rate
-from training.engine.towers import Towers
 from training.model.clip import CLIP, build_clip
 from training.model.config import TINY_RN, VIT_B_16, ModelConfig
 
@@ -43,32 +39,23 @@ TOLERANCE = 1e-4
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--full", action="store_true", help="ViT-B/16 too, and more rounds")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: this PyTorch sees no GPU")
+    options = parse(parser(__doc__, full="ViT-B/16 too, and more rounds", rounds=(12, 24), device=True))
     torch.set_num_threads(1)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {"MASTER_PORT": port, "LOCAL_SIZE": "1", "DS_ACCELERATOR": options.device}
-    results = compare(TINY_RN, options.device, batch_size=64, steps=24 if options.full else 12)
+    be_the_only_rank()
+    os.environ["DS_ACCELERATOR"] = options.device
+    results = compare(TINY_RN, options.device, batch_size=64, steps=options.rounds)
     if options.full:
         results += compare(VIT_B_16, options.device, batch_size=4, steps=4)
     for result in results:
         print(
             f"{result['name']:<24} DeepSpeed {result['ours']:.4f} DDP {result['peer']:.4f} {result['unit']},"
-            f" overhead {100 * (1 / result['ratio'] - 1):+.1f} %, equal {result['equal']}"
+            f" overhead {100 * (1 / result['ratio'] - 1):+.1f}%, equal {result['equal']}"
         )
-    print(json.dumps(results))
-    return 0 if all(result["equal"] for result in results) else 1
+    return report(results)
 
 
 def compare(model: ModelConfig, device: str, *, batch_size: int, steps: int) -> list[dict[str, Any]]:
-    """DeepSpeed at each of the stages against DDP, steps in turn so that noise hits all alike."""
+    """Compare DeepSpeed at each of the stages against DDP, steps in turn so that noise hits all alike."""
     config = TrainConfig(
         epochs=1, global_batch=batch_size, lanes=1, peak_learning_rate=1e-4, warmup_steps=2, weight_decay=0.1
     )
@@ -89,17 +76,16 @@ def compare(model: ModelConfig, device: str, *, batch_size: int, steps: int) -> 
             losses[name].append(run(batch, rate))
             if step >= 2:  # the first steps allocate
                 times[name].append(seconds(device) - start)
-    peer = statistics.median(times["ddp"])
+    taken = medians(times)
     return [
-        {
-            "name": f"engine/{model.name}@{name}",
-            "ours": round(statistics.median(times[name]), 5),
-            "peer": round(peer, 5),
-            "unit": "CPU s a step" if device == "cpu" else "s a step",
-            "ratio": round(peer / statistics.median(times[name]), 3),
-            "equal": bool(np.allclose(losses[name], losses["ddp"], atol=TOLERANCE)),
-            "machine": machine(device),
-        }
+        record(
+            f"engine/{model.name}@{name}",
+            ours=taken[name],
+            peer=taken["ddp"],
+            unit=f"{unit_of_seconds(device)} a step",
+            equal=bool(np.allclose(losses[name], losses["ddp"], atol=TOLERANCE)),
+            device=device,
+        )
         for name in ENGINES
     ]
 
@@ -135,11 +121,11 @@ def make_batch(model: ModelConfig, batch_size: int, step: int) -> Batch:
 def with_deepspeed(towers: Towers, config: TrainConfig) -> Callable[[Batch, float], float]:
     engine = build_engine(towers, config)
     engine.train()
-    return lambda batch, rate: train_step(engine, batch, rate, config.max_temperature, seed=0).loss
+    return lambda batch, rate: take_step(engine, batch, rate, config)
 
 
 def with_ddp(towers: Towers, config: TrainConfig) -> Callable[[Batch, float], float]:
-    """The same step in plain PyTorch."""
+    """Return the same step in plain PyTorch."""
     module, device = DistributedDataParallel(towers), towers.clip.logit_scale.device
     adam = build_optimizer(towers.clip, config)
     bounds = (0, math.log(config.max_temperature))

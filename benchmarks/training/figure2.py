@@ -1,7 +1,7 @@
-"""The paper's Figure 2 in small, on the emoji run: from scratch, without locking, and in two stages.
+"""Repeat the paper's Figure 2 in small, on the emoji run: from scratch, without locking, and in two stages.
 
-    python benchmarks/training/figure2.py                          # goes on for 270 s; call again until it is done
-    python benchmarks/training/figure2.py --seconds 3000           # in one go
+    python benchmarks/training/figure2.py   # trains for 270 s; call again to resume
+    python benchmarks/training/figure2.py --seconds 3000   # in one go
 
 Three arms see the same number of samples with each seed: all weights from nothing; the image tower from
 English names and nothing locked (the recipe's first learning rate, as the arm from nothing); the same tower,
@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.harness import RESULTS
 from benchmarks.training.arms import (
-    RESULTS,
     Experiment,
     OutOfTime,
     add_emoji_options,
@@ -47,7 +47,7 @@ def main() -> int:
     try:
         experiment = emoji_experiment(options)
     except OutOfTime:
-        print("the image tower is not trained yet: the same command goes on")
+        print("the image tower is not trained yet: rerun the same command to resume")
         return 0
     arms = {
         (name, seed): legs for seed in options.seeds for name, legs in _arms(experiment, seed, options.epochs)
@@ -57,7 +57,7 @@ def main() -> int:
             for leg in legs:
                 experiment.train(leg)
     except OutOfTime:
-        print("the time is over: the same command goes on")
+        print("out of time: rerun the same command to resume")
 
     curves: dict[str, dict[int, dict[int, float]]] = {}
     for (name, seed), legs in arms.items():
@@ -99,7 +99,7 @@ def _arms(experiment: Experiment, seed: int, epochs: int) -> list[tuple[str, lis
 
 
 def _joined(legs: list[TrainJob]) -> dict[int, float]:
-    """Mean recall by samples seen over all legs; a later leg's start is the former's end."""
+    """Return mean recall by samples seen over all legs; a later leg's start is the former's end."""
     points: dict[int, float] = {}
     seen = 0
     for leg in legs:
@@ -113,7 +113,7 @@ def _last(points: dict[int, float]) -> float:
 
 
 def findings(curves: dict[str, dict[int, dict[int, float]]], stage1_share: float) -> list[str]:
-    """The paper's three observations on its Figure 2, each with the figures that it is judged by."""
+    """Return the paper's three observations on its Figure 2, each with the figures that it is judged by."""
     if len(curves) < 3:
         return []
     ends = {name: [_last(points) for points in of_seeds.values()] for name, of_seeds in curves.items()}
@@ -144,7 +144,7 @@ def _nearest(points: dict[int, float], samples: float) -> int:
 
 
 def plot(curves: dict[str, dict[int, dict[int, float]]], path: str) -> None:
-    """Mean over seeds, and the band from the lowest to the highest."""
+    """Draw the mean over seeds, and the band from the lowest to the highest."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

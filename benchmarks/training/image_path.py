@@ -1,17 +1,17 @@
-"""From JPEG bytes to a normalised tensor, with augmentation: our reader against cn_clip's data set.
+"""Measure from JPEG bytes to a normalised tensor, with augmentation: our reader against cn_clip's data set.
 
-    python benchmarks/training/image_path.py           # pictures of 256 pixels on the short side, to 224
+    python benchmarks/training/image_path.py           # images of 256 pixels on the short side, to 224
     python benchmarks/training/image_path.py --full    # more rounds
 
-The peer is what CN-CLIP 1.6.0's data set does with a picture in training: base64, PIL, and timm's
-`create_transform` with its arguments (random crop of 90-100 %, flip, AutoAugment, bicubic). Ours reads the
-same pictures from a shard, with the check of each picture's digest, and has the same augmentation; its batch
+The peer is what CN-CLIP 1.6.0's data set does with an image in training: base64, PIL, and timm's
+`create_transform` with its arguments (random crop of 90-100%, flip, AutoAugment, bicubic). Ours reads the
+same images from a shard, with the check of each image's digest, and has the same augmentation; its batch
 is normalised as the engine does. Times are CPU seconds of one thread. `image_path@uint8` stops at the uint8
 tensor that goes to an accelerator, where normalising is free; there is no --device, since the rest is work of
 the CPU.
 
-`equal` compares pixels where no draw is involved but ours alone: for each picture our crop, flip and
-AutoAugment operations are done again by PIL and timm; mean absolute difference under 2 of 255.
+`equal` compares pixels for the same draws, ours: PIL and timm repeat each image's crop, flip and AutoAugment
+operations; the mean absolute difference is under 2 of 255.
 """
 
 import sys
@@ -19,12 +19,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import argparse
 import base64
 import hashlib
 import io
-import json
-import statistics
 import tarfile
 import tempfile
 import time
@@ -38,7 +35,8 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from benchmarks.harness import machine
+from benchmarks.harness import line, medians, parse, parser, record, report
+from benchmarks.peers import cn_clip_transform, open_as_cn_clip
 from pipeline.core.records import Shard
 from training.config.train import AugmentConfig, TrainConfig
 from training.data import augment as ours_augment
@@ -46,68 +44,57 @@ from training.data import auto_augment
 from training.data.augment import augment, sample_generator
 from training.data.loader import BatchReader, ReaderConfig
 from training.data.sampler import SampleOrder
-from training.model import torchvision_ops
 from training.model.preprocess import MEAN, STD, normalise
 
-NUM_PICTURES, SIZE_PX, SHORT_SIDE_PX = 128, 224, 256
+NUM_IMAGES, SIZE_PX, SHORT_SIDE_PX = 128, 224, 256
 TOLERANCE = 2.0  # of 255, in the mean
-# width / height of web pictures, with their shares
+# width / height of web images, with their shares
 ASPECTS = {1.0: 0.3, 4 / 3: 0.35, 3 / 2: 0.15, 3 / 4: 0.2}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--full", action="store_true", help="more rounds")
-    options = parser.parse_args()
+    options = parse(parser(__doc__, rounds=(4, 9)))
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     jpegs = draw_jpegs()
     mean_C11, std_C11 = (torch.tensor(values).view(3, 1, 1) * 255 for values in (MEAN, STD))
     with tempfile.TemporaryDirectory() as folder:
         reader = make_reader(Path(folder), jpegs)
-        transform = peer_transform()
+        transform = cn_clip_transform(SIZE_PX)
         encoded = [base64.urlsafe_b64encode(jpeg).decode() for jpeg in jpegs]
         seconds: dict[str, list[float]] = {"tensor": [], "uint8": [], "peer": []}
-        for round_number in range(9 if options.full else 4):
+        for round_number in range(options.rounds):
             for name, run in (
                 ("tensor", lambda epoch: normalise(read(reader, epoch), mean_C11, std_C11)),
                 ("uint8", lambda epoch: read(reader, epoch)),
-                ("peer", lambda _: [transform(open_peer(text)) for text in encoded]),
+                ("peer", lambda _: [transform(open_as_cn_clip(text)) for text in encoded]),
             ):
                 start = time.process_time()
                 run(round_number)
                 if round_number:  # the first warms up
                     seconds[name].append(time.process_time() - start)
     difference = pixel_difference(jpegs)
-    peer = NUM_PICTURES / statistics.median(seconds["peer"])
+    taken = medians(seconds)
     results = []
     for name, of in (("image_path", "tensor"), ("image_path@uint8", "uint8")):
-        mine = NUM_PICTURES / statistics.median(seconds[of])
-        results.append(
-            {
-                "name": name,
-                "ours": round(mine, 1),
-                "peer": round(peer, 1),
-                "unit": "pictures/CPU s",
-                "ratio": round(mine / peer, 2),
-                "equal": difference < TOLERANCE,
-                "pixel_difference": round(difference, 3),
-                "machine": machine(),
-            }
+        found = record(
+            name,
+            ours=NUM_IMAGES / taken[of],
+            peer=NUM_IMAGES / taken["peer"],
+            unit="images/CPU s",
+            equal=difference < TOLERANCE,
+            pixel_difference=round(difference, 3),
         )
-        print(
-            f"{name:<18} ours {mine:.0f} peer {peer:.0f} pictures/CPU s, ratio {mine / peer:.2f},"
-            f" mean difference of a pixel {difference:.2f} of 255"
-        )
-    print(json.dumps(results))
-    return 0 if difference < TOLERANCE else 1
+        results.append(found)
+        print(f"{line(found)}, mean difference of a pixel {difference:.2f} of 255")
+    return report(results)
 
 
 def draw_jpegs() -> list[bytes]:
-    """Pictures with the spectrum of photographs (amplitude 1/f), 256 pixels on the short side, quality 90."""
+    """Return images with the spectrum of photographs (amplitude 1/f), 256 pixels on the short side."""
     random = np.random.default_rng(0)
     jpegs = []
-    for _ in range(NUM_PICTURES):
+    for _ in range(NUM_IMAGES):
         aspect = float(random.choice(list(ASPECTS), p=list(ASPECTS.values())))
         height, width = (round(SHORT_SIDE_PX * max(1.0, side)) for side in (1 / aspect, aspect))
         shape = np.fft.rfft2(random.normal(size=(height, width, 3)), axes=(0, 1))
@@ -132,8 +119,10 @@ class OneToken:
         return 0
 
 
-def make_reader(folder: Path, jpegs: list[bytes]) -> BatchReader:
-    """A reader of one shard with the pictures."""
+def make_reader(
+    folder: Path, jpegs: list[bytes], threads: int = TrainConfig(epochs=1).threads_per_rank
+) -> BatchReader:
+    """Return a reader of one shard with the images."""
     keys = [hashlib.sha256(str(number).encode()).hexdigest()[:32] for number in range(len(jpegs))]
     tar_path = folder / "00000.tar"
     with tarfile.open(tar_path, "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -164,7 +153,7 @@ def make_reader(folder: Path, jpegs: list[bytes]) -> BatchReader:
             context_length=4,
             token_folder=str(folder / "tokens"),
             seed=0,
-            threads=TrainConfig(epochs=1).threads_per_rank,
+            threads=threads,
         ),
         lanes=range(1),
     )
@@ -174,24 +163,8 @@ def read(reader: BatchReader, step: int) -> torch.Tensor:
     return reader.read(step).image
 
 
-def peer_transform() -> Any:
-    """CN-CLIP's `_build_transform` for training (cn_clip/training/data.py)."""
-    torchvision_ops.install()  # cn_clip imports torchvision
-    from cn_clip.training.data import LMDBDataset
-
-    data_set = LMDBDataset.__new__(LMDBDataset)  # its constructor opens a database
-    data_set.split, data_set.use_augment = "train", True
-    data_set.env_pairs = data_set.env_imgs = mock.Mock()  # which its destructor closes
-    return data_set._build_transform(SIZE_PX)
-
-
-def open_peer(text: str) -> Image.Image:
-    """As `LMDBDataset.__getitem__` opens a picture."""
-    return Image.open(io.BytesIO(base64.urlsafe_b64decode(text)))
-
-
 def pixel_difference(jpegs: list[bytes]) -> float:
-    """Mean absolute difference of our views from the same crops, flips and operations by PIL and timm."""
+    """Return how far our views are from the same crops, flips and operations by PIL and timm, in the mean."""
     config = AugmentConfig()
     differences = []
     for number, jpeg in enumerate(jpegs):

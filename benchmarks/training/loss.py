@@ -1,6 +1,6 @@
-"""The contrastive loss against cn_clip's own `get_loss`: seconds of one rank of 8, and extra memory.
+"""Measure the contrastive loss against cn_clip's own `get_loss`: seconds of one rank of 8, and extra memory.
 
-    python benchmarks/training/loss.py           # N = 8,192 for time, 16,384 for memory (cn_clip takes 5 GB there)
+    python benchmarks/training/loss.py           # N = 8,192 for time, 16,384 for memory (cn_clip: 5 GB)
     python benchmarks/training/loss.py --full    # more rounds
     python benchmarks/training/loss.py --device cuda
 
@@ -17,12 +17,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import argparse
-import contextlib
-import json
 import math
-import statistics
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -31,10 +28,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.harness import machine, seconds
+from benchmarks.harness import (
+    in_turns,
+    line,
+    medians,
+    parse,
+    parser,
+    record,
+    report,
+    seconds,
+    unit_of_seconds,
+)
+from benchmarks.peers import cn_clip_loss, cuda_is
 from training.losses import contrastive as ours
 from training.losses.contrastive import contrastive_loss
-from training.model import torchvision_ops
 
 RANKS, DIM = 8, 512
 TIME_SAMPLES, MEMORY_SAMPLES = 8_192, 16_384
@@ -43,34 +50,25 @@ TOLERANCE = 1e-4  # of the loss, and of gradients relative to the largest
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--full", action="store_true", help="more rounds")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--extra-memory", choices=("ours", "peer"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: this PyTorch sees no GPU")
+    options_of = parser(__doc__, rounds=(3, 9), device=True)
+    options_of.add_argument("--extra-memory", choices=("ours", "peer"), help=argparse.SUPPRESS)
+    options = parse(options_of)
     if options.extra_memory:
         print(extra_memory_mb(options.extra_memory, options.device))
         return 0
     torch.set_num_threads(1)
-    rounds = 9 if options.full else 3
     results = [
-        compare_times("loss/time", rounds, options.device, lock_image=False),
-        compare_times("loss/time@stage1", rounds, options.device, lock_image=True),
+        compare_times("loss/time", options.rounds, options.device, lock_image=False),
+        compare_times("loss/time@stage1", options.rounds, options.device, lock_image=True),
         compare_memory(options.device),
     ]
     for result in results:
-        print(
-            f"{result['name']:<18} ours {result['ours']:.3f} peer {result['peer']:.3f} {result['unit']},"
-            f" ratio {result['ratio']:.1f}, equal {result['equal']}"
-        )
-    print(json.dumps(results))
-    return 0 if all(result["equal"] for result in results) else 1
+        print(line(result))
+    return report(results)
 
 
 def compare_times(name: str, rounds: int, device: str, *, lock_image: bool) -> dict[str, Any]:
-    """Forward and backward of rank 0 of 8; in stage 1 the image features want no gradient."""
+    """Compare forward and backward of rank 0 of 8; in stage 1 the image features want no gradient."""
     image_ND, text_ND = features(TIME_SAMPLES, device)
     own = slice(0, TIME_SAMPLES // RANKS)
     wire = Wire(image_ND, text_ND, own)
@@ -79,19 +77,13 @@ def compare_times(name: str, rounds: int, device: str, *, lock_image: bool) -> d
         "peer": lambda: wire.run_peer(lock_image),
     }
     found = {side: run() for side, run in sides.items()}  # also the warm-up
-    times: dict[str, list[float]] = {side: [] for side in sides}
-    for _ in range(rounds):
-        for side, run in sides.items():  # in turn, so that noise hits both alike
-            start = seconds(device)
-            run()
-            times[side].append(seconds(device) - start)
-    mine, theirs = statistics.median(times["ours"]), statistics.median(times["peer"])
-    unit = "CPU s" if device == "cpu" else "s"
-    return record(name, unit, mine, theirs, are_equal(found["ours"], found["peer"]), device)
+    taken = medians(in_turns(sides, rounds, lambda: seconds(device)))
+    equal = are_equal(found["ours"], found["peer"])
+    return record(name, **taken, unit=unit_of_seconds(device), equal=equal, device=device)
 
 
 def compare_memory(device: str) -> dict[str, Any]:
-    """Peak memory beyond the inputs and the imports, each side in a process of its own.
+    """Compare peak memory beyond the inputs and the imports, each side in a process of its own.
 
     All samples are on one rank here, which is the most that ours can take.
     """
@@ -102,7 +94,7 @@ def compare_memory(device: str) -> dict[str, Any]:
     image_ND, text_ND = features(512, device)
     wire = Wire(image_ND, text_ND, slice(0, 512))
     equal = are_equal(wire.run_ours(False), wire.run_peer(False))
-    return record("loss/memory", "MB", found["ours"], found["peer"], equal, device)
+    return record("loss/memory", **found, unit="MB", equal=equal, device=device)
 
 
 def extra_memory_mb(side: str, device: str) -> float:
@@ -130,7 +122,7 @@ def _memory_kb(field: str) -> int:
 
 
 def features(num_samples: int, device: str) -> tuple[Tensor, Tensor]:
-    """Unit-norm image and text features that resemble each other pair by pair, as in training."""
+    """Return unit-norm image and text features that resemble each other pair by pair, as in training."""
     generator = torch.Generator().manual_seed(0)
     image_ND = torch.randn(num_samples, DIM, generator=generator)
     text_ND = 0.1 * image_ND + torch.randn(num_samples, DIM, generator=generator)
@@ -144,7 +136,7 @@ class Wire:
         self.image_ND, self.text_ND, self.own = image_ND, text_ND, own
         self.ranks = len(image_ND) // own.stop
         scale = math.exp(SCALE)
-        # The others' shares by the plain formula; rows are texts and columns are images, as in training.losses.contrastive.
+        # The others' shares by the plain formula; rows are texts and columns are images.
         self.others_loss = image_ND.new_zeros(())
         self.others_lse_N = image_ND.new_full((len(image_ND),), -torch.inf)
         self.others_column_ND = torch.zeros_like(image_ND)
@@ -179,9 +171,6 @@ class Wire:
         return [loss.detach(), *(leaf.grad for leaf in (image_BD, text_BD) if leaf.grad is not None)]
 
     def run_peer(self, lock_image: bool) -> list[Tensor]:
-        torchvision_ops.install()  # cn_clip imports torchvision
-        from cn_clip.training import train
-
         image_BD, text_BD, scale = self.leaves(lock_image)
 
         def all_gather(parts: list[Tensor], local: Tensor) -> None:
@@ -189,28 +178,12 @@ class Wire:
             for part, sent in zip(parts, whole.split(self.own.stop), strict=True):
                 part.copy_(sent)
 
-        options = SimpleNamespace(
-            accum_freq=1,
-            aggregate=True,
-            gather_with_grad=False,
-            distillation=False,
-            mask_ratio=0,
-            rank=0,
-            local_device_rank=0,
-            report_training_batch_acc=False,
-        )
         group = SimpleNamespace(get_world_size=lambda: self.ranks, get_rank=lambda: 0, all_gather=all_gather)
-        cross_entropy = torch.nn.CrossEntropyLoss()
-        with mock.patch.object(train, "dist", group), _cuda_is(image_BD.device):
-            loss, _ = train.get_loss(
-                lambda images, texts, mask_ratio: (images, texts, scale.exp()),
-                image_BD,
-                text_BD,
-                cross_entropy,
-                cross_entropy,
-                options,
-            )
-            loss.backward()
+        loss = cn_clip_loss(
+            lambda images, texts, mask_ratio: (images, texts, scale.exp()), image_BD, text_BD, group=group
+        )
+        with cuda_is(image_BD.device):
+            loss.backward()  # type: ignore[no-untyped-call]
         return [loss.detach(), *(leaf.grad for leaf in (image_BD, text_BD) if leaf.grad is not None)]
 
     def leaves(self, lock_image: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -219,30 +192,10 @@ class Wire:
         return image_BD.requires_grad_(not lock_image), text_BD.requires_grad_(), scale
 
 
-@contextlib.contextmanager
-def _cuda_is(device: torch.device) -> Iterator[None]:
-    """cn_clip calls `.cuda()` on everything."""
-    with mock.patch.object(torch.Tensor, "cuda", lambda tensor, *_, **__: tensor.to(device)):
-        yield
-
-
 def are_equal(mine: list[Tensor], theirs: list[Tensor]) -> bool:
     return len(mine) == len(theirs) and all(
         ((a - b).abs().max() / b.abs().max()).item() < TOLERANCE for a, b in zip(mine, theirs, strict=True)
     )
-
-
-def record(name: str, unit: str, mine: float, theirs: float, equal: bool, device: str) -> dict[str, Any]:
-    """Less is better in both units."""
-    return {
-        "name": name,
-        "ours": round(mine, 4),
-        "peer": round(theirs, 4),
-        "unit": unit,
-        "ratio": round(theirs / mine, 2),
-        "equal": equal,
-        "machine": f"{machine(device)}, {torch.get_num_threads()} thread, torch {torch.__version__}",
-    }
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Do hard negatives with absent objects teach negation? On the demo: stage 2 with them and without.
+"""Train stage 2 of the demo with negation statements and without: do they teach negation?
 
-    python benchmarks/training/negation.py                         # goes on for 270 s; call again until it is done
-    python benchmarks/training/negation.py --seconds 1500          # in one go
+    python benchmarks/training/negation.py   # trains for 270 s; call again to resume
+    python benchmarks/training/negation.py --seconds 1500   # in one go
 
 Both arms start from one stage-1 model and see the same samples with each seed; one has
-`[stage2.negation] objects` = the demo's eight shapes. Asked are the evaluation's pictures, whose
-combinations were in no training picture. For every shape that a picture's text names and every one that it
-does not, which of two statements is true: "there is no <absent>" or "there is no <shown>"; and likewise
-"there is <shown>" or "there is <absent>". Wordings are the templates of the training and one that it never
-had. Chance is 50 %. Recall of the ordinary texts stands beside. The demo learns its vocabulary from its
+`[stage2.negation] objects` = the demo's eight shapes. The questions are about the evaluation's images, whose
+combinations were in no training image. For every shape that an image's text names and every one that it
+does not, the model chooses between "there is no <absent>" and "there is no <shown>", and likewise between
+"there is <shown>" and "there is <absent>". Wordings are the templates of the training and one that it never
+had. Chance is 50%. The report also has recall of the ordinary texts. The demo learns its vocabulary from its
 captions, which never negate: characters of negation are unknown tokens to it, all alike.
 """
 
@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.harness import RESULTS
 from benchmarks.training.arms import (
-    RESULTS,
     Experiment,
     OutOfTime,
     curve,
@@ -59,7 +59,7 @@ def main() -> int:
         overrides = [f"english.epochs={options.english_epochs}", f"stage1.epochs={options.stage1_epochs}"]
         experiment = Experiment(options, "demo", overrides, run_folder, last="stage1", first="stage2")
     except OutOfTime:
-        print("the first stage is not trained yet: the same command goes on")
+        print("the first stage is not trained yet: rerun the same command to resume")
         return 0
     assert experiment.config.stage2 is not None
     config = dataclasses.replace(
@@ -75,7 +75,7 @@ def main() -> int:
         for leg in legs.values():
             experiment.train(leg)
     except OutOfTime:
-        print("the time is over: the same command goes on")
+        print("out of time: rerun the same command to resume")
 
     rows: dict[str, dict[str, list[float]]] = {}
     for (name, _), leg in legs.items():
@@ -103,13 +103,13 @@ def main() -> int:
 
 
 def measured(leg: TrainJob) -> dict[str, float]:
-    """A finished arm's answers and its recall."""
+    """Return a finished arm's answers and its recall."""
     recall: dict[int, Any] = dict(curve(leg))
     return {**questions(leg.output_model, leg), "mean recall": float(recall[max(recall)]["mean_recall"])}
 
 
 def questions(model: str, job: TrainJob) -> dict[str, float]:
-    """Percent of right answers by wording, over all pictures, shown and absent shapes."""
+    """Return percent of right answers by wording, over all images, shown and absent shapes."""
     torch.set_num_threads(1)
     encoder = load(model, vocabulary=job.vocabulary)
     ((name, folder),) = job.evaluations.items()

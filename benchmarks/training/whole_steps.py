@@ -1,0 +1,217 @@
+"""Measure whole training steps on an accelerator, optimizer included: the engine's, and cn_clip's."""
+
+import functools
+import multiprocessing
+import statistics
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+from unittest import mock
+
+import numpy as np
+import torch
+
+from benchmarks.harness import record, seconds
+from benchmarks.peers import cn_clip_loss
+from benchmarks.training.step_models import (
+    KINDS,
+    MEAN_TOKENS,
+    Kind,
+    be_the_only_rank,
+    config_of,
+    make_batch,
+    models_of,
+    take_step,
+    without_dropout,
+)
+from benchmarks.training.step_pair import Pair
+from training.data.loader import Batch
+from training.engine.engine import Towers, build_engine, join_ranks
+from training.flops import PEAK_FLOPS, find_device, training_flops
+from training.model.config import MODELS
+
+Side = Literal["ours", "peer"]
+
+BF16_TOLERANCE = 0.05  # of losses
+WARM_UP, LEARNING_RATE = 3, 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Whole steps of one side on an accelerator."""
+
+    step_seconds: float
+    optimizer_seconds: float
+    losses: tuple[float, ...]
+    peak_bytes: int
+    checkpointing: bool
+
+
+def compare_on_accelerator(
+    model: str, device: str, batch_size: int, rounds: int, kinds: tuple[Kind, ...] = KINDS
+) -> list[dict[str, Any]]:
+    """Return samples a second of both sides, each measured in a process of its own."""
+    config = MODELS[model]
+    known = find_device(torch.cuda.get_device_name(device)) if device != "cpu" else None
+    peak = None if known is None else PEAK_FLOPS[known]
+    results = []
+    for kind in kinds:
+        equal = alone(agree_in_float32, model, kind, device)
+        sides: dict[Side, Measured] = {}
+        for side in ("ours", "peer"):
+            sides[side] = fastest(
+                functools.partial(alone, measure, side, model, kind, device, batch_size, rounds)
+            )
+        ours, peer = sides["ours"], sides["peer"]
+        loss_apart = max(abs(a - b) for a, b in zip(ours.losses, peer.losses, strict=True))
+        flops = training_flops(config, config_of(kind, batch_size), MEAN_TOKENS)
+        # The peer has no features to read: what its model needs is a live step.
+        peer_flops = training_flops(
+            config, config_of("live" if kind == "cached" else kind, batch_size), MEAN_TOKENS
+        )
+        results.append(
+            record(
+                f"train_step/{kind}@{model}",
+                ours=batch_size / ours.step_seconds,
+                peer=batch_size / peer.step_seconds,
+                unit="samples/s",
+                equal=bool(equal and loss_apart < BF16_TOLERANCE),
+                device=device,
+                losses_apart=round(loss_apart, 5),
+                batch=batch_size,
+                utilisation=share(flops * batch_size / ours.step_seconds, peak),
+                peer_utilisation=share(peer_flops * batch_size / peer.step_seconds, peak),
+                optimizer_seconds=round(ours.optimizer_seconds, 5),
+                peer_optimizer_seconds=round(peer.optimizer_seconds, 5),
+                checkpointing={"ours": ours.checkpointing, "peer": peer.checkpointing},
+                peak_gib={"ours": gib(ours.peak_bytes), "peer": gib(peer.peak_bytes)},
+            )
+        )
+    return results
+
+
+def fastest(run: Callable[[bool], Measured | None]) -> Measured:
+    """Run without activation checkpointing, which is slower, or with it if memory asks for it."""
+    for checkpointing in (False, True):
+        if (found := run(checkpointing)) is not None:
+            return found
+    raise SystemExit("a step does not fit the GPU's memory, checkpointing or not: take a smaller --batch")
+
+
+def alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in a process of its own, which leaves no memory behind."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def agree_in_float32(model: str, kind: Kind, device: str) -> bool:
+    return Pair(model, kind, device).agree()
+
+
+def measure(
+    side: Side, model: str, kind: Kind, device: str, batch_size: int, rounds: int, checkpointing: bool
+) -> Measured | None:
+    """Measure one side's whole steps in bfloat16; None if they do not fit into memory."""
+    make = {"ours": our_training, "peer": peer_training}[side]
+    try:
+        step, optimizer = make(model, kind, device, batch_size, checkpointing)
+        losses, times = [], []
+        for number in range(WARM_UP + rounds):
+            start = seconds(device)
+            losses.append(step())
+            if number >= WARM_UP:
+                times.append(seconds(device) - start)
+        optimizer_seconds = _timed_inside(step, optimizer, device)
+    except torch.OutOfMemoryError:
+        return None
+    peak = 0 if device == "cpu" else torch.cuda.max_memory_allocated(device)
+    return Measured(statistics.median(times), optimizer_seconds, tuple(losses), peak, checkpointing)
+
+
+def _timed_inside(step: Callable[[], float], optimizer: Any, device: str) -> float:
+    """Return seconds that one more step spends in the optimizer's."""
+    update, spent = optimizer.step, []
+
+    def timed(*arguments: Any, **named: Any) -> Any:
+        start = seconds(device)
+        result = update(*arguments, **named)
+        spent.append(seconds(device) - start)
+        return result
+
+    with mock.patch.object(optimizer, "step", timed):
+        step()
+    return sum(spent)
+
+
+def our_training(
+    model: str, kind: Kind, device: str, batch_size: int, checkpointing: bool
+) -> tuple[Callable[[], float], Any]:
+    """Return (a step that gives its loss, what has the optimizer's `step`) of the engine that trains."""
+    be_the_only_rank()
+    config = replace(
+        config_of(kind, batch_size), deepspeed="zero1_bf16", checkpoint_activations=checkpointing
+    )
+    join_ranks(config)
+    clip = without_dropout(model, kind)
+    clip.set_activation_checkpointing(checkpointing)
+    image, tokens_BL = make_batch(model, batch_size)
+    image = image.to(device)
+    towers = Towers(clip, num_samples_of_ranks=(batch_size,), config=config).to(device)
+    if kind == "cached":
+        with torch.no_grad():
+            parts = [clip.encode_image(towers.normalise(part)).half() for part in image.split(32)]
+        image = torch.cat(parts)
+    engine = build_engine(towers, config)
+    engine.train()
+    ids_B = torch.arange(batch_size)
+    batch = Batch(
+        step=0,
+        keys=np.array([f"{row:032x}".encode() for row in range(batch_size)]),
+        image=image,
+        tokens_BL=tokens_BL,
+        image_id_B=ids_B,
+        caption_id_B=ids_B,
+    )
+    return lambda: take_step(engine, batch, LEARNING_RATE, config), engine
+
+
+def peer_training(
+    model: str, kind: Kind, device: str, batch_size: int, checkpointing: bool
+) -> tuple[Callable[[], float], Any]:
+    """Return the same of cn_clip: automatic mixed precision in bfloat16, and AdamW on float32 weights."""
+    _, peer = models_of(model, kind)
+    peer.to(device)
+    if checkpointing:
+        peer.set_grad_checkpointing()
+    adam = torch.optim.AdamW(
+        [p for p in peer.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0
+    )
+    image_BCHW, tokens_BL = make_batch(model, batch_size)
+    config = config_of(kind, batch_size)
+    normalise = (
+        Towers(without_dropout("tiny-vit", kind), num_samples_of_ranks=(1,), config=config)
+        .to(device)
+        .normalise
+    )
+    pixel_BCHW, tokens_BL = normalise(image_BCHW.to(device)), tokens_BL.to(device)
+
+    def step() -> float:
+        adam.zero_grad()
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            loss = cn_clip_loss(peer, pixel_BCHW, tokens_BL)
+        loss.backward()  # type: ignore[no-untyped-call]
+        adam.step()
+        peer.logit_scale.data = torch.clamp(peer.logit_scale.data, 0, 4.6052)  # as its `train` does
+        return loss.item()
+
+    return step, adam
+
+
+def share(flops: float, peak: float | None) -> float | None:
+    """Return the share of the device's peak; None if that is not known."""
+    return None if peak is None else round(flops / peak, 3)
+
+
+def gib(num_bytes: int) -> float:
+    return round(num_bytes / 2**30, 2)

@@ -1,0 +1,29 @@
+"""benchmarks/README.md is what its generator gives, and every script that it links exists."""
+
+import re
+
+from benchmarks import readme
+
+
+def test_the_page_is_what_the_results_give() -> None:
+    assert readme.README.read_text(encoding="utf-8") == readme.page(), "run python -m benchmarks.readme"
+
+
+def test_every_link_leads_to_a_file() -> None:
+    links = re.findall(r"\]\(([^)]+)\)", readme.page())
+    assert links
+    for link in links:
+        assert (readme.README.parent / link).is_file(), link
+
+
+def test_a_result_without_machine_and_commit_says_so() -> None:
+    result = {"name": "zeroshot", "ours": 2.0, "peer": 4.0, "unit": "s", "ratio": 2.0, "equal": True}
+    (row,) = readme.rows_of("new", {"results": [result]})
+    assert row.cells()[1:] == ["2", "4", "2", "not recorded", "not recorded"]
+
+
+def test_different_outputs_are_part_of_the_claim() -> None:
+    result = {"name": "resize/plain", "ours": 2.0, "peer": None, "unit": "s", "ratio": None, "equal": False}
+    (row,) = readme.rows_of("new", {"results": [result], "machine": "m", "commit": "c"})
+    assert row.cells()[0].endswith("; outputs differ")
+    assert row.cells()[1:] == ["2", "–", "–", "m", "c"]

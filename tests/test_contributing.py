@@ -1,0 +1,52 @@
+"""Every path that CONTRIBUTING.md names exists."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def _quoted() -> Iterator[str]:
+    """Yield paths in backticks; those with NAME in them stand for files to come."""
+    prose = re.sub(r"^```.*?^```", "", TEXT, flags=re.MULTILINE | re.DOTALL)
+    for path in re.findall(r"`([\w.-]+/[\w./-]*)`", prose):
+        if "NAME" not in path:
+            yield path
+
+
+def _drawn() -> Iterator[str]:
+    """Yield the folders and modules of the picture: a folder's own line, then one line for each inside."""
+    picture = re.search(r"\n\n```\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+    assert picture is not None
+    top = ""
+    for line in picture[1].splitlines():
+        if not line.startswith(" "):
+            top = line.split()[0].rstrip("/")
+            yield top
+            continue
+        folder, names = line.split(maxsplit=1)
+        inside = top if folder == "." else f"{top}/{folder.rstrip('/')}"
+        yield inside
+        yield from (f"{inside}/{name}" for name in names.split(", "))
+
+
+@pytest.mark.parametrize("path", sorted({*_quoted(), *_drawn()}))
+def test_the_path_exists(path: str) -> None:
+    assert (ROOT / path).exists() or (ROOT / f"{path}.py").is_file(), (
+        f"CONTRIBUTING.md: {path} does not exist"
+    )
+
+
+def test_the_picture_is_whole() -> None:
+    drawn = set(_drawn())
+    folders = {
+        path.parent.relative_to(ROOT).as_posix()
+        for package in ("pipeline", "data_prep", "training", "eval")
+        for path in (ROOT / package).rglob("*.py")
+    }
+    lists = {"eval/labels_zh", "eval/templates_zh"}
+    assert folders - drawn == lists
