@@ -42,9 +42,9 @@ from pipeline.core import store
 from pipeline.core.config import build, find_recipe, read_run, refuse_non_finite, to_toml
 from pipeline.core.evaluation_sets import EvaluationSource
 from pipeline.core.records import ConfigError
+from pipeline.core.run import Run
 from pipeline.core.stage import Stage
 from pipeline.launch.config import LaunchConfig
-from pipeline.runner import Run
 from training import stages as training_stage
 from training import vocabulary
 from training.checkpoint.selection import check_sets

@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks.harness import machine
 from pipeline.catalog import RANK_MODULE, load
-from pipeline.runner import make_context
+from pipeline.core.run import make_context
 from training.config.train import TrainConfig, TrainJob
 from training.ranks.launcher import free_port, launcher_command, launcher_environment
 from training.stages import make_job

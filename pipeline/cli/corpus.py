@@ -162,7 +162,8 @@ def _samples(options: argparse.Namespace, corpora: Sequence[str]) -> int:
 
 def _do(options: argparse.Namespace, stages: tuple[Stage, ...]) -> dict[str, Manifest]:
     """Run the stages in --out, print what went in and came out, and return their manifests by name."""
-    from pipeline.runner import Run, State, execute, read_manifest, survey
+    from pipeline.core.run import Run, State, read_manifest, survey
+    from pipeline.runner import execute
 
     run = Run(options.out, 0, "local", options.processes, stages)
     if changed := [status for status in survey(run) if status.state is State.STALE]:

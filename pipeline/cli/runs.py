@@ -139,7 +139,7 @@ def _plan(options: argparse.Namespace) -> int:
         return EXIT_DONE
     from pipeline.catalog import load
     from pipeline.cli.tables import plan_table
-    from pipeline.runner import survey_what_is_there
+    from pipeline.core.run import survey_what_is_there
 
     run, _ = load(options.run, options.set)
     needs = training_table(trainings_of_run(run, options.samples), on, tokens) if on is not None else ""
@@ -171,7 +171,8 @@ def _add_run(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     from pipeline.catalog import load, write_resolved
     from pipeline.cli.tables import closing_words
-    from pipeline.runner import execute, select
+    from pipeline.core.run import select
+    from pipeline.runner import execute
     from training.stages import TrainStageConfig, check_given_files
 
     run, config = load(options.run, options.set)
@@ -190,7 +191,7 @@ def _run(options: argparse.Namespace) -> int:
 def _status(options: argparse.Namespace) -> int:
     from pipeline.catalog import load
     from pipeline.cli.tables import notes, status_table
-    from pipeline.runner import survey
+    from pipeline.core.run import survey
 
     run, _ = load(options.run, options.set)
     print(status_table(run, survey(run)))
@@ -201,7 +202,8 @@ def _status(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     from pipeline.catalog import load
-    from pipeline.runner import select, verify
+    from pipeline.core.run import select
+    from pipeline.runner import verify
 
     run, _ = load(options.run, options.set)
     complaints = verify(run, select(run, options.stage, options.first, options.last))

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from data_prep.accounting.funnel import STEPS, threshold_notes
 from pipeline.core import store
 from pipeline.core.records import Receipt
+from pipeline.core.run import Run, StageStatus, State, read_manifest, survey_stage
 from pipeline.core.text_table import align
-from pipeline.runner import Run, StageStatus, State, read_manifest, survey_stage
 
 
 def plan_table(statuses: Sequence[StageStatus]) -> str:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from pipeline.core import store
 from pipeline.core.records import ConfigError, Stopped
+from pipeline.core.run import Run
 from pipeline.core.stage import Stage
 from pipeline.launch.config import LaunchConfig
-from pipeline.runner import Run
 from training.config.train import TrainConfig
 from training.stages import TrainStageConfig
 

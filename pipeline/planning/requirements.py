@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from pipeline.core.records import ConfigError
+from pipeline.core.run import Run, read_manifest
 from pipeline.planning.memory import (
     USABLE,
     Shares,
@@ -18,7 +19,6 @@ from pipeline.planning.memory import (
     shares,
     zero_of,
 )
-from pipeline.runner import Run, read_manifest
 from training.config.deepspeed_file import computes_in_bfloat16, read_deepspeed_file
 from training.config.train import (
     TrainConfig,

@@ -24,8 +24,8 @@ from data_prep.shards.lock import LOCK_FILE
 from data_prep.sources.regions import JOINED
 from pipeline.core import store
 from pipeline.core.records import InputError
+from pipeline.core.run import Run, read_manifest
 from pipeline.core.text_table import align
-from pipeline.runner import Run, read_manifest
 
 _ROWS_AT_ONCE = 250_000  # of the larger corpus, compared in one step
 _BATCH_ROWS = 2_000_000  # differing rows that are looked up in the other build's drop tables in one pass

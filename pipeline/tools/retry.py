@@ -9,17 +9,9 @@ from data_prep.download import stage as download
 from data_prep.download.retry import Failures
 from pipeline.core import store
 from pipeline.core.records import ConfigError, InputError, Manifest, Receipt
+from pipeline.core.run import Run, State, locked, make_context, manifest_path, read_manifest, survey_stage
 from pipeline.core.stage import Context, Stage, Task, fold, read_receipt, receipt_path
-from pipeline.runner import (
-    Run,
-    State,
-    execute,
-    locked,
-    make_context,
-    manifest_path,
-    read_manifest,
-    survey_stage,
-)
+from pipeline.runner import execute
 
 _PACKED = ("shards", "validation", "lock")  # the last stages that a recovered row goes through
 _NO_OUTAGE = 2.0  # these rows failed before: that most fail again is no sign of an outage
@@ -112,7 +104,7 @@ def _receipts(context: Context, tasks: list[Task]) -> list[Receipt]:
         receipt = read_receipt(context, task)
         if receipt is None:
             raise InputError(
-                f"{receipt_path(context, task)}: missing or damaged; run `--stage {context.stage} --mend`"
+                f"{receipt_path(context, task)}: missing or damaged; run `--stage {context.stage} --repair`"
             )
         found.append(receipt)
     return found

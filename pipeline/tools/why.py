@@ -18,7 +18,7 @@ from data_prep.sources.regions import JOINED
 from data_prep.sources.table import from_description, scan
 from pipeline.core import store
 from pipeline.core.records import InputError, Manifest
-from pipeline.runner import Run, read_manifest
+from pipeline.core.run import Run, read_manifest
 
 _KEY = re.compile(r"[0-9a-f]{32}")
 

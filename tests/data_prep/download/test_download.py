@@ -23,7 +23,7 @@ from data_prep.accounting.drop_table import with_key
 from pipeline import catalog, runner
 from pipeline.catalog import RunConfig
 from pipeline.core.records import InputError, Manifest
-from pipeline.runner import Run
+from pipeline.core.run import Run
 from pipeline.tools.why import explain
 
 SETTINGS = {

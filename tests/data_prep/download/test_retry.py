@@ -22,7 +22,7 @@ from data_prep.download.stage import DownloadConfig
 from pipeline import catalog, runner
 from pipeline.core import store
 from pipeline.core.records import ConfigError, InputError
-from pipeline.runner import Run
+from pipeline.core.run import Run
 from pipeline.tools import retry
 from tests.helpers.corpus_files import drawing, encoded, make_run, sidecars
 

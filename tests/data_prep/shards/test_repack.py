@@ -16,7 +16,7 @@ from PIL import Image
 
 from data_prep.shards import repack
 from pipeline.cli import main
-from pipeline.runner import Run
+from pipeline.core.run import Run
 from tests.helpers.corpus_files import drawing, encoded, finish, make_run, plain_corpus, sidecars
 
 

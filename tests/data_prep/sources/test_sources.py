@@ -30,8 +30,8 @@ from pipeline import runner
 from pipeline.cli import main
 from pipeline.core.config import build
 from pipeline.core.records import ConfigError, InputError, Manifest
+from pipeline.core.run import Run, make_context, read_manifest
 from pipeline.core.stage import Stage
-from pipeline.runner import Run
 from pipeline.tools.why import explain
 
 
@@ -62,7 +62,7 @@ def take_in(
 
 
 def manifest(run: Run, stage: str) -> Manifest:
-    found = runner.read_manifest(run, stage)
+    found = read_manifest(run, stage)
     assert found is not None
     return found
 
@@ -310,7 +310,7 @@ def _cn_clip(folder: Path) -> None:
 
 def _fetch(run: Run, at: str) -> bytes:
     found = manifest(run, "corpus")
-    context = runner.make_context(run, run.stage("filter_text"))
+    context = make_context(run, run.stage("filter_text"))
     assert context is not None
     assert found.extra
     with (

@@ -16,8 +16,8 @@ from data_prep.shards.split import SplitConfig
 from data_prep.sources.table import TableSource
 from pipeline.cli import main
 from pipeline.core.records import InputError
+from pipeline.core.run import Run
 from pipeline.core.stage import Stage
-from pipeline.runner import Run
 from pipeline.tools import diff
 from tests.helpers.corpus_files import drawing, encoded, finish, make_run, sidecars
 
