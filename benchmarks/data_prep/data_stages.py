@@ -27,6 +27,7 @@ import polars as pl
 from benchmarks.data_prep.resize import photographs
 from benchmarks.harness import machine
 from pipeline import catalog, runner
+from pipeline.core.run import read_manifest
 
 NUM_FILES = 32
 SHORT_RUN = 32  # pictures
@@ -87,7 +88,7 @@ def cpu_seconds(folder: Path, count: int, scaled: bool) -> tuple[dict[str, float
         found[stage.name] = theirs if stage.name == "download" else own
         if stage.name == "shards":
             break
-    manifest = runner.read_manifest(run, "shards")
+    manifest = read_manifest(run, "shards")
     assert manifest is not None
     assert manifest.num_kept == count, f"{manifest.num_kept} of {count} pictures came through"
     stored = sum(shard.num_bytes for shard in manifest.shards if shard.path.endswith(".tar")) / count

@@ -112,7 +112,7 @@ def test_join_keeps_schemes() -> None:
 def killed_while_publishing(target: Path) -> Path:
     """The file that is left."""
     program = (
-        "import os, signal; from pipeline import store\n"
+        "import os, signal; from pipeline.core import store\n"
         f"with store.publish({str(target)!r}) as temporary:\n"
         "    open(temporary, 'wb').write(b'half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
