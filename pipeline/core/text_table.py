@@ -7,7 +7,7 @@ _TAKE_NO_ROOM = ("Mn", "Me", "Cf")  # combining marks, enclosing marks, and sign
 
 
 def align(rows: Sequence[Sequence[str]], numeric: Sequence[bool]) -> str:
-    """Return rows as lines of aligned columns, two spaces apart; `numeric` columns are aligned to the right."""
+    """Return rows as lines of aligned columns, two spaces apart; `numeric` columns to the right."""
     widths = [max(display_width(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:

@@ -100,9 +100,9 @@ def hardware(name: str, utilisation: float, memory_gib: float | None) -> Hardwar
     if found is None:
         raise ConfigError(f"--hardware {name}: no data sheet of it here; known: {', '.join(PEAK_FLOPS)}")
     if not 0 < utilisation <= 1:
-        raise ConfigError(f"--utilisation {utilisation}: must be above 0 and at most 1")
+        raise ConfigError(f"--utilisation {utilisation}: must be greater than 0 and at most 1")
     if memory_gib is not None and not (math.isfinite(memory_gib) and memory_gib > 0):
-        raise ConfigError(f"--memory {memory_gib}: must be above 0 GiB")
+        raise ConfigError(f"--memory {memory_gib}: must be greater than 0 GiB")
     return Hardware(
         name=found,
         flops_per_second=PEAK_FLOPS[found] * utilisation,

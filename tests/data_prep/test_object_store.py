@@ -73,7 +73,7 @@ def test_what_another_process_writes_is_seen(bucket: str) -> None:
     store.write_text(store.join(folder, "a"), "1")
     assert store.list_files(folder) == ["a"]
     path = store.join(folder, "b")
-    program = f"from pipeline import store; store.write_text({path!r}, '2')"
+    program = f"from pipeline.core import store; store.write_text({path!r}, '2')"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])
     assert store.list_files(folder) == ["a", "b"]
     assert store.exists(path)

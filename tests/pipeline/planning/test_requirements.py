@@ -180,13 +180,13 @@ def test_a_run_shows_its_training_where_hardware_is_given(capsys: pytest.Capture
     ("words", "message"),
     [
         (("--hardware", "abacus"), "--hardware abacus: no data sheet"),
-        (("--utilisation", "40"), "--utilisation 40.0: must be above 0 and at most 1"),
-        (("--memory", "0"), "--memory 0.0: must be above 0 GiB"),
-        (("--memory", "nan"), "--memory nan: must be above 0 GiB"),
+        (("--utilisation", "40"), "--utilisation 40.0: must be greater than 0 and at most 1"),
+        (("--memory", "0"), "--memory 0.0: must be greater than 0 GiB"),
+        (("--memory", "nan"), "--memory nan: must be greater than 0 GiB"),
         (("--tokens", "2"), "--tokens 2: must be from 3 ([CLS], one, [SEP]) to 52"),
         (("--tokens", "53"), "--tokens 53: must be from 3"),
         (("--set", "stage1.epochs=3"), "--set stage1.epochs=3: pretrain is the paper's"),
-        (("--samples", "0"), "--samples 0: must be above 0"),
+        (("--samples", "0"), "--samples 0: must be greater than 0"),
     ],
 )
 def test_what_no_device_does_is_refused(
