@@ -104,7 +104,7 @@ class RunConfig:
     dedup: DedupConfig = field(default_factory=DedupConfig)
     download: DownloadConfig = field(default_factory=DownloadConfig)
     filter_image: FilterImageConfig = field(default_factory=FilterImageConfig)
-    dedup_image: DedupImageConfig | None = None  # unset: copies of pictures stay, as in the paper
+    dedup_image: DedupImageConfig | None = None  # unset: copies of images stay, as in the paper
     score: ScoreConfig | None = None  # unset: rows whose source has no score are not judged by one
     filter_score: FilterScoreConfig | None = None  # unset: the paper's threshold on what [score] gives
     split: SplitConfig | None = None  # rows set aside for validation; unset: none
@@ -179,7 +179,7 @@ def _with_paper_recipes(table: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def write_resolved(run: Run, config: RunConfig) -> None:
-    """Write the configuration with every default filled in beside the results."""
+    """Write the configuration with every default filled in next to the results."""
     store.write_text(store.join(run.folder, "run.resolved.toml"), to_toml(config))
 
 
@@ -350,7 +350,7 @@ def make_run(config: RunConfig) -> Run:
 
 
 def _row_stages(config: RunConfig) -> list[Stage]:
-    """What a run asks for between the downloaded pictures and the shards."""
+    """What a run asks for between the downloaded images and the shards."""
     stages: list[Stage] = []
     before = "filter_image"
     if config.dedup_image is not None:

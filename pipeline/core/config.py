@@ -26,7 +26,7 @@ NOT_IN_DIGEST: Mapping[str, Any] = types.MappingProxyType({"in_digest": False})
 
 
 def find_recipe(name: str) -> str:
-    """Return the path of a run's TOML: the file itself, or a recipe that ships with the package (`demo`, `demo.toml`).
+    """Return the path of a run's TOML: the file itself, or a shipped recipe (`demo`, `demo.toml`).
 
     ConfigError names the shipped recipes if neither exists.
     """
@@ -132,7 +132,7 @@ def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
 
 
 def digest(*values: Any) -> str:
-    """Return the sha256 (hex) of the canonical JSON of dataclasses and plain values, without fields NOT_IN_DIGEST."""
+    """Return the sha256 (hex) of values' canonical JSON, without the dataclass fields NOT_IN_DIGEST."""
     text = json.dumps([plain(value) for value in values], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
@@ -196,7 +196,7 @@ def _refuse_non_finite(value: Any, where: str, key: str = "") -> None:
 
 
 def _dataclass_for(hint: Any, table: Any) -> Any:
-    """Return the dataclass inside a hint: itself, in `X | None` or `tuple[X, ...]`, or the union's by `kind`."""
+    """Return a hint's dataclass: itself, in `X | None` or `tuple[X, ...]`, or the union's by `kind`."""
     if dataclasses.is_dataclass(hint):
         return hint
     candidates = [found for part in typing.get_args(hint) if (found := _dataclass_for(part, table))]

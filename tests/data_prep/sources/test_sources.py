@@ -266,7 +266,7 @@ def test_region_captions_are_joined_exempt_from_length_and_guarded(tmp_path: Pat
     assert why(run, "http://a.cn/x")[1] == "  dropped by corpus: image_id_missing"
     text = kept(run)["key"][0]
     joined = why(run, "http://a.cn/vg/1.jpg")
-    assert joined[0] == "vg: 3 further captions of one picture"
+    assert joined[0] == "vg: 3 further captions of one image"
     assert joined[1] == f"  dropped by corpus: joined_with_image (part of the text {text})"
     assert joined[2].startswith(f"{text}  vg row 0  http://a.cn/vg/1.jpg")
     assert joined[3] == "  kept so far; the shards are not made yet"
