@@ -43,8 +43,8 @@ def _reckoned(trainings: Sequence[Training], on: Hardware, tokens: int, paper: b
         " micro-batch: the training's own, or where it sets none the most samples whose activations a rank"
         " can hold at once. GiB: a rank's tensors at their fullest (pipeline/planning/memory.py); counted"
         " ones were 5 % less (RN50) to 45 % more (the tiny models in bfloat16), and a process needs more"
-        " than its tensors: allocator and libraries. days: by the clock, on all ranks; GPU-days: that times ranks,"
-        " with the time that some wait for the fullest."
+        " than its tensors: allocator and libraries. days: by the clock, on all ranks; GPU-days: that times"
+        " ranks, with the time that some wait for the fullest."
         + (
             " GPU-days of a training with cached_views hold the building of its cache, K views of every"
             " image through the locked tower once; a cache that is there already saves them."

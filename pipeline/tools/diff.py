@@ -88,8 +88,10 @@ def compare(folder_a: str, folder_b: str, rows_path: str | None = None) -> list[
     """Return lines that say how corpus B differs from corpus A.
 
     A Parquet table at `rows_path` has a line for each row that only one of them has: in (A or B), key,
-    url, caption, source, and the other build's stage and reason. InputError if a build is not finished, or if rows are asked for and
-    the two builds make their keys differently.
+    url, caption, source, and the other build's stage and reason.
+
+    Raises:
+        InputError: if a build is not finished, or if rows are asked for and the builds make keys differently.
     """
     a, b = Build.open(folder_a), Build.open(folder_b)
     lines = [f"A  {folder_a}", f"B  {folder_b}", ""]
