@@ -15,7 +15,7 @@ Memory of a rank, in bytes, P parameters of which T are trained, R ranks:
   counts again). Korthikanti et al. 2022, equation 1, have 34 with everything in float16; autocast keeps
   normalisations in float32, hence more. Attention keeps no matrix of probabilities: PyTorch's fused attention
   computes it again. With checkpointing a block keeps its input only, and one block all of it.
-- a locked tower keeps none, beside what its largest block needs while it computes. Masked patches keep none.
+- a locked tower keeps none but what its largest block needs while it computes. Masked patches keep none.
 - uint8 images and features of the rank's share, and the gathered features of the batch.
 
 These are tensors that are alive at once. Against the peak that PyTorch's profiler counts in a step on the
@@ -46,7 +46,7 @@ Precision = Literal["float32", "autocast", "bfloat16"]
 # Bytes kept for the backward pass a token, block and unit of width; of a ResNet, a value of its feature maps.
 _VIT_BYTES: Mapping[Precision, float] = MappingProxyType({"float32": 82, "autocast": 45, "bfloat16": 41})
 _BERT_BYTES: Mapping[Precision, float] = MappingProxyType({"float32": 76, "autocast": 54, "bfloat16": 40})
-_BERT_LAST_BYTES: Mapping[Precision, float] = MappingProxyType(  # of the last block, computed for [CLS] alone
+_BERT_LAST_BYTES: Mapping[Precision, float] = MappingProxyType(  # of the last block, computed for [CLS] only
     {"float32": 23, "autocast": 22, "bfloat16": 12}
 )
 _RESNET_BYTES: Mapping[Precision, float] = MappingProxyType({"float32": 8, "autocast": 4, "bfloat16": 4})
@@ -137,7 +137,7 @@ def memory(
 
 
 def largest_micro_batch(needs: Callable[..., Memory], share: int, memory_bytes: float) -> int:
-    """Most samples whose activations fit beside the rest: the whole share, or a power of two; 0: none.
+    """Most samples whose activations fit next to the rest: the whole share, or a power of two; 0: none.
 
     `needs` gives the Memory of a `micro_batch`.
     """

@@ -47,7 +47,7 @@ _PAPER_GPU_DAYS: Mapping[tuple[str, str], float] = MappingProxyType(
         ("ViT-H-14", "stage2"): 184 * 2.2,
     }
 )
-_WORK = ("epochs", "global_batch", "lock_image")  # what a training computes, beside its samples
+_WORK = ("epochs", "global_batch", "lock_image")  # what a training computes, in addition to its samples
 # Training pairs of the tasks, where their owners print them; of the others --samples has to say it.
 TASK_PAIRS = {"muge": 250_314, "flickr30k-cn": 148_915}
 GIB = 2**30
