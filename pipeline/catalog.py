@@ -5,12 +5,12 @@ runs, so that a plan prints at once.
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator
+from annotated_types import Ge
+from pydantic import AfterValidator, Discriminator
 
 from data_prep import corpus
 from data_prep.corpora.demo import DemoConfig
@@ -38,12 +38,12 @@ from eval.zeroshot import stage as zeroshot_stage
 from eval.zeroshot.stage import ClassificationSource, ZeroshotConfig
 from pipeline import pair_scorers as pair_encoder
 from pipeline.core import store
-from pipeline.core.config import build, find_recipe, read_run, refuse_non_finite, to_toml
+from pipeline.core.config import build, find_recipe, read_run, to_toml
 from pipeline.core.evaluation_sets import EvaluationSource
 from pipeline.core.records import ConfigError
+from pipeline.core.run import Run
 from pipeline.core.stage import Stage
 from pipeline.launch.config import LaunchConfig
-from pipeline.runner import Run
 from training import stages as training_stage
 from training import vocabulary
 from training.checkpoint.selection import check_sets
@@ -61,22 +61,33 @@ class RunTable:
     """`[run]`: where the run lives and how its tasks are spread."""
 
     folder: str  # local path or fsspec URL; each stage has a folder in it
-    seed: int = 0  # of the order of samples, augmentation, dropout and new weights
+    seed: Annotated[int, Ge(0)] = 0  # of the order of samples, augmentation, dropout and new weights
     executor: Literal["local", "ray"] = "local"  # who runs a stage's independent tasks
-    processes: int = 2  # at once, where the executor is local
+    processes: Annotated[int, Ge(1)] = 2  # at once, if the executor is local
+
+
+_START_WEIGHTS = "start_weights is a whole model: leave out image_weights, text_weights, [english]"
+
+
+def _known_model(name: str) -> str:
+    if name not in MODELS:
+        raise ValueError(f"no model {name!r}; known: {', '.join(MODELS)}")
+    return name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelTable:
     """`[model]`: which of the sizes in training/model/config.py, and what it starts from."""
 
-    name: str
+    name: Annotated[str, AfterValidator(_known_model)]
     vocabulary: str | None = None  # vocab.txt, folder or model id; unset: learned from the corpus
     image_weights: str | None = None  # an English CLIP for the image tower; unset: [english], else random
     text_weights: str | None = None  # a Chinese BERT for the text tower; unset: random
-    start_weights: str | None = (
-        None  # a whole Chinese CLIP, of another resolution too; then none of the above
-    )
+    start_weights: str | None = None  # a whole Chinese CLIP, of any resolution; then none of the above
+
+    def __post_init__(self) -> None:
+        if self.start_weights and (self.image_weights or self.text_weights):
+            raise ValueError(_START_WEIGHTS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +103,7 @@ class RunConfig:
     dedup: DedupConfig = field(default_factory=DedupConfig)
     download: DownloadConfig = field(default_factory=DownloadConfig)
     filter_image: FilterImageConfig = field(default_factory=FilterImageConfig)
-    dedup_image: DedupImageConfig | None = None  # unset: copies of pictures stay, as in the paper
+    dedup_image: DedupImageConfig | None = None  # unset: copies of images stay, as in the paper
     score: ScoreConfig | None = None  # unset: rows whose source has no score are not judged by one
     filter_score: FilterScoreConfig | None = None  # unset: the paper's threshold on what [score] gives
     split: SplitConfig | None = None  # rows set aside for validation; unset: none
@@ -106,48 +117,48 @@ class RunConfig:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     zeroshot: ZeroshotConfig = field(default_factory=ZeroshotConfig)
 
+    def __post_init__(self) -> None:
+        if self.stage1 is None and self.stage2 is None and self.finetune is None:
+            raise ValueError("nothing to train; give [stage1], [stage2] or both, or [finetune]")
+        if self.filter_score is not None and self.score is None:
+            raise ValueError(
+                "filter_score: nothing to judge without [score]; give it, or filter_text.min_score"
+            )
+        if self.english is not None and self.model.start_weights:
+            raise ValueError(f"model.{_START_WEIGHTS}")
+        if self.english is not None and self.model.image_weights:
+            raise ValueError(
+                "model.image_weights and [english] both give the image tower: leave one of them out"
+                ' (without = ["english"] in a run with a base)'
+            )
+        if not self.makes_its_corpus and not self.evaluation:
+            raise ValueError("no [[evaluation]]; name at least one set with name and folder")
+
+    @property
+    def makes_its_corpus(self) -> bool:
+        """Whether the corpus is one that the project makes, which brings its own evaluation sets."""
+        return isinstance(self.corpus, DemoConfig | EmojiConfig)
+
 
 def load(path: str, overrides: Sequence[str] = ()) -> tuple[Run, RunConfig]:
     """Read, override and check a run's TOML (a path, or the name of a shipped recipe)."""
     path = find_recipe(path)
     table = read_run(path, overrides)
-    refuse_non_finite(table, path)
     config = build(RunConfig, _with_paper_recipes(table, path), path)
-    if config.model.name not in MODELS:
-        raise ConfigError(f"{path}: model.name: no model {config.model.name!r}; known: {', '.join(MODELS)}")
-    if config.run.seed < 0:
-        raise ConfigError(f"{path}: run.seed = {config.run.seed}: must not be negative")
-    if config.stage1 is None and config.stage2 is None and config.finetune is None:
-        raise ConfigError(f"{path}: nothing to train; give [stage1], [stage2] or both, or [finetune]")
-    if config.filter_score is not None and config.score is None:
-        raise ConfigError(
-            f"{path}: filter_score: nothing to judge without [score]; give it, or filter_text.min_score"
-        )
-    model = config.model
-    if model.start_weights and (model.image_weights or model.text_weights or config.english):
-        raise ConfigError(
-            f"{path}: model.start_weights is a whole model: leave out image_weights, text_weights, [english]"
-        )
-    if model.image_weights and config.english:
-        raise ConfigError(
-            f"{path}: model.image_weights and [english] both give the image tower: leave one of them out"
-            ' (without = ["english"] in a run with a base)'
-        )
-    if isinstance(config.corpus, TablesConfig | SourcesConfig) and not config.evaluation:
-        raise ConfigError(f"{path}: no [[evaluation]]; name at least one set with name and folder")
     for name in ("english", "stage1", "stage2", "finetune"):
         if (train := getattr(config, name)) is not None:
-            check_fits(train, MODELS[model.name], name)
-            if isinstance(config.corpus, TablesConfig | SourcesConfig):  # the made ones bring their own sets
+            check_fits(train, MODELS[config.model.name], name)
+            if not config.makes_its_corpus:
                 sets = [item.name for item in config.evaluation] if name != "english" else []
                 check_sets(train, sets, name)
     return make_run(config), config
 
 
 def _with_paper_recipes(table: dict[str, Any], where: str) -> dict[str, Any]:
-    """Fill in stages that say `recipe = …` from training/recipes; own values go first."""
+    """Fill in stages that say `recipe = …` from training/recipes; values in the file take precedence."""
     filled = dict(table)
-    model = table.get("model", {}).get("name", "")
+    own_model = table.get("model")
+    model = own_model.get("name", "") if isinstance(own_model, dict) else ""
     names: tuple[Literal["stage1", "stage2", "finetune"], ...] = ("stage1", "stage2", "finetune")
     for stage in names:
         own = table.get(stage)
@@ -166,7 +177,7 @@ def _with_paper_recipes(table: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def write_resolved(run: Run, config: RunConfig) -> None:
-    """Write the configuration with every default filled in beside the results."""
+    """Write the configuration with every default filled in next to the results."""
     store.write_text(store.join(run.folder, "run.resolved.toml"), to_toml(config))
 
 
@@ -276,7 +287,7 @@ def make_run(config: RunConfig) -> Run:
 
 
 def _row_stages(config: RunConfig) -> list[Stage]:
-    """What a run asks for between the downloaded pictures and the shards."""
+    """What a run asks for between the downloaded images and the shards."""
     stages: list[Stage] = []
     before = "filter_image"
     if config.dedup_image is not None:

@@ -59,7 +59,7 @@ def read_job(arguments: Sequence[str]) -> TrainJob:
         return TrainJob.from_json(store.read_text(path), path)
 
     from pipeline.catalog import load
-    from pipeline.runner import make_context
+    from pipeline.core.run import make_context
     from training.stages import TrainStageConfig, make_job
 
     if not rest:

@@ -25,6 +25,7 @@ import polars as pl
 from benchmarks.data_prep.resize import photographs
 from benchmarks.harness import parse, parser, record, report
 from pipeline import catalog, runner
+from pipeline.core.run import read_manifest
 
 NUM_FILES = 32
 SHORT_RUN = 32  # images
@@ -85,7 +86,7 @@ def cpu_seconds(folder: Path, count: int, scaled: bool) -> tuple[dict[str, float
         found[stage.name] = theirs if stage.name == "download" else own
         if stage.name == "shards":
             break
-    manifest = runner.read_manifest(run, "shards")
+    manifest = read_manifest(run, "shards")
     assert manifest is not None
     assert manifest.num_kept == count, f"{manifest.num_kept} of {count} images came through"
     stored = sum(shard.num_bytes for shard in manifest.shards if shard.path.endswith(".tar")) / count

@@ -29,8 +29,8 @@ from data_prep.filters import text as filter_text
 from data_prep.filters.text import FilterTextConfig
 from data_prep.sources.table import TableSource
 from pipeline import runner
+from pipeline.core.run import Run, read_manifest
 from pipeline.core.stage import Stage
-from pipeline.runner import Run
 
 ROWS_A_TABLE = 5_000_000
 ROWS_A_BLOCK = 250_000
@@ -132,7 +132,7 @@ def main() -> int:
             runner.execute(run, stages, redo=False)
         seconds = time.perf_counter() - started
         cpu = sum(psutil.Process().cpu_times()[:4]) - before
-        manifest = runner.read_manifest(run, "filter_text")
+        manifest = read_manifest(run, "filter_text")
         assert manifest is not None
         equal = manifest.num_in == num_rows and manifest.num_kept == num_rows // 10 * KEPT_OF_TEN
         print(

@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks.harness import machine
 from pipeline.catalog import RANK_MODULE, load
-from pipeline.runner import make_context
+from pipeline.core.run import make_context
 from training.config.job import TrainJob
 from training.config.train import TrainConfig
 from training.ranks.launcher import free_port, launcher_command, launcher_environment

@@ -32,9 +32,9 @@ def be_the_only_rank() -> None:
 
 def take_step(engine: Any, batch: Batch, rate: float, config: TrainConfig) -> float:
     """Take one training step in the engine and return its loss; a step that is skipped is an error."""
-    loss = train_step(engine, batch, rate, config.max_temperature, 0)
-    assert not engine.module.skipped, engine.module.skipped
-    return loss
+    result = train_step(engine, batch, rate, config.max_temperature, 0)
+    assert not result.skipped, result.skipped
+    return result.loss
 
 
 def config_of(kind: Kind, batch_size: int) -> TrainConfig:

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from pipeline.cli.arguments import EXIT_DONE, add, add_model, checkpoint
+from pipeline.cli.arguments import EXIT_DONE, add, add_model, add_templates, checkpoint
 
 
 def _add_set(command: argparse.ArgumentParser) -> None:
@@ -17,7 +17,7 @@ def _add_set(command: argparse.ArgumentParser) -> None:
 
 
 def _open_set(options: argparse.Namespace) -> Any:
-    """(the set, its metric) of a command's options."""
+    """Return (set, metric) of a command's options."""
     from pathlib import Path
 
     from eval.datasets.classification import read_classification
@@ -31,11 +31,23 @@ def _open_set(options: argparse.Namespace) -> Any:
     return data, metric
 
 
-def add_prompts(commands: Any) -> None:
-    command = add(commands, "prompts", _prompts, "each template alone and the ensembles (paper, 3.2.3)")
+def add_commands(commands: Any) -> None:
+    """Add the commands to `argparse`'s sub-parsers."""
+    _add_prompts(commands)
+    _add_negation(commands)
+
+
+def _add_prompts(commands: Any) -> None:
+    command = add(
+        commands,
+        "prompts",
+        _prompts,
+        "measure each template and the ensembles (paper, 3.2.3)",
+        "my_run.toml datasets/cifar-10",
+    )
     add_model(command)
     _add_set(command)
-    command.add_argument("--templates", default="own", metavar="own|FILE", help="the set's own templates")
+    add_templates(command, "own|FILE", "the set's own templates")
     command.add_argument("--plot", metavar="OUT.svg", help="draw the scores as well")
 
 
@@ -54,8 +66,14 @@ def _prompts(options: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def add_negation(commands: Any) -> None:
-    command = add(commands, "negation", _negation, "a label worded with and without negation (paper, 3.2.3)")
+def _add_negation(commands: Any) -> None:
+    command = add(
+        commands,
+        "negation",
+        _negation,
+        "compare a label worded with and without negation (paper, 3.2.3)",
+        "my_run.toml datasets/patch-camelyon",
+    )
     add_model(command)
     _add_set(command)
     command.add_argument(
@@ -66,7 +84,7 @@ def add_negation(commands: Any) -> None:
         metavar=("CLASS", "PLAIN", "NEGATED"),
         help="class (number or label) and its two wordings; may be repeated (default: the paper's pairs)",
     )
-    command.add_argument("--templates", default="own", metavar="own|general|FILE", help="prompts")
+    add_templates(command, "own|general|FILE", "prompts")
 
 
 def _negation(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""What several of the evaluation commands take, and how they end."""
+"""What several commands take, each argument defined once, and how commands end."""
 
 import argparse
 from typing import TYPE_CHECKING, Any
@@ -6,36 +6,61 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from eval.features.encoder import Checkpoint
 
-EXIT_DONE, EXIT_FAILED = 0, 1
+EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
-def add(commands: Any, name: str, function: object, summary: str) -> argparse.ArgumentParser:
-    """A sub-parser whose `command` is `function`."""
-    command: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
+def add(commands: Any, name: str, function: object, summary: str, example: str) -> argparse.ArgumentParser:
+    """Add a sub-parser whose `command` is `function`; its help ends with the example."""
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=summary, description=summary, epilog=f"Example: cnclip {name} {example}"
+    )
     command.set_defaults(command=function)
     return command
 
 
-def add_model(command: argparse.ArgumentParser) -> None:
-    """`RUN-or-CHECKPOINT`, `--set`, `--vocab`, `--context-length`: what `checkpoint` takes."""
-    command.add_argument(
-        "model",
-        metavar="RUN-or-CHECKPOINT",
-        help="a run's TOML (its last trained stage), or weights of any known format",
-    )
+def add_overrides(command: argparse.ArgumentParser) -> None:
+    """Add `--set`, whose items `pipeline.core.config.apply_overrides` reads."""
     command.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="override a setting of the run's TOML, as in --set run.folder=runs/other; may be repeated",
+        help="override a setting of the run's TOML, as in --set stage1.epochs=2; may be repeated",
     )
+
+
+def add_run(command: argparse.ArgumentParser) -> None:
+    """Add `RUN.toml` and `--set`: what `pipeline.catalog.load` takes."""
+    command.add_argument("run", metavar="RUN.toml", help="a run's file, or a shipped recipe such as demo")
+    add_overrides(command)
+
+
+def add_stages(command: argparse.ArgumentParser) -> None:
+    """Add `--stage`, `--from` and `--to`: what `pipeline.core.run.select` takes."""
+    command.add_argument("--stage", metavar="NAME", help="this stage only")
+    command.add_argument("--from", dest="first", metavar="NAME", help="from this stage on")
+    command.add_argument("--to", dest="last", metavar="NAME", help="up to and including this stage")
+
+
+def add_vocabulary(command: argparse.ArgumentParser, default: str) -> None:
+    """Add `--vocab`; `default` says what is taken without it."""
     command.add_argument(
         "--vocab",
         dest="vocabulary",
         metavar="PATH-or-ID",
-        help="vocab.txt, its folder or a model id (default: the run's, or looked for)",
+        help=f"vocab.txt, its folder or a model id (default: {default})",
     )
+
+
+def add_model(command: argparse.ArgumentParser) -> None:
+    """Add `RUN-or-CHECKPOINT`, `--set`, `--vocab` and `--context-length`: what `checkpoint` takes."""
+    command.add_argument(
+        "model",
+        metavar="RUN-or-CHECKPOINT",
+        help="a run's TOML (its last trained stage), or weights of any known format",
+    )
+    add_overrides(command)
+    add_vocabulary(command, "the run's, or looked for")
     command.add_argument(
         "--context",
         "--context-length",
@@ -47,14 +72,29 @@ def add_model(command: argparse.ArgumentParser) -> None:
 
 
 def checkpoint(options: argparse.Namespace) -> "Checkpoint":
-    """The weights that the options of `add_model` name."""
+    """Return the weights that the options of `add_model` name."""
     from eval.features.encoder import find_checkpoint
 
     return find_checkpoint(options.model, options.vocabulary, options.context_length, options.set)
 
 
+def add_templates(command: argparse.ArgumentParser, values: str, help: str) -> None:
+    """Add `--templates`; `values` are those that the command knows, such as own|general|FILE."""
+    command.add_argument("--templates", default="own", metavar=values, help=help)
+
+
+def corpus_folder(corpus: str) -> str:
+    """Return the folder of a corpus that is given as a folder or as its run's TOML."""
+    if not corpus.endswith(".toml"):
+        return corpus
+    from pipeline.catalog import load
+
+    run, _ = load(corpus)
+    return run.folder
+
+
 def add_embeddings(command: argparse.ArgumentParser) -> None:
-    """`EMBEDDINGS`, `--side`, `--train-rows`: what an index is built from."""
+    """Add `EMBEDDINGS`, `--side` and `--train-rows`: what an index is built from."""
     command.add_argument(
         "embeddings",
         metavar="EMBEDDINGS",
@@ -69,7 +109,7 @@ def add_embeddings(command: argparse.ArgumentParser) -> None:
 
 
 def add_device(command: argparse.ArgumentParser) -> None:
-    """`--device`: where FAISS computes."""
+    """Add `--device`: where FAISS computes."""
     command.add_argument(
         "--device",
         choices=("cpu", "gpu"),
@@ -79,7 +119,7 @@ def add_device(command: argparse.ArgumentParser) -> None:
 
 
 def add_target(command: argparse.ArgumentParser) -> None:
-    """`--memory`, `--recall`: what an index is wanted to reach."""
+    """Add `--memory` and `--recall`: what an index is wanted to reach."""
     command.add_argument(
         "--memory", type=float, default=4.0, metavar="GIB", help="for the whole index (default: 4)"
     )

@@ -4,18 +4,31 @@ import argparse
 import sys
 from typing import Any
 
-from pipeline.cli.arguments import EXIT_DONE, EXIT_FAILED, add, add_model, checkpoint
+from pipeline.cli.arguments import EXIT_DONE, EXIT_FAILED, add, add_model, add_templates, checkpoint
 
 
-def add_predict(commands: Any) -> None:
-    command = add(commands, "predict", _predict, "a prediction file from CN-CLIP's feature files")
+def add_commands(commands: Any) -> None:
+    """Add the commands to `argparse`'s sub-parsers."""
+    _add_predict(commands)
+    _add_score(commands)
+    _add_eval(commands)
+
+
+def _add_predict(commands: Any) -> None:
+    command = add(
+        commands,
+        "predict",
+        _predict,
+        "write a prediction file from CN-CLIP's feature files",
+        "img_feat.jsonl txt_feat.jsonl predictions.jsonl",
+    )
     command.add_argument("images", metavar="IMG_FEAT.jsonl", help='lines {"image_id", "feature"}')
     command.add_argument("texts", metavar="TXT_FEAT.jsonl", help='lines {"text_id", "feature"}')
     command.add_argument("out", metavar="PREDICTIONS.jsonl", help="the prediction file to write")
     command.add_argument(
         "--image-to-text",
         action="store_true",
-        help="texts for each picture (default: pictures for each text)",
+        help="texts for each image (default: images for each text)",
     )
     command.add_argument(
         "--top-k", type=int, default=10, metavar="K", help="ids a line; the official scorer takes 10"
@@ -32,8 +45,14 @@ def _predict(options: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def add_score(commands: Any) -> None:
-    command = add(commands, "score", _score, "score a prediction file as the official scorer does")
+def _add_score(commands: Any) -> None:
+    command = add(
+        commands,
+        "score",
+        _score,
+        "score a prediction file as the official scorer does",
+        "texts.jsonl predictions.jsonl score.json",
+    )
     command.add_argument("reference", metavar="REFERENCE.jsonl", help="which ids are right for each query")
     command.add_argument("predictions", metavar="PREDICTIONS.jsonl", help="10 ids for each query, best first")
     command.add_argument("out", metavar="OUT.json", help="the score file to write")
@@ -56,9 +75,13 @@ def _score(options: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def add_eval(commands: Any) -> None:
+def _add_eval(commands: Any) -> None:
     command = add(
-        commands, "eval", _eval, "measure a model and print ours | paper | difference for every table"
+        commands,
+        "eval",
+        _eval,
+        "measure a model and print ours | paper | difference for every table",
+        "my_run.toml --out results",
     )
     add_model(command)
     command.add_argument(
@@ -81,9 +104,7 @@ def add_eval(commands: Any) -> None:
     command.add_argument(
         "--ensemble", choices=("features", "scores"), default="features", help="templates: mean of which"
     )
-    command.add_argument(
-        "--templates", default="own", metavar="own|general|FILE", help="prompts for classification"
-    )
+    add_templates(command, "own|general|FILE", "prompts for classification")
     command.add_argument(
         "--format", choices=("text", "json", "csv", "latex"), default="text", help="what is printed"
     )

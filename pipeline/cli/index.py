@@ -7,8 +7,20 @@ from typing import Any
 from pipeline.cli.arguments import EXIT_DONE, add, add_device, add_embeddings, add_target
 
 
-def add_index(commands: Any) -> None:
-    command = add(commands, "index", _index, "build a FAISS index in parts; goes on where it stopped")
+def add_commands(commands: Any) -> None:
+    """Add the commands to `argparse`'s sub-parsers."""
+    _add_index(commands)
+    _add_bench_index(commands)
+
+
+def _add_index(commands: Any) -> None:
+    command = add(
+        commands,
+        "index",
+        _index,
+        "build a FAISS index in parts; resumes an interrupted build",
+        "features indices/features --memory 4",
+    )
     add_embeddings(command)
     command.add_argument("out", metavar="OUT", help="folder of the index")
     command.add_argument(
@@ -52,9 +64,13 @@ def _index(options: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def add_bench_index(commands: Any) -> None:
+def _add_bench_index(commands: Any) -> None:
     command = add(
-        commands, "bench-index", _bench_index, "recall, speed, build time and size over a grid of indices"
+        commands,
+        "bench-index",
+        _bench_index,
+        "measure recall, speed, build time and size over a grid of indices",
+        'features --grid "Flat;IVF1024,SQ8" --out bench',
     )
     add_embeddings(command)
     command.add_argument(

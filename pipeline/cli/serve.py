@@ -7,8 +7,15 @@ from typing import Any
 from pipeline.cli.arguments import EXIT_DONE, add, add_model, checkpoint
 
 
-def add_serve(commands: Any) -> None:
-    command = add(commands, "serve", _serve, "a local page: type a text or drop a picture, see the nearest")
+def add_commands(commands: Any) -> None:
+    """Add the command to `argparse`'s sub-parsers."""
+    command = add(
+        commands,
+        "serve",
+        _serve,
+        "serve a local page: type a text or drop an image, see the nearest",
+        "my_run.toml --port 8000",
+    )
     add_model(command)
     command.add_argument(
         "--index",
@@ -27,7 +34,7 @@ def add_serve(commands: Any) -> None:
     )
     command.add_argument("--parameters", default="", metavar="STRING", help="FAISS's, such as nprobe=16")
     command.add_argument(
-        "--host", default="127.0.0.1", metavar="ADDRESS", help="to listen on (default: this machine alone)"
+        "--host", default="127.0.0.1", metavar="ADDRESS", help="to listen on (default: this machine only)"
     )
     command.add_argument("--port", type=int, default=8000, metavar="N", help="0 takes a free one")
 
@@ -56,9 +63,9 @@ def _serve(options: argparse.Namespace) -> int:
     searcher = Searcher(load_encoder(model), galleries)
     with SearchServer(searcher, options.host, options.port) as server:
         for gallery in galleries:
-            print(f"{gallery.name}: {gallery.num_rows:,} pictures", file=sys.stderr)
+            print(f"{gallery.name}: {gallery.num_rows:,} images", file=sys.stderr)
         if not server.is_local:
-            print("note: everyone who reaches this address can search and see the pictures", file=sys.stderr)
+            print("note: everyone who reaches this address can search and see the images", file=sys.stderr)
         print(f"{server.url}  (Ctrl-C stops)", flush=True)
         try:
             server.serve_forever()

@@ -1,16 +1,16 @@
-"""What the commands print."""
+"""Build what the commands print."""
 
 from collections.abc import Sequence
 
 from data_prep.accounting.funnel import STEPS, threshold_notes
 from pipeline.core import store
 from pipeline.core.records import Receipt
+from pipeline.core.run import Run, StageStatus, State, read_manifest, survey_stage
 from pipeline.core.text_table import align
-from pipeline.runner import Run, StageStatus, State, read_manifest, survey_stage
 
 
 def plan_table(statuses: Sequence[StageStatus]) -> str:
-    """Every stage with its state; tasks done of all where it has begun."""
+    """Return a row for each stage: its state, tasks done of all, rows kept, what it does."""
     rows = [("stage", "state", "tasks", "rows kept", "what it does")]
     for status in statuses:
         tasks = "" if status.num_tasks is None else f"{status.tasks_done}/{status.num_tasks}"
@@ -21,7 +21,7 @@ def plan_table(statuses: Sequence[StageStatus]) -> str:
 
 
 def status_table(run: Run, statuses: Sequence[StageStatus]) -> str:
-    """What each stage did so far, from its receipts."""
+    """Return a row for each stage: what it did so far, from its receipts."""
     rows = [("stage", "state", "tasks", "in", "kept", "dropped", "seconds", "MB")]
     for status in statuses:
         receipts = read_receipts(run, status.stage.name)
@@ -42,12 +42,13 @@ def status_table(run: Run, statuses: Sequence[StageStatus]) -> str:
 
 
 def notes(run: Run) -> list[str]:
-    """What a reader of the funnel should know: thresholds that remove nothing, with the minimum seen."""
+    """Return notes on the funnel: thresholds that remove nothing, with the minimum seen."""
     manifests = (read_manifest(run, stage) for stage in STEPS)
     return [note for manifest in manifests if manifest for note in threshold_notes(manifest)]
 
 
 def read_receipts(run: Run, stage: str) -> list[Receipt]:
+    """Return the receipts of a stage, in order of task names."""
     folder = store.join(run.folder, stage, "receipts")
     return [
         Receipt.from_json(store.read_text(store.join(folder, name)))
@@ -57,7 +58,7 @@ def read_receipts(run: Run, stage: str) -> list[Receipt]:
 
 
 def closing_words(run: Run, num_run: int, num_stages: int) -> str:
-    """What `cnclip run` ends with: the headline table and the report's path, while the report is current."""
+    """Return what `cnclip run` ends with: headline table and report path if the report is current."""
     lines = [] if num_run else [f"nothing to do: all {num_stages} stages are done"]
     report = survey_stage(run, run.stage("report"))
     if report.state is State.DONE:

@@ -26,9 +26,9 @@ NOT_IN_DIGEST: Mapping[str, Any] = types.MappingProxyType({"in_digest": False})
 
 
 def find_recipe(name: str) -> str:
-    """Path of a run's TOML: the file itself, or a recipe that ships with the package (`demo`, `demo.toml`).
+    """Return the path of a run's TOML: the file itself, or a shipped recipe (`demo`, `demo.toml`).
 
-    ConfigError names the shipped recipes where neither exists.
+    ConfigError names the shipped recipes if neither exists.
     """
     if os.path.isfile(name):
         return name
@@ -43,6 +43,7 @@ def find_recipe(name: str) -> str:
 
 
 def read_toml(path: str) -> dict[str, Any]:
+    """Return the table of a TOML file; ConfigError if it cannot be read."""
     try:
         with open(path, "rb") as file:
             return tomllib.load(file)
@@ -74,20 +75,20 @@ def apply_overrides(table: dict[str, Any], overrides: Iterable[str]) -> dict[str
 
 
 def read_run(path: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """The table of a run's file, joined with that of its `base`, with `--set` items applied."""
+    """Return the table of a run's file, joined with that of its `base`, with `--set` items applied."""
     return apply_overrides(_with_base(read_toml(path), path), overrides)
 
 
 def _with_base(table: dict[str, Any], where: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
-    """`base = "RUN"` starts from another run's file; `without = ["stage1"]` takes tables of it away.
+    """Join a table with that of its `base`, another run's file, less the tables that `without` removes.
 
-    Own values go first; tables are joined key by key, lists are replaced.
+    Values of the table take precedence; tables are joined key by key, lists are replaced.
     """
     own = dict(table)
     base, without = own.pop("base", None), own.pop("without", [])
     if base is None:
         if without:
-            raise ConfigError(f"{where}: without: takes tables of a base away, but there is no base")
+            raise ConfigError(f"{where}: without: removes tables of a base, but there is no base")
         return own
     if not isinstance(base, str) or base in seen:
         raise ConfigError(f"{where}: base: found {base!r}; give the name or path of another run's file")
@@ -106,12 +107,16 @@ def _with_base(table: dict[str, Any], where: str, seen: tuple[str, ...] = ()) ->
 def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
     """Check a TOML table against a dataclass and build it.
 
-    Types are strict: a string is no number and 1.5 no integer; an integer does for a float.
-    ConfigError names `where` (the file), the key, what was found and what is known.
+    Types are strict: a string is no number and 1.5 no integer; an integer does for a float. No number may be
+    nan or inf. Bounds stand in the types (`Annotated[int, Gt(0)]`), rules across fields in `__post_init__`.
+
+    Raises:
+        ConfigError: names `where` (the file), the key, what is wrong and what was found.
     """
     import pydantic
 
     _refuse_unknown_keys(cls, table, where, "")
+    _refuse_non_finite(table, where)
     try:
         built: T = pydantic.TypeAdapter(cls).validate_json(json.dumps(table), strict=True)
         return built
@@ -119,26 +124,28 @@ def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
         first = error.errors()[0]
         # Union members appear in the location by class name or tag; only keys and indices are for the reader.
         location = _readable_location(table, first["loc"])
-        found = "" if first["type"] == "missing" else f", found {_shorten(first['input'])}"
-        message = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"{where}: {location}: {message}{found}") from None
+        message = _complaint(first["type"], first["msg"], first.get("ctx", {}), first["input"])
+        if first["type"].startswith("union_tag"):
+            location = f"{location}.kind" if location else "kind"
+        place = f"{where}: {location}" if location else where
+        raise ConfigError(f"{place}: {message}") from None
 
 
 def digest(*values: Any) -> str:
-    """sha256 (hex) of the canonical JSON of dataclasses and plain values, without fields NOT_IN_DIGEST."""
+    """Return the sha256 (hex) of values' canonical JSON, without the dataclass fields NOT_IN_DIGEST."""
     text = json.dumps([plain(value) for value in values], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def to_toml(config: Any) -> str:
-    """A resolved configuration as TOML; values that are not set (None) are left out, as TOML has no null."""
+    """Return a resolved configuration as TOML, without values that are not set (None): TOML has no null."""
     import tomli_w
 
     return tomli_w.dumps(_without_none(dataclasses.asdict(config)))
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses as mappings of plain values, without fields NOT_IN_DIGEST."""
+    """Return dataclasses as mappings of plain values, without fields NOT_IN_DIGEST."""
     if dataclasses.is_dataclass(value):
         return {
             field.name: plain(getattr(value, field.name))
@@ -176,20 +183,20 @@ def _refuse_unknown_keys(cls: Any, table: Any, where: str, prefix: str) -> None:
             _refuse_unknown_keys(hints[key], item, where, f"{prefix}{key}.")
 
 
-def refuse_non_finite(value: Any, where: str, key: str = "") -> None:
+def _refuse_non_finite(value: Any, where: str, key: str = "") -> None:
     """Raise ConfigError for nan and inf in settings: a comparison with nan lets it pass every limit."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where}: {key}: must be a finite number, found {value}")
     if isinstance(value, Mapping):
         for name, item in value.items():
-            refuse_non_finite(item, where, f"{key}.{name}" if key else str(name))
+            _refuse_non_finite(item, where, f"{key}.{name}" if key else str(name))
     elif isinstance(value, list | tuple):
         for item in value:
-            refuse_non_finite(item, where, key)
+            _refuse_non_finite(item, where, key)
 
 
 def _dataclass_for(hint: Any, table: Any) -> Any:
-    """The dataclass inside a hint: itself, in `X | None` or `tuple[X, ...]`, or the union's by `kind`."""
+    """Return a hint's dataclass: itself, in `X | None` or `tuple[X, ...]`, or the union's by `kind`."""
     if dataclasses.is_dataclass(hint):
         return hint
     candidates = [found for part in typing.get_args(hint) if (found := _dataclass_for(part, table))]
@@ -213,6 +220,43 @@ def _readable_location(table: Any, location: tuple[int | str, ...]) -> str:
         elif isinstance(place, dict) and part == location[-1]:
             parts.append(str(part))  # a missing key
     return ".".join(parts)
+
+
+# What pydantic's types of error are called here; names in braces are of the error's context.
+_COMPLAINTS = {
+    "greater_than": "must be greater than {gt:g}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "less_than": "must be less than {lt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "multiple_of": "must be a multiple of {multiple_of:g}",
+    "too_short": "must have at least {min_length} items",
+    "too_long": "must have at most {max_length} items",
+    "string_too_short": "must have at least {min_length} characters",
+    "string_too_long": "must have at most {max_length} characters",
+    "string_pattern_mismatch": "must match {pattern}",
+    "literal_error": "must be {expected}",
+    "int_type": "must be an integer",
+    "float_type": "must be a number",
+    "string_type": "must be a string",
+    "bool_type": "must be true or false",
+    "tuple_type": "must be a list",
+    "list_type": "must be a list",
+    "dict_type": "must be a table",
+    "dataclass_type": "must be a table",
+}
+
+
+def _complaint(kind: str, message: str, facts: Mapping[str, Any], found: Any) -> str:
+    """Return what is wrong with a value, in the words of this project, for one of pydantic's errors."""
+    if kind == "value_error":  # raised by the dataclass itself: it says what it found
+        return message.removeprefix("Value error, ")
+    if kind in ("missing", "union_tag_not_found"):
+        return "required, but not set"
+    if kind == "union_tag_invalid":
+        return f"must be one of {facts['expected_tags']}, found {facts['tag']!r}"
+    known = _COMPLAINTS.get(kind)
+    text = known.format(**facts) if known else message.replace("Input should be", "must be")
+    return f"{text}, found {_shorten(found)}"
 
 
 def _shorten(value: Any, limit: int = 80) -> str:

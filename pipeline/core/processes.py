@@ -27,7 +27,7 @@ def die_with_parent() -> None:
 
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
-    """Around large imports, such as torch's: their objects stay, and the garbage collector leaves them alone.
+    """Around large imports, such as torch's: their objects stay, and the garbage collector skips them.
 
     Looking through them again and again takes a sixth of a rank's start, and of every full collection later.
     """

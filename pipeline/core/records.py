@@ -22,7 +22,7 @@ class ConfigError(Exception):
 
 
 class Stopped(Exception):
-    """A signal asked for the end and what was done so far is kept: the same command goes on from there."""
+    """A signal stopped the work; what was done is kept, and the same command resumes from there."""
 
     exit_status = 143  # as a shell says of what SIGTERM ended
 
@@ -34,20 +34,6 @@ class DropReason(str):
     """
 
     __slots__ = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One image-text pair on its way through the pipeline."""
-
-    key: str  # 32 hex digits, from the digest of (url, caption): the sample's place in the shuffled corpus
-    url: str
-    caption: str
-    source: str
-    width_px: int | None = None
-    height_px: int | None = None
-    scores: Mapping[str, float] = field(default_factory=dict)  # encoder pair → cosine similarity
-    image_bytes: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +84,10 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A finished stage: its receipts folded together. It existing means complete; it holds no times."""
+    """A finished stage: its receipts folded together.
+
+    Its existence marks the stage as complete; it contains no timestamps.
+    """
 
     stage: str
     schema_version: int

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 TAR, SIDECAR = ".tar", ".parquet"
-# In this order; columns that a source carries along follow them. Offsets and sizes are those of the image's bytes
+# In this order; columns that a source carries along follow them. Offsets and sizes are of the image's bytes
 # in the tar, image_sha256 is their digest in hex, perceptual_hash the hash of data_prep.rules.image.
 SIDECAR_COLUMNS = (
     "key", "offset_bytes", "size_bytes", "caption", "source", "url", "score", "width_px", "height_px",
@@ -94,7 +94,8 @@ class ByteRanges(contextlib.AbstractContextManager["ByteRanges"]):
             or not 0 < size_bytes <= MAX_IMAGE_BYTES
         ):
             raise InputError(
-                f"{self.path}: {name}: its sidecar gives {size_bytes} bytes at {offset_bytes}; build the shard again"
+                f"{self.path}: {name}: its sidecar gives {size_bytes} bytes at {offset_bytes};"
+                f" build the shard again"
             )
         data = self._range(offset_bytes, size_bytes)
         if len(data) < size_bytes:
@@ -125,7 +126,7 @@ class ByteRanges(contextlib.AbstractContextManager["ByteRanges"]):
 
 
 class ByteRangePool(contextlib.AbstractContextManager["ByteRangePool"]):
-    """Byte ranges of many files, each opened at its first use; the least recently used one is closed first."""
+    """Byte ranges of many files, each opened at its first use; the least recently used is closed first."""
 
     def __init__(self, path_of: Callable[[str], str]) -> None:
         self._path_of = path_of

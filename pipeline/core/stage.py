@@ -20,9 +20,8 @@ class Task:
 
     name: str  # file name of its receipt, sorted as the outputs should be
     inputs: Mapping[str, str]  # what it reads: label → digest
-    arguments: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # plain values beside the stage's configuration
+    # Plain values in addition to the stage's configuration.
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +51,15 @@ class Context:
     parents: Mapping[str, Manifest]
 
     def path(self, *parts: str) -> str:
-        """A path under this stage's folder."""
+        """Return a path under this stage's folder."""
         return store.join(self.run_folder, self.stage, *parts)
 
     def path_in(self, stage: str, *parts: str) -> str:
-        """A path under another stage's folder."""
+        """Return a path under another stage's folder."""
         return store.join(self.run_folder, stage, *parts)
 
     def shards_of(self, stage: str, suffix: str = "") -> list[Shard]:
-        """A parent's outputs that end with `suffix`, with their full paths."""
+        """Return a parent's outputs that end with `suffix`, with their full paths."""
         return [
             Shard(self.path_in(stage, shard.path), shard.num_samples, shard.num_bytes, shard.digest)
             for shard in self.parents[stage].shards
@@ -72,7 +71,7 @@ class Context:
 class Stage:
     """One stage of a run. Every callable is a module-level function, so a stage travels to other processes.
 
-    `run` does one task. Where tasks must run together (one img2dataset call for all outstanding shards)
+    `run` does one task. If tasks must run together (one img2dataset call for all outstanding shards)
     `run_together` is given instead and yields (task, outcome) pairs as they finish.
     `version` changes when the same configuration would give other bytes than before.
     """
@@ -95,7 +94,7 @@ class Stage:
 
 
 def task_digest(task: Task) -> str:
-    """Digest of what a task reads: its inputs and arguments."""
+    """Return the digest of what a task reads: its inputs and arguments."""
     return digest(dict(task.inputs), dict(task.arguments))
 
 
@@ -127,12 +126,12 @@ def make_receipt(stage: Stage, context: Context, task: Task, outcome: Outcome, s
 
 
 def read_receipt(context: Context, task: Task) -> Receipt | None:
-    """The receipt of a task, whatever it vouches for; None where there is none or it is not readable."""
+    """Return the receipt of a task, whatever it vouches for; None if there is none or it is not readable."""
     return receipt_at(receipt_path(context, task))
 
 
 def receipt_at(path: str) -> Receipt | None:
-    """`read_receipt` of a file."""
+    """Return the receipt in a file; None if there is none or it is not readable."""
     if not store.exists(path):
         return None
     try:
@@ -142,7 +141,7 @@ def receipt_at(path: str) -> Receipt | None:
 
 
 def receipt_counts(stage: Stage, context: Context, task: Task, receipt: Receipt) -> bool:
-    """True where the receipt is of these inputs and this configuration and its outputs are there."""
+    """Return whether a receipt is of these inputs and this configuration and its outputs are there."""
     if receipt.inputs_digest != task_digest(task) or receipt.config_digest != stage.config_digest:
         return False
     return all(
@@ -153,14 +152,14 @@ def receipt_counts(stage: Stage, context: Context, task: Task, receipt: Receipt)
 
 
 def inputs_digest(tasks: list[Task]) -> str:
-    """Digest of what a whole stage reads."""
+    """Return the digest of what a whole stage reads."""
     return digest([[task.name, task_digest(task)] for task in tasks])
 
 
 def fold(
     stage: Stage, tasks: list[Task], parent_digests: Mapping[str, str], receipts: list[Receipt]
 ) -> Manifest:
-    """A finished stage's receipts as its manifest, in task order, without times."""
+    """Fold a finished stage's receipts into its manifest, in task order, without times."""
     dropped: dict[str, int] = {}
     for receipt in receipts:
         for reason, count in receipt.dropped.items():

@@ -66,7 +66,7 @@ def exists(path: str) -> bool:
 
 
 def num_bytes(path: str) -> int:
-    """Size of a file in bytes; FileNotFoundError where there is none."""
+    """Return the size of a file in bytes; FileNotFoundError if there is none."""
     if is_local(path):
         return os.path.getsize(path)
     fs, name = remote(path)
@@ -106,7 +106,7 @@ def list_files(folder: str) -> list[str]:
 
 
 def remove(path: str) -> None:
-    """Remove a file or a folder with all it holds; nothing happens where there is none.
+    """Remove a file or a folder with all it holds; nothing happens if there is none.
 
     A local folder is renamed first, so that a kill half-way leaves no folder that looks whole.
     """
@@ -206,7 +206,7 @@ def publish(path: str) -> Iterator[str]:
 def local_folder(folder: str) -> Iterator[str]:
     """A folder as a local path for the length of a block: itself, or a temporary copy of a remote one.
 
-    For programs that know local files alone. Nothing that is written there goes back.
+    For programs that know local files only. Nothing that is written there goes back.
     """
     if is_local(folder):
         yield folder

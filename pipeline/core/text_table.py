@@ -1,21 +1,35 @@
-"""Plain text in columns, also with Chinese in them."""
+"""Plain text in aligned columns, with one rule for how wide a character is."""
 
 import unicodedata
 from collections.abc import Sequence
 
+_TAKE_NO_ROOM = ("Mn", "Me", "Cf")  # combining marks, enclosing marks, and signs such as joiners
+
 
 def align(rows: Sequence[Sequence[str]], numeric: Sequence[bool]) -> str:
-    """Rows as aligned columns, two spaces apart; a Chinese character is two columns wide."""
-    widths = [max(_width(row[column]) for row in rows) for column in range(len(rows[0]))]
+    """Return rows as lines of aligned columns, two spaces apart; `numeric` columns to the right."""
+    widths = [max(display_width(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:
-        cells = [
-            " " * (width - _width(cell)) + cell if right else cell + " " * (width - _width(cell))
-            for cell, width, right in zip(row, widths, numeric, strict=True)
-        ]
+        cells = [pad(*item) for item in zip(row, widths, numeric, strict=True)]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 
 
-def _width(text: str) -> int:
-    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
+def pad(text: str, width: int, numeric: bool = False) -> str:
+    """Return the text filled up to `width` columns with spaces: after it, or before it if `numeric`."""
+    spaces = " " * (width - display_width(text))
+    return spaces + text if numeric else text + spaces
+
+
+def display_width(text: str) -> int:
+    """Return how many columns of a terminal a text takes: a wide character (CJK) 2, a combining mark 0."""
+    if text.isascii():
+        return len(text)
+    return sum(map(_width, text))
+
+
+def _width(character: str) -> int:
+    if unicodedata.category(character) in _TAKE_NO_ROOM:
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1

@@ -1,7 +1,7 @@
-"""Spreads a stage's tasks over the Ray cluster that is there (RAY_ADDRESS), or over one on this machine.
+"""Spread a stage's tasks over an existing Ray cluster (RAY_ADDRESS), or over one on this machine.
 
-Ray places the work and does it again where a machine is lost; what is done is said by receipts alone, so
-nothing but receipts comes back. The run's folder and its sources must be where every machine sees them.
+Ray places the work and repeats it when a machine is lost. Only receipts say what is done, so only receipts
+come back. The run's folder and its sources must be where every machine sees them.
 """
 
 import logging
@@ -20,7 +20,7 @@ from pipeline.core.stage import Context, Stage, Task
 # Lost machines that a task may meet before the run stops: spot machines go, a task that kills its worker
 # each time has to be seen.
 _MAX_RETRIES = 5
-_MAX_GROUP = 4  # partitions a call where tasks run together: start-up is spread, progress is still seen
+_MAX_GROUP = 4  # partitions a call if tasks run together: start-up is spread, progress is still seen
 _KNOCK_SECONDS = 10.0
 _MAX_WAITING = 2000  # calls handed to Ray at once: its driver holds the arguments of each
 
@@ -30,10 +30,10 @@ Work = Callable[[Stage, Context, Sequence[Task]], list[Receipt]]
 def map_tasks(
     work: Work, stage: Stage, context: Context, tasks: Sequence[Task], processes: int
 ) -> Iterator[Receipt]:
-    """Call `work` on groups of tasks all over the cluster; yields receipts as they come.
+    """Call `work` on groups of tasks all over the cluster; yield receipts as they come.
 
-    `processes` is the number of cores that a cluster on this machine alone may take. ConfigError where Ray is
-    not installed or does not answer; InputError where a task's machine was lost again and again.
+    `processes` is the number of cores that a cluster on this machine only may take. ConfigError if Ray is
+    not installed or does not answer; InputError if a task's machine is lost again and again.
     """
     ray = _connect(processes)
     nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
@@ -59,8 +59,8 @@ def map_tasks(
     except ray.exceptions.RayError as error:
         raise InputError(
             f"{context.path()}: Ray lost a worker {_MAX_RETRIES + 1} times"
-            f" ({type(error).__name__}: {str(error).strip().splitlines()[0]}), most often for want of memory;"
-            f" run again, with more memory a core"
+            f" ({type(error).__name__}: {str(error).strip().splitlines()[0]}), most often because memory ran"
+            f" out; rerun with more memory a core"
         ) from None
     finally:
         for call in waiting:
@@ -90,7 +90,7 @@ def _connect(processes: int) -> Any:
         except (OSError, RuntimeError, ValueError) as error:
             raise ConfigError(
                 f"RAY_ADDRESS={address}: no Ray cluster answers ({str(error).splitlines()[0]}); start one"
-                f" with `ray start --head`, or unset it to work on this machine alone"
+                f" with `ray start --head`, or unset it to use this machine only"
             ) from None
         if threading.current_thread() is threading.main_thread():
             # Ray puts a handler of its own there, which exits with another status than a stopped run has.
@@ -104,7 +104,7 @@ def _connect(processes: int) -> Any:
 
 
 def _knock(address: str) -> None:
-    """OSError where nothing listens at `host:port`: Ray itself would knock for many minutes."""
+    """Raise OSError if nothing listens at `host:port`: Ray itself would knock for many minutes."""
     host, colon, port = address.rpartition("://")[2].rpartition(":")
     if colon and port.isdigit():
         socket.create_connection((host, int(port)), _KNOCK_SECONDS).close()

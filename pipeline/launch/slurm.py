@@ -1,8 +1,8 @@
-"""What a Slurm cluster needs: one job a training stage, each waiting for the one before.
+"""Write what a Slurm cluster needs: one job for each training stage, each waiting for the one before.
 
 Before the time limit Slurm asks the ranks of a training job to stop, and the script of any other; ranks are
 asked on pre-emption too. They write a checkpoint, other stages keep the tasks that are done, all end with
-status 143, and the script puts its own job back into the queue. A job that dies without a word goes on from
+status 143, and the script puts its own job back into the queue. A job that dies without a word resumes from
 what it kept when Slurm starts it again.
 """
 
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from pipeline.core import store
 from pipeline.core.records import ConfigError, Stopped
+from pipeline.core.run import Run
 from pipeline.core.stage import Stage
 from pipeline.launch.config import LaunchConfig
-from pipeline.runner import Run
 from training.config.train import TrainConfig
 from training.stages import TrainStageConfig
 
@@ -39,7 +39,7 @@ class Job:
 
 
 def plan_jobs(run: Run) -> list[Job]:
-    """The stages before training as one job, each training stage as one, and what comes after as one."""
+    """Return the stages before training as one job, each training stage as one, and the later ones as one."""
     jobs: list[Job] = []
     for stage in run.stages:
         train = _training(stage)
@@ -55,7 +55,7 @@ def plan_jobs(run: Run) -> list[Job]:
 def write_scripts(run: Run, launch: LaunchConfig, run_path: str, overrides: Sequence[str]) -> list[str]:
     """Write `<run>/launch/*.sbatch` and `submit.sh`; returns the lines that tell what to do with them.
 
-    ConfigError where the ranks do not fill whole machines or have not a GPU each, or the run is not on a file
+    ConfigError if the ranks do not fill whole machines or have no GPU each, or the run is not on a file
     system.
     """
     if not store.is_local(run.folder):
@@ -82,7 +82,7 @@ def write_scripts(run: Run, launch: LaunchConfig, run_path: str, overrides: Sequ
 
 
 def script(job: Job, launch: LaunchConfig, folder: str, arguments: Sequence[str]) -> str:
-    """The sbatch script of one job; `arguments` are those of `cnclip run`, the run's path first."""
+    """Return the sbatch script of one job; `arguments` are those of `cnclip run`, the run's path first."""
     options = [
         f"--job-name={os.path.basename(os.path.dirname(folder))}-{job.name}",
         f"--nodes={job.nodes(launch)}",
@@ -124,10 +124,10 @@ def script(job: Job, launch: LaunchConfig, folder: str, arguments: Sequence[str]
 
 
 def requeued(command: str, setup: Sequence[str] = ()) -> list[str]:
-    """Lines of a script that run a command and put their job back into the queue where it was stopped.
+    """Return lines of a script that run a command and requeue their job if it was stopped.
 
     Bash hears a signal while it waits, not while a command runs in the foreground; a `wait` that a signal cut
-    short says nothing of the command, which goes on and has its own status. A signal that comes during the
+    short says nothing of the command, which continues and has its own status. A signal that comes during the
     `setup` lines, or before `$run` is known, is passed on as soon as there is a command to hear it.
     The lines hold under a `set -eu` of the setup, too.
     """
@@ -145,7 +145,7 @@ def requeued(command: str, setup: Sequence[str] = ()) -> list[str]:
         "done",
         "trap '' TERM",
         f"if [ $status -eq {Stopped.exit_status} ]; then",
-        "    # What is done is kept: this job goes on from there when its turn comes again.",
+        "    # What is done is kept: this job resumes when its turn comes again.",
         '    scontrol requeue "$SLURM_JOB_ID"',
         "fi",
         "exit $status",
@@ -153,7 +153,7 @@ def requeued(command: str, setup: Sequence[str] = ()) -> list[str]:
 
 
 def submission(jobs: Sequence[Job], folder: str) -> str:
-    """A shell script that submits all jobs, each after the success of the one before."""
+    """Return a shell script that submits all jobs, each after the success of the one before."""
     lines = ["#!/bin/bash", "set -euo pipefail", f"cd {shlex.quote(folder)}"]
     before = ""
     for job in jobs:
@@ -165,7 +165,7 @@ def submission(jobs: Sequence[Job], folder: str) -> str:
 
 
 def command_lines(job: Job, launch: LaunchConfig, arguments: Sequence[str]) -> list[str]:
-    """The same training started by torchrun or by DeepSpeed's launcher, and what publishes its receipt."""
+    """Return lines for the same training with torchrun or DeepSpeed, and one to publish its receipt."""
     assert job.train is not None
     nodes, ranks = job.nodes(launch), job.ranks_a_node(launch)
     path, *overrides = arguments
@@ -206,6 +206,6 @@ def _training(stage: Stage) -> TrainConfig | None:
 
 
 def _clock(minutes: int) -> str:
-    """Slurm's days-hours:minutes:seconds."""
+    """Return minutes as Slurm's days-hours:minutes:seconds."""
     days, rest = divmod(minutes, 24 * 60)
     return f"{days}-{rest // 60:02d}:{rest % 60:02d}:00"

@@ -11,12 +11,12 @@ Memory of a rank, in bytes, P parameters of which T are trained, R ranks:
   those that the backward pass needs soon: all of a small model's at the end of a forward pass, of a large
   one's half of `stage3_max_reuse_distance` (tests/pipeline/planning/test_memory.py looks).
 - activations kept for the backward pass: so many bytes a token, block and unit of width, counted on this
-  project's towers with `torch.autograd.graph.saved_tensors_hooks` (tests/pipeline/planning/test_memory.py counts
-  again). Korthikanti et al. 2022, equation 1, have 34 with everything in float16; autocast keeps
+  project's towers with `torch.autograd.graph.saved_tensors_hooks` (tests/pipeline/planning/test_memory.py
+  counts again). Korthikanti et al. 2022, equation 1, have 34 with everything in float16; autocast keeps
   normalisations in float32, hence more. Attention keeps no matrix of probabilities: PyTorch's fused attention
-  computes it again. With checkpointing a block keeps its input alone, and one block all of it.
-- a locked tower keeps none, beside what its largest block needs while it computes. Masked patches keep none.
-- uint8 pictures and features of the rank's share, and the gathered features of the batch.
+  computes it again. With checkpointing a block keeps its input only, and one block all of it.
+- a locked tower keeps none but what its largest block needs while it computes. Masked patches keep none.
+- uint8 images and features of the rank's share, and the gathered features of the batch.
 
 These are tensors that are alive at once. Against the peak that PyTorch's profiler counts in a step on the
 CPU: 5 % too much for RN50 (ZeRO-1, batch 8), 12 % too little for tiny-vit (batch 256), 21 % with autocast and
@@ -46,7 +46,7 @@ Precision = Literal["float32", "autocast", "bfloat16"]
 # Bytes kept for the backward pass a token, block and unit of width; of a ResNet, a value of its feature maps.
 _VIT_BYTES: Mapping[Precision, float] = MappingProxyType({"float32": 82, "autocast": 45, "bfloat16": 41})
 _BERT_BYTES: Mapping[Precision, float] = MappingProxyType({"float32": 76, "autocast": 54, "bfloat16": 40})
-_BERT_LAST_BYTES: Mapping[Precision, float] = MappingProxyType(  # of the last block, computed for [CLS] alone
+_BERT_LAST_BYTES: Mapping[Precision, float] = MappingProxyType(  # of the last block, computed for [CLS] only
     {"float32": 23, "autocast": 22, "bfloat16": 12}
 )
 _RESNET_BYTES: Mapping[Precision, float] = MappingProxyType({"float32": 8, "autocast": 4, "bfloat16": 4})
@@ -71,7 +71,7 @@ class Memory:
 
     states: float  # weights, gradients, master weights, moments, buckets
     activations: float
-    batch: float  # pictures, and features with their gradients
+    batch: float  # images, and features with their gradients
 
     @property
     def total(self) -> float:
@@ -124,7 +124,7 @@ def memory(
     bucket = buckets * weight_bytes * min(DEEPSPEED_BUCKET_VALUES, trained)
     share = shares(config).largest
     side_px = model.vision.image_size_px
-    pictures = 0 if config.cached_views else 3 * side_px**2 * share
+    images = 0 if config.cached_views else 3 * side_px**2 * share
     features = 4 * model.embed_dim * (4 * config.global_batch + 4 * share)
     per_sample = _image_activations(model.vision, config, precision) + _text_activations(
         model.text, config, precision, tokens
@@ -132,12 +132,12 @@ def memory(
     return Memory(
         states=weights + gathered + gradients + optimizer + bucket,
         activations=micro_batch * per_sample,
-        batch=pictures + features,
+        batch=images + features,
     )
 
 
 def largest_micro_batch(needs: Callable[..., Memory], share: int, memory_bytes: float) -> int:
-    """Most samples whose activations fit beside the rest: the whole share, or a power of two; 0: none.
+    """Most samples whose activations fit next to the rest: the whole share, or a power of two; 0: none.
 
     `needs` gives the Memory of a `micro_batch`.
     """
@@ -183,7 +183,7 @@ def gpu_days(
 def cache_days(
     model: ModelConfig, config: TrainConfig, *, num_samples: int, flops_per_second: float
 ) -> float:
-    """Days of all devices together that it takes to compute `cached_views` features of every picture."""
+    """Days of all devices together that it takes to compute `cached_views` features of every image."""
     flops = config.cached_views * num_samples * image_forward(model)
     return flops / flops_per_second / SECONDS_A_DAY
 
@@ -258,7 +258,7 @@ def _vision_parameters(config: VisionConfig, embed_dim: int) -> int:
 
 
 def _resnet_values(config: ModifiedResNetConfig) -> int:
-    """Values of all feature maps of one picture."""
+    """Values of all feature maps of one image."""
     stem, side = config.width // 32, config.image_size_px // 2
     total = side**2 * 2 * stem
     side //= 2

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from pipeline.core.records import ConfigError
+from pipeline.core.run import Run, read_manifest
 from pipeline.planning.memory import (
     USABLE,
     Shares,
@@ -18,7 +19,6 @@ from pipeline.planning.memory import (
     shares,
     zero_of,
 )
-from pipeline.runner import Run, read_manifest
 from training.config.deepspeed_file import computes_in_bfloat16, read_deepspeed_file
 from training.config.recipes import finetune_recipe, finetuned_data, paper_recipe, pretrained_stages
 from training.config.train import TrainConfig
@@ -42,7 +42,7 @@ _PAPER_GPU_DAYS: Mapping[tuple[str, str], float] = MappingProxyType(
         ("ViT-H-14", "stage2"): 184 * 2.2,
     }
 )
-_WORK = ("epochs", "global_batch", "lock_image")  # what a training computes, beside its samples
+_WORK = ("epochs", "global_batch", "lock_image")  # what a training computes, in addition to its samples
 # Training pairs of the tasks, where their owners print them; of the others --samples has to say it.
 TASK_PAIRS = {"muge": 250_314, "flickr30k-cn": 148_915}
 GIB = 2**30
@@ -95,9 +95,9 @@ def hardware(name: str, utilisation: float, memory_gib: float | None) -> Hardwar
     if found is None:
         raise ConfigError(f"--hardware {name}: no data sheet of it here; known: {', '.join(PEAK_FLOPS)}")
     if not 0 < utilisation <= 1:
-        raise ConfigError(f"--utilisation {utilisation}: must be above 0 and at most 1")
+        raise ConfigError(f"--utilisation {utilisation}: must be greater than 0 and at most 1")
     if memory_gib is not None and not (math.isfinite(memory_gib) and memory_gib > 0):
-        raise ConfigError(f"--memory {memory_gib}: must be above 0 GiB")
+        raise ConfigError(f"--memory {memory_gib}: must be greater than 0 GiB")
     return Hardware(
         name=found,
         flops_per_second=PEAK_FLOPS[found] * utilisation,

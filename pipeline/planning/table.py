@@ -1,4 +1,4 @@
-"""What `cnclip plan` prints of training: a row each, what was reckoned with, and what has to be said."""
+"""Build what `cnclip plan` prints of training: a row each, the assumptions, and notes."""
 
 from collections.abc import Iterator, Sequence
 
@@ -16,7 +16,7 @@ _HEADER = (
 def training_table(trainings: Sequence[Training], on: Hardware, tokens: int) -> str:
     """One row a training, what was reckoned with, and notes on what does not fit or divide.
 
-    `tokens` is a caption's mean length with [CLS] and [SEP]; ConfigError where no caption can have it.
+    `tokens` is a caption's mean length with [CLS] and [SEP]; ConfigError if no caption can have it.
     """
     longest = max((item.config.context_length for item in trainings), default=tokens)
     if not 3 <= tokens <= longest:
@@ -38,16 +38,16 @@ def training_table(trainings: Sequence[Training], on: Hardware, tokens: int) -> 
 def _reckoned(trainings: Sequence[Training], on: Hardware, tokens: int, paper: bool) -> str:
     """What the table was reckoned with, and what its columns mean."""
     return (
-        f"Reckoned with {on.name} ({on.memory_bytes / GIB:g} GiB, {on.usable_gib:g} of them planned with) at"
-        f" {100 * on.utilisation:g} % of its 16-bit peak and captions of {tokens} tokens on average."
+        f"Estimates assume {on.name} ({on.memory_bytes / GIB:g} GiB, {on.usable_gib:g} GiB usable) at"
+        f" {100 * on.utilisation:g}% of its 16-bit peak and captions of {tokens} tokens on average."
         " micro-batch: the training's own, or where it sets none the most samples whose activations a rank"
-        " can hold at once. GiB: a rank's tensors at their fullest (pipeline/planning/memory.py); counted ones were"
-        " 5 % less (RN50) to 45 % more (the tiny models in bfloat16), and a process needs more than its"
-        " tensors: allocator and libraries. days: by the clock, on all ranks; GPU-days: that times ranks,"
-        " with the time that some wait for the fullest."
+        " can hold at once. GiB: a rank's tensors at their fullest (pipeline/planning/memory.py); counted"
+        " ones were 5 % less (RN50) to 45 % more (the tiny models in bfloat16), and a process needs more"
+        " than its tensors: allocator and libraries. days: by the clock, on all ranks; GPU-days: that times"
+        " ranks, with the time that some wait for the fullest."
         + (
             " GPU-days of a training with cached_views hold the building of its cache, K views of every"
-            " picture through the locked tower once; a cache that is there already saves them."
+            " image through the locked tower once; a cache that is there already saves them."
             if any(item.config.cached_views for item in trainings)
             else ""
         )

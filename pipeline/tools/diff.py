@@ -1,7 +1,7 @@
-"""Two builds of a corpus compared: the answer to `cnclip diff A B`, of lock files, sidecars and drop tables.
+"""`cnclip diff`: compare two builds of a corpus by their lock files, sidecars and drop tables.
 
-Rows are the same where their keys are (of address and caption). Sidecars are in the order of keys, so both
-corpora are walked through side by side and memory holds some shards and the differing rows of a batch.
+Rows are the same if their keys are (digests of address and caption). Sidecars are in the order of keys, so
+both corpora are read in step and memory holds some shards and the differing rows of a batch.
 """
 
 import bisect
@@ -24,8 +24,8 @@ from data_prep.shards.lock import LOCK_FILE
 from data_prep.sources.regions import JOINED
 from pipeline.core import store
 from pipeline.core.records import InputError
+from pipeline.core.run import Run, read_manifest
 from pipeline.core.text_table import align
-from pipeline.runner import Run, read_manifest
 
 _ROWS_AT_ONCE = 250_000  # of the larger corpus, compared in one step
 _BATCH_ROWS = 2_000_000  # differing rows that are looked up in the other build's drop tables in one pass
@@ -48,7 +48,7 @@ class Build:
 
     @classmethod
     def open(cls, folder: str) -> "Build":
-        """The corpus in a run's folder; InputError where its lock file is missing or damaged."""
+        """Open the corpus in a run's folder; InputError if its lock file is missing or damaged."""
         path = store.join(folder, "lock", LOCK_FILE)
         if not store.exists(path):
             raise InputError(f"{path}: no such file; finish the corpus with `cnclip run RUN.toml --to lock`")
@@ -61,7 +61,7 @@ class Build:
         return cls(Run(folder, 0, "local", 1, ()), lock)
 
     def files(self, stage: str, prefix: str = "") -> list[str]:
-        """Tables that a stage published below `prefix`, in order; none where the run has no such stage."""
+        """Return the tables that a stage published below `prefix`; none if there is no such stage."""
         manifest = read_manifest(self.run, stage)
         return [
             store.join(self.run.folder, stage, shard.path)
@@ -72,24 +72,26 @@ class Build:
 
 @dataclass(slots=True)
 class RowChanges:
-    """Rows of two corpora's training shards by what became of them."""
+    """Count the rows of two corpora's training shards by what became of them."""
 
     num_rows: dict[Side, int] = field(default_factory=dict)
     kept_by_both: int = 0
-    other_picture: int = 0  # of those: the bytes stored for the picture differ
+    other_image: int = 0  # of those: the bytes stored for the image differ
     other_caption: int = 0
-    # Side that has rows alone → (stage, reason) by which the other is without them → rows.
+    # Side that has the rows → (stage, reason) by which the other side lacks them → number of rows.
     missing: dict[Side, Counter[tuple[str, str]]] = field(
         default_factory=lambda: {"A": Counter(), "B": Counter()}
     )
 
 
 def compare(folder_a: str, folder_b: str, rows_path: str | None = None) -> list[str]:
-    """Lines that say how corpus B differs from corpus A; at `rows_path` a Parquet table of the rows.
+    """Return lines that say how corpus B differs from corpus A.
 
-    The table has a line for each row that only one of them has: in (A or B), key, url, caption, source, and
-    the other build's stage and reason. InputError where a build is not finished, or where rows are asked for
-    and keys of one build are made otherwise than those of the other.
+    A Parquet table at `rows_path` has a line for each row that only one of them has: in (A or B), key,
+    url, caption, source, and the other build's stage and reason.
+
+    Raises:
+        InputError: if a build is not finished, or if rows are asked for and the builds make keys differently.
     """
     a, b = Build.open(folder_a), Build.open(folder_b)
     lines = [f"A  {folder_a}", f"B  {folder_b}", ""]
@@ -98,14 +100,14 @@ def compare(folder_a: str, folder_b: str, rows_path: str | None = None) -> list[
     lines += _titled("versions of rules", _value_changes(a.lock["rules"], b.lock["rules"]))
     lines += ["rows through each stage", *_funnel_changes(a.lock["funnel"], b.lock["funnel"]), ""]
     if _normalises(a) != _normalises(b):
-        without = "rows are not compared: with another filter_text.normalise_duplicates their keys differ"
+        without = "rows are not compared: filter_text.normalise_duplicates differs, so their keys differ"
         if rows_path is not None:
             raise InputError(f"{folder_a} and {folder_b}: {without}; leave out --rows")
         return [*lines, without]
     changes = row_changes(a, b, rows_path)
     lines += [
         f"rows in training shards: {changes.num_rows['A']:,} in A, {changes.num_rows['B']:,} in B",
-        f"kept by both: {changes.kept_by_both:,} rows, of them {changes.other_picture:,} with another picture"
+        f"kept by both: {changes.kept_by_both:,} rows, of them {changes.other_image:,} with another image"
         f" and {changes.other_caption:,} with another caption",
     ]
     sides: tuple[tuple[Side, str], ...] = (("A", "B"), ("B", "A"))
@@ -177,7 +179,7 @@ def _shown(value: Any) -> str:
 
 
 def _funnel_changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """Rows in, kept, and dropped by reason in A and B, of each stage and source."""
+    """Return rows in, kept, and dropped by reason in A and B, for each stage and source."""
     rows = [("stage", "source", "rows", "A", "B", "B - A")]
     for stage in [name for name in ("corpus", *STEPS) if name in a or name in b]:
         of_a, of_b = (funnel.get(stage, {"sources": {}})["sources"] for funnel in (a, b))
@@ -224,7 +226,7 @@ def row_changes(a: Build, b: Build, rows_path: str | None = None) -> RowChanges:
             compared = ("key", "caption", "image_sha256")
             both = rows_a.select(compared).join(rows_b.select(compared), on="key", suffix="_b")
             changes.kept_by_both += both.height
-            changes.other_picture += int((both["image_sha256"] != both["image_sha256_b"]).sum())
+            changes.other_image += int((both["image_sha256"] != both["image_sha256_b"]).sum())
             changes.other_caption += int((both["caption"] != both["caption_b"]).sum())
             only["A"].append(rows_a.join(rows_b, on="key", how="anti").drop("image_sha256"))
             only["B"].append(rows_b.join(rows_a, on="key", how="anti").drop("image_sha256"))
@@ -236,7 +238,7 @@ def row_changes(a: Build, b: Build, rows_path: str | None = None) -> RowChanges:
 
 @dataclass(frozen=True, slots=True)
 class _Sidecars:
-    """The sidecars of a corpus' training shards, and the first key of each."""
+    """Hold the sidecars of a corpus' training shards, and the first key of each."""
 
     paths: list[str]
     first_keys: list[str]
@@ -249,11 +251,11 @@ class _Sidecars:
         keys = pl.concat(heads).collect()["key"].to_list() if heads else []
         manifest = read_manifest(build.run, "shards")
         if manifest is None:
-            raise InputError(f"{build.run.folder}: its shards are not finished; run it again, --to lock")
+            raise InputError(f"{build.run.folder}: its shards are not finished; run it with --to lock")
         return cls(paths, keys, manifest.num_kept)
 
     def rows(self, first: str, end: str | None) -> pl.DataFrame:
-        """Rows with keys from `first` on and below `end` (None: to the last)."""
+        """Return the rows with keys from `first` on and below `end` (None: to the last)."""
         begin = max(0, bisect.bisect_right(self.first_keys, first) - 1)
         stop = len(self.paths) if end is None else bisect.bisect_left(self.first_keys, end)
         condition = pl.col("key") >= first
@@ -268,7 +270,7 @@ class _Sidecars:
 
 
 def _ranges(a: _Sidecars, b: _Sidecars) -> Iterator[tuple[str, str | None]]:
-    """Ranges of keys with about _ROWS_AT_ONCE rows of the larger corpus each, from the first to the last."""
+    """Yield ranges of keys with about _ROWS_AT_ONCE rows of the larger corpus each, first to last."""
     larger = a if a.num_rows >= b.num_rows else b
     shards_at_once = max(1, len(larger.paths) * _ROWS_AT_ONCE // max(larger.num_rows, 1))
     bounds = ["", *larger.first_keys[shards_at_once::shards_at_once], None]
@@ -278,11 +280,11 @@ def _ranges(a: _Sidecars, b: _Sidecars) -> Iterator[tuple[str, str | None]]:
 
 
 def _with_fate(rows: pl.DataFrame, other: Build) -> pl.DataFrame:
-    """Rows with the stage and reason by which another build is without them: of several the last stage."""
+    """Return rows with the stage and reason by which another build lacks them: the last stage if several."""
     first, last = rows["key"].min(), rows["key"].max()
     wanted = rows.lazy().select("key")
-    # A source's captions of one picture are joined after it dropped some, so that keys differ: what counts
-    # there is the address. A caption that was joined is no reason: its picture's text is in the table.
+    # A source's captions of one image are joined after it dropped some, so that keys differ: what counts
+    # there is the address. A caption that was joined is no reason: its image's text is in the table.
     addresses = rows.lazy().select("key", url_hash().alias("url_hash"))
     found = [
         pl.scan_parquet(path)

@@ -1,4 +1,4 @@
-"""Is this machine fit: each check says what was found and, where it is not enough, what to do."""
+"""Check the environment: each check says what it found and, if that is not enough, what to do."""
 
 import contextlib
 import ipaddress
@@ -17,14 +17,14 @@ from importlib import metadata
 
 from pipeline.core.text_table import align
 
-_MIN_DISK_GB = 5  # the demo needs about 1 GB beside the installation
+_MIN_DISK_GB = 5  # the demo needs about 1 GB in addition to the installation
 _MIN_MEMORY_GB = 6  # what the demo may take
 _PYTHON_FROM, _PYTHON_BELOW = (3, 11), (3, 13)  # img2dataset imports imghdr, gone in 3.13
 
 _RESOLV_CONF = "/etc/resolv.conf"
 _NAME = "arxiv.org"  # a name that is looked up everywhere, and stays in caches
 _QUESTIONS = 3  # the first fills a cache, the others are answered from it
-_CACHED_MS = 2.0  # a cache on this machine or beside it; another network takes longer
+_CACHED_MS = 2.0  # a cache on this machine or next to it; another network takes longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Finding:
 
 
 def examine(folder: str) -> bool:
-    """Print a table of findings; True where every check passed."""
+    """Print a table of findings; return True if every check passed."""
     findings = [
         check(folder)
         for check in (
@@ -132,7 +132,7 @@ def _accelerator(folder: str) -> Finding:
 
 
 def _ranks(folder: str) -> Finding:
-    """Two processes really meet over gloo and add two numbers."""
+    """Start two processes that meet over gloo and add two numbers."""
     from training.ranks.launcher import free_port
 
     program = (
@@ -154,7 +154,7 @@ def _ranks(folder: str) -> Finding:
 
 
 def _resolver(folder: str) -> Finding:
-    """Whether a caching resolver answers: on this machine, or one quick at a repeated question."""
+    """Find out whether a caching resolver answers: on this machine, or one quick at a repeated question."""
     remedy = (
         "name look-ups bind a large download first: run a caching resolver (unbound, dnsmasq) on"
         " this machine, with `nameserver 127.0.0.1` first in /etc/resolv.conf; only downloads need it"
@@ -175,7 +175,7 @@ def _resolver(folder: str) -> Finding:
 
 
 def nameservers(path: str) -> list[str]:
-    """Addresses of a resolv.conf's name servers, in order."""
+    """Return the addresses of a resolv.conf's name servers, in order."""
     found = []
     with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
@@ -188,7 +188,7 @@ def nameservers(path: str) -> list[str]:
 
 
 def ask(server: str, port: int = 53, timeout: float = 2.0) -> float | None:
-    """Seconds until a name server answers a question with a result (RFC 1035); None where it does not."""
+    """Return the seconds until a name server answers with a result (RFC 1035); None if it does not."""
     number = secrets.token_bytes(2)
     name = b"".join(bytes([len(part)]) + part for part in _NAME.encode("ascii").split(b".")) + b"\0"
     question = number + b"\x01\x00\0\x01\0\0\0\0\0\0" + name + b"\0\x01\0\x01"
@@ -220,7 +220,7 @@ def _started(commands: list[list[str]]) -> Iterator[list[subprocess.Popen[bytes]
 
 
 def _existing(folder: str) -> str:
-    """The folder, or the nearest one above it that exists."""
+    """Return the folder, or the nearest one above it that exists."""
     place = os.path.abspath(folder)
     while not os.path.isdir(place):
         place = os.path.dirname(place)

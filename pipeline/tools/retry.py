@@ -1,4 +1,4 @@
-"""`cnclip retry`: a further pass of the download for the failures worth it, carried through to the shards."""
+"""`cnclip retry`: retry failed downloads that may be transient and carry the results to the shards."""
 
 import dataclasses
 import itertools
@@ -9,25 +9,17 @@ from data_prep.download import stage as download
 from data_prep.download.retry import Failures
 from pipeline.core import store
 from pipeline.core.records import ConfigError, InputError, Manifest, Receipt
+from pipeline.core.run import Run, State, locked, make_context, manifest_path, read_manifest, survey_stage
 from pipeline.core.stage import Context, Stage, Task, fold, read_receipt, receipt_path
-from pipeline.runner import (
-    Run,
-    State,
-    execute,
-    locked,
-    make_context,
-    manifest_path,
-    read_manifest,
-    survey_stage,
-)
+from pipeline.runner import execute
 
 _PACKED = ("shards", "validation", "lock")  # the last stages that a recovered row goes through
-_NO_OUTAGE = 2.0  # these rows failed before: that most fail again is no sign of an outage
+_NO_OUTAGE = 2.0  # these rows failed before, so most of them failing again is no sign of an outage
 
 
 @dataclass(frozen=True, slots=True)
 class Retried:
-    """What a pass did."""
+    """Say what a pass did."""
 
     number: int
     asked: int
@@ -36,15 +28,15 @@ class Retried:
 
 
 def plan(run: Run) -> list[Failures]:
-    """What the download gave up on, by class. ConfigError where the download is not done."""
+    """Return what the download gave up on, by class; ConfigError if the download is not done."""
     return retry.failures(_context(run, _pass_stage(run, _finished(run))))
 
 
 def do(run: Run) -> Retried:
-    """Ask again for the rows worth it, merge what comes back, and redo the finished stages up to the shards.
+    """Retry the rows worth it, merge what comes back, and redo the finished stages up to the shards.
 
-    Killed at any moment, the same call goes on: the pass by its receipts; a merge starts over, and until the
-    download's manifest is replaced, as its last step, every stage sees the download as it was.
+    After a kill at any moment the same call resumes: the pass by its receipts, a merge from its start. Until
+    the merge replaces the download's manifest, as its last step, every stage sees the download as it was.
     """
     stage = _pass_stage(run, _finished(run))
     if not retry.plan(stage.config, _context(run, stage)):
@@ -112,7 +104,7 @@ def _receipts(context: Context, tasks: list[Task]) -> list[Receipt]:
         receipt = read_receipt(context, task)
         if receipt is None:
             raise InputError(
-                f"{receipt_path(context, task)}: missing or damaged; run `--stage {context.stage} --mend`"
+                f"{receipt_path(context, task)}: missing or damaged; run `--stage {context.stage} --repair`"
             )
         found.append(receipt)
     return found

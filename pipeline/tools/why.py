@@ -1,7 +1,7 @@
-"""Where a row went: the answer to `cnclip why RUN.toml KEY-or-URL`, from tables and drop tables.
+"""`cnclip why`: find what became of a row, from tables and drop tables.
 
-A row of a source that never reached its caption table is found in the corpus stage's drop tables, by the
-plain key of its address and caption; a malformed one by the address in what is kept of its text.
+Rows that never reached their source's caption table are looked up in the corpus stage's drop tables, by the
+plain key of address and caption; malformed ones by the address in the part of their text that is kept.
 """
 
 import re
@@ -19,13 +19,13 @@ from data_prep.sources.regions import JOINED
 from data_prep.sources.table import scan
 from pipeline.core import store
 from pipeline.core.records import InputError, Manifest
-from pipeline.runner import Run, read_manifest
+from pipeline.core.run import Run, read_manifest
 
 _KEY = re.compile(r"[0-9a-f]{32}")
 
 
 def explain(run: Run, config: FilterTextConfig, key_or_url: str) -> list[str]:
-    """Lines that say what became of each row with this key or URL; InputError where no table has it."""
+    """Return lines that say what became of each row with this key or URL; InputError if no table has it."""
     corpus = read_manifest(run, "corpus")
     if corpus is None:
         raise InputError(f"{run.folder}: the corpus stage is not done; run it first")
@@ -44,7 +44,7 @@ def explain(run: Run, config: FilterTextConfig, key_or_url: str) -> list[str]:
 
 
 def _shown(url: str | None) -> str:
-    """An address for a terminal: what could steer it, or turn the direction of writing, is written out."""
+    """Return an address for a terminal, with control and direction characters written out."""
     return "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii")
         for letter in url or "(no address)"
@@ -63,11 +63,11 @@ def _find_rows(run: Run, corpus: Manifest, config: FilterTextConfig, key_or_url:
 
 
 def _dropped_by_corpus(run: Run, corpus: Manifest, key_or_url: str) -> Iterator[str]:
-    """Lines about the rows of sources that are in no caption table."""
+    """Yield lines about the rows of sources that are in no caption table."""
     is_key = _KEY.fullmatch(key_or_url) is not None
     hashed = pl.DataFrame({"url": [key_or_url]}).select(url_hash()).item()
     wanted = pl.col("key") == key_or_url if is_key else pl.col("url_hash") == hashed
-    # Where the address goes on, it is another one.
+    # An address that continues is another one.
     inside = re.compile(re.escape(key_or_url) + r"""(?=[\s,"'\\]|$)""")
     written = {shard.path for shard in corpus.shards if shard.num_samples}
     for task, facts in facts_of(corpus).items():
@@ -77,7 +77,7 @@ def _dropped_by_corpus(run: Run, corpus: Manifest, key_or_url: str) -> Iterator[
             found = table.filter(wanted).collect().sort("reason", DETAIL, "key")
             for (reason, text), rows in found.group_by("reason", DETAIL, maintain_order=True):
                 if reason == JOINED:
-                    yield f"{source}: {rows.height} further captions of one picture"
+                    yield f"{source}: {rows.height} further captions of one image"
                     yield f"  dropped by corpus: {reason} (part of the text {text})"
                     continue
                 for key in rows["key"]:
@@ -100,7 +100,7 @@ def _fate(run: Run, config: FilterTextConfig, row: dict[str, object]) -> Iterato
     if "dedup" in drops and not _is_first(run, row):
         yield f"dropped by dedup: {drops['dedup'][0]} (a lower table and row has the same URL and caption)"
         return
-    for stage in STEPS[2:]:  # what became of the picture
+    for stage in STEPS[2:]:  # what became of the image
         if found := drops.get(stage):
             yield f"dropped by {stage}: {found[0]}" + (f" ({found[1]})" if found[1] else "")
             return
@@ -109,7 +109,7 @@ def _fate(run: Run, config: FilterTextConfig, row: dict[str, object]) -> Iterato
 
 
 def _drops(run: Run, key: str, url: str) -> Iterator[tuple[str, tuple[str, str | None]]]:
-    """(stage, (reason, detail)) of the drop tables that hold a row."""
+    """Yield (stage, (reason, detail)) of the drop tables that hold a row."""
     hashed = pl.DataFrame({"url": [url]}).select(url_hash()).item()
     for stage in STEPS:
         for path in _outputs(run, stage, "dropped/"):
@@ -150,7 +150,7 @@ def _outputs(run: Run, stage: str, prefix: str, suffix: str = ".parquet") -> lis
 
 
 def _detail(config: FilterTextConfig, reason: str, detail: str | None, row: dict[str, object]) -> str:
-    """The word that hit is in the drop table, since lists are edited; the rest the row itself shows."""
+    """Return the detail of a drop: the word from the drop table (lists are edited), the rest from the row."""
     caption = str(row["caption"] or "").strip()
     if detail is not None:
         return f" (the word {detail!r})"

@@ -15,7 +15,7 @@ from data_prep.sources.local_server import serve
 from pipeline import runner
 from pipeline.core import store
 from pipeline.core.records import ConfigError
-from pipeline.runner import Run
+from pipeline.core.run import Run, manifest_path
 from tests.data_prep.shards.test_dedup_and_shards import _finish, _rows, _run
 from tests.helpers.s3_server import s3_server
 
@@ -39,7 +39,7 @@ def bucket() -> Iterator[str]:
 
 
 def _manifests(run: Run) -> list[str]:
-    return [store.read_text(runner.manifest_path(run, stage.name)) for stage in run.stages]
+    return [store.read_text(manifest_path(run, stage.name)) for stage in run.stages]
 
 
 def test_files_on_s3(bucket: str, tmp_path: Path) -> None:

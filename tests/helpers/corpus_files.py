@@ -27,8 +27,8 @@ from data_prep.shards.stage import ShardsConfig
 from data_prep.sources.table import TableSource
 from pipeline import runner
 from pipeline.core import store
+from pipeline.core.run import Run
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
-from pipeline.runner import Run
 
 
 def drawing(seed: int, side: int = 64) -> Image.Image:

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.catalog import load
 from pipeline.cli import main
-from pipeline.runner import State, survey
+from pipeline.core.run import State, survey
 
 RECIPE = "old_run/run.toml"
 STAGES = (

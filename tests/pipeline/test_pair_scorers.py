@@ -23,8 +23,8 @@ from pipeline.catalog import load, make_run
 from pipeline.core import store
 from pipeline.core.config import build
 from pipeline.core.records import ConfigError, InputError
+from pipeline.core.run import Run, State, make_context, manifest_path, read_manifest, survey_stage
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
-from pipeline.runner import Run, State, survey_stage
 from tests.helpers.mclip_files import write_mclip
 from tests.helpers.tiny_model import write_tiny_model
 from training.model.clip import build_clip
@@ -200,7 +200,7 @@ def test_another_threshold_costs_no_second_pass(
     assert set(judged["pair_text_encoder"]) == {text}
     assert set(judged["pair_image_encoder"]) == {image}
     assert rows.filter(pl.col("pair_score").is_null())["pair_text_encoder"].is_null().all()
-    manifest = runner.read_manifest(again, "filter_score")
+    manifest = read_manifest(again, "filter_score")
     assert manifest is not None
     assert manifest.dropped == {"score_below_threshold": 7}
     drops = pl.concat([pl.read_parquet(p) for p in Path(again.folder, "filter_score/dropped").glob("*")])
@@ -221,7 +221,7 @@ def test_a_share_of_the_scored_rows_goes(encoders: tuple[ScoreConfig, Any, str],
     values = np.sort(scores(everything)["pair_score"].to_numpy())
     run = make(tmp_path, config, min_score=None, drop_share=0.4)
     assert execute(run, redo=True) == 1
-    manifest = runner.read_manifest(run, "filter_score")
+    manifest = read_manifest(run, "filter_score")
     assert manifest is not None
     found = {extra["min_score"] for extra in manifest.extra.values()}
     assert len(found) == 1
@@ -302,11 +302,11 @@ def test_one_of_our_models_scores_both_sides(tmp_path: Path) -> None:
 def test_pairs_are_not_mixed(encoders: tuple[ScoreConfig, Any, str], tmp_path: Path) -> None:
     run = make(tmp_path, encoders[0])
     execute(run)
-    path = runner.manifest_path(run, "score")
+    path = manifest_path(run, "score")
     text = Path(path).read_text()
     old = pair_encoder.identify(encoders[0])[0][:16]
     Path(path).write_text(text.replace(old, "0" * 16, 1))
-    context = runner.make_context(run, run.stage("filter_score"))
+    context = make_context(run, run.stage("filter_score"))
     assert context is not None
     with pytest.raises(ConfigError, match="scores of 2 different encoder pairs have no threshold in common"):
         score.plan_filter(FilterScoreConfig(), context)

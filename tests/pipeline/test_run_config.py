@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
+from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen, MultipleOf
 from pydantic import Discriminator
 
 from pipeline import catalog
@@ -47,6 +48,22 @@ class Basket:
     def __post_init__(self) -> None:
         if self.weight <= 0:
             raise ValueError(f"weight {self.weight} is not above 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounded:
+    epochs: Annotated[int, Gt(0)] = 1
+    share: Annotated[float | None, Ge(0), Lt(1)] = None
+    patience: Annotated[int, Le(9), MultipleOf(3)] = 3
+    names: Annotated[tuple[str, ...], MinLen(1), MaxLen(2)] = ("a",)
+    label: Annotated[str, MinLen(2)] = "ab"
+    mode: Literal["fast", "slow"] = "fast"
+    sizes: tuple[float, float] = (1.0, 2.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stages:
+    stage1: Bounded
 
 
 APPLES = {"fruit": {"kind": "apples"}}
@@ -90,6 +107,39 @@ def test_wrong_values_are_named(table: dict[str, object], words: tuple[str, ...]
     assert message.startswith("basket.toml: ")
     for word in words:
         assert word.lower() in message.lower()
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"epochs": 0}, "epochs: must be greater than 0, found 0"),
+        ({"epochs": "two"}, "epochs: must be an integer, found 'two'"),
+        ({"share": -0.5}, "share: must be at least 0, found -0.5"),
+        ({"share": 1}, "share: must be less than 1, found 1"),
+        ({"share": "1"}, "share: must be a number, found '1'"),
+        ({"patience": 12}, "patience: must be at most 9, found 12"),
+        ({"patience": 4}, "patience: must be a multiple of 3, found 4"),
+        ({"names": []}, "names: must have at least 1 items, found []"),
+        ({"names": ["a", "b", "c"]}, "names: must have at most 2 items, found ['a', 'b', 'c']"),
+        ({"names": "a"}, "names: must be a list, found 'a'"),
+        ({"label": "a"}, "label: must have at least 2 characters, found 'a'"),
+        ({"mode": "quick"}, "mode: must be 'fast' or 'slow', found 'quick'"),
+        ({"sizes": [1.0]}, "sizes.1: required, but not set"),
+        ({"share": float("nan")}, "share: must be a finite number, found nan"),
+        ({"sizes": [1.0, float("-inf")]}, "sizes: must be a finite number, found -inf"),
+    ],
+)
+def test_bounds_of_types_are_told_in_one_dialect(table: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build(Stages, {"stage1": table}, "run.toml")
+    assert str(caught.value) == f"run.toml: stage1.{message}"
+
+
+def test_bounds_let_the_limits_and_unset_values_pass() -> None:
+    table = {"share": 0, "patience": 9, "names": ["a", "b"]}
+    built = build(Stages, {"stage1": table}, "run.toml").stage1
+    assert (built.share, built.patience, built.names) == (0.0, 9, ("a", "b"))
+    assert build(Stages, {"stage1": {}}, "run.toml").stage1.share is None
 
 
 def test_an_integer_does_for_a_float_and_unions_go_by_kind() -> None:
@@ -181,16 +231,19 @@ def test_a_recipe_is_found_by_name_and_by_its_path_in_the_tree(
         ("stage1.epoch=2", "demo.toml: stage1.epoch: unknown key; did you mean stage1.epochs?"),
         ("stage1.augment.horizontal_flips=0.5", "did you mean stage1.augment.horizontal_flip?"),
         ("filtertext.min_score=0.2", "did you mean filter_text?"),
-        ("model.name=tiny", "model.name"),
-        ("run.processes=two", "run.processes"),
-        ("run.seed=-1", "run.seed = -1: must not be negative"),
+        ("model.name=tiny", "demo.toml: model.name: no model 'tiny'; known: "),
+        ("model=3", "demo.toml: model: must be a table, found 3"),
+        ("run.processes=two", "demo.toml: run.processes: must be an integer, found 'two'"),
+        ("run.processes=0", "demo.toml: run.processes: must be at least 1, found 0"),
+        ("launch.stop_seconds=0", "launch.stop_seconds: must be greater than 0, found 0"),
+        ("run.seed=-1", "demo.toml: run.seed: must be at least 0, found -1"),
         ("stage1.peak_learning_rate=nan", "stage1.peak_learning_rate: must be a finite number, found nan"),
         (
             "stage1.augment.crop_area=[0.5, inf]",
             "stage1.augment.crop_area: must be a finite number, found inf",
         ),
-        ("launch.gpus_per_node=-1", "gpus_per_node = -1: must not be negative"),
-        ("corpus.kind=demos", "corpus"),
+        ("launch.gpus_per_node=-1", "launch.gpus_per_node: must be at least 0, found -1"),
+        ("corpus.kind=demos", "demo.toml: corpus.kind: must be one of 'demo', 'emoji'"),
     ],
 )
 def test_a_run_with_a_wrong_key_is_refused(override: str, words: str) -> None:
@@ -198,6 +251,24 @@ def test_a_run_with_a_wrong_key_is_refused(override: str, words: str) -> None:
         catalog.load("demo", [override])
     assert words in str(caught.value)
     assert "demo.toml" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (['model.start_weights="w.pt"'], "model.start_weights is a whole model: leave out"),
+        (
+            ['model.start_weights="w.pt"', 'model.text_weights="bert"'],
+            "model: start_weights is a whole model: leave out",
+        ),
+        (['model.image_weights="w.pt"'], "model.image_weights and [english] both give the image tower"),
+        (["filter_score.min_score=0.2"], "filter_score: nothing to judge without [score]"),
+    ],
+)
+def test_tables_that_exclude_each_other_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        catalog.load("demo", overrides)
+    assert f"demo.toml: {message}" in str(caught.value)
 
 
 def test_a_stage_cannot_choose_by_a_set_that_the_run_lacks() -> None:

@@ -16,8 +16,8 @@ from pipeline.cli.tables import closing_words
 from pipeline.core import store
 from pipeline.core.config import NOT_IN_DIGEST
 from pipeline.core.records import ConfigError, InputError, Manifest, Receipt
+from pipeline.core.run import Run, State, manifest_path, read_manifest, select, survey
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
-from pipeline.runner import Run, State
 
 NUM_FILES = 4
 
@@ -99,15 +99,15 @@ def _execute(run: Run, redo: bool = False) -> int:
 
 
 def _states(run: Run) -> list[State]:
-    return [status.state for status in runner.survey(run)]
+    return [status.state for status in survey(run)]
 
 
 def _manifests(run: Run) -> list[str]:
-    return [store.read_text(runner.manifest_path(run, stage.name)) for stage in run.stages]
+    return [store.read_text(manifest_path(run, stage.name)) for stage in run.stages]
 
 
 def _manifest(run: Run, stage: str) -> Manifest:
-    manifest = runner.read_manifest(run, stage)
+    manifest = read_manifest(run, stage)
     assert manifest is not None
     return manifest
 
@@ -116,7 +116,7 @@ def test_a_run_does_everything_once(numbers: Path, tmp_path: Path) -> None:
     journal = tmp_path / "journal"
     run = _run(numbers, tmp_path / "run", EvenConfig(below=30, journal=str(journal)))
     assert _states(run) == [State.TO_DO, State.TO_DO]
-    assert runner.survey(run)[1].why == "after source"
+    assert survey(run)[1].why == "after source"
     assert _execute(run) == 2
     assert _states(run) == [State.DONE, State.DONE]
     even = _manifest(run, "even")
@@ -140,7 +140,7 @@ def test_a_changed_setting_is_stale_and_never_silently_redone(numbers: Path, tmp
     _execute(_run(numbers, tmp_path / "run"))
     changed = _run(numbers, tmp_path / "run", EvenConfig(below=20))
     assert _states(changed) == [State.DONE, State.STALE]
-    assert runner.survey(changed)[1].why == "its configuration changed"
+    assert survey(changed)[1].why == "its configuration changed"
     before = _manifests(changed)
     with pytest.raises(ConfigError, match=r"even is stale: its configuration changed; run with --redo"):
         _execute(changed)
@@ -191,11 +191,11 @@ def test_a_task_whose_output_was_lost_is_done_again(numbers: Path, tmp_path: Pat
     run = _run(numbers, tmp_path / "run", EvenConfig(journal=str(journal)))
     _execute(run)
     before = _manifests(run)
-    os.remove(runner.manifest_path(run, "even"))
+    os.remove(manifest_path(run, "even"))
     os.remove(tmp_path / "run" / "even" / "00001.txt")
     (tmp_path / "run" / "even" / "receipts" / "00003.json").write_text("{")  # damaged: counts for nothing
     journal.unlink()
-    assert runner.survey(run)[1].tasks_done == 2
+    assert survey(run)[1].tasks_done == 2
     assert _execute(run) == 1
     assert sorted(journal.read_text().split()) == ["00001", "00003"]
     assert _manifests(run) == before
@@ -225,30 +225,30 @@ def test_verify_finds_a_flipped_byte_and_a_missing_file(numbers: Path, tmp_path:
     assert len(complaints) == 2
     assert complaints[0].startswith(f"{flipped}: bytes differ")
     assert complaints[1].startswith(f"{gone}: missing")
-    assert all("--stage even --mend" in line for line in complaints)
-    assert runner.execute(run, [run.stage("even")], redo=False, mend=True) == 1  # the remedy heals
+    assert all("--stage even --repair" in line for line in complaints)
+    assert runner.execute(run, [run.stage("even")], redo=False, repair=True) == 1  # the remedy heals
     assert runner.verify(run, run.stages) == []
 
 
 def test_mend_redoes_damaged_tasks_alone(numbers: Path, tmp_path: Path) -> None:
     run = _run(numbers, tmp_path / "run", EvenConfig(journal=str(tmp_path / "journal")))
     _execute(run)
-    before = store.read_text(runner.manifest_path(run, "even"))
+    before = store.read_text(manifest_path(run, "even"))
     (tmp_path / "journal").write_text("")
-    assert runner.execute(run, run.stages, redo=False, mend=True) == 0  # all is whole
+    assert runner.execute(run, run.stages, redo=False, repair=True) == 0  # all is whole
     flipped, cut, gone = (tmp_path / "run" / "even" / f"0000{number}.txt" for number in range(3))
     flipped.write_bytes(bytes(reversed(flipped.read_bytes())))  # as long as before: only its bytes tell
     cut.write_bytes(cut.read_bytes()[:-1])
     gone.unlink()
     (tmp_path / "run" / "even" / "receipts" / "00003.json").write_text("{")
     assert runner.execute(run, run.stages, redo=False) == 0  # finished stages are trusted by their manifests
-    assert runner.execute(run, run.stages, redo=False, mend=True) == 1  # what comes after is as it was
+    assert runner.execute(run, run.stages, redo=False, repair=True) == 1  # what comes after is as it was
     assert (tmp_path / "journal").read_text().split() == ["00000", "00001", "00002", "00003"]
     (tmp_path / "journal").write_text("")
     cut.unlink()
-    assert runner.execute(run, run.stages, redo=False, mend=True) == 1
+    assert runner.execute(run, run.stages, redo=False, repair=True) == 1
     assert (tmp_path / "journal").read_text().split() == ["00001"]
-    assert store.read_text(runner.manifest_path(run, "even")) == before
+    assert store.read_text(manifest_path(run, "even")) == before
 
 
 def test_receipts_account_for_every_row(tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_no_rows_left_names_the_rules(numbers: Path, tmp_path: Path) -> None:
     assert "no rows left of 40 after even" in message
     assert "odd removed 20" in message
     assert "large removed 20" in message
-    assert runner.read_manifest(run, "even") is None
+    assert read_manifest(run, "even") is None
 
 
 def test_one_run_at_a_time(numbers: Path, tmp_path: Path) -> None:
@@ -292,11 +292,11 @@ def test_a_killed_run_goes_on_to_the_same_manifests(numbers: Path, tmp_path: Pat
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert runner.read_manifest(killed, "even") is None
+    assert read_manifest(killed, "even") is None
     assert not store.exists(store.join(killed.folder, "even", f"{task}.txt"))
     journal = tmp_path / "journal"
     again = _run(numbers, tmp_path / "killed", EvenConfig(journal=str(journal)))
-    assert runner.survey(again)[1].tasks_done == int(task)
+    assert survey(again)[1].tasks_done == int(task)
     assert _execute(again) == 1
     assert len(journal.read_text().split()) == NUM_FILES - int(task)
     assert _manifests(again) == _manifests(whole)
@@ -317,7 +317,7 @@ def test_a_killed_worker_process_is_said_in_one_line(numbers: Path, tmp_path: Pa
 def test_half_done_work_of_another_setting_is_stale(numbers: Path, tmp_path: Path) -> None:
     run = _run(numbers, tmp_path / "run")
     _execute(run)
-    os.remove(runner.manifest_path(run, "even"))
+    os.remove(manifest_path(run, "even"))
     changed = _run(numbers, tmp_path / "run", EvenConfig(below=20))
     assert _states(changed) == [State.DONE, State.STALE]
     with pytest.raises(ConfigError, match="even is stale"):
@@ -327,9 +327,9 @@ def test_half_done_work_of_another_setting_is_stale(numbers: Path, tmp_path: Pat
 def test_a_damaged_manifest_is_named(numbers: Path, tmp_path: Path) -> None:
     run = _run(numbers, tmp_path / "run")
     _execute(run)
-    Path(runner.manifest_path(run, "source")).write_text('{"stage": "source"}')
+    Path(manifest_path(run, "source")).write_text('{"stage": "source"}')
     with pytest.raises(InputError, match=r"source/manifest\.json: damaged manifest"):
-        runner.survey(run)
+        survey(run)
 
 
 def test_manifests_and_receipts_hold_no_times(numbers: Path, tmp_path: Path) -> None:
@@ -343,13 +343,13 @@ def test_manifests_and_receipts_hold_no_times(numbers: Path, tmp_path: Path) -> 
 
 def test_selecting_stages(numbers: Path, tmp_path: Path) -> None:
     run = _run(numbers, tmp_path / "run")
-    assert [stage.name for stage in runner.select(run, None, None, "source")] == ["source"]
-    assert [stage.name for stage in runner.select(run, None, "even", None)] == ["even"]
-    assert [stage.name for stage in runner.select(run, "even", None, None)] == ["even"]
+    assert [stage.name for stage in select(run, None, None, "source")] == ["source"]
+    assert [stage.name for stage in select(run, None, "even", None)] == ["even"]
+    assert [stage.name for stage in select(run, "even", None, None)] == ["even"]
     with pytest.raises(ConfigError, match="evn: no such stage in this run; it has source, even"):
-        runner.select(run, "evn", None, None)
+        select(run, "evn", None, None)
     with pytest.raises(ConfigError, match="comes after"):
-        runner.select(run, None, "even", "source")
+        select(run, None, "even", "source")
     with pytest.raises(ConfigError, match="even comes after source, which is not done"):
         runner.execute(run, [run.stage("even")], redo=False)
 

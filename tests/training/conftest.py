@@ -1,4 +1,4 @@
-"""Makes timm and torchvision importable, whatever a test imports first; keeps what a test registers to itself."""
+"""Make timm and torchvision importable first, and keep the models that a test registers to itself."""
 
 from collections.abc import Iterator
 

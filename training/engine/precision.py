@@ -32,7 +32,7 @@ def check_precision(config: TrainConfig) -> None:
     """Raise ConfigError where a DeepSpeed file's precision cannot run on this machine."""
     half = half_of(read_deepspeed_file(config.deepspeed))
     on = get_accelerator()
-    # Some processors multiply in float16 too, and DeepSpeed then calls it supported; its loss scaling was never tried there.
+    # DeepSpeed calls fp16 supported on processors that multiply in it; training there was never tried.
     if half == "fp16" and (on.device_name() == "cpu" or not on.is_fp16_supported()):
         raise ConfigError(
             f"deepspeed = {config.deepspeed!r}: fp16 needs a GPU, and this machine computes on its"

@@ -23,7 +23,7 @@ from data_prep.formats.keys import with_key
 from pipeline import catalog, runner
 from pipeline.catalog import RunConfig
 from pipeline.core.records import InputError, Manifest
-from pipeline.runner import Run
+from pipeline.core.run import Run, read_manifest, select
 from pipeline.tools.why import explain
 
 SETTINGS = {
@@ -48,7 +48,7 @@ def _load(folder: Path) -> tuple[Run, RunConfig]:
 
 
 def _execute(run: Run) -> None:
-    runner.execute(run, runner.select(run, None, None, STAGES[-1]), redo=False)
+    runner.execute(run, select(run, None, None, STAGES[-1]), redo=False)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def rows(finished: Run) -> pl.DataFrame:
 
 
 def _manifest(run: Run, stage: str) -> Manifest:
-    manifest = runner.read_manifest(run, stage)
+    manifest = read_manifest(run, stage)
     assert manifest is not None
     return manifest
 
@@ -191,7 +191,7 @@ def test_a_killed_download_leaves_no_receipt_and_the_next_run_completes(
     assert alive == []
     assert not list(folder.glob("download/receipts/*"))
     run, _ = _load(folder)
-    assert runner.read_manifest(run, "download") is None
+    assert read_manifest(run, "download") is None
     _execute(run)
     assert _manifests(run) == _manifests(finished)
     assert not list(folder.glob("download/raw*"))

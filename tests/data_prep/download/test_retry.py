@@ -22,7 +22,7 @@ from data_prep.download.stage import DownloadConfig
 from pipeline import catalog, runner
 from pipeline.core import store
 from pipeline.core.records import ConfigError, InputError
-from pipeline.runner import Run
+from pipeline.core.run import Run, State, read_manifest, select, survey
 from pipeline.tools import retry
 from tests.helpers.corpus_files import drawing, encoded, make_run, sidecars
 
@@ -106,7 +106,7 @@ def shard_bytes(run: Run) -> dict[str, bytes]:
 
 
 def dropped(run: Run) -> dict[str, int]:
-    manifest = runner.read_manifest(run, "download")
+    manifest = read_manifest(run, "download")
     assert manifest is not None
     assert manifest.num_in == NUM_PICTURES == manifest.num_kept + sum(manifest.dropped.values())
     return dict(manifest.dropped)
@@ -140,11 +140,11 @@ def test_after_a_retry_the_shards_are_those_of_a_good_day(
     runner.execute(good, good.stages, redo=False)
     assert shard_bytes(failed) == shard_bytes(good)
     assert dropped(failed) == dropped(good) == expected(still_gone)
-    manifests = [runner.read_manifest(run, "download") for run in (failed, good)]
+    manifests = [read_manifest(run, "download") for run in (failed, good)]
     funnels = [by_source(manifest) for manifest in manifests if manifest is not None]
     assert funnels[0] == funnels[1]
     assert runner.verify(failed, failed.stages) == []
-    assert all(status.state is runner.State.DONE for status in runner.survey(failed))
+    assert all(status.state is State.DONE for status in survey(failed))
     # And nothing is left to ask for.
     assert retry.do(failed) == retry.Retried(0, 0, 0, ())
 
@@ -246,7 +246,7 @@ def test_what_img2dataset_leaves_damaged_is_asked_for_once_more(
             yield process
 
     monkeypatch.setattr(download, "_downloader", damaging)
-    stages = runner.select(run, None, None, "download")
+    stages = select(run, None, None, "download")
     if for_good:
         with pytest.raises(InputError, match="img2dataset left 1 partitions damaged, 2 times"):
             runner.execute(run, stages, redo=False)
@@ -280,7 +280,7 @@ def test_a_site_that_heals_over_real_http(tmp_path: Path) -> None:
         "download.timeout_seconds": 5.0, "download.retries": 0, "shards.samples_per_shard": 32,
     }  # fmt: skip
     run, _ = catalog.load("demo", [f"{key}={value}" for key, value in settings.items()])
-    runner.execute(run, runner.select(run, None, None, "shards"), redo=False)
+    runner.execute(run, select(run, None, None, "shards"), redo=False)
     before = dropped_by(run)
     path = Path(run.folder, "corpus", "site.json")
     site = json.loads(path.read_text())
@@ -301,6 +301,6 @@ def test_a_site_that_heals_over_real_http(tmp_path: Path) -> None:
 
 
 def dropped_by(run: Run) -> Counter[str]:
-    manifest = runner.read_manifest(run, "download")
+    manifest = read_manifest(run, "download")
     assert manifest is not None
     return Counter(manifest.dropped)

@@ -37,8 +37,8 @@ from pipeline.core import store
 from pipeline.core.config import build
 from pipeline.core.evaluation_sets import EvaluationSource
 from pipeline.core.records import ConfigError
+from pipeline.core.run import Run, read_manifest
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
-from pipeline.runner import Run
 from pipeline.tools.why import explain
 
 
@@ -137,7 +137,7 @@ def kept_urls(run: Run) -> set[str]:
 
 
 def dropped(run: Run, stage: str) -> dict[str, int]:
-    manifest = runner.read_manifest(run, stage)
+    manifest = read_manifest(run, stage)
     assert manifest is not None
     return dict(manifest.dropped)
 
@@ -182,7 +182,7 @@ def test_size_and_aspect_are_switched_per_source(tmp_path: Path) -> None:
         "c": {"http://c.cn/s": small, "http://c.cn/l": long},
     }
     run = make(tmp_path, tables, exempt={"b": ("size", "aspect"), "c": ("aspect",)})
-    manifest = runner.read_manifest(run, "filter_image")
+    manifest = read_manifest(run, "filter_image")
     assert manifest is not None
     assert all(extra["rules"] == image_rules.VERSIONS for extra in manifest.extra.values())
     assert dropped(run, "filter_image") == {"aspect": 1, "too_small": 2}

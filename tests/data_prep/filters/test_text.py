@@ -23,8 +23,8 @@ from data_prep.sources.table import TableSource
 from pipeline import runner
 from pipeline.cli.tables import notes
 from pipeline.core.records import ConfigError, Manifest
+from pipeline.core.run import Run, read_manifest
 from pipeline.core.stage import Stage
-from pipeline.runner import Run
 from pipeline.tools.why import explain
 
 
@@ -54,7 +54,7 @@ def table(path: Path, captions: Sequence[str], **columns: Any) -> TableSource:
 
 
 def manifest(run: Run, stage: str = "filter_text") -> Manifest:
-    found = runner.read_manifest(run, stage)
+    found = read_manifest(run, stage)
     assert found is not None
     return found
 

@@ -32,8 +32,8 @@ from data_prep.sources.table import TableSource
 from pipeline import runner
 from pipeline.core import store
 from pipeline.core.records import InputError, Manifest
+from pipeline.core.run import Run, make_context, read_manifest
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
-from pipeline.runner import Run
 
 NUM_PAIRS = 45
 NUM_COPIES = 12
@@ -124,7 +124,7 @@ def finished(tables: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Ru
 
 
 def _manifest(run: Run, stage: str) -> Manifest:
-    manifest = runner.read_manifest(run, stage)
+    manifest = read_manifest(run, stage)
     assert manifest is not None
     return manifest
 
@@ -269,7 +269,7 @@ def test_neighbouring_partitions_in_one_task_give_the_same_files(
     monkeypatch.setattr(dedup, "_MIN_TASKS", 3)
     together = _run(tmp_path / "together", tables, partitions=7)
     runner.execute(together, together.stages[:3], redo=False)
-    context = runner.make_context(together, together.stage("dedup"))
+    context = make_context(together, together.stage("dedup"))
     assert context is not None
     assert [task.name for task in dedup.plan(DedupConfig(partitions=7), context)] == [
         "00000",

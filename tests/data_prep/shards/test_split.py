@@ -10,10 +10,9 @@ from PIL import Image
 from data_prep.rules.image import nearest_hash_distances
 from data_prep.shards import split as split_module
 from data_prep.shards.split import SplitConfig
-from pipeline import runner
 from pipeline.core.config import build
 from pipeline.core.records import ConfigError, InputError
-from pipeline.runner import Run
+from pipeline.core.run import Run, read_manifest
 from tests.helpers.corpus_files import drawing, encoded, finish, make_run, sidecars
 
 NUM_PICTURES = 60
@@ -70,8 +69,8 @@ def test_no_copy_crosses(done: Run) -> None:
 
 
 def test_rows_of_validation_are_not_trained_on(done: Run) -> None:
-    manifest = runner.read_manifest(done, "shards")
-    split_manifest = runner.read_manifest(done, "split")
+    manifest = read_manifest(done, "shards")
+    split_manifest = read_manifest(done, "split")
     assert manifest is not None
     assert split_manifest is not None
     facts = split_manifest.extra["split"]
@@ -87,7 +86,7 @@ def test_the_parts_depend_on_neither_partitions_nor_workers(
 ) -> None:
     other = _split(tmp_path, SplitConfig(count=20), partitions, processes)
     for stage in ("shards", "validation"):
-        first, second = (runner.read_manifest(run, stage) for run in (done, other))
+        first, second = (read_manifest(run, stage) for run in (done, other))
         assert first is not None
         assert second is not None
         assert [shard.digest for shard in first.shards] == [shard.digest for shard in second.shards]
@@ -106,7 +105,7 @@ def test_candidates_beside_training_rows_are_passed_over(
     """With few candidates, copies of some lie among the rows that are none."""
     monkeypatch.setattr(split_module, "_SPARE_CANDIDATES", 0)
     run = _split(tmp_path, SplitConfig(count=12))
-    manifest = runner.read_manifest(run, "split")
+    manifest = read_manifest(run, "split")
     assert manifest is not None
     assert manifest.extra["split"]["candidates_with_copies_in_training"] > 0
     validation, train = sidecars(run, "validation"), sidecars(run)

@@ -27,8 +27,8 @@ from data_prep.sources.packed import PackedSource
 from data_prep.sources.table import TableSource
 from pipeline import runner
 from pipeline.core.records import InputError
+from pipeline.core.run import Run, read_manifest
 from pipeline.core.stage import Stage
-from pipeline.runner import Run
 from pipeline.tools.why import explain
 from tests.helpers.mutations import mutate, seed_pictures, seed_tables, seed_tar
 
@@ -109,7 +109,7 @@ def run_text_stages(folder: Path, config: TablesConfig | SourcesConfig, what: st
         assert str(folder.parent) in refused, what
         assert "\n" not in refused, what
         return "refused"
-    taken, judged = runner.read_manifest(run, "corpus"), runner.read_manifest(run, "filter_text")
+    taken, judged = read_manifest(run, "corpus"), read_manifest(run, "filter_text")
     assert taken is not None
     assert judged is not None
     assert judged.num_in == taken.num_kept

@@ -31,8 +31,8 @@ from pipeline import runner
 from pipeline.cli import main
 from pipeline.core.config import build
 from pipeline.core.records import ConfigError, InputError, Manifest
+from pipeline.core.run import Run, make_context, read_manifest
 from pipeline.core.stage import Stage
-from pipeline.runner import Run
 from pipeline.tools.why import explain
 
 
@@ -63,7 +63,7 @@ def take_in(
 
 
 def manifest(run: Run, stage: str) -> Manifest:
-    found = runner.read_manifest(run, stage)
+    found = read_manifest(run, stage)
     assert found is not None
     return found
 
@@ -267,7 +267,7 @@ def test_region_captions_are_joined_exempt_from_length_and_guarded(tmp_path: Pat
     assert why(run, "http://a.cn/x")[1] == "  dropped by corpus: image_id_missing"
     text = kept(run)["key"][0]
     joined = why(run, "http://a.cn/vg/1.jpg")
-    assert joined[0] == "vg: 3 further captions of one picture"
+    assert joined[0] == "vg: 3 further captions of one image"
     assert joined[1] == f"  dropped by corpus: joined_with_image (part of the text {text})"
     assert joined[2].startswith(f"{text}  vg row 0  http://a.cn/vg/1.jpg")
     assert joined[3] == "  kept so far; the shards are not made yet"
@@ -311,7 +311,7 @@ def _cn_clip(folder: Path) -> None:
 
 def _fetch(run: Run, at: str) -> bytes:
     found = manifest(run, "corpus")
-    context = runner.make_context(run, run.stage("filter_text"))
+    context = make_context(run, run.stage("filter_text"))
     assert context is not None
     assert found.extra
     with (

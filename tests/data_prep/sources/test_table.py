@@ -24,8 +24,8 @@ from data_prep.sources.table import (
 )
 from pipeline import runner
 from pipeline.core.records import ConfigError, InputError
+from pipeline.core.run import Run, read_manifest
 from pipeline.core.stage import Stage
-from pipeline.runner import Run
 
 LAION = {
     "SAMPLE_ID": [7, 8],
@@ -221,7 +221,7 @@ def test_tables_of_two_sources_are_judged_each_by_its_columns(tmp_path: Path) ->
     plain.write_text("url,caption\nhttp://b.cn/1,  一只棕色的兔子 \nhttp://b.cn/2,兔子\n")
     run = _run(tmp_path / "run", _source(scored), _source(plain))
     _execute(run)
-    manifest = runner.read_manifest(run, "filter_text")
+    manifest = read_manifest(run, "filter_text")
     assert manifest is not None
     assert (manifest.num_in, manifest.num_kept, manifest.dropped) == (4, 2, {"language": 1, "too_short": 1})
     kept = pl.concat(

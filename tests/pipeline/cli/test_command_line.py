@@ -107,6 +107,30 @@ def test_verify_fails_where_a_byte_differs(recipe: Path, capsys: pytest.CaptureF
     assert _main(capsys, "verify", recipe)[0] == 0
 
 
+@pytest.mark.parametrize("flag", ["--repair", "--mend"])  # the latter is what the flag was called before
+def test_repair_redoes_what_is_damaged(recipe: Path, capsys: pytest.CaptureFixture[str], flag: str) -> None:
+    assert _main(capsys, "run", recipe, "--to", "filter_text")[0] == 0
+    path = recipe.parent / "run" / "filter_text" / "kept" / "00000.parquet"
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    assert "run `--stage filter_text --repair`" in _main(capsys, "verify", recipe)[1]
+    assert _main(capsys, "run", recipe, "--stage", "filter_text", flag)[0] == 0
+    assert _main(capsys, "verify", recipe)[:2] == (0, "all outputs match their manifests\n")
+
+
+def test_the_help_of_every_command_ends_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    commands = (
+        "plan run status verify why launch doctor retry diff reshard subset merge export guard predict score"
+        " eval prompts negation embed index bench-index serve convert inspect"
+    )
+    for command in commands.split():
+        with pytest.raises(SystemExit) as ended:
+            command_line.main([command, "--help"])
+        assert ended.value.code == 0
+        shown = capsys.readouterr().out
+        assert f"Example: cnclip {command} " in shown
+        assert "--mend" not in shown
+
+
 def test_a_changed_setting_asks_for_redo(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("run", recipe, "--to", "filter_text")
     assert _main(capsys, *words)[0] == 0

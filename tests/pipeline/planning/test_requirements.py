@@ -99,8 +99,10 @@ def test_a_micro_batch_that_does_not_fit_is_told_one_that_does(capsys: pytest.Ca
 
 
 def test_memory_is_what_the_name_of_the_hardware_says(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "with A100 (40 GiB" in plan(capsys, "pretrain", "--hardware", "A100-SXM4-40GB")
-    assert "with A100 (20 GiB" in plan(capsys, "pretrain", "--hardware", "A100-40GB", "--memory", "20")
+    assert "Estimates assume A100 (40 GiB" in plan(capsys, "pretrain", "--hardware", "A100-SXM4-40GB")
+    assert "Estimates assume A100 (20 GiB" in plan(
+        capsys, "pretrain", "--hardware", "A100-40GB", "--memory", "20"
+    )
     assert main(["plan", "pretrain", "--hardware", "A10G"]) == 2
     assert "--hardware A10G: no data sheet of it here; known: " in capsys.readouterr().err
 
@@ -166,7 +168,7 @@ def test_a_warm_up_longer_than_its_training_is_told(capsys: pytest.CaptureFixtur
 
 def test_a_run_shows_its_training_where_hardware_is_given(capsys: pytest.CaptureFixture[str]) -> None:
     folder = "--set=run.folder=/nowhere/demo"
-    assert "Reckoned" not in plan(capsys, "demo", folder)
+    assert "Estimates assume" not in plan(capsys, "demo", folder)
     assert main(["plan", "demo", folder, "--hardware", "abacus"]) == 2
     assert capsys.readouterr().out == ""  # refused before anything is shown
     said = plan(capsys, "demo", folder, "--hardware", "A100", "--samples", "3000")
@@ -180,13 +182,13 @@ def test_a_run_shows_its_training_where_hardware_is_given(capsys: pytest.Capture
     ("words", "message"),
     [
         (("--hardware", "abacus"), "--hardware abacus: no data sheet"),
-        (("--utilisation", "40"), "--utilisation 40.0: must be above 0 and at most 1"),
-        (("--memory", "0"), "--memory 0.0: must be above 0 GiB"),
-        (("--memory", "nan"), "--memory nan: must be above 0 GiB"),
+        (("--utilisation", "40"), "--utilisation 40.0: must be greater than 0 and at most 1"),
+        (("--memory", "0"), "--memory 0.0: must be greater than 0 GiB"),
+        (("--memory", "nan"), "--memory nan: must be greater than 0 GiB"),
         (("--tokens", "2"), "--tokens 2: must be from 3 ([CLS], one, [SEP]) to 52"),
         (("--tokens", "53"), "--tokens 53: must be from 3"),
         (("--set", "stage1.epochs=3"), "--set stage1.epochs=3: pretrain is the paper's"),
-        (("--samples", "0"), "--samples 0: must be above 0"),
+        (("--samples", "0"), "--samples 0: must be greater than 0"),
     ],
 )
 def test_what_no_device_does_is_refused(
@@ -199,7 +201,7 @@ def test_what_no_device_does_is_refused(
 def test_any_wish_about_training_plans_it(capsys: pytest.CaptureFixture[str]) -> None:
     folder = "--set=run.folder=/nowhere/demo"
     for wish in ("--samples=3000", "--utilisation=0.4", "--memory=80", "--tokens=22"):
-        assert "Reckoned with A100 (80 GiB" in plan(capsys, "demo", folder, wish), wish
+        assert "Estimates assume A100 (80 GiB" in plan(capsys, "demo", folder, wish), wish
     for nonsense in ("--samples=0", "--utilisation=7", "--memory=-1", "--tokens=2000"):
         assert main(["plan", "demo", folder, nonsense]) == 2
         said = capsys.readouterr()

@@ -16,8 +16,8 @@ from data_prep.shards.split import SplitConfig
 from data_prep.sources.table import TableSource
 from pipeline.cli import main
 from pipeline.core.records import InputError
+from pipeline.core.run import Run
 from pipeline.core.stage import Stage
-from pipeline.runner import Run
 from pipeline.tools import diff
 from tests.helpers.corpus_files import drawing, encoded, finish, make_run, sidecars
 
@@ -66,7 +66,7 @@ def test_the_lock_names_sources_rules_settings_funnel_and_shards(plain: Run) -> 
 
 def test_the_same_build_elsewhere_differs_in_nothing(plain: Run, tmp_path: Path) -> None:
     changes = diff.row_changes(diff.Build.open(plain.folder), diff.Build.open(_build(tmp_path).folder))
-    assert (changes.kept_by_both, changes.other_picture, changes.other_caption) == (30, 0, 0)
+    assert (changes.kept_by_both, changes.other_image, changes.other_caption) == (30, 0, 0)
     assert changes.missing == {"A": {}, "B": {}}
 
 
@@ -94,7 +94,7 @@ def test_every_differing_row_has_the_others_reason(
     assert set(rows.filter(pl.col("in") == "B")["caption"]) == {"一张新的图片", "以前没有的图片"}
 
 
-def test_another_picture_at_an_address_and_rows_set_aside(plain: Run, tmp_path: Path) -> None:
+def test_another_image_at_an_address_and_rows_set_aside(plain: Run, tmp_path: Path) -> None:
     pictures = {**PICTURES, "2.jpg": encoded(drawing(98))}
     other = _build(tmp_path, pictures, splitting=SplitConfig(count=5))
     changes = diff.row_changes(diff.Build.open(other.folder), diff.Build.open(plain.folder))
@@ -102,7 +102,7 @@ def test_another_picture_at_an_address_and_rows_set_aside(plain: Run, tmp_path: 
     assert changes.missing == {"A": {}, "B": {("split", "validation"): num_aside}}
     assert changes.kept_by_both == 30 - num_aside
     trained = any(url.endswith("/2.jpg") for url in sidecars(other)["url"])
-    assert changes.other_picture == int(trained)
+    assert changes.other_image == int(trained)
 
 
 def test_a_picture_that_the_other_guards_is_no_unknown_row(tmp_path: Path) -> None:

@@ -1,0 +1,176 @@
+"""A resolved run and what its folder says: which stages are done, which are stale, which are to do."""
+
+import contextlib
+import enum
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.core import store
+from pipeline.core.records import ConfigError, InputError, Manifest, Receipt
+from pipeline.core.stage import Context, Stage, Task, inputs_digest, read_receipt, receipt_counts
+
+
+class State(enum.Enum):
+    DONE = "done"
+    STALE = "stale"
+    TO_DO = "to do"
+
+
+@dataclass(frozen=True, slots=True)
+class StageStatus:
+    """The state of one stage."""
+
+    stage: Stage
+    state: State
+    why: str  # for stale: what changed; for to do: what it waits for; else empty
+    tasks_done: int
+    num_tasks: int | None  # None while the parents are not done
+    manifest: Manifest | None
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A resolved run: its folder and its stages in order."""
+
+    folder: str
+    seed: int
+    executor: Literal["local", "ray"]
+    processes: int
+    stages: tuple[Stage, ...]
+
+    def stage(self, name: str) -> Stage:
+        """Return the stage of that name; ConfigError if there is none."""
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise ConfigError(
+            f"{name}: no such stage in this run; it has {', '.join(s.name for s in self.stages)}"
+        )
+
+
+def manifest_path(run: Run, stage: str) -> str:
+    """Return the path of a stage's manifest, which exists once the stage is finished."""
+    return store.join(run.folder, stage, "manifest.json")
+
+
+def read_manifest(run: Run, stage: str) -> Manifest | None:
+    """Return a finished stage's manifest, or None if the stage is not finished."""
+    path = manifest_path(run, stage)
+    if not store.exists(path):
+        return None
+    try:
+        return Manifest.from_json(store.read_text(path))
+    except (ValueError, TypeError, KeyError):
+        raise InputError(f"{path}: damaged manifest; remove the file and rerun") from None
+
+
+def make_context(run: Run, stage: Stage) -> Context | None:
+    """Return the stage's context, or None while a parent is not finished."""
+    parents = {name: read_manifest(run, name) for name in stage.parents}
+    finished = {name: manifest for name, manifest in parents.items() if manifest is not None}
+    if len(finished) < len(parents):
+        return None
+    return Context(run.folder, stage.name, run.seed, finished)
+
+
+def receipts_that_count(stage: Stage, context: Context, tasks: Sequence[Task]) -> dict[str, Receipt]:
+    """Return the receipts of the tasks that are done with this configuration and these inputs, by task."""
+    return {
+        task.name: receipt
+        for task in tasks
+        if (receipt := read_receipt(context, task)) and receipt_counts(stage, context, task, receipt)
+    }
+
+
+def survey_stage(run: Run, stage: Stage) -> StageStatus:
+    """Return the state of a stage, judged by digests only; reads no data."""
+    manifest = read_manifest(run, stage.name)
+    context = make_context(run, stage)
+    if context is None:
+        waiting = [name for name in stage.parents if read_manifest(run, name) is None]
+        return StageStatus(stage, State.TO_DO, f"after {waiting[-1]}", 0, None, manifest)
+    tasks = stage.plan(stage.config, context)
+    if manifest is not None:
+        why = _changed(stage, tasks, manifest.config_digest, manifest.inputs_digest)
+        state = State.STALE if why else State.DONE
+        return StageStatus(stage, state, why, len(tasks) if not why else 0, len(tasks), manifest)
+    started = _read_started(context)
+    why = _changed(stage, tasks, *started) if started else ""
+    done = len(receipts_that_count(stage, context, tasks))
+    return StageStatus(stage, State.STALE if why else State.TO_DO, why, done, len(tasks), None)
+
+
+def survey(run: Run) -> list[StageStatus]:
+    """Return the state of every stage, in order."""
+    return [survey_stage(run, stage) for stage in run.stages]
+
+
+def survey_what_is_there(run: Run) -> tuple[list[StageStatus], list[str]]:
+    """Like `survey`, with a line for each input that is missing or unusable: its stages are to do."""
+    statuses, complaints = [], dict[str, None]()
+    for stage in run.stages:
+        try:
+            statuses.append(survey_stage(run, stage))
+        except InputError as error:
+            complaints[str(error)] = None  # one file may stop many stages
+            statuses.append(StageStatus(stage, State.TO_DO, "an input is missing, see below", 0, None, None))
+    return statuses, list(complaints)
+
+
+def select(run: Run, only: str | None, first: str | None, last: str | None) -> list[Stage]:
+    """Return the stages that `--stage`, `--from` and `--to` name; ConfigError for an unknown name."""
+    names = [stage.name for stage in run.stages]
+    if only is not None:
+        return [run.stage(only)]
+    start = names.index(run.stage(first).name) if first else 0
+    end = names.index(run.stage(last).name) + 1 if last else len(names)
+    if start >= end:
+        raise ConfigError(f"--from {first} comes after --to {last}; the order is {', '.join(names)}")
+    return list(run.stages[start:end])
+
+
+def _changed(stage: Stage, tasks: list[Task], config_digest: str, digest_of_inputs: str) -> str:
+    changes = []
+    if config_digest != stage.config_digest:
+        changes.append("its configuration changed")
+    if digest_of_inputs != inputs_digest(tasks):
+        changes.append("its inputs changed")
+    return " and ".join(changes)
+
+
+def _started_path(context: Context) -> str:
+    return context.path("started.json")
+
+
+def _read_started(context: Context) -> tuple[str, str] | None:
+    if not store.exists(_started_path(context)):
+        return None
+    fields = json.loads(store.read_text(_started_path(context)))
+    return fields["config_digest"], fields["inputs_digest"]
+
+
+def write_started(context: Context, stage: Stage, tasks: list[Task]) -> None:
+    """Bind half-done work (checkpoints, half a download) to what it is made from."""
+    fields = {"config_digest": stage.config_digest, "inputs_digest": inputs_digest(tasks)}
+    store.write_text(_started_path(context), json.dumps(fields))
+
+
+@contextlib.contextmanager
+def locked(run: Run) -> Iterator[None]:
+    """Hold the lock of a run's folder, which admits one `cnclip run` at a time (local folders only)."""
+    if not store.is_local(run.folder):
+        yield
+        return
+    os.makedirs(run.folder, exist_ok=True)
+    with open(os.path.join(run.folder, ".lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(
+                f"{run.folder}: another `cnclip run` is at work here; wait for it or stop it"
+            ) from None
+        yield
