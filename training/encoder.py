@@ -1,4 +1,4 @@
-"""Features in a few lines: load any weights, embed pictures and captions, compare them.
+"""Features in a few lines: load any weights, embed images and captions, compare them.
 
 from training.model.encoder import load
 model = load("clip_cn_vit-b-16.pt")
@@ -12,11 +12,11 @@ import warnings
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 
 from pipeline.core import store
+from pipeline.core.arrays import Float32Array, Int32Array, Int64Array
 from pipeline.core.records import InputError
 from training.config.train import CONTEXT_LENGTH
 from training.model.clip import CLIP
@@ -25,8 +25,7 @@ from training.model.tokenizer import Tokenizer
 from training.weights.formats import load_model
 from training.weights.vocabulary_lookup import find_vocabulary
 
-Float32Array = npt.NDArray[np.float32]
-Picture = str | bytes | Image.Image  # path or URL, encoded bytes, or decoded
+ImageSource = str | bytes | Image.Image  # path or URL, encoded bytes, or decoded
 
 IMAGES_PER_BATCH = 32
 TOKENS_PER_BATCH = 2048  # of texts, counted without padding
@@ -54,13 +53,15 @@ class Encoder:
     def image_size_px(self) -> int:
         return self.model.config.vision.image_size_px
 
-    def embed_images(self, images: Sequence[Picture], *, names: Sequence[str] | None = None) -> Float32Array:
-        """image_ND, unit-norm, of files, bytes or PIL pictures; InputError names one that is none.
+    def embed_images(
+        self, images: Sequence[ImageSource], *, names: Sequence[str] | None = None
+    ) -> Float32Array:
+        """image_ND, unit-norm, of files, bytes or PIL images; InputError names one that is none.
 
         `names` are what it then calls them; unset, by their paths or their places.
         """
         names = names or [
-            image if isinstance(image, str) else f"picture {row + 1} of {len(images)}"
+            image if isinstance(image, str) else f"image {row + 1} of {len(images)}"
             for row, image in enumerate(images)
         ]
         batches = (
@@ -70,7 +71,7 @@ class Encoder:
         return np.concatenate([np.empty((0, self.model.config.embed_dim), np.float32), *features])
 
     def embed_pixels(self, image_BCHW: torch.Tensor) -> Float32Array:
-        """image_BD, unit-norm, of preprocessed pictures."""
+        """image_BD, unit-norm, of preprocessed images."""
         with torch.inference_mode():
             image_BD: Float32Array = self.model.encode_image(image_BCHW.to(self.device)).cpu().numpy()
         return image_BD
@@ -89,7 +90,7 @@ class Encoder:
             )
         return self.embed_tokens(tokens_NL)
 
-    def embed_tokens(self, tokens_NL: npt.NDArray[np.int32]) -> Float32Array:
+    def embed_tokens(self, tokens_NL: Int32Array) -> Float32Array:
         """text_ND, unit-norm, of padded token ids."""
         with torch.inference_mode():
             return encode_tokens(self.model, tokens_NL)
@@ -108,7 +109,7 @@ class Encoder:
             raise ValueError(f"context_length is {context_length}; this model takes 3 to {positions} tokens")
         return context_length
 
-    def _preprocess(self, images: Sequence[Picture], names: Sequence[str]) -> torch.Tensor:
+    def _preprocess(self, images: Sequence[ImageSource], names: Sequence[str]) -> torch.Tensor:
         encoded = [_encoded(image) for image in images]
         try:
             return preprocess(encoded, self.image_size_px)
@@ -118,7 +119,7 @@ class Encoder:
                     preprocess([data], self.image_size_px)
                 except InputError as error:
                     reason = str(error).partition("cannot be decoded: ")[2]
-                    raise InputError(f"{name}: no picture that can be decoded: {reason}") from None
+                    raise InputError(f"{name}: no image that can be decoded: {reason}") from None
             raise
 
 
@@ -136,7 +137,7 @@ def load(
     )
 
 
-def encode_tokens(model: CLIP, tokens_NL: npt.NDArray[np.int32]) -> Float32Array:
+def encode_tokens(model: CLIP, tokens_NL: Int32Array) -> Float32Array:
     """text_ND, unit-norm, in row order, of token ids padded with 0, by the model as it is set."""
     text_ND = np.empty((len(tokens_NL), model.config.embed_dim), np.float32)
     is_cpu = model.logit_scale.device.type == "cpu"
@@ -146,7 +147,7 @@ def encode_tokens(model: CLIP, tokens_NL: npt.NDArray[np.int32]) -> Float32Array
     return text_ND
 
 
-def batches_of_tokens(tokens_NL: npt.NDArray[np.int32], size: int) -> list[npt.NDArray[np.int64]]:
+def batches_of_tokens(tokens_NL: Int32Array, size: int) -> list[Int64Array]:
     """Row numbers, every row once, of batches of about `size` tokens.
 
     Texts of like lengths come together, since attention takes those of one length at once.
@@ -157,7 +158,7 @@ def batches_of_tokens(tokens_NL: npt.NDArray[np.int32], size: int) -> list[npt.N
     return np.split(order_N, np.flatnonzero(np.diff(batch_N)) + 1) if len(order_N) else []
 
 
-def _encoded(image: Picture) -> bytes:
+def _encoded(image: ImageSource) -> bytes:
     if isinstance(image, bytes):
         return image
     if isinstance(image, str):

@@ -91,7 +91,7 @@ def matmul_flops(size: int = 1024) -> float:
 
 
 def image_forward(model: ModelConfig, patch_mask: float = 0.0) -> float:
-    """FLOPs of one picture through the image tower; a ViT computes on all but `patch_mask` of the patches."""
+    """FLOPs of one image through the image tower; a ViT computes on all but `patch_mask` of the patches."""
     config = model.vision
     if isinstance(config, VisionTransformerConfig):
         patches = config.num_patches  # all are embedded, masked or not

@@ -185,7 +185,7 @@ class MetricsLog:
         except OSError as error:
             raise InputError(
                 f"{os.path.dirname(self.metrics_path)}: the curves and the log cannot be written"
-                f" ({error.strerror}); make room and run the same command: it goes on from its checkpoint"
+                f" ({error.strerror}); make room and rerun the same command to resume"
             ) from None
 
     def close(self) -> None:

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,9 +22,9 @@ from pipeline.core.config import digest
 from pipeline.core.processes import die_with_parent, say
 from pipeline.core.records import ConfigError, InputError, Stopped
 from training.checkpoint import checkpoint
-from training.checkpoint.checkpoint import Checkpoint
 from training.checkpoint.finished import mark_finished
-from training.checkpoint.selection import best_first, check_sets, read_validations
+from training.checkpoint.selection import check_sets
+from training.checkpoint.start import agree_on_start
 from training.config.job import TrainJob
 from training.config.train import TrainConfig, check_fits, count_steps
 from training.data.feature_cache import FeatureCache, build, cache_key
@@ -45,7 +44,7 @@ from training.model.config import MODELS
 from training.model.tokenizer import Tokenizer
 from training.ranks.preemption import StopRequest
 from training.ranks.watchdog import Watchdog
-from training.trainer import Trainer, Validate, checkpoints_folder
+from training.trainer import Trainer, Validate
 from training.weights.formats import load_model
 from training.weights.initialise import initialise, write_provenance
 from training.weights.weights import load_checkpoint, require_same_model, save_checkpoint, save_openai
@@ -74,9 +73,13 @@ _NOT_LEARNING = (
 def pretrain(job: TrainJob, validate: Validate | None) -> None:
     """Train one stage and write its weights; every rank calls it in the launcher's environment.
 
-    Goes on from the newest whole checkpoint of `job.folder`. Writes `metrics.jsonl`, `log.jsonl` and
-    `checkpoints/` there, and `job.output_model` (and `job.openai_model`) last. ConfigError and InputError as
-    their messages say.
+    It resumes from the newest whole checkpoint of `job.folder`. Writes `metrics.jsonl`, `log.jsonl` and
+    `checkpoints/` there, and `job.output_model` (and `job.openai_model`) last.
+
+    Raises:
+        ConfigError: if the job cannot be trained so.
+        InputError: if a file of it cannot be read or written, or training fails.
+        Stopped: if a signal asked for it, after a checkpoint.
     """
     die_with_parent()
     deepspeed_logger.setLevel("WARNING")
@@ -112,7 +115,7 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
     watchdog.alive("building the engine", between_steps=True)
     engine = build_engine(towers, config)
     identity = describe(job, clip, tokenizer)
-    start = _agree_on_checkpoint(job, identity)
+    start = agree_on_start(job, identity)
     resumed = start.checkpoint
     if resumed is not None:
         checkpoint.restore_state(engine, checkpoint.load(resumed))
@@ -165,7 +168,7 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
 
 
 def build_model(job: TrainJob, tokenizer: Tokenizer) -> CLIP:
-    """The model a stage starts from: new, with towers taken over, or another stage's weights."""
+    """Return the model that a stage starts from: new, with towers taken over, or another stage's weights."""
     if job.model not in MODELS:
         raise ConfigError(f"[{job.stage}] model = {job.model!r}: unknown; known: {', '.join(sorted(MODELS))}")
     torch.manual_seed(job.seed)
@@ -191,7 +194,7 @@ def build_model(job: TrainJob, tokenizer: Tokenizer) -> CLIP:
 
 
 def check_compiler(config: TrainConfig, stage: str) -> None:
-    """Raise ConfigError where a tower is to be compiled and torch finds nothing to do it with."""
+    """Raise ConfigError if a tower is to be compiled and torch finds nothing to do it with."""
     compiler = os.environ.get("CXX", "g++")
     if config.compile_image and shutil.which(compiler) is None:
         raise ConfigError(
@@ -201,7 +204,7 @@ def check_compiler(config: TrainConfig, stage: str) -> None:
 
 
 def sample_order(job: TrainJob) -> SampleOrder:
-    """Which samples every step of a job sees."""
+    """Return which samples every step of a job sees."""
     return SampleOrder(
         [shard.num_samples for shard in job.shards],
         seed=job.seed,
@@ -214,7 +217,7 @@ def sample_order(job: TrainJob) -> SampleOrder:
 def make_reader(
     job: TrainJob, order: SampleOrder, tokenizer: Tokenizer, clip: CLIP, *, lanes: range
 ) -> BatchReader:
-    """Reads the part of a job's batches that these lanes hold, in the model's image size."""
+    """Return a reader of the part of a job's batches that these lanes hold, in the model's image size."""
     config, statements = job.config, None
     if config.negation is not None:
         statements = Statements(
@@ -244,7 +247,8 @@ def cache_features(
 ) -> FeatureCache:
     """Make what is missing of the locked tower's features, every rank its share of the shards.
 
-    Stopped where a signal asks for it: whole shards are kept.
+    Raises:
+        Stopped: if a signal asks for it: whole shards are kept.
     """
     config, clip = job.config, towers.clip
     device = get_accelerator().current_device_name()
@@ -298,7 +302,7 @@ def cache_features(
 
 
 def describe(job: TrainJob, clip: CLIP, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a checkpoint has to have in common with the run that goes on from it.
+    """Return what a checkpoint has to have in common with the run that resumes from it.
 
     The number of ranks is not in it: a state is put together from all ranks.
     """
@@ -329,7 +333,7 @@ def write_model(job: TrainJob, engine: Engine, last_step: int, chosen_step: int)
     weights = checkpoint.gather_weights(engine) if chosen_step == last_step else None
     if dist.get_rank() == 0:
         if weights is None:
-            chosen = checkpoint.at_step(checkpoints_folder(job.folder), chosen_step)
+            chosen = checkpoint.at_step(checkpoint.checkpoints_folder(job.folder), chosen_step)
             weights = checkpoint.load_verified_weights(chosen)
         clip: CLIP = engine.module.clip
         final = CLIP(clip.config)
@@ -347,19 +351,19 @@ def write_model(job: TrainJob, engine: Engine, last_step: int, chosen_step: int)
 
 @contextlib.contextmanager
 def _disk_may_be_full(path: str, folder: str) -> Iterator[None]:
-    """InputError where a model cannot be written; training goes on from its newest checkpoint afterwards."""
+    """Raise InputError if a model cannot be written; a rerun resumes from the newest checkpoint."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         free = shutil.disk_usage(folder).free
         raise InputError(
             f"{path}: cannot write the model: {error}; {folder} has {free / 1e9:.2f} GB free; make room and"
-            " run the same command to go on"
+            " rerun the same command to resume"
         ) from None
 
 
 def peak_flops_of_ranks(config: TrainConfig) -> float | None:
-    """FLOP/s that all ranks' devices can do together; None for a device whose data sheet is not known.
+    """Return the FLOP/s that all ranks' devices can do together; None if the data sheet is not known.
 
     A CPU is asked: the rate of a matrix product is its peak.
     """
@@ -368,59 +372,3 @@ def peak_flops_of_ranks(config: TrainConfig) -> float | None:
         known = find_device(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         return None if known is None else PEAK_FLOPS[known] * config.ranks
     return config.ranks * matmul_flops()
-
-
-@dataclass(frozen=True, slots=True)
-class _Start:
-    """Where a start goes on from, and what it came upon."""
-
-    checkpoint: Checkpoint | None  # None: from the first step on
-    best_before: int | None  # the best validated step up to there whose weights are there to come back to
-    damaged: frozenset[int]  # steps
-    notices: tuple[str, ...]
-
-
-def _agree_on_checkpoint(job: TrainJob, identity: Mapping[str, Any]) -> _Start:
-    """Rank 0 removes what kills left and verifies what is there; all go on from the same step."""
-    shared = [_find_start(job, identity) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(shared, 0)
-    start = shared[0]
-    assert start is not None
-    return start
-
-
-def _find_start(job: TrainJob, identity: Mapping[str, Any]) -> _Start:
-    """The newest whole checkpoint, whether or not the best weights before it are still there."""
-    root = checkpoints_folder(job.folder)
-    checkpoint.sweep(root)
-    newest, damage = checkpoint.find_newest(root, identity)
-    notices = [
-        f"{checkpoint.at_step(root, step).folder}: damaged ({found}): taking the checkpoint before it"
-        for step, found in damage.items()
-    ]
-    if newest is None:
-        if damage:
-            notices.append(f"{root}: no checkpoint is whole: the stage starts anew")
-        return _Start(None, None, frozenset(damage), tuple(notices))
-    say(f"going on from {newest.folder}")
-    if job.config.choose != "best":
-        return _Start(newest, None, frozenset(damage), tuple(notices))
-    lines = store.read_text(newest.metrics_path).splitlines()
-    ranked = best_first(read_validations(lines, job.config.choose_on))
-    best = None
-    for validation in ranked:
-        of_step = checkpoint.at_step(root, validation.step)
-        found = None if of_step == newest else checkpoint.find_damage(of_step)
-        if found is None:
-            best = validation
-            break
-        if os.path.isdir(of_step.folder):
-            damage[validation.step] = found
-            notices.append(f"{of_step.folder}: damaged ({found})")
-    if ranked and best != ranked[0]:
-        left = "" if best is None else f"step {best.step} ({best.score:.2f}) and "
-        notices.append(
-            f"[{job.stage}] step {ranked[0].step} has the best mean recall so far ({ranked[0].score:.2f}),"
-            f" but its weights are no longer there: the best is chosen among {left}the validations to come"
-        )
-    return _Start(newest, None if best is None else best.step, frozenset(damage), tuple(notices))

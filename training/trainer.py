@@ -142,7 +142,7 @@ class Trainer:
         if self.metrics.writes:
             self.metrics.flush()
             checkpoint.save(
-                checkpoints_folder(self.folder),
+                checkpoint.checkpoints_folder(self.folder),
                 state,
                 self.identity,
                 self.metrics.metrics_path,
@@ -234,8 +234,3 @@ class Trainer:
                 f" {', '.join(self.config.negation.objects)} and not all: no statement is learned; name what"
                 " these captions name"
             )
-
-
-def checkpoints_folder(folder: str) -> str:
-    """Return where a stage's checkpoints are."""
-    return os.path.join(folder, "checkpoints")

@@ -93,7 +93,7 @@ def test_pictures_that_cannot_be_read_are_named(weights: str, tmp_path: Path) ->
     model = load(weights)
     (tmp_path / "bad.jpg").write_bytes(b"no picture")
     _picture(0).save(tmp_path / "good.png")
-    with pytest.raises(InputError, match=r"bad\.jpg: no picture that can be decoded"):
+    with pytest.raises(InputError, match=r"bad\.jpg: no image that can be decoded"):
         model.embed_images([str(tmp_path / "good.png"), str(tmp_path / "bad.jpg")])
     with pytest.raises(InputError, match=r"absent\.jpg: cannot be read: No such file"):
         model.embed_images([str(tmp_path / "absent.jpg")])
@@ -163,7 +163,7 @@ def test_a_vocabulary_found_nowhere_names_the_four_places(
         find_vocabulary(str(tmp_path / "model.pt"), 21128)
     message = str(caught.value)
     for place in (
-        "beside the weights",
+        "next to the weights",
         "--vocab",
         "bert-base-chinese",
         "hfl/chinese-roberta-wwm-ext",

@@ -1,4 +1,4 @@
-"""Checkpoints to go on from: whole or not there, verified when read, and independent of the number of ranks.
+"""Checkpoints to resume from: whole or not there, verified when read, and independent of the number of ranks.
 
 A checkpoint is a folder `step_<step>` with `weights.safetensors` (parameters in float32 and buffers, by the
 model's names), `optimizer.safetensors` (Adam's two moments by the same names), `metrics.jsonl` as it was, and
@@ -57,7 +57,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class TrainState:
-    """What a run goes on from, whole and on the CPU."""
+    """What a run resumes from, whole and on the CPU."""
 
     step: int
     weights: dict[str, Tensor]
@@ -84,7 +84,7 @@ def gather_state(engine: Engine, step: int) -> TrainState:
 
 
 def gather_weights(engine: Engine) -> dict[str, Tensor]:
-    """All weights and buffers by the names of `CLIP.state_dict`, on the CPU of rank 0; others get none.
+    """Return all weights and buffers by the names of `CLIP.state_dict`, on rank 0's CPU; others get none.
 
     Parameters come from their float32 masters; what bfloat16 had to round and nothing trained is as it came.
     A collective: every rank calls it.
@@ -156,7 +156,7 @@ def save(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise InputError(
-            f"{target}: cannot write the checkpoint: {error}; make room and run the same command again"
+            f"{target}: cannot write the checkpoint: {error}; make room and rerun the same command to resume"
         ) from None
     steps = _steps(root)
     # Damaged ones would take the place of whole ones.
@@ -176,16 +176,17 @@ def save(
 
 
 def sweep(root: str) -> None:
-    """Remove what kills left of saving and removing; nobody else may be at it."""
+    """Delete leftovers of interrupted saves and deletions. Not safe to call concurrently."""
     for name in os.listdir(root) if os.path.isdir(root) else []:
         if _LEFT_OVER.fullmatch(name):
             shutil.rmtree(os.path.join(root, name), ignore_errors=True)
 
 
 def find_newest(root: str, identity: Mapping[str, Any]) -> tuple[Checkpoint | None, dict[int, str]]:
-    """The newest whole checkpoint, None where there is none, and the damage of those after it by their steps.
+    """Return the newest whole checkpoint, None if there is none, and the damage of later ones by step.
 
-    InputError where it belongs to another model, corpus or configuration.
+    Raises:
+        InputError: if it belongs to another model, corpus or configuration.
     """
     damage: dict[int, str] = {}
     for step in sorted(_steps(root), reverse=True):
@@ -198,13 +199,18 @@ def find_newest(root: str, identity: Mapping[str, Any]) -> tuple[Checkpoint | No
     return None, damage
 
 
+def checkpoints_folder(folder: str) -> str:
+    """Return where the checkpoints of a stage's folder are."""
+    return os.path.join(folder, "checkpoints")
+
+
 def at_step(root: str, step: int) -> Checkpoint:
-    """The checkpoint of a step, not verified."""
+    """Return the checkpoint of a step, not verified."""
     return Checkpoint(os.path.join(root, f"step_{step:09d}"), step)
 
 
 def load(checkpoint: Checkpoint) -> TrainState:
-    """The state of a checkpoint that was verified; `restore_state` puts it into an engine."""
+    """Return the state of a checkpoint that was verified; `restore_state` puts it into an engine."""
     return TrainState(
         checkpoint.step,
         load_weights_of(checkpoint),
@@ -214,18 +220,22 @@ def load(checkpoint: Checkpoint) -> TrainState:
 
 
 def load_verified_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """`load_weights_of` a checkpoint that nobody has verified; InputError where it is damaged."""
+    """Return the weights of a checkpoint that nobody has verified.
+
+    Raises:
+        InputError: if it is damaged.
+    """
     if (damage := find_damage(checkpoint)) is not None:
         raise InputError(
             f"{checkpoint.folder}: damaged ({damage}), and it is the best of the stage, whose weights are"
-            " wanted; run the same command again: it goes on from the newest whole checkpoint and chooses"
+            " wanted; rerun the same command: it resumes from the newest whole checkpoint and chooses"
             " among the weights that are left"
         )
     return load_weights_of(checkpoint)
 
 
 def load_weights_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The weights and buffers alone, by the names of `CLIP.state_dict`."""
+    """Return only the weights and buffers, by the names of `CLIP.state_dict`."""
     return load_file(os.path.join(checkpoint.folder, _WEIGHTS))
 
 
@@ -235,7 +245,7 @@ def _steps(root: str) -> list[int]:
 
 
 def find_damage(checkpoint: Checkpoint) -> str | None:
-    """What is wrong with a checkpoint on disk, None where it is whole; reads all of it."""
+    """Return what is wrong with a checkpoint on disk, None if it is whole; reads all of it."""
     folder, file = checkpoint.folder, _STATE
     try:
         state = json.loads(store.read_text(os.path.join(folder, _STATE)))
@@ -260,7 +270,7 @@ def _require_same_run(folder: str, identity: Mapping[str, Any]) -> None:
         if saved.get(key) != now.get(key):
             raise InputError(
                 f"{folder}: made with {key} = {saved.get(key)}, but this run has {now.get(key)}:"
-                f" remove {os.path.dirname(folder)} to train anew, or restore the old value to go on"
+                f" remove {os.path.dirname(folder)} to train anew, or restore the old value to resume"
             )
 
 

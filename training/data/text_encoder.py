@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
+from pipeline.core.arrays import Int32Array
 
 
 class TextEncoder(Protocol):
@@ -14,7 +13,7 @@ class TextEncoder(Protocol):
     def digest(self) -> str:
         """Hexadecimal digest of the vocabulary and of how it is used: names the files of token ids."""
 
-    def encode(self, texts: Sequence[str], context_length: int) -> npt.NDArray[np.int32]:
+    def encode(self, texts: Sequence[str], context_length: int) -> Int32Array:
         """Return token ids [texts, context_length] with [CLS] and [SEP], 0 = padding; cut longer texts."""
 
     def num_truncated(self, texts: Sequence[str], context_length: int) -> int:

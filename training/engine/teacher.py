@@ -40,7 +40,7 @@ class Teacher:
 
     @torch.no_grad()
     def features(self, image_BCHW: Tensor, tokens_BL: Tensor) -> TeacherFeatures:
-        """float32 features of whole pictures, normalised as the image tower wants them, and of captions."""
+        """float32 features of whole images, normalised as the image tower wants them, and of captions."""
         with autocast(image_BCHW.device.type, self._dtype):
             return TeacherFeatures(*self._clip(image_BCHW, tokens_BL))
 
@@ -48,7 +48,7 @@ class Teacher:
 def load_teacher(config: TrainConfig, student: CLIP, stage: str) -> Teacher | None:
     """The teacher that a stage names, or None.
 
-    ConfigError where it cannot see what the student sees: another vocabulary or picture size, or too few
+    ConfigError where it cannot see what the student sees: another vocabulary or image size, or too few
     positions. InputError where the weights cannot be read.
     """
     if config.distil is None:
@@ -56,7 +56,7 @@ def load_teacher(config: TrainConfig, student: CLIP, stage: str) -> Teacher | No
     clip = load_model(config.distil.teacher)
     for name, theirs, ours in (
         ("a vocabulary of", clip.config.text.vocab_size, student.config.text.vocab_size),
-        ("pictures of", clip.config.vision.image_size_px, student.config.vision.image_size_px),
+        ("images of", clip.config.vision.image_size_px, student.config.vision.image_size_px),
     ):
         if theirs != ours:
             raise ConfigError(

@@ -105,7 +105,7 @@ def loss_scaling(engine: Engine) -> dict[str, float]:
 
 
 def set_loss_scaling(engine: Engine, values: Mapping[str, float]) -> None:
-    """Go on from what `loss_scaling` gave; a run that now has another precision takes none of it."""
+    """Continue from what `loss_scaling` gave; a run that now has another precision takes none of it."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     for name in loss_scaling(engine):
         if name in values:

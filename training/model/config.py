@@ -24,7 +24,7 @@ class VisionTransformerConfig:
 
     @property
     def num_patches(self) -> int:
-        """Patches of a picture, without the class token."""
+        """Patches of an image, without the class token."""
         return (self.image_size_px // self.patch_size_px) ** 2
 
     def num_kept(self, patch_mask: float) -> int:
@@ -116,7 +116,7 @@ VIT_H_14 = ModelConfig(
 )
 
 # Trained from scratch on a laptop: the demo and the emoji run. Without dropout, since their corpora are a few
-# thousand pictures and the augmentation already regularises.
+# thousand images and the augmentation already regularises.
 TINY_RN = ModelConfig(
     name="tiny-rn",
     embed_dim=128,

@@ -13,19 +13,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
 from pipeline.core import store
+from pipeline.core.arrays import Float32Array
 from pipeline.core.records import InputError
 from training.model.preprocess import MEAN, STD
 from training.weights.image_tower import ImageTower
 from training.weights.tensor_files import read_tensors
-
-Float32Array = npt.NDArray[np.float32]
 
 TOKENS_PER_BATCH = 4096  # of texts, padding counted, so that short ones go in larger batches
 IMAGES_PER_BATCH = 64
@@ -108,7 +106,7 @@ class ClipImages:
         return self.tower.embed_dim
 
     def embed_images(self, images: Sequence[bytes]) -> Float32Array:
-        """image_ND, unit-norm, of encoded pictures; InputError names the position of one that is none."""
+        """image_ND, unit-norm, of encoded images; InputError names the position of one that is none."""
         feature_ND = np.empty((len(images), self.embed_dim), np.float32)
         with torch.inference_mode():
             for start in range(0, len(images), IMAGES_PER_BATCH):
@@ -122,7 +120,7 @@ class ClipImages:
 def preprocess_openai(images: Sequence[bytes], side_px: int, first: int = 0) -> torch.Tensor:
     """image_BCHW float32, normalised: shorter side to `side_px` (bicubic), centre crop (owner: OpenAI CLIP).
 
-    Unlike Chinese CLIP, which squashes. `first` is the position of the first picture, for messages.
+    Unlike Chinese CLIP, which squashes. `first` is the position of the first image, for messages.
     """
     pixels_BHWC = np.empty((len(images), side_px, side_px, 3), np.uint8)
     for at, data in enumerate(images):

@@ -1,4 +1,4 @@
-"""Image preprocessing for evaluation: what a stored picture becomes before it enters the image tower."""
+"""Image preprocessing for evaluation: what a stored image becomes before it enters the image tower."""
 
 import io
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def preprocess(images: Sequence[bytes], image_size_px: int) -> torch.Tensor:
-    """image_BCHW float32, normalised, of encoded pictures in any format that Pillow reads.
+    """image_BCHW float32, normalised, of encoded images in any format that Pillow reads.
 
     As Chinese CLIP: bicubic resize to the square, without keeping the aspect and without a crop. Unlike it,
-    the picture is converted to RGB before it is resized: interpolating palette indices makes colours that are
-    not there. So pictures with a palette, with transparency or of more than 8 bits differ from it.
-    InputError names the position of a picture that cannot be decoded.
+    the image is converted to RGB before it is resized: interpolating palette indices makes colours that are
+    not there. So images with a palette, with transparency or of more than 8 bits differ from it.
+    InputError names the position of an image that cannot be decoded.
     """
     pixels_BHWC = np.empty((len(images), image_size_px, image_size_px, 3), dtype=np.uint8)
     for row, data in enumerate(images):
@@ -38,10 +38,10 @@ def preprocess(images: Sequence[bytes], image_size_px: int) -> torch.Tensor:
 
 
 def normalise(image_BCHW: torch.Tensor, mean_C11: torch.Tensor, std_C11: torch.Tensor) -> torch.Tensor:
-    """(pixels - mean) / std in float32 of uint8 pictures, channels last in memory; all in units of 0…255.
+    """(pixels - mean) / std in float32 of uint8 images, channels last in memory; all in units of 0…255.
 
     On a CPU it is looked up, with the same bits: there are 256 values a channel, and three passes of
-    arithmetic over float32 pictures take nine times as long.
+    arithmetic over float32 images take nine times as long.
     """
     if image_BCHW.device.type != "cpu":
         return (image_BCHW.float() - mean_C11) / std_C11

@@ -1,4 +1,4 @@
-"""Let `import torchvision` work beside a torch that its compiled extension was not built for.
+"""Let `import torchvision` work next to a torch that its compiled extension was not built for.
 
 The package index's torchvision is a CUDA build. Beside a CPU-only torch its `_C.so` does not load, and then
 `import torchvision`, `import timm` and every model class of transformers fail with `operator torchvision::nms

@@ -21,15 +21,15 @@ import psutil
 from pipeline.core.processes import STOP_SIGNALS, die_with_parent
 from pipeline.core.records import Stopped
 from pipeline.core.stage import Progress
-from training.ranks.rank_failures import DEADLY, RankEnds
+from training.ranks.rank_failures import DEADLY, RankFailures
 
 Launcher = Literal["local", "srun"]
 
 _MESSAGE = re.compile(r"^@(progress|notice) (\{.*\})$")
 _ERROR = re.compile(r"^(?:\[rank\d+\]:? ?|\d+: )?((?:[\w.]+(?:Error|Exception)|error)\b.*)")
 _STOPPED = re.compile(r"^stopped: (.*)")
-# Of the first rank that died of a signal: RankEnds says it, and srun, which then gives 143 for its status:
-# it ends the others with SIGTERM.
+# Of the first rank that died of a signal: RankFailures says it, and srun, which then gives 143 for its
+# status: it ends the others with SIGTERM.
 _DEATHS = "|".join(str(signal.strsignal(number)) for number in DEADLY)
 _KILLED = re.compile(
     r"^(?:(?P<rank>rank \d+ \(process \d+\)) was killed by (?P<signal>\w+)"
@@ -129,7 +129,7 @@ def watch(
             preexec_fn=die_with_parent,
             start_new_session=True,  # or Ctrl-C would end DeepSpeed's launcher, and that its ranks
         ) as process,
-        RankEnds(process.pid, log.write),
+        RankFailures(process.pid, log.write),
     ):
         assert process.stdout is not None
         signals.launcher = process
@@ -169,7 +169,7 @@ def watch(
     if said is not None:
         if signal.SIGINT in signals.received:
             raise KeyboardInterrupt
-        raise Stopped(f"{said}; run the same command to go on (log: {log_path})")
+        raise Stopped(f"{said}; rerun the same command to resume (log: {log_path})")
     return status
 
 

@@ -1,6 +1,6 @@
 """Stopping on request: a signal asks, all ranks agree at the end of a step, and a checkpoint is written.
 
-Where features of a cache are computed they agree at the end of a shard.
+While features of a cache are computed, they agree at the end of a shard.
 """
 
 import signal
@@ -20,21 +20,21 @@ class StopRequest:
         self._received = 0
 
     def is_asked(self) -> bool:
-        """Has this rank received a signal?"""
+        """Return true if this rank has received a signal."""
         return self._received != 0
 
     def listen(self) -> None:
-        """Take STOP_SIGNALS from here on, instead of dying of them. Main thread only."""
+        """Install handlers for STOP_SIGNALS. Main thread only."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._remember)
 
     def close(self) -> None:
-        """Nothing is left to interrupt: signals are ignored from here on, also while Python shuts down."""
+        """Ignore STOP_SIGNALS from here on, also while Python shuts down: nothing is left to interrupt."""
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
     def agreed(self, wait_seconds: float = 0.0) -> tuple[int, float]:
-        """(the highest signal number that any rank received, 0 for none; the longest `wait_seconds`).
+        """Return the highest signal number that any rank received (0: none) and the longest `wait_seconds`.
 
         A collective: the signal reaches the ranks at different moments, so that one rank's own word is not
         enough; and the rank that waits longest for data is the one that all others wait for.

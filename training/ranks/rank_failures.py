@@ -15,7 +15,7 @@ DEADLY = (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS)
 _PERIOD_MS = 500  # between looks for ranks that have started
 
 
-class RankEnds:
+class RankFailures:
     """Inside, `say` is called once with a line naming the first rank that dies of a signal, if one does.
 
     The ranks are our launcher's children, not ours: the kernel tells us when one ends, and shows its status
@@ -25,7 +25,7 @@ class RankEnds:
     def __init__(self, launcher_pid: int, say: Callable[[str], object]) -> None:
         self._launcher_pid, self._say = launcher_pid, say
         self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="rank ends", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="rank failures", daemon=True)
 
     def __enter__(self) -> None:
         self._thread.start()

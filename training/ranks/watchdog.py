@@ -34,12 +34,12 @@ class Watchdog:
         self._thread.start()
 
     def alive(self, doing: str, *, between_steps: bool = False) -> None:
-        """A sign of life, and what comes now."""
+        """Give a sign of life, and say what comes now."""
         patience = _PATIENCE_BETWEEN_STEPS if between_steps else 1
         self._now = (doing, time.monotonic(), patience * self._limit_seconds)
 
     def close(self) -> None:
-        """The rank is done: nothing is watched any more."""
+        """Stop watching: the rank is done."""
         self._ended.set()
         self._thread.join()
 
@@ -58,8 +58,8 @@ class Watchdog:
         faulthandler.dump_traceback(sys.stderr)
         print(
             f"error: [{self._stage}] no sign of life for {limit_seconds:g} s; {'; '.join(said)};"
-            " the log has where each rank stands; run the same command to go on, with a higher stall_seconds"
-            " where a step, a validation or a checkpoint takes that long",
+            " the log has where each rank stands; rerun the same command to resume, with a higher"
+            " stall_seconds if a step, a validation or a checkpoint takes that long",
             file=sys.stderr,
             flush=True,
         )
@@ -69,7 +69,7 @@ class Watchdog:
         try:
             doing: str = json.loads(self._note(rank).read_text(encoding="utf-8"))["doing"]
         except (OSError, ValueError):
-            return "nothing heard, it is stopped or gone"
+            return "no response; the process is stopped or dead"
         return doing
 
     def _note(self, rank: int) -> Path:

@@ -28,7 +28,7 @@ class ImageTower:
     embed_dim: int
 
     def encode(self, image_BCHW: torch.Tensor) -> torch.Tensor:
-        """Unit-norm feature_BD in float32 of normalised pictures."""
+        """Unit-norm feature_BD in float32 of normalised images."""
         return F.normalize(self.module(image_BCHW).float(), dim=-1)
 
 

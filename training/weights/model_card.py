@@ -21,7 +21,7 @@ processor = ChineseCLIPProcessor.from_pretrained(FOLDER, backend="pil")
 ```
 
 With `backend="pil"` the pixels are those of training. Without, transformers resizes with torchvision, which
-rounds otherwise: pixels differ by up to 2 of 255, and by up to about 30 at hard edges of pictures that are
+rounds otherwise: pixels differ by up to 2 of 255, and by up to about 30 at hard edges of images that are
 made smaller. A folder has no setting for this.
 """
 
@@ -71,7 +71,7 @@ tags:
 | --- | --- |
 {table}
 
-Pictures are turned to RGB and resized to the square (bicubic, no crop), scaled to [0, 1] and normalised by
+Images are turned to RGB and resized to the square (bicubic, no crop), scaled to [0, 1] and normalised by
 mean {MEAN} and standard deviation {STD}. Captions are lower-cased, curly double quotes made straight, cut
 into word pieces of the vocabulary beside this file, framed by [CLS] and [SEP], and cut to 52 tokens.
 {_PIXELS if for_transformers else ""}{facts.get("tables", "")}"""

@@ -1,4 +1,4 @@
-"""Where the vocabulary of some weights is found: given, beside them, in caches, in an installed cn_clip."""
+"""Where the vocabulary of some weights is found: given, next to them, in caches, in an installed cn_clip."""
 
 import contextlib
 import importlib.util
@@ -38,14 +38,14 @@ def _look(weights: str) -> Tokenizer:
         with contextlib.suppress(InputError):  # the hub is out of reach
             return Tokenizer.load(source)
     raise InputError(
-        f"{weights}: no vocabulary found: not beside the weights ({_FILE}), none given (--vocab), not in"
+        f"{weights}: no vocabulary found: not next to the weights ({_FILE}), none given (--vocab), not in"
         " Hugging Face's cache or hub (bert-base-chinese, hfl/chinese-roberta-wwm-ext), not in an installed"
-        f" cn_clip; put {_FILE} beside the weights, or give it"
+        f" cn_clip; put {_FILE} next to the weights, or give it"
     )
 
 
 def _beside(weights: str) -> str | None:
-    """`vocab.txt` or `NAME.vocab.txt` beside NAME.pt, or what the run's own job file names."""
+    """`vocab.txt` or `NAME.vocab.txt` next to NAME.pt, or what the run's own job file names."""
     if _FILE in store.list_files(weights):
         return store.join(weights, _FILE)
     folder, _, name = weights.rstrip("/").rpartition("/")

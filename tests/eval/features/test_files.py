@@ -108,7 +108,7 @@ def test_cn_clips_own_tables(weights: str, pictures: Path, tmp_path: Path) -> No
     images.write_text(
         f"90\t{base64.b64encode(data[0]).decode()}\n7\t{base64.b64encode(b'<html>').decode()}\n"
     )
-    with pytest.raises(InputError, match=r"valid_imgs\.tsv: image 7: no picture that can be decoded"):
+    with pytest.raises(InputError, match=r"valid_imgs\.tsv: image 7: no image that can be decoded"):
         embed_files(encoder, images=str(images), texts=None, out=str(out), context_length=52)
 
 
@@ -130,7 +130,7 @@ def test_bad_input_is_one_line(
     encoder = load(weights)
     (pictures / "z.png").write_bytes(b"broken")
     out = str(tmp_path / "out")
-    with pytest.raises(InputError, match=r"z\.png: no picture that can be decoded"):
+    with pytest.raises(InputError, match=r"z\.png: no image that can be decoded"):
         embed_files(encoder, images=str(pictures), texts=None, out=out, context_length=52)
     assert not (tmp_path / "out" / "img_emb" / "img_emb_0.npy").exists()
     (tmp_path / "empty").mkdir()

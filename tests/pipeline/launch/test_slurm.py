@@ -121,7 +121,7 @@ def test_ranks_under_srun_stop_for_an_urgent_job_and_go_on_with_the_same_bytes(
     assert "Restarts=1" in output(cluster, "scontrol", "show", "job", job, "--oneliner")
     log = (Path(stopped.folder) / "train.log").read_text()
     assert "by SIGTERM after step" in log, log
-    assert "going on from" in log
+    assert "resuming from" in log
     for name in ("model.safetensors", "metrics.jsonl"):
         assert (Path(stopped.folder) / name).read_bytes() == (Path(whole.folder) / name).read_bytes(), name
 
@@ -143,12 +143,12 @@ def test_pre_empted_and_requeued_gives_the_bytes_of_a_run_without_slurm(
     wait_for(cluster, urgent, "COMPLETED", seconds=300)
     (stopped,) = (jobs / "stage2" / "checkpoints").iterdir()  # nothing but the signal asked for one
     assert (
-        ", a checkpoint is written; run the same command to go on"
+        ", a checkpoint is written; rerun the same command to resume"
         in (jobs / "launch" / "stage2.log").read_text()
     )
     wait_for(cluster, ids["measure"], "COMPLETED", seconds=900)
     assert "Restarts=1" in output(cluster, "scontrol", "show", "job", ids["stage2"], "--oneliner")
-    assert f"going on from {stopped}" in (jobs / "stage2" / "train.log").read_text()
+    assert f"resuming from {stopped}" in (jobs / "stage2" / "train.log").read_text()
     for stage in ("english", "stage1", "stage2", "finetune"):
         for name in ("model.safetensors", "metrics.jsonl"):
             assert (jobs / stage / name).read_bytes() == (plain / stage / name).read_bytes(), (stage, name)

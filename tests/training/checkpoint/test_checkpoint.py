@@ -237,7 +237,7 @@ def test_a_disk_that_is_full_of_the_model_is_named_and_the_run_goes_on_later(
     (said,) = run_ranks(train_into_a_limit, 1, job, 100_000)
     assert said.startswith(f"{path}: cannot write the model: ")
     assert "File too large" in said
-    assert said.endswith(" GB free; make room and run the same command to go on")
+    assert said.endswith(" GB free; make room and rerun the same command to resume")
     assert not list(Path(job.folder).glob(".*"))
     run_ranks(train_rank, 1, job)
     assert path.exists()

@@ -135,7 +135,7 @@ def test_a_signal_that_comes_before_there_are_ranks_is_not_lost(tmp_path: Path) 
         process.send_signal(signal.SIGTERM)
         said, _ = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == Stopped.exit_status
-    assert "stopped: no rank was training; run the same command to go on" in said
+    assert "stopped: no rank was training; rerun the same command to resume" in said
 
 
 def test_a_rank_that_waits_for_another_to_come_ends_too(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_a_rank_that_waits_for_another_to_come_ends_too(tmp_path: Path) -> None:
         timeout=LIMIT_SECONDS,
     )
     assert ended.returncode == 1
-    assert "no sign of life for 8 s; rank 0: starting; rank 1: nothing heard" in ended.stderr
+    assert "no sign of life for 8 s; rank 0: starting; rank 1: no response" in ended.stderr
 
 
 @pytest.mark.parametrize("is_full", [False, True])
@@ -199,7 +199,7 @@ def test_a_signal_to_a_launcher_whose_ranks_are_done_stops_the_run_all_the_same(
 
     threading.Thread(target=tell).start()
     log_path = str(tmp_path / "train.log")
-    with pytest.raises(Stopped, match="training is finished; run the same command to go on"):
+    with pytest.raises(Stopped, match="training is finished; rerun the same command to resume"):
         watch([sys.executable, "-c", launcher], dict(os.environ), log_path, lambda *_: None, print)
 
 
@@ -226,5 +226,5 @@ def test_a_rank_that_hangs_ends_the_run_and_is_named(tmp_path: Path, waits: bool
     assert process.returncode not in (0, None)
     (said,) = [line for line in output.splitlines() if line.startswith("error: ")]
     assert "no sign of life for 8 s; rank 0: computing step" in said
-    assert "rank 1: nothing heard, it is stopped or gone" in said
+    assert "rank 1: no response; the process is stopped or dead" in said
     assert "training/trainer.py" in output  # where rank 0 stands
