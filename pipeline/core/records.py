@@ -37,20 +37,6 @@ class DropReason(str):
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
-    """One image-text pair on its way through the pipeline."""
-
-    key: str  # 32 hex digits, from the digest of (url, caption): the sample's place in the shuffled corpus
-    url: str
-    caption: str
-    source: str
-    width_px: int | None = None
-    height_px: int | None = None
-    scores: Mapping[str, float] = field(default_factory=dict)  # encoder pair → cosine similarity
-    image_bytes: bytes | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Shard:
     """One file of samples that a stage published."""
 

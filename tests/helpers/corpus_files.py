@@ -1,4 +1,4 @@
-"""Small finished corpora for tests: real stages, but pictures come from a folder instead of the web."""
+"""Small finished corpora for tests: real stages, but images come from a folder instead of the web."""
 
 import io
 import random
@@ -29,7 +29,7 @@ from tests.helpers.download import publish_images
 
 
 def drawing(seed: int, side: int = 64) -> Image.Image:
-    """A picture of rectangles that follows from its seed; two seeds are far apart by perceptual hash."""
+    """A image of rectangles that follows from its seed; two seeds are far apart by perceptual hash."""
     rng = random.Random(seed)
     image = Image.new("RGB", (side, side), tuple(rng.randrange(256) for _ in range(3)))
     for _ in range(12):
@@ -61,7 +61,7 @@ def make_run(
     processes: int = 1,
     source: str = "mine",
 ) -> Run:
-    """A run over pictures and captions by name, up to its shards; not yet executed."""
+    """A run over images and captions by name, up to its shards; not yet executed."""
     inputs = folder / "inputs"
     inputs.mkdir(parents=True, exist_ok=True)
     for name, data in pictures.items():

@@ -29,7 +29,7 @@ SAMPLES_PER_SHARD = 8
 
 
 def draw(url: str) -> bytes:
-    """A picture that follows from its URL; every ninth is too small."""
+    """A image that follows from its URL; every ninth is too small."""
     rng = random.Random(url)
     side = 8 if int(url.rsplit("/", 1)[1]) % 9 == 0 else 24
     image = Image.new("RGB", (side, side), (rng.randrange(256), rng.randrange(256), rng.randrange(256)))
@@ -46,7 +46,7 @@ def numbered_rows() -> list[tuple[str, str]]:
     rng = random.Random(0)
     pairs = [(f"http://a.cn/{number}", f"编号{number:03d}的图片") for number in range(NUM_PAIRS)]
     rows = pairs + rng.choices(pairs, k=NUM_COPIES)
-    # Nearly the same is not the same: another caption for a picture, another picture for a caption.
+    # Nearly the same is not the same: another caption for an image, another image for a caption.
     rows += [(pairs[1][0], "另一段说明文字"), ("http://a.cn/1001", pairs[1][1])]
     rng.shuffle(rows)
     return rows

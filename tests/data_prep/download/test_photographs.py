@@ -15,7 +15,7 @@ from tests.helpers.own_corpus import RECIPE, cnclip, write_evaluation
 
 
 def _stored(folder: Path) -> dict[str, Image.Image]:
-    """Address → the picture in the shards."""
+    """Address → the image in the shards."""
     found = {}
     for path in sorted(folder.glob("*.tar")):
         names = dict(pl.read_parquet(path.with_suffix(".parquet")).select("key", "url").iter_rows())

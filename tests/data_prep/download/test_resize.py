@@ -1,4 +1,4 @@
-"""The resizer that img2dataset calls: odd pictures of the web become upright RGB, or their fault is named."""
+"""The resizer that img2dataset calls: odd images of the web become upright RGB, or their fault is named."""
 
 import io
 import struct

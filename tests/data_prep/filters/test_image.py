@@ -1,4 +1,4 @@
-"""Rules on pictures as stages: evaluation pictures by guard, sizes by source, exact and near copies."""
+"""Rules on images as stages: evaluation images by guard, sizes by source, exact and near copies."""
 
 import base64
 import functools
@@ -71,7 +71,7 @@ def make(
     exempt: Mapping[str, tuple[str, ...]] | None = None,
     partitions: int = 2,
 ) -> Run:
-    """A run over named tables of url → picture, finished up to the shards."""
+    """A run over named tables of url → image, finished up to the shards."""
     folder.mkdir(parents=True, exist_ok=True)
     sources = []
     for name, pictures in tables.items():

@@ -1,4 +1,4 @@
-"""From filtered tables to shards, through the real stages; pictures come from a stand-in for the web."""
+"""From filtered tables to shards, through the real stages; images come from a stand-in for the web."""
 
 import hashlib
 import io
@@ -210,7 +210,7 @@ def test_neighbouring_partitions_in_one_task_give_the_same_files(
     assert (
         _manifest(alone, "dedup").dropped == _manifest(together, "dedup").dropped == {"duplicate": NUM_COPIES}
     )
-    assert _digests(finish(together)) == _digests(finished)  # whose pictures lie in three partitions
+    assert _digests(finish(together)) == _digests(finished)  # whose images lie in three partitions
 
 
 def test_a_long_table_is_filtered_in_slices(

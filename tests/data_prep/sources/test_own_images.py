@@ -1,4 +1,4 @@
-"""Your own captions and pictures, and what is said where they are bad: through the command line."""
+"""Your own captions and images, and what is said where they are bad: through the command line."""
 
 import json
 import shutil
