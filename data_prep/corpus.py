@@ -47,7 +47,7 @@ class SourcesConfig:
 
     kind: Literal["sources"]
     sources: tuple[Annotated[TableSource | PackedSource, Discriminator("kind")], ...]
-    guards: tuple[str, ...] = ()  # files that `cnclip guard` made: these pictures stay out of training
+    guards: tuple[str, ...] = ()  # files that `cnclip guard` made: these images stay out of training
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,6 @@
-"""Guards: lists that keep an evaluation set out of training, by picture id and by perceptual hash.
+"""Guards: lists that keep an evaluation set out of training, by image id and by perceptual hash.
 
-`cnclip guard` makes one from a set in Chinese-CLIP's layout, from a folder of pictures, or from a text file
+`cnclip guard` makes one from a set in Chinese-CLIP's layout, from a folder of images, or from a text file
 of ids such as COCO-CN's `coco-cn_test.txt` and Flickr30K-CN's `ImageSets/*.txt`. A guard is a Parquet file
 with columns family (`coco`, `flickr` or `own`), id, perceptual_hash (48 bytes; null: only ids known).
 """
@@ -28,27 +28,27 @@ FAMILIES: tuple[Family, ...] = ("coco", "flickr", "own")
 MAX_PIXELS = 100_000_000
 
 _SCHEMA = {"family": pl.String, "id": pl.String, "perceptual_hash": pl.Binary}
-_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+_IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True, slots=True)
 class GuardedIds:
-    """Numbers of pictures that stay out of training, in the two numberings that sources share."""
+    """Numbers of images that stay out of training, in the two numberings that sources share."""
 
     coco: frozenset[int]
     flickr: frozenset[int]
 
 
 def make_guard(evaluation_set: str, family: Family, out: str) -> int:
-    """Write the guard of an evaluation set; returns how many pictures it names.
+    """Write the guard of an evaluation set; returns how many images it names.
 
     `evaluation_set` is a `<name>_imgs.tsv` or the folder that holds one, a folder of shards, a folder of
-    pictures (searched below too; ids are file names without their ending), or a `.txt` file with one id a
-    line. InputError where it is none of these, empty, or holds a picture that does not decode.
+    images (searched below too; ids are file names without their ending), or a `.txt` file with one id a
+    line. InputError where it is none of these, empty, or holds an image that does not decode.
     """
     rows = [(family, name, hashed) for name, hashed in _members(evaluation_set)]
     if not rows:
-        raise InputError(f"{evaluation_set}: no pictures and no ids; give the evaluation set's own files")
+        raise InputError(f"{evaluation_set}: no images and no ids; give the evaluation set's own files")
     table = pl.DataFrame(rows, schema=_SCHEMA, orient="row").unique(maintain_order=True)
     write_table(table, out)
     return table.height
@@ -83,7 +83,7 @@ def guarded_hashes(paths: Sequence[str]) -> list[bytes]:
 
 
 def tsv_hashes(path: str) -> Iterator[tuple[str, bytes]]:
-    """(id, perceptual hash) of each picture of a `<name>_imgs.tsv`; InputError names a line that is none."""
+    """(id, perceptual hash) of each image of a `<name>_imgs.tsv`; InputError names a line that is none."""
     with store.open_read(path) as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -91,13 +91,13 @@ def tsv_hashes(path: str) -> Iterator[tuple[str, bytes]]:
                 image = decode_upright(decode_picture(encoded.strip()), MAX_PIXELS)
             except (ValueError, BadImageError) as error:
                 raise InputError(
-                    f"{path}: line {number}: no picture in base64 ({error}); mend the line"
+                    f"{path}: line {number}: no image in base64 ({error}); repair the line"
                 ) from None
             yield name.decode("utf-8", "replace"), image_rules.perceptual_hash(np.asarray(image))
 
 
 def set_hashes(folder: str, name: str) -> Iterator[tuple[str, bytes]]:
-    """(id, perceptual hash) of each picture of an evaluation set: of its TSV, or as its shards say."""
+    """(id, perceptual hash) of each image of an evaluation set: of its TSV, or as its shards say."""
     path = store.join(folder, f"{name}_imgs.tsv")
     stems = [] if store.exists(path) else shard_stems(folder)
     yield from (
@@ -128,27 +128,27 @@ def _members(path: str) -> Iterator[tuple[str, bytes | None]]:
         for stem in stems:
             yield from _sidecar_hashes(f"{stem}.parquet")
         if not tables and not stems:
-            yield from _pictures(Path(path))
+            yield from _images(Path(path))
     else:
         raise InputError(
-            f"{path}: no evaluation set; give NAME_imgs.tsv, a folder with it, shards or pictures, or a .txt"
+            f"{path}: no evaluation set; give NAME_imgs.tsv, a folder with it, shards or images, or a .txt"
             " of ids"
         )
 
 
-def _pictures(folder: Path) -> Iterator[tuple[str, bytes]]:
+def _images(folder: Path) -> Iterator[tuple[str, bytes]]:
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and _is_picture(path):
+        if path.is_file() and _is_image(path):
             try:
                 image = decode_upright(path.read_bytes(), MAX_PIXELS)
             except BadImageError as error:
-                raise InputError(f"{path}: {error}; mend or remove the file") from None
+                raise InputError(f"{path}: {error}; repair or remove the file") from None
             yield path.stem, image_rules.perceptual_hash(np.asarray(image))
 
 
-def _is_picture(path: Path) -> bool:
-    """By its name, or by its first bytes: a picture under another name is one of the set all the same."""
-    if path.suffix.lower() in _PICTURES:
+def _is_image(path: Path) -> bool:
+    """By its name, or by its first bytes: an image under another name is one of the set all the same."""
+    if path.suffix.lower() in _IMAGE_ENDINGS:
         return True
     with open(path, "rb") as file:
         return file.read(max(map(len, SIGNATURES))).startswith(SIGNATURES)

@@ -1,7 +1,7 @@
 """Drop tables: for every dropped row its key, the digest of its URL, the reason, and some with a detail.
 
 They answer `cnclip why`; everything else about a row is looked up in its source. `detail` is the word of a
-blacklist, the key of the picture that a copy is of, or the key of the text that a caption became part of; a
+blacklist, the key of the image that a copy is of, or the key of the text that a caption became part of; a
 stage whose rows say enough has no such column.
 """
 

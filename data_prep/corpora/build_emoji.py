@@ -1,4 +1,4 @@
-"""Builds the emoji pictures and names from npm packages: `python -m data_prep.corpora.build_emoji OUT`.
+"""Builds the emoji images and names from npm packages: `python -m data_prep.corpora.build_emoji OUT`.
 
 Three houses' drawings of the same things meet the names and keywords of Unicode CLDR 47, Chinese and
 English, by code points. OUT gets `twemoji.parquet`, `openmoji.parquet`, `fluent.parquet`, the packages'
@@ -229,14 +229,14 @@ def render_svg(svg: bytes) -> Image.Image:
         import resvg_py
     except ImportError:
         raise ConfigError("resvg-py: not installed; pip install 'cnclip-pretraining[emoji]'") from None
-    # System fonts would make the pictures differ between machines.
+    # System fonts would make the images differ between machines.
     png = resvg_py.svg_to_bytes(
         svg_string=svg.decode(), width=SIDE_PX, height=SIDE_PX, skip_system_fonts=True
     )
     return Image.open(io.BytesIO(bytes(png)))
 
 
-# Where a vendor's package keeps the pictures; the group is code points, for Fluent the name's slug.
+# Where a vendor's package keeps the images; the group is code points, for Fluent the name's slug.
 PICTURE_PATHS = {
     "twemoji": re.compile(r"img/twitter/64/([^/]+)\.png"),
     "openmoji": re.compile(r"color/svg/([^/]+)\.svg"),
@@ -285,7 +285,7 @@ def _read_me(packages: Mapping[str, Package], counts: Mapping[str, int]) -> str:
 
 
 def build(out: Path, packages: Mapping[str, Package] = PACKAGES) -> dict[str, int]:
-    """Write the folder described at the top; gives the number of pictures of each vendor.
+    """Write the folder described at the top; gives the number of images of each vendor.
 
     The list of emoji, without skin tones, and their categories are those of Twemoji's package; an emoji that
     CLDR does not name in both languages is left out.

@@ -42,8 +42,8 @@ class DemoConfig:
 
     kind: Literal["demo"] = "demo"
     seed: int = 0  # everything drawn follows from it
-    num_clean: Annotated[int, Field(ge=1)] = 3000  # ordinary training rows, each with its own picture
-    num_evaluation: Annotated[int, Field(ge=1)] = 200  # pictures of unseen pairs of things, one caption each
+    num_clean: Annotated[int, Field(ge=1)] = 3000  # ordinary training rows, each with its own image
+    num_evaluation: Annotated[int, Field(ge=1)] = 200  # images of unseen pairs of things, one caption each
     # Side of the most common, square image; others are up to 3.1 times as long.
     image_size_px: Annotated[int, Field(ge=32)] = 96
     dirt: Annotated[float, Field(ge=0.01)] = 1.0  # factor on the number of rows of each class of dirt in PLAN
@@ -111,7 +111,7 @@ def make_demo(config: DemoConfig, folder: str | Path) -> None:
     - `evaluation/unseen/`: the evaluation set in Chinese-CLIP's layout, and its URLs in `unseen_urls.txt`.
     - `planted.json`: `{class: {"count", "fate", "stage"}}`; `planted.parquet`: the same for every row, by
       SAMPLE_ID.
-    - `expected/`, `expected.json` (`{URL: PNG file}`): the upright RGB pictures that a reader must see in
+    - `expected/`, `expected.json` (`{URL: PNG file}`): the upright RGB images that a reader must see in
       the files that need care.
     """
     folder = Path(folder)

@@ -51,8 +51,8 @@ BACKGROUNDS = {
     "米色": ("beige", (240, 226, 198)),
 }
 NUMBERS = {1: ("一", "one"), 2: ("两", "two"), 3: ("三", "three"), 4: ("四", "four"), 5: ("五", "five")}
-MAX_COUNT: dict[Size, int] = {"large": 2, "plain": 3, "small": 5}  # what fits into half a picture
-RADIUS: dict[Size, tuple[float, float]] = {  # share of the picture's short side
+MAX_COUNT: dict[Size, int] = {"large": 2, "plain": 3, "small": 5}  # what fits into half an image
+RADIUS: dict[Size, tuple[float, float]] = {  # share of the image's short side
     "large": (0.195, 0.225),
     "plain": (0.120, 0.140),
     "small": (0.066, 0.080),
@@ -180,7 +180,7 @@ SIDES: dict[Relation, tuple[tuple[str, ...], str, str]] = {
 def describe(rng: Random, scene: Scene, *, colourless: bool = False) -> Caption:
     """Put a scene into a Chinese sentence of 5 to 50 characters and an English one with the same content.
 
-    `colourless` is for grey pictures: their captions name no colour. Which of the possible sentences is
+    `colourless` is for grey images: their captions name no colour. Which of the possible sentences is
     taken is the draw of `rng`: one scene has many true captions.
     """
     a = _name_group(rng, scene.first, colourless=colourless)
@@ -306,7 +306,7 @@ def _halves(
 
 
 def draw_things(rng: Random, scene: Scene, width_px: int, height_px: int) -> Image.Image:
-    """The things of a scene on a transparent ground, anti-aliased: an RGBA picture."""
+    """The things of a scene on a transparent ground, anti-aliased: an RGBA image."""
     scale = 3 if max(width_px, height_px) <= 160 else 2
     canvas = Image.new("RGBA", (width_px * scale, height_px * scale), (128, 128, 128, 0))
     pen = ImageDraw.Draw(canvas)
@@ -335,7 +335,7 @@ def draw_things(rng: Random, scene: Scene, width_px: int, height_px: int) -> Ima
 def draw_background(rng: Random, scene: Scene, width_px: int, height_px: int) -> Image.Image:
     """A textured ground in the scene's background colour: a gradient, soft blotches and fine noise.
 
-    No two are alike, at a coarse scale too: that is what tells two pictures with one caption apart.
+    No two are alike, at a coarse scale too: that is what tells two images with one caption apart.
     """
     _, rgb = BACKGROUNDS[scene.background]
     noise = np.random.Generator(np.random.PCG64(rng.getrandbits(64)))
@@ -351,7 +351,7 @@ def draw_background(rng: Random, scene: Scene, width_px: int, height_px: int) ->
 
 
 def draw(rng: Random, scene: Scene, width_px: int, height_px: int) -> Image.Image:
-    """The whole picture: RGB, `width_px` x `height_px`."""
+    """The whole image: RGB, `width_px` x `height_px`."""
     image = draw_background(rng, scene, width_px, height_px)
     things = draw_things(rng, scene, width_px, height_px)
     image.paste(things, mask=things.getchannel("A"))

@@ -1,7 +1,7 @@
-"""Emoji pictures with their Chinese names as a corpus: real drawings of the same things by several houses.
+"""Emoji images with their Chinese names as a corpus: real drawings of the same things by several houses.
 
-A vendor's file is a Parquet table as `data_prep.corpora.build_emoji` writes it: one picture a row, with the
-names and keywords of Unicode CLDR. Some vendors' pictures become training rows on a loopback web site, those
+A vendor's file is a Parquet table as `data_prep.corpora.build_emoji` writes it: one image a row, with the
+names and keywords of Unicode CLDR. Some vendors' images become training rows on a loopback web site, those
 of others an evaluation set: same names, a style never seen.
 """
 
@@ -24,12 +24,12 @@ from data_prep.sources.local_server import HOST, Answer, write_site
 from pipeline.core.records import ConfigError, InputError
 
 COLUMNS = ("name_zh", "keywords_zh", "name_en", "keywords_en", "category_en", "png")
-UNSCORED_CATEGORY = "Flags"  # nearly the same picture in every style: matching pixels solves them
+UNSCORED_CATEGORY = "Flags"  # nearly the same image in every style: matching pixels solves them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmojiConfig:
-    """`[corpus]` of the emoji run: which vendors' pictures are learned from and which are scored."""
+    """`[corpus]` of the emoji run: which vendors' images are learned from and which are scored."""
 
     kind: Literal["emoji"] = "emoji"
     folder: str  # holds <vendor>.parquet files
@@ -43,7 +43,7 @@ class EmojiConfig:
 
 @dataclass(frozen=True, slots=True)
 class Emoji:
-    """One vendor's picture of one thing."""
+    """One vendor's image of one thing."""
 
     name_zh: str
     keywords_zh: Sequence[str]
@@ -62,7 +62,7 @@ def captions(
     separators: tuple[str, str],
     rng: Random,
 ) -> list[str]:
-    """Captions of one picture: the name, then `count - 1` times the name with 1 to `max_keywords` keywords.
+    """Captions of one image: the name, then `count - 1` times the name with 1 to `max_keywords` keywords.
 
     `separators` stand after the name and between keywords. Keywords equal to the name are left out; a
     caption that was drawn before stays in place, so that the list always has `count` entries.
@@ -107,7 +107,7 @@ def _pixels_digest(path: Path, number: int, png: bytes) -> bytes:
     try:
         image = Image.open(io.BytesIO(png)).convert("RGBA")
     except (UnidentifiedImageError, OSError) as error:
-        raise InputError(f"{path}: the picture of row {number} cannot be decoded ({error})") from None
+        raise InputError(f"{path}: the image of row {number} cannot be decoded ({error})") from None
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return hashlib.sha256(repr(image.size).encode() + image.convert("RGB").tobytes()).digest()
 
@@ -115,7 +115,7 @@ def _pixels_digest(path: Path, number: int, png: bytes) -> bytes:
 def evaluation_texts(names: Sequence[str], pixels: Sequence[bytes]) -> list[EvaluationText]:
     """One query a distinct name, in order of first appearance.
 
-    Its hits are the pictures with that name and those whose pixels equal one of these: nobody could tell
+    Its hits are the images with that name and those whose pixels equal one of these: nobody could tell
     them apart. `names[i]` and `pixels[i]` (any digest) belong to image i.
     """
     by_pixels: dict[bytes, list[int]] = {}
@@ -134,7 +134,7 @@ def _url_path(vendor: str, number: int) -> str:
 
 
 def _write_training(config: EmojiConfig, vendor: str, emojis: list[Emoji], out: Path) -> dict[str, Answer]:
-    """Write the caption table and the pictures of one vendor; gives the site's answers."""
+    """Write the caption table and the images of one vendor; gives the site's answers."""
     rows: list[dict[str, str]] = []
     answers: dict[str, Answer] = {}
     (out / "site" / vendor).mkdir(parents=True, exist_ok=True)
@@ -157,7 +157,7 @@ def _write_training(config: EmojiConfig, vendor: str, emojis: list[Emoji], out: 
                 (emoji.name_en, emoji.keywords_en, (", ", ", ")),
             )
         ]
-        # A picture with few keywords repeats itself: one row each is enough.
+        # An image with few keywords repeats itself: one row each is enough.
         distinct = dict(zip(*both, strict=True))
         rows += [
             {"url": f"http://{HOST}{path}", "caption": chinese, "caption_en": english}
@@ -175,7 +175,7 @@ def _write_evaluation(folder: Path, vendor: str, emojis: list[Emoji], out: Path)
         (number, emoji) for number, emoji in enumerate(emojis) if emoji.category_en != UNSCORED_CATEGORY
     ]
     if not scored:
-        raise InputError(f"{path}: every picture is in category {UNSCORED_CATEGORY}, which is not scored")
+        raise InputError(f"{path}: every image is in category {UNSCORED_CATEGORY}, which is not scored")
     write_evaluation(
         out / "evaluation" / vendor,
         vendor,
@@ -194,7 +194,7 @@ def make_emoji(config: EmojiConfig, out: str | Path) -> None:
     - `tables/<vendor>.parquet`: url, caption, caption_en for each training vendor. Most names are shorter
       than five characters: the rule on length is for captions from the web.
     - `site.json`, `site/`: the web site that answers their URLs (see `data_prep.sources.local_server`).
-    - `evaluation/<vendor>/`: pictures of each evaluated vendor but flags, in Chinese-CLIP's layout, their
+    - `evaluation/<vendor>/`: images of each evaluated vendor but flags, in Chinese-CLIP's layout, their
       Chinese names as queries; `<vendor>_urls.txt`.
 
     InputError for a missing or broken file; ConfigError if a vendor is both trained and evaluated on.

@@ -55,8 +55,8 @@ PLAN = {
     "hanging": Plan(4, "timeout", "download", scales=False),  # each costs the client its time-out
     "broken_connection": Plan(12, "connection", "download"),
     "html_page": Plan(25, "not_an_image", "download"),
-    "random_bytes": Plan(10, "not_an_image", "download"),  # not the first bytes of any picture format
-    "garbled_image": Plan(10, "undecodable", "download"),  # the first bytes of a picture format, then noise
+    "random_bytes": Plan(10, "not_an_image", "download"),  # not the first bytes of any image format
+    "garbled_image": Plan(10, "undecodable", "download"),  # the first bytes of an image format, then noise
     "truncated_jpeg": Plan(15, "truncated", "download"),
     "bomb": Plan(1, "pixel_limit", "download", scales=False),
     "opted_out": Plan(20, "opted_out", "download"),
@@ -90,7 +90,7 @@ class Row:
     language: str = "zh"
     answer: Answer | None = None
     body: bytes | None = None  # of the file that the answer names
-    expected: Image.Image | None = None  # the upright RGB picture that must be kept, where that needs care
+    expected: Image.Image | None = None  # the upright RGB image that must be kept, where that needs care
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +252,7 @@ INVALID_URLS = (
 
 
 def table_dirt(world: World) -> Iterator[Row]:
-    """Rows that the table alone gives away; their pictures are in order: only text rules can drop them."""
+    """Rows that the table alone gives away; their images are in order: only text rules can drop them."""
 
     def fill(forms: tuple[str, ...], index: int, rng: Random) -> str:
         return forms[index % len(forms)].format(

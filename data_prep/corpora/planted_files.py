@@ -23,7 +23,7 @@ HTML = "<!DOCTYPE html>\n<html><head><title>404</title></head><body><p>您访问
 
 
 def _png(width_px: int, height_px: int, bits: int, colour_type: int, rows: Iterable[bytes]) -> bytes:
-    """A PNG from packed rows of pixels (without filter bytes), made without ever holding the picture."""
+    """A PNG from packed rows of pixels (without filter bytes), made without ever holding the image."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -36,14 +36,14 @@ def _png(width_px: int, height_px: int, bits: int, colour_type: int, rows: Itera
 
 
 def _garble(index: int, rng: Random) -> tuple[str, bytes]:
-    """The first bytes of a picture format and then noise, with the end that the format asks for."""
+    """The first bytes of an image format and then noise, with the end that the format asks for."""
     noise = rng.randbytes(rng.randint(800, 4000))
     if index % 3 == 0:
         return "png", PNG_START + noise
     if index % 3 == 1:
         noise = noise.replace(
             b"\xff", b"\x7f"
-        )  # no marker by accident, so it can't turn into a cut-off picture
+        )  # no marker by accident, so it can't turn into a cut-off image
         return (
             "jpg",
             b"\xff\xd8\xff\xe0\x00\x10JFIF\x00\x01\x01\x00\x00\x01\x00\x01\x00\x00" + noise + b"\xff\xd9",
@@ -80,9 +80,7 @@ def download_dirt(world: World) -> Iterator[Row]:
         yield answered_row("html_page", index, rng, caption, size_px, HTML.encode(), answer=answer)
     for index, rng in world.draws("random_bytes"):
         caption, size_px = describe(rng, world.scene(rng)), world.dimensions(rng)
-        body = b"\x00" + rng.randbytes(
-            rng.randint(500, 5000)
-        )  # no picture format starts with a zero and noise
+        body = b"\x00" + rng.randbytes(rng.randint(500, 5000))  # no image format starts with a zero and noise
         yield answered_row("random_bytes", index, rng, caption, size_px, body)
     for index, rng in world.draws("garbled_image"):
         caption, size_px = describe(rng, world.scene(rng)), world.dimensions(rng)
@@ -99,9 +97,9 @@ def download_dirt(world: World) -> Iterator[Row]:
         yield answered_row("bomb", index, rng, caption, (BOMB_SIDE_PX, BOMB_SIDE_PX), body, extension="png")
 
 
-# --- pictures that need care ---------------------------------------------------------------------
+# --- images that need care ---------------------------------------------------------------------
 
-# EXIF orientation → how the stored picture is made from the upright one (the inverse of how it is shown).
+# EXIF orientation → how the stored image is made from the upright one (the inverse of how it is shown).
 STORED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -152,7 +150,7 @@ def _black_where_clear(things: Image.Image) -> Image.Image:
 
 
 def _palette_with_hole(things: Image.Image) -> Image.Image:
-    """A palette picture whose colour 255 is black and transparent."""
+    """A palette image whose colour 255 is black and transparent."""
     colours = things.convert("RGB").quantize(255, dither=Image.Dither.NONE)
     indices_HW = np.asarray(colours).copy()
     indices_HW[np.asarray(things.getchannel("A")) < 128] = 255
@@ -208,7 +206,7 @@ def careful_images(world: World) -> Iterator[Row]:
     yield from rows("webp", "webp", lambda index, image: encode(image, "WEBP"))
 
 
-# --- pictures that are dropped when seen ---------------------------------------------------------
+# --- images that are dropped when seen ---------------------------------------------------------
 
 TINY_PX = ((8, 8), (10, 12), (15, 15), (30, 12), (1, 1))
 STRIPS_PX = ((320, 40), (300, 48), (40, 320), (480, 60))

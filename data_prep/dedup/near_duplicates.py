@@ -1,10 +1,10 @@
-"""Stages find_copies and dedup_image: pictures that are there already, exactly or nearly (not in the paper).
+"""Stages find_copies and dedup_image: images that are there already, exactly or nearly (not in the paper).
 
 Exact copies have the same stored bytes. Near copies have perceptual hashes at most `max_distance` of 384 bits
 apart. They are found without comparing all pairs: the hash is cut into max_distance + 1 bands, and two hashes
 so close agree in at least one band whole (pigeonhole; multi-index hashing, Norouzi et al. 2012), so only
 rows that share a band's value are compared. Bits go to the bands in turn, since neighbouring bits are
-alike. A value that very many pictures share (white ground) would still be quadratic: its rows are sorted by
+alike. A value that very many images share (white ground) would still be quadratic: its rows are sorted by
 their whole hash, and each is compared with the WINDOW after it. That bounds the work to rows x bands x
 WINDOW comparisons, all vectorised, and is exact where no more than WINDOW + 1 different hashes share a
 value; beyond, a pair is missed only where every band that it agrees in is that crowded.
@@ -45,8 +45,8 @@ UInt64Array = npt.NDArray[np.uint64]
 class DedupImageConfig:
     """`[dedup_image]`: a run without this table keeps copies, as the paper does."""
 
-    exact: bool = True  # the same picture under several addresses or captions
-    # Bits of 384 within which a picture is a near copy; unset is off. More bits are more and shorter bands:
+    exact: bool = True  # the same image under several addresses or captions
+    # Bits of 384 within which an image is a near copy; unset is off. More bits are more and shorter bands:
     # benchmarks/data_prep/near_copies.py has their cost.
     max_distance: Annotated[int, Field(ge=0, le=31)] | None = None
     # Of each band: a task holds its share of all keys and hashes, some 100 bytes a row.
@@ -88,7 +88,7 @@ def plan_find(config: DedupImageConfig, context: Context) -> list[Task]:
 
 
 def run_find(config: DedupImageConfig, context: Context, task: Task, progress: Progress) -> Outcome:
-    """`copies/<task>.parquet`: key of each copy, reason, and key of the picture that it is a copy of."""
+    """`copies/<task>.parquet`: key of each copy, reason, and key of the image that it is a copy of."""
     asked = FindTask.from_json(task.arguments)
     if asked.kind == "exact":
         rows = _read(context, "image_sha256")
@@ -110,7 +110,7 @@ def run_find(config: DedupImageConfig, context: Context, task: Task, progress: P
 
 
 def exact_copies(rows: pl.DataFrame) -> pl.DataFrame:
-    """Copies among rows with key and image_sha256: all but the lowest key of each picture."""
+    """Copies among rows with key and image_sha256: all but the lowest key of each image."""
     rows = rows.sort("image_sha256", "key").with_columns(first=pl.col("key").first().over("image_sha256"))
     copies = rows.filter(pl.col("key") != pl.col("first"))
     return copies.select("key", reason=pl.lit(str(DUPLICATE_IMAGE)), detail="first")
@@ -119,7 +119,7 @@ def exact_copies(rows: pl.DataFrame) -> pl.DataFrame:
 def near_copies(rows: pl.DataFrame, max_distance: int) -> pl.DataFrame:
     """Copies among rows with key, perceptual_hash and band: near, and of one band's value."""
     rows = rows.sort("band", "perceptual_hash", "key")
-    # Equal hashes are one picture: what is compared below differs.
+    # Equal hashes are one image: what is compared below differs.
     rows = rows.with_columns(first=pl.col("key").first().over("perceptual_hash"))
     equal = rows.filter(pl.col("key") != pl.col("first")).select("key", detail="first")
     rows = rows.filter(pl.col("key") == pl.col("first")).drop("first")

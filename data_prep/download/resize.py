@@ -1,6 +1,6 @@
 """The resizer that img2dataset calls: bytes from the web in, one upright 8-bit RGB JPEG out, or a reason.
 
-img2dataset's own resizer ignores EXIF rotation (and strips the tag), turns 16-bit pictures white, fills a
+img2dataset's own resizer ignores EXIF rotation (and strips the tag), turns 16-bit images white, fills a
 truncated JPEG with grey, and allocates whatever size a header promises. This one decodes with Pillow,
 which says what is wrong, after the header's size was checked.
 """
@@ -20,8 +20,8 @@ from data_prep.formats.image import BadImageError, open_image, upright, upright_
 class UprightResizer:
     """Stands in for img2dataset's Resizer; an error it returns begins with a DropReason and a colon."""
 
-    short_side_px: int  # larger pictures are reduced to it, aspect kept; smaller ones stay as they are
-    max_pixels: int  # of the picture as its header promises, before anything is decoded
+    short_side_px: int  # larger images are reduced to it, aspect kept; smaller ones stay as they are
+    max_pixels: int  # of the image as its header promises, before anything is decoded
     jpeg_quality: int
     # Decode a JPEG at 1/2, 1/4 or 1/8 of its size where that is still large enough (libjpeg's scaled inverse
     # DCT), and average pixels for the rest of the way: faster, a little softer.

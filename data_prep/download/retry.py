@@ -1,7 +1,7 @@
 """A further pass of the download: which failures are worth another try, and how what came back is merged.
 
 A pass is a stage of the download's own kind (`download/retry1`, `retry2`, …) over the rows that an earlier
-pass gave up on. Merging it gives each partition a new receipt: the pictures that were there, those that came
+pass gave up on. Merging it gives each partition a new receipt: the images that were there, those that came
 back, one table of both in key order, and the drops that are left. So a row is counted once, and what comes
 after finds the corpus that a better first pass would have given.
 """
@@ -24,7 +24,7 @@ from pipeline.core.stage import Context, Task
 # img2dataset met an error of its own on a row and wrote nothing about it.
 LOST_BY_DOWNLOADER = DropReason("lost_by_downloader")
 
-# What another day may mend. Not: 404, a page in place of a picture, an owner who opted out, ...
+# What another day may repair. Not: 404, a page in place of an image, an owner who opted out, ...
 _PASSING = ("timeout", "connection", "dns", "tls", str(LOST_BY_DOWNLOADER))
 _HTTP_ERROR = "http_error"
 # Request timeout, too early, too many requests (RFC 9110, RFC 8470, RFC 6585), and the server's own errors.

@@ -1,7 +1,7 @@
 """Stage download: img2dataset fetches and resizes; what came back is packed in the corpus's order.
 
 img2dataset takes any `_stats.json` for "done" and prints what failed; here each partition has a receipt
-that binds its outputs to the rows asked for, and each row that gave no picture has its reason.
+that binds its outputs to the rows asked for, and each row that gave no image has its reason.
 Bytes are promised from here on: what the web returned is the snapshot.
 """
 
@@ -44,9 +44,9 @@ _CALLS = 2  # of img2dataset, the first included, for what it leaves damaged
 class DownloadConfig:
     """`[download]`: what img2dataset is told. The paper trains at 224 px and 336 px (section 2.2)."""
 
-    short_side_px: int = 256  # larger pictures are reduced to it: room for a random crop of 224
+    short_side_px: int = 256  # larger images are reduced to it: room for a random crop of 224
     jpeg_quality: int = 95
-    max_pixels: int = 100_000_000  # of a picture's header: above, a decompression bomb
+    max_pixels: int = 100_000_000  # of an image's header: above, a decompression bomb
     # Decode a JPEG at 1/2, 1/4 or 1/8 where that still exceeds short_side_px, and average pixels: faster,
     # and pixels differ a little (benchmarks/data_prep/resize.py says both).
     scaled_decode: bool = False
@@ -113,7 +113,7 @@ def _download(
         if rows.height == 0:
             yield task, _pack(context, task, raw, None)
             continue
-        # Pictures that are on disk already have an address of the loopback site beside the row's own.
+        # Images that are on disk already have an address of the loopback site beside the row's own.
         at = pl.coalesce("picture_at", "url") if "picture_at" in rows.columns else pl.col("url")
         rows.select(url=at, sample_key=pl.col("key")).write_parquet(raw / "lists" / f"{task.name}.parquet")
         waiting[len(waiting)] = task
@@ -139,7 +139,7 @@ def _download(
                 if damage is None and share >= config.outage_share:
                     raise InputError(
                         f"{context.path()}: the network seems to be down: {share:.0%} of partition"
-                        f" {task.name} failed by DNS, connection or time-out; mend it and run again, or"
+                        f" {task.name} failed by DNS, connection or time-out; repair it and run again, or"
                         f" raise [download] outage_share"
                     )
                 if share < _SUSPECT_SHARE or not waiting:
@@ -171,7 +171,7 @@ def _log_path(context: Context, first: Task) -> str:
 
 
 def _damage(raw: Path, number: int) -> str | None:
-    """What is wrong with one img2dataset shard; None where its tar has every picture that its table names."""
+    """What is wrong with one img2dataset shard; None where its tar has every image that its table names."""
     path = raw / "shards" / f"{number:05d}"
     try:
         answers = pl.read_parquet(f"{path}.parquet", columns=["key", "error_message"])
@@ -181,7 +181,7 @@ def _damage(raw: Path, number: int) -> str | None:
         return str(error).splitlines()[0]
     given = answers.filter(pl.col("error_message").is_null()).select(pl.col("key") + ".jpg")
     missing = given.join(pl.DataFrame({"key": members}, schema=given.schema), on="key", how="anti").height
-    return f"its tar lacks {missing} of {given.height} pictures" if missing else None
+    return f"its tar lacks {missing} of {given.height} images" if missing else None
 
 
 def _network_failures(raw: Path, number: int) -> float:
@@ -236,7 +236,7 @@ def _downloader(
         site, images = corpus_facts.site_folder(context), corpus_facts.image_folders(context)
         packed = corpus_facts.packed_folders(context)
         if site is not None or images or packed:
-            # The corpus brings its own pictures: URLs name no port, the server stands in as a proxy.
+            # The corpus brings its own images: URLs name no port, the server stands in as a proxy.
             site = None if site is None else stack.enter_context(local_site(site))
             address = stack.enter_context(serve(site, images, packed))
             environment[SITE_VARIABLE] = address.removeprefix("http://")
@@ -270,7 +270,7 @@ def _asked(context: Context, task: Task) -> pl.DataFrame:
 
 
 def _pack(context: Context, task: Task, raw: Path, number: int | None) -> Outcome:
-    """Repack one img2dataset shard: pictures in key order, kept rows with their facts, drops with reasons.
+    """Repack one img2dataset shard: images in key order, kept rows with their facts, drops with reasons.
 
     `number` is img2dataset's; None for a partition without rows.
     """

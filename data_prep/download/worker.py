@@ -45,7 +45,7 @@ DNS = DropReason("dns")  # no address for the host's name
 TLS = DropReason("tls")
 
 USER_AGENT = "cnclip-pretraining (https://arxiv.org/abs/2211.01335; image-text research)"
-_MAX_BODY_BYTES = 32 << 20  # a web picture is well below; a stream without end is not read to the end
+_MAX_BODY_BYTES = 32 << 20  # a web image is well below; a stream without end is not read to the end
 _CHUNK_BYTES = 1 << 16
 
 

@@ -1,4 +1,4 @@
-"""Stage filter_image: pictures that are too small, too long, or of an evaluation set go; hashes are made."""
+"""Stage filter_image: images that are too small, too long, or of an evaluation set go; hashes are made."""
 
 import dataclasses
 import functools
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from data_prep import decontamination as guard
+from data_prep import decontamination
 from data_prep.accounting.histograms import histogram
 from data_prep.accounting.judged import JudgedFacts, publish_judged
 from data_prep.corpus_facts import exemptions, guard_paths
@@ -26,11 +26,11 @@ from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 class FilterImageConfig:
     """`[filter_image]`."""
 
-    min_side_px: int = 16  # shorter side of the picture as it came
+    min_side_px: int = 16  # shorter side of the image as it came
     max_aspect: float = 5.0  # longer side over shorter side
-    remove_evaluation_copies: bool = True  # pictures of the evaluation sets under other addresses (2.2)
-    # Bits of 384 within which a picture counts as a copy of an evaluation picture.
-    # On the demo re-encoded copies are 0 to 22 bits away, other pictures 60 and more.
+    remove_evaluation_copies: bool = True  # images of the evaluation sets under other addresses (2.2)
+    # Bits of 384 within which an image counts as a copy of an evaluation image.
+    # On the demo re-encoded copies are 0 to 22 bits away, other images 60 and more.
     evaluation_distance: int = 32
 
 
@@ -64,14 +64,14 @@ def plan(config: FilterImageConfig, context: Context) -> list[Task]:
             inputs = {**shared, "pictures": shard.digest, "rows": tables[name].digest}
             asked = ImageTask(tar=shard.path, table=tables[name].path)
             tasks[name] = Task(name, inputs, asked.to_json())
-        else:  # a later pass of the download has added pictures
+        else:  # a later pass of the download has added images
             inputs = {**tasks[name].inputs, f"pictures {shard.path}": shard.digest}
             tasks[name] = dataclasses.replace(tasks[name], inputs=inputs)
     return list(tasks.values())
 
 
 def run(config: FilterImageConfig, context: Context, task: Task, progress: Progress) -> Outcome:
-    """Judge one partition's pictures. Pictures stay where they are; the table says which are kept."""
+    """Judge one partition's images. Images stay where they are; the table says which are kept."""
     asked = ImageTask.from_json(task.arguments)
     table = pl.read_parquet(context.path_in("download", asked.table))
     if "tar" not in table.columns:
@@ -102,7 +102,7 @@ def run(config: FilterImageConfig, context: Context, task: Task, progress: Progr
             hashes.append(image_rules.perceptual_hash(np.asarray(image)))
     if config.remove_evaluation_copies:
         references = [item for folder in evaluations_of(context) for item in _evaluation_hashes(folder)]
-        references += guard.guarded_hashes(guard_paths(context.parents["corpus"]))
+        references += decontamination.guarded_hashes(guard_paths(context.parents["corpus"]))
         near = image_rules.nearest_hash_distances(hashes, references) <= config.evaluation_distance
         reasons = [
             image_rules.EVALUATION_IMAGE if reason is None and copy else reason
@@ -126,8 +126,8 @@ def run(config: FilterImageConfig, context: Context, task: Task, progress: Progr
 
 @functools.lru_cache(maxsize=8)  # the sets are the same for every task that a process does
 def _evaluation_hashes(evaluation: EvaluationSet) -> list[bytes]:
-    """Hashes of an evaluation set's pictures; InputError names a line that is no picture."""
-    return [hashed for _, hashed in guard.set_hashes(evaluation.folder, evaluation.name)]
+    """Hashes of an evaluation set's images; InputError names a line that is no image."""
+    return [hashed for _, hashed in decontamination.set_hashes(evaluation.folder, evaluation.name)]
 
 
 def stage(config: FilterImageConfig) -> Stage:

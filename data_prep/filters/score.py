@@ -1,4 +1,4 @@
-"""Stages score and filter_score: the cosine of picture and caption, and the threshold on it (section 2.2).
+"""Stages score and filter_score: the cosine of image and caption, and the threshold on it (section 2.2).
 
 Scoring is a stage of its own and drops nothing: another threshold redoes `filter_score` alone, which reads
 numbers. What encodes is given from above (`pipeline.catalog`): Multilingual-CLIP with its CLIP, or a model
@@ -33,7 +33,7 @@ from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 # Of the sidecars; `data_prep.sources.table.score_pairs` reads them where a sidecar is a source.
 SCORE_COLUMN, TEXT_COLUMN, IMAGE_COLUMN = "pair_score", "pair_text_encoder", "pair_image_encoder"
 _PAIR_COLUMNS = (SCORE_COLUMN, TEXT_COLUMN, IMAGE_COLUMN)
-_ROWS_AT_ONCE = 2048  # pictures in memory; captions are sorted by length among them
+_ROWS_AT_ONCE = 2048  # images in memory; captions are sorted by length among them
 _DIGEST_DIGITS = 16
 _PAPERS_MIN_SCORE = 0.26
 _STEPS_PER_UNIT = 500  # of the counts that a share is worked out from
@@ -134,22 +134,22 @@ class PairScorer(Protocol):
 def plan(
     config: ScoreConfig, context: Context, identify: Callable[[ScoreConfig], tuple[str, str]]
 ) -> list[Task]:
-    """One task a partition, bound to the rows, the pictures and both encoders.
+    """One task a partition, bound to the rows, the images and both encoders.
 
     `identify` gives the digests of what makes the two features: a score means nothing without them.
     """
     text, image = (digest[:_DIGEST_DIGITS] for digest in identify(config))
-    pictures: dict[str, dict[str, str]] = {}  # a partition may have several tars: a retry adds one
+    images: dict[str, dict[str, str]] = {}  # a partition may have several tars: a retry adds one
     for shard in context.parents["download"].shards:
         if shard.path.endswith(".tar"):
-            found = pictures.setdefault(partition_of(shard.path), {})
+            found = images.setdefault(partition_of(shard.path), {})
             found[f"pictures {shard.path}"] = shard.digest
     return [
         Task(
             name,
             {
                 "rows": shard.digest,
-                **pictures[name],
+                **images[name],
                 "text encoder": text,
                 "image encoder": image,
             },
@@ -178,7 +178,7 @@ def run(
         encoder = load(config)
         for start in range(0, chosen.height, _ROWS_AT_ONCE):
             part = chosen.slice(start, _ROWS_AT_ONCE)
-            image_ND = encoder.embed_images(_pictures(context, part))
+            image_ND = encoder.embed_images(_images(context, part))
             text_ND = encoder.embed_texts(part["caption"].to_list())
             scores_N[part["at"].to_numpy()] = np.einsum("nd,nd->n", image_ND, text_ND)
             progress(start + part.height, chosen.height, "pairs")
@@ -291,8 +291,8 @@ def minimums(rows: pl.DataFrame, column: str) -> dict[str, float]:
     return {source: round(float(score), 4) for source, score in lowest.select("source", column).iter_rows()}
 
 
-def _pictures(context: Context, rows: pl.DataFrame) -> list[bytes]:
-    """Bytes of the rows' pictures, in their order."""
+def _images(context: Context, rows: pl.DataFrame) -> list[bytes]:
+    """Bytes of the rows' images, in their order."""
     with ByteRangePool(lambda name: context.path_in("download", name)) as tars:
         places = rows.select("tar", "offset_bytes", "size_bytes", "key").iter_rows()
         return [tars.read(tar, offset, size, f"{key}.jpg") for tar, offset, size, key in places]

@@ -6,7 +6,7 @@ _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
 
 def decode_picture(encoded: bytes) -> bytes:
-    """The picture's bytes; ValueError where it is not base64.
+    """The image's bytes; ValueError where it is not base64.
 
     Both alphabets are taken: CN-CLIP's code reads the URL-safe one, in which MUGE comes, and its README's
     recipe writes the standard one.

@@ -10,7 +10,7 @@ from pathlib import Path
 @dataclass(frozen=True, slots=True)
 class EvaluationText:
     text: str
-    image_ids: Sequence[int]  # all pictures that count as hits
+    image_ids: Sequence[int]  # all images that count as hits
 
 
 def write_evaluation(
@@ -19,7 +19,7 @@ def write_evaluation(
     """Write one evaluation set; image and text ids count from 0 in the given order.
 
     `<name>_imgs.tsv` has lines `image id, tab, base64 of the image file`; `<name>_texts.jsonl` has objects
-    `{"text_id", "text", "image_ids"}`; `<name>_urls.txt` has one URL a line: where the pictures come from,
+    `{"text_id", "text", "image_ids"}`; `<name>_urls.txt` has one URL a line: where the images come from,
     so that these can be kept out of training.
     """
     folder.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ PIXEL_LIMIT = DropReason("pixel_limit")
 
 # What a web corpus holds. Formats outside this list have decoders that see little use and much attack.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-# Bytes that begin in the way of a picture and still are none were damaged; others never were a picture.
+# Bytes that begin in the way of an image and still are none were damaged; others never were an image.
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF", b"GIF8", b"BM", b"II*\x00", b"MM\x00*")
 _TRUNCATION_WORDS = (
     "truncated",
@@ -35,16 +35,16 @@ class BadImageError(Exception):
 
 
 def decode_upright(data: bytes, max_pixels: int) -> Image.Image:
-    """Decode a picture to 8-bit RGB, turned as its EXIF tag says, transparency on white.
+    """Decode an image to 8-bit RGB, turned as its EXIF tag says, transparency on white.
 
-    BadImageError where the bytes are no picture, are cut off, do not decode, or promise more than
+    BadImageError where the bytes are no image, are cut off, do not decode, or promise more than
     `max_pixels` pixels.
     """
     return upright(open_image(data, max_pixels))
 
 
 def open_image(data: bytes, max_pixels: int) -> Image.Image:
-    """A picture whose header was read and judged, and none of its pixels."""
+    """A image whose header was read and judged, and none of its pixels."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the size is judged below, before any pixel is decoded
@@ -86,7 +86,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        # Pillow cuts these off at 255; the upper byte is what a 16-bit picture shows.
+        # Pillow cuts these off at 255; the upper byte is what a 16-bit image shows.
         levels = np.asarray(image).astype(np.float64)
         if image.mode != "F":
             levels = levels / 257.0

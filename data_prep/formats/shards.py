@@ -120,10 +120,10 @@ def cut(tables: Sequence[Shard], samples_per_shard: int) -> Iterator[list[Piece]
 
 
 def write_shard(context: Context, name: str, rows: pl.DataFrame, path_of: Callable[[str], str]) -> Outcome:
-    """Publish `<name>.tar` and its sidecar from rows that say where their pictures are.
+    """Publish `<name>.tar` and its sidecar from rows that say where their images are.
 
     `rows` has the sidecar's columns, of which offset_bytes and size_bytes are places in the file that
-    `path_of(tar)` names. InputError where a picture is not whole in its file.
+    `path_of(tar)` names. InputError where an image is not whole in its file.
     """
     tar_path, table_path = name + TAR, sidecar_of(name + TAR)
     with store.publish(context.path(tar_path)) as temporary, contextlib.ExitStack() as stack:

@@ -19,7 +19,7 @@ class Place:
 class TarWriter:
     """Writes members so that the same samples give the same bytes: no times, owners or padding of chance.
 
-    The bytes are those of Python's tarfile (USTAR), whose header takes longer to make than a picture to copy.
+    The bytes are those of Python's tarfile (USTAR), whose header takes longer to make than an image to copy.
     """
 
     def __init__(self, path: str) -> None:

@@ -1,9 +1,9 @@
-"""Rules on pictures: pure, value in, DropReason or None out; and the perceptual hash.
+"""Rules on images: pure, value in, DropReason or None out; and the perceptual hash.
 
 `perceptual_hash` is a colour difference hash: for each of R, G and B, is a cell of a small grid clearly
-brighter than its right and its lower neighbour? Two copies of a picture, re-encoded or resized, differ in
+brighter than its right and its lower neighbour? Two copies of an image, re-encoded or resized, differ in
 few of its 384 bits. Colour counts, unlike in the usual grey dHash: a red and a blue circle of equal
-brightness are two pictures. A margin keeps flat areas from flipping with compression noise.
+brightness are two images. A margin keeps flat areas from flipping with compression noise.
 """
 
 from typing import Any
@@ -17,10 +17,10 @@ TOO_SMALL = DropReason("too_small")
 ASPECT = DropReason("aspect")
 EVALUATION_IMAGE = DropReason("evaluation_image")
 
-# What a source's `exempt_from` may name of the rules on pictures.
+# What a source's `exempt_from` may name of the rules on images.
 SIZE_RULE, ASPECT_RULE, IMAGE_DUPLICATES_RULE = "size", "aspect", "image_duplicates"
 SWITCHABLE_IMAGE_RULES = (SIZE_RULE, ASPECT_RULE, IMAGE_DUPLICATES_RULE)
-# Raised where a rule would judge a picture otherwise than before, as a TextRule's version is.
+# Raised where a rule would judge an image otherwise than before, as a TextRule's version is.
 VERSIONS = {SIZE_RULE: 1, ASPECT_RULE: 1, "perceptual_hash": 1}
 
 HASH_BITS = 384
@@ -29,7 +29,7 @@ _MARGIN = 4  # of 255: above JPEG noise in flat areas, below any edge worth a bi
 
 
 def size(width_px: int, height_px: int, min_side_px: int, max_aspect: float) -> DropReason | None:
-    """Judge the size of a picture as it came: shorter side and longer side over shorter side."""
+    """Judge the size of an image as it came: shorter side and longer side over shorter side."""
     shorter, longer = sorted((width_px, height_px))
     if shorter < min_side_px:
         return TOO_SMALL
@@ -39,7 +39,7 @@ def size(width_px: int, height_px: int, min_side_px: int, max_aspect: float) -> 
 
 
 def perceptual_hash(image_HWC: npt.NDArray[np.uint8]) -> bytes:
-    """384-bit hash of an RGB picture [height, width, 3] uint8, as 48 bytes."""
+    """384-bit hash of an RGB image [height, width, 3] uint8, as 48 bytes."""
     import cv2
 
     # One cell more than the grid in both directions, so that each cell has a right and a lower neighbour.

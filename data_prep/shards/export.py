@@ -1,7 +1,7 @@
 """Shards to Chinese-CLIP's training files: TSV with JSON lines, or LMDB (its build_lmdb_dataset.py).
 
-A text's id is its row in the corpus, counted from 0; a picture's id is the first row that shows it, so equal
-pictures (by the digest of their bytes) are stored once, and their texts name one picture.
+A text's id is its row in the corpus, counted from 0; an image's id is the first row that shows it, so equal
+images (by the digest of their bytes) are stored once, and their texts name one image.
 """
 
 import base64
@@ -26,7 +26,7 @@ from pipeline.core.stage import Progress
 Format = Literal["tsv", "lmdb"]
 
 _VERSION = 1
-_ROWS_PER_BUCKET = 4_000_000  # digests held in memory at once when equal pictures are looked for
+_ROWS_PER_BUCKET = 4_000_000  # digests held in memory at once when equal images are looked for
 _PUTS_PER_COMMIT = 1000
 _MAP_BYTES = 1 << 40  # as Chinese-CLIP's own script has it: address space, not disk
 
@@ -44,8 +44,8 @@ class Exported:
 @dataclass(frozen=True, slots=True)
 class _Pair:
     row: int
-    picture: int  # row of the first pair with this picture
-    data: bytes | None  # the picture's; None where an earlier pair had it
+    picture: int  # row of the first pair with this image
+    data: bytes | None  # the image's; None where an earlier pair had it
     caption: str
 
 
@@ -112,7 +112,7 @@ def _finished(place: str, out: str, inputs: str) -> Exported | None:
 
 
 def _pairs(shards: list[CorpusShard], progress: Progress) -> Iterator[_Pair]:
-    repeats = _repeated_pictures(shards)
+    repeats = _repeated_images(shards)
     row = 0
     for number, shard in enumerate(shards, start=1):
         rows = read_sidecar(shard.table, ("key", "offset_bytes", "size_bytes", "caption"))
@@ -128,8 +128,8 @@ def _pairs(shards: list[CorpusShard], progress: Progress) -> Iterator[_Pair]:
         progress(number, len(shards), "shards")
 
 
-def _repeated_pictures(shards: list[CorpusShard]) -> pl.DataFrame:
-    """(row, first): rows whose picture an earlier row has, sorted by row."""
+def _repeated_images(shards: list[CorpusShard]) -> pl.DataFrame:
+    """(row, first): rows whose image an earlier row has, sorted by row."""
     total = sum(shard.num_samples for shard in shards)
     buckets = total // _ROWS_PER_BUCKET + 1
     tables = [shard.table for shard in shards]
@@ -171,15 +171,15 @@ def _write_lmdb(out: str, split: str, pairs: Iterator[_Pair]) -> tuple[int, int]
     store.remove(partial)  # of an export that was killed
     num_pictures = num_texts = 0
     with contextlib.ExitStack() as stack:
-        put_picture = stack.enter_context(_lmdb_writer(os.path.join(partial, "imgs")))
+        put_image = stack.enter_context(_lmdb_writer(os.path.join(partial, "imgs")))
         put_pair = stack.enter_context(_lmdb_writer(os.path.join(partial, "pairs")))
         for pair in pairs:
             if pair.data is not None:
-                put_picture(str(pair.row), base64.b64encode(pair.data))
+                put_image(str(pair.row), base64.b64encode(pair.data))
                 num_pictures += 1
             put_pair(str(num_texts), pickle.dumps((pair.picture, pair.row, pair.caption)))
             num_texts += 1
-        put_picture("num_images", str(num_pictures).encode())
+        put_image("num_images", str(num_pictures).encode())
         put_pair("num_samples", str(num_texts).encode())
     shutil.rmtree(target, ignore_errors=True)  # ours: what is not was refused
     os.rename(partial, target)

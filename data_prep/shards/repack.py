@@ -129,7 +129,7 @@ def plan_shards(config: RepackConfig, context: Context) -> list[Task]:
 
 
 def run_shards(config: RepackConfig, context: Context, task: Task, progress: Progress) -> Outcome:
-    """Copy one shard's pictures, captions and columns."""
+    """Copy one shard's images, captions and columns."""
     frames = []
     for piece in ShardTask.from_json(task.arguments).pieces:
         if "rows" in context.parents:

@@ -1,7 +1,7 @@
-"""Stage split: which pictures are set aside for validation, so that no copy of one is left in training.
+"""Stage split: which images are set aside for validation, so that no copy of one is left in training.
 
-Pictures are ranked by a digest of their perceptual hash (of their bytes where no hash is recorded): all rows
-of one picture, and its copies with the same hash, come together, and the order depends on neither partitions
+Images are ranked by a digest of their perceptual hash (of their bytes where no hash is recorded): all rows
+of one image, and its copies with the same hash, come together, and the order depends on neither partitions
 nor workers. The first in rank become validation, except those that have a near copy, another hash within
 `distance` bits, among the training rows; so nothing has to be dropped, and of two rows within that distance
 never one is in training and one in validation.
@@ -40,8 +40,8 @@ class SplitConfig:
     share: Annotated[float, Field(gt=0, lt=1)] | None = None  # of all kept rows
     # Rows; at most so many are set aside, rows of one image together.
     count: Annotated[int, Field(ge=1)] | None = None
-    # Bits of 384 within which two pictures count as copies; 0: only equal hashes do.
-    # On the demo re-encoded copies are 0 to 22 bits away, other pictures 60 and more.
+    # Bits of 384 within which two images count as copies; 0: only equal hashes do.
+    # On the demo re-encoded copies are 0 to 22 bits away, other images 60 and more.
     distance: Annotated[int, Field(ge=0, lt=HASH_BITS)] = 32
 
     def __post_init__(self) -> None:
@@ -60,7 +60,7 @@ class SplitFacts(Facts):
 
 
 def plan(config: SplitConfig, context: Context) -> list[Task]:
-    """One task: a picture's copies may be in any partition."""
+    """One task: an image's copies may be in any partition."""
     return [Task("split", {shard.path: shard.digest for shard in _kept(context)})]
 
 
@@ -80,7 +80,7 @@ def run(config: SplitConfig, context: Context, task: Task, progress: Progress) -
     keys = candidates.join(chosen.select("rank"), on="rank", how="semi").sort("key")
     if keys.height == 0:
         raise InputError(
-            f"{context.path()}: of {images.height} pictures each has a near copy that would be left in"
+            f"{context.path()}: of {images.height} images each has a near copy that would be left in"
             f" training; lower [split] distance or raise its share or count"
         )
     write_table(keys.select("key"), context.path(KEYS_FILE))
@@ -115,9 +115,9 @@ def _ranked(context: Context, shard: Shard) -> pl.LazyFrame:
 
 
 def _first_in_rank(context: Context, kept: list[Shard], limit: int) -> pl.DataFrame:
-    """Rows (key, rank, perceptual_hash, table) of the pictures first in rank, at most `limit` of them.
+    """Rows (key, rank, perceptual_hash, table) of the images first in rank, at most `limit` of them.
 
-    A picture whose rows do not all fit is left out, so the border does not depend on the order of tables.
+    An image whose rows do not all fit is left out, so the border does not depend on the order of tables.
     """
     schema = {"key": pl.String, "rank": pl.String, "perceptual_hash": pl.Binary, "table": pl.UInt32}
     found = pl.DataFrame(schema=schema)
@@ -137,13 +137,13 @@ def _first_in_rank(context: Context, kept: list[Shard], limit: int) -> pl.DataFr
 def _near_training(
     config: SplitConfig, context: Context, kept: list[Shard], images: pl.DataFrame, progress: Progress
 ) -> npt.NDArray[np.bool_]:
-    """For each candidate picture whether a row that is no candidate has a near copy of it, bool [images]."""
+    """For each candidate image whether a row that is no candidate has a near copy of it, bool [images]."""
     near = np.zeros(images.height, dtype=np.bool_)
     hashed = np.flatnonzero(images["perceptual_hash"].is_not_null().to_numpy())
     if config.distance == 0 or not len(hashed):
         return near
     index = _Hashes(images["perceptual_hash"].drop_nulls())
-    border = images["rank"][-1]  # pictures after it in rank are no candidates
+    border = images["rank"][-1]  # images after it in rank are no candidates
     for number, shard in enumerate(kept, start=1):
         others = _ranked(context, shard).filter(
             pl.col("rank") > border, pl.col("perceptual_hash").is_not_null()
@@ -158,16 +158,16 @@ def _near_training(
 def _choose(
     config: SplitConfig, images: pl.DataFrame, beside_training: npt.NDArray[np.bool_], wanted: int
 ) -> pl.DataFrame:
-    """The pictures to set aside: groups of near copies together, in rank, at most `wanted` rows."""
+    """The images to set aside: groups of near copies together, in rank, at most `wanted` rows."""
     groups = np.arange(images.height)
     hashed = np.flatnonzero(images["perceptual_hash"].is_not_null().to_numpy())
     if config.distance and len(hashed):
         groups = _groups_of_copies(images, hashed, config.distance)
-    pictures = images.with_row_index("place").with_columns(
+    numbered = images.with_row_index("place").with_columns(
         group=pl.Series(groups), refused=pl.Series(beside_training)
     )
     by_group = (
-        pictures.group_by("group")
+        numbered.group_by("group")
         .agg(pl.col("num_rows").sum(), pl.col("refused").any(), pl.col("place").min())
         .filter(~pl.col("refused"))
         .sort("place")
@@ -179,13 +179,13 @@ def _choose(
             room -= num_rows
         if not room:
             break
-    return pictures.filter(pl.col("group").is_in(accepted))
+    return numbered.filter(pl.col("group").is_in(accepted))
 
 
 def _groups_of_copies(
     images: pl.DataFrame, hashed: npt.NDArray[np.int64], distance: int
 ) -> npt.NDArray[np.int64]:
-    """Group of each candidate picture, int64 [images]: near copies of near copies are in one group."""
+    """Group of each candidate image, int64 [images]: near copies of near copies are in one group."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 

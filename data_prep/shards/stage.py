@@ -1,7 +1,7 @@
-"""Stage shards: what training reads. Pictures packed in the corpus's order, a sidecar beside each tar.
+"""Stage shards: what training reads. Images packed in the corpus's order, a sidecar beside each tar.
 
 Each tar holds `{key}.jpg` and `{key}.txt` for each sample, and but for the last one the same number of
-samples. The sidecar (Parquet, rows in tar order) holds key, offset_bytes, size_bytes (of the picture),
+samples. The sidecar (Parquet, rows in tar order) holds key, offset_bytes, size_bytes (of the image),
 caption, source, url, score, width_px, height_px (as downloaded from the web), image_sha256 (of the stored
 bytes), perceptual_hash, and the columns that sources carry.
 

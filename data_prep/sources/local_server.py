@@ -75,8 +75,8 @@ def read_site(folder: Path) -> dict[str, Answer]:
     return answers
 
 
-PICTURES = "pictures"  # the site's folder for pictures that lie on disk: /pictures/<source>/<path>
-# Pictures inside larger files: /packed/<source>/<path>?offset=&size=[&base64=1], or ?lmdb=<key>.
+PICTURES = "pictures"  # the site's folder for images that lie on disk: /pictures/<source>/<path>
+# Images inside larger files: /packed/<source>/<path>?offset=&size=[&base64=1], or ?lmdb=<key>.
 PACKED = "packed"
 _MAX_PACKED_BYTES = 128 << 20
 
@@ -132,7 +132,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def _picture(self, path: str) -> Answer:
-        """A file below one of the picture folders, or 404; never one outside of them."""
+        """A file below one of the image folders, or 404; never one outside of them."""
         _, _, rest = path.partition(f"/{PICTURES}/")
         name, _, relative = rest.partition("/")
         file = _below(self.server.pictures.get(name), relative)
@@ -141,7 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
         return Answer(status=404)
 
     def _packed(self, path: str, query: Mapping[str, list[str]]) -> tuple[int, bytes]:
-        """Status and bytes of a picture inside a file below one of the packed folders."""
+        """Status and bytes of an image inside a file below one of the packed folders."""
         name, _, relative = path.removeprefix(f"/{PACKED}/").partition("/")
         file = _below(self.server.packed.get(name), relative)
         if file is None:
@@ -222,7 +222,7 @@ def serve(
     """Serve a corpus folder on a free loopback port for the length of a `with` block.
 
     `pictures` maps source names to folders, whose files are served as `/pictures/<source>/<path>`; `packed`
-    maps them to folders of TSV, tar or LMDB files, pictures in which are served by their place in them.
+    maps them to folders of TSV, tar or LMDB files, images in which are served by their place in them.
     Folders may be URLs; LMDBs may not.
 
     Yields `http://127.0.0.1:PORT`, to be used as an HTTP proxy (`http_proxy`) for URLs of `corpus.invalid`

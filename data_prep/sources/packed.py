@@ -26,10 +26,10 @@ from pipeline.core.records import DropReason, InputError
 from pipeline.core.shard_format import sidecar_of
 
 UNPAIRED = DropReason("unpaired")  # a text whose image_ids are empty: the pairing is unknown
-IMAGE_MISSING = DropReason("image_missing")  # a text that names a picture which is not there
+IMAGE_MISSING = DropReason("image_missing")  # a text that names an image which is not there
 NOT_DOWNLOADED = DropReason("not_downloaded")  # img2dataset's own table says so
 MALFORMED_PICKLE = DropReason("malformed:pickle")  # an LMDB pair that is not (image id, text id, text)
-# Lines of _imgs.tsv: each counts as a row, beside the texts that name the picture.
+# Lines of _imgs.tsv: each counts as a row, beside the texts that name the image.
 MALFORMED_PICTURE = DropReason("malformed:picture_line")  # not a number, a tab and base64
 PICTURE_REPEATED = DropReason("malformed:picture_repeated")  # a later line has the number: that one stays
 PICTURE_AT = "picture_at"
@@ -39,7 +39,7 @@ PackedKind = Literal["cn_clip_tsv", "cn_clip_lmdb", "img2dataset", "shards"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedSource:
-    """One `[[corpus.sources]]` entry whose pictures are on disk in a format of the ecosystem."""
+    """One `[[corpus.sources]]` entry whose images are on disk in a format of the ecosystem."""
 
     kind: PackedKind
     path: str  # local folder: of <split>_imgs.tsv, of lmdb/<split>, or of 00000.tar and 00000.parquet
@@ -118,7 +118,7 @@ def _known_by(source: PackedSource, image_id: object) -> str:
 
 # The rows, those left out by reason (url and caption), and what is no row.
 _Read = tuple[pl.DataFrame, dict[DropReason, pl.DataFrame], list[Malformed]]
-# Numbers of more digits than 64 bits hold are no numbers of pictures.
+# Numbers of more digits than 64 bits hold are no numbers of images.
 _MOST_DIGITS = 18
 
 
@@ -167,7 +167,7 @@ def _read_tsv(source: PackedSource, files: list[str]) -> _Read:
 
 
 def _tsv_places(path: str, malformed: list[Malformed]) -> dict[int, tuple[int, int]]:
-    """Image id → (offset, size) of each picture's base64 text; lines that are none go to `malformed`."""
+    """Image id → (offset, size) of each image's base64 text; lines that are none go to `malformed`."""
     places: dict[int, tuple[int, int]] = {}
     offset = 0
     with open(path, "rb") as file:
@@ -249,7 +249,7 @@ def _read_img2dataset(source: PackedSource, files: list[str]) -> _Read:
         [
             (key, _address(source, os.path.basename(tar_path), offset=offset, size=size))
             for key, (offset, size) in members.items()
-            if offset + size <= end  # a tar that was cut off ends inside its last picture
+            if offset + size <= end  # a tar that was cut off ends inside its last image
         ],
         schema={"key": pl.String, PICTURE_AT: pl.String},
         orient="row",

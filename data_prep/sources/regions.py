@@ -1,7 +1,7 @@
 """Text tables and region tables become Parquet in the run's folder, with every row accounted for.
 
 Memory is that of a block, however long a table is: malformed rows go to their file as they come, and the
-captions to be joined are first dealt to files by a digest of their picture, each small enough to be held.
+captions to be joined are first dealt to files by a digest of their image, each small enough to be held.
 Rows that a source has and its table has not are in a drop table, as those of later stages are.
 """
 
@@ -32,11 +32,11 @@ from data_prep.sources.table import (
 from pipeline.core import store
 from pipeline.core.records import DropReason, InputError
 
-JOINED = DropReason("joined_with_image")  # a caption that became part of its picture's one text
-GUARDED_ID = DropReason("guarded_id")  # a picture of an evaluation set, by its COCO or Flickr number
+JOINED = DropReason("joined_with_image")  # a caption that became part of its image's one text
+GUARDED_ID = DropReason("guarded_id")  # an image of an evaluation set, by its COCO or Flickr number
 IMAGE_ID_MISSING = DropReason("image_id_missing")
 
-JOINT = "，"  # between the captions of one picture
+JOINT = "，"  # between the captions of one image
 _MALFORMED_SCHEMA = pa.schema([("reason", pa.large_string()), ("text", pa.large_string())])
 _MALFORMED_AT_ONCE = 10_000
 # Input bytes of the regions that are joined at once; the number of piles, and with it the order of rows,
@@ -126,9 +126,9 @@ def convert_text(path: str, source: TableSource, to: Places) -> Converted:
 
 
 def join_regions(paths: Sequence[str], source: TableSource, guarded: GuardedIds, to: Places) -> Converted:
-    """Join the captions of each picture into one text, in the order of the tables (paper, section 2.2).
+    """Join the captions of each image into one text, in the order of the tables (paper, section 2.2).
 
-    A caption that repeats another of its picture is not repeated. Pictures of evaluation sets go, by their
+    A caption that repeats another of its image is not repeated. Images of evaluation sets go, by their
     COCO number, or for Visual Genome by the COCO and Flickr numbers of its own `image_data.json`.
     """
     own = _guarded_numbers(source, guarded)
@@ -161,7 +161,7 @@ def join_regions(paths: Sequence[str], source: TableSource, guarded: GuardedIds,
 
 
 def _note_joined(rows: pl.DataFrame, joined: pl.DataFrame, drops: DropsAsTheyCome) -> None:
-    """Every caption but the first of its picture, with the key of the text that it became part of."""
+    """Every caption but the first of its image, with the key of the text that it became part of."""
     texts = with_key(joined.lazy()).select("image", url_of_text="url", key_of_text="key").collect()
     further = rows.filter(~pl.col("image").is_first_distinct()).join(texts, on="image")
     further = further.with_columns(url=pl.coalesce("url", "url_of_text"))
@@ -176,8 +176,8 @@ def _deal(
     malformed: MalformedRows,
     drops: DropsAsTheyCome,
 ) -> pa.Schema:
-    """Write the regions that stay to the pile of their picture, in the order of the tables; their schema."""
-    # COCO_val2014_000000391895.jpg and 391895 are one picture: the last run of digits counts.
+    """Write the regions that stay to the pile of their image, in the order of the tables; their schema."""
+    # COCO_val2014_000000391895.jpg and 391895 are one image: the last run of digits counts.
     number = pl.col("image").str.extract(r"(\d+)\D*$").cast(pl.Int64, strict=False)
     hashed = plh.col("image").chash.sha2_256().str.slice(0, 8).str.to_integer(base=16)
     missing = pl.col("image").is_null() | pl.col("caption").is_null()
@@ -260,27 +260,27 @@ def _parquet_blocks(path: str, columns: Sequence[str]) -> Iterator[pl.DataFrame]
 
 
 def _guarded_numbers(source: TableSource, guarded: GuardedIds) -> frozenset[int]:
-    """The source's own numbers of pictures of evaluation sets."""
+    """The source's own numbers of images of evaluation sets."""
     if source.kind == "coco":
         return guarded.coco
     if not guarded.coco and not guarded.flickr:
         return frozenset()
     if source.image_table is None:
         raise InputError(
-            f"source {source.name}: guards name COCO or Flickr pictures by numbers that are not its own;"
+            f"source {source.name}: guards name COCO or Flickr images by numbers that are not its own;"
             f" give image_table, its image_data.json"
         )
     return frozenset(_evaluation_images(source.image_table, guarded))
 
 
 def _evaluation_images(path: str, guarded: GuardedIds) -> list[int]:
-    """Visual Genome's own numbers of the pictures that are guarded under a COCO or Flickr number."""
+    """Visual Genome's own numbers of the images that are guarded under a COCO or Flickr number."""
     try:
         table = pl.read_json(store.read_bytes(path), infer_schema_length=None)
         table = table.select(pl.col("image_id", "coco_id", "flickr_id").cast(pl.Int64, strict=False))
     except (pl.exceptions.PolarsError, OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"{path}: no table of Visual Genome's pictures ({str(error).splitlines()[0]}); give"
+            f"{path}: no table of Visual Genome's images ({str(error).splitlines()[0]}); give"
             f" image_data.json with image_id, coco_id and flickr_id"
         ) from None
     hit = pl.col("coco_id").is_in(list(guarded.coco)) | pl.col("flickr_id").is_in(list(guarded.flickr))

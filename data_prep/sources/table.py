@@ -26,7 +26,7 @@ class TableSource:
     """One `[[corpus.tables]]` or `[[corpus.sources]]` entry: where a caption table is, its columns.
 
     Kinds differ in their presets alone: `wukong` has no scores; in `coco` and `visual_genome` the captions of
-    one picture are joined into one text, which the rule on length does not apply to.
+    one image are joined into one text, which the rule on length does not apply to.
     """
 
     path: str  # a file, a glob pattern, or an fsspec URL; .parquet, .csv, .tsv or .jsonl
@@ -43,14 +43,14 @@ class TableSource:
     unsafe_column: str | None = None  # found by itself: punsafe, a probability
     watermark_column: str | None = None  # found by itself: pwatermark, a probability
     image_id_column: str | None = None  # found by itself in coco and visual_genome: image_id
-    image_table: str | None = None  # Visual Genome's image_data.json: which pictures are COCO's or Flickr's
+    image_table: str | None = None  # Visual Genome's image_data.json: which images are COCO's or Flickr's
     carry_columns: tuple[str, ...] = ()  # further columns to keep all the way to the shards
-    picture_folder: str | None = None  # set where the URL column holds paths of pictures below this folder
+    picture_folder: str | None = None  # set where the URL column holds paths of images below this folder
     exempt_from: tuple[str, ...] = ()  # rules that do not apply to this source, beside its kind's own
 
     @property
     def joins(self) -> bool:
-        """Whether captions of one picture become one text (paper, section 2.2: Visual Genome's regions)."""
+        """Whether captions of one image become one text (paper, section 2.2: Visual Genome's regions)."""
         return self.kind in ("coco", "visual_genome")
 
     @property
@@ -191,7 +191,7 @@ def _first(found: Sequence[str], known: Sequence[str]) -> str | None:
 
 
 def _url(column: str | None, source: TableSource) -> pl.Expr:
-    """The address of each row; a path below the picture folder becomes one of the loopback site's."""
+    """The address of each row; a path below the image folder becomes one of the loopback site's."""
     url = pl.col(str(column)).cast(pl.String)
     if source.picture_folder is None:
         return url

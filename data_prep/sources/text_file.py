@@ -303,7 +303,7 @@ def _unreadable(path: str, error: Exception) -> InputError:
     text = str(error).splitlines()[0]
     if "straddling" in text:
         text = f"a row is longer than {BLOCK_BYTES >> 20} MiB, most likely a quote that is never closed"
-    return InputError(f"{path}: cannot be read as a table: {text}; mend or replace the file")
+    return InputError(f"{path}: cannot be read as a table: {text}; repair or replace the file")
 
 
 def _plain_name(path: str) -> str:

@@ -16,7 +16,8 @@ from pipeline import runner
 from pipeline.core import store
 from pipeline.core.records import ConfigError
 from pipeline.core.run import Run, manifest_path
-from tests.data_prep.shards.test_dedup_and_shards import _finish, _rows, _run
+from tests.helpers.corpus_files import finish
+from tests.helpers.numbered_run import numbered_rows, numbered_run
 from tests.helpers.s3_server import s3_server
 
 DATA_STAGES = ("corpus", "filter_text", "dedup", "download", "filter_image", "shards")
@@ -80,13 +81,13 @@ def test_what_another_process_writes_is_seen(bucket: str) -> None:
 
 
 def test_tables_and_run_on_s3_give_the_same_manifests(bucket: str, tmp_path: Path) -> None:
-    pl.DataFrame(_rows(), schema=["url", "caption"], orient="row").write_csv(tmp_path / "0.csv")
+    pl.DataFrame(numbered_rows(), schema=["url", "caption"], orient="row").write_csv(tmp_path / "0.csv")
     table = store.join(bucket, "tables", "0.csv")
     with store.publish(table) as temporary:
         shutil.copy(tmp_path / "0.csv", temporary)
     # The paths of the tables are in the configuration of the corpus stage: both runs read the same one.
-    here = _finish(_run(tmp_path / "run", [table]))
-    there = _finish(_run(store.join(bucket, "run"), [table]))
+    here = finish(numbered_run(tmp_path / "run", [table]))
+    there = finish(numbered_run(store.join(bucket, "run"), [table]))
     assert _manifests(there) == _manifests(here)
     assert runner.verify(there, there.stages) == []
     assert runner.execute(there, there.stages, redo=False) == 0  # all is done, and seen to be

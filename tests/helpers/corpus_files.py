@@ -1,4 +1,4 @@
-"""Small finished corpora for tests: real stages, but pictures come from a folder instead of the web."""
+"""Small finished corpora for tests: real stages, but images come from a folder instead of the web."""
 
 import io
 import random
@@ -9,7 +9,6 @@ import polars as pl
 from PIL import Image, ImageDraw
 
 from data_prep import corpus
-from data_prep.accounting.drop_table import drops_path, write_drops
 from data_prep.corpus import CorpusStageConfig, TablesConfig
 from data_prep.dedup import exact as dedup
 from data_prep.dedup.exact import DedupConfig
@@ -18,21 +17,19 @@ from data_prep.filters import image as filter_image
 from data_prep.filters import text as filter_text
 from data_prep.filters.image import FilterImageConfig
 from data_prep.filters.text import FilterTextConfig
-from data_prep.formats.parquet import write_table
-from data_prep.formats.tar import TarWriter
 from data_prep.shards import split
 from data_prep.shards import stage as shards
 from data_prep.shards.split import SplitConfig
 from data_prep.shards.stage import ShardsConfig
 from data_prep.sources.table import TableSource
 from pipeline import runner
-from pipeline.core import store
 from pipeline.core.run import Run
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
+from tests.helpers.download import publish_images
 
 
 def drawing(seed: int, side: int = 64) -> Image.Image:
-    """A picture of rectangles that follows from its seed; two seeds are far apart by perceptual hash."""
+    """A image of rectangles that follows from its seed; two seeds are far apart by perceptual hash."""
     rng = random.Random(seed)
     image = Image.new("RGB", (side, side), tuple(rng.randrange(256) for _ in range(3)))
     for _ in range(12):
@@ -49,24 +46,8 @@ def encoded(image: Image.Image, quality: int = 95) -> bytes:
 
 
 def fetch(config: str, context: Context, task: Task, progress: Progress) -> Outcome:
-    """Stands in for the download: the same files, from a folder with one file for the end of each URL."""
-    rows = pl.read_parquet(context.path_in("dedup", task.arguments["path"]))
-    pictures = [(Path(config) / url.rsplit("/", 1)[1]).read_bytes() for url in rows["url"]]
-    tar_path, table_path = f"pictures/{task.name}.tar", f"pictures/{task.name}.parquet"
-    with store.publish(context.path(tar_path)) as temporary, TarWriter(temporary) as tar:
-        places = [tar.add(f"{key}.jpg", data) for key, data in zip(rows["key"], pictures, strict=True)]
-    sizes = [Image.open(io.BytesIO(data)).size for data in pictures]
-    table = rows.drop("width_px", "height_px").with_columns(
-        pl.Series("width_px", [size[0] for size in sizes], dtype=pl.Int32),
-        pl.Series("height_px", [size[1] for size in sizes], dtype=pl.Int32),
-        pl.Series("offset_bytes", [place.offset_bytes for place in places], dtype=pl.Int64),
-        pl.Series("size_bytes", [place.size_bytes for place in places], dtype=pl.Int64),
-        pl.Series("image_sha256", [place.sha256 for place in places], dtype=pl.String),
-    )
-    write_table(table, context.path(table_path))
-    write_drops(rows.head(0).with_columns(reason=pl.lit("")), context.path(drops_path(task.name)))
-    outputs = {tar_path: rows.height, table_path: rows.height, drops_path(task.name): 0}
-    return Outcome(outputs, rows.height, rows.height)
+    """Stands in for the download: a folder has one file for the end of each URL."""
+    return publish_images(context, task, lambda url: (Path(config) / url.rsplit("/", 1)[1]).read_bytes())
 
 
 def make_run(
@@ -80,7 +61,7 @@ def make_run(
     processes: int = 1,
     source: str = "mine",
 ) -> Run:
-    """A run over pictures and captions by name, up to its shards; not yet executed."""
+    """A run over images and captions by name, up to its shards; not yet executed."""
     inputs = folder / "inputs"
     inputs.mkdir(parents=True, exist_ok=True)
     for name, data in pictures.items():

@@ -1,4 +1,4 @@
-"""Damage for fuzz tests: seed pictures, tables and tars, and what chance does to their bytes."""
+"""Damage for fuzz tests: seed images, tables and tars, and what chance does to their bytes."""
 
 import gzip
 import io
@@ -59,7 +59,7 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
 
 
 def seed_pictures() -> list[bytes]:
-    """Small pictures of every format that is decoded, with the parts that parsers trip over."""
+    """Small images of every format that is decoded, with the parts that parsers trip over."""
     rng = np.random.default_rng(0)
     colour = Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).resize((90, 60))
     exif = Image.Exif()

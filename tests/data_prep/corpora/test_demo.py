@@ -1,4 +1,4 @@
-"""The demo corpus: its promises about pictures, captions, held-out pairs, and each planted row's fate."""
+"""The demo corpus: its promises about images, captions, held-out pairs, and each planted row's fate."""
 
 import base64
 import hashlib

@@ -187,13 +187,13 @@ def test_bad_input_is_named(folder: Path, tmp_path: Path) -> None:
     (folder / "text.parquet").write_text("no table")
     assert "text.parquet: not a Parquet file" in error(EmojiConfig(folder=str(folder), evaluate=("text",)))
     _write(folder, "text", [_row("红", b"no picture")])
-    assert "text.parquet: the picture of row 0 cannot be decoded" in error(
+    assert "text.parquet: the image of row 0 cannot be decoded" in error(
         EmojiConfig(folder=str(folder), train=("one",), evaluate=("text",))
     )
     _write(folder, "text", [_row("", _png((0, 0, 0)))])
     assert "text.parquet: row 0 has no name_zh" in error(EmojiConfig(folder=str(folder), evaluate=("text",)))
     _write(folder, "text", [_row("旗", _png((0, 0, 0)), "Flags")])
-    assert "every picture is in category Flags" in error(
+    assert "every image is in category Flags" in error(
         EmojiConfig(folder=str(folder), train=("one",), evaluate=("text",))
     )
 

@@ -10,12 +10,12 @@ import polars as pl
 import pytest
 from PIL import Image
 
-from tests.data_prep.download.test_resize import _encode, _picture, _png16, _sixteen
-from tests.data_prep.sources.test_own_images import RECIPE, cnclip, write_evaluation
+from tests.helpers.encoded_images import encode, four_colours, png16, sixteen_bits
+from tests.helpers.own_corpus import RECIPE, cnclip, write_evaluation
 
 
 def _stored(folder: Path) -> dict[str, Image.Image]:
-    """Address → the picture in the shards."""
+    """Address → the image in the shards."""
     found = {}
     for path in sorted(folder.glob("*.tar")):
         names = dict(pl.read_parquet(path.with_suffix(".parquet")).select("key", "url").iter_rows())
@@ -34,17 +34,17 @@ def test_photographs_keep_what_they_show(tmp_path: Path) -> None:
     folder.mkdir()
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera lay on its side
-    upright = _picture((300, 200)).transpose(Image.Transpose.ROTATE_270)
-    exif_only = _encode(_picture((300, 200)), "JPEG", quality=95, exif=exif.tobytes())
-    long = _picture((900, 240))
+    upright = four_colours((300, 200)).transpose(Image.Transpose.ROTATE_270)
+    exif_only = encode(four_colours((300, 200)), "JPEG", quality=95, exif=exif.tobytes())
+    long = four_colours((900, 240))
     files = {
         "竖拍的猫.jpg": (exif_only, upright),
         "十六位 灰度.png": (
-            _png16(_sixteen(_picture().convert("L")), 0),
-            _picture().convert("L").convert("RGB"),
+            png16(sixteen_bits(four_colours().convert("L")), 0),
+            four_colours().convert("L").convert("RGB"),
         ),
-        "十六位彩色.png": (_png16(_sixteen(_picture()), 2), _picture()),
-        "长卷（山水）#1 100%?.jpg": (_encode(long, "JPEG", quality=95), long),
+        "十六位彩色.png": (png16(sixteen_bits(four_colours()), 2), four_colours()),
+        "长卷（山水）#1 100%?.jpg": (encode(long, "JPEG", quality=95), long),
     }
     for name, (data, _) in files.items():
         (folder / name).write_bytes(data)
@@ -56,7 +56,7 @@ def test_photographs_keep_what_they_show(tmp_path: Path) -> None:
     evaluation.mkdir()
     for number in range(10):
         (evaluation / f"{number}.png").write_bytes(
-            _encode(Image.new("RGB", (40, 40), (9 * number, 9, 9)), "PNG")
+            encode(Image.new("RGB", (40, 40), (9 * number, 9, 9)), "PNG")
         )
     write_evaluation(tmp_path / "valid", evaluation, 10)
     (tmp_path / "run.toml").write_text(RECIPE.format(root=tmp_path), encoding="utf-8")

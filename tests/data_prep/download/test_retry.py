@@ -30,10 +30,10 @@ NUM_PICTURES = 60
 PICTURES = {f"{number}.jpg": encoded(drawing(number)) for number in range(NUM_PICTURES)}
 CAPTIONS = {name: f"编号{int(name[:-4]):04d}的图片" for name in PICTURES}
 
-# What the web says to each picture at first: some of it passes, some of it stays.
+# What the web says to each image at first: some of it passes, some of it stays.
 ERRORS = ("timeout: 10 s", "http_error: 503", "http_error: 429", "dns: no", "tls: bad", "connection: reset")
 LASTING = ("http_404: 404", "http_error: 403", "opted_out: X-Robots-Tag", "not_an_image: starts with b''")
-Web = Callable[[int], str | None]  # number of a picture → error, None where it is given, "" where it is lost
+Web = Callable[[int], str | None]  # number of an image → error, None where it is given, "" where it is lost
 
 
 def first_time(number: int) -> str | None:
@@ -273,7 +273,7 @@ def test_drop_tables_of_before_statuses_were_kept(failed: Run, monkeypatch: pyte
 
 @pytest.mark.slow
 def test_a_site_that_heals_over_real_http(tmp_path: Path) -> None:
-    """Real img2dataset, real HTTP: addresses that hung, broke off or answered 500 give pictures later."""
+    """Real img2dataset, real HTTP: addresses that hung, broke off or answered 500 give images later."""
     settings = {
         "run.folder": tmp_path / "demo", "run.processes": 1, "corpus.num_clean": 40,
         "corpus.num_evaluation": 12, "corpus.dirt": 0.2, "dedup.partitions": 2,

@@ -1,4 +1,4 @@
-"""Rules on pictures as stages: evaluation pictures by guard, sizes by source, exact and near copies."""
+"""Rules on images as stages: evaluation images by guard, sizes by source, exact and near copies."""
 
 import base64
 import functools
@@ -13,7 +13,6 @@ import pytest
 from PIL import Image, ImageDraw
 
 from data_prep import corpus
-from data_prep.accounting.drop_table import drops_path, write_drops
 from data_prep.corpus import CorpusStageConfig, SourcesConfig
 from data_prep.decontamination import make_guard
 from data_prep.dedup import exact as dedup
@@ -25,21 +24,19 @@ from data_prep.filters import image as filter_image
 from data_prep.filters import text as filter_text
 from data_prep.filters.image import FilterImageConfig
 from data_prep.filters.text import FilterTextConfig
-from data_prep.formats.parquet import write_table
-from data_prep.formats.tar import TarWriter
 from data_prep.rules import image as image_rules
 from data_prep.shards import stage as shards
 from data_prep.shards.stage import ShardsConfig
 from data_prep.sources.table import TableSource
 from pipeline import runner
 from pipeline.catalog import load
-from pipeline.core import store
 from pipeline.core.config import build
 from pipeline.core.evaluation_sets import EvaluationSource
 from pipeline.core.records import ConfigError
 from pipeline.core.run import Run, read_manifest
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 from pipeline.tools.why import explain
+from tests.helpers.download import publish_images
 
 
 def draw(seed: int, size: tuple[int, int] = (160, 120)) -> Image.Image:
@@ -59,26 +56,9 @@ def jpeg(image: Image.Image, quality: int = 95) -> bytes:
 
 
 def fetch(
-    pictures_by_url: Mapping[str, bytes], config: None, context: Context, task: Task, progress: Progress
+    images: Mapping[str, bytes], config: None, context: Context, task: Task, progress: Progress
 ) -> Outcome:
-    """Stands in for the download: the files that `data_prep.download.stage` publishes, no network."""
-    rows = pl.read_parquet(context.path_in("dedup", task.arguments["path"]))
-    tar_path, table_path = f"pictures/{task.name}.tar", f"pictures/{task.name}.parquet"
-    pictures = [pictures_by_url[url] for url in rows["url"]]
-    with store.publish(context.path(tar_path)) as temporary, TarWriter(temporary) as tar:
-        places = [tar.add(f"{key}.jpg", data) for key, data in zip(rows["key"], pictures, strict=True)]
-    sizes = [Image.open(io.BytesIO(data)).size for data in pictures]
-    table = rows.drop("width_px", "height_px").with_columns(
-        pl.Series("width_px", [size[0] for size in sizes], dtype=pl.Int32),
-        pl.Series("height_px", [size[1] for size in sizes], dtype=pl.Int32),
-        pl.Series("offset_bytes", [place.offset_bytes for place in places], dtype=pl.Int64),
-        pl.Series("size_bytes", [place.size_bytes for place in places], dtype=pl.Int64),
-        pl.Series("image_sha256", [place.sha256 for place in places], dtype=pl.String),
-    )
-    write_table(table, context.path(table_path))
-    write_drops(rows.head(0).with_columns(reason=pl.lit("")), context.path(drops_path(task.name)))
-    outputs = {tar_path: rows.height, table_path: rows.height, drops_path(task.name): 0}
-    return Outcome(outputs, rows.height, rows.height)
+    return publish_images(context, task, images.__getitem__)
 
 
 def make(
@@ -91,7 +71,7 @@ def make(
     exempt: Mapping[str, tuple[str, ...]] | None = None,
     partitions: int = 2,
 ) -> Run:
-    """A run over named tables of url → picture, finished up to the shards."""
+    """A run over named tables of url → image, finished up to the shards."""
     folder.mkdir(parents=True, exist_ok=True)
     sources = []
     for name, pictures in tables.items():

@@ -27,7 +27,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def pictures_of(folder: Path) -> list[tuple[str, bytes, str]]:
-    """(key, picture, caption) of all samples, in order, read as tars."""
+    """(key, image, caption) of all samples, in order, read as tars."""
     found = []
     for path in sorted(folder.glob("*.tar")):
         with tarfile.open(path) as tar:
@@ -207,7 +207,7 @@ def test_what_is_no_corpus_is_named(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 @pytest.fixture(scope="module")
 def repeated(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Twenty-four samples, six of which show a picture that another one shows too."""
+    """Twenty-four samples, six of which show an image that another one shows too."""
     pictures = {f"{number}.jpg": encoded(drawing(number % 18, side=40)) for number in range(24)}
     captions = {name: f"名为“{name[:-4]}”的图片，第{index}张" for index, name in enumerate(pictures)}
     return finish(make_run(tmp_path_factory.mktemp("repeated"), pictures, captions))
@@ -254,7 +254,7 @@ def test_export_to_lmdb_is_read_by_cn_clip(repeated: Run, tmp_path: Path) -> Non
     assert len(found) == 24
     assert {tuple(item[0]) for item in found} == {(3, 40, 40)}
     assert {item[3] for item in found} == {18}
-    assert len({round(item[2], 3) for item in found}) == 18  # as many pictures as there are, by their sums
+    assert len({round(item[2], 3) for item in found}) == 18  # as many images as there are, by their sums
     # And byte for byte the same once more.
     again = tmp_path / "again"
     assert main(["export", repeated.folder, "--out", str(again), "--to", "lmdb"]) == 0
@@ -264,7 +264,7 @@ def test_export_to_lmdb_is_read_by_cn_clip(repeated: Run, tmp_path: Path) -> Non
 
 
 def test_what_was_exported_trains_again(repeated: Run, tmp_path: Path) -> None:
-    """Our own reader takes the LMDB as a source; texts and pictures come back."""
+    """Our own reader takes the LMDB as a source; texts and images come back."""
     from data_prep.sources.packed import PackedSource, pieces, unpack
     from data_prep.sources.regions import Places
 

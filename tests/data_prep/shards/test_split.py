@@ -1,4 +1,4 @@
-"""Train and validation: every row in one of them, no copy of a picture in both, whatever the workers."""
+"""Train and validation: every row in one of them, no copy of an image in both, whatever the workers."""
 
 from pathlib import Path
 

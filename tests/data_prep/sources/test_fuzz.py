@@ -1,4 +1,4 @@
-"""Damaged pictures, tables and tars: no crash, no hang, every one counted with a reason."""
+"""Damaged images, tables and tars: no crash, no hang, every one counted with a reason."""
 
 import contextlib
 import gzip
@@ -54,7 +54,7 @@ def time_limit(what: str) -> Iterator[None]:
 
 
 def judge_pictures(count: int, seed: int) -> Counter[str]:
-    """Resize damaged pictures; what became of each."""
+    """Resize damaged images; what became of each."""
     resizer, seeds, found = UprightResizer(32, MAX_PIXELS, 90), seed_pictures(), Counter[str]()
     for number in range(count):
         rng = random.Random(f"{seed}/{number}")
@@ -167,7 +167,7 @@ def test_ten_thousand_damaged_files(tmp_path: Path) -> None:
 
 
 def test_hostile_names_in_a_tar_lead_nowhere(tmp_path: Path) -> None:
-    """Members are found by their place; their names never become paths, and links are no pictures."""
+    """Members are found by their place; their names never become paths, and links are no images."""
 
     def add(tar: tarfile.TarFile) -> None:
         for name in ("../../outside.jpg", "/etc/outside.jpg", "a\nb.jpg", "汉字/../x.jpg"):

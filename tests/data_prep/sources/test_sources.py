@@ -500,7 +500,7 @@ def test_guard_of_pictures_gives_ids_and_hashes(tmp_path: Path, capsys: pytest.C
     (tmp_path / "set" / "train_imgs.tsv").write_text(f"5\t{base64.b64encode(picture()).decode()}\n")
     pictures = tmp_path / "pictures" / "中文"
     pictures.mkdir(parents=True)
-    (pictures / "1000.jfif").write_bytes(picture(side=40))  # the ending is not what makes a picture
+    (pictures / "1000.jfif").write_bytes(picture(side=40))  # the ending is not what makes an image
     (pictures / "labels.txt").write_text("1000 猫")
     guards = []
     for name, family in (("set", "own"), ("pictures", "flickr")):
@@ -510,7 +510,7 @@ def test_guard_of_pictures_gives_ids_and_hashes(tmp_path: Path, capsys: pytest.C
     assert guarded_ids(guards).flickr == {1000}
     assert guarded_ids(guards).coco == frozenset()
     first, second = guarded_hashes(guards)
-    assert first == second  # the same picture at another size
+    assert first == second  # the same image at another size
     (pictures / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     assert main(["guard", str(tmp_path / "pictures"), "--out", str(tmp_path / "x.parquet")]) == 1
     assert main(["guard", str(tmp_path / "none"), "--out", str(tmp_path / "x.parquet")]) == 1
