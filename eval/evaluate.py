@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from eval.datasets.classification import SPLITS, is_classification_set
-from eval.datasets.cnclip_tsv import EvaluationSet
-from eval.datasets.readable import UnreadablePicture, readable_subset
+from eval.datasets.cnclip_tsv import RetrievalSet
+from eval.datasets.readable import UnreadableImage, readable_subset
 from eval.datasets.releases import Release, find_releases
 from eval.datasets.retrieval_set import read_retrieval_set
-from eval.features.encoder import Checkpoint, Encoder, load_encoder
+from eval.features.encoder import EvaluationEncoder, ModelSource, load_encoder
 from eval.features.evaluation_set import embed_evaluation
 from eval.index.flat import EMBEDDING_FOLDERS, build_index, read_vectors
 from eval.metrics.bootstrap import Measured, recall_intervals
@@ -98,7 +98,7 @@ def find_sets(folder: str) -> Sources:
     below = sorted(path for path in root.iterdir() if path.is_dir())
     if (
         is_classification_set(folder)
-        and not _holds_loose_pictures(find_releases(folder), root)
+        and not _holds_loose_images(find_releases(folder), root)
         and not any(
             path.name not in (*SPLITS, "train") and is_classification_set(str(path)) for path in below
         )
@@ -120,22 +120,20 @@ def find_sets(folder: str) -> Sources:
         if (
             place is not root
             and is_classification_set(str(place))
-            and not _holds_loose_pictures(releases, place)
+            and not _holds_loose_images(releases, place)
         ):
             classification.append(str(place))
     if not retrieval and not classification and not releases:
         raise InputError(
             f"{folder}: holds no evaluation set: neither <name>_imgs.tsv with <name>_texts.jsonl, nor shards,"
-            " nor class folders with pictures, here or one level below"
+            " nor class folders with images, here or one level below"
         )
     return Sources(tuple(retrieval), tuple(classification), tuple(releases))
 
 
-def _holds_loose_pictures(releases: Sequence[Release], place: Path) -> bool:
-    """Are the pictures at or below `place` files of a release, and not classes of a set with names?"""
-    is_theirs = any(
-        item.has_loose_pictures and Path(item.folder) in (place, place.parent) for item in releases
-    )
+def _holds_loose_images(releases: Sequence[Release], place: Path) -> bool:
+    """Are the images at or below `place` files of a release, and not classes of a set with names?"""
+    is_theirs = any(item.has_loose_images and Path(item.folder) in (place, place.parent) for item in releases)
     return is_theirs and not (
         (place / "label_cn.txt").is_file() or classification_protocol(place.resolve().name)
     )
@@ -191,7 +189,7 @@ def sets_of_run(run_folder: str) -> Sources:
 
 
 def evaluate(
-    checkpoint: Checkpoint, sources: Sources, out_folder: str, options: Options, say: Say
+    checkpoint: ModelSource, sources: Sources, out_folder: str, options: Options, say: Say
 ) -> list[Comparison]:
     """Measure every set and write every file; returns the tables.
 
@@ -238,7 +236,7 @@ def evaluate(
 
 def _retrieval(
     source: RetrievalSource,
-    checkpoint: Checkpoint,
+    checkpoint: ModelSource,
     model: str,
     out_folder: str,
     options: Options,
@@ -258,7 +256,7 @@ def _retrieval(
     unreadable = list[str]()
     try:
         embed(evaluation)
-    except UnreadablePicture:
+    except UnreadableImage:
         evaluation, note = readable_subset(evaluation)
         unreadable.append(note)
         embed(evaluation)
@@ -283,7 +281,7 @@ def _retrieval(
 
 
 def compare_set(
-    evaluation: EvaluationSet,
+    evaluation: RetrievalSet,
     protocol_id: str,
     folder: str,
     *,
@@ -325,9 +323,7 @@ def compare_set(
     )
 
 
-def retrieval_intervals(
-    evaluation: EvaluationSet, folder: str, *, image_to_text: bool
-) -> dict[str, Measured]:
+def retrieval_intervals(evaluation: RetrievalSet, folder: str, *, image_to_text: bool) -> dict[str, Measured]:
     """Recalls with intervals from the features that `embed_evaluation` wrote into `folder`."""
     image_ND, text_ND = (
         read_vectors(store.join(folder, name, f"{name}_0.npy")) for name in ("img_emb", "text_emb")
@@ -344,7 +340,11 @@ def retrieval_intervals(
 
 
 def _write(
-    tables: Sequence[Comparison], checkpoint: Checkpoint, encoder: Encoder, out_folder: str, options: Options
+    tables: Sequence[Comparison],
+    checkpoint: ModelSource,
+    encoder: EvaluationEncoder,
+    out_folder: str,
+    options: Options,
 ) -> None:
     facts: dict[str, Any] = {
         "model": encoder.name,

@@ -187,14 +187,14 @@ def retrieve(config: ScoreConfig, context: Context, task: Task, progress: Progre
 
 
 def baseline_tasks(config: None, context: Context) -> list[Task]:
-    """One task: the training pictures are read once for every evaluation set."""
+    """One task: the training images are read once for every evaluation set."""
     inputs = {shard.path: shard.digest for shard in context.parents["shards"].shards}
     inputs |= {f"evaluation {item.name}": item.digest for item in evaluations_of(context)}
     return [Task("baseline", inputs)]
 
 
 def baseline(config: None, context: Context, task: Task, progress: Progress) -> Outcome:
-    """What a score must beat: chance, and a pixel nearest neighbour over the training pictures."""
+    """What a score must beat: chance, and a pixel nearest neighbour over the training images."""
     from eval.datasets.cnclip_tsv import check_scorable
     from eval.datasets.retrieval_set import read_retrieval_set
     from eval.retrieval.baseline import PixelBaseline, chance
@@ -233,7 +233,7 @@ def _report_data(config: ReportConfig, context: Context) -> "ReportData":
     from data_prep.accounting import histograms
     from data_prep.accounting.funnel import STEPS, by_source, count_planted, threshold_notes
     from eval.datasets.retrieval_set import read_retrieval_set
-    from eval.report.data import Counts, FunnelStep, Histogram, PlantedClass, ReportData, StageFacts
+    from eval.report.data import FunnelStep, Histogram, PlantedClass, ReportData, RowCounts, StageFacts
     from eval.report.sources import make_gallery, read_training_metrics
 
     final = config.score.stages[-1]
@@ -258,9 +258,9 @@ def _report_data(config: ReportConfig, context: Context) -> "ReportData":
         FunnelStep(
             name,
             config.titles[name],
-            Counts(step.num_in, step.num_kept, step.dropped),
+            RowCounts(step.num_in, step.num_kept, step.dropped),
             {
-                source: Counts(counts["in"], counts["kept"], counts["dropped"])
+                source: RowCounts(counts["in"], counts["kept"], counts["dropped"])
                 for source, counts in by_source(step).items()
             },
         )

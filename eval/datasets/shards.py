@@ -1,30 +1,28 @@
-"""Shards of the project (`data_prep.shards.stage`) as an evaluation set, and their pictures by place in the tar.
+"""Shards of the project (`data_prep.shards.stage`) as an evaluation set, and their images by place in the tar.
 
-Pictures with the same bytes are one picture, equal captions are one text: a text's right pictures are all
-those that carry it. Ids are places in the sequence of all samples, of the first sample that has the picture
-or the text. Held in memory are the captions and 24 bytes a picture; pictures stay in the tars.
+Images with the same bytes are one image, equal captions are one text: a text's right images are all
+those that carry it. Ids are places in the sequence of all samples, of the first sample that has the image
+or the text. Held in memory are the captions and 24 bytes an image; images stay in the tars.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 
-from eval.datasets.cnclip_tsv import EvaluationSet
+from eval.datasets.cnclip_tsv import RetrievalSet
 from pipeline.core import store
+from pipeline.core.arrays import Int64Array
 from pipeline.core.evaluation_sets import shard_stems
 from pipeline.core.records import InputError
 
-Int64Array = npt.NDArray[np.int64]
-
-MAX_PICTURE_BYTES = 64 << 20  # a damaged sidecar must not ask for gigabytes
+MAX_IMAGE_BYTES = 64 << 20  # a damaged sidecar must not ask for gigabytes
 
 
 @dataclass(frozen=True, slots=True)
-class TarPictures:
-    """Pictures of several tars by place."""
+class TarImages:
+    """Images of several tars by place."""
 
     stems: tuple[str, ...]  # paths of the shards without their ending
     shards: Int64Array  # [num_images], which of `stems`
@@ -32,14 +30,14 @@ class TarPictures:
     sizes_bytes: Int64Array  # [num_images]
 
     def read(self, rows: Sequence[int] | Int64Array) -> Iterator[bytes]:
-        """Encoded pictures in the order asked for. InputError where a tar ends before its picture."""
+        """Encoded images in the order asked for. InputError where a tar ends before its image."""
         rows = np.asarray(rows, dtype=np.int64)
         starts = np.flatnonzero(np.diff(self.shards[rows], prepend=-1))  # of runs in one tar
         for run in np.split(rows, starts[1:]):
             if len(run):
                 pairs = zip(self.offsets_bytes[run].tolist(), self.sizes_bytes[run].tolist(), strict=True)
-                places = ((f"the picture at {offset}", offset, size) for offset, size in pairs)
-                yield from read_pictures(f"{self.stems[self.shards[run[0]]]}.tar", places)
+                places = ((f"the image at {offset}", offset, size) for offset, size in pairs)
+                yield from read_images(f"{self.stems[self.shards[run[0]]]}.tar", places)
 
 
 def whole_shards(folder: str) -> list[str]:
@@ -56,14 +54,14 @@ def whole_shards(folder: str) -> list[str]:
     return stems
 
 
-def read_pictures(tar: str, places: Iterable[tuple[str, int | None, int | None]]) -> Iterator[bytes]:
-    """Encoded pictures of one tar at these (name for errors, offset, size) in bytes, one by one.
+def read_images(tar: str, places: Iterable[tuple[str, int | None, int | None]]) -> Iterator[bytes]:
+    """Encoded images of one tar at these (name for errors, offset, size) in bytes, one by one.
 
     Raises InputError for a place that cannot be one, and where the tar ends before it.
     """
     with store.open_read(tar) as file:
         for name, offset_bytes, size_bytes in places:
-            if offset_bytes is None or size_bytes is None or not 0 < size_bytes <= MAX_PICTURE_BYTES:
+            if offset_bytes is None or size_bytes is None or not 0 < size_bytes <= MAX_IMAGE_BYTES:
                 raise InputError(
                     f"{tar}: {name}: its sidecar gives {size_bytes} bytes at {offset_bytes}; build the shard"
                     " again"
@@ -97,7 +95,7 @@ def read_sidecar(stem: str, needed: Sequence[str], wanted: Sequence[str] = ()) -
         raise InputError(f"{path}: cannot be read ({reason}); build the shard again") from None
 
 
-def read_shards(folder: str, name: str) -> EvaluationSet:
+def read_shards(folder: str, name: str) -> RetrievalSet:
     """The shards of a folder as one evaluation set.
 
     Raises InputError for a folder without shards, a sidecar that is damaged or lacks a column, and a sample
@@ -127,7 +125,7 @@ def read_shards(folder: str, name: str) -> EvaluationSet:
     pairs = samples.select("text_id", "image_id").unique().sort("text_id", "image_id")
     image_rows = np.searchsorted(image_ids, pairs["image_id"].to_numpy())
     bounds = np.searchsorted(pairs["text_id"].to_numpy(), text_ids[1:])
-    return EvaluationSet(
+    return RetrievalSet(
         name=name,
         images_path=folder,
         texts_path=folder,
@@ -135,7 +133,7 @@ def read_shards(folder: str, name: str) -> EvaluationSet:
         text_ids=text_ids,
         texts=tuple(texts["caption"].to_list()),
         images_of_text=tuple(np.split(image_rows, bounds)),
-        pictures=TarPictures(
+        images=TarImages(
             tuple(stems),
             images["shard"].to_numpy(),
             images["offset_bytes"].to_numpy(),

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from eval.datasets.cnclip_tsv import EvaluationSet, check_scorable
-from eval.datasets.readable import UnreadablePicture
+from eval.datasets.cnclip_tsv import RetrievalSet, check_scorable
+from eval.datasets.readable import UnreadableImage
 from eval.datasets.retrieval_set import read_retrieval_set
 from eval.features.model_identity import identify, write_identity
 from eval.index.flat import EMBEDDING_FOLDERS, check_vectors
@@ -32,6 +32,7 @@ from eval.metrics.recall import (
     retrieval_scores,
 )
 from pipeline.core import store
+from pipeline.core.arrays import Float32Array
 from pipeline.core.config import digest
 from pipeline.core.records import EmbeddingTable, InputError
 from training.config.train import CONTEXT_LENGTH
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from training.model.clip import CLIP
     from training.model.tokenizer import Tokenizer
 
-Float32Array = npt.NDArray[np.float32]
 UInt8Array = npt.NDArray[np.uint8]
 
 BATCH_SIZE = 64
@@ -51,7 +51,7 @@ BATCH_SIZE = 64
 def embed_evaluation(
     model_path: str,
     vocabulary: str | None,
-    evaluation: EvaluationSet,
+    evaluation: RetrievalSet,
     out_folder: str,
     *,
     context_length: int = CONTEXT_LENGTH,
@@ -61,7 +61,7 @@ def embed_evaluation(
 
     `vocabulary` is what `Tokenizer.load` takes: a `vocab.txt`, its folder, or a model id; unset, it is looked
     for. torch's own thread
-    settings apply. Raises InputError for a picture that cannot be decoded (naming its id), for a model that
+    settings apply. Raises InputError for an image that cannot be decoded (naming its id), for a model that
     yields NaN, and whatever reading the model or vocabulary raises.
     """
     import torch
@@ -112,7 +112,7 @@ def validator(
     """Recall during training: a function from the model as it stands to percent numbers by evaluation name.
 
     `evaluations` maps names to folders in CN-CLIP's layout; they are read and checked here, so bad ones stop
-    a run before its first step. The first call resizes the pictures to the model's size and keeps them as
+    a run before its first step. The first call resizes the images to the model's size and keeps them as
     uint8. The function runs in evaluation mode without gradients, draws no random numbers, and leaves the
     mode of every module as it was. Raises InputError for features that are not finite.
     """
@@ -148,7 +148,7 @@ def validator(
 
 
 def score_features(
-    evaluation: EvaluationSet, image_ND: Float32Array, text_ND: Float32Array
+    evaluation: RetrievalSet, image_ND: Float32Array, text_ND: Float32Array
 ) -> RetrievalScores:
     """Recall of both directions from features in memory; the same numbers as `eval.retrieval.predictions.retrieve`."""
     texts_of_image = evaluation.texts_of_image
@@ -173,24 +173,22 @@ def evaluating(model: "CLIP") -> "Iterator[None]":
             module.training = mode  # not .train(mode): that would also set the modules below
 
 
-def _image_batches(
-    evaluation: EvaluationSet, image_size_px: int, batch_size: int
-) -> "Iterator[torch.Tensor]":
+def _image_batches(evaluation: RetrievalSet, image_size_px: int, batch_size: int) -> "Iterator[torch.Tensor]":
     """image_BCHW float32, normalised, in row order."""
     from training.model.preprocess import preprocess
 
     for start in range(0, evaluation.num_images, batch_size):
         rows = range(start, min(start + batch_size, evaluation.num_images))
-        pictures = list(evaluation.image_bytes(rows))
+        images = list(evaluation.image_bytes(rows))
         try:
-            yield preprocess(pictures, image_size_px)
+            yield preprocess(images, image_size_px)
         except InputError:
-            for row, picture in zip(rows, pictures, strict=True):  # once more, to say which picture it is
+            for row, image in zip(rows, images, strict=True):  # once more, to say which image it is
                 try:
-                    preprocess([picture], image_size_px)
+                    preprocess([image], image_size_px)
                 except InputError as error:
                     image_id = evaluation.image_ids[row]
-                    raise UnreadablePicture(f"{evaluation.images_path}: image {image_id}: {error}") from None
+                    raise UnreadableImage(f"{evaluation.images_path}: image {image_id}: {error}") from None
             raise
 
 
@@ -229,7 +227,7 @@ def _mean_and_std() -> "tuple[torch.Tensor, torch.Tensor]":
     return torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
 
 
-def _caption_of_images(evaluation: EvaluationSet) -> list[str]:
+def _caption_of_images(evaluation: RetrievalSet) -> list[str]:
     """The first text of each image, empty for an image that no text names."""
     return [evaluation.texts[rows[0]] if len(rows) else "" for rows in evaluation.texts_of_image]
 

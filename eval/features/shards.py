@@ -9,7 +9,7 @@ which sort names as text read them in order):
 What clip-retrieval, autofaiss and `cnclip index` read. `plan.json` binds the folder to the model, the
 settings and the shards; `model.json` says which model it is. A shard's metadata is written last: it existing
 means that the shard is done, so a run that was killed goes on with the next one and ends with the same bytes.
-A picture that cannot be decoded has no row anywhere and is counted. Memory is that of a model and of one
+An image that cannot be decoded has no row anywhere and is counted. Memory is that of a model and of one
 shard's features for each rank.
 """
 
@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from eval.datasets.shards import read_pictures, read_sidecar, whole_shards
-from eval.features.encoder import Checkpoint, Encoder, load_encoder
+from eval.datasets.shards import read_images, read_sidecar, whole_shards
+from eval.features.encoder import EvaluationEncoder, ModelSource, load_encoder
 from eval.features.files import FEATURE_TYPES, Precision
 from eval.features.model_identity import identify, write_identity
 from eval.index.flat import EMBEDDING_FOLDERS, check_vectors
@@ -39,7 +39,7 @@ from pipeline.core.stage import Progress
 class ShardJob:
     """What all ranks of one embedding share."""
 
-    checkpoint: Checkpoint
+    checkpoint: ModelSource
     shards: str  # folder
     out: str
     dtype: Precision
@@ -52,7 +52,7 @@ class EmbeddedShards:
 
     num_shards: int
     num_rows: int
-    num_unreadable: int  # pictures without a row
+    num_unreadable: int  # images without a row
 
 
 def embed_shards(job: ShardJob, *, redo: bool = False, progress: Progress | None = None) -> EmbeddedShards:
@@ -98,7 +98,7 @@ def _other_rank(job: ShardJob, rank: int) -> None:
         sys.exit(error.exit_status)
 
 
-def _encoder(job: ShardJob, rank: int) -> Encoder:
+def _encoder(job: ShardJob, rank: int) -> EvaluationEncoder:
     """The model on this rank's accelerator, or with its share of the processor's threads."""
     import torch
 
@@ -108,7 +108,7 @@ def _encoder(job: ShardJob, rank: int) -> Encoder:
     return load_encoder(job.checkpoint, device="cpu")
 
 
-def _begin(job: ShardJob, encoder: Encoder, stems: Sequence[str], redo: bool) -> None:
+def _begin(job: ShardJob, encoder: EvaluationEncoder, stems: Sequence[str], redo: bool) -> None:
     """Bind the folder to this model, these settings and these shards."""
     identity = identify(encoder.base.model)
     plan: dict[str, Any] = {
@@ -132,7 +132,7 @@ def _begin(job: ShardJob, encoder: Encoder, stems: Sequence[str], redo: bool) ->
 
 
 def _embed_rank(
-    job: ShardJob, encoder: Encoder, stems: Sequence[str], rank: int, progress: Progress | None
+    job: ShardJob, encoder: EvaluationEncoder, stems: Sequence[str], rank: int, progress: Progress | None
 ) -> None:
     """Shards rank, rank + num_ranks … that have no metadata yet."""
     for number in range(rank, len(stems), job.num_ranks):
@@ -143,10 +143,10 @@ def _embed_rank(
             progress(number + 1, len(stems), os.path.basename(stems[number]))
 
 
-def _embed_shard(job: ShardJob, encoder: Encoder, stem: str, number: int, num_shards: int) -> None:
+def _embed_shard(job: ShardJob, encoder: EvaluationEncoder, stem: str, number: int, num_shards: int) -> None:
     samples = read_sidecar(stem, ("key", "caption", "offset_bytes", "size_bytes"), ("source", "url"))
     places = samples.select("key", "offset_bytes", "size_bytes").iter_rows()
-    image_ND, kept_N = encoder.encoded_pictures(read_pictures(f"{stem}.tar", places))
+    image_ND, kept_N = encoder.encoded_images(read_images(f"{stem}.tar", places))
     metadata = samples[kept_N].drop("offset_bytes", "size_bytes")
     captions = metadata["caption"].fill_null("").to_list()
     tokens_NL = encoder.base.tokenizer.encode(captions, job.checkpoint.context_length)

@@ -4,10 +4,9 @@ import numpy as np
 import numpy.typing as npt
 
 from eval.metrics.recall import exact_scores_of_pairs, score_error_bound
+from pipeline.core.arrays import Float32Array, Int64Array
 
-Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
-Int64Array = npt.NDArray[np.int64]
 
 _BLOCK_ELEMENTS = 1 << 23  # scores held at once
 _GROUP = 64  # columns whose highest score stands for them

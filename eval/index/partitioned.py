@@ -26,12 +26,10 @@ from eval.features.model_identity import ModelIdentity, read_identity
 from eval.index.device import Device, check_device, from_device, to_device
 from eval.index.flat import EMBEDDING_FOLDERS, check_vectors, faiss_reason
 from pipeline.core import store
+from pipeline.core.arrays import Float32Array, Int64Array
 from pipeline.core.config import digest
 from pipeline.core.records import ConfigError, InputError
 from pipeline.core.stage import Progress
-
-Float32Array = npt.NDArray[np.float32]
-Int64Array = npt.NDArray[np.int64]
 
 BLOCK_ROWS = 65_536  # read, checked and added at once: 128 MiB of float32 at 512
 

@@ -19,9 +19,9 @@ from typing import TypedDict
 import numpy as np
 import numpy.typing as npt
 
-Float32Array = npt.NDArray[np.float32]
+from pipeline.core.arrays import Float32Array, Int64Array
+
 Float64Array = npt.NDArray[np.float64]
-Int64Array = npt.NDArray[np.int64]
 
 CUTOFFS = (1, 5, 10)
 _BLOCK_ELEMENTS = 1 << 22  # scores, or gathered vector elements, held at once

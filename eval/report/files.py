@@ -5,7 +5,7 @@ import unicodedata
 from typing import Any
 
 from eval.paper.comparison import records
-from eval.report.data import Counts, ReportData, headline_rows, percent, recall_values
+from eval.report.data import ReportData, RowCounts, headline_rows, percent, recall_values
 from eval.report.page import render_html
 from pipeline.core import store
 
@@ -50,7 +50,7 @@ def report_json(data: ReportData) -> dict[str, Any]:
             {
                 "name": stage.name,
                 "title": stage.title,
-                **_counts_json(Counts(stage.num_in, stage.num_kept, stage.dropped)),
+                **_counts_json(RowCounts(stage.num_in, stage.num_kept, stage.dropped)),
             }
             for stage in data.stages
         ],
@@ -82,7 +82,7 @@ def headline(data: ReportData) -> str:
     return "\n".join(lines)
 
 
-def _counts_json(counts: Counts) -> dict[str, Any]:
+def _counts_json(counts: RowCounts) -> dict[str, Any]:
     return {"in": counts.num_in, "kept": counts.num_kept, "dropped": dict(counts.dropped)}
 
 

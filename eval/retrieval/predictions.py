@@ -15,11 +15,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from eval.datasets.cnclip_tsv import EvaluationSet, Int64Array, check_scorable
+from eval.datasets.cnclip_tsv import RetrievalSet, check_scorable
 from eval.features.model_identity import check_same_model, read_identity
 from eval.index.flat import EMBEDDING_FOLDERS, read_index, read_vectors, search
 from eval.metrics.recall import CUTOFFS, RecallAtK, RetrievalScores, recall_at_k, retrieval_scores
 from pipeline.core import store
+from pipeline.core.arrays import Int64Array
 from pipeline.core.records import InputError
 
 K = max(CUTOFFS)
@@ -27,7 +28,7 @@ _QUERIES_PER_WRITE = 8192
 
 
 def retrieve(
-    evaluation: EvaluationSet,
+    evaluation: RetrievalSet,
     embeddings_folder: str,
     index_folder: str,
     out_folder: str,
@@ -72,7 +73,7 @@ def retrieve(
     return retrieval_scores(t2i, i2t)
 
 
-def score_text_to_image(predictions_path: str, evaluation: EvaluationSet) -> RecallAtK:
+def score_text_to_image(predictions_path: str, evaluation: RetrievalSet) -> RecallAtK:
     """Recall of a `{"text_id", "image_ids"}` file: a hit is any of the text's images among the first k.
 
     Raises InputError as the official scorer does: a text without a line, and a line without exactly 10
@@ -85,7 +86,7 @@ def score_text_to_image(predictions_path: str, evaluation: EvaluationSet) -> Rec
     return _score(predictions_path, ("text_id", "image_ids"), right, evaluation.image_ids)
 
 
-def score_image_to_text(predictions_path: str, evaluation: EvaluationSet) -> RecallAtK:
+def score_image_to_text(predictions_path: str, evaluation: RetrievalSet) -> RecallAtK:
     """Recall of a `{"image_id", "text_ids"}` file over the images that some text names; errors likewise."""
     right = {
         int(image_id): {int(evaluation.text_ids[row]) for row in rows}

@@ -2,14 +2,14 @@
 
     GET  /                                the page, `serve.html`
     GET  /api/about                       model, galleries, limits
-    GET  /api/search?q=TEXT               pictures nearest to a text
-    POST /api/search                      pictures nearest to the picture in the body
+    GET  /api/search?q=TEXT               images nearest to a text
+    POST /api/search                      images nearest to the image in the body
     GET  /picture?gallery=N&row=N         a small JPEG of one row
 
 Searches take `gallery` (number), `k` and `min_score` (cosine) as well, and answer with
 `{"results": [{"row", "score", "captions", "source", "url"}], "note"}`; refusals with `{"error"}`.
 
-What a client can send is a text, a picture and numbers, never a path. Pictures are judged by their header
+What a client can send is a text, an image and numbers, never a path. Images are judged by their header
 before a pixel is decoded, and those of a gallery are decoded and encoded anew, so that no byte of a corpus
 from the web reaches the browser as it came. Bound to loopback, the server answers only to loopback names: a
 page elsewhere whose name was pointed at this machine cannot read it.
@@ -35,25 +35,21 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-import numpy as np
-import numpy.typing as npt
-
 from data_prep.download.resize import BadImageError, decode_upright
-from eval.features.encoder import Encoder
+from eval.features.encoder import EvaluationEncoder
 from eval.features.model_identity import check_same_model, identify
 from eval.serve.gallery import Gallery
+from pipeline.core.arrays import Float32Array
 from pipeline.core.records import ConfigError, InputError
 
-Float32Array = npt.NDArray[np.float32]
-
 MAX_UPLOAD_BYTES = 16 << 20
-MAX_PIXELS = 40_000_000  # of one picture, as its header promises
+MAX_PIXELS = 40_000_000  # of one image, as its header promises
 MAX_QUERY_CHARACTERS = 1000
 MAX_RESULTS = 200
 _DEFAULT_RESULTS = 24
 _THUMBNAIL_PX = 320
 _SILENT_SECONDS = 30  # a client that says nothing for so long is let go
-_DECODES_AT_ONCE = 4  # pictures of galleries; bounds the memory that many requests at once can take
+_DECODES_AT_ONCE = 4  # images of galleries; bounds the memory that many requests at once can take
 
 Answer = tuple[HTTPStatus, str, bytes]  # status, media type, body
 
@@ -70,7 +66,7 @@ class Refusal(Exception):
 class Searcher:
     """One model over galleries of its own features. Raises InputError for a gallery of another model."""
 
-    encoder: Encoder
+    encoder: EvaluationEncoder
     galleries: Sequence[Gallery]
 
     def __post_init__(self) -> None:
@@ -98,7 +94,7 @@ class Searcher:
         """(feature [dim], a note where the text was cut). Refusal for a text that is empty or too long."""
         text = text.strip()
         if not text:
-            raise Refusal(HTTPStatus.BAD_REQUEST, "type a text or give a picture")
+            raise Refusal(HTTPStatus.BAD_REQUEST, "type a text or give an image")
         if len(text) > MAX_QUERY_CHARACTERS:
             raise Refusal(HTTPStatus.BAD_REQUEST, f"at most {MAX_QUERY_CHARACTERS} characters")
         length = self.encoder.context_length
@@ -107,12 +103,12 @@ class Searcher:
         feature_D: Float32Array = self.encoder.texts([text])[0]
         return feature_D, note
 
-    def picture_feature(self, data: bytes) -> Float32Array:
-        """Feature [dim] of an encoded picture from a stranger. Refusal where it is none or too large."""
+    def image_feature(self, data: bytes) -> Float32Array:
+        """Feature [dim] of an encoded image from a stranger. Refusal where it is none or too large."""
         try:
-            return self.encoder.picture(decode_upright(data, MAX_PIXELS))
+            return self.encoder.decoded_image(decode_upright(data, MAX_PIXELS))
         except BadImageError as error:
-            raise Refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"not a picture for us: {error}") from None
+            raise Refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"unsupported image: {error}") from None
 
     def results(self, number: int, feature_D: Float32Array, k: int, min_score: float) -> list[dict[str, Any]]:
         """What the page shows of the nearest rows of a gallery, best first."""
@@ -120,7 +116,7 @@ class Searcher:
         found = []
         for row, score in gallery.nearest(feature_D, k):
             if score >= min_score:
-                facts = gallery.pictures.describe(row)
+                facts = gallery.images.describe(row)
                 found.append(
                     {
                         "row": row,
@@ -133,11 +129,11 @@ class Searcher:
         return found
 
     def thumbnail(self, number: int, row: int) -> bytes:
-        """A JPEG of at most 320 px. Refusal where the gallery's picture cannot be decoded."""
+        """A JPEG of at most 320 px. Refusal where the gallery's image cannot be decoded."""
         from PIL import Image
 
         try:
-            small = decode_upright(self.galleries[number].pictures.read(row), MAX_PIXELS)
+            small = decode_upright(self.galleries[number].images.read(row), MAX_PIXELS)
         except BadImageError as error:
             raise Refusal(HTTPStatus.NOT_FOUND, f"row {row} cannot be decoded: {error}") from None
         small.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX), Image.Resampling.LANCZOS, reducing_gap=3.0)
@@ -212,12 +208,12 @@ class _Handler(BaseHTTPRequestHandler):
                 "/": self._page,
                 "/api/about": self._about,
                 "/api/search": self._search_text,
-                "/picture": self._picture,
+                "/picture": self._image,
             }
         )
 
     def do_POST(self) -> None:
-        self._answer({"/api/search": self._search_picture})
+        self._answer({"/api/search": self._search_image})
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing: what people search for is theirs."""
@@ -297,20 +293,20 @@ class _Handler(BaseHTTPRequestHandler):
             feature_D, note = self.server.searcher.text_feature(fields.get("q", ""))
             return self._results(fields, feature_D, note)
 
-    def _search_picture(self, fields: dict[str, str]) -> Answer:
+    def _search_image(self, fields: dict[str, str]) -> Answer:
         data = self._body()
         with self.server.computing:
-            return self._results(fields, self.server.searcher.picture_feature(data), "")
+            return self._results(fields, self.server.searcher.image_feature(data), "")
 
     def _body(self) -> bytes:
         if "Content-Length" not in self.headers or "Transfer-Encoding" in self.headers:
-            raise Refusal(HTTPStatus.LENGTH_REQUIRED, "send the picture with its length")
+            raise Refusal(HTTPStatus.LENGTH_REQUIRED, "send the image with its length")
         if self.unread_bytes > MAX_UPLOAD_BYTES:
             raise Refusal(
-                HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"at most {MAX_UPLOAD_BYTES >> 20} MiB a picture"
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"at most {MAX_UPLOAD_BYTES >> 20} MiB an image"
             )
         if self.unread_bytes == 0:
-            raise Refusal(HTTPStatus.BAD_REQUEST, "type a text or give a picture")
+            raise Refusal(HTTPStatus.BAD_REQUEST, "type a text or give an image")
         data = self.rfile.read(self.unread_bytes)
         if len(data) < self.unread_bytes:
             raise ConnectionError("the client left")
@@ -324,7 +320,7 @@ class _Handler(BaseHTTPRequestHandler):
         results = searcher.results(number, feature_D, k, _score(fields))
         return _json({"results": results, "note": note})
 
-    def _picture(self, fields: dict[str, str]) -> Answer:
+    def _image(self, fields: dict[str, str]) -> Answer:
         searcher = self.server.searcher
         number = _whole(fields, "gallery", 0, len(searcher.galleries) - 1, default=0)
         row = _whole(fields, "row", 0, searcher.galleries[number].num_rows - 1)

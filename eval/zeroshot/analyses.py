@@ -7,11 +7,12 @@ import numpy as np
 
 from eval.datasets.classification import ClassificationSet
 from eval.datasets.labels import templates_for
-from eval.features.encoder import Encoder
+from eval.features.encoder import EvaluationEncoder
 from eval.metrics.bootstrap import Measured
 from eval.metrics.classification import measured_metric
 from eval.paper.published import Metric
-from eval.zeroshot.classifier import Float32Array, Int64Array, class_vectors, scores_of, text_features
+from eval.zeroshot.classifier import class_vectors, scores_of, text_features
+from pipeline.core.arrays import Float32Array, Int64Array
 from pipeline.core.records import InputError
 from pipeline.core.text_table import align
 
@@ -26,7 +27,12 @@ class PromptScore:
 
 
 def prompt_sensitivity(
-    encoder: Encoder, data: ClassificationSet, metric: Metric, *, general: str = "general", own: str = "own"
+    encoder: EvaluationEncoder,
+    data: ClassificationSet,
+    metric: Metric,
+    *,
+    general: str = "general",
+    own: str = "own",
 ) -> list[PromptScore]:
     """Each template alone, then ensembles: general and the set's own, folded both ways; best template first.
 
@@ -37,7 +43,7 @@ def prompt_sensitivity(
         del groups["own"]
     union = list(dict.fromkeys(template for group in groups.values() for template in group))
     text_CTD = text_features(encoder, data.labels.names, union)
-    image_ND, rows_N = encoder.pictures(data.pictures)
+    image_ND, rows_N = encoder.images(data.images)
 
     def score(columns: Sequence[int], how: str) -> Measured:
         vectors_CD = class_vectors(text_CTD[:, list(columns)], "scores" if how == "scores" else "features")
@@ -73,7 +79,7 @@ class NegationScore:
     pair: NegationPair
     plain: Measured
     negated: Measured
-    plain_recall: float  # percent of the class's pictures that are given this class
+    plain_recall: float  # percent of the class's images that are given this class
     negated_recall: float
 
 
@@ -87,7 +93,7 @@ _OTHER_LABELS = {"patch-camelyon": {1: "中间有绿色块"}}
 
 
 def negation(
-    encoder: Encoder,
+    encoder: EvaluationEncoder,
     data: ClassificationSet,
     metric: Metric,
     pairs: Sequence[NegationPair],
@@ -97,7 +103,7 @@ def negation(
 
     Raises InputError for a pair of a class that the set does not have.
     """
-    image_ND, rows_N = encoder.pictures(data.pictures)
+    image_ND, rows_N = encoder.images(data.images)
     targets_NC = data.targets_NC[rows_N]
     names = list(data.labels.names)
     for row, name in _OTHER_LABELS.get(data.name, {}).items():

@@ -6,7 +6,7 @@ from typing import Any
 
 from eval.datasets.classification import read_classification
 from eval.datasets.labels import templates_for
-from eval.features.encoder import Encoder
+from eval.features.encoder import EvaluationEncoder
 from eval.metrics.bootstrap import Measured
 from eval.metrics.classification import elevater_map
 from eval.paper.published import Metric, classification_protocol, mismatch
@@ -22,13 +22,13 @@ class MeasuredSet:
     measured: Measured
     num_images: int  # scored
     notes: tuple[str, ...]
-    differs: bool  # pictures or classes are not those of the protocol: no published figure is comparable
-    submission: dict[str, Any] | None  # ELEVATER's record, for a set of ICinW whose pictures are all there
+    differs: bool  # images or classes are not those of the protocol: no published figure is comparable
+    submission: dict[str, Any] | None  # ELEVATER's record, for a set of ICinW whose images are all there
 
 
 def measure_set(
     folder: str,
-    encoder: Encoder,
+    encoder: EvaluationEncoder,
     *,
     name: str | None = None,
     labels_path: str | None = None,
@@ -50,11 +50,11 @@ def measure_set(
     )
     prompts = templates_for(name, templates)
     vectors_CD = class_vectors(text_features(encoder, data.labels.names, prompts), ensemble)
-    image_ND, rows_N = encoder.pictures(data.pictures)
+    image_ND, rows_N = encoder.images(data.images)
     classified = classify(data, image_ND, rows_N, vectors_CD, metric, num_templates=len(prompts))
     notes, differs, submission = list[str](), False, None
     if classified.num_unreadable:
-        notes.append(f"{name}: {classified.num_unreadable} pictures cannot be decoded and are not scored")
+        notes.append(f"{name}: {classified.num_unreadable} images cannot be decoded and are not scored")
     if metric == "11-point-map":
         theirs = elevater_map(classified.scores_NC, data.targets_NC[rows_N])
         notes.append(
@@ -63,7 +63,7 @@ def measure_set(
         )
     if protocol is not None:
         found = (
-            mismatch(name, "pictures", protocol.images, classified.num_images),
+            mismatch(name, "images", protocol.images, classified.num_images),
             mismatch(name, "classes", protocol.classes, len(data.labels.names)),
         )
         notes += [note for note in found if note]

@@ -70,13 +70,13 @@ def tasks(config: ZeroshotStageConfig, context: Context) -> list[Task]:
 
 def run(config: ZeroshotStageConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """`<set>/scores.json`, and `<set>/submission.json` for ELEVATER where the set is one of ICinW."""
-    from eval.features.encoder import Checkpoint, load_encoder
+    from eval.features.encoder import ModelSource, load_encoder
     from eval.zeroshot.measure import measure_set
 
     item = next(item for item in config.sets if item.name == task.arguments["set"])
     vocabulary = config.vocabulary or context.path_in("vocabulary", "caption.txt")
     weights = context.path_in(config.stage, "model.safetensors")
-    encoder = load_encoder(Checkpoint(weights, vocabulary, config.context_length))
+    encoder = load_encoder(ModelSource(weights, vocabulary, config.context_length))
     found = measure_set(
         item.folder,
         encoder,
@@ -120,7 +120,7 @@ class ZeroshotScores:
 
 
 def _files_digest(folder: str) -> str:
-    """Of the names and sizes of all files below a folder: pictures are many, and seldom change in place."""
+    """Of the names and sizes of all files below a folder: images are many, and seldom change in place."""
     root = Path(folder)
     return digest(
         sorted(

@@ -7,10 +7,10 @@ from pipeline.cli.arguments import EXIT_DONE, add, add_model, checkpoint
 
 
 def add_embed(commands: Any) -> None:
-    command = add(commands, "embed", _embed, "features of pictures and texts in clip-retrieval's layout")
+    command = add(commands, "embed", _embed, "features of images and texts in clip-retrieval's layout")
     add_model(command)
     command.add_argument(
-        "--images", metavar="FOLDER|TABLE", help="folder of pictures, or table with a column of them"
+        "--images", metavar="FOLDER|TABLE", help="folder of images, or table with a column of them"
     )
     command.add_argument("--texts", metavar="FILE", help="one text a line, or a table with a column of them")
     command.add_argument(
@@ -36,7 +36,7 @@ def _embed(options: argparse.Namespace) -> int:
 
     if options.shards is not None:
         if options.images is not None or options.texts is not None:
-            raise ConfigError("--shards has pictures and texts of its own; leave out --images and --texts")
+            raise ConfigError("--shards has images and texts of its own; leave out --images and --texts")
         return _embed_shards(options)
     if options.images is None and options.texts is None:
         raise ConfigError("embed: nothing to embed; give --images, --texts, both, or --shards")
@@ -60,7 +60,7 @@ def _embed(options: argparse.Namespace) -> int:
             f"{done.num_truncated} of {done.num_texts} texts have more than {encoder.context_length} tokens"
             " and are cut; raise --context to keep more"
         )
-    print(f"{options.out}: {done.num_images} pictures, {done.num_texts} texts, {done.dim} dimensions")
+    print(f"{options.out}: {done.num_images} images, {done.num_texts} texts, {done.dim} dimensions")
     return EXIT_DONE
 
 
@@ -74,6 +74,6 @@ def _embed_shards(options: argparse.Namespace) -> int:
     job = ShardJob(checkpoint(options), options.shards, options.out, options.dtype, options.ranks)
     done = embed_shards(job, redo=options.redo, progress=make_progress("embed", "shard"))
     if done.num_unreadable:
-        print(f"{done.num_unreadable} pictures cannot be decoded and have no row")
+        print(f"{done.num_unreadable} images cannot be decoded and have no row")
     print(f"{options.out}: {done.num_rows:,} pairs of {done.num_shards:,} shards, {options.dtype}")
     return EXIT_DONE

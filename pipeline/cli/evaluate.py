@@ -15,7 +15,7 @@ def add_predict(commands: Any) -> None:
     command.add_argument(
         "--image-to-text",
         action="store_true",
-        help="texts for each picture (default: pictures for each text)",
+        help="texts for each image (default: images for each text)",
     )
     command.add_argument(
         "--top-k", type=int, default=10, metavar="K", help="ids a line; the official scorer takes 10"

@@ -8,7 +8,7 @@ from pipeline.cli.arguments import EXIT_DONE, add, add_model, checkpoint
 
 
 def add_serve(commands: Any) -> None:
-    command = add(commands, "serve", _serve, "a local page: type a text or drop a picture, see the nearest")
+    command = add(commands, "serve", _serve, "a local page: type a text or drop an image, see the nearest")
     add_model(command)
     command.add_argument(
         "--index",
@@ -48,7 +48,7 @@ def _serve(options: argparse.Namespace) -> int:
         gallery = open_gallery(
             options.index,
             embeddings_folder=options.embeddings,
-            pictures_folder=options.pictures,
+            images_folder=options.pictures,
             run_folder=model.run_folder,
             parameters=options.parameters,
         )
@@ -56,9 +56,9 @@ def _serve(options: argparse.Namespace) -> int:
     searcher = Searcher(load_encoder(model), galleries)
     with SearchServer(searcher, options.host, options.port) as server:
         for gallery in galleries:
-            print(f"{gallery.name}: {gallery.num_rows:,} pictures", file=sys.stderr)
+            print(f"{gallery.name}: {gallery.num_rows:,} images", file=sys.stderr)
         if not server.is_local:
-            print("note: everyone who reaches this address can search and see the pictures", file=sys.stderr)
+            print("note: everyone who reaches this address can search and see the images", file=sys.stderr)
         print(f"{server.url}  (Ctrl-C stops)", flush=True)
         try:
             server.serve_forever()

@@ -1,6 +1,6 @@
 """Evaluation sets of a run: given by `[[evaluation]]` or made by the corpus stage.
 
-A set is a folder in Chinese-CLIP's layout: `<name>_imgs.tsv` (id, base64 picture) and `<name>_texts.jsonl`;
+A set is a folder in Chinese-CLIP's layout: `<name>_imgs.tsv` (id, base64 image) and `<name>_texts.jsonl`;
 or a folder of this project's shards.
 """
 
@@ -32,7 +32,7 @@ class EvaluationSet:
 
 
 def digest_of(source: EvaluationSource) -> str:
-    """Digest of a given set's files, of shards their sidecars (which have each picture's digest).
+    """Digest of a given set's files, of shards their sidecars (which have each image's digest).
 
     InputError where a file is missing.
     """

@@ -21,7 +21,7 @@ from tests.helpers.tiny_model import write_tiny_model
 from training.model.tokenizer import Tokenizer
 from training.weights.formats import load_model
 
-# samples 3 and 15 have the same picture, 5 and 9 the same caption
+# samples 3 and 15 have the same image, 5 and 9 the same caption
 SAMPLES = [(png_bytes(3 if row == 15 else row), f"第{5 if row == 9 else row}张图片") for row in range(16)]
 
 
@@ -30,7 +30,7 @@ def shards(tmp_path: Path) -> str:
     return write_shards(tmp_path / "sets" / "mine", SAMPLES, per_shard=6)
 
 
-def test_equal_pictures_and_equal_captions_are_one(shards: str) -> None:
+def test_equal_images_and_equal_captions_are_one(shards: str) -> None:
     evaluation = read_shards(shards, "mine")
     assert evaluation.image_ids.tolist() == list(range(15))
     assert evaluation.text_ids.tolist() == [row for row in range(16) if row != 9]
@@ -98,7 +98,7 @@ def test_bad_shards_are_said_in_one_line(shards: str, tmp_path: Path) -> None:
     table.write_parquet(path)
     evaluation = read_shards(shards, "mine")
     (Path(shards) / "00001.tar").write_bytes(b"short")
-    with pytest.raises(InputError, match=r"00001.tar: ends inside the picture at"):
+    with pytest.raises(InputError, match=r"00001.tar: ends inside the image at"):
         list(evaluation.image_bytes([7]))
     with pytest.raises(InputError, match="or shards"):
         digest_of(EvaluationSource(name="none", folder=str(tmp_path)))

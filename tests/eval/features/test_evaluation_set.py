@@ -74,7 +74,7 @@ def test_validator_gives_the_numbers_of_the_prediction_files(folder: Path, tmp_p
     validate = validator({"small": str(folder)}, tokenizer_of(folder))
     model = model_of(folder)
     assert validate(model) == {"small": from_files}
-    assert validate(model) == {"small": from_files}  # now from the pictures kept in memory
+    assert validate(model) == {"small": from_files}  # now from the images kept in memory
 
 
 def test_validator_leaves_modes_weights_and_random_numbers_alone(folder: Path) -> None:
@@ -91,14 +91,14 @@ def test_validator_leaves_modes_weights_and_random_numbers_alone(folder: Path) -
     assert torch.is_grad_enabled()
 
 
-def test_pictures_kept_as_uint8_come_back_bit_for_bit() -> None:
+def test_images_kept_as_uint8_come_back_bit_for_bit() -> None:
     image_BCHW = preprocess([png_bytes(seed, 37) for seed in range(4)], 32)
     pixels = embed._to_uint8(image_BCHW)
     assert pixels.dtype == np.uint8
     assert torch.equal(embed._from_uint8(pixels), image_BCHW)
 
 
-def test_a_model_that_diverged_and_a_broken_picture_are_named(folder: Path, tmp_path: Path) -> None:
+def test_a_model_that_diverged_and_a_broken_image_are_named(folder: Path, tmp_path: Path) -> None:
     model = model_of(folder)
     with torch.no_grad():
         model.text_projection.fill_(float("nan"))

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from eval.datasets.cnclip_tsv import EvaluationSet, read_evaluation
+from eval.datasets.cnclip_tsv import RetrievalSet, read_evaluation
 from eval.retrieval.baseline import PixelBaseline, chance, thumbnail
 from pipeline.core.records import InputError
 from tests.helpers.evaluation_files import png_bytes, write_evaluation
@@ -37,7 +37,7 @@ def write_shard(folder: Path, name: str, samples: list[tuple[str, bytes]]) -> st
     return str(tar_path)
 
 
-def evaluation_of(folder: Path, texts: list[str]) -> EvaluationSet:
+def evaluation_of(folder: Path, texts: list[str]) -> RetrievalSet:
     images = {row: png_bytes(row) for row in range(len(texts))}
     write_evaluation(folder, "e", images, [(row, text, [row]) for row, text in enumerate(texts)])
     return read_evaluation(str(folder), "e")
@@ -54,7 +54,7 @@ def test_solves_a_memorised_corpus_both_ways(tmp_path: Path) -> None:
     assert scores["mean_recall"] == 100.0
 
 
-def test_equal_pictures_are_ordered_by_id(tmp_path: Path) -> None:
+def test_equal_images_are_ordered_by_id(tmp_path: Path) -> None:
     write_evaluation(
         tmp_path,
         "e",
@@ -67,7 +67,7 @@ def test_equal_pictures_are_ordered_by_id(tmp_path: Path) -> None:
     assert scores["t2i"] == scores["i2t"]
 
 
-def test_answers_with_the_mean_of_the_captions_pictures(tmp_path: Path) -> None:
+def test_answers_with_the_mean_of_the_captions_images(tmp_path: Path) -> None:
     def plain(level: int) -> bytes:
         file = io.BytesIO()
         Image.new("RGB", (20, 20), (level, level, level)).save(file, "PNG")
@@ -99,7 +99,7 @@ def test_bad_shards_are_named(tmp_path: Path) -> None:
     (tmp_path / "0.parquet").write_bytes(b"PAR1 cut")
     with pytest.raises(InputError, match=r"0\.parquet: not a readable sidecar"):
         PixelBaseline.from_shards([shard])
-    with pytest.raises(InputError, match="no training picture"):
+    with pytest.raises(InputError, match="no training image"):
         PixelBaseline.from_shards([])
 
 

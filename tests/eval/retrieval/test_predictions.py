@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval.datasets.cnclip_tsv import EvaluationSet, read_evaluation
+from eval.datasets.cnclip_tsv import RetrievalSet, read_evaluation
 from eval.features.evaluation_set import score_features
 from eval.index.flat import build_index
 from eval.retrieval.predictions import retrieve, score_image_to_text, score_text_to_image
@@ -23,7 +23,7 @@ def write_features(folder: Path, modality: str, vectors: np.ndarray) -> np.ndarr
     return unit
 
 
-def random_evaluation(folder: Path, num_images: int = 60, num_texts: int = 90) -> EvaluationSet:
+def random_evaluation(folder: Path, num_images: int = 60, num_texts: int = 90) -> RetrievalSet:
     """Several images a text, several texts an image, some images without a text."""
     rng = np.random.default_rng(0)
     images = {1000 - 3 * row: png_bytes(row) for row in range(num_images)}
@@ -146,7 +146,7 @@ def test_any_of_several_positives_is_a_hit(tmp_path: Path) -> None:
     evaluation = read_evaluation(small_evaluation(tmp_path), "small")
     ids = evaluation.image_ids.tolist()
     predicted = {row: [image_id for image_id in ids if image_id != 100 + row][:10] for row in range(12)}
-    predicted[0] = [111, *ids[1:10]]  # text 0 names pictures 100 and 111
+    predicted[0] = [111, *ids[1:10]]  # text 0 names images 100 and 111
     lines = [json.dumps({"text_id": row, "image_ids": ids}) for row, ids in predicted.items()]
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
     recall = score_text_to_image(str(tmp_path / "p.jsonl"), evaluation)

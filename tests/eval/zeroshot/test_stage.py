@@ -84,7 +84,7 @@ def test_scores_reach_the_report(context: Context, tmp_path: Path, monkeypatch: 
     )
 
 
-def test_a_task_is_bound_to_pictures_labels_templates_and_model(context: Context, tmp_path: Path) -> None:
+def test_a_task_is_bound_to_images_labels_templates_and_model(context: Context, tmp_path: Path) -> None:
     def inputs(**zeroshot: str) -> dict[str, dict[str, str]]:
         found: list[Task] = tasks(config_of(tmp_path, **zeroshot), context)
         return {task.name: dict(task.inputs) for task in found}
