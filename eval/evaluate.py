@@ -44,7 +44,7 @@ from eval.retrieval.predictions import retrieve
 from eval.zeroshot.classifier import Ensemble, write_submission
 from eval.zeroshot.measure import MeasuredSet, measure_set
 from pipeline.core import store
-from pipeline.core.evaluation_sets import shard_stems
+from pipeline.core.evaluation_sets import EvaluationFacts, shard_stems
 from pipeline.core.records import InputError, Manifest
 
 Say = Callable[[str], None]
@@ -181,10 +181,9 @@ def sets_of_run(run_folder: str) -> Sources:
     if not store.exists(path):
         raise InputError(f"{path}: no such file; the run's corpus stage is not done: cnclip run it first")
     found = dict[str, str]()
-    for extra in Manifest.from_json(store.read_text(path)).extra.values():
-        made = extra.get("evaluations", {})
-        found |= {name: store.join(run_folder, "corpus", folder) for name, folder in made.items()}
-        found |= extra.get("own_evaluations", {})
+    for noted in EvaluationFacts.all_of(Manifest.from_json(store.read_text(path))):
+        found |= {name: store.join(run_folder, "corpus", folder) for name, folder in noted.made.items()}
+        found |= noted.given
     return Sources(tuple(RetrievalSource(name, found[name], name) for name in sorted(found)), ())
 
 

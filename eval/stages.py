@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.core import store
 from pipeline.core.config import digest
-from pipeline.core.evaluation_sets import EvaluationSet, evaluations_of
-from pipeline.core.records import InputError
+from pipeline.core.evaluation_sets import EvaluationSet, evaluation_named, evaluations_of
 from pipeline.core.stage import Context, Outcome, Progress, Task
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ def embed(config: ScoreConfig, context: Context, task: Task, progress: Progress)
     from eval.features.evaluation_set import embed_evaluation
 
     stage = task.arguments["stage"]
-    item = _evaluation(context, task)
+    item = evaluation_named(context, task.arguments["evaluation"])
     evaluation = read_retrieval_set(item.folder, item.name)
     check_scorable(evaluation)
     folder = _folder(item.name, stage)
@@ -163,7 +162,7 @@ def retrieve(config: ScoreConfig, context: Context, task: Task, progress: Progre
     from eval.datasets.retrieval_set import read_retrieval_set
     from eval.retrieval.predictions import retrieve as search_and_score
 
-    item = _evaluation(context, task)
+    item = evaluation_named(context, task.arguments["evaluation"])
     folder = _folder(item.name, task.arguments["stage"])
     evaluation = read_retrieval_set(item.folder, item.name)
     scores = search_and_score(
@@ -336,10 +335,3 @@ def comparisons(config: ReportConfig, context: Context) -> "tuple[Comparison, ..
             differing=found.differing,
         )
     return tuple(tables)
-
-
-def _evaluation(context: Context, task: Task) -> EvaluationSet:
-    for item in evaluations_of(context):
-        if item.name == task.arguments["evaluation"]:
-            return item
-    raise InputError(f"{task.arguments['evaluation']}: the corpus has no such evaluation set")

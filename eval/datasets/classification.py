@@ -16,13 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from eval.datasets.labels import Labels, labels_for
-from pipeline.core.arrays import Int64Array
+from pipeline.core.arrays import BoolArray, Int64Array
 from pipeline.core.records import InputError
-
-BoolArray = npt.NDArray[np.bool_]
 
 SPLITS = ("test", "val", "valid", "validation")  # the first that is there is read
 _IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's

@@ -32,7 +32,7 @@ from eval.metrics.recall import (
     retrieval_scores,
 )
 from pipeline.core import store
-from pipeline.core.arrays import Float32Array
+from pipeline.core.arrays import Float32Array, UInt8Array
 from pipeline.core.config import digest
 from pipeline.core.records import EmbeddingTable, InputError
 from training.config.train import CONTEXT_LENGTH
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from training.model.clip import CLIP
     from training.model.tokenizer import Tokenizer
 
-UInt8Array = npt.NDArray[np.uint8]
 
 BATCH_SIZE = 64
 

@@ -1,12 +1,9 @@
 """The k nearest rows by exact score, in little more time than the bare matrix product."""
 
 import numpy as np
-import numpy.typing as npt
 
 from eval.metrics.recall import exact_scores_of_pairs, score_error_bound
-from pipeline.core.arrays import Float32Array, Int64Array
-
-Float64Array = npt.NDArray[np.float64]
+from pipeline.core.arrays import Float32Array, Float64Array, Int64Array
 
 _BLOCK_ELEMENTS = 1 << 23  # scores held at once
 _GROUP = 64  # columns whose highest score stands for them

@@ -8,10 +8,8 @@ import numpy.typing as npt
 
 from eval.index.exact_search import top_k
 from pipeline.core import store
-from pipeline.core.arrays import Float32Array, Int64Array
+from pipeline.core.arrays import Float32Array, Float64Array, Int64Array
 from pipeline.core.records import InputError
-
-Float64Array = npt.NDArray[np.float64]
 
 EMBEDDING_FOLDERS = {"image": "img_emb", "text": "text_emb"}  # clip-retrieval's names
 

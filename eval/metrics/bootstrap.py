@@ -4,12 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from eval.metrics.recall import CUTOFFS
-from pipeline.core.arrays import Int64Array
-
-Float64Array = npt.NDArray[np.float64]
+from pipeline.core.arrays import Float64Array, Int64Array
 
 NUM_RESAMPLES = 1000
 _BLOCK_ELEMENTS = 1 << 22  # resampled rows held at once

@@ -12,10 +12,9 @@ import numpy.typing as npt
 
 from eval.metrics.bootstrap import NUM_RESAMPLES, Measured, metric_interval
 from eval.paper.published import Metric
-from pipeline.core.arrays import Int64Array
+from pipeline.core.arrays import BoolArray, Int64Array
 
 FloatArray = npt.NDArray[np.floating]
-BoolArray = npt.NDArray[np.bool_]
 
 _RECALL_LEVELS = np.linspace(0, 1, 11)
 _RESAMPLES_OF_MAP = 200  # sorts 20 classes each time

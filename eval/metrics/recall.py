@@ -19,9 +19,7 @@ from typing import TypedDict
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.core.arrays import Float32Array, Int64Array
-
-Float64Array = npt.NDArray[np.float64]
+from pipeline.core.arrays import Float32Array, Float64Array, Int64Array
 
 CUTOFFS = (1, 5, 10)
 _BLOCK_ELEMENTS = 1 << 22  # scores, or gathered vector elements, held at once

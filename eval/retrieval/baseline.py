@@ -14,7 +14,6 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from eval.datasets.cnclip_tsv import RetrievalSet
 from eval.metrics.recall import (
@@ -26,11 +25,8 @@ from eval.metrics.recall import (
     retrieval_scores,
 )
 from pipeline.core import store
-from pipeline.core.arrays import Int64Array
+from pipeline.core.arrays import Float64Array, Int64Array, UInt8Array
 from pipeline.core.records import InputError
-
-Float64Array = npt.NDArray[np.float64]
-UInt8Array = npt.NDArray[np.uint8]
 
 SIDE_PX = 16
 NGRAM_CHARACTERS = (1, 3)

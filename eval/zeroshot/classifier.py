@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from eval.datasets.classification import ClassificationSet
 from eval.datasets.labels import prompts
@@ -26,10 +25,9 @@ from eval.metrics.bootstrap import Measured
 from eval.metrics.classification import measured_metric
 from eval.paper.published import Metric
 from pipeline.core import store
-from pipeline.core.arrays import Float32Array, Int64Array
+from pipeline.core.arrays import Float32Array, Float64Array, Int64Array
 from pipeline.core.records import InputError
 
-Float64Array = npt.NDArray[np.float64]
 Ensemble = Literal["features", "scores"]
 
 _DECIMALS = 6  # of ELEVATER's probabilities
