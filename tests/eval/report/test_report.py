@@ -36,7 +36,8 @@ from eval.report.data import (
 from eval.report.files import headline, report_json, write_report
 from eval.report.page import render_html
 from eval.report.sources import make_gallery, read_training_metrics
-from eval.stages import ReportConfig, ScoreConfig, comparisons
+from eval.report.stage import ReportConfig, comparisons
+from eval.stages import EvaluationConfig
 from pipeline.core.records import InputError, Manifest, Shard
 from pipeline.core.stage import Context
 from tests.helpers.chromium import CHROMIUM, QUIET
@@ -272,7 +273,7 @@ def test_a_set_of_the_paper_stands_beside_its_table(tmp_path: Path, monkeypatch:
     extra = {"0": {"evaluations": {"coco-cn-test": "coco-cn-test", "mine": "mine"}}}
     corpus = Manifest("corpus", 1, "", "", {}, tuple(shards), 0, 0, {}, extra)
     context = Context(str(tmp_path), "report", 0, {"corpus": corpus})
-    score = ScoreConfig(stages=("stage1", "stage2"), vocabulary=None, context_length=52)
+    score = EvaluationConfig(stages=("stage1", "stage2"), vocabulary=None, context_length=52)
     config = ReportConfig(score=score, model="RN50", training_stages=(), titles={})
 
     (small,) = comparisons(config, context)
@@ -290,7 +291,7 @@ def test_a_set_of_the_paper_stands_beside_its_table(tmp_path: Path, monkeypatch:
     (tmp_path / "embed" / "coco-cn-test" / "finetune").symlink_to(
         tmp_path / "embed" / "coco-cn-test" / "stage2"
     )
-    score = ScoreConfig(stages=("stage2", "finetune"), vocabulary=None, context_length=52)
+    score = EvaluationConfig(stages=("stage2", "finetune"), vocabulary=None, context_length=52)
     (table, *_) = comparisons(dataclasses.replace(config, score=score), context)
     assert (table.setup, table.lines[0].paper) == ("finetuned", 66.8)
 
