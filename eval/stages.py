@@ -119,6 +119,7 @@ def run_embed(config: EvaluationConfig, context: Context, task: Task, progress: 
     """Embed one evaluation set by one model, in clip-retrieval's layout."""
     from eval.datasets.cnclip_tsv import check_scorable
     from eval.datasets.retrieval_set import read_retrieval_set
+    from eval.features.encoder import ModelSource, load_encoder
     from eval.features.evaluation_set import embed_evaluation
 
     pair = ModelOnSet.from_json(task.arguments)
@@ -126,13 +127,10 @@ def run_embed(config: EvaluationConfig, context: Context, task: Task, progress: 
     evaluation = read_retrieval_set(item.folder, item.name)
     check_scorable(evaluation)
     folder = pair.folder
-    embed_evaluation(
-        context.path_in(pair.stage, "model.safetensors"),
-        config.vocabulary or context.path_in("vocabulary", "caption.txt"),
-        evaluation,
-        context.path(folder),
-        context_length=config.context_length,
-    )
+    vocabulary = config.vocabulary or context.path_in("vocabulary", "caption.txt")
+    weights = context.path_in(pair.stage, "model.safetensors")
+    encoder = load_encoder(ModelSource(weights, vocabulary, config.context_length))
+    embed_evaluation(encoder, evaluation, context.path(folder))
     outputs = {
         f"{folder}/img_emb/img_emb_0.npy": evaluation.num_images,
         f"{folder}/text_emb/text_emb_0.npy": evaluation.num_texts,
@@ -207,7 +205,7 @@ def run_retrieval(config: EvaluationConfig, context: Context, task: Task, progre
     item = evaluation_named(context, pair.evaluation)
     folder = pair.folder
     evaluation = read_retrieval_set(item.folder, item.name)
-    scores = search_and_score(
+    result = search_and_score(
         evaluation, context.path_in("embed", folder), context.path_in("index", folder), context.path(folder)
     )
     outputs = {
@@ -223,7 +221,7 @@ def run_retrieval(config: EvaluationConfig, context: Context, task: Task, progre
         outputs,
         num_in=evaluation.num_texts,
         num_kept=evaluation.num_texts,
-        extra=RetrievalFacts(pair.evaluation, pair.stage, scores).to_json(),
+        extra=RetrievalFacts(pair.evaluation, pair.stage, result.scores).to_json(),
     )
 
 
@@ -246,7 +244,7 @@ def run_baseline(config: None, context: Context, task: Task, progress: Progress)
     for item in evaluations_of(context):
         evaluation = read_retrieval_set(item.folder, item.name)
         check_scorable(evaluation)
-        scores[item.name] = {"pixel": pixel.scores(evaluation), "chance": chance(evaluation)}
+        scores[item.name] = {"pixel": pixel.evaluate(evaluation).scores, "chance": chance(evaluation)}
         num_texts += evaluation.num_texts
     store.write_text(context.path("baselines.json"), json.dumps(scores, indent=1, ensure_ascii=False))
     return Outcome({"baselines.json": num_texts}, num_in=num_texts, num_kept=num_texts)

@@ -2,12 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from eval.datasets.cnclip_tsv import ImageStore, RetrievalSet
 from pipeline.core.arrays import Int64Array
 from pipeline.core.records import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class UnreadableImage(InputError):
@@ -67,3 +71,28 @@ def readable_subset(evaluation: RetrievalSet) -> tuple[RetrievalSet, str]:
         ),
         note,
     )
+
+
+def decoded_batches(
+    evaluation: RetrievalSet, image_size_px: int, batch_size: int
+) -> "Iterator[torch.Tensor]":
+    """Yield image_BCHW float32, normalised, in row order.
+
+    Raises:
+        UnreadableImage: if an image cannot be decoded; it names the image's id.
+    """
+    from training.model.preprocess import preprocess
+
+    for start in range(0, evaluation.num_images, batch_size):
+        rows = range(start, min(start + batch_size, evaluation.num_images))
+        encoded = list(evaluation.image_bytes(rows))
+        try:
+            yield preprocess(encoded, image_size_px)
+        except InputError:
+            for row, data in zip(rows, encoded, strict=True):  # once more, to say which image it is
+                try:
+                    preprocess([data], image_size_px)
+                except InputError as error:
+                    image_id = evaluation.image_ids[row]
+                    raise UnreadableImage(f"{evaluation.images_path}: image {image_id}: {error}") from None
+            raise

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from eval.datasets.classification import EncodedImage
-from eval.index.flat import check_vectors
+from eval.datasets.cnclip_tsv import RetrievalSet
+from eval.datasets.readable import decoded_batches
+from eval.features.layout import check_vectors
 from pipeline.core import store
 from pipeline.core.arrays import Float32Array, Int64Array
 from pipeline.core.config import find_recipe, read_run
@@ -64,6 +66,17 @@ class EvaluationEncoder:
             sum(tensor.numel() for tensor in model.parameters()),
             sum(tensor.numel() for tensor in model.visual.parameters()),
         )
+
+    def encode(self, evaluation: RetrievalSet) -> tuple[Float32Array, Float32Array]:
+        """Return image_ND and text_ND of a retrieval set, in its order of rows.
+
+        Raises:
+            UnreadableImage: if an image cannot be decoded; it names the image's id.
+        """
+        images = decoded_batches(evaluation, self.base.image_size_px, self.batch_size)
+        image_ND: Float32Array = np.concatenate([self.base.embed_pixels(image_BCHW) for image_BCHW in images])
+        tokens_NL = self.base.tokenizer.encode(evaluation.texts, self.context_length)
+        return image_ND, self.base.embed_tokens(tokens_NL)
 
     def texts(self, texts: Sequence[str]) -> Float32Array:
         """Unit-norm features [num_texts, dim]; InputError where there are no texts or a feature is NaN."""

@@ -23,15 +23,16 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from eval.datasets.shards import read_images, read_sidecar, whole_shards
+from eval.datasets.shards import whole_shards
 from eval.features.encoder import EvaluationEncoder, ModelSource, load_encoder
 from eval.features.files import FEATURE_TYPES, Precision
+from eval.features.layout import EMBEDDING_FOLDERS, check_vectors
 from eval.features.model_identity import identify, write_identity
-from eval.index.flat import EMBEDDING_FOLDERS, check_vectors
 from pipeline.core import store
 from pipeline.core.config import digest
 from pipeline.core.processes import die_with_parent
 from pipeline.core.records import ConfigError, InputError
+from pipeline.core.shard_format import SIDECAR, TAR, ByteRanges, read_sidecar
 from pipeline.core.stage import Progress
 
 
@@ -116,7 +117,7 @@ def _begin(job: ShardJob, encoder: EvaluationEncoder, stems: Sequence[str], redo
         "vocabulary": encoder.base.tokenizer.digest,
         "context_length": job.checkpoint.context_length,
         "dtype": job.dtype,
-        "shards": digest([(os.path.basename(stem), store.digest_edges(f"{stem}.parquet")) for stem in stems]),
+        "shards": digest([(os.path.basename(stem), store.digest_edges(stem + SIDECAR)) for stem in stems]),
     }
     path = store.join(job.out, "plan.json")
     if store.exists(path) and json.loads(store.read_text(path)) != plan:
@@ -144,9 +145,15 @@ def _embed_rank(
 
 
 def _embed_shard(job: ShardJob, encoder: EvaluationEncoder, stem: str, number: int, num_shards: int) -> None:
-    samples = read_sidecar(stem, ("key", "caption", "offset_bytes", "size_bytes"), ("source", "url"))
-    places = samples.select("key", "offset_bytes", "size_bytes").iter_rows()
-    image_ND, kept_N = encoder.encoded_images(read_images(f"{stem}.tar", places))
+    columns = ("key", "caption", "offset_bytes", "size_bytes")
+    samples = read_sidecar(stem + SIDECAR, columns, ("source", "url"))
+    with ByteRanges(stem + TAR) as images:
+        image_ND, kept_N = encoder.encoded_images(
+            images.read(offset_bytes, size_bytes, f"{key}.jpg")
+            for key, offset_bytes, size_bytes in samples.select(
+                "key", "offset_bytes", "size_bytes"
+            ).iter_rows()
+        )
     metadata = samples[kept_N].drop("offset_bytes", "size_bytes")
     captions = metadata["caption"].fill_null("").to_list()
     tokens_NL = encoder.base.tokenizer.encode(captions, job.checkpoint.context_length)
@@ -170,6 +177,6 @@ def _summary(job: ShardJob, stems: Sequence[str]) -> EmbeddedShards:
     def count(path: str) -> int:
         return int(pl.scan_parquet(path).select(pl.len()).collect().item())
 
-    num_samples = sum(count(f"{stem}.parquet") for stem in stems)
+    num_samples = sum(count(stem + SIDECAR) for stem in stems)
     num_rows = sum(count(_path(job, "metadata", number, len(stems))) for number in range(len(stems)))
     return EmbeddedShards(len(stems), num_rows, num_samples - num_rows)

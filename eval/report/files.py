@@ -4,7 +4,7 @@ import json
 import unicodedata
 from typing import Any
 
-from eval.paper.comparison import records
+from eval.paper.render import records
 from eval.report.data import ReportData, RowCounts, headline_rows, percent, recall_values
 from eval.report.page import render_html
 from pipeline.core import store

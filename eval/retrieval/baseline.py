@@ -21,12 +21,12 @@ from eval.metrics.recall import (
     RetrievalScores,
     chance_recall_at_k,
     ranks_from_scores,
-    recall_at_k,
     retrieval_scores,
 )
-from pipeline.core import store
+from eval.retrieval.measure import RetrievalResult, image_queries
 from pipeline.core.arrays import Float64Array, Int64Array, UInt8Array
 from pipeline.core.records import InputError
+from pipeline.core.shard_format import ByteRanges, read_sidecar, sidecar_of
 
 SIDE_PX = 16
 NGRAM_CHARACTERS = (1, 3)
@@ -81,17 +81,17 @@ class PixelBaseline:
             vectorizer=vectorizer,
         )
 
-    def scores(self, evaluation: RetrievalSet) -> RetrievalScores:
-        """Recall of both directions in percent; sets are to be checked by `check_scorable` before."""
+    def evaluate(self, evaluation: RetrievalSet) -> RetrievalResult:
+        """Rank both directions; check the set by `check_scorable` before."""
         gallery_ND = np.stack(
             [
                 thumbnail(data, f"{evaluation.images_path}: image {evaluation.image_ids[row]}")
                 for row, data in enumerate(evaluation.image_bytes(range(evaluation.num_images)))
             ]
         )
-        text_ranks = self._text_to_image(evaluation, gallery_ND)
-        image_ranks = self._image_to_text(evaluation, gallery_ND)
-        return retrieval_scores(recall_at_k(text_ranks), recall_at_k(image_ranks))
+        return RetrievalResult(
+            self._text_to_image(evaluation, gallery_ND), self._image_to_text(evaluation, gallery_ND)
+        )
 
     def _text_to_image(self, evaluation: RetrievalSet, gallery_ND: UInt8Array) -> Int64Array:
         positives = Positives.of(evaluation.images_of_text)
@@ -110,9 +110,7 @@ class PixelBaseline:
         return ranks
 
     def _image_to_text(self, evaluation: RetrievalSet, gallery_ND: UInt8Array) -> Int64Array:
-        texts_of_image = evaluation.texts_of_image
-        queries = np.flatnonzero([len(rows) > 0 for rows in texts_of_image])
-        positives = Positives.of([texts_of_image[row] for row in queries])
+        queries, positives = image_queries(evaluation)
         nearest_caption = self.caption_of_image[self._nearest_image(gallery_ND[queries])]
         text_vectors = self.vectorizer.transform(evaluation.texts)
         ranks = np.empty(len(queries), dtype=np.int64)
@@ -157,32 +155,14 @@ def thumbnail(data: bytes, name: str) -> UInt8Array:
 
 
 def _training_images(tar_paths: Sequence[str], caption_column: str) -> Iterator[tuple[str, UInt8Array]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     for tar_path in tar_paths:
-        sidecar_path = f"{tar_path.removesuffix('.tar')}.parquet"
-        columns = ["key", "offset_bytes", "size_bytes", caption_column]
-        try:
-            with store.open_read(sidecar_path) as file:
-                rows = pq.ParquetFile(file).read(columns=columns)
-        except (OSError, pa.ArrowException) as error:
-            raise InputError(
-                f"{sidecar_path}: not a readable sidecar ({error}); build the shard again"
-            ) from None
-        missing = [name for name in columns if name not in rows.column_names]
-        if missing:
-            raise InputError(
-                f"{sidecar_path}: has no column `{missing[0]}`; a sidecar needs {', '.join(columns)}"
-            )
-        with store.open_read(tar_path) as tar:
-            for key, offset_bytes, size_bytes, caption in zip(
-                *rows.select(columns).to_pydict().values(), strict=True
-            ):
+        samples = read_sidecar(sidecar_of(tar_path), ("key", "offset_bytes", "size_bytes", caption_column))
+        with ByteRanges(tar_path) as images:
+            for key, offset_bytes, size_bytes, caption in samples.iter_rows():
                 if caption is None:
                     continue  # a carried column may have gaps
-                tar.seek(offset_bytes)
-                yield caption, thumbnail(tar.read(size_bytes), f"{tar_path}: {key}.jpg")
+                name = f"{key}.jpg"
+                yield caption, thumbnail(images.read(offset_bytes, size_bytes, name), f"{tar_path}: {name}")
 
 
 def _closeness(query_QD: Float64Array, gallery_ND: UInt8Array) -> Float64Array:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
+from eval.features.layout import check_vectors
 from eval.index.exact_search import top_k
-from eval.index.flat import check_vectors
 from pipeline.core import store
 from pipeline.core.arrays import Float32Array, Int64Array
 from pipeline.core.records import ConfigError, InputError

@@ -16,9 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from eval.datasets.cnclip_tsv import RetrievalSet
+from eval.datasets.discover import RetrievalSource, find_sets, sets_of_run
 from eval.datasets.retrieval_set import read_retrieval_set
-from eval.datasets.shards import MAX_IMAGE_BYTES, read_images
-from eval.evaluate import RetrievalSource, find_sets, sets_of_run
 from eval.features.encoder import ModelSource
 from eval.features.model_identity import ModelIdentity, read_identity
 from eval.index.flat import read_index, search
@@ -27,6 +26,7 @@ from pipeline.core import store
 from pipeline.core.arrays import Float32Array, Int64Array
 from pipeline.core.evaluation_sets import shard_stems
 from pipeline.core.records import ConfigError, InputError
+from pipeline.core.shard_format import MAX_IMAGE_BYTES, SIDECAR, ByteRanges, tar_of
 
 if TYPE_CHECKING:
     import polars as pl
@@ -114,7 +114,7 @@ class ShardImages:
         """
         import polars as pl
 
-        sidecars = [f"{stem}.parquet" for stem in shard_stems(folder)]
+        sidecars = [stem + SIDECAR for stem in shard_stems(folder)]
         if not sidecars:
             raise InputError(f"{folder}: holds no shards (<name>.tar with <name>.parquet)")
         try:
@@ -147,8 +147,8 @@ class ShardImages:
         if self.places[row] < 0:
             raise InputError(f"row {row} of the index is in no shard")
         sidecar, sample = self._sample(row)
-        place = (f"{sample['key']}.jpg", sample.get("offset_bytes"), sample.get("size_bytes"))
-        return next(read_images(f"{sidecar.removesuffix('.parquet')}.tar", [place]))
+        with ByteRanges(tar_of(sidecar)) as images:
+            return images.read(sample.get("offset_bytes"), sample.get("size_bytes"), f"{sample['key']}.jpg")
 
     def _sample(self, row: int) -> tuple[str, dict[str, Any]]:
         import polars as pl

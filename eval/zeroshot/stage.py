@@ -115,20 +115,17 @@ def plan(config: ZeroshotStageConfig, context: Context) -> list[Task]:
 def run(config: ZeroshotStageConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """`<set>/scores.json`, and `<set>/submission.json` for ELEVATER where the set is one of ICinW."""
     from eval.features.encoder import ModelSource, load_encoder
-    from eval.zeroshot.measure import measure_set
+    from eval.zeroshot.measure import evaluate_classification, open_classification
 
     item = next(item for item in config.sets if item.name == ZeroshotTask.from_json(task.arguments).name)
     vocabulary = config.vocabulary or context.path_in("vocabulary", "caption.txt")
     weights = context.path_in(config.stage, "model.safetensors")
     encoder = load_encoder(ModelSource(weights, vocabulary, config.context_length))
-    found = measure_set(
-        item.folder,
-        encoder,
-        name=item.name,
-        labels_path=item.labels,
-        metric=item.metric,
-        ensemble=config.zeroshot.ensemble,
-        templates=config.zeroshot.templates,
+    data, metric = open_classification(
+        item.folder, name=item.name, labels_path=item.labels, metric=item.metric
+    )
+    found = evaluate_classification(
+        encoder, data, metric, ensemble=config.zeroshot.ensemble, templates=config.zeroshot.templates
     )
     facts = ZeroshotFacts(item.name, found.metric, found.measured, found.notes, found.differs).to_json()
     outputs = {f"{item.name}/scores.json": found.num_images}

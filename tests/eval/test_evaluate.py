@@ -10,18 +10,12 @@ import numpy as np
 import pytest
 
 from eval import evaluate
-from eval.evaluate import find_sets
+from eval.datasets.discover import find_sets
 from eval.metrics.bootstrap import Measured
 from eval.paper import comparison
-from eval.paper.comparison import (
-    compare_classification,
-    compare_retrieval,
-    to_csv,
-    to_json,
-    to_latex,
-    to_text,
-)
+from eval.paper.comparison import compare_classification, compare_retrieval
 from eval.paper.published import Protocols, RetrievalProtocol, protocols, published
+from eval.paper.render import to_csv, to_json, to_latex, to_text
 from pipeline import cli as command_line
 from pipeline.core.records import InputError, Manifest
 from tests.helpers.classification_files import write_cnclip

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,18 @@ import polars as pl
 from PIL import Image
 
 from data_prep.formats.tar import TarWriter
+from pipeline.core.arrays import Float32Array
+
+
+@dataclass(frozen=True)
+class ArrayEncoder:
+    """Features of a set that a test made itself."""
+
+    image_ND: Float32Array
+    text_ND: Float32Array
+
+    def encode(self, evaluation: object) -> tuple[Float32Array, Float32Array]:
+        return self.image_ND, self.text_ND
 
 
 def png_bytes(seed: int, size_px: int = 20) -> bytes:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from eval.datasets.cnclip_tsv import RetrievalSet, read_evaluation
+from eval.datasets.discover import find_sets, reported_splits
 from eval.datasets.releases import find_releases
-from eval.evaluate import find_sets, reported_splits
 from pipeline.core.records import InputError
 from tests.helpers.classification_files import write_cnclip
 from tests.helpers.evaluation_files import png_bytes, small_evaluation

@@ -9,14 +9,15 @@ import pytest
 
 from data_prep.decontamination import set_hashes
 from eval.datasets.cnclip_tsv import read_evaluation
+from eval.datasets.discover import find_sets
 from eval.datasets.retrieval_set import read_retrieval_set
 from eval.datasets.shards import read_shards
-from eval.evaluate import find_sets
-from eval.features.evaluation_set import score_features, validator
+from eval.features.evaluation_set import validator
+from eval.retrieval.measure import evaluate_retrieval
 from pipeline import cli as command_line
 from pipeline.core.evaluation_sets import EvaluationSource, digest_of
 from pipeline.core.records import InputError
-from tests.helpers.evaluation_files import png_bytes, write_evaluation, write_shards
+from tests.helpers.evaluation_files import ArrayEncoder, png_bytes, write_evaluation, write_shards
 from tests.helpers.tiny_model import write_tiny_model
 from training.model.tokenizer import Tokenizer
 from training.weights.formats import load_model
@@ -53,8 +54,9 @@ def test_scores_equal_those_of_the_same_set_in_chinese_clips_layout(shards: str,
     rng = np.random.default_rng(0)
     image_ND, text_ND = (rng.normal(size=(15, 8)).astype(np.float32) for _ in range(2))
     image_ND, text_ND = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in (image_ND, text_ND))
-    scores = score_features(evaluation, image_ND, text_ND)
-    assert scores == score_features(plain, image_ND, text_ND)
+    encoder = ArrayEncoder(image_ND, text_ND)
+    scores = evaluate_retrieval(encoder, evaluation).scores
+    assert scores == evaluate_retrieval(encoder, plain).scores
     assert list(evaluation.image_bytes(range(15))) == list(plain.image_bytes(range(15)))
 
 

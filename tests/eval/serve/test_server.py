@@ -115,7 +115,8 @@ def write_run(folder: Path) -> None:
     (run / "corpus" / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
     features = run / "embed" / "small" / "stage1"
     model = str(run / "stage1" / "model.safetensors")
-    embed_evaluation(model, str(folder / "vocab.txt"), read_evaluation(evaluation, "small"), str(features))
+    source = ModelSource(model, str(folder / "vocab.txt"), 52)
+    embed_evaluation(load_encoder(source), read_evaluation(evaluation, "small"), str(features))
     index = run / "index" / "small" / "stage1" / "image.index"
     build_index(str(features / "img_emb" / "img_emb_0.npy"), str(index))
 
