@@ -191,7 +191,7 @@ def test_lmdb(tmp_path: Path) -> None:
         (tmp_path / "out" / f"muge-valid_{name}").rename(tmp_path / "MUGE" / f"valid_{name}")
     sources, notes = reported_splits(find_sets(str(tmp_path)))
     assert ([item.name for item in sources.retrieval], sources.releases) == (["valid"], ())
-    assert notes == ["muge-valid: read from its files, not from the LMDB beside them"]
+    assert notes == ["muge-valid: read from its files, not from the LMDB next to them"]
 
 
 def test_lmdb_with_two_texts_of_one_id(tmp_path: Path) -> None:
