@@ -15,11 +15,8 @@ from the web reaches the browser as it came. Bound to loopback, the server answe
 page elsewhere whose name was pointed at this machine cannot read it.
 """
 
-import base64
 import contextlib
-import hashlib
 import io
-import ipaddress
 import json
 import math
 import re
@@ -38,6 +35,7 @@ from urllib.parse import parse_qs, urlsplit
 from data_prep.download.resize import BadImageError, decode_upright
 from eval.features.encoder import EvaluationEncoder
 from eval.features.model_identity import check_same_model, identify
+from eval.serve.access import host_name, loopback_names, page_headers
 from eval.serve.gallery import Gallery
 from pipeline.core.arrays import Float32Array
 from pipeline.core.records import ConfigError, InputError
@@ -156,7 +154,7 @@ class SearchServer(ThreadingHTTPServer):
         self.computing = threading.Lock()  # one search at a time: torch uses every core for one already
         self.decoding = threading.BoundedSemaphore(_DECODES_AT_ONCE)
         self.page = (Path(__file__).parent / "serve.html").read_bytes()
-        self.page_headers = _headers(self.page)
+        self.page_headers = page_headers(self.page)
         if ":" in host:
             self.address_family = socket.AF_INET6
         try:
@@ -166,7 +164,7 @@ class SearchServer(ThreadingHTTPServer):
             raise ConfigError(
                 f"{host}, port {port}: {reason}; give another --host or --port (0 takes a free one)"
             ) from None
-        self.names = _loopback_names(host)
+        self.names = loopback_names(host)
 
     @property
     def url(self) -> str:
@@ -276,7 +274,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _check_origin(self) -> None:
         names = self.server.names
-        if names is not None and _host_name(self.headers.get("Host", "")) not in names:
+        if names is not None and host_name(self.headers.get("Host", "")) not in names:
             raise Refusal(HTTPStatus.FORBIDDEN, "this page answers to this machine's own name only")
         origin = self.headers.get("Origin")
         if origin is not None and urlsplit(origin).netloc != self.headers.get("Host"):
@@ -357,44 +355,3 @@ def _score(fields: dict[str, str]) -> float:
         raise Refusal(HTTPStatus.BAD_REQUEST, "min_score must be a number from -1 to 1")
     # exact scores of equal vectors stray from 1 by rounding; -1 leaves nothing out
     return score if score > -1 else -math.inf
-
-
-def _host_name(host: str) -> str:
-    """`localhost` of `localhost:8000`, `[::1]` of `[::1]:8000`."""
-    return re.sub(r":[0-9]*$", "", host).lower()
-
-
-def _loopback_names(host: str) -> frozenset[str] | None:
-    """Names under which a loopback address may be asked; None for an address that others reach."""
-    try:
-        local = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        local = False
-    own = f"[{host}]" if ":" in host else host
-    return frozenset({"localhost", "127.0.0.1", "[::1]", own}) if local else None
-
-
-def _headers(page: bytes) -> dict[str, str]:
-    """Headers of every answer: the page may run its own script and style and nothing else."""
-    hashes = {}
-    for tag in (b"script", b"style"):
-        inside = page.split(b"<" + tag + b">")[1].split(b"</" + tag + b">")[0]
-        hashes[tag] = base64.b64encode(hashlib.sha256(inside).digest()).decode("ascii")
-    policy = (
-        "default-src 'none'",
-        f"script-src 'sha256-{hashes[b'script']}'",
-        f"style-src 'sha256-{hashes[b'style']}'",
-        "img-src 'self' blob: data:",
-        "connect-src 'self'",
-        "base-uri 'none'",
-        "form-action 'none'",
-        "frame-ancestors 'none'",
-        "require-trusted-types-for 'script'",
-    )
-    return {
-        "Content-Security-Policy": "; ".join(policy),
-        "Cache-Control": "no-store",
-        "Cross-Origin-Resource-Policy": "same-origin",
-        "Referrer-Policy": "no-referrer",
-        "X-Content-Type-Options": "nosniff",
-    }

@@ -33,7 +33,7 @@ from eval.features.encoder import EvaluationEncoder, ModelSource, find_checkpoin
 from eval.features.evaluation_set import embed_evaluation
 from eval.index.flat import build_index
 from eval.index.partitioned import Embeddings, build_parts
-from eval.serve import server as serve
+from eval.serve.access import loopback_names
 from eval.serve.gallery import EvaluationImages, Gallery, galleries_of_run, open_gallery
 from eval.serve.server import MAX_UPLOAD_BYTES, Searcher, SearchServer
 from pipeline import cli as command_line
@@ -484,9 +484,9 @@ def test_bad_usage(site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_an_address_that_others_reach_is_not_local() -> None:
-    assert serve._loopback_names("0.0.0.0") is None
-    assert serve._loopback_names("pictures.example") is None
-    names = serve._loopback_names("127.0.0.2")
+    assert loopback_names("0.0.0.0") is None
+    assert loopback_names("pictures.example") is None
+    names = loopback_names("127.0.0.2")
     assert names is not None
     assert "127.0.0.2" in names
 
