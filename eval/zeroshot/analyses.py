@@ -9,10 +9,8 @@ from eval.datasets.classification import ClassificationSet
 from eval.datasets.labels import templates_for
 from eval.features.encoder import EvaluationEncoder
 from eval.metrics.bootstrap import Measured
-from eval.metrics.classification import measured_metric
 from eval.paper.published import Metric
-from eval.zeroshot.classifier import class_vectors, scores_of, text_features
-from pipeline.core.arrays import Float32Array, Int64Array
+from eval.zeroshot.classifier import class_vectors, measure_scores, scores_of, text_features
 from pipeline.core.records import InputError
 from pipeline.core.text_table import align
 
@@ -47,7 +45,7 @@ def prompt_sensitivity(
 
     def score(columns: Sequence[int], how: str) -> Measured:
         vectors_CD = class_vectors(text_CTD[:, list(columns)], "scores" if how == "scores" else "features")
-        return _measure(data, metric, image_ND, rows_N, vectors_CD)
+        return measure_scores(data, metric, scores_of(image_ND, vectors_CD), rows_N)
 
     alone = [PromptScore("template", text, score([t], "features")) for t, text in enumerate(union)]
     alone.sort(key=lambda item: (-item.measured.value, item.prompt))
@@ -118,7 +116,7 @@ def negation(
         for wording in (pair.plain, pair.negated):
             worded = [*names[: pair.class_row], wording, *names[pair.class_row + 1 :]]
             vectors_CD = class_vectors(text_features(encoder, worded, templates), "features")
-            measured.append(_measure(data, metric, image_ND, rows_N, vectors_CD))
+            measured.append(measure_scores(data, metric, scores_of(image_ND, vectors_CD), rows_N))
             own_N = targets_NC[:, pair.class_row]
             given_N = scores_of(image_ND, vectors_CD).argmax(axis=1) == pair.class_row
             recall.append(float(100 * given_N[own_N].mean()) if own_N.any() else float("nan"))
@@ -182,16 +180,3 @@ def prompts_plot(scores: Sequence[PromptScore], title: str) -> str:
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()
-
-
-def _measure(
-    data: ClassificationSet,
-    metric: Metric,
-    image_ND: Float32Array,
-    rows_N: Int64Array,
-    vectors_CD: Float32Array,
-) -> Measured:
-    try:
-        return measured_metric(metric, scores_of(image_ND, vectors_CD), data.targets_NC[rows_N])
-    except ValueError as error:
-        raise InputError(f"{data.name}: {error}") from None

@@ -80,6 +80,20 @@ class Classified:
     rows_N: Int64Array  # rows of the set that were scored
 
 
+def measure_scores(
+    data: ClassificationSet, metric: Metric, scores_NC: Float32Array, rows_N: Int64Array
+) -> Measured:
+    """Return the metric of scores for the set's images `rows_N`.
+
+    Raises:
+        InputError: if the metric does not apply to the set; it names the set.
+    """
+    try:
+        return measured_metric(metric, scores_NC, data.targets_NC[rows_N])
+    except ValueError as error:
+        raise InputError(f"{data.name}: {error}") from None
+
+
 def classify(
     data: ClassificationSet,
     image_ND: Float32Array,
@@ -91,11 +105,7 @@ def classify(
 ) -> Classified:
     """Score a set from features; `rows_N` are the rows of the set that `image_ND` belongs to."""
     scores_NC = scores_of(image_ND, vectors_CD)
-    targets_NC = data.targets_NC[rows_N]
-    try:
-        measured = measured_metric(metric, scores_NC, targets_NC)
-    except ValueError as error:
-        raise InputError(f"{data.name}: {error}") from None
+    measured = measure_scores(data, metric, scores_NC, rows_N)
     return Classified(
         data.name,
         metric,
