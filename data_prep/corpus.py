@@ -28,7 +28,7 @@ from data_prep.sources import table as caption_table
 from data_prep.sources.packed import PackedSource
 from data_prep.sources.table import TableSource
 from pipeline.core import store
-from pipeline.core.evaluation_sets import EvaluationSource, digest_of
+from pipeline.core.evaluation_sets import EvaluationFacts, EvaluationSource, digest_of
 from pipeline.core.records import ConfigError, InputError
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
@@ -176,13 +176,11 @@ def _describe_made(config: CorpusStageConfig, folder: Path) -> Outcome:
     for path in [*sorted((folder / "evaluation").rglob("*.*")), *planned]:
         if path.is_file():
             outputs[path.relative_to(folder).as_posix()] = 0
-    facts = CorpusFacts(
-        tables=tables, site=True, evaluations=evaluations, own_evaluations=_own_evaluations(config)
-    )
+    facts = CorpusFacts(tables=tables, site=True, evaluations=EvaluationFacts(evaluations, _given(config)))
     return Outcome(outputs, num_in=total, num_kept=total, extra=facts.to_json())
 
 
-def _own_evaluations(config: CorpusStageConfig) -> dict[str, str]:
+def _given(config: CorpusStageConfig) -> dict[str, str]:
     return {item.name: store.absolute(item.folder) for item in config.evaluations}
 
 
@@ -191,7 +189,7 @@ def _take_in(
 ) -> Outcome:
     """Look at one Parquet table where it lies, or write another source as a table of the run."""
     guards = guards_of(corpus)
-    facts = CorpusFacts(guards=guards, own_evaluations=_own_evaluations(config))
+    facts = CorpusFacts(guards=guards, evaluations=EvaluationFacts({}, _given(config)))
     asked = CorpusTask.from_json(task.arguments)
     paths, source = asked.paths, asked.source
     table_path, malformed_path = f"tables/{task.name}.parquet", malformed_table(task.name)

@@ -10,6 +10,7 @@ from data_prep.facts import Facts
 from data_prep.rules.text import SCORE_RULE
 from data_prep.sources.table import TableSource, from_description
 from pipeline.core import store
+from pipeline.core.evaluation_sets import EvaluationFacts
 from pipeline.core.records import Manifest, Shard
 from pipeline.core.stage import Context
 
@@ -41,13 +42,12 @@ class CorpusFacts(Facts):
     packed: Mapping[str, str] = field(default_factory=dict)  # source → folder of TSV, tar or LMDB files
     guards: Sequence[str] = ()  # paths
     site: bool = False  # the stage's folder has a web site that the download stage serves
-    evaluations: Mapping[str, str] = field(default_factory=dict)  # made set → folder in the stage's
-    own_evaluations: Mapping[str, str] = field(default_factory=dict)  # given set → its folder
+    evaluations: EvaluationFacts = EvaluationFacts({}, {})
 
     def to_json(self) -> dict[str, Any]:
-        always = {"evaluations": dict(self.evaluations), "own_evaluations": dict(self.own_evaluations)}
         # Named, since super() fails in a class with slots.
-        return {name: value for name, value in Facts.to_json(self).items() if value} | always
+        own = {name: value for name, value in Facts.to_json(self).items() if value}
+        return own | self.evaluations.to_json()
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
@@ -60,8 +60,7 @@ class CorpusFacts(Facts):
             packed=fields.get("packed", {}),
             guards=fields.get("guards", ()),
             site=fields.get("site", False),
-            evaluations=fields.get("evaluations", {}),
-            own_evaluations=fields.get("own_evaluations", {}),
+            evaluations=EvaluationFacts.from_json(fields),
         )
 
 

@@ -1,26 +1,21 @@
-"""The evaluation stages of a run: embed, index, retrieval, baseline, report."""
+"""The evaluation stages of a run: embed, index, retrieval, baseline."""
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import Any
 
+from eval.metrics.recall import RetrievalScores
 from pipeline.core import store
-from pipeline.core.config import digest
-from pipeline.core.evaluation_sets import EvaluationSet, evaluations_of
-from pipeline.core.records import InputError
-from pipeline.core.stage import Context, Outcome, Progress, Task
-
-if TYPE_CHECKING:
-    from eval.paper.comparison import Comparison
-    from eval.report.data import ReportData
+from pipeline.core.evaluation_sets import EvaluationSet, evaluation_named, evaluations_of
+from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ScoreConfig:
-    """What is scored: the training stages, in order (the last is the final model), and how texts are cut."""
+class EvaluationConfig:
+    """Settings that all scored models share."""
 
-    stages: tuple[str, ...]
+    stages: tuple[str, ...]  # training stages whose models are scored, in order; the last one is final
     vocabulary: str | None  # unset: the vocabulary stage's
     context_length: int  # tokens with [CLS] and [SEP]
 
@@ -32,63 +27,110 @@ class IndexConfig:
     factory: str = "Flat"  # FAISS factory string; Flat is exact
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReportConfig:
-    """What the report shows beside the numbers."""
+@dataclass(frozen=True, slots=True)
+class ModelOnSet:
+    """A task of `embed` or `retrieval`: one evaluation set under the model of one training stage."""
 
-    score: ScoreConfig
-    model: str
-    training_stages: tuple[str, ...]  # in order, with stages that are not scored
-    titles: Mapping[str, str]  # stage → what it does
+    evaluation: str
+    stage: str
+
+    @property
+    def folder(self) -> str:
+        """Return where its files lie, relative to the stage's folder."""
+        return folder_of(self.evaluation, self.stage)
+
+    def to_json(self) -> dict[str, str]:
+        """Return the task's arguments."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, arguments: Mapping[str, Any]) -> "ModelOnSet":
+        """Read a task's arguments."""
+        return cls(arguments["evaluation"], arguments["stage"])
 
 
-def _pairs(config: ScoreConfig, context: Context) -> list[tuple[str, EvaluationSet]]:
-    """(training stage, evaluation set) in order."""
-    return [(stage, item) for item in evaluations_of(context) for stage in config.stages]
+@dataclass(frozen=True, slots=True)
+class IndexedFolder:
+    """A task of `index`: one folder of features."""
+
+    folder: str
+
+    def to_json(self) -> dict[str, str]:
+        """Return the task's arguments."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, arguments: Mapping[str, Any]) -> "IndexedFolder":
+        """Read a task's arguments."""
+        return cls(arguments["folder"])
 
 
-def _folder(name: str, stage: str) -> str:
-    return f"{name}/{stage}"
+@dataclass(frozen=True, slots=True)
+class RetrievalFacts:
+    """What a task of `retrieval` notes in its receipt for the report."""
+
+    evaluation: str
+    stage: str
+    scores: RetrievalScores
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the receipt's extra."""
+        return {"evaluation": self.evaluation, "stage": self.stage, "scores": dict(self.scores)}
+
+    @classmethod
+    def from_json(cls, extra: Mapping[str, Any]) -> "RetrievalFacts":
+        """Read a receipt's extra."""
+        return cls(extra["evaluation"], extra["stage"], extra["scores"])
 
 
-def embed_tasks(config: ScoreConfig, context: Context) -> list[Task]:
-    """One task for each model and evaluation set."""
+def folder_of(evaluation: str, stage: str) -> str:
+    """Return where the files of one set under one model lie, relative to the stage's folder."""
+    return f"{evaluation}/{stage}"
+
+
+def _pairs(config: EvaluationConfig, context: Context) -> list[tuple[ModelOnSet, EvaluationSet]]:
+    """Return every model on every evaluation set, in order."""
+    return [
+        (ModelOnSet(item.name, stage), item) for item in evaluations_of(context) for stage in config.stages
+    ]
+
+
+def plan_embed(config: EvaluationConfig, context: Context) -> list[Task]:
+    """Return one task for each model and evaluation set."""
     vocabulary = {}
     if config.vocabulary is None:
         learned = context.parents["vocabulary"].shards  # named by their relative paths: a run may move
         vocabulary = {shard.path: shard.digest for shard in learned if shard.path == "caption.txt"}
     return [
         Task(
-            f"{item.name}.{stage}",
+            f"{pair.evaluation}.{pair.stage}",
             {
                 **vocabulary,
                 "evaluation": item.digest,
-                "model": context.shards_of(stage, "model.safetensors")[0].digest,
+                "model": context.shards_of(pair.stage, "model.safetensors")[0].digest,
             },
-            {"evaluation": item.name, "stage": stage},
+            pair.to_json(),
         )
-        for stage, item in _pairs(config, context)
+        for pair, item in _pairs(config, context)
     ]
 
 
-def embed(config: ScoreConfig, context: Context, task: Task, progress: Progress) -> Outcome:
-    """Features of one evaluation set under one model, in clip-retrieval's layout."""
+def run_embed(config: EvaluationConfig, context: Context, task: Task, progress: Progress) -> Outcome:
+    """Embed one evaluation set by one model, in clip-retrieval's layout."""
     from eval.datasets.cnclip_tsv import check_scorable
     from eval.datasets.retrieval_set import read_retrieval_set
+    from eval.features.encoder import ModelSource, load_encoder
     from eval.features.evaluation_set import embed_evaluation
 
-    stage = task.arguments["stage"]
-    item = _evaluation(context, task)
+    pair = ModelOnSet.from_json(task.arguments)
+    item = evaluation_named(context, pair.evaluation)
     evaluation = read_retrieval_set(item.folder, item.name)
     check_scorable(evaluation)
-    folder = _folder(item.name, stage)
-    embed_evaluation(
-        context.path_in(stage, "model.safetensors"),
-        config.vocabulary or context.path_in("vocabulary", "caption.txt"),
-        evaluation,
-        context.path(folder),
-        context_length=config.context_length,
-    )
+    folder = pair.folder
+    vocabulary = config.vocabulary or context.path_in("vocabulary", "caption.txt")
+    weights = context.path_in(pair.stage, "model.safetensors")
+    encoder = load_encoder(ModelSource(weights, vocabulary, config.context_length))
+    embed_evaluation(encoder, evaluation, context.path(folder))
     outputs = {
         f"{folder}/img_emb/img_emb_0.npy": evaluation.num_images,
         f"{folder}/text_emb/text_emb_0.npy": evaluation.num_texts,
@@ -100,8 +142,8 @@ def embed(config: ScoreConfig, context: Context, task: Task, progress: Progress)
     return Outcome(outputs, num_in=count, num_kept=count)
 
 
-def index_tasks(config: IndexConfig, context: Context) -> list[Task]:
-    """One task for each folder of features, both sides."""
+def plan_index(config: IndexConfig, context: Context) -> list[Task]:
+    """Return one task for each folder of features, which has both sides."""
     read = {
         shard.path: shard
         for shard in context.parents["embed"].shards
@@ -112,18 +154,18 @@ def index_tasks(config: IndexConfig, context: Context) -> list[Task]:
         Task(
             folder.replace("/", "."),
             {path: shard.digest for path, shard in read.items() if path.startswith(f"{folder}/")},
-            {"folder": folder},
+            IndexedFolder(folder).to_json(),
         )
         for folder in folders
     ]
 
 
-def build_indices(config: IndexConfig, context: Context, task: Task, progress: Progress) -> Outcome:
-    """`image.index` and `text.index` of one folder of features, and which model these are of."""
+def run_index(config: IndexConfig, context: Context, task: Task, progress: Progress) -> Outcome:
+    """Build `image.index` and `text.index` of one folder of features, and note which model these are of."""
     from eval.features.model_identity import read_identity, write_identity
     from eval.index.flat import build_index, read_index
 
-    folder = task.arguments["folder"]
+    folder = IndexedFolder.from_json(task.arguments).folder
     outputs = {}
     if (identity := read_identity(context.path_in("embed", folder))) is not None:
         write_identity(context.path(folder), identity)
@@ -136,37 +178,34 @@ def build_indices(config: IndexConfig, context: Context, task: Task, progress: P
     return Outcome(outputs, num_in=count, num_kept=count)
 
 
-def retrieval_tasks(config: ScoreConfig, context: Context) -> list[Task]:
-    """One task for each model and evaluation set."""
+def plan_retrieval(config: EvaluationConfig, context: Context) -> list[Task]:
+    """Return one task for each model and evaluation set."""
     digests = {
         shard.path: shard.digest for parent in ("embed", "index") for shard in context.parents[parent].shards
     }
     return [
         Task(
-            f"{item.name}.{stage}",
+            f"{pair.evaluation}.{pair.stage}",
             {
                 "evaluation": item.digest,
-                **{
-                    path: digest
-                    for path, digest in digests.items()
-                    if path.startswith(f"{_folder(item.name, stage)}/")
-                },
+                **{path: digest for path, digest in digests.items() if path.startswith(f"{pair.folder}/")},
             },
-            {"evaluation": item.name, "stage": stage},
+            pair.to_json(),
         )
-        for stage, item in _pairs(config, context)
+        for pair, item in _pairs(config, context)
     ]
 
 
-def retrieve(config: ScoreConfig, context: Context, task: Task, progress: Progress) -> Outcome:
-    """Prediction and score files of both directions; the scores go into the receipt for the report."""
+def run_retrieval(config: EvaluationConfig, context: Context, task: Task, progress: Progress) -> Outcome:
+    """Write prediction and score files of both directions; the scores go into the receipt for the report."""
     from eval.datasets.retrieval_set import read_retrieval_set
     from eval.retrieval.predictions import retrieve as search_and_score
 
-    item = _evaluation(context, task)
-    folder = _folder(item.name, task.arguments["stage"])
+    pair = ModelOnSet.from_json(task.arguments)
+    item = evaluation_named(context, pair.evaluation)
+    folder = pair.folder
     evaluation = read_retrieval_set(item.folder, item.name)
-    scores = search_and_score(
+    result = search_and_score(
         evaluation, context.path_in("embed", folder), context.path_in("index", folder), context.path(folder)
     )
     outputs = {
@@ -182,19 +221,19 @@ def retrieve(config: ScoreConfig, context: Context, task: Task, progress: Progre
         outputs,
         num_in=evaluation.num_texts,
         num_kept=evaluation.num_texts,
-        extra={"evaluation": item.name, "stage": task.arguments["stage"], "scores": dict(scores)},
+        extra=RetrievalFacts(pair.evaluation, pair.stage, result.scores).to_json(),
     )
 
 
-def baseline_tasks(config: None, context: Context) -> list[Task]:
-    """One task: the training pictures are read once for every evaluation set."""
+def plan_baseline(config: None, context: Context) -> list[Task]:
+    """Return one task: it reads the training images once for all evaluation sets."""
     inputs = {shard.path: shard.digest for shard in context.parents["shards"].shards}
     inputs |= {f"evaluation {item.name}": item.digest for item in evaluations_of(context)}
     return [Task("baseline", inputs)]
 
 
-def baseline(config: None, context: Context, task: Task, progress: Progress) -> Outcome:
-    """What a score must beat: chance, and a pixel nearest neighbour over the training pictures."""
+def run_baseline(config: None, context: Context, task: Task, progress: Progress) -> Outcome:
+    """Score what a model must beat: chance, and a pixel nearest neighbour over the training images."""
     from eval.datasets.cnclip_tsv import check_scorable
     from eval.datasets.retrieval_set import read_retrieval_set
     from eval.retrieval.baseline import PixelBaseline, chance
@@ -205,141 +244,63 @@ def baseline(config: None, context: Context, task: Task, progress: Progress) -> 
     for item in evaluations_of(context):
         evaluation = read_retrieval_set(item.folder, item.name)
         check_scorable(evaluation)
-        scores[item.name] = {"pixel": pixel.scores(evaluation), "chance": chance(evaluation)}
+        scores[item.name] = {"pixel": pixel.evaluate(evaluation).scores, "chance": chance(evaluation)}
         num_texts += evaluation.num_texts
     store.write_text(context.path("baselines.json"), json.dumps(scores, indent=1, ensure_ascii=False))
     return Outcome({"baselines.json": num_texts}, num_in=num_texts, num_kept=num_texts)
 
 
-def report_tasks(config: ReportConfig, context: Context) -> list[Task]:
-    """One task: it reads every manifest."""
-    return [Task("report", {name: digest(manifest.to_json()) for name, manifest in context.parents.items()})]
+def embed_stage(config: EvaluationConfig, *, learned: tuple[str, ...]) -> Stage:
+    """Return the stage that embeds every evaluation set by every scored model.
 
-
-def report(config: ReportConfig, context: Context, task: Task, progress: Progress) -> Outcome:
-    """`report.html`, `report.json` and `headline.txt`. No times in them: the same run, the same bytes."""
-    from eval.report.files import headline, write_report
-
-    data = _report_data(config, context)
-    write_report(data, context.path("report.html"), context.path("report.json"))
-    store.write_text(context.path("headline.txt"), headline(data))
-    count = len(data.evaluations)
-    return Outcome(
-        {"report.html": count, "report.json": count, "headline.txt": count}, num_in=count, num_kept=count
+    `learned` names the vocabulary stage, if the run has one.
+    """
+    return Stage(
+        "embed",
+        title="features of the evaluation sets, in clip-retrieval's layout",
+        version=2,
+        config=config,
+        parents=("corpus", *learned, *config.stages),
+        plan=plan_embed,
+        run=run_embed,
+        parallel=False,  # a model in memory for each process is too much
     )
 
 
-def _report_data(config: ReportConfig, context: Context) -> "ReportData":
-    from data_prep.accounting import histograms
-    from data_prep.accounting.funnel import STEPS, by_source, count_planted, threshold_notes
-    from eval.datasets.retrieval_set import read_retrieval_set
-    from eval.report.data import Counts, FunnelStep, Histogram, PlantedClass, ReportData, StageFacts
-    from eval.report.sources import make_gallery, read_training_metrics
-
-    final = config.score.stages[-1]
-    manifests = context.parents
-    found = list(manifests["retrieval"].extra.values())
-    evaluations = {item["evaluation"]: item["scores"] for item in found if item["stage"] == final}
-    evaluations |= {
-        f"{item['evaluation']}/{item['stage']}": item["scores"] for item in found if item["stage"] != final
-    }
-    training, recall = [], []
-    for stage in config.training_stages:
-        points = read_training_metrics(context.path_in(stage, "metrics.jsonl"), stage)
-        training += points[0]
-        recall += points[1]
-    galleries = []
-    for item in evaluations_of(context):
-        predictions = context.path_in(
-            "retrieval", _folder(item.name, final), f"{item.name}.predictions.jsonl"
-        )
-        galleries.append(make_gallery(read_retrieval_set(item.folder, item.name), predictions))
-    funnel = [
-        FunnelStep(
-            name,
-            config.titles[name],
-            Counts(step.num_in, step.num_kept, step.dropped),
-            {
-                source: Counts(counts["in"], counts["kept"], counts["dropped"])
-                for source, counts in by_source(step).items()
-            },
-        )
-        for name in ("corpus", *STEPS)
-        if name in manifests and (name != "corpus" or manifests[name].dropped)
-        for step in [manifests[name]]
-    ]
-    return ReportData(
-        title="Chinese CLIP pretraining run",
-        summary=f"{manifests['shards'].num_kept:,} image-text pairs from"
-        f" {manifests['corpus'].num_in:,} rows, trained in {' → '.join(config.training_stages)},"
-        f" scored on {', '.join(sorted(name for name in evaluations if '/' not in name))}.",
-        facts={
-            "Model": config.model,
-            "Training pairs": f"{manifests['shards'].num_kept:,}",
-            "Seed": str(context.seed),
-            "Final model": f"{final}/model.safetensors",
-        },
-        final_stage=final,
-        evaluations=evaluations,
-        baselines=json.loads(store.read_text(context.path_in("baseline", "baselines.json"))),
-        stages=tuple(
-            StageFacts(name, config.titles[name], step.num_in, step.num_kept, step.dropped)
-            for name, step in manifests.items()
-        ),
-        funnel=tuple(funnel),
-        training=tuple(training),
-        recall=tuple(recall),
-        galleries=tuple(galleries),
-        planted=tuple(
-            PlantedClass(item.name, item.stage, item.fate, item.planted, item.counted)
-            for item in count_planted(context)
-        ),
-        comparisons=comparisons(config, context),
-        histograms=tuple(
-            Histogram(name, step, histograms.EDGES[name], counts["kept"], counts["dropped"])
-            for step in STEPS
-            if step in manifests
-            for name, counts in histograms.of_stage(manifests[step].extra.values()).items()
-        ),
-        notes=tuple(note for step in STEPS if step in manifests for note in threshold_notes(manifests[step])),
+def index_stage(config: IndexConfig) -> Stage:
+    """Return the stage that builds an index of each set's images and texts."""
+    return Stage(
+        "index",
+        title="FAISS index of each set's pictures and texts",
+        version=2,
+        config=config,
+        parents=("embed",),
+        plan=plan_index,
+        run=run_index,
     )
 
 
-def comparisons(config: ReportConfig, context: Context) -> "tuple[Comparison, ...]":
-    """The final model beside the paper: evaluation sets named as its protocols, and classification sets."""
-    from eval.datasets.retrieval_set import read_retrieval_set
-    from eval.evaluate import compare_set
-    from eval.paper.comparison import compare_classification
-    from eval.paper.published import PAPER_MODELS, retrieval_protocol
-    from eval.zeroshot.stage import ZeroshotScores
-
-    final = config.score.stages[-1]
-    tables = [
-        compare_set(
-            read_retrieval_set(item.folder, item.name),
-            item.name,
-            context.path_in("embed", _folder(item.name, final)),
-            setup="finetuned" if final == "finetune" else "zero-shot",
-            model=config.model,
-            paper_model=PAPER_MODELS.get(config.model),
-        )
-        for item in evaluations_of(context)
-        if retrieval_protocol(item.name) is not None
-    ]
-    if (manifest := context.parents.get("zeroshot")) is not None:
-        found = ZeroshotScores.of(manifest)
-        tables += compare_classification(
-            found.measured,
-            model=config.model,
-            paper_model=PAPER_MODELS.get(config.model),
-            notes=found.notes,
-            differing=found.differing,
-        )
-    return tuple(tables)
+def retrieval_stage(config: EvaluationConfig) -> Stage:
+    """Return the stage that writes predictions and scores."""
+    return Stage(
+        "retrieval",
+        title="predictions and Recall@K in the official files",
+        version=1,
+        config=config,
+        parents=("corpus", "embed", "index"),
+        plan=plan_retrieval,
+        run=run_retrieval,
+    )
 
 
-def _evaluation(context: Context, task: Task) -> EvaluationSet:
-    for item in evaluations_of(context):
-        if item.name == task.arguments["evaluation"]:
-            return item
-    raise InputError(f"{task.arguments['evaluation']}: the corpus has no such evaluation set")
+def baseline_stage() -> Stage:
+    """Return the stage that scores chance and the pixel nearest neighbour."""
+    return Stage(
+        "baseline",
+        title="pixel nearest neighbour and chance, to compare with",
+        version=1,
+        config=None,
+        parents=("corpus", "shards"),
+        plan=plan_baseline,
+        run=run_baseline,
+    )

@@ -33,6 +33,7 @@ from data_prep.shards import stage as shards
 from data_prep.shards.split import SplitConfig
 from data_prep.shards.stage import ShardsConfig
 from eval import stages as evaluation_stages
+from eval.report import stage as report_stage
 from eval.stages import IndexConfig
 from eval.zeroshot import stage as zeroshot_stage
 from eval.zeroshot.stage import ClassificationSource, ZeroshotConfig
@@ -186,7 +187,7 @@ def make_run(config: RunConfig) -> Run:
     train_stages = _training_stages(config)
     # Scored and shown: the stages that end in a Chinese model, in order; the last one is final.
     scored = tuple(stage.name for stage in train_stages if stage.name != "english")
-    scores = evaluation_stages.ScoreConfig(
+    scores = evaluation_stages.EvaluationConfig(
         stages=scored,
         vocabulary=config.model.vocabulary,
         context_length=max(
@@ -209,79 +210,27 @@ def make_run(config: RunConfig) -> Run:
         stages.append(vocabulary.stage(dataclasses.replace(config.vocabulary, columns=columns)))
     stages += train_stages
     stages += [
-        Stage(
-            name="embed",
-            title="features of the evaluation sets, in clip-retrieval's layout",
-            version=2,
-            config=scores,
-            parents=("corpus", *learned, *scored),
-            plan=evaluation_stages.embed_tasks,
-            run=evaluation_stages.embed,
-            parallel=False,  # a model in memory for each process is too much
-        ),
-        Stage(
-            name="index",
-            title="FAISS index of each set's pictures and texts",
-            version=2,
-            config=config.index,
-            parents=("embed",),
-            plan=evaluation_stages.index_tasks,
-            run=evaluation_stages.build_indices,
-        ),
-        Stage(
-            name="retrieval",
-            title="predictions and Recall@K in the official files",
-            version=1,
-            config=scores,
-            parents=("corpus", "embed", "index"),
-            plan=evaluation_stages.retrieval_tasks,
-            run=evaluation_stages.retrieve,
-        ),
-        Stage(
-            name="baseline",
-            title="pixel nearest neighbour and chance, to compare with",
-            version=1,
-            config=None,
-            parents=("corpus", "shards"),
-            plan=evaluation_stages.baseline_tasks,
-            run=evaluation_stages.baseline,
-        ),
+        evaluation_stages.embed_stage(scores, learned=learned),
+        evaluation_stages.index_stage(config.index),
+        evaluation_stages.retrieval_stage(scores),
+        evaluation_stages.baseline_stage(),
     ]
     if config.classification:
-        stages.append(
-            Stage(
-                name="zeroshot",
-                title="classification sets by the final model",
-                version=1,
-                config=zeroshot_stage.ZeroshotStageConfig(
-                    zeroshot=config.zeroshot,
-                    sets=config.classification,
-                    stage=scored[-1],
-                    vocabulary=config.model.vocabulary,
-                    context_length=scores.context_length,
-                ),
-                parents=(*learned, scored[-1]),
-                plan=zeroshot_stage.tasks,
-                run=zeroshot_stage.run,
-                parallel=False,
-            )
+        sets = zeroshot_stage.ZeroshotStageConfig(
+            zeroshot=config.zeroshot,
+            sets=config.classification,
+            stage=scored[-1],
+            vocabulary=config.model.vocabulary,
+            context_length=scores.context_length,
         )
-    stages.append(
-        Stage(
-            name="report",
-            title="one HTML page and report.json",
-            version=3,
-            config=evaluation_stages.ReportConfig(
-                score=scores,
-                model=config.model.name,
-                training_stages=tuple(stage.name for stage in train_stages),
-                titles={stage.name: stage.title for stage in stages},
-            ),
-            parents=tuple(stage.name for stage in stages),
-            plan=evaluation_stages.report_tasks,
-            run=evaluation_stages.report,
-        )
+        stages.append(zeroshot_stage.stage(sets, learned=learned))
+    shown = report_stage.ReportConfig(
+        score=scores,
+        model=config.model.name,
+        training_stages=tuple(stage.name for stage in train_stages),
+        titles={stage.name: stage.title for stage in stages},
     )
+    stages.append(report_stage.stage(shown, parents=tuple(stage.name for stage in stages)))
     table = config.run
     return Run(table.folder, table.seed, table.executor, table.processes, tuple(stages))
 

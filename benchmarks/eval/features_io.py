@@ -16,7 +16,7 @@ import time
 import numpy as np
 
 from benchmarks.harness import parse, parser, record, report
-from eval.index.flat import read_vectors
+from eval.features.layout import read_vectors
 
 NUM_ROWS, DIM = 30_000, 512
 

@@ -4,7 +4,7 @@
     <name>/[test/|val/]<class name>/…                      torchvision's ImageFolder
     <name>/test/nshards.txt, 0.tar …, classnames.txt       CLIP_benchmark
 
-Pictures are in the order in which the owners' own loaders read them: class after class, paths sorted.
+Images are in the order in which the owners' own loaders read them: class after class, paths sorted.
 """
 
 import io
@@ -16,23 +16,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from eval.datasets.labels import Labels, labels_for
+from pipeline.core.arrays import BoolArray, Int64Array
 from pipeline.core.records import InputError
 
-BoolArray = npt.NDArray[np.bool_]
-Int64Array = npt.NDArray[np.int64]
-
 SPLITS = ("test", "val", "valid", "validation")  # the first that is there is read
-_PICTURES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
-_WEB_PICTURES = ("jpg", "jpeg", "png", "webp", "bmp")
+_IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
+_WEB_IMAGES = ("jpg", "jpeg", "png", "webp", "bmp")
 _MAX_LABEL_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """Where one encoded picture lies: a file, or a range of a tar."""
+class EncodedImage:
+    """Where one encoded image lies: a file, or a range of a tar."""
 
     path: str
     offset_bytes: int = 0
@@ -46,24 +43,24 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class ClassificationSet:
-    """Pictures with their right classes; bytes stay on disk."""
+    """Images with their right classes; bytes stay on disk."""
 
     name: str
     labels: Labels
-    pictures: tuple[Picture, ...]
+    images: tuple[EncodedImage, ...]
     targets_NC: BoolArray  # right classes; several a row only in multi-label sets
-    submission_order: Int64Array | None  # ELEVATER's order of pictures (`index.json`), as rows
+    submission_order: Int64Array | None  # ELEVATER's order of images (`index.json`), as rows
 
     @property
     def num_images(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
 
 def is_classification_set(folder: str) -> bool:
-    """Does this folder hold pictures in class folders, or a web data set?"""
+    """Does this folder hold images in class folders, or a web data set?"""
     root = _split_folder(Path(folder))
     return (root / "nshards.txt").is_file() or any(
-        file.suffix.lower() in _PICTURES for folder in _folders(root) for file in folder.iterdir()
+        file.suffix.lower() in _IMAGES for folder in _folders(root) for file in folder.iterdir()
     )
 
 
@@ -74,9 +71,9 @@ def read_classification(
 
     Labels come from `labels_path`, else from the folder's `label_cn.txt`, else from ours where `name` (the
     folder's name by default) is a set of ICinW. `multi_label` takes equal file names in several class folders
-    for one picture with several classes (VOC 2007).
+    for one image with several classes (VOC 2007).
 
-    Raises InputError for a folder without pictures, class folders that no label has, labels and classes of
+    Raises InputError for a folder without images, class folders that no label has, labels and classes of
     different number, and a broken `index.json`.
     """
     root = Path(folder)
@@ -86,24 +83,22 @@ def read_classification(
     labels = labels_for(folder, name, labels_path)
     split = _split_folder(root)
     if (split / "nshards.txt").is_file():
-        pictures, classes = _read_web(split)
+        images, classes = _read_web(split)
         if labels.keys and (root / "classnames.txt").is_file():
             row_of_class = _rows_of_class_names(root / "classnames.txt", labels)
             classes = [[row_of_class.get(number, number) for number in right] for right in classes]
     else:
-        pictures, classes = _read_folders(split, labels, multi_label)
-    if not pictures:
-        raise InputError(f"{split}: holds no pictures ({', '.join(_PICTURES)}) in class folders")
+        images, classes = _read_folders(split, labels, multi_label)
+    if not images:
+        raise InputError(f"{split}: holds no images ({', '.join(_IMAGES)}) in class folders")
     num_classes = len(labels.names)
     highest = max(max(row) for row in classes)
     if highest >= num_classes:
         raise InputError(f"{split}: has class {highest}, but the labels name only {num_classes} classes")
-    targets_NC = np.zeros((len(pictures), num_classes), dtype=bool)
+    targets_NC = np.zeros((len(images), num_classes), dtype=bool)
     for row, right in enumerate(classes):
         targets_NC[row, list(right)] = True
-    return ClassificationSet(
-        name, labels, tuple(pictures), targets_NC, _submission_order(root, len(pictures))
-    )
+    return ClassificationSet(name, labels, tuple(images), targets_NC, _submission_order(root, len(images)))
 
 
 def _split_folder(root: Path) -> Path:
@@ -114,31 +109,31 @@ def _folders(root: Path) -> list[Path]:
     return sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
 
 
-def _picture_files(folder: Path) -> Iterator[str]:
+def _image_files(folder: Path) -> Iterator[str]:
     """Paths in the order of torchvision's ImageFolder: folders sorted, then their files sorted."""
     for parent, _, files in sorted(os.walk(folder, followlinks=True)):
         for file in sorted(files):
-            if file.lower().endswith(_PICTURES):
+            if file.lower().endswith(_IMAGES):
                 yield os.path.join(parent, file)
 
 
 def _read_folders(
     split: Path, labels: Labels, multi_label: bool
-) -> tuple[list[Picture], list[Sequence[int]]]:
+) -> tuple[list[EncodedImage], list[Sequence[int]]]:
     folders = _folders(split)
     class_of = _class_of_folders(split, [folder.name for folder in folders], labels)
-    pictures, classes = list[Picture](), list[list[int]]()
+    images, classes = list[EncodedImage](), list[list[int]]()
     row_of_file: dict[str, int] = {}
     for folder in sorted(folders, key=lambda path: class_of[path.name]):
-        for path in _picture_files(folder):
+        for path in _image_files(folder):
             file = os.path.relpath(path, folder)
             if multi_label and file in row_of_file:
                 classes[row_of_file[file]].append(class_of[folder.name])
                 continue
-            row_of_file[file] = len(pictures)
-            pictures.append(Picture(path))
+            row_of_file[file] = len(images)
+            images.append(EncodedImage(path))
             classes.append([class_of[folder.name]])
-    return pictures, [*classes]
+    return images, [*classes]
 
 
 def _class_of_folders(split: Path, names: Sequence[str], labels: Labels) -> dict[str, int]:
@@ -163,15 +158,15 @@ def _plain(name: str) -> str:
     return " ".join(name.lower().replace("_", " ").replace("-", " ").replace("/", " ").split())
 
 
-def _read_web(split: Path) -> tuple[list[Picture], list[Sequence[int]]]:
+def _read_web(split: Path) -> tuple[list[EncodedImage], list[Sequence[int]]]:
     """CLIP_benchmark's tars: `key.jpg` with `key.cls` (a class) or `key.npy` (a vector of 0 and 1)."""
     text = (split / "nshards.txt").read_text().strip()
     if not text.isdecimal():
         raise InputError(f"{split / 'nshards.txt'}: expected the number of tars, found {text[:40]!r}")
-    pictures, classes = list[Picture](), list[Sequence[int]]()
+    images, classes = list[EncodedImage](), list[Sequence[int]]()
     for shard in range(int(text)):
         path = split / f"{shard}.tar"
-        found: dict[str, Picture] = {}
+        found: dict[str, EncodedImage] = {}
         right: dict[str, Sequence[int]] = {}
         try:
             with tarfile.open(path) as tar:
@@ -179,8 +174,8 @@ def _read_web(split: Path) -> tuple[list[Picture], list[Sequence[int]]]:
                     key, _, kind = member.name.partition(".")
                     if not member.isfile():
                         continue
-                    if kind.lower() in _WEB_PICTURES:
-                        found[key] = Picture(str(path), member.offset_data, member.size)
+                    if kind.lower() in _WEB_IMAGES:
+                        found[key] = EncodedImage(str(path), member.offset_data, member.size)
                     elif kind in ("cls", "npy"):
                         file = tar.extractfile(member)
                         assert file is not None  # a regular file, as asked above
@@ -189,10 +184,10 @@ def _read_web(split: Path) -> tuple[list[Picture], list[Sequence[int]]]:
             raise InputError(f"{path}: not a readable tar ({error}); fetch it again") from None
         lonely = sorted(found.keys() ^ right.keys())
         if lonely:
-            raise InputError(f"{path}: {lonely[0]} has not both a picture and a .cls or .npy label")
-        pictures += found.values()
+            raise InputError(f"{path}: {lonely[0]} has not both an image and a .cls or .npy label")
+        images += found.values()
         classes += [right[key] for key in found]
-    return pictures, classes
+    return images, classes
 
 
 def _rows_of_class_names(path: Path, labels: Labels) -> dict[int, int]:
@@ -240,5 +235,5 @@ def _submission_order(root: Path, num_images: int) -> Int64Array | None:
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error})") from None
     if order.shape != (num_images,) or not np.array_equal(np.sort(order), np.arange(num_images)):
-        raise InputError(f"{path}: must hold each of 0 to {num_images - 1} once, one for each picture")
+        raise InputError(f"{path}: must hold each of 0 to {num_images - 1} once, one for each image")
     return order.astype(np.int64)

@@ -6,23 +6,21 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from data_prep.formats.base64_image import decode_picture
 from pipeline.core import store
+from pipeline.core.arrays import Int64Array
 from pipeline.core.records import InputError
 
-Int64Array = npt.NDArray[np.int64]
 
-
-class Pictures(Protocol):
-    """Where the encoded pictures of a set lie."""
+class ImageStore(Protocol):
+    """Where the encoded images of a set lie."""
 
     def read(self, rows: Sequence[int] | Int64Array) -> Iterator[bytes]: ...
 
 
 @dataclass(frozen=True, slots=True)
-class EvaluationSet:
+class RetrievalSet:
     """Images and texts of one evaluation, both in ascending order of their ids.
 
     Because rows are in id order, "the lower row" and "the lower id" are the same thing: that is the rule
@@ -36,7 +34,7 @@ class EvaluationSet:
     text_ids: Int64Array  # [num_texts]
     texts: tuple[str, ...]
     images_of_text: tuple[Int64Array, ...]  # per text: the rows of its images, ascending; may be empty
-    pictures: Pictures
+    images: ImageStore
 
     @property
     def num_images(self) -> int:
@@ -60,12 +58,12 @@ class EvaluationSet:
 
         Raises InputError where one is damaged.
         """
-        return self.pictures.read(rows)
+        return self.images.read(rows)
 
 
 @dataclass(frozen=True, slots=True)
-class Base64Pictures:
-    """Pictures of a TSV by place."""
+class Base64Images:
+    """Images of a TSV by place."""
 
     path: str
     image_ids: Int64Array  # [num_images]
@@ -73,7 +71,7 @@ class Base64Pictures:
     sizes_bytes: Int64Array  # [num_images]
 
     def read(self, rows: Sequence[int] | Int64Array) -> Iterator[bytes]:
-        """Encoded pictures. InputError where the base64 is broken."""
+        """Encoded images. InputError where the base64 is broken."""
         with store.open_read(self.path) as file:
             for row in rows:
                 file.seek(int(self.offsets_bytes[row]))
@@ -87,7 +85,7 @@ class Base64Pictures:
                     ) from None
 
 
-def read_evaluation(folder: str, name: str) -> EvaluationSet:
+def read_evaluation(folder: str, name: str) -> RetrievalSet:
     """Read an evaluation set in CN-CLIP's layout (format: Chinese-CLIP, README "Data format").
 
     An empty list of `image_ids` is legal there (a test set whose pairing is unknown): such a set can be
@@ -131,7 +129,7 @@ def read_evaluation(folder: str, name: str) -> EvaluationSet:
         raise InputError(f"{texts_path}: holds no texts; an evaluation needs at least one")
     records.sort(key=lambda record: record[0])
 
-    return EvaluationSet(
+    return RetrievalSet(
         name=name,
         images_path=images_path,
         texts_path=texts_path,
@@ -139,16 +137,16 @@ def read_evaluation(folder: str, name: str) -> EvaluationSet:
         text_ids=np.array([text_id for text_id, _, _ in records], dtype=np.int64),
         texts=tuple(text for _, text, _ in records),
         images_of_text=tuple(rows for _, _, rows in records),
-        pictures=Base64Pictures(images_path, image_ids, offsets[image_order], sizes[image_order]),
+        images=Base64Images(images_path, image_ids, offsets[image_order], sizes[image_order]),
     )
 
 
-def read_pictures(path: str) -> Base64Pictures:
-    """The pictures of one `_imgs.tsv`, in the order of its lines; InputError names a malformed line."""
-    return Base64Pictures(path, *_scan_images(path))
+def read_images(path: str) -> Base64Images:
+    """The images of one `_imgs.tsv`, in the order of its lines; InputError names a malformed line."""
+    return Base64Images(path, *_scan_images(path))
 
 
-def check_scorable(evaluation: EvaluationSet, *, k: int = 10, image_to_text: bool = True) -> None:
+def check_scorable(evaluation: RetrievalSet, *, k: int = 10, image_to_text: bool = True) -> None:
     """Raise InputError where recall at `k` would be meaningless.
 
     That is: fewer than `k` images (or texts, for image-to-text), or a text without an image.

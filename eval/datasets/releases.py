@@ -6,7 +6,7 @@
     ICR           <name>.jsonl or .json with records {"text", "image_path"}
     LMDB          lmdb/<split>/pairs and imgs, as CN-CLIP's build_lmdb_dataset.py writes them
 
-Pictures of Flickr30K-CN and COCO-CN come with their English owners: put them anywhere below the folder. The
+Images of Flickr30K-CN and COCO-CN come with their English owners: put them anywhere below the folder. The
 columns of MUGE's queries, Flickr30K-CN's names and ICR are read leniently; an error lists what was found.
 """
 
@@ -25,7 +25,7 @@ from data_prep.formats.lmdb import open_lmdb, unpickle_plain
 from pipeline.core import store
 from pipeline.core.records import InputError
 
-_PICTURES = (".jpg", ".jpeg", ".png")
+_IMAGES = (".jpg", ".jpeg", ".png")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Release:
 
     protocol: str  # id of the protocol it is meant for, such as muge-valid
     folder: str  # that it was found in
-    has_loose_pictures: bool  # its pictures are files anywhere below that folder
+    has_loose_images: bool  # its images are files anywhere below that folder
     write: Callable[[str], None]  # writes `<protocol>_imgs.tsv` and `<protocol>_texts.jsonl` into a folder
 
 
@@ -73,7 +73,7 @@ def find_releases(folder: str) -> list[Release]:
 def _release(
     protocol: str,
     folder: str,
-    has_loose_pictures: bool,
+    has_loose_images: bool,
     read: Callable[[], tuple[Iterable[tuple[int, bytes]], Iterable[_Text]]],
 ) -> Release:
     def write(folder: str) -> None:
@@ -89,7 +89,7 @@ def _release(
                 record = {"text_id": item.text_id, "text": item.text, "image_ids": list(item.image_ids)}
                 lines.write(json.dumps(record, ensure_ascii=False) + "\n")
 
-    return Release(protocol, folder, has_loose_pictures, write)
+    return Release(protocol, folder, has_loose_images, write)
 
 
 def _split_in(name: str) -> str:
@@ -159,9 +159,9 @@ def _flickr(root: Path, captions: Path) -> tuple[Iterator[tuple[int, bytes]], li
         named = set[int]()
         for where, line in _lines(listed):
             if not line.strip().isdecimal():
-                raise InputError(f"{where}: expected a picture's number, found {line[:80]!r}")
+                raise InputError(f"{where}: expected an image's number, found {line[:80]!r}")
             named.add(int(line))
-    return _pictures(root, {str(image_id): image_id for image_id in named}), texts
+    return _images(root, {str(image_id): image_id for image_id in named}), texts
 
 
 # COCO-CN
@@ -180,7 +180,7 @@ def _coco(root: Path, split: Path, captions: Path) -> tuple[Iterator[tuple[int, 
             raise InputError(f"{where}: expected `COCO_…#0<TAB>text`, found {line[:80]!r}")
         if name in ids:
             texts.append(_Text(len(texts), text.strip(), (ids[name],)))
-    return _pictures(root, ids), texts
+    return _images(root, ids), texts
 
 
 # ICR
@@ -205,7 +205,7 @@ def _icr(root: Path, path: Path) -> tuple[Iterator[tuple[int, bytes]], list[_Tex
         image_id = image_ids.setdefault(str(image), len(image_ids))
         texts.append(_Text(len(texts), str(text), (image_id,)))
 
-    def pictures() -> Iterator[tuple[int, bytes]]:
+    def images() -> Iterator[tuple[int, bytes]]:
         inside = root.resolve()
         for name, image_id in image_ids.items():
             place = (root / name).resolve()
@@ -213,7 +213,7 @@ def _icr(root: Path, path: Path) -> tuple[Iterator[tuple[int, bytes]], list[_Tex
                 raise InputError(f"{path}: image_path {name!r} leads out of {root}")
             yield image_id, _encoded(place, f"{path}: image_path {name!r}")
 
-    return pictures(), texts
+    return images(), texts
 
 
 # CN-CLIP's LMDB
@@ -296,19 +296,19 @@ def _field(record: dict[str, Any], names: tuple[str, ...], where: str) -> Any:
     raise InputError(f"{where}: has none of {', '.join(names)}; found {', '.join(record)}")
 
 
-def _pictures(root: Path, ids: dict[str, int]) -> Iterator[tuple[int, bytes]]:
-    """Picture files below `root` by their names without ending, in order of their ids."""
+def _images(root: Path, ids: dict[str, int]) -> Iterator[tuple[int, bytes]]:
+    """Image files below `root` by their names without ending, in order of their ids."""
     places = dict[str, Path]()
     for parent, _, files in os.walk(root):
         for file in files:
             stem, ending = os.path.splitext(file)
-            if ending.lower() in _PICTURES and stem in ids:
+            if ending.lower() in _IMAGES and stem in ids:
                 places[stem] = Path(parent) / file
     missing = sorted(ids.keys() - places.keys())
     if missing:
         raise InputError(
-            f"{root}: {len(missing)} of {len(ids)} pictures are not below it, first {missing[0]}.jpg; copy"
-            " the owner's pictures there"
+            f"{root}: {len(missing)} of {len(ids)} images are not below it, first {missing[0]}.jpg; copy"
+            " the owner's images there"
         )
     for name in sorted(ids, key=lambda name: ids[name]):
         yield ids[name], _encoded(places[name], str(places[name]))

@@ -1,30 +1,27 @@
-"""Shards of the project (`data_prep.shards.stage`) as an evaluation set, and their pictures by place in the tar.
+"""Shards (`data_prep.shards.stage`) as an evaluation set, and their images by place in the tar.
 
-Pictures with the same bytes are one picture, equal captions are one text: a text's right pictures are all
-those that carry it. Ids are places in the sequence of all samples, of the first sample that has the picture
-or the text. Held in memory are the captions and 24 bytes a picture; pictures stay in the tars.
+Images with the same bytes are one image, equal captions are one text: a text's right images are all
+those that carry it. Ids are places in the sequence of all samples, of the first sample that has the image
+or the text. Held in memory are the captions and 24 bytes an image; images stay in the tars.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 
-from eval.datasets.cnclip_tsv import EvaluationSet
+from eval.datasets.cnclip_tsv import RetrievalSet
 from pipeline.core import store
+from pipeline.core.arrays import Int64Array
 from pipeline.core.evaluation_sets import shard_stems
 from pipeline.core.records import InputError
-
-Int64Array = npt.NDArray[np.int64]
-
-MAX_PICTURE_BYTES = 64 << 20  # a damaged sidecar must not ask for gigabytes
+from pipeline.core.shard_format import SIDECAR, TAR, ByteRanges, read_sidecar, sidecar_of, tar_of
 
 
 @dataclass(frozen=True, slots=True)
-class TarPictures:
-    """Pictures of several tars by place."""
+class TarImages:
+    """Images of several tars by place."""
 
     stems: tuple[str, ...]  # paths of the shards without their ending
     shards: Int64Array  # [num_images], which of `stems`
@@ -32,14 +29,19 @@ class TarPictures:
     sizes_bytes: Int64Array  # [num_images]
 
     def read(self, rows: Sequence[int] | Int64Array) -> Iterator[bytes]:
-        """Encoded pictures in the order asked for. InputError where a tar ends before its picture."""
+        """Yield encoded images in the order asked for.
+
+        Raises:
+            InputError: if a tar ends before its image.
+        """
         rows = np.asarray(rows, dtype=np.int64)
         starts = np.flatnonzero(np.diff(self.shards[rows], prepend=-1))  # of runs in one tar
         for run in np.split(rows, starts[1:]):
             if len(run):
-                pairs = zip(self.offsets_bytes[run].tolist(), self.sizes_bytes[run].tolist(), strict=True)
-                places = ((f"the picture at {offset}", offset, size) for offset, size in pairs)
-                yield from read_pictures(f"{self.stems[self.shards[run[0]]]}.tar", places)
+                with ByteRanges(self.stems[self.shards[run[0]]] + TAR) as images:
+                    pairs = zip(self.offsets_bytes[run].tolist(), self.sizes_bytes[run].tolist(), strict=True)
+                    for offset, size in pairs:
+                        yield images.read(offset, size, f"the image at {offset}")
 
 
 def whole_shards(folder: str) -> list[str]:
@@ -49,55 +51,13 @@ def whole_shards(folder: str) -> list[str]:
         raise InputError(f"{folder}: holds no shards (<name>.tar with <name>.parquet)")
     names = set(store.list_files(folder))
     for name in sorted(names):
-        stem, _, ending = name.rpartition(".")
-        other = {"tar": "parquet", "parquet": "tar"}.get(ending)
-        if other is not None and f"{stem}.{other}" not in names:
-            raise InputError(f"{folder}: has {name}, but no {stem}.{other}; the shards are not complete")
+        other = sidecar_of(name) if name.endswith(TAR) else tar_of(name) if name.endswith(SIDECAR) else name
+        if other not in names:
+            raise InputError(f"{folder}: has {name}, but no {other}; the shards are not complete")
     return stems
 
 
-def read_pictures(tar: str, places: Iterable[tuple[str, int | None, int | None]]) -> Iterator[bytes]:
-    """Encoded pictures of one tar at these (name for errors, offset, size) in bytes, one by one.
-
-    Raises InputError for a place that cannot be one, and where the tar ends before it.
-    """
-    with store.open_read(tar) as file:
-        for name, offset_bytes, size_bytes in places:
-            if offset_bytes is None or size_bytes is None or not 0 < size_bytes <= MAX_PICTURE_BYTES:
-                raise InputError(
-                    f"{tar}: {name}: its sidecar gives {size_bytes} bytes at {offset_bytes}; build the shard"
-                    " again"
-                )
-            file.seek(offset_bytes)
-            data = bytes(file.read(size_bytes))
-            if len(data) < size_bytes:
-                raise InputError(f"{tar}: ends inside {name}; build the shard again")
-            yield data
-
-
-def read_sidecar(stem: str, needed: Sequence[str], wanted: Sequence[str] = ()) -> pl.DataFrame:
-    """These columns of a shard's sidecar, `wanted` ones where they are there.
-
-    Raises InputError where the file cannot be read or lacks a needed column.
-    """
-    path = f"{stem}.parquet"
-    try:
-        with store.open_read(path) as file:
-            known = pl.read_parquet_schema(file)
-            missing = [name for name in needed if name not in known]
-            if missing:
-                raise InputError(
-                    f"{path}: has no column {missing[0]}, so it is no sidecar of this project's shards; it"
-                    f" has {', '.join(known)}"
-                )
-            file.seek(0)
-            return pl.read_parquet(file, columns=[*needed, *(name for name in wanted if name in known)])
-    except (OSError, pl.exceptions.PolarsError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path}: cannot be read ({reason}); build the shard again") from None
-
-
-def read_shards(folder: str, name: str) -> EvaluationSet:
+def read_shards(folder: str, name: str) -> RetrievalSet:
     """The shards of a folder as one evaluation set.
 
     Raises InputError for a folder without shards, a sidecar that is damaged or lacks a column, and a sample
@@ -107,11 +67,11 @@ def read_shards(folder: str, name: str) -> EvaluationSet:
     columns = ("key", "caption", "image_sha256", "offset_bytes", "size_bytes")
     tables = []
     for number, stem in enumerate(stems):
-        table = read_sidecar(stem, columns).with_columns(shard=pl.lit(number, pl.Int64))
+        table = read_sidecar(stem + SIDECAR, columns).with_columns(shard=pl.lit(number, pl.Int64))
         blank = table.filter(pl.col("caption").str.strip_chars().fill_null("") == "")
         if blank.height:
             raise InputError(
-                f"{stem}.parquet: {blank['key'][0]}: an empty caption ({blank.height} such samples);"
+                f"{stem}{SIDECAR}: {blank['key'][0]}: an empty caption ({blank.height} such samples);"
                 " leave them out of the evaluation"
             )
         tables.append(table)
@@ -127,7 +87,7 @@ def read_shards(folder: str, name: str) -> EvaluationSet:
     pairs = samples.select("text_id", "image_id").unique().sort("text_id", "image_id")
     image_rows = np.searchsorted(image_ids, pairs["image_id"].to_numpy())
     bounds = np.searchsorted(pairs["text_id"].to_numpy(), text_ids[1:])
-    return EvaluationSet(
+    return RetrievalSet(
         name=name,
         images_path=folder,
         texts_path=folder,
@@ -135,7 +95,7 @@ def read_shards(folder: str, name: str) -> EvaluationSet:
         text_ids=text_ids,
         texts=tuple(texts["caption"].to_list()),
         images_of_text=tuple(np.split(image_rows, bounds)),
-        pictures=TarPictures(
+        images=TarImages(
             tuple(stems),
             images["shard"].to_numpy(),
             images["offset_bytes"].to_numpy(),

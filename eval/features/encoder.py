@@ -1,4 +1,4 @@
-"""A model ready to turn texts and pictures into features: the one place where evaluation loads weights."""
+"""A model ready to turn texts and images into features: the one place where evaluation loads weights."""
 
 import itertools
 import os
@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
-from eval.datasets.classification import Picture
-from eval.index.flat import check_vectors
+from eval.datasets.classification import EncodedImage
+from eval.datasets.cnclip_tsv import RetrievalSet
+from eval.datasets.readable import decoded_batches
+from eval.features.layout import check_vectors
 from pipeline.core import store
+from pipeline.core.arrays import Float32Array, Int64Array
 from pipeline.core.config import find_recipe, read_run
 from pipeline.core.records import ConfigError, InputError
 from training.config.train import CONTEXT_LENGTH
@@ -24,12 +26,9 @@ if TYPE_CHECKING:
 
 _STAGES = ("stage1", "stage2", "finetune")  # that end in a model, in order
 
-Float32Array = npt.NDArray[np.float32]
-Int64Array = npt.NDArray[np.int64]
-
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
+class ModelSource:
     """What to load: weights, vocabulary, and how texts are cut."""
 
     path: str
@@ -44,12 +43,12 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, slots=True)
-class Encoder:
-    """Both towers with what evaluation does to them: texts cut at a length, unreadable pictures left out."""
+class EvaluationEncoder:
+    """Both towers with what evaluation does to them: texts cut at a length, unreadable images left out."""
 
     base: "TextAndImageEncoder"
     context_length: int
-    batch_size: int  # pictures that are decoded and encoded at once
+    batch_size: int  # images that are decoded and encoded at once
 
     @property
     def name(self) -> str:
@@ -68,6 +67,17 @@ class Encoder:
             sum(tensor.numel() for tensor in model.visual.parameters()),
         )
 
+    def encode(self, evaluation: RetrievalSet) -> tuple[Float32Array, Float32Array]:
+        """Return image_ND and text_ND of a retrieval set, in its order of rows.
+
+        Raises:
+            UnreadableImage: if an image cannot be decoded; it names the image's id.
+        """
+        images = decoded_batches(evaluation, self.base.image_size_px, self.batch_size)
+        image_ND: Float32Array = np.concatenate([self.base.embed_pixels(image_BCHW) for image_BCHW in images])
+        tokens_NL = self.base.tokenizer.encode(evaluation.texts, self.context_length)
+        return image_ND, self.base.embed_tokens(tokens_NL)
+
     def texts(self, texts: Sequence[str]) -> Float32Array:
         """Unit-norm features [num_texts, dim]; InputError where there are no texts or a feature is NaN."""
         if not texts:
@@ -76,18 +86,18 @@ class Encoder:
         check_vectors(feature_ND, "text features")
         return feature_ND
 
-    def pictures(self, pictures: Sequence[Picture]) -> tuple[Float32Array, Int64Array]:
-        """Unit-norm features of the pictures that can be decoded, and their rows among those given.
+    def images(self, images: Sequence[EncodedImage]) -> tuple[Float32Array, Int64Array]:
+        """Unit-norm features of the images that can be decoded, and their rows among those given.
 
         Raises InputError where none can be.
         """
-        feature_ND, kept_N = self.encoded_pictures(picture.read() for picture in pictures)
+        feature_ND, kept_N = self.encoded_images(image.read() for image in images)
         if not len(kept_N):
-            raise InputError(f"{pictures[0].path}: none of {len(pictures)} pictures can be decoded")
+            raise InputError(f"{images[0].path}: none of {len(images)} images can be decoded")
         return feature_ND, kept_N
 
-    def encoded_pictures(self, encoded: Iterable[bytes]) -> tuple[Float32Array, Int64Array]:
-        """`pictures` of encoded bytes, read a batch at a time; empty where none can be decoded."""
+    def encoded_images(self, encoded: Iterable[bytes]) -> tuple[Float32Array, Int64Array]:
+        """`images` of encoded bytes, read a batch at a time; empty where none can be decoded."""
         features, kept = list[Float32Array](), list[int]()
         for rows, image_BCHW in self._decoded(encoded):
             features.append(self.base.embed_pixels(image_BCHW))
@@ -97,8 +107,8 @@ class Encoder:
             check_vectors(feature_ND, "image features")
         return feature_ND, np.array(kept, dtype=np.int64)
 
-    def picture(self, image: "Image.Image") -> Float32Array:
-        """Unit-norm feature [dim] of one RGB picture that is decoded already."""
+    def decoded_image(self, image: "Image.Image") -> Float32Array:
+        """Unit-norm feature [dim] of one RGB image that is decoded already."""
         from PIL import Image
 
         side_px = self.base.image_size_px
@@ -132,7 +142,7 @@ class Encoder:
 
 def find_checkpoint(
     target: str, vocabulary: str | None, context_length: int | None, overrides: Sequence[str] = ()
-) -> Checkpoint:
+) -> ModelSource:
     """What `target` names: a run's TOML (or shipped recipe), whose last trained stage is taken, or weights.
 
     `overrides` are `--set` items for a run's file. Vocabulary and context length are those that the run was
@@ -143,7 +153,7 @@ def find_checkpoint(
     if not is_run:
         if overrides:
             raise ConfigError(f"--set {overrides[0]}: {target} is no run's file; only these have settings")
-        return Checkpoint(target, vocabulary, context_length or CONTEXT_LENGTH)
+        return ModelSource(target, vocabulary, context_length or CONTEXT_LENGTH)
     path = find_recipe(target)
     table = read_run(path, overrides)
     try:
@@ -160,7 +170,7 @@ def find_checkpoint(
             learned = store.join(folder, "vocabulary", "caption.txt")
             stages = [table[name] for name in _STAGES if isinstance(table.get(name), dict)]
             lengths = [stage.get("context_length", CONTEXT_LENGTH) for stage in stages]
-            return Checkpoint(
+            return ModelSource(
                 weights,
                 vocabulary or model.get("vocabulary") or learned,
                 context_length or max(lengths, default=CONTEXT_LENGTH),
@@ -169,7 +179,9 @@ def find_checkpoint(
     raise InputError(f"{folder}: holds no trained stage; first give: cnclip run {target}")
 
 
-def load_encoder(checkpoint: Checkpoint, *, batch_size: int = 64, device: str | None = None) -> Encoder:
+def load_encoder(
+    checkpoint: ModelSource, *, batch_size: int = 64, device: str | None = None
+) -> EvaluationEncoder:
     """Weights of any format that `training.weights.formats` reads, on the accelerator where there is one.
 
     `device` is torch's name of another one. Raises ConfigError where the model has fewer positions than the
@@ -183,4 +195,4 @@ def load_encoder(checkpoint: Checkpoint, *, batch_size: int = 64, device: str | 
         raise ConfigError(
             f"--context {checkpoint.context_length}: {checkpoint.path} takes 3 to {positions} tokens"
         )
-    return Encoder(base, checkpoint.context_length, batch_size)
+    return EvaluationEncoder(base, checkpoint.context_length, batch_size)

@@ -1,8 +1,8 @@
-"""`cnclip embed`: features of pictures and of texts in files, for clip-retrieval and FAISS.
+"""`cnclip embed`: features of images and of texts in files, for clip-retrieval and FAISS.
 
 Written are `img_emb/img_emb_0.npy` and `text_emb/text_emb_0.npy` (unit-norm), `metadata/metadata_0.parquet`,
-whose row i has the path of picture i and the caption of text i, null where one side is shorter, and
-`model.json`, which says whose features they are. Memory does not grow with the number of pictures.
+whose row i has the path of image i and the caption of text i, null where one side is shorter, and
+`model.json`, which says whose features they are. Memory does not grow with the number of images.
 """
 
 import itertools
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
-from eval.datasets.cnclip_tsv import Base64Pictures, read_pictures
+from eval.datasets.cnclip_tsv import Base64Images, read_images
 from eval.features.model_identity import identify, write_identity
 from pipeline.core import store
+from pipeline.core.arrays import Float32Array
 from pipeline.core.records import InputError
 
 if TYPE_CHECKING:
@@ -24,14 +24,13 @@ if TYPE_CHECKING:
 
     from training.encoder import Encoder
 
-Float32Array = npt.NDArray[np.float32]
 Precision = Literal["float16", "float32"]
 T = TypeVar("T")
 
-PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _TABLE_ENDINGS = (".parquet", ".csv", ".tsv", ".jsonl")
-# Columns that hold a picture, as bytes or as a path or URL, and columns that hold a text.
-_PICTURE_COLUMNS = ("image_path", "path", "image", "image_bytes", "jpg", "png", "file", "filename", "url")
+# Columns that hold an image, as bytes or as a path or URL, and columns that hold a text.
+_IMAGE_COLUMNS = ("image_path", "path", "image", "image_bytes", "jpg", "png", "file", "filename", "url")
 _TEXT_COLUMNS = ("caption", "text", "query_text", "TEXT", "name_zh")
 FEATURE_TYPES = {"float16": "<f2", "float32": "<f4"}
 _IMAGES_PER_STEP = 256
@@ -60,12 +59,12 @@ def embed_files(
     """Embed and write; `images` is a folder (in the order of its sorted file names, subfolders included) or a
     table, CN-CLIP's `_imgs.tsv` among them; `texts` a file with one text a line, or a table.
 
-    InputError names the picture that cannot be decoded, the table without a known column, or an empty input.
+    InputError names the image that cannot be decoded, the table without a known column, or an empty input.
     """
     dim = encoder.model.config.embed_dim
     names, captions, num_truncated = list[str](), list[str](), 0
     if images is not None:
-        source = _pictures(images)
+        source = _images(images)
         names = source.names
         path = store.join(out, "img_emb", "img_emb_0.npy")
         chunks = (
@@ -96,17 +95,17 @@ def embed_files(
 
 
 @dataclass(frozen=True, slots=True)
-class _Pictures:
-    """Pictures in order: what to call them, and how to read them."""
+class _Images:
+    """Images in order: what to call them, and how to read them."""
 
     names: list[str]
     table: str | None = None  # table with the bytes in a column
     column: str | None = None
     folder: str | None = None  # what relative paths are relative to
-    base64: Base64Pictures | None = None  # CN-CLIP's `_imgs.tsv`
+    base64: Base64Images | None = None  # CN-CLIP's `_imgs.tsv`
 
     def called(self, row: int) -> str:
-        """What a message calls a picture."""
+        """What a message calls an image."""
         if self.table is not None:
             return f"{self.table}: {self.names[row]}"
         if self.base64 is not None:
@@ -132,29 +131,28 @@ class _Pictures:
         return name if absolute else store.join(str(self.folder), name)
 
 
-def _pictures(source: str) -> _Pictures:
+def _images(source: str) -> _Images:
     if store.is_local(source) and os.path.isdir(source):
         found = sorted(
             os.path.relpath(os.path.join(folder, name), source)
             for folder, _, names in os.walk(source)
             for name in names
-            if name.lower().endswith(PICTURE_ENDINGS)
+            if name.lower().endswith(IMAGE_ENDINGS)
         )
         if not found:
-            raise InputError(f"{source}: no picture in it (looked for {', '.join(PICTURE_ENDINGS)})")
-        return _Pictures([os.path.join(source, name) for name in found])
+            raise InputError(f"{source}: no image in it (looked for {', '.join(IMAGE_ENDINGS)})")
+        return _Images([os.path.join(source, name) for name in found])
     if _is_cn_clips(source):
-        pictures = read_pictures(source)
-        return _Pictures([str(image_id) for image_id in pictures.image_ids.tolist()], base64=pictures)
+        images = read_images(source)
+        return _Images([str(image_id) for image_id in images.image_ids.tolist()], base64=images)
     import polars as pl
 
     frame = _scan(source)
     schema = frame.collect_schema()
-    column = next((name for name in _PICTURE_COLUMNS if name in schema.names()), None)
+    column = next((name for name in _IMAGE_COLUMNS if name in schema.names()), None)
     if column is None:
         raise InputError(
-            f"{source}: no column of pictures ({', '.join(_PICTURE_COLUMNS)}); it has"
-            f" {', '.join(schema.names())}"
+            f"{source}: no column of images ({', '.join(_IMAGE_COLUMNS)}); it has {', '.join(schema.names())}"
         )
     if schema[column] == pl.Binary:
         label = next((name for name in ("image_id", "key", "id") if name in schema.names()), None)
@@ -164,13 +162,13 @@ def _pictures(source: str) -> _Pictures:
             if label
             else [f"row {row}" for row in range(rows)]
         )
-        return _Pictures(names, table=source, column=column)
+        return _Images(names, table=source, column=column)
     paths = frame.select(pl.col(column).cast(pl.String)).collect()[column]
     if paths.null_count() or not len(paths):
         raise InputError(
-            f"{source}: column {column}: {paths.null_count()} of {len(paths)} rows name no picture"
+            f"{source}: column {column}: {paths.null_count()} of {len(paths)} rows name no image"
         )
-    return _Pictures(paths.to_list(), folder=os.path.dirname(source) or ".")
+    return _Images(paths.to_list(), folder=os.path.dirname(source) or ".")
 
 
 def _is_cn_clips(source: str) -> bool:

@@ -11,7 +11,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from eval.index.flat import EMBEDDING_FOLDERS
+from eval.features.layout import EMBEDDING_FOLDERS
 from pipeline.core import store
 from pipeline.core.records import InputError
 

@@ -9,7 +9,7 @@ which sort names as text read them in order):
 What clip-retrieval, autofaiss and `cnclip index` read. `plan.json` binds the folder to the model, the
 settings and the shards; `model.json` says which model it is. A shard's metadata is written last: it existing
 means that the shard is done, so a run that was killed goes on with the next one and ends with the same bytes.
-A picture that cannot be decoded has no row anywhere and is counted. Memory is that of a model and of one
+An image that cannot be decoded has no row anywhere and is counted. Memory is that of a model and of one
 shard's features for each rank.
 """
 
@@ -23,15 +23,16 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from eval.datasets.shards import read_pictures, read_sidecar, whole_shards
-from eval.features.encoder import Checkpoint, Encoder, load_encoder
+from eval.datasets.shards import whole_shards
+from eval.features.encoder import EvaluationEncoder, ModelSource, load_encoder
 from eval.features.files import FEATURE_TYPES, Precision
+from eval.features.layout import EMBEDDING_FOLDERS, check_vectors
 from eval.features.model_identity import identify, write_identity
-from eval.index.flat import EMBEDDING_FOLDERS, check_vectors
 from pipeline.core import store
 from pipeline.core.config import digest
 from pipeline.core.processes import die_with_parent
 from pipeline.core.records import ConfigError, InputError
+from pipeline.core.shard_format import SIDECAR, TAR, ByteRanges, read_sidecar
 from pipeline.core.stage import Progress
 
 
@@ -39,7 +40,7 @@ from pipeline.core.stage import Progress
 class ShardJob:
     """What all ranks of one embedding share."""
 
-    checkpoint: Checkpoint
+    checkpoint: ModelSource
     shards: str  # folder
     out: str
     dtype: Precision
@@ -52,7 +53,7 @@ class EmbeddedShards:
 
     num_shards: int
     num_rows: int
-    num_unreadable: int  # pictures without a row
+    num_unreadable: int  # images without a row
 
 
 def embed_shards(job: ShardJob, *, redo: bool = False, progress: Progress | None = None) -> EmbeddedShards:
@@ -98,7 +99,7 @@ def _other_rank(job: ShardJob, rank: int) -> None:
         sys.exit(error.exit_status)
 
 
-def _encoder(job: ShardJob, rank: int) -> Encoder:
+def _encoder(job: ShardJob, rank: int) -> EvaluationEncoder:
     """The model on this rank's accelerator, or with its share of the processor's threads."""
     import torch
 
@@ -108,7 +109,7 @@ def _encoder(job: ShardJob, rank: int) -> Encoder:
     return load_encoder(job.checkpoint, device="cpu")
 
 
-def _begin(job: ShardJob, encoder: Encoder, stems: Sequence[str], redo: bool) -> None:
+def _begin(job: ShardJob, encoder: EvaluationEncoder, stems: Sequence[str], redo: bool) -> None:
     """Bind the folder to this model, these settings and these shards."""
     identity = identify(encoder.base.model)
     plan: dict[str, Any] = {
@@ -116,7 +117,7 @@ def _begin(job: ShardJob, encoder: Encoder, stems: Sequence[str], redo: bool) ->
         "vocabulary": encoder.base.tokenizer.digest,
         "context_length": job.checkpoint.context_length,
         "dtype": job.dtype,
-        "shards": digest([(os.path.basename(stem), store.digest_edges(f"{stem}.parquet")) for stem in stems]),
+        "shards": digest([(os.path.basename(stem), store.digest_edges(stem + SIDECAR)) for stem in stems]),
     }
     path = store.join(job.out, "plan.json")
     if store.exists(path) and json.loads(store.read_text(path)) != plan:
@@ -132,7 +133,7 @@ def _begin(job: ShardJob, encoder: Encoder, stems: Sequence[str], redo: bool) ->
 
 
 def _embed_rank(
-    job: ShardJob, encoder: Encoder, stems: Sequence[str], rank: int, progress: Progress | None
+    job: ShardJob, encoder: EvaluationEncoder, stems: Sequence[str], rank: int, progress: Progress | None
 ) -> None:
     """Shards rank, rank + num_ranks … that have no metadata yet."""
     for number in range(rank, len(stems), job.num_ranks):
@@ -143,10 +144,16 @@ def _embed_rank(
             progress(number + 1, len(stems), os.path.basename(stems[number]))
 
 
-def _embed_shard(job: ShardJob, encoder: Encoder, stem: str, number: int, num_shards: int) -> None:
-    samples = read_sidecar(stem, ("key", "caption", "offset_bytes", "size_bytes"), ("source", "url"))
-    places = samples.select("key", "offset_bytes", "size_bytes").iter_rows()
-    image_ND, kept_N = encoder.encoded_pictures(read_pictures(f"{stem}.tar", places))
+def _embed_shard(job: ShardJob, encoder: EvaluationEncoder, stem: str, number: int, num_shards: int) -> None:
+    columns = ("key", "caption", "offset_bytes", "size_bytes")
+    samples = read_sidecar(stem + SIDECAR, columns, ("source", "url"))
+    with ByteRanges(stem + TAR) as images:
+        image_ND, kept_N = encoder.encoded_images(
+            images.read(offset_bytes, size_bytes, f"{key}.jpg")
+            for key, offset_bytes, size_bytes in samples.select(
+                "key", "offset_bytes", "size_bytes"
+            ).iter_rows()
+        )
     metadata = samples[kept_N].drop("offset_bytes", "size_bytes")
     captions = metadata["caption"].fill_null("").to_list()
     tokens_NL = encoder.base.tokenizer.encode(captions, job.checkpoint.context_length)
@@ -170,6 +177,6 @@ def _summary(job: ShardJob, stems: Sequence[str]) -> EmbeddedShards:
     def count(path: str) -> int:
         return int(pl.scan_parquet(path).select(pl.len()).collect().item())
 
-    num_samples = sum(count(f"{stem}.parquet") for stem in stems)
+    num_samples = sum(count(stem + SIDECAR) for stem in stems)
     num_rows = sum(count(_path(job, "metadata", number, len(stems))) for number in range(len(stems)))
     return EmbeddedShards(len(stems), num_rows, num_samples - num_rows)

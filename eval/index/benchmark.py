@@ -12,17 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from eval.index.device import Device, check_device, from_device, to_device
 from eval.index.flat import faiss_reason
 from eval.index.partitioned import Embeddings, set_parameters, train
 from eval.metrics.recall import exact_scores_of_pairs, score_error_bound
+from pipeline.core.arrays import Float32Array, Int64Array
 from pipeline.core.records import InputError
 from pipeline.core.text_table import align
-
-Float32Array = npt.NDArray[np.float32]
-Int64Array = npt.NDArray[np.int64]
 
 _MIN_SECONDS = 0.2  # a setting is searched again until it took this long
 _BLOCK_ROWS = 16_384

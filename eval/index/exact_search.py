@@ -1,13 +1,9 @@
 """The k nearest rows by exact score, in little more time than the bare matrix product."""
 
 import numpy as np
-import numpy.typing as npt
 
 from eval.metrics.recall import exact_scores_of_pairs, score_error_bound
-
-Float32Array = npt.NDArray[np.float32]
-Float64Array = npt.NDArray[np.float64]
-Int64Array = npt.NDArray[np.int64]
+from pipeline.core.arrays import Float32Array, Float64Array, Int64Array
 
 _BLOCK_ELEMENTS = 1 << 23  # scores held at once
 _GROUP = 64  # columns whose highest score stands for them
@@ -18,8 +14,9 @@ def top_k(query_QD: Float32Array, gallery_ND: Float32Array, k: int) -> tuple[Flo
 
     Unit-norm float32 features. The matrix product only finds candidates: columns are looked at in groups by
     their highest score. The k-th highest of those bounds the k-th best score from below, so only groups that
-    reach it, less the product's error, are opened. Candidates are ordered by `eval.metrics.recall.exact_scores`: the
-    answer depends on the vectors alone. ValueError where k exceeds the gallery or the widths differ.
+    reach it, less the product's error, are opened. Candidates are ordered by
+    `eval.metrics.recall.exact_scores`: the answer depends on the vectors alone. ValueError if k exceeds the
+    gallery or the widths differ.
     """
     num_rows, dim = gallery_ND.shape
     if not 0 < k <= num_rows or query_QD.shape[1] != dim:

@@ -4,55 +4,14 @@ import re
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from eval.features.layout import read_vectors
 from eval.index.exact_search import top_k
 from pipeline.core import store
+from pipeline.core.arrays import Float32Array, Float64Array, Int64Array
 from pipeline.core.records import InputError
 
-Float32Array = npt.NDArray[np.float32]
-Float64Array = npt.NDArray[np.float64]
-Int64Array = npt.NDArray[np.int64]
-
-EMBEDDING_FOLDERS = {"image": "img_emb", "text": "text_emb"}  # clip-retrieval's names
-
 _QUERIES_PER_BATCH = 256
-
-
-def read_vectors(path: str) -> Float32Array:
-    """Features of one `.npy` file, float32 [num_rows, dim], unit-norm.
-
-    Raises InputError naming the file and the first bad row where a feature is not finite or not unit-norm.
-    """
-    try:
-        with store.open_read(path) as file:
-            vectors_ND = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: not a readable .npy file ({error}); embed again") from None
-    check_vectors(vectors_ND, path)
-    features_ND: Float32Array = vectors_ND
-    return features_ND
-
-
-def check_vectors(vectors_ND: npt.NDArray[Any], name: str) -> None:
-    """Raise InputError unless these are finite, unit-norm float32 vectors."""
-    if vectors_ND.dtype != np.float32 or vectors_ND.ndim != 2 or 0 in vectors_ND.shape:
-        raise InputError(
-            f"{name}: expected float32 features [rows, dim], found {vectors_ND.dtype}"
-            f" {list(vectors_ND.shape)}"
-        )
-    norms_N = np.sqrt(np.einsum("nd,nd->n", vectors_ND, vectors_ND, dtype=np.float64))
-    not_finite = np.flatnonzero(~np.isfinite(norms_N))
-    if len(not_finite):
-        raise InputError(
-            f"{name}: {len(not_finite)} of {len(vectors_ND)} features are NaN or infinite, the first in row"
-            f" {not_finite[0]}; the model diverged: train again with a lower peak_learning_rate"
-        )
-    off_norm = np.flatnonzero(np.abs(norms_N - 1) > 1e-3)
-    if len(off_norm):
-        raise InputError(
-            f"{name}: row {off_norm[0]} has norm {norms_N[off_norm[0]]:.4f}; features must be unit-norm"
-        )
 
 
 def build_index(vectors_path: str, index_path: str, *, factory: str = "Flat") -> None:
@@ -95,8 +54,9 @@ def read_index(path: str) -> Any:
 def search(index: Any, queries_QD: Float32Array, k: int) -> tuple[Float64Array, Int64Array]:
     """The k best rows of each query: (scores, rows), both [Q, k], best first, equal scores by lower row.
 
-    FAISS orders equal scores by its own heap and rounds float32 sums by its own kernels. The vectors of a
-    flat index are searched by `eval.index.exact_search.top_k` instead: the answer depends on the vectors alone.
+    FAISS orders equal scores by its own heap and rounds float32 sums by its own kernels. This function
+    searches the vectors of a flat index by `eval.index.exact_search.top_k` instead, so the answer depends on
+    the vectors alone.
     From any other index this orders what FAISS returns, with FAISS's scores; rows not found are -1, last.
 
     Raises ValueError where the index holds fewer than k rows or vectors of another width.

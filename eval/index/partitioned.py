@@ -22,16 +22,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from eval.features.layout import EMBEDDING_FOLDERS, Side, check_vectors
 from eval.features.model_identity import ModelIdentity, read_identity
 from eval.index.device import Device, check_device, from_device, to_device
-from eval.index.flat import EMBEDDING_FOLDERS, check_vectors, faiss_reason
+from eval.index.flat import faiss_reason
 from pipeline.core import store
+from pipeline.core.arrays import Float32Array, Int64Array
 from pipeline.core.config import digest
 from pipeline.core.records import ConfigError, InputError
 from pipeline.core.stage import Progress
-
-Float32Array = npt.NDArray[np.float32]
-Int64Array = npt.NDArray[np.int64]
 
 BLOCK_ROWS = 65_536  # read, checked and added at once: 128 MiB of float32 at 512
 
@@ -50,7 +49,7 @@ class Embeddings:
         return self.first_rows[-1]
 
     @classmethod
-    def open(cls, source: str, *, side: str = "image") -> "Embeddings":
+    def open(cls, source: str, *, side: Side = "image") -> "Embeddings":
         """Read the headers of all files. Raises InputError for none, other types, and mixed widths."""
         paths = _npy_files(source, side)
         first_rows, dim = [0], 0
@@ -307,7 +306,7 @@ def _merge(
     return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
 
 
-def _npy_files(source: str, side: str) -> list[str]:
+def _npy_files(source: str, side: Side) -> list[str]:
     if source.endswith(".npy"):
         names = [source]
     else:

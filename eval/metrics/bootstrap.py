@@ -1,15 +1,12 @@
-"""Bootstrap intervals: how far a score would move had other queries or pictures been drawn."""
+"""Bootstrap intervals: how far a score would move had other queries or images been drawn."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from eval.metrics.recall import CUTOFFS
-
-Float64Array = npt.NDArray[np.float64]
-Int64Array = npt.NDArray[np.int64]
+from pipeline.core.arrays import Float64Array, Int64Array
 
 NUM_RESAMPLES = 1000
 _BLOCK_ELEMENTS = 1 << 22  # resampled rows held at once

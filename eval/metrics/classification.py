@@ -12,10 +12,9 @@ import numpy.typing as npt
 
 from eval.metrics.bootstrap import NUM_RESAMPLES, Measured, metric_interval
 from eval.paper.published import Metric
+from pipeline.core.arrays import BoolArray, Int64Array
 
 FloatArray = npt.NDArray[np.floating]
-Int64Array = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
 
 _RECALL_LEVELS = np.linspace(0, 1, 11)
 _RESAMPLES_OF_MAP = 200  # sorts 20 classes each time
@@ -39,7 +38,7 @@ def classification_metric(metric: Metric, scores_NC: FloatArray, targets_NC: Boo
 
 
 def measured_metric(metric: Metric, scores_NC: FloatArray, targets_NC: BoolArray) -> Measured:
-    """`classification_metric` with its bootstrap interval over pictures."""
+    """`classification_metric` with its bootstrap interval over images."""
     _check(metric, scores_NC, targets_NC)
     num_images, num_classes = scores_NC.shape
     if metric == "11-point-map":
@@ -136,4 +135,4 @@ def _check(metric: Metric, scores_NC: FloatArray, targets_NC: BoolArray) -> None
     if metric == "roc-auc" and scores_NC.shape[1] != 2:
         raise ValueError(f"ROC AUC is of two classes, not {scores_NC.shape[1]}")
     if metric != "11-point-map" and (targets_NC.sum(axis=1) != 1).any():
-        raise ValueError(f"{metric} takes exactly one right class a picture")
+        raise ValueError(f"{metric} takes exactly one right class an image")

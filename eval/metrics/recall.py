@@ -7,8 +7,8 @@ first, and equal scores by gallery row (= ascending id, see `eval.datasets.cncli
 
 The score of two vectors is their dot product accumulated in float64 in a fixed order (`exact_scores`).
 A matrix product rounds one and the same pair differently from place to place and from library to library;
-here and in `eval.index.flat` it only finds candidates, and whatever its error bound cannot tell apart is settled
-by the exact score. So ranks, prediction files and scores depend on the vectors alone.
+here and in `eval.index.flat` it only finds candidates, and whatever its error bound cannot tell apart is
+settled by the exact score. So ranks, prediction files and scores depend on the vectors alone.
 """
 
 import math
@@ -19,9 +19,7 @@ from typing import TypedDict
 import numpy as np
 import numpy.typing as npt
 
-Float32Array = npt.NDArray[np.float32]
-Float64Array = npt.NDArray[np.float64]
-Int64Array = npt.NDArray[np.int64]
+from pipeline.core.arrays import Float32Array, Float64Array, Int64Array
 
 CUTOFFS = (1, 5, 10)
 _BLOCK_ELEMENTS = 1 << 22  # scores, or gathered vector elements, held at once

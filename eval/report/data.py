@@ -21,7 +21,7 @@ class StageFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
+class RowCounts:
     """Rows into a step, rows it kept, and rows it dropped by reason."""
 
     num_in: int
@@ -35,8 +35,8 @@ class FunnelStep:
 
     stage: str
     title: str
-    total: Counts
-    sources: Mapping[str, Counts]  # may be empty
+    total: RowCounts
+    sources: Mapping[str, RowCounts]  # may be empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ HISTOGRAM_TITLES = {
     "score": "Scores of the sources (cosine)",
     "pair_score": "Scores of this run's encoders (cosine)",
     "characters": "Characters of the captions",
-    "short_side_px": "Shorter side of the pictures as they came, pixels",
+    "short_side_px": "Shorter side of the images as they came, pixels",
 }
 
 
@@ -83,8 +83,8 @@ class RecallPoint:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """A small picture of the gallery as encoded bytes."""
+class Thumbnail:
+    """A small image of the gallery as encoded bytes."""
 
     image_id: int
     is_right: bool
@@ -97,22 +97,22 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True)
-class GalleryRow:
-    """A query text, the rank of its first right picture within the top 10, and its top five."""
+class ExampleRow:
+    """A query text, the rank of its first right image within the top 10, and its top five."""
 
     query: str
-    rank: int | None  # None: no right picture among the first ten
-    results: tuple[Picture, ...]  # best first
-    answer: Picture | None  # a right picture, given where the top five hold none
+    rank: int | None  # None: no right image among the first ten
+    results: tuple[Thumbnail, ...]  # best first
+    answer: Thumbnail | None  # a right image, given where the top five hold none
 
 
 @dataclass(frozen=True, slots=True)
-class Gallery:
+class ExampleGallery:
     """Examples of one evaluation's text-to-image answers by the final model."""
 
     evaluation: str
-    hits: tuple[GalleryRow, ...]  # a right picture comes first
-    misses: tuple[GalleryRow, ...]  # no right picture among the first five
+    hits: tuple[ExampleRow, ...]  # a right image comes first
+    misses: tuple[ExampleRow, ...]  # no right image among the first five
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +148,7 @@ class ReportData:
     funnel: tuple[FunnelStep, ...]
     training: tuple[TrainingPoint, ...]  # stages in the order they ran
     recall: tuple[RecallPoint, ...]
-    galleries: tuple[Gallery, ...]
+    galleries: tuple[ExampleGallery, ...]
     planted: tuple[PlantedClass, ...]  # empty where nothing was planted
     comparisons: tuple[Comparison, ...] = ()  # sets of the paper, the final model beside its figures
     histograms: tuple[Histogram, ...] = ()

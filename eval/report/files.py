@@ -1,13 +1,13 @@
 """The report's files: a page for people, `report.json` for programs, the headline table for the terminal."""
 
 import json
-import unicodedata
 from typing import Any
 
-from eval.paper.comparison import records
-from eval.report.data import Counts, ReportData, headline_rows, percent, recall_values
+from eval.paper.render import records
+from eval.report.data import ReportData, RowCounts, headline_rows, percent, recall_values
 from eval.report.page import render_html
 from pipeline.core import store
+from pipeline.core.text_table import align
 
 
 def write_report(data: ReportData, html_path: str, json_path: str) -> None:
@@ -50,7 +50,7 @@ def report_json(data: ReportData) -> dict[str, Any]:
             {
                 "name": stage.name,
                 "title": stage.title,
-                **_counts_json(Counts(stage.num_in, stage.num_kept, stage.dropped)),
+                **_counts_json(RowCounts(stage.num_in, stage.num_kept, stage.dropped)),
             }
             for stage in data.stages
         ],
@@ -58,7 +58,7 @@ def report_json(data: ReportData) -> dict[str, Any]:
 
 
 def headline(data: ReportData) -> str:
-    """The headline table as plain text with aligned columns; Chinese characters count as two columns."""
+    """Return the headline table as plain text in aligned columns."""
     header = [
         "evaluation",
         "model",
@@ -71,24 +71,8 @@ def headline(data: ReportData) -> str:
         for position, (label, scores) in enumerate(scored):
             values = [*recall_values(scores["t2i"]), *recall_values(scores["i2t"]), scores["mean_recall"]]
             rows.append([evaluation if position == 0 else "", label, *map(percent, values)])
-    widths = [max(_width(row[column]) for row in rows) for column in range(len(header))]
-    lines = []
-    for row in rows:
-        cells = []
-        for column, (cell, width) in enumerate(zip(row, widths, strict=True)):
-            padding = " " * (width - _width(cell))
-            cells.append(cell + padding if column < 2 else padding + cell)
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return align(rows, (False, False, *[True] * (len(header) - 2)))
 
 
-def _counts_json(counts: Counts) -> dict[str, Any]:
+def _counts_json(counts: RowCounts) -> dict[str, Any]:
     return {"in": counts.num_in, "kept": counts.num_kept, "dropped": dict(counts.dropped)}
-
-
-def _width(text: str) -> int:
-    """Columns in a terminal: wide and full-width characters take two, combining marks none."""
-    return sum(
-        0 if unicodedata.combining(character) else 2 if unicodedata.east_asian_width(character) in "WF" else 1
-        for character in text
-    )

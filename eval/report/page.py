@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.metrics.recall import RecallAtK, RetrievalScores
-from eval.paper.comparison import Comparison, table_rows
+from eval.paper.comparison import Comparison
+from eval.paper.render import table_rows
 from eval.report.charts import Series, histogram_chart, line_chart
 from eval.report.data import (
     HISTOGRAM_TITLES,

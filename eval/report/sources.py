@@ -1,12 +1,12 @@
-"""What the report takes from a run's files: logged steps, and examples of answers with small pictures."""
+"""What the report takes from a run's files: logged steps, and examples of answers with small images."""
 
 import io
 import json
 from collections.abc import Sequence
 from typing import TypeVar
 
-from eval.datasets.cnclip_tsv import EvaluationSet
-from eval.report.data import Gallery, GalleryRow, Picture, RecallPoint, TrainingPoint
+from eval.datasets.cnclip_tsv import RetrievalSet
+from eval.report.data import ExampleGallery, ExampleRow, RecallPoint, Thumbnail, TrainingPoint
 from eval.retrieval.predictions import read_predictions
 from pipeline.core import store
 from pipeline.core.records import InputError
@@ -37,10 +37,10 @@ def read_training_metrics(path: str, stage: str) -> tuple[list[TrainingPoint], l
     return training, recall
 
 
-def make_gallery(evaluation: EvaluationSet, predictions_path: str, *, num_rows: int = 6) -> Gallery:
+def make_gallery(evaluation: RetrievalSet, predictions_path: str, *, num_rows: int = 6) -> ExampleGallery:
     """At most `num_rows` hits and as many misses of a text-to-image prediction file, spread over the texts.
 
-    A hit has a right picture in the first place, a miss none in the first five.
+    A hit has a right image in the first place, a miss none in the first five.
     """
     right = {
         int(text_id): [int(evaluation.image_ids[row]) for row in rows]
@@ -57,22 +57,22 @@ def make_gallery(evaluation: EvaluationSet, predictions_path: str, *, num_rows: 
             misses.append((text_id, rank, image_ids[:5]))
     row_of_image = {int(image_id): row for row, image_id in enumerate(evaluation.image_ids)}
 
-    def picture(image_id: int, is_right: bool) -> Picture:
+    def thumbnail(image_id: int, is_right: bool) -> Thumbnail:
         data = next(evaluation.image_bytes([row_of_image[image_id]]))
-        return Picture(image_id, is_right, "image/webp", _thumbnail(data))
+        return Thumbnail(image_id, is_right, "image/webp", _thumbnail(data))
 
-    def rows(found: list[tuple[int, int | None, list[int]]]) -> tuple[GalleryRow, ...]:
+    def rows(found: list[tuple[int, int | None, list[int]]]) -> tuple[ExampleRow, ...]:
         return tuple(
-            GalleryRow(
+            ExampleRow(
                 query=text[text_id],
                 rank=rank,
-                results=tuple(picture(image_id, image_id in right[text_id]) for image_id in image_ids),
-                answer=None if rank is not None and rank <= 5 else picture(right[text_id][0], True),
+                results=tuple(thumbnail(image_id, image_id in right[text_id]) for image_id in image_ids),
+                answer=None if rank is not None and rank <= 5 else thumbnail(right[text_id][0], True),
             )
             for text_id, rank, image_ids in _spread(found, num_rows)
         )
 
-    return Gallery(evaluation.name, rows(hits), rows(misses))
+    return ExampleGallery(evaluation.name, rows(hits), rows(misses))
 
 
 def _spread(items: Sequence[Item], count: int) -> list[Item]:

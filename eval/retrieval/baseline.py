@@ -1,9 +1,9 @@
 """What a score must beat: chance, and a nearest neighbour that knows only letters and pixels.
 
 The pixel baseline answers a query text with the most similar training caption (cosine of TF-IDF over
-character n-grams), takes the mean of the training pictures that bear this caption, and ranks the gallery by
-pixel distance to it at 16 × 16 RGB. The other way round, a query picture finds its nearest training picture,
-and the gallery's texts are ranked by similarity to that picture's caption. It solves what is memorised or
+character n-grams), takes the mean of the training images that bear this caption, and ranks the gallery by
+pixel distance to it at 16 × 16 RGB. The other way round, a query image finds its nearest training image,
+and the gallery's texts are ranked by similarity to that image's caption. It solves what is memorised or
 drawn alike, such as flags, and nothing that needs understanding.
 """
 
@@ -14,31 +14,27 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from eval.datasets.cnclip_tsv import EvaluationSet
+from eval.datasets.cnclip_tsv import RetrievalSet
 from eval.metrics.recall import (
     Positives,
     RetrievalScores,
     chance_recall_at_k,
     ranks_from_scores,
-    recall_at_k,
     retrieval_scores,
 )
-from pipeline.core import store
+from eval.retrieval.measure import RetrievalResult, image_queries
+from pipeline.core.arrays import Float64Array, Int64Array, UInt8Array
 from pipeline.core.records import InputError
-
-Float64Array = npt.NDArray[np.float64]
-Int64Array = npt.NDArray[np.int64]
-UInt8Array = npt.NDArray[np.uint8]
+from pipeline.core.shard_format import ByteRanges, read_sidecar, sidecar_of
 
 SIDE_PX = 16
 NGRAM_CHARACTERS = (1, 3)
-MAX_TRAINING_PICTURES = 200_000  # shards are shuffled, so the first ones are a fair sample of a larger corpus
+MAX_TRAINING_IMAGES = 200_000  # shards are shuffled, so the first ones are a fair sample of a larger corpus
 _BLOCK_ELEMENTS = 1 << 22
 
 
-def chance(evaluation: EvaluationSet) -> RetrievalScores:
+def chance(evaluation: RetrievalSet) -> RetrievalScores:
     """Expected recall of random orders, in percent, in closed form."""
     num_images = np.array([len(rows) for rows in evaluation.images_of_text])
     num_texts = np.array([len(rows) for rows in evaluation.texts_of_image])
@@ -50,60 +46,60 @@ def chance(evaluation: EvaluationSet) -> RetrievalScores:
 
 @dataclass(frozen=True, slots=True)
 class PixelBaseline:
-    """Training captions and pictures, ready to answer evaluation sets.
+    """Training captions and images, ready to answer evaluation sets.
 
-    Ties go to the training caption that comes first in lexical order, to the training picture that comes
+    Ties go to the training caption that comes first in lexical order, to the training image that comes
     first in the shards, and in the gallery to the lower id.
     """
 
     captions: tuple[str, ...]  # distinct, in lexical order
-    caption_of_picture: Int64Array  # [num_pictures], row in `captions`
-    pixels_ND: UInt8Array  # [num_pictures, 768], RGB at 16 × 16
+    caption_of_image: Int64Array  # [num_images], row in `captions`
+    pixels_ND: UInt8Array  # [num_images, 768], RGB at 16 × 16
     vectorizer: Any  # scikit-learn's TfidfVectorizer, fitted on `captions`
     caption_vectors: Any  # scipy CSR matrix [num_captions, num_ngrams], unit-norm
 
     @classmethod
     def from_shards(cls, tar_paths: Sequence[str], *, caption_column: str = "caption") -> "PixelBaseline":
-        """Read the first pictures of these shards (at most `MAX_TRAINING_PICTURES`) through their sidecars.
+        """Read the first images of these shards (at most `MAX_TRAINING_IMAGES`) through their sidecars.
 
-        Raises InputError naming shard and key for a sidecar without the columns or a picture that is not
+        Raises InputError naming shard and key for a sidecar without the columns or an image that is not
         there.
         """
         from sklearn.feature_extraction.text import TfidfVectorizer
 
-        pairs = list(islice(_training_pictures(tar_paths, caption_column), MAX_TRAINING_PICTURES))
+        pairs = list(islice(_training_images(tar_paths, caption_column), MAX_TRAINING_IMAGES))
         if not pairs:
-            raise InputError("the pixel baseline found no training picture; give it at least one shard")
+            raise InputError("the pixel baseline found no training image; give it at least one shard")
         captions = sorted({caption for caption, _ in pairs})
         row_of_caption = {caption: row for row, caption in enumerate(captions)}
         vectorizer = TfidfVectorizer(analyzer="char", ngram_range=NGRAM_CHARACTERS)
         return cls(
             captions=tuple(captions),
-            caption_of_picture=np.array([row_of_caption[caption] for caption, _ in pairs], dtype=np.int64),
+            caption_of_image=np.array([row_of_caption[caption] for caption, _ in pairs], dtype=np.int64),
             pixels_ND=np.stack([pixels for _, pixels in pairs]),
             caption_vectors=vectorizer.fit_transform(captions),
             vectorizer=vectorizer,
         )
 
-    def scores(self, evaluation: EvaluationSet) -> RetrievalScores:
-        """Recall of both directions in percent; sets are to be checked by `check_scorable` before."""
+    def evaluate(self, evaluation: RetrievalSet) -> RetrievalResult:
+        """Rank both directions; check the set by `check_scorable` before."""
         gallery_ND = np.stack(
             [
                 thumbnail(data, f"{evaluation.images_path}: image {evaluation.image_ids[row]}")
                 for row, data in enumerate(evaluation.image_bytes(range(evaluation.num_images)))
             ]
         )
-        text_ranks = self._text_to_image(evaluation, gallery_ND)
-        image_ranks = self._image_to_text(evaluation, gallery_ND)
-        return retrieval_scores(recall_at_k(text_ranks), recall_at_k(image_ranks))
+        return RetrievalResult(
+            self._text_to_image(evaluation, gallery_ND), self._image_to_text(evaluation, gallery_ND)
+        )
 
-    def _text_to_image(self, evaluation: EvaluationSet, gallery_ND: UInt8Array) -> Int64Array:
+    def _text_to_image(self, evaluation: RetrievalSet, gallery_ND: UInt8Array) -> Int64Array:
         positives = Positives.of(evaluation.images_of_text)
         similar = self._most_similar_caption(evaluation.texts)
-        order = np.argsort(self.caption_of_picture, kind="stable")
-        starts = np.searchsorted(self.caption_of_picture[order], np.arange(len(self.captions) + 1))
+        order = np.argsort(self.caption_of_image, kind="stable")
+        starts = np.searchsorted(self.caption_of_image[order], np.arange(len(self.captions) + 1))
         distinct, query_of_text = np.unique(similar, return_inverse=True)
-        # Rounded to whole pixel values: then distances are exact, and equal pictures are equally far.
+        # Rounded to whole pixel values: then distances are exact, and equal images are equally far.
         mean_SD = np.stack(
             [self.pixels_ND[order[starts[c] : starts[c + 1]]].mean(axis=0).round() for c in distinct]
         )
@@ -113,11 +109,9 @@ class PixelBaseline:
             ranks[start:stop] = ranks_from_scores(closeness, positives.block(start, stop))
         return ranks
 
-    def _image_to_text(self, evaluation: EvaluationSet, gallery_ND: UInt8Array) -> Int64Array:
-        texts_of_image = evaluation.texts_of_image
-        queries = np.flatnonzero([len(rows) > 0 for rows in texts_of_image])
-        positives = Positives.of([texts_of_image[row] for row in queries])
-        nearest_caption = self.caption_of_picture[self._nearest_picture(gallery_ND[queries])]
+    def _image_to_text(self, evaluation: RetrievalSet, gallery_ND: UInt8Array) -> Int64Array:
+        queries, positives = image_queries(evaluation)
+        nearest_caption = self.caption_of_image[self._nearest_image(gallery_ND[queries])]
         text_vectors = self.vectorizer.transform(evaluation.texts)
         ranks = np.empty(len(queries), dtype=np.int64)
         for start, stop in _blocks(len(queries), evaluation.num_texts):
@@ -133,7 +127,7 @@ class PixelBaseline:
             rows[start:stop] = (vectors[start:stop] @ self.caption_vectors.T).toarray().argmax(axis=1)
         return rows
 
-    def _nearest_picture(self, query_QD: UInt8Array) -> Int64Array:
+    def _nearest_image(self, query_QD: UInt8Array) -> Int64Array:
         best = np.full(len(query_QD), -np.inf)
         rows = np.zeros(len(query_QD), dtype=np.int64)
         for start, stop in _blocks(len(self.pixels_ND), len(query_QD)):
@@ -148,7 +142,7 @@ class PixelBaseline:
 def thumbnail(data: bytes, name: str) -> UInt8Array:
     """RGB at 16 × 16, flat [768], each pixel the mean of what it covers.
 
-    Raises InputError beginning with `name` for bytes that are no picture.
+    Raises InputError beginning with `name` for bytes that are no image.
     """
     from PIL import Image
 
@@ -160,33 +154,15 @@ def thumbnail(data: bytes, name: str) -> UInt8Array:
     return np.asarray(small, dtype=np.uint8).reshape(-1)
 
 
-def _training_pictures(tar_paths: Sequence[str], caption_column: str) -> Iterator[tuple[str, UInt8Array]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+def _training_images(tar_paths: Sequence[str], caption_column: str) -> Iterator[tuple[str, UInt8Array]]:
     for tar_path in tar_paths:
-        sidecar_path = f"{tar_path.removesuffix('.tar')}.parquet"
-        columns = ["key", "offset_bytes", "size_bytes", caption_column]
-        try:
-            with store.open_read(sidecar_path) as file:
-                rows = pq.ParquetFile(file).read(columns=columns)
-        except (OSError, pa.ArrowException) as error:
-            raise InputError(
-                f"{sidecar_path}: not a readable sidecar ({error}); build the shard again"
-            ) from None
-        missing = [name for name in columns if name not in rows.column_names]
-        if missing:
-            raise InputError(
-                f"{sidecar_path}: has no column `{missing[0]}`; a sidecar needs {', '.join(columns)}"
-            )
-        with store.open_read(tar_path) as tar:
-            for key, offset_bytes, size_bytes, caption in zip(
-                *rows.select(columns).to_pydict().values(), strict=True
-            ):
+        samples = read_sidecar(sidecar_of(tar_path), ("key", "offset_bytes", "size_bytes", caption_column))
+        with ByteRanges(tar_path) as images:
+            for key, offset_bytes, size_bytes, caption in samples.iter_rows():
                 if caption is None:
                     continue  # a carried column may have gaps
-                tar.seek(offset_bytes)
-                yield caption, thumbnail(tar.read(size_bytes), f"{tar_path}: {key}.jpg")
+                name = f"{key}.jpg"
+                yield caption, thumbnail(images.read(offset_bytes, size_bytes, name), f"{tar_path}: {name}")
 
 
 def _closeness(query_QD: Float64Array, gallery_ND: UInt8Array) -> Float64Array:

@@ -10,22 +10,19 @@ import json
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 
+from eval.features.layout import check_vectors
 from eval.index.exact_search import top_k
-from eval.index.flat import check_vectors
 from pipeline.core import store
+from pipeline.core.arrays import Float32Array, Int64Array
 from pipeline.core.records import ConfigError, InputError
-
-Float32Array = npt.NDArray[np.float32]
-Int64Array = npt.NDArray[np.int64]
 
 _LINES_PER_BLOCK = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Features:
+class FeatureFile:
     """One side, in ascending order of ids."""
 
     path: str
@@ -43,7 +40,7 @@ def write_features(path: str, id_key: str, ids: Int64Array, vectors_ND: Float32A
             file.write(json.dumps({id_key: row_id, "feature": vector_D.tolist()}) + "\n")
 
 
-def read_features(path: str, id_key: str) -> Features:
+def read_features(path: str, id_key: str) -> FeatureFile:
     """Read a feature file, a block of lines at a time.
 
     Raises InputError naming the line for what is no such line (an id that is a string, NaN, numbers of
@@ -79,7 +76,7 @@ def read_features(path: str, id_key: str) -> Features:
         raise InputError(f"{path}: {id_key} {all_ids[twice[0]]} occurs twice")
     vectors_ND = np.concatenate(vectors)[order]
     check_vectors(vectors_ND, path)
-    return Features(path, all_ids, vectors_ND)
+    return FeatureFile(path, all_ids, vectors_ND)
 
 
 def predict(images_path: str, texts_path: str, out: str, *, image_to_text: bool, k: int = 10) -> int:

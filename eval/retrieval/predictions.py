@@ -15,11 +15,14 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from eval.datasets.cnclip_tsv import EvaluationSet, Int64Array, check_scorable
+from eval.datasets.cnclip_tsv import RetrievalSet, check_scorable
+from eval.features.layout import Side, read_vectors, vectors_path
 from eval.features.model_identity import check_same_model, read_identity
-from eval.index.flat import EMBEDDING_FOLDERS, read_index, read_vectors, search
-from eval.metrics.recall import CUTOFFS, RecallAtK, RetrievalScores, recall_at_k, retrieval_scores
+from eval.index.flat import read_index, search
+from eval.metrics.recall import CUTOFFS, RecallAtK, recall_at_k, retrieval_scores
+from eval.retrieval.measure import RetrievalResult, image_queries
 from pipeline.core import store
+from pipeline.core.arrays import Int64Array
 from pipeline.core.records import InputError
 
 K = max(CUTOFFS)
@@ -27,21 +30,22 @@ _QUERIES_PER_WRITE = 8192
 
 
 def retrieve(
-    evaluation: EvaluationSet,
+    evaluation: RetrievalSet,
     embeddings_folder: str,
     index_folder: str,
     out_folder: str,
     *,
     image_to_text: bool = True,
-) -> RetrievalScores:
-    """Search both ways, write prediction and score files into `out_folder`, and return the scores.
+) -> RetrievalResult:
+    """Search both ways, write prediction and score files into `out_folder`, and return what they score.
 
-    `embeddings_folder` is what `eval.features.evaluation_set.embed_evaluation` wrote, `index_folder` holds `image.index` and
-    `text.index` of it. Image-to-text queries are the images that
-    some text names; `image_to_text=False` leaves that direction out, as MUGE does.
+    `embeddings_folder` is what `eval.features.evaluation_set.embed_evaluation` wrote, `index_folder` holds
+    `image.index` and `text.index` of it. Image-to-text queries are the images that some text names;
+    `image_to_text=False` leaves that direction out, as MUGE does.
 
-    Raises InputError for a set too small for recall at 10 or without pairing, features that are NaN or not
-    unit-norm, features or indices that are not of this evaluation, and an index of another model.
+    Raises:
+        InputError: if the set is too small for recall at 10 or has no pairing, features are NaN or not
+            unit-norm, features or indices are not of this evaluation, or the index is of another model.
     """
     check_scorable(evaluation, k=K, image_to_text=image_to_text)
     check_same_model(index_folder, read_identity(index_folder), read_identity(embeddings_folder))
@@ -53,13 +57,13 @@ def retrieve(
         gallery=("image", evaluation.image_ids),
         folders=(embeddings_folder, index_folder),
     )
-    t2i = score_text_to_image(t2i_path, evaluation)
-    write_scores(store.join(out_folder, f"{evaluation.name}.scores.json"), t2i)
+    t2i_ranks = rank_text_to_image(t2i_path, evaluation)
+    write_scores(store.join(out_folder, f"{evaluation.name}.scores.json"), recall_at_k(t2i_ranks))
     if not image_to_text:
-        return retrieval_scores(t2i, None)
+        return RetrievalResult(t2i_ranks, None)
 
     i2t_path = store.join(out_folder, f"{evaluation.name}.tr.predictions.jsonl")
-    image_rows = np.flatnonzero([len(rows) > 0 for rows in evaluation.texts_of_image])
+    image_rows, _ = image_queries(evaluation)
     _write_predictions(
         i2t_path,
         ("image_id", "text_ids"),
@@ -67,13 +71,13 @@ def retrieve(
         gallery=("text", evaluation.text_ids),
         folders=(embeddings_folder, index_folder),
     )
-    i2t = score_image_to_text(i2t_path, evaluation)
-    write_scores(store.join(out_folder, f"{evaluation.name}.tr.scores.json"), i2t)
-    return retrieval_scores(t2i, i2t)
+    i2t_ranks = rank_image_to_text(i2t_path, evaluation)
+    write_scores(store.join(out_folder, f"{evaluation.name}.tr.scores.json"), recall_at_k(i2t_ranks))
+    return RetrievalResult(t2i_ranks, i2t_ranks)
 
 
-def score_text_to_image(predictions_path: str, evaluation: EvaluationSet) -> RecallAtK:
-    """Recall of a `{"text_id", "image_ids"}` file: a hit is any of the text's images among the first k.
+def rank_text_to_image(predictions_path: str, evaluation: RetrievalSet) -> Int64Array:
+    """Rank the texts of a `{"text_id", "image_ids"}` file by the first of their images; 11 if there is none.
 
     Raises InputError as the official scorer does: a text without a line, and a line without exactly 10
     distinct known ids.
@@ -82,17 +86,17 @@ def score_text_to_image(predictions_path: str, evaluation: EvaluationSet) -> Rec
         int(text_id): {int(evaluation.image_ids[row]) for row in rows}
         for text_id, rows in zip(evaluation.text_ids, evaluation.images_of_text, strict=True)
     }
-    return _score(predictions_path, ("text_id", "image_ids"), right, evaluation.image_ids)
+    return _ranks(predictions_path, ("text_id", "image_ids"), right, evaluation.image_ids)
 
 
-def score_image_to_text(predictions_path: str, evaluation: EvaluationSet) -> RecallAtK:
-    """Recall of a `{"image_id", "text_ids"}` file over the images that some text names; errors likewise."""
+def rank_image_to_text(predictions_path: str, evaluation: RetrievalSet) -> Int64Array:
+    """Rank the images that some text names in a `{"image_id", "text_ids"}` file; errors likewise."""
     right = {
         int(image_id): {int(evaluation.text_ids[row]) for row in rows}
         for image_id, rows in zip(evaluation.image_ids, evaluation.texts_of_image, strict=True)
         if len(rows)
     }
-    return _score(predictions_path, ("image_id", "text_ids"), right, evaluation.text_ids)
+    return _ranks(predictions_path, ("image_id", "text_ids"), right, evaluation.text_ids)
 
 
 def read_predictions(path: str, keys: tuple[str, str]) -> Iterator[tuple[int, list[int]]]:
@@ -130,27 +134,26 @@ def _write_predictions(
     path: str,
     keys: tuple[str, str],
     *,
-    queries: tuple[str, Int64Array, Int64Array],  # modality, rows to ask for, ids of all rows
-    gallery: tuple[str, Int64Array],  # modality, ids of all rows
+    queries: tuple[Side, Int64Array, Int64Array],  # side, rows to ask for, ids of all rows
+    gallery: tuple[Side, Int64Array],  # side, ids of all rows
     folders: tuple[str, str],  # of embeddings and of indices
 ) -> None:
-    query_modality, query_rows, query_ids = queries
-    gallery_modality, gallery_ids = gallery
+    query_side, query_rows, query_ids = queries
+    gallery_side, gallery_ids = gallery
     embeddings_folder, index_folder = folders
-    folder = EMBEDDING_FOLDERS[query_modality]
-    vectors_path = store.join(embeddings_folder, folder, f"{folder}_0.npy")
-    vectors_ND = read_vectors(vectors_path)
-    index_path = store.join(index_folder, f"{gallery_modality}.index")
+    features_path = vectors_path(embeddings_folder, query_side)
+    vectors_ND = read_vectors(features_path)
+    index_path = store.join(index_folder, f"{gallery_side}.index")
     index = read_index(index_path)
     for source, found, wanted in (
-        (vectors_path, len(vectors_ND), len(query_ids)),
+        (features_path, len(vectors_ND), len(query_ids)),
         (index_path, index.ntotal, len(gallery_ids)),
     ):
         if found != wanted:
             raise InputError(f"{source}: {found} rows, but the evaluation has {wanted}; embed it again")
     if index.d != vectors_ND.shape[1]:
         raise InputError(
-            f"{index_path}: an index of width {index.d}, but {vectors_path} has {vectors_ND.shape[1]}: it"
+            f"{index_path}: an index of width {index.d}, but {features_path} has {vectors_ND.shape[1]}: it"
             " is of another model; build it again"
         )
     with store.publish(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
@@ -162,9 +165,9 @@ def _write_predictions(
                 file.write(json.dumps(record) + "\n")
 
 
-def _score(
+def _ranks(
     path: str, keys: tuple[str, str], right: Mapping[int, set[int]], gallery_ids: Int64Array
-) -> RecallAtK:
+) -> Int64Array:
     known = set(gallery_ids.tolist())
     rank_of_query: dict[int, int] = {}
     for query_id, predicted in read_predictions(path, keys):
@@ -181,7 +184,7 @@ def _score(
     missing = right.keys() - rank_of_query.keys()
     if missing:
         raise InputError(f"{path}: {len(missing)} of {len(right)} queries are missing, first {min(missing)}")
-    return recall_at_k(np.array(list(rank_of_query.values()), dtype=np.int64))
+    return np.array(list(rank_of_query.values()), dtype=np.int64)
 
 
 def _rank(predicted: Sequence[int], right: set[int]) -> int:

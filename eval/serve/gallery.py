@@ -1,6 +1,6 @@
-"""Galleries that can be searched: an index, what each of its rows shows, and the picture behind the row.
+"""Galleries that can be searched: an index, what each of its rows shows, and the image behind the row.
 
-Pictures come from an evaluation set in Chinese-CLIP's layout, from shards (by offset in the tar), or from
+Images come from an evaluation set in Chinese-CLIP's layout, from shards (by offset in the tar), or from
 files: rows of an index are looked up in its metadata (`metadata/metadata_N.parquet`, clip-retrieval's
 layout), by the column `image_id` in the first case, `key` in the second and `image_path` in the third. No
 path in this module comes from the one who searches, and none that the metadata names leaves its folder.
@@ -15,56 +15,55 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from eval.datasets.cnclip_tsv import EvaluationSet
+from eval.datasets.cnclip_tsv import RetrievalSet
+from eval.datasets.discover import RetrievalSource, find_sets, sets_of_run
 from eval.datasets.retrieval_set import read_retrieval_set
-from eval.datasets.shards import MAX_PICTURE_BYTES, read_pictures
-from eval.evaluate import RetrievalSource, find_sets, sets_of_run
-from eval.features.encoder import Checkpoint
+from eval.features.encoder import ModelSource
 from eval.features.model_identity import ModelIdentity, read_identity
 from eval.index.flat import read_index, search
 from eval.index.partitioned import PartedIndex
 from pipeline.core import store
+from pipeline.core.arrays import Float32Array, Int64Array
 from pipeline.core.evaluation_sets import shard_stems
 from pipeline.core.records import ConfigError, InputError
+from pipeline.core.shard_format import MAX_IMAGE_BYTES, SIDECAR, ByteRanges, tar_of
 
 if TYPE_CHECKING:
     import polars as pl
 
-Float32Array = npt.NDArray[np.float32]
-Int64Array = npt.NDArray[np.int64]
 Found = tuple[npt.NDArray[Any], Int64Array]  # scores and rows [1, k], best first; rows not found are -1
 
 MAX_CAPTION_CHARACTERS = 500  # of one caption that is shown
-_MAX_CAPTIONS = 5  # of one picture that are shown
+_MAX_CAPTIONS = 5  # of one image that are shown
 
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What is said about a picture. All of it is text from outside: show it as text."""
+    """What is said about an image. All of it is text from outside: show it as text."""
 
     captions: tuple[str, ...]
     source: str
     url: str  # empty where none is known
 
 
-class Pictures(Protocol):
+class GalleryImages(Protocol):
     """Row of an index → what it shows."""
 
     def describe(self, row: int) -> Description: ...
 
     def read(self, row: int) -> bytes:
-        """The encoded picture. Raises InputError where it is not there or damaged."""
+        """The encoded image. Raises InputError where it is not there or damaged."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Gallery:
-    """An index with the pictures that its rows stand for."""
+    """An index with the images that its rows stand for."""
 
     name: str
     dim: int
     num_rows: int
-    pictures: Pictures
+    images: GalleryImages
     search: Callable[[Float32Array, int], Found]  # one query [1, dim] and k ≤ num_rows
     model: ModelIdentity | None = None  # of the features; None where nothing says
 
@@ -76,15 +75,15 @@ class Gallery:
 
 
 @dataclass(frozen=True, slots=True)
-class EvaluationPictures:
-    """Pictures of an evaluation set, with every text that names them."""
+class EvaluationImages:
+    """Images of an evaluation set, with every text that names them."""
 
-    evaluation: EvaluationSet
+    evaluation: RetrievalSet
     rows: Int64Array  # [num_rows], row in the set of each row of the index
     texts_of_image: tuple[Int64Array, ...]
 
     @classmethod
-    def of(cls, evaluation: EvaluationSet, image_ids: Int64Array) -> "EvaluationPictures":
+    def of(cls, evaluation: RetrievalSet, image_ids: Int64Array) -> "EvaluationImages":
         """`image_ids` [num_rows] are ids of the set, one for each row of the index."""
         rows = np.searchsorted(evaluation.image_ids, image_ids)
         return cls(evaluation, rows, evaluation.texts_of_image)
@@ -100,22 +99,22 @@ class EvaluationPictures:
 
 
 @dataclass(frozen=True, slots=True)
-class ShardPictures:
-    """Pictures of shards. Held in memory are 8 bytes a row: captions and places are read when asked for."""
+class ShardImages:
+    """Images of shards. Held in memory are 8 bytes a row: captions and places are read when asked for."""
 
     sidecars: tuple[str, ...]  # the Parquet files beside the tars
     first_places: Int64Array  # [num_sidecars + 1], place of each sidecar's first sample
     places: Int64Array  # [num_rows], place in the sequence of all samples; -1 for a key that no shard holds
 
     @classmethod
-    def of(cls, folder: str, keys: "pl.Series") -> "ShardPictures":
+    def of(cls, folder: str, keys: "pl.Series") -> "ShardImages":
         """Look up `keys` (one a row of the index) in the shards of a folder.
 
         Raises InputError for a folder without shards, a sidecar without keys, and where no key is found.
         """
         import polars as pl
 
-        sidecars = [f"{stem}.parquet" for stem in shard_stems(folder)]
+        sidecars = [stem + SIDECAR for stem in shard_stems(folder)]
         if not sidecars:
             raise InputError(f"{folder}: holds no shards (<name>.tar with <name>.parquet)")
         try:
@@ -148,8 +147,8 @@ class ShardPictures:
         if self.places[row] < 0:
             raise InputError(f"row {row} of the index is in no shard")
         sidecar, sample = self._sample(row)
-        place = (f"{sample['key']}.jpg", sample.get("offset_bytes"), sample.get("size_bytes"))
-        return next(read_pictures(f"{sidecar.removesuffix('.parquet')}.tar", [place]))
+        with ByteRanges(tar_of(sidecar)) as images:
+            return images.read(sample.get("offset_bytes"), sample.get("size_bytes"), f"{sample['key']}.jpg")
 
     def _sample(self, row: int) -> tuple[str, dict[str, Any]]:
         import polars as pl
@@ -165,7 +164,7 @@ class ShardPictures:
 
 
 @dataclass(frozen=True, slots=True)
-class FilePictures:
+class FileImages:
     """Local files that the metadata names, as `cnclip embed --images` and clip-retrieval write it."""
 
     tables: tuple[str, ...]  # the metadata, read a row at a time
@@ -173,7 +172,7 @@ class FilePictures:
     folder: str  # that relative paths are relative to, and that no path may leave
 
     @classmethod
-    def of(cls, metadata_folder: str, folder: str) -> "FilePictures":
+    def of(cls, metadata_folder: str, folder: str) -> "FileImages":
         import polars as pl
 
         tables = _metadata_files(metadata_folder)
@@ -195,11 +194,11 @@ class FilePictures:
             raise InputError(f"{place}: lies outside {root}; give --pictures with the folder that holds it")
         try:
             with open(place, "rb") as file:
-                data = file.read(MAX_PICTURE_BYTES + 1)
+                data = file.read(MAX_IMAGE_BYTES + 1)
         except OSError as error:
             raise InputError(f"{place}: cannot be read ({error.strerror}); give --pictures FOLDER") from None
-        if len(data) > MAX_PICTURE_BYTES:
-            raise InputError(f"{place}: more than {MAX_PICTURE_BYTES >> 20} MiB; that is no picture")
+        if len(data) > MAX_IMAGE_BYTES:
+            raise InputError(f"{place}: more than {MAX_IMAGE_BYTES >> 20} MiB; that is no image")
         return data
 
     def _row(self, row: int) -> dict[str, Any]:
@@ -212,7 +211,7 @@ class FilePictures:
         return table.select(known).slice(within, 1).collect().row(0, named=True)
 
 
-def galleries_of_run(checkpoint: Checkpoint, target: str) -> list[Gallery]:
+def galleries_of_run(checkpoint: ModelSource, target: str) -> list[Gallery]:
     """The indices of the run's `index` stage that belong to this checkpoint, one for each evaluation set.
 
     Raises InputError where the stage has not indexed that model.
@@ -230,8 +229,8 @@ def galleries_of_run(checkpoint: Checkpoint, target: str) -> list[Gallery]:
             evaluation = read_retrieval_set(source.folder, source.name)
             if not np.isin(image_ids, evaluation.image_ids).all():
                 raise InputError(f"{features}: of another set than {source.folder}; embed again")
-            pictures = EvaluationPictures.of(evaluation, image_ids)
-            galleries.append(_gallery(source.name, indices, pictures, len(image_ids), "", features))
+            images = EvaluationImages.of(evaluation, image_ids)
+            galleries.append(_gallery(source.name, indices, images, len(image_ids), "", features))
     if not galleries:
         raise InputError(
             f"{checkpoint.run_folder}: the run has not indexed {stage}; first give: cnclip run {target},"
@@ -244,14 +243,14 @@ def open_gallery(
     index_folder: str,
     *,
     embeddings_folder: str | None = None,
-    pictures_folder: str | None = None,
+    images_folder: str | None = None,
     run_folder: str | None = None,
     parameters: str = "",
 ) -> Gallery:
     """A gallery of what `cnclip index` wrote, or of a folder with `image.index` as `cnclip eval` writes it.
 
     `embeddings_folder` is the folder that was indexed (default: the index's own): its `metadata/` says what
-    each row is. Pictures are looked up in `pictures_folder` (shards, evaluation sets, or what file names are
+    each row is. Images are looked up in `images_folder` (shards, evaluation sets, or what file names are
     relative to), by default in the run's, or where the names say. `parameters` is FAISS's search string, such
     as `nprobe=16`.
 
@@ -260,29 +259,29 @@ def open_gallery(
     """
     metadata_folder = embeddings_folder or index_folder
     metadata = _metadata(metadata_folder, ("key", "image_id", "image_path"))
-    pictures: Pictures
+    images: GalleryImages
     if "image_path" in metadata.columns:
-        metadata = metadata.drop_nulls()  # rows of texts beyond the last picture
-        pictures = FilePictures.of(metadata_folder, pictures_folder or ".")
-    elif pictures_folder is None and run_folder is None:
+        metadata = metadata.drop_nulls()  # rows of texts beyond the last image
+        images = FileImages.of(metadata_folder, images_folder or ".")
+    elif images_folder is None and run_folder is None:
         raise ConfigError(f"{index_folder}: give --pictures FOLDER, with the shards or the evaluation sets")
     elif "key" in metadata.columns:
-        shards = pictures_folder or store.join(str(run_folder), "shards")
-        pictures = ShardPictures.of(shards, metadata["key"])
+        shards = images_folder or store.join(str(run_folder), "shards")
+        images = ShardImages.of(shards, metadata["key"])
     else:
         sources = (
-            find_sets(pictures_folder).retrieval
-            if pictures_folder is not None
+            find_sets(images_folder).retrieval
+            if images_folder is not None
             else sets_of_run(str(run_folder)).retrieval
         )
         image_ids = metadata["image_id"].to_numpy()
-        pictures = EvaluationPictures.of(_set_of(image_ids, sources, metadata_folder), image_ids)
+        images = EvaluationImages.of(_set_of(image_ids, sources, metadata_folder), image_ids)
     name = Path(index_folder).resolve().name
-    return _gallery(name, index_folder, pictures, metadata.height, parameters, metadata_folder)
+    return _gallery(name, index_folder, images, metadata.height, parameters, metadata_folder)
 
 
 def _gallery(
-    name: str, folder: str, pictures: Pictures, num_rows: int, parameters: str, features: str
+    name: str, folder: str, images: GalleryImages, num_rows: int, parameters: str, features: str
 ) -> Gallery:
     found: Callable[[Float32Array, int], Found]
     if store.exists(store.join(folder, "image.index")):
@@ -306,7 +305,7 @@ def _gallery(
         )
     # a damaged part or a parameter that does not apply is said now, not to the first who searches
     found(np.full((1, dim), dim**-0.5, dtype=np.float32), 1)
-    return Gallery(name, dim, count, pictures, found, model)
+    return Gallery(name, dim, count, images, found, model)
 
 
 def _metadata_files(folder: str) -> list[str]:
@@ -335,18 +334,18 @@ def _metadata(folder: str, columns: Sequence[str]) -> "pl.DataFrame":
     except (OSError, pl.exceptions.PolarsError) as error:
         raise InputError(f"{paths[0]}: cannot be read ({_first_line(error)}); embed again") from None
     raise InputError(
-        f"{paths[0]}: has no column {' or '.join(columns)} to find pictures by; found: {', '.join(known)}"
+        f"{paths[0]}: has no column {' or '.join(columns)} to find images by; found: {', '.join(known)}"
     )
 
 
-def _set_of(image_ids: Int64Array, sources: Sequence[RetrievalSource], where: str) -> EvaluationSet:
-    """The one set that holds all these pictures; of several, the one that holds no others."""
+def _set_of(image_ids: Int64Array, sources: Sequence[RetrievalSource], where: str) -> RetrievalSet:
+    """The one set that holds all these images; of several, the one that holds no others."""
     sets = [read_retrieval_set(source.folder, source.name) for source in sources]
     fitting = [item for item in sets if np.isin(image_ids, item.image_ids).all()]
     exact = [item for item in fitting if item.num_images == len(np.unique(image_ids))]
     choice = exact or fitting
     if not choice:
-        raise InputError(f"{where}: no evaluation set holds its pictures; give --pictures FOLDER")
+        raise InputError(f"{where}: no evaluation set holds its images; give --pictures FOLDER")
     if len(choice) > 1:
         raise ConfigError(
             f"{where}: its image ids fit {', '.join(item.name for item in choice)} alike; give --pictures"

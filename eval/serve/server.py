@@ -2,24 +2,21 @@
 
     GET  /                                the page, `serve.html`
     GET  /api/about                       model, galleries, limits
-    GET  /api/search?q=TEXT               pictures nearest to a text
-    POST /api/search                      pictures nearest to the picture in the body
+    GET  /api/search?q=TEXT               images nearest to a text
+    POST /api/search                      images nearest to the image in the body
     GET  /picture?gallery=N&row=N         a small JPEG of one row
 
 Searches take `gallery` (number), `k` and `min_score` (cosine) as well, and answer with
 `{"results": [{"row", "score", "captions", "source", "url"}], "note"}`; refusals with `{"error"}`.
 
-What a client can send is a text, a picture and numbers, never a path. Pictures are judged by their header
+What a client can send is a text, an image and numbers, never a path. Images are judged by their header
 before a pixel is decoded, and those of a gallery are decoded and encoded anew, so that no byte of a corpus
 from the web reaches the browser as it came. Bound to loopback, the server answers only to loopback names: a
 page elsewhere whose name was pointed at this machine cannot read it.
 """
 
-import base64
 import contextlib
-import hashlib
 import io
-import ipaddress
 import json
 import math
 import re
@@ -35,25 +32,22 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-import numpy as np
-import numpy.typing as npt
-
 from data_prep.formats.image import BadImageError, decode_upright
-from eval.features.encoder import Encoder
+from eval.features.encoder import EvaluationEncoder
 from eval.features.model_identity import check_same_model, identify
+from eval.serve.access import host_name, loopback_names, page_headers
 from eval.serve.gallery import Gallery
+from pipeline.core.arrays import Float32Array
 from pipeline.core.records import ConfigError, InputError
 
-Float32Array = npt.NDArray[np.float32]
-
 MAX_UPLOAD_BYTES = 16 << 20
-MAX_PIXELS = 40_000_000  # of one picture, as its header promises
+MAX_PIXELS = 40_000_000  # of one image, as its header promises
 MAX_QUERY_CHARACTERS = 1000
 MAX_RESULTS = 200
 _DEFAULT_RESULTS = 24
 _THUMBNAIL_PX = 320
 _SILENT_SECONDS = 30  # a client that says nothing for so long is let go
-_DECODES_AT_ONCE = 4  # pictures of galleries; bounds the memory that many requests at once can take
+_DECODES_AT_ONCE = 4  # images of galleries; bounds the memory that many requests at once can take
 
 Answer = tuple[HTTPStatus, str, bytes]  # status, media type, body
 
@@ -70,7 +64,7 @@ class Refusal(Exception):
 class Searcher:
     """One model over galleries of its own features. Raises InputError for a gallery of another model."""
 
-    encoder: Encoder
+    encoder: EvaluationEncoder
     galleries: Sequence[Gallery]
 
     def __post_init__(self) -> None:
@@ -98,7 +92,7 @@ class Searcher:
         """(feature [dim], a note where the text was cut). Refusal for a text that is empty or too long."""
         text = text.strip()
         if not text:
-            raise Refusal(HTTPStatus.BAD_REQUEST, "type a text or give a picture")
+            raise Refusal(HTTPStatus.BAD_REQUEST, "type a text or give an image")
         if len(text) > MAX_QUERY_CHARACTERS:
             raise Refusal(HTTPStatus.BAD_REQUEST, f"at most {MAX_QUERY_CHARACTERS} characters")
         length = self.encoder.context_length
@@ -107,12 +101,12 @@ class Searcher:
         feature_D: Float32Array = self.encoder.texts([text])[0]
         return feature_D, note
 
-    def picture_feature(self, data: bytes) -> Float32Array:
-        """Feature [dim] of an encoded picture from a stranger. Refusal where it is none or too large."""
+    def image_feature(self, data: bytes) -> Float32Array:
+        """Feature [dim] of an encoded image from a stranger. Refusal where it is none or too large."""
         try:
-            return self.encoder.picture(decode_upright(data, MAX_PIXELS))
+            return self.encoder.decoded_image(decode_upright(data, MAX_PIXELS))
         except BadImageError as error:
-            raise Refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"not a picture for us: {error}") from None
+            raise Refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"unsupported image: {error}") from None
 
     def results(self, number: int, feature_D: Float32Array, k: int, min_score: float) -> list[dict[str, Any]]:
         """What the page shows of the nearest rows of a gallery, best first."""
@@ -120,7 +114,7 @@ class Searcher:
         found = []
         for row, score in gallery.nearest(feature_D, k):
             if score >= min_score:
-                facts = gallery.pictures.describe(row)
+                facts = gallery.images.describe(row)
                 found.append(
                     {
                         "row": row,
@@ -133,11 +127,11 @@ class Searcher:
         return found
 
     def thumbnail(self, number: int, row: int) -> bytes:
-        """A JPEG of at most 320 px. Refusal where the gallery's picture cannot be decoded."""
+        """A JPEG of at most 320 px. Refusal where the gallery's image cannot be decoded."""
         from PIL import Image
 
         try:
-            small = decode_upright(self.galleries[number].pictures.read(row), MAX_PIXELS)
+            small = decode_upright(self.galleries[number].images.read(row), MAX_PIXELS)
         except BadImageError as error:
             raise Refusal(HTTPStatus.NOT_FOUND, f"row {row} cannot be decoded: {error}") from None
         small.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX), Image.Resampling.LANCZOS, reducing_gap=3.0)
@@ -160,7 +154,7 @@ class SearchServer(ThreadingHTTPServer):
         self.computing = threading.Lock()  # one search at a time: torch uses every core for one already
         self.decoding = threading.BoundedSemaphore(_DECODES_AT_ONCE)
         self.page = (Path(__file__).parent / "serve.html").read_bytes()
-        self.page_headers = _headers(self.page)
+        self.page_headers = page_headers(self.page)
         if ":" in host:
             self.address_family = socket.AF_INET6
         try:
@@ -170,7 +164,7 @@ class SearchServer(ThreadingHTTPServer):
             raise ConfigError(
                 f"{host}, port {port}: {reason}; give another --host or --port (0 takes a free one)"
             ) from None
-        self.names = _loopback_names(host)
+        self.names = loopback_names(host)
 
     @property
     def url(self) -> str:
@@ -212,12 +206,12 @@ class _Handler(BaseHTTPRequestHandler):
                 "/": self._page,
                 "/api/about": self._about,
                 "/api/search": self._search_text,
-                "/picture": self._picture,
+                "/picture": self._image,
             }
         )
 
     def do_POST(self) -> None:
-        self._answer({"/api/search": self._search_picture})
+        self._answer({"/api/search": self._search_image})
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing: what people search for is theirs."""
@@ -280,7 +274,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _check_origin(self) -> None:
         names = self.server.names
-        if names is not None and _host_name(self.headers.get("Host", "")) not in names:
+        if names is not None and host_name(self.headers.get("Host", "")) not in names:
             raise Refusal(HTTPStatus.FORBIDDEN, "this page answers to this machine's own name only")
         origin = self.headers.get("Origin")
         if origin is not None and urlsplit(origin).netloc != self.headers.get("Host"):
@@ -297,20 +291,20 @@ class _Handler(BaseHTTPRequestHandler):
             feature_D, note = self.server.searcher.text_feature(fields.get("q", ""))
             return self._results(fields, feature_D, note)
 
-    def _search_picture(self, fields: dict[str, str]) -> Answer:
+    def _search_image(self, fields: dict[str, str]) -> Answer:
         data = self._body()
         with self.server.computing:
-            return self._results(fields, self.server.searcher.picture_feature(data), "")
+            return self._results(fields, self.server.searcher.image_feature(data), "")
 
     def _body(self) -> bytes:
         if "Content-Length" not in self.headers or "Transfer-Encoding" in self.headers:
-            raise Refusal(HTTPStatus.LENGTH_REQUIRED, "send the picture with its length")
+            raise Refusal(HTTPStatus.LENGTH_REQUIRED, "send the image with its length")
         if self.unread_bytes > MAX_UPLOAD_BYTES:
             raise Refusal(
-                HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"at most {MAX_UPLOAD_BYTES >> 20} MiB a picture"
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"at most {MAX_UPLOAD_BYTES >> 20} MiB an image"
             )
         if self.unread_bytes == 0:
-            raise Refusal(HTTPStatus.BAD_REQUEST, "type a text or give a picture")
+            raise Refusal(HTTPStatus.BAD_REQUEST, "type a text or give an image")
         data = self.rfile.read(self.unread_bytes)
         if len(data) < self.unread_bytes:
             raise ConnectionError("the client left")
@@ -324,7 +318,7 @@ class _Handler(BaseHTTPRequestHandler):
         results = searcher.results(number, feature_D, k, _score(fields))
         return _json({"results": results, "note": note})
 
-    def _picture(self, fields: dict[str, str]) -> Answer:
+    def _image(self, fields: dict[str, str]) -> Answer:
         searcher = self.server.searcher
         number = _whole(fields, "gallery", 0, len(searcher.galleries) - 1, default=0)
         row = _whole(fields, "row", 0, searcher.galleries[number].num_rows - 1)
@@ -361,44 +355,3 @@ def _score(fields: dict[str, str]) -> float:
         raise Refusal(HTTPStatus.BAD_REQUEST, "min_score must be a number from -1 to 1")
     # exact scores of equal vectors stray from 1 by rounding; -1 leaves nothing out
     return score if score > -1 else -math.inf
-
-
-def _host_name(host: str) -> str:
-    """`localhost` of `localhost:8000`, `[::1]` of `[::1]:8000`."""
-    return re.sub(r":[0-9]*$", "", host).lower()
-
-
-def _loopback_names(host: str) -> frozenset[str] | None:
-    """Names under which a loopback address may be asked; None for an address that others reach."""
-    try:
-        local = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        local = False
-    own = f"[{host}]" if ":" in host else host
-    return frozenset({"localhost", "127.0.0.1", "[::1]", own}) if local else None
-
-
-def _headers(page: bytes) -> dict[str, str]:
-    """Headers of every answer: the page may run its own script and style and nothing else."""
-    hashes = {}
-    for tag in (b"script", b"style"):
-        inside = page.split(b"<" + tag + b">")[1].split(b"</" + tag + b">")[0]
-        hashes[tag] = base64.b64encode(hashlib.sha256(inside).digest()).decode("ascii")
-    policy = (
-        "default-src 'none'",
-        f"script-src 'sha256-{hashes[b'script']}'",
-        f"style-src 'sha256-{hashes[b'style']}'",
-        "img-src 'self' blob: data:",
-        "connect-src 'self'",
-        "base-uri 'none'",
-        "form-action 'none'",
-        "frame-ancestors 'none'",
-        "require-trusted-types-for 'script'",
-    )
-    return {
-        "Content-Security-Policy": "; ".join(policy),
-        "Cache-Control": "no-store",
-        "Cross-Origin-Resource-Policy": "same-origin",
-        "Referrer-Policy": "no-referrer",
-        "X-Content-Type-Options": "nosniff",
-    }

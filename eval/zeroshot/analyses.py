@@ -7,11 +7,10 @@ import numpy as np
 
 from eval.datasets.classification import ClassificationSet
 from eval.datasets.labels import templates_for
-from eval.features.encoder import Encoder
+from eval.features.encoder import EvaluationEncoder
 from eval.metrics.bootstrap import Measured
-from eval.metrics.classification import measured_metric
 from eval.paper.published import Metric
-from eval.zeroshot.classifier import Float32Array, Int64Array, class_vectors, scores_of, text_features
+from eval.zeroshot.classifier import class_vectors, measure_scores, scores_of, text_features
 from pipeline.core.records import InputError
 from pipeline.core.text_table import align
 
@@ -26,7 +25,12 @@ class PromptScore:
 
 
 def prompt_sensitivity(
-    encoder: Encoder, data: ClassificationSet, metric: Metric, *, general: str = "general", own: str = "own"
+    encoder: EvaluationEncoder,
+    data: ClassificationSet,
+    metric: Metric,
+    *,
+    general: str = "general",
+    own: str = "own",
 ) -> list[PromptScore]:
     """Each template alone, then ensembles: general and the set's own, folded both ways; best template first.
 
@@ -37,11 +41,11 @@ def prompt_sensitivity(
         del groups["own"]
     union = list(dict.fromkeys(template for group in groups.values() for template in group))
     text_CTD = text_features(encoder, data.labels.names, union)
-    image_ND, rows_N = encoder.pictures(data.pictures)
+    image_ND, rows_N = encoder.images(data.images)
 
     def score(columns: Sequence[int], how: str) -> Measured:
         vectors_CD = class_vectors(text_CTD[:, list(columns)], "scores" if how == "scores" else "features")
-        return _measure(data, metric, image_ND, rows_N, vectors_CD)
+        return measure_scores(data, metric, scores_of(image_ND, vectors_CD), rows_N)
 
     alone = [PromptScore("template", text, score([t], "features")) for t, text in enumerate(union)]
     alone.sort(key=lambda item: (-item.measured.value, item.prompt))
@@ -73,7 +77,7 @@ class NegationScore:
     pair: NegationPair
     plain: Measured
     negated: Measured
-    plain_recall: float  # percent of the class's pictures that are given this class
+    plain_recall: float  # percent of the class's images that are given this class
     negated_recall: float
 
 
@@ -87,7 +91,7 @@ _OTHER_LABELS = {"patch-camelyon": {1: "中间有绿色块"}}
 
 
 def negation(
-    encoder: Encoder,
+    encoder: EvaluationEncoder,
     data: ClassificationSet,
     metric: Metric,
     pairs: Sequence[NegationPair],
@@ -97,7 +101,7 @@ def negation(
 
     Raises InputError for a pair of a class that the set does not have.
     """
-    image_ND, rows_N = encoder.pictures(data.pictures)
+    image_ND, rows_N = encoder.images(data.images)
     targets_NC = data.targets_NC[rows_N]
     names = list(data.labels.names)
     for row, name in _OTHER_LABELS.get(data.name, {}).items():
@@ -112,7 +116,7 @@ def negation(
         for wording in (pair.plain, pair.negated):
             worded = [*names[: pair.class_row], wording, *names[pair.class_row + 1 :]]
             vectors_CD = class_vectors(text_features(encoder, worded, templates), "features")
-            measured.append(_measure(data, metric, image_ND, rows_N, vectors_CD))
+            measured.append(measure_scores(data, metric, scores_of(image_ND, vectors_CD), rows_N))
             own_N = targets_NC[:, pair.class_row]
             given_N = scores_of(image_ND, vectors_CD).argmax(axis=1) == pair.class_row
             recall.append(float(100 * given_N[own_N].mean()) if own_N.any() else float("nan"))
@@ -176,16 +180,3 @@ def prompts_plot(scores: Sequence[PromptScore], title: str) -> str:
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()
-
-
-def _measure(
-    data: ClassificationSet,
-    metric: Metric,
-    image_ND: Float32Array,
-    rows_N: Int64Array,
-    vectors_CD: Float32Array,
-) -> Measured:
-    try:
-        return measured_metric(metric, scores_of(image_ND, vectors_CD), data.targets_NC[rows_N])
-    except ValueError as error:
-        raise InputError(f"{data.name}: {error}") from None

@@ -1,6 +1,6 @@
 """Zero-shot classification with an ensemble of prompts (section 2.1), and ELEVATER's submission files.
 
-The text side is computed once: a class becomes one vector, and the pictures meet C vectors, not C × T.
+The text side is computed once: a class becomes one vector, and the images meet C vectors, not C × T.
 Two ways to fold T templates into one vector, both offered:
 
 - `features`: the mean of the text features, brought back to unit length. What OpenAI's and Chinese-CLIP's
@@ -17,27 +17,24 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from eval.datasets.classification import ClassificationSet
 from eval.datasets.labels import prompts
-from eval.features.encoder import Encoder
+from eval.features.encoder import EvaluationEncoder
 from eval.metrics.bootstrap import Measured
 from eval.metrics.classification import measured_metric
 from eval.paper.published import Metric
 from pipeline.core import store
+from pipeline.core.arrays import Float32Array, Float64Array, Int64Array
 from pipeline.core.records import InputError
 
-Float32Array = npt.NDArray[np.float32]
-Float64Array = npt.NDArray[np.float64]
-Int64Array = npt.NDArray[np.int64]
 Ensemble = Literal["features", "scores"]
 
 _DECIMALS = 6  # of ELEVATER's probabilities
 _SUM_TOLERANCE = 1e-3  # of ELEVATER's checker
 
 
-def text_features(encoder: Encoder, names: Sequence[str], templates: Sequence[str]) -> Float32Array:
+def text_features(encoder: EvaluationEncoder, names: Sequence[str], templates: Sequence[str]) -> Float32Array:
     """Unit-norm features of every class in every template, [C, T, D]."""
     flat = encoder.texts(prompts(names, templates))
     return flat.reshape(len(names), len(templates), -1)
@@ -56,7 +53,7 @@ def class_vectors(text_CTD: Float32Array, ensemble: Ensemble) -> Float32Array:
 
 
 def scores_of(image_ND: Float32Array, vectors_CD: Float32Array) -> Float32Array:
-    """Score of each class for each picture, [N, C]: a cosine, or a mean of cosines."""
+    """Score of each class for each image, [N, C]: a cosine, or a mean of cosines."""
     return image_ND @ vectors_CD.T
 
 
@@ -77,10 +74,24 @@ class Classified:
     metric: Metric
     measured: Measured
     num_images: int  # scored
-    num_unreadable: int  # pictures that cannot be decoded; they are not scored
+    num_unreadable: int  # images that cannot be decoded; they are not scored
     num_templates: int
     scores_NC: Float32Array
     rows_N: Int64Array  # rows of the set that were scored
+
+
+def measure_scores(
+    data: ClassificationSet, metric: Metric, scores_NC: Float32Array, rows_N: Int64Array
+) -> Measured:
+    """Return the metric of scores for the set's images `rows_N`.
+
+    Raises:
+        InputError: if the metric does not apply to the set; it names the set.
+    """
+    try:
+        return measured_metric(metric, scores_NC, data.targets_NC[rows_N])
+    except ValueError as error:
+        raise InputError(f"{data.name}: {error}") from None
 
 
 def classify(
@@ -94,11 +105,7 @@ def classify(
 ) -> Classified:
     """Score a set from features; `rows_N` are the rows of the set that `image_ND` belongs to."""
     scores_NC = scores_of(image_ND, vectors_CD)
-    targets_NC = data.targets_NC[rows_N]
-    try:
-        measured = measured_metric(metric, scores_NC, targets_NC)
-    except ValueError as error:
-        raise InputError(f"{data.name}: {error}") from None
+    measured = measure_scores(data, metric, scores_NC, rows_N)
     return Classified(
         data.name,
         metric,
@@ -112,15 +119,15 @@ def classify(
 
 
 def submission_record(
-    data: ClassificationSet, classified: Classified, encoder: Encoder, *, seed: int = 0
+    data: ClassificationSet, classified: Classified, encoder: EvaluationEncoder, *, seed: int = 0
 ) -> dict[str, Any]:
     """ELEVATER's record of one set: probabilities [1, N, C] with 6 decimals, in the order of `index.json`.
 
-    Raises InputError where pictures are missing: the leaderboard counts them.
+    Raises InputError where images are missing: the leaderboard counts them.
     """
     if classified.num_unreadable:
         raise InputError(
-            f"{data.name}: {classified.num_unreadable} pictures cannot be decoded: no predictions for them,"
+            f"{data.name}: {classified.num_unreadable} images cannot be decoded: no predictions for them,"
             " so no submission; fetch the set again"
         )
     chance_NC = probabilities(classified.scores_NC, encoder.logit_scale)

@@ -1,12 +1,12 @@
-"""One classification set from its folder to its score, with what has to be said about it."""
+"""Classification of a set by a model, from images to the score and what has to be said about it."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.datasets.classification import read_classification
+from eval.datasets.classification import ClassificationSet, read_classification
 from eval.datasets.labels import templates_for
-from eval.features.encoder import Encoder
+from eval.features.encoder import EvaluationEncoder
 from eval.metrics.bootstrap import Measured
 from eval.metrics.classification import elevater_map
 from eval.paper.published import Metric, classification_protocol, mismatch
@@ -14,47 +14,57 @@ from eval.zeroshot.classifier import Ensemble, class_vectors, classify, submissi
 
 
 @dataclass(frozen=True, slots=True)
-class MeasuredSet:
-    """A set under one model."""
+class ClassificationResult:
+    """One set's score under one model."""
 
     name: str
     metric: Metric
     measured: Measured
     num_images: int  # scored
     notes: tuple[str, ...]
-    differs: bool  # pictures or classes are not those of the protocol: no published figure is comparable
-    submission: dict[str, Any] | None  # ELEVATER's record, for a set of ICinW whose pictures are all there
+    differs: bool  # images or classes are not those of the protocol: no published figure is comparable
+    submission: dict[str, Any] | None  # ELEVATER's record, for a set of ICinW whose images are all there
 
 
-def measure_set(
-    folder: str,
-    encoder: Encoder,
-    *,
-    name: str | None = None,
-    labels_path: str | None = None,
-    metric: Metric | None = None,
-    ensemble: Ensemble = "features",
-    templates: str = "own",
-) -> MeasuredSet:
-    """Read, embed and score a set in any of the layouts of `eval.datasets.classification`.
+def open_classification(
+    folder: str, *, name: str | None = None, labels_path: str | None = None, metric: Metric | None = None
+) -> tuple[ClassificationSet, Metric]:
+    """Read a set in any of the layouts of `eval.datasets.classification`; returns it and its metric.
 
-    `name` (the folder's by default) chooses protocol, labels and templates where it is a set of ICinW;
-    `metric` is that of the protocol by default, else accuracy; `templates` is `own`, `general` or a file.
-    Raises what reading the set, its labels and its templates raises.
+    `name` (the folder's by default) chooses protocol and labels if it is a set of ICinW; `metric` is that of
+    the protocol by default, else accuracy.
+
+    Raises:
+        InputError: if the set or its labels cannot be read.
     """
     name = name or Path(folder).resolve().name
     protocol = classification_protocol(name)
     metric = metric or ("accuracy" if protocol is None else protocol.metric)
-    data = read_classification(
-        folder, name=name, labels_path=labels_path, multi_label=metric == "11-point-map"
-    )
+    multi_label = metric == "11-point-map"
+    return read_classification(folder, name=name, labels_path=labels_path, multi_label=multi_label), metric
+
+
+def evaluate_classification(
+    encoder: EvaluationEncoder,
+    data: ClassificationSet,
+    metric: Metric,
+    *,
+    ensemble: Ensemble = "features",
+    templates: str = "own",
+) -> ClassificationResult:
+    """Embed and score a set; `templates` is `own` (of the set), `general` or a file.
+
+    Raises:
+        InputError: if the templates cannot be read, or no image can be decoded.
+    """
+    name, protocol = data.name, classification_protocol(data.name)
     prompts = templates_for(name, templates)
     vectors_CD = class_vectors(text_features(encoder, data.labels.names, prompts), ensemble)
-    image_ND, rows_N = encoder.pictures(data.pictures)
+    image_ND, rows_N = encoder.images(data.images)
     classified = classify(data, image_ND, rows_N, vectors_CD, metric, num_templates=len(prompts))
     notes, differs, submission = list[str](), False, None
     if classified.num_unreadable:
-        notes.append(f"{name}: {classified.num_unreadable} pictures cannot be decoded and are not scored")
+        notes.append(f"{name}: {classified.num_unreadable} images cannot be decoded and are not scored")
     if metric == "11-point-map":
         theirs = elevater_map(classified.scores_NC, data.targets_NC[rows_N])
         notes.append(
@@ -63,13 +73,13 @@ def measure_set(
         )
     if protocol is not None:
         found = (
-            mismatch(name, "pictures", protocol.images, classified.num_images),
+            mismatch(name, "images", protocol.images, classified.num_images),
             mismatch(name, "classes", protocol.classes, len(data.labels.names)),
         )
         notes += [note for note in found if note]
         differs = any(found)
         if not classified.num_unreadable:
             submission = submission_record(data, classified, encoder)
-    return MeasuredSet(
+    return ClassificationResult(
         name, metric, classified.measured, classified.num_images, tuple(notes), differs, submission
     )

@@ -2,8 +2,10 @@
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from eval.datasets.labels import labels_for, templates_for
 from eval.metrics.bootstrap import Measured
@@ -11,8 +13,7 @@ from eval.paper.published import Metric
 from eval.zeroshot.classifier import Ensemble
 from pipeline.core import store
 from pipeline.core.config import digest
-from pipeline.core.records import Manifest
-from pipeline.core.stage import Context, Outcome, Progress, Task
+from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +45,51 @@ class ZeroshotStageConfig:
     context_length: int  # tokens with [CLS] and [SEP]
 
 
-def tasks(config: ZeroshotStageConfig, context: Context) -> list[Task]:
-    """One task a set."""
+@dataclass(frozen=True, slots=True)
+class ZeroshotTask:
+    """A task: one classification set."""
+
+    name: str
+
+    def to_json(self) -> dict[str, str]:
+        """Return the task's arguments."""
+        return {"set": self.name}
+
+    @classmethod
+    def from_json(cls, arguments: Mapping[str, Any]) -> "ZeroshotTask":
+        """Read a task's arguments."""
+        return cls(arguments["set"])
+
+
+@dataclass(frozen=True, slots=True)
+class ZeroshotFacts:
+    """What a task notes in its receipt, and in `<set>/scores.json`."""
+
+    name: str
+    metric: Metric
+    measured: Measured
+    notes: tuple[str, ...]
+    differs: bool  # the set is not the protocol's: no published figure is comparable
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the receipt's extra."""
+        return {
+            "set": self.name,
+            "metric": self.metric,
+            "measured": asdict(self.measured),
+            "notes": list(self.notes),
+            "differs": self.differs,
+        }
+
+    @classmethod
+    def from_json(cls, extra: Mapping[str, Any]) -> "ZeroshotFacts":
+        """Read a receipt's extra."""
+        measured = Measured(**extra["measured"])
+        return cls(extra["set"], extra["metric"], measured, tuple(extra["notes"]), extra["differs"])
+
+
+def plan(config: ZeroshotStageConfig, context: Context) -> list[Task]:
+    """Return one task for each set."""
     model = context.shards_of(config.stage, "model.safetensors")[0].digest
     learned = {
         shard.path: shard.digest
@@ -62,7 +106,7 @@ def tasks(config: ZeroshotStageConfig, context: Context) -> list[Task]:
                 "labels": digest(asdict(labels_for(item.folder, item.name, item.labels))),
                 "templates": digest(list(templates_for(item.name, config.zeroshot.templates))),
             },
-            {"set": item.name},
+            ZeroshotTask(item.name).to_json(),
         )
         for item in config.sets
     ]
@@ -70,29 +114,20 @@ def tasks(config: ZeroshotStageConfig, context: Context) -> list[Task]:
 
 def run(config: ZeroshotStageConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """`<set>/scores.json`, and `<set>/submission.json` for ELEVATER where the set is one of ICinW."""
-    from eval.features.encoder import Checkpoint, load_encoder
-    from eval.zeroshot.measure import measure_set
+    from eval.features.encoder import ModelSource, load_encoder
+    from eval.zeroshot.measure import evaluate_classification, open_classification
 
-    item = next(item for item in config.sets if item.name == task.arguments["set"])
+    item = next(item for item in config.sets if item.name == ZeroshotTask.from_json(task.arguments).name)
     vocabulary = config.vocabulary or context.path_in("vocabulary", "caption.txt")
     weights = context.path_in(config.stage, "model.safetensors")
-    encoder = load_encoder(Checkpoint(weights, vocabulary, config.context_length))
-    found = measure_set(
-        item.folder,
-        encoder,
-        name=item.name,
-        labels_path=item.labels,
-        metric=item.metric,
-        ensemble=config.zeroshot.ensemble,
-        templates=config.zeroshot.templates,
+    encoder = load_encoder(ModelSource(weights, vocabulary, config.context_length))
+    data, metric = open_classification(
+        item.folder, name=item.name, labels_path=item.labels, metric=item.metric
     )
-    facts = {
-        "set": item.name,
-        "metric": found.metric,
-        "measured": asdict(found.measured),
-        "notes": list(found.notes),
-        "differs": found.differs,
-    }
+    found = evaluate_classification(
+        encoder, data, metric, ensemble=config.zeroshot.ensemble, templates=config.zeroshot.templates
+    )
+    facts = ZeroshotFacts(item.name, found.metric, found.measured, found.notes, found.differs).to_json()
     outputs = {f"{item.name}/scores.json": found.num_images}
     store.write_text(context.path(item.name, "scores.json"), json.dumps(facts, indent=1, ensure_ascii=False))
     if found.submission is not None:
@@ -101,29 +136,28 @@ def run(config: ZeroshotStageConfig, context: Context, task: Task, progress: Pro
     return Outcome(outputs, num_in=found.num_images, num_kept=found.num_images, extra=facts)
 
 
-@dataclass(frozen=True, slots=True)
-class ZeroshotScores:
-    """What the stage's manifest says, by set."""
-
-    measured: dict[str, Measured]
-    notes: dict[str, list[str]]
-    differing: list[str]
-
-    @classmethod
-    def of(cls, manifest: Manifest) -> "ZeroshotScores":
-        found = {facts["set"]: facts for facts in manifest.extra.values()}
-        return cls(
-            {name: Measured(**facts["measured"]) for name, facts in found.items()},
-            {name: facts["notes"] for name, facts in found.items()},
-            [name for name, facts in found.items() if facts["differs"]],
-        )
-
-
 def _files_digest(folder: str) -> str:
-    """Of the names and sizes of all files below a folder: pictures are many, and seldom change in place."""
+    """Of the names and sizes of all files below a folder: images are many, and seldom change in place."""
     root = Path(folder)
     return digest(
         sorted(
             (os.path.relpath(path, root), path.stat().st_size) for path in root.rglob("*") if path.is_file()
         )
+    )
+
+
+def stage(config: ZeroshotStageConfig, *, learned: tuple[str, ...]) -> Stage:
+    """Return the stage that measures the final model on classification sets.
+
+    `learned` names the vocabulary stage, if the run has one.
+    """
+    return Stage(
+        "zeroshot",
+        title="classification sets by the final model",
+        version=1,
+        config=config,
+        parents=(*learned, config.stage),
+        plan=plan,
+        run=run,
+        parallel=False,
     )

@@ -16,21 +16,6 @@ def _add_set(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _open_set(options: argparse.Namespace) -> Any:
-    """Return (set, metric) of a command's options."""
-    from pathlib import Path
-
-    from eval.datasets.classification import read_classification
-    from eval.paper.published import classification_protocol
-
-    protocol = classification_protocol(Path(options.folder).resolve().name)
-    metric = options.metric or ("accuracy" if protocol is None else protocol.metric)
-    data = read_classification(
-        options.folder, labels_path=options.labels, multi_label=metric == "11-point-map"
-    )
-    return data, metric
-
-
 def add_commands(commands: Any) -> None:
     """Add the commands to `argparse`'s sub-parsers."""
     _add_prompts(commands)
@@ -54,9 +39,10 @@ def _add_prompts(commands: Any) -> None:
 def _prompts(options: argparse.Namespace) -> int:
     from eval.features.encoder import load_encoder
     from eval.zeroshot.analyses import prompt_sensitivity, prompts_plot, prompts_table
+    from eval.zeroshot.measure import open_classification
     from pipeline.core import store
 
-    data, metric = _open_set(options)
+    data, metric = open_classification(options.folder, labels_path=options.labels, metric=options.metric)
     encoder = load_encoder(checkpoint(options))
     scores = prompt_sensitivity(encoder, data, metric, own=options.templates)
     print(f"{data.name}, {metric}, {encoder.name}")
@@ -91,9 +77,10 @@ def _negation(options: argparse.Namespace) -> int:
     from eval.datasets.labels import templates_for
     from eval.features.encoder import load_encoder
     from eval.zeroshot.analyses import SHIPPED_PAIRS, NegationPair, negation, negation_table
+    from eval.zeroshot.measure import open_classification
     from pipeline.core.records import ConfigError
 
-    data, metric = _open_set(options)
+    data, metric = open_classification(options.folder, labels_path=options.labels, metric=options.metric)
     names = data.labels.names
     pairs = list(SHIPPED_PAIRS.get(data.name, ())) if not options.pair else []
     for which, plain, negated in options.pair:

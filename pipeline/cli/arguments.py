@@ -4,7 +4,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from eval.features.encoder import Checkpoint
+    from eval.features.encoder import ModelSource
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -71,7 +71,7 @@ def add_model(command: argparse.ArgumentParser) -> None:
     )
 
 
-def checkpoint(options: argparse.Namespace) -> "Checkpoint":
+def checkpoint(options: argparse.Namespace) -> "ModelSource":
     """Return the weights that the options of `add_model` name."""
     from eval.features.encoder import find_checkpoint
 

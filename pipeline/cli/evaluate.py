@@ -111,7 +111,8 @@ def _add_eval(commands: Any) -> None:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from eval.evaluate import Options, evaluate, find_sets, reported_splits, sets_of_run
+    from eval.datasets.discover import find_sets, reported_splits, sets_of_run
+    from eval.evaluate import Options, evaluate
     from pipeline.core import store
     from pipeline.core.records import ConfigError
 

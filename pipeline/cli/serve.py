@@ -55,7 +55,7 @@ def _serve(options: argparse.Namespace) -> int:
         gallery = open_gallery(
             options.index,
             embeddings_folder=options.embeddings,
-            pictures_folder=options.pictures,
+            images_folder=options.pictures,
             run_folder=model.run_folder,
             parameters=options.parameters,
         )

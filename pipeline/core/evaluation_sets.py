@@ -1,14 +1,18 @@
 """Evaluation sets of a run: given by `[[evaluation]]` or made by the corpus stage.
 
-A set is a folder in Chinese-CLIP's layout: `<name>_imgs.tsv` (id, base64 picture) and `<name>_texts.jsonl`;
+A set is a folder in Chinese-CLIP's layout: `<name>_imgs.tsv` (id, base64 image) and `<name>_texts.jsonl`;
 or a folder of this project's shards.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 from pipeline.core import store
 from pipeline.core.config import digest
-from pipeline.core.records import InputError
+from pipeline.core.records import InputError, Manifest
+from pipeline.core.shard_format import SIDECAR, TAR
 from pipeline.core.stage import Context
 
 SUFFIXES = ("_imgs.tsv", "_texts.jsonl")
@@ -16,29 +20,63 @@ SUFFIXES = ("_imgs.tsv", "_texts.jsonl")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationSource:
-    """`[[evaluation]]`: `<name>_imgs.tsv` and `<name>_texts.jsonl` in a folder, or a folder of shards."""
+    """Describe a set by `<name>_imgs.tsv` and `<name>_texts.jsonl` in a folder, or by a folder of shards."""
 
     name: str
     folder: str
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """A set's name and folder; its digest is computed at the first use, because that reads its files."""
+
+    name: str
+    folder: str
+    known_digest: str | None = field(default=None, compare=False)  # of a set that the corpus stage made
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of the set's files.
+
+        Raises:
+            InputError: if a file is missing.
+        """
+        if self.known_digest is not None:
+            return self.known_digest
+        return digest_of(EvaluationSource(name=self.name, folder=self.folder))
 
 
 @dataclass(frozen=True, slots=True)
-class EvaluationSet:
-    """Where a set lies, and the digests of its files."""
+class EvaluationFacts:
+    """The evaluation sets that the corpus stage notes in its receipts."""
 
-    name: str
-    folder: str
-    digest: str
+    made: Mapping[str, str]  # name → folder, relative to the corpus stage's
+    given: Mapping[str, str]  # name → absolute folder
+
+    def to_json(self) -> dict[str, dict[str, str]]:
+        """Return the facts under their keys in the receipt."""
+        return {"evaluations": dict(self.made), "own_evaluations": dict(self.given)}
+
+    @classmethod
+    def from_json(cls, extra: Mapping[str, Any]) -> "EvaluationFacts":
+        """Read the facts from a receipt's extra; a receipt without them names no set."""
+        return cls(extra.get("evaluations", {}), extra.get("own_evaluations", {}))
+
+    @classmethod
+    def all_of(cls, corpus: Manifest) -> "Iterator[EvaluationFacts]":
+        """Yield the facts of each of the corpus stage's tasks."""
+        return map(cls.from_json, corpus.extra.values())
 
 
 def digest_of(source: EvaluationSource) -> str:
-    """Digest of a given set's files, of shards their sidecars (which have each picture's digest).
+    """Digest a set's files; of shards the sidecars, which have each image's digest.
 
-    InputError where a file is missing.
+    Raises:
+        InputError: if a file is missing.
     """
     paths = [store.join(source.folder, source.name + suffix) for suffix in SUFFIXES]
     if not any(store.exists(path) for path in paths) and (stems := shard_stems(source.folder)):
-        return digest([store.digest_file(f"{stem}.parquet") for stem in stems])
+        return digest([store.digest_file(stem + SIDECAR) for stem in stems])
     for path in paths:
         if not store.exists(path):
             raise InputError(
@@ -49,22 +87,38 @@ def digest_of(source: EvaluationSource) -> str:
 
 
 def shard_stems(folder: str) -> list[str]:
-    """Paths without their ending of the shards directly in a folder: each has a `.tar` and a `.parquet`."""
+    """Return the paths, without their ending, of the folder's shards: each has a `.tar` and a `.parquet`."""
     names = set(store.list_files(folder))
-    stems = sorted(name.removesuffix(".tar") for name in names if name.endswith(".tar"))
-    return [store.join(folder, stem) for stem in stems if f"{stem}.parquet" in names]
+    stems = sorted(name.removesuffix(TAR) for name in names if name.endswith(TAR))
+    return [store.join(folder, stem) for stem in stems if stem + SIDECAR in names]
 
 
 def evaluations_of(context: Context) -> list[EvaluationSet]:
-    """The run's evaluation sets in order of their names; `corpus` must be among the stage's parents."""
+    """Return the run's evaluation sets in order of their names; `corpus` must be one of the stage's parents."""
+    found = _found(context)
+    return [found[name] for name in sorted(found)]
+
+
+def evaluation_named(context: Context, name: str) -> EvaluationSet:
+    """Return the run's evaluation set of that name, without reading its files.
+
+    Raises:
+        InputError: if the corpus has no such set.
+    """
+    found = _found(context)
+    if name not in found:
+        raise InputError(f"{name}: the corpus has no such evaluation set; it has {', '.join(sorted(found))}")
+    return found[name]
+
+
+def _found(context: Context) -> dict[str, EvaluationSet]:
     corpus = context.parents["corpus"]
     digests = {shard.path: shard.digest for shard in corpus.shards}
     found: dict[str, EvaluationSet] = {}
-    for extra in corpus.extra.values():
-        for name, folder in extra.get("evaluations", {}).items():
+    for noted in EvaluationFacts.all_of(corpus):
+        for name, folder in noted.made.items():
             members = [digests[f"{folder}/{name}{suffix}"] for suffix in SUFFIXES]
             found[name] = EvaluationSet(name, context.path_in("corpus", folder), ":".join(members))
-        for name, folder in extra.get("own_evaluations", {}).items():
-            source = EvaluationSource(name=name, folder=folder)
-            found[name] = EvaluationSet(name, folder, digest_of(source))
-    return [found[name] for name in sorted(found)]
+        for name, folder in noted.given.items():
+            found[name] = EvaluationSet(name, folder)
+    return found

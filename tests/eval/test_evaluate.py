@@ -10,18 +10,12 @@ import numpy as np
 import pytest
 
 from eval import evaluate
-from eval.evaluate import find_sets
+from eval.datasets.discover import find_sets
 from eval.metrics.bootstrap import Measured
 from eval.paper import comparison
-from eval.paper.comparison import (
-    compare_classification,
-    compare_retrieval,
-    to_csv,
-    to_json,
-    to_latex,
-    to_text,
-)
+from eval.paper.comparison import compare_classification, compare_retrieval
 from eval.paper.published import Protocols, RetrievalProtocol, protocols, published
+from eval.paper.render import to_csv, to_json, to_latex, to_text
 from pipeline import cli as command_line
 from pipeline.core.records import InputError, Manifest
 from tests.helpers.classification_files import write_cnclip
@@ -108,8 +102,8 @@ def test_everything_is_written_and_a_small_set_is_not_compared(
     text, said = capsys.readouterr()
     assert "coco-cn-test: 14 images, but the protocol has 1000: not comparable" in text
     assert "note: coco-cn-test: 14 images, but the protocol has 1000: not comparable" in said
-    assert "mnist: 1 pictures cannot be decoded and are not scored" in text
-    assert "mnist: 11 pictures, but the protocol has 10000" in text
+    assert "mnist: 1 images cannot be decoded and are not scored" in text
+    assert "mnist: 11 images, but the protocol has 10000" in text
     page = (tmp_path / "eval.html").read_text(encoding="utf-8")
     assert "MNIST" in page
     assert "not comparable with published figures" in page
@@ -147,10 +141,10 @@ def test_json_features_give_cn_clip_the_same_predictions(folder: Path, tmp_path:
         assert json.loads(line) == {"text_id": text["text_id"], "image_ids": best}
 
 
-def test_unreadable_pictures_are_counted_and_nothing_is_compared(
+def test_unreadable_images_are_counted_and_nothing_is_compared(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images = {100 + row: png_bytes(row) for row in range(16)} | {103: b"no picture", 107: b"nor this"}
+    images = {100 + row: png_bytes(row) for row in range(16)} | {103: b"no image", 107: b"nor this"}
     texts = [(row, f"第{row}张图片", [100 + row]) for row in range(16)]
     texts[7] = (7, "第七张图片", [107, 108])
     write_evaluation(tmp_path / "sets" / "COCO-CN", "test", images, texts)
@@ -159,7 +153,7 @@ def test_unreadable_pictures_are_counted_and_nothing_is_compared(
     out = tmp_path / "out"
     assert run(folder, "--sets", str(tmp_path / "sets"), "--out", str(out), "--as", "CN-CLIP RN50") == 0
     text = capsys.readouterr().out
-    assert "2 pictures cannot be decoded (first: 103); they are left out, with 1 texts that only" in text
+    assert "2 images cannot be decoded (first: 103); they are left out, with 1 texts that only" in text
     assert "coco-cn-test: 14 images, but the protocol has 16: not comparable" in text
     body = json.loads((out / "eval.json").read_text())
     assert {line["paper"] for line in body["tables"][0]["lines"]} == {None}

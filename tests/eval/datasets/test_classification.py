@@ -1,4 +1,4 @@
-"""Readers of classification sets: the same pictures in three layouts, and what is refused."""
+"""Readers of classification sets: the same images in three layouts, and what is refused."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 
 from eval.datasets.classification import is_classification_set, read_classification
 from pipeline.core.records import InputError
-from tests.helpers.classification_files import picture, write_cnclip, write_torchvision, write_web
+from tests.helpers.classification_files import square_image, write_cnclip, write_torchvision, write_web
 
 
 def test_three_layouts_hold_the_same_set(tmp_path: Path) -> None:
@@ -22,11 +22,11 @@ def test_three_layouts_hold_the_same_set(tmp_path: Path) -> None:
         assert data.labels.names == ("红色", "绿色", "蓝色")
         assert data.num_images == 12
         expected = [
-            picture(colour, 100 * c + i)
+            square_image(colour, 100 * c + i)
             for c, colour in enumerate(("red", "green", "blue"))
             for i in range(4)
         ]
-        assert [item.read() for item in data.pictures] == expected
+        assert [item.read() for item in data.images] == expected
         assert (data.targets_NC.argmax(axis=1) == np.repeat([0, 1, 2], 4)).all()
         assert data.submission_order is None
     assert all(is_classification_set(str(tmp_path / name)) for name in ("cn", "tv", "web"))
@@ -65,26 +65,26 @@ def test_class_folders_by_number_of_any_padding(tmp_path: Path) -> None:
 def test_ten_comes_after_two(tmp_path: Path) -> None:
     for number in range(11):
         (tmp_path / "s" / "test" / str(number)).mkdir(parents=True)
-        (tmp_path / "s" / "test" / str(number) / "a.png").write_bytes(picture("red", number))
+        (tmp_path / "s" / "test" / str(number) / "a.png").write_bytes(square_image("red", number))
     (tmp_path / "s" / "label_cn.txt").write_text("\n".join(f"第{n}类" for n in range(11)), encoding="utf-8")
     data = read_classification(str(tmp_path / "s"))
     assert data.targets_NC.argmax(axis=1).tolist() == list(range(11))
-    assert [item.read() for item in data.pictures] == [picture("red", n) for n in range(11)]
+    assert [item.read() for item in data.images] == [square_image("red", n) for n in range(11)]
 
 
 def test_shipped_labels_serve_english_folders(tmp_path: Path) -> None:
     for name in ("cat", "dog"):
         (tmp_path / "cifar-10" / name).mkdir(parents=True)
-        (tmp_path / "cifar-10" / name / "a.png").write_bytes(picture("red", 1))
+        (tmp_path / "cifar-10" / name / "a.png").write_bytes(square_image("red", 1))
     data = read_classification(str(tmp_path / "cifar-10"))
     assert [data.labels.names[c] for c in data.targets_NC.argmax(axis=1)] == ["猫", "狗"]
 
 
-def test_one_picture_in_two_classes(tmp_path: Path) -> None:
+def test_one_image_in_two_classes(tmp_path: Path) -> None:
     for number, name in ((0, "a"), (1, "a"), (1, "b")):
         folder = tmp_path / "voc" / "test" / str(number)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.png").write_bytes(picture("red", 1))
+        (folder / f"{name}.png").write_bytes(square_image("red", 1))
     (tmp_path / "voc" / "label_cn.txt").write_text("猫\n狗", encoding="utf-8")
     data = read_classification(str(tmp_path / "voc"), multi_label=True)
     assert data.targets_NC.tolist() == [[True, True], [False, True]]
@@ -110,7 +110,7 @@ def test_submission_order(tmp_path: Path) -> None:
         ),
         (lambda root: (root / "label_cn.txt").unlink(), "has no label_cn.txt, and set is no set of ICinW"),
         (lambda root: (root / "test" / "zebra").mkdir(), "no label is called '000'"),
-        (lambda root: [p.unlink() for p in (root / "test").rglob("*.png")], "holds no pictures"),
+        (lambda root: [p.unlink() for p in (root / "test").rglob("*.png")], "holds no images"),
     ],
 )
 def test_what_is_refused(tmp_path: Path, change: object, message: str) -> None:

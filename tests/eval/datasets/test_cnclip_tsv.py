@@ -24,13 +24,13 @@ def test_rows_are_in_id_order_whatever_the_files_say(tmp_path: Path) -> None:
 
 
 def test_reads_windows_line_ends_and_blank_lines(tmp_path: Path) -> None:
-    encoded = base64.b64encode(b"picture").decode()
+    encoded = base64.b64encode(b"image").decode()
     (tmp_path / "e_imgs.tsv").write_bytes(f"1\t{encoded}\r\n\r\n2\t{encoded}\r\n".encode())
     (tmp_path / "e_texts.jsonl").write_bytes(
         '{"text_id": 1, "text": "图", "image_ids": [2]}\r\n\r\n'.encode()
     )
     evaluation = read_evaluation(str(tmp_path), "e")
-    assert list(evaluation.image_bytes([1, 0])) == [b"picture", b"picture"]
+    assert list(evaluation.image_bytes([1, 0])) == [b"image", b"image"]
 
 
 IMAGE = base64.b64encode(b"x").decode()

@@ -8,21 +8,21 @@ from pathlib import Path
 
 import pytest
 
-from eval.datasets.cnclip_tsv import EvaluationSet, read_evaluation
+from eval.datasets.cnclip_tsv import RetrievalSet, read_evaluation
+from eval.datasets.discover import find_sets, reported_splits
 from eval.datasets.releases import find_releases
-from eval.evaluate import find_sets, reported_splits
 from pipeline.core.records import InputError
 from tests.helpers.classification_files import write_cnclip
 from tests.helpers.evaluation_files import png_bytes, small_evaluation
 
 
-def converted(root: Path, out: Path) -> EvaluationSet:
+def converted(root: Path, out: Path) -> RetrievalSet:
     (release,) = find_releases(str(root))
     release.write(str(out))
     return read_evaluation(str(out), release.protocol)
 
 
-def pairs(data: EvaluationSet) -> Mapping[str, list[int]]:
+def pairs(data: RetrievalSet) -> Mapping[str, list[int]]:
     return {
         text: data.image_ids[rows].tolist()
         for text, rows in zip(data.texts, data.images_of_text, strict=True)
@@ -86,7 +86,7 @@ def test_of_a_release_the_split_that_the_paper_reports_is_measured(tmp_path: Pat
     assert ([item.protocol for item in sources.releases], notes) == (["muge-test", "muge-train"], [])
 
 
-def test_pictures_of_a_release_are_no_classes(tmp_path: Path) -> None:
+def test_images_of_a_release_are_no_classes(tmp_path: Path) -> None:
     root = tmp_path / "sets" / "icr"
     (root / "images").mkdir(parents=True)
     (root / "images" / "a.jpg").write_bytes(png_bytes(1))
@@ -100,11 +100,11 @@ def test_pictures_of_a_release_are_no_classes(tmp_path: Path) -> None:
 
 def test_flickr30k_cn(tmp_path: Path) -> None:
     root = tmp_path / "raw"
-    for folder in ("ImageSets", "TextData", "pictures/deep"):
+    for folder in ("ImageSets", "TextData", "images/deep"):
         (root / folder).mkdir(parents=True)
     (root / "ImageSets" / "flickr30k-cn-test.txt").write_text("100\n200\n")
     for image_id in (100, 200, 300):
-        (root / "pictures" / "deep" / f"{image_id}.jpg").write_bytes(png_bytes(image_id))
+        (root / "images" / "deep" / f"{image_id}.jpg").write_bytes(png_bytes(image_id))
     (root / "TextData" / "seg.flickr30k-cn-test.caption.txt").write_text(
         "100#zhb#0 一个:m 穿着:v T shirt:n 的:u 男人:n\n"
         "200#zhb#0 两:m 只:q 狗:n\n"
@@ -116,11 +116,11 @@ def test_flickr30k_cn(tmp_path: Path) -> None:
     assert data.image_ids.tolist() == [100, 200]
     assert pairs(data) == {"一个穿着T shirt的男人": [100], "两只狗": [200], "男人在跑": [100]}
     (root / "ImageSets" / "flickr30k-cn-test.txt").write_text("100.jpg\n")
-    with pytest.raises(InputError, match=r"test.txt:1: expected a picture's number, found '100.jpg'"):
+    with pytest.raises(InputError, match=r"test.txt:1: expected an image's number, found '100.jpg'"):
         converted(root, tmp_path / "out")
     (root / "ImageSets" / "flickr30k-cn-test.txt").write_text("100\n200\n")
-    (root / "pictures" / "deep" / "200.jpg").unlink()
-    with pytest.raises(InputError, match=r"1 of 2 pictures are not below it, first 200.jpg"):
+    (root / "images" / "deep" / "200.jpg").unlink()
+    with pytest.raises(InputError, match=r"1 of 2 images are not below it, first 200.jpg"):
         converted(root, tmp_path / "out")
 
 
@@ -191,7 +191,7 @@ def test_lmdb(tmp_path: Path) -> None:
         (tmp_path / "out" / f"muge-valid_{name}").rename(tmp_path / "MUGE" / f"valid_{name}")
     sources, notes = reported_splits(find_sets(str(tmp_path)))
     assert ([item.name for item in sources.retrieval], sources.releases) == (["valid"], ())
-    assert notes == ["muge-valid: read from its files, not from the LMDB beside them"]
+    assert notes == ["muge-valid: read from its files, not from the LMDB next to them"]
 
 
 def test_lmdb_with_two_texts_of_one_id(tmp_path: Path) -> None:

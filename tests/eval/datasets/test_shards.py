@@ -9,19 +9,20 @@ import pytest
 
 from data_prep.decontamination import set_hashes
 from eval.datasets.cnclip_tsv import read_evaluation
+from eval.datasets.discover import find_sets
 from eval.datasets.retrieval_set import read_retrieval_set
 from eval.datasets.shards import read_shards
-from eval.evaluate import find_sets
-from eval.features.evaluation_set import score_features, validator
+from eval.features.evaluation_set import validator
+from eval.retrieval.measure import evaluate_retrieval
 from pipeline import cli as command_line
 from pipeline.core.evaluation_sets import EvaluationSource, digest_of
 from pipeline.core.records import InputError
-from tests.helpers.evaluation_files import png_bytes, write_evaluation, write_shards
+from tests.helpers.evaluation_files import ArrayEncoder, png_bytes, write_evaluation, write_shards
 from tests.helpers.tiny_model import write_tiny_model
 from training.model.tokenizer import Tokenizer
 from training.weights.formats import load_model
 
-# samples 3 and 15 have the same picture, 5 and 9 the same caption
+# samples 3 and 15 have the same image, 5 and 9 the same caption
 SAMPLES = [(png_bytes(3 if row == 15 else row), f"第{5 if row == 9 else row}张图片") for row in range(16)]
 
 
@@ -30,7 +31,7 @@ def shards(tmp_path: Path) -> str:
     return write_shards(tmp_path / "sets" / "mine", SAMPLES, per_shard=6)
 
 
-def test_equal_pictures_and_equal_captions_are_one(shards: str) -> None:
+def test_equal_images_and_equal_captions_are_one(shards: str) -> None:
     evaluation = read_shards(shards, "mine")
     assert evaluation.image_ids.tolist() == list(range(15))
     assert evaluation.text_ids.tolist() == [row for row in range(16) if row != 9]
@@ -53,8 +54,9 @@ def test_scores_equal_those_of_the_same_set_in_chinese_clips_layout(shards: str,
     rng = np.random.default_rng(0)
     image_ND, text_ND = (rng.normal(size=(15, 8)).astype(np.float32) for _ in range(2))
     image_ND, text_ND = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in (image_ND, text_ND))
-    scores = score_features(evaluation, image_ND, text_ND)
-    assert scores == score_features(plain, image_ND, text_ND)
+    encoder = ArrayEncoder(image_ND, text_ND)
+    scores = evaluate_retrieval(encoder, evaluation).scores
+    assert scores == evaluate_retrieval(encoder, plain).scores
     assert list(evaluation.image_bytes(range(15))) == list(plain.image_bytes(range(15)))
 
 
@@ -98,7 +100,7 @@ def test_bad_shards_are_said_in_one_line(shards: str, tmp_path: Path) -> None:
     table.write_parquet(path)
     evaluation = read_shards(shards, "mine")
     (Path(shards) / "00001.tar").write_bytes(b"short")
-    with pytest.raises(InputError, match=r"00001.tar: ends inside the picture at"):
+    with pytest.raises(InputError, match=r"00001.tar: ends inside the image at"):
         list(evaluation.image_bytes([7]))
     with pytest.raises(InputError, match="or shards"):
         digest_of(EvaluationSource(name="none", folder=str(tmp_path)))

@@ -10,6 +10,7 @@ import torch
 
 from eval.datasets.cnclip_tsv import read_evaluation
 from eval.features import evaluation_set as embed
+from eval.features.encoder import EvaluationEncoder, ModelSource, load_encoder
 from eval.features.evaluation_set import embed_evaluation, validator
 from eval.index.flat import build_index
 from eval.retrieval.predictions import retrieve
@@ -44,15 +45,18 @@ def tokenizer_of(folder: Path) -> Tokenizer:
     return Tokenizer.load(str(folder / "vocab.txt"))
 
 
+def encoder_of(folder: Path, batch_size: int = 64) -> EvaluationEncoder:
+    source = ModelSource(str(folder / "model.safetensors"), str(folder / "vocab.txt"), 52)
+    return load_encoder(source, batch_size=batch_size)
+
+
 def model_of(folder: Path) -> CLIP:
     return load_checkpoint(str(folder / "model.safetensors"))
 
 
 def test_layout_rows_and_indices(folder: Path, tmp_path: Path) -> None:
     evaluation = read_evaluation(str(folder), "small")
-    images, texts = embed_evaluation(
-        str(folder / "model.safetensors"), str(folder / "vocab.txt"), evaluation, str(tmp_path), batch_size=8
-    )
+    images, texts = embed_evaluation(encoder_of(folder, batch_size=8), evaluation, str(tmp_path))
     vectors = np.load(tmp_path / "img_emb/img_emb_0.npy")
     assert vectors.dtype == np.float32
     assert vectors.shape == (30, images.dim) == (images.num_rows, MODELS["tiny-vit"].embed_dim)
@@ -67,14 +71,14 @@ def test_layout_rows_and_indices(folder: Path, tmp_path: Path) -> None:
 
 def test_validator_gives_the_numbers_of_the_prediction_files(folder: Path, tmp_path: Path) -> None:
     evaluation = read_evaluation(str(folder), "small")
-    embed_evaluation(str(folder / "model.safetensors"), str(folder / "vocab.txt"), evaluation, str(tmp_path))
+    embed_evaluation(encoder_of(folder), evaluation, str(tmp_path))
     for side, vectors in (("image", "img_emb/img_emb_0.npy"), ("text", "text_emb/text_emb_0.npy")):
         build_index(str(tmp_path / vectors), str(tmp_path / "indices" / f"{side}.index"))
-    from_files = retrieve(evaluation, str(tmp_path), str(tmp_path / "indices"), str(tmp_path / "out"))
+    from_files = retrieve(evaluation, str(tmp_path), str(tmp_path / "indices"), str(tmp_path / "out")).scores
     validate = validator({"small": str(folder)}, tokenizer_of(folder))
     model = model_of(folder)
     assert validate(model) == {"small": from_files}
-    assert validate(model) == {"small": from_files}  # now from the pictures kept in memory
+    assert validate(model) == {"small": from_files}  # now from the images kept in memory
 
 
 def test_validator_leaves_modes_weights_and_random_numbers_alone(folder: Path) -> None:
@@ -91,14 +95,14 @@ def test_validator_leaves_modes_weights_and_random_numbers_alone(folder: Path) -
     assert torch.is_grad_enabled()
 
 
-def test_pictures_kept_as_uint8_come_back_bit_for_bit() -> None:
+def test_images_kept_as_uint8_come_back_bit_for_bit() -> None:
     image_BCHW = preprocess([png_bytes(seed, 37) for seed in range(4)], 32)
     pixels = embed._to_uint8(image_BCHW)
     assert pixels.dtype == np.uint8
     assert torch.equal(embed._from_uint8(pixels), image_BCHW)
 
 
-def test_a_model_that_diverged_and_a_broken_picture_are_named(folder: Path, tmp_path: Path) -> None:
+def test_a_model_that_diverged_and_a_broken_image_are_named(folder: Path, tmp_path: Path) -> None:
     model = model_of(folder)
     with torch.no_grad():
         model.text_projection.fill_(float("nan"))
@@ -108,10 +112,7 @@ def test_a_model_that_diverged_and_a_broken_picture_are_named(folder: Path, tmp_
     images = {row: png_bytes(row) for row in range(12)} | {7: b"<html>not found</html>"}
     write_evaluation(tmp_path, "bad", images, [(row, "图片", [row]) for row in range(12)])
     with pytest.raises(InputError, match=r"bad_imgs\.tsv: image 7: "):
-        embed_evaluation(
-            str(folder / "model.safetensors"), str(folder / "vocab.txt"),
-            read_evaluation(str(tmp_path), "bad"), str(tmp_path / "out"),
-        )  # fmt: skip
+        embed_evaluation(encoder_of(folder), read_evaluation(str(tmp_path), "bad"), str(tmp_path / "out"))
 
 
 def test_validator_refuses_a_bad_set_before_training(folder: Path, tmp_path: Path) -> None:

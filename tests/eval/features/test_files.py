@@ -24,20 +24,20 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
+def images(tmp_path: Path) -> Path:
     for number, name in enumerate(("b.png", "a.png", "sub/c.jpg", "A.webp", "notes.txt")):
-        path = tmp_path / "pictures" / name
+        path = tmp_path / "images" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if name.endswith(".txt"):
-            path.write_text("no picture")
+            path.write_text("no image")
             continue
         pixels = np.random.default_rng(number).integers(0, 256, (30, 20, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(path)
-    return tmp_path / "pictures"
+    return tmp_path / "images"
 
 
 def test_folder_and_lines_in_clip_retrievals_layout(
-    weights: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    weights: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
     out = tmp_path / "out"
@@ -45,7 +45,7 @@ def test_folder_and_lines_in_clip_retrievals_layout(
         "embed",
         weights,
         "--images",
-        str(pictures),
+        str(images),
         "--texts",
         str(tmp_path / "texts.txt"),
         "--out",
@@ -60,7 +60,7 @@ def test_folder_and_lines_in_clip_retrievals_layout(
     assert (image_ND.shape, text_ND.shape) == ((4, 32), (3, 32))
     np.testing.assert_allclose(np.linalg.norm(image_ND, axis=1), 1, atol=1e-6)
     table = pl.read_parquet(out / "metadata" / "metadata_0.parquet")
-    names = [str(pictures / name) for name in ("A.webp", "a.png", "b.png", "sub/c.jpg")]
+    names = [str(images / name) for name in ("A.webp", "a.png", "b.png", "sub/c.jpg")]
     assert table["image_path"].to_list() == names
     assert table["caption"].to_list() == [*TEXTS, None]
     encoder = load(weights)
@@ -69,15 +69,15 @@ def test_folder_and_lines_in_clip_retrievals_layout(
         np.testing.assert_allclose(text_ND, encoder.embed_texts(TEXTS), atol=1e-6)
 
 
-def test_tables_of_paths_and_of_bytes(weights: str, pictures: Path, tmp_path: Path) -> None:
+def test_tables_of_paths_and_of_bytes(weights: str, images: Path, tmp_path: Path) -> None:
     encoder = load(weights)
     names = ["b.png", "a.png", "b.png"]
-    pl.DataFrame({"image_path": names, "caption": ["猫", "狗", "红"]}).write_csv(pictures / "table.csv")
-    data = [(pictures / name).read_bytes() for name in names]
+    pl.DataFrame({"image_path": names, "caption": ["猫", "狗", "红"]}).write_csv(images / "table.csv")
+    data = [(images / name).read_bytes() for name in names]
     pl.DataFrame({"png": data, "image_id": [7, 8, 9], "caption": ["猫", "狗", "红"]}).write_parquet(
         tmp_path / "table.parquet"
     )
-    for table, labels in ((pictures / "table.csv", names), (tmp_path / "table.parquet", ["7", "8", "9"])):
+    for table, labels in ((images / "table.csv", names), (tmp_path / "table.parquet", ["7", "8", "9"])):
         out = tmp_path / f"out_{table.suffix}"
         done = embed_files(encoder, images=str(table), texts=str(table), out=str(out), context_length=52)
         assert (done.num_images, done.num_texts, done.num_truncated, done.dim) == (3, 3, 0, 32)
@@ -89,9 +89,9 @@ def test_tables_of_paths_and_of_bytes(weights: str, pictures: Path, tmp_path: Pa
         assert metadata["caption"].to_list() == ["猫", "狗", "红"]
 
 
-def test_cn_clips_own_tables(weights: str, pictures: Path, tmp_path: Path) -> None:
+def test_cn_clips_own_tables(weights: str, images: Path, tmp_path: Path) -> None:
     """`_imgs.tsv` has no names of columns; rows stay in the order of its lines."""
-    data = [(pictures / name).read_bytes() for name in ("b.png", "a.png", "A.webp")]
+    data = [(images / name).read_bytes() for name in ("b.png", "a.png", "A.webp")]
     images, texts = tmp_path / "valid_imgs.tsv", tmp_path / "valid_texts.jsonl"
     rows = zip((90, 7, 1000), data, strict=True)
     images.write_text("".join(f"{key}\t{base64.urlsafe_b64encode(png).decode()}\n" for key, png in rows))
@@ -112,10 +112,10 @@ def test_cn_clips_own_tables(weights: str, pictures: Path, tmp_path: Path) -> No
         embed_files(encoder, images=str(images), texts=None, out=str(out), context_length=52)
 
 
-def test_faiss_searches_what_was_written(weights: str, pictures: Path, tmp_path: Path) -> None:
+def test_faiss_searches_what_was_written(weights: str, images: Path, tmp_path: Path) -> None:
     import faiss
 
-    embed_files(load(weights), images=str(pictures), texts=None, out=str(tmp_path / "out"), context_length=52)
+    embed_files(load(weights), images=str(images), texts=None, out=str(tmp_path / "out"), context_length=52)
     image_ND = np.load(tmp_path / "out" / "img_emb" / "img_emb_0.npy")
     index = faiss.IndexFlatIP(image_ND.shape[1])
     index.add(image_ND)
@@ -125,22 +125,22 @@ def test_faiss_searches_what_was_written(weights: str, pictures: Path, tmp_path:
 
 
 def test_bad_input_is_one_line(
-    weights: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    weights: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     encoder = load(weights)
-    (pictures / "z.png").write_bytes(b"broken")
+    (images / "z.png").write_bytes(b"broken")
     out = str(tmp_path / "out")
     with pytest.raises(InputError, match=r"z\.png: no image that can be decoded"):
-        embed_files(encoder, images=str(pictures), texts=None, out=out, context_length=52)
+        embed_files(encoder, images=str(images), texts=None, out=out, context_length=52)
     assert not (tmp_path / "out" / "img_emb" / "img_emb_0.npy").exists()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="empty: no picture in it"):
+    with pytest.raises(InputError, match="empty: no image in it"):
         embed_files(encoder, images=str(tmp_path / "empty"), texts=None, out=out, context_length=52)
     (tmp_path / "t.txt").write_bytes("红".encode("gbk"))
     with pytest.raises(InputError, match=r"t\.txt: not UTF-8 at byte 0"):
         embed_files(encoder, images=None, texts=str(tmp_path / "t.txt"), out=out, context_length=52)
     pl.DataFrame({"x": [1]}).write_parquet(tmp_path / "x.parquet")
-    with pytest.raises(InputError, match=r"no column of pictures .* it has x"):
+    with pytest.raises(InputError, match=r"no column of images .* it has x"):
         embed_files(encoder, images=str(tmp_path / "x.parquet"), texts=None, out=out, context_length=52)
     assert main(["embed", weights, "--out", out]) == 2
     assert main(["embed", weights, "--texts", str(tmp_path / "t.txt"), "--out", out, "--context", "65"]) == 2

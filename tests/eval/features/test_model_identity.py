@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from eval.datasets.cnclip_tsv import read_evaluation
+from eval.features.encoder import ModelSource, load_encoder
 from eval.features.evaluation_set import embed_evaluation
 from eval.features.model_identity import identify, read_identity
 from eval.index.flat import build_index
@@ -82,7 +83,8 @@ def test_retrieval_refuses_an_index_of_another_model_and_of_another_width(
     evaluation = read_evaluation(small_evaluation(tmp_path / "set"), "small")
     for seed in (0, 1):
         out = tmp_path / f"out{seed}"
-        embed_evaluation(model(folder, seed)[0], str(folder / f"model{seed}"), evaluation, str(out))
+        source = ModelSource(model(folder, seed)[0], str(folder / f"model{seed}"), 52)
+        embed_evaluation(load_encoder(source), evaluation, str(out))
         for side, name in (("image", "img_emb"), ("text", "text_emb")):
             build_index(str(out / name / f"{name}_0.npy"), str(out / f"{side}.index"))
     features, other = str(tmp_path / "out0"), str(tmp_path / "out1")

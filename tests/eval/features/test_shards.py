@@ -98,16 +98,16 @@ def test_killed_and_resumed_gives_the_same_bytes(
     assert bytes_of(out) == bytes_of(whole)
 
 
-def test_a_picture_that_cannot_be_decoded_has_no_row(
+def test_an_image_that_cannot_be_decoded_has_no_row(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    broken = [SAMPLES[0], (b"no picture", "坏的图片"), SAMPLES[2], (b"nor this", "坏的图片"), (b"x", "坏")]
+    broken = [SAMPLES[0], (b"no image", "坏的图片"), SAMPLES[2], (b"nor this", "坏的图片"), (b"x", "坏")]
     write_shards(tmp_path / "shards", broken, per_shard=3)
     model = [str(folder / "model.safetensors"), "--vocab", str(folder / "vocab.txt")]
     out = tmp_path / "out"
     command = ["embed", *model, "--shards", str(tmp_path / "shards"), "--out", str(out)]
     assert command_line.main(command) == 0
-    assert "3 pictures cannot be decoded and have no row" in capsys.readouterr().out
+    assert "3 images cannot be decoded and have no row" in capsys.readouterr().out
     for side in ("img_emb", "text_emb"):
         assert [len(np.load(out / side / f"{side}_{number}.npy")) for number in range(2)] == [2, 0]
     assert pl.read_parquet(out / "metadata" / "metadata_0.parquet")["key"].to_list() == [

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from eval.features.layout import read_vectors
 from eval.index import flat as index_module
-from eval.index.flat import build_index, read_index, read_vectors, search
+from eval.index.flat import build_index, read_index, search
 from eval.metrics.recall import exact_scores
 from pipeline.core.records import InputError
 

@@ -107,7 +107,7 @@ def test_several_right_classes_only_where_the_metric_takes_them() -> None:
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "mean-per-class", "roc-auc", "11-point-map"])
-def test_intervals_hold_the_value_and_narrow_with_more_pictures(metric: str) -> None:
+def test_intervals_hold_the_value_and_narrow_with_more_images(metric: str) -> None:
     rng = np.random.default_rng(3)
     target_N = rng.integers(2, size=2000)
     scores_NC = rng.normal(size=(2000, 2)) + np.eye(2)[target_N]

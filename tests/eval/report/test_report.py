@@ -21,22 +21,23 @@ from eval.paper.comparison import Comparison, Line
 from eval.paper.published import RetrievalProtocol
 from eval.report.charts import histogram_chart
 from eval.report.data import (
-    Counts,
+    ExampleGallery,
+    ExampleRow,
     FunnelStep,
-    Gallery,
-    GalleryRow,
     Histogram,
-    Picture,
     PlantedClass,
     RecallPoint,
     ReportData,
+    RowCounts,
     StageFacts,
+    Thumbnail,
     TrainingPoint,
 )
 from eval.report.files import headline, report_json, write_report
 from eval.report.page import render_html
 from eval.report.sources import make_gallery, read_training_metrics
-from eval.stages import ReportConfig, ScoreConfig, comparisons
+from eval.report.stage import ReportConfig, comparisons
+from eval.stages import EvaluationConfig
 from pipeline.core.records import InputError, Manifest, Shard
 from pipeline.core.stage import Context
 from tests.helpers.chromium import CHROMIUM, QUIET
@@ -56,7 +57,7 @@ def scores(r1: float) -> RetrievalScores:
 def make_data() -> ReportData:
     """A small run with every section, and hostile text wherever text comes from a corpus."""
     steps = [("english", 0), ("english", 500), ("stage1", 0), ("stage1", 400), ("stage2", 0), ("stage2", 300)]
-    picture = Picture(7, True, "image/png", b"\x89PNG not really")
+    image = Thumbnail(7, True, "image/png", b"\x89PNG not really")
     dropped = {"language": 20, HOSTILE: 5}
     return ReportData(
         title=f"Demo {HOSTILE}",
@@ -70,8 +71,11 @@ def make_data() -> ReportData:
             FunnelStep(
                 "filter_text",
                 f"Rules {HOSTILE}",
-                Counts(100, 75, dropped),
-                {"a": Counts(60, 55, {"language": 5}), HOSTILE: Counts(40, 20, {"language": 15, HOSTILE: 5})},
+                RowCounts(100, 75, dropped),
+                {
+                    "a": RowCounts(60, 55, {"language": 5}),
+                    HOSTILE: RowCounts(40, 20, {"language": 15, HOSTILE: 5}),
+                },
             ),
         ),
         training=tuple(TrainingPoint(stage, seen, 5 - seen / 200, 14.3, 1e-3) for stage, seen in steps),
@@ -81,10 +85,10 @@ def make_data() -> ReportData:
             for stage, seen in steps[2:]
         ),
         galleries=(
-            Gallery(
+            ExampleGallery(
                 HOSTILE,
-                hits=(GalleryRow(HOSTILE, 1, (picture,) * 5, None),),
-                misses=(GalleryRow(f"图 {HOSTILE}", None, (picture,) * 5, picture),),
+                hits=(ExampleRow(HOSTILE, 1, (image,) * 5, None),),
+                misses=(ExampleRow(f"图 {HOSTILE}", None, (image,) * 5, image),),
             ),
         ),
         planted=(
@@ -156,7 +160,7 @@ def test_sections_say_what_the_data_says() -> None:
     assert "24.0 % text to image, R@1" in text
     assert "chance 0.08 10.1 20.1" in text
     assert "1 of 2 classes did not meet their written fate." in text
-    assert "no right picture among the first 10" in text
+    assert "no right image among the first 10" in text
     assert "text-to-image R@1 50.0 48.2 … 51.8 48.1 +1.9" in text
     assert "Table 4, COCO-CN" in text
 
@@ -165,7 +169,7 @@ def test_same_data_same_bytes() -> None:
     assert render_html(make_data()) == render_html(make_data())
 
 
-def test_a_run_without_planted_dirt_curves_or_pictures_has_no_such_sections() -> None:
+def test_a_run_without_planted_dirt_curves_or_images_has_no_such_sections() -> None:
     data = dataclasses.replace(
         make_data(), planted=(), training=(), recall=(), galleries=(), funnel=(), baselines={}, comparisons=()
     )
@@ -239,7 +243,7 @@ def test_gallery_shows_hits_and_misses_with_their_answers(tmp_path: Path) -> Non
     assert len(gallery.misses) == 3
     assert {row.rank for row in gallery.misses} <= {8, None}
     assert all(row.answer and not any(p.is_right for p in row.results) for row in gallery.misses)
-    assert all(picture.data[8:12] == b"WEBP" for row in gallery.hits for picture in row.results)
+    assert all(image.data[8:12] == b"WEBP" for row in gallery.hits for image in row.results)
 
 
 def test_training_metrics_are_read_and_bad_lines_named(tmp_path: Path) -> None:
@@ -257,7 +261,7 @@ def test_training_metrics_are_read_and_bad_lines_named(tmp_path: Path) -> None:
 
 
 def test_a_set_of_the_paper_stands_beside_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Features under which each text finds its picture, but for text 0, which has two."""
+    """Features under which each text finds its image, but for text 0, which has two."""
     shards = []
     for name in ("coco-cn-test", "mine"):
         small_evaluation(tmp_path / "corpus" / name, name, count=14)
@@ -269,7 +273,7 @@ def test_a_set_of_the_paper_stands_beside_its_table(tmp_path: Path, monkeypatch:
     extra = {"0": {"evaluations": {"coco-cn-test": "coco-cn-test", "mine": "mine"}}}
     corpus = Manifest("corpus", 1, "", "", {}, tuple(shards), 0, 0, {}, extra)
     context = Context(str(tmp_path), "report", 0, {"corpus": corpus})
-    score = ScoreConfig(stages=("stage1", "stage2"), vocabulary=None, context_length=52)
+    score = EvaluationConfig(stages=("stage1", "stage2"), vocabulary=None, context_length=52)
     config = ReportConfig(score=score, model="RN50", training_stages=(), titles={})
 
     (small,) = comparisons(config, context)
@@ -287,7 +291,7 @@ def test_a_set_of_the_paper_stands_beside_its_table(tmp_path: Path, monkeypatch:
     (tmp_path / "embed" / "coco-cn-test" / "finetune").symlink_to(
         tmp_path / "embed" / "coco-cn-test" / "stage2"
     )
-    score = ScoreConfig(stages=("stage2", "finetune"), vocabulary=None, context_length=52)
+    score = EvaluationConfig(stages=("stage2", "finetune"), vocabulary=None, context_length=52)
     (table, *_) = comparisons(dataclasses.replace(config, score=score), context)
     assert (table.setup, table.lines[0].paper) == ("finetuned", 66.8)
 
@@ -368,7 +372,7 @@ def test_histograms_and_notes_are_shown() -> None:
     html = render_html(data)
     assert html.count("<figcaption>Characters of the captions, filter_text</figcaption>") == 1
     assert "Scores of the sources (cosine), filter_text" in html
-    assert "Shorter side of the pictures" not in html  # of an empty histogram there is nothing to draw
+    assert "Shorter side of the images" not in html  # of an empty histogram there is nothing to draw
     assert "Note: a no-op for &lt;script&gt;" in html
     report = report_json(data)
     assert report["histograms"][1]["kept"] == [0, 0, 50, 25]

@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval.datasets.cnclip_tsv import EvaluationSet, read_evaluation
-from eval.features.evaluation_set import score_features
+from eval.datasets.cnclip_tsv import RetrievalSet, read_evaluation
 from eval.index.flat import build_index
-from eval.retrieval.predictions import retrieve, score_image_to_text, score_text_to_image
+from eval.metrics.recall import recall_at_k
+from eval.retrieval.measure import evaluate_retrieval
+from eval.retrieval.predictions import rank_image_to_text, rank_text_to_image, retrieve
 from pipeline.core.records import InputError
-from tests.helpers.evaluation_files import png_bytes, small_evaluation, write_evaluation
+from tests.helpers.evaluation_files import ArrayEncoder, png_bytes, small_evaluation, write_evaluation
 
 
 def write_features(folder: Path, modality: str, vectors: np.ndarray) -> np.ndarray:
@@ -23,7 +24,7 @@ def write_features(folder: Path, modality: str, vectors: np.ndarray) -> np.ndarr
     return unit
 
 
-def random_evaluation(folder: Path, num_images: int = 60, num_texts: int = 90) -> EvaluationSet:
+def random_evaluation(folder: Path, num_images: int = 60, num_texts: int = 90) -> RetrievalSet:
     """Several images a text, several texts an image, some images without a text."""
     rng = np.random.default_rng(0)
     images = {1000 - 3 * row: png_bytes(row) for row in range(num_images)}
@@ -41,8 +42,8 @@ def test_scores_of_the_files_equal_the_metrics_with_many_ties(tmp_path: Path) ->
     base = rng.normal(size=(25, 12))  # fewer vectors than rows: every score is tied
     image = write_features(tmp_path / "emb", "image", base[rng.integers(0, 25, evaluation.num_images)])
     text = write_features(tmp_path / "emb", "text", base[rng.integers(0, 25, evaluation.num_texts)])
-    scores = retrieve(evaluation, str(tmp_path / "emb"), str(tmp_path / "emb"), str(tmp_path / "out"))
-    assert scores == score_features(evaluation, image, text)
+    scores = retrieve(evaluation, str(tmp_path / "emb"), str(tmp_path / "emb"), str(tmp_path / "out")).scores
+    assert scores == evaluate_retrieval(ArrayEncoder(image, text), evaluation).scores
     assert 0 < scores["mean_recall"] < 100
 
     lines = (tmp_path / "out/many.predictions.jsonl").read_text().splitlines()
@@ -86,7 +87,7 @@ def test_text_to_image_only_has_a_mean_of_three(tmp_path: Path) -> None:
     write_features(tmp_path / "emb", "text", np.random.default_rng(1).normal(size=(5, 8)))
     scores = retrieve(
         evaluation, str(tmp_path / "emb"), str(tmp_path / "emb"), str(tmp_path), image_to_text=False
-    )
+    ).scores
     assert scores["i2t"] is None
     assert scores["mean_recall"] == pytest.approx(
         (scores["t2i"]["r1"] + scores["t2i"]["r5"] + scores["t2i"]["r10"]) / 3
@@ -139,20 +140,20 @@ def test_bad_prediction_files_are_refused(tmp_path: Path, line: str, expected: s
     evaluation = read_evaluation(small_evaluation(tmp_path), "small")
     (tmp_path / "p.jsonl").write_text(line + "\n")
     with pytest.raises(InputError, match=expected):
-        score_text_to_image(str(tmp_path / "p.jsonl"), evaluation)
+        rank_text_to_image(str(tmp_path / "p.jsonl"), evaluation)
 
 
 def test_any_of_several_positives_is_a_hit(tmp_path: Path) -> None:
     evaluation = read_evaluation(small_evaluation(tmp_path), "small")
     ids = evaluation.image_ids.tolist()
     predicted = {row: [image_id for image_id in ids if image_id != 100 + row][:10] for row in range(12)}
-    predicted[0] = [111, *ids[1:10]]  # text 0 names pictures 100 and 111
+    predicted[0] = [111, *ids[1:10]]  # text 0 names images 100 and 111
     lines = [json.dumps({"text_id": row, "image_ids": ids}) for row, ids in predicted.items()]
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
-    recall = score_text_to_image(str(tmp_path / "p.jsonl"), evaluation)
+    recall = recall_at_k(rank_text_to_image(str(tmp_path / "p.jsonl"), evaluation))
     assert recall == pytest.approx({"r1": 100 / 12, "r5": 100 / 12, "r10": 100 / 12})
 
     lines = [json.dumps({"image_id": image_id, "text_ids": list(range(10))}) for image_id in ids]
     (tmp_path / "q.jsonl").write_text("\n".join(lines))
-    recall = score_image_to_text(str(tmp_path / "q.jsonl"), evaluation)
+    recall = recall_at_k(rank_image_to_text(str(tmp_path / "q.jsonl"), evaluation))
     assert recall == pytest.approx({"r1": 200 / 12, "r5": 600 / 12, "r10": 1100 / 12})

@@ -29,12 +29,12 @@ from PIL import Image
 
 from data_prep.formats.tar import TarWriter
 from eval.datasets.cnclip_tsv import read_evaluation
-from eval.features.encoder import Checkpoint, Encoder, find_checkpoint, load_encoder
+from eval.features.encoder import EvaluationEncoder, ModelSource, find_checkpoint, load_encoder
 from eval.features.evaluation_set import embed_evaluation
 from eval.index.flat import build_index
 from eval.index.partitioned import Embeddings, build_parts
-from eval.serve import server as serve
-from eval.serve.gallery import EvaluationPictures, Gallery, galleries_of_run, open_gallery
+from eval.serve.access import loopback_names
+from eval.serve.gallery import EvaluationImages, Gallery, galleries_of_run, open_gallery
 from eval.serve.server import MAX_UPLOAD_BYTES, Searcher, SearchServer
 from pipeline import cli as command_line
 from pipeline.core.records import ConfigError, InputError, Manifest
@@ -44,7 +44,7 @@ from tests.helpers.tiny_model import write_tiny_model
 from training.model.preprocess import preprocess
 
 HOSTILE = '<img src=x onerror="window.hostile = 1"><script>window.hostile = 2</script>&lt;b&gt; \'"`猫'
-NUM_PICTURES = 12
+NUM_IMAGES = 12
 NUM_SAMPLES = 14
 
 
@@ -58,8 +58,8 @@ class Site:
 
     folder: Path
     recipe: Path
-    checkpoint: Checkpoint
-    encoder: Encoder
+    checkpoint: ModelSource
+    encoder: EvaluationEncoder
     galleries: tuple[Gallery, ...]
     server: SearchServer
 
@@ -106,8 +106,8 @@ def write_run(folder: Path) -> None:
         (run / name).mkdir(parents=True)
     shutil.copy(folder / "model.safetensors", run / "stage1" / "model.safetensors")
     shutil.copy(folder / "vocab.txt", run / "vocabulary" / "caption.txt")
-    images = {100 + row: png_bytes(row) for row in range(NUM_PICTURES)}
-    texts = [(row, f"第{row}张图片", [100 + row]) for row in range(NUM_PICTURES)]
+    images = {100 + row: png_bytes(row) for row in range(NUM_IMAGES)}
+    texts = [(row, f"第{row}张图片", [100 + row]) for row in range(NUM_IMAGES)]
     texts += [(50, HOSTILE, [103]), (51, "长" * 2000, [104])]
     evaluation = write_evaluation(run / "corpus" / "small", "small", images, texts)
     extra = {"0": {"evaluations": {"small": "small"}, "own_evaluations": {}}}
@@ -115,7 +115,8 @@ def write_run(folder: Path) -> None:
     (run / "corpus" / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
     features = run / "embed" / "small" / "stage1"
     model = str(run / "stage1" / "model.safetensors")
-    embed_evaluation(model, str(folder / "vocab.txt"), read_evaluation(evaluation, "small"), str(features))
+    source = ModelSource(model, str(folder / "vocab.txt"), 52)
+    embed_evaluation(load_encoder(source), read_evaluation(evaluation, "small"), str(features))
     index = run / "index" / "small" / "stage1" / "image.index"
     build_index(str(features / "img_emb" / "img_emb_0.npy"), str(index))
 
@@ -139,8 +140,8 @@ def write_shards(folder: Path) -> None:
         ).write_parquet(folder / f"{number:05d}.parquet")
 
 
-def embed_shards(encoder: Encoder, folder: Path) -> None:
-    """Features of the shards' pictures in reverse order, in two files; the last key is in no shard."""
+def embed_shards(encoder: EvaluationEncoder, folder: Path) -> None:
+    """Features of the shards' images in reverse order, in two files; the last key is in no shard."""
     order = list(reversed(range(NUM_SAMPLES)))
     with torch.inference_mode():
         image_BCHW = preprocess([png_bytes(100 + row) for row in order], 32)
@@ -174,7 +175,7 @@ def results(site: Site, body: bytes | None = None, **fields: object) -> list[dic
 
 
 def test_a_text_finds_what_its_feature_is_nearest_to(site: Site) -> None:
-    found = results(site, q="红色的猫", k=NUM_PICTURES + 5)
+    found = results(site, q="红色的猫", k=NUM_IMAGES + 5)
     image_ND = np.load(site.folder / "run/embed/small/stage1/img_emb/img_emb_0.npy")
     scores = image_ND.astype(np.float64) @ site.encoder.texts(["红色的猫"])[0].astype(np.float64)
     assert [item["row"] for item in found] == np.argsort(-scores).tolist()
@@ -187,7 +188,7 @@ def test_a_text_finds_what_its_feature_is_nearest_to(site: Site) -> None:
     assert [item["row"] for item in results(site, q="红色的猫", k=3)] == np.argsort(-scores)[:3].tolist()
 
 
-def test_a_picture_finds_itself_in_a_set_and_in_shards(site: Site) -> None:
+def test_an_image_finds_itself_in_a_set_and_in_shards(site: Site) -> None:
     found = results(site, png_bytes(7), k=2)
     assert (found[0]["row"], found[0]["source"]) == (7, "small, image 107")
     assert found[0]["score"] == pytest.approx(1.0, abs=1e-5)
@@ -199,7 +200,7 @@ def test_a_picture_finds_itself_in_a_set_and_in_shards(site: Site) -> None:
     assert (found[0]["captions"], found[0]["source"]) == ([], "not in these shards")
 
 
-def test_a_picture_is_turned_as_its_tag_says(site: Site) -> None:
+def test_an_image_is_turned_as_its_tag_says(site: Site) -> None:
     upright = Image.fromarray(np.arange(40 * 20 * 3, dtype=np.uint8).reshape(40, 20, 3))
     turned, plain = io.BytesIO(), io.BytesIO()
     exif = Image.Exif()
@@ -210,20 +211,20 @@ def test_a_picture_is_turned_as_its_tag_says(site: Site) -> None:
 
 
 @pytest.mark.parametrize(("gallery", "row", "seed"), [(0, 5, 5), (1, 0, 113), (1, 12, 101)])
-def test_pictures_come_encoded_anew(site: Site, gallery: int, row: int, seed: int) -> None:
+def test_images_come_encoded_anew(site: Site, gallery: int, row: int, seed: int) -> None:
     status, headers, data = ask(site, f"/picture?gallery={gallery}&row={row}")
     assert (status, headers["Content-Type"]) == (200, "image/jpeg")
     with Image.open(io.BytesIO(data)) as image, Image.open(io.BytesIO(png_bytes(seed))) as original:
         assert image.size == original.size
         error = np.asarray(image, dtype=np.float64) - np.asarray(original, dtype=np.float64)
-    assert np.abs(error).mean() < 8  # a picture of other blocks is off by some 85
+    assert np.abs(error).mean() < 8  # an image of other blocks is off by some 85
 
 
 def test_the_least_score_can_leave_nothing(site: Site) -> None:
     assert results(site, q="猫", min_score=1) == []
     best = results(site, q="猫")[0]["score"]
     kept = results(site, q="猫", min_score=best - 1e-5)
-    assert 1 <= len(kept) < NUM_PICTURES
+    assert 1 <= len(kept) < NUM_IMAGES
     assert all(item["score"] >= best - 1e-5 for item in kept)
 
 
@@ -260,7 +261,7 @@ def seven_thousand_square() -> bytes:
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not_an_image"),
     ],
 )
-def test_what_is_no_picture_for_us_is_refused(site: Site, body: bytes, said: str) -> None:
+def test_what_is_no_image_for_us_is_refused(site: Site, body: bytes, said: str) -> None:
     status, _, data = ask(site, "/api/search", body)
     assert status == 415
     assert said in json.loads(data)["error"]
@@ -295,7 +296,7 @@ def test_requests_that_are_refused(site: Site, path: str, status: int, said: str
 
 def test_a_body_is_limited_before_it_is_read(site: Site) -> None:
     status, _, data = ask(site, "/api/search", bytes(MAX_UPLOAD_BYTES + 1))
-    assert (status, json.loads(data)["error"]) == (413, "at most 16 MiB a picture")
+    assert (status, json.loads(data)["error"]) == (413, "at most 16 MiB an image")
     connection = http.client.HTTPConnection("127.0.0.1", site.server.server_port, timeout=30)
     connection.putrequest("POST", "/api/search")
     connection.putheader("Content-Length", str(10**12))
@@ -326,12 +327,12 @@ def test_many_at_once_get_their_own_answers(site: Site) -> None:
     def search(seed: int) -> None:
         found[seed] = results(site, png_bytes(seed))[0]["row"]
 
-    threads = [threading.Thread(target=search, args=(seed,)) for seed in range(NUM_PICTURES)]
+    threads = [threading.Thread(target=search, args=(seed,)) for seed in range(NUM_IMAGES)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == {seed: seed for seed in range(NUM_PICTURES)}
+    assert found == {seed: seed for seed in range(NUM_IMAGES)}
 
 
 def test_what_does_not_belong_together_is_refused(site: Site, tmp_path: Path) -> None:
@@ -343,13 +344,13 @@ def test_what_does_not_belong_together_is_refused(site: Site, tmp_path: Path) ->
     with pytest.raises(ConfigError, match="give --pictures FOLDER"):
         open_gallery(site.index_of_shards, embeddings_folder=site.features_of_shards)
     with pytest.raises(InputError, match="holds no shards"):
-        open_gallery(site.index_of_shards, **shards, pictures_folder=str(tmp_path))
+        open_gallery(site.index_of_shards, **shards, images_folder=str(tmp_path))
 
     (tmp_path / "metadata").mkdir()
     metadata = tmp_path / "metadata" / "metadata_0.parquet"
     pl.DataFrame({"path": ["/etc/passwd"] * NUM_SAMPLES}).write_parquet(metadata)
     with pytest.raises(
-        InputError, match="has no column key or image_id or image_path to find pictures by; found: path"
+        InputError, match="has no column key or image_id or image_path to find images by; found: path"
     ):
         open_gallery(site.index_of_shards, embeddings_folder=str(tmp_path), run_folder="run")
     pl.DataFrame({"key": ["other"] * NUM_SAMPLES}).write_parquet(metadata)
@@ -367,8 +368,8 @@ def test_what_does_not_belong_together_is_refused(site: Site, tmp_path: Path) ->
     with pytest.raises(InputError, match=r"00001\.index: not a readable FAISS index"):
         open_gallery(str(tmp_path / "index"), **shards)
 
-    pictures = site.galleries[0].pictures
-    narrow = Gallery("narrow", 5, NUM_PICTURES, pictures, site.galleries[0].search)
+    images = site.galleries[0].images
+    narrow = Gallery("narrow", 5, NUM_IMAGES, images, site.galleries[0].search)
     with pytest.raises(InputError, match="narrow: an index of width 5, but tiny-vit gives"):
         Searcher(site.encoder, [narrow])
     with pytest.raises(ConfigError, match="give another --host or --port"):
@@ -376,7 +377,7 @@ def test_what_does_not_belong_together_is_refused(site: Site, tmp_path: Path) ->
 
 
 def test_ids_that_fit_two_sets_are_asked_about(site: Site, tmp_path: Path) -> None:
-    images = {100 + row: png_bytes(row) for row in range(NUM_PICTURES)}
+    images = {100 + row: png_bytes(row) for row in range(NUM_IMAGES)}
     for name in ("one", "two"):
         write_evaluation(tmp_path / "sets" / name, name, images, [(0, "图", [100])])
     write_evaluation(tmp_path / "sets" / "more", "more", {**images, 1: png_bytes(99)}, [(0, "图", [100])])
@@ -384,58 +385,58 @@ def test_ids_that_fit_two_sets_are_asked_about(site: Site, tmp_path: Path) -> No
     build_parts(
         Embeddings.open(features), str(tmp_path / "index"), factory="HNSW8", rows_per_part=100, train_rows=12
     )
-    where = {"embeddings_folder": features, "pictures_folder": str(tmp_path / "sets")}
+    where = {"embeddings_folder": features, "images_folder": str(tmp_path / "sets")}
     with pytest.raises(ConfigError, match="fit one, two alike"):
         open_gallery(str(tmp_path / "index"), **where)
     shutil.rmtree(tmp_path / "sets" / "two")
     gallery = open_gallery(str(tmp_path / "index"), **where)
-    assert isinstance(gallery.pictures, EvaluationPictures)
-    assert gallery.pictures.evaluation.name == "one"
+    assert isinstance(gallery.images, EvaluationImages)
+    assert gallery.images.evaluation.name == "one"
     assert gallery.nearest(np.load(f"{features}/img_emb/img_emb_0.npy")[4], 3)[0][0] == 4
 
 
 def test_rows_that_an_index_does_not_find_are_left_out(site: Site) -> None:
     rows, scores = np.array([[3, -1, -1]]), np.array([[0.5, -np.inf, -np.inf]])
-    gallery = Gallery("ivf", 32, 12, site.galleries[0].pictures, lambda query, k: (scores, rows))
+    gallery = Gallery("ivf", 32, 12, site.galleries[0].images, lambda query, k: (scores, rows))
     assert gallery.nearest(np.zeros(32, dtype=np.float32), 3) == [(3, 0.5)]
 
 
 def test_an_index_over_files_shows_them(site: Site, tmp_path: Path) -> None:
-    """What `cnclip embed --images` wrote, with more texts than pictures; one file is gone meanwhile."""
+    """What `cnclip embed --images` wrote, with more texts than images; one file is gone meanwhile."""
     for row in range(4):
-        (tmp_path / "pictures").mkdir(exist_ok=True)
-        (tmp_path / "pictures" / f"{row}.png").write_bytes(png_bytes(row))
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / "images" / f"{row}.png").write_bytes(png_bytes(row))
     captions = [f"第{row}张图片" for row in range(6)]
     (tmp_path / "captions.txt").write_text("\n".join(captions), encoding="utf-8")
     model = [site.checkpoint.path, "--vocab", str(site.checkpoint.vocabulary)]
     features, index = str(tmp_path / "features"), str(tmp_path / "index")
-    inputs = ["--images", str(tmp_path / "pictures"), "--texts", str(tmp_path / "captions.txt")]
+    inputs = ["--images", str(tmp_path / "images"), "--texts", str(tmp_path / "captions.txt")]
     assert command_line.main(["embed", *model, *inputs, "--out", features]) == 0
     assert command_line.main(["index", features, index]) == 0
-    gallery = open_gallery(index, embeddings_folder=features, pictures_folder=str(tmp_path / "pictures"))
+    gallery = open_gallery(index, embeddings_folder=features, images_folder=str(tmp_path / "images"))
     assert gallery.num_rows == 4
-    elsewhere = open_gallery(index, embeddings_folder=features, pictures_folder=str(tmp_path / "index"))
+    elsewhere = open_gallery(index, embeddings_folder=features, images_folder=str(tmp_path / "index"))
     with pytest.raises(InputError, match=r"0\.png: lies outside"):
-        elsewhere.pictures.read(0)
-    query = site.encoder.picture(Image.open(io.BytesIO(png_bytes(2))).convert("RGB"))
+        elsewhere.images.read(0)
+    query = site.encoder.decoded_image(Image.open(io.BytesIO(png_bytes(2))).convert("RGB"))
     (row, score), *_ = gallery.nearest(query, 4)
     assert (row, round(score, 4)) == (2, 1.0)
-    assert gallery.pictures.describe(2).captions == (captions[2],)
-    assert gallery.pictures.describe(2).source == "2.png"
-    assert gallery.pictures.read(2) == png_bytes(2)
-    (tmp_path / "pictures" / "3.png").unlink()
+    assert gallery.images.describe(2).captions == (captions[2],)
+    assert gallery.images.describe(2).source == "2.png"
+    assert gallery.images.read(2) == png_bytes(2)
+    (tmp_path / "images" / "3.png").unlink()
     with pytest.raises(InputError, match=r"3\.png: cannot be read"):
-        gallery.pictures.read(3)
+        gallery.images.read(3)
 
 
-def test_a_broken_picture_is_said_without_its_path(
+def test_a_broken_image_is_said_without_its_path(
     site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(site.folder / "run" / "shards", tmp_path / "shards")
     gallery = open_gallery(
         site.index_of_shards,
         embeddings_folder=site.features_of_shards,
-        pictures_folder=str(tmp_path / "shards"),
+        images_folder=str(tmp_path / "shards"),
     )
     tar = tmp_path / "shards" / "00001.tar"
     tar.write_bytes(tar.read_bytes()[:520])
@@ -463,7 +464,7 @@ def test_the_command_serves_and_stops(site: Site) -> None:
         process.send_signal(signal.SIGINT)
         error = process.stderr.read()
         assert process.wait(timeout=30) == 0
-    assert about["galleries"] == [{"name": "small", "rows": NUM_PICTURES}]
+    assert about["galleries"] == [{"name": "small", "rows": NUM_IMAGES}]
     assert error.endswith("stopped\n")
 
 
@@ -483,9 +484,9 @@ def test_bad_usage(site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_an_address_that_others_reach_is_not_local() -> None:
-    assert serve._loopback_names("0.0.0.0") is None
-    assert serve._loopback_names("pictures.example") is None
-    names = serve._loopback_names("127.0.0.2")
+    assert loopback_names("0.0.0.0") is None
+    assert loopback_names("pictures.example") is None
+    names = loopback_names("127.0.0.2")
     assert names is not None
     assert "127.0.0.2" in names
 
@@ -511,24 +512,24 @@ def visit(browser: Chromium, site: Site, fragment: str = "") -> None:
     browser.wait("document.readyState === 'complete' && document.getElementById('about')?.textContent")
 
 
-def all_pictures_shown(browser: Chromium) -> bool:
+def all_images_shown(browser: Chromium) -> bool:
     browser.wait("[...document.images].every((image) => image.complete)")
     return bool(browser.evaluate(f"[...{CARDS}].every((card) => card.querySelector('img').naturalWidth > 0)"))
 
 
 @needs_chromium
-def test_typing_shows_pictures_with_scores_captions_and_sources(browser: Chromium, site: Site) -> None:
+def test_typing_shows_images_with_scores_captions_and_sources(browser: Chromium, site: Site) -> None:
     visit(browser, site)
     browser.type("红色的猫")
-    assert browser.wait(f"{CARDS}.length") == NUM_PICTURES
+    assert browser.wait(f"{CARDS}.length") == NUM_IMAGES
     shown = browser.evaluate(f"[...{CARDS}].map((card) => card.innerText)")
     for text, item in zip(shown, results(site, q="红色的猫"), strict=True):
         assert f"{item['score']:.3f}" in text
         assert item["captions"][0] in text
         assert item["source"] in text
-    assert browser.evaluate(STATUS) == "12 pictures, nearest first"
+    assert browser.evaluate(STATUS) == "12 images, nearest first"
     browser.evaluate(f"[...{CARDS}].forEach((card) => {{ card.querySelector('img').loading = 'eager' }})")
-    assert all_pictures_shown(browser)
+    assert all_images_shown(browser)
     assert urllib.parse.unquote(browser.evaluate("location.hash")) == "#q=红色的猫&gallery=small"
     assert (
         browser.evaluate(f"getComputedStyle({CARDS}[0]).borderTopLeftRadius") == "12px"
@@ -551,7 +552,7 @@ def test_captions_and_addresses_are_shown_as_text(browser: Chromium, site: Site)
 
 
 @needs_chromium
-def test_a_picture_is_chosen_or_dropped(browser: Chromium, site: Site, tmp_path: Path) -> None:
+def test_an_image_is_chosen_or_dropped(browser: Chromium, site: Site, tmp_path: Path) -> None:
     for seed in (6, 9):
         (tmp_path / f"{seed}.png").write_bytes(png_bytes(seed))
     visit(browser, site)
@@ -563,9 +564,9 @@ def test_a_picture_is_chosen_or_dropped(browser: Chromium, site: Site, tmp_path:
     assert browser.wait("document.getElementById('preview').naturalWidth") == 20
     browser.drop(str(tmp_path / "9.png"), 300, 300)
     browser.wait(f"{CARDS}[0]?.innerText.includes('small, image 109')")
-    (tmp_path / "no.png").write_bytes(b"no picture")
+    (tmp_path / "no.png").write_bytes(b"no image")
     browser.drop(str(tmp_path / "no.png"), 300, 300)
-    browser.wait(f"{STATUS}.includes('not a picture for us')")
+    browser.wait(f"{STATUS}.includes('unsupported image')")
     assert browser.evaluate(f"{CARDS}.length") == 0
 
 
@@ -576,7 +577,7 @@ def test_nothing_found_and_nothing_asked(browser: Chromium, site: Site) -> None:
     assert browser.evaluate(f"{CARDS}.length") == 0
     visit(browser, site)
     browser.type("")
-    browser.wait(f"{STATUS} === 'type a text or give a picture'")
+    browser.wait(f"{STATUS} === 'type a text or give an image'")
 
 
 def test_an_idle_connection_does_not_keep_it_from_stopping(site: Site) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval.datasets.classification import Picture, read_classification
+from eval.datasets.classification import EncodedImage, read_classification
 from eval.datasets.labels import prompts
-from eval.features.encoder import Checkpoint, Encoder, load_encoder
+from eval.features.encoder import EvaluationEncoder, ModelSource, load_encoder
 from eval.zeroshot.analyses import NegationPair, negation, prompt_sensitivity, prompts_plot, prompts_table
 from eval.zeroshot.classifier import (
     class_vectors,
@@ -30,12 +30,12 @@ TEMPLATES = ("{}", "{}的照片", "一张{}色的图")
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> EvaluationEncoder:
     paths = write_tiny_model(tmp_path_factory.mktemp("model"))
-    return load_encoder(Checkpoint(*paths, context_length=52), batch_size=5)
+    return load_encoder(ModelSource(*paths, context_length=52), batch_size=5)
 
 
-def test_texts_keep_their_order_over_batches(encoder: Encoder) -> None:
+def test_texts_keep_their_order_over_batches(encoder: EvaluationEncoder) -> None:
     texts = prompts(["红", "绿色的猫狗", "蓝"], TEMPLATES)
     together = encoder.texts(texts)
     alone = np.concatenate([encoder.texts([text]) for text in texts])
@@ -72,27 +72,29 @@ def test_probabilities_are_a_softmax() -> None:
     assert found[0] == pytest.approx(expected / expected.sum())
 
 
-def test_unreadable_pictures_are_counted_not_scored(encoder: Encoder, tmp_path: Path) -> None:
+def test_unreadable_images_are_counted_not_scored(encoder: EvaluationEncoder, tmp_path: Path) -> None:
     root = write_cnclip(tmp_path / "set")
-    (root / "test" / "001" / "2.png").write_bytes(b"no picture")
+    (root / "test" / "001" / "2.png").write_bytes(b"no image")
     data = read_classification(str(root))
-    image_ND, rows_N = encoder.pictures(data.pictures)
+    image_ND, rows_N = encoder.images(data.images)
     assert rows_N.tolist() == [row for row in range(12) if row != 6]
     vectors_CD = class_vectors(text_features(encoder, data.labels.names, TEMPLATES), "features")
     classified = classify(data, image_ND, rows_N, vectors_CD, "accuracy", num_templates=3)
     assert (classified.num_images, classified.num_unreadable) == (11, 1)
-    with pytest.raises(InputError, match="1 pictures cannot be decoded"):
+    with pytest.raises(InputError, match="1 images cannot be decoded"):
         submission_record(data, classified, encoder)
-    with pytest.raises(InputError, match="none of 1 pictures"):
-        encoder.pictures([Picture(str(root / "test" / "001" / "2.png"))])
+    with pytest.raises(InputError, match="none of 1 images"):
+        encoder.images([EncodedImage(str(root / "test" / "001" / "2.png"))])
 
 
-def test_submission_follows_index_json_and_the_checker_s_rules(encoder: Encoder, tmp_path: Path) -> None:
+def test_submission_follows_index_json_and_the_checker_s_rules(
+    encoder: EvaluationEncoder, tmp_path: Path
+) -> None:
     root = write_cnclip(tmp_path / "mnist", count=2)
     order = [5, 3, 1, 0, 2, 4]
     (root / "index.json").write_text(json.dumps(order))
     data = read_classification(str(root))
-    image_ND, rows_N = encoder.pictures(data.pictures)
+    image_ND, rows_N = encoder.images(data.images)
     vectors_CD = class_vectors(text_features(encoder, data.labels.names, TEMPLATES), "scores")
     classified = classify(data, image_ND, rows_N, vectors_CD, "accuracy", num_templates=3)
     record = submission_record(data, classified, encoder)
@@ -122,7 +124,9 @@ def test_submission_follows_index_json_and_the_checker_s_rules(encoder: Encoder,
         write_submission(str(path), [{**record, "predictions": (found * 0.9).tolist()}])
 
 
-def test_prompt_sensitivity_has_every_template_and_both_ensembles(encoder: Encoder, tmp_path: Path) -> None:
+def test_prompt_sensitivity_has_every_template_and_both_ensembles(
+    encoder: EvaluationEncoder, tmp_path: Path
+) -> None:
     data = read_classification(str(write_cnclip(tmp_path / "mnist")))
     scores = prompt_sensitivity(encoder, data, "accuracy")
     ensembles = [item for item in scores if item.kind == "ensemble"]
@@ -138,20 +142,20 @@ def test_prompt_sensitivity_has_every_template_and_both_ensembles(encoder: Encod
     )
     # one template alone is what `classify` gives for it
     vectors_CD = class_vectors(text_features(encoder, data.labels.names, [alone[0].prompt]), "features")
-    image_ND, rows_N = encoder.pictures(data.pictures)
+    image_ND, rows_N = encoder.images(data.images)
     again = classify(data, image_ND, rows_N, vectors_CD, "accuracy", num_templates=1)
     assert again.measured == alone[0].measured
     assert len(prompts_table(scores).splitlines()) == 1 + len(scores)
     assert prompts_plot(scores, "mnist").count("<path") > 3
 
 
-def test_negation_changes_one_label_alone(encoder: Encoder, tmp_path: Path) -> None:
+def test_negation_changes_one_label_alone(encoder: EvaluationEncoder, tmp_path: Path) -> None:
     data = read_classification(str(write_cnclip(tmp_path / "set")))
     pairs = [NegationPair(2, "蓝色", "没有红色"), NegationPair(0, "红色", "红色")]
     changed, same = negation(encoder, data, "accuracy", pairs, ["{}的照片"])
     assert same.plain == same.negated
     vectors_CD = class_vectors(text_features(encoder, ["红色", "绿色", "没有红色"], ["{}的照片"]), "features")
-    image_ND, rows_N = encoder.pictures(data.pictures)
+    image_ND, rows_N = encoder.images(data.images)
     expected = classify(data, image_ND, rows_N, vectors_CD, "accuracy", num_templates=1)
     assert changed.negated == expected.measured
     predicted = expected.scores_NC.argmax(axis=1)

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from eval.paper.published import ClassificationProtocol
-from eval.stages import ReportConfig, ScoreConfig, comparisons
+from eval.report.stage import ReportConfig, comparisons
+from eval.stages import EvaluationConfig
 from eval.zeroshot import measure as classify
-from eval.zeroshot.stage import ClassificationSource, ZeroshotConfig, ZeroshotStageConfig, run, tasks
+from eval.zeroshot.stage import ClassificationSource, ZeroshotConfig, ZeroshotStageConfig, plan, run
 from pipeline.catalog import load
 from pipeline.core import store
 from pipeline.core.records import Manifest, Shard
@@ -61,11 +62,11 @@ def no_progress(done: int, total: int, text: str = "") -> None:
 
 def test_scores_reach_the_report(context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(tmp_path)
-    score = ScoreConfig(stages=("stage2",), vocabulary=None, context_length=52)
+    score = EvaluationConfig(stages=("stage2",), vocabulary=None, context_length=52)
     report = ReportConfig(score=score, model="RN50", training_stages=(), titles={})
 
     def tables() -> dict[int | None, list[tuple[str, float | None]]]:
-        outcomes = {task.name: run(config, context, task, no_progress) for task in tasks(config, context)}
+        outcomes = {task.name: run(config, context, task, no_progress) for task in plan(config, context)}
         assert outcomes["mnist"].num_kept == 15
         extra = {name: outcome.extra for name, outcome in outcomes.items()}
         done = Manifest("zeroshot", 1, "", "", {}, (), 0, 0, {}, json.loads(json.dumps(extra)))
@@ -84,9 +85,9 @@ def test_scores_reach_the_report(context: Context, tmp_path: Path, monkeypatch: 
     )
 
 
-def test_a_task_is_bound_to_pictures_labels_templates_and_model(context: Context, tmp_path: Path) -> None:
+def test_a_task_is_bound_to_images_labels_templates_and_model(context: Context, tmp_path: Path) -> None:
     def inputs(**zeroshot: str) -> dict[str, dict[str, str]]:
-        found: list[Task] = tasks(config_of(tmp_path, **zeroshot), context)
+        found: list[Task] = plan(config_of(tmp_path, **zeroshot), context)
         return {task.name: dict(task.inputs) for task in found}
 
     before = inputs()

@@ -1,0 +1,68 @@
+"""Evaluation sets of a run: found by name without being read, bound by the digests of their files."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.core import store
+from pipeline.core.config import digest
+from pipeline.core.evaluation_sets import (
+    EvaluationFacts,
+    EvaluationSource,
+    evaluation_named,
+    evaluations_of,
+    facts,
+)
+from pipeline.core.records import InputError, Manifest, Shard
+from pipeline.core.stage import Context
+from tests.helpers.evaluation_files import png_bytes, small_evaluation, write_shards
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Context:
+    """A run whose corpus stage made one set and was given two, one of them shards."""
+    given = small_evaluation(tmp_path / "given", "given")
+    packed = write_shards(tmp_path / "packed", [(png_bytes(1), "一张图片")], 1)
+    made = small_evaluation(tmp_path / "run" / "corpus" / "sets", "made")
+    sources = (
+        EvaluationSource(name="given", folder=given),
+        EvaluationSource(name="packed", folder=packed),
+    )
+    shards = tuple(
+        Shard(f"sets/{path.name}", 1, 1, store.digest_file(str(path))) for path in Path(made).iterdir()
+    )
+    extra = {"demo": facts({"made": "sets"}, sources)}
+    corpus = Manifest("corpus", 1, "", "", {}, shards, 0, 0, {}, extra)
+    return Context(str(tmp_path / "run"), "embed", 0, {"corpus": corpus})
+
+
+def test_finding_sets_reads_none_of_their_files(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(path: str, *_: object, **__: object) -> None:
+        raise AssertionError(f"{path} was read")
+
+    for name in ("digest_file", "open_read", "read_bytes", "read_text"):
+        monkeypatch.setattr(store, name, read)
+    assert [item.name for item in evaluations_of(context)] == ["given", "made", "packed"]
+    assert evaluation_named(context, "given").folder.endswith("given")
+    assert evaluation_named(context, "made").folder == context.path_in("corpus", "sets")
+    with pytest.raises(InputError, match="other: the corpus has no such evaluation set"):
+        evaluation_named(context, "other")
+
+
+def test_a_set_is_bound_by_the_digests_of_its_files(context: Context, tmp_path: Path) -> None:
+    for name, folder in (("given", "given"), ("made", "run/corpus/sets")):
+        files = [tmp_path / folder / f"{name}{suffix}" for suffix in ("_imgs.tsv", "_texts.jsonl")]
+        expected = ":".join(store.digest_file(str(path)) for path in files)
+        assert evaluation_named(context, name).digest == expected
+    sidecar = store.digest_file(str(tmp_path / "packed" / "00000.parquet"))
+    assert evaluation_named(context, "packed").digest == digest([sidecar])
+    (tmp_path / "given" / "given_texts.jsonl").unlink()
+    with pytest.raises(InputError, match=r"given_texts\.jsonl: no such file"):
+        _ = evaluation_named(context, "given").digest
+
+
+def test_facts_keep_their_keys() -> None:
+    noted = EvaluationFacts({"made": "sets"}, {"given": "/given"})
+    assert noted.to_json() == {"evaluations": {"made": "sets"}, "own_evaluations": {"given": "/given"}}
+    assert EvaluationFacts.from_json(noted.to_json()) == noted
+    assert EvaluationFacts.from_json({"urls": 3}) == EvaluationFacts({}, {})
