@@ -176,12 +176,10 @@ def _describe_made(config: CorpusStageConfig, folder: Path) -> Outcome:
     for path in [*sorted((folder / "evaluation").rglob("*.*")), *planned]:
         if path.is_file():
             outputs[path.relative_to(folder).as_posix()] = 0
-    facts = CorpusFacts(tables=tables, site=True, evaluations=EvaluationFacts(evaluations, _given(config)))
+    facts = CorpusFacts(
+        tables=tables, site=True, evaluations=EvaluationFacts.of(evaluations, config.evaluations)
+    )
     return Outcome(outputs, num_in=total, num_kept=total, extra=facts.to_json())
-
-
-def _given(config: CorpusStageConfig) -> dict[str, str]:
-    return {item.name: store.absolute(item.folder) for item in config.evaluations}
 
 
 def _take_in(
@@ -189,7 +187,7 @@ def _take_in(
 ) -> Outcome:
     """Look at one Parquet table where it lies, or write another source as a table of the run."""
     guards = guards_of(corpus)
-    facts = CorpusFacts(guards=guards, evaluations=EvaluationFacts({}, _given(config)))
+    facts = CorpusFacts(guards=guards, evaluations=EvaluationFacts.of({}, config.evaluations))
     asked = CorpusTask.from_json(task.arguments)
     paths, source = asked.paths, asked.source
     table_path, malformed_path = f"tables/{task.name}.parquet", malformed_table(task.name)

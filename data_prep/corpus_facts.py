@@ -42,7 +42,7 @@ class CorpusFacts(Facts):
     packed: Mapping[str, str] = field(default_factory=dict)  # source → folder of TSV, tar or LMDB files
     guards: Sequence[str] = ()  # paths
     site: bool = False  # the stage's folder has a web site that the download stage serves
-    evaluations: EvaluationFacts = EvaluationFacts({}, {})
+    evaluations: EvaluationFacts = field(default_factory=lambda: EvaluationFacts({}, {}))
 
     def to_json(self) -> dict[str, Any]:
         # Named, since super() fails in a class with slots.

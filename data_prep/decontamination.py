@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import polars as pl
 
-from data_prep.formats.base64_image import decode_picture
+from data_prep.formats.base64_image import decode_base64_image
 from data_prep.formats.image import SIGNATURES, BadImageError, decode_upright
 from data_prep.formats.parquet import write_table
 from data_prep.rules import image as image_rules
@@ -88,7 +88,7 @@ def tsv_hashes(path: str) -> Iterator[tuple[str, bytes]]:
         for number, line in enumerate(file, start=1):
             try:
                 name, encoded = line.split(b"\t", 1)
-                image = decode_upright(decode_picture(encoded.strip()), MAX_PIXELS)
+                image = decode_upright(decode_base64_image(encoded.strip()), MAX_PIXELS)
             except (ValueError, BadImageError) as error:
                 raise InputError(
                     f"{path}: line {number}: no image in base64 ({error}); repair the line"

@@ -5,7 +5,7 @@ import base64
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
 
-def decode_picture(encoded: bytes) -> bytes:
+def decode_base64_image(encoded: bytes) -> bytes:
     """The image's bytes; ValueError where it is not base64.
 
     Both alphabets are taken: CN-CLIP's code reads the URL-safe one, in which MUGE comes, and its README's

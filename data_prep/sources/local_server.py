@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from data_prep.formats.base64_image import decode_picture
+from data_prep.formats.base64_image import decode_base64_image
 from pipeline.core import store
 from pipeline.core.records import InputError
 
@@ -150,14 +150,14 @@ class _Handler(BaseHTTPRequestHandler):
             if "lmdb" in query:
                 with self.server.environment(file).begin() as transaction:
                     data = transaction.get(query["lmdb"][0].encode())
-                return (404, b"") if data is None else (200, decode_picture(bytes(data)))
+                return (404, b"") if data is None else (200, decode_base64_image(bytes(data)))
             offset, size = int(query["offset"][0]), int(query["size"][0])
             if offset < 0 or not 0 <= size <= _MAX_PACKED_BYTES:
                 return 404, b""
             with store.open_read(file) as opened:
                 opened.seek(offset)
                 data = bytes(opened.read(size))
-            return 200, decode_picture(data.strip()) if "base64" in query else data
+            return 200, decode_base64_image(data.strip()) if "base64" in query else data
         except (KeyError, ValueError, OSError):
             return 404, b""
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from data_prep.formats.base64_image import decode_picture
+from data_prep.formats.base64_image import decode_base64_image
 from pipeline.core import store
 from pipeline.core.arrays import Int64Array
 from pipeline.core.records import InputError
@@ -77,7 +77,7 @@ class Base64Images:
                 file.seek(int(self.offsets_bytes[row]))
                 encoded = file.read(int(self.sizes_bytes[row]))
                 try:
-                    yield decode_picture(encoded)
+                    yield decode_base64_image(encoded)
                 except ValueError as error:
                     raise InputError(
                         f"{self.path}: image {self.image_ids[row]} is not base64 ({error});"

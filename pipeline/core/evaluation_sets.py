@@ -4,7 +4,7 @@ A set is a folder in Chinese-CLIP's layout: `<name>_imgs.tsv` (id, base64 image)
 or a folder of this project's shards.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -53,6 +53,11 @@ class EvaluationFacts:
     made: Mapping[str, str]  # name → folder, relative to the corpus stage's
     given: Mapping[str, str]  # name → absolute folder
 
+    @classmethod
+    def of(cls, made: Mapping[str, str], given: Iterable[EvaluationSource]) -> "EvaluationFacts":
+        """Note sets that the corpus stage made (folders relative to its own) and those that a run gives."""
+        return cls(made, {item.name: store.absolute(item.folder) for item in given})
+
     def to_json(self) -> dict[str, dict[str, str]]:
         """Return the facts under their keys in the receipt."""
         return {"evaluations": dict(self.made), "own_evaluations": dict(self.given)}
@@ -94,7 +99,7 @@ def shard_stems(folder: str) -> list[str]:
 
 
 def evaluations_of(context: Context) -> list[EvaluationSet]:
-    """Return the run's evaluation sets in order of their names; `corpus` must be one of the stage's parents."""
+    """Return the run's evaluation sets by name; `corpus` must be one of the stage's parents."""
     found = _found(context)
     return [found[name] for name in sorted(found)]
 

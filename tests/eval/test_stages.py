@@ -13,7 +13,7 @@ from eval.stages import (
     retrieval_stage,
 )
 from pipeline.core import store
-from pipeline.core.evaluation_sets import EvaluationSource, facts
+from pipeline.core.evaluation_sets import EvaluationFacts, EvaluationSource
 from pipeline.core.records import Manifest, Shard
 from pipeline.core.stage import Context, Stage, fold, make_receipt
 from tests.helpers.evaluation_files import png_bytes, small_evaluation, write_shards
@@ -41,7 +41,7 @@ def test_stages_from_embed_to_baseline(tmp_path: Path) -> None:
     shutil.move(tmp_path / "vocab.txt", run / "vocabulary" / "caption.txt")
     write_shards(run / "shards", [(png_bytes(row), f"第{row}张图片") for row in range(4)], 2)
     given = (EvaluationSource(name="small", folder=small_evaluation(tmp_path / "set")),)
-    corpus = Manifest("corpus", 1, "", "", {}, (), 0, 0, {}, {"0": facts({}, given)})
+    corpus = Manifest("corpus", 1, "", "", {}, (), 0, 0, {}, {"0": EvaluationFacts.of({}, given)}).to_json()
     parents = {"corpus": corpus} | {
         name: manifest(name, run / name) for name in ("stage2", "vocabulary", "shards")
     }

@@ -11,7 +11,6 @@ from pipeline.core.evaluation_sets import (
     EvaluationSource,
     evaluation_named,
     evaluations_of,
-    facts,
 )
 from pipeline.core.records import InputError, Manifest, Shard
 from pipeline.core.stage import Context
@@ -31,7 +30,7 @@ def context(tmp_path: Path) -> Context:
     shards = tuple(
         Shard(f"sets/{path.name}", 1, 1, store.digest_file(str(path))) for path in Path(made).iterdir()
     )
-    extra = {"demo": facts({"made": "sets"}, sources)}
+    extra = {"demo": EvaluationFacts.of({"made": "sets"}, sources).to_json()}
     corpus = Manifest("corpus", 1, "", "", {}, shards, 0, 0, {}, extra)
     return Context(str(tmp_path / "run"), "embed", 0, {"corpus": corpus})
 
