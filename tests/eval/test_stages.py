@@ -41,7 +41,7 @@ def test_stages_from_embed_to_baseline(tmp_path: Path) -> None:
     shutil.move(tmp_path / "vocab.txt", run / "vocabulary" / "caption.txt")
     write_shards(run / "shards", [(png_bytes(row), f"第{row}张图片") for row in range(4)], 2)
     given = (EvaluationSource(name="small", folder=small_evaluation(tmp_path / "set")),)
-    corpus = Manifest("corpus", 1, "", "", {}, (), 0, 0, {}, {"0": EvaluationFacts.of({}, given)}).to_json()
+    corpus = Manifest("corpus", 1, "", "", {}, (), 0, 0, {}, {"0": EvaluationFacts.of({}, given).to_json()})
     parents = {"corpus": corpus} | {
         name: manifest(name, run / name) for name in ("stage2", "vocabulary", "shards")
     }
