@@ -237,22 +237,22 @@ def render_svg(svg: bytes) -> Image.Image:
 
 
 # Where a vendor's package keeps the images; the group is code points, for Fluent the name's slug.
-PICTURE_PATHS = {
+IMAGE_PATHS = {
     "twemoji": re.compile(r"img/twitter/64/([^/]+)\.png"),
     "openmoji": re.compile(r"color/svg/([^/]+)\.svg"),
     "fluent": re.compile(r"icons/modern/([^/]+)\.svg"),
 }
 
 
-def read_pictures(vendor: str, tarball: Path, codes: Mapping[str, str]) -> dict[str, bytes]:
+def read_images(vendor: str, tarball: Path, codes: Mapping[str, str]) -> dict[str, bytes]:
     """PNG bytes (SIDE_PX square, RGB on white) by code points.
 
-    `codes` maps what PICTURE_PATHS finds, code points normalised, to the code points of the wanted emoji.
+    `codes` maps what IMAGE_PATHS finds, code points normalised, to the code points of the wanted emoji.
     """
-    pictures: dict[str, bytes] = {}
+    images: dict[str, bytes] = {}
 
     def code_of(path: str) -> str | None:
-        match = PICTURE_PATHS[vendor].fullmatch(path)
+        match = IMAGE_PATHS[vendor].fullmatch(path)
         return codes.get(match[1] if vendor == "fluent" else normalise_code(match[1])) if match else None
 
     for path, content in read_members(tarball, lambda path: code_of(path) is not None):
@@ -264,13 +264,13 @@ def read_pictures(vendor: str, tarball: Path, codes: Mapping[str, str]) -> dict[
             on_white(image).save(buffer, "PNG")
         except (ValueError, OSError) as error:
             raise InputError(f"{tarball}: {path} cannot be drawn ({error})") from None
-        pictures[code] = buffer.getvalue()
-    return pictures
+        images[code] = buffer.getvalue()
+    return images
 
 
 def _read_me(packages: Mapping[str, Package], counts: Mapping[str, int]) -> str:
     lines = [
-        "# Emoji pictures with Chinese and English names",
+        "# Emoji images with Chinese and English names",
         "",
         "Made by `python -m data_prep.corpora.build_emoji` from these npm packages."
         " Their licence texts are in `licences/`.",
@@ -279,7 +279,7 @@ def _read_me(packages: Mapping[str, Package], counts: Mapping[str, int]) -> str:
         "| --- | --- | --- |",
         *(f"| {item.name} {item.version} | {item.licence} | {item.credit} |" for item in packages.values()),
         "",
-        *(f"- `{vendor}.parquet`: {count} pictures" for vendor, count in counts.items()),
+        *(f"- `{vendor}.parquet`: {count} images" for vendor, count in counts.items()),
     ]
     return "\n".join(lines) + "\n"
 
@@ -312,7 +312,7 @@ def build(out: Path, packages: Mapping[str, Package] = PACKAGES) -> dict[str, in
     for vendor in VENDORS:
         by_slug = {slug(names_en[code].name): code for code in emojis}
         codes = by_slug if vendor == "fluent" else {code: code for code in emojis}
-        pictures = read_pictures(vendor, tarballs[vendor], codes)
+        images = read_images(vendor, tarballs[vendor], codes)
         rows = [
             {
                 "image_id": f"{vendor}/{code}",
@@ -326,15 +326,15 @@ def build(out: Path, packages: Mapping[str, Package] = PACKAGES) -> dict[str, in
                 "subcategory_en": emojis[code]["subcategory"],
                 "width_px": SIDE_PX,
                 "height_px": SIDE_PX,
-                "png": pictures[code],
+                "png": images[code],
             }
-            for code in sorted(pictures)
+            for code in sorted(images)
         ]
         partial = out / f".{vendor}.partial"
         pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), partial)
         os.replace(partial, out / f"{vendor}.parquet")
         counts[vendor] = len(rows)
-        print(f"{vendor}: {len(rows)} pictures", flush=True)
+        print(f"{vendor}: {len(rows)} images", flush=True)
     (out / "README.md").write_text(_read_me(packages, counts), encoding="utf-8")
     return counts
 

@@ -174,7 +174,7 @@ def make_demo(config: DemoConfig, folder: str | Path) -> None:
     write_evaluation(
         folder / "evaluation" / EVALUATION_NAME,
         EVALUATION_NAME,
-        [encode(picture.image) for picture in world.evaluation],
-        [EvaluationText(picture.caption.chinese, [index]) for index, picture in enumerate(world.evaluation)],
-        [picture.url for picture in world.evaluation],
+        [encode(shown.image) for shown in world.evaluation],
+        [EvaluationText(shown.caption.chinese, [index]) for index, shown in enumerate(world.evaluation)],
+        [shown.url for shown in world.evaluation],
     )

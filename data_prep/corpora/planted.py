@@ -287,10 +287,10 @@ def table_dirt(world: World) -> Iterator[Row]:
         return replace(row, url=url and url.format(index=index), answer=None, body=None)
 
     def evaluation_url(index: int, rng: Random, row: Row) -> Row:
-        picture = world.evaluation[index % len(world.evaluation)]
-        caption = describe(rng, picture.scene)
+        shown = world.evaluation[index % len(world.evaluation)]
+        caption = describe(rng, shown.scene)
         return replace(
-            row, url=picture.url, caption=caption.chinese, caption_en=caption.english, answer=None, body=None
+            row, url=shown.url, caption=caption.chinese, caption_en=caption.english, answer=None, body=None
         )
 
     changes: dict[str, Callable[[int, Random, Row], Row]] = {

@@ -162,7 +162,7 @@ def _palette_with_hole(things: Image.Image) -> Image.Image:
 
 
 def careful_images(world: World) -> Iterator[Row]:
-    """Pictures that are kept, and that a careless reader turns, tints, blackens or whitens."""
+    """Images that are kept, and that a careless reader turns, tints, blackens or whitens."""
 
     def rows(
         planted: str, extension: str, encode: Callable[[int, Image.Image], bytes], *, colourless: bool = False

@@ -158,7 +158,7 @@ def _download(
             elif time.monotonic() - last_change > config.stall_seconds:
                 raise InputError(
                     f"{context.path()}: img2dataset wrote nothing for {config.stall_seconds:g} s, so a worker"
-                    f" hangs; run again to go on with the partitions that are left"
+                    f" hangs: rerun the same command to resume with the remaining partitions"
                 )
             time.sleep(_POLL_SECONDS)
     return damaged
@@ -309,9 +309,9 @@ def _pack(context: Context, task: Task, raw: Path, number: int | None) -> Outcom
             source = stack.enter_context(tarfile.open(raw_tar))
             members = {member.name: member for member in source.getmembers() if member.name.endswith(".jpg")}
             for key, name in zip(kept["key"], kept["member"], strict=True):
-                picture = source.extractfile(members[f"{name}.jpg"])
-                assert picture is not None
-                places.append(writer.add(f"{key}.jpg", picture.read()))
+                member = source.extractfile(members[f"{name}.jpg"])
+                assert member is not None
+                places.append(writer.add(f"{key}.jpg", member.read()))
     kept = kept.drop("member").with_columns(
         pl.Series("offset_bytes", [place.offset_bytes for place in places], dtype=pl.Int64),
         pl.Series("size_bytes", [place.size_bytes for place in places], dtype=pl.Int64),

@@ -1,4 +1,4 @@
-"""Pictures in base64, as CN-CLIP's TSV and LMDB hold them."""
+"""Decode images in base64, as CN-CLIP's TSV and LMDB hold them."""
 
 import base64
 

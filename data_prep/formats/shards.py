@@ -19,7 +19,7 @@ _INTERNAL = (
     "file", "row", "tar", "source_sha256", "stored_width_px", "stored_height_px",
     "picture_at",
 )  # fmt: skip
-_REMEDY = "run `--stage download --mend`, or make these shards again"
+_REMEDY = "run `--stage download --repair`, or make these shards again"
 
 
 Part = Literal["train", "validation"]  # of a corpus that [split] divides

@@ -91,7 +91,7 @@ def url_valid() -> TextRule:
 
 
 def not_an_evaluation_url(urls: Sequence[str]) -> TextRule:
-    """Pictures of the evaluation sets stay out of training (section 2.2: test sets are removed)."""
+    """Images of the evaluation sets stay out of training (section 2.2: test sets are removed)."""
     return TextRule("evaluation_url", 1, _drop(pl.col("url").is_in(list(urls)), EVALUATION_URL))
 
 

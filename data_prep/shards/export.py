@@ -35,7 +35,7 @@ _MAP_BYTES = 1 << 40  # as Chinese-CLIP's own script has it: address space, not 
 class Exported:
     """What an export holds."""
 
-    num_pictures: int
+    num_images: int
     num_texts: int
     files: tuple[str, ...]
     is_new: bool  # False: it was there already, whole and of these shards
@@ -44,7 +44,7 @@ class Exported:
 @dataclass(frozen=True, slots=True)
 class _Pair:
     row: int
-    picture: int  # row of the first pair with this image
+    image: int  # row of the first pair with this image
     data: bytes | None  # the image's; None where an earlier pair had it
     caption: str
 
@@ -67,8 +67,8 @@ def export(corpus: str, out: str, form: Format, split: str, progress: Progress) 
         if store.exists(store.join(out, name)) and not ours:
             raise ConfigError(f"{store.join(out, name)}: is there already; give another --out or --split")
     store.write_text(started, inputs)
-    num_pictures, num_texts = _WRITERS[form](out, split, _pairs(shards, progress))
-    counts = {names[0]: num_pictures, names[1]: num_texts}
+    num_images, num_texts = _WRITERS[form](out, split, _pairs(shards, progress))
+    counts = {names[0]: num_images, names[1]: num_texts}
     manifest = Manifest(
         stage="export",
         schema_version=SCHEMA_VERSION,
@@ -86,7 +86,7 @@ def export(corpus: str, out: str, form: Format, split: str, progress: Progress) 
     )
     store.write_text(place, manifest.to_json())
     store.remove(started)
-    return Exported(num_pictures, num_texts, names, is_new=True)
+    return Exported(num_images, num_texts, names, is_new=True)
 
 
 def _finished(place: str, out: str, inputs: str) -> Exported | None:
@@ -106,9 +106,9 @@ def _finished(place: str, out: str, inputs: str) -> Exported | None:
             raise ConfigError(
                 f"{path}: not as its manifest has it; remove {place} and what it names, then export again"
             )
-    pictures, texts = manifest.shards
+    images, texts = manifest.shards
     names = tuple(shard.path for shard in manifest.shards)
-    return Exported(pictures.num_samples, texts.num_samples, names, is_new=False)
+    return Exported(images.num_samples, texts.num_samples, names, is_new=False)
 
 
 def _pairs(shards: list[CorpusShard], progress: Progress) -> Iterator[_Pair]:
@@ -145,7 +145,7 @@ def _repeated_images(shards: list[CorpusShard]) -> pl.DataFrame:
 
 
 def _write_tsv(out: str, split: str, pairs: Iterator[_Pair]) -> tuple[int, int]:
-    num_pictures = num_texts = 0
+    num_images = num_texts = 0
     images, texts = (store.join(out, name) for name in _tsv_names(split))
     with (
         store.publish(images) as images_path,
@@ -156,11 +156,11 @@ def _write_tsv(out: str, split: str, pairs: Iterator[_Pair]) -> tuple[int, int]:
         for pair in pairs:
             if pair.data is not None:
                 table.write(b"%d\t%b\n" % (pair.row, base64.b64encode(pair.data)))
-                num_pictures += 1
-            text = {"text_id": pair.row, "text": pair.caption, "image_ids": [pair.picture]}
+                num_images += 1
+            text = {"text_id": pair.row, "text": pair.caption, "image_ids": [pair.image]}
             lines.write(json.dumps(text, ensure_ascii=False) + "\n")
             num_texts += 1
-    return num_pictures, num_texts
+    return num_images, num_texts
 
 
 def _write_lmdb(out: str, split: str, pairs: Iterator[_Pair]) -> tuple[int, int]:
@@ -169,21 +169,21 @@ def _write_lmdb(out: str, split: str, pairs: Iterator[_Pair]) -> tuple[int, int]
     root = os.path.join(out, "lmdb")
     partial, target = os.path.join(root, f".{split}.partial"), os.path.join(root, split)
     store.remove(partial)  # of an export that was killed
-    num_pictures = num_texts = 0
+    num_images = num_texts = 0
     with contextlib.ExitStack() as stack:
         put_image = stack.enter_context(_lmdb_writer(os.path.join(partial, "imgs")))
         put_pair = stack.enter_context(_lmdb_writer(os.path.join(partial, "pairs")))
         for pair in pairs:
             if pair.data is not None:
                 put_image(str(pair.row), base64.b64encode(pair.data))
-                num_pictures += 1
-            put_pair(str(num_texts), pickle.dumps((pair.picture, pair.row, pair.caption)))
+                num_images += 1
+            put_pair(str(num_texts), pickle.dumps((pair.image, pair.row, pair.caption)))
             num_texts += 1
-        put_image("num_images", str(num_pictures).encode())
+        put_image("num_images", str(num_images).encode())
         put_pair("num_samples", str(num_texts).encode())
     shutil.rmtree(target, ignore_errors=True)  # ours: what is not was refused
     os.rename(partial, target)
-    return num_pictures, num_texts
+    return num_images, num_texts
 
 
 @contextlib.contextmanager

@@ -75,7 +75,7 @@ def read_site(folder: Path) -> dict[str, Answer]:
     return answers
 
 
-PICTURES = "pictures"  # the site's folder for images that lie on disk: /pictures/<source>/<path>
+IMAGES = "pictures"  # the site's folder for images that lie on disk: /pictures/<source>/<path>
 # Images inside larger files: /packed/<source>/<path>?offset=&size=[&base64=1], or ?lmdb=<key>.
 PACKED = "packed"
 _MAX_PACKED_BYTES = 128 << 20
@@ -86,10 +86,10 @@ class _Server(ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = 128  # a downloader opens its connections all at once
 
-    def __init__(self, folder: Path | None, pictures: Mapping[str, str], packed: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path | None, images: Mapping[str, str], packed: Mapping[str, str]) -> None:
         self.root = folder / "site" if folder is not None else Path()
         self.answers = read_site(folder) if folder is not None else {}
-        self.pictures, self.packed = dict(pictures), dict(packed)
+        self.images, self.packed = dict(images), dict(packed)
         self.environments: dict[str, Any] = {}  # open LMDBs: a process may open each but once
         self.opening = threading.Lock()
         self.stopping = threading.Event()
@@ -124,18 +124,18 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         key = target.path + (f"?{target.query}" if target.query else "")
-        answer = self.server.answers.get(key) or self._picture(unquote(target.path))
+        answer = self.server.answers.get(key) or self._image(unquote(target.path))
         if answer.hang:
             self.server.stopping.wait()
         elif answer.sent_share > 0:
             self._send(answer)
         self.close_connection = True
 
-    def _picture(self, path: str) -> Answer:
+    def _image(self, path: str) -> Answer:
         """A file below one of the image folders, or 404; never one outside of them."""
-        _, _, rest = path.partition(f"/{PICTURES}/")
+        _, _, rest = path.partition(f"/{IMAGES}/")
         name, _, relative = rest.partition("/")
-        file = _below(self.server.pictures.get(name), relative)
+        file = _below(self.server.images.get(name), relative)
         if file is not None and (not store.is_local(file) or os.path.isfile(file)):
             return Answer(file=file, content_type="application/octet-stream")
         return Answer(status=404)
@@ -216,19 +216,19 @@ def local_site(folder: str) -> Iterator[str]:
 @contextmanager
 def serve(
     folder: str | Path | None,
-    pictures: Mapping[str, str] | None = None,
+    images: Mapping[str, str] | None = None,
     packed: Mapping[str, str] | None = None,
 ) -> Iterator[str]:
     """Serve a corpus folder on a free loopback port for the length of a `with` block.
 
-    `pictures` maps source names to folders, whose files are served as `/pictures/<source>/<path>`; `packed`
+    `images` maps source names to folders, whose files are served as `/pictures/<source>/<path>`; `packed`
     maps them to folders of TSV, tar or LMDB files, images in which are served by their place in them.
     Folders may be URLs; LMDBs may not.
 
     Yields `http://127.0.0.1:PORT`, to be used as an HTTP proxy (`http_proxy`) for URLs of `corpus.invalid`
     or as a plain server for their paths. Requests for any other host get 403, unknown paths 404.
     """
-    server = _Server(Path(folder) if folder is not None else None, pictures or {}, packed or {})
+    server = _Server(Path(folder) if folder is not None else None, images or {}, packed or {})
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:

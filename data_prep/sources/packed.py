@@ -30,9 +30,9 @@ IMAGE_MISSING = DropReason("image_missing")  # a text that names an image which 
 NOT_DOWNLOADED = DropReason("not_downloaded")  # img2dataset's own table says so
 MALFORMED_PICKLE = DropReason("malformed:pickle")  # an LMDB pair that is not (image id, text id, text)
 # Lines of _imgs.tsv: each counts as a row, beside the texts that name the image.
-MALFORMED_PICTURE = DropReason("malformed:picture_line")  # not a number, a tab and base64
-PICTURE_REPEATED = DropReason("malformed:picture_repeated")  # a later line has the number: that one stays
-PICTURE_AT = "picture_at"
+MALFORMED_IMAGE = DropReason("malformed:picture_line")  # not a number, a tab and base64
+IMAGE_REPEATED = DropReason("malformed:picture_repeated")  # a later line has the number: that one stays
+IMAGE_AT = "picture_at"
 
 PackedKind = Literal["cn_clip_tsv", "cn_clip_lmdb", "img2dataset", "shards"]
 
@@ -91,7 +91,7 @@ def unpack(source: PackedSource, files: list[str], to: Places) -> Converted:
         name=source.name,
         url_column="url",
         caption_column="caption",
-        carry_columns=(PICTURE_AT, *source.carry_columns),
+        carry_columns=(IMAGE_AT, *source.carry_columns),
         exempt_from=source.exempt_from,
     )
     counts = dict(sorted((listed.counts + out.counts).items()))
@@ -129,12 +129,12 @@ def _read_tsv(source: PackedSource, files: list[str]) -> _Read:
         {
             "image_id": list(places),
             "url": [_known_by(source, image_id) for image_id in places],
-            PICTURE_AT: [
+            IMAGE_AT: [
                 _address(source, os.path.basename(files[0]), offset=offset, size=size, base64=1)
                 for offset, size in places.values()
             ],
         },
-        schema={"image_id": pl.Int64, "url": pl.String, PICTURE_AT: pl.String},
+        schema={"image_id": pl.Int64, "url": pl.String, IMAGE_AT: pl.String},
     )
     found = column_names(files[1])
     lacking = {"text", "image_ids"} - set(found)
@@ -163,7 +163,7 @@ def _read_tsv(source: PackedSource, files: list[str]) -> _Read:
         UNPAIRED: unpaired.select(pl.lit(None, pl.String).alias("url"), "caption"),
         IMAGE_MISSING: missing.select(known_by, "caption"),
     }
-    return rows.select("url", "caption", PICTURE_AT), dropped, malformed
+    return rows.select("url", "caption", IMAGE_AT), dropped, malformed
 
 
 def _tsv_places(path: str, malformed: list[Malformed]) -> dict[int, tuple[int, int]]:
@@ -176,10 +176,10 @@ def _tsv_places(path: str, malformed: list[Malformed]) -> dict[int, tuple[int, i
             number, encoded = name.strip(), encoded.rstrip(b"\r\n")
             if encoded and number.isdigit() and len(number) <= _MOST_DIGITS:
                 if int(number) in places:
-                    malformed.append(Malformed(PICTURE_REPEATED, number.decode()))
+                    malformed.append(Malformed(IMAGE_REPEATED, number.decode()))
                 places[int(number)] = offset + len(name) + 1, len(encoded)
             elif line.strip():
-                malformed.append(Malformed(MALFORMED_PICTURE, line[:300].decode("utf-8", "replace").strip()))
+                malformed.append(Malformed(MALFORMED_IMAGE, line[:300].decode("utf-8", "replace").strip()))
             offset += len(line)
     return places
 
@@ -216,7 +216,7 @@ def _read_lmdb(source: PackedSource, files: list[str]) -> _Read:
             rows.append((_known_by(source, int(image_id)), str(text), at))
     pair = {"url": pl.String, "caption": pl.String}
     dropped = {IMAGE_MISSING: pl.DataFrame(missing, schema=pair, orient="row")}
-    return pl.DataFrame(rows, schema={**pair, PICTURE_AT: pl.String}, orient="row"), dropped, malformed
+    return pl.DataFrame(rows, schema={**pair, IMAGE_AT: pl.String}, orient="row"), dropped, malformed
 
 
 def _read_img2dataset(source: PackedSource, files: list[str]) -> _Read:
@@ -251,7 +251,7 @@ def _read_img2dataset(source: PackedSource, files: list[str]) -> _Read:
             for key, (offset, size) in members.items()
             if offset + size <= end  # a tar that was cut off ends inside its last image
         ],
-        schema={"key": pl.String, PICTURE_AT: pl.String},
+        schema={"key": pl.String, IMAGE_AT: pl.String},
         orient="row",
     )
     done = table.filter(is_done)
@@ -260,7 +260,7 @@ def _read_img2dataset(source: PackedSource, files: list[str]) -> _Read:
         NOT_DOWNLOADED: table.filter(~is_done),
         IMAGE_MISSING: done.join(places, on="key", how="anti", maintain_order="left"),
     }
-    return rows.select("url", "caption", PICTURE_AT), dropped, []
+    return rows.select("url", "caption", IMAGE_AT), dropped, []
 
 
 def _read_shards(source: PackedSource, files: list[str]) -> _Read:
@@ -286,5 +286,5 @@ def _read_shards(source: PackedSource, files: list[str]) -> _Read:
         pl.lit("&size="),
         pl.col("size_bytes").cast(pl.String),
     )
-    rows = whole.select("url", "caption", at.alias(PICTURE_AT), *source.carry_columns)
+    rows = whole.select("url", "caption", at.alias(IMAGE_AT), *source.carry_columns)
     return rows, {IMAGE_MISSING: table.filter(~is_whole)}, []

@@ -14,7 +14,7 @@ from typing import Literal
 import polars as pl
 
 from data_prep.sources import text_file
-from data_prep.sources.local_server import HOST, PICTURES
+from data_prep.sources.local_server import HOST, IMAGES
 from pipeline.core import store
 from pipeline.core.records import InputError
 
@@ -198,7 +198,7 @@ def _url(column: str | None, source: TableSource) -> pl.Expr:
     # In a file's name these are letters, in an address they would end the path or begin an escape.
     for letter, escape in (("%", "%25"), ("#", "%23"), ("?", "%3F")):
         url = url.str.replace_all(letter, escape, literal=True)
-    return pl.concat_str(pl.lit(f"http://{HOST}/{PICTURES}/{source.name}/"), url)
+    return pl.concat_str(pl.lit(f"http://{HOST}/{IMAGES}/{source.name}/"), url)
 
 
 @contextlib.contextmanager

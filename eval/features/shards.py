@@ -85,7 +85,8 @@ def embed_shards(job: ShardJob, *, redo: bool = False, progress: Progress | None
     failed = [process.name for process in others if process.exitcode]
     if failed:
         raise InputError(
-            f"{job.out}: {', '.join(failed)} failed, see above; mend it and run the same command to go on"
+            f"{job.out}: {', '.join(failed)} failed, see above:"
+            " fix the problem and rerun the same command to resume"
         )
     return _summary(job, stems)
 

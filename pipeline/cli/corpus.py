@@ -140,7 +140,7 @@ def _export(options: argparse.Namespace) -> int:
     )
     files = ", ".join(done.files)
     was = "" if done.is_new else "nothing to do: "
-    print(f"{was}{options.out}: {done.num_pictures:,} images and {done.num_texts:,} texts in {files}")
+    print(f"{was}{options.out}: {done.num_images:,} images and {done.num_texts:,} texts in {files}")
     return EXIT_DONE
 
 

@@ -231,7 +231,7 @@ def test_a_share_of_the_scored_rows_goes(encoders: tuple[ScoreConfig, Any, str],
     assert 6 <= manifest.dropped["score_below_threshold"] <= 8
     for fields, message in (
         ({"min_score": 0.1, "drop_share": 0.1}, "not both"),
-        ({"drop_share": 1.0}, "drop_share: Input should be less than 1"),
+        ({"drop_share": 1.0}, "drop_share: must be less than 1"),
     ):
         with pytest.raises(ConfigError, match=message):
             build(FilterScoreConfig, fields, "run.toml")

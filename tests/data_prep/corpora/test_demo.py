@@ -310,5 +310,5 @@ def test_a_scene_told_from_the_other_side_is_the_same_scene() -> None:
 
 @pytest.mark.parametrize("name", ["num_clean", "num_evaluation", "image_size_px", "dirt"])
 def test_numbers_that_leave_nothing_to_make_are_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=rf"run\.toml: {name}: Input should be greater .*, found 0"):
+    with pytest.raises(ConfigError, match=rf"run\.toml: {name}: must be (at least|greater than) .*, found 0"):
         build(DemoConfig, {name: 0}, "run.toml")

@@ -211,5 +211,5 @@ def test_a_vendor_cannot_be_trained_and_evaluated_on(folder: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("name", ["captions_per_picture", "max_keywords"])
 def test_numbers_that_leave_nothing_to_make_are_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=rf"run\.toml: {name}: Input should be greater .*, found 0"):
+    with pytest.raises(ConfigError, match=rf"run\.toml: {name}: must be (at least|greater than) .*, found 0"):
         build(EmojiConfig, {"folder": "emoji", name: 0}, "run.toml")

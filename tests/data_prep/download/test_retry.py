@@ -27,8 +27,8 @@ from pipeline.tools import retry
 from tests.helpers.corpus_files import drawing, encoded, make_run, sidecars
 
 NUM_PICTURES = 60
-PICTURES = {f"{number}.jpg": encoded(drawing(number)) for number in range(NUM_PICTURES)}
-CAPTIONS = {name: f"编号{int(name[:-4]):04d}的图片" for name in PICTURES}
+IMAGES = {f"{number}.jpg": encoded(drawing(number)) for number in range(NUM_PICTURES)}
+CAPTIONS = {name: f"编号{int(name[:-4]):04d}的图片" for name in IMAGES}
 
 # What the web says to each image at first: some of it passes, some of it stays.
 ERRORS = ("timeout: 10 s", "http_error: 503", "http_error: 429", "dns: no", "tls: bad", "connection: reset")
@@ -68,8 +68,8 @@ def fake_web(monkeypatch: pytest.MonkeyPatch, web: Web) -> list[int]:
                         continue
                     if error is None:
                         member = tarfile.TarInfo(f"{index:09d}.jpg")
-                        member.size = len(PICTURES[name])
-                        tar.addfile(member, io.BytesIO(PICTURES[name]))
+                        member.size = len(IMAGES[name])
+                        tar.addfile(member, io.BytesIO(IMAGES[name]))
                     size = 64 if error is None else None
                     rows.append((key, f"{index:09d}", error, size, size, size, size, "00"))
             table = pl.DataFrame(rows, schema=download._ANSWER_SCHEMA, orient="row")
@@ -82,7 +82,7 @@ def fake_web(monkeypatch: pytest.MonkeyPatch, web: Web) -> list[int]:
 
 
 def load(folder: Path) -> Run:
-    run = make_run(folder, PICTURES, CAPTIONS)
+    run = make_run(folder, IMAGES, CAPTIONS)
     stages = [
         replace(stage, config=DownloadConfig(), run=None, run_together=download.run_together)
         if stage.name == "download"

@@ -274,9 +274,9 @@ def test_what_is_not_asked_for_is_not_there() -> None:
     paper, _ = load("paper_corpus")
     assert not {"dedup_image", "score"} & {stage.name for stage in paper.stages}
     for fields, message in (
-        ({"max_distance": 32}, "max_distance: Input should be less than or equal to 31"),
+        ({"max_distance": 32}, "max_distance: must be at most 31"),
         ({"exact": False}, "nothing to look for"),
-        ({"partitions": 0}, "partitions: Input should be greater than or equal to 1"),
+        ({"partitions": 0}, "partitions: must be at least 1"),
     ):
         with pytest.raises(ConfigError, match=message):
             build(DedupImageConfig, fields, "run.toml")

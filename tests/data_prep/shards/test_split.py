@@ -29,13 +29,13 @@ def _copies(number: int) -> dict[str, bytes]:
     return found
 
 
-PICTURES = {name: data for number in range(NUM_PICTURES) for name, data in _copies(number).items()}
-CAPTIONS = {name: f"名叫{name.removesuffix('.jpg')}的一张图片" for name in PICTURES}
+IMAGES = {name: data for number in range(NUM_PICTURES) for name, data in _copies(number).items()}
+CAPTIONS = {name: f"名叫{name.removesuffix('.jpg')}的一张图片" for name in IMAGES}
 
 
 def _split(folder: Path, splitting: SplitConfig, partitions: int = 3, processes: int = 1) -> Run:
     return finish(
-        make_run(folder, PICTURES, CAPTIONS, partitions=partitions, splitting=splitting, processes=processes)
+        make_run(folder, IMAGES, CAPTIONS, partitions=partitions, splitting=splitting, processes=processes)
     )
 
 
@@ -51,7 +51,7 @@ def _numbers(table: pl.DataFrame) -> set[str]:
 def test_every_row_is_in_one_part(done: Run) -> None:
     train, validation = sidecars(done), sidecars(done, "validation")
     assert 0 < validation.height <= 20
-    assert sorted([*train["url"], *validation["url"]]) == sorted(f"http://a.cn/{name}" for name in PICTURES)
+    assert sorted([*train["url"], *validation["url"]]) == sorted(f"http://a.cn/{name}" for name in IMAGES)
     heights = [pl.read_parquet(path).height for path in sorted(Path(done.folder, "shards").glob("*.parquet"))]
     assert heights[:-1] == [8] * (len(heights) - 1)
 
@@ -74,7 +74,7 @@ def test_rows_of_validation_are_not_trained_on(done: Run) -> None:
     assert manifest is not None
     assert split_manifest is not None
     facts = split_manifest.extra["split"]
-    assert manifest.num_kept == len(PICTURES) - facts["validation"]
+    assert manifest.num_kept == len(IMAGES) - facts["validation"]
     assert sum(facts["counts"].values()) == facts["validation"]
 
 
@@ -95,7 +95,7 @@ def test_the_parts_depend_on_neither_partitions_nor_workers(
 def test_share_and_equal_hashes_alone(tmp_path: Path) -> None:
     run = _split(tmp_path, SplitConfig(share=0.1, distance=0))
     validation = sidecars(run, "validation")
-    assert validation.height <= 0.1 * len(PICTURES)
+    assert validation.height <= 0.1 * len(IMAGES)
     assert set(sidecars(run)["perceptual_hash"]).isdisjoint(validation["perceptual_hash"])
 
 

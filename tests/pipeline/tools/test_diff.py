@@ -21,13 +21,13 @@ from pipeline.core.stage import Stage
 from pipeline.tools import diff
 from tests.helpers.corpus_files import drawing, encoded, finish, make_run, sidecars
 
-PICTURES = {f"{number}.jpg": encoded(drawing(number)) for number in range(30)}
-CAPTIONS = {name: f"编号{name.removesuffix('.jpg'):0>4}的图片" for name in PICTURES}
+IMAGES = {f"{number}.jpg": encoded(drawing(number)) for number in range(30)}
+CAPTIONS = {name: f"编号{name.removesuffix('.jpg'):0>4}的图片" for name in IMAGES}
 
 
 def _build(
     folder: Path,
-    pictures: dict[str, bytes] = PICTURES,
+    pictures: dict[str, bytes] = IMAGES,
     captions: dict[str, str] = CAPTIONS,
     splitting: SplitConfig | None = None,
     **filter_text: int,
@@ -80,7 +80,7 @@ def test_every_differing_row_has_the_others_reason(
     del captions["0.jpg"]  # gone from the source
     captions["1.jpg"] = "一张新的图片"  # another row, and the old one gone
     captions["new.jpg"] = "以前没有的图片"
-    pictures = {**PICTURES, "new.jpg": encoded(drawing(99)), "2.jpg": encoded(drawing(98))}
+    pictures = {**IMAGES, "new.jpg": encoded(drawing(99)), "2.jpg": encoded(drawing(98))}
     # Captions of CAPTIONS have 9 characters, the two new ones fewer.
     other = _build(tmp_path, pictures, captions, max_characters=8)
     table = tmp_path / "rows.parquet"
@@ -95,7 +95,7 @@ def test_every_differing_row_has_the_others_reason(
 
 
 def test_another_image_at_an_address_and_rows_set_aside(plain: Run, tmp_path: Path) -> None:
-    pictures = {**PICTURES, "2.jpg": encoded(drawing(98))}
+    pictures = {**IMAGES, "2.jpg": encoded(drawing(98))}
     other = _build(tmp_path, pictures, splitting=SplitConfig(count=5))
     changes = diff.row_changes(diff.Build.open(other.folder), diff.Build.open(plain.folder))
     num_aside = sidecars(other, "validation").height
@@ -111,7 +111,7 @@ def test_a_picture_that_the_other_guards_is_no_unknown_row(tmp_path: Path) -> No
     make_guard(str(tmp_path / "ids.txt"), "coco", str(tmp_path / "guard.parquet"))
     runs = []
     for name, guards in (("a", ()), ("b", (str(tmp_path / "guard.parquet"),))):
-        run = make_run(tmp_path / name, PICTURES, CAPTIONS)
+        run = make_run(tmp_path / name, IMAGES, CAPTIONS)
         table = tmp_path / name / "inputs" / "table.csv"
         table.write_text(table.read_text() + "http://a.cn/7.jpg,旁边还有一只猫\n", encoding="utf-8")
         source = TableSource(path=str(table), name="coco", kind="coco")

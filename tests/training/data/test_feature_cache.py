@@ -164,8 +164,8 @@ def test_features_in_each_others_place_are_noticed(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"cached_views": 1}, r"cached_views = 1: .* set lock_image = true or cached_views = 0"),
-        ({"cached_views": -1, "lock_image": True}, "cached_views: Input should be .* equal to 0, found -1"),
-        ({"micro_batch": 0}, "micro_batch: Input should be greater than 0, found 0"),
+        ({"cached_views": -1, "lock_image": True}, "cached_views: must be at least 0, found -1"),
+        ({"micro_batch": 0}, "micro_batch: must be greater than 0, found 0"),
     ],
 )
 def test_values_that_make_no_sense_are_refused(change: dict[str, Any], message: str) -> None:

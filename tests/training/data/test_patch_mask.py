@@ -116,8 +116,8 @@ def test_training_masks_replays_its_masks_and_evaluates_without(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"patch_mask": 1.0}, "patch_mask: Input should be less than 1, found 1.0"),
-        ({"patch_mask": -0.1}, "patch_mask: Input should be .* equal to 0, found -0.1"),
+        ({"patch_mask": 1.0}, "patch_mask: must be less than 1, found 1.0"),
+        ({"patch_mask": -0.1}, "patch_mask: must be at least 0, found -0.1"),
         ({"patch_mask": 0.5, "cached_views": 2, "lock_image": True}, "patch_mask needs images"),
     ],
 )

@@ -102,7 +102,7 @@ def test_two_ranks_in_micro_batches_learn_as_one_does(tmp_path: Path, cached: bo
         ({"objects": ("圆", "")}, "none empty"),
         ({"negated": ("没有",)}, r"template '没有': must hold \{\} once"),
         ({"affirmed": ()}, "negation.affirmed: .* at least 1 item"),
-        ({"weight": 0.0}, "negation.weight: Input should be greater than 0, found 0.0"),
+        ({"weight": 0.0}, "negation.weight: must be greater than 0, found 0.0"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
