@@ -21,7 +21,7 @@ from data_prep.rules import image as image_rules
 from pipeline.core import store
 from pipeline.core.evaluation_sets import shard_stems
 from pipeline.core.records import InputError
-from pipeline.core.shard_format import read_sidecar
+from pipeline.core.shard_format import read_sidecar_frame
 
 Family = Literal["coco", "flickr", "own"]
 FAMILIES: tuple[Family, ...] = ("coco", "flickr", "own")
@@ -106,7 +106,7 @@ def set_hashes(folder: str, name: str) -> Iterator[tuple[str, bytes]]:
 
 
 def _sidecar_hashes(path: str) -> Iterator[tuple[str, bytes]]:
-    table = read_sidecar(path, ("key", "perceptual_hash"))
+    table = read_sidecar_frame(path, ("key", "perceptual_hash"))
     missing = table.filter(pl.col("perceptual_hash").is_null())
     if missing.height:
         raise InputError(f"{path}: {missing['key'][0]}: no perceptual hash; build the shards again")

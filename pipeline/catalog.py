@@ -37,7 +37,7 @@ from eval.report import stage as report_stage
 from eval.stages import IndexConfig
 from eval.zeroshot import stage as zeroshot_stage
 from eval.zeroshot.stage import ClassificationSource, ZeroshotConfig
-from pipeline import pair_scorers as pair_encoder
+from pipeline import pair_scorers
 from pipeline.core import store
 from pipeline.core.config import build, find_recipe, read_run, to_toml
 from pipeline.core.evaluation_sets import EvaluationSource
@@ -250,8 +250,8 @@ def _row_stages(config: RunConfig) -> list[Stage]:
             score.stage(
                 config.score,
                 rows=before,
-                identify=pair_encoder.identify,
-                load=pair_encoder.load,
+                identify=pair_scorers.identify,
+                load=pair_scorers.load,
                 # On one machine a second process would hold a second copy of both encoders.
                 parallel=config.run.executor == "ray",
             ),

@@ -8,17 +8,13 @@ import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
 from pipeline.core import store
+from pipeline.core.arrays import Float32Array
 from pipeline.core.config import digest
 from pipeline.core.records import InputError
 
 if TYPE_CHECKING:
     from training.model.tokenizer import Tokenizer
-
-Float32Array = npt.NDArray[np.float32]
 
 
 class PairSettings(Protocol):

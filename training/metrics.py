@@ -27,7 +27,7 @@ class Speed:
 
     def __init__(self) -> None:
         self._started = self._last = time.monotonic()
-        self._waited_before = self._first_wait = 0.0
+        self._waited_before = 0.0
         self.num_steps = 0
         self.total_seconds = self.total_wait_seconds = 0.0  # without the first step of this start
         self.seconds = self.wait_seconds = 0.0  # of the last step

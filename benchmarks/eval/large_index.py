@@ -18,17 +18,16 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from benchmarks.harness import parse, parser, record, report
 from eval.index.benchmark import exact_neighbours, recall_at
 from eval.index.partitioned import Embeddings, PartedIndex
+from pipeline.core.arrays import Float32Array
 
 DIM, K, NUM_QUERIES = 512, 10, 256
 ROWS_PER_FILE, NUM_CLUSTERS = 500_000, 4096
 LIMIT_GIB = 6.0
 _BLOCK_ROWS = 50_000
-Float32Array = npt.NDArray[np.float32]
 
 
 def rows_near(centre_ND: Float32Array, noise: float, rng: np.random.Generator) -> Float32Array:

@@ -16,16 +16,15 @@ import tempfile
 import time
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from benchmarks.harness import parse, parser, record, report
 from eval.index.exact_search import top_k
 from eval.retrieval.official_scorer import score_files
+from pipeline.core.arrays import Float32Array
 
 NUM_IMAGES, NUM_QUERIES, DIM, K = 30_000, 5_000, 512, 10
 NUM_ROUNDS = 3
-Float32Array = npt.NDArray[np.float32]
 
 
 def features(seed: int, count: int) -> Float32Array:

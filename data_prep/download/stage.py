@@ -63,7 +63,10 @@ class DownloadConfig:
 
     def __post_init__(self) -> None:
         for network in self.allowed_networks:
-            ipaddress.ip_network(network, strict=False)  # ValueError says what is wrong with it
+            try:
+                ipaddress.ip_network(network, strict=False)
+            except ValueError as error:
+                raise ValueError(f"allowed_networks: {error}") from None
 
 
 def plan(config: DownloadConfig, context: Context) -> list[Task]:

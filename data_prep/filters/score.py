@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Protocol, Self
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 from pydantic import Field
 
@@ -25,6 +24,7 @@ from data_prep.download.stage import partition_of
 from data_prep.facts import Facts
 from data_prep.formats.parquet import write_table
 from data_prep.rules.text import SCORE_BELOW_THRESHOLD, SCORE_RULE
+from pipeline.core.arrays import Float32Array
 from pipeline.core.config import NOT_IN_DIGEST
 from pipeline.core.records import ConfigError, InputError, Manifest
 from pipeline.core.shard_format import ByteRangePool
@@ -37,8 +37,6 @@ _ROWS_AT_ONCE = 2048  # images in memory; captions are sorted by length among th
 _DIGEST_DIGITS = 16
 _PAPERS_MIN_SCORE = 0.26
 _STEPS_PER_UNIT = 500  # of the counts that a share is worked out from
-
-Float32Array = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ from data_prep.rules.image import SWITCHABLE_IMAGE_RULES
 from data_prep.rules.text import TextRule
 from data_prep.sources.table import JUDGED_ONLY, TableSource, naming_damage, scan
 from pipeline.core import store
+from pipeline.core.config import digest
 from pipeline.core.records import ConfigError, Manifest
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
@@ -217,7 +218,6 @@ def _has_scores(frame: pl.LazyFrame) -> bool:
 
 
 def _words_digest(theme: str) -> Any:
-    from pipeline.core.config import digest
 
     return digest(text_rules.blacklist(theme))
 

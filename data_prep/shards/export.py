@@ -20,7 +20,7 @@ from data_prep.formats.shards import CorpusShard, corpus_shards
 from pipeline.core import store
 from pipeline.core.config import digest
 from pipeline.core.records import SCHEMA_VERSION, ConfigError, Manifest, Shard
-from pipeline.core.shard_format import ByteRanges, read_sidecar
+from pipeline.core.shard_format import ByteRanges, read_sidecar_frame
 from pipeline.core.stage import Progress
 
 Format = Literal["tsv", "lmdb"]
@@ -115,7 +115,7 @@ def _pairs(shards: list[CorpusShard], progress: Progress) -> Iterator[_Pair]:
     repeats = _repeated_images(shards)
     row = 0
     for number, shard in enumerate(shards, start=1):
-        rows = read_sidecar(shard.table, ("key", "offset_bytes", "size_bytes", "caption"))
+        rows = read_sidecar_frame(shard.table, ("key", "offset_bytes", "size_bytes", "caption"))
         own = repeats.filter(pl.col("row").is_between(row, row + rows.height - 1))
         first = dict(own.iter_rows())
         with ByteRanges(shard.tar) as tar:

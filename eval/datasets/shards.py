@@ -16,7 +16,15 @@ from pipeline.core import store
 from pipeline.core.arrays import Int64Array
 from pipeline.core.evaluation_sets import shard_stems
 from pipeline.core.records import InputError
-from pipeline.core.shard_format import SIDECAR, TAR, ByteRanges, read_sidecar, sidecar_of, tar_of
+from pipeline.core.shard_format import (
+    MAX_IMAGE_BYTES,
+    SIDECAR,
+    TAR,
+    ByteRanges,
+    read_sidecar_frame,
+    sidecar_of,
+    tar_of,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +46,7 @@ class TarImages:
         starts = np.flatnonzero(np.diff(self.shards[rows], prepend=-1))  # of runs in one tar
         for run in np.split(rows, starts[1:]):
             if len(run):
-                with ByteRanges(self.stems[self.shards[run[0]]] + TAR) as images:
+                with ByteRanges(self.stems[self.shards[run[0]]] + TAR, max_bytes=MAX_IMAGE_BYTES) as images:
                     pairs = zip(self.offsets_bytes[run].tolist(), self.sizes_bytes[run].tolist(), strict=True)
                     for offset, size in pairs:
                         yield images.read(offset, size, f"the image at {offset}")
@@ -67,7 +75,7 @@ def read_shards(folder: str, name: str) -> RetrievalSet:
     columns = ("key", "caption", "image_sha256", "offset_bytes", "size_bytes")
     tables = []
     for number, stem in enumerate(stems):
-        table = read_sidecar(stem + SIDECAR, columns).with_columns(shard=pl.lit(number, pl.Int64))
+        table = read_sidecar_frame(stem + SIDECAR, columns).with_columns(shard=pl.lit(number, pl.Int64))
         blank = table.filter(pl.col("caption").str.strip_chars().fill_null("") == "")
         if blank.height:
             raise InputError(

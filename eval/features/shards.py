@@ -32,7 +32,7 @@ from pipeline.core import store
 from pipeline.core.config import digest
 from pipeline.core.processes import die_with_parent
 from pipeline.core.records import ConfigError, InputError
-from pipeline.core.shard_format import SIDECAR, TAR, ByteRanges, read_sidecar
+from pipeline.core.shard_format import MAX_IMAGE_BYTES, SIDECAR, TAR, ByteRanges, read_sidecar_frame
 from pipeline.core.stage import Progress
 
 
@@ -147,8 +147,8 @@ def _embed_rank(
 
 def _embed_shard(job: ShardJob, encoder: EvaluationEncoder, stem: str, number: int, num_shards: int) -> None:
     columns = ("key", "caption", "offset_bytes", "size_bytes")
-    samples = read_sidecar(stem + SIDECAR, columns, ("source", "url"))
-    with ByteRanges(stem + TAR) as images:
+    samples = read_sidecar_frame(stem + SIDECAR, columns, ("source", "url"))
+    with ByteRanges(stem + TAR, max_bytes=MAX_IMAGE_BYTES) as images:
         image_ND, kept_N = encoder.encoded_images(
             images.read(offset_bytes, size_bytes, f"{key}.jpg")
             for key, offset_bytes, size_bytes in samples.select(

@@ -118,7 +118,7 @@ def protocols() -> Protocols:
 
 def _read(name: str, cls: type[T]) -> T:
     path = str(resources.files("eval.paper") / name)
-    return build(cls, read_toml(path), path)
+    return build(cls, read_toml(path), path, allow_nan=True)
 
 
 def retrieval_protocol(name: str) -> RetrievalProtocol | None:

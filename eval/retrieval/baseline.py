@@ -26,7 +26,7 @@ from eval.metrics.recall import (
 from eval.retrieval.measure import RetrievalResult, image_queries
 from pipeline.core.arrays import Float64Array, Int64Array, UInt8Array
 from pipeline.core.records import InputError
-from pipeline.core.shard_format import ByteRanges, read_sidecar, sidecar_of
+from pipeline.core.shard_format import ByteRanges, read_sidecar_frame, sidecar_of
 
 SIDE_PX = 16
 NGRAM_CHARACTERS = (1, 3)
@@ -156,7 +156,9 @@ def thumbnail(data: bytes, name: str) -> UInt8Array:
 
 def _training_images(tar_paths: Sequence[str], caption_column: str) -> Iterator[tuple[str, UInt8Array]]:
     for tar_path in tar_paths:
-        samples = read_sidecar(sidecar_of(tar_path), ("key", "offset_bytes", "size_bytes", caption_column))
+        samples = read_sidecar_frame(
+            sidecar_of(tar_path), ("key", "offset_bytes", "size_bytes", caption_column)
+        )
         with ByteRanges(tar_path) as images:
             for key, offset_bytes, size_bytes, caption in samples.iter_rows():
                 if caption is None:

@@ -147,7 +147,7 @@ class ShardImages:
         if self.places[row] < 0:
             raise InputError(f"row {row} of the index is in no shard")
         sidecar, sample = self._sample(row)
-        with ByteRanges(tar_of(sidecar)) as images:
+        with ByteRanges(tar_of(sidecar), max_bytes=MAX_IMAGE_BYTES) as images:
             return images.read(sample.get("offset_bytes"), sample.get("size_bytes"), f"{sample['key']}.jpg")
 
     def _sample(self, row: int) -> tuple[str, dict[str, Any]]:

@@ -4,6 +4,8 @@ import argparse
 from typing import Any
 
 from pipeline.cli.arguments import EXIT_DONE, add, add_model, add_templates, checkpoint
+from pipeline.core import store
+from pipeline.core.records import ConfigError
 
 
 def _add_set(command: argparse.ArgumentParser) -> None:
@@ -40,7 +42,6 @@ def _prompts(options: argparse.Namespace) -> int:
     from eval.features.encoder import load_encoder
     from eval.zeroshot.analyses import prompt_sensitivity, prompts_plot, prompts_table
     from eval.zeroshot.measure import open_classification
-    from pipeline.core import store
 
     data, metric = open_classification(options.folder, labels_path=options.labels, metric=options.metric)
     encoder = load_encoder(checkpoint(options))
@@ -78,7 +79,6 @@ def _negation(options: argparse.Namespace) -> int:
     from eval.features.encoder import load_encoder
     from eval.zeroshot.analyses import SHIPPED_PAIRS, NegationPair, negation, negation_table
     from eval.zeroshot.measure import open_classification
-    from pipeline.core.records import ConfigError
 
     data, metric = open_classification(options.folder, labels_path=options.labels, metric=options.metric)
     names = data.labels.names

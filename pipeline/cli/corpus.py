@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.cli.arguments import EXIT_DONE, add, corpus_folder
+from pipeline.core.progress import make_progress
 from pipeline.core.records import ConfigError, Manifest
+from pipeline.core.run import Run, State, read_manifest, survey
 from pipeline.core.stage import Stage
 
 _CORPUS = "finished shards: their folder, the folder of their run, or its RUN.toml"
@@ -133,7 +135,6 @@ def _merge(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     from data_prep.shards.export import export
-    from pipeline.core.progress import make_progress
 
     done = export(
         corpus_folder(options.corpus), options.out, options.to, options.split, make_progress("export")
@@ -162,7 +163,6 @@ def _samples(options: argparse.Namespace, corpora: Sequence[str]) -> int:
 
 def _do(options: argparse.Namespace, stages: tuple[Stage, ...]) -> dict[str, Manifest]:
     """Run the stages in --out, print what went in and came out, and return their manifests by name."""
-    from pipeline.core.run import Run, State, read_manifest, survey
     from pipeline.runner import execute
 
     run = Run(options.out, 0, "local", options.processes, stages)

@@ -4,6 +4,8 @@ import argparse
 from typing import Any
 
 from pipeline.cli.arguments import EXIT_DONE, add, add_model, checkpoint
+from pipeline.core.progress import make_progress
+from pipeline.core.records import ConfigError
 
 
 def add_commands(commands: Any) -> None:
@@ -39,7 +41,6 @@ def add_commands(commands: Any) -> None:
 
 
 def _embed(options: argparse.Namespace) -> int:
-    from pipeline.core.records import ConfigError
 
     if options.shards is not None:
         if options.images is not None or options.texts is not None:
@@ -73,8 +74,6 @@ def _embed(options: argparse.Namespace) -> int:
 
 def _embed_shards(options: argparse.Namespace) -> int:
     from eval.features.shards import ShardJob, embed_shards
-    from pipeline.core.progress import make_progress
-    from pipeline.core.records import ConfigError
 
     if options.ranks < 1:
         raise ConfigError(f"--ranks {options.ranks}: give at least 1")

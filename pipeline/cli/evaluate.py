@@ -5,6 +5,8 @@ import sys
 from typing import Any
 
 from pipeline.cli.arguments import EXIT_DONE, EXIT_FAILED, add, add_model, add_templates, checkpoint
+from pipeline.core import store
+from pipeline.core.records import ConfigError
 
 
 def add_commands(commands: Any) -> None:
@@ -113,8 +115,6 @@ def _add_eval(commands: Any) -> None:
 def _eval(options: argparse.Namespace) -> int:
     from eval.datasets.discover import find_sets, reported_splits, sets_of_run
     from eval.evaluate import Options, evaluate
-    from pipeline.core import store
-    from pipeline.core.records import ConfigError
 
     model = checkpoint(options)
     if options.sets is not None:

@@ -1,10 +1,14 @@
 """`cnclip index` and `cnclip bench-index`."""
 
 import argparse
+import json
 import sys
 from typing import Any
 
 from pipeline.cli.arguments import EXIT_DONE, add, add_device, add_embeddings, add_target
+from pipeline.core import store
+from pipeline.core.progress import make_progress
+from pipeline.core.records import ConfigError
 
 
 def add_commands(commands: Any) -> None:
@@ -41,7 +45,6 @@ def _add_index(commands: Any) -> None:
 def _index(options: argparse.Namespace) -> int:
     from eval.index.benchmark import suggest
     from eval.index.partitioned import Embeddings, build_parts
-    from pipeline.core.progress import make_progress
 
     embeddings = Embeddings.open(options.embeddings, side=options.side)
     factory = options.factory or suggest(
@@ -89,7 +92,6 @@ def _add_bench_index(commands: Any) -> None:
 
 
 def _bench_index(options: argparse.Namespace) -> int:
-    import json
     from dataclasses import asdict
 
     import numpy as np
@@ -97,8 +99,6 @@ def _bench_index(options: argparse.Namespace) -> int:
     from eval.features.model_identity import check_same_model
     from eval.index import benchmark as bench_index
     from eval.index.partitioned import Embeddings
-    from pipeline.core import store
-    from pipeline.core.records import ConfigError
 
     if options.num_queries < 1:
         raise ConfigError(f"--num-queries {options.num_queries}: give at least 1")

@@ -13,7 +13,10 @@ from pipeline.cli.arguments import (
     add_stages,
     corpus_folder,
 )
+from pipeline.core.config import find_recipe
 from pipeline.core.records import ConfigError
+from pipeline.core.run import select, survey, survey_what_is_there
+from pipeline.core.text_table import align
 
 # What training is planned with unless the command line says otherwise.
 _HARDWARE = "A100"
@@ -139,7 +142,6 @@ def _plan(options: argparse.Namespace) -> int:
         return EXIT_DONE
     from pipeline.catalog import load
     from pipeline.cli.tables import plan_table
-    from pipeline.core.run import survey_what_is_there
 
     run, _ = load(options.run, options.set)
     needs = training_table(trainings_of_run(run, options.samples), on, tokens) if on is not None else ""
@@ -171,7 +173,6 @@ def _add_run(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     from pipeline.catalog import load, write_resolved
     from pipeline.cli.tables import closing_words
-    from pipeline.core.run import select
     from pipeline.runner import execute
     from training.stages import TrainStageConfig, check_given_files
 
@@ -191,7 +192,6 @@ def _run(options: argparse.Namespace) -> int:
 def _status(options: argparse.Namespace) -> int:
     from pipeline.catalog import load
     from pipeline.cli.tables import notes, status_table
-    from pipeline.core.run import survey
 
     run, _ = load(options.run, options.set)
     print(status_table(run, survey(run)))
@@ -202,7 +202,6 @@ def _status(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     from pipeline.catalog import load
-    from pipeline.core.run import select
     from pipeline.runner import verify
 
     run, _ = load(options.run, options.set)
@@ -224,7 +223,6 @@ def _why(options: argparse.Namespace) -> int:
 
 def _launch(options: argparse.Namespace) -> int:
     from pipeline.catalog import load
-    from pipeline.core.config import find_recipe
     from pipeline.launch.slurm import write_scripts
 
     run, config = load(options.run, options.set)
@@ -240,7 +238,6 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _retry(options: argparse.Namespace) -> int:
     from pipeline.catalog import load
-    from pipeline.core.text_table import align
     from pipeline.tools import retry
 
     run, _ = load(options.run, options.set)

@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 from pipeline.cli.arguments import EXIT_DONE, add, add_model, checkpoint
+from pipeline.core.records import ConfigError
 
 
 def add_commands(commands: Any) -> None:
@@ -43,7 +44,6 @@ def _serve(options: argparse.Namespace) -> int:
     from eval.features.encoder import load_encoder
     from eval.serve.gallery import galleries_of_run, open_gallery
     from eval.serve.server import Searcher, SearchServer
-    from pipeline.core.records import ConfigError
 
     model = checkpoint(options)
     if options.index is None:

@@ -104,11 +104,12 @@ def _with_base(table: dict[str, Any], where: str, seen: tuple[str, ...] = ()) ->
     return joined
 
 
-def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
+def build(cls: type[T], table: Mapping[str, Any], where: str, *, allow_nan: bool = False) -> T:
     """Check a TOML table against a dataclass and build it.
 
-    Types are strict: a string is no number and 1.5 no integer; an integer does for a float. No number may be
-    nan or inf. Bounds stand in the types (`Annotated[int, Gt(0)]`), rules across fields in `__post_init__`.
+    Types are strict: a string is no number and 1.5 no integer; an integer does for a float. No setting may be
+    nan or inf; with `allow_nan` a table of figures may use nan for what was not measured. Bounds stand in the
+    types (`Annotated[int, Gt(0)]`), rules across fields in `__post_init__`.
 
     Raises:
         ConfigError: names `where` (the file), the key, what is wrong and what was found.
@@ -116,7 +117,8 @@ def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
     import pydantic
 
     _refuse_unknown_keys(cls, table, where, "")
-    _refuse_non_finite(table, where)
+    if not allow_nan:
+        _refuse_non_finite(table, where)
     try:
         built: T = pydantic.TypeAdapter(cls).validate_json(json.dumps(table), strict=True)
         return built

@@ -14,6 +14,7 @@ from pipeline.core.records import InputError
 
 if TYPE_CHECKING:
     import polars as pl
+    import pyarrow as pa
 
 TAR, SIDECAR = ".tar", ".parquet"
 # In this order; columns that a source carries along follow them. Offsets and sizes are of the image's bytes
@@ -22,7 +23,7 @@ SIDECAR_COLUMNS = (
     "key", "offset_bytes", "size_bytes", "caption", "source", "url", "score", "width_px", "height_px",
     "image_sha256", "perceptual_hash",
 )  # fmt: skip
-MAX_IMAGE_BYTES = 64 << 20  # of one range: a damaged sidecar must not ask for gigabytes
+MAX_IMAGE_BYTES = 64 << 20  # of an image in shards from elsewhere: a damaged sidecar may ask for gigabytes
 _OPEN_FILES = 64  # at once in a pool: the rows of one shard may come from any number of tars
 
 
@@ -36,28 +37,42 @@ def tar_of(sidecar: str) -> str:
     return sidecar.removesuffix(SIDECAR) + TAR
 
 
-def read_sidecar(path: str, columns: Sequence[str], optional: Sequence[str] = ()) -> "pl.DataFrame":
+def read_sidecar(path: str, columns: Sequence[str], optional: Sequence[str] = ()) -> "pa.Table":
     """Read these columns of a sidecar, and the optional ones that it has, in that order.
+
+    By pyarrow: the ranks of a training read it too, and a machine that only trains may have no polars.
 
     Raises:
         InputError: if the file cannot be read or lacks one of `columns`.
     """
-    import polars as pl
+    import pyarrow as pa
+    from pyarrow import parquet
 
     try:
         with store.open_read(path) as file:
-            known = pl.read_parquet_schema(file)
+            found = parquet.ParquetFile(file)
+            known = found.schema_arrow.names
             missing = [name for name in columns if name not in known]
             if missing:
                 raise InputError(
                     f"{path}: has no column {missing[0]}, so it is not a sidecar of this project's shards; it"
                     f" has {', '.join(known)}"
                 )
-            file.seek(0)
-            return pl.read_parquet(file, columns=[*columns, *(name for name in optional if name in known)])
-    except (OSError, pl.exceptions.PolarsError) as error:
+            return found.read(columns=[*columns, *(name for name in optional if name in known)])
+    except FileNotFoundError:
+        raise InputError(
+            f"{path}: no such file, and every tar needs its sidecar; build the shard again"
+        ) from None
+    except (OSError, pa.ArrowException) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path}: cannot be read ({reason}); build the shard again") from None
+
+
+def read_sidecar_frame(path: str, columns: Sequence[str], optional: Sequence[str] = ()) -> "pl.DataFrame":
+    """Read a sidecar as `read_sidecar` does, into polars."""
+    import polars as pl
+
+    return pl.DataFrame(pl.from_arrow(read_sidecar(path, columns, optional)))
 
 
 class ByteRanges(contextlib.AbstractContextManager["ByteRanges"]):
@@ -67,8 +82,9 @@ class ByteRanges(contextlib.AbstractContextManager["ByteRanges"]):
     through it in order; with `concurrent` each range is a request of its own, for several threads.
     """
 
-    def __init__(self, path: str, *, concurrent: bool = False) -> None:
+    def __init__(self, path: str, *, concurrent: bool = False, max_bytes: int | None = None) -> None:
         self.path = path
+        self._max_bytes = max_bytes  # of a range: for sidecars from elsewhere, which may ask for gigabytes
         self._file: IO[Any] | None = None
         self._fs: Any = None
         self._is_local = store.is_local(path)
@@ -91,7 +107,8 @@ class ByteRanges(contextlib.AbstractContextManager["ByteRanges"]):
             offset_bytes is None
             or size_bytes is None
             or offset_bytes < 0
-            or not 0 < size_bytes <= MAX_IMAGE_BYTES
+            or size_bytes <= 0
+            or (self._max_bytes is not None and size_bytes > self._max_bytes)
         ):
             raise InputError(
                 f"{self.path}: {name}: its sidecar gives {size_bytes} bytes at {offset_bytes};"

@@ -17,8 +17,7 @@ from data_prep.filters.score import FilterScoreConfig, ScoreConfig
 from data_prep.formats.parquet import write_table
 from data_prep.formats.tar import TarWriter
 from data_prep.sources.table import TableSource, describe
-from pipeline import pair_scorers as pair_encoder
-from pipeline import runner
+from pipeline import pair_scorers, runner
 from pipeline.catalog import load, make_run
 from pipeline.core import store
 from pipeline.core.config import build
@@ -108,8 +107,8 @@ def make(
         Stage("filter_image", "", 1, None, ("corpus", "download"), one_task, make_rows),
         Stage(
             "score", "", 1, config, ("corpus", "download", "filter_image"),
-            functools.partial(score.plan, identify=pair_encoder.identify),
-            functools.partial(score.run, load=pair_encoder.load),
+            functools.partial(score.plan, identify=pair_scorers.identify),
+            functools.partial(score.run, load=pair_scorers.load),
         ),
         Stage(
             "filter_score", "", 1, FilterScoreConfig(min_score=min_score, drop_share=drop_share),
@@ -187,7 +186,7 @@ def test_another_threshold_costs_no_second_pass(
     def loads(_: ScoreConfig) -> Any:
         raise AssertionError("a second pass")
 
-    monkeypatch.setattr(pair_encoder, "load", loads)
+    monkeypatch.setattr(pair_scorers, "load", loads)
     again = make(tmp_path, config, min_score=middle)
     with pytest.raises(ConfigError, match="filter_score is stale"):
         execute(again)
@@ -195,7 +194,7 @@ def test_another_threshold_costs_no_second_pass(
     rows = kept(again)
     assert rows.height == 13  # 5 rows with a score of their source, and the upper half of 15 with the median
     assert (rows["pair_score"].drop_nulls() >= np.float32(middle)).all()
-    text, image = (digest[:16] for digest in pair_encoder.identify(config))
+    text, image = (digest[:16] for digest in pair_scorers.identify(config))
     judged = rows.filter(pl.col("pair_score").is_not_null())
     assert set(judged["pair_text_encoder"]) == {text}
     assert set(judged["pair_image_encoder"]) == {image}
@@ -250,7 +249,7 @@ def test_a_killed_stage_goes_on_at_the_next_partition(
             done.append("killed")
             raise KilledError
         done.append(task.name)
-        return score.run(config, context, task, progress, load=pair_encoder.load)
+        return score.run(config, context, task, progress, load=pair_scorers.load)
 
     run = make(tmp_path, encoders[0], min_score=-1.0)
     stages = tuple(dataclasses.replace(s, run=killed) if s.name == "score" else s for s in run.stages)
@@ -304,7 +303,7 @@ def test_pairs_are_not_mixed(encoders: tuple[ScoreConfig, Any, str], tmp_path: P
     execute(run)
     path = manifest_path(run, "score")
     text = Path(path).read_text()
-    old = pair_encoder.identify(encoders[0])[0][:16]
+    old = pair_scorers.identify(encoders[0])[0][:16]
     Path(path).write_text(text.replace(old, "0" * 16, 1))
     context = make_context(run, run.stage("filter_score"))
     assert context is not None
@@ -318,7 +317,7 @@ def test_encoders_of_two_spaces_are_refused(encoders: tuple[ScoreConfig, Any, st
     save_openai(str(tmp_path / "other.pt"), model, model.config)
     config = dataclasses.replace(encoders[0], image_encoder=str(tmp_path / "other.pt"))
     with pytest.raises(InputError, match=r"ends in 32 dimensions, .* in 128: give the two of one pair"):
-        pair_encoder.load(config)
+        pair_scorers.load(config)
 
 
 @pytest.mark.parametrize(
@@ -337,7 +336,7 @@ def test_score_settings(fields: dict[str, str], message: str) -> None:
 
 def test_missing_weights_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none\.pt: no such file or folder; correct \[score\] model"):
-        pair_encoder.identify(ScoreConfig(model=str(tmp_path / "none.pt")))
+        pair_scorers.identify(ScoreConfig(model=str(tmp_path / "none.pt")))
 
 
 def test_the_catalogue_has_the_stages_where_a_run_asks_for_them(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from hashlib import blake2b
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.compute as pc
 
 from pipeline.core import store
 from pipeline.core.arrays import BoolArray, Int32Array, Int64Array
@@ -69,27 +70,27 @@ def read_shard_table(
     path = sidecar_of(shard.path)
     columns = list(dict.fromkeys(("key", "offset_bytes", "size_bytes", "image_sha256", caption_column)))
     table = read_sidecar(path, columns)
-    if table.height != shard.num_samples:
-        raise InputError(f"{path}: {table.height} rows, but its manifest says {shard.num_samples} samples")
+    if table.num_rows != shard.num_samples:
+        raise InputError(f"{path}: {table.num_rows} rows, but its manifest says {shard.num_samples} samples")
     for column in columns:
-        if num_empty := table[column].null_count():
+        if num_empty := table[column].null_count:
             raise InputError(f"{path}: column {column} has {num_empty} empty rows")
-    if not table["key"].str.contains("^[0-9a-f]{32}$").all():
+    if not pc.all(pc.match_substring_regex(table["key"], "^[0-9a-f]{32}$"), min_count=0).as_py():
         raise InputError(f"{path}: column key: expected 32 hexadecimal digits in every row")
     offset_bytes, size_bytes = (
-        table[name].to_numpy().astype(np.int64) for name in ("offset_bytes", "size_bytes")
+        np.asarray(table[name].to_numpy(), dtype=np.int64) for name in ("offset_bytes", "size_bytes")
     )
     is_outside = (offset_bytes < 0) | (size_bytes <= 0) | (offset_bytes + size_bytes > shard.num_bytes)
     if is_outside.any():
         row = int(np.argmax(is_outside))
         raise InputError(f"{path}: row {row}: the image lies outside the tar of {shard.num_bytes} bytes")
-    captions = table[caption_column].to_list()
+    captions = table[caption_column].to_pylist()
     token_ids, token_starts = _cached_tokens(path, captions, tokenizer, context_length, token_folder)
     return ShardTable(
-        keys=np.array(table["key"].to_list(), dtype="S32"),
+        keys=np.array(table["key"].to_pylist(), dtype="S32"),
         offset_bytes=offset_bytes,
         size_bytes=size_bytes,
-        image_id=np.array([image_id_of(sha) for sha in table["image_sha256"].to_list()], dtype=np.int64),
+        image_id=np.array([image_id_of(sha) for sha in table["image_sha256"].to_pylist()], dtype=np.int64),
         token_ids=token_ids,
         token_starts=token_starts,
         mentioned=None if statements is None else statements.mentions(captions),

@@ -506,7 +506,7 @@ def test_guard_of_pictures_gives_ids_and_hashes(tmp_path: Path, capsys: pytest.C
     for name, family in (("set", "own"), ("pictures", "flickr")):
         guards.append(str(tmp_path / f"{name}.parquet"))
         assert main(["guard", str(tmp_path / name), "--family", family, "--out", guards[-1]]) == 0
-    assert "1 pictures" in capsys.readouterr().out
+    assert "1 images" in capsys.readouterr().out
     assert guarded_ids(guards).flickr == {1000}
     assert guarded_ids(guards).coco == frozenset()
     first, second = guarded_hashes(guards)

@@ -98,7 +98,7 @@ def test_the_launcher_passes_a_signal_on_and_says_that_it_was_stopped(tmp_path: 
         process.send_signal(signal.SIGTERM)
         said, _ = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == Stopped.exit_status
-    assert re.search(r"stopped: by SIGUSR1 after step \d+, a checkpoint is written; run the same", said)
+    assert re.search(r"stopped: by SIGUSR1 after step \d+, a checkpoint is written; rerun the same", said)
     (newest,) = (Path(job.folder) / "checkpoints").iterdir()
     step = json.loads((newest / "state.json").read_text())["step"]
     assert step >= 3
