@@ -158,4 +158,4 @@ def test_a_failed_rank_fails_the_command(
     errors = capfd.readouterr().err
     assert "rank 1: " in errors
     assert f"00003.tar: ends inside {shard_key(6)}" in errors
-    assert "run the same command to go on" in errors
+    assert "rerun the same command to resume" in errors
