@@ -8,7 +8,7 @@ which sort names as text read them in order):
 
 What clip-retrieval, autofaiss and `cnclip index` read. `plan.json` binds the folder to the model, the
 settings and the shards; `model.json` says which model it is. A shard's metadata is written last: it existing
-means that the shard is done, so a run that was killed goes on with the next one and ends with the same bytes.
+means that the shard is done, so a run that was killed resumes with the next one and ends with the same bytes.
 An image that cannot be decoded has no row anywhere and is counted. Memory is that of a model and of one
 shard's features for each rank.
 """
