@@ -25,7 +25,7 @@ from eval.paper.comparison import Comparison, compare_classification, compare_re
 from eval.paper.published import PAPER_MODELS, Setup, mismatch, retrieval_protocol
 from eval.paper.render import to_card, to_csv, to_json, to_latex, to_text
 from eval.report.page import render_tables
-from eval.retrieval.measure import StoredFeatures, evaluate_retrieval
+from eval.retrieval.measure import RetrievalResult
 from eval.retrieval.official_files import write_features
 from eval.retrieval.predictions import retrieve
 from eval.zeroshot.classifier import Ensemble, write_submission
@@ -128,11 +128,11 @@ def _retrieval(
             path = store.join(folder, f"{source.name}_{middle}_feat.jsonl")
             write_features(path, f"{side}_id", ids, read_side(folder, side))
         build_index(vectors_path(folder, side), store.join(folder, f"{side}.index"))
-    retrieve(evaluation, folder, folder, folder, image_to_text=both)
+    result = retrieve(evaluation, folder, folder, folder, image_to_text=both)
     return compare_set(
         evaluation,
         source.protocol,
-        folder,
+        result,
         setup=options.setup,
         model=encoder.name,
         paper_model=paper_model,
@@ -143,21 +143,19 @@ def _retrieval(
 def compare_set(
     evaluation: RetrievalSet,
     protocol_id: str,
-    folder: str,
+    result: RetrievalResult,
     *,
     setup: Setup,
     model: str,
     paper_model: str | None,
     notes: Sequence[str] = (),
 ) -> Comparison:
-    """Compare a set's recalls, from the features in `folder`, with its table of the paper.
+    """Compare a set's recalls with its table of the paper.
 
     A set whose counts are not the protocol's, or whose id is no protocol's, has no published figure next to
     it.
     """
     protocol = retrieval_protocol(protocol_id)
-    both = protocol is None or protocol.image_to_text
-    result = evaluate_retrieval(StoredFeatures(folder), evaluation, image_to_text=both)
     remarks = list(notes)
     if protocol is not None:
         counts = (

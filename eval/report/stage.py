@@ -124,21 +124,27 @@ def comparisons(config: ReportConfig, context: Context) -> "tuple[Comparison, ..
     from eval.evaluate import compare_set
     from eval.paper.comparison import compare_classification
     from eval.paper.published import PAPER_MODELS, retrieval_protocol
+    from eval.retrieval.measure import StoredFeatures, evaluate_retrieval
     from eval.zeroshot.stage import ZeroshotFacts
 
     final = config.score.stages[-1]
-    tables = [
-        compare_set(
-            read_retrieval_set(item.folder, item.name),
-            item.name,
-            context.path_in("embed", folder_of(item.name, final)),
-            setup="finetuned" if final == "finetune" else "zero-shot",
-            model=config.model,
-            paper_model=PAPER_MODELS.get(config.model),
+    tables = []
+    for item in evaluations_of(context):
+        protocol = retrieval_protocol(item.name)
+        if protocol is None:
+            continue
+        evaluation = read_retrieval_set(item.folder, item.name)
+        features = StoredFeatures(context.path_in("embed", folder_of(item.name, final)))
+        tables.append(
+            compare_set(
+                evaluation,
+                item.name,
+                evaluate_retrieval(features, evaluation, image_to_text=protocol.image_to_text),
+                setup="finetuned" if final == "finetune" else "zero-shot",
+                model=config.model,
+                paper_model=PAPER_MODELS.get(config.model),
+            )
         )
-        for item in evaluations_of(context)
-        if retrieval_protocol(item.name) is not None
-    ]
     if (manifest := context.parents.get("zeroshot")) is not None:
         found = [ZeroshotFacts.from_json(extra) for extra in manifest.extra.values()]
         tables += compare_classification(
