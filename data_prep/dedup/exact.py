@@ -16,9 +16,10 @@ from pydantic import Field
 
 from data_prep.accounting.judged import publish_judged
 from data_prep.facts import Facts
+from pipeline.core.records import DropReason
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
-DUPLICATE = "duplicate"
+DUPLICATE = DropReason("duplicate")
 _PREFIX_HEX_DIGITS = 8
 _ROWS_PER_TASK = 1_000_000  # about a gigabyte with its sorted copy
 _MIN_TASKS = 64  # below, one task a partition
