@@ -109,8 +109,6 @@ def _retrieval(
     paper_model: str | None,
 ) -> Comparison:
     evaluation = read_retrieval_set(source.folder, source.name)
-    protocol = retrieval_protocol(source.protocol)
-    both = protocol is None or protocol.image_to_text
     folder = store.join(out_folder, source.protocol)
     unreadable = list[str]()
     try:
@@ -128,7 +126,7 @@ def _retrieval(
             path = store.join(folder, f"{source.name}_{middle}_feat.jsonl")
             write_features(path, f"{side}_id", ids, read_side(folder, side))
         build_index(vectors_path(folder, side), store.join(folder, f"{side}.index"))
-    result = retrieve(evaluation, folder, folder, folder, image_to_text=both)
+    result = retrieve(evaluation, folder, folder, folder)
     return compare_set(
         evaluation,
         source.protocol,

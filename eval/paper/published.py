@@ -83,7 +83,6 @@ class RetrievalProtocol:
     title: str
     images: int | None = None
     texts: int | None = None
-    image_to_text: bool  # False: scored text-to-image only
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

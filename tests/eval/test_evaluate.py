@@ -148,7 +148,7 @@ def test_unreadable_images_are_counted_and_nothing_is_compared(
     texts = [(row, f"第{row}张图片", [100 + row]) for row in range(16)]
     texts[7] = (7, "第七张图片", [107, 108])
     write_evaluation(tmp_path / "sets" / "COCO-CN", "test", images, texts)
-    pinned = RetrievalProtocol(id="coco-cn-test", title="x", images=16, texts=16, image_to_text=True)
+    pinned = RetrievalProtocol(id="coco-cn-test", title="x", images=16, texts=16)
     monkeypatch.setattr(evaluate, "retrieval_protocol", lambda name: pinned if name == pinned.id else None)
     out = tmp_path / "out"
     assert run(folder, "--sets", str(tmp_path / "sets"), "--out", str(out), "--as", "CN-CLIP RN50") == 0
@@ -165,7 +165,7 @@ def test_unreadable_images_are_counted_and_nothing_is_compared(
 def test_met_counts_are_compared(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pinned = RetrievalProtocol(id="coco-cn-test", title="x", images=14, texts=14, image_to_text=True)
+    pinned = RetrievalProtocol(id="coco-cn-test", title="x", images=14, texts=14)
     monkeypatch.setattr(evaluate, "retrieval_protocol", lambda name: pinned if name == pinned.id else None)
     assert isinstance(protocols(), Protocols)
     assert run(folder, "--out", str(tmp_path), "--as", "CN-CLIP RN50", "--format", "json") == 0
