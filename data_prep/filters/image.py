@@ -16,6 +16,7 @@ from data_prep.download.stage import partition_of
 from data_prep.facts import Facts
 from data_prep.formats.image import UNDECODABLE, BadImageError, decode_upright
 from data_prep.rules import image as image_rules
+from data_prep.sources.table import EXEMPT_COLUMN
 from pipeline.core import store
 from pipeline.core.evaluation_sets import EvaluationSet, evaluations_of
 from pipeline.core.shard_format import ByteRangePool
@@ -80,8 +81,9 @@ def run(config: FilterImageConfig, context: Context, task: Task, progress: Progr
     reasons: list[str | None] = []
     hashes: list[bytes] = []
     with ByteRangePool(lambda name: context.path_in("download", name)) as tars:
-        for tar, offset, size, width, height, key, source in table.select(
-            "tar", "offset_bytes", "size_bytes", "width_px", "height_px", "key", "source"
+        own = pl.col(EXEMPT_COLUMN) if EXEMPT_COLUMN in table.columns else pl.lit(None).alias(EXEMPT_COLUMN)
+        for tar, offset, size, width, height, key, source, own_rules in table.select(
+            "tar", "offset_bytes", "size_bytes", "width_px", "height_px", "key", "source", own
         ).iter_rows():
             data = tars.read(tar, offset, size, f"{key}.jpg")
             try:
@@ -90,7 +92,7 @@ def run(config: FilterImageConfig, context: Context, task: Task, progress: Progr
                 reasons.append(UNDECODABLE)
                 hashes.append(bytes(image_rules.HASH_BITS // 8))
                 continue
-            exempt = exempt_from.get(source, ())
+            exempt = (*exempt_from.get(source, ()), *(own_rules or "").split(","))
             reasons.append(
                 image_rules.size(
                     width,

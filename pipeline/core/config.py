@@ -22,6 +22,8 @@ T = TypeVar("T")
 
 # A field that cannot change a stage's output (how many processes, how long to wait) says so in its metadata
 # and stays out of the stage's digest.
+# For fields of later releases: unset, they leave the digest of a configuration as it was before.
+IN_DIGEST_IF_SET: Mapping[str, Any] = types.MappingProxyType({"in_digest_if_set": True})
 NOT_IN_DIGEST: Mapping[str, Any] = types.MappingProxyType({"in_digest": False})
 
 
@@ -152,13 +154,18 @@ def plain(value: Any) -> Any:
         return {
             field.name: plain(getattr(value, field.name))
             for field in dataclasses.fields(value)
-            if field.metadata.get("in_digest", True)
+            if field.metadata.get("in_digest", True) and not is_left_out(field, value)
         }
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return value
+
+
+def is_left_out(field: "dataclasses.Field[Any]", value: Any) -> bool:
+    """Return whether a dataclass value leaves a field IN_DIGEST_IF_SET unset."""
+    return "in_digest_if_set" in field.metadata and getattr(value, field.name) is None
 
 
 def _without_none(value: Any) -> Any:
