@@ -46,7 +46,7 @@ class Options:
     setup: Setup = "zero-shot"
     paper_model: str | None = None  # the published row to stand beside; unset: that of the model's size
     ensemble: Ensemble = "features"
-    templates: str = "own"  # own, general, or a file
+    templates: str = "own"  # own, general, paper, or a file
     json_features: bool = False  # also write features as CN-CLIP's JSON lines
 
 
@@ -80,7 +80,7 @@ def evaluate(
     sets = list[ClassificationResult]()
     for folder in sources.classification:
         say(f"{Path(folder).resolve().name}: classification")
-        data, metric = open_classification(folder)
+        data, metric = open_classification(folder, templates=options.templates)
         sets.append(
             evaluate_classification(
                 encoder, data, metric, ensemble=options.ensemble, templates=options.templates
@@ -96,6 +96,7 @@ def evaluate(
         paper_model=paper_model,
         notes={item.name: item.notes for item in sets},
         differing=[item.name for item in sets if item.differs],
+        by_elevater={item.name: item.by_elevater for item in sets if item.by_elevater is not None},
     )
     _write(tables, checkpoint, encoder, out_folder, options)
     return tables

@@ -152,6 +152,7 @@ def comparisons(config: ReportConfig, context: Context) -> "tuple[Comparison, ..
             paper_model=PAPER_MODELS.get(config.model),
             notes={item.name: item.notes for item in found},
             differing=[item.name for item in found if item.differs],
+            by_elevater={item.name: item.by_elevater for item in found if item.by_elevater is not None},
         )
     return tuple(tables)
 

@@ -58,6 +58,28 @@ def test_table_5_is_never_compared_with_a_checkpoint() -> None:
     assert "Average" not in [line.label for line in tables[0].lines]
 
 
+def test_voc_is_compared_by_elevater_s_rule_and_shown_by_its_own_too() -> None:
+    name = "voc-2007-classification"
+    scores = {item.id: measured(50.0) for item in protocols().classification} | {"mine": measured(10.0)}
+    by_elevater = {name: measured(70.0), "mine": measured(30.0)}
+    tables = compare_classification(
+        scores, model="m", paper_model="CN-CLIP ViT-L/14", by_elevater=by_elevater
+    )
+    lines = {line.label: line for table in tables for line in table.lines}
+    theirs = lines["VOC-2007, by ELEVATER's rule"]
+    assert theirs.ours == measured(70.0)
+    own = lines["VOC-2007, by VOC's own rule"]
+    assert (own.ours, own.paper, own.others) == (measured(50.0), None, ())
+    (line,) = [line for line in tables[0].lines if line.label == theirs.label]
+    assert line.paper == 84.5
+    average = lines["Average"].ours
+    assert average is not None
+    assert average.value == pytest.approx(51.0)
+    assert (lines["mine, by ELEVATER's rule"].ours, lines["mine, by VOC's own rule"].ours) == (
+        measured(30.0), measured(10.0),
+    )  # fmt: skip
+
+
 def test_the_average_needs_all_20_sets() -> None:
     scores = {item.id: measured(50.0) for item in protocols().classification}
     table = compare_classification(scores, model="m", paper_model="CN-CLIP RN50")[0]

@@ -10,6 +10,7 @@ from eval.metrics.classification import (
     average_precision_11,
     classification_metric,
     elevater_map,
+    measured_elevater_map,
     measured_metric,
 )
 
@@ -85,15 +86,19 @@ def test_elevater_s_variant_takes_scikit_learn_s_curve_as_it_is(seed: int) -> No
     rng = np.random.default_rng(seed)
     targets_NC = rng.random((60, 3)) < 0.3
     targets_NC[0] = True
-    scores_NC = (rng.normal(size=(60, 3)) + 0.3 * targets_NC).round(1)
+    scores_NC = (rng.normal(size=(60, 3)) + 0.3 * targets_NC) / 20
+    chance_NC = np.exp(100 * scores_NC)  # clip_zeroshot_evaluator.py
+    chance_NC /= chance_NC.sum(axis=1, keepdims=True)
     means = []
     for column in range(3):
-        precision, recall, _ = precision_recall_curve(targets_NC[:, column], scores_NC[:, column])
+        precision, recall, _ = precision_recall_curve(targets_NC[:, column], chance_NC[:, column])
         means.append(np.mean([precision[recall >= level - 1e-12].max() for level in np.linspace(0, 1, 11)]))
     found = elevater_map(scores_NC, targets_NC)
     assert found == pytest.approx(100 * np.mean(means))
-    plain = classification_metric("11-point-map", scores_NC, targets_NC)
-    assert plain <= found <= plain + 100 / 11
+    assert found != pytest.approx(classification_metric("11-point-map", scores_NC, targets_NC))
+    measured = measured_elevater_map(scores_NC, targets_NC)
+    assert measured.value == found
+    assert measured.low < found < measured.high
 
 
 def test_several_right_classes_only_where_the_metric_takes_them() -> None:
