@@ -126,6 +126,11 @@ def build(cls: type[T], table: Mapping[str, Any], where: str, *, allow_nan: bool
         return built
     except pydantic.ValidationError as error:
         first = error.errors()[0]
+        if first["type"] == "missing" and isinstance(first["loc"][-1], int):  # a list that is too short
+            missing = [item for item in error.errors() if item["loc"][:-1] == first["loc"][:-1]]
+            count = len(first["input"]) + len(missing)
+            place = _readable_location(table, first["loc"][:-1])
+            raise ConfigError(f"{where}: {place}: must have {count} items, found {first['input']}") from None
         # Union members appear in the location by class name or tag; only keys and indices are for the reader.
         location = _readable_location(table, first["loc"])
         message = _complaint(first["type"], first["msg"], first.get("ctx", {}), first["input"])
@@ -263,6 +268,8 @@ def _complaint(kind: str, message: str, facts: Mapping[str, Any], found: Any) ->
         return "required, but not set"
     if kind == "union_tag_invalid":
         return f"must be one of {facts['expected_tags']}, found {facts['tag']!r}"
+    if kind == "too_short" and facts["min_length"] == 1:
+        return "must not be empty"
     known = _COMPLAINTS.get(kind)
     text = known.format(**facts) if known else message.replace("Input should be", "must be")
     return f"{text}, found {_shorten(found)}"
