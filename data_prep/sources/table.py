@@ -93,12 +93,7 @@ _REQUIRED = ("url_column", "caption_column")
 _WIDTH_COLUMNS = ("width", "original_width")
 _HEIGHT_COLUMNS = ("height", "original_height")
 
-# Columns of the table that every source becomes, in order; carried columns follow.
-CANONICAL_COLUMNS = (
-    "source", "row", "url", "caption", "language", "score", "width_px", "height_px",
-    "nsfw", "unsafe", "watermark",
-)  # fmt: skip
-# Those that only the text rules read: they go no further than filter_text.
+# Columns of the canonical table that only the text rules read: they go no further than filter_text.
 JUDGED_ONLY = ("language", "nsfw", "unsafe", "watermark")
 
 
@@ -125,7 +120,7 @@ def find_files(source: TableSource) -> list[str]:
 
 
 def scan(path: str, source: TableSource) -> pl.LazyFrame:
-    """Lazily read one file of a source as the canonical table (see CANONICAL_COLUMNS), rows in file order.
+    """Lazily read one file of a source as the canonical table that every source becomes, rows in file order.
 
     InputError where the file cannot be read or lacks a column: it lists the columns found.
     """

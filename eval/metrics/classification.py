@@ -22,25 +22,15 @@ _RESAMPLES_OF_MAP = 200  # sorts 20 classes each time
 _ELEVATER_SCALE = 100.0  # of the cosines in ELEVATER's softmax, whatever the model's own factor
 
 
-def classification_metric(metric: Metric, scores_NC: FloatArray, targets_NC: BoolArray) -> float:
-    """One metric in percent; `targets_NC` marks the right classes, exactly one a row but for 11-point mAP.
-
-    Raises ValueError for rows without or with several right classes where the metric takes one, for ROC AUC
-    of other than two classes, and for NaN.
-    """
-    _check(metric, scores_NC, targets_NC)
-    if metric == "roc-auc":
-        return 100 * roc_auc(scores_NC[:, 1] - scores_NC[:, 0], targets_NC[:, 1])
-    if metric == "11-point-map":
-        return 100 * mean_average_precision_11(scores_NC, targets_NC)
-    target_N, right_N = targets_NC.argmax(axis=1), scores_NC.argmax(axis=1) == targets_NC.argmax(axis=1)
-    if metric == "accuracy":
-        return float(100 * right_N.mean())
-    return 100 * mean_per_class(right_N, target_N, targets_NC.shape[1])
-
-
 def measured_metric(metric: Metric, scores_NC: FloatArray, targets_NC: BoolArray) -> Measured:
-    """`classification_metric` with its bootstrap interval over images."""
+    """One metric in percent with its bootstrap interval over images.
+
+    `targets_NC` marks the right classes, exactly one a row except for 11-point mAP.
+
+    Raises:
+        ValueError: for rows without or with several right classes if the metric takes one, for ROC AUC of
+            other than two classes, and for NaN.
+    """
     _check(metric, scores_NC, targets_NC)
     num_images, num_classes = scores_NC.shape
     if metric == "11-point-map":

@@ -94,7 +94,6 @@ class ClassificationProtocol:
     classes: int
     images: int  # test size
     metric: Metric
-    classes_printed: int | None = None  # Table 11's count where it differs from `classes`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

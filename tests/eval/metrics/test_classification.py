@@ -8,7 +8,6 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, precision_r
 from eval.metrics.bootstrap import recall_intervals
 from eval.metrics.classification import (
     average_precision_11,
-    classification_metric,
     elevater_map,
     measured_elevater_map,
     measured_metric,
@@ -31,10 +30,10 @@ def test_accuracy_and_mean_per_class(seed: int) -> None:
     scores_NC, target_N = random_case(seed, num_classes=7, ties=seed % 2 == 0)
     targets_NC = np.eye(7, dtype=bool)[target_N]
     predicted_N = scores_NC.argmax(axis=1)
-    assert classification_metric("accuracy", scores_NC, targets_NC) == pytest.approx(
+    assert measured_metric("accuracy", scores_NC, targets_NC).value == pytest.approx(
         100 * accuracy_score(target_N, predicted_N)
     )
-    assert classification_metric("mean-per-class", scores_NC, targets_NC) == pytest.approx(
+    assert measured_metric("mean-per-class", scores_NC, targets_NC).value == pytest.approx(
         100 * balanced_accuracy_score(target_N, predicted_N)
     )
 
@@ -43,7 +42,7 @@ def test_accuracy_and_mean_per_class(seed: int) -> None:
 def test_roc_auc(seed: int) -> None:
     scores_NC, target_N = random_case(seed, num_classes=2, ties=seed % 2 == 0)
     margin_N = scores_NC[:, 1] - scores_NC[:, 0]
-    found = classification_metric("roc-auc", scores_NC, np.eye(2, dtype=bool)[target_N])
+    found = measured_metric("roc-auc", scores_NC, np.eye(2, dtype=bool)[target_N]).value
     assert found == pytest.approx(100 * roc_auc_score(target_N, margin_N))
 
 
@@ -95,7 +94,7 @@ def test_elevater_s_variant_takes_scikit_learn_s_curve_as_it_is(seed: int) -> No
         means.append(np.mean([precision[recall >= level - 1e-12].max() for level in np.linspace(0, 1, 11)]))
     found = elevater_map(scores_NC, targets_NC)
     assert found == pytest.approx(100 * np.mean(means))
-    assert found != pytest.approx(classification_metric("11-point-map", scores_NC, targets_NC))
+    assert found != pytest.approx(measured_metric("11-point-map", scores_NC, targets_NC).value)
     measured = measured_elevater_map(scores_NC, targets_NC)
     assert measured.value == found
     assert measured.low < found < measured.high
@@ -104,11 +103,11 @@ def test_elevater_s_variant_takes_scikit_learn_s_curve_as_it_is(seed: int) -> No
 def test_several_right_classes_only_where_the_metric_takes_them() -> None:
     targets_NC = np.array([[True, True], [False, True]])
     scores_NC = np.array([[0.1, 0.2], [0.3, 0.4]])
-    assert classification_metric("11-point-map", scores_NC, targets_NC) > 0
+    assert measured_metric("11-point-map", scores_NC, targets_NC).value > 0
     with pytest.raises(ValueError, match="exactly one right class"):
-        classification_metric("accuracy", scores_NC, targets_NC)
+        measured_metric("accuracy", scores_NC, targets_NC)
     with pytest.raises(ValueError, match="NaN"):
-        classification_metric("11-point-map", scores_NC * np.nan, targets_NC)
+        measured_metric("11-point-map", scores_NC * np.nan, targets_NC)
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "mean-per-class", "roc-auc", "11-point-map"])
