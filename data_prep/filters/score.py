@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Protocol, Self
 
 import numpy as np
 import polars as pl
-from pydantic import Field
+from annotated_types import Gt, Lt
 
 from data_prep.accounting.drop_table import DETAIL
 from data_prep.accounting.histograms import histogram
@@ -77,7 +77,7 @@ class FilterScoreConfig:
     min_score: float | None = None
     # Instead: the share of the scored rows, above 0 and below 1, that go for their low scores, at most. The
     # threshold is then a multiple of 0.002.
-    drop_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    drop_share: Annotated[float, Gt(0), Lt(1)] | None = None
 
     def __post_init__(self) -> None:
         if self.min_score is not None and self.drop_share is not None:
