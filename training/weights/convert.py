@@ -11,7 +11,7 @@ from training.model.tokenizer import Tokenizer
 from training.weights.export import save_cn_clip, save_hugging_face, save_onnx, save_safetensors
 from training.weights.formats import Weights, load_model, read_weights
 from training.weights.layouts import matching_towers
-from training.weights.model_card import card_facts
+from training.weights.model_card import facts_of
 from training.weights.vocabulary_lookup import find_vocabulary
 
 Target = Literal["cn_clip", "hugging_face", "safetensors", "onnx"]
@@ -51,7 +51,7 @@ def convert(
         raise ConfigError(f"{out}: is the file that is read: give another path")
     weights = read_weights(source)
     model = load_model(source, image_size_px=image_size_px)
-    facts = card_facts(source, weights.facts)
+    facts = facts_of(source, weights.facts)
     lines = [f"{source}: {weights.format}, {model.config.name}"]
     if target == "cn_clip":
         save_cn_clip(out, model)

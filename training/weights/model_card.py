@@ -77,7 +77,7 @@ into word pieces of the vocabulary beside this file, framed by [CLS] and [SEP], 
 {_PIXELS if for_transformers else ""}{facts.get("tables", "")}"""
 
 
-def card_facts(path: str, recorded: Mapping[str, str]) -> dict[str, str]:
+def facts_of(path: str, recorded: Mapping[str, str]) -> dict[str, str]:
     """What a card can say of weights at `path`: what the file records, and what their run's folder tells.
 
     A run's folder is the one above the stage's: `run.resolved.toml` names the data, `report/report.json` has

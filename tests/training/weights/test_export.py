@@ -19,7 +19,7 @@ from training.model.preprocess import preprocess
 from training.model.tokenizer import SPECIAL_TOKENS, Tokenizer, hugging_face_tokenizer
 from training.weights.convert import convert, inspect, target_of
 from training.weights.formats import load_model, read_weights
-from training.weights.model_card import card_facts, model_card
+from training.weights.model_card import facts_of, model_card
 from training.weights.weights import save_checkpoint, state_for_file
 
 WORDS = [*SPECIAL_TOKENS, *"红蓝黄绿色的猫狗鸟圆方形一二三", *"abcdefghijklmnopqrstuvwxyz0123456789,.!\"'"]
@@ -213,10 +213,10 @@ def test_model_card_says_what_is_known_and_what_is_not(tmp_path: Path) -> None:
     (tmp_path / "run" / "report").mkdir()
     report = {"evaluations": {"muge": scores, "muge/stage1": {"t2i": {"r1": 1.0, "r5": 2.0, "r10": 3.0}}}}
     (tmp_path / "run" / "report" / "report.json").write_text(json.dumps(report))
-    facts = card_facts(source, read_weights(source).facts)
+    facts = facts_of(source, read_weights(source).facts)
     assert facts["data"] == "tables: wukong"
     assert facts["scores"].startswith("muge: text to image R@1/5/10 50.0/75.0/100.0")
-    assert card_facts(source, {"stage": "stage1"})["scores"] == "muge: text to image R@1/5/10 1.0/2.0/3.0"
+    assert facts_of(source, {"stage": "stage1"})["scores"] == "muge: text to image R@1/5/10 1.0/2.0/3.0"
     assert "muge: text to image" in model_card(MODELS["tiny-vit"], 10, facts)
     assert "Table 12" not in model_card(MODELS["tiny-vit"], 10, facts)  # of the final model, not of this one
     line = {
@@ -228,10 +228,10 @@ def test_model_card_says_what_is_known_and_what_is_not(tmp_path: Path) -> None:
     table = {"number": 12, "title": "ICinW", "setup": "zero-shot", "paper_model": "CN-CLIP RN50"}
     with_tables = {**report, "comparisons": [{**table, "lines": [line], "notes": ["a note"]}]}
     (tmp_path / "run" / "report" / "report.json").write_text(json.dumps(with_tables))
-    card = model_card(MODELS["tiny-vit"], 10, card_facts(source, {"stage": "stage2"}))
+    card = model_card(MODELS["tiny-vit"], 10, facts_of(source, {"stage": "stage2"}))
     assert "## Table 12, ICinW, zero-shot beside CN-CLIP RN50" in card
     assert "| MNIST | 51.2 | 50.0 … 52.5 | 50.2 | +1.1 |" in card
-    assert "Table 12" not in model_card(MODELS["tiny-vit"], 10, card_facts(source, {"stage": "stage1"}))
+    assert "Table 12" not in model_card(MODELS["tiny-vit"], 10, facts_of(source, {"stage": "stage1"}))
     convert(source, str(tmp_path / "again"), to="safetensors")
     assert "wukong" in (tmp_path / "again" / "README.md").read_text()
     assert read_weights(str(tmp_path / "again")).facts["data"] == "tables: wukong"
