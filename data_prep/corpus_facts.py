@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from data_prep.accounting.judged import SourceCounts, sources_from_json
-from data_prep.facts import Facts
+from pipeline.core.facts import Facts
 from data_prep.rules.text import SCORE_RULE
 from data_prep.sources.table import TableSource, from_description
 from pipeline.core import store

@@ -10,7 +10,7 @@ import polars as pl
 from data_prep.accounting.histograms import histogram
 from data_prep.accounting.judged import JudgedFacts, publish_judged
 from data_prep.corpus_facts import TablePlace, evaluation_urls, score_pairs, tables_of
-from data_prep.facts import Facts
+from pipeline.core.facts import Facts
 from data_prep.formats.keys import with_key
 from data_prep.rules import chinese_script
 from data_prep.rules import text as text_rules

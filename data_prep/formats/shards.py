@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 import polars as pl
 
-from data_prep.facts import Facts
+from pipeline.core.facts import Facts
 from data_prep.formats.parquet import write_table
 from data_prep.formats.tar import TarWriter
 from pipeline.core import store

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from data_prep.accounting.judged import publish_judged
 from data_prep.dedup.exact import DUPLICATE, partition_range
-from data_prep.facts import Facts
+from pipeline.core.facts import Facts
 from data_prep.formats.parquet import write_table
 from data_prep.formats.shards import CorpusShard, ShardTask, corpus_shards, cut, write_shard
 from data_prep.sources.table import naming_damage
