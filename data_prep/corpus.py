@@ -22,13 +22,13 @@ from data_prep.accounting.judged import SourceCounts
 from data_prep.corpora.demo import DemoConfig, make_demo
 from data_prep.corpora.emoji import EmojiConfig, make_emoji
 from data_prep.corpus_facts import CorpusFacts, OutsideTable, malformed_table
-from pipeline.core.facts import Facts
 from data_prep.sources import packed, regions, text_file
 from data_prep.sources import table as caption_table
 from data_prep.sources.packed import PackedSource
 from data_prep.sources.table import TableSource
 from pipeline.core import store
 from pipeline.core.evaluation_sets import EvaluationFacts, EvaluationSource, digest_of
+from pipeline.core.facts import Facts
 from pipeline.core.records import ConfigError, InputError
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from data_prep.accounting.judged import SourceCounts, sources_from_json
-from pipeline.core.facts import Facts
 from data_prep.rules.text import SCORE_RULE
 from data_prep.sources.table import TableSource, from_description
 from pipeline.core import store
 from pipeline.core.evaluation_sets import EvaluationFacts
+from pipeline.core.facts import Facts
 from pipeline.core.records import Manifest, Shard
 from pipeline.core.stage import Context
 

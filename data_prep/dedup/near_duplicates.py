@@ -25,9 +25,9 @@ from pydantic import Field
 
 from data_prep.accounting.judged import publish_judged
 from data_prep.corpus_facts import exempt_sources, kept_tables, rows_stage, table_name
-from pipeline.core.facts import Facts
 from data_prep.formats.parquet import write_table
 from data_prep.rules.image import HASH_BITS, IMAGE_DUPLICATES_RULE
+from pipeline.core.facts import Facts
 from pipeline.core.records import DropReason
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 

@@ -21,11 +21,11 @@ from data_prep.accounting.histograms import histogram
 from data_prep.accounting.judged import JudgedFacts, publish_judged
 from data_prep.corpus_facts import exempt_sources, kept_tables, rows_stage, table_name
 from data_prep.download.stage import partition_of
-from pipeline.core.facts import Facts
 from data_prep.formats.parquet import write_table
 from data_prep.rules.text import SCORE_BELOW_THRESHOLD, SCORE_RULE
 from pipeline.core.arrays import Float32Array
 from pipeline.core.config import NOT_IN_DIGEST
+from pipeline.core.facts import Facts
 from pipeline.core.records import ConfigError, InputError, Manifest
 from pipeline.core.shard_format import ByteRangePool
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task

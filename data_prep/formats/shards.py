@@ -7,10 +7,10 @@ from typing import Any, Literal, Self
 
 import polars as pl
 
-from pipeline.core.facts import Facts
 from data_prep.formats.parquet import write_table
 from data_prep.formats.tar import TarWriter
 from pipeline.core import store
+from pipeline.core.facts import Facts
 from pipeline.core.records import InputError, Manifest, Shard
 from pipeline.core.shard_format import SIDECAR_COLUMNS, TAR, ByteRangePool, sidecar_of
 from pipeline.core.stage import Context, Outcome

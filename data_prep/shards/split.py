@@ -18,9 +18,9 @@ import polars_hash as plh
 from pydantic import Field
 
 from data_prep.corpus_facts import kept_tables, rows_stage
-from pipeline.core.facts import Facts
 from data_prep.formats.parquet import write_table
 from data_prep.rules.image import HASH_BITS
+from pipeline.core.facts import Facts
 from pipeline.core.records import InputError, Shard
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
