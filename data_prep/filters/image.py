@@ -14,6 +14,7 @@ from data_prep.accounting.judged import JudgedFacts, publish_judged
 from data_prep.corpus_facts import exemptions, guard_paths
 from data_prep.download.stage import partition_of
 from data_prep.formats.image import UNDECODABLE, BadImageError, decode_upright
+from data_prep.formats.shards import DOWNLOAD_AGAIN
 from data_prep.rules import image as image_rules
 from pipeline.core import store
 from pipeline.core.evaluation_sets import EvaluationSet, evaluations_of
@@ -79,7 +80,7 @@ def run(config: FilterImageConfig, context: Context, task: Task, progress: Progr
     exempt_from = exemptions(context.parents["corpus"])
     reasons: list[str | None] = []
     hashes: list[bytes] = []
-    with ByteRangePool(lambda name: context.path_in("download", name)) as tars:
+    with ByteRangePool(lambda name: context.path_in("download", name), remedy=DOWNLOAD_AGAIN) as tars:
         for tar, offset, size, width, height, key, source in table.select(
             "tar", "offset_bytes", "size_bytes", "width_px", "height_px", "key", "source"
         ).iter_rows():
