@@ -1,4 +1,4 @@
-"""Files that others' writers make, looked at before they appear, since such a writer may overlook a full disk.
+"""Files that others' writers make, looked at before they appear: such a writer may overlook a full disk.
 
 Each function is called on the temporary file inside `store.publish`, so that what is cut never gets its name.
 """
