@@ -2,14 +2,13 @@
 
 import contextlib
 import enum
-import fcntl
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.core import store
+from pipeline.core.lock import exclusive
 from pipeline.core.records import ConfigError, InputError, Manifest, Receipt
 from pipeline.core.stage import Context, Stage, Task, inputs_digest, read_receipt, receipt_counts
 
@@ -161,16 +160,6 @@ def write_started(context: Context, stage: Stage, tasks: list[Task]) -> None:
 
 @contextlib.contextmanager
 def locked(run: Run) -> Iterator[None]:
-    """Hold the lock of a run's folder, which admits one `cnclip run` at a time (local folders only)."""
-    if not store.is_local(run.folder):
-        yield
-        return
-    os.makedirs(run.folder, exist_ok=True)
-    with open(os.path.join(run.folder, ".lock"), "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(
-                f"{run.folder}: another `cnclip run` is at work here; wait for it or stop it"
-            ) from None
+    """Hold the lock of a run's folder, which admits one command at a time (local folders only)."""
+    with exclusive(run.folder):
         yield

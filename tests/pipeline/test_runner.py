@@ -277,7 +277,7 @@ def test_one_run_at_a_time(numbers: Path, tmp_path: Path) -> None:
     os.makedirs(run.folder)
     with open(os.path.join(run.folder, ".lock"), "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(ConfigError, match="another `cnclip run` is at work here"):
+        with pytest.raises(InputError, match="another command is at work here"):
             _execute(run)
     assert _states(run) == [State.TO_DO, State.TO_DO]
     assert _execute(run) == 2
