@@ -93,6 +93,7 @@ def plan(config: CorpusStageConfig, context: Context) -> list[Task]:
         raise ConfigError(
             f"corpus.{config.corpus.kind}: empty; name at least one [[corpus.{config.corpus.kind}]]"
         )
+    _refuse_shared_names(config.corpus)
     guards = {f"guard {path}": store.digest_file(path) for path in guards_of(config.corpus)}
     return [
         Task(
@@ -102,6 +103,18 @@ def plan(config: CorpusStageConfig, context: Context) -> list[Task]:
         )
         for number, (source, files) in enumerate(_pieces(config.corpus))
     ]
+
+
+def _refuse_shared_names(corpus: TablesConfig | SourcesConfig) -> None:
+    """Refuse a name that two sources have if one brings images: rows of the other could ask for them."""
+    folders: dict[str, str | None] = {}
+    for source in sources_of(corpus):
+        folder = source.path if isinstance(source, PackedSource) else source.picture_folder
+        if folders.setdefault(source.name, folder) != folder:
+            raise ConfigError(
+                f"corpus.{corpus.kind}: name {source.name!r} is of two sources with different image folders"
+                f" ({folders[source.name]}, {folder}); give each a name of its own"
+            )
 
 
 def sources_of(config: TablesConfig | SourcesConfig) -> tuple[TableSource | PackedSource, ...]:
