@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import multiprocessing
+import os
 import time
 from collections.abc import Iterator, Sequence
 
@@ -93,7 +94,7 @@ def _run_in_processes(
     # Spawned, not forked: polars and torch hold threads and locks that a fork would copy half-way.
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(
-        min(processes, len(tasks)), mp_context=spawn, initializer=die_with_parent
+        min(processes, len(tasks)), mp_context=spawn, initializer=die_with_parent, initargs=(os.getpid(),)
     ) as pool:
         futures = [pool.submit(_run_task, stage, context, task, _silent) for task in tasks]
         try:
