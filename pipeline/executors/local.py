@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 
+from pipeline.core import durability
 from pipeline.core.processes import die_with_parent
 from pipeline.core.records import InputError, Receipt
 from pipeline.core.run import receipts_that_count
@@ -58,8 +59,9 @@ def _run_task(stage: Stage, context: Context, task: Task, progress: Progress) ->
     """Do one task and publish its receipt."""
     assert stage.run is not None
     started = time.monotonic()
-    outcome = stage.run(stage.config, context, task, progress)
-    return make_receipt(stage, context, task, outcome, time.monotonic() - started)
+    with durability.together():
+        outcome = stage.run(stage.config, context, task, progress)
+        return make_receipt(stage, context, task, outcome, time.monotonic() - started)
 
 
 def _run_together(
