@@ -36,6 +36,7 @@ def execute(
     """
     num_run = 0
     with locked(run):
+        store.sweep(run.folder, deep=False)
         for position, stage in enumerate(stages, start=1):
             refuse_unusable_folder(run, stage)
             if repair:

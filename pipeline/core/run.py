@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.core import store
+from pipeline.core import durability, store
 from pipeline.core.damage import find_damage, summarise
 from pipeline.core.records import ConfigError, InputError, Manifest, Receipt
 from pipeline.core.sealed import seal, unseal
@@ -177,7 +177,7 @@ def locked(run: Run) -> Iterator[None]:
         return
     path = os.path.join(run.folder, ".lock")
     try:
-        os.makedirs(run.folder, exist_ok=True)
+        durability.make_folder(os.path.abspath(run.folder))
         # Never through a link: it could make or change a file anywhere.
         descriptor = os.open(
             path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666

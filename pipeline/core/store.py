@@ -155,13 +155,16 @@ def _empty(folder: str) -> None:
     shutil.rmtree(doomed)
 
 
-def sweep(folder: str) -> None:
-    """Remove what killed processes left under a local folder: `publish`'s files and scratch folders."""
+def sweep(folder: str, *, deep: bool = True) -> None:
+    """Remove what killed processes left in a local folder: files and folders being written or removed.
+
+    `deep` looks for `publish`'s files in the folders below it too.
+    """
     if is_local(folder):
-        shutil.rmtree(os.path.join(folder, _REMOVING), ignore_errors=True)
-        for scratch in Path(folder).glob(f"*{SCRATCH}"):
-            shutil.rmtree(scratch, ignore_errors=True)
-        for leftover in Path(folder).rglob(f".*{_PARTIAL}"):
+        for leftover in (*Path(folder).glob(f"*{SCRATCH}"), *Path(folder).glob(f"*{_REMOVING}")):
+            shutil.rmtree(leftover, ignore_errors=True)
+        find = Path(folder).rglob if deep else Path(folder).glob
+        for leftover in find(f".*{_PARTIAL}"):
             if leftover.is_file():  # a half-written checkpoint is a folder, and training's own to remove
                 leftover.unlink()
 
