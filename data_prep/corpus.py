@@ -158,7 +158,11 @@ def run(config: CorpusStageConfig, context: Context, task: Task, progress: Progr
     if store.is_local(context.run_folder):
         folder = Path(context.path())
         _make(config.corpus, folder)
-        return _describe_made(config, folder)
+        # An object store keeps watch over the site's thousands of files itself.
+        site = sorted(
+            path.relative_to(folder).as_posix() for path in (folder / "site").rglob("*") if path.is_file()
+        )
+        return dataclasses.replace(_describe_made(config, folder), also=site)
     with tempfile.TemporaryDirectory(prefix="cnclip-corpus-") as place:
         _make(config.corpus, Path(place))
         store.put_folder(place, context.path())

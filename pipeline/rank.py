@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from pipeline.core import store
-from pipeline.core.processes import die_with_parent, importing, leave, say
+from pipeline.core.processes import die_with_run, importing, leave, say
 from pipeline.core.records import ConfigError, InputError, Stopped
 from training.config.job import TrainJob
 
@@ -22,7 +22,7 @@ def main() -> int:
 
     Returns the exit status: 143 where a signal asked for the end and a checkpoint is written.
     """
-    die_with_parent()
+    die_with_run()
     os.environ.update(ranks_of_slurm(os.environ))
     if missing := [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name not in os.environ]:
         print(

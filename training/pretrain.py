@@ -19,7 +19,7 @@ from torch import distributed as dist
 
 from pipeline.core import store
 from pipeline.core.config import digest
-from pipeline.core.processes import die_with_parent, say
+from pipeline.core.processes import die_with_run, say
 from pipeline.core.records import ConfigError, InputError, Stopped
 from training.checkpoint import checkpoint
 from training.checkpoint.finished import mark_finished
@@ -81,7 +81,7 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
         InputError: if a file of it cannot be read or written, or training fails.
         Stopped: if a signal asked for it, after a checkpoint.
     """
-    die_with_parent()
+    die_with_run()
     deepspeed_logger.setLevel("WARNING")
     torch.set_num_threads(job.config.threads_per_rank)
     cv2.setNumThreads(1)  # the reader has its own threads

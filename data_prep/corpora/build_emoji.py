@@ -28,6 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from pipeline.core.processes import dies_with_us
 from pipeline.core.records import ConfigError, InputError
 
 SIDE_PX = 64
@@ -151,7 +152,12 @@ def fetch(package: Package, cache: Path) -> Path:
         ]
         try:
             result = subprocess.run(
-                command, capture_output=True, text=True, timeout=NPM_TIMEOUT_S, cwd=folder
+                command,
+                capture_output=True,
+                text=True,
+                timeout=NPM_TIMEOUT_S,
+                cwd=folder,
+                preexec_fn=dies_with_us(),
             )
         except subprocess.TimeoutExpired:
             raise InputError(f"npm pack {wanted}: no end after {NPM_TIMEOUT_S} s; run again") from None

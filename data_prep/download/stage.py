@@ -32,7 +32,7 @@ from data_prep.formats.tar import TarWriter
 from data_prep.sources.local_server import SITE_VARIABLE
 from pipeline.core import store
 from pipeline.core.config import NOT_IN_DIGEST
-from pipeline.core.processes import say
+from pipeline.core.processes import dies_with_us, say
 from pipeline.core.records import InputError
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
@@ -324,7 +324,14 @@ def _downloader(
             stack.callback(lambda: store.write_bytes(log_path, Path(own_log).read_bytes()))
         log = stack.enter_context(open(own_log, "ab"))  # on a cluster several calls may write to one file
         command = [sys.executable, "-m", "data_prep.download.worker", str(raw / "options.json")]
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            preexec_fn=dies_with_us(),
+        )
         try:
             yield process
         finally:

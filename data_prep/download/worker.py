@@ -17,12 +17,13 @@ from typing import Any
 
 from pipeline.core.processes import die_with_parent
 
-# Before img2dataset, whose import takes seconds in which the run may be killed. Workers compare their parent
-# with the process that started them: the kernel tells nobody of a parent that was gone before it was asked.
-die_with_parent()
+# Before img2dataset, whose import takes seconds in which the run may be killed. The stage makes this promise
+# for the process that it starts (`dies_with_us`), and that process names itself to the workers it spawns.
 _STARTED_BY = "CNCLIP_DOWNLOAD_PID"
-if os.environ.setdefault(_STARTED_BY, str(os.getpid())) not in (str(os.getpid()), str(os.getppid())):
-    sys.exit("the download that started this worker is gone")
+if __name__ == "__main__":
+    os.environ[_STARTED_BY] = str(os.getpid())
+elif __name__ == "__mp_main__":
+    die_with_parent(int(os.environ[_STARTED_BY]))
 
 import img2dataset.downloader  # noqa: E402
 import img2dataset.writer  # noqa: E402

@@ -70,7 +70,7 @@ def embed_shards(job: ShardJob, *, redo: bool = False, progress: Progress | None
     _begin(job, encoder, stems, redo)
     context = multiprocessing.get_context("spawn")  # a fork would share torch's threads and accelerators
     others = [
-        context.Process(target=_other_rank, args=(job, rank), name=f"rank {rank}")
+        context.Process(target=_other_rank, args=(job, rank, os.getpid()), name=f"rank {rank}")
         for rank in range(1, min(job.num_ranks, len(stems)))
     ]
     for process in others:
@@ -91,8 +91,8 @@ def embed_shards(job: ShardJob, *, redo: bool = False, progress: Progress | None
     return _summary(job, stems)
 
 
-def _other_rank(job: ShardJob, rank: int) -> None:
-    die_with_parent()
+def _other_rank(job: ShardJob, rank: int, parent: int) -> None:
+    die_with_parent(parent)
     try:
         _embed_rank(job, _encoder(job, rank), whole_shards(job.shards), rank, None)
     except (ConfigError, InputError) as error:

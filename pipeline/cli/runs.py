@@ -15,7 +15,7 @@ from pipeline.cli.arguments import (
 )
 from pipeline.core.config import find_recipe
 from pipeline.core.records import ConfigError
-from pipeline.core.run import select, survey, survey_what_is_there
+from pipeline.core.run import select, survey_what_is_there
 from pipeline.core.text_table import align
 
 # What training is planned with unless the command line says otherwise.
@@ -194,10 +194,13 @@ def _status(options: argparse.Namespace) -> int:
     from pipeline.cli.tables import notes, status_table
 
     run, _ = load(options.run, options.set)
-    print(status_table(run, survey(run)))
+    statuses, complaints = survey_what_is_there(run)
+    print(status_table(run, statuses))
     for note in notes(run):
         print(f"note: {note}")
-    return EXIT_DONE
+    for complaint in complaints:
+        print(f"error: {complaint}", file=sys.stderr)
+    return EXIT_FAILED if complaints else EXIT_DONE
 
 
 def _verify(options: argparse.Namespace) -> int:

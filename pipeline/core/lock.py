@@ -8,7 +8,7 @@ import socket
 import sys
 from collections.abc import Iterator
 
-from pipeline.core import store
+from pipeline.core import durability, store
 from pipeline.core.records import InputError
 
 _MOST_BYTES = 200  # of what a holder says of itself
@@ -27,14 +27,14 @@ def exclusive(folder: str) -> Iterator[None]:
     if not store.is_local(folder):
         yield
         return
-    os.makedirs(folder, exist_ok=True)
+    durability.make_folder(os.path.abspath(folder))
     path = os.path.join(folder, ".lock")
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
     except OSError as error:
-        if error.errno != errno.ELOOP:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise
-        raise InputError(f"{path}: a link; remove it and rerun") from None
+        raise InputError(f"{path}: a link or no plain file, and no lock; remove it and rerun") from None
     with open(handle, "r+b", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,19 +2,21 @@
 
 import contextlib
 import enum
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.core import store
+from pipeline.core.damage import find_damage, summarise
 from pipeline.core.lock import exclusive
 from pipeline.core.records import ConfigError, InputError, Manifest, Receipt
+from pipeline.core.sealed import seal, unseal
 from pipeline.core.stage import Context, Stage, Task, inputs_digest, read_receipt, receipt_counts
 
 
 class State(enum.Enum):
     DONE = "done"
+    DAMAGED = "damaged"  # done, but outputs are missing or have another size
     STALE = "stale"
     TO_DO = "to do"
 
@@ -62,9 +64,11 @@ def read_manifest(run: Run, stage: str) -> Manifest | None:
     if not store.exists(path):
         return None
     try:
-        return Manifest.from_json(store.read_text(path))
-    except (ValueError, TypeError, KeyError):
-        raise InputError(f"{path}: damaged manifest; remove the file and rerun") from None
+        return Manifest.from_json(store.read_bytes(path))
+    except (ValueError, IsADirectoryError):
+        raise InputError(
+            f"{path}: damaged manifest; `cnclip run --stage {stage} --repair` folds it anew from the receipts"
+        ) from None
 
 
 def make_context(run: Run, stage: Stage) -> Context | None:
@@ -95,6 +99,8 @@ def survey_stage(run: Run, stage: Stage) -> StageStatus:
     tasks = stage.plan(stage.config, context)
     if manifest is not None:
         why = _changed(stage, tasks, manifest.config_digest, manifest.inputs_digest)
+        if not why and (damage := find_damage(context.path(), manifest.shards)):
+            return StageStatus(stage, State.DAMAGED, summarise(damage), len(tasks), len(tasks), manifest)
         state = State.STALE if why else State.DONE
         return StageStatus(stage, state, why, len(tasks) if not why else 0, len(tasks), manifest)
     started = _read_started(context)
@@ -148,14 +154,17 @@ def _started_path(context: Context) -> str:
 def _read_started(context: Context) -> tuple[str, str] | None:
     if not store.exists(_started_path(context)):
         return None
-    fields = json.loads(store.read_text(_started_path(context)))
-    return fields["config_digest"], fields["inputs_digest"]
+    try:
+        fields = unseal(store.read_bytes(_started_path(context)))
+        return str(fields["config_digest"]), str(fields["inputs_digest"])
+    except (ValueError, KeyError, IsADirectoryError):
+        return None  # damaged: receipts and checkpoints say themselves what they are made from
 
 
 def write_started(context: Context, stage: Stage, tasks: list[Task]) -> None:
     """Bind half-done work (checkpoints, half a download) to what it is made from."""
     fields = {"config_digest": stage.config_digest, "inputs_digest": inputs_digest(tasks)}
-    store.write_text(_started_path(context), json.dumps(fields))
+    store.write_text(_started_path(context), seal(fields))
 
 
 @contextlib.contextmanager

@@ -5,12 +5,14 @@ stage's folder and accounts for every row. The runner (`pipeline.runner`) decide
 publishes receipts and manifests; a stage never looks at them.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.core import store
+from pipeline.core import durability, store
 from pipeline.core.config import digest
+from pipeline.core.damage import listing_path, make_listing
 from pipeline.core.records import SCHEMA_VERSION, Manifest, Receipt, Shard
 
 
@@ -33,6 +35,8 @@ class Outcome:
     num_kept: int
     dropped: Mapping[str, int] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)  # small deterministic facts for later stages
+    # Further files that later stages need, too many for a receipt: sizes and digests are kept next to it.
+    also: Sequence[str] = ()
 
 
 class Progress(Protocol):
@@ -103,7 +107,10 @@ def receipt_path(context: Context, task: Task) -> str:
 
 
 def make_receipt(stage: Stage, context: Context, task: Task, outcome: Outcome, seconds: float) -> Receipt:
-    """Digest a task's outputs and write its receipt, the last thing a task does."""
+    """Sync and digest a task's outputs and write its receipt, the last thing a task does."""
+    if store.is_local(context.run_folder):
+        files = [str(Path(context.path(path))) for path in (*outcome.outputs, *outcome.also)]
+        durability.sync_outputs(files, str(Path(context.run_folder)))
     outputs = tuple(
         Shard(path, num_samples, store.num_bytes(full), store.digest_file(full))
         for path, num_samples in outcome.outputs.items()
@@ -121,7 +128,12 @@ def make_receipt(stage: Stage, context: Context, task: Task, outcome: Outcome, s
         seconds=round(seconds, 3),
         extra=outcome.extra,
     )
-    store.write_text(receipt_path(context, task), receipt.to_json())
+    listing = listing_path(receipt_path(context, task))
+    if outcome.also:
+        store.write_text(listing, make_listing(context.path(), outcome.also))
+    else:
+        store.remove(listing)
+    store.write_text(receipt_path(context, task), receipt.to_file())
     return receipt
 
 
@@ -131,13 +143,14 @@ def read_receipt(context: Context, task: Task) -> Receipt | None:
 
 
 def receipt_at(path: str) -> Receipt | None:
-    """Return the receipt in a file; None if there is none or it is not readable."""
+    """Return the receipt in a file; None if there is none, it is not readable or it is another task's."""
     if not store.exists(path):
         return None
     try:
-        return Receipt.from_json(store.read_text(path))
-    except (ValueError, TypeError, KeyError):
+        receipt = Receipt.from_json(store.read_bytes(path))
+    except (ValueError, IsADirectoryError):
         return None
+    return receipt if path.endswith(f"/{receipt.task}.json") else None
 
 
 def receipt_counts(stage: Stage, context: Context, task: Task, receipt: Receipt) -> bool:

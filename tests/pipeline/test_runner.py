@@ -241,7 +241,11 @@ def test_mend_redoes_damaged_tasks_alone(numbers: Path, tmp_path: Path) -> None:
     cut.write_bytes(cut.read_bytes()[:-1])
     gone.unlink()
     (tmp_path / "run" / "even" / "receipts" / "00003.json").write_text("{")
-    assert runner.execute(run, run.stages, redo=False) == 0  # finished stages are trusted by their manifests
+    assert [status.state for status in survey(run)] == [State.DONE, State.DAMAGED]
+    with pytest.raises(
+        InputError, match=r"even/00001\.txt: \d+ bytes, not \d+ bytes, and 1 more; run --stage even --repair"
+    ):
+        runner.execute(run, run.stages, redo=False)
     assert runner.execute(run, run.stages, redo=False, repair=True) == 1  # what comes after is as it was
     assert (tmp_path / "journal").read_text().split() == ["00000", "00001", "00002", "00003"]
     (tmp_path / "journal").write_text("")

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, float64, tensor
 from torch import distributed as dist
 
-from pipeline.core import store
+from pipeline.core import durability, store
 from pipeline.core.config import digest
 from pipeline.core.records import InputError
 from training.engine.engine import load_weights
@@ -136,7 +136,7 @@ def save(
     """
     name = f"step_{state.step:09d}"
     partial, target = os.path.join(root, f".{name}.partial"), os.path.join(root, name)
-    os.makedirs(root, exist_ok=True)
+    durability.make_folder(root)
     try:
         sweep(root)
         os.mkdir(partial)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import psutil
 
-from pipeline.core.processes import STOP_SIGNALS, die_with_parent
+from pipeline.core.processes import RUN_VARIABLE, STOP_SIGNALS, dies_with_us
 from pipeline.core.records import Stopped
 from pipeline.core.stage import Progress
 from training.ranks.rank_failures import DEADLY, RankFailures
@@ -76,6 +76,7 @@ def launcher_environment(
 ) -> dict[str, str]:
     """Environment for the launcher: this interpreter's folder on PATH (ninja is there), threads a rank.
 
+    Ranks of a local launcher learn who started it: they compare it when they promise to end with it.
     Under `srun` also where the ranks meet: rank 0 runs on the first machine of the job, which is this one.
     """
     scripts = os.path.dirname(sys.executable)
@@ -92,6 +93,8 @@ def launcher_environment(
             "MASTER_ADDR": "127.0.0.1" if is_one_machine else socket.gethostname(),
             "MASTER_PORT": str(port),
         }
+    else:
+        settings[RUN_VARIABLE] = str(os.getpid())
     return {**environment, **settings}
 
 
@@ -126,7 +129,8 @@ def watch(
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            preexec_fn=die_with_parent,
+            # srun that is killed leaves its ranks behind; asked to end, it ends them.
+            preexec_fn=dies_with_us(signal.SIGTERM if command[0] == "srun" else signal.SIGKILL),
             start_new_session=True,  # or Ctrl-C would end DeepSpeed's launcher, and that its ranks
         ) as process,
         RankFailures(process.pid, log.write),
