@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from data_prep.accounting.funnel import STEPS, threshold_notes
-from pipeline.core import store
+from pipeline.core import drops, store
 from pipeline.core.records import Receipt
 from pipeline.core.run import Run, StageStatus, State, read_manifest, survey_stage
 from pipeline.core.text_table import align
@@ -42,9 +42,10 @@ def status_table(run: Run, statuses: Sequence[StageStatus]) -> str:
 
 
 def notes(run: Run) -> list[str]:
-    """Return notes on the funnel: thresholds that remove nothing, with the minimum seen."""
-    manifests = (read_manifest(run, stage) for stage in STEPS)
-    return [note for manifest in manifests if manifest for note in threshold_notes(manifest)]
+    """Return notes on the funnel: thresholds that remove nothing, stages that removed much."""
+    manifests = [manifest for stage in ("corpus", *STEPS) if (manifest := read_manifest(run, stage))]
+    notes = [note for manifest in manifests for note in threshold_notes(manifest)]
+    return notes + [said for manifest in manifests if (said := drops.warning(manifest))]
 
 
 def read_receipts(run: Run, stage: str) -> list[Receipt]:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 SCHEMA_VERSION = 1
 
@@ -13,12 +13,23 @@ class InputError(Exception):
     """Bad input data: one line that names the file, the row or key, what was found and what to do."""
 
     exit_status = 1
+    rows_left: int | None = None  # set by `too_few`
 
 
 class ConfigError(Exception):
     """Wrong usage or configuration: one line that names the file, the key and the remedy."""
 
     exit_status = 2
+    rows_left: int | None = None  # set by `too_few`
+
+
+_Error = TypeVar("_Error", InputError, ConfigError)
+
+
+def too_few(error: _Error, rows_left: int) -> _Error:
+    """Note that an error comes of a corpus that is too small: the runner adds where its rows went."""
+    error.rows_left = rows_left
+    return error
 
 
 class Stopped(Exception):

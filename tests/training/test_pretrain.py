@@ -55,7 +55,8 @@ def test_it_learns_and_writes_what_it_promises(tmp_path: Path) -> None:
     assert set(metrics[0]) == {"step", "samples_seen", "evaluation", "recall"}
     assert set(metrics[1]) == {"step", "samples_seen", "loss", "temperature", "learning_rate"}
     assert metrics[-1]["samples_seen"] == 56 * 32
-    assert len(list((Path(job.folder) / "checkpoints").iterdir())) == job.config.keep_checkpoints
+    checkpoints = list((Path(job.folder) / "checkpoints").iterdir())
+    assert len(checkpoints) == job.config.keep_checkpoints + 1  # and that of the warm-up
     speed = json.loads((Path(job.folder) / "log.jsonl").read_text().splitlines()[-1])
     assert speed["samples_per_second"] > 0
     assert speed["data_wait_seconds"] >= 0
