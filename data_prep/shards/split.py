@@ -21,7 +21,7 @@ from data_prep.corpus_facts import kept_tables, rows_stage
 from data_prep.formats.parquet import write_table
 from data_prep.rules.image import HASH_BITS
 from pipeline.core.facts import Facts
-from pipeline.core.records import InputError, Shard
+from pipeline.core.records import InputError, Shard, too_few
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 KEYS_FILE = "validation.parquet"
@@ -70,19 +70,19 @@ def run(config: SplitConfig, context: Context, task: Task, progress: Progress) -
     total = sum(shard.num_samples for shard in kept)
     wanted = config.count if config.count is not None else int(total * (config.share or 0))
     if not 0 < wanted < total:
-        raise InputError(
-            f"{context.path()}: {wanted} of {total} rows were to be set aside; correct [split] share or count"
-        )
+        found = f"{context.path()}: {wanted} of {total} rows were to be set aside"
+        raise too_few(InputError(f"{found}; correct [split] share or count"), total)
     candidates = _first_in_rank(context, kept, wanted * _CANDIDATES_PER_ROW + _SPARE_CANDIDATES)
     images = candidates.group_by("rank", "perceptual_hash").agg(num_rows=pl.len()).sort("rank")
     beside_training = _near_training(config, context, kept, images, progress)
     chosen = _choose(config, images, beside_training, wanted)
     keys = candidates.join(chosen.select("rank"), on="rank", how="semi").sort("key")
     if keys.height == 0:
-        raise InputError(
+        found = (
             f"{context.path()}: of {images.height} images each has a near copy that would be left in"
             f" training; lower [split] distance or raise its share or count"
         )
+        raise too_few(InputError(found), total)
     write_table(keys.select("key"), context.path(KEYS_FILE))
     by_table = dict(keys.group_by("table").len().sort("table").iter_rows())
     facts = SplitFacts(

@@ -13,8 +13,9 @@ from pipeline.cli.arguments import (
     add_stages,
     corpus_folder,
 )
+from pipeline.core import store
 from pipeline.core.config import find_recipe
-from pipeline.core.records import ConfigError
+from pipeline.core.records import ConfigError, InputError
 from pipeline.core.run import select, survey_what_is_there
 from pipeline.core.text_table import align
 
@@ -205,13 +206,27 @@ def _status(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     from pipeline.catalog import load
-    from pipeline.runner import verify
+    from pipeline.runner import unseen, verify
 
     run, _ = load(options.run, options.set)
-    complaints = verify(run, select(run, options.stage, options.first, options.last))
+    stages = select(run, options.stage, options.first, options.last)
+    if not store.exists(run.folder):
+        raise InputError(f"{run.folder}: no such folder: {options.run} has not been run; check [run] folder")
+    missing = unseen(run, stages)
+    if len(missing) == len(stages):
+        raise InputError(
+            f"{run.folder}: nothing to verify: no stage of {', '.join(missing)} is finished; run"
+            f" `cnclip run {options.run}` first"
+        )
+    complaints = verify(run, stages)
     for line in complaints:
         print(line)
     print(f"{len(complaints)} differ" if complaints else "all outputs match their manifests")
+    if missing:
+        print(
+            f"not verified, since not finished: {', '.join(missing)}"
+            f" ({len(missing)} of {len(stages)} stages; their outputs were not read)"
+        )
     return EXIT_FAILED if complaints else EXIT_DONE
 
 

@@ -12,9 +12,9 @@ import os
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib import resources
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pipeline.core.records import ConfigError
 
@@ -23,6 +23,17 @@ T = TypeVar("T")
 # A field that cannot change a stage's output (how many processes, how long to wait) says so in its metadata
 # and stays out of the stage's digest.
 NOT_IN_DIGEST: Mapping[str, Any] = types.MappingProxyType({"in_digest": False})
+
+# What a change of a field means for work that is there, in the field's metadata under "binds":
+# "always"     other work: what was made is stale. Fields that say nothing are such.
+# "exactly"    other work, unless the stage finds that it continues exactly (`Stage.continues`).
+# "once done"  half-done work continues; finished work is stale.
+# "never"      the same work computed in another way. The digest has such fields, because that of runs that
+#              were finished before has them; a change is told and makes nothing stale.
+Binds = Literal["always", "exactly", "once done", "never"]
+BINDS_EXACTLY: Mapping[str, Any] = types.MappingProxyType({"binds": "exactly"})
+BINDS_ONCE_DONE: Mapping[str, Any] = types.MappingProxyType({"binds": "once done"})
+BINDS_NEVER: Mapping[str, Any] = types.MappingProxyType({"binds": "never"})
 
 
 def find_recipe(name: str) -> str:
@@ -146,18 +157,18 @@ def to_toml(config: Any) -> str:
     return tomli_w.dumps(_without_none(dataclasses.asdict(config)))
 
 
-def plain(value: Any) -> Any:
-    """Return dataclasses as mappings of plain values, without fields NOT_IN_DIGEST."""
+def plain(value: Any, *, without: Collection[Binds] = ()) -> Any:
+    """Return dataclasses as mappings of plain values, without fields NOT_IN_DIGEST and those that bind so."""
     if dataclasses.is_dataclass(value):
         return {
-            field.name: plain(getattr(value, field.name))
+            field.name: plain(getattr(value, field.name), without=without)
             for field in dataclasses.fields(value)
-            if field.metadata.get("in_digest", True)
+            if field.metadata.get("in_digest", True) and field.metadata.get("binds", "always") not in without
         }
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): plain(item, without=without) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [plain(item, without=without) for item in value]
     return value
 
 

@@ -140,9 +140,11 @@ def test_a_changed_setting_is_stale_and_never_silently_redone(numbers: Path, tmp
     _execute(_run(numbers, tmp_path / "run"))
     changed = _run(numbers, tmp_path / "run", EvenConfig(below=20))
     assert _states(changed) == [State.DONE, State.STALE]
-    assert survey(changed)[1].why == "its configuration changed"
+    assert survey(changed)[1].why == "its configuration changed: below 1000 → 20"
     before = _manifests(changed)
-    with pytest.raises(ConfigError, match=r"even is stale: its configuration changed; run with --redo"):
+    with pytest.raises(
+        ConfigError, match=r"even is stale: its configuration changed: below 1000 → 20; run with --redo"
+    ):
         _execute(changed)
     assert _manifests(changed) == before
     assert _states(_run(numbers, tmp_path / "run")) == [State.DONE, State.DONE]  # changed back: nothing lost

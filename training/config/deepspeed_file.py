@@ -146,6 +146,13 @@ def computes_in_bfloat16(settings: dict[str, Any]) -> bool:
     return half_of(settings) == "bf16" or in_autocast
 
 
+def computed_in(settings: dict[str, Any]) -> str:
+    """Return the precision of a DeepSpeed file's content, in words."""
+    if half := half_of(settings):
+        return half
+    return "bf16 autocast" if computes_in_bfloat16(settings) else "fp32"
+
+
 def check_model(name: str, model: ModelConfig, stage: str) -> None:
     """Raise ConfigError where a DeepSpeed file's precision would lose what the model learns."""
     half = half_of(read_deepspeed_file(name))

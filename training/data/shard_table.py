@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from pipeline.core import store
 from pipeline.core.arrays import BoolArray, Int32Array, Int64Array
 from pipeline.core.processes import say
-from pipeline.core.records import InputError, Shard
+from pipeline.core.records import InputError, Shard, too_few
 from pipeline.core.shard_format import read_sidecar, sidecar_of
 from training.data.statements import Statements
 from training.data.text_encoder import TextEncoder
@@ -39,7 +39,7 @@ def check_shards(shards: Sequence[Shard]) -> None:
         InputError: if a file is missing or a tar has another length.
     """
     if not shards:
-        raise InputError("no shards to train on: the shards stage kept no sample")
+        raise too_few(InputError("no shards to train on: the shards stage kept no sample"), 0)
     for shard in shards:
         for path in (sidecar_of(shard.path), shard.path):
             try:
