@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 from pipeline.core import store
+from pipeline.core.foreign import parse_json
 from pipeline.core.records import DropReason, InputError
 
 MALFORMED_COLUMNS = DropReason("malformed:columns")  # more or fewer fields than the header has
@@ -81,7 +82,7 @@ def column_names(path: str) -> list[str]:
         found: dict[str, None] = {}
         for line in file.read(BLOCK_BYTES).decode("utf-8", "replace").split("\n")[:_SEEN_LINES]:
             try:
-                row = json.loads(line)
+                row = parse_json(line, keep_surrogates=True)
             except ValueError:
                 continue
             if isinstance(row, dict):

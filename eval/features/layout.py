@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from pipeline.core import store
 from pipeline.core.arrays import Float32Array
+from pipeline.core.npy import read_npy
 from pipeline.core.records import InputError
 
 Side = Literal["image", "text"]
@@ -42,11 +43,7 @@ def read_vectors(path: str) -> Float32Array:
     Raises:
         InputError: if a feature is not finite or not unit-norm; it names the file and the first bad row.
     """
-    try:
-        with store.open_read(path) as file:
-            vectors_ND = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: not a readable .npy file ({error}); embed again") from None
+    vectors_ND = read_npy(path, "embed again")
     check_vectors(vectors_ND, path)
     features_ND: Float32Array = vectors_ND
     return features_ND

@@ -29,6 +29,8 @@ from eval.index.flat import faiss_reason
 from pipeline.core import store
 from pipeline.core.arrays import Float32Array, Int64Array
 from pipeline.core.config import digest
+from pipeline.core.foreign import parse_json
+from pipeline.core.npy import map_npy
 from pipeline.core.records import ConfigError, InputError
 from pipeline.core.stage import Progress
 
@@ -129,7 +131,7 @@ class PartedIndex:
         """Raises InputError where the folder holds no complete index."""
         path = store.join(folder, "index.json")
         try:
-            fields = json.loads(store.read_text(path))
+            fields = parse_json(store.read_text(path))
             parts = tuple(Part(**part) for part in fields.pop("parts"))
             model = fields.pop("model", None)
             return cls(
@@ -325,12 +327,9 @@ def _npy_files(source: str, side: Side) -> list[str]:
 
 
 def _open_npy(path: str) -> npt.NDArray[Any]:
-    try:
-        matrix: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; embed first") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: not a readable .npy file ({error}); embed again") from None
+    if not store.exists(path):
+        raise InputError(f"{path}: no such file; embed first")
+    matrix = map_npy(path, "embed again")
     if matrix.dtype not in (np.float16, np.float32) or matrix.ndim != 2 or not matrix.shape[1]:
         raise InputError(
             f"{path}: expected float16 or float32 features [rows, dim], found {matrix.dtype}"

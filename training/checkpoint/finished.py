@@ -4,6 +4,7 @@ import json
 
 from pipeline.core import store
 from pipeline.core.config import digest
+from pipeline.core.foreign import parse_json
 from training.config.job import TrainJob
 
 _NAME = "finished.json"
@@ -20,7 +21,7 @@ def is_finished(job: TrainJob) -> bool:
     if not store.exists(_path(job)):
         return False
     try:
-        note = json.loads(store.read_text(_path(job)))
+        note = parse_json(store.read_text(_path(job)))
         outputs: dict[str, str] = note["outputs"]
         same = note["job"] == digest(job) and set(outputs) == set(_outputs(job))
     except (ValueError, KeyError, TypeError):

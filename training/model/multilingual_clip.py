@@ -6,7 +6,6 @@ tower belongs to it says its name: `XLM-Roberta-Large-Vit-B-32` and `-Vit-L-14` 
 """
 
 import io
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 
 from pipeline.core import store
 from pipeline.core.arrays import Float32Array
+from pipeline.core.foreign import parse_json
 from pipeline.core.records import InputError
 from training.model.preprocess import MEAN, STD
 from training.weights.image_tower import ImageTower
@@ -248,12 +248,12 @@ def load_text(source: str, device: str) -> MultilingualText:
 def _heads(config_path: str, width: int) -> int:
     """Attention heads: of the base's own configuration where that is a local folder, else as in XLM-R."""
     try:
-        base = json.loads(store.read_text(config_path)).get("modelBase", "")
+        base = parse_json(store.read_text(config_path)).get("modelBase", "")
     except (ValueError, AttributeError) as error:
         raise InputError(f"{config_path}: not readable JSON ({error}); download the folder again") from None
     path = store.join(str(base), CONFIG_FILE)
     if base and os.path.isfile(path):
-        return int(json.loads(store.read_text(path)).get("num_attention_heads", width // _HEAD_WIDTH))
+        return int(parse_json(store.read_text(path)).get("num_attention_heads", width // _HEAD_WIDTH))
     return max(1, width // _HEAD_WIDTH)
 
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pipeline.core import store
+from pipeline.core.foreign import parse_json
 from pipeline.core.records import InputError
 from training.model.clip import CLIP
 from training.model.config import ModelConfig, VisionTransformerConfig
@@ -233,7 +234,7 @@ def read_header(path: str, header: Mapping[str, str]) -> tuple[ModelConfig, dict
             f"{path}: a safetensors file without the metadata key {METADATA_KEY!r}: not our checkpoint"
         )
     try:
-        ours = json.loads(text)
+        ours = parse_json(text)
         return TypeAdapter(ModelConfig).validate_python(ours["config"]), dict(ours["metadata"])
     except (ValueError, KeyError, TypeError, ValidationError) as error:
         reason = str(error).splitlines()[0]
