@@ -21,6 +21,7 @@ from training.weights.unpickle import Foreign, Unreadable, local_copy, unpickle
 
 Container = Literal["safetensors", "torch", "torchscript"]
 # Where files from torch.save keep their tensors, in the order in which they are looked for.
+METADATA_KEY = "cnclip"  # under which this project's files say what model they hold
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "state")
 _PREFIXES = ("module.", "_orig_mod.", "clip.")  # of data parallel, of torch.compile, of this project's engine
 _PROBE_BYTES = 512
@@ -67,6 +68,8 @@ def read_tensors(path: str) -> TensorFile:
             )
     check_size(path, tensors, store.num_bytes(path))
     facts = {key: str(payload[key]) for key in ("name", "epoch", "step") if _is_short(payload.get(key))}
+    if isinstance(payload.get(METADATA_KEY), str):
+        facts[METADATA_KEY] = payload[METADATA_KEY]
     return TensorFile(container, strip_prefixes(tensors), facts)
 
 

@@ -94,7 +94,7 @@ class Foreign(dict[Any, Any]):
     def __init__(self, *_: Any, **__: Any) -> None:
         super().__init__()
 
-    __hash__ = object.__hash__
+    __hash__ = object.__hash__  # type: ignore[assignment]
     __eq__ = object.__eq__
     __ne__ = object.__ne__
 
@@ -244,8 +244,11 @@ class _Storage:
 
 
 # The machine in Python, not the one in C: that takes memory for whatever place in its memo a file names.
-class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
-    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+_PythonUnpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]
+
+
+class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
+    dispatch: ClassVar[dict[int, Any]] = dict(_PythonUnpickler.dispatch)
 
     def __init__(self, file: Any, data: _MappedFile, places: Mapping[str, tuple[int, int]] | None) -> None:
         """`places` of the storages by key; None if they are not known yet: tensors are then left out."""
