@@ -9,7 +9,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-import fsspec
 import torch
 from torch.nn import functional as F
 
@@ -204,7 +203,7 @@ def resize_positions(position_PW: torch.Tensor, side: int) -> torch.Tensor:
 def _is_folder(path: str) -> bool:
     if store.is_local(path):
         return os.path.isdir(path)
-    fs, name = fsspec.core.url_to_fs(path)
+    fs, name = store.remote(path)
     return bool(fs.isdir(name))
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.core import store
-from pipeline.core.foreign import read_json
+from pipeline.core.foreign import foreign, parse_json
 from pipeline.core.records import InputError
 from training.weights.sizes import Said
 
@@ -18,7 +18,8 @@ _OPEN_CLIP_HEAD_WIDTH = 64  # of a tower whose configuration says nothing of it 
 
 def read_object(path: str) -> dict[str, Any]:
     """Return the JSON object of a file; InputError if it holds anything else."""
-    value = read_json(path, _DAMAGED)
+    with foreign(path, "JSON file", _DAMAGED):
+        value = parse_json(store.read_bytes(path))
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds no JSON object: {_DAMAGED}")
     return value
