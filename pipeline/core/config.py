@@ -99,7 +99,10 @@ def _with_base(table: dict[str, Any], where: str, seen: tuple[str, ...] = ()) ->
         return own
     if not isinstance(base, str) or base in seen:
         raise ConfigError(f"{where}: base: found {base!r}; give the name or path of another run's file")
-    path = find_recipe(base)
+    try:
+        path = find_recipe(base)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: base: {error}") from None
     joined = _with_base(read_toml(path), path, (*seen, base))
     for name in without:
         if name not in joined:

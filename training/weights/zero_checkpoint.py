@@ -29,9 +29,10 @@ def find_zero_checkpoint(folder: str) -> str | None:
     latest = store.join(folder, "latest")
     if not store.exists(latest):
         return None
-    tag = store.read_text(latest).strip()
-    if not tag or tag != os.path.basename(tag):
-        raise InputError(f"{latest}: names the tag {tag!r}, which is no folder name")
+    with foreign(latest, "name of a tag's folder", "copy the whole folder again"):
+        tag = store.read_text(latest).strip()
+    if not tag or tag != os.path.basename(tag) or "\0" in tag:
+        raise InputError(f"{latest}: names the tag {tag[:80]!r}, which is no folder name")
     chosen = store.join(folder, tag)
     if not any(name.endswith(_MODEL_STATES) for name in store.list_files(chosen)):
         raise InputError(
