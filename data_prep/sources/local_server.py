@@ -25,6 +25,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from data_prep.formats.base64_image import decode_base64_image
 from pipeline.core import store
+from pipeline.core.foreign import parse_json
 from pipeline.core.records import InputError
 from pipeline.core.shard_format import ByteRanges
 
@@ -68,7 +69,7 @@ def read_site(folder: Path) -> dict[str, Answer]:
     root = (folder / "site").resolve()
     answers = {}
     try:
-        for url_path, fields in json.loads(path.read_text(encoding="utf-8")).items():
+        for url_path, fields in parse_json(path.read_text(encoding="utf-8")).items():
             answers[url_path] = Answer(**fields)
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a site description ({error}); generate the corpus again") from None

@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from pipeline.core import store
 from pipeline.core.records import ConfigError, InputError, Stopped
 
 DOWNLOAD_AGAIN = "download it again"
@@ -75,9 +74,3 @@ def parse_json(text: str | bytes, *, keep_surrogates: bool = False) -> Any:
     except RecursionError:
         raise ValueError("nested too deep") from None
     return value
-
-
-def read_json(path: str, remedy: str = DOWNLOAD_AGAIN) -> Any:
-    """Return what a JSON file holds; InputError names the file if it cannot be read."""
-    with foreign(path, "JSON file", remedy):
-        return parse_json(store.read_bytes(path))

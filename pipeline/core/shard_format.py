@@ -100,9 +100,7 @@ class ByteRanges(contextlib.AbstractContextManager["ByteRanges"]):
         if self._is_local:
             self._file = open(path, "rb", buffering=0)  # noqa: SIM115
         elif concurrent:
-            import fsspec
-
-            self._fs, self._name = fsspec.core.url_to_fs(path)
+            self._fs, self._name = store.remote(path)
         else:
             self._file = store.open_read(path)
 

@@ -4,6 +4,7 @@ import json
 
 from pipeline.core import store
 from pipeline.core.config import Binds, digest, plain
+from pipeline.core.foreign import parse_json
 from training.config.job import TrainJob
 
 _NAME = "finished.json"
@@ -21,7 +22,7 @@ def is_finished(job: TrainJob) -> bool:
     if not store.exists(_path(job)):
         return False
     try:
-        note = json.loads(store.read_text(_path(job)))
+        note = parse_json(store.read_text(_path(job)))
         outputs: dict[str, str] = note["outputs"]
         same = digest(job) == note["job"] or note.get("training") == _training(job)
         same = same and set(outputs) == set(_outputs(job))

@@ -1,10 +1,10 @@
 """The DeepSpeed files: memory, precision and communication, and nothing that training owns. No torch here."""
 
 import difflib
-import json
 from importlib import resources
 from typing import Any, Literal
 
+from pipeline.core.foreign import parse_json
 from pipeline.core.records import ConfigError
 from training.model.config import ModelConfig, ModifiedResNetConfig
 
@@ -176,8 +176,8 @@ def _read(name: str) -> dict[str, Any]:
         why = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
         raise ConfigError(f"deepspeed = {name!r}: {why}; known: {known}, or a path to a .json") from None
     try:
-        settings = json.loads(text)
-    except json.JSONDecodeError as error:
+        settings = parse_json(text)
+    except ValueError as error:
         raise ConfigError(f"{name}: not valid JSON: {error}") from None
     if not isinstance(settings, dict):
         raise ConfigError(f"{name}: found {type(settings).__name__}; a DeepSpeed file is one object, {{…}}")

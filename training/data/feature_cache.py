@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from pipeline.core import store
 from pipeline.core.arrays import Float16Array, UInt8Array
 from pipeline.core.config import digest
+from pipeline.core.npy import map_npy
 from pipeline.core.records import InputError, Shard
 from training.config.train import AugmentConfig
 
@@ -112,10 +113,7 @@ class FeatureCache:
     def _open_file(self, shard: int) -> npt.NDArray[np.void]:
         path = self.path(shard)
         expected = (self._shards[shard].num_samples, self.num_views)
-        try:
-            records: npt.NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
-        except Exception as error:  # numpy's reader of headers raises what Python's parser does
-            raise InputError(f"{path}: cannot be read ({error}); remove the file: it is made again") from None
+        records: npt.NDArray[np.void] = map_npy(path, "remove the file: it is made again")
         dtype = _record(self._dim)
         if records.shape != expected or records.dtype != dtype:
             raise InputError(

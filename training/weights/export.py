@@ -21,7 +21,8 @@ from training.model.preprocess import MEAN, STD
 from training.model.tokenizer import SPECIAL_TOKENS, Tokenizer, hugging_face_tokenizer
 from training.weights.layouts import to_hugging_face
 from training.weights.model_card import model_card
-from training.weights.weights import save_checkpoint, state_for_file
+from training.weights.tensor_files import METADATA_KEY
+from training.weights.weights import header_of, save_checkpoint, state_for_file
 
 ONNX_TOLERANCE = 1e-4  # of unit-norm features, onnxruntime against torch
 _ONNX_INLINE_BYTES = 1_500_000_000  # protobuf ends at 2 GB: larger weights go into a file beside
@@ -40,7 +41,13 @@ def save_cn_clip(path: str, model: CLIP) -> None:
     same weights give the same bytes.
     """
     state = {f"module.{name}": tensor for name, tensor in state_for_file(model).items()}
-    payload = {"epoch": 0, "step": 0, "name": structure_name(model.config), "state_dict": state}
+    payload = {
+        "epoch": 0,
+        "step": 0,
+        "name": structure_name(model.config),
+        METADATA_KEY: header_of(model.config, {}),  # heads and resolution, which no tensor shows
+        "state_dict": state,
+    }
     with store.publish(path) as temporary, open(temporary, "wb") as file:
         torch.save(payload, file)  # to a file object: given a path, torch writes its name into the bytes
 
