@@ -1,12 +1,13 @@
 """Run and resume a run's stages, and verify what they published."""
 
+import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from pipeline.core import store
-from pipeline.core.damage import find_damage, listed_files, summarise
+from pipeline.core.damage import find_altered, find_damage, listed_files, summarise
 from pipeline.core.progress import make_progress
-from pipeline.core.records import ConfigError, InputError, Receipt
+from pipeline.core.records import ConfigError, InputError, Receipt, Shard, Stopped
 from pipeline.core.run import (
     Run,
     StageStatus,
@@ -22,6 +23,8 @@ from pipeline.core.run import (
 from pipeline.core.stage import Context, Progress, Stage, Task, fold
 from pipeline.executors import local
 from pipeline.repair import forget_damaged, forget_unreadable, refuse_unusable_folder
+
+FindDamage = Callable[[str, Iterable[Shard]], list[str]]
 
 
 def execute(
@@ -60,7 +63,8 @@ def execute(
                     )
                 _discard(run, stage, force=force)
             _refuse_damaged_parents(run, stage)
-            _run_stage(run, stage, label=f"[{position}/{len(stages)}] {stage.name}")
+            with _blaming_damaged_parents(run, stage):
+                _run_stage(run, stage, label=f"[{position}/{len(stages)}] {stage.name}")
             num_run += 1
     return num_run
 
@@ -89,18 +93,34 @@ def verify(run: Run, stages: Sequence[Stage]) -> list[str]:
     return complaints
 
 
-def _refuse_damaged_parents(run: Run, stage: Stage) -> None:
+def _refuse_damaged_parents(run: Run, stage: Stage, find: FindDamage = find_damage) -> None:
     """Raise InputError if a file that the stage may read is missing or has another size."""
     for name in stage.parents:
         manifest = read_manifest(run, name)
         folder = store.join(run.folder, name)
         try:
-            files = [*(manifest.shards if manifest is not None else ()), *listed_files(folder)]
-            damage = find_damage(folder, files)
+            damage = find(folder, [*(manifest.shards if manifest is not None else ()), *listed_files(folder)])
         except ValueError as error:
             damage = [str(error)]
         if damage:
             raise InputError(f"{summarise(damage)}; {stage.name} needs {name}: run --stage {name} --repair")
+
+
+@contextlib.contextmanager
+def _blaming_damaged_parents(run: Run, stage: Stage) -> Iterator[None]:
+    """Inside, an error that is nobody's is explained by altered bytes in a parent's files, if there are any.
+
+    What readers raise on them is no list that could be written down.
+    """
+    try:
+        yield
+    except (ConfigError, InputError, Stopped, OSError, MemoryError):
+        raise
+    except BaseException as error:
+        # A panic is what parsers in Rust answer to bytes that they never expected, and no Exception.
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            _refuse_damaged_parents(run, stage, find=find_altered)
+        raise
 
 
 def _run_stage(run: Run, stage: Stage, label: str) -> None:
