@@ -4,6 +4,8 @@ import errno
 import os
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,3 +115,17 @@ def test_every_call_fails_once(scenario: Scenario, name: str) -> None:
     assert {kind for kind, _ in calls} >= {"open", "read", "write", "fsync", "rename", "mkdir"}
     seen = [scenario.fail(kind, number, name) for kind, number in calls]
     assert sum(seen) > len(seen) // 2
+
+
+@pytest.mark.parametrize(
+    "step", [pytest.param(11, id="some"), pytest.param(1, id="all", marks=pytest.mark.slow)]
+)
+def test_allocations_of_the_store_fail_once(tmp_path: Path, step: int) -> None:
+    pytest.importorskip("_testcapi", reason="this Python comes without its own tests")
+    command = [sys.executable, "-m", "tests.helpers.store_allocations", str(tmp_path / "run"), str(step)]
+    root = Path(__file__).parents[2]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=root)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    counts = [int(line.rpartition(": ")[2]) for line in ended.stdout.splitlines()]
+    assert len(counts) == 13
+    assert all(counts), ended.stdout
