@@ -22,7 +22,7 @@ from pipeline.core.run import (
 )
 from pipeline.core.stage import Context, Progress, Stage, Task, fold
 from pipeline.executors import local
-from pipeline.repair import forget_damaged, forget_unreadable, refuse_unusable_folder
+from pipeline.repair import forget_damaged, forget_unreadable, refuse_unusable_folder, restore_started
 
 FindDamage = Callable[[str, Iterable[Shard]], list[str]]
 
@@ -54,6 +54,8 @@ def execute(
             if status.state is State.DAMAGED and not force:
                 raise InputError(f"{status.why}; run --stage {stage.name} --repair to redo what is damaged")
             if status.state is State.DONE and not force:
+                if repair:
+                    restore_started(run, stage)
                 continue
             if status.state is State.STALE or (status.state in (State.DONE, State.DAMAGED) and force):
                 if not (redo or _agrees(status)):
@@ -73,7 +75,11 @@ def verify(run: Run, stages: Sequence[Stage]) -> list[str]:
     """Hash every output of the finished stages again; returns a line for each that differs."""
     complaints = []
     for stage in stages:
-        manifest = read_manifest(run, stage.name)
+        try:
+            manifest = read_manifest(run, stage.name)
+        except InputError as error:
+            complaints.append(str(error))
+            continue
         if manifest is None:
             continue
         remedy = f"run `--stage {stage.name} --repair`"

@@ -105,7 +105,7 @@ def survey_stage(run: Run, stage: Stage) -> StageStatus:
             return StageStatus(stage, State.DAMAGED, summarise(damage), len(tasks), len(tasks), manifest)
         state = State.STALE if why else State.DONE
         return StageStatus(stage, state, why, len(tasks) if not why else 0, len(tasks), manifest)
-    started = _read_started(context)
+    started = read_started(context)
     why = _changed(stage, tasks, *started) if started else ""
     done = len(receipts_that_count(stage, context, tasks))
     return StageStatus(stage, State.STALE if why else State.TO_DO, why, done, len(tasks), None)
@@ -149,15 +149,17 @@ def _changed(stage: Stage, tasks: list[Task], config_digest: str, digest_of_inpu
     return " and ".join(changes)
 
 
-def _started_path(context: Context) -> str:
+def started_path(context: Context) -> str:
+    """Return where a stage notes what it began with."""
     return context.path("started.json")
 
 
-def _read_started(context: Context) -> tuple[str, str] | None:
-    if not store.exists(_started_path(context)):
+def read_started(context: Context) -> tuple[str, str] | None:
+    """Return the digests of configuration and inputs that work was begun with; None if nothing says it."""
+    if not store.exists(started_path(context)):
         return None
     try:
-        fields = unseal(store.read_bytes(_started_path(context)))
+        fields = unseal(store.read_bytes(started_path(context)))
         return str(fields["config_digest"]), str(fields["inputs_digest"])
     except (ValueError, KeyError, IsADirectoryError):
         return None  # damaged: receipts and checkpoints say themselves what they are made from
@@ -166,7 +168,7 @@ def _read_started(context: Context) -> tuple[str, str] | None:
 def write_started(context: Context, stage: Stage, tasks: list[Task]) -> None:
     """Bind half-done work (checkpoints, half a download) to what it is made from."""
     fields = {"config_digest": stage.config_digest, "inputs_digest": inputs_digest(tasks)}
-    store.write_text(_started_path(context), seal(fields))
+    store.write_text(started_path(context), seal(fields))
 
 
 @contextlib.contextmanager

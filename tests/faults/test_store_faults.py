@@ -16,7 +16,7 @@ from pipeline.core import durability
 from tests.helpers.faulty_disk import KINDS, FaultyDisk
 from tests.helpers.small_run import SmallRun
 
-SAMPLE = 14  # calls of each scenario in the ordinary tests
+SAMPLE = 10  # calls of each scenario in the ordinary tests
 _REDO = ("--set=filter_text.max_characters=12", "--redo")
 
 

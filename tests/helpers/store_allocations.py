@@ -1,4 +1,4 @@
-"""Each STEP-th allocation of the store's calls fails: `python -m tests.helpers.store_allocations FOLDER STEP`.
+"""Each STEP-th allocation of the store's calls fails: `python -m tests.helpers.store_allocations DIR STEP`.
 
 In a process of its own, since the interpreter might not survive it. Prints how many failed of each call.
 """
