@@ -5,6 +5,7 @@ import sys
 from collections.abc import Mapping
 
 from pipeline.core import store
+from pipeline.core.changes import read_started, started_path, write_started
 from pipeline.core.config import digest
 from pipeline.core.damage import is_whole, listing_path, read_listing
 from pipeline.core.progress import make_progress
@@ -18,7 +19,7 @@ from pipeline.core.run import (
     read_manifest,
     receipts_that_count,
 )
-from pipeline.core.stage import Stage, receipt_at
+from pipeline.core.stage import Context, Stage, receipt_at
 
 
 def refuse_unusable_folder(run: Run, stage: Stage) -> None:
@@ -34,17 +35,24 @@ def refuse_unusable_folder(run: Run, stage: Stage) -> None:
 
 
 def forget_unreadable(run: Run, stage: Stage) -> None:
-    """Remove a stage's manifest if it cannot be read, and folders where its state files belong."""
+    """Remove a stage's manifest and the note of its start if they cannot be read."""
     path = manifest_path(run, stage.name)
-    started = store.join(run.folder, stage.name, "started.json")
-    for file in (path, started):
-        if store.is_local(file) and os.path.isdir(file):
-            store.remove(file)
+    context = Context(run.folder, stage.name, run.seed, {})
+    if read_started(context) is None:
+        store.remove(started_path(context))
     try:
         read_manifest(run, stage.name)
     except InputError:
         store.remove(path)
         _say(f"{stage.name}: its manifest is damaged and is folded anew from the receipts")
+
+
+def restore_started(run: Run, stage: Stage) -> None:
+    """Write the note of a finished stage's start anew if it was damaged."""
+    context = make_context(run, stage)
+    assert context is not None  # the stage is done
+    if read_started(context) is None:
+        write_started(context, stage, stage.plan(stage.config, context))
 
 
 def forget_damaged(run: Run, status: StageStatus) -> bool:
@@ -88,7 +96,7 @@ def _forget_stale_manifest(run: Run, stage: Stage) -> bool:
     if len(receipts_that_count(stage, context, tasks)) < len(tasks):
         return False
     store.remove(manifest_path(run, stage.name))
-    store.remove(context.path("started.json"))
+    store.remove(started_path(context))
     _say(f"{stage.name}: its manifest is damaged, all its receipts count")
     return True
 
@@ -104,10 +112,12 @@ def _receipt_names(folder: str) -> list[str]:
 
 def _all_whole(folder: str, path: str, receipt: Receipt) -> bool:
     try:
-        files = [*receipt.outputs, *read_listing(listing_path(path))]
+        also = read_listing(listing_path(path))
     except ValueError:
         return False
-    return all(is_whole(store.join(folder, file.path), file) for file in files)
+    return len(also) == receipt.num_also and all(
+        is_whole(store.join(folder, file.path), file) for file in (*receipt.outputs, *also)
+    )
 
 
 def _agrees(receipt: Receipt, stage: Stage, manifest: Manifest | None) -> bool:

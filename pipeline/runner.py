@@ -2,13 +2,13 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from pipeline.core import drops, store
 from pipeline.core.changes import write_started
-from pipeline.core.damage import find_damage, listed_files, summarise
+from pipeline.core.damage import find_altered, find_damage, listed_files, summarise
 from pipeline.core.progress import make_progress
-from pipeline.core.records import ConfigError, InputError, Receipt, too_few
+from pipeline.core.records import ConfigError, InputError, Receipt, Shard, Stopped, too_few
 from pipeline.core.run import (
     Run,
     StageStatus,
@@ -22,7 +22,9 @@ from pipeline.core.run import (
 )
 from pipeline.core.stage import Context, Progress, Stage, Task, fold
 from pipeline.executors import local
-from pipeline.repair import forget_damaged, forget_unreadable, refuse_unusable_folder
+from pipeline.repair import forget_damaged, forget_unreadable, refuse_unusable_folder, restore_started
+
+FindDamage = Callable[[str, Iterable[Shard]], list[str]]
 
 
 def execute(
@@ -54,6 +56,8 @@ def execute(
             if status.why and status.state is not State.STALE:
                 print(f"{stage.name}: {status.state.value}, {status.why}", file=sys.stderr, flush=True)
             if status.state is State.DONE and not force:
+                if repair:
+                    restore_started(run, stage)
                 continue
             if status.state is State.TO_DO and status.manifest is not None and not force:
                 store.remove(manifest_path(run, stage.name))  # it was done, and continues from a checkpoint
@@ -65,7 +69,7 @@ def execute(
                     )
                 _discard(run, stage, force=force)
             _refuse_damaged_parents(run, stage)
-            with _naming_the_funnel(run, stage):
+            with _naming_the_funnel(run, stage), _blaming_damaged_parents(run, stage):
                 _run_stage(run, stage, label=f"[{position}/{len(stages)}] {stage.name}")
             num_run += 1
     return num_run
@@ -75,7 +79,11 @@ def verify(run: Run, stages: Sequence[Stage]) -> list[str]:
     """Hash every output of the finished stages again; returns a line for each that differs."""
     complaints = []
     for stage in stages:
-        manifest = read_manifest(run, stage.name)
+        try:
+            manifest = read_manifest(run, stage.name)
+        except InputError as error:
+            complaints.append(str(error))
+            continue
         if manifest is None:
             continue
         remedy = f"run `--stage {stage.name} --repair`"
@@ -95,14 +103,13 @@ def verify(run: Run, stages: Sequence[Stage]) -> list[str]:
     return complaints
 
 
-def _refuse_damaged_parents(run: Run, stage: Stage) -> None:
+def _refuse_damaged_parents(run: Run, stage: Stage, find: FindDamage = find_damage) -> None:
     """Raise InputError if a file that the stage may read is missing or has another size."""
     for name in stage.parents:
         manifest = read_manifest(run, name)
         folder = store.join(run.folder, name)
         try:
-            files = [*(manifest.shards if manifest is not None else ()), *listed_files(folder)]
-            damage = find_damage(folder, files)
+            damage = find(folder, [*(manifest.shards if manifest is not None else ()), *listed_files(folder)])
         except ValueError as error:
             damage = [str(error)]
         if damage:
@@ -126,6 +133,23 @@ def _naming_the_funnel(run: Run, stage: Stage) -> Iterator[None]:
         finished = [manifest for item in before if (manifest := read_manifest(run, item.name))]
         said = drops.funnel(finished, error.rows_left)
         raise type(error)(f"{error}; {said}" if said else str(error)) from None
+
+
+@contextlib.contextmanager
+def _blaming_damaged_parents(run: Run, stage: Stage) -> Iterator[None]:
+    """Inside, an error that is nobody's is explained by altered bytes in a parent's files, if there are any.
+
+    What readers raise on them is no list that could be written down.
+    """
+    try:
+        yield
+    except (ConfigError, InputError, Stopped, OSError, MemoryError):
+        raise
+    except BaseException as error:
+        # A panic is what parsers in Rust answer to bytes that they never expected, and no Exception.
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            _refuse_damaged_parents(run, stage, find=find_altered)
+        raise
 
 
 def _run_stage(run: Run, stage: Stage, label: str) -> None:

@@ -30,6 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         return EXIT_DONE  # the reader of our output (head, less) has seen enough
+    except MemoryError:
+        print(
+            "error: there is not enough memory: free some or take smaller settings, such as [run] processes,"
+            " then rerun the same command to resume",
+            file=sys.stderr,
+        )
+        return EXIT_FAILED
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}; {_remedy(error)}", file=sys.stderr)

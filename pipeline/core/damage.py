@@ -22,8 +22,14 @@ def find_damage(folder: str, files: Iterable[Shard]) -> list[str]:
     return damage
 
 
+def find_altered(folder: str, files: Iterable[Shard]) -> list[str]:
+    """Return a line for each file of a stage's folder that is missing or altered; reads all of them."""
+    paths = [(store.join(folder, file.path), file) for file in files]
+    return [f"{path}: not the bytes that were written" for path, file in paths if not is_whole(path, file)]
+
+
 def summarise(damage: Sequence[str]) -> str:
-    """Return the first line of `find_damage` and how many there are besides it."""
+    """Return the first line of what was found and how many there are besides it."""
     return damage[0] + (f", and {len(damage) - 1:,} more" if len(damage) > 1 else "")
 
 

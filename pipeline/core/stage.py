@@ -151,6 +151,7 @@ def make_receipt(stage: Stage, context: Context, task: Task, outcome: Outcome, s
         dropped=dict(sorted(outcome.dropped.items())),
         seconds=round(seconds, 3),
         extra=outcome.extra,
+        num_also=len(outcome.also),
     )
     listing = listing_path(receipt_path(context, task))
     if outcome.also:

@@ -244,15 +244,16 @@ def publish(path: str) -> Iterator[str]:
     temporary file is gone.
     """
     if is_local(path):
-        target = Path(path)
-        durability.make_folder(str(target.parent))
+        target = str(Path(path))
+        folder, name = os.path.split(target)
+        durability.make_folder(folder)
         writer = f"{_place()}-{os.getpid()}-{secrets.token_hex(4)}"
-        temporary = str(target.parent / f".{target.name}.{writer}{_PARTIAL}")
+        temporary = os.path.join(folder, f".{name}.{writer}{_PARTIAL}")
         try:
             yield temporary
             durability.sync_file(temporary)
             os.replace(temporary, target)
-            durability.note_published(str(target))
+            durability.note_published(target)
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(temporary)
