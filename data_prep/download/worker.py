@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeline.core.processes import die_with_parent
+from pipeline.core.terminal import guard
 
 # Before img2dataset, whose import takes seconds in which the run may be killed. Workers compare their parent
 # with the process that started them: the kernel tells nobody of a parent that was gone before it was asked.
@@ -23,6 +24,8 @@ die_with_parent()
 _STARTED_BY = "CNCLIP_DOWNLOAD_PID"
 if os.environ.setdefault(_STARTED_BY, str(os.getpid())) not in (str(os.getpid()), str(os.getppid())):
     sys.exit("the download that started this worker is gone")
+if __name__ in ("__main__", "__mp_main__"):
+    sys.stdout, sys.stderr = guard(sys.stdout), guard(sys.stderr)  # the log names addresses
 
 import img2dataset.downloader  # noqa: E402
 import img2dataset.writer  # noqa: E402

@@ -16,6 +16,7 @@ from pipeline.cli.arguments import (
 from pipeline.core.config import find_recipe
 from pipeline.core.records import ConfigError
 from pipeline.core.run import select, survey, survey_what_is_there
+from pipeline.core.terminal import one_line, print_lines
 from pipeline.core.text_table import align
 
 # What training is planned with unless the command line says otherwise.
@@ -151,7 +152,7 @@ def _plan(options: argparse.Namespace) -> int:
     if needs:
         print(f"\n{needs}")
     for complaint in complaints:
-        print(f"error: {complaint}", file=sys.stderr)
+        print(f"error: {one_line(complaint)}", file=sys.stderr)
     return EXIT_USAGE if complaints else EXIT_DONE
 
 
@@ -196,7 +197,7 @@ def _status(options: argparse.Namespace) -> int:
     run, _ = load(options.run, options.set)
     print(status_table(run, survey(run)))
     for note in notes(run):
-        print(f"note: {note}")
+        print(f"note: {one_line(note)}")
     return EXIT_DONE
 
 
@@ -206,8 +207,7 @@ def _verify(options: argparse.Namespace) -> int:
 
     run, _ = load(options.run, options.set)
     complaints = verify(run, select(run, options.stage, options.first, options.last))
-    for line in complaints:
-        print(line)
+    print_lines(complaints)
     print(f"{len(complaints)} differ" if complaints else "all outputs match their manifests")
     return EXIT_FAILED if complaints else EXIT_DONE
 
@@ -217,7 +217,7 @@ def _why(options: argparse.Namespace) -> int:
     from pipeline.tools.why import explain
 
     run, config = load(options.run, options.set)
-    print("\n".join(explain(run, config.filter_text, options.key)))
+    print_lines(explain(run, config.filter_text, options.key))
     return EXIT_DONE
 
 
@@ -260,5 +260,5 @@ def _retry(options: argparse.Namespace) -> int:
 def _diff(options: argparse.Namespace) -> int:
     from pipeline.tools.diff import compare
 
-    print("\n".join(compare(corpus_folder(options.a), corpus_folder(options.b), options.rows)))
+    print_lines(compare(corpus_folder(options.a), corpus_folder(options.b), options.rows))
     return EXIT_DONE

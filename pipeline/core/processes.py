@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator
 from typing import NoReturn, TextIO
 
+from pipeline.core.terminal import visible
+
 _PR_SET_PDEATHSIG = 1
 
 # Ask a training run for a checkpoint and its end. SIGINT is Ctrl-C, which reaches all ranks of a terminal.
@@ -42,7 +44,7 @@ def importing() -> Iterator[None]:
 def say(line: str, stream: TextIO | None = None) -> None:
     """A line to standard output, or to another stream, in one write: ranks share a pipe and print at once."""
     stream = stream or sys.stdout
-    stream.write(f"{line}\n")
+    stream.write(f"{visible(line)}\n")
     stream.flush()
 
 
