@@ -38,7 +38,8 @@ def test_a_board_tells_what_its_worker_is_at(tmp_path: Path) -> None:
         view = boards.look()
         addresses = [item.address for item in view.open]
         assert addresses[:2] == ["http://a.cn/1.jpg", "decoding http://a.cn/0.jpg"]
-        assert addresses[2] == long[:256]
+        assert len(addresses[2]) > 100
+        assert long.startswith(addresses[2])  # as much as fits
         assert (view.num_done, view.num_working, view.death) == (0, 1, None)
         words = name_open(view.open, most=2)
         assert words == "http://a.cn/1.jpg (for 0 s), decoding http://a.cn/0.jpg (for 0 s), and 1 more"
@@ -70,7 +71,8 @@ def test_a_death_is_told_from_an_end(tmp_path: Path, is_at_work: bool) -> None:
     boards = Boards(tmp_path / "workers")
     code = (
         "import os, sys; from data_prep.download.board import Board\n"
-        "board = Board(sys.argv[1], 2); board.begin_shard(3); held = board.open('http://a.cn/1'); held.__enter__()\n"
+        "board = Board(sys.argv[1], 2)\n"
+        "board.begin_shard(3); held = board.open('http://a.cn/1'); held.__enter__()\n"
         f"{'' if is_at_work else 'board.end_shard()'}\nos._exit(0)"
     )
     subprocess.run([sys.executable, "-c", code, str(boards.folder)], check=True)
