@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pipeline.core import store
 from pipeline.core.config import NOT_IN_DIGEST
 from pipeline.core.evaluation_sets import evaluations_of
+from pipeline.core.processes import say
 from pipeline.core.records import InputError
 from pipeline.core.stage import Change, Context, Outcome, Progress, Stage, Task
+from pipeline.core.terminal import one_line
 from training.checkpoint.finished import is_finished
 from training.checkpoint.folders import checkpoints_folder, steps_in
 from training.config.job import TrainJob
@@ -154,7 +156,7 @@ def run(config: TrainStageConfig, context: Context, task: Task, progress: Progre
         )
 
         def notice(text: str) -> None:
-            print(text, file=sys.stderr, flush=True)
+            say(one_line(text), sys.stderr)
 
         command = launcher_command(config.launcher, entry, job_path, ranks, port)
         status = watch(command, environment, log_path, progress, notice)

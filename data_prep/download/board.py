@@ -184,7 +184,7 @@ def _read_slots(data: bytes) -> list[Open]:
         since, size = _SLOT.unpack_from(data, place)
         if since:
             text = data[place + _SLOT.size : place + _SLOT.size + size]
-            found.append(Open(text.decode("utf-8", "replace"), since))
+            found.append(Open(text.decode("utf-8", "ignore"), since))
     return found
 
 

@@ -314,6 +314,7 @@ def _downloader(
     environment = {
         **os.environ,
         "NO_ALBUMENTATIONS_UPDATE": "1",  # its import looks for updates otherwise
+        "TQDM_DISABLE": "1",  # no bars in the log
         ALLOWED_VARIABLE: " ".join(config.allowed_networks),
         **variables,
     }

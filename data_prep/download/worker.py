@@ -4,18 +4,17 @@ img2dataset starts its workers by spawning, and each imports this module as its 
 at the top holds in all of them.
 """
 
+import contextlib
 import functools
 import importlib
-import io
 import json
 import os
-import socket
-import ssl
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from pipeline.core.processes import die_with_parent
+from pipeline.core.terminal import guard
 
 # Before img2dataset, whose import takes seconds in which the run may be killed. The stage makes this promise
 # for the process that it starts (`dies_with_us`), and that process names itself to the workers it spawns.
@@ -24,41 +23,17 @@ if __name__ == "__main__":
     os.environ[_STARTED_BY] = str(os.getpid())
 elif __name__ == "__mp_main__":
     die_with_parent(int(os.environ[_STARTED_BY]))
+if __name__ in ("__main__", "__mp_main__"):
+    sys.stdout, sys.stderr = guard(sys.stdout), guard(sys.stderr)  # the log names addresses
 
 import img2dataset.downloader  # noqa: E402
 import img2dataset.writer  # noqa: E402
 
 from data_prep.download.board import BOARD_VARIABLE, Board, report  # noqa: E402
-from data_prep.download.deadline import TooManyBytesError  # noqa: E402
-from data_prep.download.public_web import (  # noqa: E402
-    ALLOWED_VARIABLE,
-    MAX_BODY_BYTES,
-    AddressRefusedError,
-    HttpStatusError,
-    open_public,
-)
+from data_prep.download.fetch import fetch_image, shown  # noqa: E402
 from data_prep.download.resize import UprightResizer  # noqa: E402
-from data_prep.sources.local_server import HOST, SITE_VARIABLE  # noqa: E402
-from pipeline.core.records import DropReason  # noqa: E402
 
-HTTP_404 = DropReason("http_404")
-HTTP_ERROR = DropReason("http_error")
-TIMEOUT = DropReason("timeout")
-CONNECTION = DropReason("connection")
-OPTED_OUT = DropReason("opted_out")
-BODY_LIMIT = DropReason("body_limit")
-ADDRESS_REFUSED = DropReason("address_refused")  # not of the public web, or redirected to what is not
-DNS = DropReason("dns")  # no address for the host's name
-TLS = DropReason("tls")
-
-USER_AGENT = "cnclip-pretraining (https://arxiv.org/abs/2211.01335; image-text research)"
-_CHUNK_BYTES = 1 << 16
-
-
-class _Body(io.BytesIO):
-    """The bytes that an address gave, for a board to say what is decoded."""
-
-    address: str
+_board: Board | None = None  # of this process, once it downloads
 
 
 def fetch(
@@ -69,66 +44,8 @@ def fetch(
     `timeout` counts for the whole request, in seconds. Errors begin with a DropReason and a colon.
     """
     key, address = row
-    board = _board
-    if board is None:
-        return _fetch(key, address, timeout, user_agent_token, disallowed_header_directives)
-    with board.open(_shown(address)):
-        return _fetch(key, address, timeout, user_agent_token, disallowed_header_directives)
-
-
-def _fetch(
-    key: Any, address: str, timeout: float, user_agent_token: str, disallowed_header_directives: Any
-) -> tuple[Any, ...]:
-    try:
-        with open_public(address, {"User-Agent": USER_AGENT}, timeout, _allowed(), _own_site()) as response:
-            if disallowed_header_directives and img2dataset.downloader.is_disallowed(
-                response.headers, user_agent_token, disallowed_header_directives
-            ):
-                return key, None, f"{OPTED_OUT}: X-Robots-Tag"
-            body = _Body()
-            body.address = address
-            while chunk := response.read1(_CHUNK_BYTES):
-                body.write(chunk)
-                if body.tell() > MAX_BODY_BYTES:
-                    return key, None, f"{BODY_LIMIT}: more than {MAX_BODY_BYTES} bytes"
-            promised = response.headers.get("Content-Length", "")
-            if promised.isascii() and promised.isdigit() and body.tell() < int(promised[:20]):
-                return key, None, f"{CONNECTION}: {body.tell()} of {promised[:20]} bytes"
-            return key, body, None
-    except AddressRefusedError as error:
-        return key, None, f"{ADDRESS_REFUSED}: {error}"
-    except HttpStatusError as error:
-        reason = HTTP_404 if error.status in (404, 410) else HTTP_ERROR
-        return key, None, f"{reason}: {error.status}"
-    except TooManyBytesError:
-        return key, None, f"{BODY_LIMIT}: more than {MAX_BODY_BYTES} bytes"
-    except TimeoutError as error:
-        return key, None, f"{TIMEOUT}: {timeout} s ({error})"
-    except socket.gaierror as error:
-        return key, None, f"{DNS}: {error}"
-    except ssl.SSLError as error:
-        return key, None, f"{TLS}: {error}"
-    except Exception as error:  # http.client raises many kinds; each is one address that gave nothing
-        return key, None, f"{CONNECTION}: {error}"
-
-
-def _own_site() -> str:
-    """Return how addresses of the run's own site begin: only its stage knows the token in them."""
-    site = os.environ.get(SITE_VARIABLE)
-    return f"http://{site}/" if site else ""
-
-
-def _shown(address: str) -> str:
-    """Return an address without the token of the run's own site."""
-    site = _own_site()
-    return f"http://{HOST}/{address.removeprefix(site)}" if site and address.startswith(site) else address
-
-
-def _allowed() -> list[str]:
-    return os.environ.get(ALLOWED_VARIABLE, "").split()
-
-
-_board: Board | None = None  # of this process, once it downloads
+    with _board.open(shown(address)) if _board is not None else contextlib.nullcontext():
+        return fetch_image(key, address, timeout, user_agent_token, disallowed_header_directives)
 
 
 def _watched_shard(self: Any, row: Any) -> None:
@@ -145,7 +62,7 @@ def _watched_shard(self: Any, row: Any) -> None:
         resizer = self.resizer
 
         def resize(stream: Any, boxes: Any = None) -> Any:
-            with board.decode(_shown(getattr(stream, "address", ""))):
+            with board.decode(shown(getattr(stream, "address", ""))):
                 return resizer(stream, boxes)
 
         self.resizer = resize

@@ -30,10 +30,11 @@ from eval.features.layout import EMBEDDING_FOLDERS, check_vectors
 from eval.features.model_identity import identify, write_identity
 from pipeline.core import store
 from pipeline.core.config import digest
-from pipeline.core.processes import die_with_parent
+from pipeline.core.processes import die_with_parent, say
 from pipeline.core.records import ConfigError, InputError
 from pipeline.core.shard_format import MAX_IMAGE_BYTES, SIDECAR, TAR, ByteRanges, read_sidecar_frame
 from pipeline.core.stage import Progress
+from pipeline.core.terminal import one_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,7 @@ def _other_rank(job: ShardJob, rank: int, parent: int) -> None:
     try:
         _embed_rank(job, _encoder(job, rank), whole_shards(job.shards), rank, None)
     except (ConfigError, InputError) as error:
-        print(f"error: rank {rank}: {error}", file=sys.stderr)
+        say(f"error: rank {rank}: {one_line(str(error))}", sys.stderr)
         sys.exit(error.exit_status)
 
 

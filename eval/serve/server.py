@@ -39,6 +39,7 @@ from eval.serve.access import host_name, loopback_names, page_headers
 from eval.serve.gallery import Gallery
 from pipeline.core.arrays import Float32Array
 from pipeline.core.records import ConfigError, InputError
+from pipeline.core.terminal import one_line
 
 MAX_UPLOAD_BYTES = 16 << 20
 MAX_PIXELS = 40_000_000  # of one image, as its header promises
@@ -230,7 +231,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         except InputError as error:  # names files of this machine: for the one who started the server
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {one_line(str(error))}", file=sys.stderr)
             status, kind, body = _json(
                 {"error": "the gallery is damaged; the server's terminal says where"},
                 HTTPStatus.INTERNAL_SERVER_ERROR,

@@ -21,6 +21,7 @@ import psutil
 from pipeline.core.processes import RUN_VARIABLE, STOP_SIGNALS, dies_with_us
 from pipeline.core.records import Stopped
 from pipeline.core.stage import Progress
+from pipeline.core.terminal import one_line, visible
 from training.ranks.rank_failures import DEADLY, RankFailures
 
 Launcher = Literal["local", "srun"]
@@ -146,7 +147,7 @@ def watch(
             for line in process.stdout:
                 found = _MESSAGE.match(line.strip())
                 if found is None:
-                    line = signals.name_in(line)
+                    line = visible(signals.name_in(line))
                     log.write(line)
                     log.flush()
                     stopped = _STOPPED.match(line) or stopped
@@ -155,7 +156,7 @@ def watch(
                 if found[1] == "progress":
                     progress(fields["done"], fields["total"], fields["text"])
                 else:
-                    log.write(fields["text"] + "\n")
+                    log.write(one_line(fields["text"]) + "\n")
                     notice(fields["text"])
             status = process.wait()
         except BaseException as error:
