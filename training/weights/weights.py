@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from pipeline.core import store
 from pipeline.core.records import InputError
+from pipeline.core.written import check_safetensors, naming
 from training.model.clip import CLIP
 from training.model.config import ModelConfig, VisionTransformerConfig
 from training.weights.tensor_files import local_copy
@@ -177,12 +178,13 @@ def save_checkpoint(path: str, model: CLIP, config: ModelConfig, metadata: Mappi
     """
     _require_own_config(model, config)
     header = {"config": dataclasses.asdict(config), "metadata": dict(metadata)}
-    with store.publish(path) as temporary:
+    with store.publish(path) as temporary, naming(path):
         save_file(
             state_for_file(model),
             temporary,
             metadata={METADATA_KEY: json.dumps(header, sort_keys=True, ensure_ascii=False)},
         )
+        check_safetensors(temporary, path)
 
 
 def _require_own_config(model: CLIP, config: ModelConfig) -> None:
