@@ -3,15 +3,20 @@
 import contextlib
 import errno
 import fcntl
+import functools
+import inspect
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import ParamSpec, TypeVar
 
 from pipeline.core import durability, store
 from pipeline.core.records import InputError
 
 _MOST_BYTES = 200  # of what a holder says of itself
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -52,6 +57,24 @@ def exclusive(folder: str) -> Iterator[None]:
         finally:
             with contextlib.suppress(OSError):
                 file.truncate(0)
+
+
+def one_at_a_time(folder: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Make a function hold the lock of the folder that one of its arguments names: `out`, or `job.out`."""
+    name, *fields = folder.split(".")
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def locked(*args: P.args, **kwargs: P.kwargs) -> T:
+            found = signature.bind(*args, **kwargs).arguments[name]
+            with exclusive(functools.reduce(getattr, fields, found)):
+                return function(*args, **kwargs)
+
+        return locked
+
+    return decorate
 
 
 def _own_name() -> str:

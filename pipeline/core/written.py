@@ -1,18 +1,56 @@
 """Files that others' writers make, looked at before they appear: such a writer may overlook a full disk.
 
-Each function is called on the temporary file inside `store.publish`, so that what is cut never gets its name.
+The checks are called on the temporary file inside `store.publish`, so that what is cut never gets its name:
+
+    with store.publish(path) as temporary, naming(path):
+        save_file(tensors, temporary)
+        check_safetensors(temporary, path)
 """
 
+import contextlib
 import errno
 import math
 import os
+import re
+import shutil
 import zipfile
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.core import store
+from pipeline.core.foreign import first_line
+from pipeline.core.records import ConfigError, InputError, Stopped
+
+_FULL_BYTES = 1 << 20  # a disk with less is full: writers ask for blocks
+
+
+@contextlib.contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Turn what a foreign writer raises inside the block into an OSError that names the file.
+
+    Writers in Rust and C++ wrap what the system says, or say only that fewer bytes were written. Errors of
+    this project pass unchanged.
+    """
+    try:
+        yield
+    except (InputError, ConfigError, Stopped, MemoryError):
+        raise
+    except Exception as error:
+        raise _named(error, path) from None
+
+
+def _named(error: Exception, path: str) -> OSError:
+    if isinstance(error, OSError) and error.errno is not None:
+        return OSError(error.errno, os.strerror(error.errno), error.filename or path)
+    if found := re.search(r"os error (\d+)", str(error)):
+        return OSError(int(found[1]), os.strerror(int(found[1])), path)
+    folder = os.path.dirname(path) or "."
+    if store.is_local(path) and os.path.isdir(folder) and shutil.disk_usage(folder).free < _FULL_BYTES:
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+    return OSError(errno.EIO, f"cannot be written ({first_line(error)})", path)
 
 
 def write_npy(path: str, array: npt.NDArray[Any]) -> None:
@@ -21,7 +59,7 @@ def write_npy(path: str, array: npt.NDArray[Any]) -> None:
     Raises:
         OSError: if the disk is full or fails; it names the file.
     """
-    with store.publish(path) as temporary:
+    with store.publish(path) as temporary, naming(path):
         with open(temporary, "wb") as file:
             np.save(file, array, allow_pickle=False)
         check_npy(temporary, path)

@@ -22,6 +22,7 @@ from torch import distributed as dist
 from pipeline.core import durability, store
 from pipeline.core.config import digest
 from pipeline.core.records import InputError
+from pipeline.core.written import check_safetensors
 from training.checkpoint.folders import steps_in
 from training.engine.engine import load_weights
 from training.engine.towers import Engine
@@ -144,6 +145,8 @@ def save(
         os.mkdir(partial)
         save_file(state.weights, os.path.join(partial, _WEIGHTS))
         save_file(state.moments, os.path.join(partial, _OPTIMIZER))
+        for name in (_WEIGHTS, _OPTIMIZER):
+            check_safetensors(os.path.join(partial, name), os.path.join(target, name))
         shutil.copyfile(metrics_path, os.path.join(partial, _METRICS))
         files = {file: store.digest_file(os.path.join(partial, file)) for file in sorted(os.listdir(partial))}
         with open(os.path.join(partial, _STATE), "w", encoding="utf-8") as file:

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from pipeline.core import store
 from pipeline.core.foreign import foreign, parse_json
 from pipeline.core.records import InputError
+from pipeline.core.written import check_safetensors, naming
 from training.model.clip import CLIP
 from training.model.config import ModelConfig, VisionTransformerConfig
 from training.weights.tensor_files import METADATA_KEY
@@ -188,8 +189,9 @@ def save_checkpoint(path: str, model: CLIP, config: ModelConfig, metadata: Mappi
     model's own (`model.config`, which has the size of the vocabulary it was built with).
     """
     _require_own_config(model, config)
-    with store.publish(path) as temporary:
+    with store.publish(path) as temporary, naming(path):
         save_file(state_for_file(model), temporary, metadata={METADATA_KEY: header_of(config, metadata)})
+        check_safetensors(temporary, path)
 
 
 def header_of(config: ModelConfig, metadata: Mapping[str, str]) -> str:
