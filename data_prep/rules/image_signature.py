@@ -8,8 +8,9 @@ A signature is 16 x 16 values of luma and 8 x 8 of each chroma (BT.601), a byte 
 that it may be shifted by parts of a cell. Two signatures are aligned first: a copy may be cut by up to 4% on
 each side, so the second is sought in the first, or the first in the second, with four unknown edges (Lucas
 and Kanade 1981, one step on the signatures and one on the shifted first one). What then still differs is
-compared with the contrast of both images, over the whole image and in each window of a quarter of its sides:
-the words next to equal marks of two logos differ in a few windows only.
+compared with the contrast of both images over all of it, and in each window of a quarter of its sides with
+the fine contrast there: only fine detail is hard to align. So the words next to equal marks of two logos
+tell them apart, and the tips of a star from the corners of a square.
 benchmarks/data_prep/image_copies.py measures both kinds of error.
 """
 
@@ -27,9 +28,9 @@ _CROP, _SLACK = 0.045, 0.004  # of a side: how far an edge may lie inside the ot
 _ROUNDS = 12  # of coordinate descent on four edges
 # Squared levels of 255 a luma cell: what JPEG at quality 30 may add to an image, and to a window, without
 # contrast of its own.
-_NOISE, _WINDOW_NOISE = 50.0, 200.0
+_NOISE = 50.0
 _WINDOW = 2  # chroma cells a side
-_MOST, _MOST_IN_WINDOW = 0.1, 0.25  # of the contrast that may be left unexplained
+_MOST, _MOST_IN_WINDOW = 0.1, 0.53  # of the contrast, and of the fine contrast in a window, that may differ
 _PAIRS_AT_ONCE = 1024  # some 40 kB each while they are compared
 _COARSE = 4  # cells a side in which pairs are compared first, without alignment
 _MOST_COARSE = 0.5
@@ -68,7 +69,8 @@ def are_copies(
         places = np.flatnonzero(_look_alike(one, two))
         for begin in range(0, len(places), _PAIRS_AT_ONCE):
             chosen = places[begin : begin + _PAIRS_AT_ONCE]
-            found[start + chosen] = _match(one[chosen], two[chosen])
+            whole, window = unexplained(one[chosen], two[chosen])
+            found[start + chosen] = (whole <= _MOST) & (window <= _MOST_IN_WINDOW)
     return found
 
 
@@ -100,9 +102,13 @@ class _Planes:
 
     @classmethod
     def of(cls, signature_NB: Bytes) -> "_Planes":
-        values = signature_NB.astype(np.float32)
-        luma = values[:, : _LUMA**2].reshape(-1, _LUMA, _LUMA)
-        return cls(luma, values[:, _LUMA**2 :].reshape(-1, 2, _CHROMA, _CHROMA) * (_LUMA / _CHROMA))
+        planes = cls.of_rows(signature_NB.astype(np.float32))
+        return cls(planes.luma, planes.chroma * (_LUMA / _CHROMA))
+
+    @classmethod
+    def of_rows(cls, value_NK: FloatArray) -> "_Planes":
+        luma, chroma = value_NK[:, : _LUMA**2], value_NK[:, _LUMA**2 :]
+        return cls(luma.reshape(-1, _LUMA, _LUMA), chroma.reshape(-1, 2, _CHROMA, _CHROMA))
 
     def mean(self, other: "_Planes") -> "_Planes":
         return _Planes((self.luma + other.luma) / 2, (self.chroma + other.chroma) / 2)
@@ -125,19 +131,22 @@ class _Planes:
         across = _resampling(_CHROMA, left, right).mT[:, None]
         return _Planes(luma, _resampling(_CHROMA, top, bottom)[:, None] @ self.chroma @ across)
 
-    def contrast(self, window: int) -> FloatArray:
-        """Variance, a luma cell, in each window of so many chroma cells a side, float32 [N, W, W]."""
-        pooled = self.luma.reshape(-1, _CHROMA, 2, _CHROMA, 2)
-        cells = (_LUMA // _CHROMA * window) ** 2
-        total = (
-            _sums((pooled**2).sum(axis=(2, 4)), window) - _sums(pooled.sum(axis=(2, 4)), window) ** 2 / cells
-        )
-        for plane in (self.chroma[:, 0], self.chroma[:, 1]):
-            total += _sums(plane**2, window) - _sums(plane, window) ** 2 / window**2
-        return total / cells
+    def contrast(self) -> FloatArray:
+        """Variance of luma and of chroma, float32 [N]."""
+        return np.asarray(self.luma.var(axis=(1, 2)) + self.chroma.var(axis=(2, 3)).sum(axis=1) / 4)
+
+    def fine(self) -> "_Planes":
+        """What the mean of nine cells leaves of each."""
+        return _Planes(self.luma - _smooth(self.luma), self.chroma - _smooth(self.chroma))
+
+    def squares(self) -> FloatArray:
+        """Sum of the squares, a luma cell, in each window, float32 [N, W, W]."""
+        luma = (self.luma**2).reshape(-1, _CHROMA, 2, _CHROMA, 2).sum(axis=(2, 4))
+        return _sums(luma + (self.chroma**2).sum(axis=1), _WINDOW) / (2 * _WINDOW) ** 2
 
 
-def _match(first_NB: Bytes, second_NB: Bytes) -> npt.NDArray[np.bool_]:
+def unexplained(first_NB: Bytes, second_NB: Bytes) -> tuple[FloatArray, FloatArray]:
+    """Return what differs once aligned: of the contrast, and of the fine contrast in one window, [N]."""
     first, second = _Planes.of(first_NB), _Planes.of(second_NB)
     difference = second.rows() - first.rows()
     steps = first.mean(second).steps()
@@ -154,20 +163,11 @@ def _match(first_NB: Bytes, second_NB: Bytes) -> npt.NDArray[np.bool_]:
     difference = second.rows() - cut.rows()
     steps = cut.mean(second).steps()
     further, _ = _solve(steps, difference, low - edges, high - edges)
-    left = difference - np.einsum("ni,nik->nk", further, steps)
-
-    luma = left[:, : _LUMA**2].reshape(-1, _CHROMA, 2, _CHROMA, 2)
-    chroma = left[:, _LUMA**2 :].reshape(-1, 2, _CHROMA, _CHROMA)
-    squares = (luma**2).sum(axis=(2, 4)) + (chroma**2).sum(axis=1)
-
-    def unexplained(window: int, noise: float) -> FloatArray:
-        cells = (_LUMA // _CHROMA * window) ** 2
-        contrast = (first.contrast(window) + second.contrast(window)) / 2
-        share: FloatArray = (_sums(squares, window) / cells / (contrast + noise)).max(axis=(1, 2))
-        return share
-
-    matches: npt.NDArray[np.bool_] = unexplained(_CHROMA, _NOISE) <= _MOST
-    return matches & (unexplained(_WINDOW, _WINDOW_NOISE) <= _MOST_IN_WINDOW)
+    left = _Planes.of_rows(difference - np.einsum("ni,nik->nk", further, steps))
+    contrast = (first.contrast() + second.contrast()) / 2
+    whole = (left.rows() ** 2).sum(axis=1) / _LUMA**2 / (contrast + _NOISE)
+    fine = (first.fine().squares() + second.fine().squares()) / 2
+    return np.asarray(whole), np.asarray((left.squares() / (fine + _NOISE)).max(axis=(1, 2)))
 
 
 def _solve(
@@ -208,6 +208,13 @@ def _resampling(cells: int, before: FloatArray, after: FloatArray) -> FloatArray
     inner[:, :, :2] += weight[:, :, 1::-1]  # beyond its edge an image is its mirror
     inner[:, :, -2:] += weight[:, :, :-3:-1]
     return np.asarray(inner)
+
+
+def _smooth(plane: FloatArray) -> FloatArray:
+    """Mean of each cell and its eight neighbours, the nearer ones counting more; edges are repeated."""
+    padded = np.pad(plane, [(0, 0)] * (plane.ndim - 2) + [(1, 1), (1, 1)], mode="edge")
+    rows = (padded[..., :-2, :] + 2 * padded[..., 1:-1, :] + padded[..., 2:, :]) / 4
+    return np.asarray((rows[..., :-2] + 2 * rows[..., 1:-1] + rows[..., 2:]) / 4)
 
 
 def _sums(value_NHW: FloatArray, window: int) -> FloatArray:
