@@ -17,7 +17,7 @@ from pipeline.core.stage import Context, Outcome
 
 _INTERNAL = (
     "file", "row", "tar", "source_sha256", "stored_width_px", "stored_height_px",
-    "picture_at",
+    "picture_at", "image_signature",
 )  # fmt: skip
 DOWNLOAD_AGAIN = (
     "run `--stage download --repair`, or make these shards again"  # what repairs shards of this run
