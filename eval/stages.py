@@ -162,6 +162,7 @@ def plan_retrieval(config: EvaluationConfig, context: Context) -> list[Task]:
             f"{pair.evaluation}.{pair.stage}",
             {
                 "evaluation": item.digest,
+                **item.scored_by,
                 **{path: digest for path, digest in digests.items() if path.startswith(f"{pair.folder}/")},
             },
             pair.to_json(),
@@ -171,7 +172,7 @@ def plan_retrieval(config: EvaluationConfig, context: Context) -> list[Task]:
 
 
 def run_retrieval(config: EvaluationConfig, context: Context, task: Task, progress: Progress) -> Outcome:
-    """Write prediction and score files of both directions; the scores go into the receipt for the report."""
+    """Write prediction and score files of the scored directions; the receipt holds the scores."""
     from eval.datasets.retrieval_set import read_retrieval_set
     from eval.retrieval.predictions import retrieve as search_and_score
 
@@ -182,15 +183,13 @@ def run_retrieval(config: EvaluationConfig, context: Context, task: Task, progre
     result = search_and_score(
         evaluation, context.path_in("embed", folder), context.path_in("index", folder), context.path(folder)
     )
-    outputs = {
-        f"{folder}/{name}": num
-        for name, num in (
-            (f"{item.name}.predictions.jsonl", evaluation.num_texts),
-            (f"{item.name}.tr.predictions.jsonl", evaluation.num_images),
-            (f"{item.name}.scores.json", 0),
-            (f"{item.name}.tr.scores.json", 0),
-        )
-    }
+    written = {f"{item.name}.predictions.jsonl": evaluation.num_texts, f"{item.name}.scores.json": 0}
+    if evaluation.image_to_text:
+        written |= {
+            f"{item.name}.tr.predictions.jsonl": evaluation.num_images,
+            f"{item.name}.tr.scores.json": 0,
+        }
+    outputs = {f"{folder}/{name}": num for name, num in written.items()}
     return Outcome(
         outputs,
         num_in=evaluation.num_texts,
@@ -202,7 +201,8 @@ def run_retrieval(config: EvaluationConfig, context: Context, task: Task, progre
 def plan_baseline(config: None, context: Context) -> list[Task]:
     """Return one task: it reads the training images once for all evaluation sets."""
     inputs = {shard.path: shard.digest for shard in context.parents["shards"].shards}
-    inputs |= {f"evaluation {item.name}": item.digest for item in evaluations_of(context)}
+    for item in evaluations_of(context):
+        inputs |= {f"evaluation {item.name}": item.digest, **item.scored_by}
     return [Task("baseline", inputs)]
 
 

@@ -85,7 +85,13 @@ def plan(config: TrainStageConfig, context: Context) -> list[Task]:
     if config.train.distil is not None:
         inputs["teacher"] = store.digest_tree(config.train.distil.teacher)
     if config.validate:
-        inputs |= {f"evaluation {item.name}": item.digest for item in evaluations_of(context)}
+        train = config.train
+        for item in evaluations_of(context):
+            inputs[f"evaluation {item.name}"] = item.digest
+            # The directions count only if the set's recall decides which weights are kept.
+            decides = train.choose == "best" or train.patience > 0
+            if decides and (not train.choose_on or item.name in train.choose_on):
+                inputs |= item.scored_by
     return [Task("train", inputs)]
 
 

@@ -110,7 +110,7 @@ class Trainer:
             batch,
             result.loss,
             logit_scale(self.engine).exp().item(),
-            learning_rate(batch.step, self.total_steps, self.config),
+            result.learning_rate,
             wait_seconds,
             skipped=bool(result.skipped),
         )

@@ -26,7 +26,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from data_prep.accounting.judged import publish_judged
-from data_prep.corpus_facts import exempt_sources, kept_tables, rows_stage, table_name
+from data_prep.corpus_facts import is_exempt, kept_tables, rows_stage, table_name
 from data_prep.formats.parquet import write_table
 from data_prep.rules.image import HASH_BITS, IMAGE_DUPLICATES_RULE
 from data_prep.rules.image_signature import SIGNATURE_BYTES, are_copies, brightness
@@ -249,9 +249,8 @@ def run(config: DedupImageConfig, context: Context, task: Task, progress: Progre
     """Drop the copies of one table, except those of sources that `exempt_from` keeps."""
     table = RowsTask.from_json(task.arguments).table
     rows = pl.read_parquet(context.path_in(rows_stage(context), table))
-    exempt = exempt_sources(context.parents["corpus"], IMAGE_DUPLICATES_RULE)
     found = _copies_among(context, rows["key"])
-    stays = pl.col("source").is_in(exempt)
+    stays = is_exempt(context.parents["corpus"], IMAGE_DUPLICATES_RULE, rows.columns)
     judged = rows.join(found, on="key", how="left", maintain_order="left").with_columns(
         pl.when(~stays).then(pl.col(name)).alias(name) for name in ("reason", "detail")
     )

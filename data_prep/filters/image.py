@@ -19,6 +19,7 @@ from data_prep.formats.shards import DOWNLOAD_AGAIN
 from data_prep.rules import image as image_rules
 from data_prep.rules.copies import MarkedImages, Marks, marks_of
 from data_prep.rules.image_signature import SIGNATURE_BYTES
+from data_prep.sources.table import EXEMPT_COLUMN
 from pipeline.core import store
 from pipeline.core.evaluation_sets import EvaluationSet, evaluations_of
 from pipeline.core.facts import Facts
@@ -86,8 +87,9 @@ def run(config: FilterImageConfig, context: Context, task: Task, progress: Progr
     reasons: list[str | None] = []
     marks: list[Marks] = []
     with ByteRangePool(lambda name: context.path_in("download", name), remedy=DOWNLOAD_AGAIN) as tars:
-        for tar, offset, size, width, height, key, source in table.select(
-            "tar", "offset_bytes", "size_bytes", "width_px", "height_px", "key", "source"
+        own = pl.col(EXEMPT_COLUMN) if EXEMPT_COLUMN in table.columns else pl.lit(None).alias(EXEMPT_COLUMN)
+        for tar, offset, size, width, height, key, source, own_rules in table.select(
+            "tar", "offset_bytes", "size_bytes", "width_px", "height_px", "key", "source", own
         ).iter_rows():
             data = tars.read(tar, offset, size, f"{key}.jpg")
             try:
@@ -96,7 +98,7 @@ def run(config: FilterImageConfig, context: Context, task: Task, progress: Progr
                 reasons.append(UNDECODABLE)
                 marks.append(_NO_MARKS)
                 continue
-            exempt = exempt_from.get(source, ())
+            exempt = (*exempt_from.get(source, ()), *(own_rules or "").split(","))
             reasons.append(
                 image_rules.size(
                     width,

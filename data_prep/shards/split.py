@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 import polars_hash as plh
-from pydantic import Field
+from annotated_types import Ge, Gt, Lt
 
 from data_prep.corpus_facts import kept_tables, rows_stage
 from data_prep.formats.parquet import write_table
@@ -37,12 +37,12 @@ _SPARE_CANDIDATES = 1000
 class SplitConfig:
     """`[split]`: without this table every row is for training. Give `share` or `count`."""
 
-    share: Annotated[float, Field(gt=0, lt=1)] | None = None  # of all kept rows
+    share: Annotated[float, Gt(0), Lt(1)] | None = None  # of all kept rows
     # Rows; at most so many are set aside, rows of one image together.
-    count: Annotated[int, Field(ge=1)] | None = None
+    count: Annotated[int, Ge(1)] | None = None
     # Bits of 384 within which two images count as copies if their signatures match; 0: only equal hashes do.
     # On the demo re-encoded copies are 0 to 22 bits away, other images 60 and more.
-    distance: Annotated[int, Field(ge=0, lt=HASH_BITS)] = 32
+    distance: Annotated[int, Ge(0), Lt(HASH_BITS)] = 32
 
     def __post_init__(self) -> None:
         if (self.share is None) == (self.count is None):

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import glob
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import polars as pl
@@ -18,6 +18,7 @@ from data_prep.sources.local_server import HOST, IMAGES
 from pipeline.core import store
 from pipeline.core.columns import column as by_name
 from pipeline.core.columns import is_pattern
+from pipeline.core.config import IN_DIGEST_IF_SET
 from pipeline.core.foreign import first_line
 from pipeline.core.records import ConfigError, InputError
 
@@ -28,8 +29,8 @@ Kind = Literal["table", "laion", "wukong", "coco", "visual_genome"]
 class TableSource:
     """One `[[corpus.tables]]` or `[[corpus.sources]]` entry: where a caption table is, its columns.
 
-    Kinds differ in their presets alone: `wukong` has no scores; in `coco` and `visual_genome` the captions of
-    one image are joined into one text, which the rule on length does not apply to.
+    Kinds differ in their presets alone: `wukong` has no scores; `coco` and `visual_genome` keep captions of
+    any length; in `visual_genome` the captions of one image are joined into one text.
     """
 
     path: str  # a file, a glob pattern, or an fsspec URL; .parquet, .csv, .tsv or .jsonl
@@ -51,16 +52,33 @@ class TableSource:
     picture_folder: str | None = None  # set where the URL column holds paths of images below this folder
     exempt_from: tuple[str, ...] = ()  # rules that do not apply to this source, beside its kind's own
 
+    # Whether the captions of one image become one text. Unset: those of visual_genome, which are of regions.
+    join_captions: bool | None = field(default=None, metadata=IN_DIGEST_IF_SET)
+
+    @property
+    def has_image_ids(self) -> bool:
+        """Whether images have numbers, by which those of evaluation sets are left out."""
+        return self.kind in ("coco", "visual_genome")
+
     @property
     def joins(self) -> bool:
         """Whether captions of one image become one text (paper, section 2.2: Visual Genome's regions)."""
-        return self.kind in ("coco", "visual_genome")
+        return self.kind == "visual_genome" if self.join_captions is None else self.join_captions
 
     @property
     def exemptions(self) -> tuple[str, ...]:
         """Rules that do not apply: the kind's and the entry's own."""
-        preset = {"wukong": ("score",), "coco": ("characters",), "visual_genome": ("characters",)}
-        return tuple(dict.fromkeys((*preset.get(self.kind, ()), *self.exempt_from)))
+        preset = ("score",) if self.kind == "wukong" else self._preset
+        return tuple(dict.fromkeys((*preset, *self.exempt_from)))
+
+    @property
+    def lasting_exemptions(self) -> tuple[str, ...]:
+        """Those that its rows keep in a later run, where a source without scores may well be scored."""
+        return tuple(dict.fromkeys((*self._preset, *self.exempt_from)))
+
+    @property
+    def _preset(self) -> tuple[str, ...]:
+        return ("characters",) if self.has_image_ids else ()
 
 
 # Names in use, in lower case: LAION-5B metadata, its derivatives, img2dataset output, Wukong.
@@ -78,13 +96,12 @@ _REQUIRED = ("url_column", "caption_column")
 _WIDTH_COLUMNS = ("width", "original_width")
 _HEIGHT_COLUMNS = ("height", "original_height")
 
-# Columns of the table that every source becomes, in order; carried columns follow.
-CANONICAL_COLUMNS = (
-    "source", "row", "url", "caption", "language", "score", "width_px", "height_px",
-    "nsfw", "unsafe", "watermark",
-)  # fmt: skip
-# Those that only the text rules read: they go no further than filter_text.
+# Columns of the canonical table that only the text rules read: they go no further than filter_text.
 JUDGED_ONLY = ("language", "nsfw", "unsafe", "watermark")
+
+
+# Of rows taken back from shards: names of the rules that do not apply to the row, joined by commas.
+EXEMPT_COLUMN = "exempt_from"
 
 
 def find_files(source: TableSource) -> list[str]:
@@ -104,7 +121,7 @@ def find_files(source: TableSource) -> list[str]:
 
 
 def scan(path: str, source: TableSource) -> pl.LazyFrame:
-    """Lazily read one file of a source as the canonical table (see CANONICAL_COLUMNS), rows in file order.
+    """Lazily read one file of a source as the canonical table that every source becomes, rows in file order.
 
     InputError where the file cannot be read or lacks a column: it lists the columns found.
     """
@@ -219,7 +236,7 @@ def naming_damage(path: str) -> Iterator[None]:
 
 
 def describe(source: TableSource) -> dict[str, object]:
-    """The source as plain values, for a task's arguments."""
+    """The source as plain values."""
     return dataclasses.asdict(source)
 
 

@@ -65,13 +65,19 @@ def is_classification_set(folder: str) -> bool:
 
 
 def read_classification(
-    folder: str, *, name: str | None = None, labels_path: str | None = None, multi_label: bool = False
+    folder: str,
+    *,
+    name: str | None = None,
+    labels_path: str | None = None,
+    multi_label: bool = False,
+    templates: str = "own",
 ) -> ClassificationSet:
     """Read a set in any of the three layouts.
 
     Labels come from `labels_path`, else from the folder's `label_cn.txt`, else from ours where `name` (the
     folder's name by default) is a set of ICinW. `multi_label` takes equal file names in several class folders
-    for one image with several classes (VOC 2007).
+    for one image with several classes (VOC 2007). With the templates `paper` the labels that the paper quotes
+    take the place of ours.
 
     Raises InputError for a folder without images, class folders that no label has, labels and classes of
     different number, and a broken `index.json`.
@@ -80,7 +86,7 @@ def read_classification(
     if not root.is_dir():
         raise InputError(f"{folder}: no such folder; a classification set is a folder")
     name = name or root.resolve().name
-    labels = labels_for(folder, name, labels_path)
+    labels = labels_for(folder, name, labels_path, templates)
     split = _split_folder(root)
     if (split / "nshards.txt").is_file():
         images, classes = _read_web(split)

@@ -35,6 +35,7 @@ class RetrievalSet:
     texts: tuple[str, ...]
     images_of_text: tuple[Int64Array, ...]  # per text: the rows of its images, ascending; may be empty
     images: ImageStore
+    image_to_text: bool = True  # False: scored text-to-image only, as MUGE
 
     @property
     def num_images(self) -> int:
@@ -146,13 +147,13 @@ def read_images(path: str) -> Base64Images:
     return Base64Images(path, *_scan_images(path))
 
 
-def check_scorable(evaluation: RetrievalSet, *, k: int = 10, image_to_text: bool = True) -> None:
+def check_scorable(evaluation: RetrievalSet, *, k: int = 10) -> None:
     """Raise InputError where recall at `k` would be meaningless.
 
     That is: fewer than `k` images (or texts, for image-to-text), or a text without an image.
     """
     galleries = [("images", evaluation.num_images, evaluation.images_path)]
-    if image_to_text:
+    if evaluation.image_to_text:
         galleries.append(("texts", evaluation.num_texts, evaluation.texts_path))
     for what, count, path in galleries:
         if count < k:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from training.encoder import Encoder as TextAndImageEncoder
 
+BATCH_SIZE = 64  # images that are decoded and encoded at once
 _STAGES = ("stage1", "stage2", "finetune")  # that end in a model, in order
 
 
@@ -180,7 +181,7 @@ def find_checkpoint(
 
 
 def load_encoder(
-    checkpoint: ModelSource, *, batch_size: int = 64, device: str | None = None
+    checkpoint: ModelSource, *, batch_size: int = BATCH_SIZE, device: str | None = None
 ) -> EvaluationEncoder:
     """Weights of any format that `training.weights.formats` reads, on the accelerator where there is one.
 

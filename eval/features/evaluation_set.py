@@ -23,7 +23,7 @@ import numpy.typing as npt
 from eval.datasets.cnclip_tsv import RetrievalSet, check_scorable
 from eval.datasets.readable import decoded_batches
 from eval.datasets.retrieval_set import read_retrieval_set
-from eval.features.encoder import EvaluationEncoder
+from eval.features.encoder import BATCH_SIZE, EvaluationEncoder
 from eval.features.layout import check_vectors, vectors_path, write_vectors
 from eval.features.model_identity import identify, write_identity
 from eval.metrics.recall import RetrievalScores
@@ -40,9 +40,6 @@ if TYPE_CHECKING:
 
     from training.model.clip import CLIP
     from training.model.tokenizer import Tokenizer
-
-
-BATCH_SIZE = 64
 
 
 def embed_evaluation(

@@ -37,11 +37,11 @@ _BLOCK_ELEMENTS = 1 << 22
 def chance(evaluation: RetrievalSet) -> RetrievalScores:
     """Expected recall of random orders, in percent, in closed form."""
     num_images = np.array([len(rows) for rows in evaluation.images_of_text])
+    t2i = chance_recall_at_k(evaluation.num_images, num_images)
+    if not evaluation.image_to_text:
+        return retrieval_scores(t2i, None)
     num_texts = np.array([len(rows) for rows in evaluation.texts_of_image])
-    return retrieval_scores(
-        chance_recall_at_k(evaluation.num_images, num_images),
-        chance_recall_at_k(evaluation.num_texts, num_texts[num_texts > 0]),
-    )
+    return retrieval_scores(t2i, chance_recall_at_k(evaluation.num_texts, num_texts[num_texts > 0]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class PixelBaseline:
         )
 
     def evaluate(self, evaluation: RetrievalSet) -> RetrievalResult:
-        """Rank both directions; check the set by `check_scorable` before."""
+        """Rank the directions that are scored; check the set by `check_scorable` before."""
         gallery_ND = np.stack(
             [
                 thumbnail(data, f"{evaluation.images_path}: image {evaluation.image_ids[row]}")
@@ -90,7 +90,8 @@ class PixelBaseline:
             ]
         )
         return RetrievalResult(
-            self._text_to_image(evaluation, gallery_ND), self._image_to_text(evaluation, gallery_ND)
+            self._text_to_image(evaluation, gallery_ND),
+            self._image_to_text(evaluation, gallery_ND) if evaluation.image_to_text else None,
         )
 
     def _text_to_image(self, evaluation: RetrievalSet, gallery_ND: UInt8Array) -> Int64Array:

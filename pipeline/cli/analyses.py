@@ -1,11 +1,15 @@
 """`cnclip prompts` and `cnclip negation`: the paper's two analyses (3.2.3)."""
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.cli.arguments import EXIT_DONE, add, add_model, add_templates, checkpoint
 from pipeline.core import store
 from pipeline.core.records import ConfigError
+
+if TYPE_CHECKING:
+    from eval.datasets.classification import ClassificationSet
+    from eval.paper.published import Metric
 
 
 def _add_set(command: argparse.ArgumentParser) -> None:
@@ -15,6 +19,14 @@ def _add_set(command: argparse.ArgumentParser) -> None:
         "--metric",
         choices=("accuracy", "mean-per-class", "roc-auc", "11-point-map"),
         help="default: the set's own in Table 11, else accuracy",
+    )
+
+
+def _open_set(options: argparse.Namespace) -> "tuple[ClassificationSet, Metric]":
+    from eval.zeroshot.measure import open_classification
+
+    return open_classification(
+        options.folder, labels_path=options.labels, metric=options.metric, templates=options.templates
     )
 
 
@@ -34,16 +46,15 @@ def _add_prompts(commands: Any) -> None:
     )
     add_model(command)
     _add_set(command)
-    add_templates(command, "own|FILE", "the set's own templates")
+    add_templates(command, "own|paper|FILE", "the set's own templates; paper takes its labels too")
     command.add_argument("--plot", metavar="OUT.svg", help="draw the scores as well")
 
 
 def _prompts(options: argparse.Namespace) -> int:
     from eval.features.encoder import load_encoder
     from eval.zeroshot.analyses import prompt_sensitivity, prompts_plot, prompts_table
-    from eval.zeroshot.measure import open_classification
 
-    data, metric = open_classification(options.folder, labels_path=options.labels, metric=options.metric)
+    data, metric = _open_set(options)
     encoder = load_encoder(checkpoint(options))
     scores = prompt_sensitivity(encoder, data, metric, own=options.templates)
     print(f"{data.name}, {metric}, {encoder.name}")
@@ -71,16 +82,15 @@ def _add_negation(commands: Any) -> None:
         metavar=("CLASS", "PLAIN", "NEGATED"),
         help="class (number or label) and its two wordings; may be repeated (default: the paper's pairs)",
     )
-    add_templates(command, "own|general|FILE", "prompts")
+    add_templates(command, "own|general|paper|FILE", "prompts; paper takes its labels too")
 
 
 def _negation(options: argparse.Namespace) -> int:
     from eval.datasets.labels import templates_for
     from eval.features.encoder import load_encoder
     from eval.zeroshot.analyses import SHIPPED_PAIRS, NegationPair, negation, negation_table
-    from eval.zeroshot.measure import open_classification
 
-    data, metric = open_classification(options.folder, labels_path=options.labels, metric=options.metric)
+    data, metric = _open_set(options)
     names = data.labels.names
     pairs = list(SHIPPED_PAIRS.get(data.name, ())) if not options.pair else []
     for which, plain, negated in options.pair:

@@ -107,7 +107,7 @@ def _add_eval(commands: Any) -> None:
     command.add_argument(
         "--ensemble", choices=("features", "scores"), default="features", help="templates: mean of which"
     )
-    add_templates(command, "own|general|FILE", "prompts for classification")
+    add_templates(command, "own|general|paper|FILE", "prompts for classification; paper takes its labels too")
     command.add_argument(
         "--format", choices=("text", "json", "csv", "latex"), default="text", help="what is printed"
     )

@@ -27,6 +27,8 @@ _MOST_DEPTH = 64  # of tables and lists in each other; settings have five
 
 # A field that cannot change a stage's output (how many processes, how long to wait) says so in its metadata
 # and stays out of the stage's digest.
+# For fields of later releases: unset, they leave the digest of a configuration as it was before.
+IN_DIGEST_IF_SET: Mapping[str, Any] = types.MappingProxyType({"in_digest_if_set": True})
 NOT_IN_DIGEST: Mapping[str, Any] = types.MappingProxyType({"in_digest": False})
 
 # What a change of a field means for work that is there, in the field's metadata under "binds":
@@ -146,6 +148,11 @@ def build(cls: type[T], table: Mapping[str, Any], where: str, *, allow_nan: bool
         return built
     except pydantic.ValidationError as error:
         first = error.errors()[0]
+        if first["type"] == "missing" and isinstance(first["loc"][-1], int):  # a list that is too short
+            missing = [item for item in error.errors() if item["loc"][:-1] == first["loc"][:-1]]
+            count = len(first["input"]) + len(missing)
+            place = _readable_location(table, first["loc"][:-1])
+            raise ConfigError(f"{where}: {place}: must have {count} items, found {first['input']}") from None
         # Union members appear in the location by class name or tag; only keys and indices are for the reader.
         location = _readable_location(table, first["loc"])
         message = _complaint(first["type"], first["msg"], first.get("ctx", {}), first["input"])
@@ -174,13 +181,20 @@ def plain(value: Any, *, without: Collection[Binds] = ()) -> Any:
         return {
             field.name: plain(getattr(value, field.name), without=without)
             for field in dataclasses.fields(value)
-            if field.metadata.get("in_digest", True) and field.metadata.get("binds", "always") not in without
+            if field.metadata.get("in_digest", True)
+            and field.metadata.get("binds", "always") not in without
+            and not is_left_out(field, value)
         }
     if isinstance(value, Mapping):
         return {str(key): plain(item, without=without) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item, without=without) for item in value]
     return value
+
+
+def is_left_out(field: "dataclasses.Field[Any]", value: Any) -> bool:
+    """Return whether a dataclass value leaves a field IN_DIGEST_IF_SET unset."""
+    return "in_digest_if_set" in field.metadata and getattr(value, field.name) is None
 
 
 def _without_none(value: Any) -> Any:
@@ -314,6 +328,8 @@ def _complaint(kind: str, message: str, facts: Mapping[str, Any], found: Any) ->
         return "required, but not set"
     if kind == "union_tag_invalid":
         return f"must be one of {facts['expected_tags']}, found {facts['tag']!r}"
+    if kind == "too_short" and facts["min_length"] == 1:
+        return "must not be empty"
     known = _COMPLAINTS.get(kind)
     text = known.format(**facts) if known else message.replace("Input should be", "must be")
     return f"{text}, found {_shorten(found)}"

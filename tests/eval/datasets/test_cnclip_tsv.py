@@ -1,6 +1,7 @@
 """The reader of CN-CLIP's evaluation layout: order, pairing, and errors that name file and line."""
 
 import base64
+import dataclasses
 import json
 from pathlib import Path
 
@@ -92,7 +93,7 @@ def test_sets_smaller_than_k_say_how_many_and_what_to_do(tmp_path: Path) -> None
 def test_few_texts_are_enough_where_only_images_are_searched(tmp_path: Path) -> None:
     folder = write_evaluation(tmp_path, "e", {i: png_bytes(i) for i in range(10)}, [(1, "图", [1])])
     evaluation = read_evaluation(folder, "e")
-    check_scorable(evaluation, image_to_text=False)
+    check_scorable(dataclasses.replace(evaluation, image_to_text=False))
     with pytest.raises(InputError, match="1 texts are too few"):
         check_scorable(evaluation)
 

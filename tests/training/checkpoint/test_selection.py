@@ -11,7 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.core.records import ConfigError
+from pipeline.core.evaluation_sets import EvaluationFacts, EvaluationSource
+from pipeline.core.records import ConfigError, Manifest
+from pipeline.core.stage import Context
+from tests.helpers.evaluation_files import small_evaluation
 from tests.helpers.rank_processes import run_ranks
 from tests.helpers.train_jobs import make_job, small_models
 from training.checkpoint.selection import (
@@ -25,6 +28,7 @@ from training.checkpoint.selection import (
 from training.config.job import TrainJob
 from training.config.recipes import paper_recipe
 from training.config.train import TrainConfig
+from training.stages import TrainStageConfig, plan
 from training.weights.weights import load_checkpoint
 
 
@@ -85,6 +89,50 @@ def test_the_mean_over_the_deciding_sets_without_the_start() -> None:
     lines.insert(1, json.dumps({"step": 1, "loss": 1.0}))
     assert read_validations(lines, ()) == [Validation(5, 20.0), Validation(10, 16.0)]
     assert read_validations(lines, ("a",)) == [Validation(5, 10.0), Validation(10, 12.0)]
+
+
+def test_muge_counts_by_its_three_numbers_in_lines_of_earlier_releases_too() -> None:
+    t2i, i2t = {"r1": 10.0, "r5": 20.0, "r10": 30.0}, {"r1": 70.0, "r5": 80.0, "r10": 90.0}
+    of_six = {"t2i": t2i, "i2t": i2t, "mean_recall": 50.0}
+    of_three = {"t2i": t2i, "i2t": None, "mean_recall": 20.0}
+    lines = [
+        json.dumps({"step": step, "evaluation": name, "recall": recall})
+        for step, name, recall in (
+            (5, "muge-valid", of_six),
+            (10, "muge-valid", of_three),
+            (15, "coco-cn-valid", of_six),
+        )
+    ]
+    assert read_validations(lines, ()) == [Validation(5, 20.0), Validation(10, 20.0), Validation(15, 50.0)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "stale"),
+    [
+        ({}, False),
+        ({"choose": "best"}, True),
+        ({"choose": "best", "choose_on": ("muge-valid",)}, True),
+        ({"choose": "best", "choose_on": ("other",)}, False),
+        ({"patience": 3}, True),
+    ],
+)
+def test_a_stage_that_muge_decided_by_six_numbers_is_stale(
+    tmp_path: Path, changes: dict[str, Any], stale: bool
+) -> None:
+    given = [
+        EvaluationSource(name=name, folder=small_evaluation(tmp_path / name, name))
+        for name in ("muge-valid", "other")
+    ]
+    parents = {
+        "corpus": Manifest(
+            "corpus", 1, "", "", {}, (), 0, 0, {}, {"0": EvaluationFacts.of({}, given).to_json()}
+        ),
+        "shards": Manifest("shards", 1, "", "", {}, (), 0, 0, {}),
+    }
+    config = TrainStageConfig(train=TrainConfig(epochs=1, **changes), model="tiny-vit", vocabulary="v.txt")
+    (task,) = plan(config, Context(str(tmp_path), "stage2", 0, parents))
+    by_files_alone = {f"evaluation {item.name}" for item in given}
+    assert (set(task.inputs) != by_files_alone) == stale
 
 
 def test_sets_that_are_not_there_are_refused() -> None:
