@@ -22,13 +22,13 @@ from data_prep.accounting.judged import SourceCounts
 from data_prep.corpora.demo import DemoConfig, make_demo
 from data_prep.corpora.emoji import EmojiConfig, make_emoji
 from data_prep.corpus_facts import CorpusFacts, OutsideTable, exemptions_of_shards, malformed_table
-from data_prep.facts import Facts
 from data_prep.sources import packed, regions, text_file
 from data_prep.sources import table as caption_table
 from data_prep.sources.packed import PackedSource
 from data_prep.sources.table import TableSource
 from pipeline.core import store
 from pipeline.core.evaluation_sets import EvaluationFacts, EvaluationSource, digest_of
+from pipeline.core.facts import Facts
 from pipeline.core.records import ConfigError, InputError
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
@@ -99,6 +99,7 @@ def plan(config: CorpusStageConfig, context: Context) -> list[Task]:
         raise ConfigError(
             f"corpus.{config.corpus.kind}: empty; name at least one [[corpus.{config.corpus.kind}]]"
         )
+    _refuse_shared_names(config.corpus)
     exempt = {
         source.name: exemptions_of_shards(source.path)
         for source in sources_of(config.corpus)
@@ -115,6 +116,18 @@ def plan(config: CorpusStageConfig, context: Context) -> list[Task]:
         )
         for number, (source, files) in enumerate(_pieces(config.corpus))
     ]
+
+
+def _refuse_shared_names(corpus: TablesConfig | SourcesConfig) -> None:
+    """Refuse a name that two sources have if one brings images: rows of the other could ask for them."""
+    folders: dict[str, str | None] = {}
+    for source in sources_of(corpus):
+        folder = source.path if isinstance(source, PackedSource) else source.picture_folder
+        if folders.setdefault(source.name, folder) != folder:
+            raise ConfigError(
+                f"corpus.{corpus.kind}: name {source.name!r} is of two sources with different image folders"
+                f" ({folders[source.name]}, {folder}); give each a name of its own"
+            )
 
 
 def _reading(source: TableSource | PackedSource) -> dict[str, str]:
@@ -165,7 +178,11 @@ def run(config: CorpusStageConfig, context: Context, task: Task, progress: Progr
     if store.is_local(context.run_folder):
         folder = Path(context.path())
         _make(config.corpus, folder)
-        return _describe_made(config, folder)
+        # An object store keeps watch over the site's thousands of files itself.
+        site = sorted(
+            path.relative_to(folder).as_posix() for path in (folder / "site").rglob("*") if path.is_file()
+        )
+        return dataclasses.replace(_describe_made(config, folder), also=site)
     with tempfile.TemporaryDirectory(prefix="cnclip-corpus-") as place:
         _make(config.corpus, Path(place))
         store.put_folder(place, context.path())

@@ -9,11 +9,11 @@ from typing import Any, Self
 import polars as pl
 
 from data_prep.accounting.judged import SourceCounts, sources_from_json
-from data_prep.facts import Facts
 from data_prep.rules.text import SCORE_RULE
 from data_prep.sources.table import EXEMPT_COLUMN, TableSource, from_description
 from pipeline.core import store
 from pipeline.core.evaluation_sets import EvaluationFacts
+from pipeline.core.facts import Facts
 from pipeline.core.records import InputError, Manifest, Shard
 from pipeline.core.stage import Context
 

@@ -32,6 +32,7 @@ from eval.zeroshot.classifier import Ensemble, write_submission
 from eval.zeroshot.measure import ClassificationResult, evaluate_classification, open_classification
 from pipeline.core import store
 from pipeline.core.arrays import Int64Array
+from pipeline.core.lock import one_at_a_time
 from pipeline.core.records import InputError
 
 Say = Callable[[str], None]
@@ -50,6 +51,7 @@ class Options:
     json_features: bool = False  # also write features as CN-CLIP's JSON lines
 
 
+@one_at_a_time("out_folder")
 def evaluate(
     checkpoint: ModelSource, sources: Sources, out_folder: str, options: Options, say: Say
 ) -> list[Comparison]:

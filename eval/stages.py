@@ -1,13 +1,12 @@
 """The evaluation stages of a run: embed, index, retrieval, baseline."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from eval.metrics.recall import RetrievalScores
 from pipeline.core import store
 from pipeline.core.evaluation_sets import EvaluationSet, evaluation_named, evaluations_of
+from pipeline.core.facts import Facts
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 
@@ -27,8 +26,8 @@ class IndexConfig:
     factory: str = "Flat"  # FAISS factory string; Flat is exact
 
 
-@dataclass(frozen=True, slots=True)
-class ModelOnSet:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOnSet(Facts):
     """A task of `embed` or `retrieval`: one evaluation set under the model of one training stage."""
 
     evaluation: str
@@ -39,48 +38,21 @@ class ModelOnSet:
         """Return where its files lie, relative to the stage's folder."""
         return folder_of(self.evaluation, self.stage)
 
-    def to_json(self) -> dict[str, str]:
-        """Return the task's arguments."""
-        return asdict(self)
 
-    @classmethod
-    def from_json(cls, arguments: Mapping[str, Any]) -> "ModelOnSet":
-        """Read a task's arguments."""
-        return cls(arguments["evaluation"], arguments["stage"])
-
-
-@dataclass(frozen=True, slots=True)
-class IndexedFolder:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexedFolder(Facts):
     """A task of `index`: one folder of features."""
 
     folder: str
 
-    def to_json(self) -> dict[str, str]:
-        """Return the task's arguments."""
-        return asdict(self)
 
-    @classmethod
-    def from_json(cls, arguments: Mapping[str, Any]) -> "IndexedFolder":
-        """Read a task's arguments."""
-        return cls(arguments["folder"])
-
-
-@dataclass(frozen=True, slots=True)
-class RetrievalFacts:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetrievalFacts(Facts):
     """What a task of `retrieval` notes in its receipt for the report."""
 
     evaluation: str
     stage: str
     scores: RetrievalScores
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the receipt's extra."""
-        return {"evaluation": self.evaluation, "stage": self.stage, "scores": dict(self.scores)}
-
-    @classmethod
-    def from_json(cls, extra: Mapping[str, Any]) -> "RetrievalFacts":
-        """Read a receipt's extra."""
-        return cls(extra["evaluation"], extra["stage"], extra["scores"])
 
 
 def folder_of(evaluation: str, stage: str) -> str:
@@ -91,7 +63,9 @@ def folder_of(evaluation: str, stage: str) -> str:
 def _pairs(config: EvaluationConfig, context: Context) -> list[tuple[ModelOnSet, EvaluationSet]]:
     """Return every model on every evaluation set, in order."""
     return [
-        (ModelOnSet(item.name, stage), item) for item in evaluations_of(context) for stage in config.stages
+        (ModelOnSet(evaluation=item.name, stage=stage), item)
+        for item in evaluations_of(context)
+        for stage in config.stages
     ]
 
 
@@ -154,7 +128,7 @@ def plan_index(config: IndexConfig, context: Context) -> list[Task]:
         Task(
             folder.replace("/", "."),
             {path: shard.digest for path, shard in read.items() if path.startswith(f"{folder}/")},
-            IndexedFolder(folder).to_json(),
+            IndexedFolder(folder=folder).to_json(),
         )
         for folder in folders
     ]
@@ -220,7 +194,7 @@ def run_retrieval(config: EvaluationConfig, context: Context, task: Task, progre
         outputs,
         num_in=evaluation.num_texts,
         num_kept=evaluation.num_texts,
-        extra=RetrievalFacts(pair.evaluation, pair.stage, result.scores).to_json(),
+        extra=RetrievalFacts(evaluation=pair.evaluation, stage=pair.stage, scores=result.scores).to_json(),
     )
 
 

@@ -12,8 +12,9 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from pipeline.core import store
-from pipeline.core.processes import die_with_parent, importing, leave, say
+from pipeline.core.processes import die_with_run, importing, leave, say
 from pipeline.core.records import ConfigError, InputError, Stopped
+from pipeline.core.terminal import one_line
 from training.config.job import TrainJob
 
 
@@ -22,7 +23,7 @@ def main() -> int:
 
     Returns the exit status: 143 where a signal asked for the end and a checkpoint is written.
     """
-    die_with_parent()
+    die_with_run()
     os.environ.update(ranks_of_slurm(os.environ))
     if missing := [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name not in os.environ]:
         print(
@@ -47,7 +48,7 @@ def main() -> int:
         pretrain(job, validate)
     except (ConfigError, InputError, Stopped) as error:
         kind = "stopped" if isinstance(error, Stopped) else "error"
-        say(f"{kind}: {error}", sys.stderr)
+        say(f"{kind}: {one_line(str(error))}", sys.stderr)
         return error.exit_status
     return 0
 

@@ -1,11 +1,14 @@
 """Run and resume a run's stages, and verify what they published."""
 
+import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from pipeline.core import store
+from pipeline.core import drops, store
+from pipeline.core.changes import write_started
+from pipeline.core.damage import find_altered, find_damage, listed_files, summarise
 from pipeline.core.progress import make_progress
-from pipeline.core.records import ConfigError, InputError, Receipt, Shard
+from pipeline.core.records import ConfigError, InputError, Receipt, Shard, Stopped, too_few
 from pipeline.core.run import (
     Run,
     StageStatus,
@@ -16,10 +19,12 @@ from pipeline.core.run import (
     read_manifest,
     receipts_that_count,
     survey_stage,
-    write_started,
 )
-from pipeline.core.stage import Context, Progress, Stage, Task, fold, receipt_at
+from pipeline.core.stage import Context, Progress, Stage, Task, fold
 from pipeline.executors import local
+from pipeline.repair import forget_damaged, forget_unreadable, refuse_unusable_folder, restore_started
+
+FindDamage = Callable[[str, Iterable[Shard]], list[str]]
 
 
 def execute(
@@ -28,29 +33,44 @@ def execute(
     """Run the stages that are not up to date, in order; returns how many had to run.
 
     A stale stage stops the run, unless `redo` is set or the person at the terminal agrees.
-    `force` redoes finished stages too. `repair` hashes the outputs of finished tasks, and redoes the tasks
-    whose outputs are missing or differ.
+    `force` redoes finished stages too. `repair` hashes the outputs of finished tasks, redoes the tasks whose
+    outputs are missing or differ, and folds damaged manifests anew. Without it a finished stage whose outputs
+    are missing or have another size stops the run.
     """
     num_run = 0
     with locked(run):
+        store.sweep(run.folder, deep=False)
         for position, stage in enumerate(stages, start=1):
+            refuse_unusable_folder(run, stage)
+            if repair:
+                forget_unreadable(run, stage)
             status = survey_stage(run, stage)
             if status.num_tasks is None:
                 raise ConfigError(
                     f"{stage.name} comes {status.why}, which is not done; run without --stage first"
                 )
-            if repair and status.state is not State.STALE and _forget_damaged(run, stage):
+            if repair and forget_damaged(run, status):
                 status = survey_stage(run, stage)
+            if status.state is State.DAMAGED and not force:
+                raise InputError(f"{status.why}; run --stage {stage.name} --repair to redo what is damaged")
+            if status.why and status.state is not State.STALE:
+                print(f"{stage.name}: {status.state.value}, {status.why}", file=sys.stderr, flush=True)
             if status.state is State.DONE and not force:
+                if repair:
+                    restore_started(run, stage)
                 continue
-            if status.state is State.STALE or (status.state is State.DONE and force):
+            if status.state is State.TO_DO and status.manifest is not None and not force:
+                store.remove(manifest_path(run, stage.name))  # it was done, and continues from a checkpoint
+            elif status.state is State.STALE or (status.manifest is not None and force):
                 if not (redo or _agrees(status)):
                     raise ConfigError(
                         f"{stage.name} is stale: {status.why}; run with --redo to redo it,"
                         f" or change the settings back to keep it"
                     )
                 _discard(run, stage, force=force)
-            _run_stage(run, stage, label=f"[{position}/{len(stages)}] {stage.name}")
+            _refuse_damaged_parents(run, stage)
+            with _naming_the_funnel(run, stage), _blaming_damaged_parents(run, stage):
+                _run_stage(run, stage, label=f"[{position}/{len(stages)}] {stage.name}")
             num_run += 1
     return num_run
 
@@ -59,55 +79,77 @@ def verify(run: Run, stages: Sequence[Stage]) -> list[str]:
     """Hash every output of the finished stages again; returns a line for each that differs."""
     complaints = []
     for stage in stages:
-        manifest = read_manifest(run, stage.name)
+        try:
+            manifest = read_manifest(run, stage.name)
+        except InputError as error:
+            complaints.append(str(error))
+            continue
         if manifest is None:
             continue
+        remedy = f"run `--stage {stage.name} --repair`"
+        files = list(manifest.shards)
+        try:
+            files += listed_files(store.join(run.folder, stage.name))
+        except ValueError as error:
+            complaints.append(f"{error}; {remedy}")
         progress = make_progress(f"verify {stage.name}", "file")
-        for number, shard in enumerate(manifest.shards, start=1):
-            path = store.join(run.folder, stage.name, shard.path)
+        for number, file in enumerate(files, start=1):
+            path = store.join(run.folder, stage.name, file.path)
             if not store.exists(path):
-                complaints.append(f"{path}: missing; run `--stage {stage.name} --repair`")
-            elif store.digest_file(path) != shard.digest:
-                complaints.append(
-                    f"{path}: bytes differ from the manifest; run `--stage {stage.name} --repair`"
-                )
-            progress(number, len(manifest.shards))
+                complaints.append(f"{path}: missing; {remedy}")
+            elif store.digest_file(path) != file.digest:
+                complaints.append(f"{path}: bytes differ from what was written; {remedy}")
+            progress(number, len(files))
     return complaints
 
 
-def _forget_damaged(run: Run, stage: Stage) -> bool:
-    """Make the tasks to do whose outputs differ from their receipts; True if there are any.
+def _refuse_damaged_parents(run: Run, stage: Stage, find: FindDamage = find_damage) -> None:
+    """Raise InputError if a file that the stage may read is missing or has another size."""
+    for name in stage.parents:
+        manifest = read_manifest(run, name)
+        folder = store.join(run.folder, name)
+        try:
+            damage = find(folder, [*(manifest.shards if manifest is not None else ()), *listed_files(folder)])
+        except ValueError as error:
+            damage = [str(error)]
+        if damage:
+            raise InputError(f"{summarise(damage)}; {stage.name} needs {name}: run --stage {name} --repair")
 
-    Goes by receipts and manifest, because asking the stage for its tasks may hash its sources again.
+
+def unseen(run: Run, stages: Sequence[Stage]) -> list[str]:
+    """Return the stages that are not finished, of which `verify` says nothing."""
+    return [stage.name for stage in stages if read_manifest(run, stage.name) is None]
+
+
+@contextlib.contextmanager
+def _naming_the_funnel(run: Run, stage: Stage) -> Iterator[None]:
+    """Add to an error of too few rows which stages dropped the others."""
+    try:
+        yield
+    except (InputError, ConfigError) as error:
+        if error.rows_left is None:
+            raise
+        before = run.stages[: [item.name for item in run.stages].index(stage.name)]
+        finished = [manifest for item in before if (manifest := read_manifest(run, item.name))]
+        said = drops.funnel(finished, error.rows_left)
+        raise type(error)(f"{error}; {said}" if said else str(error)) from None
+
+
+@contextlib.contextmanager
+def _blaming_damaged_parents(run: Run, stage: Stage) -> Iterator[None]:
+    """Inside, an error that is nobody's is explained by altered bytes in a parent's files, if there are any.
+
+    What readers raise on them is no list that could be written down.
     """
-    folder = store.join(run.folder, stage.name)
-    names = store.list_files(store.join(folder, "receipts"))
-    progress = make_progress(f"repair {stage.name}", "task")
-    damaged, whole = [], set[str]()
-    for number, name in enumerate(names, start=1):
-        receipt = receipt_at(store.join(folder, "receipts", name))
-        outputs = receipt.outputs if receipt is not None else ()
-        if receipt is not None and all(_is_whole(store.join(folder, out.path), out) for out in outputs):
-            whole |= {output.path for output in outputs}
-        else:
-            damaged.append(name)
-        progress(number, len(names))
-    manifest = read_manifest(run, stage.name)
-    is_short = manifest is not None and any(shard.path not in whole for shard in manifest.shards)
-    if is_short or (manifest is not None and damaged):
-        store.remove(manifest_path(run, stage.name))  # first: without it nothing here counts as complete
-        print(f"{stage.name}: {len(damaged)} of {len(names)} tasks are damaged", file=sys.stderr, flush=True)
-    for name in damaged:
-        store.remove(store.join(folder, "receipts", name))
-    return is_short or bool(damaged)
-
-
-def _is_whole(path: str, output: Shard) -> bool:
-    return (
-        store.exists(path)
-        and store.num_bytes(path) == output.num_bytes
-        and store.digest_file(path) == output.digest
-    )
+    try:
+        yield
+    except (ConfigError, InputError, Stopped, OSError, MemoryError):
+        raise
+    except BaseException as error:
+        # A panic is what parsers in Rust answer to bytes that they never expected, and no Exception.
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            _refuse_damaged_parents(run, stage, find=find_altered)
+        raise
 
 
 def _run_stage(run: Run, stage: Stage, label: str) -> None:
@@ -133,11 +175,14 @@ def _run_stage(run: Run, stage: Stage, label: str) -> None:
             f"{reason} removed {count:,}"
             for reason, count in sorted(manifest.dropped.items(), key=lambda item: -item[1])
         )
-        raise InputError(
+        found = (
             f"{context.path()}: no rows left of {manifest.num_in:,} after {stage.name}"
             f" ({removed or 'its input was empty'}); loosen [{stage.name}] or check the source"
         )
-    store.write_text(manifest_path(run, stage.name), manifest.to_json())
+        raise too_few(InputError(found), manifest.num_in)
+    if said := drops.warning(manifest):
+        print(f"warning: {said}; `cnclip why` says it of a row", file=sys.stderr, flush=True)
+    store.write_text(manifest_path(run, stage.name), manifest.to_file())
 
 
 def _receipts(

@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 from pipeline.core import store
 from pipeline.core.config import NOT_IN_DIGEST
 from pipeline.core.evaluation_sets import evaluations_of
+from pipeline.core.processes import say
 from pipeline.core.records import InputError
-from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
+from pipeline.core.stage import Change, Context, Outcome, Progress, Stage, Task
+from pipeline.core.terminal import one_line
 from training.checkpoint.finished import is_finished
+from training.checkpoint.folders import checkpoints_folder, steps_in
 from training.config.job import TrainJob
-from training.config.train import TrainConfig, count_steps
+from training.config.train import TrainConfig, count_steps, shared_steps
 from training.ranks.launcher import (
     Launcher,
     failure,
@@ -92,6 +95,28 @@ def plan(config: TrainStageConfig, context: Context) -> list[Task]:
     return [Task("train", inputs)]
 
 
+def continues(config: TrainStageConfig, context: Context, change: Change, is_done: bool) -> tuple[bool, str]:
+    """Return whether a stage resumes exactly under other `epochs`, and from where or why not.
+
+    The learning rate after the warm-up follows a cosine over all steps, so that only a checkpoint of the
+    warm-up is also one of a training with the new epochs.
+    """
+    if is_done and change.now < change.before:
+        return False, "fewer epochs are another training"
+    shared = shared_steps(config.train)
+    steps = [step for step in steps_in(checkpoints_folder(context.path())) if 0 < step <= shared]
+    if not steps:
+        return (
+            False,
+            "the cosine over all epochs shapes what follows the warm-up, and no checkpoint is of that",
+        )
+    last = max(steps)
+    return (
+        True,
+        f"resumes from step {last}, the last that both schedules share; then a cosine over all epochs",
+    )
+
+
 def make_job(config: TrainStageConfig, context: Context) -> TrainJob:
     """Return what the ranks are told."""
     train = config.train
@@ -137,7 +162,7 @@ def run(config: TrainStageConfig, context: Context, task: Task, progress: Progre
         )
 
         def notice(text: str) -> None:
-            print(text, file=sys.stderr, flush=True)
+            say(one_line(text), sys.stderr)
 
         command = launcher_command(config.launcher, entry, job_path, ranks, port)
         status = watch(command, environment, log_path, progress, notice)
@@ -164,4 +189,7 @@ def stage(name: str, config: TrainStageConfig, *, before: str | None, entry: str
         plan=plan,
         run=functools.partial(run, entry=entry),
         parallel=False,
+        is_seeded=True,
+        unbound_inputs=frozenset({"deepspeed"}),
+        continues=continues,
     )

@@ -15,7 +15,7 @@ import polars as pl
 from annotated_types import Ge, Le
 
 from data_prep.accounting.judged import publish_judged
-from data_prep.facts import Facts
+from pipeline.core.facts import Facts
 from pipeline.core.records import DropReason
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 

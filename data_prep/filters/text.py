@@ -10,7 +10,6 @@ import polars as pl
 from data_prep.accounting.histograms import histogram
 from data_prep.accounting.judged import JudgedFacts, publish_judged
 from data_prep.corpus_facts import TablePlace, evaluation_urls, score_pairs, tables_of
-from data_prep.facts import Facts
 from data_prep.formats.keys import with_key
 from data_prep.rules import chinese_script
 from data_prep.rules import text as text_rules
@@ -19,6 +18,7 @@ from data_prep.rules.text import TextRule
 from data_prep.sources.table import EXEMPT_COLUMN, JUDGED_ONLY, TableSource, naming_damage, scan
 from pipeline.core import store
 from pipeline.core.config import digest
+from pipeline.core.facts import Facts
 from pipeline.core.records import ConfigError, Manifest
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 

@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 from data_prep.accounting.judged import publish_judged
 from data_prep.corpus_facts import exemptions_of_shards, with_exemptions
 from data_prep.dedup.exact import DUPLICATE, partition_range
-from data_prep.facts import Facts
 from data_prep.formats.parquet import write_table
 from data_prep.formats.shards import CorpusShard, ShardTask, corpus_shards, cut, write_shard
 from data_prep.sources.table import naming_damage
 from pipeline.core import store
 from pipeline.core.config import NOT_IN_DIGEST, digest
+from pipeline.core.facts import Facts
 from pipeline.core.records import ConfigError, DropReason, InputError, Shard
 from pipeline.core.shard_format import tar_of
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task

@@ -24,8 +24,9 @@ from data_prep.formats.lmdb import open_lmdb, unpickle_plain
 from data_prep.formats.parquet import write_table
 from data_prep.sources.local_server import HOST, PACKED
 from data_prep.sources.regions import Converted, Places, malformed_rows
-from data_prep.sources.table import EXEMPT_COLUMN, TableSource
+from data_prep.sources.table import EXEMPT_COLUMN, TableSource, naming_damage
 from data_prep.sources.text_file import MALFORMED_COLUMNS, Malformed, column_names, read_batches
+from pipeline.core.columns import is_pattern
 from pipeline.core.records import DropReason, InputError
 from pipeline.core.shard_format import sidecar_of
 
@@ -244,10 +245,8 @@ def _read_img2dataset(source: PackedSource, files: list[str]) -> _Read:
         raise InputError(
             f"{tar_path}: damaged ({_first_line(error)}); download this shard again or remove it"
         ) from None
-    try:
+    with naming_damage(table_path):
         table = pl.read_parquet(table_path)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise InputError(f"{table_path}: cannot be read as a table: {str(error).splitlines()[0]}") from None
     missing = [name for name in ("url", "key", "status", "caption") if name not in table.columns]
     if missing:
         raise InputError(
@@ -278,11 +277,13 @@ def _read_img2dataset(source: PackedSource, files: list[str]) -> _Read:
 def _read_shards(source: PackedSource, files: list[str], exemptions: Mapping[str, Sequence[str]]) -> _Read:
     """What a run has packed: addresses stay those of the web, and scores stay behind, to be made anew."""
     tar_path, table_path = files
+    if named := [name for name in source.carry_columns if is_pattern(name)]:
+        raise InputError(
+            f"{table_path}: column {named[0]!r} cannot be carried: its name is a pattern; rename it"
+        )
     columns = ["url", "caption", "offset_bytes", "size_bytes", *source.carry_columns]
-    try:
+    with naming_damage(table_path):
         table = with_exemptions(pl.scan_parquet(table_path), exemptions).collect()
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise InputError(f"{table_path}: cannot be read as a table: {str(error).splitlines()[0]}") from None
     if EXEMPT_COLUMN in table.columns and EXEMPT_COLUMN not in columns:
         columns.append(EXEMPT_COLUMN)
     missing = [name for name in columns if name not in table.columns]

@@ -30,6 +30,8 @@ from data_prep.sources.table import (
     resolve,
 )
 from pipeline.core import store
+from pipeline.core.columns import column
+from pipeline.core.foreign import foreign
 from pipeline.core.records import DropReason, InputError
 
 JOINED = DropReason("joined_with_image")  # a caption that became part of its image's one text
@@ -271,9 +273,9 @@ def _regions(path: str, source: TableSource, malformed: MalformedRows) -> Iterat
     roles = resolve(path, source, found)
     for block in _text_blocks(path, columns, malformed) if is_text else _parquet_blocks(path, columns):
         yield block.select(
-            image=pl.col(image or str(roles["url_column"])).cast(pl.String),
-            url=pl.col(str(roles["url_column"])).cast(pl.String),
-            caption=pl.col(str(roles["caption_column"])).cast(pl.String),
+            image=column(image or str(roles["url_column"])).cast(pl.String),
+            url=column(str(roles["url_column"])).cast(pl.String),
+            caption=column(str(roles["caption_column"])).cast(pl.String),
             **{name: pl.col(name) for name in source.carry_columns},
         )
 
@@ -286,13 +288,15 @@ def _text_blocks(path: str, columns: Sequence[str], malformed: MalformedRows) ->
 
 def _parquet_blocks(path: str, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
     with store.open_read(path) as file:
-        try:
-            for batch in pq.ParquetFile(file).iter_batches(columns=list(columns)):
-                yield pl.DataFrame(pl.from_arrow(batch))
-        except (pa.ArrowInvalid, OSError) as error:
-            raise InputError(
-                f"{path}: cannot be read as a table: {str(error).splitlines()[0]}; replace the file"
-            ) from None
+        with naming_damage(path):
+            batches = pq.ParquetFile(file).iter_batches(columns=list(columns))
+        while True:
+            with naming_damage(path):
+                batch = next(batches, None)
+                rows = None if batch is None else pl.DataFrame(pl.from_arrow(batch))
+            if rows is None:
+                return
+            yield rows
 
 
 def _guarded_numbers(source: TableSource, guarded: GuardedIds) -> frozenset[int]:
@@ -312,13 +316,9 @@ def _guarded_numbers(source: TableSource, guarded: GuardedIds) -> frozenset[int]
 
 def _evaluation_images(path: str, guarded: GuardedIds) -> list[int]:
     """Visual Genome's own numbers of the images that are guarded under a COCO or Flickr number."""
-    try:
+    remedy = "give image_data.json with image_id, coco_id and flickr_id"
+    with foreign(path, "table of Visual Genome's images", remedy):
         table = pl.read_json(store.read_bytes(path), infer_schema_length=None)
         table = table.select(pl.col("image_id", "coco_id", "flickr_id").cast(pl.Int64, strict=False))
-    except (pl.exceptions.PolarsError, OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path}: no table of Visual Genome's images ({str(error).splitlines()[0]}); give"
-            f" image_data.json with image_id, coco_id and flickr_id"
-        ) from None
     hit = pl.col("coco_id").is_in(list(guarded.coco)) | pl.col("flickr_id").is_in(list(guarded.flickr))
     return table.filter(hit)["image_id"].to_list()

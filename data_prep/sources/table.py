@@ -16,8 +16,11 @@ import polars as pl
 from data_prep.sources import text_file
 from data_prep.sources.local_server import HOST, IMAGES
 from pipeline.core import store
+from pipeline.core.columns import column as by_name
+from pipeline.core.columns import is_pattern
 from pipeline.core.config import IN_DIGEST_IF_SET
-from pipeline.core.records import InputError
+from pipeline.core.foreign import first_line
+from pipeline.core.records import ConfigError, InputError
 
 Kind = Literal["table", "laion", "wukong", "coco", "visual_genome"]
 
@@ -106,9 +109,7 @@ def find_files(source: TableSource) -> list[str]:
     if store.is_local(source.path):
         files = sorted(glob.glob(source.path)) if glob.has_magic(source.path) else [source.path]
     else:
-        import fsspec
-
-        fs, pattern = fsspec.core.url_to_fs(source.path)
+        fs, pattern = store.remote(source.path)
         files = sorted(fs.unstrip_protocol(name) for name in fs.glob(pattern))
     missing = [path for path in files if not store.exists(path)]
     if missing or not files:
@@ -133,12 +134,12 @@ def scan(path: str, source: TableSource) -> pl.LazyFrame:
 
     def column(role: str, dtype: pl.DataType | type[pl.DataType]) -> pl.Expr:
         name = columns[role]
-        return pl.lit(None, dtype=dtype) if name is None else pl.col(name).cast(dtype, strict=False)
+        return pl.lit(None, dtype=dtype) if name is None else by_name(name).cast(dtype, strict=False)
 
     def pixels(name: str | None) -> pl.Expr:
         if name is None:
             return pl.lit(None, dtype=pl.Int32)
-        return pl.col(name).cast(pl.Float64, strict=False).cast(pl.Int32, strict=False)  # "30.0" is 30
+        return by_name(name).cast(pl.Float64, strict=False).cast(pl.Int32, strict=False)  # "30.0" is 30
 
     return frame.with_row_index("row").select(
         pl.lit(source.name).alias("source"),
@@ -152,7 +153,7 @@ def scan(path: str, source: TableSource) -> pl.LazyFrame:
         column("nsfw_column", pl.String).alias("nsfw"),
         column("unsafe_column", pl.Float32).alias("unsafe"),
         column("watermark_column", pl.Float32).alias("watermark"),
-        *(pl.col(name) for name in source.carry_columns),
+        *(by_name(name) for name in source.carry_columns),
     )
 
 
@@ -163,6 +164,8 @@ def resolve(path: str, source: TableSource, found: list[str]) -> dict[str, str |
         for role, names in _KNOWN_COLUMNS.items()
     }
     for name in source.carry_columns:
+        if is_pattern(name):
+            raise InputError(f"{path}: column {name!r} cannot be carried: its name is a pattern; rename it")
         if name not in found:
             raise InputError(f"{path}: no column {name!r} to carry; found {', '.join(found)}")
     return columns
@@ -183,7 +186,7 @@ def encoder_pairs(path: str, source: TableSource) -> list[str]:
             pairs = frame.select(both.alias("pair")).drop_nulls().unique().collect()["pair"]
         return sorted(pairs)
     with naming_damage(path):
-        if not frame.select(pl.col(column).is_not_null().any()).collect().item():
+        if not frame.select(by_name(column).is_not_null().any()).collect().item():
             return []
     return [source.score_pair or ("LAION-5B" if source.kind == "laion" else "not named")]
 
@@ -209,7 +212,7 @@ def _first(found: Sequence[str], known: Sequence[str]) -> str | None:
 
 def _url(column: str | None, source: TableSource) -> pl.Expr:
     """The address of each row; a path below the image folder becomes one of the loopback site's."""
-    url = pl.col(str(column)).cast(pl.String)
+    url = by_name(str(column)).cast(pl.String)
     if source.picture_folder is None:
         return url
     # In a file's name these are letters, in an address they would end the path or begin an escape.
@@ -223,10 +226,12 @@ def naming_damage(path: str) -> Iterator[None]:
     """InputError in place of what polars raises where a file's inside is damaged: a scan reads it late."""
     try:
         yield
+    except (InputError, ConfigError):
+        raise
     # A panic is what polars' reader answers to bytes that it never expected, and no Exception.
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
+    except (Exception, pl.exceptions.PanicException) as error:
         raise InputError(
-            f"{path}: cannot be read as a table: {str(error).splitlines()[0][:300]}; replace the file"
+            f"{path}: cannot be read as a table: {first_line(error)}; replace the file"
         ) from None
 
 

@@ -7,8 +7,6 @@
 Images are in the order in which the owners' own loaders read them: class after class, paths sorted.
 """
 
-import io
-import json
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -19,6 +17,8 @@ import numpy as np
 
 from eval.datasets.labels import Labels, labels_for
 from pipeline.core.arrays import BoolArray, Int64Array
+from pipeline.core.foreign import parse_json
+from pipeline.core.npy import read_npy_bytes
 from pipeline.core.records import InputError
 
 SPLITS = ("test", "val", "valid", "validation")  # the first that is there is read
@@ -223,7 +223,7 @@ def _web_classes(where: str, kind: str, data: bytes) -> Sequence[int]:
         if kind == "cls":
             row = [int(data.decode("ascii").strip())]
         else:
-            vector = np.load(io.BytesIO(data), allow_pickle=False)
+            vector = read_npy_bytes(data, where, "write the class as a number in .cls")
             row = [int(vector)] if vector.ndim == 0 else np.flatnonzero(vector == 1).tolist()
     except (ValueError, EOFError, UnicodeDecodeError) as error:
         raise InputError(f"{where}: not a class ({error})") from None
@@ -237,7 +237,7 @@ def _submission_order(root: Path, num_images: int) -> Int64Array | None:
     if not path.is_file():
         return None
     try:
-        order = np.array(json.loads(path.read_text(encoding="utf-8")))
+        order = np.array(parse_json(path.read_bytes()))
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error})") from None
     if order.shape != (num_images,) or not np.array_equal(np.sort(order), np.arange(num_images)):

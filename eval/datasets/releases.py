@@ -23,6 +23,7 @@ from typing import Any
 
 from data_prep.formats.lmdb import open_lmdb, unpickle_plain
 from pipeline.core import store
+from pipeline.core.foreign import parse_json
 from pipeline.core.records import InputError
 
 _IMAGES = (".jpg", ".jpeg", ".png")
@@ -269,7 +270,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         is_list = file.read(1) == "["
     if is_list:
         try:
-            records = json.loads(path.read_text(encoding="utf-8-sig"))
+            records = parse_json(path.read_text(encoding="utf-8-sig"))
         except ValueError as error:
             raise InputError(f"{path}: not JSON ({error})") from None
         places = [(f"{path}: record {number}", record) for number, record in enumerate(records)]
@@ -277,7 +278,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         places = []
     for where, line in () if is_list else _lines(path):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError as error:
             raise InputError(f"{where}: not JSON ({error})") from None
         if not isinstance(record, dict):

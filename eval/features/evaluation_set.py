@@ -32,6 +32,7 @@ from pipeline.core import store
 from pipeline.core.arrays import Float32Array, Int32Array, UInt8Array
 from pipeline.core.config import digest
 from pipeline.core.records import EmbeddingTable
+from pipeline.core.written import check_parquet, naming
 from training.config.train import CONTEXT_LENGTH
 
 if TYPE_CHECKING:
@@ -193,8 +194,9 @@ def _write_side(
     import pyarrow.parquet as pq
 
     write_vectors(path, vectors_ND)
-    with store.publish(metadata_path) as temporary:
+    with store.publish(metadata_path) as temporary, naming(metadata_path):
         pq.write_table(pa.table(dict(columns)), temporary)
+        check_parquet(temporary, metadata_path, len(vectors_ND))
     return EmbeddingTable(
         ids=metadata_path,
         vectors=path,

@@ -17,7 +17,9 @@ from eval.datasets.cnclip_tsv import Base64Images, read_images
 from eval.features.model_identity import identify, write_identity
 from pipeline.core import store
 from pipeline.core.arrays import Float32Array
+from pipeline.core.lock import one_at_a_time
 from pipeline.core.records import InputError
+from pipeline.core.written import check_parquet, naming
 
 if TYPE_CHECKING:
     import polars as pl
@@ -47,6 +49,7 @@ class Embedded:
     dim: int
 
 
+@one_at_a_time("out")
 def embed_files(
     encoder: "Encoder",
     *,
@@ -265,5 +268,6 @@ def _write_metadata(path: str, names: Sequence[str], captions: Sequence[str]) ->
         for name, values in (("image_path", names), ("caption", captions))
         if len(values)
     }
-    with store.publish(path) as temporary:
+    with store.publish(path) as temporary, naming(path):
         pq.write_table(pa.table(columns), temporary)
+        check_parquet(temporary, path, num_rows)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from eval.features.layout import EMBEDDING_FOLDERS
 from pipeline.core import store
+from pipeline.core.foreign import parse_json
 from pipeline.core.records import InputError
 
 if TYPE_CHECKING:
@@ -58,7 +59,10 @@ def read_identity(features: str) -> ModelIdentity | None:
     if not store.exists(path):
         return None
     try:
-        return ModelIdentity(**json.loads(store.read_text(path)))
+        identity = ModelIdentity(**parse_json(store.read_text(path)))
+        if not isinstance(identity.name, str) or not isinstance(identity.weights_sha256, str):
+            raise ValueError("a name and a digest are texts")
+        return identity
     except (ValueError, TypeError) as error:
         raise InputError(f"{path}: does not say which model the features are of ({error})") from None
 

@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import polars as pl
 
 from eval.datasets.shards import whole_shards
@@ -30,10 +29,13 @@ from eval.features.layout import EMBEDDING_FOLDERS, check_vectors
 from eval.features.model_identity import identify, write_identity
 from pipeline.core import store
 from pipeline.core.config import digest
-from pipeline.core.processes import die_with_parent
+from pipeline.core.lock import one_at_a_time
+from pipeline.core.processes import die_with_parent, say
 from pipeline.core.records import ConfigError, InputError
 from pipeline.core.shard_format import MAX_IMAGE_BYTES, SIDECAR, TAR, ByteRanges, read_sidecar_frame
 from pipeline.core.stage import Progress
+from pipeline.core.terminal import one_line
+from pipeline.core.written import check_parquet, naming, write_npy
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,7 @@ class EmbeddedShards:
     num_unreadable: int  # images without a row
 
 
+@one_at_a_time("job.out")
 def embed_shards(job: ShardJob, *, redo: bool = False, progress: Progress | None = None) -> EmbeddedShards:
     """Embed every shard that is not done, with `job.num_ranks` processes; this one is rank 0.
 
@@ -70,7 +73,7 @@ def embed_shards(job: ShardJob, *, redo: bool = False, progress: Progress | None
     _begin(job, encoder, stems, redo)
     context = multiprocessing.get_context("spawn")  # a fork would share torch's threads and accelerators
     others = [
-        context.Process(target=_other_rank, args=(job, rank), name=f"rank {rank}")
+        context.Process(target=_other_rank, args=(job, rank, os.getpid()), name=f"rank {rank}")
         for rank in range(1, min(job.num_ranks, len(stems)))
     ]
     for process in others:
@@ -91,12 +94,12 @@ def embed_shards(job: ShardJob, *, redo: bool = False, progress: Progress | None
     return _summary(job, stems)
 
 
-def _other_rank(job: ShardJob, rank: int) -> None:
-    die_with_parent()
+def _other_rank(job: ShardJob, rank: int, parent: int) -> None:
+    die_with_parent(parent)
     try:
         _embed_rank(job, _encoder(job, rank), whole_shards(job.shards), rank, None)
     except (ConfigError, InputError) as error:
-        print(f"error: rank {rank}: {error}", file=sys.stderr)
+        say(f"error: rank {rank}: {one_line(str(error))}", sys.stderr)
         sys.exit(error.exit_status)
 
 
@@ -163,10 +166,11 @@ def _embed_shard(job: ShardJob, encoder: EvaluationEncoder, stem: str, number: i
         path = _path(job, name, number, num_shards)
         if len(feature_ND):
             check_vectors(feature_ND, path)
-        with store.publish(path) as temporary, open(temporary, "wb") as file:
-            np.save(file, feature_ND.astype(FEATURE_TYPES[job.dtype]))
-    with store.publish(_path(job, "metadata", number, num_shards)) as temporary:
+        write_npy(path, feature_ND.astype(FEATURE_TYPES[job.dtype]))
+    path = _path(job, "metadata", number, num_shards)
+    with store.publish(path) as temporary, naming(path):
         metadata.write_parquet(temporary)
+        check_parquet(temporary, path, metadata.height)
 
 
 def _path(job: ShardJob, name: str, number: int, num_shards: int) -> str:

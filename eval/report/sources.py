@@ -1,7 +1,6 @@
 """What the report takes from a run's files: logged steps, and examples of answers with small images."""
 
 import io
-import json
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -9,6 +8,7 @@ from eval.datasets.cnclip_tsv import RetrievalSet
 from eval.report.data import ExampleGallery, ExampleRow, RecallPoint, Thumbnail, TrainingPoint
 from eval.retrieval.predictions import read_predictions
 from pipeline.core import store
+from pipeline.core.foreign import parse_json
 from pipeline.core.records import InputError
 
 Item = TypeVar("Item")
@@ -23,7 +23,7 @@ def read_training_metrics(path: str, stage: str) -> tuple[list[TrainingPoint], l
     recall: list[RecallPoint] = []
     for line_number, line in enumerate(store.read_text(path).splitlines(), start=1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             if "evaluation" in record:
                 point = (stage, record["samples_seen"], record["evaluation"], record["recall"])
                 recall.append(RecallPoint(*point))

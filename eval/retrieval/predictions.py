@@ -23,6 +23,7 @@ from eval.metrics.recall import CUTOFFS, RecallAtK, recall_at_k, retrieval_score
 from eval.retrieval.measure import RetrievalResult, image_queries
 from pipeline.core import store
 from pipeline.core.arrays import Int64Array
+from pipeline.core.foreign import parse_json
 from pipeline.core.records import InputError
 
 K = max(CUTOFFS)
@@ -101,7 +102,7 @@ def read_predictions(path: str, keys: tuple[str, str]) -> Iterator[tuple[int, li
         for line_number, line in enumerate(file, start=1):
             where = f"{path}:{line_number}"
             try:
-                record = json.loads(line)
+                record = parse_json(line)
                 query_id, gallery_ids = record[query_key], record[gallery_key]
                 well_formed = type(query_id) is int and all(type(value) is int for value in gallery_ids)
             except (ValueError, KeyError, TypeError):

@@ -130,7 +130,7 @@ class ShardImages:
             raise InputError(f"{folder}: the sidecars cannot be read ({_first_line(error)})") from None
         if (places < 0).all():
             raise InputError(
-                f"{folder}: none of the index's {len(keys)} keys is in these shards; give --pictures FOLDER"
+                f"{folder}: none of the index's {len(keys)} keys is in these shards; give --images FOLDER"
             )
         return cls(tuple(sidecars), np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]), places)
 
@@ -191,12 +191,12 @@ class FileImages:
         root = Path(self.folder).resolve()
         place = (root / path).resolve()
         if not place.is_relative_to(root):
-            raise InputError(f"{place}: lies outside {root}; give --pictures with the folder that holds it")
+            raise InputError(f"{place}: lies outside {root}; give --images with the folder that holds it")
         try:
             with open(place, "rb") as file:
                 data = file.read(MAX_IMAGE_BYTES + 1)
         except OSError as error:
-            raise InputError(f"{place}: cannot be read ({error.strerror}); give --pictures FOLDER") from None
+            raise InputError(f"{place}: cannot be read ({error.strerror}); give --images FOLDER") from None
         if len(data) > MAX_IMAGE_BYTES:
             raise InputError(f"{place}: more than {MAX_IMAGE_BYTES >> 20} MiB; that is no image")
         return data
@@ -264,7 +264,7 @@ def open_gallery(
         metadata = metadata.drop_nulls()  # rows of texts beyond the last image
         images = FileImages.of(metadata_folder, images_folder or ".")
     elif images_folder is None and run_folder is None:
-        raise ConfigError(f"{index_folder}: give --pictures FOLDER, with the shards or the evaluation sets")
+        raise ConfigError(f"{index_folder}: give --images FOLDER, with the shards or the evaluation sets")
     elif "key" in metadata.columns:
         shards = images_folder or store.join(str(run_folder), "shards")
         images = ShardImages.of(shards, metadata["key"])
@@ -345,10 +345,10 @@ def _set_of(image_ids: Int64Array, sources: Sequence[RetrievalSource], where: st
     exact = [item for item in fitting if item.num_images == len(np.unique(image_ids))]
     choice = exact or fitting
     if not choice:
-        raise InputError(f"{where}: no evaluation set holds its images; give --pictures FOLDER")
+        raise InputError(f"{where}: no evaluation set holds its images; give --images FOLDER")
     if len(choice) > 1:
         raise ConfigError(
-            f"{where}: its image ids fit {', '.join(item.name for item in choice)} alike; give --pictures"
+            f"{where}: its image ids fit {', '.join(item.name for item in choice)} alike; give --images"
             " FOLDER with the right set alone"
         )
     return choice[0]

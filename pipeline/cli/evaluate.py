@@ -7,6 +7,7 @@ from typing import Any
 from pipeline.cli.arguments import EXIT_DONE, EXIT_FAILED, add, add_model, add_templates, checkpoint
 from pipeline.core import store
 from pipeline.core.records import ConfigError
+from pipeline.core.terminal import one_line
 
 
 def add_commands(commands: Any) -> None:
@@ -65,9 +66,9 @@ def _score(options: argparse.Namespace) -> int:
 
     result = score_files(options.reference, options.predictions, options.out)
     for note in result.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {one_line(note)}", file=sys.stderr)
     if not result.success:
-        print(f"error: {result.body['errorMsg']}", file=sys.stderr)
+        print(f"error: {one_line(result.body['errorMsg'])}", file=sys.stderr)
         return EXIT_FAILED
     recalls = result.body["scoreJson"]
     print(
@@ -120,7 +121,7 @@ def _eval(options: argparse.Namespace) -> int:
     if options.sets is not None:
         sources, notes = reported_splits(find_sets(options.sets))
         for note in notes:
-            print(f"note: {note}", file=sys.stderr)
+            print(f"note: {one_line(note)}", file=sys.stderr)
     elif model.run_folder is not None:
         sources = sets_of_run(model.run_folder)
     else:
@@ -132,7 +133,7 @@ def _eval(options: argparse.Namespace) -> int:
         templates=options.templates,
         json_features=options.json_features,
     )
-    evaluate(model, sources, options.out, how, lambda text: print(text, file=sys.stderr))
+    evaluate(model, sources, options.out, how, lambda text: print(one_line(text), file=sys.stderr))
     name = {"text": "eval.txt", "json": "eval.json", "csv": "eval.csv", "latex": "eval.tex"}[options.format]
     print(store.read_text(store.join(options.out, name)).rstrip("\n"))
     return EXIT_DONE

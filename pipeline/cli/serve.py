@@ -29,10 +29,11 @@ def add_commands(commands: Any) -> None:
         help="what was indexed, with metadata/ (default: the index's folder)",
     )
     command.add_argument(
-        "--pictures",
+        "--images",
         metavar="FOLDER",
         help="shards, evaluation sets, or what file names are relative to (default: the run's, or here)",
     )
+    command.add_argument("--pictures", dest="images", help=argparse.SUPPRESS)
     command.add_argument("--parameters", default="", metavar="STRING", help="FAISS's, such as nprobe=16")
     command.add_argument(
         "--host", default="127.0.0.1", metavar="ADDRESS", help="to listen on (default: this machine only)"
@@ -47,7 +48,7 @@ def _serve(options: argparse.Namespace) -> int:
 
     model = checkpoint(options)
     if options.index is None:
-        for name in ("embeddings", "pictures", "parameters"):
+        for name in ("embeddings", "images", "parameters"):
             if getattr(options, name):
                 raise ConfigError(f"--{name} goes with --index FOLDER")
         galleries = galleries_of_run(model, options.model)
@@ -55,7 +56,7 @@ def _serve(options: argparse.Namespace) -> int:
         gallery = open_gallery(
             options.index,
             embeddings_folder=options.embeddings,
-            images_folder=options.pictures,
+            images_folder=options.images,
             run_folder=model.run_folder,
             parameters=options.parameters,
         )

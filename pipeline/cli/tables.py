@@ -1,11 +1,13 @@
 """Build what the commands print."""
 
+import contextlib
 from collections.abc import Sequence
 
 from data_prep.accounting.funnel import STEPS, threshold_notes
-from pipeline.core import store
-from pipeline.core.records import Receipt
+from pipeline.core import drops, store
+from pipeline.core.records import InputError, Receipt
 from pipeline.core.run import Run, StageStatus, State, read_manifest, survey_stage
+from pipeline.core.stage import receipt_at
 from pipeline.core.text_table import align
 
 
@@ -24,12 +26,12 @@ def status_table(run: Run, statuses: Sequence[StageStatus]) -> str:
     """Return a row for each stage: what it did so far, from its receipts."""
     rows = [("stage", "state", "tasks", "in", "kept", "dropped", "seconds", "MB")]
     for status in statuses:
-        receipts = read_receipts(run, status.stage.name)
+        receipts, num_damaged = read_receipts(run, status.stage.name)
         tasks = f"{len(receipts)}/{'?' if status.num_tasks is None else status.num_tasks}"
         rows.append(
             (
                 status.stage.name,
-                status.state.value,
+                status.state.value + (f" ({num_damaged} damaged receipts)" if num_damaged else ""),
                 tasks,
                 f"{sum(receipt.num_in for receipt in receipts):,}",
                 f"{sum(receipt.num_kept for receipt in receipts):,}",
@@ -42,19 +44,22 @@ def status_table(run: Run, statuses: Sequence[StageStatus]) -> str:
 
 
 def notes(run: Run) -> list[str]:
-    """Return notes on the funnel: thresholds that remove nothing, with the minimum seen."""
-    manifests = (read_manifest(run, stage) for stage in STEPS)
-    return [note for manifest in manifests if manifest for note in threshold_notes(manifest)]
+    """Return notes on the funnel: thresholds that remove nothing, stages that removed much."""
+    manifests = []
+    for stage in ("corpus", *STEPS):
+        with contextlib.suppress(InputError):  # the table says what is damaged
+            manifests.append(read_manifest(run, stage))
+    found = [manifest for manifest in manifests if manifest]
+    notes = [note for manifest in found for note in threshold_notes(manifest)]
+    return notes + [said for manifest in found if (said := drops.warning(manifest))]
 
 
-def read_receipts(run: Run, stage: str) -> list[Receipt]:
-    """Return the receipts of a stage, in order of task names."""
+def read_receipts(run: Run, stage: str) -> tuple[list[Receipt], int]:
+    """Return the receipts of a stage, in order of task names, and the number of those that are damaged."""
     folder = store.join(run.folder, stage, "receipts")
-    return [
-        Receipt.from_json(store.read_text(store.join(folder, name)))
-        for name in store.list_files(folder)
-        if name.endswith(".json") and not name.startswith(".")
-    ]
+    names = [name for name in store.list_files(folder) if name.endswith(".json") and not name.startswith(".")]
+    receipts = [receipt for name in names if (receipt := receipt_at(store.join(folder, name)))]
+    return receipts, len(names) - len(receipts)
 
 
 def closing_words(run: Run, num_run: int, num_stages: int) -> str:

@@ -2,27 +2,65 @@
 
 import contextlib
 import ctypes
+import functools
 import gc
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NoReturn, TextIO
 
+from pipeline.core.terminal import visible
+
 _PR_SET_PDEATHSIG = 1
+_IS_LINUX = sys.platform.startswith("linux")
+# Opened before any fork: a child of a process with threads may find the loader's lock taken for ever.
+_LIBC = ctypes.CDLL(None, use_errno=True) if _IS_LINUX else None
+# In the environment of ranks that a launcher of ours starts: the process number of the run.
+RUN_VARIABLE = "CNCLIP_RUN_PID"
 
 # Ask a training run for a checkpoint and its end. SIGINT is Ctrl-C, which reaches all ranks of a terminal.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent ends, however it ends (Linux; elsewhere a no-op).
+def die_with_parent(parent: int | None = None, with_signal: int = signal.SIGKILL) -> None:
+    """Ask the kernel to end this process when its parent ends, however it ends (Linux; elsewhere a no-op).
 
-    Without it a killed run leaves workers behind that write into folders the next run already uses.
+    Without it a killed run leaves workers behind that write into folders the next run already uses. The
+    kernel stays silent about a parent that ended before it was asked. A process that knows who started it
+    gives that process number as `parent`, and is killed at once if somebody else has adopted it since.
     """
-    if not sys.platform.startswith("linux"):
+    if _LIBC is None:
         return
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _LIBC.prctl(_PR_SET_PDEATHSIG, with_signal)
+    if parent is not None and os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dies_with_us(with_signal: int = signal.SIGKILL) -> Callable[[], None]:
+    """Return a `preexec_fn` for `subprocess`: the program ends when this process ends, from its start on."""
+    return functools.partial(die_with_parent, os.getpid(), with_signal)
+
+
+def die_with_run() -> None:
+    """Like `die_with_parent`, in a rank: its parent is a launcher that the run in RUN_VARIABLE started.
+
+    A rank that somebody else's launcher starts has no RUN_VARIABLE and compares nothing.
+    """
+    die_with_parent()
+    run = os.environ.get(RUN_VARIABLE)
+    # The launcher dies with the run: as long as it is the run's child, the promise above was made in time.
+    if _IS_LINUX and run is not None and _parent_of(os.getppid()) != run:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _parent_of(pid: int) -> str | None:
+    try:
+        # Its name, in brackets, may hold spaces and brackets; the state and the parent follow it.
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[1]
+    except (OSError, IndexError):
+        return None
 
 
 @contextlib.contextmanager
@@ -42,7 +80,7 @@ def importing() -> Iterator[None]:
 def say(line: str, stream: TextIO | None = None) -> None:
     """A line to standard output, or to another stream, in one write: ranks share a pipe and print at once."""
     stream = stream or sys.stdout
-    stream.write(f"{line}\n")
+    stream.write(f"{visible(line)}\n")
     stream.flush()
 
 

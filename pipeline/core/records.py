@@ -1,24 +1,44 @@
 """The records that pass between stages: frozen, slotted, and with one JSON form each."""
 
 import dataclasses
+import functools
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Annotated, Any, ClassVar, Self, TypeVar
+
+from annotated_types import Ge, Lt
+
+from pipeline.core.sealed import seal, unseal
 
 SCHEMA_VERSION = 1
+Count = Annotated[int, Ge(0), Lt(2**63)]
+Seconds = Annotated[float, Ge(0), Lt(math.inf)]
+_NO_OTHER_KEYS: Mapping[str, Any] = {"extra": "forbid"}  # pydantic's name for keys that a class does not have
 
 
 class InputError(Exception):
     """Bad input data: one line that names the file, the row or key, what was found and what to do."""
 
     exit_status = 1
+    rows_left: int | None = None  # set by `too_few`
 
 
 class ConfigError(Exception):
     """Wrong usage or configuration: one line that names the file, the key and the remedy."""
 
     exit_status = 2
+    rows_left: int | None = None  # set by `too_few`
+
+
+_Error = TypeVar("_Error", InputError, ConfigError)
+
+
+def too_few(error: _Error, rows_left: int) -> _Error:
+    """Note that an error comes of a corpus that is too small: the runner adds where its rows went."""
+    error.rows_left = rows_left
+    return error
 
 
 class Stopped(Exception):
@@ -41,9 +61,10 @@ class Shard:
     """One file of samples that a stage published."""
 
     path: str  # relative to the stage's folder in a manifest; absolute or a URL once resolved
-    num_samples: int
-    num_bytes: int
+    num_samples: Count
+    num_bytes: Count
     digest: str  # sha256 of the bytes, hex
+    __pydantic_config__: ClassVar = _NO_OTHER_KEYS
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +80,13 @@ class Receipt:
     inputs_digest: str
     config_digest: str
     outputs: tuple[Shard, ...]
-    num_in: int
-    num_kept: int
-    dropped: Mapping[str, int]
-    seconds: float
+    num_in: Count
+    num_kept: Count
+    dropped: Mapping[str, Count]
+    seconds: Seconds
     extra: Mapping[str, Any] = field(default_factory=dict)  # small facts for the report, deterministic
+    num_also: Count = 0  # further files, in the listing next to the receipt
+    __pydantic_config__: ClassVar = _NO_OTHER_KEYS
 
     def __post_init__(self) -> None:
         if self.num_in != self.num_kept + sum(self.dropped.values()):
@@ -75,11 +98,16 @@ class Receipt:
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=1, sort_keys=True)
 
+    def to_file(self) -> str:
+        """Return what its file holds: the JSON form, sealed."""
+        return seal(dataclasses.asdict(self))
+
     @classmethod
-    def from_json(cls, text: str) -> Self:
-        fields = json.loads(text)
-        fields["outputs"] = tuple(Shard(**shard) for shard in fields["outputs"])
-        return cls(**fields)
+    def from_json(cls, text: str | bytes) -> Self:
+        """Return the receipt that a text holds; ValueError if it holds anything else."""
+        receipt: Self = _parse(cls, text)
+        _check_paths(receipt.outputs)
+        return receipt
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,19 +123,43 @@ class Manifest:
     inputs_digest: str  # of all its tasks: what the stage read
     parents: Mapping[str, str]  # stage → digest of that stage's manifest
     shards: tuple[Shard, ...]
-    num_in: int
-    num_kept: int
-    dropped: Mapping[str, int]
+    num_in: Count
+    num_kept: Count
+    dropped: Mapping[str, Count]
     extra: Mapping[str, Any] = field(default_factory=dict)
+    __pydantic_config__: ClassVar = _NO_OTHER_KEYS
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=1, sort_keys=True)
 
+    def to_file(self) -> str:
+        """Return what its file holds: the JSON form, sealed."""
+        return seal(dataclasses.asdict(self))
+
     @classmethod
-    def from_json(cls, text: str) -> Self:
-        fields = json.loads(text)
-        fields["shards"] = tuple(Shard(**shard) for shard in fields["shards"])
-        return cls(**fields)
+    def from_json(cls, text: str | bytes) -> Self:
+        """Return the manifest that a text holds; ValueError if it holds anything else."""
+        manifest: Self = _parse(cls, text)
+        _check_paths(manifest.shards)
+        return manifest
+
+
+def _parse(cls: Any, text: str | bytes) -> Any:
+    return _adapter(cls).validate_json(json.dumps(unseal(text)), strict=True)
+
+
+@functools.cache
+def _adapter(cls: Any) -> Any:
+    import pydantic
+
+    return pydantic.TypeAdapter(cls)
+
+
+def _check_paths(files: Iterable[Shard]) -> None:
+    """Raise ValueError for a file outside the stage's folder: no stage writes there."""
+    for file in files:
+        if file.path.startswith("/") or "\0" in file.path or ".." in file.path.split("/"):
+            raise ValueError(f"{file.path!r}: not a path in a stage's folder")
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ SIDECAR_COLUMNS = (
     "image_sha256", "perceptual_hash",
 )  # fmt: skip
 MAX_IMAGE_BYTES = 64 << 20  # of an image in shards from elsewhere: a damaged sidecar may ask for gigabytes
+BUILD_AGAIN = "build the shard again"  # what to do about a damaged one whose origin is not known
 _OPEN_FILES = 64  # at once in a pool: the rows of one shard may come from any number of tars
 
 
@@ -82,8 +83,16 @@ class ByteRanges(contextlib.AbstractContextManager["ByteRanges"]):
     through it in order; with `concurrent` each range is a request of its own, for several threads.
     """
 
-    def __init__(self, path: str, *, concurrent: bool = False, max_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        *,
+        concurrent: bool = False,
+        max_bytes: int | None = None,
+        remedy: str = BUILD_AGAIN,
+    ) -> None:
         self.path = path
+        self._remedy = remedy  # what errors tell the reader to do
         self._max_bytes = max_bytes  # of a range: for sidecars from elsewhere, which may ask for gigabytes
         self._file: IO[Any] | None = None
         self._fs: Any = None
@@ -91,9 +100,7 @@ class ByteRanges(contextlib.AbstractContextManager["ByteRanges"]):
         if self._is_local:
             self._file = open(path, "rb", buffering=0)  # noqa: SIM115
         elif concurrent:
-            import fsspec
-
-            self._fs, self._name = fsspec.core.url_to_fs(path)
+            self._fs, self._name = store.remote(path)
         else:
             self._file = store.open_read(path)
 
@@ -111,13 +118,12 @@ class ByteRanges(contextlib.AbstractContextManager["ByteRanges"]):
             or (self._max_bytes is not None and size_bytes > self._max_bytes)
         ):
             raise InputError(
-                f"{self.path}: {name}: its sidecar gives {size_bytes} bytes at {offset_bytes};"
-                f" build the shard again"
+                f"{self.path}: {name}: its sidecar gives {size_bytes} bytes at {offset_bytes}; {self._remedy}"
             )
         data = self._range(offset_bytes, size_bytes)
         if len(data) < size_bytes:
             raise InputError(
-                f"{self.path}: ends inside {name}: the file is cut short or not its sidecar's; build it again"
+                f"{self.path}: ends inside {name}: the file is cut short or not its sidecar's; {self._remedy}"
             )
         return data
 
@@ -145,8 +151,9 @@ class ByteRanges(contextlib.AbstractContextManager["ByteRanges"]):
 class ByteRangePool(contextlib.AbstractContextManager["ByteRangePool"]):
     """Byte ranges of many files, each opened at its first use; the least recently used is closed first."""
 
-    def __init__(self, path_of: Callable[[str], str]) -> None:
+    def __init__(self, path_of: Callable[[str], str], *, remedy: str = BUILD_AGAIN) -> None:
         self._path_of = path_of
+        self._remedy = remedy
         self._open: collections.OrderedDict[str, ByteRanges] = collections.OrderedDict()
 
     def read(self, file: str, offset_bytes: int, size_bytes: int, name: str) -> bytes:
@@ -154,7 +161,7 @@ class ByteRangePool(contextlib.AbstractContextManager["ByteRangePool"]):
         if file not in self._open:
             if len(self._open) >= _OPEN_FILES:
                 self._open.popitem(last=False)[1].close()
-            self._open[file] = ByteRanges(self._path_of(file))
+            self._open[file] = ByteRanges(self._path_of(file), remedy=self._remedy)
         self._open.move_to_end(file)
         return self._open[file].read(offset_bytes, size_bytes, name)
 

@@ -5,12 +5,15 @@ stage's folder and accounts for every row. The runner (`pipeline.runner`) decide
 publishes receipts and manifests; a stage never looks at them.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.core import store
-from pipeline.core.config import digest
+from pipeline.core import durability, store
+from pipeline.core.config import Binds, digest
+from pipeline.core.damage import listing_path, make_listing
 from pipeline.core.records import SCHEMA_VERSION, Manifest, Receipt, Shard
 
 
@@ -33,6 +36,26 @@ class Outcome:
     num_kept: int
     dropped: Mapping[str, int] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)  # small deterministic facts for later stages
+    # Further files that later stages need, too many for a receipt: sizes and digests are kept next to it.
+    also: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A setting that had another value when a stage's work was begun."""
+
+    key: str  # dotted, within the stage's configuration
+    before: Any
+    now: Any
+    binds: Binds
+
+    def __str__(self) -> str:
+        return f"{self.key.rpartition('.')[2]} {_short(self.before)} → {_short(self.now)}"
+
+
+def _short(value: Any, limit: int = 40) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 class Progress(Protocol):
@@ -87,6 +110,11 @@ class Stage:
     parallel: bool = True  # tasks may run in several processes at once
     processes: int = 1  # that one call starts: what it needs of a cluster's cores
     may_be_empty: bool = False  # that no row is left is no error
+    is_seeded: bool = False  # its work follows from the run's seed, which the configuration does not hold
+    unbound_inputs: frozenset[str] = frozenset()  # labels of inputs that say how it computes, as BINDS_NEVER
+    # (configuration, context, a change that BINDS_EXACTLY, whether the stage is done) → (whether its work
+    # continues exactly under it, a sentence on how it does or why it does not).
+    continues: Callable[[Any, Context, Change, bool], tuple[bool, str]] | None = None
 
     @property
     def config_digest(self) -> str:
@@ -103,7 +131,10 @@ def receipt_path(context: Context, task: Task) -> str:
 
 
 def make_receipt(stage: Stage, context: Context, task: Task, outcome: Outcome, seconds: float) -> Receipt:
-    """Digest a task's outputs and write its receipt, the last thing a task does."""
+    """Sync and digest a task's outputs and write its receipt, the last thing a task does."""
+    if store.is_local(context.run_folder):
+        files = [str(Path(context.path(path))) for path in (*outcome.outputs, *outcome.also)]
+        durability.sync_outputs(files, str(Path(context.run_folder)))
     outputs = tuple(
         Shard(path, num_samples, store.num_bytes(full), store.digest_file(full))
         for path, num_samples in outcome.outputs.items()
@@ -120,8 +151,14 @@ def make_receipt(stage: Stage, context: Context, task: Task, outcome: Outcome, s
         dropped=dict(sorted(outcome.dropped.items())),
         seconds=round(seconds, 3),
         extra=outcome.extra,
+        num_also=len(outcome.also),
     )
-    store.write_text(receipt_path(context, task), receipt.to_json())
+    listing = listing_path(receipt_path(context, task))
+    if outcome.also:
+        store.write_text(listing, make_listing(context.path(), outcome.also))
+    else:
+        store.remove(listing)
+    store.write_text(receipt_path(context, task), receipt.to_file())
     return receipt
 
 
@@ -131,13 +168,14 @@ def read_receipt(context: Context, task: Task) -> Receipt | None:
 
 
 def receipt_at(path: str) -> Receipt | None:
-    """Return the receipt in a file; None if there is none or it is not readable."""
+    """Return the receipt in a file; None if there is none, it is not readable or it is another task's."""
     if not store.exists(path):
         return None
     try:
-        return Receipt.from_json(store.read_text(path))
-    except (ValueError, TypeError, KeyError):
+        receipt = Receipt.from_json(store.read_bytes(path))
+    except (ValueError, IsADirectoryError):
         return None
+    return receipt if path.endswith(f"/{receipt.task}.json") else None
 
 
 def receipt_counts(stage: Stage, context: Context, task: Task, receipt: Receipt) -> bool:
@@ -151,8 +189,13 @@ def receipt_counts(stage: Stage, context: Context, task: Task, receipt: Receipt)
     )
 
 
-def inputs_digest(tasks: list[Task]) -> str:
-    """Return the digest of what a whole stage reads."""
+def inputs_digest(tasks: list[Task], *, without: frozenset[str] = frozenset()) -> str:
+    """Return the digest of what a whole stage reads, less the inputs with labels in `without`."""
+    if without:
+        tasks = [
+            replace(task, inputs={label: sha for label, sha in task.inputs.items() if label not in without})
+            for task in tasks
+        ]
     return digest([[task.name, task_digest(task)] for task in tasks])
 
 

@@ -16,6 +16,8 @@ from typing import IO, Any
 
 import fsspec
 
+from pipeline.core import durability
+from pipeline.core.foreign import first_line
 from pipeline.core.records import ConfigError
 
 _DIGEST_CHUNK_BYTES = 1 << 20
@@ -24,6 +26,7 @@ _PARTIAL = ".partial"  # suffix of a file that is still being written
 # A file that `publish` has begun: where its writer runs, and the number of the process there
 _WRITER = re.compile(r"\..*\.([0-9a-f]{8})-(\d{1,9})-[0-9a-f]{8}\.partial")
 _ABANDONED_SECONDS = 86_400.0  # nobody writes a file for a day without adding to it
+_REMOVING = ".removing"  # suffix or name of a folder that is being removed
 SCRATCH = ".scratch"  # suffix of a folder that a task works in; `sweep` removes those of killed tasks
 
 
@@ -55,7 +58,33 @@ def remote(url: str) -> tuple[Any, str]:
         scheme = url.partition("://")[0]
         remedy = 'pip install "cnclip-pretraining[s3]"' if scheme in ("s3", "s3a") else str(error)
         raise ConfigError(f"{url}: no file system for {scheme}://: {remedy}") from None
-    return fs, str(name)
+    return _Named(fs, url), str(name)
+
+
+class _Named:
+    """A file system whose errors name the URL, and are none of the package beneath."""
+
+    def __init__(self, fs: Any, url: str) -> None:
+        self._fs, self._url = fs, url
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._fs, name)
+        return functools.partial(self._call, found) if callable(found) else found
+
+    def _call(self, function: Any, *arguments: Any, **options: Any) -> Any:
+        try:
+            return function(*arguments, **options)
+        except OSError as error:
+            if error.filename is None:
+                error.filename = self._url
+            raise
+        except (ConfigError, ValueError, TypeError, NotImplementedError):
+            raise
+        except Exception as error:  # botocore's, aiohttp's and their like share no class
+            raise ConfigError(
+                f"{self._url}: its store cannot be used ({first_line(error)}): check its credentials and"
+                " address (for S3 AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL)"
+            ) from None
 
 
 def exists(path: str) -> bool:
@@ -105,32 +134,64 @@ def list_files(folder: str) -> list[str]:
     )
 
 
+def sizes(folder: str) -> dict[str, int]:
+    """Return the sizes of the files directly inside a folder, by name; empty if there is no such folder."""
+    if is_local(folder):
+        if not os.path.isdir(folder):
+            return {}
+        with os.scandir(folder) as entries:
+            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+    fs, name = remote(folder)
+    if not fs.exists(name):
+        return {}
+    found = fs.ls(name, detail=True)
+    return {info["name"].rsplit("/", 1)[-1]: int(info["size"]) for info in found if info["type"] == "file"}
+
+
 def remove(path: str) -> None:
     """Remove a file or a folder with all it holds; nothing happens if there is none.
 
-    A local folder is renamed first, so that a kill half-way leaves no folder that looks whole.
+    A local folder is renamed first, so that a kill half-way leaves no folder that looks whole. A folder that
+    is a link or a file system of its own stays, empty: somebody chose that place for it.
     """
-    if not exists(path):
-        return
     if is_local(path):
         if os.path.isdir(path):
-            doomed = f"{path.rstrip('/')}.removing"
-            shutil.rmtree(doomed, ignore_errors=True)
-            os.rename(path, doomed)
-            shutil.rmtree(doomed)
-        else:
+            if os.path.islink(path) or os.path.ismount(path):
+                _empty(path)
+            else:
+                doomed = f"{path.rstrip('/')}{_REMOVING}"
+                shutil.rmtree(doomed, ignore_errors=True)
+                os.rename(path, doomed)
+                shutil.rmtree(doomed)
+            durability.forget_folders()
+        elif os.path.lexists(path):
             os.remove(path)
-    else:
+            durability.sync_folder(os.path.dirname(path))
+    elif exists(path):
         fs, name = remote(path)
         fs.rm(name, recursive=True)
 
 
-def sweep(folder: str) -> None:
-    """Remove what killed processes left under a local folder: `publish`'s files and scratch folders."""
+def _empty(folder: str) -> None:
+    """Remove what a folder holds, first out of sight: a kill half-way leaves nothing that looks whole."""
+    doomed = os.path.join(folder, _REMOVING)
+    os.makedirs(doomed, exist_ok=True)
+    for name in sorted(os.listdir(folder)):
+        if name != _REMOVING:
+            os.rename(os.path.join(folder, name), os.path.join(doomed, f"{secrets.token_hex(4)}.{name}"))
+    shutil.rmtree(doomed)
+
+
+def sweep(folder: str, *, deep: bool = True) -> None:
+    """Remove what killed processes left in a local folder: files and folders being written or removed.
+
+    `deep` looks for `publish`'s files in the folders below it too.
+    """
     if is_local(folder):
-        for scratch in Path(folder).glob(f"*{SCRATCH}"):
-            shutil.rmtree(scratch, ignore_errors=True)
-        for leftover in Path(folder).rglob(f".*{_PARTIAL}"):
+        for leftover in (*Path(folder).glob(f"*{SCRATCH}"), *Path(folder).glob(f"*{_REMOVING}")):
+            shutil.rmtree(leftover, ignore_errors=True)
+        find = Path(folder).rglob if deep else Path(folder).glob
+        for leftover in find(f".*{_PARTIAL}"):
             if leftover.is_file():  # a half-written checkpoint is a folder, and training's own to remove
                 leftover.unlink()
 
@@ -178,19 +239,21 @@ def _place() -> str:
 def publish(path: str) -> Iterator[str]:
     """Yield a temporary local path to write to; when the block ends well the file appears at `path`.
 
-    Locally by fsync and rename in the same folder, on an object store by one upload. When the block
-    fails nothing appears and the temporary file is gone.
+    Locally by rename in the same folder, with file and folder synced (`durability.together` gathers the
+    folders of a task), on an object store by one upload. When the block fails nothing appears and the
+    temporary file is gone.
     """
     if is_local(path):
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        target = str(Path(path))
+        folder, name = os.path.split(target)
+        durability.make_folder(folder)
         writer = f"{_place()}-{os.getpid()}-{secrets.token_hex(4)}"
-        temporary = str(target.parent / f".{target.name}.{writer}{_PARTIAL}")
+        temporary = os.path.join(folder, f".{name}.{writer}{_PARTIAL}")
         try:
             yield temporary
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
+            durability.sync_file(temporary)
             os.replace(temporary, target)
+            durability.note_published(target)
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(temporary)
@@ -231,7 +294,7 @@ def scratch(folder: str, name: str) -> Iterator[str]:
     What a killed process leaves under a stage folder is removed by `sweep`.
     """
     if is_local(folder):
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        durability.make_folder(str(Path(folder)))
         prefix: dict[str, Any] = {"prefix": f"{name}.", "suffix": SCRATCH, "dir": folder}
     else:
         prefix = {"prefix": f"cnclip-{name}-"}

@@ -2,9 +2,11 @@
 
 import concurrent.futures
 import multiprocessing
+import os
 import time
 from collections.abc import Iterator, Sequence
 
+from pipeline.core import durability
 from pipeline.core.processes import die_with_parent
 from pipeline.core.records import InputError, Receipt
 from pipeline.core.run import receipts_that_count
@@ -57,8 +59,9 @@ def _run_task(stage: Stage, context: Context, task: Task, progress: Progress) ->
     """Do one task and publish its receipt."""
     assert stage.run is not None
     started = time.monotonic()
-    outcome = stage.run(stage.config, context, task, progress)
-    return make_receipt(stage, context, task, outcome, time.monotonic() - started)
+    with durability.together():
+        outcome = stage.run(stage.config, context, task, progress)
+        return make_receipt(stage, context, task, outcome, time.monotonic() - started)
 
 
 def _run_together(
@@ -93,7 +96,7 @@ def _run_in_processes(
     # Spawned, not forked: polars and torch hold threads and locks that a fork would copy half-way.
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(
-        min(processes, len(tasks)), mp_context=spawn, initializer=die_with_parent
+        min(processes, len(tasks)), mp_context=spawn, initializer=die_with_parent, initargs=(os.getpid(),)
     ) as pool:
         futures = [pool.submit(_run_task, stage, context, task, _silent) for task in tasks]
         try:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 
+from pipeline.core.processes import dies_with_us
 from pipeline.core.text_table import align
 
 _MIN_DISK_GB = 5  # the demo needs about 1 GB in addition to the installation
@@ -210,7 +211,10 @@ def ask(server: str, port: int = 53, timeout: float = 2.0) -> float | None:
 
 @contextlib.contextmanager
 def _started(commands: list[list[str]]) -> Iterator[list[subprocess.Popen[bytes]]]:
-    processes = [subprocess.Popen(command, stderr=subprocess.DEVNULL) for command in commands]
+    processes = [
+        subprocess.Popen(command, stderr=subprocess.DEVNULL, preexec_fn=dies_with_us())
+        for command in commands
+    ]
     try:
         yield processes
     finally:

@@ -87,8 +87,8 @@ def _merge(run: Run, stage: Stage) -> Retried:
     manifest = fold(target, tasks, parents, merged)
     for receipt, task in zip(merged, tasks, strict=True):
         if receipt.task in came:
-            store.write_text(receipt_path(context, task), receipt.to_json())
-    store.write_text(manifest_path(run, "download"), manifest.to_json())
+            store.write_text(receipt_path(context, task), receipt.to_file())
+    store.write_text(manifest_path(run, "download"), manifest.to_file())
     for path in list(retry.unused_files(of_pass, manifest)):
         store.remove(path)
     asked, recovered = (

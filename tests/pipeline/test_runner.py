@@ -140,9 +140,11 @@ def test_a_changed_setting_is_stale_and_never_silently_redone(numbers: Path, tmp
     _execute(_run(numbers, tmp_path / "run"))
     changed = _run(numbers, tmp_path / "run", EvenConfig(below=20))
     assert _states(changed) == [State.DONE, State.STALE]
-    assert survey(changed)[1].why == "its configuration changed"
+    assert survey(changed)[1].why == "its configuration changed: below 1000 → 20"
     before = _manifests(changed)
-    with pytest.raises(ConfigError, match=r"even is stale: its configuration changed; run with --redo"):
+    with pytest.raises(
+        ConfigError, match=r"even is stale: its configuration changed: below 1000 → 20; run with --redo"
+    ):
         _execute(changed)
     assert _manifests(changed) == before
     assert _states(_run(numbers, tmp_path / "run")) == [State.DONE, State.DONE]  # changed back: nothing lost
@@ -241,7 +243,11 @@ def test_mend_redoes_damaged_tasks_alone(numbers: Path, tmp_path: Path) -> None:
     cut.write_bytes(cut.read_bytes()[:-1])
     gone.unlink()
     (tmp_path / "run" / "even" / "receipts" / "00003.json").write_text("{")
-    assert runner.execute(run, run.stages, redo=False) == 0  # finished stages are trusted by their manifests
+    assert [status.state for status in survey(run)] == [State.DONE, State.DAMAGED]
+    with pytest.raises(
+        InputError, match=r"even/00001\.txt: \d+ bytes, not \d+ bytes, and 1 more; run --stage even --repair"
+    ):
+        runner.execute(run, run.stages, redo=False)
     assert runner.execute(run, run.stages, redo=False, repair=True) == 1  # what comes after is as it was
     assert (tmp_path / "journal").read_text().split() == ["00000", "00001", "00002", "00003"]
     (tmp_path / "journal").write_text("")
@@ -277,7 +283,7 @@ def test_one_run_at_a_time(numbers: Path, tmp_path: Path) -> None:
     os.makedirs(run.folder)
     with open(os.path.join(run.folder, ".lock"), "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(ConfigError, match="another `cnclip run` is at work here"):
+        with pytest.raises(InputError, match="another command is at work here"):
             _execute(run)
     assert _states(run) == [State.TO_DO, State.TO_DO]
     assert _execute(run) == 2

@@ -18,9 +18,10 @@ from typing import Any, Literal
 
 import psutil
 
-from pipeline.core.processes import STOP_SIGNALS, die_with_parent
+from pipeline.core.processes import RUN_VARIABLE, STOP_SIGNALS, dies_with_us
 from pipeline.core.records import Stopped
 from pipeline.core.stage import Progress
+from pipeline.core.terminal import one_line, visible
 from training.ranks.rank_failures import DEADLY, RankFailures
 
 Launcher = Literal["local", "srun"]
@@ -28,6 +29,7 @@ Launcher = Literal["local", "srun"]
 _MESSAGE = re.compile(r"^@(progress|notice) (\{.*\})$")
 _ERROR = re.compile(r"^(?:\[rank\d+\]:? ?|\d+: )?((?:[\w.]+(?:Error|Exception)|error)\b.*)")
 _STOPPED = re.compile(r"^stopped: (.*)")
+_STOPPED_BY = re.compile(r"^(stopped: by )SIG\w+")
 # Of the first rank that died of a signal: RankFailures says it, and srun, which then gives 143 for its
 # status: it ends the others with SIGTERM.
 _DEATHS = "|".join(str(signal.strsignal(number)) for number in DEADLY)
@@ -76,6 +78,7 @@ def launcher_environment(
 ) -> dict[str, str]:
     """Environment for the launcher: this interpreter's folder on PATH (ninja is there), threads a rank.
 
+    Ranks of a local launcher learn who started it: they compare it when they promise to end with it.
     Under `srun` also where the ranks meet: rank 0 runs on the first machine of the job, which is this one.
     """
     scripts = os.path.dirname(sys.executable)
@@ -92,6 +95,8 @@ def launcher_environment(
             "MASTER_ADDR": "127.0.0.1" if is_one_machine else socket.gethostname(),
             "MASTER_PORT": str(port),
         }
+    else:
+        settings[RUN_VARIABLE] = str(os.getpid())
     return {**environment, **settings}
 
 
@@ -126,7 +131,8 @@ def watch(
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            preexec_fn=die_with_parent,
+            # srun that is killed leaves its ranks behind; asked to end, it ends them.
+            preexec_fn=dies_with_us(signal.SIGTERM if command[0] == "srun" else signal.SIGKILL),
             start_new_session=True,  # or Ctrl-C would end DeepSpeed's launcher, and that its ranks
         ) as process,
         RankFailures(process.pid, log.write),
@@ -141,6 +147,7 @@ def watch(
             for line in process.stdout:
                 found = _MESSAGE.match(line.strip())
                 if found is None:
+                    line = visible(signals.name_in(line))
                     log.write(line)
                     log.flush()
                     stopped = _STOPPED.match(line) or stopped
@@ -149,7 +156,7 @@ def watch(
                 if found[1] == "progress":
                     progress(fields["done"], fields["total"], fields["text"])
                 else:
-                    log.write(fields["text"] + "\n")
+                    log.write(one_line(fields["text"]) + "\n")
                     notice(fields["text"])
             status = process.wait()
         except BaseException as error:
@@ -218,6 +225,15 @@ class _Signals:
     received: list[int] = field(default_factory=list)
     early: list[int] = field(default_factory=list)  # those that came before there were ranks to hear them
     launcher: "subprocess.Popen[str] | None" = None
+
+    def name_in(self, line: str) -> str:
+        """Return a line of a rank that was stopped with the name of the signal that came here first.
+
+        Ranks are told of every signal by SIGUSR1.
+        """
+        if not self.received:
+            return line
+        return _STOPPED_BY.sub(rf"\g<1>{signal.Signals(self.received[0]).name}", line)
 
 
 @contextlib.contextmanager

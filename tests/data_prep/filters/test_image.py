@@ -18,7 +18,7 @@ from data_prep.decontamination import make_guard
 from data_prep.dedup import exact as dedup
 from data_prep.dedup import near_duplicates as dedup_image
 from data_prep.dedup.exact import DedupConfig
-from data_prep.dedup.near_duplicates import DedupImageConfig, band_values, near_copies
+from data_prep.dedup.near_duplicates import DedupImageConfig, band_values, near_copies, near_hashes
 from data_prep.download.stage import plan as plan_download
 from data_prep.filters import image as filter_image
 from data_prep.filters import text as filter_text
@@ -201,6 +201,13 @@ def test_near_copies_go_and_a_source_can_keep_its_own(tmp_path: Path) -> None:
     assert len(kept_urls(both)) == 8
 
 
+def _rows(keys: list[str], hash_NB: Any) -> pl.DataFrame:
+    """Rows of these hashes; all images look the same to the signatures, so that the hashes decide."""
+    signatures = [bytes([value % 2]) + bytes(383) for value in range(len(keys))]
+    hashes = [item.tobytes() for item in hash_NB]
+    return pl.DataFrame({"key": keys, "perceptual_hash": hashes, "image_signature": signatures})
+
+
 def _hashes(count: int, rng: np.random.Generator) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Random hashes, a third of them a few bits from another."""
     hash_NB = rng.integers(0, 256, (count, 48), dtype=np.uint8)
@@ -216,12 +223,14 @@ def test_bands_find_what_all_pairs_find(max_distance: int) -> None:
     rng = np.random.default_rng(max_distance)
     hash_NB = _hashes(300, rng)
     keys = [f"{number:032x}" for number in rng.permutation(300)]
-    rows = pl.DataFrame({"key": keys, "perceptual_hash": [item.tobytes() for item in hash_NB]})
+    rows = _rows(keys, hash_NB)
     num_bands = max_distance + 1
     found: set[str] = set()
     for band in range(num_bands):
         values = band_values(hash_NB, band, num_bands)
-        copies = near_copies(rows.with_columns(band=pl.Series(values)), max_distance)
+        near = near_hashes(rows.with_columns(band=pl.Series(values)), max_distance)
+        copies = near_copies(near, max_distance)
+        assert set(near["key"]) >= {*copies["key"], *copies["detail"]}
         assert set(copies["reason"]) <= {"near_duplicate_image"}
         for key, detail in copies.select("key", "detail").iter_rows():
             one, other = hash_NB[keys.index(key)], hash_NB[keys.index(detail)]
@@ -257,7 +266,7 @@ def test_a_crowded_band_is_bounded_and_still_finds_neighbours(monkeypatch: pytes
     monkeypatch.setattr(np, "bitwise_count", counting)
     monkeypatch.setattr(dedup_image, "WINDOW", 20)
     keys = [f"{number:032x}" for number in range(10_000)]
-    rows = pl.DataFrame({"key": keys, "perceptual_hash": [item.tobytes() for item in hash_NB]})
+    rows = _rows(keys, hash_NB)
     copies = near_copies(rows.with_columns(band=pl.lit(5, dtype=pl.UInt64)), 4)
     assert copies.select("key", "detail").rows() == [(keys[1], keys[0])]
     assert compared <= 20 * 10_000

@@ -60,7 +60,7 @@ def test_an_index_says_whose_features_it_holds(folder: Path) -> None:
 
 def test_serve_refuses_an_index_of_another_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--index", str(folder / "index0"), "--embeddings", str(folder / "features0")]
-    words += ["--pictures", str(folder / "shards"), "--port", "0"]
+    words += ["--images", str(folder / "shards"), "--port", "0"]
     assert command_line.main(["serve", *model(folder, 1), *words]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1

@@ -187,8 +187,7 @@ def test_the_stage_ends_with_the_weights_of_its_best_validation(tmp_path: Path) 
     job = job_that_chooses(tmp_path, "best")
     (asked,) = run_ranks(train_with_scores, 1, job, {**SCORES, 20: 29.0})
     assert asked == [0, 4, 8, 12, 16, 20, 21]  # 7 · 49 // 16 = 21 steps; the last is validated too
-    checkpoints = sorted(path.name for path in (Path(job.folder) / "checkpoints").iterdir())
-    assert checkpoints == ["step_000000008", "step_000000018"]  # the best, and the newest one
+    assert checkpoints_of(job) == [3, 8, 18]  # that of the warm-up, the best, and the newest one
     chosen = load_file(Path(job.folder) / "checkpoints" / "step_000000008" / "weights.safetensors")
     ended = load_checkpoint(job.output_model).state_dict()
     assert all(torch.equal(ended[name], chosen[name]) for name in chosen)
@@ -241,7 +240,7 @@ def test_where_the_newest_is_the_best_and_damaged_the_one_before_is_enough(tmp_p
     run_ranks(train_with_scores, 1, job, scores)
     model, metrics = Path(job.output_model), Path(job.folder) / "metrics.jsonl"
     expected = model.read_bytes(), metrics.read_bytes()
-    assert checkpoints_of(job) == [16, 18, 20]  # 16 is what step 18 may come back to
+    assert checkpoints_of(job) == [3, 16, 18, 20]  # 16 is what step 18 may come back to
     lost: set[int]
     for lost in (set(), {16}):
         damage(job, 20)
@@ -250,7 +249,7 @@ def test_where_the_newest_is_the_best_and_damaged_the_one_before_is_enough(tmp_p
         (asked,) = run_ranks(train_with_scores, 1, job, scores)
         assert asked == [20, 21]
         assert (model.read_bytes(), metrics.read_bytes()) == expected
-        assert checkpoints_of(job) == sorted({16, 18, 20} - lost)
+        assert checkpoints_of(job) == sorted({3, 16, 18, 20} - lost)
     said = notices(job)
     assert "step_000000020: damaged (weights.safetensors has other bytes than were written): taking" in said
     assert "step 16 has the best mean recall so far (28.00), but its weights are no longer there" in said
@@ -260,11 +259,11 @@ def test_a_damaged_best_costs_no_step_and_the_others_are_chosen_among(tmp_path: 
     job = job_that_chooses(tmp_path, "run")
     scores = {**SCORES, 20: 29.0}
     run_ranks(train_with_scores, 1, job, scores)
-    assert checkpoints_of(job) == [8, 18]
+    assert checkpoints_of(job) == [3, 8, 18]
     damage(job, 8)
     (asked,) = run_ranks(train_with_scores, 1, job, scores)
     assert asked == [20, 21]
-    assert checkpoints_of(job) == [20]
+    assert checkpoints_of(job) == [3, 20]
     assert ends_with(job, 20)
     said = notices(job)
     assert "step_000000008: damaged (weights.safetensors has other bytes than were written)" in said
@@ -281,7 +280,7 @@ def test_a_run_that_now_wants_its_best_goes_on_and_takes_the_best_that_is_left(
         tmp_path, "run", choose="last", keep_checkpoints=2, save_every_steps=4, ranks=ranks
     )
     run_ranks(train_with_scores, ranks, job, scores)
-    assert checkpoints_of(job) == [16, 20]
+    assert checkpoints_of(job) == [2, 16, 20]
     best = dataclasses.replace(job, config=dataclasses.replace(job.config, choose="best"))
     (asked, *_) = run_ranks(train_with_scores, ranks, best, scores)
     assert asked == [21]

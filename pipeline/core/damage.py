@@ -1,0 +1,82 @@
+"""What of a finished stage is missing, cut or altered, judged by sizes or by digests."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from pipeline.core import store
+from pipeline.core.records import Shard
+from pipeline.core.sealed import seal, unseal
+
+
+def find_damage(folder: str, files: Iterable[Shard]) -> list[str]:
+    """Return a line for each file of a stage's folder that is missing or has another size; reads no data."""
+    sizes: dict[str, dict[str, int]] = {}
+    damage = []
+    for file in files:
+        place, _, name = file.path.rpartition("/")
+        if place not in sizes:
+            sizes[place] = store.sizes(store.join(folder, place) if place else folder)
+        found = sizes[place].get(name)
+        if found != file.num_bytes:
+            size = "missing" if found is None else f"{found:,} bytes"
+            damage.append(f"{store.join(folder, file.path)}: {size}, not {file.num_bytes:,} bytes")
+    return damage
+
+
+def find_altered(folder: str, files: Iterable[Shard]) -> list[str]:
+    """Return a line for each file of a stage's folder that is missing or altered; reads all of them."""
+    paths = [(store.join(folder, file.path), file) for file in files]
+    return [f"{path}: not the bytes that were written" for path, file in paths if not is_whole(path, file)]
+
+
+def summarise(damage: Sequence[str]) -> str:
+    """Return the first line of what was found and how many there are besides it."""
+    return damage[0] + (f", and {len(damage) - 1:,} more" if len(damage) > 1 else "")
+
+
+def is_whole(path: str, file: Shard) -> bool:
+    """Return whether a file has the size and the digest that were noted of it; reads all of it."""
+    return (
+        store.exists(path)
+        and store.num_bytes(path) == file.num_bytes
+        and store.digest_file(path) == file.digest
+    )
+
+
+def listing_path(receipt: str) -> str:
+    """Return where sizes and digests of a task's further files are, for the path of its receipt."""
+    return receipt.removesuffix(".json") + ".files"
+
+
+def make_listing(folder: str, paths: Iterable[str]) -> str:
+    """Return the listing of a task's further files, by their paths in the stage's folder."""
+    facts: Mapping[str, Sequence[int | str]] = {
+        path: [store.num_bytes(full), store.digest_file(full)]
+        for path in sorted(paths)
+        for full in [store.join(folder, path)]
+    }
+    return seal({"files": facts})
+
+
+def read_listing(path: str) -> list[Shard]:
+    """Return the files that a task's listing names, none if it has none; ValueError if it is damaged."""
+    if not store.exists(path):
+        return []
+    try:
+        files: Mapping[str, tuple[int, str]] = unseal(store.read_bytes(path))["files"]
+        return [Shard(name, 0, size, sha256) for name, (size, sha256) in files.items()]
+    except (TypeError, KeyError, AttributeError, IsADirectoryError) as error:
+        raise ValueError(repr(error)) from None
+
+
+def listed_files(folder: str) -> list[Shard]:
+    """Return the further files of all tasks of a stage; ValueError names a listing that is damaged."""
+    files = []
+    receipts = store.join(folder, "receipts")
+    for name in store.list_files(receipts):
+        if name.endswith(".files"):
+            path = store.join(receipts, name)
+            try:
+                files += read_listing(path)
+            except ValueError as error:
+                raise ValueError(f"{path}: damaged: {error}") from None
+    return files

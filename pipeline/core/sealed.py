@@ -1,0 +1,35 @@
+"""State files: JSON objects with a digest of themselves, so that no damage goes unseen."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+_SEAL = "seal"
+
+
+def seal(fields: Mapping[str, Any]) -> str:
+    """Return the JSON text of an object with its seal, for `unseal`."""
+    return json.dumps({**fields, _SEAL: _digest(fields)}, ensure_ascii=False, indent=1, sort_keys=True)
+
+
+def unseal(text: str | bytes) -> dict[str, Any]:
+    """Return the object that a text holds; one without a seal, from an earlier release, is taken as it is.
+
+    Raises:
+        ValueError: if the text is no JSON object in UTF-8 or has other values than were sealed.
+    """
+    try:
+        fields = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"a JSON {type(fields).__name__}, not an object")
+    if _SEAL in fields and fields.pop(_SEAL) != _digest(fields):
+        raise ValueError("it has other values than were written")
+    return fields
+
+
+def _digest(fields: Mapping[str, Any]) -> str:
+    text = json.dumps(fields, ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()

@@ -1,0 +1,156 @@
+"""`run --repair`: forget what is damaged, so that the run makes it anew and keeps all else."""
+
+import os
+import sys
+from collections.abc import Mapping
+
+from pipeline.core import store
+from pipeline.core.changes import read_started, started_path, write_started
+from pipeline.core.config import digest
+from pipeline.core.damage import is_whole, listing_path, read_listing
+from pipeline.core.progress import make_progress
+from pipeline.core.records import SCHEMA_VERSION, ConfigError, InputError, Manifest, Receipt
+from pipeline.core.run import (
+    Run,
+    StageStatus,
+    State,
+    make_context,
+    manifest_path,
+    read_manifest,
+    receipts_that_count,
+)
+from pipeline.core.stage import Context, Stage, receipt_at
+
+
+def refuse_unusable_folder(run: Run, stage: Stage) -> None:
+    """Raise ConfigError if a stage's folder cannot hold files, before anything of it is touched."""
+    path = store.join(run.folder, stage.name)
+    if not store.is_local(path) or os.path.isdir(path) or not os.path.lexists(path):
+        return
+    if os.path.islink(path):
+        raise ConfigError(
+            f"{path}: a link to {os.readlink(path)}, where no folder is; mount or make it, or remove the link"
+        )
+    raise ConfigError(f"{path}: a file where the stage's folder belongs; move it away")
+
+
+def forget_unreadable(run: Run, stage: Stage) -> None:
+    """Remove a stage's manifest and the note of its start if they cannot be read."""
+    path = manifest_path(run, stage.name)
+    context = Context(run.folder, stage.name, run.seed, {})
+    if read_started(context) is None:
+        store.remove(started_path(context))
+    try:
+        read_manifest(run, stage.name)
+    except InputError:
+        store.remove(path)
+        _say(f"{stage.name}: its manifest is damaged and is folded anew from the receipts")
+
+
+def restore_started(run: Run, stage: Stage) -> None:
+    """Write the note of a finished stage's start anew if it was damaged."""
+    context = make_context(run, stage)
+    assert context is not None  # the stage is done
+    if read_started(context) is None:
+        write_started(context, stage, stage.plan(stage.config, context))
+
+
+def forget_damaged(run: Run, status: StageStatus) -> bool:
+    """Make the tasks to do whose outputs differ from their receipts; True if the stage has changed.
+
+    A manifest that says something else than the receipts goes too, and so does a stale one whose tasks all
+    count: the run folds it anew.
+    """
+    stage, manifest = status.stage, status.manifest
+    folder = store.join(run.folder, stage.name)
+    if status.state is State.STALE:
+        return _forget_stale_manifest(run, stage)
+    names = _receipt_names(folder)
+    progress = make_progress(f"repair {stage.name}", "task")
+    damaged, whole = [], dict[str, Receipt]()
+    for number, name in enumerate(names, start=1):
+        path = store.join(folder, "receipts", name)
+        receipt = receipt_at(path)
+        if receipt is not None and _all_whole(folder, path, receipt) and _agrees(receipt, stage, manifest):
+            whole[receipt.task] = receipt
+        else:
+            damaged.append(path)
+        progress(number, len(names))
+    if manifest is not None and (damaged or not _is_folded_from(manifest, stage, whole)):
+        store.remove(manifest_path(run, stage.name))  # first: without it nothing here counts as complete
+        what = f"{len(damaged)} of {len(names)} tasks are damaged" if damaged else "its manifest is damaged"
+        _say(f"{stage.name}: {what}")
+    elif not damaged:
+        return False
+    for path in damaged:
+        store.remove(path)
+        store.remove(listing_path(path))
+    return True
+
+
+def _forget_stale_manifest(run: Run, stage: Stage) -> bool:
+    """Remove what says that a stage is stale if every task counts for the present settings and inputs."""
+    context = make_context(run, stage)
+    assert context is not None  # it has a state
+    tasks = stage.plan(stage.config, context)
+    if len(receipts_that_count(stage, context, tasks)) < len(tasks):
+        return False
+    store.remove(manifest_path(run, stage.name))
+    store.remove(started_path(context))
+    _say(f"{stage.name}: its manifest is damaged, all its receipts count")
+    return True
+
+
+def _receipt_names(folder: str) -> list[str]:
+    """Names of what lies where receipts do; a folder there is a damaged receipt."""
+    place = store.join(folder, "receipts")
+    names = store.list_files(place)
+    if store.is_local(place) and os.path.isdir(place):
+        names += [entry.name for entry in os.scandir(place) if not entry.is_file()]
+    return sorted(name for name in names if name.endswith(".json") and not name.startswith("."))
+
+
+def _all_whole(folder: str, path: str, receipt: Receipt) -> bool:
+    try:
+        also = read_listing(listing_path(path))
+    except ValueError:
+        return False
+    return len(also) == receipt.num_also and all(
+        is_whole(store.join(folder, file.path), file) for file in (*receipt.outputs, *also)
+    )
+
+
+def _agrees(receipt: Receipt, stage: Stage, manifest: Manifest | None) -> bool:
+    """Return whether the stage's manifest has what a receipt says; if they differ, the task tells again."""
+    if manifest is None:
+        return True
+    shards = {shard.path: shard for shard in manifest.shards}
+    return (
+        receipt.stage == stage.name
+        and digest(receipt.extra) == digest(manifest.extra.get(receipt.task, {}))  # NaN equals itself there
+        and all(
+            shards[output.path].num_samples == output.num_samples
+            for output in receipt.outputs
+            if output.path in shards
+        )
+    )
+
+
+def _is_folded_from(manifest: Manifest, stage: Stage, receipts: Mapping[str, Receipt]) -> bool:
+    dropped: dict[str, int] = {}
+    for receipt in receipts.values():
+        for reason, count in receipt.dropped.items():
+            dropped[reason] = dropped.get(reason, 0) + count
+    return (
+        manifest.stage == stage.name
+        and manifest.schema_version == SCHEMA_VERSION
+        and set(manifest.shards) == {output for receipt in receipts.values() for output in receipt.outputs}
+        and manifest.num_in == sum(receipt.num_in for receipt in receipts.values())
+        and manifest.num_kept == sum(receipt.num_kept for receipt in receipts.values())
+        and manifest.dropped == dropped
+        and manifest.extra.keys() == {task for task, receipt in receipts.items() if receipt.extra}
+    )
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
