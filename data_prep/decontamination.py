@@ -15,17 +15,16 @@ import numpy as np
 import polars as pl
 
 from data_prep.formats.base64_image import decode_base64_image
-from data_prep.formats.image import SIGNATURES, BadImageError, decode_upright
 from data_prep.formats.parquet import write_table
 from data_prep.rules import image as image_rules
 from pipeline.core import store
 from pipeline.core.evaluation_sets import shard_stems
+from pipeline.core.images import SIGNATURES, BadImageError, decode_upright
 from pipeline.core.records import InputError
 from pipeline.core.shard_format import read_sidecar_frame
 
 Family = Literal["coco", "flickr", "own"]
 FAMILIES: tuple[Family, ...] = ("coco", "flickr", "own")
-MAX_PIXELS = 100_000_000
 
 _SCHEMA = {"family": pl.String, "id": pl.String, "perceptual_hash": pl.Binary}
 _IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -88,7 +87,7 @@ def tsv_hashes(path: str) -> Iterator[tuple[str, bytes]]:
         for number, line in enumerate(file, start=1):
             try:
                 name, encoded = line.split(b"\t", 1)
-                image = decode_upright(decode_base64_image(encoded.strip()), MAX_PIXELS)
+                image = decode_upright(decode_base64_image(encoded.strip()))
             except (ValueError, BadImageError) as error:
                 raise InputError(
                     f"{path}: line {number}: no image in base64 ({error}); repair the line"
@@ -140,7 +139,7 @@ def _images(folder: Path) -> Iterator[tuple[str, bytes]]:
     for path in sorted(folder.rglob("*")):
         if path.is_file() and _is_image(path):
             try:
-                image = decode_upright(path.read_bytes(), MAX_PIXELS)
+                image = decode_upright(path.read_bytes())
             except BadImageError as error:
                 raise InputError(f"{path}: {error}; repair or remove the file") from None
             yield path.stem, image_rules.perceptual_hash(np.asarray(image))

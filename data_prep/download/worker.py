@@ -33,6 +33,7 @@ from data_prep.download.public_web import ALLOWED_VARIABLE, AddressRefusedError,
 from data_prep.download.resize import UprightResizer  # noqa: E402
 from data_prep.sources.local_server import HOST, SITE_VARIABLE  # noqa: E402
 from pipeline.core.records import DropReason  # noqa: E402
+from pipeline.core.shard_format import MAX_IMAGE_BYTES, too_large  # noqa: E402
 
 HTTP_404 = DropReason("http_404")
 HTTP_ERROR = DropReason("http_error")
@@ -45,7 +46,6 @@ DNS = DropReason("dns")  # no address for the host's name
 TLS = DropReason("tls")
 
 USER_AGENT = "cnclip-pretraining (https://arxiv.org/abs/2211.01335; image-text research)"
-_MAX_BODY_BYTES = 32 << 20  # a web image is well below; a stream without end is not read to the end
 _CHUNK_BYTES = 1 << 16
 
 
@@ -69,8 +69,8 @@ def fetch(
             body = io.BytesIO()
             while chunk := response.read1(_CHUNK_BYTES):
                 body.write(chunk)
-                if body.tell() > _MAX_BODY_BYTES:
-                    return key, None, f"{BODY_LIMIT}: more than {_MAX_BODY_BYTES} bytes"
+                if body.tell() > MAX_IMAGE_BYTES:
+                    return key, None, f"{BODY_LIMIT}: {too_large()}"
                 if time.monotonic() > deadline:
                     return key, None, f"{TIMEOUT}: {timeout} s"
             promised = response.headers.get("Content-Length")

@@ -22,6 +22,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from data_prep.formats.base64_image import decode_base64_image
 from pipeline.core import store
 from pipeline.core.records import InputError
+from pipeline.core.shard_format import MAX_IMAGE_BASE64_BYTES
 
 HOST = "corpus.invalid"
 SITE_VARIABLE = "CNCLIP_SITE"  # environment variable: host:port of the server, for those who download
@@ -78,7 +79,6 @@ def read_site(folder: Path) -> dict[str, Answer]:
 IMAGES = "pictures"  # the site's folder for images that lie on disk: /pictures/<source>/<path>
 # Images inside larger files: /packed/<source>/<path>?offset=&size=[&base64=1], or ?lmdb=<key>.
 PACKED = "packed"
-_MAX_PACKED_BYTES = 128 << 20
 
 
 class _Server(ThreadingHTTPServer):
@@ -152,7 +152,7 @@ class _Handler(BaseHTTPRequestHandler):
                     data = transaction.get(query["lmdb"][0].encode())
                 return (404, b"") if data is None else (200, decode_base64_image(bytes(data)))
             offset, size = int(query["offset"][0]), int(query["size"][0])
-            if offset < 0 or not 0 <= size <= _MAX_PACKED_BYTES:
+            if offset < 0 or not 0 <= size <= MAX_IMAGE_BASE64_BYTES:
                 return 404, b""
             with store.open_read(file) as opened:
                 opened.seek(offset)

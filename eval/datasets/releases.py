@@ -23,7 +23,10 @@ from typing import Any
 
 from data_prep.formats.lmdb import open_lmdb, unpickle_plain
 from pipeline.core import store
+from pipeline.core.image_files import read_image
+from pipeline.core.images import BadImageError
 from pipeline.core.records import InputError
+from pipeline.core.shard_format import MAX_IMAGE_BASE64_BYTES, too_large
 
 _IMAGES = (".jpg", ".jpeg", ".png")
 
@@ -119,6 +122,8 @@ def _tsv(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def _standard_base64(encoded: bytes, where: str) -> bytes:
     """MUGE and CN-CLIP's LMDB use the URL-safe alphabet; our reader, like most, the standard one."""
+    if len(encoded) > MAX_IMAGE_BASE64_BYTES:
+        raise InputError(f"{where}: {too_large()}; leave the image out")
     encoded = encoded.translate(bytes.maketrans(b"-_", b"+/"))
     try:
         base64.b64decode(encoded, validate=True)
@@ -316,6 +321,6 @@ def _images(root: Path, ids: dict[str, int]) -> Iterator[tuple[int, bytes]]:
 
 def _encoded(path: Path, where: str) -> bytes:
     try:
-        return base64.b64encode(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{where}: cannot be read ({error.strerror})") from None
+        return base64.b64encode(read_image(str(path)))
+    except BadImageError as error:
+        raise InputError(f"{where}: cannot be read ({error})") from None

@@ -109,7 +109,13 @@ def test_submission_order(tmp_path: Path) -> None:
             "has class 2, but the labels name only 2",
         ),
         (lambda root: (root / "label_cn.txt").unlink(), "has no label_cn.txt, and set is no set of ICinW"),
-        (lambda root: (root / "test" / "zebra").mkdir(), "no label is called '000'"),
+        (
+            lambda root: (
+                (root / "test" / "zebra").mkdir()
+                or (root / "test" / "zebra" / "a.png").write_bytes(square_image("red", 0))
+            ),
+            "folders 000, 001, 002 are numbers, but zebra are not",
+        ),
         (lambda root: [p.unlink() for p in (root / "test").rglob("*.png")], "holds no images"),
     ],
 )

@@ -1,5 +1,6 @@
 """The search page over real HTTP, on a tiny run and on an index over its shards, and in Chromium."""
 
+import dataclasses
 import http.client
 import io
 import json
@@ -25,7 +26,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from data_prep.formats.tar import TarWriter
 from eval.datasets.cnclip_tsv import read_evaluation
@@ -35,10 +36,12 @@ from eval.index.flat import build_index
 from eval.index.partitioned import Embeddings, build_parts
 from eval.serve.access import loopback_names
 from eval.serve.gallery import EvaluationImages, Gallery, galleries_of_run, open_gallery
-from eval.serve.server import MAX_UPLOAD_BYTES, Searcher, SearchServer
+from eval.serve.server import Searcher, SearchServer
 from pipeline import cli as command_line
 from pipeline.core.records import ConfigError, InputError, Manifest
+from pipeline.core.shard_format import MAX_IMAGE_BYTES
 from tests.helpers.chromium import CHROMIUM, Chromium
+from tests.helpers.encoded_images import png16
 from tests.helpers.evaluation_files import png_bytes, write_evaluation
 from tests.helpers.tiny_model import write_tiny_model
 from training.model.preprocess import preprocess
@@ -245,9 +248,9 @@ def bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + body
 
 
-def seven_thousand_square() -> bytes:
+def above_the_limit() -> bytes:
     file = io.BytesIO()
-    Image.new("1", (7000, 7000)).save(file, "PNG")
+    Image.new("1", (10_001, 10_001)).save(file, "PNG")
     return file.getvalue()
 
 
@@ -255,7 +258,7 @@ def seven_thousand_square() -> bytes:
     ("body", "said"),
     [
         (bomb(), "pixel_limit"),
-        (seven_thousand_square(), "pixel_limit: 7000 x 7000 pixels, 40000000 allowed"),
+        (above_the_limit(), "pixel_limit: 10001 x 10001 pixels, 100000000 allowed"),
         (png_bytes(1)[:60], "truncated"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not_an_image"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not_an_image"),
@@ -295,8 +298,8 @@ def test_requests_that_are_refused(site: Site, path: str, status: int, said: str
 
 
 def test_a_body_is_limited_before_it_is_read(site: Site) -> None:
-    status, _, data = ask(site, "/api/search", bytes(MAX_UPLOAD_BYTES + 1))
-    assert (status, json.loads(data)["error"]) == (413, "at most 16 MiB an image")
+    status, _, data = ask(site, "/api/search", bytes(MAX_IMAGE_BYTES + 1))
+    assert (status, json.loads(data)["error"]) == (413, "more than 64 MiB, the most that an image may have")
     connection = http.client.HTTPConnection("127.0.0.1", site.server.server_port, timeout=30)
     connection.putrequest("POST", "/api/search")
     connection.putheader("Content-Length", str(10**12))
@@ -418,7 +421,7 @@ def test_an_index_over_files_shows_them(site: Site, tmp_path: Path) -> None:
     elsewhere = open_gallery(index, embeddings_folder=features, images_folder=str(tmp_path / "index"))
     with pytest.raises(InputError, match=r"0\.png: lies outside"):
         elsewhere.images.read(0)
-    query = site.encoder.decoded_image(Image.open(io.BytesIO(png_bytes(2))).convert("RGB"))
+    query = site.encoder.image(png_bytes(2))
     (row, score), *_ = gallery.nearest(query, 4)
     assert (row, round(score, 4)) == (2, 1.0)
     assert gallery.images.describe(2).captions == (captions[2],)
@@ -590,3 +593,29 @@ def test_an_idle_connection_does_not_keep_it_from_stopping(site: Site) -> None:
         started = time.monotonic()
         server.server_close()  # waits for its threads, of which one waits for the next request
         assert time.monotonic() - started < 5
+
+
+def test_a_query_by_an_odd_file_finds_itself(site: Site, tmp_path: Path) -> None:
+    """What `embed` saw of a file is what the page sees of it: turned by EXIF, of 16 bits, transparent."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    noise = np.random.default_rng(1).integers(0, 256, (40, 60, 4), dtype=np.uint8)
+    (tmp_path / "images").mkdir()
+    Image.fromarray(noise[..., :3]).save(tmp_path / "images" / "turned.jpg", exif=exif)
+    Image.fromarray(noise).save(tmp_path / "images" / "transparent.png")
+    (tmp_path / "images" / "deep.png").write_bytes(png16(noise[..., 0].astype(np.uint16) * 257, 0))
+    names = ["deep.png", "transparent.png", "turned.jpg"]
+    for decode in ("upright", "reference"):
+        features, index = str(tmp_path / decode), str(tmp_path / f"{decode}.index")
+        words = ["--images", str(tmp_path / "images"), "--out", features, "--decode", decode]
+        assert command_line.main(["embed", str(site.recipe), *words]) == 0
+        assert command_line.main(["index", features, index]) == 0
+        gallery = open_gallery(index, embeddings_folder=features, images_folder="/")
+        searcher = Searcher(load_encoder(dataclasses.replace(site.checkpoint, decode=decode)), [gallery])
+        for row, name in enumerate(names):
+            query = searcher.image_feature((tmp_path / "images" / name).read_bytes())
+            found = dict(gallery.nearest(query, 3))
+            assert found[row] > 0.99999
+        other = dataclasses.replace(site.checkpoint, decode={"upright": "reference"}.get(decode, "upright"))
+        with pytest.raises(InputError, match="decoded as `--decode"):
+            Searcher(load_encoder(other), [gallery])
