@@ -6,7 +6,7 @@ with columns family (`coco`, `flickr` or `own`), id, perceptual_hash (48 bytes; 
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,6 +19,7 @@ from data_prep.formats.parquet import write_table
 from data_prep.rules import image as image_rules
 from pipeline.core import store
 from pipeline.core.evaluation_sets import shard_stems
+from pipeline.core.image_files import read_image, summary, what_else
 from pipeline.core.images import SIGNATURES, BadImageError, decode_upright
 from pipeline.core.records import InputError
 from pipeline.core.shard_format import read_sidecar_frame
@@ -38,14 +39,16 @@ class GuardedIds:
     flickr: frozenset[int]
 
 
-def make_guard(evaluation_set: str, family: Family, out: str) -> int:
-    """Write the guard of an evaluation set; returns how many images it names.
+def make_guard(
+    evaluation_set: str, family: Family, out: str, *, say: Callable[[str], None] = lambda _: None
+) -> int:
+    """Write the guard of an evaluation set; returns how many images it names; `say` hears what it leaves out.
 
     `evaluation_set` is a `<name>_imgs.tsv` or the folder that holds one, a folder of shards, a folder of
     images (searched below too; ids are file names without their ending), or a `.txt` file with one id a
     line. InputError where it is none of these, empty, or holds an image that does not decode.
     """
-    rows = [(family, name, hashed) for name, hashed in _members(evaluation_set)]
+    rows = [(family, name, hashed) for name, hashed in _members(evaluation_set, say)]
     if not rows:
         raise InputError(f"{evaluation_set}: no images and no ids; give the evaluation set's own files")
     table = pl.DataFrame(rows, schema=_SCHEMA, orient="row").unique(maintain_order=True)
@@ -112,7 +115,7 @@ def _sidecar_hashes(path: str) -> Iterator[tuple[str, bytes]]:
     yield from table.iter_rows()
 
 
-def _members(path: str) -> Iterator[tuple[str, bytes | None]]:
+def _members(path: str, say: Callable[[str], None]) -> Iterator[tuple[str, bytes | None]]:
     if path.endswith(".tsv"):
         yield from tsv_hashes(path)
     elif path.endswith(".txt") and os.path.isfile(path):
@@ -127,7 +130,7 @@ def _members(path: str) -> Iterator[tuple[str, bytes | None]]:
         for stem in stems:
             yield from _sidecar_hashes(f"{stem}.parquet")
         if not tables and not stems:
-            yield from _images(Path(path))
+            yield from _images(Path(path), say)
     else:
         raise InputError(
             f"{path}: no evaluation set; give NAME_imgs.tsv, a folder with it, shards or images, or a .txt"
@@ -135,14 +138,20 @@ def _members(path: str) -> Iterator[tuple[str, bytes | None]]:
         )
 
 
-def _images(folder: Path) -> Iterator[tuple[str, bytes]]:
+def _images(folder: Path, say: Callable[[str], None]) -> Iterator[tuple[str, bytes]]:
+    passed_over = list[tuple[str, str]]()
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and _is_image(path):
+        kind = None if path.is_dir() else what_else(str(path))
+        if kind is not None or path.name.startswith("._"):  # macOS keeps its own beside each file
+            passed_over.append((str(path), kind or "hidden"))
+        elif path.is_file() and _is_image(path):
             try:
-                image = decode_upright(path.read_bytes())
+                image = decode_upright(read_image(str(path)))
             except BadImageError as error:
                 raise InputError(f"{path}: {error}; repair or remove the file") from None
             yield path.stem, image_rules.perceptual_hash(np.asarray(image))
+    if passed_over:
+        say(f"{folder}: {len(passed_over)} are no image files and are passed over: {summary(passed_over)}")
 
 
 def _is_image(path: Path) -> bool:

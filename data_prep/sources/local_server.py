@@ -22,7 +22,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from data_prep.formats.base64_image import decode_base64_image
 from pipeline.core import store
 from pipeline.core.records import InputError
-from pipeline.core.shard_format import MAX_IMAGE_BASE64_BYTES
+from pipeline.core.shard_format import MAX_IMAGE_BASE64_BYTES, MAX_IMAGE_BYTES
 
 HOST = "corpus.invalid"
 SITE_VARIABLE = "CNCLIP_SITE"  # environment variable: host:port of the server, for those who download
@@ -152,8 +152,10 @@ class _Handler(BaseHTTPRequestHandler):
                     data = transaction.get(query["lmdb"][0].encode())
                 return (404, b"") if data is None else (200, decode_base64_image(bytes(data)))
             offset, size = int(query["offset"][0]), int(query["size"][0])
-            if offset < 0 or not 0 <= size <= MAX_IMAGE_BASE64_BYTES:
+            if offset < 0 or size < 0:
                 return 404, b""
+            if size > MAX_IMAGE_BASE64_BYTES:
+                return 413, b""
             with store.open_read(file) as opened:
                 opened.seek(offset)
                 data = bytes(opened.read(size))
@@ -173,7 +175,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = b""
         if answer.file is not None:
             local = store.is_local(answer.file)
-            body = store.read_bytes(str(self.server.root / answer.file) if local else answer.file)
+            with store.open_read(str(self.server.root / answer.file) if local else answer.file) as file:
+                body = bytes(file.read(MAX_IMAGE_BYTES + 1))  # the client refuses more than it may have
         self.send_response(answer.status)
         self.send_header("Content-Type", answer.content_type)
         self.send_header("Content-Length", str(len(body)))

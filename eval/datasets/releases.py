@@ -64,7 +64,7 @@ def find_releases(folder: str) -> list[Release]:
         split = path.stem.removeprefix("coco-cn_")
         found.append(_release(f"coco-cn-{split}", folder, True, partial(_coco, root, path, captions)))
     for path in sorted([*root.glob("*.jsonl"), *root.glob("*.json")]):
-        if _is_icr(path):
+        if path.is_file() and _is_icr(path):
             split = _split_in(path.name)
             found.append(_release(f"icr-{split}", folder, True, partial(_icr, root, path)))
     for path in sorted((root / "lmdb").glob("*/pairs")):

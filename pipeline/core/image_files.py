@@ -50,6 +50,14 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
+def what_else(path: str) -> str | None:
+    """Return what a local path is if it is no regular file: such as `a FIFO`, or `a link to nothing`."""
+    try:
+        return _kind(os.stat(path).st_mode)
+    except OSError:
+        return "a link to nothing"
+
+
 def read_image(path: str) -> bytes:
     """Read one image file, local or remote.
 

@@ -46,8 +46,8 @@ _GREY_LEVELS = {"1": 255, "L;2": 85, "L;4": 17}
 _JPEG_START, _JPEG_FRAMES = b"\xff\xd8", (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
 _JPEG_EXIF, _JPEG_ADOBE = 0xE1, 0xEE
 
-# Design programs write texts of megabytes into a PNG; the sum of all stays limited (MAX_TEXT_MEMORY).
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+# Design programs write texts of megabytes into a PNG; a bomb unpacks to gigabytes.
+PngImagePlugin.MAX_TEXT_CHUNK = 8 << 20
 
 
 class BadImageError(Exception):
