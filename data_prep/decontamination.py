@@ -119,7 +119,11 @@ def _members(path: str, say: Callable[[str], None]) -> Iterator[tuple[str, bytes
     if path.endswith(".tsv"):
         yield from tsv_hashes(path)
     elif path.endswith(".txt") and os.path.isfile(path):
-        for line in store.read_text(path).splitlines():
+        try:
+            lines = store.read_text(path).removeprefix("\ufeff").splitlines()
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: not UTF-8 ({error.reason}); save it as UTF-8") from None
+        for line in lines:
             if line.strip():
                 yield line.split("\t")[0].split("#")[0].strip(), None
     elif os.path.isdir(path):

@@ -161,7 +161,10 @@ def _rows_of_class_names(path: Path, labels: Labels) -> dict[int, int]:
     By name where the labels know all names, else by number. Raises InputError where some names are known
     and stand elsewhere, and where the numbers of classes differ.
     """
-    names = path.read_text(encoding="utf-8").splitlines()
+    try:
+        names = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 ({error.reason}); save it as UTF-8") from None
     known = {plain(key): row for row, key in enumerate(labels.keys)}
     rows = {number: known[plain(name)] for number, name in enumerate(names) if plain(name) in known}
     if len(names) != len(labels.keys):

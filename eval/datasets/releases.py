@@ -207,8 +207,10 @@ def _icr(root: Path, path: Path) -> tuple[Iterator[tuple[int, bytes]], list[_Tex
     texts = list[_Text]()
     for where, record in _json_lines(path):
         text, image = (_field(record, (name,), where) for name in ("text", "image_path"))
-        image_id = image_ids.setdefault(str(image), len(image_ids))
-        texts.append(_Text(len(texts), str(text), (image_id,)))
+        if not isinstance(text, str) or not isinstance(image, str):
+            raise InputError(f"{where}: text and image_path must be strings, found {str(record)[:120]}")
+        image_id = image_ids.setdefault(image, len(image_ids))
+        texts.append(_Text(len(texts), text, (image_id,)))
 
     def images() -> Iterator[tuple[int, bytes]]:
         inside = root.resolve()
@@ -236,7 +238,9 @@ def _lmdb(folder: Path) -> tuple[Iterator[tuple[int, bytes]], list[_Text]]:
         where = f"{folder / 'pairs'}: entry {key.decode('utf-8', 'replace')}"
         try:
             image_id, text_id, text = unpickle_plain(value)
-            first, image_ids = of_text.setdefault(int(text_id), (str(text), {}))
+            if not isinstance(text, str):
+                raise TypeError(f"the text is {type(text).__name__}")
+            first, image_ids = of_text.setdefault(int(text_id), (text, {}))
             image_ids[int(image_id)] = None
         except Exception as error:  # pickle may raise anything on damaged bytes
             raise InputError(f"{where}: expected (image_id, text_id, text): {error}") from None
@@ -270,7 +274,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
 
 def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Records of JSON lines, or of one JSON list."""
-    with open(path, encoding="utf-8-sig") as file:
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
         is_list = file.read(1) == "["
     if is_list:
         try:

@@ -43,7 +43,8 @@ _TRUNCATION_WORDS = (
 # Levels of a PNG's grey values by Pillow's name of their layout: Pillow scales the pixels to 255, not the
 # value that its header calls transparent.
 _GREY_LEVELS = {"1": 255, "L;2": 85, "L;4": 17}
-_JPEG_START, _JPEG_FRAMES = b"\xff\xd8", (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
+_JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
+_JPEG_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
 _JPEG_EXIF, _JPEG_ADOBE = 0xE1, 0xEE
 
 # Design programs write texts of megabytes into a PNG; a bomb unpacks to gigabytes.
@@ -204,7 +205,8 @@ def _is_plain_jpeg(data: bytes) -> bool:
 
     Reads the headers up to the frame's, which takes microseconds.
     """
-    if not data.startswith(_JPEG_START):
+    # OpenCV fills what is cut off with grey.
+    if not data.startswith(_JPEG_START) or not data.endswith(_JPEG_END):
         return False
     at = len(_JPEG_START)
     while at + 9 < len(data) and data[at] == 0xFF:

@@ -97,8 +97,27 @@ def test_one_transparent_value_of_any_depth_is_white() -> None:
     shown = colours.copy()
     shown.paste(WHITE, (48, 0, 96, 32))
     assert _off(_png_with(png16(sixteen_bits(colours), 2), b"tRNS", value), shown) == 0
-    two_bits = encode(Image.fromarray((grey // 64 * 85).astype(np.uint8)), "PNG", bits=2)
-    assert open_image(two_bits, 10_000).mode in ("L", "P")
+
+
+@pytest.mark.parametrize(("bits", "value"), [(1, 0), (2, 1), (2, 2), (4, 3), (4, 11)])
+def test_a_transparent_value_of_few_bits_is_white(bits: int, value: int) -> None:
+    """Pillow scales the pixels to 255, and not the value that the file calls transparent."""
+    highest = 2**bits - 1
+    row = [level % (highest + 1) for level in range(16)]
+    packed = int("".join(f"{level:0{bits}b}" for level in row), 2).to_bytes(16 * bits // 8)
+    header = struct.pack(">IIBBBBB", 16, 1, bits, 0, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n"
+    for kind, content in (
+        (b"IHDR", header),
+        (b"tRNS", struct.pack(">H", value)),
+        (b"IDAT", zlib.compress(b"\0" + packed)),
+        (b"IEND", b""),
+    ):
+        data += (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
+    expected = [255 if level == value else level * 255 // highest for level in row]
+    assert np.asarray(decode_upright(data))[0, :, 0].tolist() == expected
 
 
 def test_cmyk_and_palette_are_converted() -> None:
@@ -140,6 +159,7 @@ def test_a_long_text_in_a_png_costs_no_image() -> None:
         (lambda data: b"", "not_an_image: an empty file"),
         (lambda data: b"<html>", "not_an_image: starts with"),
         (lambda data: data[:1500], "truncated: "),
+        (lambda data: data[:-30], "truncated: "),
         (lambda data: b"\x89PNG\r\n\x1a\n" + bytes(40), "undecodable: "),
     ],
 )
