@@ -133,6 +133,16 @@ def make_job(config: TrainStageConfig, context: Context) -> TrainJob:
     )
 
 
+def check(config: TrainStageConfig, context: Context) -> None:
+    """Check that the corpus is large enough.
+
+    Raises:
+        ConfigError: if it has fewer samples than a batch or than ranks.
+    """
+    num_samples = sum(shard.num_samples for shard in context.shards_of("shards", ".tar"))
+    count_steps(config.train, num_samples, context.stage)
+
+
 def run(config: TrainStageConfig, context: Context, task: Task, progress: Progress, entry: str) -> Outcome:
     """Launch the ranks and wait; `entry` is the module each rank runs with the job's path.
 
@@ -142,9 +152,9 @@ def run(config: TrainStageConfig, context: Context, task: Task, progress: Progre
     Raises:
         InputError: with the end of the log, if a rank fails.
     """
+    check(config, context)  # before any process starts
     job = make_job(config, context)
     num_samples = sum(shard.num_samples for shard in job.shards)
-    count_steps(config.train, num_samples, context.stage)  # refuse before any process starts
     if not is_finished(job):
         job_path = context.path("job.json")
         store.write_text(job_path, job.to_json())
@@ -181,6 +191,7 @@ def stage(name: str, config: TrainStageConfig, *, before: str | None, entry: str
         plan=plan,
         run=functools.partial(run, entry=entry),
         parallel=False,
+        check=check,
         is_seeded=True,
         unbound_inputs=frozenset({"deepspeed"}),
         continues=continues,

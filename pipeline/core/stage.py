@@ -106,6 +106,8 @@ class Stage:
     parallel: bool = True  # tasks may run in several processes at once
     processes: int = 1  # that one call starts: what it needs of a cluster's cores
     may_be_empty: bool = False  # that no row is left is no error
+    # Raises what its run would refuse at once: before a redo discards what is there.
+    check: Callable[[Any, Context], None] | None = None
     is_seeded: bool = False  # its work follows from the run's seed, which the configuration does not hold
     unbound_inputs: frozenset[str] = frozenset()  # labels of inputs that say how it computes, as BINDS_NEVER
     # (configuration, context, a change that BINDS_EXACTLY, whether the stage is done) → (whether its work
