@@ -3,12 +3,12 @@
 import functools
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pipeline.core import store
 from pipeline.core.config import NOT_IN_DIGEST
 from pipeline.core.evaluation_sets import evaluations_of
-from pipeline.core.records import InputError
+from pipeline.core.records import ConfigError, InputError
 from pipeline.core.stage import Change, Context, Outcome, Progress, Stage, Task
 from training.checkpoint.finished import is_finished
 from training.checkpoint.folders import checkpoints_folder, steps_in
@@ -26,6 +26,7 @@ from training.ranks.launcher import (
 MODEL_FILE = "model.safetensors"
 OPENAI_FILE = "openai.pt"
 METRICS_FILE = "metrics.jsonl"
+_JOB_FILE = "job.json"
 _WEIGHTS = ("image_weights", "text_weights", "start_weights")
 _TITLES = {
     "english": "image tower from English captions, as the paper starts from OpenAI's CLIP",
@@ -109,6 +110,16 @@ def continues(config: TrainStageConfig, context: Context, change: Change, is_don
     )
 
 
+def begun_with(config: TrainStageConfig, context: Context) -> tuple[TrainStageConfig, int] | None:
+    """Return the configuration and the seed of the job that was started last in a stage's folder, if any."""
+    path = context.path(_JOB_FILE)
+    try:
+        job = TrainJob.from_json(store.read_text(path), path)
+    except (OSError, ValueError, ConfigError):
+        return None
+    return replace(config, train=job.config), job.seed
+
+
 def make_job(config: TrainStageConfig, context: Context) -> TrainJob:
     """Return what the ranks are told."""
     train = config.train
@@ -156,7 +167,7 @@ def run(config: TrainStageConfig, context: Context, task: Task, progress: Progre
     job = make_job(config, context)
     num_samples = sum(shard.num_samples for shard in job.shards)
     if not is_finished(job):
-        job_path = context.path("job.json")
+        job_path = context.path(_JOB_FILE)
         store.write_text(job_path, job.to_json())
         log_path, port, ranks = context.path("train.log"), free_port(), config.train.ranks
         environment = launcher_environment(
@@ -193,6 +204,7 @@ def stage(name: str, config: TrainStageConfig, *, before: str | None, entry: str
         parallel=False,
         check=check,
         is_seeded=True,
+        begun_with=begun_with,
         unbound_inputs=frozenset({"deepspeed"}),
         continues=continues,
     )
