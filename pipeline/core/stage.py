@@ -110,7 +110,11 @@ class Stage:
     parallel: bool = True  # tasks may run in several processes at once
     processes: int = 1  # that one call starts: what it needs of a cluster's cores
     may_be_empty: bool = False  # that no row is left is no error
+    # Raises what its run would refuse at once: before a redo discards what is there.
+    check: Callable[[Any, Context], None] | None = None
     is_seeded: bool = False  # its work follows from the run's seed, which the configuration does not hold
+    # (configuration, seed) that work of before settings were noted was begun with; None: not known.
+    begun_with: Callable[[Any, Context], tuple[Any, int] | None] | None = None
     unbound_inputs: frozenset[str] = frozenset()  # labels of inputs that say how it computes, as BINDS_NEVER
     # (configuration, context, a change that BINDS_EXACTLY, whether the stage is done) → (whether its work
     # continues exactly under it, a sentence on how it does or why it does not).

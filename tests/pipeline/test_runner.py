@@ -15,7 +15,7 @@ from pipeline import runner
 from pipeline.cli.tables import closing_words
 from pipeline.core import store
 from pipeline.core.config import NOT_IN_DIGEST
-from pipeline.core.records import ConfigError, InputError, Manifest, Receipt
+from pipeline.core.records import ConfigError, InputError, Manifest, Receipt, too_few
 from pipeline.core.run import Run, State, manifest_path, read_manifest, select, survey
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
@@ -265,6 +265,22 @@ def test_receipts_account_for_every_row(tmp_path: Path) -> None:
         _execute(run)
     assert not store.exists(store.join(run.folder, "lossy", "receipts", "all.json"))
     assert _states(run) == [State.TO_DO]
+
+
+def ask_for_many(config: None, context: Context, task: Task, progress: Progress) -> Outcome:
+    left = context.parents["even"].num_kept
+    raise too_few(ConfigError(f"[batch] size = 100, but there are {left} numbers"), left)
+
+
+def test_an_error_of_too_few_rows_names_the_funnel(numbers: Path, tmp_path: Path) -> None:
+    run = _run(numbers, tmp_path / "run", EvenConfig(below=20))
+    batch = Stage("batch", "", 1, None, ("even",), one_task, ask_for_many)
+    with pytest.raises(ConfigError) as caught:
+        _execute(dataclasses.replace(run, stages=(*run.stages, batch)))
+    assert str(caught.value) == (
+        "[batch] size = 100, but there are 10 numbers; 10 samples are left of 40: even dropped 30"
+        " (odd 20, large 10)"
+    )
 
 
 def test_no_rows_left_names_the_rules(numbers: Path, tmp_path: Path) -> None:
