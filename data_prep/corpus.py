@@ -247,7 +247,7 @@ def _take_in(
     if num_in == 0:
         _refuse_empty(paths[0], taken.source)
     name = taken.source.name
-    pairs = caption_table.score_pairs(to.table, taken.source)
+    pairs = caption_table.encoder_pairs(to.table, taken.source)
     facts = dataclasses.replace(
         facts,
         tables={table_path: dataclasses.replace(taken.source, path=table_path)},
@@ -266,7 +266,7 @@ def _look_at_table(path: str, source: TableSource, digest: str, facts: CorpusFac
         num_rows = caption_table.scan(path, source).select(pl.len()).collect().item()
     if num_rows == 0:
         _refuse_empty(path, source)
-    pairs = caption_table.score_pairs(path, source)
+    pairs = caption_table.encoder_pairs(path, source)
     facts = dataclasses.replace(
         facts,
         external=OutsideTable(path=path, source=source, digest=digest),

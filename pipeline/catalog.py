@@ -256,7 +256,7 @@ def _row_stages(config: RunConfig) -> list[Stage]:
             score.stage(
                 config.score,
                 rows=before,
-                identify=pair_scorers.identify,
+                identify=pair_scorers.identify_pair,
                 load=pair_scorers.load,
                 # On one machine a second process would hold a second copy of both encoders.
                 parallel=config.run.executor == "ray",

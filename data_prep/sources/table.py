@@ -171,7 +171,7 @@ def resolve(path: str, source: TableSource, found: list[str]) -> dict[str, str |
     return columns
 
 
-def score_pairs(path: str, source: TableSource) -> list[str]:
+def encoder_pairs(path: str, source: TableSource) -> list[str]:
     """The encoder pairs that made a table's scores; empty where it has none."""
     frame = open_parquet(path)
     with naming_damage(path):
