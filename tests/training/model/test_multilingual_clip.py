@@ -1,7 +1,7 @@
 """mCLIP against the multilingual-clip package and open_clip on the same weights."""
 
-import io
 import dataclasses
+import io
 import json
 import shutil
 from pathlib import Path
