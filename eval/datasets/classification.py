@@ -7,8 +7,6 @@
 Images are in the order in which the owners' own loaders read them: class after class, paths sorted.
 """
 
-import io
-import json
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -19,6 +17,8 @@ import numpy as np
 
 from eval.datasets.labels import Labels, labels_for
 from pipeline.core.arrays import BoolArray, Int64Array
+from pipeline.core.foreign import first_line, parse_json
+from pipeline.core.npy import read_npy_bytes
 from pipeline.core.records import InputError
 
 SPLITS = ("test", "val", "valid", "validation")  # the first that is there is read
@@ -160,8 +160,8 @@ def _plain(name: str) -> str:
 
 def _read_web(split: Path) -> tuple[list[EncodedImage], list[Sequence[int]]]:
     """CLIP_benchmark's tars: `key.jpg` with `key.cls` (a class) or `key.npy` (a vector of 0 and 1)."""
-    text = (split / "nshards.txt").read_text().strip()
-    if not text.isdecimal():
+    text = (split / "nshards.txt").read_text(errors="replace").strip()
+    if not (text.isdecimal() and len(text) < 7):
         raise InputError(f"{split / 'nshards.txt'}: expected the number of tars, found {text[:40]!r}")
     images, classes = list[EncodedImage](), list[Sequence[int]]()
     for shard in range(int(text)):
@@ -180,8 +180,10 @@ def _read_web(split: Path) -> tuple[list[EncodedImage], list[Sequence[int]]]:
                         file = tar.extractfile(member)
                         assert file is not None  # a regular file, as asked above
                         right[key] = _web_classes(f"{path}: {member.name}", kind, file.read(_MAX_LABEL_BYTES))
-        except (OSError, tarfile.TarError) as error:
-            raise InputError(f"{path}: not a readable tar ({error}); fetch it again") from None
+        except InputError:
+            raise
+        except Exception as error:  # tarfile raises what its parts raise
+            raise InputError(f"{path}: not a readable tar ({first_line(error)}); fetch it again") from None
         lonely = sorted(found.keys() ^ right.keys())
         if lonely:
             raise InputError(f"{path}: {lonely[0]} has not both an image and a .cls or .npy label")
@@ -196,7 +198,10 @@ def _rows_of_class_names(path: Path, labels: Labels) -> dict[int, int]:
     By name where the labels know all names, else by number. Raises InputError where some names are known
     and stand elsewhere, and where the numbers of classes differ.
     """
-    names = path.read_text(encoding="utf-8").splitlines()
+    try:
+        names = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 ({error.reason}); save it as UTF-8") from None
     known = {_plain(key): row for row, key in enumerate(labels.keys)}
     rows = {number: known[_plain(name)] for number, name in enumerate(names) if _plain(name) in known}
     if len(names) != len(labels.keys):
@@ -217,7 +222,7 @@ def _web_classes(where: str, kind: str, data: bytes) -> Sequence[int]:
         if kind == "cls":
             row = [int(data.decode("ascii").strip())]
         else:
-            vector = np.load(io.BytesIO(data), allow_pickle=False)
+            vector = read_npy_bytes(data, where, "write the class as a number in .cls")
             row = [int(vector)] if vector.ndim == 0 else np.flatnonzero(vector == 1).tolist()
     except (ValueError, EOFError, UnicodeDecodeError) as error:
         raise InputError(f"{where}: not a class ({error})") from None
@@ -231,9 +236,10 @@ def _submission_order(root: Path, num_images: int) -> Int64Array | None:
     if not path.is_file():
         return None
     try:
-        order = np.array(json.loads(path.read_text(encoding="utf-8")))
+        order = np.array(parse_json(path.read_bytes()))
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error})") from None
-    if order.shape != (num_images,) or not np.array_equal(np.sort(order), np.arange(num_images)):
+    is_list = order.dtype.kind in "iu" and order.shape == (num_images,)
+    if not is_list or not np.array_equal(np.sort(order), np.arange(num_images)):
         raise InputError(f"{path}: must hold each of 0 to {num_images - 1} once, one for each image")
     return order.astype(np.int64)

@@ -1,6 +1,5 @@
 """Evaluation sets in CN-CLIP's layout: `<name>_imgs.tsv` and `<name>_texts.jsonl` in one folder."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,6 +9,7 @@ import numpy as np
 from data_prep.formats.base64_image import decode_base64_image
 from pipeline.core import store
 from pipeline.core.arrays import Int64Array
+from pipeline.core.foreign import parse_json
 from pipeline.core.records import InputError
 
 
@@ -207,7 +207,7 @@ def _scan_images(path: str) -> tuple[Int64Array, Int64Array, Int64Array]:
 
 def _parse_text(line: bytes, where: str) -> tuple[int, str, list[int]]:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError as error:
         raise InputError(f"{where}: not a line of UTF-8 JSON ({error})") from None
     if not isinstance(record, dict):
