@@ -139,6 +139,7 @@ def make_receipt(stage: Stage, context: Context, task: Task, outcome: Outcome, s
     if store.is_local(context.run_folder):
         files = [str(Path(context.path(path))) for path in (*outcome.outputs, *outcome.also)]
         durability.sync_outputs(files, str(Path(context.run_folder)))
+    listing = make_listing(context.path(), outcome.also)
     outputs = tuple(
         Shard(path, num_samples, store.num_bytes(full), store.digest_file(full))
         for path, num_samples in outcome.outputs.items()
@@ -155,13 +156,12 @@ def make_receipt(stage: Stage, context: Context, task: Task, outcome: Outcome, s
         dropped=dict(sorted(outcome.dropped.items())),
         seconds=round(seconds, 3),
         extra=outcome.extra,
-        num_also=len(outcome.also),
+        also=store.digest_bytes(listing.encode("utf-8")) if outcome.also else "",
     )
-    listing = listing_path(receipt_path(context, task))
     if outcome.also:
-        store.write_text(listing, make_listing(context.path(), outcome.also))
+        store.write_text(listing_path(receipt_path(context, task)), listing)
     else:
-        store.remove(listing)
+        store.remove(listing_path(receipt_path(context, task)))
     store.write_text(receipt_path(context, task), receipt.to_file())
     return receipt
 

@@ -55,6 +55,12 @@ def test_running_an_old_run_again_changes_nothing(old_run: Path, capsys: pytest.
     assert _bytes_by_path(old_run) == before
 
 
+def test_repair_finds_nothing_in_an_old_run(old_run: Path) -> None:
+    before = _bytes_by_path(old_run)
+    assert main(["run", RECIPE, "--repair"]) == 0
+    assert _bytes_by_path(old_run) == before
+
+
 def test_an_old_run_verifies(old_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", RECIPE]) == 0
     report = old_run / "report" / "report.html"
