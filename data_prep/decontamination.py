@@ -7,7 +7,7 @@ bytes), both null if only ids are known.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,14 +16,14 @@ import numpy as np
 import polars as pl
 
 from data_prep.formats.base64_image import decode_base64_image
-from data_prep.formats.image import SIGNATURES, BadImageError, decode_upright
 from data_prep.formats.parquet import write_table
 from data_prep.rules.copies import Marks, marks_of
 from pipeline.core import store
 from pipeline.core.evaluation_sets import shard_stems
+from pipeline.core.image_files import read_image, summary, what_else
+from pipeline.core.images import SIGNATURES, BadImageError, decode_upright
 from pipeline.core.records import InputError
 from pipeline.core.shard_format import (
-    MAX_IMAGE_BYTES,
     TAR,
     ByteRanges,
     read_sidecar_frame,
@@ -32,7 +32,6 @@ from pipeline.core.shard_format import (
 
 Family = Literal["coco", "flickr", "own"]
 FAMILIES: tuple[Family, ...] = ("coco", "flickr", "own")
-MAX_PIXELS = 100_000_000
 
 _SCHEMA = {
     "family": pl.String, "id": pl.String, "perceptual_hash": pl.Binary, "image_signature": pl.Binary,
@@ -48,14 +47,16 @@ class GuardedIds:
     flickr: frozenset[int]
 
 
-def make_guard(evaluation_set: str, family: Family, out: str) -> int:
-    """Write the guard of an evaluation set; returns how many images it names.
+def make_guard(
+    evaluation_set: str, family: Family, out: str, *, say: Callable[[str], None] = lambda _: None
+) -> int:
+    """Write the guard of an evaluation set; returns how many images it names; `say` hears what it leaves out.
 
     `evaluation_set` is a `<name>_imgs.tsv` or the folder that holds one, a folder of shards, a folder of
     images (searched below too; ids are file names without their ending), or a `.txt` file with one id a
     line. InputError where it is none of these, empty, or holds an image that does not decode.
     """
-    rows = [(family, name, *(marks or (None, None))) for name, marks in _members(evaluation_set)]
+    rows = [(family, name, *(marks or (None, None))) for name, marks in _members(evaluation_set, say)]
     if not rows:
         raise InputError(f"{evaluation_set}: no images and no ids; give the evaluation set's own files")
     table = pl.DataFrame(rows, schema=_SCHEMA, orient="row").unique(maintain_order=True)
@@ -106,7 +107,7 @@ def tsv_marks(path: str) -> Iterator[tuple[str, Marks]]:
         for number, line in enumerate(file, start=1):
             try:
                 name, encoded = line.split(b"\t", 1)
-                image = decode_upright(decode_base64_image(encoded.strip()), MAX_PIXELS)
+                image = decode_upright(decode_base64_image(encoded.strip()))
             except (ValueError, BadImageError) as error:
                 raise InputError(
                     f"{path}: line {number}: no image in base64 ({error}); repair the line"
@@ -126,20 +127,24 @@ def set_marks(folder: str, name: str) -> Iterator[tuple[str, Marks]]:
 def _shard_marks(tar: str) -> Iterator[tuple[str, Marks]]:
     """Of a shard's images: its sidecar has no signatures, and may be of a time before there were any."""
     table = read_sidecar_frame(sidecar_of(tar), ("key", "offset_bytes", "size_bytes"))
-    with ByteRanges(tar, max_bytes=MAX_IMAGE_BYTES) as images:
+    with ByteRanges(tar) as images:
         for key, offset, size in table.iter_rows():
             try:
-                image = decode_upright(images.read(offset, size, f"{key}.jpg"), MAX_PIXELS)
+                image = decode_upright(images.read(offset, size, f"{key}.jpg"))
             except BadImageError as error:
                 raise InputError(f"{tar}: {key}.jpg: {error}; build the shard again") from None
             yield key, marks_of(np.asarray(image))
 
 
-def _members(path: str) -> Iterator[tuple[str, Marks | None]]:
+def _members(path: str, say: Callable[[str], None]) -> Iterator[tuple[str, Marks | None]]:
     if path.endswith(".tsv"):
         yield from tsv_marks(path)
     elif path.endswith(".txt") and os.path.isfile(path):
-        for line in store.read_text(path).splitlines():
+        try:
+            lines = store.read_text(path).removeprefix("\ufeff").splitlines()
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: not UTF-8 ({error.reason}); save it as UTF-8") from None
+        for line in lines:
             if line.strip():
                 yield line.split("\t")[0].split("#")[0].strip(), None
     elif os.path.isdir(path):
@@ -150,7 +155,7 @@ def _members(path: str) -> Iterator[tuple[str, Marks | None]]:
         for stem in stems:
             yield from _shard_marks(f"{stem}{TAR}")
         if not tables and not stems:
-            yield from _images(Path(path))
+            yield from _images(Path(path), say)
     else:
         raise InputError(
             f"{path}: no evaluation set; give NAME_imgs.tsv, a folder with it, shards or images, or a .txt"
@@ -158,14 +163,20 @@ def _members(path: str) -> Iterator[tuple[str, Marks | None]]:
         )
 
 
-def _images(folder: Path) -> Iterator[tuple[str, Marks]]:
+def _images(folder: Path, say: Callable[[str], None]) -> Iterator[tuple[str, Marks]]:
+    passed_over = list[tuple[str, str]]()
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and _is_image(path):
+        kind = None if path.is_dir() else what_else(str(path))
+        if kind is not None or path.name.startswith("._"):  # macOS keeps its own beside each file
+            passed_over.append((str(path), kind or "hidden"))
+        elif path.is_file() and _is_image(path):
             try:
-                image = decode_upright(path.read_bytes(), MAX_PIXELS)
+                image = decode_upright(read_image(str(path)))
             except BadImageError as error:
                 raise InputError(f"{path}: {error}; repair or remove the file") from None
             yield path.stem, marks_of(np.asarray(image))
+    if passed_over:
+        say(f"{folder}: {len(passed_over)} are no image files and are passed over: {summary(passed_over)}")
 
 
 def _is_image(path: Path) -> bool:

@@ -117,7 +117,7 @@ def _retrieval(
     try:
         embed_evaluation(encoder, evaluation, folder)
     except UnreadableImage:
-        evaluation, note = readable_subset(evaluation)
+        evaluation, note = readable_subset(evaluation, encoder.base.decode)
         unreadable.append(note)
         embed_evaluation(encoder, evaluation, folder)
     sides: tuple[tuple[Side, str, Int64Array], ...] = (
@@ -198,6 +198,7 @@ def _write(
         "context_length": checkpoint.context_length,
         "ensemble": options.ensemble,
         "templates": options.templates,
+        "decode": checkpoint.decode,
         "published": "Chinese CLIP, arXiv 2211.01335v3",
     }
     for name, text in (

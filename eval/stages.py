@@ -232,7 +232,7 @@ def embed_stage(config: EvaluationConfig, *, learned: tuple[str, ...]) -> Stage:
     return Stage(
         "embed",
         title="features of the evaluation sets, in clip-retrieval's layout",
-        version=2,
+        version=3,
         config=config,
         parents=("corpus", *learned, *config.stages),
         plan=plan_embed,
@@ -272,7 +272,7 @@ def baseline_stage() -> Stage:
     return Stage(
         "baseline",
         title="pixel nearest neighbour and chance, to compare with",
-        version=1,
+        version=2,
         config=None,
         parents=("corpus", "shards"),
         plan=plan_baseline,

@@ -48,10 +48,11 @@ def forget_unreadable(run: Run, stage: Stage) -> None:
 
 
 def restore_started(run: Run, stage: Stage) -> None:
-    """Write the note of a finished stage's start anew if it was damaged."""
-    context = make_context(run, stage)
+    """Write the note of a finished stage's start anew if it was damaged or is another's."""
+    context, manifest = make_context(run, stage), read_manifest(run, stage.name)
     assert context is not None  # the stage is done
-    if read_started(context) is None:
+    assert manifest is not None
+    if read_started(context) != (manifest.config_digest, manifest.inputs_digest):
         write_started(context, stage, stage.plan(stage.config, context))
 
 
@@ -111,13 +112,14 @@ def _receipt_names(folder: str) -> list[str]:
 
 
 def _all_whole(folder: str, path: str, receipt: Receipt) -> bool:
+    listing = listing_path(path)
     try:
-        also = read_listing(listing_path(path))
+        also = read_listing(listing)
     except ValueError:
         return False
-    return len(also) == receipt.num_also and all(
-        is_whole(store.join(folder, file.path), file) for file in (*receipt.outputs, *also)
-    )
+    if receipt.also and not (store.exists(listing) and store.digest_file(listing) == receipt.also):
+        return False
+    return all(is_whole(store.join(folder, file.path), file) for file in (*receipt.outputs, *also))
 
 
 def _agrees(receipt: Receipt, stage: Stage, manifest: Manifest | None) -> bool:

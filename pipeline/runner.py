@@ -59,20 +59,35 @@ def execute(
                 if repair:
                     restore_started(run, stage)
                 continue
-            if status.state is State.TO_DO and status.manifest is not None and not force:
-                store.remove(manifest_path(run, stage.name))  # it was done, and continues from a checkpoint
-            elif status.state is State.STALE or (status.manifest is not None and force):
-                if not (redo or _agrees(status)):
-                    raise ConfigError(
-                        f"{stage.name} is stale: {status.why}; run with --redo to redo it,"
-                        f" or change the settings back to keep it"
-                    )
-                _discard(run, stage, force=force)
+            with _naming_the_funnel(run, stage):
+                _make_way(run, status, redo=redo, force=force)
             _refuse_damaged_parents(run, stage)
             with _naming_the_funnel(run, stage), _blaming_damaged_parents(run, stage):
                 _run_stage(run, stage, label=f"[{position}/{len(stages)}] {stage.name}")
             num_run += 1
     return num_run
+
+
+def _make_way(run: Run, status: StageStatus, *, redo: bool, force: bool) -> None:
+    """Discard what is there of a stage that is done anew.
+
+    Raises:
+        ConfigError: if the stage is stale and nobody agreed to redo it, or could not run so.
+    """
+    stage = status.stage
+    if status.state is State.TO_DO and not (force and status.manifest is not None):
+        if status.manifest is not None:
+            store.remove(manifest_path(run, stage.name))  # it was done, and continues from a checkpoint
+        return
+    if not (redo or _agrees(status)):
+        raise ConfigError(
+            f"{stage.name} is stale: {status.why}; run with --redo to redo it,"
+            f" or change the settings back to keep it"
+        )
+    context = make_context(run, stage)
+    if stage.check is not None and context is not None:
+        stage.check(stage.config, context)
+    _discard(run, stage, force=force)
 
 
 def verify(run: Run, stages: Sequence[Stage]) -> list[str]:

@@ -3,13 +3,13 @@
 import functools
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pipeline.core import store
 from pipeline.core.config import NOT_IN_DIGEST
 from pipeline.core.evaluation_sets import evaluations_of
 from pipeline.core.processes import say
-from pipeline.core.records import InputError
+from pipeline.core.records import ConfigError, InputError
 from pipeline.core.stage import Change, Context, Outcome, Progress, Stage, Task
 from pipeline.core.terminal import one_line
 from training.checkpoint.finished import is_finished
@@ -28,6 +28,7 @@ from training.ranks.launcher import (
 MODEL_FILE = "model.safetensors"
 OPENAI_FILE = "openai.pt"
 METRICS_FILE = "metrics.jsonl"
+_JOB_FILE = "job.json"
 _WEIGHTS = ("image_weights", "text_weights", "start_weights")
 _TITLES = {
     "english": "image tower from English captions, as the paper starts from OpenAI's CLIP",
@@ -117,6 +118,16 @@ def continues(config: TrainStageConfig, context: Context, change: Change, is_don
     )
 
 
+def begun_with(config: TrainStageConfig, context: Context) -> tuple[TrainStageConfig, int] | None:
+    """Return the configuration and the seed of the job that was started last in a stage's folder, if any."""
+    path = context.path(_JOB_FILE)
+    try:
+        job = TrainJob.from_json(store.read_text(path), path)
+    except (OSError, ValueError, ConfigError):
+        return None
+    return replace(config, train=job.config), job.seed
+
+
 def make_job(config: TrainStageConfig, context: Context) -> TrainJob:
     """Return what the ranks are told."""
     train = config.train
@@ -141,6 +152,16 @@ def make_job(config: TrainStageConfig, context: Context) -> TrainJob:
     )
 
 
+def check(config: TrainStageConfig, context: Context) -> None:
+    """Check that the corpus is large enough.
+
+    Raises:
+        ConfigError: if it has fewer samples than a batch or than ranks.
+    """
+    num_samples = sum(shard.num_samples for shard in context.shards_of("shards", ".tar"))
+    count_steps(config.train, num_samples, context.stage)
+
+
 def run(config: TrainStageConfig, context: Context, task: Task, progress: Progress, entry: str) -> Outcome:
     """Launch the ranks and wait; `entry` is the module each rank runs with the job's path.
 
@@ -150,11 +171,11 @@ def run(config: TrainStageConfig, context: Context, task: Task, progress: Progre
     Raises:
         InputError: with the end of the log, if a rank fails.
     """
+    check(config, context)  # before any process starts
     job = make_job(config, context)
     num_samples = sum(shard.num_samples for shard in job.shards)
-    count_steps(config.train, num_samples, context.stage)  # refuse before any process starts
     if not is_finished(job):
-        job_path = context.path("job.json")
+        job_path = context.path(_JOB_FILE)
         store.write_text(job_path, job.to_json())
         log_path, port, ranks = context.path("train.log"), free_port(), config.train.ranks
         environment = launcher_environment(
@@ -189,7 +210,9 @@ def stage(name: str, config: TrainStageConfig, *, before: str | None, entry: str
         plan=plan,
         run=functools.partial(run, entry=entry),
         parallel=False,
+        check=check,
         is_seeded=True,
+        begun_with=begun_with,
         unbound_inputs=frozenset({"deepspeed"}),
         continues=continues,
     )

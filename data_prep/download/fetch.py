@@ -11,13 +11,13 @@ import img2dataset.downloader
 from data_prep.download.deadline import TooManyBytesError
 from data_prep.download.public_web import (
     ALLOWED_VARIABLE,
-    MAX_BODY_BYTES,
     AddressRefusedError,
     HttpStatusError,
     open_public,
 )
 from data_prep.sources.local_server import HOST, SITE_VARIABLE
 from pipeline.core.records import DropReason
+from pipeline.core.shard_format import MAX_IMAGE_BYTES, too_large
 
 HTTP_404 = DropReason("http_404")
 HTTP_ERROR = DropReason("http_error")
@@ -56,8 +56,8 @@ def fetch_image(
             body.address = address
             while chunk := response.read1(_CHUNK_BYTES):
                 body.write(chunk)
-                if body.tell() > MAX_BODY_BYTES:
-                    return key, None, f"{BODY_LIMIT}: more than {MAX_BODY_BYTES} bytes"
+                if body.tell() > MAX_IMAGE_BYTES:
+                    return key, None, f"{BODY_LIMIT}: {too_large()}"
             promised = response.headers.get("Content-Length", "")
             if promised.isascii() and promised.isdigit() and body.tell() < int(promised[:20]):
                 return key, None, f"{CONNECTION}: {body.tell()} of {promised[:20]} bytes"
@@ -68,7 +68,7 @@ def fetch_image(
         reason = HTTP_404 if error.status in (404, 410) else HTTP_ERROR
         return key, None, f"{reason}: {error.status}"
     except TooManyBytesError:
-        return key, None, f"{BODY_LIMIT}: more than {MAX_BODY_BYTES} bytes"
+        return key, None, f"{BODY_LIMIT}: {too_large()}"
     except TimeoutError as error:
         return key, None, f"{TIMEOUT}: {timeout} s ({error})"
     except socket.gaierror as error:

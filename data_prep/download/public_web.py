@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 from data_prep.download.deadline import Deadline, connect, get, look_up, secure
 from data_prep.sources.local_server import HOST
+from pipeline.core.shard_format import MAX_IMAGE_BYTES
 
 MAX_REDIRECTS = 5
-MAX_BODY_BYTES = 32 << 20  # a web image is well below; a stream without end is not read to the end
 ALLOWED_VARIABLE = "CNCLIP_ALLOWED_NETWORKS"  # environment variable of the download workers
 
 _MAX_OTHER_BYTES = 1 << 20  # headers, interim responses, chunk sizes, trailers, of all hops
@@ -187,7 +187,7 @@ def open_public(
         TimeoutError: when the time is over, while the response is read as well.
         OSError, http.client.HTTPException, TooManyBytesError: as the network and the server give them.
     """
-    deadline = Deadline(timeout, MAX_BODY_BYTES + _MAX_OTHER_BYTES)
+    deadline = Deadline(timeout, MAX_IMAGE_BYTES + _MAX_OTHER_BYTES)
     if own_site and address.startswith(own_site):
         parts = urllib.parse.urlsplit(address)
         sock = connect(look_up(parts.hostname or "", parts.port or 80, deadline), deadline)

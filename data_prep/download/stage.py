@@ -34,6 +34,7 @@ from pipeline.core import store
 from pipeline.core.config import NOT_IN_DIGEST
 from pipeline.core.processes import dies_with_us, say
 from pipeline.core.records import InputError
+from pipeline.core.shard_format import MAX_IMAGE_PIXELS
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 _POLL_SECONDS = 0.2
@@ -52,7 +53,7 @@ class DownloadConfig:
 
     short_side_px: int = 256  # larger images are reduced to it: room for a random crop of 224
     jpeg_quality: int = 95
-    max_pixels: int = 100_000_000  # of an image's header: above, a decompression bomb
+    max_pixels: int = MAX_IMAGE_PIXELS  # of an image's header: above, a decompression bomb
     # Decode a JPEG at 1/2, 1/4 or 1/8 where that still exceeds short_side_px, and average pixels: faster,
     # and pixels differ a little (benchmarks/data_prep/resize.py says both).
     scaled_decode: bool = False

@@ -14,7 +14,6 @@ from data_prep.accounting.histograms import histogram
 from data_prep.accounting.judged import JudgedFacts, publish_judged
 from data_prep.corpus_facts import exemptions, guard_paths
 from data_prep.download.stage import partition_of
-from data_prep.formats.image import UNDECODABLE, BadImageError, decode_upright
 from data_prep.formats.shards import DOWNLOAD_AGAIN
 from data_prep.rules import image as image_rules
 from data_prep.rules.copies import MarkedImages, Marks, marks_of
@@ -23,6 +22,7 @@ from data_prep.sources.table import EXEMPT_COLUMN
 from pipeline.core import store
 from pipeline.core.evaluation_sets import EvaluationSet, evaluations_of
 from pipeline.core.facts import Facts
+from pipeline.core.images import UNDECODABLE, BadImageError, decode_upright
 from pipeline.core.shard_format import ByteRangePool
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 

@@ -27,7 +27,7 @@ from data_prep.formats.base64_image import decode_base64_image
 from pipeline.core import store
 from pipeline.core.foreign import parse_json
 from pipeline.core.records import InputError
-from pipeline.core.shard_format import ByteRanges
+from pipeline.core.shard_format import MAX_IMAGE_BASE64_BYTES, ByteRanges
 
 HOST = "corpus.invalid"
 SITE_VARIABLE = "CNCLIP_SITE"  # environment variable: host:port/token of the server, for those who download
@@ -84,7 +84,6 @@ def read_site(folder: Path) -> dict[str, Answer]:
 IMAGES = "pictures"  # the site's folder for images that lie on disk: /pictures/<source>/<path>
 # Images inside larger files: /packed/<source>/<path>?offset=&size=[&base64=1], or ?lmdb=<key>.
 PACKED = "packed"
-_MAX_IMAGE_BYTES = 128 << 20  # in base64 too
 _BLOCK_BYTES = 1 << 20
 _TOKEN_BYTES = 24
 
@@ -176,7 +175,7 @@ class _Handler(BaseHTTPRequestHandler):
             if store.is_local(file) and not os.path.isfile(file):
                 return 404, b""
             offset, size = int(query["offset"][0]), int(query["size"][0])
-            with ByteRanges(file, max_bytes=_MAX_IMAGE_BYTES) as ranges:
+            with ByteRanges(file, max_bytes=MAX_IMAGE_BASE64_BYTES) as ranges:
                 data = ranges.read(offset, size, "an image")
             return 200, decode_base64_image(data.strip()) if "base64" in query else data
         except (InputError, KeyError, ValueError, OverflowError, OSError):

@@ -12,6 +12,7 @@ choice and translation: OpenAI's 80 for ImageNet, in its order, then 6 others fo
 """
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -82,6 +83,10 @@ def read_labels(path: str) -> Labels:
     if repeated:
         raise InputError(f"{path}: {repeated[0]!r} names two classes, which a model cannot tell apart")
     keys = tuple(row[0].strip() for row in rows) if len(rows[0]) == 2 else ()
+    if empty := [number for number, row in enumerate(rows, start=1) if not all(cell.strip() for cell in row)]:
+        raise InputError(f"{path}:{empty[0]}: a key or a name is empty; give both, divided by a tab")
+    if twice := [key for key, count in Counter(keys).items() if count > 1]:
+        raise InputError(f"{path}: the key {twice[0]!r} is given to two classes; correct one")
     return Labels(keys, tuple(names))
 
 

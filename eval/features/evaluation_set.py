@@ -54,7 +54,7 @@ def embed_evaluation(
     from training.model.preprocess import MEAN, STD
 
     image_ND, text_ND = encoder.encode(evaluation)
-    identity = identify(encoder.base.model)
+    identity = identify(encoder.base.model, encoder.base.decode)
     write_identity(out_folder, identity)
     model_digest = identity.weights_sha256
     image_table = _write_side(
@@ -62,7 +62,10 @@ def embed_evaluation(
         image_ND,
         store.join(out_folder, "metadata", "metadata_0.parquet"),
         {"image_id": evaluation.image_ids, "caption": _caption_of_images(evaluation)},
-        digests=(model_digest, digest("squash, bicubic", encoder.base.image_size_px, MEAN, STD)),
+        digests=(
+            model_digest,
+            digest("squash, bicubic", encoder.base.decode, encoder.base.image_size_px, MEAN, STD),
+        ),
     )
     text_table = _write_side(
         vectors_path(out_folder, "text"),

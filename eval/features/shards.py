@@ -32,7 +32,7 @@ from pipeline.core.config import digest
 from pipeline.core.lock import one_at_a_time
 from pipeline.core.processes import die_with_parent, say
 from pipeline.core.records import ConfigError, InputError
-from pipeline.core.shard_format import MAX_IMAGE_BYTES, SIDECAR, TAR, ByteRanges, read_sidecar_frame
+from pipeline.core.shard_format import SIDECAR, TAR, ByteRanges, read_sidecar_frame
 from pipeline.core.stage import Progress
 from pipeline.core.terminal import one_line
 from pipeline.core.written import check_parquet, naming, write_npy
@@ -115,12 +115,13 @@ def _encoder(job: ShardJob, rank: int) -> EvaluationEncoder:
 
 def _begin(job: ShardJob, encoder: EvaluationEncoder, stems: Sequence[str], redo: bool) -> None:
     """Bind the folder to this model, these settings and these shards."""
-    identity = identify(encoder.base.model)
+    identity = identify(encoder.base.model, encoder.base.decode)
     plan: dict[str, Any] = {
         "weights_sha256": identity.weights_sha256,
         "vocabulary": encoder.base.tokenizer.digest,
         "context_length": job.checkpoint.context_length,
         "dtype": job.dtype,
+        "decode": job.checkpoint.decode,
         "shards": digest([(os.path.basename(stem), store.digest_edges(stem + SIDECAR)) for stem in stems]),
     }
     path = store.join(job.out, "plan.json")
@@ -151,7 +152,7 @@ def _embed_rank(
 def _embed_shard(job: ShardJob, encoder: EvaluationEncoder, stem: str, number: int, num_shards: int) -> None:
     columns = ("key", "caption", "offset_bytes", "size_bytes")
     samples = read_sidecar_frame(stem + SIDECAR, columns, ("source", "url"))
-    with ByteRanges(stem + TAR, max_bytes=MAX_IMAGE_BYTES) as images:
+    with ByteRanges(stem + TAR) as images:
         image_ND, kept_N = encoder.encoded_images(
             images.read(offset_bytes, size_bytes, f"{key}.jpg")
             for key, offset_bytes, size_bytes in samples.select(

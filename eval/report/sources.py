@@ -4,11 +4,14 @@ import io
 from collections.abc import Sequence
 from typing import TypeVar
 
+from PIL import Image
+
 from eval.datasets.cnclip_tsv import RetrievalSet
 from eval.report.data import ExampleGallery, ExampleRow, RecallPoint, Thumbnail, TrainingPoint
 from eval.retrieval.predictions import read_predictions
 from pipeline.core import store
 from pipeline.core.foreign import parse_json
+from pipeline.core.images import decode_upright
 from pipeline.core.records import InputError
 
 Item = TypeVar("Item")
@@ -83,10 +86,7 @@ def _spread(items: Sequence[Item], count: int) -> list[Item]:
 
 
 def _thumbnail(data: bytes) -> bytes:
-    from PIL import Image
-
-    with Image.open(io.BytesIO(data)) as image:
-        small = image.convert("RGB")
+    small = decode_upright(data)
     small.thumbnail((96, 96), Image.Resampling.LANCZOS)
     file = io.BytesIO()
     small.save(file, "WEBP", quality=80)

@@ -162,7 +162,7 @@ def stage(config: ReportConfig, *, parents: tuple[str, ...]) -> Stage:
     return Stage(
         "report",
         title="one HTML page and report.json",
-        version=3,
+        version=4,
         config=config,
         parents=parents,
         plan=plan,

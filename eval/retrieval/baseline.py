@@ -7,13 +7,13 @@ and the gallery's texts are ranked by similarity to that image's caption. It sol
 drawn alike, such as flags, and nothing that needs understanding.
 """
 
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from eval.datasets.cnclip_tsv import RetrievalSet
 from eval.metrics.recall import (
@@ -25,6 +25,7 @@ from eval.metrics.recall import (
 )
 from eval.retrieval.measure import RetrievalResult, image_queries
 from pipeline.core.arrays import Float64Array, Int64Array, UInt8Array
+from pipeline.core.images import BadImageError, decode_upright
 from pipeline.core.records import InputError
 from pipeline.core.shard_format import ByteRanges, read_sidecar_frame, sidecar_of
 
@@ -145,12 +146,9 @@ def thumbnail(data: bytes, name: str) -> UInt8Array:
 
     Raises InputError beginning with `name` for bytes that are no image.
     """
-    from PIL import Image
-
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            small = image.convert("RGB").resize((SIDE_PX, SIDE_PX), Image.Resampling.BOX)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        small = decode_upright(data).resize((SIDE_PX, SIDE_PX), Image.Resampling.BOX)
+    except BadImageError as error:
         raise InputError(f"{name}: cannot be decoded ({error})") from None
     return np.asarray(small, dtype=np.uint8).reshape(-1)
 

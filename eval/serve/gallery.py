@@ -25,8 +25,10 @@ from eval.index.partitioned import PartedIndex
 from pipeline.core import store
 from pipeline.core.arrays import Float32Array, Int64Array
 from pipeline.core.evaluation_sets import shard_stems
+from pipeline.core.image_files import read_image
+from pipeline.core.images import BadImageError
 from pipeline.core.records import ConfigError, InputError
-from pipeline.core.shard_format import MAX_IMAGE_BYTES, SIDECAR, ByteRanges, tar_of
+from pipeline.core.shard_format import SIDECAR, ByteRanges, tar_of
 
 if TYPE_CHECKING:
     import polars as pl
@@ -147,7 +149,7 @@ class ShardImages:
         if self.places[row] < 0:
             raise InputError(f"row {row} of the index is in no shard")
         sidecar, sample = self._sample(row)
-        with ByteRanges(tar_of(sidecar), max_bytes=MAX_IMAGE_BYTES) as images:
+        with ByteRanges(tar_of(sidecar)) as images:
             return images.read(sample.get("offset_bytes"), sample.get("size_bytes"), f"{sample['key']}.jpg")
 
     def _sample(self, row: int) -> tuple[str, dict[str, Any]]:
@@ -193,13 +195,9 @@ class FileImages:
         if not place.is_relative_to(root):
             raise InputError(f"{place}: lies outside {root}; give --images with the folder that holds it")
         try:
-            with open(place, "rb") as file:
-                data = file.read(MAX_IMAGE_BYTES + 1)
-        except OSError as error:
-            raise InputError(f"{place}: cannot be read ({error.strerror}); give --images FOLDER") from None
-        if len(data) > MAX_IMAGE_BYTES:
-            raise InputError(f"{place}: more than {MAX_IMAGE_BYTES >> 20} MiB; that is no image")
-        return data
+            return read_image(str(place))
+        except BadImageError as error:
+            raise InputError(f"{place}: cannot be read ({error}); give --images FOLDER") from None
 
     def _row(self, row: int) -> dict[str, Any]:
         import polars as pl

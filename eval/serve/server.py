@@ -31,18 +31,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, parse_qs, urlsplit
 
-from data_prep.formats.image import BadImageError, decode_upright
 from eval.features.encoder import EvaluationEncoder
 from eval.features.model_identity import check_same_model, identify
 from eval.serve.access import host_name, loopback_names, page_headers
 from eval.serve.connections import SILENT_SECONDS, BoundedServer, RequestReader
 from eval.serve.gallery import Gallery
 from pipeline.core.arrays import Float32Array
+from pipeline.core.images import BadImageError, decode_upright
 from pipeline.core.records import ConfigError, InputError
+from pipeline.core.shard_format import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, too_large
 from pipeline.core.terminal import one_line
 
-MAX_UPLOAD_BYTES = 16 << 20
-MAX_PIXELS = 40_000_000  # of one image, as its header promises
 MAX_QUERY_CHARACTERS = 1000
 MAX_RESULTS = 200
 _DEFAULT_RESULTS = 24
@@ -77,7 +76,7 @@ class Searcher:
                     " it is of another model"
                 )
         if any(gallery.model is not None for gallery in self.galleries):
-            own = identify(self.encoder.base.model)
+            own = identify(self.encoder.base.model, self.encoder.base.decode)
             for gallery in self.galleries:
                 check_same_model(gallery.name, gallery.model, own)
 
@@ -85,8 +84,8 @@ class Searcher:
         return {
             "model": self.encoder.name,
             "galleries": [{"name": item.name, "rows": item.num_rows} for item in self.galleries],
-            "max_upload_bytes": MAX_UPLOAD_BYTES,
-            "max_pixels": MAX_PIXELS,
+            "max_upload_bytes": MAX_IMAGE_BYTES,
+            "max_pixels": MAX_IMAGE_PIXELS,
         }
 
     def text_feature(self, text: str) -> tuple[Float32Array, str]:
@@ -105,7 +104,7 @@ class Searcher:
     def image_feature(self, data: bytes) -> Float32Array:
         """Feature [dim] of an encoded image from a stranger. Refusal where it is none or too large."""
         try:
-            return self.encoder.decoded_image(decode_upright(data, MAX_PIXELS))
+            return self.encoder.image(data)
         except BadImageError as error:
             raise Refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"unsupported image: {error}") from None
 
@@ -132,7 +131,7 @@ class Searcher:
         from PIL import Image
 
         try:
-            small = decode_upright(self.galleries[number].images.read(row), MAX_PIXELS)
+            small = decode_upright(self.galleries[number].images.read(row))
         except BadImageError as error:
             raise Refusal(HTTPStatus.NOT_FOUND, f"row {row} cannot be decoded: {error}") from None
         small.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX), Image.Resampling.LANCZOS, reducing_gap=3.0)
@@ -267,7 +266,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _drain(self) -> None:
         """Read what a refused client still sends, within reason: else it sees a reset, not the refusal."""
-        left = min(self.unread_bytes, 4 * MAX_UPLOAD_BYTES)
+        left = min(self.unread_bytes, 2 * MAX_IMAGE_BYTES)
         self.reader.end_soon()
         while left > 0 and (chunk := self.rfile.read(min(left, 1 << 16))):
             left -= len(chunk)
@@ -307,10 +306,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _body(self) -> bytes:
         if "Content-Length" not in self.headers or "Transfer-Encoding" in self.headers:
             raise Refusal(HTTPStatus.LENGTH_REQUIRED, "send the image with its length")
-        if self.unread_bytes > MAX_UPLOAD_BYTES:
-            raise Refusal(
-                HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"at most {MAX_UPLOAD_BYTES >> 20} MiB an image"
-            )
+        if self.unread_bytes > MAX_IMAGE_BYTES:
+            raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, too_large())
         if self.unread_bytes == 0:
             raise Refusal(HTTPStatus.BAD_REQUEST, "type a text or give an image")
         data = self.rfile.read(self.unread_bytes)

@@ -1,5 +1,6 @@
 """Classification of a set by a model, from images to the score and what has to be said about it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from eval.metrics.bootstrap import Measured
 from eval.metrics.classification import measured_elevater_map
 from eval.paper.published import Metric, classification_protocol, mismatch
 from eval.zeroshot.classifier import Ensemble, class_vectors, classify, submission_record, text_features
+from pipeline.core.image_files import summary
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,12 @@ def open_classification(
     return data, metric
 
 
+def unreadable_note(data: ClassificationSet, left_out: Mapping[int, str]) -> str:
+    """Return how many images are not scored, and which; `left_out` has their rows and reasons."""
+    named = summary((data.images[row].path, reason) for row, reason in left_out.items())
+    return f"{data.name}: {len(left_out)} images cannot be decoded and are not scored ({named})"
+
+
 def evaluate_classification(
     encoder: EvaluationEncoder,
     data: ClassificationSet,
@@ -71,11 +79,12 @@ def evaluate_classification(
     name, protocol = data.name, classification_protocol(data.name)
     prompts = templates_for(name, templates)
     vectors_CD = class_vectors(text_features(encoder, data.labels.names, prompts), ensemble)
-    image_ND, rows_N = encoder.images(data.images)
+    left_out = dict[int, str]()
+    image_ND, rows_N = encoder.images(data.images, left_out=left_out)
     classified = classify(data, image_ND, rows_N, vectors_CD, metric, num_templates=len(prompts))
-    notes, differs, submission = list[str](), False, None
+    notes, differs, submission = [f"{name}: {note}" for note in data.notes], False, None
     if classified.num_unreadable:
-        notes.append(f"{name}: {classified.num_unreadable} images cannot be decoded and are not scored")
+        notes.append(unreadable_note(data, left_out))
     by_elevater = None
     if metric == "11-point-map":
         by_elevater = measured_elevater_map(classified.scores_NC, data.targets_NC[rows_N])

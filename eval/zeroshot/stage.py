@@ -179,7 +179,7 @@ def stage(config: ZeroshotStageConfig, *, learned: tuple[str, ...]) -> Stage:
     return Stage(
         "zeroshot",
         title="classification sets by the final model",
-        version=1,
+        version=2,
         config=config,
         parents=(*learned, config.stage),
         plan=plan,

@@ -1,9 +1,11 @@
 """`cnclip prompts` and `cnclip negation`: the paper's two analyses (3.2.3)."""
 
 import argparse
+import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pipeline.cli.arguments import EXIT_DONE, add, add_model, add_templates, checkpoint
+from pipeline.cli.arguments import EXIT_DONE, add, add_decode, add_model, add_templates, checkpoint
 from pipeline.core import store
 from pipeline.core.records import ConfigError
 
@@ -30,6 +32,15 @@ def _open_set(options: argparse.Namespace) -> "tuple[ClassificationSet, Metric]"
     )
 
 
+def _print_notes(data: "ClassificationSet", left_out: Mapping[int, str]) -> None:
+    from eval.zeroshot.measure import unreadable_note
+
+    for note in data.notes:
+        print(f"note: {data.name}: {note}", file=sys.stderr)
+    if left_out:
+        print(f"note: {unreadable_note(data, left_out)}", file=sys.stderr)
+
+
 def add_commands(commands: Any) -> None:
     """Add the commands to `argparse`'s sub-parsers."""
     _add_prompts(commands)
@@ -45,6 +56,7 @@ def _add_prompts(commands: Any) -> None:
         "my_run.toml datasets/cifar-10",
     )
     add_model(command)
+    add_decode(command)
     _add_set(command)
     add_templates(command, "own|paper|FILE", "the set's own templates; paper takes its labels too")
     command.add_argument("--plot", metavar="OUT.svg", help="draw the scores as well")
@@ -56,7 +68,9 @@ def _prompts(options: argparse.Namespace) -> int:
 
     data, metric = _open_set(options)
     encoder = load_encoder(checkpoint(options))
-    scores = prompt_sensitivity(encoder, data, metric, own=options.templates)
+    left_out = dict[int, str]()
+    scores = prompt_sensitivity(encoder, data, metric, own=options.templates, left_out=left_out)
+    _print_notes(data, left_out)
     print(f"{data.name}, {metric}, {encoder.name}")
     print(prompts_table(scores))
     if options.plot:
@@ -73,6 +87,7 @@ def _add_negation(commands: Any) -> None:
         "my_run.toml datasets/patch-camelyon",
     )
     add_model(command)
+    add_decode(command)
     _add_set(command)
     command.add_argument(
         "--pair",
@@ -103,7 +118,10 @@ def _negation(options: argparse.Namespace) -> int:
     if not pairs:
         raise ConfigError(f"{data.name}: no pair ships for this set; give --pair CLASS PLAIN NEGATED")
     encoder = load_encoder(checkpoint(options))
-    scores = negation(encoder, data, metric, pairs, templates_for(data.name, options.templates))
+    left_out = dict[int, str]()
+    templates = templates_for(data.name, options.templates)
+    scores = negation(encoder, data, metric, pairs, templates, left_out=left_out)
+    _print_notes(data, left_out)
     print(f"{data.name}, {metric}, {encoder.name}")
     print(negation_table(scores, names))
     return EXIT_DONE

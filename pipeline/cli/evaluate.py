@@ -4,7 +4,15 @@ import argparse
 import sys
 from typing import Any
 
-from pipeline.cli.arguments import EXIT_DONE, EXIT_FAILED, add, add_model, add_templates, checkpoint
+from pipeline.cli.arguments import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    add,
+    add_decode,
+    add_model,
+    add_templates,
+    checkpoint,
+)
 from pipeline.core import store
 from pipeline.core.records import ConfigError
 from pipeline.core.terminal import one_line
@@ -87,6 +95,7 @@ def _add_eval(commands: Any) -> None:
         "my_run.toml --out results",
     )
     add_model(command)
+    add_decode(command)
     command.add_argument(
         "--sets", metavar="FOLDER", help="folder of evaluation sets (default: those of the run)"
     )

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from dataclasses import replace
 from typing import Any
 
 from pipeline.cli.arguments import EXIT_DONE, add, add_model, checkpoint
@@ -45,6 +46,7 @@ def _serve(options: argparse.Namespace) -> int:
     from eval.features.encoder import load_encoder
     from eval.serve.gallery import galleries_of_run, open_gallery
     from eval.serve.server import Searcher, SearchServer
+    from pipeline.core.images import DECODES
 
     model = checkpoint(options)
     if options.index is None:
@@ -61,10 +63,22 @@ def _serve(options: argparse.Namespace) -> int:
             parameters=options.parameters,
         )
         galleries = [gallery]
+    # A query is decoded as the images that it is compared with: two ways in one page are refused below.
+    known = [
+        gallery.model.decode for gallery in galleries if gallery.model is not None and gallery.model.decode
+    ]
+    if known and known[0] in DECODES:
+        model = replace(model, decode=known[0])
     searcher = Searcher(load_encoder(model), galleries)
     with SearchServer(searcher, options.host, options.port) as server:
         for gallery in galleries:
             print(f"{gallery.name}: {gallery.num_rows:,} images", file=sys.stderr)
+            if gallery.model is not None and not gallery.model.decode:
+                print(
+                    f"note: {gallery.name}: its features do not say how images were decoded: what EXIF turns,"
+                    " 16 bits and transparency may look otherwise there; embed and index again to be sure",
+                    file=sys.stderr,
+                )
         if not server.is_local:
             print("note: everyone who reaches this address can search and see the images", file=sys.stderr)
         print(f"{server.url}  (Ctrl-C stops)", flush=True)

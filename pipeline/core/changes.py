@@ -101,6 +101,8 @@ def judge(
     Work that is done is stale for more changes than half-done work, which a later step can still follow.
     """
     now = Started.of(stage, context, tasks)
+    if made.settings is None:
+        made = _with_settings(stage, context, made, now)
     if made.settings is None or made.bound_inputs_digest is None:
         return Verdict(stale=_by_digest(made, now))
     found = _Findings()
@@ -142,6 +144,19 @@ def changes(stage: Stage, context: Context, before: Mapping[str, Any]) -> list[C
         # A run that was begun before seeds were noted says nothing of its seed.
         if old.get(key, _ABSENT) != new.get(key, _ABSENT) and not (key == "seed" and key not in old)
     ]
+
+
+def _with_settings(stage: Stage, context: Context, made: Started, now: Started) -> Started:
+    """Add the settings to what an earlier release noted, if the stage knows some that have its digest."""
+    begun = stage.begun_with(stage.config, context) if stage.begun_with is not None else None
+    if begun is None or made.inputs_digest != now.inputs_digest:
+        return made
+    config, seed = begun
+    before = dataclasses.replace(stage, config=config)
+    if before.config_digest != made.config_digest:
+        return made
+    settings = settings_of(before, dataclasses.replace(context, seed=seed))
+    return dataclasses.replace(made, settings=settings, bound_inputs_digest=now.bound_inputs_digest)
 
 
 def _by_digest(made: Started, now: Started) -> str:

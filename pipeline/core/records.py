@@ -85,7 +85,7 @@ class Receipt:
     dropped: Mapping[str, Count]
     seconds: Seconds
     extra: Mapping[str, Any] = field(default_factory=dict)  # small facts for the report, deterministic
-    num_also: Count = 0  # further files, in the listing next to the receipt
+    also: str = ""  # sha256, hex, of the listing of further files next to the receipt; empty: there are none
     __pydantic_config__: ClassVar = _NO_OTHER_KEYS
 
     def __post_init__(self) -> None:

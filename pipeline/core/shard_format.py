@@ -23,9 +23,18 @@ SIDECAR_COLUMNS = (
     "key", "offset_bytes", "size_bytes", "caption", "source", "url", "score", "width_px", "height_px",
     "image_sha256", "perceptual_hash",
 )  # fmt: skip
-MAX_IMAGE_BYTES = 64 << 20  # of an image in shards from elsewhere: a damaged sidecar may ask for gigabytes
+# The most that one image may have, wherever it comes from: the web, a folder, a table, a tar, a search page.
+# Damaged tables and hostile files ask for gigabytes.
+MAX_IMAGE_BYTES = 64 << 20
+MAX_IMAGE_BASE64_BYTES = MAX_IMAGE_BYTES // 3 * 4 + 4  # of the same in base64
+MAX_IMAGE_PIXELS = 100_000_000  # as its header promises, before a pixel is decoded
 BUILD_AGAIN = "build the shard again"  # what to do about a damaged one whose origin is not known
 _OPEN_FILES = 64  # at once in a pool: the rows of one shard may come from any number of tars
+
+
+def too_large() -> str:
+    """Return what every error says of an image above the limit."""
+    return f"more than {MAX_IMAGE_BYTES >> 20} MiB, the most that an image may have"
 
 
 def sidecar_of(tar: str) -> str:
@@ -77,7 +86,7 @@ def read_sidecar_frame(path: str, columns: Sequence[str], optional: Sequence[str
 
 
 class ByteRanges(contextlib.AbstractContextManager["ByteRanges"]):
-    """Byte ranges of one file.
+    """Byte ranges of one file, each an image.
 
     A local file may be read by several threads at once. A remote one reads ahead, for one thread that goes
     through it in order; with `concurrent` each range is a request of its own, for several threads.
@@ -88,12 +97,12 @@ class ByteRanges(contextlib.AbstractContextManager["ByteRanges"]):
         path: str,
         *,
         concurrent: bool = False,
-        max_bytes: int | None = None,
+        max_bytes: int = MAX_IMAGE_BYTES,
         remedy: str = BUILD_AGAIN,
     ) -> None:
         self.path = path
         self._remedy = remedy  # what errors tell the reader to do
-        self._max_bytes = max_bytes  # of a range: for sidecars from elsewhere, which may ask for gigabytes
+        self._max_bytes = max_bytes  # of a range: a damaged table may ask for gigabytes
         self._file: IO[Any] | None = None
         self._fs: Any = None
         self._is_local = store.is_local(path)
@@ -110,13 +119,11 @@ class ByteRanges(contextlib.AbstractContextManager["ByteRanges"]):
         Raises:
             InputError: if the range cannot be one of an image, or the file ends before it does.
         """
-        if (
-            offset_bytes is None
-            or size_bytes is None
-            or offset_bytes < 0
-            or size_bytes <= 0
-            or (self._max_bytes is not None and size_bytes > self._max_bytes)
-        ):
+        if size_bytes is not None and size_bytes > self._max_bytes:
+            raise InputError(
+                f"{self.path}: {name}: its sidecar gives {size_bytes} bytes, {too_large()}; {self._remedy}"
+            )
+        if offset_bytes is None or size_bytes is None or offset_bytes < 0 or size_bytes <= 0:
             raise InputError(
                 f"{self.path}: {name}: its sidecar gives {size_bytes} bytes at {offset_bytes}; {self._remedy}"
             )

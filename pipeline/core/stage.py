@@ -110,7 +110,11 @@ class Stage:
     parallel: bool = True  # tasks may run in several processes at once
     processes: int = 1  # that one call starts: what it needs of a cluster's cores
     may_be_empty: bool = False  # that no row is left is no error
+    # Raises what its run would refuse at once: before a redo discards what is there.
+    check: Callable[[Any, Context], None] | None = None
     is_seeded: bool = False  # its work follows from the run's seed, which the configuration does not hold
+    # (configuration, seed) that work of before settings were noted was begun with; None: not known.
+    begun_with: Callable[[Any, Context], tuple[Any, int] | None] | None = None
     unbound_inputs: frozenset[str] = frozenset()  # labels of inputs that say how it computes, as BINDS_NEVER
     # (configuration, context, a change that BINDS_EXACTLY, whether the stage is done) → (whether its work
     # continues exactly under it, a sentence on how it does or why it does not).
@@ -135,6 +139,7 @@ def make_receipt(stage: Stage, context: Context, task: Task, outcome: Outcome, s
     if store.is_local(context.run_folder):
         files = [str(Path(context.path(path))) for path in (*outcome.outputs, *outcome.also)]
         durability.sync_outputs(files, str(Path(context.run_folder)))
+    listing = make_listing(context.path(), outcome.also)
     outputs = tuple(
         Shard(path, num_samples, store.num_bytes(full), store.digest_file(full))
         for path, num_samples in outcome.outputs.items()
@@ -151,13 +156,12 @@ def make_receipt(stage: Stage, context: Context, task: Task, outcome: Outcome, s
         dropped=dict(sorted(outcome.dropped.items())),
         seconds=round(seconds, 3),
         extra=outcome.extra,
-        num_also=len(outcome.also),
+        also=store.digest_bytes(listing.encode("utf-8")) if outcome.also else "",
     )
-    listing = listing_path(receipt_path(context, task))
     if outcome.also:
-        store.write_text(listing, make_listing(context.path(), outcome.also))
+        store.write_text(listing_path(receipt_path(context, task)), listing)
     else:
-        store.remove(listing)
+        store.remove(listing_path(receipt_path(context, task)))
     store.write_text(receipt_path(context, task), receipt.to_file())
     return receipt
 

@@ -19,7 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from data_prep.download.fetch import fetch_image
-from data_prep.download.public_web import ALLOWED_VARIABLE, MAX_BODY_BYTES
+from data_prep.download.public_web import ALLOWED_VARIABLE
+from pipeline.core.shard_format import MAX_IMAGE_BYTES
 from tests.helpers.mutations import mutate
 
 TIMEOUT_SECONDS, MOST_SECONDS, MOST_GROWTH_BYTES = 0.5, 10.0, 2 << 30
@@ -149,7 +150,7 @@ def _ask(site: _Site, number: int) -> str:
     assert key == number
     if error is None:
         assert body is not None
-        assert body.tell() <= MAX_BODY_BYTES
+        assert body.tell() <= MAX_IMAGE_BYTES
         return "bytes"
     assert body is None
     reason = error.split(":")[0]

@@ -106,6 +106,18 @@ def test_a_task_is_finetuned_from_weights_of_another_resolution(finished: Path) 
     assert len(losses(finished)) == 6
 
 
+def test_a_batch_larger_than_what_is_left_names_what_dropped_the_rest(finished: Path) -> None:
+    words = ("--stage", "finetune", "--redo", "--set=finetune.global_batch=64", "--set=finetune.lanes=64")
+    done = cnclip(finished, "run", *words)
+    assert done.returncode == 2
+    assert (
+        "[finetune] global_batch = 64, but the corpus has 12 samples: lower global_batch (and lanes, which"
+        " divides it); 12 samples are left of 13: "
+    ) in done.stderr
+    assert "dropped 1 as " in done.stderr
+    assert (finished / "run" / "finetune" / "manifest.json").exists()  # nothing was discarded for it
+
+
 def test_a_stopped_stage_resumes_on_other_ranks_in_another_zero_stage(
     finished: Path, restored: Callable[..., Path]
 ) -> None:

@@ -15,7 +15,7 @@ from pipeline import runner
 from pipeline.cli.tables import closing_words
 from pipeline.core import store
 from pipeline.core.config import NOT_IN_DIGEST
-from pipeline.core.records import ConfigError, InputError, Manifest, Receipt
+from pipeline.core.records import ConfigError, InputError, Manifest, Receipt, too_few
 from pipeline.core.run import Run, State, manifest_path, read_manifest, select, survey
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
@@ -257,6 +257,89 @@ def test_mend_redoes_damaged_tasks_alone(numbers: Path, tmp_path: Path) -> None:
     assert store.read_text(manifest_path(run, "even")) == before
 
 
+@pytest.mark.parametrize("stage", ["source", "even"])
+def test_repair_folds_a_damaged_manifest_anew(numbers: Path, tmp_path: Path, stage: str) -> None:
+    run = _run(numbers, tmp_path / "run", EvenConfig(journal=str(tmp_path / "journal")))
+    _execute(run)
+    before = _manifests(run)
+    (tmp_path / "journal").write_text("")
+    path = Path(manifest_path(run, stage))
+    for damage in (b"", b"[" * 100_000, path.read_bytes().replace(b"10", b"11"), b'{"stage": "even"}'):
+        path.write_bytes(damage)
+        (complaint,) = runner.verify(run, [run.stage(stage)])
+        assert f"run --stage {stage} --repair" in complaint
+        assert runner.execute(run, run.stages, redo=False, repair=True) == 1
+        assert _manifests(run) == before
+    assert (tmp_path / "journal").read_text() == ""  # no task was done again
+
+
+def test_a_changed_fact_in_a_receipt_is_damage(numbers: Path, tmp_path: Path) -> None:
+    run = _run(numbers, tmp_path / "run", EvenConfig(journal=str(tmp_path / "journal")))
+    _execute(run)
+    before = _manifests(run)
+    (tmp_path / "journal").write_text("")
+    path = tmp_path / "run" / "even" / "receipts" / "00002.json"
+    path.write_text(path.read_text().replace('"num_samples": 5', '"num_samples": 6'))
+    assert runner.execute(run, run.stages, redo=False, repair=True) == 1
+    assert (tmp_path / "journal").read_text().split() == ["00002"]
+    assert _manifests(run) == before
+
+
+def test_a_stage_whose_parent_lost_a_file_does_not_run(numbers: Path, tmp_path: Path) -> None:
+    run = _run(numbers, tmp_path / "run")
+    runner.execute(run, run.stages[:1], redo=False)
+    table = tmp_path / "run" / "source" / "numbers" / "00001.txt"
+    table.write_text("1")
+    with pytest.raises(
+        InputError, match=r"00001\.txt: 1 bytes, not 29 bytes; even needs source: run --stage source"
+    ):
+        runner.execute(run, run.stages[1:], redo=False)
+    assert runner.execute(run, run.stages, redo=False, repair=True) == 2
+
+
+def test_bytes_that_no_reader_takes_are_blamed_on_the_file(numbers: Path, tmp_path: Path) -> None:
+    run = _run(numbers, tmp_path / "run")
+    runner.execute(run, run.stages[:1], redo=False)
+    table = tmp_path / "run" / "source" / "numbers" / "00001.txt"
+    table.write_text("x" * table.stat().st_size)  # of the same size: only its reader notices
+    with pytest.raises(InputError, match=r"00001\.txt: not the bytes that were written; even needs source"):
+        runner.execute(run, run.stages[1:], redo=False)
+
+
+def test_a_stage_behind_a_link_is_redone_there(numbers: Path, tmp_path: Path) -> None:
+    run, other = _run(numbers, tmp_path / "run"), tmp_path / "other_disk"
+    _execute(run)
+    (tmp_path / "run" / "even").rename(other)
+    (tmp_path / "run" / "even").symlink_to(other)
+    for below in (20, 30):
+        assert _execute(_run(numbers, tmp_path / "run", EvenConfig(below=below)), redo=True) == 1
+        assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "even", "source"]
+        assert (tmp_path / "run" / "even").is_symlink()
+        assert (other / "manifest.json").exists()
+    before = {path.name for path in other.iterdir()}
+    other.rename(tmp_path / "unmounted")
+    with pytest.raises(ConfigError, match=r"a link to .*other_disk, where no folder is"):
+        _execute(_run(numbers, tmp_path / "run", EvenConfig(below=40)), redo=True)
+    assert {path.name for path in (tmp_path / "unmounted").iterdir()} == before
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "folder"])
+def test_the_lock_is_a_plain_file(numbers: Path, tmp_path: Path, kind: str) -> None:
+    run, elsewhere = _run(numbers, tmp_path / "run"), tmp_path / "elsewhere"
+    lock = Path(run.folder, ".lock")
+    lock.parent.mkdir()
+    if kind == "folder":
+        lock.mkdir()
+    else:
+        lock.symlink_to(elsewhere)
+    if kind == "link":
+        elsewhere.write_text("precious")
+    with pytest.raises(ConfigError, match=r"\.lock: a link or no plain file, .*; remove it"):
+        _execute(run)
+    assert elsewhere.exists() == (kind == "link")
+    assert kind != "link" or elsewhere.read_text() == "precious"
+
+
 def test_receipts_account_for_every_row(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"even/00000: 10 rows in, but 7 kept \+ 2 dropped"):
         Receipt("even", "00000", "", "", (), 10, 7, {"odd": 2}, 0.0)
@@ -265,6 +348,22 @@ def test_receipts_account_for_every_row(tmp_path: Path) -> None:
         _execute(run)
     assert not store.exists(store.join(run.folder, "lossy", "receipts", "all.json"))
     assert _states(run) == [State.TO_DO]
+
+
+def ask_for_many(config: None, context: Context, task: Task, progress: Progress) -> Outcome:
+    left = context.parents["even"].num_kept
+    raise too_few(ConfigError(f"[batch] size = 100, but there are {left} numbers"), left)
+
+
+def test_an_error_of_too_few_rows_names_the_funnel(numbers: Path, tmp_path: Path) -> None:
+    run = _run(numbers, tmp_path / "run", EvenConfig(below=20))
+    batch = Stage("batch", "", 1, None, ("even",), one_task, ask_for_many)
+    with pytest.raises(ConfigError) as caught:
+        _execute(dataclasses.replace(run, stages=(*run.stages, batch)))
+    assert str(caught.value) == (
+        "[batch] size = 100, but there are 10 numbers; 10 samples are left of 40: even dropped 30"
+        " (odd 20, large 10)"
+    )
 
 
 def test_no_rows_left_names_the_rules(numbers: Path, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ linear layer (owner: github.com/FreddeFrallan/Multilingual-CLIP, `pt_multilingua
 tower belongs to it says its name: `XLM-Roberta-Large-Vit-B-32` and `-Vit-L-14` go with OpenAI's CLIP.
 """
 
-import io
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 from pipeline.core import store
 from pipeline.core.arrays import Float32Array
 from pipeline.core.foreign import foreign, parse_json
+from pipeline.core.images import BadImageError, decode_upright
 from pipeline.core.records import InputError
 from training.model.preprocess import MEAN, STD
 from training.weights.image_tower import ImageTower
@@ -126,9 +126,8 @@ def preprocess_openai(images: Sequence[bytes], side_px: int, first: int = 0) -> 
     pixels_BHWC = np.empty((len(images), side_px, side_px, 3), np.uint8)
     for at, data in enumerate(images):
         try:
-            with Image.open(io.BytesIO(data)) as image:
-                rgb = image.convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            rgb = decode_upright(data)
+        except BadImageError as error:
             raise InputError(f"image {first + at} cannot be decoded: {error}") from None
         short = min(rgb.size)
         width_px, height_px = (side_px if edge == short else int(side_px * edge / short) for edge in rgb.size)

@@ -166,7 +166,7 @@ def _vision_shapes(state: Mapping[str, torch.Tensor]) -> VisionConfig | None:
         return VisionTransformerConfig(
             image_size_px=side * patch, patch_size_px=patch, layers=layers, width=width, heads=0
         )
-    one, two, three, four = (_count(state, rf"visual\.layer{stage}\.(\d{1, 4})\.") for stage in (1, 2, 3, 4))
+    one, two, three, four = (_count(state, rf"visual\.layer{stage}\.(\d{{1,4}})\.") for stage in (1, 2, 3, 4))
     width = int(positions.shape[1])
     return ModifiedResNetConfig(image_size_px=side * 32, blocks=(one, two, three, four), width=width)
 

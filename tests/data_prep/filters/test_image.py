@@ -3,6 +3,7 @@
 import base64
 import functools
 import io
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from pipeline import runner
 from pipeline.catalog import load
 from pipeline.core.config import build
 from pipeline.core.evaluation_sets import EvaluationSource
-from pipeline.core.records import ConfigError
+from pipeline.core.records import ConfigError, InputError
 from pipeline.core.run import Run, read_manifest
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 from pipeline.tools.why import explain
@@ -142,6 +143,23 @@ def test_copies_of_guarded_pictures_go_whatever_their_address(tmp_path: Path) ->
     assert len(kept_urls(make(tmp_path / "off", {"a": table}))) == 5
     switched = FilterImageConfig(remove_evaluation_copies=False)
     assert len(kept_urls(make(tmp_path / "no", {"a": table}, images=switched, guards=(str(guard),)))) == 5
+
+
+def test_a_guard_passes_over_what_is_no_image_file_and_says_so(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    draw(1).save(tmp_path / "set" / "1.png")
+    (tmp_path / "set" / "._1.png").write_bytes(b"\0\5\x16\7")
+    os.mkfifo(tmp_path / "set" / "p.jpg")
+    (tmp_path / "set" / "zero.jpg").symlink_to("/dev/zero")
+    said = list[str]()
+    assert make_guard(str(tmp_path / "set"), "own", str(tmp_path / "guard.parquet"), say=said.append) == 1
+    (line,) = said
+    assert "3 are no image files and are passed over" in line
+    for found in ("._1.png: hidden", "p.jpg: a FIFO", "zero.jpg: a device"):
+        assert found in line
+    (tmp_path / "ids.txt").write_bytes("北京".encode("gbk"))
+    with pytest.raises(InputError, match=r"ids\.txt: not UTF-8"):
+        make_guard(str(tmp_path / "ids.txt"), "own", str(tmp_path / "guard.parquet"))
 
 
 def test_copies_of_the_runs_own_evaluation_sets_go(tmp_path: Path) -> None:

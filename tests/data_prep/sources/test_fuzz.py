@@ -22,11 +22,11 @@ from data_prep.corpus import CorpusStageConfig, SourcesConfig, TablesConfig
 from data_prep.download.resize import UprightResizer
 from data_prep.filters import text as filter_text
 from data_prep.filters.text import FilterTextConfig
-from data_prep.formats.image import NOT_AN_IMAGE, PIXEL_LIMIT, TRUNCATED, UNDECODABLE
 from data_prep.sources.local_server import serve
 from data_prep.sources.packed import PackedSource
 from data_prep.sources.table import TableSource
 from pipeline import runner
+from pipeline.core.images import NOT_AN_IMAGE, PIXEL_LIMIT, TRUNCATED, UNDECODABLE
 from pipeline.core.records import InputError
 from pipeline.core.run import Run, read_manifest
 from pipeline.core.stage import Stage

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.formats import base64_image
+from eval.datasets import cnclip_tsv
 from eval.datasets.cnclip_tsv import check_scorable, read_evaluation
 from pipeline.core.records import InputError
 from tests.helpers.evaluation_files import png_bytes, small_evaluation, write_evaluation
@@ -80,6 +82,18 @@ def test_missing_file_and_broken_base64_are_named(tmp_path: Path) -> None:
     (tmp_path / "e_imgs.tsv").write_text("1\t???\n")
     with pytest.raises(InputError, match="image 1 is not base64"):
         list(read_evaluation(folder, "e").image_bytes([0]))
+
+
+def test_an_image_has_one_limit_in_base64_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_evaluation(tmp_path, "e", {1: b"x" * 90, 2: b"x" * 900}, [(1, "图", [1])])
+    monkeypatch.setattr(base64_image, "MAX_IMAGE_BASE64_BYTES", 400)
+    images = read_evaluation(folder, "e").images
+    assert next(iter(images.read([0]))) == b"x" * 90
+    with pytest.raises(InputError, match=r"image 2 .*more than 64 MiB, the most that an image may have"):
+        list(images.read([1]))
+    monkeypatch.setattr(cnclip_tsv, "_MAX_LINE_BYTES", 400)
+    with pytest.raises(InputError, match=r"e_imgs\.tsv:2: more than 64 MiB, the most .*leave the image out"):
+        read_evaluation(folder, "e")
 
 
 def test_sets_smaller_than_k_say_how_many_and_what_to_do(tmp_path: Path) -> None:

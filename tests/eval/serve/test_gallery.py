@@ -1,13 +1,11 @@
 """What a gallery is made of: an index, its metadata and its images, which must belong together."""
 
-import io
 import shutil
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
-from PIL import Image
 
 from eval.index.partitioned import Embeddings, build_parts
 from eval.serve.gallery import EvaluationImages, Gallery, open_gallery
@@ -101,7 +99,7 @@ def test_an_index_over_files_shows_them(site: Site, tmp_path: Path) -> None:
     elsewhere = open_gallery(index, embeddings_folder=features, images_folder=str(tmp_path / "index"))
     with pytest.raises(InputError, match=r"0\.png: lies outside"):
         elsewhere.images.read(0)
-    query = site.encoder.decoded_image(Image.open(io.BytesIO(png_bytes(2))).convert("RGB"))
+    query = site.encoder.image(png_bytes(2))
     (row, score), *_ = gallery.nearest(query, 4)
     assert (row, round(score, 4)) == (2, 1.0)
     assert gallery.images.describe(2).captions == (captions[2],)

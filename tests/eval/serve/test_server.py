@@ -1,5 +1,6 @@
 """The search page over real HTTP, on a tiny run and on an index over its shards."""
 
+import dataclasses
 import http.client
 import io
 import json
@@ -20,12 +21,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
+from eval.features.encoder import load_encoder
 from eval.serve.access import loopback_names
 from eval.serve.gallery import open_gallery
-from eval.serve.server import MAX_UPLOAD_BYTES, Searcher, SearchServer
+from eval.serve.server import Searcher, SearchServer
 from pipeline import cli as command_line
+from pipeline.core.records import InputError
+from pipeline.core.shard_format import MAX_IMAGE_BYTES
+from tests.helpers.encoded_images import png16
 from tests.helpers.evaluation_files import png_bytes
 from tests.helpers.search_site import (
     HOSTILE,
@@ -109,9 +114,9 @@ def bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + body
 
 
-def seven_thousand_square() -> bytes:
+def above_the_limit() -> bytes:
     file = io.BytesIO()
-    Image.new("1", (7000, 7000)).save(file, "PNG")
+    Image.new("1", (10_001, 10_001)).save(file, "PNG")
     return file.getvalue()
 
 
@@ -119,7 +124,7 @@ def seven_thousand_square() -> bytes:
     ("body", "said"),
     [
         (bomb(), "pixel_limit"),
-        (seven_thousand_square(), "pixel_limit: 7000 x 7000 pixels, 40000000 allowed"),
+        (above_the_limit(), "pixel_limit: 10001 x 10001 pixels, 100000000 allowed"),
         (png_bytes(1)[:60], "truncated"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not_an_image"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not_an_image"),
@@ -159,8 +164,8 @@ def test_requests_that_are_refused(site: Site, path: str, status: int, said: str
 
 
 def test_a_body_is_limited_before_it_is_read(site: Site) -> None:
-    status, _, data = ask(site, "/api/search", bytes(MAX_UPLOAD_BYTES + 1))
-    assert (status, json.loads(data)["error"]) == (413, "at most 16 MiB an image")
+    status, _, data = ask(site, "/api/search", bytes(MAX_IMAGE_BYTES + 1))
+    assert (status, json.loads(data)["error"]) == (413, "more than 64 MiB, the most that an image may have")
     connection = http.client.HTTPConnection("127.0.0.1", site.server.server_port, timeout=30)
     connection.putrequest("POST", "/api/search")
     connection.putheader("Content-Length", str(10**12))
@@ -271,3 +276,29 @@ def test_an_idle_connection_does_not_keep_it_from_stopping(site: Site) -> None:
         started = time.monotonic()
         server.server_close()  # waits for its threads, of which one waits for the next request
         assert time.monotonic() - started < 5
+
+
+def test_a_query_by_an_odd_file_finds_itself(site: Site, tmp_path: Path) -> None:
+    """What `embed` saw of a file is what the page sees of it: turned by EXIF, of 16 bits, transparent."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    noise = np.random.default_rng(1).integers(0, 256, (40, 60, 4), dtype=np.uint8)
+    (tmp_path / "images").mkdir()
+    Image.fromarray(noise[..., :3]).save(tmp_path / "images" / "turned.jpg", exif=exif)
+    Image.fromarray(noise).save(tmp_path / "images" / "transparent.png")
+    (tmp_path / "images" / "deep.png").write_bytes(png16(noise[..., 0].astype(np.uint16) * 257, 0))
+    names = ["deep.png", "transparent.png", "turned.jpg"]
+    for decode in ("upright", "reference"):
+        features, index = str(tmp_path / decode), str(tmp_path / f"{decode}.index")
+        words = ["--images", str(tmp_path / "images"), "--out", features, "--decode", decode]
+        assert command_line.main(["embed", str(site.recipe), *words]) == 0
+        assert command_line.main(["index", features, index]) == 0
+        gallery = open_gallery(index, embeddings_folder=features, images_folder="/")
+        searcher = Searcher(load_encoder(dataclasses.replace(site.checkpoint, decode=decode)), [gallery])
+        for row, name in enumerate(names):
+            query = searcher.image_feature((tmp_path / "images" / name).read_bytes())
+            found = dict(gallery.nearest(query, 3))
+            assert found[row] > 0.99999
+        other = dataclasses.replace(site.checkpoint, decode={"upright": "reference"}.get(decode, "upright"))
+        with pytest.raises(InputError, match="decoded as `--decode"):
+            Searcher(load_encoder(other), [gallery])

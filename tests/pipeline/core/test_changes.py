@@ -131,14 +131,37 @@ def test_a_deepspeed_file_of_ones_own_may_change_too(folder: Path, tmp_path: Pat
     assert state_of(setting) == (State.TO_DO, "continues with another deepspeed file")
 
 
-def test_without_noted_settings_the_digest_decides(folder: Path) -> None:
+def forget_settings(folder: Path) -> None:
+    """As an earlier release left it."""
     fields = json.loads((folder / "started.json").read_text())
-    (folder / "started.json").write_text(
-        json.dumps({key: fields[key] for key in ("config_digest", "inputs_digest")})
-    )
+    kept = {key: fields[key] for key in ("config_digest", "inputs_digest")}
+    (folder / "started.json").write_text(json.dumps(kept))
+
+
+def test_work_of_an_earlier_release_is_judged_by_the_job_that_it_left(folder: Path) -> None:
+    forget_settings(folder)
+    assert (folder / "job.json").exists()
+    assert state_of() == (State.DONE, "")
+    assert state_of("stage2.ranks=2") == (State.DONE, "with ranks 1 → 2: the same work")
+    assert state_of("run.seed=5") == (State.STALE, "its configuration changed: seed 0 → 5")
+    half_done(folder)
+    assert state_of(*HOW)[0] is State.TO_DO
+    assert state_of(OTHER_WORK[0][0]) == (State.STALE, f"its configuration changed: {OTHER_WORK[0][1]}")
+
+
+@pytest.mark.parametrize("job", [None, "{", "[]", '{"stage": "stage2"}', "another"])
+def test_without_settings_and_job_the_digest_decides(folder: Path, job: str | None) -> None:
+    forget_settings(folder)
+    path = folder / "job.json"
+    if job == "another":  # of other settings than the digest
+        path.write_text(path.read_text().replace('"lanes": 2', '"lanes": 4'))
+    elif job is None:
+        path.unlink()
+    else:
+        path.write_text(job)
     assert state_of() == (State.DONE, "")
     assert state_of("run.seed=5") == (State.DONE, "")
-    assert state_of(*HOW) == (State.STALE, "its configuration changed")
+    assert state_of("stage2.ranks=2") == (State.STALE, "its configuration changed")
 
 
 def test_a_changed_input_is_stale_whatever_else_changed(folder: Path) -> None:
@@ -155,5 +178,6 @@ def test_what_was_begun_with_other_settings_than_a_manifest_says_nothing_of_it(f
     assert context is not None
     assert store.exists(started_path(context))
     assert store.exists(manifest_path(run, "stage2"))
+    (folder / "job.json").unlink()  # which would tell
     assert state_of("stage2.ranks=2") == (State.STALE, "its configuration changed")
     assert state_of() == (State.DONE, "")

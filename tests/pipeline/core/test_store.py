@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core import store
+from pipeline.core import durability, store
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -143,6 +143,61 @@ def test_in_a_shared_folder_only_what_nobody_writes_is_swept(tmp_path: Path) -> 
         left = {Path(temporary).name, fresh.name, "whole.npy"}
         assert set(os.listdir(tmp_path)) == left
     assert store.read_bytes(str(tmp_path / "own.npy")) == b"half"
+
+
+def test_a_linked_folder_is_emptied_and_stays_a_link(tmp_path: Path) -> None:
+    other, link = tmp_path / "other_disk", tmp_path / "stage"
+    store.write_text(str(other / "deep" / "a.txt"), "a")
+    store.write_text(str(other / "manifest.json"), "{}")
+    link.symlink_to(other)
+    store.remove(str(link))
+    assert link.is_symlink()
+    assert list(other.iterdir()) == []
+    store.write_text(str(link / "b.txt"), "b")
+    assert (other / "b.txt").read_text() == "b"
+
+
+def test_a_link_to_a_file_goes_and_its_target_stays(tmp_path: Path) -> None:
+    (tmp_path / "target").write_text("kept")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    store.remove(str(tmp_path / "link"))
+    store.remove(str(tmp_path / "dangling"))
+    assert os.listdir(tmp_path) == ["target"]
+
+
+def test_sweep_removes_what_a_killed_removal_left(tmp_path: Path) -> None:
+    store.write_text(str(tmp_path / "stage.removing" / "a.txt"), "a")
+    store.write_text(str(tmp_path / "linked" / ".removing" / "a.txt"), "a")
+    store.sweep(str(tmp_path), deep=False)
+    store.sweep(str(tmp_path / "linked"))
+    assert os.listdir(tmp_path) == ["linked"]
+    assert os.listdir(tmp_path / "linked") == []
+
+
+def test_sizes_of_a_folder(folder: str) -> None:
+    assert store.sizes(store.join(folder, "stage")) == {}
+    store.write_text(store.join(folder, "stage", "a.txt"), "汉字")
+    store.write_text(store.join(folder, "stage", "deep", "b.txt"), "b")
+    assert store.sizes(store.join(folder, "stage")) == {"a.txt": 6}
+
+
+def test_publish_syncs_the_file_its_folder_and_new_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = list[str]()
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+    store.write_text(str(tmp_path / "run" / "stage" / "a.txt"), "a")
+    names = [os.path.relpath(path, tmp_path) for path in synced]
+    assert names[:2] == [".", "run"]  # the entries of the new folders
+    assert names[2].startswith("run/stage/.a.txt.")
+    assert names[3:] == ["run/stage"]
+    synced.clear()
+    with durability.together():
+        for name in ("b", "c"):
+            store.write_text(str(tmp_path / "run" / "stage" / f"{name}.txt"), name)
+        assert len(synced) == 2  # the files' bytes
+    assert [os.path.relpath(path, tmp_path) for path in synced[2:]] == ["run/stage"]
 
 
 def test_writers_of_the_same_number_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
