@@ -8,7 +8,6 @@ import polars as pl
 import pytest
 
 from data_prep.decontamination import set_marks
-from data_prep.formats.image import decode_upright
 from data_prep.rules.copies import marks_of
 from eval.datasets.cnclip_tsv import read_evaluation
 from eval.datasets.discover import find_sets
@@ -18,6 +17,7 @@ from eval.features.evaluation_set import validator
 from eval.retrieval.measure import evaluate_retrieval
 from pipeline import cli as command_line
 from pipeline.core.evaluation_sets import EvaluationSource, digest_of
+from pipeline.core.images import decode_upright
 from pipeline.core.records import InputError
 from tests.helpers.evaluation_files import ArrayEncoder, png_bytes, write_evaluation, write_shards
 from tests.helpers.tiny_model import write_tiny_model
