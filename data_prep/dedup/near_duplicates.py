@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
-from pydantic import Field
+from annotated_types import Ge, Le
 
 from data_prep.accounting.judged import publish_judged
 from data_prep.corpus_facts import is_exempt, kept_tables, rows_stage, table_name
@@ -53,10 +53,10 @@ class DedupImageConfig:
     # Bits of 384 within which an image may be a near copy, if the signatures match; unset is off. More bits
     # are more and shorter bands:
     # benchmarks/data_prep/near_copies.py has their cost.
-    max_distance: Annotated[int, Field(ge=0, le=31)] | None = None
+    max_distance: Annotated[int, Ge(0), Le(31)] | None = None
     # Of each band: a task holds its share of all keys and hashes, some 100 bytes a row, and 500 a row that
     # has another within max_distance.
-    partitions: Annotated[int, Field(ge=1)] = 1
+    partitions: Annotated[int, Ge(1)] = 1
 
     def __post_init__(self) -> None:
         if not self.exact and self.max_distance is None:
