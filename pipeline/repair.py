@@ -52,7 +52,9 @@ def restore_started(run: Run, stage: Stage) -> None:
     context, manifest = make_context(run, stage), read_manifest(run, stage.name)
     assert context is not None  # the stage is done
     assert manifest is not None
-    if read_started(context) != (manifest.config_digest, manifest.inputs_digest):
+    started = read_started(context)
+    made = (manifest.config_digest, manifest.inputs_digest)
+    if started is None or (started.config_digest, started.inputs_digest) != made:
         write_started(context, stage, stage.plan(stage.config, context))
 
 
