@@ -113,7 +113,7 @@ that varies, and the unit. If the outputs of both sides differ, the claim says s
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TableRow:
     """One line of the table."""
 
     name: str  # "loss/time@stage1": a key of CLAIMS, and what the measurement was of
@@ -151,13 +151,13 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def rows_of(name: str, found: Mapping[str, Any]) -> Iterator[Row]:
+def rows_of(name: str, found: Mapping[str, Any]) -> Iterator[TableRow]:
     """Yield the rows of one file of results."""
     of_trainings = TRAININGS.get(name)
     results = of_trainings(found) if of_trainings else found["results"]
     for result in results:
         apart = result if "commit" in result else {}  # measured later than the rest of the file
-        yield Row(
+        yield TableRow(
             result["name"],
             result["ours"],
             result["peer"],

@@ -8,7 +8,7 @@ import glob
 import os
 import tempfile
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Self
@@ -21,14 +21,14 @@ from data_prep.accounting.drop_table import drops_path
 from data_prep.accounting.judged import SourceCounts
 from data_prep.corpora.demo import DemoConfig, make_demo
 from data_prep.corpora.emoji import EmojiConfig, make_emoji
-from data_prep.corpus_facts import CorpusFacts, OutsideTable, malformed_table
-from data_prep.facts import Facts
+from data_prep.corpus_facts import CorpusFacts, OutsideTable, exemptions_of_shards, malformed_table
 from data_prep.sources import packed, regions, text_file
 from data_prep.sources import table as caption_table
 from data_prep.sources.packed import PackedSource
 from data_prep.sources.table import TableSource
 from pipeline.core import store
 from pipeline.core.evaluation_sets import EvaluationFacts, EvaluationSource, digest_of
+from pipeline.core.facts import Facts
 from pipeline.core.records import ConfigError, InputError
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
@@ -64,6 +64,8 @@ class CorpusTask(Facts):
 
     paths: list[str]
     source: TableSource | PackedSource
+    # Of shards: source → rules that do not apply to its rows, if there are any.
+    exemptions: Mapping[str, Sequence[str]] | None = None
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
@@ -71,7 +73,11 @@ class CorpusTask(Facts):
         if source["kind"] not in typing.get_args(packed.PackedKind):
             return cls(paths=fields["paths"], source=caption_table.from_description(source))
         lists = {name: tuple(source[name]) for name in ("exempt_from", "carry_columns")}
-        return cls(paths=fields["paths"], source=PackedSource(**{**source, **lists}))
+        return cls(
+            paths=fields["paths"],
+            source=PackedSource(**{**source, **lists}),
+            exemptions=fields.get("exemptions"),
+        )
 
 
 def plan(config: CorpusStageConfig, context: Context) -> list[Task]:
@@ -93,15 +99,42 @@ def plan(config: CorpusStageConfig, context: Context) -> list[Task]:
         raise ConfigError(
             f"corpus.{config.corpus.kind}: empty; name at least one [[corpus.{config.corpus.kind}]]"
         )
+    _refuse_shared_names(config.corpus)
+    exempt = {
+        source.name: exemptions_of_shards(source.path)
+        for source in sources_of(config.corpus)
+        if isinstance(source, PackedSource) and source.kind == "shards"
+    }
     guards = {f"guard {path}": store.digest_file(path) for path in guards_of(config.corpus)}
     return [
         Task(
             name=f"{number:05d}",
-            inputs={**sets, **guards, **_digests(files)},
-            arguments=CorpusTask(paths=files, source=source).to_json(),
+            inputs={**sets, **guards, **_digests(files), **_reading(source)},
+            arguments=CorpusTask(
+                paths=files, source=source, exemptions=exempt.get(source.name) or None
+            ).to_json(),
         )
         for number, (source, files) in enumerate(_pieces(config.corpus))
     ]
+
+
+def _refuse_shared_names(corpus: TablesConfig | SourcesConfig) -> None:
+    """Refuse a name that two sources have if one brings images: rows of the other could ask for them."""
+    folders: dict[str, str | None] = {}
+    for source in sources_of(corpus):
+        folder = source.path if isinstance(source, PackedSource) else source.picture_folder
+        if folders.setdefault(source.name, folder) != folder:
+            raise ConfigError(
+                f"corpus.{corpus.kind}: name {source.name!r} is of two sources with different image folders"
+                f" ({folders[source.name]}, {folder}); give each a name of its own"
+            )
+
+
+def _reading(source: TableSource | PackedSource) -> dict[str, str]:
+    """How a source is read if it is another way than its description meant before."""
+    if isinstance(source, PackedSource) or not source.has_image_ids or source.joins:
+        return {}
+    return {"captions": "rows of their own"}
 
 
 def sources_of(config: TablesConfig | SourcesConfig) -> tuple[TableSource | PackedSource, ...]:
@@ -200,9 +233,11 @@ def _take_in(
     )
     if isinstance(source, PackedSource):
         facts = dataclasses.replace(facts, packed={source.name: store.absolute(source.path)})
-        taken = packed.unpack(source, paths, to)
+        taken = packed.unpack(source, paths, to, asked.exemptions or {})
     elif source.joins:
         taken = regions.join_regions(paths, source, decontamination.guarded_ids(guards), to)
+    elif source.has_image_ids:
+        taken = regions.take_captions(paths[0], source, decontamination.guarded_ids(guards), to)
     elif text_file.is_text(paths[0]):
         taken = regions.convert_text(paths[0], source, to)
     else:
@@ -212,7 +247,7 @@ def _take_in(
     if num_in == 0:
         _refuse_empty(paths[0], taken.source)
     name = taken.source.name
-    pairs = caption_table.score_pairs(to.table, taken.source)
+    pairs = caption_table.encoder_pairs(to.table, taken.source)
     facts = dataclasses.replace(
         facts,
         tables={table_path: dataclasses.replace(taken.source, path=table_path)},
@@ -231,7 +266,7 @@ def _look_at_table(path: str, source: TableSource, digest: str, facts: CorpusFac
         num_rows = caption_table.scan(path, source).select(pl.len()).collect().item()
     if num_rows == 0:
         _refuse_empty(path, source)
-    pairs = caption_table.score_pairs(path, source)
+    pairs = caption_table.encoder_pairs(path, source)
     facts = dataclasses.replace(
         facts,
         external=OutsideTable(path=path, source=source, digest=digest),

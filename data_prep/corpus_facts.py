@@ -1,17 +1,20 @@
 """What the corpus stage notes, and what later stages ask of it: tables, folders, scores, exemptions."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import polars as pl
+
 from data_prep.accounting.judged import SourceCounts, sources_from_json
-from data_prep.facts import Facts
 from data_prep.rules.text import SCORE_RULE
-from data_prep.sources.table import TableSource, from_description
+from data_prep.sources.table import EXEMPT_COLUMN, TableSource, from_description
 from pipeline.core import store
 from pipeline.core.evaluation_sets import EvaluationFacts
-from pipeline.core.records import Manifest, Shard
+from pipeline.core.facts import Facts
+from pipeline.core.records import InputError, Manifest, Shard
 from pipeline.core.stage import Context
 
 # Stages that judge downloaded images, in order; those after the first run only if a run asks for them.
@@ -143,6 +146,56 @@ def exemptions(corpus: Manifest) -> dict[str, tuple[str, ...]]:
 def exempt_sources(corpus: Manifest, rule: str) -> list[str]:
     """Return the names of the sources that a rule does not apply to."""
     return [source for source, rules in exemptions(corpus).items() if rule in rules]
+
+
+def is_exempt(corpus: Manifest, rule: str, columns: Sequence[str]) -> pl.Expr:
+    """Return which rows a rule does not apply to: by their source, or by what they say themselves.
+
+    `columns` are those of the table of rows.
+    """
+    by_source = pl.col("source").is_in(exempt_sources(corpus, rule))
+    if EXEMPT_COLUMN not in columns:
+        return by_source
+    return by_source | pl.col(EXEMPT_COLUMN).str.split(",").list.contains(rule).fill_null(False)
+
+
+def exemptions_of_shards(folder: str) -> dict[str, tuple[str, ...]]:
+    """Return source → rules that do not apply to its rows, by the run whose shards lie in a folder.
+
+    Empty for shards that lie outside their run.
+
+    Raises:
+        InputError: if the manifest of the run's corpus cannot be read.
+    """
+    run_folder = os.path.dirname(store.absolute(folder).rstrip("/"))
+    path = store.join(run_folder, "corpus", "manifest.json")
+    if not store.exists(path):
+        return {}
+    try:
+        tables = tables_of(Manifest.from_json(store.read_text(path)))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise InputError(
+            f"{path}: not the manifest of a corpus, which says the rules that its sources are exempt from;"
+            " repair that run with `cnclip verify --repair`, or move the shards out of it"
+        ) from None
+    sources = [table.place.source for table in tables]
+    return {source.name: rules for source in sources if (rules := source.lasting_exemptions)}
+
+
+def with_exemptions(rows: pl.LazyFrame, of_source: Mapping[str, Sequence[str]]) -> pl.LazyFrame:
+    """Add to rows of a sidecar which rules do not apply to each, in EXEMPT_COLUMN.
+
+    Rules that a row names itself stay. Rows stay as they are if no source has an exemption.
+    """
+    names = rows.collect_schema().names()
+    if not of_source or "source" not in names:
+        return rows
+    by_source = {source: ",".join(rules) for source, rules in of_source.items()}
+    found = [pl.col("source").replace_strict(by_source, default=None, return_dtype=pl.String)]
+    if EXEMPT_COLUMN in names:
+        found.insert(0, pl.col(EXEMPT_COLUMN))
+    both = pl.concat_str(found, separator=",", ignore_nulls=True)
+    return rows.with_columns(pl.when(both != "").then(both).alias(EXEMPT_COLUMN))
 
 
 def score_pairs(corpus: Manifest) -> dict[str, list[str]]:

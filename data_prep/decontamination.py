@@ -1,12 +1,13 @@
-"""Guards: lists that keep an evaluation set out of training, by image id and by perceptual hash.
+"""Guards: lists that keep an evaluation set out of training, by image id and by what its images look like.
 
 `cnclip guard` makes one from a set in Chinese-CLIP's layout, from a folder of images, or from a text file
 of ids such as COCO-CN's `coco-cn_test.txt` and Flickr30K-CN's `ImageSets/*.txt`. A guard is a Parquet file
-with columns family (`coco`, `flickr` or `own`), id, perceptual_hash (48 bytes; null: only ids known).
+with columns family (`coco`, `flickr` or `own`), id, perceptual_hash (48 bytes) and image_signature (384
+bytes), both null if only ids are known.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,19 +16,26 @@ import numpy as np
 import polars as pl
 
 from data_prep.formats.base64_image import decode_base64_image
-from data_prep.formats.image import SIGNATURES, BadImageError, decode_upright
 from data_prep.formats.parquet import write_table
-from data_prep.rules import image as image_rules
+from data_prep.rules.copies import Marks, marks_of
 from pipeline.core import store
 from pipeline.core.evaluation_sets import shard_stems
+from pipeline.core.image_files import read_image, summary, what_else
+from pipeline.core.images import SIGNATURES, BadImageError, decode_upright
 from pipeline.core.records import InputError
-from pipeline.core.shard_format import read_sidecar_frame
+from pipeline.core.shard_format import (
+    TAR,
+    ByteRanges,
+    read_sidecar_frame,
+    sidecar_of,
+)
 
 Family = Literal["coco", "flickr", "own"]
 FAMILIES: tuple[Family, ...] = ("coco", "flickr", "own")
-MAX_PIXELS = 100_000_000
 
-_SCHEMA = {"family": pl.String, "id": pl.String, "perceptual_hash": pl.Binary}
+_SCHEMA = {
+    "family": pl.String, "id": pl.String, "perceptual_hash": pl.Binary, "image_signature": pl.Binary,
+}  # fmt: skip
 _IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
@@ -39,14 +47,16 @@ class GuardedIds:
     flickr: frozenset[int]
 
 
-def make_guard(evaluation_set: str, family: Family, out: str) -> int:
-    """Write the guard of an evaluation set; returns how many images it names.
+def make_guard(
+    evaluation_set: str, family: Family, out: str, *, say: Callable[[str], None] = lambda _: None
+) -> int:
+    """Write the guard of an evaluation set; returns how many images it names; `say` hears what it leaves out.
 
     `evaluation_set` is a `<name>_imgs.tsv` or the folder that holds one, a folder of shards, a folder of
     images (searched below too; ids are file names without their ending), or a `.txt` file with one id a
     line. InputError where it is none of these, empty, or holds an image that does not decode.
     """
-    rows = [(family, name, hashed) for name, hashed in _members(evaluation_set)]
+    rows = [(family, name, *(marks or (None, None))) for name, marks in _members(evaluation_set, say)]
     if not rows:
         raise InputError(f"{evaluation_set}: no images and no ids; give the evaluation set's own files")
     table = pl.DataFrame(rows, schema=_SCHEMA, orient="row").unique(maintain_order=True)
@@ -58,6 +68,13 @@ def read_guard(path: str) -> pl.DataFrame:
     """A guard's table; InputError where the file is none."""
     try:
         table = pl.read_parquet(path)
+        if "perceptual_hash" in table.columns and "image_signature" not in table.columns:
+            if table["perceptual_hash"].null_count() < table.height:
+                raise InputError(
+                    f"{path}: has hashes and no column image_signature, without which plain images of another"
+                    f" kind count as copies; make it again with cnclip guard"
+                )
+            table = table.with_columns(image_signature=pl.lit(None, pl.Binary))
         return table.select(pl.col(name).cast(dtype) for name, dtype in _SCHEMA.items())
     except (pl.exceptions.PolarsError, OSError) as error:
         raise InputError(
@@ -77,58 +94,68 @@ def guarded_ids(paths: Sequence[str]) -> GuardedIds:
     return GuardedIds(numbers["coco"], numbers["flickr"])
 
 
-def guarded_hashes(paths: Sequence[str]) -> list[bytes]:
-    """Perceptual hashes that the guards name."""
-    return [hashed for path in paths for hashed in read_guard(path)["perceptual_hash"].drop_nulls()]
+def guarded_marks(path: str) -> Iterator[tuple[str, Marks]]:
+    """(id, hash and signature) of each image that a guard knows by more than its id."""
+    table = read_guard(path).drop_nulls(["perceptual_hash", "image_signature"])
+    for name, *marks in table.select("id", "perceptual_hash", "image_signature").iter_rows():
+        yield name, Marks(*marks)
 
 
-def tsv_hashes(path: str) -> Iterator[tuple[str, bytes]]:
-    """(id, perceptual hash) of each image of a `<name>_imgs.tsv`; InputError names a line that is none."""
+def tsv_marks(path: str) -> Iterator[tuple[str, Marks]]:
+    """(id, hash and signature) of each image of a `<name>_imgs.tsv`; InputError names a line that is none."""
     with store.open_read(path) as file:
         for number, line in enumerate(file, start=1):
             try:
                 name, encoded = line.split(b"\t", 1)
-                image = decode_upright(decode_base64_image(encoded.strip()), MAX_PIXELS)
+                image = decode_upright(decode_base64_image(encoded.strip()))
             except (ValueError, BadImageError) as error:
                 raise InputError(
                     f"{path}: line {number}: no image in base64 ({error}); repair the line"
                 ) from None
-            yield name.decode("utf-8", "replace"), image_rules.perceptual_hash(np.asarray(image))
+            yield name.decode("utf-8", "replace"), marks_of(np.asarray(image))
 
 
-def set_hashes(folder: str, name: str) -> Iterator[tuple[str, bytes]]:
-    """(id, perceptual hash) of each image of an evaluation set: of its TSV, or as its shards say."""
+def set_marks(folder: str, name: str) -> Iterator[tuple[str, Marks]]:
+    """(id, hash and signature) of each image of an evaluation set: of its TSV, or of its shards."""
     path = store.join(folder, f"{name}_imgs.tsv")
     stems = [] if store.exists(path) else shard_stems(folder)
     yield from (
-        (pair for stem in stems for pair in _sidecar_hashes(f"{stem}.parquet")) if stems else tsv_hashes(path)
+        (pair for stem in stems for pair in _shard_marks(f"{stem}{TAR}")) if stems else tsv_marks(path)
     )
 
 
-def _sidecar_hashes(path: str) -> Iterator[tuple[str, bytes]]:
-    table = read_sidecar_frame(path, ("key", "perceptual_hash"))
-    missing = table.filter(pl.col("perceptual_hash").is_null())
-    if missing.height:
-        raise InputError(f"{path}: {missing['key'][0]}: no perceptual hash; build the shards again")
-    yield from table.iter_rows()
+def _shard_marks(tar: str) -> Iterator[tuple[str, Marks]]:
+    """Of a shard's images: its sidecar has no signatures, and may be of a time before there were any."""
+    table = read_sidecar_frame(sidecar_of(tar), ("key", "offset_bytes", "size_bytes"))
+    with ByteRanges(tar) as images:
+        for key, offset, size in table.iter_rows():
+            try:
+                image = decode_upright(images.read(offset, size, f"{key}.jpg"))
+            except BadImageError as error:
+                raise InputError(f"{tar}: {key}.jpg: {error}; build the shard again") from None
+            yield key, marks_of(np.asarray(image))
 
 
-def _members(path: str) -> Iterator[tuple[str, bytes | None]]:
+def _members(path: str, say: Callable[[str], None]) -> Iterator[tuple[str, Marks | None]]:
     if path.endswith(".tsv"):
-        yield from tsv_hashes(path)
+        yield from tsv_marks(path)
     elif path.endswith(".txt") and os.path.isfile(path):
-        for line in store.read_text(path).splitlines():
+        try:
+            lines = store.read_text(path).removeprefix("\ufeff").splitlines()
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: not UTF-8 ({error.reason}); save it as UTF-8") from None
+        for line in lines:
             if line.strip():
                 yield line.split("\t")[0].split("#")[0].strip(), None
     elif os.path.isdir(path):
         tables = sorted(Path(path).glob("*_imgs.tsv"))
         for table in tables:
-            yield from tsv_hashes(str(table))
+            yield from tsv_marks(str(table))
         stems = [] if tables else shard_stems(path)
         for stem in stems:
-            yield from _sidecar_hashes(f"{stem}.parquet")
+            yield from _shard_marks(f"{stem}{TAR}")
         if not tables and not stems:
-            yield from _images(Path(path))
+            yield from _images(Path(path), say)
     else:
         raise InputError(
             f"{path}: no evaluation set; give NAME_imgs.tsv, a folder with it, shards or images, or a .txt"
@@ -136,14 +163,20 @@ def _members(path: str) -> Iterator[tuple[str, bytes | None]]:
         )
 
 
-def _images(folder: Path) -> Iterator[tuple[str, bytes]]:
+def _images(folder: Path, say: Callable[[str], None]) -> Iterator[tuple[str, Marks]]:
+    passed_over = list[tuple[str, str]]()
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and _is_image(path):
+        kind = None if path.is_dir() else what_else(str(path))
+        if kind is not None or path.name.startswith("._"):  # macOS keeps its own beside each file
+            passed_over.append((str(path), kind or "hidden"))
+        elif path.is_file() and _is_image(path):
             try:
-                image = decode_upright(path.read_bytes(), MAX_PIXELS)
+                image = decode_upright(read_image(str(path)))
             except BadImageError as error:
                 raise InputError(f"{path}: {error}; repair or remove the file") from None
-            yield path.stem, image_rules.perceptual_hash(np.asarray(image))
+            yield path.stem, marks_of(np.asarray(image))
+    if passed_over:
+        say(f"{folder}: {len(passed_over)} are no image files and are passed over: {summary(passed_over)}")
 
 
 def _is_image(path: Path) -> bool:

@@ -32,6 +32,7 @@ from eval.zeroshot.classifier import Ensemble, write_submission
 from eval.zeroshot.measure import ClassificationResult, evaluate_classification, open_classification
 from pipeline.core import store
 from pipeline.core.arrays import Int64Array
+from pipeline.core.lock import one_at_a_time
 from pipeline.core.records import InputError
 
 Say = Callable[[str], None]
@@ -46,10 +47,11 @@ class Options:
     setup: Setup = "zero-shot"
     paper_model: str | None = None  # the published row to stand beside; unset: that of the model's size
     ensemble: Ensemble = "features"
-    templates: str = "own"  # own, general, or a file
+    templates: str = "own"  # own, general, paper, or a file
     json_features: bool = False  # also write features as CN-CLIP's JSON lines
 
 
+@one_at_a_time("out_folder")
 def evaluate(
     checkpoint: ModelSource, sources: Sources, out_folder: str, options: Options, say: Say
 ) -> list[Comparison]:
@@ -80,7 +82,7 @@ def evaluate(
     sets = list[ClassificationResult]()
     for folder in sources.classification:
         say(f"{Path(folder).resolve().name}: classification")
-        data, metric = open_classification(folder)
+        data, metric = open_classification(folder, templates=options.templates)
         sets.append(
             evaluate_classification(
                 encoder, data, metric, ensemble=options.ensemble, templates=options.templates
@@ -96,6 +98,7 @@ def evaluate(
         paper_model=paper_model,
         notes={item.name: item.notes for item in sets},
         differing=[item.name for item in sets if item.differs],
+        by_elevater={item.name: item.by_elevater for item in sets if item.by_elevater is not None},
     )
     _write(tables, checkpoint, encoder, out_folder, options)
     return tables
@@ -109,14 +112,12 @@ def _retrieval(
     paper_model: str | None,
 ) -> Comparison:
     evaluation = read_retrieval_set(source.folder, source.name)
-    protocol = retrieval_protocol(source.protocol)
-    both = protocol is None or protocol.image_to_text
     folder = store.join(out_folder, source.protocol)
     unreadable = list[str]()
     try:
         embed_evaluation(encoder, evaluation, folder)
     except UnreadableImage:
-        evaluation, note = readable_subset(evaluation)
+        evaluation, note = readable_subset(evaluation, encoder.base.decode)
         unreadable.append(note)
         embed_evaluation(encoder, evaluation, folder)
     sides: tuple[tuple[Side, str, Int64Array], ...] = (
@@ -128,7 +129,7 @@ def _retrieval(
             path = store.join(folder, f"{source.name}_{middle}_feat.jsonl")
             write_features(path, f"{side}_id", ids, read_side(folder, side))
         build_index(vectors_path(folder, side), store.join(folder, f"{side}.index"))
-    result = retrieve(evaluation, folder, folder, folder, image_to_text=both)
+    result = retrieve(evaluation, folder, folder, folder)
     return compare_set(
         evaluation,
         source.protocol,
@@ -197,6 +198,7 @@ def _write(
         "context_length": checkpoint.context_length,
         "ensemble": options.ensemble,
         "templates": options.templates,
+        "decode": checkpoint.decode,
         "published": "Chinese CLIP, arXiv 2211.01335v3",
     }
     for name, text in (

@@ -1,13 +1,12 @@
 """The evaluation stages of a run: embed, index, retrieval, baseline."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from eval.metrics.recall import RetrievalScores
 from pipeline.core import store
 from pipeline.core.evaluation_sets import EvaluationSet, evaluation_named, evaluations_of
+from pipeline.core.facts import Facts
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 
@@ -27,8 +26,8 @@ class IndexConfig:
     factory: str = "Flat"  # FAISS factory string; Flat is exact
 
 
-@dataclass(frozen=True, slots=True)
-class ModelOnSet:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOnSet(Facts):
     """A task of `embed` or `retrieval`: one evaluation set under the model of one training stage."""
 
     evaluation: str
@@ -39,48 +38,21 @@ class ModelOnSet:
         """Return where its files lie, relative to the stage's folder."""
         return folder_of(self.evaluation, self.stage)
 
-    def to_json(self) -> dict[str, str]:
-        """Return the task's arguments."""
-        return asdict(self)
 
-    @classmethod
-    def from_json(cls, arguments: Mapping[str, Any]) -> "ModelOnSet":
-        """Read a task's arguments."""
-        return cls(arguments["evaluation"], arguments["stage"])
-
-
-@dataclass(frozen=True, slots=True)
-class IndexedFolder:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexedFolder(Facts):
     """A task of `index`: one folder of features."""
 
     folder: str
 
-    def to_json(self) -> dict[str, str]:
-        """Return the task's arguments."""
-        return asdict(self)
 
-    @classmethod
-    def from_json(cls, arguments: Mapping[str, Any]) -> "IndexedFolder":
-        """Read a task's arguments."""
-        return cls(arguments["folder"])
-
-
-@dataclass(frozen=True, slots=True)
-class RetrievalFacts:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetrievalFacts(Facts):
     """What a task of `retrieval` notes in its receipt for the report."""
 
     evaluation: str
     stage: str
     scores: RetrievalScores
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the receipt's extra."""
-        return {"evaluation": self.evaluation, "stage": self.stage, "scores": dict(self.scores)}
-
-    @classmethod
-    def from_json(cls, extra: Mapping[str, Any]) -> "RetrievalFacts":
-        """Read a receipt's extra."""
-        return cls(extra["evaluation"], extra["stage"], extra["scores"])
 
 
 def folder_of(evaluation: str, stage: str) -> str:
@@ -91,7 +63,9 @@ def folder_of(evaluation: str, stage: str) -> str:
 def _pairs(config: EvaluationConfig, context: Context) -> list[tuple[ModelOnSet, EvaluationSet]]:
     """Return every model on every evaluation set, in order."""
     return [
-        (ModelOnSet(item.name, stage), item) for item in evaluations_of(context) for stage in config.stages
+        (ModelOnSet(evaluation=item.name, stage=stage), item)
+        for item in evaluations_of(context)
+        for stage in config.stages
     ]
 
 
@@ -154,7 +128,7 @@ def plan_index(config: IndexConfig, context: Context) -> list[Task]:
         Task(
             folder.replace("/", "."),
             {path: shard.digest for path, shard in read.items() if path.startswith(f"{folder}/")},
-            IndexedFolder(folder).to_json(),
+            IndexedFolder(folder=folder).to_json(),
         )
         for folder in folders
     ]
@@ -188,6 +162,7 @@ def plan_retrieval(config: EvaluationConfig, context: Context) -> list[Task]:
             f"{pair.evaluation}.{pair.stage}",
             {
                 "evaluation": item.digest,
+                **item.scored_by,
                 **{path: digest for path, digest in digests.items() if path.startswith(f"{pair.folder}/")},
             },
             pair.to_json(),
@@ -197,7 +172,7 @@ def plan_retrieval(config: EvaluationConfig, context: Context) -> list[Task]:
 
 
 def run_retrieval(config: EvaluationConfig, context: Context, task: Task, progress: Progress) -> Outcome:
-    """Write prediction and score files of both directions; the scores go into the receipt for the report."""
+    """Write prediction and score files of the scored directions; the receipt holds the scores."""
     from eval.datasets.retrieval_set import read_retrieval_set
     from eval.retrieval.predictions import retrieve as search_and_score
 
@@ -208,27 +183,26 @@ def run_retrieval(config: EvaluationConfig, context: Context, task: Task, progre
     result = search_and_score(
         evaluation, context.path_in("embed", folder), context.path_in("index", folder), context.path(folder)
     )
-    outputs = {
-        f"{folder}/{name}": num
-        for name, num in (
-            (f"{item.name}.predictions.jsonl", evaluation.num_texts),
-            (f"{item.name}.tr.predictions.jsonl", evaluation.num_images),
-            (f"{item.name}.scores.json", 0),
-            (f"{item.name}.tr.scores.json", 0),
-        )
-    }
+    written = {f"{item.name}.predictions.jsonl": evaluation.num_texts, f"{item.name}.scores.json": 0}
+    if evaluation.image_to_text:
+        written |= {
+            f"{item.name}.tr.predictions.jsonl": evaluation.num_images,
+            f"{item.name}.tr.scores.json": 0,
+        }
+    outputs = {f"{folder}/{name}": num for name, num in written.items()}
     return Outcome(
         outputs,
         num_in=evaluation.num_texts,
         num_kept=evaluation.num_texts,
-        extra=RetrievalFacts(pair.evaluation, pair.stage, result.scores).to_json(),
+        extra=RetrievalFacts(evaluation=pair.evaluation, stage=pair.stage, scores=result.scores).to_json(),
     )
 
 
 def plan_baseline(config: None, context: Context) -> list[Task]:
     """Return one task: it reads the training images once for all evaluation sets."""
     inputs = {shard.path: shard.digest for shard in context.parents["shards"].shards}
-    inputs |= {f"evaluation {item.name}": item.digest for item in evaluations_of(context)}
+    for item in evaluations_of(context):
+        inputs |= {f"evaluation {item.name}": item.digest, **item.scored_by}
     return [Task("baseline", inputs)]
 
 
@@ -258,7 +232,7 @@ def embed_stage(config: EvaluationConfig, *, learned: tuple[str, ...]) -> Stage:
     return Stage(
         "embed",
         title="features of the evaluation sets, in clip-retrieval's layout",
-        version=2,
+        version=3,
         config=config,
         parents=("corpus", *learned, *config.stages),
         plan=plan_embed,
@@ -298,7 +272,7 @@ def baseline_stage() -> Stage:
     return Stage(
         "baseline",
         title="pixel nearest neighbour and chance, to compare with",
-        version=1,
+        version=2,
         config=None,
         parents=("corpus", "shards"),
         plan=plan_baseline,

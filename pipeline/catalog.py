@@ -145,14 +145,18 @@ def load(path: str, overrides: Sequence[str] = ()) -> tuple[Run, RunConfig]:
     """Read, override and check a run's TOML (a path, or the name of a shipped recipe)."""
     path = find_recipe(path)
     table = read_run(path, overrides)
-    config = build(RunConfig, _with_paper_recipes(table, path), path)
-    for name in ("english", "stage1", "stage2", "finetune"):
-        if (train := getattr(config, name)) is not None:
-            check_fits(train, MODELS[config.model.name], name)
-            if not config.makes_its_corpus:
-                sets = [item.name for item in config.evaluation] if name != "english" else []
-                check_sets(train, sets, name)
-    return make_run(config), config
+    try:
+        config = build(RunConfig, _with_paper_recipes(table, path), path)
+        for name in ("english", "stage1", "stage2", "finetune"):
+            if (train := getattr(config, name)) is not None:
+                check_fits(train, MODELS[config.model.name], name)
+                if not config.makes_its_corpus:
+                    sets = [item.name for item in config.evaluation] if name != "english" else []
+                    check_sets(train, sets, name)
+        return make_run(config), config
+    except ConfigError as error:
+        text = str(error)
+        raise ConfigError(text if text.startswith(path) else f"{path}: {text}") from None
 
 
 def _with_paper_recipes(table: dict[str, Any], where: str) -> dict[str, Any]:
@@ -163,8 +167,10 @@ def _with_paper_recipes(table: dict[str, Any], where: str) -> dict[str, Any]:
     names: tuple[Literal["stage1", "stage2", "finetune"], ...] = ("stage1", "stage2", "finetune")
     for stage in names:
         own = table.get(stage)
-        if not isinstance(own, dict) or "recipe" not in own:
+        if not isinstance(own, dict) or "recipe" not in own or not isinstance(model, str):
             continue
+        if not isinstance(own["recipe"], str) or not isinstance(own.get("augment", {}), dict):
+            raise ConfigError(f"{where}: {stage}: recipe must be a string, and augment a table")
         if stage == "finetune":
             paper = dataclasses.asdict(finetune_recipe(model, own["recipe"]))
         elif own["recipe"] == "paper":
@@ -250,7 +256,7 @@ def _row_stages(config: RunConfig) -> list[Stage]:
             score.stage(
                 config.score,
                 rows=before,
-                identify=pair_scorers.identify,
+                identify=pair_scorers.identify_pair,
                 load=pair_scorers.load,
                 # On one machine a second process would hold a second copy of both encoders.
                 parallel=config.run.executor == "ray",

@@ -36,7 +36,7 @@ class PairSettings(Protocol):
     def device(self) -> str | None: ...
 
 
-def identify(config: PairSettings) -> tuple[str, str]:
+def identify_pair(config: PairSettings) -> tuple[str, str]:
     """Digests of the text and the image encoder: weights, tokeniser and whatever else changes a feature.
 
     InputError where a file is missing. A model id is fetched to Hugging Face's cache.

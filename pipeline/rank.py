@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pipeline.core import store
 from pipeline.core.processes import die_with_run, importing, leave, say
 from pipeline.core.records import ConfigError, InputError, Stopped
+from pipeline.core.terminal import one_line
 from training.config.job import TrainJob
 
 
@@ -47,7 +48,7 @@ def main() -> int:
         pretrain(job, validate)
     except (ConfigError, InputError, Stopped) as error:
         kind = "stopped" if isinstance(error, Stopped) else "error"
-        say(f"{kind}: {error}", sys.stderr)
+        say(f"{kind}: {one_line(str(error))}", sys.stderr)
         return error.exit_status
     return 0
 

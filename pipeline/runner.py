@@ -4,10 +4,11 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from pipeline.core import store
+from pipeline.core import drops, store
+from pipeline.core.changes import write_started
 from pipeline.core.damage import find_altered, find_damage, listed_files, summarise
 from pipeline.core.progress import make_progress
-from pipeline.core.records import ConfigError, InputError, Receipt, Shard, Stopped
+from pipeline.core.records import ConfigError, InputError, Receipt, Shard, Stopped, too_few
 from pipeline.core.run import (
     Run,
     StageStatus,
@@ -18,7 +19,6 @@ from pipeline.core.run import (
     read_manifest,
     receipts_that_count,
     survey_stage,
-    write_started,
 )
 from pipeline.core.stage import Context, Progress, Stage, Task, fold
 from pipeline.executors import local
@@ -53,22 +53,41 @@ def execute(
                 status = survey_stage(run, stage)
             if status.state is State.DAMAGED and not force:
                 raise InputError(f"{status.why}; run --stage {stage.name} --repair to redo what is damaged")
+            if status.why and status.state is not State.STALE:
+                print(f"{stage.name}: {status.state.value}, {status.why}", file=sys.stderr, flush=True)
             if status.state is State.DONE and not force:
                 if repair:
                     restore_started(run, stage)
                 continue
-            if status.state is State.STALE or (status.state in (State.DONE, State.DAMAGED) and force):
-                if not (redo or _agrees(status)):
-                    raise ConfigError(
-                        f"{stage.name} is stale: {status.why}; run with --redo to redo it,"
-                        f" or change the settings back to keep it"
-                    )
-                _discard(run, stage, force=force)
+            with _naming_the_funnel(run, stage):
+                _make_way(run, status, redo=redo, force=force)
             _refuse_damaged_parents(run, stage)
-            with _blaming_damaged_parents(run, stage):
+            with _naming_the_funnel(run, stage), _blaming_damaged_parents(run, stage):
                 _run_stage(run, stage, label=f"[{position}/{len(stages)}] {stage.name}")
             num_run += 1
     return num_run
+
+
+def _make_way(run: Run, status: StageStatus, *, redo: bool, force: bool) -> None:
+    """Discard what is there of a stage that is done anew.
+
+    Raises:
+        ConfigError: if the stage is stale and nobody agreed to redo it, or could not run so.
+    """
+    stage = status.stage
+    if status.state is State.TO_DO and not (force and status.manifest is not None):
+        if status.manifest is not None:
+            store.remove(manifest_path(run, stage.name))  # it was done, and continues from a checkpoint
+        return
+    if not (redo or _agrees(status)):
+        raise ConfigError(
+            f"{stage.name} is stale: {status.why}; run with --redo to redo it,"
+            f" or change the settings back to keep it"
+        )
+    context = make_context(run, stage)
+    if stage.check is not None and context is not None:
+        stage.check(stage.config, context)
+    _discard(run, stage, force=force)
 
 
 def verify(run: Run, stages: Sequence[Stage]) -> list[str]:
@@ -112,6 +131,25 @@ def _refuse_damaged_parents(run: Run, stage: Stage, find: FindDamage = find_dama
             raise InputError(f"{summarise(damage)}; {stage.name} needs {name}: run --stage {name} --repair")
 
 
+def unseen(run: Run, stages: Sequence[Stage]) -> list[str]:
+    """Return the stages that are not finished, of which `verify` says nothing."""
+    return [stage.name for stage in stages if read_manifest(run, stage.name) is None]
+
+
+@contextlib.contextmanager
+def _naming_the_funnel(run: Run, stage: Stage) -> Iterator[None]:
+    """Add to an error of too few rows which stages dropped the others."""
+    try:
+        yield
+    except (InputError, ConfigError) as error:
+        if error.rows_left is None:
+            raise
+        before = run.stages[: [item.name for item in run.stages].index(stage.name)]
+        finished = [manifest for item in before if (manifest := read_manifest(run, item.name))]
+        said = drops.funnel(finished, error.rows_left)
+        raise type(error)(f"{error}; {said}" if said else str(error)) from None
+
+
 @contextlib.contextmanager
 def _blaming_damaged_parents(run: Run, stage: Stage) -> Iterator[None]:
     """Inside, an error that is nobody's is explained by altered bytes in a parent's files, if there are any.
@@ -152,10 +190,13 @@ def _run_stage(run: Run, stage: Stage, label: str) -> None:
             f"{reason} removed {count:,}"
             for reason, count in sorted(manifest.dropped.items(), key=lambda item: -item[1])
         )
-        raise InputError(
+        found = (
             f"{context.path()}: no rows left of {manifest.num_in:,} after {stage.name}"
             f" ({removed or 'its input was empty'}); loosen [{stage.name}] or check the source"
         )
+        raise too_few(InputError(found), manifest.num_in)
+    if said := drops.warning(manifest):
+        print(f"warning: {said}; `cnclip why` says it of a row", file=sys.stderr, flush=True)
     store.write_text(manifest_path(run, stage.name), manifest.to_file())
 
 

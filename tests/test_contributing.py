@@ -48,5 +48,5 @@ def test_the_picture_is_whole() -> None:
         for package in ("pipeline", "data_prep", "training", "eval")
         for path in (ROOT / package).rglob("*.py")
     }
-    lists = {"eval/labels_zh", "eval/templates_zh"}
+    lists = {f"eval/{name}{below}" for name in ("labels_zh", "templates_zh") for below in ("", "/paper")}
     assert folders - drawn == lists

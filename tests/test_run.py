@@ -104,7 +104,7 @@ def test_second_run_does_nothing(finished: Path) -> None:
 def test_changed_setting_is_stale_and_not_redone(finished: Path) -> None:
     before = manifests(finished)
     plan = cnclip(finished, "plan", "--set=filter_text.min_score=0.3")
-    assert "stale (its configuration changed)" in plan.stdout
+    assert "stale (its configuration changed: min_score " in plan.stdout
     done = cnclip(finished, "run", "--set=filter_text.min_score=0.3")
     assert done.returncode == 2
     assert "filter_text is stale" in done.stderr

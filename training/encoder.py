@@ -7,7 +7,6 @@ texts = model.embed_texts(["一只猫", "一只狗", "一辆汽车"])
 print(model.probabilities(images, texts))
 """
 
-import io
 import warnings
 from collections.abc import Sequence
 
@@ -15,12 +14,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeline.core import store
 from pipeline.core.arrays import Float32Array, Int32Array, Int64Array
+from pipeline.core.image_files import read_image
+from pipeline.core.images import BadImageError, Decode
 from pipeline.core.records import InputError
 from training.config.train import CONTEXT_LENGTH
 from training.model.clip import CLIP
-from training.model.preprocess import preprocess
+from training.model.preprocess import preprocess_readable
 from training.model.tokenizer import Tokenizer
 from training.weights.formats import load_model
 from training.weights.vocabulary_lookup import find_vocabulary
@@ -35,9 +35,12 @@ TOKENS_PER_BATCH_ACCELERATED = 32_768  # fewer would leave it waiting for the ho
 class Encoder:
     """A model with its vocabulary, on one device."""
 
-    def __init__(self, model: CLIP, tokenizer: Tokenizer, *, device: str | None = None) -> None:
+    def __init__(
+        self, model: CLIP, tokenizer: Tokenizer, *, device: str | None = None, decode: Decode = "upright"
+    ) -> None:
         """`device` as torch names it; unset, the accelerator where there is one, else the CPU.
 
+        `decode` says what is seen of images that are no ordinary 8-bit RGB (`pipeline.core.images`).
         InputError where the vocabulary is of another size than the model's embedding.
         """
         if tokenizer.vocab_size != model.config.text.vocab_size:
@@ -48,6 +51,7 @@ class Encoder:
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model = model.eval().to(self.device)
         self.tokenizer = tokenizer
+        self.decode = decode
 
     @property
     def image_size_px(self) -> int:
@@ -60,15 +64,30 @@ class Encoder:
 
         `names` are what it then calls them; unset, by their paths or their places.
         """
-        names = names or [
-            image if isinstance(image, str) else f"image {row + 1} of {len(images)}"
-            for row, image in enumerate(images)
-        ]
-        batches = (
-            slice(start, start + IMAGES_PER_BATCH) for start in range(0, len(images), IMAGES_PER_BATCH)
-        )
-        features = [self.embed_pixels(self._preprocess(images[part], names[part])) for part in batches]
-        return np.concatenate([np.empty((0, self.model.config.embed_dim), np.float32), *features])
+        features = [np.empty((0, self.model.config.embed_dim), np.float32)]
+        for start in range(0, len(images), IMAGES_PER_BATCH):
+            feature_BD, left_out = self.embed_readable(images[start : start + IMAGES_PER_BATCH])
+            for row, reason in left_out.items():
+                image, number = images[start + row], start + row
+                unnamed = image if isinstance(image, str) else f"image {number + 1} of {len(images)}"
+                name = names[number] if names else unnamed
+                raise InputError(f"{name}: no image that can be decoded: {reason}")
+            features.append(feature_BD)
+        return np.concatenate(features)
+
+    def embed_readable(
+        self, images: Sequence[ImageSource | BadImageError]
+    ) -> tuple[Float32Array, dict[int, str]]:
+        """Return image_ND, unit-norm, of images that can be read, and the rows of the others with reasons."""
+        features = [np.empty((0, self.model.config.embed_dim), np.float32)]
+        left_out = dict[int, str]()
+        for start in range(0, len(images), IMAGES_PER_BATCH):
+            encoded = [_encoded(image) for image in images[start : start + IMAGES_PER_BATCH]]
+            image_BCHW, bad = preprocess_readable(encoded, self.image_size_px, self.decode)
+            if len(image_BCHW):
+                features.append(self.embed_pixels(image_BCHW))
+            left_out |= {start + row: reason for row, reason in bad.items()}
+        return np.concatenate(features), left_out
 
     def embed_pixels(self, image_BCHW: torch.Tensor) -> Float32Array:
         """image_BD, unit-norm, of preprocessed images."""
@@ -109,22 +128,14 @@ class Encoder:
             raise ValueError(f"context_length is {context_length}; this model takes 3 to {positions} tokens")
         return context_length
 
-    def _preprocess(self, images: Sequence[ImageSource], names: Sequence[str]) -> torch.Tensor:
-        encoded = [_encoded(image) for image in images]
-        try:
-            return preprocess(encoded, self.image_size_px)
-        except InputError:
-            for name, data in zip(names, encoded, strict=True):  # once more, to say which one it is
-                try:
-                    preprocess([data], self.image_size_px)
-                except InputError as error:
-                    reason = str(error).partition("cannot be decoded: ")[2]
-                    raise InputError(f"{name}: no image that can be decoded: {reason}") from None
-            raise
-
 
 def load(
-    path: str, *, vocabulary: str | None = None, image_size_px: int | None = None, device: str | None = None
+    path: str,
+    *,
+    vocabulary: str | None = None,
+    image_size_px: int | None = None,
+    device: str | None = None,
+    decode: Decode = "upright",
 ) -> Encoder:
     """An encoder from weights of any format that `training.weights.formats` reads.
 
@@ -132,9 +143,8 @@ def load(
     where weights, vocabulary or their sizes are wrong.
     """
     model = load_model(path, image_size_px=image_size_px)
-    return Encoder(
-        model, find_vocabulary(path, model.config.text.vocab_size, given=vocabulary), device=device
-    )
+    tokenizer = find_vocabulary(path, model.config.text.vocab_size, given=vocabulary)
+    return Encoder(model, tokenizer, device=device, decode=decode)
 
 
 def encode_tokens(model: CLIP, tokens_NL: Int32Array) -> Float32Array:
@@ -158,14 +168,11 @@ def batches_of_tokens(tokens_NL: Int32Array, size: int) -> list[Int64Array]:
     return np.split(order_N, np.flatnonzero(np.diff(batch_N)) + 1) if len(order_N) else []
 
 
-def _encoded(image: ImageSource) -> bytes:
-    if isinstance(image, bytes):
+def _encoded(image: ImageSource | BadImageError) -> bytes | Image.Image | BadImageError:
+    """Read what is named by its path; the rest stays as it is."""
+    if not isinstance(image, str):
         return image
-    if isinstance(image, str):
-        try:
-            return store.read_bytes(image)
-        except OSError as error:
-            raise InputError(f"{image}: cannot be read: {error.strerror or error}") from None
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "BMP")  # without loss, and quick
-    return buffer.getvalue()
+    try:
+        return read_image(image)
+    except BadImageError as error:
+        return error

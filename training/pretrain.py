@@ -18,11 +18,12 @@ from safetensors import SafetensorError
 from torch import distributed as dist
 
 from pipeline.core import store
-from pipeline.core.config import digest
+from pipeline.core.config import digest, plain
 from pipeline.core.processes import die_with_run, say
 from pipeline.core.records import ConfigError, InputError, Stopped
 from training.checkpoint import checkpoint
 from training.checkpoint.finished import mark_finished
+from training.checkpoint.folders import checkpoints_folder
 from training.checkpoint.selection import check_sets
 from training.checkpoint.start import agree_on_start
 from training.config.job import TrainJob
@@ -48,26 +49,6 @@ from training.trainer import Trainer, Validate
 from training.weights.formats import load_model
 from training.weights.initialise import initialise, write_provenance
 from training.weights.weights import load_checkpoint, require_same_model, save_checkpoint, save_openai
-
-# Of TrainConfig, what a run may change between two starts: how it runs, not what it learns from what.
-_NOT_LEARNING = (
-    "ranks",
-    "threads_per_rank",
-    "micro_batch",
-    "deepspeed",
-    "checkpoint_activations",
-    "compile_image",
-    "validate_every_steps",
-    "save_every_steps",
-    "validate_every_epoch",
-    "keep_checkpoints",
-    "choose",
-    "choose_on",
-    "salient_gain",
-    "patience",
-    "on_non_finite",
-    "stall_seconds",
-)
 
 
 def pretrain(job: TrainJob, validate: Validate | None) -> None:
@@ -306,9 +287,7 @@ def describe(job: TrainJob, clip: CLIP, tokenizer: Tokenizer) -> dict[str, Any]:
 
     The number of ranks is not in it: a state is put together from all ranks.
     """
-    learning = dataclasses.asdict(job.config)
-    for name in _NOT_LEARNING:
-        del learning[name]
+    learning = plain(job.config, without=("never", "once done"))
     if learning["distil"] is not None:
         del learning["distil"]["teacher"]  # its digest says which; it may lie elsewhere
     return {
@@ -333,7 +312,7 @@ def write_model(job: TrainJob, engine: Engine, last_step: int, chosen_step: int)
     weights = checkpoint.gather_weights(engine) if chosen_step == last_step else None
     if dist.get_rank() == 0:
         if weights is None:
-            chosen = checkpoint.at_step(checkpoint.checkpoints_folder(job.folder), chosen_step)
+            chosen = checkpoint.at_step(checkpoints_folder(job.folder), chosen_step)
             weights = checkpoint.load_verified_weights(chosen)
         clip: CLIP = engine.module.clip
         final = CLIP(clip.config)

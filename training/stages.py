@@ -3,16 +3,19 @@
 import functools
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pipeline.core import store
 from pipeline.core.config import NOT_IN_DIGEST
 from pipeline.core.evaluation_sets import evaluations_of
-from pipeline.core.records import InputError
-from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
+from pipeline.core.processes import say
+from pipeline.core.records import ConfigError, InputError
+from pipeline.core.stage import Change, Context, Outcome, Progress, Stage, Task
+from pipeline.core.terminal import one_line
 from training.checkpoint.finished import is_finished
+from training.checkpoint.folders import checkpoints_folder, steps_in
 from training.config.job import TrainJob
-from training.config.train import TrainConfig, count_steps
+from training.config.train import TrainConfig, count_steps, shared_steps
 from training.ranks.launcher import (
     Launcher,
     failure,
@@ -25,6 +28,7 @@ from training.ranks.launcher import (
 MODEL_FILE = "model.safetensors"
 OPENAI_FILE = "openai.pt"
 METRICS_FILE = "metrics.jsonl"
+_JOB_FILE = "job.json"
 _WEIGHTS = ("image_weights", "text_weights", "start_weights")
 _TITLES = {
     "english": "image tower from English captions, as the paper starts from OpenAI's CLIP",
@@ -82,8 +86,46 @@ def plan(config: TrainStageConfig, context: Context) -> list[Task]:
     if config.train.distil is not None:
         inputs["teacher"] = store.digest_tree(config.train.distil.teacher)
     if config.validate:
-        inputs |= {f"evaluation {item.name}": item.digest for item in evaluations_of(context)}
+        train = config.train
+        for item in evaluations_of(context):
+            inputs[f"evaluation {item.name}"] = item.digest
+            # The directions count only if the set's recall decides which weights are kept.
+            decides = train.choose == "best" or train.patience > 0
+            if decides and (not train.choose_on or item.name in train.choose_on):
+                inputs |= item.scored_by
     return [Task("train", inputs)]
+
+
+def continues(config: TrainStageConfig, context: Context, change: Change, is_done: bool) -> tuple[bool, str]:
+    """Return whether a stage resumes exactly under other `epochs`, and from where or why not.
+
+    The learning rate after the warm-up follows a cosine over all steps, so that only a checkpoint of the
+    warm-up is also one of a training with the new epochs.
+    """
+    if is_done and change.now < change.before:
+        return False, "fewer epochs are another training"
+    shared = shared_steps(config.train)
+    steps = [step for step in steps_in(checkpoints_folder(context.path())) if 0 < step <= shared]
+    if not steps:
+        return (
+            False,
+            "the cosine over all epochs shapes what follows the warm-up, and no checkpoint is of that",
+        )
+    last = max(steps)
+    return (
+        True,
+        f"resumes from step {last}, the last that both schedules share; then a cosine over all epochs",
+    )
+
+
+def begun_with(config: TrainStageConfig, context: Context) -> tuple[TrainStageConfig, int] | None:
+    """Return the configuration and the seed of the job that was started last in a stage's folder, if any."""
+    path = context.path(_JOB_FILE)
+    try:
+        job = TrainJob.from_json(store.read_text(path), path)
+    except (OSError, ValueError, ConfigError):
+        return None
+    return replace(config, train=job.config), job.seed
 
 
 def make_job(config: TrainStageConfig, context: Context) -> TrainJob:
@@ -110,6 +152,16 @@ def make_job(config: TrainStageConfig, context: Context) -> TrainJob:
     )
 
 
+def check(config: TrainStageConfig, context: Context) -> None:
+    """Check that the corpus is large enough.
+
+    Raises:
+        ConfigError: if it has fewer samples than a batch or than ranks.
+    """
+    num_samples = sum(shard.num_samples for shard in context.shards_of("shards", ".tar"))
+    count_steps(config.train, num_samples, context.stage)
+
+
 def run(config: TrainStageConfig, context: Context, task: Task, progress: Progress, entry: str) -> Outcome:
     """Launch the ranks and wait; `entry` is the module each rank runs with the job's path.
 
@@ -119,11 +171,11 @@ def run(config: TrainStageConfig, context: Context, task: Task, progress: Progre
     Raises:
         InputError: with the end of the log, if a rank fails.
     """
+    check(config, context)  # before any process starts
     job = make_job(config, context)
     num_samples = sum(shard.num_samples for shard in job.shards)
-    count_steps(config.train, num_samples, context.stage)  # refuse before any process starts
     if not is_finished(job):
-        job_path = context.path("job.json")
+        job_path = context.path(_JOB_FILE)
         store.write_text(job_path, job.to_json())
         log_path, port, ranks = context.path("train.log"), free_port(), config.train.ranks
         environment = launcher_environment(
@@ -131,7 +183,7 @@ def run(config: TrainStageConfig, context: Context, task: Task, progress: Progre
         )
 
         def notice(text: str) -> None:
-            print(text, file=sys.stderr, flush=True)
+            say(one_line(text), sys.stderr)
 
         command = launcher_command(config.launcher, entry, job_path, ranks, port)
         status = watch(command, environment, log_path, progress, notice)
@@ -158,4 +210,9 @@ def stage(name: str, config: TrainStageConfig, *, before: str | None, entry: str
         plan=plan,
         run=functools.partial(run, entry=entry),
         parallel=False,
+        check=check,
+        is_seeded=True,
+        begun_with=begun_with,
+        unbound_inputs=frozenset({"deepspeed"}),
+        continues=continues,
     )

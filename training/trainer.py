@@ -15,8 +15,10 @@ from pipeline.core import store
 from pipeline.core.records import InputError, Stopped
 from training.checkpoint import checkpoint
 from training.checkpoint.checkpoint import Checkpoint
+from training.checkpoint.folders import checkpoints_folder, steps_in
 from training.checkpoint.selection import Selection, best_first, has_no_gain_left, read_validations, select
-from training.config.train import TrainConfig
+from training.checkpoint.start import how_computed
+from training.config.train import TrainConfig, shared_steps
 from training.data.loader import Batch, Prefetcher
 from training.engine.engine import StepResult, logit_scale, train_step
 from training.engine.optim import learning_rate
@@ -108,7 +110,7 @@ class Trainer:
             batch,
             result.loss,
             logit_scale(self.engine).exp().item(),
-            learning_rate(batch.step, self.total_steps, self.config),
+            result.learning_rate,
             wait_seconds,
             skipped=bool(result.skipped),
         )
@@ -141,13 +143,17 @@ class Trainer:
         state = checkpoint.gather_state(self.engine, step)
         if self.metrics.writes:
             self.metrics.flush()
+            root = checkpoints_folder(self.folder)
+            # The last one of the warm-up stays: from it `epochs` may be raised.
+            warm = [found for found in steps_in(root) if found <= shared_steps(self.config)]
             checkpoint.save(
-                checkpoint.checkpoints_folder(self.folder),
+                root,
                 state,
                 self.identity,
                 self.metrics.metrics_path,
                 keep=self.config.keep_checkpoints,
-                keep_also=() if best is None else (best.step,),
+                keep_also={*([] if best is None else [best.step]), *([max(warm)] if warm else [])},
+                made_with=how_computed(self.config),
                 rank_steps=self.ranked_steps,
                 damaged=self.damaged,
             )
@@ -173,7 +179,11 @@ class Trainer:
             return False  # the weights themselves are written now
         best = self.selection().best
         is_best = self.config.choose == "best" and best is not None and best.step == step
-        return is_best or step % self.config.save_every_steps == 0
+        # Where no other falls into the warm-up, its end is saved: see `save`.
+        ends_warmup = (
+            step == self.config.warmup_steps and shared_steps(self.config) < self.config.save_every_steps
+        )
+        return is_best or ends_warmup or step % self.config.save_every_steps == 0
 
     def selection(self) -> Selection:
         """Return what the validations up to now say; the same on every rank.

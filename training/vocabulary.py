@@ -1,9 +1,8 @@
 """Stage vocabulary: WordPiece learned from the corpus's own captions, for runs that are given none."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
 
+from pipeline.core.facts import Facts
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 
@@ -15,27 +14,18 @@ class VocabularyConfig:
     columns: tuple[str, ...] = ("caption",)  # caption columns of the shards, one vocabulary each
 
 
-@dataclass(frozen=True, slots=True)
-class VocabularyTask:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VocabularyTask(Facts):
     """What one task of the stage is told."""
 
     column: str  # of the captions
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the task's arguments."""
-        return {"column": self.column}
-
-    @classmethod
-    def from_json(cls, arguments: Mapping[str, Any]) -> Self:
-        """Read a task's arguments."""
-        return cls(arguments["column"])
 
 
 def plan(config: VocabularyConfig, context: Context) -> list[Task]:
     """Return one task a caption column."""
     sidecars = {shard.path: shard.digest for shard in context.parents["shards"].shards}
     tables = {path: digest for path, digest in sidecars.items() if path.endswith(".parquet")}
-    return [Task(column, tables, VocabularyTask(column).to_json()) for column in config.columns]
+    return [Task(column, tables, VocabularyTask(column=column).to_json()) for column in config.columns]
 
 
 def run(config: VocabularyConfig, context: Context, task: Task, progress: Progress) -> Outcome:

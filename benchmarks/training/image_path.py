@@ -37,6 +37,7 @@ from PIL import Image
 
 from benchmarks.harness import line, medians, parse, parser, record, report
 from benchmarks.peers import cn_clip_transform, open_as_cn_clip
+from pipeline.core.images import decode_pixels
 from pipeline.core.records import Shard
 from training.config.train import AugmentConfig, TrainConfig
 from training.data import augment as ours_augment
@@ -191,9 +192,8 @@ def pixel_difference(jpegs: list[bytes]) -> float:
             mock.patch.object(auto_augment, "apply_operations", operations),
             mock.patch.object(cv2, "flip", flip),
         ):
-            image = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR_RGB)
             random = sample_generator(0, 0, f"{number:032x}".encode())
-            view = augment(np.asarray(image, dtype=np.uint8), SIZE_PX, config, random)
+            view = augment(decode_pixels(jpeg), SIZE_PX, config, random)
         ((top, left, height, width),) = crops
         theirs = Image.open(io.BytesIO(jpeg)).convert("RGB").crop((left, top, left + width, top + height))
         theirs = theirs.resize((SIZE_PX, SIZE_PX), Image.Resampling.BICUBIC)

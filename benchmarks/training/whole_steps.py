@@ -38,7 +38,7 @@ WARM_UP, LEARNING_RATE = 3, 1e-6
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class StepTimes:
     """Whole steps of one side on an accelerator."""
 
     step_seconds: float
@@ -58,7 +58,7 @@ def compare_on_accelerator(
     results = []
     for kind in kinds:
         equal = alone(agree_in_float32, model, kind, device)
-        sides: dict[Side, Measured] = {}
+        sides: dict[Side, StepTimes] = {}
         for side in ("ours", "peer"):
             sides[side] = fastest(
                 functools.partial(alone, measure, side, model, kind, device, batch_size, rounds)
@@ -91,7 +91,7 @@ def compare_on_accelerator(
     return results
 
 
-def fastest(run: Callable[[bool], Measured | None]) -> Measured:
+def fastest(run: Callable[[bool], StepTimes | None]) -> StepTimes:
     """Run without activation checkpointing, which is slower, or with it if memory asks for it."""
     for checkpointing in (False, True):
         if (found := run(checkpointing)) is not None:
@@ -111,7 +111,7 @@ def agree_in_float32(model: str, kind: Kind, device: str) -> bool:
 
 def measure(
     side: Side, model: str, kind: Kind, device: str, batch_size: int, rounds: int, checkpointing: bool
-) -> Measured | None:
+) -> StepTimes | None:
     """Measure one side's whole steps in bfloat16; None if they do not fit into memory."""
     make = {"ours": our_training, "peer": peer_training}[side]
     try:
@@ -126,7 +126,7 @@ def measure(
     except torch.OutOfMemoryError:
         return None
     peak = 0 if device == "cpu" else torch.cuda.max_memory_allocated(device)
-    return Measured(statistics.median(times), optimizer_seconds, tuple(losses), peak, checkpointing)
+    return StepTimes(statistics.median(times), optimizer_seconds, tuple(losses), peak, checkpointing)
 
 
 def _timed_inside(step: Callable[[], float], optimizer: Any, device: str) -> float:

@@ -16,6 +16,7 @@ import polars as pl
 from data_prep.formats.keys import url_hash, with_key
 from data_prep.formats.parquet import write_table
 from pipeline.core import store
+from pipeline.core.written import check_parquet
 
 DETAIL = "detail"  # the word of a blacklist, the key that a copy or a caption belongs to
 HTTP_STATUS = "http_status"  # of the answer, where there was one: the download's drop tables alone
@@ -62,10 +63,15 @@ class DropsAsTheyCome:
         table = _as_drops(marked.collect(), [DETAIL]).to_arrow(compat_level=pl.CompatLevel.oldest())
         if self._writer is None:
             temporary = self._stack.enter_context(store.publish(self._path))
+            self._stack.push(lambda kind, *_: None if kind else self._check(temporary))
             self._writer = self._stack.enter_context(
                 pq.ParquetWriter(temporary, table.schema, compression="zstd")
             )
         self._writer.write_table(table)
+
+    def _check(self, temporary: str) -> None:
+        """Look at the file once its writer has closed it, before it gets its name."""
+        check_parquet(temporary, self._path, self.counts.total())
 
 
 @contextlib.contextmanager

@@ -7,8 +7,8 @@ from typing import Any, Self
 import polars as pl
 
 from data_prep.accounting.drop_table import drops_path, write_drops
-from data_prep.facts import Facts
 from data_prep.formats.parquet import ROWS_PER_GROUP, write_table
+from pipeline.core.facts import Facts
 from pipeline.core.stage import Context, Outcome, Task
 
 

@@ -30,6 +30,7 @@ from PIL import Image
 
 from pipeline.core.processes import dies_with_us
 from pipeline.core.records import ConfigError, InputError
+from pipeline.core.terminal import guarded_output, one_line
 
 SIDE_PX = 64
 MAX_MEMBER_BYTES = 64 << 20  # the largest file that is read has 2 MB
@@ -348,12 +349,13 @@ def build(out: Path, packages: Mapping[str, Package] = PACKAGES) -> dict[str, in
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m data_prep.corpora.build_emoji", description=__doc__)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
-    try:
-        build(parser.parse_args().out)
-    except (InputError, ConfigError) as error:
-        print(f"build_emoji: {error}", file=sys.stderr)
-        return error.exit_status
-    return 0
+    with guarded_output():
+        try:
+            build(parser.parse_args().out)
+        except (InputError, ConfigError) as error:
+            print(f"build_emoji: {one_line(str(error))}", file=sys.stderr)
+            return error.exit_status
+        return 0
 
 
 if __name__ == "__main__":

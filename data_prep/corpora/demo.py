@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
+from annotated_types import Ge
 
 from data_prep.corpora.demo_scenes import describe, draw, evaluation_scenes, hold_out_pairs, random_dimensions
 from data_prep.corpora.planted import (
@@ -42,11 +42,11 @@ class DemoConfig:
 
     kind: Literal["demo"] = "demo"
     seed: int = 0  # everything drawn follows from it
-    num_clean: Annotated[int, Field(ge=1)] = 3000  # ordinary training rows, each with its own image
-    num_evaluation: Annotated[int, Field(ge=1)] = 200  # images of unseen pairs of things, one caption each
+    num_clean: Annotated[int, Ge(1)] = 3000  # ordinary training rows, each with its own image
+    num_evaluation: Annotated[int, Ge(1)] = 200  # images of unseen pairs of things, one caption each
     # Side of the most common, square image; others are up to 3.1 times as long.
-    image_size_px: Annotated[int, Field(ge=32)] = 96
-    dirt: Annotated[float, Field(ge=0.01)] = 1.0  # factor on the number of rows of each class of dirt in PLAN
+    image_size_px: Annotated[int, Ge(32)] = 96
+    dirt: Annotated[float, Ge(0.01)] = 1.0  # factor on the number of rows of each class of dirt in PLAN
 
 
 SCHEMA = pa.schema(

@@ -16,8 +16,8 @@ from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from annotated_types import Ge
 from PIL import Image, UnidentifiedImageError
-from pydantic import Field
 
 from data_prep.formats.cnclip import EvaluationText, write_evaluation
 from data_prep.sources.local_server import HOST, Answer, write_site
@@ -36,8 +36,8 @@ class EmojiConfig:
     train: tuple[str, ...] = ()  # vendors to train on; empty: every file that is not evaluated
     evaluate: tuple[str, ...] = ("fluent",)  # vendors to score on, an evaluation set each
     # Rows an image: its name, then the name with some of its keywords.
-    captions_per_picture: Annotated[int, Field(ge=1)] = 3
-    max_keywords: Annotated[int, Field(ge=1)] = 3  # in one caption
+    captions_per_picture: Annotated[int, Ge(1)] = 3
+    max_keywords: Annotated[int, Ge(1)] = 3  # in one caption
     seed: int = 0  # chooses the keywords
 
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import polars as pl
-from pydantic import Field
+from annotated_types import Ge, Le
 
 from data_prep.accounting.judged import publish_judged
-from data_prep.facts import Facts
+from pipeline.core.facts import Facts
 from pipeline.core.records import DropReason
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
@@ -30,7 +30,7 @@ class DedupConfig:
     """`[dedup]`."""
 
     # Files that the corpus is cut into; about 10,000 rows each is what download likes.
-    partitions: Annotated[int, Field(ge=1, le=16**_PREFIX_HEX_DIGITS)] = 4
+    partitions: Annotated[int, Ge(1), Le(16**_PREFIX_HEX_DIGITS)] = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,13 +1,15 @@
 """Stages find_copies and dedup_image: images that are there already, exactly or nearly (not in the paper).
 
 Exact copies have the same stored bytes. Near copies have perceptual hashes at most `max_distance` of 384 bits
-apart. They are found without comparing all pairs: the hash is cut into max_distance + 1 bands, and two hashes
+apart, and signatures that match (rules/image_signature.py): the hashes of plain images are all near. Pairs
+are found without comparing all: the hash is cut into max_distance + 1 bands, and two hashes
 so close agree in at least one band whole (pigeonhole; multi-index hashing, Norouzi et al. 2012), so only
 rows that share a band's value are compared. Bits go to the bands in turn, since neighbouring bits are
 alike. A value that very many images share (white ground) would still be quadratic: its rows are sorted by
-their whole hash, and each is compared with the WINDOW after it. That bounds the work to rows x bands x
-WINDOW comparisons, all vectorised, and is exact where no more than WINDOW + 1 different hashes share a
-value; beyond, a pair is missed only where every band that it agrees in is that crowded.
+their whole hash, those of one hash by their brightness, and each is compared with the WINDOW after it. That
+bounds the work to rows x bands x WINDOW comparisons, all vectorised, and is exact where no more than
+WINDOW + 1 different images share a value; beyond, a pair is missed only where every band that it agrees in
+is that crowded. Signatures are read only of rows that the hashes pair with another.
 
 Of two copies the one with the lower key stays, in whatever order the work is done. A row near to one that
 is itself dropped goes too: in a chain of small steps only its lowest key stays.
@@ -24,10 +26,11 @@ import pyarrow as pa
 from pydantic import Field
 
 from data_prep.accounting.judged import publish_judged
-from data_prep.corpus_facts import exempt_sources, kept_tables, rows_stage, table_name
-from data_prep.facts import Facts
+from data_prep.corpus_facts import is_exempt, kept_tables, rows_stage, table_name
 from data_prep.formats.parquet import write_table
 from data_prep.rules.image import HASH_BITS, IMAGE_DUPLICATES_RULE
+from data_prep.rules.image_signature import SIGNATURE_BYTES, are_copies, brightness
+from pipeline.core.facts import Facts
 from pipeline.core.records import DropReason
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
@@ -35,6 +38,7 @@ DUPLICATE_IMAGE = DropReason("duplicate_image")
 NEAR_DUPLICATE_IMAGE = DropReason("near_duplicate_image")
 
 WINDOW = 1000
+SIZES = {"perceptual_hash": HASH_BITS // 8, "image_signature": SIGNATURE_BYTES}
 _COMPARED_AT_ONCE = 1 << 19  # pairs; 48 bytes a side
 _SCHEMA = {"key": pl.String, "reason": pl.String, "detail": pl.String}
 
@@ -46,10 +50,12 @@ class DedupImageConfig:
     """`[dedup_image]`: a run without this table keeps copies, as the paper does."""
 
     exact: bool = True  # the same image under several addresses or captions
-    # Bits of 384 within which an image is a near copy; unset is off. More bits are more and shorter bands:
+    # Bits of 384 within which an image may be a near copy, if the signatures match; unset is off. More bits
+    # are more and shorter bands:
     # benchmarks/data_prep/near_copies.py has their cost.
     max_distance: Annotated[int, Field(ge=0, le=31)] | None = None
-    # Of each band: a task holds its share of all keys and hashes, some 100 bytes a row.
+    # Of each band: a task holds its share of all keys and hashes, some 100 bytes a row, and 500 a row that
+    # has another within max_distance.
     partitions: Annotated[int, Field(ge=1)] = 1
 
     def __post_init__(self) -> None:
@@ -102,7 +108,12 @@ def run_find(config: DedupImageConfig, context: Context, task: Task, progress: P
         for frame in _read(context, "perceptual_hash"):
             frame = frame.with_columns(band=pl.Series(band_values(hash_bytes(frame), asked.band, num_bands)))
             parts.append(frame.filter(pl.col("band") % config.partitions == asked.part))
-        found = near_copies(pl.concat(parts), config.max_distance)
+        near = near_hashes(pl.concat(parts), config.max_distance)
+        signatures = (
+            frame.join(near.select("key"), on="key", how="semi")
+            for frame in _read(context, "image_signature")
+        )
+        found = near_copies(near.join(pl.concat(signatures), on="key"), config.max_distance)
     path = f"copies/{task.name}.parquet"
     write_table(found.sort("key"), context.path(path))
     num_rows = context.parents[rows_stage(context)].num_kept
@@ -116,21 +127,37 @@ def exact_copies(rows: pl.DataFrame) -> pl.DataFrame:
     return copies.select("key", reason=pl.lit(str(DUPLICATE_IMAGE)), detail="first")
 
 
-def near_copies(rows: pl.DataFrame, max_distance: int) -> pl.DataFrame:
-    """Copies among rows with key, perceptual_hash and band: near, and of one band's value."""
+def near_hashes(rows: pl.DataFrame, max_distance: int) -> pl.DataFrame:
+    """Of rows with key, perceptual_hash and band those that have another near, of the same band's value."""
+    # Rows of one hash stand together: the first answers for all of them.
     rows = rows.sort("band", "perceptual_hash", "key")
-    # Equal hashes are one image: what is compared below differs.
-    rows = rows.with_columns(first=pl.col("key").first().over("perceptual_hash"))
+    one = rows.unique("perceptual_hash", keep="first", maintain_order=True)
+    near = np.zeros(one.height, np.bool_)
+    for first, second in _near_pairs(one, max_distance):
+        near[first] = near[second] = True
+    chosen = one.filter(pl.Series(near)).select("perceptual_hash")
+    return pl.concat(
+        [
+            rows.filter(pl.len().over("perceptual_hash") > 1),
+            rows.filter(pl.len().over("perceptual_hash") == 1).join(chosen, on="perceptual_hash", how="semi"),
+        ]
+    )
+
+
+def near_copies(rows: pl.DataFrame, max_distance: int) -> pl.DataFrame:
+    """Copies among rows with key, perceptual_hash, image_signature and band, of one band's value."""
+    marks = ["perceptual_hash", "image_signature"]
+    rows = rows.with_columns(brightness=pl.Series(brightness(_column_bytes(rows, "image_signature"))))
+    # In this order whatever the work's order is: two signatures are compared the same way in every band.
+    rows = rows.sort("band", "perceptual_hash", "brightness", "image_signature", "key")
+    # Equal marks are one image: what is compared below differs.
+    rows = rows.with_columns(first=pl.col("key").first().over(marks))
     equal = rows.filter(pl.col("key") != pl.col("first")).select("key", detail="first")
     rows = rows.filter(pl.col("key") == pl.col("first")).drop("first")
-    near = _windowed(rows, max_distance)
-    pairs = pl.DataFrame(
-        {
-            "perceptual_hash": rows["perceptual_hash"],
-            "nearest": pl.Series(near, dtype=pl.Int64),
-            "key": rows["key"],
-        }
-    ).filter(pl.col("nearest") >= 0)
+    near = _nearest(rows, max_distance)
+    pairs = pl.DataFrame({"nearest": pl.Series(near, dtype=pl.Int64), "key": rows["key"]}).filter(
+        pl.col("nearest") >= 0
+    )
     by_rank = rows["key"].sort()
     copies = pairs.select("key", detail=by_rank.gather(pairs["nearest"]))
     return pl.concat([equal, copies]).select("key", reason=pl.lit(str(NEAR_DUPLICATE_IMAGE)), detail="detail")
@@ -153,23 +180,27 @@ def band_values(hash_NB: npt.NDArray[np.uint8], band: int, num_bands: int) -> UI
 
 def hash_bytes(rows: pl.DataFrame) -> npt.NDArray[np.uint8]:
     """perceptual_hash as uint8 [N, 48]."""
-    table: Any = rows["perceptual_hash"].to_arrow()
+    return _column_bytes(rows, "perceptual_hash")
+
+
+def _column_bytes(rows: pl.DataFrame, name: str) -> npt.NDArray[np.uint8]:
+    """A column of binary values of one length as uint8 [N, bytes]."""
+    table: Any = rows[name].to_arrow()
     column = table.cast(pa.large_binary())
     column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if not len(column):
-        return np.empty((0, HASH_BITS // 8), np.uint8)
+        return np.empty((0, SIZES[name]), np.uint8)
     data = np.frombuffer(column.buffers()[2], np.uint8)
     first = np.frombuffer(column.buffers()[1], np.int64)[column.offset]
-    return data[first : first + len(column) * (HASH_BITS // 8)].reshape(len(column), HASH_BITS // 8)
+    return data[first : first + len(column) * SIZES[name]].reshape(len(column), SIZES[name])
 
 
-def _windowed(rows: pl.DataFrame, max_distance: int) -> npt.NDArray[np.int64]:
-    """For rows sorted by band and hash: rank of the lowest lower key near each, int64 [N]; -1 without one."""
+def _near_pairs(
+    rows: pl.DataFrame, max_distance: int
+) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    """Places of pairs whose hashes are near, of rows sorted by band and hash, some at a time."""
     word_NW = np.ascontiguousarray(hash_bytes(rows)).view(np.uint64)
     band_N = rows["band"].to_numpy()
-    rank_N = rows["key"].rank("ordinal").cast(pl.Int64).to_numpy() - 1
-    none = rows.height
-    nearest_N = np.full(rows.height, none, np.int64)
     active = np.arange(rows.height)
     for step in range(1, WINDOW + 1):
         active = active[active + step < rows.height]
@@ -178,11 +209,22 @@ def _windowed(rows: pl.DataFrame, max_distance: int) -> npt.NDArray[np.int64]:
             break
         for start in range(0, len(active), _COMPARED_AT_ONCE):
             one = active[start : start + _COMPARED_AT_ONCE]
-            two = one + step
-            distance = np.bitwise_count(word_NW[one] ^ word_NW[two]).sum(axis=1, dtype=np.int32)
-            one, two = one[distance <= max_distance], two[distance <= max_distance]
-            higher = np.where(rank_N[one] > rank_N[two], one, two)
-            np.minimum.at(nearest_N, higher, np.minimum(rank_N[one], rank_N[two]))
+            distance = np.bitwise_count(word_NW[one] ^ word_NW[one + step]).sum(axis=1, dtype=np.int32)
+            one = one[distance <= max_distance]
+            yield one, one + step
+
+
+def _nearest(rows: pl.DataFrame, max_distance: int) -> npt.NDArray[np.int64]:
+    """For sorted rows: rank of the lowest lower key that each is a copy of, int64 [N]; -1 without one."""
+    signature_NB = _column_bytes(rows, "image_signature")
+    rank_N = rows["key"].rank("ordinal").cast(pl.Int64).to_numpy() - 1
+    none = rows.height
+    nearest_N = np.full(rows.height, none, np.int64)
+    for one, two in _near_pairs(rows, max_distance):
+        copies = are_copies(signature_NB, signature_NB, one, two)
+        one, two = one[copies], two[copies]
+        higher = np.where(rank_N[one] > rank_N[two], one, two)
+        np.minimum.at(nearest_N, higher, np.minimum(rank_N[one], rank_N[two]))
     nearest_N[nearest_N == none] = -1
     return nearest_N
 
@@ -207,9 +249,8 @@ def run(config: DedupImageConfig, context: Context, task: Task, progress: Progre
     """Drop the copies of one table, except those of sources that `exempt_from` keeps."""
     table = RowsTask.from_json(task.arguments).table
     rows = pl.read_parquet(context.path_in(rows_stage(context), table))
-    exempt = exempt_sources(context.parents["corpus"], IMAGE_DUPLICATES_RULE)
     found = _copies_among(context, rows["key"])
-    stays = pl.col("source").is_in(exempt)
+    stays = is_exempt(context.parents["corpus"], IMAGE_DUPLICATES_RULE, rows.columns)
     judged = rows.join(found, on="key", how="left", maintain_order="left").with_columns(
         pl.when(~stays).then(pl.col(name)).alias(name) for name in ("reason", "detail")
     )
@@ -233,7 +274,7 @@ def find_stage(config: DedupImageConfig, *, rows: str) -> Stage:
     return Stage(
         "find_copies",
         title="pictures that are there already, exactly or nearly",
-        version=1,
+        version=2,
         config=config,
         parents=("corpus", rows),
         plan=plan_find,

@@ -3,45 +3,170 @@
 A table may name the machine's own services, its network, or a cloud's metadata service, or a public address
 may redirect there. Every hop is checked: its scheme, and the address its name resolves to, which is the one
 then connected to (a second look-up could give another). Proxies of the environment are not used: behind one
-the address could not be checked.
+the address could not be checked. The whole request, redirects included, has one deadline.
 """
 
+import bisect
 import http.client
 import ipaddress
-import socket
-import urllib.error
+import re
+import string
 import urllib.parse
-import urllib.request
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from data_prep.download.deadline import Deadline, connect, get, look_up, secure
+from data_prep.sources.local_server import HOST
+from pipeline.core.shard_format import MAX_IMAGE_BYTES
 
 MAX_REDIRECTS = 5
 ALLOWED_VARIABLE = "CNCLIP_ALLOWED_NETWORKS"  # environment variable of the download workers
 
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_MAX_OTHER_BYTES = 1 << 20  # headers, interim responses, chunk sizes, trailers, of all hops
+_REDIRECTS = (301, 302, 303, 307, 308)
+_SPACE = string.whitespace + "\u3000\u00a0\ufeff"  # around an address, it is not part of it
+
+# The interpreter's ipaddress changes what it calls global from one patch release to the next, so the networks
+# stand here. IPv4: IANA's IPv4 Special-Purpose Address Registry and multicast (RFC 5771).
+_IPV4_REFUSED = (
+    "0.0.0.0/8",  # this network, RFC 791
+    "10.0.0.0/8",  # private, RFC 1918
+    "100.64.0.0/10",  # shared address space, RFC 6598; metadata services of Alibaba and UCloud
+    "127.0.0.0/8",  # loopback, RFC 1122
+    "169.254.0.0/16",  # link-local, RFC 3927; most clouds' metadata services
+    "172.16.0.0/12",  # private, RFC 1918
+    "192.0.0.0/24",  # IETF protocol assignments, RFC 6890; Oracle's metadata service
+    "192.0.2.0/24",  # documentation, RFC 5737
+    "192.31.196.0/24",  # AS112, RFC 7535
+    "192.52.193.0/24",  # automatic multicast tunnelling, RFC 7450
+    "192.88.99.0/24",  # 6to4 relays, RFC 7526
+    "192.168.0.0/16",  # private, RFC 1918
+    "192.175.48.0/24",  # AS112, RFC 7534
+    "198.18.0.0/15",  # benchmarking, RFC 2544
+    "198.51.100.0/24",  # documentation, RFC 5737
+    "203.0.113.0/24",  # documentation, RFC 5737
+    "224.0.0.0/4",  # multicast, RFC 5771
+    "240.0.0.0/4",  # reserved and broadcast, RFC 1112, RFC 919
+    # Services of clouds on public numbers, which only their own machines reach.
+    "168.63.129.16/32",  # Azure's wire server
+    "192.80.8.124/32",  # Equinix Metal's metadata service
+    "161.26.0.0/16",  # IBM Cloud's service network
+    "166.8.0.0/14",  # IBM Cloud's service endpoints
+)
+# IPv6: only global unicast, 2000::/3 (RFC 4291), is the web's; of it IANA's IPv6 Special-Purpose Address
+# Registry takes these away. IPv4-mapped (::ffff:0:0/96), IPv4-compatible (::/96), both NAT64 prefixes
+# (64:ff9b::/96, 64:ff9b:1::/48), unique local (fc00::/7: metadata services of AWS, Google and Scaleway too),
+# link-local, site-local and multicast addresses lie outside.
+_IPV6_PUBLIC = ipaddress.IPv6Network("2000::/3")
+_IPV6_REFUSED = (
+    "2001::/23",  # IETF protocol assignments, RFC 2928: Teredo, benchmarking, ORCHID and ORCHIDv2, drones
+    "2001:db8::/32",  # documentation, RFC 3849
+    "2002::/16",  # 6to4, RFC 3056: holds an IPv4 address
+    "2620:4f:8000::/48",  # AS112, RFC 7534
+    "3ffe::/16",  # the former 6bone, RFC 3701
+    "3fff::/20",  # documentation, RFC 9637
+)
+_ISATAP = (0x00005EFE, 0x02005EFE)  # before an IPv4 address in the interface identifier, RFC 5214
+# A user may allow these prefixes where a network has no IPv4: the address inside is judged then.
+_NAT64 = (ipaddress.IPv6Network("64:ff9b::/96"), ipaddress.IPv6Network("64:ff9b:1::/48"))
 
 
 class AddressRefusedError(Exception):
     """The address is not one of the public web; says which and why."""
 
 
-def is_public(address: str, allowed: Sequence[str] = ()) -> bool:
-    """Whether an IP address belongs to the public web, or to one of the allowed networks (`10.0.0.0/8`).
+class HttpStatusError(Exception):
+    """A server answered with a status that is neither success nor a redirect that can be followed."""
 
-    Loopback, private, shared, link-local (the metadata services' too), multicast and reserved addresses do
-    not, nor do such IPv4 addresses inside IPv6 ones.
+    def __init__(self, status: int) -> None:
+        super().__init__(f"HTTP status {status}")
+        self.status = status
+
+
+def _ranges(networks: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Return the first and the last numbers of networks, sorted."""
+    parsed = sorted((ipaddress.ip_network(network) for network in networks), key=lambda item: int(item[0]))
+    return [int(network[0]) for network in parsed], [int(network[-1]) for network in parsed]
+
+
+_RANGES = {4: _ranges(_IPV4_REFUSED), 6: _ranges(_IPV6_REFUSED)}
+
+
+def is_public(address: str, allowed: Sequence[str] = ()) -> bool:
+    """Return whether an IP address is of the public web, or of one of the allowed networks (`10.0.0.0/8`).
+
+    Loopback, private, shared, link-local, multicast, documentation and reserved addresses are not, nor are
+    clouds' own services on public numbers, nor any IPv4 address inside an IPv6 one.
     """
     ip = ipaddress.ip_address(address.partition("%")[0])
     for network in allowed:
         if ip in ipaddress.ip_network(network, strict=False):
+            if isinstance(ip, ipaddress.IPv6Address) and any(ip in prefix for prefix in _NAT64):
+                return is_public(str(_translated(ip)), allowed)
             return True
-    if isinstance(ip, ipaddress.IPv6Address):
-        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
-        if inner is None and ip in _NAT64:
-            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        if inner is not None:
-            return is_public(str(inner), allowed)
-    return ip.is_global and not ip.is_multicast
+    if isinstance(ip, ipaddress.IPv6Address) and (
+        ip not in _IPV6_PUBLIC or int(ip) >> 32 & 0xFFFFFFFF in _ISATAP
+    ):
+        return False
+    firsts, lasts = _RANGES[ip.version]
+    place = bisect.bisect_right(firsts, int(ip)) - 1
+    return place < 0 or int(ip) > lasts[place]
+
+
+def _translated(ip: ipaddress.IPv6Address) -> ipaddress.IPv4Address:
+    """Return the IPv4 address inside a NAT64 one (RFC 6052, figure 1); loopback if there is none."""
+    if ip in _NAT64[0]:
+        return ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+    # The network chooses the length of its prefix, and with it the place: /48 or /96 are told apart by the
+    # byte that is always 0, and by the zeros after the address.
+    packed = ip.packed
+    if packed[8] == 0 and packed[11:] == bytes(5):
+        return ipaddress.IPv4Address(packed[6:8] + packed[9:11])
+    return ipaddress.IPv4Address(packed[12:])
+
+
+@dataclass(frozen=True, slots=True)
+class _Address:
+    scheme: str
+    host: str  # ASCII, without brackets
+    port: int
+    target: str  # path and query
+    whole: str
+
+    @property
+    def host_header(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == _PORTS[self.scheme] else f"{host}:{self.port}"
+
+
+_PORTS = {"http": 80, "https": 443}
+_HOST = re.compile(r"[!-~]{1,253}")
+
+
+def _read_address(address: str) -> _Address:
+    """Take an address apart as browsers do: white space around it goes, Chinese in it is encoded.
+
+    Raises:
+        AddressRefusedError: if it is no address, or not one of http or https.
+    """
+    address = address.strip(_SPACE)
+    try:
+        parts = urllib.parse.urlsplit(address)
+        scheme, host, port = parts.scheme.lower(), parts.hostname or "", parts.port
+        if scheme not in _PORTS:
+            raise AddressRefusedError(f"{address[:80]}: only http and https are fetched")
+        if not host.isascii():
+            host = host.encode("idna").decode("ascii")
+        if not _HOST.fullmatch(host) or max(map(len, host.split("."))) > 63 or ".." in host:
+            raise AddressRefusedError(f"{address[:80]}: has no host that can exist")
+        # What is quoted stays so.
+        path = urllib.parse.quote(parts.path or "/", safe=string.punctuation)
+        query = "?" + urllib.parse.quote(parts.query, safe=string.punctuation) if parts.query else ""
+    except ValueError as error:  # UnicodeError included: a label too long, half a surrogate pair
+        raise AddressRefusedError(f"{address[:80]}: not an address ({error})") from None
+    if host.rstrip(".") == HOST:
+        raise AddressRefusedError(f"{address[:80]}: is of a run's own images, which no table can ask for")
+    return _Address(scheme, host, port or _PORTS[scheme], path + query, address)
 
 
 def open_public(
@@ -49,84 +174,59 @@ def open_public(
     headers: dict[str, str],
     timeout: float,
     allowed: Sequence[str] = (),
-    site: Callable[[urllib.request.Request], bool] = lambda request: False,
-) -> Any:
-    """GET an address, following redirects; gives the response, a context manager.
+    own_site: str = "",
+) -> http.client.HTTPResponse:
+    """GET an address, following redirects; return the response, a context manager.
 
-    `timeout` in seconds counts for each hop. `site` may send a request to the corpus's own server (and then
-    says True). AddressRefusedError for what is not public; urllib's errors otherwise.
+    `timeout` in seconds is for the whole request: look-ups, all hops, and reading the response. An address
+    that begins with `own_site` is asked of the run's own server, and no redirect leads there or away.
+
+    Raises:
+        AddressRefusedError: if a hop is not of the public web.
+        HttpStatusError: if the answer is no success.
+        TimeoutError: when the time is over, while the response is read as well.
+        OSError, http.client.HTTPException, TooManyBytesError: as the network and the server give them.
     """
-    public = _opener(allowed)
+    deadline = Deadline(timeout, MAX_IMAGE_BYTES + _MAX_OTHER_BYTES)
+    if own_site and address.startswith(own_site):
+        parts = urllib.parse.urlsplit(address)
+        sock = connect(look_up(parts.hostname or "", parts.port or 80, deadline), deadline)
+        target = urllib.parse.quote(address.removeprefix(f"http://{parts.netloc}"), safe=string.punctuation)
+        return _successful(get(sock, HOST, target, headers))
     for _ in range(MAX_REDIRECTS + 1):
-        if urllib.parse.urlsplit(address).scheme.lower() not in ("http", "https"):
-            raise AddressRefusedError(f"{address[:80]}: only http and https are fetched")
-        request = urllib.request.Request(address, headers=headers)
-        opener = _opener(None) if site(request) else public
-        try:
-            return opener.open(request, timeout=timeout)
-        except urllib.error.HTTPError as error:
-            location = error.headers.get("Location")
-            if error.code not in (301, 302, 303, 307, 308) or not location:
-                raise
-            error.close()
-            address = urllib.parse.urljoin(address, urllib.parse.quote(location, safe=_LEFT_ALONE))
-    raise urllib.error.URLError(f"more than {MAX_REDIRECTS} redirects")
+        hop = _read_address(address)
+        response = _ask(hop, headers, deadline, allowed)
+        location = response.headers.get("Location")
+        if response.status not in _REDIRECTS or not location:
+            return _successful(response)
+        response.close()
+        address = urllib.parse.urljoin(hop.whole, _readable(location).strip(_SPACE))
+    raise OSError(f"more than {MAX_REDIRECTS} redirects")
 
 
-_LEFT_ALONE = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
+def _successful(response: http.client.HTTPResponse) -> http.client.HTTPResponse:
+    if 200 <= response.status < 300:
+        return response
+    response.close()
+    raise HttpStatusError(response.status)
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Leaves redirects to `open_public`, as the HTTPError of their status."""
+def _ask(
+    hop: _Address, headers: dict[str, str], deadline: Deadline, allowed: Sequence[str]
+) -> http.client.HTTPResponse:
+    places = look_up(hop.host, hop.port, deadline)
+    for *_, place in places:
+        if not is_public(str(place[0]), allowed):
+            raise AddressRefusedError(f"{hop.host} is {place[0]}, which is not a public address")
+    sock = connect(places, deadline)
+    if hop.scheme == "https":
+        sock = secure(sock, hop.host, deadline)
+    return get(sock, hop.host_header, hop.target, headers)
 
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        return None
 
-
-def _opener(allowed: Sequence[str] | None) -> urllib.request.OpenerDirector:
-    """An opener for http and https alone; `allowed` None: to any address (the corpus's own server)."""
-
-    def connect(address: tuple[str, int], timeout: Any = None, source_address: Any = None) -> socket.socket:
-        if allowed is None:
-            return socket.create_connection(address, timeout, source_address)
-        host, port = address
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        for *_, place in found:
-            if not is_public(str(place[0]), allowed):
-                raise AddressRefusedError(f"{host} is {place[0]}, which is not a public address")
-        last: OSError = OSError(f"{host}: no address")
-        for *_, place in found:
-            try:
-                return socket.create_connection((str(place[0]), port), timeout, source_address)
-            except OSError as error:
-                last = error
-        raise last
-
-    def plain(*arguments: Any, **options: Any) -> http.client.HTTPConnection:
-        connection = http.client.HTTPConnection(*arguments, **options)
-        connection._create_connection = connect  # type: ignore[attr-defined]
-        return connection
-
-    def secure(*arguments: Any, **options: Any) -> http.client.HTTPConnection:
-        connection = http.client.HTTPSConnection(*arguments, **options)
-        connection._create_connection = connect  # type: ignore[attr-defined]
-        return connection
-
-    class Plain(urllib.request.HTTPHandler):
-        def http_open(self, request: urllib.request.Request) -> Any:
-            return self.do_open(plain, request)  # type: ignore[arg-type]
-
-    class Secure(urllib.request.HTTPSHandler):
-        def https_open(self, request: urllib.request.Request) -> Any:
-            return self.do_open(secure, request)  # type: ignore[arg-type]
-
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        Plain(),
-        Secure(),
-        _NoRedirects(),
-        urllib.request.HTTPErrorProcessor(),
-        urllib.request.HTTPDefaultErrorHandler(),
-    ):
-        opener.add_handler(handler)
-    return opener
+def _readable(location: str) -> str:
+    """Return a Location as text: http.client reads its bytes as Latin-1, servers mean UTF-8."""
+    try:
+        return location.encode("latin-1").decode("utf-8")
+    except UnicodeError:
+        return location

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_prep.formats.image import BadImageError, open_image, upright, upright_size
+from pipeline.core.images import BadImageError, open_image, upright, upright_size
 
 
 @dataclass(frozen=True, slots=True)

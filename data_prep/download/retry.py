@@ -15,9 +15,9 @@ import polars as pl
 
 from data_prep.accounting.drop_table import HTTP_STATUS
 from data_prep.accounting.judged import SourceCounts, sources_from_json
-from data_prep.facts import Facts
 from data_prep.formats.parquet import write_table
 from pipeline.core import store
+from pipeline.core.facts import Facts
 from pipeline.core.records import DropReason, Manifest, Receipt, Shard
 from pipeline.core.stage import Context, Task
 

@@ -6,9 +6,11 @@ Bytes are promised from here on: what the web returned is the snapshot.
 """
 
 import contextlib
+import errno
 import ipaddress
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -19,19 +21,20 @@ from pathlib import Path
 
 import polars as pl
 
-from data_prep import corpus_facts
 from data_prep.accounting.drop_table import HTTP_STATUS, drops_path, write_drops
 from data_prep.accounting.judged import count_by_source
-from data_prep.download import retry
+from data_prep.download import own_images, retry
+from data_prep.download.board import BOARD_VARIABLE, Boards, name_open
 from data_prep.download.public_web import ALLOWED_VARIABLE
 from data_prep.download.retry import DownloadFacts, DownloadTask
 from data_prep.formats.parquet import write_table
 from data_prep.formats.tar import TarWriter
-from data_prep.sources.local_server import SITE_VARIABLE, local_site, serve
+from data_prep.sources.local_server import SITE_VARIABLE
 from pipeline.core import store
 from pipeline.core.config import NOT_IN_DIGEST
-from pipeline.core.processes import dies_with_us
+from pipeline.core.processes import dies_with_us, say
 from pipeline.core.records import InputError
+from pipeline.core.shard_format import MAX_IMAGE_PIXELS
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 _POLL_SECONDS = 0.2
@@ -39,6 +42,9 @@ _NETWORK_REASONS = ("connection", "dns", "timeout")
 _LEAST_ROWS = 20  # of a partition that is judged for an outage
 _SUSPECT_SHARE = 0.5
 _CALLS = 2  # of img2dataset, the first included, for what it leaves damaged
+_LEAST_FREE_BYTES = 1 << 20  # on the disk of img2dataset's files: below, and without progress, it is full
+_FULL_SECONDS = 3.0
+_START_SECONDS = 240.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +53,7 @@ class DownloadConfig:
 
     short_side_px: int = 256  # larger images are reduced to it: room for a random crop of 224
     jpeg_quality: int = 95
-    max_pixels: int = 100_000_000  # of an image's header: above, a decompression bomb
+    max_pixels: int = MAX_IMAGE_PIXELS  # of an image's header: above, a decompression bomb
     # Decode a JPEG at 1/2, 1/4 or 1/8 where that still exceeds short_side_px, and average pixels: faster,
     # and pixels differ a little (benchmarks/data_prep/resize.py says both).
     scaled_decode: bool = False
@@ -89,7 +95,7 @@ def run_together(
 ) -> Iterator[tuple[Task, Outcome]]:
     """One img2dataset call for all outstanding partitions, one img2dataset shard each.
 
-    Partitions whose tar or table it left damaged are asked for once more.
+    Partitions whose tar or table it left damaged, or over which a worker died, are asked for once more.
     """
     for _ in range(_CALLS):
         with store.scratch(context.path(), "raw") as raw:  # workers of a killed run can't write into it
@@ -97,10 +103,11 @@ def run_together(
         if not damaged:
             return
         tasks = [task for task, _ in damaged]
+        say(f"download: partition {tasks[0].name}: {damaged[0][1]}", sys.stderr)
     first, damage = damaged[0]
     raise InputError(
-        f"{context.path()}: img2dataset left {len(damaged)} partitions damaged, {_CALLS} times"
-        f" ({first.name}: {damage}); see {_log_path(context, first)}, look at the disk, then run again"
+        f"{context.path()}: img2dataset left {len(damaged)} partitions unfinished, {_CALLS} times"
+        f" ({first.name}: {damage}); see {_log_path(context, first)}, look at memory and disk, then run again"
     )
 
 
@@ -111,61 +118,126 @@ def _download(
     (raw / "lists").mkdir()
     num_rows: dict[str, int] = {}  # asked for, of each task
     waiting: dict[int, Task] = {}  # number of img2dataset's shard → task
-    for task in tasks:
-        rows = _asked(context, task)
-        num_rows[task.name] = rows.height
-        if rows.height == 0:
-            yield task, _pack(context, task, raw, None)
-            continue
-        # Images that are on disk already have an address of the loopback site beside the row's own.
-        at = pl.coalesce("picture_at", "url") if "picture_at" in rows.columns else pl.col("url")
-        rows.select(url=at, sample_key=pl.col("key")).write_parquet(raw / "lists" / f"{task.name}.parquet")
-        waiting[len(waiting)] = task
     damaged: list[tuple[Task, str]] = []
-    if not waiting:
-        return damaged
-    counts = [num_rows[task.name] for task in waiting.values()]
-    log = _log_path(context, tasks[0])
-    with _downloader(config, context, raw, log, max(counts)) as process:
-        done = 0
-        suspects: list[tuple[Task, int]] = []  # an outage may have begun in them: the next partition tells
-        last_change, last_seen = time.monotonic(), -1
-        while waiting:
-            ended = process.poll()
-            for number in [n for n in waiting if (raw / "shards" / f"{n:05d}_stats.json").exists()]:
-                task = waiting.pop(number)
-                if (damage := _damage(raw, number)) is not None:
-                    damaged.append((task, damage))
-                    share = _SUSPECT_SHARE  # it tells nothing about the network
-                else:
-                    share = _network_failures(raw, number)
-                    suspects.append((task, number))
-                if damage is None and share >= config.outage_share:
-                    raise InputError(
-                        f"{context.path()}: the network seems to be down: {share:.0%} of partition"
-                        f" {task.name} failed by DNS, connection or time-out; repair it and run again, or"
-                        f" raise [download] outage_share"
-                    )
-                if share < _SUSPECT_SHARE or not waiting:
+    with own_images.served(context) as own:
+        for task in tasks:
+            rows = _asked(context, task)
+            num_rows[task.name] = rows.height
+            if rows.height == 0:
+                yield task, _pack(context, task, raw, None)
+                continue
+            # Images that are on disk already have an address of the loopback site next to the row's own.
+            listed = rows.select(url=own.address(rows.columns), sample_key=pl.col("key"))
+            with open(raw / "lists" / f"{task.name}.parquet", "wb") as file:
+                listed.write_parquet(file)
+            waiting[len(waiting)] = task
+        if not waiting:
+            return damaged
+        log = _log_path(context, tasks[0])
+        counts = {number: num_rows[task.name] for number, task in waiting.items()}
+        boards = Boards(raw / "workers")
+        variables = {
+            BOARD_VARIABLE: str(boards.folder),
+            SITE_VARIABLE: (own.site or "").removeprefix("http://"),
+        }
+        with _downloader(config, context, raw, log, max(counts.values()), variables) as process:
+            watch = _Watch(context, config, raw, log, process, boards)
+            done = 0
+            suspects: list[tuple[Task, int]] = []  # an outage may have begun in them: the next one tells
+            while waiting:
+                watch.look_before()
+                for number in [n for n in waiting if (raw / "shards" / f"{n:05d}_stats.json").exists()]:
+                    task = waiting.pop(number)
+                    if (damage := _damage(raw, number)) is not None:
+                        damaged.append((task, damage))
+                        share = _SUSPECT_SHARE  # it tells nothing about the network
+                    else:
+                        share = _network_failures(raw, number)
+                        suspects.append((task, number))
+                    if damage is None and share >= config.outage_share:
+                        raise InputError(
+                            f"{context.path()}: the network seems to be down: {share:.0%} of partition"
+                            f" {task.name} failed by DNS, connection or time-out; repair it and run again, or"
+                            f" raise [download] outage_share"
+                        )
+                    if share < _SUSPECT_SHARE or not waiting:
+                        for finished, its_number in suspects:
+                            yield finished, _pack(context, finished, raw, its_number)
+                            done += num_rows[finished.name]
+                            progress(done, sum(counts.values()), "rows")
+                        suspects.clear()
+                if not waiting:
+                    break
+                if (death := watch.look(list(waiting.values()), len(tasks))) is not None:
+                    number, text = death
                     for finished, its_number in suspects:
                         yield finished, _pack(context, finished, raw, its_number)
-                        done += num_rows[finished.name]
-                        progress(done, sum(counts), "rows")
-                    suspects.clear()
-            if waiting and ended is not None:
-                raise InputError(
-                    f"{context.path()}: img2dataset ended with status {ended} and left {len(waiting)} of"
-                    f" {len(tasks)} partitions; see {log}, then run again"
-                )
-            if (seen := _num_bytes(raw)) != last_seen:
-                last_change, last_seen = time.monotonic(), seen
-            elif time.monotonic() - last_change > config.stall_seconds:
-                raise InputError(
-                    f"{context.path()}: img2dataset wrote nothing for {config.stall_seconds:g} s, so a worker"
-                    f" hangs: rerun the same command to resume with the remaining partitions"
-                )
-            time.sleep(_POLL_SECONDS)
+                    first = waiting.pop(number, None)
+                    rest = [(task, "not asked for yet") for task in waiting.values()]
+                    return damaged + ([(first, text)] if first else []) + rest
+                time.sleep(_POLL_SECONDS)
     return damaged
+
+
+@dataclass
+class _Watch:
+    """Notices that img2dataset is at an end, hangs, lost a worker, or has no room on its disk."""
+
+    context: Context
+    config: DownloadConfig
+    raw: Path
+    log: str
+    process: subprocess.Popen[bytes]
+    boards: Boards
+
+    def __post_init__(self) -> None:
+        self._last_change, self._last_seen = time.monotonic(), (-1, -1)
+        self._ended: int | None = None
+
+    def look_before(self) -> None:
+        """Look whether img2dataset has ended, before its files are looked at: what they lack, they lack."""
+        self._ended = self.process.poll()
+
+    def look(self, waiting: list[Task], num_tasks: int) -> tuple[int, str] | None:
+        """Return the shard over which a worker died and words about it; None if all is well.
+
+        Raises:
+            OSError: if the disk is full, as a worker or the disk says.
+            InputError: if img2dataset has ended, or nothing has moved for `stall_seconds`.
+        """
+        if (fault := self.boards.fault()) is not None:
+            raise OSError(fault.errno, fault.strerror, str(self.raw))
+        view = self.boards.look()
+        if view.death is not None:
+            number, its_open = view.death
+            at = f" while at {name_open(its_open)}" if its_open else ""
+            return number, f"its worker died, as if killed or out of memory,{at or ' before it asked'}"
+        now = time.monotonic()
+        if (seen := (_num_bytes(self.raw), view.num_done)) != self._last_seen:
+            self._last_change, self._last_seen = now, seen
+        idle = now - self._last_change
+        if (idle > _FULL_SECONDS or self._ended is not None) and _is_full(self.raw):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.raw))
+        if self._ended is not None:
+            raise InputError(
+                f"{self.context.path()}: img2dataset ended with status {self._ended} and left"
+                f" {len(waiting)} of {num_tasks} partitions; see {self.log}, then run again"
+            )
+        # Workers import for a while before they begin, longer on a busy machine.
+        limit = (
+            self.config.stall_seconds if view.num_working else max(self.config.stall_seconds, _START_SECONDS)
+        )
+        if idle > limit:
+            at = f" at {name_open(view.open)}" if view.open else ", and has no address open"
+            raise InputError(
+                f"{self.context.path()}: img2dataset wrote nothing for {limit:g} s, so a"
+                f" worker hangs{at}: rerun the same command to resume with the remaining partitions"
+            )
+        return None
+
+
+def _is_full(folder: Path) -> bool:
+    return shutil.disk_usage(folder).free < _LEAST_FREE_BYTES
 
 
 def _log_path(context: Context, first: Task) -> str:
@@ -208,7 +280,12 @@ def _num_bytes(raw: Path) -> int:
 
 @contextlib.contextmanager
 def _downloader(
-    config: DownloadConfig, context: Context, raw: Path, log_path: str, max_rows: int
+    config: DownloadConfig,
+    context: Context,
+    raw: Path,
+    log_path: str,
+    max_rows: int,
+    variables: dict[str, str],
 ) -> Iterator[subprocess.Popen[bytes]]:
     options = {
         "resizer": {
@@ -235,16 +312,14 @@ def _downloader(
         "enable_wandb": False,
     }
     (raw / "options.json").write_text(json.dumps(options), encoding="utf-8")
-    environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1"}  # its import looks for updates otherwise
+    environment = {
+        **os.environ,
+        "NO_ALBUMENTATIONS_UPDATE": "1",  # its import looks for updates otherwise
+        "TQDM_DISABLE": "1",  # no bars in the log
+        ALLOWED_VARIABLE: " ".join(config.allowed_networks),
+        **variables,
+    }
     with contextlib.ExitStack() as stack:
-        site, images = corpus_facts.site_folder(context), corpus_facts.image_folders(context)
-        packed = corpus_facts.packed_folders(context)
-        if site is not None or images or packed:
-            # The corpus brings its own images: URLs name no port, the server stands in as a proxy.
-            site = None if site is None else stack.enter_context(local_site(site))
-            address = stack.enter_context(serve(site, images, packed))
-            environment[SITE_VARIABLE] = address.removeprefix("http://")
-        environment[ALLOWED_VARIABLE] = " ".join(config.allowed_networks)
         own_log = log_path
         if not store.is_local(log_path):
             own_log = str(raw / "img2dataset.log")

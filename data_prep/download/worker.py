@@ -4,21 +4,17 @@ img2dataset starts its workers by spawning, and each imports this module as its 
 at the top holds in all of them.
 """
 
+import contextlib
+import functools
 import importlib
-import io
 import json
 import os
-import socket
-import ssl
-import string
 import sys
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
+from collections.abc import Callable
 from typing import Any
 
 from pipeline.core.processes import die_with_parent
+from pipeline.core.terminal import guard
 
 # Before img2dataset, whose import takes seconds in which the run may be killed. The stage makes this promise
 # for the process that it starts (`dies_with_us`), and that process names itself to the workers it spawns.
@@ -27,27 +23,17 @@ if __name__ == "__main__":
     os.environ[_STARTED_BY] = str(os.getpid())
 elif __name__ == "__mp_main__":
     die_with_parent(int(os.environ[_STARTED_BY]))
+if __name__ in ("__main__", "__mp_main__"):
+    sys.stdout, sys.stderr = guard(sys.stdout), guard(sys.stderr)  # the log names addresses
 
 import img2dataset.downloader  # noqa: E402
+import img2dataset.writer  # noqa: E402
 
-from data_prep.download.public_web import ALLOWED_VARIABLE, AddressRefusedError, open_public  # noqa: E402
+from data_prep.download.board import BOARD_VARIABLE, Board, report  # noqa: E402
+from data_prep.download.fetch import fetch_image, shown  # noqa: E402
 from data_prep.download.resize import UprightResizer  # noqa: E402
-from data_prep.sources.local_server import HOST, SITE_VARIABLE  # noqa: E402
-from pipeline.core.records import DropReason  # noqa: E402
 
-HTTP_404 = DropReason("http_404")
-HTTP_ERROR = DropReason("http_error")
-TIMEOUT = DropReason("timeout")
-CONNECTION = DropReason("connection")
-OPTED_OUT = DropReason("opted_out")
-BODY_LIMIT = DropReason("body_limit")
-ADDRESS_REFUSED = DropReason("address_refused")  # not of the public web, or redirected to what is not
-DNS = DropReason("dns")  # no address for the host's name
-TLS = DropReason("tls")
-
-USER_AGENT = "cnclip-pretraining (https://arxiv.org/abs/2211.01335; image-text research)"
-_MAX_BODY_BYTES = 32 << 20  # a web image is well below; a stream without end is not read to the end
-_CHUNK_BYTES = 1 << 16
+_board: Board | None = None  # of this process, once it downloads
 
 
 def fetch(
@@ -57,56 +43,61 @@ def fetch(
 
     `timeout` counts for the whole request, in seconds. Errors begin with a DropReason and a colon.
     """
-    key, url = row
-    deadline = time.monotonic() + timeout
+    key, address = row
+    with _board.open(shown(address)) if _board is not None else contextlib.nullcontext():
+        return fetch_image(key, address, timeout, user_agent_token, disallowed_header_directives)
+
+
+def _watched_shard(self: Any, row: Any) -> None:
+    """Download a shard as img2dataset does, with a board that says what this process is at."""
+    global _board
+    folder = os.environ.get(BOARD_VARIABLE)
+    if folder is None:
+        _download_shard(self, row)
+        return
     try:
-        # Chinese characters and spaces in an address are common, and not ASCII; what is quoted stays so.
-        address = urllib.parse.quote(url, safe=string.punctuation)
-        with open_public(address, {"User-Agent": USER_AGENT}, timeout, _allowed(), _to_own_site) as response:
-            if disallowed_header_directives and img2dataset.downloader.is_disallowed(
-                response.headers, user_agent_token, disallowed_header_directives
-            ):
-                return key, None, f"{OPTED_OUT}: X-Robots-Tag"
-            body = io.BytesIO()
-            while chunk := response.read1(_CHUNK_BYTES):
-                body.write(chunk)
-                if body.tell() > _MAX_BODY_BYTES:
-                    return key, None, f"{BODY_LIMIT}: more than {_MAX_BODY_BYTES} bytes"
-                if time.monotonic() > deadline:
-                    return key, None, f"{TIMEOUT}: {timeout} s"
-            promised = response.headers.get("Content-Length")
-            if promised is not None and promised.isdigit() and body.tell() < int(promised):
-                return key, None, f"{CONNECTION}: {body.tell()} of {promised} bytes"
-            return key, body, None
-    except AddressRefusedError as error:
-        return key, None, f"{ADDRESS_REFUSED}: {error}"
-    except urllib.error.HTTPError as error:
-        reason = HTTP_404 if error.code in (404, 410) else HTTP_ERROR
-        return key, None, f"{reason}: {error.code}"
-    except TimeoutError:
-        return key, None, f"{TIMEOUT}: {timeout} s"
-    except urllib.error.URLError as error:
-        for kind, reason in ((TimeoutError, TIMEOUT), (socket.gaierror, DNS), (ssl.SSLError, TLS)):
-            if isinstance(error.reason, kind):
-                return key, None, f"{reason}: {error.reason}"
-        return key, None, f"{CONNECTION}: {error.reason}"
-    except Exception as error:  # http.client and ssl raise many kinds; each is one address that gave nothing
-        return key, None, f"{CONNECTION}: {error}"
+        if _board is None:
+            _board = Board(folder, self.thread_count)
+        board = _board
+        resizer = self.resizer
+
+        def resize(stream: Any, boxes: Any = None) -> Any:
+            with board.decode(shown(getattr(stream, "address", ""))):
+                return resizer(stream, boxes)
+
+        self.resizer = resize
+        board.begin_shard(row[0])
+        try:
+            _download_shard(self, row)
+        finally:
+            self.resizer = resizer
+            board.end_shard()
+    except OSError as error:
+        report(folder, error)
+        raise
 
 
-def _to_own_site(request: urllib.request.Request) -> bool:
-    """Send requests for the corpus's own host to its loopback server: the name never resolves."""
-    if request.host != HOST or SITE_VARIABLE not in os.environ:
-        return False
-    request.set_proxy(os.environ[SITE_VARIABLE], "http")
-    return True
+def _reporting(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a method of img2dataset's writer: it goes on after a full disk, and would lose row after row."""
 
+    @functools.wraps(method)
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        try:
+            return method(*arguments, **options)
+        except OSError as error:
+            if folder := os.environ.get(BOARD_VARIABLE):
+                report(folder, error)
+            raise
 
-def _allowed() -> list[str]:
-    return os.environ.get(ALLOWED_VARIABLE, "").split()
+    return wrapped
 
 
 img2dataset.downloader.download_image = fetch
+_download_shard = img2dataset.downloader.Downloader.download_shard
+img2dataset.downloader.Downloader.download_shard = _watched_shard
+_Writer = img2dataset.writer.WebDatasetSampleWriter
+for _name in ("__init__", "write", "close"):
+    setattr(_Writer, _name, _reporting(getattr(_Writer, _name)))
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,13 +14,19 @@ from data_prep.accounting.histograms import histogram
 from data_prep.accounting.judged import JudgedFacts, publish_judged
 from data_prep.corpus_facts import exemptions, guard_paths
 from data_prep.download.stage import partition_of
-from data_prep.facts import Facts
-from data_prep.formats.image import UNDECODABLE, BadImageError, decode_upright
+from data_prep.formats.shards import DOWNLOAD_AGAIN
 from data_prep.rules import image as image_rules
+from data_prep.rules.copies import MarkedImages, Marks, marks_of
+from data_prep.rules.image_signature import SIGNATURE_BYTES
+from data_prep.sources.table import EXEMPT_COLUMN
 from pipeline.core import store
 from pipeline.core.evaluation_sets import EvaluationSet, evaluations_of
+from pipeline.core.facts import Facts
+from pipeline.core.images import UNDECODABLE, BadImageError, decode_upright
 from pipeline.core.shard_format import ByteRangePool
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
+
+_NO_MARKS = Marks(bytes(image_rules.HASH_BITS // 8), bytes(SIGNATURE_BYTES))  # of what does not decode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +36,7 @@ class FilterImageConfig:
     min_side_px: int = 16  # shorter side of the image as it came
     max_aspect: float = 5.0  # longer side over shorter side
     remove_evaluation_copies: bool = True  # images of the evaluation sets under other addresses (2.2)
-    # Bits of 384 within which an image counts as a copy of an evaluation image.
+    # Bits of 384 within which an image may be a copy of an evaluation image; signatures decide.
     # On the demo re-encoded copies are 0 to 22 bits away, other images 60 and more.
     evaluation_distance: int = 32
 
@@ -78,19 +85,20 @@ def run(config: FilterImageConfig, context: Context, task: Task, progress: Progr
         table = table.with_columns(tar=pl.lit(asked.tar))
     exempt_from = exemptions(context.parents["corpus"])
     reasons: list[str | None] = []
-    hashes: list[bytes] = []
-    with ByteRangePool(lambda name: context.path_in("download", name)) as tars:
-        for tar, offset, size, width, height, key, source in table.select(
-            "tar", "offset_bytes", "size_bytes", "width_px", "height_px", "key", "source"
+    marks: list[Marks] = []
+    with ByteRangePool(lambda name: context.path_in("download", name), remedy=DOWNLOAD_AGAIN) as tars:
+        own = pl.col(EXEMPT_COLUMN) if EXEMPT_COLUMN in table.columns else pl.lit(None).alias(EXEMPT_COLUMN)
+        for tar, offset, size, width, height, key, source, own_rules in table.select(
+            "tar", "offset_bytes", "size_bytes", "width_px", "height_px", "key", "source", own
         ).iter_rows():
             data = tars.read(tar, offset, size, f"{key}.jpg")
             try:
                 image = decode_upright(data, max_pixels=width * height)
             except BadImageError:
                 reasons.append(UNDECODABLE)
-                hashes.append(bytes(image_rules.HASH_BITS // 8))
+                marks.append(_NO_MARKS)
                 continue
-            exempt = exempt_from.get(source, ())
+            exempt = (*exempt_from.get(source, ()), *(own_rules or "").split(","))
             reasons.append(
                 image_rules.size(
                     width,
@@ -99,20 +107,29 @@ def run(config: FilterImageConfig, context: Context, task: Task, progress: Progr
                     math.inf if image_rules.ASPECT_RULE in exempt else config.max_aspect,
                 )
             )
-            hashes.append(image_rules.perceptual_hash(np.asarray(image)))
+            marks.append(marks_of(np.asarray(image)))
+    hashes, signatures = [item.perceptual_hash for item in marks], [item.image_signature for item in marks]
+    details: list[str | None] = [None] * len(marks)
     if config.remove_evaluation_copies:
-        references = [item for folder in evaluations_of(context) for item in _evaluation_hashes(folder)]
-        references += decontamination.guarded_hashes(guard_paths(context.parents["corpus"]))
-        near = image_rules.nearest_hash_distances(hashes, references) <= config.evaluation_distance
-        reasons = [
-            image_rules.EVALUATION_IMAGE if reason is None and copy else reason
-            for reason, copy in zip(reasons, near, strict=True)
-        ]
+        names, references = _references(
+            tuple(evaluations_of(context)),
+            tuple(guard_paths(context.parents["corpus"])),
+            tuple(
+                digest for label, digest in task.inputs.items() if label.startswith(("evaluation ", "guard "))
+            ),
+        )
+        copies = references.nearest_copies(hashes, signatures, config.evaluation_distance)
+        for row, reference, bits in zip(*copies, strict=True):
+            if reasons[row] is None:
+                reasons[row] = image_rules.EVALUATION_IMAGE
+                details[row] = f"{names[reference]} ({bits} bits)"
     judged = table.with_columns(
         pl.Series("perceptual_hash", hashes, dtype=pl.Binary),
+        pl.Series("image_signature", signatures, dtype=pl.Binary),
         pl.Series("reason", [None if reason is None else str(reason) for reason in reasons], dtype=pl.String),
+        pl.Series("detail", details, dtype=pl.String),
     )
-    kept = judged.filter(pl.col("reason").is_null()).drop("reason")
+    kept = judged.filter(pl.col("reason").is_null()).drop("reason", "detail")
     dropped = judged.filter(pl.col("reason").is_not_null())
     short_side = [
         rows.select(pl.min_horizontal("width_px", "height_px")).to_series() for rows in (kept, dropped)
@@ -124,10 +141,23 @@ def run(config: FilterImageConfig, context: Context, task: Task, progress: Progr
     return publish_judged(context, task, kept, dropped, facts)
 
 
-@functools.lru_cache(maxsize=8)  # the sets are the same for every task that a process does
-def _evaluation_hashes(evaluation: EvaluationSet) -> list[bytes]:
-    """Hashes of an evaluation set's images; InputError names a line that is no image."""
-    return [hashed for _, hashed in decontamination.set_hashes(evaluation.folder, evaluation.name)]
+@functools.lru_cache(maxsize=1)  # the sets are the same for every task that a process does
+def _references(
+    evaluations: tuple[EvaluationSet, ...], guards: tuple[str, ...], digests: tuple[str, ...]
+) -> tuple[list[str], MarkedImages]:
+    """Names (`<set>: <id>`) and marks of all evaluation images; InputError names a line that is no image."""
+    names, marks = [], []
+    for evaluation in evaluations:
+        for name, item in decontamination.set_marks(evaluation.folder, evaluation.name):
+            names.append(f"{evaluation.name}: {name}")
+            marks.append(item)
+    for path in guards:
+        for name, item in decontamination.guarded_marks(path):
+            names.append(f"{os.path.basename(path)}: {name}")
+            marks.append(item)
+    return names, MarkedImages(
+        [item.perceptual_hash for item in marks], [item.image_signature for item in marks]
+    )
 
 
 def stage(config: FilterImageConfig) -> Stage:
@@ -135,7 +165,7 @@ def stage(config: FilterImageConfig) -> Stage:
     return Stage(
         "filter_image",
         title="size, aspect, copies of evaluation pictures",
-        version=1,
+        version=2,
         config=config,
         parents=("corpus", "download"),
         plan=plan,

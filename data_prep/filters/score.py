@@ -14,18 +14,19 @@ from typing import Annotated, Any, Literal, Protocol, Self
 
 import numpy as np
 import polars as pl
-from pydantic import Field
+from annotated_types import Gt, Lt
 
 from data_prep.accounting.drop_table import DETAIL
 from data_prep.accounting.histograms import histogram
 from data_prep.accounting.judged import JudgedFacts, publish_judged
-from data_prep.corpus_facts import exempt_sources, kept_tables, rows_stage, table_name
+from data_prep.corpus_facts import is_exempt, kept_tables, rows_stage, table_name
 from data_prep.download.stage import partition_of
-from data_prep.facts import Facts
 from data_prep.formats.parquet import write_table
+from data_prep.formats.shards import DOWNLOAD_AGAIN
 from data_prep.rules.text import SCORE_BELOW_THRESHOLD, SCORE_RULE
 from pipeline.core.arrays import Float32Array
 from pipeline.core.config import NOT_IN_DIGEST
+from pipeline.core.facts import Facts
 from pipeline.core.records import ConfigError, InputError, Manifest
 from pipeline.core.shard_format import ByteRangePool
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
@@ -77,7 +78,7 @@ class FilterScoreConfig:
     min_score: float | None = None
     # Instead: the share of the scored rows, above 0 and below 1, that go for their low scores, at most. The
     # threshold is then a multiple of 0.002.
-    drop_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    drop_share: Annotated[float, Gt(0), Lt(1)] | None = None
 
     def __post_init__(self) -> None:
         if self.min_score is not None and self.drop_share is not None:
@@ -223,7 +224,7 @@ def run_filter(config: FilterScoreConfig, context: Context, task: Task, progress
         raise InputError(f"{context.path_in('score')}: scores of other rows; run `--stage score --redo`")
     min_score = asked.min_score
     assert min_score is not None  # plan_filter has set it
-    exempt = exempt_sources(context.parents["corpus"], SCORE_RULE)
+    exempt = is_exempt(context.parents["corpus"], SCORE_RULE, rows.columns)
     score = scores[SCORE_COLUMN]
     is_scored = pl.col(SCORE_COLUMN).is_not_null()
     judged = (
@@ -232,9 +233,9 @@ def run_filter(config: FilterScoreConfig, context: Context, task: Task, progress
         .with_columns(
             pl.when(is_scored).then(pl.lit(asked.pair.text)).alias(TEXT_COLUMN),
             pl.when(is_scored).then(pl.lit(asked.pair.image)).alias(IMAGE_COLUMN),
-            reason=pl.when(
-                (pl.col(SCORE_COLUMN) < pl.lit(min_score, dtype=pl.Float32)) & ~pl.col("source").is_in(exempt)
-            ).then(pl.lit(str(SCORE_BELOW_THRESHOLD))),
+            reason=pl.when((pl.col(SCORE_COLUMN) < pl.lit(min_score, dtype=pl.Float32)) & ~exempt).then(
+                pl.lit(str(SCORE_BELOW_THRESHOLD))
+            ),
         )
     )
     kept = judged.filter(pl.col("reason").is_null()).drop("reason")
@@ -248,7 +249,7 @@ def run_filter(config: FilterScoreConfig, context: Context, task: Task, progress
         JudgedFacts(
             histograms={"pair_score": histogram("pair_score", kept[SCORE_COLUMN], dropped[SCORE_COLUMN])},
             min_score=min_score,
-            score_minimums=minimums(judged.filter(~pl.col("source").is_in(exempt)), SCORE_COLUMN),
+            score_minimums=minimums(judged.filter(~exempt), SCORE_COLUMN),
         ),
     )
 
@@ -291,7 +292,7 @@ def minimums(rows: pl.DataFrame, column: str) -> dict[str, float]:
 
 def _images(context: Context, rows: pl.DataFrame) -> list[bytes]:
     """Bytes of the rows' images, in their order."""
-    with ByteRangePool(lambda name: context.path_in("download", name)) as tars:
+    with ByteRangePool(lambda name: context.path_in("download", name), remedy=DOWNLOAD_AGAIN) as tars:
         places = rows.select("tar", "offset_bytes", "size_bytes", "key").iter_rows()
         return [tars.read(tar, offset, size, f"{key}.jpg") for tar, offset, size, key in places]
 

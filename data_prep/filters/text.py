@@ -1,7 +1,7 @@
 """Stage filter_text: a caption table in; out, rows that pass every text rule, and why the others did not."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -10,15 +10,15 @@ import polars as pl
 from data_prep.accounting.histograms import histogram
 from data_prep.accounting.judged import JudgedFacts, publish_judged
 from data_prep.corpus_facts import TablePlace, evaluation_urls, score_pairs, tables_of
-from data_prep.facts import Facts
 from data_prep.formats.keys import with_key
 from data_prep.rules import chinese_script
 from data_prep.rules import text as text_rules
 from data_prep.rules.image import SWITCHABLE_IMAGE_RULES
 from data_prep.rules.text import TextRule
-from data_prep.sources.table import JUDGED_ONLY, TableSource, naming_damage, scan
+from data_prep.sources.table import EXEMPT_COLUMN, JUDGED_ONLY, TableSource, naming_damage, scan
 from pipeline.core import store
 from pipeline.core.config import digest
+from pipeline.core.facts import Facts
 from pipeline.core.records import ConfigError, Manifest
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
@@ -108,10 +108,17 @@ def run(config: FilterTextConfig, context: Context, task: Task, progress: Progre
         has_scores = _has_scores(frame)  # of the whole table: all its slices are judged by the same rules
     if asked.first is not None:
         frame = frame.slice(asked.first, asked.count)
-    rules = rules_for(config, source.exemptions, context, has_scores)
-    judged = prepared(frame, config, source).with_columns(reason=text_rules.first_reason(rules))
     with naming_damage(path):
-        rows = judged.collect(engine="streaming")
+        groups = by_exemptions(frame, source)
+    judged, rules = list[pl.LazyFrame](), dict[str, TextRule]()
+    for exempt, part in groups:
+        of_group = rules_for(config, exempt, context, has_scores)
+        judged.append(prepared(part, config, exempt).with_columns(reason=text_rules.first_reason(of_group)))
+        rules |= {rule.name: rule for rule in of_group}
+    with naming_damage(path):
+        rows = pl.concat(judged).collect(engine="streaming")
+    if len(groups) > 1:
+        rows = rows.sort("row")
     kept = (
         rows.filter(pl.col("reason").is_null())
         .with_columns(pl.col("caption").str.strip_chars(), file=pl.lit(int(task.name[:5]), dtype=pl.Int32))
@@ -123,7 +130,7 @@ def run(config: FilterTextConfig, context: Context, task: Task, progress: Progre
     # Kept, since a list is edited after a run: `cnclip why` names the word that hit then.
     dropped = dropped.with_columns(text_rules.blacklist_words(dropped, _themes(config)))
     scores = rows["score"].drop_nulls().drop_nans()
-    judges_scores = any(rule.name == text_rules.SCORE_RULE for rule in rules) and len(scores) > 0
+    judges_scores = text_rules.SCORE_RULE in rules and len(scores) > 0
     return publish_judged(
         context,
         task,
@@ -131,7 +138,7 @@ def run(config: FilterTextConfig, context: Context, task: Task, progress: Progre
         dropped,
         JudgedFacts(
             source=source.name,
-            rules={rule.name: rule.version for rule in rules},
+            rules={name: rule.version for name, rule in rules.items()},
             # If every row already passes, the threshold is a no-op: the minimum shows it.
             min_score=config.min_score,
             score_minimums={source.name: round(float(scores.min()), 4)} if judges_scores else {},  # type: ignore[arg-type]
@@ -144,12 +151,24 @@ def run(config: FilterTextConfig, context: Context, task: Task, progress: Progre
     )
 
 
-def prepared(frame: pl.LazyFrame, config: FilterTextConfig, source: TableSource) -> pl.LazyFrame:
+def by_exemptions(frame: pl.LazyFrame, source: TableSource) -> list[tuple[tuple[str, ...], pl.LazyFrame]]:
+    """Divide a canonical table by the rules that do not apply; rows taken back from shards have their own."""
+    if EXEMPT_COLUMN not in source.carry_columns:
+        return [(source.exemptions, frame)]
+    own = pl.col(EXEMPT_COLUMN)
+    found = frame.select(own.unique().sort(nulls_last=False)).collect().to_series().to_list() or [None]
+    return [
+        (tuple(dict.fromkeys((*source.exemptions, *filter(None, (value or "").split(","))))), part)
+        for value in found
+        for part in [frame.filter(own.eq_missing(pl.lit(value, pl.String)))]
+    ]
+
+
+def prepared(frame: pl.LazyFrame, config: FilterTextConfig, exempt: Sequence[str]) -> pl.LazyFrame:
     """A canonical table with its keys, and captions as they are judged and kept (see text_rules).
 
     Keys are made of what came in, so that a caption can be asked for as its source has it.
     """
-    exempt = source.exemptions
     normalise = config.normalise_duplicates and text_rules.NORMALISED_DUPLICATES_RULE not in exempt
     caption = text_rules.visible(pl.col("caption"))
     if config.traditional == "convert" and text_rules.TRADITIONAL_RULE not in exempt:

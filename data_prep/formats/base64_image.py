@@ -2,13 +2,17 @@
 
 import base64
 
+from pipeline.core.shard_format import MAX_IMAGE_BASE64_BYTES, too_large
+
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
 
 def decode_base64_image(encoded: bytes) -> bytes:
-    """The image's bytes; ValueError where it is not base64.
+    """The image's bytes; ValueError where it is not base64, or more than an image may have.
 
     Both alphabets are taken: CN-CLIP's code reads the URL-safe one, in which MUGE comes, and its README's
     recipe writes the standard one.
     """
+    if len(encoded) > MAX_IMAGE_BASE64_BYTES:
+        raise ValueError(too_large())
     return base64.b64decode(encoded.translate(_URL_SAFE), validate=True)

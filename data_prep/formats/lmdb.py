@@ -2,12 +2,26 @@
 
 import io
 import pickle
-from typing import Any
+from typing import Any, ClassVar
 
 from pipeline.core.records import InputError
 
+# Numbers of places in the memo, and lengths of buffers, for which the machine in C takes memory at once.
+_GREEDY = (pickle.LONG_BINPUT, pickle.BYTEARRAY8)
+_PythonUnpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]
+
 
 class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"names {module}.{name}")
+
+
+class _CarefulUnpickler(_PythonUnpickler):  # type: ignore[misc]
+    """As `_PlainUnpickler`, in Python: its memo is a dict."""
+
+    dispatch: ClassVar[dict[int, Any]] = dict(_PythonUnpickler.dispatch)
+    del dispatch[pickle.BYTEARRAY8[0]]
+
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"names {module}.{name}")
 
@@ -17,7 +31,8 @@ def unpickle_plain(data: bytes) -> Any:
 
     Damaged bytes can raise anything: catch `Exception`.
     """
-    return _PlainUnpickler(io.BytesIO(data)).load()
+    machine = _CarefulUnpickler if any(code in data for code in _GREEDY) else _PlainUnpickler
+    return machine(io.BytesIO(data)).load()
 
 
 def open_lmdb(path: str) -> Any:

@@ -7,19 +7,21 @@ from typing import Any, Literal, Self
 
 import polars as pl
 
-from data_prep.facts import Facts
 from data_prep.formats.parquet import write_table
 from data_prep.formats.tar import TarWriter
 from pipeline.core import store
+from pipeline.core.facts import Facts
 from pipeline.core.records import InputError, Manifest, Shard
 from pipeline.core.shard_format import SIDECAR_COLUMNS, TAR, ByteRangePool, sidecar_of
 from pipeline.core.stage import Context, Outcome
 
 _INTERNAL = (
     "file", "row", "tar", "source_sha256", "stored_width_px", "stored_height_px",
-    "picture_at",
+    "picture_at", "image_signature",
 )  # fmt: skip
-_REMEDY = "run `--stage download --repair`, or make these shards again"
+DOWNLOAD_AGAIN = (
+    "run `--stage download --repair`, or make these shards again"  # what repairs shards of this run
+)
 
 
 Part = Literal["train", "validation"]  # of a corpus that [split] divides
@@ -128,7 +130,7 @@ def write_shard(context: Context, name: str, rows: pl.DataFrame, path_of: Callab
     tar_path, table_path = name + TAR, sidecar_of(name + TAR)
     with store.publish(context.path(tar_path)) as temporary, contextlib.ExitStack() as stack:
         writer = stack.enter_context(TarWriter(temporary))
-        sources = stack.enter_context(ByteRangePool(path_of))
+        sources = stack.enter_context(ByteRangePool(path_of, remedy=DOWNLOAD_AGAIN))
         places = []
         for key, tar, offset, size, sha256, caption in rows.select(
             "key", "tar", "offset_bytes", "size_bytes", "image_sha256", "caption"
@@ -136,7 +138,7 @@ def write_shard(context: Context, name: str, rows: pl.DataFrame, path_of: Callab
             data = sources.read(tar, offset, size, f"{key}.jpg")
             places.append(writer.add(f"{key}.jpg", data))
             if places[-1].sha256 != sha256:
-                raise InputError(f"{path_of(tar)}: the bytes at {offset} are not {key}.jpg; {_REMEDY}")
+                raise InputError(f"{path_of(tar)}: the bytes at {offset} are not {key}.jpg; {DOWNLOAD_AGAIN}")
             writer.append(f"{key}.txt", caption.encode("utf-8"))
     carried = [column for column in rows.columns if column not in SIDECAR_COLUMNS and column not in _INTERNAL]
     sidecar = rows.with_columns(

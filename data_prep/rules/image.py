@@ -3,7 +3,8 @@
 `perceptual_hash` is a colour difference hash: for each of R, G and B, is a cell of a small grid clearly
 brighter than its right and its lower neighbour? Two copies of an image, re-encoded or resized, differ in
 few of its 384 bits. Colour counts, unlike in the usual grey dHash: a red and a blue circle of equal
-brightness are two images. A margin keeps flat areas from flipping with compression noise.
+brightness are two images. A margin keeps flat areas from flipping with compression noise. Plain images that
+are no copies differ in few bits too: `rules/copies.py` compares their signatures as well.
 """
 
 from typing import Any
@@ -21,7 +22,7 @@ EVALUATION_IMAGE = DropReason("evaluation_image")
 SIZE_RULE, ASPECT_RULE, IMAGE_DUPLICATES_RULE = "size", "aspect", "image_duplicates"
 SWITCHABLE_IMAGE_RULES = (SIZE_RULE, ASPECT_RULE, IMAGE_DUPLICATES_RULE)
 # Raised where a rule would judge an image otherwise than before, as a TextRule's version is.
-VERSIONS = {SIZE_RULE: 1, ASPECT_RULE: 1, "perceptual_hash": 1}
+VERSIONS = {SIZE_RULE: 1, ASPECT_RULE: 1, "perceptual_hash": 1, "image_signature": 1}
 
 HASH_BITS = 384
 _GRID = 8
@@ -48,16 +49,3 @@ def perceptual_hash(image_HWC: npt.NDArray[np.uint8]) -> bytes:
     right = cells[:-1, :-1] > cells[:-1, 1:] + _MARGIN
     below = cells[:-1, :-1] > cells[1:, :-1] + _MARGIN
     return np.packbits(np.stack([right, below]).ravel()).tobytes()
-
-
-def nearest_hash_distances(hashes: list[bytes], references: list[bytes]) -> npt.NDArray[np.int32]:
-    """Bits between each hash and the nearest reference, int32 [len(hashes)]; HASH_BITS without references."""
-    if not hashes or not references:
-        return np.full(len(hashes), HASH_BITS, dtype=np.int32)
-    import faiss
-
-    index = faiss.IndexBinaryFlat(HASH_BITS)
-    index.add(np.frombuffer(b"".join(references), np.uint8).reshape(-1, HASH_BITS // 8))
-    distances, _ = index.search(np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, HASH_BITS // 8), 1)
-    nearest: npt.NDArray[np.int32] = distances[:, 0]
-    return nearest

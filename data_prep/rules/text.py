@@ -1,6 +1,6 @@
 """Rules on captions: pure, vectorised, each giving the reason a row is dropped for, or null.
 
-A rule is a polars expression over the canonical table (`data_prep.sources.table.CANONICAL_COLUMNS`), so a
+A rule is a polars expression over the canonical table (`data_prep.sources.table.scan`), so a
 file is judged in one pass by one engine. Source of the thresholds: the paper, section 2.2; rules that the
 paper does not have are off unless a run asks for them.
 

@@ -19,9 +19,11 @@ import polars as pl
 from data_prep.formats.shards import CorpusShard, corpus_shards
 from pipeline.core import store
 from pipeline.core.config import digest
+from pipeline.core.lock import one_at_a_time
 from pipeline.core.records import SCHEMA_VERSION, ConfigError, Manifest, Shard
 from pipeline.core.shard_format import ByteRanges, read_sidecar_frame
 from pipeline.core.stage import Progress
+from pipeline.core.written import naming
 
 Format = Literal["tsv", "lmdb"]
 
@@ -49,6 +51,7 @@ class _Pair:
     caption: str
 
 
+@one_at_a_time("out")
 def export(corpus: str, out: str, form: Format, split: str, progress: Progress) -> Exported:
     """Write `<split>_imgs.tsv` and `<split>_texts.jsonl`, or `lmdb/<split>/{imgs,pairs}`, and a manifest.
 
@@ -196,6 +199,7 @@ def _lmdb_writer(path: str) -> Iterator[Callable[[str, bytes], None]]:
         ) from None
     os.makedirs(path)
     environment = lmdb.open(path, map_size=_MAP_BYTES)
+    num_entries = 0
     waiting: list[tuple[bytes, bytes]] = []
 
     def commit() -> None:
@@ -205,14 +209,19 @@ def _lmdb_writer(path: str) -> Iterator[Callable[[str, bytes], None]]:
         waiting.clear()
 
     def put(key: str, value: bytes) -> None:
+        nonlocal num_entries
+        num_entries += 1
         waiting.append((key.encode(), value))
         if len(waiting) >= _PUTS_PER_COMMIT:
             commit()
 
     try:
-        yield put
-        commit()
-        environment.sync(True)
+        with naming(path):
+            yield put
+            commit()
+            environment.sync(True)
+            if (found := environment.stat()["entries"]) != num_entries:
+                raise ValueError(f"{found} of {num_entries} entries were written")
     finally:
         environment.close()
     os.remove(os.path.join(path, "lock.mdb"))  # of this process; readers open without

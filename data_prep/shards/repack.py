@@ -14,13 +14,14 @@ import polars as pl
 import pyarrow.parquet as pq
 
 from data_prep.accounting.judged import publish_judged
+from data_prep.corpus_facts import exemptions_of_shards, with_exemptions
 from data_prep.dedup.exact import DUPLICATE, partition_range
-from data_prep.facts import Facts
 from data_prep.formats.parquet import write_table
 from data_prep.formats.shards import CorpusShard, ShardTask, corpus_shards, cut, write_shard
 from data_prep.sources.table import naming_damage
 from pipeline.core import store
 from pipeline.core.config import NOT_IN_DIGEST, digest
+from pipeline.core.facts import Facts
 from pipeline.core.records import ConfigError, DropReason, InputError, Shard
 from pipeline.core.shard_format import tar_of
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
@@ -118,10 +119,11 @@ def plan_shards(config: RepackConfig, context: Context) -> list[Task]:
             for shard in corpus_shards(corpus)
         ]
     digests = {table.path: table.digest for table in tables}
+    exempt = _exempt(config)
     return [
         Task(
             f"{number:05d}",
-            {f"table {place}": digests[piece.table] for place, piece in enumerate(pieces)},
+            {f"table {place}": digests[piece.table] for place, piece in enumerate(pieces)} | exempt,
             ShardTask(pieces=pieces).to_json(),
         )
         for number, pieces in enumerate(cut(tables, config.samples_per_shard))
@@ -211,9 +213,12 @@ def _scan_keys(path: str) -> pl.LazyFrame:
 def plan_subset(config: RepackConfig, context: Context) -> list[Task]:
     """One task a shard of the corpus."""
     listed = digest([[shard.path, shard.digest] for shard in context.parents["keys"].shards])
+    exempt = _exempt(config)
     return [
         Task(
-            f"{number:05d}", {"shard": shard.digest, "keys": listed}, SubsetTask(table=shard.table).to_json()
+            f"{number:05d}",
+            {"shard": shard.digest, "keys": listed, **exempt},
+            SubsetTask(table=shard.table).to_json(),
         )
         for number, shard in enumerate(corpus_shards(config.corpora[0]))
     ]
@@ -236,6 +241,7 @@ def plan_merge(config: RepackConfig, context: Context) -> list[Task]:
     total = sum(shard.num_samples for shards in corpora for shard in shards)
     partitions = total // _ROWS_PER_PARTITION + 1
     inputs = {"corpora": digest([[shard.digest for shard in shards] for shards in corpora])}
+    inputs |= _exempt(config)
     return [
         Task(f"{number:05d}", inputs, MergeTask(partitions=partitions).to_json())
         for number in range(partitions)
@@ -264,8 +270,21 @@ def run_merge(config: RepackConfig, context: Context, task: Task, progress: Prog
 
 
 def _sidecar(table: str) -> pl.LazyFrame:
-    """A shard's rows with the tar that their places are in."""
-    return pl.scan_parquet(table).with_columns(tar=pl.lit(tar_of(table)))
+    """A shard's rows with the tar that their places are in, and the rules that do not apply to them."""
+    rows = with_exemptions(pl.scan_parquet(table), _exemptions_of(os.path.dirname(table)))
+    return rows.with_columns(tar=pl.lit(tar_of(table)))
+
+
+@functools.cache
+def _exemptions_of(folder: str) -> dict[str, tuple[str, ...]]:
+    return exemptions_of_shards(folder)
+
+
+def _exempt(config: RepackConfig) -> dict[str, str]:
+    """What the runs of the corpora say about their sources, as an input of a task; nothing if they do not."""
+    folders = {os.path.dirname(shard.table) for corpus in config.corpora for shard in corpus_shards(corpus)}
+    found = [exemptions_of_shards(folder) for folder in sorted(folders)]
+    return {"exemptions": digest(found)} if any(found) else {}
 
 
 def _overlaps(shard: CorpusShard, first: str, end: str | None) -> bool:

@@ -2,26 +2,27 @@
 
 Images are ranked by a digest of their perceptual hash (of their bytes where no hash is recorded): all rows
 of one image, and its copies with the same hash, come together, and the order depends on neither partitions
-nor workers. The first in rank become validation, except those that have a near copy, another hash within
-`distance` bits, among the training rows; so nothing has to be dropped, and of two rows within that distance
+nor workers. The first in rank become validation, except those that have a near copy (a hash within `distance`
+bits, and a signature that matches) among the training rows; so nothing has to be dropped, and of two copies
 never one is in training and one in validation.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 import polars_hash as plh
-from pydantic import Field
+from annotated_types import Ge, Gt, Lt
 
 from data_prep.corpus_facts import kept_tables, rows_stage
-from data_prep.facts import Facts
 from data_prep.formats.parquet import write_table
+from data_prep.rules.copies import MarkedImages
 from data_prep.rules.image import HASH_BITS
-from pipeline.core.records import InputError, Shard
+from pipeline.core.facts import Facts
+from pipeline.core.records import InputError, Shard, too_few
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 KEYS_FILE = "validation.parquet"
@@ -30,19 +31,18 @@ _RANK_HEX_DIGITS = 32
 # Candidates for each row asked for: what is left over makes up for candidates with near copies elsewhere.
 _CANDIDATES_PER_ROW = 4
 _SPARE_CANDIDATES = 1000
-_BATCH = 65_536  # hashes compared at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitConfig:
     """`[split]`: without this table every row is for training. Give `share` or `count`."""
 
-    share: Annotated[float, Field(gt=0, lt=1)] | None = None  # of all kept rows
+    share: Annotated[float, Gt(0), Lt(1)] | None = None  # of all kept rows
     # Rows; at most so many are set aside, rows of one image together.
-    count: Annotated[int, Field(ge=1)] | None = None
-    # Bits of 384 within which two images count as copies; 0: only equal hashes do.
+    count: Annotated[int, Ge(1)] | None = None
+    # Bits of 384 within which two images count as copies if their signatures match; 0: only equal hashes do.
     # On the demo re-encoded copies are 0 to 22 bits away, other images 60 and more.
-    distance: Annotated[int, Field(ge=0, lt=HASH_BITS)] = 32
+    distance: Annotated[int, Ge(0), Lt(HASH_BITS)] = 32
 
     def __post_init__(self) -> None:
         if (self.share is None) == (self.count is None):
@@ -70,19 +70,23 @@ def run(config: SplitConfig, context: Context, task: Task, progress: Progress) -
     total = sum(shard.num_samples for shard in kept)
     wanted = config.count if config.count is not None else int(total * (config.share or 0))
     if not 0 < wanted < total:
-        raise InputError(
-            f"{context.path()}: {wanted} of {total} rows were to be set aside; correct [split] share or count"
-        )
+        found = f"{context.path()}: {wanted} of {total} rows were to be set aside"
+        raise too_few(InputError(f"{found}; correct [split] share or count"), total)
     candidates = _first_in_rank(context, kept, wanted * _CANDIDATES_PER_ROW + _SPARE_CANDIDATES)
-    images = candidates.group_by("rank", "perceptual_hash").agg(num_rows=pl.len()).sort("rank")
+    images = (
+        candidates.group_by("rank", "perceptual_hash")
+        .agg(num_rows=pl.len(), signatures=pl.col("image_signature").unique(maintain_order=True))
+        .sort("rank")
+    )
     beside_training = _near_training(config, context, kept, images, progress)
     chosen = _choose(config, images, beside_training, wanted)
     keys = candidates.join(chosen.select("rank"), on="rank", how="semi").sort("key")
     if keys.height == 0:
-        raise InputError(
+        found = (
             f"{context.path()}: of {images.height} images each has a near copy that would be left in"
             f" training; lower [split] distance or raise its share or count"
         )
+        raise too_few(InputError(found), total)
     write_table(keys.select("key"), context.path(KEYS_FILE))
     by_table = dict(keys.group_by("table").len().sort("table").iter_rows())
     facts = SplitFacts(
@@ -107,19 +111,22 @@ def _ranked(context: Context, shard: Shard) -> pl.LazyFrame:
     identity = pl.coalesce(pl.col("perceptual_hash").bin.encode("hex"), "image_sha256")
     frame = pl.scan_parquet(context.path_in(rows_stage(context), shard.path))
     return (
-        frame.select("key", "perceptual_hash", "image_sha256")
+        frame.select("key", "perceptual_hash", "image_signature", "image_sha256")
         .with_columns(_identity=identity)
         .with_columns(rank=plh.col("_identity").chash.sha2_256().str.slice(0, _RANK_HEX_DIGITS))
-        .select("key", "rank", "perceptual_hash")
+        .select("key", "rank", "perceptual_hash", "image_signature")
     )
 
 
 def _first_in_rank(context: Context, kept: list[Shard], limit: int) -> pl.DataFrame:
-    """Rows (key, rank, perceptual_hash, table) of the images first in rank, at most `limit` of them.
+    """Rows (key, rank, hash, signature, table) of the images first in rank, at most `limit` of them.
 
     An image whose rows do not all fit is left out, so the border does not depend on the order of tables.
     """
-    schema = {"key": pl.String, "rank": pl.String, "perceptual_hash": pl.Binary, "table": pl.UInt32}
+    schema = {
+        "key": pl.String, "rank": pl.String, "perceptual_hash": pl.Binary, "image_signature": pl.Binary,
+        "table": pl.UInt32,
+    }  # fmt: skip
     found = pl.DataFrame(schema=schema)
     border: str | None = None
     for number, shard in enumerate(kept):
@@ -139,18 +146,17 @@ def _near_training(
 ) -> npt.NDArray[np.bool_]:
     """For each candidate image whether a row that is no candidate has a near copy of it, bool [images]."""
     near = np.zeros(images.height, dtype=np.bool_)
-    hashed = np.flatnonzero(images["perceptual_hash"].is_not_null().to_numpy())
-    if config.distance == 0 or not len(hashed):
+    if config.distance == 0 or not (marked := _marked(images)).height:
         return near
-    index = _Hashes(images["perceptual_hash"].drop_nulls())
+    index = MarkedImages(*_marks(marked))
     border = images["rank"][-1]  # images after it in rank are no candidates
     for number, shard in enumerate(kept, start=1):
         others = _ranked(context, shard).filter(
             pl.col("rank") > border, pl.col("perceptual_hash").is_not_null()
         )
-        hashes = others.select(pl.col("perceptual_hash").unique()).collect(engine="streaming")
-        for _, found in index.within(hashes["perceptual_hash"], config.distance):
-            near[hashed[found]] = True
+        others = others.select("perceptual_hash", "image_signature").unique()
+        for copies in index.copies_of(*_marks(others.collect(engine="streaming")), config.distance):
+            near[marked["image"].to_numpy()[copies.other]] = True
         progress(number, len(kept), "tables compared")
     return near
 
@@ -160,9 +166,8 @@ def _choose(
 ) -> pl.DataFrame:
     """The images to set aside: groups of near copies together, in rank, at most `wanted` rows."""
     groups = np.arange(images.height)
-    hashed = np.flatnonzero(images["perceptual_hash"].is_not_null().to_numpy())
-    if config.distance and len(hashed):
-        groups = _groups_of_copies(images, hashed, config.distance)
+    if config.distance and (marked := _marked(images)).height:
+        groups = _groups_of_copies(images, marked, config.distance)
     numbered = images.with_row_index("place").with_columns(
         group=pl.Series(groups), refused=pl.Series(beside_training)
     )
@@ -182,15 +187,16 @@ def _choose(
     return numbered.filter(pl.col("group").is_in(accepted))
 
 
-def _groups_of_copies(
-    images: pl.DataFrame, hashed: npt.NDArray[np.int64], distance: int
-) -> npt.NDArray[np.int64]:
+def _groups_of_copies(images: pl.DataFrame, marked: pl.DataFrame, distance: int) -> npt.NDArray[np.int64]:
     """Group of each candidate image, int64 [images]: near copies of near copies are in one group."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    hashes = images["perceptual_hash"].drop_nulls()
-    pairs = [(hashed[left], hashed[right]) for left, right in _Hashes(hashes).within(hashes, distance)]
+    marks, image = _marks(marked), marked["image"].to_numpy()
+    pairs = [
+        (image[copies.place], image[copies.other])
+        for copies in MarkedImages(*marks).copies_of(*marks, distance)
+    ]
     left, right = (np.concatenate(side) for side in zip(*pairs, strict=True))
     size = (images.height, images.height)
     _, groups = connected_components(coo_array((np.ones(len(left)), (left, right)), shape=size))
@@ -198,27 +204,14 @@ def _groups_of_copies(
     return found
 
 
-class _Hashes:
-    """Perceptual hashes that others are compared with, all with all, on every core (FAISS)."""
-
-    def __init__(self, hashes: pl.Series) -> None:
-        import faiss
-
-        self._index: Any = faiss.IndexBinaryFlat(HASH_BITS)
-        self._index.add(_bytes_of(hashes))
-
-    def within(
-        self, hashes: pl.Series, distance: int
-    ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-        """Pairs (place in `hashes`, place in the index) at most `distance` bits apart, a batch at a time."""
-        for first in range(0, hashes.len(), _BATCH):
-            batch = _bytes_of(hashes[first : first + _BATCH])
-            limits, _, found = self._index.range_search(batch, distance + 1)
-            yield first + np.repeat(np.arange(len(batch)), np.diff(limits.astype(np.int64))), found
+def _marked(images: pl.DataFrame) -> pl.DataFrame:
+    """Each signature of the images that have a hash, with `image`, its image's place."""
+    placed = images.with_row_index("image").filter(pl.col("perceptual_hash").is_not_null())
+    return placed.select("image", "perceptual_hash", image_signature="signatures").explode("image_signature")
 
 
-def _bytes_of(hashes: pl.Series) -> npt.NDArray[np.uint8]:
-    return np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, HASH_BITS // 8)
+def _marks(rows: pl.DataFrame) -> tuple[list[bytes], list[bytes]]:
+    return rows["perceptual_hash"].to_list(), rows["image_signature"].to_list()
 
 
 def stage(config: SplitConfig, *, rows: str) -> Stage:
@@ -226,7 +219,7 @@ def stage(config: SplitConfig, *, rows: str) -> Stage:
     return Stage(
         "split",
         title="pictures set aside for validation, with all their copies",
-        version=1,
+        version=2,
         config=config,
         parents=(rows,),
         plan=plan,

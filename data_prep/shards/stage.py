@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import polars as pl
-from pydantic import Field
+from annotated_types import Ge
 
 from data_prep.corpus_facts import kept_tables, rows_stage
 from data_prep.download.stage import partition_of
@@ -29,7 +29,7 @@ from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 class ShardsConfig:
     """`[shards]`."""
 
-    samples_per_shard: Annotated[int, Field(ge=1)] = 10_000  # about 300 MB at 256 px
+    samples_per_shard: Annotated[int, Ge(1)] = 10_000  # about 300 MB at 256 px
 
 
 def plan(config: ShardsConfig, context: Context, part: Part = "train") -> list[Task]:

@@ -1,14 +1,18 @@
-"""A small web site on loopback: it gives the demo and emoji corpora real URLs and a real web's manners.
+"""A small web site on loopback: it serves the images that a corpus has on disk, with a real web's manners.
 
 A site is a folder with `site.json`, which maps a URL's path to an answer, and `site/`, which holds the
-files. URLs have the host `corpus.invalid` (a name reserved by RFC 2606, so it never resolves) and reach
-the server because the client uses it as an HTTP proxy: they name no port, so a corpus has the same bytes
-wherever and however often it is served.
+files. In tables its URLs have the host `corpus.invalid` (a name reserved by RFC 2606, so it never resolves),
+so that a corpus has the same bytes wherever and however often it is served. The server answers only those who
+know the token of its run, which `data_prep.download.own_images` puts into the addresses of rows that may ask.
 """
 
+import contextlib
 import dataclasses
+import hmac
+import io
 import json
 import os
+import secrets
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,15 +20,17 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import IO, Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from data_prep.formats.base64_image import decode_base64_image
 from pipeline.core import store
+from pipeline.core.foreign import parse_json
 from pipeline.core.records import InputError
+from pipeline.core.shard_format import MAX_IMAGE_BASE64_BYTES, ByteRanges
 
 HOST = "corpus.invalid"
-SITE_VARIABLE = "CNCLIP_SITE"  # environment variable: host:port of the server, for those who download
+SITE_VARIABLE = "CNCLIP_SITE"  # environment variable: host:port/token of the server, for those who download
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +69,7 @@ def read_site(folder: Path) -> dict[str, Answer]:
     root = (folder / "site").resolve()
     answers = {}
     try:
-        for url_path, fields in json.loads(path.read_text(encoding="utf-8")).items():
+        for url_path, fields in parse_json(path.read_text(encoding="utf-8")).items():
             answers[url_path] = Answer(**fields)
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a site description ({error}); generate the corpus again") from None
@@ -78,7 +84,8 @@ def read_site(folder: Path) -> dict[str, Answer]:
 IMAGES = "pictures"  # the site's folder for images that lie on disk: /pictures/<source>/<path>
 # Images inside larger files: /packed/<source>/<path>?offset=&size=[&base64=1], or ?lmdb=<key>.
 PACKED = "packed"
-_MAX_PACKED_BYTES = 128 << 20
+_BLOCK_BYTES = 1 << 20
+_TOKEN_BYTES = 24
 
 
 class _Server(ThreadingHTTPServer):
@@ -88,6 +95,7 @@ class _Server(ThreadingHTTPServer):
 
     def __init__(self, folder: Path | None, images: Mapping[str, str], packed: Mapping[str, str]) -> None:
         self.root = folder / "site" if folder is not None else Path()
+        self.token = secrets.token_urlsafe(_TOKEN_BYTES)
         self.answers = read_site(folder) if folder is not None else {}
         self.images, self.packed = dict(images), dict(packed)
         self.environments: dict[str, Any] = {}  # open LMDBs: a process may open each but once
@@ -115,21 +123,34 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 30  # seconds that a client may take to send its request
 
     def do_GET(self) -> None:
-        target = urlsplit(self.path)
-        if target.netloc not in ("", HOST) or target.scheme not in ("", "http"):
+        self.close_connection = True
+        path = self._path_asked()
+        if path is None:
             self._send(Answer(status=403))
             return
+        target = urlsplit(path)
         if target.path.startswith(f"/{PACKED}/"):
             self._send_body(*self._packed(unquote(target.path), parse_qs(target.query)))
-            self.close_connection = True
             return
-        key = target.path + (f"?{target.query}" if target.query else "")
-        answer = self.server.answers.get(key) or self._image(unquote(target.path))
+        answer = self.server.answers.get(path) or self._image(unquote(target.path))
         if answer.hang:
             self.server.stopping.wait()
         elif answer.sent_share > 0:
             self._send(answer)
-        self.close_connection = True
+
+    def _path_asked(self) -> str | None:
+        """Path and query behind the token; None for those who have no token or call the server otherwise.
+
+        A page in a browser of this machine may send requests here, by a name of its own that it lets
+        resolve to loopback; it knows no token, and its Host is its own.
+        """
+        own = {HOST, f"127.0.0.1:{self.server.server_address[1]}"}
+        if not {*self.headers.get_all("Host", [""])} <= own:
+            return None
+        token, slash, path = self.path.removeprefix("/").partition("/")
+        if not hmac.compare_digest(token.encode("latin-1", "replace"), self.server.token.encode()):
+            return None
+        return slash + path
 
     def _image(self, path: str) -> Answer:
         """A file below one of the image folders, or 404; never one outside of them."""
@@ -151,14 +172,13 @@ class _Handler(BaseHTTPRequestHandler):
                 with self.server.environment(file).begin() as transaction:
                     data = transaction.get(query["lmdb"][0].encode())
                 return (404, b"") if data is None else (200, decode_base64_image(bytes(data)))
-            offset, size = int(query["offset"][0]), int(query["size"][0])
-            if offset < 0 or not 0 <= size <= _MAX_PACKED_BYTES:
+            if store.is_local(file) and not os.path.isfile(file):
                 return 404, b""
-            with store.open_read(file) as opened:
-                opened.seek(offset)
-                data = bytes(opened.read(size))
+            offset, size = int(query["offset"][0]), int(query["size"][0])
+            with ByteRanges(file, max_bytes=MAX_IMAGE_BASE64_BYTES) as ranges:
+                data = ranges.read(offset, size, "an image")
             return 200, decode_base64_image(data.strip()) if "base64" in query else data
-        except (KeyError, ValueError, OSError):
+        except (InputError, KeyError, ValueError, OverflowError, OSError):
             return 404, b""
 
     def _send_body(self, status: int, body: bytes) -> None:
@@ -170,18 +190,26 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def _send(self, answer: Answer) -> None:
-        body = b""
-        if answer.file is not None:
-            local = store.is_local(answer.file)
-            body = store.read_bytes(str(self.server.root / answer.file) if local else answer.file)
-        self.send_response(answer.status)
-        self.send_header("Content-Type", answer.content_type)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("Connection", "close")
-        for name, value in answer.headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body[: round(len(body) * answer.sent_share)])
+        with contextlib.ExitStack() as stack:
+            body: IO[Any] = io.BytesIO()
+            num_bytes = 0
+            if answer.file is not None:
+                is_local = store.is_local(answer.file)
+                path = str(self.server.root / answer.file) if is_local else answer.file
+                body = stack.enter_context(store.open_read(path))
+                num_bytes = body.seek(0, os.SEEK_END)
+                body.seek(0)
+            self.send_response(answer.status)
+            self.send_header("Content-Type", answer.content_type)
+            self.send_header("Content-Length", str(num_bytes))
+            self.send_header("Connection", "close")
+            for name, value in answer.headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            left = round(num_bytes * answer.sent_share)
+            while left > 0 and (block := body.read(min(left, _BLOCK_BYTES))):
+                self.wfile.write(block)
+                left -= len(block)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Quiet: the download stage counts what it got."""
@@ -225,14 +253,14 @@ def serve(
     maps them to folders of TSV, tar or LMDB files, images in which are served by their place in them.
     Folders may be URLs; LMDBs may not.
 
-    Yields `http://127.0.0.1:PORT`, to be used as an HTTP proxy (`http_proxy`) for URLs of `corpus.invalid`
-    or as a plain server for their paths. Requests for any other host get 403, unknown paths 404.
+    Yields `http://127.0.0.1:PORT/TOKEN`, which stands for `http://corpus.invalid` in the site's URLs.
+    Requests without the token or for any other host get 403, unknown paths 404.
     """
     server = _Server(Path(folder) if folder is not None else None, images or {}, packed or {})
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
+        yield f"http://127.0.0.1:{server.server_address[1]}/{server.token}"
     finally:
         server.stopping.set()
         server.shutdown()

@@ -8,20 +8,25 @@ README.
 
 import os
 import tarfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 from urllib.parse import quote, urlencode
 
 import polars as pl
 
 from data_prep.accounting.drop_table import drops_as_they_come
+from data_prep.corpus_facts import with_exemptions
 from data_prep.formats.lmdb import open_lmdb, unpickle_plain
 from data_prep.formats.parquet import write_table
 from data_prep.sources.local_server import HOST, PACKED
 from data_prep.sources.regions import Converted, Places, malformed_rows
-from data_prep.sources.table import TableSource
+from data_prep.sources.table import EXEMPT_COLUMN, TableSource, naming_damage
 from data_prep.sources.text_file import MALFORMED_COLUMNS, Malformed, column_names, read_batches
+from pipeline.core.columns import is_pattern
 from pipeline.core.records import DropReason, InputError
 from pipeline.core.shard_format import sidecar_of
 
@@ -71,13 +76,21 @@ def pieces(source: PackedSource) -> list[list[str]]:
     return found
 
 
-def unpack(source: PackedSource, files: list[str], to: Places) -> Converted:
-    """Write one piece as a caption table with columns url, caption, picture_at."""
-    read = {
+def unpack(
+    source: PackedSource,
+    files: list[str],
+    to: Places,
+    exemptions: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> Converted:
+    """Write one piece as a caption table with columns url, caption, picture_at.
+
+    Rows of shards keep what they are exempt from; `exemptions` (source → rules) is that of their run.
+    """
+    read: Mapping[str, Callable[[PackedSource, list[str]], _Read]] = {
         "cn_clip_tsv": _read_tsv,
         "cn_clip_lmdb": _read_lmdb,
         "img2dataset": _read_img2dataset,
-        "shards": _read_shards,
+        "shards": partial(_read_shards, exemptions=exemptions),
     }
     rows, drops, malformed = read[source.kind](source, files)
     with malformed_rows(to.malformed) as out:
@@ -91,7 +104,7 @@ def unpack(source: PackedSource, files: list[str], to: Places) -> Converted:
         name=source.name,
         url_column="url",
         caption_column="caption",
-        carry_columns=(IMAGE_AT, *source.carry_columns),
+        carry_columns=tuple(name for name in rows.columns if name not in ("url", "caption")),
         exempt_from=source.exempt_from,
     )
     counts = dict(sorted((listed.counts + out.counts).items()))
@@ -232,10 +245,8 @@ def _read_img2dataset(source: PackedSource, files: list[str]) -> _Read:
         raise InputError(
             f"{tar_path}: damaged ({_first_line(error)}); download this shard again or remove it"
         ) from None
-    try:
+    with naming_damage(table_path):
         table = pl.read_parquet(table_path)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise InputError(f"{table_path}: cannot be read as a table: {str(error).splitlines()[0]}") from None
     missing = [name for name in ("url", "key", "status", "caption") if name not in table.columns]
     if missing:
         raise InputError(
@@ -263,14 +274,18 @@ def _read_img2dataset(source: PackedSource, files: list[str]) -> _Read:
     return rows.select("url", "caption", IMAGE_AT), dropped, []
 
 
-def _read_shards(source: PackedSource, files: list[str]) -> _Read:
+def _read_shards(source: PackedSource, files: list[str], exemptions: Mapping[str, Sequence[str]]) -> _Read:
     """What a run has packed: addresses stay those of the web, and scores stay behind, to be made anew."""
     tar_path, table_path = files
+    if named := [name for name in source.carry_columns if is_pattern(name)]:
+        raise InputError(
+            f"{table_path}: column {named[0]!r} cannot be carried: its name is a pattern; rename it"
+        )
     columns = ["url", "caption", "offset_bytes", "size_bytes", *source.carry_columns]
-    try:
-        table = pl.read_parquet(table_path)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise InputError(f"{table_path}: cannot be read as a table: {str(error).splitlines()[0]}") from None
+    with naming_damage(table_path):
+        table = with_exemptions(pl.scan_parquet(table_path), exemptions).collect()
+    if EXEMPT_COLUMN in table.columns and EXEMPT_COLUMN not in columns:
+        columns.append(EXEMPT_COLUMN)
     missing = [name for name in columns if name not in table.columns]
     if missing:
         raise InputError(
@@ -286,5 +301,5 @@ def _read_shards(source: PackedSource, files: list[str]) -> _Read:
         pl.lit("&size="),
         pl.col("size_bytes").cast(pl.String),
     )
-    rows = whole.select("url", "caption", at.alias(IMAGE_AT), *source.carry_columns)
+    rows = whole.select("url", "caption", at.alias(IMAGE_AT), *columns[4:])
     return rows, {IMAGE_MISSING: table.filter(~is_whole)}, []

@@ -30,6 +30,8 @@ from data_prep.sources.table import (
     resolve,
 )
 from pipeline.core import store
+from pipeline.core.columns import column
+from pipeline.core.foreign import foreign
 from pipeline.core.records import DropReason, InputError
 
 JOINED = DropReason("joined_with_image")  # a caption that became part of its image's one text
@@ -160,6 +162,54 @@ def join_regions(paths: Sequence[str], source: TableSource, guarded: GuardedIds,
     return Converted(read_as, num_rows, counts, num_drops=drops.counts.total())
 
 
+def take_captions(path: str, source: TableSource, guarded: GuardedIds, to: Places) -> Converted:
+    """Write each caption of one file as a row of its own; images of evaluation sets go by their numbers."""
+    own = _guarded_numbers(source, guarded)
+    num_rows = 0
+    schema: pa.Schema | None = None
+    with (
+        malformed_rows(to.malformed) as malformed,
+        drops_as_they_come(to.drops) as drops,
+        store.publish(to.table) as temporary,
+        contextlib.ExitStack() as stack,
+    ):
+        for rows in _regions(path, source, malformed):
+            if schema is None:
+                schema = _schema_of(rows)
+                out = stack.enter_context(pq.ParquetWriter(temporary, schema, compression="zstd"))
+            stays = _outside_evaluations(rows, own, drops, pl.col("image").is_null())
+            num_rows += stays.height
+            out.write_table(stays.to_arrow().cast(schema))
+        if schema is None:  # an empty file
+            pq.write_table(_empty_schema(source).empty_table(), temporary)
+    read_as = replace(source, url_column="url", caption_column="caption", image_id_column="image")
+    counts = dict(sorted((drops.counts + malformed.counts).items()))
+    return Converted(read_as, num_rows, counts, num_drops=drops.counts.total())
+
+
+def _outside_evaluations(
+    rows: pl.DataFrame, own: frozenset[int], drops: DropsAsTheyCome, missing: pl.Expr
+) -> pl.DataFrame:
+    """Return the rows that are whole and of no guarded image; the others go to `drops`."""
+    # COCO_val2014_000000391895.jpg and 391895 are one image: the last run of digits counts.
+    number = pl.col("image").str.extract(r"(\d+)\D*$").cast(pl.Int64, strict=False)
+    drops.add(rows.filter(missing), IMAGE_ID_MISSING)
+    whole = rows.filter(~missing)
+    is_guarded = number.is_in(list(own)).fill_null(False)
+    drops.add(whole.filter(is_guarded), GUARDED_ID)
+    return whole.filter(~is_guarded)
+
+
+def _schema_of(rows: pl.DataFrame) -> pa.Schema:
+    found = rows.to_arrow().schema
+    return pa.schema([(name, _plain_type(found.field(name).type)) for name in rows.columns])
+
+
+def _empty_schema(source: TableSource) -> pa.Schema:
+    names = ("image", "url", "caption", *source.carry_columns)
+    return pa.schema([(name, pa.large_string()) for name in names])
+
+
 def _note_joined(rows: pl.DataFrame, joined: pl.DataFrame, drops: DropsAsTheyCome) -> None:
     """Every caption but the first of its image, with the key of the text that it became part of."""
     texts = with_key(joined.lazy()).select("image", url_of_text="url", key_of_text="key").collect()
@@ -177,8 +227,6 @@ def _deal(
     drops: DropsAsTheyCome,
 ) -> pa.Schema:
     """Write the regions that stay to the pile of their image, in the order of the tables; their schema."""
-    # COCO_val2014_000000391895.jpg and 391895 are one image: the last run of digits counts.
-    number = pl.col("image").str.extract(r"(\d+)\D*$").cast(pl.Int64, strict=False)
     hashed = plh.col("image").chash.sha2_256().str.slice(0, 8).str.to_integer(base=16)
     missing = pl.col("image").is_null() | pl.col("caption").is_null()
     writers: list[pq.ParquetWriter] = []
@@ -187,26 +235,16 @@ def _deal(
         for path in paths:
             for rows in _regions(path, source, malformed):
                 if schema is None:
-                    schema = pa.schema(
-                        [
-                            (name, _plain_type(rows.to_arrow().schema.field(name).type))
-                            for name in rows.columns
-                        ]
-                    )
+                    schema = _schema_of(rows)
                     writers = [stack.enter_context(pq.ParquetWriter(pile, schema)) for pile in piles]
-                drops.add(rows.filter(missing), IMAGE_ID_MISSING)
-                whole = rows.filter(~missing)
-                is_guarded = number.is_in(list(own)).fill_null(False)
-                drops.add(whole.filter(is_guarded), GUARDED_ID)
-                stays = whole.filter(~is_guarded)
+                stays = _outside_evaluations(rows, own, drops, missing)
                 dealt = stays.with_columns(_pile=hashed % len(piles)).partition_by(
                     "_pile", as_dict=True, include_key=False
                 )
                 for (pile,), part in dealt.items():
                     writers[int(pile)].write_table(part.to_arrow().cast(schema))
     if schema is None:  # every table is empty
-        names = ("image", "url", "caption", *source.carry_columns)
-        schema = pa.schema([(name, pa.large_string()) for name in names])
+        schema = _empty_schema(source)
         for pile in piles:
             pq.write_table(schema.empty_table(), pile)
     return schema
@@ -235,9 +273,9 @@ def _regions(path: str, source: TableSource, malformed: MalformedRows) -> Iterat
     roles = resolve(path, source, found)
     for block in _text_blocks(path, columns, malformed) if is_text else _parquet_blocks(path, columns):
         yield block.select(
-            image=pl.col(image or str(roles["url_column"])).cast(pl.String),
-            url=pl.col(str(roles["url_column"])).cast(pl.String),
-            caption=pl.col(str(roles["caption_column"])).cast(pl.String),
+            image=column(image or str(roles["url_column"])).cast(pl.String),
+            url=column(str(roles["url_column"])).cast(pl.String),
+            caption=column(str(roles["caption_column"])).cast(pl.String),
             **{name: pl.col(name) for name in source.carry_columns},
         )
 
@@ -250,20 +288,23 @@ def _text_blocks(path: str, columns: Sequence[str], malformed: MalformedRows) ->
 
 def _parquet_blocks(path: str, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
     with store.open_read(path) as file:
-        try:
-            for batch in pq.ParquetFile(file).iter_batches(columns=list(columns)):
-                yield pl.DataFrame(pl.from_arrow(batch))
-        except (pa.ArrowInvalid, OSError) as error:
-            raise InputError(
-                f"{path}: cannot be read as a table: {str(error).splitlines()[0]}; replace the file"
-            ) from None
+        with naming_damage(path):
+            batches = pq.ParquetFile(file).iter_batches(columns=list(columns))
+        while True:
+            with naming_damage(path):
+                batch = next(batches, None)
+                rows = None if batch is None else pl.DataFrame(pl.from_arrow(batch))
+            if rows is None:
+                return
+            yield rows
 
 
 def _guarded_numbers(source: TableSource, guarded: GuardedIds) -> frozenset[int]:
     """The source's own numbers of images of evaluation sets."""
     if source.kind == "coco":
         return guarded.coco
-    if not guarded.coco and not guarded.flickr:
+    is_foreign = source.kind != "visual_genome" and source.image_table is None
+    if is_foreign or (not guarded.coco and not guarded.flickr):
         return frozenset()
     if source.image_table is None:
         raise InputError(
@@ -275,13 +316,9 @@ def _guarded_numbers(source: TableSource, guarded: GuardedIds) -> frozenset[int]
 
 def _evaluation_images(path: str, guarded: GuardedIds) -> list[int]:
     """Visual Genome's own numbers of the images that are guarded under a COCO or Flickr number."""
-    try:
+    remedy = "give image_data.json with image_id, coco_id and flickr_id"
+    with foreign(path, "table of Visual Genome's images", remedy):
         table = pl.read_json(store.read_bytes(path), infer_schema_length=None)
         table = table.select(pl.col("image_id", "coco_id", "flickr_id").cast(pl.Int64, strict=False))
-    except (pl.exceptions.PolarsError, OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path}: no table of Visual Genome's images ({str(error).splitlines()[0]}); give"
-            f" image_data.json with image_id, coco_id and flickr_id"
-        ) from None
     hit = pl.col("coco_id").is_in(list(guarded.coco)) | pl.col("flickr_id").is_in(list(guarded.flickr))
     return table.filter(hit)["image_id"].to_list()

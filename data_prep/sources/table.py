@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import glob
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import polars as pl
@@ -16,7 +16,11 @@ import polars as pl
 from data_prep.sources import text_file
 from data_prep.sources.local_server import HOST, IMAGES
 from pipeline.core import store
-from pipeline.core.records import InputError
+from pipeline.core.columns import column as by_name
+from pipeline.core.columns import is_pattern
+from pipeline.core.config import IN_DIGEST_IF_SET
+from pipeline.core.foreign import first_line
+from pipeline.core.records import ConfigError, InputError
 
 Kind = Literal["table", "laion", "wukong", "coco", "visual_genome"]
 
@@ -25,8 +29,8 @@ Kind = Literal["table", "laion", "wukong", "coco", "visual_genome"]
 class TableSource:
     """One `[[corpus.tables]]` or `[[corpus.sources]]` entry: where a caption table is, its columns.
 
-    Kinds differ in their presets alone: `wukong` has no scores; in `coco` and `visual_genome` the captions of
-    one image are joined into one text, which the rule on length does not apply to.
+    Kinds differ in their presets alone: `wukong` has no scores; `coco` and `visual_genome` keep captions of
+    any length; in `visual_genome` the captions of one image are joined into one text.
     """
 
     path: str  # a file, a glob pattern, or an fsspec URL; .parquet, .csv, .tsv or .jsonl
@@ -48,16 +52,33 @@ class TableSource:
     picture_folder: str | None = None  # set where the URL column holds paths of images below this folder
     exempt_from: tuple[str, ...] = ()  # rules that do not apply to this source, beside its kind's own
 
+    # Whether the captions of one image become one text. Unset: those of visual_genome, which are of regions.
+    join_captions: bool | None = field(default=None, metadata=IN_DIGEST_IF_SET)
+
+    @property
+    def has_image_ids(self) -> bool:
+        """Whether images have numbers, by which those of evaluation sets are left out."""
+        return self.kind in ("coco", "visual_genome")
+
     @property
     def joins(self) -> bool:
         """Whether captions of one image become one text (paper, section 2.2: Visual Genome's regions)."""
-        return self.kind in ("coco", "visual_genome")
+        return self.kind == "visual_genome" if self.join_captions is None else self.join_captions
 
     @property
     def exemptions(self) -> tuple[str, ...]:
         """Rules that do not apply: the kind's and the entry's own."""
-        preset = {"wukong": ("score",), "coco": ("characters",), "visual_genome": ("characters",)}
-        return tuple(dict.fromkeys((*preset.get(self.kind, ()), *self.exempt_from)))
+        preset = ("score",) if self.kind == "wukong" else self._preset
+        return tuple(dict.fromkeys((*preset, *self.exempt_from)))
+
+    @property
+    def lasting_exemptions(self) -> tuple[str, ...]:
+        """Those that its rows keep in a later run, where a source without scores may well be scored."""
+        return tuple(dict.fromkeys((*self._preset, *self.exempt_from)))
+
+    @property
+    def _preset(self) -> tuple[str, ...]:
+        return ("characters",) if self.has_image_ids else ()
 
 
 # Names in use, in lower case: LAION-5B metadata, its derivatives, img2dataset output, Wukong.
@@ -75,13 +96,12 @@ _REQUIRED = ("url_column", "caption_column")
 _WIDTH_COLUMNS = ("width", "original_width")
 _HEIGHT_COLUMNS = ("height", "original_height")
 
-# Columns of the table that every source becomes, in order; carried columns follow.
-CANONICAL_COLUMNS = (
-    "source", "row", "url", "caption", "language", "score", "width_px", "height_px",
-    "nsfw", "unsafe", "watermark",
-)  # fmt: skip
-# Those that only the text rules read: they go no further than filter_text.
+# Columns of the canonical table that only the text rules read: they go no further than filter_text.
 JUDGED_ONLY = ("language", "nsfw", "unsafe", "watermark")
+
+
+# Of rows taken back from shards: names of the rules that do not apply to the row, joined by commas.
+EXEMPT_COLUMN = "exempt_from"
 
 
 def find_files(source: TableSource) -> list[str]:
@@ -89,9 +109,7 @@ def find_files(source: TableSource) -> list[str]:
     if store.is_local(source.path):
         files = sorted(glob.glob(source.path)) if glob.has_magic(source.path) else [source.path]
     else:
-        import fsspec
-
-        fs, pattern = fsspec.core.url_to_fs(source.path)
+        fs, pattern = store.remote(source.path)
         files = sorted(fs.unstrip_protocol(name) for name in fs.glob(pattern))
     missing = [path for path in files if not store.exists(path)]
     if missing or not files:
@@ -103,7 +121,7 @@ def find_files(source: TableSource) -> list[str]:
 
 
 def scan(path: str, source: TableSource) -> pl.LazyFrame:
-    """Lazily read one file of a source as the canonical table (see CANONICAL_COLUMNS), rows in file order.
+    """Lazily read one file of a source as the canonical table that every source becomes, rows in file order.
 
     InputError where the file cannot be read or lacks a column: it lists the columns found.
     """
@@ -116,12 +134,12 @@ def scan(path: str, source: TableSource) -> pl.LazyFrame:
 
     def column(role: str, dtype: pl.DataType | type[pl.DataType]) -> pl.Expr:
         name = columns[role]
-        return pl.lit(None, dtype=dtype) if name is None else pl.col(name).cast(dtype, strict=False)
+        return pl.lit(None, dtype=dtype) if name is None else by_name(name).cast(dtype, strict=False)
 
     def pixels(name: str | None) -> pl.Expr:
         if name is None:
             return pl.lit(None, dtype=pl.Int32)
-        return pl.col(name).cast(pl.Float64, strict=False).cast(pl.Int32, strict=False)  # "30.0" is 30
+        return by_name(name).cast(pl.Float64, strict=False).cast(pl.Int32, strict=False)  # "30.0" is 30
 
     return frame.with_row_index("row").select(
         pl.lit(source.name).alias("source"),
@@ -135,7 +153,7 @@ def scan(path: str, source: TableSource) -> pl.LazyFrame:
         column("nsfw_column", pl.String).alias("nsfw"),
         column("unsafe_column", pl.Float32).alias("unsafe"),
         column("watermark_column", pl.Float32).alias("watermark"),
-        *(pl.col(name) for name in source.carry_columns),
+        *(by_name(name) for name in source.carry_columns),
     )
 
 
@@ -146,12 +164,14 @@ def resolve(path: str, source: TableSource, found: list[str]) -> dict[str, str |
         for role, names in _KNOWN_COLUMNS.items()
     }
     for name in source.carry_columns:
+        if is_pattern(name):
+            raise InputError(f"{path}: column {name!r} cannot be carried: its name is a pattern; rename it")
         if name not in found:
             raise InputError(f"{path}: no column {name!r} to carry; found {', '.join(found)}")
     return columns
 
 
-def score_pairs(path: str, source: TableSource) -> list[str]:
+def encoder_pairs(path: str, source: TableSource) -> list[str]:
     """The encoder pairs that made a table's scores; empty where it has none."""
     frame = open_parquet(path)
     with naming_damage(path):
@@ -166,7 +186,7 @@ def score_pairs(path: str, source: TableSource) -> list[str]:
             pairs = frame.select(both.alias("pair")).drop_nulls().unique().collect()["pair"]
         return sorted(pairs)
     with naming_damage(path):
-        if not frame.select(pl.col(column).is_not_null().any()).collect().item():
+        if not frame.select(by_name(column).is_not_null().any()).collect().item():
             return []
     return [source.score_pair or ("LAION-5B" if source.kind == "laion" else "not named")]
 
@@ -192,7 +212,7 @@ def _first(found: Sequence[str], known: Sequence[str]) -> str | None:
 
 def _url(column: str | None, source: TableSource) -> pl.Expr:
     """The address of each row; a path below the image folder becomes one of the loopback site's."""
-    url = pl.col(str(column)).cast(pl.String)
+    url = by_name(str(column)).cast(pl.String)
     if source.picture_folder is None:
         return url
     # In a file's name these are letters, in an address they would end the path or begin an escape.
@@ -206,15 +226,17 @@ def naming_damage(path: str) -> Iterator[None]:
     """InputError in place of what polars raises where a file's inside is damaged: a scan reads it late."""
     try:
         yield
+    except (InputError, ConfigError):
+        raise
     # A panic is what polars' reader answers to bytes that it never expected, and no Exception.
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
+    except (Exception, pl.exceptions.PanicException) as error:
         raise InputError(
-            f"{path}: cannot be read as a table: {str(error).splitlines()[0][:300]}; replace the file"
+            f"{path}: cannot be read as a table: {first_line(error)}; replace the file"
         ) from None
 
 
 def describe(source: TableSource) -> dict[str, object]:
-    """The source as plain values, for a task's arguments."""
+    """The source as plain values."""
     return dataclasses.asdict(source)
 
 

@@ -21,6 +21,8 @@ import pyarrow as pa
 import pyarrow.csv
 
 from pipeline.core import store
+from pipeline.core.columns import column
+from pipeline.core.foreign import parse_json
 from pipeline.core.records import DropReason, InputError
 
 MALFORMED_COLUMNS = DropReason("malformed:columns")  # more or fewer fields than the header has
@@ -81,7 +83,7 @@ def column_names(path: str) -> list[str]:
         found: dict[str, None] = {}
         for line in file.read(BLOCK_BYTES).decode("utf-8", "replace").split("\n")[:_SEEN_LINES]:
             try:
-                row = json.loads(line)
+                row = parse_json(line, keep_surrogates=True)
             except ValueError:
                 continue
             if isinstance(row, dict):
@@ -104,10 +106,14 @@ def read_batches(
     else:
         batches = _csv_batches(path, columns, set_aside)
     for batch in batches:
-        damaged = pl.any_horizontal(pl.col(columns).str.contains(_REPLACEMENT, literal=True).fill_null(False))
+        damaged = pl.any_horizontal(
+            column(name).str.contains(_REPLACEMENT, literal=True).fill_null(False) for name in columns
+        )
         marked = batch.rows.with_columns(_damaged=damaged)
         rows = marked.filter(~pl.col("_damaged")).drop("_damaged")
-        bad = marked.filter("_damaged").select(pl.concat_str(columns, separator=" ", ignore_nulls=True))
+        bad = marked.filter("_damaged").select(
+            pl.concat_str(map(column, columns), separator=" ", ignore_nulls=True)
+        )
         malformed = [Malformed(MALFORMED_ENCODING, text[:_SHOWN_CHARACTERS]) for text in bad.to_series()]
         yield RowBatch(rows, batch.malformed + malformed)
 
@@ -157,7 +163,7 @@ def _csv_batches(
                 break
             except pa.ArrowInvalid as error:
                 raise _unreadable(path, error) from None
-            rows = pl.DataFrame(pl.from_arrow(block)).select(columns)
+            rows = pl.DataFrame(pl.from_arrow(block)).select(map(column, columns))
             rows, malformed, unswallowed = _unswallow(rows, names, columns, separator)
             malformed += refused
             unswallowed += rescued
@@ -181,7 +187,7 @@ def _unswallow(
     A value is suspected where one of its further lines holds an address; such a line is a row of its own
     where it has as many fields as the header.
     """
-    inside = pl.any_horizontal(pl.col(columns).str.contains(rf"\n[^\n]*{_ADDRESS}"))
+    inside = pl.any_horizontal(column(name).str.contains(rf"\n[^\n]*{_ADDRESS}") for name in columns)
     suspects = rows.with_row_index("_at").filter(inside)
     if suspects.is_empty():
         return rows, [], []
@@ -206,7 +212,7 @@ def _reparse(
     lines: Sequence[str], names: Sequence[str], columns: Sequence[str], separator: str
 ) -> tuple[list[tuple[str, ...]], list[Malformed]]:
     """Read lines one by one, as rows of a table without newlines in values."""
-    wanted = [names.index(column) for column in columns]
+    wanted = [names.index(name) for name in columns]
     rows, malformed = [], []
     for line in lines:
         line = line.rstrip("\r")
@@ -244,7 +250,7 @@ def _json_batches(path: str, columns: Sequence[str]) -> Iterator[RowBatch]:
             read = text.select(*values, _line="line", _is_row=is_row)
             bad = read.filter(~pl.col("_is_row"))["_line"]
             yield RowBatch(
-                read.filter("_is_row").select(columns),
+                read.filter("_is_row").select(map(column, columns)),
                 [Malformed(MALFORMED_JSON, line[:_SHOWN_CHARACTERS]) for line in bad],
             )
             if not block:

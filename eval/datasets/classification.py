@@ -7,23 +7,23 @@
 Images are in the order in which the owners' own loaders read them: class after class, paths sorted.
 """
 
-import io
-import json
-import os
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from eval.datasets.class_folders import IMAGE_ENDINGS, class_folders, plain, read_class_folders
 from eval.datasets.labels import Labels, labels_for
 from pipeline.core.arrays import BoolArray, Int64Array
+from pipeline.core.foreign import parse_json
+from pipeline.core.image_files import check_bytes, is_hidden, read_image
+from pipeline.core.npy import read_npy_bytes
 from pipeline.core.records import InputError
 
 SPLITS = ("test", "val", "valid", "validation")  # the first that is there is read
-_IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
-_WEB_IMAGES = ("jpg", "jpeg", "png", "webp", "bmp")
+_WEB_IMAGES, _WEB_LABELS = ("jpg", "jpeg", "png", "webp", "bmp"), ("cls", "npy")
 _MAX_LABEL_BYTES = 1 << 20
 
 
@@ -36,9 +36,17 @@ class EncodedImage:
     size_bytes: int | None = None  # None: the whole file
 
     def read(self) -> bytes:
+        """Return its bytes.
+
+        Raises:
+            BadImageError: if it is no file, is larger than an image may be, or cannot be read.
+        """
+        if self.size_bytes is None:
+            return read_image(self.path)
+        check_bytes(self.size_bytes)
         with open(self.path, "rb") as file:
             file.seek(self.offset_bytes)
-            return file.read(-1 if self.size_bytes is None else self.size_bytes)
+            return file.read(self.size_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +58,7 @@ class ClassificationSet:
     images: tuple[EncodedImage, ...]
     targets_NC: BoolArray  # right classes; several a row only in multi-label sets
     submission_order: Int64Array | None  # ELEVATER's order of images (`index.json`), as rows
+    notes: tuple[str, ...] = ()  # what was passed over in its folders
 
     @property
     def num_images(self) -> int:
@@ -60,37 +69,46 @@ def is_classification_set(folder: str) -> bool:
     """Does this folder hold images in class folders, or a web data set?"""
     root = _split_folder(Path(folder))
     return (root / "nshards.txt").is_file() or any(
-        file.suffix.lower() in _IMAGES for folder in _folders(root) for file in folder.iterdir()
+        file.suffix.lower() in IMAGE_ENDINGS for folder in class_folders(root) for file in folder.iterdir()
     )
 
 
 def read_classification(
-    folder: str, *, name: str | None = None, labels_path: str | None = None, multi_label: bool = False
+    folder: str,
+    *,
+    name: str | None = None,
+    labels_path: str | None = None,
+    multi_label: bool = False,
+    templates: str = "own",
 ) -> ClassificationSet:
     """Read a set in any of the three layouts.
 
     Labels come from `labels_path`, else from the folder's `label_cn.txt`, else from ours where `name` (the
     folder's name by default) is a set of ICinW. `multi_label` takes equal file names in several class folders
-    for one image with several classes (VOC 2007).
+    for one image with several classes (VOC 2007). With the templates `paper` the labels that the paper quotes
+    take the place of ours.
 
-    Raises InputError for a folder without images, class folders that no label has, labels and classes of
-    different number, and a broken `index.json`.
+    Raises InputError for a folder without images, class folders that no label has or that may be several,
+    labels and classes of different number, and a broken `index.json`.
     """
     root = Path(folder)
     if not root.is_dir():
         raise InputError(f"{folder}: no such folder; a classification set is a folder")
     name = name or root.resolve().name
-    labels = labels_for(folder, name, labels_path)
+    labels = labels_for(folder, name, labels_path, templates)
     split = _split_folder(root)
+    notes = list[str]()
     if (split / "nshards.txt").is_file():
         images, classes = _read_web(split)
         if labels.keys and (root / "classnames.txt").is_file():
             row_of_class = _rows_of_class_names(root / "classnames.txt", labels)
             classes = [[row_of_class.get(number, number) for number in right] for right in classes]
     else:
-        images, classes = _read_folders(split, labels, multi_label)
+        found = read_class_folders(split, labels, multi_label)
+        images, classes, notes = [EncodedImage(path) for path in found.paths], found.classes, found.notes
     if not images:
-        raise InputError(f"{split}: holds no images ({', '.join(_IMAGES)}) in class folders")
+        about = f"; {'; '.join(notes)}" if notes else ""
+        raise InputError(f"{split}: holds no images ({', '.join(IMAGE_ENDINGS)}) in class folders{about}")
     num_classes = len(labels.names)
     highest = max(max(row) for row in classes)
     if highest >= num_classes:
@@ -98,69 +116,17 @@ def read_classification(
     targets_NC = np.zeros((len(images), num_classes), dtype=bool)
     for row, right in enumerate(classes):
         targets_NC[row, list(right)] = True
-    return ClassificationSet(name, labels, tuple(images), targets_NC, _submission_order(root, len(images)))
+    order = _submission_order(root, len(images))
+    return ClassificationSet(name, labels, tuple(images), targets_NC, order, tuple(notes))
 
 
 def _split_folder(root: Path) -> Path:
     return next((root / split for split in SPLITS if (root / split).is_dir()), root)
 
 
-def _folders(root: Path) -> list[Path]:
-    return sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-
-
-def _image_files(folder: Path) -> Iterator[str]:
-    """Paths in the order of torchvision's ImageFolder: folders sorted, then their files sorted."""
-    for parent, _, files in sorted(os.walk(folder, followlinks=True)):
-        for file in sorted(files):
-            if file.lower().endswith(_IMAGES):
-                yield os.path.join(parent, file)
-
-
-def _read_folders(
-    split: Path, labels: Labels, multi_label: bool
-) -> tuple[list[EncodedImage], list[Sequence[int]]]:
-    folders = _folders(split)
-    class_of = _class_of_folders(split, [folder.name for folder in folders], labels)
-    images, classes = list[EncodedImage](), list[list[int]]()
-    row_of_file: dict[str, int] = {}
-    for folder in sorted(folders, key=lambda path: class_of[path.name]):
-        for path in _image_files(folder):
-            file = os.path.relpath(path, folder)
-            if multi_label and file in row_of_file:
-                classes[row_of_file[file]].append(class_of[folder.name])
-                continue
-            row_of_file[file] = len(images)
-            images.append(EncodedImage(path))
-            classes.append([class_of[folder.name]])
-    return images, [*classes]
-
-
-def _class_of_folders(split: Path, names: Sequence[str], labels: Labels) -> dict[str, int]:
-    """Class of each folder: by number where all names are numbers, else by the labels' names."""
-    if names and all(name.isascii() and name.isdecimal() for name in names):
-        ids = sorted(int(name) for name in names)
-        if len(set(ids)) != len(ids):
-            raise InputError(f"{split}: two folders have the same class id, such as 1 and 001")
-        first = 1 if ids[0] == 1 and ids[-1] == len(labels.names) else 0  # some owners count from 1
-        return {name: int(name) - first for name in names}
-    known = {_plain(text): row for texts in (labels.keys, labels.names) for row, text in enumerate(texts)}
-    unknown = [name for name in names if _plain(name) not in known]
-    if unknown:
-        raise InputError(
-            f"{split}: no label is called {unknown[0]!r} ({len(unknown)} of {len(names)} folders are"
-            " unknown); give --labels with lines `folder name<TAB>Chinese name`"
-        )
-    return {name: known[_plain(name)] for name in names}
-
-
-def _plain(name: str) -> str:
-    return " ".join(name.lower().replace("_", " ").replace("-", " ").replace("/", " ").split())
-
-
 def _read_web(split: Path) -> tuple[list[EncodedImage], list[Sequence[int]]]:
     """CLIP_benchmark's tars: `key.jpg` with `key.cls` (a class) or `key.npy` (a vector of 0 and 1)."""
-    text = (split / "nshards.txt").read_text().strip()
+    text = (split / "nshards.txt").read_text(errors="replace").strip()
     if not text.isdecimal():
         raise InputError(f"{split / 'nshards.txt'}: expected the number of tars, found {text[:40]!r}")
     images, classes = list[EncodedImage](), list[Sequence[int]]()
@@ -171,12 +137,17 @@ def _read_web(split: Path) -> tuple[list[EncodedImage], list[Sequence[int]]]:
         try:
             with tarfile.open(path) as tar:
                 for member in tar:
-                    key, _, kind = member.name.partition(".")
-                    if not member.isfile():
+                    # A key ends at the first dot after the last slash: members may be ./a.png or v1.0/a.png.
+                    folder, slash, file_name = member.name.rpartition("/")
+                    stem, _, kind = file_name.partition(".")
+                    key, kind = folder + slash + stem, kind.lower()
+                    if not member.isfile() or is_hidden(file_name):
                         continue
-                    if kind.lower() in _WEB_IMAGES:
+                    if key in (found if kind in _WEB_IMAGES else right if kind in _WEB_LABELS else ()):
+                        raise InputError(f"{path}: {member.name}: a second one of this key; keep one")
+                    if kind in _WEB_IMAGES:
                         found[key] = EncodedImage(str(path), member.offset_data, member.size)
-                    elif kind in ("cls", "npy"):
+                    elif kind in _WEB_LABELS:
                         file = tar.extractfile(member)
                         assert file is not None  # a regular file, as asked above
                         right[key] = _web_classes(f"{path}: {member.name}", kind, file.read(_MAX_LABEL_BYTES))
@@ -196,9 +167,12 @@ def _rows_of_class_names(path: Path, labels: Labels) -> dict[int, int]:
     By name where the labels know all names, else by number. Raises InputError where some names are known
     and stand elsewhere, and where the numbers of classes differ.
     """
-    names = path.read_text(encoding="utf-8").splitlines()
-    known = {_plain(key): row for row, key in enumerate(labels.keys)}
-    rows = {number: known[_plain(name)] for number, name in enumerate(names) if _plain(name) in known}
+    try:
+        names = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 ({error.reason}); save it as UTF-8") from None
+    known = {plain(key): row for row, key in enumerate(labels.keys)}
+    rows = {number: known[plain(name)] for number, name in enumerate(names) if plain(name) in known}
     if len(names) != len(labels.keys):
         raise InputError(f"{path}: has {len(names)} classes, but the labels {len(labels.keys)}")
     if len(set(rows.values())) == len(names):
@@ -217,7 +191,7 @@ def _web_classes(where: str, kind: str, data: bytes) -> Sequence[int]:
         if kind == "cls":
             row = [int(data.decode("ascii").strip())]
         else:
-            vector = np.load(io.BytesIO(data), allow_pickle=False)
+            vector = read_npy_bytes(data, where, "write the class as a number in .cls")
             row = [int(vector)] if vector.ndim == 0 else np.flatnonzero(vector == 1).tolist()
     except (ValueError, EOFError, UnicodeDecodeError) as error:
         raise InputError(f"{where}: not a class ({error})") from None
@@ -231,7 +205,7 @@ def _submission_order(root: Path, num_images: int) -> Int64Array | None:
     if not path.is_file():
         return None
     try:
-        order = np.array(json.loads(path.read_text(encoding="utf-8")))
+        order = np.array(parse_json(path.read_bytes()))
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error})") from None
     if order.shape != (num_images,) or not np.array_equal(np.sort(order), np.arange(num_images)):

@@ -1,6 +1,5 @@
 """Evaluation sets in CN-CLIP's layout: `<name>_imgs.tsv` and `<name>_texts.jsonl` in one folder."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,7 +9,13 @@ import numpy as np
 from data_prep.formats.base64_image import decode_base64_image
 from pipeline.core import store
 from pipeline.core.arrays import Int64Array
+from pipeline.core.foreign import parse_json
+from pipeline.core.image_files import UNREADABLE
+from pipeline.core.images import BadImageError
 from pipeline.core.records import InputError
+from pipeline.core.shard_format import MAX_IMAGE_BASE64_BYTES, too_large
+
+_MAX_LINE_BYTES = MAX_IMAGE_BASE64_BYTES + 32  # with the id
 
 
 class ImageStore(Protocol):
@@ -35,6 +40,7 @@ class RetrievalSet:
     texts: tuple[str, ...]
     images_of_text: tuple[Int64Array, ...]  # per text: the rows of its images, ascending; may be empty
     images: ImageStore
+    image_to_text: bool = True  # False: scored text-to-image only, as MUGE
 
     @property
     def num_images(self) -> int:
@@ -71,7 +77,17 @@ class Base64Images:
     sizes_bytes: Int64Array  # [num_images]
 
     def read(self, rows: Sequence[int] | Int64Array) -> Iterator[bytes]:
-        """Encoded images. InputError where the base64 is broken."""
+        """Encoded images. InputError where the base64 is broken, or the image larger than one may be."""
+        for row, image in zip(rows, self.try_read(rows), strict=True):
+            if isinstance(image, BadImageError):
+                raise InputError(
+                    f"{self.path}: image {self.image_ids[row]} is not base64 ({image});"
+                    " write each line as `id<TAB>base64 of the image file`"
+                )
+            yield image
+
+    def try_read(self, rows: Sequence[int] | Int64Array) -> Iterator[bytes | BadImageError]:
+        """Encoded images; in place of one that cannot be read, the error."""
         with store.open_read(self.path) as file:
             for row in rows:
                 file.seek(int(self.offsets_bytes[row]))
@@ -79,10 +95,7 @@ class Base64Images:
                 try:
                     yield decode_base64_image(encoded)
                 except ValueError as error:
-                    raise InputError(
-                        f"{self.path}: image {self.image_ids[row]} is not base64 ({error});"
-                        " write each line as `id<TAB>base64 of the image file`"
-                    ) from None
+                    yield BadImageError(f"{UNREADABLE}: {error}")
 
 
 def read_evaluation(folder: str, name: str) -> RetrievalSet:
@@ -146,13 +159,13 @@ def read_images(path: str) -> Base64Images:
     return Base64Images(path, *_scan_images(path))
 
 
-def check_scorable(evaluation: RetrievalSet, *, k: int = 10, image_to_text: bool = True) -> None:
+def check_scorable(evaluation: RetrievalSet, *, k: int = 10) -> None:
     """Raise InputError where recall at `k` would be meaningless.
 
     That is: fewer than `k` images (or texts, for image-to-text), or a text without an image.
     """
     galleries = [("images", evaluation.num_images, evaluation.images_path)]
-    if image_to_text:
+    if evaluation.image_to_text:
         galleries.append(("texts", evaluation.num_texts, evaluation.texts_path))
     for what, count, path in galleries:
         if count < k:
@@ -175,12 +188,15 @@ def _scan_images(path: str) -> tuple[Int64Array, Int64Array, Int64Array]:
     sizes: list[int] = []
     line_start = 0
     with store.open_read(path) as file:
-        for line_number, line in enumerate(file, start=1):
+        # Not `for line in file`: a line without end would fill the memory.
+        for line_number, line in enumerate(iter(lambda: file.readline(_MAX_LINE_BYTES), b""), start=1):
+            where = f"{path}:{line_number}"
+            if len(line) >= _MAX_LINE_BYTES:
+                raise InputError(f"{where}: {too_large()}; leave the image out")
             start, line_start = line_start, line_start + len(line)
             line = line.rstrip(b"\r\n")
             if not line:
                 continue
-            where = f"{path}:{line_number}"
             id_field, tab, encoded = line.partition(b"\t")
             if not tab or not encoded:
                 raise InputError(f"{where}: expected `id<TAB>base64 of the image file`")
@@ -207,7 +223,7 @@ def _scan_images(path: str) -> tuple[Int64Array, Int64Array, Int64Array]:
 
 def _parse_text(line: bytes, where: str) -> tuple[int, str, list[int]]:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError as error:
         raise InputError(f"{where}: not a line of UTF-8 JSON ({error})") from None
     if not isinstance(record, dict):

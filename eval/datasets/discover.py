@@ -10,6 +10,7 @@ from eval.datasets.releases import Release, find_releases
 from eval.paper.published import classification_protocol, retrieval_protocol
 from pipeline.core import store
 from pipeline.core.evaluation_sets import EvaluationFacts, shard_stems
+from pipeline.core.image_files import is_hidden
 from pipeline.core.records import InputError, Manifest
 
 
@@ -46,7 +47,7 @@ def find_sets(folder: str) -> Sources:
     if not root.is_dir():
         raise InputError(f"{folder}: no such folder; give the folder that holds the evaluation sets")
     retrieval, classification, releases = list[RetrievalSource](), list[str](), list[Release]()
-    below = sorted(path for path in root.iterdir() if path.is_dir())
+    below = sorted(path for path in root.iterdir() if path.is_dir() and not is_hidden(path.name))
     if (
         is_classification_set(folder)
         and not _holds_loose_images(find_releases(folder), root)

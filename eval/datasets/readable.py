@@ -8,6 +8,8 @@ import numpy as np
 
 from eval.datasets.cnclip_tsv import ImageStore, RetrievalSet
 from pipeline.core.arrays import Int64Array
+from pipeline.core.image_files import summary
+from pipeline.core.images import BadImageError, Decode, decode_square
 from pipeline.core.records import InputError
 
 if TYPE_CHECKING:
@@ -29,21 +31,18 @@ class _Subset:
         return self.images.read(self.rows[np.asarray(rows, dtype=np.int64)])
 
 
-def readable_subset(evaluation: RetrievalSet) -> tuple[RetrievalSet, str]:
+def readable_subset(evaluation: RetrievalSet, decode: Decode = "upright") -> tuple[RetrievalSet, str]:
     """The set without unreadable images and without texts that only these answer, and a note that counts.
 
     Decodes every image. Raises InputError where none is left.
     """
-    from training.model.preprocess import preprocess
-
-    def is_readable(row: int) -> bool:
+    reasons = dict[int, str]()
+    for row in range(evaluation.num_images):
         try:
-            preprocess([next(iter(evaluation.image_bytes([row])))], 1)
-        except InputError:
-            return False
-        return True
-
-    kept = np.flatnonzero([is_readable(row) for row in range(evaluation.num_images)])
+            decode_square(next(iter(evaluation.image_bytes([row]))), 1, decode)
+        except BadImageError as error:
+            reasons[row] = str(error)
+    kept = np.array([row for row in range(evaluation.num_images) if row not in reasons], dtype=np.int64)
     if not len(kept):
         raise InputError(f"{evaluation.images_path}: not one image can be decoded; fetch the set again")
     new_row = np.full(evaluation.num_images, -1, dtype=np.int64)
@@ -54,9 +53,9 @@ def readable_subset(evaluation: RetrievalSet) -> tuple[RetrievalSet, str]:
         for row, (old, new) in enumerate(zip(evaluation.images_of_text, answers, strict=True))
         if len(new) or not len(old)
     ]
-    bad = np.setdiff1d(np.arange(evaluation.num_images), kept)
+    named = summary((f"image {evaluation.image_ids[row]}", reason) for row, reason in reasons.items())
     note = (
-        f"{evaluation.name}: {len(bad)} images cannot be decoded (first: {evaluation.image_ids[bad[0]]});"
+        f"{evaluation.name}: {len(reasons)} images cannot be decoded ({named});"
         f" they are left out, with {evaluation.num_texts - len(texts)} texts that only they answer: not"
         " comparable with published figures"
     )
@@ -74,25 +73,19 @@ def readable_subset(evaluation: RetrievalSet) -> tuple[RetrievalSet, str]:
 
 
 def decoded_batches(
-    evaluation: RetrievalSet, image_size_px: int, batch_size: int
+    evaluation: RetrievalSet, image_size_px: int, batch_size: int, decode: Decode = "upright"
 ) -> "Iterator[torch.Tensor]":
     """Yield image_BCHW float32, normalised, in row order.
 
     Raises:
         UnreadableImage: if an image cannot be decoded; it names the image's id.
     """
-    from training.model.preprocess import preprocess
+    from training.model.preprocess import preprocess_readable
 
     for start in range(0, evaluation.num_images, batch_size):
         rows = range(start, min(start + batch_size, evaluation.num_images))
-        encoded = list(evaluation.image_bytes(rows))
-        try:
-            yield preprocess(encoded, image_size_px)
-        except InputError:
-            for row, data in zip(rows, encoded, strict=True):  # once more, to say which image it is
-                try:
-                    preprocess([data], image_size_px)
-                except InputError as error:
-                    image_id = evaluation.image_ids[row]
-                    raise UnreadableImage(f"{evaluation.images_path}: image {image_id}: {error}") from None
-            raise
+        image_BCHW, left_out = preprocess_readable(list(evaluation.image_bytes(rows)), image_size_px, decode)
+        for row, reason in left_out.items():
+            image_id = evaluation.image_ids[start + row]
+            raise UnreadableImage(f"{evaluation.images_path}: image {image_id}: cannot be decoded: {reason}")
+        yield image_BCHW

@@ -23,7 +23,11 @@ from typing import Any
 
 from data_prep.formats.lmdb import open_lmdb, unpickle_plain
 from pipeline.core import store
+from pipeline.core.foreign import parse_json
+from pipeline.core.image_files import read_image
+from pipeline.core.images import BadImageError
 from pipeline.core.records import InputError
+from pipeline.core.shard_format import MAX_IMAGE_BASE64_BYTES, too_large
 
 _IMAGES = (".jpg", ".jpeg", ".png")
 
@@ -61,7 +65,7 @@ def find_releases(folder: str) -> list[Release]:
         split = path.stem.removeprefix("coco-cn_")
         found.append(_release(f"coco-cn-{split}", folder, True, partial(_coco, root, path, captions)))
     for path in sorted([*root.glob("*.jsonl"), *root.glob("*.json")]):
-        if _is_icr(path):
+        if path.is_file() and _is_icr(path):
             split = _split_in(path.name)
             found.append(_release(f"icr-{split}", folder, True, partial(_icr, root, path)))
     for path in sorted((root / "lmdb").glob("*/pairs")):
@@ -119,6 +123,8 @@ def _tsv(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def _standard_base64(encoded: bytes, where: str) -> bytes:
     """MUGE and CN-CLIP's LMDB use the URL-safe alphabet; our reader, like most, the standard one."""
+    if len(encoded) > MAX_IMAGE_BASE64_BYTES:
+        raise InputError(f"{where}: {too_large()}; leave the image out")
     encoded = encoded.translate(bytes.maketrans(b"-_", b"+/"))
     try:
         base64.b64decode(encoded, validate=True)
@@ -202,8 +208,10 @@ def _icr(root: Path, path: Path) -> tuple[Iterator[tuple[int, bytes]], list[_Tex
     texts = list[_Text]()
     for where, record in _json_lines(path):
         text, image = (_field(record, (name,), where) for name in ("text", "image_path"))
-        image_id = image_ids.setdefault(str(image), len(image_ids))
-        texts.append(_Text(len(texts), str(text), (image_id,)))
+        if not isinstance(text, str) or not isinstance(image, str):
+            raise InputError(f"{where}: text and image_path must be strings, found {str(record)[:120]}")
+        image_id = image_ids.setdefault(image, len(image_ids))
+        texts.append(_Text(len(texts), text, (image_id,)))
 
     def images() -> Iterator[tuple[int, bytes]]:
         inside = root.resolve()
@@ -231,7 +239,9 @@ def _lmdb(folder: Path) -> tuple[Iterator[tuple[int, bytes]], list[_Text]]:
         where = f"{folder / 'pairs'}: entry {key.decode('utf-8', 'replace')}"
         try:
             image_id, text_id, text = unpickle_plain(value)
-            first, image_ids = of_text.setdefault(int(text_id), (str(text), {}))
+            if not isinstance(text, str):
+                raise TypeError(f"the text is {type(text).__name__}")
+            first, image_ids = of_text.setdefault(int(text_id), (text, {}))
             image_ids[int(image_id)] = None
         except Exception as error:  # pickle may raise anything on damaged bytes
             raise InputError(f"{where}: expected (image_id, text_id, text): {error}") from None
@@ -265,11 +275,11 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
 
 def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Records of JSON lines, or of one JSON list."""
-    with open(path, encoding="utf-8-sig") as file:
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
         is_list = file.read(1) == "["
     if is_list:
         try:
-            records = json.loads(path.read_text(encoding="utf-8-sig"))
+            records = parse_json(path.read_text(encoding="utf-8-sig"))
         except ValueError as error:
             raise InputError(f"{path}: not JSON ({error})") from None
         places = [(f"{path}: record {number}", record) for number, record in enumerate(records)]
@@ -277,7 +287,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         places = []
     for where, line in () if is_list else _lines(path):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError as error:
             raise InputError(f"{where}: not JSON ({error})") from None
         if not isinstance(record, dict):
@@ -316,6 +326,6 @@ def _images(root: Path, ids: dict[str, int]) -> Iterator[tuple[int, bytes]]:
 
 def _encoded(path: Path, where: str) -> bytes:
     try:
-        return base64.b64encode(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{where}: cannot be read ({error.strerror})") from None
+        return base64.b64encode(read_image(str(path)))
+    except BadImageError as error:
+        raise InputError(f"{where}: cannot be read ({error})") from None

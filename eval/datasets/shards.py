@@ -17,7 +17,6 @@ from pipeline.core.arrays import Int64Array
 from pipeline.core.evaluation_sets import shard_stems
 from pipeline.core.records import InputError
 from pipeline.core.shard_format import (
-    MAX_IMAGE_BYTES,
     SIDECAR,
     TAR,
     ByteRanges,
@@ -46,7 +45,7 @@ class TarImages:
         starts = np.flatnonzero(np.diff(self.shards[rows], prepend=-1))  # of runs in one tar
         for run in np.split(rows, starts[1:]):
             if len(run):
-                with ByteRanges(self.stems[self.shards[run[0]]] + TAR, max_bytes=MAX_IMAGE_BYTES) as images:
+                with ByteRanges(self.stems[self.shards[run[0]]] + TAR) as images:
                     pairs = zip(self.offsets_bytes[run].tolist(), self.sizes_bytes[run].tolist(), strict=True)
                     for offset, size in pairs:
                         yield images.read(offset, size, f"the image at {offset}")

@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,15 +15,14 @@ from eval.features.layout import check_vectors
 from pipeline.core import store
 from pipeline.core.arrays import Float32Array, Int64Array
 from pipeline.core.config import find_recipe, read_run
+from pipeline.core.images import BadImageError, Decode
 from pipeline.core.records import ConfigError, InputError
 from training.config.train import CONTEXT_LENGTH
 
 if TYPE_CHECKING:
-    import torch
-    from PIL import Image
-
     from training.encoder import Encoder as TextAndImageEncoder
 
+BATCH_SIZE = 64  # images that are decoded and encoded at once
 _STAGES = ("stage1", "stage2", "finetune")  # that end in a model, in order
 
 
@@ -35,6 +34,7 @@ class ModelSource:
     vocabulary: str | None  # what `Tokenizer.load` takes; unset, it is looked for
     context_length: int  # tokens with [CLS] and [SEP]
     run_folder: str | None = None  # of the run that trained it, where a run was given
+    decode: Decode = "upright"  # what is seen of images that are no ordinary 8-bit RGB
 
     @property
     def is_finetuned(self) -> bool:
@@ -73,7 +73,7 @@ class EvaluationEncoder:
         Raises:
             UnreadableImage: if an image cannot be decoded; it names the image's id.
         """
-        images = decoded_batches(evaluation, self.base.image_size_px, self.batch_size)
+        images = decoded_batches(evaluation, self.base.image_size_px, self.batch_size, self.base.decode)
         image_ND: Float32Array = np.concatenate([self.base.embed_pixels(image_BCHW) for image_BCHW in images])
         tokens_NL = self.base.tokenizer.encode(evaluation.texts, self.context_length)
         return image_ND, self.base.embed_tokens(tokens_NL)
@@ -86,58 +86,66 @@ class EvaluationEncoder:
         check_vectors(feature_ND, "text features")
         return feature_ND
 
-    def images(self, images: Sequence[EncodedImage]) -> tuple[Float32Array, Int64Array]:
+    def images(
+        self, images: Sequence[EncodedImage], *, left_out: dict[int, str] | None = None
+    ) -> tuple[Float32Array, Int64Array]:
         """Unit-norm features of the images that can be decoded, and their rows among those given.
 
-        Raises InputError where none can be.
+        `left_out` takes the rows of the others with the reasons.
+
+        Raises:
+            InputError: if none can be decoded.
         """
-        feature_ND, kept_N = self.encoded_images(image.read() for image in images)
+        bad = dict[int, str]() if left_out is None else left_out
+        feature_ND, kept_N = self.encoded_images(map(_read, images), left_out=bad)
         if not len(kept_N):
-            raise InputError(f"{images[0].path}: none of {len(images)} images can be decoded")
+            row, reason = next(iter(bad.items()))
+            raise InputError(
+                f"{images[row].path}: {reason}; none of {len(images)} images can be decoded: repair them or"
+                " correct the folder"
+            )
         return feature_ND, kept_N
 
-    def encoded_images(self, encoded: Iterable[bytes]) -> tuple[Float32Array, Int64Array]:
+    def encoded_images(
+        self, encoded: Iterable[bytes | BadImageError], *, left_out: dict[int, str] | None = None
+    ) -> tuple[Float32Array, Int64Array]:
         """`images` of encoded bytes, read a batch at a time; empty where none can be decoded."""
+        from training.model.preprocess import preprocess_readable
+
         features, kept = list[Float32Array](), list[int]()
-        for rows, image_BCHW in self._decoded(encoded):
-            features.append(self.base.embed_pixels(image_BCHW))
-            kept += rows
+        first = 0
+        items = iter(encoded)
+        while batch := list(itertools.islice(items, self.batch_size)):
+            image_BCHW, bad = preprocess_readable(batch, self.base.image_size_px, self.base.decode)
+            if len(image_BCHW):
+                features.append(self.base.embed_pixels(image_BCHW))
+            kept += [first + row for row in range(len(batch)) if row not in bad]
+            if left_out is not None:
+                left_out |= {first + row: reason for row, reason in bad.items()}
+            first += len(batch)
         feature_ND = np.concatenate([np.empty((0, self.base.model.config.embed_dim), np.float32), *features])
         if kept:
             check_vectors(feature_ND, "image features")
         return feature_ND, np.array(kept, dtype=np.int64)
 
-    def decoded_image(self, image: "Image.Image") -> Float32Array:
-        """Unit-norm feature [dim] of one RGB image that is decoded already."""
-        from PIL import Image
+    def image(self, data: bytes) -> Float32Array:
+        """Return the unit-norm feature [dim] of one encoded image.
 
-        side_px = self.base.image_size_px
-        # squashed first, by the filter that preprocessing would use: what is encoded on the way is small
-        small = image.resize((side_px, side_px), Image.Resampling.BICUBIC)
-        feature_D: Float32Array = self.base.embed_images([small])[0]
+        Raises:
+            BadImageError: if it cannot be decoded.
+        """
+        feature_ND, left_out = self.base.embed_readable([data])
+        if left_out:
+            raise BadImageError(left_out[0])
+        feature_D: Float32Array = feature_ND[0]
         return feature_D
 
-    def _decoded(self, encoded: Iterable[bytes]) -> "Iterator[tuple[list[int], torch.Tensor]]":
-        import torch
 
-        from training.model.preprocess import preprocess
-
-        size_px = self.base.image_size_px
-        numbered = enumerate(encoded)
-        while batch := list(itertools.islice(numbered, self.batch_size)):
-            rows, data = [row for row, _ in batch], [item for _, item in batch]
-            try:
-                yield rows, preprocess(data, size_px)
-            except InputError:  # once more, one by one, to leave out what cannot be decoded
-                good, images = list[int](), []
-                for row, item in zip(rows, data, strict=True):
-                    try:
-                        images.append(preprocess([item], size_px))
-                        good.append(row)
-                    except InputError:
-                        continue
-                if good:
-                    yield good, torch.cat(images)
+def _read(image: EncodedImage) -> bytes | BadImageError:
+    try:
+        return image.read()
+    except BadImageError as error:
+        return error
 
 
 def find_checkpoint(
@@ -180,7 +188,7 @@ def find_checkpoint(
 
 
 def load_encoder(
-    checkpoint: ModelSource, *, batch_size: int = 64, device: str | None = None
+    checkpoint: ModelSource, *, batch_size: int = BATCH_SIZE, device: str | None = None
 ) -> EvaluationEncoder:
     """Weights of any format that `training.weights.formats` reads, on the accelerator where there is one.
 
@@ -189,7 +197,7 @@ def load_encoder(
     """
     from training.encoder import load
 
-    base = load(checkpoint.path, vocabulary=checkpoint.vocabulary, device=device)
+    base = load(checkpoint.path, vocabulary=checkpoint.vocabulary, device=device, decode=checkpoint.decode)
     positions = base.model.config.text.max_positions
     if not 3 <= checkpoint.context_length <= positions:
         raise ConfigError(

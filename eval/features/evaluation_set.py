@@ -23,7 +23,7 @@ import numpy.typing as npt
 from eval.datasets.cnclip_tsv import RetrievalSet, check_scorable
 from eval.datasets.readable import decoded_batches
 from eval.datasets.retrieval_set import read_retrieval_set
-from eval.features.encoder import EvaluationEncoder
+from eval.features.encoder import BATCH_SIZE, EvaluationEncoder
 from eval.features.layout import check_vectors, vectors_path, write_vectors
 from eval.features.model_identity import identify, write_identity
 from eval.metrics.recall import RetrievalScores
@@ -32,6 +32,7 @@ from pipeline.core import store
 from pipeline.core.arrays import Float32Array, Int32Array, UInt8Array
 from pipeline.core.config import digest
 from pipeline.core.records import EmbeddingTable
+from pipeline.core.written import check_parquet, naming
 from training.config.train import CONTEXT_LENGTH
 
 if TYPE_CHECKING:
@@ -39,9 +40,6 @@ if TYPE_CHECKING:
 
     from training.model.clip import CLIP
     from training.model.tokenizer import Tokenizer
-
-
-BATCH_SIZE = 64
 
 
 def embed_evaluation(
@@ -56,7 +54,7 @@ def embed_evaluation(
     from training.model.preprocess import MEAN, STD
 
     image_ND, text_ND = encoder.encode(evaluation)
-    identity = identify(encoder.base.model)
+    identity = identify(encoder.base.model, encoder.base.decode)
     write_identity(out_folder, identity)
     model_digest = identity.weights_sha256
     image_table = _write_side(
@@ -64,7 +62,10 @@ def embed_evaluation(
         image_ND,
         store.join(out_folder, "metadata", "metadata_0.parquet"),
         {"image_id": evaluation.image_ids, "caption": _caption_of_images(evaluation)},
-        digests=(model_digest, digest("squash, bicubic", encoder.base.image_size_px, MEAN, STD)),
+        digests=(
+            model_digest,
+            digest("squash, bicubic", encoder.base.decode, encoder.base.image_size_px, MEAN, STD),
+        ),
     )
     text_table = _write_side(
         vectors_path(out_folder, "text"),
@@ -196,8 +197,9 @@ def _write_side(
     import pyarrow.parquet as pq
 
     write_vectors(path, vectors_ND)
-    with store.publish(metadata_path) as temporary:
+    with store.publish(metadata_path) as temporary, naming(metadata_path):
         pq.write_table(pa.table(dict(columns)), temporary)
+        check_parquet(temporary, metadata_path, len(vectors_ND))
     return EmbeddingTable(
         ids=metadata_path,
         vectors=path,

@@ -2,35 +2,35 @@
 
 Written are `img_emb/img_emb_0.npy` and `text_emb/text_emb_0.npy` (unit-norm), `metadata/metadata_0.parquet`,
 whose row i has the path of image i and the caption of text i, null where one side is shorter, and
-`model.json`, which says whose features they are. Memory does not grow with the number of images.
+`model.json`, which says whose features they are. Images that cannot be decoded have no row: `left_out.jsonl`
+lists them with the reasons. Memory does not grow with the number of images.
 """
 
 import itertools
-import os
-from collections.abc import Iterable, Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import IO, TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 
-from eval.datasets.cnclip_tsv import Base64Images, read_images
+from eval.features.image_source import ImageSource, open_images
+from eval.features.layout import vectors_path
 from eval.features.model_identity import identify, write_identity
+from eval.features.tables import read_texts
 from pipeline.core import store
 from pipeline.core.arrays import Float32Array
+from pipeline.core.lock import one_at_a_time
 from pipeline.core.records import InputError
+from pipeline.core.written import check_parquet, naming
 
 if TYPE_CHECKING:
-    import polars as pl
-
     from training.encoder import Encoder
 
 Precision = Literal["float16", "float32"]
 T = TypeVar("T")
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-_TABLE_ENDINGS = (".parquet", ".csv", ".tsv", ".jsonl")
-# Columns that hold an image, as bytes or as a path or URL, and columns that hold a text.
-_IMAGE_COLUMNS = ("image_path", "path", "image", "image_bytes", "jpg", "png", "file", "filename", "url")
+_LEFT_OUT = "left_out.jsonl"
 _TEXT_COLUMNS = ("caption", "text", "query_text", "TEXT", "name_zh")
 FEATURE_TYPES = {"float16": "<f2", "float32": "<f4"}
 _IMAGES_PER_STEP = 256
@@ -45,8 +45,12 @@ class Embedded:
     num_texts: int
     num_truncated: int  # texts that were cut at the context length
     dim: int
+    left_out: list[tuple[str, str]]  # (image, reason) of those that cannot be read or decoded
+    passed_over: list[tuple[str, str]]  # (path, reason) of what is no image file in a folder
+    num_texts_left_out: int  # texts whose image was left out
 
 
+@one_at_a_time("out")
 def embed_files(
     encoder: "Encoder",
     *,
@@ -59,26 +63,28 @@ def embed_files(
     """Embed and write; `images` is a folder (in the order of its sorted file names, subfolders included) or a
     table, CN-CLIP's `_imgs.tsv` among them; `texts` a file with one text a line, or a table.
 
-    InputError names the image that cannot be decoded, the table without a known column, or an empty input.
+    Images that cannot be read or decoded are left out and listed. If there are as many texts as images, row i
+    of both is a pair, and goes as one.
+
+    Raises:
+        InputError: if an input is empty, no image can be decoded, or a table has no known column or a row
+        without
+            text.
     """
     dim = encoder.model.config.embed_dim
     names, captions, num_truncated = list[str](), list[str](), 0
-    if images is not None:
-        source = _images(images)
-        names = source.names
-        path = store.join(out, "img_emb", "img_emb_0.npy")
-        chunks = (
-            encoder.embed_images(chunk, names=[source.called(row) for row in rows])
-            for rows, chunk in zip(
-                _chunks(range(len(names)), _IMAGES_PER_STEP),
-                _chunks(source.read(), _IMAGES_PER_STEP),
-                strict=True,
-            )
-        )
-        _write_features(path, chunks, len(names), dim, dtype)
+    source = None if images is None else open_images(images)
     if texts is not None:
-        captions = _texts(texts)
-        path = store.join(out, "text_emb", "text_emb_0.npy")
+        captions = read_texts(texts, _TEXT_COLUMNS)
+    left_out, num_texts_left_out = dict[int, str](), 0
+    if source is not None:
+        _write_features(vectors_path(out, "image"), _image_features(encoder, source, left_out), dim, dtype)
+        names = [name for row, name in enumerate(source.names) if row not in left_out]
+        if left_out and len(captions) == len(source.names):
+            captions = [text for row, text in enumerate(captions) if row not in left_out]
+            num_texts_left_out = len(left_out)
+        _write_left_out(store.join(out, _LEFT_OUT), source, left_out)
+    if texts is not None:
         counts = list[int]()
 
         def embedded() -> Iterator[Float32Array]:
@@ -87,146 +93,45 @@ def embed_files(
                 counts.append(cut)
                 yield encoder.embed_tokens(tokens_NL)
 
-        _write_features(path, embedded(), len(captions), dim, dtype)
+        _write_features(vectors_path(out, "text"), embedded(), dim, dtype)
         num_truncated = sum(counts)
-    write_identity(out, identify(encoder.model))
+    write_identity(out, identify(encoder.model, encoder.decode))
     _write_metadata(store.join(out, "metadata", "metadata_0.parquet"), names, captions)
-    return Embedded(len(names), len(captions), num_truncated, dim)
+    bad = [] if source is None else [(source.called(row), reason) for row, reason in left_out.items()]
+    passed_over = [] if source is None else source.passed_over
+    return Embedded(len(names), len(captions), num_truncated, dim, bad, passed_over, num_texts_left_out)
 
 
-@dataclass(frozen=True, slots=True)
-class _Images:
-    """Images in order: what to call them, and how to read them."""
-
-    names: list[str]
-    table: str | None = None  # table with the bytes in a column
-    column: str | None = None
-    folder: str | None = None  # what relative paths are relative to
-    base64: Base64Images | None = None  # CN-CLIP's `_imgs.tsv`
-
-    def called(self, row: int) -> str:
-        """What a message calls an image."""
-        if self.table is not None:
-            return f"{self.table}: {self.names[row]}"
-        if self.base64 is not None:
-            return f"{self.base64.path}: image {self.names[row]}"
-        return self._place(self.names[row])
-
-    def read(self) -> Iterator[str | bytes]:
-        if self.table is not None and self.column is not None:
-            import pyarrow.parquet as pq
-
-            with store.open_read(self.table) as file:
-                for batch in pq.ParquetFile(file).iter_batches(_IMAGES_PER_STEP, columns=[self.column]):
-                    for row in batch.column(0).to_pylist():
-                        yield row if row is not None else b""
-            return
-        if self.base64 is not None:
-            yield from self.base64.read(range(len(self.names)))
-            return
-        yield from map(self._place, self.names)
-
-    def _place(self, name: str) -> str:
-        absolute = os.path.isabs(name) or not store.is_local(name) or self.folder is None
-        return name if absolute else store.join(str(self.folder), name)
-
-
-def _images(source: str) -> _Images:
-    if store.is_local(source) and os.path.isdir(source):
-        found = sorted(
-            os.path.relpath(os.path.join(folder, name), source)
-            for folder, _, names in os.walk(source)
-            for name in names
-            if name.lower().endswith(IMAGE_ENDINGS)
-        )
-        if not found:
-            raise InputError(f"{source}: no image in it (looked for {', '.join(IMAGE_ENDINGS)})")
-        return _Images([os.path.join(source, name) for name in found])
-    if _is_cn_clips(source):
-        images = read_images(source)
-        return _Images([str(image_id) for image_id in images.image_ids.tolist()], base64=images)
-    import polars as pl
-
-    frame = _scan(source)
-    schema = frame.collect_schema()
-    column = next((name for name in _IMAGE_COLUMNS if name in schema.names()), None)
-    if column is None:
+def _image_features(
+    encoder: "Encoder", source: "ImageSource", left_out: dict[int, str]
+) -> Iterator[Float32Array]:
+    first = 0
+    for chunk in _chunks(source.read(), _IMAGES_PER_STEP):
+        feature_ND, bad = encoder.embed_readable(chunk)
+        left_out |= {first + row: reason for row, reason in bad.items()}
+        first += len(chunk)
+        yield feature_ND
+    if first != len(source.names):
         raise InputError(
-            f"{source}: no column of images ({', '.join(_IMAGE_COLUMNS)}); it has {', '.join(schema.names())}"
+            f"{source.origin}: the input has {first} rows now, {len(source.names)} before: it"
+            " changed meanwhile"
         )
-    if schema[column] == pl.Binary:
-        label = next((name for name in ("image_id", "key", "id") if name in schema.names()), None)
-        rows = frame.select(pl.len()).collect().item()
-        names = (
-            [str(value) for value in frame.select(label).collect()[label].to_list()]
-            if label
-            else [f"row {row}" for row in range(rows)]
-        )
-        return _Images(names, table=source, column=column)
-    paths = frame.select(pl.col(column).cast(pl.String)).collect()[column]
-    if paths.null_count() or not len(paths):
+    if len(left_out) == first:
+        row, reason = next(iter(left_out.items()))
         raise InputError(
-            f"{source}: column {column}: {paths.null_count()} of {len(paths)} rows name no image"
+            f"{source.called(row)}: no image that can be decoded: {reason}; nor can any other of {first}:"
+            " repair them or correct the path"
         )
-    return _Images(paths.to_list(), folder=os.path.dirname(source) or ".")
 
 
-def _is_cn_clips(source: str) -> bool:
-    """A TSV that begins with a number, as CN-CLIP's `_imgs.tsv`, and not with the names of columns."""
-    if not source.endswith(".tsv") or not store.exists(source):
-        return False
-    with store.open_read(source) as file:
-        first, tab, _ = bytes(file.read(32)).partition(b"\t")
-    return bool(tab) and first.isdigit()
-
-
-def _texts(source: str) -> list[str]:
-    if source.endswith(_TABLE_ENDINGS):
-        import polars as pl
-
-        frame = _scan(source)
-        names = frame.collect_schema().names()
-        column = next((name for name in _TEXT_COLUMNS if name in names), None)
-        if column is None:
-            raise InputError(
-                f"{source}: no column of texts ({', '.join(_TEXT_COLUMNS)}); it has {', '.join(names)}"
-            )
-        texts: list[str] = (
-            frame.select(pl.col(column).cast(pl.String).fill_null("")).collect()[column].to_list()
-        )
-    else:
-        try:
-            text = store.read_text(source)
-        except OSError as error:
-            raise InputError(f"{source}: cannot be read: {error.strerror or error}") from None
-        except UnicodeDecodeError as error:
-            raise InputError(f"{source}: not UTF-8 at byte {error.start}: save it as UTF-8") from None
-        texts = [line.removesuffix("\r") for line in text.removeprefix("\ufeff").split("\n")]
-        if texts[-1] == "":  # the last line's end
-            texts.pop()
-    if not texts:
-        raise InputError(f"{source}: no text in it; give one text a line")
-    return texts
-
-
-def _scan(source: str) -> "pl.LazyFrame":
-    import polars as pl
-
-    if not store.exists(source):
-        raise InputError(f"{source}: no such file or folder")
-    try:
-        if source.endswith(".parquet"):
-            frame = pl.scan_parquet(source)
-        elif source.endswith((".csv", ".tsv")):
-            frame = pl.scan_csv(source, separator="\t" if source.endswith(".tsv") else ",")
-        elif source.endswith(".jsonl"):
-            frame = pl.scan_ndjson(source)
-        else:
-            raise InputError(f"{source}: neither a folder nor a table ({', '.join(_TABLE_ENDINGS)})")
-        frame.collect_schema()
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise InputError(f"{source}: not a readable table: {str(error).splitlines()[0]}") from None
-    return frame
+def _write_left_out(path: str, source: "ImageSource", left_out: Mapping[int, str]) -> None:
+    """List what has no row, and why; no list stays from before if there is nothing to list."""
+    items = [(source.called(row), reason) for row, reason in left_out.items()] + source.passed_over
+    if not items:
+        store.remove(path)
+        return
+    lines = (json.dumps({"image": name, "reason": reason}) for name, reason in items)
+    store.write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def _chunks(items: Iterable[T], size: int) -> Iterator[Sequence[T]]:
@@ -235,24 +140,27 @@ def _chunks(items: Iterable[T], size: int) -> Iterator[Sequence[T]]:
         yield chunk
 
 
-def _write_features(
-    path: str, chunks: Iterable[Float32Array], num_rows: int, dim: int, dtype: Precision
-) -> None:
+def _write_features(path: str, chunks: Iterable[Float32Array], dim: int, dtype: Precision) -> None:
     """Write a .npy chunk by chunk; it appears once whole. InputError for features that are not finite."""
     with store.publish(path) as temporary, open(temporary, "wb") as file:
-        np.lib.format.write_array_header_1_0(
-            file, {"descr": FEATURE_TYPES[dtype], "fortran_order": False, "shape": (num_rows, dim)}
-        )
-        written = 0
+        _write_header(file, 0, dim, dtype)
+        start, written = file.tell(), 0
         for chunk_ND in chunks:
             if not np.isfinite(chunk_ND).all():
                 raise InputError(f"{path}: the model gives NaN: its weights or the input are damaged")
             file.write(np.ascontiguousarray(chunk_ND, dtype=FEATURE_TYPES[dtype]).tobytes())
             written += len(chunk_ND)
-        if written != num_rows:
-            raise InputError(
-                f"{path}: the input has {written} rows now, {num_rows} before: it changed meanwhile"
-            )
+        # How many rows there are is known at the end; NumPy leaves room for any count.
+        file.seek(0)
+        _write_header(file, written, dim, dtype)
+        if file.tell() != start:
+            raise InputError(f"{path}: NumPy gave two lengths of header; install that of constraints.txt")
+
+
+def _write_header(file: IO[bytes], num_rows: int, dim: int, dtype: Precision) -> None:
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": FEATURE_TYPES[dtype], "fortran_order": False, "shape": (num_rows, dim)}
+    )
 
 
 def _write_metadata(path: str, names: Sequence[str], captions: Sequence[str]) -> None:
@@ -261,9 +169,15 @@ def _write_metadata(path: str, names: Sequence[str], captions: Sequence[str]) ->
 
     num_rows = max(len(names), len(captions))
     columns = {
-        name: pa.array([*values, *[None] * (num_rows - len(values))], pa.string())
+        name: pa.array([*map(_whole, values), *[None] * (num_rows - len(values))], pa.string())
         for name, values in (("image_path", names), ("caption", captions))
         if len(values)
     }
-    with store.publish(path) as temporary:
+    with store.publish(path) as temporary, naming(path):
         pq.write_table(pa.table(columns), temporary)
+        check_parquet(temporary, path, num_rows)
+
+
+def _whole(text: str) -> str:
+    """Return a text without halves of surrogate pairs, which broken JSON escapes leave and no file holds."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

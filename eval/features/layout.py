@@ -11,7 +11,9 @@ import numpy.typing as npt
 
 from pipeline.core import store
 from pipeline.core.arrays import Float32Array
+from pipeline.core.npy import read_npy
 from pipeline.core.records import InputError
+from pipeline.core.written import write_npy
 
 Side = Literal["image", "text"]
 
@@ -32,8 +34,7 @@ def read_side(folder: str, side: Side) -> Float32Array:
 def write_vectors(path: str, vectors_ND: Float32Array) -> None:
     """Check features and write them as one `.npy` file, whole or not at all."""
     check_vectors(vectors_ND, path)
-    with store.publish(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, vectors_ND)
+    write_npy(path, vectors_ND)
 
 
 def read_vectors(path: str) -> Float32Array:
@@ -42,11 +43,7 @@ def read_vectors(path: str) -> Float32Array:
     Raises:
         InputError: if a feature is not finite or not unit-norm; it names the file and the first bad row.
     """
-    try:
-        with store.open_read(path) as file:
-            vectors_ND = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: not a readable .npy file ({error}); embed again") from None
+    vectors_ND = read_npy(path, "embed again")
     check_vectors(vectors_ND, path)
     features_ND: Float32Array = vectors_ND
     return features_ND

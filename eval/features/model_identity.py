@@ -2,7 +2,9 @@
 
 Two models of one width give features that fit each other's indices and mean nothing there. So whatever writes
 features writes `model.json` beside them, an index takes it over, and a query of another model is refused.
-The digest is of the tensors, not of a file: the same weights in another format are the same model.
+The digest is of the tensors, not of a file: the same weights in another format are the same model. So is it
+with images that were decoded in another way (`pipeline.core.images`): of the same file other pixels were
+seen.
 """
 
 import hashlib
@@ -13,6 +15,8 @@ from typing import TYPE_CHECKING
 
 from eval.features.layout import EMBEDDING_FOLDERS
 from pipeline.core import store
+from pipeline.core.foreign import parse_json
+from pipeline.core.images import Decode
 from pipeline.core.records import InputError
 
 if TYPE_CHECKING:
@@ -23,22 +27,25 @@ _FILE = "model.json"
 
 @dataclass(frozen=True, slots=True)
 class ModelIdentity:
-    """A model's name, and the digest of its weights."""
+    """A model's name, the digest of its weights, and how it was shown images."""
 
     name: str  # of its size, such as ViT-B-16
     weights_sha256: str  # over names, shapes and float32 values of all tensors, in order of their names
+    decode: str = (
+        ""  # of images: upright or reference; empty for features that were made before this was kept
+    )
 
     def __str__(self) -> str:
         return f"{self.name} {self.weights_sha256[:12]}"
 
 
-def identify(model: "CLIP") -> ModelIdentity:
-    """The identity of a model in memory, on whatever device."""
+def identify(model: "CLIP", decode: Decode = "upright") -> ModelIdentity:
+    """The identity of a model in memory, on whatever device, that sees images decoded in this way."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {list(tensor.shape)}\n".encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
-    return ModelIdentity(model.config.name, digest.hexdigest())
+    return ModelIdentity(model.config.name, digest.hexdigest(), decode)
 
 
 def write_identity(folder: str, identity: ModelIdentity) -> None:
@@ -58,15 +65,25 @@ def read_identity(features: str) -> ModelIdentity | None:
     if not store.exists(path):
         return None
     try:
-        return ModelIdentity(**json.loads(store.read_text(path)))
+        identity = ModelIdentity(**parse_json(store.read_text(path)))
+        if not isinstance(identity.name, str) or not isinstance(identity.weights_sha256, str):
+            raise ValueError("a name and a digest are texts")
+        return identity
     except (ValueError, TypeError) as error:
         raise InputError(f"{path}: does not say which model the features are of ({error})") from None
 
 
 def check_same_model(what: str, found: ModelIdentity | None, wanted: ModelIdentity | None) -> None:
     """Raise InputError where both are known and differ; `what` names the index or the features."""
-    if found is not None and wanted is not None and found.weights_sha256 != wanted.weights_sha256:
+    if found is None or wanted is None:
+        return
+    if found.weights_sha256 != wanted.weights_sha256:
         raise InputError(
             f"{what}: of the model {found}, but this is {wanted}: features of two models cannot be compared;"
             " embed and index again"
+        )
+    if found.decode and wanted.decode and found.decode != wanted.decode:
+        raise InputError(
+            f"{what}: its images were decoded as `--decode {found.decode}` does, these as `--decode"
+            f" {wanted.decode}`: odd files have other features; embed and index again"
         )

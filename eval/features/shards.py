@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import polars as pl
 
 from eval.datasets.shards import whole_shards
@@ -30,10 +29,13 @@ from eval.features.layout import EMBEDDING_FOLDERS, check_vectors
 from eval.features.model_identity import identify, write_identity
 from pipeline.core import store
 from pipeline.core.config import digest
-from pipeline.core.processes import die_with_parent
+from pipeline.core.lock import one_at_a_time
+from pipeline.core.processes import die_with_parent, say
 from pipeline.core.records import ConfigError, InputError
-from pipeline.core.shard_format import MAX_IMAGE_BYTES, SIDECAR, TAR, ByteRanges, read_sidecar_frame
+from pipeline.core.shard_format import SIDECAR, TAR, ByteRanges, read_sidecar_frame
 from pipeline.core.stage import Progress
+from pipeline.core.terminal import one_line
+from pipeline.core.written import check_parquet, naming, write_npy
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,7 @@ class EmbeddedShards:
     num_unreadable: int  # images without a row
 
 
+@one_at_a_time("job.out")
 def embed_shards(job: ShardJob, *, redo: bool = False, progress: Progress | None = None) -> EmbeddedShards:
     """Embed every shard that is not done, with `job.num_ranks` processes; this one is rank 0.
 
@@ -96,7 +99,7 @@ def _other_rank(job: ShardJob, rank: int, parent: int) -> None:
     try:
         _embed_rank(job, _encoder(job, rank), whole_shards(job.shards), rank, None)
     except (ConfigError, InputError) as error:
-        print(f"error: rank {rank}: {error}", file=sys.stderr)
+        say(f"error: rank {rank}: {one_line(str(error))}", sys.stderr)
         sys.exit(error.exit_status)
 
 
@@ -112,12 +115,13 @@ def _encoder(job: ShardJob, rank: int) -> EvaluationEncoder:
 
 def _begin(job: ShardJob, encoder: EvaluationEncoder, stems: Sequence[str], redo: bool) -> None:
     """Bind the folder to this model, these settings and these shards."""
-    identity = identify(encoder.base.model)
+    identity = identify(encoder.base.model, encoder.base.decode)
     plan: dict[str, Any] = {
         "weights_sha256": identity.weights_sha256,
         "vocabulary": encoder.base.tokenizer.digest,
         "context_length": job.checkpoint.context_length,
         "dtype": job.dtype,
+        "decode": job.checkpoint.decode,
         "shards": digest([(os.path.basename(stem), store.digest_edges(stem + SIDECAR)) for stem in stems]),
     }
     path = store.join(job.out, "plan.json")
@@ -148,7 +152,7 @@ def _embed_rank(
 def _embed_shard(job: ShardJob, encoder: EvaluationEncoder, stem: str, number: int, num_shards: int) -> None:
     columns = ("key", "caption", "offset_bytes", "size_bytes")
     samples = read_sidecar_frame(stem + SIDECAR, columns, ("source", "url"))
-    with ByteRanges(stem + TAR, max_bytes=MAX_IMAGE_BYTES) as images:
+    with ByteRanges(stem + TAR) as images:
         image_ND, kept_N = encoder.encoded_images(
             images.read(offset_bytes, size_bytes, f"{key}.jpg")
             for key, offset_bytes, size_bytes in samples.select(
@@ -163,10 +167,11 @@ def _embed_shard(job: ShardJob, encoder: EvaluationEncoder, stem: str, number: i
         path = _path(job, name, number, num_shards)
         if len(feature_ND):
             check_vectors(feature_ND, path)
-        with store.publish(path) as temporary, open(temporary, "wb") as file:
-            np.save(file, feature_ND.astype(FEATURE_TYPES[job.dtype]))
-    with store.publish(_path(job, "metadata", number, num_shards)) as temporary:
+        write_npy(path, feature_ND.astype(FEATURE_TYPES[job.dtype]))
+    path = _path(job, "metadata", number, num_shards)
+    with store.publish(path) as temporary, naming(path):
         metadata.write_parquet(temporary)
+        check_parquet(temporary, path, metadata.height)
 
 
 def _path(job: ShardJob, name: str, number: int, num_shards: int) -> str:

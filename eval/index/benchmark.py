@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from eval.index.device import Device, check_device, from_device, to_device
-from eval.index.flat import faiss_reason
-from eval.index.partitioned import Embeddings, set_parameters, train
+from eval.index import structure
+from eval.index.build import fill, new_index, train
+from eval.index.device import Device, check_device, to_device
+from eval.index.embeddings import Embeddings
+from eval.index.partitioned import set_parameters
 from eval.metrics.recall import exact_scores_of_pairs, score_error_bound
 from pipeline.core.arrays import Float32Array, Int64Array
 from pipeline.core.records import InputError
@@ -58,12 +60,13 @@ def num_lists(num_rows: int) -> int:
     return int(2 ** np.floor(np.log2(max(1.0, min(4 * num_rows**0.5, num_rows / 39)))))
 
 
-def settings(factory: str) -> list[str]:
-    """Search parameters to sweep for a factory string."""
-    if "IVF" in factory:
-        lists = int("".join(char for char in factory.split("IVF")[1].split(",")[0] if char.isdigit()))
+def settings(factory: str, dim: int) -> list[str]:
+    """Return the search parameters to sweep for a factory string: what is in the index says, not its name."""
+    index = new_index(dim, factory)
+    lists = structure.num_lists(index)
+    if lists is not None:
         return [f"nprobe={n}" for n in (1, 4, 16, 64, 256) if n <= lists]
-    if "HNSW" in factory:
+    if structure.has_graph(index):
         return [f"efSearch={n}" for n in (16, 64, 256)]
     return [""]
 
@@ -139,14 +142,16 @@ def measure(
         memory = _resident_bytes()
         start = time.perf_counter()
         try:
-            index = _build(embeddings, factory, train_rows, device)
+            empty = train(embeddings, factory, train_rows, device)
+            built = fill(empty, embeddings, 0, embeddings.num_rows, factory, device)
         except InputError as error:
             say(f"left out: {error}")
             continue
         seconds = time.perf_counter() - start
         grown = max(0, _resident_bytes() - memory)
-        size = _serialised_bytes(from_device(index, device)) / embeddings.num_rows
-        for parameters in settings(factory):
+        size = _serialised_bytes(built) / embeddings.num_rows
+        index = to_device(built, device, factory)
+        for parameters in settings(factory, embeddings.dim):
             set_parameters(index, parameters, device)
             found_QK, speed = _search(index, queries_QD, k)
             point = Point(
@@ -160,7 +165,7 @@ def measure(
             )
             say(f"{factory} {parameters}: recall {point.recall:.3f}, {speed:,.0f} queries/s")
             points.append(point)
-        del index
+        del empty, built, index
     if not points:
         raise InputError("no factory string of the grid can be built here")
     return points
@@ -268,16 +273,6 @@ def front_plot(points: Sequence[Point], k: int) -> str:
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()
-
-
-def _build(embeddings: Embeddings, factory: str, train_rows: int, device: Device) -> Any:
-    index = to_device(train(embeddings, factory, train_rows, device), device, factory)
-    try:
-        for block_BD in embeddings.blocks(0, embeddings.num_rows):
-            index.add(block_BD)
-    except RuntimeError as error:
-        raise InputError(f"{factory} on {embeddings.num_rows} rows: {faiss_reason(error)}") from None
-    return index
 
 
 def _search(index: Any, queries_QD: Float32Array, k: int) -> tuple[Int64Array, float]:

@@ -7,7 +7,7 @@ What is written to disk is always the processor's form, which any FAISS reads.
 
 from typing import Any, Literal
 
-from eval.index.flat import faiss_reason
+from eval.index.files import faiss_reason
 from pipeline.core.records import ConfigError, InputError
 
 Device = Literal["cpu", "gpu"]

@@ -1,13 +1,13 @@
 """FAISS inner-product indices: built by factory string, written to one file, searched in batches."""
 
-import re
 from typing import Any
 
 import numpy as np
 
 from eval.features.layout import read_vectors
+from eval.index.build import check_answers, new_index
 from eval.index.exact_search import top_k
-from pipeline.core import store
+from eval.index.files import faiss_reason, load_index, write_index
 from pipeline.core.arrays import Float32Array, Float64Array, Int64Array
 from pipeline.core.records import InputError
 
@@ -21,34 +21,23 @@ def build_index(vectors_path: str, index_path: str, *, factory: str = "Flat") ->
     "Flat" is exact. The same vectors give the same bytes. Raises InputError for bad vectors or a string that
     FAISS refuses.
     """
-    import faiss
-
     vectors_ND = read_vectors(vectors_path)
     try:
-        index = faiss.index_factory(vectors_ND.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+        index = new_index(vectors_ND.shape[1], factory)
         if not index.is_trained:
             index.train(vectors_ND)
         index.add(vectors_ND)
-    except RuntimeError as error:
+    except Exception as error:  # InputError of ours; FAISS throws what its libraries throw
         raise InputError(
             f"{vectors_path}: FAISS cannot build the index {factory!r}: {faiss_reason(error)}"
         ) from None
-    with store.publish(index_path) as temporary:
-        faiss.write_index(index, temporary)
+    check_answers(index, factory, vectors_ND)
+    write_index(index, index_path)
 
 
 def read_index(path: str) -> Any:
     """The FAISS index of a file. Raises InputError where the file is missing or damaged."""
-    import faiss
-
-    try:
-        return faiss.deserialize_index(np.frombuffer(store.read_bytes(path), dtype=np.uint8))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; build the index first") from None
-    except RuntimeError as error:
-        raise InputError(
-            f"{path}: not a readable FAISS index ({faiss_reason(error)}); build it again"
-        ) from None
+    return load_index(path, mapped=False)
 
 
 def search(index: Any, queries_QD: Float32Array, k: int) -> tuple[Float64Array, Int64Array]:
@@ -85,9 +74,3 @@ def _best_first(scores_BC: Float64Array, rows_BC: Int64Array, k: int) -> tuple[F
     missing = rows_BC < 0
     order = np.lexsort((rows_BC, np.where(missing, np.inf, -scores_BC)), axis=1)[:, :k]
     return np.take_along_axis(scores_BC, order, axis=1), np.take_along_axis(rows_BC, order, axis=1)
-
-
-def faiss_reason(error: RuntimeError) -> str:
-    """What a FAISS error says, without the C++ function and source file that it comes from."""
-    last = str(error).strip().splitlines()[-1].rsplit("Error: ", 1)[-1]
-    return re.sub(r"^Error in .*\.\w+:\d+:\s*", "", last)

@@ -8,98 +8,34 @@ A folder written by `build_parts`:
     trained.index        the empty trained index that every part is a copy of
     parts/00000.index    rows 0 … rows_per_part - 1 as a plain FAISS file, ids from 0 within the part
 
+The parts' sizes and digests stand in `index.json`. `PartedIndex.open` compares both for an index of up to
+4 GiB, and the sizes for a larger one, whose bytes `cnclip index` reads when it is started again.
+
 Embeddings are `.npy` files, float16 or float32, unit-norm: a file, a folder of them, or clip-retrieval's
 folder with `img_emb/img_emb_N.npy` and `text_emb/text_emb_N.npy`. They are read a block at a time.
 """
 
 import json
-import os
-import re
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from eval.features.layout import EMBEDDING_FOLDERS, Side, check_vectors
-from eval.features.model_identity import ModelIdentity, read_identity
-from eval.index.device import Device, check_device, from_device, to_device
-from eval.index.flat import faiss_reason
+from eval.features.model_identity import ModelIdentity
+from eval.index.build import fill, train
+from eval.index.device import Device, check_device
+from eval.index.embeddings import Embeddings as Embeddings
+from eval.index.files import faiss_reason, load_index, vouch, write_index
 from pipeline.core import store
 from pipeline.core.arrays import Float32Array, Int64Array
 from pipeline.core.config import digest
+from pipeline.core.foreign import parse_json
+from pipeline.core.lock import exclusive
 from pipeline.core.records import ConfigError, InputError
 from pipeline.core.stage import Progress
 
-BLOCK_ROWS = 65_536  # read, checked and added at once: 128 MiB of float32 at 512
-
-
-@dataclass(frozen=True, slots=True)
-class Embeddings:
-    """`.npy` files one after another, as if they were one matrix."""
-
-    paths: tuple[str, ...]
-    first_rows: tuple[int, ...]  # of each file, and the number of all rows at the end
-    dim: int
-    model: ModelIdentity | None = None  # None where nothing says
-
-    @property
-    def num_rows(self) -> int:
-        return self.first_rows[-1]
-
-    @classmethod
-    def open(cls, source: str, *, side: Side = "image") -> "Embeddings":
-        """Read the headers of all files. Raises InputError for none, other types, and mixed widths."""
-        paths = _npy_files(source, side)
-        first_rows, dim = [0], 0
-        for path in paths:
-            matrix = _open_npy(path)
-            if dim and matrix.shape[1] != dim:
-                raise InputError(
-                    f"{path}: features of width {matrix.shape[1]}, but {paths[0]} has {dim}: of another model"
-                )
-            dim = matrix.shape[1]
-            first_rows.append(first_rows[-1] + len(matrix))
-        if not first_rows[-1]:
-            raise InputError(f"{source}: holds files of features, but not one row")
-        return cls(tuple(paths), tuple(first_rows), dim, read_identity(source))
-
-    def blocks(self, start: int, stop: int) -> Iterator[Float32Array]:
-        """Rows start … stop - 1 as checked float32 blocks, in order.
-
-        Raises InputError naming file and row for features that are NaN or not unit-norm.
-        """
-        for path, first, end in zip(self.paths, self.first_rows, self.first_rows[1:], strict=False):
-            low, high = max(start, first), min(stop, end)
-            if low >= high:
-                continue
-            matrix = _open_npy(path)
-            for row in range(low, high, BLOCK_ROWS):
-                last = min(row + BLOCK_ROWS, high)
-                block_BD = np.array(matrix[row - first : last - first], dtype=np.float32)
-                # float16 keeps three digits: bring the length back before it is judged and used
-                if matrix.dtype == np.float16:
-                    block_BD = _unit(block_BD)
-                check_vectors(block_BD, f"{path} from row {row - first}")
-                yield block_BD
-
-    def rows(self, wanted: Int64Array) -> Float32Array:
-        """These rows (ascending), gathered file by file."""
-        parts = []
-        for path, first, end in zip(self.paths, self.first_rows, self.first_rows[1:], strict=False):
-            inside = wanted[(wanted >= first) & (wanted < end)] - first
-            if len(inside):
-                matrix = _open_npy(path)
-                part = np.array(matrix[inside], dtype=np.float32)
-                parts.append(_unit(part) if matrix.dtype == np.float16 else part)
-        found: Float32Array = np.concatenate(parts)
-        check_vectors(found, f"{self.paths[0]} and the files after it")
-        return found
-
-    def digest(self) -> str:
-        """Of names, sizes, and the first and last MiB of each file: reading terabytes is not worth more."""
-        return digest([(os.path.basename(path), *store.digest_edges(path)) for path in self.paths])
+_DIGESTED_BYTES = 4 << 30  # an index of this size is read when it is opened: some seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +46,7 @@ class Part:
     first_row: int
     num_rows: int
     num_bytes: int
+    digest: str = ""  # sha256 of the bytes, hex; empty in an index of before digests were kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,21 +63,78 @@ class PartedIndex:
 
     @classmethod
     def open(cls, folder: str) -> "PartedIndex":
-        """Raises InputError where the folder holds no complete index."""
+        """Read the description of an index and look at its parts.
+
+        Raises:
+            InputError: if the folder holds no complete index, or if a part is not the one that was written.
+        """
+        index = cls.read(folder)
+        read_all = sum(part.num_bytes for part in index.parts) <= _DIGESTED_BYTES
+        for part in index.parts:
+            if reason := index.damage(part, read_all=read_all):
+                raise InputError(
+                    f"{store.join(folder, part.path)}: not a readable FAISS index ({reason}); build it again:"
+                    " cnclip index"
+                )
+        return index
+
+    @classmethod
+    def read(cls, folder: str) -> "PartedIndex":
+        """Read the description alone. InputError if there is none or it is damaged."""
         path = store.join(folder, "index.json")
         try:
-            fields = json.loads(store.read_text(path))
+            fields = parse_json(store.read_text(path))
             parts = tuple(Part(**part) for part in fields.pop("parts"))
             model = fields.pop("model", None)
-            return cls(
+            index = cls(
                 folder=folder, parts=parts, model=None if model is None else ModelIdentity(**model), **fields
             )
+            index.check()
         except FileNotFoundError:
             raise InputError(
                 f"{path}: no such file; build the index: cnclip index (it goes on where it stopped)"
             ) from None
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"{path}: not an index's description ({error}); build it again") from None
+        return index
+
+    def check(self) -> None:
+        """Raise ValueError unless the parts follow one another and make up the whole."""
+        for name, value in (("factory", self.factory), ("inputs", self.inputs)):
+            if not isinstance(value, str):
+                raise ValueError(f"{name} is no text")
+        row = 0
+        for number, part in enumerate(self.parts):
+            counts = (part.first_row, part.num_rows, part.num_bytes)
+            if any(type(count) is not int for count in counts) or not isinstance(part.digest, str):
+                raise ValueError(f"part {number} is described by other than numbers")
+            if part.path != _part_name(number) or part.first_row != row or part.num_rows < 1:
+                raise ValueError(
+                    f"part {number} is {part.path!r}, {part.num_rows} rows from {part.first_row}"
+                )
+            row += part.num_rows
+        if (
+            type(self.dim) is not int
+            or type(self.num_rows) is not int
+            or self.dim < 1
+            or not 0 < row == self.num_rows
+        ):
+            raise ValueError(f"{self.num_rows} rows of width {self.dim}, but its parts have {row}")
+
+    def damage(self, part: Part, *, read_all: bool) -> str | None:
+        """Return why a part is not the file that was written, or None."""
+        path = store.join(self.folder, part.path)
+        try:
+            found = store.num_bytes(path)
+            if found != part.num_bytes:
+                return f"{found} of {part.num_bytes} bytes"
+            if read_all and part.digest:
+                if store.digest_file(path) != part.digest:
+                    return "other bytes than were written"
+                vouch(path)
+        except FileNotFoundError:
+            return "no such file"
+        return None
 
     @property
     def bytes_per_vector(self) -> float:
@@ -167,9 +161,18 @@ class PartedIndex:
             np.full((len(queries_QD), k), -1, dtype=np.int64),
         )
         for part in self.parts:
-            index = map_index(store.join(self.folder, part.path))
+            path = store.join(self.folder, part.path)
+            index = map_index(path)
+            if (index.d, index.ntotal) != (self.dim, part.num_rows):
+                raise InputError(
+                    f"{path}: {index.ntotal} rows of width {index.d}, but index.json has {part.num_rows} of"
+                    f" {self.dim}; build it again: cnclip index --redo"
+                )
             set_parameters(index, parameters)
-            scores_QK, rows_QK = index.search(queries_QD, min(k, part.num_rows))
+            try:
+                scores_QK, rows_QK = index.search(queries_QD, min(k, part.num_rows))
+            except Exception as error:
+                raise InputError(f"{path}: FAISS cannot search it ({faiss_reason(error)})") from None
             rows_QK = np.where(rows_QK >= 0, rows_QK + part.first_row, -1)
             scores_QK = np.where(rows_QK >= 0, scores_QK, -np.inf)
             best = _merge(best, (scores_QK, rows_QK), k)
@@ -186,79 +189,126 @@ def build_parts(
     device: Device = "cpu",
     redo: bool = False,
     progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> PartedIndex:
-    """Train on evenly spaced rows, then index part by part; what is there already is kept.
+    """Train on evenly spaced rows, then index part by part; what is there and whole is kept.
 
     `device` trains and adds. The same embeddings and settings give the same bytes on one thread of the
-    processor. Raises ConfigError where the folder holds an index of other embeddings or settings and `redo`
-    is not set, and where there is no such device; InputError for a factory string that FAISS refuses.
+    processor. `say` hears of files that are damaged and built again.
+
+    Raises:
+        ConfigError: if the folder holds an index of other embeddings or settings and `redo` is not set, and
+            if there is no such device.
+        InputError: for a factory string that FAISS refuses or that does not search by inner product, and if
+            another command is at work in the folder.
     """
     check_device(device)
     if rows_per_part < 1 or train_rows < 1:
         raise ConfigError("rows per part and rows to train on must be at least 1")
-    inputs = digest([embeddings.digest(), factory, rows_per_part, train_rows])
+    with exclusive(folder):
+        inputs = digest([embeddings.digest(), factory, rows_per_part, train_rows])
+        _begin(folder, inputs, redo)
+        trained = _Trained(embeddings, folder, factory, train_rows, device, say or (lambda line: None))
+        before = _described(folder, inputs)
+        starts = range(0, embeddings.num_rows, rows_per_part)
+        parts = []
+        for number, start in enumerate(starts):
+            stop = min(start + rows_per_part, embeddings.num_rows)
+            part = before.get(number) or Part(_part_name(number), start, stop - start, 0)
+            parts.append(trained.part(part))
+            if progress is not None:
+                progress(number + 1, len(starts), part.path)
+        result = PartedIndex(
+            folder, factory, embeddings.dim, embeddings.num_rows, inputs, tuple(parts), embeddings.model
+        )
+        fields = asdict(result)
+        del fields["folder"]
+        store.write_text(store.join(folder, "index.json"), json.dumps(fields, indent=1))
+    return result
+
+
+def _begin(folder: str, inputs: str, redo: bool) -> None:
+    """Bind the folder to these inputs."""
     plan_path = store.join(folder, "plan.json")
-    if store.exists(plan_path) and store.read_text(plan_path) != inputs:
+    if store.exists(plan_path) and store.read_bytes(plan_path) != inputs.encode():
         if not redo:
             raise ConfigError(
                 f"{folder}: holds an index of other embeddings or settings; give --redo or another folder"
             )
         for name in ("index.json", "trained.index", "parts"):
             store.remove(store.join(folder, name))
+    store.sweep(folder)
     store.write_text(plan_path, inputs)
 
-    trained_path = store.join(folder, "trained.index")
-    if not store.exists(trained_path):
-        _write_index(train(embeddings, factory, train_rows, device), trained_path)
-    parts = []
-    starts = range(0, embeddings.num_rows, rows_per_part)
-    for number, start in enumerate(starts):
-        stop = min(start + rows_per_part, embeddings.num_rows)
-        name = f"parts/{number:05d}.index"
-        path = store.join(folder, name)
-        if not store.exists(path):
-            index = to_device(map_index(trained_path, mapped=False), device, factory)
-            for block_BD in embeddings.blocks(start, stop):
-                index.add(block_BD)
-            _write_index(from_device(index, device), path)
-        parts.append(Part(name, start, stop - start, store.num_bytes(path)))
-        if progress is not None:
-            progress(number + 1, len(starts), name)
-    result = PartedIndex(
-        folder, factory, embeddings.dim, embeddings.num_rows, inputs, tuple(parts), embeddings.model
-    )
-    fields = asdict(result)
-    del fields["folder"]
-    store.write_text(store.join(folder, "index.json"), json.dumps(fields, indent=1))
-    return result
 
-
-def new_index(dim: int, factory: str) -> Any:
-    """An empty inner-product index. Raises InputError for a string that the installed FAISS refuses."""
-    import faiss
-
+def _described(folder: str, inputs: str) -> dict[int, Part]:
+    """Return the parts that a finished index of these inputs describes with their digests, by number."""
     try:
-        return faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError as error:
-        raise InputError(
-            f"FAISS refuses the index {factory!r} at width {dim}: {faiss_reason(error)}"
-        ) from None
+        before = PartedIndex.read(folder)
+    except InputError:
+        return {}
+    if before.inputs != inputs:
+        return {}
+    return {number: part for number, part in enumerate(before.parts) if part.digest}
+
+
+@dataclass(frozen=True, slots=True)
+class _Trained:
+    """The trained index that all parts start from, made when the first part needs it."""
+
+    embeddings: Embeddings
+    folder: str
+    factory: str
+    train_rows: int
+    device: Device
+    say: Callable[[str], None]
+
+    def part(self, part: Part) -> Part:
+        """Return the part as it lies in the folder, built if it is missing or damaged."""
+        path = store.join(self.folder, part.path)
+        if store.exists(path):
+            try:
+                return self._checked(part, path)
+            except InputError as error:
+                self.say(f"{error}: built again")
+        start, stop = part.first_row, part.first_row + part.num_rows
+        index = fill(self._empty(), self.embeddings, start, stop, self.factory, self.device)
+        num_bytes, found = write_index(index, path)
+        return replace(part, num_bytes=num_bytes, digest=found)
+
+    def _checked(self, part: Part, path: str) -> Part:
+        num_bytes, found = store.num_bytes(path), store.digest_file(path)
+        if part.digest:
+            if (num_bytes, found) != (part.num_bytes, part.digest):
+                raise InputError(f"{path}: other bytes than were written")
+        else:
+            index = load_index(path)
+            if (index.d, index.ntotal) != (self.embeddings.dim, part.num_rows):
+                raise InputError(f"{path}: {index.ntotal} rows of width {index.d}, {part.num_rows} wanted")
+        vouch(path)
+        return replace(part, num_bytes=num_bytes, digest=found)
+
+    def _empty(self) -> Any:
+        path = store.join(self.folder, "trained.index")
+        if store.exists(path):
+            try:
+                return load_index(path, mapped=False)
+            except InputError as error:
+                self.say(f"{error}: built again")
+        write_index(train(self.embeddings, self.factory, self.train_rows, self.device), path)
+        return load_index(path, mapped=False)
 
 
 def map_index(path: str, *, mapped: bool = True) -> Any:
-    """A FAISS file, memory-mapped where its kind allows (inverted lists, flat codes).
+    """Return the index of a file, memory-mapped if it is large and of a kind that allows it.
 
-    Raises InputError for a missing or damaged file.
+    Raises InputError for a missing or damaged file, and for one that ranks by another measure.
     """
-    import faiss
+    return load_index(path, mapped=mapped)
 
-    flags = faiss.IO_FLAG_MMAP_IFC if mapped else 0
-    try:
-        return faiss.read_index(path, flags)
-    except RuntimeError as error:
-        raise InputError(
-            f"{path}: not a readable FAISS index ({faiss_reason(error)}); remove it and build again"
-        ) from None
+
+def _part_name(number: int) -> str:
+    return f"parts/{number:05d}.index"
 
 
 def set_parameters(index: Any, parameters: str, device: Device = "cpu") -> None:
@@ -275,28 +325,6 @@ def set_parameters(index: Any, parameters: str, device: Device = "cpu") -> None:
         raise ConfigError(f"search parameters {parameters!r}: {faiss_reason(error)}") from None
 
 
-def train(embeddings: Embeddings, factory: str, train_rows: int, device: Device) -> Any:
-    """An empty index trained on evenly spaced rows. Raises InputError where FAISS refuses string or rows."""
-    index = new_index(embeddings.dim, factory)
-    if index.is_trained:
-        return index
-    count = min(train_rows, embeddings.num_rows)
-    rows = np.arange(count) * embeddings.num_rows // count
-    index = to_device(index, device, factory)
-    try:
-        index.train(embeddings.rows(rows))
-    except RuntimeError as error:
-        raise InputError(f"FAISS cannot train {factory!r} on {count} rows: {faiss_reason(error)}") from None
-    return from_device(index, device)
-
-
-def _write_index(index: Any, path: str) -> None:
-    import faiss
-
-    with store.publish(path) as temporary:
-        faiss.write_index(index, temporary)
-
-
 def _merge(
     first: tuple[Float32Array, Int64Array], second: tuple[Float32Array, Int64Array], k: int
 ) -> tuple[Float32Array, Int64Array]:
@@ -304,45 +332,3 @@ def _merge(
     rows = np.concatenate([first[1], second[1]], axis=1)
     order = np.lexsort((rows, -scores), axis=1)[:, :k]
     return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
-
-
-def _npy_files(source: str, side: Side) -> list[str]:
-    if source.endswith(".npy"):
-        names = [source]
-    else:
-        inner = store.join(source, EMBEDDING_FOLDERS[side])
-        folder = inner if store.list_files(inner) else source
-        names = [store.join(folder, name) for name in store.list_files(folder) if name.endswith(".npy")]
-    if not names:
-        raise InputError(
-            f"{source}: holds no .npy features; give a .npy file, a folder of them, or one with"
-            f" {EMBEDDING_FOLDERS[side]}/"
-        )
-    # img_emb_10.npy comes after img_emb_9.npy
-    return sorted(
-        names, key=lambda name: [int(text) if text.isdigit() else text for text in re.split(r"(\d+)", name)]
-    )
-
-
-def _open_npy(path: str) -> npt.NDArray[Any]:
-    try:
-        matrix: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; embed first") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: not a readable .npy file ({error}); embed again") from None
-    if matrix.dtype not in (np.float16, np.float32) or matrix.ndim != 2 or not matrix.shape[1]:
-        raise InputError(
-            f"{path}: expected float16 or float32 features [rows, dim], found {matrix.dtype}"
-            f" {list(matrix.shape)}"
-        )
-    return matrix
-
-
-def _unit(block_BD: Float32Array) -> Float32Array:
-    """Unit length, where the length was within float16's rounding of 1; other rows are left to be refused."""
-    length_B1 = np.linalg.norm(block_BD, axis=1, keepdims=True)
-    unit: Float32Array = np.where(
-        np.abs(length_B1 - 1) < 5e-3, block_BD / np.maximum(length_B1, 0.5), block_BD
-    )
-    return unit

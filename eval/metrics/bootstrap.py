@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.metrics.recall import CUTOFFS
+from eval.metrics.recall import CUTOFFS, recall_at_k, retrieval_scores
 from pipeline.core.arrays import Float64Array, Int64Array
 
 NUM_RESAMPLES = 1000
@@ -29,16 +29,19 @@ def recall_intervals(
     Keys `t2i/r1` … `i2t/r10`, `mean_recall`. The two directions are resampled apart from each other.
     """
     rng = np.random.default_rng(seed)
+    scores = retrieval_scores(recall_at_k(t2i_ranks), None if i2t_ranks is None else recall_at_k(i2t_ranks))
     values, resampled = dict[str, float](), dict[str, Float64Array]()
     for name, ranks in (("t2i", t2i_ranks), ("i2t", i2t_ranks)):
         if ranks is None:
             continue
         hits_QK = (ranks[:, None] <= np.array(CUTOFFS)) * 100.0
+        recall = scores["t2i"] if name == "t2i" else scores["i2t"]
+        assert recall is not None
+        values |= {f"{name}/r1": recall["r1"], f"{name}/r5": recall["r5"], f"{name}/r10": recall["r10"]}
         means_RK = _resampled_means(hits_QK.astype(np.float64), rng)
         for column, cutoff in enumerate(CUTOFFS):
-            values[f"{name}/r{cutoff}"] = float(100.0 * np.count_nonzero(ranks <= cutoff) / len(ranks))
             resampled[f"{name}/r{cutoff}"] = means_RK[:, column]
-    values["mean_recall"] = sum(values.values()) / len(values)
+    values["mean_recall"] = scores["mean_recall"]
     resampled["mean_recall"] = np.mean(list(resampled.values()), axis=0)
     return {key: _measured(value, resampled[key]) for key, value in values.items()}
 

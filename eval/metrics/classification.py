@@ -1,8 +1,9 @@
 """The metrics of Table 11: accuracy, mean per class, ROC AUC, 11-point mean average precision; in percent.
 
-11-point mAP is taken for VOC-2007 alone, and by VOC's own definition, which is what its name says and what
-other programs can be compared with. ELEVATER's code, the source of the paper's figure, deviates a little from
-it: `elevater_map` tells by how much, and `cnclip eval` writes that beside the score.
+11-point mAP is taken for VOC-2007 alone, by two rules. `mean_average_precision_11` is VOC's own definition,
+which is what its name says and what other programs can be compared with. `elevater_map` is that of ELEVATER's
+toolkit, from which the paper's figure comes: a softmax over the classes ranks the images of a class, and the
+curve begins with precision 1 at recall 0. Only the latter is compared with the paper.
 
 Scores are [N, C], higher is better. Of equal scores the lower class is predicted.
 """
@@ -12,33 +13,24 @@ import numpy.typing as npt
 
 from eval.metrics.bootstrap import NUM_RESAMPLES, Measured, metric_interval
 from eval.paper.published import Metric
-from pipeline.core.arrays import BoolArray, Int64Array
+from pipeline.core.arrays import BoolArray, Float64Array, Int64Array
 
 FloatArray = npt.NDArray[np.floating]
 
 _RECALL_LEVELS = np.linspace(0, 1, 11)
 _RESAMPLES_OF_MAP = 200  # sorts 20 classes each time
-
-
-def classification_metric(metric: Metric, scores_NC: FloatArray, targets_NC: BoolArray) -> float:
-    """One metric in percent; `targets_NC` marks the right classes, exactly one a row but for 11-point mAP.
-
-    Raises ValueError for rows without or with several right classes where the metric takes one, for ROC AUC
-    of other than two classes, and for NaN.
-    """
-    _check(metric, scores_NC, targets_NC)
-    if metric == "roc-auc":
-        return 100 * roc_auc(scores_NC[:, 1] - scores_NC[:, 0], targets_NC[:, 1])
-    if metric == "11-point-map":
-        return 100 * mean_average_precision_11(scores_NC, targets_NC)
-    target_N, right_N = targets_NC.argmax(axis=1), scores_NC.argmax(axis=1) == targets_NC.argmax(axis=1)
-    if metric == "accuracy":
-        return float(100 * right_N.mean())
-    return 100 * mean_per_class(right_N, target_N, targets_NC.shape[1])
+_ELEVATER_SCALE = 100.0  # of the cosines in ELEVATER's softmax, whatever the model's own factor
 
 
 def measured_metric(metric: Metric, scores_NC: FloatArray, targets_NC: BoolArray) -> Measured:
-    """`classification_metric` with its bootstrap interval over images."""
+    """One metric in percent with its bootstrap interval over images.
+
+    `targets_NC` marks the right classes, exactly one a row except for 11-point mAP.
+
+    Raises:
+        ValueError: for rows without or with several right classes if the metric takes one, for ROC AUC of
+            other than two classes, and for NaN.
+    """
     _check(metric, scores_NC, targets_NC)
     num_images, num_classes = scores_NC.shape
     if metric == "11-point-map":
@@ -59,6 +51,23 @@ def measured_metric(metric: Metric, scores_NC: FloatArray, targets_NC: BoolArray
         num_images,
         num_resamples=NUM_RESAMPLES,
     )
+
+
+def measured_elevater_map(scores_NC: FloatArray, targets_NC: BoolArray) -> Measured:
+    """`elevater_map` with its bootstrap interval over images."""
+    _check("11-point-map", scores_NC, targets_NC)
+    return metric_interval(
+        lambda rows: elevater_map(scores_NC[rows], targets_NC[rows]),
+        len(scores_NC),
+        num_resamples=_RESAMPLES_OF_MAP,
+    )
+
+
+def softmax(logits_NC: FloatArray) -> Float64Array:
+    """Probabilities over classes in float64; rows sum to 1."""
+    exponentials_NC = np.exp(logits_NC.astype(np.float64) - logits_NC.max(axis=1, keepdims=True))
+    found: Float64Array = exponentials_NC / exponentials_NC.sum(axis=1, keepdims=True)
+    return found
 
 
 def mean_per_class(right_N: BoolArray, target_N: Int64Array, num_classes: int) -> float:
@@ -92,12 +101,15 @@ def average_precision_11(score_N: FloatArray, positive_N: BoolArray) -> float:
 
 
 def elevater_map(scores_NC: FloatArray, targets_NC: BoolArray) -> float:
-    """The 11-point mAP of ELEVATER's code, percent; for VOC-2007, whose published figures come from it.
+    """The 11-point mAP of ELEVATER's toolkit, percent; for VOC-2007, whose published figures come from it.
 
-    It takes scikit-learn's precision-recall curve with its artificial point, precision 1 at recall 0, so that
-    the first of the 11 levels is always 1: never below VOC's own definition, and by 1/11 at most above.
+    `scores_NC` are cosines. ELEVATER ranks by their softmax over the classes, times 100
+    (clip_zeroshot_evaluator.py), and takes scikit-learn's precision-recall curve with its artificial point,
+    precision 1 at recall 0, so that the first of the 11 levels is always 1
+    (MeanAveragePrecisionNPointsEvaluator of vision-evaluation).
     """
-    found = [_precision_at_levels(scores_NC[:, c], targets_NC[:, c]) for c in range(scores_NC.shape[1])]
+    chance_NC = softmax(scores_NC.astype(np.float64) * _ELEVATER_SCALE)
+    found = [_precision_at_levels(chance_NC[:, c], targets_NC[:, c]) for c in range(scores_NC.shape[1])]
     means = [(levels[1:].sum() + 1) / len(levels) for levels in found if levels is not None]
     return 100 * float(np.mean(means)) if means else float("nan")
 

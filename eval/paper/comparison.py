@@ -114,31 +114,38 @@ def compare_classification(
     paper_model: str | None,
     notes: Mapping[str, Sequence[str]] = MappingProxyType({}),
     differing: Collection[str] = (),
+    by_elevater: Mapping[str, Measured] = MappingProxyType({}),
 ) -> list[Comparison]:
     """Measured sets of ICinW beside Tables 12 and 5; the average where all sets of Table 12 were measured.
 
     `notes` are by set. `differing` sets are not those of the protocol: no published figure stands beside
-    them. Table 5 has no row of one checkpoint, so it is shown without differences.
+    them. Table 5 has no row of one checkpoint, so it is shown without differences. `by_elevater` has mAP by
+    ELEVATER's rule, which is compared; that of `scores`, by VOC's, stands below it.
     """
     found = []
+    comparable = {**scores, **by_elevater}
     for table in sorted(published().classification, key=lambda item: -item.table):
         names = [name for name in table.datasets if name in scores]
         if not names:
             continue
         beside = next((row for row in table.rows if row.model == paper_model and not row.best_of_sizes), None)
         others = [row for row in table.rows if row is not beside]
-        lines = [
-            Line(
-                _title(name),
-                scores[name],
-                None if beside is None or name in differing else score_of(table, beside, name),
-                tuple(None if name in differing else score_of(table, row, name) for row in others),
+        lines = []
+        for name in names:
+            by_rule = ", by ELEVATER's rule" if name in by_elevater else ""
+            lines.append(
+                Line(
+                    _title(name) + by_rule,
+                    comparable[name],
+                    None if beside is None or name in differing else score_of(table, beside, name),
+                    tuple(None if name in differing else score_of(table, row, name) for row in others),
+                )
             )
-            for name in names
-        ]
+            if name in by_elevater:
+                lines.append(_by_voc(_title(name), scores[name]))
         complete = len(names) == len(table.datasets) and not set(names) & set(differing)
         if beside is not None and beside.average is not None and complete:
-            lines.append(Line("Average", _mean([scores[name] for name in names]), beside.average))
+            lines.append(Line("Average", _mean([comparable[name] for name in names]), beside.average))
         remarks = [note for name in names for note in notes.get(name, ())] if table.table == 12 else []
         if any(row.best_of_sizes for row in table.rows):
             remarks.append(
@@ -162,7 +169,11 @@ def compare_classification(
         )
     own = {name: value for name, value in scores.items() if classification_protocol(name) is None}
     if own:
-        lines = [Line(name, value, None) for name, value in own.items()]
+        lines = []
+        for name, value in own.items():
+            if name in by_elevater:
+                lines.append(Line(f"{name}, by ELEVATER's rule", by_elevater[name], None))
+            lines.append(_by_voc(name, value) if name in by_elevater else Line(name, value, None))
         remarks = [note for name in own for note in notes.get(name, ())]
         found.append(
             Comparison(
@@ -170,6 +181,10 @@ def compare_classification(
             )
         )
     return found
+
+
+def _by_voc(title: str, measured: Measured) -> Line:
+    return Line(f"{title}, by VOC's own rule", measured, None)
 
 
 def _figure(row: RetrievalRow, key: str) -> float | None:

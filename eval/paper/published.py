@@ -83,7 +83,6 @@ class RetrievalProtocol:
     title: str
     images: int | None = None
     texts: int | None = None
-    image_to_text: bool  # False: scored text-to-image only
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +94,6 @@ class ClassificationProtocol:
     classes: int
     images: int  # test size
     metric: Metric
-    classes_printed: int | None = None  # Table 11's count where it differs from `classes`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,14 +1,17 @@
 """What the report takes from a run's files: logged steps, and examples of answers with small images."""
 
 import io
-import json
 from collections.abc import Sequence
 from typing import TypeVar
+
+from PIL import Image
 
 from eval.datasets.cnclip_tsv import RetrievalSet
 from eval.report.data import ExampleGallery, ExampleRow, RecallPoint, Thumbnail, TrainingPoint
 from eval.retrieval.predictions import read_predictions
 from pipeline.core import store
+from pipeline.core.foreign import parse_json
+from pipeline.core.images import decode_upright
 from pipeline.core.records import InputError
 
 Item = TypeVar("Item")
@@ -23,7 +26,7 @@ def read_training_metrics(path: str, stage: str) -> tuple[list[TrainingPoint], l
     recall: list[RecallPoint] = []
     for line_number, line in enumerate(store.read_text(path).splitlines(), start=1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             if "evaluation" in record:
                 point = (stage, record["samples_seen"], record["evaluation"], record["recall"])
                 recall.append(RecallPoint(*point))
@@ -83,10 +86,7 @@ def _spread(items: Sequence[Item], count: int) -> list[Item]:
 
 
 def _thumbnail(data: bytes) -> bytes:
-    from PIL import Image
-
-    with Image.open(io.BytesIO(data)) as image:
-        small = image.convert("RGB")
+    small = decode_upright(data)
     small.thumbnail((96, 96), Image.Resampling.LANCZOS)
     file = io.BytesIO()
     small.save(file, "WEBP", quality=80)

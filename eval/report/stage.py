@@ -130,8 +130,7 @@ def comparisons(config: ReportConfig, context: Context) -> "tuple[Comparison, ..
     final = config.score.stages[-1]
     tables = []
     for item in evaluations_of(context):
-        protocol = retrieval_protocol(item.name)
-        if protocol is None:
+        if retrieval_protocol(item.name) is None:
             continue
         evaluation = read_retrieval_set(item.folder, item.name)
         features = StoredFeatures(context.path_in("embed", folder_of(item.name, final)))
@@ -139,7 +138,7 @@ def comparisons(config: ReportConfig, context: Context) -> "tuple[Comparison, ..
             compare_set(
                 evaluation,
                 item.name,
-                evaluate_retrieval(features, evaluation, image_to_text=protocol.image_to_text),
+                evaluate_retrieval(features, evaluation),
                 setup="finetuned" if final == "finetune" else "zero-shot",
                 model=config.model,
                 paper_model=PAPER_MODELS.get(config.model),
@@ -153,6 +152,7 @@ def comparisons(config: ReportConfig, context: Context) -> "tuple[Comparison, ..
             paper_model=PAPER_MODELS.get(config.model),
             notes={item.name: item.notes for item in found},
             differing=[item.name for item in found if item.differs],
+            by_elevater={item.name: item.by_elevater for item in found if item.by_elevater is not None},
         )
     return tuple(tables)
 
@@ -162,7 +162,7 @@ def stage(config: ReportConfig, *, parents: tuple[str, ...]) -> Stage:
     return Stage(
         "report",
         title="one HTML page and report.json",
-        version=3,
+        version=4,
         config=config,
         parents=parents,
         plan=plan,

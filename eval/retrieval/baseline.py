@@ -7,13 +7,13 @@ and the gallery's texts are ranked by similarity to that image's caption. It sol
 drawn alike, such as flags, and nothing that needs understanding.
 """
 
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from eval.datasets.cnclip_tsv import RetrievalSet
 from eval.metrics.recall import (
@@ -25,6 +25,7 @@ from eval.metrics.recall import (
 )
 from eval.retrieval.measure import RetrievalResult, image_queries
 from pipeline.core.arrays import Float64Array, Int64Array, UInt8Array
+from pipeline.core.images import BadImageError, decode_upright
 from pipeline.core.records import InputError
 from pipeline.core.shard_format import ByteRanges, read_sidecar_frame, sidecar_of
 
@@ -37,11 +38,11 @@ _BLOCK_ELEMENTS = 1 << 22
 def chance(evaluation: RetrievalSet) -> RetrievalScores:
     """Expected recall of random orders, in percent, in closed form."""
     num_images = np.array([len(rows) for rows in evaluation.images_of_text])
+    t2i = chance_recall_at_k(evaluation.num_images, num_images)
+    if not evaluation.image_to_text:
+        return retrieval_scores(t2i, None)
     num_texts = np.array([len(rows) for rows in evaluation.texts_of_image])
-    return retrieval_scores(
-        chance_recall_at_k(evaluation.num_images, num_images),
-        chance_recall_at_k(evaluation.num_texts, num_texts[num_texts > 0]),
-    )
+    return retrieval_scores(t2i, chance_recall_at_k(evaluation.num_texts, num_texts[num_texts > 0]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ class PixelBaseline:
         )
 
     def evaluate(self, evaluation: RetrievalSet) -> RetrievalResult:
-        """Rank both directions; check the set by `check_scorable` before."""
+        """Rank the directions that are scored; check the set by `check_scorable` before."""
         gallery_ND = np.stack(
             [
                 thumbnail(data, f"{evaluation.images_path}: image {evaluation.image_ids[row]}")
@@ -90,7 +91,8 @@ class PixelBaseline:
             ]
         )
         return RetrievalResult(
-            self._text_to_image(evaluation, gallery_ND), self._image_to_text(evaluation, gallery_ND)
+            self._text_to_image(evaluation, gallery_ND),
+            self._image_to_text(evaluation, gallery_ND) if evaluation.image_to_text else None,
         )
 
     def _text_to_image(self, evaluation: RetrievalSet, gallery_ND: UInt8Array) -> Int64Array:
@@ -144,12 +146,9 @@ def thumbnail(data: bytes, name: str) -> UInt8Array:
 
     Raises InputError beginning with `name` for bytes that are no image.
     """
-    from PIL import Image
-
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            small = image.convert("RGB").resize((SIDE_PX, SIDE_PX), Image.Resampling.BOX)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        small = decode_upright(data).resize((SIDE_PX, SIDE_PX), Image.Resampling.BOX)
+    except BadImageError as error:
         raise InputError(f"{name}: cannot be decoded ({error})") from None
     return np.asarray(small, dtype=np.uint8).reshape(-1)
 

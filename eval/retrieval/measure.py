@@ -59,13 +59,11 @@ class RetrievalResult:
         return recall_intervals(self.t2i_ranks, self.i2t_ranks)
 
 
-def evaluate_retrieval(
-    encoder: SetEncoder, evaluation: RetrievalSet, *, image_to_text: bool = True
-) -> RetrievalResult:
-    """Rank both directions of a set; `image_to_text=False` leaves that direction out."""
+def evaluate_retrieval(encoder: SetEncoder, evaluation: RetrievalSet) -> RetrievalResult:
+    """Rank the directions of a set that are scored."""
     image_ND, text_ND = encoder.encode(evaluation)
     t2i_ranks = ranks_from_features(text_ND, image_ND, Positives.of(evaluation.images_of_text))
-    if not image_to_text:
+    if not evaluation.image_to_text:
         return RetrievalResult(t2i_ranks, None)
     rows, positives = image_queries(evaluation)
     return RetrievalResult(t2i_ranks, ranks_from_features(image_ND[rows], text_ND, positives))

@@ -16,6 +16,7 @@ from eval.features.layout import check_vectors
 from eval.index.exact_search import top_k
 from pipeline.core import store
 from pipeline.core.arrays import Float32Array, Int64Array
+from pipeline.core.foreign import parse_json
 from pipeline.core.records import ConfigError, InputError
 
 _LINES_PER_BLOCK = 4096
@@ -110,7 +111,7 @@ def _bad_line(path: str, id_key: str, lines: list[bytes], first_line: int, width
     for number, line in enumerate(lines, start=first_line):
         where = f"{path}:{number}"
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError as error:
             return InputError(f"{where}: not a line of JSON ({error})")
         if not isinstance(record, dict) or not {id_key, "feature"} <= record.keys():

@@ -23,6 +23,7 @@ from eval.metrics.recall import CUTOFFS, RecallAtK, recall_at_k, retrieval_score
 from eval.retrieval.measure import RetrievalResult, image_queries
 from pipeline.core import store
 from pipeline.core.arrays import Int64Array
+from pipeline.core.foreign import parse_json
 from pipeline.core.records import InputError
 
 K = max(CUTOFFS)
@@ -30,24 +31,19 @@ _QUERIES_PER_WRITE = 8192
 
 
 def retrieve(
-    evaluation: RetrievalSet,
-    embeddings_folder: str,
-    index_folder: str,
-    out_folder: str,
-    *,
-    image_to_text: bool = True,
+    evaluation: RetrievalSet, embeddings_folder: str, index_folder: str, out_folder: str
 ) -> RetrievalResult:
-    """Search both ways, write prediction and score files into `out_folder`, and return what they score.
+    """Search the ways that are scored; write prediction and score files, and return what they score.
 
     `embeddings_folder` is what `eval.features.evaluation_set.embed_evaluation` wrote, `index_folder` holds
     `image.index` and `text.index` of it. Image-to-text queries are the images that some text names;
-    `image_to_text=False` leaves that direction out, as MUGE does.
+    a set that is scored text-to-image only has no files of that direction.
 
     Raises:
         InputError: if the set is too small for recall at 10 or has no pairing, features are NaN or not
             unit-norm, features or indices are not of this evaluation, or the index is of another model.
     """
-    check_scorable(evaluation, k=K, image_to_text=image_to_text)
+    check_scorable(evaluation, k=K)
     check_same_model(index_folder, read_identity(index_folder), read_identity(embeddings_folder))
     t2i_path = store.join(out_folder, f"{evaluation.name}.predictions.jsonl")
     _write_predictions(
@@ -59,7 +55,7 @@ def retrieve(
     )
     t2i_ranks = rank_text_to_image(t2i_path, evaluation)
     write_scores(store.join(out_folder, f"{evaluation.name}.scores.json"), recall_at_k(t2i_ranks))
-    if not image_to_text:
+    if not evaluation.image_to_text:
         return RetrievalResult(t2i_ranks, None)
 
     i2t_path = store.join(out_folder, f"{evaluation.name}.tr.predictions.jsonl")
@@ -106,7 +102,7 @@ def read_predictions(path: str, keys: tuple[str, str]) -> Iterator[tuple[int, li
         for line_number, line in enumerate(file, start=1):
             where = f"{path}:{line_number}"
             try:
-                record = json.loads(line)
+                record = parse_json(line)
                 query_id, gallery_ids = record[query_key], record[gallery_key]
                 well_formed = type(query_id) is int and all(type(value) is int for value in gallery_ids)
             except (ValueError, KeyError, TypeError):

@@ -25,8 +25,10 @@ from eval.index.partitioned import PartedIndex
 from pipeline.core import store
 from pipeline.core.arrays import Float32Array, Int64Array
 from pipeline.core.evaluation_sets import shard_stems
+from pipeline.core.image_files import read_image
+from pipeline.core.images import BadImageError
 from pipeline.core.records import ConfigError, InputError
-from pipeline.core.shard_format import MAX_IMAGE_BYTES, SIDECAR, ByteRanges, tar_of
+from pipeline.core.shard_format import SIDECAR, ByteRanges, tar_of
 
 if TYPE_CHECKING:
     import polars as pl
@@ -130,7 +132,7 @@ class ShardImages:
             raise InputError(f"{folder}: the sidecars cannot be read ({_first_line(error)})") from None
         if (places < 0).all():
             raise InputError(
-                f"{folder}: none of the index's {len(keys)} keys is in these shards; give --pictures FOLDER"
+                f"{folder}: none of the index's {len(keys)} keys is in these shards; give --images FOLDER"
             )
         return cls(tuple(sidecars), np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]), places)
 
@@ -147,7 +149,7 @@ class ShardImages:
         if self.places[row] < 0:
             raise InputError(f"row {row} of the index is in no shard")
         sidecar, sample = self._sample(row)
-        with ByteRanges(tar_of(sidecar), max_bytes=MAX_IMAGE_BYTES) as images:
+        with ByteRanges(tar_of(sidecar)) as images:
             return images.read(sample.get("offset_bytes"), sample.get("size_bytes"), f"{sample['key']}.jpg")
 
     def _sample(self, row: int) -> tuple[str, dict[str, Any]]:
@@ -191,15 +193,11 @@ class FileImages:
         root = Path(self.folder).resolve()
         place = (root / path).resolve()
         if not place.is_relative_to(root):
-            raise InputError(f"{place}: lies outside {root}; give --pictures with the folder that holds it")
+            raise InputError(f"{place}: lies outside {root}; give --images with the folder that holds it")
         try:
-            with open(place, "rb") as file:
-                data = file.read(MAX_IMAGE_BYTES + 1)
-        except OSError as error:
-            raise InputError(f"{place}: cannot be read ({error.strerror}); give --pictures FOLDER") from None
-        if len(data) > MAX_IMAGE_BYTES:
-            raise InputError(f"{place}: more than {MAX_IMAGE_BYTES >> 20} MiB; that is no image")
-        return data
+            return read_image(str(place))
+        except BadImageError as error:
+            raise InputError(f"{place}: cannot be read ({error}); give --images FOLDER") from None
 
     def _row(self, row: int) -> dict[str, Any]:
         import polars as pl
@@ -264,7 +262,7 @@ def open_gallery(
         metadata = metadata.drop_nulls()  # rows of texts beyond the last image
         images = FileImages.of(metadata_folder, images_folder or ".")
     elif images_folder is None and run_folder is None:
-        raise ConfigError(f"{index_folder}: give --pictures FOLDER, with the shards or the evaluation sets")
+        raise ConfigError(f"{index_folder}: give --images FOLDER, with the shards or the evaluation sets")
     elif "key" in metadata.columns:
         shards = images_folder or store.join(str(run_folder), "shards")
         images = ShardImages.of(shards, metadata["key"])
@@ -345,10 +343,10 @@ def _set_of(image_ids: Int64Array, sources: Sequence[RetrievalSource], where: st
     exact = [item for item in fitting if item.num_images == len(np.unique(image_ids))]
     choice = exact or fitting
     if not choice:
-        raise InputError(f"{where}: no evaluation set holds its images; give --pictures FOLDER")
+        raise InputError(f"{where}: no evaluation set holds its images; give --images FOLDER")
     if len(choice) > 1:
         raise ConfigError(
-            f"{where}: its image ids fit {', '.join(item.name for item in choice)} alike; give --pictures"
+            f"{where}: its image ids fit {', '.join(item.name for item in choice)} alike; give --images"
             " FOLDER with the right set alone"
         )
     return choice[0]

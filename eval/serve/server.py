@@ -15,7 +15,6 @@ from the web reaches the browser as it came. Bound to loopback, the server answe
 page elsewhere whose name was pointed at this machine cannot read it.
 """
 
-import contextlib
 import io
 import json
 import math
@@ -27,26 +26,27 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import SplitResult, parse_qs, urlsplit
 
-from data_prep.formats.image import BadImageError, decode_upright
 from eval.features.encoder import EvaluationEncoder
 from eval.features.model_identity import check_same_model, identify
 from eval.serve.access import host_name, loopback_names, page_headers
+from eval.serve.connections import SILENT_SECONDS, BoundedServer, RequestReader
 from eval.serve.gallery import Gallery
 from pipeline.core.arrays import Float32Array
+from pipeline.core.images import BadImageError, decode_upright
 from pipeline.core.records import ConfigError, InputError
+from pipeline.core.shard_format import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, too_large
+from pipeline.core.terminal import one_line
 
-MAX_UPLOAD_BYTES = 16 << 20
-MAX_PIXELS = 40_000_000  # of one image, as its header promises
 MAX_QUERY_CHARACTERS = 1000
 MAX_RESULTS = 200
 _DEFAULT_RESULTS = 24
 _THUMBNAIL_PX = 320
-_SILENT_SECONDS = 30  # a client that says nothing for so long is let go
+_ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#@\\\s]+")
 _DECODES_AT_ONCE = 4  # images of galleries; bounds the memory that many requests at once can take
 
 Answer = tuple[HTTPStatus, str, bytes]  # status, media type, body
@@ -76,7 +76,7 @@ class Searcher:
                     " it is of another model"
                 )
         if any(gallery.model is not None for gallery in self.galleries):
-            own = identify(self.encoder.base.model)
+            own = identify(self.encoder.base.model, self.encoder.base.decode)
             for gallery in self.galleries:
                 check_same_model(gallery.name, gallery.model, own)
 
@@ -84,8 +84,8 @@ class Searcher:
         return {
             "model": self.encoder.name,
             "galleries": [{"name": item.name, "rows": item.num_rows} for item in self.galleries],
-            "max_upload_bytes": MAX_UPLOAD_BYTES,
-            "max_pixels": MAX_PIXELS,
+            "max_upload_bytes": MAX_IMAGE_BYTES,
+            "max_pixels": MAX_IMAGE_PIXELS,
         }
 
     def text_feature(self, text: str) -> tuple[Float32Array, str]:
@@ -104,7 +104,7 @@ class Searcher:
     def image_feature(self, data: bytes) -> Float32Array:
         """Feature [dim] of an encoded image from a stranger. Refusal where it is none or too large."""
         try:
-            return self.encoder.decoded_image(decode_upright(data, MAX_PIXELS))
+            return self.encoder.image(data)
         except BadImageError as error:
             raise Refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"unsupported image: {error}") from None
 
@@ -131,7 +131,7 @@ class Searcher:
         from PIL import Image
 
         try:
-            small = decode_upright(self.galleries[number].images.read(row), MAX_PIXELS)
+            small = decode_upright(self.galleries[number].images.read(row))
         except BadImageError as error:
             raise Refusal(HTTPStatus.NOT_FOUND, f"row {row} cannot be decoded: {error}") from None
         small.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX), Image.Resampling.LANCZOS, reducing_gap=3.0)
@@ -140,17 +140,14 @@ class Searcher:
         return file.getvalue()
 
 
-class SearchServer(ThreadingHTTPServer):
+class SearchServer(BoundedServer):
     """Answers until it is shut down; `port` 0 takes a free one, see `server_port`.
 
     Raises ConfigError where the address cannot be bound.
     """
 
-    daemon_threads = False  # one that is inside torch or FAISS while Python shuts down ends in an abort
-
     def __init__(self, searcher: Searcher, host: str = "127.0.0.1", port: int = 8000) -> None:
         self.searcher = searcher
-        self._connections = set[Any]()
         self.computing = threading.Lock()  # one search at a time: torch uses every core for one already
         self.decoding = threading.BoundedSemaphore(_DECODES_AT_ONCE)
         self.page = (Path(__file__).parent / "serve.html").read_bytes()
@@ -165,40 +162,47 @@ class SearchServer(ThreadingHTTPServer):
                 f"{host}, port {port}: {reason}; give another --host or --port (0 takes a free one)"
             ) from None
         self.names = loopback_names(host)
+        self.is_local = self.names is not None
 
     @property
     def url(self) -> str:
         host = str(self.server_address[0])
         return f"http://{f'[{host}]' if ':' in host else host}:{self.server_port}/"
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """A thread for a connection."""
-        self._connections.add(request)
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request: Any) -> None:
-        """The connection's end."""
-        self._connections.discard(request)
-        super().shutdown_request(request)
-
-    def server_close(self) -> None:
-        """End what is still open, such as a browser's idle connections, and wait for its threads."""
-        for connection in list(self._connections):
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-        super().server_close()
-
-    @property
-    def is_local(self) -> bool:
-        """True where only this machine can reach it."""
-        return self.names is not None
-
 
 class _Handler(BaseHTTPRequestHandler):
     server: SearchServer
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "cnclip", ""
-    timeout = _SILENT_SECONDS
+    unread_bytes = 0
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile.close()
+        self.reader = RequestReader(self.connection)
+        self.rfile = io.BufferedReader(self.reader)
+
+    def handle_one_request(self) -> None:
+        self.reader.next_request()
+        super().handle_one_request()
+
+    def parse_request(self) -> bool:
+        """Read the head of a request; refuse HTTP/0.9, whose answers have no headers."""
+        if not super().parse_request():
+            return False
+        if self.request_version == "HTTP/0.9":
+            self.send_error(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED)
+            return False
+        return True
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Answer what http.server itself refuses in the form, and with the headers, of every answer."""
+        self.close_connection = True
+        self.unread_bytes = 0
+        if self.request_version == "HTTP/0.9":  # else there would be no headers
+            self.request_version = "HTTP/1.0"
+        status = HTTPStatus(code)
+        self._send(*_json({"error": status.phrase.lower()}, status))
 
     def do_GET(self) -> None:
         self._answer(
@@ -220,7 +224,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.unread_bytes = self._announced()
         try:
             self._check_origin()
-            parts = urlsplit(self.path)
+            parts = _split(self.path, "address")
             if parts.path not in routes:
                 raise Refusal(HTTPStatus.NOT_FOUND, "no such page")
             status, kind, body = routes[parts.path](_fields(parts.query))
@@ -230,7 +234,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         except InputError as error:  # names files of this machine: for the one who started the server
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {one_line(str(error))}", file=sys.stderr)
             status, kind, body = _json(
                 {"error": "the gallery is damaged; the server's terminal says where"},
                 HTTPStatus.INTERNAL_SERVER_ERROR,
@@ -250,9 +254,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         if self.close_connection:
             self.send_header("Connection", "close")
-        self.end_headers()
         try:
-            self.wfile.write(body)
+            self.connection.settimeout(SILENT_SECONDS)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
             self.wfile.flush()
             self._drain()
         except (ConnectionError, TimeoutError):
@@ -260,7 +266,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _drain(self) -> None:
         """Read what a refused client still sends, within reason: else it sees a reset, not the refusal."""
-        left = min(self.unread_bytes, 4 * MAX_UPLOAD_BYTES)
+        left = min(self.unread_bytes, 2 * MAX_IMAGE_BYTES)
+        self.reader.end_soon()
         while left > 0 and (chunk := self.rfile.read(min(left, 1 << 16))):
             left -= len(chunk)
 
@@ -277,7 +284,7 @@ class _Handler(BaseHTTPRequestHandler):
         if names is not None and host_name(self.headers.get("Host", "")) not in names:
             raise Refusal(HTTPStatus.FORBIDDEN, "this page answers to this machine's own name only")
         origin = self.headers.get("Origin")
-        if origin is not None and urlsplit(origin).netloc != self.headers.get("Host"):
+        if origin is not None and _netloc(origin) != self.headers.get("Host"):
             raise Refusal(HTTPStatus.FORBIDDEN, "asked by another site")
 
     def _page(self, fields: dict[str, str]) -> Answer:
@@ -299,10 +306,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _body(self) -> bytes:
         if "Content-Length" not in self.headers or "Transfer-Encoding" in self.headers:
             raise Refusal(HTTPStatus.LENGTH_REQUIRED, "send the image with its length")
-        if self.unread_bytes > MAX_UPLOAD_BYTES:
-            raise Refusal(
-                HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"at most {MAX_UPLOAD_BYTES >> 20} MiB an image"
-            )
+        if self.unread_bytes > MAX_IMAGE_BYTES:
+            raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, too_large())
         if self.unread_bytes == 0:
             raise Refusal(HTTPStatus.BAD_REQUEST, "type a text or give an image")
         data = self.rfile.read(self.unread_bytes)
@@ -330,9 +335,32 @@ def _json(value: object, status: HTTPStatus = HTTPStatus.OK) -> Answer:
     return status, "application/json; charset=utf-8", json.dumps(value, ensure_ascii=False).encode("utf-8")
 
 
+def _split(address: str, what: str) -> SplitResult:
+    """Take an address apart. Refusal for one that is malformed."""
+    try:
+        parts = urlsplit(address)
+        if parts.port == 0:  # which raises ValueError itself for what is no number
+            raise ValueError("port 0")
+    except ValueError:
+        raise Refusal(HTTPStatus.BAD_REQUEST, f"malformed {what}") from None
+    return parts
+
+
+def _netloc(origin: str) -> str:
+    """Return host and port of an Origin, empty for `null`. Refusal for what is no origin."""
+    if origin == "null":
+        return ""
+    if not _ORIGIN.fullmatch(origin):
+        raise Refusal(HTTPStatus.BAD_REQUEST, "malformed Origin")
+    return _split(origin, "Origin").netloc
+
+
 def _fields(query: str) -> dict[str, str]:
     try:
-        return {name: values[0] for name, values in parse_qs(query, max_num_fields=8).items()}
+        found = parse_qs(query, max_num_fields=8, errors="strict")
+        return {name: values[0] for name, values in found.items()}
+    except UnicodeDecodeError:
+        raise Refusal(HTTPStatus.BAD_REQUEST, "malformed address: its query is not UTF-8") from None
     except ValueError:
         raise Refusal(HTTPStatus.BAD_REQUEST, "too many fields") from None
 

@@ -31,17 +31,19 @@ def prompt_sensitivity(
     *,
     general: str = "general",
     own: str = "own",
+    left_out: dict[int, str] | None = None,
 ) -> list[PromptScore]:
     """Each template alone, then ensembles: general and the set's own, folded both ways; best template first.
 
-    Text features are computed once for the union of the templates.
+    Text features are computed once for the union of the templates. `left_out` takes the rows of images that
+    cannot be decoded, with the reasons.
     """
     groups = {"general": templates_for(data.name, general), "own": templates_for(data.name, own)}
     if groups["own"] == groups["general"]:
         del groups["own"]
     union = list(dict.fromkeys(template for group in groups.values() for template in group))
     text_CTD = text_features(encoder, data.labels.names, union)
-    image_ND, rows_N = encoder.images(data.images)
+    image_ND, rows_N = encoder.images(data.images, left_out=left_out)
 
     def score(columns: Sequence[int], how: str) -> Measured:
         vectors_CD = class_vectors(text_CTD[:, list(columns)], "scores" if how == "scores" else "features")
@@ -96,12 +98,15 @@ def negation(
     metric: Metric,
     pairs: Sequence[NegationPair],
     templates: Sequence[str],
+    *,
+    left_out: dict[int, str] | None = None,
 ) -> list[NegationScore]:
     """Score the set with each pair's plain and negated wording, everything else alike.
 
+    `left_out` takes the rows of images that cannot be decoded, with the reasons.
     Raises InputError for a pair of a class that the set does not have.
     """
-    image_ND, rows_N = encoder.images(data.images)
+    image_ND, rows_N = encoder.images(data.images, left_out=left_out)
     targets_NC = data.targets_NC[rows_N]
     names = list(data.labels.names)
     for row, name in _OTHER_LABELS.get(data.name, {}).items():

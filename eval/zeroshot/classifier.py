@@ -22,7 +22,7 @@ from eval.datasets.classification import ClassificationSet
 from eval.datasets.labels import prompts
 from eval.features.encoder import EvaluationEncoder
 from eval.metrics.bootstrap import Measured
-from eval.metrics.classification import measured_metric
+from eval.metrics.classification import measured_metric, softmax
 from eval.paper.published import Metric
 from pipeline.core import store
 from pipeline.core.arrays import Float32Array, Float64Array, Int64Array
@@ -59,11 +59,7 @@ def scores_of(image_ND: Float32Array, vectors_CD: Float32Array) -> Float32Array:
 
 def probabilities(scores_NC: Float32Array, logit_scale: float) -> Float64Array:
     """Softmax over classes in float64; rows sum to 1."""
-    logits_NC = scores_NC.astype(np.float64) * logit_scale
-    logits_NC -= logits_NC.max(axis=1, keepdims=True)
-    exponentials_NC = np.exp(logits_NC)
-    found: Float64Array = exponentials_NC / exponentials_NC.sum(axis=1, keepdims=True)
-    return found
+    return softmax(scores_NC.astype(np.float64) * logit_scale)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from eval.datasets.labels import labels_for, templates_for
 from eval.metrics.bootstrap import Measured
-from eval.paper.published import Metric
+from eval.paper.published import Metric, classification_protocol
 from eval.zeroshot.classifier import Ensemble
 from pipeline.core import store
 from pipeline.core.config import digest
@@ -31,7 +31,7 @@ class ZeroshotConfig:
     """`[zeroshot]`: how classes are prompted (paper, 2.1)."""
 
     ensemble: Ensemble = "features"  # what is averaged over templates: text features, or scores
-    templates: str = "own"  # own (of the set), general (80 for any set), or a file
+    templates: str = "own"  # own (of the set), general (80 for any set), paper (with its labels), or a file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +68,7 @@ class ZeroshotFacts:
     name: str
     metric: Metric
     measured: Measured
+    by_elevater: Measured | None  # mAP by ELEVATER's rule; None for other metrics
     notes: tuple[str, ...]
     differs: bool  # the set is not the protocol's: no published figure is comparable
 
@@ -77,6 +78,7 @@ class ZeroshotFacts:
             "set": self.name,
             "metric": self.metric,
             "measured": asdict(self.measured),
+            **({} if self.by_elevater is None else {"by_elevater": asdict(self.by_elevater)}),
             "notes": list(self.notes),
             "differs": self.differs,
         }
@@ -84,8 +86,15 @@ class ZeroshotFacts:
     @classmethod
     def from_json(cls, extra: Mapping[str, Any]) -> "ZeroshotFacts":
         """Read a receipt's extra."""
-        measured = Measured(**extra["measured"])
-        return cls(extra["set"], extra["metric"], measured, tuple(extra["notes"]), extra["differs"])
+        by_elevater = extra.get("by_elevater")
+        return cls(
+            extra["set"],
+            extra["metric"],
+            Measured(**extra["measured"]),
+            None if by_elevater is None else Measured(**by_elevater),
+            tuple(extra["notes"]),
+            extra["differs"],
+        )
 
 
 def plan(config: ZeroshotStageConfig, context: Context) -> list[Task]:
@@ -103,7 +112,10 @@ def plan(config: ZeroshotStageConfig, context: Context) -> list[Task]:
                 **learned,
                 "model": model,
                 "set": _files_digest(item.folder),
-                "labels": digest(asdict(labels_for(item.folder, item.name, item.labels))),
+                "labels": digest(
+                    asdict(labels_for(item.folder, item.name, item.labels, config.zeroshot.templates))
+                ),
+                **_rules(item),
                 "templates": digest(list(templates_for(item.name, config.zeroshot.templates))),
             },
             ZeroshotTask(item.name).to_json(),
@@ -122,18 +134,31 @@ def run(config: ZeroshotStageConfig, context: Context, task: Task, progress: Pro
     weights = context.path_in(config.stage, "model.safetensors")
     encoder = load_encoder(ModelSource(weights, vocabulary, config.context_length))
     data, metric = open_classification(
-        item.folder, name=item.name, labels_path=item.labels, metric=item.metric
+        item.folder,
+        name=item.name,
+        labels_path=item.labels,
+        metric=item.metric,
+        templates=config.zeroshot.templates,
     )
     found = evaluate_classification(
         encoder, data, metric, ensemble=config.zeroshot.ensemble, templates=config.zeroshot.templates
     )
-    facts = ZeroshotFacts(item.name, found.metric, found.measured, found.notes, found.differs).to_json()
+    facts = ZeroshotFacts(
+        item.name, found.metric, found.measured, found.by_elevater, found.notes, found.differs
+    ).to_json()
     outputs = {f"{item.name}/scores.json": found.num_images}
     store.write_text(context.path(item.name, "scores.json"), json.dumps(facts, indent=1, ensure_ascii=False))
     if found.submission is not None:
         outputs[f"{item.name}/submission.json"] = found.num_images
         store.write_text(context.path(item.name, "submission.json"), json.dumps(found.submission))
     return Outcome(outputs, num_in=found.num_images, num_kept=found.num_images, extra=facts)
+
+
+def _rules(item: ClassificationSource) -> dict[str, str]:
+    """What only tasks with mAP read: earlier releases measured it by VOC's own rule alone."""
+    protocol = classification_protocol(item.name)
+    metric = item.metric or (None if protocol is None else protocol.metric)
+    return {"rules": "VOC and ELEVATER"} if metric == "11-point-map" else {}
 
 
 def _files_digest(folder: str) -> str:
@@ -154,7 +179,7 @@ def stage(config: ZeroshotStageConfig, *, learned: tuple[str, ...]) -> Stage:
     return Stage(
         "zeroshot",
         title="classification sets by the final model",
-        version=1,
+        version=2,
         config=config,
         parents=(*learned, config.stage),
         plan=plan,

@@ -2,12 +2,14 @@
 
 import argparse
 import errno
+import os
 import sys
 from collections.abc import Sequence
 
 from pipeline.cli import analyses, corpus, embed, evaluate, index, runs, serve, weights
 from pipeline.cli.arguments import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED
 from pipeline.core.records import ConfigError, InputError, Stopped
+from pipeline.core.terminal import guarded_output, one_line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,14 +18,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns the exit status: 0 done, 1 the work failed, 2 wrong usage or configuration, 130 interrupted,
     143 stopped by a signal.
     """
+    with guarded_output():
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.command(options))
     except (ConfigError, InputError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         return error.exit_status
     except Stopped as stopped:
-        print(f"stopped: {stopped}", file=sys.stderr)
+        print(f"stopped: {one_line(str(stopped))}", file=sys.stderr)
         return stopped.exit_status
     except KeyboardInterrupt:
         print("interrupted; rerun the same command to resume", file=sys.stderr)
@@ -38,9 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return EXIT_FAILED
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
+        where = f"{one_line(os.fsdecode(error.filename))}: " if _has_name(error) else ""
         print(f"error: {where}{error.strerror or error}; {_remedy(error)}", file=sys.stderr)
         return EXIT_FAILED
+
+
+def _has_name(error: OSError) -> bool:
+    return isinstance(error.filename, str | bytes) and bool(error.filename)
 
 
 def _remedy(error: OSError) -> str:

@@ -1,11 +1,17 @@
 """`cnclip prompts` and `cnclip negation`: the paper's two analyses (3.2.3)."""
 
 import argparse
-from typing import Any
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from pipeline.cli.arguments import EXIT_DONE, add, add_model, add_templates, checkpoint
+from pipeline.cli.arguments import EXIT_DONE, add, add_decode, add_model, add_templates, checkpoint
 from pipeline.core import store
 from pipeline.core.records import ConfigError
+
+if TYPE_CHECKING:
+    from eval.datasets.classification import ClassificationSet
+    from eval.paper.published import Metric
 
 
 def _add_set(command: argparse.ArgumentParser) -> None:
@@ -16,6 +22,23 @@ def _add_set(command: argparse.ArgumentParser) -> None:
         choices=("accuracy", "mean-per-class", "roc-auc", "11-point-map"),
         help="default: the set's own in Table 11, else accuracy",
     )
+
+
+def _open_set(options: argparse.Namespace) -> "tuple[ClassificationSet, Metric]":
+    from eval.zeroshot.measure import open_classification
+
+    return open_classification(
+        options.folder, labels_path=options.labels, metric=options.metric, templates=options.templates
+    )
+
+
+def _print_notes(data: "ClassificationSet", left_out: Mapping[int, str]) -> None:
+    from eval.zeroshot.measure import unreadable_note
+
+    for note in data.notes:
+        print(f"note: {data.name}: {note}", file=sys.stderr)
+    if left_out:
+        print(f"note: {unreadable_note(data, left_out)}", file=sys.stderr)
 
 
 def add_commands(commands: Any) -> None:
@@ -33,19 +56,21 @@ def _add_prompts(commands: Any) -> None:
         "my_run.toml datasets/cifar-10",
     )
     add_model(command)
+    add_decode(command)
     _add_set(command)
-    add_templates(command, "own|FILE", "the set's own templates")
+    add_templates(command, "own|paper|FILE", "the set's own templates; paper takes its labels too")
     command.add_argument("--plot", metavar="OUT.svg", help="draw the scores as well")
 
 
 def _prompts(options: argparse.Namespace) -> int:
     from eval.features.encoder import load_encoder
     from eval.zeroshot.analyses import prompt_sensitivity, prompts_plot, prompts_table
-    from eval.zeroshot.measure import open_classification
 
-    data, metric = open_classification(options.folder, labels_path=options.labels, metric=options.metric)
+    data, metric = _open_set(options)
     encoder = load_encoder(checkpoint(options))
-    scores = prompt_sensitivity(encoder, data, metric, own=options.templates)
+    left_out = dict[int, str]()
+    scores = prompt_sensitivity(encoder, data, metric, own=options.templates, left_out=left_out)
+    _print_notes(data, left_out)
     print(f"{data.name}, {metric}, {encoder.name}")
     print(prompts_table(scores))
     if options.plot:
@@ -62,6 +87,7 @@ def _add_negation(commands: Any) -> None:
         "my_run.toml datasets/patch-camelyon",
     )
     add_model(command)
+    add_decode(command)
     _add_set(command)
     command.add_argument(
         "--pair",
@@ -71,16 +97,15 @@ def _add_negation(commands: Any) -> None:
         metavar=("CLASS", "PLAIN", "NEGATED"),
         help="class (number or label) and its two wordings; may be repeated (default: the paper's pairs)",
     )
-    add_templates(command, "own|general|FILE", "prompts")
+    add_templates(command, "own|general|paper|FILE", "prompts; paper takes its labels too")
 
 
 def _negation(options: argparse.Namespace) -> int:
     from eval.datasets.labels import templates_for
     from eval.features.encoder import load_encoder
     from eval.zeroshot.analyses import SHIPPED_PAIRS, NegationPair, negation, negation_table
-    from eval.zeroshot.measure import open_classification
 
-    data, metric = open_classification(options.folder, labels_path=options.labels, metric=options.metric)
+    data, metric = _open_set(options)
     names = data.labels.names
     pairs = list(SHIPPED_PAIRS.get(data.name, ())) if not options.pair else []
     for which, plain, negated in options.pair:
@@ -93,7 +118,10 @@ def _negation(options: argparse.Namespace) -> int:
     if not pairs:
         raise ConfigError(f"{data.name}: no pair ships for this set; give --pair CLASS PLAIN NEGATED")
     encoder = load_encoder(checkpoint(options))
-    scores = negation(encoder, data, metric, pairs, templates_for(data.name, options.templates))
+    left_out = dict[int, str]()
+    templates = templates_for(data.name, options.templates)
+    scores = negation(encoder, data, metric, pairs, templates, left_out=left_out)
+    _print_notes(data, left_out)
     print(f"{data.name}, {metric}, {encoder.name}")
     print(negation_table(scores, names))
     return EXIT_DONE

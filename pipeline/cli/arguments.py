@@ -1,6 +1,7 @@
 """What several commands take, each argument defined once, and how commands end."""
 
 import argparse
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -71,11 +72,23 @@ def add_model(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_decode(command: argparse.ArgumentParser) -> None:
+    """Add `--decode`: what is seen of images that are no ordinary 8-bit RGB."""
+    command.add_argument(
+        "--decode",
+        choices=("upright", "reference"),
+        default="upright",
+        help="upright: EXIF turned, 16 bits scaled, transparency on white; reference: as CN-CLIP's code does"
+        " (default: upright)",
+    )
+
+
 def checkpoint(options: argparse.Namespace) -> "ModelSource":
-    """Return the weights that the options of `add_model` name."""
+    """Return the weights that the options of `add_model` and `add_decode` name."""
     from eval.features.encoder import find_checkpoint
 
-    return find_checkpoint(options.model, options.vocabulary, options.context_length, options.set)
+    found = find_checkpoint(options.model, options.vocabulary, options.context_length, options.set)
+    return replace(found, decode=getattr(options, "decode", found.decode))
 
 
 def add_templates(command: argparse.ArgumentParser, values: str, help: str) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -148,7 +149,12 @@ def _export(options: argparse.Namespace) -> int:
 def _guard(options: argparse.Namespace) -> int:
     from data_prep.decontamination import make_guard
 
-    count = make_guard(options.evaluation_set, options.family, options.out)
+    count = make_guard(
+        options.evaluation_set,
+        options.family,
+        options.out,
+        say=lambda text: print(f"note: {text}", file=sys.stderr),
+    )
     print(f"{options.out}: {count:,} images; name it in [corpus] guards")
     return EXIT_DONE
 

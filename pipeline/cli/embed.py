@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from pipeline.cli.arguments import EXIT_DONE, add, add_model, checkpoint
+from pipeline.cli.arguments import EXIT_DONE, add, add_decode, add_model, checkpoint
 from pipeline.core.progress import make_progress
 from pipeline.core.records import ConfigError
 
@@ -18,6 +18,7 @@ def add_commands(commands: Any) -> None:
         "my_run.toml --images photos --out features",
     )
     add_model(command)
+    add_decode(command)
     command.add_argument(
         "--images", metavar="FOLDER|TABLE", help="folder of images, or table with a column of them"
     )
@@ -53,6 +54,7 @@ def _embed(options: argparse.Namespace) -> int:
 
     from eval.features.encoder import load_encoder
     from eval.features.files import embed_files
+    from pipeline.core.image_files import summary
 
     encoder = load_encoder(checkpoint(options))
     done = embed_files(
@@ -67,6 +69,14 @@ def _embed(options: argparse.Namespace) -> int:
         print(
             f"{done.num_truncated} of {done.num_texts} texts have more than {encoder.context_length} tokens"
             " and are cut; raise --context to keep more"
+        )
+    if done.passed_over:
+        print(f"{len(done.passed_over)} passed over: {summary(done.passed_over)}")
+    if done.left_out:
+        with_texts = f", with {done.num_texts_left_out} texts of theirs" if done.num_texts_left_out else ""
+        print(
+            f"{len(done.left_out)} images cannot be decoded and have no row{with_texts}:"
+            f" {summary(done.left_out)}; all are in {options.out}/left_out.jsonl"
         )
     print(f"{options.out}: {done.num_images} images, {done.num_texts} texts, {done.dim} dimensions")
     return EXIT_DONE

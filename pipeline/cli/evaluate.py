@@ -4,9 +4,18 @@ import argparse
 import sys
 from typing import Any
 
-from pipeline.cli.arguments import EXIT_DONE, EXIT_FAILED, add, add_model, add_templates, checkpoint
+from pipeline.cli.arguments import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    add,
+    add_decode,
+    add_model,
+    add_templates,
+    checkpoint,
+)
 from pipeline.core import store
 from pipeline.core.records import ConfigError
+from pipeline.core.terminal import one_line
 
 
 def add_commands(commands: Any) -> None:
@@ -65,9 +74,9 @@ def _score(options: argparse.Namespace) -> int:
 
     result = score_files(options.reference, options.predictions, options.out)
     for note in result.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {one_line(note)}", file=sys.stderr)
     if not result.success:
-        print(f"error: {result.body['errorMsg']}", file=sys.stderr)
+        print(f"error: {one_line(result.body['errorMsg'])}", file=sys.stderr)
         return EXIT_FAILED
     recalls = result.body["scoreJson"]
     print(
@@ -86,6 +95,7 @@ def _add_eval(commands: Any) -> None:
         "my_run.toml --out results",
     )
     add_model(command)
+    add_decode(command)
     command.add_argument(
         "--sets", metavar="FOLDER", help="folder of evaluation sets (default: those of the run)"
     )
@@ -106,7 +116,7 @@ def _add_eval(commands: Any) -> None:
     command.add_argument(
         "--ensemble", choices=("features", "scores"), default="features", help="templates: mean of which"
     )
-    add_templates(command, "own|general|FILE", "prompts for classification")
+    add_templates(command, "own|general|paper|FILE", "prompts for classification; paper takes its labels too")
     command.add_argument(
         "--format", choices=("text", "json", "csv", "latex"), default="text", help="what is printed"
     )
@@ -120,7 +130,7 @@ def _eval(options: argparse.Namespace) -> int:
     if options.sets is not None:
         sources, notes = reported_splits(find_sets(options.sets))
         for note in notes:
-            print(f"note: {note}", file=sys.stderr)
+            print(f"note: {one_line(note)}", file=sys.stderr)
     elif model.run_folder is not None:
         sources = sets_of_run(model.run_folder)
     else:
@@ -132,7 +142,7 @@ def _eval(options: argparse.Namespace) -> int:
         templates=options.templates,
         json_features=options.json_features,
     )
-    evaluate(model, sources, options.out, how, lambda text: print(text, file=sys.stderr))
+    evaluate(model, sources, options.out, how, lambda text: print(one_line(text), file=sys.stderr))
     name = {"text": "eval.txt", "json": "eval.json", "csv": "eval.csv", "latex": "eval.tex"}[options.format]
     print(store.read_text(store.join(options.out, name)).rstrip("\n"))
     return EXIT_DONE

@@ -44,7 +44,8 @@ def _add_index(commands: Any) -> None:
 
 def _index(options: argparse.Namespace) -> int:
     from eval.index.benchmark import suggest
-    from eval.index.partitioned import Embeddings, build_parts
+    from eval.index.embeddings import Embeddings
+    from eval.index.partitioned import build_parts
 
     embeddings = Embeddings.open(options.embeddings, side=options.side)
     factory = options.factory or suggest(
@@ -59,6 +60,7 @@ def _index(options: argparse.Namespace) -> int:
         device=options.device,
         redo=options.redo,
         progress=make_progress("index", "part"),
+        say=lambda line: print(line, file=sys.stderr),
     )
     print(
         f"{options.out}: {factory}, {index.num_rows:,} rows of width {index.dim} in {len(index.parts)} parts,"
@@ -98,7 +100,7 @@ def _bench_index(options: argparse.Namespace) -> int:
 
     from eval.features.model_identity import check_same_model
     from eval.index import benchmark as bench_index
-    from eval.index.partitioned import Embeddings
+    from eval.index.embeddings import Embeddings
 
     if options.num_queries < 1:
         raise ConfigError(f"--num-queries {options.num_queries}: give at least 1")

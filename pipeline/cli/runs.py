@@ -13,9 +13,11 @@ from pipeline.cli.arguments import (
     add_stages,
     corpus_folder,
 )
+from pipeline.core import store
 from pipeline.core.config import find_recipe
-from pipeline.core.records import ConfigError
+from pipeline.core.records import ConfigError, InputError
 from pipeline.core.run import select, survey_what_is_there
+from pipeline.core.terminal import one_line, print_lines
 from pipeline.core.text_table import align
 
 # What training is planned with unless the command line says otherwise.
@@ -151,7 +153,7 @@ def _plan(options: argparse.Namespace) -> int:
     if needs:
         print(f"\n{needs}")
     for complaint in complaints:
-        print(f"error: {complaint}", file=sys.stderr)
+        print(f"error: {one_line(complaint)}", file=sys.stderr)
     return EXIT_USAGE if complaints else EXIT_DONE
 
 
@@ -197,21 +199,34 @@ def _status(options: argparse.Namespace) -> int:
     statuses, complaints = survey_what_is_there(run)
     print(status_table(run, statuses))
     for note in notes(run):
-        print(f"note: {note}")
+        print(f"note: {one_line(note)}")
     for complaint in complaints:
-        print(f"error: {complaint}", file=sys.stderr)
+        print(f"error: {one_line(complaint)}", file=sys.stderr)
     return EXIT_FAILED if complaints else EXIT_DONE
 
 
 def _verify(options: argparse.Namespace) -> int:
     from pipeline.catalog import load
-    from pipeline.runner import verify
+    from pipeline.runner import unseen, verify
 
     run, _ = load(options.run, options.set)
-    complaints = verify(run, select(run, options.stage, options.first, options.last))
-    for line in complaints:
-        print(line)
+    stages = select(run, options.stage, options.first, options.last)
+    if not store.exists(run.folder):
+        raise InputError(f"{run.folder}: no such folder: {options.run} has not been run; check [run] folder")
+    missing = unseen(run, stages)
+    if len(missing) == len(stages):
+        raise InputError(
+            f"{run.folder}: nothing to verify: no stage of {', '.join(missing)} is finished; run"
+            f" `cnclip run {options.run}` first"
+        )
+    complaints = verify(run, stages)
+    print_lines(complaints)
     print(f"{len(complaints)} differ" if complaints else "all outputs match their manifests")
+    if missing:
+        print(
+            f"not verified, since not finished: {', '.join(missing)}"
+            f" ({len(missing)} of {len(stages)} stages; their outputs were not read)"
+        )
     return EXIT_FAILED if complaints else EXIT_DONE
 
 
@@ -220,7 +235,7 @@ def _why(options: argparse.Namespace) -> int:
     from pipeline.tools.why import explain
 
     run, config = load(options.run, options.set)
-    print("\n".join(explain(run, config.filter_text, options.key)))
+    print_lines(explain(run, config.filter_text, options.key))
     return EXIT_DONE
 
 
@@ -263,5 +278,5 @@ def _retry(options: argparse.Namespace) -> int:
 def _diff(options: argparse.Namespace) -> int:
     from pipeline.tools.diff import compare
 
-    print("\n".join(compare(corpus_folder(options.a), corpus_folder(options.b), options.rows)))
+    print_lines(compare(corpus_folder(options.a), corpus_folder(options.b), options.rows))
     return EXIT_DONE

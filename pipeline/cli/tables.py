@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Sequence
 
 from data_prep.accounting.funnel import STEPS, threshold_notes
-from pipeline.core import store
+from pipeline.core import drops, store
 from pipeline.core.records import InputError, Receipt
 from pipeline.core.run import Run, StageStatus, State, read_manifest, survey_stage
 from pipeline.core.stage import receipt_at
@@ -44,12 +44,14 @@ def status_table(run: Run, statuses: Sequence[StageStatus]) -> str:
 
 
 def notes(run: Run) -> list[str]:
-    """Return notes on the funnel: thresholds that remove nothing, with the minimum seen."""
+    """Return notes on the funnel: thresholds that remove nothing, stages that removed much."""
     manifests = []
-    for stage in STEPS:
+    for stage in ("corpus", *STEPS):
         with contextlib.suppress(InputError):  # the table says what is damaged
             manifests.append(read_manifest(run, stage))
-    return [note for manifest in manifests if manifest for note in threshold_notes(manifest)]
+    found = [manifest for manifest in manifests if manifest]
+    notes = [note for manifest in found for note in threshold_notes(manifest)]
+    return notes + [said for manifest in found if (said := drops.warning(manifest))]
 
 
 def read_receipts(run: Run, stage: str) -> tuple[list[Receipt], int]:

@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from pipeline.cli.arguments import EXIT_DONE, add, add_vocabulary
+from pipeline.core.terminal import print_lines
 
 
 def add_commands(commands: Any) -> None:
@@ -49,12 +50,12 @@ def _convert(options: argparse.Namespace) -> int:
         vocabulary=options.vocabulary,
         image_size_px=options.image_size,
     )
-    print("\n".join(lines))
+    print_lines(lines)
     return EXIT_DONE
 
 
 def _inspect(options: argparse.Namespace) -> int:
     from training.weights.convert import inspect
 
-    print("\n".join(inspect(options.file)))
+    print_lines(inspect(options.file))
     return EXIT_DONE

@@ -3,7 +3,9 @@
 Relative paths in a run's TOML and in `--set` are relative to the folder the command is started in.
 """
 
+import copy
 import dataclasses
+import datetime
 import difflib
 import hashlib
 import json
@@ -12,17 +14,33 @@ import os
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib import resources
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
+from pipeline.core.foreign import foreign
 from pipeline.core.records import ConfigError
 
 T = TypeVar("T")
 
+_MOST_DEPTH = 64  # of tables and lists in each other; settings have five
+
 # A field that cannot change a stage's output (how many processes, how long to wait) says so in its metadata
 # and stays out of the stage's digest.
+# For fields of later releases: unset, they leave the digest of a configuration as it was before.
+IN_DIGEST_IF_SET: Mapping[str, Any] = types.MappingProxyType({"in_digest_if_set": True})
 NOT_IN_DIGEST: Mapping[str, Any] = types.MappingProxyType({"in_digest": False})
+
+# What a change of a field means for work that is there, in the field's metadata under "binds":
+# "always"     other work: what was made is stale. Fields that say nothing are such.
+# "exactly"    other work, unless the stage finds that it continues exactly (`Stage.continues`).
+# "once done"  half-done work continues; finished work is stale.
+# "never"      the same work computed in another way. The digest has such fields, because that of runs that
+#              were finished before has them; a change is told and makes nothing stale.
+Binds = Literal["always", "exactly", "once done", "never"]
+BINDS_EXACTLY: Mapping[str, Any] = types.MappingProxyType({"binds": "exactly"})
+BINDS_ONCE_DONE: Mapping[str, Any] = types.MappingProxyType({"binds": "once done"})
+BINDS_NEVER: Mapping[str, Any] = types.MappingProxyType({"binds": "never"})
 
 
 def find_recipe(name: str) -> str:
@@ -44,26 +62,28 @@ def find_recipe(name: str) -> str:
 
 def read_toml(path: str) -> dict[str, Any]:
     """Return the table of a TOML file; ConfigError if it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return tomllib.load(file)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    with foreign(path, "TOML file", "correct it", error=ConfigError), open(path, "rb") as file:
+        try:
+            table = tomllib.load(file)
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    _refuse_unusable(table, path)
+    return table
 
 
 def apply_overrides(table: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """Apply `--set key=value` items; the value is TOML, and a bare word is taken as a string."""
-    table = json.loads(json.dumps(table))
+    table = copy.deepcopy(table)
     for item in overrides:
         key, sign, text = item.partition("=")
         if not sign or not key.strip():
             raise ConfigError(f"--set {item}: expected key=value, for example --set stage1.epochs=2")
-        try:
-            value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            value = text
+        with foreign(f"--set {_shorten_text(item)}", "value", "correct it", error=ConfigError):
+            try:
+                value = tomllib.loads(f"value = {text}")["value"]
+            except tomllib.TOMLDecodeError:
+                value = text
+        _refuse_unusable(value, f"--set {_shorten_text(item)}", key.strip())
         place = table
         *folders, leaf = key.strip().split(".")
         for folder in folders:
@@ -92,7 +112,10 @@ def _with_base(table: dict[str, Any], where: str, seen: tuple[str, ...] = ()) ->
         return own
     if not isinstance(base, str) or base in seen:
         raise ConfigError(f"{where}: base: found {base!r}; give the name or path of another run's file")
-    path = find_recipe(base)
+    try:
+        path = find_recipe(base)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: base: {error}") from None
     joined = _with_base(read_toml(path), path, (*seen, base))
     for name in without:
         if name not in joined:
@@ -119,11 +142,17 @@ def build(cls: type[T], table: Mapping[str, Any], where: str, *, allow_nan: bool
     _refuse_unknown_keys(cls, table, where, "")
     if not allow_nan:
         _refuse_non_finite(table, where)
+    _refuse_unusable(table, where)
     try:
         built: T = pydantic.TypeAdapter(cls).validate_json(json.dumps(table), strict=True)
         return built
     except pydantic.ValidationError as error:
         first = error.errors()[0]
+        if first["type"] == "missing" and isinstance(first["loc"][-1], int):  # a list that is too short
+            missing = [item for item in error.errors() if item["loc"][:-1] == first["loc"][:-1]]
+            count = len(first["input"]) + len(missing)
+            place = _readable_location(table, first["loc"][:-1])
+            raise ConfigError(f"{where}: {place}: must have {count} items, found {first['input']}") from None
         # Union members appear in the location by class name or tag; only keys and indices are for the reader.
         location = _readable_location(table, first["loc"])
         message = _complaint(first["type"], first["msg"], first.get("ctx", {}), first["input"])
@@ -146,19 +175,26 @@ def to_toml(config: Any) -> str:
     return tomli_w.dumps(_without_none(dataclasses.asdict(config)))
 
 
-def plain(value: Any) -> Any:
-    """Return dataclasses as mappings of plain values, without fields NOT_IN_DIGEST."""
+def plain(value: Any, *, without: Collection[Binds] = ()) -> Any:
+    """Return dataclasses as mappings of plain values, without fields NOT_IN_DIGEST and those that bind so."""
     if dataclasses.is_dataclass(value):
         return {
-            field.name: plain(getattr(value, field.name))
+            field.name: plain(getattr(value, field.name), without=without)
             for field in dataclasses.fields(value)
             if field.metadata.get("in_digest", True)
+            and field.metadata.get("binds", "always") not in without
+            and not is_left_out(field, value)
         }
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): plain(item, without=without) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [plain(item, without=without) for item in value]
     return value
+
+
+def is_left_out(field: "dataclasses.Field[Any]", value: Any) -> bool:
+    """Return whether a dataclass value leaves a field IN_DIGEST_IF_SET unset."""
+    return "in_digest_if_set" in field.metadata and getattr(value, field.name) is None
 
 
 def _without_none(value: Any) -> Any:
@@ -183,6 +219,42 @@ def _refuse_unknown_keys(cls: Any, table: Any, where: str, prefix: str) -> None:
         items = value if isinstance(value, list) else [value]
         for item in items:
             _refuse_unknown_keys(hints[key], item, where, f"{prefix}{key}.")
+
+
+def _refuse_unusable(value: Any, where: str, key: str = "", depth: int = 0) -> None:
+    """Raise ConfigError for what TOML can hold and no setting is: dates, huge numbers, NUL and no text.
+
+    A NUL ends a path for the system; half a surrogate pair is what an argument's byte that is not UTF-8 is
+    turned into.
+    """
+    place = f"{where}: {_shorten_text(key)}" if key else where
+    if depth > _MOST_DEPTH:
+        raise ConfigError(f"{place[:200]}: nested deeper than {_MOST_DEPTH} tables and lists")
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            _refuse_unusable(str(name), where, f"{key}.{name}" if key else str(name), depth + 1)
+            _refuse_unusable(item, where, f"{key}.{name}" if key else str(name), depth + 1)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _refuse_unusable(item, where, key, depth + 1)
+    elif isinstance(value, datetime.date | datetime.time):
+        raise ConfigError(f"{place}: must be text, a number or true or false, found the date or time {value}")
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ConfigError(f"{place}: must be a number of at most 64 bits, found one of {value.bit_length()}")
+    elif isinstance(value, str) and ("\0" in value or not _is_text(value)):
+        raise ConfigError(f"{place}: must be text in UTF-8 without a NUL character, found {_shorten(value)}")
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _shorten_text(text: str, limit: int = 80) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def _refuse_non_finite(value: Any, where: str, key: str = "") -> None:
@@ -256,6 +328,8 @@ def _complaint(kind: str, message: str, facts: Mapping[str, Any], found: Any) ->
         return "required, but not set"
     if kind == "union_tag_invalid":
         return f"must be one of {facts['expected_tags']}, found {facts['tag']!r}"
+    if kind == "too_short" and facts["min_length"] == 1:
+        return "must not be empty"
     known = _COMPLAINTS.get(kind)
     text = known.format(**facts) if known else message.replace("Input should be", "must be")
     return f"{text}, found {_shorten(found)}"

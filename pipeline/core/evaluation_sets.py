@@ -4,9 +4,11 @@ A set is a folder in Chinese-CLIP's layout: `<name>_imgs.tsv` (id, base64 image)
 or a folder of this project's shards.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import PurePath
 from typing import Any
 
 from pipeline.core import store
@@ -16,6 +18,24 @@ from pipeline.core.shard_format import SIDECAR, TAR
 from pipeline.core.stage import Context
 
 SUFFIXES = ("_imgs.tsv", "_texts.jsonl")
+# Words of a name that say which part of a set it is, and not which set.
+_SPLITS = frozenset({"mr", "train", "val", "valid", "validation", "dev", "test"})
+
+
+def is_scored_image_to_text(name: str, folder: str = "") -> bool:
+    """Return whether a set's mean recall is of both directions; MUGE's is of text-to-image alone (Table 2).
+
+    A set is MUGE's if its name says so, such as `muge-valid`, or if its name is that of a split and its
+    folder's says so, as in Chinese-CLIP's own `MUGE/valid`.
+    """
+    words = _words(name)
+    if words <= _SPLITS:
+        words |= _words(PurePath(folder).name)
+    return "muge" not in words
+
+
+def _words(name: str) -> set[str]:
+    return set(re.findall(r"[a-z]+", name.lower()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +53,16 @@ class EvaluationSet:
     name: str
     folder: str
     known_digest: str | None = field(default=None, compare=False)  # of a set that the corpus stage made
+
+    @property
+    def scored_by(self) -> dict[str, str]:
+        """What a stage whose output depends on the directions that are scored adds to its tasks' inputs.
+
+        Empty for both directions, so that stages which scored such a set before stay done.
+        """
+        if is_scored_image_to_text(self.name, self.folder):
+            return {}
+        return {f"directions of {self.name}": "text-to-image"}
 
     @cached_property
     def digest(self) -> str:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn, TextIO
 
+from pipeline.core.terminal import visible
+
 _PR_SET_PDEATHSIG = 1
 _IS_LINUX = sys.platform.startswith("linux")
 # Opened before any fork: a child of a process with threads may find the loader's lock taken for ever.
@@ -78,7 +80,7 @@ def importing() -> Iterator[None]:
 def say(line: str, stream: TextIO | None = None) -> None:
     """A line to standard output, or to another stream, in one write: ranks share a pipe and print at once."""
     stream = stream or sys.stdout
-    stream.write(f"{line}\n")
+    stream.write(f"{visible(line)}\n")
     stream.flush()
 
 

@@ -5,6 +5,7 @@ import sys
 import time
 
 from pipeline.core.stage import Progress
+from pipeline.core.terminal import one_line, unguarded
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -30,7 +31,9 @@ class _Lines:
             return
         self._last = now
         print(
-            f"{self._label}: {done:,} of {total:,}{'  ' + text if text else ''}", file=sys.stderr, flush=True
+            one_line(f"{self._label}: {done:,} of {total:,}{'  ' + text if text else ''}"),
+            file=sys.stderr,
+            flush=True,
         )
 
 
@@ -38,11 +41,14 @@ class _Bar:
     def __init__(self, label: str, unit: str) -> None:
         from tqdm import tqdm
 
-        self._bar = tqdm(desc=label, unit=unit, dynamic_ncols=True, leave=True, file=sys.stderr)
+        # The bar moves the cursor, which a guarded stream would not let it.
+        self._bar = tqdm(
+            desc=one_line(label), unit=unit, dynamic_ncols=True, leave=True, file=unguarded(sys.stderr)
+        )
 
     def __call__(self, done: int, total: int, text: str = "") -> None:
         self._bar.total = total
-        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.set_postfix_str(one_line(text), refresh=False)
         self._bar.update(done - self._bar.n)
         self._bar.refresh()
         if done >= total:

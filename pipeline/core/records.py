@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from annotated_types import Ge, Lt
 
@@ -22,12 +22,23 @@ class InputError(Exception):
     """Bad input data: one line that names the file, the row or key, what was found and what to do."""
 
     exit_status = 1
+    rows_left: int | None = None  # set by `too_few`
 
 
 class ConfigError(Exception):
     """Wrong usage or configuration: one line that names the file, the key and the remedy."""
 
     exit_status = 2
+    rows_left: int | None = None  # set by `too_few`
+
+
+_Error = TypeVar("_Error", InputError, ConfigError)
+
+
+def too_few(error: _Error, rows_left: int) -> _Error:
+    """Note that an error comes of a corpus that is too small: the runner adds where its rows went."""
+    error.rows_left = rows_left
+    return error
 
 
 class Stopped(Exception):

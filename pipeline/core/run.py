@@ -2,18 +2,16 @@
 
 import contextlib
 import enum
-import errno
-import fcntl
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.core import durability, store
+from pipeline.core import store
+from pipeline.core.changes import Started, Verdict, judge, read_started
 from pipeline.core.damage import find_damage, summarise
+from pipeline.core.lock import exclusive
 from pipeline.core.records import ConfigError, InputError, Manifest, Receipt
-from pipeline.core.sealed import seal, unseal
-from pipeline.core.stage import Context, Stage, Task, inputs_digest, read_receipt, receipt_counts
+from pipeline.core.stage import Context, Stage, Task, read_receipt, receipt_counts
 
 
 class State(enum.Enum):
@@ -29,10 +27,10 @@ class StageStatus:
 
     stage: Stage
     state: State
-    why: str  # for stale: what changed; for to do: what it waits for; else empty
+    why: str  # what changed, if anything did; for to do also what it waits for; else empty
     tasks_done: int
     num_tasks: int | None  # None while the parents are not done
-    manifest: Manifest | None
+    manifest: Manifest | None  # also of a stage that was done and continues: its state is to do
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,16 +97,29 @@ def survey_stage(run: Run, stage: Stage) -> StageStatus:
         waiting = [name for name in stage.parents if read_manifest(run, name) is None]
         return StageStatus(stage, State.TO_DO, f"after {waiting[-1]}", 0, None, manifest)
     tasks = stage.plan(stage.config, context)
-    if manifest is not None:
-        why = _changed(stage, tasks, manifest.config_digest, manifest.inputs_digest)
-        if not why and (damage := find_damage(context.path(), manifest.shards)):
-            return StageStatus(stage, State.DAMAGED, summarise(damage), len(tasks), len(tasks), manifest)
-        state = State.STALE if why else State.DONE
-        return StageStatus(stage, state, why, len(tasks) if not why else 0, len(tasks), manifest)
     started = read_started(context)
-    why = _changed(stage, tasks, *started) if started else ""
+    if manifest is not None:
+        made = Started(manifest.config_digest, manifest.inputs_digest)
+        if started and (made.config_digest, made.inputs_digest) == (
+            started.config_digest,
+            started.inputs_digest,
+        ):
+            made = started  # which names the settings behind the digests
+        verdict = judge(stage, context, tasks, made, is_done=True)
+        if verdict.stale:
+            return StageStatus(stage, State.STALE, verdict.stale, 0, len(tasks), manifest)
+        if verdict.goes_on:
+            return StageStatus(stage, State.TO_DO, verdict.goes_on, 0, len(tasks), manifest)
+        if damage := find_damage(context.path(), manifest.shards):
+            return StageStatus(stage, State.DAMAGED, summarise(damage), len(tasks), len(tasks), manifest)
+        why = f"with {', '.join(verdict.kept)}: the same work" if verdict.kept else ""
+        return StageStatus(stage, State.DONE, why, len(tasks), len(tasks), manifest)
+    verdict = judge(stage, context, tasks, started, is_done=False) if started else Verdict()
     done = len(receipts_that_count(stage, context, tasks))
-    return StageStatus(stage, State.STALE if why else State.TO_DO, why, done, len(tasks), None)
+    if verdict.stale:
+        return StageStatus(stage, State.STALE, verdict.stale, done, len(tasks), None)
+    why = f"continues with {', '.join(verdict.kept)}" if verdict.kept else ""
+    return StageStatus(stage, State.TO_DO, why, done, len(tasks), None)
 
 
 def survey(run: Run) -> list[StageStatus]:
@@ -140,59 +151,8 @@ def select(run: Run, only: str | None, first: str | None, last: str | None) -> l
     return list(run.stages[start:end])
 
 
-def _changed(stage: Stage, tasks: list[Task], config_digest: str, digest_of_inputs: str) -> str:
-    changes = []
-    if config_digest != stage.config_digest:
-        changes.append("its configuration changed")
-    if digest_of_inputs != inputs_digest(tasks):
-        changes.append("its inputs changed")
-    return " and ".join(changes)
-
-
-def started_path(context: Context) -> str:
-    """Return where a stage notes what it began with."""
-    return context.path("started.json")
-
-
-def read_started(context: Context) -> tuple[str, str] | None:
-    """Return the digests of configuration and inputs that work was begun with; None if nothing says it."""
-    if not store.exists(started_path(context)):
-        return None
-    try:
-        fields = unseal(store.read_bytes(started_path(context)))
-        return str(fields["config_digest"]), str(fields["inputs_digest"])
-    except (ValueError, KeyError, IsADirectoryError):
-        return None  # damaged: receipts and checkpoints say themselves what they are made from
-
-
-def write_started(context: Context, stage: Stage, tasks: list[Task]) -> None:
-    """Bind half-done work (checkpoints, half a download) to what it is made from."""
-    fields = {"config_digest": stage.config_digest, "inputs_digest": inputs_digest(tasks)}
-    store.write_text(started_path(context), seal(fields))
-
-
 @contextlib.contextmanager
 def locked(run: Run) -> Iterator[None]:
-    """Hold the lock of a run's folder, which admits one `cnclip run` at a time (local folders only)."""
-    if not store.is_local(run.folder):
-        yield
-        return
-    path = os.path.join(run.folder, ".lock")
-    try:
-        durability.make_folder(os.path.abspath(run.folder))
-        # Never through a link: it could make or change a file anywhere.
-        descriptor = os.open(
-            path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666
-        )
-    except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-            raise
-        raise ConfigError(f"{path}: a link or no plain file, and no lock for the run; remove it") from None
-    with open(descriptor, "rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"{run.folder}: another `cnclip run` is at work here; wait for it or stop it"
-            ) from None
+    """Hold the lock of a run's folder, which admits one command at a time (local folders only)."""
+    with exclusive(run.folder):
         yield

@@ -23,8 +23,18 @@ SIDECAR_COLUMNS = (
     "key", "offset_bytes", "size_bytes", "caption", "source", "url", "score", "width_px", "height_px",
     "image_sha256", "perceptual_hash",
 )  # fmt: skip
-MAX_IMAGE_BYTES = 64 << 20  # of an image in shards from elsewhere: a damaged sidecar may ask for gigabytes
+# The most that one image may have, wherever it comes from: the web, a folder, a table, a tar, a search page.
+# Damaged tables and hostile files ask for gigabytes.
+MAX_IMAGE_BYTES = 64 << 20
+MAX_IMAGE_BASE64_BYTES = MAX_IMAGE_BYTES // 3 * 4 + 4  # of the same in base64
+MAX_IMAGE_PIXELS = 100_000_000  # as its header promises, before a pixel is decoded
+BUILD_AGAIN = "build the shard again"  # what to do about a damaged one whose origin is not known
 _OPEN_FILES = 64  # at once in a pool: the rows of one shard may come from any number of tars
+
+
+def too_large() -> str:
+    """Return what every error says of an image above the limit."""
+    return f"more than {MAX_IMAGE_BYTES >> 20} MiB, the most that an image may have"
 
 
 def sidecar_of(tar: str) -> str:
@@ -76,24 +86,30 @@ def read_sidecar_frame(path: str, columns: Sequence[str], optional: Sequence[str
 
 
 class ByteRanges(contextlib.AbstractContextManager["ByteRanges"]):
-    """Byte ranges of one file.
+    """Byte ranges of one file, each an image.
 
     A local file may be read by several threads at once. A remote one reads ahead, for one thread that goes
     through it in order; with `concurrent` each range is a request of its own, for several threads.
     """
 
-    def __init__(self, path: str, *, concurrent: bool = False, max_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        *,
+        concurrent: bool = False,
+        max_bytes: int = MAX_IMAGE_BYTES,
+        remedy: str = BUILD_AGAIN,
+    ) -> None:
         self.path = path
-        self._max_bytes = max_bytes  # of a range: for sidecars from elsewhere, which may ask for gigabytes
+        self._remedy = remedy  # what errors tell the reader to do
+        self._max_bytes = max_bytes  # of a range: a damaged table may ask for gigabytes
         self._file: IO[Any] | None = None
         self._fs: Any = None
         self._is_local = store.is_local(path)
         if self._is_local:
             self._file = open(path, "rb", buffering=0)  # noqa: SIM115
         elif concurrent:
-            import fsspec
-
-            self._fs, self._name = fsspec.core.url_to_fs(path)
+            self._fs, self._name = store.remote(path)
         else:
             self._file = store.open_read(path)
 
@@ -103,21 +119,18 @@ class ByteRanges(contextlib.AbstractContextManager["ByteRanges"]):
         Raises:
             InputError: if the range cannot be one of an image, or the file ends before it does.
         """
-        if (
-            offset_bytes is None
-            or size_bytes is None
-            or offset_bytes < 0
-            or size_bytes <= 0
-            or (self._max_bytes is not None and size_bytes > self._max_bytes)
-        ):
+        if size_bytes is not None and size_bytes > self._max_bytes:
             raise InputError(
-                f"{self.path}: {name}: its sidecar gives {size_bytes} bytes at {offset_bytes};"
-                f" build the shard again"
+                f"{self.path}: {name}: its sidecar gives {size_bytes} bytes, {too_large()}; {self._remedy}"
+            )
+        if offset_bytes is None or size_bytes is None or offset_bytes < 0 or size_bytes <= 0:
+            raise InputError(
+                f"{self.path}: {name}: its sidecar gives {size_bytes} bytes at {offset_bytes}; {self._remedy}"
             )
         data = self._range(offset_bytes, size_bytes)
         if len(data) < size_bytes:
             raise InputError(
-                f"{self.path}: ends inside {name}: the file is cut short or not its sidecar's; build it again"
+                f"{self.path}: ends inside {name}: the file is cut short or not its sidecar's; {self._remedy}"
             )
         return data
 
@@ -145,8 +158,9 @@ class ByteRanges(contextlib.AbstractContextManager["ByteRanges"]):
 class ByteRangePool(contextlib.AbstractContextManager["ByteRangePool"]):
     """Byte ranges of many files, each opened at its first use; the least recently used is closed first."""
 
-    def __init__(self, path_of: Callable[[str], str]) -> None:
+    def __init__(self, path_of: Callable[[str], str], *, remedy: str = BUILD_AGAIN) -> None:
         self._path_of = path_of
+        self._remedy = remedy
         self._open: collections.OrderedDict[str, ByteRanges] = collections.OrderedDict()
 
     def read(self, file: str, offset_bytes: int, size_bytes: int, name: str) -> bytes:
@@ -154,7 +168,7 @@ class ByteRangePool(contextlib.AbstractContextManager["ByteRangePool"]):
         if file not in self._open:
             if len(self._open) >= _OPEN_FILES:
                 self._open.popitem(last=False)[1].close()
-            self._open[file] = ByteRanges(self._path_of(file))
+            self._open[file] = ByteRanges(self._path_of(file), remedy=self._remedy)
         self._open.move_to_end(file)
         return self._open[file].read(offset_bytes, size_bytes, name)
 

@@ -5,13 +5,14 @@ stage's folder and accounts for every row. The runner (`pipeline.runner`) decide
 publishes receipts and manifests; a stage never looks at them.
 """
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.core import durability, store
-from pipeline.core.config import digest
+from pipeline.core.config import Binds, digest
 from pipeline.core.damage import listing_path, make_listing
 from pipeline.core.records import SCHEMA_VERSION, Manifest, Receipt, Shard
 
@@ -37,6 +38,24 @@ class Outcome:
     extra: Mapping[str, Any] = field(default_factory=dict)  # small deterministic facts for later stages
     # Further files that later stages need, too many for a receipt: sizes and digests are kept next to it.
     also: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A setting that had another value when a stage's work was begun."""
+
+    key: str  # dotted, within the stage's configuration
+    before: Any
+    now: Any
+    binds: Binds
+
+    def __str__(self) -> str:
+        return f"{self.key.rpartition('.')[2]} {_short(self.before)} → {_short(self.now)}"
+
+
+def _short(value: Any, limit: int = 40) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 class Progress(Protocol):
@@ -91,6 +110,15 @@ class Stage:
     parallel: bool = True  # tasks may run in several processes at once
     processes: int = 1  # that one call starts: what it needs of a cluster's cores
     may_be_empty: bool = False  # that no row is left is no error
+    # Raises what its run would refuse at once: before a redo discards what is there.
+    check: Callable[[Any, Context], None] | None = None
+    is_seeded: bool = False  # its work follows from the run's seed, which the configuration does not hold
+    # (configuration, seed) that work of before settings were noted was begun with; None: not known.
+    begun_with: Callable[[Any, Context], tuple[Any, int] | None] | None = None
+    unbound_inputs: frozenset[str] = frozenset()  # labels of inputs that say how it computes, as BINDS_NEVER
+    # (configuration, context, a change that BINDS_EXACTLY, whether the stage is done) → (whether its work
+    # continues exactly under it, a sentence on how it does or why it does not).
+    continues: Callable[[Any, Context, Change, bool], tuple[bool, str]] | None = None
 
     @property
     def config_digest(self) -> str:
@@ -165,8 +193,13 @@ def receipt_counts(stage: Stage, context: Context, task: Task, receipt: Receipt)
     )
 
 
-def inputs_digest(tasks: list[Task]) -> str:
-    """Return the digest of what a whole stage reads."""
+def inputs_digest(tasks: list[Task], *, without: frozenset[str] = frozenset()) -> str:
+    """Return the digest of what a whole stage reads, less the inputs with labels in `without`."""
+    if without:
+        tasks = [
+            replace(task, inputs={label: sha for label, sha in task.inputs.items() if label not in without})
+            for task in tasks
+        ]
     return digest([[task.name, task_digest(task)] for task in tasks])
 
 

@@ -17,6 +17,7 @@ from typing import IO, Any
 import fsspec
 
 from pipeline.core import durability
+from pipeline.core.foreign import first_line
 from pipeline.core.records import ConfigError
 
 _DIGEST_CHUNK_BYTES = 1 << 20
@@ -57,7 +58,33 @@ def remote(url: str) -> tuple[Any, str]:
         scheme = url.partition("://")[0]
         remedy = 'pip install "cnclip-pretraining[s3]"' if scheme in ("s3", "s3a") else str(error)
         raise ConfigError(f"{url}: no file system for {scheme}://: {remedy}") from None
-    return fs, str(name)
+    return _Named(fs, url), str(name)
+
+
+class _Named:
+    """A file system whose errors name the URL, and are none of the package beneath."""
+
+    def __init__(self, fs: Any, url: str) -> None:
+        self._fs, self._url = fs, url
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._fs, name)
+        return functools.partial(self._call, found) if callable(found) else found
+
+    def _call(self, function: Any, *arguments: Any, **options: Any) -> Any:
+        try:
+            return function(*arguments, **options)
+        except OSError as error:
+            if error.filename is None:
+                error.filename = self._url
+            raise
+        except (ConfigError, ValueError, TypeError, NotImplementedError):
+            raise
+        except Exception as error:  # botocore's, aiohttp's and their like share no class
+            raise ConfigError(
+                f"{self._url}: its store cannot be used ({first_line(error)}): check its credentials and"
+                " address (for S3 AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL)"
+            ) from None
 
 
 def exists(path: str) -> bool:

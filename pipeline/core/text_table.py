@@ -3,11 +3,14 @@
 import unicodedata
 from collections.abc import Sequence
 
+from pipeline.core.terminal import one_line
+
 _TAKE_NO_ROOM = ("Mn", "Me", "Cf")  # combining marks, enclosing marks, and signs such as joiners
 
 
 def align(rows: Sequence[Sequence[str]], numeric: Sequence[bool]) -> str:
     """Return rows as lines of aligned columns, two spaces apart; `numeric` columns to the right."""
+    rows = [[one_line(cell) for cell in row] for row in rows]
     widths = [max(display_width(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:

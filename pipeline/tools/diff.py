@@ -23,6 +23,7 @@ from data_prep.formats.keys import url_hash
 from data_prep.shards.lock import LOCK_FILE
 from data_prep.sources.regions import JOINED
 from pipeline.core import store
+from pipeline.core.foreign import parse_json
 from pipeline.core.records import InputError
 from pipeline.core.run import Run, read_manifest
 from pipeline.core.text_table import align
@@ -53,7 +54,7 @@ class Build:
         if not store.exists(path):
             raise InputError(f"{path}: no such file; finish the corpus with `cnclip run RUN.toml --to lock`")
         try:
-            lock = json.loads(store.read_text(path))
+            lock = parse_json(store.read_text(path))
             funnel = lock["funnel"]
             assert all({"in", "kept", "dropped", "sources"} <= step.keys() for step in funnel.values())
         except (ValueError, KeyError, AttributeError, TypeError, AssertionError):

@@ -12,7 +12,7 @@ import polars as pl
 from data_prep.accounting.drop_table import DETAIL, HTTP_STATUS, drops_path
 from data_prep.accounting.funnel import STEPS
 from data_prep.corpus_facts import facts_of, malformed_table, tables_of
-from data_prep.filters.text import FilterTextConfig, prepared
+from data_prep.filters.text import FilterTextConfig, by_exemptions, prepared
 from data_prep.formats.keys import url_hash
 from data_prep.rules import text as text_rules
 from data_prep.sources.regions import JOINED
@@ -56,7 +56,8 @@ def _find_rows(run: Run, corpus: Manifest, config: FilterTextConfig, key_or_url:
     found = []
     for number, table in enumerate(tables_of(corpus)):
         path, source = table.place.full_path(run.folder), table.place.source
-        frame = prepared(scan(path, source), config, source).filter(wanted)
+        groups = by_exemptions(scan(path, source), source)
+        frame = pl.concat([prepared(part, config, exempt) for exempt, part in groups]).filter(wanted)
         columns = ("key", "url", "caption", "source", "row", "score", "language")
         found.append(frame.select(*columns, file=pl.lit(number)).collect(engine="streaming"))
     return pl.concat(found)

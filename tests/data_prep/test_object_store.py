@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import polars as pl
 import pytest
@@ -104,8 +104,8 @@ def test_pictures_on_s3_are_served(bucket: str) -> None:
             ("/pictures/own/none.jpg", (404, b"")),
             ("/pictures/own/../secret", (404, b"")),
         ):
-            connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
-            connection.request("GET", path)
+            connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=60)
+            connection.request("GET", urlsplit(address).path + path)
             answer = connection.getresponse()
             assert (answer.status, answer.read()) == found, path
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -56,6 +57,28 @@ def test_table_5_is_never_compared_with_a_checkpoint() -> None:
     assert any("no checkpoint is compared" in note for note in tables[1].notes)
     assert tables[0].paper_model == "CN-CLIP ViT-H/14"
     assert "Average" not in [line.label for line in tables[0].lines]
+
+
+def test_voc_is_compared_by_elevater_s_rule_and_shown_by_its_own_too() -> None:
+    name = "voc-2007-classification"
+    scores = {item.id: measured(50.0) for item in protocols().classification} | {"mine": measured(10.0)}
+    by_elevater = {name: measured(70.0), "mine": measured(30.0)}
+    tables = compare_classification(
+        scores, model="m", paper_model="CN-CLIP ViT-L/14", by_elevater=by_elevater
+    )
+    lines = {line.label: line for table in tables for line in table.lines}
+    theirs = lines["VOC-2007, by ELEVATER's rule"]
+    assert theirs.ours == measured(70.0)
+    own = lines["VOC-2007, by VOC's own rule"]
+    assert (own.ours, own.paper, own.others) == (measured(50.0), None, ())
+    (line,) = [line for line in tables[0].lines if line.label == theirs.label]
+    assert line.paper == 84.5
+    average = lines["Average"].ours
+    assert average is not None
+    assert average.value == pytest.approx(51.0)
+    assert (lines["mine, by ELEVATER's rule"].ours, lines["mine, by VOC's own rule"].ours) == (
+        measured(30.0), measured(10.0),
+    )  # fmt: skip
 
 
 def test_the_average_needs_all_20_sets() -> None:
@@ -148,12 +171,13 @@ def test_unreadable_images_are_counted_and_nothing_is_compared(
     texts = [(row, f"第{row}张图片", [100 + row]) for row in range(16)]
     texts[7] = (7, "第七张图片", [107, 108])
     write_evaluation(tmp_path / "sets" / "COCO-CN", "test", images, texts)
-    pinned = RetrievalProtocol(id="coco-cn-test", title="x", images=16, texts=16, image_to_text=True)
+    pinned = RetrievalProtocol(id="coco-cn-test", title="x", images=16, texts=16)
     monkeypatch.setattr(evaluate, "retrieval_protocol", lambda name: pinned if name == pinned.id else None)
     out = tmp_path / "out"
     assert run(folder, "--sets", str(tmp_path / "sets"), "--out", str(out), "--as", "CN-CLIP RN50") == 0
     text = capsys.readouterr().out
-    assert "2 images cannot be decoded (first: 103); they are left out, with 1 texts that only" in text
+    note = r"2 images cannot be decoded \(image 103: .*\); they are left out, with 1 texts that only"
+    assert re.search(note, text)
     assert "coco-cn-test: 14 images, but the protocol has 16: not comparable" in text
     body = json.loads((out / "eval.json").read_text())
     assert {line["paper"] for line in body["tables"][0]["lines"]} == {None}
@@ -165,7 +189,7 @@ def test_unreadable_images_are_counted_and_nothing_is_compared(
 def test_met_counts_are_compared(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pinned = RetrievalProtocol(id="coco-cn-test", title="x", images=14, texts=14, image_to_text=True)
+    pinned = RetrievalProtocol(id="coco-cn-test", title="x", images=14, texts=14)
     monkeypatch.setattr(evaluate, "retrieval_protocol", lambda name: pinned if name == pinned.id else None)
     assert isinstance(protocols(), Protocols)
     assert run(folder, "--out", str(tmp_path), "--as", "CN-CLIP RN50", "--format", "json") == 0

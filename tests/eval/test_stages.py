@@ -1,7 +1,10 @@
 """The evaluation stages one after another on a tiny run: what they hand on keeps its keys."""
 
+import json
 import shutil
 from pathlib import Path
+
+import pytest
 
 from eval.stages import (
     EvaluationConfig,
@@ -32,18 +35,19 @@ def manifest(stage: str, folder: Path) -> Manifest:
     return Manifest(stage, 1, "", "", {}, shards, 0, 0, {}, {})
 
 
-def test_stages_from_embed_to_baseline(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["small", "muge-valid"])
+def test_stages_from_embed_to_baseline(tmp_path: Path, name: str) -> None:
     run = tmp_path / "run"
-    for name in ("stage2", "vocabulary"):
-        (run / name).mkdir(parents=True)
+    for stage in ("stage2", "vocabulary"):
+        (run / stage).mkdir(parents=True)
     write_tiny_model(tmp_path)
     shutil.move(tmp_path / "model.safetensors", run / "stage2" / "model.safetensors")
     shutil.move(tmp_path / "vocab.txt", run / "vocabulary" / "caption.txt")
     write_shards(run / "shards", [(png_bytes(row), f"第{row}张图片") for row in range(4)], 2)
-    given = (EvaluationSource(name="small", folder=small_evaluation(tmp_path / "set")),)
+    given = (EvaluationSource(name=name, folder=small_evaluation(tmp_path / "set", name)),)
     corpus = Manifest("corpus", 1, "", "", {}, (), 0, 0, {}, {"0": EvaluationFacts.of({}, given).to_json()})
     parents = {"corpus": corpus} | {
-        name: manifest(name, run / name) for name in ("stage2", "vocabulary", "shards")
+        stage: manifest(stage, run / stage) for stage in ("stage2", "vocabulary", "shards")
     }
 
     def done(stage: Stage) -> Manifest:
@@ -59,10 +63,16 @@ def test_stages_from_embed_to_baseline(tmp_path: Path) -> None:
 
     config = EvaluationConfig(stages=("stage2",), vocabulary=None, context_length=52)
     embedded = done(embed_stage(config, learned=("vocabulary",)))
-    assert "small/stage2/img_emb/img_emb_0.npy" in [shard.path for shard in embedded.shards]
-    assert "small/stage2/image.index" in [shard.path for shard in done(index_stage(IndexConfig())).shards]
-    (extra,) = done(retrieval_stage(config)).extra.values()
-    assert (extra["evaluation"], extra["stage"]) == ("small", "stage2")
+    assert f"{name}/stage2/img_emb/img_emb_0.npy" in [shard.path for shard in embedded.shards]
+    assert f"{name}/stage2/image.index" in [shard.path for shard in done(index_stage(IndexConfig())).shards]
+    retrieved = done(retrieval_stage(config))
+    (extra,) = retrieved.extra.values()
+    assert (extra["evaluation"], extra["stage"]) == (name, "stage2")
     assert set(extra["scores"]) == {"t2i", "i2t", "mean_recall"}
+    assert (extra["scores"]["i2t"] is None) == (name == "muge-valid")
+    written = [shard.path.rpartition("/")[2] for shard in retrieved.shards]
+    assert (f"{name}.tr.predictions.jsonl" in written) == (name != "muge-valid")
     assert RetrievalFacts.from_json(extra).to_json() == extra
     assert done(baseline_stage()).shards[0].path == "baselines.json"
+    baselines = json.loads((run / "baseline" / "baselines.json").read_text())[name]
+    assert {(scores["i2t"] is None) for scores in baselines.values()} == {name == "muge-valid"}

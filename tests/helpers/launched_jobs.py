@@ -58,9 +58,13 @@ def run_watched(job: TrainJob) -> subprocess.Popen[str]:
     return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
 
 
-def wait_for_steps(job: TrainJob, count: int) -> None:
+def wait_for_steps(job: TrainJob, process: subprocess.Popen[str], count: int) -> None:
+    """Wait until so many steps are taken; fail at once if the process that trains has ended."""
     log, end = Path(job.folder) / "log.jsonl", time.monotonic() + LIMIT_SECONDS
     while not log.exists() or len(log.read_text().splitlines()) < count:
+        if process.poll() is not None:
+            said = process.stdout.read() if process.stdout is not None else ""
+            raise AssertionError(f"ended with {process.returncode} before step {count}: {said[-2000:]}")
         assert time.monotonic() < end
         time.sleep(0.1)
 

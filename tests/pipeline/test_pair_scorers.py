@@ -107,7 +107,7 @@ def make(
         Stage("filter_image", "", 1, None, ("corpus", "download"), one_task, make_rows),
         Stage(
             "score", "", 1, config, ("corpus", "download", "filter_image"),
-            functools.partial(score.plan, identify=pair_scorers.identify),
+            functools.partial(score.plan, identify=pair_scorers.identify_pair),
             functools.partial(score.run, load=pair_scorers.load),
         ),
         Stage(
@@ -194,7 +194,7 @@ def test_another_threshold_costs_no_second_pass(
     rows = kept(again)
     assert rows.height == 13  # 5 rows with a score of their source, and the upper half of 15 with the median
     assert (rows["pair_score"].drop_nulls() >= np.float32(middle)).all()
-    text, image = (digest[:16] for digest in pair_scorers.identify(config))
+    text, image = (digest[:16] for digest in pair_scorers.identify_pair(config))
     judged = rows.filter(pl.col("pair_score").is_not_null())
     assert set(judged["pair_text_encoder"]) == {text}
     assert set(judged["pair_image_encoder"]) == {image}
@@ -303,7 +303,7 @@ def test_pairs_are_not_mixed(encoders: tuple[ScoreConfig, Any, str], tmp_path: P
     execute(run)
     path = manifest_path(run, "score")
     text = Path(path).read_text()
-    old = pair_scorers.identify(encoders[0])[0][:16]
+    old = pair_scorers.identify_pair(encoders[0])[0][:16]
     Path(path).write_text(text.replace(old, "0" * 16, 1))
     context = make_context(run, run.stage("filter_score"))
     assert context is not None
@@ -336,7 +336,7 @@ def test_score_settings(fields: dict[str, str], message: str) -> None:
 
 def test_missing_weights_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none\.pt: no such file or folder; correct \[score\] model"):
-        pair_scorers.identify(ScoreConfig(model=str(tmp_path / "none.pt")))
+        pair_scorers.identify_pair(ScoreConfig(model=str(tmp_path / "none.pt")))
 
 
 def test_the_catalogue_has_the_stages_where_a_run_asks_for_them(tmp_path: Path) -> None:

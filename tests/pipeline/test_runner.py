@@ -15,7 +15,7 @@ from pipeline import runner
 from pipeline.cli.tables import closing_words
 from pipeline.core import store
 from pipeline.core.config import NOT_IN_DIGEST
-from pipeline.core.records import ConfigError, InputError, Manifest, Receipt
+from pipeline.core.records import ConfigError, InputError, Manifest, Receipt, too_few
 from pipeline.core.run import Run, State, manifest_path, read_manifest, select, survey
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
@@ -140,9 +140,11 @@ def test_a_changed_setting_is_stale_and_never_silently_redone(numbers: Path, tmp
     _execute(_run(numbers, tmp_path / "run"))
     changed = _run(numbers, tmp_path / "run", EvenConfig(below=20))
     assert _states(changed) == [State.DONE, State.STALE]
-    assert survey(changed)[1].why == "its configuration changed"
+    assert survey(changed)[1].why == "its configuration changed: below 1000 → 20"
     before = _manifests(changed)
-    with pytest.raises(ConfigError, match=r"even is stale: its configuration changed; run with --redo"):
+    with pytest.raises(
+        ConfigError, match=r"even is stale: its configuration changed: below 1000 → 20; run with --redo"
+    ):
         _execute(changed)
     assert _manifests(changed) == before
     assert _states(_run(numbers, tmp_path / "run")) == [State.DONE, State.DONE]  # changed back: nothing lost
@@ -332,7 +334,7 @@ def test_the_lock_is_a_plain_file(numbers: Path, tmp_path: Path, kind: str) -> N
         lock.symlink_to(elsewhere)
     if kind == "link":
         elsewhere.write_text("precious")
-    with pytest.raises(ConfigError, match=r"\.lock: a link or no plain file, .*; remove it"):
+    with pytest.raises(InputError, match=r"\.lock: a link or no plain file, .*; remove it"):
         _execute(run)
     assert elsewhere.exists() == (kind == "link")
     assert kind != "link" or elsewhere.read_text() == "precious"
@@ -346,6 +348,22 @@ def test_receipts_account_for_every_row(tmp_path: Path) -> None:
         _execute(run)
     assert not store.exists(store.join(run.folder, "lossy", "receipts", "all.json"))
     assert _states(run) == [State.TO_DO]
+
+
+def ask_for_many(config: None, context: Context, task: Task, progress: Progress) -> Outcome:
+    left = context.parents["even"].num_kept
+    raise too_few(ConfigError(f"[batch] size = 100, but there are {left} numbers"), left)
+
+
+def test_an_error_of_too_few_rows_names_the_funnel(numbers: Path, tmp_path: Path) -> None:
+    run = _run(numbers, tmp_path / "run", EvenConfig(below=20))
+    batch = Stage("batch", "", 1, None, ("even",), one_task, ask_for_many)
+    with pytest.raises(ConfigError) as caught:
+        _execute(dataclasses.replace(run, stages=(*run.stages, batch)))
+    assert str(caught.value) == (
+        "[batch] size = 100, but there are 10 numbers; 10 samples are left of 40: even dropped 30"
+        " (odd 20, large 10)"
+    )
 
 
 def test_no_rows_left_names_the_rules(numbers: Path, tmp_path: Path) -> None:
@@ -364,7 +382,7 @@ def test_one_run_at_a_time(numbers: Path, tmp_path: Path) -> None:
     os.makedirs(run.folder)
     with open(os.path.join(run.folder, ".lock"), "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(ConfigError, match="another `cnclip run` is at work here"):
+        with pytest.raises(InputError, match="another command is at work here"):
             _execute(run)
     assert _states(run) == [State.TO_DO, State.TO_DO]
     assert _execute(run) == 2

@@ -95,7 +95,7 @@ def test_pictures_that_cannot_be_read_are_named(weights: str, tmp_path: Path) ->
     _picture(0).save(tmp_path / "good.png")
     with pytest.raises(InputError, match=r"bad\.jpg: no image that can be decoded"):
         model.embed_images([str(tmp_path / "good.png"), str(tmp_path / "bad.jpg")])
-    with pytest.raises(InputError, match=r"absent\.jpg: cannot be read: No such file"):
+    with pytest.raises(InputError, match=r"absent\.jpg: no image that can be decoded: no_file: no such file"):
         model.embed_images([str(tmp_path / "absent.jpg")])
 
 

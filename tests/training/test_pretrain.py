@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -55,7 +56,8 @@ def test_it_learns_and_writes_what_it_promises(tmp_path: Path) -> None:
     assert set(metrics[0]) == {"step", "samples_seen", "evaluation", "recall"}
     assert set(metrics[1]) == {"step", "samples_seen", "loss", "temperature", "learning_rate"}
     assert metrics[-1]["samples_seen"] == 56 * 32
-    assert len(list((Path(job.folder) / "checkpoints").iterdir())) == job.config.keep_checkpoints
+    checkpoints = list((Path(job.folder) / "checkpoints").iterdir())
+    assert len(checkpoints) == job.config.keep_checkpoints + 1  # and that of the warm-up
     speed = json.loads((Path(job.folder) / "log.jsonl").read_text().splitlines()[-1])
     assert speed["samples_per_second"] > 0
     assert speed["data_wait_seconds"] >= 0
@@ -137,15 +139,53 @@ def test_activation_checkpointing_changes_nothing(tmp_path: Path) -> None:
     np.testing.assert_allclose(losses(recomputed), losses(plain), rtol=1e-6)
 
 
-def test_a_run_continues_on_another_number_of_ranks(tmp_path: Path) -> None:
+def notices(job: TrainJob) -> str:
+    lines = (Path(job.folder) / "log.jsonl").read_text().splitlines()
+    return "\n".join(line["notice"] for line in map(json.loads, lines) if "notice" in line)
+
+
+@pytest.mark.parametrize(
+    ("deepspeed", "ranks", "said"),
+    [
+        ("zero1", 1, "ranks 2 → 1"),
+        ("zero3", 3, "ranks 2 → 3, deepspeed zero1 → zero3, ZeRO stage 1 → 3"),
+        pytest.param("zero0", 1, "ZeRO stage 1 → 0", marks=pytest.mark.slow),
+        pytest.param("zero2", 3, "ZeRO stage 1 → 2", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_continues_on_other_ranks_in_another_zero_stage(
+    tmp_path: Path, deepspeed: str, ranks: int, said: str
+) -> None:
     whole = make_job(tmp_path, "whole", ranks=2)
     run_ranks(train_rank_without_dropout, 2, whole)
-    continued = dataclasses.replace(whole, config=dataclasses.replace(whole.config, ranks=1))
+    config = dataclasses.replace(whole.config, ranks=ranks, deepspeed=deepspeed)
+    continued = dataclasses.replace(whole, config=config)
     Path(whole.output_model).unlink()
     expected = losses(whole)
-    run_ranks(train_rank_without_dropout, 1, continued)
+    run_ranks(train_rank_without_dropout, ranks, continued)
     assert losses(continued)[:3] == expected[:3]
     np.testing.assert_allclose(losses(continued), expected, atol=1e-4)
+    assert "[stage2] resumes from step 3 with " in notices(continued)
+    assert said in notices(continued)
+
+
+def test_more_epochs_give_the_bytes_of_a_run_that_had_them_at_once(tmp_path: Path) -> None:
+    """From the warm-up on: the cosine after it is another one for other epochs."""
+    raised, whole = (make_job(tmp_path, run, epochs=epochs) for run, epochs in (("raised", 2), ("whole", 3)))
+    run_ranks(train_rank, 1, raised)
+    folder = Path(raised.folder) / "checkpoints"
+    shutil.copytree(folder / "step_000000003", folder / "step_000000005")  # of the old schedule
+    raised = dataclasses.replace(raised, config=whole.config)
+    run_ranks(train_rank, 1, raised)
+    run_ranks(train_rank, 1, whole)
+    assert outputs(raised) == outputs(whole)
+    assert (
+        "[stage2] epochs 2 → 3: resumes from step 3, up to which both schedules are the same; the learning"
+        " rate then follows a cosine to 0 at step 9"
+    ) in notices(raised)
+    fewer = dataclasses.replace(raised, config=dataclasses.replace(raised.config, epochs=1, warmup_steps=1))
+    with pytest.raises(AssertionError, match=r"InputError.*made with (epochs = 3|warmup_steps = 2)"):
+        run_ranks(train_rank, 1, fewer)
 
 
 def test_another_configuration_does_not_continue(tmp_path: Path) -> None:

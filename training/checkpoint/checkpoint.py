@@ -22,6 +22,8 @@ from torch import distributed as dist
 from pipeline.core import durability, store
 from pipeline.core.config import digest
 from pipeline.core.records import InputError
+from pipeline.core.written import check_safetensors
+from training.checkpoint.folders import steps_in
 from training.engine.engine import load_weights
 from training.engine.towers import Engine
 from training.engine.zero_state import (
@@ -34,7 +36,6 @@ from training.engine.zero_state import (
     whole_weight,
 )
 
-_STEP_FOLDER = re.compile(r"step_(\d{9})")
 _LEFT_OVER = re.compile(r"\.step_\d{9}\.partial|step_\d{9}\.removing")  # of a kill while saving or removing
 _STATE = "state.json"
 _OWN_DIGEST = "digest"  # of what else state.json holds
@@ -123,6 +124,7 @@ def save(
     *,
     keep: int,
     keep_also: Collection[int] = (),
+    made_with: Mapping[str, Any] | None = None,
     rank_steps: Callable[[Checkpoint], Sequence[int]] = lambda _: (),
     damaged: Collection[int] = (),
 ) -> None:
@@ -130,7 +132,8 @@ def save(
 
     These are the steps `keep_also` and, for each one kept, the first of the steps that `rank_steps` gives for
     it, best first, that is still there: a run that falls back to it may end with those weights. Later steps
-    and those that a start found `damaged` count, and stay, only where they are whole. One rank calls it.
+    and those that a start found `damaged` count, and stay, only where they are whole. `made_with` says how it
+    was computed, for whoever resumes from it on other ranks. One rank calls it.
 
     InputError where the disk is full.
     """
@@ -142,10 +145,12 @@ def save(
         os.mkdir(partial)
         save_file(state.weights, os.path.join(partial, _WEIGHTS))
         save_file(state.moments, os.path.join(partial, _OPTIMIZER))
+        for name in (_WEIGHTS, _OPTIMIZER):
+            check_safetensors(os.path.join(partial, name), os.path.join(target, name))
         shutil.copyfile(metrics_path, os.path.join(partial, _METRICS))
         files = {file: store.digest_file(os.path.join(partial, file)) for file in sorted(os.listdir(partial))}
         with open(os.path.join(partial, _STATE), "w", encoding="utf-8") as file:
-            fields = {"step": state.step, "num_updates": state.num_updates}
+            fields = {"step": state.step, "num_updates": state.num_updates, "made_with": made_with}
             fields = json.loads(json.dumps({**fields, "identity": identity, "sha256": files}))
             json.dump({**fields, _OWN_DIGEST: digest(fields)}, file, indent=1)
         for path in (*files, _STATE, ""):
@@ -158,7 +163,7 @@ def save(
         raise InputError(
             f"{target}: cannot write the checkpoint: {error}; make room and rerun the same command to resume"
         ) from None
-    steps = _steps(root)
+    steps = steps_in(root)
     # Damaged ones would take the place of whole ones.
     doubtful = [step for step in steps if step > state.step or (step in damaged and step != state.step)]
     whole = set(steps) - {step for step in doubtful if find_damage(at_step(root, step)) is not None}
@@ -182,26 +187,25 @@ def sweep(root: str) -> None:
             shutil.rmtree(os.path.join(root, name), ignore_errors=True)
 
 
-def find_newest(root: str, identity: Mapping[str, Any]) -> tuple[Checkpoint | None, dict[int, str]]:
+def find_newest(
+    root: str, identity: Mapping[str, Any], shared_steps: int = 0
+) -> tuple[Checkpoint | None, dict[int, str]]:
     """Return the newest whole checkpoint, None if there is none, and the damage of later ones by step.
+
+    Up to `shared_steps` steps its `epochs` may be others.
 
     Raises:
         InputError: if it belongs to another model, corpus or configuration.
     """
     damage: dict[int, str] = {}
-    for step in sorted(_steps(root), reverse=True):
+    for step in sorted(steps_in(root), reverse=True):
         checkpoint = at_step(root, step)
         found = find_damage(checkpoint)
         if found is None:
-            _require_same_run(checkpoint.folder, identity)
+            _require_same_run(checkpoint, identity, shared_steps)
             return checkpoint, damage
         damage[step] = found
     return None, damage
-
-
-def checkpoints_folder(folder: str) -> str:
-    """Return where the checkpoints of a stage's folder are."""
-    return os.path.join(folder, "checkpoints")
 
 
 def at_step(root: str, step: int) -> Checkpoint:
@@ -239,11 +243,6 @@ def load_weights_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return load_file(os.path.join(checkpoint.folder, _WEIGHTS))
 
 
-def _steps(root: str) -> list[int]:
-    names = os.listdir(root) if os.path.isdir(root) else []
-    return [int(match[1]) for name in names if (match := _STEP_FOLDER.fullmatch(name))]
-
-
 def find_damage(checkpoint: Checkpoint) -> str | None:
     """Return what is wrong with a checkpoint on disk, None if it is whole; reads all of it."""
     folder, file = checkpoint.folder, _STATE
@@ -263,15 +262,66 @@ def find_damage(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def _require_same_run(folder: str, identity: Mapping[str, Any]) -> None:
-    saved = json.loads(store.read_text(os.path.join(folder, _STATE)))["identity"]
+def remove_other_schedules(
+    root: str, identity: Mapping[str, Any], shared_steps: int
+) -> tuple[int, list[int]]:
+    """Remove what followed the schedule of other `epochs`, if an earlier checkpoint is there that did not.
+
+    Return these epochs and the steps that are gone; 0 and no steps if there is nothing to remove. One rank
+    calls it.
+    """
+    others: dict[int, int] = {}
+    for step in sorted(steps_in(root), reverse=True):
+        checkpoint = at_step(root, step)
+        if step <= shared_steps:
+            if find_damage(checkpoint) is None:
+                break
+            continue
+        try:
+            saved = _read_state(checkpoint)["identity"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # damaged: `find_newest` tells of it
+        if [key for key, _, _ in _differences(saved, identity)] != ["epochs"]:
+            return 0, []  # of this run, or of another one, which `find_newest` refuses
+        others[step] = saved["epochs"]
+    else:
+        return 0, []
+    for step in others:
+        store.remove(at_step(root, step).folder)
+    return next(iter(others.values()), 0), sorted(others)
+
+
+def made_with(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """Return how a verified checkpoint was computed; empty if it was saved before that was noted."""
+    found: Mapping[str, Any] = _read_state(checkpoint).get("made_with") or {}
+    return found
+
+
+def saved_epochs(checkpoint: Checkpoint) -> int:
+    """Return the epochs that a verified checkpoint's schedule was for."""
+    return int(_read_state(checkpoint)["identity"]["epochs"])
+
+
+def _read_state(checkpoint: Checkpoint) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads(store.read_text(os.path.join(checkpoint.folder, _STATE)))
+    return state
+
+
+def _differences(saved: Mapping[str, Any], identity: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     now = json.loads(json.dumps(identity))  # tuples are lists there
-    for key in sorted(saved.keys() | now.keys()):
-        if saved.get(key) != now.get(key):
-            raise InputError(
-                f"{folder}: made with {key} = {saved.get(key)}, but this run has {now.get(key)}:"
-                f" remove {os.path.dirname(folder)} to train anew, or restore the old value to resume"
-            )
+    keys = sorted(saved.keys() | now.keys())
+    return [(key, saved.get(key), now.get(key)) for key in keys if saved.get(key) != now.get(key)]
+
+
+def _require_same_run(checkpoint: Checkpoint, identity: Mapping[str, Any], shared_steps: int) -> None:
+    folder = checkpoint.folder
+    for key, before, now in _differences(_read_state(checkpoint)["identity"], identity):
+        if key == "epochs" and checkpoint.step <= shared_steps:
+            continue
+        raise InputError(
+            f"{folder}: made with {key} = {before}, but this run has {now}:"
+            f" remove {os.path.dirname(folder)} to train anew, or restore the old value to resume"
+        )
 
 
 def _flush_to_disk(path: str) -> None:

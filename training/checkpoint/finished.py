@@ -3,7 +3,8 @@
 import json
 
 from pipeline.core import store
-from pipeline.core.config import digest
+from pipeline.core.config import Binds, digest, plain
+from pipeline.core.foreign import parse_json
 from training.config.job import TrainJob
 
 _NAME = "finished.json"
@@ -12,22 +13,30 @@ _NAME = "finished.json"
 def mark_finished(job: TrainJob) -> None:
     """Write what was trained and the digests of what came out; the last thing a job does."""
     outputs = {path: store.digest_file(path) for path in _outputs(job)}
-    store.write_text(_path(job), json.dumps({"job": digest(job), "outputs": outputs}, indent=1))
+    note = {"job": digest(job), "training": _training(job), "outputs": outputs}
+    store.write_text(_path(job), json.dumps(note, indent=1))
 
 
 def is_finished(job: TrainJob) -> bool:
-    """This very job wrote its outputs, and they are as they were."""
+    """This very training wrote its outputs, on whatever ranks, and they are as they were."""
     if not store.exists(_path(job)):
         return False
     try:
-        note = json.loads(store.read_text(_path(job)))
+        note = parse_json(store.read_text(_path(job)))
         outputs: dict[str, str] = note["outputs"]
-        same = note["job"] == digest(job) and set(outputs) == set(_outputs(job))
+        same = digest(job) == note["job"] or note.get("training") == _training(job)
+        same = same and set(outputs) == set(_outputs(job))
     except (ValueError, KeyError, TypeError):
         return False
     return same and all(
         store.exists(path) and store.digest_file(path) == sha256 for path, sha256 in outputs.items()
     )
+
+
+def _training(job: TrainJob) -> str:
+    """Return the digest of a job without what only says how it is computed."""
+    how: tuple[Binds] = ("never",)
+    return digest(plain(job, without=how))
 
 
 def _outputs(job: TrainJob) -> list[str]:

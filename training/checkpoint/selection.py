@@ -1,8 +1,8 @@
 """Checkpoint selection and early stopping: the best step, and when training ends (paper, 2.3 and A.2).
 
-A validation's score is the mean of the mean recalls of the evaluation sets that decide. Everything here is a
-function of the scores so far, which stand in `metrics.jsonl`: a run that resumes from a checkpoint decides
-as one that was never stopped.
+A validation's score is the mean of the mean recalls of the evaluation sets that decide: of six numbers each,
+or of MUGE's three. Everything here is a function of the scores so far, which stand in `metrics.jsonl`: a run
+that resumes from a checkpoint decides as one that was never stopped.
 """
 
 import json
@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.core.evaluation_sets import is_scored_image_to_text
 from pipeline.core.records import ConfigError
 from training.config.train import TrainConfig
 
@@ -64,8 +65,17 @@ def read_validations(lines: Iterable[str], deciding: Collection[str]) -> list[Va
     for line in lines:
         fields: Mapping[str, Any] = json.loads(line)
         if "evaluation" in fields and (not deciding or fields["evaluation"] in deciding):
-            of_step.setdefault(fields["step"], []).append(fields["recall"]["mean_recall"])
+            score = _mean_recall(fields["evaluation"], fields["recall"])
+            of_step.setdefault(fields["step"], []).append(score)
     return [Validation(step, sum(found) / len(found)) for step, found in sorted(of_step.items()) if step > 0]
+
+
+def _mean_recall(name: str, recall: Mapping[str, Any]) -> float:
+    """Return a line's mean recall; earlier releases wrote that of six numbers for MUGE too."""
+    if recall.get("i2t") is not None and not is_scored_image_to_text(name):
+        of_three: Mapping[str, float] = recall["t2i"]
+        return sum(of_three.values()) / len(of_three)
+    return float(recall["mean_recall"])
 
 
 def check_sets(config: TrainConfig, evaluations: Collection[str], stage: str) -> None:

@@ -1,5 +1,7 @@
 """Where a start of a training job resumes from."""
 
+import dataclasses
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,11 +10,15 @@ from typing import Any
 from torch import distributed as dist
 
 from pipeline.core import store
+from pipeline.core.config import plain
 from pipeline.core.processes import say
 from training.checkpoint import checkpoint
 from training.checkpoint.checkpoint import Checkpoint
+from training.checkpoint.folders import checkpoints_folder
 from training.checkpoint.selection import best_first, read_validations
+from training.config.deepspeed_file import computed_in, read_deepspeed_file
 from training.config.job import TrainJob
+from training.config.train import TrainConfig, count_steps, shared_steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +42,11 @@ def agree_on_start(job: TrainJob, identity: Mapping[str, Any]) -> Start:
 
 def _find_start(job: TrainJob, identity: Mapping[str, Any]) -> Start:
     """Return the newest whole checkpoint, whether or not the best weights before it are still there."""
-    root = checkpoint.checkpoints_folder(job.folder)
+    root = checkpoints_folder(job.folder)
     checkpoint.sweep(root)
-    newest, damage = checkpoint.find_newest(root, identity)
+    shared = shared_steps(job.config)
+    epochs, removed = checkpoint.remove_other_schedules(root, identity, shared)
+    newest, damage = checkpoint.find_newest(root, identity, shared)
     notices = [
         f"{checkpoint.at_step(root, step).folder}: damaged ({found}): taking the checkpoint before it"
         for step, found in damage.items()
@@ -48,6 +56,7 @@ def _find_start(job: TrainJob, identity: Mapping[str, Any]) -> Start:
             notices.append(f"{root}: no checkpoint is whole: the stage starts anew")
         return Start(None, None, frozenset(damage), tuple(notices))
     say(f"resuming from {newest.folder}")
+    notices += _changes(job, newest, epochs, removed)
     if job.config.choose != "best":
         return Start(newest, None, frozenset(damage), tuple(notices))
     lines = store.read_text(newest.metrics_path).splitlines()
@@ -69,3 +78,39 @@ def _find_start(job: TrainJob, identity: Mapping[str, Any]) -> Start:
             f" but its weights are no longer there: the best is chosen among {left}the validations to come"
         )
     return Start(newest, None if best is None else best.step, frozenset(damage), tuple(notices))
+
+
+def how_computed(config: TrainConfig) -> dict[str, Any]:
+    """Return what may change between two starts of a job: how it runs, not what it learns from what."""
+    learned = plain(config, without=("never", "once done"))
+    how = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.name not in learned
+    }
+    settings = read_deepspeed_file(config.deepspeed)
+    stage = settings.get("zero_optimization", {}).get("stage", 0)
+    found: dict[str, Any] = json.loads(json.dumps(how))  # as a checkpoint gives it back
+    return {**found, "ZeRO stage": stage, "precision": computed_in(settings)}
+
+
+def _changes(job: TrainJob, resumed: Checkpoint, epochs_removed: int, removed: list[int]) -> list[str]:
+    """Return what is another way of computing, or another schedule, than when a checkpoint was saved."""
+    notices, before, now = [], checkpoint.made_with(resumed), how_computed(job.config)
+    if changed := [
+        f"{key} {before[key]} → {now[key]}" for key in now if before.get(key, now[key]) != now[key]
+    ]:
+        notices.append(f"[{job.stage}] resumes from step {resumed.step} with {', '.join(changed)}")
+    epochs = epochs_removed or checkpoint.saved_epochs(resumed)
+    if epochs != job.config.epochs:
+        num_samples = sum(shard.num_samples for shard in job.shards)
+        total = count_steps(job.config, num_samples, job.stage)
+        steps = ", ".join(map(str, removed))
+        also = f"; the checkpoints of steps {steps} followed the old cosine and are removed"
+        notices.append(
+            f"[{job.stage}] epochs {epochs} → {job.config.epochs}: resumes from step {resumed.step}, up to"
+            f" which both schedules are the same; the learning rate then follows a cosine to 0 at step"
+            f" {total}"
+            f"{also if removed else ''}"
+        )
+    return notices

@@ -1,10 +1,10 @@
 """The DeepSpeed files: memory, precision and communication, and nothing that training owns. No torch here."""
 
 import difflib
-import json
 from importlib import resources
 from typing import Any, Literal
 
+from pipeline.core.foreign import parse_json
 from pipeline.core.records import ConfigError
 from training.model.config import ModelConfig, ModifiedResNetConfig
 
@@ -146,6 +146,13 @@ def computes_in_bfloat16(settings: dict[str, Any]) -> bool:
     return half_of(settings) == "bf16" or in_autocast
 
 
+def computed_in(settings: dict[str, Any]) -> str:
+    """Return the precision of a DeepSpeed file's content, in words."""
+    if half := half_of(settings):
+        return half
+    return "bf16 autocast" if computes_in_bfloat16(settings) else "fp32"
+
+
 def check_model(name: str, model: ModelConfig, stage: str) -> None:
     """Raise ConfigError where a DeepSpeed file's precision would lose what the model learns."""
     half = half_of(read_deepspeed_file(name))
@@ -169,8 +176,8 @@ def _read(name: str) -> dict[str, Any]:
         why = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
         raise ConfigError(f"deepspeed = {name!r}: {why}; known: {known}, or a path to a .json") from None
     try:
-        settings = json.loads(text)
-    except json.JSONDecodeError as error:
+        settings = parse_json(text)
+    except ValueError as error:
         raise ConfigError(f"{name}: not valid JSON: {error}") from None
     if not isinstance(settings, dict):
         raise ConfigError(f"{name}: found {type(settings).__name__}; a DeepSpeed file is one object, {{…}}")

@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
-from pipeline.core.config import NOT_IN_DIGEST
-from pipeline.core.records import ConfigError
+from pipeline.core.config import BINDS_EXACTLY, BINDS_NEVER, BINDS_ONCE_DONE, NOT_IN_DIGEST
+from pipeline.core.records import ConfigError, too_few
 from training.config.deepspeed_file import check_model, read_deepspeed_file
 from training.model.config import ModelConfig
 
@@ -92,7 +92,9 @@ class NegationConfig:
 class TrainConfig:
     """One training stage. The defaults are the paper's Table 8, ViT column."""
 
-    epochs: PositiveInt  # passes over the corpus; the last incomplete batch of an epoch carries over (A.2)
+    # Passes over the corpus; the last incomplete batch of an epoch carries over (A.2). May be raised later
+    # from a checkpoint of the warm-up: the cosine after it depends on them.
+    epochs: PositiveInt = field(metadata=BINDS_EXACTLY)
     global_batch: PositiveInt = 32_768  # samples an optimizer step sees over all ranks (Table 8)
     peak_learning_rate: Positive = 1e-4  # reached after the warm-up, then a cosine to 0 (Table 8)
     warmup_steps: NotNegativeInt = 5_000  # steps of linear warm-up (Table 8)
@@ -122,25 +124,28 @@ class TrainConfig:
 
     lanes: PositiveInt = 512  # streams the corpus is cut into; divides global_batch, at least ranks
     window_shards: PositiveInt = 4  # shards of a lane whose samples are shuffled together
-    ranks: PositiveInt = 1  # processes; the batches do not depend on it
+    # Processes; the batches do not depend on it.
+    ranks: PositiveInt = field(default=1, metadata=BINDS_NEVER)
     threads_per_rank: PositiveInt = field(
         default=1, metadata=NOT_IN_DIGEST
     )  # threads that compute, and threads that decode
     # Most samples whose activations a rank holds; unset: its whole share. The gradient is the whole batch's.
     micro_batch: PositiveInt | None = field(default=None, metadata=NOT_IN_DIGEST)
-    deepspeed: str = "zero1"  # file of deepspeed_configs, or a path ending in .json
+    # File of deepspeed_configs, or a path ending in .json: memory, precision, communication.
+    deepspeed: str = field(default="zero1", metadata=BINDS_NEVER)
 
-    validate_every_steps: NotNegativeInt = (
-        1_000  # also before the first step and after the last; 0: only these two
-    )
-    validate_every_epoch: bool = False  # also at the end of every pass over the corpus (A.3)
+    # Also before the first step and after the last; 0: only these two.
+    validate_every_steps: NotNegativeInt = field(default=1_000, metadata=BINDS_ONCE_DONE)
+    # Also at the end of every pass over the corpus (A.3).
+    validate_every_epoch: bool = field(default=False, metadata=BINDS_ONCE_DONE)
     # Which weights the stage ends with: the last ones, or those of the best mean recall while training (A.2).
-    choose: Literal["last", "best"] = "last"
-    choose_on: tuple[str, ...] = ()  # evaluation sets whose mean recall decides; empty: all of the run's
-    salient_gain: NotNegative = (
-        0.0  # points of mean recall by which a validation has to beat the last salient one
-    )
-    patience: NotNegativeInt = 0  # epochs since the last salient gain that end the stage (2.3); 0: never
+    choose: Literal["last", "best"] = field(default="last", metadata=BINDS_ONCE_DONE)
+    # Evaluation sets whose mean recall decides; empty: all of the run's.
+    choose_on: tuple[str, ...] = field(default=(), metadata=BINDS_ONCE_DONE)
+    # Points of mean recall by which a validation has to beat the last salient one.
+    salient_gain: NotNegative = field(default=0.0, metadata=BINDS_ONCE_DONE)
+    # Epochs since the last salient gain that end the stage (2.3); 0: never.
+    patience: NotNegativeInt = field(default=0, metadata=BINDS_ONCE_DONE)
     # What a loss or gradient that is not finite does: end the run, or leave that one batch out.
     on_non_finite: Literal["stop", "skip"] = field(default="stop", metadata=NOT_IN_DIGEST)
     # Longest time of a step before a rank ends the run; validations and checkpoints have 8 times that.
@@ -150,7 +155,7 @@ class TrainConfig:
     )  # optimizer steps between checkpoints
     keep_checkpoints: PositiveInt = field(
         default=2, metadata=NOT_IN_DIGEST
-    )  # newest left on disk, next to the best
+    )  # newest left on disk, next to the best and the last of the warm-up
 
     def __post_init__(self) -> None:
         if self.cached_views and not self.lock_image:
@@ -204,6 +209,15 @@ def check_fits(config: TrainConfig, model: ModelConfig, stage: str) -> None:
         )
 
 
+def shared_steps(config: TrainConfig) -> int:
+    """Return after how many steps a training is still the one that it would be with other `epochs`.
+
+    The warm-up depends on no total, nor does the step after it, which has the peak learning rate
+    (`training.engine.optim.learning_rate`). 0 without a warm-up: there is nothing worth returning to.
+    """
+    return config.warmup_steps + 1 if config.warmup_steps else 0
+
+
 def count_steps(config: TrainConfig, num_samples: int, stage: str) -> int:
     """Return the number of optimizer steps of a stage over `num_samples`.
 
@@ -211,10 +225,12 @@ def count_steps(config: TrainConfig, num_samples: int, stage: str) -> int:
         ConfigError: if there is none.
     """
     if config.ranks > num_samples:
-        raise ConfigError(f"[{stage}] ranks = {config.ranks}, but the corpus has {num_samples} samples")
+        found = f"[{stage}] ranks = {config.ranks}, but the corpus has {num_samples} samples"
+        raise too_few(ConfigError(found), num_samples)
     if config.global_batch > num_samples:
-        raise ConfigError(
+        found = (
             f"[{stage}] global_batch = {config.global_batch}, but the corpus has {num_samples} samples:"
             f" lower global_batch (and lanes, which divides it)"
         )
+        raise too_few(ConfigError(found), num_samples)
     return config.epochs * num_samples // config.global_batch

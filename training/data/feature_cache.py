@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from pipeline.core import store
 from pipeline.core.arrays import Float16Array, UInt8Array
 from pipeline.core.config import digest
+from pipeline.core.npy import map_npy
 from pipeline.core.records import InputError, Shard
+from pipeline.core.written import write_npy
 from training.config.train import AugmentConfig
 
 _OPEN_FILES = 4096  # memory maps that stay open; a rank's lanes come back to the same few shards
@@ -85,8 +87,7 @@ class FeatureCache:
         for row, view in np.ndindex(*record_NK.shape):
             record_NK["crc32"][row, view] = _crc32(feature_NKD[row, view], row, view)
         try:
-            with store.publish(path) as temporary, open(temporary, "wb") as file:
-                np.save(file, record_NK, allow_pickle=False)
+            write_npy(path, record_NK)
         except OSError as error:
             raise InputError(
                 f"{path}: cannot be written ({error.strerror}); make room (a view takes {2 * self._dim + 4}"
@@ -112,10 +113,7 @@ class FeatureCache:
     def _open_file(self, shard: int) -> npt.NDArray[np.void]:
         path = self.path(shard)
         expected = (self._shards[shard].num_samples, self.num_views)
-        try:
-            records: npt.NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
-        except Exception as error:  # numpy's reader of headers raises what Python's parser does
-            raise InputError(f"{path}: cannot be read ({error}); remove the file: it is made again") from None
+        records: npt.NDArray[np.void] = map_npy(path, "remove the file: it is made again")
         dtype = _record(self._dim)
         if records.shape != expected or records.dtype != dtype:
             raise InputError(

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from hashlib import blake2b, sha256
 from typing import Any
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from pipeline.core.images import BadImageError, decode_pixels
 from pipeline.core.records import InputError, Shard
 from pipeline.core.shard_format import ByteRanges
 from training.config.train import AugmentConfig
@@ -154,15 +154,19 @@ class BatchReader:
             int(table.offset_bytes[row]), int(table.size_bytes[row]), f"{key.decode()}.jpg"
         )
         # Hashing costs a tenth of decoding, and a damaged JPEG often still decodes, to another image.
-        is_intact = image_id_of(sha256(data).hexdigest()) == table.image_id[row]
-        image = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_COLOR_RGB) if is_intact else None
-        if image is None:
+        if image_id_of(sha256(data).hexdigest()) != table.image_id[row]:
             raise InputError(
                 f"{self._shards[shard].path}: {key.decode()}.jpg is not the image whose digest its sidecar"
                 " holds: the tar is corrupt or not its sidecar's; run the shards stage again"
             )
+        try:
+            pixels = decode_pixels(data)
+        except BadImageError as error:
+            raise InputError(
+                f"{self._shards[shard].path}: {key.decode()}.jpg cannot be decoded ({error}); leave the"
+                " sample out: run filter_image and shards again"
+            ) from None
         random = sample_generator(self._config.seed, epoch, key)
-        pixels = np.asarray(image, dtype=np.uint8)
         return augment(pixels, self._config.image_size_px, self._config.augment, random)
 
 

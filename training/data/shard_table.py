@@ -11,8 +11,9 @@ import pyarrow.compute as pc
 from pipeline.core import store
 from pipeline.core.arrays import BoolArray, Int32Array, Int64Array
 from pipeline.core.processes import say
-from pipeline.core.records import InputError, Shard
+from pipeline.core.records import InputError, Shard, too_few
 from pipeline.core.shard_format import read_sidecar, sidecar_of
+from pipeline.core.written import check_zip
 from training.data.statements import Statements
 from training.data.text_encoder import TextEncoder
 
@@ -39,7 +40,7 @@ def check_shards(shards: Sequence[Shard]) -> None:
         InputError: if a file is missing or a tar has another length.
     """
     if not shards:
-        raise InputError("no shards to train on: the shards stage kept no sample")
+        raise too_few(InputError("no shards to train on: the shards stage kept no sample"), 0)
     for shard in shards:
         for path in (sidecar_of(shard.path), shard.path):
             try:
@@ -120,6 +121,8 @@ def _cached_tokens(
     token_starts = np.concatenate([[0], np.cumsum(is_token.sum(axis=1), dtype=np.int64)])
     with store.publish(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, token_ids=token_ids, token_starts=token_starts)
+        file.flush()
+        check_zip(temporary, path)
     return token_ids, token_starts
 
 

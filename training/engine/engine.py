@@ -106,6 +106,7 @@ class StepResult:
     loss: float  # of the global batch
     skipped: str  # why the step changed nothing: a loss or a gradient that is not finite; empty: it did
     num_statements: int  # questions of statements that this rank was asked
+    learning_rate: float  # that it was taken with
 
 
 def train_step(
@@ -131,7 +132,7 @@ def train_step(
         clamp_temperature(towers.clip, max_temperature)
         average_batch_norms(towers.clip)
     num_statements = 0 if batch.questions is None else int(batch.questions.asked_B.sum())
-    return StepResult(value, skipped, num_statements)
+    return StepResult(value, skipped, num_statements, learning_rate)
 
 
 def _backward_and_step(engine: Engine, backward: Callable[[], None]) -> bool:

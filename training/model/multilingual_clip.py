@@ -5,8 +5,6 @@ linear layer (owner: github.com/FreddeFrallan/Multilingual-CLIP, `pt_multilingua
 tower belongs to it says its name: `XLM-Roberta-Large-Vit-B-32` and `-Vit-L-14` go with OpenAI's CLIP.
 """
 
-import io
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -20,6 +18,8 @@ from torch.nn import functional as F
 
 from pipeline.core import store
 from pipeline.core.arrays import Float32Array
+from pipeline.core.foreign import foreign, parse_json
+from pipeline.core.images import BadImageError, decode_upright
 from pipeline.core.records import InputError
 from training.model.preprocess import MEAN, STD
 from training.weights.image_tower import ImageTower
@@ -33,7 +33,8 @@ CONFIG_FILE = "config.json"
 _MODEL_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # XLM-R's ids: four special tokens in front, then SentencePiece's pieces from its second on (fairseq's order).
 _START, _PADDING, _END, _UNKNOWN = 0, 1, 2, 3
-_HEAD_WIDTH = 64  # of XLM-R base and large
+_HEADS = {768: 12, 1024: 16}  # of XLM-R base and large, by width
+_DEFAULT_HEADS = 12  # of a configuration that says nothing of them (transformers' default)
 
 
 class MultilingualTextTower(nn.Module):
@@ -125,9 +126,8 @@ def preprocess_openai(images: Sequence[bytes], side_px: int, first: int = 0) -> 
     pixels_BHWC = np.empty((len(images), side_px, side_px, 3), np.uint8)
     for at, data in enumerate(images):
         try:
-            with Image.open(io.BytesIO(data)) as image:
-                rgb = image.convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            rgb = decode_upright(data)
+        except BadImageError as error:
             raise InputError(f"image {first + at} cannot be decoded: {error}") from None
         short = min(rgb.size)
         width_px, height_px = (side_px if edge == short else int(side_px * edge / short) for edge in rgb.size)
@@ -248,13 +248,19 @@ def load_text(source: str, device: str) -> MultilingualText:
 def _heads(config_path: str, width: int) -> int:
     """Attention heads: of the base's own configuration where that is a local folder, else as in XLM-R."""
     try:
-        base = json.loads(store.read_text(config_path)).get("modelBase", "")
-    except (ValueError, AttributeError) as error:
+        base = parse_json(store.read_text(config_path)).get("modelBase", "")
+    except (ValueError, AttributeError, OSError) as error:
         raise InputError(f"{config_path}: not readable JSON ({error}); download the folder again") from None
     path = store.join(str(base), CONFIG_FILE)
     if base and os.path.isfile(path):
-        return int(json.loads(store.read_text(path)).get("num_attention_heads", width // _HEAD_WIDTH))
-    return max(1, width // _HEAD_WIDTH)
+        with foreign(path, "configuration of XLM-RoBERTa"):
+            return int(parse_json(store.read_text(path)).get("num_attention_heads", _DEFAULT_HEADS))
+    if width not in _HEADS:
+        raise InputError(
+            f"{config_path}: a text tower of width {width} is none of XLM-RoBERTa's, and modelBase names no"
+            f" folder with a {CONFIG_FILE}, so that its heads cannot be told; give its base's folder"
+        )
+    return _HEADS[width]
 
 
 def _read_pieces(path: str) -> Any:

@@ -1,6 +1,5 @@
 """Image preprocessing for evaluation: what a stored image becomes before it enters the image tower."""
 
-import io
 from collections.abc import Sequence
 
 import cv2
@@ -8,6 +7,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from pipeline.core.arrays import UInt8Array
+from pipeline.core.images import BadImageError, Decode, decode_square, squash
 from pipeline.core.records import InputError
 
 # Per channel, of pixel values in [0, 1]: OpenAI CLIP's, kept by Chinese CLIP.
@@ -15,22 +16,49 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def preprocess(images: Sequence[bytes], image_size_px: int) -> torch.Tensor:
-    """image_BCHW float32, normalised, of encoded images in any format that Pillow reads.
+def preprocess(
+    images: Sequence[bytes | Image.Image], image_size_px: int, decode: Decode = "upright"
+) -> torch.Tensor:
+    """Return image_BCHW float32, normalised, of images that are encoded or opened with Pillow.
 
-    As Chinese CLIP: bicubic resize to the square, without keeping the aspect and without a crop. Unlike it,
-    the image is converted to RGB before it is resized: interpolating palette indices makes colours that are
-    not there. So images with a palette, with transparency or of more than 8 bits differ from it.
-    InputError names the position of an image that cannot be decoded.
+    As Chinese CLIP: bicubic resize to the square, without keeping the aspect and without a crop. `decode`
+    says what is seen of images that are turned by EXIF, have a palette, transparency or more than 8 bits
+    (`pipeline.core.images`).
+
+    Raises:
+        InputError: if an image cannot be decoded; it names its position.
+    """
+    image_BCHW, left_out = preprocess_readable(images, image_size_px, decode)
+    for row, reason in left_out.items():
+        raise InputError(f"image {row} of {len(images)} cannot be decoded: {reason}")
+    return image_BCHW
+
+
+def preprocess_readable(
+    images: Sequence[bytes | Image.Image | BadImageError], image_size_px: int, decode: Decode = "upright"
+) -> tuple[torch.Tensor, dict[int, str]]:
+    """`preprocess` the images that can be decoded; returns them, and the rows of the others with the reasons.
+
+    What could not even be read may stand in its place as the error.
     """
     pixels_BHWC = np.empty((len(images), image_size_px, image_size_px, 3), dtype=np.uint8)
-    for row, data in enumerate(images):
+    left_out = dict[int, str]()
+    for row, image in enumerate(images):
         try:
-            with Image.open(io.BytesIO(data)) as image:
-                square = image.convert("RGB").resize((image_size_px, image_size_px), Image.Resampling.BICUBIC)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise InputError(f"image {row} of {len(images)} cannot be decoded: {error}") from None
-        pixels_BHWC[row] = np.asarray(square)
+            if isinstance(image, BadImageError):
+                raise image
+            if isinstance(image, bytes):
+                square = decode_square(image, image_size_px, decode)
+            else:
+                square = squash(image.copy(), image_size_px, decode)
+        except BadImageError as error:
+            left_out[row] = str(error)
+            continue
+        pixels_BHWC[row - len(left_out)] = np.asarray(square)
+    return _to_tensor(pixels_BHWC[: len(images) - len(left_out)]), left_out
+
+
+def _to_tensor(pixels_BHWC: UInt8Array) -> torch.Tensor:
     image_BCHW = torch.from_numpy(pixels_BHWC).permute(0, 3, 1, 2).to(torch.float32).div_(255)
     mean_C11 = torch.tensor(MEAN).view(3, 1, 1)
     std_C11 = torch.tensor(STD).view(3, 1, 1)

@@ -21,6 +21,7 @@ import psutil
 from pipeline.core.processes import RUN_VARIABLE, STOP_SIGNALS, dies_with_us
 from pipeline.core.records import Stopped
 from pipeline.core.stage import Progress
+from pipeline.core.terminal import one_line, visible
 from training.ranks.rank_failures import DEADLY, RankFailures
 
 Launcher = Literal["local", "srun"]
@@ -28,6 +29,7 @@ Launcher = Literal["local", "srun"]
 _MESSAGE = re.compile(r"^@(progress|notice) (\{.*\})$")
 _ERROR = re.compile(r"^(?:\[rank\d+\]:? ?|\d+: )?((?:[\w.]+(?:Error|Exception)|error)\b.*)")
 _STOPPED = re.compile(r"^stopped: (.*)")
+_STOPPED_BY = re.compile(r"^(stopped: by )SIG\w+")
 # Of the first rank that died of a signal: RankFailures says it, and srun, which then gives 143 for its
 # status: it ends the others with SIGTERM.
 _DEATHS = "|".join(str(signal.strsignal(number)) for number in DEADLY)
@@ -145,6 +147,7 @@ def watch(
             for line in process.stdout:
                 found = _MESSAGE.match(line.strip())
                 if found is None:
+                    line = visible(signals.name_in(line))
                     log.write(line)
                     log.flush()
                     stopped = _STOPPED.match(line) or stopped
@@ -153,7 +156,7 @@ def watch(
                 if found[1] == "progress":
                     progress(fields["done"], fields["total"], fields["text"])
                 else:
-                    log.write(fields["text"] + "\n")
+                    log.write(one_line(fields["text"]) + "\n")
                     notice(fields["text"])
             status = process.wait()
         except BaseException as error:
@@ -222,6 +225,15 @@ class _Signals:
     received: list[int] = field(default_factory=list)
     early: list[int] = field(default_factory=list)  # those that came before there were ranks to hear them
     launcher: "subprocess.Popen[str] | None" = None
+
+    def name_in(self, line: str) -> str:
+        """Return a line of a rank that was stopped with the name of the signal that came here first.
+
+        Ranks are told of every signal by SIGUSR1.
+        """
+        if not self.received:
+            return line
+        return _STOPPED_BY.sub(rf"\g<1>{signal.Signals(self.received[0]).name}", line)
 
 
 @contextlib.contextmanager

@@ -9,9 +9,9 @@ from pipeline.core.records import ConfigError
 from training.model.clip import CLIP
 from training.model.tokenizer import Tokenizer
 from training.weights.export import save_cn_clip, save_hugging_face, save_onnx, save_safetensors
-from training.weights.formats import Weights, load_model, read_weights
-from training.weights.layouts import matching_towers
+from training.weights.formats import Weights, build_model, read_weights
 from training.weights.model_card import facts_of
+from training.weights.sizes import matching_towers
 from training.weights.vocabulary_lookup import find_vocabulary
 
 Target = Literal["cn_clip", "hugging_face", "safetensors", "onnx"]
@@ -50,7 +50,7 @@ def convert(
     if store.is_local(source) and os.path.exists(out) and os.path.samefile(source, out):
         raise ConfigError(f"{out}: is the file that is read: give another path")
     weights = read_weights(source)
-    model = load_model(source, image_size_px=image_size_px)
+    model = build_model(weights, image_size_px=image_size_px)
     facts = facts_of(source, weights.facts)
     lines = [f"{source}: {weights.format}, {model.config.name}"]
     if target == "cn_clip":
@@ -114,6 +114,7 @@ def inspect(path: str) -> list[str]:
         names = problems.get(kind, [])
         lines.append(f"  {kind:<11} {_listed(names)}")
     lines.append(f"  {'left out':<11} {_listed(list(weights.dropped))}")
+    lines += [f"  note        {remark}" for remark in weights.remarks]
     if broken := [name for name, tensor in weights.state.items() if not bool(tensor.isfinite().all())]:
         lines.append(f"  not finite  {_listed(broken)}")
     return lines

@@ -14,6 +14,7 @@ from torch import nn
 
 from pipeline.core import store
 from pipeline.core.records import ConfigError
+from pipeline.core.written import check_safetensors, check_size, check_zip, naming
 from training.config.train import CONTEXT_LENGTH
 from training.model.clip import CLIP
 from training.model.config import ModelConfig, VisionTransformerConfig
@@ -21,7 +22,8 @@ from training.model.preprocess import MEAN, STD
 from training.model.tokenizer import SPECIAL_TOKENS, Tokenizer, hugging_face_tokenizer
 from training.weights.layouts import to_hugging_face
 from training.weights.model_card import model_card
-from training.weights.weights import save_checkpoint, state_for_file
+from training.weights.tensor_files import METADATA_KEY
+from training.weights.weights import header_of, save_checkpoint, state_for_file
 
 ONNX_TOLERANCE = 1e-4  # of unit-norm features, onnxruntime against torch
 _ONNX_INLINE_BYTES = 1_500_000_000  # protobuf ends at 2 GB: larger weights go into a file beside
@@ -40,9 +42,17 @@ def save_cn_clip(path: str, model: CLIP) -> None:
     same weights give the same bytes.
     """
     state = {f"module.{name}": tensor for name, tensor in state_for_file(model).items()}
-    payload = {"epoch": 0, "step": 0, "name": structure_name(model.config), "state_dict": state}
-    with store.publish(path) as temporary, open(temporary, "wb") as file:
-        torch.save(payload, file)  # to a file object: given a path, torch writes its name into the bytes
+    payload = {
+        "epoch": 0,
+        "step": 0,
+        "name": structure_name(model.config),
+        METADATA_KEY: header_of(model.config, {}),  # heads and resolution, which no tensor shows
+        "state_dict": state,
+    }
+    with store.publish(path) as temporary, naming(path):
+        with open(temporary, "wb") as file:
+            torch.save(payload, file)  # to a file object: given a path, torch writes its name into the bytes
+        check_zip(temporary, path)
 
 
 def structure_name(config: ModelConfig) -> str:
@@ -78,8 +88,10 @@ def save_hugging_face(folder: str, model: CLIP, tokenizer: Tokenizer, facts: Map
     _write_json(folder, "tokenizer_config.json", _tokenizer_config())
     _write_json(folder, "preprocessor_config.json", _preprocessor_config(config))
     _write_json(folder, "config.json", _hugging_face_config(config, config.vision))
-    with store.publish(store.join(folder, "model.safetensors")) as temporary:
+    path = store.join(folder, "model.safetensors")
+    with store.publish(path) as temporary, naming(path):
         save_file(to_hugging_face(state_for_file(model)), temporary, metadata={"format": "pt"})
+        check_safetensors(temporary, path)
 
 
 def _write_card(path: str, model: CLIP, facts: Mapping[str, str], *, for_transformers: bool = False) -> None:
@@ -240,8 +252,10 @@ def _export_side(
                 f" {ONNX_TOLERANCE:.0e}: use another onnxruntime or torch"
             )
         for name in sorted(os.listdir(scratch), reverse=True):  # NAME.onnx.data before NAME.onnx
-            with store.publish(store.join(folder, name) if folder else name) as temporary:
+            target = store.join(folder, name) if folder else name
+            with store.publish(target) as temporary, naming(target):
                 shutil.copyfile(os.path.join(scratch, name), temporary)
+                check_size(temporary, target, os.path.getsize(os.path.join(scratch, name)))
     return difference
 
 

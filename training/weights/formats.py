@@ -4,23 +4,32 @@ Read are Chinese CLIP's `.pt`, Hugging Face's ChineseCLIP folder, OpenAI CLIP's 
 LAION's state dicts, HFL's RoBERTa and RBT3 folders, this project's checkpoints, and DeepSpeed's folders.
 """
 
-import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-import fsspec
 import torch
 from torch.nn import functional as F
 
 from pipeline.core import store
+from pipeline.core.foreign import foreign
+from pipeline.core.processes import say
 from pipeline.core.records import InputError
 from training.model.clip import CLIP
 from training.model.config import MODELS, ModelConfig, VisionTransformerConfig
-from training.weights.layouts import Layout, infer_config, matching_towers, rename
-from training.weights.tensor_files import TensorFile, read_tensors
-from training.weights.weights import METADATA_KEY, build_empty, fill, misfits, read_header, tensor_slots
+from training.weights.layouts import Layout, rename
+from training.weights.said import read_object, read_said
+from training.weights.sizes import Said, infer_config, matching_towers
+from training.weights.tensor_files import METADATA_KEY, TensorFile, read_tensors
+from training.weights.weights import (
+    build_empty,
+    fill,
+    misfits,
+    read_header,
+    require_fit,
+    tensor_slots,
+)
 from training.weights.zero_checkpoint import find_zero_checkpoint, read_zero_checkpoint
 
 _FORMATS: Mapping[Layout, str] = {
@@ -42,11 +51,12 @@ _WEIGHT_FILES = (
     "open_clip_pytorch_model.bin",
     "weights.safetensors",
 )
+_GIVE_WHOLE = "Give a whole Chinese CLIP model"
+_BIAS = "logit_bias"
+MAX_FACTOR = 100  # on cosines: training clamps the temperature there (section 2.2 of CLIP's paper)
+_LARGEST_LOGIT_SCALE = 88.0  # its exponential is the largest of float32
 _WEIGHT_ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
 _POSITIONS = ("visual.positional_embedding", "visual.attnpool.positional_embedding")
-# What has to be so in a Hugging Face config.json for the features to be Chinese CLIP's.
-_FIXED_VISION = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-_FIXED_TEXT = {"hidden_act": "gelu", "layer_norm_eps": 1e-12}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +69,8 @@ class Weights:
     dropped: tuple[str, ...]  # names of the file's tensors that have no place in a model
     config: ModelConfig | None  # sizes, where both towers are there and the sizes can be told
     facts: Mapping[str, str] = field(default_factory=dict)  # what the file says about itself
+    said: Said = field(default_factory=Said)  # what it says of its towers, beyond the shapes of tensors
+    remarks: tuple[str, ...] = ()  # what a user of these weights should know
 
     @property
     def has_image_tower(self) -> bool:
@@ -73,7 +85,7 @@ class Weights:
         config = self.config or self._likely_config()
         if config is None:
             return {}
-        with torch.device("meta"):
+        with foreign(self.path, "model", "give a whole Chinese CLIP model"), torch.device("meta"):
             slots = tensor_slots(CLIP(config))
         if self.config is None:
             prefixes = ("visual.", "logit_scale") if self.has_image_tower else ("bert.",)
@@ -101,9 +113,8 @@ def read_weights(path: str) -> Weights:
     if not _is_folder(path):
         return _of_file(path, read_tensors(path))
     if (zero := find_zero_checkpoint(path)) is not None:
-        renamed = rename(read_zero_checkpoint(zero), zero)
-        sizes = _config_of(renamed.state, zero)
-        return Weights(path, "DeepSpeed checkpoint", renamed.state, renamed.dropped, sizes)
+        file = TensorFile("torch", read_zero_checkpoint(zero))
+        return _of_file(path, file, zero, kind="DeepSpeed checkpoint")
     names = store.list_files(path)
     chosen = next((name for name in _WEIGHT_FILES if name in names), None)
     if chosen is None:
@@ -118,10 +129,9 @@ def read_weights(path: str) -> Weights:
                 f"{path}: no {_WEIGHT_FILES[0]}, {_WEIGHT_FILES[2]} or DeepSpeed checkpoint; {found}"
             )
         chosen = others[0]
-    weights = _of_file(path, _read_shards(path, chosen), store.join(path, chosen))
-    if "config.json" in names and weights.format != _OWN:
-        weights = _with_hugging_face_config(weights, store.join(path, "config.json"))
-    return weights
+    file = _read_shards(path, chosen)
+    said = Said() if METADATA_KEY in file.facts else read_said(path, names)
+    return _of_file(path, file, store.join(path, chosen), said)
 
 
 def load_model(path: str, *, image_size_px: int | None = None) -> CLIP:
@@ -131,15 +141,25 @@ def load_model(path: str, *, image_size_px: int | None = None) -> CLIP:
     InputError names the path and every tensor that is missing, unexpected or of another shape, NaN weights,
     and files that hold one tower only.
     """
-    weights = read_weights(path)
+    return build_model(read_weights(path), image_size_px=image_size_px)
+
+
+def build_model(weights: Weights, *, image_size_px: int | None = None) -> CLIP:
+    """Return the model of weights that were read, as `load_model` does; warns of the weights' remarks."""
+    path = weights.path
     if weights.config is None:
         raise InputError(f"{path}: {_describe_part(weights)}; give a whole Chinese CLIP model")
+    for remark in weights.remarks:
+        say(f"{path}: {remark}")
     config, state = weights.config, weights.state
     if image_size_px is not None and image_size_px != config.vision.image_size_px:
         config = resized(config, image_size_px, path)
         state = with_resized_positions(state, config)
-    model = build_empty(config)
-    fill(tensor_slots(model), state, path, "Give a whole Chinese CLIP model")
+    with foreign(path, "model", "give a whole Chinese CLIP model"):
+        with torch.device("meta"):  # before memory is taken for sizes that a damaged file makes up
+            require_fit(tensor_slots(CLIP(config)), state, path, _GIVE_WHOLE)
+        model = build_empty(config)
+        fill(tensor_slots(model), state, path, _GIVE_WHOLE)
     return model.eval()
 
 
@@ -183,15 +203,22 @@ def resize_positions(position_PW: torch.Tensor, side: int) -> torch.Tensor:
 def _is_folder(path: str) -> bool:
     if store.is_local(path):
         return os.path.isdir(path)
-    fs, name = fsspec.core.url_to_fs(path)
+    fs, name = store.remote(path)
     return bool(fs.isdir(name))
 
 
-def _of_file(path: str, file: TensorFile, origin: str | None = None) -> Weights:
+def _of_file(
+    path: str, file: TensorFile, origin: str | None = None, said: Said | None = None, kind: str | None = None
+) -> Weights:
     origin = origin or path
-    if METADATA_KEY in file.facts:
-        own_config, metadata = read_header(origin, file.facts)
-        return Weights(path, _OWN, file.tensors, (), own_config, metadata)
+    facts = dict(file.facts)
+    own_config: ModelConfig | None = None
+    if METADATA_KEY in facts:
+        own_config, metadata = read_header(origin, facts)
+        said = said_of(own_config)
+        if file.container == "safetensors":
+            return _checked(Weights(path, _OWN, file.tensors, (), own_config, metadata, said))
+        del facts[METADATA_KEY]  # in a .pt that this project wrote
     renamed = rename(file.tensors, origin)
     name = _FORMATS[renamed.layout]
     if file.container == "torchscript":
@@ -199,73 +226,71 @@ def _of_file(path: str, file: TensorFile, origin: str | None = None) -> Weights:
     container = {"torch": "torch.save", "torchscript": "TorchScript", "safetensors": "safetensors"}[
         file.container
     ]
-    config = _config_of(renamed.state, origin)
-    return Weights(path, f"{name}, {container}", renamed.state, renamed.dropped, config, file.facts)
+    if said is None:
+        said = Said(name=facts.get("name", ""))
+    if said.text_heads is not None and renamed.layout == "bert":
+        facts["text heads"] = str(said.text_heads)
+    if renamed.prefixes:
+        facts["prefix"] = ", ".join(renamed.prefixes)
+    config = own_config or _config_of(renamed.state, origin, said)
+    kind = kind or f"{name}, {container}"
+    return _checked(Weights(path, kind, renamed.state, renamed.dropped, config, facts, said))
 
 
-def _config_of(state: Mapping[str, torch.Tensor], origin: str) -> ModelConfig | None:
+def _checked(weights: Weights) -> Weights:
+    """The weights with a temperature of shape [], and with remarks; InputError if it is out of all bounds."""
+    remarks = []
+    scale = weights.state.get("logit_scale")
+    if scale is not None and scale.numel() == 1:
+        weights.state["logit_scale"] = scale = scale.reshape(())
+        value = float(scale)
+        if value > _LARGEST_LOGIT_SCALE:
+            raise InputError(
+                f"{weights.path}: logit_scale is {value:g}, whose exponential is beyond float32: it is the"
+                " logarithm of the factor on cosines; store that"
+            )
+        if math.exp(value) > MAX_FACTOR * 1.001:
+            remarks.append(
+                f"logit_scale is {value:g}, a factor of {math.exp(value):,.0f} on cosines: above"
+                f" {MAX_FACTOR}, to which training clamps it; probabilities are"
+                " sharper than a Chinese CLIP's"
+            )
+    if _BIAS in weights.dropped:
+        remarks.append(
+            f"{_BIAS} is left out: these weights were trained with SigLIP's loss, whose bias changes no"
+            " ranking; probabilities by softmax are not those of its training"
+        )
+    return replace(weights, remarks=tuple(remarks))
+
+
+def said_of(config: ModelConfig) -> Said:
+    """Return what a whole configuration says of the towers."""
+    vision = config.vision
+    heads = vision.heads if isinstance(vision, VisionTransformerConfig) else None
+    return Said(config.name, heads, config.text.heads, "quick_gelu" if heads is not None else None)
+
+
+def _config_of(state: Mapping[str, torch.Tensor], origin: str, said: Said) -> ModelConfig | None:
     """Sizes of a whole model; None where it has one tower."""
     has_image = any(name.startswith("visual.") for name in state)
     has_text = any(name.startswith("bert.") for name in state)
-    return infer_config(state, origin) if has_image and has_text else None
+    return infer_config(state, origin, said) if has_image and has_text else None
 
 
 def _read_shards(folder: str, name: str) -> TensorFile:
     if not name.endswith(".index.json"):
         return read_tensors(store.join(folder, name))
-    index = _read_json(store.join(folder, name))
+    index = read_object(store.join(folder, name))
     try:
         shards = sorted(set(index["weight_map"].values()))
+        assert shards
         assert all(shard == os.path.basename(shard) for shard in shards)
     except (KeyError, TypeError, AttributeError, AssertionError):
         raise InputError(
-            f"{store.join(folder, name)}: no weight_map of file names: {_DAMAGED_INDEX}"
+            f"{store.join(folder, name)}: no weight_map of file names: download the folder again"
         ) from None
     files = [read_tensors(store.join(folder, shard)) for shard in shards]
     return TensorFile(files[0].container, {k: v for file in files for k, v in file.tensors.items()}, {})
-
-
-_DAMAGED_INDEX = "download the folder again"
-
-
-def _read_json(path: str) -> dict[str, Any]:
-    try:
-        value = json.loads(store.read_text(path))
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path}: not readable JSON ({error}): {_DAMAGED_INDEX}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: holds no JSON object: {_DAMAGED_INDEX}")
-    return value
-
-
-def _with_hugging_face_config(weights: Weights, path: str) -> Weights:
-    """Check config.json against what Chinese CLIP is, and take the numbers of heads from it."""
-    settings = _read_json(path)
-    if settings.get("model_type") == "bert":
-        _check(settings, _FIXED_TEXT, path, "")
-        heads = settings.get("num_attention_heads")
-        return replace(weights, facts={**weights.facts, "text heads": str(heads)})
-    if settings.get("model_type") != "chinese_clip" or weights.config is None:
-        return weights
-    vision, text = settings.get("vision_config") or {}, settings.get("text_config") or {}
-    _check(vision, _FIXED_VISION, path, "vision_config.")
-    _check(text, _FIXED_TEXT, path, "text_config.")
-    text_heads = int(text.get("num_attention_heads", weights.config.text.heads))
-    config: ModelConfig = replace(weights.config, text=replace(weights.config.text, heads=text_heads))
-    if isinstance(config.vision, VisionTransformerConfig):
-        heads = int(vision.get("num_attention_heads", config.vision.heads))
-        config = replace(config, vision=replace(config.vision, heads=heads))
-    if config != weights.config:  # heads of none of the known sizes
-        config = replace(config, name="custom")
-    return replace(weights, config=config)
-
-
-def _check(settings: Mapping[str, Any], fixed: Mapping[str, Any], path: str, prefix: str) -> None:
-    for key, value in fixed.items():
-        if settings.get(key, value) != value:
-            raise InputError(
-                f"{path}: {prefix}{key} is {settings[key]!r}, but Chinese CLIP has {value!r}: features differ"
-            )
 
 
 def _describe_part(weights: Weights) -> str:

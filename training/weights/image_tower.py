@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from pipeline.core.records import InputError
-from training.model.config import MODELS, ModelConfig, TextConfig, VisionTransformerConfig
+from training.model.config import ModelConfig, TextConfig, VisionTransformerConfig
 from training.weights.formats import Weights, read_weights
-from training.weights.layouts import infer_vision, matching_towers
+from training.weights.sizes import infer_vision
 from training.weights.weights import build_empty, fill, tensor_slots
 
 # OpenAI trained with QuickGELU; OpenCLIP's own models (ViT-B-16-plus-240 of LAION-400M) with GELU.
@@ -38,11 +38,14 @@ def load_image_tower(path: str, *, activation: Activation = "quick_gelu") -> Ima
     InputError names the path where it holds no image tower, or one whose sizes cannot be told.
     """
     weights = read_weights(path)
-    vision, embed_dim = infer_vision(weights.state), _embed_dim(weights)
+    vision, embed_dim = infer_vision(weights.state, path, weights.said), _embed_dim(weights)
     if vision is None or embed_dim is None:
         raise InputError(f"{path}: {weights.format}: holds no image tower; give an English CLIP's weights")
-    if known := matching_towers(weights.state)["image"]:
-        vision = MODELS[known[0]].vision  # shapes do not show the number of heads
+    if weights.said.activation not in (None, activation):
+        raise InputError(
+            f"{path}: its configuration says that its image tower has {weights.said.activation}, not"
+            f" {activation}: set image_activation to it"
+        )
     model = build_empty(ModelConfig(name="image tower", embed_dim=embed_dim, vision=vision, text=_NO_TEXT))
     slots = {name: slot for name, slot in tensor_slots(model).items() if name.startswith("visual.")}
     state = {name: tensor for name, tensor in weights.state.items() if name.startswith("visual.")}

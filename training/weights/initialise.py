@@ -11,10 +11,13 @@ from typing import Literal
 import torch
 
 from pipeline.core import store
+from pipeline.core.processes import say
 from pipeline.core.records import InputError
 from training.model.clip import CLIP
 from training.weights.formats import Weights, read_weights, with_resized_positions
 from training.weights.weights import Slot, fill, is_image_side, tensor_slots
+
+_SCALE = "logit_scale"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +34,11 @@ def initialise(
 ) -> list[Provenance]:
     """Take over an image side, a text tower, or both, from files of any known format (A.2).
 
-    `image_weights` gives image tower, visual projection and temperature; its position embedding is
-    interpolated where the model has another resolution. `text_weights` gives BERT without pooler. Everything
-    else stays as it is. Returns what became of every tensor, the model's first. InputError names the file and
-    every tensor of the tower that is missing, unexpected, of another shape or not finite; the model is then
-    unchanged on that side.
+    `image_weights` gives image tower, visual projection and temperature (which may be missing); its position
+    embedding is interpolated where the model has another resolution. `text_weights` gives BERT without
+    pooler. Everything else stays as it is. Returns what became of every tensor, the model's first.
+    InputError names the file and every tensor of the tower that is missing, unexpected, of another shape or
+    not finite; the model is then unchanged on that side.
     """
     slots = tensor_slots(model)
     outcomes = {name: Provenance(name, "initialised") for name in slots}
@@ -46,8 +49,14 @@ def initialise(
             raise InputError(
                 f"{image_weights}: {weights.format}: holds no image tower; give an English CLIP's file"
             )
+        _require_heads(weights, "image", weights.said.image_heads, model)
         ours = {name: slot for name, slot in slots.items() if is_image_side(name)}
         state = {name: tensor for name, tensor in weights.state.items() if is_image_side(name)}
+        for remark in weights.remarks:
+            say(f"{image_weights}: {remark}")
+        if _SCALE not in state:  # the model's own stays: ln(1 / 0.07)
+            say(f"{image_weights}: holds no logit_scale: the temperature starts from 0.07, a factor of 14.3")
+            del ours[_SCALE]
         fitted = with_resized_positions(state, model.config)
         _take(
             weights, ours, fitted, f"Give the weights of {model.config.name}'s image tower", outcomes, dropped
@@ -61,12 +70,7 @@ def initialise(
             raise InputError(
                 f"{text_weights}: {weights.format}: holds no text tower; give a Chinese BERT's folder"
             )
-        heads = weights.facts.get("text heads")
-        if heads is not None and heads != str(model.config.text.heads):
-            raise InputError(
-                f"{text_weights}: config.json has {heads} attention heads, but {model.config.name}'s text"
-                f" tower has {model.config.text.heads}: give another BERT"
-            )
+        _require_heads(weights, "text", weights.said.text_heads, model)
         ours = {name: slot for name, slot in slots.items() if name.startswith("bert.")}
         state = {name: tensor for name, tensor in weights.state.items() if name.startswith("bert.")}
         remedy = (
@@ -74,6 +78,16 @@ def initialise(
         )
         _take(weights, ours, state, remedy, outcomes, dropped)
     return [*outcomes.values(), *dropped]
+
+
+def _require_heads(weights: Weights, side: Literal["image", "text"], heads: int | None, model: CLIP) -> None:
+    """Raise InputError if the weights say that a tower has another number of heads than the model's."""
+    tower = model.config.vision if side == "image" else model.config.text
+    if heads is not None and heads != tower.heads:
+        raise InputError(
+            f"{weights.path}: its configuration has {heads} attention heads, but {model.config.name}'s {side}"
+            f" tower has {tower.heads}: give other weights"
+        )
 
 
 def _take(

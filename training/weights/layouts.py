@@ -4,7 +4,6 @@ Chinese CLIP's layout is the one of its released `.pt` files: `visual.*` as in O
 Hugging Face's BERT, `text_projection`, `logit_scale`. The layout is told by these names, never by the file's.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,14 +12,6 @@ from typing import Literal
 import torch
 
 from pipeline.core.records import InputError
-from training.model.config import (
-    MODELS,
-    ModelConfig,
-    ModifiedResNetConfig,
-    TextConfig,
-    VisionConfig,
-    VisionTransformerConfig,
-)
 from training.weights.weights import from_module_names, is_image_side
 
 Layout = Literal["chinese_clip", "hugging_face", "image_tower", "hugging_face_english", "bert", "module"]
@@ -51,7 +42,7 @@ _IN_PROJ = re.compile(r"(visual\.transformer\.resblocks\.\d+)\.attn\.in_proj_(we
 _FLASH_TEXT = re.compile(r"(bert\.encoder\.layer\.\d+\.attention\.self)\.Wqkv\.(weight|bias)")
 # What released files hold beside the weights: buffers, and heads that Chinese CLIP leaves out (A.2)
 _LEFT_OUT = re.compile(
-    r"(bert\.pooler\.|bert\.embeddings\.(position_ids|token_type_ids)$|cls\.|qa_outputs\.|classifier\."
+    r"(logit_bias$|bert\.pooler\.|bert\.embeddings\.(position_ids|token_type_ids)$|cls\.|qa_outputs\.|classifier\."
     r"|vision_model\.embeddings\.position_ids$)"
 )
 
@@ -63,6 +54,7 @@ class Renamed:
     layout: Layout
     state: dict[str, torch.Tensor]
     dropped: tuple[str, ...]
+    prefixes: tuple[str, ...] = ()  # of wrappers, taken off names
 
 
 def rename(tensors: Mapping[str, torch.Tensor], origin: str) -> Renamed:
@@ -71,15 +63,63 @@ def rename(tensors: Mapping[str, torch.Tensor], origin: str) -> Renamed:
     Only what a layout is known to hold besides is dropped; any other tensor keeps its name, so that whoever
     fills a model reports it as unexpected.
     """
+    tensors, prefixes = unwrap(tensors, origin)
+    return replace(_rename(tensors, origin), prefixes=prefixes)
+
+
+# Where a model's own names begin; before them stands what wrapped the model when it was saved.
+_ROOT = re.compile(
+    r"(?:^|\.)(?=(?:visual|bert|vision_model|text_model|visual_projection)\."
+    r"|(?:text_projection|logit_scale|logit_bias)(?:\.weight)?$)"
+)
+_ADAPTER = re.compile(r"\.(lora_[A-Za-z]+|base_layer|modules_to_save|lora_magnitude_vector)\.")
+
+
+def unwrap(
+    tensors: Mapping[str, torch.Tensor], origin: str
+) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
+    """Take a wrapper's prefix (`model.`, `clip_model.`, Lightning's, PEFT's) off the names that have one.
+
+    Returns the tensors and the prefixes that were taken off.
+
+    Raises:
+        InputError: if the names are those of adapters (LoRA), or of several models in one file.
+    """
+    if adapted := next((name for name in tensors if _ADAPTER.search(f".{name}.")), None):
+        raise InputError(
+            f"{origin}: holds adapters ({adapted[:120]}), not whole weights: merge them"
+            " (PEFT's merge_and_unload()), and save the merged model's state_dict()"
+        )
+    unwrapped: dict[str, torch.Tensor] = {}
+    prefixes: dict[str, str] = {}  # prefix → one of its names
+    for name, tensor in tensors.items():
+        root = _ROOT.search(name)
+        prefix = name[: root.end()] if root else ""
+        inner = name[len(prefix) :]
+        if inner in unwrapped:
+            other = next(one for one in (*prefixes, "") if f"{one}{inner}" in tensors and one != prefix)
+            places = " and ".join(one or "no prefix" for one in (other, prefix))
+            raise InputError(
+                f"{origin}: holds {inner[:120]} twice, below {places}: two models in one file; save the"
+                " state_dict() of the one you want"
+            )
+        unwrapped[inner] = tensor
+        if prefix:
+            prefixes.setdefault(prefix, name)
+    return unwrapped, tuple(prefixes)
+
+
+def _rename(tensors: Mapping[str, torch.Tensor], origin: str) -> Renamed:
     layout = _recognise(tensors)
     if layout is None:
-        examples = ", ".join(list(tensors)[:4])
+        examples = ", ".join(name[:120] for name in list(tensors)[:4])
         raise InputError(
             f"{origin}: tensors named like {examples}: neither Chinese CLIP, Hugging Face's ChineseCLIP,"
             " OpenAI CLIP, OpenCLIP nor BERT; give the weights of one of these"
         )
     if layout == "module":
-        return Renamed(layout, from_module_names(tensors), ())
+        kept = {name: tensor for name, tensor in tensors.items() if not _LEFT_OUT.match(name)}
+        return Renamed(layout, from_module_names(kept), tuple(name for name in tensors if name not in kept))
     if layout in ("hugging_face", "hugging_face_english"):
         return _from_hugging_face(layout, tensors)
     if layout == "image_tower":
@@ -165,109 +205,3 @@ def to_hugging_face(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
             new = theirs + new.removeprefix(ours) if new.startswith(ours) else new
         renamed[new] = tensor
     return renamed
-
-
-# Sizes, from the shapes alone
-
-
-def infer_config(state: Mapping[str, torch.Tensor], origin: str) -> ModelConfig:
-    """The sizes of a state in Chinese CLIP's names: one of MODELS where it fits, with the state's vocabulary.
-
-    Shapes do not show the number of heads: for a size that is none of MODELS it is a 64th of the width, as
-    OpenAI's and Hugging Face's code assume. InputError where sizes cannot be told.
-    """
-    vision, text = infer_vision(state), infer_text(state)
-    projection = state.get("text_projection")
-    if vision is None or text is None or projection is None or projection.ndim != 2:
-        raise InputError(
-            f"{origin}: its sizes cannot be told, since {_what_is_lacking(state)}; give a whole model"
-        )
-    for known in MODELS.values():
-        same_text = replace(known.text, vocab_size=text.vocab_size)
-        if (
-            _as_shapes_show(known.vision) == _as_shapes_show(vision)
-            and (same_text.layers, same_text.width, same_text.max_positions)
-            == (text.layers, text.width, text.max_positions)
-            and known.embed_dim == projection.shape[1]
-        ):
-            return replace(known, text=same_text)
-    return ModelConfig(name="custom", embed_dim=int(projection.shape[1]), vision=vision, text=text)
-
-
-def matching_towers(state: Mapping[str, torch.Tensor]) -> dict[Literal["image", "text"], list[str]]:
-    """Names of the models whose image tower, and whose text tower, has the sizes of the state's."""
-    vision, text = infer_vision(state), infer_text(state)
-    return {
-        "image": [
-            name
-            for name, known in MODELS.items()
-            if vision is not None and _as_shapes_show(known.vision) == _as_shapes_show(vision)
-        ],
-        "text": [
-            name
-            for name, known in MODELS.items()
-            if text is not None and (known.text.layers, known.text.width) == (text.layers, text.width)
-        ],
-    }
-
-
-def infer_vision(state: Mapping[str, torch.Tensor]) -> VisionConfig | None:
-    """Sizes of the image tower; None where there is none, or what tells them is missing."""
-    conv = state.get("visual.conv1.weight")
-    if conv is None or conv.ndim != 4:
-        return None
-    positions = state.get("visual.positional_embedding", state.get("visual.attnpool.positional_embedding"))
-    if positions is None or positions.ndim != 2:
-        return None
-    side = math.isqrt(positions.shape[0] - 1)
-    if "visual.positional_embedding" in state:
-        width, patch = int(conv.shape[0]), int(conv.shape[-1])
-        layers = _count(state, r"visual\.transformer\.resblocks\.(\d+)\.")
-        return VisionTransformerConfig(
-            image_size_px=side * patch,
-            patch_size_px=patch,
-            layers=layers,
-            width=width,
-            heads=max(1, width // 64),
-        )
-    one, two, three, four = (_count(state, rf"visual\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4))
-    width = int(positions.shape[1])
-    return ModifiedResNetConfig(image_size_px=side * 32, blocks=(one, two, three, four), width=width)
-
-
-def infer_text(state: Mapping[str, torch.Tensor]) -> TextConfig | None:
-    """Sizes of the text tower; None where there is none."""
-    words = state.get("bert.embeddings.word_embeddings.weight")
-    positions = state.get("bert.embeddings.position_embeddings.weight")
-    if words is None or positions is None or words.ndim != 2 or positions.ndim != 2:
-        return None
-    width = int(words.shape[1])
-    return TextConfig(
-        layers=_count(state, r"bert\.encoder\.layer\.(\d+)\."),
-        width=width,
-        heads=max(1, width // 64),
-        vocab_size=int(words.shape[0]),
-        max_positions=int(positions.shape[0]),
-    )
-
-
-def _as_shapes_show(config: VisionConfig) -> VisionConfig:
-    """Without the number of heads; a ResNet's resolution down to what fills its grid of 32-pixel cells."""
-    if isinstance(config, VisionTransformerConfig):
-        return replace(config, heads=0)
-    return replace(config, image_size_px=config.image_size_px // 32 * 32)
-
-
-def _count(names: Mapping[str, object], pattern: str) -> int:
-    """One more than the highest number that the pattern finds in the names."""
-    numbers = (int(match[1]) for name in names if (match := re.match(pattern, name)))
-    return 1 + max(numbers, default=-1)
-
-
-def _what_is_lacking(state: Mapping[str, torch.Tensor]) -> str:
-    needed = ["text_projection", "visual.conv1.weight", "bert.embeddings.word_embeddings.weight"]
-    needed += ["bert.embeddings.position_embeddings.weight"]
-    lacking = [name for name in needed if name not in state]
-    if not any(name.endswith("positional_embedding") for name in state):
-        lacking.append("visual.positional_embedding")
-    return f"it lacks {', '.join(lacking)}" if lacking else "tensors have unusual shapes"

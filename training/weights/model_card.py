@@ -1,12 +1,12 @@
 """The model card: what these weights are, in the README.md that hubs show."""
 
-import json
 import os
 import tomllib
 from collections.abc import Mapping
 from typing import Any
 
 from pipeline.core import store
+from pipeline.core.foreign import foreign, parse_json
 from training.model.config import ModelConfig, VisionTransformerConfig
 from training.model.preprocess import MEAN, STD
 
@@ -87,21 +87,21 @@ def facts_of(path: str, recorded: Mapping[str, str]) -> dict[str, str]:
     run = store.join(os.path.dirname(os.path.abspath(path)), "..") if store.is_local(path) else None
     if run is None or not os.path.isfile(os.path.join(run, "run.resolved.toml")):
         return facts
-    with open(os.path.join(run, "run.resolved.toml"), "rb") as file:
+    settings, report = os.path.join(run, "run.resolved.toml"), os.path.join(run, "report", "report.json")
+    with foreign(settings, "run's configuration", "repair or remove it"), open(settings, "rb") as file:
         corpus = tomllib.load(file).get("corpus", {})
-    tables = ", ".join(table.get("name", "") for table in corpus.get("tables", []))
-    facts.setdefault("data", f"{corpus.get('kind', 'tables')}{': ' if tables else ''}{tables}")
-    report = os.path.join(run, "report", "report.json")
+        tables = ", ".join(table.get("name", "") for table in corpus.get("tables", []))
+        facts.setdefault("data", f"{corpus.get('kind', 'tables')}{': ' if tables else ''}{tables}")
     if os.path.isfile(report):
-        with open(report, encoding="utf-8") as file:
-            body = json.load(file)
-        stage = facts.get("stage", "")
-        found = _scores(body.get("evaluations", {}), stage)
-        if found:
-            facts.setdefault("scores", found)
-        is_earlier = any(name.endswith(f"/{stage}") for name in body.get("evaluations", {}))
-        if not is_earlier:  # the tables are of the run's final model
-            facts["tables"] = "".join(map(_table, body.get("comparisons", [])))
+        with foreign(report, "run's report", "make it again with --stage report --redo"):
+            body = parse_json(store.read_bytes(report))
+            stage = facts.get("stage", "")
+            found = _scores(body.get("evaluations", {}), stage)
+            if found:
+                facts.setdefault("scores", found)
+            is_earlier = any(name.endswith(f"/{stage}") for name in body.get("evaluations", {}))
+            if not is_earlier:  # the tables are of the run's final model
+                facts["tables"] = "".join(map(_table, body.get("comparisons", [])))
     return facts
 
 

@@ -1,31 +1,31 @@
 """Tensors out of files that others made: which kind of file it is, by its first bytes, and what it holds.
 
-Nothing is run: pickles go through torch's weights-only machine, which knows tensors and plain values;
-archives of TorchScript through `training.weights.torchscript`; safetensors hold nothing but tensors.
+Nothing is run: pickles, of TorchScript too, go through `training.weights.unpickle`, which builds tensors and
+plain values only; safetensors hold nothing but tensors.
 """
 
 import itertools
-import pickle
-import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import fsspec
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from pipeline.core import store
+from pipeline.core.foreign import DOWNLOAD_AGAIN, foreign
 from pipeline.core.records import InputError
 from training.weights.torchscript import read_torchscript
+from training.weights.unpickle import Foreign, Unreadable, local_copy, unpickle
 
 Container = Literal["safetensors", "torch", "torchscript"]
-DOWNLOAD_AGAIN = "download it again"
 # Where files from torch.save keep their tensors, in the order in which they are looked for.
+METADATA_KEY = "cnclip"  # under which this project's files say what model they hold
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "state")
 _PREFIXES = ("module.", "_orig_mod.", "clip.")  # of data parallel, of torch.compile, of this project's engine
 _PROBE_BYTES = 512
+_MOST_SHARING = 3  # tensors that share their bytes (tied embeddings) may have so many times those of the file
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,77 +40,95 @@ class TensorFile:
 def read_tensors(path: str) -> TensorFile:
     """Read a local file or a URL; wrappers such as `state_dict` and prefixes such as `module.` are taken off.
 
-    InputError names the file: absent, empty, a web page, a Git LFS pointer, cut, damaged, without tensors, or
-    a pickle that asks for anything but tensors.
+    InputError names the file: absent, empty, a web page, a Git LFS pointer, cut, damaged, without tensors, of
+    more numbers than it holds, or a pickle that asks for what runs code.
     """
     container = _container(path)
-    if container == "torchscript":
-        return TensorFile(container, read_torchscript(path))
     if container == "safetensors":
         return _read_safetensors(path)
+    if container == "torchscript":
+        tensors = read_torchscript(path)
+        check_size(path, tensors, store.num_bytes(path))
+        return TensorFile(container, tensors)
     payload = read_pickle(path)
     if not isinstance(payload, Mapping):
         raise InputError(f"{path}: holds a {type(payload).__name__}, not tensors by name: give a checkpoint")
-    state = next(
-        (payload[key] for key in _WRAPPERS if isinstance(payload.get(key), Mapping) and payload[key]), payload
-    )
-    tensors = {str(name): value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    state, keys = payload, list[str]()
+    while key := next((key for key in _WRAPPERS if isinstance(state.get(key), Mapping) and state[key]), None):
+        if key in keys:
+            break
+        state, keys = state[key], [*keys, key]
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     if not tensors:
-        keys = ", ".join(itertools.islice(map(str, payload), 8))
-        raise InputError(f"{path}: holds no tensors by name (its keys: {keys or 'none'}): give a checkpoint")
-    facts = {
-        key: str(payload[key]) for key in ("name", "epoch", "step") if isinstance(payload.get(key), int | str)
-    }
+        raise InputError(f"{path}: {_what_instead(payload, state)}")
+    for name, value in state.items():
+        if isinstance(value, Foreign) and (value.kind.startswith("torch._utils.") or not value.kind):
+            raise InputError(
+                f"{path}: {str(name)[:80]} is {value.kind or Unreadable.kind}: save it as an ordinary tensor"
+            )
+    check_size(path, tensors, store.num_bytes(path))
+    facts = {key: str(payload[key]) for key in ("name", "epoch", "step") if _is_short(payload.get(key))}
+    if isinstance(payload.get(METADATA_KEY), str):
+        facts[METADATA_KEY] = payload[METADATA_KEY]
     return TensorFile(container, strip_prefixes(tensors), facts)
+
+
+def _is_short(value: Any) -> bool:
+    return (isinstance(value, str) and len(value) < 200) or (isinstance(value, int) and abs(value) < 2**63)
+
+
+def _what_instead(payload: Mapping[Any, Any], state: Mapping[Any, Any]) -> str:
+    """What a pickle without tensors by name holds, and what to do."""
+    for found in (state, payload, *payload.values()):
+        if isinstance(found, Foreign) and found.is_module:
+            return (
+                f"holds a whole Python object ({found.kind}), not its tensors: load it where its code is, and"
+                " save its state_dict()"
+            )
+    if arrays := [value for value in state.values() if isinstance(value, Foreign) and value.kind]:
+        return (
+            f"holds no tensors, but values of {arrays[0].kind}: save its tensors by name, as state_dict()"
+            " gives them"
+        )
+    keys = ", ".join(str(key)[:40] for key in itertools.islice(payload, 8) if not isinstance(key, float))
+    return f"holds no tensors by name (its keys: {keys or 'none'}): give a checkpoint"
+
+
+def check_size(path: str, tensors: Mapping[str, torch.Tensor], num_bytes: int) -> None:
+    """Refuse tensors that lie in the same bytes again and again: a model of them would fill the memory."""
+    wanted = sum(tensor.nbytes for tensor in tensors.values())
+    if wanted > _MOST_SHARING * num_bytes:
+        raise InputError(
+            f"{path}: its tensors have {wanted:,} bytes, but the file {num_bytes:,}:"
+            f" {DOWNLOAD_AGAIN}, and if it stays so do not use it"
+        )
 
 
 def strip_prefixes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Take off, again and again, a wrapper's prefix that every name has."""
     stripped = dict(tensors)
-    while prefix := next((one for one in _PREFIXES if all(name.startswith(one) for name in stripped)), ""):
+    while stripped:
+        prefix = next((one for one in _PREFIXES if all(name.startswith(one) for name in stripped)), "")
+        if not prefix:
+            break
         stripped = {name.removeprefix(prefix): tensor for name, tensor in stripped.items()}
     return stripped
 
 
-def read_pickle(path: str, *, stand_ins: Mapping[str, type] | None = None) -> Any:
-    """What `torch.save` wrote, on the CPU, as tensors, containers and plain values.
+def read_pickle(path: str) -> Any:
+    """Return what `torch.save` wrote, on the CPU: tensors, containers, plain values, and `Foreign` objects.
 
-    `stand_ins` maps full names of classes that may occur besides to classes that are built in their place.
-    InputError for every other name, and for files that are cut or damaged.
+    Raises:
+        InputError: if the file is cut or damaged, or its pickle asks for what runs code.
     """
-    local = local_copy(path)
-    allowed: list[Any] = [(stand_in, name) for name, stand_in in (stand_ins or {}).items()]
-    try:
-        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickle protocols: what is wrong is said below
-            # Large files are mapped into memory; the old format, without a zip, cannot be.
-            return torch.load(local, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(local))
-    except pickle.UnpicklingError as error:
-        if names := _foreign_names(str(error)):
-            raise InputError(
-                f"{path}: its pickle asks for {names}, which weights have no need of: nothing was run;"
-                " do not use this file"
-            ) from None
-        raise InputError(
-            f"{path}: a pickle that torch's reader of weights refuses ({_refusal(str(error))}): nothing was"
-            f" run; {DOWNLOAD_AGAIN}, and if it stays so do not use it"
-        ) from None
-    except Exception as error:  # damaged bytes surface as whatever torch trips over
-        raise InputError(f"{path}: cut or damaged ({_first_line(error)}): {DOWNLOAD_AGAIN}") from None
-
-
-def local_copy(path: str) -> str:
-    """The path itself, or a temporary copy of what a URL names."""
-    return path if store.is_local(path) else str(fsspec.open_local(f"simplecache::{path}"))
+    return unpickle(path, "checkpoint of torch.save: cut or damaged", DOWNLOAD_AGAIN)
 
 
 def _container(path: str) -> Container:
-    try:
+    with foreign(path, "file of weights"):
         size = store.num_bytes(path)
         with store.open_read(path) as file:
             head = bytes(file.read(_PROBE_BYTES))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
     if not head:
         raise InputError(f"{path}: empty: {DOWNLOAD_AGAIN}")
     if head.startswith(b"PK\x03\x04"):
@@ -137,53 +155,21 @@ def _container(path: str) -> Container:
 
 
 def _kind_of_zip(path: str) -> Container:
-    try:
-        with store.open_read(path) as file, zipfile.ZipFile(file) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, OSError) as error:
-        raise InputError(f"{path}: cut or damaged ({_first_line(error)}): {DOWNLOAD_AGAIN}") from None
+    with (
+        foreign(path, "zip: cut or damaged"),
+        store.open_read(path) as file,
+        zipfile.ZipFile(file) as archive,
+    ):
+        names = archive.namelist()
     if not any(name.endswith("/data.pkl") for name in names):
         raise InputError(f"{path}: a zip without data.pkl, not weights: give the checkpoint itself")
     return "torchscript" if any(name.endswith("/constants.pkl") for name in names) else "torch"
 
 
 def _read_safetensors(path: str) -> TensorFile:
-    try:
-        with safe_open(local_copy(path), framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{path}: cut or damaged safetensors ({_first_line(error)}): {DOWNLOAD_AGAIN}"
-        ) from None
+    with foreign(path, "safetensors file: cut or damaged"), safe_open(local_copy(path), "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = dict(file.metadata() or {})
     if not tensors:
         raise InputError(f"{path}: a safetensors file without tensors: give a checkpoint")
     return TensorFile("safetensors", strip_prefixes(tensors), metadata)
-
-
-def _foreign_names(message: str) -> str:
-    """The class or function that torch's weights-only machine refused, from its message."""
-    for marker in (
-        "Unsupported global: GLOBAL ",
-        "Trying to load unsupported GLOBAL ",  # of a module that is never allowed, such as os
-        "Unsupported class ",
-        "Trying to call reduce for unrecognized function ",
-        "Trying to instantiate unsupported class ",
-        "Can only build ",
-    ):
-        _, found, rest = message.partition(marker)
-        if found:
-            return rest.split()[0]
-    return ""
-
-
-def _refusal(message: str) -> str:
-    """What torch's message says about the file, without its advice to read it by unsafe means."""
-    around = ("Weights only load failed", "Please file an issue", "Check the documentation")
-    lines = (line.strip() for line in message.splitlines())
-    return next((line[:200] for line in lines if line and not line.startswith(around)), "no reason given")
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

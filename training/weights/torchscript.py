@@ -11,29 +11,31 @@ import json
 import pickle
 import struct
 import zipfile
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from pipeline.core import store
-from pipeline.core.records import InputError
+from pipeline.core.foreign import foreign
+from training.weights.unpickle import Foreign, unpickle
 
-_DTYPE_OF_STORAGE = {
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
+_STORAGE_OF_DTYPE = {
+    torch.float16: "HalfStorage",
+    torch.bfloat16: "BFloat16Storage",
+    torch.float32: "FloatStorage",
+    torch.float64: "DoubleStorage",
+    torch.int64: "LongStorage",
+    torch.int32: "IntStorage",
+    torch.int16: "ShortStorage",
+    torch.int8: "CharStorage",
+    torch.uint8: "ByteStorage",
+    torch.bool: "BoolStorage",
 }
-_STORAGE_OF_DTYPE = {dtype: name for name, dtype in _DTYPE_OF_STORAGE.items()}
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # the earliest that zip knows
+
+
+_WHAT, _REMEDY = "TorchScript archive of tensors", "give one of OpenAI CLIP's"
 
 
 def read_torchscript(path: str) -> dict[str, torch.Tensor]:
@@ -42,68 +44,27 @@ def read_torchscript(path: str) -> dict[str, torch.Tensor]:
     InputError names the file where it is no TorchScript archive, is damaged, or pickles anything but modules,
     tensors and plain values.
     """
-    try:
-        with store.open_read(path) as file, zipfile.ZipFile(file) as archive:
-            entry = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
-            if entry is None:
-                raise pickle.UnpicklingError("a zip without data.pkl")
-            with archive.open(entry) as pickled:
-                root = _TensorUnpickler(pickled, archive, entry.removesuffix("data.pkl")).load()
-            if not isinstance(root, _Module):
-                raise pickle.UnpicklingError(f"it holds a {type(root).__name__} instead of modules")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except Exception as error:  # damaged bytes surface as whatever the pickle machine trips over
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"{path}: not a whole TorchScript archive of tensors ({reason}): give one of OpenAI CLIP's"
-        ) from None
-    return dict(_named_tensors(root, ""))
+    root = unpickle(path, _WHAT, _REMEDY)
+    with foreign(path, _WHAT, _REMEDY):
+        return _named_tensors(root)
 
 
-class _Module:
-    """Any module of the archive: its attributes, and none of its code."""
-
-
-class _TensorUnpickler(pickle.Unpickler):
-    """A pickle machine that knows modules, tensors and lists; every other name is refused."""
-
-    def __init__(self, pickled: IO[bytes], archive: zipfile.ZipFile, folder: str) -> None:
-        super().__init__(pickled)
-        self._archive, self._folder = archive, folder
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "__torch__" or module.startswith("__torch__."):
-            return _Module
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _rebuild_tensor
-        if module == "torch" and name in _DTYPE_OF_STORAGE:
-            return _DTYPE_OF_STORAGE[name]
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if module == "torch.jit._pickle" and name.startswith("build_"):
-            return list
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which weights have no need of")
-
-    def persistent_load(self, pid: Any) -> torch.Tensor:
-        """The bytes of one storage as a flat tensor; the device it was saved from does not matter."""
-        _, dtype, key, _, _ = pid
-        data = bytearray(self._archive.read(f"{self._folder}data/{key}"))
-        return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-
-
-def _rebuild_tensor(
-    storage: torch.Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
-) -> torch.Tensor:
-    return storage.as_strided(size, stride, offset)
-
-
-def _named_tensors(module: _Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, value in vars(module).items():
-        if isinstance(value, torch.Tensor):
-            yield prefix + name, value
-        elif isinstance(value, _Module):
-            yield from _named_tensors(value, f"{prefix}{name}.")
+def _named_tensors(root: Any) -> dict[str, torch.Tensor]:
+    if not isinstance(root, Foreign) or not root.kind.startswith("__torch__."):
+        raise pickle.UnpicklingError(f"it holds a {type(root).__name__} instead of modules")
+    found: dict[str, torch.Tensor] = {}
+    waiting, seen = [("", root)], set[int]()
+    while waiting:
+        prefix, module = waiting.pop()
+        if id(module) in seen and module.attributes:
+            raise pickle.UnpicklingError("a module is at two places of its tree")
+        seen.add(id(module))
+        for name, value in module.attributes.items():
+            if isinstance(value, torch.Tensor):
+                found[prefix + name] = value
+            elif isinstance(value, Foreign) and value.kind.startswith("__torch__."):
+                waiting.append((f"{prefix}{name}.", value))
+    return found
 
 
 def write_torchscript(

@@ -2,10 +2,10 @@
 
 import contextlib
 import importlib.util
-import json
 import os
 
 from pipeline.core import store
+from pipeline.core.foreign import parse_json
 from pipeline.core.records import InputError
 from training.model.tokenizer import Tokenizer
 
@@ -57,7 +57,7 @@ def _beside(weights: str) -> str | None:
     if not store.exists(job):
         return None
     try:
-        vocabulary = str(json.loads(store.read_text(job))["vocabulary"])
+        vocabulary = str(parse_json(store.read_text(job))["vocabulary"])
     except (ValueError, KeyError, TypeError):
         return None
     moved = store.join(folder, "..", "vocabulary", os.path.basename(vocabulary))  # the run may have moved

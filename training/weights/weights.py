@@ -13,15 +13,18 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pipeline.core import store
+from pipeline.core.foreign import foreign, parse_json
 from pipeline.core.records import InputError
+from pipeline.core.written import check_safetensors, naming
 from training.model.clip import CLIP
 from training.model.config import ModelConfig, VisionTransformerConfig
-from training.weights.tensor_files import local_copy
+from training.weights.tensor_files import METADATA_KEY
 from training.weights.torchscript import write_torchscript
+from training.weights.unpickle import local_copy
 
 # timm's name (a pattern) → OpenAI's, first match wins
 _VIT_NAMES = (
@@ -60,8 +63,6 @@ _VIT_LAYOUTS: dict[str, _Layout] = {
     "pos_embed": (lambda tensor_1PW: tensor_1PW[0], lambda tensor_PW: tensor_PW[None]),
     "head.weight": (lambda tensor_DW: tensor_DW.T, lambda tensor_WD: tensor_WD.T),
 }
-
-METADATA_KEY = "cnclip"  # one key: safetensors writes several in an order that differs between processes
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,9 +154,7 @@ def fill(slots: Mapping[str, Slot], state: Mapping[str, torch.Tensor], origin: s
 
     InputError too where a tensor holds NaN or infinity: such weights give nothing but NaN.
     """
-    if found := misfits(slots, state):
-        problems = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in found.items())
-        raise InputError(f"{origin}: does not fit the model: {problems}. {remedy}")
+    require_fit(slots, state, origin, remedy)
     if broken := [name for name, tensor in state.items() if not bool(tensor.isfinite().all())]:
         raise InputError(
             f"{origin}: NaN or infinite values in {', '.join(sorted(broken))}: the training that wrote it"
@@ -164,6 +163,20 @@ def fill(slots: Mapping[str, Slot], state: Mapping[str, torch.Tensor], origin: s
     with torch.no_grad():
         for name, tensor in state.items():
             slots[name].target.copy_(slots[name].to_model(tensor))
+
+
+def require_fit(
+    slots: Mapping[str, Slot], state: Mapping[str, torch.Tensor], origin: str, remedy: str
+) -> None:
+    """Raise InputError that names every misfit, if a file's tensors are not those of the model."""
+    if found := misfits(slots, state):
+        problems = "; ".join(f"{kind}: {_listed(names)}" for kind, names in found.items())
+        raise InputError(f"{origin}: does not fit the model: {problems}. {remedy}")
+
+
+def _listed(names: Sequence[str], most: int = 24) -> str:
+    shown = ", ".join(name[:120] for name in names[:most])
+    return f"{shown} … ({len(names)} in all)" if len(names) > most else shown
 
 
 # Our checkpoints: safetensors
@@ -176,13 +189,15 @@ def save_checkpoint(path: str, model: CLIP, config: ModelConfig, metadata: Mappi
     model's own (`model.config`, which has the size of the vocabulary it was built with).
     """
     _require_own_config(model, config)
+    with store.publish(path) as temporary, naming(path):
+        save_file(state_for_file(model), temporary, metadata={METADATA_KEY: header_of(config, metadata)})
+        check_safetensors(temporary, path)
+
+
+def header_of(config: ModelConfig, metadata: Mapping[str, str]) -> str:
+    """Return what stands under METADATA_KEY in files of ours: configuration and metadata, as JSON."""
     header = {"config": dataclasses.asdict(config), "metadata": dict(metadata)}
-    with store.publish(path) as temporary:
-        save_file(
-            state_for_file(model),
-            temporary,
-            metadata={METADATA_KEY: json.dumps(header, sort_keys=True, ensure_ascii=False)},
-        )
+    return json.dumps(header, sort_keys=True, ensure_ascii=False)
 
 
 def _require_own_config(model: CLIP, config: ModelConfig) -> None:
@@ -201,7 +216,8 @@ def load_checkpoint(path: str, *, expected: ModelConfig | None = None) -> CLIP:
         if expected is not None:
             require_same_model(config, expected, path)
         model = build_empty(config)
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        with foreign(path, "safetensors file"):
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     fill(tensor_slots(model), state, path, "The file was not written by this version: train again")
     return model
 
@@ -219,10 +235,8 @@ def build_empty(config: ModelConfig) -> CLIP:
 
 
 def _open_safetensors(path: str) -> Any:
-    try:
+    with foreign(path, "safetensors file"):
         return safe_open(local_copy(path), framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a readable safetensors file: {error}") from None
 
 
 def read_header(path: str, header: Mapping[str, str]) -> tuple[ModelConfig, dict[str, str]]:
@@ -233,7 +247,7 @@ def read_header(path: str, header: Mapping[str, str]) -> tuple[ModelConfig, dict
             f"{path}: a safetensors file without the metadata key {METADATA_KEY!r}: not our checkpoint"
         )
     try:
-        ours = json.loads(text)
+        ours = parse_json(text)
         return TypeAdapter(ModelConfig).validate_python(ours["config"]), dict(ours["metadata"])
     except (ValueError, KeyError, TypeError, ValidationError) as error:
         reason = str(error).splitlines()[0]

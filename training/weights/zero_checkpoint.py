@@ -14,29 +14,12 @@ from typing import Any
 import torch
 
 from pipeline.core import store
+from pipeline.core.foreign import foreign
 from pipeline.core.records import InputError
-from training.weights.tensor_files import read_pickle, strip_prefixes
+from training.weights.tensor_files import check_size, read_pickle, strip_prefixes
+from training.weights.unpickle import Foreign
 
 _MODEL_STATES, _OPTIMIZER_STATES = "_model_states.pt", "_optim_states.pt"
-
-
-class _StandIn:
-    """An object of DeepSpeed's as the arguments it was made with: none of its code runs."""
-
-    def __init__(self, *arguments: Any) -> None:
-        self.arguments = arguments
-
-    def __setstate__(self, state: Any) -> None:
-        """What the object held is of no use here."""
-
-
-# Besides tensors, its files pickle these: settings of the loss scale, the ZeRO stage, places in flat buffers.
-_STAND_INS: Mapping[str, type] = {
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler": _StandIn,
-    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler": _StandIn,
-    "deepspeed.runtime.zero.config.ZeroStageEnum": _StandIn,
-    "deepspeed.utils.tensor_fragment.fragment_address": _StandIn,
-}
 
 
 def find_zero_checkpoint(folder: str) -> str | None:
@@ -46,9 +29,10 @@ def find_zero_checkpoint(folder: str) -> str | None:
     latest = store.join(folder, "latest")
     if not store.exists(latest):
         return None
-    tag = store.read_text(latest).strip()
-    if not tag or tag != os.path.basename(tag):
-        raise InputError(f"{latest}: names the tag {tag!r}, which is no folder name")
+    with foreign(latest, "name of a tag's folder", "copy the whole folder again"):
+        tag = store.read_text(latest).strip()
+    if not tag or tag != os.path.basename(tag) or "\0" in tag:
+        raise InputError(f"{latest}: names the tag {tag[:80]!r}, which is no folder name")
     chosen = store.join(folder, tag)
     if not any(name.endswith(_MODEL_STATES) for name in store.list_files(chosen)):
         raise InputError(
@@ -64,19 +48,32 @@ def read_zero_checkpoint(folder: str) -> dict[str, torch.Tensor]:
     """
     names = store.list_files(folder)
     models = [_read(folder, name) for name in _by_rank(names, _MODEL_STATES)]
-    optimizers = [_read(folder, name)["optimizer_state_dict"] for name in _by_rank(names, _OPTIMIZER_STATES)]
-    module = models[0].get("module") or {}
-    if not optimizers:  # stage 0 keeps whole weights
-        if "param_shapes" in models[0] and models[0]["param_shapes"]:
-            raise InputError(f"{folder}: no *{_OPTIMIZER_STATES} beside the shapes: copy every rank's files")
-        return strip_prefixes(
-            {name: value for name, value in module.items() if isinstance(value, torch.Tensor)}
+    with foreign(folder, "DeepSpeed checkpoint", "copy every rank's files again"):
+        optimizers = [
+            _read(folder, name)["optimizer_state_dict"] for name in _by_rank(names, _OPTIMIZER_STATES)
+        ]
+        num_bytes = sum(store.num_bytes(store.join(folder, name)) for name in names)
+        if optimizers:
+            check_size(folder, _parts(optimizers, models), num_bytes)  # before they are put together
+            weights = _assemble(folder, models, optimizers)
+        else:  # stage 0 keeps whole weights
+            if models[0].get("param_shapes"):
+                raise InputError(
+                    f"{folder}: no *{_OPTIMIZER_STATES} next to the shapes: copy every rank's files"
+                )
+            weights = models[0].get("module") or {}
+        tensors = {
+            name: value.detach()
+            for name, value in weights.items()
+            if isinstance(value, torch.Tensor) and isinstance(name, str)
+        }
+    if not tensors:
+        raise InputError(
+            f"{folder}: its *{_MODEL_STATES} hold no tensors by name: copy the whole folder, or give another"
+            " checkpoint"
         )
-    try:
-        weights = _assemble(folder, models, optimizers)
-    except (KeyError, TypeError, IndexError, RuntimeError, AttributeError) as error:
-        raise InputError(f"{folder}: not a DeepSpeed checkpoint that can be read: {error!r}") from None
-    return strip_prefixes({name: tensor.detach() for name, tensor in weights.items()})
+    check_size(folder, tensors, num_bytes)
+    return strip_prefixes(tensors)
 
 
 def _by_rank(names: Sequence[str], suffix: str) -> list[str]:
@@ -88,7 +85,7 @@ def _by_rank(names: Sequence[str], suffix: str) -> list[str]:
 
 
 def _read(folder: str, name: str) -> dict[str, Any]:
-    payload = read_pickle(store.join(folder, name), stand_ins=_STAND_INS)
+    payload = read_pickle(store.join(folder, name))
     if not isinstance(payload, dict):
         raise InputError(
             f"{store.join(folder, name)}: holds a {type(payload).__name__}: not DeepSpeed's file"
@@ -100,7 +97,7 @@ def _assemble(
     folder: str, models: Sequence[Mapping[str, Any]], optimizers: Sequence[Mapping[str, Any]]
 ) -> dict[str, torch.Tensor]:
     stage, world = optimizers[0]["zero_stage"], optimizers[0]["partition_count"]
-    stage = stage.arguments[0] if isinstance(stage, _StandIn) else stage
+    stage = stage.arguments[0] if isinstance(stage, Foreign) else stage
     world = max(world) if isinstance(world, list) else world
     if world != len(optimizers):
         raise InputError(
@@ -137,6 +134,22 @@ def _assemble(
         weights[name] = whole[: math.prod(shape)].view(shape)
         offset += share
     return weights
+
+
+def _parts(
+    optimizers: Sequence[Mapping[str, Any]], models: Sequence[Mapping[str, Any]]
+) -> dict[str, torch.Tensor]:
+    """Every rank's parts, by any names."""
+    lists = [
+        optimizer[key]
+        for optimizer in optimizers
+        for key in ("single_partition_of_fp32_groups", "fp32_flat_groups")
+        if key in optimizer
+    ]
+    lists += [list((model.get("frozen_param_fragments") or {}).values()) for model in models]
+    return {
+        f"{number}.{place}": part for number, parts in enumerate(lists) for place, part in enumerate(parts)
+    }
 
 
 def _cut(

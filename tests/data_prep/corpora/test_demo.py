@@ -37,6 +37,7 @@ from data_prep.rules import text as text_rules
 from data_prep.sources.local_server import HOST, read_site
 from pipeline.core.config import build
 from pipeline.core.records import ConfigError
+from tests.helpers.hash_distances import nearest_hash_distances
 
 CONFIG = DemoConfig(num_clean=60, num_evaluation=24, dirt=0.15)
 
@@ -221,8 +222,8 @@ def test_copies_of_evaluation_pictures_are_near_them_and_nothing_else_is(corpus:
         if row["planted"] in ("clean", "evaluation_copy"):
             image = Image.open(io.BytesIO(_file(corpus, row["URL"])))
             hashes[row["planted"] == "evaluation_copy"].append(image_hash(image))
-    copies = image_rules.nearest_hash_distances(hashes[True], evaluation)
-    others = image_rules.nearest_hash_distances(hashes[False], evaluation)
+    copies = nearest_hash_distances(hashes[True], evaluation)
+    others = nearest_hash_distances(hashes[False], evaluation)
     assert copies.max() < others.min()
 
 

@@ -27,6 +27,16 @@ from pipeline.core.stage import Context, Outcome, Task
     [
         ("93.184.216.34", True),
         ("2606:2800:220:1::1", True),
+        ("2400:cb00:2048:1::6810:85e5", True),
+        ("192.88.98.1", True),  # neighbours of what is refused
+        ("198.17.255.255", True),
+        ("198.20.0.0", True),
+        ("100.63.255.255", True),
+        ("100.128.0.0", True),
+        ("223.255.255.255", True),
+        ("168.63.129.17", True),
+        ("2001:200::1", True),
+        ("2003::1", True),
         ("127.0.0.1", False),
         ("127.8.9.1", False),
         ("0.0.0.0", False),
@@ -43,6 +53,43 @@ from pipeline.core.stage import Context, Outcome, Task
         ("::ffff:127.0.0.1", False),  # IPv4 inside IPv6
         ("64:ff9b::7f00:1", False),
         ("2002:7f00:1::", False),
+        ("::ffff:93.184.216.34", False),  # whatever address is inside: nobody's name has such a one
+        ("::ffff:0:93.184.216.34", False),
+        ("::93.184.216.34", False),
+        ("::127.0.0.1", False),
+        ("64:ff9b::5db8:d822", False),
+        ("64:ff9b:1::7f00:1", False),
+        ("64:ff9b:1:a00:0:100::", False),
+        ("2002:5db8:d822::1", False),
+        ("2001:0:4136:e378:8000:63bf:3fff:fdd2", False),  # Teredo
+        ("2001:470:1:2:0:5efe:7f00:1", False),  # ISATAP
+        ("2001:470:1:2:200:5efe:a00:1", False),
+        ("2001:2::1", False),  # benchmarking
+        ("2001:10::1", False),  # ORCHID
+        ("2001:20::1", False),
+        ("2001:db8::1", False),  # documentation
+        ("3fff::1", False),
+        ("192.0.2.1", False),
+        ("198.51.100.255", False),
+        ("203.0.113.0", False),
+        ("198.18.0.1", False),
+        ("198.19.255.255", False),
+        ("192.88.99.1", False),
+        ("240.0.0.1", False),
+        ("255.255.255.255", False),
+        ("239.255.255.255", False),
+        ("100::1", False),  # discard
+        ("5f00::1", False),
+        ("4000::1", False),  # beyond 2000::/3
+        ("1fff::1", False),
+        ("fec0::1", False),
+        ("ff02::1", False),
+        ("168.63.129.16", False),  # clouds' services on public numbers
+        ("192.0.0.192", False),
+        ("192.80.8.124", False),
+        ("161.26.0.10", False),
+        ("166.9.1.1", False),
+        ("fd20:ce::254", False),
     ],
 )
 def test_public_addresses(address: str, public: bool) -> None:
@@ -51,9 +98,48 @@ def test_public_addresses(address: str, public: bool) -> None:
 
 def test_allowed_networks() -> None:
     assert is_public("10.1.2.3", ["10.0.0.0/8"])
+    assert not is_public("::ffff:10.1.2.3", ["10.0.0.0/8"])
+    # Where a network translates to IPv4, the address inside is judged.
+    assert is_public("64:ff9b::5db8:d822", ["64:ff9b::/96"])
+    assert not is_public("64:ff9b::a9fe:a9fe", ["64:ff9b::/96"])
+    assert not is_public("64:ff9b:1:7f00:0:100::", ["64:ff9b:1::/48"])
+    assert not is_public("64:ff9b:1::7f00:1", ["64:ff9b:1::/48"])
+    assert is_public("64:ff9b:1::5db8:d822", ["64:ff9b:1::/48"])
     assert not is_public("192.168.1.1", ["10.0.0.0/8"])
     with pytest.raises(ConfigError, match="allowed_networks"):
         build(_Holder, {"download": {"allowed_networks": ["ten"]}}, "run.toml")
+
+
+def test_a_name_is_judged_by_the_address_that_is_connected_to(
+    server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that is public when it is first looked up and loopback the second time is looked up once."""
+    port = int(server.rpartition(":")[2])
+    places = iter([("93.184.216.34", port), ("127.0.0.1", port)])
+    asked = []
+
+    def look_up(host: str, *_: Any, flags: int = 0, **__: Any) -> list[Any]:
+        if flags & socket.AI_NUMERICHOST:
+            raise socket.gaierror
+        asked.append(host)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", next(places))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    with pytest.raises(OSError):  # noqa: PT011
+        open_public(f"http://twice.example:{port}/end", {}, 0.5)
+    assert asked == ["twice.example"]
+    with pytest.raises(AddressRefusedError, match=r"twice\.example is 127\.0\.0\.1"):
+        open_public(f"http://twice.example:{port}/end", {}, 0.5)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["http://[::1/a", "http://127.0.0.1:99999/a", "http://a..b/a", "http:///a", "//a.cn/b", "a.jpg", "http://a\0b/",
+     "http://" + "a" * 64 + ".cn/", "http://图\ud800.cn/", "http://a.cn/\udcff", ""],
+)  # fmt: skip
+def test_what_is_no_address_is_refused(address: str) -> None:
+    with pytest.raises(AddressRefusedError):
+        open_public(address, {}, 1)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,7 +257,9 @@ def test_a_hung_worker_is_noticed(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never answers
         urls = [f"http://127.0.0.1:{silent.getsockname()[1]}/{number}" for number in range(2)]
         config = DownloadConfig(**NEAR, timeout_seconds=300.0, stall_seconds=40.0)
-        with pytest.raises(InputError, match="wrote nothing for 40 s, so a worker hangs"):
+        with pytest.raises(
+            InputError, match=rf"wrote nothing for 40 s, so a worker hangs at {urls[0][:-1]}\d"
+        ):
             _download(tmp_path, [urls], config)
         silent.settimeout(1)
         silent.accept()[0].close()  # a worker had indeed asked

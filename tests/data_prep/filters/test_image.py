@@ -3,6 +3,7 @@
 import base64
 import functools
 import io
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from data_prep.decontamination import make_guard
 from data_prep.dedup import exact as dedup
 from data_prep.dedup import near_duplicates as dedup_image
 from data_prep.dedup.exact import DedupConfig
-from data_prep.dedup.near_duplicates import DedupImageConfig, band_values, near_copies
+from data_prep.dedup.near_duplicates import DedupImageConfig, band_values, near_copies, near_hashes
 from data_prep.download.stage import plan as plan_download
 from data_prep.filters import image as filter_image
 from data_prep.filters import text as filter_text
@@ -32,7 +33,7 @@ from pipeline import runner
 from pipeline.catalog import load
 from pipeline.core.config import build
 from pipeline.core.evaluation_sets import EvaluationSource
-from pipeline.core.records import ConfigError
+from pipeline.core.records import ConfigError, InputError
 from pipeline.core.run import Run, read_manifest
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 from pipeline.tools.why import explain
@@ -144,6 +145,23 @@ def test_copies_of_guarded_pictures_go_whatever_their_address(tmp_path: Path) ->
     assert len(kept_urls(make(tmp_path / "no", {"a": table}, images=switched, guards=(str(guard),)))) == 5
 
 
+def test_a_guard_passes_over_what_is_no_image_file_and_says_so(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    draw(1).save(tmp_path / "set" / "1.png")
+    (tmp_path / "set" / "._1.png").write_bytes(b"\0\5\x16\7")
+    os.mkfifo(tmp_path / "set" / "p.jpg")
+    (tmp_path / "set" / "zero.jpg").symlink_to("/dev/zero")
+    said = list[str]()
+    assert make_guard(str(tmp_path / "set"), "own", str(tmp_path / "guard.parquet"), say=said.append) == 1
+    (line,) = said
+    assert "3 are no image files and are passed over" in line
+    for found in ("._1.png: hidden", "p.jpg: a FIFO", "zero.jpg: a device"):
+        assert found in line
+    (tmp_path / "ids.txt").write_bytes("北京".encode("gbk"))
+    with pytest.raises(InputError, match=r"ids\.txt: not UTF-8"):
+        make_guard(str(tmp_path / "ids.txt"), "own", str(tmp_path / "guard.parquet"))
+
+
 def test_copies_of_the_runs_own_evaluation_sets_go(tmp_path: Path) -> None:
     folder = tmp_path / "valid"
     folder.mkdir()
@@ -201,6 +219,13 @@ def test_near_copies_go_and_a_source_can_keep_its_own(tmp_path: Path) -> None:
     assert len(kept_urls(both)) == 8
 
 
+def _rows(keys: list[str], hash_NB: Any) -> pl.DataFrame:
+    """Rows of these hashes; all images look the same to the signatures, so that the hashes decide."""
+    signatures = [bytes([value % 2]) + bytes(383) for value in range(len(keys))]
+    hashes = [item.tobytes() for item in hash_NB]
+    return pl.DataFrame({"key": keys, "perceptual_hash": hashes, "image_signature": signatures})
+
+
 def _hashes(count: int, rng: np.random.Generator) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Random hashes, a third of them a few bits from another."""
     hash_NB = rng.integers(0, 256, (count, 48), dtype=np.uint8)
@@ -216,12 +241,14 @@ def test_bands_find_what_all_pairs_find(max_distance: int) -> None:
     rng = np.random.default_rng(max_distance)
     hash_NB = _hashes(300, rng)
     keys = [f"{number:032x}" for number in rng.permutation(300)]
-    rows = pl.DataFrame({"key": keys, "perceptual_hash": [item.tobytes() for item in hash_NB]})
+    rows = _rows(keys, hash_NB)
     num_bands = max_distance + 1
     found: set[str] = set()
     for band in range(num_bands):
         values = band_values(hash_NB, band, num_bands)
-        copies = near_copies(rows.with_columns(band=pl.Series(values)), max_distance)
+        near = near_hashes(rows.with_columns(band=pl.Series(values)), max_distance)
+        copies = near_copies(near, max_distance)
+        assert set(near["key"]) >= {*copies["key"], *copies["detail"]}
         assert set(copies["reason"]) <= {"near_duplicate_image"}
         for key, detail in copies.select("key", "detail").iter_rows():
             one, other = hash_NB[keys.index(key)], hash_NB[keys.index(detail)]
@@ -257,7 +284,7 @@ def test_a_crowded_band_is_bounded_and_still_finds_neighbours(monkeypatch: pytes
     monkeypatch.setattr(np, "bitwise_count", counting)
     monkeypatch.setattr(dedup_image, "WINDOW", 20)
     keys = [f"{number:032x}" for number in range(10_000)]
-    rows = pl.DataFrame({"key": keys, "perceptual_hash": [item.tobytes() for item in hash_NB]})
+    rows = _rows(keys, hash_NB)
     copies = near_copies(rows.with_columns(band=pl.lit(5, dtype=pl.UInt64)), 4)
     assert copies.select("key", "detail").rows() == [(keys[1], keys[0])]
     assert compared <= 20 * 10_000

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from data_prep.rules import image as image_rules
+from tests.helpers.hash_distances import nearest_hash_distances
 
 
 @pytest.mark.parametrize(
@@ -43,7 +44,7 @@ def _pixels(image: Image.Image) -> npt.NDArray[np.uint8]:
 def _distance(first: Image.Image, second: Image.Image) -> int:
     hashes = [image_rules.perceptual_hash(_pixels(image)) for image in (first, second)]
     assert all(len(item) * 8 == image_rules.HASH_BITS for item in hashes)
-    return int(image_rules.nearest_hash_distances(hashes[:1], hashes[1:])[0])
+    return int(nearest_hash_distances(hashes[:1], hashes[1:])[0])
 
 
 def test_copies_are_near() -> None:
@@ -66,24 +67,6 @@ def test_colour_counts() -> None:
     grey = abs(np.asarray(red.convert("L"), int) - np.asarray(blue.convert("L"), int)).max()
     assert grey < 20
     assert _distance(red, blue) > 8
-
-
-def test_distances_are_those_of_counted_bits() -> None:
-    rng = np.random.default_rng(0)
-    hashes = [rng.bytes(48) for _ in range(20)]
-    references = [rng.bytes(48) for _ in range(7)] + [hashes[3]]
-
-    def bits(a: bytes, b: bytes) -> int:
-        return sum((x ^ y).bit_count() for x, y in zip(a, b, strict=True))
-
-    expected = [min(bits(item, reference) for reference in references) for item in hashes]
-    assert expected[3] == 0
-    assert image_rules.nearest_hash_distances(hashes, references).tolist() == expected
-
-
-def test_distances_without_hashes_or_references() -> None:
-    assert image_rules.nearest_hash_distances([], [bytes(48)]).shape == (0,)
-    assert image_rules.nearest_hash_distances([bytes(48)], []).tolist() == [image_rules.HASH_BITS]
 
 
 @pytest.mark.parametrize("size_px", [(1, 1), (1, 300), (300, 1), (3, 5)])

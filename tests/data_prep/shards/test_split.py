@@ -7,13 +7,13 @@ import polars as pl
 import pytest
 from PIL import Image
 
-from data_prep.rules.image import nearest_hash_distances
 from data_prep.shards import split as split_module
 from data_prep.shards.split import SplitConfig
 from pipeline.core.config import build
 from pipeline.core.records import ConfigError, InputError
 from pipeline.core.run import Run, read_manifest
 from tests.helpers.corpus_files import drawing, encoded, finish, make_run, sidecars
+from tests.helpers.hash_distances import nearest_hash_distances
 
 NUM_PICTURES = 60
 DISTANCE = 32
@@ -114,8 +114,13 @@ def test_candidates_beside_training_rows_are_passed_over(
 
 def test_rows_without_a_hash_go_by_their_bytes() -> None:
     rows = pl.DataFrame(
-        {"rank": ["a", "b", "c"], "perceptual_hash": [None, bytes(48), None], "num_rows": [1, 1, 1]},
-        schema_overrides={"perceptual_hash": pl.Binary},
+        {
+            "rank": ["a", "b", "c"],
+            "perceptual_hash": [None, bytes(48), None],
+            "signatures": [[None], [bytes(384)], [None]],
+            "num_rows": [1, 1, 1],
+        },
+        schema_overrides={"perceptual_hash": pl.Binary, "signatures": pl.List(pl.Binary)},
     )
     chosen = split_module._choose(SplitConfig(count=2), rows, np.zeros(3, dtype=np.bool_), 2)
     assert chosen["rank"].to_list() == ["a", "b"]

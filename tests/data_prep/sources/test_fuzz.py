@@ -11,6 +11,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import polars as pl
 import pytest
@@ -21,11 +22,11 @@ from data_prep.corpus import CorpusStageConfig, SourcesConfig, TablesConfig
 from data_prep.download.resize import UprightResizer
 from data_prep.filters import text as filter_text
 from data_prep.filters.text import FilterTextConfig
-from data_prep.formats.image import NOT_AN_IMAGE, PIXEL_LIMIT, TRUNCATED, UNDECODABLE
 from data_prep.sources.local_server import serve
 from data_prep.sources.packed import PackedSource
 from data_prep.sources.table import TableSource
 from pipeline import runner
+from pipeline.core.images import NOT_AN_IMAGE, PIXEL_LIMIT, TRUNCATED, UNDECODABLE
 from pipeline.core.records import InputError
 from pipeline.core.run import Run, read_manifest
 from pipeline.core.stage import Stage
@@ -200,8 +201,8 @@ def test_the_site_gives_nothing_outside_its_folders(tmp_path: Path) -> None:
             "/pictures/own/link", "/packed/own/../secret?offset=0&size=6", "/packed/own/link?offset=0&size=6",
             "/packed/own/%2fetc%2fpasswd?offset=0&size=6", "/pictures/own/%00",
         ):  # fmt: skip
-            connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=10)
-            connection.request("GET", path)
+            connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=10)
+            connection.request("GET", urlsplit(address).path + path)
             answer = connection.getresponse()
             assert (answer.status, answer.read()) == (404, b""), path
 

@@ -1,5 +1,6 @@
 """The loopback site answers as its description says, and nothing else."""
 
+import os
 import socket
 import threading
 import time
@@ -27,42 +28,83 @@ def _make(folder: Path, answers: dict[str, Answer]) -> Path:
 PLAIN = {"/a/1.jpg": Answer(file="a/1.jpg")}
 
 
-def _proxied(proxy: str) -> urllib.request.OpenerDirector:
-    return urllib.request.build_opener(urllib.request.ProxyHandler({"http": proxy}))
+def _ask(address: str, path: str, host: str | None = None) -> int:
+    """The status of a request with a Host header of its own."""
+    connection = HTTPConnection(urlsplit(address).netloc, timeout=5)
+    connection.putrequest("GET", path, skip_host=True)
+    if host is not None:
+        connection.putheader("Host", host)
+    connection.endheaders()
+    answer = connection.getresponse()
+    assert answer.status == 200 or answer.read() == b""
+    connection.close()
+    return answer.status
 
 
-def test_answers_as_proxy_and_as_plain_server(tmp_path: Path) -> None:
+def test_only_those_who_know_the_token_are_answered_and_under_its_own_names(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/notes.txt").write_bytes(b"private")
+    with serve(
+        _make(tmp_path, PLAIN), {"own": str(tmp_path / "own")}, {"own": str(tmp_path / "own")}
+    ) as address:
+        port, token = urlsplit(address).port, urlsplit(address).path
+        paths = ("/a/1.jpg", "/pictures/own/notes.txt", "/packed/own/notes.txt?offset=0&size=3")
+        for path in paths:
+            for host in ("corpus.invalid", f"127.0.0.1:{port}"):
+                assert _ask(address, token + path, host) == 200
+            for host in ("evil.example", f"localhost.evil.example:{port}", "corpus.invalid.", "", None):
+                assert _ask(address, token + path, host) == 403
+            for wrong in ("", "/", f"{token[:-1]}", f"{token}x", f"/{'x' * 32}"):
+                assert _ask(address, wrong + path, "corpus.invalid") == 403
+            assert _ask(address, f"http://corpus.invalid{path}", "corpus.invalid") == 403
+    with serve(_make(tmp_path / "b", PLAIN)) as other:
+        assert urlsplit(other).path != token
+
+
+def test_files_that_never_end_are_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "a").write_bytes(b"abc")
+    with serve(None, {"own": str(tmp_path)}, {"own": str(tmp_path)}) as address:
+        token = urlsplit(address).path
+        for path in ("/pictures/own/pipe", "/packed/own/pipe?offset=0&size=3"):
+            assert _ask(address, token + path, "corpus.invalid") == 404
+        for asked in (
+            "offset=0&size=4",
+            "offset=-1&size=1",
+            f"offset=0&size={1 << 40}",
+            f"offset={1 << 70}&size=1",
+        ):
+            assert _ask(address, f"{token}/packed/own/a?{asked}", "corpus.invalid") == 404
+
+
+def test_answers_with_type_and_headers(tmp_path: Path) -> None:
     answers = {
         "/a/1.jpg": Answer(file="a/1.jpg", content_type="image/webp", headers={"X-Robots-Tag": "noai"})
     }
     with serve(_make(tmp_path, answers)) as address:
-        for reply in (
-            _proxied(address).open("http://corpus.invalid/a/1.jpg", timeout=5),
-            urllib.request.urlopen(f"{address}/a/1.jpg", timeout=5),
-        ):
-            assert reply.read() == b"picture" * 100
-            assert reply.headers["Content-Type"] == "image/webp"
-            assert reply.headers["X-Robots-Tag"] == "noai"
+        reply = urllib.request.urlopen(f"{address}/a/1.jpg", timeout=5)
+        assert reply.read() == b"picture" * 100
+        assert reply.headers["Content-Type"] == "image/webp"
+        assert reply.headers["X-Robots-Tag"] == "noai"
 
 
 @pytest.mark.parametrize(
-    ("url", "status"),
+    ("path", "status"),
     [
-        ("http://corpus.invalid/gone.jpg", 404),
-        ("http://corpus.invalid/broken.jpg", 503),
-        ("http://corpus.invalid/a/1.jpg?size=2", 404),
-        ("http://elsewhere.invalid/a/1.jpg", 403),
-        ("http://corpus.invalid/../secret.txt", 404),
-        ("http://corpus.invalid/%2e%2e/secret.txt", 404),
-        ("http://corpus.invalid/site.json", 404),
+        ("/gone.jpg", 404),
+        ("/broken.jpg", 503),
+        ("/a/1.jpg?size=2", 404),
+        ("/../secret.txt", 404),
+        ("/%2e%2e/secret.txt", 404),
+        ("/site.json", 404),
     ],
 )
-def test_errors_have_their_status(tmp_path: Path, url: str, status: int) -> None:
+def test_errors_have_their_status(tmp_path: Path, path: str, status: int) -> None:
     with (
         serve(_make(tmp_path, {**PLAIN, "/broken.jpg": Answer(status=503)})) as address,
         pytest.raises(urllib.error.HTTPError) as caught,
     ):
-        _proxied(address).open(url, timeout=5)
+        urllib.request.urlopen(f"{address}{path}", timeout=5)
     assert caught.value.code == status
 
 
@@ -85,7 +127,7 @@ def test_a_hanging_answer_times_out_and_does_not_delay_the_end(tmp_path: Path) -
             urllib.request.urlopen(f"{address}/hang.jpg", timeout=0.3)
         parts = urlsplit(address)
         waiting = HTTPConnection(str(parts.hostname), parts.port, timeout=30)
-        waiting.request("GET", "/hang.jpg")
+        waiting.request("GET", f"{parts.path}/hang.jpg")
         start = time.monotonic()
     assert time.monotonic() - start < 2
     with pytest.raises((RemoteDisconnected, ConnectionResetError)):

@@ -19,7 +19,7 @@ from data_prep import corpus
 from data_prep.accounting.funnel import by_source
 from data_prep.corpus import CorpusStageConfig, SourcesConfig
 from data_prep.corpus_facts import packed_folders
-from data_prep.decontamination import guarded_hashes, guarded_ids, make_guard
+from data_prep.decontamination import guarded_ids, guarded_marks, make_guard
 from data_prep.filters import text as filter_text
 from data_prep.filters.text import FilterTextConfig
 from data_prep.formats.tar import TarWriter
@@ -509,8 +509,11 @@ def test_guard_of_pictures_gives_ids_and_hashes(tmp_path: Path, capsys: pytest.C
     assert "1 images" in capsys.readouterr().out
     assert guarded_ids(guards).flickr == {1000}
     assert guarded_ids(guards).coco == frozenset()
-    first, second = guarded_hashes(guards)
-    assert first == second  # the same image at another size
+    (_, first), (_, second) = (next(guarded_marks(path)) for path in guards)
+    assert first.perceptual_hash == second.perceptual_hash  # the same image at another size
+    pl.read_parquet(guards[0]).drop("image_signature").write_parquet(tmp_path / "old.parquet")
+    with pytest.raises(InputError, match=r"old.parquet: has hashes and no column image_signature"):
+        guarded_ids([str(tmp_path / "old.parquet")])
     (pictures / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     assert main(["guard", str(tmp_path / "pictures"), "--out", str(tmp_path / "x.parquet")]) == 1
     assert main(["guard", str(tmp_path / "none"), "--out", str(tmp_path / "x.parquet")]) == 1

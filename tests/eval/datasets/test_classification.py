@@ -1,6 +1,10 @@
 """Readers of classification sets: the same images in three layouts, and what is refused."""
 
+import io
 import json
+import os
+import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +66,138 @@ def test_class_folders_by_number_of_any_padding(tmp_path: Path) -> None:
     assert (data.targets_NC.argmax(axis=1) == np.repeat([0, 1, 2], 4)).all()
 
 
+def _folders(root: Path, names: Sequence[str], labels: str, empty: Sequence[str] = ()) -> str:
+    """A set with one image in each folder, of which the first pixel says which folder it is."""
+    for row, name in enumerate(names):
+        (root / "test" / name).mkdir(parents=True)
+        (root / "test" / name / "a.png").write_bytes(square_image("red", row))
+    for name in empty:
+        (root / "test" / name).mkdir(parents=True)
+    (root / "label_cn.txt").write_text(labels, encoding="utf-8")
+    return str(root)
+
+
+def _classes(root: str, names: Sequence[str]) -> dict[str, str]:
+    """Folder → Chinese name of its class."""
+    data = read_classification(root)
+    folders = [Path(item.path).parent.name for item in data.images]
+    assert sorted(folders) == sorted(names)
+    return dict(zip(folders, (data.labels.names[row] for row in data.targets_NC.argmax(axis=1)), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ("1\t猫\n0\t狗", {"0": "狗", "1": "猫"}),
+        ("2\t猫\n001\t狗\n3\t鸟", {"1": "狗", "02": "猫"}),
+        ("1990\t甲\n1995\t乙\n2000\t丙", {"1995": "乙", "2000": "丙"}),
+        ("1990\n1995\n2000", {"2000": "2000", "1990": "1990"}),
+        ("big_cat\t猫\nDog\t狗", {"Big-Cat": "猫", "dog": "狗"}),
+        ("a/b\t猫\na_b\t狗", {"a_b": "狗"}),
+        ("cat\t猫\ndog\t狗", {"狗": "狗", "cat": "猫"}),
+        ("cafe\u0301\t咖啡\ntea\t茶", {"caf\u00e9": "咖啡"}),
+        ("x\t甲\ny\t乙", {"0": "甲", "1": "乙"}),
+        ("甲\n乙\n丙", {"0": "甲", "2": "丙"}),
+        ("甲\n乙\n丙", {"1": "甲", "3": "丙"}),
+    ],
+)
+def test_folders_are_matched_by_key_then_by_name_then_by_number(
+    tmp_path: Path, labels: str, expected: dict[str, str]
+) -> None:
+    assert _classes(_folders(tmp_path / "set", list(expected), labels), list(expected)) == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "message"),
+    [
+        (
+            ["1", "2", "3"],
+            "甲\n乙\n丙\n丁",
+            r"4 labels, and folders that may count from 0 or from 1 \(found 1, 2, 3\)",
+        ),
+        (
+            ["0", "1", "2", "3"],
+            "甲\n乙\n丙",
+            r"has class 3, but the labels name only 3 classes \(found 0, 1, 2, 3\)",
+        ),
+        (["1990", "1991"], "甲\n乙", r"has class 1991, but the labels name only 2 .*or give --labels"),
+        (["0", "1"], "1\t甲\n2\t乙", r"folder 0 is no key of the labels \(1, 2\), as are 1 of 2 folders"),
+        (["1", "01"], "甲\n乙", r"two folders have the same class id"),
+        (["cat", "Cat"], "cat\t甲\ndog\t乙", r"the folders 'Cat' and 'cat' are both class 0"),
+        (["a-b"], "a/b\t甲\na_b\t乙", r"no label is called 'a-b'"),
+        (
+            ["cat", "bird"],
+            "cat\t甲\ndog\t乙",
+            r"no label is called 'bird' \(1 of 2 .*the labels are cat, dog\)",
+        ),
+        (["0", "bird"], "甲\n乙", r"folders 0 are numbers, but bird are not"),
+    ],
+)
+def test_unclear_folders_are_refused_with_what_was_found(
+    tmp_path: Path, names: list[str], labels: str, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        read_classification(_folders(tmp_path / "set", names, labels))
+
+
+def test_empty_folders_decide_how_numbers_are_counted(tmp_path: Path) -> None:
+    names, labels = ["1", "2"], "甲\n乙\n丙"
+    assert _classes(_folders(tmp_path / "a", names, labels, empty=["3"]), names) == {"1": "甲", "2": "乙"}
+    assert _classes(_folders(tmp_path / "b", names, labels, empty=["0"]), names) == {"1": "乙", "2": "丙"}
+
+
+def test_what_is_passed_over_is_noted(tmp_path: Path) -> None:
+    names = ["0", "1"]
+    root = _folders(tmp_path / "set", names, "甲\n乙", empty=["__MACOSX", ".ipynb_checkpoints", "zebra"])
+    (tmp_path / "set" / "test" / "0" / "._a.png").write_bytes(b"\0\5\x16\7")
+    (tmp_path / "set" / "test" / "0" / "notes.txt").write_text("x")
+    (tmp_path / "set" / "test" / "loose.png").write_bytes(square_image("red", 9))
+    os.mkfifo(tmp_path / "set" / "test" / "1" / "p.png")
+    assert _classes(root, names) == {"0": "甲", "1": "乙"}
+    passed_over, endings, strays, loose = sorted(read_classification(root).notes)
+    assert passed_over.startswith("1 empty folders are no class (zebra)")
+    assert endings == "1 images lie beside the class folders and are no part of the set"
+    assert strays.startswith("4 files or folders are passed over (")
+    for name in (
+        "__MACOSX: hidden",
+        ".ipynb_checkpoints: hidden",
+        "._a.png: hidden",
+        "p.png: no_file: a FIFO",
+    ):
+        assert name in strays
+    assert loose == "files with other endings than images are passed over (1 .txt)"
+    assert not is_classification_set(str(tmp_path / "set" / "test" / "0"))
+
+
+@pytest.mark.parametrize("prefix", ["", "./", "v1.0/", "./a.b/c/"])
+def test_keys_of_tar_members_end_after_the_last_slash(tmp_path: Path, prefix: str) -> None:
+    root = tmp_path / "web"
+    (root / "test").mkdir(parents=True)
+    (root / "test" / "nshards.txt").write_text("1")
+    (root / "label_cn.txt").write_text("甲\n乙", encoding="utf-8")
+    members = {
+        "s0.png": square_image("red", 1),
+        "s0.cls": b"1",
+        "._s0.png": b"x",
+        "s1.PNG": square_image("blue", 2),
+    }
+
+    def write(members: dict[str, bytes]) -> None:
+        with tarfile.open(root / "test" / "0.tar", "w") as tar:
+            for name, data in members.items():
+                member = tarfile.TarInfo(prefix + name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+    write(members | {"s1.cls": b"0"})
+    data = read_classification(str(root))
+    assert [item.read() for item in data.images] == [members["s0.png"], members["s1.PNG"]]
+    assert data.targets_NC.argmax(axis=1).tolist() == [1, 0]
+    write(members | {"s1.cls": b"0", "s0.jpg": square_image("red", 3)})
+    with pytest.raises(InputError, match=r"s0\.jpg: a second one of this key"):
+        read_classification(str(root))
+
+
 def test_ten_comes_after_two(tmp_path: Path) -> None:
     for number in range(11):
         (tmp_path / "s" / "test" / str(number)).mkdir(parents=True)
@@ -109,7 +245,13 @@ def test_submission_order(tmp_path: Path) -> None:
             "has class 2, but the labels name only 2",
         ),
         (lambda root: (root / "label_cn.txt").unlink(), "has no label_cn.txt, and set is no set of ICinW"),
-        (lambda root: (root / "test" / "zebra").mkdir(), "no label is called '000'"),
+        (
+            lambda root: (
+                (root / "test" / "zebra").mkdir()
+                or (root / "test" / "zebra" / "a.png").write_bytes(square_image("red", 0))
+            ),
+            "folders 000, 001, 002 are numbers, but zebra are not",
+        ),
         (lambda root: [p.unlink() for p in (root / "test").rglob("*.png")], "holds no images"),
     ],
 )

@@ -1,11 +1,14 @@
 """The reader of CN-CLIP's evaluation layout: order, pairing, and errors that name file and line."""
 
 import base64
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
+from data_prep.formats import base64_image
+from eval.datasets import cnclip_tsv
 from eval.datasets.cnclip_tsv import check_scorable, read_evaluation
 from pipeline.core.records import InputError
 from tests.helpers.evaluation_files import png_bytes, small_evaluation, write_evaluation
@@ -81,6 +84,18 @@ def test_missing_file_and_broken_base64_are_named(tmp_path: Path) -> None:
         list(read_evaluation(folder, "e").image_bytes([0]))
 
 
+def test_an_image_has_one_limit_in_base64_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_evaluation(tmp_path, "e", {1: b"x" * 90, 2: b"x" * 900}, [(1, "图", [1])])
+    monkeypatch.setattr(base64_image, "MAX_IMAGE_BASE64_BYTES", 400)
+    images = read_evaluation(folder, "e").images
+    assert next(iter(images.read([0]))) == b"x" * 90
+    with pytest.raises(InputError, match=r"image 2 .*more than 64 MiB, the most that an image may have"):
+        list(images.read([1]))
+    monkeypatch.setattr(cnclip_tsv, "_MAX_LINE_BYTES", 400)
+    with pytest.raises(InputError, match=r"e_imgs\.tsv:2: more than 64 MiB, the most .*leave the image out"):
+        read_evaluation(folder, "e")
+
+
 def test_sets_smaller_than_k_say_how_many_and_what_to_do(tmp_path: Path) -> None:
     folder = small_evaluation(tmp_path, count=9)
     with pytest.raises(
@@ -92,7 +107,7 @@ def test_sets_smaller_than_k_say_how_many_and_what_to_do(tmp_path: Path) -> None
 def test_few_texts_are_enough_where_only_images_are_searched(tmp_path: Path) -> None:
     folder = write_evaluation(tmp_path, "e", {i: png_bytes(i) for i in range(10)}, [(1, "图", [1])])
     evaluation = read_evaluation(folder, "e")
-    check_scorable(evaluation, image_to_text=False)
+    check_scorable(dataclasses.replace(evaluation, image_to_text=False))
     with pytest.raises(InputError, match="1 texts are too few"):
         check_scorable(evaluation)
 

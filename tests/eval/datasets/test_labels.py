@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.datasets.labels import prompts, read_labels, shipped_labels, shipped_sets, templates_for
+from eval.datasets.labels import labels_for, prompts, read_labels, shipped_labels, shipped_sets, templates_for
 from eval.paper.published import protocols
 from pipeline.core.records import InputError
 
@@ -30,12 +30,13 @@ def test_labels_are_complete_distinct_and_chinese(dataset: str) -> None:
         assert re.search(r"[\u4e00-\u9fff]", name) or re.fullmatch(r"[A-Z0-9 -]+", name), name
 
 
+@pytest.mark.parametrize("choice", ["own", "paper"])
 @pytest.mark.parametrize("dataset", SETS)
-def test_templates_are_distinct_and_fit_52_tokens(dataset: str) -> None:
-    templates = templates_for(dataset, "own")
-    assert len(templates) >= 3
+def test_templates_are_distinct_and_fit_52_tokens(dataset: str, choice: str) -> None:
+    templates = templates_for(dataset, choice)
+    assert len(templates) >= 2
     assert len(set(templates)) == len(templates)
-    labels = shipped_labels(dataset)
+    labels = shipped_labels(dataset, choice)
     assert labels is not None
     # a Chinese character is one token; [CLS] and [SEP] take two of 52
     longest = max(
@@ -69,6 +70,40 @@ def test_general_templates_are_80_and_serve_any_set() -> None:
     assert templates_for("mnist", "general") == templates_for("anything", "own")
 
 
+def test_the_prompts_that_the_paper_quotes_are_chosen_by_name() -> None:
+    aircraft = templates_for("fgvc-aircraft-2013b-variants102", "paper")
+    assert aircraft == ("{}，一张飞机的照片", "{}，一张战斗机的放大图像")
+    general = templates_for("mnist", "paper")
+    assert len(set(general)) == len(general) == 90
+    assert templates_for("anything", "paper") == templates_for("../paper", "paper") == general
+    assert templates_for("mnist", "own") != general
+
+
+@pytest.mark.parametrize(
+    ("dataset", "names"),
+    [
+        ("patch-camelyon", ("主要是红色", "中间有绿色块")),
+        ("kitti-distance", ("在一辆车旁边", "在一辆车附近", "离一辆车有一段距离", "其他")),
+    ],
+)
+def test_the_labels_that_the_paper_quotes_come_with_its_templates(
+    dataset: str, names: tuple[str, ...], tmp_path: Path
+) -> None:
+    ours, quoted = shipped_labels(dataset), shipped_labels(dataset, "paper")
+    assert ours is not None
+    assert quoted is not None
+    assert (quoted.keys, quoted.names) == (ours.keys, names)
+    assert labels_for(str(tmp_path), dataset, None, "paper") == quoted
+    assert labels_for(str(tmp_path), dataset, None, "general") == ours
+    (tmp_path / "label_cn.txt").write_text("\n".join("甲乙丙丁"[: len(names)]), encoding="utf-8")
+    assert labels_for(str(tmp_path), dataset, None, "paper").names[0] == "甲"  # a set's own go first
+
+
+def test_the_paper_quotes_no_labels_for_other_sets() -> None:
+    assert shipped_labels("mnist", "paper") == shipped_labels("mnist")
+    assert shipped_labels("anything", "paper") is None
+
+
 def test_a_user_s_labels_in_both_forms(tmp_path: Path) -> None:
     path = tmp_path / "label_cn.txt"
     path.write_text("\ufeff猫\r\n狗\r\n", encoding="utf-8")
@@ -83,6 +118,8 @@ def test_a_user_s_labels_in_both_forms(tmp_path: Path) -> None:
         ("cat\t猫\n狗\n", "not both"),
         ("猫\n\n狗\n", ":2: an empty line"),
         ("猫\n猫\n", "'猫' names two classes"),
+        ("1\t猫\n1\t狗\n", "the key '1' is given to two classes"),
+        ("cat\t猫\n\t狗\n", ":2: a key or a name is empty"),
     ],
 )
 def test_bad_labels(tmp_path: Path, text: str, message: str) -> None:

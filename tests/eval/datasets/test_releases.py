@@ -155,6 +155,9 @@ def test_icr(tmp_path: Path, as_list: bool) -> None:
     (root / "icr_test.json").write_text(json.dumps({"text": "x", "image_path": "../../etc/passwd"}))
     with pytest.raises(InputError, match="leads out of"):
         converted(root, tmp_path / "out")
+    (root / "icr_test.json").write_text(json.dumps({"text": 7, "image_path": "images/a.jpg"}))
+    with pytest.raises(InputError, match=r"text and image_path must be strings, found .*7"):
+        converted(root, tmp_path / "out")
 
 
 class Trap:

@@ -81,6 +81,17 @@ def test_validator_gives_the_numbers_of_the_prediction_files(folder: Path, tmp_p
     assert validate(model) == {"small": from_files}  # now from the images kept in memory
 
 
+def test_muge_is_validated_text_to_image_only(folder: Path, tmp_path: Path) -> None:
+    for name in ("muge-valid", "other"):
+        small_evaluation(tmp_path, name)
+    found = validator(dict.fromkeys(("muge-valid", "other"), str(tmp_path)), tokenizer_of(folder))(
+        model_of(folder)
+    )
+    t2i = found["other"]["t2i"]
+    assert found["muge-valid"] == {"t2i": t2i, "i2t": None, "mean_recall": sum(t2i.values()) / 3}
+    assert found["other"]["i2t"] is not None
+
+
 def test_validator_leaves_modes_weights_and_random_numbers_alone(folder: Path) -> None:
     model = model_of(folder)
     model.train()

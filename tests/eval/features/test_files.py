@@ -2,12 +2,13 @@
 
 import base64
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from eval.features.files import embed_files
 from pipeline.cli import main
@@ -108,8 +109,9 @@ def test_cn_clips_own_tables(weights: str, images: Path, tmp_path: Path) -> None
     images.write_text(
         f"90\t{base64.b64encode(data[0]).decode()}\n7\t{base64.b64encode(b'<html>').decode()}\n"
     )
-    with pytest.raises(InputError, match=r"valid_imgs\.tsv: image 7: no image that can be decoded"):
-        embed_files(encoder, images=str(images), texts=None, out=str(out), context_length=52)
+    done = embed_files(encoder, images=str(images), texts=None, out=str(out), context_length=52)
+    ((name, reason),) = done.left_out
+    assert (name, reason[:13]) == (f"{images}: image 7", "not_an_image:")
 
 
 def test_faiss_searches_what_was_written(weights: str, images: Path, tmp_path: Path) -> None:
@@ -128,16 +130,17 @@ def test_bad_input_is_one_line(
     weights: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     encoder = load(weights)
-    (images / "z.png").write_bytes(b"broken")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "z.png").write_bytes(b"broken")
     out = str(tmp_path / "out")
     with pytest.raises(InputError, match=r"z\.png: no image that can be decoded"):
-        embed_files(encoder, images=str(images), texts=None, out=out, context_length=52)
+        embed_files(encoder, images=str(tmp_path / "bad"), texts=None, out=out, context_length=52)
     assert not (tmp_path / "out" / "img_emb" / "img_emb_0.npy").exists()
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="empty: no image in it"):
         embed_files(encoder, images=str(tmp_path / "empty"), texts=None, out=out, context_length=52)
     (tmp_path / "t.txt").write_bytes("红".encode("gbk"))
-    with pytest.raises(InputError, match=r"t\.txt: not UTF-8 at byte 0"):
+    with pytest.raises(InputError, match=r"t\.txt: not UTF-8 .* save it as UTF-8"):
         embed_files(encoder, images=None, texts=str(tmp_path / "t.txt"), out=out, context_length=52)
     pl.DataFrame({"x": [1]}).write_parquet(tmp_path / "x.parquet")
     with pytest.raises(InputError, match=r"no column of images .* it has x"):
@@ -165,3 +168,71 @@ def test_convert_and_inspect_commands(
     assert "Chinese CLIP, torch.save" in printed
     assert main(["convert", str(tmp_path / "out.pt"), str(tmp_path / "folder"), "--to", "safetensors"]) == 0
     assert (tmp_path / "folder" / "README.md").exists()
+
+
+def test_images_that_cannot_be_read_have_no_row_and_are_listed(
+    weights: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (images / "cut.png").write_bytes((images / "a.png").read_bytes()[:200])
+    os.mkfifo(images / "p.jpg")
+    (images / "zero.jpg").symlink_to("/dev/zero")
+    (images / "._a.png").write_bytes(b"\0\5\x16\7")
+    out = tmp_path / "out"
+    assert main(["embed", weights, "--images", str(images), "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "1 images cannot be decoded and have no row" in printed
+    listed = [json.loads(line) for line in (out / "left_out.jsonl").read_text().splitlines()]
+    reasons = {item["image"].removeprefix(f"{images}/"): item["reason"] for item in listed}
+    assert reasons.pop("cut.png").startswith("truncated: ")
+    assert reasons == {
+        "p.jpg": "no_file: a FIFO",
+        "zero.jpg": "no_file: a device",
+        "._a.png": "hidden",
+        f"{images}: 1 files with the ending .txt": "no image by its name",
+    }
+    names = pl.read_parquet(out / "metadata" / "metadata_0.parquet")["image_path"].to_list()
+    assert names == [str(images / name) for name in ("A.webp", "a.png", "b.png", "sub/c.jpg")]
+    image_ND = np.load(out / "img_emb" / "img_emb_0.npy", mmap_mode="r")
+    np.testing.assert_allclose(image_ND, load(weights).embed_images(names), atol=1e-6)
+
+
+def test_a_pair_whose_image_cannot_be_read_goes_as_one(weights: str, images: Path, tmp_path: Path) -> None:
+    names, captions = ["b.png", "absent.png", "a.png"], ["猫", "狗", "红"]
+    pl.DataFrame({"image_path": names, "caption": captions}).write_csv(images / "table.csv")
+    table, out, encoder = str(images / "table.csv"), str(tmp_path / "out"), load(weights)
+    done = embed_files(encoder, images=table, texts=table, out=out, context_length=52)
+    assert (done.num_images, done.num_texts, done.num_texts_left_out) == (2, 2, 1)
+    metadata = pl.read_parquet(tmp_path / "out" / "metadata" / "metadata_0.parquet")
+    assert metadata.rows() == [("b.png", "猫"), ("a.png", "红")]
+    assert "no_file: no such file" in (tmp_path / "out" / "left_out.jsonl").read_text()
+    pl.DataFrame({"image_path": names[:1], "caption": captions[:1]}).write_csv(images / "table.csv")
+    embed_files(encoder, images=table, texts=table, out=out, context_length=52)
+    assert not (tmp_path / "out" / "left_out.jsonl").exists()
+
+
+def test_decoding_is_chosen_and_noted(weights: str, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(pixels).save(tmp_path / "images" / "turned.png", exif=exif)
+    features = {}
+    for decode in ("upright", "reference"):
+        out = tmp_path / decode
+        command = [
+            "embed",
+            weights,
+            "--images",
+            str(tmp_path / "images"),
+            "--out",
+            str(out),
+            "--decode",
+            decode,
+        ]
+        assert main(command) == 0
+        features[decode] = np.load(out / "img_emb" / "img_emb_0.npy")[0]
+        assert json.loads((out / "model.json").read_text())["decode"] == decode
+    plain, turned = Image.fromarray(pixels), Image.fromarray(np.rot90(pixels, -1))
+    expected = load(weights).embed_images([turned, plain])
+    np.testing.assert_allclose(features["upright"], expected[0], atol=1e-6)
+    np.testing.assert_allclose(features["reference"], expected[1], atol=1e-6)

@@ -1,5 +1,6 @@
 """A model's identity: of the weights, whatever their format; an index of another model is refused."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from eval.datasets.cnclip_tsv import read_evaluation
 from eval.features.encoder import ModelSource, load_encoder
 from eval.features.evaluation_set import embed_evaluation
-from eval.features.model_identity import identify, read_identity
+from eval.features.model_identity import ModelIdentity, check_same_model, identify, read_identity
 from eval.index.flat import build_index
 from eval.index.partitioned import PartedIndex
 from eval.retrieval.predictions import retrieve
@@ -53,6 +54,7 @@ def test_an_index_says_whose_features_it_holds(folder: Path) -> None:
     assert json.loads((folder / "index0" / "index.json").read_text())["model"] == {
         "name": "tiny-vit",
         "weights_sha256": own.weights_sha256,
+        "decode": "upright",
     }
     assert PartedIndex.open(str(folder / "index0")).model == own
     assert read_identity(str(folder / "features0" / "img_emb" / "img_emb_0.npy")) == own
@@ -60,7 +62,7 @@ def test_an_index_says_whose_features_it_holds(folder: Path) -> None:
 
 def test_serve_refuses_an_index_of_another_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--index", str(folder / "index0"), "--embeddings", str(folder / "features0")]
-    words += ["--pictures", str(folder / "shards"), "--port", "0"]
+    words += ["--images", str(folder / "shards"), "--port", "0"]
     assert command_line.main(["serve", *model(folder, 1), *words]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -96,3 +98,11 @@ def test_retrieval_refuses_an_index_of_another_model_and_of_another_width(
     build_index(str(tmp_path / "narrow.npy"), str(tmp_path / "out1" / "image.index"))
     with pytest.raises(InputError, match="an index of width 16"):
         retrieve(evaluation, features, other, str(tmp_path / "scores"))
+
+
+def test_features_of_another_decoding_are_another_model_s() -> None:
+    own = ModelIdentity("tiny-vit", "0" * 64, "upright")
+    with pytest.raises(InputError, match=r"decoded as `--decode reference` does, .* embed and index again"):
+        check_same_model("index", dataclasses.replace(own, decode="reference"), own)
+    check_same_model("index", own, own)
+    check_same_model("index", dataclasses.replace(own, decode=""), own)  # made before it was kept

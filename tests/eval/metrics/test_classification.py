@@ -8,8 +8,8 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, precision_r
 from eval.metrics.bootstrap import recall_intervals
 from eval.metrics.classification import (
     average_precision_11,
-    classification_metric,
     elevater_map,
+    measured_elevater_map,
     measured_metric,
 )
 
@@ -30,10 +30,10 @@ def test_accuracy_and_mean_per_class(seed: int) -> None:
     scores_NC, target_N = random_case(seed, num_classes=7, ties=seed % 2 == 0)
     targets_NC = np.eye(7, dtype=bool)[target_N]
     predicted_N = scores_NC.argmax(axis=1)
-    assert classification_metric("accuracy", scores_NC, targets_NC) == pytest.approx(
+    assert measured_metric("accuracy", scores_NC, targets_NC).value == pytest.approx(
         100 * accuracy_score(target_N, predicted_N)
     )
-    assert classification_metric("mean-per-class", scores_NC, targets_NC) == pytest.approx(
+    assert measured_metric("mean-per-class", scores_NC, targets_NC).value == pytest.approx(
         100 * balanced_accuracy_score(target_N, predicted_N)
     )
 
@@ -42,7 +42,7 @@ def test_accuracy_and_mean_per_class(seed: int) -> None:
 def test_roc_auc(seed: int) -> None:
     scores_NC, target_N = random_case(seed, num_classes=2, ties=seed % 2 == 0)
     margin_N = scores_NC[:, 1] - scores_NC[:, 0]
-    found = classification_metric("roc-auc", scores_NC, np.eye(2, dtype=bool)[target_N])
+    found = measured_metric("roc-auc", scores_NC, np.eye(2, dtype=bool)[target_N]).value
     assert found == pytest.approx(100 * roc_auc_score(target_N, margin_N))
 
 
@@ -85,25 +85,29 @@ def test_elevater_s_variant_takes_scikit_learn_s_curve_as_it_is(seed: int) -> No
     rng = np.random.default_rng(seed)
     targets_NC = rng.random((60, 3)) < 0.3
     targets_NC[0] = True
-    scores_NC = (rng.normal(size=(60, 3)) + 0.3 * targets_NC).round(1)
+    scores_NC = (rng.normal(size=(60, 3)) + 0.3 * targets_NC) / 20
+    chance_NC = np.exp(100 * scores_NC)  # clip_zeroshot_evaluator.py
+    chance_NC /= chance_NC.sum(axis=1, keepdims=True)
     means = []
     for column in range(3):
-        precision, recall, _ = precision_recall_curve(targets_NC[:, column], scores_NC[:, column])
+        precision, recall, _ = precision_recall_curve(targets_NC[:, column], chance_NC[:, column])
         means.append(np.mean([precision[recall >= level - 1e-12].max() for level in np.linspace(0, 1, 11)]))
     found = elevater_map(scores_NC, targets_NC)
     assert found == pytest.approx(100 * np.mean(means))
-    plain = classification_metric("11-point-map", scores_NC, targets_NC)
-    assert plain <= found <= plain + 100 / 11
+    assert found != pytest.approx(measured_metric("11-point-map", scores_NC, targets_NC).value)
+    measured = measured_elevater_map(scores_NC, targets_NC)
+    assert measured.value == found
+    assert measured.low < found < measured.high
 
 
 def test_several_right_classes_only_where_the_metric_takes_them() -> None:
     targets_NC = np.array([[True, True], [False, True]])
     scores_NC = np.array([[0.1, 0.2], [0.3, 0.4]])
-    assert classification_metric("11-point-map", scores_NC, targets_NC) > 0
+    assert measured_metric("11-point-map", scores_NC, targets_NC).value > 0
     with pytest.raises(ValueError, match="exactly one right class"):
-        classification_metric("accuracy", scores_NC, targets_NC)
+        measured_metric("accuracy", scores_NC, targets_NC)
     with pytest.raises(ValueError, match="NaN"):
-        classification_metric("11-point-map", scores_NC * np.nan, targets_NC)
+        measured_metric("11-point-map", scores_NC * np.nan, targets_NC)
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "mean-per-class", "roc-auc", "11-point-map"])

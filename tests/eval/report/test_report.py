@@ -280,7 +280,7 @@ def test_a_set_of_the_paper_stands_beside_its_table(tmp_path: Path, monkeypatch:
     assert (small.number, small.lines[0].paper) == (None, None)
     assert "coco-cn-test: 14 images, but the protocol has 1000: not comparable" in small.notes[0]
 
-    pinned = RetrievalProtocol(id="coco-cn-test", title="x", images=14, texts=14, image_to_text=True)
+    pinned = RetrievalProtocol(id="coco-cn-test", title="x", images=14, texts=14)
     monkeypatch.setattr(evaluate, "retrieval_protocol", lambda name: pinned)
     (table,) = comparisons(config, context)
     assert (table.number, table.paper_model) == (4, "CN-CLIP RN50")

@@ -1,5 +1,6 @@
 """The pixel baseline on corpora where its answer is known, and chance beside simulation-free cases."""
 
+import dataclasses
 import io
 import tarfile
 from pathlib import Path
@@ -52,6 +53,15 @@ def test_solves_a_memorised_corpus_both_ways(tmp_path: Path) -> None:
     assert scores["i2t"] is not None
     assert scores["i2t"]["r1"] == 100.0
     assert scores["mean_recall"] == 100.0
+
+
+def test_text_to_image_only_leaves_the_other_direction_out(tmp_path: Path) -> None:
+    texts = [f"编号{chr(0x4E00 + 7 * row)}的图" for row in range(14)]
+    evaluation = dataclasses.replace(evaluation_of(tmp_path, texts), image_to_text=False)
+    shard = write_shard(tmp_path, "00000", [(text, png_bytes(row)) for row, text in enumerate(texts)])
+    for scores in (PixelBaseline.from_shards([shard]).evaluate(evaluation).scores, chance(evaluation)):
+        assert scores["i2t"] is None
+        assert scores["mean_recall"] == pytest.approx(sum(scores["t2i"].values()) / 3)
 
 
 def test_equal_images_are_ordered_by_id(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Prediction and score files: their form, that they agree with the metrics, and plain errors."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -85,9 +86,8 @@ def test_text_to_image_only_has_a_mean_of_three(tmp_path: Path) -> None:
     evaluation = random_evaluation(tmp_path, num_texts=5)
     write_features(tmp_path / "emb", "image", np.random.default_rng(0).normal(size=(60, 8)))
     write_features(tmp_path / "emb", "text", np.random.default_rng(1).normal(size=(5, 8)))
-    scores = retrieve(
-        evaluation, str(tmp_path / "emb"), str(tmp_path / "emb"), str(tmp_path), image_to_text=False
-    ).scores
+    evaluation = replace(evaluation, image_to_text=False)
+    scores = retrieve(evaluation, str(tmp_path / "emb"), str(tmp_path / "emb"), str(tmp_path)).scores
     assert scores["i2t"] is None
     assert scores["mean_recall"] == pytest.approx(
         (scores["t2i"]["r1"] + scores["t2i"]["r5"] + scores["t2i"]["r10"]) / 3

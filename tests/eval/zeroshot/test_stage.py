@@ -11,7 +11,14 @@ from eval.paper.published import ClassificationProtocol
 from eval.report.stage import ReportConfig, comparisons
 from eval.stages import EvaluationConfig
 from eval.zeroshot import measure as classify
-from eval.zeroshot.stage import ClassificationSource, ZeroshotConfig, ZeroshotStageConfig, plan, run
+from eval.zeroshot.stage import (
+    ClassificationSource,
+    ZeroshotConfig,
+    ZeroshotFacts,
+    ZeroshotStageConfig,
+    plan,
+    run,
+)
 from pipeline.catalog import load
 from pipeline.core import store
 from pipeline.core.records import Manifest, Shard
@@ -96,12 +103,41 @@ def test_a_task_is_bound_to_images_labels_templates_and_model(context: Context, 
     templates.write_text("{}的照片\n", encoding="utf-8")
     changed = inputs(templates=str(templates))
     assert {key for key in before["mnist"] if before["mnist"][key] != changed["mnist"][key]} == {"templates"}
+    changed = inputs(templates="paper")
+    assert {key for key in before["mnist"] if before["mnist"][key] != changed["mnist"][key]} == {"templates"}
     (tmp_path / "sets" / "mnist" / "label_cn.txt").write_text("零\n一\n二\n", encoding="utf-8")
     changed = inputs()
     assert {key for key in before["mnist"] if before["mnist"][key] != changed["mnist"][key]} == {
         "labels", "set"
     }  # fmt: skip
     assert changed["colours"] == before["colours"]
+
+
+def test_map_is_measured_by_both_rules_and_binds_the_task_to_them(context: Context, tmp_path: Path) -> None:
+    source = ClassificationSource(
+        name="colours", folder=str(tmp_path / "sets" / "colours"), metric="11-point-map"
+    )
+    config = dataclasses.replace(config_of(tmp_path), sets=(source,))
+    (task,) = plan(config, context)
+    assert task.inputs["rules"] == "VOC and ELEVATER"
+    assert all("rules" not in task.inputs for task in plan(config_of(tmp_path), context))
+    extra = run(config, context, task, no_progress).extra
+    facts = ZeroshotFacts.from_json(json.loads(json.dumps(extra)))
+    assert facts.to_json() == extra
+    assert facts.by_elevater is not None
+    assert (
+        f"by ELEVATER's, from which the paper's figure comes, {facts.by_elevater.value:.1f}" in facts.notes[0]
+    )
+    done = Manifest("zeroshot", 1, "", "", {}, (), 0, 0, {}, {"0": extra})
+    corpus = Manifest("corpus", 1, "", "", {}, (), 0, 0, {}, {})
+    score = EvaluationConfig(stages=("stage2",), vocabulary=None, context_length=52)
+    report = ReportConfig(score=score, model="RN50", training_stages=(), titles={})
+    parents = {"corpus": corpus, "zeroshot": done}
+    (table,) = comparisons(report, dataclasses.replace(context, parents=parents))
+    assert [(line.label, line.ours) for line in table.lines] == [
+        ("colours, by ELEVATER's rule", facts.by_elevater),
+        ("colours, by VOC's own rule", facts.measured),
+    ]
 
 
 def test_a_run_has_the_stage_where_it_names_a_set(tmp_path: Path) -> None:

@@ -96,6 +96,42 @@ def test_plan_run_status_verify_why(recipe: Path, capsys: pytest.CaptureFixture[
     assert "http://a.cn/3.jpg: not in any caption table" in _one_error(err)
 
 
+def test_verify_says_what_it_did_not_see(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = recipe.parent / "run"
+    status, out, err = _main(capsys, "verify", recipe)
+    assert (status, out) == (1, "")
+    assert f"{folder}: no such folder: {recipe} has not been run; check [run] folder" in _one_error(err)
+    folder.mkdir()
+    status, out, err = _main(capsys, "verify", recipe, "--to", "dedup")
+    assert (status, out) == (1, "")
+    assert "nothing to verify: no stage of corpus, filter_text, dedup is finished" in _one_error(err)
+    assert _main(capsys, "run", recipe, "--to", "filter_text")[0] == 0
+    status, out, _ = _main(capsys, "verify", recipe, "--to", "download")
+    assert (status, out.splitlines()) == (
+        0,
+        [
+            "all outputs match their manifests",
+            "not verified, since not finished: dedup, download (2 of 4 stages; their outputs were not read)",
+        ],
+    )
+    assert _main(capsys, "verify", recipe, "--stage", "dedup")[0] == 1
+    status, out, _ = _main(capsys, "verify", recipe, "--stage", "corpus")
+    assert (status, out) == (0, "all outputs match their manifests\n")
+
+
+def test_a_stage_that_drops_much_is_said_and_named_by_later_errors(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = _main(capsys, "run", recipe, "--to", "filter_text")
+    assert status == 0
+    assert "warning: filter_text dropped 1 of 2 rows (50%): too_short 1; " in err
+    assert "note: filter_text dropped 1 of 2 rows (50%): too_short 1" in _main(capsys, "status", recipe)[1]
+    table = recipe.parent / "run" / "filter_text" / "kept" / "00000.parquet"
+    assert table.exists()
+    status, _, err = _main(capsys, "run", recipe, "--to", "dedup")
+    assert "warning" not in err
+
+
 def test_verify_fails_where_a_byte_differs(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _main(capsys, "run", recipe, "--to", "filter_text")[0] == 0
     path = recipe.parent / "run" / "filter_text" / "kept" / "00000.parquet"
@@ -114,7 +150,8 @@ def test_repair_redoes_what_is_damaged(recipe: Path, capsys: pytest.CaptureFixtu
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     assert "run `--stage filter_text --repair`" in _main(capsys, "verify", recipe)[1]
     assert _main(capsys, "run", recipe, "--stage", "filter_text", flag)[0] == 0
-    assert _main(capsys, "verify", recipe)[:2] == (0, "all outputs match their manifests\n")
+    status, out, _ = _main(capsys, "verify", recipe)
+    assert (status, out.splitlines()[0]) == (0, "all outputs match their manifests")
 
 
 def test_the_help_of_every_command_ends_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,7 +174,10 @@ def test_a_changed_setting_asks_for_redo(recipe: Path, capsys: pytest.CaptureFix
     changed = (*words, "--set", "filter_text.min_characters=1")
     status, _, err = _main(capsys, *changed)
     assert status == 2
-    assert "filter_text is stale: its configuration changed; run with --redo" in _one_error(err)
+    assert (
+        "filter_text is stale: its configuration changed: min_characters 5 → 1; run with --redo"
+        in _one_error(err)
+    )
     assert _main(capsys, *changed, "--redo")[0] == 0
 
 

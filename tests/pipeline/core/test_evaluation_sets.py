@@ -8,9 +8,11 @@ from pipeline.core import store
 from pipeline.core.config import digest
 from pipeline.core.evaluation_sets import (
     EvaluationFacts,
+    EvaluationSet,
     EvaluationSource,
     evaluation_named,
     evaluations_of,
+    is_scored_image_to_text,
 )
 from pipeline.core.records import InputError, Manifest, Shard
 from pipeline.core.stage import Context
@@ -65,3 +67,27 @@ def test_facts_keep_their_keys() -> None:
     assert noted.to_json() == {"evaluations": {"made": "sets"}, "own_evaluations": {"given": "/given"}}
     assert EvaluationFacts.from_json(noted.to_json()) == noted
     assert EvaluationFacts.from_json({"urls": 3}) == EvaluationFacts({}, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("muge-valid", "evaluation"),
+        ("MUGE_test", "sets"),
+        ("valid", "datasets/MUGE"),
+        ("MR_valid", "datasets/muge/"),
+        ("muge", "runs/muge"),
+    ],
+)
+def test_muge_is_scored_text_to_image_only_however_it_is_named(name: str, folder: str) -> None:
+    assert not is_scored_image_to_text(name, folder)
+    assert EvaluationSet(name, folder).scored_by == {f"directions of {name}": "text-to-image"}
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("coco-cn-valid", "evaluation/muge"), ("valid", "datasets/COCO-CN"), ("smuge", "s"), ("unseen", "x")],
+)
+def test_other_sets_are_scored_both_ways_and_keep_their_inputs(name: str, folder: str) -> None:
+    assert is_scored_image_to_text(name, folder)
+    assert EvaluationSet(name, folder).scored_by == {}

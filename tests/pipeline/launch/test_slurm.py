@@ -141,7 +141,7 @@ def test_pre_empted_and_requeued_gives_the_bytes_of_a_run_without_slurm(
         time.sleep(0.2)
     urgent = submit_urgent(cluster)
     wait_for(cluster, urgent, "COMPLETED", seconds=300)
-    (stopped,) = (jobs / "stage2" / "checkpoints").iterdir()  # nothing but the signal asked for one
+    stopped = max((jobs / "stage2" / "checkpoints").iterdir())  # next to that of the warm-up's end
     assert (
         ", a checkpoint is written; rerun the same command to resume"
         in (jobs / "launch" / "stage2.log").read_text()
@@ -169,7 +169,9 @@ def test_a_job_that_reaches_its_time_limit_goes_on_in_the_queue(
     wait_for_a_restart(cluster, number, tmp_path / "slurm.log")
     output(cluster, "scancel", number)
     assert "by SIGTERM after step" in (Path(job.folder) / "train.log").read_text()
-    (saved,) = (Path(job.folder) / "checkpoints").iterdir()  # nothing but the signal asked for one
+    # Nothing but the warm-up's end and the signal asked for one.
+    warm, saved = sorted((Path(job.folder) / "checkpoints").iterdir())
+    assert warm.name == f"step_{job.config.warmup_steps:09d}"
     assert json.loads((saved / "state.json").read_text())["step"] > 0
 
 

@@ -114,7 +114,7 @@ def test_a_picture_that_the_other_guards_is_no_unknown_row(tmp_path: Path) -> No
         run = make_run(tmp_path / name, IMAGES, CAPTIONS)
         table = tmp_path / name / "inputs" / "table.csv"
         table.write_text(table.read_text() + "http://a.cn/7.jpg,旁边还有一只猫\n", encoding="utf-8")
-        source = TableSource(path=str(table), name="coco", kind="coco")
+        source = TableSource(path=str(table), name="coco", kind="coco", join_captions=True)
         corpora = CorpusStageConfig(corpus=SourcesConfig(kind="sources", sources=(source,), guards=guards))
         stages = [dataclasses.replace(run.stages[0], config=corpora), *run.stages[1:]]
         stages.append(

@@ -11,7 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.core.records import ConfigError
+from pipeline.core.evaluation_sets import EvaluationFacts, EvaluationSource
+from pipeline.core.records import ConfigError, Manifest
+from pipeline.core.stage import Context
+from tests.helpers.evaluation_files import small_evaluation
 from tests.helpers.rank_processes import run_ranks
 from tests.helpers.train_jobs import make_job, small_models
 from training.checkpoint.selection import (
@@ -25,6 +28,7 @@ from training.checkpoint.selection import (
 from training.config.job import TrainJob
 from training.config.recipes import paper_recipe
 from training.config.train import TrainConfig
+from training.stages import TrainStageConfig, plan
 from training.weights.weights import load_checkpoint
 
 
@@ -87,6 +91,50 @@ def test_the_mean_over_the_deciding_sets_without_the_start() -> None:
     assert read_validations(lines, ("a",)) == [Validation(5, 10.0), Validation(10, 12.0)]
 
 
+def test_muge_counts_by_its_three_numbers_in_lines_of_earlier_releases_too() -> None:
+    t2i, i2t = {"r1": 10.0, "r5": 20.0, "r10": 30.0}, {"r1": 70.0, "r5": 80.0, "r10": 90.0}
+    of_six = {"t2i": t2i, "i2t": i2t, "mean_recall": 50.0}
+    of_three = {"t2i": t2i, "i2t": None, "mean_recall": 20.0}
+    lines = [
+        json.dumps({"step": step, "evaluation": name, "recall": recall})
+        for step, name, recall in (
+            (5, "muge-valid", of_six),
+            (10, "muge-valid", of_three),
+            (15, "coco-cn-valid", of_six),
+        )
+    ]
+    assert read_validations(lines, ()) == [Validation(5, 20.0), Validation(10, 20.0), Validation(15, 50.0)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "stale"),
+    [
+        ({}, False),
+        ({"choose": "best"}, True),
+        ({"choose": "best", "choose_on": ("muge-valid",)}, True),
+        ({"choose": "best", "choose_on": ("other",)}, False),
+        ({"patience": 3}, True),
+    ],
+)
+def test_a_stage_that_muge_decided_by_six_numbers_is_stale(
+    tmp_path: Path, changes: dict[str, Any], stale: bool
+) -> None:
+    given = [
+        EvaluationSource(name=name, folder=small_evaluation(tmp_path / name, name))
+        for name in ("muge-valid", "other")
+    ]
+    parents = {
+        "corpus": Manifest(
+            "corpus", 1, "", "", {}, (), 0, 0, {}, {"0": EvaluationFacts.of({}, given).to_json()}
+        ),
+        "shards": Manifest("shards", 1, "", "", {}, (), 0, 0, {}),
+    }
+    config = TrainStageConfig(train=TrainConfig(epochs=1, **changes), model="tiny-vit", vocabulary="v.txt")
+    (task,) = plan(config, Context(str(tmp_path), "stage2", 0, parents))
+    by_files_alone = {f"evaluation {item.name}" for item in given}
+    assert (set(task.inputs) != by_files_alone) == stale
+
+
 def test_sets_that_are_not_there_are_refused() -> None:
     config = TrainConfig(epochs=1, choose="best", choose_on=("valid",))
     with pytest.raises(
@@ -139,8 +187,7 @@ def test_the_stage_ends_with_the_weights_of_its_best_validation(tmp_path: Path) 
     job = job_that_chooses(tmp_path, "best")
     (asked,) = run_ranks(train_with_scores, 1, job, {**SCORES, 20: 29.0})
     assert asked == [0, 4, 8, 12, 16, 20, 21]  # 7 · 49 // 16 = 21 steps; the last is validated too
-    checkpoints = sorted(path.name for path in (Path(job.folder) / "checkpoints").iterdir())
-    assert checkpoints == ["step_000000008", "step_000000018"]  # the best, and the newest one
+    assert checkpoints_of(job) == [3, 8, 18]  # that of the warm-up, the best, and the newest one
     chosen = load_file(Path(job.folder) / "checkpoints" / "step_000000008" / "weights.safetensors")
     ended = load_checkpoint(job.output_model).state_dict()
     assert all(torch.equal(ended[name], chosen[name]) for name in chosen)
@@ -193,7 +240,7 @@ def test_where_the_newest_is_the_best_and_damaged_the_one_before_is_enough(tmp_p
     run_ranks(train_with_scores, 1, job, scores)
     model, metrics = Path(job.output_model), Path(job.folder) / "metrics.jsonl"
     expected = model.read_bytes(), metrics.read_bytes()
-    assert checkpoints_of(job) == [16, 18, 20]  # 16 is what step 18 may come back to
+    assert checkpoints_of(job) == [3, 16, 18, 20]  # 16 is what step 18 may come back to
     lost: set[int]
     for lost in (set(), {16}):
         damage(job, 20)
@@ -202,7 +249,7 @@ def test_where_the_newest_is_the_best_and_damaged_the_one_before_is_enough(tmp_p
         (asked,) = run_ranks(train_with_scores, 1, job, scores)
         assert asked == [20, 21]
         assert (model.read_bytes(), metrics.read_bytes()) == expected
-        assert checkpoints_of(job) == sorted({16, 18, 20} - lost)
+        assert checkpoints_of(job) == sorted({3, 16, 18, 20} - lost)
     said = notices(job)
     assert "step_000000020: damaged (weights.safetensors has other bytes than were written): taking" in said
     assert "step 16 has the best mean recall so far (28.00), but its weights are no longer there" in said
@@ -212,11 +259,11 @@ def test_a_damaged_best_costs_no_step_and_the_others_are_chosen_among(tmp_path: 
     job = job_that_chooses(tmp_path, "run")
     scores = {**SCORES, 20: 29.0}
     run_ranks(train_with_scores, 1, job, scores)
-    assert checkpoints_of(job) == [8, 18]
+    assert checkpoints_of(job) == [3, 8, 18]
     damage(job, 8)
     (asked,) = run_ranks(train_with_scores, 1, job, scores)
     assert asked == [20, 21]
-    assert checkpoints_of(job) == [20]
+    assert checkpoints_of(job) == [3, 20]
     assert ends_with(job, 20)
     said = notices(job)
     assert "step_000000008: damaged (weights.safetensors has other bytes than were written)" in said
@@ -233,7 +280,7 @@ def test_a_run_that_now_wants_its_best_goes_on_and_takes_the_best_that_is_left(
         tmp_path, "run", choose="last", keep_checkpoints=2, save_every_steps=4, ranks=ranks
     )
     run_ranks(train_with_scores, ranks, job, scores)
-    assert checkpoints_of(job) == [16, 20]
+    assert checkpoints_of(job) == [2, 16, 20]
     best = dataclasses.replace(job, config=dataclasses.replace(job.config, choose="best"))
     (asked, *_) = run_ranks(train_with_scores, ranks, best, scores)
     assert asked == [21]

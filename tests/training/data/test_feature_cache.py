@@ -145,7 +145,9 @@ def test_whatever_the_header_has_become_the_file_is_named(tmp_path: Path) -> Non
     for data in (b"", whole[:9], whole.replace(b"(5, 1)", b"((5, 1"), whole.replace(b"(5, 1)", b"'5, 1)")):
         path.write_bytes(data)
         cache = FeatureCache(shards, "0123", num_views=1, dim=4)
-        with pytest.raises(InputError, match=rf"{path}: cannot be read .*remove the file: it is made again"):
+        with pytest.raises(
+            InputError, match=rf"{path}: not a readable .npy file .*remove the file: it is made again"
+        ):
             cache.read(0, 2, 0)
 
 

@@ -1,5 +1,6 @@
 """mCLIP against the multilingual-clip package and open_clip on the same weights."""
 
+import dataclasses
 import io
 import json
 import shutil
@@ -180,9 +181,16 @@ def test_the_image_tower_is_open_clips(tmp_path: Path) -> None:
         torch.manual_seed(1)
         config = CLIPVisionCfg(layers=2, width=128, head_width=64, patch_size=8, image_size=40)
         peer = _build_vision_tower(24, config, quick_gelu=quick).eval()
-        path = tmp_path / f"{activation}.pt"
+        path = tmp_path / activation / "open_clip_pytorch_model.bin"
+        path.parent.mkdir()
         torch.save({f"visual.{name}": tensor for name, tensor in peer.state_dict().items()}, path)
-        tower = load_image_tower(str(path), activation=activation)  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="how many attention heads its image tower has cannot be told"):
+            load_image_tower(str(path))
+        settings = {"vision_cfg": dataclasses.asdict(config), "quick_gelu": quick}
+        (path.parent / "open_clip_config.json").write_text(json.dumps({"model_cfg": settings}))
+        tower = load_image_tower(str(path.parent), activation=activation)  # type: ignore[arg-type]
+        with pytest.raises(InputError, match=f"its image tower has {activation}, not"):
+            load_image_tower(str(path.parent), activation="gelu" if quick else "quick_gelu")
         assert (tower.image_size_px, tower.embed_dim) == (40, 24)  # a size of no model that is known by name
         image = torch.rand(2, 3, 40, 40)
         with torch.inference_mode():

@@ -1,11 +1,12 @@
 """Image preprocessing for evaluation."""
 
 import io
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from pipeline.core.records import InputError
 from training.model.config import MODELS
@@ -13,9 +14,9 @@ from training.model.preprocess import MEAN, STD, normalise, preprocess
 from training.weights.export import _preprocessor_config
 
 
-def _encoded(image: Image.Image, format: str = "PNG") -> bytes:
+def _encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
     file = io.BytesIO()
-    image.save(file, format)
+    image.save(file, format, **options)
     return file.getvalue()
 
 
@@ -47,6 +48,31 @@ def test_palette_is_converted_before_it_is_resized() -> None:
 def test_every_mode_becomes_three_channels(mode: str) -> None:
     data = _encoded(Image.new(mode, (4, 4)), "TIFF")
     assert preprocess([data, data], 4).shape == (2, 3, 4, 4)
+
+
+@pytest.mark.parametrize("side", [32, 224])
+def test_reference_decoding_is_cn_clip_s_for_odd_files_too(side: int) -> None:
+    utils = pytest.importorskip("cn_clip.clip.utils", reason="cn_clip is not installed")
+    reference = utils.image_transform(side)
+    y, x = np.mgrid[0:61, 0:93]
+    drawn = np.stack([x * 255 // 92, y * 255 // 60, (x // 9 + y // 9) % 2 * 255], axis=-1).astype(np.uint8)
+    colours = Image.fromarray(drawn)
+    faded = colours.copy()
+    faded.putalpha(Image.fromarray((x * 255 // 92).astype(np.uint8)))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    files = [
+        _encoded(faded),
+        _encoded(colours.convert("P", palette=Image.Palette.ADAPTIVE)),
+        _encoded(faded.convert("LA")),
+        _encoded(Image.fromarray(np.asarray(colours.convert("L")).astype(np.uint16) * 257)),
+        _encoded(colours.convert("CMYK"), "JPEG"),
+        _encoded(colours, "JPEG", exif=exif),
+    ]
+    for data in files:
+        seen = preprocess([data], side, "reference")[0]
+        assert torch.equal(seen, reference(Image.open(io.BytesIO(data))))
+        assert not torch.equal(seen, preprocess([data], side)[0]) or data is files[4]
 
 
 def test_torchvision_gives_the_same_pixels() -> None:

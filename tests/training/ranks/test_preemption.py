@@ -94,21 +94,21 @@ def test_stopped_and_gone_on_the_same_way_gives_the_same_bytes(tmp_path: Path) -
 def test_the_launcher_passes_a_signal_on_and_says_that_it_was_stopped(tmp_path: Path) -> None:
     job = make_job(tmp_path, "run", ranks=2, epochs=2000, save_every_steps=100_000)
     with run_watched(job) as process:
-        wait_for_steps(job, 3)
+        wait_for_steps(job, process, 3)
         process.send_signal(signal.SIGTERM)
         said, _ = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == Stopped.exit_status
-    assert re.search(r"stopped: by SIGUSR1 after step \d+, a checkpoint is written; rerun the same", said)
-    (newest,) = (Path(job.folder) / "checkpoints").iterdir()
+    assert re.search(r"stopped: by SIGTERM after step \d+, a checkpoint is written; rerun the same", said)
+    newest = max((Path(job.folder) / "checkpoints").iterdir())  # next to that of the warm-up's end
     step = json.loads((newest / "state.json").read_text())["step"]
     assert step >= 3
-    assert f"by SIGUSR1 after step {step}" in (Path(job.folder) / "train.log").read_text()
+    assert f"by SIGTERM after step {step}" in (Path(job.folder) / "train.log").read_text()
 
 
 def test_a_second_interrupt_does_not_wait_for_the_ranks(tmp_path: Path) -> None:
     job = make_job(tmp_path, "run", epochs=2000, save_every_steps=100_000)
     with run_watched(job) as process:
-        wait_for_steps(job, 3)
+        wait_for_steps(job, process, 3)
         ((rank, _),) = ranks_of(process.pid)
         os.kill(rank, signal.SIGSTOP)  # a step that takes for ever
         process.send_signal(signal.SIGINT)
@@ -210,7 +210,7 @@ def test_a_rank_that_hangs_ends_the_run_and_is_named(tmp_path: Path, waits: bool
     job = make_job(tmp_path, "run", ranks=2, epochs=100_000, stall_seconds=8.0, **never)
     process = launch(job)
     try:
-        wait_for_steps(job, 2)
+        wait_for_steps(job, process, 2)
         (rank,) = [found for found in ranks_of(process.pid) if "LOCAL_RANK=1" in found[1]]
         os.kill(rank[0], signal.SIGSTOP)
         assert process.stdout is not None

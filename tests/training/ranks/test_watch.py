@@ -123,7 +123,7 @@ def test_a_run_that_left_batches_out_goes_on_with_the_same_bytes(tmp_path: Path)
 def test_a_rank_that_dies_ends_the_run_with_its_cause(tmp_path: Path) -> None:
     job = make_job(tmp_path, "run", ranks=2, epochs=100_000)
     with run_watched(job) as process:
-        wait_for_steps(job, 2)
+        wait_for_steps(job, process, 2)
         (rank,) = [pid for pid, environment in ranks_of(process.pid) if "LOCAL_RANK=1" in environment]
         launcher = psutil.Process(rank).parent()
         assert launcher is not None

@@ -177,7 +177,7 @@ def test_bert_folders_with_old_and_new_names(old_names: bool, prefix: str, tmp_p
     assert outcomes["text_projection"] == outcomes["visual.proj"] == outcomes["logit_scale"] == "initialised"
     (tmp_path / "config.json").write_text(json.dumps(settings | {"num_attention_heads": 4}))
     with pytest.raises(
-        InputError, match=r"config\.json has 4 attention heads, but tiny-vit's text tower has 2"
+        InputError, match=r"its configuration has 4 attention heads, but tiny-vit's text tower has 2"
     ):
         initialise(model, text_weights=str(tmp_path))
 

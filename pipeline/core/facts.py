@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+from pipeline.core.config import is_left_out
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
@@ -26,7 +28,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Facts):
         return value.to_json()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
+        unset = [field.name for field in dataclasses.fields(value) if is_left_out(field, value)]
+        return {name: item for name, item in dataclasses.asdict(value).items() if name not in unset}
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

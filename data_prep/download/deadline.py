@@ -1,0 +1,219 @@
+"""One deadline for all that a request does: the look-up, the connection, TLS, and every byte either way.
+
+A socket's own timeout begins anew with each byte, so that a server which sends one a second is never given
+up. Here each call on a socket gets the time that is left of the whole request, and a request that takes in
+more bytes than any answer may have ends as well.
+"""
+
+import contextlib
+import functools
+import http
+import http.client
+import queue
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+# Look-ups that may be under way at once in a process: getaddrinfo cannot be told a time limit, and a resolver
+# that never answers must not leave a thread behind for every row.
+_MAX_LOOKUPS = 64
+_LONGEST_INTERIM = (
+    64  # header lines of one interim response; http.client has a limit of its own for a final one
+)
+
+Places = Sequence[tuple[Any, ...]]  # as getaddrinfo gives them
+
+
+class TooManyBytesError(Exception):
+    """A server sent more bytes than an answer may have."""
+
+
+class Deadline:
+    """What is left of one request: `seconds` from now on, and bytes that may still come in."""
+
+    def __init__(self, seconds: float, max_bytes: int) -> None:
+        self._until = time.monotonic() + seconds
+        self._bytes_left = max_bytes
+
+    def left(self) -> float:
+        """Return the seconds that are left.
+
+        Raises:
+            TimeoutError: if none are.
+        """
+        seconds = self._until - time.monotonic()
+        if seconds <= 0:
+            raise TimeoutError("the time for the whole request is over")
+        return seconds
+
+    def take_in(self, num_bytes: int) -> int:
+        """Count bytes that came in; TooManyBytesError when they are too many."""
+        self._bytes_left -= num_bytes
+        if self._bytes_left < 0:
+            raise TooManyBytesError("more bytes than an answer may have")
+        return num_bytes
+
+
+class _Socket(socket.socket):
+    deadline: Deadline
+
+    def recv_into(self, *arguments: Any) -> int:
+        self.settimeout(self.deadline.left())
+        return self.deadline.take_in(super().recv_into(*arguments))
+
+    def sendall(self, *arguments: Any) -> None:
+        self.settimeout(self.deadline.left())
+        super().sendall(*arguments)
+
+
+class _SSLSocket(ssl.SSLSocket):
+    deadline: Deadline
+
+    def recv_into(self, *arguments: Any) -> int:
+        # OpenSSL reads whole records; CPython gives it the timeout for all of one call.
+        self.settimeout(self.deadline.left())
+        return self.deadline.take_in(super().recv_into(*arguments))
+
+    def send(self, *arguments: Any) -> int:
+        self.settimeout(self.deadline.left())
+        return super().send(*arguments)
+
+
+class _Response(http.client.HTTPResponse):
+    """Passes over any interim response (103 Early Hints, 102): http.client does so for 100 only."""
+
+    def _read_status(self) -> tuple[str, int, str]:
+        while True:
+            version, status, reason = super()._read_status()  # type: ignore[misc]
+            if not 100 < status < 200 or status == http.HTTPStatus.SWITCHING_PROTOCOLS:
+                return version, status, reason
+            for _ in range(_LONGEST_INTERIM):
+                if self.fp.readline(65537) in (b"\r\n", b"\n", b""):
+                    break
+            else:
+                raise http.client.HTTPException(
+                    f"more than {_LONGEST_INTERIM} headers in an interim response"
+                )
+
+
+class _Connection(http.client.HTTPConnection):
+    response_class = _Response
+
+
+def get(sock: socket.socket, host: str, target: str, headers: dict[str, str]) -> http.client.HTTPResponse:
+    """Send one GET over a connected socket; the response owns the socket."""
+    connection = _Connection("")
+    connection.sock = sock
+    try:
+        connection.putrequest("GET", target, skip_host=True)
+        for name, value in {"Host": host, **headers, "Connection": "close"}.items():
+            connection.putheader(name, value)
+        connection.endheaders()
+        return connection.getresponse()
+    finally:
+        sock.close()  # a response has a hold of its own on it
+
+
+def connect(places: Places, deadline: Deadline) -> socket.socket:
+    """Connect to the first place that answers; each has an equal share of the time that is left.
+
+    Raises:
+        OSError: as the last place gave it.
+    """
+    last: OSError = OSError("no address")
+    for number, (family, kind, protocol, _, place) in enumerate(places):
+        sock = _Socket(family, kind, protocol)
+        try:
+            sock.settimeout(deadline.left() / (len(places) - number))
+            sock.connect(place)
+        except OSError as error:
+            sock.close()
+            last = error
+            continue
+        except BaseException:
+            sock.close()
+            raise
+        sock.deadline = deadline
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock
+    raise last
+
+
+def secure(sock: socket.socket, host: str, deadline: Deadline) -> socket.socket:
+    """Put TLS over a connected socket; the handshake has the time that is left."""
+    wrapped = _tls().wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
+    wrapped.deadline = deadline  # type: ignore[attr-defined]
+    try:
+        wrapped.settimeout(deadline.left())
+        wrapped.do_handshake()
+    except BaseException:
+        wrapped.close()
+        raise
+    return wrapped
+
+
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    """Return one context for all requests: reading the certificates takes longer than a request does."""
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    context.sslsocket_class = _SSLSocket
+    return context
+
+
+class _Lookups:
+    """Threads that look names up, started as they are needed and at most _MAX_LOOKUPS."""
+
+    def __init__(self) -> None:
+        self._waiting: queue.SimpleQueue[tuple[str, int, queue.SimpleQueue[Any]]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._num_threads = self._num_busy = 0
+
+    def ask(self, host: str, port: int, deadline: Deadline) -> Places:
+        answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        with self._lock:
+            self._num_busy += 1
+            if self._num_threads < min(self._num_busy, _MAX_LOOKUPS):
+                # Daemons: one that hangs in the resolver must not keep the process from ending.
+                threading.Thread(target=self._work, daemon=True).start()
+                self._num_threads += 1
+        self._waiting.put((host, port, answer))
+        try:
+            found = answer.get(timeout=deadline.left())
+        except queue.Empty:
+            raise TimeoutError(f"looking up {host}") from None
+        if isinstance(found, BaseException):
+            raise found
+        places: Places = found
+        return places
+
+    def _work(self) -> None:
+        while True:
+            host, port, answer = self._waiting.get()
+            try:
+                answer.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+            except Exception as error:
+                answer.put(error)
+            with self._lock:
+                self._num_busy -= 1
+
+
+@functools.cache
+def _lookups() -> _Lookups:
+    return _Lookups()
+
+
+def look_up(host: str, port: int, deadline: Deadline) -> Places:
+    """Return the places of a host.
+
+    Raises:
+        TimeoutError: if the resolver does not answer in the time that is left.
+        socket.gaierror: if the name has no address.
+    """
+    with contextlib.suppress(socket.gaierror):  # numbers in any spelling need no resolver
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    return _lookups().ask(host, port, deadline)

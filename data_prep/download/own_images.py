@@ -1,0 +1,62 @@
+"""Which rows may ask the run's own server for images, and their addresses there.
+
+The server hands out files of the user's disk, so an address of it that stands in a table, or that a redirect
+names, is refused. Only here, where the row's source is known, is an address given the token that the server
+asks for: rows of a table with an image folder and of packed sources for their own files, and the rows of a
+corpus that the project made for its site.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from urllib.parse import quote
+
+import polars as pl
+
+from data_prep import corpus_facts
+from data_prep.sources.local_server import HOST, IMAGES, PACKED, local_site, serve
+from data_prep.sources.packed import IMAGE_AT
+from pipeline.core.stage import Context
+
+
+@dataclass(frozen=True, slots=True)
+class OwnImages:
+    """The run's own server, if it has one, and what each source may ask of it."""
+
+    site: str | None = None  # how its addresses begin: http://127.0.0.1:PORT/TOKEN
+    # Source → how the addresses of its images begin, in `url` and in `picture_at`.
+    by_url: dict[str, str] = field(default_factory=dict)
+    by_place: dict[str, str] = field(default_factory=dict)
+
+    def address(self, columns: Sequence[str]) -> pl.Expr:
+        """Return the address that each row's image is asked for at."""
+        url = self._own(pl.col("url"), self.by_url).fill_null(pl.col("url"))
+        if IMAGE_AT not in columns:
+            return url
+        return pl.coalesce(self._own(pl.col(IMAGE_AT), self.by_place), url)
+
+    def _own(self, address: pl.Expr, prefixes: dict[str, str]) -> pl.Expr:
+        """Return the server's address of what its own source names; null for all else."""
+        if self.site is None or not prefixes:
+            return pl.lit(None, dtype=pl.String)
+        prefix = pl.col("source").replace_strict(prefixes, default=None, return_dtype=pl.String)
+        rest = address.str.strip_prefix(f"http://{HOST}")
+        return pl.when(address.str.starts_with(prefix)).then(pl.lit(self.site) + rest)
+
+
+@contextlib.contextmanager
+def served(context: Context) -> Iterator[OwnImages]:
+    """Serve the corpus's own images on loopback, if it has any, for the length of a `with` block."""
+    site, images = corpus_facts.site_folder(context), corpus_facts.image_folders(context)
+    packed = corpus_facts.packed_folders(context)
+    if site is None and not images and not packed:
+        yield OwnImages()
+        return
+    by_url = {name: f"http://{HOST}/{IMAGES}/{name}/" for name in images}
+    if site is not None:
+        tables = corpus_facts.tables_of(context.parents["corpus"])
+        by_url |= {table.place.source.name: f"http://{HOST}/" for table in tables}
+    by_place = {name: f"http://{HOST}/{PACKED}/{quote(name)}/" for name in packed}
+    with contextlib.ExitStack() as stack:
+        folder = None if site is None else stack.enter_context(local_site(site))
+        yield OwnImages(stack.enter_context(serve(folder, images, packed)), by_url, by_place)

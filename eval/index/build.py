@@ -1,0 +1,116 @@
+"""Empty FAISS indices from a factory string, trained, filled, and tried before anybody relies on them."""
+
+from typing import Any
+
+import numpy as np
+
+from eval.index.device import Device, from_device, to_device
+from eval.index.embeddings import Embeddings
+from eval.index.files import faiss_reason
+from eval.index.order import NUM_QUERIES, why_out_of_order
+from eval.index.structure import check_structure, why_not_inner_product
+from pipeline.core.arrays import Float32Array
+from pipeline.core.records import InputError
+
+_TRIAL_ROWS = 1000
+_REMEDY = "take another factory, such as HNSW32, IVF1024,SQ8 or IVF1024,PQ64"
+
+
+def new_index(dim: int, factory: str) -> Any:
+    """Return an empty inner-product index.
+
+    Raises:
+        InputError: for a string that the installed FAISS refuses, and for one that it builds for another
+            measure.
+    """
+    import faiss
+
+    try:
+        index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+        reason = why_not_inner_product(index)
+    except Exception as error:  # FAISS throws what its libraries throw, down to std::out_of_range
+        raise InputError(
+            f"FAISS refuses the index {factory!r} at width {dim}: {faiss_reason(error)}; {_REMEDY}"
+        ) from None
+    if reason is not None:
+        raise InputError(f"FAISS's factory {factory!r}: {reason}; {_REMEDY}")
+    return index
+
+
+def train(embeddings: Embeddings, factory: str, train_rows: int, device: Device) -> Any:
+    """Return an empty index, trained on evenly spaced rows and tried on some of them.
+
+    Raises:
+        InputError: if FAISS refuses the string or the rows, or if what it builds does not find what is near.
+    """
+    index = new_index(embeddings.dim, factory)
+    count = min(train_rows if not index.is_trained else _TRIAL_ROWS, embeddings.num_rows)
+    rows_ND = embeddings.rows(np.arange(count) * embeddings.num_rows // count)
+    if not index.is_trained:
+        index = to_device(index, device, factory)
+        try:
+            index.train(rows_ND)
+        except Exception as error:
+            raise InputError(
+                f"FAISS cannot train {factory!r} on {count} rows: {faiss_reason(error)}"
+            ) from None
+        index = from_device(index, device)
+    few = min(_TRIAL_ROWS, count)
+    try_factory(index, factory, rows_ND[np.arange(few) * count // few])
+    return index
+
+
+def try_factory(index: Any, factory: str, rows_ND: Float32Array) -> None:
+    """Add rows to a copy of an empty trained index, and raise InputError unless it finds them again."""
+    import faiss
+
+    try:
+        copy = faiss.deserialize_index(faiss.serialize_index(index))
+        copy.add(rows_ND)
+        check_structure(copy)
+    except Exception as error:
+        raise InputError(
+            f"FAISS cannot fill the index {factory!r} with {len(rows_ND)} rows: {faiss_reason(error)};"
+            f" {_REMEDY}"
+        ) from None
+    check_answers(copy, factory, rows_ND)
+
+
+def check_answers(index: Any, factory: str, rows_ND: Float32Array) -> None:
+    """Raise InputError unless an index of these rows puts near rows first and scores them as it should."""
+    places = np.unique(np.linspace(0, len(rows_ND) - 1, NUM_QUERIES).astype(np.int64))
+    try:
+        reason = why_out_of_order(index, rows_ND[places], rows_ND.mean(axis=0), lambda rows: rows_ND[rows])
+    except Exception as error:
+        raise InputError(f"FAISS cannot search the index {factory!r}: {faiss_reason(error)}") from None
+    _refuse(factory, reason)
+
+
+def fill(index: Any, embeddings: Embeddings, start: int, stop: int, factory: str, device: Device) -> Any:
+    """Add rows start … stop - 1 to an empty trained index; return it in the processor's form.
+
+    Raises:
+        InputError: for bad rows, for rows that FAISS refuses, and if the answers are out of order.
+    """
+    index = to_device(index, device, factory)
+    for block_BD in embeddings.blocks(start, stop):
+        try:
+            index.add(block_BD)
+        except Exception as error:
+            raise InputError(f"{factory} on {stop - start} rows: {faiss_reason(error)}") from None
+    index = from_device(index, device)
+    places = np.unique(np.linspace(start, stop - 1, NUM_QUERIES).astype(np.int64))
+    queries_QD = embeddings.rows(places)
+    try:
+        reason = why_not_inner_product(index) or why_out_of_order(
+            index, queries_QD, queries_QD.mean(axis=0), lambda rows: embeddings.rows(rows + start)
+        )
+    except Exception as error:
+        raise InputError(f"FAISS cannot search the index {factory!r}: {faiss_reason(error)}") from None
+    _refuse(factory, reason)
+    return index
+
+
+def _refuse(factory: str, reason: str | None) -> None:
+    if reason is not None:
+        raise InputError(f"FAISS's factory {factory!r} does not search these rows well: {reason}; {_REMEDY}")

@@ -1,0 +1,178 @@
+"""FAISS files, written whole or not at all, and read without trust in what they say of themselves.
+
+FAISS's own writer notices a full disk only when it closes the file, where it cannot say so. Its reader takes
+what memory a header asks for. Its memory-mapped reader ends the process if the file is shorter than its
+header says, so another process first tries files that are worth mapping.
+"""
+
+import hashlib
+import os
+import re
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+from eval.index.structure import check_structure, why_not_inner_product
+from pipeline.core import store
+from pipeline.core.records import InputError
+
+MAP_BYTES = 64 << 20  # smaller files are read whole: that takes milliseconds
+_WRITE_BYTES = 1 << 20
+_SPARE_BYTES = 4096  # FAISS counts some vectors generously
+_SLOWEST_BYTES_PER_SECOND = 10 << 20  # of a disk from which an index is tried
+
+_limits = threading.Lock()  # FAISS's limits are the process's
+# Files by what the file system says of them: those that are as they were written, and those that are sound.
+_written: dict[str, tuple[int, ...]] = {}
+_sound: dict[str, tuple[int, ...]] = {}
+
+
+def write_index(index: Any, path: str) -> tuple[int, str]:
+    """Write an index; return the file's size in bytes and its sha256, hex.
+
+    Raises:
+        OSError: if the disk is full or fails; nothing appears at `path`.
+        InputError: for a kind of index that FAISS cannot write.
+    """
+    import faiss
+
+    digest, failed = hashlib.sha256(), list[OSError]()
+    with store.publish(path) as temporary, open(temporary, "wb") as file:
+
+        def write(data: bytes) -> None:
+            try:
+                file.write(data)
+            except OSError as error:
+                failed.append(error)
+                raise
+            digest.update(data)
+
+        try:
+            writer: Any = faiss.PyCallbackIOWriter(write, _WRITE_BYTES)  # type: ignore[attr-defined]
+            faiss.write_index(index, writer)
+        except Exception as error:  # FAISS's own, or what it makes of ours
+            if not failed:
+                raise InputError(f"{path}: FAISS cannot write it ({faiss_reason(error)})") from None
+        if failed:
+            raise OSError(failed[0].errno, failed[0].strerror, path)
+        num_bytes = file.tell()
+    vouch(path)
+    return num_bytes, digest.hexdigest()
+
+
+def load_index(path: str, *, mapped: bool = True) -> Any:
+    """Return the inner-product index of a file, memory-mapped if it is large and of a kind that allows it.
+
+    Raises:
+        InputError: for a missing or damaged file, one that asks for more memory than it has bytes, one whose
+            parts do not fit each other, and one that ranks by another measure. It names the file.
+    """
+    if not store.is_local(path):
+        with tempfile.TemporaryDirectory() as folder:
+            copy = os.path.join(folder, "index")
+            try:
+                Path(copy).write_bytes(store.read_bytes(path))
+            except FileNotFoundError:
+                raise _missing(path) from None
+            return _load(copy, path, mapped=False)
+    return _load(path, path, mapped=mapped)
+
+
+def vouch(path: str) -> None:
+    """Note that a file is as it was written: by this process, or because its digest is right."""
+    if store.is_local(path):
+        _written[os.path.abspath(path)] = _identity(os.stat(path))
+
+
+def faiss_reason(error: BaseException) -> str:
+    """Return what an error of FAISS says, without the C++ function and source file that it comes from."""
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    last = re.sub(r"^Error in .*\.\w+:\d+:\s*", "", lines[-1].rsplit("Error: ", 1)[-1])
+    if "bad_alloc" in last or "deserialization" in last:
+        return "it asks for more memory than it has bytes"
+    return "it ends too early" if "read error" in last else last
+
+
+def read_limited(path: str, num_bytes: int, *, mapped: bool) -> Any:
+    """Return what FAISS reads, with no vector or count larger than the file; raises whatever FAISS raises."""
+    import faiss
+
+    # tables that only an L2 search or a symmetric one reads: they may be a hundred times the file
+    flags = faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE | faiss.IO_FLAG_PQ_SKIP_SDC_TABLE
+    if mapped:
+        flags |= faiss.IO_FLAG_MMAP_IFC
+    with _limits:
+        before = faiss.get_deserialization_vector_byte_limit(), faiss.get_deserialization_loop_limit()
+        faiss.set_deserialization_vector_byte_limit(num_bytes + _SPARE_BYTES)
+        faiss.set_deserialization_loop_limit(num_bytes + _SPARE_BYTES)
+        try:
+            return faiss.read_index(path, flags)
+        finally:
+            faiss.set_deserialization_vector_byte_limit(before[0])
+            faiss.set_deserialization_loop_limit(before[1])
+
+
+def _load(path: str, name: str, *, mapped: bool) -> Any:
+    try:
+        found = os.stat(path)
+    except OSError:
+        raise _missing(name) from None
+    if not stat.S_ISREG(found.st_mode):
+        raise InputError(f"{name}: not a readable FAISS index (no plain file); give the file of an index")
+    key, known = os.path.abspath(path), _identity(found)
+    is_sound = _sound.get(key) == known
+    mapped = mapped and found.st_size > MAP_BYTES
+    try:
+        if mapped and not is_sound and _written.get(key) != known:
+            _try_in_another_process(path, found.st_size)
+            is_sound = True
+        index = read_limited(path, found.st_size, mapped=mapped)
+        if not is_sound:
+            check_structure(index)
+        reason = why_not_inner_product(index)
+    except Exception as error:  # FAISS throws what its libraries throw, down to std::bad_alloc
+        raise InputError(
+            f"{name}: not a readable FAISS index ({faiss_reason(error)}); remove it and build again"
+        ) from None
+    if reason is not None:
+        raise InputError(f"{name}: {reason}; build an index for the inner product: cnclip index")
+    _sound[key] = known
+    return index
+
+
+def _try_in_another_process(path: str, num_bytes: int) -> None:
+    """Raise ValueError if a file cannot be mapped and searched, or ends the process that tries."""
+    root = str(Path(__file__).parents[2])
+    found = os.environ.get("PYTHONPATH")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, found] if found else [root])}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "eval.index.probe", os.path.abspath(path)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=120 + num_bytes / _SLOWEST_BYTES_PER_SECOND,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise ValueError("FAISS does not come to an end with it") from None
+    if done.returncode < 0:
+        raise ValueError(f"it ends the process that reads it, by signal {-done.returncode}")
+    if done.returncode:
+        lines = (done.stdout.strip() or done.stderr.strip() or f"status {done.returncode}").splitlines()
+        raise ValueError(lines[-1])
+
+
+def _missing(name: str) -> InputError:
+    return InputError(f"{name}: no such file; build the index first")
+
+
+def _identity(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

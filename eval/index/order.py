@@ -1,0 +1,47 @@
+"""Whether an index finds what is near: a look at its answers, whatever FAISS says about its kind."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from pipeline.core.arrays import Float32Array, Int64Array
+
+NUM_QUERIES = 64
+_NUM_FOUND = 10
+_LEAST_GAIN = 0.1  # of what the best row is better than a random one; right factories reach 0.3 and more
+_MOST_OFF = 0.5  # median difference of a score from the inner product; coarse codes stray by some 0.3
+
+
+def why_out_of_order(
+    index: Any, queries_QD: Float32Array, mean_D: Float32Array, rows_of: Callable[[Int64Array], Float32Array]
+) -> str | None:
+    """Return what is wrong with an index's answers to some of its own rows, or None.
+
+    Args:
+        index: holds unit-norm rows.
+        queries_QD: rows that it holds.
+        mean_D: mean of its rows, or of a sample.
+        rows_of: gives the vectors of ascending ids.
+    """
+    scores_QK, rows_QK = index.search(queries_QD, min(_NUM_FOUND, index.ntotal))
+    is_found = rows_QK >= 0
+    if not is_found.any(axis=1).all():
+        return "it finds nothing for some of its own rows"
+    scores_QK = np.where(is_found, scores_QK, 0)
+    if not np.isfinite(scores_QK).all():
+        return "its scores are not finite"
+    fall_QK = np.where(is_found[:, 1:], scores_QK[:, :-1] - scores_QK[:, 1:], 0)
+    if (fall_QK < -1e-5 * np.abs(scores_QK).max()).any():
+        return "its scores rise from the first row found to the last: the worst comes first"
+    wanted, inverse = np.unique(np.where(is_found, rows_QK, rows_QK.max()), return_inverse=True)
+    true_QK = np.einsum("qd,qkd->qk", queries_QD, rows_of(wanted)[inverse.reshape(rows_QK.shape)])
+    random_Q = queries_QD @ mean_D
+    to_gain = float((1 - random_Q).mean())  # a row's product with itself is 1
+    gain = float((true_QK[:, 0] - random_Q).mean())
+    if to_gain > 1e-3 and gain < _LEAST_GAIN * to_gain:
+        return f"the rows that it puts first are {gain / to_gain:.0%} of the way from random rows to the best"
+    off = float(np.median(np.abs(scores_QK - true_QK)[is_found]))
+    if off > _MOST_OFF:
+        return f"its scores are {off:.2f} off the inner products"
+    return None

@@ -1,0 +1,48 @@
+"""`python -m eval.index.probe FILE`: map and search an index, so that damage ends this process and no other.
+
+Exit status 0 if that works; else 1 and one line with the reason.
+"""
+
+import os
+import resource
+import sys
+
+import faiss
+import numpy as np
+
+from eval.index.files import faiss_reason, read_limited
+from eval.index.structure import check_structure
+from pipeline.core.processes import die_with_parent
+
+_SPARE_BYTES = 2 << 30  # of address space, beyond twice the file
+_LEAST_SECONDS = 30  # of processor time
+_BYTES_PER_SECOND = 20 << 20
+
+
+def main(path: str) -> str | None:
+    """Return why a file cannot be searched, or None."""
+    num_bytes = os.path.getsize(path)
+    with open("/proc/self/statm", encoding="ascii") as file:
+        own = int(file.read().split()[0]) * resource.getpagesize()
+    memory = own + 2 * num_bytes + _SPARE_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    seconds = _LEAST_SECONDS + num_bytes // _BYTES_PER_SECOND
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    faiss.omp_set_num_threads(1)
+    try:
+        index = read_limited(path, num_bytes, mapped=True)
+        check_structure(index)
+        query_1D = np.full((1, index.d), index.d**-0.5, dtype=np.float32)
+        if index.ntotal:
+            index.search(query_1D, min(10, index.ntotal))
+    except Exception as error:
+        return faiss_reason(error)
+    return None
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    reason = main(sys.argv[1])
+    if reason is not None:
+        print(reason)
+        sys.exit(1)

@@ -1,0 +1,200 @@
+"""What a FAISS index is made of: whether all of it ranks by inner product, and whether its parts agree.
+
+FAISS checks much while it reads a file, but not that the parts fit each other, and a search over parts that
+do not reads beyond their memory. Its factory builds some kinds for the L2 distance though the inner product
+is asked for, and then the worst row comes first.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+# Where an index keeps the indices that it is made of.
+_INSIDE = ("index", "base_index", "refine_index", "quantizer", "storage", "index_ivf")
+_MOST_DEEP = 16
+
+
+def walk(index: Any, depth: int = 0) -> Iterator[Any]:
+    """Yield an index and all indices inside it, each as its own class. ValueError for endless nesting."""
+    import faiss
+
+    if depth > _MOST_DEEP:
+        raise ValueError(f"indices inside indices, more than {_MOST_DEEP} deep")
+    index = faiss.downcast_index(index)
+    yield index
+    for name in _INSIDE:
+        inner = getattr(index, name, None)
+        if isinstance(inner, faiss.Index):
+            yield from walk(inner, depth + 1)
+
+
+def num_lists(index: Any) -> int | None:
+    """Return the number of inverted lists, or None for an index without them."""
+    import faiss
+
+    for part in walk(index):
+        if isinstance(part, faiss.IndexIVF):
+            return int(part.nlist)
+    return None
+
+
+def has_graph(index: Any) -> bool:
+    """Return whether rows are found by walking an HNSW graph (and not lists by one)."""
+    import faiss
+
+    return num_lists(index) is None and any(isinstance(part, faiss.IndexHNSW) for part in walk(index))
+
+
+def why_not_inner_product(index: Any) -> str | None:
+    """Return why scores of an index are no inner products of the vectors that go in, or None if they are."""
+    import faiss
+
+    for part in walk(index):
+        name = type(part).__name__
+        if isinstance(part, faiss.IndexIDMap | faiss.IndexIDMap2):
+            return f"{name} keeps ids of its own, and rows are found by their place; leave IDMap out"
+        if part.metric_type != faiss.METRIC_INNER_PRODUCT:
+            return f"{name} ranks by {_measure(part.metric_type)}, not by inner product"
+        for step in _transforms(part):
+            if isinstance(step, faiss.PCAMatrix) and step.eigen_power != 0:
+                return "PCAW whitens, so scores are not the vectors' inner products; take PCA or PCAR"
+    return None
+
+
+def check_structure(index: Any) -> None:
+    """Raise ValueError unless the parts of an index fit each other, so that a search stays inside them."""
+    import faiss
+
+    for part in walk(index):
+        name = type(part).__name__
+        if not part.is_trained:
+            raise ValueError(f"{name} is not trained")
+        if part.d < 1 or part.ntotal < 0:
+            raise ValueError(f"{name} of {part.ntotal} rows of width {part.d}")
+        if isinstance(part, faiss.IndexIVF):
+            _check_lists(part)
+        elif isinstance(part, faiss.IndexFastScan):
+            codes: Any = part  # FAISS's stubs lack its fields
+            if not part.ntotal <= codes.ntotal2 <= 2 * codes.codes.size() // max(1, codes.M2):
+                raise ValueError(f"{name}: {codes.codes.size()} bytes of codes for {part.ntotal} rows")
+        elif isinstance(part, faiss.IndexFlatCodes):
+            _same(name, "bytes of codes", part.codes.size(), part.ntotal * part.code_size)
+            if isinstance(part, faiss.IndexFlat):
+                _same(name, "bytes a row", part.code_size, 4 * part.d)
+        elif isinstance(part, faiss.IndexHNSW):
+            _check_hnsw(part)
+        elif isinstance(part, faiss.IndexNSG):
+            _check_nsg(part)
+        elif isinstance(part, faiss.IndexPreTransform):
+            _check_chain(part)
+        elif isinstance(part, faiss.IndexRefine):
+            for inner in (part.base_index, part.refine_index):
+                _same(name, "rows inside", inner.ntotal, part.ntotal)
+                _same(name, "width inside", inner.d, part.d)
+        if hasattr(part, "pq"):
+            _check_product_quantizer(name, part)
+
+
+def _check_lists(part: Any) -> None:
+    import faiss
+    import numpy as np
+
+    name = type(part).__name__
+    lists = part.invlists
+    if lists is None:
+        raise ValueError(f"{name} without its lists")
+    _same(name, "lists", lists.nlist, part.nlist)
+    _same(name, "lists of the quantizer", part.quantizer.ntotal, part.nlist)
+    _same(name, "width of the quantizer", part.quantizer.d, part.d)
+    if part.nprobe < 1:
+        raise ValueError(f"{name} searches {part.nprobe} lists")
+    sizes = np.array([lists.list_size(number) for number in range(part.nlist)], dtype=np.int64)
+    _same(name, "rows in its lists", int(sizes.sum()), part.ntotal)
+    if not isinstance(part, faiss.IndexIVFFastScan):
+        _same(name, "bytes a code", lists.code_size, part.code_size)
+    for number in np.flatnonzero(sizes).tolist():
+        ids = faiss.rev_swig_ptr(lists.get_ids(number), int(sizes[number]))
+        if ids.min() < 0 or ids.max() >= part.ntotal:
+            raise ValueError(f"{name}: list {number} names rows outside of {part.ntotal}")
+
+
+def _check_hnsw(part: Any) -> None:
+    import faiss
+    import numpy as np
+
+    name, graph = type(part).__name__, part.hnsw
+    _same(name, "rows stored", part.storage.ntotal, part.ntotal)
+    _same(name, "width stored", part.storage.d, part.d)
+    levels, offsets = faiss.vector_to_array(graph.levels), faiss.vector_to_array(graph.offsets)
+    _same(name, "rows in the graph", len(levels), part.ntotal)
+    if not part.ntotal:
+        return
+    per_level = faiss.vector_to_array(graph.cum_nneighbor_per_level)
+    if levels.min() < 1 or levels.max() >= len(per_level) or not -1 <= graph.max_level < levels.max():
+        raise ValueError(f"{name}: levels from {levels.min()} to {levels.max()}")
+    neighbours = faiss.vector_to_array(graph.neighbors)
+    room = per_level[levels].astype(np.uint64)
+    if len(offsets) != len(levels) + 1 or offsets[-1] != len(neighbours) or (np.diff(offsets) != room).any():
+        raise ValueError(f"{name}: places in the graph that do not fit its levels")
+    if not 0 <= graph.entry_point < part.ntotal or graph.max_level > levels[graph.entry_point] - 1:
+        raise ValueError(f"{name}: a graph that is entered at row {graph.entry_point} of {part.ntotal}")
+    if len(neighbours) and (neighbours.min() < -1 or neighbours.max() >= part.ntotal):
+        raise ValueError(f"{name}: a graph with rows outside of {part.ntotal}")
+
+
+def _check_nsg(part: Any) -> None:
+    import faiss
+
+    name = type(part).__name__
+    _same(name, "rows stored", part.storage.ntotal, part.ntotal)
+    _same(name, "width stored", part.storage.d, part.d)
+    if not part.ntotal:
+        return
+    if not part.nsg.is_built:
+        raise ValueError(f"{name} without its graph")
+    graph = part.nsg.get_final_graph()
+    _same(name, "rows in the graph", graph.N, part.ntotal)
+    neighbours = faiss.rev_swig_ptr(graph.data, graph.N * graph.K)
+    if len(neighbours) and (neighbours.min() < -1 or neighbours.max() >= part.ntotal):
+        raise ValueError(f"{name}: a graph with rows outside of {part.ntotal}")
+    if not 0 <= part.nsg.enterpoint < part.ntotal:
+        raise ValueError(f"{name}: a graph that is entered at row {part.nsg.enterpoint}")
+
+
+def _check_chain(part: Any) -> None:
+    name, width = type(part).__name__, part.d
+    for step in _transforms(part):
+        if not step.is_trained:
+            raise ValueError(f"{type(step).__name__} is not trained")
+        _same(name, "width into a step", step.d_in, width)
+        width = step.d_out
+    _same(name, "width after its steps", part.index.d, width)
+    _same(name, "rows inside", part.index.ntotal, part.ntotal)
+
+
+def _check_product_quantizer(name: str, part: Any) -> None:
+    codes = part.pq
+    if codes.M < 1 or codes.d % codes.M or not 1 <= codes.nbits <= 24:
+        raise ValueError(f"{name}: codes of {codes.M} times {codes.nbits} bits for width {codes.d}")
+    _same(name, "width of codes", codes.d, part.d)
+    _same(name, "numbers in codebooks", codes.centroids.size(), codes.d * (1 << codes.nbits))
+
+
+def _transforms(part: Any) -> list[Any]:
+    import faiss
+
+    if not isinstance(part, faiss.IndexPreTransform):
+        return []
+    chain: Any = part.chain  # FAISS's stubs have a list
+    return [faiss.downcast_VectorTransform(chain.at(step)) for step in range(chain.size())]
+
+
+def _measure(metric: int) -> str:
+    import faiss
+
+    names = {faiss.METRIC_L2: "L2 distance", faiss.METRIC_L1: "L1 distance"}
+    return names.get(metric, f"FAISS's measure {metric}")
+
+
+def _same(name: str, what: str, found: int, wanted: int) -> None:
+    if found != wanted:
+        raise ValueError(f"{name}: {found} {what}, {wanted} expected")

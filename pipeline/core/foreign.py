@@ -1,0 +1,76 @@
+"""The boundary around parsers that others wrote: whatever they raise becomes one line with the file's name.
+
+torch, safetensors, NumPy, PIL, polars, json and tomllib meet bytes here that nobody checked. What they raise
+on damaged ones is no list that could be written down: MemoryError for a length that a header made up,
+RecursionError for brackets 20,000 deep, AssertionError, TokenError, panics.
+"""
+
+import contextlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pipeline.core.records import ConfigError, InputError, Stopped
+
+DOWNLOAD_AGAIN = "download it again"
+_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # of a pair, or by itself
+_LONGEST_REASON = 200  # characters of a foreign message that are worth a reader's time
+
+
+@contextlib.contextmanager
+def foreign(
+    where: str,
+    what: str,
+    remedy: str = DOWNLOAD_AGAIN,
+    *,
+    error: Callable[[str], Exception] = InputError,
+) -> Iterator[None]:
+    """Turn whatever is raised inside the block into `error` with one line that names the file.
+
+    `where` is the file, or the file and what is read of it; `what` says what it cannot be read as ("a
+    safetensors file"). Errors of this project and interruptions pass unchanged.
+    """
+    try:
+        yield
+    except (InputError, ConfigError, Stopped):
+        raise
+    except MemoryError:
+        raise error(
+            f"{where}: not a readable {what} (it asks for more memory than there is): {remedy}"
+        ) from None
+    except OSError as found:
+        raise error(f"{where}: cannot be read: {found.strerror or first_line(found)}") from None
+    except BaseException as found:
+        # A panic is what parsers in Rust answer to bytes that they never expected, and no Exception.
+        if not isinstance(found, Exception) and type(found).__name__ != "PanicException":
+            raise
+        raise error(f"{where}: not a readable {what} ({first_line(found)}): {remedy}") from None
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says first, shortened; its kind if it says nothing."""
+    if isinstance(error, RecursionError):
+        return "nested too deep"
+    lines = str(error).strip().splitlines()
+    kind = type(error).__name__
+    if isinstance(error, LookupError | AssertionError) and lines:  # its text alone says little
+        return f"{kind}: {lines[0][:_LONGEST_REASON]}"
+    return lines[0][:_LONGEST_REASON] if lines else kind
+
+
+def parse_json(text: str | bytes, *, keep_surrogates: bool = False) -> Any:
+    """Return what JSON text holds; ValueError is its only error, for text that is nested too deep as well.
+
+    Half a surrogate pair (`"\\ud83d"`) is no text that a file can hold: it is refused, unless the caller says
+    that it takes care of that.
+    """
+    try:
+        value = json.loads(text)
+        if not keep_surrogates and _HALF_PAIR.search(text if isinstance(text, str) else text.decode()):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("a string holds half a surrogate pair, which is no text") from None
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    return value

@@ -1,0 +1,219 @@
+"""Decoding images: the one place where the bytes of a file become pixels, for every stage and command.
+
+Images are upright 8-bit RGB: turned as their EXIF tag says, 16 bits scaled, transparency on white. Of
+ordinary 8-bit RGB the pixels are Pillow's, and so Chinese CLIP's, to the bit.
+"""
+
+import contextlib
+import io
+import warnings
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError, features
+
+from pipeline.core.arrays import UInt8Array
+from pipeline.core.records import DropReason
+from pipeline.core.shard_format import MAX_IMAGE_PIXELS
+
+# What a file's pixels are: `upright` as above; `reference` as Chinese CLIP's own code reads it, which ignores
+# EXIF, cuts 16 bits off at 255, shows what lies under transparency, and squashes before it converts to RGB.
+Decode = Literal["upright", "reference"]
+DECODES: tuple[Decode, ...] = ("upright", "reference")
+
+NOT_AN_IMAGE = DropReason("not_an_image")
+TRUNCATED = DropReason("truncated")
+UNDECODABLE = DropReason("undecodable")
+PIXEL_LIMIT = DropReason("pixel_limit")
+
+# What a corpus or an evaluation set holds. Formats outside this list have decoders that see little use and
+# much attack. PPM: the traffic signs of ICinW.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", *(["AVIF"] if features.check("avif") else ()))
+# Bytes that begin in the way of an image and still are none were damaged; others never were an image.
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF", b"GIF8", b"BM", b"II*\x00", b"MM\x00*")
+_TRUNCATION_WORDS = (
+    "truncated",
+    "broken data stream",
+    "unexpected end",
+    "premature",
+    "not enough image data",
+)
+# Levels of a PNG's grey values by Pillow's name of their layout: Pillow scales the pixels to 255, not the
+# value that its header calls transparent.
+_GREY_LEVELS = {"1": 255, "L;2": 85, "L;4": 17}
+_JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
+_JPEG_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
+_JPEG_EXIF, _JPEG_ADOBE = 0xE1, 0xEE
+
+# Design programs write texts of megabytes into a PNG; a bomb unpacks to gigabytes.
+PngImagePlugin.MAX_TEXT_CHUNK = 8 << 20
+
+
+class BadImageError(Exception):
+    """`<DropReason>: what was found`."""
+
+
+def decode_upright(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+    """Decode an image to 8-bit RGB, turned as its EXIF tag says, transparency on white.
+
+    Raises:
+        BadImageError: if the bytes are no image, are cut off, do not decode, or promise more than
+        `max_pixels`
+            pixels.
+    """
+    return upright(open_image(data, max_pixels))
+
+
+def decode_pixels(data: bytes) -> UInt8Array:
+    """Return the pixels of `decode_upright`, [H, W, 3], for training: nothing but plain JPEGs takes the long
+    way.
+
+    Raises:
+        BadImageError: as `decode_upright`.
+    """
+    if _is_plain_jpeg(data):
+        # OpenCV has the same decoder and the same bits, and makes no image in between.
+        pixels = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_COLOR_RGB)
+        if pixels is not None:
+            return np.asarray(pixels, dtype=np.uint8)
+    return np.asarray(decode_upright(data), dtype=np.uint8)
+
+
+def decode_square(data: bytes, side_px: int, decode: Decode = "upright") -> Image.Image:
+    """Decode an image and squash it to a square (bicubic), without keeping the aspect and without a crop.
+
+    Raises:
+        BadImageError: as `decode_upright`.
+    """
+    return squash(open_image(data, MAX_IMAGE_PIXELS), side_px, decode)
+
+
+def squash(image: Image.Image, side_px: int, decode: Decode = "upright") -> Image.Image:
+    """Return an opened image as an RGB square; see `decode_square`. The image itself may be changed."""
+    square = (side_px, side_px)
+    if decode == "upright":
+        return upright(image).resize(square, Image.Resampling.BICUBIC)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # on palettes with transparency, which the reference does not show
+            return image.resize(square, Image.Resampling.BICUBIC).convert("RGB")
+    except Exception as error:
+        raise _undecodable(error) from None
+
+
+def open_image(data: bytes, max_pixels: int) -> Image.Image:
+    """Return an image whose header was read and judged, and none of its pixels."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the size is judged below, before any pixel is decoded
+            image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except UnidentifiedImageError:
+        reason = UNDECODABLE if data.startswith(SIGNATURES) else NOT_AN_IMAGE
+        found = f"starts with {data[:12]!r}" if data else "an empty file"
+        raise BadImageError(f"{reason}: {found}") from None
+    except Image.DecompressionBombError as error:
+        raise BadImageError(f"{PIXEL_LIMIT}: {error}") from None
+    except Exception as error:
+        raise BadImageError(f"{UNDECODABLE}: {error}") from None
+    width, height = image.size
+    if width * height > max_pixels:
+        raise BadImageError(f"{PIXEL_LIMIT}: {width} x {height} pixels, {max_pixels} allowed")
+    return image
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height as shown: EXIF orientations 5 to 8 lie on their side."""
+    width, height = image.size
+    if image.format == "TIFF":
+        return width, height  # Pillow turns these itself, and gives their size as turned
+    orientation = 1
+    with contextlib.suppress(Exception):
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return (height, width) if orientation in (5, 6, 7, 8) else (width, height)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Decode the pixels, turn them as the EXIF tag says, and make them RGB."""
+    layout = _layout(image)  # known only before the pixels are decoded
+    try:
+        image.load()
+        with contextlib.suppress(Exception):  # a broken orientation tag is no reason to lose the pixels
+            ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image, layout)
+    except Exception as error:  # decoders raise what they like: OSError, SyntaxError, struct.error, ...
+        raise _undecodable(error) from None
+
+
+def _undecodable(error: Exception) -> BadImageError:
+    text = str(error).lower()
+    reason = TRUNCATED if any(word in text for word in _TRUNCATION_WORDS) else UNDECODABLE
+    return BadImageError(f"{reason}: {error}")
+
+
+def _layout(image: Image.Image) -> str:
+    """Return Pillow's name of how the values lie in the file, such as `RGB;16B`."""
+    tiles = getattr(image, "tile", None)
+    arguments = tiles[0][3] if tiles else ()
+    return str(arguments if isinstance(arguments, str) else arguments[0] if arguments else "")
+
+
+def _to_rgb(image: Image.Image, layout: str) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        return _scaled(image)
+    if image.has_transparency_data:
+        _scale_transparent_value(image, layout)
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _scaled(image: Image.Image) -> Image.Image:
+    """Return grey values of more than 8 bits as RGB; Pillow cuts these off at 255."""
+    values = np.asarray(image)
+    levels: npt.NDArray[np.float64] = np.nan_to_num(values.astype(np.float64))
+    highest = float(levels.max(initial=0.0))
+    if (
+        image.mode == "F"
+    ):  # floats have no range of their own: 0 to 1, as programs write them, or bytes, or 16 bits
+        step = 1 / 255 if highest <= 1 else 1.0 if highest <= 255 else 257.0
+    else:  # the upper byte is what an image of 16 or of 32 bits shows
+        step = 257.0 if highest <= 0xFFFF else 257.0 * 0x10001
+    grey = np.rint((levels / step).clip(0, 255)).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _scale_transparent_value(image: Image.Image, layout: str) -> None:
+    """Bring a PNG's transparent value to the 8 bits that its pixels have by now."""
+    value: Any = image.info.get("transparency")
+    if isinstance(value, int) and layout in _GREY_LEVELS:
+        image.info["transparency"] = min(255, value * _GREY_LEVELS[layout])
+    elif isinstance(value, tuple) and layout == "RGB;16B":
+        image.info["transparency"] = tuple(channel >> 8 for channel in value)
+
+
+def _is_plain_jpeg(data: bytes) -> bool:
+    """Is this a JPEG of 8 bits, grey or in colour, without EXIF, XMP or Adobe's marks, which may turn or
+    recolour it?
+
+    Reads the headers up to the frame's, which takes microseconds.
+    """
+    # OpenCV fills what is cut off with grey.
+    if not data.startswith(_JPEG_START) or not data.endswith(_JPEG_END):
+        return False
+    at = len(_JPEG_START)
+    while at + 9 < len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker in _JPEG_FRAMES:
+            return data[at + 4] == 8 and data[at + 9] in (1, 3)
+        if marker in (_JPEG_EXIF, _JPEG_ADOBE):
+            return False
+        at += 2 + int.from_bytes(data[at + 2 : at + 4])
+    return False

@@ -1,0 +1,84 @@
+"""One command at a time in a folder."""
+
+import contextlib
+import errno
+import fcntl
+import functools
+import inspect
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from typing import ParamSpec, TypeVar
+
+from pipeline.core import durability, store
+from pipeline.core.records import InputError
+
+_MOST_BYTES = 200  # of what a holder says of itself
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def exclusive(folder: str) -> Iterator[None]:
+    """Hold a folder's lock for the length of a block; the folder is made if there is none.
+
+    The lock is the kernel's, on the file `.lock`, so it ends with the process that holds it. An object store
+    has none.
+
+    Raises:
+        InputError: if another command holds it; the line says which, and its process.
+    """
+    if not store.is_local(folder):
+        yield
+        return
+    durability.make_folder(os.path.abspath(folder))
+    path = os.path.join(folder, ".lock")
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+        raise InputError(f"{path}: a link or no plain file, and no lock; remove it and rerun") from None
+    with open(handle, "r+b", buffering=0) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = file.read(_MOST_BYTES).decode("utf-8", "replace").strip()
+            who = holder if holder.isprintable() and holder else "its process is not known"
+            raise InputError(
+                f"{folder}: another command is at work here ({who}); wait for it or stop it"
+            ) from None
+        with contextlib.suppress(OSError):  # a full disk is no reason not to resume
+            file.truncate()
+            file.write(_own_name().encode("utf-8", "replace")[:_MOST_BYTES])
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                file.truncate(0)
+
+
+def one_at_a_time(folder: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Make a function hold the lock of the folder that one of its arguments names: `out`, or `job.out`."""
+    name, *fields = folder.split(".")
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def locked(*args: P.args, **kwargs: P.kwargs) -> T:
+            found = signature.bind(*args, **kwargs).arguments[name]
+            with exclusive(functools.reduce(getattr, fields, found)):
+                return function(*args, **kwargs)
+
+        return locked
+
+    return decorate
+
+
+def _own_name() -> str:
+    """Return what this process says of itself: `cnclip index, process 123 on host`."""
+    program = os.path.basename(sys.argv[0]) if sys.argv else ""
+    words = ["cnclip" if program in ("__main__.py", "") else program, *sys.argv[1:2]]
+    return f"{' '.join(words)}, process {os.getpid()} on {socket.gethostname()}"

@@ -1,0 +1,86 @@
+"""Keeps control characters from terminals and logs: names, captions and messages come from anywhere.
+
+A file name, a tensor's name or a server's answer may hold escape sequences that recolour a terminal, move its
+cursor or set its title, and marks that turn the direction of what follows. `guarded_output` stands around
+every command, so that whatever is printed passes `visible`.
+"""
+
+import contextlib
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any, TextIO, cast
+
+# Control characters (C0 but tab and line feed, DEL, C1), line and paragraph separators, marks that change the
+# direction of text (UAX 9), deprecated format characters, and halves of surrogate pairs, which stand for
+# bytes of a name that are not UTF-8 and cannot be encoded.
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ufff9-\ufffb\ud800-\udfff]"
+)
+
+
+def _escape(found: re.Match[str]) -> str:
+    number = ord(found[0])
+    # Above the C0 characters as JSON writes them too: a line that is JSON stays what it is.
+    return f"\\x{number:02x}" if number < 0x20 else f"\\u{number:04x}"
+
+
+def visible(text: str) -> str:
+    """Return text with every control character as its escape, such as \\x1b; line ends and tabs stay."""
+    return _UNSEEN.sub(_escape, text)
+
+
+def one_line(text: str) -> str:
+    """Return text as `visible` does, its line ends escaped too: a name must not begin a line of its own."""
+    return visible(text).replace("\n", "\\n")
+
+
+class _Guarded:
+    """A stream for text that passes `visible` on its way."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        self.stream.write(visible(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def guard(stream: TextIO) -> TextIO:
+    """Return the stream guarded; one that is guarded already stays as it is."""
+    if isinstance(stream, _Guarded) or stream is None:
+        return stream
+    if (stream.encoding or "").lower().replace("-", "") != "utf8":
+        with contextlib.suppress(AttributeError, ValueError):  # not every stand-in for a stream can
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
+    return cast(TextIO, _Guarded(stream))
+
+
+def unguarded(stream: TextIO) -> TextIO:
+    """Return the stream itself, for what draws on a terminal; its texts have to pass `one_line`."""
+    return stream.stream if isinstance(stream, _Guarded) else stream
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Print lines to standard output; what they quote cannot begin further ones."""
+    for line in lines:
+        print(one_line(line))
+
+
+@contextlib.contextmanager
+def guarded_output() -> Iterator[None]:
+    """Guard standard output and standard error.
+
+    They stay guarded when an exception leaves the block: the interpreter prints its message then.
+    """
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = guard(sys.stdout), guard(sys.stderr)
+    yield
+    sys.stdout, sys.stderr = before

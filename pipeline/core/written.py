@@ -1,0 +1,117 @@
+"""Files that others' writers make, looked at before they appear: such a writer may overlook a full disk.
+
+The checks are called on the temporary file inside `store.publish`, so that what is cut never gets its name:
+
+    with store.publish(path) as temporary, naming(path):
+        save_file(tensors, temporary)
+        check_safetensors(temporary, path)
+"""
+
+import contextlib
+import errno
+import math
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.core import store
+from pipeline.core.foreign import first_line
+from pipeline.core.records import ConfigError, InputError, Stopped
+
+_FULL_BYTES = 1 << 20  # a disk with less is full: writers ask for blocks
+
+
+@contextlib.contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Turn what a foreign writer raises inside the block into an OSError that names the file.
+
+    Writers in Rust and C++ wrap what the system says, or say only that fewer bytes were written. Errors of
+    this project pass unchanged.
+    """
+    try:
+        yield
+    except (InputError, ConfigError, Stopped, MemoryError):
+        raise
+    except Exception as error:
+        raise _named(error, path) from None
+
+
+def _named(error: Exception, path: str) -> OSError:
+    if isinstance(error, OSError) and error.errno is not None:
+        return OSError(error.errno, os.strerror(error.errno), error.filename or path)
+    if found := re.search(r"os error (\d+)", str(error)):
+        return OSError(int(found[1]), os.strerror(int(found[1])), path)
+    folder = os.path.dirname(path) or "."
+    if store.is_local(path) and os.path.isdir(folder) and shutil.disk_usage(folder).free < _FULL_BYTES:
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+    return OSError(errno.EIO, f"cannot be written ({first_line(error)})", path)
+
+
+def write_npy(path: str, array: npt.NDArray[Any]) -> None:
+    """Write an array as a `.npy` file, whole or not at all.
+
+    Raises:
+        OSError: if the disk is full or fails; it names the file.
+    """
+    with store.publish(path) as temporary, naming(path):
+        with open(temporary, "wb") as file:
+            np.save(file, array, allow_pickle=False)
+        check_npy(temporary, path)
+
+
+def check_npy(temporary: str, path: str) -> None:
+    """Raise OSError unless a `.npy` file has all bytes that its header announces."""
+    with open(temporary, "rb") as file:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        check_size(temporary, path, file.tell() + math.prod(shape) * dtype.itemsize)
+
+
+def check_size(temporary: str, path: str, num_bytes: int) -> None:
+    """Raise OSError unless a file has this size."""
+    if (found := os.path.getsize(temporary)) != num_bytes:
+        raise _cut(path, f"only {found} of {num_bytes} bytes were written")
+
+
+def check_parquet(temporary: str, path: str, num_rows: int) -> None:
+    """Raise OSError unless a Parquet file has its end, which names all its parts, and this many rows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        found = pq.read_metadata(temporary).num_rows
+    except (pa.ArrowException, OSError) as error:
+        raise _cut(path, f"it has no end ({error})") from None
+    if found != num_rows:
+        raise _cut(path, f"only {found} of {num_rows} rows were written")
+
+
+def check_safetensors(temporary: str, path: str) -> None:
+    """Raise OSError unless a safetensors file is as long as its header says."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(temporary, framework="np"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise _cut(path, f"it is cut ({error})") from None
+
+
+def check_zip(temporary: str, path: str) -> None:
+    """Raise OSError unless a zip archive, such as `torch.save` writes, has its list of members at its end."""
+    try:
+        with zipfile.ZipFile(temporary) as archive:
+            last = max(archive.infolist(), key=lambda member: member.header_offset)
+            archive.open(last).close()
+    except (zipfile.BadZipFile, ValueError, OSError) as error:
+        raise _cut(path, f"it is cut ({error})") from None
+
+
+def _cut(path: str, reason: str) -> OSError:
+    return OSError(errno.ENOSPC, f"{reason}; the disk may be full", path)

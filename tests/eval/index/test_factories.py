@@ -1,0 +1,243 @@
+"""Every family of FAISS's factory strings ranks by inner product, best first, or is refused in one line."""
+
+from pathlib import Path
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from eval.index import benchmark
+from eval.index.build import new_index, try_factory
+from eval.index.embeddings import Embeddings
+from eval.index.flat import build_index, read_index
+from eval.index.order import why_out_of_order
+from eval.index.partitioned import PartedIndex, build_parts
+from eval.index.structure import num_lists
+from pipeline import cli as command_line
+from pipeline.core.records import InputError
+
+DIM, ROWS = 16, 600
+
+# Factory string and the least share of rows that must find themselves among five.
+RIGHT = {
+    "Flat": 1.0,
+    "HNSW": 1.0,
+    "HNSW16": 1.0,
+    "HNSW16,Flat": 1.0,
+    "HNSW16_SQ8": 1.0,
+    "HNSW16,SQfp16": 1.0,
+    "NSG16": 1.0,
+    "NSG16,SQ8": 1.0,
+    "SQ8": 1.0,
+    "SQ6": 1.0,
+    "SQ4": 1.0,
+    "SQfp16": 1.0,
+    "SQbf16": 1.0,
+    "PQ8x4": 0.9,
+    "PQ8x4np": 0.9,
+    "PQ8x4fs": 0.9,
+    "PQ4x6": 0.7,
+    "OPQ8,PQ8x4": 0.9,
+    "OPQ8_8,PQ8x4": 0.7,
+    "RaBitQ": 0.9,
+    "RaBitQ4": 1.0,
+    "RaBitQfs": 0.9,
+    "RR,RaBitQ": 0.9,
+    "RQ4x4": 0.7,
+    "LSQ4x4": 0.7,
+    "PRQ2x2x4": 0.5,
+    "PLSQ2x2x4": 0.7,
+    "RQ4x4fs": 0.7,
+    "LSQ4x4fs": 0.7,
+    "PRQ2x2x4fs": 0.5,
+    "RQ4x4_Nfloat": 0.7,
+    "RQ4x4_Nqint8": 0.7,
+    "IVF8,Flat": 1.0,
+    "IVF8,FlatDedup": 1.0,
+    "IVF8,FlatPanorama4": 1.0,
+    "IVF8,SQ8": 1.0,
+    "IVF8,SQ4": 1.0,
+    "IVF8,SQfp16": 1.0,
+    "IVF8,PQ8x4": 0.9,
+    "IVF8,PQ8x4np": 0.9,
+    "IVF8,PQ8x4fs": 0.9,
+    "IVF8,PQ8x4fsr": 0.9,
+    "IVF8,RaBitQ": 0.9,
+    "IVF8,RaBitQfs": 0.9,
+    "IVF8,RQ4x4": 0.7,
+    "IVF8,LSQ4x4": 0.7,
+    "IVF8,RQ4x4fs": 0.7,
+    "IVF8,PRQ2x2x4fs": 0.7,
+    "IVF8_HNSW16,Flat": 1.0,
+    "OPQ8,IVF8,PQ8x4fs": 0.9,
+    "IVF8,PQ8x4,RFlat": 0.95,
+    "IVF8,PQ8x4,Refine(SQ8)": 0.95,
+    "IVF8,PQ8x4fs,RFlat": 0.95,
+    "PQ8x4,RFlat": 1.0,
+    "HNSW16_SQ8,RFlat": 1.0,
+    "PCA12,Flat": 0.9,
+    "PCAR12,IVF8,Flat": 0.9,
+    "PCA12,SQ8": 0.9,
+    "RR12,Flat": 0.9,
+    "Pad32,Flat": 1.0,
+    "L2norm,Flat": 1.0,
+    "L2norm,IVF8,SQ8": 1.0,
+    "PCA12,L2norm,Flat": 0.9,
+}
+REFUSED = [
+    "HNSW16_PQ8x4",
+    "HNSW16,PQ8x4",
+    "HNSW16,PQ8x4,RFlat",
+    "PCA12,HNSW16_PQ4x4",
+    "HNSW16_8+PQ4",
+    "HNSW16_2x4+PQ4",
+    "NSG16,PQ8x4",
+    "IDMap,Flat",
+    "IDMap2,Flat",
+    "Flat,IDMap",
+    "IVF8,Flat,IDMap2",
+    "IDMap,HNSW16",
+    "PCAW12,Flat",
+    "PCAWR12,IVF8,Flat",
+    "ITQ,LSH",
+    "ITQ12,LSHt",
+    "LSH",
+    "LSHr",
+    "IVF8,ITQ,SH",
+    "SQ8_direct",
+    "SQ8_direct_signed",
+    "IMI2x3,Flat",
+    "IMI2x3,PQ4x4",
+    "Residual2x4,PQ4x4",
+    "ZnLattice2x4_2",
+    "MinMax,SQ8",
+    "MinMaxFP16,SQ8",
+    "BFlat",
+    "BIVF8",
+    "BHNSW16",
+    "IVF16k,Flat",
+    "IVF99999999999999999999,Flat",
+    "PQ7",
+    "PQ8x25",
+    "Flat,Flat,Flat",
+    "",
+    "Nonsense",
+]
+
+
+@pytest.fixture(scope="module")
+def rows() -> npt.NDArray[np.float32]:
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(30, DIM))
+    found = centres[rng.integers(30, size=ROWS)] + 0.7 * rng.normal(size=(ROWS, DIM))
+    return (found / np.linalg.norm(found, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def features(rows: npt.NDArray[np.float32], tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("features") / "rows.npy"
+    np.save(path, rows)
+    return str(path)
+
+
+@pytest.mark.parametrize("factory", RIGHT)
+def test_a_factory_finds_rows_by_inner_product(
+    factory: str, rows: npt.NDArray[np.float32], features: str, tmp_path: Path
+) -> None:
+    build_parts(Embeddings.open(features), str(tmp_path), factory=factory, rows_per_part=350, train_rows=ROWS)
+    scores_QK, rows_QK = PartedIndex.open(str(tmp_path)).search(rows[::6], 5)
+    found = (rows_QK == np.arange(0, ROWS, 6)[:, None]).any(axis=1).mean()
+    assert found >= RIGHT[factory]
+    assert (np.diff(scores_QK, axis=1) <= 0).all()
+    true_QK = np.einsum("qd,qkd->qk", rows[::6], rows[rows_QK])
+    assert true_QK[:, 0].mean() > true_QK[:, -1].mean()
+
+
+@pytest.mark.parametrize("factory", REFUSED)
+def test_what_ranks_otherwise_is_refused_in_one_line(factory: str, features: str, tmp_path: Path) -> None:
+    embeddings = Embeddings.open(features)
+    with pytest.raises(InputError) as caught:
+        build_parts(embeddings, str(tmp_path), factory=factory, rows_per_part=350, train_rows=ROWS)
+    assert repr(factory) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "trained.index").exists()
+    with pytest.raises(InputError) as caught:
+        build_index(features, str(tmp_path / "one.index"), factory=factory)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "one.index").exists()
+
+
+def test_the_worst_first_is_seen_whatever_an_index_says_of_itself(rows: npt.NDArray[np.float32]) -> None:
+    """Scores of inner products that are ranked as if they were distances, and scores of another scale."""
+
+    class Reversed:
+        ntotal = ROWS
+
+        def search(self, queries: npt.NDArray[np.float32], k: int) -> tuple[object, object]:
+            scores = queries @ rows.T
+            order = np.argsort(scores, axis=1)[:, :k]
+            return np.take_along_axis(scores, order, axis=1), order
+
+    class Negated(Reversed):
+        def search(self, queries: npt.NDArray[np.float32], k: int) -> tuple[object, object]:
+            scores, order = super().search(queries, k)
+            return -np.asarray(scores), order
+
+    class Scaled(Reversed):
+        def search(self, queries: npt.NDArray[np.float32], k: int) -> tuple[object, object]:
+            scores = queries @ rows.T
+            order = np.argsort(-scores, axis=1)[:, :k]
+            return 100 * np.take_along_axis(scores, order, axis=1), order
+
+    def reason(index: object) -> str:
+        return str(why_out_of_order(index, rows[:50], rows.mean(axis=0), lambda ids: rows[ids]))
+
+    assert "the worst comes first" in reason(Reversed())
+    assert "of the way from random rows" in reason(Negated())
+    assert "off the inner products" in reason(Scaled())
+    flat = faiss.IndexFlatIP(DIM)
+    flat.add(rows)
+    assert reason(flat) == "None"
+
+
+def test_lists_are_counted_in_the_index_and_not_in_its_name() -> None:
+    for factory, count in (
+        ("IVF64_HNSW32,Flat", 64),
+        ("IVF16k,Flat", 16_384),
+        ("OPQ8,IVF32,PQ8x4", 32),
+        ("IVF8(PQ4x4),Flat", 8),
+        ("PCA8,IVF128,SQ8,RFlat", 128),
+        ("HNSW32", None),
+    ):
+        assert num_lists(new_index(DIM, factory)) == count, factory
+    assert benchmark.settings("IVF64_HNSW32,Flat", DIM)[-1] == "nprobe=64"
+    assert benchmark.settings("IVF16k,Flat", DIM)[-1] == "nprobe=256"
+    assert benchmark.settings("HNSW32", DIM) == ["efSearch=16", "efSearch=64", "efSearch=256"]
+    assert benchmark.settings("SQ8", DIM) == [""]
+
+
+def test_an_index_file_of_another_measure_is_refused(rows: npt.NDArray[np.float32], tmp_path: Path) -> None:
+    other = faiss.IndexFlatL2(DIM)
+    other.add(rows)
+    faiss.write_index(other, str(tmp_path / "l2.index"))
+    with pytest.raises(InputError, match=r"l2\.index: IndexFlatL2 ranks by L2 distance, not by"):
+        read_index(str(tmp_path / "l2.index"))
+
+
+def test_bench_index_leaves_out_what_ranks_otherwise(
+    features: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["bench-index", features, "--num-queries", "50", "--grid", "SQ8;HNSW16_PQ8x4;IDMap,Flat"]
+    assert command_line.main(words) == 0
+    printed = capsys.readouterr()
+    assert "left out: FAISS's factory 'HNSW16_PQ8x4': IndexHNSWPQ ranks by L2 distance" in printed.err
+    assert "left out: FAISS's factory 'IDMap,Flat': IndexIDMap keeps ids of its own" in printed.err
+    assert "HNSW16_PQ8x4" not in printed.out
+    assert "SQ8" in printed.out
+
+
+def test_rows_that_are_all_alike_are_no_reason_to_refuse(rows: npt.NDArray[np.float32]) -> None:
+    """A collapsed model gives one vector for everything: no row is better than another."""
+    try_factory(new_index(DIM, "Flat"), "Flat", np.repeat(rows[:1], 50, axis=0))
+    try_factory(new_index(DIM, "HNSW16"), "HNSW16", rows[:1])
