@@ -17,7 +17,7 @@ import numpy as np
 from eval.datasets.class_folders import IMAGE_ENDINGS, class_folders, plain, read_class_folders
 from eval.datasets.labels import Labels, labels_for
 from pipeline.core.arrays import BoolArray, Int64Array
-from pipeline.core.foreign import parse_json
+from pipeline.core.foreign import first_line, parse_json
 from pipeline.core.image_files import check_bytes, is_hidden, read_image
 from pipeline.core.npy import read_npy_bytes
 from pipeline.core.records import InputError
@@ -127,7 +127,7 @@ def _split_folder(root: Path) -> Path:
 def _read_web(split: Path) -> tuple[list[EncodedImage], list[Sequence[int]]]:
     """CLIP_benchmark's tars: `key.jpg` with `key.cls` (a class) or `key.npy` (a vector of 0 and 1)."""
     text = (split / "nshards.txt").read_text(errors="replace").strip()
-    if not text.isdecimal():
+    if not (text.isdecimal() and len(text) < 7):
         raise InputError(f"{split / 'nshards.txt'}: expected the number of tars, found {text[:40]!r}")
     images, classes = list[EncodedImage](), list[Sequence[int]]()
     for shard in range(int(text)):
@@ -151,8 +151,10 @@ def _read_web(split: Path) -> tuple[list[EncodedImage], list[Sequence[int]]]:
                         file = tar.extractfile(member)
                         assert file is not None  # a regular file, as asked above
                         right[key] = _web_classes(f"{path}: {member.name}", kind, file.read(_MAX_LABEL_BYTES))
-        except (OSError, tarfile.TarError) as error:
-            raise InputError(f"{path}: not a readable tar ({error}); fetch it again") from None
+        except InputError:
+            raise
+        except Exception as error:  # tarfile raises what its parts raise
+            raise InputError(f"{path}: not a readable tar ({first_line(error)}); fetch it again") from None
         lonely = sorted(found.keys() ^ right.keys())
         if lonely:
             raise InputError(f"{path}: {lonely[0]} has not both an image and a .cls or .npy label")
@@ -208,6 +210,7 @@ def _submission_order(root: Path, num_images: int) -> Int64Array | None:
         order = np.array(parse_json(path.read_bytes()))
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error})") from None
-    if order.shape != (num_images,) or not np.array_equal(np.sort(order), np.arange(num_images)):
+    is_list = order.dtype.kind in "iu" and order.shape == (num_images,)
+    if not is_list or not np.array_equal(np.sort(order), np.arange(num_images)):
         raise InputError(f"{path}: must hold each of 0 to {num_images - 1} once, one for each image")
     return order.astype(np.int64)

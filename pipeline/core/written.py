@@ -68,15 +68,18 @@ def write_npy(path: str, array: npt.NDArray[Any]) -> None:
 def check_npy(temporary: str, path: str) -> None:
     """Raise OSError unless a `.npy` file has all bytes that its header announces."""
     with open(temporary, "rb") as file:
-        np.lib.format.read_magic(file)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        try:
+            np.lib.format.read_magic(file)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        except ValueError as error:
+            raise _cut(path, f"it is cut ({error})") from None
         check_size(temporary, path, file.tell() + math.prod(shape) * dtype.itemsize)
 
 
 def check_size(temporary: str, path: str, num_bytes: int) -> None:
     """Raise OSError unless a file has this size."""
     if (found := os.path.getsize(temporary)) != num_bytes:
-        raise _cut(path, f"only {found} of {num_bytes} bytes were written")
+        raise _cut(path, f"{found} of {num_bytes} bytes were written")
 
 
 def check_parquet(temporary: str, path: str, num_rows: int) -> None:
@@ -89,7 +92,7 @@ def check_parquet(temporary: str, path: str, num_rows: int) -> None:
     except (pa.ArrowException, OSError) as error:
         raise _cut(path, f"it has no end ({error})") from None
     if found != num_rows:
-        raise _cut(path, f"only {found} of {num_rows} rows were written")
+        raise _cut(path, f"{found} of {num_rows} rows were written")
 
 
 def check_safetensors(temporary: str, path: str) -> None:
