@@ -9,6 +9,7 @@ from pipeline.core.config import digest
 from pipeline.core.evaluation_sets import (
     EvaluationFacts,
     EvaluationSource,
+    digest_of,
     evaluation_named,
     evaluations_of,
 )
@@ -65,3 +66,11 @@ def test_facts_keep_their_keys() -> None:
     assert noted.to_json() == {"evaluations": {"made": "sets"}, "own_evaluations": {"given": "/given"}}
     assert EvaluationFacts.from_json(noted.to_json()) == noted
     assert EvaluationFacts.from_json({"urls": 3}) == EvaluationFacts({}, {})
+
+
+@pytest.mark.parametrize("suffix", ["_imgs.tsv", "_texts.jsonl"])
+def test_an_empty_set_is_refused_before_anything_is_made_for_it(tmp_path: Path, suffix: str) -> None:
+    folder = small_evaluation(tmp_path / "given", "given")
+    (Path(folder) / f"given{suffix}").write_text("")
+    with pytest.raises(InputError, match=rf"given{suffix}: empty; give \[\[evaluation\]\] given images and"):
+        digest_of(EvaluationSource(name="given", folder=folder))
