@@ -59,7 +59,7 @@ def read_guard(path: str) -> pl.DataFrame:
     try:
         table = pl.read_parquet(path)
         return table.select(pl.col(name).cast(dtype) for name, dtype in _SCHEMA.items())
-    except (pl.exceptions.PolarsError, OSError) as error:
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
         raise InputError(
             f"{path}: not a guard ({str(error).splitlines()[0]}); make it with cnclip guard"
         ) from None

@@ -70,7 +70,7 @@ _HARMLESS = frozenset(
             f"builtins.{name}"
             for name in ("bytearray", "bytes", "complex", "frozenset", "object", "range", "set", "slice")
         ),
-        *(f"builtins.{name}" for name in ("bool", "float", "int", "str")),
+        *(f"builtins.{name}" for name in ("bool", "float", "int", "long", "str", "unicode", "xrange")),
     }
 )
 
