@@ -1,7 +1,7 @@
 """Tensors out of files that others made: which kind of file it is, by its first bytes, and what it holds.
 
-Nothing is run: pickles, of TorchScript too, go through `training.weights.unpickle`, which builds tensors and
-plain values only; safetensors hold nothing but tensors.
+Nothing is run: pickles, of TorchScript too, go through `training.weights.pickle_machine`, which builds
+tensors and plain values only; safetensors hold nothing but tensors.
 """
 
 import itertools
@@ -16,8 +16,9 @@ from safetensors import safe_open
 from pipeline.core import store
 from pipeline.core.foreign import DOWNLOAD_AGAIN, foreign
 from pipeline.core.records import InputError
+from training.weights.pickle_machine import Foreign, Unreadable
 from training.weights.torchscript import read_torchscript
-from training.weights.unpickle import Foreign, Unreadable, local_copy, unpickle
+from training.weights.unpickle import local_copy, unpickle
 
 Container = Literal["safetensors", "torch", "torchscript"]
 # Where files from torch.save keep their tensors, in the order in which they are looked for.
