@@ -76,7 +76,7 @@ def read_guard(path: str) -> pl.DataFrame:
                 )
             table = table.with_columns(image_signature=pl.lit(None, pl.Binary))
         return table.select(pl.col(name).cast(dtype) for name, dtype in _SCHEMA.items())
-    except (pl.exceptions.PolarsError, OSError) as error:
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
         raise InputError(
             f"{path}: not a guard ({str(error).splitlines()[0]}); make it with cnclip guard"
         ) from None

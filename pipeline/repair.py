@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping
 
 from pipeline.core import store
-from pipeline.core.changes import read_started, started_path, write_started
+from pipeline.core.changes import Started, read_started, started_path, write_started
 from pipeline.core.config import digest
 from pipeline.core.damage import is_whole, listing_path, read_listing
 from pipeline.core.progress import make_progress
@@ -52,8 +52,11 @@ def restore_started(run: Run, stage: Stage) -> None:
     context, manifest = make_context(run, stage), read_manifest(run, stage.name)
     assert context is not None  # the stage is done
     assert manifest is not None
-    if read_started(context) != (manifest.config_digest, manifest.inputs_digest):
-        write_started(context, stage, stage.plan(stage.config, context))
+    tasks, made = stage.plan(stage.config, context), (manifest.config_digest, manifest.inputs_digest)
+    started, now = read_started(context), Started.of(stage, context, tasks)
+    is_its_own = started is not None and (started.config_digest, started.inputs_digest) == made
+    if not is_its_own and (now.config_digest, now.inputs_digest) == made:
+        write_started(context, stage, tasks)
 
 
 def forget_damaged(run: Run, status: StageStatus) -> bool:

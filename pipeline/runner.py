@@ -196,7 +196,7 @@ def _run_stage(run: Run, stage: Stage, label: str) -> None:
         )
         raise too_few(InputError(found), manifest.num_in)
     if said := drops.warning(manifest):
-        print(f"warning: {said}; `cnclip why` says it of a row", file=sys.stderr, flush=True)
+        print(f"warning: {said}", file=sys.stderr, flush=True)
     store.write_text(manifest_path(run, stage.name), manifest.to_file())
 
 

@@ -23,7 +23,7 @@ def _drawn() -> Iterator[str]:
     picture = re.search(r"\n\n```\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
     assert picture is not None
     top = ""
-    for line in picture[1].splitlines():
+    for line in re.sub(r",\n {6,}", ", ", picture[1]).splitlines():  # a long list goes on in the next line
         if not line.startswith(" "):
             top = line.split()[0].rstrip("/")
             yield top

@@ -36,6 +36,7 @@ from pipeline.core.processes import dies_with_us, say
 from pipeline.core.records import InputError
 from pipeline.core.shard_format import MAX_IMAGE_PIXELS
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
+from pipeline.core.terminal import one_line
 
 _POLL_SECONDS = 0.2
 _NETWORK_REASONS = ("connection", "dns", "timeout")
@@ -97,16 +98,18 @@ def run_together(
 
     Partitions whose tar or table it left damaged, or over which a worker died, are asked for once more.
     """
-    for _ in range(_CALLS):
+    for call in range(_CALLS):
         with store.scratch(context.path(), "raw") as raw:  # workers of a killed run can't write into it
             damaged = yield from _download(config, context, tasks, Path(raw), progress)
         if not damaged:
             return
         tasks = [task for task, _ in damaged]
-        say(f"download: partition {tasks[0].name}: {damaged[0][1]}", sys.stderr)
+        if call + 1 < _CALLS:
+            words = f"{len(tasks)} partitions are asked for again: {tasks[0].name}: {damaged[0][1]}"
+            say(f"download: {one_line(words)}", sys.stderr)
     first, damage = damaged[0]
     raise InputError(
-        f"{context.path()}: img2dataset left {len(damaged)} partitions unfinished, {_CALLS} times"
+        f"{context.path()}: img2dataset left {len(damaged)} partitions damaged, {_CALLS} times"
         f" ({first.name}: {damage}); see {_log_path(context, first)}, look at memory and disk, then run again"
     )
 

@@ -28,9 +28,9 @@ _CROP, _SLACK = 0.045, 0.004  # of a side: how far an edge may lie inside the ot
 _ROUNDS = 12  # of coordinate descent on four edges
 # Squared levels of 255 a luma cell: what JPEG at quality 30 may add to an image, and to a window, without
 # contrast of its own.
-_NOISE = 50.0
+_NOISE, _WINDOW_NOISE = 50.0, 100.0
 _WINDOW = 2  # chroma cells a side
-_MOST, _MOST_IN_WINDOW = 0.1, 0.53  # of the contrast, and of the fine contrast in a window, that may differ
+_MOST, _MOST_IN_WINDOW = 0.1, 0.41  # of the contrast, and of the fine contrast in a window, that may differ
 _PAIRS_AT_ONCE = 1024  # some 40 kB each while they are compared
 _COARSE = 4  # cells a side in which pairs are compared first, without alignment
 _MOST_COARSE = 0.5
@@ -167,7 +167,7 @@ def unexplained(first_NB: Bytes, second_NB: Bytes) -> tuple[FloatArray, FloatArr
     contrast = (first.contrast() + second.contrast()) / 2
     whole = (left.rows() ** 2).sum(axis=1) / _LUMA**2 / (contrast + _NOISE)
     fine = (first.fine().squares() + second.fine().squares()) / 2
-    return np.asarray(whole), np.asarray((left.squares() / (fine + _NOISE)).max(axis=(1, 2)))
+    return np.asarray(whole), np.asarray((left.squares() / (fine + _WINDOW_NOISE)).max(axis=(1, 2)))
 
 
 def _solve(

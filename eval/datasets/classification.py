@@ -132,6 +132,8 @@ def _read_web(split: Path) -> tuple[list[EncodedImage], list[Sequence[int]]]:
     images, classes = list[EncodedImage](), list[Sequence[int]]()
     for shard in range(int(text)):
         path = split / f"{shard}.tar"
+        if not path.is_file():  # opening a FIFO waits for its writer
+            raise InputError(f"{path}: no such file, but nshards.txt counts {text} tars; fetch it again")
         found: dict[str, EncodedImage] = {}
         right: dict[str, Sequence[int]] = {}
         try:

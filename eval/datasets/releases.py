@@ -12,6 +12,7 @@ columns of MUGE's queries, Flickr30K-CN's names and ICR are read leniently; an e
 
 import base64
 import binascii
+import codecs
 import json
 import os
 import re
@@ -275,8 +276,8 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
 
 def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Records of JSON lines, or of one JSON list."""
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
-        is_list = file.read(1) == "["
+    with open(path, "rb") as file:
+        is_list = file.read(4).removeprefix(codecs.BOM_UTF8).startswith(b"[")
     if is_list:
         try:
             records = parse_json(path.read_text(encoding="utf-8-sig"))

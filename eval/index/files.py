@@ -118,6 +118,14 @@ def read_limited(path: str, num_bytes: int, *, mapped: bool) -> Any:
             faiss.set_deserialization_loop_limit(before[1])
 
 
+def try_search(index: Any) -> None:
+    """Search for one vector; raises whatever FAISS raises."""
+    import numpy as np
+
+    if index.ntotal:
+        index.search(np.full((1, index.d), index.d**-0.5, dtype=np.float32), min(10, index.ntotal))
+
+
 def _load(path: str, name: str, *, mapped: bool) -> Any:
     try:
         found = os.stat(path)
@@ -135,6 +143,8 @@ def _load(path: str, name: str, *, mapped: bool) -> Any:
         index = read_limited(path, found.st_size, mapped=mapped)
         if not is_sound:
             check_structure(index)
+            if found.st_size <= MAP_BYTES:  # larger ones, and what they are read for, show it soon enough
+                try_search(index)
         reason = why_not_inner_product(index)
     except Exception as error:  # FAISS throws what its libraries throw, down to std::bad_alloc
         raise InputError(

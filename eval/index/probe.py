@@ -8,9 +8,8 @@ import resource
 import sys
 
 import faiss
-import numpy as np
 
-from eval.index.files import faiss_reason, read_limited
+from eval.index.files import faiss_reason, read_limited, try_search
 from eval.index.structure import check_structure
 from pipeline.core.processes import die_with_parent
 
@@ -32,9 +31,7 @@ def main(path: str) -> str | None:
     try:
         index = read_limited(path, num_bytes, mapped=True)
         check_structure(index)
-        query_1D = np.full((1, index.d), index.d**-0.5, dtype=np.float32)
-        if index.ntotal:
-            index.search(query_1D, min(10, index.ntotal))
+        try_search(index)
     except Exception as error:
         return faiss_reason(error)
     return None

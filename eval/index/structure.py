@@ -11,6 +11,7 @@ from typing import Any
 # Where an index keeps the indices that it is made of.
 _INSIDE = ("index", "base_index", "refine_index", "quantizer", "storage", "index_ivf")
 _MOST_DEEP = 16
+_BLOCK_ROWS = 32  # that the fast scan kinds look at together; the factory makes no others
 
 
 def walk(index: Any, depth: int = 0) -> Iterator[Any]:
@@ -73,9 +74,7 @@ def check_structure(index: Any) -> None:
         if isinstance(part, faiss.IndexIVF):
             _check_lists(part)
         elif isinstance(part, faiss.IndexFastScan):
-            codes: Any = part  # FAISS's stubs lack its fields
-            if not part.ntotal <= codes.ntotal2 <= 2 * codes.codes.size() // max(1, codes.M2):
-                raise ValueError(f"{name}: {codes.codes.size()} bytes of codes for {part.ntotal} rows")
+            _check_blocks(part)
         elif isinstance(part, faiss.IndexFlatCodes):
             _same(name, "bytes of codes", part.codes.size(), part.ntotal * part.code_size)
             if isinstance(part, faiss.IndexFlat):
@@ -90,6 +89,8 @@ def check_structure(index: Any) -> None:
             for inner in (part.base_index, part.refine_index):
                 _same(name, "rows inside", inner.ntotal, part.ntotal)
                 _same(name, "width inside", inner.d, part.d)
+        if hasattr(part, "rabitq") and (part.rabitq.d != part.d or not 1 <= part.rabitq.nb_bits <= 9):
+            raise ValueError(f"{name}: codes of {part.rabitq.nb_bits} bits for width {part.rabitq.d}")
         if hasattr(part, "pq"):
             _check_product_quantizer(name, part)
 
@@ -107,6 +108,9 @@ def _check_lists(part: Any) -> None:
     _same(name, "width of the quantizer", part.quantizer.d, part.d)
     if part.nprobe < 1:
         raise ValueError(f"{name} searches {part.nprobe} lists")
+    part.nprobe = min(part.nprobe, part.nlist)  # some kinds search for more in vain
+    if isinstance(part, faiss.IndexIVFFastScan) and part.bbs != _BLOCK_ROWS:
+        raise ValueError(f"{name}: blocks of {part.bbs} rows")
     sizes = np.array([lists.list_size(number) for number in range(part.nlist)], dtype=np.int64)
     _same(name, "rows in its lists", int(sizes.sum()), part.ntotal)
     if not isinstance(part, faiss.IndexIVFFastScan):
@@ -115,6 +119,13 @@ def _check_lists(part: Any) -> None:
         ids = faiss.rev_swig_ptr(lists.get_ids(number), int(sizes[number]))
         if ids.min() < 0 or ids.max() >= part.ntotal:
             raise ValueError(f"{name}: list {number} names rows outside of {part.ntotal}")
+
+
+def _check_blocks(part: Any) -> None:
+    name, rows = type(part).__name__, -(-part.ntotal // _BLOCK_ROWS) * _BLOCK_ROWS
+    _same(name, "rows a block", part.bbs, _BLOCK_ROWS)
+    _same(name, "rows in blocks", part.ntotal2, rows)
+    _same(name, "bytes of codes", part.codes.size(), rows // _BLOCK_ROWS * part.get_block_stride())
 
 
 def _check_hnsw(part: Any) -> None:

@@ -116,6 +116,37 @@ class ExampleGallery:
 
 
 @dataclass(frozen=True, slots=True)
+class CopyImage:
+    """One image of a pair that a rule called copies: a key or an evaluation set's id, and a small WebP."""
+
+    name: str
+    data: bytes | None  # None: not at hand
+
+    @property
+    def data_uri(self) -> str:
+        return f"data:image/webp;base64,{base64.b64encode(self.data or b'').decode('ascii')}"
+
+
+@dataclass(frozen=True, slots=True)
+class CopyPair:
+    """The image that stays or is of an evaluation set, the dropped one, and the bits between their hashes."""
+
+    kept: CopyImage
+    dropped: CopyImage
+    bits: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class CopiesOfRule:
+    """Some pairs of the rows that a stage dropped for one reason."""
+
+    stage: str
+    reason: str
+    total: int  # rows dropped
+    pairs: tuple[CopyPair, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class PlantedClass:
     """One class of dirt that the demo planted, and how many rows met the fate that was written for it."""
 
@@ -153,6 +184,7 @@ class ReportData:
     comparisons: tuple[Comparison, ...] = ()  # sets of the paper, the final model beside its figures
     histograms: tuple[Histogram, ...] = ()
     notes: tuple[str, ...] = ()  # sentences about the funnel
+    copies: tuple[CopiesOfRule, ...] = ()
 
 
 def headline_rows(data: ReportData) -> list[tuple[str, list[tuple[str, RetrievalScores]]]]:

@@ -46,6 +46,18 @@ def report_json(data: ReportData) -> dict[str, Any]:
             for item in data.histograms
         ],
         "notes": list(data.notes),
+        "copies": [
+            {
+                "stage": rule.stage,
+                "reason": rule.reason,
+                "dropped": rule.total,
+                "pairs": [
+                    {"dropped": pair.dropped.name, "copy_of": pair.kept.name, "bits": pair.bits}
+                    for pair in rule.pairs
+                ],
+            }
+            for rule in data.copies
+        ],
         "stages": [
             {
                 "name": stage.name,

@@ -62,7 +62,7 @@ def make_gallery(evaluation: RetrievalSet, predictions_path: str, *, num_rows: i
 
     def thumbnail(image_id: int, is_right: bool) -> Thumbnail:
         data = next(evaluation.image_bytes([row_of_image[image_id]]))
-        return Thumbnail(image_id, is_right, "image/webp", _thumbnail(data))
+        return Thumbnail(image_id, is_right, "image/webp", small_image(data))
 
     def rows(found: list[tuple[int, int | None, list[int]]]) -> tuple[ExampleRow, ...]:
         return tuple(
@@ -85,7 +85,8 @@ def _spread(items: Sequence[Item], count: int) -> list[Item]:
     return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
 
 
-def _thumbnail(data: bytes) -> bytes:
+def small_image(data: bytes) -> bytes:
+    """Return an image file as a WebP of at most 96 pixels a side; BadImageError if it does not decode."""
     small = decode_upright(data)
     small.thumbnail((96, 96), Image.Resampling.LANCZOS)
     file = io.BytesIO()

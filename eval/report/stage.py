@@ -48,6 +48,7 @@ def _report_data(config: ReportConfig, context: Context) -> "ReportData":
     from data_prep.accounting import histograms
     from data_prep.accounting.funnel import STEPS, by_source, count_planted, threshold_notes
     from eval.datasets.retrieval_set import read_retrieval_set
+    from eval.report.copies import copies_of_rules
     from eval.report.data import FunnelStep, Histogram, PlantedClass, ReportData, RowCounts, StageFacts
     from eval.report.sources import make_gallery, read_training_metrics
 
@@ -114,6 +115,7 @@ def _report_data(config: ReportConfig, context: Context) -> "ReportData":
             if step in manifests
             for name, counts in histograms.of_stage(manifests[step].extra.values()).items()
         ),
+        copies=copies_of_rules(context),
         notes=tuple(note for step in STEPS if step in manifests for note in threshold_notes(manifests[step])),
     )
 

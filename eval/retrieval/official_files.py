@@ -59,7 +59,13 @@ def read_features(path: str, id_key: str) -> FeatureFile:
                     vector_BD = table["feature"].list.to_array(width).to_numpy().astype(np.float32)
                     if table.null_count().sum_horizontal()[0] or table.height != len(lines):
                         raise ValueError  # a key is missing, or a line is empty
-                except (pl.exceptions.PolarsError, ValueError, TypeError, IndexError):
+                except (
+                    pl.exceptions.PolarsError,
+                    pl.exceptions.PanicException,
+                    ValueError,
+                    TypeError,
+                    IndexError,
+                ):
                     width = len(vectors[0][0]) if vectors else None
                     raise _bad_line(path, id_key, lines, first_line, width) from None
                 ids.append(table[id_key].to_numpy())

@@ -128,7 +128,7 @@ class ShardImages:
                 .select(pl.col("place").cast(pl.Int64).fill_null(-1))
                 .collect()["place"].to_numpy()
             )  # fmt: skip
-        except (OSError, pl.exceptions.PolarsError) as error:
+        except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
             raise InputError(f"{folder}: the sidecars cannot be read ({_first_line(error)})") from None
         if (places < 0).all():
             raise InputError(
@@ -329,7 +329,7 @@ def _metadata(folder: str, columns: Sequence[str]) -> "pl.DataFrame":
         for column in columns:
             if column in known:
                 return table.select(column).collect()
-    except (OSError, pl.exceptions.PolarsError) as error:
+    except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise InputError(f"{paths[0]}: cannot be read ({_first_line(error)}); embed again") from None
     raise InputError(
         f"{paths[0]}: has no column {' or '.join(columns)} to find images by; found: {', '.join(known)}"

@@ -107,7 +107,7 @@ def digest_of(source: EvaluationSource) -> str:
     """Digest a set's files; of shards the sidecars, which have each image's digest.
 
     Raises:
-        InputError: if a file is missing.
+        InputError: if a file is missing or empty.
     """
     paths = [store.join(source.folder, source.name + suffix) for suffix in SUFFIXES]
     if not any(store.exists(path) for path in paths) and (stems := shard_stems(source.folder)):
@@ -117,6 +117,10 @@ def digest_of(source: EvaluationSource) -> str:
             raise InputError(
                 f"{path}: no such file; [[evaluation]] {source.name} needs {source.name}_imgs.tsv and"
                 f" {source.name}_texts.jsonl in its folder, or shards (<name>.tar with <name>.parquet)"
+            )
+        if not store.num_bytes(path):
+            raise InputError(
+                f"{path}: empty; give [[evaluation]] {source.name} images and texts, or leave it out"
             )
     return ":".join(store.digest_file(path) for path in paths)
 

@@ -11,7 +11,9 @@ from PIL import Image, ImageDraw
 from data_prep import corpus
 from data_prep.corpus import CorpusStageConfig, TablesConfig
 from data_prep.dedup import exact as dedup
+from data_prep.dedup import near_duplicates
 from data_prep.dedup.exact import DedupConfig
+from data_prep.dedup.near_duplicates import DedupImageConfig
 from data_prep.download.stage import plan as plan_download
 from data_prep.filters import image as filter_image
 from data_prep.filters import text as filter_text
@@ -23,6 +25,7 @@ from data_prep.shards.split import SplitConfig
 from data_prep.shards.stage import ShardsConfig
 from data_prep.sources.table import TableSource
 from pipeline import runner
+from pipeline.core.evaluation_sets import EvaluationSource
 from pipeline.core.run import Run
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 from tests.helpers.download import publish_images
@@ -60,6 +63,8 @@ def make_run(
     splitting: SplitConfig | None = None,
     processes: int = 1,
     source: str = "mine",
+    evaluations: tuple[EvaluationSource, ...] = (),
+    copies: DedupImageConfig | None = None,
 ) -> Run:
     """A run over images and captions by name, up to its shards; not yet executed."""
     inputs = folder / "inputs"
@@ -67,15 +72,16 @@ def make_run(
     for name, data in pictures.items():
         (inputs / name).write_bytes(data)
     table = inputs / "table.csv"
-    rows = [(f"http://a.cn/{name}", caption) for name, caption in captions.items()]
-    pl.DataFrame(rows, schema=["url", "caption"], orient="row").write_csv(table)
+    lines = [(f"http://a.cn/{name}", caption) for name, caption in captions.items()]
+    pl.DataFrame(lines, schema=["url", "caption"], orient="row").write_csv(table)
     sources = (TableSource(path=str(table), name=source),)
-    images = FilterImageConfig(remove_evaluation_copies=False)
+    images = FilterImageConfig(remove_evaluation_copies=bool(evaluations))
     packing = ShardsConfig(samples_per_shard=samples_per_shard)
     stages = [
         Stage(
-            "corpus", "", 1, CorpusStageConfig(corpus=TablesConfig(kind="tables", tables=sources)), (),
-            corpus.plan, corpus.run,
+            "corpus", "", 1,
+            CorpusStageConfig(corpus=TablesConfig(kind="tables", tables=sources), evaluations=evaluations),
+            (), corpus.plan, corpus.run,
         ),
         Stage("filter_text", "", 1, FilterTextConfig(), ("corpus",), filter_text.plan, filter_text.run),
         Stage("dedup", "", 1, DedupConfig(partitions=partitions), ("filter_text",), dedup.plan, dedup.run),
@@ -84,9 +90,13 @@ def make_run(
             "filter_image", "", 1, images, ("corpus", "download"), filter_image.plan, filter_image.run
         ),
     ]  # fmt: skip
-    parents: tuple[str, ...] = ("download", "filter_image")
+    rows = "filter_image"
+    if copies is not None:
+        stages += [near_duplicates.find_stage(copies, rows=rows), near_duplicates.stage(copies, rows=rows)]
+        rows = "dedup_image"
+    parents: tuple[str, ...] = ("download", rows)
     if splitting is not None:
-        stages.append(Stage("split", "", 1, splitting, ("filter_image",), split.plan, split.run))
+        stages.append(Stage("split", "", 1, splitting, (rows,), split.plan, split.run))
         parents += ("split",)
     stages.append(Stage("shards", "", 1, packing, parents, shards.plan, shards.run))
     if splitting is not None:

@@ -334,7 +334,7 @@ def test_the_lock_is_a_plain_file(numbers: Path, tmp_path: Path, kind: str) -> N
         lock.symlink_to(elsewhere)
     if kind == "link":
         elsewhere.write_text("precious")
-    with pytest.raises(ConfigError, match=r"\.lock: a link or no plain file, .*; remove it"):
+    with pytest.raises(InputError, match=r"\.lock: a link or no plain file, .*; remove it"):
         _execute(run)
     assert elsewhere.exists() == (kind == "link")
     assert kind != "link" or elsewhere.read_text() == "precious"

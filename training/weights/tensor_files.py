@@ -1,7 +1,7 @@
 """Tensors out of files that others made: which kind of file it is, by its first bytes, and what it holds.
 
-Nothing is run: pickles, of TorchScript too, go through `training.weights.unpickle`, which builds tensors and
-plain values only; safetensors hold nothing but tensors.
+Nothing is run: pickles, of TorchScript too, go through `training.weights.pickle_machine`, which builds
+tensors and plain values only; safetensors hold nothing but tensors.
 """
 
 import itertools
@@ -16,8 +16,9 @@ from safetensors import safe_open
 from pipeline.core import store
 from pipeline.core.foreign import DOWNLOAD_AGAIN, foreign
 from pipeline.core.records import InputError
+from training.weights.pickle_machine import Foreign, Unreadable
 from training.weights.torchscript import read_torchscript
-from training.weights.unpickle import Foreign, Unreadable, local_copy, unpickle
+from training.weights.unpickle import local_copy, unpickle
 
 Container = Literal["safetensors", "torch", "torchscript"]
 # Where files from torch.save keep their tensors, in the order in which they are looked for.
@@ -25,6 +26,14 @@ METADATA_KEY = "cnclip"  # under which this project's files say what model they 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "state")
 _PREFIXES = ("module.", "_orig_mod.", "clip.")  # of data parallel, of torch.compile, of this project's engine
 _PROBE_BYTES = 512
+# Functions of torch that build tensors without numbers, or of other ones: part of the name → what they are.
+_ODD_TENSORS = {
+    "meta": "a tensor of the meta device, which holds no numbers",
+    "sparse": "a sparse tensor",
+    "qtensor": "a quantised tensor",
+    "nested": "a nested tensor",
+    "_rebuild_": "a tensor of an unusual kind",
+}
 _MOST_SHARING = 3  # tensors that share their bytes (tied embeddings) may have so many times those of the file
 
 
@@ -62,9 +71,9 @@ def read_tensors(path: str) -> TensorFile:
     if not tensors:
         raise InputError(f"{path}: {_what_instead(payload, state)}")
     for name, value in state.items():
-        if isinstance(value, Foreign) and (value.kind.startswith("torch._utils.") or not value.kind):
+        if isinstance(value, Foreign) and (kind := _kind_of_tensor(value)):
             raise InputError(
-                f"{path}: {str(name)[:80]} is {value.kind or Unreadable.kind}: save it as an ordinary tensor"
+                f"{path}: {str(name)[:80]} is {kind}: save it as an ordinary tensor of real numbers"
             )
     check_size(path, tensors, store.num_bytes(path))
     facts = {key: str(payload[key]) for key in ("name", "epoch", "step") if _is_short(payload.get(key))}
@@ -77,6 +86,14 @@ def _is_short(value: Any) -> bool:
     return (isinstance(value, str) and len(value) < 200) or (isinstance(value, int) and abs(value) < 2**63)
 
 
+def _kind_of_tensor(value: Foreign) -> str:
+    """What kind of tensor an object is that is none of numbers in memory; empty if it is no tensor at all."""
+    for part, kind in _ODD_TENSORS.items():
+        if value.kind.startswith("torch._utils.") and part in value.kind:
+            return kind
+    return value.kind if isinstance(value, Unreadable) else ""
+
+
 def _what_instead(payload: Mapping[Any, Any], state: Mapping[Any, Any]) -> str:
     """What a pickle without tensors by name holds, and what to do."""
     for found in (state, payload, *payload.values()):
@@ -85,6 +102,10 @@ def _what_instead(payload: Mapping[Any, Any], state: Mapping[Any, Any]) -> str:
                 f"holds a whole Python object ({found.kind}), not its tensors: load it where its code is, and"
                 " save its state_dict()"
             )
+    if kinds := [
+        kind for value in state.values() if isinstance(value, Foreign) and (kind := _kind_of_tensor(value))
+    ]:
+        return f"its tensors are each {kinds[0]}: save them as ordinary tensors of real numbers"
     if arrays := [value for value in state.values() if isinstance(value, Foreign) and value.kind]:
         return (
             f"holds no tensors, but values of {arrays[0].kind}: save its tensors by name, as state_dict()"

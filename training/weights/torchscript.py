@@ -18,7 +18,8 @@ import torch
 
 from pipeline.core import store
 from pipeline.core.foreign import foreign
-from training.weights.unpickle import Foreign, unpickle
+from training.weights.pickle_machine import Foreign
+from training.weights.unpickle import unpickle
 
 _STORAGE_OF_DTYPE = {
     torch.float16: "HalfStorage",

@@ -16,8 +16,8 @@ import torch
 from pipeline.core import store
 from pipeline.core.foreign import foreign
 from pipeline.core.records import InputError
+from training.weights.pickle_machine import Foreign
 from training.weights.tensor_files import check_size, read_pickle, strip_prefixes
-from training.weights.unpickle import Foreign
 
 _MODEL_STATES, _OPTIMIZER_STATES = "_model_states.pt", "_optim_states.pt"
 

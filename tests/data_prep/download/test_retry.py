@@ -55,7 +55,7 @@ def fake_web(monkeypatch: pytest.MonkeyPatch, web: Web) -> list[int]:
     asked: list[int] = []
 
     @contextlib.contextmanager
-    def downloader(config: Any, context: Any, raw: Path, log_path: str, max_rows: int) -> Iterator[Any]:
+    def downloader(config: Any, context: Any, raw: Path, *_: Any) -> Iterator[Any]:
         (raw / "shards").mkdir()
         for place, path in enumerate(sorted((raw / "lists").glob("*.parquet"))):
             rows = []

@@ -267,6 +267,10 @@ def test_damaged_web_sets(tmp_path: Path) -> None:
     (root / "test" / "1.tar").write_bytes(b"no tar")
     with pytest.raises(InputError, match=r"1.tar: not a readable tar"):
         read_classification(str(root))
+    (root / "test" / "1.tar").unlink()
+    os.mkfifo(root / "test" / "1.tar")
+    with pytest.raises(InputError, match=r"1.tar: no such file, but nshards.txt counts 3 tars"):
+        read_classification(str(root))
     (root / "test" / "nshards.txt").write_text("many")
     with pytest.raises(InputError, match="expected the number of tars"):
         read_classification(str(root))

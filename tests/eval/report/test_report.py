@@ -198,6 +198,7 @@ def test_json_has_the_fixed_form(tmp_path: Path) -> None:
         "funnel",
         "histograms",
         "notes",
+        "copies",
         "stages",
     }
     line = report["comparisons"][0]["lines"][0]

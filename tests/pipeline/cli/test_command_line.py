@@ -124,7 +124,7 @@ def test_a_stage_that_drops_much_is_said_and_named_by_later_errors(
 ) -> None:
     status, _, err = _main(capsys, "run", recipe, "--to", "filter_text")
     assert status == 0
-    assert "warning: filter_text dropped 1 of 2 rows (50%): too_short 1; " in err
+    assert "warning: filter_text dropped 1 of 2 rows (50%): too_short 1\n" in err
     assert "note: filter_text dropped 1 of 2 rows (50%): too_short 1" in _main(capsys, "status", recipe)[1]
     table = recipe.parent / "run" / "filter_text" / "kept" / "00000.parquet"
     assert table.exists()

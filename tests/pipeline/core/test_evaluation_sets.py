@@ -10,6 +10,7 @@ from pipeline.core.evaluation_sets import (
     EvaluationFacts,
     EvaluationSet,
     EvaluationSource,
+    digest_of,
     evaluation_named,
     evaluations_of,
     is_scored_image_to_text,
@@ -91,3 +92,11 @@ def test_muge_is_scored_text_to_image_only_however_it_is_named(name: str, folder
 def test_other_sets_are_scored_both_ways_and_keep_their_inputs(name: str, folder: str) -> None:
     assert is_scored_image_to_text(name, folder)
     assert EvaluationSet(name, folder).scored_by == {}
+
+
+@pytest.mark.parametrize("suffix", ["_imgs.tsv", "_texts.jsonl"])
+def test_an_empty_set_is_refused_before_anything_is_made_for_it(tmp_path: Path, suffix: str) -> None:
+    folder = small_evaluation(tmp_path / "given", "given")
+    (Path(folder) / f"given{suffix}").write_text("")
+    with pytest.raises(InputError, match=rf"given{suffix}: empty; give \[\[evaluation\]\] given images and"):
+        digest_of(EvaluationSource(name="given", folder=folder))

@@ -18,9 +18,9 @@ from training.model.clip import CLIP
 from training.model.config import MODELS
 from training.weights.convert import inspect
 from training.weights.formats import load_model, read_weights
+from training.weights.pickle_machine import Foreign
 from training.weights.tensor_files import read_pickle
 from training.weights.torchscript import write_torchscript
-from training.weights.unpickle import Foreign
 from training.weights.weights import state_for_file
 
 
@@ -129,11 +129,11 @@ def _adapters(state: dict[str, torch.Tensor]) -> Any:
         ),
         (
             lambda state: {**state, "visual.proj": state["visual.proj"].to_sparse()},
-            r"visual\.proj is torch\._utils",
+            "visual.proj is a sparse tensor",
         ),
         (
             lambda state: {**state, "visual.proj": state["visual.proj"].to("meta")},
-            r"visual\.proj is torch\._utils",
+            "visual.proj is a tensor of the meta device",
         ),
         (
             lambda state: {**state, "visual.proj": state["visual.proj"] * 1j},
