@@ -10,6 +10,7 @@ from typing import Any
 
 # Where an index keeps the indices that it is made of.
 _INSIDE = ("index", "base_index", "refine_index", "quantizer", "storage", "index_ivf")
+_QUANTIZERS = ("pq", "sq", "rq", "lsq", "prq", "plsq", "rabitq")  # fields of kinds that code rows
 _MOST_DEEP = 16
 _BLOCK_ROWS = 32  # that the fast scan kinds look at together; the factory makes no others
 
@@ -91,6 +92,12 @@ def check_structure(index: Any) -> None:
                 _same(name, "width inside", inner.d, part.d)
         if hasattr(part, "rabitq") and (part.rabitq.d != part.d or not 1 <= part.rabitq.nb_bits <= 9):
             raise ValueError(f"{name}: codes of {part.rabitq.nb_bits} bits for width {part.rabitq.d}")
+        is_fast_scan = isinstance(part, faiss.IndexFastScan | faiss.IndexIVFFastScan)
+        for quantizer in (getattr(part, field, None) for field in _QUANTIZERS):
+            if quantizer is not None and not is_fast_scan:
+                _same(name, "bytes a code", part.code_size, quantizer.code_size)
+        if getattr(part, "code_size", 1) < 1:
+            raise ValueError(f"{name}: codes of no bytes")
         if hasattr(part, "pq"):
             _check_product_quantizer(name, part)
 
@@ -150,6 +157,9 @@ def _check_hnsw(part: Any) -> None:
         raise ValueError(f"{name}: a graph that is entered at row {graph.entry_point} of {part.ntotal}")
     if len(neighbours) and (neighbours.min() < -1 or neighbours.max() >= part.ntotal):
         raise ValueError(f"{name}: a graph with rows outside of {part.ntotal}")
+    if graph.efSearch < 1:
+        raise ValueError(f"{name} keeps {graph.efSearch} candidates")
+    graph.efSearch = min(graph.efSearch, part.ntotal)
 
 
 def _check_nsg(part: Any) -> None:
@@ -169,6 +179,9 @@ def _check_nsg(part: Any) -> None:
         raise ValueError(f"{name}: a graph with rows outside of {part.ntotal}")
     if not 0 <= part.nsg.enterpoint < part.ntotal:
         raise ValueError(f"{name}: a graph that is entered at row {part.nsg.enterpoint}")
+    if part.nsg.search_L < 1:
+        raise ValueError(f"{name} keeps {part.nsg.search_L} candidates")
+    part.nsg.search_L = min(part.nsg.search_L, part.ntotal)
 
 
 def _check_chain(part: Any) -> None:
