@@ -13,6 +13,7 @@ from training.weights.formats import Weights, build_model, read_weights
 from training.weights.model_card import facts_of
 from training.weights.sizes import matching_towers
 from training.weights.vocabulary_lookup import find_vocabulary
+from training.weights.weights import not_finite
 
 Target = Literal["cn_clip", "hugging_face", "safetensors", "onnx"]
 TARGETS: tuple[Target, ...] = ("cn_clip", "hugging_face", "safetensors", "onnx")
@@ -115,7 +116,7 @@ def inspect(path: str) -> list[str]:
         lines.append(f"  {kind:<11} {_listed(names)}")
     lines.append(f"  {'left out':<11} {_listed(list(weights.dropped))}")
     lines += [f"  note        {remark}" for remark in weights.remarks]
-    if broken := [name for name, tensor in weights.state.items() if not bool(tensor.isfinite().all())]:
+    if broken := not_finite(weights.state):
         lines.append(f"  not finite  {_listed(broken)}")
     return lines
 

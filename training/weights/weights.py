@@ -155,7 +155,7 @@ def fill(slots: Mapping[str, Slot], state: Mapping[str, torch.Tensor], origin: s
     InputError too where a tensor holds NaN or infinity: such weights give nothing but NaN.
     """
     require_fit(slots, state, origin, remedy)
-    if broken := [name for name, tensor in state.items() if not bool(tensor.isfinite().all())]:
+    if broken := not_finite(state):
         raise InputError(
             f"{origin}: NaN or infinite values in {', '.join(sorted(broken))}: the training that wrote it"
             " went wrong, or the file is damaged; take an earlier checkpoint or download it again"
@@ -163,6 +163,16 @@ def fill(slots: Mapping[str, Slot], state: Mapping[str, torch.Tensor], origin: s
     with torch.no_grad():
         for name, tensor in state.items():
             slots[name].target.copy_(slots[name].to_model(tensor))
+
+
+def not_finite(state: Mapping[str, torch.Tensor]) -> list[str]:
+    """Return the names of tensors that hold NaN or infinity; of any type of number, 8-bit floats included."""
+    return [
+        name
+        for name, tensor in state.items()
+        if tensor.is_floating_point()
+        and not bool((tensor.float() if tensor.itemsize < 2 else tensor).isfinite().all())
+    ]
 
 
 def require_fit(
