@@ -6,11 +6,9 @@ Bytes are promised from here on: what the web returned is the snapshot.
 """
 
 import contextlib
-import errno
 import ipaddress
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -24,9 +22,10 @@ import polars as pl
 from data_prep.accounting.drop_table import HTTP_STATUS, drops_path, write_drops
 from data_prep.accounting.judged import count_by_source
 from data_prep.download import own_images, retry
-from data_prep.download.board import BOARD_VARIABLE, Boards, name_open
+from data_prep.download.board import BOARD_VARIABLE, Boards
 from data_prep.download.public_web import ALLOWED_VARIABLE
 from data_prep.download.retry import DownloadFacts, DownloadTask
+from data_prep.download.watch import Watch
 from data_prep.formats.parquet import write_table
 from data_prep.formats.tar import TarWriter
 from data_prep.sources.local_server import SITE_VARIABLE
@@ -43,9 +42,6 @@ _NETWORK_REASONS = ("connection", "dns", "timeout")
 _LEAST_ROWS = 20  # of a partition that is judged for an outage
 _SUSPECT_SHARE = 0.5
 _CALLS = 2  # of img2dataset, the first included, for what it leaves damaged
-_LEAST_FREE_BYTES = 1 << 20  # on the disk of img2dataset's files: below, and without progress, it is full
-_FULL_SECONDS = 3.0
-_START_SECONDS = 240.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +140,7 @@ def _download(
             SITE_VARIABLE: (own.site or "").removeprefix("http://"),
         }
         with _downloader(config, context, raw, log, max(counts.values()), variables) as process:
-            watch = _Watch(context, config, raw, log, process, boards)
+            watch = Watch(context.path(), config.stall_seconds, raw, log, process, boards)
             done = 0
             suspects: list[tuple[Task, int]] = []  # an outage may have begun in them: the next one tells
             while waiting:
@@ -171,7 +167,7 @@ def _download(
                         suspects.clear()
                 if not waiting:
                     break
-                if (death := watch.look(list(waiting.values()), len(tasks))) is not None:
+                if (death := watch.look(len(waiting), len(tasks))) is not None:
                     number, text = death
                     for finished, its_number in suspects:
                         yield finished, _pack(context, finished, raw, its_number)
@@ -180,67 +176,6 @@ def _download(
                     return damaged + ([(first, text)] if first else []) + rest
                 time.sleep(_POLL_SECONDS)
     return damaged
-
-
-@dataclass
-class _Watch:
-    """Notices that img2dataset is at an end, hangs, lost a worker, or has no room on its disk."""
-
-    context: Context
-    config: DownloadConfig
-    raw: Path
-    log: str
-    process: subprocess.Popen[bytes]
-    boards: Boards
-
-    def __post_init__(self) -> None:
-        self._last_change, self._last_seen = time.monotonic(), (-1, -1)
-        self._ended: int | None = None
-
-    def look_before(self) -> None:
-        """Look whether img2dataset has ended, before its files are looked at: what they lack, they lack."""
-        self._ended = self.process.poll()
-
-    def look(self, waiting: list[Task], num_tasks: int) -> tuple[int, str] | None:
-        """Return the shard over which a worker died and words about it; None if all is well.
-
-        Raises:
-            OSError: if the disk is full, as a worker or the disk says.
-            InputError: if img2dataset has ended, or nothing has moved for `stall_seconds`.
-        """
-        if (fault := self.boards.fault()) is not None:
-            raise OSError(fault.errno, fault.strerror, str(self.raw))
-        view = self.boards.look()
-        if view.death is not None:
-            number, its_open = view.death
-            at = f" while at {name_open(its_open)}" if its_open else ""
-            return number, f"its worker died, as if killed or out of memory,{at or ' before it asked'}"
-        now = time.monotonic()
-        if (seen := (_num_bytes(self.raw), view.num_done)) != self._last_seen:
-            self._last_change, self._last_seen = now, seen
-        idle = now - self._last_change
-        if (idle > _FULL_SECONDS or self._ended is not None) and _is_full(self.raw):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.raw))
-        if self._ended is not None:
-            raise InputError(
-                f"{self.context.path()}: img2dataset ended with status {self._ended} and left"
-                f" {len(waiting)} of {num_tasks} partitions; see {self.log}, then run again"
-            )
-        # Workers import for a while before they begin, longer on a busy machine.
-        limit = (
-            self.config.stall_seconds if view.num_working else max(self.config.stall_seconds, _START_SECONDS)
-        )
-        if idle > limit:
-            at = f" at {name_open(view.open)}" if view.open else ", and has no address open"
-            raise InputError(
-                f"{self.context.path()}: img2dataset wrote nothing for {limit:g} s, so a"
-                f" worker hangs{at}: rerun the same command to resume with the remaining partitions"
-            )
-        return None
-
-
-def _is_full(folder: Path) -> bool:
-    return shutil.disk_usage(folder).free < _LEAST_FREE_BYTES
 
 
 def _log_path(context: Context, first: Task) -> str:
@@ -270,15 +205,6 @@ def _network_failures(raw: Path, number: int) -> float:
         return 0.0
     reasons = answers["error_message"].str.split(":").list.first()
     return float(reasons.is_in(_NETWORK_REASONS).fill_null(False).sum()) / answers.height
-
-
-def _num_bytes(raw: Path) -> int:
-    """Bytes and files below the folder that img2dataset writes to: grows while anything is going on."""
-    total = 0
-    for path in raw.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            total += path.stat().st_size + 1
-    return total
 
 
 @contextlib.contextmanager

@@ -1,0 +1,85 @@
+"""Notices when a call of img2dataset cannot end well: it says so late or not at all itself."""
+
+import contextlib
+import errno
+import os
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_prep.download.board import Boards, name_open
+from pipeline.core.records import InputError
+
+_LEAST_FREE_BYTES = 1 << 20  # on the disk of img2dataset's files: below, and without progress, it is full
+_FULL_SECONDS = 3.0
+_START_SECONDS = 240.0
+
+
+@dataclass
+class Watch:
+    """Notices that img2dataset is at an end, hangs, lost a worker, or has no room on its disk."""
+
+    folder: str  # of the stage, for errors
+    stall_seconds: float
+    raw: Path
+    log: str
+    process: subprocess.Popen[bytes]
+    boards: Boards
+
+    def __post_init__(self) -> None:
+        self._last_change, self._last_seen = time.monotonic(), (-1, -1)
+        self._ended: int | None = None
+
+    def look_before(self) -> None:
+        """Look whether img2dataset has ended, before its files are looked at: what they lack, they lack."""
+        self._ended = self.process.poll()
+
+    def look(self, num_waiting: int, num_tasks: int) -> tuple[int, str] | None:
+        """Return the shard over which a worker died and words about it; None if all is well.
+
+        Raises:
+            OSError: if the disk is full, as a worker or the disk says.
+            InputError: if img2dataset has ended, or nothing has moved for `stall_seconds`.
+        """
+        if (fault := self.boards.fault()) is not None:
+            raise OSError(fault.errno, fault.strerror, str(self.raw))
+        view = self.boards.look()
+        if view.death is not None:
+            number, its_open = view.death
+            at = f" while at {name_open(its_open)}" if its_open else ""
+            return number, f"its worker died, as if killed or out of memory,{at or ' before it asked'}"
+        now = time.monotonic()
+        if (seen := (_num_bytes(self.raw), view.num_done)) != self._last_seen:
+            self._last_change, self._last_seen = now, seen
+        idle = now - self._last_change
+        if (idle > _FULL_SECONDS or self._ended is not None) and _is_full(self.raw):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.raw))
+        if self._ended is not None:
+            raise InputError(
+                f"{self.folder}: img2dataset ended with status {self._ended} and left"
+                f" {num_waiting} of {num_tasks} partitions; see {self.log}, then run again"
+            )
+        # Workers import for a while before they begin, longer on a busy machine.
+        limit = self.stall_seconds if view.num_working else max(self.stall_seconds, _START_SECONDS)
+        if idle > limit:
+            at = f" at {name_open(view.open)}" if view.open else ", and has no address open"
+            raise InputError(
+                f"{self.folder}: img2dataset wrote nothing for {limit:g} s, so a"
+                f" worker hangs{at}: rerun the same command to resume with the remaining partitions"
+            )
+        return None
+
+
+def _is_full(folder: Path) -> bool:
+    return shutil.disk_usage(folder).free < _LEAST_FREE_BYTES
+
+
+def _num_bytes(raw: Path) -> int:
+    """Bytes and files below the folder that img2dataset writes to: grows while anything is going on."""
+    total = 0
+    for path in raw.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size + 1
+    return total
