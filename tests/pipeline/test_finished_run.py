@@ -43,15 +43,15 @@ def test_every_stage_of_an_old_run_is_done(old_run: Path) -> None:
     run, _ = load(RECIPE)
     states = {status.stage.name: (status.state, status.why) for status in survey(run)}
     assert {name for name, (state, _) in states.items() if state is State.STALE} == RAISED
-    assert all(states[name][1] for name in RAISED)
+    assert {states[name][1] for name in RAISED} == {"its configuration changed"}
     done = {name: state for name, state in states.items() if name not in RAISED}
     assert done == {name: (State.DONE, "") for name in STAGES if name not in RAISED}
 
 
 def test_running_an_old_run_again_changes_nothing(old_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = _bytes_by_path(old_run)
-    assert main(["run", RECIPE]) == 0
-    assert "all 22 stages" in capsys.readouterr().out
+    assert main(["run", RECIPE, "--to", "download"]) == 0
+    assert "all 4 stages" in capsys.readouterr().out
     assert _bytes_by_path(old_run) == before
 
 
@@ -68,4 +68,5 @@ def test_a_changed_setting_makes_a_stage_of_an_old_run_stale(old_run: Path) -> N
     assert {status.stage.name for status in survey(run) if status.state is State.STALE} == {
         "filter_text",
         "lock",
+        *RAISED,
     }
