@@ -74,6 +74,14 @@ CLAIMS: dict[str, tuple[str, str]] = {
         "memory to index and search 10 million vectors: ours against flat",
         "eval/large_index.py",
     ),
+    "image_copies/false": (
+        "different images that count as copies: hash and signature against the hash alone",
+        "data_prep/image_copies.py",
+    ),
+    "image_copies/found": (
+        "altered copies that are found: hash and signature against the hash alone",
+        "data_prep/image_copies.py",
+    ),
     "loss/memory": ("extra memory of the loss: ours against cn_clip", "training/loss.py"),
     "loss/time": ("loss of one rank of 8: ours against cn_clip", "training/loss.py"),
     "resize/plain": ("decode and resize: ours against img2dataset", "data_prep/resize.py"),

@@ -52,7 +52,7 @@ class Marks:
 def photographs(folders: list[Path]) -> list[Image.Image]:
     """Return the pieces of all photographs, in an order of their own; pieces without content are left out."""
     pieces = [piece for folder in folders for piece in cut_photographs(folder)]
-    pieces = [piece for piece in pieces if np.asarray(piece).std() > 12]
+    pieces = [piece for piece in pieces if np.asarray(piece.convert("L")).std() > 12]
     random.Random(0).shuffle(pieces)
     return pieces
 

@@ -25,12 +25,13 @@ SIGNATURE_BYTES = _LUMA**2 + 2 * _CHROMA**2
 
 _BLUR_CELLS = 0.5  # standard deviation, of luma cells
 _CROP, _SLACK = 0.045, 0.004  # of a side: how far an edge may lie inside the other image, or outside by noise
+_BRIGHTER = 6.0  # levels of 255 that a window of a copy may be off
 _ROUNDS = 12  # of coordinate descent on four edges
 # Squared levels of 255 a luma cell: what JPEG at quality 30 may add to an image, and to a window, without
 # contrast of its own.
 _NOISE, _WINDOW_NOISE = 50.0, 100.0
 _WINDOW = 2  # chroma cells a side
-_MOST, _MOST_IN_WINDOW = 0.1, 0.41  # of the contrast, and of the fine contrast in a window, that may differ
+_MOST, _MOST_IN_WINDOW = 0.1, 0.36  # of the contrast, and of the fine contrast in a window, that may differ
 _PAIRS_AT_ONCE = 1024  # some 40 kB each while they are compared
 _COARSE = 4  # cells a side in which pairs are compared first, without alignment
 _MOST_COARSE = 0.5
@@ -139,10 +140,17 @@ class _Planes:
         """What the mean of nine cells leaves of each."""
         return _Planes(self.luma - _smooth(self.luma), self.chroma - _smooth(self.chroma))
 
-    def squares(self) -> FloatArray:
-        """Sum of the squares, a luma cell, in each window, float32 [N, W, W]."""
-        luma = (self.luma**2).reshape(-1, _CHROMA, 2, _CHROMA, 2).sum(axis=(2, 4))
-        return _sums(luma + (self.chroma**2).sum(axis=1), _WINDOW) / (2 * _WINDOW) ** 2
+    def squares(self, forgiven: float = 0.0) -> FloatArray:
+        """Sum of the squares, a luma cell, in each window, float32 [N, W, W].
+
+        As much of a window's mean luma as is forgiven does not count: an image may be a little brighter.
+        """
+        luma = self.luma.reshape(-1, _CHROMA, 2, _CHROMA, 2)
+        cells = (2 * _WINDOW) ** 2
+        mean = _sums(luma.sum(axis=(2, 4)), _WINDOW) / cells
+        shift = mean.clip(-forgiven, forgiven)
+        squares = _sums((luma**2).sum(axis=(2, 4)) + (self.chroma**2).sum(axis=1), _WINDOW) / cells
+        return np.asarray(squares - 2 * shift * mean + shift**2)
 
 
 def unexplained(first_NB: Bytes, second_NB: Bytes) -> tuple[FloatArray, FloatArray]:
@@ -165,9 +173,12 @@ def unexplained(first_NB: Bytes, second_NB: Bytes) -> tuple[FloatArray, FloatArr
     further, _ = _solve(steps, difference, low - edges, high - edges)
     left = _Planes.of_rows(difference - np.einsum("ni,nik->nk", further, steps))
     contrast = (first.contrast() + second.contrast()) / 2
-    whole = (left.rows() ** 2).sum(axis=1) / _LUMA**2 / (contrast + _NOISE)
+    mean = left.luma.mean(axis=(1, 2))
+    shift = mean.clip(-_BRIGHTER, _BRIGHTER)
+    squares = (left.rows() ** 2).sum(axis=1) / _LUMA**2 - 2 * shift * mean + shift**2
+    whole = squares / (contrast + _NOISE)
     fine = (first.fine().squares() + second.fine().squares()) / 2
-    return np.asarray(whole), np.asarray((left.squares() / (fine + _WINDOW_NOISE)).max(axis=(1, 2)))
+    return np.asarray(whole), np.asarray((left.squares(_BRIGHTER) / (fine + _WINDOW_NOISE)).max(axis=(1, 2)))
 
 
 def _solve(
