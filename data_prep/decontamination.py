@@ -20,8 +20,8 @@ from data_prep.formats.parquet import write_table
 from data_prep.rules.copies import Marks, marks_of
 from pipeline.core import store
 from pipeline.core.evaluation_sets import shard_stems
-from pipeline.core.image_files import read_image, summary, what_else
-from pipeline.core.images import SIGNATURES, BadImageError, decode_upright
+from pipeline.core.files.image_files import read_image, summary, what_else
+from pipeline.core.files.images import SIGNATURES, BadImageError, decode_upright
 from pipeline.core.records import InputError
 from pipeline.core.shard_format import (
     TAR,

@@ -32,7 +32,7 @@ from eval.zeroshot.classifier import Ensemble, write_submission
 from eval.zeroshot.measure import ClassificationResult, evaluate_classification, open_classification
 from pipeline.core import store
 from pipeline.core.arrays import Int64Array
-from pipeline.core.lock import one_at_a_time
+from pipeline.core.files.lock import one_at_a_time
 from pipeline.core.records import InputError
 
 Say = Callable[[str], None]

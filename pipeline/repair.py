@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pipeline.core import store
 from pipeline.core.changes import Started, read_started, started_path, write_started
 from pipeline.core.config import digest
-from pipeline.core.damage import is_whole, listing_path, read_listing
+from pipeline.core.files.damage import is_whole, listing_path, read_listing
 from pipeline.core.progress import make_progress
 from pipeline.core.records import SCHEMA_VERSION, ConfigError, InputError, Manifest, Receipt
 from pipeline.core.run import (

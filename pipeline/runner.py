@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from pipeline.core import drops, store
 from pipeline.core.changes import write_started
-from pipeline.core.damage import find_altered, find_damage, listed_files, summarise
+from pipeline.core.files.damage import find_altered, find_damage, listed_files, summarise
 from pipeline.core.progress import make_progress
 from pipeline.core.records import ConfigError, InputError, Receipt, Shard, Stopped, too_few
 from pipeline.core.run import (

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from pipeline.core.arrays import Float32Array, Int32Array, Int64Array
-from pipeline.core.image_files import read_image
-from pipeline.core.images import BadImageError, Decode
+from pipeline.core.files.image_files import read_image
+from pipeline.core.files.images import BadImageError, Decode
 from pipeline.core.records import InputError
 from training.config.train import CONTEXT_LENGTH
 from training.model.clip import CLIP
@@ -40,7 +40,7 @@ class Encoder:
     ) -> None:
         """`device` as torch names it; unset, the accelerator where there is one, else the CPU.
 
-        `decode` says what is seen of images that are no ordinary 8-bit RGB (`pipeline.core.images`).
+        `decode` says what is seen of images that are no ordinary 8-bit RGB (`pipeline.core.files.images`).
         InputError where the vocabulary is of another size than the model's embedding.
         """
         if tokenizer.vocab_size != model.config.text.vocab_size:

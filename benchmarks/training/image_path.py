@@ -37,7 +37,7 @@ from PIL import Image
 
 from benchmarks.harness import line, medians, parse, parser, record, report
 from benchmarks.peers import cn_clip_transform, open_as_cn_clip
-from pipeline.core.images import decode_pixels
+from pipeline.core.files.images import decode_pixels
 from pipeline.core.records import Shard
 from training.config.train import AugmentConfig, TrainConfig
 from training.data import augment as ours_augment

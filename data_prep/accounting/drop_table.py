@@ -16,7 +16,7 @@ import polars as pl
 from data_prep.formats.keys import url_hash, with_key
 from data_prep.formats.parquet import write_table
 from pipeline.core import store
-from pipeline.core.written import check_parquet
+from pipeline.core.files.written import check_parquet
 
 DETAIL = "detail"  # the word of a blacklist, the key that a copy or a caption belongs to
 HTTP_STATUS = "http_status"  # of the answer, where there was one: the download's drop tables alone

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.core.images import BadImageError, open_image, upright, upright_size
+from pipeline.core.files.images import BadImageError, open_image, upright, upright_size
 
 
 @dataclass(frozen=True, slots=True)

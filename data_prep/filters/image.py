@@ -22,7 +22,7 @@ from data_prep.sources.table import EXEMPT_COLUMN
 from pipeline.core import store
 from pipeline.core.evaluation_sets import EvaluationSet, evaluations_of
 from pipeline.core.facts import Facts
-from pipeline.core.images import UNDECODABLE, BadImageError, decode_upright
+from pipeline.core.files.images import UNDECODABLE, BadImageError, decode_upright
 from pipeline.core.shard_format import ByteRangePool
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 

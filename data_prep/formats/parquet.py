@@ -3,7 +3,7 @@
 import polars as pl
 
 from pipeline.core import store
-from pipeline.core.written import check_parquet, naming
+from pipeline.core.files.written import check_parquet, naming
 
 ROWS_PER_GROUP = 65_536
 

@@ -19,11 +19,11 @@ import polars as pl
 from data_prep.formats.shards import CorpusShard, corpus_shards
 from pipeline.core import store
 from pipeline.core.config import digest
-from pipeline.core.lock import one_at_a_time
+from pipeline.core.files.lock import one_at_a_time
+from pipeline.core.files.written import naming
 from pipeline.core.records import SCHEMA_VERSION, ConfigError, Manifest, Shard
 from pipeline.core.shard_format import ByteRanges, read_sidecar_frame
 from pipeline.core.stage import Progress
-from pipeline.core.written import naming
 
 Format = Literal["tsv", "lmdb"]
 

@@ -25,7 +25,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from data_prep.formats.base64_image import decode_base64_image
 from pipeline.core import store
-from pipeline.core.foreign import parse_json
+from pipeline.core.files.foreign import parse_json
 from pipeline.core.records import InputError
 from pipeline.core.shard_format import MAX_IMAGE_BASE64_BYTES, ByteRanges
 

@@ -26,7 +26,7 @@ from data_prep.sources.local_server import HOST, PACKED
 from data_prep.sources.regions import Converted, Places, malformed_rows
 from data_prep.sources.table import EXEMPT_COLUMN, TableSource, naming_damage
 from data_prep.sources.text_file import MALFORMED_COLUMNS, Malformed, column_names, read_batches
-from pipeline.core.columns import is_pattern
+from pipeline.core.files.columns import is_pattern
 from pipeline.core.records import DropReason, InputError
 from pipeline.core.shard_format import sidecar_of
 

@@ -30,8 +30,8 @@ from data_prep.sources.table import (
     resolve,
 )
 from pipeline.core import store
-from pipeline.core.columns import column
-from pipeline.core.foreign import foreign
+from pipeline.core.files.columns import column
+from pipeline.core.files.foreign import foreign
 from pipeline.core.records import DropReason, InputError
 
 JOINED = DropReason("joined_with_image")  # a caption that became part of its image's one text

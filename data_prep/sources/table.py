@@ -16,10 +16,10 @@ import polars as pl
 from data_prep.sources import text_file
 from data_prep.sources.local_server import HOST, IMAGES
 from pipeline.core import store
-from pipeline.core.columns import column as by_name
-from pipeline.core.columns import is_pattern
 from pipeline.core.config import IN_DIGEST_IF_SET
-from pipeline.core.foreign import first_line
+from pipeline.core.files.columns import column as by_name
+from pipeline.core.files.columns import is_pattern
+from pipeline.core.files.foreign import first_line
 from pipeline.core.records import ConfigError, InputError
 
 Kind = Literal["table", "laion", "wukong", "coco", "visual_genome"]

@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.csv
 
 from pipeline.core import store
-from pipeline.core.columns import column
-from pipeline.core.foreign import parse_json
+from pipeline.core.files.columns import column
+from pipeline.core.files.foreign import parse_json
 from pipeline.core.records import DropReason, InputError
 
 MALFORMED_COLUMNS = DropReason("malformed:columns")  # more or fewer fields than the header has

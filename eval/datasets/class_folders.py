@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval.datasets.labels import Labels
-from pipeline.core.image_files import find_images, is_hidden, summary
+from pipeline.core.files.image_files import find_images, is_hidden, summary
 from pipeline.core.records import InputError
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's

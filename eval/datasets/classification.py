@@ -17,9 +17,9 @@ import numpy as np
 from eval.datasets.class_folders import IMAGE_ENDINGS, class_folders, plain, read_class_folders
 from eval.datasets.labels import Labels, labels_for
 from pipeline.core.arrays import BoolArray, Int64Array
-from pipeline.core.foreign import first_line, parse_json
-from pipeline.core.image_files import check_bytes, is_hidden, read_image
-from pipeline.core.npy import read_npy_bytes
+from pipeline.core.files.foreign import first_line, parse_json
+from pipeline.core.files.image_files import check_bytes, is_hidden, read_image
+from pipeline.core.files.npy import read_npy_bytes
 from pipeline.core.records import InputError
 
 SPLITS = ("test", "val", "valid", "validation")  # the first that is there is read

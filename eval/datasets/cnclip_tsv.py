@@ -9,9 +9,9 @@ import numpy as np
 from data_prep.formats.base64_image import decode_base64_image
 from pipeline.core import store
 from pipeline.core.arrays import Int64Array
-from pipeline.core.foreign import parse_json
-from pipeline.core.image_files import UNREADABLE
-from pipeline.core.images import BadImageError
+from pipeline.core.files.foreign import parse_json
+from pipeline.core.files.image_files import UNREADABLE
+from pipeline.core.files.images import BadImageError
 from pipeline.core.records import InputError
 from pipeline.core.shard_format import MAX_IMAGE_BASE64_BYTES, too_large
 

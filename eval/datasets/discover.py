@@ -10,7 +10,7 @@ from eval.datasets.releases import Release, find_releases
 from eval.paper.published import classification_protocol, retrieval_protocol
 from pipeline.core import store
 from pipeline.core.evaluation_sets import EvaluationFacts, shard_stems
-from pipeline.core.image_files import is_hidden
+from pipeline.core.files.image_files import is_hidden
 from pipeline.core.records import InputError, Manifest
 
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from eval.datasets.cnclip_tsv import ImageStore, RetrievalSet
 from pipeline.core.arrays import Int64Array
-from pipeline.core.image_files import summary
-from pipeline.core.images import BadImageError, Decode, decode_square
+from pipeline.core.files.image_files import summary
+from pipeline.core.files.images import BadImageError, Decode, decode_square
 from pipeline.core.records import InputError
 
 if TYPE_CHECKING:

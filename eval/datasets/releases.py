@@ -24,9 +24,9 @@ from typing import Any
 
 from data_prep.formats.lmdb import open_lmdb, unpickle_plain
 from pipeline.core import store
-from pipeline.core.foreign import parse_json
-from pipeline.core.image_files import read_image
-from pipeline.core.images import BadImageError
+from pipeline.core.files.foreign import parse_json
+from pipeline.core.files.image_files import read_image
+from pipeline.core.files.images import BadImageError
 from pipeline.core.records import InputError
 from pipeline.core.shard_format import MAX_IMAGE_BASE64_BYTES, too_large
 

@@ -15,7 +15,7 @@ from eval.features.layout import check_vectors
 from pipeline.core import store
 from pipeline.core.arrays import Float32Array, Int64Array
 from pipeline.core.config import find_recipe, read_run
-from pipeline.core.images import BadImageError, Decode
+from pipeline.core.files.images import BadImageError, Decode
 from pipeline.core.records import ConfigError, InputError
 from training.config.train import CONTEXT_LENGTH
 

@@ -31,8 +31,8 @@ from eval.retrieval.measure import evaluate_retrieval
 from pipeline.core import store
 from pipeline.core.arrays import Float32Array, Int32Array, UInt8Array
 from pipeline.core.config import digest
+from pipeline.core.files.written import check_parquet, naming
 from pipeline.core.records import EmbeddingTable
-from pipeline.core.written import check_parquet, naming
 from training.config.train import CONTEXT_LENGTH
 
 if TYPE_CHECKING:

@@ -20,9 +20,9 @@ from eval.features.model_identity import identify, write_identity
 from eval.features.tables import read_texts
 from pipeline.core import store
 from pipeline.core.arrays import Float32Array
-from pipeline.core.lock import one_at_a_time
+from pipeline.core.files.lock import one_at_a_time
+from pipeline.core.files.written import check_parquet, naming
 from pipeline.core.records import InputError
-from pipeline.core.written import check_parquet, naming
 
 if TYPE_CHECKING:
     from training.encoder import Encoder

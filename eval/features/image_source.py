@@ -15,8 +15,8 @@ from eval.features.tables import (
     reading_parquet,
 )
 from pipeline.core import store
-from pipeline.core.image_files import NO_FILE, find_images, read_image
-from pipeline.core.images import BadImageError
+from pipeline.core.files.image_files import NO_FILE, find_images, read_image
+from pipeline.core.files.images import BadImageError
 from pipeline.core.records import InputError
 
 IMAGE_ENDINGS = (

@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from pipeline.core import store
 from pipeline.core.arrays import Float32Array
-from pipeline.core.npy import read_npy
+from pipeline.core.files.npy import read_npy
+from pipeline.core.files.written import write_npy
 from pipeline.core.records import InputError
-from pipeline.core.written import write_npy
 
 Side = Literal["image", "text"]
 

@@ -3,7 +3,7 @@
 Two models of one width give features that fit each other's indices and mean nothing there. So whatever writes
 features writes `model.json` beside them, an index takes it over, and a query of another model is refused.
 The digest is of the tensors, not of a file: the same weights in another format are the same model. So is it
-with images that were decoded in another way (`pipeline.core.images`): of the same file other pixels were
+with images that were decoded in another way (`pipeline.core.files.images`): other pixels of the same file were
 seen.
 """
 
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from eval.features.layout import EMBEDDING_FOLDERS
 from pipeline.core import store
-from pipeline.core.foreign import parse_json
-from pipeline.core.images import Decode
+from pipeline.core.files.foreign import parse_json
+from pipeline.core.files.images import Decode
 from pipeline.core.records import InputError
 
 if TYPE_CHECKING:

@@ -29,13 +29,13 @@ from eval.features.layout import EMBEDDING_FOLDERS, check_vectors
 from eval.features.model_identity import identify, write_identity
 from pipeline.core import store
 from pipeline.core.config import digest
-from pipeline.core.lock import one_at_a_time
+from pipeline.core.files.lock import one_at_a_time
+from pipeline.core.files.written import check_parquet, naming, write_npy
 from pipeline.core.processes import die_with_parent, say
 from pipeline.core.records import ConfigError, InputError
 from pipeline.core.shard_format import SIDECAR, TAR, ByteRanges, read_sidecar_frame
 from pipeline.core.stage import Progress
 from pipeline.core.terminal import one_line
-from pipeline.core.written import check_parquet, naming, write_npy
 
 
 @dataclass(frozen=True, slots=True)

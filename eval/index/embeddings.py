@@ -14,7 +14,7 @@ from eval.features.model_identity import ModelIdentity, read_identity
 from pipeline.core import store
 from pipeline.core.arrays import Float32Array, Int64Array
 from pipeline.core.config import digest
-from pipeline.core.npy import map_npy
+from pipeline.core.files.npy import map_npy
 from pipeline.core.records import InputError
 
 BLOCK_ROWS = 65_536  # read, checked and added at once: 128 MiB of float32 at 512

@@ -30,8 +30,8 @@ from eval.index.files import faiss_reason, load_index, vouch, write_index
 from pipeline.core import store
 from pipeline.core.arrays import Float32Array, Int64Array
 from pipeline.core.config import digest
-from pipeline.core.foreign import parse_json
-from pipeline.core.lock import exclusive
+from pipeline.core.files.foreign import parse_json
+from pipeline.core.files.lock import exclusive
 from pipeline.core.records import ConfigError, InputError
 from pipeline.core.stage import Progress
 

@@ -21,7 +21,7 @@ from eval.datasets.retrieval_set import read_retrieval_set
 from eval.report.data import CopiesOfRule, CopyImage, CopyPair
 from eval.report.sources import small_image
 from pipeline.core.evaluation_sets import EvaluationSet, evaluations_of, shard_stems
-from pipeline.core.images import BadImageError
+from pipeline.core.files.images import BadImageError
 from pipeline.core.records import InputError
 from pipeline.core.shard_format import (
     SIDECAR,

@@ -10,8 +10,8 @@ from eval.datasets.cnclip_tsv import RetrievalSet
 from eval.report.data import ExampleGallery, ExampleRow, RecallPoint, Thumbnail, TrainingPoint
 from eval.retrieval.predictions import read_predictions
 from pipeline.core import store
-from pipeline.core.foreign import parse_json
-from pipeline.core.images import decode_upright
+from pipeline.core.files.foreign import parse_json
+from pipeline.core.files.images import decode_upright
 from pipeline.core.records import InputError
 
 Item = TypeVar("Item")

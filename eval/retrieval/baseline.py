@@ -25,7 +25,7 @@ from eval.metrics.recall import (
 )
 from eval.retrieval.measure import RetrievalResult, image_queries
 from pipeline.core.arrays import Float64Array, Int64Array, UInt8Array
-from pipeline.core.images import BadImageError, decode_upright
+from pipeline.core.files.images import BadImageError, decode_upright
 from pipeline.core.records import InputError
 from pipeline.core.shard_format import ByteRanges, read_sidecar_frame, sidecar_of
 

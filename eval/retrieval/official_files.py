@@ -16,7 +16,7 @@ from eval.features.layout import check_vectors
 from eval.index.exact_search import top_k
 from pipeline.core import store
 from pipeline.core.arrays import Float32Array, Int64Array
-from pipeline.core.foreign import parse_json
+from pipeline.core.files.foreign import parse_json
 from pipeline.core.records import ConfigError, InputError
 
 _LINES_PER_BLOCK = 4096

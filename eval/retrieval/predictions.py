@@ -23,7 +23,7 @@ from eval.metrics.recall import CUTOFFS, RecallAtK, recall_at_k, retrieval_score
 from eval.retrieval.measure import RetrievalResult, image_queries
 from pipeline.core import store
 from pipeline.core.arrays import Int64Array
-from pipeline.core.foreign import parse_json
+from pipeline.core.files.foreign import parse_json
 from pipeline.core.records import InputError
 
 K = max(CUTOFFS)

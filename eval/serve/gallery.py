@@ -25,8 +25,8 @@ from eval.index.partitioned import PartedIndex
 from pipeline.core import store
 from pipeline.core.arrays import Float32Array, Int64Array
 from pipeline.core.evaluation_sets import shard_stems
-from pipeline.core.image_files import read_image
-from pipeline.core.images import BadImageError
+from pipeline.core.files.image_files import read_image
+from pipeline.core.files.images import BadImageError
 from pipeline.core.records import ConfigError, InputError
 from pipeline.core.shard_format import SIDECAR, ByteRanges, tar_of
 

@@ -37,7 +37,7 @@ from eval.serve.access import host_name, loopback_names, page_headers
 from eval.serve.connections import SILENT_SECONDS, BoundedServer, RequestReader
 from eval.serve.gallery import Gallery
 from pipeline.core.arrays import Float32Array
-from pipeline.core.images import BadImageError, decode_upright
+from pipeline.core.files.images import BadImageError, decode_upright
 from pipeline.core.records import ConfigError, InputError
 from pipeline.core.shard_format import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, too_large
 from pipeline.core.terminal import one_line

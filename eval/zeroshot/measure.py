@@ -12,7 +12,7 @@ from eval.metrics.bootstrap import Measured
 from eval.metrics.classification import measured_elevater_map
 from eval.paper.published import Metric, classification_protocol, mismatch
 from eval.zeroshot.classifier import Ensemble, class_vectors, classify, submission_record, text_features
-from pipeline.core.image_files import summary
+from pipeline.core.files.image_files import summary
 
 
 @dataclass(frozen=True, slots=True)

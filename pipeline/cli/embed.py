@@ -54,7 +54,7 @@ def _embed(options: argparse.Namespace) -> int:
 
     from eval.features.encoder import load_encoder
     from eval.features.files import embed_files
-    from pipeline.core.image_files import summary
+    from pipeline.core.files.image_files import summary
 
     encoder = load_encoder(checkpoint(options))
     done = embed_files(

@@ -46,7 +46,7 @@ def _serve(options: argparse.Namespace) -> int:
     from eval.features.encoder import load_encoder
     from eval.serve.gallery import galleries_of_run, open_gallery
     from eval.serve.server import Searcher, SearchServer
-    from pipeline.core.images import DECODES
+    from pipeline.core.files.images import DECODES
 
     model = checkpoint(options)
     if options.index is None:

@@ -13,8 +13,8 @@ from typing import Any
 
 from pipeline.core import store
 from pipeline.core.config import Binds, build, plain
+from pipeline.core.files.sealed import seal, unseal
 from pipeline.core.records import ConfigError
-from pipeline.core.sealed import seal, unseal
 from pipeline.core.stage import Change, Context, Stage, Task, inputs_digest
 
 _ABSENT = object()

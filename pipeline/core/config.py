@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterable, Mapping
 from importlib import resources
 from typing import Any, Literal, TypeVar
 
-from pipeline.core.foreign import foreign
+from pipeline.core.files.foreign import foreign
 from pipeline.core.records import ConfigError
 
 T = TypeVar("T")

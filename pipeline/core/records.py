@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from annotated_types import Ge, Lt
 
-from pipeline.core.sealed import seal, unseal
+from pipeline.core.files.sealed import seal, unseal
 
 SCHEMA_VERSION = 1
 Count = Annotated[int, Ge(0), Lt(2**63)]

@@ -8,8 +8,8 @@ from typing import Literal
 
 from pipeline.core import store
 from pipeline.core.changes import Started, Verdict, judge, read_started
-from pipeline.core.damage import find_damage, summarise
-from pipeline.core.lock import exclusive
+from pipeline.core.files.damage import find_damage, summarise
+from pipeline.core.files.lock import exclusive
 from pipeline.core.records import ConfigError, InputError, Manifest, Receipt
 from pipeline.core.stage import Context, Stage, Task, read_receipt, receipt_counts
 

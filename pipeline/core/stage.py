@@ -11,9 +11,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.core import durability, store
+from pipeline.core import store
 from pipeline.core.config import Binds, digest
-from pipeline.core.damage import listing_path, make_listing
+from pipeline.core.files import durability
+from pipeline.core.files.damage import listing_path, make_listing
 from pipeline.core.records import SCHEMA_VERSION, Manifest, Receipt, Shard
 
 

@@ -16,8 +16,8 @@ from typing import IO, Any
 
 import fsspec
 
-from pipeline.core import durability
-from pipeline.core.foreign import first_line
+from pipeline.core.files import durability
+from pipeline.core.files.foreign import first_line
 from pipeline.core.records import ConfigError
 
 _DIGEST_CHUNK_BYTES = 1 << 20

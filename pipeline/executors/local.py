@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 
-from pipeline.core import durability
+from pipeline.core.files import durability
 from pipeline.core.processes import die_with_parent
 from pipeline.core.records import InputError, Receipt
 from pipeline.core.run import receipts_that_count

@@ -23,7 +23,7 @@ from data_prep.formats.keys import url_hash
 from data_prep.shards.lock import LOCK_FILE
 from data_prep.sources.regions import JOINED
 from pipeline.core import store
-from pipeline.core.foreign import parse_json
+from pipeline.core.files.foreign import parse_json
 from pipeline.core.records import InputError
 from pipeline.core.run import Run, read_manifest
 from pipeline.core.text_table import align

@@ -12,7 +12,7 @@ from eval.datasets.classification import read_classification
 from eval.datasets.cnclip_tsv import check_scorable, read_images
 from eval.datasets.discover import find_sets
 from eval.datasets.retrieval_set import read_retrieval_set
-from pipeline.core.images import BadImageError, decode_upright
+from pipeline.core.files.images import BadImageError, decode_upright
 from tests.faults.fuzzing import COUNTS, Case, fuzz, outcome_of
 from tests.helpers import classification_files
 from tests.helpers.evaluation_files import png_bytes, small_evaluation, write_shards

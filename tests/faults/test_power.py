@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.core import durability, store
+from pipeline.core import store
+from pipeline.core.files import durability
 from tests.helpers.power import LOSSES, DiskState, PowerRecorder
 from tests.helpers.small_run import SmallRun
 from training.checkpoint import checkpoint

@@ -15,10 +15,11 @@ import pytest
 
 from pipeline import runner
 from pipeline.cli.tables import plan_table, status_table
-from pipeline.core import durability, store
+from pipeline.core import store
+from pipeline.core.files import durability
+from pipeline.core.files.sealed import unseal
 from pipeline.core.records import ConfigError, InputError
 from pipeline.core.run import Run, survey_what_is_there
-from pipeline.core.sealed import unseal
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 from tests.faults.fuzzing import COUNTS, Case, fuzz
 from tests.helpers.small_run import SmallRun

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core import durability
+from pipeline.core.files import durability
 from tests.helpers.faulty_disk import KINDS, FaultyDisk
 from tests.helpers.small_run import SmallRun
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.core import durability
+from pipeline.core.files import durability
 
 LOSSES = ("lost", "emptied", "cut", "mixed")
 _DRAWS = 3  # of what a mixed loss takes and leaves

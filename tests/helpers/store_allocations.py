@@ -7,7 +7,8 @@ import _testcapi
 import os
 import sys
 
-from pipeline.core import durability, store
+from pipeline.core import store
+from pipeline.core.files import durability
 from pipeline.core.records import Manifest, Shard
 from pipeline.core.run import Run, locked, read_manifest
 

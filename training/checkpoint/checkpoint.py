@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, float64, tensor
 from torch import distributed as dist
 
-from pipeline.core import durability, store
+from pipeline.core import store
 from pipeline.core.config import digest
+from pipeline.core.files import durability
+from pipeline.core.files.written import check_safetensors
 from pipeline.core.records import InputError
-from pipeline.core.written import check_safetensors
 from training.checkpoint.folders import steps_in
 from training.engine.engine import load_weights
 from training.engine.towers import Engine

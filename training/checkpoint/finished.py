@@ -4,7 +4,7 @@ import json
 
 from pipeline.core import store
 from pipeline.core.config import Binds, digest, plain
-from pipeline.core.foreign import parse_json
+from pipeline.core.files.foreign import parse_json
 from training.config.job import TrainJob
 
 _NAME = "finished.json"

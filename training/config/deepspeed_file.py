@@ -4,7 +4,7 @@ import difflib
 from importlib import resources
 from typing import Any, Literal
 
-from pipeline.core.foreign import parse_json
+from pipeline.core.files.foreign import parse_json
 from pipeline.core.records import ConfigError
 from training.model.config import ModelConfig, ModifiedResNetConfig
 

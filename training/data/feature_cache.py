@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from pipeline.core import store
 from pipeline.core.arrays import Float16Array, UInt8Array
 from pipeline.core.config import digest
-from pipeline.core.npy import map_npy
+from pipeline.core.files.npy import map_npy
+from pipeline.core.files.written import write_npy
 from pipeline.core.records import InputError, Shard
-from pipeline.core.written import write_npy
 from training.config.train import AugmentConfig
 
 _OPEN_FILES = 4096  # memory maps that stay open; a rank's lanes come back to the same few shards

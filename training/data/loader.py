@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.core.images import BadImageError, decode_pixels
+from pipeline.core.files.images import BadImageError, decode_pixels
 from pipeline.core.records import InputError, Shard
 from pipeline.core.shard_format import ByteRanges
 from training.config.train import AugmentConfig

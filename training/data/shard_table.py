@@ -10,10 +10,10 @@ import pyarrow.compute as pc
 
 from pipeline.core import store
 from pipeline.core.arrays import BoolArray, Int32Array, Int64Array
+from pipeline.core.files.written import check_zip
 from pipeline.core.processes import say
 from pipeline.core.records import InputError, Shard, too_few
 from pipeline.core.shard_format import read_sidecar, sidecar_of
-from pipeline.core.written import check_zip
 from training.data.statements import Statements
 from training.data.text_encoder import TextEncoder
 

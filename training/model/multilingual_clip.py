@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from pipeline.core import store
 from pipeline.core.arrays import Float32Array
-from pipeline.core.foreign import foreign, parse_json
-from pipeline.core.images import BadImageError, decode_upright
+from pipeline.core.files.foreign import foreign, parse_json
+from pipeline.core.files.images import BadImageError, decode_upright
 from pipeline.core.records import InputError
 from training.model.preprocess import MEAN, STD
 from training.weights.image_tower import ImageTower

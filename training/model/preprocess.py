@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from pipeline.core.arrays import UInt8Array
-from pipeline.core.images import BadImageError, Decode, decode_square, squash
+from pipeline.core.files.images import BadImageError, Decode, decode_square, squash
 from pipeline.core.records import InputError
 
 # Per channel, of pixel values in [0, 1]: OpenAI CLIP's, kept by Chinese CLIP.
@@ -23,7 +23,7 @@ def preprocess(
 
     As Chinese CLIP: bicubic resize to the square, without keeping the aspect and without a crop. `decode`
     says what is seen of images that are turned by EXIF, have a palette, transparency or more than 8 bits
-    (`pipeline.core.images`).
+    (`pipeline.core.files.images`).
 
     Raises:
         InputError: if an image cannot be decoded; it names its position.

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pipeline.core import store
+from pipeline.core.files.written import check_safetensors, check_size, check_zip, naming
 from pipeline.core.records import ConfigError
-from pipeline.core.written import check_safetensors, check_size, check_zip, naming
 from training.config.train import CONTEXT_LENGTH
 from training.model.clip import CLIP
 from training.model.config import ModelConfig, VisionTransformerConfig

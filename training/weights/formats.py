@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from pipeline.core import store
-from pipeline.core.foreign import foreign
+from pipeline.core.files.foreign import foreign
 from pipeline.core.processes import say
 from pipeline.core.records import InputError
 from training.model.clip import CLIP

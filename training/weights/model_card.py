@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.core import store
-from pipeline.core.foreign import foreign, parse_json
+from pipeline.core.files.foreign import foreign, parse_json
 from training.model.config import ModelConfig, VisionTransformerConfig
 from training.model.preprocess import MEAN, STD
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.core import store
-from pipeline.core.foreign import foreign, parse_json
+from pipeline.core.files.foreign import foreign, parse_json
 from pipeline.core.records import InputError
 from training.weights.sizes import Said
 

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 from pipeline.core import store
-from pipeline.core.foreign import DOWNLOAD_AGAIN, foreign
+from pipeline.core.files.foreign import DOWNLOAD_AGAIN, foreign
 from pipeline.core.records import InputError
 from training.weights.pickle_machine import Foreign, Unreadable
 from training.weights.torchscript import read_torchscript

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from pipeline.core import store
-from pipeline.core.foreign import foreign
+from pipeline.core.files.foreign import foreign
 from training.weights.pickle_machine import Foreign
 from training.weights.unpickle import unpickle
 

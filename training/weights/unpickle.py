@@ -11,7 +11,7 @@ import fsspec
 import torch
 
 from pipeline.core import store
-from pipeline.core.foreign import foreign
+from pipeline.core.files.foreign import foreign
 from pipeline.core.records import InputError
 from training.weights.pickle_machine import RefusedName, WeightsUnpickler
 

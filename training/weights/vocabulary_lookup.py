@@ -5,7 +5,7 @@ import importlib.util
 import os
 
 from pipeline.core import store
-from pipeline.core.foreign import parse_json
+from pipeline.core.files.foreign import parse_json
 from pipeline.core.records import InputError
 from training.model.tokenizer import Tokenizer
 

@@ -17,9 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pipeline.core import store
-from pipeline.core.foreign import foreign, parse_json
+from pipeline.core.files.foreign import foreign, parse_json
+from pipeline.core.files.written import check_safetensors, naming
 from pipeline.core.records import InputError
-from pipeline.core.written import check_safetensors, naming
 from training.model.clip import CLIP
 from training.model.config import ModelConfig, VisionTransformerConfig
 from training.weights.tensor_files import METADATA_KEY

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from pipeline.core import store
-from pipeline.core.foreign import foreign
+from pipeline.core.files.foreign import foreign
 from pipeline.core.records import InputError
 from training.weights.pickle_machine import Foreign
 from training.weights.tensor_files import check_size, read_pickle, strip_prefixes

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from data_prep.download.resize import UprightResizer
-from pipeline.core.images import BadImageError, decode_upright
+from pipeline.core.files.images import BadImageError, decode_upright
 from tests.helpers.encoded_images import encode, four_colours, png16, sixteen_bits
 
 MAX_PIXELS = 1_000_000

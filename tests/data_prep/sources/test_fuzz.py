@@ -26,7 +26,7 @@ from data_prep.sources.local_server import serve
 from data_prep.sources.packed import PackedSource
 from data_prep.sources.table import TableSource
 from pipeline import runner
-from pipeline.core.images import NOT_AN_IMAGE, PIXEL_LIMIT, TRUNCATED, UNDECODABLE
+from pipeline.core.files.images import NOT_AN_IMAGE, PIXEL_LIMIT, TRUNCATED, UNDECODABLE
 from pipeline.core.records import InputError
 from pipeline.core.run import Run, read_manifest
 from pipeline.core.stage import Stage

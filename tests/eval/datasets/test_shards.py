@@ -17,7 +17,7 @@ from eval.features.evaluation_set import validator
 from eval.retrieval.measure import evaluate_retrieval
 from pipeline import cli as command_line
 from pipeline.core.evaluation_sets import EvaluationSource, digest_of
-from pipeline.core.images import decode_upright
+from pipeline.core.files.images import decode_upright
 from pipeline.core.records import InputError
 from tests.helpers.evaluation_files import ArrayEncoder, png_bytes, write_evaluation, write_shards
 from tests.helpers.tiny_model import write_tiny_model

@@ -10,7 +10,7 @@ from PIL import Image
 
 from eval.features.image_source import open_images
 from eval.features.tables import read_texts
-from pipeline.core.images import BadImageError
+from pipeline.core.files.images import BadImageError
 from pipeline.core.records import InputError
 from tests.helpers.encoded_images import encode
 

@@ -17,7 +17,7 @@ from eval.index.embeddings import Embeddings
 from eval.index.files import load_index, write_index
 from eval.index.partitioned import PartedIndex, build_parts
 from pipeline import cli as command_line
-from pipeline.core.lock import exclusive
+from pipeline.core.files.lock import exclusive
 from pipeline.core.records import InputError
 
 DIM, ROWS = 16, 900

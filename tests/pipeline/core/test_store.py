@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core import durability, store
+from pipeline.core import store
+from pipeline.core.files import durability
 
 
 @pytest.fixture(params=["local", "memory"])

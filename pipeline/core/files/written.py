@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.core import store
-from pipeline.core.foreign import first_line
+from pipeline.core.files.foreign import first_line
 from pipeline.core.records import ConfigError, InputError, Stopped
 
 _FULL_BYTES = 1 << 20  # a disk with less is full: writers ask for blocks

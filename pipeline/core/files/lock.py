@@ -11,7 +11,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import ParamSpec, TypeVar
 
-from pipeline.core import durability, store
+from pipeline.core import store
+from pipeline.core.files import durability
 from pipeline.core.records import InputError
 
 _MOST_BYTES = 200  # of what a holder says of itself

@@ -10,10 +10,10 @@ import polars as pl
 import pytest
 
 from pipeline.core import store
-from pipeline.core.columns import column
 from pipeline.core.config import apply_overrides, read_toml
-from pipeline.core.foreign import foreign, parse_json
-from pipeline.core.npy import map_npy, read_npy, read_npy_bytes
+from pipeline.core.files.columns import column
+from pipeline.core.files.foreign import foreign, parse_json
+from pipeline.core.files.npy import map_npy, read_npy, read_npy_bytes
 from pipeline.core.records import ConfigError, InputError, Stopped
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core import image_files
-from pipeline.core.image_files import find_images, read_image, summary
-from pipeline.core.images import BadImageError
+from pipeline.core.files import image_files
+from pipeline.core.files.image_files import find_images, read_image, summary
+from pipeline.core.files.images import BadImageError
 
 ENDINGS = (".jpg", ".png")
 

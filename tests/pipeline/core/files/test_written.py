@@ -17,9 +17,8 @@ from eval.evaluate import evaluate
 from eval.features.files import embed_files
 from eval.features.shards import embed_shards
 from pipeline.core import store
-from pipeline.core.lock import exclusive, one_at_a_time
-from pipeline.core.records import InputError
-from pipeline.core.written import (
+from pipeline.core.files.lock import exclusive, one_at_a_time
+from pipeline.core.files.written import (
     check_npy,
     check_parquet,
     check_safetensors,
@@ -28,6 +27,7 @@ from pipeline.core.written import (
     naming,
     write_npy,
 )
+from pipeline.core.records import InputError
 
 
 def write_zip(path: str) -> None:

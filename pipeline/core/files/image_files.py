@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from pipeline.core import store
-from pipeline.core.images import BadImageError
+from pipeline.core.files.images import BadImageError
 from pipeline.core.records import DropReason
 from pipeline.core.shard_format import MAX_IMAGE_BYTES, too_large
 

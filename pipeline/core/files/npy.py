@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.core import store
-from pipeline.core.foreign import foreign
+from pipeline.core.files.foreign import foreign
 from pipeline.core.records import InputError
 
 _WHAT = ".npy file"

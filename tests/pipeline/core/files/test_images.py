@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from pipeline.core.images import (
+from pipeline.core.files.images import (
     BadImageError,
     decode_pixels,
     decode_square,

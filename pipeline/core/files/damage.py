@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 from pipeline.core import store
+from pipeline.core.files.sealed import seal, unseal
 from pipeline.core.records import Shard
-from pipeline.core.sealed import seal, unseal
 
 
 def find_damage(folder: str, files: Iterable[Shard]) -> list[str]:
