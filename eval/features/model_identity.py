@@ -2,8 +2,8 @@
 
 Two models of one width give features that fit each other's indices and mean nothing there. So whatever writes
 features writes `model.json` beside them, an index takes it over, and a query of another model is refused.
-The digest is of the tensors, not of a file: the same weights in another format are the same model. Features of
-images that were decoded in another way (`pipeline.core.files.images`) do not fit either: they saw other pixels.
+The digest is of the tensors, not of a file: the same weights in another format are the same model. Features
+of images that were decoded in another way (`pipeline.core.files.images`) do not fit: other pixels were seen.
 """
 
 import hashlib
