@@ -117,6 +117,8 @@ def _with_base(table: dict[str, Any], where: str, seen: tuple[str, ...] = ()) ->
     except ConfigError as error:
         raise ConfigError(f"{where}: base: {error}") from None
     joined = _with_base(read_toml(path), path, (*seen, base))
+    if not (isinstance(without, list) and all(isinstance(name, str) for name in without)):
+        raise ConfigError(f"{where}: without: found {without!r}; give a list of names of tables")
     for name in without:
         if name not in joined:
             raise ConfigError(f"{where}: without: {base} has no {name!r}; it has {', '.join(joined)}")

@@ -6,6 +6,8 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tests.helpers.evaluation_files import small_evaluation
+
 _RUN = """
 [run]
 folder = "{folder}/run"
@@ -46,8 +48,7 @@ def hanging_run(folder: Path) -> Iterator[tuple[str, Callable[[], bool]]]:
         port = server.getsockname()[1]
         rows = [f"http://127.0.0.1:{port}/{number}.jpg,一只黑色的猫在看第{number}本书" for number in range(8)]
         (folder / "table.csv").write_text("\n".join(["url,caption", *rows]) + "\n")
-        for name in ("valid_imgs.tsv", "valid_texts.jsonl"):
-            (folder / name).touch()
+        small_evaluation(folder, "valid", count=1)
         path = folder / "hanging.toml"
         path.write_text(_RUN.format(folder=folder))
         # A connection is made without our accepting it; the server can be read once there is one.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.cli import main
+from tests.helpers.evaluation_files import small_evaluation
 
 _RUN = """
 [run]
@@ -49,8 +50,7 @@ class SmallRun:
             rows = [f"http://a.cn/{name}/{row}.jpg,一只猫在看第{row}本书" for row in range(6 + number)]
             rows += ["http://a.cn/copy.jpg,两个表都有这一行文字", f"http://a.cn/{name}/short.jpg,短"]
             (folder / f"{name}.csv").write_text("\n".join(["url,caption", *rows]) + "\n")
-        for name in ("valid_imgs.tsv", "valid_texts.jsonl"):
-            (folder / name).touch()
+        small_evaluation(folder, "valid", count=1)
         self._toml.write_text(_RUN.format(folder=folder))
 
     def command(self, name: str = "run", *words: str) -> Ended:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -304,7 +305,9 @@ def test_pairs_are_not_mixed(encoders: tuple[ScoreConfig, Any, str], tmp_path: P
     path = manifest_path(run, "score")
     text = Path(path).read_text()
     old = pair_scorers.identify_pair(encoders[0])[0][:16]
-    Path(path).write_text(text.replace(old, "0" * 16, 1))
+    fields = json.loads(text.replace(old, "0" * 16, 1))
+    del fields["seal"]  # as of a release without seals: these are the scores of two pairs
+    Path(path).write_text(json.dumps(fields))
     context = make_context(run, run.stage("filter_score"))
     assert context is not None
     with pytest.raises(ConfigError, match="scores of 2 different encoder pairs have no threshold in common"):

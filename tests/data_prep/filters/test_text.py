@@ -189,7 +189,8 @@ def test_a_threshold_that_removes_nothing_says_so_with_the_minimum(tmp_path: Pat
     run = take(tmp_path / "run", no_op, judged)
     sentence = "filter_text: the threshold 0.26 on scores is a no-op for laion: the minimum seen is 0.2604"
     assert threshold_notes(manifest(run)) == [sentence]
-    assert notes(run) == [sentence]
+    dropped = "filter_text dropped 2 of 6 rows (33%): score_below_threshold 1, score_missing 1"
+    assert sorted(notes(run)) == sorted([sentence, dropped])
 
 
 def test_scores_of_two_encoder_pairs_never_meet_under_one_threshold(tmp_path: Path) -> None:

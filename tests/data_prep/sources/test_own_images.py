@@ -106,7 +106,7 @@ def test_corrupted_tar_and_truncated_sidecar(packed: Path, tmp_path: Path) -> No
     tar.write_bytes(good[:512] + bytes(len(good) - 512))
     verified = cnclip(packed, "verify", here)
     assert verified.returncode == 1
-    assert "00000.tar: bytes differ from the manifest" in verified.stdout
+    assert "00000.tar: bytes differ from what was written" in verified.stdout
     done = cnclip(packed, "run", here)
     assert done.returncode == 1
     assert "00000.tar" in one_line(done)

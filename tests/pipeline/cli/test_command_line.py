@@ -138,7 +138,7 @@ def test_verify_fails_where_a_byte_differs(recipe: Path, capsys: pytest.CaptureF
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     status, out, _ = _main(capsys, "verify", recipe)
     assert status == 1
-    assert f"{path}: bytes differ from the manifest" in out
+    assert f"{path}: bytes differ from what was written" in out
     assert _main(capsys, "run", recipe, "--stage", "filter_text", "--redo")[0] == 0
     assert _main(capsys, "verify", recipe)[0] == 0
 

@@ -12,7 +12,6 @@ import torch
 from tests.helpers.peer_models import STRUCTURES, cn_clip_of
 from training.model.clip import CLIP, build_clip
 from training.model.config import (
-    MODELS,
     ModelConfig,
     ModifiedResNetConfig,
     TextConfig,
@@ -21,7 +20,7 @@ from training.model.config import (
 from training.model.tokenizer import Tokenizer, normalise
 from training.weights.initialise import initialise
 from training.weights.torchscript import write_torchscript
-from training.weights.weights import save_checkpoint, state_for_file
+from training.weights.weights import is_image_side, save_checkpoint, state_for_file
 
 TOLERANCE = 1e-5  # of unit-norm features, both sides in float32
 
@@ -63,7 +62,8 @@ def _images(config: ModelConfig, size: int) -> torch.Tensor:
 def _take_over(model: CLIP, reference: Any, path: Path) -> None:
     """Load the reference's weights: the image side as an archive, the text side by its own names."""
     state = {name: tensor for name, tensor in reference.state_dict().items() if "bert.pooler" not in name}
-    write_torchscript(str(path), state, {})
+    image_side = {name: tensor for name, tensor in state.items() if is_image_side(name)}
+    write_torchscript(str(path), image_side, {})
     initialise(model, image_weights=str(path))
     text = {name.removeprefix("bert."): tensor for name, tensor in state.items() if name.startswith("bert.")}
     model.bert.load_state_dict(text)

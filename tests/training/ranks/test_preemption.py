@@ -210,7 +210,7 @@ def test_a_rank_that_hangs_ends_the_run_and_is_named(tmp_path: Path, waits: bool
     job = make_job(tmp_path, "run", ranks=2, epochs=100_000, stall_seconds=8.0, **never)
     process = launch(job)
     try:
-        wait_for_steps(job, process, 2)
+        wait_for_steps(job, process, 5)  # past the checkpoint at the end of the warm-up
         (rank,) = [found for found in ranks_of(process.pid) if "LOCAL_RANK=1" in found[1]]
         os.kill(rank[0], signal.SIGSTOP)
         assert process.stdout is not None
