@@ -12,6 +12,7 @@ import torch
 from tests.helpers.peer_models import STRUCTURES, cn_clip_of
 from training.model.clip import CLIP, build_clip
 from training.model.config import (
+    MODELS,
     ModelConfig,
     ModifiedResNetConfig,
     TextConfig,
