@@ -20,8 +20,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: install
 	$(BIN)/cnclip run pipeline/recipes/demo.toml
 
-# Two files at once, each whole in one process: tests of a file share what they have made. In their own order: the
-# longest files have few tests and would come last.
+# Two files at once, each whole in one process: tests of a file share what they have made. tests/conftest.py gives the
+# order; by the number of their tests the longest files would come last.
 test: install
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 

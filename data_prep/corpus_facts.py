@@ -176,7 +176,7 @@ def exemptions_of_shards(folder: str) -> dict[str, tuple[str, ...]]:
     except (ValueError, TypeError, KeyError, AttributeError):
         raise InputError(
             f"{path}: not the manifest of a corpus, which says the rules that its sources are exempt from;"
-            " repair that run with `cnclip verify --repair`, or move the shards out of it"
+            " repair that run with `cnclip run --stage corpus --repair`, or move the shards out of it"
         ) from None
     sources = [table.place.source for table in tables]
     return {source.name: rules for source in sources if (rules := source.lasting_exemptions)}
@@ -194,7 +194,9 @@ def with_exemptions(rows: pl.LazyFrame, of_source: Mapping[str, Sequence[str]]) 
     found = [pl.col("source").replace_strict(by_source, default=None, return_dtype=pl.String)]
     if EXEMPT_COLUMN in names:
         found.insert(0, pl.col(EXEMPT_COLUMN))
-    both = pl.concat_str(found, separator=",", ignore_nulls=True)
+    rules = pl.concat_str(found, separator=",", ignore_nulls=True).str.split(",")
+    # In one order, each once: rows with the same rules are judged together.
+    both = rules.list.eval(pl.element().filter(pl.element() != "")).list.unique().list.sort().list.join(",")
     return rows.with_columns(pl.when(both != "").then(both).alias(EXEMPT_COLUMN))
 
 

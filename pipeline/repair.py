@@ -97,8 +97,11 @@ def _forget_stale_manifest(run: Run, stage: Stage) -> bool:
     context = make_context(run, stage)
     assert context is not None  # it has a state
     tasks = stage.plan(stage.config, context)
-    if len(receipts_that_count(stage, context, tasks)) < len(tasks):
-        return False
+    names = {f"{task.name}.json" for task in tasks}
+    if len(receipts_that_count(stage, context, tasks)) < len(tasks) or names != set(
+        _receipt_names(store.join(run.folder, stage.name))
+    ):
+        return False  # it is stale indeed
     store.remove(manifest_path(run, stage.name))
     store.remove(started_path(context))
     _say(f"{stage.name}: its manifest is damaged, all its receipts count")

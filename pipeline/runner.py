@@ -133,7 +133,7 @@ def _refuse_damaged_parents(run: Run, stage: Stage, find: FindDamage = find_dama
 
 def unseen(run: Run, stages: Sequence[Stage]) -> list[str]:
     """Return the stages that are not finished, of which `verify` says nothing."""
-    return [stage.name for stage in stages if read_manifest(run, stage.name) is None]
+    return [stage.name for stage in stages if not store.exists(manifest_path(run, stage.name))]
 
 
 @contextlib.contextmanager
@@ -228,10 +228,11 @@ def _discard(run: Run, stage: Stage, force: bool) -> None:
     if store.exists(path):
         store.remove(path)  # first: without it nothing here counts as complete
     tasks = [] if force else stage.plan(stage.config, context)
-    valid = {f"{name}.json" for name in receipts_that_count(stage, context, tasks)}
-    if not valid:
+    counting = receipts_that_count(stage, context, tasks)
+    if not counting:
         store.remove(context.path())
         return
+    valid = {name + ending for name in counting for ending in (".json", ".files")}
     for name in store.list_files(context.path("receipts")):
         if name not in valid:
             store.remove(context.path("receipts", name))

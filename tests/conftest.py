@@ -4,6 +4,20 @@ from collections.abc import Iterator
 
 import pytest
 
+# Files that take the longest begin first: two workers share the rest evenly then.
+_LONGEST = (
+    "tests/test_run.py", "tests/training/ranks/test_preemption.py", "tests/training/test_pretrain.py",
+    "tests/training/ranks/test_watch.py", "tests/training/engine/test_zero.py",
+    "tests/training/checkpoint/test_selection.py", "tests/training/data/test_statements.py",
+    "tests/pipeline/test_finetune.py", "tests/training/data/test_feature_cache.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the files; within a file the order stays."""
+    place = {name: number for number, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(_LONGEST)))
+
 
 @pytest.fixture(autouse=True, scope="module")
 def registered_models() -> Iterator[None]:

@@ -158,6 +158,7 @@ def finish_and_compare(folder: Path, finished: Path) -> None:
     assert cnclip(folder, "verify").returncode == 0
 
 
+@pytest.mark.slow
 def test_killed_while_training_gives_the_same_bytes(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "demo"
     shutil.copytree(finished, folder)

@@ -42,6 +42,7 @@ _NETWORK_REASONS = ("connection", "dns", "timeout")
 _LEAST_ROWS = 20  # of a partition that is judged for an outage
 _SUSPECT_SHARE = 0.5
 _CALLS = 2  # of img2dataset, the first included, for what it leaves damaged
+_NOT_ASKED = "not asked for yet"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,15 +95,20 @@ def run_together(
 
     Partitions whose tar or table it left damaged, or over which a worker died, are asked for once more.
     """
-    for call in range(_CALLS):
+    times: dict[str, int] = {}  # that each task was left damaged
+    while True:
         with store.scratch(context.path(), "raw") as raw:  # workers of a killed run can't write into it
-            damaged = yield from _download(config, context, tasks, Path(raw), progress)
-        if not damaged:
+            left = yield from _download(config, context, tasks, Path(raw), progress)
+        if not left:
             return
-        tasks = [task for task, _ in damaged]
-        if call + 1 < _CALLS:
-            words = f"{len(tasks)} partitions are asked for again: {tasks[0].name}: {damaged[0][1]}"
-            say(f"download: {one_line(words)}", sys.stderr)
+        found = [(task, damage) for task, damage in left if damage != _NOT_ASKED]
+        for task, _ in found:
+            times[task.name] = times.get(task.name, 0) + 1
+        if damaged := [(task, damage) for task, damage in found if times[task.name] >= _CALLS]:
+            break
+        tasks = [task for task, _ in left]
+        words = f"{len(tasks)} partitions are asked for again: {found[0][0].name}: {found[0][1]}"
+        say(f"download: {one_line(words)}", sys.stderr)
     first, damage = damaged[0]
     raise InputError(
         f"{context.path()}: img2dataset left {len(damaged)} partitions damaged, {_CALLS} times"
@@ -139,7 +145,7 @@ def _download(
             BOARD_VARIABLE: str(boards.folder),
             SITE_VARIABLE: (own.site or "").removeprefix("http://"),
         }
-        with _downloader(config, context, raw, log, max(counts.values()), variables) as process:
+        with _downloader(config, raw, log, max(counts.values()), variables) as process:
             watch = Watch(context.path(), config.stall_seconds, raw, log, process, boards)
             done = 0
             suspects: list[tuple[Task, int]] = []  # an outage may have begun in them: the next one tells
@@ -169,11 +175,10 @@ def _download(
                     break
                 if (death := watch.look(len(waiting), len(tasks))) is not None:
                     number, text = death
-                    for finished, its_number in suspects:
-                        yield finished, _pack(context, finished, raw, its_number)
-                    first = waiting.pop(number, None)
-                    rest = [(task, "not asked for yet") for task in waiting.values()]
-                    return damaged + ([(first, text)] if first else []) + rest
+                    first = waiting.pop(number if number in waiting else next(iter(waiting)))
+                    # Whether an outage began in the suspects, the next partition would have told.
+                    rest = [*(task for task, _ in suspects), *waiting.values()]
+                    return [*damaged, (first, text), *((task, _NOT_ASKED) for task in rest)]
                 time.sleep(_POLL_SECONDS)
     return damaged
 
@@ -210,7 +215,6 @@ def _network_failures(raw: Path, number: int) -> float:
 @contextlib.contextmanager
 def _downloader(
     config: DownloadConfig,
-    context: Context,
     raw: Path,
     log_path: str,
     max_rows: int,

@@ -6,6 +6,7 @@ other names are given in the recipe.
 
 import contextlib
 import dataclasses
+import errno
 import glob
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -226,10 +227,12 @@ def naming_damage(path: str) -> Iterator[None]:
     """InputError in place of what polars raises where a file's inside is damaged: a scan reads it late."""
     try:
         yield
-    except (InputError, ConfigError):
+    except (InputError, ConfigError, MemoryError):
         raise
     # A panic is what polars' reader answers to bytes that it never expected, and no Exception.
     except (Exception, pl.exceptions.PanicException) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM):
+            raise  # the machine's fault, not the file's
         raise InputError(
             f"{path}: cannot be read as a table: {first_line(error)}; replace the file"
         ) from None

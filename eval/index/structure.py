@@ -58,7 +58,14 @@ def why_not_inner_product(index: Any) -> str | None:
             return f"{name} ranks by {_measure(part.metric_type)}, not by inner product"
         for step in _transforms(part):
             if isinstance(step, faiss.PCAMatrix) and step.eigen_power != 0:
-                return "PCAW whitens, so scores are not the vectors' inner products; take PCA or PCAR"
+                return "PCAW whitens, so scores are not the vectors' inner products; take OPQ or RR"
+            # Scores are those of vectors less their mean: rows near the mean sink in the ranking.
+            if isinstance(step, faiss.CenteringTransform | faiss.ITQTransform) or (
+                isinstance(step, faiss.LinearTransform)
+                and step.have_bias
+                and (not step.is_trained or faiss.vector_to_array(step.b).any())
+            ):
+                return f"{type(step).__name__} moves rows by their mean, so scores are others; take OPQ or RR"
     return None
 
 
@@ -94,7 +101,7 @@ def check_structure(index: Any) -> None:
             raise ValueError(f"{name}: codes of {part.rabitq.nb_bits} bits for width {part.rabitq.d}")
         is_fast_scan = isinstance(part, faiss.IndexFastScan | faiss.IndexIVFFastScan)
         for quantizer in (getattr(part, field, None) for field in _QUANTIZERS):
-            if quantizer is not None and not is_fast_scan:
+            if quantizer is not None and not is_fast_scan and hasattr(part, "code_size"):
                 _same(name, "bytes a code", part.code_size, quantizer.code_size)
         if getattr(part, "code_size", 1) < 1:
             raise ValueError(f"{name}: codes of no bytes")

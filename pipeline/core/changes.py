@@ -69,8 +69,12 @@ def read_started(context: Context) -> Started | None:
     if not store.exists(started_path(context)):
         return None
     try:
-        return build(Started, unseal(store.read_bytes(started_path(context))), started_path(context))
-    except (ValueError, ConfigError, IsADirectoryError):
+        data = store.read_bytes(started_path(context))
+    except IsADirectoryError:
+        return None
+    try:  # of what was read only: a store that cannot be asked says nothing of the note
+        return build(Started, unseal(data), started_path(context))
+    except (ValueError, ConfigError):
         return None
 
 

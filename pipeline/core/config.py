@@ -27,9 +27,9 @@ _MOST_DEPTH = 64  # of tables and lists in each other; settings have five
 
 # A field that cannot change a stage's output (how many processes, how long to wait) says so in its metadata
 # and stays out of the stage's digest.
+NOT_IN_DIGEST: Mapping[str, Any] = types.MappingProxyType({"in_digest": False})
 # For fields of later releases: unset, they leave the digest of a configuration as it was before.
 IN_DIGEST_IF_SET: Mapping[str, Any] = types.MappingProxyType({"in_digest_if_set": True})
-NOT_IN_DIGEST: Mapping[str, Any] = types.MappingProxyType({"in_digest": False})
 
 # What a change of a field means for work that is there, in the field's metadata under "binds":
 # "always"     other work: what was made is stale. Fields that say nothing are such.

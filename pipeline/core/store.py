@@ -68,6 +68,8 @@ class _Named:
         self._fs, self._url = fs, url
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # as copying and pickling ask before there is a store
+            raise AttributeError(name)
         found = getattr(self._fs, name)
         return functools.partial(self._call, found) if callable(found) else found
 

@@ -118,6 +118,7 @@ def test_a_batch_larger_than_what_is_left_names_what_dropped_the_rest(finished: 
     assert (finished / "run" / "finetune" / "manifest.json").exists()  # nothing was discarded for it
 
 
+@pytest.mark.slow
 def test_a_stopped_stage_resumes_on_other_ranks_in_another_zero_stage(
     finished: Path, restored: Callable[..., Path]
 ) -> None:

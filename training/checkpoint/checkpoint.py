@@ -22,6 +22,7 @@ from torch import distributed as dist
 from pipeline.core import store
 from pipeline.core.config import digest
 from pipeline.core.files import durability
+from pipeline.core.files.foreign import parse_json
 from pipeline.core.files.written import check_safetensors
 from pipeline.core.records import InputError
 from training.checkpoint.folders import steps_in
@@ -220,7 +221,7 @@ def load(checkpoint: Checkpoint) -> TrainState:
         checkpoint.step,
         load_weights_of(checkpoint),
         load_file(os.path.join(checkpoint.folder, _OPTIMIZER)),
-        json.loads(store.read_text(os.path.join(checkpoint.folder, _STATE))).get("num_updates"),
+        parse_json(store.read_text(os.path.join(checkpoint.folder, _STATE))).get("num_updates"),
     )
 
 
@@ -248,7 +249,7 @@ def find_damage(checkpoint: Checkpoint) -> str | None:
     """Return what is wrong with a checkpoint on disk, None if it is whole; reads all of it."""
     folder, file = checkpoint.folder, _STATE
     try:
-        state = json.loads(store.read_text(os.path.join(folder, _STATE)))
+        state = parse_json(store.read_text(os.path.join(folder, _STATE)))
         if state.pop(_OWN_DIGEST) != digest(state):
             return f"{_STATE} has other values than were written"
         for file, sha256 in state["sha256"].items():
@@ -304,7 +305,7 @@ def saved_epochs(checkpoint: Checkpoint) -> int:
 
 
 def _read_state(checkpoint: Checkpoint) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads(store.read_text(os.path.join(checkpoint.folder, _STATE)))
+    state: dict[str, Any] = parse_json(store.read_text(os.path.join(checkpoint.folder, _STATE)))
     return state
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from pipeline.core.config import build
+from pipeline.core.files.foreign import parse_json
 from pipeline.core.records import Shard
 from training.config.train import TrainConfig
 
@@ -41,4 +42,4 @@ class TrainJob:
         Raises:
             ConfigError: with `where` (its file) and the key.
         """
-        return build(cls, json.loads(text), where)
+        return build(cls, parse_json(text), where)

@@ -64,6 +64,10 @@ _HARMLESS = frozenset(
 )
 
 
+_DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+_KEY_BITS = 60  # of integers as keys: larger ones can be chosen to collide
+
+
 class RefusedName(pickle.UnpicklingError):
     """The pickle asks for something of Python's own library that weights have no need of."""
 
@@ -142,8 +146,8 @@ class WeightsUnpickler(_PythonUnpickler):  # type: ignore[misc]
         if top == "torch":
             if name in _DTYPE_OF_STORAGE:
                 return _DTYPE_OF_STORAGE[name]
-            if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
-                return found
+            if module == "torch" and name in _DTYPES:
+                return _DTYPES[name]
             if module == "torch.jit._pickle" and name.startswith("build_"):
                 return _list
         elif top in sys.stdlib_module_names and top != "__main__" and full not in _HARMLESS:
@@ -187,6 +191,7 @@ class WeightsUnpickler(_PythonUnpickler):  # type: ignore[misc]
         if isinstance(made, Foreign):
             for part in state if isinstance(state, tuple) else (state,):
                 if isinstance(part, dict):
+                    self._count(1 + len(part))
                     made.attributes |= {key: value for key, value in part.items() if isinstance(key, str)}
         elif not isinstance(made, dict | list | torch.Tensor):  # an OrderedDict has `_metadata`
             raise pickle.UnpicklingError(f"it sets the state of a {type(made).__name__}")
@@ -218,17 +223,26 @@ class WeightsUnpickler(_PythonUnpickler):  # type: ignore[misc]
         raise pickle.UnpicklingError("a buffer of bytes, which torch.save never writes")
 
     def _load_reduce(self) -> None:
-        self._count()
-        arguments = self.stack.pop()
+        arguments = self._arguments()
         self.stack[-1] = self.stack[-1](*arguments)
 
     def _load_newobj(self) -> None:
-        self._count()
-        arguments = self.stack.pop()
+        arguments = self._arguments()
         self.stack[-1] = self.stack[-1].__new__(self.stack[-1], *arguments)
 
-    def _count(self) -> None:
-        self._num_objects += 1
+    def _refuse_object(self) -> None:
+        raise pickle.UnpicklingError("an object by an opcode that torch.save never writes")
+
+    def _arguments(self) -> tuple[Any, ...]:
+        """Take what a call is given off the stack: it is copied, so it counts."""
+        arguments = self.stack.pop()
+        if type(arguments) is not tuple:
+            raise pickle.UnpicklingError(f"a call with a {type(arguments).__name__} in place of arguments")
+        self._count(1 + len(arguments))
+        return arguments
+
+    def _count(self, number: int) -> None:
+        self._num_objects += number
         if self._num_objects > _MOST_OBJECTS:
             raise pickle.UnpicklingError(f"it makes more than {_MOST_OBJECTS:,} objects")
 
@@ -242,6 +256,9 @@ class WeightsUnpickler(_PythonUnpickler):  # type: ignore[misc]
     dispatch[pickle.ADDITEMS[0]] = _load_additems
     dispatch[pickle.FROZENSET[0]] = _load_frozenset
     dispatch[pickle.BYTEARRAY8[0]] = _refuse_buffer
+    dispatch[pickle.NEWOBJ_EX[0]] = _refuse_object
+    dispatch[pickle.OBJ[0]] = _refuse_object
+    dispatch[pickle.INST[0]] = _refuse_object
 
 
 def _set_items(target: Any, items: Any) -> None:
@@ -252,7 +269,7 @@ def _set_items(target: Any, items: Any) -> None:
     if not isinstance(target, dict):
         raise pickle.UnpicklingError(f"it sets items of a {type(target).__name__}")
     for key, value in zip(items[::2], items[1::2], strict=True):
-        if isinstance(key, str | int | float | None):
+        if isinstance(key, str | float | None) or (isinstance(key, int) and key.bit_length() < _KEY_BITS):
             target[key] = value
 
 
@@ -261,10 +278,12 @@ def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) 
         return Unreadable()
     if not isinstance(storage, _Storage):
         raise pickle.UnpicklingError("a tensor without a storage")
+    if not (isinstance(size, tuple | list) and isinstance(stride, tuple | list)):
+        raise pickle.UnpicklingError("a tensor without a shape")
     size, stride = tuple(size), tuple(stride)
     numbers = (offset, *size, *stride)
-    if len(size) > _MOST_DIMENSIONS or not all(type(number) is int and number >= 0 for number in numbers):
-        raise pickle.UnpicklingError(f"a tensor of shape {str(size)[:80]}, which is none")
+    if len(size) > _MOST_DIMENSIONS or not all(type(one) is int and 0 <= one < 2**63 for one in numbers):
+        raise pickle.UnpicklingError(f"a tensor of {len(size)} dimensions, not all of them sizes")
     numel, held = math.prod(size), storage.flat.numel()
     end = offset + sum((side - 1) * step for side, step in zip(size, stride, strict=True)) + 1 if numel else 0
     if numel > held or end > held:

@@ -17,8 +17,7 @@ from training.model.config import (
     VisionConfig,
     VisionTransformerConfig,
 )
-
-_MOST_LAYERS = 200  # of a tower, or of a stage of it: a name with more is no layer's
+from training.weights.weights import MOST_LAYERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +194,7 @@ def _fits(known: VisionConfig, shapes: VisionConfig) -> bool:
 def _count(names: Mapping[str, object], pattern: str) -> int:
     """One more than the highest number that the pattern finds in the names."""
     numbers = (int(match[1]) for name in names if (match := re.match(pattern, name)))
-    return min(_MOST_LAYERS, 1 + max(numbers, default=-1))
+    return min(MOST_LAYERS, 1 + max(numbers, default=-1))
 
 
 def _what_is_lacking(state: Mapping[str, torch.Tensor]) -> str:

@@ -5,6 +5,7 @@ tensors and plain values only; safetensors hold nothing but tensors.
 """
 
 import itertools
+import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from safetensors import safe_open
 
 from pipeline.core import store
 from pipeline.core.files.foreign import DOWNLOAD_AGAIN, foreign
+from pipeline.core.files.image_files import what_else
 from pipeline.core.records import InputError
 from training.weights.pickle_machine import Foreign, Unreadable
 from training.weights.torchscript import read_torchscript
@@ -67,7 +69,11 @@ def read_tensors(path: str) -> TensorFile:
         if key in keys:
             break
         state, keys = state[key], [*keys, key]
-    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    tensors = {
+        name: value
+        for name, value in state.items()
+        if isinstance(value, torch.Tensor) and isinstance(name, str)
+    }
     if not tensors:
         raise InputError(f"{path}: {_what_instead(payload, state)}")
     for name, value in state.items():
@@ -146,6 +152,9 @@ def read_pickle(path: str) -> Any:
 
 
 def _container(path: str) -> Container:
+    is_there = store.is_local(path) and os.path.exists(path) and not os.path.isdir(path)
+    if is_there and (kind := what_else(path)) is not None:
+        raise InputError(f"{path}: {kind}, not a file of weights: give the file itself")
     with foreign(path, "file of weights"):
         size = store.num_bytes(path)
         with store.open_read(path) as file:

@@ -52,16 +52,21 @@ def _read_archive(path: str) -> Any:
         if name is None:
             raise pickle.UnpicklingError("a zip without data.pkl")
         folder = name.removesuffix("data.pkl")
-        if f"{folder}byteorder" in entries and archive.read(f"{folder}byteorder")[:6] != b"little":
-            raise pickle.UnpicklingError("written on a big-endian machine")
         if entries[name].file_size > _PICKLE_BYTES:
             raise pickle.UnpicklingError(f"its pickle alone has {entries[name].file_size:,} bytes")
         data = _MappedFile(file)
+        if (order := entries.get(f"{folder}byteorder")) is not None:
+            start, size = _place(file, order, data.num_bytes)
+            file.seek(start)
+            if file.read(min(size, 6)) != b"little":
+                raise pickle.UnpicklingError("written on a big-endian machine")
         places = {
             entry.removeprefix(f"{folder}data/"): _place(file, info, data.num_bytes)
             for entry, info in entries.items()
             if entry.startswith(f"{folder}data/")
         }
+        if sum(size for _, size in places.values()) > data.num_bytes:
+            raise pickle.UnpicklingError("its entries overlap")
         start, size = _place(file, entries[name], data.num_bytes)
         file.seek(start)
         return WeightsUnpickler(io.BytesIO(file.read(size)), data, places).load()

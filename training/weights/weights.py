@@ -64,6 +64,9 @@ _VIT_LAYOUTS: dict[str, _Layout] = {
     "head.weight": (lambda tensor_DW: tensor_DW.T, lambda tensor_WD: tensor_WD.T),
 }
 
+MOST_LAYERS = 200  # of a tower, or of a stage of it: a name with more is no layer's
+_MOST_OF_A_SIZE = 1 << 24  # width, positions, pixels, words: of a header from elsewhere
+
 
 @dataclass(frozen=True, slots=True)
 class Slot:
@@ -258,10 +261,22 @@ def read_header(path: str, header: Mapping[str, str]) -> tuple[ModelConfig, dict
         )
     try:
         ours = parse_json(text)
-        return TypeAdapter(ModelConfig).validate_python(ours["config"]), dict(ours["metadata"])
+        config = TypeAdapter(ModelConfig).validate_python(ours["config"])
+        _require_sane(config)
+        return config, dict(ours["metadata"])
     except (ValueError, KeyError, TypeError, ValidationError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{path}: the metadata key {METADATA_KEY!r} cannot be read: {reason}") from None
+
+
+def _require_sane(config: ModelConfig) -> None:
+    """Raise ValueError for sizes that no model has, before one is built of them."""
+    for side, tower in (("vision", config.vision), ("text", config.text)):
+        for key, value in dataclasses.asdict(tower).items():
+            numbers = value if isinstance(value, list | tuple) else (value,)
+            most = MOST_LAYERS if key in ("layers", "blocks") else _MOST_OF_A_SIZE
+            if any(isinstance(one, int) and not 0 < one <= most for one in numbers):
+                raise ValueError(f"{side}.{key} is {value}")
 
 
 def _differences(found: ModelConfig, expected: ModelConfig) -> str:

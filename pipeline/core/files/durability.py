@@ -68,7 +68,14 @@ def sync_outputs(paths: Iterable[str], root: str) -> None:
     task = _task.get() or _Task()
     left = [path for path in paths if path not in task.files]
     if len(left) >= _MANY_FILES:
-        _sync_file_system(root)
+        # A stage's folder may be a link to another file system.
+        folders = {
+            root,
+            *map(os.path.dirname, left),
+            *(folder for folder in task.folders if os.path.isdir(folder)),
+        }
+        for folder in {os.stat(folder).st_dev: folder for folder in folders}.values():
+            _sync_file_system(folder)
         task.folders.clear()
         return
     for path in left:

@@ -39,9 +39,11 @@ def foreign(
         raise error(
             f"{where}: not a readable {what} (it asks for more memory than there is): {remedy}"
         ) from None
-    except OSError as found:
-        raise error(f"{where}: cannot be read: {found.strerror or first_line(found)}") from None
     except BaseException as found:
+        # Readers raise a bare OSError on damaged bytes, too.
+        if isinstance(found, OSError) and (found.errno is not None or type(found) is not OSError):
+            reason = found.strerror or first_line(found)
+            raise error(f"{where}: cannot be read: {reason}; check the path and its permissions") from None
         # A panic is what parsers in Rust answer to bytes that they never expected, and no Exception.
         if not isinstance(found, Exception) and type(found).__name__ != "PanicException":
             raise

@@ -60,8 +60,7 @@ def decode_upright(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Ima
 
     Raises:
         BadImageError: if the bytes are no image, are cut off, do not decode, or promise more than
-        `max_pixels`
-            pixels.
+            `max_pixels` pixels.
     """
     return upright(open_image(data, max_pixels))
 
@@ -175,7 +174,14 @@ def _to_rgb(image: Image.Image, layout: str) -> Image.Image:
 def _scaled(image: Image.Image) -> Image.Image:
     """Return grey values of more than 8 bits as RGB; Pillow cuts these off at 255."""
     values = np.asarray(image)
-    levels: npt.NDArray[np.float64] = np.nan_to_num(values.astype(np.float64))
+    # Halves are exact in float32 up to 2^23; 32-bit integers need more, and are rare.
+    kind = (
+        np.float64
+        if image.mode == "I" and values.dtype.itemsize > 2 and values.max(initial=0) > 0xFFFF
+        else np.float32
+    )
+    levels: npt.NDArray[Any] = values.astype(kind)
+    np.nan_to_num(levels, copy=False)
     highest = float(levels.max(initial=0.0))
     if (
         image.mode == "F"
@@ -183,7 +189,9 @@ def _scaled(image: Image.Image) -> Image.Image:
         step = 1 / 255 if highest <= 1 else 1.0 if highest <= 255 else 257.0
     else:  # the upper byte is what an image of 16 or of 32 bits shows
         step = 257.0 if highest <= 0xFFFF else 257.0 * 0x10001
-    grey = np.rint((levels / step).clip(0, 255)).astype(np.uint8)
+    np.divide(levels, step, out=levels)
+    np.clip(levels, 0, 255, out=levels)
+    grey = np.rint(levels, out=levels).astype(np.uint8)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         grey[values == transparent] = 255
@@ -212,7 +220,8 @@ def _is_plain_jpeg(data: bytes) -> bool:
     while at + 9 < len(data) and data[at] == 0xFF:
         marker = data[at + 1]
         if marker in _JPEG_FRAMES:
-            return data[at + 4] == 8 and data[at + 9] in (1, 3)
+            height, width = int.from_bytes(data[at + 5 : at + 7]), int.from_bytes(data[at + 7 : at + 9])
+            return data[at + 4] == 8 and data[at + 9] in (1, 3) and width * height <= MAX_IMAGE_PIXELS
         if marker in (_JPEG_EXIF, _JPEG_ADOBE):
             return False
         at += 2 + int.from_bytes(data[at + 2 : at + 4])

@@ -21,11 +21,12 @@ def unseal(text: str | bytes) -> dict[str, Any]:
     """
     try:
         fields = json.loads(text)
+        if not isinstance(fields, dict):
+            raise ValueError(f"a JSON {type(fields).__name__}, not an object")
+        is_whole = _SEAL not in fields or fields.pop(_SEAL) == _digest(fields)
     except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"a JSON {type(fields).__name__}, not an object")
-    if _SEAL in fields and fields.pop(_SEAL) != _digest(fields):
+        raise ValueError("nested too deep") from None
+    if not is_whole:
         raise ValueError("it has other values than were written")
     return fields
 

@@ -55,7 +55,7 @@ def fake_web(monkeypatch: pytest.MonkeyPatch, web: Web) -> list[int]:
     asked: list[int] = []
 
     @contextlib.contextmanager
-    def downloader(config: Any, context: Any, raw: Path, *_: Any) -> Iterator[Any]:
+    def downloader(config: Any, raw: Path, *_: Any) -> Iterator[Any]:
         (raw / "shards").mkdir()
         for place, path in enumerate(sorted((raw / "lists").glob("*.parquet"))):
             rows = []
@@ -238,8 +238,8 @@ def test_what_img2dataset_leaves_damaged_is_asked_for_once_more(
     downloader, calls = download._downloader, []
 
     @contextlib.contextmanager
-    def damaging(config: Any, context: Any, raw: Path, *rest: Any) -> Iterator[Any]:
-        with downloader(config, context, raw, *rest) as process:
+    def damaging(config: Any, raw: Path, *rest: Any) -> Iterator[Any]:
+        with downloader(config, raw, *rest) as process:
             calls.append(len(list((raw / "shards").glob("*.tar"))))
             if len(calls) == 1 or for_good:
                 damage(raw / "shards" / "00000.tar")

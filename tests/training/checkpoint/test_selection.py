@@ -271,6 +271,7 @@ def test_a_damaged_best_costs_no_step_and_the_others_are_chosen_among(tmp_path: 
     assert "chosen among the validations to come" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_that_now_wants_its_best_goes_on_and_takes_the_best_that_is_left(
     tmp_path: Path, ranks: int

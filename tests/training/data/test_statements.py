@@ -158,6 +158,7 @@ def share_of_right_answers(job: TrainJob, template: str) -> float:
     return float(np.mean(right))
 
 
+@pytest.mark.slow
 def test_negation_is_learned_from_the_statements_alone(tmp_path: Path) -> None:
     """Captions never negate: without statements, a negated colour stays the colour's text."""
     colours = NegationConfig(objects=tuple(COLOURS), affirmed=("图片的{}",), negated=("零{}",))

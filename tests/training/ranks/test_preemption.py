@@ -63,6 +63,7 @@ def joined(of_ranks: list[list[list[str]]]) -> list[list[str]]:
     return [[key for part in parts for key in part] for parts in zip(*of_ranks, strict=True)]
 
 
+@pytest.mark.slow
 def test_stopped_at_any_step_and_on_any_ranks_it_sees_the_same_samples(tmp_path: Path) -> None:
     whole = make_job(tmp_path, "whole", save_every_steps=1000)
     expected = joined(run_ranks(train_and_note_keys, 1, whole))
@@ -204,6 +205,7 @@ def test_a_signal_to_a_launcher_whose_ranks_are_done_stops_the_run_all_the_same(
 
 
 # DeepSpeed's launcher waits half a minute for a stopped rank before it kills it.
+@pytest.mark.slow
 @pytest.mark.parametrize("waits", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_rank_that_hangs_ends_the_run_and_is_named(tmp_path: Path, waits: bool) -> None:
     never = {"save_every_steps": 10**9, "validate_every_steps": 10**9}

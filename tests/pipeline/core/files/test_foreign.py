@@ -28,7 +28,10 @@ from pipeline.core.records import ConfigError, InputError, Stopped
         ),
         (AssertionError(), "a.bin: not a readable thing (AssertionError): download it again"),
         (KeyError("shape"), "a.bin: not a readable thing (KeyError: 'shape'): download it again"),
-        (PermissionError(13, "Permission denied"), "a.bin: cannot be read: Permission denied"),
+        (
+            PermissionError(13, "Permission denied"),
+            "a.bin: cannot be read: Permission denied; check the path and its permissions",
+        ),
         (pl.exceptions.PanicException("panic"), "a.bin: not a readable thing (panic): download it again"),
     ],
 )
