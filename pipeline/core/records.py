@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Self, TypeVar
 from annotated_types import Ge, Lt
 
 from pipeline.core.files.sealed import seal, unseal
+from pipeline.core.terminal import one_line
 
 SCHEMA_VERSION = 1
 Count = Annotated[int, Ge(0), Lt(2**63)]
@@ -18,14 +19,21 @@ Seconds = Annotated[float, Ge(0), Lt(math.inf)]
 _NO_OTHER_KEYS: Mapping[str, Any] = {"extra": "forbid"}  # pydantic's name for keys that a class does not have
 
 
-class InputError(Exception):
+class _OneLine(Exception):
+    """An error whose text is one line, whatever the names and values in it hold."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
+
+
+class InputError(_OneLine):
     """Bad input data: one line that names the file, the row or key, what was found and what to do."""
 
     exit_status = 1
     rows_left: int | None = None  # set by `too_few`
 
 
-class ConfigError(Exception):
+class ConfigError(_OneLine):
     """Wrong usage or configuration: one line that names the file, the key and the remedy."""
 
     exit_status = 2
@@ -41,7 +49,7 @@ def too_few(error: _Error, rows_left: int) -> _Error:
     return error
 
 
-class Stopped(Exception):
+class Stopped(_OneLine):
     """A signal stopped the work; what was done is kept, and the same command resumes from there."""
 
     exit_status = 143  # as a shell says of what SIGTERM ended

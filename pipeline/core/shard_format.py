@@ -68,7 +68,9 @@ def read_sidecar(path: str, columns: Sequence[str], optional: Sequence[str] = ()
                     f"{path}: has no column {missing[0]}, so it is not a sidecar of this project's shards; it"
                     f" has {', '.join(known)}"
                 )
-            return found.read(columns=[*columns, *(name for name in optional if name in known)])
+            table = found.read(columns=[*columns, *(name for name in optional if name in known)])
+            table.validate(full=True)  # bytes that are no UTF-8 would end the process of who reads them
+            return table
     except FileNotFoundError:
         raise InputError(
             f"{path}: no such file, and every tar needs its sidecar; build the shard again"

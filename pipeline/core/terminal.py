@@ -17,6 +17,9 @@ from typing import Any, TextIO, cast
 _UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ufff9-\ufffb\ud800-\udfff]"
 )
+# Shown of a word, which may be a path, and of a line.
+_WORD_CHARACTERS, _LINE_CHARACTERS = 500, 1800
+_LONG_WORD = re.compile(rf"\S{{{_WORD_CHARACTERS + 1},}}")
 
 
 def _escape(found: re.Match[str]) -> str:
@@ -31,8 +34,21 @@ def visible(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return text as `visible` does, its line ends escaped too: a name must not begin a line of its own."""
-    return visible(text).replace("\n", "\\n")
+    """Return text as `visible` does, its line ends escaped too: a name must not begin a line of its own.
+
+    Words and lines that no reader would finish lose their middle: a key in a damaged file may be endless.
+    """
+    line = visible(text).replace("\n", "\\n")
+    if len(line) > _WORD_CHARACTERS:
+        line = _LONG_WORD.sub(lambda word: _shortened(word[0], _WORD_CHARACTERS), line)
+    return _shortened(line, _LINE_CHARACTERS)
+
+
+def _shortened(text: str, most: int) -> str:
+    if len(text) <= most:
+        return text
+    cut = f" … [{len(text) - most:,} characters] … "
+    return text[: most - most // 3] + cut + text[len(text) - most // 3 :]
 
 
 class _Guarded:

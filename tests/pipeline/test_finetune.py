@@ -157,11 +157,11 @@ def test_a_stopped_stage_resumes_on_any_ranks(
 
 @pytest.mark.slow
 def test_on_from_ranks_to_ranks(restored: Callable[..., Path]) -> None:
-    """Each start changes ranks, stage and precision again, from the same stopped state on."""
+    """Each start changes ranks, stage and precision again, and resumes from what the one before saved."""
     root = restored(half_done=True)
-    for ranks, deepspeed in ((3, "zero2"), (2, "zero3_bf16"), (1, "zero1")):
+    for ranks, deepspeed, step in ((3, "zero2", 4), (2, "zero3_bf16", 5), (1, "zero1", 5)):
         said = succeed(root, f"--set=finetune.ranks={ranks}", f"--set=finetune.deepspeed={deepspeed}")
-        assert "[finetune] resumes from step 4 with" in said or (ranks, deepspeed) == (1, "zero1")
+        assert f"[finetune] resumes from step {step} with ranks" in said
         stage = root / "run" / "finetune"
         shutil.rmtree(stage / "receipts")
         for name in ("finished.json", "manifest.json", "model.safetensors"):

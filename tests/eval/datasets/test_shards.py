@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from data_prep.decontamination import set_marks
@@ -110,4 +112,18 @@ def test_bad_shards_are_said_in_one_line(shards: str, tmp_path: Path) -> None:
 def test_a_missing_part_of_a_shard_is_said(shards: str) -> None:
     (Path(shards) / "00002.parquet").unlink()
     with pytest.raises(InputError, match=r"has 00002.tar, but no 00002.parquet; the shards are not complete"):
+        read_shards(shards, "mine")
+
+
+def test_a_caption_that_is_no_utf8_is_one_line(shards: str) -> None:
+    """Parquet does not say of a text whether its bytes are UTF-8; polars ends the process over some."""
+    (sidecar, *_) = sorted(Path(shards).rglob("*.parquet"))
+    data = sidecar.read_bytes()
+    table = pq.read_table(sidecar)
+    captions = pa.array([caption.encode() for caption in table["caption"].to_pylist()], pa.large_binary())
+    broken = pa.array([b"\xb2" + captions[0].as_py()[1:], *captions.to_pylist()[1:]], pa.large_binary())
+    place = table.schema.get_field_index("caption")
+    pq.write_table(table.set_column(place, "caption", broken.view(pa.large_string())), sidecar)
+    assert sidecar.read_bytes() != data
+    with pytest.raises(InputError, match=r"cannot be read \(.*Invalid UTF8 sequence.*build the shard again"):
         read_shards(shards, "mine")

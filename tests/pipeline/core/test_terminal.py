@@ -14,6 +14,7 @@ import torch
 from pipeline.cli import main
 from pipeline.core.processes import say
 from pipeline.core.progress import make_progress
+from pipeline.core.records import InputError
 from pipeline.core.terminal import guard, guarded_output, one_line, print_lines, visible
 from pipeline.core.text_table import align
 from training.ranks.launcher import watch
@@ -128,3 +129,16 @@ def test_the_log_of_training_is_guarded(tmp_path: Path) -> None:
     text = log.read_text(encoding="utf-8")
     assert text.count(r"\x1b[31m") == 2
     assert not UNSEEN & set(text)
+
+
+def test_what_nobody_would_read_to_its_end_loses_its_middle() -> None:
+    key = "[" * 20_000
+    line = str(
+        InputError(f"texts.jsonl:4: `text` is missing; the line has {key}\nand more; correct the line")
+    )
+    assert line.startswith("texts.jsonl:4: `text` is missing; the line has [[[")
+    assert line.endswith("[[[\\nand more; correct the line")
+    assert len(line) < 1000
+    assert len(one_line("many words " * 1000)) < 2000
+    path = "/data/" + "a/" * 200 + "b.tar"
+    assert one_line(f"{path}: no such file") == f"{path}: no such file"
