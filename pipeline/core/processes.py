@@ -7,6 +7,7 @@ import gc
 import os
 import signal
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn, TextIO
@@ -41,6 +42,20 @@ def die_with_parent(parent: int | None = None, with_signal: int = signal.SIGKILL
 def dies_with_us(with_signal: int = signal.SIGKILL) -> Callable[[], None]:
     """Return a `preexec_fn` for `subprocess`: the program ends when this process ends, from its start on."""
     return functools.partial(die_with_parent, os.getpid(), with_signal)
+
+
+def import_environment() -> dict[str, str]:
+    """Return what makes a child `python -m` import this project's packages, wherever it is started.
+
+    Python puts the working directory first on its path: a folder `training/` or `eval/` there would hide
+    ours. In a clone that is not installed, the working directory may be where ours are found at all.
+    """
+    root = str(Path(__file__).parents[2])
+    settings = {"PYTHONSAFEPATH": "1"}
+    if root not in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
+        before = os.environ.get("PYTHONPATH")
+        settings["PYTHONPATH"] = os.pathsep.join([root, before] if before else [root])
+    return settings
 
 
 def die_with_run() -> None:
