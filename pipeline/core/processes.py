@@ -58,6 +58,23 @@ def import_environment() -> dict[str, str]:
     return settings
 
 
+@contextlib.contextmanager
+def spawning() -> Iterator[None]:
+    """While processes are spawned: they do not import the main program again, since our work is not in it.
+
+    It is the user's when a run is started from Python. A script without `if __name__ == "__main__"` would run
+    again in every worker, and one that is read from standard input cannot be imported at all.
+    """
+    main = sys.modules["__main__"]
+    hidden = {name: vars(main).pop(name) for name in ("__file__", "__spec__") if name in vars(main)}
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        del main.__spec__
+        vars(main).update(hidden)
+
+
 def die_with_run() -> None:
     """Like `die_with_parent`, in a rank: its parent is a launcher that the run in RUN_VARIABLE started.
 

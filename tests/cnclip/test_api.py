@@ -162,6 +162,26 @@ def test_a_run_is_loaded_by_its_folder_and_its_toml(
         cnclip.run("old_run/run.toml", stage1__epochs="many")
 
 
+@pytest.mark.parametrize("through_stdin", [True, False])
+def test_a_script_without_a_main_guard_runs_once(tmp_path: Path, through_stdin: bool) -> None:
+    program = """
+import cnclip
+print("started")
+small = {"num_clean": 30, "num_evaluation": 12, "dirt": 0.02}
+print(cnclip.run("demo", last="filter_text", corpus=small))
+"""
+    (tmp_path / "program.py").write_text(program)
+    done = subprocess.run(
+        [sys.executable, "-" if through_stdin else "program.py"],
+        input=program if through_stdin else None,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "started\nFinishedRun(recipe='demo', folder='runs/demo', num_run=2)\n"
+
+
 def test_overrides_are_those_of_the_command_line() -> None:
     from cnclip.runs import _as_set
     from pipeline.core.config import apply_overrides
