@@ -31,7 +31,7 @@ from data_prep.formats.tar import TarWriter
 from data_prep.sources.local_server import SITE_VARIABLE
 from pipeline.core import store
 from pipeline.core.config import NOT_IN_DIGEST
-from pipeline.core.processes import dies_with_us, say
+from pipeline.core.processes import dies_with_us, import_environment, say
 from pipeline.core.records import InputError
 from pipeline.core.shard_format import MAX_IMAGE_PIXELS
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
@@ -247,6 +247,7 @@ def _downloader(
     (raw / "options.json").write_text(json.dumps(options), encoding="utf-8")
     environment = {
         **os.environ,
+        **import_environment(),
         "NO_ALBUMENTATIONS_UPDATE": "1",  # its import looks for updates otherwise
         "TQDM_DISABLE": "1",  # no bars in the log
         ALLOWED_VARIABLE: " ".join(config.allowed_networks),

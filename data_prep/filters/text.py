@@ -110,9 +110,10 @@ def run(config: FilterTextConfig, context: Context, task: Task, progress: Progre
         frame = frame.slice(asked.first, asked.count)
     with naming_damage(path):
         groups = by_exemptions(frame, source)
+    urls = [url for file in evaluation_urls(context) for url in store.read_text(file.path).splitlines()]
     judged, rules = list[pl.LazyFrame](), dict[str, TextRule]()
     for exempt, part in groups:
-        of_group = rules_for(config, exempt, context, has_scores)
+        of_group = rules_for(config, exempt, urls, has_scores)
         judged.append(prepared(part, config, exempt).with_columns(reason=text_rules.first_reason(of_group)))
         rules |= {rule.name: rule for rule in of_group}
     with naming_damage(path):
@@ -170,10 +171,17 @@ def prepared(frame: pl.LazyFrame, config: FilterTextConfig, exempt: Sequence[str
     Keys are made of what came in, so that a caption can be asked for as its source has it.
     """
     normalise = config.normalise_duplicates and text_rules.NORMALISED_DUPLICATES_RULE not in exempt
-    caption = text_rules.visible(pl.col("caption"))
+    return with_key(frame, normalise=normalise).with_columns(
+        caption=judged_caption(pl.col("caption"), config, exempt)
+    )
+
+
+def judged_caption(caption: pl.Expr, config: FilterTextConfig, exempt: Sequence[str] = ()) -> pl.Expr:
+    """Return a caption as the rules see it and as it is kept, save outer white space."""
+    visible = text_rules.visible(caption)
     if config.traditional == "convert" and text_rules.TRADITIONAL_RULE not in exempt:
-        caption = chinese_script.simplified(caption)
-    return with_key(frame, normalise=normalise).with_columns(caption=caption)
+        return chinese_script.simplified(visible)
+    return visible
 
 
 def _length(rows: pl.DataFrame) -> pl.Series:
@@ -198,9 +206,12 @@ def _refuse_mixed_scores(corpus: Manifest) -> None:
 
 
 def rules_for(
-    config: FilterTextConfig, exempt_from: tuple[str, ...], context: Context, has_scores: bool
+    config: FilterTextConfig, exempt_from: tuple[str, ...], evaluation_urls: Sequence[str], has_scores: bool
 ) -> list[TextRule]:
-    """The rules of one source in the order they are asked; the first that drops a row names the reason."""
+    """Return the rules of one source in the order they are asked; the first that drops a row is the reason.
+
+    `evaluation_urls` are addresses of evaluation images, which stay out of training.
+    """
     lists = {f"{text_rules.BLACKLIST_RULE}:{theme}" for theme in config.blacklists}
     known_rules = (*text_rules.SWITCHABLE_RULES, *SWITCHABLE_IMAGE_RULES, *sorted(lists))
     # A list that another run uses is no mistake.
@@ -209,9 +220,8 @@ def rules_for(
         known = ", ".join(known_rules)
         raise ConfigError(f"corpus: exempt_from: no rule {unknown[0]!r}; known: {known}")
     rules = [text_rules.caption_present(), text_rules.url_valid()]
-    urls = [url for file in evaluation_urls(context) for url in store.read_text(file.path).splitlines()]
-    if urls:
-        rules.append(text_rules.not_an_evaluation_url(urls))
+    if evaluation_urls:
+        rules.append(text_rules.not_an_evaluation_url(evaluation_urls))
     rules.append(text_rules.language_is(config.language))
     if has_scores:
         rules.append(text_rules.score_at_least(config.min_score))

@@ -41,6 +41,7 @@ NSFW = DropReason("nsfw")
 WATERMARK = DropReason("watermark")
 TRADITIONAL = DropReason("traditional")
 
+URL_RULE = "url_valid"
 CHARACTERS_RULE = "characters"
 SCORE_RULE = "score"
 LANGUAGE_RULE = "language"
@@ -87,7 +88,7 @@ def caption_present() -> TextRule:
 def url_valid() -> TextRule:
     """Only http and https addresses with a host can be downloaded."""
     valid = pl.col("url").str.contains(r"^(?i)https?://[^/\s?#]+")
-    return TextRule("url_valid", 1, _drop(~valid.fill_null(False), URL_INVALID))
+    return TextRule(URL_RULE, 1, _drop(~valid.fill_null(False), URL_INVALID))
 
 
 def not_an_evaluation_url(urls: Sequence[str]) -> TextRule:

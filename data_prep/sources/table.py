@@ -83,7 +83,7 @@ class TableSource:
 
 
 # Names in use, in lower case: LAION-5B metadata, its derivatives, img2dataset output, Wukong.
-_KNOWN_COLUMNS = {
+KNOWN_COLUMNS = {
     "url_column": ("url",),
     "caption_column": ("caption", "text"),
     "language_column": ("language",),
@@ -130,8 +130,8 @@ def scan(path: str, source: TableSource) -> pl.LazyFrame:
     with naming_damage(path):
         found = frame.collect_schema().names()
     columns = resolve(path, source, found)
-    width = _first(found, _WIDTH_COLUMNS)
-    height = _first(found, _HEIGHT_COLUMNS)
+    width = first_column(found, _WIDTH_COLUMNS)
+    height = first_column(found, _HEIGHT_COLUMNS)
 
     def column(role: str, dtype: pl.DataType | type[pl.DataType]) -> pl.Expr:
         name = columns[role]
@@ -162,7 +162,7 @@ def resolve(path: str, source: TableSource, found: list[str]) -> dict[str, str |
     """Role → column of a file of this source; InputError lists the columns found where one is missing."""
     columns = {
         role: _resolve(path, source, role, names, found, required=role in _REQUIRED)
-        for role, names in _KNOWN_COLUMNS.items()
+        for role, names in KNOWN_COLUMNS.items()
     }
     for name in source.carry_columns:
         if is_pattern(name):
@@ -195,14 +195,14 @@ def encoder_pairs(path: str, source: TableSource) -> list[str]:
 def needed_columns(path: str, source: TableSource, found: list[str]) -> list[str]:
     """The columns of a file that `scan` reads, in the file's order."""
     used = {name for name in resolve(path, source, found).values() if name is not None}
-    used |= {name for names in (_WIDTH_COLUMNS, _HEIGHT_COLUMNS) if (name := _first(found, names))}
+    used |= {name for names in (_WIDTH_COLUMNS, _HEIGHT_COLUMNS) if (name := first_column(found, names))}
     used |= set(source.carry_columns)
     if source.image_id_column:
         used.add(source.image_id_column)
     return [name for name in found if name in used]
 
 
-def _first(found: Sequence[str], known: Sequence[str]) -> str | None:
+def first_column(found: Sequence[str], known: Sequence[str]) -> str | None:
     """The first of the known names (in lower case) that a file has, whatever its case."""
     for name in known:
         for candidate in found:
@@ -274,7 +274,7 @@ def _resolve(
         raise InputError(
             f"{path}: no column {named!r} ({role} of source {source.name}); found {', '.join(found)}"
         )
-    if name := _first(found, known):
+    if name := first_column(found, known):
         return name
     if required:
         raise InputError(

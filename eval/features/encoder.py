@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from training.encoder import Encoder as TextAndImageEncoder
 
 BATCH_SIZE = 64  # images that are decoded and encoded at once
+_RESOLVED = "run.resolved.toml"  # in a run's folder
 _STAGES = ("stage1", "stage2", "finetune")  # that end in a model, in order
 
 
@@ -151,12 +152,17 @@ def _read(image: EncodedImage) -> bytes | BadImageError:
 def find_checkpoint(
     target: str, vocabulary: str | None, context_length: int | None, overrides: Sequence[str] = ()
 ) -> ModelSource:
-    """What `target` names: a run's TOML (or shipped recipe), whose last trained stage is taken, or weights.
+    """What `target` names: a run's TOML, folder or shipped recipe, or weights.
+
+    Of a run its last trained stage is taken.
 
     `overrides` are `--set` items for a run's file. Vocabulary and context length are those that the run was
     last resolved to. Raises InputError where a run has not trained yet, ConfigError for overrides of weights.
     """
     is_recipe = os.path.basename(target) == target and "." not in target and not os.path.exists(target)
+    resolved_here = store.join(target, _RESOLVED)
+    if os.path.isfile(resolved_here):  # a run's folder
+        target = resolved_here
     is_run = target.endswith(".toml") or is_recipe
     if not is_run:
         if overrides:
@@ -166,7 +172,7 @@ def find_checkpoint(
     table = read_run(path, overrides)
     try:
         folder = str(table["run"]["folder"])
-        resolved = store.join(folder, "run.resolved.toml")
+        resolved = store.join(folder, _RESOLVED)
         if os.path.isfile(resolved):
             table = read_run(resolved, overrides)
         model = table["model"]

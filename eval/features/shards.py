@@ -31,7 +31,7 @@ from pipeline.core import store
 from pipeline.core.config import digest
 from pipeline.core.files.lock import one_at_a_time
 from pipeline.core.files.written import check_parquet, naming, write_npy
-from pipeline.core.processes import die_with_parent, say
+from pipeline.core.processes import die_with_parent, say, spawning
 from pipeline.core.records import ConfigError, InputError
 from pipeline.core.shard_format import SIDECAR, TAR, ByteRanges, read_sidecar_frame
 from pipeline.core.stage import Progress
@@ -76,8 +76,9 @@ def embed_shards(job: ShardJob, *, redo: bool = False, progress: Progress | None
         context.Process(target=_other_rank, args=(job, rank, os.getpid()), name=f"rank {rank}")
         for rank in range(1, min(job.num_ranks, len(stems)))
     ]
-    for process in others:
-        process.start()
+    with spawning():
+        for process in others:
+            process.start()
     try:
         _embed_rank(job, encoder, stems, 0, progress)
         for process in others:

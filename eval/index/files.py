@@ -18,6 +18,7 @@ from typing import Any
 
 from eval.index.structure import check_structure, why_not_inner_product
 from pipeline.core import store
+from pipeline.core.processes import import_environment
 from pipeline.core.records import InputError
 
 MAP_BYTES = 64 << 20  # smaller files are read whole: that takes milliseconds
@@ -158,13 +159,10 @@ def _load(path: str, name: str, *, mapped: bool) -> Any:
 
 def _try_in_another_process(path: str, num_bytes: int) -> None:
     """Raise ValueError if a file cannot be mapped and searched, or ends the process that tries."""
-    root = str(Path(__file__).parents[2])
-    found = os.environ.get("PYTHONPATH")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, found] if found else [root])}
     try:
         done = subprocess.run(
             [sys.executable, "-m", "eval.index.probe", os.path.abspath(path)],
-            env=environment,
+            env={**os.environ, **import_environment()},
             capture_output=True,
             text=True,
             errors="replace",

@@ -7,6 +7,7 @@ import gc
 import os
 import signal
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn, TextIO
@@ -41,6 +42,37 @@ def die_with_parent(parent: int | None = None, with_signal: int = signal.SIGKILL
 def dies_with_us(with_signal: int = signal.SIGKILL) -> Callable[[], None]:
     """Return a `preexec_fn` for `subprocess`: the program ends when this process ends, from its start on."""
     return functools.partial(die_with_parent, os.getpid(), with_signal)
+
+
+def import_environment() -> dict[str, str]:
+    """Return what makes a child `python -m` import this project's packages, wherever it is started.
+
+    Python puts the working directory first on its path: a folder `training/` or `eval/` there would hide
+    ours. In a clone that is not installed, the working directory may be where ours are found at all.
+    """
+    root = str(Path(__file__).parents[2])
+    settings = {"PYTHONSAFEPATH": "1"}
+    if root not in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
+        before = os.environ.get("PYTHONPATH")
+        settings["PYTHONPATH"] = os.pathsep.join([root, before] if before else [root])
+    return settings
+
+
+@contextlib.contextmanager
+def spawning() -> Iterator[None]:
+    """While processes are spawned: they do not import the main program again, since our work is not in it.
+
+    It is the user's when a run is started from Python. A script without `if __name__ == "__main__"` would run
+    again in every worker, and one that is read from standard input cannot be imported at all.
+    """
+    main = sys.modules["__main__"]
+    hidden = {name: vars(main).pop(name) for name in ("__file__", "__spec__") if name in vars(main)}
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        del main.__spec__
+        vars(main).update(hidden)
 
 
 def die_with_run() -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from pipeline.core.files import durability
-from pipeline.core.processes import die_with_parent
+from pipeline.core.processes import die_with_parent, spawning
 from pipeline.core.records import InputError, Receipt
 from pipeline.core.run import receipts_that_count
 from pipeline.core.stage import Context, Progress, Stage, Task, make_receipt
@@ -98,7 +98,8 @@ def _run_in_processes(
     with concurrent.futures.ProcessPoolExecutor(
         min(processes, len(tasks)), mp_context=spawn, initializer=die_with_parent, initargs=(os.getpid(),)
     ) as pool:
-        futures = [pool.submit(_run_task, stage, context, task, _silent) for task in tasks]
+        with spawning():
+            futures = [pool.submit(_run_task, stage, context, task, _silent) for task in tasks]
         try:
             for future in concurrent.futures.as_completed(futures):
                 yield future.result()

@@ -110,7 +110,7 @@ def script(job: Job, launch: LaunchConfig, folder: str, arguments: Sequence[str]
     options += launch.options
     chosen = ["--stage", job.name] if job.train else ["--from", job.stages[0], "--to", job.stages[-1]]
     srun = ["--set", "launch.launcher=srun"] if job.train else []
-    command = [sys.executable, "-m", "pipeline", "run", *arguments, *chosen, *srun]
+    command = [sys.executable, "-m", "cnclip", "run", *arguments, *chosen, *srun]
     cpus = ["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"] if job.train else []
     lines = [
         "#!/bin/bash",

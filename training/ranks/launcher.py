@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import psutil
 
-from pipeline.core.processes import RUN_VARIABLE, STOP_SIGNALS, dies_with_us
+from pipeline.core.processes import RUN_VARIABLE, STOP_SIGNALS, dies_with_us, import_environment
 from pipeline.core.records import Stopped
 from pipeline.core.stage import Progress
 from pipeline.core.terminal import one_line, visible
@@ -86,6 +86,7 @@ def launcher_environment(
         "PATH": os.pathsep.join([scripts, environment.get("PATH", "")]),
         "OMP_NUM_THREADS": str(threads_per_rank),
         "TOKENIZERS_PARALLELISM": "false",
+        **import_environment(),
     }
     if shutil.which("nvidia-smi") is None and "DS_ACCELERATOR" not in environment:
         settings["DS_ACCELERATOR"] = "cpu"

@@ -10,7 +10,6 @@ from data_prep.filters.text import FilterTextConfig, rules_for
 from data_prep.rules import text as text_rules
 from data_prep.rules.text import TextRule
 from pipeline.core.records import ConfigError, Manifest
-from pipeline.core.stage import Context
 
 SCHEMA = {"url": pl.String, "caption": pl.String, "language": pl.String, "score": pl.Float32}
 GOOD = {"url": "http://a.cn/1.jpg", "caption": "一只黑色的猫", "language": "zh", "score": 0.3}
@@ -159,11 +158,10 @@ def test_evaluation_urls() -> None:
 
 
 EMPTY = Manifest("corpus", 1, "", "", {}, (), 0, 0, {})
-CONTEXT = Context("run", "filter_text", 0, {"corpus": EMPTY})
 
 
 def test_the_first_rule_in_order_names_the_reason() -> None:
-    rules = rules_for(FilterTextConfig(), (), CONTEXT, has_scores=True)
+    rules = rules_for(FilterTextConfig(), (), (), has_scores=True)
     assert [rule.name for rule in rules] == [
         "caption_present", "url_valid", "language", "score", "characters", "blacklist",
     ]  # fmt: skip
@@ -185,7 +183,7 @@ def test_the_first_rule_in_order_names_the_reason() -> None:
 
 def test_rules_that_are_off() -> None:
     def names(config: FilterTextConfig, exempt: tuple[str, ...] = (), has_scores: bool = True) -> set[str]:
-        return {rule.name for rule in rules_for(config, exempt, CONTEXT, has_scores)}
+        return {rule.name for rule in rules_for(config, exempt, (), has_scores)}
 
     everything = names(FilterTextConfig())
     assert names(FilterTextConfig(), has_scores=False) == everything - {"score"}

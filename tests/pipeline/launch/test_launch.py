@@ -67,7 +67,7 @@ def test_one_job_a_training_stage_each_after_the_one_before(
         "--exclusive",
     } <= options
     assert "module load cuda" in lines
-    (command,) = [line for line in lines if " -m pipeline run " in line]
+    (command,) = [line for line in lines if " -m cnclip run " in line]
     assert command.endswith("--set stage1.epochs=3 --stage stage1 --set launch.launcher=srun &")
     assert f"'{path}'" in command  # quoted: the path has a space
     data = (folder / "prepare.sbatch").read_text()

@@ -1,0 +1,9 @@
+"""`python -m cnclip` and the command `cnclip`: the same command line."""
+
+import sys
+
+import cnclip  # noqa: F401 - first: it says where the packages below are found
+from pipeline.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

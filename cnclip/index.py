@@ -1,0 +1,113 @@
+"""`cnclip.Index`: a FAISS index over features, larger than memory if need be."""
+
+import os
+
+import numpy as np
+
+from pipeline.core import store
+from pipeline.core.arrays import Float32Array, Int64Array
+
+VECTORS = "vectors.npy"
+
+
+class Index:
+    """A folder that `cnclip index` or `Index.build` wrote. Rows are numbered in the order of the features."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        """Open an index and compare its files with what was written.
+
+        Raises:
+            InputError: if the folder holds no complete index, or one that is damaged.
+        """
+        from eval.index.partitioned import PartedIndex
+
+        self._index = PartedIndex.open(os.fspath(folder))
+
+    @classmethod
+    def build(
+        cls,
+        vectors: "Float32Array | str",
+        folder: str | os.PathLike[str],
+        *,
+        factory: str | None = None,
+        memory_gib: float = 4.0,
+        recall: float = 0.95,
+        rows_per_part: int = 500_000,
+        redo: bool = False,
+    ) -> "Index":
+        """Build an index of unit-norm vectors, or continue an interrupted build.
+
+        Args:
+            vectors: an array [N, D], which is kept in the folder as vectors.npy; or what `cnclip index`
+                takes: a .npy file, a folder of them, or clip-retrieval's folder.
+            folder: where the index goes.
+            factory: FAISS's factory string; unset, one that suits the size, `memory_gib` and `recall`.
+            memory_gib: for the whole index, in GiB.
+            recall: wanted against exact search, 0 to 1.
+            rows_per_part: rows of one FAISS file.
+            redo: replace an index of other vectors or settings.
+
+        Raises:
+            InputError, ConfigError: for vectors that are not unit-norm, a factory that FAISS refuses, or a
+                folder that holds another index.
+        """
+        from eval.index.benchmark import suggest
+        from eval.index.embeddings import Embeddings
+        from eval.index.partitioned import build_parts
+
+        place = os.fspath(folder)
+        source = vectors if isinstance(vectors, str) else _keep(vectors, place)
+        embeddings = Embeddings.open(source)
+        chosen = factory or suggest(embeddings.num_rows, embeddings.dim, memory_gib * 2**30, recall)
+        build_parts(
+            embeddings,
+            place,
+            factory=chosen,
+            rows_per_part=rows_per_part,
+            train_rows=262_144,
+            redo=redo,
+        )
+        return cls(place)
+
+    def __len__(self) -> int:
+        return self._index.num_rows
+
+    def __repr__(self) -> str:
+        rows = f"{len(self):,} rows of width {self.dim}"
+        return f"cnclip.Index({self._index.folder!r}, {self.factory}, {rows})"
+
+    @property
+    def dim(self) -> int:
+        """Width D of the vectors."""
+        return self._index.dim
+
+    @property
+    def factory(self) -> str:
+        """FAISS's factory string."""
+        return self._index.factory
+
+    def search(
+        self, vectors: Float32Array, k: int = 10, *, parameters: str = ""
+    ) -> tuple[Float32Array, Int64Array]:
+        """Return the k best rows of each query: (score_QK, row_QK), best first, equal scores by lower row.
+
+        Args:
+            vectors: queries [Q, D] or one query [D], unit-norm; of one query k scores and rows come back.
+            k: neighbours of each query.
+            parameters: FAISS's string, such as "nprobe=16".
+
+        Rows that were not found are -1 with a score of -inf.
+
+        Raises:
+            InputError: for queries of another width, or for k above the number of rows.
+        """
+        query = np.asarray(vectors, dtype=np.float32)
+        score_QK, row_QK = self._index.search(np.atleast_2d(query), k, parameters=parameters)
+        return (score_QK[0], row_QK[0]) if query.ndim == 1 else (score_QK, row_QK)
+
+
+def _keep(vectors: Float32Array, folder: str) -> str:
+    path = store.join(folder, VECTORS)
+    with store.publish(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, np.ascontiguousarray(vectors, dtype=np.float32), allow_pickle=False)
+    return path
