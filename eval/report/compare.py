@@ -60,9 +60,8 @@ def write_comparison(run_a: Run, run_b: Run, path: str) -> None:
         InputError: if one of them has not begun, or a file of a finished stage is missing or damaged.
     """
     settings = differing_settings(run_a, run_b)
-    store.write_text(
-        path, render_comparison(read_run(run_a), read_run(run_b), labels(run_a, run_b), settings)
-    )
+    a, b = (read_run(run, with_images=False) for run in (run_a, run_b))
+    store.write_text(path, render_comparison(a, b, labels(run_a, run_b), settings))
 
 
 def labels(run_a: Run, run_b: Run) -> tuple[str, str]:
