@@ -1,5 +1,6 @@
 """Collect what the report shows from the stages of a run that are there: all of them, or those so far."""
 
+import dataclasses
 import json
 from collections.abc import Collection
 from typing import TYPE_CHECKING
@@ -36,21 +37,24 @@ if TYPE_CHECKING:
 _COUNTED = {"corpus", "filter_text", "dedup", "download", "filter_image", "shards"}
 
 
-def collect(config: ReportConfig, context: Context, finished: Collection[str] | None = None) -> ReportData:
+def collect(
+    config: ReportConfig,
+    context: Context,
+    finished: Collection[str] | None = None,
+    *,
+    with_images: bool = True,
+) -> ReportData:
     """Return what the page shows of the stages in `context.parents`.
 
-    `finished` names those that are complete (default: all); the others have the receipts so far.
+    `finished` names those that are complete (default: all); the others have the receipts so far. Without
+    images, examples of rows and answers are left out, and the paper's tables, which read features.
     """
     manifests = context.parents
     finished = manifests if finished is None else finished
     final, evaluations = _scores(config, context)
     training, recall = _curves(config, context)
-    with RowLookup(context) as lookup:
-        copies = copies_of_rules(context, lookup)
-        dropped = dropped_by_rules(context, lookup)
     pairs = manifests.get("shards")
-    has_model = {config.score.stages[-1], "shards"} <= {*finished}
-    return ReportData(
+    data = ReportData(
         model=config.model,
         training_stages=config.training_stages,
         facts={
@@ -73,21 +77,37 @@ def collect(config: ReportConfig, context: Context, finished: Collection[str] | 
         funnel=_funnel(config, context),
         training=training,
         recall=recall,
-        galleries=_galleries(context, final) if "retrieval" in finished else (),
-        planted=tuple(
-            PlantedClass(item.name, item.stage, item.fate, item.planted, item.counted)
-            for item in (count_planted(context) if {*finished} >= _COUNTED else ())
-        ),
-        comparisons=comparisons(config, context) if "embed" in finished else (),
+        galleries=(),
+        planted=(),
         histograms=tuple(
             Histogram(name, step, histograms.EDGES[name], counts["kept"], counts["dropped"])
             for step in STEPS
             if step in manifests
             for name, counts in histograms.of_stage(manifests[step].extra.values()).items()
         ),
-        copies=copies,
         notes=tuple(note for step in STEPS if step in manifests for note in threshold_notes(manifests[step])),
-        samples=wall_of_samples(context) if pairs else (),
+    )
+    return _with_images(data, config, context, finished) if with_images else data
+
+
+def _with_images(
+    data: ReportData, config: ReportConfig, context: Context, finished: Collection[str]
+) -> ReportData:
+    """Add what is read from tables, images and features: a bounded part of each."""
+    with RowLookup(context) as lookup:
+        copies = copies_of_rules(context, lookup)
+        dropped = dropped_by_rules(context, lookup)
+    has_model = {*finished} >= {config.score.stages[-1], "shards"}
+    planted = count_planted(context) if {*finished} >= _COUNTED else ()
+    return dataclasses.replace(
+        data,
+        galleries=_galleries(context, data.final_stage) if "retrieval" in finished else (),
+        planted=tuple(
+            PlantedClass(item.name, item.stage, item.fate, item.planted, item.counted) for item in planted
+        ),
+        comparisons=comparisons(config, context) if "embed" in finished else (),
+        copies=copies,
+        samples=wall_of_samples(context) if "shards" in context.parents else (),
         dropped=dropped,
         corpus_map=corpus_map(context, config.score) if has_model else None,
     )
