@@ -155,7 +155,8 @@ def settings_of(run: Run) -> Mapping[str, object]:
     """Return the settings of a run's stages: `stage.field` → value."""
     found: dict[str, object] = {"seed": run.seed}
     for stage in run.stages:
-        if stage.name != "report" and dataclasses.is_dataclass(stage.config):
+        # `lock` has the settings of the stages before it once more.
+        if stage.name not in ("lock", "report") and dataclasses.is_dataclass(stage.config):
             found |= dict(_leaves(dataclasses.asdict(stage.config), stage.name))  # type: ignore[arg-type]
     return found
 
