@@ -3,9 +3,23 @@
 const key = "cnclip-language";
 const root = document.documentElement;
 
+// The stage's own page must not hold the run's name, or equal runs would differ: its address says it.
+function nameOfRun() {
+  const place = /\/([^/]+)\/report\/report\.html$/.exec(location.pathname);
+  if (!place || !("unnamed" in root.dataset)) return null;
+  try {
+    return decodeURIComponent(place[1]);
+  } catch {
+    return place[1];
+  }
+}
+
 function show(language) {
+  const name = nameOfRun();
+  const heading = document.querySelector("h1");
+  if (name && heading) heading.textContent = name;
   root.lang = language === "zh" ? "zh-CN" : "en";
-  document.title = root.dataset[language === "zh" ? "titleZh" : "titleEn"];
+  document.title = name ?? root.dataset[language === "zh" ? "titleZh" : "titleEn"];
   for (const button of document.querySelectorAll("[data-language]")) {
     button.setAttribute("aria-pressed", String(button.dataset.language === language));
   }

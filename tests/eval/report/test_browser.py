@@ -120,3 +120,16 @@ def test_nothing_reaches_beyond_the_window(tmp_path: Path, width: int) -> None:
             " track.firstElementChild.getBoundingClientRect().width / track.clientWidth)"
         )
         assert widths[3] == pytest.approx(0.24, abs=0.002)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_the_page_in_a_run_is_headed_by_the_folder_of_the_run(tmp_path: Path) -> None:
+    page = tmp_path / "<b>我的 run" / "report" / "report.html"
+    page.parent.mkdir(parents=True)
+    page.write_text(render_html(make_data()), encoding="utf-8")
+    with Chromium() as browser:
+        browser.send("Page.enable")
+        browser.send("Page.navigate", url=page.as_uri())
+        browser.wait("document.readyState === 'complete' && document.querySelector('#scores') !== null")
+        assert browser.evaluate("document.querySelector('h1').textContent") == "<b>我的 run"
+        assert browser.evaluate("document.title") == "<b>我的 run"
