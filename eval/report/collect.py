@@ -2,8 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Collection
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, TypeVar
 
 from data_prep.accounting import histograms
 from data_prep.accounting.funnel import STEPS, by_source, count_planted, threshold_notes
@@ -27,12 +27,16 @@ from eval.report.sources import make_gallery, read_training_metrics
 from eval.stages import ReportConfig, RetrievalFacts, folder_of
 from pipeline.core import store
 from pipeline.core.evaluation_sets import evaluations_of
+from pipeline.core.records import InputError
 from pipeline.core.stage import Context
 
 if TYPE_CHECKING:
     from eval.metrics.recall import RetrievalScores
     from eval.paper.comparison import Comparison
 
+Part = TypeVar("Part")
+
+MAX_GALLERIES = 6  # evaluation sets with examples
 # What the fate of planted rows is read from.
 _COUNTED = {"corpus", "filter_text", "dedup", "download", "filter_image", "shards"}
 
@@ -43,11 +47,16 @@ def collect(
     finished: Collection[str] | None = None,
     *,
     with_images: bool = True,
+    lenient: bool = False,
 ) -> ReportData:
     """Return what the page shows of the stages in `context.parents`.
 
     `finished` names those that are complete (default: all); the others have the receipts so far. Without
-    images, examples of rows and answers are left out, and the paper's tables, which read features.
+    images, examples of rows and answers are left out, and the paper's tables, which read features. A
+    `lenient` page leaves out a part whose files are gone, and says so.
+
+    Raises:
+        InputError: if a file is missing or damaged, unless `lenient`.
     """
     manifests = context.parents
     finished = manifests if finished is None else finished
@@ -87,30 +96,45 @@ def collect(
         ),
         notes=tuple(note for step in STEPS if step in manifests for note in threshold_notes(manifests[step])),
     )
-    return _with_images(data, config, context, finished) if with_images else data
+    return _with_images(data, config, context, finished, lenient) if with_images else data
 
 
 def _with_images(
-    data: ReportData, config: ReportConfig, context: Context, finished: Collection[str]
+    data: ReportData, config: ReportConfig, context: Context, finished: Collection[str], lenient: bool
 ) -> ReportData:
     """Add what is read from tables, images and features: a bounded part of each."""
+    missing: list[str] = []
+
+    def attempt(part: Callable[[], Part]) -> Part | None:
+        try:
+            return part()
+        except InputError as error:
+            if not lenient:
+                raise
+            missing.append(str(error))
+            return None
+
+    # While a run goes on, it needs its accelerator: the model is loaded when the run has done with it.
+    has_model = {*finished} >= {config.score.stages[-1], "shards", "retrieval"}
     with RowLookup(context) as lookup:
-        copies = copies_of_rules(context, lookup)
-        dropped = dropped_by_rules(context, lookup)
-    has_model = {*finished} >= {config.score.stages[-1], "shards"}
-    planted = count_planted(context) if {*finished} >= _COUNTED else ()
-    return dataclasses.replace(
+        copies = attempt(lambda: copies_of_rules(context, lookup)) or ()
+        dropped = attempt(lambda: dropped_by_rules(context, lookup)) or ()
+    planted = attempt(lambda: count_planted(context)) if {*finished} >= _COUNTED else None
+    galleries = attempt(lambda: _galleries(context, data.final_stage)) if "retrieval" in finished else None
+    shown = dataclasses.replace(
         data,
-        galleries=_galleries(context, data.final_stage) if "retrieval" in finished else (),
+        galleries=galleries or (),
         planted=tuple(
-            PlantedClass(item.name, item.stage, item.fate, item.planted, item.counted) for item in planted
+            PlantedClass(item.name, item.stage, item.fate, item.planted, item.counted)
+            for item in planted or ()
         ),
-        comparisons=comparisons(config, context) if "embed" in finished else (),
+        comparisons=(attempt(lambda: comparisons(config, context)) if "embed" in finished else None) or (),
         copies=copies,
-        samples=wall_of_samples(context) if "shards" in context.parents else (),
+        samples=(attempt(lambda: wall_of_samples(context)) if "shards" in context.parents else None) or (),
         dropped=dropped,
-        corpus_map=corpus_map(context, config.score) if has_model else None,
+        corpus_map=attempt(lambda: corpus_map(context, config.score)) if has_model else None,
     )
+    return dataclasses.replace(shown, missing=tuple(dict.fromkeys(missing)))
 
 
 def _scores(config: ReportConfig, context: Context) -> "tuple[str, dict[str, RetrievalScores]]":
@@ -144,7 +168,7 @@ def _curves(
 
 def _galleries(context: Context, final: str) -> tuple[ExampleGallery, ...]:
     galleries = []
-    for item in evaluations_of(context):
+    for item in list(evaluations_of(context))[:MAX_GALLERIES]:
         folder = folder_of(item.name, final)
         texts, images = (
             context.path_in("retrieval", folder, f"{item.name}.{kind}")

@@ -268,6 +268,9 @@ class ReportData:
     samples: tuple[Example, ...] = ()
     dropped: tuple[DroppedByRule, ...] = ()
     corpus_map: CorpusMap | None = None
+    missing: tuple[
+        str, ...
+    ] = ()  # why parts of the page are left out: a file that was moved or removed since
     live: Live | None = None
 
     def rows_of(self, stage: str) -> StageFacts | None:

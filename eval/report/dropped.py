@@ -20,6 +20,7 @@ from eval.report.data import DroppedByRule, Example
 from eval.report.lookup import RowLookup
 from eval.report.samples import shortened
 from eval.report.sources import spread
+from pipeline.core.records import InputError
 from pipeline.core.stage import Context
 
 EXAMPLES = 6  # of a reason
@@ -107,7 +108,7 @@ def _rows_of_captions(context: Context) -> dict[str, list[dict[str, Any]]]:
                 some = _some_of_each(keyed)
                 if some.height:
                     break
-        except (OSError, pl.exceptions.ComputeError):  # a table outside the run was moved since
+        except (InputError, OSError, pl.exceptions.ComputeError):  # a table outside the run was moved since
             continue
         for row in some.iter_rows(named=True):
             if len(of_reason := found.setdefault(row["reason"], [])) < EXAMPLES:

@@ -21,7 +21,6 @@ from pipeline.core.records import InputError, Manifest
 from pipeline.core.run import (
     Run,
     StageStatus,
-    State,
     make_context,
     read_manifest,
     receipts_that_count,
@@ -75,7 +74,11 @@ def read_run(run: Run, *, refresh_seconds: int | None = None, with_images: bool 
     config = run.stage("report").config
     assert isinstance(config, ReportConfig)
     data = collect(
-        config, Context(run.folder, "report", run.seed, manifests), finished, with_images=with_images
+        config,
+        Context(run.folder, "report", run.seed, manifests),
+        finished,
+        with_images=with_images,
+        lenient=True,
     )
     began, ended = _times(run, config)
     live = Live(
@@ -105,9 +108,7 @@ def _state(run: Run, status: StageStatus) -> StageState:
     for name in store.list_files(folder):
         if name.endswith(".json") and (receipt := receipt_at(store.join(folder, name))):
             seconds += receipt.seconds
-    # A finished stage whose settings were changed since is shown as what it is: stale.
-    state = State.DONE if status.state is State.TO_DO and status.manifest else status.state
-    return StageState(state.value, status.tasks_done, status.num_tasks, seconds)
+    return StageState(status.state.value, status.tasks_done, status.num_tasks, seconds)
 
 
 def _times(run: Run, config: ReportConfig) -> tuple[float | None, float | None]:

@@ -1,8 +1,11 @@
 """`cnclip report`: finished and unfinished runs, their samples and drops, and the comparison of two."""
 
+import dataclasses
 import json
 import re
+import shutil
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +16,14 @@ from eval.report import lookup as lookup_module
 from eval.report import samples as samples_module
 from eval.report.compare import count_pairs, differing_settings, score_pairs
 from eval.report.data import ReportData
+from eval.report.page import render_html
 from eval.report.run_page import read_run, write_run_page
 from eval.report.samples import project
 from pipeline.catalog import load
 from pipeline.cli import main
 from pipeline.core.records import InputError
+from pipeline.core.run import make_context, read_manifest
+from pipeline.core.stage import Context
 from tests.helpers.report_page import Page
 
 ARCHIVE = Path(__file__).parents[2] / "pipeline" / "data" / "finished_run.tar.xz"
@@ -89,6 +95,46 @@ def test_a_finished_run_has_name_date_samples_and_map(finished: ReportData) -> N
     assert galleries
 
 
+def test_the_stage_writes_equal_bytes_wherever_the_run_lies(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(samples_module, "MAP", 6)
+    written = []
+    for place in (folder, tmp_path / "elsewhere"):
+        if not place.exists():
+            shutil.copytree(folder, place)
+        monkeypatch.chdir(place)
+        run, _ = load(RECIPE)
+        stage = run.stage("report")
+        context = make_context(run, stage)
+        assert context is not None
+        assert stage.run is not None
+        (task,) = stage.plan(stage.config, context)
+        stage.run(stage.config, dataclasses.replace(context, stage="written"), task, lambda *_: None)
+        files = sorted((place / "old_run" / "run" / "written").iterdir())
+        assert [path.name for path in files] == ["headline.txt", "report.html", "report.json"]
+        written.append([path.read_bytes() for path in files])
+    assert written[0] == written[1]
+    assert b"old_run" not in written[0][1]
+    assert len(written[0][1]) < 3_000_000
+
+
+def test_what_was_removed_is_left_out_and_said(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folder, tmp_path / "gone")
+    monkeypatch.chdir(tmp_path / "gone")
+    for path in Path("old_run/run/shards").glob("*.tar"):
+        path.unlink()
+    shutil.rmtree("old_run/run/corpus/evaluation")
+    data = read_run(load(RECIPE)[0])
+    assert (data.samples, data.galleries, data.corpus_map) == ((), (), None)
+    assert any("unseen_imgs.tsv: no such file" in reason for reason in data.missing)
+    assert data.evaluations
+    assert data.dropped
+    assert "Something is left out: " in Page(render_html(data)).said
+
+
 def test_the_map_is_bounded(finished: ReportData) -> None:
     found = finished.corpus_map
     assert found is not None
@@ -124,9 +170,6 @@ def test_of_tables_only_those_of_the_keys_are_read(folder: Path, monkeypatch: py
     read = []
     scan = lookup_module.pl.scan_parquet
     monkeypatch.setattr(lookup_module.pl, "scan_parquet", lambda path: read.append(path) or scan(path))
-    from pipeline.core.run import read_manifest
-    from pipeline.core.stage import Context
-
     manifests = {stage.name: read_manifest(run, stage.name) for stage in run.stages}
     context = Context(run.folder, "report", 0, {name: item for name, item in manifests.items() if item})
     shard = context.shards_of("shards", ".parquet")[0]
@@ -185,6 +228,26 @@ def test_a_training_that_runs_shows_its_curve(begun: Path) -> None:
     assert data.live is not None
     assert (data.live.date, data.live.refresh_seconds) == ("2026-01-02", 5)
     assert data.facts["ended"] == "2026-01-02 05:00 UTC"
+
+
+def test_a_watched_run_is_written_until_it_is_stopped(
+    begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "page.html"
+    slept = []
+
+    def sleep(seconds: float) -> None:
+        assert f'<meta http-equiv="refresh" content="{seconds}">' in path.read_text(encoding="utf-8")
+        path.unlink()
+        slept.append(seconds)
+        if len(slept) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    assert main(["report", str(begun), "--output", str(path), "--watch", "7"]) == 130
+    assert slept == [7, 7]
+    assert "(Ctrl-C stops)" in capsys.readouterr().err
+    assert main(["report", str(begun), "--watch", "0"]) == 2
 
 
 def test_a_run_that_has_not_begun_is_named(
