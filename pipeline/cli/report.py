@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.cli.arguments import EXIT_DONE, add, add_overrides
@@ -88,5 +89,10 @@ def _load(target: str, overrides: list[str]) -> "Run":
 
     resolved = store.join(target, "run.resolved.toml")
     if target.endswith(".toml") or not store.exists(resolved):
+        if Path(target).is_dir():
+            raise ConfigError(
+                f"{target}: holds no run.resolved.toml, which `cnclip run` writes when it ends; give the run's"
+                " TOML file"
+            )
         return load(target, overrides)[0]
     return dataclasses.replace(load(resolved, overrides)[0], folder=target.rstrip("/"))

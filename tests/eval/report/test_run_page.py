@@ -285,6 +285,8 @@ def test_two_runs_are_compared(begun: Path, tmp_path: Path, capsys: pytest.Captu
     assert "filter_text.min_characters 5 1" in said
     assert "too_short caption too short 1 – -1" in said
     assert "No evaluation set was measured in both runs yet." in said
+    assert main(["report", str(begun), str(tmp_path)]) == 2
+    assert f"{tmp_path}: holds no run.resolved.toml" in capsys.readouterr().err
     assert main(["report", str(begun), str(tmp_path / "laxer"), "--watch"]) == 2
     assert "--watch goes with one run" in capsys.readouterr().err
 
