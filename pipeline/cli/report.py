@@ -91,7 +91,7 @@ def _load(target: str, overrides: list[str]) -> "Run":
     if target.endswith(".toml") or not store.exists(resolved):
         if Path(target).is_dir():
             raise ConfigError(
-                f"{target}: holds no run.resolved.toml, which `cnclip run` writes when it ends; give the run's"
+                f"{target}: holds no run.resolved.toml, which `cnclip run` writes at its end; give the run's"
                 " TOML file"
             )
         return load(target, overrides)[0]
