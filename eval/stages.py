@@ -1,6 +1,7 @@
 """The evaluation stages of a run: embed, index, retrieval, baseline."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from eval.metrics.recall import RetrievalScores
@@ -24,6 +25,16 @@ class IndexConfig:
     """`[index]`: how features are searched."""
 
     factory: str = "Flat"  # FAISS factory string; Flat is exact
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportConfig:
+    """What the report shows besides the numbers."""
+
+    score: EvaluationConfig
+    model: str
+    training_stages: tuple[str, ...]  # in order, with stages that are not scored
+    titles: Mapping[str, str]  # stage → what it does
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -106,6 +106,12 @@ def partition_range(number: int, partitions: int) -> tuple[str, str | None]:
     return prefix(number), prefix(number + 1) if number + 1 < partitions else None
 
 
+def partition_of_key(key: str, partitions: int) -> int:
+    """Return the number of the partition that a key belongs to, the inverse of `partition_range`."""
+    prefix = int(key[:_PREFIX_HEX_DIGITS], base=16)
+    return ((prefix + 1) * partitions - 1) // (1 << 4 * _PREFIX_HEX_DIGITS)
+
+
 def stage(config: DedupConfig) -> Stage:
     """Return the stage that removes exact duplicates and shuffles the rows once."""
     return Stage(

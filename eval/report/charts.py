@@ -1,8 +1,8 @@
 """Line charts and histograms as SVG elements for the report's page.
 
-They hold numbers and ASCII labels alone: matplotlib's fonts have no Chinese, so whatever a corpus may name is
-written by the page instead. Colours and font are the variables of the page's style sheet, so that charts
-follow light and dark.
+They hold only numbers and ASCII labels: matplotlib's fonts have no Chinese, and the page is in two
+languages, so titles and axes are named by the page. Colours and font are the variables of the page's style
+sheet, so that charts follow light and dark.
 """
 
 import io
@@ -14,12 +14,13 @@ from typing import Any
 
 # Placeholders that matplotlib takes for colours → variables of the style sheet.
 _INK, _GRID, _SERIES = "#0a0b01", "#0a0b02", ("#0a0b03", "#0a0b04", "#0a0b05")
-_KEPT, _DROPPED = "#0a0b06", "#0a0b07"
+_KEPT, _DROPPED, _OTHER = "#0a0b06", "#0a0b07", "#0a0b08"
 _VARIABLES = {
     _INK: "var(--muted)",
     _GRID: "var(--line)",
     _KEPT: "var(--kept)",
     _DROPPED: "var(--dropped)",
+    _OTHER: "var(--other)",
     **{colour: f"var(--series-{i})" for i, colour in enumerate(_SERIES, start=1)},
 }
 
@@ -35,21 +36,23 @@ class Series:
 
 def line_chart(
     name: str,
-    title: str,
     series: Sequence[Series],
     boundaries: Sequence[tuple[str, int]],
     *,
     top: float | None = None,
+    contrast: bool = False,
 ) -> str:
-    """An SVG element over samples seen, as wide as its container.
+    """Return an SVG element over samples seen, as wide as its container.
 
-    `name` keeps its ids apart from other charts'. `boundaries` are (stage, samples seen at its start), then
-    ("", the end); `top` bounds the y axis, which otherwise fits the data.
+    `name` keeps its ids apart from other charts'; the page gives the id `<name>-title` to what names it.
+    `boundaries` are (stage, samples seen at its start), then ("", the end). The y axis goes from 0 to `top`;
+    without it, it fits the data. With `contrast` colour 2 is of another hue than colour 1.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
+    colours = (*_SERIES[:2], _OTHER) if contrast else _SERIES
     with rc_context(_settings(name)):
         figure = Figure(figsize=(4.0, 2.5), layout="constrained")
         axes = figure.add_subplot()
@@ -59,14 +62,13 @@ def line_chart(
                 continue
             x, y = zip(*line.points, strict=True)
             marker = "o" if len(x) < 40 and line.label else None
-            axes.plot(x, y, color=_SERIES[line.colour], linewidth=1.6, marker=marker, markersize=2.6)
+            axes.plot(x, y, color=colours[line.colour], linewidth=1.6, marker=marker, markersize=2.6)
             if line.label:
                 last_point[line.label] = (x[-1], y[-1])
         end = boundaries[-1][1] or 1
         axes.set_xlim(0, end * (1.16 if last_point else 1.0))
         if top is not None:
-            highest = max(value for line in series for _, value in line.points)
-            axes.set_ylim(0, min(top, max(10.0, highest * 1.2)))
+            axes.set_ylim(0, top)
         for (stage, start), (_, stop) in pairwise(boundaries):
             if start:
                 axes.axvline(start, color=_INK, linewidth=0.8, linestyle=(0, (3, 3)))
@@ -80,18 +82,18 @@ def line_chart(
         axes.tick_params(length=0)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.set_xlabel("samples seen")
         svg = _svg(figure)
-    return _inline_svg(svg, name, title)
+    return _inline_svg(svg, name)
 
 
-def histogram_chart(
-    name: str, title: str, edges: Sequence[float], kept: Sequence[int], dropped: Sequence[int]
-) -> str:
-    """An SVG element: rows a bin, what was dropped on what was kept; empty bins at the ends are left out.
+def histogram_chart(name: str, edges: Sequence[float], kept: Sequence[int], dropped: Sequence[int]) -> str:
+    """Return an SVG element: rows a bin, those dropped on those kept; empty bins at the ends are left out.
 
     Bin 0 is below the first edge, bin i between the edges i - 1 and i, the last from the last edge on. `name`
-    keeps its ids apart from other charts'. ValueError where every bin is empty.
+    is as in `line_chart`.
+
+    Raises:
+        ValueError: if every bin is empty.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -120,9 +122,8 @@ def histogram_chart(
         axes.tick_params(length=0)
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.set_ylabel("rows")
         svg = _svg(figure)
-    return _inline_svg(svg, name, title)
+    return _inline_svg(svg, name)
 
 
 def _settings(name: str) -> Any:
@@ -164,11 +165,13 @@ def _label_lines(axes: Any, last_point: Mapping[str, tuple[float, float]]) -> No
         )
 
 
-def _inline_svg(svg: str, name: str, title: str) -> str:
+def _inline_svg(svg: str, name: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 role="img" aria-label="{title}"', svg, count=1)
+    svg = re.sub(
+        r'(<svg[^>]*?) width="[^"]*"', rf'\1 role="img" aria-labelledby="{name}-title"', svg, count=1
+    )
     svg = re.sub(r'id="([^"]+)"', rf'id="{name}-\1"', svg)  # several charts share a page
     svg = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', svg)
     svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", svg)

@@ -5,20 +5,18 @@ lowest keys, which are digests and so a fair sample. An image that is not at han
 downloads may have been removed since) is left blank; the pair is shown all the same.
 """
 
+import contextlib
 import re
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
 
 import polars as pl
 
 from data_prep.accounting.drop_table import DETAIL
-from data_prep.corpus_facts import kept_tables
 from data_prep.dedup.near_duplicates import DUPLICATE_IMAGE, NEAR_DUPLICATE_IMAGE
-from data_prep.download.stage import partition_of
 from data_prep.rules.image import EVALUATION_IMAGE
-from eval.datasets.cnclip_tsv import RetrievalSet
 from eval.datasets.retrieval_set import read_retrieval_set
 from eval.report.data import CopiesOfRule, CopyImage, CopyPair
+from eval.report.lookup import RowLookup
 from eval.report.sources import small_image
 from pipeline.core.evaluation_sets import EvaluationSet, evaluations_of, shard_stems
 from pipeline.core.files.images import BadImageError
@@ -39,15 +37,8 @@ _RULES = {
 _NAMED = re.compile(r"(?P<set>.+?): (?P<id>.+) \((?P<bits>\d+) bits\)", re.DOTALL)
 
 
-class _Place(NamedTuple):
-    tar: str
-    offset_bytes: int
-    size_bytes: int
-    perceptual_hash: bytes | None = None
-
-
-def copies_of_rules(context: Context) -> tuple[CopiesOfRule, ...]:
-    """Pairs of each rule that dropped copies, with small images."""
+def copies_of_rules(context: Context, lookup: RowLookup) -> tuple[CopiesOfRule, ...]:
+    """Return pairs of each rule that dropped copies, with small images."""
     found = []
     for stage, reasons in _RULES.items():
         if (manifest := context.parents.get(stage)) is None:
@@ -55,15 +46,16 @@ def copies_of_rules(context: Context) -> tuple[CopiesOfRule, ...]:
         for reason in map(str, reasons):
             if total := manifest.dropped.get(reason, 0):
                 drops = _some_drops(context, stage, reason)
-                pairs = (
-                    _of_evaluations(context, drops) if stage == "filter_image" else _of_rows(context, drops)
-                )
+                if stage == "filter_image":
+                    pairs = _of_evaluations(context, drops, lookup)
+                else:
+                    pairs = _of_rows(drops, lookup)
                 found.append(CopiesOfRule(stage, reason, total, tuple(pairs)))
     return tuple(found)
 
 
 def _some_drops(context: Context, stage: str, reason: str) -> pl.DataFrame:
-    """key, detail and table of some drops, farthest first."""
+    """Return key and detail of some drops, farthest first."""
     bits = pl.col(DETAIL).str.extract(r"\((\d+) bits\)$").cast(pl.Int64)
     some = []
     for shard in context.parents[stage].shards:
@@ -73,119 +65,91 @@ def _some_drops(context: Context, stage: str, reason: str) -> pl.DataFrame:
         if DETAIL not in drops.collect_schema():
             continue
         drops = drops.filter(pl.col("reason") == reason).select("key", DETAIL, bits=bits.fill_null(0))
-        some.append(drops.with_columns(table=pl.lit(shard.path)).collect(engine="streaming"))
+        some.append(drops.collect(engine="streaming"))
         some = [pl.concat(some).sort("bits", "key", descending=[True, False]).head(PAIRS)]
-    return some[0] if some else pl.DataFrame(schema={"key": pl.String, DETAIL: pl.String, "table": pl.String})
+    return some[0] if some else pl.DataFrame(schema={"key": pl.String, DETAIL: pl.String})
 
 
-def _of_evaluations(context: Context, drops: pl.DataFrame) -> list[CopyPair]:
-    tables = {
-        partition_of(shard.path): shard.path
-        for shard in context.parents["download"].shards
-        if shard.path.startswith("pictures/") and shard.path.endswith(SIDECAR)
-    }
-    wanted: dict[str, list[str]] = {}
-    for key, table in drops.select("key", "table").iter_rows():
-        if (path := tables.get(partition_of(table))) is not None:
-            wanted.setdefault(path, []).append(key)
-    places = _places(context, "download", wanted)
-    images = _EvaluationImages(evaluations_of(context))
+def _of_evaluations(context: Context, drops: pl.DataFrame, lookup: RowLookup) -> list[CopyPair]:
+    rows = lookup.find("download", drops["key"], ())
+    named = [_NAMED.fullmatch(detail or "") for detail in drops[DETAIL]]
+    images = _EvaluationImages(
+        evaluations_of(context), {(found["set"], found["id"]) for found in named if found}
+    )
     pairs = []
-    for key, detail in drops.select("key", DETAIL).iter_rows():
-        named = _NAMED.fullmatch(detail or "")
-        kept = f"{named['set']}: {named['id']}" if named else detail or "evaluation image"
+    for (key, detail), found in zip(drops.select("key", DETAIL).iter_rows(), named, strict=True):
+        kept = f"{found['set']}: {found['id']}" if found else detail or "evaluation image"
         pairs.append(
             CopyPair(
-                CopyImage(kept, images.small(named["set"], named["id"]) if named else None),
-                CopyImage(key, _small(context, key, places.get(key))),
-                int(named["bits"]) if named else None,
+                CopyImage(kept, images.small(found["set"], found["id"]) if found else None),
+                CopyImage(key, lookup.small(rows.get(key))),
+                int(found["bits"]) if found else None,
             )
         )
     return pairs
 
 
-def _of_rows(context: Context, drops: pl.DataFrame) -> list[CopyPair]:
-    keys = [*drops["key"], *drops[DETAIL].drop_nulls()]
-    wanted = {shard.path: keys for shard in kept_tables(context, "filter_image")}
-    places = _places(context, "filter_image", wanted)
+def _of_rows(drops: pl.DataFrame, lookup: RowLookup) -> list[CopyPair]:
+    rows = lookup.find("filter_image", [*drops["key"], *drops[DETAIL].drop_nulls()], ("perceptual_hash",))
     pairs = []
     for key, kept in drops.select("key", DETAIL).iter_rows():
-        one, other = places.get(kept), places.get(key)
+        one, other = rows.get(kept), rows.get(key)
         bits = None
-        if one and other and one.perceptual_hash and other.perceptual_hash:
-            number = int.from_bytes(one.perceptual_hash) ^ int.from_bytes(other.perceptual_hash)
+        if one and other and one.get("perceptual_hash") and other.get("perceptual_hash"):
+            number = int.from_bytes(one["perceptual_hash"]) ^ int.from_bytes(other["perceptual_hash"])
             bits = number.bit_count()
         pairs.append(
-            CopyPair(
-                CopyImage(kept or "", _small(context, kept, one)),
-                CopyImage(key, _small(context, key, other)),
-                bits,
-            )
+            CopyPair(CopyImage(kept or "", lookup.small(one)), CopyImage(key, lookup.small(other)), bits)
         )
     return sorted(pairs, key=lambda pair: -(pair.bits or 0))
 
 
-def _places(context: Context, stage: str, wanted: dict[str, list[str]]) -> dict[str, _Place]:
-    """Where the images of keys lie in the download's files, by the tables that may have the keys."""
-    found = {}
-    for path, keys in wanted.items():
-        try:
-            table = pl.scan_parquet(context.path_in(stage, path))
-            columns = table.collect_schema().names()
-            tar = pl.lit(path.removesuffix(SIDECAR) + TAR)
-            places = table.filter(pl.col("key").is_in(keys)).select(
-                "key",
-                (pl.col("tar").fill_null(tar) if "tar" in columns else tar).alias("tar"),
-                "offset_bytes",
-                "size_bytes",
-                *(["perceptual_hash"] if "perceptual_hash" in columns else []),
-            )
-            for row in places.collect(engine="streaming").iter_rows(named=True):
-                key = row.pop("key")
-                found[key] = _Place(**row)
-        except (pl.exceptions.PolarsError, OSError):  # the table was removed since: its images stay blank
-            continue
-    return found
-
-
-def _small(context: Context, key: str, place: _Place | None) -> bytes | None:
-    if place is None:
-        return None
-    try:
-        with ByteRanges(context.path_in("download", place.tar)) as images:
-            return small_image(images.read(place.offset_bytes, place.size_bytes, f"{key}.jpg"))
-    except (InputError, BadImageError, OSError):
-        return None
-
-
 class _EvaluationImages:
-    """Small images of evaluation sets by id; a set's files are opened at its first image."""
+    """Small images of evaluation sets by id. Each set's files are read once, for all the ids wanted of it."""
 
-    def __init__(self, evaluations: Sequence[EvaluationSet]) -> None:
+    def __init__(self, evaluations: Sequence[EvaluationSet], wanted: Iterable[tuple[str, str]]) -> None:
         self._folders = {item.name: item.folder for item in evaluations}
-        self._read: dict[str, tuple[RetrievalSet, dict[str, int]]] = {}
+        self._ids: dict[str, list[str]] = {}
+        for name, image_id in wanted:
+            self._ids.setdefault(name, []).append(image_id)
+        self._found: dict[str, dict[str, bytes]] = {}
 
     def small(self, name: str, image_id: str) -> bytes | None:
-        if (folder := self._folders.get(name)) is None:
-            return None
-        try:
-            data = self._of_shards(folder, image_id) or self._of_table(folder, name, image_id)
-            return None if data is None else small_image(data)
-        except (InputError, BadImageError, OSError, ValueError):
-            return None
+        if name not in self._found:
+            folder = self._folders.get(name)
+            try:
+                self._found[name] = {} if folder is None else self._read(folder, name)
+            except (InputError, OSError, ValueError):  # the set was moved since: its images stay blank
+                self._found[name] = {}
+        return self._found[name].get(image_id)
 
-    def _of_shards(self, folder: str, key: str) -> bytes | None:
-        for stem in shard_stems(folder):
+    def _read(self, folder: str, name: str) -> dict[str, bytes]:
+        if stems := shard_stems(folder):
+            return _small_ones(self._of_shards(stems, self._ids[name]))
+        evaluation = read_retrieval_set(folder, name)
+        rows = {str(each): row for row, each in enumerate(evaluation.image_ids.tolist())}
+        known = [image_id for image_id in self._ids[name] if image_id in rows]
+        return _small_ones(
+            zip(known, evaluation.image_bytes([rows[image_id] for image_id in known]), strict=True)
+        )
+
+    def _of_shards(self, stems: Iterable[str], keys: list[str]) -> Iterator[tuple[str, bytes]]:
+        left = set(keys)
+        for stem in stems:
+            if not left:
+                break
             table = read_sidecar_frame(stem + SIDECAR, ("key", "offset_bytes", "size_bytes"))
-            for _, offset, size in table.filter(pl.col("key") == key).iter_rows():
+            found = table.filter(pl.col("key").is_in(list(left)))
+            if found.height:
+                left -= {*found["key"]}
                 with ByteRanges(stem + TAR) as images:
-                    return images.read(offset, size, f"{key}.jpg")
-        return None
+                    for key, offset, size in found.iter_rows():
+                        yield key, images.read(offset, size, f"{key}.jpg")
 
-    def _of_table(self, folder: str, name: str, image_id: str) -> bytes | None:
-        if name not in self._read:
-            evaluation = read_retrieval_set(folder, name)
-            rows = {str(each): row for row, each in enumerate(evaluation.image_ids.tolist())}
-            self._read[name] = evaluation, rows
-        evaluation, rows = self._read[name]
-        return next(evaluation.image_bytes([rows[image_id]])) if image_id in rows else None
+
+def _small_ones(images: Iterable[tuple[str, bytes]]) -> dict[str, bytes]:
+    found = {}
+    for name, data in images:
+        with contextlib.suppress(BadImageError):
+            found[name] = small_image(data)
+    return found

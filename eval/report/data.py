@@ -46,19 +46,11 @@ class Histogram:
     Bin 0 is below the first edge, bin i between the edges i - 1 and i, the last from the last edge on.
     """
 
-    name: str  # key of HISTOGRAM_TITLES
+    name: str  # one of data_prep.accounting.histograms.EDGES
     stage: str
     edges: Sequence[float]
     kept: Sequence[int]  # rows a bin
     dropped: Sequence[int]
-
-
-HISTOGRAM_TITLES = {
-    "score": "Scores of the sources (cosine)",
-    "pair_score": "Scores of this run's encoders (cosine)",
-    "characters": "Characters of the captions",
-    "short_side_px": "Shorter side of the images as they came, pixels",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +99,32 @@ class ExampleRow:
 
 
 @dataclass(frozen=True, slots=True)
+class AnswerText:
+    """A text that an image found, or should have found."""
+
+    text: str
+    is_right: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ImageQuery:
+    """A query image, the rank of its first right text within the top 10, and its top five."""
+
+    image: Thumbnail
+    rank: int | None  # None: no right text among the first ten
+    results: tuple[AnswerText, ...]  # best first
+    answer: AnswerText | None  # a right text, given where the top five hold none
+
+
+@dataclass(frozen=True, slots=True)
 class ExampleGallery:
-    """Examples of one evaluation's text-to-image answers by the final model."""
+    """Examples of one evaluation's answers by the final model."""
 
     evaluation: str
     hits: tuple[ExampleRow, ...]  # a right image comes first
     misses: tuple[ExampleRow, ...]  # no right image among the first five
+    image_hits: tuple[ImageQuery, ...] = ()  # the same of image-to-text, where it is scored
+    image_misses: tuple[ImageQuery, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +159,74 @@ class CopiesOfRule:
 
 
 @dataclass(frozen=True, slots=True)
+class Example:
+    """A row of the corpus with a small image, if it has one that is at hand."""
+
+    caption: str
+    source: str
+    url: str
+    detail: str  # why it was dropped, such as a blacklist's word; empty if nothing more is known
+    data: bytes | None  # WebP
+
+    @property
+    def data_uri(self) -> str:
+        return f"data:image/webp;base64,{base64.b64encode(self.data or b'').decode('ascii')}"
+
+
+@dataclass(frozen=True, slots=True)
+class DroppedByRule:
+    """Some of the rows that a stage dropped for one reason."""
+
+    stage: str
+    reason: str
+    total: int  # rows dropped
+    examples: tuple[Example, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MapPoint:
+    """An image of the corpus at its place on the map."""
+
+    left: float  # share of the map's width, 0 to 1
+    top: float
+    example: Example
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusMap:
+    """A bounded sample of the corpus on the two main directions of its embeddings."""
+
+    stage: str  # whose model embedded it
+    variance_share: float  # of the two directions, 0 to 1
+    points: tuple[MapPoint, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StageState:
+    """How far a stage is, for the page of a run that is looked at now."""
+
+    state: str  # of pipeline.core.run.State
+    tasks_done: int
+    num_tasks: int | None  # None while it waits for other stages
+    seconds: float  # that its finished tasks took
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """What only `cnclip report` knows: the stage's own page must not depend on place and time."""
+
+    name: str  # of the run
+    date: str  # when it ran, such as 2026-11-27; empty if nothing says
+    written: str  # when the page was written, UTC
+    states: Mapping[str, StageState]
+    refresh_seconds: int | None  # the page reloads itself
+
+    @property
+    def num_done(self) -> int:
+        return sum(state.state == "done" for state in self.states.values())
+
+
+@dataclass(frozen=True, slots=True)
 class PlantedClass:
     """One class of dirt that the demo planted, and how many rows met the fate that was written for it."""
 
@@ -169,9 +249,9 @@ class ReportData:
     in which they are to be shown. `baselines` has the names without stage, each with "chance" and "pixel".
     """
 
-    title: str
-    summary: str  # one or two plain sentences under the title
-    facts: Mapping[str, str]  # of the run, label → value: model, samples, seed, versions, machine …
+    model: str
+    training_stages: tuple[str, ...]  # in order
+    facts: Mapping[str, str]  # of the run: key of the words `facts` → value
     final_stage: str  # name of the stage that made the final model
     evaluations: Mapping[str, RetrievalScores]
     baselines: Mapping[str, Mapping[str, RetrievalScores]]
@@ -181,10 +261,21 @@ class ReportData:
     recall: tuple[RecallPoint, ...]
     galleries: tuple[ExampleGallery, ...]
     planted: tuple[PlantedClass, ...]  # empty where nothing was planted
-    comparisons: tuple[Comparison, ...] = ()  # sets of the paper, the final model beside its figures
+    comparisons: tuple[Comparison, ...] = ()  # sets of the paper, the final model next to its figures
     histograms: tuple[Histogram, ...] = ()
     notes: tuple[str, ...] = ()  # sentences about the funnel
     copies: tuple[CopiesOfRule, ...] = ()
+    samples: tuple[Example, ...] = ()
+    dropped: tuple[DroppedByRule, ...] = ()
+    corpus_map: CorpusMap | None = None
+    missing: tuple[
+        str, ...
+    ] = ()  # why parts of the page are left out: a file that was moved or removed since
+    live: Live | None = None
+
+    def rows_of(self, stage: str) -> StageFacts | None:
+        """Return the counts of a stage, if the run has it."""
+        return next((item for item in self.stages if item.name == stage), None)
 
 
 def headline_rows(data: ReportData) -> list[tuple[str, list[tuple[str, RetrievalScores]]]]:

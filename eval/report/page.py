@@ -1,9 +1,13 @@
-"""The report as one HTML page, and `cnclip eval`'s tables as another.
+"""The report as one HTML page, the comparison of two runs as another, and `cnclip eval`'s tables as a third.
 
-Both are self-contained: inline SVG, thumbnails as data URIs, no script; their content security policy forbids
-scripts and every request. Captions and names are escaped by Jinja2.
+All are self-contained: inline SVG, small images as data URIs, one script of ours that switches the language.
+The content security policy names that script by its digest and forbids every other and every request.
+Captions and names are escaped by Jinja2.
 """
 
+import base64
+import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,102 +17,233 @@ from eval.paper.comparison import Comparison
 from eval.paper.render import table_rows
 from eval.report.charts import Series, histogram_chart, line_chart
 from eval.report.data import (
-    HISTOGRAM_TITLES,
+    FunnelStep,
     ReportData,
+    RowCounts,
     TrainingPoint,
     headline_rows,
     percent,
     recall_values,
 )
+from eval.report.words import LANGUAGES, gloss, plain, say
 
 if TYPE_CHECKING:
     from jinja2 import Template
+    from markupsafe import Markup
+
+_FOLDER = Path(__file__).parent / "templates"
+_SOURCES = 6  # with a column of their own in the funnel's table, those with most rows
+_MODELS = {"chance": "scores.chance", "pixel neighbour": "scores.pixel"}
+_TERMS = {"ours": "ours", "95 % interval": "interval", "95% interval": "interval"}
+_TERMS |= {"paper": "paper", "difference": "difference"}
 
 
 def render_html(data: ReportData) -> str:
-    """The report's page; Jinja2 escapes every value but the charts, which are made here."""
-    from markupsafe import Markup
-
-    return _template("report.html").render(
+    """Return the report's page; Jinja2 escapes every value but the charts, which are made here."""
+    live = data.live
+    heading = f"{live.name} · {live.date}" if live and live.date else live.name if live else None
+    titles = {one: heading or plain("page.untitled", one, model=data.model) for one in LANGUAGES}
+    sources = _largest_sources(data)
+    rows = {stage.name: stage for stage in data.stages}
+    names = live.states if live else rows
+    return render(
+        "report.html",
+        titles,
         data=data,
+        live=live,
         cards=_cards(data),
         headline_rows=headline_rows(data),
         comparison_rows=[(table, table_rows(table)) for table in data.comparisons],
         values=recall_values,
-        training_charts=[(title, Markup(svg)) for title, svg in _training_charts(data)],
-        recall_charts=[
-            (evaluation, [(title, Markup(svg)) for title, svg in drawn])
-            for evaluation, drawn in _recall_charts(data)
-        ],
-        histogram_charts=[
-            (f"{HISTOGRAM_TITLES[item.name]}, {item.stage}", Markup(svg))
-            for number, item in enumerate(data.histograms)
-            if any(item.kept) or any(item.dropped)
-            for svg in [
-                histogram_chart(
-                    f"histogram-{number}", HISTOGRAM_TITLES[item.name], item.edges, item.kept, item.dropped
-                )
-            ]
-        ],
+        training_charts=training_charts({"": data}),
+        recall_charts=_recall_charts(data),
+        histogram_charts=_histogram_charts(data),
         funnel_start=max([step.total.num_in for step in data.funnel], default=1) or 1,
-        sources=sorted({source for step in data.funnel for source in step.sources}),
+        first_rows=first_rows(data),
+        pairs=rows.get("shards"),
+        sources=sources if len(sources) > 1 else [],
+        other_sources=max(0, len(_sources(data)) - _SOURCES),
+        cells=lambda step, what: _cells(step, what, sources, len(_sources(data)) > _SOURCES),
+        stage_rows=[(name, rows.get(name), live.states[name] if live else None) for name in names],
     )
 
 
 def render_tables(tables: Sequence[Comparison], facts: Mapping[str, str]) -> str:
-    """A page of tables alone, with what was measured on what: `eval.html`."""
+    """Return a page of tables only, with what was measured on what: `eval.html`."""
+    titles = {one: plain("eval.title", one, model=facts["model"]) for one in LANGUAGES}
     rows = [(table, table_rows(table)) for table in tables]
-    return _template("eval.html").render(comparison_rows=rows, facts=facts)
+    return render("eval.html", titles, comparison_rows=rows, facts=facts)
+
+
+def render(name: str, titles: Mapping[str, str], **values: object) -> str:
+    """Return a page from a template that extends `base.html`; `titles` are by language."""
+    from markupsafe import Markup
+
+    script = (_FOLDER / "page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    return _template(name).render(
+        title=titles, script=Markup(script), script_digest=f"sha256-{digest}", **values
+    )
+
+
+def first_rows(data: ReportData) -> int:
+    """Return how many rows came into the run."""
+    corpus = data.rows_of("corpus") or data.rows_of("filter_text")
+    return corpus.num_in if corpus else 0
+
+
+def model_name(label: str) -> "Markup | str":
+    """Return a row's name in the table of scores: a baseline in words, a stage as it is."""
+    return say(_MODELS[label]) if label in _MODELS else label
+
+
+def title_of(stage: str, title: str) -> "Markup | str":
+    """Return what a stage does, in both languages if it is one that we know."""
+    return gloss("steps", stage) or title
+
+
+def term(name: str) -> "Markup | str":
+    """Return the head of a column of the paper's tables."""
+    return say(f"terms.{_TERMS[name]}") if name in _TERMS else name
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people read it: 4 s, 3 min 20 s, 2 h 05 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60:02d} min"
+
+
+def signed(value: float) -> str:
+    """Return a difference with its sign; a dash for what is not known."""
+    if math.isnan(value):
+        return "–"
+    return f"{value:+.1f}" if round(value, 1) else "0.0"
 
 
 def _template(name: str) -> "Template":
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent, encoding="utf-8"),
+        loader=FileSystemLoader(_FOLDER, encoding="utf-8"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"count": "{:,}".format, "percent": percent}
+    environment.filters |= {
+        "count": "{:,}".format,
+        "percent": percent,
+        "duration": duration,
+        "signed": signed,
+    }
+    environment.globals |= {
+        "say": say, "gloss": gloss, "term": term, "model_name": model_name, "title_of": title_of,
+    }  # fmt: skip
     return environment.get_template(name)
 
 
 def _cards(data: ReportData) -> list[dict[str, Any]]:
-    """For each evaluation: text-to-image R@1 of every row, for the bars at the top of the page."""
+    """Return for each evaluation text-to-image R@1 of every row, for the bars at the top of the page."""
     return [
         {"name": name, "final": rows[-1][1], "bars": [(label, scores["t2i"]["r1"]) for label, scores in rows]}
         for name, rows in headline_rows(data)
     ]
 
 
-def _training_charts(data: ReportData) -> list[tuple[str, str]]:
-    """(title, SVG) of loss, temperature and learning rate over samples seen."""
-    starts, boundaries = _stage_axis(data)
-    curves: tuple[tuple[str, Callable[[TrainingPoint], float]], ...] = (
-        ("Loss", lambda point: point.loss),
-        ("Temperature (factor on cosine similarities)", lambda point: point.temperature),
-        ("Learning rate", lambda point: point.learning_rate),
-    )
+def _sources(data: ReportData) -> list[str]:
+    """Return the sources, those with most rows first."""
+    rows: dict[str, int] = {}
+    for step in data.funnel:
+        for source, counts in step.sources.items():
+            rows[source] = max(rows.get(source, 0), counts.num_in)
+    return sorted(rows, key=lambda source: (-rows[source], source))
+
+
+def _largest_sources(data: ReportData) -> list[str]:
+    return sorted(_sources(data)[:_SOURCES])
+
+
+def _cells(step: FunnelStep, what: str, sources: Sequence[str], has_others: bool) -> "Markup":
+    """Return the sources' cells in a row of the funnel's table: rows in, kept, or dropped for a reason."""
+    from markupsafe import Markup
+
+    if len(sources) < 2:
+        return Markup("")
+    counts = {source: _count(found, what) for source, found in step.sources.items()}
+    shown = [f"{counts[source]:,}" if source in counts else "–" for source in sources]
+    if has_others:
+        shown.append(f"{sum(count for source, count in counts.items() if source not in sources):,}")
+    return Markup("").join(Markup('<td class="number">{}</td>').format(value) for value in shown)
+
+
+def _count(counts: RowCounts, what: str) -> int:
+    if what == "num_in":
+        return counts.num_in
+    return counts.num_kept if what == "num_kept" else counts.dropped.get(what, 0)
+
+
+def _chart(name: str, title: "Markup", svg: str) -> dict[str, object]:
+    from markupsafe import Markup
+
+    return {"id": name, "title": title, "svg": Markup(svg)}
+
+
+def _histogram_charts(data: ReportData) -> list[dict[str, object]]:
+    from markupsafe import Markup
+
     charts = []
-    for number, (title, value) in enumerate(curves if data.training else ()):
-        series = [
-            Series("", 0, [(start + p.samples_seen, value(p)) for p in data.training if p.stage == stage])
-            for stage, start in starts.items()
-        ]
-        charts.append((title, line_chart(f"training-{number}", title, series, boundaries)))
+    for number, item in enumerate(data.histograms):
+        if any(item.kept) or any(item.dropped):
+            name = f"histogram-{number}"
+            svg = histogram_chart(name, item.edges, item.kept, item.dropped)
+            title = say(f"funnel.{item.name}") + Markup(" · <code>{}</code>").format(item.stage)
+            charts.append(_chart(name, title, svg))
     return charts
 
 
-def _recall_charts(data: ReportData) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Evaluation → (title, SVG) of recall over samples seen, a chart for each direction that is scored."""
+def training_charts(runs: Mapping[str, ReportData]) -> list[dict[str, object]]:
+    """Return charts of loss, temperature and learning rate over samples seen.
+
+    Of several runs, by label, each has a colour and a legend is the page's.
+    """
+    starts = {label: _stage_axis(data) for label, data in runs.items()}
+    boundaries = max((axis[1] for axis in starts.values()), key=lambda one: one[-1][1])
+    if len(runs) > 1:
+        boundaries = [("", 0), boundaries[-1]]
+    curves: tuple[tuple[str, Callable[[TrainingPoint], float]], ...] = (
+        ("loss", lambda point: point.loss),
+        ("temperature", lambda point: point.temperature),
+        ("rate", lambda point: point.learning_rate),
+    )
+    charts = []
+    for number, (title, value) in enumerate(curves if any(data.training for data in runs.values()) else ()):
+        series = [
+            Series(
+                "",
+                colour,
+                [(start + p.samples_seen, value(p)) for p in data.training if p.stage == stage],
+            )
+            for colour, (label, data) in enumerate(runs.items(), start=1 if len(runs) > 1 else 0)
+            for stage, start in starts[label][0].items()
+        ]
+        name = f"training-{number}"
+        # Two runs need two hues; the curves of one run are told apart by their places.
+        svg = line_chart(name, series, boundaries, contrast=len(runs) > 1)
+        charts.append(_chart(name, say(f"training.{title}"), svg))
+    return charts
+
+
+def _recall_charts(data: ReportData) -> list[tuple[str, list[dict[str, object]]]]:
+    """Return evaluation → charts of recall over samples seen, one for each direction that is scored."""
     starts, boundaries = _stage_axis(data)
     charts = []
     for number, evaluation in enumerate(dict.fromkeys(point.evaluation for point in data.recall)):
         points = [point for point in data.recall if point.evaluation == evaluation]
         drawn = []
-        for direction, title in (("t2i", "Text to image"), ("i2t", "Image to text")):
+        for direction in ("t2i", "i2t"):
             series = [
                 Series(
                     label,
@@ -126,10 +261,9 @@ def _recall_charts(data: ReportData) -> list[tuple[str, list[tuple[str, str]]]]:
                 for stage in starts
             ]
             if any(one.points for one in series):
-                svg = line_chart(
-                    f"recall-{number}-{direction}", f"{title}, percent", series, boundaries, top=100
-                )
-                drawn.append((f"{title}, recall in percent", svg))
+                name = f"recall-{number}-{direction}"
+                svg = line_chart(name, series, boundaries, top=100)
+                drawn.append(_chart(name, say(f"training.recall_{direction}"), svg))
         charts.append((evaluation, drawn))
     return charts
 
@@ -139,7 +273,7 @@ def _recall(scores: RetrievalScores, direction: str) -> RecallAtK | None:
 
 
 def _stage_axis(data: ReportData) -> tuple[dict[str, int], list[tuple[str, int]]]:
-    """Where each training stage starts on the common axis of samples seen; the same listed, with the end."""
+    """Return where each training stage starts on the axis of samples; the same listed, with the end."""
     seen: dict[str, int] = {}
     for stage, samples_seen in [
         *((point.stage, point.samples_seen) for point in data.training),

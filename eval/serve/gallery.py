@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from eval.datasets.cnclip_tsv import RetrievalSet
 from eval.datasets.discover import RetrievalSource, find_sets, sets_of_run
@@ -22,6 +21,7 @@ from eval.features.encoder import ModelSource
 from eval.features.model_identity import ModelIdentity, read_identity
 from eval.index.flat import read_index, search
 from eval.index.partitioned import PartedIndex
+from eval.serve.sources import Found, Near, Search, Sources
 from pipeline.core import store
 from pipeline.core.arrays import Float32Array, Int64Array
 from pipeline.core.evaluation_sets import shard_stems
@@ -32,8 +32,6 @@ from pipeline.core.shard_format import SIDECAR, ByteRanges, tar_of
 
 if TYPE_CHECKING:
     import polars as pl
-
-Found = tuple[npt.NDArray[Any], Int64Array]  # scores and rows [1, k], best first; rows not found are -1
 
 MAX_CAPTION_CHARACTERS = 500  # of one caption that is shown
 _MAX_CAPTIONS = 5  # of one image that are shown
@@ -66,14 +64,23 @@ class Gallery:
     dim: int
     num_rows: int
     images: GalleryImages
-    search: Callable[[Float32Array, int], Found]  # one query [1, dim] and k ≤ num_rows
+    search: Search  # k ≤ num_rows
     model: ModelIdentity | None = None  # of the features; None where nothing says
+    sources: Sources | None = None  # None where rows are of one source, or nothing says
 
-    def nearest(self, feature_D: Float32Array, k: int) -> list[tuple[int, float]]:
-        """(row, cosine similarity) of the k best rows, best first; fewer where the index finds fewer."""
+    def nearest(self, feature_D: Float32Array, k: int, source: str | None = None) -> Near:
+        """Return the k best rows, of one source if it is given; fewer if the index finds fewer.
+
+        Raises:
+            KeyError: if the gallery has no such source.
+        """
+        if source is not None:
+            if self.sources is None:
+                raise KeyError(source)
+            return self.sources.nearest(self.search, feature_D, k, source)
         scores_1K, rows_1K = self.search(feature_D[None], min(k, self.num_rows))
         pairs = zip(rows_1K[0].tolist(), scores_1K[0].tolist(), strict=True)
-        return [(row, score) for row, score in pairs if row >= 0]
+        return Near([(row, score) for row, score in pairs if row >= 0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +109,15 @@ class EvaluationImages:
 
 @dataclass(frozen=True, slots=True)
 class ShardImages:
-    """Images of shards. Held in memory are 8 bytes a row: captions and places are read when asked for."""
+    """Images of shards.
+
+    Memory holds 8 bytes a row and its source's code; captions and places are read when asked for.
+    """
 
     sidecars: tuple[str, ...]  # the Parquet files beside the tars
     first_places: Int64Array  # [num_sidecars + 1], place of each sidecar's first sample
     places: Int64Array  # [num_rows], place in the sequence of all samples; -1 for a key that no shard holds
+    sources: Sources | None  # of the rows
 
     @classmethod
     def of(cls, folder: str, keys: "pl.Series") -> "ShardImages":
@@ -121,20 +132,26 @@ class ShardImages:
             raise InputError(f"{folder}: holds no shards (<name>.tar with <name>.parquet)")
         try:
             counts = [int(pl.scan_parquet(path).select(pl.len()).collect().item()) for path in sidecars]
-            known = pl.scan_parquet(sidecars).select("key").with_row_index("place")
-            places = (
+            table = pl.scan_parquet(sidecars)
+            # Names of sources repeat: as categories they take 4 bytes a row.
+            has_source = "source" in table.collect_schema().names()
+            source = (pl.col("source") if has_source else pl.lit("")).cast(pl.Categorical)
+            known = table.select("key", source.alias("source")).with_row_index("place")
+            found = (
                 keys.cast(pl.String).alias("key").to_frame().lazy()
                 .join(known.unique("key", keep="first"), on="key", how="left", maintain_order="left")
-                .select(pl.col("place").cast(pl.Int64).fill_null(-1))
-                .collect()["place"].to_numpy()
+                .select(pl.col("place").cast(pl.Int64).fill_null(-1), "source")
+                .collect()
             )  # fmt: skip
+            places = found["place"].to_numpy()
         except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
             raise InputError(f"{folder}: the sidecars cannot be read ({_first_line(error)})") from None
         if (places < 0).all():
             raise InputError(
                 f"{folder}: none of the index's {len(keys)} keys is in these shards; give --images FOLDER"
             )
-        return cls(tuple(sidecars), np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]), places)
+        first_places = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        return cls(tuple(sidecars), first_places, places, Sources.of(found["source"]))
 
     def describe(self, row: int) -> Description:
         if self.places[row] < 0:
@@ -303,7 +320,8 @@ def _gallery(
         )
     # a damaged part or a parameter that does not apply is said now, not to the first who searches
     found(np.full((1, dim), dim**-0.5, dtype=np.float32), 1)
-    return Gallery(name, dim, count, images, found, model)
+    sources = images.sources if isinstance(images, ShardImages) else None
+    return Gallery(name, dim, count, images, found, model, sources)
 
 
 def _metadata_files(folder: str) -> list[str]:

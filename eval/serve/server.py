@@ -3,10 +3,11 @@
     GET  /                                the page, `serve.html`
     GET  /api/about                       model, galleries, limits
     GET  /api/search?q=TEXT               images nearest to a text
+    GET  /api/search?row=N                images nearest to one of the gallery
     POST /api/search                      images nearest to the image in the body
     GET  /picture?gallery=N&row=N         a small JPEG of one row
 
-Searches take `gallery` (number), `k` and `min_score` (cosine) as well, and answer with
+Searches take `gallery` (number), `k`, `min_score` (cosine) and `source` (a name) as well, and answer with
 `{"results": [{"row", "score", "captions", "source", "url"}], "note"}`; refusals with `{"error"}`.
 
 What a client can send is a text, an image and numbers, never a path. Images are judged by their header
@@ -23,121 +24,28 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, parse_qs, urlsplit
 
-from eval.features.encoder import EvaluationEncoder
-from eval.features.model_identity import check_same_model, identify
 from eval.serve.access import host_name, loopback_names, page_headers
 from eval.serve.connections import SILENT_SECONDS, BoundedServer, RequestReader
-from eval.serve.gallery import Gallery
+from eval.serve.searcher import Asked, Refusal
+from eval.serve.searcher import Searcher as Searcher
 from pipeline.core.arrays import Float32Array
-from pipeline.core.files.images import BadImageError, decode_upright
 from pipeline.core.records import ConfigError, InputError
-from pipeline.core.shard_format import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, too_large
+from pipeline.core.shard_format import MAX_IMAGE_BYTES, too_large
 from pipeline.core.terminal import one_line
 
-MAX_QUERY_CHARACTERS = 1000
 MAX_RESULTS = 200
 _DEFAULT_RESULTS = 24
-_THUMBNAIL_PX = 320
 _ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#@\\\s]+")
 _DECODES_AT_ONCE = 4  # images of galleries; bounds the memory that many requests at once can take
 
 Answer = tuple[HTTPStatus, str, bytes]  # status, media type, body
-
-
-class Refusal(Exception):
-    """A request that is not answered: an HTTP status and one line for the person who asked."""
-
-    def __init__(self, status: HTTPStatus, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-@dataclass(frozen=True, slots=True)
-class Searcher:
-    """One model over galleries of its own features. Raises InputError for a gallery of another model."""
-
-    encoder: EvaluationEncoder
-    galleries: Sequence[Gallery]
-
-    def __post_init__(self) -> None:
-        dim = self.encoder.base.model.config.embed_dim
-        for gallery in self.galleries:
-            if gallery.dim != dim:
-                raise InputError(
-                    f"{gallery.name}: an index of width {gallery.dim}, but {self.encoder.name} gives {dim}:"
-                    " it is of another model"
-                )
-        if any(gallery.model is not None for gallery in self.galleries):
-            own = identify(self.encoder.base.model, self.encoder.base.decode)
-            for gallery in self.galleries:
-                check_same_model(gallery.name, gallery.model, own)
-
-    def about(self) -> dict[str, Any]:
-        return {
-            "model": self.encoder.name,
-            "galleries": [{"name": item.name, "rows": item.num_rows} for item in self.galleries],
-            "max_upload_bytes": MAX_IMAGE_BYTES,
-            "max_pixels": MAX_IMAGE_PIXELS,
-        }
-
-    def text_feature(self, text: str) -> tuple[Float32Array, str]:
-        """(feature [dim], a note where the text was cut). Refusal for a text that is empty or too long."""
-        text = text.strip()
-        if not text:
-            raise Refusal(HTTPStatus.BAD_REQUEST, "type a text or give an image")
-        if len(text) > MAX_QUERY_CHARACTERS:
-            raise Refusal(HTTPStatus.BAD_REQUEST, f"at most {MAX_QUERY_CHARACTERS} characters")
-        length = self.encoder.context_length
-        cut = self.encoder.base.tokenizer.num_truncated([text], length)
-        note = f"only the first {length - 2} word pieces were used" if cut else ""
-        feature_D: Float32Array = self.encoder.texts([text])[0]
-        return feature_D, note
-
-    def image_feature(self, data: bytes) -> Float32Array:
-        """Feature [dim] of an encoded image from a stranger. Refusal where it is none or too large."""
-        try:
-            return self.encoder.image(data)
-        except BadImageError as error:
-            raise Refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"unsupported image: {error}") from None
-
-    def results(self, number: int, feature_D: Float32Array, k: int, min_score: float) -> list[dict[str, Any]]:
-        """What the page shows of the nearest rows of a gallery, best first."""
-        gallery = self.galleries[number]
-        found = []
-        for row, score in gallery.nearest(feature_D, k):
-            if score >= min_score:
-                facts = gallery.images.describe(row)
-                found.append(
-                    {
-                        "row": row,
-                        "score": round(score, 6),
-                        "captions": facts.captions,
-                        "source": facts.source,
-                        "url": facts.url,
-                    }
-                )
-        return found
-
-    def thumbnail(self, number: int, row: int) -> bytes:
-        """A JPEG of at most 320 px. Refusal where the gallery's image cannot be decoded."""
-        from PIL import Image
-
-        try:
-            small = decode_upright(self.galleries[number].images.read(row))
-        except BadImageError as error:
-            raise Refusal(HTTPStatus.NOT_FOUND, f"row {row} cannot be decoded: {error}") from None
-        small.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX), Image.Resampling.LANCZOS, reducing_gap=3.0)
-        file = io.BytesIO()
-        small.save(file, "JPEG", quality=88, subsampling=0)
-        return file.getvalue()
 
 
 class SearchServer(BoundedServer):
@@ -150,7 +58,7 @@ class SearchServer(BoundedServer):
         self.searcher = searcher
         self.computing = threading.Lock()  # one search at a time: torch uses every core for one already
         self.decoding = threading.BoundedSemaphore(_DECODES_AT_ONCE)
-        self.page = (Path(__file__).parent / "serve.html").read_bytes()
+        self.page = _page()
         self.page_headers = page_headers(self.page)
         if ":" in host:
             self.address_family = socket.AF_INET6
@@ -209,7 +117,7 @@ class _Handler(BaseHTTPRequestHandler):
             {
                 "/": self._page,
                 "/api/about": self._about,
-                "/api/search": self._search_text,
+                "/api/search": self._search,
                 "/picture": self._image,
             }
         )
@@ -293,15 +201,19 @@ class _Handler(BaseHTTPRequestHandler):
     def _about(self, fields: dict[str, str]) -> Answer:
         return _json(self.server.searcher.about())
 
-    def _search_text(self, fields: dict[str, str]) -> Answer:
+    def _search(self, fields: dict[str, str]) -> Answer:
+        searcher, asked = self.server.searcher, self._asked(fields)
         with self.server.computing:
-            feature_D, note = self.server.searcher.text_feature(fields.get("q", ""))
-            return self._results(fields, feature_D, note)
+            if asked.row is not None:
+                return self._results(asked, searcher.row_feature(asked.gallery, asked.row), "")
+            feature_D, note = searcher.text_feature(fields.get("q", ""))
+            return self._results(asked, feature_D, note)
 
     def _search_image(self, fields: dict[str, str]) -> Answer:
         data = self._body()
+        asked = self._asked({name: value for name, value in fields.items() if name != "row"})
         with self.server.computing:
-            return self._results(fields, self.server.searcher.image_feature(data), "")
+            return self._results(asked, self.server.searcher.image_feature(data), "")
 
     def _body(self) -> bytes:
         if "Content-Length" not in self.headers or "Transfer-Encoding" in self.headers:
@@ -316,12 +228,20 @@ class _Handler(BaseHTTPRequestHandler):
         self.unread_bytes = 0
         return data
 
-    def _results(self, fields: dict[str, str], feature_D: Float32Array, note: str) -> Answer:
-        searcher = self.server.searcher
-        number = _whole(fields, "gallery", 0, len(searcher.galleries) - 1, default=0)
-        k = _whole(fields, "k", 1, MAX_RESULTS, default=_DEFAULT_RESULTS)
-        results = searcher.results(number, feature_D, k, _score(fields))
-        return _json({"results": results, "note": note})
+    def _asked(self, fields: dict[str, str]) -> Asked:
+        galleries = self.server.searcher.galleries
+        number = _whole(fields, "gallery", 0, len(galleries) - 1, default=0)
+        return Asked(
+            gallery=number,
+            k=_whole(fields, "k", 1, MAX_RESULTS, default=_DEFAULT_RESULTS),
+            min_score=_score(fields),
+            source=fields.get("source"),
+            row=_whole(fields, "row", 0, galleries[number].num_rows - 1) if "row" in fields else None,
+        )
+
+    def _results(self, asked: Asked, feature_D: Float32Array, note: str) -> Answer:
+        results, cut = self.server.searcher.results(asked, feature_D)
+        return _json({"results": results, "note": "; ".join(filter(None, (note, cut)))})
 
     def _image(self, fields: dict[str, str]) -> Answer:
         searcher = self.server.searcher
@@ -329,6 +249,15 @@ class _Handler(BaseHTTPRequestHandler):
         row = _whole(fields, "row", 0, searcher.galleries[number].num_rows - 1)
         with self.server.decoding:
             return HTTPStatus.OK, "image/jpeg", searcher.thumbnail(number, row)
+
+
+def _page() -> bytes:
+    """Return the page with its style and script in it, so that it is one answer."""
+    folder = Path(__file__).parent
+    page, style, script = (
+        (folder / f"serve.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
+    )
+    return page.replace("{{style}}", style).replace("{{script}}", script).encode("utf-8")
 
 
 def _json(value: object, status: HTTPStatus = HTTPStatus.OK) -> Answer:

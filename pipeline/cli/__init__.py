@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from pipeline.cli import analyses, corpus, embed, evaluate, index, runs, serve, weights
+from pipeline.cli import analyses, corpus, embed, evaluate, index, report, runs, serve, weights
 from pipeline.cli.arguments import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED
 from pipeline.core.records import ConfigError, InputError, Stopped
 from pipeline.core.terminal import guarded_output, one_line
@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     runs.add_commands(commands)
+    report.add_commands(commands)
     corpus.add_commands(commands)
     evaluate.add_commands(commands)
     analyses.add_commands(commands)

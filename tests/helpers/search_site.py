@@ -29,6 +29,7 @@ from training.model.preprocess import preprocess
 HOSTILE = '<img src=x onerror="window.hostile = 1"><script>window.hostile = 2</script>&lt;b&gt; \'"`猫'
 NUM_IMAGES = 12
 NUM_SAMPLES = 14
+THEIRS = "a source & <b>theirs</b>"  # of samples 10 to 13, the others are `mine`
 
 
 def key_of(sample: int) -> str:
@@ -79,7 +80,7 @@ def write_run(folder: Path) -> None:
 
 
 def write_shards(folder: Path) -> None:
-    """Two shards of 8 and 6 samples; sample 4 has a hostile address, sample 5 a good one."""
+    """Two shards of 8 and 6 samples of two sources; sample 4 has a hostile address, sample 5 a good one."""
     folder.mkdir()
     urls = {4: "javascript:window.hostile=3", 5: "https://pictures.example/5?a=b&c=<d>"}
     for number, samples in enumerate((range(8), range(8, NUM_SAMPLES))):
@@ -91,7 +92,7 @@ def write_shards(folder: Path) -> None:
                 "offset_bytes": [place.offset_bytes for place in places],
                 "size_bytes": [place.size_bytes for place in places],
                 "caption": [f"样本{row}" for row in samples],
-                "source": ["mine"] * len(samples),
+                "source": ["mine" if row < 10 else THEIRS for row in samples],
                 "url": [urls.get(row, "") for row in samples],
             }
         ).write_parquet(folder / f"{number:05d}.parquet")

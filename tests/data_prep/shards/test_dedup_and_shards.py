@@ -12,7 +12,7 @@ import webdataset  # type: ignore[import-untyped]
 from PIL import Image
 
 from data_prep.dedup import exact as dedup
-from data_prep.dedup.exact import DedupConfig, partition_range
+from data_prep.dedup.exact import DedupConfig, partition_of_key, partition_range
 from data_prep.filters import text as filter_text
 from data_prep.formats.keys import with_key
 from pipeline import runner
@@ -120,6 +120,10 @@ def test_partitions_cut_the_whole_range() -> None:
         assert ranges[-1][1] is None
         assert all(first[1] == second[0] for first, second in itertools.pairwise(ranges))
         assert all(first < end for first, end in ranges if end is not None)
+        for number, (first, end) in enumerate(ranges):
+            last = "ffffffff" if end is None else f"{int(end, 16) - 1:08x}"
+            assert partition_of_key(f"{first}{'0' * 24}", partitions) == number
+            assert partition_of_key(f"{last}{'f' * 24}", partitions) == number
 
 
 def test_all_shards_are_full_but_the_last(finished: Run) -> None:

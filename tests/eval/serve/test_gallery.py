@@ -73,13 +73,13 @@ def test_ids_that_fit_two_sets_are_asked_about(site: Site, tmp_path: Path) -> No
     gallery = open_gallery(str(tmp_path / "index"), **where)
     assert isinstance(gallery.images, EvaluationImages)
     assert gallery.images.evaluation.name == "one"
-    assert gallery.nearest(np.load(f"{features}/img_emb/img_emb_0.npy")[4], 3)[0][0] == 4
+    assert gallery.nearest(np.load(f"{features}/img_emb/img_emb_0.npy")[4], 3).pairs[0][0] == 4
 
 
 def test_rows_that_an_index_does_not_find_are_left_out(site: Site) -> None:
     rows, scores = np.array([[3, -1, -1]]), np.array([[0.5, -np.inf, -np.inf]])
     gallery = Gallery("ivf", 32, 12, site.galleries[0].images, lambda query, k: (scores, rows))
-    assert gallery.nearest(np.zeros(32, dtype=np.float32), 3) == [(3, 0.5)]
+    assert gallery.nearest(np.zeros(32, dtype=np.float32), 3).pairs == [(3, 0.5)]
 
 
 def test_an_index_over_files_shows_them(site: Site, tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_an_index_over_files_shows_them(site: Site, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"0\.png: lies outside"):
         elsewhere.images.read(0)
     query = site.encoder.image(png_bytes(2))
-    (row, score), *_ = gallery.nearest(query, 4)
+    (row, score), *_ = gallery.nearest(query, 4).pairs
     assert (row, round(score, 4)) == (2, 1.0)
     assert gallery.images.describe(2).captions == (captions[2],)
     assert gallery.images.describe(2).source == "2.png"

@@ -239,7 +239,7 @@ def test_the_command_serves_and_stops(site: Site) -> None:
         process.send_signal(signal.SIGINT)
         error = process.stderr.read()
         assert process.wait(timeout=30) == 0
-    assert about["galleries"] == [{"name": "small", "rows": NUM_IMAGES}]
+    assert about["galleries"] == [{"name": "small", "rows": NUM_IMAGES, "sources": []}]
     assert error.endswith("stopped\n")
 
 
@@ -297,7 +297,7 @@ def test_a_query_by_an_odd_file_finds_itself(site: Site, tmp_path: Path) -> None
         searcher = Searcher(load_encoder(dataclasses.replace(site.checkpoint, decode=decode)), [gallery])
         for row, name in enumerate(names):
             query = searcher.image_feature((tmp_path / "images" / name).read_bytes())
-            found = dict(gallery.nearest(query, 3))
+            found = dict(gallery.nearest(query, 3).pairs)
             assert found[row] > 0.99999
         other = dataclasses.replace(site.checkpoint, decode={"upright": "reference"}.get(decode, "upright"))
         with pytest.raises(InputError, match="decoded as `--decode"):
