@@ -34,6 +34,7 @@ from pipeline.core import store
 from pipeline.core.arrays import Int64Array
 from pipeline.core.files.lock import one_at_a_time
 from pipeline.core.records import InputError
+from pipeline.core.stage import Show, show_nothing
 
 Say = Callable[[str], None]
 
@@ -53,13 +54,18 @@ class Options:
 
 @one_at_a_time("out_folder")
 def evaluate(
-    checkpoint: ModelSource, sources: Sources, out_folder: str, options: Options, say: Say
+    checkpoint: ModelSource,
+    sources: Sources,
+    out_folder: str,
+    options: Options,
+    say: Say,
+    show: Show = show_nothing,
 ) -> list[Comparison]:
-    """Measure every set and write every file; returns the tables.
+    """Measure every set and write every file; returns the tables. `show` draws how far each set is.
 
     Raises InputError for unknown `paper_model`, and whatever a set's reader or the model raises.
     """
-    encoder = load_encoder(checkpoint)
+    encoder = replace(load_encoder(checkpoint), show=show)
     store.remove(store.join(out_folder, "submission"))  # of another model perhaps: never mixed
     paper_model = options.paper_model or PAPER_MODELS.get(encoder.name)
     if options.paper_model is not None and options.paper_model not in PAPER_MODELS.values():
