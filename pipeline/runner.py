@@ -21,6 +21,7 @@ from pipeline.core.run import (
     survey_stage,
 )
 from pipeline.core.stage import Context, Progress, Stage, Task, fold
+from pipeline.core.terminal import detail
 from pipeline.executors import local
 from pipeline.repair import forget_damaged, forget_unreadable, refuse_unusable_folder, restore_started
 
@@ -198,6 +199,8 @@ def _run_stage(run: Run, stage: Stage, label: str) -> None:
     if said := drops.warning(manifest):
         print(f"warning: {said}", file=sys.stderr, flush=True)
     store.write_text(manifest_path(run, stage.name), manifest.to_file())
+    seconds = sum(receipt.seconds for receipt in receipts.values())
+    detail(f"{stage.name}: {manifest.num_in:,} in, {manifest.num_kept:,} kept, {seconds:,.1f} s in its tasks")
 
 
 def _receipts(

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from pipeline.core import store
 from pipeline.core.run import Run, StageStatus
 
 if TYPE_CHECKING:
@@ -25,8 +26,7 @@ _STAGE = {
     "stages[].num_tasks": "all tasks; null while earlier stages are not done",
 }
 _TRAINING = {
-    "hardware": "the device that training is planned for: name, memory_gib, usable_gib, utilisation; null if"
-    " training is not planned",
+    "hardware": "the device that training is planned for; null if it is not planned",
     "hardware.name": "the device",
     "hardware.memory_gib": "its memory",
     "hardware.usable_gib": "how much of it is planned with",
@@ -136,6 +136,24 @@ KEYS: Mapping[str, Mapping[str, str]] = {
         "decode": "upright or reference",
         "published": "where the paper's figures are from",
         "tables": "a list, one for each table of the paper and each set of one's own",
+        "tables[].number": "the table's number in the paper; null for a set of one's own",
+        "tables[].title": "what was measured",
+        "tables[].setup": "zero-shot or finetuned",
+        "tables[].model": "the model's size",
+        "tables[].paper_model": "the paper's row next to it; null if there is none",
+        "tables[].notes": "a list of remarks, such as why a figure is not comparable",
+        "tables[].lines": "a list of figures",
+        "tables[].lines[].label": "the metric or set",
+        "tables[].lines[].ours": "our figure in percent; null if it was not measured",
+        "tables[].lines[].ours.value": "the figure",
+        "tables[].lines[].ours.low": "lower end of its 95% interval",
+        "tables[].lines[].ours.high": "upper end",
+        "tables[].lines[].paper": "the published figure; null if there is none",
+        "tables[].lines[].difference": "ours less the paper's; null if either is missing",
+        "tables[].lines[].difference.value": "the difference",
+        "tables[].lines[].difference.low": "lower end of its 95% interval",
+        "tables[].lines[].difference.high": "upper end",
+        "tables[].lines[].others{}": "published figures of other models, by name",
     },
 }
 
@@ -143,6 +161,11 @@ KEYS: Mapping[str, Mapping[str, str]] = {
 def print_document(document: Mapping[str, Any]) -> None:
     """Print one JSON document to standard output."""
     print(json.dumps(document, ensure_ascii=False, indent=1, allow_nan=False))
+
+
+def print_document_of(path: str) -> None:
+    """Print the JSON document that a file holds; what is not a number there becomes null."""
+    print_document(json.loads(store.read_text(path), parse_constant=lambda constant: None))
 
 
 def _stage(status: StageStatus) -> dict[str, Any]:

@@ -78,7 +78,9 @@ def _remedy(error: OSError) -> str:
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """Return "; did you mean this or that?" for the names that look like `name`; empty if none does."""
-    near = difflib.get_close_matches(name, list(names))
+    # Without the hyphens, in which all options are alike.
+    bare = {known.lstrip("-"): known for known in names}
+    near = [bare[found] for found in difflib.get_close_matches(name.lstrip("-"), list(bare))]
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 

@@ -17,6 +17,7 @@ from pipeline.cli.arguments import (
     Vocabulary,
     checkpoint,
 )
+from pipeline.cli.documents import print_document_of
 from pipeline.core import store
 from pipeline.core.progress import make_progress
 from pipeline.core.records import ConfigError
@@ -95,8 +96,11 @@ def evaluate(
         json_features=json_features,
     )
     measure(source, sources, out, how, _say, show=make_progress)
-    names = {"text": "eval.txt", "json": "eval.json", "csv": "eval.csv", "latex": "eval.tex"}
-    print(store.read_text(store.join(out, names["json" if as_json else form])).rstrip("\n"))
+    if as_json:
+        print_document_of(store.join(out, "eval.json"))
+        return EXIT_DONE
+    name = {"text": "eval.txt", "json": "eval.json", "csv": "eval.csv", "latex": "eval.tex"}[form]
+    print(store.read_text(store.join(out, name)).rstrip("\n"))
     return EXIT_DONE
 
 

@@ -79,7 +79,7 @@ class _Rate:
             self._first = (done, now)
         first, since = self._first
         if done == first or now - since < _SECONDS_TO_KNOW:
-            return words or units, ""
+            return text, ""
         a_second = (done - first) / (now - since)
         rate = f"{a_second:,.0f} {units}/s" if a_second >= 10 else f"{a_second:.1f} {units}/s"
         if a_second < 1:
