@@ -65,7 +65,7 @@ def evaluate(
 
     Raises InputError for unknown `paper_model`, and whatever a set's reader or the model raises.
     """
-    encoder = replace(load_encoder(checkpoint), show=show)
+    encoder = load_encoder(checkpoint)
     store.remove(store.join(out_folder, "submission"))  # of another model perhaps: never mixed
     paper_model = options.paper_model or PAPER_MODELS.get(encoder.name)
     if options.paper_model is not None and options.paper_model not in PAPER_MODELS.values():
@@ -81,17 +81,23 @@ def evaluate(
         written.append(RetrievalSource(release.protocol, folder, release.protocol))
     for source in (*sources.retrieval, *written):
         say(f"{source.protocol}: retrieval")
-        tables.append(_retrieval(source, encoder, out_folder, options, paper_model))
+        shown = _showing(encoder, source.protocol, show)
+        tables.append(_retrieval(source, shown, out_folder, options, paper_model))
         for note in tables[-1].notes:
             if _NOT_COMPARABLE in note:
                 say(f"note: {note}")
     sets = list[ClassificationResult]()
     for folder in sources.classification:
-        say(f"{Path(folder).resolve().name}: classification")
+        name = Path(folder).resolve().name
+        say(f"{name}: classification")
         data, metric = open_classification(folder, templates=options.templates)
         sets.append(
             evaluate_classification(
-                encoder, data, metric, ensemble=options.ensemble, templates=options.templates
+                _showing(encoder, name, show),
+                data,
+                metric,
+                ensemble=options.ensemble,
+                templates=options.templates,
             )
         )
         if sets[-1].submission is not None:
@@ -108,6 +114,11 @@ def evaluate(
     )
     _write(tables, checkpoint, encoder, out_folder, options)
     return tables
+
+
+def _showing(encoder: EvaluationEncoder, name: str, show: Show) -> EvaluationEncoder:
+    """Return the encoder with bars that have a set's name."""
+    return replace(encoder, show=lambda label, unit: show(f"{name}: {unit}s", unit))
 
 
 def _retrieval(
