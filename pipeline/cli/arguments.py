@@ -54,9 +54,9 @@ Overrides = Annotated[
 ]
 
 # What `pipeline.core.run.select` takes.
-OneStage = Annotated[str | None, typer.Option("--stage", metavar="NAME", help="take this stage only")]
-FirstStage = Annotated[str | None, typer.Option("--from", metavar="NAME", help="begin with this stage")]
-LastStage = Annotated[str | None, typer.Option("--to", metavar="NAME", help="end with this stage")]
+OneStage = Annotated[str | None, typer.Option("--stage", metavar="NAME", help="act on this stage only")]
+FirstStage = Annotated[str | None, typer.Option("--from", metavar="NAME", help="start at this stage")]
+LastStage = Annotated[str | None, typer.Option("--to", metavar="NAME", help="stop after this stage")]
 
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON document instead")]
 
@@ -74,7 +74,7 @@ Vocabulary = Annotated[
     typer.Option(
         "--vocab",
         metavar="PATH-or-ID",
-        help="vocab.txt, its folder or a model id (default: the run's, else searched for)",
+        help="read a vocab.txt, its folder or a model id (default: the run's, else searched for)",
     ),
 ]
 ContextLength = Annotated[
@@ -90,7 +90,7 @@ Decode = Annotated[
     Literal["upright", "reference"],
     typer.Option(
         metavar="upright|reference",
-        help="upright: turn by EXIF, scale 16 bits, put transparency on white; reference: decode as CN-CLIP",
+        help="decode images upright (EXIF, 16 bits and transparency heeded) or as CN-CLIP's reference code",
     ),
 ]
 
@@ -136,12 +136,12 @@ TrainRows = Annotated[
 ]
 FaissDevice = Annotated[
     Literal["cpu", "gpu"],
-    typer.Option("--device", metavar="cpu|gpu", help="compute there; gpu needs faiss-gpu"),
+    typer.Option("--device", metavar="cpu|gpu", help="run FAISS there; gpu needs faiss-gpu"),
 ]
 IndexMemory = Annotated[
-    float, typer.Option("--memory", metavar="GIB", help="let the whole index take this much")
+    float, typer.Option("--memory", metavar="GIB", help="let the index take GIB of memory in all")
 ]
 IndexRecall = Annotated[
     float,
-    typer.Option("--recall", metavar="R", help="reach this recall against exact search, 0 to 1"),
+    typer.Option("--recall", metavar="R", help="reach recall R against exact search, 0 to 1"),
 ]

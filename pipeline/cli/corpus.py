@@ -28,7 +28,7 @@ _Samples = Annotated[
 
 @CORPUS.add(
     "reshard",
-    "write the same samples in the same order with another number in each shard",
+    "rewrite shards with another number of samples in each; the order stays",
     "runs/mine --out runs/resharded --samples 10000",
 )
 def reshard(
@@ -53,7 +53,9 @@ def subset(
     corpus: _Corpus,
     keys: Annotated[
         str,
-        typer.Option(metavar="FILE", help="read keys from .txt, one a line, or .csv or .parquet, column key"),
+        typer.Option(
+            metavar="FILE", help="read keys from a .txt, one a line, or the column key of a .csv or .parquet"
+        ),
     ],
     out: _Out,
     processes: _Processes = 2,
@@ -99,7 +101,7 @@ def export(
     corpus: _Corpus,
     out: Annotated[str, typer.Option(metavar="DIR", help="write the files into this folder")],
     to: Annotated[Literal["tsv", "lmdb"], typer.Option(metavar="tsv|lmdb", help="write this format")] = "tsv",
-    split: Annotated[str, typer.Option(metavar="NAME", help="put this name into the files' names")] = "train",
+    split: Annotated[str, typer.Option(metavar="NAME", help="name the files after this split")] = "train",
 ) -> int:
     from data_prep.shards.export import export
 
@@ -127,7 +129,8 @@ def guard(
     family: Annotated[
         Literal["coco", "flickr", "own"],
         typer.Option(
-            metavar="coco|flickr|own", help="read ids as this source's image numbers; own: as no source's"
+            metavar="coco|flickr|own",
+            help="match ids with this source's image numbers; own: with no source's",
         ),
     ] = "own",
 ) -> int:

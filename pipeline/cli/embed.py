@@ -41,7 +41,7 @@ def embed(
     shards: Annotated[
         str | None,
         typer.Option(
-            metavar="FOLDER", help="embed both sides of a run's shards instead; an interrupted one resumes"
+            metavar="FOLDER", help="embed images and texts of a run's shards instead; rerun to resume"
         ),
     ] = None,
     overrides: Overrides = None,
@@ -53,7 +53,7 @@ def embed(
         typer.Option(metavar="float16|float32", help="store features in this type"),
     ] = "float32",
     ranks: Annotated[
-        int, typer.Option(metavar="N", help="with --shards: start N processes, one an accelerator")
+        int, typer.Option(metavar="N", help="with --shards: start N processes, one per accelerator")
     ] = 1,
     redo: Annotated[
         bool, typer.Option("--redo", help="with --shards: replace features of another model or setting")

@@ -28,7 +28,7 @@ EVALUATE = Group("Evaluate")
 
 @EVALUATE.add(
     "eval",
-    "measure a model and print ours, the paper's and the difference for every table",
+    "measure a model and print its figures next to the paper's",
     "my_run.toml --out results",
 )
 def evaluate(
@@ -38,7 +38,9 @@ def evaluate(
     ],
     sets: Annotated[
         str | None,
-        typer.Option(metavar="FOLDER", help="measure the evaluation sets in here (default: the run's)"),
+        typer.Option(
+            metavar="FOLDER", help="measure the evaluation sets in this folder (default: the run's)"
+        ),
     ] = None,
     overrides: Overrides = None,
     vocabulary: Vocabulary = None,
@@ -53,14 +55,16 @@ def evaluate(
     ] = False,
     row: Annotated[
         str | None,
-        typer.Option("--as", metavar="ROW", help="compare with this row, such as 'CN-CLIP ViT-B/16'"),
+        typer.Option(
+            "--as", metavar="ROW", help="compare with this row of the paper, such as 'CN-CLIP ViT-B/16'"
+        ),
     ] = None,
     json_features: Annotated[
         bool, typer.Option("--json-features", help="also write features as CN-CLIP's JSON lines")
     ] = False,
     ensemble: Annotated[
         Literal["features", "scores"],
-        typer.Option(metavar="features|scores", help="average these over the templates"),
+        typer.Option(metavar="features|scores", help="average features or scores over the templates"),
     ] = "features",
     templates: Annotated[
         str,

@@ -25,7 +25,7 @@ INDEX = Group("Search")
 
 @INDEX.add(
     "index",
-    "build a FAISS index in parts; an interrupted build resumes",
+    "build a FAISS index in parts; rerun to resume",
     "features indices/features --memory 4",
 )
 def index(
@@ -37,7 +37,7 @@ def index(
         str | None,
         typer.Option(
             metavar="STRING",
-            help="build this FAISS factory, such as IVF4096,SQ8 (default: from --memory and --recall)",
+            help="use this FAISS factory, such as IVF4096,SQ8 (default: from --memory and --recall)",
         ),
     ] = None,
     memory: IndexMemory = 4.0,
@@ -96,7 +96,7 @@ def bench_index(
     grid: Annotated[
         str | None,
         typer.Option(
-            metavar="STRINGS", help="measure these factories, semicolons between (default: by size)"
+            metavar="STRINGS", help="measure these factories, separated by semicolons (default: by size)"
         ),
     ] = None,
     memory: IndexMemory = 4.0,

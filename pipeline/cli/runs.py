@@ -97,8 +97,8 @@ def plan(
         int | None,
         typer.Option(
             metavar="N",
-            help="train on N pairs (default: the shards'; for pretrain 200 million; for finetune only sets of"
-            " unknown size)",
+            help="plan for N pairs (default: those in the shards; pretrain: 200 million; finetune: only for"
+            " sets of unknown size)",
         ),
     ] = None,
     mean_tokens: Annotated[
@@ -239,12 +239,12 @@ def retry(
     return EXIT_DONE
 
 
-_BUILD = "a run's folder or RUN.toml, done up to `lock`"
+_BUILD = "a run's folder or RUN.toml, finished up to the stage `lock`"
 
 
 @REST.add(
     "diff",
-    "compare two builds of a corpus: settings, funnel, rows in and out and why",
+    "compare two builds of a corpus: settings, funnel, rows that only one has and why",
     "runs/old runs/new --rows rows.parquet",
 )
 def diff(
@@ -283,7 +283,7 @@ def launch(run_file: RunFile, overrides: Overrides = None) -> int:
 )
 def doctor(
     folder: Annotated[
-        str, typer.Argument(metavar="FOLDER", help="check this disk, where runs will live")
+        str, typer.Argument(metavar="FOLDER", help="check the disk of this folder, where runs will live")
     ] = ".",
     as_json: AsJson = False,
 ) -> int:

@@ -57,7 +57,8 @@ def serve(
         str, typer.Option(metavar="STRING", help="search with FAISS's parameters, such as nprobe=16")
     ] = "",
     host: Annotated[
-        str, typer.Option(metavar="ADDRESS", help="listen on this address; others can reach it unless local")
+        str,
+        typer.Option(metavar="ADDRESS", help="listen on this address; 127.0.0.1 answers this machine only"),
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(metavar="N", help="listen on this port; 0 takes a free one")] = 8000,
 ) -> int:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import typer
 
 from pipeline.cli.app import Group
-from pipeline.cli.arguments import EXIT_DONE, AsJson, Vocabulary
+from pipeline.cli.arguments import EXIT_DONE, AsJson
 from pipeline.cli.documents import print_document
 from pipeline.core.terminal import print_lines
 
@@ -30,7 +30,14 @@ def convert(
             " Hugging Face)",
         ),
     ] = None,
-    vocabulary: Vocabulary = None,
+    vocabulary: Annotated[
+        str | None,
+        typer.Option(
+            "--vocab",
+            metavar="PATH-or-ID",
+            help="read a vocab.txt, its folder or a model id (default: searched for)",
+        ),
+    ] = None,
     image_size: Annotated[
         int | None,
         typer.Option("--image-size", metavar="PX", help="change the resolution; positions are interpolated"),
