@@ -177,6 +177,8 @@ def _run_stage(run: Run, stage: Stage, label: str) -> None:
     receipts = receipts_that_count(stage, context, tasks)
     pending = [task for task in tasks if task.name not in receipts]
     progress = make_progress(label)
+    if pending:
+        progress(len(receipts), len(tasks))
     for receipt in _receipts(run, stage, context, pending, progress, len(receipts), len(tasks)):
         receipts[receipt.task] = receipt
     store.sweep(context.path())  # a machine that was lost leaves behind what its tasks had begun

@@ -154,6 +154,8 @@ def encode_tokens(model: CLIP, tokens_NL: Int32Array, progress: Progress | None 
     is_cpu = model.logit_scale.device.type == "cpu"
     size = TOKENS_PER_BATCH if is_cpu else TOKENS_PER_BATCH_ACCELERATED
     done = 0
+    if progress is not None:
+        progress(0, len(tokens_NL))
     for rows in batches_of_tokens(tokens_NL, size):
         text_ND[rows] = model.encode_text(torch.from_numpy(tokens_NL[rows])).cpu().numpy()
         done += len(rows)

@@ -77,6 +77,7 @@ class EvaluationEncoder:
         """
         images = decoded_batches(evaluation, self.base.image_size_px, self.batch_size, self.base.decode)
         progress, done = self.show(f"{evaluation.name}: images", "image"), 0
+        progress(0, evaluation.num_images)
         features = list[Float32Array]()
         for image_BCHW in images:
             features.append(self.base.embed_pixels(image_BCHW))
@@ -106,6 +107,7 @@ class EvaluationEncoder:
         """
         bad = dict[int, str]() if left_out is None else left_out
         progress = self.show("images", "image")
+        progress(0, len(images))
         feature_ND, kept_N = self.encoded_images(
             map(_read, images), left_out=bad, progress=lambda done: progress(done, len(images))
         )

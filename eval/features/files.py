@@ -115,6 +115,7 @@ def _image_features(
     encoder: "Encoder", source: "ImageSource", left_out: dict[int, str], show: Show
 ) -> Iterator[Float32Array]:
     first, progress = 0, show("images", "image")
+    progress(0, len(source.names))
     for chunk in _chunks(source.read(), _IMAGES_PER_STEP):
         feature_ND, bad = encoder.embed_readable(chunk)
         left_out |= {first + row: reason for row, reason in bad.items()}

@@ -67,6 +67,7 @@ class _Rate:
     def __init__(self, unit: str) -> None:
         self._units = f"{unit}s"
         self._first: tuple[int, float] | None = None
+        self._total: int | None = None
 
     def say(self, done: int, total: int, text: str) -> tuple[str, str]:
         """Return words and time left, such as ("3.2 rows/s · loss 4.1", "0:09 left").
@@ -75,8 +76,9 @@ class _Rate:
         """
         units, words = (text, "") if text.isalpha() else (self._units, text)
         now = time.monotonic()
-        if self._first is None or done < self._first[0]:
-            self._first = (done, now)
+        # Another total: a task that counts in units of its own, such as steps, has begun.
+        if self._first is None or done < self._first[0] or total != self._total:
+            self._first, self._total = (done, now), total
         first, since = self._first
         if done == first or now - since < _SECONDS_TO_KNOW:
             return text, ""
@@ -153,6 +155,8 @@ class _Bar:
 
     def _start(self, bar: "Bar") -> None:
         self._bar = bar
+        before = sys.stdout
         bar.start()
-        # Meanwhile rich stands in for the streams, so that what is printed goes above the bar.
-        sys.stdout, sys.stderr = guard(sys.stdout), guard(sys.stderr)
+        # Until the bar is closed rich stands in for the streams, so that what is printed goes above the bar.
+        sys.stdout = before if sys.stdout is before else guard(sys.stdout)
+        sys.stderr = guard(sys.stderr)
