@@ -11,11 +11,16 @@ install: $(VENV)/installed
 
 # Peers that parity tests compare with pin old versions of what they do not need here: no dependencies.
 $(VENV)/installed: pyproject.toml constraints.txt
+	@echo "1/4 making $(VENV) with $(PYTHON)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "2/4 updating pip in $(VENV)"
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,emoji,onnx]"
+	@echo "3/4 installing cnclip and its packages (PyTorch among them: some gigabytes, several minutes)"
+	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[dev,emoji,onnx]"
+	@echo "4/4 installing the peers that tests compare with"
 	$(BIN)/python -m pip install --quiet --no-deps cn_clip==1.6.0 open_clip_torch==3.3.0 multilingual-clip==1.0.10
 	touch $@
+	@echo "done: run $(BIN)/cnclip, or \`make demo\`"
 
 demo: install
 	$(BIN)/cnclip run pipeline/recipes/demo.toml

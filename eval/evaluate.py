@@ -34,6 +34,7 @@ from pipeline.core import store
 from pipeline.core.arrays import Int64Array
 from pipeline.core.files.lock import one_at_a_time
 from pipeline.core.records import InputError
+from pipeline.core.stage import Show, show_nothing
 
 Say = Callable[[str], None]
 
@@ -53,9 +54,14 @@ class Options:
 
 @one_at_a_time("out_folder")
 def evaluate(
-    checkpoint: ModelSource, sources: Sources, out_folder: str, options: Options, say: Say
+    checkpoint: ModelSource,
+    sources: Sources,
+    out_folder: str,
+    options: Options,
+    say: Say,
+    show: Show = show_nothing,
 ) -> list[Comparison]:
-    """Measure every set and write every file; returns the tables.
+    """Measure every set and write every file; returns the tables. `show` draws how far each set is.
 
     Raises InputError for unknown `paper_model`, and whatever a set's reader or the model raises.
     """
@@ -75,17 +81,23 @@ def evaluate(
         written.append(RetrievalSource(release.protocol, folder, release.protocol))
     for source in (*sources.retrieval, *written):
         say(f"{source.protocol}: retrieval")
-        tables.append(_retrieval(source, encoder, out_folder, options, paper_model))
+        shown = _showing(encoder, source.protocol, show)
+        tables.append(_retrieval(source, shown, out_folder, options, paper_model))
         for note in tables[-1].notes:
             if _NOT_COMPARABLE in note:
                 say(f"note: {note}")
     sets = list[ClassificationResult]()
     for folder in sources.classification:
-        say(f"{Path(folder).resolve().name}: classification")
+        name = Path(folder).resolve().name
+        say(f"{name}: classification")
         data, metric = open_classification(folder, templates=options.templates)
         sets.append(
             evaluate_classification(
-                encoder, data, metric, ensemble=options.ensemble, templates=options.templates
+                _showing(encoder, name, show),
+                data,
+                metric,
+                ensemble=options.ensemble,
+                templates=options.templates,
             )
         )
         if sets[-1].submission is not None:
@@ -102,6 +114,11 @@ def evaluate(
     )
     _write(tables, checkpoint, encoder, out_folder, options)
     return tables
+
+
+def _showing(encoder: EvaluationEncoder, name: str, show: Show) -> EvaluationEncoder:
+    """Return the encoder with bars that have a set's name."""
+    return replace(encoder, show=lambda label, unit: show(f"{name}: {unit}s", unit))
 
 
 def _retrieval(

@@ -2,13 +2,17 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from eval.metrics.recall import RetrievalScores
 from pipeline.core import store
 from pipeline.core.evaluation_sets import EvaluationSet, evaluation_named, evaluations_of
 from pipeline.core.facts import Facts
-from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
+from pipeline.core.stage import Context, Outcome, Progress, Show, Stage, Task
+
+if TYPE_CHECKING:
+    from eval.datasets.cnclip_tsv import RetrievalSet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +119,7 @@ def run_embed(config: EvaluationConfig, context: Context, task: Task, progress: 
     vocabulary = config.vocabulary or context.path_in("vocabulary", "caption.txt")
     weights = context.path_in(pair.stage, "model.safetensors")
     encoder = load_encoder(ModelSource(weights, vocabulary, config.context_length))
+    encoder = replace(encoder, show=_counting_both_sides(progress, evaluation))
     embed_evaluation(encoder, evaluation, context.path(folder))
     outputs = {
         f"{folder}/img_emb/img_emb_0.npy": evaluation.num_images,
@@ -125,6 +130,21 @@ def run_embed(config: EvaluationConfig, context: Context, task: Task, progress: 
     }
     count = evaluation.num_images + evaluation.num_texts
     return Outcome(outputs, num_in=count, num_kept=count)
+
+
+def _counting_both_sides(progress: Progress, evaluation: "RetrievalSet") -> Show:
+    """Return a Show that counts a set's images and then its texts on one bar."""
+    of_both = evaluation.num_images + evaluation.num_texts
+
+    def show(label: str, unit: str) -> Progress:
+        before = 0 if unit == "image" else evaluation.num_images
+
+        def shown(done: int, total: int, text: str = "") -> None:
+            progress(before + done, of_both, f"{unit}s")
+
+        return shown
+
+    return show
 
 
 def plan_index(config: IndexConfig, context: Context) -> list[Task]:

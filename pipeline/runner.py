@@ -21,6 +21,7 @@ from pipeline.core.run import (
     survey_stage,
 )
 from pipeline.core.stage import Context, Progress, Stage, Task, fold
+from pipeline.core.terminal import detail
 from pipeline.executors import local
 from pipeline.repair import forget_damaged, forget_unreadable, refuse_unusable_folder, restore_started
 
@@ -176,6 +177,8 @@ def _run_stage(run: Run, stage: Stage, label: str) -> None:
     receipts = receipts_that_count(stage, context, tasks)
     pending = [task for task in tasks if task.name not in receipts]
     progress = make_progress(label)
+    if pending:
+        progress(len(receipts), len(tasks))
     for receipt in _receipts(run, stage, context, pending, progress, len(receipts), len(tasks)):
         receipts[receipt.task] = receipt
     store.sweep(context.path())  # a machine that was lost leaves behind what its tasks had begun
@@ -198,6 +201,8 @@ def _run_stage(run: Run, stage: Stage, label: str) -> None:
     if said := drops.warning(manifest):
         print(f"warning: {said}", file=sys.stderr, flush=True)
     store.write_text(manifest_path(run, stage.name), manifest.to_file())
+    seconds = sum(receipt.seconds for receipt in receipts.values())
+    detail(f"{stage.name}: {manifest.num_in:,} in, {manifest.num_kept:,} kept, {seconds:,.1f} s in its tasks")
 
 
 def _receipts(

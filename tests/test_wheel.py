@@ -32,7 +32,7 @@ def _installed(folder: Path) -> Path:
     venv.create(folder / "environment", with_pip=True)
     place = folder / "environment"
     site = sysconfig.get_path("purelib", vars={"base": str(place), "platbase": str(place)})
-    # A folder that a .pth file names is searched; the .pth files in it, such as an editable install's, are not.
+    # A folder that a .pth file names is searched, but not for .pth files, such as an editable install's.
     (Path(site) / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     (wheel,) = wheels.glob("*.whl")
     pip = [str(place / "bin" / "python"), "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
@@ -60,6 +60,8 @@ def test_the_demo_runs_from_the_wheel_in_any_folder(tmp_path: Path) -> None:
     assert (here / "runs" / "demo" / "report" / "report.html").is_file()
     program = "import cnclip, pipeline; print(cnclip.load('runs/demo').dim, pipeline.__file__)"
     python = str(programs / "python")
-    loaded = subprocess.run([python, "-c", program], cwd=here, env=environment, capture_output=True, text=True)
+    loaded = subprocess.run(
+        [python, "-c", program], cwd=here, env=environment, capture_output=True, text=True
+    )
     assert loaded.returncode == 0, loaded.stderr
     assert str(tmp_path / "environment") in loaded.stdout

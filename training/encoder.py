@@ -18,6 +18,7 @@ from pipeline.core.arrays import Float32Array, Int32Array, Int64Array
 from pipeline.core.files.image_files import read_image
 from pipeline.core.files.images import BadImageError, Decode
 from pipeline.core.records import InputError
+from pipeline.core.stage import Progress
 from training.config.train import CONTEXT_LENGTH
 from training.model.clip import CLIP
 from training.model.preprocess import preprocess_readable
@@ -109,10 +110,10 @@ class Encoder:
             )
         return self.embed_tokens(tokens_NL)
 
-    def embed_tokens(self, tokens_NL: Int32Array) -> Float32Array:
-        """text_ND, unit-norm, of padded token ids."""
+    def embed_tokens(self, tokens_NL: Int32Array, progress: Progress | None = None) -> Float32Array:
+        """text_ND, unit-norm, of padded token ids; `progress` counts texts."""
         with torch.inference_mode():
-            return encode_tokens(self.model, tokens_NL)
+            return encode_tokens(self.model, tokens_NL, progress)
 
     def probabilities(self, image_MD: Float32Array, text_ND: Float32Array) -> Float32Array:
         """probability_MN: for each image, the softmax over the texts of scaled cosines (section 2.1)."""
@@ -147,13 +148,19 @@ def load(
     return Encoder(model, tokenizer, device=device, decode=decode)
 
 
-def encode_tokens(model: CLIP, tokens_NL: Int32Array) -> Float32Array:
+def encode_tokens(model: CLIP, tokens_NL: Int32Array, progress: Progress | None = None) -> Float32Array:
     """text_ND, unit-norm, in row order, of token ids padded with 0, by the model as it is set."""
     text_ND = np.empty((len(tokens_NL), model.config.embed_dim), np.float32)
     is_cpu = model.logit_scale.device.type == "cpu"
     size = TOKENS_PER_BATCH if is_cpu else TOKENS_PER_BATCH_ACCELERATED
+    done = 0
+    if progress is not None:
+        progress(0, len(tokens_NL))
     for rows in batches_of_tokens(tokens_NL, size):
         text_ND[rows] = model.encode_text(torch.from_numpy(tokens_NL[rows])).cpu().numpy()
+        done += len(rows)
+        if progress is not None:
+            progress(done, len(tokens_NL))
     return text_ND
 
 

@@ -140,10 +140,11 @@ class MetricsLog:
             if now - self._last_progress >= _SECONDS_BETWEEN_PROGRESS or step == self._total_steps:
                 self._last_progress = now
                 self._log.flush()
-                text = f"loss {loss:.3f} · temperature {temperature:.1f} · {speed['samples_per_second']:.0f}"
-                text += f" samples/s · data wait {100 * self._speed.wait_share:.1f} %"
+                # A narrow terminal shows what comes first.
+                text = f"loss {loss:.3f} · {speed['samples_per_second']:,.0f} samples/s"
+                text += f" · data wait {100 * self._speed.wait_share:.1f}% · temperature {temperature:.1f}"
                 if "utilisation" in speed:
-                    text += f" · {100 * speed['utilisation']:.0f} % of peak FLOP/s"
+                    text += f" · {100 * speed['utilisation']:.0f}% of peak FLOP/s"
                 self._say("progress", {"done": step, "total": self._total_steps, "text": text})
 
     def recalls(self, step: int, recalls: Mapping[str, Mapping[str, Any]]) -> None:

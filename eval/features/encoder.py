@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from pipeline.core.arrays import Float32Array, Int64Array
 from pipeline.core.config import find_recipe, read_run
 from pipeline.core.files.images import BadImageError, Decode
 from pipeline.core.records import ConfigError, InputError
+from pipeline.core.stage import Show, show_nothing
 from training.config.train import CONTEXT_LENGTH
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class EvaluationEncoder:
     base: "TextAndImageEncoder"
     context_length: int
     batch_size: int  # images that are decoded and encoded at once
+    show: Show = show_nothing  # draws how far a set's images and texts are
 
     @property
     def name(self) -> str:
@@ -75,9 +77,16 @@ class EvaluationEncoder:
             UnreadableImage: if an image cannot be decoded; it names the image's id.
         """
         images = decoded_batches(evaluation, self.base.image_size_px, self.batch_size, self.base.decode)
-        image_ND: Float32Array = np.concatenate([self.base.embed_pixels(image_BCHW) for image_BCHW in images])
+        progress, done = self.show(f"{evaluation.name}: images", "image"), 0
+        progress(0, evaluation.num_images)
+        features = list[Float32Array]()
+        for image_BCHW in images:
+            features.append(self.base.embed_pixels(image_BCHW))
+            done += len(image_BCHW)
+            progress(done, evaluation.num_images)
+        image_ND: Float32Array = np.concatenate(features)
         tokens_NL = self.base.tokenizer.encode(evaluation.texts, self.context_length)
-        return image_ND, self.base.embed_tokens(tokens_NL)
+        return image_ND, self.base.embed_tokens(tokens_NL, self.show(f"{evaluation.name}: texts", "text"))
 
     def texts(self, texts: Sequence[str]) -> Float32Array:
         """Unit-norm features [num_texts, dim]; InputError where there are no texts or a feature is NaN."""
@@ -98,7 +107,11 @@ class EvaluationEncoder:
             InputError: if none can be decoded.
         """
         bad = dict[int, str]() if left_out is None else left_out
-        feature_ND, kept_N = self.encoded_images(map(_read, images), left_out=bad)
+        progress = self.show("images", "image")
+        progress(0, len(images))
+        feature_ND, kept_N = self.encoded_images(
+            map(_read, images), left_out=bad, progress=lambda done: progress(done, len(images))
+        )
         if not len(kept_N):
             row, reason = next(iter(bad.items()))
             raise InputError(
@@ -108,9 +121,16 @@ class EvaluationEncoder:
         return feature_ND, kept_N
 
     def encoded_images(
-        self, encoded: Iterable[bytes | BadImageError], *, left_out: dict[int, str] | None = None
+        self,
+        encoded: Iterable[bytes | BadImageError],
+        *,
+        left_out: dict[int, str] | None = None,
+        progress: Callable[[int], None] = lambda done: None,
     ) -> tuple[Float32Array, Int64Array]:
-        """`images` of encoded bytes, read a batch at a time; empty where none can be decoded."""
+        """`images` of encoded bytes, read a batch at a time; empty where none can be decoded.
+
+        `progress` hears how many were read so far.
+        """
         from training.model.preprocess import preprocess_readable
 
         features, kept = list[Float32Array](), list[int]()
@@ -124,6 +144,7 @@ class EvaluationEncoder:
             if left_out is not None:
                 left_out |= {first + row: reason for row, reason in bad.items()}
             first += len(batch)
+            progress(first)
         feature_ND = np.concatenate([np.empty((0, self.base.model.config.embed_dim), np.float32), *features])
         if kept:
             check_vectors(feature_ND, "image features")

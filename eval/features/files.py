@@ -23,6 +23,7 @@ from pipeline.core.arrays import Float32Array
 from pipeline.core.files.lock import one_at_a_time
 from pipeline.core.files.written import check_parquet, naming
 from pipeline.core.records import InputError
+from pipeline.core.stage import Show, show_nothing
 
 if TYPE_CHECKING:
     from training.encoder import Encoder
@@ -59,12 +60,13 @@ def embed_files(
     out: str,
     context_length: int,
     dtype: Precision = "float32",
+    show: Show = show_nothing,
 ) -> Embedded:
     """Embed and write; `images` is a folder (in the order of its sorted file names, subfolders included) or a
     table, CN-CLIP's `_imgs.tsv` among them; `texts` a file with one text a line, or a table.
 
     Images that cannot be read or decoded are left out and listed. If there are as many texts as images, row i
-    of both is a pair, and goes as one.
+    of both is a pair, and goes as one. `show` draws how far each side is.
 
     Raises:
         InputError: if an input is empty, no image can be decoded, or a table has no known column or a row
@@ -78,20 +80,27 @@ def embed_files(
         captions = read_texts(texts, _TEXT_COLUMNS)
     left_out, num_texts_left_out = dict[int, str](), 0
     if source is not None:
-        _write_features(vectors_path(out, "image"), _image_features(encoder, source, left_out), dim, dtype)
+        _write_features(
+            vectors_path(out, "image"), _image_features(encoder, source, left_out, show), dim, dtype
+        )
         names = [name for row, name in enumerate(source.names) if row not in left_out]
         if left_out and len(captions) == len(source.names):
             captions = [text for row, text in enumerate(captions) if row not in left_out]
             num_texts_left_out = len(left_out)
         _write_left_out(store.join(out, _LEFT_OUT), source, left_out)
     if texts is not None:
-        counts = list[int]()
+        counts, progress = list[int](), show("texts", "text")
 
         def embedded() -> Iterator[Float32Array]:
-            for chunk in _chunks(captions, _TEXTS_PER_STEP):
+            for number, chunk in enumerate(_chunks(captions, _TEXTS_PER_STEP)):
                 tokens_NL, cut = encoder.tokenizer.encode_counting(chunk, context_length)
                 counts.append(cut)
-                yield encoder.embed_tokens(tokens_NL)
+                before = number * _TEXTS_PER_STEP
+
+                def so_far(done: int, total: int, text: str = "", before: int = before) -> None:
+                    progress(before + done, len(captions))
+
+                yield encoder.embed_tokens(tokens_NL, so_far)
 
         _write_features(vectors_path(out, "text"), embedded(), dim, dtype)
         num_truncated = sum(counts)
@@ -103,13 +112,15 @@ def embed_files(
 
 
 def _image_features(
-    encoder: "Encoder", source: "ImageSource", left_out: dict[int, str]
+    encoder: "Encoder", source: "ImageSource", left_out: dict[int, str], show: Show
 ) -> Iterator[Float32Array]:
-    first = 0
+    first, progress = 0, show("images", "image")
+    progress(0, len(source.names))
     for chunk in _chunks(source.read(), _IMAGES_PER_STEP):
         feature_ND, bad = encoder.embed_readable(chunk)
         left_out |= {first + row: reason for row, reason in bad.items()}
         first += len(chunk)
+        progress(min(first, len(source.names)), len(source.names))
         yield feature_ND
     if first != len(source.names):
         raise InputError(

@@ -1,5 +1,6 @@
 """Empty FAISS indices from a factory string, trained, filled, and tried before anybody relies on them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -86,18 +87,31 @@ def check_answers(index: Any, factory: str, rows_ND: Float32Array) -> None:
     _refuse(factory, reason)
 
 
-def fill(index: Any, embeddings: Embeddings, start: int, stop: int, factory: str, device: Device) -> Any:
+def fill(
+    index: Any,
+    embeddings: Embeddings,
+    start: int,
+    stop: int,
+    factory: str,
+    device: Device,
+    added: Callable[[int], None] = lambda count: None,
+) -> Any:
     """Add rows start … stop - 1 to an empty trained index; return it in the processor's form.
+
+    `added` hears of each block how many of these rows are in the index.
 
     Raises:
         InputError: for bad rows, for rows that FAISS refuses, and if the answers are out of order.
     """
     index = to_device(index, device, factory)
+    count = 0
     for block_BD in embeddings.blocks(start, stop):
         try:
             index.add(block_BD)
         except Exception as error:
             raise InputError(f"{factory} on {stop - start} rows: {faiss_reason(error)}") from None
+        count += len(block_BD)
+        added(count)
     index = from_device(index, device)
     places = np.unique(np.linspace(start, stop - 1, NUM_QUERIES).astype(np.int64))
     queries_QD = embeddings.rows(places)

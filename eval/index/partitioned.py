@@ -194,7 +194,7 @@ def build_parts(
     """Train on evenly spaced rows, then index part by part; what is there and whole is kept.
 
     `device` trains and adds. The same embeddings and settings give the same bytes on one thread of the
-    processor. `say` hears of files that are damaged and built again.
+    processor. `progress` counts rows. `say` hears of files that are damaged and built again.
 
     Raises:
         ConfigError: if the folder holds an index of other embeddings or settings and `redo` is not set, and
@@ -208,7 +208,9 @@ def build_parts(
     with exclusive(folder):
         inputs = digest([embeddings.digest(), factory, rows_per_part, train_rows])
         _begin(folder, inputs, redo)
-        trained = _Trained(embeddings, folder, factory, train_rows, device, say or (lambda line: None))
+        trained = _Trained(
+            embeddings, folder, factory, train_rows, device, say or (lambda line: None), progress
+        )
         before = _described(folder, inputs)
         starts = range(0, embeddings.num_rows, rows_per_part)
         parts = []
@@ -216,8 +218,6 @@ def build_parts(
             stop = min(start + rows_per_part, embeddings.num_rows)
             part = before.get(number) or Part(_part_name(number), start, stop - start, 0)
             parts.append(trained.part(part))
-            if progress is not None:
-                progress(number + 1, len(starts), part.path)
         result = PartedIndex(
             folder, factory, embeddings.dim, embeddings.num_rows, inputs, tuple(parts), embeddings.model
         )
@@ -262,17 +262,30 @@ class _Trained:
     train_rows: int
     device: Device
     say: Callable[[str], None]
+    progress: Progress | None
+
+    def show(self, num_rows: int) -> None:
+        """Show how many rows are in the parts."""
+        if self.progress is not None:
+            self.progress(num_rows, self.embeddings.num_rows)
 
     def part(self, part: Part) -> Part:
         """Return the part as it lies in the folder, built if it is missing or damaged."""
         path = store.join(self.folder, part.path)
         if store.exists(path):
             try:
-                return self._checked(part, path)
+                whole = self._checked(part, path)
             except InputError as error:
                 self.say(f"{error}: built again")
+            else:
+                self.show(part.first_row + part.num_rows)
+                return whole
         start, stop = part.first_row, part.first_row + part.num_rows
-        index = fill(self._empty(), self.embeddings, start, stop, self.factory, self.device)
+
+        def added(count: int) -> None:
+            self.show(start + count)
+
+        index = fill(self._empty(), self.embeddings, start, stop, self.factory, self.device, added)
         num_bytes, found = write_index(index, path)
         return replace(part, num_bytes=num_bytes, digest=found)
 

@@ -1,81 +1,67 @@
 """The command line: a module for each group of commands; a command imports what is heavy itself."""
 
-import argparse
-import errno
+import functools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-from pipeline.cli import analyses, corpus, embed, evaluate, index, report, runs, serve, weights
-from pipeline.cli.arguments import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED
-from pipeline.core.records import ConfigError, InputError, Stopped
-from pipeline.core.terminal import guarded_output, one_line
+import typer
+
+from pipeline.cli import analyses, corpus, embed, evaluate, index, report, runs, serve, status, weights
+from pipeline.cli.app import Commands, application
+from pipeline.cli.errors import usage_line
+from pipeline.core.terminal import Verbosity, guarded_output, set_verbosity
+
+# In the order of the help; groups with one heading stand under it together.
+GROUPS = (
+    runs.RUN,
+    status.STATUS,
+    report.REPORT,
+    runs.REST,
+    corpus.CORPUS,
+    weights.WEIGHTS,
+    evaluate.EVALUATE,
+    analyses.ANALYSES,
+    embed.EMBED,
+    index.INDEX,
+    serve.SERVE,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    Returns the exit status: 0 done, 1 the work failed, 2 wrong usage or configuration, 130 interrupted,
-    143 stopped by a signal.
+    Returns the exit status: 0 done, 1 the work failed, 2 wrong configuration, 130 interrupted, 143 stopped by
+    a signal.
+
+    Raises:
+        SystemExit: with 0 after --help and --version, with 2 after wrong usage.
     """
-    with guarded_output():
-        return _run(arguments)
+    with guarded_output(), _own_settings():
+        words = list(sys.argv[1:] if arguments is None else arguments)
+        try:
+            # Not standalone: what ends a command is said by `pipeline.cli.errors`.
+            return int(program().main(args=words or ["--help"], prog_name="cnclip", standalone_mode=False))
+        except typer.TyperException as error:
+            print(usage_line(error), file=sys.stderr)
+            raise SystemExit(error.exit_code) from None
 
 
-def _run(arguments: Sequence[str] | None) -> int:
-    options = _parser().parse_args(arguments)
+@functools.cache
+def program() -> Commands:
+    """Return the program with all its commands."""
+    return application(GROUPS)
+
+
+@contextmanager
+def _own_settings() -> Iterator[None]:
+    """Undo afterwards what the options of one command set for the whole process."""
+    set_verbosity(Verbosity.NORMAL)
+    before = os.environ.get("NO_COLOR")
     try:
-        return int(options.command(options))
-    except (ConfigError, InputError) as error:
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
-        return error.exit_status
-    except Stopped as stopped:
-        print(f"stopped: {one_line(str(stopped))}", file=sys.stderr)
-        return stopped.exit_status
-    except KeyboardInterrupt:
-        print("interrupted; rerun the same command to resume", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        return EXIT_DONE  # the reader of our output (head, less) has seen enough
-    except MemoryError:
-        print(
-            "error: there is not enough memory: free some or take smaller settings, such as [run] processes,"
-            " then rerun the same command to resume",
-            file=sys.stderr,
-        )
-        return EXIT_FAILED
-    except OSError as error:
-        where = f"{one_line(os.fsdecode(error.filename))}: " if _has_name(error) else ""
-        print(f"error: {where}{error.strerror or error}; {_remedy(error)}", file=sys.stderr)
-        return EXIT_FAILED
-
-
-def _has_name(error: OSError) -> bool:
-    return isinstance(error.filename, str | bytes) and bool(error.filename)
-
-
-def _remedy(error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return "free space or move [run] folder, then rerun the same command to resume"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return "make it readable and writable, or choose another [run] folder"
-    return "fix the problem and rerun the same command to resume"
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="cnclip",
-        description="Rebuild the Chinese CLIP corpus, pretrain in two stages, measure retrieval.",
-        epilog="Exit status: 0 done, 1 the work failed, 2 wrong usage or configuration.",
-    )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    runs.add_commands(commands)
-    report.add_commands(commands)
-    corpus.add_commands(commands)
-    evaluate.add_commands(commands)
-    analyses.add_commands(commands)
-    embed.add_commands(commands)
-    index.add_commands(commands)
-    serve.add_commands(commands)
-    weights.add_commands(commands)
-    return parser
+        yield
+    finally:
+        set_verbosity(Verbosity.NORMAL)
+        if before is None:
+            os.environ.pop("NO_COLOR", None)

@@ -1,127 +1,180 @@
 """`cnclip prompts` and `cnclip negation`: the paper's two analyses (3.2.3)."""
 
-import argparse
-import sys
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pipeline.cli.arguments import EXIT_DONE, add, add_decode, add_model, add_templates, checkpoint
+import typer
+
+from pipeline.cli.app import Command, Group
+from pipeline.cli.arguments import (
+    EXIT_DONE,
+    ContextLength,
+    Decode,
+    Model,
+    Overrides,
+    Vocabulary,
+    checkpoint,
+)
+from pipeline.cli.errors import UsageError
 from pipeline.core import store
 from pipeline.core.records import ConfigError
+from pipeline.core.terminal import note
 
 if TYPE_CHECKING:
     from eval.datasets.classification import ClassificationSet
     from eval.paper.published import Metric
 
+ANALYSES = Group("Evaluate")
 
-def _add_set(command: argparse.ArgumentParser) -> None:
-    command.add_argument("folder", metavar="FOLDER", help="a classification set in any of the three layouts")
-    command.add_argument("--labels", metavar="FILE", help="Chinese class names instead of the set's or ours")
-    command.add_argument(
-        "--metric",
-        choices=("accuracy", "mean-per-class", "roc-auc", "11-point-map"),
-        help="default: the set's own in Table 11, else accuracy",
-    )
+_ClassificationSet = Annotated[
+    str, typer.Argument(metavar="FOLDER", help="a classification set in any of the three layouts")
+]
+_Labels = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="take these Chinese class names instead of the set's or ours"),
+]
+_MetricName = Literal["accuracy", "mean-per-class", "roc-auc", "11-point-map"]
+_Metric = Annotated[
+    _MetricName | None,
+    typer.Option(
+        metavar="METRIC",
+        help="accuracy, mean-per-class, roc-auc or 11-point-map (default: the set's in Table 11)",
+    ),
+]
 
 
-def _open_set(options: argparse.Namespace) -> "tuple[ClassificationSet, Metric]":
+def _open_set(
+    folder: str, labels: str | None, metric: _MetricName | None, templates: str
+) -> "tuple[ClassificationSet, Metric]":
     from eval.zeroshot.measure import open_classification
 
-    return open_classification(
-        options.folder, labels_path=options.labels, metric=options.metric, templates=options.templates
-    )
+    return open_classification(folder, labels_path=labels, metric=metric, templates=templates)
 
 
 def _print_notes(data: "ClassificationSet", left_out: Mapping[int, str]) -> None:
     from eval.zeroshot.measure import unreadable_note
 
-    for note in data.notes:
-        print(f"note: {data.name}: {note}", file=sys.stderr)
+    for text in data.notes:
+        note(f"{data.name}: {text}")
     if left_out:
-        print(f"note: {unreadable_note(data, left_out)}", file=sys.stderr)
+        note(unreadable_note(data, left_out))
 
 
-def add_commands(commands: Any) -> None:
-    """Add the commands to `argparse`'s sub-parsers."""
-    _add_prompts(commands)
-    _add_negation(commands)
-
-
-def _add_prompts(commands: Any) -> None:
-    command = add(
-        commands,
-        "prompts",
-        _prompts,
-        "measure each template and the ensembles (paper, 3.2.3)",
-        "my_run.toml datasets/cifar-10",
-    )
-    add_model(command)
-    add_decode(command)
-    _add_set(command)
-    add_templates(command, "own|paper|FILE", "the set's own templates; paper takes its labels too")
-    command.add_argument("--plot", metavar="OUT.svg", help="draw the scores as well")
-
-
-def _prompts(options: argparse.Namespace) -> int:
+@ANALYSES.add(
+    "prompts",
+    "measure each template and the ensembles (paper, 3.2.3)",
+    "my_run.toml datasets/cifar-10",
+)
+def prompts(
+    model: Model,
+    folder: _ClassificationSet,
+    overrides: Overrides = None,
+    vocabulary: Vocabulary = None,
+    context_length: ContextLength = None,
+    decode: Decode = "upright",
+    labels: _Labels = None,
+    metric: _Metric = None,
+    templates: Annotated[
+        str,
+        typer.Option(
+            metavar="own|paper|FILE", help="take the set's own templates, or the paper's with its labels"
+        ),
+    ] = "own",
+    plot: Annotated[str | None, typer.Option(metavar="OUT.svg", help="draw the scores as well")] = None,
+) -> int:
     from eval.features.encoder import load_encoder
     from eval.zeroshot.analyses import prompt_sensitivity, prompts_plot, prompts_table
 
-    data, metric = _open_set(options)
-    encoder = load_encoder(checkpoint(options))
+    data, measure = _open_set(folder, labels, metric, templates)
+    encoder = load_encoder(checkpoint(model, overrides, vocabulary, context_length, decode))
     left_out = dict[int, str]()
-    scores = prompt_sensitivity(encoder, data, metric, own=options.templates, left_out=left_out)
+    scores = prompt_sensitivity(encoder, data, measure, own=templates, left_out=left_out)
     _print_notes(data, left_out)
-    print(f"{data.name}, {metric}, {encoder.name}")
+    print(f"{data.name}, {measure}, {encoder.name}")
     print(prompts_table(scores))
-    if options.plot:
-        store.write_text(options.plot, prompts_plot(scores, f"{data.name}, {metric}"))
+    if plot:
+        store.write_text(plot, prompts_plot(scores, f"{data.name}, {measure}"))
     return EXIT_DONE
 
 
-def _add_negation(commands: Any) -> None:
-    command = add(
-        commands,
-        "negation",
-        _negation,
-        "compare a label worded with and without negation (paper, 3.2.3)",
-        "my_run.toml datasets/patch-camelyon",
-    )
-    add_model(command)
-    add_decode(command)
-    _add_set(command)
-    command.add_argument(
-        "--pair",
-        action="append",
-        nargs=3,
-        default=[],
-        metavar=("CLASS", "PLAIN", "NEGATED"),
-        help="class (number or label) and its two wordings; may be repeated (default: the paper's pairs)",
-    )
-    add_templates(command, "own|general|paper|FILE", "prompts; paper takes its labels too")
+class _PairCommand(Command):
+    """A command whose --pair takes three values, which travel through typer as one."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        words, rest = list[str](), list(args)
+        while rest:
+            words.append(rest.pop(0))
+            if words[-1] == "--":
+                words += rest
+                break
+            if words[-1] == "--pair":
+                if len(rest) < 3:
+                    raise UsageError("--pair: takes three values: CLASS PLAIN NEGATED", ctx)
+                words.append(json.dumps(rest[:3]))
+                rest = rest[3:]
+        return super().parse_args(ctx, words)
 
 
-def _negation(options: argparse.Namespace) -> int:
+@ANALYSES.add(
+    "negation",
+    "compare a label worded with and without negation (paper, 3.2.3)",
+    "my_run.toml datasets/patch-camelyon",
+    cls=_PairCommand,
+)
+def negation(
+    model: Model,
+    folder: _ClassificationSet,
+    overrides: Overrides = None,
+    vocabulary: Vocabulary = None,
+    context_length: ContextLength = None,
+    decode: Decode = "upright",
+    labels: _Labels = None,
+    metric: _Metric = None,
+    pair: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CLASS PLAIN NEGATED",
+            help="compare two wordings of a class, given by number or label; may be repeated (default: the"
+            " paper's pairs)",
+        ),
+    ] = None,
+    templates: Annotated[
+        str,
+        typer.Option(
+            metavar="own|general|paper|FILE",
+            help="take these prompts; paper takes the paper's labels too",
+        ),
+    ] = "own",
+) -> int:
     from eval.datasets.labels import templates_for
     from eval.features.encoder import load_encoder
-    from eval.zeroshot.analyses import SHIPPED_PAIRS, NegationPair, negation, negation_table
+    from eval.zeroshot.analyses import SHIPPED_PAIRS, negation, negation_table
 
-    data, metric = _open_set(options)
+    data, measure = _open_set(folder, labels, metric, templates)
     names = data.labels.names
-    pairs = list(SHIPPED_PAIRS.get(data.name, ())) if not options.pair else []
-    for which, plain, negated in options.pair:
+    pairs = _pairs(pair, names) if pair else list(SHIPPED_PAIRS.get(data.name, ()))
+    if not pairs:
+        raise ConfigError(f"{data.name}: no pair ships for this set; give --pair CLASS PLAIN NEGATED")
+    encoder = load_encoder(checkpoint(model, overrides, vocabulary, context_length, decode))
+    left_out = dict[int, str]()
+    prompts = templates_for(data.name, templates)
+    scores = negation(encoder, data, measure, pairs, prompts, left_out=left_out)
+    _print_notes(data, left_out)
+    print(f"{data.name}, {measure}, {encoder.name}")
+    print(negation_table(scores, names))
+    return EXIT_DONE
+
+
+def _pairs(given: Sequence[str], names: Sequence[str]) -> list[Any]:
+    from eval.zeroshot.analyses import NegationPair
+
+    pairs = []
+    for which, plain, negated in map(json.loads, given):
         row = names.index(which) if which in names else int(which) if which.isdecimal() else -1
         if not 0 <= row < len(names):
             raise ConfigError(
                 f"--pair {which}: no class of that label or number; labels: {'、'.join(names[:20])}"
             )
         pairs.append(NegationPair(row, plain, negated))
-    if not pairs:
-        raise ConfigError(f"{data.name}: no pair ships for this set; give --pair CLASS PLAIN NEGATED")
-    encoder = load_encoder(checkpoint(options))
-    left_out = dict[int, str]()
-    templates = templates_for(data.name, options.templates)
-    scores = negation(encoder, data, metric, pairs, templates, left_out=left_out)
-    _print_notes(data, left_out)
-    print(f"{data.name}, {metric}, {encoder.name}")
-    print(negation_table(scores, names))
-    return EXIT_DONE
+    return pairs

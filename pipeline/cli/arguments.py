@@ -1,8 +1,11 @@
 """What several commands take, each argument defined once, and how commands end."""
 
-import argparse
+import os
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
 
 if TYPE_CHECKING:
     from eval.features.encoder import ModelSource
@@ -10,90 +13,100 @@ if TYPE_CHECKING:
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
-def add(commands: Any, name: str, function: object, summary: str, example: str) -> argparse.ArgumentParser:
-    """Add a sub-parser whose `command` is `function`; its help ends with the example."""
-    command: argparse.ArgumentParser = commands.add_parser(
-        name, help=summary, description=summary, epilog=f"Example: cnclip {name} {example}"
-    )
-    command.set_defaults(command=function)
-    return command
+def _recipes_and_files(incomplete: str) -> list[str]:
+    """Complete a run: shipped recipes, and folders and TOML files that begin so."""
+    from importlib.resources import files
+
+    shipped = [
+        item.name.removesuffix(".toml")
+        for item in files("pipeline.recipes").iterdir()
+        if item.name.endswith(".toml")
+    ]
+    folder = os.path.dirname(incomplete)
+    try:
+        entries = sorted(os.scandir(folder or "."), key=lambda entry: entry.name)
+    except OSError:
+        entries = []
+    found = [
+        os.path.join(folder, entry.name) + ("/" if entry.is_dir() else "")
+        for entry in entries
+        if entry.name.endswith(".toml") or entry.is_dir()
+    ]
+    return [name for name in (*sorted(shipped), *found) if name.startswith(incomplete)]
 
 
-def add_overrides(command: argparse.ArgumentParser) -> None:
-    """Add `--set`, whose items `pipeline.core.config.apply_overrides` reads."""
-    command.add_argument(
+# Of a run: what `pipeline.catalog.load` takes.
+RunFile = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN.toml",
+        help="the run's file, or a shipped recipe such as demo",
+        autocompletion=_recipes_and_files,
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
         "--set",
-        action="append",
-        default=[],
         metavar="KEY=VALUE",
-        help="override a setting of the run's TOML, as in --set stage1.epochs=2; may be repeated",
-    )
+        help="override a setting of the run, as in --set stage1.epochs=2; may be repeated",
+    ),
+]
 
+# What `pipeline.core.run.select` takes.
+OneStage = Annotated[str | None, typer.Option("--stage", metavar="NAME", help="act on this stage only")]
+FirstStage = Annotated[str | None, typer.Option("--from", metavar="NAME", help="start at this stage")]
+LastStage = Annotated[str | None, typer.Option("--to", metavar="NAME", help="stop after this stage")]
 
-def add_run(command: argparse.ArgumentParser) -> None:
-    """Add `RUN.toml` and `--set`: what `pipeline.catalog.load` takes."""
-    command.add_argument("run", metavar="RUN.toml", help="a run's file, or a shipped recipe such as demo")
-    add_overrides(command)
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON document instead")]
 
-
-def add_stages(command: argparse.ArgumentParser) -> None:
-    """Add `--stage`, `--from` and `--to`: what `pipeline.core.run.select` takes."""
-    command.add_argument("--stage", metavar="NAME", help="this stage only")
-    command.add_argument("--from", dest="first", metavar="NAME", help="from this stage on")
-    command.add_argument("--to", dest="last", metavar="NAME", help="up to and including this stage")
-
-
-def add_vocabulary(command: argparse.ArgumentParser, default: str) -> None:
-    """Add `--vocab`; `default` says what is taken without it."""
-    command.add_argument(
-        "--vocab",
-        dest="vocabulary",
-        metavar="PATH-or-ID",
-        help=f"vocab.txt, its folder or a model id (default: {default})",
-    )
-
-
-def add_model(command: argparse.ArgumentParser) -> None:
-    """Add `RUN-or-CHECKPOINT`, `--set`, `--vocab` and `--context-length`: what `checkpoint` takes."""
-    command.add_argument(
-        "model",
+# Of a model: what `checkpoint` takes.
+Model = Annotated[
+    str,
+    typer.Argument(
         metavar="RUN-or-CHECKPOINT",
         help="a run's TOML (its last trained stage), or weights of any known format",
-    )
-    add_overrides(command)
-    add_vocabulary(command, "the run's, or looked for")
-    command.add_argument(
+        autocompletion=_recipes_and_files,
+    ),
+]
+Vocabulary = Annotated[
+    str | None,
+    typer.Option(
+        "--vocab",
+        metavar="PATH-or-ID",
+        help="read a vocab.txt, its folder or a model id (default: the run's, else searched for)",
+    ),
+]
+ContextLength = Annotated[
+    int | None,
+    typer.Option(
         "--context",
         "--context-length",
-        dest="context_length",
-        type=int,
         metavar="N",
-        help="tokens with [CLS] and [SEP] (default: the run's, or 52)",
-    )
+        help="cut texts at N tokens, [CLS] and [SEP] included (default: the run's, or 52)",
+    ),
+]
+Decode = Annotated[
+    Literal["upright", "reference"],
+    typer.Option(
+        metavar="upright|reference",
+        help="decode images upright (EXIF, 16 bits and transparency heeded) or as CN-CLIP's reference code",
+    ),
+]
 
 
-def add_decode(command: argparse.ArgumentParser) -> None:
-    """Add `--decode`: what is seen of images that are no ordinary 8-bit RGB."""
-    command.add_argument(
-        "--decode",
-        choices=("upright", "reference"),
-        default="upright",
-        help="upright: EXIF turned, 16 bits scaled, transparency on white; reference: as CN-CLIP's code does"
-        " (default: upright)",
-    )
-
-
-def checkpoint(options: argparse.Namespace) -> "ModelSource":
-    """Return the weights that the options of `add_model` and `add_decode` name."""
+def checkpoint(
+    model: str,
+    overrides: Sequence[str] | None,
+    vocabulary: str | None,
+    context_length: int | None,
+    decode: Literal["upright", "reference"] | None = None,
+) -> "ModelSource":
+    """Return the weights that a command's arguments name."""
     from eval.features.encoder import find_checkpoint
 
-    found = find_checkpoint(options.model, options.vocabulary, options.context_length, options.set)
-    return replace(found, decode=getattr(options, "decode", found.decode))
-
-
-def add_templates(command: argparse.ArgumentParser, values: str, help: str) -> None:
-    """Add `--templates`; `values` are those that the command knows, such as own|general|FILE."""
-    command.add_argument("--templates", default="own", metavar=values, help=help)
+    found = find_checkpoint(model, vocabulary, context_length, overrides or ())
+    return found if decode is None else replace(found, decode=decode)
 
 
 def corpus_folder(corpus: str) -> str:
@@ -106,36 +119,29 @@ def corpus_folder(corpus: str) -> str:
     return run.folder
 
 
-def add_embeddings(command: argparse.ArgumentParser) -> None:
-    """Add `EMBEDDINGS`, `--side` and `--train-rows`: what an index is built from."""
-    command.add_argument(
-        "embeddings",
+# What an index is built from.
+EmbeddingsPath = Annotated[
+    str,
+    typer.Argument(
         metavar="EMBEDDINGS",
         help="a .npy file, a folder of them, or clip-retrieval's folder with img_emb/ and text_emb/",
-    )
-    command.add_argument(
-        "--side", choices=("image", "text"), default="image", help="of clip-retrieval's folder"
-    )
-    command.add_argument(
-        "--train-rows", type=int, default=262_144, metavar="N", help="evenly spaced rows that FAISS trains on"
-    )
-
-
-def add_device(command: argparse.ArgumentParser) -> None:
-    """Add `--device`: where FAISS computes."""
-    command.add_argument(
-        "--device",
-        choices=("cpu", "gpu"),
-        default="cpu",
-        help="where FAISS computes; gpu needs faiss-gpu (default: cpu)",
-    )
-
-
-def add_target(command: argparse.ArgumentParser) -> None:
-    """Add `--memory` and `--recall`: what an index is wanted to reach."""
-    command.add_argument(
-        "--memory", type=float, default=4.0, metavar="GIB", help="for the whole index (default: 4)"
-    )
-    command.add_argument(
-        "--recall", type=float, default=0.95, metavar="R", help="wanted against exact search, 0 to 1"
-    )
+    ),
+]
+Side = Annotated[
+    Literal["image", "text"],
+    typer.Option(metavar="image|text", help="take this side of clip-retrieval's folder"),
+]
+TrainRows = Annotated[
+    int, typer.Option("--train-rows", metavar="N", help="train FAISS on N evenly spaced rows")
+]
+FaissDevice = Annotated[
+    Literal["cpu", "gpu"],
+    typer.Option("--device", metavar="cpu|gpu", help="run FAISS there; gpu needs faiss-gpu"),
+]
+IndexMemory = Annotated[
+    float, typer.Option("--memory", metavar="GIB", help="let the index take GIB of memory in all")
+]
+IndexRecall = Annotated[
+    float,
+    typer.Option("--recall", metavar="R", help="reach recall R against exact search, 0 to 1"),
+]

@@ -1,69 +1,97 @@
 """`cnclip embed`."""
 
-import argparse
-from typing import Any
+from typing import Annotated, Literal
 
-from pipeline.cli.arguments import EXIT_DONE, add, add_decode, add_model, checkpoint
+import typer
+
+from pipeline.cli.app import Group
+from pipeline.cli.arguments import (
+    EXIT_DONE,
+    ContextLength,
+    Decode,
+    Model,
+    Overrides,
+    Vocabulary,
+    checkpoint,
+)
 from pipeline.core.progress import make_progress
 from pipeline.core.records import ConfigError
 
-
-def add_commands(commands: Any) -> None:
-    """Add the command to `argparse`'s sub-parsers."""
-    command = add(
-        commands,
-        "embed",
-        _embed,
-        "compute features of images and texts in clip-retrieval's layout",
-        "my_run.toml --images photos --out features",
-    )
-    add_model(command)
-    add_decode(command)
-    command.add_argument(
-        "--images", metavar="FOLDER|TABLE", help="folder of images, or table with a column of them"
-    )
-    command.add_argument("--texts", metavar="FILE", help="one text a line, or a table with a column of them")
-    command.add_argument(
-        "--shards", metavar="FOLDER", help="instead: a run's shards, both sides, a file a shard; resumable"
-    )
-    command.add_argument("--out", required=True, metavar="DIR", help="folder for the features")
-    command.add_argument(
-        "--dtype",
-        choices=("float16", "float32"),
-        default="float32",
-        help="of the features (default: float32)",
-    )
-    command.add_argument(
-        "--ranks", type=int, default=1, metavar="N", help="with --shards: processes, one an accelerator"
-    )
-    command.add_argument(
-        "--redo", action="store_true", help="with --shards: replace features of another model or setting"
-    )
+EMBED = Group("Search")
 
 
-def _embed(options: argparse.Namespace) -> int:
-
-    if options.shards is not None:
-        if options.images is not None or options.texts is not None:
+@EMBED.add(
+    "embed",
+    "compute features of images and texts in clip-retrieval's layout",
+    "my_run.toml --images photos --out features",
+)
+def embed(
+    model: Model,
+    out: Annotated[str, typer.Option(metavar="DIR", help="write the features into this folder")],
+    images: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER|TABLE", help="embed a folder of images, or a table with a column of them"
+        ),
+    ] = None,
+    texts: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="embed texts: one a line, or a table with a column of them"),
+    ] = None,
+    shards: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER", help="embed images and texts of a run's shards instead; rerun to resume"
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    vocabulary: Vocabulary = None,
+    context_length: ContextLength = None,
+    decode: Decode = "upright",
+    dtype: Annotated[
+        Literal["float16", "float32"],
+        typer.Option(metavar="float16|float32", help="store features in this type"),
+    ] = "float32",
+    ranks: Annotated[
+        int, typer.Option(metavar="N", help="with --shards: start N processes, one per accelerator")
+    ] = 1,
+    redo: Annotated[
+        bool, typer.Option("--redo", help="with --shards: replace features of another model or setting")
+    ] = False,
+) -> int:
+    if shards is not None:
+        if images is not None or texts is not None:
             raise ConfigError("--shards has images and texts of its own; leave out --images and --texts")
-        return _embed_shards(options)
-    if options.images is None and options.texts is None:
+        if ranks < 1:
+            raise ConfigError(f"--ranks {ranks}: give at least 1")
+
+        from eval.features.shards import ShardJob, embed_shards
+
+        source = checkpoint(model, overrides, vocabulary, context_length, decode)
+        job = ShardJob(source, shards, out, dtype, ranks)
+        pairs = embed_shards(job, redo=redo, progress=make_progress("embed", "shard"))
+        if pairs.num_unreadable:
+            print(f"{pairs.num_unreadable} images cannot be decoded and have no row")
+        print(f"{out}: {pairs.num_rows:,} pairs of {pairs.num_shards:,} shards, {dtype}")
+        return EXIT_DONE
+    if images is None and texts is None:
         raise ConfigError("embed: nothing to embed; give --images, --texts, both, or --shards")
-    if options.ranks != 1 or options.redo:
+    if ranks != 1 or redo:
         raise ConfigError("--ranks and --redo go with --shards")
 
     from eval.features.encoder import load_encoder
     from eval.features.files import embed_files
     from pipeline.core.files.image_files import summary
 
-    encoder = load_encoder(checkpoint(options))
+    encoder = load_encoder(checkpoint(model, overrides, vocabulary, context_length, decode))
     done = embed_files(
         encoder.base,
-        images=options.images,
-        texts=options.texts,
-        out=options.out,
+        images=images,
+        texts=texts,
+        out=out,
         context_length=encoder.context_length,
-        dtype=options.dtype,
+        dtype=dtype,
+        show=make_progress,
     )
     if done.num_truncated:
         print(
@@ -76,20 +104,7 @@ def _embed(options: argparse.Namespace) -> int:
         with_texts = f", with {done.num_texts_left_out} texts of theirs" if done.num_texts_left_out else ""
         print(
             f"{len(done.left_out)} images cannot be decoded and have no row{with_texts}:"
-            f" {summary(done.left_out)}; all are in {options.out}/left_out.jsonl"
+            f" {summary(done.left_out)}; all are in {out}/left_out.jsonl"
         )
-    print(f"{options.out}: {done.num_images} images, {done.num_texts} texts, {done.dim} dimensions")
-    return EXIT_DONE
-
-
-def _embed_shards(options: argparse.Namespace) -> int:
-    from eval.features.shards import ShardJob, embed_shards
-
-    if options.ranks < 1:
-        raise ConfigError(f"--ranks {options.ranks}: give at least 1")
-    job = ShardJob(checkpoint(options), options.shards, options.out, options.dtype, options.ranks)
-    done = embed_shards(job, redo=options.redo, progress=make_progress("embed", "shard"))
-    if done.num_unreadable:
-        print(f"{done.num_unreadable} images cannot be decoded and have no row")
-    print(f"{options.out}: {done.num_rows:,} pairs of {done.num_shards:,} shards, {options.dtype}")
+    print(f"{out}: {done.num_images} images, {done.num_texts} texts, {done.dim} dimensions")
     return EXIT_DONE

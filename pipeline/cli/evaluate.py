@@ -1,80 +1,165 @@
-"""`cnclip predict`, `cnclip score` and `cnclip eval`."""
+"""`cnclip eval`, `cnclip predict` and `cnclip score`."""
 
-import argparse
 import sys
-from typing import Any
+from typing import Annotated, Literal
 
+import typer
+
+from pipeline.cli.app import Group
 from pipeline.cli.arguments import (
     EXIT_DONE,
     EXIT_FAILED,
-    add,
-    add_decode,
-    add_model,
-    add_templates,
+    AsJson,
+    ContextLength,
+    Decode,
+    Model,
+    Overrides,
+    Vocabulary,
     checkpoint,
 )
+from pipeline.cli.documents import print_document_of
 from pipeline.core import store
+from pipeline.core.progress import make_progress
 from pipeline.core.records import ConfigError
-from pipeline.core.terminal import one_line
+from pipeline.core.terminal import Verbosity, note, one_line, verbosity
+
+EVALUATE = Group("Evaluate")
 
 
-def add_commands(commands: Any) -> None:
-    """Add the commands to `argparse`'s sub-parsers."""
-    _add_predict(commands)
-    _add_score(commands)
-    _add_eval(commands)
+@EVALUATE.add(
+    "eval",
+    "measure a model and print its figures next to the paper's",
+    "my_run.toml --out results",
+)
+def evaluate(
+    model: Model,
+    out: Annotated[
+        str, typer.Option(metavar="FOLDER", help="write features, scores and tables into this folder")
+    ],
+    sets: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER", help="measure the evaluation sets in this folder (default: the run's)"
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    vocabulary: Vocabulary = None,
+    context_length: ContextLength = None,
+    decode: Decode = "upright",
+    finetuned: Annotated[
+        bool,
+        typer.Option(
+            "--finetuned",
+            help="compare with the paper's finetuned rows (a run's finetune stage does so by itself)",
+        ),
+    ] = False,
+    row: Annotated[
+        str | None,
+        typer.Option(
+            "--as", metavar="ROW", help="compare with this row of the paper, such as 'CN-CLIP ViT-B/16'"
+        ),
+    ] = None,
+    json_features: Annotated[
+        bool, typer.Option("--json-features", help="also write features as CN-CLIP's JSON lines")
+    ] = False,
+    ensemble: Annotated[
+        Literal["features", "scores"],
+        typer.Option(metavar="features|scores", help="average features or scores over the templates"),
+    ] = "features",
+    templates: Annotated[
+        str,
+        typer.Option(
+            metavar="own|general|paper|FILE",
+            help="classify with these prompts; paper takes the paper's labels too",
+        ),
+    ] = "own",
+    form: Annotated[
+        Literal["text", "json", "csv", "latex"],
+        typer.Option("--format", metavar="text|json|csv|latex", help="print the tables in this format"),
+    ] = "text",
+    as_json: AsJson = False,
+) -> int:
+    from eval.datasets.discover import find_sets, reported_splits, sets_of_run
+    from eval.evaluate import Options
+    from eval.evaluate import evaluate as measure
 
-
-def _add_predict(commands: Any) -> None:
-    command = add(
-        commands,
-        "predict",
-        _predict,
-        "write a prediction file from CN-CLIP's feature files",
-        "img_feat.jsonl txt_feat.jsonl predictions.jsonl",
+    source = checkpoint(model, overrides, vocabulary, context_length, decode)
+    if sets is not None:
+        sources, notes = reported_splits(find_sets(sets))
+        for text in notes:
+            note(text)
+    elif source.run_folder is not None:
+        sources = sets_of_run(source.run_folder)
+    else:
+        raise ConfigError(f"{model}: a lone file has no evaluation sets; give --sets FOLDER")
+    how = Options(
+        setup="finetuned" if finetuned or source.is_finetuned else "zero-shot",
+        paper_model=row,
+        ensemble=ensemble,
+        templates=templates,
+        json_features=json_features,
     )
-    command.add_argument("images", metavar="IMG_FEAT.jsonl", help='lines {"image_id", "feature"}')
-    command.add_argument("texts", metavar="TXT_FEAT.jsonl", help='lines {"text_id", "feature"}')
-    command.add_argument("out", metavar="PREDICTIONS.jsonl", help="the prediction file to write")
-    command.add_argument(
-        "--image-to-text",
-        action="store_true",
-        help="texts for each image (default: images for each text)",
-    )
-    command.add_argument(
-        "--top-k", type=int, default=10, metavar="K", help="ids a line; the official scorer takes 10"
-    )
-
-
-def _predict(options: argparse.Namespace) -> int:
-    from eval.retrieval.official_files import predict
-
-    count = predict(
-        options.images, options.texts, options.out, image_to_text=options.image_to_text, k=options.top_k
-    )
-    print(f"{options.out}: {options.top_k} ids for each of {count:,} queries")
+    measure(source, sources, out, how, _say, show=make_progress)
+    if as_json:
+        print_document_of(store.join(out, "eval.json"))
+        return EXIT_DONE
+    name = {"text": "eval.txt", "json": "eval.json", "csv": "eval.csv", "latex": "eval.tex"}[form]
+    print(store.read_text(store.join(out, name)).rstrip("\n"))
     return EXIT_DONE
 
 
-def _add_score(commands: Any) -> None:
-    command = add(
-        commands,
-        "score",
-        _score,
-        "score a prediction file as the official scorer does",
-        "texts.jsonl predictions.jsonl score.json",
-    )
-    command.add_argument("reference", metavar="REFERENCE.jsonl", help="which ids are right for each query")
-    command.add_argument("predictions", metavar="PREDICTIONS.jsonl", help="10 ids for each query, best first")
-    command.add_argument("out", metavar="OUT.json", help="the score file to write")
+def _say(text: str) -> None:
+    if verbosity() > Verbosity.QUIET:
+        print(one_line(text), file=sys.stderr)
 
 
-def _score(options: argparse.Namespace) -> int:
+@EVALUATE.add(
+    "predict",
+    "write a prediction file from CN-CLIP's feature files",
+    "img_feat.jsonl txt_feat.jsonl predictions.jsonl",
+)
+def predict(
+    images: Annotated[
+        str, typer.Argument(metavar="IMG_FEAT.jsonl", help='lines {"image_id": …, "feature": […]}')
+    ],
+    texts: Annotated[
+        str, typer.Argument(metavar="TXT_FEAT.jsonl", help='lines {"text_id": …, "feature": […]}')
+    ],
+    out: Annotated[str, typer.Argument(metavar="PREDICTIONS.jsonl", help="the prediction file to write")],
+    image_to_text: Annotated[
+        bool,
+        typer.Option("--image-to-text", help="rank texts for each image (default: images for each text)"),
+    ] = False,
+    top_k: Annotated[
+        int, typer.Option("--top-k", metavar="K", help="write K ids a line; the official scorer takes 10")
+    ] = 10,
+) -> int:
+    from eval.retrieval.official_files import predict
+
+    count = predict(images, texts, out, image_to_text=image_to_text, k=top_k)
+    print(f"{out}: {top_k} ids for each of {count:,} queries")
+    return EXIT_DONE
+
+
+@EVALUATE.add(
+    "score",
+    "score a prediction file as the official scorer does",
+    "texts.jsonl predictions.jsonl score.json",
+)
+def score(
+    reference: Annotated[
+        str, typer.Argument(metavar="REFERENCE.jsonl", help="the ids that are right for each query")
+    ],
+    predictions: Annotated[
+        str, typer.Argument(metavar="PREDICTIONS.jsonl", help="10 ids for each query, best first")
+    ],
+    out: Annotated[str, typer.Argument(metavar="OUT.json", help="the score file to write")],
+) -> int:
     from eval.retrieval.official_scorer import score_files
 
-    result = score_files(options.reference, options.predictions, options.out)
-    for note in result.notes:
-        print(f"note: {one_line(note)}", file=sys.stderr)
+    result = score_files(reference, predictions, out)
+    for text in result.notes:
+        note(text)
     if not result.success:
         print(f"error: {one_line(result.body['errorMsg'])}", file=sys.stderr)
         return EXIT_FAILED
@@ -83,66 +168,4 @@ def _score(options: argparse.Namespace) -> int:
         f"{result.direction.name}: R@1 {recalls['r1']:.2f}  R@5 {recalls['r5']:.2f}"
         f"  R@10 {recalls['r10']:.2f}  mean recall {recalls['mean_recall']:.2f}"
     )
-    return EXIT_DONE
-
-
-def _add_eval(commands: Any) -> None:
-    command = add(
-        commands,
-        "eval",
-        _eval,
-        "measure a model and print ours | paper | difference for every table",
-        "my_run.toml --out results",
-    )
-    add_model(command)
-    add_decode(command)
-    command.add_argument(
-        "--sets", metavar="FOLDER", help="folder of evaluation sets (default: those of the run)"
-    )
-    command.add_argument(
-        "--out", metavar="FOLDER", required=True, help="where features, scores and tables go"
-    )
-    command.add_argument(
-        "--finetuned",
-        action="store_true",
-        help="compare with the paper's finetuned rows (a run's finetune stage does so by itself)",
-    )
-    command.add_argument(
-        "--as", dest="row", metavar="ROW", help="the paper's row to compare with, such as 'CN-CLIP ViT-B/16'"
-    )
-    command.add_argument(
-        "--json-features", action="store_true", help="also write features as CN-CLIP's JSON lines"
-    )
-    command.add_argument(
-        "--ensemble", choices=("features", "scores"), default="features", help="templates: mean of which"
-    )
-    add_templates(command, "own|general|paper|FILE", "prompts for classification; paper takes its labels too")
-    command.add_argument(
-        "--format", choices=("text", "json", "csv", "latex"), default="text", help="what is printed"
-    )
-
-
-def _eval(options: argparse.Namespace) -> int:
-    from eval.datasets.discover import find_sets, reported_splits, sets_of_run
-    from eval.evaluate import Options, evaluate
-
-    model = checkpoint(options)
-    if options.sets is not None:
-        sources, notes = reported_splits(find_sets(options.sets))
-        for note in notes:
-            print(f"note: {one_line(note)}", file=sys.stderr)
-    elif model.run_folder is not None:
-        sources = sets_of_run(model.run_folder)
-    else:
-        raise ConfigError(f"{options.model}: a lone file has no evaluation sets; give --sets FOLDER")
-    how = Options(
-        setup="finetuned" if options.finetuned or model.is_finetuned else "zero-shot",
-        paper_model=options.row,
-        ensemble=options.ensemble,
-        templates=options.templates,
-        json_features=options.json_features,
-    )
-    evaluate(model, sources, options.out, how, lambda text: print(one_line(text), file=sys.stderr))
-    name = {"text": "eval.txt", "json": "eval.json", "csv": "eval.csv", "latex": "eval.tex"}[options.format]
-    print(store.read_text(store.join(options.out, name)).rstrip("\n"))
     return EXIT_DONE

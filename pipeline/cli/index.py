@@ -1,141 +1,146 @@
 """`cnclip index` and `cnclip bench-index`."""
 
-import argparse
 import json
 import sys
-from typing import Any
+from typing import Annotated
 
-from pipeline.cli.arguments import EXIT_DONE, add, add_device, add_embeddings, add_target
+import typer
+
+from pipeline.cli.app import Group
+from pipeline.cli.arguments import (
+    EXIT_DONE,
+    EmbeddingsPath,
+    FaissDevice,
+    IndexMemory,
+    IndexRecall,
+    Side,
+    TrainRows,
+)
 from pipeline.core import store
 from pipeline.core.progress import make_progress
 from pipeline.core.records import ConfigError
 
-
-def add_commands(commands: Any) -> None:
-    """Add the commands to `argparse`'s sub-parsers."""
-    _add_index(commands)
-    _add_bench_index(commands)
+INDEX = Group("Search")
 
 
-def _add_index(commands: Any) -> None:
-    command = add(
-        commands,
-        "index",
-        _index,
-        "build a FAISS index in parts; resumes an interrupted build",
-        "features indices/features --memory 4",
-    )
-    add_embeddings(command)
-    command.add_argument("out", metavar="OUT", help="folder of the index")
-    command.add_argument(
-        "--factory",
-        metavar="STRING",
-        help="FAISS's factory string, such as IVF4096,SQ8 (default: suggested from --memory and --recall)",
-    )
-    add_target(command)
-    add_device(command)
-    command.add_argument(
-        "--rows-per-part", type=int, default=500_000, metavar="N", help="rows of one FAISS file"
-    )
-    command.add_argument(
-        "--redo", action="store_true", help="replace an index of other embeddings or settings"
-    )
-
-
-def _index(options: argparse.Namespace) -> int:
+@INDEX.add(
+    "index",
+    "build a FAISS index in parts; rerun to resume",
+    "features indices/features --memory 4",
+)
+def index(
+    embeddings_path: EmbeddingsPath,
+    out: Annotated[str, typer.Argument(metavar="OUT", help="the index's folder")],
+    side: Side = "image",
+    train_rows: TrainRows = 262_144,
+    factory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STRING",
+            help="use this FAISS factory, such as IVF4096,SQ8 (default: from --memory and --recall)",
+        ),
+    ] = None,
+    memory: IndexMemory = 4.0,
+    recall: IndexRecall = 0.95,
+    device: FaissDevice = "cpu",
+    rows_per_part: Annotated[
+        int, typer.Option("--rows-per-part", metavar="N", help="put N rows into each FAISS file")
+    ] = 500_000,
+    redo: Annotated[
+        bool, typer.Option("--redo", help="replace an index of other embeddings or settings")
+    ] = False,
+) -> int:
     from eval.index.benchmark import suggest
     from eval.index.embeddings import Embeddings
     from eval.index.partitioned import build_parts
 
-    embeddings = Embeddings.open(options.embeddings, side=options.side)
-    factory = options.factory or suggest(
-        embeddings.num_rows, embeddings.dim, options.memory * 2**30, options.recall
-    )
-    index = build_parts(
+    embeddings = Embeddings.open(embeddings_path, side=side)
+    chosen = factory or suggest(embeddings.num_rows, embeddings.dim, memory * 2**30, recall)
+    built = build_parts(
         embeddings,
-        options.out,
-        factory=factory,
-        rows_per_part=options.rows_per_part,
-        train_rows=options.train_rows,
-        device=options.device,
-        redo=options.redo,
-        progress=make_progress("index", "part"),
+        out,
+        factory=chosen,
+        rows_per_part=rows_per_part,
+        train_rows=train_rows,
+        device=device,
+        redo=redo,
+        progress=make_progress("index", "row"),
         say=lambda line: print(line, file=sys.stderr),
     )
     print(
-        f"{options.out}: {factory}, {index.num_rows:,} rows of width {index.dim} in {len(index.parts)} parts,"
-        f" {index.bytes_per_vector:.1f} bytes a vector"
+        f"{out}: {chosen}, {built.num_rows:,} rows of width {built.dim} in {len(built.parts)} parts,"
+        f" {built.bytes_per_vector:.1f} bytes a vector"
     )
     return EXIT_DONE
 
 
-def _add_bench_index(commands: Any) -> None:
-    command = add(
-        commands,
-        "bench-index",
-        _bench_index,
-        "measure recall, speed, build time and size over a grid of indices",
-        'features --grid "Flat;IVF1024,SQ8" --out bench',
-    )
-    add_embeddings(command)
-    command.add_argument(
-        "--queries", metavar="FILE.npy", help="query features (default: --num-queries rows of the embeddings)"
-    )
-    command.add_argument(
-        "--num-queries", type=int, default=1000, metavar="N", help="queries that are searched"
-    )
-    command.add_argument("--k", type=int, default=10, metavar="K", help="neighbours asked for")
-    command.add_argument(
-        "--grid", metavar="STRINGS", help="factory strings with a semicolon between (default: by size)"
-    )
-    add_target(command)
-    add_device(command)
-    command.add_argument("--out", metavar="FOLDER", help="write points.json and front.svg there")
-
-
-def _bench_index(options: argparse.Namespace) -> int:
+@INDEX.add(
+    "bench-index",
+    "measure recall, speed, build time and size over a grid of indices",
+    'features --grid "Flat;IVF1024,SQ8" --out bench',
+)
+def bench_index(
+    embeddings_path: EmbeddingsPath,
+    side: Side = "image",
+    train_rows: TrainRows = 262_144,
+    queries: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.npy", help="search these features (default: --num-queries rows of the embeddings)"
+        ),
+    ] = None,
+    num_queries: Annotated[
+        int, typer.Option("--num-queries", metavar="N", help="search N queries at most")
+    ] = 1000,
+    k: Annotated[int, typer.Option("--k", metavar="K", help="ask for K neighbours")] = 10,
+    grid: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STRINGS", help="measure these factories, separated by semicolons (default: by size)"
+        ),
+    ] = None,
+    memory: IndexMemory = 4.0,
+    recall: IndexRecall = 0.95,
+    device: FaissDevice = "cpu",
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="write points.json and front.svg into this folder"),
+    ] = None,
+) -> int:
     from dataclasses import asdict
 
     import numpy as np
 
     from eval.features.model_identity import check_same_model
-    from eval.index import benchmark as bench_index
+    from eval.index import benchmark
     from eval.index.embeddings import Embeddings
 
-    if options.num_queries < 1:
-        raise ConfigError(f"--num-queries {options.num_queries}: give at least 1")
-    embeddings = Embeddings.open(options.embeddings, side=options.side)
-    source = embeddings if options.queries is None else Embeddings.open(options.queries)
-    check_same_model(options.embeddings, embeddings.model, source.model)
-    count = min(options.num_queries, source.num_rows)
+    if num_queries < 1:
+        raise ConfigError(f"--num-queries {num_queries}: give at least 1")
+    embeddings = Embeddings.open(embeddings_path, side=side)
+    source = embeddings if queries is None else Embeddings.open(queries)
+    check_same_model(embeddings_path, embeddings.model, source.model)
+    count = min(num_queries, source.num_rows)
     queries_QD = source.rows(np.arange(count) * source.num_rows // count)
-    grid = (
-        options.grid.split(";")
-        if options.grid
-        else bench_index.default_grid(embeddings.num_rows, embeddings.dim)
-    )
-    points = bench_index.measure(
+    factories = grid.split(";") if grid else benchmark.default_grid(embeddings.num_rows, embeddings.dim)
+    points = benchmark.measure(
         embeddings,
         queries_QD,
-        [text.strip() for text in grid if text.strip()],
-        k=options.k,
-        train_rows=options.train_rows,
-        device=options.device,
+        [text.strip() for text in factories if text.strip()],
+        k=k,
+        train_rows=train_rows,
+        device=device,
         say=lambda text: print(text, file=sys.stderr),
     )
-    print(bench_index.points_table(points, options.k))
-    per_vector = options.memory * 2**30 / embeddings.num_rows
-    best = bench_index.best_point(points, options.recall, per_vector)
+    print(benchmark.points_table(points, k))
+    best = benchmark.best_point(points, recall, memory * 2**30 / embeddings.num_rows)
     if best is None:
-        print(f"none reaches recall {options.recall} within {options.memory} GiB")
+        print(f"none reaches recall {recall} within {memory} GiB")
     else:
-        print(
-            f"fastest with recall {options.recall} within {options.memory} GiB:"
-            f" {best.factory} {best.parameters}"
-        )
-    if options.out:
-        front = bench_index.pareto_front(points)
+        print(f"fastest with recall {recall} within {memory} GiB: {best.factory} {best.parameters}")
+    if out:
+        front = benchmark.pareto_front(points)
         body = [{**asdict(point), "front": point in front} for point in points]
-        store.write_text(store.join(options.out, "points.json"), json.dumps(body, indent=1))
-        store.write_text(store.join(options.out, "front.svg"), bench_index.front_plot(points, options.k))
+        store.write_text(store.join(out, "points.json"), json.dumps(body, indent=1))
+        store.write_text(store.join(out, "front.svg"), benchmark.front_plot(points, k))
     return EXIT_DONE

@@ -1,13 +1,15 @@
 """`cnclip report`."""
 
-import argparse
 import dataclasses
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated
 
-from pipeline.cli.arguments import EXIT_DONE, add, add_overrides
+import typer
+
+from pipeline.cli.app import Group
+from pipeline.cli.arguments import EXIT_DONE, Overrides
 from pipeline.core import store
 from pipeline.core.records import ConfigError, InputError
 from pipeline.core.terminal import one_line
@@ -18,52 +20,50 @@ if TYPE_CHECKING:
 _EVERY_SECONDS = 30
 
 
-def add_commands(commands: Any) -> None:
-    """Add the command to `argparse`'s sub-parsers."""
-    command = add(
-        commands,
-        "report",
-        _report,
-        "write the page of a run as it is now, or compare two runs",
-        "runs/old runs/new --output compared.html",
-    )
-    command.add_argument(
-        "run", metavar="RUN", help="a run's file, its folder, or a shipped recipe such as demo"
-    )
-    command.add_argument("other", metavar="RUN", nargs="?", help="a second run, to compare with the first")
-    add_overrides(command)
-    command.add_argument(
-        "--output",
-        metavar="FILE",
-        help="the page (default: report.html in the run's folder; of two runs compared_with_NAME.html in the"
-        " second one's)",
-    )
-    command.add_argument(
-        "--watch",
-        type=int,
-        nargs="?",
-        const=_EVERY_SECONDS,
-        metavar="SECONDS",
-        help=f"write the page again until the run is finished (default: every {_EVERY_SECONDS} seconds)",
-    )
+REPORT = Group("Run")
 
 
-def _report(options: argparse.Namespace) -> int:
-    if options.watch is not None and options.watch < 1:
-        raise ConfigError(f"--watch {options.watch}: must be at least 1 second")
-    run = _load(options.run, options.set)
-    if options.other is not None:
-        if options.watch is not None:
+@REPORT.add(
+    "report",
+    "write the page of a run as it is now, or compare two runs",
+    "runs/old runs/new --output compared.html",
+)
+def report(
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="a run's file, its folder, or a shipped recipe such as demo")
+    ],
+    other: Annotated[
+        str | None, typer.Argument(metavar="RUN", help="compare the first run with this one")
+    ] = None,
+    overrides: Overrides = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="write the page here (default: report.html in the run's folder; of two runs"
+            " compared_with_NAME.html in the second one's)",
+        ),
+    ] = None,
+    watch: Annotated[bool, typer.Option(help="write the page again until the run is finished")] = False,
+    every: Annotated[
+        int, typer.Option(metavar="SECONDS", help="with --watch, wait this long in between")
+    ] = _EVERY_SECONDS,
+) -> int:
+    if every < 1:
+        raise ConfigError(f"--every {every}: must be at least 1 second")
+    first = _load(run, overrides or [])
+    if other is not None:
+        if watch:
             raise ConfigError("--watch goes with one run: leave it out to compare two")
         from eval.report.compare import write_comparison
         from eval.report.run_page import run_name
 
-        other = _load(options.other, options.set)
-        path = options.output or store.join(other.folder, f"compared_with_{run_name(run)}.html")
-        write_comparison(run, other, path)
+        second = _load(other, overrides or [])
+        path = output or store.join(second.folder, f"compared_with_{run_name(first)}.html")
+        write_comparison(first, second, path)
     else:
-        path = options.output or store.join(run.folder, "report.html")
-        _write(run, path, options.watch)
+        path = output or store.join(first.folder, "report.html")
+        _write(first, path, every if watch else None)
     print(f"report: {path}")
     return EXIT_DONE
 

@@ -1,7 +1,9 @@
 """Build what the commands print."""
 
 import contextlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from data_prep.accounting.funnel import STEPS, threshold_notes
 from pipeline.core import drops, store
@@ -22,25 +24,91 @@ def plan_table(statuses: Sequence[StageStatus]) -> str:
     return align(rows, (False, False, True, True, False))
 
 
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What a stage did so far, from its receipts: whole tasks only."""
+
+    num_tasks: int
+    num_damaged: int  # receipts that cannot be read
+    rows_in: int
+    rows_kept: int
+    dropped: Mapping[str, int]  # reason → rows, the most frequent first
+    seconds: float  # of all its tasks, also of those that ran at once
+    num_bytes: int
+
+    @property
+    def rows_dropped(self) -> int:
+        return sum(self.dropped.values())
+
+    @property
+    def share_kept(self) -> float | None:
+        """Kept rows of those that came in, 0 to 1; None if none came in."""
+        return self.rows_kept / self.rows_in if self.rows_in else None
+
+    @property
+    def rows_per_second(self) -> float | None:
+        """Rows that one process took in a second; None if nothing was measured."""
+        return self.rows_in / self.seconds if self.rows_in and self.seconds > 0 else None
+
+
+def done_of(run: Run, stage: str) -> Done:
+    """Return what a stage did so far."""
+    receipts, num_damaged = read_receipts(run, stage)
+    dropped = Counter[str]()
+    for receipt in receipts:
+        dropped.update(receipt.dropped)
+    return Done(
+        num_tasks=len(receipts),
+        num_damaged=num_damaged,
+        rows_in=sum(receipt.num_in for receipt in receipts),
+        rows_kept=sum(receipt.num_kept for receipt in receipts),
+        dropped=dict(sorted(dropped.items(), key=lambda item: (-item[1], item[0]))),
+        seconds=sum(receipt.seconds for receipt in receipts),
+        num_bytes=sum(out.num_bytes for receipt in receipts for out in receipt.outputs),
+    )
+
+
 def status_table(run: Run, statuses: Sequence[StageStatus]) -> str:
     """Return a row for each stage: what it did so far, from its receipts."""
-    rows = [("stage", "state", "tasks", "in", "kept", "dropped", "seconds", "MB")]
+    rows = [("stage", "state", "tasks", "in", "kept", "dropped", "kept %", "rows/s", "seconds", "MB")]
     for status in statuses:
-        receipts, num_damaged = read_receipts(run, status.stage.name)
-        tasks = f"{len(receipts)}/{'?' if status.num_tasks is None else status.num_tasks}"
+        done = done_of(run, status.stage.name)
+        damaged = f" ({done.num_damaged} damaged receipts)" if done.num_damaged else ""
         rows.append(
             (
                 status.stage.name,
-                status.state.value + (f" ({num_damaged} damaged receipts)" if num_damaged else ""),
-                tasks,
-                f"{sum(receipt.num_in for receipt in receipts):,}",
-                f"{sum(receipt.num_kept for receipt in receipts):,}",
-                f"{sum(sum(receipt.dropped.values()) for receipt in receipts):,}",
-                f"{sum(receipt.seconds for receipt in receipts):,.1f}",
-                f"{sum(out.num_bytes for receipt in receipts for out in receipt.outputs) / 1e6:,.1f}",
+                status.state.value + damaged,
+                f"{done.num_tasks}/{'?' if status.num_tasks is None else status.num_tasks}",
+                f"{done.rows_in:,}",
+                f"{done.rows_kept:,}",
+                f"{done.rows_dropped:,}",
+                _percent(done.share_kept),
+                _rate(done.rows_per_second),
+                f"{done.seconds:,.1f}",
+                f"{done.num_bytes / 1e6:,.1f}",
             )
         )
-    return align(rows, (False, False, True, True, True, True, True, True))
+    return align(rows, (False, False, *(True,) * 8))
+
+
+def reasons_table(run: Run, statuses: Sequence[StageStatus]) -> str:
+    """Return a row for each reason of each stage: rows, and their share of what the stage took in."""
+    rows = [("stage", "drop reason", "rows", "share")]
+    for status in statuses:
+        done = done_of(run, status.stage.name)
+        for reason, count in done.dropped.items():
+            rows.append((status.stage.name, reason, f"{count:,}", f"{_percent(count / done.rows_in)}%"))
+    return align(rows, (False, False, True, True)) if len(rows) > 1 else "no row was dropped"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}"
+
+
+def _rate(rows_per_second: float | None) -> str:
+    if rows_per_second is None:
+        return ""
+    return f"{rows_per_second:,.0f}" if rows_per_second >= 10 else f"{rows_per_second:.1f}"
 
 
 def notes(run: Run) -> list[str]:

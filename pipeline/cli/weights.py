@@ -1,61 +1,70 @@
 """`cnclip convert` and `cnclip inspect`: the commands that take weights instead of a run."""
 
-import argparse
-from typing import Any
+from typing import Annotated, Literal
 
-from pipeline.cli.arguments import EXIT_DONE, add, add_vocabulary
+import typer
+
+from pipeline.cli.app import Group
+from pipeline.cli.arguments import EXIT_DONE, AsJson
+from pipeline.cli.documents import print_document
 from pipeline.core.terminal import print_lines
 
-
-def add_commands(commands: Any) -> None:
-    """Add the commands to `argparse`'s sub-parsers."""
-    command = add(
-        commands,
-        "convert",
-        _convert,
-        "convert weights of any known format to another one",
-        "clip_cn_vit-b-16.pt model.safetensors",
-    )
-    command.add_argument("source", metavar="IN", help="weights: a file or a folder")
-    command.add_argument("out", metavar="OUT", help="NAME.pt, NAME.safetensors, NAME.onnx, or a folder")
-    command.add_argument(
-        "--to",
-        choices=("cn_clip", "hugging_face", "safetensors", "onnx"),
-        help="format to write (default: by OUT's ending; a folder is for Hugging Face)",
-    )
-    add_vocabulary(command, "looked for")
-    command.add_argument(
-        "--image-size",
-        type=int,
-        metavar="PX",
-        help="another resolution; positions are interpolated",
-    )
-    command = add(
-        commands,
-        "inspect",
-        _inspect,
-        "show what a file of weights is, which model it holds and what it lacks",
-        "clip_cn_vit-b-16.pt",
-    )
-    command.add_argument("file", metavar="FILE", help="weights: a file or a folder")
+WEIGHTS = Group("Weights")
 
 
-def _convert(options: argparse.Namespace) -> int:
+@WEIGHTS.add(
+    "convert",
+    "convert weights of any known format to another one",
+    "clip_cn_vit-b-16.pt model.safetensors",
+)
+def convert(
+    source: Annotated[str, typer.Argument(metavar="IN", help="weights: a file or a folder")],
+    out: Annotated[
+        str, typer.Argument(metavar="OUT", help="NAME.pt, NAME.safetensors, NAME.onnx, or a folder")
+    ],
+    to: Annotated[
+        Literal["cn_clip", "hugging_face", "safetensors", "onnx"] | None,
+        typer.Option(
+            metavar="FORMAT",
+            help="write cn_clip, hugging_face, safetensors or onnx (default: by OUT's ending; a folder is for"
+            " Hugging Face)",
+        ),
+    ] = None,
+    vocabulary: Annotated[
+        str | None,
+        typer.Option(
+            "--vocab",
+            metavar="PATH-or-ID",
+            help="read a vocab.txt, its folder or a model id (default: searched for)",
+        ),
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option("--image-size", metavar="PX", help="change the resolution; positions are interpolated"),
+    ] = None,
+) -> int:
     from training.weights.convert import convert
 
-    lines = convert(
-        options.source,
-        options.out,
-        to=options.to,
-        vocabulary=options.vocabulary,
-        image_size_px=options.image_size,
-    )
-    print_lines(lines)
+    print_lines(convert(source, out, to=to, vocabulary=vocabulary, image_size_px=image_size))
     return EXIT_DONE
 
 
-def _inspect(options: argparse.Namespace) -> int:
-    from training.weights.convert import inspect
+@WEIGHTS.add(
+    "inspect",
+    "show what a file of weights is, which model it holds and what it lacks",
+    "clip_cn_vit-b-16.pt",
+)
+def inspect(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="weights: a file or a folder")],
+    as_json: AsJson = False,
+) -> int:
+    from dataclasses import asdict
 
-    print_lines(inspect(options.file))
+    from training.weights.convert import examine
+
+    found = examine(file)
+    if as_json:
+        print_document(asdict(found))
+    else:
+        print_lines(found.lines())
     return EXIT_DONE

@@ -1,55 +1,162 @@
-"""Progress for people: a bar on a terminal, plain lines elsewhere."""
+"""Progress for people: a bar on a terminal, plain lines elsewhere, nothing if the command is quiet.
+
+A stage has one bar, and there is one bar at a time: a new one closes the one before, and `close_progress`
+leaves the last one whole when a command ends, also by Ctrl-C.
+"""
 
 import os
 import sys
 import time
+from typing import TYPE_CHECKING, Protocol
 
 from pipeline.core.stage import Progress
-from pipeline.core.terminal import one_line, unguarded
+from pipeline.core.terminal import Verbosity, guard, one_line, unguarded, verbosity
+
+if TYPE_CHECKING:
+    from pipeline.core.bar import Bar
 
 _SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BETWEEN_DRAWINGS = 0.1
+_SECONDS_TO_KNOW = 0.5  # before a rate is shown
+
+
+class _Closing(Progress, Protocol):
+    def close(self) -> None: ...
+
+
+_current: _Closing | None = None
 
 
 def make_progress(label: str, unit: str = "task") -> Progress:
-    """A Progress that draws on standard error; one per stage."""
-    return _Bar(label, unit) if _can_draw() else _Lines(label)
+    """Return a Progress that draws on standard error; one per stage. `unit` is singular."""
+    global _current
+    close_progress()
+    if verbosity() <= Verbosity.QUIET:
+        return _silent
+    _current = _Bar(label, unit) if _can_draw() else _Lines(label, unit)
+    return _current
+
+
+def close_progress() -> None:
+    """Leave the bar that is drawn as it is, on a line of its own; nothing happens if there is none."""
+    global _current
+    current, _current = _current, None
+    if current is not None:
+        current.close()
+
+
+def _silent(done: int, total: int, text: str = "") -> None:
+    """Show nothing."""
 
 
 def _can_draw() -> bool:
-    """A terminal that says how large it is; on one that does not, a bar would be invisible."""
-    return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).lines > 0
+    """Return whether standard error is a terminal that says how large it is and moves its cursor.
+
+    On one that does not know its size a bar would be invisible.
+    """
+    return (
+        sys.stderr.isatty()
+        and os.environ.get("TERM") != "dumb"
+        and os.get_terminal_size(sys.stderr.fileno()).lines > 0
+    )
+
+
+class _Rate:
+    """Units a second and the time that is left, from the first call on: what was done before took no time."""
+
+    def __init__(self, unit: str) -> None:
+        self._units = f"{unit}s"
+        self._first: tuple[int, float] | None = None
+        self._total: int | None = None
+
+    def say(self, done: int, total: int, text: str) -> tuple[str, str]:
+        """Return words and time left, such as ("3.2 rows/s · loss 4.1", "0:09 left").
+
+        A text of one word names the units; one with a rate of its own, as training's in samples/s, stays so.
+        """
+        units, words = (text, "") if text.isalpha() else (self._units, text)
+        now = time.monotonic()
+        # Another total: a task that counts in units of its own, such as steps, has begun.
+        if self._first is None or done < self._first[0] or total != self._total:
+            self._first, self._total = (done, now), total
+        first, since = self._first
+        if done == first or now - since < _SECONDS_TO_KNOW:
+            return text, ""
+        a_second = (done - first) / (now - since)
+        rate = f"{a_second:,.0f} {units}/s" if a_second >= 10 else f"{a_second:.1f} {units}/s"
+        if a_second < 1:
+            rate = f"{1 / a_second:,.1f} s each"
+        left = f"{_duration((total - done) / a_second)} left" if done < total else ""
+        return " · ".join(part for part in ("" if "/s" in words else rate, words) if part), left
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 class _Lines:
-    def __init__(self, label: str) -> None:
+    """A plain line now and then, and one at the end."""
+
+    def __init__(self, label: str, unit: str) -> None:
         self._label = label
         self._last = time.monotonic()
+        self._rate = _Rate(unit)
 
     def __call__(self, done: int, total: int, text: str = "") -> None:
         now = time.monotonic()
+        words, left = self._rate.say(done, total, text)
         if done < total and now - self._last < _SECONDS_BETWEEN_LINES:
             return
         self._last = now
-        print(
-            one_line(f"{self._label}: {done:,} of {total:,}{'  ' + text if text else ''}"),
-            file=sys.stderr,
-            flush=True,
-        )
+        said = "  ".join(part for part in (f"{self._label}: {done:,} of {total:,}", words, left) if part)
+        print(one_line(said), file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Every line is whole."""
 
 
 class _Bar:
-    def __init__(self, label: str, unit: str) -> None:
-        from tqdm import tqdm
+    """A bar of one line, below whatever else is printed meanwhile."""
 
-        # The bar moves the cursor, which a guarded stream would not let it.
-        self._bar = tqdm(
-            desc=one_line(label), unit=unit, dynamic_ncols=True, leave=True, file=unguarded(sys.stderr)
-        )
+    def __init__(self, label: str, unit: str) -> None:
+        self._label = one_line(label)
+        self._rate = _Rate(unit)
+        self._bar: Bar | None = None
+        self._last_drawn = 0.0
 
     def __call__(self, done: int, total: int, text: str = "") -> None:
-        self._bar.total = total
-        self._bar.set_postfix_str(one_line(text), refresh=False)
-        self._bar.update(done - self._bar.n)
-        self._bar.refresh()
-        if done >= total:
-            self._bar.close()
+        now = time.monotonic()
+        is_done = done >= total
+        if not is_done and now - self._last_drawn < _SECONDS_BETWEEN_DRAWINGS:
+            return
+        self._last_drawn = now
+        words, left = self._rate.say(done, total, one_line(text))
+        bar = self._bar or self._make()
+        bar.show(done, total, f"{done:,}/{total:,}", words, left)
+        if self._bar is None:
+            self._start(bar)
+        bar.refresh()
+        if is_done:
+            self.close()
+
+    def close(self) -> None:
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            bar.stop()
+
+    def _make(self) -> "Bar":
+        # Imported here: rich takes as long as the rest of a short command.
+        from pipeline.core.bar import Bar
+
+        # The bar moves the cursor, which a guarded stream would not let it.
+        return Bar(unguarded(sys.stderr), self._label)
+
+    def _start(self, bar: "Bar") -> None:
+        self._bar = bar
+        before = sys.stdout
+        bar.start()
+        # Until the bar is closed rich stands in for the streams, so that what is printed goes above the bar.
+        sys.stdout = before if sys.stdout is before else guard(sys.stdout)
+        sys.stderr = guard(sys.stderr)

@@ -65,6 +65,21 @@ class Progress(Protocol):
     def __call__(self, done: int, total: int, text: str = "") -> None: ...
 
 
+class Show(Protocol):
+    """Begins a Progress with a label and the name of one unit, as `pipeline.core.progress.make_progress`."""
+
+    def __call__(self, label: str, unit: str) -> Progress: ...
+
+
+def show_nothing(label: str, unit: str) -> Progress:
+    """Return a Progress that shows nothing."""
+
+    def silent(done: int, total: int, text: str = "") -> None:
+        pass
+
+    return silent
+
+
 @dataclass(frozen=True, slots=True)
 class Context:
     """Where a task finds its run: folders, seed and the parents' manifests."""

@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import fsspec
-
 from pipeline.core.files import durability
 from pipeline.core.files.foreign import first_line
 from pipeline.core.records import ConfigError
@@ -52,6 +50,8 @@ def remote(url: str) -> tuple[Any, str]:
     AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL), which polars reads as well. ConfigError
     where the scheme is unknown or its package (s3fs, gcsfs) is not installed.
     """
+    import fsspec  # here: it takes as long as the rest of a command that only shows help
+
     try:
         fs, name = fsspec.core.url_to_fs(url, use_listings_cache=False)
     except (ImportError, ValueError) as error:

@@ -6,6 +6,7 @@ every command, so that whatever is printed passes `visible`.
 """
 
 import contextlib
+import enum
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -51,15 +52,39 @@ def _shortened(text: str, most: int) -> str:
     return text[: most - most // 3] + cut + text[len(text) - most // 3 :]
 
 
+class _Line(enum.Enum):
+    """What the last line of a stream is."""
+
+    EMPTY = enum.auto()
+    TEXT = enum.auto()
+    BAR = enum.auto()  # begun with a carriage return: a progress bar draws it again and again
+
+
 class _Guarded:
-    """A stream for text that passes `visible` on its way."""
+    """A stream for text that passes `visible` on its way.
+
+    On a terminal a carriage return passes if it begins a line, or what has replaced a line so far: that is
+    how bars of tqdm redraw themselves. Behind other text it is escaped, for it would overwrite that text.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
+        self._line = _Line.EMPTY
 
     def write(self, text: str) -> int:
-        self.stream.write(visible(text))
+        self.stream.write(self._passing(text))
         return len(text)
+
+    def _passing(self, text: str) -> str:
+        shown = text
+        if text.startswith("\r") and self._line is not _Line.TEXT and self.stream.isatty():
+            self._line, shown = _Line.BAR, text[1:]
+        last = shown.rpartition("\n")[2]
+        if "\n" in shown:
+            self._line = _Line.TEXT if last else _Line.EMPTY
+        elif last and self._line is _Line.EMPTY:
+            self._line = _Line.TEXT
+        return text[: len(text) - len(shown)] + visible(shown)
 
     def writelines(self, lines: Iterable[str]) -> None:
         for line in lines:
@@ -82,6 +107,40 @@ def guard(stream: TextIO) -> TextIO:
 def unguarded(stream: TextIO) -> TextIO:
     """Return the stream itself, for what draws on a terminal; its texts have to pass `one_line`."""
     return stream.stream if isinstance(stream, _Guarded) else stream
+
+
+class Verbosity(enum.IntEnum):
+    """How much a command tells on standard error, besides warnings and errors."""
+
+    QUIET = -1  # no progress and no notes
+    NORMAL = 0
+    VERBOSE = 1  # also a line for each stage that ran, and where an error was raised
+
+
+_verbosity = Verbosity.NORMAL
+
+
+def set_verbosity(verbosity: Verbosity) -> None:
+    """Set how much this process tells."""
+    global _verbosity
+    _verbosity = verbosity
+
+
+def verbosity() -> Verbosity:
+    """Return how much this process tells."""
+    return _verbosity
+
+
+def note(text: str) -> None:
+    """Print a note to standard error, unless the command is quiet."""
+    if _verbosity > Verbosity.QUIET:
+        print(f"note: {one_line(text)}", file=sys.stderr, flush=True)
+
+
+def detail(text: str) -> None:
+    """Print a line to standard error if the command is verbose."""
+    if _verbosity >= Verbosity.VERBOSE:
+        print(one_line(text), file=sys.stderr, flush=True)
 
 
 def print_lines(lines: Iterable[str]) -> None:

@@ -36,31 +36,35 @@ class Finding:
     remedy: str = ""
 
 
-def examine(folder: str) -> bool:
-    """Print a table of findings; return True if every check passed."""
-    findings = [
-        check(folder)
-        for check in (
-            _python,
-            _packages,
-            _disk,
-            _memory,
-            _writable,
-            _shared_memory,
-            _compiler,
-            _accelerator,
-            _ranks,
-            _resolver,
-        )
-    ]
+def examine(folder: str) -> list[Finding]:
+    """Return what each check found; `folder` is where runs will be, and need not exist."""
+    checks = (
+        _python,
+        _packages,
+        _disk,
+        _memory,
+        _writable,
+        _shared_memory,
+        _compiler,
+        _accelerator,
+        _ranks,
+        _resolver,
+    )
+    return [check(folder) for check in checks]
+
+
+def table(findings: list[Finding]) -> str:
+    """Return a table of findings, the remedies of failed checks, and what comes of it."""
     rows = [("check", "", "found")]
     rows += [(finding.check, "ok" if finding.fit else "NOT FIT", finding.found) for finding in findings]
-    print(align(rows, (False, False, False)))
     unfit = [finding for finding in findings if not finding.fit]
-    for finding in unfit:
-        print(f"{finding.check}: {finding.remedy}")
-    print("this machine is fit" if not unfit else f"{len(unfit)} of {len(findings)} checks failed")
-    return not unfit
+    return "\n".join(
+        [
+            align(rows, (False, False, False)),
+            *(f"{finding.check}: {finding.remedy}" for finding in unfit),
+            "this machine is fit" if not unfit else f"{len(unfit)} of {len(findings)} checks failed",
+        ]
+    )
 
 
 def _python(folder: str) -> Finding:

@@ -6,6 +6,8 @@ plain key of address and caption; malformed ones by the address in the part of t
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import polars as pl
 
@@ -24,23 +26,59 @@ from pipeline.core.run import Run, read_manifest
 _KEY = re.compile(r"[0-9a-f]{32}")
 
 
+@dataclass(frozen=True, slots=True)
+class Fate:
+    """What became of a row."""
+
+    key: str | None  # None: a malformed row, which has none
+    source: str
+    row: int | None  # in its source's table; None: it never reached one
+    url: str | None
+    caption: str | None
+    stage: str | None  # that dropped it; None: it is kept
+    reason: str | None
+    detail: str | None  # more on the reason, in words
+    place: str | None  # where the sample is, if it is in the shards
+    text: str | None = None  # a malformed row as it was read, or what further captions became part of
+    count: int = 1  # rows of one image that share this fate
+
+    def lines(self) -> list[str]:
+        """Return the fate in two lines."""
+        if self.stage == "corpus" and self.text is not None:
+            if self.reason == JOINED:
+                head = f"{self.source}: {self.count} further captions of one image"
+                return [head, f"  dropped by corpus: {self.reason} (part of the text {self.text})"]
+            return [f"{self.source}  {self.text!r}", f"  dropped by corpus: {self.reason}"]
+        if self.row is None:
+            return [f"{self.key}  {self.source}", f"  dropped by {self.stage}: {self.reason}"]
+        head = f"{self.key}  {self.source} row {self.row}  {_shown(self.url)}  {self.caption!r}"
+        if self.stage is not None:
+            detail = f" ({self.detail})" if self.detail else ""
+            return [head, f"  dropped by {self.stage}: {self.reason}{detail}"]
+        return [head, f"  kept: {self.place}" if self.place else "  kept so far; the shards are not made yet"]
+
+
 def explain(run: Run, config: FilterTextConfig, key_or_url: str) -> list[str]:
     """Return lines that say what became of each row with this key or URL; InputError if no table has it."""
+    return [line for fate in follow(run, config, key_or_url) for line in fate.lines()]
+
+
+def follow(run: Run, config: FilterTextConfig, key_or_url: str) -> list[Fate]:
+    """Return what became of each row with this key or URL.
+
+    Raises:
+        InputError: if the corpus stage is not done, or no table has such a row.
+    """
     corpus = read_manifest(run, "corpus")
     if corpus is None:
         raise InputError(f"{run.folder}: the corpus stage is not done; run it first")
     rows = _find_rows(run, corpus, config, key_or_url)
-    lines = list(_dropped_by_corpus(run, corpus, key_or_url))
-    if rows.height == 0 and not lines:
+    fates = list(_dropped_by_corpus(run, corpus, key_or_url))
+    if rows.height == 0 and not fates:
         raise InputError(
             f"{_shown(key_or_url)}: not in any caption table of {run.folder}; give a key or a whole URL"
         )
-    for row in rows.iter_rows(named=True):
-        lines.append(
-            f"{row['key']}  {row['source']} row {row['row']}  {_shown(row['url'])}  {row['caption']!r}"
-        )
-        lines += [f"  {line}" for line in _fate(run, config, row)]
-    return lines
+    return fates + [_fate(run, config, row) for row in rows.iter_rows(named=True)]
 
 
 def _shown(url: str | None) -> str:
@@ -53,18 +91,23 @@ def _shown(url: str | None) -> str:
 
 def _find_rows(run: Run, corpus: Manifest, config: FilterTextConfig, key_or_url: str) -> pl.DataFrame:
     wanted = pl.col("key" if _KEY.fullmatch(key_or_url) else "url") == key_or_url
-    found = []
+    return pl.concat(rows_of_tables(run, corpus, config, wanted))
+
+
+def rows_of_tables(
+    run: Run, corpus: Manifest, config: FilterTextConfig, wanted: pl.Expr
+) -> Iterator[pl.DataFrame]:
+    """Yield the rows of each caption table that are wanted, with key, url, caption, source, row and score."""
     for number, table in enumerate(tables_of(corpus)):
         path, source = table.place.full_path(run.folder), table.place.source
         groups = by_exemptions(scan(path, source), source)
         frame = pl.concat([prepared(part, config, exempt) for exempt, part in groups]).filter(wanted)
         columns = ("key", "url", "caption", "source", "row", "score", "language")
-        found.append(frame.select(*columns, file=pl.lit(number)).collect(engine="streaming"))
-    return pl.concat(found)
+        yield frame.select(*columns, file=pl.lit(number)).collect(engine="streaming")
 
 
-def _dropped_by_corpus(run: Run, corpus: Manifest, key_or_url: str) -> Iterator[str]:
-    """Yield lines about the rows of sources that are in no caption table."""
+def _dropped_by_corpus(run: Run, corpus: Manifest, key_or_url: str) -> Iterator[Fate]:
+    """Yield the fates of the rows of sources that are in no caption table."""
     is_key = _KEY.fullmatch(key_or_url) is not None
     hashed = pl.DataFrame({"url": [key_or_url]}).select(url_hash()).item()
     wanted = pl.col("key") == key_or_url if is_key else pl.col("url_hash") == hashed
@@ -78,35 +121,41 @@ def _dropped_by_corpus(run: Run, corpus: Manifest, key_or_url: str) -> Iterator[
             found = table.filter(wanted).collect().sort("reason", DETAIL, "key")
             for (reason, text), rows in found.group_by("reason", DETAIL, maintain_order=True):
                 if reason == JOINED:
-                    yield f"{source}: {rows.height} further captions of one image"
-                    yield f"  dropped by corpus: {reason} (part of the text {text})"
+                    yield _without_row(source, reason, text=str(text), count=rows.height)
                     continue
                 for key in rows["key"]:
-                    yield f"{key}  {source}"
-                    yield f"  dropped by corpus: {reason}"
+                    yield _without_row(source, reason, key=key)
         if not is_key and (path := malformed_table(task)) in written:
             table = pl.scan_parquet(store.join(run.folder, "corpus", path))
             holds = pl.col("text").str.contains(key_or_url, literal=True)
             for reason, text in table.filter(holds).select("reason", "text").collect().iter_rows():
                 if inside.search(text):
-                    yield f"{source}  {text!r}"
-                    yield f"  dropped by corpus: {reason}"
+                    yield _without_row(source, reason, text=text)
 
 
-def _fate(run: Run, config: FilterTextConfig, row: dict[str, object]) -> Iterator[str]:
-    drops = dict(_drops(run, str(row["key"]), str(row["url"] or "")))
+def _without_row(
+    source: str, reason: str, *, key: str | None = None, text: str | None = None, count: int = 1
+) -> Fate:
+    """Return the fate of a row that the corpus stage dropped."""
+    return Fate(key, source, None, None, None, "corpus", reason, None, None, text, count)
+
+
+def _fate(run: Run, config: FilterTextConfig, row: dict[str, Any]) -> Fate:
+    drops = dict(_drops(run, row["key"], row["url"] or ""))
+    stage, reason, detail, place = None, None, None, None
     if found := drops.get("filter_text"):
-        yield f"dropped by filter_text: {found[0]}{_detail(config, *found, row)}"
-        return
-    if "dedup" in drops and not _is_first(run, row):
-        yield f"dropped by dedup: {drops['dedup'][0]} (a lower table and row has the same URL and caption)"
-        return
-    for stage in STEPS[2:]:  # what became of the image
-        if found := drops.get(stage):
-            yield f"dropped by {stage}: {found[0]}" + (f" ({found[1]})" if found[1] else "")
-            return
-    place = _shard_of(run, str(row["key"]))
-    yield f"kept: {place}" if place else "kept so far; the shards are not made yet"
+        stage, reason = "filter_text", found[0]
+        detail = _detail(config, *found, row)
+    elif "dedup" in drops and not _is_first(run, row):
+        stage, reason = "dedup", drops["dedup"][0]
+        detail = "a lower table and row has the same URL and caption"
+    elif later := next((name for name in STEPS[2:] if name in drops), None):  # what became of the image
+        stage, (reason, detail) = later, drops[later]
+    else:
+        place = _shard_of(run, row["key"])
+    return Fate(
+        row["key"], row["source"], row["row"], row["url"], row["caption"], stage, reason, detail, place
+    )
 
 
 def _drops(run: Run, key: str, url: str) -> Iterator[tuple[str, tuple[str, str | None]]]:
@@ -124,7 +173,7 @@ def _drops(run: Run, key: str, url: str) -> Iterator[tuple[str, tuple[str, str |
                 break
 
 
-def _is_first(run: Run, row: dict[str, object]) -> bool:
+def _is_first(run: Run, row: dict[str, Any]) -> bool:
     for path in _outputs(run, "dedup", "kept/"):
         found = pl.scan_parquet(path).filter(key=row["key"]).select("file", "row").collect()
         if found.height:
@@ -150,15 +199,15 @@ def _outputs(run: Run, stage: str, prefix: str, suffix: str = ".parquet") -> lis
     ]
 
 
-def _detail(config: FilterTextConfig, reason: str, detail: str | None, row: dict[str, object]) -> str:
+def _detail(config: FilterTextConfig, reason: str, detail: str | None, row: dict[str, Any]) -> str | None:
     """Return the detail of a drop: the word from the drop table (lists are edited), the rest from the row."""
     caption = str(row["caption"] or "").strip()
     if detail is not None:
-        return f" (the word {detail!r})"
+        return f"the word {detail!r}"
     if reason == text_rules.SCORE_BELOW_THRESHOLD:
-        return f" ({row['score']:.4f} < {config.min_score})"
+        return f"{row['score']:.4f} < {config.min_score}"
     if reason in (text_rules.TOO_SHORT, text_rules.TOO_LONG):
-        return f" ({len(caption)} characters; {config.min_characters} to {config.max_characters} stay)"
+        return f"{len(caption)} characters; {config.min_characters} to {config.max_characters} stay"
     if reason == text_rules.LANGUAGE:
-        return f" ({row['language']})"
-    return ""
+        return str(row["language"])
+    return None

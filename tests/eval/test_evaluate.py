@@ -21,6 +21,7 @@ from pipeline import cli as command_line
 from pipeline.core.records import InputError, Manifest
 from tests.helpers.classification_files import write_cnclip
 from tests.helpers.evaluation_files import png_bytes, small_evaluation, write_evaluation
+from tests.helpers.json_documents import check_keys
 from tests.helpers.tiny_model import write_tiny_model
 
 KEYS = ["t2i/r1", "t2i/r5", "t2i/r10", "i2t/r1", "i2t/r5", "i2t/r10", "mean_recall"]
@@ -222,6 +223,18 @@ def test_a_run_brings_its_model_vocabulary_and_sets(
     assert command_line.main(words) == 0
     out = capsys.readouterr().out
     assert out.index("given, zero-shot: tiny-vit") < out.index("made, zero-shot: tiny-vit")
+
+
+def test_one_json_document(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(folder, "--out", str(tmp_path), "--json") == 0
+    captured = capsys.readouterr()
+    check_keys("eval", json.loads(captured.out))
+    assert "coco-cn-test: images: 14 of 14" in captured.err
+    assert "colours: images: " in captured.err
+    assert run(folder, "--out", str(tmp_path), "--json", "-q") == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["tables"]
+    assert not any(line.startswith(("note: ", "colours")) for line in captured.err.splitlines())
 
 
 def test_bad_usage(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.core import store
@@ -96,29 +97,72 @@ def _write_safetensors(
     return f"{path}, its model card {card} and its vocabulary {words}"
 
 
-def inspect(path: str) -> list[str]:
-    """Lines that say what a file or folder is, which model it holds, and what is missing in it."""
+@dataclass(frozen=True, slots=True)
+class Inspected:
+    """What a file or folder of weights is, which model it holds, and what is missing in it."""
+
+    path: str
+    format: str
+    model: str  # in words: sizes, or the towers that the tensors are of
+    parameters: int
+    tensors: int
+    dtypes: list[str]
+    facts: dict[str, str]  # what the file says about itself
+    missing: list[str]  # names of tensors, as the lists below
+    unexpected: list[str]
+    of_another_shape: list[str]
+    left_out: list[str]  # tensors of the file that have no place in a model
+    notes: list[str]
+    not_finite: list[str]
+
+    def lines(self) -> list[str]:
+        """Return lines for people; long lists are cut."""
+        lines = [
+            self.path,
+            f"  format      {self.format}",
+            f"  model       {self.model}",
+            f"  parameters  {self.parameters:,} in {self.tensors} tensors, {', '.join(self.dtypes)}",
+        ]
+        lines += [f"  {key:<11} {value}" for key, value in self.facts.items()]
+        lists = (
+            ("missing", self.missing),
+            ("unexpected", self.unexpected),
+            ("of another shape", self.of_another_shape),
+            ("left out", self.left_out),
+        )
+        lines += [f"  {kind:<11} {_listed(names)}" for kind, names in lists]
+        lines += [f"  note        {remark}" for remark in self.notes]
+        if self.not_finite:
+            lines.append(f"  not finite  {_listed(self.not_finite)}")
+        return lines
+
+
+def examine(path: str) -> Inspected:
+    """Read weights and return what they are; InputError as reading says."""
     weights = read_weights(path)
-    num_parameters = sum(
-        tensor.numel() for name, tensor in weights.state.items() if not name.endswith(_STATISTICS)
-    )
-    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights.state.values()})
-    lines = [
-        f"{path}",
-        f"  format      {weights.format}",
-        f"  model       {_model(weights)}",
-        f"  parameters  {num_parameters:,} in {len(weights.state)} tensors, {', '.join(dtypes)}",
-    ]
-    lines += [f"  {key:<11} {value}" for key, value in sorted(weights.facts.items()) if key != "format"]
     problems = weights.problems()
-    for kind in ("missing", "unexpected", "of another shape"):
-        names = problems.get(kind, [])
-        lines.append(f"  {kind:<11} {_listed(names)}")
-    lines.append(f"  {'left out':<11} {_listed(list(weights.dropped))}")
-    lines += [f"  note        {remark}" for remark in weights.remarks]
-    if broken := not_finite(weights.state):
-        lines.append(f"  not finite  {_listed(broken)}")
-    return lines
+    return Inspected(
+        path=path,
+        format=weights.format,
+        model=_model(weights),
+        parameters=sum(
+            tensor.numel() for name, tensor in weights.state.items() if not name.endswith(_STATISTICS)
+        ),
+        tensors=len(weights.state),
+        dtypes=sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights.state.values()}),
+        facts={key: str(value) for key, value in sorted(weights.facts.items()) if key != "format"},
+        missing=problems.get("missing", []),
+        unexpected=problems.get("unexpected", []),
+        of_another_shape=problems.get("of another shape", []),
+        left_out=list(weights.dropped),
+        notes=list(weights.remarks),
+        not_finite=not_finite(weights.state),
+    )
+
+
+def inspect(path: str) -> list[str]:
+    """Return lines that say what a file or folder is, which model it holds, and what is missing in it."""
+    return examine(path).lines()
 
 
 _STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")

@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,12 @@ def test_folder_and_lines_in_clip_retrievals_layout(
         str(out),
     ]
     assert main(command) == 0
-    printed = capsys.readouterr().out
+    captured = capsys.readouterr()
+    printed = captured.out
+    assert re.findall(r"^(images|texts): (\d+) of \2\b", captured.err, re.MULTILINE) == [
+        ("images", "4"),
+        ("texts", "3"),
+    ]
     assert "1 of 3 texts have more than 52 tokens and are cut; raise --context to keep more" in printed
     image_ND = np.load(out / "img_emb" / "img_emb_0.npy", mmap_mode="r")
     text_ND = np.load(out / "text_emb" / "text_emb_0.npy", mmap_mode="r")

@@ -208,7 +208,11 @@ def test_suggestions_can_be_built_and_fit() -> None:
 def test_commands(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     features, out = str(folder / "features"), str(folder / "out")
     assert command_line.main(["index", features, out, "--rows-per-part", "2000"]) == 0
-    assert "Flat, 3,000 rows of width 32 in 2 parts" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "Flat, 3,000 rows of width 32 in 2 parts" in captured.out
+    assert "index: 3,000 of 3,000" in captured.err
+    assert command_line.main(["index", features, out, "--rows-per-part", "2000", "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
     words = [
         "bench-index",
         features,

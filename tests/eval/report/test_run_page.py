@@ -244,10 +244,10 @@ def test_a_watched_run_is_written_until_it_is_stopped(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(time, "sleep", sleep)
-    assert main(["report", str(begun), "--output", str(path), "--watch", "7"]) == 130
+    assert main(["report", str(begun), "--output", str(path), "--watch", "--every", "7"]) == 130
     assert slept == [7, 7]
     assert "(Ctrl-C stops)" in capsys.readouterr().err
-    assert main(["report", str(begun), "--watch", "0"]) == 2
+    assert main(["report", str(begun), "--watch", "--every", "0"]) == 2
 
 
 def test_a_run_that_has_not_begun_is_named(

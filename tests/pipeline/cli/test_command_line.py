@@ -236,7 +236,7 @@ def test_as_a_module_with_its_exit_statuses(recipe: Path) -> None:
     assert "did you mean model?" in _one_error(misspelt.stderr)
     usage = cnclip("plans", recipe)
     assert usage.returncode == 2
-    assert "invalid choice" in usage.stderr
+    assert "plans: no such command; did you mean plan?" in _one_error(usage.stderr)
 
 
 def test_doctor_examines_this_machine(

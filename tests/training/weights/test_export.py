@@ -11,7 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.cli import main
 from pipeline.core.records import ConfigError
+from tests.helpers.json_documents import check_keys
 from training.encoder import load
 from training.model.clip import CLIP, build_clip
 from training.model.config import MODELS
@@ -245,6 +247,14 @@ def test_formats_are_chosen_by_name_and_the_source_is_never_overwritten(tmp_path
     _, source = _source(tmp_path / "in", "tiny-vit")
     with pytest.raises(ConfigError, match="is the file that is read"):
         convert(source, source)
+
+
+def test_inspect_as_a_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, source = _source(tmp_path / "in", "tiny-vit")
+    assert main(["inspect", source, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    check_keys("inspect", document)
+    assert document["path"] == source
 
 
 def test_inspect_says_what_a_file_is_and_what_it_lacks(tmp_path: Path) -> None:

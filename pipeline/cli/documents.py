@@ -1,0 +1,271 @@
+"""The JSON documents that commands print with --json, and what their keys mean.
+
+`KEYS` is what docs/reference/cli.md lists; `[]` stands behind a key that holds a list, `{}` behind one that
+maps names, which are not listed. Keys are only ever added.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from pipeline.core import store
+from pipeline.core.run import Run, StageStatus
+
+if TYPE_CHECKING:
+    from pipeline.cli.tables import Done
+    from pipeline.planning.requirements import Hardware, Training
+    from pipeline.tools.doctor import Finding
+    from pipeline.tools.why import Fate
+
+_STAGE = {
+    "stages[].name": "the stage",
+    "stages[].state": "done, damaged, stale or to do",
+    "stages[].why": "what changed, or what a stage waits for; empty if neither",
+    "stages[].tasks_done": "finished tasks",
+    "stages[].num_tasks": "all tasks; null while earlier stages are not done",
+}
+_TRAINING = {
+    "hardware": "the device that training is planned for; null if it is not planned",
+    "hardware.name": "the device",
+    "hardware.memory_gib": "its memory",
+    "hardware.usable_gib": "how much of it is planned with",
+    "hardware.utilisation": "share of its 16-bit peak, 0 to 1",
+    "trainings": "a list, empty if training is not planned",
+    "trainings[].model": "the model's size",
+    "trainings[].name": "the stage, or what is finetuned on",
+    "trainings[].global_batch": "samples a step",
+    "trainings[].epochs": "epochs",
+    "trainings[].ranks": "processes",
+    "trainings[].num_samples": "pairs; null if unknown",
+    "trainings[].num_steps": "steps; null if unknown",
+    "trainings[].micro_batch": "samples at once; 0 if none fits",
+    "trainings[].memory_gib": "a rank's tensors at their fullest",
+    "trainings[].gpu_days": "GPU-days; null if unknown",
+    "trainings[].paper_gpu_days": "the paper's (A.2); null if it has none",
+}
+_ERRORS = {"errors": "a list of lines, one for each missing or unusable input"}
+
+KEYS: Mapping[str, Mapping[str, str]] = {
+    "plan": {
+        "run": "the run as it was given",
+        "folder": "the run's folder; null for the paper's recipes",
+        "stages": "a list in order",
+        **_STAGE,
+        "stages[].rows_kept": "rows of a finished stage; null for others",
+        "stages[].title": "what the stage does",
+        **_TRAINING,
+        **_ERRORS,
+    },
+    "status": {
+        "run": "the run as it was given",
+        "folder": "the run's folder",
+        "stages": "a list in order; rows are those of finished tasks",
+        **_STAGE,
+        "stages[].damaged_receipts": "receipts that cannot be read",
+        "stages[].rows_in": "rows that came in",
+        "stages[].rows_kept": "rows kept",
+        "stages[].rows_dropped": "rows dropped",
+        "stages[].share_kept": "kept rows of those that came in, 0 to 1; null if none came in",
+        "stages[].rows_per_second": "rows that one process took in a second; null if nothing was measured",
+        "stages[].seconds": "time of all tasks together",
+        "stages[].bytes": "size of the outputs",
+        "stages[].dropped{}": "drop reason → rows",
+        "notes": "a list of lines: thresholds that remove nothing, stages that removed much",
+        "examples": "with --examples: a list of dropped rows",
+        "examples[].stage": "the stage that dropped the row",
+        "examples[].reason": "the drop reason",
+        "examples[].key": "the sample's key; null for a malformed row",
+        "examples[].source": "the source; null for a row that reached no caption table",
+        "examples[].url": "the image's address; null as above",
+        "examples[].caption": "the caption; null as above",
+        "examples[].score": "the source's score; null if it has none",
+        "examples[].detail": "a word, an HTTP status or the key that a copy is of; null if there is none",
+        "examples[].text": "a malformed row as it was read; else null",
+        **_ERRORS,
+    },
+    "why": {
+        "run": "the run as it was given",
+        "folder": "the run's folder",
+        "key_or_url": "what was asked for",
+        "rows": "a list of the rows with this key or URL",
+        "rows[].key": "the sample's key; null for a malformed row",
+        "rows[].source": "the source",
+        "rows[].row": "the row's number in its caption table; null if it reached none",
+        "rows[].url": "the image's address; null if the row reached no caption table",
+        "rows[].caption": "the caption; null as above",
+        "rows[].stage": "the stage that dropped the row; null if it is kept",
+        "rows[].reason": "the drop reason; null if it is kept",
+        "rows[].detail": "more on the reason, in words; null if there is none",
+        "rows[].place": "the shard and member that hold the sample; null if there is none yet",
+        "rows[].text": "a malformed row as it was read, or the text that further captions became part of",
+        "rows[].count": "rows of one image that share this fate",
+    },
+    "inspect": {
+        "path": "the file or folder",
+        "format": "what wrote it, in words",
+        "model": "which model it holds, in words",
+        "parameters": "number of parameters",
+        "tensors": "number of tensors",
+        "dtypes": "a list of their types",
+        "facts{}": "what the file says about itself",
+        "missing": "a list of tensors that the model needs and the file lacks",
+        "unexpected": "a list of tensors that the model does not know",
+        "of_another_shape": "a list of tensors whose shape is not the model's",
+        "left_out": "a list of tensors that have no place in a model",
+        "notes": "a list of remarks",
+        "not_finite": "a list of tensors with NaN or infinity",
+    },
+    "doctor": {
+        "folder": "where runs are to live",
+        "fit": "whether every check passed",
+        "checks": "a list",
+        "checks[].check": "what was examined",
+        "checks[].fit": "whether it is enough",
+        "checks[].found": "what was found",
+        "checks[].remedy": "what to do if it is not enough",
+    },
+    "eval": {
+        "model": "the model's size",
+        "checkpoint": "the weights",
+        "checkpoint_sha256": "their digest",
+        "setup": "zero-shot or finetuned",
+        "context_length": "tokens of a text at most",
+        "ensemble": "what is averaged over templates: features or scores",
+        "templates": "own, general, paper or a file",
+        "decode": "upright or reference",
+        "published": "where the paper's figures are from",
+        "tables": "a list, one for each table of the paper and each set of one's own",
+        "tables[].number": "the table's number in the paper; null for a set of one's own",
+        "tables[].title": "what was measured",
+        "tables[].setup": "zero-shot or finetuned",
+        "tables[].model": "the model's size",
+        "tables[].paper_model": "the paper's row next to it; null if there is none",
+        "tables[].notes": "a list of remarks, such as why a figure is not comparable",
+        "tables[].lines": "a list of figures",
+        "tables[].lines[].label": "the metric or set",
+        "tables[].lines[].ours": "our figure in percent; null if it was not measured",
+        "tables[].lines[].ours.value": "the figure",
+        "tables[].lines[].ours.low": "lower end of its 95% interval",
+        "tables[].lines[].ours.high": "upper end",
+        "tables[].lines[].paper": "the published figure; null if there is none",
+        "tables[].lines[].difference": "ours less the paper's; null if either is missing",
+        "tables[].lines[].difference.value": "the difference",
+        "tables[].lines[].difference.low": "lower end of its 95% interval",
+        "tables[].lines[].difference.high": "upper end",
+        "tables[].lines[].others{}": "published figures of other models, by name",
+    },
+}
+
+
+def print_document(document: Mapping[str, Any]) -> None:
+    """Print one JSON document to standard output."""
+    print(json.dumps(document, ensure_ascii=False, indent=1, allow_nan=False))
+
+
+def print_document_of(path: str) -> None:
+    """Print the JSON document that a file holds; what is not a number there becomes null."""
+    print_document(json.loads(store.read_text(path), parse_constant=lambda constant: None))
+
+
+def _stage(status: StageStatus) -> dict[str, Any]:
+    return {
+        "name": status.stage.name,
+        "state": status.state.value,
+        "why": status.why,
+        "tasks_done": status.tasks_done,
+        "num_tasks": status.num_tasks,
+    }
+
+
+def plan_document(
+    name: str,
+    folder: str | None,
+    statuses: Sequence[StageStatus],
+    trainings: Sequence["Training"],
+    on: "Hardware | None",
+    tokens: int,
+    errors: Sequence[str],
+) -> dict[str, Any]:
+    """Return what `plan --json` prints."""
+    from pipeline.core.run import State
+
+    stages = [
+        {
+            **_stage(status),
+            "rows_kept": status.manifest.num_kept if status.manifest and status.state is State.DONE else None,
+            "title": status.stage.title,
+        }
+        for status in statuses
+    ]
+    planned = {"hardware": None, "trainings": []} if on is None else _trainings(trainings, on, tokens)
+    return {"run": name, "folder": folder, "stages": stages, **planned, "errors": list(errors)}
+
+
+def _trainings(trainings: Sequence["Training"], on: "Hardware", tokens: int) -> dict[str, Any]:
+    from pipeline.planning.requirements import GIB, need, paper_gpu_days
+
+    rows = []
+    for item in trainings:
+        needed = need(item, on, tokens)
+        rows.append(
+            {
+                "model": item.model,
+                "name": item.name,
+                "global_batch": item.config.global_batch,
+                "epochs": item.config.epochs,
+                "ranks": item.config.ranks,
+                "num_samples": item.num_samples,
+                "num_steps": needed.num_steps,
+                "micro_batch": needed.micro_batch,
+                "memory_gib": needed.memory_gib,
+                "gpu_days": needed.gpu_days,
+                "paper_gpu_days": paper_gpu_days(item),
+            }
+        )
+    hardware = {
+        "name": on.name,
+        "memory_gib": on.memory_bytes / GIB,
+        "usable_gib": on.usable_gib,
+        "utilisation": on.utilisation,
+    }
+    return {"hardware": hardware, "trainings": rows}
+
+
+def status_document(
+    name: str,
+    run: Run,
+    stages: Sequence[tuple[StageStatus, "Done"]],
+    notes: Sequence[str],
+    errors: Sequence[str],
+) -> dict[str, Any]:
+    """Return what `status --json` prints."""
+    rows = [
+        {
+            **_stage(status),
+            "tasks_done": done.num_tasks,
+            "damaged_receipts": done.num_damaged,
+            "rows_in": done.rows_in,
+            "rows_kept": done.rows_kept,
+            "rows_dropped": done.rows_dropped,
+            "share_kept": done.share_kept,
+            "rows_per_second": done.rows_per_second,
+            "seconds": done.seconds,
+            "bytes": done.num_bytes,
+            "dropped": dict(done.dropped),
+        }
+        for status, done in stages
+    ]
+    return {"run": name, "folder": run.folder, "stages": rows, "notes": list(notes), "errors": list(errors)}
+
+
+def why_document(name: str, run: Run, key_or_url: str, fates: Sequence["Fate"]) -> dict[str, Any]:
+    """Return what `why --json` prints."""
+    rows = [asdict(fate) for fate in fates]
+    return {"run": name, "folder": run.folder, "key_or_url": key_or_url, "rows": rows}
+
+
+def doctor_document(folder: str, findings: Sequence["Finding"]) -> dict[str, Any]:
+    """Return what `doctor --json` prints."""
+    checks = [asdict(finding) for finding in findings]
+    return {"folder": folder, "fit": all(finding.fit for finding in findings), "checks": checks}
