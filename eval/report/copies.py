@@ -5,6 +5,7 @@ lowest keys, which are digests and so a fair sample. An image that is not at han
 downloads may have been removed since) is left blank; the pair is shown all the same.
 """
 
+import contextlib
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from eval.datasets.retrieval_set import read_retrieval_set
 from eval.report.data import CopiesOfRule, CopyImage, CopyPair
 from eval.report.sources import small_image
 from pipeline.core.evaluation_sets import EvaluationSet, evaluations_of, shard_stems
+from pipeline.core.files.foreign import foreign
 from pipeline.core.files.images import BadImageError
 from pipeline.core.records import InputError
 from pipeline.core.shard_format import (
@@ -129,7 +131,8 @@ def _places(context: Context, stage: str, wanted: dict[str, list[str]]) -> dict[
     """Where the images of keys lie in the download's files, by the tables that may have the keys."""
     found = {}
     for path, keys in wanted.items():
-        try:
+        # A table that was removed since, or damaged: its images stay blank.
+        with contextlib.suppress(InputError), foreign(context.path_in(stage, path), "table"):
             table = pl.scan_parquet(context.path_in(stage, path))
             columns = table.collect_schema().names()
             tar = pl.lit(path.removesuffix(SIDECAR) + TAR)
@@ -143,8 +146,6 @@ def _places(context: Context, stage: str, wanted: dict[str, list[str]]) -> dict[
             for row in places.collect(engine="streaming").iter_rows(named=True):
                 key = row.pop("key")
                 found[key] = _Place(**row)
-        except (pl.exceptions.PolarsError, OSError):  # the table was removed since: its images stay blank
-            continue
     return found
 
 

@@ -283,9 +283,9 @@ def _read_shards(folder: str, name: str) -> TensorFile:
     index = read_object(store.join(folder, name))
     try:
         shards = sorted(set(index["weight_map"].values()))
-        assert shards
-        assert all(shard == os.path.basename(shard) for shard in shards)
-    except (KeyError, TypeError, AttributeError, AssertionError):
+        if not shards or any(shard != os.path.basename(shard) for shard in shards):
+            raise ValueError("no names, or names of files elsewhere")
+    except (KeyError, TypeError, AttributeError, ValueError):
         raise InputError(
             f"{store.join(folder, name)}: no weight_map of file names: download the folder again"
         ) from None
