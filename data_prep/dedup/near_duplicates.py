@@ -100,8 +100,8 @@ def run_find(config: DedupImageConfig, context: Context, task: Task, progress: P
     asked, stage = FindTask.from_json(task.arguments), rows_stage(context)
     if asked.kind == "exact":
         rows = _read(context, "image_sha256")
-        number = pl.col("image_sha256").str.slice(0, 8).str.to_integer(base=16)
-        wanted = (frame.filter(number % config.partitions == asked.part) for frame in rows)
+        leading = pl.col("image_sha256").str.slice(0, 8).str.to_integer(base=16)
+        wanted = (frame.filter(leading % config.partitions == asked.part) for frame in rows)
         found = exact_copies(pl.concat(wanted))
     else:
         assert config.max_distance is not None
@@ -161,7 +161,7 @@ def with_signatures(rows: pl.DataFrame, paths: Sequence[str]) -> pl.DataFrame:
                 chosen = slice(*np.searchsorted(row_N, [start, stop]))
                 if chosen.start < chosen.stop:
                     column = table.read_row_group(group, columns=["image_signature"])["image_signature"]
-                    taken = pl.from_arrow(column.take(pa.array(row_N[chosen] - start)))
+                    taken = pl.Series(pl.from_arrow(column.take(pa.array(row_N[chosen] - start))))
                     parts.append(of_table[chosen].with_columns(image_signature=taken))
                 start = stop
     return pl.concat(parts)

@@ -42,7 +42,8 @@ def _is_greedy(data: bytes) -> bool:
     Looks for places in the memo and buffers among the opcodes alone: an image has any byte somewhere.
     """
     for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name == "BYTEARRAY8" or (opcode.name in _PUTS and not 0 <= argument < _MOST_PLACES):
+        place = argument if opcode.name in _PUTS and isinstance(argument, int) else 0
+        if opcode.name == "BYTEARRAY8" or not 0 <= place < _MOST_PLACES:
             return True
     return False
 

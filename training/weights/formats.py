@@ -267,7 +267,8 @@ def said_of(config: ModelConfig) -> Said:
     """Return what a whole configuration says of the towers."""
     vision = config.vision
     heads = vision.heads if isinstance(vision, VisionTransformerConfig) else None
-    return Said(config.name, heads, config.text.heads, "quick_gelu" if heads is not None else None)
+    activation = "quick_gelu" if heads is not None else None
+    return Said(config.name, heads, config.text.heads, activation=activation)
 
 
 def _config_of(state: Mapping[str, torch.Tensor], origin: str, said: Said) -> ModelConfig | None:
