@@ -9,7 +9,7 @@ import os
 import tempfile
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Self
 
@@ -27,7 +27,8 @@ from data_prep.sources import table as caption_table
 from data_prep.sources.packed import PackedSource
 from data_prep.sources.table import TableSource
 from pipeline.core import store
-from pipeline.core.evaluation_sets import EvaluationFacts, EvaluationSource, digest_of
+from pipeline.core.config import NOT_IN_DIGEST
+from pipeline.core.evaluation_sets import EvaluationFacts, EvaluationSource, check_size, digest_of
 from pipeline.core.facts import Facts
 from pipeline.core.records import ConfigError, InputError
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
@@ -56,6 +57,7 @@ class CorpusStageConfig:
 
     corpus: DemoConfig | EmojiConfig | TablesConfig | SourcesConfig
     evaluations: tuple[EvaluationSource, ...] = ()
+    are_scored: bool = field(default=False, metadata=NOT_IN_DIGEST)  # and not only kept out of training
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +84,8 @@ class CorpusTask(Facts):
 
 def plan(config: CorpusStageConfig, context: Context) -> list[Task]:
     """One task a table; the demo and emoji corpora are one task."""
+    for item in config.evaluations if config.are_scored else ():
+        check_size(item)
     sets = {f"evaluation {item.name}": digest_of(item) for item in config.evaluations}
     if isinstance(config.corpus, DemoConfig):
         return [Task("demo", sets)]
@@ -100,6 +104,7 @@ def plan(config: CorpusStageConfig, context: Context) -> list[Task]:
             f"corpus.{config.corpus.kind}: empty; name at least one [[corpus.{config.corpus.kind}]]"
         )
     _refuse_shared_names(config.corpus)
+    _refuse_carried_rules(config.corpus)
     exempt = {
         source.name: exemptions_of_shards(source.path)
         for source in sources_of(config.corpus)
@@ -127,6 +132,16 @@ def _refuse_shared_names(corpus: TablesConfig | SourcesConfig) -> None:
             raise ConfigError(
                 f"corpus.{corpus.kind}: name {source.name!r} is of two sources with different image folders"
                 f" ({folders[source.name]}, {folder}); give each a name of its own"
+            )
+
+
+def _refuse_carried_rules(corpus: TablesConfig | SourcesConfig) -> None:
+    """Refuse a table's own column of the name under which rows of shards keep what they are exempt from."""
+    for source in sources_of(corpus):
+        if isinstance(source, TableSource) and caption_table.EXEMPT_COLUMN in source.carry_columns:
+            raise ConfigError(
+                f"corpus.{corpus.kind} {source.name}: carry_columns names {caption_table.EXEMPT_COLUMN!r},"
+                " the column in which a run keeps the rules that do not apply to a row; rename the column"
             )
 
 

@@ -15,7 +15,7 @@ from pipeline.core import store
 from pipeline.core.evaluation_sets import EvaluationFacts
 from pipeline.core.facts import Facts
 from pipeline.core.records import InputError, Manifest, Shard
-from pipeline.core.stage import Context
+from pipeline.core.stage import Context, repair_remedy
 
 # Stages that judge downloaded images, in order; those after the first run only if a run asks for them.
 ROW_STAGES = ("filter_image", "dedup_image", "filter_score")
@@ -176,7 +176,7 @@ def exemptions_of_shards(folder: str) -> dict[str, tuple[str, ...]]:
     except (ValueError, TypeError, KeyError, AttributeError):
         raise InputError(
             f"{path}: not the manifest of a corpus, which says the rules that its sources are exempt from;"
-            " repair that run with `cnclip run --stage corpus --repair`, or move the shards out of it"
+            f" {repair_remedy('corpus')}, or move the shards out of that run"
         ) from None
     sources = [table.place.source for table in tables]
     return {source.name: rules for source in sources if (rules := source.lasting_exemptions)}

@@ -20,7 +20,8 @@ from data_prep.formats.parquet import write_table
 from data_prep.rules.copies import Marks, marks_of
 from pipeline.core import store
 from pipeline.core.evaluation_sets import shard_stems
-from pipeline.core.files.image_files import read_image, summary, what_else
+from pipeline.core.files.foreign import foreign
+from pipeline.core.files.image_files import IMAGE_ENDINGS, find_images, read_image, summary
 from pipeline.core.files.images import SIGNATURES, BadImageError, decode_upright
 from pipeline.core.records import InputError
 from pipeline.core.shard_format import (
@@ -36,7 +37,6 @@ FAMILIES: tuple[Family, ...] = ("coco", "flickr", "own")
 _SCHEMA = {
     "family": pl.String, "id": pl.String, "perceptual_hash": pl.Binary, "image_signature": pl.Binary,
 }  # fmt: skip
-_IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,8 @@ def make_guard(
 
 def read_guard(path: str) -> pl.DataFrame:
     """A guard's table; InputError where the file is none."""
-    try:
+    with foreign(path, "guard", "make it with cnclip guard"):
+        store.refuse_special(path)
         table = pl.read_parquet(path)
         if "perceptual_hash" in table.columns and "image_signature" not in table.columns:
             if table["perceptual_hash"].null_count() < table.height:
@@ -76,10 +77,6 @@ def read_guard(path: str) -> pl.DataFrame:
                 )
             table = table.with_columns(image_signature=pl.lit(None, pl.Binary))
         return table.select(pl.col(name).cast(dtype) for name, dtype in _SCHEMA.items())
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
-        raise InputError(
-            f"{path}: not a guard ({str(error).splitlines()[0]}); make it with cnclip guard"
-        ) from None
 
 
 def guarded_ids(paths: Sequence[str]) -> GuardedIds:
@@ -155,7 +152,7 @@ def _members(path: str, say: Callable[[str], None]) -> Iterator[tuple[str, Marks
         for stem in stems:
             yield from _shard_marks(f"{stem}{TAR}")
         if not tables and not stems:
-            yield from _images(Path(path), say)
+            yield from _images(path, say)
     else:
         raise InputError(
             f"{path}: no evaluation set; give NAME_imgs.tsv, a folder with it, shards or images, or a .txt"
@@ -163,25 +160,19 @@ def _members(path: str, say: Callable[[str], None]) -> Iterator[tuple[str, Marks
         )
 
 
-def _images(folder: Path, say: Callable[[str], None]) -> Iterator[tuple[str, Marks]]:
-    passed_over = list[tuple[str, str]]()
-    for path in sorted(folder.rglob("*")):
-        kind = None if path.is_dir() else what_else(str(path))
-        if kind is not None or path.name.startswith("._"):  # macOS keeps its own beside each file
-            passed_over.append((str(path), kind or "hidden"))
-        elif path.is_file() and _is_image(path):
-            try:
-                image = decode_upright(read_image(str(path)))
-            except BadImageError as error:
-                raise InputError(f"{path}: {error}; repair or remove the file") from None
-            yield path.stem, marks_of(np.asarray(image))
-    if passed_over:
+def _images(folder: str, say: Callable[[str], None]) -> Iterator[tuple[str, Marks]]:
+    found = find_images(folder, IMAGE_ENDINGS)
+    # An image under another name is one of the set all the same.
+    for path in sorted(map(Path, [*found.paths, *filter(_begins_as_image, found.others)])):
+        try:
+            image = decode_upright(read_image(str(path)))
+        except BadImageError as error:
+            raise InputError(f"{path}: {error}; repair or remove the file") from None
+        yield path.stem, marks_of(np.asarray(image))
+    if passed_over := sorted(found.passed_over):
         say(f"{folder}: {len(passed_over)} are no image files and are passed over: {summary(passed_over)}")
 
 
-def _is_image(path: Path) -> bool:
-    """By its name, or by its first bytes: an image under another name is one of the set all the same."""
-    if path.suffix.lower() in _IMAGE_ENDINGS:
-        return True
-    with open(path, "rb") as file:
-        return file.read(max(map(len, SIGNATURES))).startswith(SIGNATURES)
+def _begins_as_image(path: str) -> bool:
+    with store.open_read(path) as file:
+        return bytes(file.read(max(map(len, SIGNATURES)))).startswith(SIGNATURES)

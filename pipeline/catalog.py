@@ -202,7 +202,9 @@ def make_run(config: RunConfig) -> Run:
     )
     learned = () if config.model.vocabulary else ("vocabulary",)
     stages = [
-        corpus.stage(corpus.CorpusStageConfig(corpus=config.corpus, evaluations=config.evaluation)),
+        corpus.stage(
+            corpus.CorpusStageConfig(corpus=config.corpus, evaluations=config.evaluation, are_scored=True)
+        ),
         filter_text.stage(config.filter_text),
         dedup.stage(config.dedup),
         download.stage(config.download),

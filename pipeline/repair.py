@@ -20,6 +20,7 @@ from pipeline.core.run import (
     receipts_that_count,
 )
 from pipeline.core.stage import Context, Stage, receipt_at
+from pipeline.core.terminal import one_line
 
 
 def refuse_unusable_folder(run: Run, stage: Stage) -> None:
@@ -161,4 +162,4 @@ def _is_folded_from(manifest: Manifest, stage: Stage, receipts: Mapping[str, Rec
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(one_line(line), file=sys.stderr, flush=True)

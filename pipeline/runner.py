@@ -2,13 +2,13 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from pipeline.core import drops, store
 from pipeline.core.changes import write_started
 from pipeline.core.files.damage import find_altered, find_damage, listed_files, summarise
 from pipeline.core.progress import make_progress
-from pipeline.core.records import ConfigError, InputError, Receipt, Shard, Stopped, too_few
+from pipeline.core.records import ConfigError, InputError, Receipt, Stopped, too_few
 from pipeline.core.run import (
     Run,
     StageStatus,
@@ -21,11 +21,9 @@ from pipeline.core.run import (
     survey_stage,
 )
 from pipeline.core.stage import Context, Progress, Stage, Task, fold
-from pipeline.core.terminal import detail
+from pipeline.core.terminal import detail, one_line
 from pipeline.executors import local
 from pipeline.repair import forget_damaged, forget_unreadable, refuse_unusable_folder, restore_started
-
-FindDamage = Callable[[str, Iterable[Shard]], list[str]]
 
 
 def execute(
@@ -53,9 +51,9 @@ def execute(
             if repair and forget_damaged(run, status):
                 status = survey_stage(run, stage)
             if status.state is State.DAMAGED and not force:
-                raise InputError(f"{status.why}; run --stage {stage.name} --repair to redo what is damaged")
+                raise InputError(f"{status.why}; {run.remedy(stage.name)}")
             if status.why and status.state is not State.STALE:
-                print(f"{stage.name}: {status.state.value}, {status.why}", file=sys.stderr, flush=True)
+                _say(f"{stage.name}: {status.state.value}, {status.why}")
             if status.state is State.DONE and not force:
                 if repair:
                     restore_started(run, stage)
@@ -102,7 +100,7 @@ def verify(run: Run, stages: Sequence[Stage]) -> list[str]:
             continue
         if manifest is None:
             continue
-        remedy = f"run `--stage {stage.name} --repair`"
+        remedy = run.remedy(stage.name)
         files = list(manifest.shards)
         try:
             files += listed_files(store.join(run.folder, stage.name))
@@ -119,17 +117,18 @@ def verify(run: Run, stages: Sequence[Stage]) -> list[str]:
     return complaints
 
 
-def _refuse_damaged_parents(run: Run, stage: Stage, find: FindDamage = find_damage) -> None:
+def _refuse_damaged_parents(run: Run, stage: Stage) -> None:
     """Raise InputError if a file that the stage may read is missing or has another size."""
     for name in stage.parents:
         manifest = read_manifest(run, name)
         folder = store.join(run.folder, name)
         try:
-            damage = find(folder, [*(manifest.shards if manifest is not None else ()), *listed_files(folder)])
+            shards = manifest.shards if manifest is not None else ()
+            damage = find_damage(folder, [*shards, *listed_files(folder)])
         except ValueError as error:
             damage = [str(error)]
         if damage:
-            raise InputError(f"{summarise(damage)}; {stage.name} needs {name}: run --stage {name} --repair")
+            raise InputError(f"{summarise(damage)}; {stage.name} needs {name}; {run.remedy(name)}")
 
 
 def unseen(run: Run, stages: Sequence[Stage]) -> list[str]:
@@ -164,8 +163,33 @@ def _blaming_damaged_parents(run: Run, stage: Stage) -> Iterator[None]:
     except BaseException as error:
         # A panic is what parsers in Rust answer to bytes that they never expected, and no Exception.
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            _refuse_damaged_parents(run, stage, find=find_altered)
+            _say(f"{stage.name}: unexpected {type(error).__name__}, so the bytes of its inputs are checked")
+            if altered := _find_altered_parent(run, stage):
+                raise InputError(altered) from None
         raise
+
+
+def _find_altered_parent(run: Run, stage: Stage) -> str | None:
+    """Return a line on the first file of the parents that has other bytes than were written, or None.
+
+    What cannot be checked explains nothing.
+    """
+    for name in stage.parents:
+        folder = store.join(run.folder, name)
+        with contextlib.suppress(InputError, ConfigError, OSError):
+            manifest = read_manifest(run, name)
+            shards = manifest.shards if manifest is not None else ()
+            try:
+                damage = next(find_altered(folder, [*shards, *listed_files(folder)]), None)
+            except ValueError as error:
+                damage = str(error)
+            if damage is not None:
+                return f"{damage}; {stage.name} needs {name}; {run.remedy(name)}"
+    return None
+
+
+def _say(line: str) -> None:
+    print(one_line(line), file=sys.stderr, flush=True)
 
 
 def _run_stage(run: Run, stage: Stage, label: str) -> None:
@@ -199,7 +223,7 @@ def _run_stage(run: Run, stage: Stage, label: str) -> None:
         )
         raise too_few(InputError(found), manifest.num_in)
     if said := drops.warning(manifest):
-        print(f"warning: {said}", file=sys.stderr, flush=True)
+        _say(f"warning: {said}")
     store.write_text(manifest_path(run, stage.name), manifest.to_file())
     seconds = sum(receipt.seconds for receipt in receipts.values())
     detail(f"{stage.name}: {manifest.num_in:,} in, {manifest.num_kept:,} kept, {seconds:,.1f} s in its tasks")
@@ -247,7 +271,7 @@ def _agrees(status: StageStatus) -> bool:
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False
     print(
-        f"{status.stage.name} is stale: {status.why}. Redo it? [y/N] ",
+        one_line(f"{status.stage.name} is stale: {status.why}. Redo it? [y/N] "),
         end="",
         file=sys.stderr,
         flush=True,

@@ -105,7 +105,10 @@ def continues(config: TrainStageConfig, context: Context, change: Change, is_don
     if is_done and change.now < change.before:
         return False, "fewer epochs are another training"
     shared = shared_steps(config.train)
-    steps = [step for step in steps_in(checkpoints_folder(context.path())) if 0 < step <= shared]
+    found = [step for step in steps_in(checkpoints_folder(context.path())) if step > 0]
+    if not found and not is_done:
+        return True, "starts anew, since there is no checkpoint yet"
+    steps = [step for step in found if step <= shared]
     if not steps:
         return (
             False,

@@ -9,14 +9,12 @@ import contextlib
 import os
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 import polars as pl
 
 from data_prep.formats.keys import url_hash, with_key
 from data_prep.formats.parquet import write_table
-from pipeline.core import store
-from pipeline.core.files.written import check_parquet
+from pipeline.core.files.written import ParquetRows, parquet_rows
 
 DETAIL = "detail"  # the word of a blacklist, the key that a copy or a caption belongs to
 HTTP_STATUS = "http_status"  # of the answer, where there was one: the download's drop tables alone
@@ -47,14 +45,12 @@ class DropsAsTheyCome:
         self.counts: Counter[str] = Counter()
         self._path = path
         self._stack = stack
-        self._writer: Any = None
+        self._writer: ParquetRows | None = None
 
     def add(self, rows: pl.DataFrame, reason: str, detail: pl.Expr | None = None) -> None:
         """Note rows with url and caption. Their keys are the plain ones, whatever a run normalises later."""
         if rows.is_empty():
             return
-        import pyarrow.parquet as pq
-
         self.counts[str(reason)] += rows.height
         marked = with_key(rows.lazy()).with_columns(
             pl.lit(str(reason)).alias("reason"),
@@ -62,16 +58,8 @@ class DropsAsTheyCome:
         )
         table = _as_drops(marked.collect(), [DETAIL]).to_arrow(compat_level=pl.CompatLevel.oldest())
         if self._writer is None:
-            temporary = self._stack.enter_context(store.publish(self._path))
-            self._stack.push(lambda kind, *_: None if kind else self._check(temporary))
-            self._writer = self._stack.enter_context(
-                pq.ParquetWriter(temporary, table.schema, compression="zstd")
-            )
+            self._writer = self._stack.enter_context(parquet_rows(self._path, table.schema))
         self._writer.write_table(table)
-
-    def _check(self, temporary: str) -> None:
-        """Look at the file once its writer has closed it, before it gets its name."""
-        check_parquet(temporary, self._path, self.counts.total())
 
 
 @contextlib.contextmanager

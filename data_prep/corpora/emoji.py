@@ -21,6 +21,7 @@ from PIL import Image, UnidentifiedImageError
 
 from data_prep.formats.cnclip import EvaluationText, write_evaluation
 from data_prep.sources.local_server import HOST, Answer, write_site
+from pipeline.core import store
 from pipeline.core.records import ConfigError, InputError
 
 COLUMNS = ("name_zh", "keywords_zh", "name_en", "keywords_en", "category_en", "png")
@@ -84,6 +85,7 @@ def read_vendor(folder: Path, vendor: str) -> list[Emoji]:
         found = ", ".join(sorted(file.stem for file in folder.glob("*.parquet"))) or "none"
         raise InputError(f"{path}: no such file; vendors found in {folder}: {found}")
     try:
+        store.refuse_special(str(path))
         columns = pq.read_schema(path).names
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path}: not a Parquet file ({error}); build it again") from None

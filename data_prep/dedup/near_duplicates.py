@@ -9,13 +9,13 @@ alike. A value that very many images share (white ground) would still be quadrat
 their whole hash, those of one hash by their brightness, and each is compared with the WINDOW after it. That
 bounds the work to rows x bands x WINDOW comparisons, all vectorised, and is exact where no more than
 WINDOW + 1 different images share a value; beyond, a pair is missed only where every band that it agrees in
-is that crowded. Signatures are read only of rows that the hashes pair with another.
+is that crowded. Signatures are read only of row groups with rows that the hashes pair with another.
 
 Of two copies the one with the lower key stays, in whatever order the work is done. A row near to one that
 is itself dropped goes too: in a chain of small steps only its lowest key stays.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 from annotated_types import Ge, Le
 
 from data_prep.accounting.judged import publish_judged
@@ -30,6 +31,7 @@ from data_prep.corpus_facts import is_exempt, kept_tables, rows_stage, table_nam
 from data_prep.formats.parquet import write_table
 from data_prep.rules.image import HASH_BITS, IMAGE_DUPLICATES_RULE
 from data_prep.rules.image_signature import SIGNATURE_BYTES, are_copies, brightness
+from pipeline.core import store
 from pipeline.core.facts import Facts
 from pipeline.core.records import DropReason
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
@@ -95,28 +97,26 @@ def plan_find(config: DedupImageConfig, context: Context) -> list[Task]:
 
 def run_find(config: DedupImageConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """`copies/<task>.parquet`: key of each copy, reason, and key of the image that it is a copy of."""
-    asked = FindTask.from_json(task.arguments)
+    asked, stage = FindTask.from_json(task.arguments), rows_stage(context)
     if asked.kind == "exact":
         rows = _read(context, "image_sha256")
-        number = pl.col("image_sha256").str.slice(0, 8).str.to_integer(base=16)
-        wanted = (frame.filter(number % config.partitions == asked.part) for frame in rows)
+        leading = pl.col("image_sha256").str.slice(0, 8).str.to_integer(base=16)
+        wanted = (frame.filter(leading % config.partitions == asked.part) for frame in rows)
         found = exact_copies(pl.concat(wanted))
     else:
         assert config.max_distance is not None
         num_bands = config.max_distance + 1
         parts = []
-        for frame in _read(context, "perceptual_hash"):
+        for number, frame in enumerate(_read(context, "perceptual_hash")):
+            frame = frame.with_row_index("row").with_columns(table=pl.lit(number, pl.UInt32))
             frame = frame.with_columns(band=pl.Series(band_values(hash_bytes(frame), asked.band, num_bands)))
             parts.append(frame.filter(pl.col("band") % config.partitions == asked.part))
         near = near_hashes(pl.concat(parts), config.max_distance)
-        signatures = (
-            frame.join(near.select("key"), on="key", how="semi")
-            for frame in _read(context, "image_signature")
-        )
-        found = near_copies(near.join(pl.concat(signatures), on="key"), config.max_distance)
+        paths = [context.path_in(stage, shard.path) for shard in kept_tables(context, stage)]
+        found = near_copies(with_signatures(near, paths), config.max_distance)
     path = f"copies/{task.name}.parquet"
     write_table(found.sort("key"), context.path(path))
-    num_rows = context.parents[rows_stage(context)].num_kept
+    num_rows = context.parents[stage].num_kept
     return Outcome({path: found.height}, num_in=num_rows, num_kept=num_rows)
 
 
@@ -142,6 +142,29 @@ def near_hashes(rows: pl.DataFrame, max_distance: int) -> pl.DataFrame:
             rows.filter(pl.len().over("perceptual_hash") == 1).join(chosen, on="perceptual_hash", how="semi"),
         ]
     )
+
+
+def with_signatures(rows: pl.DataFrame, paths: Sequence[str]) -> pl.DataFrame:
+    """Add image_signature to rows with `table`, a place among the paths, and `row`, a place in that table.
+
+    Only the row groups that hold such a row are read, one at a time: most images have no other near.
+    """
+    # A first part, so that there is a type if there are no rows.
+    parts = [rows.clear().with_columns(image_signature=pl.lit(None, pl.Binary))]
+    for of_table in rows.sort("table", "row").partition_by("table", maintain_order=True):
+        row_N = of_table["row"].to_numpy()
+        with store.open_read(paths[of_table["table"][0]]) as file:
+            table = pq.ParquetFile(file)
+            start = 0
+            for group in range(table.num_row_groups):
+                stop = start + table.metadata.row_group(group).num_rows
+                chosen = slice(*np.searchsorted(row_N, [start, stop]))
+                if chosen.start < chosen.stop:
+                    column = table.read_row_group(group, columns=["image_signature"])["image_signature"]
+                    taken = pl.Series(pl.from_arrow(column.take(pa.array(row_N[chosen] - start))))
+                    parts.append(of_table[chosen].with_columns(image_signature=taken))
+                start = stop
+    return pl.concat(parts)
 
 
 def near_copies(rows: pl.DataFrame, max_distance: int) -> pl.DataFrame:

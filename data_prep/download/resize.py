@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.core.files.images import BadImageError, open_image, upright, upright_size
+from pipeline.core.files.images import PIXEL_LIMIT, BadImageError, open_image, upright, upright_size
+
+_MOST_JPEG_PX = 65_500  # libjpeg's limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,9 @@ class UprightResizer:
         if scale < 1:
             size = (max(1, round(original_width * scale)), max(1, round(original_height * scale)))
             image = _average(image, size) if self.scaled_decode else _reduce(image, size)
+        if max(image.size) > _MOST_JPEG_PX:  # a strip that a smaller short side would not reduce
+            found = f"{image.width} x {image.height} pixels, and a JPEG has at most {_MOST_JPEG_PX} a side"
+            return None, None, None, None, None, f"{PIXEL_LIMIT}: {found}"
         out = io.BytesIO()
         image.save(out, "JPEG", quality=self.jpeg_quality, subsampling=0)
         return out.getvalue(), *image.size, original_width, original_height, None

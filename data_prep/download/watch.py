@@ -14,6 +14,7 @@ from pipeline.core.records import InputError
 
 _LEAST_FREE_BYTES = 1 << 20  # on the disk of img2dataset's files: below, and without progress, it is full
 _FULL_SECONDS = 3.0
+_COUNT_SECONDS = 2.0  # from one count of the bytes to the next, while nothing else moves
 _START_SECONDS = 240.0
 
 
@@ -29,7 +30,8 @@ class Watch:
     boards: Boards
 
     def __post_init__(self) -> None:
-        self._last_change, self._last_seen = time.monotonic(), (-1, -1)
+        self._last_change = self._last_count = time.monotonic()
+        self._last_done, self._last_bytes = -1, -1
         self._ended: int | None = None
 
     def look_before(self) -> None:
@@ -51,8 +53,13 @@ class Watch:
             at = f" while at {name_open(its_open)}" if its_open else ""
             return number, f"its worker died, as if killed or out of memory,{at or ' before it asked'}"
         now = time.monotonic()
-        if (seen := (_num_bytes(self.raw), view.num_done)) != self._last_seen:
-            self._last_change, self._last_seen = now, seen
+        # Counting walks through all files: seldom, and only while no image comes to its end.
+        if view.num_done != self._last_done:
+            self._last_change, self._last_done = now, view.num_done
+        elif now - max(self._last_count, self._last_change) > min(_COUNT_SECONDS, self.stall_seconds / 4):
+            self._last_count, num_bytes = now, _num_bytes(self.raw)
+            if num_bytes != self._last_bytes:
+                self._last_change, self._last_bytes = now, num_bytes
         idle = now - self._last_change
         if (idle > _FULL_SECONDS or self._ended is not None) and _is_full(self.raw):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.raw))

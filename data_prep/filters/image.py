@@ -14,7 +14,6 @@ from data_prep.accounting.histograms import histogram
 from data_prep.accounting.judged import JudgedFacts, publish_judged
 from data_prep.corpus_facts import exemptions, guard_paths
 from data_prep.download.stage import partition_of
-from data_prep.formats.shards import DOWNLOAD_AGAIN
 from data_prep.rules import image as image_rules
 from data_prep.rules.copies import MarkedImages, Marks, marks_of
 from data_prep.rules.image_signature import SIGNATURE_BYTES
@@ -24,7 +23,7 @@ from pipeline.core.evaluation_sets import EvaluationSet, evaluations_of
 from pipeline.core.facts import Facts
 from pipeline.core.files.images import UNDECODABLE, BadImageError, decode_upright
 from pipeline.core.shard_format import ByteRangePool
-from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
+from pipeline.core.stage import Context, Outcome, Progress, Stage, Task, repair_remedy
 
 _NO_MARKS = Marks(bytes(image_rules.HASH_BITS // 8), bytes(SIGNATURE_BYTES))  # of what does not decode
 
@@ -86,7 +85,9 @@ def run(config: FilterImageConfig, context: Context, task: Task, progress: Progr
     exempt_from = exemptions(context.parents["corpus"])
     reasons: list[str | None] = []
     marks: list[Marks] = []
-    with ByteRangePool(lambda name: context.path_in("download", name), remedy=DOWNLOAD_AGAIN) as tars:
+    with ByteRangePool(
+        lambda name: context.path_in("download", name), remedy=repair_remedy("download")
+    ) as tars:
         own = pl.col(EXEMPT_COLUMN) if EXEMPT_COLUMN in table.columns else pl.lit(None).alias(EXEMPT_COLUMN)
         for tar, offset, size, width, height, key, source, own_rules in table.select(
             "tar", "offset_bytes", "size_bytes", "width_px", "height_px", "key", "source", own

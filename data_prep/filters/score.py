@@ -22,14 +22,13 @@ from data_prep.accounting.judged import JudgedFacts, publish_judged
 from data_prep.corpus_facts import is_exempt, kept_tables, rows_stage, table_name
 from data_prep.download.stage import partition_of
 from data_prep.formats.parquet import write_table
-from data_prep.formats.shards import DOWNLOAD_AGAIN
 from data_prep.rules.text import SCORE_BELOW_THRESHOLD, SCORE_RULE
 from pipeline.core.arrays import Float32Array
 from pipeline.core.config import NOT_IN_DIGEST
 from pipeline.core.facts import Facts
 from pipeline.core.records import ConfigError, InputError, Manifest
 from pipeline.core.shard_format import ByteRangePool
-from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
+from pipeline.core.stage import Context, Outcome, Progress, Stage, Task, repair_remedy
 
 # Of the sidecars; `data_prep.sources.table.score_pairs` reads them where a sidecar is a source.
 SCORE_COLUMN, TEXT_COLUMN, IMAGE_COLUMN = "pair_score", "pair_text_encoder", "pair_image_encoder"
@@ -292,7 +291,9 @@ def minimums(rows: pl.DataFrame, column: str) -> dict[str, float]:
 
 def _images(context: Context, rows: pl.DataFrame) -> list[bytes]:
     """Bytes of the rows' images, in their order."""
-    with ByteRangePool(lambda name: context.path_in("download", name), remedy=DOWNLOAD_AGAIN) as tars:
+    with ByteRangePool(
+        lambda name: context.path_in("download", name), remedy=repair_remedy("download")
+    ) as tars:
         places = rows.select("tar", "offset_bytes", "size_bytes", "key").iter_rows()
         return [tars.read(tar, offset, size, f"{key}.jpg") for tar, offset, size, key in places]
 

@@ -2,12 +2,13 @@
 
 import io
 import pickle
+import pickletools
 from typing import Any, ClassVar
 
 from pipeline.core.records import InputError
 
-# Numbers of places in the memo, and lengths of buffers, for which the machine in C takes memory at once.
-_GREEDY = (pickle.LONG_BINPUT, pickle.BYTEARRAY8)
+_MOST_PLACES = 1 << 16  # in the memo; the machine in C takes memory up to the highest at once
+_PUTS = ("PUT", "BINPUT", "LONG_BINPUT")
 _PythonUnpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]
 
 
@@ -31,8 +32,20 @@ def unpickle_plain(data: bytes) -> Any:
 
     Damaged bytes can raise anything: catch `Exception`.
     """
-    machine = _CarefulUnpickler if any(code in data for code in _GREEDY) else _PlainUnpickler
+    machine = _CarefulUnpickler if _is_greedy(data) else _PlainUnpickler
     return machine(io.BytesIO(data)).load()
+
+
+def _is_greedy(data: bytes) -> bool:
+    """Return whether a pickle has opcodes for which the machine in C takes memory that the bytes do not fill.
+
+    Looks for places in the memo and buffers among the opcodes alone: an image has any byte somewhere.
+    """
+    for opcode, argument, _ in pickletools.genops(data):
+        place = argument if opcode.name in _PUTS and isinstance(argument, int) else 0
+        if opcode.name == "BYTEARRAY8" or not 0 <= place < _MOST_PLACES:
+            return True
+    return False
 
 
 def open_lmdb(path: str) -> Any:

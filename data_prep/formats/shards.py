@@ -13,16 +13,13 @@ from pipeline.core import store
 from pipeline.core.facts import Facts
 from pipeline.core.records import InputError, Manifest, Shard
 from pipeline.core.shard_format import SIDECAR_COLUMNS, TAR, ByteRangePool, sidecar_of
-from pipeline.core.stage import Context, Outcome
+from pipeline.core.stage import Context, Outcome, repair_remedy
 
 _INTERNAL = (
     "file", "row", "tar", "source_sha256", "stored_width_px", "stored_height_px",
     "picture_at", "image_signature",
 )  # fmt: skip
-DOWNLOAD_AGAIN = (
-    "run `--stage download --repair`, or make these shards again"  # what repairs shards of this run
-)
-
+_REPAIR_DOWNLOAD = repair_remedy("download")
 
 Part = Literal["train", "validation"]  # of a corpus that [split] divides
 
@@ -121,16 +118,22 @@ def cut(tables: Sequence[Shard], samples_per_shard: int) -> Iterator[list[Piece]
         yield pieces
 
 
-def write_shard(context: Context, name: str, rows: pl.DataFrame, path_of: Callable[[str], str]) -> Outcome:
+def write_shard(
+    context: Context,
+    name: str,
+    rows: pl.DataFrame,
+    path_of: Callable[[str], str],
+    remedy: str = _REPAIR_DOWNLOAD,
+) -> Outcome:
     """Publish `<name>.tar` and its sidecar from rows that say where their images are.
 
     `rows` has the sidecar's columns, of which offset_bytes and size_bytes are places in the file that
-    `path_of(tar)` names. InputError where an image is not whole in its file.
+    `path_of(tar)` names. InputError where an image is not whole in its file; it ends with `remedy`.
     """
     tar_path, table_path = name + TAR, sidecar_of(name + TAR)
     with store.publish(context.path(tar_path)) as temporary, contextlib.ExitStack() as stack:
         writer = stack.enter_context(TarWriter(temporary))
-        sources = stack.enter_context(ByteRangePool(path_of, remedy=DOWNLOAD_AGAIN))
+        sources = stack.enter_context(ByteRangePool(path_of, remedy=remedy))
         places = []
         for key, tar, offset, size, sha256, caption in rows.select(
             "key", "tar", "offset_bytes", "size_bytes", "image_sha256", "caption"
@@ -138,7 +141,7 @@ def write_shard(context: Context, name: str, rows: pl.DataFrame, path_of: Callab
             data = sources.read(tar, offset, size, f"{key}.jpg")
             places.append(writer.add(f"{key}.jpg", data))
             if places[-1].sha256 != sha256:
-                raise InputError(f"{path_of(tar)}: the bytes at {offset} are not {key}.jpg; {DOWNLOAD_AGAIN}")
+                raise InputError(f"{path_of(tar)}: the bytes at {offset} are not {key}.jpg; {remedy}")
             writer.append(f"{key}.txt", caption.encode("utf-8"))
     carried = [column for column in rows.columns if column not in SIDECAR_COLUMNS and column not in _INTERNAL]
     sidecar = rows.with_columns(

@@ -9,8 +9,11 @@ import numpy.typing as npt
 from data_prep.rules.image import HASH_BITS, perceptual_hash
 from data_prep.rules.image_signature import are_copies, image_signature, signature_array
 
-_ROWS_AT_ONCE = 65_536
-_PAIRS_AT_ONCE = 1 << 22  # that a search may find at most: 12 bytes each
+_INDEXED_AT_ONCE = 32_768  # hashes in one index
+# Hashes in one search: at least so many, and more while few of them are near another.
+_FEWEST_AT_ONCE, _MOST_AT_ONCE = 128, 4_096
+_PAIRS_AT_ONCE = 1 << 22  # that a search may find: 12 bytes each
+_MOST_TRIED = 1_024  # candidates of one image that are compared in a round
 
 
 class Marks(NamedTuple):
@@ -40,36 +43,108 @@ class MarkedImages:
         import faiss
 
         self._signature_NB = signature_array(signatures)
-        self._index: Any = faiss.IndexBinaryFlat(HASH_BITS)
-        self._index.add(_hash_array(hashes))
+        self._hash_NB = _hash_array(hashes)
+        self._indices: list[Any] = []
+        for first in range(0, len(self._hash_NB), _INDEXED_AT_ONCE):
+            index = faiss.IndexBinaryFlat(HASH_BITS)
+            index.add(self._hash_NB[first : first + _INDEXED_AT_ONCE])
+            self._indices.append(index)
 
-    def copies_of(
-        self, hashes: Sequence[bytes], signatures: Sequence[bytes], distance: int
-    ) -> Iterator[Copies]:
-        """Copies (place among the arguments, place among these images) at most `distance` bits apart."""
-        if not len(self._signature_NB):
-            return
-        step = min(_ROWS_AT_ONCE, max(1, _PAIRS_AT_ONCE // len(self._signature_NB)))
-        for first in range(0, len(hashes), step):
-            batch = _hash_array(hashes[first : first + step])
-            limits, bits, other = self._index.range_search(batch, distance + 1)
-            place = np.repeat(np.arange(len(batch)), np.diff(limits.astype(np.int64)))
-            signature_NB = signature_array(signatures[first : first + step])
-            confirmed = are_copies(signature_NB, self._signature_NB, place, other)
-            yield Copies(
-                first + place[confirmed], other[confirmed].astype(np.int64), bits[confirmed].astype(np.int64)
-            )
+    def copies_among(self, distance: int) -> Iterator[Copies]:
+        """Yield the copies among these images themselves, each pair once: place < other.
+
+        A pair counts if either image is found in the other: near the limit that may differ.
+        """
+        signature_NB = self._signature_NB
+        for near in self._near(self._hash_NB, distance):
+            near = _chosen(near, near.place < near.other)
+            is_copy = are_copies(signature_NB, signature_NB, near.place, near.other)
+            rest = np.flatnonzero(~is_copy)
+            is_copy[rest] = are_copies(signature_NB, signature_NB, near.other[rest], near.place[rest])
+            yield _chosen(near, is_copy)
+
+    def mark_copied(
+        self,
+        is_copied_N: npt.NDArray[np.bool_],
+        hashes: Sequence[bytes],
+        signatures: Sequence[bytes],
+        distance: int,
+    ) -> None:
+        """Set True for those of these images that have a copy among the arguments; what is True stays so."""
+        signature_NB = signature_array(signatures)
+        for near in self._near(_hash_array(hashes), distance):
+            near = _chosen(near, ~is_copied_N[near.other])
+            for found in _first_copies(near.other, near.place, self._signature_NB, signature_NB, turned=True):
+                is_copied_N[near.other[found]] = True
 
     def nearest_copies(self, hashes: Sequence[bytes], signatures: Sequence[bytes], distance: int) -> Copies:
         """For each place that is a copy, its nearest one: fewest bits, then the first."""
-        parts = [*self.copies_of(hashes, signatures, distance)]
+        signature_NB, parts = signature_array(signatures), list[Copies]()
+        for near in self._near(_hash_array(hashes), distance):
+            near = _chosen(near, np.lexsort((near.other, near.bits, near.place)))
+            parts += (
+                _chosen(near, found)
+                for found in _first_copies(near.place, near.other, signature_NB, self._signature_NB)
+            )
         if not parts:
             nothing = np.empty(0, np.int64)
             return Copies(nothing, nothing, nothing)
-        place, other, bits = (np.concatenate(column) for column in zip(*parts, strict=True))
-        order = np.lexsort((other, bits, place))
-        first = order[np.unique(place[order], return_index=True)[1]]
-        return Copies(place[first], other[first], bits[first])
+        copies = Copies(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+        copies = _chosen(copies, np.lexsort((copies.other, copies.bits, copies.place)))
+        return _chosen(copies, np.unique(copies.place, return_index=True)[1])
+
+    def _near(self, hash_NB: npt.NDArray[np.uint8], distance: int) -> Iterator[Copies]:
+        """Yield pairs whose hashes are at most `distance` bits apart, some at a time."""
+        for number, index in enumerate(self._indices):
+            first, step = 0, _FEWEST_AT_ONCE
+            while first < len(hash_NB):
+                batch = hash_NB[first : first + step]
+                limits, bits, other = index.range_search(batch, distance + 1)
+                place = first + np.repeat(np.arange(len(batch)), np.diff(limits.astype(np.int64)))
+                other = number * _INDEXED_AT_ONCE + other.astype(np.int64)
+                yield Copies(place, other, bits.astype(np.int64))
+                first += len(batch)
+                if 4 * len(place) < _PAIRS_AT_ONCE:
+                    step = min(2 * step, _MOST_AT_ONCE)
+                elif len(place) > _PAIRS_AT_ONCE:
+                    step = max(step // 2, _FEWEST_AT_ONCE)
+
+
+def _first_copies(
+    one_P: npt.NDArray[np.int64],
+    two_P: npt.NDArray[np.int64],
+    first_NB: npt.NDArray[np.uint8],
+    second_MB: npt.NDArray[np.uint8],
+    *,
+    turned: bool = False,
+) -> Iterator[npt.NDArray[np.int64]]:
+    """Yield which pairs are copies, of each `one` the first pair that is.
+
+    Pairs of one image are tried in rounds, each of twice as many: what follows a copy is compared in vain.
+    `turned` compares `two` with `one`.
+    """
+    order = np.argsort(one_P, kind="stable")
+    left_P, tried = order, 1
+    while len(left_P):
+        one = one_P[left_P]
+        starts = np.flatnonzero(np.diff(one, prepend=-1))
+        rank = np.arange(len(one)) - np.repeat(starts, np.diff(starts, append=len(one)))
+        now = left_P[rank < tried]
+        is_copy = (
+            are_copies(second_MB, first_NB, two_P[now], one_P[now])
+            if turned
+            else are_copies(first_NB, second_MB, one_P[now], two_P[now])
+        )
+        hits = now[is_copy]
+        done, at = np.unique(one_P[hits], return_index=True)
+        yield hits[at]
+        left_P = left_P[rank >= tried]
+        left_P = left_P[~np.isin(one_P[left_P], done)]
+        tried = min(2 * tried, _MOST_TRIED)
+
+
+def _chosen(copies: Copies, which: npt.NDArray[Any]) -> Copies:
+    return Copies(*(column[which] for column in copies))
 
 
 def _hash_array(hashes: Sequence[bytes]) -> npt.NDArray[np.uint8]:

@@ -24,11 +24,12 @@ from pipeline.core.config import NOT_IN_DIGEST, digest
 from pipeline.core.facts import Facts
 from pipeline.core.records import ConfigError, DropReason, InputError, Shard
 from pipeline.core.shard_format import tar_of
-from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
+from pipeline.core.stage import Context, Outcome, Progress, Stage, Task, repair_remedy
 
 NOT_LISTED = DropReason("not_listed")  # the row's key is not in the list of keys
 KEY_PATTERN = "^[0-9a-f]{32}$"
 
+_REPAIR = "remove this folder of the stage and give the same command again"
 _ROWS_PER_PARTITION = 1_000_000  # held in memory at once when corpora are merged
 _KEYS_PER_BUCKET = 4_000_000  # held in memory at once when a list of keys is read
 _BYTES_PER_LINE = 33
@@ -76,7 +77,7 @@ def reshard_stages(config: RepackConfig) -> tuple[Stage, ...]:
 def subset_stages(config: RepackConfig) -> tuple[Stage, ...]:
     """The samples whose keys are listed, in the corpus's order."""
     return (
-        Stage("keys", "the listed keys, sorted", 1, config, (), plan_keys, run_keys),
+        Stage("keys", "the listed keys, sorted", 1, config, (), plan_keys, run_keys, repair=_REPAIR),
         Stage(
             "rows",
             "rows whose keys are listed",
@@ -86,6 +87,7 @@ def subset_stages(config: RepackConfig) -> tuple[Stage, ...]:
             plan_subset,
             run_subset,
             may_be_empty=True,
+            repair=_REPAIR,
         ),
         _packing(config, chosen=True),
     )
@@ -94,14 +96,32 @@ def subset_stages(config: RepackConfig) -> tuple[Stage, ...]:
 def merge_stages(config: RepackConfig) -> tuple[Stage, ...]:
     """All samples of several corpora in the order of their keys; of one key the first corpus's stays."""
     return (
-        Stage("rows", "rows of all corpora, one for each key", 1, config, (), plan_merge, run_merge),
+        Stage(
+            "rows",
+            "rows of all corpora, one for each key",
+            1,
+            config,
+            (),
+            plan_merge,
+            run_merge,
+            repair=_REPAIR,
+        ),
         _packing(config, chosen=True),
     )
 
 
 def _packing(config: RepackConfig, *, chosen: bool) -> Stage:
     parents = ("rows",) if chosen else ()
-    return Stage("shards", "tar shards with a Parquet sidecar", 1, config, parents, plan_shards, run_shards)
+    return Stage(
+        "shards",
+        "tar shards with a Parquet sidecar",
+        1,
+        config,
+        parents,
+        plan_shards,
+        run_shards,
+        repair=_REPAIR,
+    )
 
 
 def plan_shards(config: RepackConfig, context: Context) -> list[Task]:
@@ -140,7 +160,8 @@ def run_shards(config: RepackConfig, context: Context, task: Task, progress: Pro
             rows = _sidecar(piece.table)
         frames.append(rows.slice(piece.first, piece.count))
     rows = pl.concat(frames, how="diagonal_relaxed")
-    return write_shard(context, task.name, rows.collect(), lambda tar: tar)
+    remedy = f"{repair_remedy('shards')}, with the file of the run that made it; or make that corpus again"
+    return write_shard(context, task.name, rows.collect(), lambda tar: tar, remedy)
 
 
 def plan_keys(config: RepackConfig, context: Context) -> list[Task]:

@@ -148,15 +148,17 @@ def _near_training(
     near = np.zeros(images.height, dtype=np.bool_)
     if config.distance == 0 or not (marked := _marked(images)).height:
         return near
-    index = MarkedImages(*_marks(marked))
+    index, image = MarkedImages(*_marks(marked)), marked["image"].to_numpy()
+    is_copied = np.zeros(marked.height, dtype=np.bool_)
     border = images["rank"][-1]  # images after it in rank are no candidates
     for number, shard in enumerate(kept, start=1):
         others = _ranked(context, shard).filter(
             pl.col("rank") > border, pl.col("perceptual_hash").is_not_null()
         )
         others = others.select("perceptual_hash", "image_signature").unique()
-        for copies in index.copies_of(*_marks(others.collect(engine="streaming")), config.distance):
-            near[marked["image"].to_numpy()[copies.other]] = True
+        index.mark_copied(is_copied, *_marks(others.collect(engine="streaming")), config.distance)
+        near[image[is_copied]] = True
+        is_copied = near[image]  # an image with several signatures is near by any of them
         progress(number, len(kept), "tables compared")
     return near
 
@@ -192,10 +194,10 @@ def _groups_of_copies(images: pl.DataFrame, marked: pl.DataFrame, distance: int)
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    marks, image = _marks(marked), marked["image"].to_numpy()
+    image = marked["image"].to_numpy()
     pairs = [
         (image[copies.place], image[copies.other])
-        for copies in MarkedImages(*marks).copies_of(*marks, distance)
+        for copies in MarkedImages(*_marks(marked)).copies_among(distance)
     ]
     left, right = (np.concatenate(side) for side in zip(*pairs, strict=True))
     size = (images.height, images.height)

@@ -69,7 +69,7 @@ def read_site(folder: Path) -> dict[str, Answer]:
     root = (folder / "site").resolve()
     answers = {}
     try:
-        for url_path, fields in parse_json(path.read_text(encoding="utf-8")).items():
+        for url_path, fields in parse_json(store.read_text(str(path))).items():
             answers[url_path] = Answer(**fields)
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a site description ({error}); generate the corpus again") from None

@@ -26,6 +26,7 @@ from data_prep.sources.local_server import HOST, PACKED
 from data_prep.sources.regions import Converted, Places, malformed_rows
 from data_prep.sources.table import EXEMPT_COLUMN, TableSource, naming_damage
 from data_prep.sources.text_file import MALFORMED_COLUMNS, Malformed, column_names, read_batches
+from pipeline.core import store
 from pipeline.core.files.columns import is_pattern
 from pipeline.core.records import DropReason, InputError
 from pipeline.core.shard_format import sidecar_of
@@ -183,7 +184,7 @@ def _tsv_places(path: str, malformed: list[Malformed]) -> dict[int, tuple[int, i
     """Image id → (offset, size) of each image's base64 text; lines that are none go to `malformed`."""
     places: dict[int, tuple[int, int]] = {}
     offset = 0
-    with open(path, "rb") as file:
+    with store.open_read(path) as file:
         for line in file:
             name, _, encoded = line.partition(b"\t")
             number, encoded = name.strip(), encoded.rstrip(b"\r\n")

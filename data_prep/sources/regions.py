@@ -32,6 +32,7 @@ from data_prep.sources.table import (
 from pipeline.core import store
 from pipeline.core.files.columns import column
 from pipeline.core.files.foreign import foreign
+from pipeline.core.files.written import ParquetRows, check_parquet, naming, parquet_rows
 from pipeline.core.records import DropReason, InputError
 
 JOINED = DropReason("joined_with_image")  # a caption that became part of its image's one text
@@ -69,7 +70,7 @@ class Places:
 class MalformedRows:
     """The rows set aside, written as they come with the beginning of each."""
 
-    def __init__(self, writer: pq.ParquetWriter) -> None:
+    def __init__(self, writer: ParquetRows) -> None:
         self.counts: Counter[str] = Counter()
         self.first: text_file.Malformed | None = None
         self._writer = writer
@@ -92,10 +93,7 @@ class MalformedRows:
 @contextlib.contextmanager
 def malformed_rows(path: str) -> Iterator[MalformedRows]:
     """Publish a table of the rows that are added while the block runs."""
-    with (
-        store.publish(path) as temporary,
-        pq.ParquetWriter(temporary, _MALFORMED_SCHEMA, compression="zstd") as writer,
-    ):
+    with parquet_rows(path, _MALFORMED_SCHEMA) as writer:
         rows = MalformedRows(writer)
         yield rows
         rows.flush()
@@ -109,11 +107,7 @@ def convert_text(path: str, source: TableSource, to: Places) -> Converted:
     columns = needed_columns(path, source, text_file.column_names(path))
     schema = pa.schema([(name, pa.large_string()) for name in columns])
     num_rows = 0
-    with (
-        malformed_rows(to.malformed) as malformed,
-        store.publish(to.table) as temporary,
-        pq.ParquetWriter(temporary, schema, compression="zstd") as out,
-    ):
+    with malformed_rows(to.malformed) as malformed, parquet_rows(to.table, schema) as out:
         for batch in text_file.read_batches(path, columns, malformed.add):
             malformed.add(batch.malformed)
             num_rows += batch.rows.height
@@ -140,12 +134,11 @@ def join_regions(paths: Sequence[str], source: TableSource, guarded: GuardedIds,
         malformed_rows(to.malformed) as malformed,
         drops_as_they_come(to.drops) as drops,
         tempfile.TemporaryDirectory(dir=_folder_of(to.table)) as folder,
-        store.publish(to.table) as temporary,
         contextlib.ExitStack() as stack,
     ):
         piles = [os.path.join(folder, f"{number}.parquet") for number in range(num_piles)]
         schema = _deal(paths, source, piles, own, malformed, drops)
-        out = stack.enter_context(pq.ParquetWriter(temporary, schema, compression="zstd"))
+        out = stack.enter_context(parquet_rows(to.table, schema))
         for pile in piles:
             rows = pl.read_parquet(pile)
             joined = rows.group_by("image", maintain_order=True).agg(
@@ -170,18 +163,19 @@ def take_captions(path: str, source: TableSource, guarded: GuardedIds, to: Place
     with (
         malformed_rows(to.malformed) as malformed,
         drops_as_they_come(to.drops) as drops,
-        store.publish(to.table) as temporary,
         contextlib.ExitStack() as stack,
     ):
         for rows in _regions(path, source, malformed):
             if schema is None:
                 schema = _schema_of(rows)
-                out = stack.enter_context(pq.ParquetWriter(temporary, schema, compression="zstd"))
+                out = stack.enter_context(parquet_rows(to.table, schema))
             stays = _outside_evaluations(rows, own, drops, pl.col("image").is_null())
             num_rows += stays.height
             out.write_table(stays.to_arrow().cast(schema))
         if schema is None:  # an empty file
-            pq.write_table(_empty_schema(source).empty_table(), temporary)
+            with store.publish(to.table) as temporary, naming(to.table):
+                pq.write_table(_empty_schema(source).empty_table(), temporary)
+                check_parquet(temporary, to.table, 0)
     read_as = replace(source, url_column="url", caption_column="caption", image_id_column="image")
     counts = dict(sorted((drops.counts + malformed.counts).items()))
     return Converted(read_as, num_rows, counts, num_drops=drops.counts.total())

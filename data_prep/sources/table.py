@@ -6,7 +6,6 @@ other names are given in the recipe.
 
 import contextlib
 import dataclasses
-import errno
 import glob
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,8 +19,8 @@ from pipeline.core import store
 from pipeline.core.config import IN_DIGEST_IF_SET
 from pipeline.core.files.columns import column as by_name
 from pipeline.core.files.columns import is_pattern
-from pipeline.core.files.foreign import first_line
-from pipeline.core.records import ConfigError, InputError
+from pipeline.core.files.foreign import foreign
+from pipeline.core.records import InputError
 
 Kind = Literal["table", "laion", "wukong", "coco", "visual_genome"]
 
@@ -225,17 +224,9 @@ def _url(column: str | None, source: TableSource) -> pl.Expr:
 @contextlib.contextmanager
 def naming_damage(path: str) -> Iterator[None]:
     """InputError in place of what polars raises where a file's inside is damaged: a scan reads it late."""
-    try:
+    with foreign(path, "table", "replace the file"):
+        store.refuse_special(path)
         yield
-    except (InputError, ConfigError, MemoryError):
-        raise
-    # A panic is what polars' reader answers to bytes that it never expected, and no Exception.
-    except (Exception, pl.exceptions.PanicException) as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM):
-            raise  # the machine's fault, not the file's
-        raise InputError(
-            f"{path}: cannot be read as a table: {first_line(error)}; replace the file"
-        ) from None
 
 
 def describe(source: TableSource) -> dict[str, object]:

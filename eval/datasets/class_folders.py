@@ -16,7 +16,8 @@ from eval.datasets.labels import Labels
 from pipeline.core.files.image_files import find_images, is_hidden, summary
 from pipeline.core.records import InputError
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
+# torchvision's ImageFolder, by which published sets are counted.
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 _REMEDY = "or give --labels with lines `folder name<TAB>Chinese name`"
 
 

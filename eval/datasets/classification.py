@@ -16,6 +16,7 @@ import numpy as np
 
 from eval.datasets.class_folders import IMAGE_ENDINGS, class_folders, plain, read_class_folders
 from eval.datasets.labels import Labels, labels_for
+from pipeline.core import store
 from pipeline.core.arrays import BoolArray, Int64Array
 from pipeline.core.files.foreign import first_line, parse_json
 from pipeline.core.files.image_files import check_bytes, is_hidden, read_image
@@ -44,9 +45,9 @@ class EncodedImage:
         if self.size_bytes is None:
             return read_image(self.path)
         check_bytes(self.size_bytes)
-        with open(self.path, "rb") as file:
+        with store.open_read(self.path) as file:
             file.seek(self.offset_bytes)
-            return file.read(self.size_bytes)
+            return bytes(file.read(self.size_bytes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +127,7 @@ def _split_folder(root: Path) -> Path:
 
 def _read_web(split: Path) -> tuple[list[EncodedImage], list[Sequence[int]]]:
     """CLIP_benchmark's tars: `key.jpg` with `key.cls` (a class) or `key.npy` (a vector of 0 and 1)."""
-    text = (split / "nshards.txt").read_text(errors="replace").strip()
+    text = store.read_bytes(str(split / "nshards.txt")).decode("utf-8", "replace").strip()
     if not (text.isdecimal() and len(text) < 7):
         raise InputError(f"{split / 'nshards.txt'}: expected the number of tars, found {text[:40]!r}")
     images, classes = list[EncodedImage](), list[Sequence[int]]()
@@ -172,7 +173,7 @@ def _rows_of_class_names(path: Path, labels: Labels) -> dict[int, int]:
     and stand elsewhere, and where the numbers of classes differ.
     """
     try:
-        names = path.read_text(encoding="utf-8-sig").splitlines()
+        names = store.read_text(str(path)).removeprefix("\ufeff").splitlines()
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 ({error.reason}); save it as UTF-8") from None
     known = {plain(key): row for row, key in enumerate(labels.keys)}
@@ -209,7 +210,7 @@ def _submission_order(root: Path, num_images: int) -> Int64Array | None:
     if not path.is_file():
         return None
     try:
-        order = np.array(parse_json(path.read_bytes()))
+        order = np.array(parse_json(store.read_bytes(str(path))))
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error})") from None
     is_list = order.dtype.kind in "iu" and order.shape == (num_images,)

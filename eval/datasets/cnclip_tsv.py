@@ -9,6 +9,7 @@ import numpy as np
 from data_prep.formats.base64_image import decode_base64_image
 from pipeline.core import store
 from pipeline.core.arrays import Int64Array
+from pipeline.core.evaluation_sets import FEWEST_ITEMS
 from pipeline.core.files.foreign import parse_json
 from pipeline.core.files.image_files import UNREADABLE
 from pipeline.core.files.images import BadImageError
@@ -159,7 +160,7 @@ def read_images(path: str) -> Base64Images:
     return Base64Images(path, *_scan_images(path))
 
 
-def check_scorable(evaluation: RetrievalSet, *, k: int = 10) -> None:
+def check_scorable(evaluation: RetrievalSet, *, k: int = FEWEST_ITEMS) -> None:
     """Raise InputError where recall at `k` would be meaningless.
 
     That is: fewer than `k` images (or texts, for image-to-text), or a text without an image.

@@ -13,6 +13,7 @@ columns of MUGE's queries, Flickr30K-CN's names and ICR are read leniently; an e
 import base64
 import binascii
 import codecs
+import io
 import json
 import os
 import re
@@ -112,7 +113,7 @@ def _muge(images: Path, queries: Path) -> tuple[Iterator[tuple[int, bytes]], Ite
 
 def _tsv(path: Path) -> Iterator[tuple[int, bytes]]:
     try:
-        with open(path, "rb") as file:
+        with store.open_read(str(path)) as file:
             for number, line in enumerate(file, start=1):
                 image_id, _, encoded = line.rstrip(b"\r\n").partition(b"\t")
                 if not image_id.strip().isdigit() or not encoded:
@@ -195,7 +196,7 @@ def _coco(root: Path, split: Path, captions: Path) -> tuple[Iterator[tuple[int, 
 
 def _is_icr(path: Path) -> bool:
     """Does the first record have ICR's two fields? Reads at most a MiB."""
-    with open(path, "rb") as file:
+    with store.open_read(str(path)) as file:
         head = file.read(1 << 20).lstrip(b"\xef\xbb\xbf[ \r\n\t")
     try:
         record, _ = json.JSONDecoder().raw_decode(head.decode("utf-8", "ignore"))
@@ -266,7 +267,7 @@ def _lmdb(folder: Path) -> tuple[Iterator[tuple[int, bytes]], list[_Text]]:
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """(place, line) of the lines that are not empty."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with io.TextIOWrapper(store.open_read(str(path)), encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield f"{path}:{number}", line.strip("\r\n")
@@ -276,11 +277,11 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
 
 def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Records of JSON lines, or of one JSON list."""
-    with open(path, "rb") as file:
+    with store.open_read(str(path)) as file:
         is_list = file.read(4).removeprefix(codecs.BOM_UTF8).startswith(b"[")
     if is_list:
         try:
-            records = parse_json(path.read_text(encoding="utf-8-sig"))
+            records = parse_json(store.read_text(str(path)).removeprefix("\ufeff"))
         except ValueError as error:
             raise InputError(f"{path}: not JSON ({error})") from None
         places = [(f"{path}: record {number}", record) for number, record in enumerate(records)]

@@ -21,7 +21,7 @@ from eval.features.tables import read_texts
 from pipeline.core import store
 from pipeline.core.arrays import Float32Array
 from pipeline.core.files.lock import one_at_a_time
-from pipeline.core.files.written import check_parquet, naming
+from pipeline.core.files.written import check_npy, check_parquet, naming
 from pipeline.core.records import InputError
 from pipeline.core.stage import Show, show_nothing
 
@@ -166,6 +166,8 @@ def _write_features(path: str, chunks: Iterable[Float32Array], dim: int, dtype: 
         _write_header(file, written, dim, dtype)
         if file.tell() != start:
             raise InputError(f"{path}: NumPy gave two lengths of header; install that of constraints.txt")
+        file.flush()
+        check_npy(temporary, path)
 
 
 def _write_header(file: IO[bytes], num_rows: int, dim: int, dtype: Precision) -> None:

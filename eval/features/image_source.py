@@ -15,13 +15,10 @@ from eval.features.tables import (
     reading_parquet,
 )
 from pipeline.core import store
-from pipeline.core.files.image_files import NO_FILE, find_images, read_image
+from pipeline.core.files.image_files import IMAGE_ENDINGS, NO_FILE, find_images, read_image
 from pipeline.core.files.images import BadImageError
 from pipeline.core.records import InputError
 
-IMAGE_ENDINGS = (
-    ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif",
-)  # fmt: skip
 # Columns that hold an image, as bytes or as a path or URL, and those that then name it.
 _IMAGE_COLUMNS = ("image_path", "path", "image", "image_bytes", "jpg", "png", "file", "filename", "url")
 _NAME_COLUMNS = ("image_id", "key", "id")

@@ -14,6 +14,7 @@ from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core import store
+from pipeline.core.files.foreign import foreign
 from pipeline.core.records import InputError
 
 if TYPE_CHECKING:
@@ -102,18 +103,10 @@ def parquet_schema(source: str) -> "pa.Schema":
 
 @contextlib.contextmanager
 def reading_parquet(source: str) -> Iterator[None]:
-    """Raise InputError in place of what pyarrow raises for a file that is damaged or not there."""
-    import pyarrow as pa
-
-    try:
+    """Raise InputError in place of what pyarrow or polars raises for a file that is damaged or not there."""
+    with foreign(source, "table", "write it again"):
+        store.refuse_special(source)
         yield
-    except FileNotFoundError:
-        raise InputError(f"{source}: no such file or folder") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{source}: a text that is not UTF-8 ({error}); write the file again") from None
-    except (OSError, pa.ArrowException) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{source}: not a readable table: {reason}") from None
 
 
 def _parquet_strings(source: str, column: str) -> list[str]:

@@ -16,7 +16,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from eval.index.structure import check_structure, why_not_inner_product
+from eval.index.structure import check_structure, limit_search, why_not_inner_product
 from pipeline.core import store
 from pipeline.core.processes import import_environment
 from pipeline.core.records import InputError
@@ -144,8 +144,9 @@ def _load(path: str, name: str, *, mapped: bool) -> Any:
         index = read_limited(path, found.st_size, mapped=mapped)
         if not is_sound:
             check_structure(index)
-            if found.st_size <= MAP_BYTES:  # larger ones, and what they are read for, show it soon enough
-                try_search(index)
+        limit_search(index)
+        if not is_sound and found.st_size <= MAP_BYTES:  # larger ones show it soon enough
+            try_search(index)
         reason = why_not_inner_product(index)
     except Exception as error:  # FAISS throws what its libraries throw, down to std::bad_alloc
         raise InputError(

@@ -22,12 +22,12 @@ def build_index(vectors_path: str, index_path: str, *, factory: str = "Flat") ->
     FAISS refuses.
     """
     vectors_ND = read_vectors(vectors_path)
+    index = new_index(vectors_ND.shape[1], factory)
     try:
-        index = new_index(vectors_ND.shape[1], factory)
         if not index.is_trained:
             index.train(vectors_ND)
         index.add(vectors_ND)
-    except Exception as error:  # InputError of ours; FAISS throws what its libraries throw
+    except Exception as error:  # FAISS throws what its libraries throw
         raise InputError(
             f"{vectors_path}: FAISS cannot build the index {factory!r}: {faiss_reason(error)}"
         ) from None

@@ -162,7 +162,7 @@ class PartedIndex:
         )
         for part in self.parts:
             path = store.join(self.folder, part.path)
-            index = map_index(path)
+            index = load_index(path)
             if (index.d, index.ntotal) != (self.dim, part.num_rows):
                 raise InputError(
                     f"{path}: {index.ntotal} rows of width {index.d}, but index.json has {part.num_rows} of"
@@ -310,14 +310,6 @@ class _Trained:
                 self.say(f"{error}: built again")
         write_index(train(self.embeddings, self.factory, self.train_rows, self.device), path)
         return load_index(path, mapped=False)
-
-
-def map_index(path: str, *, mapped: bool = True) -> Any:
-    """Return the index of a file, memory-mapped if it is large and of a kind that allows it.
-
-    Raises InputError for a missing or damaged file, and for one that ranks by another measure.
-    """
-    return load_index(path, mapped=mapped)
 
 
 def _part_name(number: int) -> str:

@@ -10,7 +10,7 @@ import sys
 import faiss
 
 from eval.index.files import faiss_reason, read_limited, try_search
-from eval.index.structure import check_structure
+from eval.index.structure import check_structure, limit_search
 from pipeline.core.processes import die_with_parent
 
 _SPARE_BYTES = 2 << 30  # of address space, beyond twice the file
@@ -31,6 +31,7 @@ def main(path: str) -> str | None:
     try:
         index = read_limited(path, num_bytes, mapped=True)
         check_structure(index)
+        limit_search(index)
         try_search(index)
     except Exception as error:
         return faiss_reason(error)

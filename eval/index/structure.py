@@ -12,6 +12,7 @@ from typing import Any
 _INSIDE = ("index", "base_index", "refine_index", "quantizer", "storage", "index_ivf")
 _QUANTIZERS = ("pq", "sq", "rq", "lsq", "prq", "plsq", "rabitq")  # fields of kinds that code rows
 _MOST_DEEP = 16
+_MOST_STRETCH = 1e-3  # of a rotation in float32: what is learnt is off by a ten-thousandth at most
 _BLOCK_ROWS = 32  # that the fast scan kinds look at together; the factory makes no others
 
 
@@ -66,7 +67,49 @@ def why_not_inner_product(index: Any) -> str | None:
                 and (not step.is_trained or faiss.vector_to_array(step.b).any())
             ):
                 return f"{type(step).__name__} moves rows by their mean, so scores are others; take OPQ or RR"
+            if step.is_trained and not _keeps_products(step):
+                return (
+                    f"{type(step).__name__} stretches rows or leaves some of their numbers out, so scores are"
+                    " others; take OPQ or RR"
+                )
     return None
+
+
+def _keeps_products(step: Any) -> bool:
+    """Return whether a step turns or projects vectors and does nothing else to them."""
+    import faiss
+    import numpy as np
+
+    if isinstance(step, faiss.RemapDimensionsTransform):
+        places = faiss.vector_to_array(step.map)
+        return np.array_equal(np.sort(places[places >= 0]), np.arange(step.d_in))
+    if not isinstance(step, faiss.LinearTransform):
+        return True
+    matrix = faiss.vector_to_array(step.A)
+    if len(matrix) != step.d_in * step.d_out:
+        raise ValueError(f"{type(step).__name__}: a matrix of {len(matrix)} numbers")
+    matrix = matrix.reshape(step.d_out, step.d_in).astype(np.float64)
+    gram = matrix @ matrix.T if step.d_out <= step.d_in else matrix.T @ matrix
+    return bool((np.abs(gram - np.eye(len(gram))) <= _MOST_STRETCH).all())
+
+
+def limit_search(index: Any) -> None:
+    """Bring what a search looks at down to what an index holds: some kinds fail or reserve memory for more.
+
+    FAISS keeps these numbers in the file, so that they are anybody's. Call it whenever a file was read. An
+    empty graph keeps its numbers, since it may be filled.
+    """
+    import faiss
+
+    for part in walk(index):
+        if isinstance(part, faiss.IndexIVF):
+            part.nprobe = max(1, min(part.nprobe, part.nlist))
+        elif not part.ntotal:
+            continue
+        elif isinstance(part, faiss.IndexHNSW):
+            part.hnsw.efSearch = max(1, min(part.hnsw.efSearch, part.ntotal))
+        elif isinstance(part, faiss.IndexNSG):
+            part.nsg.search_L = max(1, min(part.nsg.search_L, part.ntotal))
 
 
 def check_structure(index: Any) -> None:
@@ -122,7 +165,6 @@ def _check_lists(part: Any) -> None:
     _same(name, "width of the quantizer", part.quantizer.d, part.d)
     if part.nprobe < 1:
         raise ValueError(f"{name} searches {part.nprobe} lists")
-    part.nprobe = min(part.nprobe, part.nlist)  # some kinds search for more in vain
     if isinstance(part, faiss.IndexIVFFastScan) and part.bbs != _BLOCK_ROWS:
         raise ValueError(f"{name}: blocks of {part.bbs} rows")
     sizes = np.array([lists.list_size(number) for number in range(part.nlist)], dtype=np.int64)
@@ -166,7 +208,6 @@ def _check_hnsw(part: Any) -> None:
         raise ValueError(f"{name}: a graph with rows outside of {part.ntotal}")
     if graph.efSearch < 1:
         raise ValueError(f"{name} keeps {graph.efSearch} candidates")
-    graph.efSearch = min(graph.efSearch, part.ntotal)
 
 
 def _check_nsg(part: Any) -> None:
@@ -188,7 +229,6 @@ def _check_nsg(part: Any) -> None:
         raise ValueError(f"{name}: a graph that is entered at row {part.nsg.enterpoint}")
     if part.nsg.search_L < 1:
         raise ValueError(f"{name} keeps {part.nsg.search_L} candidates")
-    part.nsg.search_L = min(part.nsg.search_L, part.ntotal)
 
 
 def _check_chain(part: Any) -> None:

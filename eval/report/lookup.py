@@ -14,6 +14,7 @@ from data_prep.corpus_facts import kept_tables, table_name
 from data_prep.dedup.exact import partition_of_key
 from data_prep.download.stage import partition_of
 from eval.report.sources import small_image
+from pipeline.core.files.foreign import foreign
 from pipeline.core.files.images import BadImageError
 from pipeline.core.records import InputError
 from pipeline.core.shard_format import SIDECAR, TAR, ByteRangePool
@@ -44,8 +45,9 @@ class RowLookup(contextlib.AbstractContextManager["RowLookup"]):
                 wanted.setdefault(path, []).append(key)
         found: dict[str, dict[str, Any]] = {}
         for path, some in wanted.items():
-            try:
-                table = pl.scan_parquet(self._context.path_in(stage, path))
+            full = self._context.path_in(stage, path)
+            with contextlib.suppress(InputError, OSError), foreign(full, "table"):  # removed or damaged since
+                table = pl.scan_parquet(full)
                 names = table.collect_schema().names()
                 # Tables are sorted by key and have statistics: row groups outside the range stay unread.
                 table = table.filter(
@@ -60,8 +62,6 @@ class RowLookup(contextlib.AbstractContextManager["RowLookup"]):
                             SIDECAR, TAR
                         )
                     found[row["key"]] = row
-            except (OSError, pl.exceptions.ComputeError):  # removed or damaged since
-                continue
         return found
 
     def small(self, row: Mapping[str, Any] | None, side_px: int = 96) -> bytes | None:

@@ -25,6 +25,7 @@ from eval.serve.sources import Found, Near, Search, Sources
 from pipeline.core import store
 from pipeline.core.arrays import Float32Array, Int64Array
 from pipeline.core.evaluation_sets import shard_stems
+from pipeline.core.files.foreign import foreign
 from pipeline.core.files.image_files import read_image
 from pipeline.core.files.images import BadImageError
 from pipeline.core.records import ConfigError, InputError
@@ -130,7 +131,7 @@ class ShardImages:
         sidecars = [stem + SIDECAR for stem in shard_stems(folder)]
         if not sidecars:
             raise InputError(f"{folder}: holds no shards (<name>.tar with <name>.parquet)")
-        try:
+        with foreign(folder, "set of sidecars", "build the shards again"):
             counts = [int(pl.scan_parquet(path).select(pl.len()).collect().item()) for path in sidecars]
             table = pl.scan_parquet(sidecars)
             # Names of sources repeat: as categories they take 4 bytes a row.
@@ -143,9 +144,7 @@ class ShardImages:
                 .select(pl.col("place").cast(pl.Int64).fill_null(-1), "source")
                 .collect()
             )  # fmt: skip
-            places = found["place"].to_numpy()
-        except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
-            raise InputError(f"{folder}: the sidecars cannot be read ({_first_line(error)})") from None
+        places = found["place"].to_numpy()
         if (places < 0).all():
             raise InputError(
                 f"{folder}: none of the index's {len(keys)} keys is in these shards; give --images FOLDER"
@@ -341,14 +340,12 @@ def _metadata(folder: str, columns: Sequence[str]) -> "pl.DataFrame":
     import polars as pl
 
     paths = _metadata_files(folder)
-    try:
+    with foreign(paths[0], "table", "embed again"):
         table = pl.scan_parquet(paths)
         known = table.collect_schema().names()
         for column in columns:
             if column in known:
                 return table.select(column).collect()
-    except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
-        raise InputError(f"{paths[0]}: cannot be read ({_first_line(error)}); embed again") from None
     raise InputError(
         f"{paths[0]}: has no column {' or '.join(columns)} to find images by; found: {', '.join(known)}"
     )
@@ -372,7 +369,3 @@ def _set_of(image_ids: Int64Array, sources: Sequence[RetrievalSource], where: st
 
 def _shortened(text: str) -> str:
     return text if len(text) <= MAX_CAPTION_CHARACTERS else f"{text[: MAX_CAPTION_CHARACTERS - 1]}…"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -46,8 +46,8 @@ def reference() -> str:
     for name, command in program().commands.items():
         if command.hidden:
             continue
-        if command.rich_help_panel != heading:
-            heading = str(command.rich_help_panel)
+        if (panel := str(getattr(command, "rich_help_panel", ""))) != heading:
+            heading = panel
             parts.append(f"## {heading}\n")
         parts += _command(name, page_of(command, f"cnclip {name}"))
     return "\n".join(parts)

@@ -18,6 +18,7 @@ from collections.abc import Collection, Iterable, Mapping
 from importlib import resources
 from typing import Any, Literal, TypeVar
 
+from pipeline.core import store
 from pipeline.core.files.foreign import foreign
 from pipeline.core.records import ConfigError
 
@@ -62,7 +63,7 @@ def find_recipe(name: str) -> str:
 
 def read_toml(path: str) -> dict[str, Any]:
     """Return the table of a TOML file; ConfigError if it cannot be read."""
-    with foreign(path, "TOML file", "correct it", error=ConfigError), open(path, "rb") as file:
+    with foreign(path, "TOML file", "correct it", error=ConfigError), store.open_read(path) as file:
         try:
             table = tomllib.load(file)
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -14,9 +14,11 @@ from typing import Any
 from pipeline.core import store
 from pipeline.core.config import digest
 from pipeline.core.records import InputError, Manifest
-from pipeline.core.shard_format import SIDECAR, TAR
+from pipeline.core.shard_format import MAX_IMAGE_BASE64_BYTES, SIDECAR, TAR, num_rows
 from pipeline.core.stage import Context
 
+FEWEST_ITEMS = 10  # images, and texts, of a set: recall at 10 of fewer says nothing
+_MOST_LINE_BYTES = MAX_IMAGE_BASE64_BYTES + 1024
 SUFFIXES = ("_imgs.tsv", "_texts.jsonl")
 # Words of a name that say which part of a set it is, and not which set.
 _SPLITS = frozenset({"mr", "train", "val", "valid", "validation", "dev", "test"})
@@ -123,6 +125,37 @@ def digest_of(source: EvaluationSource) -> str:
                 f"{path}: empty; give [[evaluation]] {source.name} images and texts, or leave it out"
             )
     return ":".join(store.digest_file(path) for path in paths)
+
+
+def check_size(source: EvaluationSource) -> None:
+    """Refuse a set that cannot be scored, before anybody trains for it; reads as little as that needs.
+
+    Raises:
+        InputError: if it has fewer images than FEWEST_ITEMS, or texts if it is scored image-to-text.
+    """
+    kinds = ("images", "texts") if is_scored_image_to_text(source.name, source.folder) else ("images",)
+    for kind, suffix in zip(kinds, SUFFIXES, strict=False):
+        path = store.join(source.folder, source.name + suffix)
+        if store.exists(path):
+            count = _first_lines(path)
+        elif stems := shard_stems(source.folder):
+            path, count = source.folder, sum(num_rows(stem + SIDECAR) for stem in stems)
+        else:
+            continue  # `digest_of` says what is missing
+        if count < FEWEST_ITEMS:
+            raise InputError(
+                f"{path}: {count} {kind} are too few for recall at {FEWEST_ITEMS}; give [[evaluation]]"
+                f" {source.name} at least {FEWEST_ITEMS} {kind}"
+            )
+
+
+def _first_lines(path: str) -> int:
+    """Count the first lines of a file that are not empty, up to FEWEST_ITEMS."""
+    count = 0
+    with store.open_read(path) as file:
+        while count < FEWEST_ITEMS and (line := file.readline(_MOST_LINE_BYTES)):
+            count += bool(line.strip())
+    return count
 
 
 def shard_stems(folder: str) -> list[str]:

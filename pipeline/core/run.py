@@ -11,7 +11,7 @@ from pipeline.core.changes import Started, Verdict, judge, read_started
 from pipeline.core.files.damage import find_damage, summarise
 from pipeline.core.files.lock import exclusive
 from pipeline.core.records import ConfigError, InputError, Manifest, Receipt
-from pipeline.core.stage import Context, Stage, Task, read_receipt, receipt_counts
+from pipeline.core.stage import Context, Stage, Task, read_receipt, receipt_counts, repair_remedy
 
 
 class State(enum.Enum):
@@ -52,6 +52,11 @@ class Run:
             f"{name}: no such stage in this run; it has {', '.join(s.name for s in self.stages)}"
         )
 
+    def remedy(self, stage: str) -> str:
+        """Return what errors tell the reader to do about damaged outputs of a stage."""
+        own = next((item.repair for item in self.stages if item.name == stage), "")
+        return own or repair_remedy(stage)
+
 
 def manifest_path(run: Run, stage: str) -> str:
     """Return the path of a stage's manifest, which exists once the stage is finished."""
@@ -67,7 +72,7 @@ def read_manifest(run: Run, stage: str) -> Manifest | None:
         return Manifest.from_json(store.read_bytes(path))
     except (ValueError, IsADirectoryError):
         raise InputError(
-            f"{path}: damaged manifest; `cnclip run --stage {stage} --repair` folds it anew from the receipts"
+            f"{path}: damaged manifest, which receipts can replace; {run.remedy(stage)}"
         ) from None
 
 

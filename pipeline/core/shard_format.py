@@ -80,6 +80,11 @@ def read_sidecar(path: str, columns: Sequence[str], optional: Sequence[str] = ()
         raise InputError(f"{path}: cannot be read ({reason}); build the shard again") from None
 
 
+def num_rows(path: str) -> int:
+    """Return how many rows a sidecar has; InputError as `read_sidecar` raises it."""
+    return int(read_sidecar(path, ("key",)).num_rows)
+
+
 def read_sidecar_frame(path: str, columns: Sequence[str], optional: Sequence[str] = ()) -> "pl.DataFrame":
     """Read a sidecar as `read_sidecar` does, into polars."""
     import polars as pl
@@ -109,6 +114,7 @@ class ByteRanges(contextlib.AbstractContextManager["ByteRanges"]):
         self._fs: Any = None
         self._is_local = store.is_local(path)
         if self._is_local:
+            store.refuse_special(path)
             self._file = open(path, "rb", buffering=0)  # noqa: SIM115
         elif concurrent:
             self._fs, self._name = store.remote(path)

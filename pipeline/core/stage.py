@@ -136,9 +136,16 @@ class Stage:
     # continues exactly under it, a sentence on how it does or why it does not).
     continues: Callable[[Any, Context, Change, bool], tuple[bool, str]] | None = None
 
+    repair: str = ""  # how to make damaged outputs again; empty: `repair_remedy`, as in any run with a file
+
     @property
     def config_digest(self) -> str:
         return digest(self.name, self.version, self.config)
+
+
+def repair_remedy(stage: str) -> str:
+    """Return what errors tell the reader to do about damaged outputs of a run's stage."""
+    return f"repair it: cnclip run RUN.toml --stage {stage} --repair"
 
 
 def task_digest(task: Task) -> str:

@@ -1,6 +1,7 @@
 """Files: every path is an fsspec URL or a local path; files appear whole or not at all."""
 
 import contextlib
+import errno
 import functools
 import hashlib
 import io
@@ -8,6 +9,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -25,6 +27,14 @@ _PARTIAL = ".partial"  # suffix of a file that is still being written
 _WRITER = re.compile(r"\..*\.([0-9a-f]{8})-(\d{1,9})-[0-9a-f]{8}\.partial")
 _ABANDONED_SECONDS = 86_400.0  # nobody writes a file for a day without adding to it
 _REMOVING = ".removing"  # suffix or name of a folder that is being removed
+_KINDS = (
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISDIR, "a folder"),
+)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # only writing can end so
 SCRATCH = ".scratch"  # suffix of a folder that a task works in; `sweep` removes those of killed tasks
 
 
@@ -113,9 +123,30 @@ def read_text(path: str) -> str:
     return read_bytes(path).decode("utf-8")
 
 
+def what_else(mode: int) -> str | None:
+    """Return what a local path of this mode (`os.stat`) is if it is no regular file, such as `a FIFO`."""
+    return next((name for test, name in _KINDS if test(mode)), None)
+
+
+def refuse_special(path: str) -> None:
+    """Raise OSError for a FIFO, a device or a socket: opening one may wait for ever, and reading never end.
+
+    Whatever opens a local file that others made calls this first, or `open_read`, which does.
+    """
+    if is_local(path) and os.path.exists(path):
+        kind = what_else(os.stat(path).st_mode)
+        if kind not in (None, "a folder"):  # what opens a folder raises by itself
+            raise OSError(errno.EINVAL, f"{kind}, no plain file", path)
+
+
 def open_read(path: str) -> IO[Any]:
-    """Binary file handle, seekable; ranges of a remote file are fetched as they are read."""
+    """Binary file handle, seekable; ranges of a remote file are fetched as they are read.
+
+    Raises:
+        OSError: for what is no regular file, too (`refuse_special`).
+    """
     if is_local(path):
+        refuse_special(path)
         return open(path, "rb")
     fs, name = remote(path)
     handle: IO[Any] = fs.open(name, "rb")
@@ -244,6 +275,9 @@ def publish(path: str) -> Iterator[str]:
     Locally by rename in the same folder, with file and folder synced (`durability.together` gathers the
     folders of a task), on an object store by one upload. When the block fails nothing appears and the
     temporary file is gone.
+
+    Raises:
+        OSError: if the disk is full; it names the file, also if what wrote to it does not.
     """
     if is_local(path):
         target = str(Path(path))
@@ -256,6 +290,10 @@ def publish(path: str) -> Iterator[str]:
             durability.sync_file(temporary)
             os.replace(temporary, target)
             durability.note_published(target)
+        except OSError as error:
+            if error.errno in _FULL and error.filename in (None, temporary):
+                raise OSError(error.errno, error.strerror, path) from None
+            raise
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(temporary)

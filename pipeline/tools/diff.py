@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from data_prep.accounting.funnel import STEPS
 from data_prep.dedup.exact import DUPLICATE
@@ -24,6 +23,7 @@ from data_prep.shards.lock import LOCK_FILE
 from data_prep.sources.regions import JOINED
 from pipeline.core import store
 from pipeline.core.files.foreign import parse_json
+from pipeline.core.files.written import parquet_rows
 from pipeline.core.records import InputError
 from pipeline.core.run import Run, read_manifest
 from pipeline.core.text_table import align
@@ -56,8 +56,9 @@ class Build:
         try:
             lock = parse_json(store.read_text(path))
             funnel = lock["funnel"]
-            assert all({"in", "kept", "dropped", "sources"} <= step.keys() for step in funnel.values())
-        except (ValueError, KeyError, AttributeError, TypeError, AssertionError):
+            if not all({"in", "kept", "dropped", "sources"} <= step.keys() for step in funnel.values()):
+                raise KeyError("a step without its counts")
+        except (ValueError, KeyError, AttributeError, TypeError):
             raise InputError(f"{path}: no lock file of a corpus; redo it with --stage lock --redo") from None
         return cls(Run(folder, 0, "local", 1, ()), lock)
 
@@ -205,8 +206,7 @@ def row_changes(a: Build, b: Build, rows_path: str | None = None) -> RowChanges:
     with contextlib.ExitStack() as stack:
         writer = None
         if rows_path is not None:
-            temporary = stack.enter_context(store.publish(rows_path))
-            writer = stack.enter_context(pq.ParquetWriter(temporary, _ROWS_SCHEMA, compression="zstd"))
+            writer = stack.enter_context(parquet_rows(rows_path, _ROWS_SCHEMA))
         only: dict[Side, list[pl.DataFrame]] = {"A": [], "B": []}
         others: tuple[tuple[Side, Build], ...] = (("A", b), ("B", a))
 

@@ -10,7 +10,7 @@ from data_prep.download.retry import Failures
 from pipeline.core import store
 from pipeline.core.records import ConfigError, InputError, Manifest, Receipt
 from pipeline.core.run import Run, State, locked, make_context, manifest_path, read_manifest, survey_stage
-from pipeline.core.stage import Context, Stage, Task, fold, read_receipt, receipt_path
+from pipeline.core.stage import Context, Stage, Task, fold, read_receipt, receipt_path, repair_remedy
 from pipeline.runner import execute
 
 _PACKED = ("shards", "validation", "lock")  # the last stages that a recovered row goes through
@@ -104,7 +104,7 @@ def _receipts(context: Context, tasks: list[Task]) -> list[Receipt]:
         receipt = read_receipt(context, task)
         if receipt is None:
             raise InputError(
-                f"{receipt_path(context, task)}: missing or damaged; run `--stage {context.stage} --repair`"
+                f"{receipt_path(context, task)}: missing or damaged; {repair_remedy(context.stage)}"
             )
         found.append(receipt)
     return found

@@ -9,7 +9,8 @@ import numpy.typing as npt
 import pytest
 
 from eval.index.embeddings import Embeddings
-from eval.index.partitioned import PartedIndex, build_parts, map_index
+from eval.index.files import load_index
+from eval.index.partitioned import PartedIndex, build_parts
 from pipeline.core.records import InputError
 from tests.faults.fuzzing import COUNTS, Case, fuzz, outcome_of
 from tests.helpers.mutations import mutate
@@ -44,7 +45,7 @@ def judge_index(case: Case) -> str:
     path.write_bytes(mutate(whole_index(FACTORIES[case.number % len(FACTORIES)]), case.rng))
 
     def read() -> None:
-        index = map_index(str(path))
+        index = load_index(str(path))
         if index.d != DIM:
             raise InputError(f"{path}: of another width")
         for k in (1, 10):

@@ -27,15 +27,35 @@ def encode(image: Image.Image, image_format: str, **options: Any) -> bytes:
 
 
 def png16(pixels: np.ndarray[Any, Any], colour_type: int) -> bytes:
+    return png(pixels, 16, colour_type)
+
+
+def png(
+    pixels: np.ndarray[Any, Any],
+    bits: int,
+    colour_type: int,
+    *,
+    palette: bytes = b"",
+    transparent: bytes = b"",
+) -> bytes:
+    """A PNG of one channel [H, W], or of several [H, W, C] and 8 or 16 bits; `transparent` is its tRNS."""
+
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     height, width = pixels.shape[:2]
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
+    if bits < 8:
+        split = np.unpackbits(pixels.astype(np.uint8)[..., None], axis=-1)[..., 8 - bits :]
+        packed = np.packbits(split.reshape(height, -1), axis=1)
+    else:
+        packed = pixels.astype(">u2" if bits == 16 else np.uint8)
+    rows = b"".join(b"\0" + row.tobytes() for row in packed)
+    header = struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", header)
+        + (chunk(b"PLTE", palette) if palette else b"")
+        + (chunk(b"tRNS", transparent) if transparent else b"")
         + chunk(b"IDAT", zlib.compress(rows))
         + chunk(b"IEND", b"")
     )

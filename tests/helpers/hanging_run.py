@@ -48,7 +48,7 @@ def hanging_run(folder: Path) -> Iterator[tuple[str, Callable[[], bool]]]:
         port = server.getsockname()[1]
         rows = [f"http://127.0.0.1:{port}/{number}.jpg,一只黑色的猫在看第{number}本书" for number in range(8)]
         (folder / "table.csv").write_text("\n".join(["url,caption", *rows]) + "\n")
-        small_evaluation(folder, "valid", count=1)
+        small_evaluation(folder, "valid", count=10)
         path = folder / "hanging.toml"
         path.write_text(_RUN.format(folder=folder))
         # A connection is made without our accepting it; the server can be read once there is one.

@@ -50,7 +50,7 @@ class SmallRun:
             rows = [f"http://a.cn/{name}/{row}.jpg,一只猫在看第{row}本书" for row in range(6 + number)]
             rows += ["http://a.cn/copy.jpg,两个表都有这一行文字", f"http://a.cn/{name}/short.jpg,短"]
             (folder / f"{name}.csv").write_text("\n".join(["url,caption", *rows]) + "\n")
-        small_evaluation(folder, "valid", count=1)
+        small_evaluation(folder, "valid", count=10)
         self._toml.write_text(_RUN.format(folder=folder))
 
     def command(self, name: str = "run", *words: str) -> Ended:

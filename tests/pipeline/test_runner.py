@@ -245,7 +245,8 @@ def test_mend_redoes_damaged_tasks_alone(numbers: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "even" / "receipts" / "00003.json").write_text("{")
     assert [status.state for status in survey(run)] == [State.DONE, State.DAMAGED]
     with pytest.raises(
-        InputError, match=r"even/00001\.txt: \d+ bytes, not \d+ bytes, and 1 more; run --stage even --repair"
+        InputError,
+        match=r"even/00001\.txt: \d+ bytes, not \d+ bytes, and 1 more; repair it: .* even --repair",
     ):
         runner.execute(run, run.stages, redo=False)
     assert runner.execute(run, run.stages, redo=False, repair=True) == 1  # what comes after is as it was
@@ -267,7 +268,7 @@ def test_repair_folds_a_damaged_manifest_anew(numbers: Path, tmp_path: Path, sta
     for damage in (b"", b"[" * 100_000, path.read_bytes().replace(b"10", b"11"), b'{"stage": "even"}'):
         path.write_bytes(damage)
         (complaint,) = runner.verify(run, [run.stage(stage)])
-        assert f"run --stage {stage} --repair" in complaint
+        assert f"repair it: cnclip run RUN.toml --stage {stage} --repair" in complaint
         assert runner.execute(run, run.stages, redo=False, repair=True) == 1
         assert _manifests(run) == before
     assert (tmp_path / "journal").read_text() == ""  # no task was done again
@@ -291,19 +292,63 @@ def test_a_stage_whose_parent_lost_a_file_does_not_run(numbers: Path, tmp_path: 
     table = tmp_path / "run" / "source" / "numbers" / "00001.txt"
     table.write_text("1")
     with pytest.raises(
-        InputError, match=r"00001\.txt: 1 bytes, not 29 bytes; even needs source: run --stage source"
+        InputError, match=r"00001\.txt: 1 bytes, not 29 bytes; even needs source; repair it: .* source"
     ):
         runner.execute(run, run.stages[1:], redo=False)
     assert runner.execute(run, run.stages, redo=False, repair=True) == 2
 
 
-def test_bytes_that_no_reader_takes_are_blamed_on_the_file(numbers: Path, tmp_path: Path) -> None:
+def test_bytes_that_no_reader_takes_are_blamed_on_the_file(
+    numbers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = _run(numbers, tmp_path / "run")
     runner.execute(run, run.stages[:1], redo=False)
+    read, real = [], store.digest_file
+    monkeypatch.setattr(store, "digest_file", lambda path: (read.append(path), real(path))[1])
     table = tmp_path / "run" / "source" / "numbers" / "00001.txt"
     table.write_text("x" * table.stat().st_size)  # of the same size: only its reader notices
     with pytest.raises(InputError, match=r"00001\.txt: not the bytes that were written; even needs source"):
         runner.execute(run, run.stages[1:], redo=False)
+    assert "even: unexpected ValueError, so the bytes of its inputs are checked\n" in capsys.readouterr().err
+    assert [Path(path).name for path in read if "/source/" in path] == [
+        "00000.txt",
+        "00001.txt",
+    ]  # no further
+
+
+@pytest.mark.parametrize("damage", ["nothing", "manifest", "folder"])
+def test_an_unexpected_error_is_not_hidden_by_what_cannot_be_checked(
+    numbers: Path, tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = _run(numbers, tmp_path / "run")
+    runner.execute(run, run.stages[:1], redo=False)
+
+    def fail(*_: object) -> None:
+        if damage == "manifest":
+            Path(manifest_path(run, "source")).write_text("{")
+        elif damage == "folder":
+            Path(manifest_path(run, "source")).unlink()
+            Path(manifest_path(run, "source")).mkdir()
+        raise ZeroDivisionError("the real one")
+
+    monkeypatch.setattr(runner, "_run_stage", lambda *_, **__: fail())
+    with pytest.raises(ZeroDivisionError, match="the real one"):
+        runner.execute(run, run.stages[1:], redo=False)
+
+
+def test_damaged_outputs_of_a_stage_without_a_file_have_a_remedy_of_their_own(
+    numbers: Path, tmp_path: Path
+) -> None:
+    run = _run(numbers, tmp_path / "run")
+    stages = tuple(dataclasses.replace(stage, repair="make it again") for stage in run.stages)
+    run = dataclasses.replace(run, stages=stages)
+    _execute(run)
+    (tmp_path / "run" / "even" / "00001.txt").write_text("")
+    with pytest.raises(InputError, match=r"00001\.txt: 0 bytes, not \d+ bytes; make it again$"):
+        runner.execute(run, run.stages, redo=False)
+    Path(manifest_path(run, "even")).write_text("{")
+    with pytest.raises(InputError, match=r"damaged manifest, which receipts can replace; make it again$"):
+        survey(run)
 
 
 def test_a_stage_behind_a_link_is_redone_there(numbers: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import difflib
 from importlib import resources
 from typing import Any, Literal
 
+from pipeline.core import store
 from pipeline.core.files.foreign import parse_json
 from pipeline.core.records import ConfigError
 from training.model.config import ModelConfig, ModifiedResNetConfig
@@ -166,8 +167,7 @@ def check_model(name: str, model: ModelConfig, stage: str) -> None:
 def _read(name: str) -> dict[str, Any]:
     try:
         if name.endswith(".json"):
-            with open(name, encoding="utf-8") as file:
-                text = file.read()
+            text = store.read_text(name)
         else:
             text = (resources.files("deepspeed_configs") / f"{name}.json").read_text(encoding="utf-8")
     except (OSError, ValueError) as error:  # ValueError: no text, or a name that no file can have

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from pipeline.core import store
 from pipeline.core.arrays import BoolArray, Int32Array, Int64Array
-from pipeline.core.files.written import check_zip
+from pipeline.core.files.written import check_zip, naming
 from pipeline.core.processes import say
 from pipeline.core.records import InputError, Shard, too_few
 from pipeline.core.shard_format import read_sidecar, sidecar_of
@@ -119,9 +119,9 @@ def _cached_tokens(
     is_token = tokens_NL != 0
     token_ids = tokens_NL[is_token]
     token_starts = np.concatenate([[0], np.cumsum(is_token.sum(axis=1), dtype=np.int64)])
-    with store.publish(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, token_ids=token_ids, token_starts=token_starts)
-        file.flush()
+    with store.publish(path) as temporary, naming(path):
+        with open(temporary, "wb") as file:
+            np.savez(file, token_ids=token_ids, token_starts=token_starts)
         check_zip(temporary, path)
     return token_ids, token_starts
 

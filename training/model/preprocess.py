@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from pipeline.core.arrays import UInt8Array
-from pipeline.core.files.images import BadImageError, Decode, decode_square, squash
+from pipeline.core.files.images import BadImageError, Decode, decode_square, square_of
 from pipeline.core.records import InputError
 
 # Per channel, of pixel values in [0, 1]: OpenAI CLIP's, kept by Chinese CLIP.
@@ -50,7 +50,7 @@ def preprocess_readable(
             if isinstance(image, bytes):
                 square = decode_square(image, image_size_px, decode)
             else:
-                square = squash(image.copy(), image_size_px, decode)
+                square = square_of(image, image_size_px, decode)
         except BadImageError as error:
             left_out[row] = str(error)
             continue

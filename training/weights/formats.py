@@ -267,7 +267,8 @@ def said_of(config: ModelConfig) -> Said:
     """Return what a whole configuration says of the towers."""
     vision = config.vision
     heads = vision.heads if isinstance(vision, VisionTransformerConfig) else None
-    return Said(config.name, heads, config.text.heads, "quick_gelu" if heads is not None else None)
+    activation = "quick_gelu" if heads is not None else None
+    return Said(config.name, heads, config.text.heads, activation=activation)
 
 
 def _config_of(state: Mapping[str, torch.Tensor], origin: str, said: Said) -> ModelConfig | None:
@@ -283,9 +284,9 @@ def _read_shards(folder: str, name: str) -> TensorFile:
     index = read_object(store.join(folder, name))
     try:
         shards = sorted(set(index["weight_map"].values()))
-        assert shards
-        assert all(shard == os.path.basename(shard) for shard in shards)
-    except (KeyError, TypeError, AttributeError, AssertionError):
+        if not shards or any(shard != os.path.basename(shard) for shard in shards):
+            raise ValueError("no names, or names of files elsewhere")
+    except (KeyError, TypeError, AttributeError, ValueError):
         raise InputError(
             f"{store.join(folder, name)}: no weight_map of file names: download the folder again"
         ) from None

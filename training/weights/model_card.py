@@ -88,7 +88,7 @@ def facts_of(path: str, recorded: Mapping[str, str]) -> dict[str, str]:
     if run is None or not os.path.isfile(os.path.join(run, "run.resolved.toml")):
         return facts
     settings, report = os.path.join(run, "run.resolved.toml"), os.path.join(run, "report", "report.json")
-    with foreign(settings, "run's configuration", "repair or remove it"), open(settings, "rb") as file:
+    with foreign(settings, "run's configuration", "repair or remove it"), store.open_read(settings) as file:
         corpus = tomllib.load(file).get("corpus", {})
         tables = ", ".join(table.get("name", "") for table in corpus.get("tables", []))
         facts.setdefault("data", f"{corpus.get('kind', 'tables')}{': ' if tables else ''}{tables}")

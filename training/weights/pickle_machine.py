@@ -21,6 +21,7 @@ import torch
 
 _MOST_OBJECTS = 500_000
 _MOST_CLASSES = 10_000
+_MEMO_PLACES = 1 << 32
 _MOST_DIMENSIONS = 16
 _DTYPE_OF_STORAGE = {
     "HalfStorage": torch.float16,
@@ -138,6 +139,7 @@ class WeightsUnpickler(_PythonUnpickler):  # type: ignore[misc]
         self._num_objects = 0
 
     def find_class(self, module: str, name: str) -> Any:
+        self._count(1)
         module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
         full = f"{module}.{name}"
         if full in _BUILDERS:
@@ -210,14 +212,29 @@ class WeightsUnpickler(_PythonUnpickler):  # type: ignore[misc]
         _set_items(self.stack[-1], items)
 
     def _load_set(self) -> None:
+        self._count(1)
         self.append(Foreign())
 
     def _load_additems(self) -> None:
         self.pop_mark()
 
     def _load_frozenset(self) -> None:
+        self._count(1)
         self.pop_mark()
         self.append(Foreign())
+
+    def _load_put(self) -> None:
+        self.memo[self._place()] = self.stack[-1]
+
+    def _load_get(self) -> None:
+        self.append(self.memo[self._place()])
+
+    def _place(self) -> int:
+        """Read the number of a place in the memo: large ones can be chosen to collide."""
+        place = int(self.readline())
+        if not 0 <= place < _MEMO_PLACES:
+            raise pickle.UnpicklingError("a place in the memo that cannot be")
+        return place
 
     def _refuse_buffer(self) -> None:
         raise pickle.UnpicklingError("a buffer of bytes, which torch.save never writes")
@@ -246,6 +263,8 @@ class WeightsUnpickler(_PythonUnpickler):  # type: ignore[misc]
         if self._num_objects > _MOST_OBJECTS:
             raise pickle.UnpicklingError(f"it makes more than {_MOST_OBJECTS:,} objects")
 
+    dispatch[pickle.PUT[0]] = _load_put
+    dispatch[pickle.GET[0]] = _load_get
     dispatch[pickle.BUILD[0]] = _load_build
     dispatch[pickle.REDUCE[0]] = _load_reduce
     dispatch[pickle.NEWOBJ[0]] = _load_newobj

@@ -12,7 +12,8 @@ _DAMAGED = "download the folder again"
 # What has to be so in a Hugging Face config.json for the features to be Chinese CLIP's.
 _FIXED_VISION = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 _FIXED_TEXT = {"hidden_act": "gelu", "layer_norm_eps": 1e-12}
-_HUGGING_FACE_HEADS = 12  # of a tower whose config.json says nothing of them (transformers' default)
+# Of a tower whose config.json says nothing of them: transformers' defaults, of all three classes.
+_HUGGING_FACE_HEADS, _HUGGING_FACE_WIDTH = 12, 768
 _OPEN_CLIP_HEAD_WIDTH = 64  # of a tower whose configuration says nothing of it (open_clip's default)
 
 
@@ -43,32 +44,73 @@ def _of_hugging_face(path: str) -> Said:
     kind = settings.get("model_type")
     if kind == "bert":
         _check(settings, _FIXED_TEXT, path, "")
-        return Said(text_heads=_number(settings, "num_attention_heads", path, _HUGGING_FACE_HEADS))
+        heads, width = _heads(settings, path, "")
+        return Said(text_heads=heads, text_width=width)
     if kind not in ("chinese_clip", "clip"):
         return Said()
-    vision, text = _part(settings, "vision_config", path), _part(settings, "text_config", path)
-    image_heads = _number(vision, "num_attention_heads", path, _HUGGING_FACE_HEADS)
+    vision = _tower(settings, "vision_config", path)
+    image_heads, image_width = _heads(vision, path, "vision_config.")
     if kind == "clip":  # English: its text tower is left out
-        activation = vision.get("hidden_act", "quick_gelu")
-        return Said(image_heads=image_heads, activation=str(activation)[:40])
+        activation = str(vision.get("hidden_act", "quick_gelu"))[:40]
+        return Said(image_heads=image_heads, image_width=image_width, activation=activation)
+    text = _tower(settings, "text_config", path)
     _check(vision, _FIXED_VISION, path, "vision_config.")
     _check(text, _FIXED_TEXT, path, "text_config.")
-    text_heads = _number(text, "num_attention_heads", path, _HUGGING_FACE_HEADS)
-    return Said(image_heads=image_heads, text_heads=text_heads, activation="quick_gelu")
+    text_heads, text_width = _heads(text, path, "text_config.")
+    return Said(
+        image_heads=image_heads,
+        image_width=image_width,
+        text_heads=text_heads,
+        text_width=text_width,
+        activation="quick_gelu",
+    )
 
 
 def _of_open_clip(path: str) -> Said:
     settings = _part(read_object(path), "model_cfg", path)
     vision = _part(settings, "vision_cfg", path)
-    if isinstance(vision.get("layers"), list) or not isinstance(vision.get("width"), int):
+    if isinstance(vision.get("layers"), list) or type(vision.get("width")) is not int:
         return Said()  # a ResNet, or a tower of timm's
+    width = _number(vision, "width", path, 0)
     head_width = _number(vision, "head_width", path, _OPEN_CLIP_HEAD_WIDTH)
+    if width % head_width:
+        raise InputError(
+            f"{path}: head_width {head_width} does not divide width {width}: how many attention heads the"
+            f" image tower has cannot be told; {_DAMAGED}"
+        )
     activation = "quick_gelu" if settings.get("quick_gelu") else "gelu"
-    return Said(image_heads=vision["width"] // head_width, activation=activation)
+    return Said(image_heads=width // head_width, image_width=width, activation=activation)
+
+
+def _tower(settings: Mapping[str, Any], key: str, path: str) -> Mapping[str, Any]:
+    """Return a tower's settings as transformers takes them: `<key>_dict`, if there is one, replaces all."""
+    part = _part(settings, key, path)
+    return part if settings.get(f"{key}_dict") is None else _part(settings, f"{key}_dict", path)
+
+
+def _heads(settings: Mapping[str, Any], path: str, prefix: str) -> tuple[int, int | None]:
+    """Return a tower's heads, and the width for which they are said.
+
+    transformers has 12 heads for every width if nothing is said of them. That is only what a tower was
+    trained with if its heads are 64 wide, as they are in every published one of 12.
+    """
+    width = settings.get("hidden_size")
+    if width is not None:
+        width = _number(settings, "hidden_size", path, 0)
+    if "num_attention_heads" in settings:
+        return _number(settings, "num_attention_heads", path, 0), width
+    width = _HUGGING_FACE_WIDTH if width is None else width
+    if width != _HUGGING_FACE_WIDTH:
+        raise InputError(
+            f"{path}: {prefix}num_attention_heads is absent, and its default of {_HUGGING_FACE_HEADS} is that"
+            f" of width {_HUGGING_FACE_WIDTH}, not of {width}: {_DAMAGED}, or write it into the file"
+        )
+    return _HUGGING_FACE_HEADS, width
 
 
 def _part(settings: Mapping[str, Any], key: str, path: str) -> Mapping[str, Any]:
-    part = settings.get(key) or {}
+    part = settings.get(key)
+    part = {} if part is None else part
     if not isinstance(part, Mapping):
         raise InputError(f"{path}: {key} is no object: {_DAMAGED}")
     return part

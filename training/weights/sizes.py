@@ -27,6 +27,8 @@ class Said:
     name: str = ""  # of a registered model, perhaps with `@` and the text tower's
     image_heads: int | None = None
     text_heads: int | None = None
+    image_width: int | None = None  # for which `image_heads` are said
+    text_width: int | None = None
     activation: str | None = None  # of the image tower: quick_gelu or gelu
 
     @property
@@ -91,6 +93,14 @@ def _heads(side: str, width: int, known: set[int], named: int | None, said: int 
     return heads
 
 
+def _check_width(side: str, width: int, said: int | None, origin: str) -> None:
+    if said not in (None, width):
+        raise InputError(
+            f"{origin}: its {side} tower has width {width}, but the configuration next to it is of one of"
+            f" width {said}; give the config.json that belongs to these weights"
+        )
+
+
 def matching_towers(state: Mapping[str, torch.Tensor]) -> dict[Literal["image", "text"], list[str]]:
     """Names of the models whose image tower, and whose text tower, has the sizes of the state's."""
     vision, text = _vision_shapes(state), _text_shapes(state)
@@ -122,6 +132,7 @@ def infer_vision(
         side = shapes.image_size_px // 32
         sizes = [one.image_size_px for one in known if one.image_size_px // 32 == side]
         return replace(shapes, image_size_px=sizes[0] if sizes else shapes.image_size_px)
+    _check_width("image", shapes.width, said.image_width, origin)
     heads = {one.vision.heads for one in MODELS.values() if _fits(one.vision, shapes)}
     if not heads and (shapes.layers, shapes.width) in _PUBLISHED_HEADS:
         heads = {_PUBLISHED_HEADS[shapes.layers, shapes.width]}
@@ -145,6 +156,7 @@ def infer_text(
     def fits(known: ModelConfig | None) -> bool:
         return known is not None and (known.text.layers, known.text.width) == (shapes.layers, shapes.width)
 
+    _check_width("text", shapes.width, said.text_width, origin)
     named = said.model.text.heads if said.model is not None and fits(said.model) else None
     heads = {known.text.heads for known in MODELS.values() if fits(known)}
     return replace(shapes, heads=_heads("text", shapes.width, heads, named, said.text_heads, origin))

@@ -16,7 +16,9 @@ from pipeline.core.records import InputError
 from training.weights.pickle_machine import RefusedName, WeightsUnpickler
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-_PICKLE_BYTES = 16 << 20  # the pickle of ViT-H/14 with its optimizer has less than 1 MB
+# The pickle of ViT-H/14 with its optimizer has less than 1 MB. Each byte may take a microsecond or more, and
+# that of the older format is read twice.
+_PICKLE_BYTES = 2 << 20
 
 
 def unpickle(path: str, what: str, remedy: str) -> Any:
@@ -41,6 +43,7 @@ def unpickle(path: str, what: str, remedy: str) -> Any:
 
 def local_copy(path: str) -> str:
     """Return the path itself, or a temporary copy of what a URL names."""
+    store.refuse_special(path)
     return path if store.is_local(path) else str(fsspec.open_local(f"simplecache::{path}"))
 
 
@@ -75,18 +78,18 @@ def _read_archive(path: str) -> Any:
 def _read_legacy(path: str) -> Any:
     """What a file of the older format without a zip holds."""
     with open(path, "rb") as file:
-        data, header = _MappedFile(file), []
+        data, header, pickles = _MappedFile(file), [], _Limited(file, 2 * _PICKLE_BYTES)
         for _ in range(3):  # magic number, version, sizes of integers
-            header.append(WeightsUnpickler(_Limited(file), data, {}).load())
+            header.append(WeightsUnpickler(pickles, data, {}).load())
             if header[0] != _LEGACY_MAGIC:
                 raise pickle.UnpicklingError(
                     f"it holds a {type(header[0]).__name__}, not torch.save's header"
                 )
         start = file.tell()
-        survey = WeightsUnpickler(_Limited(file), data, None)
+        survey = WeightsUnpickler(pickles, data, None)
         survey.load()
         places: dict[str, tuple[int, int]] = {}
-        for key in WeightsUnpickler(_Limited(file), data, {}).load():
+        for key in WeightsUnpickler(pickles, data, {}).load():
             numel = int.from_bytes(file.read(8), "little")
             size = numel * survey.dtypes[key].itemsize
             places[key] = (file.tell(), size)
@@ -94,7 +97,7 @@ def _read_legacy(path: str) -> Any:
                 raise pickle.UnpicklingError(f"a tensor's {size:,} bytes go beyond the end of the file")
             file.seek(size, io.SEEK_CUR)
         file.seek(start)
-        return WeightsUnpickler(_Limited(file), data, places).load()
+        return WeightsUnpickler(pickles, data, places).load()
 
 
 def _place(file: IO[bytes], info: zipfile.ZipInfo, num_bytes: int) -> tuple[int, int]:
@@ -128,10 +131,10 @@ class _MappedFile:
 
 
 class _Limited:
-    """A file for one pickle, which may not read on and on."""
+    """A file whose pickles together may not read on and on."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file, self._left = file, _PICKLE_BYTES
+    def __init__(self, file: IO[bytes], most: int) -> None:
+        self._file, self._most, self._left = file, most, most
 
     def read(self, size: int) -> bytes:
         return self._counted(self._file.read(max(0, min(size, self._left + 1))))
@@ -142,5 +145,5 @@ class _Limited:
     def _counted(self, data: bytes) -> bytes:
         self._left -= len(data)
         if self._left < 0:
-            raise pickle.UnpicklingError(f"its pickle has more than {_PICKLE_BYTES:,} bytes")
+            raise pickle.UnpicklingError(f"its pickles have more than {self._most:,} bytes")
         return data

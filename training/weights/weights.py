@@ -228,10 +228,13 @@ def load_checkpoint(path: str, *, expected: ModelConfig | None = None) -> CLIP:
         config, _ = read_header(path, file.metadata() or {})
         if expected is not None:
             require_same_model(config, expected, path)
-        model = build_empty(config)
         with foreign(path, "safetensors file"):
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    fill(tensor_slots(model), state, path, "The file was not written by this version: train again")
+    remedy = "The file was not written by this version: train again"
+    with torch.device("meta"):  # before memory is taken for sizes that a damaged header makes up
+        require_fit(tensor_slots(build_empty(config)), state, path, remedy)
+    model = build_empty(config)
+    fill(tensor_slots(model), state, path, remedy)
     return model
 
 

@@ -1,6 +1,6 @@
 """What of a finished stage is missing, cut or altered, judged by sizes or by digests."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from pipeline.core import store
 from pipeline.core.files.sealed import seal, unseal
@@ -22,10 +22,12 @@ def find_damage(folder: str, files: Iterable[Shard]) -> list[str]:
     return damage
 
 
-def find_altered(folder: str, files: Iterable[Shard]) -> list[str]:
-    """Return a line for each file of a stage's folder that is missing or altered; reads all of them."""
-    paths = [(store.join(folder, file.path), file) for file in files]
-    return [f"{path}: not the bytes that were written" for path, file in paths if not is_whole(path, file)]
+def find_altered(folder: str, files: Iterable[Shard]) -> Iterator[str]:
+    """Yield a line for each file of a stage's folder that is missing or altered; reads them one by one."""
+    for file in files:
+        path = store.join(folder, file.path)
+        if not is_whole(path, file):
+            yield f"{path}: not the bytes that were written"
 
 
 def summarise(damage: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ RecursionError for brackets 20,000 deep, AssertionError, TokenError, panics.
 """
 
 import contextlib
+import errno
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ from typing import Any
 from pipeline.core.records import ConfigError, InputError, Stopped
 
 DOWNLOAD_AGAIN = "download it again"
+# The machine's fault, not the file's.
+_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # of a pair, or by itself
 _LONGEST_REASON = 200  # characters of a foreign message that are worth a reader's time
 
@@ -29,7 +32,7 @@ def foreign(
     """Turn whatever is raised inside the block into `error` with one line that names the file.
 
     `where` is the file, or the file and what is read of it; `what` says what it cannot be read as ("a
-    safetensors file"). Errors of this project and interruptions pass unchanged.
+    safetensors file"). Errors of this project, of the machine (a full disk) and interruptions pass unchanged.
     """
     try:
         yield
@@ -42,6 +45,8 @@ def foreign(
     except BaseException as found:
         # Readers raise a bare OSError on damaged bytes, too.
         if isinstance(found, OSError) and (found.errno is not None or type(found) is not OSError):
+            if found.errno in _OF_THE_MACHINE:
+                raise
             reason = found.strerror or first_line(found)
             raise error(f"{where}: cannot be read: {reason}; check the path and its permissions") from None
         # A panic is what parsers in Rust answer to bytes that they never expected, and no Exception.

@@ -1,7 +1,6 @@
 """Image files in folders: which there are, what is passed over, and how one is read without waiting."""
 
 import os
-import stat
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,14 +13,10 @@ from pipeline.core.shard_format import MAX_IMAGE_BYTES, too_large
 NO_FILE = DropReason("no_file")  # a FIFO, a device, a socket, or nothing at all
 TOO_LARGE = DropReason("too_large")  # more bytes than an image may have
 UNREADABLE = DropReason("unreadable")
-
-_KINDS = (
-    (stat.S_ISFIFO, "a FIFO"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISDIR, "a folder"),
-)
+# By which a file in a folder is taken for an image, unless a data set's own rule says otherwise.
+IMAGE_ENDINGS = (
+    ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +25,12 @@ class FoundImages:
 
     paths: list[str] = field(default_factory=list)
     passed_over: list[tuple[str, str]] = field(default_factory=list)  # (path, reason)
-    other_endings: Counter[str] = field(default_factory=Counter)  # of files that are no images by their names
+    others: list[str] = field(default_factory=list)  # files that are no images by their names
+
+    @property
+    def other_endings(self) -> Counter[str]:
+        """Count the files that are no images by the endings of their names."""
+        return Counter(os.path.splitext(path)[1].lower() or "without ending" for path in self.others)
 
 
 def find_images(folder: str, endings: Sequence[str], *, below: bool = True) -> FoundImages:
@@ -53,7 +53,7 @@ def is_hidden(name: str) -> bool:
 def what_else(path: str) -> str | None:
     """Return what a local path is if it is no regular file: such as `a FIFO`, or `a link to nothing`."""
     try:
-        return _kind(os.stat(path).st_mode)
+        return store.what_else(os.stat(path).st_mode)
     except OSError:
         return "a link to nothing"
 
@@ -66,7 +66,7 @@ def read_image(path: str) -> bytes:
     """
     try:
         # Opening a FIFO waits for a writer, and a device may have no end.
-        if store.is_local(path) and (kind := _kind(os.stat(path).st_mode)) is not None:
+        if store.is_local(path) and (kind := store.what_else(os.stat(path).st_mode)) is not None:
             raise BadImageError(f"{NO_FILE}: {kind}, no image file")
         with store.open_read(path) as file:
             data = bytes(file.read(MAX_IMAGE_BYTES + 1))
@@ -107,7 +107,7 @@ def _find(
     for entry in entries:
         is_image = entry.name.lower().endswith(endings)
         try:
-            kind = _kind(entry.stat().st_mode)
+            kind = store.what_else(entry.stat().st_mode)
         except OSError:  # a link to nothing
             if is_image:
                 found.passed_over.append((entry.path, f"{NO_FILE}: a link to nothing"))
@@ -123,9 +123,4 @@ def _find(
         elif is_image:
             found.paths.append(entry.path)
         else:
-            found.other_endings[os.path.splitext(entry.name)[1].lower() or "without ending"] += 1
-
-
-def _kind(mode: int) -> str | None:
-    """Return what this is if it is no regular file."""
-    return next((name for test, name in _KINDS if test(mode)), None)
+            found.others.append(entry.path)

@@ -43,6 +43,7 @@ _TRUNCATION_WORDS = (
 # Levels of a PNG's grey values by Pillow's name of their layout: Pillow scales the pixels to 255, not the
 # value that its header calls transparent.
 _GREY_LEVELS = {"1": 255, "L;2": 85, "L;4": 17}
+_LAYOUT = "_layout_in_file"  # attribute of an image whose pixels `square_of` decoded
 _JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 _JPEG_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
 _JPEG_EXIF, _JPEG_ADOBE = 0xE1, 0xEE
@@ -89,11 +90,32 @@ def decode_square(data: bytes, side_px: int, decode: Decode = "upright") -> Imag
     return squash(open_image(data, MAX_IMAGE_PIXELS), side_px, decode)
 
 
-def squash(image: Image.Image, side_px: int, decode: Decode = "upright") -> Image.Image:
+def square_of(image: Image.Image, side_px: int, decode: Decode = "upright") -> Image.Image:
+    """Return the square of `decode_square` of an image that Pillow opened; the image stays as it is.
+
+    Pillow forgets how many bits a grey PNG has when it decodes the pixels. So of one with 2 or 4 bits and a
+    transparent value, give the bytes, or the image as it was opened, before anything else decodes it.
+
+    Raises:
+        BadImageError: as `decode_square`.
+    """
+    _check_pixels(image, MAX_IMAGE_PIXELS)
+    layout = _layout(image)
+    try:
+        copy = image.copy()  # decodes the pixels
+    except Exception as error:
+        raise _undecodable(error) from None
+    setattr(image, _LAYOUT, layout)  # for the next time
+    return squash(copy, side_px, decode, layout)
+
+
+def squash(
+    image: Image.Image, side_px: int, decode: Decode = "upright", layout: str | None = None
+) -> Image.Image:
     """Return an opened image as an RGB square; see `decode_square`. The image itself may be changed."""
     square = (side_px, side_px)
     if decode == "upright":
-        return upright(image).resize(square, Image.Resampling.BICUBIC)
+        return upright(image, layout).resize(square, Image.Resampling.BICUBIC)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter(
@@ -118,10 +140,14 @@ def open_image(data: bytes, max_pixels: int) -> Image.Image:
         raise BadImageError(f"{PIXEL_LIMIT}: {error}") from None
     except Exception as error:
         raise BadImageError(f"{UNDECODABLE}: {error}") from None
-    width, height = image.size
-    if width * height > max_pixels:
-        raise BadImageError(f"{PIXEL_LIMIT}: {width} x {height} pixels, {max_pixels} allowed")
+    _check_pixels(image, max_pixels)
     return image
+
+
+def _check_pixels(image: Image.Image, most: int) -> None:
+    width, height = image.size
+    if width * height > most:
+        raise BadImageError(f"{PIXEL_LIMIT}: {width} x {height} pixels, {most} allowed")
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
@@ -135,9 +161,12 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     return (height, width) if orientation in (5, 6, 7, 8) else (width, height)
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """Decode the pixels, turn them as the EXIF tag says, and make them RGB."""
-    layout = _layout(image)  # known only before the pixels are decoded
+def upright(image: Image.Image, layout: str | None = None) -> Image.Image:
+    """Decode the pixels, turn them as the EXIF tag says, and make them RGB.
+
+    `layout` is Pillow's name of how the values lie in the file, of an image whose pixels are decoded already.
+    """
+    layout = _layout(image) if layout is None else layout  # known only before the pixels are decoded
     try:
         image.load()
         with contextlib.suppress(Exception):  # a broken orientation tag is no reason to lose the pixels
@@ -156,7 +185,9 @@ def _undecodable(error: Exception) -> BadImageError:
 def _layout(image: Image.Image) -> str:
     """Return Pillow's name of how the values lie in the file, such as `RGB;16B`."""
     tiles = getattr(image, "tile", None)
-    arguments = tiles[0][3] if tiles else ()
+    if not tiles:
+        return str(getattr(image, _LAYOUT, ""))
+    arguments = tiles[0][3]
     return str(arguments if isinstance(arguments, str) else arguments[0] if arguments else "")
 
 
@@ -203,7 +234,7 @@ def _scale_transparent_value(image: Image.Image, layout: str) -> None:
     value: Any = image.info.get("transparency")
     if isinstance(value, int) and layout in _GREY_LEVELS:
         image.info["transparency"] = min(255, value * _GREY_LEVELS[layout])
-    elif isinstance(value, tuple) and layout == "RGB;16B":
+    elif isinstance(value, tuple) and (layout == "RGB;16B" or max(value, default=0) > 255):
         image.info["transparency"] = tuple(channel >> 8 for channel in value)
 
 

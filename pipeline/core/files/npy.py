@@ -36,7 +36,7 @@ def read_npy_bytes(data: bytes, where: str, remedy: str) -> npt.NDArray[Any]:
 def map_npy(path: str, remedy: str) -> npt.NDArray[Any]:
     """Return the array of a local file, mapped and not read; InputError as `read_npy` raises it."""
     with foreign(path, _WHAT, remedy):
-        with open(path, "rb") as file:
+        with store.open_read(path) as file:
             _check_header(file, store.num_bytes(path), path, remedy)
         mapped: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
         return mapped

@@ -15,7 +15,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,10 @@ import numpy.typing as npt
 from pipeline.core import store
 from pipeline.core.files.foreign import first_line
 from pipeline.core.records import ConfigError, InputError, Stopped
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 _FULL_BYTES = 1 << 20  # a disk with less is full: writers ask for blocks
 
@@ -63,6 +67,44 @@ def write_npy(path: str, array: npt.NDArray[Any]) -> None:
         with open(temporary, "wb") as file:
             np.save(file, array, allow_pickle=False)
         check_npy(temporary, path)
+
+
+class ParquetRows:
+    """A Parquet file that is written table by table."""
+
+    def __init__(self, path: str, writer: "pq.ParquetWriter") -> None:
+        self.num_rows = 0
+        self._path, self._writer = path, writer
+
+    def write_table(self, table: "pa.Table") -> None:
+        """Write the rows of a table of the file's schema; OSError names the file."""
+        with naming(self._path):
+            self._writer.write_table(table)
+        self.num_rows += table.num_rows
+
+
+@contextlib.contextmanager
+def parquet_rows(path: str, schema: "pa.Schema") -> Iterator[ParquetRows]:
+    """Publish a Parquet file (zstd) of the tables that are written while the block runs.
+
+    Raises:
+        OSError: if the disk is full or fails; it names the file.
+    """
+    import pyarrow.parquet as pq
+
+    with store.publish(path) as temporary:
+        with naming(path):
+            writer = pq.ParquetWriter(temporary, schema, compression="zstd")
+        rows = ParquetRows(path, writer)
+        try:
+            yield rows
+        except BaseException:
+            with contextlib.suppress(Exception):  # the first error counts
+                writer.close()
+            raise
+        with naming(path):
+            writer.close()
+        check_parquet(temporary, path, rows.num_rows)
 
 
 def check_npy(temporary: str, path: str) -> None:

@@ -165,6 +165,17 @@ def test_small_pictures_are_not_enlarged_and_long_ones_keep_a_pixel() -> None:
     )
 
 
+def test_a_side_that_no_jpeg_can_have_is_a_reason() -> None:
+    """Above 65,500 pixels libjpeg fails late: the row would be asked for again at every start."""
+    strip = encode(Image.new("RGB", (65_501, 8)), "PNG")
+    *nothing, error = UprightResizer(256, MAX_PIXELS, 95)(io.BytesIO(strip))
+    assert nothing == [None] * 5
+    assert error.startswith("pixel_limit: 65501 x 8 pixels, and a JPEG has at most 65500 a side")
+    data, width, height, *_, error = UprightResizer(4, MAX_PIXELS, 95)(io.BytesIO(strip))
+    assert (width, height, error) == (32_750, 4, None)
+    assert Image.open(io.BytesIO(data)).size == (32_750, 4)
+
+
 def test_the_same_picture_gives_the_same_bytes() -> None:
     resizer = UprightResizer(96, MAX_PIXELS, 95)
     assert resizer(io.BytesIO(JPEG)) == resizer(io.BytesIO(JPEG))

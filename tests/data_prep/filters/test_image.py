@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageDraw
 
@@ -25,6 +26,7 @@ from data_prep.filters import image as filter_image
 from data_prep.filters import text as filter_text
 from data_prep.filters.image import FilterImageConfig
 from data_prep.filters.text import FilterTextConfig
+from data_prep.formats.parquet import write_table
 from data_prep.rules import image as image_rules
 from data_prep.shards import stage as shards
 from data_prep.shards.stage import ShardsConfig
@@ -155,7 +157,7 @@ def test_a_guard_passes_over_what_is_no_image_file_and_says_so(tmp_path: Path) -
     assert make_guard(str(tmp_path / "set"), "own", str(tmp_path / "guard.parquet"), say=said.append) == 1
     (line,) = said
     assert "3 are no image files and are passed over" in line
-    for found in ("._1.png: hidden", "p.jpg: a FIFO", "zero.jpg: a device"):
+    for found in ("._1.png: hidden", "p.jpg: no_file: a FIFO", "zero.jpg: no_file: a device"):
         assert found in line
     (tmp_path / "ids.txt").write_bytes("北京".encode("gbk"))
     with pytest.raises(InputError, match=r"ids\.txt: not UTF-8"):
@@ -202,6 +204,36 @@ def test_of_exact_copies_the_lowest_key_stays(tmp_path: Path, partitions: int) -
         explain(run, FilterTextConfig(), gone["key"])[1]
         == f"  dropped by dedup_image: duplicate_image ({lowest})"
     )
+
+
+def test_signatures_are_read_of_the_row_groups_that_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def signature(table: int, row: int) -> bytes:
+        return bytes([table, row % 256, row // 256]) * 128
+
+    paths = [str(tmp_path / f"{number}.parquet") for number in range(3)]
+    for number, path in enumerate(paths):
+        rows = {
+            "key": [f"{number}{row:04}" for row in range(1000)],
+            "image_signature": [signature(number, row) for row in range(1000)],
+        }
+        write_table(pl.DataFrame(rows), path, rows_per_group=100)
+    read, real = [], pq.ParquetFile.read_row_group
+
+    def counted(file: pq.ParquetFile, group: int, **options: Any) -> Any:
+        read.append(group)
+        return real(file, group, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
+    wanted = [(2, 999), (0, 0), (2, 350), (2, 301), (0, 99), (2, 100)]
+    asked = pl.DataFrame(wanted, schema={"table": pl.UInt32, "row": pl.UInt32}, orient="row")
+    found = dedup_image.with_signatures(asked, paths)
+    assert {row[:2]: row[2] for row in found.iter_rows()} == {place: signature(*place) for place in wanted}
+    assert read == [0, 1, 3, 9]
+    none = dedup_image.with_signatures(asked.clear(), paths)
+    assert none.schema == {"table": pl.UInt32, "row": pl.UInt32, "image_signature": pl.Binary}
+    assert len(read) == 4
 
 
 def test_near_copies_go_and_a_source_can_keep_its_own(tmp_path: Path) -> None:

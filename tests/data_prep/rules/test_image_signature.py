@@ -8,6 +8,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageOps
 
 from benchmarks.data_prep.plain_images import ALTERATIONS, KINDS, drawn
+from data_prep.rules import copies
 from data_prep.rules.copies import MarkedImages, Marks, marks_of
 from data_prep.rules.image_signature import SIGNATURE_BYTES, are_copies, image_signature, signature_array
 
@@ -46,10 +47,56 @@ def test_different_plain_images_are_no_copies(images: list[Image.Image]) -> None
     hashes, signatures = zip(*marks, strict=True)
     by_hash = int(np.triu(_near(marks, marks), 1).sum())
     assert by_hash > 300
-    found = list(MarkedImages(hashes, signatures).copies_of(hashes, signatures, DISTANCE))
-    pairs = sum(int((copies.place < copies.other).sum()) for copies in found)
-    assert pairs <= 3
-    assert sum(int((copies.place == copies.other).sum()) for copies in found) == len(images)
+    marked = MarkedImages(hashes, signatures)
+    assert sum(len(copies.place) for copies in marked.copies_among(DISTANCE)) <= 3
+    assert marked.nearest_copies(hashes, signatures, DISTANCE).place.tolist() == [*range(len(images))]
+
+
+@pytest.mark.parametrize("room", [1, 100, 1 << 22])
+def test_searches_find_what_comparing_all_with_all_finds(
+    images: list[Image.Image], room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copies, "_INDEXED_AT_ONCE", 64)
+    monkeypatch.setattr(copies, "_FEWEST_AT_ONCE", 8)
+    monkeypatch.setattr(copies, "_MOST_AT_ONCE", 32)
+    monkeypatch.setattr(copies, "_PAIRS_AT_ONCE", room)
+    makers = list(ALTERATIONS.values())
+    altered = [
+        image if place % 3 else makers[place % len(makers)](image) for place, image in enumerate(images)
+    ]
+    first, second = _marks(images), _marks([*altered, *altered[::2]])
+    hash_NB, other_NB = (
+        np.frombuffer(b"".join(item.perceptual_hash for item in side), np.uint8).reshape(-1, 48)
+        for side in (first, second)
+    )
+    bits = np.bitwise_count(hash_NB[:, None] ^ other_NB[None]).sum(axis=2, dtype=np.int64)
+    one, other = (signature_array([item.image_signature for item in side]) for side in (first, second))
+    is_copy = np.zeros(bits.shape, np.bool_)
+    places = np.nonzero(bits <= DISTANCE)
+    is_copy[places] = are_copies(one, other, *places)
+
+    nearest = MarkedImages(*zip(*second, strict=True)).nearest_copies(*zip(*first, strict=True), DISTANCE)
+    wanted = [
+        (place, *min((bits[place, at], at) for at in np.flatnonzero(row))[::-1])
+        for place, row in enumerate(is_copy)
+        if row.any()
+    ]
+    assert [*zip(*(column.tolist() for column in nearest), strict=True)] == wanted
+    assert len(wanted) > 200
+
+    marked = np.zeros(len(second), np.bool_)
+    found = MarkedImages(*zip(*second, strict=True))
+    for part in (first[:100], first[100:]):
+        found.mark_copied(marked, *zip(*part, strict=True), DISTANCE)
+    assert (marked == is_copy.any(axis=0)).all()
+    among = [
+        pair for part in found.copies_among(DISTANCE) for pair in zip(part.place, part.other, strict=True)
+    ]
+    near = np.bitwise_count(other_NB[:, None] ^ other_NB[None]).sum(axis=2, dtype=np.int64) <= DISTANCE
+    places = np.nonzero(np.triu(near, 1))
+    kept = are_copies(other, other, *places) | are_copies(other, other, *places[::-1])
+    assert sorted(among) == [*zip(places[0][kept], places[1][kept], strict=True)]
+    assert len(among) > 130
 
 
 @pytest.mark.parametrize("alteration", ALTERATIONS)

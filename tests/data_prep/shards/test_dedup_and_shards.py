@@ -171,7 +171,7 @@ def test_a_cut_off_picture_file_is_named(finished: Run, tables: list[Path], tmp_
     runner.execute(run, run.stages[:4], redo=False)
     path = tmp_path / "download" / "pictures" / "00001.tar"
     path.write_bytes(path.read_bytes()[:3000])
-    with pytest.raises(InputError, match=r"pictures/00001\.tar: 3,000 bytes, not .*; run .*--repair"):
+    with pytest.raises(InputError, match=r"pictures/00001\.tar: 3,000 bytes, not .*; repair it: .*--repair"):
         finish(run)
 
 

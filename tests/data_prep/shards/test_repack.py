@@ -148,7 +148,7 @@ def test_a_long_list_is_read_in_ranges(corpus: Run, tmp_path: Path, monkeypatch:
         ("keys.json", "[]", "unknown kind of list"),
         ("keys.txt", "", "no keys in it"),
         ("keys.csv", "key\n", "no keys in it"),
-        ("keys.parquet", "no Parquet", "cannot be read as a table"),
+        ("keys.parquet", "no Parquet", "not a readable table"),
         ("keys.txt", "f" * 32, "none of its keys is in"),
         ("absent.txt", None, "no such file"),
     ],

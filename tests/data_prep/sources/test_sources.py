@@ -170,3 +170,12 @@ def test_sources_are_strict_toml() -> None:
     assert build(SourcesConfig, table, "run.toml").sources == (
         PackedSource(kind="img2dataset", path="a", name="x"),
     )
+
+
+def test_a_table_cannot_carry_the_column_of_exemptions(tmp_path: Path) -> None:
+    """Under that name a run keeps which rules do not apply to a row: own words would be taken for them."""
+    path = tmp_path / "a.parquet"
+    pl.DataFrame({"url": ["u"], "caption": ["一只猫"], "exempt_from": ["length"]}).write_parquet(path)
+    source = TableSource(path=str(path), name="mine", carry_columns=("exempt_from",))
+    with pytest.raises(ConfigError, match=r"corpus\.sources mine: carry_columns names 'exempt_from', the"):
+        take_in(tmp_path / "run", source)

@@ -132,7 +132,7 @@ def test_a_truncated_parquet_file(tmp_path: Path, share: float) -> None:
     pl.DataFrame(LAION).write_parquet(path)
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * share)])
-    assert "cannot be read as a table" in _message(path)
+    assert "not a readable table (" in _message(path)
 
 
 def test_kinds_that_are_no_tables(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_kinds_that_are_no_tables(tmp_path: Path) -> None:
     assert "unknown kind of table; give .parquet, .csv, .tsv or .jsonl" in _message(path)
     empty = tmp_path / "empty.csv"
     empty.write_bytes(b"")
-    assert "cannot be read as a table" in _message(empty)
+    assert "cannot be read as a table: it is empty" in _message(empty)
 
 
 def test_files_by_pattern(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from eval.index import files
 from eval.index.embeddings import Embeddings
 from eval.index.files import load_index, write_index
 from eval.index.partitioned import PartedIndex, build_parts
+from eval.index.structure import walk
 from pipeline import cli as command_line
 from pipeline.core.files.lock import exclusive
 from pipeline.core.records import InputError
@@ -158,6 +159,67 @@ def test_a_cut_file_that_is_mapped_ends_no_process(
     path.write_bytes(path.read_bytes()[:180])
     with pytest.raises(InputError, match=r"rows\.index: not a readable FAISS index \("):
         load_index(str(path))
+
+
+@pytest.mark.parametrize("factory", ["IVF8,Flat", "IVF8_HNSW16,Flat", "HNSW16", "NSG16,Flat"])
+def test_what_a_search_looks_at_is_limited_at_every_load(
+    factory: str, rows: npt.NDArray[np.float32], tmp_path: Path
+) -> None:
+    index = faiss.index_factory(DIM, factory, faiss.METRIC_INNER_PRODUCT)
+    index.train(rows)
+    index.add(rows)
+    for part in walk(index):
+        if isinstance(part, faiss.IndexIVF):
+            part.nprobe = 1 << 40
+        elif isinstance(part, faiss.IndexHNSW):
+            part.hnsw.efSearch = 1 << 30
+        elif isinstance(part, faiss.IndexNSG):
+            part.nsg.search_L = 1 << 30
+    faiss.write_index(index, str(tmp_path / "rows.index"))
+    for _ in range(3):  # from the second time on the file is known to be sound
+        found = load_index(str(tmp_path / "rows.index"))
+        numbers = [
+            part.nprobe
+            if isinstance(part, faiss.IndexIVF)
+            else part.hnsw.efSearch
+            if isinstance(part, faiss.IndexHNSW)
+            else part.nsg.search_L
+            for part in walk(found)
+            if isinstance(part, faiss.IndexIVF | faiss.IndexHNSW | faiss.IndexNSG)
+        ]
+        assert numbers == {"IVF8,Flat": [8], "IVF8_HNSW16,Flat": [8, 8]}.get(factory, [ROWS])
+        assert found.search(rows[:5], 1)[1].ravel().tolist() == [0, 1, 2, 3, 4] or "IVF" not in factory
+
+
+def test_a_transformation_that_changes_products_is_refused(
+    rows: npt.NDArray[np.float32], tmp_path: Path
+) -> None:
+    """FAISS's factory makes rotations and projections; a file may hold any matrix."""
+    turn = np.linalg.qr(np.random.default_rng(1).normal(size=(DIM, DIM)))[0].astype(np.float32)
+    stretched = turn * np.linspace(1, 2, DIM, dtype=np.float32)
+    mirrored = turn.copy()
+    mirrored[0] = mirrored[1]
+    path = str(tmp_path / "rows.index")
+    for matrix, is_right in ((turn, True), (turn[:8], True), (stretched, False), (mirrored, False)):
+        step = faiss.LinearTransform(DIM, len(matrix), False)
+        faiss.copy_array_to_vector(np.ascontiguousarray(matrix).ravel(), step.A)
+        step.is_trained = True
+        index = faiss.IndexPreTransform(step, faiss.IndexFlatIP(len(matrix)))
+        index.add(rows)
+        faiss.write_index(index, path)
+        if is_right:
+            assert load_index(path).ntotal == ROWS
+            continue
+        for _ in range(2):
+            with pytest.raises(
+                InputError, match=r"rows\.index: LinearTransform stretches rows or leaves some"
+            ):
+                load_index(path)
+    index = faiss.IndexPreTransform(faiss.RemapDimensionsTransform(DIM, 8, True), faiss.IndexFlatIP(8))
+    index.add(rows)
+    faiss.write_index(index, path)
+    with pytest.raises(InputError, match=r"rows\.index: RemapDimensionsTransform stretches rows"):
+        load_index(path)
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:

@@ -47,8 +47,10 @@ URL, BAD_URL = "http://a.cn/1.jpg", "http://a.cn/2.jpg"
 def recipe(tmp_path: Path) -> Path:
     """A run of a table of two rows: one is kept, the caption of the other is too short."""
     (tmp_path / "table.csv").write_text(f"url,caption\n{URL},一只黑色的猫\n{BAD_URL},猫\n")
-    (tmp_path / "test_imgs.tsv").write_text("0\tAAAA\n")
-    (tmp_path / "test_texts.jsonl").write_text('{"text_id": 0, "text": "猫", "image_ids": [0]}\n')
+    images = "".join(f"{number}\tAAAA\n" for number in range(10))
+    texts = "".join(f'{{"text_id": {n}, "text": "猫", "image_ids": [{n}]}}\n' for n in range(10))
+    (tmp_path / "test_imgs.tsv").write_text(images)
+    (tmp_path / "test_texts.jsonl").write_text(texts)
     (tmp_path / "run.toml").write_text(RUN.format(folder=tmp_path))
     return tmp_path / "run.toml"
 
@@ -148,7 +150,7 @@ def test_repair_redoes_what_is_damaged(recipe: Path, capsys: pytest.CaptureFixtu
     assert _main(capsys, "run", recipe, "--to", "filter_text")[0] == 0
     path = recipe.parent / "run" / "filter_text" / "kept" / "00000.parquet"
     path.write_bytes(path.read_bytes()[:-1] + b"!")
-    assert "run `--stage filter_text --repair`" in _main(capsys, "verify", recipe)[1]
+    assert "repair it: cnclip run RUN.toml --stage filter_text --repair" in _main(capsys, "verify", recipe)[1]
     assert _main(capsys, "run", recipe, "--stage", "filter_text", flag)[0] == 0
     status, out, _ = _main(capsys, "verify", recipe)
     assert (status, out.splitlines()[0]) == (0, "all outputs match their manifests")

@@ -94,7 +94,7 @@ def test_another_training_is_stale_done_or_not(folder: Path, override: str, chan
 
 def test_epochs_change_only_from_a_checkpoint_of_the_warm_up(folder: Path) -> None:
     state, why = state_of("stage2.epochs=2")
-    assert state is State.STALE
+    assert state is State.STALE  # it is done, and its checkpoints are gone
     assert "epochs 1 → 2 (the cosine over all epochs shapes what follows the warm-up" in why
     with_settings("stage2", "stage2.warmup_steps=2")
     (folder / "manifest.json").write_text(json.dumps(_remade(folder)))
@@ -109,6 +109,17 @@ def test_epochs_change_only_from_a_checkpoint_of_the_warm_up(folder: Path) -> No
     assert state_of(warm, "stage2.epochs=2")[0] is State.STALE  # a finished model is not given up for less
     half_done(folder)
     assert state_of(warm, "stage2.epochs=2")[0] is State.TO_DO
+
+
+def test_a_stage_that_has_no_checkpoint_yet_starts_with_other_epochs(folder: Path) -> None:
+    half_done(folder)
+    for epochs in (2, 3):
+        state, why = state_of(f"stage2.epochs={epochs}")
+        assert state is State.TO_DO
+        assert f"epochs 1 → {epochs} (starts anew, since there is no checkpoint yet)" in why
+    half_done_at = folder / "checkpoints" / "step_000000004"
+    half_done_at.mkdir(parents=True)
+    assert state_of("stage2.epochs=2")[0] is State.STALE  # beyond the warm-up: the cosine is another one
 
 
 def _remade(folder: Path) -> dict[str, Any]:

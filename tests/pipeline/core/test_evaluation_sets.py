@@ -10,6 +10,7 @@ from pipeline.core.evaluation_sets import (
     EvaluationFacts,
     EvaluationSet,
     EvaluationSource,
+    check_size,
     digest_of,
     evaluation_named,
     evaluations_of,
@@ -100,3 +101,29 @@ def test_an_empty_set_is_refused_before_anything_is_made_for_it(tmp_path: Path, 
     (Path(folder) / f"given{suffix}").write_text("")
     with pytest.raises(InputError, match=rf"given{suffix}: empty; give \[\[evaluation\]\] given images and"):
         digest_of(EvaluationSource(name="given", folder=folder))
+
+
+@pytest.mark.parametrize(("name", "images", "texts", "few"), [
+    ("mine", 10, 10, None), ("mine", 9, 10, "9 images"), ("mine", 10, 9, "9 texts"), ("muge", 10, 3, None),
+    ("muge", 3, 30, "3 images"),
+])  # fmt: skip
+def test_a_set_too_small_for_its_recall_is_refused_before_anything_runs(
+    name: str, images: int, texts: int, few: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / f"{name}_imgs.tsv").write_text("1\tabc\n\n" * images)
+    (tmp_path / f"{name}_texts.jsonl").write_text("{}\n" * texts)
+    source = EvaluationSource(name=name, folder=str(tmp_path))
+    if few is None:
+        check_size(source)
+        return
+    with pytest.raises(InputError, match=rf"{name}_.*: {few} are too few for recall at 10; give \[\[eval"):
+        check_size(source)
+
+
+def test_a_set_of_few_shards_is_counted_by_its_sidecars(tmp_path: Path) -> None:
+    few = write_shards(tmp_path / "few", [(png_bytes(1), "一张图片")] * 9, 4)
+    with pytest.raises(InputError, match=r"few: 9 images are too few for recall at 10"):
+        check_size(EvaluationSource(name="few", folder=few))
+    check_size(
+        EvaluationSource(name="a", folder=write_shards(tmp_path / "a", [(png_bytes(1), "一张图片")] * 10, 4))
+    )

@@ -1,6 +1,7 @@
 """Image preprocessing for evaluation."""
 
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,9 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
+from pipeline.core.files.images import Decode
 from pipeline.core.records import InputError
+from tests.helpers.encoded_images import png
 from training.model.config import MODELS
 from training.model.preprocess import MEAN, STD, normalise, preprocess
 from training.weights.export import _preprocessor_config
@@ -48,6 +51,63 @@ def test_palette_is_converted_before_it_is_resized() -> None:
 def test_every_mode_becomes_three_channels(mode: str) -> None:
     data = _encoded(Image.new(mode, (4, 4)), "TIFF")
     assert preprocess([data, data], 4).shape == (2, 3, 4, 4)
+
+
+def _odd_files() -> dict[str, bytes]:
+    y, x = np.mgrid[0:24, 0:36]
+    drawn = np.stack([x * 7, y * 10, (x // 9 + y // 9) % 2 * 255], axis=-1).astype(np.uint8)
+    colours, words = Image.fromarray(drawn), np.stack([x * 257, y * 300 + 3, x * y], axis=-1)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    files = {
+        f"grey of {bits} bits": png((x + y) % 2**bits, bits, 0, transparent=(1).to_bytes(2, "big"))
+        for bits in (1, 2, 4, 8)
+    }
+    files |= {
+        f"palette of {bits} bits": png(
+            (x // 4 + y) % 2**bits, bits, 3, palette=bytes(range(3 * 2**bits)), transparent=b"\x80\0"
+        )
+        for bits in (1, 2, 4)
+    }
+    return files | {
+        "grey of 16 bits": png(x * 1000 + y, 16, 0, transparent=(7 * 1000 + 3).to_bytes(2, "big")),
+        "colours": png(
+            drawn, 8, 2, transparent=b"".join(bytes([0, value]) for value in drawn[3, 5].tolist())
+        ),
+        "colours of 16 bits": png(
+            words, 16, 2, transparent=b"".join(value.to_bytes(2, "big") for value in words[2, 3].tolist())
+        ),
+        "alpha of 16 bits": png(np.stack([x * 1000, x * 900], axis=-1), 16, 4),
+        "CMYK": _encoded(colours.convert("CMYK"), "JPEG"),
+        "turned JPEG": _encoded(colours, "JPEG", exif=exif),
+        "turned PNG": _encoded(colours, "PNG", exif=exif),
+        "turned TIFF": _encoded(colours, "TIFF", exif=exif),
+        "turned WebP": _encoded(colours, "WEBP", exif=exif),
+        "floats": _encoded(Image.fromarray((x / 36).astype(np.float32)), "TIFF"),
+        "GIF": _encoded(colours.convert("P"), "GIF", transparency=3),
+    }
+
+
+@pytest.mark.parametrize("decode", ["upright", "reference"])
+@pytest.mark.parametrize("kind", _odd_files())
+def test_an_opened_image_has_the_pixels_of_its_bytes(kind: str, decode: Decode, tmp_path: Path) -> None:
+    data = _odd_files()[kind]
+    wanted = preprocess([data], 16, decode)
+    (tmp_path / "file").write_bytes(data)
+    opened = [Image.open(io.BytesIO(data)), Image.open(tmp_path / "file")]
+    before = [(image.mode, image.size, dict(image.info)) for image in opened]
+    for _ in range(2):  # the second time its pixels are decoded already
+        for image in opened:
+            assert torch.equal(preprocess([image], 16, decode), wanted)
+    assert [(image.mode, image.size) for image in opened] == [one[:2] for one in before] or "TIFF" in kind
+    assert opened[0].info.get("transparency") == before[0][2].get("transparency")
+
+
+def test_an_opened_image_that_does_not_decode_is_named_by_its_row() -> None:
+    whole = _encoded(Image.effect_noise((64, 64), 90).convert("RGB"), "PNG")
+    cut = Image.open(io.BytesIO(whole[: len(whole) // 2]))
+    with pytest.raises(InputError, match="image 1 of 2 cannot be decoded: truncated"):
+        preprocess([Image.open(io.BytesIO(whole)), cut], 16)
 
 
 @pytest.mark.parametrize("side", [32, 224])

@@ -19,6 +19,7 @@ from training.weights.export import save_cn_clip
 from training.weights.formats import load_model, read_weights, resized
 from training.weights.image_tower import load_image_tower
 from training.weights.initialise import initialise
+from training.weights.said import read_said
 from training.weights.sizes import Said, infer_config
 from training.weights.weights import save_checkpoint, state_for_file, tensor_slots
 
@@ -122,7 +123,17 @@ def test_two_models_of_one_size_are_told_apart_by_name(
     [
         ({"vision_config": {"num_attention_heads": -2}}, "num_attention_heads is -2"),
         ({"vision_config": {"num_attention_heads": "2"}}, "num_attention_heads is 2, which is no number"),
-        ({"vision_config": {}}, "12 attention heads do not divide the image tower's width 64"),
+        (
+            {"vision_config": {}},
+            "its image tower has width 64, but the configuration next to it is of one of",
+        ),
+        (
+            {"vision_config": {"hidden_size": 64}},
+            "num_attention_heads is absent, and its default of 12 is that",
+        ),
+        ({"text_config": {"hidden_size": 1024}}, "text_config.num_attention_heads is absent"),
+        ({"vision_config": False}, "vision_config is no object"),
+        ({"vision_config_dict": [2]}, "vision_config_dict is no object"),
         ({"text_config": {"num_attention_heads": 2, "hidden_act": "gelu_new"}}, "text_config.hidden_act is"),
         ({"text_config": [1]}, "text_config is no object"),
         ({"vision_config": {"layer_norm_eps": 1e-6, "num_attention_heads": 2}}, "layer_norm_eps is"),
@@ -138,6 +149,40 @@ def test_a_configuration_that_cannot_be_is_named(change: dict[str, Any], said: s
     with pytest.raises(InputError, match=r"config\.json|model\.safetensors") as caught:
         load_model(str(tmp_path))
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"vision_config": {}, "text_config": {}},
+        {"text_config": {"hidden_size": 768}},
+        {"vision_config": {"num_attention_heads": 16, "hidden_size": 1024}},
+        {"vision_config": {"num_attention_heads": 8}, "vision_config_dict": {"num_attention_heads": 16}},
+        {"vision_config": {"num_attention_heads": 8}, "vision_config_dict": {}},
+        {"vision_config": {"num_attention_heads": 8}, "vision_config_dict": None},
+        {"text_config_dict": {"num_attention_heads": 6}, "text_config": {"num_attention_heads": 12}},
+    ],
+)
+def test_heads_are_those_that_transformers_takes(settings: dict[str, Any], tmp_path: Path) -> None:
+    from transformers import ChineseCLIPConfig
+
+    wanted = ChineseCLIPConfig(**json.loads(json.dumps(settings)))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "chinese_clip", **settings}))
+    said = read_said(str(tmp_path), ["config.json"])
+    heads = [
+        getattr(tower, "num_attention_heads", None) for tower in (wanted.vision_config, wanted.text_config)
+    ]
+    assert [said.image_heads, said.text_heads] == heads
+
+
+def test_an_open_clip_width_that_its_heads_do_not_divide_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "open_clip_config.json"
+    for vision, heads in (({"width": 1280, "head_width": 80}, 16), ({"width": 768}, 12)):
+        path.write_text(json.dumps({"model_cfg": {"vision_cfg": vision}}))
+        assert read_said(str(tmp_path), [path.name]).image_heads == heads
+    path.write_text(json.dumps({"model_cfg": {"vision_cfg": {"width": 1000}}}))
+    with pytest.raises(InputError, match=r"open_clip_config\.json: head_width 64 does not divide width 1000"):
+        read_said(str(tmp_path), [path.name])
 
 
 def test_heads_of_a_configuration_hold_for_image_towers_too(tmp_path: Path) -> None:

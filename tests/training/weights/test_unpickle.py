@@ -2,6 +2,7 @@
 
 import argparse
 import pathlib
+import pickle
 import types
 import zipfile
 from collections import OrderedDict, defaultdict
@@ -213,6 +214,39 @@ def test_hostile_pickles_are_refused_before_they_cost(kind: str, tmp_path: Path)
     assert tracemalloc.get_traced_memory()[1] < 64 << 20
     tracemalloc.stop()
     assert "\n" not in str(caught.value)
+
+
+_COLLIDING = b"K\x01" + b"".join(b"p%d\n" % (at * ((1 << 61) - 1)) for at in range(100_000))
+# What the machine does slowly, a byte or so each.
+SLOW = {
+    "nulls": b"N0" * 4_000_000,
+    "marks": b"(t0" * 3_000_000,
+    "sets": b"\x8f0" * 4_000_000,
+    "frozen sets": b"(\x910" * 3_000_000,
+    "names": b"ca\nb\n0" * 1_000_000,
+    "calls": b"ca\nb\n)R0" * 1_000_000,
+    "memo": b"K\x01" + b"p0\ng0\n0" * 1_000_000,
+    "colliding places": _COLLIDING * 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+@pytest.mark.parametrize("kind", SLOW)
+def test_no_pickle_takes_long(kind: str, new_format: bool, tmp_path: Path) -> None:
+    """A file is 16 MB at most; seconds are those of this process."""
+    import time
+
+    path, body = tmp_path / "a.pt", b"\x80\x02" + SLOW[kind]
+    if new_format:
+        _zip(path, body + b"N.")
+    else:
+        header = [pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, {})]
+        fit = b"\x80\x02" + SLOW[kind][: 1_900_000 // 12 * 12] + b"}."
+        path.write_bytes(b"".join(header) + fit + pickle.dumps([], 2))
+    start = time.process_time()
+    with pytest.raises(InputError, match=r"a\.pt: "):
+        load_model(str(path))
+    assert time.process_time() - start < 5
 
 
 def test_compressed_entries_are_refused_unread(tmp_path: Path) -> None:

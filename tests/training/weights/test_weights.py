@@ -18,6 +18,7 @@ from training.model.config import MODELS
 from training.weights.initialise import initialise
 from training.weights.torchscript import read_torchscript, write_torchscript
 from training.weights.weights import (
+    METADATA_KEY,
     load_checkpoint,
     read_header,
     save_checkpoint,
@@ -259,3 +260,17 @@ def test_an_archive_of_another_image_tower_is_refused_whole(tmp_path: Path) -> N
         "of another shape: visual.proj is [64, 16], not [64, 32]. Give the weights of tiny-vit"
     )
     assert all(torch.equal(tensor, before[name]) for name, tensor in target.state_dict().items())
+
+
+def test_sizes_that_only_the_header_has_take_no_memory(tmp_path: Path) -> None:
+    import resource
+
+    model = CLIP(MODELS["tiny-vit"])
+    wide = dataclasses.replace(model.config, text=dataclasses.replace(model.config.text, vocab_size=1 << 24))
+    header = json.dumps({"config": dataclasses.asdict(wide), "metadata": {}})
+    path = str(tmp_path / "a.safetensors")
+    save_file(state_for_file(model), path, metadata={METADATA_KEY: header})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InputError, match=r"does not fit the model: of another shape: .*16777216"):
+        load_checkpoint(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 << 10  # KiB; it would be 4 GiB

@@ -3,11 +3,13 @@
 import contextlib
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -25,6 +27,7 @@ from pipeline.core.files.written import (
     check_size,
     check_zip,
     naming,
+    parquet_rows,
     write_npy,
 )
 from pipeline.core.records import InputError
@@ -122,3 +125,53 @@ def test_a_folder_is_held_by_the_one_that_an_argument_names(tmp_path: Path) -> N
     assert not held(str(tmp_path / "a"))
     for function in (export, evaluate, embed_files, embed_shards):
         assert hasattr(function, "__wrapped__"), function
+
+
+@pytest.mark.parametrize("writes", ["file", "tables", "npz"])
+def test_a_full_disk_names_the_file_whoever_writes(
+    writes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the system says of a full disk on a write, a flush or a close has no name in it."""
+    path = str(tmp_path / "out" / "a.file")
+    if writes == "file":
+        monkeypatch.setattr(store, "publish", _on_a_full_disk(store.publish))
+        with pytest.raises(OSError, match="No space left") as caught:
+            store.write_bytes(path, b"a")
+    elif writes == "tables":
+        monkeypatch.setattr(store, "publish", _on_a_full_disk(store.publish))
+        schema = pa.schema([("a", pa.int64())])
+        with pytest.raises(OSError, match="No space left") as caught, parquet_rows(path, schema) as rows:
+            rows.write_table(pa.table({"a": range(100_000)}, schema=schema))
+    else:
+        monkeypatch.setattr(store, "publish", _on_a_full_disk(store.publish))
+        with pytest.raises(OSError, match="No space left") as caught:
+            _write_token_ids(path)
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, path)
+    assert [*Path(path).parent.iterdir()] == []
+
+
+def _on_a_full_disk(publish: Callable[[str], contextlib.AbstractContextManager[str]]) -> Any:
+    @contextlib.contextmanager
+    def full(path: str) -> Iterator[str]:
+        with publish(path) as temporary:
+            os.symlink("/dev/full", temporary)
+            yield temporary
+
+    return full
+
+
+def _write_token_ids(path: str) -> None:
+    with store.publish(path) as temporary, naming(path), open(temporary, "wb") as file:
+        np.savez(file, token_ids=np.zeros(2000))
+
+
+def test_tables_are_appended_and_counted(tmp_path: Path) -> None:
+    path, schema = str(tmp_path / "a.parquet"), pa.schema([("a", pa.int64())])
+    with parquet_rows(path, schema) as rows:
+        for start in (0, 3):
+            rows.write_table(pa.table({"a": range(start, start + 3)}, schema=schema))
+    assert rows.num_rows == 6
+    assert pl.read_parquet(path)["a"].to_list() == [*range(6)]
+    with pytest.raises(ZeroDivisionError), parquet_rows(path, schema) as rows:
+        raise ZeroDivisionError
+    assert pl.read_parquet(path).height == 6
