@@ -1,6 +1,7 @@
 """What several commands take, each argument defined once, and how commands end."""
 
 import argparse
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -58,8 +59,9 @@ def add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "model",
         metavar="RUN-or-CHECKPOINT",
-        help="a run's TOML (its last trained stage), or weights of any known format",
+        help="a run's TOML (its last trained stage), or weights: a path, ViT-B-16 or a hub's owner/name",
     )
+    add_offline(command)
     add_overrides(command)
     add_vocabulary(command, "the run's, or looked for")
     command.add_argument(
@@ -69,6 +71,23 @@ def add_model(command: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="tokens with [CLS] and [SEP] (default: the run's, or 52)",
+    )
+
+
+class _GoOffline(argparse.Action):
+    """Set what huggingface_hub reads, for this process and those that it starts."""
+
+    def __call__(self, *_: Any) -> None:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def add_offline(command: argparse.ArgumentParser) -> None:
+    """Add `--offline`: weights that are given by name come from the cache."""
+    command.add_argument(
+        "--offline",
+        action=_GoOffline,
+        nargs=0,
+        help="ask no hub for weights given by name: take them from the cache (or set HF_HUB_OFFLINE=1)",
     )
 
 

@@ -9,6 +9,7 @@ from pipeline.cli.arguments import (
     EXIT_FAILED,
     EXIT_USAGE,
     add,
+    add_offline,
     add_run,
     add_stages,
     corpus_folder,
@@ -144,12 +145,14 @@ def _plan(options: argparse.Namespace) -> int:
         return EXIT_DONE
     from pipeline.catalog import load
     from pipeline.cli.tables import plan_table
+    from pipeline.planning.downloads import downloads
 
     run, _ = load(options.run, options.set)
     needs = training_table(trainings_of_run(run, options.samples), on, tokens) if on is not None else ""
     statuses, complaints = survey_what_is_there(run)
     print(f"{options.run} → {run.folder}")
     print(plan_table(statuses))
+    print_lines(downloads(run))
     if needs:
         print(f"\n{needs}")
     for complaint in complaints:
@@ -160,6 +163,7 @@ def _plan(options: argparse.Namespace) -> int:
 def _add_run(commands: Any) -> None:
     command = add(commands, "run", _run, "run all stages that are not up to date", "demo --to shards")
     add_run(command)
+    add_offline(command)
     add_stages(command)
     command.add_argument(
         "--redo", action="store_true", help="redo stale stages; with --stage, redo that stage in any case"

@@ -3,8 +3,10 @@
 import argparse
 from typing import Any
 
-from pipeline.cli.arguments import EXIT_DONE, add, add_vocabulary
+from pipeline.cli.arguments import EXIT_DONE, add, add_offline, add_vocabulary
 from pipeline.core.terminal import print_lines
+
+_WEIGHTS = "weights: a file, a folder, a name such as ViT-B-16, or a hub's owner/name"
 
 
 def add_commands(commands: Any) -> None:
@@ -16,7 +18,8 @@ def add_commands(commands: Any) -> None:
         "convert weights of any known format to another one",
         "clip_cn_vit-b-16.pt model.safetensors",
     )
-    command.add_argument("source", metavar="IN", help="weights: a file or a folder")
+    command.add_argument("source", metavar="IN", help=_WEIGHTS)
+    add_offline(command)
     command.add_argument("out", metavar="OUT", help="NAME.pt, NAME.safetensors, NAME.onnx, or a folder")
     command.add_argument(
         "--to",
@@ -37,7 +40,8 @@ def add_commands(commands: Any) -> None:
         "show what a file of weights is, which model it holds and what it lacks",
         "clip_cn_vit-b-16.pt",
     )
-    command.add_argument("file", metavar="FILE", help="weights: a file or a folder")
+    command.add_argument("file", metavar="FILE", help=_WEIGHTS)
+    add_offline(command)
 
 
 def _convert(options: argparse.Namespace) -> int:

@@ -121,6 +121,9 @@ class Stage:
     # continues exactly under it, a sentence on how it does or why it does not).
     continues: Callable[[Any, Context, Change, bool], tuple[bool, str]] | None = None
 
+    # configuration → weights from outside the run by label: paths, or names to be looked up before it begins
+    weights: Callable[[Any], Mapping[str, str]] | None = None
+
     @property
     def config_digest(self) -> str:
         return digest(self.name, self.version, self.config)

@@ -10,6 +10,7 @@ from training.model.clip import CLIP
 from training.model.tokenizer import Tokenizer
 from training.weights.export import save_cn_clip, save_hugging_face, save_onnx, save_safetensors
 from training.weights.formats import Weights, build_model, read_weights
+from training.weights.hub.locate import locate
 from training.weights.model_card import facts_of
 from training.weights.sizes import matching_towers
 from training.weights.vocabulary_lookup import find_vocabulary
@@ -48,12 +49,16 @@ def convert(
     ConfigError where `out` is `source`, or the format cannot hold the model. InputError as reading says.
     """
     target = target_of(out, to)
+    given = source
+    source, origin = locate(given)
     if store.is_local(source) and os.path.exists(out) and os.path.samefile(source, out):
         raise ConfigError(f"{out}: is the file that is read: give another path")
     weights = read_weights(source)
     model = build_model(weights, image_size_px=image_size_px)
     facts = facts_of(source, weights.facts)
-    lines = [f"{source}: {weights.format}, {model.config.name}"]
+    if origin != given:
+        facts["source"] = origin
+    lines = [f"{origin}: {weights.format}, {model.config.name}"]
     if target == "cn_clip":
         save_cn_clip(out, model)
         written = out
@@ -97,14 +102,16 @@ def _write_safetensors(
 
 
 def inspect(path: str) -> list[str]:
-    """Lines that say what a file or folder is, which model it holds, and what is missing in it."""
+    """Lines that say what a file, folder or name stands for, which model it is, and what is missing in it."""
+    path, origin = locate(path)
     weights = read_weights(path)
     num_parameters = sum(
         tensor.numel() for name, tensor in weights.state.items() if not name.endswith(_STATISTICS)
     )
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights.state.values()})
     lines = [
-        f"{path}",
+        f"{origin}",
+        *([f"  file        {path}"] if origin != path else []),
         f"  format      {weights.format}",
         f"  model       {_model(weights)}",
         f"  parameters  {num_parameters:,} in {len(weights.state)} tensors, {', '.join(dtypes)}",

@@ -1,0 +1,153 @@
+"""Weights by name from the command line: what is downloaded when, and what a run stays bound to."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.evaluation_files import png_bytes, small_evaluation
+from tests.helpers.hub_models import chinese_clip
+from tests.helpers.hub_server import Hub, hub_server
+from tests.helpers.own_corpus import make_own
+
+NAME = "OFA-Sys/chinese-clip-vit-base-patch16"
+FINETUNE = """
+[model]
+name = "tiny-vit"
+vocabulary = "{root}/model/vocab.txt"
+start_weights = "ViT-B-16"
+[finetune]
+epochs = 1
+global_batch = 4
+lanes = 2
+ranks = 2
+warmup_steps = 1
+validate_every_steps = 0
+"""
+
+
+@dataclass
+class Site:
+    """A hub, a cache, and a folder to work in."""
+
+    hub: Hub
+    folder: Path
+
+    def cnclip(self, *words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+        inherited: Mapping[str, str] = {
+            key: value for key, value in os.environ.items() if not key.startswith("HF_")
+        }
+        own = {"HF_ENDPOINT": self.hub.url, "HF_HOME": str(self.folder / "home"), **environment}
+        return subprocess.run(
+            [sys.executable, "-m", "pipeline", *words],
+            env={**inherited, **own}, capture_output=True, text=True, timeout=600, check=False,
+        )  # fmt: skip
+
+    def succeed(self, *words: str, **environment: str) -> str:
+        done = self.cnclip(*words, **environment)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("named")
+    (folder / "model").mkdir()
+    chinese_clip(folder / "model")
+    with hub_server() as hub:
+        hub.models[NAME] = folder / "model"
+        yield Site(hub, folder)
+
+
+def error_of(done: "subprocess.CompletedProcess[str]") -> str:
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.returncode in (1, 2)
+    return lines[0]
+
+
+def test_inspect_convert_embed_and_eval_by_name(site: Site) -> None:
+    hub, folder = site.hub, site.folder
+    origin = f"{NAME}@{hub.commit(NAME)}:model.safetensors"
+    out = site.succeed("inspect", "ViT-B-16")
+    assert out.startswith(f"{origin}\n  file        {folder}/home/hub/models--OFA-Sys--")
+    assert "Hugging Face ChineseCLIP, safetensors" in out
+    assert len(hub.asked("GET", ".safetensors")) == 1  # HF_ENDPOINT and HF_HOME are honoured
+
+    out = site.succeed("convert", NAME, str(folder / "converted"))
+    assert out.startswith(f"{origin}: Hugging Face ChineseCLIP")
+    assert f"| Converted from | {origin} |" in (folder / "converted" / "README.md").read_text()
+
+    (folder / "images").mkdir()
+    (folder / "images" / "a.png").write_bytes(png_bytes(0))
+    site.succeed("embed", "ViT-B-16", "--images", str(folder / "images"), "--out", str(folder / "features"))
+    small_evaluation(folder / "sets" / "mine", "valid")
+    asked = len(hub.requests)
+    out = site.succeed(
+        "eval", "ViT-B-16", "--sets", str(folder / "sets"), "--out", str(folder / "scores"), "--offline"
+    )
+    assert len(hub.requests) == asked
+    facts = json.loads((folder / "scores" / "eval.json").read_text())
+    assert origin in json.dumps(facts)
+    assert len(hub.asked("GET", ".safetensors")) == 1
+
+
+def test_errors_are_one_line(site: Site) -> None:
+    def error(*words: str, **environment: str) -> str:
+        return error_of(site.cnclip(*words, **environment))
+
+    cold = {"HF_HOME": str(site.folder / "cold")}
+    assert "did you mean ViT-B-16" in error("inspect", "vit-b16")
+    assert "did you mean ViT-L-14" in error("eval", "ViT-L14", "--out", "x")
+    assert "shipped recipes" in error("eval", "nonsense", "--out", "x")
+    assert "HF_HUB_OFFLINE is set" in error("inspect", "ViT-B-16", "--offline", **cold)
+    assert "HF_HUB_OFFLINE is set" in error("inspect", "ViT-B-16", HF_HUB_OFFLINE="1", **cold)
+    assert "cannot be reached" in error("inspect", "ViT-B-16", HF_ENDPOINT="http://127.0.0.1:9", **cold)
+    assert not (site.folder / "cold" / "hub" / "models--OFA-Sys--chinese-clip-vit-base-patch16").exists()
+
+
+def test_a_run_starts_from_a_name_and_stays_bound_to_it(site: Site) -> None:
+    hub, root = site.hub, site.folder / "own"
+    root.mkdir()
+    make_own(root)
+    data = (root / "run.toml").read_text(encoding="utf-8").partition("[model]")[0]
+    recipe = root / "run.toml"
+    recipe.write_text(data + FINETUNE.format(root=site.folder), encoding="utf-8")
+    home = {"HF_HOME": str(root / "home")}
+    hub.requests.clear()
+    out = site.succeed("plan", str(recipe), **home)
+    assert f"to download for finetune (start weights): ViT-B-16: {NAME}, about 7" in out
+    assert hub.requests == []
+    out = error_of(site.cnclip("plan", str(recipe), "--set", "model.start_weights=ViT-B16", **home))
+    assert "did you mean ViT-B-16" in out
+
+    site.succeed("run", str(recipe), "--to", "finetune", **home)
+    assert len(hub.asked("GET", ".safetensors")) == 1  # by both ranks
+    commit = hub.commit(NAME)
+    job = json.loads((root / "run" / "finetune" / "job.json").read_text())
+    assert job["start_weights"] == f"{NAME}@{commit}:model.safetensors"
+
+    def state(*words: str) -> str:
+        plan = site.succeed("plan", str(recipe), *words, **home)
+        return next(line for line in plan.splitlines() if line.startswith("finetune "))
+
+    assert " done " in state()
+    assert " done " in state("--set", "run.processes=1")
+    chinese_clip(site.folder / "model", seed=1)  # the name moves on at the hub
+    hub.requests.clear()
+    assert " done " in state()
+    shutil.rmtree(root / "home")
+    assert " done " in state()
+    assert "nothing to do" in site.succeed("run", str(recipe), "--to", "finetune", "--offline", **home)
+    assert hub.requests == []
+    pins = root / "run" / "weights.json"
+    pins.unlink()  # what the hub has now are other bytes
+    stale = error_of(site.cnclip("run", str(recipe), "--stage", "finetune", **home))
+    assert "finetune is stale: its inputs changed" in stale
