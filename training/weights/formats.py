@@ -18,6 +18,7 @@ from pipeline.core.processes import say
 from pipeline.core.records import InputError
 from training.model.clip import CLIP
 from training.model.config import MODELS, ModelConfig, VisionTransformerConfig
+from training.weights.hub.cache import is_snapshot
 from training.weights.hub.locate import local_path
 from training.weights.layouts import Layout, rename
 from training.weights.said import read_object, read_said
@@ -106,8 +107,7 @@ class Weights:
 def read_weights(path: str) -> Weights:
     """Read a file or folder of any known format; tensors of large files are mapped, not copied.
 
-    `path` may also be the name of published weights or a hub's id (`training.weights.hub.names`). A file that
-    has a library's name, such as `model.safetensors`, is read with the configuration next to it.
+    `path` may also be the name of published weights or a hub's id (`training.weights.hub.names`).
 
     Raises:
         InputError: names the path: absent, damaged, of no known layout, or of settings that Chinese CLIP does
@@ -117,12 +117,9 @@ def read_weights(path: str) -> Weights:
     if not store.exists(path):
         raise InputError(f"{path}: no such file or folder: give the path of weights")
     if not _is_folder(path):
-        folder, _, name = path.rpartition("/")
-        return (
-            _of_library(path, folder or ".", name)
-            if name in _WEIGHT_FILES
-            else _of_file(path, read_tensors(path))
-        )
+        if is_snapshot(path) and os.path.basename(path) in _WEIGHT_FILES:
+            return _of_library(path, os.path.dirname(path), os.path.basename(path))
+        return _of_file(path, read_tensors(path))
     if (zero := find_zero_checkpoint(path)) is not None:
         file = TensorFile("torch", read_zero_checkpoint(zero))
         return _of_file(path, file, zero, kind="DeepSpeed checkpoint")

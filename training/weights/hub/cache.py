@@ -5,9 +5,12 @@
 """
 
 import os
+import re
 from pathlib import Path
 
 from training.weights.hub.names import HubId
+
+_SNAPSHOT = re.compile(r"/models--[^/]+/snapshots/[0-9a-f]{40}/")
 
 
 def cache_folder() -> str:
@@ -50,6 +53,11 @@ def cached_names(repo: str, commit: str) -> list[str]:
         for name in names
         if Path(folder, name).is_file()
     )
+
+
+def is_snapshot(path: str) -> bool:
+    """Return whether a path is in a snapshot of the cache, where what lies next to a file belongs to it."""
+    return _SNAPSHOT.search(path) is not None
 
 
 def note_commit(wanted: HubId, commit: str) -> None:
