@@ -22,6 +22,7 @@ from pipeline.core.run import (
 )
 from pipeline.core.stage import Context, Progress, Stage, Task, fold
 from pipeline.executors import local
+from pipeline.planning.downloads import obtain_weights
 from pipeline.repair import forget_damaged, forget_unreadable, refuse_unusable_folder, restore_started
 
 FindDamage = Callable[[str, Iterable[Shard]], list[str]]
@@ -40,7 +41,7 @@ def execute(
     num_run = 0
     with locked(run):
         store.sweep(run.folder, deep=False)
-        _obtain_weights(run, stages, force=force)
+        obtain_weights(run, stages, force=force)
         for position, stage in enumerate(stages, start=1):
             refuse_unusable_folder(run, stage)
             if repair:
@@ -67,19 +68,6 @@ def execute(
                 _run_stage(run, stage, label=f"[{position}/{len(stages)}] {stage.name}")
             num_run += 1
     return num_run
-
-
-def _obtain_weights(run: Run, stages: Sequence[Stage], *, force: bool) -> None:
-    """Look up the weights that stages are given by name, and download those of stages that will need them.
-
-    First of all: a corpus takes days, and a name that nobody knows should not be found out after it.
-    """
-    from training.weights.hub.locate import obtain
-
-    for stage in stages:
-        if stage.weights is not None:
-            is_needed = force or not store.exists(manifest_path(run, stage.name))
-            obtain(run.folder, stage.weights(stage.config).values(), download_too=is_needed)
 
 
 def _make_way(run: Run, status: StageStatus, *, redo: bool, force: bool) -> None:

@@ -3,9 +3,9 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import BertConfig, BertModel
 
 from tests.helpers.peer_models import hugging_face_model
 from tests.helpers.tiny_model import write_tiny_model
@@ -44,8 +44,10 @@ def open_clip(folder: Path, *, seed: int = 0) -> CLIP:
     return model
 
 
-def chinese_bert(folder: Path, *, seed: int = 0) -> BertModel:
+def chinese_bert(folder: Path, *, seed: int = 0) -> Any:
     """Write what HFL's repositories hold: BERT as a pickle, its configuration and its vocabulary."""
+    from transformers import BertConfig, BertModel
+
     torch.manual_seed(seed)
     text = TINY.text
     sizes = BertConfig(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.cli import main
 from tests.helpers.evaluation_files import png_bytes, small_evaluation
 from tests.helpers.hub_models import chinese_clip
 from tests.helpers.hub_server import Hub, hub_server
@@ -99,14 +100,30 @@ def test_inspect_convert_embed_and_eval_by_name(site: Site) -> None:
     assert len(hub.asked("GET", ".safetensors")) == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("inspect", "vit-b16"), "did you mean ViT-B-16"),
+        (("eval", "ViT-L14", "--out", "x"), "did you mean ViT-L-14"),
+        (("eval", "nonsense", "--out", "x"), "shipped recipes"),
+        (("convert", "tiny-vit", "x.pt"), "no Chinese CLIP of this size is published"),
+    ],
+)
+def test_a_word_that_names_nothing(
+    words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) in (1, 2)
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert said in error
+
+
 def test_errors_are_one_line(site: Site) -> None:
     def error(*words: str, **environment: str) -> str:
         return error_of(site.cnclip(*words, **environment))
 
     cold = {"HF_HOME": str(site.folder / "cold")}
-    assert "did you mean ViT-B-16" in error("inspect", "vit-b16")
-    assert "did you mean ViT-L-14" in error("eval", "ViT-L14", "--out", "x")
-    assert "shipped recipes" in error("eval", "nonsense", "--out", "x")
     assert "HF_HUB_OFFLINE is set" in error("inspect", "ViT-B-16", "--offline", **cold)
     assert "HF_HUB_OFFLINE is set" in error("inspect", "ViT-B-16", HF_HUB_OFFLINE="1", **cold)
     assert "cannot be reached" in error("inspect", "ViT-B-16", HF_ENDPOINT="http://127.0.0.1:9", **cold)
@@ -151,3 +168,49 @@ def test_a_run_starts_from_a_name_and_stays_bound_to_it(site: Site) -> None:
     pins.unlink()  # what the hub has now are other bytes
     stale = error_of(site.cnclip("run", str(recipe), "--stage", "finetune", **home))
     assert "finetune is stale: its inputs changed" in stale
+
+
+@pytest.mark.slow
+def test_ranks_that_somebody_else_starts_want_the_name_looked_up(site: Site) -> None:
+    root = site.folder / "launched"
+    root.mkdir()
+    make_own(root)
+    recipe = root / "run.toml"
+    data = recipe.read_text(encoding="utf-8").partition("[model]")[0]
+    recipe.write_text(data + FINETUNE.format(root=site.folder), encoding="utf-8")
+    home = {"HF_HOME": str(root / "home")}
+    site.succeed("run", str(recipe), "--to", "lock", **home)
+    ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "HF_ENDPOINT": site.hub.url, **home}
+    command = [sys.executable, "-m", "pipeline.rank", str(recipe), "finetune"]
+    refused = subprocess.run(
+        command, env={**os.environ, **ranks}, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert refused.returncode == 2
+    assert f"has not looked up the weights ViT-B-16 yet: first give: cnclip launch {recipe}" in refused.stderr
+    site.succeed("launch", str(recipe), "--set", "launch.gpus_per_node=0", **home)
+    assert (root / "run" / "weights.json").exists()
+    assert list((root / "home" / "hub").rglob("model.safetensors"))
+
+
+@pytest.mark.slow
+def test_a_corpus_is_scored_by_a_named_model(site: Site) -> None:
+    hub, root = site.hub, site.folder / "scored"
+    root.mkdir()
+    make_own(root)
+    recipe = root / "run.toml"
+    score = (
+        '[score]\nmodel = "ViT-B-16"\ncontext_length = 20\ndevice = "cpu"\n[filter_score]\nmin_score = -1.0\n'
+    )
+    recipe.write_text(recipe.read_text(encoding="utf-8") + score, encoding="utf-8")
+    home = {"HF_HOME": str(root / "home")}
+    hub.requests.clear()
+    assert "to download for score (model): ViT-B-16" in site.succeed("plan", str(recipe), **home)
+    site.succeed("run", str(recipe), "--to", "filter_image", **home)
+    assert hub.requests == []  # neither a plan nor the stages before it ask a hub
+    site.succeed("run", str(recipe), "--to", "filter_score", **home)
+    assert len(hub.asked("GET", ".safetensors")) == 1
+    shutil.rmtree(root / "home")
+    hub.requests.clear()
+    plan = site.succeed("plan", str(recipe), **home).splitlines()
+    assert " done " in next(line for line in plan if line.startswith("score "))
+    assert hub.requests == []

@@ -150,6 +150,11 @@ def pinned_id(run_folder: str, text: str) -> str:
     return text if pin is None else str(pin)
 
 
+def is_pinned(run_folder: str, text: str) -> bool:
+    """Return whether a run knows which weights a text means: a path, or a name that it has looked up."""
+    return find_id(text) is None or text in read_pins(run_folder)
+
+
 def pin_of(run_folder: str, text: str) -> Pin | None:
     """Return what a name stands for in a run, without asking a hub; None if nobody has looked it up here."""
     pin = read_pins(run_folder).get(text) if run_folder else None
