@@ -28,6 +28,9 @@ class Hub:
     corrupt: bool = False  # large files come with one other byte
     busy: bool = False  # every answer is 503
     ranges: bool = True
+    cdn: bool = False  # large files are at another address, to which the hub redirects
+    etags: dict[str, str] = field(default_factory=dict)  # what the listing says instead, by file
+    tokens: list[tuple[str, str]] = field(default_factory=list)  # (path, Authorization) of what had one
     requests: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, range
 
     def commit(self, repo: str) -> str:
@@ -69,12 +72,17 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, *, with_body: bool) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append((self.command, path, self.headers.get("Range", "")))
+        if token := self.headers.get("Authorization"):
+            self.hub.tokens.append((path, token))
         if self.hub.busy:
             self._send(503, b"", {})
         elif (info := _INFO.fullmatch(path)) is not None:
             self._info(info["repo"], info["revision"] or "main")
         elif (file := _FILE.fullmatch(path)) is not None:
             self._file(file["repo"], file["revision"], file["name"], with_body=with_body)
+        elif path.startswith("/cdn/"):
+            repo, _, name = path.removeprefix("/cdn/").partition("/-/")
+            self._body((self.hub.models[repo] / name), {}, with_body=with_body)
         else:
             self._send(404, b"", {})
 
@@ -98,7 +106,8 @@ class _Handler(BaseHTTPRequestHandler):
                 "blobId": etag(path) if path.suffix not in _LARGE else "0" * 40,
             }
             if path.suffix in _LARGE:
-                item["lfs"] = {"sha256": etag(path), "size": path.stat().st_size, "pointerSize": 134}
+                sha256 = self.hub.etags.get(path.name, etag(path))
+                item["lfs"] = {"sha256": sha256, "size": path.stat().st_size, "pointerSize": 134}
             siblings.append(item)
         body = {"id": repo, "modelId": repo, "sha": self.hub.commit(repo), "siblings": siblings, "tags": []}
         self._send(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
@@ -121,6 +130,14 @@ class _Handler(BaseHTTPRequestHandler):
             "X-Linked-Size": str(len(data)),
             "Accept-Ranges": "bytes",
         }
+        if self.hub.cdn and path.suffix in _LARGE:
+            port = urlsplit(self.hub.url).port
+            self._send(302, b"", headers | {"Location": f"http://localhost:{port}/cdn/{repo}/-/{name}"})
+            return
+        self._body(path, headers, with_body=with_body)
+
+    def _body(self, path: Path, headers: dict[str, str], *, with_body: bool) -> None:
+        data = path.read_bytes()
         if self.hub.corrupt and path.suffix in _LARGE:
             data = data[:-1] + bytes([data[-1] ^ 1])
         status, span = 200, self.headers.get("Range", "")

@@ -4,6 +4,7 @@
 `refs/` (the commit of each branch and tag, as last seen). transformers and open_clip share it.
 """
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -65,7 +66,8 @@ def note_commit(wanted: HubId, commit: str) -> None:
     if wanted.is_commit or cached_commit(wanted) == commit:
         return
     path = repo_folder(wanted.repo) / "refs" / wanted.revision
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(commit, encoding="ascii")
-    os.replace(partial, path)
+    with contextlib.suppress(OSError):  # a cache that others fill may be mounted read-only
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        partial.write_text(commit, encoding="ascii")
+        os.replace(partial, path)

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from pipeline.core.records import InputError
 from training.weights.hub.cache import cache_folder
 from training.weights.hub.names import HubId
 
+_DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 _BUSY = (408, 429, 500, 502, 503, 504)
@@ -74,7 +76,8 @@ def list_files(wanted: HubId) -> Listing:
     for item in info.siblings or []:
         large = item.lfs
         etag, size = (large.sha256, large.size) if large is not None else (item.blob_id, item.size)
-        if etag is None or size is None or info.sha is None:
+        # Both become names of files in the cache.
+        if not (_DIGEST.fullmatch(str(etag)) and _DIGEST.fullmatch(str(info.sha))) or size is None:
             raise InputError(
                 f"{wanted}: {endpoint()} names no digest of {item.rfilename}, so that a download cannot be"
                 " checked: set HF_ENDPOINT to another mirror"

@@ -209,6 +209,26 @@ def test_no_network(
     assert local_path(NAME) == path
 
 
+def test_a_token_goes_to_the_hub_and_to_nobody_it_redirects_to(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = serve(hub, tmp_path)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.cdn, hub.cut_after = True, 30_000
+    assert Path(local_path(NAME)).read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert [span for _, path, span in hub.requests if path.startswith("/cdn/")] == ["", "bytes=30000-"]
+    assert {token for _, token in hub.tokens} == {"Bearer hf_secret"}
+    assert not [path for path, _ in hub.tokens if path.startswith("/cdn/")]
+
+
+@pytest.mark.parametrize("digest", ["../../../../escaped", "0" * 40 + "/x", ""])
+def test_a_digest_that_is_none_names_no_file(hub: Hub, tmp_path: Path, digest: str) -> None:
+    serve(hub, tmp_path)
+    hub.etags["model.safetensors"] = digest
+    assert "names no digest of model.safetensors" in one_line(NAME)
+    assert not list(tmp_path.rglob("escaped*"))
+
+
 def test_what_a_hub_may_answer(hub: Hub, tmp_path: Path) -> None:
     serve(hub, tmp_path)
     assert "no model of this name" in one_line("OFA-Sys/nothing")
