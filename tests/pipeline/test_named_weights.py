@@ -30,6 +30,8 @@ lanes = 2
 ranks = 2
 warmup_steps = 1
 validate_every_steps = 0
+[finetune.distil]
+teacher = "OFA-Sys/chinese-clip-vit-base-patch16"
 """
 
 
@@ -141,6 +143,7 @@ def test_a_run_starts_from_a_name_and_stays_bound_to_it(site: Site) -> None:
     hub.requests.clear()
     out = site.succeed("plan", str(recipe), **home)
     assert f"to download for finetune (start weights): ViT-B-16: {NAME}, about 7" in out
+    assert f"to download for finetune (teacher): {NAME}, about 7" in out
     assert hub.requests == []
     out = error_of(site.cnclip("plan", str(recipe), "--set", "model.start_weights=ViT-B16", **home))
     assert "did you mean ViT-B-16" in out
@@ -150,6 +153,7 @@ def test_a_run_starts_from_a_name_and_stays_bound_to_it(site: Site) -> None:
     commit = hub.commit(NAME)
     job = json.loads((root / "run" / "finetune" / "job.json").read_text())
     assert job["start_weights"] == f"{NAME}@{commit}:model.safetensors"
+    assert job["config"]["distil"]["teacher"] == job["start_weights"]
 
     def state(*words: str) -> str:
         plan = site.succeed("plan", str(recipe), *words, **home)
