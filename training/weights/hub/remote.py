@@ -105,8 +105,7 @@ def asking(wanted: HubId) -> Iterator[None]:
         ) from None
     except errors.RevisionNotFoundError:
         raise InputError(
-            f"{wanted}: {wanted.repo} has no revision {wanted.revision} at {endpoint()}: give a branch, tag"
-            " or commit"
+            f"{wanted}: no revision {wanted.revision} at {endpoint()}: give a branch, tag or commit"
         ) from None
     except errors.LocalEntryNotFoundError as error:  # huggingface_hub's words for no network
         raise Unreachable(f"{endpoint()} cannot be reached: {first_line(error)}") from None

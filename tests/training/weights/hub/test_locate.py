@@ -232,7 +232,7 @@ def test_a_digest_that_is_none_names_no_file(hub: Hub, tmp_path: Path, digest: s
 def test_what_a_hub_may_answer(hub: Hub, tmp_path: Path) -> None:
     serve(hub, tmp_path)
     assert "no model of this name" in one_line("OFA-Sys/nothing")
-    assert f"{NAME} has no revision v9" in one_line(f"{NAME}@v9")
+    assert f"{NAME}@v9: no revision v9 at {hub.url}" in one_line(f"{NAME}@v9")
     assert "no such file in" in one_line(f"{NAME}:other.pt")
     assert "it holds README.md, config.json, model.safetensors" in one_line(f"{NAME}:other.pt")
     hub.gated.add(NAME)
