@@ -209,7 +209,7 @@ def _write(
 ) -> None:
     facts: dict[str, Any] = {
         "model": encoder.name,
-        "checkpoint": checkpoint.path,
+        "checkpoint": checkpoint.origin or checkpoint.path,
         "checkpoint_sha256": store.digest_tree(checkpoint.path),
         "setup": options.setup,
         "context_length": checkpoint.context_length,

@@ -5,6 +5,7 @@ runs, so that a plan prints at once.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -82,6 +83,7 @@ class ModelTable:
 
     name: Annotated[str, AfterValidator(_known_model)]
     vocabulary: str | None = None  # vocab.txt, folder or model id; unset: learned from the corpus
+    # Weights: a path, a name such as ViT-B-16, or a hub's owner/name (docs/guides/weights.md).
     image_weights: str | None = None  # an English CLIP for the image tower; unset: [english], else random
     text_weights: str | None = None  # a Chinese BERT for the text tower; unset: random
     start_weights: str | None = None  # a whole Chinese CLIP, of any resolution; then none of the above
@@ -258,8 +260,8 @@ def _row_stages(config: RunConfig) -> list[Stage]:
             score.stage(
                 config.score,
                 rows=before,
-                identify=pair_scorers.identify_pair,
-                load=pair_scorers.load,
+                identify=functools.partial(pair_scorers.identify_pair, run_folder=config.run.folder),
+                load=functools.partial(pair_scorers.load, run_folder=config.run.folder),
                 # On one machine a second process would hold a second copy of both encoders.
                 parallel=config.run.executor == "ray",
             ),

@@ -5,6 +5,7 @@ The score stage (`data_prep.filters.score`, whose `PairScorer` both are) may not
 """
 
 import functools
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -12,6 +13,8 @@ from pipeline.core import store
 from pipeline.core.arrays import Float32Array
 from pipeline.core.config import digest
 from pipeline.core.records import InputError
+from training.weights.hub.locate import digest_of, pin_of, pinned_path
+from training.weights.hub.names import find_id
 
 if TYPE_CHECKING:
     from training.model.tokenizer import Tokenizer
@@ -36,48 +39,52 @@ class PairSettings(Protocol):
     def device(self) -> str | None: ...
 
 
-def identify_pair(config: PairSettings) -> tuple[str, str]:
-    """Digests of the text and the image encoder: weights, tokeniser and whatever else changes a feature.
+def identify_pair(config: PairSettings, *, run_folder: str = "") -> tuple[str, str]:
+    """Return digests of the text and the image encoder: of all that changes a feature.
 
-    InputError where a file is missing. A model id is fetched to Hugging Face's cache.
+    Weights that are given by name count as the run in `run_folder` has looked them up; nothing is downloaded.
+
+    Raises:
+        InputError: if a file is missing.
     """
     if config.model is not None:
         _exists(config.model, "model")
-        weights = store.digest_tree(config.model)
-        vocabulary = _vocabulary(config)
-        text = digest("chinese clip", weights, vocabulary.digest, config.context_length)
+        weights = digest_of(run_folder, config.model)
+        vocabulary = _vocabulary_digest(config, run_folder)
+        text = digest("chinese clip", weights, vocabulary, config.context_length)
         return text, digest("chinese clip", weights)
-    from training.model.multilingual_clip import find_text_folder, text_files
-
     assert config.text_encoder is not None
     assert config.image_encoder is not None
     _exists(config.image_encoder, "image_encoder")
-    files = text_files(find_text_folder(config.text_encoder))
-    text = digest("mclip", [store.digest_file(path) for path in files])
-    image = digest("clip", store.digest_tree(config.image_encoder), config.image_activation)
+    text = digest("mclip", _text_digests(config.text_encoder, run_folder))
+    image = digest("clip", digest_of(run_folder, config.image_encoder), config.image_activation)
     return text, image
 
 
 @functools.lru_cache(maxsize=1)  # one process scores many partitions with one pair
-def load(config: PairSettings) -> "OwnModel | MultilingualPair":
+def load(config: PairSettings, *, run_folder: str = "") -> "OwnModel | MultilingualPair":
     """Load both encoders into memory, on the accelerator if there is one."""
     if config.model is not None:
-        return OwnModel(config)
-    return MultilingualPair(config)
+        return OwnModel(config, run_folder)
+    return MultilingualPair(config, run_folder)
 
 
 class MultilingualPair:
     """mCLIP: an XLM-R text tower and the image tower of the CLIP that it was taught to meet."""
 
-    def __init__(self, config: PairSettings) -> None:
+    def __init__(self, config: PairSettings, run_folder: str) -> None:
         import torch
 
         from training.model.multilingual_clip import ClipImages, load_text
         from training.weights.image_tower import load_image_tower
 
         device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._text = load_text(str(config.text_encoder), device)
-        tower = load_image_tower(str(config.image_encoder), activation=config.image_activation)
+        text = str(config.text_encoder)
+        if find_id(text) is not None:  # the folder of the cache that the named weights are in
+            text = os.path.dirname(pinned_path(run_folder, text))
+        self._text = load_text(text, device)
+        image = pinned_path(run_folder, str(config.image_encoder))
+        tower = load_image_tower(image, activation=config.image_activation)
         self._images = ClipImages(tower, device)
         if self._text.embed_dim != self._images.embed_dim:
             raise InputError(
@@ -95,11 +102,12 @@ class MultilingualPair:
 class OwnModel:
     """A Chinese CLIP of any known format: as the paper plans it, a corpus scored by the model it trained."""
 
-    def __init__(self, config: PairSettings) -> None:
+    def __init__(self, config: PairSettings, run_folder: str) -> None:
         from training.encoder import Encoder
         from training.weights.formats import load_model
 
-        self._encoder = Encoder(load_model(str(config.model)), _vocabulary(config), device=config.device)
+        path = pinned_path(run_folder, str(config.model))
+        self._encoder = Encoder(load_model(path), _vocabulary(path, config), device=config.device)
         self._context_length = min(config.context_length, self._encoder.model.config.text.max_positions)
 
     def embed_texts(self, texts: Sequence[str]) -> Float32Array:
@@ -110,18 +118,43 @@ class OwnModel:
         return self._encoder.embed_images(images)
 
 
-def _vocabulary(config: PairSettings) -> "Tokenizer":
+def _vocabulary_digest(config: PairSettings, run_folder: str) -> str:
+    """Return the digest of the model's vocabulary; of a named model without one, the id that gives it."""
+    assert config.model is not None
+    if find_id(config.model) is None:
+        return _vocabulary(config.model, config).digest
+    if config.vocabulary is not None and store.exists(config.vocabulary):
+        from training.model.tokenizer import Tokenizer
+
+        return Tokenizer.load(config.vocabulary).digest
+    pin = pin_of(run_folder, config.model)
+    own = pin.sha256_of("vocab.txt") if pin is not None and config.vocabulary is None else None
+    return own or config.vocabulary or "the public one"
+
+
+def _text_digests(source: str, run_folder: str) -> list[str]:
+    """Return the digests of a text tower's configuration, SentencePiece model and weights."""
+    if os.path.isdir(source) or find_id(source) is None:
+        from training.model.multilingual_clip import find_text_folder, text_files
+
+        return [store.digest_file(path) for path in text_files(find_text_folder(source))]
+    pin = pin_of(run_folder, source)
+    if pin is None:
+        return [digest_of(run_folder, source)]
+    names = ("config.json", "sentencepiece.bpe.model", pin.weights)
+    return [pin.sha256_of(name) or "" for name in names]
+
+
+def _vocabulary(path: str, config: PairSettings) -> "Tokenizer":
     from training.weights.formats import read_weights
     from training.weights.vocabulary_lookup import find_vocabulary
 
-    weights = read_weights(str(config.model))
+    weights = read_weights(path)
     if weights.config is None:
-        raise InputError(
-            f"{config.model}: {weights.format}: not a whole Chinese CLIP; give weights of both towers"
-        )
-    return find_vocabulary(str(config.model), weights.config.text.vocab_size, given=config.vocabulary)
+        raise InputError(f"{path}: {weights.format}: not a whole Chinese CLIP; give weights of both towers")
+    return find_vocabulary(path, weights.config.text.vocab_size, given=config.vocabulary)
 
 
 def _exists(path: str, key: str) -> None:
-    if not store.exists(path):
+    if find_id(path) is None and not store.exists(path):
         raise InputError(f"{path}: no such file or folder; correct [score] {key}")

@@ -61,7 +61,8 @@ def read_job(arguments: Sequence[str]) -> TrainJob:
 
     from pipeline.catalog import load
     from pipeline.core.run import make_context
-    from training.stages import TrainStageConfig, make_job
+    from training.stages import TrainStageConfig, given_weights, make_job
+    from training.weights.hub.locate import is_pinned
 
     if not rest:
         raise ConfigError(f"{path}: which stage? give its name after the run, such as stage1")
@@ -72,6 +73,11 @@ def read_job(arguments: Sequence[str]) -> TrainJob:
     context = make_context(run, stage)
     if context is None:
         raise ConfigError(f"{path}: {stage.name} waits for {', '.join(stage.parents)}; run those first")
+    for text in given_weights(stage.config).values():  # many ranks would look up a name at once
+        if not is_pinned(run.folder, text):
+            raise ConfigError(
+                f"{path}: this run has not looked up the weights {text} yet: first give: cnclip launch {path}"
+            )
     return make_job(stage.config, context)
 
 

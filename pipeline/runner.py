@@ -23,6 +23,7 @@ from pipeline.core.run import (
 from pipeline.core.stage import Context, Progress, Stage, Task, fold
 from pipeline.core.terminal import detail, one_line
 from pipeline.executors import local
+from pipeline.planning.downloads import obtain_weights
 from pipeline.repair import forget_damaged, forget_unreadable, refuse_unusable_folder, restore_started
 
 
@@ -39,6 +40,7 @@ def execute(
     num_run = 0
     with locked(run):
         store.sweep(run.folder, deep=False)
+        obtain_weights(run, stages, force=force)
         for position, stage in enumerate(stages, start=1):
             refuse_unusable_folder(run, stage)
             if repair:

@@ -24,6 +24,7 @@ from training.model.clip import CLIP
 from training.model.preprocess import preprocess_readable
 from training.model.tokenizer import Tokenizer
 from training.weights.formats import load_model
+from training.weights.hub.locate import local_path
 from training.weights.vocabulary_lookup import find_vocabulary
 
 ImageSource = str | bytes | Image.Image  # path or URL, encoded bytes, or decoded
@@ -138,11 +139,12 @@ def load(
     device: str | None = None,
     decode: Decode = "upright",
 ) -> Encoder:
-    """An encoder from weights of any format that `training.weights.formats` reads.
+    """An encoder from weights of any format that `training.weights.formats` reads, by path or by name.
 
     `vocabulary` is a `vocab.txt`, its folder or a model id; unset, it is looked for. InputError in one line
     where weights, vocabulary or their sizes are wrong.
     """
+    path = local_path(path)  # once, so that model and vocabulary are of one commit
     model = load_model(path, image_size_px=image_size_px)
     tokenizer = find_vocabulary(path, model.config.text.vocab_size, given=vocabulary)
     return Encoder(model, tokenizer, device=device, decode=decode)

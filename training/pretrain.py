@@ -47,6 +47,7 @@ from training.ranks.preemption import StopRequest
 from training.ranks.watchdog import Watchdog
 from training.trainer import Trainer, Validate
 from training.weights.formats import load_model
+from training.weights.hub.locate import local_path
 from training.weights.initialise import initialise, write_provenance
 from training.weights.weights import load_checkpoint, require_same_model, save_checkpoint, save_openai
 
@@ -295,10 +296,10 @@ def describe(job: TrainJob, clip: CLIP, tokenizer: Tokenizer) -> dict[str, Any]:
         "seed": job.seed,
         "shards": digest([shard.digest for shard in job.shards]),
         "vocabulary": tokenizer.digest,
-        "image_weights": job.image_weights and store.digest_tree(job.image_weights),
-        "text_weights": job.text_weights and store.digest_tree(job.text_weights),
-        "start_weights": job.start_weights and store.digest_tree(job.start_weights),
-        "teacher": job.config.distil and store.digest_tree(job.config.distil.teacher),
+        "image_weights": job.image_weights and store.digest_tree(local_path(job.image_weights)),
+        "text_weights": job.text_weights and store.digest_tree(local_path(job.text_weights)),
+        "start_weights": job.start_weights and store.digest_tree(local_path(job.start_weights)),
+        "teacher": job.config.distil and store.digest_tree(local_path(job.config.distil.teacher)),
         "start_checkpoint": job.start_checkpoint and store.digest_file(job.start_checkpoint),
         **learning,
     }

@@ -24,6 +24,8 @@ from training.ranks.launcher import (
     launcher_environment,
     watch,
 )
+from training.weights.hub.locate import digest_of, pinned_id
+from training.weights.hub.names import find_id
 
 MODEL_FILE = "model.safetensors"
 OPENAI_FILE = "openai.pt"
@@ -56,17 +58,27 @@ class TrainStageConfig:
 
 
 def check_given_files(config: TrainStageConfig, stage: str) -> None:
-    """Check that the weights that a training stage is given are there.
+    """Check that the weights that a training stage is given are there, or names that a hub may know.
 
     Raises:
-        InputError: if one is not.
+        InputError: if one is neither.
     """
-    given = [(f"[model] {side}", getattr(config, side)) for side in _WEIGHTS]
+    for label, text in given_weights(config).items():
+        key = f"[{stage}.distil] teacher" if label == "teacher" else f"[model] {label.replace(' ', '_')}"
+        try:
+            is_there = find_id(text) is not None or store.exists(text)
+        except InputError as error:
+            raise InputError(f"{key}: {error}") from None
+        if not is_there:
+            raise InputError(f"{text}: no such file or folder; correct {key}")
+
+
+def given_weights(config: TrainStageConfig) -> dict[str, str]:
+    """Return the weights that come from outside the run, by label: paths, or names that a hub knows."""
+    given = {side.replace("_", " "): getattr(config, side) for side in _WEIGHTS}
     if config.train.distil is not None:
-        given.append((f"[{stage}.distil] teacher", config.train.distil.teacher))
-    for key, path in given:
-        if path is not None and not store.exists(path):
-            raise InputError(f"{path}: no such file or folder; correct {key}")
+        given["teacher"] = config.train.distil.teacher
+    return {label: text for label, text in given.items() if text is not None}
 
 
 def plan(config: TrainStageConfig, context: Context) -> list[Task]:
@@ -78,13 +90,10 @@ def plan(config: TrainStageConfig, context: Context) -> list[Task]:
         if stage is not None:
             inputs |= {f"{stage} {name}": shard.digest for shard in context.shards_of(stage, name)}
     check_given_files(config, context.stage)
-    for side in _WEIGHTS:
-        if (weights := getattr(config, side)) is not None:
-            inputs[side.replace("_", " ")] = store.digest_tree(weights)
+    for label, text in given_weights(config).items():
+        inputs[label] = digest_of(context.run_folder, text)
     if config.train.deepspeed.endswith(".json"):  # the shipped files stay as they are
         inputs["deepspeed"] = store.digest_tree(config.train.deepspeed)
-    if config.train.distil is not None:
-        inputs["teacher"] = store.digest_tree(config.train.distil.teacher)
     if config.validate:
         train = config.train
         for item in evaluations_of(context):
@@ -134,7 +143,15 @@ def begun_with(config: TrainStageConfig, context: Context) -> tuple[TrainStageCo
 def make_job(config: TrainStageConfig, context: Context) -> TrainJob:
     """Return what the ranks are told."""
     train = config.train
-    image_weights = config.image_weights
+
+    def bound(text: str | None) -> str | None:
+        return None if text is None else pinned_id(context.run_folder, text)
+
+    if train.distil is not None:
+        train = replace(
+            train, distil=replace(train.distil, teacher=pinned_id(context.run_folder, train.distil.teacher))
+        )
+    image_weights = bound(config.image_weights)
     if config.image_stage is not None:
         image_weights = context.path_in(config.image_stage, OPENAI_FILE)
     return TrainJob(
@@ -144,8 +161,8 @@ def make_job(config: TrainStageConfig, context: Context) -> TrainJob:
         shards=tuple(context.shards_of("shards", ".tar")),
         vocabulary=config.vocabulary or context.path_in("vocabulary", f"{train.caption_column}.txt"),
         image_weights=image_weights,
-        text_weights=config.text_weights,
-        start_weights=config.start_weights,
+        text_weights=bound(config.text_weights),
+        start_weights=bound(config.start_weights),
         start_checkpoint=context.path_in(config.start_stage, MODEL_FILE) if config.start_stage else None,
         config=train,
         evaluations={item.name: item.folder for item in evaluations_of(context)} if config.validate else {},
@@ -218,4 +235,5 @@ def stage(name: str, config: TrainStageConfig, *, before: str | None, entry: str
         begun_with=begun_with,
         unbound_inputs=frozenset({"deepspeed"}),
         continues=continues,
+        weights=given_weights,
     )

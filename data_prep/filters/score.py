@@ -46,7 +46,8 @@ class ScoreConfig:
     Paths and the device stay out of the digest: the encoders' own digests are what the scores are bound to.
     """
 
-    # A Multilingual-CLIP text tower (folder or model id) and the weights of the CLIP that it belongs to.
+    # A Multilingual-CLIP text tower (folder or model id) and the weights (path or name) of the CLIP that it
+    # belongs to.
     text_encoder: str | None = field(default=None, metadata=NOT_IN_DIGEST)
     image_encoder: str | None = field(default=None, metadata=NOT_IN_DIGEST)
     image_activation: Literal["quick_gelu", "gelu"] = (
@@ -298,6 +299,12 @@ def _images(context: Context, rows: pl.DataFrame) -> list[bytes]:
         return [tars.read(tar, offset, size, f"{key}.jpg") for tar, offset, size, key in places]
 
 
+def given_weights(config: ScoreConfig) -> dict[str, str]:
+    """Return the weights that come from outside the run, by label: paths, or names that a hub knows."""
+    given = {name: getattr(config, name) for name in ("model", "text_encoder", "image_encoder")}
+    return {name: text for name, text in given.items() if text is not None}
+
+
 def stage(
     config: ScoreConfig,
     *,
@@ -316,6 +323,7 @@ def stage(
         plan=functools.partial(plan, identify=identify),
         run=functools.partial(run, load=load),
         parallel=parallel,
+        weights=given_weights,
     )
 
 

@@ -19,6 +19,8 @@ from pipeline.core.files.images import BadImageError, Decode
 from pipeline.core.records import ConfigError, InputError
 from pipeline.core.stage import Show, show_nothing
 from training.config.train import CONTEXT_LENGTH
+from training.weights.hub.locate import locate
+from training.weights.hub.names import PUBLISHED, find_id, is_name
 
 if TYPE_CHECKING:
     from training.encoder import Encoder as TextAndImageEncoder
@@ -37,6 +39,7 @@ class ModelSource:
     context_length: int  # tokens with [CLS] and [SEP]
     run_folder: str | None = None  # of the run that trained it, where a run was given
     decode: Decode = "upright"  # what is seen of images that are no ordinary 8-bit RGB
+    origin: str | None = None  # id of exactly these weights, if a name stood for them
 
     @property
     def is_finetuned(self) -> bool:
@@ -173,23 +176,32 @@ def _read(image: EncodedImage) -> bytes | BadImageError:
 def find_checkpoint(
     target: str, vocabulary: str | None, context_length: int | None, overrides: Sequence[str] = ()
 ) -> ModelSource:
-    """What `target` names: a run's TOML, folder or shipped recipe, or weights.
+    """Return what `target` names: a run's last trained stage, or weights.
 
-    Of a run its last trained stage is taken.
-
+    A run is named by its TOML, its folder or as a shipped recipe.
+    Weights are a path, the name of a published model or a hub's id; the latter two are downloaded if need be.
     `overrides` are `--set` items for a run's file. Vocabulary and context length are those that the run was
-    last resolved to. Raises InputError where a run has not trained yet, ConfigError for overrides of weights.
+    last resolved to.
+
+    Raises:
+        InputError: if a run has not trained yet, or weights cannot be had.
+        ConfigError: for overrides of weights, and for a word that names nothing.
     """
-    is_recipe = os.path.basename(target) == target and "." not in target and not os.path.exists(target)
     resolved_here = store.join(target, _RESOLVED)
     if os.path.isfile(resolved_here):  # a run's folder
         target = resolved_here
-    is_run = target.endswith(".toml") or is_recipe
-    if not is_run:
+    is_word = os.path.basename(target) == target and "." not in target and not os.path.exists(target)
+    if is_name(target) or not (target.endswith(".toml") or is_word):
         if overrides:
             raise ConfigError(f"--set {overrides[0]}: {target} is no run's file; only these have settings")
-        return ModelSource(target, vocabulary, context_length or CONTEXT_LENGTH)
-    path = find_recipe(target)
+        path, origin = locate(target)
+        return ModelSource(
+            path,
+            vocabulary,
+            context_length or CONTEXT_LENGTH,
+            origin=None if origin == target else origin,
+        )
+    path = _find_run(target) if is_word else find_recipe(target)
     table = read_run(path, overrides)
     try:
         folder = str(table["run"]["folder"])
@@ -212,6 +224,21 @@ def find_checkpoint(
                 folder,
             )
     raise InputError(f"{folder}: holds no trained stage; first give: cnclip run {target}")
+
+
+def _find_run(word: str) -> str:
+    """Return the path of a shipped recipe; the error for another word suggests weights too."""
+    try:
+        return find_recipe(word)
+    except ConfigError as error:
+        try:
+            find_id(word)  # says what is near
+        except InputError as suggestion:
+            if "did you mean" in str(suggestion):
+                raise ConfigError(str(suggestion)) from None
+        raise ConfigError(
+            f"{error}; or weights: a path, {', '.join(PUBLISHED)}, or a hub's owner/name"
+        ) from None
 
 
 def load_encoder(

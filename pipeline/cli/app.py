@@ -119,6 +119,11 @@ def _use_no_color(value: bool) -> None:
         os.environ["NO_COLOR"] = "1"  # what rich and the programs that are started look at
 
 
+def _go_offline(value: bool) -> None:
+    if value:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # what huggingface_hub reads, here and in what is started
+
+
 def _program(
     version: Annotated[
         bool,
@@ -156,6 +161,17 @@ def _program(
             "--no-color",
             help="print without colour, as with NO_COLOR set",
             callback=_use_no_color,
+            is_eager=True,
+            expose_value=False,
+            rich_help_panel=_GENERAL,
+        ),
+    ] = False,
+    offline: Annotated[
+        bool,
+        typer.Option(
+            "--offline",
+            help="ask no hub for weights given by name, as with HF_HUB_OFFLINE=1",
+            callback=_go_offline,
             is_eager=True,
             expose_value=False,
             rich_help_panel=_GENERAL,

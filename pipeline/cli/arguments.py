@@ -65,7 +65,7 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="RUN-or-CHECKPOINT",
-        help="a run's TOML (its last trained stage), or weights of any known format",
+        help="a run's TOML (its last trained stage), or weights: a path, ViT-B-16 or a hub's owner/name",
         autocompletion=_recipes_and_files,
     ),
 ]

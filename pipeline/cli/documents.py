@@ -55,6 +55,7 @@ KEYS: Mapping[str, Mapping[str, str]] = {
         "stages[].rows_kept": "rows of a finished stage; null for others",
         "stages[].title": "what the stage does",
         **_TRAINING,
+        "downloads": "a list of lines: weights given by name that unfinished stages would download",
         **_ERRORS,
     },
     "status": {
@@ -102,7 +103,8 @@ KEYS: Mapping[str, Mapping[str, str]] = {
         "rows[].count": "rows of one image that share this fate",
     },
     "inspect": {
-        "path": "the file or folder",
+        "origin": "the path or name that was given, with the revision that it stands for",
+        "path": "the file or folder; of a name, in the cache",
         "format": "what wrote it, in words",
         "model": "which model it holds, in words",
         "parameters": "number of parameters",
@@ -186,6 +188,7 @@ def plan_document(
     on: "Hardware | None",
     tokens: int,
     errors: Sequence[str],
+    downloads: Sequence[str],
 ) -> dict[str, Any]:
     """Return what `plan --json` prints."""
     from pipeline.core.run import State
@@ -199,7 +202,14 @@ def plan_document(
         for status in statuses
     ]
     planned = {"hardware": None, "trainings": []} if on is None else _trainings(trainings, on, tokens)
-    return {"run": name, "folder": folder, "stages": stages, **planned, "errors": list(errors)}
+    return {
+        "run": name,
+        "folder": folder,
+        "stages": stages,
+        **planned,
+        "downloads": list(downloads),
+        "errors": list(errors),
+    }
 
 
 def _trainings(trainings: Sequence["Training"], on: "Hardware", tokens: int) -> dict[str, Any]:

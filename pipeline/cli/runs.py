@@ -127,12 +127,13 @@ def plan(
         trainings = trainings_of_recipe(recipe, samples)
         table = training_table(trainings, on, tokens)
         if as_json:
-            print_document(plan_document(recipe, None, [], trainings, on, tokens, []))
+            print_document(plan_document(recipe, None, [], trainings, on, tokens, [], []))
         else:
             print(table)
         return EXIT_DONE
     from pipeline.catalog import load
     from pipeline.cli.tables import plan_table
+    from pipeline.planning.downloads import downloads
 
     resolved, _ = load(run_file, overrides or ())
     trainings = trainings_of_run(resolved, samples) if on is not None else []
@@ -140,10 +141,13 @@ def plan(
     statuses, complaints = survey_what_is_there(resolved)
     if as_json:
         folder = resolved.folder
-        print_document(plan_document(run_file, folder, statuses, trainings, on, tokens, complaints))
+        print_document(
+            plan_document(run_file, folder, statuses, trainings, on, tokens, complaints, downloads(resolved))
+        )
     else:
         print(f"{run_file} → {resolved.folder}")
         print(plan_table(statuses))
+        print_lines(downloads(resolved))
         if needs:
             print(f"\n{needs}")
     for complaint in complaints:

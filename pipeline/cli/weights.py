@@ -11,6 +11,8 @@ from pipeline.core.terminal import print_lines
 
 WEIGHTS = Group("Weights")
 
+_WEIGHTS = "weights: a file, a folder, a name such as ViT-B-16, or a hub's owner/name"
+
 
 @WEIGHTS.add(
     "convert",
@@ -18,7 +20,7 @@ WEIGHTS = Group("Weights")
     "clip_cn_vit-b-16.pt model.safetensors",
 )
 def convert(
-    source: Annotated[str, typer.Argument(metavar="IN", help="weights: a file or a folder")],
+    source: Annotated[str, typer.Argument(metavar="IN", help=_WEIGHTS)],
     out: Annotated[
         str, typer.Argument(metavar="OUT", help="NAME.pt, NAME.safetensors, NAME.onnx, or a folder")
     ],
@@ -55,7 +57,7 @@ def convert(
     "clip_cn_vit-b-16.pt",
 )
 def inspect(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="weights: a file or a folder")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help=_WEIGHTS)],
     as_json: AsJson = False,
 ) -> int:
     from dataclasses import asdict

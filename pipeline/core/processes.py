@@ -66,7 +66,8 @@ def spawning() -> Iterator[None]:
     again in every worker, and one that is read from standard input cannot be imported at all.
     """
     main = sys.modules["__main__"]
-    hidden = {name: vars(main).pop(name) for name in ("__file__", "__spec__") if name in vars(main)}
+    names: tuple[str, ...] = ("__file__", "__spec__")
+    hidden = {name: vars(main).pop(name) for name in names if name in vars(main)}
     main.__spec__ = None
     try:
         yield

@@ -137,6 +137,8 @@ class Stage:
     continues: Callable[[Any, Context, Change, bool], tuple[bool, str]] | None = None
 
     repair: str = ""  # how to make damaged outputs again; empty: `repair_remedy`, as in any run with a file
+    # configuration → weights from outside the run by label: paths, or names to be looked up before it begins
+    weights: Callable[[Any], Mapping[str, str]] | None = None
 
     @property
     def config_digest(self) -> str:

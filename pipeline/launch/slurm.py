@@ -17,6 +17,7 @@ from pipeline.core.records import ConfigError, Stopped
 from pipeline.core.run import Run
 from pipeline.core.stage import Stage
 from pipeline.launch.config import LaunchConfig
+from pipeline.planning.downloads import obtain_weights
 from training.config.train import TrainConfig
 from training.stages import TrainStageConfig
 
@@ -55,6 +56,8 @@ def plan_jobs(run: Run) -> list[Job]:
 def write_scripts(run: Run, launch: LaunchConfig, run_path: str, overrides: Sequence[str]) -> list[str]:
     """Write `<run>/launch/*.sbatch` and `submit.sh`; returns the lines that tell what to do with them.
 
+    Weights that are given by name are downloaded.
+
     ConfigError if the ranks do not fill whole machines or have no GPU each, or the run is not on a file
     system.
     """
@@ -63,6 +66,7 @@ def write_scripts(run: Run, launch: LaunchConfig, run_path: str, overrides: Sequ
     jobs = plan_jobs(run)
     for job in jobs:
         _check_ranks(job, launch)
+    obtain_weights(run, run.stages)  # here: machines that compute often have no way out
     folder = os.path.join(os.path.abspath(run.folder), "launch")
     arguments = [os.path.abspath(run_path), *(part for item in overrides for part in ("--set", item))]
     for job in jobs:

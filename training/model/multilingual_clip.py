@@ -22,6 +22,8 @@ from pipeline.core.files.foreign import foreign, parse_json
 from pipeline.core.files.images import BadImageError, decode_upright
 from pipeline.core.records import InputError
 from training.model.preprocess import MEAN, STD
+from training.weights.hub.locate import local_path
+from training.weights.hub.names import find_id
 from training.weights.image_tower import ImageTower
 from training.weights.tensor_files import read_tensors
 
@@ -30,7 +32,6 @@ IMAGES_PER_BATCH = 64
 SENTENCEPIECE_FILE = "sentencepiece.bpe.model"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 CONFIG_FILE = "config.json"
-_MODEL_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # XLM-R's ids: four special tokens in front, then SentencePiece's pieces from its second on (fairseq's order).
 _START, _PADDING, _END, _UNKNOWN = 0, 1, 2, 3
 _HEADS = {768: 12, 1024: 16}  # of XLM-R base and large, by width
@@ -155,22 +156,16 @@ def batches_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[
 
 
 def find_text_folder(source: str) -> str:
-    """A local folder, or what Hugging Face's hub gives for a model id; InputError for neither."""
+    """Return a local folder, or the cache's for a model id.
+
+    Raises:
+        InputError: if the source is neither, or the hub does not give the model.
+    """
     if os.path.isdir(source):
         return source
-    if not _MODEL_ID.fullmatch(source):
+    if os.path.isabs(source) or find_id(source) is None:
         raise InputError(f"{source}: no such folder; give a Multilingual-CLIP folder, or a model id")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return str(snapshot_download(source, allow_patterns=[CONFIG_FILE, SENTENCEPIECE_FILE, *WEIGHT_FILES]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"{source}: not in Hugging Face's cache, and the hub does not give it ({reason}); download it and"
-            " give the folder"
-        ) from None
+    return os.path.dirname(local_path(source))
 
 
 def text_files(folder: str) -> list[str]:

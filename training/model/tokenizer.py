@@ -217,15 +217,9 @@ def hugging_face_tokenizer(tokenizer: Tokenizer) -> str:
 
 
 def _download_vocabulary(model_id: str) -> str:
-    from huggingface_hub import hf_hub_download
+    from training.weights.hub.locate import fetch_file
 
-    try:
-        return hf_hub_download(model_id, "vocab.txt")
-    except Exception as error:  # the hub's client raises a dozen kinds: offline, missing, private, malformed
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"{model_id}: vocab.txt cannot be fetched from the Hugging Face hub: {reason}"
-        ) from None
+    return fetch_file(model_id, "vocab.txt")
 
 
 def learn_vocabulary(captions: Iterable[str], size: int) -> list[str]:

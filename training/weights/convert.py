@@ -11,6 +11,7 @@ from training.model.clip import CLIP
 from training.model.tokenizer import Tokenizer
 from training.weights.export import save_cn_clip, save_hugging_face, save_onnx, save_safetensors
 from training.weights.formats import Weights, build_model, read_weights
+from training.weights.hub.locate import locate
 from training.weights.model_card import facts_of
 from training.weights.sizes import matching_towers
 from training.weights.vocabulary_lookup import find_vocabulary
@@ -49,12 +50,16 @@ def convert(
     ConfigError where `out` is `source`, or the format cannot hold the model. InputError as reading says.
     """
     target = target_of(out, to)
+    given = source
+    source, origin = locate(given)
     if store.is_local(source) and os.path.exists(out) and os.path.samefile(source, out):
         raise ConfigError(f"{out}: is the file that is read: give another path")
     weights = read_weights(source)
     model = build_model(weights, image_size_px=image_size_px)
     facts = facts_of(source, weights.facts)
-    lines = [f"{source}: {weights.format}, {model.config.name}"]
+    if origin != given:
+        facts["source"] = origin
+    lines = [f"{origin}: {weights.format}, {model.config.name}"]
     if target == "cn_clip":
         save_cn_clip(out, model)
         written = out
@@ -101,7 +106,8 @@ def _write_safetensors(
 class Inspected:
     """What a file or folder of weights is, which model it holds, and what is missing in it."""
 
-    path: str
+    origin: str  # the path or name that was given, with the revision that it stands for
+    path: str  # of the file, which is in the cache for a name
     format: str
     model: str  # in words: sizes, or the towers that the tensors are of
     parameters: int
@@ -118,7 +124,8 @@ class Inspected:
     def lines(self) -> list[str]:
         """Return lines for people; long lists are cut."""
         lines = [
-            self.path,
+            self.origin,
+            *([f"  file        {self.path}"] if self.origin != self.path else []),
             f"  format      {self.format}",
             f"  model       {self.model}",
             f"  parameters  {self.parameters:,} in {self.tensors} tensors, {', '.join(self.dtypes)}",
@@ -138,10 +145,12 @@ class Inspected:
 
 
 def examine(path: str) -> Inspected:
-    """Read weights and return what they are; InputError as reading says."""
+    """Read weights, a file, a folder or a name, and return what they are; InputError as reading says."""
+    path, origin = locate(path)
     weights = read_weights(path)
     problems = weights.problems()
     return Inspected(
+        origin=origin,
         path=path,
         format=weights.format,
         model=_model(weights),
@@ -161,7 +170,7 @@ def examine(path: str) -> Inspected:
 
 
 def inspect(path: str) -> list[str]:
-    """Return lines that say what a file or folder is, which model it holds, and what is missing in it."""
+    """Return lines that say what a file, folder or name stands for, which model it is, and what it lacks."""
     return examine(path).lines()
 
 

@@ -18,6 +18,8 @@ from pipeline.core.processes import say
 from pipeline.core.records import InputError
 from training.model.clip import CLIP
 from training.model.config import MODELS, ModelConfig, VisionTransformerConfig
+from training.weights.hub.cache import is_snapshot
+from training.weights.hub.locate import local_path
 from training.weights.layouts import Layout, rename
 from training.weights.said import read_object, read_said
 from training.weights.sizes import Said, infer_config, matching_towers
@@ -105,12 +107,18 @@ class Weights:
 def read_weights(path: str) -> Weights:
     """Read a file or folder of any known format; tensors of large files are mapped, not copied.
 
-    InputError names the path: absent, damaged, of no known layout, or of settings that Chinese CLIP does not
-    have.
+    `path` may also be the name of published weights or a hub's id (`training.weights.hub.names`).
+
+    Raises:
+        InputError: names the path: absent, damaged, of no known layout, or of settings that Chinese CLIP does
+            not have.
     """
+    path = local_path(path)
     if not store.exists(path):
         raise InputError(f"{path}: no such file or folder: give the path of weights")
     if not _is_folder(path):
+        if is_snapshot(path) and os.path.basename(path) in _WEIGHT_FILES:
+            return _of_library(path, os.path.dirname(path), os.path.basename(path))
         return _of_file(path, read_tensors(path))
     if (zero := find_zero_checkpoint(path)) is not None:
         file = TensorFile("torch", read_zero_checkpoint(zero))
@@ -129,9 +137,7 @@ def read_weights(path: str) -> Weights:
                 f"{path}: no {_WEIGHT_FILES[0]}, {_WEIGHT_FILES[2]} or DeepSpeed checkpoint; {found}"
             )
         chosen = others[0]
-    file = _read_shards(path, chosen)
-    said = Said() if METADATA_KEY in file.facts else read_said(path, names)
-    return _of_file(path, file, store.join(path, chosen), said)
+    return _of_library(path, path, chosen)
 
 
 def load_model(path: str, *, image_size_px: int | None = None) -> CLIP:
@@ -205,6 +211,13 @@ def _is_folder(path: str) -> bool:
         return os.path.isdir(path)
     fs, name = store.remote(path)
     return bool(fs.isdir(name))
+
+
+def _of_library(path: str, folder: str, name: str) -> Weights:
+    """Read a file that a library wrote into a folder, with the configuration next to it."""
+    file = _read_shards(folder, name)
+    said = Said() if METADATA_KEY in file.facts else read_said(folder, store.list_files(folder))
+    return _of_file(path, file, store.join(folder, name), said)
 
 
 def _of_file(

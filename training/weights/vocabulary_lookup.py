@@ -8,6 +8,7 @@ from pipeline.core import store
 from pipeline.core.files.foreign import parse_json
 from pipeline.core.records import InputError
 from training.model.tokenizer import Tokenizer
+from training.weights.hub.locate import local_path
 
 # The 21,128 tokens of Chinese BERT, which every Chinese CLIP uses (A.1), under the names the hub knows.
 PUBLIC_SOURCES = ("bert-base-chinese", "google-bert/bert-base-chinese", "hfl/chinese-roberta-wwm-ext")
@@ -21,7 +22,7 @@ def find_vocabulary(weights: str, vocab_size: int, *, given: str | None = None) 
     them; then Hugging Face's cache, an installed cn_clip, and Hugging Face's hub. InputError names all of
     these where none has it, and refuses one of another size.
     """
-    tokenizer = Tokenizer.load(given) if given is not None else _look(weights)
+    tokenizer = Tokenizer.load(given) if given is not None else _look(local_path(weights))
     if tokenizer.vocab_size != vocab_size:
         raise InputError(
             f"{tokenizer.origin}: a vocabulary of {tokenizer.vocab_size} tokens, but the embedding in"

@@ -5,9 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import pytest
+from huggingface_hub import constants
 
 from pipeline.core.records import InputError
 from training.model.tokenizer import SPECIAL_TOKENS, Tokenizer, learn_vocabulary, normalise
@@ -72,25 +72,13 @@ def test_vocabulary_file_round_trip(tmp_path: Path) -> None:
     assert Tokenizer([*VOCABULARY, "狗"]).digest != tokenizer.digest
 
 
-def test_vocabulary_by_model_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Tokenizer(VOCABULARY).save_vocabulary(str(tmp_path / "vocab.txt"))
-    asked = []
-
-    def download(model_id: str, file_name: str) -> str:
-        asked.append((model_id, file_name))
-        return str(tmp_path / file_name)
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert Tokenizer.load("hfl/chinese-roberta-wwm-ext").vocab_size == len(VOCABULARY)
-    assert asked == [("hfl/chinese-roberta-wwm-ext", "vocab.txt")]
-
-
-def test_unreachable_model_id_is_one_plain_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(model_id: str, file_name: str) -> str:
-        raise OSError("no route\nto the hub")
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    with pytest.raises(InputError, match=r"^owner/name: vocab\.txt cannot be fetched .*: no route$"):
+def test_unreachable_model_id_is_one_plain_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name from a hub: tests/training/weights/hub/."""
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        InputError, match=r"^owner/name:vocab\.txt: http://127\.0\.0\.1:9 cannot be reached: .*"
+    ):
         Tokenizer.load("owner/name")
 
 

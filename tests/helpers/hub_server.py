@@ -1,0 +1,191 @@
+"""A hub on loopback for tests: models in folders, asked for as Hugging Face's are, with faults."""
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+_INFO = re.compile(r"/api/models/(?P<repo>.+?)(?:/revision/(?P<revision>.+))?")
+_FILE = re.compile(r"/(?P<repo>[^/]+/[^/]+|[^/]+)/resolve/(?P<revision>[^/]+)/(?P<name>.+)")
+_LARGE = (".bin", ".safetensors", ".pt")  # what a hub keeps with Git LFS
+
+
+@dataclass
+class Hub:
+    """The models that are served, what is to go wrong, and what was asked."""
+
+    url: str = ""
+    models: dict[str, Path] = field(default_factory=dict)  # by id
+    gated: set[str] = field(default_factory=set)
+    cut_after: int | None = None  # bytes of a response after which the connection ends, once
+    corrupt: bool = False  # large files come with one other byte
+    busy: bool = False  # every answer is 503
+    ranges: bool = True
+    cdn: bool = False  # large files are at another address, to which the hub redirects
+    etags: dict[str, str] = field(default_factory=dict)  # what the listing says instead, by file
+    tokens: list[tuple[str, str]] = field(default_factory=list)  # (path, Authorization) of what had one
+    requests: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, range
+
+    def commit(self, repo: str) -> str:
+        """Return a hash that changes with the files, as a commit's does."""
+        digest = hashlib.sha1()
+        for path in self.files(repo):
+            digest.update(path.name.encode() + path.read_bytes())
+        return digest.hexdigest()
+
+    def files(self, repo: str) -> list[Path]:
+        return sorted(path for path in self.models[repo].rglob("*") if path.is_file())
+
+    def asked(self, method: str, ending: str) -> list[str]:
+        """Return the ranges of the requests for files with an ending."""
+        return [span for verb, path, span in self.requests if verb == method and path.endswith(ending)]
+
+
+def etag(path: Path) -> str:
+    """Return sha256 of a large file's bytes, git's sha1 of another's."""
+    data = path.read_bytes()
+    if path.suffix in _LARGE:
+        return hashlib.sha256(data).hexdigest()
+    return hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: Hub
+
+    def log_message(self, format: str, *args: Any) -> None:
+        return
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
+
+    def _answer(self, *, with_body: bool) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.hub.requests.append((self.command, path, self.headers.get("Range", "")))
+        if token := self.headers.get("Authorization"):
+            self.hub.tokens.append((path, token))
+        if self.hub.busy:
+            self._send(503, b"", {})
+        elif (info := _INFO.fullmatch(path)) is not None:
+            self._info(info["repo"], info["revision"] or "main")
+        elif (file := _FILE.fullmatch(path)) is not None:
+            self._file(file["repo"], file["revision"], file["name"], with_body=with_body)
+        elif path.startswith("/cdn/"):
+            repo, _, name = path.removeprefix("/cdn/").partition("/-/")
+            self._body((self.hub.models[repo] / name), {}, with_body=with_body)
+        else:
+            self._send(404, b"", {})
+
+    def _known(self, repo: str, revision: str) -> bool:
+        if repo not in self.hub.models:
+            self._send(404, b"", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "not found"})
+            return False
+        if revision not in ("main", self.hub.commit(repo)):
+            self._send(404, b"", {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "no revision"})
+            return False
+        return True
+
+    def _info(self, repo: str, revision: str) -> None:
+        if not self._known(repo, revision):
+            return
+        siblings = []
+        for path in self.hub.files(repo):
+            item: dict[str, Any] = {
+                "rfilename": str(path.relative_to(self.hub.models[repo])),
+                "size": path.stat().st_size,
+                "blobId": etag(path) if path.suffix not in _LARGE else "0" * 40,
+            }
+            if path.suffix in _LARGE:
+                sha256 = self.hub.etags.get(path.name, etag(path))
+                item["lfs"] = {"sha256": sha256, "size": path.stat().st_size, "pointerSize": 134}
+            siblings.append(item)
+        body = {"id": repo, "modelId": repo, "sha": self.hub.commit(repo), "siblings": siblings, "tags": []}
+        self._send(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+
+    def _file(self, repo: str, revision: str, name: str, *, with_body: bool) -> None:
+        if not self._known(repo, revision):
+            return
+        if repo in self.hub.gated:
+            self._send(403, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": "gated"})
+            return
+        path = self.hub.models[repo] / name
+        if not path.is_file():
+            self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Error-Message": "no entry"})
+            return
+        data = path.read_bytes()
+        headers = {
+            "ETag": f'"{etag(path)}"',
+            "X-Repo-Commit": self.hub.commit(repo),
+            "X-Linked-Etag": f'"{etag(path)}"',
+            "X-Linked-Size": str(len(data)),
+            "Accept-Ranges": "bytes",
+        }
+        if self.hub.cdn and path.suffix in _LARGE:
+            port = urlsplit(self.hub.url).port
+            self._send(302, b"", headers | {"Location": f"http://localhost:{port}/cdn/{repo}/-/{name}"})
+            return
+        self._body(path, headers, with_body=with_body)
+
+    def _body(self, path: Path, headers: dict[str, str], *, with_body: bool) -> None:
+        data = path.read_bytes()
+        if self.hub.corrupt and path.suffix in _LARGE:
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        status, span = 200, self.headers.get("Range", "")
+        if span and self.hub.ranges:
+            start = int(span.removeprefix("bytes=").partition("-")[0])
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+            status, data = 206, data[start:]
+        self._send(status, data, headers, with_body=with_body, is_large=path.suffix in _LARGE)
+
+    def _send(
+        self,
+        status: int,
+        data: bytes,
+        headers: dict[str, str],
+        *,
+        with_body: bool = True,
+        is_large: bool = False,
+    ) -> None:
+        self.send_response(status)
+        for key, value in (headers | {"Content-Length": str(len(data))}).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if not with_body:
+            return
+        cut = self.hub.cut_after
+        if is_large and cut is not None and cut < len(data):
+            self.hub.cut_after = None
+            self.wfile.write(data[:cut])
+            self.wfile.flush()
+            self.close_connection = True
+            self.connection.shutdown(2)
+            return
+        self.wfile.write(data)
+
+
+@contextmanager
+def hub_server() -> Iterator[Hub]:
+    """Yield a hub; `hub.url` is what HF_ENDPOINT takes."""
+    hub = Hub()
+    handler = type("Handler", (_Handler,), {"hub": hub})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
