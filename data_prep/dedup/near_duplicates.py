@@ -49,14 +49,17 @@ UInt64Array = npt.NDArray[np.uint64]
 class DedupImageConfig:
     """`[dedup_image]`: a run without this table keeps copies, as the paper does."""
 
-    exact: bool = True  # the same image under several addresses or captions
-    # Bits of 384 within which an image may be a near copy, if the signatures match; unset is off. More bits
-    # are more and shorter bands:
-    # benchmarks/data_prep/near_copies.py has their cost.
+    exact: bool = True
+    """Whether an image that is stored under several addresses or captions is kept once."""
     max_distance: Annotated[int, Ge(0), Le(31)] | None = None
-    # Of each band: a task holds its share of all keys and hashes, some 100 bytes a row, and 500 a row that
-    # has another within max_distance.
+    """Largest number of differing hash bits (of 384) at which two images may count as near copies; their
+    signatures must match too. Unset: near copies stay. More bits mean more and shorter bands;
+    `benchmarks/data_prep/near_copies.py` measures the cost.
+    """
     partitions: Annotated[int, Ge(1)] = 1
+    """Tasks for each band. A task holds its share of all keys and hashes: about 100 bytes a row, and 500 a
+    row that has another one within `max_distance`.
+    """
 
     def __post_init__(self) -> None:
         if not self.exact and self.max_distance is None:

@@ -29,7 +29,8 @@ from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 class ShardsConfig:
     """`[shards]`."""
 
-    samples_per_shard: Annotated[int, Ge(1)] = 10_000  # about 300 MB at 256 px
+    samples_per_shard: Annotated[int, Ge(1)] = 10_000
+    """Samples in each shard; 10,000 take about 300 MB at 256 pixels."""
 
 
 def plan(config: ShardsConfig, context: Context, part: Part = "train") -> list[Task]:
