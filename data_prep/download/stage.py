@@ -47,7 +47,7 @@ _NOT_ASKED = "not asked for yet"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DownloadConfig:
-    """`[download]`: what img2dataset is told. The paper trains at 224 px and 336 px (section 2.2)."""
+    """`[download]`: settings of img2dataset. The paper trains at 224 px and 336 px (section 2.2)."""
 
     short_side_px: int = 256
     """Shorter side to which larger images are reduced, in pixels; 256 leaves room for a crop of 224."""

@@ -23,7 +23,7 @@ class LaunchConfig:
     time_limit_minutes: Annotated[int, Gt(0)] = 24 * 60
     """Time limit of each job, in minutes; a job that reaches it is requeued."""
     stop_seconds: Annotated[int, Gt(0)] = 300
-    """Seconds before the limit at which training is told to stop: time for a step and a checkpoint."""
+    """Seconds before the limit at which Slurm signals training: time for a step and a checkpoint."""
     partition: str | None = None
     """Slurm partition. Unset: the cluster's default."""
     account: str | None = None
