@@ -1,17 +1,7 @@
 """Signatures: small thumbnails that tell copies of an image from images that only look alike to a hash.
 
-A perceptual hash says where an image turns darker. A plain image (an icon, a logo, a product on white) turns
-darker in few places, so that a red star on white and a black diamond on blue have nearly the same hash. So
-the hash only proposes pairs, and `are_copies` decides on their signatures.
-
-A signature is 16 x 16 values of luma and 8 x 8 of each chroma (BT.601), a byte each, slightly blurred so
-that it may be shifted by parts of a cell. Two signatures are aligned first: a copy may be cut by up to 4% on
-each side, so the second is sought in the first, or the first in the second, with four unknown edges (Lucas
-and Kanade 1981, one step on the signatures and one on the shifted first one). What then still differs is
-compared with the contrast of both images over all of it, and in each window of a quarter of its sides with
-the fine contrast there: only fine detail is hard to align. So the words next to equal marks of two logos
-tell them apart, and the tips of a star from the corners of a square.
-benchmarks/data_prep/image_copies.py measures both kinds of error.
+A perceptual hash proposes pairs, and `are_copies` decides on their signatures: docs/concepts/filtering.md,
+"Copies". benchmarks/data_prep/image_copies.py measures both kinds of error.
 """
 
 from collections.abc import Sequence

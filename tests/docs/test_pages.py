@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tests.helpers.pages import CHINESE, PAGES, ROOT, anchors, links, prose, read
+from tests.helpers.pages import CHINESE, PAGES, ROOT, anchors, headings, links, prose, read
 
 # Pages whose branch is still to come: each leaves this list with the commit that adds it.
 AWAITED = {"docs/reference/cli.md", "docs/guides/weights.md", "docs/guides/python-api.md"}
@@ -76,3 +76,17 @@ def test_images_are_small() -> None:
     images = sorted((ROOT / "docs" / "images").glob("*.png"))
     assert [path.name for path in images] == ["report.png", "search.png"]
     assert all(path.stat().st_size < 300_000 for path in images)
+
+
+def test_docstrings_name_pages_and_headings_that_exist() -> None:
+    found = 0
+    for folder in ("pipeline", "data_prep", "training", "eval"):
+        for path in (ROOT / folder).rglob("*.py"):
+            text = path.read_text(encoding="utf-8")
+            for page, heading in re.findall(r'(docs/[\w/-]+\.md)(?:,\s+"([^"]+)")?', text):
+                found += 1
+                assert (ROOT / page).is_file(), f"{path}: there is no {page}"
+                if heading:
+                    titles = [title for _, title in headings(read(page))]
+                    assert heading in titles, f"{path}: {page} has no heading {heading!r}"
+    assert found > 5

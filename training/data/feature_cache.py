@@ -1,11 +1,7 @@
 """Image features of stage 1, computed once: K augmented views of every image through the locked tower.
 
-One file a shard, next to the shards: `features/<key>-<shard's digest>.npy`, [samples, K] records of a
-unit-norm float16 feature_D and a CRC-32, which every read checks: a cache is terabytes, and reading it whole
-before a run would take as long as epochs. The key is a digest of all that a feature depends on: the tower's
-weights, the augmentation, the size, the seed, K and the precision. A file that is there is therefore right;
-another tower or transform makes files of its own. View v is what the live path shows in epoch v: K views are
-those of K live epochs, and epoch e reads view e mod K.
+One file a shard, next to the shards, named by a digest of all that a feature depends on; every read checks a
+CRC-32. docs/concepts/determinism.md, "Random draws", has the layout and which epoch reads which view.
 """
 
 import os
