@@ -205,7 +205,7 @@ def _refuse_mixed_scores(corpus: Manifest) -> None:
         listed = ", ".join(f"{pair} (source {source})" for pair, source in sorted(found.items()))
         raise ConfigError(
             f"filter_text.min_score: scores of different encoder pairs have no threshold in common: {listed};"
-            f' name it with score_pair where it is the same, or give exempt_from = ["score"] and use [score]'
+            f' name it with score_pair if it is the same, or give exempt_from = ["score"] and use [score]'
         )
 
 

@@ -89,7 +89,9 @@ def column_names(path: str) -> list[str]:
             if isinstance(row, dict):
                 found |= dict.fromkeys(row)
     if not found:
-        raise InputError(f"{path}: cannot be read as a table: no JSON object in its first lines")
+        raise InputError(
+            f"{path}: cannot be read as a table: no JSON object in its first lines; write one object a line"
+        )
     return list(found)
 
 

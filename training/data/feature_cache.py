@@ -102,19 +102,19 @@ class FeatureCache:
         if _crc32(feature, row, view) != record["crc32"]:
             raise InputError(
                 f"{self.path(shard)}: row {row}, view {view}: other bytes than were written (CRC-32 differs):"
-                " the disk or a copy damaged it; remove the file: it is made again"
+                " the disk or a copy damaged it; remove the file: cnclip builds it again"
             )
         return feature
 
     def _open_file(self, shard: int) -> npt.NDArray[np.void]:
         path = self.path(shard)
         expected = (self._shards[shard].num_samples, self.num_views)
-        records: npt.NDArray[np.void] = map_npy(path, "remove the file: it is made again")
+        records: npt.NDArray[np.void] = map_npy(path, "remove the file: cnclip builds it again")
         dtype = _record(self._dim)
         if records.shape != expected or records.dtype != dtype:
             raise InputError(
                 f"{path}: {records.dtype} {records.shape}, but its shard wants {dtype} {expected};"
-                " remove the file: it is made again"
+                " remove the file: cnclip builds it again"
             )
         return records
 
