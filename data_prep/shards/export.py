@@ -132,7 +132,7 @@ def _pairs(shards: list[CorpusShard], progress: Progress) -> Iterator[_Pair]:
 
 
 def _repeated_images(shards: list[CorpusShard]) -> pl.DataFrame:
-    """(row, first): rows whose image an earlier row has, sorted by row."""
+    """Return (row, first): rows whose image an earlier row has, sorted by row."""
     total = sum(shard.num_samples for shard in shards)
     buckets = total // _ROWS_PER_BUCKET + 1
     tables = [shard.table for shard in shards]

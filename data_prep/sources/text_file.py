@@ -56,12 +56,12 @@ class RowBatch:
 
 
 def is_text(path: str) -> bool:
-    """Whether a table is read by this module, by its name."""
+    """Return whether this module reads a table, by its name."""
     return _plain_name(path).endswith((".csv", ".tsv", ".jsonl", ".ndjson"))
 
 
 def column_names(path: str) -> list[str]:
-    """Columns of a text table: its header, or the keys of the first JSON lines in order of appearance.
+    """Return a text table's columns: its header, or the first JSON lines' keys in order of appearance.
 
     InputError where the file is empty or its beginning cannot be read.
     """

@@ -56,7 +56,7 @@ def save_cn_clip(path: str, model: CLIP) -> None:
 
 
 def structure_name(config: ModelConfig) -> str:
-    """`ViT-B-16@RoBERTa-wwm-ext-base-chinese` and its like; the project's own name where there is none."""
+    """Return `ViT-B-16@RoBERTa-wwm-ext-base-chinese` or its like, else the project's own name."""
     text = _TEXT_NAMES.get((config.text.layers, config.text.width))
     return f"{config.name}@{text}" if text is not None else config.name
 
@@ -260,7 +260,7 @@ def _export_side(
 
 
 def _onnx_difference(path: str, side: str, module: nn.Module, example: torch.Tensor) -> float:
-    """Largest difference from torch on the example and on a batch of another size."""
+    """Return the largest difference from torch on the example and on a batch of another size."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
