@@ -48,7 +48,7 @@ MEMORY_GIB: Mapping[str, float] = MappingProxyType(
 )
 
 
-WITHOUT_BFLOAT16 = ("V100", "T4")  # their tensor cores know float16 alone
+WITHOUT_BFLOAT16 = ("V100", "T4")  # their tensor cores only know float16
 
 
 def find_device(name: str) -> str | None:

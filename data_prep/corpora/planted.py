@@ -90,7 +90,7 @@ class Row:
     language: str = "zh"
     answer: Answer | None = None
     body: bytes | None = None  # of the file that the answer names
-    expected: Image.Image | None = None  # the upright RGB image that must be kept, where that needs care
+    expected: Image.Image | None = None  # the upright RGB image that must be kept, if that needs care
 
 
 @dataclass(frozen=True, slots=True)

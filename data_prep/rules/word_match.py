@@ -122,7 +122,7 @@ def _database(lists: tuple[Words, ...]) -> _Database:
 
 
 def _folded(word: str) -> bytes:
-    return word.encode("utf-8").lower()  # bytes.lower() touches A to Z alone
+    return word.encode("utf-8").lower()  # bytes.lower() touches only A to Z
 
 
 def _scan(captions: pl.Series, lists: tuple[Words, ...]) -> pl.Series:

@@ -125,7 +125,7 @@ def _csv_batches(
 ) -> Iterator[RowBatch]:
     names = column_names(path)
     separator = _separator(path)
-    # Of the rows that the parser refused since the last batch: what is malformed, and what is none alone.
+    # Of the rows that the parser refused since the last batch: what is malformed, and what is not by itself.
     refused: list[Malformed] = []
     rescued: list[tuple[str, ...]] = []
 

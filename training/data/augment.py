@@ -61,7 +61,7 @@ def _random_crop(
 
 
 def _resize(image: Pixels, size_px: int) -> Pixels:
-    # OpenCV's area mode alone filters when it shrinks. Where a pixel has few source pixels, bilinear reads
+    # Only OpenCV's area mode filters when it shrinks. If a pixel has few source pixels, bilinear reads
     # nearly all of them, ends as near to PIL's filtered bicubic, and takes a fifth of the time.
     shrinks = image.shape[0] > size_px and image.shape[1] > size_px
     few = image.shape[0] * image.shape[1] < _BILINEAR_PIXELS * size_px**2

@@ -26,7 +26,7 @@ from training.weights.tensor_files import METADATA_KEY
 from training.weights.weights import header_of, save_checkpoint, state_for_file
 
 ONNX_TOLERANCE = 1e-4  # of unit-norm features, onnxruntime against torch
-_ONNX_INLINE_BYTES = 1_500_000_000  # protobuf ends at 2 GB: larger weights go into a file beside
+_ONNX_INLINE_BYTES = 1_500_000_000  # protobuf ends at 2 GB: larger weights go into a second file
 # Chinese CLIP's names of its text towers, by layers and width
 _TEXT_NAMES = {
     (3, 768): "RBT3-chinese",

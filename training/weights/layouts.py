@@ -40,7 +40,7 @@ _HUGGING_FACE_TRANSPOSED = (
 _QKV = re.compile(r"(visual\.transformer\.resblocks\.\d+)\.self_attn\.([qkv])_proj\.(weight|bias)")
 _IN_PROJ = re.compile(r"(visual\.transformer\.resblocks\.\d+)\.attn\.in_proj_(weight|bias)")
 _FLASH_TEXT = re.compile(r"(bert\.encoder\.layer\.\d+\.attention\.self)\.Wqkv\.(weight|bias)")
-# What released files hold beside the weights: buffers, and heads that Chinese CLIP leaves out (A.2)
+# What released files hold in addition to the weights: buffers, and heads that Chinese CLIP leaves out (A.2)
 _LEFT_OUT = re.compile(
     r"(logit_bias$|bert\.pooler\.|bert\.embeddings\.(position_ids|token_type_ids)$|cls\.|qa_outputs\.|classifier\."
     r"|vision_model\.embeddings\.position_ids$)"
