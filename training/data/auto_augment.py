@@ -57,7 +57,7 @@ def apply_operations(image: Pixels, operations: Sequence[tuple[str, float]]) -> 
 @functools.cache
 def original_policy() -> list[list[Any]]:
     """Return the 25 sub-policies, two operations each, as timm's objects: name, prob, magnitude, level_fn."""
-    torchvision_ops.install()  # timm imports torchvision, which by itself does not load next to a CPU-only torch
+    torchvision_ops.install()  # timm imports torchvision, which does not load next to a CPU-only torch
     from timm.data.auto_augment import auto_augment_policy
 
     bicubic_always = {"interpolation": Image.Resampling.BICUBIC}
