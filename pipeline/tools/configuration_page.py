@@ -107,18 +107,18 @@ def _sections() -> Iterator[str]:
         if name in _TRAINING[1:]:
             continue
         title = ", ".join(f"`[{stage}]`" for stage in _TRAINING) if name in _TRAINING else f"`[{name}]`"
-        text = "A training stage. " if name in _TRAINING else f"{docs[name]} "
+        text = docs[name]
         if name in _TRAINING:
-            text += " ".join(f"`[{stage}]`: {docs[stage]}" for stage in _TRAINING)
+            text = "\n".join(f"- `[{stage}]`: {docs[stage]}" for stage in _TRAINING)
         tables = _tables(hint)
         if typing.get_origin(_bare(hint)) is tuple:
             title = f"`[[{name}]]`"
         if len(tables) > 1:
-            yield f"\n## {title}\n\n{text.strip()}\n"
+            yield f"\n## {title}\n\n{text}\n"
             for table in tables:
                 yield from _section(table, f'`[{name}]` with `kind = "{_kinds(table)[0]}"`', name, "###")
         else:
-            yield from _section(tables[0], title, name, "##", text.strip())
+            yield from _section(tables[0], title, name, "##", text)
 
 
 def _section(cls: type, title: str, path: str, level: str, text: str = "") -> Iterator[str]:
