@@ -130,7 +130,7 @@ def integrity_of(path: Path) -> str:
 def fetch(package: Package, cache: Path) -> Path:
     """Get a package's tarball into the cache with the npm client, unless it is there; check its digest.
 
-    ConfigError where there is no npm; InputError where npm fails or the digest is another one.
+    ConfigError if there is no npm; InputError if npm fails or the digest is another one.
     """
     cache = cache.resolve()  # npm runs in another folder
     target = cache / f"{package.name}-{package.version}.tgz"

@@ -47,7 +47,7 @@ class Exported:
 class _Pair:
     row: int
     image: int  # row of the first pair with this image
-    data: bytes | None  # the image's; None where an earlier pair had it
+    data: bytes | None  # the image's; None if an earlier pair had it
     caption: str
 
 
@@ -56,7 +56,7 @@ def export(corpus: str, out: str, form: Format, split: str, progress: Progress) 
     """Write `<split>_imgs.tsv` and `<split>_texts.jsonl`, or `lmdb/<split>/{imgs,pairs}`, and a manifest.
 
     Files appear whole; the manifest, `<split>_<form>.json`, is written last. ConfigError where files of
-    these names are there from something else; InputError where the corpus is not whole.
+    these names are there from something else; InputError if the corpus is not whole.
     """
     shards = corpus_shards(corpus)
     inputs = digest([[shard.digest for shard in shards], split])

@@ -63,7 +63,7 @@ def is_text(path: str) -> bool:
 def column_names(path: str) -> list[str]:
     """Return a text table's columns: its header, or the first JSON lines' keys in order of appearance.
 
-    InputError where the file is empty or its beginning cannot be read.
+    InputError if the file is empty or its beginning cannot be read.
     """
     with _open_utf8(path) as file:
         if not _plain_name(path).endswith((".jsonl", ".ndjson")):

@@ -29,7 +29,7 @@ def autocast(device_type: str, dtype: torch.dtype) -> torch.autocast:
 
 
 def check_precision(config: TrainConfig) -> None:
-    """Raise ConfigError where a DeepSpeed file's precision cannot run on this machine."""
+    """Raise ConfigError if a DeepSpeed file's precision cannot run on this machine."""
     half = half_of(read_deepspeed_file(config.deepspeed))
     on = get_accelerator()
     # DeepSpeed calls fp16 supported on processors that multiply in it; training there was never tried.

@@ -201,7 +201,7 @@ def save_onnx(prefix: str, model: CLIP) -> dict[str, float]:
 
     `image` float32 [batch, 3, side, side], preprocessed, gives `image_features` [batch, dim]; `text` int64
     [batch, length], padded with 0, gives `text_features`; both unit-norm; batch and length are free. Weights
-    beyond protobuf's 2 GB stand in `NAME.onnx.data`. ConfigError where the packages are not installed or the
+    beyond protobuf's 2 GB stand in `NAME.onnx.data`. ConfigError if the packages are not installed or the
     results differ by more than ONNX_TOLERANCE.
     """
     try:
