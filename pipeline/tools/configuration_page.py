@@ -254,7 +254,9 @@ def _bounds(name: str, hint: Any) -> Iterator[str]:
 
 
 def main() -> int:
-    PAGE.parent.mkdir(parents=True, exist_ok=True)
+    if not PAGE.parent.is_dir():
+        print(f"error: {PAGE.parent}: no such folder; run this from a checkout", file=sys.stderr)
+        return 1
     PAGE.write_text(page(), encoding="utf-8")
     return 0
 

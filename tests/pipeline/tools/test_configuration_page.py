@@ -1,8 +1,10 @@
 """docs/reference/configuration.md is what its generator gives, and the generator sees every key."""
 
 import dataclasses
+from pathlib import Path
 from typing import Annotated, Literal
 
+import pytest
 from annotated_types import Ge, Lt, MinLen
 
 from pipeline.catalog import RunConfig
@@ -43,3 +45,12 @@ def test_a_section_shows_type_default_bounds_and_docstring() -> None:
     assert "| `weight` | number | `0.001` | ≥ 0, < 10 | yes | Weight in kilograms. |" in lines
     assert '| `fruit` | list of strings | `["apple"]` | items ≥ 1 | yes | Names. |' in lines
     assert '| `lid` | `"open"`, `"shut"` | unset | – | yes | How it is closed. |' in lines
+
+
+def test_outside_a_checkout_it_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(configuration_page, "PAGE", tmp_path / "docs" / "configuration.md")
+    assert configuration_page.main() == 1
+    assert "docs: no such folder; run this from a checkout" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
