@@ -107,7 +107,7 @@ def _sections() -> Iterator[str]:
         if name in _TRAINING[1:]:
             continue
         title = ", ".join(f"`[{stage}]`" for stage in _TRAINING) if name in _TRAINING else f"`[{name}]`"
-        text = docs[name]
+        text = _doc(RunConfig, docs, name)
         if name in _TRAINING:
             text = "\n".join(f"- `[{stage}]`: {docs[stage]}" for stage in _TRAINING)
         tables = _tables(hint)
@@ -140,7 +140,7 @@ def _section(cls: type, title: str, path: str, level: str, text: str = "") -> It
             _default(field, is_table=kind is not None),
             ", ".join(_bounds(field.name, hints[field.name])) or "–",
             _stale(path, field),
-            docs[field.name],
+            _doc(cls, docs, field.name),
         ]
         yield f"| {' | '.join(cells)} |\n"
     for name, table, hint in inner:
@@ -161,6 +161,12 @@ def _stale(path: str, field: "dataclasses.Field[Any]") -> str:
         return "training" if field.name == "seed" else "no"
     in_digest = field.metadata.get("in_digest", True)
     return _STALE[field.metadata.get("binds", "always")] if in_digest else "no"
+
+
+def _doc(cls: type, docs: Mapping[str, str], name: str) -> str:
+    if name not in docs:
+        raise KeyError(f"{cls.__module__}.{cls.__name__}.{name}: write a docstring under the field")
+    return docs[name]
 
 
 def _paragraphs(cls: type) -> list[str]:

@@ -26,6 +26,15 @@ class Basket:
     """How it is closed."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Bare:
+    """`[bare]`."""
+
+    told: int = 1
+    """A number."""
+    untold: int = 2
+
+
 def test_the_page_is_that_of_the_code() -> None:
     written = configuration_page.PAGE.read_text(encoding="utf-8")
     assert written == configuration_page.page(), "run python -m pipeline.tools.configuration_page"
@@ -45,6 +54,11 @@ def test_a_section_shows_type_default_bounds_and_docstring() -> None:
     assert "| `weight` | number | `0.001` | ≥ 0, < 10 | yes | Weight in kilograms. |" in lines
     assert '| `fruit` | list of strings | `["apple"]` | items ≥ 1 | yes | Names. |' in lines
     assert '| `lid` | `"open"`, `"shut"` | unset | – | yes | How it is closed. |' in lines
+
+
+def test_a_key_without_a_docstring_is_named() -> None:
+    with pytest.raises(KeyError, match=r"Bare\.untold: write a docstring under the field"):
+        list(configuration_page._section(Bare, "`[bare]`", "bare", "##"))
 
 
 def test_outside_a_checkout_it_writes_nothing(
