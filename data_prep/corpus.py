@@ -39,7 +39,9 @@ class TablesConfig:
     """`[corpus]` of your own: caption tables, and evaluation sets in Chinese-CLIP's layout."""
 
     kind: Literal["tables"]
+    """Chooses this corpus."""
     tables: tuple[TableSource, ...]
+    """Caption tables."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +49,11 @@ class SourcesConfig:
     """`[corpus]` of several sources: the paper's are in recipes/paper_corpus.toml."""
 
     kind: Literal["sources"]
+    """Chooses this corpus."""
     sources: tuple[Annotated[TableSource | PackedSource, Discriminator("kind")], ...]
-    guards: tuple[str, ...] = ()  # files that `cnclip guard` made: these images stay out of training
+    """Sources, each of its own kind."""
+    guards: tuple[str, ...] = ()
+    """Files made by `cnclip guard`: the images they list stay out of training."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

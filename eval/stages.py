@@ -28,7 +28,8 @@ class EvaluationConfig:
 class IndexConfig:
     """`[index]`: how features are searched."""
 
-    factory: str = "Flat"  # FAISS factory string; Flat is exact
+    factory: str = "Flat"
+    """FAISS factory string; `Flat` is exact."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -62,10 +62,14 @@ RANK_MODULE = "pipeline.rank"
 class RunTable:
     """`[run]`: where the run lives and how its tasks are spread."""
 
-    folder: str  # local path or fsspec URL; each stage has a folder in it
-    seed: Annotated[int, Ge(0)] = 0  # of the order of samples, augmentation, dropout and new weights
-    executor: Literal["local", "ray"] = "local"  # who runs a stage's independent tasks
-    processes: Annotated[int, Ge(1)] = 2  # at once, if the executor is local
+    folder: str
+    """Folder of the run: a local path or an fsspec URL. Each stage has a folder in it."""
+    seed: Annotated[int, Ge(0)] = 0
+    """Seed of the order of samples, augmentation, dropout and new weights."""
+    executor: Literal["local", "ray"] = "local"
+    """What runs the independent tasks of a stage: processes of this machine, or Ray."""
+    processes: Annotated[int, Ge(1)] = 2
+    """Tasks at once, if the executor is `local`."""
 
 
 _START_WEIGHTS = "start_weights is a whole model: leave out image_weights, text_weights, [english]"
@@ -82,11 +86,15 @@ class ModelTable:
     """`[model]`: which of the sizes in training/model/config.py, and what it starts from."""
 
     name: Annotated[str, AfterValidator(_known_model)]
-    vocabulary: str | None = None  # vocab.txt, folder or model id; unset: learned from the corpus
-    # Weights: a path, a name such as ViT-B-16, or a hub's owner/name (docs/guides/weights.md).
-    image_weights: str | None = None  # an English CLIP for the image tower; unset: [english], else random
-    text_weights: str | None = None  # a Chinese BERT for the text tower; unset: random
-    start_weights: str | None = None  # a whole Chinese CLIP, of any resolution; then none of the above
+    """Size of the model, from `training/model/config.py`."""
+    vocabulary: str | None = None
+    """A `vocab.txt`, a folder or a model id. Unset: learned from the captions."""
+    image_weights: str | None = None
+    """A path, a name or a hub id of an English CLIP for the image tower. Unset: `[english]`, else random weights."""
+    text_weights: str | None = None
+    """A path or a hub id of a Chinese BERT for the text tower. Unset: random weights."""
+    start_weights: str | None = None
+    """A path, a name such as ViT-B-16 or a hub id of a whole Chinese CLIP, of any resolution; excludes the two above."""
 
     def __post_init__(self) -> None:
         if self.start_weights and (self.image_weights or self.text_weights):
@@ -98,27 +106,49 @@ class RunConfig:
     """A run's TOML file."""
 
     run: RunTable
+    """Where the run lives."""
     corpus: Annotated[DemoConfig | EmojiConfig | TablesConfig | SourcesConfig, Discriminator("kind")]
+    """What the corpus is made from; its `kind` selects one of four tables."""
     model: ModelTable
+    """The model and its starting weights."""
     evaluation: tuple[EvaluationSource, ...] = ()
+    """Retrieval sets."""
     classification: tuple[ClassificationSource, ...] = ()
+    """Classification sets."""
     filter_text: FilterTextConfig = field(default_factory=FilterTextConfig)
+    """Rules for captions."""
     dedup: DedupConfig = field(default_factory=DedupConfig)
+    """Exact duplicates."""
     download: DownloadConfig = field(default_factory=DownloadConfig)
+    """Download of the images."""
     filter_image: FilterImageConfig = field(default_factory=FilterImageConfig)
-    dedup_image: DedupImageConfig | None = None  # unset: copies of images stay, as in the paper
-    score: ScoreConfig | None = None  # unset: rows whose source has no score are not judged by one
-    filter_score: FilterScoreConfig | None = None  # unset: the paper's threshold on what [score] gives
-    split: SplitConfig | None = None  # rows set aside for validation; unset: none
+    """Rules for images."""
+    dedup_image: DedupImageConfig | None = None
+    """Near-duplicate detection. Unset: copies of images stay, as in the paper."""
+    score: ScoreConfig | None = None
+    """Scores by a model. Unset: rows whose source has no score are not judged by one."""
+    filter_score: FilterScoreConfig | None = None
+    """Threshold on those scores. Unset: the paper's."""
+    split: SplitConfig | None = None
+    """Rows set aside for validation. Unset: none."""
     shards: ShardsConfig = field(default_factory=ShardsConfig)
+    """Packing."""
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
-    english: TrainConfig | None = None  # stands in for OpenAI's CLIP where its weights are not at hand
-    stage1: TrainConfig | None = None  # image tower locked (paper, 2.3)
-    stage2: TrainConfig | None = None  # everything trained (paper, 2.3)
-    finetune: TrainConfig | None = None  # on the pairs of a downstream task (paper, A.3)
+    """Vocabulary that is learned from the captions."""
+    english: TrainConfig | None = None
+    """English training that stands in for OpenAI's CLIP when its weights are not available."""
+    stage1: TrainConfig | None = None
+    """Image tower locked (paper, 2.3)."""
+    stage2: TrainConfig | None = None
+    """Everything trained (paper, 2.3)."""
+    finetune: TrainConfig | None = None
+    """Training on the pairs of a downstream task (paper, A.3)."""
     index: IndexConfig = field(default_factory=IndexConfig)
+    """FAISS index."""
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+    """Slurm cluster."""
     zeroshot: ZeroshotConfig = field(default_factory=ZeroshotConfig)
+    """Zero-shot classification."""
 
     def __post_init__(self) -> None:
         if self.stage1 is None and self.stage2 is None and self.finetune is None:

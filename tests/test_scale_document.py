@@ -33,7 +33,7 @@ def test_hours_follow_from_the_formulas() -> None:
     for step, count, rate in (
         ("text", 5.85e9, "r_text"),
         ("download, decode", 200e6, "r_down"),
-        ("pictures judged", 200e6, "r_image"),
+        ("images judged", 200e6, "r_image"),
         ("shards, packing", 200e6, "r_shard"),
     ):
         assert abs(core_hours[step] - count / rates[rate] / 3600) <= 0.006 * core_hours[step] + 0.05, step

@@ -48,11 +48,11 @@ MEMORY_GIB: Mapping[str, float] = MappingProxyType(
 )
 
 
-WITHOUT_BFLOAT16 = ("V100", "T4")  # their tensor cores know float16 alone
+WITHOUT_BFLOAT16 = ("V100", "T4")  # their tensor cores only know float16
 
 
 def find_device(name: str) -> str | None:
-    """The key of PEAK_FLOPS whose words a device's name has ("NVIDIA H100 80GB HBM3" → "H100"), or None.
+    """Return the key of PEAK_FLOPS in a device's name ("NVIDIA H100 80GB HBM3" → "H100"), or None.
 
     Whole words: an A10G is no A10, nor an A1000 an A100.
     """
@@ -61,7 +61,7 @@ def find_device(name: str) -> str | None:
 
 
 def device_gib(name: str) -> float:
-    """Memory of a device that `find_device` knows: as its name says ("A100-SXM4-40GB"), or its data sheet."""
+    """Return a known device's memory, from its name ("A100-SXM4-40GB") or its data sheet."""
     said = re.search(r"\b([1-9]\d*) ?gb\b", " ".join(_words(name)))
     found = find_device(name)
     assert found is not None
@@ -73,7 +73,7 @@ def _words(name: str) -> list[str]:
 
 
 def matmul_flops(size: int = 1024) -> float:
-    """FLOP/s of float32 matrix products on this machine's CPU with torch's threads: the best of a few.
+    """Return FLOP/s of float32 matrix products on this machine's CPU with torch's threads: the best of a few.
 
     By processor time, so that other work on the machine does not make its peak look low.
     """
@@ -91,7 +91,7 @@ def matmul_flops(size: int = 1024) -> float:
 
 
 def image_forward(model: ModelConfig, patch_mask: float = 0.0) -> float:
-    """FLOPs of one image through the image tower; a ViT computes on all but `patch_mask` of the patches."""
+    """Return the FLOPs of one image in the image tower; a ViT leaves out `patch_mask` of the patches."""
     config = model.vision
     if isinstance(config, VisionTransformerConfig):
         patches = config.num_patches  # all are embedded, masked or not
@@ -102,7 +102,7 @@ def image_forward(model: ModelConfig, patch_mask: float = 0.0) -> float:
 
 
 def text_forward(config: TextConfig, tokens: float) -> float:
-    """FLOPs of one caption of `tokens` tokens through a text tower.
+    """Return FLOPs of one caption of `tokens` tokens through a text tower.
 
     The last block is computed for [CLS] alone; keys and values are still made of every token there.
     """
@@ -111,7 +111,7 @@ def text_forward(config: TextConfig, tokens: float) -> float:
 
 
 def training_flops(model: ModelConfig, config: TrainConfig, tokens: float) -> float:
-    """FLOPs that one sample needs in a training step; `tokens` is a caption's mean length.
+    """Return FLOPs that one sample needs in a training step; `tokens` is a caption's mean length.
 
     What is computed twice to save memory (checkpointing, micro-batches) is not counted: it is overhead, not
     work. Nor is a teacher, nor what is learned from statements. A locked tower has no backward pass, and none
@@ -124,12 +124,12 @@ def training_flops(model: ModelConfig, config: TrainConfig, tokens: float) -> fl
 
 
 def _block(tokens: float, width: int) -> float:
-    """FLOPs of a transformer block over `tokens` tokens."""
+    """Return FLOPs of a transformer block over `tokens` tokens."""
     return tokens * (24 * width**2 + 4 * tokens * width)
 
 
 def _modified_resnet(config: ModifiedResNetConfig, embed_dim: int) -> float:
-    """OpenAI CLIP's ResNet: three convolutions before the stages, anti-aliased strides, attention pooling."""
+    """Return FLOPs of OpenAI CLIP's ResNet: a stem of three convolutions, strides, attention pooling."""
     stem = config.width // 32
     side = config.image_size_px // 2
     total = 2 * side**2 * 9 * (3 * stem // 2 + (stem // 2) ** 2 + stem // 2 * stem)

@@ -241,6 +241,6 @@ class Trainer:
         if not asked:
             self.metrics.notice(
                 f"[{self.stage}] negation: in {pass_steps} steps no caption named some of objects ="
-                f" {', '.join(self.config.negation.objects)} and not all: no statement is learned; name what"
-                " these captions name"
+                f" {', '.join(self.config.negation.objects)} and not all: the model learned no statement; use"
+                " words that these captions contain"
             )

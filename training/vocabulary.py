@@ -10,8 +10,10 @@ from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 class VocabularyConfig:
     """`[vocabulary]`: learned only if `[model] vocabulary` names none."""
 
-    size: int = 4_000  # most tokens; Chinese characters come first, then pieces of words
-    columns: tuple[str, ...] = ("caption",)  # caption columns of the shards, one vocabulary each
+    size: int = 4_000
+    """Most tokens. Chinese characters come first, then pieces of words."""
+    columns: tuple[str, ...] = ("caption",)
+    """Caption columns of the shards, one vocabulary each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ STEPS = ("filter_text", "dedup", "download", *ROW_STAGES)
 
 
 def by_source(manifest: Manifest) -> dict[str, dict[str, Any]]:
-    """Source → {in, kept, dropped{reason: rows}} of a finished stage, summed over its tasks."""
+    """Return source → {in, kept, dropped{reason: rows}} of a finished stage, summed over its tasks."""
     totals: dict[str, SourceCounts] = {}
     for extra in manifest.extra.values():
         for source, counts in sources_from_json(extra).items():
@@ -28,7 +28,7 @@ def by_source(manifest: Manifest) -> dict[str, dict[str, Any]]:
 
 
 def threshold_notes(manifest: Manifest) -> list[str]:
-    """A sentence for each source in which every row passes a stage's threshold on scores.
+    """Return a sentence for each source in which every row passes a stage's threshold on scores.
 
     LAION-5B kept what its own encoders scored high enough: the paper's 0.26 can be a no-op on it.
     """

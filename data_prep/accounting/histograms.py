@@ -20,12 +20,12 @@ EDGES: Mapping[str, Sequence[float]] = {
 
 
 def histogram(name: str, kept: pl.Series, dropped: pl.Series) -> dict[str, list[int]]:
-    """{"kept", "dropped"}: counts a bin, len(EDGES[name]) + 1 each; nulls and NaN are not counted."""
+    """Return {"kept", "dropped"}: counts a bin, len(EDGES[name]) + 1 each, without nulls and NaN."""
     return {side: _count(name, values) for side, values in (("kept", kept), ("dropped", dropped))}
 
 
 def add(histograms: Iterable[Mapping[str, Sequence[int]]]) -> dict[str, list[int]]:
-    """The sum of some histograms of one name."""
+    """Return the sum of some histograms of one name."""
     total: dict[str, list[int]] = {}
     for item in histograms:
         for side, counts in item.items():

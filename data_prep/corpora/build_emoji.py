@@ -122,7 +122,7 @@ class Name:
 
 
 def integrity_of(path: Path) -> str:
-    """sha512 of a file in npm's form."""
+    """Return the sha512 of a file in npm's form."""
     with open(path, "rb") as file:
         return "sha512-" + base64.b64encode(hashlib.file_digest(file, "sha512").digest()).decode()
 
@@ -130,7 +130,7 @@ def integrity_of(path: Path) -> str:
 def fetch(package: Package, cache: Path) -> Path:
     """Get a package's tarball into the cache with the npm client, unless it is there; check its digest.
 
-    ConfigError where there is no npm; InputError where npm fails or the digest is another one.
+    ConfigError if there is no npm; InputError if npm fails or the digest is another one.
     """
     cache = cache.resolve()  # npm runs in another folder
     target = cache / f"{package.name}-{package.version}.tgz"
@@ -191,22 +191,22 @@ def _read_one(tarball: Path, path: str) -> bytes:
 
 
 def code_points(text: str) -> str:
-    """`☺️` → `263a`: lower-case hex joined by "-", without the variation selector fe0f."""
+    """Return `☺️` as `263a`: lower-case hex joined by "-", without the variation selector fe0f."""
     return "-".join(f"{ord(character):04x}" for character in text if character != "\ufe0f")
 
 
 def normalise_code(code: str) -> str:
-    """`263A-FE0F`, as file names and emoji.json write it → `263a`."""
+    """Return `263A-FE0F`, as file names and emoji.json write it, as `263a`."""
     return "-".join(part for part in code.lower().split("-") if part != "fe0f")
 
 
 def slug(name_en: str) -> str:
-    """`woman’s hat` → `womans-hat`, Fluent's file name."""
+    """Return `woman’s hat` as `womans-hat`, Fluent's file name."""
     return re.sub(r"[^a-z0-9]+", "-", name_en.lower().replace("’", "")).strip("-")
 
 
 def read_names(cldr: Path, cldr_derived: Path, language: str) -> dict[str, Name]:
-    """Names by code points. Keywords of the Chinese list that repeat the name are left out.
+    """Return names by code points, without keywords of the Chinese list that repeat the name.
 
     Basic annotations win over derived ones (those of composed emoji).
     """
@@ -222,7 +222,7 @@ def read_names(cldr: Path, cldr_derived: Path, language: str) -> dict[str, Name]
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """Centred on a white square of SIDE_PX, RGB."""
+    """Centre an image on a white square of SIDE_PX, RGB."""
     side = max(image.size)
     square = Image.new("RGBA", (side, side), "white")
     square.alpha_composite(image.convert("RGBA"), ((side - image.width) // 2, (side - image.height) // 2))
@@ -231,7 +231,7 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 def render_svg(svg: bytes) -> Image.Image:
-    """Render at SIDE_PX. ConfigError without the renderer; ValueError where the SVG is broken."""
+    """Render at SIDE_PX. ConfigError without the renderer; ValueError if the SVG is broken."""
     try:
         import resvg_py
     except ImportError:
@@ -252,7 +252,7 @@ IMAGE_PATHS = {
 
 
 def read_images(vendor: str, tarball: Path, codes: Mapping[str, str]) -> dict[str, bytes]:
-    """PNG bytes (SIDE_PX square, RGB on white) by code points.
+    """Return PNG bytes (SIDE_PX square, RGB on white) by code points.
 
     `codes` maps what IMAGE_PATHS finds, code points normalised, to the code points of the wanted emoji.
     """

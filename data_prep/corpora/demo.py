@@ -41,12 +41,17 @@ class DemoConfig:
     """`[corpus]` of the demo: what the generator makes."""
 
     kind: Literal["demo"] = "demo"
-    seed: int = 0  # everything drawn follows from it
-    num_clean: Annotated[int, Ge(1)] = 3000  # ordinary training rows, each with its own image
-    num_evaluation: Annotated[int, Ge(1)] = 200  # images of unseen pairs of things, one caption each
-    # Side of the most common, square image; others are up to 3.1 times as long.
+    """Chooses this corpus."""
+    seed: int = 0
+    """Seed of everything that is drawn."""
+    num_clean: Annotated[int, Ge(1)] = 3000
+    """Ordinary training rows, each with an image of its own."""
+    num_evaluation: Annotated[int, Ge(1)] = 200
+    """Evaluation images, each with one caption; they combine things that training never shows together."""
     image_size_px: Annotated[int, Ge(32)] = 96
-    dirt: Annotated[float, Ge(0.01)] = 1.0  # factor on the number of rows of each class of dirt in PLAN
+    """Side of the most common, square image, in pixels; others are up to 3.1 times as long."""
+    dirt: Annotated[float, Ge(0.01)] = 1.0
+    """Factor on the number of rows with each kind of defect."""
 
 
 SCHEMA = pa.schema(

@@ -87,7 +87,7 @@ class Scene:
     second: Group | None = None
 
     def canonical(self) -> "Scene":
-        """The same scene told from the left or from above: equal scenes look the same."""
+        """Return the same scene told from the left or from above: equal scenes look the same."""
         if self.relation in ("right", "below"):
             assert self.second is not None
             return Scene(self.second, self.background, OPPOSITE[self.relation], self.first)
@@ -115,7 +115,7 @@ def random_group(rng: Random, kind: Kind) -> Group:
 
 
 def random_pair_scene(rng: Random, pair: tuple[Kind, Kind]) -> Scene:
-    """Two groups of the given kinds, in either order and any relation."""
+    """Return two groups of the given kinds, in either order and any relation."""
     first, second = rng.sample(pair, 2)
     relation: Relation = rng.choice(("left", "right", "above", "below"))
     background = rng.choice(list(BACKGROUNDS))
@@ -123,7 +123,7 @@ def random_pair_scene(rng: Random, pair: tuple[Kind, Kind]) -> Scene:
 
 
 def random_training_scene(rng: Random, held_out: set[frozenset[Kind]]) -> Scene:
-    """A scene that never shows a held-out pair together; one in six shows a single group."""
+    """Return a scene that never shows a held-out pair together; one in six shows a single group."""
     if rng.random() < 1 / 6:
         return Scene(random_group(rng, rng.choice(KINDS)), rng.choice(list(BACKGROUNDS)))
     while True:
@@ -219,13 +219,13 @@ def describe(rng: Random, scene: Scene, *, colourless: bool = False) -> Caption:
 
 
 def _arc(centre: Point, radius: float, start: float, stop: float, steps: int) -> list[Point]:
-    """Points on a circle, angles in turns clockwise from the right."""
+    """Return points on a circle, angles in turns clockwise from the right."""
     angles = [2 * math.pi * (start + (stop - start) * step / steps) for step in range(steps + 1)]
     return [(centre[0] + radius * math.cos(t), centre[1] + radius * math.sin(t)) for t in angles]
 
 
 def _outline(shape: str) -> list[Point]:
-    """A shape's polygon around (0, 0), within a circle of radius 1; y points down."""
+    """Return a shape's polygon around (0, 0), within a circle of radius 1; y points down."""
     if shape == "圆形":
         return _arc((0, 0), 0.95, 0, 1, 48)
     if shape == "正方形":
@@ -306,7 +306,7 @@ def _halves(
 
 
 def draw_things(rng: Random, scene: Scene, width_px: int, height_px: int) -> Image.Image:
-    """The things of a scene on a transparent ground, anti-aliased: an RGBA image."""
+    """Draw the things of a scene on a transparent ground, anti-aliased: an RGBA image."""
     scale = 3 if max(width_px, height_px) <= 160 else 2
     canvas = Image.new("RGBA", (width_px * scale, height_px * scale), (128, 128, 128, 0))
     pen = ImageDraw.Draw(canvas)
@@ -333,7 +333,7 @@ def draw_things(rng: Random, scene: Scene, width_px: int, height_px: int) -> Ima
 
 
 def draw_background(rng: Random, scene: Scene, width_px: int, height_px: int) -> Image.Image:
-    """A textured ground in the scene's background colour: a gradient, soft blotches and fine noise.
+    """Draw a textured ground in the scene's background colour: a gradient, soft blotches and fine noise.
 
     No two are alike, at a coarse scale too: that is what tells two images with one caption apart.
     """
@@ -351,7 +351,7 @@ def draw_background(rng: Random, scene: Scene, width_px: int, height_px: int) ->
 
 
 def draw(rng: Random, scene: Scene, width_px: int, height_px: int) -> Image.Image:
-    """The whole image: RGB, `width_px` x `height_px`."""
+    """Draw the whole image: RGB, `width_px` x `height_px`."""
     image = draw_background(rng, scene, width_px, height_px)
     things = draw_things(rng, scene, width_px, height_px)
     image.paste(things, mask=things.getchannel("A"))
@@ -359,7 +359,7 @@ def draw(rng: Random, scene: Scene, width_px: int, height_px: int) -> Image.Imag
 
 
 def random_dimensions(rng: Random, image_size_px: int) -> tuple[int, int]:
-    """Width and height: mostly the square, some tall and wide ones, some up to three times as large."""
+    """Draw width and height: mostly the square, some tall and wide ones, some up to three times as large."""
     draw_of_shape = rng.random()
     if draw_of_shape < 0.6:
         return image_size_px, image_size_px
@@ -370,7 +370,7 @@ def random_dimensions(rng: Random, image_size_px: int) -> tuple[int, int]:
 
 
 def evaluation_scenes(rng: Random, held_out: set[frozenset[Kind]], count: int) -> Sequence[Scene]:
-    """Different scenes of held-out pairs; their background is not what tells them apart.
+    """Return different scenes of held-out pairs; their background does not tell them apart.
 
     A few pairs are likely to occur twice, with other counts, sizes or relations.
     """

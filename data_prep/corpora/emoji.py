@@ -33,13 +33,19 @@ class EmojiConfig:
     """`[corpus]` of the emoji run: which vendors' images are learned from and which are scored."""
 
     kind: Literal["emoji"] = "emoji"
-    folder: str  # holds <vendor>.parquet files
-    train: tuple[str, ...] = ()  # vendors to train on; empty: every file that is not evaluated
-    evaluate: tuple[str, ...] = ("fluent",)  # vendors to score on, an evaluation set each
-    # Rows an image: its name, then the name with some of its keywords.
+    """Chooses this corpus."""
+    folder: str
+    """Folder of the `<vendor>.parquet` files."""
+    train: tuple[str, ...] = ()
+    """Vendors to train on; empty: every file that is not evaluated."""
+    evaluate: tuple[str, ...] = ("fluent",)
+    """Vendors to score on, one evaluation set each."""
     captions_per_picture: Annotated[int, Ge(1)] = 3
-    max_keywords: Annotated[int, Ge(1)] = 3  # in one caption
-    seed: int = 0  # chooses the keywords
+    """Rows for each image: its name, then the name with some of its keywords."""
+    max_keywords: Annotated[int, Ge(1)] = 3
+    """Most keywords in one caption."""
+    seed: int = 0
+    """Seed of the choice of keywords."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,7 +90,7 @@ class Row:
     language: str = "zh"
     answer: Answer | None = None
     body: bytes | None = None  # of the file that the answer names
-    expected: Image.Image | None = None  # the upright RGB image that must be kept, where that needs care
+    expected: Image.Image | None = None  # the upright RGB image that must be kept, if that needs care
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ class World:
     evaluation: list[EvaluationImage]
 
     def draws(self, planted: str) -> Iterator[tuple[int, Random]]:
-        """Number and random generator of each row of a class."""
+        """Return the number and the random generator of each row of a class."""
         plan = PLAN[planted]
         count = max(1, round(plan.count * self.dirt)) if plan.scales else plan.count
         for index in range(count):
@@ -146,7 +146,7 @@ def answered_row(
     answer: Answer | None = None,
     expected: Image.Image | None = None,
 ) -> Row:
-    """A row that nothing is wrong with unless its body or answer is; a body is answered with status 200."""
+    """Return a row without a defect unless its body or answer has one; a body is answered with status 200."""
     name = f"{planted}/{index:05d}.{extension}"
     content_type = {"jpg": "image/jpeg", "png": "image/png", "webp": "image/webp"}[extension]
     answer = answer or Answer(content_type=content_type)
@@ -252,7 +252,7 @@ INVALID_URLS = (
 
 
 def table_dirt(world: World) -> Iterator[Row]:
-    """Rows that the table alone gives away; their images are in order: only text rules can drop them."""
+    """Return rows that the table gives away; their images are in order, so only text rules can drop them."""
 
     def fill(forms: tuple[str, ...], index: int, rng: Random) -> str:
         return forms[index % len(forms)].format(

@@ -23,7 +23,7 @@ HTML = "<!DOCTYPE html>\n<html><head><title>404</title></head><body><p>您访问
 
 
 def _png(width_px: int, height_px: int, bits: int, colour_type: int, rows: Iterable[bytes]) -> bytes:
-    """A PNG from packed rows of pixels (without filter bytes), made without ever holding the image."""
+    """Return a PNG from packed rows of pixels (without filter bytes), made without ever holding the image."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -36,7 +36,7 @@ def _png(width_px: int, height_px: int, bits: int, colour_type: int, rows: Itera
 
 
 def _garble(index: int, rng: Random) -> tuple[str, bytes]:
-    """The first bytes of an image format and then noise, with the end that the format asks for."""
+    """Return the first bytes of an image format and then noise, with the end that the format asks for."""
     noise = rng.randbytes(rng.randint(800, 4000))
     if index % 3 == 0:
         return "png", PNG_START + noise
@@ -53,7 +53,7 @@ def _garble(index: int, rng: Random) -> tuple[str, bytes]:
 
 
 def download_dirt(world: World) -> Iterator[Row]:
-    """Rows whose table entry is in order and whose URL is not."""
+    """Return rows whose table entry is in order and whose URL is not."""
 
     def rows(planted: str, answer_of: Callable[[int], Answer]) -> Iterator[Row]:
         for index, rng in world.draws(planted):
@@ -120,7 +120,7 @@ def _exif_rotated(image: Image.Image, orientation: int) -> bytes:
 
 
 def _cmyk(image: Image.Image, *, with_black: bool) -> Image.Image:
-    """CMYK that shows the same colours, without the black plate or with as much black as there can be."""
+    """Return CMYK of the same colours, without the black plate or with as much black as possible."""
     if not with_black:
         return image.convert("CMYK")
     rgb_HWC = np.asarray(image, np.float32)
@@ -131,7 +131,7 @@ def _cmyk(image: Image.Image, *, with_black: bool) -> Image.Image:
 
 
 def _sixteen_bits(image: Image.Image) -> bytes:
-    """A PNG with 16 bits a channel, whose low byte repeats the high one: divided by 257 it is as before."""
+    """Return a PNG with 16 bits a channel; the low byte repeats the high one, so 1/257 of it is as before."""
     pixels = np.asarray(image).astype(np.uint16) * 257
     colour_type = 0 if image.mode == "L" else 2
     return _png(*image.size, 16, colour_type, (row.astype(">u2").tobytes() for row in pixels))
@@ -143,14 +143,14 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _black_where_clear(things: Image.Image) -> Image.Image:
-    """Black under the transparent pixels: a reader that forgets the alpha channel shows it."""
+    """Put black under the transparent pixels: a reader that forgets the alpha channel shows it."""
     pixels_HWC = np.asarray(things).copy()
     pixels_HWC[pixels_HWC[:, :, 3] == 0] = 0
     return Image.fromarray(pixels_HWC, "RGBA")
 
 
 def _palette_with_hole(things: Image.Image) -> Image.Image:
-    """A palette image whose colour 255 is black and transparent."""
+    """Return a palette image whose colour 255 is black and transparent."""
     colours = things.convert("RGB").quantize(255, dither=Image.Dither.NONE)
     indices_HW = np.asarray(colours).copy()
     indices_HW[np.asarray(things.getchannel("A")) < 128] = 255
@@ -162,7 +162,7 @@ def _palette_with_hole(things: Image.Image) -> Image.Image:
 
 
 def careful_images(world: World) -> Iterator[Row]:
-    """Images that are kept, and that a careless reader turns, tints, blackens or whitens."""
+    """Return images that are kept, and that a careless reader turns, tints, blackens or whitens."""
 
     def rows(
         planted: str, extension: str, encode: Callable[[int, Image.Image], bytes], *, colourless: bool = False

@@ -29,8 +29,8 @@ _MIN_TASKS = 64  # below, one task a partition
 class DedupConfig:
     """`[dedup]`."""
 
-    # Files that the corpus is cut into; about 10,000 rows each is what download likes.
     partitions: Annotated[int, Ge(1), Le(16**_PREFIX_HEX_DIGITS)] = 4
+    """Files that the shuffled corpus is cut into. About 10,000 rows each suits the download."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

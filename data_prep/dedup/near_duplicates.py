@@ -1,18 +1,7 @@
-"""Stages find_copies and dedup_image: images that are there already, exactly or nearly (not in the paper).
+"""Stages find_copies and dedup_image: drop copies of images, exact or near (not in the paper).
 
-Exact copies have the same stored bytes. Near copies have perceptual hashes at most `max_distance` of 384 bits
-apart, and signatures that match (rules/image_signature.py): the hashes of plain images are all near. Pairs
-are found without comparing all: the hash is cut into max_distance + 1 bands, and two hashes
-so close agree in at least one band whole (pigeonhole; multi-index hashing, Norouzi et al. 2012), so only
-rows that share a band's value are compared. Bits go to the bands in turn, since neighbouring bits are
-alike. A value that very many images share (white ground) would still be quadratic: its rows are sorted by
-their whole hash, those of one hash by their brightness, and each is compared with the WINDOW after it. That
-bounds the work to rows x bands x WINDOW comparisons, all vectorised, and is exact where no more than
-WINDOW + 1 different images share a value; beyond, a pair is missed only where every band that it agrees in
-is that crowded. Signatures are read only of row groups with rows that the hashes pair with another.
-
-Of two copies the one with the lower key stays, in whatever order the work is done. A row near to one that
-is itself dropped goes too: in a chain of small steps only its lowest key stays.
+Exact copies have the same stored bytes; near copies have near hashes and matching signatures. Pairs are found
+by bands of the hash, not by comparing all: docs/concepts/filtering.md, "Near-duplicate detection".
 """
 
 from collections.abc import Iterator, Sequence
@@ -51,14 +40,17 @@ UInt64Array = npt.NDArray[np.uint64]
 class DedupImageConfig:
     """`[dedup_image]`: a run without this table keeps copies, as the paper does."""
 
-    exact: bool = True  # the same image under several addresses or captions
-    # Bits of 384 within which an image may be a near copy, if the signatures match; unset is off. More bits
-    # are more and shorter bands:
-    # benchmarks/data_prep/near_copies.py has their cost.
+    exact: bool = True
+    """Whether an image that is stored under several addresses or captions is kept once."""
     max_distance: Annotated[int, Ge(0), Le(31)] | None = None
-    # Of each band: a task holds its share of all keys and hashes, some 100 bytes a row, and 500 a row that
-    # has another within max_distance.
+    """Largest number of differing hash bits (of 384) at which two images may count as near copies; their
+    signatures must match too. Unset: near copies stay. More bits mean more and shorter bands;
+    `benchmarks/data_prep/near_copies.py` measures the cost.
+    """
     partitions: Annotated[int, Ge(1)] = 1
+    """Tasks for each band. A task holds its share of all keys and hashes: about 100 bytes a row, and 500 a
+    row that has another one within `max_distance`.
+    """
 
     def __post_init__(self) -> None:
         if not self.exact and self.max_distance is None:

@@ -74,7 +74,7 @@ class Board:
 
     @contextlib.contextmanager
     def open(self, address: str) -> Iterator[None]:
-        """Around a request: its address is open until then."""
+        """Mark an address as open around its request."""
         slot = self._slot()
         self._write(slot, time.time(), address)
         try:
@@ -87,7 +87,7 @@ class Board:
 
     @contextlib.contextmanager
     def decode(self, address: str) -> Iterator[None]:
-        """Around decoding what came from an address."""
+        """Mark what came from an address as being decoded."""
         self._write(0, time.time(), f"decoding {address}")
         try:
             yield

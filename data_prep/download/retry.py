@@ -71,7 +71,7 @@ class Failures:
 
 
 def worth_it(drops: pl.LazyFrame) -> pl.LazyFrame:
-    """The rows of a download's drop table that are worth another try."""
+    """Return the rows of a download's drop table that are worth retrying."""
     if HTTP_STATUS not in drops.collect_schema().names():
         drops = drops.with_columns(pl.lit(None, dtype=pl.Int16).alias(HTTP_STATUS))
     status = pl.col(HTTP_STATUS)
@@ -83,7 +83,7 @@ def worth_it(drops: pl.LazyFrame) -> pl.LazyFrame:
 
 
 def failures(context: Context) -> list[Failures]:
-    """What the download gave up on, by class, the largest first."""
+    """Return what the download gave up on, by class, the largest first."""
     counts: collections.Counter[tuple[str, bool]] = collections.Counter()
     for drops in _drop_tables(context).values():
         table = pl.scan_parquet(context.path_in("download", drops.path))
@@ -104,7 +104,7 @@ def failures(context: Context) -> list[Failures]:
 
 
 def plan(config: Any, context: Context) -> list[Task]:
-    """One task a partition that has rows worth another try."""
+    """Return one task a partition that has rows worth another try."""
     rows = {shard.path: shard for shard in context.parents["dedup"].shards if shard.path.startswith("kept/")}
     tasks = []
     for name, drops in _drop_tables(context).items():
@@ -119,7 +119,7 @@ def plan(config: Any, context: Context) -> list[Task]:
 
 
 def next_pass(download: Manifest) -> int:
-    """The number of the pass that is still to be merged; 1 after the first download."""
+    """Return the number of the pass that is still to be merged; 1 after the first download."""
     merged = [
         number for extra in download.extra.values() for number in DownloadFacts.from_json(extra).passes or {}
     ]
@@ -129,7 +129,7 @@ def next_pass(download: Manifest) -> int:
 def merge(
     context: Context, receipts: list[Receipt], number: int, came: dict[str, Receipt]
 ) -> Iterator[Receipt]:
-    """The download's receipts after a pass; `came` has the pass's receipts by partition.
+    """Return the download's receipts after a pass; `came` has the pass's receipts by partition.
 
     Writes new files beside the old ones; nothing that the download's manifest names is touched. A partition
     whose receipt already has the pass, since a merge was killed, is left as it is.
@@ -198,7 +198,7 @@ def _merge_one(context: Context, before: Receipt, number: int, came: Receipt) ->
 
 
 def unused_files(context: Context, download: Manifest) -> Iterator[str]:
-    """Tables of the download that its manifest no longer names: those that a merge has replaced."""
+    """Return tables of the download that its manifest no longer names: those that a merge has replaced."""
     named = {shard.path for shard in download.shards}
     for folder in ("pictures", "dropped"):
         for name in store.list_files(context.path_in("download", folder)):
@@ -209,7 +209,7 @@ def unused_files(context: Context, download: Manifest) -> Iterator[str]:
 def _sources(
     before: Mapping[str, SourceCounts], asked: pl.DataFrame, came: Mapping[str, SourceCounts]
 ) -> dict[str, SourceCounts]:
-    """The funnel by source: what was asked for again is taken out, what became of it put in."""
+    """Return the funnel by source, with what was retried taken out and what became of it put in."""
     num_kept = {source: counts.num_kept for source, counts in before.items()}
     dropped = {source: dict(counts.dropped) for source, counts in before.items()}
     for source, reason, count in asked.iter_rows():
@@ -229,7 +229,7 @@ def _sources(
 
 
 def _drop_tables(context: Context) -> dict[str, Shard]:
-    """Partition → its drop table, of the finished download."""
+    """Return partition → its drop table, of the finished download."""
     return {
         shard.path.removeprefix("dropped/").partition(".")[0]: shard
         for shard in context.parents["download"].shards

@@ -47,24 +47,34 @@ _NOT_ASKED = "not asked for yet"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DownloadConfig:
-    """`[download]`: what img2dataset is told. The paper trains at 224 px and 336 px (section 2.2)."""
+    """`[download]`: settings of img2dataset. The paper trains at 224 px and 336 px (section 2.2)."""
 
-    short_side_px: int = 256  # larger images are reduced to it: room for a random crop of 224
+    short_side_px: int = 256
+    """Shorter side to which larger images are reduced, in pixels; 256 leaves room for a crop of 224."""
     jpeg_quality: int = 95
-    max_pixels: int = MAX_IMAGE_PIXELS  # of an image's header: above, a decompression bomb
-    # Decode a JPEG at 1/2, 1/4 or 1/8 where that still exceeds short_side_px, and average pixels: faster,
-    # and pixels differ a little (benchmarks/data_prep/resize.py says both).
+    """JPEG quality of the stored image."""
+    max_pixels: int = MAX_IMAGE_PIXELS
+    """Most pixels according to an image's header; larger ones are refused as decompression bombs."""
     scaled_decode: bool = False
-    timeout_seconds: float = 10.0  # a whole request
-    retries: int = 1  # further tries at an address that gave nothing
-    # Networks that may be fetched from although they are not of the public web, such as "10.0.0.0/8".
+    """Whether JPEGs are decoded at 1/2, 1/4 or 1/8 of their size if that still exceeds `short_side_px`. This
+    is faster and changes pixels slightly; `benchmarks/data_prep/resize.py` measures both.
+    """
+    timeout_seconds: float = 10.0
+    """Limit for a whole request, in seconds."""
+    retries: int = 1
+    """Further attempts at an address that returned nothing."""
     allowed_networks: tuple[str, ...] = ()
-    # Share of a partition's addresses that fail for want of a network (DNS, connection, time-out) at which
-    # the stage stops, since that is an outage and not a dead web; above 1 is off.
+    """Networks that may be fetched from although they are not public, such as `10.0.0.0/8`."""
     outage_share: float = field(default=0.9, metadata=NOT_IN_DIGEST)
-    stall_seconds: float = field(default=600.0, metadata=NOT_IN_DIGEST)  # without a byte: a worker hangs
+    """Share of a partition's addresses that fail for lack of a network (DNS, connection, time-out) at which
+    the stage stops, because that is an outage and not a dead web; above 1 is off.
+    """
+    stall_seconds: float = field(default=600.0, metadata=NOT_IN_DIGEST)
+    """Seconds without a byte after which a worker counts as hung."""
     processes: int = field(default=2, metadata=NOT_IN_DIGEST)
-    threads: int = field(default=32, metadata=NOT_IN_DIGEST)  # connections a process
+    """Download processes."""
+    threads: int = field(default=32, metadata=NOT_IN_DIGEST)
+    """Connections of each process."""
 
     def __post_init__(self) -> None:
         for network in self.allowed_networks:

@@ -39,7 +39,7 @@ _board: Board | None = None  # of this process, once it downloads
 def fetch(
     row: Any, timeout: float, user_agent_token: str, disallowed_header_directives: Any
 ) -> tuple[Any, ...]:
-    """img2dataset's `download_image` with an honest user agent, a deadline and a limit on the body.
+    """Fetch as img2dataset's `download_image`, with an honest user agent, a deadline and a limit on the body.
 
     `timeout` counts for the whole request, in seconds. Errors begin with a DropReason and a colon.
     """

@@ -32,12 +32,16 @@ _NO_MARKS = Marks(bytes(image_rules.HASH_BITS // 8), bytes(SIGNATURE_BYTES))  # 
 class FilterImageConfig:
     """`[filter_image]`."""
 
-    min_side_px: int = 16  # shorter side of the image as it came
-    max_aspect: float = 5.0  # longer side over shorter side
-    remove_evaluation_copies: bool = True  # images of the evaluation sets under other addresses (2.2)
-    # Bits of 384 within which an image may be a copy of an evaluation image; signatures decide.
-    # On the demo re-encoded copies are 0 to 22 bits away, other images 60 and more.
+    min_side_px: int = 16
+    """Smallest shorter side of the original image, in pixels."""
+    max_aspect: float = 5.0
+    """Largest ratio of the longer side to the shorter side."""
+    remove_evaluation_copies: bool = True
+    """Whether images of the evaluation sets are removed under whatever address they come (paper, 2.2)."""
     evaluation_distance: int = 32
+    """Largest number of differing hash bits (of 384) at which an image may be a copy of an evaluation image;
+    the signatures decide. On the demo re-encoded copies differ in 0 to 22 bits, other images in 60 or more.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -46,22 +46,22 @@ class ScoreConfig:
     Paths and the device stay out of the digest: the encoders' own digests are what the scores are bound to.
     """
 
-    # A Multilingual-CLIP text tower (folder or model id) and the weights (path or name) of the CLIP that it
-    # belongs to.
     text_encoder: str | None = field(default=None, metadata=NOT_IN_DIGEST)
+    """Multilingual-CLIP text tower: a folder or a model id."""
     image_encoder: str | None = field(default=None, metadata=NOT_IN_DIGEST)
-    image_activation: Literal["quick_gelu", "gelu"] = (
-        "quick_gelu"  # OpenAI's; gelu for OpenCLIP's B-16-plus-240
-    )
-    model: str | None = field(
-        default=None, metadata=NOT_IN_DIGEST
-    )  # weights of a Chinese CLIP, for both sides
-    vocabulary: str | None = field(default=None, metadata=NOT_IN_DIGEST)  # of that model; unset: looked for
-    context_length: int = 52  # tokens of that model's texts, with [CLS] and [SEP]
-    rows: Literal["unscored", "all"] = (
-        "unscored"  # those whose source has no score (section 2.2), or every row
-    )
-    device: str | None = field(default=None, metadata=NOT_IN_DIGEST)  # as torch names it; unset: GPU if there
+    """Weights of the CLIP model that the text tower belongs to."""
+    image_activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    """Activation of that CLIP model: `quick_gelu` for OpenAI's, `gelu` for OpenCLIP's B-16-plus-240."""
+    model: str | None = field(default=None, metadata=NOT_IN_DIGEST)
+    """Weights of a Chinese CLIP that scores both sides, instead of the two encoders."""
+    vocabulary: str | None = field(default=None, metadata=NOT_IN_DIGEST)
+    """Vocabulary of `model`. Unset: cnclip looks for it next to the weights and in the usual places."""
+    context_length: int = 52
+    """Tokens of a text for `model`, including [CLS] and [SEP]."""
+    rows: Literal["unscored", "all"] = "unscored"
+    """Which rows are scored: those whose source has no score (paper, 2.2), or all."""
+    device: str | None = field(default=None, metadata=NOT_IN_DIGEST)
+    """Device as torch names it. Unset: the GPU if there is one."""
 
     def __post_init__(self) -> None:
         two = (self.text_encoder is not None, self.image_encoder is not None)
@@ -73,12 +73,14 @@ class ScoreConfig:
 class FilterScoreConfig:
     """`[filter_score]`: the threshold on the scores that the run has made."""
 
-    # Lowest cosine that stays; 0.26 (section 2.2) where neither is given. Each pair of encoders has its own
-    # scale, which the report shows.
     min_score: float | None = None
-    # Instead: the share of the scored rows, above 0 and below 1, that go for their low scores, at most. The
-    # threshold is then a multiple of 0.002.
+    """Lowest cosine that stays; 0.26 (paper, 2.2) if neither setting is given. Each pair of encoders has its
+    own scale, which the report shows.
+    """
     drop_share: Annotated[float, Gt(0), Lt(1)] | None = None
+    """Instead of `min_score`: the largest share of the scored rows to drop, lowest scores first. The
+    threshold is then a multiple of 0.002.
+    """
 
     def __post_init__(self) -> None:
         if self.min_score is not None and self.drop_share is not None:

@@ -32,21 +32,33 @@ _ROWS_PER_GROUP = 4_096
 class FilterTextConfig:
     """`[filter_text]`: which rows of the caption tables stay (paper, section 2.2)."""
 
-    language: str = "zh"  # LAION-5B's language mark to keep, where the source has the column
-    min_score: float = 0.26  # mCLIP cosine, where the source has scores
+    language: str = "zh"
+    """LAION-5B language mark to keep, if the source has the column."""
+    min_score: float = 0.26
+    """Lowest mCLIP cosine that stays, if the source has scores."""
     min_characters: int = 5
+    """Fewest characters of a caption."""
     max_characters: int = 50
-    blacklists: tuple[str, ...] = ("advertising", "file_name")  # files of data_prep/blacklists, in this order
+    """Most characters of a caption."""
+    blacklists: tuple[str, ...] = ("advertising", "file_name")
+    """Word lists in `data_prep/blacklists/`, applied in this order."""
     # The paper has none of the following.
-    min_chinese_share: float = 0.0  # of the characters that are no white space; 0 is off
-    drop_nsfw: tuple[str, ...] = ()  # LAION-5B's marks to drop: NSFW, LIKELY, UNSURE; none is off
-    max_unsafe: float | None = None  # LAION-5B's punsafe, a probability; unset is off
-    max_watermark: float | None = None  # LAION-5B's pwatermark, a probability; unset is off
-    # Captions that differ in width, case, white space or punctuation, and addresses that differ in scheme or
-    # fragment, are duplicates of each other.
+    min_chinese_share: float = 0.0
+    """Smallest share of Chinese characters, not counting white space; 0 is off (not in the paper)."""
+    drop_nsfw: tuple[str, ...] = ()
+    """LAION-5B marks to drop: `NSFW`, `LIKELY`, `UNSURE`; empty is off (not in the paper)."""
+    max_unsafe: float | None = None
+    """Largest LAION-5B `punsafe`, a probability; unset is off (not in the paper)."""
+    max_watermark: float | None = None
+    """Largest LAION-5B `pwatermark`, a probability; unset is off (not in the paper)."""
     normalise_duplicates: bool = False
-    # Captions with traditional characters: kept as they are, dropped, or written in simplified ones.
+    """Whether captions that differ only in width, case, white space or punctuation, and addresses that differ
+    only in scheme or fragment, count as duplicates (not in the paper).
+    """
     traditional: Literal["keep", "drop", "convert"] = "keep"
+    """Captions with traditional characters: keep them, drop them, or convert them to simplified ones (not in
+    the paper).
+    """
 
     def __post_init__(self) -> None:
         if self.min_characters > self.max_characters:
@@ -201,7 +213,7 @@ def _refuse_mixed_scores(corpus: Manifest) -> None:
         listed = ", ".join(f"{pair} (source {source})" for pair, source in sorted(found.items()))
         raise ConfigError(
             f"filter_text.min_score: scores of different encoder pairs have no threshold in common: {listed};"
-            f' name it with score_pair where it is the same, or give exempt_from = ["score"] and use [score]'
+            f' name it with score_pair if it is the same, or give exempt_from = ["score"] and use [score]'
         )
 
 

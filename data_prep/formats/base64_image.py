@@ -8,7 +8,7 @@ _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
 
 def decode_base64_image(encoded: bytes) -> bytes:
-    """The image's bytes; ValueError where it is not base64, or more than an image may have.
+    """Return the image's bytes; ValueError if it is not base64, or larger than an image may be.
 
     Both alphabets are taken: CN-CLIP's code reads the URL-safe one, in which MUGE comes, and its README's
     recipe writes the standard one.

@@ -29,6 +29,6 @@ def with_key(frame: pl.LazyFrame, normalise: bool = False) -> pl.LazyFrame:
 
 
 def url_hash(name: str = "url") -> pl.Expr:
-    """Digest of a URL as drop tables keep it, 16 hex digits."""
+    """Return the digest of a URL as drop tables keep it, 16 hex digits."""
     hashed: pl.Expr = plh.col(name).chash.sha2_256().str.slice(0, _URL_HASH_HEX_DIGITS)
     return hashed

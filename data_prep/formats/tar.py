@@ -37,7 +37,7 @@ class TarWriter:
             self._file.write(bytes(-(self._offset + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE))
 
     def append(self, name: str, data: bytes) -> int:
-        """Append one member and say where its data begins, in bytes."""
+        """Append one member and return where its data begins, in bytes."""
         offset_bytes = self._offset + tarfile.BLOCKSIZE  # USTAR: one header block, then the data
         padding = bytes(-len(data) % tarfile.BLOCKSIZE)
         self._file.write(_header(name, len(data)))
@@ -47,7 +47,7 @@ class TarWriter:
         return offset_bytes
 
     def add(self, name: str, data: bytes) -> Place:
-        """Append one member and say where its data begins and what its digest is."""
+        """Append one member and return where its data begins and what its digest is."""
         return Place(self.append(name, data), len(data), hashlib.sha256(data).hexdigest())
 
 
@@ -67,7 +67,7 @@ _MAX_PLAIN_BYTES = 8**11
 
 
 def _header(name: str, num_bytes: int) -> bytes:
-    """The header block of a plain file; what does not fit its fields is left to tarfile."""
+    """Return the header block of a plain file; tarfile handles what does not fit its fields."""
     if len(name) > 100 or not name.isascii() or "/" in name or num_bytes >= _MAX_PLAIN_BYTES:
         return _member(name, num_bytes)
     encoded, size = name.encode("ascii"), b"%011o\0" % num_bytes

@@ -13,7 +13,7 @@ _SEPARATOR = "\x1e"
 
 
 def simplified(captions: pl.Expr) -> pl.Expr:
-    """Captions in simplified characters; what has no simplified form stays. Nulls stay."""
+    """Return captions in simplified characters; nulls and what has no simplified form stay."""
     return captions.map_batches(_convert, return_dtype=pl.String, is_elementwise=True)
 
 

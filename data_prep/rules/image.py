@@ -40,7 +40,7 @@ def size(width_px: int, height_px: int, min_side_px: int, max_aspect: float) -> 
 
 
 def perceptual_hash(image_HWC: npt.NDArray[np.uint8]) -> bytes:
-    """384-bit hash of an RGB image [height, width, 3] uint8, as 48 bytes."""
+    """Return the 384-bit hash of an RGB image [height, width, 3] uint8, as 48 bytes."""
     import cv2
 
     # One cell more than the grid in both directions, so that each cell has a right and a lower neighbour.

@@ -1,17 +1,7 @@
 """Signatures: small thumbnails that tell copies of an image from images that only look alike to a hash.
 
-A perceptual hash says where an image turns darker. A plain image (an icon, a logo, a product on white) turns
-darker in few places, so that a red star on white and a black diamond on blue have nearly the same hash. So
-the hash only proposes pairs, and `are_copies` decides on their signatures.
-
-A signature is 16 x 16 values of luma and 8 x 8 of each chroma (BT.601), a byte each, slightly blurred so
-that it may be shifted by parts of a cell. Two signatures are aligned first: a copy may be cut by up to 4% on
-each side, so the second is sought in the first, or the first in the second, with four unknown edges (Lucas
-and Kanade 1981, one step on the signatures and one on the shifted first one). What then still differs is
-compared with the contrast of both images over all of it, and in each window of a quarter of its sides with
-the fine contrast there: only fine detail is hard to align. So the words next to equal marks of two logos
-tell them apart, and the tips of a star from the corners of a square.
-benchmarks/data_prep/image_copies.py measures both kinds of error.
+A perceptual hash proposes pairs, and `are_copies` decides on their signatures: docs/concepts/filtering.md,
+"Copies". benchmarks/data_prep/image_copies.py measures both kinds of error.
 """
 
 from collections.abc import Sequence
@@ -41,7 +31,7 @@ Bytes = npt.NDArray[np.uint8]
 
 
 def image_signature(image_HWC: Bytes) -> bytes:
-    """384-byte signature of an RGB image [height, width, 3] uint8."""
+    """Return the 384-byte signature of an RGB image [height, width, 3] uint8."""
     import cv2
 
     size = 2 * _LUMA
@@ -55,7 +45,7 @@ def image_signature(image_HWC: Bytes) -> bytes:
 
 
 def signature_array(signatures: Sequence[bytes]) -> Bytes:
-    """Signatures as uint8 [N, 384]."""
+    """Return signatures as uint8 [N, 384]."""
     return np.frombuffer(b"".join(signatures), np.uint8).reshape(-1, SIGNATURE_BYTES)
 
 
@@ -81,7 +71,7 @@ def brightness(signature_NB: Bytes) -> npt.NDArray[np.int64]:
 
 
 def _look_alike(first_NB: Bytes, second_NB: Bytes) -> npt.NDArray[np.bool_]:
-    """Whether two images are alike in 4 x 4 cells: cheap, and true of any copy."""
+    """Return whether two images are alike in 4 x 4 cells: cheap, and true of any copy."""
     first, second = (_coarse(side) for side in (first_NB, second_NB))
     difference = ((first - second) ** 2).sum(axis=1)
     contrast = (first.var(axis=1) + second.var(axis=1)) / 2 * _COARSE**2
@@ -115,29 +105,29 @@ class _Planes:
         return _Planes((self.luma + other.luma) / 2, (self.chroma + other.chroma) / 2)
 
     def rows(self) -> FloatArray:
-        """All values of an image in a row, float32 [N, 384]."""
+        """Return all values of an image in a row, float32 [N, 384]."""
         count = len(self.luma)
         return np.concatenate([self.luma.reshape(count, -1), self.chroma.reshape(count, -1)], axis=1)
 
     def steps(self) -> FloatArray:
-        """How the values change as the left, right, top and bottom edge move in, float32 [N, 4, 384]."""
+        """Return the change of the values as left, right, top, bottom edge move in, float32 [N, 4, 384]."""
         across = _Planes(self.luma @ _D_LUMA.T, self.chroma @ _D_CHROMA.T).rows()
         down = _Planes(_D_LUMA @ self.luma, _D_CHROMA @ self.chroma).rows()
         return np.stack([across * (1 - _X), -across * _X, down * (1 - _Y), -down * _Y], axis=1)
 
     def cut(self, edges_N4: FloatArray) -> "_Planes":
-        """The images without so much of their left, right, top and bottom side, on the same grid."""
+        """Return the images without so much of their left, right, top and bottom side, on the same grid."""
         left, right, top, bottom = edges_N4.T
         luma = _resampling(_LUMA, top, bottom) @ self.luma @ _resampling(_LUMA, left, right).mT
         across = _resampling(_CHROMA, left, right).mT[:, None]
         return _Planes(luma, _resampling(_CHROMA, top, bottom)[:, None] @ self.chroma @ across)
 
     def contrast(self) -> FloatArray:
-        """Variance of luma and of chroma, float32 [N]."""
+        """Return the variance of luma and of chroma, float32 [N]."""
         return np.asarray(self.luma.var(axis=(1, 2)) + self.chroma.var(axis=(2, 3)).sum(axis=1) / 4)
 
     def fine(self) -> "_Planes":
-        """What the mean of nine cells leaves of each."""
+        """Return what the mean of nine cells leaves of each."""
         return _Planes(self.luma - _smooth(self.luma), self.chroma - _smooth(self.chroma))
 
     def squares(self, forgiven: float = 0.0) -> FloatArray:
@@ -184,7 +174,7 @@ def unexplained(first_NB: Bytes, second_NB: Bytes) -> tuple[FloatArray, FloatArr
 def _solve(
     steps_N4K: FloatArray, difference_NK: FloatArray, low_N4: FloatArray, high_N4: FloatArray
 ) -> tuple[FloatArray, FloatArray]:
-    """Edges between the bounds that explain most of a difference, and the squares left: least squares."""
+    """Return the least-squares edges between the bounds for a difference, and the squares left."""
     matrix = np.einsum("nik,njk->nij", steps_N4K, steps_N4K)
     matrix += np.float32(1e-3) * np.eye(4, dtype=np.float32)
     right = np.einsum("nik,nk->ni", steps_N4K, difference_NK)
@@ -198,7 +188,7 @@ def _solve(
 
 
 def _derivative(cells: int) -> FloatArray:
-    """Matrix that differentiates `cells` samples of an image's width through their cosine series."""
+    """Return the matrix that differentiates `cells` samples of a width through their cosine series."""
     place = np.arange(cells) + 0.5
     wave = np.arange(cells)
     angle = np.pi * np.outer(wave, place) / cells
@@ -208,7 +198,7 @@ def _derivative(cells: int) -> FloatArray:
 
 
 def _resampling(cells: int, before: FloatArray, after: FloatArray) -> FloatArray:
-    """Matrices that cut so much off both ends of `cells` samples: cubic (Keys 1981), [N, cells, cells]."""
+    """Return cubic matrices (Keys 1981) that cut both ends of `cells` samples, [N, cells, cells]."""
     place = (np.arange(cells) + 0.5) / cells
     sought = np.arange(cells) + cells * (before[:, None] * (1 - place) - after[:, None] * place)
     far = np.abs(sought.clip(-0.5, cells - 0.5)[:, :, None] - np.arange(-2, cells + 2))
@@ -222,7 +212,7 @@ def _resampling(cells: int, before: FloatArray, after: FloatArray) -> FloatArray
 
 
 def _smooth(plane: FloatArray) -> FloatArray:
-    """Mean of each cell and its eight neighbours, the nearer ones counting more; edges are repeated."""
+    """Return the weighted mean of each cell and its eight neighbours; edges are repeated."""
     padded = np.pad(plane, [(0, 0)] * (plane.ndim - 2) + [(1, 1), (1, 1)], mode="edge")
     rows = (padded[..., :-2, :] + 2 * padded[..., 1:-1, :] + padded[..., 2:, :]) / 4
     return np.asarray((rows[..., :-2] + 2 * rows[..., 1:-1] + rows[..., 2:]) / 4)
@@ -240,7 +230,7 @@ def _sums(value_NHW: FloatArray, window: int) -> FloatArray:
 
 
 def _coordinates() -> tuple[FloatArray, FloatArray]:
-    """x and y of each value of a signature, from 0 to 1 across the image, float32 [384] each."""
+    """Return x and y of each value of a signature, from 0 to 1 across the image, float32 [384] each."""
     luma, chroma = ((np.arange(cells, dtype=np.float32) + 0.5) / cells for cells in (_LUMA, _CHROMA))
     x = np.concatenate([np.tile(luma, _LUMA), np.tile(chroma, 2 * _CHROMA)])
     y = np.concatenate([np.repeat(luma, _LUMA), np.tile(np.repeat(chroma, _CHROMA), 2)])

@@ -26,7 +26,7 @@ Words = tuple[str, ...]
 
 
 def first_list(captions: pl.Expr, lists: Sequence[Sequence[str]]) -> pl.Expr:
-    """Number (UInt32) of the first list in order with a word inside the caption; null where none has."""
+    """Return the number (UInt32) of the first list with a word inside the caption; null if none has one."""
     words = tuple(tuple(words) for words in lists)
     if sum(map(len, words)) > HYPERSCAN_FROM_WORDS and has_hyperscan():
         return captions.map_batches(
@@ -43,7 +43,7 @@ def first_list(captions: pl.Expr, lists: Sequence[Sequence[str]]) -> pl.Expr:
 
 
 def first_word(captions: pl.Series, words: Sequence[str]) -> pl.Series:
-    """For each caption the word that stands first in the list, of those inside it; null where none is."""
+    """Return for each caption the list's first word that is inside it; null if there is none."""
     # Parts of a caption that are words up to the case of A to Z have the words' own lower case.
     known = (
         pl.DataFrame({"word": list(words)})
@@ -99,7 +99,7 @@ class _Database:
         self._local = threading.local()
 
     def ends(self, data: bytes) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """(word, end offset) of every hit, int64 each."""
+        """Return (word, end offset) of every hit, int64 each."""
         import hyperscan
 
         if not hasattr(self._local, "scratch"):
@@ -122,7 +122,7 @@ def _database(lists: tuple[Words, ...]) -> _Database:
 
 
 def _folded(word: str) -> bytes:
-    return word.encode("utf-8").lower()  # bytes.lower() touches A to Z alone
+    return word.encode("utf-8").lower()  # bytes.lower() touches only A to Z
 
 
 def _scan(captions: pl.Series, lists: tuple[Words, ...]) -> pl.Series:
@@ -136,7 +136,7 @@ def _scan(captions: pl.Series, lists: tuple[Words, ...]) -> pl.Series:
 
 
 def _scan_array(column: Any, database: _Database) -> npt.NDArray[np.uint32]:
-    """Number of the first list for each row of a large_string array; _NONE where none hits."""
+    """Return the number of the first list for each row of a large_string array; _NONE if none hits."""
     number_N = np.full(len(column), _NONE, np.uint32)
     offset_N = np.frombuffer(column.buffers()[1], np.int64)[column.offset : column.offset + len(column) + 1]
     data = column.buffers()[2]

@@ -47,7 +47,7 @@ class Exported:
 class _Pair:
     row: int
     image: int  # row of the first pair with this image
-    data: bytes | None  # the image's; None where an earlier pair had it
+    data: bytes | None  # the image's; None if an earlier pair had it
     caption: str
 
 
@@ -56,7 +56,7 @@ def export(corpus: str, out: str, form: Format, split: str, progress: Progress) 
     """Write `<split>_imgs.tsv` and `<split>_texts.jsonl`, or `lmdb/<split>/{imgs,pairs}`, and a manifest.
 
     Files appear whole; the manifest, `<split>_<form>.json`, is written last. ConfigError where files of
-    these names are there from something else; InputError where the corpus is not whole.
+    these names are there from something else; InputError if the corpus is not whole.
     """
     shards = corpus_shards(corpus)
     inputs = digest([[shard.digest for shard in shards], split])
@@ -68,7 +68,7 @@ def export(corpus: str, out: str, form: Format, split: str, progress: Progress) 
     ours = store.exists(started) and store.read_text(started) == inputs
     for name in names:
         if store.exists(store.join(out, name)) and not ours:
-            raise ConfigError(f"{store.join(out, name)}: is there already; give another --out or --split")
+            raise ConfigError(f"{store.join(out, name)}: already exists; give another --out or --split")
     store.write_text(started, inputs)
     num_images, num_texts = _WRITERS[form](out, split, _pairs(shards, progress))
     counts = {names[0]: num_images, names[1]: num_texts}
@@ -99,7 +99,7 @@ def _finished(place: str, out: str, inputs: str) -> Exported | None:
         manifest = Manifest.from_json(store.read_text(place))
     except (ValueError, TypeError, KeyError):
         raise ConfigError(
-            f"{place}: is there already, and no manifest of an export; give another --out"
+            f"{place}: already exists and holds no manifest of an export; give another --out"
         ) from None
     if manifest.inputs_digest != inputs:
         raise ConfigError(f"{out}: holds an export of other shards; give another --out or --split")
@@ -107,7 +107,7 @@ def _finished(place: str, out: str, inputs: str) -> Exported | None:
         path = store.join(out, shard.path)
         if not store.exists(path) or store.num_bytes(path) != shard.num_bytes:
             raise ConfigError(
-                f"{path}: not as its manifest has it; remove {place} and what it names, then export again"
+                f"{path}: differs from its manifest; remove {place} and what it names, then export again"
             )
     images, texts = manifest.shards
     names = tuple(shard.path for shard in manifest.shards)
@@ -132,7 +132,7 @@ def _pairs(shards: list[CorpusShard], progress: Progress) -> Iterator[_Pair]:
 
 
 def _repeated_images(shards: list[CorpusShard]) -> pl.DataFrame:
-    """(row, first): rows whose image an earlier row has, sorted by row."""
+    """Return (row, first): rows whose image an earlier row has, sorted by row."""
     total = sum(shard.num_samples for shard in shards)
     buckets = total // _ROWS_PER_BUCKET + 1
     tables = [shard.table for shard in shards]
@@ -168,7 +168,7 @@ def _write_tsv(out: str, split: str, pairs: Iterator[_Pair]) -> tuple[int, int]:
 
 def _write_lmdb(out: str, split: str, pairs: Iterator[_Pair]) -> tuple[int, int]:
     if not store.is_local(out):
-        raise ConfigError(f"{out}: LMDB is mapped into memory, so it is written to a local folder alone")
+        raise ConfigError(f"{out}: LMDB is mapped into memory, so it needs a local folder")
     root = os.path.join(out, "lmdb")
     partial, target = os.path.join(root, f".{split}.partial"), os.path.join(root, split)
     store.remove(partial)  # of an export that was killed

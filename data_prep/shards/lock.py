@@ -32,7 +32,7 @@ class LockConfig:
 
 
 def plan(config: LockConfig, context: Context) -> list[Task]:
-    """One task, over the manifests of all stages of the corpus."""
+    """Return one task, over the manifests of all stages of the corpus."""
     inputs = {name: digest(manifest.to_json()) for name, manifest in context.parents.items()}
     return [Task("lock", inputs)]
 
@@ -79,7 +79,7 @@ def run(config: LockConfig, context: Context, task: Task, progress: Progress) ->
 
 
 def _rules(manifest: Manifest | None) -> dict[str, int]:
-    """Rule → version, of all rules that a stage asked of some source."""
+    """Return rule → version of all rules that a stage applied to some source."""
     found: dict[str, int] = {}
     for extra in manifest.extra.values() if manifest else ():
         found |= JudgedFacts.from_json(extra).rules or {}

@@ -37,12 +37,15 @@ _SPARE_CANDIDATES = 1000
 class SplitConfig:
     """`[split]`: without this table every row is for training. Give `share` or `count`."""
 
-    share: Annotated[float, Gt(0), Lt(1)] | None = None  # of all kept rows
-    # Rows; at most so many are set aside, rows of one image together.
+    share: Annotated[float, Gt(0), Lt(1)] | None = None
+    """Share of all kept rows to set aside."""
     count: Annotated[int, Ge(1)] | None = None
-    # Bits of 384 within which two images count as copies if their signatures match; 0: only equal hashes do.
-    # On the demo re-encoded copies are 0 to 22 bits away, other images 60 and more.
+    """Most rows to set aside; the rows of one image stay together."""
     distance: Annotated[int, Ge(0), Lt(HASH_BITS)] = 32
+    """Largest number of differing hash bits (of 384) at which two images count as copies if their signatures
+    match; 0: only equal hashes do. On the demo re-encoded copies differ in 0 to 22 bits, other images in 60
+    or more.
+    """
 
     def __post_init__(self) -> None:
         if (self.share is None) == (self.count is None):

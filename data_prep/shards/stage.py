@@ -29,11 +29,12 @@ from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 class ShardsConfig:
     """`[shards]`."""
 
-    samples_per_shard: Annotated[int, Ge(1)] = 10_000  # about 300 MB at 256 px
+    samples_per_shard: Annotated[int, Ge(1)] = 10_000
+    """Samples in each shard; 10,000 take about 300 MB at 256 pixels."""
 
 
 def plan(config: ShardsConfig, context: Context, part: Part = "train") -> list[Task]:
-    """One task a shard: samples number*n to (number+1)*n of all kept samples of this part, in order."""
+    """Return one task a shard: samples number*n to (number+1)*n of this part's kept samples, in order."""
     kept = kept_tables(context, rows_stage(context))
     digests = {shard.path: {shard.path: shard.digest} for shard in kept}
     partitions = {partition_of(shard.path): digests[shard.path] for shard in kept}
@@ -76,7 +77,7 @@ def _rows(context: Context, table: str, part: Part | None) -> pl.LazyFrame:
 
 
 def _part_of(kept: list[Shard], num_validation: Mapping[str, int], part: Part) -> list[Shard]:
-    """The tables with the number of rows that this part has in each."""
+    """Return the tables with the number of rows that this part has in each."""
     return [
         Shard(
             shard.path,

@@ -48,11 +48,17 @@ class PackedSource:
     """One `[[corpus.sources]]` entry whose images are on disk in a format of the ecosystem."""
 
     kind: PackedKind
-    path: str  # local folder: of <split>_imgs.tsv, of lmdb/<split>, or of 00000.tar and 00000.parquet
-    carry_columns: tuple[str, ...] = ()  # of shards: further columns of the sidecars to keep
+    """Format on disk: Chinese-CLIP's TSV or LMDB, img2dataset output, or the shards of another run."""
+    path: str
+    """Local folder that holds `<split>_imgs.tsv`, `lmdb/<split>`, or `00000.tar` with `00000.parquet`."""
+    carry_columns: tuple[str, ...] = ()
+    """Further sidecar columns of shards to keep."""
     name: str
-    split: str = "train"  # for Chinese-CLIP's formats
-    exempt_from: tuple[str, ...] = ()  # rules that do not apply to this source
+    """The source's name in the funnel."""
+    split: str = "train"
+    """Split to read, for Chinese-CLIP's formats."""
+    exempt_from: tuple[str, ...] = ()
+    """Rules that do not apply to this source."""
 
 
 def pieces(source: PackedSource) -> list[list[str]]:

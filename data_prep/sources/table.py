@@ -33,27 +33,45 @@ class TableSource:
     any length; in `visual_genome` the captions of one image are joined into one text.
     """
 
-    path: str  # a file, a glob pattern, or an fsspec URL; .parquet, .csv, .tsv or .jsonl
-    name: str  # the source's name in the funnel
+    path: str
+    """A file, a glob pattern or an fsspec URL: `.parquet`, `.csv`, `.tsv` or `.jsonl`."""
+    name: str
+    """The source's name in the funnel."""
     kind: Kind = "table"
-    url_column: str | None = None  # found by itself: url, URL
-    caption_column: str | None = None  # found by itself: TEXT, text, caption
-    language_column: str | None = None  # found by itself: LANGUAGE; a source without it is taken as Chinese
-    score_column: str | None = None  # found by itself: similarity; pair_score in the sidecars of a run
-    # Which encoders made the scores: those of different pairs never meet under one threshold. Known by itself
-    # for LAION-5B and for the sidecars of a run.
+    """Preset for a known corpus."""
+    url_column: str | None = None
+    """Column of image addresses. Unset: `url` or `URL`."""
+    caption_column: str | None = None
+    """Column of captions. Unset: `TEXT`, `text` or `caption`."""
+    language_column: str | None = None
+    """Column of language marks. Unset: `LANGUAGE`; a source without it counts as Chinese."""
+    score_column: str | None = None
+    """Column of scores. Unset: `similarity`, or `pair_score` in the sidecars of a run."""
     score_pair: str | None = None
-    nsfw_column: str | None = None  # found by itself: NSFW (UNLIKELY, UNSURE, NSFW, LIKELY)
-    unsafe_column: str | None = None  # found by itself: punsafe, a probability
-    watermark_column: str | None = None  # found by itself: pwatermark, a probability
-    image_id_column: str | None = None  # found by itself in coco and visual_genome: image_id
-    image_table: str | None = None  # Visual Genome's image_data.json: which images are COCO's or Flickr's
-    carry_columns: tuple[str, ...] = ()  # further columns to keep all the way to the shards
-    picture_folder: str | None = None  # set where the URL column holds paths of images below this folder
-    exempt_from: tuple[str, ...] = ()  # rules that do not apply to this source, beside its kind's own
+    """Pair of encoders that made the scores; scores of different pairs never meet under one threshold. Unset:
+    known for LAION-5B and for the sidecars of a run.
+    """
+    nsfw_column: str | None = None
+    """Column of NSFW marks (UNLIKELY, UNSURE, NSFW, LIKELY). Unset: `NSFW`."""
+    unsafe_column: str | None = None
+    """Column of probabilities that an image is unsafe. Unset: `punsafe`."""
+    watermark_column: str | None = None
+    """Column of probabilities that an image has a watermark. Unset: `pwatermark`."""
+    image_id_column: str | None = None
+    """Column of image numbers. Unset: `image_id` in `coco` and `visual_genome`."""
+    image_table: str | None = None
+    """Visual Genome's `image_data.json`, which says which images are also in COCO or Flickr."""
+    carry_columns: tuple[str, ...] = ()
+    """Further columns to keep all the way to the shards."""
+    picture_folder: str | None = None
+    """Folder of local images. If set, the address column holds paths below it."""
+    exempt_from: tuple[str, ...] = ()
+    """Rules that do not apply to this source, in addition to those of its kind."""
 
-    # Whether the captions of one image become one text. Unset: those of visual_genome, which are of regions.
     join_captions: bool | None = field(default=None, metadata=IN_DIGEST_IF_SET)
+    """Whether the captions of one image become one text. Unset: only in `visual_genome`, whose captions
+    describe regions.
+    """
 
     @property
     def has_image_ids(self) -> bool:

@@ -56,14 +56,14 @@ class RowBatch:
 
 
 def is_text(path: str) -> bool:
-    """Whether a table is read by this module, by its name."""
+    """Return whether this module reads a table, by its name."""
     return _plain_name(path).endswith((".csv", ".tsv", ".jsonl", ".ndjson"))
 
 
 def column_names(path: str) -> list[str]:
-    """Columns of a text table: its header, or the keys of the first JSON lines in order of appearance.
+    """Return a text table's columns: its header, or the first JSON lines' keys in order of appearance.
 
-    InputError where the file is empty or its beginning cannot be read.
+    InputError if the file is empty or its beginning cannot be read.
     """
     with _open_utf8(path) as file:
         if not _plain_name(path).endswith((".jsonl", ".ndjson")):
@@ -89,7 +89,9 @@ def column_names(path: str) -> list[str]:
             if isinstance(row, dict):
                 found |= dict.fromkeys(row)
     if not found:
-        raise InputError(f"{path}: cannot be read as a table: no JSON object in its first lines")
+        raise InputError(
+            f"{path}: cannot be read as a table: no JSON object in its first lines; write one object a line"
+        )
     return list(found)
 
 
@@ -123,7 +125,7 @@ def _csv_batches(
 ) -> Iterator[RowBatch]:
     names = column_names(path)
     separator = _separator(path)
-    # Of the rows that the parser refused since the last batch: what is malformed, and what is none alone.
+    # Of the rows that the parser refused since the last batch: what is malformed, and what is not by itself.
     refused: list[Malformed] = []
     rescued: list[tuple[str, ...]] = []
 

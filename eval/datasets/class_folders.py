@@ -26,7 +26,7 @@ class ClassImages:
     """Images in order with their classes, and what was passed over."""
 
     paths: list[str]
-    classes: list[Sequence[int]]  # several for one image in multi-label sets alone
+    classes: list[Sequence[int]]  # several for one image only in multi-label sets
     notes: list[str]
 
 

@@ -27,7 +27,7 @@ GENERAL, OWN, PAPER = "general", "own", "paper"
 class Labels:
     """Classes in order: what data sets call them, and what the model reads."""
 
-    keys: tuple[str, ...]  # English names; empty where the file gives Chinese alone
+    keys: tuple[str, ...]  # English names; empty if the file only gives Chinese
     names: tuple[str, ...]  # Chinese
 
 

@@ -1,16 +1,7 @@
 """`cnclip embed --shards`: features of a whole corpus, a shard at a time, by several ranks, resumable.
 
-For shard N of the folder, in order of their names (N has as many digits as the last one, so that programs
-which sort names as text read them in order):
-
-    img_emb/img_emb_N.npy, text_emb/text_emb_N.npy   [rows, dim], unit-norm, float16 or float32
-    metadata/metadata_N.parquet                      key, caption, source, url: row i is of row i of both
-
-What clip-retrieval, autofaiss and `cnclip index` read. `plan.json` binds the folder to the model, the
-settings and the shards; `model.json` says which model it is. A shard's metadata is written last: it existing
-means that the shard is done, so a run that was killed resumes with the next one and ends with the same bytes.
-An image that cannot be decoded has no row anywhere and is counted. Memory is that of a model and of one
-shard's features for each rank.
+A shard's metadata is written last: its existence marks the shard as done. Memory is that of a model and of
+one shard's features for each rank. docs/concepts/evaluation.md, "Features of a corpus", has the layout.
 """
 
 import json

@@ -1,18 +1,7 @@
 """Indices over embeddings that do not fit into memory: in parts, memory-mapped, resumable.
 
-A folder written by `build_parts`:
-
-    index.json           factory, dim, rows, the model of the features where known, and the parts; written
-                         last: it existing means complete
-    plan.json            digest of embeddings and settings, so that parts of two indices never mix
-    trained.index        the empty trained index that every part is a copy of
-    parts/00000.index    rows 0 … rows_per_part - 1 as a plain FAISS file, ids from 0 within the part
-
-The parts' sizes and digests stand in `index.json`. `PartedIndex.open` compares both for an index of up to
-4 GiB, and the sizes for a larger one, whose bytes `cnclip index` reads when it is started again.
-
-Embeddings are `.npy` files, float16 or float32, unit-norm: a file, a folder of them, or clip-retrieval's
-folder with `img_emb/img_emb_N.npy` and `text_emb/text_emb_N.npy`. They are read a block at a time.
+Embeddings are read a block at a time from `.npy` files, float16 or float32, unit-norm.
+docs/reference/formats.md, "Features and indices", has the layout of the folder that `build_parts` writes.
 """
 
 import json

@@ -32,7 +32,7 @@ class Line:
 
     label: str
     ours: Measured | None  # percent
-    paper: float | None  # percent; None where no published row may stand beside ours
+    paper: float | None  # percent; None if no published row may be compared with ours
     others: tuple[float | None, ...] = ()  # as the table's `others`
 
     @property
@@ -51,7 +51,7 @@ class Comparison:
     title: str
     setup: Setup
     model: str  # ours
-    paper_model: str | None  # the row that ours stands beside
+    paper_model: str | None  # the row that ours is compared with
     lines: tuple[Line, ...]
     others: tuple[str, ...] = ()  # published rows that are shown without a difference
     notes: tuple[str, ...] = ()

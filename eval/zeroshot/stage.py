@@ -20,18 +20,26 @@ from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 class ClassificationSource:
     """`[[classification]]`: a set in any layout of `eval.datasets.classification`."""
 
-    name: str  # an id of ICinW chooses metric, labels and templates, and is compared with the paper
+    name: str
+    """Name of the set. An ICinW name selects metric, labels and templates, and is compared with the paper."""
     folder: str
-    metric: Metric | None = None  # unset: the set's own in Table 11, else accuracy
-    labels: str | None = None  # Chinese class names; unset: the folder's label_cn.txt, else ours
+    """Folder of the set."""
+    metric: Metric | None = None
+    """Metric. Unset: the set's own in Table 11 of the paper, else accuracy."""
+    labels: str | None = None
+    """File of Chinese class names. Unset: the folder's `label_cn.txt`, else the built-in labels."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ZeroshotConfig:
     """`[zeroshot]`: how classes are prompted (paper, 2.1)."""
 
-    ensemble: Ensemble = "features"  # what is averaged over templates: text features, or scores
-    templates: str = "own"  # own (of the set), general (80 for any set), paper (with its labels), or a file
+    ensemble: Ensemble = "features"
+    """What is averaged over the templates: text features or scores."""
+    templates: str = "own"
+    """Templates: `own` (the set's), `general` (80 for any set), `paper` (the paper's, with its labels), or a
+    file.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

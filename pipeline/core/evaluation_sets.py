@@ -45,7 +45,9 @@ class EvaluationSource:
     """Describe a set by `<name>_imgs.tsv` and `<name>_texts.jsonl` in a folder, or by a folder of shards."""
 
     name: str
+    """Name of the set, and of its files `<name>_imgs.tsv` and `<name>_texts.jsonl`."""
     folder: str
+    """Folder of those files, or a folder of shards."""
 
 
 @dataclass(frozen=True)

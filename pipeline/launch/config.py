@@ -10,19 +10,28 @@ from annotated_types import Ge, Gt
 class LaunchConfig:
     """How ranks are started, and what `cnclip launch` writes into its scripts."""
 
-    launcher: Literal["local", "srun"] = (
-        "local"  # the scripts say srun; by itself it needs a Slurm job around it
-    )
-    ranks_per_node: Annotated[int, Gt(0)] = 8  # accelerators of a machine that are used, one a rank
-    gpus_per_node: Annotated[int, Ge(0)] = 8  # that a machine has; one a rank is asked of Slurm; 0: none
-    cpus_per_rank: Annotated[int, Gt(0)] = 8  # cores asked of Slurm for each rank
-    cpus_prepare: Annotated[int, Gt(0)] = 16  # cores of the jobs before and after training
-    time_limit_minutes: Annotated[int, Gt(0)] = 24 * 60  # of each job; one that reaches it is requeued
-    stop_seconds: Annotated[int, Gt(0)] = 300  # before the limit: time for a step and a checkpoint
+    launcher: Literal["local", "srun"] = "local"
+    """How cnclip starts ranks. The Slurm scripts choose `srun`; by hand it needs a Slurm job around it."""
+    ranks_per_node: Annotated[int, Gt(0)] = 8
+    """Ranks on each machine, one for each accelerator that is used."""
+    gpus_per_node: Annotated[int, Ge(0)] = 8
+    """GPUs of each machine; the scripts request one for each rank. 0: none."""
+    cpus_per_rank: Annotated[int, Gt(0)] = 8
+    """Cores requested for each rank."""
+    cpus_prepare: Annotated[int, Gt(0)] = 16
+    """Cores of the jobs before and after training."""
+    time_limit_minutes: Annotated[int, Gt(0)] = 24 * 60
+    """Time limit of each job, in minutes; a job that reaches it is requeued."""
+    stop_seconds: Annotated[int, Gt(0)] = 300
+    """Seconds before the limit at which Slurm signals training: time for a step and a checkpoint."""
     partition: str | None = None
+    """Slurm partition. Unset: the cluster's default."""
     account: str | None = None
-    setup: tuple[str, ...] = ()  # shell lines before the command, such as "module load cuda"
-    options: tuple[str, ...] = ()  # more for sbatch, such as "--qos=low" or "--exclusive"
+    """Slurm account. Unset: yours."""
+    setup: tuple[str, ...] = ()
+    """Shell lines to run before the command, such as `module load cuda`."""
+    options: tuple[str, ...] = ()
+    """Further sbatch options, such as `--qos=low` or `--exclusive`."""
 
     def __post_init__(self) -> None:
         if 60 * self.time_limit_minutes <= self.stop_seconds:

@@ -1,28 +1,7 @@
 """How long a training stage takes and what it needs, computed before anything is started. No torch here.
 
-Memory of a rank, in bytes, P parameters of which T are trained, R ranks:
-
-- weights 4 P, gradients 4 T, Adam's moments 8 T in float32. ZeRO-1 adds a float32 copy of the trained weights
-  and shares it and the moments out over the ranks, ZeRO-2 the gradients too, ZeRO-3 the weights too; with
-  bfloat16 weights these and their gradients take 2 (Rajbhandari et al. 2020, section 3, where float16 makes
-  2 + 2 + 12). From ZeRO-1 on a bucket for gradients of at most 5e8 values, DeepSpeed's default; autocast has
-  two of them, one a type that gradients travel in. What a DeepSpeed file offloads leaves the device, with the
-  optimizer also the gradients that ZeRO-2 and 3 share out. ZeRO-3 gathers weights layer by layer and keeps
-  those that the backward pass needs soon: all of a small model's at the end of a forward pass, of a large
-  one's half of `stage3_max_reuse_distance` (tests/pipeline/planning/test_memory.py looks).
-- activations kept for the backward pass: so many bytes a token, block and unit of width, counted on this
-  project's towers with `torch.autograd.graph.saved_tensors_hooks` (tests/pipeline/planning/test_memory.py
-  counts again). Korthikanti et al. 2022, equation 1, have 34 with everything in float16; autocast keeps
-  normalisations in float32, hence more. Attention keeps no matrix of probabilities: PyTorch's fused attention
-  computes it again. With checkpointing a block keeps its input only, and one block all of it.
-- a locked tower keeps none but what its largest block needs while it computes. Masked patches keep none.
-- uint8 images and features of the rank's share, and the gathered features of the batch.
-
-These are tensors that are alive at once. Against the peak that PyTorch's profiler counts in a step on the
-CPU: 5 % too much for RN50 (ZeRO-1, batch 8), 12 % too little for tiny-vit (batch 256), 21 % with autocast and
-31 % in bfloat16, where temporaries and the ends of the towers, which are left out, weigh more. The process
-takes more again: with glibc's allocator tiny-vit grew by 0.79 MiB a sample, with MALLOC_MMAP_THRESHOLD_ at
-128 KiB by 0.58, and its tensors by 0.56.
+docs/concepts/memory.md derives each term and says how close the sum is to a measured peak.
+tests/pipeline/planning/test_memory.py counts the activations again.
 """
 
 from collections.abc import Callable, Mapping

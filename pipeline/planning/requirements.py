@@ -79,7 +79,7 @@ class Need:
     """What a training takes on some hardware."""
 
     shares: Shares
-    micro_batch: int  # the run's own; where it sets none, the largest that fits, 0 where none does
+    micro_batch: int  # the run's own; if it sets none, the largest that fits, 0 if none does
     fitting: int  # the largest that fits; 0: none
     memory_gib: float  # of a rank with that micro-batch, or with one sample
     share_gib: float  # of a rank that holds its whole share at once

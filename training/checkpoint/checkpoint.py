@@ -137,7 +137,7 @@ def save(
     and those that a start found `damaged` count, and stay, only where they are whole. `made_with` says how it
     was computed, for whoever resumes from it on other ranks. One rank calls it.
 
-    InputError where the disk is full.
+    InputError if the disk is full.
     """
     name = f"step_{state.step:09d}"
     partial, target = os.path.join(root, f".{name}.partial"), os.path.join(root, name)

@@ -18,7 +18,7 @@ def mark_finished(job: TrainJob) -> None:
 
 
 def is_finished(job: TrainJob) -> bool:
-    """This very training wrote its outputs, on whatever ranks, and they are as they were."""
+    """Return whether this very training wrote its outputs, on whatever ranks, and they are intact."""
     if not store.exists(_path(job)):
         return False
     try:
@@ -40,7 +40,7 @@ def _training(job: TrainJob) -> str:
 
 
 def _outputs(job: TrainJob) -> list[str]:
-    """The files that count; the metrics are one of them, so that a receipt never names half of them."""
+    """Return the files that count, the metrics among them, so that a receipt never names half of them."""
     paths = [job.output_model, store.join(job.folder, "metrics.jsonl")]
     return paths if job.openai_model is None else [*paths, job.openai_model]
 

@@ -53,7 +53,7 @@ def _find_start(job: TrainJob, identity: Mapping[str, Any]) -> Start:
     ]
     if newest is None:
         if damage:
-            notices.append(f"{root}: no checkpoint is whole: the stage starts anew")
+            notices.append(f"{root}: no checkpoint is intact: the stage starts from the beginning")
         return Start(None, None, frozenset(damage), tuple(notices))
     say(f"resuming from {newest.folder}")
     notices += _changes(job, newest, epochs, removed)

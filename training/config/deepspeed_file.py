@@ -91,15 +91,15 @@ def read_deepspeed_file(name: str) -> dict[str, Any]:
     if foreign:
         raise ConfigError(
             f"{name}: {foreign[0]}: a DeepSpeed file holds memory, precision and communication only"
-            f" ({', '.join(_ALLOWED)}); the rest stands in the run's TOML"
+            f" ({', '.join(_ALLOWED)}); set the rest in the run's TOML"
         )
     for key in _TABLES:
         if not isinstance(found := settings.get(key, {}), dict):
             raise ConfigError(f"{name}: {key}: found {found!r}; must be an object, {{…}}")
     if "check_grad_overflow" in settings.get("bf16", {}):
         raise ConfigError(
-            f"{name}: bf16.check_grad_overflow: what becomes of a gradient that is not finite is the run's"
-            " on_non_finite"
+            f"{name}: bf16.check_grad_overflow: leave it out and set the run's on_non_finite, which handles"
+            " gradients that are not finite"
         )
     stage = settings.get("zero_optimization", {}).get("stage", 0)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):

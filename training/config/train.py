@@ -28,28 +28,38 @@ class AugmentConfig:
     What the paper does not have is off by default. It is for small corpora of drawn images on white.
     """
 
-    crop_area: tuple[PositiveShare, PositiveShare] = (
-        0.9,
-        1.0,
-    )  # share of the image's area a random crop keeps (A.2)
-    crop_aspect: tuple[Positive, Positive] = (0.75, 4 / 3)  # width / height of that crop, in pixels
-    horizontal_flip: Probability = 0.5  # probability; 0 if captions speak of left and right
-    auto_augment: Literal["none", "original"] = "original"  # Cubuk et al. 2019 (A.2); it changes colours
-    zoom: tuple[Positive, Positive] = (
-        1.0,
-        1.0,
-    )  # factor on the content's size; under 1 leaves white around it
-    stretch: NotNegative = 0.0  # largest logarithm of the change of width / height, either way
-    rotation_degrees: NotNegative = 0.0  # largest turn, either way
-    shear_degrees: NotNegative = 0.0  # largest slant, either way
-    translation: NotNegative = 0.0  # largest shift along each axis, share of the side, either way
-    brightness: NotNegative = 0.0  # factor on pixel values is 1 ± this
-    contrast: NotNegative = 0.0  # factor on the distance to the mean luma is 1 ± this
-    saturation: NotNegative = 0.0  # factor on the distance to each pixel's luma is 1 ± this
-    hue: NotNegative = 0.0  # largest turn of the colour circle, in turns, either way
-    colour_probability: Probability = 1.0  # of changing brightness, contrast, saturation and hue at all
-    grey_probability: Probability = 0.0  # of dropping all colour
-    erase_probability: Probability = 0.0  # of one colour over 2–20% of the area (Zhong et al. 2017)
+    crop_area: tuple[PositiveShare, PositiveShare] = (0.9, 1.0)
+    """Smallest and largest share of the image's area that a random crop keeps (A.2)."""
+    crop_aspect: tuple[Positive, Positive] = (0.75, 4 / 3)
+    """Smallest and largest ratio of width to height of that crop, in pixels."""
+    horizontal_flip: Probability = 0.5
+    """Probability of a flip; 0 if captions mention left and right."""
+    auto_augment: Literal["none", "original"] = "original"
+    """AutoAugment policy (Cubuk et al. 2019; A.2). It changes colours."""
+    zoom: tuple[Positive, Positive] = (1.0, 1.0)
+    """Smallest and largest factor on the content's size; below 1 leaves white around it."""
+    stretch: NotNegative = 0.0
+    """Largest change of the logarithm of width / height, in either direction."""
+    rotation_degrees: NotNegative = 0.0
+    """Largest rotation in either direction, in degrees."""
+    shear_degrees: NotNegative = 0.0
+    """Largest shear in either direction, in degrees."""
+    translation: NotNegative = 0.0
+    """Largest shift along each axis in either direction, as a share of the side."""
+    brightness: NotNegative = 0.0
+    """Pixel values are multiplied by 1 ± this."""
+    contrast: NotNegative = 0.0
+    """The distance to the mean luma is multiplied by 1 ± this."""
+    saturation: NotNegative = 0.0
+    """The distance to each pixel's luma is multiplied by 1 ± this."""
+    hue: NotNegative = 0.0
+    """Largest turn of the colour circle in either direction, in turns."""
+    colour_probability: Probability = 1.0
+    """Probability that brightness, contrast, saturation and hue change at all."""
+    grey_probability: Probability = 0.0
+    """Probability that all colour is dropped."""
+    erase_probability: Probability = 0.0
+    """Probability of one colour over 2–20% of the area (Zhong et al. 2017)."""
 
     def __post_init__(self) -> None:
         for name in ("crop_area", "crop_aspect", "zoom"):
@@ -62,9 +72,12 @@ class AugmentConfig:
 class DistilConfig:
     """A larger model that a smaller one learns from (the paper's future work, section 5)."""
 
-    teacher: str  # weights of any known format with both towers; the vocabulary is the student's
-    weight: Positive = 1.0  # factor on the distillation loss, which is added to the contrastive loss
-    temperature: Positive = 2.0  # both models' logits are divided by this; at 1 they stand as trained
+    teacher: str
+    """Weights of any known format with both towers; the vocabulary must be the student's."""
+    weight: Positive = 1.0
+    """Factor on the distillation loss, which is added to the contrastive loss."""
+    temperature: Positive = 2.0
+    """Divisor of both models' logits; at 1 they stay as trained."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,10 +88,14 @@ class NegationConfig:
     captions name all there is of `objects`.
     """
 
-    objects: tuple[str, ...]  # words for things, such as 圆形; at least two
-    affirmed: Annotated[tuple[str, ...], MinLen(1)] = ("图中有{}", "有{}")  # templates; {} is the thing
+    objects: tuple[str, ...]
+    """Words for things, such as 圆形; at least two."""
+    affirmed: Annotated[tuple[str, ...], MinLen(1)] = ("图中有{}", "有{}")
+    """Templates of statements that the image shows the thing, which replaces {}."""
     negated: Annotated[tuple[str, ...], MinLen(1)] = ("图中没有{}", "没有{}")
-    weight: Positive = 1.0  # factor on the loss over true and false statements, added to the contrastive loss
+    """Templates of statements that the image does not show it."""
+    weight: Positive = 1.0
+    """Factor on the loss over true and false statements, which is added to the contrastive loss."""
 
     def __post_init__(self) -> None:
         for text in (*self.affirmed, *self.negated):
@@ -92,70 +109,90 @@ class NegationConfig:
 class TrainConfig:
     """One training stage. The defaults are the paper's Table 8, ViT column."""
 
-    # Passes over the corpus; the last incomplete batch of an epoch carries over (A.2). May be raised later
-    # from a checkpoint of the warm-up: the cosine after it depends on them.
     epochs: PositiveInt = field(metadata=BINDS_EXACTLY)
-    global_batch: PositiveInt = 32_768  # samples an optimizer step sees over all ranks (Table 8)
-    peak_learning_rate: Positive = 1e-4  # reached after the warm-up, then a cosine to 0 (Table 8)
-    warmup_steps: NotNegativeInt = 5_000  # steps of linear warm-up (Table 8)
-    weight_decay: NotNegative = 1e-3  # decoupled, on weight matrices and embeddings only (Table 8)
-    adam_beta1: BelowOne = 0.9  # (Table 8)
-    adam_beta2: BelowOne = 0.98  # 0.999 for a ResNet (Table 8)
-    adam_eps: Positive = 1e-6  # 1e-8 for a ResNet (Table 8)
-    max_gradient_norm: Positive | None = None  # longer gradients are shortened to this; the paper has none
-    max_temperature: Annotated[float, Ge(1)] = 100.0  # the logits' scale is clamped to 1…this (Table 8)
-    lock_image: bool = False  # stage 1: the image tower stays as it is, byte for byte (2.3)
-    # torch compiles the locked tower: some 20 seconds at each start, then an image takes less time.
+    """Passes over the corpus; the last incomplete batch of an epoch carries over to the next (A.2). May be
+    raised later from a checkpoint of the warm-up, because the cosine after it depends on the number.
+    """
+    global_batch: PositiveInt = 32_768
+    """Samples that an optimizer step sees over all ranks (Table 8)."""
+    peak_learning_rate: Positive = 1e-4
+    """Learning rate after the warm-up; a cosine then takes it to 0 (Table 8)."""
+    warmup_steps: NotNegativeInt = 5_000
+    """Steps of linear warm-up (Table 8)."""
+    weight_decay: NotNegative = 1e-3
+    """Decoupled weight decay, on weight matrices and embeddings only (Table 8)."""
+    adam_beta1: BelowOne = 0.9
+    """Decay of Adam's mean of gradients (Table 8)."""
+    adam_beta2: BelowOne = 0.98
+    """Decay of Adam's mean of squared gradients; 0.999 for a ResNet (Table 8)."""
+    adam_eps: Positive = 1e-6
+    """Adam's epsilon; 1e-8 for a ResNet (Table 8)."""
+    max_gradient_norm: Positive | None = None
+    """Norm to which longer gradients are clipped. Unset: no clipping, as in the paper."""
+    max_temperature: Annotated[float, Ge(1)] = 100.0
+    """Upper limit of the logits' scale, which is clamped to 1 and above (Table 8)."""
+    lock_image: bool = False
+    """Whether the image tower stays as it is, byte for byte (stage 1; 2.3)."""
     compile_image: bool = field(default=False, metadata=NOT_IN_DIGEST)
-    cached_views: NotNegativeInt = (
-        0  # augmented views of an image whose features are computed once; 0: every time anew
-    )
-    # Both towers recompute activations in the backward pass (A.2).
+    """Whether torch compiles the locked tower: some 20 seconds at each start, then faster images."""
+    cached_views: NotNegativeInt = 0
+    """Augmented views of each image whose features are computed once; 0 computes them anew each time."""
     checkpoint_activations: bool = field(default=False, metadata=NOT_IN_DIGEST)
-    context_length: Annotated[int, Ge(3)] = CONTEXT_LENGTH  # tokens of a caption with [CLS] and [SEP]
-    augment: AugmentConfig = field(default_factory=AugmentConfig)  # images (A.2)
-    caption_column: str = "caption"  # column of the shards' sidecars
-    exclude_duplicates: bool = False  # pairs of equal image or caption are no negatives of each other
-    patch_mask: BelowOne = (
-        0.0  # share of a ViT's patches left out at random in training (FLIP, Li et al. 2023)
-    )
-    distil: DistilConfig | None = None  # a teacher whose similarities the model learns too
-    negation: NegationConfig | None = None  # statements with absent objects as hard negatives
+    """Whether both towers recompute activations in the backward pass (A.2)."""
+    context_length: Annotated[int, Ge(3)] = CONTEXT_LENGTH
+    """Tokens of a caption, including [CLS] and [SEP]."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """How images are changed before training sees them (A.2)."""
+    caption_column: str = "caption"
+    """Caption column of the shards' sidecars."""
+    exclude_duplicates: bool = False
+    """Whether pairs with the same image or caption are left out of each other's negatives."""
+    patch_mask: BelowOne = 0.0
+    """Share of a ViT's patches that training leaves out at random (FLIP, Li et al. 2023)."""
+    distil: DistilConfig | None = None
+    """A teacher whose similarities the model learns too."""
+    negation: NegationConfig | None = None
+    """Statements about absent objects as hard negatives."""
 
-    lanes: PositiveInt = 512  # streams the corpus is cut into; divides global_batch, at least ranks
-    window_shards: PositiveInt = 4  # shards of a lane whose samples are shuffled together
-    # Processes; the batches do not depend on it.
+    lanes: PositiveInt = 512
+    """Streams that the corpus is cut into; must divide `global_batch` and be at least `ranks`."""
+    window_shards: PositiveInt = 4
+    """Shards of a lane whose samples are shuffled together."""
     ranks: PositiveInt = field(default=1, metadata=BINDS_NEVER)
-    threads_per_rank: PositiveInt = field(
-        default=1, metadata=NOT_IN_DIGEST
-    )  # threads that compute, and threads that decode
-    # Most samples whose activations a rank holds; unset: its whole share. The gradient is the whole batch's.
+    """Training processes; batches do not depend on their number."""
+    threads_per_rank: PositiveInt = field(default=1, metadata=NOT_IN_DIGEST)
+    """Threads of each rank that compute, and as many that decode images."""
     micro_batch: PositiveInt | None = field(default=None, metadata=NOT_IN_DIGEST)
-    # File of deepspeed_configs, or a path ending in .json: memory, precision, communication.
+    """Most samples whose activations a rank holds. The gradient stays that of the whole batch. Unset: the
+    rank's whole share.
+    """
     deepspeed: str = field(default="zero1", metadata=BINDS_NEVER)
+    """File of `deepspeed_configs/` or a path ending in `.json`: memory, precision, communication."""
 
-    # Also before the first step and after the last; 0: only these two.
     validate_every_steps: NotNegativeInt = field(default=1_000, metadata=BINDS_ONCE_DONE)
-    # Also at the end of every pass over the corpus (A.3).
+    """Steps between validations; one before the first step and one after the last always take place. 0: only
+    these two.
+    """
     validate_every_epoch: bool = field(default=False, metadata=BINDS_ONCE_DONE)
-    # Which weights the stage ends with: the last ones, or those of the best mean recall while training (A.2).
+    """Whether the end of each pass over the corpus is validated too (A.3)."""
     choose: Literal["last", "best"] = field(default="last", metadata=BINDS_ONCE_DONE)
-    # Evaluation sets whose mean recall decides; empty: all of the run's.
+    """Weights that the stage ends with: the last ones, or those with the best mean recall (A.2)."""
     choose_on: tuple[str, ...] = field(default=(), metadata=BINDS_ONCE_DONE)
-    # Points of mean recall by which a validation has to beat the last salient one.
+    """Evaluation sets whose mean recall decides; empty: all of the run's sets."""
     salient_gain: NotNegative = field(default=0.0, metadata=BINDS_ONCE_DONE)
-    # Epochs since the last salient gain that end the stage (2.3); 0: never.
+    """Points of mean recall by which a validation must beat the last salient one."""
     patience: NotNegativeInt = field(default=0, metadata=BINDS_ONCE_DONE)
-    # What a loss or gradient that is not finite does: end the run, or leave that one batch out.
+    """Epochs without a salient gain after which the stage ends (2.3); 0: never."""
     on_non_finite: Literal["stop", "skip"] = field(default="stop", metadata=NOT_IN_DIGEST)
-    # Longest time of a step before a rank ends the run; validations and checkpoints have 8 times that.
+    """What a loss or gradient that is not finite does: stop the run, or skip that batch."""
     stall_seconds: Positive = field(default=1_800.0, metadata=NOT_IN_DIGEST)
-    save_every_steps: PositiveInt = field(
-        default=1_000, metadata=NOT_IN_DIGEST
-    )  # optimizer steps between checkpoints
-    keep_checkpoints: PositiveInt = field(
-        default=2, metadata=NOT_IN_DIGEST
-    )  # newest left on disk, next to the best and the last of the warm-up
+    """Longest time of a step before a rank ends the run, in seconds; validations and checkpoints have 8 times
+    as long.
+    """
+    save_every_steps: PositiveInt = field(default=1_000, metadata=NOT_IN_DIGEST)
+    """Optimizer steps between checkpoints."""
+    keep_checkpoints: PositiveInt = field(default=2, metadata=NOT_IN_DIGEST)
+    """Newest checkpoints that stay on disk, next to the best one and the last of the warm-up."""
 
     def __post_init__(self) -> None:
         if self.cached_views and not self.lock_image:

@@ -21,12 +21,12 @@ _CROP_ATTEMPTS = 10  # as timm and torchvision, before the largest centred crop 
 
 
 def sample_generator(seed: int, epoch: int, key: bytes) -> np.random.Generator:
-    """The generator of one sample in one epoch; `key` is 32 hexadecimal digits."""
+    """Return the generator of one sample in one epoch; `key` is 32 hexadecimal digits."""
     return np.random.Generator(np.random.Philox(key=int(key, 16), counter=[0, 0, epoch, seed]))
 
 
 def augment(image: Pixels, size_px: int, config: AugmentConfig, random: np.random.Generator) -> Pixels:
-    """A random view [size_px, size_px, 3] of an RGB image (paper A.2; CN-CLIP's `create_transform`)."""
+    """Draw a view [size_px, size_px, 3] of an RGB image (paper A.2; CN-CLIP's `create_transform`)."""
     top, left, height, width = _random_crop(image.shape[0], image.shape[1], config, random)
     view = _resize(image[top : top + height, left : left + width], size_px)
     if random.random() < config.horizontal_flip:
@@ -45,7 +45,7 @@ def augment(image: Pixels, size_px: int, config: AugmentConfig, random: np.rando
 def _random_crop(
     height_px: int, width_px: int, config: AugmentConfig, random: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of a crop, drawn as timm's and torchvision's RandomResizedCrop do."""
+    """Return (top, left, height, width) of a crop, drawn as timm's and torchvision's RandomResizedCrop do."""
     low, high = (math.log(aspect) for aspect in config.crop_aspect)
     for _ in range(_CROP_ATTEMPTS):
         area = height_px * width_px * random.uniform(*config.crop_area)
@@ -61,7 +61,7 @@ def _random_crop(
 
 
 def _resize(image: Pixels, size_px: int) -> Pixels:
-    # OpenCV's area mode alone filters when it shrinks. Where a pixel has few source pixels, bilinear reads
+    # Only OpenCV's area mode filters when it shrinks. If a pixel has few source pixels, bilinear reads
     # nearly all of them, ends as near to PIL's filtered bicubic, and takes a fifth of the time.
     shrinks = image.shape[0] > size_px and image.shape[1] > size_px
     few = image.shape[0] * image.shape[1] < _BILINEAR_PIXELS * size_px**2
@@ -97,7 +97,7 @@ def _recolours(config: AugmentConfig) -> bool:
 
 
 def _recolour(image: Pixels, config: AugmentConfig, random: np.random.Generator) -> Pixels:
-    """Brightness, contrast, saturation and hue, all linear in the pixel: one 3 × 4 matrix."""
+    """Change brightness, contrast, saturation and hue, all linear in the pixel: one 3 × 4 matrix."""
     matrix, offset = np.eye(3), np.zeros(3)
     brightness, contrast, saturation = (
         random.uniform(1 - largest, 1 + largest)
@@ -118,7 +118,7 @@ def _recolour(image: Pixels, config: AugmentConfig, random: np.random.Generator)
 
 
 def _erase(image: Pixels, random: np.random.Generator) -> Pixels:
-    """One colour over a rectangle (Random Erasing, Zhong et al. 2017)."""
+    """Paint one colour over a rectangle (Random Erasing, Zhong et al. 2017)."""
     size_px = image.shape[0]
     area, aspect = random.uniform(0.02, 0.2), math.exp(random.uniform(-0.7, 0.7))
     height = min(size_px, round(math.sqrt(area * aspect) * size_px))

@@ -30,7 +30,7 @@ _IDENTITY = np.repeat(_VALUES[:, None], 3, axis=1).astype(np.uint8)
 
 
 def auto_augment(image: Pixels, random: np.random.Generator) -> Pixels:
-    """One of the 25 sub-policies, drawn; each of its two operations applies with its own probability."""
+    """Apply one of the 25 sub-policies, drawn; each of its two operations has its own probability."""
     policy = original_policy()
     drawn = []
     for operation in policy[int(random.integers(len(policy)))]:
@@ -47,7 +47,7 @@ def auto_augment(image: Pixels, random: np.random.Generator) -> Pixels:
 
 
 def apply_operations(image: Pixels, operations: Sequence[tuple[str, float]]) -> Pixels:
-    """The image after operations by timm's (name, level); KeyError for a name that the policy lacks."""
+    """Apply operations by timm's (name, level); KeyError for a name that the policy lacks."""
     work = _Work(image)
     for name, level in operations:
         _OPERATIONS[name](work, level)
@@ -56,8 +56,8 @@ def apply_operations(image: Pixels, operations: Sequence[tuple[str, float]]) -> 
 
 @functools.cache
 def original_policy() -> list[list[Any]]:
-    """The 25 sub-policies of two operations each, as timm's objects: name, prob, magnitude, level_fn."""
-    torchvision_ops.install()  # timm imports torchvision, which alone does not load beside a CPU-only torch
+    """Return the 25 sub-policies, two operations each, as timm's objects: name, prob, magnitude, level_fn."""
+    torchvision_ops.install()  # timm imports torchvision, which does not load next to a CPU-only torch
     from timm.data.auto_augment import auto_augment_policy
 
     bicubic_always = {"interpolation": Image.Resampling.BICUBIC}
@@ -74,7 +74,7 @@ class _Work:
         self._counts: ChannelHistograms | None = None  # of the image as it is, without the table
 
     def finished(self) -> Pixels:
-        """The image with everything applied."""
+        """Return the image with everything applied."""
         if self._table is not None:
             self._image = np.asarray(cv2.LUT(self._image, self._table[None]), dtype=np.uint8)
             self._table = self._counts = None
@@ -88,7 +88,7 @@ class _Work:
         self._table = table if self._table is None else np.take_along_axis(table, self._table.astype(int), 0)
 
     def counts(self) -> ChannelHistograms:
-        """The histogram of what `finished` would give."""
+        """Return the histogram of what `finished` would give."""
         if self._counts is None:
             channels = [cv2.calcHist([self._image], [c], None, [256], [0, 256]).ravel() for c in range(3)]
             self._counts = np.stack(channels, axis=1).astype(np.int64)
@@ -145,7 +145,7 @@ def _color(work: _Work, factor: float) -> None:
 
 
 def _sharpness(work: _Work, factor: float) -> None:
-    """Away from the image that PIL's SMOOTH gives, which leaves the border as it is."""
+    """Move away from the image that PIL's SMOOTH gives, which leaves the border as it is."""
     image = work.finished()
     smooth = np.ones((3, 3))
     smooth[1, 1] = 5

@@ -1,11 +1,7 @@
 """Image features of stage 1, computed once: K augmented views of every image through the locked tower.
 
-One file a shard, next to the shards: `features/<key>-<shard's digest>.npy`, [samples, K] records of a
-unit-norm float16 feature_D and a CRC-32, which every read checks: a cache is terabytes, and reading it whole
-before a run would take as long as epochs. The key is a digest of all that a feature depends on: the tower's
-weights, the augmentation, the size, the seed, K and the precision. A file that is there is therefore right;
-another tower or transform makes files of its own. View v is what the live path shows in epoch v: K views are
-those of K live epochs, and epoch e reads view e mod K.
+One file a shard, next to the shards, named by a digest of all that a feature depends on; every read checks a
+CRC-32. docs/concepts/determinism.md, "Random draws", has the layout and which epoch reads which view.
 """
 
 import os
@@ -106,19 +102,19 @@ class FeatureCache:
         if _crc32(feature, row, view) != record["crc32"]:
             raise InputError(
                 f"{self.path(shard)}: row {row}, view {view}: other bytes than were written (CRC-32 differs):"
-                " the disk or a copy damaged it; remove the file: it is made again"
+                " the disk or a copy damaged it; remove the file: cnclip builds it again"
             )
         return feature
 
     def _open_file(self, shard: int) -> npt.NDArray[np.void]:
         path = self.path(shard)
         expected = (self._shards[shard].num_samples, self.num_views)
-        records: npt.NDArray[np.void] = map_npy(path, "remove the file: it is made again")
+        records: npt.NDArray[np.void] = map_npy(path, "remove the file: cnclip builds it again")
         dtype = _record(self._dim)
         if records.shape != expected or records.dtype != dtype:
             raise InputError(
                 f"{path}: {records.dtype} {records.shape}, but its shard wants {dtype} {expected};"
-                " remove the file: it is made again"
+                " remove the file: cnclip builds it again"
             )
         return records
 

@@ -26,7 +26,7 @@ class PatchMask:
     seed: int
 
     def draw(self, keys: Sequence[bytes], epochs: Sequence[int]) -> torch.Tensor:
-        """kept_BP, int64: the patches that each visit of a sample keeps, in raster order."""
+        """Return kept_BP, int64: the patches that each visit of a sample keeps, in raster order."""
         kept = [self._draw_one(key, epoch) for key, epoch in zip(keys, epochs, strict=True)]
         return torch.from_numpy(np.stack(kept))
 

@@ -1,10 +1,7 @@
-"""Which samples a step sees.
+"""Which samples a step sees: a pure function of (seed, step), on any number of ranks.
 
-The order is a pure function of (seed, step): it depends neither on the number of ranks nor on anything that
-ran before. The corpus is one sequence of samples, shard after shard, cut into `lanes` contiguous equal
-ranges. A lane is an endless stream of epochs; within an epoch its pieces of shards come in seeded order and
-its samples are permuted inside windows of a few pieces, so that reading stays sequential. Step s takes
-positions [s·k, (s + 1)·k) of every lane, k = global_batch / lanes.
+The corpus is cut into lanes, and a step takes the same number of samples from each.
+docs/concepts/determinism.md, "The order of samples", defines lanes and windows.
 """
 
 import functools

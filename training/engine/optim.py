@@ -16,7 +16,7 @@ _NORMALISATIONS = (
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Trainable parameters as two groups, decayed and not, each in the model's order.
+    """Return trainable parameters as two groups, decayed and not, each in the model's order.
 
     Weight matrices, convolutions and embeddings decay. Biases, normalisations and all that has fewer than two
     dimensions (class token, temperature) do not. What a parameter is, its module's type says: CN-CLIP asks
@@ -40,7 +40,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """torch's own AdamW, so that DeepSpeed compiles none."""
+    """Build torch's own AdamW, so that DeepSpeed compiles none."""
     return torch.optim.AdamW(
         parameter_groups(model, config.weight_decay),
         lr=0.0,  # `learning_rate` sets it before every step
@@ -51,7 +51,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
-    """Learning rate after `step` finished steps: linear warm-up, then a cosine to 0 (Table 8).
+    """Return the learning rate after `step` finished steps: linear warm-up, then a cosine to 0 (Table 8).
 
     As the released code counts: the first step already has 1 / warmup_steps of the peak.
     """

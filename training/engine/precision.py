@@ -11,25 +11,25 @@ from training.config.train import TrainConfig
 
 
 def compute_dtype(settings: dict[str, Any]) -> torch.dtype:
-    """float32, or the 16-bit format of weights or of autocast; `settings` are a DeepSpeed file's content."""
+    """Return float32, or the 16-bit format of weights or autocast; `settings` are a DeepSpeed file's."""
     if settings.get("torch_autocast", {}).get("enabled"):
         return torch.bfloat16
     return {"bf16": torch.bfloat16, "fp16": torch.float16, None: torch.float32}[half_of(settings)]
 
 
 def autocast_dtype(settings: dict[str, Any]) -> torch.dtype:
-    """What the engine's forward pass casts to; float32 where it casts nothing."""
+    """Return what the engine's forward pass casts to; float32 if it casts nothing."""
     return torch.float32 if half_of(settings) else compute_dtype(settings)
 
 
 def autocast(device_type: str, dtype: torch.dtype) -> torch.autocast:
-    """A context that multiplies matrices in `dtype`, the weights staying as they are; float32: no change."""
+    """Return a context that multiplies matrices in `dtype` and leaves the weights; float32: no change."""
     is_half = dtype != torch.float32
     return torch.autocast(device_type, dtype if is_half else None, enabled=is_half)
 
 
 def check_precision(config: TrainConfig) -> None:
-    """Raise ConfigError where a DeepSpeed file's precision cannot run on this machine."""
+    """Raise ConfigError if a DeepSpeed file's precision cannot run on this machine."""
     half = half_of(read_deepspeed_file(config.deepspeed))
     on = get_accelerator()
     # DeepSpeed calls fp16 supported on processors that multiply in it; training there was never tried.

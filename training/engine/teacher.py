@@ -40,16 +40,16 @@ class Teacher:
 
     @torch.no_grad()
     def features(self, image_BCHW: Tensor, tokens_BL: Tensor) -> TeacherFeatures:
-        """float32 features of whole images, normalised as the image tower wants them, and of captions."""
+        """Return float32 features of whole images, normalised for the image tower, and of captions."""
         with autocast(image_BCHW.device.type, self._dtype):
             return TeacherFeatures(*self._clip(image_BCHW, tokens_BL))
 
 
 def load_teacher(config: TrainConfig, student: CLIP, stage: str) -> Teacher | None:
-    """The teacher that a stage names, or None.
+    """Return the teacher that a stage names, or None.
 
-    ConfigError where it cannot see what the student sees: another vocabulary or image size, or too few
-    positions. InputError where the weights cannot be read.
+    ConfigError if it cannot see what the student sees: another vocabulary or image size, or too few
+    positions. InputError if the weights cannot be read.
     """
     if config.distil is None:
         return None

@@ -30,7 +30,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's names for them
 
 
 def adam_of(engine: Engine) -> torch.optim.AdamW:
-    """The AdamW inside: of the model's parameters at ZeRO stage 0, else of flat parts of them."""
+    """Return the AdamW inside: of the model's parameters at ZeRO stage 0, else of flat parts of them."""
     optimizer = engine.optimizer
     adam: torch.optim.AdamW = optimizer.optimizer if engine.zero_optimization() else optimizer
     return adam
@@ -56,7 +56,7 @@ def make_adam_state(engine: Engine) -> None:
 
 
 def whole_weight(parameter: nn.Parameter) -> Tensor:
-    """The parameter in float32 where it is trained, from its master; else as the module has it."""
+    """Return a trained parameter in float32, from its master; any other as the module has it."""
     if _is_partitioned(parameter) and not parameter.requires_grad:
         with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
@@ -79,7 +79,7 @@ def set_weight(parameter: nn.Parameter, value: Tensor) -> None:
 
 
 def whole_moment(engine: Engine, parameter: nn.Parameter, moment: str) -> Tensor:
-    """One of Adam's MOMENTS of a trained parameter, in float32."""
+    """Return one of Adam's MOMENTS of a trained parameter, in float32."""
     found = safe_get_full_optimizer_state(parameter, moment)
     value: Tensor = adam_of(engine).state[parameter][moment] if found is None else found
     return value
@@ -97,7 +97,7 @@ def set_moment(engine: Engine, parameter: nn.Parameter, value: Tensor, moment: s
 
 
 def loss_scaling(engine: Engine) -> dict[str, float]:
-    """Where float16's dynamic loss scaling stands; empty for other precisions. Equal on all ranks."""
+    """Return the state of float16's dynamic loss scaling, equal on all ranks; empty for other precisions."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if not getattr(scaler, "dynamic", False):
         return {}
@@ -114,7 +114,7 @@ def set_loss_scaling(engine: Engine, values: Mapping[str, float]) -> None:
 
 @contextmanager
 def gathered(*parameters: nn.Parameter) -> Iterator[None]:
-    """Whole parameters inside, for reading, where modules that own them are not called as modules."""
+    """Gather whole parameters inside, for reading, if modules that own them are not called as modules."""
     partitioned = [parameter for parameter in parameters if _is_partitioned(parameter)]
     with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
         yield
@@ -125,7 +125,7 @@ def _is_partitioned(parameter: nn.Parameter) -> bool:
 
 
 def _own_part(parameter: Any, value: Tensor) -> Tensor:
-    """This rank's part of a whole value; the last ranks' parts of a small parameter are padding."""
+    """Return this rank's part of a whole value; the last ranks' parts of a small parameter are padding."""
     size = parameter.ds_tensor.numel()
     padded = torch.zeros(size * dist.get_world_size(), dtype=torch.float32, device=value.device)
     padded[: value.numel()] = value.flatten()

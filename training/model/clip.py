@@ -36,7 +36,7 @@ class CLIP(nn.Module):
         self._recompute_text = False
 
     def encode_image(self, image_BCHW: torch.Tensor, kept_BP: torch.Tensor | None = None) -> torch.Tensor:
-        """Unit-norm feature_BD in float32 of images that are already resized and normalised.
+        """Return unit-norm feature_BD in float32 of images that are already resized and normalised.
 
         `kept_BP` are the patches that a ViT computes on, all where unset. No graph is recorded where the
         image tower is locked.
@@ -46,7 +46,7 @@ class CLIP(nn.Module):
             return F.normalize(self.visual(image_BCHW, **masked).float(), dim=-1)
 
     def encode_text(self, tokens_BL: torch.Tensor) -> torch.Tensor:
-        """Unit-norm feature_BD in float32 of token ids, int32 or int64; id 0 is padding and costs nothing.
+        """Return unit-norm feature_BD in float32 of integer token ids; id 0 is padding and costs nothing.
 
         The ids may be on the CPU wherever the model is, which is quicker: they are packed there. ValueError
         where a row begins with padding.
@@ -54,11 +54,11 @@ class CLIP(nn.Module):
         return self.project_text(encode_packed(self.bert, tokens_BL, recompute=self._recompute_text))
 
     def project_text(self, hidden_BH: torch.Tensor) -> torch.Tensor:
-        """Unit-norm feature_BD in float32 of the text tower's hidden states at [CLS]."""
+        """Return unit-norm feature_BD in float32 of the text tower's hidden states at [CLS]."""
         return F.normalize((hidden_BH @ self.text_projection).float(), dim=-1)
 
     def forward(self, image_BCHW: torch.Tensor, tokens_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`encode_image` and `encode_text` of one batch."""
+        """Return `encode_image` and `encode_text` of one batch."""
         return self.encode_image(image_BCHW), self.encode_text(tokens_BL)
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
@@ -76,7 +76,7 @@ class CLIP(nn.Module):
         self.visual.eval()
 
     def train(self, mode: bool = True) -> Self:
-        """As of every module, but a locked image tower stays in evaluation: its batch norms learn nothing."""
+        """Set the mode as of every module, but keep a locked image tower in evaluation: it learns nothing."""
         super().train(mode)
         if self.image_tower_locked:
             self.visual.eval()
@@ -84,7 +84,7 @@ class CLIP(nn.Module):
 
 
 def build_clip(config: ModelConfig, *, vocab_size: int | None = None) -> CLIP:
-    """A model with random weights from torch's global generator, in training mode.
+    """Build a model with random weights from torch's global generator, in training mode.
 
     `vocab_size` replaces the configuration's where the vocabulary was learned from the corpus; `CLIP.config`
     then says so.

@@ -28,7 +28,7 @@ class VisionTransformerConfig:
         return (self.image_size_px // self.patch_size_px) ** 2
 
     def num_kept(self, patch_mask: float) -> int:
-        """Patches that are left where the share `patch_mask` is not computed on; at least one."""
+        """Return how many patches are left if the share `patch_mask` is not computed; at least one."""
         return max(1, round(self.num_patches * (1 - patch_mask)))
 
 

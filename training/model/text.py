@@ -19,7 +19,7 @@ from training.model.config import TextConfig
 
 
 def build_text_tower(config: TextConfig) -> BertModel:
-    """BERT as released for Chinese: erf GELU, layer-norm eps 1e-12; random until weights are loaded into it.
+    """Build BERT as released for Chinese: erf GELU, layer-norm eps 1e-12, random until weights are loaded.
 
     `encode_packed` computes with it. Called as a module it is transformers' own computation on padded token
     ids, by PyTorch's fused attention: what ONNX is exported from.
@@ -60,9 +60,9 @@ class Packing:
 
 
 def pack(tokens_BL: torch.Tensor, device: torch.device) -> Packing:
-    """The row of the tokens that are not 0, on `device`; `tokens_BL` may be any integers on any device.
+    """Return the row of non-zero tokens on `device`; `tokens_BL` may be any integers on any device.
 
-    On an accelerator it makes the host wait, once; on the CPU it does not. ValueError where a caption does
+    On an accelerator it makes the host wait, once; on the CPU it does not. ValueError if a caption does
     not begin with a token.
     """
     tokens_BL = tokens_BL.cpu()
@@ -90,7 +90,7 @@ def pack(tokens_BL: torch.Tensor, device: torch.device) -> Packing:
 
 
 def encode_packed(bert: BertModel, tokens_BL: torch.Tensor, *, recompute: bool = False) -> torch.Tensor:
-    """hidden_BH at [CLS] of token ids padded with 0, equal to the padded computation but for rounding.
+    """Return hidden_BH at [CLS] of token ids padded with 0, equal to the padded computation but for rounding.
 
     `recompute` gives up each layer's activations and computes them again in the backward pass, with the same
     dropout.
@@ -106,7 +106,7 @@ def encode_packed(bert: BertModel, tokens_BL: torch.Tensor, *, recompute: bool =
 def _layer(
     layer: Any, hidden_TH: torch.Tensor, packing: Packing, recompute: bool, *, only_first: bool
 ) -> torch.Tensor:
-    """One layer of BERT on the row of tokens; `only_first` returns the [CLS] alone, hidden_BH."""
+    """Compute one layer of BERT on the row of tokens; `only_first` returns only the [CLS], hidden_BH."""
     compute: Callable[..., torch.Tensor] = _compute_layer
     if recompute and torch.is_grad_enabled():
         found: torch.Tensor = checkpoint(compute, layer, hidden_TH, packing, only_first, use_reentrant=False)
@@ -115,7 +115,7 @@ def _layer(
 
 
 def _compute_layer(layer: Any, hidden_TH: torch.Tensor, packing: Packing, only_first: bool) -> torch.Tensor:
-    """The parts of transformers' `BertLayer`, which its weights' names fix, around attention of our own."""
+    """Compute the parts of transformers' `BertLayer`, whose names the weights fix, around own attention."""
     part = layer.attention.self
     asking_TH = hidden_TH[packing.first_B] if only_first else hidden_TH
     attend = _attend_by_run if hidden_TH.device.type == "cpu" else _attend_jagged
@@ -135,11 +135,11 @@ def _compute_layer(layer: Any, hidden_TH: torch.Tensor, packing: Packing, only_f
 def _attend_by_run(
     query_TND: torch.Tensor, key_TND: torch.Tensor, value_TND: torch.Tensor, packing: Packing, dropout: float
 ) -> torch.Tensor:
-    """Attention within each caption, one call for all captions of one length."""
+    """Attend within each caption, one call for all captions of one length."""
     asked = 1 if len(query_TND) < len(key_TND) else 0
 
     def by_run(row_TND: torch.Tensor, tokens: int) -> Iterator[torch.Tensor]:
-        """[captions, heads, tokens, width] of each run, `tokens` of each caption or, where it is 0, all."""
+        """Yield [captions, heads, tokens, width] of each run: `tokens` of each caption, or all if it is 0."""
         shapes = [(count, tokens or length) for count, length in packing.runs]
         # Split, not sliced: one concatenation going back, instead of a row of zeros for each part.
         parts = torch.split(row_TND, [count * size for count, size in shapes])
@@ -160,7 +160,7 @@ def _attend_by_run(
 def _attend_jagged(
     query_TND: torch.Tensor, key_TND: torch.Tensor, value_TND: torch.Tensor, packing: Packing, dropout: float
 ) -> torch.Tensor:
-    """The same in one call for all captions: an accelerator's kernels take rows of different lengths."""
+    """Attend in one call for all captions: an accelerator's kernels take rows of different lengths."""
     shortest, longest = packing.runs[0][1], packing.runs[-1][1]
 
     def jagged(row_TND: torch.Tensor) -> torch.Tensor:

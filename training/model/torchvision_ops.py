@@ -43,7 +43,7 @@ def install() -> None:
 
 
 def _declare_operators() -> None:
-    """Declare the operators only where torchvision's own extension cannot: declaring twice is an error."""
+    """Declare the operators only if torchvision's own extension cannot: declaring twice is an error."""
     global _library
     spec = PathFinder.find_spec("torchvision")
     if spec is None or not spec.submodule_search_locations:

@@ -15,7 +15,7 @@ from training.model.config import ModifiedResNetConfig, VisionConfig, VisionTran
 
 
 def build_image_tower(config: VisionConfig, embed_dim: int) -> "ImageTransformer | ModifiedResNet":
-    """A module from image_BCHW (float, normalised) to feature_BD (not yet unit-norm), D = embed_dim.
+    """Build a module from image_BCHW (float, normalised) to feature_BD (not yet unit-norm), D = embed_dim.
 
     Initialised at random: timm's scheme for the towers, OpenAI CLIP's for the projections (normal, std =
     1/√inputs).
@@ -26,7 +26,7 @@ def build_image_tower(config: VisionConfig, embed_dim: int) -> "ImageTransformer
 
 
 def _vision_transformer(config: VisionTransformerConfig, embed_dim: int) -> "ImageTransformer":
-    """timm's `vit_*_clip_quickgelu_*`, save that the projection has no bias, as in CLIP."""
+    """Build timm's `vit_*_clip_quickgelu_*`, save that the projection has no bias, as in CLIP."""
     tower = ImageTransformer(
         img_size=config.image_size_px,
         patch_size=config.patch_size_px,
@@ -45,7 +45,7 @@ def _vision_transformer(config: VisionTransformerConfig, embed_dim: int) -> "Ima
 
 
 def _modified_resnet(config: ModifiedResNetConfig, embed_dim: int) -> "ModifiedResNet":
-    """timm's `resnet50_clip` in any width and depth."""
+    """Build timm's `resnet50_clip` in any width and depth."""
     stem_width = config.width // 32
     stages = tuple(
         ByoBlockCfg(type="bottle", d=blocks, c=stem_width * 4 * 2**stage, s=1 if stage == 0 else 2, br=0.25)
@@ -75,7 +75,7 @@ class ImageTransformer(VisionTransformer):  # type: ignore[misc]
         self.patch_drop = _KeptPatches()  # type: ignore[assignment]
 
     def forward(self, x: torch.Tensor, *, kept_BP: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]
-        """feature_BD of image_BCHW; `kept_BP` (int64) are the patches to compute on, all where unset."""
+        """Return feature_BD of image_BCHW; `kept_BP` (int64): the patches to compute on; unset: all."""
         if kept_BP is None:
             return super().forward(x)
         kept_patches = cast(_KeptPatches, self.patch_drop)
@@ -124,7 +124,7 @@ def _first_pass_and_recomputation(stage: nn.Module) -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def _running_statistics_kept(stage: nn.Module) -> Iterator[None]:
-    """Batch norms normalise by the batch as always, but fold none of it into their running statistics."""
+    """Let batch norms normalise by the batch as always, without updating their running statistics."""
     norms = [module for module in stage.modules() if isinstance(module, nn.BatchNorm2d)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:

@@ -68,7 +68,7 @@ def _children(launcher_pid: int) -> list[psutil.Process]:
 
 
 def _signal_of(pid: int) -> int:
-    """Signal that ended a process whose parent has not asked for its status yet; 0: none, or it has."""
+    """Return the signal that ended a process which its parent has not reaped yet; 0: none, or reaped."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
             status = int(file.read().split()[-1])  # proc(5): exit_code is the last field, as waitpid gives it

@@ -58,7 +58,7 @@ class Watchdog:
         faulthandler.dump_traceback(sys.stderr)
         print(
             f"error: [{self._stage}] no sign of life for {limit_seconds:g} s; {'; '.join(said)};"
-            " the log has where each rank stands; rerun the same command to resume, with a higher"
+            " the log shows where each rank is; rerun the same command to resume, with a higher"
             " stall_seconds if a step, a validation or a checkpoint takes that long",
             file=sys.stderr,
             flush=True,

@@ -26,7 +26,7 @@ from training.weights.tensor_files import METADATA_KEY
 from training.weights.weights import header_of, save_checkpoint, state_for_file
 
 ONNX_TOLERANCE = 1e-4  # of unit-norm features, onnxruntime against torch
-_ONNX_INLINE_BYTES = 1_500_000_000  # protobuf ends at 2 GB: larger weights go into a file beside
+_ONNX_INLINE_BYTES = 1_500_000_000  # protobuf ends at 2 GB: larger weights go into a second file
 # Chinese CLIP's names of its text towers, by layers and width
 _TEXT_NAMES = {
     (3, 768): "RBT3-chinese",
@@ -56,7 +56,7 @@ def save_cn_clip(path: str, model: CLIP) -> None:
 
 
 def structure_name(config: ModelConfig) -> str:
-    """`ViT-B-16@RoBERTa-wwm-ext-base-chinese` and its like; the project's own name where there is none."""
+    """Return `ViT-B-16@RoBERTa-wwm-ext-base-chinese` or its like, else the project's own name."""
     text = _TEXT_NAMES.get((config.text.layers, config.text.width))
     return f"{config.name}@{text}" if text is not None else config.name
 
@@ -201,7 +201,7 @@ def save_onnx(prefix: str, model: CLIP) -> dict[str, float]:
 
     `image` float32 [batch, 3, side, side], preprocessed, gives `image_features` [batch, dim]; `text` int64
     [batch, length], padded with 0, gives `text_features`; both unit-norm; batch and length are free. Weights
-    beyond protobuf's 2 GB stand in `NAME.onnx.data`. ConfigError where the packages are not installed or the
+    beyond protobuf's 2 GB stand in `NAME.onnx.data`. ConfigError if the packages are not installed or the
     results differ by more than ONNX_TOLERANCE.
     """
     try:
@@ -260,7 +260,7 @@ def _export_side(
 
 
 def _onnx_difference(path: str, side: str, module: nn.Module, example: torch.Tensor) -> float:
-    """Largest difference from torch on the example and on a batch of another size."""
+    """Return the largest difference from torch on the example and on a batch of another size."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

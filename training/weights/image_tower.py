@@ -28,12 +28,12 @@ class ImageTower:
     embed_dim: int
 
     def encode(self, image_BCHW: torch.Tensor) -> torch.Tensor:
-        """Unit-norm feature_BD in float32 of normalised images."""
+        """Return unit-norm feature_BD in float32 of normalised images."""
         return F.normalize(self.module(image_BCHW).float(), dim=-1)
 
 
 def load_image_tower(path: str, *, activation: Activation = "quick_gelu") -> ImageTower:
-    """The image tower of OpenAI CLIP's, OpenCLIP's or Chinese CLIP's weights, of any size.
+    """Return the image tower of OpenAI CLIP's, OpenCLIP's or Chinese CLIP's weights, of any size.
 
     InputError names the path where it holds no image tower, or one whose sizes cannot be told.
     """
@@ -58,7 +58,7 @@ def load_image_tower(path: str, *, activation: Activation = "quick_gelu") -> Ima
 
 
 def _embed_dim(weights: Weights) -> int | None:
-    """Width of the shared space: columns of a ViT's projection, rows of a ResNet's."""
+    """Return the width of the shared space: columns of a ViT's projection, rows of a ResNet's."""
     for name, axis in zip(_PROJECTIONS, (1, 0), strict=True):
         tensor = weights.state.get(name)
         if tensor is not None and tensor.ndim == 2:

@@ -24,9 +24,9 @@ _SCALE = "logit_scale"
 class Provenance:
     """What became of one tensor when weights were taken over."""
 
-    tensor: str  # name in Chinese CLIP's layout, or in the file's where it was dropped
+    tensor: str  # name in Chinese CLIP's layout, or in the file's if it was dropped
     outcome: Literal["taken", "interpolated", "initialised", "dropped"]
-    source: str = ""  # path of the file; empty where it was initialised
+    source: str = ""  # path of the file; empty if it was initialised
 
 
 def initialise(

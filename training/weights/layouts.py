@@ -40,7 +40,7 @@ _HUGGING_FACE_TRANSPOSED = (
 _QKV = re.compile(r"(visual\.transformer\.resblocks\.\d+)\.self_attn\.([qkv])_proj\.(weight|bias)")
 _IN_PROJ = re.compile(r"(visual\.transformer\.resblocks\.\d+)\.attn\.in_proj_(weight|bias)")
 _FLASH_TEXT = re.compile(r"(bert\.encoder\.layer\.\d+\.attention\.self)\.Wqkv\.(weight|bias)")
-# What released files hold beside the weights: buffers, and heads that Chinese CLIP leaves out (A.2)
+# What released files hold in addition to the weights: buffers, and heads that Chinese CLIP leaves out (A.2)
 _LEFT_OUT = re.compile(
     r"(logit_bias$|bert\.pooler\.|bert\.embeddings\.(position_ids|token_type_ids)$|cls\.|qa_outputs\.|classifier\."
     r"|vision_model\.embeddings\.position_ids$)"
@@ -58,7 +58,7 @@ class Renamed:
 
 
 def rename(tensors: Mapping[str, torch.Tensor], origin: str) -> Renamed:
-    """Recognise the layout and translate it; InputError names `origin` where it is none of those known.
+    """Recognise the layout and translate it; InputError names `origin` if it is none of those known.
 
     Only what a layout is known to hold besides is dropped; any other tensor keeps its name, so that whoever
     fills a model reports it as unexpected.
@@ -186,7 +186,7 @@ def _from_hugging_face(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> R
 
 
 def to_hugging_face(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state in Chinese CLIP's names as Hugging Face's ChineseCLIP names it; ViT only."""
+    """Return a state in Chinese CLIP's names as Hugging Face's ChineseCLIP names it; ViT only."""
     renamed: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
         if match := _IN_PROJ.fullmatch(name):

@@ -93,7 +93,7 @@ def _is_short(value: Any) -> bool:
 
 
 def _kind_of_tensor(value: Foreign) -> str:
-    """What kind of tensor an object is that is none of numbers in memory; empty if it is no tensor at all."""
+    """Return what kind of tensor an object is, if not numbers in memory; empty if it is no tensor at all."""
     for part, kind in _ODD_TENSORS.items():
         if value.kind.startswith("torch._utils.") and part in value.kind:
             return kind
@@ -101,7 +101,7 @@ def _kind_of_tensor(value: Foreign) -> str:
 
 
 def _what_instead(payload: Mapping[Any, Any], state: Mapping[Any, Any]) -> str:
-    """What a pickle without tensors by name holds, and what to do."""
+    """Return what a pickle without tensors by name holds, and what to do."""
     for found in (state, payload, *payload.values()):
         if isinstance(found, Foreign) and found.is_module:
             return (

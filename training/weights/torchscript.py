@@ -40,7 +40,7 @@ _WHAT, _REMEDY = "TorchScript archive of tensors", "give one of OpenAI CLIP's"
 
 
 def read_torchscript(path: str) -> dict[str, torch.Tensor]:
-    """Every tensor of an archive by its dotted name, as `torch.jit.load(path).state_dict()`, on the CPU.
+    """Return an archive's tensors by dotted name, as `torch.jit.load(path).state_dict()`, on the CPU.
 
     InputError names the file where it is no TorchScript archive, is damaged, or pickles anything but modules,
     tensors and plain values.
@@ -111,7 +111,7 @@ def _tree(parameters: Mapping[str, torch.Tensor], buffers: Mapping[str, torch.Te
 
 
 def _class_sources(node: _Node) -> Iterator[str]:
-    """TorchScript source of a module's class after those of its children."""
+    """Return the TorchScript source of a module's class after those of its children."""
     for child in node.children.values():
         yield from _class_sources(child)
     yield f"class {node.class_name}(Module):\n"

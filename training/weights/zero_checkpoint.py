@@ -23,7 +23,7 @@ _MODEL_STATES, _OPTIMIZER_STATES = "_model_states.pt", "_optim_states.pt"
 
 
 def find_zero_checkpoint(folder: str) -> str | None:
-    """The folder of the newest tag, below or the folder itself; None where there is no such checkpoint."""
+    """Return the folder of the newest tag, below or the folder itself; None without such a checkpoint."""
     if any(name.endswith(_MODEL_STATES) for name in store.list_files(folder)):
         return folder
     latest = store.join(folder, "latest")
@@ -42,9 +42,9 @@ def find_zero_checkpoint(folder: str) -> str | None:
 
 
 def read_zero_checkpoint(folder: str) -> dict[str, torch.Tensor]:
-    """Weights by name, parameters from their float32 masters, of a tag's folder at ZeRO stage 0, 1, 2 or 3.
+    """Return a tag's weights by name, from float32 masters where they exist, at ZeRO stage 0, 1, 2 or 3.
 
-    InputError where a rank's file is missing or damaged, or the parts do not add up.
+    InputError if a rank's file is missing or damaged, or the parts do not add up.
     """
     names = store.list_files(folder)
     models = [_read(folder, name) for name in _by_rank(names, _MODEL_STATES)]
@@ -77,7 +77,7 @@ def read_zero_checkpoint(folder: str) -> dict[str, torch.Tensor]:
 
 
 def _by_rank(names: Sequence[str], suffix: str) -> list[str]:
-    """File names in the order of ranks: by the numbers in them."""
+    """Return file names in the order of ranks: by the numbers in them."""
     return sorted(
         (name for name in names if name.endswith(suffix)),
         key=lambda name: [int(number) for number in re.findall(r"\d+", name)],
@@ -139,7 +139,7 @@ def _assemble(
 def _parts(
     optimizers: Sequence[Mapping[str, Any]], models: Sequence[Mapping[str, Any]]
 ) -> dict[str, torch.Tensor]:
-    """Every rank's parts, by any names."""
+    """Return every rank's parts, by any names."""
     lists = [
         optimizer[key]
         for optimizer in optimizers
@@ -155,7 +155,7 @@ def _parts(
 def _cut(
     flat: torch.Tensor, shapes: Mapping[str, torch.Size], paddings: Sequence[int] | None
 ) -> dict[str, torch.Tensor]:
-    """One flat group as its parameters, which lie in it in order, each followed by its padding."""
+    """Split one flat group into its parameters, which lie in it in order, each followed by its padding."""
     weights, offset = {}, 0
     for index, (name, shape) in enumerate(shapes.items()):
         numel = math.prod(shape)

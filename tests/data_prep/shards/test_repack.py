@@ -298,7 +298,7 @@ def test_exports_are_whole_or_not_there(
     foreign.mkdir()
     (foreign / "train_imgs.tsv").write_text("mine\n")
     assert main(["export", repeated.folder, "--out", str(foreign)]) == 2
-    assert "train_imgs.tsv: is there already" in capsys.readouterr().err
+    assert "train_imgs.tsv: already exists" in capsys.readouterr().err
     assert (foreign / "train_imgs.tsv").read_text() == "mine\n"
 
 

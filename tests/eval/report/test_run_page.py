@@ -24,6 +24,7 @@ from pipeline.cli import main
 from pipeline.core.records import InputError
 from pipeline.core.run import make_context, read_manifest
 from pipeline.core.stage import Context
+from tests.helpers.evaluation_files import small_evaluation
 from tests.helpers.report_page import Page
 
 ARCHIVE = Path(__file__).parents[2] / "pipeline" / "data" / "finished_run.tar.xz"
@@ -77,8 +78,7 @@ def finished(folder: Path) -> ReportData:
 def begun(tmp_path: Path) -> Path:
     """The recipe of a run that is done up to `dedup`."""
     (tmp_path / "table.csv").write_text(TABLE)
-    (tmp_path / "valid_imgs.tsv").write_text("0\tAAAA\n")
-    (tmp_path / "valid_texts.jsonl").write_text('{"text_id": 0, "text": "猫", "image_ids": [0]}\n')
+    small_evaluation(tmp_path, "valid")
     (tmp_path / "run.toml").write_text(RUN.format(folder=tmp_path))
     assert main(["run", str(tmp_path / "run.toml"), "--to", "dedup"]) == 0
     return tmp_path / "run.toml"

@@ -110,7 +110,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
         np.save(path, np.zeros((3, 1, 32), np.float16))
     again = make_job(tmp_path, "again", cached_views=1, epochs=3, **LOCKED)
     with pytest.raises(
-        AssertionError, match=rf"InputError: .*{path.name}.*remove the file: it is made again"
+        AssertionError, match=rf"InputError: .*{path.name}.*remove the file: cnclip builds it again"
     ):
         run_ranks(train_without_dropout, 1, again)
     path.unlink()
@@ -132,7 +132,9 @@ def test_a_flipped_bit_is_noticed_when_it_is_read(tmp_path: Path, byte: str) -> 
     Path(cache.path(0)).write_bytes(data)
     again = FeatureCache(shards, "0123", num_views=2, dim=4)
     np.testing.assert_array_equal(again.read(0, 3, 0), feature_NKD[3, 0])
-    with pytest.raises(InputError, match=r"0123-.*\.npy: row 3, view 1: .*remove the file: it is made again"):
+    with pytest.raises(
+        InputError, match=r"0123-.*\.npy: row 3, view 1: .*remove the file: cnclip builds it again"
+    ):
         again.read(0, 3, 1)
 
 
@@ -146,7 +148,7 @@ def test_whatever_the_header_has_become_the_file_is_named(tmp_path: Path) -> Non
         path.write_bytes(data)
         cache = FeatureCache(shards, "0123", num_views=1, dim=4)
         with pytest.raises(
-            InputError, match=rf"{path}: not a readable .npy file .*remove the file: it is made again"
+            InputError, match=rf"{path}: not a readable .npy file .*remove the file: cnclip builds it again"
         ):
             cache.read(0, 2, 0)
 

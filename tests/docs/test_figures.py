@@ -1,0 +1,97 @@
+"""Figures of README and guides are those that benchmarks/results holds, rounded."""
+
+import json
+import re
+import statistics
+from typing import Any
+
+import pytest
+
+from tests.helpers.pages import ROOT, read, tables
+
+Row = list[str]
+
+
+def _results(name: str) -> Any:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def _ratios(name: str) -> dict[str, float]:
+    return {result["name"]: result["ratio"] for result in _results(name)["results"]}
+
+
+def _rows(page: str, *, having: str) -> list[Row]:
+    """Return the rows of the page's only table that has a cell with these words."""
+    found = [table for table in tables(read(page)) if any(having in cell for row in table for cell in row)]
+    assert len(found) == 1, f"{page}: {len(found)} tables have {having!r}"
+    return found[0][1:]
+
+
+def _assert_shown(shown: str, value: float) -> None:
+    decimals = len(shown.partition(".")[2])
+    assert abs(float(shown) - value) <= 0.5 * 10**-decimals + 1e-9, (shown, value)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/getting-started.md"])
+def test_recall_on_emoji(page: str) -> None:
+    found = _results("emoji_zh")
+    expected = [
+        found["baselines"]["fluent"]["chance"]["t2i"],
+        found["baselines"]["fluent"]["pixel"]["t2i"],
+        found["evaluations"]["fluent/stage1"]["t2i"],
+        found["evaluations"]["fluent"]["t2i"],
+    ]
+    rows = _rows(page, having="pixel nearest neighbour")
+    assert len(rows) == len(expected)
+    for row, recall in zip(rows, expected, strict=True):
+        for shown, key in zip(row[1:], ("r1", "r5", "r10"), strict=True):
+            _assert_shown(shown, recall[key])
+
+
+def _training_speed() -> dict[str, float]:
+    return _ratios("training") | _ratios("image_path") | _ratios("retrieval")
+
+
+@pytest.mark.parametrize(
+    ("page", "names"),
+    [
+        (
+            "README.md",
+            (
+                ("loss/time",), ("train_step/live", "train_step/cached", "train_step/stage2"),
+                ("image_path",), ("retrieval",),
+            ),
+        ),
+        (
+            "docs/guides/train.md",
+            (
+                ("loss/time",), ("loss/time@stage1",), ("image_path",), ("train_step/live",),
+                ("train_step/cached",), ("train_step/stage2",),
+            ),
+        ),
+    ],
+)  # fmt: skip
+def test_speed_against_cn_clip(page: str, names: tuple[tuple[str, ...], ...]) -> None:
+    ratios = _training_speed()
+    rows = _rows(page, having="times as fast")
+    assert len(rows) == len(names)
+    for row, keys in zip(rows, names, strict=True):
+        for shown, key in zip(re.findall(r"[\d.]+", row[-1]), keys, strict=True):
+            _assert_shown(shown, ratios[key])
+
+
+def test_recall_of_cached_views() -> None:
+    found = {str(row["views"]): row["mean_recall"] for row in _results("cached_views")["rows"]}
+    for what, shown in _rows("docs/guides/train.md", having="K = 8"):
+        mean, spread = shown.split(" ± ")
+        values = found[what.removeprefix("K = ")]
+        _assert_shown(mean, statistics.fmean(values))
+        _assert_shown(spread, statistics.stdev(values))
+
+
+def test_recall_with_negation_statements() -> None:
+    rows = _results("negation")["rows"]
+    keys = ("negated", "negated, new wording", "mean recall")
+    for row, key in zip(_rows("docs/guides/train.md", having="negated questions"), keys, strict=True):
+        for shown, arm in zip(row[1:], ("without", "with"), strict=True):
+            _assert_shown(shown, statistics.fmean(rows[arm][key]))

@@ -1,0 +1,170 @@
+"""Every shell, TOML and Python block of README and docs works, or says next to it why it is not run.
+
+A page's blocks run in order in one folder that holds what the pages take for the user's: `my.toml` (the
+README's), captions, images, an evaluation set, weights. `<!-- run by make test-slow -->` marks blocks that
+need a finished run.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import tomli_w
+from PIL import Image
+
+from pipeline import catalog
+from pipeline.cli import main
+from tests.helpers.own_corpus import write_evaluation
+from tests.helpers.pages import CHINESE, NOT_RUN, PAGES, ROOT, SLOW, Block, blocks, read
+from tests.helpers.tiny_model import write_tiny_model
+
+DOCS = [page for page in PAGES if page.startswith(("README", "docs/"))]
+RUN = [page for page in DOCS if page not in CHINESE]  # those have the same blocks
+NUM_IMAGES = 150
+SMALL_DEMO = ("corpus.num_clean=60", "corpus.num_evaluation=20", "corpus.dirt=0.05", "download.retries=0")
+NEEDS_PACKAGES = re.compile(r'"cnclip-pretraining\[(\w+)\]"')
+
+
+def _shell(page: str) -> list[Block]:
+    return [block for block in blocks(read(page)) if block.language == "sh"]
+
+
+def _write_images(folder: Path, count: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    for number in range(count):
+        pixels = random.integers(0, 255, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((64, 64)).save(folder / f"{number}.png")
+
+
+def make_world(folder: Path) -> Path:
+    """What the pages' commands find in the user's folder."""
+    _write_images(folder / "my" / "pictures", NUM_IMAGES, 0)
+    _write_images(folder / "photos", 40, 1)
+    for name in ("cat.jpg", "dog.jpg"):
+        Image.open(folder / "photos" / "0.png").save(folder / name)
+    rows = [f"{number}.png,第{number}只橘猫趴在窗台上看书" for number in range(NUM_IMAGES)]
+    (folder / "my" / "captions.csv").write_text("\n".join(["url,caption", *rows]) + "\n", encoding="utf-8")
+    (folder / "captions.txt").write_text("红色的猫\n蓝色的狗\n一张照片\n" * 14, encoding="utf-8")
+    write_evaluation(folder / "my" / "valid", folder / "photos", 12)
+    (folder / "my" / "sets").mkdir()
+    write_evaluation(folder / "my" / "sets" / "valid", folder / "photos", 12)
+    own = next(block for block in blocks(read("README.md")) if block.language == "toml")
+    (folder / "my.toml").write_text(own.text, encoding="utf-8")
+    weights, _ = write_tiny_model(folder)
+    (folder / "runs" / "demo" / "stage2").mkdir(parents=True)
+    shutil.copy(weights, folder / "runs" / "demo" / "stage2")
+    shutil.copy(folder / "vocab.txt", folder / "runs" / "demo" / "stage2")
+    assert main(["convert", weights, str(folder / "clip_cn_vit-b-16.pt")]) == 0
+    (folder / "bin").mkdir()
+    (folder / "bin" / "cnclip").write_text(f'#!/bin/sh\nexec {sys.executable} -m pipeline "$@"\n')
+    (folder / "bin" / "cnclip").chmod(0o755)
+    return folder
+
+
+def run_block(block: Block, world: Path, page: str) -> None:
+    environment = {
+        **os.environ,
+        "PATH": f"{world / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+    }
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", block.text],
+        cwd=world, env=environment, capture_output=True, text=True, timeout=900, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{page}:{block.line}: {done.stdout[-1000:]}{done.stderr[-3000:]}"
+
+
+@pytest.mark.parametrize("page", DOCS)
+def test_a_block_that_is_not_run_says_why(page: str) -> None:
+    for block in _shell(page):
+        if block.above.startswith("<!--"):
+            assert block.above == SLOW or re.fullmatch(NOT_RUN + r"\w.{10,} -->", block.above), block.above
+        else:
+            commands = [line.split()[0] for line in block.text.splitlines() if line.strip()]
+            assert set(commands) <= {"cnclip"}, f"{page}:{block.line}: say why this is not run"
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in RUN if any(not block.above.startswith("<!--") for block in _shell(page))]
+)
+def test_quick_commands_work(page: str, tmp_path: Path) -> None:
+    world = make_world(tmp_path)
+    for block in _shell(page):
+        if not block.above.startswith("<!--"):
+            run_block(block, world, page)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The world after `cnclip run my.toml`, with the beginning of a small demo."""
+    world = make_world(tmp_path_factory.mktemp("world"))
+    shutil.rmtree(world / "runs")
+    sets = " ".join(f"--set {item}" for item in SMALL_DEMO)
+    text = f"cnclip run my.toml\ncnclip run demo {sets} --to shards\n"
+    run_block(Block("sh", text, "", 0), world, "fixture")
+    kept = pl.read_parquet(world / "runs" / "my" / "shards" / "*.parquet")["key"]
+    (world / "my" / "keys.txt").write_text("\n".join(kept[:5]) + "\n")
+    return world
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in RUN if any(b.above == SLOW for b in _shell(page))])
+def test_commands_on_a_finished_run_work(page: str, finished: Path, tmp_path: Path) -> None:
+    world = tmp_path / "world"
+    shutil.copytree(finished, world)
+    shutil.copy(finished / "bin" / "cnclip", world / "bin" / "cnclip")
+    for block in _shell(page):
+        if not block.above.startswith(NOT_RUN):
+            run_block(block, world, page)
+
+
+def _joined(table: dict[str, Any]) -> dict[str, Any]:
+    """A block's tables over those of the smallest run."""
+    whole: dict[str, Any] = {
+        "run": {"folder": "runs/my"},
+        "corpus": {"kind": "demo"},
+        "model": {"name": "tiny-vit"},
+        "stage2": {"epochs": 1},
+    }
+    if "base" in table:
+        return table
+    for name, value in table.items():
+        fits = isinstance(value, dict) and value.get("kind") in (None, whole.get(name, {}).get("kind"))
+        whole[name] = {**whole.get(name, {}), **value} if fits else value
+    if whole["corpus"]["kind"] != "demo":
+        whole.setdefault("evaluation", [{"name": "valid", "folder": "my/valid"}])
+    return whole
+
+
+@pytest.mark.parametrize("page", [p for p in DOCS if any(b.language == "toml" for b in blocks(read(p)))])
+def test_toml_blocks_are_settings(page: str, tmp_path: Path) -> None:
+    for block in blocks(read(page)):
+        if block.language == "toml":
+            path = tmp_path / "block.toml"
+            path.write_text(tomli_w.dumps(_joined(tomllib.loads(block.text))), encoding="utf-8")
+            catalog.load(str(path))
+
+
+@pytest.mark.parametrize("page", [p for p in RUN if any(b.language == "python" for b in blocks(read(p)))])
+def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(make_world(tmp_path))
+    names: dict[str, Any] = {}
+    for block in blocks(read(page)):
+        if block.language == "python":
+            exec(compile(block.text, page, "exec"), names)
+
+
+@pytest.mark.parametrize("page", DOCS)
+def test_extras_exist(page: str) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(NEEDS_PACKAGES.findall(read(page))) <= set(extras)
