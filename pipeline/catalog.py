@@ -90,11 +90,11 @@ class ModelTable:
     vocabulary: str | None = None
     """A `vocab.txt`, a folder or a model id. Unset: learned from the captions."""
     image_weights: str | None = None
-    """A path, a name or a hub id of an English CLIP for the image tower. Unset: `[english]`, else random weights."""
+    """Path, name or hub id of an English CLIP for the image tower. Unset: `[english]`, else random weights."""
     text_weights: str | None = None
-    """A path or a hub id of a Chinese BERT for the text tower. Unset: random weights."""
+    """Path or hub id of a Chinese BERT for the text tower. Unset: random weights."""
     start_weights: str | None = None
-    """A path, a name such as ViT-B-16 or a hub id of a whole Chinese CLIP, of any resolution; excludes the two above."""
+    """Path, name (ViT-B-16) or hub id of a whole Chinese CLIP of any resolution; excludes the two above."""
 
     def __post_init__(self) -> None:
         if self.start_weights and (self.image_weights or self.text_weights):
