@@ -90,7 +90,7 @@ class ModelTable:
     vocabulary: str | None = None
     """A `vocab.txt`, a folder or a model id. Unset: learned from the captions."""
     image_weights: str | None = None
-    """Path, name or hub id of an English CLIP for the image tower. Unset: `[english]`, else random weights."""
+    """Path, name or hub id of an English CLIP for the image tower. Unset: `[english]`, else random."""
     text_weights: str | None = None
     """Path or hub id of a Chinese BERT for the text tower. Unset: random weights."""
     start_weights: str | None = None
