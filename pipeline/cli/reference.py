@@ -43,7 +43,8 @@ def reference() -> str:
     """Return the page."""
     parts = [_INTRO, "## Options of every command\n", _table(_general())]
     heading = ""
-    for name, command in program().commands.items():
+    commands: Any = program().commands
+    for name, command in commands.items():
         if command.hidden:
             continue
         if (panel := str(getattr(command, "rich_help_panel", ""))) != heading:
