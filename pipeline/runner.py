@@ -21,7 +21,7 @@ from pipeline.core.run import (
     survey_stage,
 )
 from pipeline.core.stage import Context, Progress, Stage, Task, fold
-from pipeline.core.terminal import detail, one_line
+from pipeline.core.terminal import detail, inform, one_line
 from pipeline.executors import local
 from pipeline.planning.downloads import obtain_weights
 from pipeline.repair import forget_damaged, forget_unreadable, refuse_unusable_folder, restore_started
@@ -55,7 +55,7 @@ def execute(
             if status.state is State.DAMAGED and not force:
                 raise InputError(f"{status.why}; {run.remedy(stage.name)}")
             if status.why and status.state is not State.STALE:
-                _say(f"{stage.name}: {status.state.value}, {status.why}")
+                inform(f"{stage.name}: {status.state.value}, {status.why}")
             if status.state is State.DONE and not force:
                 if repair:
                     restore_started(run, stage)

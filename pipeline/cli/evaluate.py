@@ -21,7 +21,7 @@ from pipeline.cli.documents import print_document_of
 from pipeline.core import store
 from pipeline.core.progress import make_progress
 from pipeline.core.records import ConfigError
-from pipeline.core.terminal import Verbosity, note, one_line, verbosity
+from pipeline.core.terminal import inform, note, one_line
 
 EVALUATE = Group("Evaluate")
 
@@ -99,18 +99,13 @@ def evaluate(
         templates=templates,
         json_features=json_features,
     )
-    measure(source, sources, out, how, _say, show=make_progress)
+    measure(source, sources, out, how, inform, show=make_progress)
     if as_json:
         print_document_of(store.join(out, "eval.json"))
         return EXIT_DONE
     name = {"text": "eval.txt", "json": "eval.json", "csv": "eval.csv", "latex": "eval.tex"}[form]
     print(store.read_text(store.join(out, name)).rstrip("\n"))
     return EXIT_DONE
-
-
-def _say(text: str) -> None:
-    if verbosity() > Verbosity.QUIET:
-        print(one_line(text), file=sys.stderr)
 
 
 @EVALUATE.add(

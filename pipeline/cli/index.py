@@ -19,6 +19,7 @@ from pipeline.cli.arguments import (
 from pipeline.core import store
 from pipeline.core.progress import make_progress
 from pipeline.core.records import ConfigError
+from pipeline.core.terminal import inform
 
 INDEX = Group("Search")
 
@@ -130,7 +131,7 @@ def bench_index(
         k=k,
         train_rows=train_rows,
         device=device,
-        say=lambda text: print(text, file=sys.stderr),
+        say=inform,
     )
     print(benchmark.points_table(points, k))
     best = benchmark.best_point(points, recall, memory * 2**30 / embeddings.num_rows)

@@ -16,7 +16,7 @@ from pipeline.cli.arguments import (
     checkpoint,
 )
 from pipeline.core.records import ConfigError
-from pipeline.core.terminal import note
+from pipeline.core.terminal import inform, note
 
 SERVE = Group("Search")
 
@@ -93,7 +93,7 @@ def serve(
     searcher = Searcher(load_encoder(source), galleries)
     with SearchServer(searcher, host, port) as server:
         for gallery in galleries:
-            print(f"{gallery.name}: {gallery.num_rows:,} images", file=sys.stderr)
+            inform(f"{gallery.name}: {gallery.num_rows:,} images")
             if gallery.model is not None and not gallery.model.decode:
                 note(
                     f"{gallery.name}: its features do not say how images were decoded: what EXIF turns,"

@@ -131,10 +131,15 @@ def verbosity() -> Verbosity:
     return _verbosity
 
 
+def inform(text: str) -> None:
+    """Print a line to standard error, unless the command is quiet."""
+    if _verbosity > Verbosity.QUIET:
+        print(one_line(text), file=sys.stderr, flush=True)
+
+
 def note(text: str) -> None:
     """Print a note to standard error, unless the command is quiet."""
-    if _verbosity > Verbosity.QUIET:
-        print(f"note: {one_line(text)}", file=sys.stderr, flush=True)
+    inform(f"note: {text}")
 
 
 def detail(text: str) -> None:
