@@ -24,7 +24,8 @@ _EPILOG = (
     "Exit status: 0 done, 1 the work failed, 2 wrong usage or configuration, 130 interrupted."
 )
 _GENERAL = "General"  # heading of the options that every command has
-_SETTINGS = {"help_option_names": ["-h", "--help"]}
+# typer's own messages have no colour: they pass the guard of standard output.
+_SETTINGS = {"help_option_names": ["-h", "--help"], "color": False}
 
 
 @dataclass(frozen=True, slots=True)

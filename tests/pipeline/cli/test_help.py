@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -166,6 +167,17 @@ def test_completion_prints_its_script(shell: str) -> None:
     assert f"complete_{shell}" in done.stdout
     if shell == "bash":
         subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=True)
+
+
+def test_completion_is_installed_for_the_shell_that_asks(tmp_path: Path) -> None:
+    shell = shutil.which("bash")
+    assert shell is not None
+    command = [shell, "--norc", "-c", f"{sys.executable} -m pipeline --install-completion; true"]
+    shown = run_in_terminal(command, environment={"HOME": str(tmp_path)})
+    script = tmp_path / ".bash_completions" / "cnclip.sh"
+    assert shown.lines()[0].startswith("bash completion installed in ")
+    assert "complete_bash" in script.read_text()
+    assert str(script) in (tmp_path / ".bashrc").read_text()
 
 
 @pytest.mark.parametrize(
