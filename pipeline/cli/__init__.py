@@ -28,6 +28,8 @@ GROUPS = (
     serve.SERVE,
 )
 
+_SET_BY_OPTIONS = ("NO_COLOR",)  # variables of the environment that options set while a command runs
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
@@ -58,10 +60,11 @@ def program() -> Commands:
 def _own_settings() -> Iterator[None]:
     """Undo afterwards what the options of one command set for the whole process."""
     set_verbosity(Verbosity.NORMAL)
-    before = os.environ.get("NO_COLOR")
+    before = {name: os.environ.get(name) for name in _SET_BY_OPTIONS}
     try:
         yield
     finally:
         set_verbosity(Verbosity.NORMAL)
-        if before is None:
-            os.environ.pop("NO_COLOR", None)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
