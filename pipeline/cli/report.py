@@ -44,7 +44,9 @@ def report(
             " compared_with_NAME.html in the second one's)",
         ),
     ] = None,
-    watch: Annotated[bool, typer.Option(help="write the page again until the run is finished")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="write the page again until the run is finished")
+    ] = False,
     every: Annotated[
         int, typer.Option(metavar="SECONDS", help="with --watch, wait this long in between")
     ] = _EVERY_SECONDS,

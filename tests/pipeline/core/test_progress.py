@@ -74,7 +74,7 @@ def test_ctrl_c_leaves_the_line_whole(tmp_path: Path) -> None:
         progress(row, 2_000)
         time.sleep(0.05)
     """
-    shown = _show(tmp_path, work, interrupt_at="20/2,000")
+    shown = _show(tmp_path, work, interrupt_at="rows/s")
     assert shown.status == 130
     bar, message = shown.lines()
     assert re.fullmatch(r"\[3/9\] dedup \S+ [\d,]+/2,000  [\d.]+ rows/s  [\d:]+ left", bar)
