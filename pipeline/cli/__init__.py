@@ -28,7 +28,10 @@ GROUPS = (
     serve.SERVE,
 )
 
-_SET_BY_OPTIONS = ("NO_COLOR",)  # variables of the environment that options set while a command runs
+_SET_BY_OPTIONS = (
+    "NO_COLOR",
+    "HF_HUB_OFFLINE",
+)  # variables of the environment that options set while a command runs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
