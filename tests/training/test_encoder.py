@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from pipeline.core.records import InputError
+from tests.helpers.hub_server import Hub
 from tests.helpers.tiny_model import write_tiny_model
 from training.encoder import Encoder, batches_of_tokens, load
 from training.model.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -153,11 +154,8 @@ def test_vocabulary_in_the_hub_cache_and_in_cn_clip(tmp_path: Path, monkeypatch:
 
 
 def test_a_vocabulary_found_nowhere_names_the_four_places(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: Hub
 ) -> None:
-    asked: list[str] = []
-    _no_network(monkeypatch, asked)
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda source, name: None)
     monkeypatch.setattr(vocabulary_lookup, "_in_cn_clip", lambda: None)
     with pytest.raises(InputError) as caught:
         find_vocabulary(str(tmp_path / "model.pt"), 21128)
@@ -170,6 +168,8 @@ def test_a_vocabulary_found_nowhere_names_the_four_places(
         "cn_clip",
     ):
         assert place in message
+    paths = [path for _, path, _ in hub.requests if path.startswith("/api/models/")]
+    asked = [path.removeprefix("/api/models/").partition("/revision/")[0] for path in paths]
     assert asked == ["bert-base-chinese", "hfl/chinese-roberta-wwm-ext"]
     assert "\n" not in message
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from eval.paper.published import ClassificationProtocol
-from eval.report.stage import ReportConfig, comparisons
+from eval.report.collect import comparisons
+from eval.report.stage import ReportConfig
 from eval.stages import EvaluationConfig
 from eval.zeroshot import measure as classify
 from eval.zeroshot.stage import (
