@@ -4,6 +4,7 @@ import io
 import os
 import socket
 import ssl
+import zlib
 from typing import Any
 
 import img2dataset.downloader
@@ -13,6 +14,7 @@ from data_prep.download.public_web import (
     ALLOWED_VARIABLE,
     AddressRefusedError,
     HttpStatusError,
+    TooManyRedirectsError,
     open_public,
 )
 from data_prep.sources.local_server import HOST, SITE_VARIABLE
@@ -26,17 +28,54 @@ CONNECTION = DropReason("connection")
 OPTED_OUT = DropReason("opted_out")
 BODY_LIMIT = DropReason("body_limit")
 ADDRESS_REFUSED = DropReason("address_refused")  # not of the public web, or redirected to what is not
+REDIRECTS = DropReason("too_many_redirects")
+CONTENT_ENCODING = DropReason("content_encoding")  # compressed in a way that was not asked for
 DNS = DropReason("dns")  # no address for the host's name
 TLS = DropReason("tls")
 
 USER_AGENT = "cnclip-pretraining (https://arxiv.org/abs/2211.01335; image-text research)"
 _CHUNK_BYTES = 1 << 16
+_ZLIB = ("gzip", "x-gzip", "deflate")  # Content-Encodings that zlib reads, as both of its headers
+_ZLIB_OR_GZIP = 32 + zlib.MAX_WBITS
 
 
 class Body(io.BytesIO):
     """The bytes that an address gave, for a board to say what is decoded."""
 
     address: str
+
+
+class _Content:
+    """Decodes what a server packed with gzip or deflate, asked or not; other bytes stay as they are.
+
+    Servers also name an encoding that they do not use: only bytes that begin as packed ones do are decoded.
+    """
+
+    def __init__(self, *, is_packed: bool) -> None:
+        self.num_received = 0
+        self._may_be_packed = is_packed
+        self._decoder: Any = None
+
+    def decode(self, chunk: bytes, most: int) -> bytes:
+        """Return the next bytes, at most so many: a bomb ends at the limit."""
+        if self.num_received == 0 and self._may_be_packed and _begins_packed(chunk):
+            self._decoder = zlib.decompressobj(_ZLIB_OR_GZIP)
+        self.num_received += len(chunk)
+        if self._decoder is None:
+            return chunk
+        decoded: bytes = self._decoder.decompress(self._decoder.unconsumed_tail + chunk, most)
+        return decoded
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is missing at the end."""
+        return self._decoder is None or self._decoder.eof
+
+
+def _begins_packed(chunk: bytes) -> bool:
+    """Whether bytes begin as gzip (RFC 1952, 2.3.1) or zlib (RFC 1950, 2.2) do."""
+    is_zlib = len(chunk) > 1 and chunk[0] & 0x0F == 8 and int.from_bytes(chunk[:2]) % 31 == 0
+    return chunk.startswith(b"\x1f\x8b") or is_zlib
 
 
 def fetch_image(
@@ -52,16 +91,26 @@ def fetch_image(
                 response.headers, user_agent_token, disallowed_header_directives
             ):
                 return key, None, f"{OPTED_OUT}: X-Robots-Tag"
+            encoding = response.headers.get("Content-Encoding", "").strip().lower()
+            if encoding not in ("", "identity", *_ZLIB):
+                return key, None, f"{CONTENT_ENCODING}: {encoding}"
+            content = _Content(is_packed=encoding in _ZLIB)
             body = Body()
             body.address = address
             while chunk := response.read1(_CHUNK_BYTES):
-                body.write(chunk)
-                if body.tell() > MAX_IMAGE_BYTES:
+                body.write(content.decode(chunk, MAX_IMAGE_BYTES + 1 - body.tell()))
+                if max(content.num_received, body.tell()) > MAX_IMAGE_BYTES:
                     return key, None, f"{BODY_LIMIT}: {too_large()}"
             promised = response.headers.get("Content-Length", "")
-            if promised.isascii() and promised.isdigit() and body.tell() < int(promised[:20]):
-                return key, None, f"{CONNECTION}: {body.tell()} of {promised[:20]} bytes"
+            if promised.isascii() and promised.isdigit() and content.num_received < int(promised[:20]):
+                return key, None, f"{CONNECTION}: {content.num_received} of {promised[:20]} bytes"
+            if not content.is_whole:
+                return key, None, f"{CONNECTION}: {encoding} data that ends too early"
             return key, body, None
+    except zlib.error as error:
+        return key, None, f"{CONTENT_ENCODING}: cannot be decoded ({error})"
+    except TooManyRedirectsError as error:
+        return key, None, f"{REDIRECTS}: {error}"
     except AddressRefusedError as error:
         return key, None, f"{ADDRESS_REFUSED}: {error}"
     except HttpStatusError as error:

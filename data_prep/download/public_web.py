@@ -19,6 +19,8 @@ from data_prep.download.deadline import Deadline, connect, get, look_up, secure
 from data_prep.sources.local_server import HOST
 from pipeline.core.shard_format import MAX_IMAGE_BYTES
 
+# In X-Robots-Tag; `none` is noindex and nofollow in one word.
+OPT_OUT_DIRECTIVES = ("noai", "noimageai", "noindex", "noimageindex", "none")
 MAX_REDIRECTS = 5
 ALLOWED_VARIABLE = "CNCLIP_ALLOWED_NETWORKS"  # environment variable of the download workers
 
@@ -73,6 +75,10 @@ _NAT64 = (ipaddress.IPv6Network("64:ff9b::/96"), ipaddress.IPv6Network("64:ff9b:
 
 class AddressRefusedError(Exception):
     """The address is not one of the public web; says which and why."""
+
+
+class TooManyRedirectsError(OSError):
+    """An address leads on and on, most often in a circle."""
 
 
 class HttpStatusError(Exception):
@@ -201,7 +207,7 @@ def open_public(
             return _successful(response)
         response.close()
         address = urllib.parse.urljoin(hop.whole, _readable(location).strip(_SPACE))
-    raise OSError(f"more than {MAX_REDIRECTS} redirects")
+    raise TooManyRedirectsError(f"more than {MAX_REDIRECTS} redirects")
 
 
 def _successful(response: http.client.HTTPResponse) -> http.client.HTTPResponse:

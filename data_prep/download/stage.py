@@ -23,7 +23,7 @@ from data_prep.accounting.drop_table import HTTP_STATUS, drops_path, write_drops
 from data_prep.accounting.judged import count_by_source
 from data_prep.download import own_images, retry
 from data_prep.download.board import BOARD_VARIABLE, Boards
-from data_prep.download.public_web import ALLOWED_VARIABLE
+from data_prep.download.public_web import ALLOWED_VARIABLE, OPT_OUT_DIRECTIVES
 from data_prep.download.retry import DownloadFacts, DownloadTask
 from data_prep.download.watch import Watch
 from data_prep.formats.parquet import write_table
@@ -251,7 +251,7 @@ def _downloader(
         "compute_hash": "sha256",
         "extract_exif": False,
         "user_agent_token": "cnclip-pretraining",
-        "disallowed_header_directives": ["noai", "noimageai", "noindex", "noimageindex"],
+        "disallowed_header_directives": list(OPT_OUT_DIRECTIVES),
         "enable_wandb": False,
     }
     (raw / "options.json").write_text(json.dumps(options), encoding="utf-8")

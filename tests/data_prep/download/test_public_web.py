@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import gzip
 import socket
 import threading
+import zlib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,13 +15,23 @@ import polars as pl
 import pytest
 
 from data_prep.download import stage as download
-from data_prep.download.public_web import AddressRefusedError, is_public, open_public
+from data_prep.download.fetch import fetch_image
+from data_prep.download.public_web import (
+    ALLOWED_VARIABLE,
+    OPT_OUT_DIRECTIVES,
+    AddressRefusedError,
+    is_public,
+    open_public,
+)
 from data_prep.download.stage import DownloadConfig
 from data_prep.formats.keys import with_key
 from data_prep.formats.parquet import write_table
 from pipeline.core.config import build
 from pipeline.core.records import ConfigError, InputError, Manifest, Shard
+from pipeline.core.shard_format import too_large
 from pipeline.core.stage import Context, Outcome, Task
+
+IMAGE = b"\xff\xd8\xff" + bytes(range(256)) * 8
 
 
 @pytest.mark.parametrize(
@@ -148,7 +160,22 @@ class _Holder:
 
 
 class _Handler(BaseHTTPRequestHandler):
+    packed = ("identity", b"")
+
     def do_GET(self) -> None:
+        if self.path == "/packed":
+            self.send_response(200)
+            self.send_header("Content-Encoding", self.packed[0])
+            self.send_header("Content-Length", str(len(self.packed[1])))
+            self.end_headers()
+            self.wfile.write(self.packed[1])
+            return
+        if self.path == "/robots":
+            self.send_response(200)
+            self.send_header("X-Robots-Tag", "none")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         places = {
             "/metadata": "http://169.254.169.254/latest/meta-data/",
             "/loopback": "http://127.0.0.2:1/",
@@ -202,6 +229,50 @@ def test_redirects_to_what_is_not_public_are_refused(server: str, path: str) -> 
 def test_redirects_in_a_circle_end(server: str) -> None:
     with pytest.raises(OSError, match="more than 5 redirects"):
         _get(f"{server}/round", ["127.0.0.1/32"])
+
+
+def _fetch(monkeypatch: pytest.MonkeyPatch, address: str) -> tuple[bytes | None, str | None]:
+    monkeypatch.setenv(ALLOWED_VARIABLE, "127.0.0.1/32")
+    _, body, error = fetch_image(0, address, 3, "", list(OPT_OUT_DIRECTIVES))
+    return None if body is None else body.getvalue(), error
+
+
+def test_a_circle_is_a_reason_that_is_not_asked_again(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _fetch(monkeypatch, f"{server}/round") == (None, "too_many_redirects: more than 5 redirects")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "data", "got"),
+    [
+        ("gzip", gzip.compress(IMAGE), (IMAGE, None)),
+        ("x-gzip", gzip.compress(IMAGE), (IMAGE, None)),
+        ("deflate", zlib.compress(IMAGE), (IMAGE, None)),
+        ("GZIP ", gzip.compress(IMAGE), (IMAGE, None)),
+        ("gzip", IMAGE, (IMAGE, None)),  # named and not done
+        ("identity", gzip.compress(IMAGE), (gzip.compress(IMAGE), None)),
+        ("gzip", gzip.compress(IMAGE)[:-9], (None, "connection: gzip data that ends too early")),
+        ("br", IMAGE, (None, "content_encoding: br")),
+        ("gzip", gzip.compress(bytes(65 << 20), 1), (None, f"body_limit: {too_large()}")),
+    ],
+)
+def test_what_is_packed_without_being_asked_for_is_unpacked(
+    encoding: str, data: bytes, got: object, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_Handler, "packed", (encoding, data))
+    found = _fetch(monkeypatch, f"{server}/packed")
+    assert found == got
+
+
+def test_packed_data_that_is_broken_is_a_reason(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = gzip.compress(IMAGE * 100)
+    monkeypatch.setattr(_Handler, "packed", ("gzip", data[:20] + bytes(20) + data[40:]))
+    body, error = _fetch(monkeypatch, f"{server}/packed")
+    assert body is None
+    assert (error or "").startswith("content_encoding: cannot be decoded")
+
+
+def test_robots_none_opts_out(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _fetch(monkeypatch, f"{server}/robots") == (None, "opted_out: X-Robots-Tag")
 
 
 def _download(folder: Path, urls: list[list[str]], config: DownloadConfig) -> dict[str, Outcome]:
