@@ -36,7 +36,7 @@ test-slow: install
 lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy pipeline data_prep training eval
+	$(BIN)/mypy cnclip pipeline data_prep training eval
 
 emoji: install
 	test -f $(EMOJI)/README.md || $(BIN)/python -m data_prep.corpora.build_emoji $(EMOJI)
