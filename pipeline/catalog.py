@@ -210,6 +210,7 @@ def _with_paper_recipes(table: dict[str, Any], where: str) -> dict[str, Any]:
         else:
             raise ConfigError(f'{where}: {stage}.recipe: found {own["recipe"]!r}; the only recipe is "paper"')
         augment = {**paper["augment"], **own.get("augment", {})}
+        del paper["lanes"]  # they follow from the batch, which the file may change
         filled[stage] = {**paper, **own, "augment": augment}
         del filled[stage]["recipe"]
     return filled

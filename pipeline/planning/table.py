@@ -100,8 +100,8 @@ def _notes(item: Training, needed: Need, on: Hardware) -> Iterator[str]:
         better = " or ".join(str(ranks) for ranks in split.better_ranks)
         divides = "divides" if config.global_batch % config.ranks == 0 else "does not divide"
         yield (
-            f"{config.ranks} {divides} {config.global_batch:,}; ranks own whole lanes ({config.lanes}) and"
-            f" hold {_share(needed)} samples: {100 * split.idle:.1f} % of the time is lost in waiting;"
+            f"{config.ranks} {divides} {config.global_batch:,}; ranks own whole lanes"
+            f" ({config.num_lanes}) and hold {_share(needed)} samples: {100 * split.idle:.1f} % of the time is lost in waiting;"
             f" {better} ranks share evenly"
         )
     if item.num_samples is None:
