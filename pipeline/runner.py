@@ -21,9 +21,10 @@ from pipeline.core.run import (
     survey_stage,
 )
 from pipeline.core.stage import Context, Progress, Stage, Task, fold
-from pipeline.core.terminal import detail, one_line
+from pipeline.core.terminal import detail, note, one_line
 from pipeline.executors import local
 from pipeline.planning.downloads import obtain_weights
+from pipeline.planning.proportions import check_batches, notes_on_training
 from pipeline.repair import forget_damaged, forget_unreadable, refuse_unusable_folder, restore_started
 
 
@@ -38,6 +39,9 @@ def execute(
     are missing or have another size stops the run.
     """
     num_run = 0
+    names = [stage.name for stage in run.stages]
+    before_shards = set(names[: names.index("shards") + 1] if "shards" in names else names)
+    is_judged = False
     with locked(run):
         store.sweep(run.folder, deep=False)
         obtain_weights(run, stages, force=force)
@@ -60,6 +64,9 @@ def execute(
                 if repair:
                     restore_started(run, stage)
                 continue
+            if stage.name not in before_shards and not is_judged:
+                is_judged = True
+                _judge_training(run, stages[position - 1 :])
             with _naming_the_funnel(run, stage):
                 _make_way(run, status, redo=redo, force=force)
             _refuse_damaged_parents(run, stage)
@@ -67,6 +74,19 @@ def execute(
                 _run_stage(run, stage, label=f"[{position}/{len(stages)}] {stage.name}")
             num_run += 1
     return num_run
+
+
+def _judge_training(run: Run, stages: Sequence[Stage]) -> None:
+    """Say which settings of the trainings to come do not go with the number of pairs, before any begins.
+
+    Raises:
+        ConfigError: if one cannot train.
+    """
+    for stage in stages:
+        with _naming_the_funnel(run, stage):
+            check_batches(run, [stage])
+    for text in notes_on_training(run, stages):
+        note(text)
 
 
 def _make_way(run: Run, status: StageStatus, *, redo: bool, force: bool) -> None:

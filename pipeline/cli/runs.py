@@ -127,27 +127,30 @@ def plan(
         trainings = trainings_of_recipe(recipe, samples)
         table = training_table(trainings, on, tokens)
         if as_json:
-            print_document(plan_document(recipe, None, [], trainings, on, tokens, [], []))
+            print_document(plan_document(recipe, None, [], trainings, on, tokens, [], [], []))
         else:
             print(table)
         return EXIT_DONE
     from pipeline.catalog import load
     from pipeline.cli.tables import plan_table
     from pipeline.planning.downloads import downloads
+    from pipeline.planning.proportions import notes_on_training
 
     resolved, _ = load(run_file, overrides or ())
     trainings = trainings_of_run(resolved, samples) if on is not None else []
     needs = training_table(trainings, on, tokens) if on is not None else ""
     statuses, complaints = survey_what_is_there(resolved)
+    notes = notes_on_training(resolved, resolved.stages)
     if as_json:
         folder = resolved.folder
-        print_document(
-            plan_document(run_file, folder, statuses, trainings, on, tokens, complaints, downloads(resolved))
-        )
+        loads = downloads(resolved)
+        document = plan_document(run_file, folder, statuses, trainings, on, tokens, complaints, loads, notes)
+        print_document(document)
     else:
         print(f"{run_file} → {resolved.folder}")
         print(plan_table(statuses))
         print_lines(downloads(resolved))
+        print_lines(f"note: {text}" for text in notes if text not in needs)
         if needs:
             print(f"\n{needs}")
     for complaint in complaints:
