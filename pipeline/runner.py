@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from pipeline.core import drops, store
 from pipeline.core.changes import write_started
@@ -29,14 +29,21 @@ from pipeline.repair import forget_damaged, forget_unreadable, refuse_unusable_f
 
 
 def execute(
-    run: Run, stages: Sequence[Stage], *, redo: bool, force: bool = False, repair: bool = False
+    run: Run,
+    stages: Sequence[Stage],
+    *,
+    redo: bool,
+    force: bool = False,
+    repair: bool = False,
+    begin: Callable[[], None] | None = None,
 ) -> int:
     """Run the stages that are not up to date, in order; returns how many had to run.
 
     A stale stage stops the run, unless `redo` is set or the person at the terminal agrees.
     `force` redoes finished stages too. `repair` hashes the outputs of finished tasks, redoes the tasks whose
     outputs are missing or differ, and folds damaged manifests anew. Without it a finished stage whose outputs
-    are missing or have another size stops the run.
+    are missing or have another size stops the run. `begin` is called before the first stage that runs, once
+    nothing speaks against it.
     """
     num_run = 0
     names = [stage.name for stage in run.stages]
@@ -70,6 +77,8 @@ def execute(
             with _naming_the_funnel(run, stage):
                 _make_way(run, status, redo=redo, force=force)
             _refuse_damaged_parents(run, stage)
+            if begin is not None and num_run == 0:
+                begin()
             with _naming_the_funnel(run, stage), _blaming_damaged_parents(run, stage):
                 _run_stage(run, stage, label=f"[{position}/{len(stages)}] {stage.name}")
             num_run += 1
