@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from data_prep.filters.image import FilterImageConfig
-from data_prep.filters.text import FilterTextConfig
 from pipeline.core.evaluation_sets import EvaluationSource
 from pipeline.core.records import InputError
 from pipeline.tools.survey_data import Data, Machine
@@ -112,19 +110,19 @@ def compose(
 
 
 def _filters(data: Data) -> list[str]:
-    paper, images = FilterTextConfig(), FilterImageConfig()
+    fewest, most = data.default_characters
     lines = []
-    if data.fewest_characters < paper.min_characters:
-        comment = f"the paper's {paper.min_characters} would drop many of these captions"
+    if data.fewest_characters < fewest:
+        comment = f"the paper's {fewest} would drop many of these captions"
         lines.append(_line("min_characters", data.fewest_characters, comment))
-    if data.most_characters > paper.max_characters:
-        comment = f"the paper's {paper.max_characters} would drop many of these captions"
+    if data.most_characters > most:
+        comment = f"the paper's {most} would drop many of these captions"
         lines.append(_line("max_characters", data.most_characters, comment))
     if lines:
         lines = ["", "[filter_text]", *lines]
     side = data.shortest_side_px
-    if side is not None and side < images.min_side_px:
-        comment = f"some images are smaller than the default of {images.min_side_px}"
+    if side is not None and side < data.default_side_px:
+        comment = f"some images are smaller than the default of {data.default_side_px}"
         lines += ["", "[filter_image]", _line("min_side_px", side, comment)]
     return lines
 

@@ -4,7 +4,7 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,8 @@ class Data:
     most_characters: int
     images: str | None  # folder of the images; None: the addresses are URLs
     shortest_side_px: int | None  # of a sample of those images
+    default_characters: tuple[int, int]  # bounds of a run that sets none: the paper's
+    default_side_px: int  # smallest shorter side of such a run
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,7 @@ def look_at_data(
     Raises:
         InputError: if there is no table, no column of addresses or captions, or no image where it should be.
     """
+    from data_prep.filters.image import FilterImageConfig
     from data_prep.filters.text import FilterTextConfig
     from data_prep.sources.table import KNOWN_COLUMNS, TableSource, find_files, first_column
 
@@ -123,6 +126,8 @@ def look_at_data(
         most_characters=most,
         images=folder,
         shortest_side_px=None if folder is None else _shortest_side(folder, addresses),
+        default_characters=(paper.min_characters, paper.max_characters),
+        default_side_px=FilterImageConfig().min_side_px,
     )
 
 
@@ -163,10 +168,10 @@ def _count(files: Sequence[str], url: str, caption: str) -> tuple[int, Counter[i
     for file in files:
         if text_file.is_text(file):
             batches = text_file.read_batches(file, (url, caption))
-            tables = (counted(batch.rows.lazy()).collect() for batch in batches)
+            tables: Iterable[pl.DataFrame] = (counted(batch.rows.lazy()).collect() for batch in batches)
         else:
             with naming_damage(file):
-                tables = iter([counted(open_parquet(file)).collect(engine="streaming")])
+                tables = [counted(open_parquet(file)).collect(engine="streaming")]
         for table in tables:
             for length, rows in table.iter_rows():
                 num_rows += rows
