@@ -18,7 +18,7 @@ INIT = Group("Run")
 @INIT.add(
     "init",
     "write a run's TOML that fits your data and this machine",
-    "my.toml --data my/captions.csv --images my/pictures --evaluation my/valid",
+    "new.toml --data my/captions.csv --images my/pictures --evaluation my/valid",
     more="It asks for what the options leave out, if there is a terminal.",
 )
 def init(
