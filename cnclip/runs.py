@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -62,8 +63,9 @@ def run(
     Raises:
         ConfigError, InputError: one line that names the file and the key and says what to do.
     """
-    from pipeline.catalog import load, write_resolved
+    from pipeline.catalog import load
     from pipeline.core.run import select
+    from pipeline.last_start import write_started
     from pipeline.runner import execute
     from training.stages import TrainStageConfig, check_given_files
 
@@ -73,9 +75,13 @@ def run(
     for item in stages:
         if isinstance(item.config, TrainStageConfig):
             check_given_files(item.config, item.name)
-    num_run = execute(resolved, stages, redo=redo, force=redo and stage is not None)
-    if num_run:
-        write_resolved(resolved, config)
+    num_run = execute(
+        resolved,
+        stages,
+        redo=redo,
+        force=redo and stage is not None,
+        begin=partial(write_started, resolved, config),
+    )
     return FinishedRun(path, resolved.folder, num_run)
 
 

@@ -39,8 +39,7 @@ from eval.stages import IndexConfig
 from eval.zeroshot import stage as zeroshot_stage
 from eval.zeroshot.stage import ClassificationSource, ZeroshotConfig
 from pipeline import pair_scorers
-from pipeline.core import store
-from pipeline.core.config import build, find_recipe, read_run, to_toml
+from pipeline.core.config import build, find_recipe, read_run
 from pipeline.core.evaluation_sets import EvaluationSource
 from pipeline.core.records import ConfigError
 from pipeline.core.run import Run
@@ -176,7 +175,11 @@ class RunConfig:
 def load(path: str, overrides: Sequence[str] = ()) -> tuple[Run, RunConfig]:
     """Read, override and check a run's TOML (a path, or the name of a shipped recipe)."""
     path = find_recipe(path)
-    table = read_run(path, overrides)
+    return resolve(read_run(path, overrides), path)
+
+
+def resolve(table: dict[str, Any], path: str) -> tuple[Run, RunConfig]:
+    """Check the table of a run's TOML, which lies at `path`."""
     try:
         config = build(RunConfig, _with_paper_recipes(table, path), path)
         for name in ("english", "stage1", "stage2", "finetune"):
@@ -210,14 +213,10 @@ def _with_paper_recipes(table: dict[str, Any], where: str) -> dict[str, Any]:
         else:
             raise ConfigError(f'{where}: {stage}.recipe: found {own["recipe"]!r}; the only recipe is "paper"')
         augment = {**paper["augment"], **own.get("augment", {})}
+        del paper["lanes"]  # they follow from the batch, which the file may change
         filled[stage] = {**paper, **own, "augment": augment}
         del filled[stage]["recipe"]
     return filled
-
-
-def write_resolved(run: Run, config: RunConfig) -> None:
-    """Write the configuration with every default filled in next to the results."""
-    store.write_text(store.join(run.folder, "run.resolved.toml"), to_toml(config))
 
 
 def make_run(config: RunConfig) -> Run:

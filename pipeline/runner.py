@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from pipeline.core import drops, store
 from pipeline.core.changes import write_started
@@ -21,23 +21,34 @@ from pipeline.core.run import (
     survey_stage,
 )
 from pipeline.core.stage import Context, Progress, Stage, Task, fold
-from pipeline.core.terminal import detail, inform, one_line
+from pipeline.core.terminal import detail, inform, note, one_line
 from pipeline.executors import local
 from pipeline.planning.downloads import obtain_weights
+from pipeline.planning.proportions import check_batches, notes_on_training
 from pipeline.repair import forget_damaged, forget_unreadable, refuse_unusable_folder, restore_started
 
 
 def execute(
-    run: Run, stages: Sequence[Stage], *, redo: bool, force: bool = False, repair: bool = False
+    run: Run,
+    stages: Sequence[Stage],
+    *,
+    redo: bool,
+    force: bool = False,
+    repair: bool = False,
+    begin: Callable[[], None] | None = None,
 ) -> int:
     """Run the stages that are not up to date, in order; returns how many had to run.
 
     A stale stage stops the run, unless `redo` is set or the person at the terminal agrees.
     `force` redoes finished stages too. `repair` hashes the outputs of finished tasks, redoes the tasks whose
     outputs are missing or differ, and folds damaged manifests anew. Without it a finished stage whose outputs
-    are missing or have another size stops the run.
+    are missing or have another size stops the run. `begin` is called before the first stage that runs, once
+    nothing speaks against it.
     """
     num_run = 0
+    names = [stage.name for stage in run.stages]
+    before_shards = set(names[: names.index("shards") + 1] if "shards" in names else names)
+    is_judged = False
     with locked(run):
         store.sweep(run.folder, deep=False)
         obtain_weights(run, stages, force=force)
@@ -60,13 +71,31 @@ def execute(
                 if repair:
                     restore_started(run, stage)
                 continue
+            if stage.name not in before_shards and not is_judged:
+                is_judged = True
+                _judge_training(run, stages[position - 1 :])
             with _naming_the_funnel(run, stage):
                 _make_way(run, status, redo=redo, force=force)
             _refuse_damaged_parents(run, stage)
+            if begin is not None and num_run == 0:
+                begin()
             with _naming_the_funnel(run, stage), _blaming_damaged_parents(run, stage):
                 _run_stage(run, stage, label=f"[{position}/{len(stages)}] {stage.name}")
             num_run += 1
     return num_run
+
+
+def _judge_training(run: Run, stages: Sequence[Stage]) -> None:
+    """Say which settings of the trainings to come do not go with the number of pairs, before any begins.
+
+    Raises:
+        ConfigError: if one cannot train.
+    """
+    for stage in stages:
+        with _naming_the_funnel(run, stage):
+            check_batches(run, [stage])
+    for text in notes_on_training(run, stages):
+        note(text)
 
 
 def _make_way(run: Run, status: StageStatus, *, redo: bool, force: bool) -> None:

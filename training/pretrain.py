@@ -191,7 +191,7 @@ def sample_order(job: TrainJob) -> SampleOrder:
         [shard.num_samples for shard in job.shards],
         seed=job.seed,
         global_batch=job.config.global_batch,
-        lanes=job.config.lanes,
+        lanes=job.config.num_lanes,
         window_shards=job.config.window_shards,
     )
 

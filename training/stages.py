@@ -32,12 +32,6 @@ OPENAI_FILE = "openai.pt"
 METRICS_FILE = "metrics.jsonl"
 _JOB_FILE = "job.json"
 _WEIGHTS = ("image_weights", "text_weights", "start_weights")
-_TITLES = {
-    "english": "image tower from English captions, as the paper starts from OpenAI's CLIP",
-    "stage1": "image tower locked, text tower trained",
-    "stage2": "both towers trained",
-    "finetune": "both towers trained on a task's own pairs",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,6 +209,25 @@ def run(config: TrainStageConfig, context: Context, task: Task, progress: Progre
     return Outcome(outputs, num_in=num_samples, num_kept=num_samples)
 
 
+def title_of(name: str, config: TrainStageConfig) -> str:
+    """Return in one line what a training stage does with these settings."""
+    train = config.train
+    towers = "image tower locked, text tower trained" if train.lock_image else "both towers trained"
+    if name == "english":
+        what = "from English captions, as the paper starts from OpenAI's CLIP"
+        towers = f"image tower {what}" if not train.lock_image else f"{towers} {what}"
+    elif name == "finetune":
+        towers += " on a task's own pairs"
+    more = []
+    if train.distil is not None:
+        more.append(f"learning from {train.distil.teacher}")
+    if train.patch_mask:
+        more.append(f"{100 * train.patch_mask:g}% of the patches left out")
+    if train.negation is not None:
+        more.append("with statements about absent objects")
+    return "; ".join((towers, *more))
+
+
 def stage(name: str, config: TrainStageConfig, *, before: str | None, entry: str) -> Stage:
     """Return a training stage: english, stage1, stage2 or finetune.
 
@@ -223,7 +236,7 @@ def stage(name: str, config: TrainStageConfig, *, before: str | None, entry: str
     learned = ("vocabulary",) if config.vocabulary is None else ()
     return Stage(
         name=name,
-        title=_TITLES[name],
+        title=title_of(name, config),
         version=1,
         config=config,
         parents=("corpus", "shards", *learned, *(() if before is None else (before,))),

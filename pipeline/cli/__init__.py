@@ -8,13 +8,14 @@ from contextlib import contextmanager
 
 import typer
 
-from pipeline.cli import analyses, corpus, embed, evaluate, index, report, runs, serve, status, weights
+from pipeline.cli import analyses, corpus, embed, evaluate, index, init, report, runs, serve, status, weights
 from pipeline.cli.app import Commands, application
 from pipeline.cli.errors import usage_line
 from pipeline.core.terminal import Verbosity, guarded_output, set_verbosity
 
 # In the order of the help; groups with one heading stand under it together.
 GROUPS = (
+    init.INIT,
     runs.RUN,
     status.STATUS,
     report.REPORT,

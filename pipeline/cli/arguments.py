@@ -40,7 +40,7 @@ RunFile = Annotated[
     str,
     typer.Argument(
         metavar="RUN.toml",
-        help="the run's file, or a shipped recipe such as demo",
+        help="the run's file, its folder once it was started, or a shipped recipe such as demo",
         autocompletion=_recipes_and_files,
     ),
 ]
@@ -106,6 +106,10 @@ def checkpoint(
     from eval.features.encoder import find_checkpoint
 
     found = find_checkpoint(model, vocabulary, context_length, overrides or ())
+    if found.run_folder is not None and not overrides and not os.path.isdir(model):
+        from pipeline.last_start import say_differences
+
+        say_differences(model)
     return found if decode is None else replace(found, decode=decode)
 
 
@@ -115,7 +119,7 @@ def corpus_folder(corpus: str) -> str:
         return corpus
     from pipeline.catalog import load
 
-    run, _ = load(corpus)
+    run, _ = load(corpus)  # only its folder counts here
     return run.folder
 
 

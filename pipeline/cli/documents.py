@@ -56,6 +56,7 @@ KEYS: Mapping[str, Mapping[str, str]] = {
         "stages[].title": "what the stage does",
         **_TRAINING,
         "downloads": "a list of lines: weights given by name that unfinished stages would download",
+        "notes": "a list of lines: settings that are out of proportion to the corpus, and what was started",
         **_ERRORS,
     },
     "status": {
@@ -189,6 +190,7 @@ def plan_document(
     tokens: int,
     errors: Sequence[str],
     downloads: Sequence[str],
+    notes: Sequence[str],
 ) -> dict[str, Any]:
     """Return what `plan --json` prints."""
     from pipeline.core.run import State
@@ -208,6 +210,7 @@ def plan_document(
         "stages": stages,
         **planned,
         "downloads": list(downloads),
+        "notes": list(notes),
         "errors": list(errors),
     }
 

@@ -1,6 +1,5 @@
 """`cnclip report`."""
 
-import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -86,15 +85,11 @@ def _write(run: "Run", path: str, every_seconds: int | None) -> None:
 
 
 def _load(target: str, overrides: list[str]) -> "Run":
-    """Return the run of a TOML file, a shipped recipe or a folder with `run.resolved.toml`."""
-    from pipeline.catalog import load
+    """Return the run of a TOML file, a shipped recipe or a run's folder."""
+    from pipeline.last_start import RESOLVED, is_folder, load_as_started
 
-    resolved = store.join(target, "run.resolved.toml")
-    if target.endswith(".toml") or not store.exists(resolved):
-        if Path(target).is_dir():
-            raise ConfigError(
-                f"{target}: holds no run.resolved.toml, which `cnclip run` writes at its end; give the run's"
-                " TOML file"
-            )
-        return load(target, overrides)[0]
-    return dataclasses.replace(load(resolved, overrides)[0], folder=target.rstrip("/"))
+    if Path(target).is_dir() and not is_folder(target):
+        raise ConfigError(
+            f"{target}: holds no {RESOLVED}, which `cnclip run` writes as it starts; give the run's TOML file"
+        )
+    return load_as_started(target, overrides)[0]

@@ -1,5 +1,6 @@
 """The commands that act on a run: run, plan, verify, why, retry, diff, launch and doctor."""
 
+import functools
 import sys
 from typing import Annotated
 
@@ -53,20 +54,25 @@ def run(
     ] = False,
     mend: Annotated[bool, typer.Option("--mend", hidden=True)] = False,
 ) -> int:
-    from pipeline.catalog import load, write_resolved
     from pipeline.cli.tables import closing_words
+    from pipeline.last_start import load_to_start, write_started
     from pipeline.runner import execute
     from training.stages import TrainStageConfig, check_given_files
 
-    resolved, config = load(run_file, overrides or ())
+    resolved, config = load_to_start(run_file, overrides or ())
     stages = select(resolved, only, first, last)
     for stage in stages:  # a corpus takes days: what training lacks is reported before it starts
         if isinstance(stage.config, TrainStageConfig):
             check_given_files(stage.config, stage.name)
     force = redo and only is not None
-    num_run = execute(resolved, stages, redo=redo, force=force, repair=repair or mend)
-    if num_run:
-        write_resolved(resolved, config)
+    num_run = execute(
+        resolved,
+        stages,
+        redo=redo,
+        force=force,
+        repair=repair or mend,
+        begin=functools.partial(write_started, resolved, config),
+    )
     print(closing_words(resolved, num_run, len(stages)))
     return EXIT_DONE
 
@@ -127,27 +133,30 @@ def plan(
         trainings = trainings_of_recipe(recipe, samples)
         table = training_table(trainings, on, tokens)
         if as_json:
-            print_document(plan_document(recipe, None, [], trainings, on, tokens, [], []))
+            print_document(plan_document(recipe, None, [], trainings, on, tokens, [], [], []))
         else:
             print(table)
         return EXIT_DONE
-    from pipeline.catalog import load
     from pipeline.cli.tables import plan_table
+    from pipeline.last_start import load_to_start
     from pipeline.planning.downloads import downloads
+    from pipeline.planning.proportions import notes_on_training
 
-    resolved, _ = load(run_file, overrides or ())
+    resolved, _ = load_to_start(run_file, overrides or ())
     trainings = trainings_of_run(resolved, samples) if on is not None else []
     needs = training_table(trainings, on, tokens) if on is not None else ""
     statuses, complaints = survey_what_is_there(resolved)
+    notes = notes_on_training(resolved, resolved.stages)
     if as_json:
         folder = resolved.folder
-        print_document(
-            plan_document(run_file, folder, statuses, trainings, on, tokens, complaints, downloads(resolved))
-        )
+        loads = downloads(resolved)
+        document = plan_document(run_file, folder, statuses, trainings, on, tokens, complaints, loads, notes)
+        print_document(document)
     else:
         print(f"{run_file} → {resolved.folder}")
         print(plan_table(statuses))
         print_lines(downloads(resolved))
+        print_lines(f"note: {text}" for text in notes if text not in needs)
         if needs:
             print(f"\n{needs}")
     for complaint in complaints:
@@ -163,11 +172,11 @@ def verify(
     first: FirstStage = None,
     last: LastStage = None,
 ) -> int:
-    from pipeline.catalog import load
+    from pipeline.last_start import load_as_started
     from pipeline.runner import unseen
     from pipeline.runner import verify as verify_stages
 
-    resolved, _ = load(run_file, overrides or ())
+    resolved, _ = load_as_started(run_file, overrides or ())
     stages = select(resolved, only, first, last)
     if not store.exists(resolved.folder):
         raise InputError(
@@ -201,10 +210,10 @@ def why(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> int:
-    from pipeline.catalog import load
+    from pipeline.last_start import load_as_started
     from pipeline.tools.why import follow
 
-    resolved, config = load(run_file, overrides or ())
+    resolved, config = load_as_started(run_file, overrides or ())
     fates = follow(resolved, config.filter_text, key_or_url)
     if as_json:
         print_document(why_document(run_file, resolved, key_or_url, fates))
@@ -223,10 +232,10 @@ def retry(
     overrides: Overrides = None,
     only_plan: Annotated[bool, typer.Option("--plan", help="only show what would be retried")] = False,
 ) -> int:
-    from pipeline.catalog import load
+    from pipeline.last_start import load_as_started
     from pipeline.tools import retry as retries
 
-    resolved, _ = load(run_file, overrides or ())
+    resolved, _ = load_as_started(run_file, overrides or ())
     failures = retries.plan(resolved)
     rows = [("failure", "rows", "asked for again")]
     rows += [(item.name, f"{item.num_rows:,}", "yes" if item.is_worth_it else "no") for item in failures]

@@ -48,10 +48,10 @@ def status(
     ] = 10,
     as_json: AsJson = False,
 ) -> int:
-    from pipeline.catalog import load
     from pipeline.cli.tables import done_of, notes, reasons_table, status_table
+    from pipeline.last_start import load_as_started
 
-    run, config = load(run_file, overrides or ())
+    run, config = load_as_started(run_file, overrides or ())
     statuses, complaints = survey_what_is_there(run)
     shown = None if reason is None else _examples(run, config.filter_text, reason, number)
     if as_json:

@@ -126,13 +126,13 @@ def largest_micro_batch(needs: Callable[..., Memory], share: int, memory_bytes: 
 
 def shares(config: TrainConfig) -> Shares:
     """How many samples each rank gets: whole lanes, so that counts may differ by one lane."""
-    a_lane = config.global_batch // config.lanes
-    smallest = config.lanes // config.ranks * a_lane
-    largest = -(-config.lanes // config.ranks) * a_lane
+    a_lane = config.global_batch // config.num_lanes
+    smallest = config.num_lanes // config.ranks * a_lane
+    largest = -(-config.num_lanes // config.ranks) * a_lane
     idle = 1 - config.global_batch / config.ranks / largest
     if config.global_batch % config.ranks == 0 and smallest == largest:
         return Shares(smallest, largest, 0.0, ())
-    even = [ranks for ranks in range(1, config.lanes + 1) if config.lanes % ranks == 0]
+    even = [ranks for ranks in range(1, config.num_lanes + 1) if config.num_lanes % ranks == 0]
     below = [ranks for ranks in even if ranks < config.ranks]
     above = [ranks for ranks in even if ranks > config.ranks]
     return Shares(smallest, largest, idle, (*below[-1:], *above[:1]))

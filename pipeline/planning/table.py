@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pipeline.core.records import ConfigError
 from pipeline.core.text_table import align
 from pipeline.planning.memory import SECONDS_A_DAY
+from pipeline.planning.proportions import proportion_notes
 from pipeline.planning.requirements import GIB, Hardware, Need, Training, need, paper_gpu_days
 
 _HEADER = (
@@ -100,22 +101,15 @@ def _notes(item: Training, needed: Need, on: Hardware) -> Iterator[str]:
         better = " or ".join(str(ranks) for ranks in split.better_ranks)
         divides = "divides" if config.global_batch % config.ranks == 0 else "does not divide"
         yield (
-            f"{config.ranks} {divides} {config.global_batch:,}; ranks own whole lanes ({config.lanes}) and"
-            f" hold {_share(needed)} samples: {100 * split.idle:.1f} % of the time is lost in waiting;"
+            f"{config.ranks} {divides} {config.global_batch:,}; ranks own whole lanes"
+            f" ({config.num_lanes}) and hold {_share(needed)}"
+            f" samples: {100 * split.idle:.1f} % of the time is lost in waiting;"
             f" {better} ranks share evenly"
         )
     if item.num_samples is None:
         yield "how many pairs it has is not known here; give --samples"
-    elif config.global_batch > item.num_samples:
-        yield (
-            f"a batch of {config.global_batch:,} is more than the {item.num_samples:,} pairs; lower"
-            " global_batch (and lanes, which divides it)"
-        )
-    elif needed.num_steps is not None and config.warmup_steps > needed.num_steps:
-        yield (
-            f"the warm-up of {config.warmup_steps:,} steps is longer than all its {needed.num_steps:,}: the"
-            " learning rate never reaches its peak; lower warmup_steps"
-        )
+    else:
+        yield from proportion_notes(config, item.num_samples)
     yield from _notes_on_memory(item, needed, on)
 
 

@@ -111,8 +111,8 @@ def test_a_batch_larger_than_what_is_left_names_what_dropped_the_rest(finished: 
     done = cnclip(finished, "run", *words)
     assert done.returncode == 2
     assert (
-        "[finetune] global_batch = 64, but the corpus has 12 samples: lower global_batch (and lanes, which"
-        " divides it); 12 samples are left of 13: "
+        "[finetune] global_batch = 64, but the corpus has 12 samples: lower global_batch (and lanes, if"
+        " the file sets it); 12 samples are left of 13: "
     ) in done.stderr
     assert "dropped 1 as " in done.stderr
     assert (finished / "run" / "finetune" / "manifest.json").exists()  # nothing was discarded for it

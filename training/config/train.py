@@ -10,6 +10,7 @@ from pipeline.core.records import ConfigError, too_few
 from training.config.deepspeed_file import check_model, read_deepspeed_file
 from training.model.config import ModelConfig
 
+_MOST_LANES = 512  # that a batch which says nothing of lanes is cut into
 CONTEXT_LENGTH = 52  # tokens of a caption with [CLS] and [SEP] (Table 8: 50 without)
 
 PositiveInt = Annotated[int, Gt(0)]
@@ -154,8 +155,10 @@ class TrainConfig:
     negation: NegationConfig | None = None
     """Statements about absent objects as hard negatives."""
 
-    lanes: PositiveInt = 512
-    """Streams that the corpus is cut into; must divide `global_batch` and be at least `ranks`."""
+    lanes: PositiveInt | None = None
+    """Streams that the corpus is cut into; must divide `global_batch` and be at least `ranks`. Unset: the
+    largest divisor of `global_batch` up to 512.
+    """
     window_shards: PositiveInt = 4
     """Shards of a lane whose samples are shuffled together."""
     ranks: PositiveInt = field(default=1, metadata=BINDS_NEVER)
@@ -211,16 +214,37 @@ class TrainConfig:
                     f"{name} needs images, but cached_views = {self.cached_views} reads features in their"
                     f" place; set cached_views = 0 or leave {name} out"
                 )
-        if self.global_batch % self.lanes:
+        if self.lanes is None:
+            # Set here, so that digests and jobs hold the number. It follows from the batch only, since the
+            # order of samples must not depend on the number of ranks.
+            object.__setattr__(self, "lanes", _largest_divisor(self.global_batch, _MOST_LANES))
+            if self.ranks > self.num_lanes:
+                raise ValueError(
+                    f"ranks = {self.ranks} is more than {self.num_lanes}, the largest divisor of"
+                    f" global_batch = {self.global_batch} up to {_MOST_LANES}: a rank owns whole lanes;"
+                    " choose a global_batch that is a multiple of ranks, or set lanes"
+                )
+        if self.global_batch % self.num_lanes:
             raise ValueError(
                 f"global_batch = {self.global_batch} is no multiple of lanes = {self.lanes}: every step takes"
                 " the same number of samples from each lane; change one of them"
             )
-        if self.ranks > self.lanes:
+        if self.ranks > self.num_lanes:
             raise ValueError(
                 f"ranks = {self.ranks} is more than lanes = {self.lanes}: a rank owns whole lanes; raise"
                 " lanes or use fewer ranks"
             )
+
+    @property
+    def num_lanes(self) -> int:
+        """The lanes that the file names, or that follow from the batch."""
+        assert self.lanes is not None  # __post_init__ has set it
+        return self.lanes
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    """Return the largest divisor of a number that is at most `limit`."""
+    return next(divisor for divisor in range(min(number, limit), 0, -1) if number % divisor == 0)
 
 
 def check_fits(config: TrainConfig, model: ModelConfig, stage: str) -> None:
@@ -267,7 +291,7 @@ def count_steps(config: TrainConfig, num_samples: int, stage: str) -> int:
     if config.global_batch > num_samples:
         found = (
             f"[{stage}] global_batch = {config.global_batch}, but the corpus has {num_samples} samples:"
-            f" lower global_batch (and lanes, which divides it)"
+            f" lower global_batch (and lanes, if the file sets it)"
         )
         raise too_few(ConfigError(found), num_samples)
     return config.epochs * num_samples // config.global_batch

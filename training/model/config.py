@@ -126,6 +126,13 @@ TINY_RN = ModelConfig(
         layers=2, width=128, heads=4, vocab_size=3000, max_positions=64, dropout=0.0, init_std=0.09
     ),
 )
+# The same for a ViT, which Hugging Face's ChineseCLIPModel and ONNX can hold.
+SMALL_VIT = ModelConfig(
+    name="small-vit",
+    embed_dim=128,
+    vision=VisionTransformerConfig(image_size_px=48, patch_size_px=8, layers=4, width=128, heads=2),
+    text=TINY_RN.text,
+)
 # As small as a ViT can be and still have every part: for tests.
 TINY_VIT = ModelConfig(
     name="tiny-vit",
@@ -136,5 +143,5 @@ TINY_VIT = ModelConfig(
 
 MODELS: dict[str, ModelConfig] = {
     config.name: config
-    for config in (RN50, VIT_B_32, VIT_B_16, VIT_L_14, VIT_L_14_336, VIT_H_14, TINY_RN, TINY_VIT)
+    for config in (RN50, VIT_B_32, VIT_B_16, VIT_L_14, VIT_L_14_336, VIT_H_14, TINY_RN, SMALL_VIT, TINY_VIT)
 }

@@ -162,7 +162,9 @@ def test_the_building_of_a_cache_is_in_a_stages_days(
 
 def test_a_warm_up_longer_than_its_training_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     short = plan(capsys, "pretrain", "--samples", "200000")
-    assert "ViT-B-16 stage1: the warm-up of 5,000 steps is longer than all its 268: the learning" in short
+    assert (
+        "ViT-B-16 stage1: warmup_steps = 5,000 is longer than the stage (268 steps), so the learning" in short
+    )
     assert "warm-up" not in plan(capsys, "pretrain")
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from pipeline.catalog import load
 from pipeline.cli import main
+from pipeline.core.config import digest
 from pipeline.core.records import ConfigError
 from tests.helpers.train_jobs import CONFIG, build_config, make_job
 from training.config.job import TrainJob
@@ -75,6 +76,35 @@ def test_every_recipe_can_train_and_names_a_model_that_is(
 def test_values_that_cannot_train_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_config(change)
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "lanes"),
+    [(32_768, 512), (2048, 512), (128, 128), (96, 96), (1000, 500), (1009, 1), (1, 1)],
+)
+def test_lanes_follow_the_batch_unless_they_are_named(global_batch: int, lanes: int) -> None:
+    assert TrainConfig(epochs=1, global_batch=global_batch).num_lanes == lanes
+    assert TrainConfig(epochs=1, global_batch=global_batch, lanes=1).num_lanes == 1
+
+
+def test_lanes_that_follow_the_batch_depend_on_no_ranks() -> None:
+    assert {TrainConfig(epochs=1, global_batch=128, ranks=ranks).lanes for ranks in (1, 2, 128)} == {128}
+    with pytest.raises(
+        ValueError, match=r"ranks = 3 is more than 2, the largest divisor of global_batch = 2"
+    ):
+        TrainConfig(epochs=1, global_batch=2, ranks=3)
+
+
+def test_lanes_that_are_not_named_have_the_digest_of_those_that_are() -> None:
+    unset, named = TrainConfig(epochs=1), TrainConfig(epochs=1, lanes=512)
+    assert digest(unset) == digest(named)
+
+
+def test_a_batch_of_ones_own_goes_with_the_papers_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('base = "paper_corpus"\n[stage1]\nglobal_batch = 1280\n', "utf-8")
+    _, config = load(str(path))
+    assert [stage.lanes for stage in (config.stage1, config.stage2) if stage] == [320, 512]
 
 
 def test_weights_that_are_not_there_are_said_before_the_corpus_is_built(

@@ -71,7 +71,7 @@ def train_plainly(job: TrainJob) -> Plain:
     MODELS.update(small_models(dropout=0.0))
     config, tokenizer = job.config, Tokenizer.load(job.vocabulary)
     clip = build_model(job, tokenizer).train()
-    reader = make_reader(job, sample_order(job), tokenizer, clip, lanes=range(config.lanes))
+    reader = make_reader(job, sample_order(job), tokenizer, clip, lanes=range(config.num_lanes))
     adam = build_optimizer(clip, config)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     start = {name: tensor.clone() for name, tensor in clip.state_dict().items()}

@@ -1,0 +1,129 @@
+"""The settings that a run was last started with: `run.resolved.toml` in its folder.
+
+docs/concepts/runs.md, "Settings of a run", says which command reads them and which reads the run's file.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pipeline.catalog import RunConfig, load, make_run, resolve
+from pipeline.core import store
+from pipeline.core.config import apply_overrides, read_toml, to_toml
+from pipeline.core.records import ConfigError, InputError
+from pipeline.core.run import Run
+from pipeline.core.terminal import note
+
+RESOLVED = "run.resolved.toml"
+_MOST_SAID = 6  # settings in a note
+_ABSENT = object()
+
+
+def resolved_path(folder: str) -> str:
+    """Return the path of the settings that the run in a folder was last started with."""
+    return store.join(folder, RESOLVED)
+
+
+def write_started(run: Run, config: RunConfig) -> None:
+    """Write every setting, defaults and `--set` included, as the work begins."""
+    store.write_text(resolved_path(run.folder), to_toml(config))
+
+
+def load_as_started(target: str, overrides: Sequence[str] = ()) -> tuple[Run, RunConfig]:
+    """Load a run for a command that looks at what it made: with the settings that it was last started with.
+
+    `target` is the run's file, a shipped recipe, or the run's folder. A note says what differs from the file.
+    With `overrides` the file counts, as it does for a run that was not started yet.
+
+    Raises:
+        ConfigError: if there is no such file, or if it is no run's.
+    """
+    if is_folder(target):
+        return _load_folder(target, overrides)
+    run, config = load(target, overrides)
+    if overrides or (started := _read_started(run.folder)) is None:
+        return run, config
+    _say_differences(run.folder, config, started, target)
+    return make_run(started), started
+
+
+def load_to_start(target: str, overrides: Sequence[str] = ()) -> tuple[Run, RunConfig]:
+    """Load a run for a command that starts it or plans to: with the settings of its file and `overrides`.
+
+    A note says what differs from the settings that it was last started with. A run's folder stands for these.
+
+    Raises:
+        ConfigError: if there is no such file, or if it is no run's.
+    """
+    run, config = _load_folder(target, overrides) if is_folder(target) else load(target, overrides)
+    if (started := _read_started(run.folder)) is not None:
+        _say_differences(run.folder, config, started, "now")
+    return run, config
+
+
+def say_differences(target: str) -> None:
+    """Print a note if the run of a file was last started with other settings."""
+    _, config = load(target)
+    if (started := _read_started(config.run.folder)) is not None:
+        _say_differences(config.run.folder, config, started, target)
+
+
+def is_folder(target: str) -> bool:
+    """Return whether a run is named by its folder: by the settings in it, which no TOML file can hold."""
+    return not target.endswith(".toml") and store.exists(resolved_path(target))
+
+
+def _load_folder(folder: str, overrides: Sequence[str]) -> tuple[Run, RunConfig]:
+    path = resolved_path(folder)
+    _, config = resolve(apply_overrides(read_toml(path), overrides), path)
+    config = _in_folder(config, folder.rstrip("/"))
+    return make_run(config), config
+
+
+def _read_started(folder: str) -> RunConfig | None:
+    """Return what a run was last started with; None if it was not, or if this release cannot read it."""
+    path = resolved_path(folder)
+    if not store.exists(path):
+        return None
+    try:
+        _, config = resolve(read_toml(path), path)
+    except (ConfigError, InputError) as error:
+        note(f"{error}; the settings are those of the run's file")
+        return None
+    return _in_folder(config, folder)
+
+
+def _in_folder(config: RunConfig, folder: str) -> RunConfig:
+    """Return the configuration with the folder where it lies: a run may have been moved."""
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, folder=folder))
+
+
+def _say_differences(folder: str, config: RunConfig, started: RunConfig, name: str) -> None:
+    before, now = dict(_leaves(dataclasses.asdict(started))), dict(_leaves(dataclasses.asdict(config)))
+    keys = [
+        key
+        for key in {**before, **now}
+        if before.get(key, _ABSENT) != now.get(key, _ABSENT) and key != "run.folder"
+    ]
+    if not keys:
+        return
+    said = [
+        f"{key} = {_shown(before.get(key))} ({name}: {_shown(now.get(key))})" for key in keys[:_MOST_SAID]
+    ]
+    more = f" and {len(keys) - _MOST_SAID} more" if len(keys) > _MOST_SAID else ""
+    note(f"{folder} was started with {', '.join(said)}{more}")
+
+
+def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of what is set and no table; a list is one value."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(item, f"{prefix}{key}.")
+    elif value is not None:
+        yield prefix.removesuffix("."), value
+
+
+def _shown(value: Any, limit: int = 60) -> str:
+    text = "unset" if value is None else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= limit else text[: limit - 1] + "…"

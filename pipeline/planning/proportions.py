@@ -1,0 +1,86 @@
+"""What `cnclip plan` and `cnclip run` say of training settings that are out of proportion to the corpus."""
+
+from collections.abc import Iterator, Sequence
+
+from pipeline.core.run import Run, read_manifest
+from pipeline.core.stage import Stage
+from training.config.train import TrainConfig, count_steps
+from training.stages import TrainStageConfig
+
+_FEW_STEPS = 20
+# Adam moves a weight by at most the learning rate a step, and a cosine halves the sum. Weights that start at
+# random are 0.02 to 0.1 in size: those that cannot move by a fraction of it learn nothing.
+_SHORTEST_WAY = 0.005
+_HIGHEST_RATE = 5e-3  # of the learning rate; above it training with Adam usually diverges
+
+
+def proportion_notes(
+    config: TrainConfig, num_samples: int, *, starts_at_random: bool = False
+) -> Iterator[str]:
+    """Yield a line for each setting that does not go with this number of training pairs."""
+    batch, epochs, rate = config.global_batch, config.epochs, config.peak_learning_rate
+    if batch > num_samples:
+        yield (
+            f"global_batch = {batch:,} is more than the {num_samples:,} pairs, so it cannot train; lower"
+            " global_batch (and lanes, if the file sets it)"
+        )
+        return
+    steps = epochs * num_samples // batch
+    if steps < _FEW_STEPS:
+        yield (
+            f"{steps:,} steps in all (epochs = {epochs:,}, global_batch = {batch:,}, {num_samples:,} pairs)"
+            " are few to learn from; raise epochs or lower global_batch"
+        )
+    if config.warmup_steps > steps:
+        yield (
+            f"warmup_steps = {config.warmup_steps:,} is longer than the stage ({steps:,} steps), so the"
+            f" learning rate never reaches its peak; lower warmup_steps, to {max(1, steps // 10):,} for"
+            " example"
+        )
+    if rate > _HIGHEST_RATE:
+        yield (
+            f"peak_learning_rate = {rate:g} is above {_HIGHEST_RATE:g}, where training usually diverges;"
+            " lower peak_learning_rate"
+        )
+    elif starts_at_random and steps >= _FEW_STEPS and rate * steps / 2 < _SHORTEST_WAY:
+        yield (
+            f"peak_learning_rate = {rate:g} is low for {steps:,} steps from random weights; raise"
+            " peak_learning_rate, to 1e-3 for example, or epochs"
+        )
+
+
+def notes_on_training(run: Run, stages: Sequence[Stage]) -> list[str]:
+    """Return a line for each setting of these training stages that is out of proportion.
+
+    What depends on the number of pairs is known once the shards are there.
+    """
+    manifest = read_manifest(run, "shards")
+    notes = []
+    for stage in stages:
+        config = stage.config
+        if not isinstance(config, TrainStageConfig):
+            continue
+        given = (config.start_stage, config.image_stage, config.image_weights, config.start_weights)
+        has_image_tower = any(given)
+        if config.train.lock_image and not has_image_tower:
+            notes.append(
+                f"{stage.name}: lock_image = true keeps an image tower of random weights; set [model]"
+                " image_weights, or lock_image = false"
+            )
+        if manifest is not None:
+            at_random = not has_image_tower and config.text_weights is None
+            found = proportion_notes(config.train, manifest.num_kept, starts_at_random=at_random)
+            notes += [f"{stage.name}: {text}" for text in found]
+    return notes
+
+
+def check_batches(run: Run, stages: Sequence[Stage]) -> None:
+    """Check that no training stage has a batch, or ranks, of more than the pairs in the shards.
+
+    Raises:
+        ConfigError: if one has.
+    """
+    manifest = read_manifest(run, "shards")
+    for stage in stages:
+        if manifest is not None and isinstance(stage.config, TrainStageConfig):
+            count_steps(stage.config.train, manifest.num_kept, stage.name)

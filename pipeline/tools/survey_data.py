@@ -1,0 +1,255 @@
+"""Look at what a new run would be made from: caption tables, images, evaluation sets, the machine."""
+
+import itertools
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.core.evaluation_sets import SUFFIXES, EvaluationSource, check_size, shard_stems
+from pipeline.core.records import InputError
+
+_SAMPLED_ROWS = 1000  # whose columns and addresses are looked at
+_SAMPLED_IMAGES = 50
+_MOST = 0.5  # share of a column's values that says what the column is
+_CHINESE = re.compile(r"[\u3400-\u9fff]")
+_URL = re.compile(r"https?://", re.IGNORECASE)
+_IMAGE_NAME = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?)$", re.IGNORECASE)
+# Where images of a table often lie, below the table's own folder.
+_IMAGE_FOLDERS = ("images", "pictures", "imgs", "photos", "图片", "")
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """What the caption tables hold."""
+
+    path: str  # as it was given: a file or a pattern
+    url_column: str
+    caption_column: str
+    are_known: bool  # whether a run finds both columns without being told
+    num_rows: int
+    num_usable: int  # rows with an address and a caption whose length the bounds admit
+    fewest_characters: int  # bounds that admit the middle 90% of captions, or the paper's
+    most_characters: int
+    images: str | None  # folder of the images; None: the addresses are URLs
+    shortest_side_px: int | None  # of a sample of those images
+    default_characters: tuple[int, int]  # bounds of a run that sets none: the paper's
+    default_side_px: int  # smallest shorter side of such a run
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a run can use."""
+
+    cores: int
+    gpus: int
+
+
+def look_at_machine() -> Machine:
+    """Return the cores that this process may use and the NVIDIA devices, without loading torch."""
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:
+        cores = os.cpu_count() or 1
+    devices = [name for name in os.listdir("/dev") if re.fullmatch(r"nvidia\d+", name)]
+    return Machine(cores, len(devices))
+
+
+def evaluation_sets(folder: str) -> list[EvaluationSource]:
+    """Return the sets in a folder: every NAME_imgs.tsv with NAME_texts.jsonl, or the folder's shards.
+
+    Raises:
+        InputError: if there is none, or if one is too small to be scored.
+    """
+    if not os.path.isdir(folder):
+        raise InputError(f"--evaluation {folder}: no such folder")
+    names = sorted(
+        name.removesuffix(SUFFIXES[0]) for name in os.listdir(folder) if name.endswith(SUFFIXES[0])
+    )
+    names = [name for name in names if os.path.isfile(os.path.join(folder, name + SUFFIXES[1]))]
+    if not names and shard_stems(folder):
+        names = [Path(folder).resolve().name]
+    if not names:
+        raise InputError(
+            f"--evaluation {folder}: holds no evaluation set: needs NAME_imgs.tsv and NAME_texts.jsonl"
+            " (docs/guides/your-data.md), or shards"
+        )
+    sets = [EvaluationSource(name=name, folder=folder) for name in names]
+    for item in sets:
+        check_size(item)
+    return sets
+
+
+def look_at_data(
+    path: str, images: str | None, *, url_column: str | None = None, caption_column: str | None = None
+) -> Data:
+    """Read the caption tables once and return what they hold.
+
+    `images` is the folder that the address column's paths lie in; None has it searched for near the table.
+
+    Raises:
+        InputError: if there is no table, no column of addresses or captions, or no image where it should be.
+    """
+    from data_prep.filters.image import FilterImageConfig
+    from data_prep.filters.text import FilterTextConfig
+    from data_prep.sources.table import KNOWN_COLUMNS, TableSource, find_files, first_column
+
+    files = find_files(TableSource(path=path, name="data"))
+    names, sample = _sample(files[0])
+    known = {role: first_column(names, KNOWN_COLUMNS[role]) for role in ("url_column", "caption_column")}
+    url = _column(path, names, "url", url_column, known["url_column"], _like_addresses(sample))
+    caption = _column(
+        path, names, "caption", caption_column, known["caption_column"], _like_captions(sample, url)
+    )
+    addresses = [str(value) for value in sample[url] if value]
+    are_urls = sum(bool(_URL.match(address)) for address in addresses) > _MOST * len(addresses)
+    if are_urls and images:
+        raise InputError(f"--images {images}: column {url!r} of {path} holds URLs: leave --images out")
+    folder = None if are_urls else _image_folder(path, files[0], addresses, images)
+    paper = FilterTextConfig()
+    num_rows, lengths = _count(files, url, caption)
+    if not sum(lengths.values()):
+        raise InputError(
+            f"{path}: no row has both {url!r} and {caption!r}; name them: --url-column, --caption-column"
+        )
+    fewest, most = _bounds(lengths, paper.min_characters, paper.max_characters)
+    return Data(
+        path=path,
+        url_column=url,
+        caption_column=caption,
+        are_known=(url, caption) == (known["url_column"], known["caption_column"]),
+        num_rows=num_rows,
+        num_usable=sum(count for length, count in lengths.items() if fewest <= length <= most),
+        fewest_characters=fewest,
+        most_characters=most,
+        images=folder,
+        shortest_side_px=None if folder is None else _shortest_side(folder, addresses),
+        default_characters=(paper.min_characters, paper.max_characters),
+        default_side_px=FilterImageConfig().min_side_px,
+    )
+
+
+def _sample(file: str) -> tuple[list[str], dict[str, list[object]]]:
+    """Return a table's columns and the first values of each."""
+    from data_prep.sources import text_file
+    from data_prep.sources.table import naming_damage, open_parquet
+
+    if text_file.is_text(file):
+        names = text_file.column_names(file)
+        first = next(iter(text_file.read_batches(file, names)), None)
+        rows = None if first is None else first.rows.head(_SAMPLED_ROWS)
+    else:
+        frame = open_parquet(file)
+        with naming_damage(file):
+            names = frame.collect_schema().names()
+            rows = frame.head(_SAMPLED_ROWS).collect()
+    if rows is None or not rows.height:
+        raise InputError(f"{file}: holds no rows")
+    return names, {name: rows[name].to_list() for name in names}
+
+
+def _count(files: Sequence[str], url: str, caption: str) -> tuple[int, Counter[int]]:
+    """Return the rows of all tables, and of those with an address: characters of the caption → rows."""
+    import polars as pl
+
+    from data_prep.sources import text_file
+    from data_prep.sources.table import naming_damage, open_parquet
+    from pipeline.core.files.columns import column
+
+    def counted(rows: pl.LazyFrame) -> pl.LazyFrame:
+        length = pl.when(column(url).is_not_null()).then(
+            column(caption).cast(pl.String, strict=False).str.len_chars()
+        )
+        return rows.group_by(length.alias("length")).len("rows")
+
+    num_rows, lengths = 0, Counter[int]()
+    for file in files:
+        if text_file.is_text(file):
+            batches = text_file.read_batches(file, (url, caption))
+            tables: Iterable[pl.DataFrame] = (counted(batch.rows.lazy()).collect() for batch in batches)
+        else:
+            with naming_damage(file):
+                tables = [counted(open_parquet(file)).collect(engine="streaming")]
+        for table in tables:
+            for length, rows in table.iter_rows():
+                num_rows += rows
+                if length is not None:
+                    lengths[length] += rows
+    return num_rows, lengths
+
+
+def _column(
+    path: str, names: Sequence[str], what: str, given: str | None, known: str | None, likely: str | None
+) -> str:
+    found = given or known or likely
+    if found is None or found not in names:
+        wrong = f"no column {given!r}" if given else f"no column looks like that of {what}s"
+        raise InputError(f"{path}: {wrong}; found {', '.join(names)}: name it with --{what}-column")
+    return found
+
+
+def _like_addresses(sample: dict[str, list[object]]) -> str | None:
+    """Return the first column most of whose values are URLs or names of images."""
+    return _first_like(sample, lambda text: bool(_URL.match(text) or _IMAGE_NAME.search(text)))
+
+
+def _like_captions(sample: dict[str, list[object]], url: str) -> str | None:
+    """Return the first other column most of whose values have Chinese characters."""
+    others = {name: values for name, values in sample.items() if name != url}
+    return _first_like(others, lambda text: bool(_CHINESE.search(text)))
+
+
+def _first_like(sample: dict[str, list[object]], is_like: Callable[[str], bool]) -> str | None:
+    for name, values in sample.items():
+        texts = [value for value in values if isinstance(value, str) and value]
+        if texts and sum(map(is_like, texts)) > _MOST * len(texts):
+            return name
+    return None
+
+
+def _image_folder(path: str, file: str, addresses: Sequence[str], given: str | None) -> str:
+    """Return the folder that the addresses lie in."""
+    beside = os.path.dirname(file)
+    candidates = [given] if given else [os.path.join(beside, name) for name in _IMAGE_FOLDERS]
+    for folder in candidates:
+        if any(os.path.isfile(os.path.join(folder, address)) for address in addresses):
+            return folder.rstrip("/") or "."
+    example = addresses[0] if addresses else "no address"
+    if given:
+        raise InputError(f"--images {given}: holds none of the paths in {path}, such as {example}")
+    raise InputError(
+        f"{path}: its addresses are paths, such as {example}: name the folder that they lie in with --images"
+    )
+
+
+def _shortest_side(folder: str, addresses: Sequence[str]) -> int | None:
+    """Return the shortest side, in pixels, of the first images that can be read; None if none can."""
+    from PIL import Image, UnidentifiedImageError
+
+    sides = []
+    for address in itertools.islice(addresses, _SAMPLED_IMAGES):
+        try:
+            with Image.open(os.path.join(folder, address)) as image:  # reads the header only
+                sides.append(min(image.size))
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
+            continue  # the run counts it with its reason
+    return min(sides, default=None)
+
+
+def _bounds(lengths: dict[int, int], fewest: int, most: int) -> tuple[int, int]:
+    """Return the paper's bounds on characters, each moved if it would drop over a tenth of the captions."""
+    total = sum(lengths.values())
+    short = sum(count for length, count in lengths.items() if length < fewest)
+    long = sum(count for length, count in lengths.items() if length > most)
+    if short > total / 10:
+        fewest = 1
+    if long > total / 10:
+        reached = 0
+        for length in sorted(lengths):
+            reached += lengths[length]
+            most = length
+            if reached >= 0.95 * total:
+                break
+    return fewest, most
