@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EMOJI ?= corpora/emoji_zh
 
-.PHONY: install demo test test-slow lint emoji clean
+.PHONY: install gpu demo test test-slow lint emoji clean
 
 install: $(VENV)/installed
 
@@ -21,6 +21,15 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps cn_clip==1.6.0 open_clip_torch==3.3.0 multilingual-clip==1.0.10
 	touch $@
 	@echo "done: run $(BIN)/cnclip, or \`make demo\`"
+
+# faiss-cpu and faiss-gpu-cu12 are one module: together they do not load, and removing one takes files of the other.
+gpu: install
+	@echo "1/3 removing faiss-cpu"
+	$(BIN)/python -m pip uninstall --quiet --yes faiss-cpu
+	@echo "2/3 installing faiss-gpu-cu12 and NVIDIA's libraries for it (about 700 MB)"
+	$(BIN)/python -m pip install "faiss-gpu-cu12>=1.14,<2"
+	@echo "3/3 putting back its own files"
+	$(BIN)/python -m pip install --quiet --force-reinstall --no-deps "faiss-gpu-cu12>=1.14,<2"
 
 demo: install
 	$(BIN)/cnclip run pipeline/recipes/demo.toml
