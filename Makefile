@@ -11,14 +11,16 @@ install: $(VENV)/installed
 
 # Peers that parity tests compare with pin old versions of what they do not need here: no dependencies.
 $(VENV)/installed: pyproject.toml constraints.txt
-	@echo "1/4 making $(VENV) with $(PYTHON)"
+	@echo "1/5 making $(VENV) with $(PYTHON)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "2/4 updating pip in $(VENV)"
+	@echo "2/5 updating pip in $(VENV)"
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
-	@echo "3/4 installing cnclip and its packages (PyTorch among them: some gigabytes, several minutes)"
+	@echo "3/5 installing cnclip and its packages (PyTorch among them: some gigabytes, several minutes)"
 	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[dev,emoji,onnx]"
-	@echo "4/4 installing the peers that tests compare with"
+	@echo "4/5 installing the peers that tests compare with"
 	$(BIN)/python -m pip install --quiet --no-deps cn_clip==1.6.0 open_clip_torch==3.3.0 multilingual-clip==1.0.10
+	@echo "5/5 checking that torchvision and transformers load"
+	$(BIN)/python -m training.model.torchvision_site
 	touch $@
 	@echo "done: run $(BIN)/cnclip, or \`make demo\`"
 
