@@ -15,7 +15,7 @@ PUSH = Group("Weights")
 @PUSH.add(
     "push",
     "publish a model with its card on a hub, or a corpus's card with --corpus",
-    "runs/my me/my-chinese-clip --license apache-2.0",
+    "clip_cn_vit-b-16.pt me/my-clip --license apache-2.0 --dry-run my-clip",
     more="A model's card has its licence, base model, data and scores. The token is that of `hf auth login`"
     " or HF_TOKEN.",
 )
