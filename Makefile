@@ -5,22 +5,33 @@ VENV := .venv
 BIN := $(VENV)/bin
 EMOJI ?= corpora/emoji_zh
 
-.PHONY: install demo test test-slow lint emoji clean
+.PHONY: install gpu demo test test-slow lint emoji clean
 
 install: $(VENV)/installed
 
 # Peers that parity tests compare with pin old versions of what they do not need here: no dependencies.
 $(VENV)/installed: pyproject.toml constraints.txt
-	@echo "1/4 making $(VENV) with $(PYTHON)"
+	@echo "1/5 making $(VENV) with $(PYTHON)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "2/4 updating pip in $(VENV)"
+	@echo "2/5 updating pip in $(VENV)"
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
-	@echo "3/4 installing cnclip and its packages (PyTorch among them: some gigabytes, several minutes)"
+	@echo "3/5 installing cnclip and its packages (PyTorch among them: some gigabytes, several minutes)"
 	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[dev,emoji,onnx]"
-	@echo "4/4 installing the peers that tests compare with"
+	@echo "4/5 installing the peers that tests compare with"
 	$(BIN)/python -m pip install --quiet --no-deps cn_clip==1.6.0 open_clip_torch==3.3.0 multilingual-clip==1.0.10
+	@echo "5/5 checking that torchvision and transformers load"
+	$(BIN)/python -m training.model.torchvision_site
 	touch $@
 	@echo "done: run $(BIN)/cnclip, or \`make demo\`"
+
+# faiss-cpu and faiss-gpu-cu12 are one module: together they do not load, and removing one takes files of the other.
+gpu: install
+	@echo "1/3 removing faiss-cpu"
+	$(BIN)/python -m pip uninstall --quiet --yes faiss-cpu
+	@echo "2/3 installing faiss-gpu-cu12 and NVIDIA's libraries for it (about 700 MB)"
+	$(BIN)/python -m pip install "faiss-gpu-cu12>=1.14,<2"
+	@echo "3/3 putting back its own files"
+	$(BIN)/python -m pip install --quiet --force-reinstall --no-deps "faiss-gpu-cu12>=1.14,<2"
 
 demo: install
 	$(BIN)/cnclip run pipeline/recipes/demo.toml

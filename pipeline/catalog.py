@@ -49,6 +49,7 @@ from training import stages as training_stage
 from training import vocabulary
 from training.checkpoint.selection import check_sets
 from training.config.recipes import finetune_recipe, paper_recipe
+from training.config.tracking import TrackingConfig
 from training.config.train import TrainConfig, check_fits
 from training.model.config import MODELS
 from training.vocabulary import VocabularyConfig
@@ -146,6 +147,8 @@ class RunConfig:
     """FAISS index."""
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     """Slurm cluster."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Where training shows its curves."""
     zeroshot: ZeroshotConfig = field(default_factory=ZeroshotConfig)
     """Zero-shot classification."""
 
@@ -336,6 +339,7 @@ def _training_stages(config: RunConfig) -> list[Stage]:
             save_openai=name == "english",
             validate=name != "english",
             launcher=config.launch.launcher,
+            tracking=config.tracking,
         )
         stages.append(training_stage.stage(name, job, before=before, entry=RANK_MODULE))
         before = name

@@ -5,15 +5,19 @@ import json
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.core import store
 from pipeline.core.processes import say
-from pipeline.core.records import InputError
+from pipeline.core.records import InputError, Stopped
 from training.checkpoint import checkpoint
 from training.checkpoint.selection import Validation, read_validations
+from training.config.tracking import TrackingConfig
+from training.tracking import End, Subject, Trackers
 
 if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
     from training.data.loader import Batch
 
 # Share of the time that waiting for data may take before it is said.
@@ -56,7 +60,7 @@ class MetricsLog:
     """What rank 0 writes of a run; other ranks write nothing, but know the validations.
 
     `metrics.jsonl` holds no times, so that a run that was killed and resumed writes the same bytes as one
-    that was not. `log.jsonl` holds the speed, and `tensorboard/` both.
+    that was not. `log.jsonl` holds the speed; `tensorboard/` and the trackers both.
     """
 
     def __init__(
@@ -69,14 +73,24 @@ class MetricsLog:
         deciding: Collection[str] = (),
         flops_of_sample: Callable[[float], float],
         peak_flops: float | None,
+        tracking: TrackingConfig | None = None,
+        settings: Mapping[str, Any] | None = None,
+        identity: str = "",
     ) -> None:
         """`deciding`: evaluation sets of the validations, empty for all; `flops_of_sample` takes the mean
-        length of the captions in tokens; `peak_flops` is that of all ranks together, where it is known."""
+        length of the captions in tokens; `peak_flops` is that of all ranks together, where it is known.
+        Trackers show `settings`; `identity` is the digest of what makes this training another one."""
         self.writes = writes
         self.validations: list[Validation] = []
         self.metrics_path = os.path.join(folder, "metrics.jsonl")
         self._log_path = os.path.join(folder, "log.jsonl")
         self._curves_path = os.path.join(folder, "tensorboard")
+        self._curves: SummaryWriter | None = None
+        self._tracking = tracking or TrackingConfig()
+        run, stage = os.path.split(os.path.abspath(folder))
+        name = os.path.basename(run)
+        self._subject = Subject(f"{name}/{stage}", name, folder, settings or {}, identity)
+        self._trackers: Trackers | None = None
         self._total_steps, self._global_batch = total_steps, global_batch
         self._deciding = deciding
         self._flops_of_sample, self._peak_flops = flops_of_sample, peak_flops
@@ -92,14 +106,16 @@ class MetricsLog:
             fields["step"] for line in data.splitlines() if "recall" in (fields := json.loads(line))
         }
         if self.writes:
-            from torch.utils.tensorboard import SummaryWriter
-
             store.write_bytes(self.metrics_path, data)
             self._metrics = open(self.metrics_path, "a", encoding="utf-8")  # noqa: SIM115
             self._log = open(self._log_path, "a", encoding="utf-8")  # noqa: SIM115
             first_step = 0 if resumed is None else resumed.step
-            # Steps after the checkpoint that an earlier start has shown are hidden.
-            self._curves = SummaryWriter(self._curves_path, purge_step=first_step + 1)
+            if self._tracking.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                # Steps after the checkpoint that an earlier start has shown are hidden.
+                self._curves = SummaryWriter(self._curves_path, purge_step=first_step + 1)
+            self._trackers = Trackers(self._tracking, self._subject, self.notice)
         self._speed = Speed()
 
     def has_recalls(self, step: int) -> bool:
@@ -133,8 +149,7 @@ class MetricsLog:
             speed = self._describe_speed(tokens)
             line = {"time": time.time(), "step": step, **speed}
             self._log.write(json.dumps(line) + "\n")
-            for name, value in {**({} if skipped else learned), **speed}.items():
-                self._curves.add_scalar(f"train/{name}", value, step)
+            self._show("train", step, {"train": {**({} if skipped else learned), **speed}})
             self._complain_of_waiting()
             now = time.monotonic()
             if now - self._last_progress >= _SECONDS_BETWEEN_PROGRESS or step == self._total_steps:
@@ -156,8 +171,8 @@ class MetricsLog:
         self._steps_with_recalls.add(step)
         if self.writes:
             self._metrics.writelines(lines)
-            for name, recall in recalls.items():
-                self._curves.add_scalar(f"mean_recall/{name}", recall["mean_recall"], step)
+            means = {name: recall["mean_recall"] for name, recall in recalls.items()}
+            self._show("recall", step, {"mean_recall": means})
             self.flush()
 
     def pause(self) -> None:
@@ -177,7 +192,8 @@ class MetricsLog:
             with self._naming_the_folder():
                 self._metrics.flush()
                 self._log.flush()
-                self._curves.flush()
+                if self._curves is not None:
+                    self._curves.flush()
 
     @contextlib.contextmanager
     def _naming_the_folder(self) -> Iterator[None]:
@@ -193,8 +209,38 @@ class MetricsLog:
         """Write what is left; says so where the run waited for data for more than MOST_DATA_WAIT."""
         if self.writes:
             self._complain_of_waiting(at_the_end=True)
+            self._end_tracking("finished")
             self.flush()
-            self._curves.close()
+            if self._curves is not None:
+                self._curves.close()
+
+    @contextlib.contextmanager
+    def tracked(self) -> Iterator[None]:
+        """Tell the trackers if what is done within is stopped or fails; `close` tells them of a good end."""
+        try:
+            yield
+        except BaseException as error:
+            self._end_tracking("stopped" if isinstance(error, Stopped) else "failed")
+            self._log_what_waits()
+            raise
+
+    def _log_what_waits(self) -> None:
+        if self.writes:
+            with contextlib.suppress(OSError):  # a full disk: why training ends is said already
+                self._log.flush()
+
+    def _end_tracking(self, end: End) -> None:
+        if self._trackers is not None:
+            self._trackers.close(end)
+
+    def _show(self, kind: Literal["train", "recall"], step: int, values: Mapping[str, Any]) -> None:
+        """Give the numbers of a step to TensorBoard and the trackers; a group's are named `group/name`."""
+        if self._curves is not None:
+            for group, numbers in values.items():
+                for name, value in numbers.items():
+                    self._curves.add_scalar(f"{group}/{name}", value, step)
+        if self._trackers is not None:
+            self._trackers.log(kind, step, values)
 
     def _describe_speed(self, tokens: float) -> dict[str, float]:
         """Of the last step: seconds, samples and FLOP a second, and the share of the devices' peak."""

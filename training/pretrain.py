@@ -109,6 +109,14 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
         deciding=config.choose_on,
         flops_of_sample=partial(training_flops, clip.config, config),
         peak_flops=peak_flops_of_ranks(config) if rank == 0 else None,
+        tracking=job.tracking,
+        settings={
+            "model": job.model,
+            "seed": job.seed,
+            "shards": len(job.shards),
+            **dataclasses.asdict(config),
+        },
+        identity=digest(identity),
     )
     metrics.start_at(resumed)
     for text in start.notices:
@@ -134,7 +142,8 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
         folder=job.folder,
         identity=identity,
     )
-    last_step = trainer.train()
+    with metrics.tracked():
+        last_step = trainer.train()
     stop.close()
     watchdog.alive("writing the model", between_steps=True)
     batches.close()

@@ -15,6 +15,7 @@ from pipeline.core.terminal import one_line
 from training.checkpoint.finished import is_finished
 from training.checkpoint.folders import checkpoints_folder, steps_in
 from training.config.job import TrainJob
+from training.config.tracking import TrackingConfig
 from training.config.train import TrainConfig, count_steps, shared_steps
 from training.ranks.launcher import (
     Launcher,
@@ -24,6 +25,7 @@ from training.ranks.launcher import (
     launcher_environment,
     watch,
 )
+from training.tracking import check_packages
 from training.weights.hub.locate import digest_of, pinned_id
 from training.weights.hub.names import find_id
 
@@ -49,6 +51,7 @@ class TrainStageConfig:
     save_openai: bool = False  # write the OpenAI-layout file too, for the stage that starts from it
     validate: bool = True  # zero-shot recall on the run's evaluation sets while training
     launcher: Launcher = field(default="local", metadata=NOT_IN_DIGEST)  # who starts the ranks
+    tracking: TrackingConfig = field(default_factory=TrackingConfig, metadata=NOT_IN_DIGEST)
 
 
 def check_given_files(config: TrainStageConfig, stage: str) -> None:
@@ -162,16 +165,18 @@ def make_job(config: TrainStageConfig, context: Context) -> TrainJob:
         evaluations={item.name: item.folder for item in evaluations_of(context)} if config.validate else {},
         folder=context.path(),
         output_model=context.path(MODEL_FILE),
+        tracking=config.tracking,
         openai_model=context.path(OPENAI_FILE) if config.save_openai else None,
     )
 
 
 def check(config: TrainStageConfig, context: Context) -> None:
-    """Check that the corpus is large enough.
+    """Check that the corpus is large enough and the trackers are installed.
 
     Raises:
-        ConfigError: if it has fewer samples than a batch or than ranks.
+        ConfigError: if it has fewer samples than a batch or than ranks, or a package is missing.
     """
+    check_packages(config.tracking)
     num_samples = sum(shard.num_samples for shard in context.shards_of("shards", ".tar"))
     count_steps(config.train, num_samples, context.stage)
 

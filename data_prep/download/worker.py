@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,12 @@ elif __name__ == "__mp_main__":
     die_with_parent(int(os.environ[_STARTED_BY]))
 if __name__ in ("__main__", "__mp_main__"):
     sys.stdout, sys.stderr = guard(sys.stdout), guard(sys.stderr)  # the log names addresses
+
+# img2dataset's logger imports wandb, which we never have it use. The real one takes a second and leaves three
+# temporary folders behind in each worker that is killed; the name is all that is needed.
+sys.modules.setdefault(
+    "wandb", types.ModuleType("wandb", "Stands in for Weights & Biases, which is not used.")
+)
 
 import img2dataset.downloader  # noqa: E402
 import img2dataset.writer  # noqa: E402

@@ -21,8 +21,8 @@ def check_device(device: Device) -> None:
         return
     if not hasattr(faiss, "StandardGpuResources"):
         raise ConfigError(
-            f"--device gpu: the installed faiss {faiss.__version__} is built for processors alone: install"
-            " faiss-gpu in place of faiss-cpu, or take --device cpu"
+            f"--device gpu: the installed faiss {faiss.__version__} is built for processors alone: put"
+            " faiss-gpu-cu12 in place of faiss-cpu (make gpu), or take --device cpu"
         )
     if not faiss.get_num_gpus():
         raise ConfigError("--device gpu: faiss finds no GPU on this machine; take --device cpu")

@@ -8,7 +8,20 @@ from contextlib import contextmanager
 
 import typer
 
-from pipeline.cli import analyses, corpus, embed, evaluate, index, init, report, runs, serve, status, weights
+from pipeline.cli import (
+    analyses,
+    corpus,
+    embed,
+    evaluate,
+    index,
+    init,
+    push,
+    report,
+    runs,
+    serve,
+    status,
+    weights,
+)  # fmt: skip
 from pipeline.cli.app import Commands, application
 from pipeline.cli.errors import usage_line
 from pipeline.core.terminal import Verbosity, guarded_output, set_verbosity
@@ -22,6 +35,7 @@ GROUPS = (
     runs.REST,
     corpus.CORPUS,
     weights.WEIGHTS,
+    push.PUSH,
     evaluate.EVALUATE,
     analyses.ANALYSES,
     embed.EMBED,

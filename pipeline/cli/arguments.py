@@ -140,7 +140,7 @@ TrainRows = Annotated[
 ]
 FaissDevice = Annotated[
     Literal["cpu", "gpu"],
-    typer.Option("--device", metavar="cpu|gpu", help="run FAISS there; gpu needs faiss-gpu"),
+    typer.Option("--device", metavar="cpu|gpu", help="run FAISS there; gpu needs faiss-gpu-cu12 (make gpu)"),
 ]
 IndexMemory = Annotated[
     float, typer.Option("--memory", metavar="GIB", help="let the index take GIB of memory in all")

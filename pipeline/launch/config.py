@@ -20,12 +20,20 @@ class LaunchConfig:
     """Cores requested for each rank."""
     cpus_prepare: Annotated[int, Gt(0)] = 16
     """Cores of the jobs before and after training."""
+    gpus_measure: Annotated[int, Ge(0)] = 1
+    """GPUs of the job after training, which embeds and measures; at most `gpus_per_node`."""
+    memory_per_rank_gb: Annotated[int, Gt(0)] | None = None
+    """Memory requested for each rank, in GB. Unset: the cluster's default."""
+    memory_prepare_gb: Annotated[int, Gt(0)] | None = None
+    """Memory requested for the jobs before and after training, in GB. Unset: the cluster's default."""
     time_limit_minutes: Annotated[int, Gt(0)] = 24 * 60
     """Time limit of each job, in minutes; a job that reaches it is requeued."""
     stop_seconds: Annotated[int, Gt(0)] = 300
     """Seconds before the limit at which Slurm signals training: time for a step and a checkpoint."""
     partition: str | None = None
     """Slurm partition. Unset: the cluster's default."""
+    partition_prepare: str | None = None
+    """Slurm partition of the jobs that use no GPU, such as the data's. Unset: `partition`."""
     account: str | None = None
     """Slurm account. Unset: yours."""
     setup: tuple[str, ...] = ()

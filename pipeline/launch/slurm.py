@@ -21,6 +21,8 @@ from pipeline.planning.downloads import obtain_weights
 from training.config.train import TrainConfig
 from training.stages import TrainStageConfig
 
+_BEFORE, _AFTER = "prepare", "measure"  # jobs before and after training
+_LOGS = "logs"
 _PORT = 29_500  # torchrun's own default
 
 
@@ -34,6 +36,12 @@ class Job:
 
     def nodes(self, launch: LaunchConfig) -> int:
         return 1 if self.train is None else -(-self.train.ranks // launch.ranks_per_node)
+
+    def gpus(self, launch: LaunchConfig) -> int:
+        """Return how many GPUs it needs on each machine."""
+        if self.train is not None:
+            return self.ranks_a_node(launch) if launch.gpus_per_node else 0
+        return min(launch.gpus_measure, launch.gpus_per_node) if self.name == _AFTER else 0
 
     def ranks_a_node(self, launch: LaunchConfig) -> int:
         return 1 if self.train is None else min(self.train.ranks, launch.ranks_per_node)
@@ -49,7 +57,7 @@ def plan_jobs(run: Run) -> list[Job]:
         elif jobs and jobs[-1].train is None:
             jobs[-1] = Job(jobs[-1].name, (*jobs[-1].stages, stage.name), None)
         else:
-            jobs.append(Job("measure" if jobs else "prepare", (stage.name,), None))
+            jobs.append(Job(_AFTER if jobs else _BEFORE, (stage.name,), None))
     return jobs
 
 
@@ -71,9 +79,12 @@ def write_scripts(run: Run, launch: LaunchConfig, run_path: str, overrides: Sequ
     arguments = [os.path.abspath(run_path), *(part for item in overrides for part in ("--set", item))]
     for job in jobs:
         store.write_text(os.path.join(folder, f"{job.name}.sbatch"), script(job, launch, folder, arguments))
+    os.makedirs(os.path.join(folder, _LOGS), exist_ok=True)  # Slurm makes no folder for its output
     submit = os.path.join(folder, "submit.sh")
     store.write_text(submit, submission(jobs, folder))
-    lines = [f"{len(jobs)} jobs written to {folder}: {', '.join(job.name for job in jobs)}"]
+    lines = [
+        f"{len(jobs)} jobs written to {folder}: {', '.join(job.name for job in jobs)}; their logs: {_LOGS}/"
+    ]
     lines += ["submit them, each waiting for the one before:", f"  bash {shlex.quote(submit)}"]
     for job in jobs:
         if job.train is not None:
@@ -93,7 +104,7 @@ def script(job: Job, launch: LaunchConfig, folder: str, arguments: Sequence[str]
         f"--time={_clock(launch.time_limit_minutes)}",
         "--requeue",
         "--open-mode=append",
-        f"--output={folder}/{job.name}.log",
+        f"--output={folder}/{_LOGS}/{job.name}.log",
     ]
     if job.train is not None:
         ranks = job.ranks_a_node(launch)
@@ -102,13 +113,19 @@ def script(job: Job, launch: LaunchConfig, folder: str, arguments: Sequence[str]
             f"--cpus-per-task={launch.cpus_per_rank}",
             f"--signal=TERM@{launch.stop_seconds}",
         ]
-        if launch.gpus_per_node:
-            options.append(f"--gpus-per-node={ranks}")
+        memory_gb = launch.memory_per_rank_gb and ranks * launch.memory_per_rank_gb
     else:
         # B: the script itself, for it starts no srun whose tasks could be signalled.
         options += ["--ntasks=1", f"--cpus-per-task={launch.cpus_prepare}"]
         options.append(f"--signal=B:TERM@{launch.stop_seconds}")
-    for key, value in (("partition", launch.partition), ("account", launch.account)):
+        memory_gb = launch.memory_prepare_gb
+    if gpus := job.gpus(launch):
+        options.append(f"--gpus-per-node={gpus}")
+    if memory_gb is not None:
+        options.append(f"--mem={memory_gb}G")
+    is_plain = job.train is None and not gpus
+    partition = launch.partition_prepare if is_plain and launch.partition_prepare else launch.partition
+    for key, value in (("partition", partition), ("account", launch.account)):
         if value is not None:
             options.append(f"--{key}={value}")
     options += launch.options

@@ -22,6 +22,8 @@ _MIN_DISK_GB = 5  # the demo needs about 1 GB in addition to the installation
 _MIN_MEMORY_GB = 6  # what the demo may take
 _PYTHON_FROM, _PYTHON_BELOW = (3, 11), (3, 13)  # img2dataset imports imghdr, gone in 3.13
 
+_FAISS, _FAISS_GPU = "faiss-cpu", "faiss-gpu-cu12"  # one module in two builds
+
 _RESOLV_CONF = "/etc/resolv.conf"
 _NAME = "arxiv.org"  # a name that is looked up everywhere, and stays in caches
 _QUESTIONS = 3  # the first fills a cache, the others are answered from it
@@ -73,7 +75,12 @@ def _python(folder: str) -> Finding:
 
 
 def _packages(folder: str) -> Finding:
-    names = ("torch", "deepspeed", "transformers", "timm", "img2dataset", "faiss-cpu", "polars")
+    both = all(_is_installed(name) for name in (_FAISS, _FAISS_GPU))
+    if both:
+        remedy = f"run `pip uninstall {_FAISS}`, then `pip install --force-reinstall --no-deps {_FAISS_GPU}`"
+        return Finding("packages", False, f"{_FAISS} and {_FAISS_GPU}, which are one module", remedy)
+    faiss = _FAISS_GPU if _is_installed(_FAISS_GPU) else _FAISS
+    names = ("torch", "deepspeed", "transformers", "timm", "img2dataset", faiss, "polars")
     versions, missing = [], []
     for name in names:
         try:
@@ -82,6 +89,14 @@ def _packages(folder: str) -> Finding:
             missing.append(name)
     found = ", ".join(versions) + (f"; missing: {', '.join(missing)}" if missing else "")
     return Finding("packages", not missing, found, "run `make install`")
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _disk(folder: str) -> Finding:

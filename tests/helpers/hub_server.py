@@ -1,5 +1,6 @@
 """A hub on loopback for tests: models in folders, asked for as Hugging Face's are, with faults."""
 
+import base64
 import hashlib
 import json
 import re
@@ -14,6 +15,9 @@ from urllib.parse import unquote, urlsplit
 
 _INFO = re.compile(r"/api/models/(?P<repo>.+?)(?:/revision/(?P<revision>.+))?")
 _FILE = re.compile(r"/(?P<repo>[^/]+/[^/]+|[^/]+)/resolve/(?P<revision>[^/]+)/(?P<name>.+)")
+_REPO = r"/api/(?P<kind>models|datasets)/(?P<repo>[^/]+/[^/]+)"
+_PREUPLOAD, _COMMIT = re.compile(f"{_REPO}/preupload/main"), re.compile(f"{_REPO}/commit/main")
+_BATCH = re.compile(r"(?:/datasets)?/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch")
 _LARGE = (".bin", ".safetensors", ".pt")  # what a hub keeps with Git LFS
 
 
@@ -31,6 +35,10 @@ class Hub:
     cdn: bool = False  # large files are at another address, to which the hub redirects
     etags: dict[str, str] = field(default_factory=dict)  # what the listing says instead, by file
     tokens: list[tuple[str, str]] = field(default_factory=list)  # (path, Authorization) of what had one
+    uploads: Path | None = None  # where models and data sets that are uploaded go; nobody may if unset
+    datasets: dict[str, Path] = field(default_factory=dict)  # by id
+    private: set[str] = field(default_factory=set)  # what was made so
+    write_token: str = ""  # that uploads have to come with
     requests: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, range
 
     def commit(self, repo: str) -> str:
@@ -68,6 +76,101 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self._answer(with_body=True)
+
+    def do_POST(self) -> None:
+        path, body = self._received()
+        if not self._may_write():
+            return
+        if path == "/api/repos/create":
+            self._create(json.loads(body))
+        elif path == "/api/validate-yaml":
+            self._json({"errors": [], "warnings": []})
+        elif _PREUPLOAD.fullmatch(path):
+            files = [
+                {
+                    "path": item["path"],
+                    "uploadMode": "lfs" if item["path"].endswith((*_LARGE, ".tar")) else "regular",
+                    "shouldIgnore": False,
+                }
+                for item in json.loads(body)["files"]
+            ]
+            self._json({"files": files})
+        elif _BATCH.fullmatch(path):
+            found = json.loads(body)["objects"]
+            objects = [
+                {**item, "actions": {"upload": {"href": f"{self.hub.url}/lfs/{item['oid']}"}}}
+                for item in found
+            ]
+            self._json({"transfer": "basic", "objects": objects})
+        elif (commit := _COMMIT.fullmatch(path)) is not None:
+            self._commit(commit["kind"], commit["repo"], body)
+        else:
+            self._send(404, b"", {})
+
+    def do_PUT(self) -> None:
+        path, body = self._received()
+        assert self.hub.uploads is not None
+        oid = path.removeprefix("/lfs/")
+        if hashlib.sha256(body).hexdigest() != oid:
+            self._send(422, b"", {})
+            return
+        (self.hub.uploads / oid).write_bytes(body)
+        self._send(200, b"", {})
+
+    def _received(self) -> tuple[str, bytes]:
+        path = unquote(urlsplit(self.path).path)
+        self.hub.requests.append((self.command, path, ""))
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            parts = []
+            while size := int(self.rfile.readline(), 16):
+                parts.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return path, b"".join(parts)
+        return path, self.rfile.read(int(self.headers.get("Content-Length", "0")))
+
+    def _may_write(self) -> bool:
+        token = self.headers.get("Authorization", "")
+        if self.hub.uploads is None or token != f"Bearer {self.hub.write_token}":
+            self._send(401, b'{"error": "Invalid username or password."}', {})
+            return False
+        return True
+
+    def _repos(self, kind: str) -> dict[str, Path]:
+        return self.hub.datasets if kind.startswith("dataset") else self.hub.models
+
+    def _create(self, asked: dict[str, Any]) -> None:
+        kind, repo = asked.get("type", "model"), f"{asked['organization']}/{asked['name']}"
+        assert self.hub.uploads is not None
+        folder = self.hub.uploads / kind / repo
+        folder.mkdir(parents=True, exist_ok=True)
+        self._repos(kind)[repo] = folder
+        if asked.get("private") or asked.get("visibility") == "private":
+            self.hub.private.add(repo)
+        prefix = "datasets/" if kind == "dataset" else ""
+        self._json({"url": f"{self.hub.url}/{prefix}{repo}", "name": repo, "id": "1"})
+
+    def _commit(self, kind: str, repo: str, body: bytes) -> None:
+        assert self.hub.uploads is not None
+        folder = self._repos(kind)[repo]
+        for line in body.splitlines():
+            item = json.loads(line)
+            if item["key"] not in ("file", "lfsFile"):
+                continue
+            value = item["value"]
+            path = folder / value["path"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if item["key"] == "file":
+                path.write_bytes(base64.b64decode(value["content"]))
+            else:
+                path.write_bytes((self.hub.uploads / value["oid"]).read_bytes())
+        oid = "1" * 40
+        prefix = "datasets/" if kind == "datasets" else ""
+        url = f"{self.hub.url}/{prefix}{repo}/commit/{oid}"
+        self._json({"success": True, "commitOid": oid, "commitUrl": url})
+
+    def _json(self, value: Any) -> None:
+        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def _answer(self, *, with_body: bool) -> None:
         path = unquote(urlsplit(self.path).path)

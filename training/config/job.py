@@ -9,6 +9,7 @@ from typing import Self
 from pipeline.core.config import build
 from pipeline.core.files.foreign import parse_json
 from pipeline.core.records import Shard
+from training.config.tracking import TrackingConfig
 from training.config.train import TrainConfig
 
 
@@ -29,6 +30,7 @@ class TrainJob:
     evaluations: Mapping[str, str] = field(default_factory=dict)  # name → folder, for whoever validates
     folder: str  # checkpoints/, metrics.jsonl, log.jsonl and tokens/ go here
     output_model: str  # the consolidated weights, written last
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)  # where rank 0 shows its curves
     openai_model: str | None = None  # where to write them in OpenAI CLIP's layout too
 
     def to_json(self) -> str:

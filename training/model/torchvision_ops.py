@@ -37,7 +37,9 @@ class _DeclareBeforeTorchvision(MetaPathFinder):
 
 def install() -> None:
     """Put the hook in place, once. It imports nothing until somebody imports torchvision."""
-    installed = any(isinstance(finder, _DeclareBeforeTorchvision) for finder in sys.meta_path)
+    # By name: an environment may have a copy of this module (`torchvision_site`), and once is enough.
+    name = _DeclareBeforeTorchvision.__name__
+    installed = any(type(finder).__name__ == name for finder in sys.meta_path)
     if not installed and "torchvision" not in sys.modules:
         sys.meta_path.insert(0, _DeclareBeforeTorchvision())
 

@@ -107,6 +107,39 @@ def test_a_job_asks_for_a_gpu_a_rank(tmp_path: Path) -> None:
     assert "--gpus" not in (tmp_path / "run" / "launch" / "stage1.sbatch").read_text()
 
 
+def options_of(folder: Path, job: str) -> set[str]:
+    lines = (folder / "run" / "launch" / f"{job}.sbatch").read_text().splitlines()
+    return {line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH")}
+
+
+def test_data_gets_processors_measuring_a_gpu_and_output_a_folder(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    cluster = ["launch.partition_prepare=cpu", "launch.memory_per_rank_gb=60", "launch.memory_prepare_gb=128"]
+    run, config = load(path, cluster)
+    write_scripts(run, config.launch, path, cluster)
+    assert {"--partition=cpu", "--mem=128G"} <= options_of(tmp_path, "prepare")
+    assert {"--partition=gpu", "--mem=480G", "--gpus-per-node=8"} <= options_of(tmp_path, "stage1")
+    assert {"--partition=gpu", "--mem=128G", "--gpus-per-node=1"} <= options_of(tmp_path, "measure")
+    for job in ("prepare", "stage1", "measure"):
+        (output,) = [option for option in options_of(tmp_path, job) if option.startswith("--output=")]
+        log = Path(output.removeprefix("--output="))
+        assert log == tmp_path / "run" / "launch" / "logs" / f"{job}.log"
+        assert log.parent.is_dir()
+    run, config = load(path, [*cluster, "launch.gpus_measure=0"])
+    write_scripts(run, config.launch, path, cluster)
+    assert "--partition=cpu" in options_of(tmp_path, "measure")
+    assert not any("gpus" in option for option in options_of(tmp_path, "measure"))
+
+
+def test_memory_is_the_clusters_default_if_nothing_is_asked(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    run, config = load(path)
+    write_scripts(run, config.launch, path, [])
+    for job in ("prepare", "stage1", "stage2", "measure"):
+        assert not any(option.startswith("--mem") for option in options_of(tmp_path, job))
+        assert "--partition=gpu" in options_of(tmp_path, job)
+
+
 def test_what_cannot_be_launched_is_refused(tmp_path: Path) -> None:
     run, config = load(write(tmp_path), ["run.folder=memory://run"])
     with pytest.raises(ConfigError, match="memory://run: scripts need a folder on a file system"):

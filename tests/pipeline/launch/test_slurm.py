@@ -136,7 +136,7 @@ def test_pre_empted_and_requeued_gives_the_bytes_of_a_run_without_slurm(
     assert tuple(ids) == JOBS
     end = time.monotonic() + 900
     while steps_done(jobs / "stage2") < 60:  # the log is written every second
-        assert time.monotonic() < end, (jobs / "launch" / "stage2.log").read_text()
+        assert time.monotonic() < end, (jobs / "launch" / "logs" / "stage2.log").read_text()
         assert state(cluster, ids["measure"]) == "PENDING"
         time.sleep(0.2)
     urgent = submit_urgent(cluster)
@@ -144,7 +144,7 @@ def test_pre_empted_and_requeued_gives_the_bytes_of_a_run_without_slurm(
     stopped = max((jobs / "stage2" / "checkpoints").iterdir())  # next to that of the warm-up's end
     assert (
         ", a checkpoint is written; rerun the same command to resume"
-        in (jobs / "launch" / "stage2.log").read_text()
+        in (jobs / "launch" / "logs" / "stage2.log").read_text()
     )
     wait_for(cluster, ids["measure"], "COMPLETED", seconds=900)
     assert "Restarts=1" in output(cluster, "scontrol", "show", "job", ids["stage2"], "--oneliner")
@@ -182,8 +182,8 @@ def test_data_that_reach_their_time_limit_go_on_in_the_queue(tmp_path: Path, clu
         subprocess.run(write, env=cluster, check=True, capture_output=True, timeout=60)
         scripts = tmp_path / "run" / "launch"
         job = output(cluster, "sbatch", "--parsable", str(scripts / "prepare.sbatch")).strip()
-        wait_for_a_restart(cluster, job, scripts / "prepare.log")
+        wait_for_a_restart(cluster, job, scripts / "logs" / "prepare.log")
         output(cluster, "scancel", job)
         assert is_asked()  # the download was under way
     assert (tmp_path / "run" / "dedup" / "manifest.json").exists()
-    assert "DUE TO TIME LIMIT" not in (scripts / "prepare.log").read_text()
+    assert "DUE TO TIME LIMIT" not in (scripts / "logs" / "prepare.log").read_text()

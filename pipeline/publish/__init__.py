@@ -1,0 +1,1 @@
+"""Publish models and corpora on a hub."""

@@ -1,0 +1,110 @@
+"""A model's folder for a hub: weights in a layout that loads by name, and a card with scores as metadata."""
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pipeline.core import store
+from pipeline.core.files.foreign import foreign, parse_json
+from pipeline.core.records import InputError
+from pipeline.publish.corpus import data_section, settings
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+_DIRECTIONS = {"t2i": "text to image", "i2t": "image to text"}
+_RECALLS = {"r1": "Recall@1", "r5": "Recall@5", "r10": "Recall@10"}
+_STARTS = ("start_weights", "image_weights", "text_weights")
+
+
+def write_model(
+    weights: str, vocabulary: str | None, folder: str, *, repo: str, licence: str, base: str | None
+) -> list[str]:
+    """Write a model's folder: Hugging Face's layout for a ViT, else this project's safetensors.
+
+    `weights` is a path; the run's folder above it tells base model, data and scores. Returns lines that say
+    what was written.
+
+    Raises:
+        InputError: if the weights cannot be read.
+        ConfigError: as converting says.
+    """
+    from huggingface_hub import ModelCardData
+
+    from training.model.config import VisionTransformerConfig
+    from training.weights.convert import convert
+    from training.weights.formats import read_weights
+
+    read = read_weights(weights)
+    is_vit = read.config is not None and isinstance(read.config.vision, VisionTransformerConfig)
+    lines = convert(weights, folder, to="hugging_face" if is_vit else "safetensors", vocabulary=vocabulary)
+    run_folder = run_folder_of(weights)
+    path = store.join(folder, "README.md")
+    text = store.read_text(path)
+    name = repo.partition("/")[2]
+    results = [] if run_folder is None else scores(run_folder, os.path.basename(os.path.dirname(weights)))
+    bases = [base] if base is not None else base_models(run_folder)
+    data = ModelCardData(
+        language="zh",
+        license=licence,
+        library_name="transformers" if is_vit else "pytorch",
+        pipeline_tag="zero-shot-image-classification",
+        tags=["clip", "chinese-clip"],
+        base_model=bases or None,
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+    body = text.split("---\n", 2)[2]  # the card begins with its own metadata
+    section = "" if run_folder is None else data_section(run_folder)
+    store.write_text(path, f"---\n{data.to_yaml()}\n---\n{body.rstrip()}\n{section}")
+    return [*lines, f"README.md: {licence}, base model {', '.join(bases) or 'none'}, {len(results)} scores"]
+
+
+def run_folder_of(weights: str) -> str | None:
+    """Return the folder of the run that trained weights, or None if they lie in none."""
+    folder = os.path.dirname(os.path.dirname(os.path.abspath(weights)))
+    return folder if settings(folder) else None
+
+
+def base_models(run_folder: str | None) -> list[str]:
+    """Return the hub ids of the weights that a run started from."""
+    from training.weights.hub.names import find_id
+
+    model = {} if run_folder is None else settings(run_folder).get("model", {})
+    found = []
+    for text in (model[key] for key in _STARTS if isinstance(model.get(key), str)):
+        try:
+            wanted = find_id(text)
+        except InputError:
+            continue  # a file that was there when the run began
+        if wanted is not None:
+            found.append(wanted.repo)
+    return found
+
+
+def scores(run_folder: str, stage: str) -> "list[EvalResult]":
+    """Return the retrieval scores of a stage's model, in percent, as a run's report holds them."""
+    from huggingface_hub import EvalResult
+
+    path = os.path.join(run_folder, "report", "report.json")
+    if not os.path.isfile(path):
+        return []
+    with foreign(path, "run's report", "make it again with --stage report --redo"):
+        found: Mapping[str, Any] = parse_json(store.read_bytes(path)).get("evaluations", {})
+        own = {name: value for name, value in found.items() if name.endswith(f"/{stage}")}
+        final = {name: value for name, value in found.items() if "/" not in name}
+        return [
+            EvalResult(
+                task_type="image-text-retrieval",
+                task_name="Image-text retrieval",
+                dataset_type=name.partition("/")[0],
+                dataset_name=name.partition("/")[0],
+                metric_type=f"{way}_{recall}",
+                metric_name=f"{metric}, {label}",
+                metric_value=round(float(value[way][recall]), 2),
+            )
+            for name, value in (own or final).items()
+            for way, label in _DIRECTIONS.items()
+            for recall, metric in _RECALLS.items()
+            if recall in value.get(way, {})
+        ]

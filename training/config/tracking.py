@@ -1,0 +1,40 @@
+"""`[tracking]` of a run's TOML: where the curves of its training stages go. No heavy imports here."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import MinLen
+
+_Name = Annotated[str, MinLen(1)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WandbConfig:
+    """`[tracking.wandb]`: Weights & Biases. Its own variables count, such as WANDB_API_KEY and WANDB_MODE."""
+
+    project: _Name
+    """Project of the tracked runs, one for each training stage."""
+    entity: str | None = None
+    """Team or user. Unset: your default one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MlflowConfig:
+    """`[tracking.mlflow]`: MLflow. Its own variables count, such as MLFLOW_TRACKING_TOKEN."""
+
+    uri: _Name
+    """Tracking server or store, such as `http://host:5000` or `sqlite:///runs/mlflow.db`."""
+    experiment: _Name
+    """Experiment of the tracked runs, one for each training stage; made if there is none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrackingConfig:
+    """`[tracking]`: what shows the curves besides metrics.jsonl. It never makes a stage stale."""
+
+    tensorboard: bool = True
+    """Write `tensorboard/` into the folder of each training stage."""
+    wandb: WandbConfig | None = None
+    """Track training in Weights & Biases (extra `wandb`). Unset: not."""
+    mlflow: MlflowConfig | None = None
+    """Track training in MLflow (extra `mlflow`). Unset: not."""
