@@ -78,7 +78,7 @@ def false_pairs(marks: Marks, distance: int) -> tuple[int, int, int]:
 
 
 def found(marks: Marks, copies: Marks, distance: int) -> npt.NDArray[np.bool_]:
-    """Which copies the rules find, bool [2, N]: by the hash alone, by hash and signature."""
+    """Return which copies the rules find, bool [2, N]: by the hash only, by hash and signature."""
     near = np.bitwise_count(marks.hashes ^ copies.hashes).sum(axis=1, dtype=np.int32) <= distance
     each = np.arange(len(marks))
     return np.stack([near, near & are_copies(marks.signatures, copies.signatures, each, each)])

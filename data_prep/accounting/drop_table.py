@@ -48,7 +48,10 @@ class DropsAsTheyCome:
         self._writer: ParquetRows | None = None
 
     def add(self, rows: pl.DataFrame, reason: str, detail: pl.Expr | None = None) -> None:
-        """Note rows with url and caption. Their keys are the plain ones, whatever a run normalises later."""
+        """Note rows with url and caption.
+
+        Their keys are the plain ones, whatever a run normalises later.
+        """
         if rows.is_empty():
             return
         self.counts[str(reason)] += rows.height
@@ -70,5 +73,5 @@ def drops_as_they_come(path: str) -> Iterator[DropsAsTheyCome]:
 
 
 def drops_path(task: str) -> str:
-    """Where a task keeps its drop table, relative to its stage's folder."""
+    """Return where a task keeps its drop table, relative to its stage's folder."""
     return os.path.join("dropped", f"{task}.parquet")

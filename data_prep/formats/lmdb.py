@@ -28,9 +28,12 @@ class _CarefulUnpickler(_PythonUnpickler):  # type: ignore[misc]
 
 
 def unpickle_plain(data: bytes) -> Any:
-    """Tuples, numbers and strings; a pickle that names any class or function raises `UnpicklingError`.
+    """Read a pickle of tuples, numbers and strings.
 
     Damaged bytes can raise anything: catch `Exception`.
+
+    Raises:
+        UnpicklingError: if the pickle names any class or function.
     """
     machine = _CarefulUnpickler if _is_greedy(data) else _PlainUnpickler
     return machine(io.BytesIO(data)).load()
@@ -49,7 +52,11 @@ def _is_greedy(data: bytes) -> bool:
 
 
 def open_lmdb(path: str) -> Any:
-    """A read-only LMDB environment; InputError where the folder is none, or the package `lmdb` is absent."""
+    """Open an LMDB environment read-only.
+
+    Raises:
+        InputError: if the folder is not one, or the package `lmdb` is not installed.
+    """
     try:
         import lmdb
     except ImportError:

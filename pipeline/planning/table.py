@@ -14,9 +14,12 @@ _HEADER = (
 
 
 def training_table(trainings: Sequence[Training], on: Hardware, tokens: int) -> str:
-    """One row a training, what was reckoned with, and notes on what does not fit or divide.
+    """Return one row a training, the assumptions, and notes on what does not fit or divide.
 
-    `tokens` is a caption's mean length with [CLS] and [SEP]; ConfigError if no caption can have it.
+    `tokens` is a caption's mean length with [CLS] and [SEP].
+
+    Raises:
+        ConfigError: if no caption can have that length.
     """
     longest = max((item.config.context_length for item in trainings), default=tokens)
     if not 3 <= tokens <= longest:
@@ -36,7 +39,7 @@ def training_table(trainings: Sequence[Training], on: Hardware, tokens: int) -> 
 
 
 def _reckoned(trainings: Sequence[Training], on: Hardware, tokens: int, paper: bool) -> str:
-    """What the table was reckoned with, and what its columns mean."""
+    """Return the table's assumptions, and what its columns mean."""
     return (
         f"Estimates assume {on.name} ({on.memory_bytes / GIB:g} GiB, {on.usable_gib:g} GiB usable) at"
         f" {100 * on.utilisation:g}% of its 16-bit peak and captions of {tokens} tokens on average."
@@ -78,7 +81,7 @@ def _row(item: Training, needed: Need) -> tuple[str, ...]:
 
 
 def _duration(days: float, digits: int) -> str:
-    """Days, or hours, minutes or seconds where the digits would show none."""
+    """Return days, or hours, minutes or seconds if the digits would show none."""
     if round(days, digits) > 0 or days == 0:
         return f"{days:,.{digits}f}"
     units = (("h", 24 * days), ("min", 24 * 60 * days), ("s", SECONDS_A_DAY * days))
@@ -94,7 +97,7 @@ def _share(needed: Need) -> str:
 
 
 def _notes(item: Training, needed: Need, on: Hardware) -> Iterator[str]:
-    """What has to be said about one training."""
+    """Return the warnings on one training."""
     config, split = item.config, needed.shares
     if split.better_ranks:
         better = " or ".join(str(ranks) for ranks in split.better_ranks)

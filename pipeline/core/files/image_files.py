@@ -46,7 +46,7 @@ def find_images(folder: str, endings: Sequence[str], *, below: bool = True) -> F
 
 
 def is_hidden(name: str) -> bool:
-    """Is this a file or folder that systems make for themselves?"""
+    """Return whether this is a file or folder that systems make for themselves."""
     return name.startswith(".") or name == "__MACOSX"
 
 
