@@ -176,7 +176,11 @@ def build_model(job: TrainJob, tokenizer: Tokenizer) -> CLIP:
 
 
 def check_compiler(config: TrainConfig, stage: str) -> None:
-    """Raise ConfigError if a tower is to be compiled and torch finds nothing to do it with."""
+    """Check that torch has what it needs to compile a tower, if one is to be compiled.
+
+    Raises:
+        ConfigError: if it does not.
+    """
     compiler = os.environ.get("CXX", "g++")
     if config.compile_image and shutil.which(compiler) is None:
         raise ConfigError(

@@ -183,7 +183,10 @@ def save(
 
 
 def sweep(root: str) -> None:
-    """Delete leftovers of interrupted saves and deletions. Not safe to call concurrently."""
+    """Delete leftovers of interrupted saves and deletions.
+
+    Not safe to call concurrently.
+    """
     for name in os.listdir(root) if os.path.isdir(root) else []:
         if _LEFT_OVER.fullmatch(name):
             shutil.rmtree(os.path.join(root, name), ignore_errors=True)

@@ -48,8 +48,10 @@ class Teacher:
 def load_teacher(config: TrainConfig, student: CLIP, stage: str) -> Teacher | None:
     """Return the teacher that a stage names, or None.
 
-    ConfigError if it cannot see what the student sees: another vocabulary or image size, or too few
-    positions. InputError if the weights cannot be read.
+    Raises:
+        ConfigError: if it cannot see what the student sees: another vocabulary or image size, or too few
+            positions.
+        InputError: if the weights cannot be read.
     """
     if config.distil is None:
         return None

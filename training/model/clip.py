@@ -48,8 +48,10 @@ class CLIP(nn.Module):
     def encode_text(self, tokens_BL: torch.Tensor) -> torch.Tensor:
         """Return unit-norm feature_BD in float32 of integer token ids; id 0 is padding and costs nothing.
 
-        The ids may be on the CPU wherever the model is, which is quicker: they are packed there. ValueError
-        where a row begins with padding.
+        The ids may be on the CPU wherever the model is, which is quicker: they are packed there.
+
+        Raises:
+            ValueError: if a row begins with padding.
         """
         return self.project_text(encode_packed(self.bert, tokens_BL, recompute=self._recompute_text))
 

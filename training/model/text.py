@@ -62,8 +62,10 @@ class Packing:
 def pack(tokens_BL: torch.Tensor, device: torch.device) -> Packing:
     """Return the row of non-zero tokens on `device`; `tokens_BL` may be any integers on any device.
 
-    On an accelerator it makes the host wait, once; on the CPU it does not. ValueError if a caption does
-    not begin with a token.
+    On an accelerator it makes the host wait, once; on the CPU it does not.
+
+    Raises:
+        ValueError: if a caption does not begin with a token.
     """
     tokens_BL = tokens_BL.cpu()
     is_token_BL = tokens_BL.ne(0)

@@ -36,7 +36,10 @@ class _DeclareBeforeTorchvision(MetaPathFinder):
 
 
 def install() -> None:
-    """Put the hook in place, once. It imports nothing until somebody imports torchvision."""
+    """Put the hook in place, once.
+
+    It imports nothing until somebody imports torchvision.
+    """
     installed = any(isinstance(finder, _DeclareBeforeTorchvision) for finder in sys.meta_path)
     if not installed and "torchvision" not in sys.modules:
         sys.meta_path.insert(0, _DeclareBeforeTorchvision())

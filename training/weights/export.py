@@ -74,7 +74,8 @@ def save_safetensors(
 def save_hugging_face(folder: str, model: CLIP, tokenizer: Tokenizer, facts: Mapping[str, str]) -> None:
     """Write a folder that `ChineseCLIPModel.from_pretrained` and `ChineseCLIPProcessor` load offline.
 
-    ConfigError for a ResNet: the library has no such tower.
+    Raises:
+        ConfigError: for a ResNet, since the library has no such tower.
     """
     config = model.config
     if not isinstance(config.vision, VisionTransformerConfig):

@@ -81,7 +81,11 @@ def initialise(
 
 
 def _require_heads(weights: Weights, side: Literal["image", "text"], heads: int | None, model: CLIP) -> None:
-    """Raise InputError if the weights say that a tower has another number of heads than the model's."""
+    """Check that the weights have the model's number of heads in a tower, if they say one.
+
+    Raises:
+        InputError: if they have another.
+    """
     tower = model.config.vision if side == "image" else model.config.text
     if heads is not None and heads != tower.heads:
         raise InputError(

@@ -58,10 +58,13 @@ class Renamed:
 
 
 def rename(tensors: Mapping[str, torch.Tensor], origin: str) -> Renamed:
-    """Recognise the layout and translate it; InputError names `origin` if it is none of those known.
+    """Recognise the layout and translate it.
 
     Only what a layout is known to hold besides is dropped; any other tensor keeps its name, so that whoever
     fills a model reports it as unexpected.
+
+    Raises:
+        InputError: if it is none of those known; it names `origin`.
     """
     tensors, prefixes = unwrap(tensors, origin)
     return replace(_rename(tensors, origin), prefixes=prefixes)

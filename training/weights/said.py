@@ -18,7 +18,11 @@ _OPEN_CLIP_HEAD_WIDTH = 64  # of a tower whose configuration says nothing of it 
 
 
 def read_object(path: str) -> dict[str, Any]:
-    """Return the JSON object of a file; InputError if it holds anything else."""
+    """Return the JSON object of a file.
+
+    Raises:
+        InputError: if it holds anything else.
+    """
     with foreign(path, "JSON file", _DAMAGED):
         value = parse_json(store.read_bytes(path))
     if not isinstance(value, dict):

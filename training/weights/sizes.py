@@ -78,7 +78,7 @@ def _with_vocabulary(known: TextConfig, text: TextConfig) -> TextConfig:
 
 
 def _heads(side: str, width: int, known: set[int], named: int | None, said: int | None, origin: str) -> int:
-    """A tower's heads: said by the file, of the model that it names, or of all known ones of its size."""
+    """Return a tower's heads: by the file, by the model that it names, or by all known ones of its size."""
     heads = said if said is not None else named
     if heads is None and len(known) != 1:
         counts = " or ".join(map(str, sorted(known)))
@@ -102,7 +102,7 @@ def _check_width(side: str, width: int, said: int | None, origin: str) -> None:
 
 
 def matching_towers(state: Mapping[str, torch.Tensor]) -> dict[Literal["image", "text"], list[str]]:
-    """Names of the models whose image tower, and whose text tower, has the sizes of the state's."""
+    """Return the names of the models whose image tower, and whose text tower, has the state's sizes."""
     vision, text = _vision_shapes(state), _text_shapes(state)
     return {
         "image": [name for name, known in MODELS.items() if vision and _fits(known.vision, vision)],
@@ -163,7 +163,10 @@ def infer_text(
 
 
 def _vision_shapes(state: Mapping[str, torch.Tensor]) -> VisionConfig | None:
-    """What shapes show of the image tower; a ViT's heads are 0, a ResNet's resolution a multiple of 32."""
+    """Return what shapes show of the image tower.
+
+    A ViT's heads are 0, a ResNet's resolution a multiple of 32.
+    """
     conv = state.get("visual.conv1.weight")
     if conv is None or conv.ndim != 4:
         return None
@@ -183,7 +186,7 @@ def _vision_shapes(state: Mapping[str, torch.Tensor]) -> VisionConfig | None:
 
 
 def _text_shapes(state: Mapping[str, torch.Tensor]) -> TextConfig | None:
-    """What shapes show of the text tower; its heads are 0."""
+    """Return what shapes show of the text tower; its heads are 0."""
     words = state.get("bert.embeddings.word_embeddings.weight")
     positions = state.get("bert.embeddings.position_embeddings.weight")
     if words is None or positions is None or words.ndim != 2 or positions.ndim != 2:
@@ -198,13 +201,13 @@ def _text_shapes(state: Mapping[str, torch.Tensor]) -> TextConfig | None:
 
 
 def _fits(known: VisionConfig, shapes: VisionConfig) -> bool:
-    """True if a known tower has these shapes at some resolution."""
+    """Return whether a known tower has these shapes at some resolution."""
     other = replace(known, image_size_px=shapes.image_size_px)
     return (replace(other, heads=0) if isinstance(other, VisionTransformerConfig) else other) == shapes
 
 
 def _count(names: Mapping[str, object], pattern: str) -> int:
-    """One more than the highest number that the pattern finds in the names."""
+    """Return one more than the highest number that the pattern finds in the names."""
     numbers = (int(match[1]) for name in names if (match := re.match(pattern, name)))
     return min(MOST_LAYERS, 1 + max(numbers, default=-1))
 

@@ -44,7 +44,8 @@ def find_zero_checkpoint(folder: str) -> str | None:
 def read_zero_checkpoint(folder: str) -> dict[str, torch.Tensor]:
     """Return a tag's weights by name, from float32 masters where they exist, at ZeRO stage 0, 1, 2 or 3.
 
-    InputError if a rank's file is missing or damaged, or the parts do not add up.
+    Raises:
+        InputError: if a rank's file is missing or damaged, or the parts do not add up.
     """
     names = store.list_files(folder)
     models = [_read(folder, name) for name in _by_rank(names, _MODEL_STATES)]
