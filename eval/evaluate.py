@@ -61,9 +61,12 @@ def evaluate(
     say: Say,
     show: Show = show_nothing,
 ) -> list[Comparison]:
-    """Measure every set and write every file; returns the tables. `show` draws how far each set is.
+    """Measure every set and write every file; return the tables.
 
-    Raises InputError for unknown `paper_model`, and whatever a set's reader or the model raises.
+    `show` draws how far each set is.
+
+    Raises:
+        InputError: for an unknown `paper_model`, and whatever a set's reader or the model raises.
     """
     encoder = load_encoder(checkpoint)
     store.remove(store.join(out_folder, "submission"))  # of another model perhaps: never mixed

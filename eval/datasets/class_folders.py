@@ -88,7 +88,7 @@ def plain(name: str) -> str:
 
 
 def is_number(name: str) -> bool:
-    """Is this a number written with ASCII digits?"""
+    """Return whether this is a number written with ASCII digits."""
     return name.isascii() and name.isdecimal()
 
 
@@ -128,7 +128,11 @@ def _classes(split: Path, filled: Sequence[str], empty: Sequence[str], labels: L
 
 
 def _distinct(split: Path, filled: Sequence[str], class_of: dict[str, int]) -> dict[str, int]:
-    """Return the classes; InputError where two folders with images are one class."""
+    """Return the classes.
+
+    Raises:
+        InputError: if two folders with images are one class.
+    """
     first = dict[int, str]()
     for name in filled:
         other = first.setdefault(class_of[name], name)

@@ -152,7 +152,11 @@ def _chunks(items: Iterable[T], size: int) -> Iterator[Sequence[T]]:
 
 
 def _write_features(path: str, chunks: Iterable[Float32Array], dim: int, dtype: Precision) -> None:
-    """Write a .npy chunk by chunk; it appears once whole. InputError for features that are not finite."""
+    """Write a .npy chunk by chunk; it appears once whole.
+
+    Raises:
+        InputError: for features that are not finite.
+    """
     with store.publish(path) as temporary, open(temporary, "wb") as file:
         _write_header(file, 0, dim, dtype)
         start, written = file.tell(), 0

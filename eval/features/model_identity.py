@@ -39,7 +39,7 @@ class ModelIdentity:
 
 
 def identify(model: "CLIP", decode: Decode = "upright") -> ModelIdentity:
-    """The identity of a model in memory, on whatever device, that sees images decoded in this way."""
+    """Return the identity of a model in memory, on whatever device, that sees images decoded in this way."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {list(tensor.shape)}\n".encode())
@@ -53,9 +53,10 @@ def write_identity(folder: str, identity: ModelIdentity) -> None:
 
 
 def read_identity(features: str) -> ModelIdentity | None:
-    """The model of a folder of features, or of a `.npy` file in it; None where nothing says, as others' do.
+    """Return the model of a folder of features, or of a `.npy` file in it; None if nothing says it.
 
-    Raises InputError for a damaged `model.json`.
+    Raises:
+        InputError: for a damaged `model.json`.
     """
     folder = os.path.dirname(features) or "." if features.endswith(".npy") else features.rstrip("/")
     if os.path.basename(folder) in EMBEDDING_FOLDERS.values():
@@ -73,7 +74,11 @@ def read_identity(features: str) -> ModelIdentity | None:
 
 
 def check_same_model(what: str, found: ModelIdentity | None, wanted: ModelIdentity | None) -> None:
-    """Raise InputError where both are known and differ; `what` names the index or the features."""
+    """Refuse two models that are known and differ; `what` names the index or the features.
+
+    Raises:
+        InputError: for such models.
+    """
     if found is None or wanted is None:
         return
     if found.weights_sha256 != wanted.weights_sha256:

@@ -18,8 +18,10 @@ def build_index(vectors_path: str, index_path: str, *, factory: str = "Flat") ->
     """Index the vectors of a `.npy` file by inner product; row i of the file is id i of the index.
 
     `factory` is a FAISS factory string (https://github.com/facebookresearch/faiss/wiki/The-index-factory);
-    "Flat" is exact. The same vectors give the same bytes. Raises InputError for bad vectors or a string that
-    FAISS refuses.
+    "Flat" is exact. The same vectors give the same bytes.
+
+    Raises:
+        InputError: for bad vectors or a string that FAISS refuses.
     """
     vectors_ND = read_vectors(vectors_path)
     index = new_index(vectors_ND.shape[1], factory)
@@ -36,7 +38,11 @@ def build_index(vectors_path: str, index_path: str, *, factory: str = "Flat") ->
 
 
 def read_index(path: str) -> Any:
-    """The FAISS index of a file. Raises InputError where the file is missing or damaged."""
+    """Read the FAISS index of a file.
+
+    Raises:
+        InputError: if the file is missing or damaged.
+    """
     return load_index(path, mapped=False)
 
 
@@ -70,7 +76,7 @@ def search(index: Any, queries_QD: Float32Array, k: int) -> tuple[Float64Array, 
 
 
 def _best_first(scores_BC: Float64Array, rows_BC: Int64Array, k: int) -> tuple[Float64Array, Int64Array]:
-    """The first k by (score descending, row ascending); rows of -1 (not found) go last."""
+    """Return the first k by (score descending, row ascending); rows of -1 (not found) go last."""
     missing = rows_BC < 0
     order = np.lexsort((rows_BC, np.where(missing, np.inf, -scores_BC)), axis=1)[:, :k]
     return np.take_along_axis(scores_BC, order, axis=1), np.take_along_axis(rows_BC, order, axis=1)

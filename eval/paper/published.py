@@ -120,26 +120,27 @@ def _read(name: str, cls: type[T]) -> T:
 
 
 def retrieval_protocol(name: str) -> RetrievalProtocol | None:
-    """The pinned protocol of this id; None for a set of one's own."""
+    """Return the pinned protocol of this id; None for a set of one's own."""
     return next((item for item in protocols().retrieval if item.id == name), None)
 
 
 def classification_protocol(name: str) -> ClassificationProtocol | None:
-    """The pinned protocol of this id; None for a set of one's own."""
+    """Return the pinned protocol of this id; None for a set of one's own."""
     return next((item for item in protocols().classification if item.id == name), None)
 
 
 def mismatch(name: str, what: str, expected: int | None, found: int) -> str | None:
-    """One line where a pinned count is not met, else None."""
+    """Return one line if a pinned count is not met, else None."""
     if expected is None or expected == found:
         return None
     return f"{name}: {found} {what}, but the protocol has {expected}: not comparable with published figures"
 
 
 def score_of(table: ClassificationTable, row: ClassificationRow, dataset: str) -> float | None:
-    """A row's score on a data set; None where the table has no such column or prints a dash.
+    """Return a row's score on a data set; None if the table has no such column or prints a dash.
 
-    Raises InputError where a row has not one score for each data set.
+    Raises:
+        InputError: if a row has not one score for each data set.
     """
     if len(row.scores) != len(table.datasets):
         raise InputError(
