@@ -335,7 +335,11 @@ def write_model(job: TrainJob, engine: Engine, last_step: int, chosen_step: int)
 
 @contextlib.contextmanager
 def _disk_may_be_full(path: str, folder: str) -> Iterator[None]:
-    """Raise InputError if a model cannot be written; a rerun resumes from the newest checkpoint."""
+    """Explain a model that cannot be written; a rerun resumes from the newest checkpoint.
+
+    Raises:
+        InputError: if it cannot.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -210,7 +210,9 @@ def make_emoji(config: EmojiConfig, out: str | Path) -> None:
     - `evaluation/<vendor>/`: images of each evaluated vendor but flags, in Chinese-CLIP's layout, their
       Chinese names as queries; `<vendor>_urls.txt`.
 
-    InputError for a missing or broken file; ConfigError if a vendor is both trained and evaluated on.
+    Raises:
+        InputError: for a missing or broken file.
+        ConfigError: if a vendor is both trained and evaluated on.
     """
     folder, out = Path(config.folder), Path(out)
     both = sorted(set(config.train) & set(config.evaluate))

@@ -89,8 +89,9 @@ def read_classification(
     for one image with several classes (VOC 2007). With the templates `paper` the labels that the paper quotes
     take the place of ours.
 
-    Raises InputError for a folder without images, class folders that no label has or that may be several,
-    labels and classes of different number, and a broken `index.json`.
+    Raises:
+        InputError: for a folder without images, class folders that no label has or that may be several,
+            labels and classes of different number, and a broken `index.json`.
     """
     root = Path(folder)
     if not root.is_dir():

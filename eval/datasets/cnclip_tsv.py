@@ -110,8 +110,9 @@ def read_evaluation(folder: str, name: str) -> RetrievalSet:
     An empty list of `image_ids` is legal there (a test set whose pairing is unknown): such a set can be
     embedded and searched; scoring it is refused by `check_scorable`.
 
-    Raises InputError naming file and line for missing or empty files, malformed lines, ids that are no
-    integers or occur twice, texts that are empty, and image ids that no image has.
+    Raises:
+        InputError: for missing or empty files, malformed lines, ids that are no integers or occur twice,
+            texts that are empty, and image ids that no image has; it names file and line.
     """
     images_path, texts_path = (
         store.join(folder, f"{name}_imgs.tsv"),

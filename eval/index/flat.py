@@ -47,14 +47,17 @@ def read_index(path: str) -> Any:
 
 
 def search(index: Any, queries_QD: Float32Array, k: int) -> tuple[Float64Array, Int64Array]:
-    """The k best rows of each query: (scores, rows), both [Q, k], best first, equal scores by lower row.
+    """Return the k best rows of each query: (scores, rows), both [Q, k].
+
+    Rows come best first, equal scores by lower row.
 
     FAISS orders equal scores by its own heap and rounds float32 sums by its own kernels. This function
     searches the vectors of a flat index by `eval.index.exact_search.top_k` instead, so the answer depends on
-    the vectors alone.
-    From any other index this orders what FAISS returns, with FAISS's scores; rows not found are -1, last.
+    the vectors alone. From any other index this orders what FAISS returns, with FAISS's scores; rows not
+    found are -1, last.
 
-    Raises ValueError where the index holds fewer than k rows or vectors of another width.
+    Raises:
+        ValueError: if the index holds fewer than k rows or vectors of another width.
     """
     import faiss
 

@@ -31,7 +31,7 @@ def outputs(job: TrainJob) -> tuple[bytes, bytes]:
 
 
 def launch(job: TrainJob) -> subprocess.Popen[str]:
-    """The real launcher on this machine, in a process group of its own."""
+    """Start the real launcher on this machine, in a process group of its own."""
     path = Path(job.folder) / "job.json"
     path.write_text(job.to_json())
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(job.config.ranks)]
@@ -70,7 +70,7 @@ def wait_for_steps(job: TrainJob, process: subprocess.Popen[str], count: int) ->
 
 
 def ranks_of(launcher_pid: int) -> list[tuple[int, str]]:
-    """(process, its environment) of every rank below a launcher."""
+    """Return (process, its environment) of every rank below a launcher."""
 
     return [
         (child.pid, " ".join(f"{key}={value}" for key, value in child.environ().items()))

@@ -134,10 +134,11 @@ def save(
 
     These are the steps `keep_also` and, for each one kept, the first of the steps that `rank_steps` gives for
     it, best first, that is still there: a run that falls back to it may end with those weights. Later steps
-    and those that a start found `damaged` count, and stay, only where they are whole. `made_with` says how it
+    and those that a start found `damaged` count, and stay, only if they are whole. `made_with` says how it
     was computed, for whoever resumes from it on other ranks. One rank calls it.
 
-    InputError if the disk is full.
+    Raises:
+        InputError: if the disk is full.
     """
     name = f"step_{state.step:09d}"
     partial, target = os.path.join(root, f".{name}.partial"), os.path.join(root, name)

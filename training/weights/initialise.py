@@ -35,10 +35,12 @@ def initialise(
     """Take over an image side, a text tower, or both, from files of any known format (A.2).
 
     `image_weights` gives image tower, visual projection and temperature (which may be missing); its position
-    embedding is interpolated where the model has another resolution. `text_weights` gives BERT without
-    pooler. Everything else stays as it is. Returns what became of every tensor, the model's first.
-    InputError names the file and every tensor of the tower that is missing, unexpected, of another shape or
-    not finite; the model is then unchanged on that side.
+    embedding is interpolated if the model has another resolution. `text_weights` gives BERT without pooler.
+    Everything else stays as it is. Returns what became of every tensor, the model's first.
+
+    Raises:
+        InputError: for tensors of the tower that are missing, unexpected, misshapen or not finite, all of
+            which it names; the model is then unchanged on that side.
     """
     slots = tensor_slots(model)
     outcomes = {name: Provenance(name, "initialised") for name in slots}

@@ -335,10 +335,13 @@ def is_image_side(name: str) -> bool:
 def save_openai(path: str, model: CLIP, config: ModelConfig) -> None:
     """Write image tower, visual projection and temperature as OpenAI CLIP's archives, but in float32.
 
-    `torch.jit.load(path).state_dict()` gives OpenAI's names and shapes, and beside them the numbers
+    `torch.jit.load(path).state_dict()` gives OpenAI's names and shapes, and next to them the numbers
     `input_resolution`, `context_length` and `vocab_size`. There is no text tower: OpenAI's layout has no
     names for BERT. OpenAI's own code takes a 64th of the width for the heads, which are not ViT-H/14's. The
-    same weights give the same bytes. ValueError where `config` is not the model's own.
+    same weights give the same bytes.
+
+    Raises:
+        ValueError: if `config` is not the model's own.
     """
     _require_own_config(model, config)
     state = {name: tensor for name, tensor in state_for_file(model).items() if is_image_side(name)}
