@@ -1,4 +1,6 @@
-"""Stage corpus: what goes in. Names the caption tables and evaluation sets and binds them by digest.
+"""Stage corpus: what goes in.
+
+Names the caption tables and evaluation sets and binds them by digest.
 
 The demo and emoji corpora are made here; other sources stay where they are and are only looked at.
 """
@@ -67,7 +69,7 @@ class CorpusStageConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CorpusTask(Facts):
-    """What one task looks at: a file alone, the files whose captions are joined, or a packed piece."""
+    """What one task reads: a single file, the files whose captions are joined, or a packed piece."""
 
     paths: list[str]
     source: TableSource | PackedSource
@@ -179,7 +181,7 @@ def guards_of(config: TablesConfig | SourcesConfig) -> tuple[str, ...]:
 def _pieces(
     config: TablesConfig | SourcesConfig,
 ) -> Iterator[tuple[TableSource | PackedSource, list[str]]]:
-    """Return what each task reads: a file, the files whose captions are joined, or a packed piece."""
+    """Yield what each task reads: a file, the files whose captions are joined, or a packed piece."""
     for source in sources_of(config):
         if isinstance(source, PackedSource):
             yield from ((source, files) for files in packed.pieces(source))

@@ -103,14 +103,14 @@ def guarded_ids(paths: Sequence[str]) -> GuardedIds:
 
 
 def guarded_marks(path: str) -> Iterator[tuple[str, Marks]]:
-    """Return (id, hash and signature) of each image that a guard knows by more than its id."""
+    """Yield (id, hash and signature) of each image that a guard knows by more than its id."""
     table = read_guard(path).drop_nulls(["perceptual_hash", "image_signature"])
     for name, *marks in table.select("id", "perceptual_hash", "image_signature").iter_rows():
         yield name, Marks(*marks)
 
 
 def tsv_marks(path: str) -> Iterator[tuple[str, Marks]]:
-    """Return (id, hash and signature) of each image of a `<name>_imgs.tsv`.
+    """Yield (id, hash and signature) of each image of a `<name>_imgs.tsv`.
 
     Raises:
         InputError: if a line is malformed; it names the line.
@@ -128,7 +128,7 @@ def tsv_marks(path: str) -> Iterator[tuple[str, Marks]]:
 
 
 def set_marks(folder: str, name: str) -> Iterator[tuple[str, Marks]]:
-    """Return (id, hash and signature) of each image of an evaluation set: of its TSV, or of its shards."""
+    """Yield (id, hash and signature) of each image of an evaluation set: of its TSV, or of its shards."""
     path = store.join(folder, f"{name}_imgs.tsv")
     stems = [] if store.exists(path) else shard_stems(folder)
     yield from (
@@ -137,7 +137,7 @@ def set_marks(folder: str, name: str) -> Iterator[tuple[str, Marks]]:
 
 
 def _shard_marks(tar: str) -> Iterator[tuple[str, Marks]]:
-    """Return the marks of a shard's images.
+    """Yield the marks of a shard's images.
 
     They are computed: a sidecar has no signatures, and may be older than hashes.
     """
@@ -188,7 +188,7 @@ def _images(folder: str, say: Callable[[str], None]) -> Iterator[tuple[str, Mark
             raise InputError(f"{path}: {error}; repair or remove the file") from None
         yield path.stem, marks_of(np.asarray(image))
     if passed_over := sorted(found.passed_over):
-        say(f"{folder}: {len(passed_over)} are no image files and are passed over: {summary(passed_over)}")
+        say(f"{folder}: {len(passed_over)} are not image files and are skipped: {summary(passed_over)}")
 
 
 def _begins_as_image(path: str) -> bool:

@@ -46,7 +46,7 @@ class Options:
     """How to measure."""
 
     setup: Setup = "zero-shot"
-    paper_model: str | None = None  # the published row to stand beside; unset: that of the model's size
+    paper_model: str | None = None  # the published row to compare with; unset: that of the model's size
     ensemble: Ensemble = "features"
     templates: str = "own"  # own, general, paper, or a file
     json_features: bool = False  # also write features as CN-CLIP's JSON lines

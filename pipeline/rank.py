@@ -69,7 +69,7 @@ def read_job(arguments: Sequence[str]) -> TrainJob:
     run, _ = load(path, rest[1:])
     stage = run.stage(rest[0])
     if not isinstance(stage.config, TrainStageConfig):
-        raise ConfigError(f"{path}: {stage.name} is no training stage")
+        raise ConfigError(f"{path}: {stage.name} is not a training stage")
     context = make_context(run, stage)
     if context is None:
         raise ConfigError(f"{path}: {stage.name} waits for {', '.join(stage.parents)}; run those first")

@@ -191,7 +191,7 @@ def batches_of_tokens(tokens_NL: Int32Array, size: int) -> list[Int64Array]:
 
 
 def _encoded(image: ImageSource | BadImageError) -> bytes | Image.Image | BadImageError:
-    """Read what is named by its path; the rest stays as it is."""
+    """Read what is given by its path; the rest stays as it is."""
     if not isinstance(image, str):
         return image
     try:

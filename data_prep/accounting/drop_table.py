@@ -17,7 +17,7 @@ from data_prep.formats.parquet import write_table
 from pipeline.core.files.written import ParquetRows, parquet_rows
 
 DETAIL = "detail"  # the word of a blacklist, the key that a copy or a caption belongs to
-HTTP_STATUS = "http_status"  # of the answer, where there was one: the download's drop tables alone
+HTTP_STATUS = "http_status"  # of the answer, if there was one: only in the download's drop tables
 
 
 def write_drops(dropped: pl.DataFrame, path: str) -> dict[str, int]:

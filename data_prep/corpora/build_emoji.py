@@ -39,7 +39,10 @@ NPM_TIMEOUT_S = 900
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """A pinned npm package. `integrity` is npm's own form: the algorithm and the digest in base64."""
+    """A pinned npm package.
+
+    `integrity` is npm's own form: the algorithm and the digest in base64.
+    """
 
     name: str
     version: str

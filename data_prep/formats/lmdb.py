@@ -42,7 +42,7 @@ def unpickle_plain(data: bytes) -> Any:
 def _is_greedy(data: bytes) -> bool:
     """Return whether a pickle has opcodes for which the machine in C takes memory that the bytes do not fill.
 
-    Looks for places in the memo and buffers among the opcodes alone: an image has any byte somewhere.
+    Looks for places in the memo and buffers only among the opcodes: an image has any byte somewhere.
     """
     for opcode, argument, _ in pickletools.genops(data):
         place = argument if opcode.name in _PUTS and isinstance(argument, int) else 0

@@ -67,7 +67,7 @@ _UNSEEN = (
 
 @dataclass(frozen=True, slots=True)
 class TextRule:
-    """`reason` is an expression: the DropReason of each row, or null where the row stays."""
+    """`reason` is an expression: the DropReason of each row, or null if the row stays."""
 
     name: str
     version: int

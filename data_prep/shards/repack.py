@@ -1,7 +1,7 @@
 """Shards to other shards: another number of samples in each, a part of them by key, several corpora in one.
 
 Each is a short run of its own (`pipeline.runner`): a stage `rows` that says which rows of which tars, where
-rows are chosen at all, and a stage `shards` that packs them as every corpus is packed. So they go on where
+rows are chosen at all, and a stage `shards` that packs them as every corpus is packed. So they resume where
 they stopped, account for every row, give the same bytes on any number of workers, and what comes out is a
 corpus like the one that went in.
 """
@@ -213,8 +213,8 @@ def _refuse_other_than_keys(path: str, keys: pl.LazyFrame) -> None:
     wrong = keys.filter(~pl.col("key").str.contains(KEY_PATTERN).fill_null(False)).head(1).collect()
     if wrong.height:
         raise InputError(
-            f"{path}: {wrong.item()!r} is no key; a key is 32 lower-case hex digits, as in a sidecar's column"
-            f" key"
+            f"{path}: {wrong.item()!r} is not a key; a key is 32 lower-case hex digits, as in a sidecar's"
+            " column key"
         )
     if keys.head(1).collect().is_empty():
         raise InputError(f"{path}: no keys in it; give one a line, or in a column key")

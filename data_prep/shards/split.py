@@ -1,6 +1,6 @@
 """Stage split: which images are set aside for validation, so that no copy of one is left in training.
 
-Images are ranked by a digest of their perceptual hash (of their bytes where no hash is recorded): all rows
+Images are ranked by a digest of their perceptual hash (of their bytes if no hash is recorded): all rows
 of one image, and its copies with the same hash, come together, and the order depends on neither partitions
 nor workers. The first in rank become validation, except those that have a near copy (a hash within `distance`
 bits, and a signature that matches) among the training rows; so nothing has to be dropped, and of two copies
@@ -184,7 +184,7 @@ def _choose(
     )
     accepted, room = [], wanted
     for group, num_rows in by_group.select("group", "num_rows").iter_rows():
-        if num_rows <= room:  # a group too large is passed over, so that smaller ones fill the rest
+        if num_rows <= room:  # a group too large is skipped, so that smaller ones fill the rest
             accepted.append(group)
             room -= num_rows
         if not room:
@@ -223,7 +223,7 @@ def stage(config: SplitConfig, *, rows: str) -> Stage:
     """Return the stage that sets rows aside for validation."""
     return Stage(
         "split",
-        title="pictures set aside for validation, with all their copies",
+        title="images set aside for validation, with all their copies",
         version=2,
         config=config,
         parents=(rows,),

@@ -59,7 +59,7 @@ class ClassificationSet:
     images: tuple[EncodedImage, ...]
     targets_NC: BoolArray  # right classes; several a row only in multi-label sets
     submission_order: Int64Array | None  # ELEVATER's order of images (`index.json`), as rows
-    notes: tuple[str, ...] = ()  # what was passed over in its folders
+    notes: tuple[str, ...] = ()  # what was skipped in its folders
 
     @property
     def num_images(self) -> int:

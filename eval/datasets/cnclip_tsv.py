@@ -79,7 +79,7 @@ class Base64Images:
     sizes_bytes: Int64Array  # [num_images]
 
     def read(self, rows: Sequence[int] | Int64Array) -> Iterator[bytes]:
-        """Return encoded images.
+        """Yield encoded images.
 
         Raises:
             InputError: if the base64 is broken, or the image larger than one may be.
@@ -93,7 +93,7 @@ class Base64Images:
             yield image
 
     def try_read(self, rows: Sequence[int] | Int64Array) -> Iterator[bytes | BadImageError]:
-        """Return encoded images; in place of one that cannot be read, the error."""
+        """Yield encoded images; in place of one that cannot be read, the error."""
         with store.open_read(self.path) as file:
             for row in rows:
                 file.seek(int(self.offsets_bytes[row]))

@@ -1,7 +1,7 @@
 """Chinese class names and prompt templates: ours for the 20 sets of ICinW, or a user's own files.
 
 `labels_zh/<set>.txt` has one class a line in ELEVATER's order, `English name<TAB>Chinese name`. A user's
-`label_cn.txt` has Chinese names alone (Chinese-CLIP's form) or the same two columns. `templates_zh/<set>.txt`
+`label_cn.txt` has only Chinese names (Chinese-CLIP's form) or the same two columns. `templates_zh/<set>.txt`
 has one template a line with `{}` where the name goes; `general.txt` holds 80 for any set.
 
 The paper does not list its labels and templates, but quotes some in English (section 3.2.3). The folders
@@ -68,8 +68,8 @@ def labels_for(folder: str, dataset: str, path: str | None, templates: str = OWN
     shipped = shipped_labels(dataset, templates)
     if shipped is None:
         raise InputError(
-            f"{folder}: has no label_cn.txt, and {dataset} is no set of ICinW; write the Chinese class names"
-            f" into {own}, one a line in class order"
+            f"{folder}: has no label_cn.txt, and {dataset} is not a set of ICinW; write the Chinese class"
+            f" names into {own}, one a line in class order"
         )
     return shipped
 

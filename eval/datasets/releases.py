@@ -120,7 +120,7 @@ def _tsv(path: Path) -> Iterator[tuple[int, bytes]]:
                     raise InputError(f"{path}:{number}: expected `id<TAB>base64 of the image file`")
                 yield int(image_id), _standard_base64(encoded, f"{path}:{number}")
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; it belongs to the queries beside it") from None
+        raise InputError(f"{path}: no such file; it belongs to the queries next to it") from None
 
 
 def _standard_base64(encoded: bytes, where: str) -> bytes:
@@ -312,7 +312,7 @@ def _field(record: dict[str, Any], names: tuple[str, ...], where: str) -> Any:
 
 
 def _images(root: Path, ids: dict[str, int]) -> Iterator[tuple[int, bytes]]:
-    """Return image files below `root` by their names without ending, in order of their ids."""
+    """Yield image files below `root` by their names without ending, in order of their ids."""
     places = dict[str, Path]()
     for parent, _, files in os.walk(root):
         for file in files:

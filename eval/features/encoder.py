@@ -37,7 +37,7 @@ class ModelSource:
     path: str
     vocabulary: str | None  # what `Tokenizer.load` takes; unset, it is looked for
     context_length: int  # tokens with [CLS] and [SEP]
-    run_folder: str | None = None  # of the run that trained it, where a run was given
+    run_folder: str | None = None  # of the run that trained it, if a run was given
     decode: Decode = "upright"  # what is seen of images that are no ordinary 8-bit RGB
     origin: str | None = None  # id of exactly these weights, if a name stood for them
 
@@ -182,7 +182,7 @@ def find_checkpoint(
 ) -> ModelSource:
     """Return what `target` names: a run's last trained stage, or weights.
 
-    A run is named by its TOML, its folder or as a shipped recipe.
+    A run is given by its TOML, its folder or the name of a shipped recipe.
     Weights are a path, the name of a published model or a hub's id; the latter two are downloaded if need be.
     `overrides` are `--set` items for a run's file. Vocabulary and context length are those that the run was
     last resolved to.
@@ -197,7 +197,7 @@ def find_checkpoint(
     is_word = os.path.basename(target) == target and "." not in target and not os.path.exists(target)
     if is_name(target) or not (target.endswith(".toml") or is_word):
         if overrides:
-            raise ConfigError(f"--set {overrides[0]}: {target} is no run's file; only these have settings")
+            raise ConfigError(f"--set {overrides[0]}: {target} is not a run's file; only these have settings")
         path, origin = locate(target)
         return ModelSource(
             path,

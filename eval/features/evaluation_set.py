@@ -8,7 +8,7 @@ Written in clip-retrieval's layout, one folder an evaluation:
     model.json                which model the features are of (`eval.features.model_identity`)
     image.index, text.index       FAISS, row i = id i; added by `eval.index.flat.build_index`
 
-clip-retrieval assumes one text per image and has no folder for rows of texts alone; `text_metadata` is ours,
+clip-retrieval assumes one text per image and has no folder for rows of texts only; `text_metadata` is ours,
 and a clip-retrieval service reads the rest as it is. Rows are in id order (`eval.datasets.cnclip_tsv`).
 """
 

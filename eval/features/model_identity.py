@@ -1,7 +1,7 @@
-"""Which model features are of: a digest of its weights, kept beside the features and in their index.
+"""Which model features are of: a digest of its weights, kept next to the features and in their index.
 
 Two models of one width give features that fit each other's indices and mean nothing there. So whatever writes
-features writes `model.json` beside them, an index takes it over, and a query of another model is refused.
+features writes `model.json` next to them, an index takes it over, and a query of another model is refused.
 The digest is of the tensors, not of a file: the same weights in another format are the same model. Features
 of images that were decoded in another way (`pipeline.core.files.images`) do not fit: other pixels were seen.
 """

@@ -1,4 +1,4 @@
-"""Tables of texts or of image paths that users give to a command: values are taken as they are written.
+"""Read tables of texts or of image paths that users give to a command, with values as they are written.
 
 CSV and TSV have no types, so `007` is the text 007. In a TSV a quote is a character. What a table cannot say
 clearly (a row of other length, a quote that is never closed, another encoding, a row without its value) is an

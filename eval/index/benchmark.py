@@ -32,7 +32,7 @@ class Point:
     """One index under one setting."""
 
     factory: str
-    parameters: str  # empty where the index has none
+    parameters: str  # empty if the index has none
     recall: float  # share of the exact k that was found, 0 to 1
     queries_per_second: float
     build_seconds: float  # training and adding

@@ -25,7 +25,7 @@ def check_device(device: Device) -> None:
         return
     if not hasattr(faiss, "StandardGpuResources"):
         raise ConfigError(
-            f"--device gpu: the installed faiss {faiss.__version__} is built for processors alone: install"
+            f"--device gpu: the installed faiss {faiss.__version__} is built for processors only: install"
             " faiss-gpu in place of faiss-cpu, or take --device cpu"
         )
     if not faiss.get_num_gpus():

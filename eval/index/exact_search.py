@@ -15,7 +15,7 @@ def top_k(query_QD: Float32Array, gallery_ND: Float32Array, k: int) -> tuple[Flo
     Features are unit-norm float32; rows come best first, ties by lower row. The matrix product only finds
     candidates: columns are looked at in groups by their highest score. The k-th highest of those bounds the
     k-th best score from below, so only groups that reach it, less the product's error, are opened. Candidates
-    are ordered by `eval.metrics.recall.exact_scores`: the answer depends on the vectors alone.
+    are ordered by `eval.metrics.recall.exact_scores`: the answer depends only on the vectors.
 
     Raises:
         ValueError: if k exceeds the gallery or the widths differ.

@@ -85,7 +85,7 @@ class PartedIndex:
             index.check()
         except FileNotFoundError:
             raise InputError(
-                f"{path}: no such file; build the index: cnclip index (it goes on where it stopped)"
+                f"{path}: no such file; build the index: cnclip index (it resumes where it stopped)"
             ) from None
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"{path}: not an index's description ({error}); build it again") from None
@@ -99,7 +99,7 @@ class PartedIndex:
         """
         for name, value in (("factory", self.factory), ("inputs", self.inputs)):
             if not isinstance(value, str):
-                raise ValueError(f"{name} is no text")
+                raise ValueError(f"{name} is not text")
         row = 0
         for number, part in enumerate(self.parts):
             counts = (part.first_row, part.num_rows, part.num_bytes)

@@ -1,6 +1,6 @@
 """The metrics of Table 11: accuracy, mean per class, ROC AUC, 11-point mean average precision; in percent.
 
-11-point mAP is taken for VOC-2007 alone, by two rules. `mean_average_precision_11` is VOC's own definition,
+11-point mAP is only for VOC-2007, by two rules. `mean_average_precision_11` is VOC's own definition,
 which is what its name says and what other programs can be compared with. `elevater_map` is that of ELEVATER's
 toolkit, from which the paper's figure comes: a softmax over the classes ranks the images of a class, and the
 curve begins with precision 1 at recall 0. Only the latter is compared with the paper.

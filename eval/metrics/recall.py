@@ -8,7 +8,7 @@ first, and equal scores by gallery row (= ascending id, see `eval.datasets.cncli
 The score of two vectors is their dot product accumulated in float64 in a fixed order (`exact_scores`).
 A matrix product rounds one and the same pair differently from place to place and from library to library;
 here and in `eval.index.flat` it only finds candidates, and whatever its error bound cannot tell apart is
-settled by the exact score. So ranks, prediction files and scores depend on the vectors alone.
+settled by the exact score. So ranks, prediction files and scores depend only on the vectors.
 """
 
 import math

@@ -178,7 +178,7 @@ def prompts_plot(scores: Sequence[PromptScore], title: str) -> str:
         axes.fill_between(
             x, [item.low for item in alone], [item.high for item in alone], alpha=0.2, linewidth=0
         )
-        axes.plot(x, value, marker="o", markersize=2.5, linewidth=1, label="one template alone")
+        axes.plot(x, value, marker="o", markersize=2.5, linewidth=1, label="one template")
         for colour, item in enumerate((item for item in scores if item.kind == "ensemble"), start=1):
             axes.axhline(
                 item.measured.value, color=f"C{colour}", linestyle="--", linewidth=1, label=item.prompt

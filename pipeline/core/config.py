@@ -37,7 +37,7 @@ IN_DIGEST_IF_SET: Mapping[str, Any] = types.MappingProxyType({"in_digest_if_set"
 # "exactly"    other work, unless the stage finds that it continues exactly (`Stage.continues`).
 # "once done"  half-done work continues; finished work is stale.
 # "never"      the same work computed in another way. The digest has such fields, because that of runs that
-#              were finished before has them; a change is told and makes nothing stale.
+#              were finished before has them; `run` reports a change, which makes nothing stale.
 Binds = Literal["always", "exactly", "once done", "never"]
 BINDS_EXACTLY: Mapping[str, Any] = types.MappingProxyType({"binds": "exactly"})
 BINDS_ONCE_DONE: Mapping[str, Any] = types.MappingProxyType({"binds": "once done"})
@@ -138,7 +138,7 @@ def _with_base(table: dict[str, Any], where: str, seen: tuple[str, ...] = ()) ->
 def build(cls: type[T], table: Mapping[str, Any], where: str, *, allow_nan: bool = False) -> T:
     """Check a TOML table against a dataclass and build it.
 
-    Types are strict: a string is no number and 1.5 no integer; an integer does for a float. No setting may be
+    Types are strict: a string is not a number and 1.5 not an integer; an integer does for a float. No setting may be
     nan or inf; with `allow_nan` a table of figures may use nan for what was not measured. Bounds stand in the
     types (`Annotated[int, Gt(0)]`), rules across fields in `__post_init__`.
 

@@ -243,7 +243,7 @@ def sweep(folder: str, *, deep: bool = True) -> None:
 def sweep_shared(folder: str) -> None:
     """Remove what killed processes left of `publish` directly inside a local folder that others write to too.
 
-    A file goes where its writer ran here and is gone, or where nobody has written to it for a day.
+    A file goes if its writer ran here and is gone, or if nobody has written to it for a day.
     """
     for entry in os.scandir(folder) if os.path.isdir(folder) else []:
         if not (entry.name.startswith(".") and entry.name.endswith(_PARTIAL)):

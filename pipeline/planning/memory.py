@@ -1,4 +1,6 @@
-"""How long a training stage takes and what it needs, computed before anything is started. No torch here.
+"""How long a training stage takes and what it needs, computed before anything is started.
+
+No torch here.
 
 docs/concepts/memory.md derives each term and says how close the sum is to a measured peak.
 tests/pipeline/planning/test_memory.py counts the activations again.

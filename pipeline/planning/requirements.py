@@ -1,4 +1,7 @@
-"""What a training needs on given devices: steps, micro-batch, memory and days. `cnclip plan` reckons so."""
+"""What a training needs on given devices: steps, micro-batch, memory and days.
+
+`cnclip plan` uses it.
+"""
 
 import functools
 import math

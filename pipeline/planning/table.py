@@ -43,7 +43,7 @@ def _reckoned(trainings: Sequence[Training], on: Hardware, tokens: int, paper: b
     return (
         f"Estimates assume {on.name} ({on.memory_bytes / GIB:g} GiB, {on.usable_gib:g} GiB usable) at"
         f" {100 * on.utilisation:g}% of its 16-bit peak and captions of {tokens} tokens on average."
-        " micro-batch: the training's own, or where it sets none the most samples whose activations a rank"
+        " micro-batch: the training's own, or if it sets none the most samples whose activations a rank"
         " can hold at once. GiB: a rank's tensors at their fullest (pipeline/planning/memory.py); counted"
         " ones were 5 % less (RN50) to 45 % more (the tiny models in bfloat16), and a process needs more"
         " than its tensors: allocator and libraries. days: by the clock, on all ranks; GPU-days: that times"
@@ -97,7 +97,7 @@ def _share(needed: Need) -> str:
 
 
 def _notes(item: Training, needed: Need, on: Hardware) -> Iterator[str]:
-    """Return the warnings on one training."""
+    """Yield the warnings on one training."""
     config, split = item.config, needed.shares
     if split.better_ranks:
         better = " or ".join(str(ranks) for ranks in split.better_ranks)

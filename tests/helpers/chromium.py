@@ -31,7 +31,7 @@ _SECONDS = 60.0
 
 
 class Chromium:
-    """One tab. Commands are those of the Chrome DevTools Protocol; events are passed over."""
+    """One tab. Commands are those of the Chrome DevTools Protocol; events are skipped."""
 
     def __enter__(self) -> Self:
         assert CHROMIUM is not None

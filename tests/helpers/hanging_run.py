@@ -1,4 +1,4 @@
-"""A run whose data stages never end: its pictures' server takes every request and answers none."""
+"""A run whose data stages never end: its images' server takes every request and answers none."""
 
 import contextlib
 import select

@@ -15,7 +15,7 @@ from training.config.job import TrainJob
 
 HELPERS = Path(__file__).parent
 ROOT = HELPERS.parents[1]
-LIMIT_SECONDS = 600  # far more than any of these takes alone; the machine may be busy
+LIMIT_SECONDS = 600  # far more than any of these takes by itself; the machine may be busy
 
 
 def read_metrics(job: TrainJob) -> list[dict[str, Any]]:
@@ -59,7 +59,7 @@ def run_watched(job: TrainJob) -> subprocess.Popen[str]:
 
 
 def wait_for_steps(job: TrainJob, process: subprocess.Popen[str], count: int) -> None:
-    """Wait until so many steps are taken; fail at once if the process that trains has ended."""
+    """Wait until training took so many steps; fail at once if the process that trains has ended."""
     log, end = Path(job.folder) / "log.jsonl", time.monotonic() + LIMIT_SECONDS
     while not log.exists() or len(log.read_text().splitlines()) < count:
         if process.poll() is not None:

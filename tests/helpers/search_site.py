@@ -57,7 +57,7 @@ class Site:
 
 
 def write_run(folder: Path) -> None:
-    """Write a model, vocabulary, an evaluation set, its features and index, where a run has them."""
+    """Write a model, vocabulary, an evaluation set, its features and index, as a run has them."""
     run = folder / "run"
     write_tiny_model(folder)
     for name in ("stage1", "vocabulary", "corpus"):

@@ -105,7 +105,7 @@ def state(environment: dict[str, str], job: str) -> str:
 
 
 def wait_for(environment: dict[str, str], job: str, *states: str, seconds: float) -> str:
-    """Wait until a job is in one of the states; AssertionError where that takes longer."""
+    """Wait until a job is in one of the states; fail if that takes longer."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if (found := state(environment, job)) in states:

@@ -65,7 +65,7 @@ class TrainState:
     step: int
     weights: dict[str, Tensor]
     moments: dict[str, Tensor]  # `exp_avg.<name>`, `exp_avg_sq.<name>`; for float16 `loss_scaling.<name>`
-    num_updates: int | None = None  # steps that changed weights, where some were left out; None: all
+    num_updates: int | None = None  # steps that changed weights, if some were left out; None: all
 
 
 def gather_state(engine: Engine, step: int) -> TrainState:

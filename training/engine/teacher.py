@@ -21,7 +21,10 @@ class TeacherFeatures:
 
 
 class Teacher:
-    """A frozen model. It is no part of the module that DeepSpeed wraps, so that nothing of it is trained."""
+    """A frozen model.
+
+    It is no part of the module that DeepSpeed wraps, so that nothing of it is trained.
+    """
 
     def __init__(self, clip: CLIP, config: DistilConfig) -> None:
         self.config = config

@@ -38,7 +38,7 @@ class CLIP(nn.Module):
     def encode_image(self, image_BCHW: torch.Tensor, kept_BP: torch.Tensor | None = None) -> torch.Tensor:
         """Return unit-norm feature_BD in float32 of images that are already resized and normalised.
 
-        `kept_BP` are the patches that a ViT computes on, all where unset. No graph is recorded where the
+        `kept_BP` are the patches that a ViT computes on, all if unset. No graph is recorded if the
         image tower is locked.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.image_tower_locked):
@@ -88,7 +88,7 @@ class CLIP(nn.Module):
 def build_clip(config: ModelConfig, *, vocab_size: int | None = None) -> CLIP:
     """Build a model with random weights from torch's global generator, in training mode.
 
-    `vocab_size` replaces the configuration's where the vocabulary was learned from the corpus; `CLIP.config`
+    `vocab_size` replaces the configuration's if the vocabulary was learned from the corpus; `CLIP.config`
     then says so.
     """
     if vocab_size is not None:

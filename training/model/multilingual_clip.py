@@ -265,7 +265,7 @@ def _heads(config_path: str, width: int) -> int:
     if width not in _HEADS:
         raise InputError(
             f"{config_path}: a text tower of width {width} is none of XLM-RoBERTa's, and modelBase names no"
-            f" folder with a {CONFIG_FILE}, so that its heads cannot be told; give its base's folder"
+            f" folder with a {CONFIG_FILE}, so its number of heads is unknown; give its base's folder"
         )
     return _HEADS[width]
 

@@ -98,8 +98,9 @@ def normalise(text: str) -> str:
 class Tokenizer:
     """WordPiece over a vocabulary; a token's id is its place in the list.
 
-    InputError where the list lacks a special token, has a duplicate, or does not begin with [PAD]: the model
-    takes id 0 as padding.
+    Raises:
+        InputError: if the list lacks a special token, has a duplicate, or does not begin with [PAD]: the
+            model takes id 0 as padding.
     """
 
     def __init__(self, vocabulary: Sequence[str], *, origin: str = "vocabulary") -> None:
@@ -232,11 +233,13 @@ def learn_vocabulary(captions: Iterable[str], size: int) -> list[str]:
     Byte-pair merging by count, as BERT vocabularies are commonly learned; ties go to the lexicographically
     first pair, so that the same captions always give the same list, whatever their order. Chinese characters
     are words of their own and never merge. Characters that do not fit and pieces seen once are left out.
-    ValueError where `size` does not exceed the number of special tokens.
+
+    Raises:
+        ValueError: if `size` does not exceed the number of special tokens.
     """
     if size <= len(SPECIAL_TOKENS):
         raise ValueError(
-            f"a vocabulary of {size} has no room beside the {len(SPECIAL_TOKENS)} special tokens"
+            f"a vocabulary of {size} has no room next to the {len(SPECIAL_TOKENS)} special tokens"
         )
     word_counts: Counter[str] = Counter()
     for caption in captions:

@@ -118,7 +118,7 @@ def watch(
 ) -> int:
     """Run a launcher and return its status; show its `@` lines, and keep every other line in the log.
 
-    One of STOP_SIGNALS to us goes on to the ranks, which end by themselves, with a checkpoint: Stopped with
+    We pass STOP_SIGNALS to the ranks, which end by themselves, with a checkpoint: Stopped with
     what they say of it, or KeyboardInterrupt after Ctrl-C. A second Ctrl-C does not wait for that.
     """
     with (

@@ -195,7 +195,7 @@ def _model(weights: Weights) -> str:
         )
     towers = matching_towers(weights.state)
     side: Literal["image", "text"] = "image" if weights.has_image_tower else "text"
-    return f"{side} tower alone, as in {', '.join(towers[side]) or 'no known model'}"
+    return f"{side} tower only, as in {', '.join(towers[side]) or 'no known model'}"
 
 
 def _listed(names: list[str]) -> str:

@@ -1,7 +1,7 @@
-"""Weights in, whatever wrote them: a file or folder is recognised by its content.
+"""Read weights of any known format, which the content of the file or folder tells.
 
-Read are Chinese CLIP's `.pt`, Hugging Face's ChineseCLIP folder, OpenAI CLIP's TorchScript, OpenCLIP's and
-LAION's state dicts, HFL's RoBERTa and RBT3 folders, this project's checkpoints, and DeepSpeed's folders.
+The formats are Chinese CLIP's `.pt`, Hugging Face's ChineseCLIP folder, OpenAI CLIP's TorchScript, OpenCLIP's
+and LAION's state dicts, HFL's RoBERTa and RBT3 folders, this project's checkpoints, and DeepSpeed's folders.
 """
 
 import math
@@ -69,7 +69,7 @@ class Weights:
     format: str  # for people
     state: dict[str, torch.Tensor]
     dropped: tuple[str, ...]  # names of the file's tensors that have no place in a model
-    config: ModelConfig | None  # sizes, where both towers are there and the sizes can be told
+    config: ModelConfig | None  # sizes, if both towers are there and their sizes are known
     facts: Mapping[str, str] = field(default_factory=dict)  # what the file says about itself
     said: Said = field(default_factory=Said)  # what it says of its towers, beyond the shapes of tensors
     remarks: tuple[str, ...] = ()  # what a user of these weights should know
@@ -183,7 +183,7 @@ def resized(config: ModelConfig, image_size_px: int, origin: str) -> ModelConfig
     cell = vision.patch_size_px if isinstance(vision, VisionTransformerConfig) else 32
     if image_size_px < cell or image_size_px % cell:
         raise InputError(
-            f"{origin}: an image size of {image_size_px} is no multiple of {cell} pixels: choose one"
+            f"{origin}: an image size of {image_size_px} is not a multiple of {cell} pixels: choose one"
         )
     return replace(config, vision=replace(vision, image_size_px=image_size_px))
 

@@ -1,4 +1,4 @@
-"""An English CLIP's image tower alone, from any file that `training.weights.formats` reads."""
+"""Read only the image tower of an English CLIP, from any file that `training.weights.formats` reads."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, cast

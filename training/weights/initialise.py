@@ -22,7 +22,7 @@ _SCALE = "logit_scale"
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """What became of one tensor when weights were taken over."""
+    """What became of one tensor when a model took weights over."""
 
     tensor: str  # name in Chinese CLIP's layout, or in the file's if it was dropped
     outcome: Literal["taken", "interpolated", "initialised", "dropped"]

@@ -1,7 +1,8 @@
 """Names of tensors: every layout that weights come in, turned into Chinese CLIP's, and Hugging Face's back.
 
 Chinese CLIP's layout is the one of its released `.pt` files: `visual.*` as in OpenAI CLIP, `bert.*` as in
-Hugging Face's BERT, `text_projection`, `logit_scale`. The layout is told by these names, never by the file's.
+Hugging Face's BERT, `text_projection`, `logit_scale`. cnclip tells the layout by
+these names, never by the file's.
 """
 
 import re

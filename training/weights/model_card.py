@@ -31,7 +31,7 @@ def model_card(
 ) -> str:
     """Return Markdown with Hugging Face's header: sizes, data, stage, samples seen, scores, inputs.
 
-    `facts` may have `data`, `stage`, `samples_seen`, `scores` and `source`; what it lacks is said so.
+    `facts` may have `data`, `stage`, `samples_seen`, `scores` and `source`; the card says what it lacks.
     `tables` is Markdown that follows: the run's tables next to the paper's. `for_transformers` says that the
     folder is Hugging Face's, and how its processor gives these very pixels.
     """
@@ -73,7 +73,7 @@ tags:
 
 Images are turned to RGB and resized to the square (bicubic, no crop), scaled to [0, 1] and normalised by
 mean {MEAN} and standard deviation {STD}. Captions are lower-cased, curly double quotes made straight, cut
-into word pieces of the vocabulary beside this file, framed by [CLS] and [SEP], and cut to 52 tokens.
+into word pieces of the vocabulary next to this file, framed by [CLS] and [SEP], and cut to 52 tokens.
 {_PIXELS if for_transformers else ""}{facts.get("tables", "")}"""
 
 
@@ -108,7 +108,7 @@ def facts_of(path: str, recorded: Mapping[str, str]) -> dict[str, str]:
 def _table(comparison: Mapping[str, Any]) -> str:
     """Return one table of `report.json` in Markdown: ours with its interval, the paper's, the difference."""
     number = f"Table {comparison['number']}, " if comparison["number"] is not None else ""
-    beside = f" beside {comparison['paper_model']}" if comparison["paper_model"] else ""
+    beside = f" next to {comparison['paper_model']}" if comparison["paper_model"] else ""
     rows = []
     for line in comparison["lines"]:
         ours, paper, difference = line["ours"], line["paper"], line["difference"]

@@ -36,7 +36,7 @@ _DTYPE_OF_STORAGE = {
     "BoolStorage": torch.bool,
     "UntypedStorage": torch.uint8,
 }
-# Classes of Python's own library that settings and counters beside weights are made of.
+# Classes of Python's own library that settings and counters next to weights are made of.
 _HARMLESS = frozenset(
     {
         "_codecs.encode",

@@ -27,7 +27,7 @@ class Said:
     name: str = ""  # of a registered model, perhaps with `@` and the text tower's
     image_heads: int | None = None
     text_heads: int | None = None
-    image_width: int | None = None  # for which `image_heads` are said
+    image_width: int | None = None  # that `image_heads` belong to
     text_width: int | None = None
     activation: str | None = None  # of the image tower: quick_gelu or gelu
 
@@ -48,7 +48,7 @@ def infer_config(state: Mapping[str, torch.Tensor], origin: str, said: Said = _N
     Shapes do not show the number of heads: it is what `said` has, or that of the known tower of this size.
 
     Raises:
-        InputError: if sizes cannot be told, or the heads of a size that is not known are said nowhere.
+        InputError: if sizes are unknown, or nothing gives the heads of a size that is not known.
     """
     vision, text = infer_vision(state, origin, said), infer_text(state, origin, said)
     projection = state.get("text_projection")
@@ -120,7 +120,7 @@ def infer_vision(
     """Return the sizes of the image tower; None if there is none, or what tells them is missing.
 
     Raises:
-        InputError: if its number of heads cannot be told.
+        InputError: if its number of heads is unknown.
     """
     shapes = _vision_shapes(state)
     if shapes is None:
@@ -147,7 +147,7 @@ def infer_text(
     """Return the sizes of the text tower; None if there is none.
 
     Raises:
-        InputError: if its number of heads cannot be told.
+        InputError: if its number of heads is unknown.
     """
     shapes = _text_shapes(state)
     if shapes is None:

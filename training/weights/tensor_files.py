@@ -41,7 +41,7 @@ _MOST_SHARING = 3  # tensors that share their bytes (tied embeddings) may have s
 
 @dataclass(frozen=True, slots=True)
 class TensorFile:
-    """The tensors of one file by name, on the CPU, and the plain values beside them."""
+    """The tensors of one file by name, on the CPU, and the plain values next to them."""
 
     container: Container
     tensors: dict[str, torch.Tensor]

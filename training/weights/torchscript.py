@@ -112,7 +112,7 @@ def _tree(parameters: Mapping[str, torch.Tensor], buffers: Mapping[str, torch.Te
 
 
 def _class_sources(node: _Node) -> Iterator[str]:
-    """Return the TorchScript source of a module's class after those of its children."""
+    """Yield the TorchScript source of a module's class after those of its children."""
     for child in node.children.values():
         yield from _class_sources(child)
     yield f"class {node.class_name}(Module):\n"

@@ -1,4 +1,4 @@
-"""Arrays out of `.npy` files that others made: checked against the file's size before memory is taken."""
+"""Read `.npy` files that others made, after a check of their headers against the file's size."""
 
 import io
 import math
