@@ -75,11 +75,11 @@ CLAIMS: dict[str, tuple[str, str]] = {
         "eval/large_index.py",
     ),
     "image_copies/false": (
-        "different images that count as copies: hash and signature against the hash alone",
+        "different images that count as copies: hash and signature against only the hash",
         "data_prep/image_copies.py",
     ),
     "image_copies/found": (
-        "altered copies that are found: hash and signature against the hash alone",
+        "altered copies that are found: hash and signature against only the hash",
         "data_prep/image_copies.py",
     ),
     "loss/memory": ("extra memory of the loss: ours against cn_clip", "training/loss.py"),

@@ -98,7 +98,9 @@ class Corpus:
         return pl.DataFrame(found, schema=schema).sort("rows", descending=True, maintain_order=True)
 
     def __getitem__(self, row: int) -> Sample:
-        """Return one pair. Reads one byte range of one tar.
+        """Return one pair.
+
+        It reads one byte range of one tar.
 
         Raises:
             IndexError: if there is no such row.

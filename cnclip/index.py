@@ -11,7 +11,10 @@ VECTORS = "vectors.npy"
 
 
 class Index:
-    """A folder that `cnclip index` or `Index.build` wrote. Rows are numbered in the order of the features."""
+    """A folder that `cnclip index` or `Index.build` wrote.
+
+    Rows are numbered in the order of the features.
+    """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         """Open an index and compare its files with what was written.

@@ -37,7 +37,10 @@ class Classification:
 
 
 class Model:
-    """A Chinese CLIP model with its vocabulary, on one device. `load` makes it."""
+    """A Chinese CLIP model with its vocabulary, on one device.
+
+    `load` makes it.
+    """
 
     def __init__(self, encoder: "Encoder", source: "ModelSource") -> None:
         self.encoder = encoder

@@ -1,4 +1,6 @@
-"""Stage corpus: what goes in. Names the caption tables and evaluation sets and binds them by digest.
+"""Stage corpus: what goes in.
+
+Names the caption tables and evaluation sets and binds them by digest.
 
 The demo and emoji corpora are made here; other sources stay where they are and are only looked at.
 """
@@ -67,7 +69,7 @@ class CorpusStageConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CorpusTask(Facts):
-    """What one task looks at: a file alone, the files whose captions are joined, or a packed piece."""
+    """What one task reads: a single file, the files whose captions are joined, or a packed piece."""
 
     paths: list[str]
     source: TableSource | PackedSource
@@ -88,7 +90,7 @@ class CorpusTask(Facts):
 
 
 def plan(config: CorpusStageConfig, context: Context) -> list[Task]:
-    """One task a table; the demo and emoji corpora are one task."""
+    """Plan one task a table; the demo and emoji corpora are one task."""
     for item in config.evaluations if config.are_scored else ():
         check_size(item)
     sets = {f"evaluation {item.name}": digest_of(item) for item in config.evaluations}
@@ -151,7 +153,7 @@ def _refuse_carried_rules(corpus: TablesConfig | SourcesConfig) -> None:
 
 
 def _reading(source: TableSource | PackedSource) -> dict[str, str]:
-    """How a source is read if it is another way than its description meant before."""
+    """Return how a source is read if that is another way than its description meant before."""
     if isinstance(source, PackedSource) or not source.has_image_ids or source.joins:
         return {}
     return {"captions": "rows of their own"}
@@ -162,7 +164,11 @@ def sources_of(config: TablesConfig | SourcesConfig) -> tuple[TableSource | Pack
 
 
 def guards_of(config: TablesConfig | SourcesConfig) -> tuple[str, ...]:
-    """Paths of the guards; InputError where one is not there."""
+    """Return the paths of the guards.
+
+    Raises:
+        InputError: if one is missing.
+    """
     guards = config.guards if isinstance(config, SourcesConfig) else ()
     for path in guards:
         if not store.exists(path):
@@ -175,7 +181,7 @@ def guards_of(config: TablesConfig | SourcesConfig) -> tuple[str, ...]:
 def _pieces(
     config: TablesConfig | SourcesConfig,
 ) -> Iterator[tuple[TableSource | PackedSource, list[str]]]:
-    """What one task looks at: a file alone, the files whose captions are joined, or a packed piece."""
+    """Yield what each task reads: a file, the files whose captions are joined, or a packed piece."""
     for source in sources_of(config):
         if isinstance(source, PackedSource):
             yield from ((source, files) for files in packed.pieces(source))

@@ -50,11 +50,15 @@ class GuardedIds:
 def make_guard(
     evaluation_set: str, family: Family, out: str, *, say: Callable[[str], None] = lambda _: None
 ) -> int:
-    """Write the guard of an evaluation set; returns how many images it names; `say` hears what it leaves out.
+    """Write the guard of an evaluation set; return how many images it names.
+
+    `say` takes what it leaves out.
 
     `evaluation_set` is a `<name>_imgs.tsv` or the folder that holds one, a folder of shards, a folder of
-    images (searched below too; ids are file names without their ending), or a `.txt` file with one id a
-    line. InputError where it is none of these, empty, or holds an image that does not decode.
+    images (searched below too; ids are file names without their ending), or a `.txt` file with one id a line.
+
+    Raises:
+        InputError: if it is none of these, empty, or holds an image that does not decode.
     """
     rows = [(family, name, *(marks or (None, None))) for name, marks in _members(evaluation_set, say)]
     if not rows:
@@ -65,7 +69,11 @@ def make_guard(
 
 
 def read_guard(path: str) -> pl.DataFrame:
-    """A guard's table; InputError where the file is none."""
+    """Return a guard's table.
+
+    Raises:
+        InputError: if the file is not a guard.
+    """
     with foreign(path, "guard", "make it with cnclip guard"):
         store.refuse_special(path)
         table = pl.read_parquet(path)
@@ -80,7 +88,10 @@ def read_guard(path: str) -> pl.DataFrame:
 
 
 def guarded_ids(paths: Sequence[str]) -> GuardedIds:
-    """Numbers that the guards name; ids count by their last run of digits (`COCO_val2014_000000391895`)."""
+    """Return the numbers that the guards name.
+
+    Ids count by their last run of digits (`COCO_val2014_000000391895`).
+    """
     numbers: dict[str, frozenset[int]] = {family: frozenset() for family in FAMILIES}
     for path in paths:
         table = read_guard(path).with_columns(
@@ -92,14 +103,18 @@ def guarded_ids(paths: Sequence[str]) -> GuardedIds:
 
 
 def guarded_marks(path: str) -> Iterator[tuple[str, Marks]]:
-    """(id, hash and signature) of each image that a guard knows by more than its id."""
+    """Yield (id, hash and signature) of each image that a guard knows by more than its id."""
     table = read_guard(path).drop_nulls(["perceptual_hash", "image_signature"])
     for name, *marks in table.select("id", "perceptual_hash", "image_signature").iter_rows():
         yield name, Marks(*marks)
 
 
 def tsv_marks(path: str) -> Iterator[tuple[str, Marks]]:
-    """(id, hash and signature) of each image of a `<name>_imgs.tsv`; InputError names a line that is none."""
+    """Yield (id, hash and signature) of each image of a `<name>_imgs.tsv`.
+
+    Raises:
+        InputError: if a line is malformed; it names the line.
+    """
     with store.open_read(path) as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -113,7 +128,7 @@ def tsv_marks(path: str) -> Iterator[tuple[str, Marks]]:
 
 
 def set_marks(folder: str, name: str) -> Iterator[tuple[str, Marks]]:
-    """(id, hash and signature) of each image of an evaluation set: of its TSV, or of its shards."""
+    """Yield (id, hash and signature) of each image of an evaluation set: of its TSV, or of its shards."""
     path = store.join(folder, f"{name}_imgs.tsv")
     stems = [] if store.exists(path) else shard_stems(folder)
     yield from (
@@ -122,7 +137,10 @@ def set_marks(folder: str, name: str) -> Iterator[tuple[str, Marks]]:
 
 
 def _shard_marks(tar: str) -> Iterator[tuple[str, Marks]]:
-    """Of a shard's images: its sidecar has no signatures, and may be of a time before there were any."""
+    """Yield the marks of a shard's images.
+
+    They are computed: a sidecar has no signatures, and may be older than hashes.
+    """
     table = read_sidecar_frame(sidecar_of(tar), ("key", "offset_bytes", "size_bytes"))
     with ByteRanges(tar) as images:
         for key, offset, size in table.iter_rows():
@@ -170,7 +188,7 @@ def _images(folder: str, say: Callable[[str], None]) -> Iterator[tuple[str, Mark
             raise InputError(f"{path}: {error}; repair or remove the file") from None
         yield path.stem, marks_of(np.asarray(image))
     if passed_over := sorted(found.passed_over):
-        say(f"{folder}: {len(passed_over)} are no image files and are passed over: {summary(passed_over)}")
+        say(f"{folder}: {len(passed_over)} are not image files and are skipped: {summary(passed_over)}")
 
 
 def _begins_as_image(path: str) -> bool:

@@ -46,7 +46,7 @@ class Options:
     """How to measure."""
 
     setup: Setup = "zero-shot"
-    paper_model: str | None = None  # the published row to stand beside; unset: that of the model's size
+    paper_model: str | None = None  # the published row to compare with; unset: that of the model's size
     ensemble: Ensemble = "features"
     templates: str = "own"  # own, general, paper, or a file
     json_features: bool = False  # also write features as CN-CLIP's JSON lines
@@ -61,9 +61,12 @@ def evaluate(
     say: Say,
     show: Show = show_nothing,
 ) -> list[Comparison]:
-    """Measure every set and write every file; returns the tables. `show` draws how far each set is.
+    """Measure every set and write every file; return the tables.
 
-    Raises InputError for unknown `paper_model`, and whatever a set's reader or the model raises.
+    `show` draws how far each set is.
+
+    Raises:
+        InputError: for an unknown `paper_model`, and whatever a set's reader or the model raises.
     """
     encoder = load_encoder(checkpoint)
     store.remove(store.join(out_folder, "submission"))  # of another model perhaps: never mixed

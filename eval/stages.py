@@ -277,7 +277,7 @@ def index_stage(config: IndexConfig) -> Stage:
     """Return the stage that builds an index of each set's images and texts."""
     return Stage(
         "index",
-        title="FAISS index of each set's pictures and texts",
+        title="FAISS index of each set's images and texts",
         version=2,
         config=config,
         parents=("embed",),

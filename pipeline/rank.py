@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def read_job(arguments: Sequence[str]) -> TrainJob:
-    """The job of a JSON file, or of a run's stage whose parents are done."""
+    """Return the job of a JSON file, or of a run's stage whose parents are done."""
     path, *rest = arguments
     if path.endswith(".json"):
         return TrainJob.from_json(store.read_text(path), path)
@@ -69,7 +69,7 @@ def read_job(arguments: Sequence[str]) -> TrainJob:
     run, _ = load(path, rest[1:])
     stage = run.stage(rest[0])
     if not isinstance(stage.config, TrainStageConfig):
-        raise ConfigError(f"{path}: {stage.name} is no training stage")
+        raise ConfigError(f"{path}: {stage.name} is not a training stage")
     context = make_context(run, stage)
     if context is None:
         raise ConfigError(f"{path}: {stage.name} waits for {', '.join(stage.parents)}; run those first")
@@ -82,7 +82,7 @@ def read_job(arguments: Sequence[str]) -> TrainJob:
 
 
 def ranks_of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
-    """torch's names for what srun tells each task; nothing where there is no srun, or torch's are there."""
+    """Return torch's names for what srun tells each task; nothing without srun, or if torch's are there."""
     if "SLURM_PROCID" not in environment or "RANK" in environment:
         return {}
     of_nodes = list[str]()  # ranks of each machine; Slurm writes 8,8,4 as 8(x2),4

@@ -24,7 +24,11 @@ from pipeline.core.terminal import one_line
 
 
 def refuse_unusable_folder(run: Run, stage: Stage) -> None:
-    """Raise ConfigError if a stage's folder cannot hold files, before anything of it is touched."""
+    """Refuse a stage's folder that cannot hold files, before anything of it is touched.
+
+    Raises:
+        ConfigError: if it cannot.
+    """
     path = store.join(run.folder, stage.name)
     if not store.is_local(path) or os.path.isdir(path) or not os.path.lexists(path):
         return
@@ -110,7 +114,7 @@ def _forget_stale_manifest(run: Run, stage: Stage) -> bool:
 
 
 def _receipt_names(folder: str) -> list[str]:
-    """Names of what lies where receipts do; a folder there is a damaged receipt."""
+    """Return the names of what lies where receipts do; a folder there is a damaged receipt."""
     place = store.join(folder, "receipts")
     names = store.list_files(place)
     if store.is_local(place) and os.path.isdir(place):

@@ -149,7 +149,11 @@ def verify(run: Run, stages: Sequence[Stage]) -> list[str]:
 
 
 def _refuse_damaged_parents(run: Run, stage: Stage) -> None:
-    """Raise InputError if a file that the stage may read is missing or has another size."""
+    """Check the files that the stage may read.
+
+    Raises:
+        InputError: if one is missing or has another size.
+    """
     for name in stage.parents:
         manifest = read_manifest(run, name)
         folder = store.join(run.folder, name)
@@ -183,7 +187,7 @@ def _naming_the_funnel(run: Run, stage: Stage) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _blaming_damaged_parents(run: Run, stage: Stage) -> Iterator[None]:
-    """Inside, an error that is nobody's is explained by altered bytes in a parent's files, if there are any.
+    """Explain an error of unknown cause by altered bytes in a parent's files, if there are any.
 
     What readers raise on them is no list that could be written down.
     """

@@ -40,10 +40,14 @@ class Encoder:
     def __init__(
         self, model: CLIP, tokenizer: Tokenizer, *, device: str | None = None, decode: Decode = "upright"
     ) -> None:
-        """`device` as torch names it; unset, the accelerator where there is one, else the CPU.
+        """Put a model on a device.
+
+        `device` is as torch names it; unset, the accelerator if there is one, else the CPU.
 
         `decode` says what is seen of images that are no ordinary 8-bit RGB (`pipeline.core.files.images`).
-        InputError where the vocabulary is of another size than the model's embedding.
+
+        Raises:
+            InputError: if the vocabulary is of another size than the model's embedding.
         """
         if tokenizer.vocab_size != model.config.text.vocab_size:
             raise InputError(
@@ -62,9 +66,12 @@ class Encoder:
     def embed_images(
         self, images: Sequence[ImageSource], *, names: Sequence[str] | None = None
     ) -> Float32Array:
-        """image_ND, unit-norm, of files, bytes or PIL images; InputError names one that is none.
+        """Return image_ND, unit-norm, of files, bytes or PIL images.
 
-        `names` are what it then calls them; unset, by their paths or their places.
+        `names` are what an error calls them; unset, by their paths or their places.
+
+        Raises:
+            InputError: if one is not an image; it names the image.
         """
         features = [np.empty((0, self.model.config.embed_dim), np.float32)]
         for start in range(0, len(images), IMAGES_PER_BATCH):
@@ -92,16 +99,18 @@ class Encoder:
         return np.concatenate(features), left_out
 
     def embed_pixels(self, image_BCHW: torch.Tensor) -> Float32Array:
-        """image_BD, unit-norm, of preprocessed images."""
+        """Return image_BD, unit-norm, of preprocessed images."""
         with torch.inference_mode():
             image_BD: Float32Array = self.model.encode_image(image_BCHW.to(self.device)).cpu().numpy()
         return image_BD
 
     def embed_texts(self, texts: Sequence[str], *, context_length: int = CONTEXT_LENGTH) -> Float32Array:
-        """text_ND, unit-norm, of texts of any lengths; no padding is ever computed on.
+        """Return text_ND, unit-norm, of texts of any lengths; no padding is ever computed on.
 
-        A text of more than `context_length` tokens is cut there, and a warning says how many were. ValueError
-        where the model has fewer positions than `context_length`.
+        A text of more than `context_length` tokens is cut there, and a warning says how many were.
+
+        Raises:
+            ValueError: if the model has fewer positions than `context_length`.
         """
         tokens_NL, cut = self.tokenizer.encode_counting(texts, self._checked(context_length))
         if cut:
@@ -112,12 +121,14 @@ class Encoder:
         return self.embed_tokens(tokens_NL)
 
     def embed_tokens(self, tokens_NL: Int32Array, progress: Progress | None = None) -> Float32Array:
-        """text_ND, unit-norm, of padded token ids; `progress` counts texts."""
+        """Return text_ND, unit-norm, of padded token ids; `progress` counts texts."""
         with torch.inference_mode():
             return encode_tokens(self.model, tokens_NL, progress)
 
     def probabilities(self, image_MD: Float32Array, text_ND: Float32Array) -> Float32Array:
-        """probability_MN: for each image, the softmax over the texts of scaled cosines (section 2.1)."""
+        """Return probability_MN: for each image, the softmax over the texts of scaled cosines (section
+        2.1).
+        """
         scale = float(self.model.logit_scale.detach().exp())
         logits_MN = scale * image_MD @ text_ND.T
         weight_MN = np.exp(logits_MN - logits_MN.max(axis=1, keepdims=True))
@@ -139,10 +150,12 @@ def load(
     device: str | None = None,
     decode: Decode = "upright",
 ) -> Encoder:
-    """An encoder from weights of any format that `training.weights.formats` reads, by path or by name.
+    """Load weights of any format that `training.weights.formats` reads, by path or by name.
 
-    `vocabulary` is a `vocab.txt`, its folder or a model id; unset, it is looked for. InputError in one line
-    where weights, vocabulary or their sizes are wrong.
+    `vocabulary` is a `vocab.txt`, its folder or a model id; unset, it is looked for.
+
+    Raises:
+        InputError: one line if weights, vocabulary or their sizes are wrong.
     """
     path = local_path(path)  # once, so that model and vocabulary are of one commit
     model = load_model(path, image_size_px=image_size_px)
@@ -151,7 +164,7 @@ def load(
 
 
 def encode_tokens(model: CLIP, tokens_NL: Int32Array, progress: Progress | None = None) -> Float32Array:
-    """text_ND, unit-norm, in row order, of token ids padded with 0, by the model as it is set."""
+    """Return text_ND, unit-norm, in row order, of token ids padded with 0, by the model as it is set."""
     text_ND = np.empty((len(tokens_NL), model.config.embed_dim), np.float32)
     is_cpu = model.logit_scale.device.type == "cpu"
     size = TOKENS_PER_BATCH if is_cpu else TOKENS_PER_BATCH_ACCELERATED
@@ -167,7 +180,7 @@ def encode_tokens(model: CLIP, tokens_NL: Int32Array, progress: Progress | None 
 
 
 def batches_of_tokens(tokens_NL: Int32Array, size: int) -> list[Int64Array]:
-    """Row numbers, every row once, of batches of about `size` tokens.
+    """Yield row numbers, every row once, of batches of about `size` tokens.
 
     Texts of like lengths come together, since attention takes those of one length at once.
     """
@@ -178,7 +191,7 @@ def batches_of_tokens(tokens_NL: Int32Array, size: int) -> list[Int64Array]:
 
 
 def _encoded(image: ImageSource | BadImageError) -> bytes | Image.Image | BadImageError:
-    """Read what is named by its path; the rest stays as it is."""
+    """Read what is given by its path; the rest stays as it is."""
     if not isinstance(image, str):
         return image
     try:

@@ -1,6 +1,6 @@
 """Floating-point operations of a training step, and what devices can do: for planning and for utilisation.
 
-A multiply and an add count as two. Counted are the matrix products and convolutions, which are all but a
+A multiply and an add count as two. The count covers matrix products and convolutions, which are all but a
 few percent: per token and block 24 · width² for the projections and the 4 × wide feed-forward, and
 4 · tokens · width for the two products of attention (Kaplan et al. 2020, Table 1, with attention). A backward
 pass costs twice a forward pass.
@@ -104,7 +104,7 @@ def image_forward(model: ModelConfig, patch_mask: float = 0.0) -> float:
 def text_forward(config: TextConfig, tokens: float) -> float:
     """Return FLOPs of one caption of `tokens` tokens through a text tower.
 
-    The last block is computed for [CLS] alone; keys and values are still made of every token there.
+    The last block is computed only for [CLS]; keys and values are still made of every token there.
     """
     last = 4 * tokens * config.width**2 + 20 * config.width**2 + 4 * tokens * config.width
     return (config.layers - 1) * _block(tokens, config.width) + last
@@ -115,7 +115,7 @@ def training_flops(model: ModelConfig, config: TrainConfig, tokens: float) -> fl
 
     What is computed twice to save memory (checkpointing, micro-batches) is not counted: it is overhead, not
     work. Nor is a teacher, nor what is learned from statements. A locked tower has no backward pass, and none
-    at all where its features are cached.
+    at all if its features are cached.
     """
     text = 3 * text_forward(model.text, tokens)
     if config.cached_views:

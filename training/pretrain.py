@@ -185,7 +185,11 @@ def build_model(job: TrainJob, tokenizer: Tokenizer) -> CLIP:
 
 
 def check_compiler(config: TrainConfig, stage: str) -> None:
-    """Raise ConfigError if a tower is to be compiled and torch finds nothing to do it with."""
+    """Check that torch has what it needs to compile a tower, if one is to be compiled.
+
+    Raises:
+        ConfigError: if it does not.
+    """
     compiler = os.environ.get("CXX", "g++")
     if config.compile_image and shutil.which(compiler) is None:
         raise ConfigError(
@@ -340,7 +344,11 @@ def write_model(job: TrainJob, engine: Engine, last_step: int, chosen_step: int)
 
 @contextlib.contextmanager
 def _disk_may_be_full(path: str, folder: str) -> Iterator[None]:
-    """Raise InputError if a model cannot be written; a rerun resumes from the newest checkpoint."""
+    """Explain a model that cannot be written; a rerun resumes from the newest checkpoint.
+
+    Raises:
+        InputError: if it cannot.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -18,7 +18,7 @@ class VocabularyConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VocabularyTask(Facts):
-    """What one task of the stage is told."""
+    """The arguments of one task of the stage."""
 
     column: str  # of the captions
 

@@ -3,7 +3,7 @@
     python benchmarks/data_prep/image_copies.py [--full] [--photographs FOLDER] [--emoji FOLDER] [--seed N]
 
 The rules are that of `evaluation_image` (hashes within 32 of 384 bits) and that of `[dedup_image]` with
-`max_distance = 7`: the peer goes by the hash alone, ours by hash and signature. Different images are
+`max_distance = 7`: the peer goes only by the hash, ours by hash and signature. Different images are
 drawings of nine kinds (benchmarks/data_prep/plain_images.py), pieces of photographs in colour and in grey,
 and, from a folder that `data_prep/corpora/build_emoji.py` has made, emoji without flags; every pair of one
 kind is compared, and every pair of all kinds together. Copies are the same images encoded anew, scaled,
@@ -66,7 +66,7 @@ def emoji(folder: Path) -> Iterator[tuple[str, list[Image.Image]]]:
 
 
 def false_pairs(marks: Marks, distance: int) -> tuple[int, int, int]:
-    """Count the pairs, and those that are copies by the hash alone and by hash and signature."""
+    """Count the pairs, and those that are copies only by the hash and by hash and signature."""
     by_hash = by_both = 0
     for start in range(0, len(marks), ROWS_AT_ONCE):
         rows = marks.hashes[start : start + ROWS_AT_ONCE]
@@ -78,7 +78,7 @@ def false_pairs(marks: Marks, distance: int) -> tuple[int, int, int]:
 
 
 def found(marks: Marks, copies: Marks, distance: int) -> npt.NDArray[np.bool_]:
-    """Which copies the rules find, bool [2, N]: by the hash alone, by hash and signature."""
+    """Return which copies the rules find, bool [2, N]: by the hash only, by hash and signature."""
     near = np.bitwise_count(marks.hashes ^ copies.hashes).sum(axis=1, dtype=np.int32) <= distance
     each = np.arange(len(marks))
     return np.stack([near, near & are_copies(marks.signatures, copies.signatures, each, each)])

@@ -51,7 +51,7 @@ def _contrasting(rng: random.Random, ground: Colour) -> Colour:
 def _regular(
     draw: ImageDraw.ImageDraw, rng: random.Random, x: float, y: float, r: float, colour: Colour
 ) -> None:
-    """A disc, ring, rectangle, star, cross, or regular polygon."""
+    """Draw a disc, ring, rectangle, star, cross, or regular polygon."""
     kind = rng.choice(("disc", "ring", "box", "polygon", "star", "cross"))
     if kind == "disc":
         draw.ellipse([x - r, y - r, x + r, y + r], fill=colour)
@@ -86,7 +86,7 @@ def _canvas(rng: random.Random) -> tuple[Image.Image, ImageDraw.ImageDraw, Colou
 
 
 def shape(rng: random.Random) -> Image.Image:
-    """One shape somewhere on a plain ground, with a few specks."""
+    """Draw one shape somewhere on a plain ground, with a few specks."""
     image, draw, ground = _canvas(rng)
     width, height = image.size
     r = rng.uniform(20, 50)
@@ -97,7 +97,7 @@ def shape(rng: random.Random) -> Image.Image:
 
 
 def icon(rng: random.Random) -> Image.Image:
-    """One to three shapes of one colour in the middle of a square."""
+    """Draw one to three shapes of one colour in the middle of a square."""
     ground = rng.choice(GROUNDS)
     image = Image.new("RGB", (128, 128), ground)
     draw, colour = ImageDraw.Draw(image), _contrasting(rng, ground)
@@ -107,7 +107,7 @@ def icon(rng: random.Random) -> Image.Image:
 
 
 def letter(rng: random.Random) -> Image.Image:
-    """A large character in the middle, black on white or in colour; the generator never repeats one."""
+    """Draw a large character, black on white or in colour; the generator never repeats one."""
     ground = rng.choice(GROUNDS)
     image = Image.new("RGB", (160, 160), ground)
     ImageDraw.Draw(image).text(
@@ -117,7 +117,7 @@ def letter(rng: random.Random) -> Image.Image:
 
 
 def document(rng: random.Random) -> Image.Image:
-    """A page of dark text on white: title, paragraphs, perhaps a second column or a box."""
+    """Draw a page of dark text on white: title, paragraphs, perhaps a second column or a box."""
     image = Image.new("RGB", (210, 297), (255, 255, 255))
     draw = ImageDraw.Draw(image)
     size = rng.choice((7, 8, 9))
@@ -149,7 +149,7 @@ def _words(rng: random.Random, count: int) -> str:
 
 
 def logo(rng: random.Random) -> Image.Image:
-    """A mark and a word next to it or below."""
+    """Draw a mark and a word next to it or below."""
     image = Image.new("RGB", (240, 120), (255, 255, 255))
     draw = ImageDraw.Draw(image)
     _regular(draw, rng, rng.uniform(40, 60), 60, rng.uniform(22, 36), _contrasting(rng, (255, 255, 255)))
@@ -165,7 +165,7 @@ def logo(rng: random.Random) -> Image.Image:
 
 
 def chart(rng: random.Random) -> Image.Image:
-    """Axes with bars, a line or points; or a pie."""
+    """Draw axes with bars, a line or points; or a pie."""
     image = Image.new("RGB", (240, 180), (255, 255, 255))
     draw = ImageDraw.Draw(image)
     kind = rng.choice(("bars", "line", "points", "pie"))
@@ -196,7 +196,7 @@ def chart(rng: random.Random) -> Image.Image:
 
 
 def flag(rng: random.Random) -> Image.Image:
-    """Two to four stripes, upright or lying, or a cross; sometimes with an emblem."""
+    """Draw two to four stripes, upright or lying, or a cross; sometimes with an emblem."""
     image = Image.new("RGB", (240, 160), rng.choice(COLOURS))
     draw = ImageDraw.Draw(image)
     if rng.random() < 0.2:
@@ -217,7 +217,7 @@ def flag(rng: random.Random) -> Image.Image:
 
 
 def product(rng: random.Random) -> Image.Image:
-    """A shaded thing of a few parts on white with a soft shadow, as shops show them."""
+    """Draw a shaded thing of a few parts on white with a soft shadow, as shops show them."""
     image = Image.new("RGB", (224, 224), (255, 255, 255))
     shadow = ImageDraw.Draw(image)
     base = rng.uniform(160, 200)
@@ -242,7 +242,7 @@ def product(rng: random.Random) -> Image.Image:
 
 
 def gradient(rng: random.Random) -> Image.Image:
-    """A ground that turns from one colour into another."""
+    """Draw a ground that turns from one colour into another."""
     one, two = rng.sample([tuple(rng.randrange(0, 256, 17) for _ in range(3)) for _ in range(2)], 2)
     shade = Image.linear_gradient("L").resize((300, 300)).rotate(rng.uniform(0, 360)).crop((60, 60, 240, 240))
     return Image.merge(

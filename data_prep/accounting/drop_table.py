@@ -17,7 +17,7 @@ from data_prep.formats.parquet import write_table
 from pipeline.core.files.written import ParquetRows, parquet_rows
 
 DETAIL = "detail"  # the word of a blacklist, the key that a copy or a caption belongs to
-HTTP_STATUS = "http_status"  # of the answer, where there was one: the download's drop tables alone
+HTTP_STATUS = "http_status"  # of the answer, if there was one: only in the download's drop tables
 
 
 def write_drops(dropped: pl.DataFrame, path: str) -> dict[str, int]:
@@ -48,7 +48,10 @@ class DropsAsTheyCome:
         self._writer: ParquetRows | None = None
 
     def add(self, rows: pl.DataFrame, reason: str, detail: pl.Expr | None = None) -> None:
-        """Note rows with url and caption. Their keys are the plain ones, whatever a run normalises later."""
+        """Note rows with url and caption.
+
+        Their keys are the plain ones, whatever a run normalises later.
+        """
         if rows.is_empty():
             return
         self.counts[str(reason)] += rows.height
@@ -70,5 +73,5 @@ def drops_as_they_come(path: str) -> Iterator[DropsAsTheyCome]:
 
 
 def drops_path(task: str) -> str:
-    """Where a task keeps its drop table, relative to its stage's folder."""
+    """Return where a task keeps its drop table, relative to its stage's folder."""
     return os.path.join("dropped", f"{task}.parquet")

@@ -14,7 +14,7 @@ from pipeline.core import store
 from pipeline.core.records import Manifest
 from pipeline.core.stage import Context
 
-# Stages that drop rows, in order, where a run has them; a corpus drops the malformed rows of its sources.
+# Stages that drop rows, in order, if a run has them; a corpus drops the malformed rows of its sources.
 STEPS = ("filter_text", "dedup", "download", *ROW_STAGES)
 
 

@@ -1,6 +1,6 @@
 """How scores, lengths and sizes are spread over the rows that a rule kept and those that it dropped.
 
-A histogram is counts alone: the edges belong to its name, so that a task's receipt stays small and the counts
+A histogram is only counts: the edges belong to its name, so that a task's receipt stays small and the counts
 of many tasks add up.
 """
 

@@ -43,7 +43,10 @@ def sources_from_json(fields: Mapping[str, Any]) -> dict[str, SourceCounts]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JudgedFacts(Facts):
-    """The facts of a task that judged rows. What a stage does not know is None."""
+    """The facts of a task that judged rows.
+
+    What a stage does not know is None.
+    """
 
     source: str | None = None  # where a task has rows of one source only
     sources: Mapping[str, SourceCounts] = field(default_factory=dict)

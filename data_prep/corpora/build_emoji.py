@@ -39,7 +39,10 @@ NPM_TIMEOUT_S = 900
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """A pinned npm package. `integrity` is npm's own form: the algorithm and the digest in base64."""
+    """A pinned npm package.
+
+    `integrity` is npm's own form: the algorithm and the digest in base64.
+    """
 
     name: str
     version: str
@@ -130,7 +133,9 @@ def integrity_of(path: Path) -> str:
 def fetch(package: Package, cache: Path) -> Path:
     """Get a package's tarball into the cache with the npm client, unless it is there; check its digest.
 
-    ConfigError if there is no npm; InputError if npm fails or the digest is another one.
+    Raises:
+        ConfigError: if there is no npm.
+        InputError: if npm fails or the digest is another one.
     """
     cache = cache.resolve()  # npm runs in another folder
     target = cache / f"{package.name}-{package.version}.tgz"
@@ -222,7 +227,7 @@ def read_names(cldr: Path, cldr_derived: Path, language: str) -> dict[str, Name]
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """Centre an image on a white square of SIDE_PX, RGB."""
+    """Return an image in the middle of a white square of SIDE_PX, RGB."""
     side = max(image.size)
     square = Image.new("RGBA", (side, side), "white")
     square.alpha_composite(image.convert("RGBA"), ((side - image.width) // 2, (side - image.height) // 2))
@@ -231,7 +236,12 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 def render_svg(svg: bytes) -> Image.Image:
-    """Render at SIDE_PX. ConfigError without the renderer; ValueError if the SVG is broken."""
+    """Render at SIDE_PX.
+
+    Raises:
+        ConfigError: if the renderer is not installed.
+        ValueError: if the SVG is broken.
+    """
     try:
         import resvg_py
     except ImportError:

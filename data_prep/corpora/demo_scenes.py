@@ -154,7 +154,7 @@ def _name_group(rng: Random, group: Group, *, colourless: bool) -> Caption:
     return Caption(f"{number}{rng.choice(measures)}{chinese}", english)
 
 
-# How a relation may be told: {a} is the first group, {b} the second, {side} and {other} the relation's words.
+# How captions tell a relation: {a} is the first group, {b} the second, {side} and {other} its words.
 TWO_GROUPS = (
     ("{a}在{b}的{side}", "{a} {side_en} {b}"),
     ("{a}位于{b}的{side}", "{a} {side_en} {b}"),

@@ -69,10 +69,11 @@ def captions(
     separators: tuple[str, str],
     rng: Random,
 ) -> list[str]:
-    """Captions of one image: the name, then `count - 1` times the name with 1 to `max_keywords` keywords.
+    """Return captions of one image: the name, then `count - 1` times the name with keywords.
 
-    `separators` stand after the name and between keywords. Keywords equal to the name are left out; a
-    caption that was drawn before stays in place, so that the list always has `count` entries.
+    Each has 1 to `max_keywords` keywords; `separators` stand after the name and between keywords. Keywords
+    equal to the name are left out; a caption that was drawn before stays in place, so that the list always
+    has `count` entries.
     """
     usable = [keyword for keyword in keywords if keyword != name]
     forms = [name]
@@ -83,7 +84,11 @@ def captions(
 
 
 def read_vendor(folder: Path, vendor: str) -> list[Emoji]:
-    """Read `<vendor>.parquet`. InputError where the file, a column, a row or a name is missing."""
+    """Read `<vendor>.parquet`.
+
+    Raises:
+        InputError: if the file, a column, a row or a name is missing.
+    """
     path = folder / f"{vendor}.parquet"
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; `make emoji` builds it, or set corpus.folder")
@@ -111,7 +116,7 @@ def read_vendor(folder: Path, vendor: str) -> list[Emoji]:
 
 
 def _pixels_digest(path: Path, number: int, png: bytes) -> bytes:
-    """Digest of what a reader sees: size and RGB pixels, transparent ones on white."""
+    """Return a digest of what a reader sees: size and RGB pixels, transparent ones on white."""
     try:
         image = Image.open(io.BytesIO(png)).convert("RGBA")
     except (UnidentifiedImageError, OSError) as error:
@@ -121,10 +126,10 @@ def _pixels_digest(path: Path, number: int, png: bytes) -> bytes:
 
 
 def evaluation_texts(names: Sequence[str], pixels: Sequence[bytes]) -> list[EvaluationText]:
-    """One query a distinct name, in order of first appearance.
+    """Return one query for each distinct name, in order of first appearance.
 
-    Its hits are the images with that name and those whose pixels equal one of these: nobody could tell
-    them apart. `names[i]` and `pixels[i]` (any digest) belong to image i.
+    Its hits are the images with that name and those whose pixels equal one of these: nobody could tell them
+    apart. `names[i]` and `pixels[i]` (any digest) belong to image i.
     """
     by_pixels: dict[bytes, list[int]] = {}
     by_name: dict[str, list[int]] = {}
@@ -205,7 +210,9 @@ def make_emoji(config: EmojiConfig, out: str | Path) -> None:
     - `evaluation/<vendor>/`: images of each evaluated vendor but flags, in Chinese-CLIP's layout, their
       Chinese names as queries; `<vendor>_urls.txt`.
 
-    InputError for a missing or broken file; ConfigError if a vendor is both trained and evaluated on.
+    Raises:
+        InputError: for a missing or broken file.
+        ConfigError: if a vendor is both trained and evaluated on.
     """
     folder, out = Path(config.folder), Path(out)
     both = sorted(set(config.train) & set(config.evaluate))

@@ -103,7 +103,10 @@ class EvaluationImage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """What the generators of rows share. Each row draws its own random numbers: classes do not interfere."""
+    """What the generators of rows share.
+
+    Each row draws its own random numbers: classes do not interfere.
+    """
 
     seed: int
     num_clean: int
@@ -113,7 +116,7 @@ class World:
     evaluation: list[EvaluationImage]
 
     def draws(self, planted: str) -> Iterator[tuple[int, Random]]:
-        """Return the number and the random generator of each row of a class."""
+        """Yield the number and the random generator of each row of a class."""
         plan = PLAN[planted]
         count = max(1, round(plan.count * self.dirt)) if plan.scales else plan.count
         for index in range(count):

@@ -42,7 +42,7 @@ class DedupTask(Facts):
 
 
 def plan(config: DedupConfig, context: Context) -> list[Task]:
-    """One task a partition; of a large corpus in many small partitions, one task some neighbours.
+    """Plan one task a partition; of a large corpus in many small partitions, one task some neighbours.
 
     Each task looks into every filtered table, so there are no more of them than memory asks for.
     """
@@ -97,7 +97,7 @@ def run(config: DedupConfig, context: Context, task: Task, progress: Progress) -
 
 
 def partition_range(number: int, partitions: int) -> tuple[str, str | None]:
-    """First key prefix of a partition and of the next one (None after the last), as hex digits."""
+    """Return the first key prefix of a partition and of the next one (None after the last), as hex digits."""
     span = 16**_PREFIX_HEX_DIGITS
 
     def prefix(which: int) -> str:

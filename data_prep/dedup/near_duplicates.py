@@ -74,7 +74,10 @@ class RowsTask(Facts):
 
 
 def plan_find(config: DedupImageConfig, context: Context) -> list[Task]:
-    """One task for each band (and for exact copies) and partition; each reads two columns of every table."""
+    """Plan one task for each band (and for exact copies) and partition.
+
+    Each reads two columns of every table.
+    """
     tables = kept_tables(context, rows_stage(context))
     inputs = {shard.path: shard.digest for shard in tables}
     num_bands = 0 if config.max_distance is None else config.max_distance + 1
@@ -88,7 +91,7 @@ def plan_find(config: DedupImageConfig, context: Context) -> list[Task]:
 
 
 def run_find(config: DedupImageConfig, context: Context, task: Task, progress: Progress) -> Outcome:
-    """`copies/<task>.parquet`: key of each copy, reason, and key of the image that it is a copy of."""
+    """Write `copies/<task>.parquet`: key of each copy, reason, and key of the image that it is a copy of."""
     asked, stage = FindTask.from_json(task.arguments), rows_stage(context)
     if asked.kind == "exact":
         rows = _read(context, "image_sha256")
@@ -113,14 +116,14 @@ def run_find(config: DedupImageConfig, context: Context, task: Task, progress: P
 
 
 def exact_copies(rows: pl.DataFrame) -> pl.DataFrame:
-    """Copies among rows with key and image_sha256: all but the lowest key of each image."""
+    """Return copies among rows with key and image_sha256: all but the lowest key of each image."""
     rows = rows.sort("image_sha256", "key").with_columns(first=pl.col("key").first().over("image_sha256"))
     copies = rows.filter(pl.col("key") != pl.col("first"))
     return copies.select("key", reason=pl.lit(str(DUPLICATE_IMAGE)), detail="first")
 
 
 def near_hashes(rows: pl.DataFrame, max_distance: int) -> pl.DataFrame:
-    """Of rows with key, perceptual_hash and band those that have another near, of the same band's value."""
+    """Keep of rows with key, perceptual_hash and band those that have another near, of one band's value."""
     # Rows of one hash stand together: the first answers for all of them.
     rows = rows.sort("band", "perceptual_hash", "key")
     one = rows.unique("perceptual_hash", keep="first", maintain_order=True)
@@ -160,7 +163,7 @@ def with_signatures(rows: pl.DataFrame, paths: Sequence[str]) -> pl.DataFrame:
 
 
 def near_copies(rows: pl.DataFrame, max_distance: int) -> pl.DataFrame:
-    """Copies among rows with key, perceptual_hash, image_signature and band, of one band's value."""
+    """Return copies among rows with key, perceptual_hash, image_signature and band, of one band's value."""
     marks = ["perceptual_hash", "image_signature"]
     rows = rows.with_columns(brightness=pl.Series(brightness(_column_bytes(rows, "image_signature"))))
     # In this order whatever the work's order is: two signatures are compared the same way in every band.
@@ -179,7 +182,10 @@ def near_copies(rows: pl.DataFrame, max_distance: int) -> pl.DataFrame:
 
 
 def band_values(hash_NB: npt.NDArray[np.uint8], band: int, num_bands: int) -> UInt64Array:
-    """A number for the bits band, band + num_bands, … of each hash, uint64 [N]; equal bits, equal number."""
+    """Number the values of a band of each hash, uint64 [N]; equal bits have equal numbers.
+
+    A band is the bits band, band + num_bands, … of a hash.
+    """
     value_N = np.zeros(len(hash_NB), np.uint64)
     for start in range(0, len(hash_NB), _COMPARED_AT_ONCE):
         bits = np.unpackbits(hash_NB[start : start + _COMPARED_AT_ONCE], axis=1)[:, band::num_bands]
@@ -194,12 +200,12 @@ def band_values(hash_NB: npt.NDArray[np.uint8], band: int, num_bands: int) -> UI
 
 
 def hash_bytes(rows: pl.DataFrame) -> npt.NDArray[np.uint8]:
-    """perceptual_hash as uint8 [N, 48]."""
+    """Return perceptual_hash as uint8 [N, 48]."""
     return _column_bytes(rows, "perceptual_hash")
 
 
 def _column_bytes(rows: pl.DataFrame, name: str) -> npt.NDArray[np.uint8]:
-    """A column of binary values of one length as uint8 [N, bytes]."""
+    """Return a column of binary values of one length as uint8 [N, bytes]."""
     table: Any = rows[name].to_arrow()
     column = table.cast(pa.large_binary())
     column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
@@ -213,7 +219,7 @@ def _column_bytes(rows: pl.DataFrame, name: str) -> npt.NDArray[np.uint8]:
 def _near_pairs(
     rows: pl.DataFrame, max_distance: int
 ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-    """Places of pairs whose hashes are near, of rows sorted by band and hash, some at a time."""
+    """Yield places of pairs whose hashes are near, of rows sorted by band and hash, some at a time."""
     word_NW = np.ascontiguousarray(hash_bytes(rows)).view(np.uint64)
     band_N = rows["band"].to_numpy()
     active = np.arange(rows.height)
@@ -230,7 +236,7 @@ def _near_pairs(
 
 
 def _nearest(rows: pl.DataFrame, max_distance: int) -> npt.NDArray[np.int64]:
-    """For sorted rows: rank of the lowest lower key that each is a copy of, int64 [N]; -1 without one."""
+    """Return for sorted rows the rank of the lowest lower key that each copies, int64 [N]; -1 without one."""
     signature_NB = _column_bytes(rows, "image_signature")
     rank_N = rows["key"].rank("ordinal").cast(pl.Int64).to_numpy() - 1
     none = rows.height
@@ -245,14 +251,14 @@ def _nearest(rows: pl.DataFrame, max_distance: int) -> npt.NDArray[np.int64]:
 
 
 def _read(context: Context, column: str) -> Iterator[pl.DataFrame]:
-    """key and one column of each table of the rows so far."""
+    """Read key and one column of each table of the rows so far."""
     stage = rows_stage(context)
     for shard in kept_tables(context, stage):
         yield pl.read_parquet(context.path_in(stage, shard.path), columns=["key", column])
 
 
 def plan(config: DedupImageConfig, context: Context) -> list[Task]:
-    """One task a table of rows, bound to all the copies that were found."""
+    """Plan one task a table of rows, bound to all the copies that were found."""
     copies = {shard.path: shard.digest for shard in context.parents["find_copies"].shards}
     return [
         Task(table_name(shard), {"rows": shard.digest, **copies}, RowsTask(table=shard.path).to_json())
@@ -274,7 +280,7 @@ def run(config: DedupImageConfig, context: Context, task: Task, progress: Progre
 
 
 def _copies_among(context: Context, keys: pl.Series) -> pl.DataFrame:
-    """key, reason and detail of the copies among some keys; exact goes before near."""
+    """Return key, reason and detail of the copies among some keys; exact goes before near."""
     if not len(keys):
         return pl.DataFrame(schema=_SCHEMA)
     # Tables of copies are sorted by key, and so are tables of rows: row groups outside are skipped unread.
@@ -288,7 +294,7 @@ def find_stage(config: DedupImageConfig, *, rows: str) -> Stage:
     """Return the stage that looks for copies among what the stage `rows` kept."""
     return Stage(
         "find_copies",
-        title="pictures that are there already, exactly or nearly",
+        title="images that are there already, exactly or nearly",
         version=2,
         config=config,
         parents=("corpus", rows),
@@ -301,7 +307,7 @@ def stage(config: DedupImageConfig, *, rows: str) -> Stage:
     """Return the stage that drops the copies found among what the stage `rows` kept."""
     return Stage(
         "dedup_image",
-        title="copies go, the lowest key of each picture stays",
+        title="copies go, the lowest key of each image stays",
         version=1,
         config=config,
         parents=("corpus", rows, "find_copies"),

@@ -28,9 +28,12 @@ class _CarefulUnpickler(_PythonUnpickler):  # type: ignore[misc]
 
 
 def unpickle_plain(data: bytes) -> Any:
-    """Tuples, numbers and strings; a pickle that names any class or function raises `UnpicklingError`.
+    """Read a pickle of tuples, numbers and strings.
 
     Damaged bytes can raise anything: catch `Exception`.
+
+    Raises:
+        UnpicklingError: if the pickle names any class or function.
     """
     machine = _CarefulUnpickler if _is_greedy(data) else _PlainUnpickler
     return machine(io.BytesIO(data)).load()
@@ -39,7 +42,7 @@ def unpickle_plain(data: bytes) -> Any:
 def _is_greedy(data: bytes) -> bool:
     """Return whether a pickle has opcodes for which the machine in C takes memory that the bytes do not fill.
 
-    Looks for places in the memo and buffers among the opcodes alone: an image has any byte somewhere.
+    Looks for places in the memo and buffers only among the opcodes: an image has any byte somewhere.
     """
     for opcode, argument, _ in pickletools.genops(data):
         place = argument if opcode.name in _PUTS and isinstance(argument, int) else 0
@@ -49,7 +52,11 @@ def _is_greedy(data: bytes) -> bool:
 
 
 def open_lmdb(path: str) -> Any:
-    """A read-only LMDB environment; InputError where the folder is none, or the package `lmdb` is absent."""
+    """Open an LMDB environment read-only.
+
+    Raises:
+        InputError: if the folder is not one, or the package `lmdb` is not installed.
+    """
     try:
         import lmdb
     except ImportError:

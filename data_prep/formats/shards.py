@@ -35,9 +35,12 @@ class CorpusShard:
 
 
 def corpus_shards(folder: str) -> list[CorpusShard]:
-    """Shards of a corpus in order: `folder` holds them with their manifest, or has them in `shards/`.
+    """Return the shards of a corpus in order.
 
-    InputError where there is no manifest (not finished, or not ours) or a tar has no sidecar in it.
+    `folder` holds them with their manifest, or has them in `shards/`.
+
+    Raises:
+        InputError: if there is no manifest (not finished, or not ours) or a tar has no sidecar in it.
     """
     for place in (folder, store.join(folder, "shards")):
         path = store.join(place, "manifest.json")
@@ -128,7 +131,10 @@ def write_shard(
     """Publish `<name>.tar` and its sidecar from rows that say where their images are.
 
     `rows` has the sidecar's columns, of which offset_bytes and size_bytes are places in the file that
-    `path_of(tar)` names. InputError where an image is not whole in its file; it ends with `remedy`.
+    `path_of(tar)` names.
+
+    Raises:
+        InputError: if an image is not whole in its file; the text ends with `remedy`.
     """
     tar_path, table_path = name + TAR, sidecar_of(name + TAR)
     with store.publish(context.path(tar_path)) as temporary, contextlib.ExitStack() as stack:

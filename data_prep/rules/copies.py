@@ -78,7 +78,7 @@ class MarkedImages:
                 is_copied_N[near.other[found]] = True
 
     def nearest_copies(self, hashes: Sequence[bytes], signatures: Sequence[bytes], distance: int) -> Copies:
-        """For each place that is a copy, its nearest one: fewest bits, then the first."""
+        """Return for each place that is a copy its nearest one: fewest bits, then the first."""
         signature_NB, parts = signature_array(signatures), list[Copies]()
         for near in self._near(_hash_array(hashes), distance):
             near = _chosen(near, np.lexsort((near.other, near.bits, near.place)))

@@ -67,7 +67,7 @@ _UNSEEN = (
 
 @dataclass(frozen=True, slots=True)
 class TextRule:
-    """`reason` is an expression: the DropReason of each row, or null where the row stays."""
+    """`reason` is an expression: the DropReason of each row, or null if the row stays."""
 
     name: str
     version: int
@@ -75,35 +75,35 @@ class TextRule:
 
 
 def visible(caption: pl.Expr) -> pl.Expr:
-    """The caption without control characters and without marks that have no width (see the top)."""
+    """Return the caption without control characters and without marks that have no width (see the top)."""
     return caption.str.replace_all(_UNSEEN, "")
 
 
 def caption_present() -> TextRule:
-    """A caption that is null or only white space says nothing."""
+    """Keep captions that are neither null nor only white space."""
     missing = _CAPTION.is_null() | (_CAPTION.str.len_chars() == 0)
     return TextRule("caption_present", 1, _drop(missing, CAPTION_MISSING))
 
 
 def url_valid() -> TextRule:
-    """Only http and https addresses with a host can be downloaded."""
+    """Keep http and https addresses with a host: only these can be downloaded."""
     valid = pl.col("url").str.contains(r"^(?i)https?://[^/\s?#]+")
     return TextRule(URL_RULE, 1, _drop(~valid.fill_null(False), URL_INVALID))
 
 
 def not_an_evaluation_url(urls: Sequence[str]) -> TextRule:
-    """Images of the evaluation sets stay out of training (section 2.2: test sets are removed)."""
+    """Keep images of the evaluation sets out of training (section 2.2: test sets are removed)."""
     return TextRule("evaluation_url", 1, _drop(pl.col("url").is_in(list(urls)), EVALUATION_URL))
 
 
 def language_is(language: str) -> TextRule:
-    """LAION-5B's language mark, `zh` in the paper; a source without the column passes."""
+    """Keep rows with LAION-5B's language mark, `zh` in the paper; a source without the column passes."""
     wrong = pl.col("language").is_not_null() & (pl.col("language") != language)
     return TextRule(LANGUAGE_RULE, 1, _drop(wrong, LANGUAGE))
 
 
 def score_at_least(threshold: float) -> TextRule:
-    """mCLIP score at least 0.26 for LAION (section 2.2). A missing score is dropped too."""
+    """Keep rows with an mCLIP score of at least 0.26 (section 2.2, for LAION); a missing score is dropped."""
     score = pl.col("score")
     missing = score.is_null() | score.is_nan()
     return TextRule(
@@ -117,7 +117,7 @@ def score_at_least(threshold: float) -> TextRule:
 
 
 def characters_between(at_least: int, at_most: int) -> TextRule:
-    """5 to 50 characters, both ends included (section 2.2)."""
+    """Keep captions of 5 to 50 characters, both ends included (section 2.2)."""
     length = _CAPTION.str.len_chars()
     return TextRule(
         CHARACTERS_RULE,
@@ -130,7 +130,7 @@ def characters_between(at_least: int, at_most: int) -> TextRule:
 
 
 def chinese_share_at_least(share: float) -> TextRule:
-    """At least this share of the characters that are no white space is Chinese (Unicode script Han)."""
+    """Keep captions of which this share of the characters that are no white space is Chinese (script Han)."""
     text = _CAPTION.str.replace_all(r"\s", "")
     length = text.str.len_chars()
     too_few = (length > 0) & (text.str.count_matches(r"\p{Han}") < share * length)
@@ -138,7 +138,10 @@ def chinese_share_at_least(share: float) -> TextRule:
 
 
 def not_nsfw(marks: Sequence[str], max_unsafe: float | None) -> TextRule:
-    """LAION-5B's NSFW mark is none of these, and its `punsafe` at most `max_unsafe`; unknown passes."""
+    """Keep rows whose NSFW mark is none of these and whose `punsafe` is at most `max_unsafe`.
+
+    Both columns are LAION-5B's; unknown passes.
+    """
     hit = pl.col("nsfw").is_in(list(marks)).fill_null(False)
     if max_unsafe is not None:
         hit |= _above("unsafe", max_unsafe)
@@ -146,22 +149,22 @@ def not_nsfw(marks: Sequence[str], max_unsafe: float | None) -> TextRule:
 
 
 def no_watermark(max_watermark: float) -> TextRule:
-    """LAION-5B's `pwatermark` is at most this; unknown passes."""
+    """Keep rows whose `pwatermark`, as LAION-5B has it, is at most this; unknown passes."""
     return TextRule(WATERMARK_RULE, 2, _drop(_above("watermark", max_watermark), WATERMARK))
 
 
 def _above(column: str, limit: float) -> pl.Expr:
-    """Unknown is null or NaN, which polars takes for larger than any number."""
+    """Return whether a known value is above a limit: null and NaN, polars's largest number, are unknown."""
     return (pl.col(column).fill_nan(None) > limit).fill_null(False)
 
 
 def no_traditional_characters() -> TextRule:
-    """Every character is its own simplified form (OpenCC's t2s), phrases considered."""
+    """Keep captions whose characters are their own simplified forms (OpenCC's t2s), phrases considered."""
     return TextRule(TRADITIONAL_RULE, 1, _drop(chinese_script.simplified(_CAPTION) != _CAPTION, TRADITIONAL))
 
 
 def not_blacklisted(themes: Mapping[str, Sequence[str]]) -> TextRule:
-    """No word of a blacklist inside the caption (section 2.2), upper and lower case alike.
+    """Keep captions without a word of a blacklist (section 2.2), upper and lower case alike.
 
     The reason is `blacklist:<theme>`; the first theme that hits, in the given order, names it.
     """
@@ -175,7 +178,7 @@ def not_blacklisted(themes: Mapping[str, Sequence[str]]) -> TextRule:
 
 
 def blacklist_words(rows: pl.DataFrame, themes: Mapping[str, Sequence[str]]) -> pl.Series:
-    """The list's first word inside each row's caption, for reasons `blacklist:<theme>`; else null."""
+    """Return the list's first word inside each row's caption, for reasons `blacklist:<theme>`; else null."""
     words = pl.repeat(None, rows.height, dtype=pl.String, eager=True)
     for theme, listed in themes.items():
         at = rows.select(
@@ -187,12 +190,12 @@ def blacklist_words(rows: pl.DataFrame, themes: Mapping[str, Sequence[str]]) -> 
 
 
 def first_reason(rules: Sequence[TextRule]) -> pl.Expr:
-    """The reason of the first rule, in order, that drops a row; null where every rule lets it pass."""
+    """Return the reason of the first rule that drops a row; null if every rule lets it pass."""
     return pl.coalesce(rule.reason for rule in rules)
 
 
 def themes() -> list[str]:
-    """Names of the lists that are there, sorted."""
+    """Return the names of the lists that exist, sorted."""
     folder = resources.files("data_prep") / "blacklists"
     names = (entry.name for entry in folder.iterdir())
     return sorted(name.removesuffix(".txt") for name in names if name.endswith(".txt"))
@@ -200,7 +203,7 @@ def themes() -> list[str]:
 
 @functools.cache
 def blacklist(theme: str) -> tuple[str, ...]:
-    """Words of `data_prep/blacklists/<theme>.txt`: one a line, `#` starts a comment."""
+    """Return the words of `data_prep/blacklists/<theme>.txt`: one a line, `#` starts a comment."""
     file = resources.files("data_prep") / "blacklists" / f"{theme}.txt"
     if not file.is_file():
         raise ConfigError(f"filter_text.blacklists: no list {theme!r}; known lists: {', '.join(themes())}")

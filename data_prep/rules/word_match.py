@@ -1,6 +1,6 @@
 """Which of some word lists has a word inside a caption: the matcher is chosen by the number of words.
 
-A handful of words: polars' Aho-Corasick. More: Hyperscan, where it is installed, over the whole column's
+A handful of words: polars' Aho-Corasick. More: Hyperscan, if it is installed, over the whole column's
 bytes at once; it takes half of the other's processor time from 10 words on and less beyond, since the
 automaton of thousands of words no longer fits a processor's caches (benchmarks/data_prep/filter_text.py has
 both).
@@ -75,7 +75,10 @@ def has_hyperscan() -> bool:
 
 
 class _Database:
-    """Compiled words of some lists. Scratch space is a thread's own: the engine calls from several."""
+    """Compiled words of some lists.
+
+    Scratch space is a thread's own: the engine calls from several.
+    """
 
     def __init__(self, lists: tuple[Words, ...]) -> None:
         import hyperscan

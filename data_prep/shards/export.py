@@ -55,8 +55,11 @@ class _Pair:
 def export(corpus: str, out: str, form: Format, split: str, progress: Progress) -> Exported:
     """Write `<split>_imgs.tsv` and `<split>_texts.jsonl`, or `lmdb/<split>/{imgs,pairs}`, and a manifest.
 
-    Files appear whole; the manifest, `<split>_<form>.json`, is written last. ConfigError where files of
-    these names are there from something else; InputError if the corpus is not whole.
+    Files appear whole; the manifest, `<split>_<form>.json`, is written last.
+
+    Raises:
+        ConfigError: if files of these names come from something else.
+        InputError: if the corpus is not whole.
     """
     shards = corpus_shards(corpus)
     inputs = digest([[shard.digest for shard in shards], split])

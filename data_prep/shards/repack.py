@@ -1,7 +1,7 @@
 """Shards to other shards: another number of samples in each, a part of them by key, several corpora in one.
 
 Each is a short run of its own (`pipeline.runner`): a stage `rows` that says which rows of which tars, where
-rows are chosen at all, and a stage `shards` that packs them as every corpus is packed. So they go on where
+rows are chosen at all, and a stage `shards` that packs them as every corpus is packed. So they resume where
 they stopped, account for every row, give the same bytes on any number of workers, and what comes out is a
 corpus like the one that went in.
 """
@@ -70,12 +70,12 @@ class MergeTask(Facts):
 
 
 def reshard_stages(config: RepackConfig) -> tuple[Stage, ...]:
-    """The same samples in the same order, another number of them in each shard."""
+    """Return the stage that keeps samples and order but puts another number into each shard."""
     return (_packing(config, chosen=False),)
 
 
 def subset_stages(config: RepackConfig) -> tuple[Stage, ...]:
-    """The samples whose keys are listed, in the corpus's order."""
+    """Return the stages that keep the samples whose keys are listed, in the corpus's order."""
     return (
         Stage("keys", "the listed keys, sorted", 1, config, (), plan_keys, run_keys, repair=_REPAIR),
         Stage(
@@ -94,7 +94,10 @@ def subset_stages(config: RepackConfig) -> tuple[Stage, ...]:
 
 
 def merge_stages(config: RepackConfig) -> tuple[Stage, ...]:
-    """All samples of several corpora in the order of their keys; of one key the first corpus's stays."""
+    """Return the stages that put all samples of several corpora in the order of their keys.
+
+    Of samples with one key the first corpus's stays.
+    """
     return (
         Stage(
             "rows",
@@ -125,7 +128,7 @@ def _packing(config: RepackConfig, *, chosen: bool) -> Stage:
 
 
 def plan_shards(config: RepackConfig, context: Context) -> list[Task]:
-    """One task a shard."""
+    """Plan one task a shard."""
     if "rows" in context.parents:
         if context.parents["rows"].num_kept == 0:
             raise InputError(
@@ -165,7 +168,7 @@ def run_shards(config: RepackConfig, context: Context, task: Task, progress: Pro
 
 
 def plan_keys(config: RepackConfig, context: Context) -> list[Task]:
-    """One task a range of keys; each reads the whole list and holds its range."""
+    """Plan one task a range of keys; each reads the whole list and holds its range."""
     path = str(config.keys)
     if not store.exists(path):
         raise InputError(f"{path}: no such file; give a list of keys: .txt, .csv or .parquet")
@@ -180,7 +183,11 @@ def plan_keys(config: RepackConfig, context: Context) -> list[Task]:
 
 
 def run_keys(config: RepackConfig, context: Context, task: Task, progress: Progress) -> Outcome:
-    """Sort one range of the listed keys. InputError for a line that is no key, and for a list without any."""
+    """Sort one range of the listed keys.
+
+    Raises:
+        InputError: for a line that is not a key, and for a list without any.
+    """
     first, end = partition_range(int(task.name), KeysTask.from_json(task.arguments).buckets)
     condition = pl.col("key") >= first
     if end is not None:
@@ -206,8 +213,8 @@ def _refuse_other_than_keys(path: str, keys: pl.LazyFrame) -> None:
     wrong = keys.filter(~pl.col("key").str.contains(KEY_PATTERN).fill_null(False)).head(1).collect()
     if wrong.height:
         raise InputError(
-            f"{path}: {wrong.item()!r} is no key; a key is 32 lower-case hex digits, as in a sidecar's column"
-            f" key"
+            f"{path}: {wrong.item()!r} is not a key; a key is 32 lower-case hex digits, as in a sidecar's"
+            " column key"
         )
     if keys.head(1).collect().is_empty():
         raise InputError(f"{path}: no keys in it; give one a line, or in a column key")
@@ -232,7 +239,7 @@ def _scan_keys(path: str) -> pl.LazyFrame:
 
 
 def plan_subset(config: RepackConfig, context: Context) -> list[Task]:
-    """One task a shard of the corpus."""
+    """Plan one task a shard of the corpus."""
     listed = digest([[shard.path, shard.digest] for shard in context.parents["keys"].shards])
     exempt = _exempt(config)
     return [
@@ -246,7 +253,10 @@ def plan_subset(config: RepackConfig, context: Context) -> list[Task]:
 
 
 def run_subset(config: RepackConfig, context: Context, task: Task, progress: Progress) -> Outcome:
-    """Rows of one shard whose keys are listed; reads no more of the list than the shard's range of keys."""
+    """Keep the rows of one shard whose keys are listed.
+
+    It reads no more of the list than the shard's range of keys.
+    """
     rows = _sidecar(SubsetTask.from_json(task.arguments).table).collect()
     between = pl.col("key").is_between(pl.lit(rows["key"].min()), pl.lit(rows["key"].max()))
     paths = [shard.path for shard in context.shards_of("keys") if shard.num_samples]
@@ -257,7 +267,7 @@ def run_subset(config: RepackConfig, context: Context, task: Task, progress: Pro
 
 
 def plan_merge(config: RepackConfig, context: Context) -> list[Task]:
-    """One task a range of keys."""
+    """Plan one task a range of keys."""
     corpora = [corpus_shards(corpus) for corpus in config.corpora]
     total = sum(shard.num_samples for shards in corpora for shard in shards)
     partitions = total // _ROWS_PER_PARTITION + 1
@@ -270,7 +280,7 @@ def plan_merge(config: RepackConfig, context: Context) -> list[Task]:
 
 
 def run_merge(config: RepackConfig, context: Context, task: Task, progress: Progress) -> Outcome:
-    """One range of keys of all corpora, sorted; of rows with one key the first corpus's is kept."""
+    """Sort one range of keys of all corpora; of rows with one key the first corpus's is kept."""
     first, end = partition_range(int(task.name), MergeTask.from_json(task.arguments).partitions)
     condition = pl.col("key") >= first
     if end is not None:
@@ -291,7 +301,7 @@ def run_merge(config: RepackConfig, context: Context, task: Task, progress: Prog
 
 
 def _sidecar(table: str) -> pl.LazyFrame:
-    """A shard's rows with the tar that their places are in, and the rules that do not apply to them."""
+    """Return a shard's rows with the tar that they are in and the rules that do not apply to them."""
     rows = with_exemptions(pl.scan_parquet(table), _exemptions_of(os.path.dirname(table)))
     return rows.with_columns(tar=pl.lit(tar_of(table)))
 
@@ -302,7 +312,7 @@ def _exemptions_of(folder: str) -> dict[str, tuple[str, ...]]:
 
 
 def _exempt(config: RepackConfig) -> dict[str, str]:
-    """What the runs of the corpora say about their sources, as an input of a task; nothing if they do not."""
+    """Return what the runs of the corpora say about their sources, as an input of a task, if they do."""
     folders = {os.path.dirname(shard.table) for corpus in config.corpora for shard in corpus_shards(corpus)}
     found = [exemptions_of_shards(folder) for folder in sorted(folders)]
     return {"exemptions": digest(found)} if any(found) else {}
@@ -315,7 +325,7 @@ def _overlaps(shard: CorpusShard, first: str, end: str | None) -> bool:
 
 @functools.cache  # two short strings a shard; each task asks for all of them
 def _key_range(table: str) -> tuple[str, str]:
-    """Lowest and highest key of a sidecar, from its statistics; the widest range where it has none."""
+    """Return the lowest and highest key by a sidecar's statistics; the widest range without them."""
     with store.open_read(table) as file:
         metadata = pq.read_metadata(file)
     place = metadata.schema.names.index("key")

@@ -1,6 +1,6 @@
 """Stage split: which images are set aside for validation, so that no copy of one is left in training.
 
-Images are ranked by a digest of their perceptual hash (of their bytes where no hash is recorded): all rows
+Images are ranked by a digest of their perceptual hash (of their bytes if no hash is recorded): all rows
 of one image, and its copies with the same hash, come together, and the order depends on neither partitions
 nor workers. The first in rank become validation, except those that have a near copy (a hash within `distance`
 bits, and a signature that matches) among the training rows; so nothing has to be dropped, and of two copies
@@ -63,7 +63,7 @@ class SplitFacts(Facts):
 
 
 def plan(config: SplitConfig, context: Context) -> list[Task]:
-    """One task: an image's copies may be in any partition."""
+    """Plan one task: an image's copies may be in any partition."""
     return [Task("split", {shard.path: shard.digest for shard in _kept(context)})]
 
 
@@ -122,7 +122,7 @@ def _ranked(context: Context, shard: Shard) -> pl.LazyFrame:
 
 
 def _first_in_rank(context: Context, kept: list[Shard], limit: int) -> pl.DataFrame:
-    """Rows (key, rank, hash, signature, table) of the images first in rank, at most `limit` of them.
+    """Return rows (key, rank, hash, signature, table) of the images first in rank, at most `limit` of them.
 
     An image whose rows do not all fit is left out, so the border does not depend on the order of tables.
     """
@@ -147,7 +147,7 @@ def _first_in_rank(context: Context, kept: list[Shard], limit: int) -> pl.DataFr
 def _near_training(
     config: SplitConfig, context: Context, kept: list[Shard], images: pl.DataFrame, progress: Progress
 ) -> npt.NDArray[np.bool_]:
-    """For each candidate image whether a row that is no candidate has a near copy of it, bool [images]."""
+    """Return for each candidate image whether a row that is no candidate has a near copy, bool [images]."""
     near = np.zeros(images.height, dtype=np.bool_)
     if config.distance == 0 or not (marked := _marked(images)).height:
         return near
@@ -169,7 +169,7 @@ def _near_training(
 def _choose(
     config: SplitConfig, images: pl.DataFrame, beside_training: npt.NDArray[np.bool_], wanted: int
 ) -> pl.DataFrame:
-    """The images to set aside: groups of near copies together, in rank, at most `wanted` rows."""
+    """Choose the images to set aside: groups of near copies together, in rank, at most `wanted` rows."""
     groups = np.arange(images.height)
     if config.distance and (marked := _marked(images)).height:
         groups = _groups_of_copies(images, marked, config.distance)
@@ -184,7 +184,7 @@ def _choose(
     )
     accepted, room = [], wanted
     for group, num_rows in by_group.select("group", "num_rows").iter_rows():
-        if num_rows <= room:  # a group too large is passed over, so that smaller ones fill the rest
+        if num_rows <= room:  # a group too large is skipped, so that smaller ones fill the rest
             accepted.append(group)
             room -= num_rows
         if not room:
@@ -210,7 +210,7 @@ def _groups_of_copies(images: pl.DataFrame, marked: pl.DataFrame, distance: int)
 
 
 def _marked(images: pl.DataFrame) -> pl.DataFrame:
-    """Each signature of the images that have a hash, with `image`, its image's place."""
+    """Return each signature of the images that have a hash, with `image`, its image's place."""
     placed = images.with_row_index("image").filter(pl.col("perceptual_hash").is_not_null())
     return placed.select("image", "perceptual_hash", image_signature="signatures").explode("image_signature")
 
@@ -223,7 +223,7 @@ def stage(config: SplitConfig, *, rows: str) -> Stage:
     """Return the stage that sets rows aside for validation."""
     return Stage(
         "split",
-        title="pictures set aside for validation, with all their copies",
+        title="images set aside for validation, with all their copies",
         version=2,
         config=config,
         parents=(rows,),

@@ -1,4 +1,6 @@
-"""Stage shards: what training reads. Images packed in the corpus's order, a sidecar beside each tar.
+"""Stage shards: what training reads.
+
+Images packed in the corpus's order, a sidecar next to each tar.
 
 Each tar holds `{key}.jpg` and `{key}.txt` for each sample, and but for the last one the same number of
 samples. The sidecar (Parquet, rows in tar order) holds key, offset_bytes, size_bytes (of the image),

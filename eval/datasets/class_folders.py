@@ -23,7 +23,7 @@ _REMEDY = "or give --labels with lines `folder name<TAB>Chinese name`"
 
 @dataclass(frozen=True, slots=True)
 class ClassImages:
-    """Images in order with their classes, and what was passed over."""
+    """Images in order with their classes, and what was skipped."""
 
     paths: list[str]
     classes: list[Sequence[int]]  # several for one image only in multi-label sets
@@ -88,7 +88,7 @@ def plain(name: str) -> str:
 
 
 def is_number(name: str) -> bool:
-    """Is this a number written with ASCII digits?"""
+    """Return whether this is a number written with ASCII digits."""
     return name.isascii() and name.isdecimal()
 
 
@@ -106,7 +106,7 @@ def _classes(split: Path, filled: Sequence[str], empty: Sequence[str], labels: L
         if labels.keys and all(map(is_number, labels.keys)):
             unknown = [name for name in filled if match([name], labels.keys) is None]
             raise InputError(
-                f"{split}: folder {unknown[0]} is no key of the labels ({_some(labels.keys)}), as are"
+                f"{split}: folder {unknown[0]} is not a key of the labels ({_some(labels.keys)}), as are"
                 f" {len(unknown)} of {len(filled)} folders; correct the keys or the folders"
             )
         return _by_number(split, [*filled, *filter(is_number, empty)], len(labels.names))
@@ -128,7 +128,11 @@ def _classes(split: Path, filled: Sequence[str], empty: Sequence[str], labels: L
 
 
 def _distinct(split: Path, filled: Sequence[str], class_of: dict[str, int]) -> dict[str, int]:
-    """Return the classes; InputError where two folders with images are one class."""
+    """Return the classes.
+
+    Raises:
+        InputError: if two folders with images are one class.
+    """
     first = dict[int, str]()
     for name in filled:
         other = first.setdefault(class_of[name], name)
@@ -169,14 +173,14 @@ def _notes(
 ) -> list[str]:
     notes = []
     if passed_over:
-        notes.append(f"{len(passed_over)} files or folders are passed over ({summary(passed_over)})")
+        notes.append(f"{len(passed_over)} files or folders are skipped ({summary(passed_over)})")
     if endings:
         listed = ", ".join(f"{count} {ending}" for ending, count in sorted(endings.items()))
-        notes.append(f"files with other endings than images are passed over ({listed})")
+        notes.append(f"files with other endings than images are skipped ({listed})")
     if strays:
-        notes.append(f"{len(strays)} empty folders are no class ({_some(strays)})")
+        notes.append(f"{len(strays)} empty folders are not classes ({_some(strays)})")
     if loose:
-        notes.append(f"{len(loose)} images lie beside the class folders and are no part of the set")
+        notes.append(f"{len(loose)} images lie next to the class folders and are not part of the set")
     return notes
 
 

@@ -59,7 +59,7 @@ class ClassificationSet:
     images: tuple[EncodedImage, ...]
     targets_NC: BoolArray  # right classes; several a row only in multi-label sets
     submission_order: Int64Array | None  # ELEVATER's order of images (`index.json`), as rows
-    notes: tuple[str, ...] = ()  # what was passed over in its folders
+    notes: tuple[str, ...] = ()  # what was skipped in its folders
 
     @property
     def num_images(self) -> int:
@@ -67,7 +67,7 @@ class ClassificationSet:
 
 
 def is_classification_set(folder: str) -> bool:
-    """Does this folder hold images in class folders, or a web data set?"""
+    """Return whether this folder holds images in class folders, or a web data set."""
     root = _split_folder(Path(folder))
     return (root / "nshards.txt").is_file() or any(
         file.suffix.lower() in IMAGE_ENDINGS for folder in class_folders(root) for file in folder.iterdir()
@@ -89,8 +89,9 @@ def read_classification(
     for one image with several classes (VOC 2007). With the templates `paper` the labels that the paper quotes
     take the place of ours.
 
-    Raises InputError for a folder without images, class folders that no label has or that may be several,
-    labels and classes of different number, and a broken `index.json`.
+    Raises:
+        InputError: for a folder without images, class folders that no label has or that may be several,
+            labels and classes of different number, and a broken `index.json`.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -126,7 +127,10 @@ def _split_folder(root: Path) -> Path:
 
 
 def _read_web(split: Path) -> tuple[list[EncodedImage], list[Sequence[int]]]:
-    """CLIP_benchmark's tars: `key.jpg` with `key.cls` (a class) or `key.npy` (a vector of 0 and 1)."""
+    """Read CLIP_benchmark's tars.
+
+    They hold `key.jpg` with `key.cls` (a class) or `key.npy` (a vector of 0 and 1).
+    """
     text = store.read_bytes(str(split / "nshards.txt")).decode("utf-8", "replace").strip()
     if not (text.isdecimal() and len(text) < 7):
         raise InputError(f"{split / 'nshards.txt'}: expected the number of tars, found {text[:40]!r}")
@@ -167,10 +171,12 @@ def _read_web(split: Path) -> tuple[list[EncodedImage], list[Sequence[int]]]:
 
 
 def _rows_of_class_names(path: Path, labels: Labels) -> dict[int, int]:
-    """Rows of the labels for the classes of CLIP_benchmark's `classnames.txt`, which orders them in its way.
+    """Return the labels' rows for the classes of CLIP_benchmark's `classnames.txt`, which has its own order.
 
-    By name where the labels know all names, else by number. Raises InputError where some names are known
-    and stand elsewhere, and where the numbers of classes differ.
+    They are found by name if the labels know all names, else by number.
+
+    Raises:
+        InputError: if some names are known and stand elsewhere, and if the numbers of classes differ.
     """
     try:
         names = store.read_text(str(path)).removeprefix("\ufeff").splitlines()

@@ -61,9 +61,10 @@ class RetrievalSet:
         return tuple(np.array(rows, dtype=np.int64) for rows in texts)
 
     def image_bytes(self, rows: Sequence[int] | Int64Array) -> Iterator[bytes]:
-        """Encoded image files of these rows, read one by one.
+        """Yield the encoded image files of these rows, read one by one.
 
-        Raises InputError where one is damaged.
+        Raises:
+            InputError: if one is damaged.
         """
         return self.images.read(rows)
 
@@ -78,7 +79,11 @@ class Base64Images:
     sizes_bytes: Int64Array  # [num_images]
 
     def read(self, rows: Sequence[int] | Int64Array) -> Iterator[bytes]:
-        """Encoded images. InputError where the base64 is broken, or the image larger than one may be."""
+        """Yield encoded images.
+
+        Raises:
+            InputError: if the base64 is broken, or the image larger than one may be.
+        """
         for row, image in zip(rows, self.try_read(rows), strict=True):
             if isinstance(image, BadImageError):
                 raise InputError(
@@ -88,7 +93,7 @@ class Base64Images:
             yield image
 
     def try_read(self, rows: Sequence[int] | Int64Array) -> Iterator[bytes | BadImageError]:
-        """Encoded images; in place of one that cannot be read, the error."""
+        """Yield encoded images; in place of one that cannot be read, the error."""
         with store.open_read(self.path) as file:
             for row in rows:
                 file.seek(int(self.offsets_bytes[row]))
@@ -105,8 +110,9 @@ def read_evaluation(folder: str, name: str) -> RetrievalSet:
     An empty list of `image_ids` is legal there (a test set whose pairing is unknown): such a set can be
     embedded and searched; scoring it is refused by `check_scorable`.
 
-    Raises InputError naming file and line for missing or empty files, malformed lines, ids that are no
-    integers or occur twice, texts that are empty, and image ids that no image has.
+    Raises:
+        InputError: for missing or empty files, malformed lines, ids that are no integers or occur twice,
+            texts that are empty, and image ids that no image has; it names file and line.
     """
     images_path, texts_path = (
         store.join(folder, f"{name}_imgs.tsv"),
@@ -156,14 +162,21 @@ def read_evaluation(folder: str, name: str) -> RetrievalSet:
 
 
 def read_images(path: str) -> Base64Images:
-    """The images of one `_imgs.tsv`, in the order of its lines; InputError names a malformed line."""
+    """Return the images of one `_imgs.tsv`, in the order of its lines.
+
+    Raises:
+        InputError: if a line is malformed; it names the line.
+    """
     return Base64Images(path, *_scan_images(path))
 
 
 def check_scorable(evaluation: RetrievalSet, *, k: int = FEWEST_ITEMS) -> None:
-    """Raise InputError where recall at `k` would be meaningless.
+    """Refuse a set on which recall at `k` would be meaningless.
 
     That is: fewer than `k` images (or texts, for image-to-text), or a text without an image.
+
+    Raises:
+        InputError: for such a set.
     """
     galleries = [("images", evaluation.num_images, evaluation.images_path)]
     if evaluation.image_to_text:
@@ -183,7 +196,7 @@ def check_scorable(evaluation: RetrievalSet, *, k: int = FEWEST_ITEMS) -> None:
 
 
 def _scan_images(path: str) -> tuple[Int64Array, Int64Array, Int64Array]:
-    """Ids, offsets and sizes of the base64 fields, in file order, without decoding anything."""
+    """Return ids, offsets and sizes of the base64 fields, in file order, without decoding anything."""
     line_of_image: dict[int, int] = {}
     offsets: list[int] = []
     sizes: list[int] = []

@@ -1,7 +1,7 @@
 """Chinese class names and prompt templates: ours for the 20 sets of ICinW, or a user's own files.
 
 `labels_zh/<set>.txt` has one class a line in ELEVATER's order, `English name<TAB>Chinese name`. A user's
-`label_cn.txt` has Chinese names alone (Chinese-CLIP's form) or the same two columns. `templates_zh/<set>.txt`
+`label_cn.txt` has only Chinese names (Chinese-CLIP's form) or the same two columns. `templates_zh/<set>.txt`
 has one template a line with `{}` where the name goes; `general.txt` holds 80 for any set.
 
 The paper does not list its labels and templates, but quotes some in English (section 3.2.3). The folders
@@ -32,7 +32,7 @@ class Labels:
 
 
 def shipped_sets() -> list[str]:
-    """Ids of the sets whose labels ship with the package."""
+    """Return the ids of the sets whose labels ship with the package."""
     return sorted(
         entry.name.removesuffix(".txt")
         for entry in (resources.files("eval") / "labels_zh").iterdir()
@@ -41,7 +41,10 @@ def shipped_sets() -> list[str]:
 
 
 def shipped_labels(dataset: str, templates: str = OWN) -> Labels | None:
-    """Our labels for a set of ICinW, or with the templates `paper` the paper's; None for any other set."""
+    """Return our labels for a set of ICinW; None for any other set.
+
+    With the templates `paper` they are the paper's.
+    """
     if dataset not in shipped_sets():
         return None
     folder = resources.files("eval") / "labels_zh"
@@ -52,11 +55,12 @@ def shipped_labels(dataset: str, templates: str = OWN) -> Labels | None:
 
 
 def labels_for(folder: str, dataset: str, path: str | None, templates: str = OWN) -> Labels:
-    """Labels of a set: those of `path`, else of the folder's `label_cn.txt`, else ours.
+    """Return the labels of a set: those of `path`, else of the folder's `label_cn.txt`, else ours.
 
     With the templates `paper`, those that the paper quotes take the place of ours.
 
-    Raises InputError where the set is none of ICinW and there is no file.
+    Raises:
+        InputError: if the set is none of ICinW and there is no file.
     """
     own = store.join(folder, "label_cn.txt")
     if path is not None or store.exists(own):
@@ -64,14 +68,18 @@ def labels_for(folder: str, dataset: str, path: str | None, templates: str = OWN
     shipped = shipped_labels(dataset, templates)
     if shipped is None:
         raise InputError(
-            f"{folder}: has no label_cn.txt, and {dataset} is no set of ICinW; write the Chinese class names"
-            f" into {own}, one a line in class order"
+            f"{folder}: has no label_cn.txt, and {dataset} is not a set of ICinW; write the Chinese class"
+            f" names into {own}, one a line in class order"
         )
     return shipped
 
 
 def read_labels(path: str) -> Labels:
-    """Labels of a file. Raises InputError for empty or repeated names and for lines of mixed forms."""
+    """Read the labels of a file.
+
+    Raises:
+        InputError: for empty or repeated names and for lines of mixed forms.
+    """
     rows = [line.split("\t") for line in _lines(path)]
     widths = {len(row) for row in rows}
     if len(widths) != 1 or widths.pop() > 2:
@@ -91,11 +99,12 @@ def read_labels(path: str) -> Labels:
 
 
 def templates_for(dataset: str, choice: str) -> tuple[str, ...]:
-    """Templates by choice: `own` (the set's), `general`, `paper`, or a file's path.
+    """Return templates by choice: `own` (the set's), `general`, `paper`, or a file's path.
 
     A set without its own takes the general ones; so do, with `paper`, those for which the paper quotes none.
 
-    Raises InputError for a template without exactly one `{}`.
+    Raises:
+        InputError: for a template without exactly one `{}`.
     """
     if choice not in (OWN, GENERAL, PAPER):
         return read_templates(choice)
@@ -108,7 +117,7 @@ def templates_for(dataset: str, choice: str) -> tuple[str, ...]:
 
 
 def read_templates(path: str) -> tuple[str, ...]:
-    """Templates of a file, one a line."""
+    """Read the templates of a file, one a line."""
     lines = _lines(path)
     for number, line in enumerate(lines, start=1):
         if line.count("{}") != 1:
@@ -119,7 +128,7 @@ def read_templates(path: str) -> tuple[str, ...]:
 
 
 def prompts(names: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """All texts, class after class: names[0] in every template, then names[1] …"""
+    """Return all texts, class after class: names[0] in every template, then names[1] …"""
     return [template.replace("{}", name) for name in names for template in templates]
 
 

@@ -32,9 +32,12 @@ class _Subset:
 
 
 def readable_subset(evaluation: RetrievalSet, decode: Decode = "upright") -> tuple[RetrievalSet, str]:
-    """The set without unreadable images and without texts that only these answer, and a note that counts.
+    """Return the set without unreadable images and texts that only these answer, and a note that counts.
 
-    Decodes every image. Raises InputError where none is left.
+    Decodes every image.
+
+    Raises:
+        InputError: if none is left.
     """
     reasons = dict[int, str]()
     for row in range(evaluation.num_images):

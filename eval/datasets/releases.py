@@ -52,7 +52,7 @@ class _Text:
 
 
 def find_releases(folder: str) -> list[Release]:
-    """Releases in a folder, in order of their protocols; empty where it holds none."""
+    """Find the releases in a folder, in order of their protocols; none if it holds none."""
     root = Path(folder)
     found = list[Release]()
     for path in sorted(root.glob("MR_*_queries.jsonl")):
@@ -99,7 +99,7 @@ def _release(
 
 
 def _split_in(name: str) -> str:
-    """The split that a file's name speaks of; the name itself where it speaks of none."""
+    """Return the split that a file's name speaks of; the name itself if it speaks of none."""
     match = re.search(r"test|valid|val|train", name.lower())
     return match.group() if match else name.split(".")[0].lower()
 
@@ -120,11 +120,11 @@ def _tsv(path: Path) -> Iterator[tuple[int, bytes]]:
                     raise InputError(f"{path}:{number}: expected `id<TAB>base64 of the image file`")
                 yield int(image_id), _standard_base64(encoded, f"{path}:{number}")
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; it belongs to the queries beside it") from None
+        raise InputError(f"{path}: no such file; it belongs to the queries next to it") from None
 
 
 def _standard_base64(encoded: bytes, where: str) -> bytes:
-    """MUGE and CN-CLIP's LMDB use the URL-safe alphabet; our reader, like most, the standard one."""
+    """Turn the URL-safe alphabet of MUGE and CN-CLIP's LMDB into the standard one, which our reader takes."""
     if len(encoded) > MAX_IMAGE_BASE64_BYTES:
         raise InputError(f"{where}: {too_large()}; leave the image out")
     encoded = encoded.translate(bytes.maketrans(b"-_", b"+/"))
@@ -195,7 +195,10 @@ def _coco(root: Path, split: Path, captions: Path) -> tuple[Iterator[tuple[int, 
 
 
 def _is_icr(path: Path) -> bool:
-    """Does the first record have ICR's two fields? Reads at most a MiB."""
+    """Return whether the first record has ICR's two fields.
+
+    It reads at most a MiB.
+    """
     with store.open_read(str(path)) as file:
         head = file.read(1 << 20).lstrip(b"\xef\xbb\xbf[ \r\n\t")
     try:
@@ -265,7 +268,7 @@ def _lmdb(folder: Path) -> tuple[Iterator[tuple[int, bytes]], list[_Text]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """(place, line) of the lines that are not empty."""
+    """Yield (place, line) of the lines that are not empty."""
     try:
         with io.TextIOWrapper(store.open_read(str(path)), encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
@@ -276,7 +279,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Records of JSON lines, or of one JSON list."""
+    """Yield the records of JSON lines, or of one JSON list."""
     with store.open_read(str(path)) as file:
         is_list = file.read(4).removeprefix(codecs.BOM_UTF8).startswith(b"[")
     if is_list:
@@ -309,7 +312,7 @@ def _field(record: dict[str, Any], names: tuple[str, ...], where: str) -> Any:
 
 
 def _images(root: Path, ids: dict[str, int]) -> Iterator[tuple[int, bytes]]:
-    """Image files below `root` by their names without ending, in order of their ids."""
+    """Yield image files below `root` by their names without ending, in order of their ids."""
     places = dict[str, Path]()
     for parent, _, files in os.walk(root):
         for file in files:

@@ -52,7 +52,11 @@ class TarImages:
 
 
 def whole_shards(folder: str) -> list[str]:
-    """`shard_stems`; InputError for none, and for a tar or a sidecar without the other: a part is missing."""
+    """Return `shard_stems` after a check that each has both its files.
+
+    Raises:
+        InputError: if there are none, and for a tar or a sidecar without the other: a part is missing.
+    """
     stems = shard_stems(folder)
     if not stems:
         raise InputError(f"{folder}: holds no shards (<name>.tar with <name>.parquet)")
@@ -65,10 +69,11 @@ def whole_shards(folder: str) -> list[str]:
 
 
 def read_shards(folder: str, name: str) -> RetrievalSet:
-    """The shards of a folder as one evaluation set.
+    """Read the shards of a folder as one evaluation set.
 
-    Raises InputError for a folder without shards, a sidecar that is damaged or lacks a column, and a sample
-    without a caption.
+    Raises:
+        InputError: for a folder without shards, a sidecar that is damaged or lacks a column, and a sample
+            without a caption.
     """
     stems = whole_shards(folder)
     columns = ("key", "caption", "image_sha256", "offset_bytes", "size_bytes")

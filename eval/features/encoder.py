@@ -37,13 +37,13 @@ class ModelSource:
     path: str
     vocabulary: str | None  # what `Tokenizer.load` takes; unset, it is looked for
     context_length: int  # tokens with [CLS] and [SEP]
-    run_folder: str | None = None  # of the run that trained it, where a run was given
+    run_folder: str | None = None  # of the run that trained it, if a run was given
     decode: Decode = "upright"  # what is seen of images that are no ordinary 8-bit RGB
     origin: str | None = None  # id of exactly these weights, if a name stood for them
 
     @property
     def is_finetuned(self) -> bool:
-        """Is it a run's finetuned model? Of lone weights nobody knows."""
+        """Return whether it is a run's finetuned model; of weights without a run nobody knows."""
         return self.run_folder is not None and os.path.basename(os.path.dirname(self.path)) == "finetune"
 
 
@@ -66,7 +66,7 @@ class EvaluationEncoder:
         return float(self.base.model.logit_scale.detach().exp())
 
     def num_parameters(self) -> tuple[int, int]:
-        """(of everything, of the image tower)."""
+        """Return the parameters of everything, and of the image tower."""
         model = self.base.model
         return (
             sum(tensor.numel() for tensor in model.parameters()),
@@ -92,7 +92,11 @@ class EvaluationEncoder:
         return image_ND, self.base.embed_tokens(tokens_NL, self.show(f"{evaluation.name}: texts", "text"))
 
     def texts(self, texts: Sequence[str]) -> Float32Array:
-        """Unit-norm features [num_texts, dim]; InputError where there are no texts or a feature is NaN."""
+        """Return unit-norm features [num_texts, dim].
+
+        Raises:
+            InputError: if there are no texts or a feature is NaN.
+        """
         if not texts:
             raise InputError("no texts to encode")
         feature_ND = self.base.embed_texts(texts, context_length=self.context_length)
@@ -102,7 +106,7 @@ class EvaluationEncoder:
     def images(
         self, images: Sequence[EncodedImage], *, left_out: dict[int, str] | None = None
     ) -> tuple[Float32Array, Int64Array]:
-        """Unit-norm features of the images that can be decoded, and their rows among those given.
+        """Return unit-norm features of the images that can be decoded, and their rows among those given.
 
         `left_out` takes the rows of the others with the reasons.
 
@@ -130,7 +134,7 @@ class EvaluationEncoder:
         left_out: dict[int, str] | None = None,
         progress: Callable[[int], None] = lambda done: None,
     ) -> tuple[Float32Array, Int64Array]:
-        """`images` of encoded bytes, read a batch at a time; empty where none can be decoded.
+        """Return what `images` does for encoded bytes, read a batch at a time; empty if none can be decoded.
 
         `progress` hears how many were read so far.
         """
@@ -178,7 +182,7 @@ def find_checkpoint(
 ) -> ModelSource:
     """Return what `target` names: a run's last trained stage, or weights.
 
-    A run is named by its TOML, its folder or as a shipped recipe.
+    A run is given by its TOML, its folder or the name of a shipped recipe.
     Weights are a path, the name of a published model or a hub's id; the latter two are downloaded if need be.
     `overrides` are `--set` items for a run's file. Vocabulary and context length are those that the run was
     last resolved to.
@@ -193,7 +197,7 @@ def find_checkpoint(
     is_word = os.path.basename(target) == target and "." not in target and not os.path.exists(target)
     if is_name(target) or not (target.endswith(".toml") or is_word):
         if overrides:
-            raise ConfigError(f"--set {overrides[0]}: {target} is no run's file; only these have settings")
+            raise ConfigError(f"--set {overrides[0]}: {target} is not a run's file; only these have settings")
         path, origin = locate(target)
         return ModelSource(
             path,
@@ -244,10 +248,14 @@ def _find_run(word: str) -> str:
 def load_encoder(
     checkpoint: ModelSource, *, batch_size: int = BATCH_SIZE, device: str | None = None
 ) -> EvaluationEncoder:
-    """Weights of any format that `training.weights.formats` reads, on the accelerator where there is one.
+    """Load weights of any format that `training.weights.formats` reads.
 
-    `device` is torch's name of another one. Raises ConfigError where the model has fewer positions than the
-    context length.
+    The model is on the accelerator if there is one.
+
+    `device` is torch's name of another one.
+
+    Raises:
+        ConfigError: if the model has fewer positions than the context length.
     """
     from training.encoder import load
 

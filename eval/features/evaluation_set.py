@@ -8,7 +8,7 @@ Written in clip-retrieval's layout, one folder an evaluation:
     model.json                which model the features are of (`eval.features.model_identity`)
     image.index, text.index       FAISS, row i = id i; added by `eval.index.flat.build_index`
 
-clip-retrieval assumes one text per image and has no folder for rows of texts alone; `text_metadata` is ours,
+clip-retrieval assumes one text per image and has no folder for rows of texts only; `text_metadata` is ours,
 and a clip-retrieval service reads the rest as it is. Rows are in id order (`eval.datasets.cnclip_tsv`).
 """
 
@@ -141,7 +141,7 @@ class _ModelInTraining:
 
 @contextmanager
 def evaluating(model: "CLIP") -> "Iterator[None]":
-    """Evaluation mode without gradients; afterwards every module is in the mode it was in before."""
+    """Set evaluation mode without gradients; afterwards every module is in the mode it was in before."""
     import torch
 
     modes = [(module, module.training) for module in model.modules()]
@@ -155,7 +155,7 @@ def evaluating(model: "CLIP") -> "Iterator[None]":
 
 
 def _to_uint8(image_BCHW: "torch.Tensor") -> UInt8Array:
-    """The pixel values that `preprocess` normalised, exactly: they were whole numbers in 0…255."""
+    """Return the pixel values that `preprocess` normalised, exactly: they were whole numbers in 0…255."""
     import torch
 
     mean_C11, std_C11 = _mean_and_std()
@@ -164,7 +164,7 @@ def _to_uint8(image_BCHW: "torch.Tensor") -> UInt8Array:
 
 
 def _from_uint8(pixels_BCHW: UInt8Array) -> "torch.Tensor":
-    """Inverse of `_to_uint8`, by the same operations as `preprocess`: the same bits."""
+    """Invert `_to_uint8`, by the same operations as `preprocess`: the same bits."""
     import torch
 
     mean_C11, std_C11 = _mean_and_std()
@@ -180,7 +180,7 @@ def _mean_and_std() -> "tuple[torch.Tensor, torch.Tensor]":
 
 
 def _caption_of_images(evaluation: RetrievalSet) -> list[str]:
-    """The first text of each image, empty for an image that no text names."""
+    """Return the first text of each image, empty for an image that no text names."""
     return [evaluation.texts[rows[0]] if len(rows) else "" for rows in evaluation.texts_of_image]
 
 

@@ -1,7 +1,7 @@
 """`cnclip embed`: features of images and of texts in files, for clip-retrieval and FAISS.
 
 Written are `img_emb/img_emb_0.npy` and `text_emb/text_emb_0.npy` (unit-norm), `metadata/metadata_0.parquet`,
-whose row i has the path of image i and the caption of text i, null where one side is shorter, and
+whose row i has the path of image i and the caption of text i, null if one side is shorter, and
 `model.json`, which says whose features they are. Images that cannot be decoded have no row: `left_out.jsonl`
 lists them with the reasons. Memory does not grow with the number of images.
 """
@@ -152,7 +152,11 @@ def _chunks(items: Iterable[T], size: int) -> Iterator[Sequence[T]]:
 
 
 def _write_features(path: str, chunks: Iterable[Float32Array], dim: int, dtype: Precision) -> None:
-    """Write a .npy chunk by chunk; it appears once whole. InputError for features that are not finite."""
+    """Write a .npy chunk by chunk; it appears once whole.
+
+    Raises:
+        InputError: for features that are not finite.
+    """
     with store.publish(path) as temporary, open(temporary, "wb") as file:
         _write_header(file, 0, dim, dtype)
         start, written = file.tell(), 0

@@ -128,7 +128,7 @@ def _is_unicode(name: str) -> bool:
 
 
 def _is_cn_clips(source: str) -> bool:
-    """A TSV that begins with a number, as CN-CLIP's `_imgs.tsv`, and not with the names of columns."""
+    """Return whether a TSV begins with a number, as CN-CLIP's `_imgs.tsv`, and not with names of columns."""
     if not source.endswith(".tsv"):
         return False
     with store.open_read(source) as file:
@@ -137,7 +137,7 @@ def _is_cn_clips(source: str) -> bool:
 
 
 def _holds_bytes(source: str, column: str) -> bool:
-    """Does a column hold encoded images, as they are or as the `datasets` library wraps them?"""
+    """Return whether a column holds encoded images, as they are or as the `datasets` library wraps them."""
     import pyarrow as pa
 
     kind = parquet_schema(source).field(column).type

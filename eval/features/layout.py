@@ -50,7 +50,11 @@ def read_vectors(path: str) -> Float32Array:
 
 
 def check_vectors(vectors_ND: npt.NDArray[Any], name: str) -> None:
-    """Raise InputError unless these are finite, unit-norm float32 vectors."""
+    """Check that these are finite, unit-norm float32 vectors.
+
+    Raises:
+        InputError: if they are not.
+    """
     if vectors_ND.dtype != np.float32 or vectors_ND.ndim != 2 or 0 in vectors_ND.shape:
         raise InputError(
             f"{name}: expected float32 features [rows, dim], found {vectors_ND.dtype}"

@@ -1,7 +1,7 @@
-"""Which model features are of: a digest of its weights, kept beside the features and in their index.
+"""Which model features are of: a digest of its weights, kept next to the features and in their index.
 
 Two models of one width give features that fit each other's indices and mean nothing there. So whatever writes
-features writes `model.json` beside them, an index takes it over, and a query of another model is refused.
+features writes `model.json` next to them, an index takes it over, and a query of another model is refused.
 The digest is of the tensors, not of a file: the same weights in another format are the same model. Features
 of images that were decoded in another way (`pipeline.core.files.images`) do not fit: other pixels were seen.
 """
@@ -39,7 +39,7 @@ class ModelIdentity:
 
 
 def identify(model: "CLIP", decode: Decode = "upright") -> ModelIdentity:
-    """The identity of a model in memory, on whatever device, that sees images decoded in this way."""
+    """Return the identity of a model in memory, on whatever device, that sees images decoded in this way."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {list(tensor.shape)}\n".encode())
@@ -53,9 +53,10 @@ def write_identity(folder: str, identity: ModelIdentity) -> None:
 
 
 def read_identity(features: str) -> ModelIdentity | None:
-    """The model of a folder of features, or of a `.npy` file in it; None where nothing says, as others' do.
+    """Return the model of a folder of features, or of a `.npy` file in it; None if nothing says it.
 
-    Raises InputError for a damaged `model.json`.
+    Raises:
+        InputError: for a damaged `model.json`.
     """
     folder = os.path.dirname(features) or "." if features.endswith(".npy") else features.rstrip("/")
     if os.path.basename(folder) in EMBEDDING_FOLDERS.values():
@@ -73,7 +74,11 @@ def read_identity(features: str) -> ModelIdentity | None:
 
 
 def check_same_model(what: str, found: ModelIdentity | None, wanted: ModelIdentity | None) -> None:
-    """Raise InputError where both are known and differ; `what` names the index or the features."""
+    """Refuse two models that are known and differ; `what` names the index or the features.
+
+    Raises:
+        InputError: for such models.
+    """
     if found is None or wanted is None:
         return
     if found.weights_sha256 != wanted.weights_sha256:

@@ -53,9 +53,11 @@ class EmbeddedShards:
 def embed_shards(job: ShardJob, *, redo: bool = False, progress: Progress | None = None) -> EmbeddedShards:
     """Embed every shard that is not done, with `job.num_ranks` processes; this one is rank 0.
 
-    On a machine with accelerators rank r takes number r modulo their count. Raises ConfigError where the
-    folder holds features of another model, setting or corpus and `redo` is not set; InputError for damaged
-    shards, and where a rank failed.
+    On a machine with accelerators rank r takes number r modulo their count.
+
+    Raises:
+        ConfigError: if the folder holds features of another model, setting or corpus and `redo` is not set.
+        InputError: for damaged shards, and if a rank failed.
     """
     import multiprocessing
 
@@ -96,7 +98,7 @@ def _other_rank(job: ShardJob, rank: int, parent: int) -> None:
 
 
 def _encoder(job: ShardJob, rank: int) -> EvaluationEncoder:
-    """The model on this rank's accelerator, or with its share of the processor's threads."""
+    """Load the model on this rank's accelerator, or with its share of the processor's threads."""
     import torch
 
     if torch.cuda.is_available():
@@ -132,7 +134,7 @@ def _begin(job: ShardJob, encoder: EvaluationEncoder, stems: Sequence[str], redo
 def _embed_rank(
     job: ShardJob, encoder: EvaluationEncoder, stems: Sequence[str], rank: int, progress: Progress | None
 ) -> None:
-    """Shards rank, rank + num_ranks … that have no metadata yet."""
+    """Embed shards rank, rank + num_ranks … that have no metadata yet."""
     for number in range(rank, len(stems), job.num_ranks):
         metadata_path = _path(job, "metadata", number, len(stems))
         if not store.exists(metadata_path):

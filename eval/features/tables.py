@@ -1,4 +1,4 @@
-"""Tables of texts or of image paths that users give to a command: values are taken as they are written.
+"""Read tables of texts or of image paths that users give to a command, with values as they are written.
 
 CSV and TSV have no types, so `007` is the text 007. In a TSV a quote is a character. What a table cannot say
 clearly (a row of other length, a quote that is never closed, another encoding, a row without its value) is an
@@ -46,7 +46,7 @@ def read_texts(source: str, known: Sequence[str]) -> list[str]:
 
 
 def is_table(source: str) -> bool:
-    """Is this a table, by its name?"""
+    """Return whether this is a table, by its name."""
     return source.lower().endswith(TABLE_ENDINGS)
 
 
@@ -94,7 +94,11 @@ def read_strings(source: str, column: str) -> list[str]:
 
 
 def parquet_schema(source: str) -> "pa.Schema":
-    """Return the schema of a Parquet file; InputError if it cannot be read."""
+    """Return the schema of a Parquet file.
+
+    Raises:
+        InputError: if it cannot be read.
+    """
     import pyarrow.parquet as pq
 
     with reading_parquet(source), store.open_read(source) as file:
@@ -103,7 +107,7 @@ def parquet_schema(source: str) -> "pa.Schema":
 
 @contextlib.contextmanager
 def reading_parquet(source: str) -> Iterator[None]:
-    """Raise InputError in place of what pyarrow or polars raises for a file that is damaged or not there."""
+    """Turn what pyarrow or polars raises for a file that is damaged or missing into an InputError."""
     with foreign(source, "table", "write it again"):
         store.refuse_special(source)
         yield
@@ -208,7 +212,11 @@ def _rows(source: str) -> Generator[tuple[int, list[str]]]:
 
 @contextlib.contextmanager
 def _lines(source: str) -> Iterator[Iterator[str]]:
-    """Open a text file for reading line by line, without a byte-order mark; InputError if it is no UTF-8."""
+    """Open a text file for reading line by line, without a byte-order mark.
+
+    Raises:
+        InputError: if it is not UTF-8.
+    """
     try:
         with store.open_read(source) as file:
             yield iter(io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n"))

@@ -32,7 +32,7 @@ class Point:
     """One index under one setting."""
 
     factory: str
-    parameters: str  # empty where the index has none
+    parameters: str  # empty if the index has none
     recall: float  # share of the exact k that was found, 0 to 1
     queries_per_second: float
     build_seconds: float  # training and adding
@@ -40,14 +40,14 @@ class Point:
     resident_bytes: int  # growth of this process's memory over building, as the system counts it
 
     def dominates(self, other: "Point") -> bool:
-        """At least as good in recall, speed and size, and better in one."""
+        """Return whether it is at least as good in recall, speed and size, and better in one."""
         mine = (self.recall, self.queries_per_second, -self.bytes_per_vector)
         theirs = (other.recall, other.queries_per_second, -other.bytes_per_vector)
         return mine != theirs and all(a >= b for a, b in zip(mine, theirs, strict=True))
 
 
 def default_grid(num_rows: int, dim: int) -> list[str]:
-    """Factory strings worth trying at this size; lists of about 4 √n, codes of dim / 8 bytes."""
+    """Return factory strings worth trying at this size; lists of about 4 √n, codes of dim / 8 bytes."""
     lists = num_lists(num_rows)
     code = max(1, dim // 8)
     grid = ["Flat", "SQ8", "HNSW32", f"IVF{lists},Flat", f"IVF{lists},SQ8", f"IVF{lists},PQ{code}"]
@@ -56,7 +56,7 @@ def default_grid(num_rows: int, dim: int) -> list[str]:
 
 
 def num_lists(num_rows: int) -> int:
-    """Inverted lists for this many rows: a power of two near 4 √n, with at least 39 rows to train each."""
+    """Return the inverted lists for this many rows: a power of two near 4 √n, with 39 rows to train each."""
     return int(2 ** np.floor(np.log2(max(1.0, min(4 * num_rows**0.5, num_rows / 39)))))
 
 
@@ -72,7 +72,7 @@ def settings(factory: str, dim: int) -> list[str]:
 
 
 def exact_neighbours(embeddings: Embeddings, queries_QD: Float32Array, k: int) -> Int64Array:
-    """Rows of the k highest dot products, [Q, k], by plain matrix products a block at a time."""
+    """Return rows of the k highest dot products, [Q, k], by plain matrix products a block at a time."""
     best_scores = np.full((len(queries_QD), k), -np.inf, dtype=np.float32)
     best_rows = np.full((len(queries_QD), k), -1, dtype=np.int64)
     first = 0
@@ -123,10 +123,13 @@ def measure(
     device: Device = "cpu",
     say: Callable[[str], None],
 ) -> list[Point]:
-    """Build and sweep every factory string. A string that FAISS refuses at this size is said and left out.
+    """Build and sweep every factory string.
 
-    Raises InputError for k above the number of rows, for queries of another width, and where nothing is left;
-    ConfigError where FAISS has no such device.
+    A string that FAISS refuses at this size is reported and left out.
+
+    Raises:
+        InputError: for k above the number of rows, for queries of another width, and if nothing is left.
+        ConfigError: if FAISS has no such device.
     """
     check_device(device)
     if not 0 < k <= embeddings.num_rows:
@@ -172,13 +175,13 @@ def measure(
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
-    """Points that no other dominates, by falling recall."""
+    """Return the points that no other dominates, by falling recall."""
     front = [point for point in points if not any(other.dominates(point) for other in points)]
     return sorted(front, key=lambda point: (-point.recall, -point.queries_per_second))
 
 
 def best_point(points: Sequence[Point], target_recall: float, bytes_per_vector: float) -> Point | None:
-    """The fastest measured point that reaches the recall within the size; None where none does."""
+    """Return the fastest measured point that reaches the recall within the size; None if none does."""
     fitting = [
         point
         for point in points
@@ -188,11 +191,15 @@ def best_point(points: Sequence[Point], target_recall: float, bytes_per_vector: 
 
 
 def suggest(num_rows: int, dim: int, memory_bytes: float, target_recall: float) -> str:
-    """A factory string to start from, by size, memory and target recall, before anything is measured.
+    """Return a factory string to start from, by size, memory and target recall.
+
+    Nothing is measured.
 
     Exact below 20,000 rows or for a target of 1. Otherwise the most exact codes that fit: float32, 8 bits or
     PQ. HNSW where the graph fits and the corpus is under a million: it takes 10 to 20 times as long to add.
-    Raises InputError where not even the smallest codes fit.
+
+    Raises:
+        InputError: if not even the smallest codes fit.
     """
     per_vector = memory_bytes / num_rows
     if num_rows < 20_000 or target_recall >= 1:
@@ -221,7 +228,7 @@ def suggest(num_rows: int, dim: int, memory_bytes: float, target_recall: float) 
 
 
 def points_table(points: Sequence[Point], k: int) -> str:
-    """Aligned text, the Pareto front marked with a star."""
+    """Return aligned text, the Pareto front marked with a star."""
     front = pareto_front(points)
     rows = [("", "factory", "setting", f"recall@{k}", "queries/s", "build s", "bytes/vector", "MiB")]
     for point in points:
@@ -241,7 +248,7 @@ def points_table(points: Sequence[Point], k: int) -> str:
 
 
 def front_plot(points: Sequence[Point], k: int) -> str:
-    """An SVG: queries a second over recall, a line for each factory string, the front ringed."""
+    """Return an SVG: queries a second over recall, a line for each factory string, the front ringed."""
     import io
 
     from matplotlib import rc_context
@@ -276,7 +283,7 @@ def front_plot(points: Sequence[Point], k: int) -> str:
 
 
 def _search(index: Any, queries_QD: Float32Array, k: int) -> tuple[Int64Array, float]:
-    """(rows, queries a second): the best of repeated runs, since other programs only ever slow one down."""
+    """Return (rows, queries a second), the best of repeated runs: other programs only ever slow one down."""
     best, total = float("inf"), 0.0
     while total < _MIN_SECONDS:
         start = time.perf_counter()

@@ -62,7 +62,11 @@ def train(embeddings: Embeddings, factory: str, train_rows: int, device: Device)
 
 
 def try_factory(index: Any, factory: str, rows_ND: Float32Array) -> None:
-    """Add rows to a copy of an empty trained index, and raise InputError unless it finds them again."""
+    """Add rows to a copy of an empty trained index and check that it finds them again.
+
+    Raises:
+        InputError: if it does not.
+    """
     import faiss
 
     try:
@@ -78,7 +82,11 @@ def try_factory(index: Any, factory: str, rows_ND: Float32Array) -> None:
 
 
 def check_answers(index: Any, factory: str, rows_ND: Float32Array) -> None:
-    """Raise InputError unless an index of these rows puts near rows first and scores them as it should."""
+    """Check that an index of these rows puts near rows first and scores them as it should.
+
+    Raises:
+        InputError: if it does not.
+    """
     places = np.unique(np.linspace(0, len(rows_ND) - 1, NUM_QUERIES).astype(np.int64))
     try:
         reason = why_out_of_order(index, rows_ND[places], rows_ND.mean(axis=0), lambda rows: rows_ND[rows])

@@ -14,14 +14,18 @@ Device = Literal["cpu", "gpu"]
 
 
 def check_device(device: Device) -> None:
-    """Raise ConfigError where accelerators are asked for and FAISS has none here."""
+    """Check that FAISS has accelerators here, if they are asked for.
+
+    Raises:
+        ConfigError: if it has none.
+    """
     import faiss
 
     if device == "cpu":
         return
     if not hasattr(faiss, "StandardGpuResources"):
         raise ConfigError(
-            f"--device gpu: the installed faiss {faiss.__version__} is built for processors alone: put"
+            f"--device gpu: the installed faiss {faiss.__version__} is built for processors only: put"
             " faiss-gpu-cu12 in place of faiss-cpu (make gpu), or take --device cpu"
         )
     if not faiss.get_num_gpus():
@@ -29,9 +33,10 @@ def check_device(device: Device) -> None:
 
 
 def to_device(index: Any, device: Device, factory: str) -> Any:
-    """The index on the accelerators (copied to each, queries shared out), or as it is for the processor.
+    """Return the index on the accelerators (copied to each, queries shared out), or as it is.
 
-    Raises InputError for a kind of index that FAISS has for processors alone.
+    Raises:
+        InputError: for a kind of index that FAISS has for processors only.
     """
     import faiss
 
@@ -46,7 +51,7 @@ def to_device(index: Any, device: Device, factory: str) -> Any:
 
 
 def from_device(index: Any, device: Device) -> Any:
-    """The processor's form of an index that `to_device` gave."""
+    """Return the processor's form of an index that `to_device` gave."""
     import faiss
 
     return index if device == "cpu" else faiss.index_gpu_to_cpu(index)

@@ -35,7 +35,11 @@ class Embeddings:
 
     @classmethod
     def open(cls, source: str, *, side: Side = "image") -> "Embeddings":
-        """Read the headers of all files. Raises InputError for none, other types, and mixed widths."""
+        """Read the headers of all files.
+
+        Raises:
+            InputError: if there are none, and for other types and mixed widths.
+        """
         paths = _npy_files(source, side)
         first_rows, dim = [0], 0
         for path in paths:
@@ -51,9 +55,10 @@ class Embeddings:
         return cls(tuple(paths), tuple(first_rows), dim, read_identity(source))
 
     def blocks(self, start: int, stop: int) -> Iterator[Float32Array]:
-        """Rows start … stop - 1 as checked float32 blocks, in order.
+        """Yield rows start … stop - 1 as checked float32 blocks, in order.
 
-        Raises InputError naming file and row for features that are NaN or not unit-norm.
+        Raises:
+            InputError: for features that are NaN or not unit-norm; it names file and row.
         """
         for path, first, end in zip(self.paths, self.first_rows, self.first_rows[1:], strict=False):
             low, high = max(start, first), min(stop, end)
@@ -70,7 +75,7 @@ class Embeddings:
                 yield block_BD
 
     def rows(self, wanted: Int64Array) -> Float32Array:
-        """These rows (ascending), gathered file by file."""
+        """Return these rows (ascending), gathered file by file."""
         parts = []
         for path, first, end in zip(self.paths, self.first_rows, self.first_rows[1:], strict=False):
             inside = wanted[(wanted >= first) & (wanted < end)] - first
@@ -83,7 +88,7 @@ class Embeddings:
         return found
 
     def digest(self) -> str:
-        """Of names, sizes, and the first and last MiB of each file: reading terabytes is not worth more."""
+        """Hash names, sizes, and the first and last MiB of each file: reading terabytes is not worth more."""
         return digest([(os.path.basename(path), *store.digest_edges(path)) for path in self.paths])
 
 
@@ -120,7 +125,7 @@ def _open_npy(path: str) -> npt.NDArray[Any]:
 
 
 def _unit(block_BD: Float32Array) -> Float32Array:
-    """Unit length, where the length was within float16's rounding of 1; other rows are left to be refused."""
+    """Give rows unit length if they have it within float16's rounding; others are left to be refused."""
     length_B1 = np.linalg.norm(block_BD, axis=1, keepdims=True)
     unit: Float32Array = np.where(
         np.abs(length_B1 - 1) < 5e-3, block_BD / np.maximum(length_B1, 0.5), block_BD

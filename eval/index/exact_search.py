@@ -10,13 +10,15 @@ _GROUP = 64  # columns whose highest score stands for them
 
 
 def top_k(query_QD: Float32Array, gallery_ND: Float32Array, k: int) -> tuple[Float64Array, Int64Array]:
-    """(scores, rows) of the k best gallery rows of each query, both [Q, k], best first, ties by lower row.
+    """Return (scores, rows) of the k best gallery rows of each query, both [Q, k].
 
-    Unit-norm float32 features. The matrix product only finds candidates: columns are looked at in groups by
-    their highest score. The k-th highest of those bounds the k-th best score from below, so only groups that
-    reach it, less the product's error, are opened. Candidates are ordered by
-    `eval.metrics.recall.exact_scores`: the answer depends on the vectors alone. ValueError if k exceeds the
-    gallery or the widths differ.
+    Features are unit-norm float32; rows come best first, ties by lower row. The matrix product only finds
+    candidates: columns are looked at in groups by their highest score. The k-th highest of those bounds the
+    k-th best score from below, so only groups that reach it, less the product's error, are opened. Candidates
+    are ordered by `eval.metrics.recall.exact_scores`: the answer depends only on the vectors.
+
+    Raises:
+        ValueError: if k exceeds the gallery or the widths differ.
     """
     num_rows, dim = gallery_ND.shape
     if not 0 < k <= num_rows or query_QD.shape[1] != dim:

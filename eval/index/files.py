@@ -101,7 +101,11 @@ def faiss_reason(error: BaseException) -> str:
 
 
 def read_limited(path: str, num_bytes: int, *, mapped: bool) -> Any:
-    """Return what FAISS reads, with no vector or count larger than the file; raises whatever FAISS raises."""
+    """Return what FAISS reads, with no vector or count larger than the file.
+
+    Raises:
+        RuntimeError: and whatever else FAISS raises.
+    """
     import faiss
 
     # tables that only an L2 search or a symmetric one reads: they may be a hundred times the file
@@ -120,7 +124,11 @@ def read_limited(path: str, num_bytes: int, *, mapped: bool) -> Any:
 
 
 def try_search(index: Any) -> None:
-    """Search for one vector; raises whatever FAISS raises."""
+    """Search for one vector.
+
+    Raises:
+        RuntimeError: and whatever else FAISS raises.
+    """
     import numpy as np
 
     if index.ntotal:
@@ -159,7 +167,11 @@ def _load(path: str, name: str, *, mapped: bool) -> Any:
 
 
 def _try_in_another_process(path: str, num_bytes: int) -> None:
-    """Raise ValueError if a file cannot be mapped and searched, or ends the process that tries."""
+    """Map and search a file in another process.
+
+    Raises:
+        ValueError: if that fails, or ends the process.
+    """
     try:
         done = subprocess.run(
             [sys.executable, "-m", "eval.index.probe", os.path.abspath(path)],

@@ -18,8 +18,10 @@ def build_index(vectors_path: str, index_path: str, *, factory: str = "Flat") ->
     """Index the vectors of a `.npy` file by inner product; row i of the file is id i of the index.
 
     `factory` is a FAISS factory string (https://github.com/facebookresearch/faiss/wiki/The-index-factory);
-    "Flat" is exact. The same vectors give the same bytes. Raises InputError for bad vectors or a string that
-    FAISS refuses.
+    "Flat" is exact. The same vectors give the same bytes.
+
+    Raises:
+        InputError: for bad vectors or a string that FAISS refuses.
     """
     vectors_ND = read_vectors(vectors_path)
     index = new_index(vectors_ND.shape[1], factory)
@@ -36,19 +38,26 @@ def build_index(vectors_path: str, index_path: str, *, factory: str = "Flat") ->
 
 
 def read_index(path: str) -> Any:
-    """The FAISS index of a file. Raises InputError where the file is missing or damaged."""
+    """Read the FAISS index of a file.
+
+    Raises:
+        InputError: if the file is missing or damaged.
+    """
     return load_index(path, mapped=False)
 
 
 def search(index: Any, queries_QD: Float32Array, k: int) -> tuple[Float64Array, Int64Array]:
-    """The k best rows of each query: (scores, rows), both [Q, k], best first, equal scores by lower row.
+    """Return the k best rows of each query: (scores, rows), both [Q, k].
+
+    Rows come best first, equal scores by lower row.
 
     FAISS orders equal scores by its own heap and rounds float32 sums by its own kernels. This function
     searches the vectors of a flat index by `eval.index.exact_search.top_k` instead, so the answer depends on
-    the vectors alone.
-    From any other index this orders what FAISS returns, with FAISS's scores; rows not found are -1, last.
+    the vectors alone. From any other index this orders what FAISS returns, with FAISS's scores; rows not
+    found are -1, last.
 
-    Raises ValueError where the index holds fewer than k rows or vectors of another width.
+    Raises:
+        ValueError: if the index holds fewer than k rows or vectors of another width.
     """
     import faiss
 
@@ -70,7 +79,7 @@ def search(index: Any, queries_QD: Float32Array, k: int) -> tuple[Float64Array, 
 
 
 def _best_first(scores_BC: Float64Array, rows_BC: Int64Array, k: int) -> tuple[Float64Array, Int64Array]:
-    """The first k by (score descending, row ascending); rows of -1 (not found) go last."""
+    """Return the first k by (score descending, row ascending); rows of -1 (not found) go last."""
     missing = rows_BC < 0
     order = np.lexsort((rows_BC, np.where(missing, np.inf, -scores_BC)), axis=1)[:, :k]
     return np.take_along_axis(scores_BC, order, axis=1), np.take_along_axis(rows_BC, order, axis=1)

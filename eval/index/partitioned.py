@@ -69,7 +69,11 @@ class PartedIndex:
 
     @classmethod
     def read(cls, folder: str) -> "PartedIndex":
-        """Read the description alone. InputError if there is none or it is damaged."""
+        """Read only the description.
+
+        Raises:
+            InputError: if there is none or it is damaged.
+        """
         path = store.join(folder, "index.json")
         try:
             fields = parse_json(store.read_text(path))
@@ -81,17 +85,21 @@ class PartedIndex:
             index.check()
         except FileNotFoundError:
             raise InputError(
-                f"{path}: no such file; build the index: cnclip index (it goes on where it stopped)"
+                f"{path}: no such file; build the index: cnclip index (it resumes where it stopped)"
             ) from None
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"{path}: not an index's description ({error}); build it again") from None
         return index
 
     def check(self) -> None:
-        """Raise ValueError unless the parts follow one another and make up the whole."""
+        """Check that the parts follow one another and make up the whole.
+
+        Raises:
+            ValueError: if they do not.
+        """
         for name, value in (("factory", self.factory), ("inputs", self.inputs)):
             if not isinstance(value, str):
-                raise ValueError(f"{name} is no text")
+                raise ValueError(f"{name} is not text")
         row = 0
         for number, part in enumerate(self.parts):
             counts = (part.first_row, part.num_rows, part.num_bytes)
@@ -132,10 +140,13 @@ class PartedIndex:
     def search(
         self, queries_QD: Float32Array, k: int, *, parameters: str = ""
     ) -> tuple[Float32Array, Int64Array]:
-        """The k best rows of each query over all parts: (scores, rows), best first, ties by lower row.
+        """Return the k best rows of each query over all parts: (scores, rows), best first, ties by lower row.
 
         One part is mapped at a time. `parameters` is FAISS's string, such as `nprobe=16`. Rows that were not
-        found are -1. Raises InputError for queries of another width and for k above the number of rows.
+        found are -1.
+
+        Raises:
+            InputError: for queries of another width and for k above the number of rows.
         """
         if queries_QD.ndim != 2 or queries_QD.shape[1] != self.dim:
             raise InputError(
@@ -306,7 +317,11 @@ def _part_name(number: int) -> str:
 
 
 def set_parameters(index: Any, parameters: str, device: Device = "cpu") -> None:
-    """FAISS's search parameters, such as `nprobe=16`. ConfigError where they do not apply."""
+    """Set FAISS's search parameters, such as `nprobe=16`.
+
+    Raises:
+        ConfigError: if they do not apply.
+    """
     import faiss
 
     if not parameters:

@@ -17,7 +17,11 @@ _BLOCK_ROWS = 32  # that the fast scan kinds look at together; the factory makes
 
 
 def walk(index: Any, depth: int = 0) -> Iterator[Any]:
-    """Yield an index and all indices inside it, each as its own class. ValueError for endless nesting."""
+    """Yield an index and all indices inside it, each as its own class.
+
+    Raises:
+        ValueError: for endless nesting.
+    """
     import faiss
 
     if depth > _MOST_DEEP:
@@ -113,7 +117,11 @@ def limit_search(index: Any) -> None:
 
 
 def check_structure(index: Any) -> None:
-    """Raise ValueError unless the parts of an index fit each other, so that a search stays inside them."""
+    """Check that the parts of an index fit each other, so that a search stays inside them.
+
+    Raises:
+        ValueError: if they do not.
+    """
     import faiss
 
     for part in walk(index):

@@ -24,7 +24,7 @@ class Measured:
 def recall_intervals(
     t2i_ranks: Int64Array, i2t_ranks: Int64Array | None, seed: int = 0
 ) -> dict[str, Measured]:
-    """R@1, 5, 10 of each direction and mean recall, queries resampled with replacement.
+    """Return R@1, 5, 10 of each direction and mean recall, queries resampled with replacement.
 
     Keys `t2i/r1` … `i2t/r10`, `mean_recall`. The two directions are resampled apart from each other.
     """
@@ -53,7 +53,7 @@ def metric_interval(
     seed: int = 0,
     num_resamples: int = NUM_RESAMPLES,
 ) -> Measured:
-    """Interval of any metric: `metric` gets the rows of a resample and returns percent.
+    """Return the interval of any metric: `metric` gets the rows of a resample and returns percent.
 
     Nan leaves a resample out on which the metric is not defined, such as a ROC curve without a positive.
     """

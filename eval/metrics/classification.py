@@ -1,6 +1,6 @@
 """The metrics of Table 11: accuracy, mean per class, ROC AUC, 11-point mean average precision; in percent.
 
-11-point mAP is taken for VOC-2007 alone, by two rules. `mean_average_precision_11` is VOC's own definition,
+11-point mAP is only for VOC-2007, by two rules. `mean_average_precision_11` is VOC's own definition,
 which is what its name says and what other programs can be compared with. `elevater_map` is that of ELEVATER's
 toolkit, from which the paper's figure comes: a softmax over the classes ranks the images of a class, and the
 curve begins with precision 1 at recall 0. Only the latter is compared with the paper.
@@ -23,7 +23,7 @@ _ELEVATER_SCALE = 100.0  # of the cosines in ELEVATER's softmax, whatever the mo
 
 
 def measured_metric(metric: Metric, scores_NC: FloatArray, targets_NC: BoolArray) -> Measured:
-    """One metric in percent with its bootstrap interval over images.
+    """Return one metric in percent with its bootstrap interval over images.
 
     `targets_NC` marks the right classes, exactly one a row except for 11-point mAP.
 
@@ -54,7 +54,7 @@ def measured_metric(metric: Metric, scores_NC: FloatArray, targets_NC: BoolArray
 
 
 def measured_elevater_map(scores_NC: FloatArray, targets_NC: BoolArray) -> Measured:
-    """`elevater_map` with its bootstrap interval over images."""
+    """Return `elevater_map` with its bootstrap interval over images."""
     _check("11-point-map", scores_NC, targets_NC)
     return metric_interval(
         lambda rows: elevater_map(scores_NC[rows], targets_NC[rows]),
@@ -64,14 +64,17 @@ def measured_elevater_map(scores_NC: FloatArray, targets_NC: BoolArray) -> Measu
 
 
 def softmax(logits_NC: FloatArray) -> Float64Array:
-    """Probabilities over classes in float64; rows sum to 1."""
+    """Return probabilities over classes in float64; rows sum to 1."""
     exponentials_NC = np.exp(logits_NC.astype(np.float64) - logits_NC.max(axis=1, keepdims=True))
     found: Float64Array = exponentials_NC / exponentials_NC.sum(axis=1, keepdims=True)
     return found
 
 
 def mean_per_class(right_N: BoolArray, target_N: Int64Array, num_classes: int) -> float:
-    """Mean over the classes that occur of the share that is right; scikit-learn's balanced accuracy."""
+    """Return the mean over the classes that occur of the share that is right.
+
+    This is scikit-learn's balanced accuracy.
+    """
     counts = np.bincount(target_N, minlength=num_classes)
     hits = np.bincount(target_N[right_N], minlength=num_classes)
     occurs = counts > 0
@@ -79,7 +82,10 @@ def mean_per_class(right_N: BoolArray, target_N: Int64Array, num_classes: int) -
 
 
 def roc_auc(score_N: FloatArray, positive_N: BoolArray) -> float:
-    """Probability that a positive scores higher than a negative; a tie counts half. Nan without both."""
+    """Return the probability that a positive scores higher than a negative; a tie counts half.
+
+    It is nan without both.
+    """
     num_positive = int(np.count_nonzero(positive_N))
     num_negative = len(positive_N) - num_positive
     if not num_positive or not num_negative:
@@ -91,7 +97,7 @@ def roc_auc(score_N: FloatArray, positive_N: BoolArray) -> float:
 
 
 def average_precision_11(score_N: FloatArray, positive_N: BoolArray) -> float:
-    """VOC 2007's average precision (Everingham et al. 2010, section 4.2); nan without a positive.
+    """Return VOC 2007's average precision (Everingham et al. 2010, section 4.2); nan without a positive.
 
     The mean over recall levels 0, 0.1 … 1 of the highest precision at that recall or above. Equal scores come
     in together, so that their order does not matter.
@@ -101,7 +107,7 @@ def average_precision_11(score_N: FloatArray, positive_N: BoolArray) -> float:
 
 
 def elevater_map(scores_NC: FloatArray, targets_NC: BoolArray) -> float:
-    """The 11-point mAP of ELEVATER's toolkit, percent; for VOC-2007, whose published figures come from it.
+    """Return the 11-point mAP of ELEVATER's toolkit, percent; VOC-2007's published figures come from it.
 
     `scores_NC` are cosines. ELEVATER ranks by their softmax over the classes, times 100
     (clip_zeroshot_evaluator.py), and takes scikit-learn's precision-recall curve with its artificial point,
@@ -115,7 +121,7 @@ def elevater_map(scores_NC: FloatArray, targets_NC: BoolArray) -> float:
 
 
 def _precision_at_levels(score_N: FloatArray, positive_N: BoolArray) -> FloatArray | None:
-    """Highest precision at each of the 11 recall levels or above; None without a positive."""
+    """Return the highest precision at each of the 11 recall levels or above; None without a positive."""
     num_positive = int(np.count_nonzero(positive_N))
     if not num_positive:
         return None
@@ -133,7 +139,7 @@ def _precision_at_levels(score_N: FloatArray, positive_N: BoolArray) -> FloatArr
 
 
 def mean_average_precision_11(scores_NC: FloatArray, targets_NC: BoolArray) -> float:
-    """Mean of `average_precision_11` over the classes that have a positive; nan where none has."""
+    """Return the mean of `average_precision_11` over classes that have a positive; nan if none has."""
     found = [average_precision_11(scores_NC[:, c], targets_NC[:, c]) for c in range(scores_NC.shape[1])]
     defined = [value for value in found if not np.isnan(value)]
     return float(np.mean(defined)) if defined else float("nan")

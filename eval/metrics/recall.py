@@ -8,7 +8,7 @@ first, and equal scores by gallery row (= ascending id, see `eval.datasets.cncli
 The score of two vectors is their dot product accumulated in float64 in a fixed order (`exact_scores`).
 A matrix product rounds one and the same pair differently from place to place and from library to library;
 here and in `eval.index.flat` it only finds candidates, and whatever its error bound cannot tell apart is
-settled by the exact score. So ranks, prediction files and scores depend on the vectors alone.
+settled by the exact score. So ranks, prediction files and scores depend only on the vectors.
 """
 
 import math
@@ -50,7 +50,11 @@ class Positives:
 
     @classmethod
     def of(cls, rows_of_query: Sequence[Int64Array]) -> "Positives":
-        """Raises ValueError where a query has no positive: leave such queries out first."""
+        """Read the positives of each query.
+
+        Raises:
+            ValueError: if a query has none: leave such queries out first.
+        """
         counts = np.array([len(rows) for rows in rows_of_query], dtype=np.int64)
         if len(counts) == 0 or counts.min() == 0:
             raise ValueError("every query needs at least one positive, and there must be a query")
@@ -69,7 +73,10 @@ class Positives:
         return Positives(self.rows[first:last], self.starts[start : stop + 1] - first)
 
     def best(self, scores: Float64Array) -> tuple[Float64Array, Int64Array]:
-        """Highest score of each query's positives and the lowest row that has it; scores as in `rows`."""
+        """Return the highest score of each query's positives and the lowest row that has it.
+
+        Scores are as in `rows`.
+        """
         best_score = np.maximum.reduceat(scores, self.starts[:-1])
         is_best = scores == np.repeat(best_score, self.counts)
         candidates = np.where(is_best, self.rows, np.iinfo(np.int64).max)
@@ -77,14 +84,18 @@ class Positives:
 
 
 def exact_scores(left_ND: Float32Array, right_ND: Float32Array) -> Float64Array:
-    """Dot product of each pair of rows in float64: equal vectors give equal scores, wherever they stand."""
+    """Return dot products of pairs of rows in float64: equal vectors have equal scores wherever they
+    stand.
+    """
     products_ND = left_ND.astype(np.float64) * right_ND
     scores_N: Float64Array = np.ascontiguousarray(products_ND).sum(axis=1)
     return scores_N
 
 
 def score_error_bound(dim: int) -> float:
-    """How far a float32 dot product of unit vectors can lie from the exact one, in any order of summation.
+    """Return how far a float32 dot product of unit vectors may lie from the exact one.
+
+    It holds for any order of summation.
 
     gamma_n of Higham, Accuracy and Stability of Numerical Algorithms, section 3.1, twice over: vectors are
     unit-norm to float32 only.
@@ -133,7 +144,10 @@ def recall_at_k(ranks_Q: Int64Array) -> RecallAtK:
 
 
 def chance_recall_at_k(num_gallery: int, num_positives_Q: Int64Array) -> RecallAtK:
-    """Expected recall of a random order, in percent: 1 - C(N - m, k) / C(N, k), averaged over queries."""
+    """Return the expected recall of a random order, in percent.
+
+    It is 1 - C(N - m, k) / C(N, k), averaged over queries.
+    """
     counts, weights = np.unique(num_positives_Q, return_counts=True)
     r1, r5, r10 = (
         100.0
@@ -148,7 +162,7 @@ def chance_recall_at_k(num_gallery: int, num_positives_Q: Int64Array) -> RecallA
 
 
 def retrieval_scores(t2i: RecallAtK, i2t: RecallAtK | None) -> RetrievalScores:
-    """Both directions and their mean recall: of six numbers, or of three where `i2t` is None."""
+    """Return both directions and their mean recall: of six numbers, or of three if `i2t` is None."""
     values = [t2i["r1"], t2i["r5"], t2i["r10"]]
     if i2t is not None:
         values += [i2t["r1"], i2t["r5"], i2t["r10"]]
@@ -158,7 +172,7 @@ def retrieval_scores(t2i: RecallAtK, i2t: RecallAtK | None) -> RetrievalScores:
 def exact_scores_of_pairs(
     query_QD: Float32Array, query_rows: Int64Array, gallery_ND: Float32Array, gallery_rows: Int64Array
 ) -> Float64Array:
-    """`exact_scores` of (query row, gallery row) pairs, gathered a bounded number at a time."""
+    """Return `exact_scores` of (query row, gallery row) pairs, gathered a bounded number at a time."""
     scores = np.empty(len(query_rows), dtype=np.float64)
     block = max(1, _BLOCK_ELEMENTS // query_QD.shape[1])
     for start in range(0, len(query_rows), block):

@@ -73,7 +73,9 @@ def compare_retrieval(
     paper_model: str | None,
     notes: Sequence[str] = (),
 ) -> Comparison:
-    """A retrieval set beside its table; `protocol` is None where its counts are not met or it is one's own.
+    """Compare a retrieval set with its table.
+
+    `protocol` is None if the set does not have its counts, or is one's own.
 
     `scores` are those of `eval.metrics.bootstrap.recall_intervals`.
     """
@@ -116,9 +118,11 @@ def compare_classification(
     differing: Collection[str] = (),
     by_elevater: Mapping[str, Measured] = MappingProxyType({}),
 ) -> list[Comparison]:
-    """Measured sets of ICinW beside Tables 12 and 5; the average where all sets of Table 12 were measured.
+    """Compare measured sets of ICinW with Tables 12 and 5.
 
-    `notes` are by set. `differing` sets are not those of the protocol: no published figure stands beside
+    The average is there if all sets of Table 12 were measured.
+
+    `notes` are by set. `differing` sets are not those of the protocol: no published figure stands next to
     them. Table 5 has no row of one checkpoint, so it is shown without differences. `by_elevater` has mAP by
     ELEVATER's rule, which is compared; that of `scores`, by VOC's, stands below it.
     """
@@ -188,7 +192,7 @@ def _by_voc(title: str, measured: Measured) -> Line:
 
 
 def _figure(row: RetrievalRow, key: str) -> float | None:
-    """A published figure; mean recall is computed from the row's own recalls where the table prints none."""
+    """Return a published figure; mean recall comes from the row's recalls if the table prints none."""
     if key == "mean_recall":
         if row.mean_recall is not None:
             return row.mean_recall
@@ -216,7 +220,7 @@ def _title(name: str) -> str:
 
 
 def _mean(scores: Sequence[Measured]) -> Measured:
-    """Mean of independent scores; its interval from theirs by adding squared half-widths."""
+    """Return the mean of independent scores; its interval from theirs by adding squared half-widths."""
     count = len(scores)
     value = math.fsum(score.value for score in scores) / count
     below = math.sqrt(math.fsum((score.value - score.low) ** 2 for score in scores)) / count

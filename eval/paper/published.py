@@ -27,13 +27,13 @@ PAPER_MODELS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetrievalRow:
-    """One model in one setup; figures are None where the paper prints dashes or no such column."""
+    """One model in one setup; figures are None if the paper prints dashes or no such column."""
 
     model: str
     setup: Setup
     t2i: Recalls | None = None  # text-to-image, percent
     i2t: Recalls | None = None  # image-to-text, percent
-    mean_recall: float | None = None  # percent, where the table prints it
+    mean_recall: float | None = None  # percent, if the table prints it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,13 +48,13 @@ class RetrievalTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassificationRow:
-    """One model; scores in the order of the table's data sets, nan where the paper prints a dash."""
+    """One model; scores in the order of the table's data sets, nan if the paper prints a dash."""
 
     model: str
     benchmark: Literal["original", "translated"]  # English labels and prompts, or Chinese ones
     scores: tuple[float, ...]  # percent, each in the data set's own metric
     best_of_sizes: bool = False  # each score from whichever size does best: no checkpoint is comparable
-    average: float | None = None  # percent, where the table prints it
+    average: float | None = None  # percent, if the table prints it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +77,7 @@ class Published:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetrievalProtocol:
-    """What a retrieval score is measured on; counts are None where the paper prints none."""
+    """What a retrieval score is measured on; counts are None if the paper prints none."""
 
     id: str
     title: str
@@ -120,26 +120,27 @@ def _read(name: str, cls: type[T]) -> T:
 
 
 def retrieval_protocol(name: str) -> RetrievalProtocol | None:
-    """The pinned protocol of this id; None for a set of one's own."""
+    """Return the pinned protocol of this id; None for a set of one's own."""
     return next((item for item in protocols().retrieval if item.id == name), None)
 
 
 def classification_protocol(name: str) -> ClassificationProtocol | None:
-    """The pinned protocol of this id; None for a set of one's own."""
+    """Return the pinned protocol of this id; None for a set of one's own."""
     return next((item for item in protocols().classification if item.id == name), None)
 
 
 def mismatch(name: str, what: str, expected: int | None, found: int) -> str | None:
-    """One line where a pinned count is not met, else None."""
+    """Return one line if a pinned count is not met, else None."""
     if expected is None or expected == found:
         return None
     return f"{name}: {found} {what}, but the protocol has {expected}: not comparable with published figures"
 
 
 def score_of(table: ClassificationTable, row: ClassificationRow, dataset: str) -> float | None:
-    """A row's score on a data set; None where the table has no such column or prints a dash.
+    """Return a row's score on a data set; None if the table has no such column or prints a dash.
 
-    Raises InputError where a row has not one score for each data set.
+    Raises:
+        InputError: if a row has not one score for each data set.
     """
     if len(row.scores) != len(table.datasets):
         raise InputError(

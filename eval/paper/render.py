@@ -14,9 +14,9 @@ from pipeline.core.text_table import align
 
 
 def table_rows(table: Comparison) -> list[tuple[str, ...]]:
-    """The table as words, its header first: ours | interval | paper | difference.
+    """Return the table as words, its header first: ours | interval | paper | difference.
 
-    Other published rows follow only where none is comparable.
+    Other published rows follow only if none is comparable.
     """
     others = () if table.paper_model else table.others
     rows = [("", "ours", "95 % interval", "paper", "difference", *others)]
@@ -37,7 +37,7 @@ def table_rows(table: Comparison) -> list[tuple[str, ...]]:
 
 
 def to_text(tables: Sequence[Comparison]) -> str:
-    """Aligned columns of `table_rows`, and the notes."""
+    """Return aligned columns of `table_rows`, and the notes."""
     blocks = []
     for table in tables:
         rows = table_rows(table)
@@ -47,7 +47,7 @@ def to_text(tables: Sequence[Comparison]) -> str:
 
 
 def records(tables: Sequence[Comparison]) -> list[dict[str, Any]]:
-    """The tables as plain values, with differences and with the other published rows by name."""
+    """Return the tables as plain values, with differences and with the other published rows by name."""
     body = []
     for table in tables:
         record = asdict(table)
@@ -61,12 +61,12 @@ def records(tables: Sequence[Comparison]) -> list[dict[str, Any]]:
 
 
 def to_json(tables: Sequence[Comparison], facts: Mapping[str, Any]) -> str:
-    """`records` beside the facts."""
+    """Return `records` with the facts."""
     return json.dumps({**facts, "tables": records(tables)}, ensure_ascii=False, indent=1)
 
 
 def to_csv(tables: Sequence[Comparison]) -> str:
-    """One row a figure; empty cells where there is none."""
+    """Return one row a figure; empty cells where there is none."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(
@@ -133,7 +133,7 @@ def to_latex(tables: Sequence[Comparison]) -> str:
 
 
 def to_card(tables: Sequence[Comparison], facts: Mapping[str, Any]) -> str:
-    """Model card in Markdown: what was measured on what, beside the published figures."""
+    """Return a model card in Markdown: what was measured on what, next to the published figures."""
     lines = [f"# {facts['model']}", ""]
     lines += [f"- {key}: {value}" for key, value in facts.items() if isinstance(value, str | int)]
     for table in tables:
@@ -170,7 +170,7 @@ def _signed(value: Measured | None) -> str:
 
 
 def _escape(text: str) -> str:
-    """LaTeX's special characters as themselves."""
+    """Escape LaTeX's special characters."""
     replacements = {
         "\\": r"\textbackslash{}",
         "~": r"\textasciitilde{}",

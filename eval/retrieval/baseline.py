@@ -36,7 +36,7 @@ _BLOCK_ELEMENTS = 1 << 22
 
 
 def chance(evaluation: RetrievalSet) -> RetrievalScores:
-    """Expected recall of random orders, in percent, in closed form."""
+    """Return the expected recall of random orders, in percent, in closed form."""
     num_images = np.array([len(rows) for rows in evaluation.images_of_text])
     t2i = chance_recall_at_k(evaluation.num_images, num_images)
     if not evaluation.image_to_text:
@@ -63,8 +63,8 @@ class PixelBaseline:
     def from_shards(cls, tar_paths: Sequence[str], *, caption_column: str = "caption") -> "PixelBaseline":
         """Read the first images of these shards (at most `MAX_TRAINING_IMAGES`) through their sidecars.
 
-        Raises InputError naming shard and key for a sidecar without the columns or an image that is not
-        there.
+        Raises:
+            InputError: for a sidecar without the columns or an image that is missing; it names shard and key.
         """
         from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -122,7 +122,7 @@ class PixelBaseline:
         return ranks
 
     def _most_similar_caption(self, texts: Sequence[str]) -> Int64Array:
-        """Row of the training caption nearest to each text; the first caption where nothing is shared."""
+        """Return the row of the training caption nearest to each text; the first if nothing is shared."""
         vectors = self.vectorizer.transform(texts)
         rows = np.empty(len(texts), dtype=np.int64)
         for start, stop in _blocks(len(texts), len(self.captions)):
@@ -142,9 +142,10 @@ class PixelBaseline:
 
 
 def thumbnail(data: bytes, name: str) -> UInt8Array:
-    """RGB at 16 × 16, flat [768], each pixel the mean of what it covers.
+    """Return RGB at 16 × 16, flat [768], each pixel the mean of what it covers.
 
-    Raises InputError beginning with `name` for bytes that are no image.
+    Raises:
+        InputError: for bytes that are not an image; it begins with `name`.
     """
     try:
         small = decode_upright(data).resize((SIDE_PX, SIDE_PX), Image.Resampling.BOX)
@@ -167,7 +168,10 @@ def _training_images(tar_paths: Sequence[str], caption_column: str) -> Iterator[
 
 
 def _closeness(query_QD: Float64Array, gallery_ND: UInt8Array) -> Float64Array:
-    """Minus the squared distance, up to a constant of the query; whole numbers, so exact in float64."""
+    """Return minus the squared distance, up to a constant of the query.
+
+    These are whole numbers, so exact in float64.
+    """
     gallery = gallery_ND.astype(np.float64)
     closeness_QN: Float64Array = 2 * (query_QD @ gallery.T) - np.einsum("nd,nd->n", gallery, gallery)
     return closeness_QN

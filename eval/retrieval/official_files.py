@@ -44,8 +44,9 @@ def write_features(path: str, id_key: str, ids: Int64Array, vectors_ND: Float32A
 def read_features(path: str, id_key: str) -> FeatureFile:
     """Read a feature file, a block of lines at a time.
 
-    Raises InputError naming the line for what is no such line (an id that is a string, NaN, numbers of
-    another count than the first line's), the id that occurs twice, and a feature that is not unit-norm.
+    Raises:
+        InputError: for a line that is no feature (an id that is a string, NaN, numbers of another count than
+            the first line's), a repeated id, and a feature that is not unit-norm; it names the line.
     """
     ids, vectors = list[Int64Array](), list[Float32Array]()
     schema: dict[str, pl.DataType] = {id_key: pl.Int64(), "feature": pl.List(pl.Float64)}
@@ -87,10 +88,12 @@ def read_features(path: str, id_key: str) -> FeatureFile:
 
 
 def predict(images_path: str, texts_path: str, out: str, *, image_to_text: bool, k: int = 10) -> int:
-    """Write the k best of the other side for every text (or every image); returns the number of lines.
+    """Write the k best of the other side for every text (or every image); return the number of lines.
 
     Lines are `{"text_id", "image_ids"}` or `{"image_id", "text_ids"}`, best first, equal scores by lower id.
-    Raises InputError for bad feature files, sides of different width, and k above the gallery.
+
+    Raises:
+        InputError: for bad feature files, sides of different width, and k above the gallery.
     """
     if k < 1:
         raise ConfigError(f"--top-k {k}: give at least 1")
@@ -113,7 +116,7 @@ def predict(images_path: str, texts_path: str, out: str, *, image_to_text: bool,
 
 
 def _bad_line(path: str, id_key: str, lines: list[bytes], first_line: int, width: int | None) -> InputError:
-    """The first line of a block that is no feature, in words."""
+    """Return the first line of a block that is no feature, in words."""
     for number, line in enumerate(lines, start=first_line):
         where = f"{path}:{number}"
         try:

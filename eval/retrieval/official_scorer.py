@@ -52,7 +52,9 @@ def score_files(reference_path: str, predictions_path: str, out_path: str) -> Sc
 
     The reference has lines `{"text_id", "image_ids"}` or `{"image_id", "text_ids"}`; its first line says
     which direction is scored. A hit is any of the query's ids among the first k of its 10 predictions.
-    Only an `out_path` that cannot be written raises (OSError).
+
+    Raises:
+        OSError: if `out_path` cannot be written; nothing else raises.
     """
     direction, notes = TEXT_TO_IMAGE, list[str]()
     try:
@@ -68,7 +70,11 @@ def score_files(reference_path: str, predictions_path: str, out_path: str) -> Sc
 
 
 def _lines(path: str) -> Iterator[tuple[str, str]]:
-    """(place, stripped line); InputError where the file is missing or not UTF-8."""
+    """Yield (place, stripped line).
+
+    Raises:
+        InputError: if the file is missing or not UTF-8.
+    """
     try:
         with io.TextIOWrapper(store.open_read(path), encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
@@ -87,7 +93,7 @@ def _parse(line: str, where: str) -> Any:
 
 
 def _direction(reference_path: str) -> Direction:
-    """Of the reference's first line; text-to-image where it has the keys of neither."""
+    """Return the direction of the reference's first line; text-to-image if it has the keys of neither."""
     for where, line in _lines(reference_path):
         keys = _parse(line, where)
         for direction in (TEXT_TO_IMAGE, IMAGE_TO_TEXT):
@@ -98,7 +104,10 @@ def _direction(reference_path: str) -> Direction:
 
 
 def _read_reference(path: str, direction: Direction) -> dict[Any, frozenset[Any]]:
-    """Right ids of each query. Ids may be anything hashable, as in the official scorer."""
+    """Return the right ids of each query.
+
+    Ids may be anything hashable, as in the official scorer.
+    """
     right: dict[Any, frozenset[Any]] = {}
     for where, line in _lines(path):
         record = _parse(line, where)
@@ -117,7 +126,7 @@ def _read_reference(path: str, direction: Direction) -> dict[Any, frozenset[Any]
 def _read_predictions(
     path: str, right: Mapping[Any, Any], direction: Direction, notes: list[str]
 ) -> dict[int, list[int]]:
-    """The 10 ids of each predicted query; the messages after the place are the official ones."""
+    """Return the 10 ids of each predicted query; the messages after the place are the official ones."""
     query_key, gallery_key = direction.query_key, direction.gallery_key
     word, lower = direction.query_word, query_key
     predictions: dict[int, list[int]] = {}
@@ -182,7 +191,7 @@ def _read_predictions(
 
 
 def _scores(right: Mapping[Any, frozenset[Any]], predictions: Mapping[int, list[int]]) -> dict[str, Any]:
-    """The official body; the order of operations is the scorer's, so that floats are equal to the bit."""
+    """Return the official body; operations have the scorer's order, so that floats are equal to the bit."""
     hits = [0] * len(CUTOFFS)
     for query_id, wanted in right.items():
         place = next((i for i, item in enumerate(predictions[query_id], 1) if item in wanted), K + 1)

@@ -75,8 +75,9 @@ def retrieve(
 def rank_text_to_image(predictions_path: str, evaluation: RetrievalSet) -> Int64Array:
     """Rank the texts of a `{"text_id", "image_ids"}` file by the first of their images; 11 if there is none.
 
-    Raises InputError as the official scorer does: a text without a line, and a line without exactly 10
-    distinct known ids.
+    Raises:
+        InputError: as the official scorer does: for a text without a line, and a line without exactly 10
+            distinct known ids.
     """
     right = {
         int(text_id): {int(evaluation.image_ids[row]) for row in rows}
@@ -96,7 +97,11 @@ def rank_image_to_text(predictions_path: str, evaluation: RetrievalSet) -> Int64
 
 
 def read_predictions(path: str, keys: tuple[str, str]) -> Iterator[tuple[int, list[int]]]:
-    """(query id, 10 gallery ids best first) of each line. Raises InputError naming file and line."""
+    """Yield (query id, 10 gallery ids best first) of each line.
+
+    Raises:
+        InputError: for a malformed line; it names file and line.
+    """
     query_key, gallery_key = keys
     with store.open_read(path) as file:
         for line_number, line in enumerate(file, start=1):
@@ -118,7 +123,7 @@ def read_predictions(path: str, keys: tuple[str, str]) -> Iterator[tuple[int, li
 
 
 def write_scores(path: str, recall: RecallAtK) -> None:
-    """The official score file; `score` is the mean of the three recalls, all in percent."""
+    """Write the official score file; `score` is the mean of the three recalls, all in percent."""
     mean_recall = retrieval_scores(recall, None)["mean_recall"]
     body = {"score": mean_recall, "mean_recall": mean_recall, **recall}
     store.write_text(

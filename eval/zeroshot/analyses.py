@@ -33,7 +33,7 @@ def prompt_sensitivity(
     own: str = "own",
     left_out: dict[int, str] | None = None,
 ) -> list[PromptScore]:
-    """Each template alone, then ensembles: general and the set's own, folded both ways; best template first.
+    """Measure each template by itself, then ensembles: general and own, folded both ways; best first.
 
     Text features are computed once for the union of the templates. `left_out` takes the rows of images that
     cannot be decoded, with the reasons.
@@ -101,10 +101,12 @@ def negation(
     *,
     left_out: dict[int, str] | None = None,
 ) -> list[NegationScore]:
-    """Score the set with each pair's plain and negated wording, everything else alike.
+    """Score the set with each pair's plain and negated wording, with everything else alike.
 
     `left_out` takes the rows of images that cannot be decoded, with the reasons.
-    Raises InputError for a pair of a class that the set does not have.
+
+    Raises:
+        InputError: for a pair of a class that the set does not have.
     """
     image_ND, rows_N = encoder.images(data.images, left_out=left_out)
     targets_NC = data.targets_NC[rows_N]
@@ -130,7 +132,7 @@ def negation(
 
 
 def prompts_table(scores: Sequence[PromptScore]) -> str:
-    """Aligned text: kind, prompt, score, interval."""
+    """Return aligned text: kind, prompt, score, interval."""
     rows = [("", "prompt", "score", "95 % interval")]
     for item in scores:
         interval = f"{item.measured.low:.1f} … {item.measured.high:.1f}"
@@ -139,7 +141,7 @@ def prompts_table(scores: Sequence[PromptScore]) -> str:
 
 
 def negation_table(scores: Sequence[NegationScore], names: Sequence[str]) -> str:
-    """Aligned text: each pair's two wordings with the set's score and the class's recall."""
+    """Return aligned text: each pair's two wordings with the set's score and the class's recall."""
     rows = [("class", "wording", "score", "95 % interval", "class found")]
     for item in scores:
         for wording, measured, recall in (
@@ -158,7 +160,10 @@ def negation_table(scores: Sequence[NegationScore], names: Sequence[str]) -> str
 
 
 def prompts_plot(scores: Sequence[PromptScore], title: str) -> str:
-    """An SVG: templates alone in order of score, ensembles as lines. ASCII alone: no prompts."""
+    """Return an SVG: single templates in order of score, ensembles as lines.
+
+    It is ASCII only: no prompts.
+    """
     import io
 
     from matplotlib import rc_context
@@ -173,7 +178,7 @@ def prompts_plot(scores: Sequence[PromptScore], title: str) -> str:
         axes.fill_between(
             x, [item.low for item in alone], [item.high for item in alone], alpha=0.2, linewidth=0
         )
-        axes.plot(x, value, marker="o", markersize=2.5, linewidth=1, label="one template alone")
+        axes.plot(x, value, marker="o", markersize=2.5, linewidth=1, label="one template")
         for colour, item in enumerate((item for item in scores if item.kind == "ensemble"), start=1):
             axes.axhline(
                 item.measured.value, color=f"C{colour}", linestyle="--", linewidth=1, label=item.prompt

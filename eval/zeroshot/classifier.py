@@ -35,13 +35,17 @@ _SUM_TOLERANCE = 1e-3  # of ELEVATER's checker
 
 
 def text_features(encoder: EvaluationEncoder, names: Sequence[str], templates: Sequence[str]) -> Float32Array:
-    """Unit-norm features of every class in every template, [C, T, D]."""
+    """Return unit-norm features of every class in every template, [C, T, D]."""
     flat = encoder.texts(prompts(names, templates))
     return flat.reshape(len(names), len(templates), -1)
 
 
 def class_vectors(text_CTD: Float32Array, ensemble: Ensemble) -> Float32Array:
-    """One vector a class, [C, D]. Raises InputError where templates cancel out to a zero vector."""
+    """Return one vector a class, [C, D].
+
+    Raises:
+        InputError: if templates cancel out to a zero vector.
+    """
     mean_CD: Float32Array = text_CTD.mean(axis=1, dtype=np.float64).astype(np.float32)
     if ensemble == "scores":
         return mean_CD
@@ -58,7 +62,7 @@ def scores_of(image_ND: Float32Array, vectors_CD: Float32Array) -> Float32Array:
 
 
 def probabilities(scores_NC: Float32Array, logit_scale: float) -> Float64Array:
-    """Softmax over classes in float64; rows sum to 1."""
+    """Return the softmax over classes in float64; rows sum to 1."""
     return softmax(scores_NC.astype(np.float64) * logit_scale)
 
 
@@ -117,9 +121,10 @@ def classify(
 def submission_record(
     data: ClassificationSet, classified: Classified, encoder: EvaluationEncoder, *, seed: int = 0
 ) -> dict[str, Any]:
-    """ELEVATER's record of one set: probabilities [1, N, C] with 6 decimals, in the order of `index.json`.
+    """Return ELEVATER's record of one set: probabilities [1, N, C] with 6 decimals, as in `index.json`.
 
-    Raises InputError where images are missing: the leaderboard counts them.
+    Raises:
+        InputError: if images are missing: the leaderboard counts them.
     """
     if classified.num_unreadable:
         raise InputError(
@@ -144,10 +149,13 @@ def submission_record(
 
 
 def write_submission(path: str, records: Sequence[Mapping[str, Any]]) -> None:
-    """The zip for ELEVATER's leaderboard: `all_predictions.json` with `{"data": [...]}`.
+    """Write the zip for ELEVATER's leaderboard: `all_predictions.json` with `{"data": [...]}`.
 
-    Raises InputError for what its checker refuses: a set twice, probabilities outside [0, 1], a row of a
-    set that does not sum to 1 (± 1e-3). The same records give the same bytes.
+    The same records give the same bytes.
+
+    Raises:
+        InputError: for what its checker refuses: a set twice, probabilities outside [0, 1], a row of a set
+            that does not sum to 1 (± 1e-3).
     """
     names = [record["dataset_name"] for record in records]
     if len(set(names)) != len(names) or not names:

@@ -1,4 +1,4 @@
-"""Classification of a set by a model, from images to the score and what has to be said about it."""
+"""Classification of a set by a model, from images to the score and its notes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -133,7 +133,7 @@ def plan(config: ZeroshotStageConfig, context: Context) -> list[Task]:
 
 
 def run(config: ZeroshotStageConfig, context: Context, task: Task, progress: Progress) -> Outcome:
-    """`<set>/scores.json`, and `<set>/submission.json` for ELEVATER where the set is one of ICinW."""
+    """Write `<set>/scores.json`, and `<set>/submission.json` for ELEVATER if the set is one of ICinW."""
     from eval.features.encoder import ModelSource, load_encoder
     from eval.zeroshot.measure import evaluate_classification, open_classification
 
@@ -163,14 +163,14 @@ def run(config: ZeroshotStageConfig, context: Context, task: Task, progress: Pro
 
 
 def _rules(item: ClassificationSource) -> dict[str, str]:
-    """What only tasks with mAP read: earlier releases measured it by VOC's own rule alone."""
+    """Return what only tasks with mAP read: earlier releases measured it by VOC's own rule."""
     protocol = classification_protocol(item.name)
     metric = item.metric or (None if protocol is None else protocol.metric)
     return {"rules": "VOC and ELEVATER"} if metric == "11-point-map" else {}
 
 
 def _files_digest(folder: str) -> str:
-    """Of the names and sizes of all files below a folder: images are many, and seldom change in place."""
+    """Hash the names and sizes of all files below a folder: images are many, and seldom change in place."""
     root = Path(folder)
     return digest(
         sorted(

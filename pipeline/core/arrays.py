@@ -1,4 +1,7 @@
-"""Names for NumPy arrays by type. For modules that import NumPy anyway: it takes a tenth of a second."""
+"""Names for NumPy arrays by type.
+
+For modules that import NumPy anyway: it takes a tenth of a second.
+"""
 
 import numpy as np
 import numpy.typing as npt

@@ -37,7 +37,7 @@ IN_DIGEST_IF_SET: Mapping[str, Any] = types.MappingProxyType({"in_digest_if_set"
 # "exactly"    other work, unless the stage finds that it continues exactly (`Stage.continues`).
 # "once done"  half-done work continues; finished work is stale.
 # "never"      the same work computed in another way. The digest has such fields, because that of runs that
-#              were finished before has them; a change is told and makes nothing stale.
+#              were finished before has them; `run` reports a change, which makes nothing stale.
 Binds = Literal["always", "exactly", "once done", "never"]
 BINDS_EXACTLY: Mapping[str, Any] = types.MappingProxyType({"binds": "exactly"})
 BINDS_ONCE_DONE: Mapping[str, Any] = types.MappingProxyType({"binds": "once done"})
@@ -47,7 +47,8 @@ BINDS_NEVER: Mapping[str, Any] = types.MappingProxyType({"binds": "never"})
 def find_recipe(name: str) -> str:
     """Return the path of a run's TOML: the file itself, or a shipped recipe (`demo`, `demo.toml`).
 
-    ConfigError names the shipped recipes if neither exists.
+    Raises:
+        ConfigError: if neither exists; it names the shipped recipes.
     """
     if os.path.isfile(name):
         return name
@@ -62,7 +63,11 @@ def find_recipe(name: str) -> str:
 
 
 def read_toml(path: str) -> dict[str, Any]:
-    """Return the table of a TOML file; ConfigError if it cannot be read."""
+    """Return the table of a TOML file.
+
+    Raises:
+        ConfigError: if it cannot be read.
+    """
     with foreign(path, "TOML file", "correct it", error=ConfigError), store.open_read(path) as file:
         try:
             table = tomllib.load(file)
@@ -133,7 +138,7 @@ def _with_base(table: dict[str, Any], where: str, seen: tuple[str, ...] = ()) ->
 def build(cls: type[T], table: Mapping[str, Any], where: str, *, allow_nan: bool = False) -> T:
     """Check a TOML table against a dataclass and build it.
 
-    Types are strict: a string is no number and 1.5 no integer; an integer does for a float. No setting may be
+    Types are strict: a string is not a number and 1.5 not an integer; an integer does for a float. No setting may be
     nan or inf; with `allow_nan` a table of figures may use nan for what was not measured. Bounds stand in the
     types (`Annotated[int, Gt(0)]`), rules across fields in `__post_init__`.
 
@@ -225,10 +230,13 @@ def _refuse_unknown_keys(cls: Any, table: Any, where: str, prefix: str) -> None:
 
 
 def _refuse_unusable(value: Any, where: str, key: str = "", depth: int = 0) -> None:
-    """Raise ConfigError for what TOML can hold and no setting is: dates, huge numbers, NUL and no text.
+    """Refuse what TOML can hold and no setting is: dates, huge numbers, NUL and no text.
 
     A NUL ends a path for the system; half a surrogate pair is what an argument's byte that is not UTF-8 is
     turned into.
+
+    Raises:
+        ConfigError: for each of these.
     """
     place = f"{where}: {_shorten_text(key)}" if key else where
     if depth > _MOST_DEPTH:
@@ -261,7 +269,11 @@ def _shorten_text(text: str, limit: int = 80) -> str:
 
 
 def _refuse_non_finite(value: Any, where: str, key: str = "") -> None:
-    """Raise ConfigError for nan and inf in settings: a comparison with nan lets it pass every limit."""
+    """Refuse nan and inf in settings: a comparison with nan lets it pass every limit.
+
+    Raises:
+        ConfigError: for each of these.
+    """
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where}: {key}: must be a finite number, found {value}")
     if isinstance(value, Mapping):

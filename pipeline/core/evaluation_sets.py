@@ -25,7 +25,7 @@ _SPLITS = frozenset({"mr", "train", "val", "valid", "validation", "dev", "test"}
 
 
 def is_scored_image_to_text(name: str, folder: str = "") -> bool:
-    """Return whether a set's mean recall is of both directions; MUGE's is of text-to-image alone (Table 2).
+    """Return whether a set's mean recall is of both directions; MUGE's is only of text-to-image (Table 2).
 
     A set is MUGE's if its name says so, such as `muge-valid`, or if its name is that of a split and its
     folder's says so, as in Chinese-CLIP's own `MUGE/valid`.

@@ -10,7 +10,10 @@ from pipeline.core.config import is_left_out
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """Base of these records. A field that is None has no key in the JSON."""
+    """Base of these records.
+
+    A field that is None has no key in the JSON.
+    """
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as plain values."""

@@ -60,10 +60,12 @@ def import_environment() -> dict[str, str]:
 
 @contextlib.contextmanager
 def spawning() -> Iterator[None]:
-    """While processes are spawned: they do not import the main program again, since our work is not in it.
+    """Keep processes that are spawned in this block from importing the main program again.
 
     It is the user's when a run is started from Python. A script without `if __name__ == "__main__"` would run
     again in every worker, and one that is read from standard input cannot be imported at all.
+
+    Our work is not in the main program.
     """
     main = sys.modules["__main__"]
     names: tuple[str, ...] = ("__file__", "__spec__")
@@ -77,7 +79,7 @@ def spawning() -> Iterator[None]:
 
 
 def die_with_run() -> None:
-    """Like `die_with_parent`, in a rank: its parent is a launcher that the run in RUN_VARIABLE started.
+    """Do what `die_with_parent` does, in a rank: its parent is a launcher of the run in RUN_VARIABLE.
 
     A rank that somebody else's launcher starts has no RUN_VARIABLE and compares nothing.
     """
@@ -98,7 +100,7 @@ def _parent_of(pid: int) -> str | None:
 
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
-    """Around large imports, such as torch's: their objects stay, and the garbage collector skips them.
+    """Let the garbage collector skip the objects of large imports, such as torch's.
 
     Looking through them again and again takes a sixth of a rank's start, and of every full collection later.
     """
@@ -111,7 +113,7 @@ def importing() -> Iterator[None]:
 
 
 def say(line: str, stream: TextIO | None = None) -> None:
-    """A line to standard output, or to another stream, in one write: ranks share a pipe and print at once."""
+    """Print a line in one write, since ranks share a pipe and print at once."""
     stream = stream or sys.stdout
     stream.write(f"{visible(line)}\n")
     stream.flush()

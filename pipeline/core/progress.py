@@ -28,7 +28,10 @@ _current: _Closing | None = None
 
 
 def make_progress(label: str, unit: str = "task") -> Progress:
-    """Return a Progress that draws on standard error; one per stage. `unit` is singular."""
+    """Return a Progress that draws on standard error; one per stage.
+
+    `unit` is singular.
+    """
     global _current
     close_progress()
     if verbosity() <= Verbosity.QUIET:
@@ -114,7 +117,7 @@ class _Lines:
         print(one_line(said), file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Every line is whole."""
+        """Do nothing: every line is whole."""
 
 
 class _Bar:

@@ -112,7 +112,11 @@ class Receipt:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
-        """Return the receipt that a text holds; ValueError if it holds anything else."""
+        """Return the receipt that a text holds.
+
+        Raises:
+            ValueError: if the text holds anything else.
+        """
         receipt: Self = _parse(cls, text)
         _check_paths(receipt.outputs)
         return receipt
@@ -146,7 +150,11 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
-        """Return the manifest that a text holds; ValueError if it holds anything else."""
+        """Return the manifest that a text holds.
+
+        Raises:
+            ValueError: if the text holds anything else.
+        """
         manifest: Self = _parse(cls, text)
         _check_paths(manifest.shards)
         return manifest
@@ -164,7 +172,11 @@ def _adapter(cls: Any) -> Any:
 
 
 def _check_paths(files: Iterable[Shard]) -> None:
-    """Raise ValueError for a file outside the stage's folder: no stage writes there."""
+    """Refuse a file outside the stage's folder: no stage writes there.
+
+    Raises:
+        ValueError: for such a file.
+    """
     for file in files:
         if file.path.startswith("/") or "\0" in file.path or ".." in file.path.split("/"):
             raise ValueError(f"{file.path!r}: not a path in a stage's folder")

@@ -44,7 +44,11 @@ class Run:
     stages: tuple[Stage, ...]
 
     def stage(self, name: str) -> Stage:
-        """Return the stage of that name; ConfigError if there is none."""
+        """Return the stage of that name.
+
+        Raises:
+            ConfigError: if there is none.
+        """
         for stage in self.stages:
             if stage.name == name:
                 return stage
@@ -133,7 +137,7 @@ def survey(run: Run) -> list[StageStatus]:
 
 
 def survey_what_is_there(run: Run) -> tuple[list[StageStatus], list[str]]:
-    """Like `survey`, with a line for each input that is missing or unusable: its stages are to do."""
+    """Survey the stages; print a line for each input that is missing or unusable, whose stages are to do."""
     statuses, complaints = [], dict[str, None]()
     for stage in run.stages:
         try:
@@ -145,7 +149,11 @@ def survey_what_is_there(run: Run) -> tuple[list[StageStatus], list[str]]:
 
 
 def select(run: Run, only: str | None, first: str | None, last: str | None) -> list[Stage]:
-    """Return the stages that `--stage`, `--from` and `--to` name; ConfigError for an unknown name."""
+    """Return the stages that `--stage`, `--from` and `--to` name.
+
+    Raises:
+        ConfigError: for an unknown name.
+    """
     names = [stage.name for stage in run.stages]
     if only is not None:
         return [run.stage(only)]

@@ -81,7 +81,11 @@ def read_sidecar(path: str, columns: Sequence[str], optional: Sequence[str] = ()
 
 
 def num_rows(path: str) -> int:
-    """Return how many rows a sidecar has; InputError as `read_sidecar` raises it."""
+    """Return how many rows a sidecar has.
+
+    Raises:
+        InputError: as `read_sidecar` raises it.
+    """
     return int(read_sidecar(path, ("key",)).num_rows)
 
 

@@ -30,7 +30,10 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a task did. Rows in = rows kept + rows dropped by reason."""
+    """What a task did.
+
+    Rows in = rows kept + rows dropped by reason.
+    """
 
     outputs: Mapping[str, int]  # path relative to the stage's folder → samples in it
     num_in: int
@@ -108,7 +111,9 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One stage of a run. Every callable is a module-level function, so a stage travels to other processes.
+    """One stage of a run.
+
+    Every callable is a module-level function, so a stage travels to other processes.
 
     `run` does one task. If tasks must run together (one img2dataset call for all outstanding shards)
     `run_together` is given instead and yields (task, outcome) pairs as they finish.

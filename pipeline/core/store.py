@@ -39,26 +39,30 @@ SCRATCH = ".scratch"  # suffix of a folder that a task works in; `sweep` removes
 
 
 def is_local(path: str) -> bool:
-    """True for a plain path: no `scheme://`."""
+    """Return whether this is a plain path, without `scheme://`."""
     return "://" not in str(path)
 
 
 def join(folder: str, *parts: str) -> str:
-    """`folder/part/part`, for paths and URLs alike."""
+    """Return `folder/part/part`, for paths and URLs alike."""
     return "/".join([str(folder).rstrip("/"), *parts])
 
 
 def absolute(path: str) -> str:
-    """A local path from the root on; a URL as it is."""
+    """Return a local path from the root on; a URL as it is."""
     return os.path.abspath(path) if is_local(path) else path
 
 
 def remote(url: str) -> tuple[Any, str]:
-    """File system and name of a URL. Listings are asked for anew: other processes write there too.
+    """Return the file system and the name of a URL.
+
+    Listings are asked for anew: other processes write there too.
 
     Credentials and endpoints are those of the file system's own environment variables (for S3
-    AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL), which polars reads as well. ConfigError
-    where the scheme is unknown or its package (s3fs, gcsfs) is not installed.
+    AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL), which polars reads as well.
+
+    Raises:
+        ConfigError: if the scheme is unknown or its package (s3fs, gcsfs) is not installed.
     """
     import fsspec  # here: it takes as long as the rest of a command that only shows help
 
@@ -107,7 +111,11 @@ def exists(path: str) -> bool:
 
 
 def num_bytes(path: str) -> int:
-    """Return the size of a file in bytes; FileNotFoundError if there is none."""
+    """Return the size of a file in bytes.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
     if is_local(path):
         return os.path.getsize(path)
     fs, name = remote(path)
@@ -129,9 +137,12 @@ def what_else(mode: int) -> str | None:
 
 
 def refuse_special(path: str) -> None:
-    """Raise OSError for a FIFO, a device or a socket: opening one may wait for ever, and reading never end.
+    """Refuse a FIFO, a device or a socket: opening one may wait for ever, and reading never end.
 
     Whatever opens a local file that others made calls this first, or `open_read`, which does.
+
+    Raises:
+        OSError: for each of these.
     """
     if is_local(path) and os.path.exists(path):
         kind = what_else(os.stat(path).st_mode)
@@ -140,7 +151,7 @@ def refuse_special(path: str) -> None:
 
 
 def open_read(path: str) -> IO[Any]:
-    """Binary file handle, seekable; ranges of a remote file are fetched as they are read.
+    """Open a file as a seekable binary handle; ranges of a remote file are fetched as they are read.
 
     Raises:
         OSError: for what is no regular file, too (`refuse_special`).
@@ -154,7 +165,7 @@ def open_read(path: str) -> IO[Any]:
 
 
 def list_files(folder: str) -> list[str]:
-    """Names of the files directly inside a folder, sorted; empty where the folder does not exist."""
+    """Return the names of the files directly inside a folder, sorted; none if the folder does not exist."""
     if is_local(folder):
         if not os.path.isdir(folder):
             return []
@@ -232,7 +243,7 @@ def sweep(folder: str, *, deep: bool = True) -> None:
 def sweep_shared(folder: str) -> None:
     """Remove what killed processes left of `publish` directly inside a local folder that others write to too.
 
-    A file goes where its writer ran here and is gone, or where nobody has written to it for a day.
+    A file goes if its writer ran here and is gone, or if nobody has written to it for a day.
     """
     for entry in os.scandir(folder) if os.path.isdir(folder) else []:
         if not (entry.name.startswith(".") and entry.name.endswith(_PARTIAL)):
@@ -256,10 +267,10 @@ def _is_running(pid: int) -> bool:
 
 @functools.cache
 def _place() -> str:
-    """Where this process's number means this process: the start of a machine, and the container.
+    """Return where this process's number means this process: the start of a machine, and the container.
 
-    Containers on a host may share its name, and each counts its processes from 1. Random where the kernel
-    does not say.
+    Containers on a host may share its name, and each counts its processes from 1. Random if the kernel does
+    not say.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
@@ -307,7 +318,7 @@ def publish(path: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def local_folder(folder: str) -> Iterator[str]:
-    """A folder as a local path for the length of a block: itself, or a temporary copy of a remote one.
+    """Yield a folder as a local path: itself, or a temporary copy of a remote one.
 
     For programs that know local files only. Nothing that is written there goes back.
     """
@@ -329,7 +340,7 @@ def put_folder(local: str, folder: str) -> None:
 
 @contextlib.contextmanager
 def scratch(folder: str, name: str) -> Iterator[str]:
-    """A local folder to work in, gone after the block: under a local stage folder, else a temporary one.
+    """Yield a local folder to work in: under a local stage folder, else a temporary one; then remove it.
 
     What a killed process leaves under a stage folder is removed by `sweep`.
     """
@@ -353,12 +364,12 @@ def write_text(path: str, text: str) -> None:
 
 
 def digest_bytes(data: bytes) -> str:
-    """sha256, hex."""
+    """Return the sha256 of bytes, hex."""
     return hashlib.sha256(data).hexdigest()
 
 
 def digest_file(path: str) -> str:
-    """sha256 of a file's bytes, hex, read in chunks."""
+    """Return the sha256 of a file's bytes, hex, read in chunks."""
     with open_read(path) as file:
         if isinstance(file, io.BufferedReader):
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -369,7 +380,7 @@ def digest_file(path: str) -> str:
 
 
 def digest_edges(path: str) -> tuple[int, str]:
-    """Size of a file, and sha256 of its first and last MiB: for terabytes that are not worth reading."""
+    """Hash a file's size, first and last MiB: for terabytes that are not worth reading."""
     size = num_bytes(path)
     with open_read(path) as file:
         head = file.read(_EDGE_BYTES)
@@ -379,7 +390,9 @@ def digest_edges(path: str) -> tuple[int, str]:
 
 
 def digest_tree(path: str) -> str:
-    """sha256, hex, of a file's bytes, or of the names and digests of the files directly inside a folder."""
+    """Return the sha256, hex, of a file's bytes, or of names and digests of the files directly inside a
+    folder.
+    """
     if names := list_files(path):
         listing = "".join(f"{name}\0{digest_file(join(path, name))}\n" for name in names)
         return digest_bytes(listing.encode("utf-8"))

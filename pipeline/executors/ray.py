@@ -32,8 +32,11 @@ def map_tasks(
 ) -> Iterator[Receipt]:
     """Call `work` on groups of tasks all over the cluster; yield receipts as they come.
 
-    `processes` is the number of cores that a cluster on this machine only may take. ConfigError if Ray is
-    not installed or does not answer; InputError if a task's machine is lost again and again.
+    `processes` is the number of cores that a cluster on this machine only may take.
+
+    Raises:
+        ConfigError: if Ray is not installed or does not answer.
+        InputError: if a task's machine is lost again and again.
     """
     ray = _connect(processes)
     nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
@@ -104,7 +107,11 @@ def _connect(processes: int) -> Any:
 
 
 def _knock(address: str) -> None:
-    """Raise OSError if nothing listens at `host:port`: Ray itself would knock for many minutes."""
+    """Check that something listens at `host:port`: Ray itself would knock for many minutes.
+
+    Raises:
+        OSError: if nothing does.
+    """
     host, colon, port = address.rpartition("://")[2].rpartition(":")
     if colon and port.isdigit():
         socket.create_connection((host, int(port)), _KNOCK_SECONDS).close()

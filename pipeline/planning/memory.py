@@ -1,4 +1,6 @@
-"""How long a training stage takes and what it needs, computed before anything is started. No torch here.
+"""How long a training stage takes and what it needs, computed before anything is started.
+
+No torch here.
 
 docs/concepts/memory.md derives each term and says how close the sum is to a measured peak.
 tests/pipeline/planning/test_memory.py counts the activations again.
@@ -68,7 +70,7 @@ class Shares:
 
 
 def num_parameters(model: ModelConfig) -> tuple[int, int]:
-    """(of the image tower with its projection, of the text tower with its projection and the temperature)."""
+    """Return the parameters of the image tower and of the text tower, with projections and temperature."""
     text = model.text
     embeddings = (text.vocab_size + text.max_positions + 2 + 2) * text.width
     blocks = text.layers * (12 * text.width**2 + 13 * text.width)
@@ -85,7 +87,7 @@ def memory(
     micro_batch: int,
     tokens: int,
 ) -> Memory:
-    """What a rank needs that holds activations of `micro_batch` samples with captions padded to `tokens`."""
+    """Return what a rank needs for `micro_batch` samples with captions padded to `tokens`."""
     image_parameters, text_parameters = num_parameters(model)
     all_parameters = image_parameters + text_parameters
     trained = text_parameters if config.lock_image else all_parameters
@@ -116,7 +118,7 @@ def memory(
 
 
 def largest_micro_batch(needs: Callable[..., Memory], share: int, memory_bytes: float) -> int:
-    """Most samples whose activations fit next to the rest: the whole share, or a power of two; 0: none.
+    """Return the most samples whose activations fit: the whole share, or a power of two; 0: none.
 
     `needs` gives the Memory of a `micro_batch`.
     """
@@ -125,7 +127,7 @@ def largest_micro_batch(needs: Callable[..., Memory], share: int, memory_bytes: 
 
 
 def shares(config: TrainConfig) -> Shares:
-    """How many samples each rank gets: whole lanes, so that counts may differ by one lane."""
+    """Return how many samples each rank gets: whole lanes, so that counts may differ by one lane."""
     a_lane = config.global_batch // config.num_lanes
     smallest = config.num_lanes // config.ranks * a_lane
     largest = -(-config.num_lanes // config.ranks) * a_lane
@@ -147,10 +149,12 @@ def gpu_days(
     flops_per_second: float,
     tokens: float,
 ) -> float:
-    """Days of all devices together, each at `flops_per_second`; `tokens` is a caption's mean length.
+    """Return the days of all devices together, each at `flops_per_second`.
 
     Every rank takes as long as the one with the most samples. Micro-batches and checkpointing each run the
     towers that are trained forward once more.
+
+    `tokens` is a caption's mean length.
     """
     largest = shares(config).largest
     again = int(config.checkpoint_activations) + int(micro_batch < largest)
@@ -162,13 +166,13 @@ def gpu_days(
 def cache_days(
     model: ModelConfig, config: TrainConfig, *, num_samples: int, flops_per_second: float
 ) -> float:
-    """Days of all devices together that it takes to compute `cached_views` features of every image."""
+    """Return the device days that it takes to compute `cached_views` features of every image."""
     flops = config.cached_views * num_samples * image_forward(model)
     return flops / flops_per_second / SECONDS_A_DAY
 
 
 def zero_of(settings: Mapping[str, Any]) -> Zero:
-    """Where a DeepSpeed file's content puts the states."""
+    """Return where a DeepSpeed file's content puts the states."""
     found = settings.get("zero_optimization", {})
     stage = int(found.get("stage", 0))
     gathered = min(
@@ -184,14 +188,14 @@ def zero_of(settings: Mapping[str, Any]) -> Zero:
 
 
 def precision_of(settings: Mapping[str, Any]) -> Precision:
-    """What a DeepSpeed file's content computes in; float16 takes what bfloat16 takes."""
+    """Return what a DeepSpeed file's content computes in; float16 takes what bfloat16 takes."""
     if any(settings.get(key, {}).get("enabled") for key in ("bf16", "fp16")):
         return "bfloat16"
     return "autocast" if settings.get("torch_autocast", {}).get("enabled") else "float32"
 
 
 def _image_activations(config: VisionConfig, train: TrainConfig, precision: Precision) -> float:
-    """Bytes a sample that the image tower keeps."""
+    """Return the bytes a sample that the image tower keeps."""
     if train.cached_views:
         return 0
     if isinstance(config, VisionTransformerConfig):
@@ -237,7 +241,7 @@ def _vision_parameters(config: VisionConfig, embed_dim: int) -> int:
 
 
 def _resnet_values(config: ModifiedResNetConfig) -> int:
-    """Values of all feature maps of one image."""
+    """Return the number of values of all feature maps of one image."""
     stem, side = config.width // 32, config.image_size_px // 2
     total = side**2 * 2 * stem
     side //= 2

@@ -1,4 +1,7 @@
-"""What a training needs on given devices: steps, micro-batch, memory and days. `cnclip plan` reckons so."""
+"""What a training needs on given devices: steps, micro-batch, memory and days.
+
+`cnclip plan` uses it.
+"""
 
 import functools
 import math
@@ -90,7 +93,11 @@ class Need:
 
 
 def hardware(name: str, utilisation: float, memory_gib: float | None) -> Hardware:
-    """A device whose data sheet is known; ConfigError for another one, and for what no device does."""
+    """Return a device whose data sheet is known.
+
+    Raises:
+        ConfigError: for another device, and for numbers that no device has.
+    """
     found = find_device(name)
     if found is None:
         raise ConfigError(f"--hardware {name}: no data sheet of it here; known: {', '.join(PEAK_FLOPS)}")
@@ -108,7 +115,7 @@ def hardware(name: str, utilisation: float, memory_gib: float | None) -> Hardwar
 
 
 def trainings_of_recipe(recipe: str, num_samples: int | None) -> list[Training]:
-    """Every model and stage of pretrain.toml, or every model and data set of finetune.toml.
+    """Return every model and stage of pretrain.toml, or every model and data set of finetune.toml.
 
     `num_samples` does not change the sets whose pairs their owners print: Table 9's epochs are of those.
     """
@@ -132,7 +139,7 @@ def trainings_of_recipe(recipe: str, num_samples: int | None) -> list[Training]:
 
 
 def trainings_of_run(run: Run, num_samples: int | None) -> list[Training]:
-    """The training stages of a run; the number of samples is that of its shards once they are there."""
+    """Return the training stages of a run; samples are counted in its shards once they are there."""
     manifest = read_manifest(run, "shards")
     known = num_samples or (manifest.num_kept if manifest is not None else None)
     return [
@@ -143,7 +150,7 @@ def trainings_of_run(run: Run, num_samples: int | None) -> list[Training]:
 
 
 def paper_gpu_days(item: Training) -> float | None:
-    """What the paper needed for this training; None for one that it did not do so."""
+    """Return what the paper needed for this training; None for one that it did not do so."""
     for stage in pretrained_stages(item.model):
         if stage == item.name and item.num_samples == PAPER_PAIRS:
             recipe = paper_recipe(item.model, stage)
@@ -153,7 +160,7 @@ def paper_gpu_days(item: Training) -> float | None:
 
 
 def need(item: Training, on: Hardware, tokens: int) -> Need:
-    """What one training takes; `tokens` is a caption's mean length with [CLS] and [SEP]."""
+    """Return what one training takes; `tokens` is a caption's mean length with [CLS] and [SEP]."""
     config, model, split = item.config, MODELS[item.model], shares(item.config)
     settings = read_deepspeed_file(config.deepspeed)
     needs = functools.partial(

@@ -15,9 +15,12 @@ _HEADER = (
 
 
 def training_table(trainings: Sequence[Training], on: Hardware, tokens: int) -> str:
-    """One row a training, what was reckoned with, and notes on what does not fit or divide.
+    """Return one row a training, the assumptions, and notes on what does not fit or divide.
 
-    `tokens` is a caption's mean length with [CLS] and [SEP]; ConfigError if no caption can have it.
+    `tokens` is a caption's mean length with [CLS] and [SEP].
+
+    Raises:
+        ConfigError: if no caption can have that length.
     """
     longest = max((item.config.context_length for item in trainings), default=tokens)
     if not 3 <= tokens <= longest:
@@ -37,11 +40,11 @@ def training_table(trainings: Sequence[Training], on: Hardware, tokens: int) -> 
 
 
 def _reckoned(trainings: Sequence[Training], on: Hardware, tokens: int, paper: bool) -> str:
-    """What the table was reckoned with, and what its columns mean."""
+    """Return the table's assumptions, and what its columns mean."""
     return (
         f"Estimates assume {on.name} ({on.memory_bytes / GIB:g} GiB, {on.usable_gib:g} GiB usable) at"
         f" {100 * on.utilisation:g}% of its 16-bit peak and captions of {tokens} tokens on average."
-        " micro-batch: the training's own, or where it sets none the most samples whose activations a rank"
+        " micro-batch: the training's own, or if it sets none the most samples whose activations a rank"
         " can hold at once. GiB: a rank's tensors at their fullest (pipeline/planning/memory.py); counted"
         " ones were 5 % less (RN50) to 45 % more (the tiny models in bfloat16), and a process needs more"
         " than its tensors: allocator and libraries. days: by the clock, on all ranks; GPU-days: that times"
@@ -79,7 +82,7 @@ def _row(item: Training, needed: Need) -> tuple[str, ...]:
 
 
 def _duration(days: float, digits: int) -> str:
-    """Days, or hours, minutes or seconds where the digits would show none."""
+    """Return days, or hours, minutes or seconds if the digits would show none."""
     if round(days, digits) > 0 or days == 0:
         return f"{days:,.{digits}f}"
     units = (("h", 24 * days), ("min", 24 * 60 * days), ("s", SECONDS_A_DAY * days))
@@ -95,7 +98,7 @@ def _share(needed: Need) -> str:
 
 
 def _notes(item: Training, needed: Need, on: Hardware) -> Iterator[str]:
-    """What has to be said about one training."""
+    """Yield the warnings on one training."""
     config, split = item.config, needed.shares
     if split.better_ranks:
         better = " or ".join(str(ranks) for ranks in split.better_ranks)

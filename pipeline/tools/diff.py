@@ -49,7 +49,11 @@ class Build:
 
     @classmethod
     def open(cls, folder: str) -> "Build":
-        """Open the corpus in a run's folder; InputError if its lock file is missing or damaged."""
+        """Open the corpus in a run's folder.
+
+        Raises:
+            InputError: if its lock file is missing or damaged.
+        """
         path = store.join(folder, "lock", LOCK_FILE)
         if not store.exists(path):
             raise InputError(f"{path}: no such file; finish the corpus with `cnclip run RUN.toml --to lock`")

@@ -23,7 +23,10 @@ STAGES = ("corpus", *STEPS)
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One dropped row. What is None is not known: a malformed row has its text only."""
+    """One dropped row.
+
+    What is None is not known: a malformed row has its text only.
+    """
 
     stage: str
     reason: str

@@ -28,7 +28,11 @@ class Retried:
 
 
 def plan(run: Run) -> list[Failures]:
-    """Return what the download gave up on, by class; ConfigError if the download is not done."""
+    """Return what the download gave up on, by class.
+
+    Raises:
+        ConfigError: if the download is not done.
+    """
     return retry.failures(_context(run, _pass_stage(run, _finished(run))))
 
 

@@ -1,11 +1,13 @@
 """`cnclip why`: find what became of a row, from tables and drop tables.
 
-Rows that never reached their source's caption table are looked up in the corpus stage's drop tables, by the
-plain key of address and caption; malformed ones by the address in the part of their text that is kept.
+A row is asked for by its key, by its image's URL, or, if its image is on disk, by the path. Rows that never
+reached their source's caption table are looked up in the corpus stage's drop tables, by the plain key of
+address and caption; malformed ones by the address in the part of their text that is kept.
 """
 
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,7 @@ from data_prep.corpus_facts import facts_of, malformed_table, tables_of
 from data_prep.filters.text import FilterTextConfig, by_exemptions, prepared
 from data_prep.formats.keys import url_hash
 from data_prep.rules import text as text_rules
+from data_prep.sources.local_server import HOST, IMAGES
 from data_prep.sources.regions import JOINED
 from data_prep.sources.table import scan
 from pipeline.core import store
@@ -24,6 +27,11 @@ from pipeline.core.records import InputError, Manifest
 from pipeline.core.run import Run, read_manifest
 
 _KEY = re.compile(r"[0-9a-f]{32}")
+_SERVED = re.compile(
+    r"http://127\.0\.0\.1:\d+/[^/]+/(.+)"
+)  # an address of the run's own server, with its token
+# As the corpus stage writes a file's path into an address.
+_ESCAPES = str.maketrans({"%": "%25", "#": "%23", "?": "%3F"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +66,15 @@ class Fate:
         return [head, f"  kept: {self.place}" if self.place else "  kept so far; the shards are not made yet"]
 
 
-def explain(run: Run, config: FilterTextConfig, key_or_url: str) -> list[str]:
-    """Return lines that say what became of each row with this key or URL; InputError if no table has it."""
-    return [line for fate in follow(run, config, key_or_url) for line in fate.lines()]
+def explain(run: Run, config: FilterTextConfig, asked: str) -> list[str]:
+    """Return lines that say what became of each row that `follow` finds."""
+    return [line for fate in follow(run, config, asked) for line in fate.lines()]
 
 
-def follow(run: Run, config: FilterTextConfig, key_or_url: str) -> list[Fate]:
-    """Return what became of each row with this key or URL.
+def follow(run: Run, config: FilterTextConfig, asked: str) -> list[Fate]:
+    """Return what became of each row with this key, URL or path of an image on disk.
+
+    A path is one that the caption table holds, or the file's own, absolute or from the working directory.
 
     Raises:
         InputError: if the corpus stage is not done, or no table has such a row.
@@ -72,13 +82,41 @@ def follow(run: Run, config: FilterTextConfig, key_or_url: str) -> list[Fate]:
     corpus = read_manifest(run, "corpus")
     if corpus is None:
         raise InputError(f"{run.folder}: the corpus stage is not done; run it first")
-    rows = _find_rows(run, corpus, config, key_or_url)
-    fates = list(_dropped_by_corpus(run, corpus, key_or_url))
+    urls = _urls(corpus, asked)
+    rows = _find_rows(run, corpus, config, asked, urls)
+    fates = list(_dropped_by_corpus(run, corpus, asked, urls))
     if rows.height == 0 and not fates:
         raise InputError(
-            f"{_shown(key_or_url)}: not in any caption table of {run.folder}; give a key or a whole URL"
+            f"{_shown(asked)}: not in any caption table of {run.folder}; give a key, a whole URL,"
+            " or the path of an image on disk"
         )
     return fates + [_fate(run, config, row) for row in rows.iter_rows(named=True)]
+
+
+def _urls(corpus: Manifest, asked: str) -> list[str]:
+    """Return the addresses that tables may hold for what was asked: itself, and those of an image on disk."""
+    if (served := _SERVED.fullmatch(asked)) is not None:
+        return [asked, f"http://{HOST}/{served[1]}"]
+    found = [asked]
+    for source in (table.place.source for table in tables_of(corpus)):
+        if source.picture_folder is not None:
+            for path in (asked, *_paths_below(source.picture_folder, asked)):
+                found.append(f"http://{HOST}/{IMAGES}/{source.name}/{path.translate(_ESCAPES)}")
+    return list(dict.fromkeys(found))
+
+
+def _paths_below(folder: str, asked: str) -> list[str]:
+    """Return how a table may name a file of its image folder; empty for a file outside it."""
+    if not store.is_local(folder):
+        prefix = folder.rstrip("/") + "/"
+        return [asked.removeprefix(prefix)] if asked.startswith(prefix) else []
+    found = []
+    for plain in (os.path.abspath, os.path.realpath):  # the path may lead through links that the table lacks
+        path, root = plain(asked), plain(folder)
+        if path.startswith(root.rstrip(os.sep) + os.sep):
+            relative = os.path.relpath(path, root)
+            found += [relative, os.path.join(".", relative)]
+    return found
 
 
 def _shown(url: str | None) -> str:
@@ -89,8 +127,10 @@ def _shown(url: str | None) -> str:
     )
 
 
-def _find_rows(run: Run, corpus: Manifest, config: FilterTextConfig, key_or_url: str) -> pl.DataFrame:
-    wanted = pl.col("key" if _KEY.fullmatch(key_or_url) else "url") == key_or_url
+def _find_rows(
+    run: Run, corpus: Manifest, config: FilterTextConfig, asked: str, urls: Collection[str]
+) -> pl.DataFrame:
+    wanted = pl.col("key") == asked if _KEY.fullmatch(asked) else pl.col("url").is_in(urls)
     return pl.concat(rows_of_tables(run, corpus, config, wanted))
 
 
@@ -106,13 +146,13 @@ def rows_of_tables(
         yield frame.select(*columns, file=pl.lit(number)).collect(engine="streaming")
 
 
-def _dropped_by_corpus(run: Run, corpus: Manifest, key_or_url: str) -> Iterator[Fate]:
+def _dropped_by_corpus(run: Run, corpus: Manifest, asked: str, urls: Collection[str]) -> Iterator[Fate]:
     """Yield the fates of the rows of sources that are in no caption table."""
-    is_key = _KEY.fullmatch(key_or_url) is not None
-    hashed = pl.DataFrame({"url": [key_or_url]}).select(url_hash()).item()
-    wanted = pl.col("key") == key_or_url if is_key else pl.col("url_hash") == hashed
-    # An address that continues is another one.
-    inside = re.compile(re.escape(key_or_url) + r"""(?=[\s,"'\\]|$)""")
+    is_key = _KEY.fullmatch(asked) is not None
+    hashes = pl.DataFrame({"url": urls}).select(url_hash()).to_series()
+    wanted = pl.col("key") == asked if is_key else pl.col("url_hash").is_in(hashes.implode())
+    # An address or path that begins earlier or continues is another one.
+    inside = re.compile(rf"""(?<![\w./%-]){re.escape(asked)}(?=[\s,"'\\]|$)""")
     written = {shard.path for shard in corpus.shards if shard.num_samples}
     for task, facts in facts_of(corpus).items():
         source = ", ".join(facts.sources)
@@ -127,7 +167,7 @@ def _dropped_by_corpus(run: Run, corpus: Manifest, key_or_url: str) -> Iterator[
                     yield _without_row(source, reason, key=key)
         if not is_key and (path := malformed_table(task)) in written:
             table = pl.scan_parquet(store.join(run.folder, "corpus", path))
-            holds = pl.col("text").str.contains(key_or_url, literal=True)
+            holds = pl.col("text").str.contains(asked, literal=True)
             for reason, text in table.filter(holds).select("reason", "text").collect().iter_rows():
                 if inside.search(text):
                     yield _without_row(source, reason, text=text)

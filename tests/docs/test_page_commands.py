@@ -1,16 +1,19 @@
 """Every shell, TOML and Python block of README and docs works, or says next to it why it is not run.
 
 A page's blocks run in order in one folder that holds what the pages take for the user's: `my.toml` (the
-README's), captions, images, an evaluation set, weights. `<!-- run by make test-slow -->` marks blocks that
-need a finished run.
+README's), captions, images, an evaluation set, weights, the beginnings of two runs. Names of weights are
+looked up in a hub on loopback. `<!-- run by make test-slow -->` marks blocks that need a finished run.
+The generated reference has one example a command, for files of anybody: these are parsed.
 """
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +24,19 @@ import tomli_w
 from PIL import Image
 
 from pipeline import catalog
-from pipeline.cli import main
+from pipeline.cli import main, program
+from tests.helpers.hub_models import chinese_clip
+from tests.helpers.hub_server import Hub, hub_server
 from tests.helpers.own_corpus import write_evaluation
 from tests.helpers.pages import CHINESE, NOT_RUN, PAGES, ROOT, SLOW, Block, blocks, read
 from tests.helpers.tiny_model import write_tiny_model
 
 DOCS = [page for page in PAGES if page.startswith(("README", "docs/"))]
-RUN = [page for page in DOCS if page not in CHINESE]  # those have the same blocks
+REFERENCE = "docs/reference/cli.md"
+RUN = [page for page in DOCS if page not in CHINESE and page != REFERENCE]  # the Chinese have the same blocks
 NUM_IMAGES = 150
 SMALL_DEMO = ("corpus.num_clean=60", "corpus.num_evaluation=20", "corpus.dirt=0.05", "download.retries=0")
+NAMED_WEIGHTS = ("OFA-Sys/chinese-clip-vit-base-patch16", "OFA-Sys/chinese-clip-vit-large-patch14")
 NEEDS_PACKAGES = re.compile(r'"cnclip-pretraining\[(\w+)\]"')
 
 
@@ -46,7 +53,7 @@ def _write_images(folder: Path, count: int, seed: int) -> None:
 
 
 def make_world(folder: Path) -> Path:
-    """What the pages' commands find in the user's folder."""
+    """Fill the user's folder with what the pages' commands find there."""
     _write_images(folder / "my" / "pictures", NUM_IMAGES, 0)
     _write_images(folder / "photos", 40, 1)
     for name in ("cat.jpg", "dog.jpg"):
@@ -55,8 +62,9 @@ def make_world(folder: Path) -> Path:
     (folder / "my" / "captions.csv").write_text("\n".join(["url,caption", *rows]) + "\n", encoding="utf-8")
     (folder / "captions.txt").write_text("红色的猫\n蓝色的狗\n一张照片\n" * 14, encoding="utf-8")
     write_evaluation(folder / "my" / "valid", folder / "photos", 12)
-    (folder / "my" / "sets").mkdir()
-    write_evaluation(folder / "my" / "sets" / "valid", folder / "photos", 12)
+    for sets in (folder / "my" / "sets", folder / "sets"):
+        sets.mkdir()
+        write_evaluation(sets / "valid", folder / "photos", 12)
     own = next(block for block in blocks(read("README.md")) if block.language == "toml")
     (folder / "my.toml").write_text(own.text, encoding="utf-8")
     weights, _ = write_tiny_model(folder)
@@ -70,12 +78,24 @@ def make_world(folder: Path) -> Path:
     return folder
 
 
-def run_block(block: Block, world: Path, page: str) -> None:
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """Serve the named weights that pages use; each is a tiny model."""
+    folder = tmp_path_factory.mktemp("hub")
+    chinese_clip(folder)
+    with hub_server() as server:
+        server.models.update(dict.fromkeys(NAMED_WEIGHTS, folder))
+        yield server
+
+
+def run_block(block: Block, world: Path, page: str, hub: Hub | None = None) -> None:
+    """Run a shell block in the world; names of weights come from the hub, and without one from nowhere."""
     environment = {
-        **os.environ,
+        **{key: value for key, value in os.environ.items() if not key.startswith("HF_")},
         "PATH": f"{world / 'bin'}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
-        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(world / "home"),
+        **({"HF_HUB_OFFLINE": "1"} if hub is None else {"HF_ENDPOINT": hub.url}),
     }
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block.text],
@@ -97,11 +117,30 @@ def test_a_block_that_is_not_run_says_why(page: str) -> None:
 @pytest.mark.parametrize(
     "page", [page for page in RUN if any(not block.above.startswith("<!--") for block in _shell(page))]
 )
-def test_quick_commands_work(page: str, tmp_path: Path) -> None:
+def test_quick_commands_work(page: str, tmp_path: Path, hub: Hub) -> None:
     world = make_world(tmp_path)
-    for block in _shell(page):
-        if not block.above.startswith("<!--"):
-            run_block(block, world, page)
+    quick = [block for block in _shell(page) if not block.above.startswith("<!--")]
+    for block in quick:
+        run_block(block, world, page, hub)
+
+
+@pytest.mark.parametrize("block", _shell(REFERENCE), ids=lambda block: block.text.split()[1])
+def test_examples_of_the_reference_parse(block: Block) -> None:
+    name, *arguments = shlex.split(block.text.removeprefix("cnclip "))
+    program().commands[name].make_context(name, arguments)
+
+
+def test_the_example_of_report_compares_two_runs(tmp_path: Path) -> None:
+    world = make_world(tmp_path)
+    for name, least in (("old", 5), ("new", 6)):
+        settings = f"--set run.folder=runs/{name} --set filter_text.min_characters={least}"
+        command = f"cnclip run my.toml --to filter_text {settings}\n"
+        run_block(Block("sh", command, "", 0), world, "fixture")
+    example = next(block for block in _shell(REFERENCE) if block.text.startswith("cnclip report "))
+    run_block(example, world, REFERENCE)
+    compared = (world / "compared.html").read_text(encoding="utf-8")
+    assert 'data-title-en="old and new"' in compared
+    assert "min_characters" in compared
 
 
 @pytest.fixture(scope="module")
@@ -119,13 +158,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in RUN if any(b.above == SLOW for b in _shell(page))])
-def test_commands_on_a_finished_run_work(page: str, finished: Path, tmp_path: Path) -> None:
+def test_commands_on_a_finished_run_work(page: str, finished: Path, tmp_path: Path, hub: Hub) -> None:
     world = tmp_path / "world"
     shutil.copytree(finished, world)
     shutil.copy(finished / "bin" / "cnclip", world / "bin" / "cnclip")
     for block in _shell(page):
         if not block.above.startswith(NOT_RUN):
-            run_block(block, world, page)
+            run_block(block, world, page, hub)
 
 
 def _joined(table: dict[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ _SECONDS = 60.0
 
 
 class Chromium:
-    """One tab. Commands are those of the Chrome DevTools Protocol; events are passed over."""
+    """One tab. Commands are those of the Chrome DevTools Protocol; events are skipped."""
 
     def __enter__(self) -> Self:
         assert CHROMIUM is not None
@@ -66,7 +66,7 @@ class Chromium:
         self._folder.cleanup()
 
     def send(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """One command and its answer."""
+        """Send one command and return its answer."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": parameters}
         if self._session:
@@ -80,13 +80,13 @@ class Chromium:
                 return found
 
     def evaluate(self, expression: str) -> Any:
-        """The value of a JavaScript expression in the page."""
+        """Return the value of a JavaScript expression in the page."""
         answer = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
     def wait(self, expression: str) -> Any:
-        """The expression's value as soon as it is true."""
+        """Return the expression's value as soon as it is true."""
         end = time.monotonic() + _SECONDS
         while not (value := self.evaluate(expression)):
             if time.monotonic() > end:

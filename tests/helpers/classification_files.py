@@ -12,7 +12,7 @@ NAMES = {"red": "红色", "green": "绿色", "blue": "蓝色"}
 
 
 def square_image(colour: str, seed: int) -> bytes:
-    """A noisy square of one colour."""
+    """Return a noisy square of one colour."""
     noise = np.random.default_rng(seed).integers(-25, 25, (16, 16, 3))
     pixels = np.clip(np.array(COLOURS[colour]) + noise, 0, 255).astype(np.uint8)
     file = io.BytesIO()
@@ -21,7 +21,7 @@ def square_image(colour: str, seed: int) -> bytes:
 
 
 def write_cnclip(root: Path, count: int = 4) -> Path:
-    """`test/<id>/…` with `label_cn.txt`; image i of class c has seed 100 c + i."""
+    """Write `test/<id>/…` with `label_cn.txt`; image i of class c has seed 100 c + i."""
     for number, colour in enumerate(COLOURS):
         folder = root / "test" / f"{number:03d}"
         folder.mkdir(parents=True)
@@ -32,7 +32,7 @@ def write_cnclip(root: Path, count: int = 4) -> Path:
 
 
 def write_torchvision(root: Path, count: int = 4) -> Path:
-    """`<class name>/…` and a labels file `labels.tsv` beside the folder."""
+    """Write `<class name>/…` and a labels file `labels.tsv` next to the folder."""
     for number, colour in enumerate(COLOURS):
         (root / colour).mkdir(parents=True)
         for row in range(count):
@@ -43,7 +43,7 @@ def write_torchvision(root: Path, count: int = 4) -> Path:
 
 
 def write_web(root: Path, count: int = 4) -> Path:
-    """CLIP_benchmark's layout, one tar a class."""
+    """Write CLIP_benchmark's layout, one tar a class."""
     (root / "test").mkdir(parents=True)
     (root / "test" / "nshards.txt").write_text(str(len(COLOURS)))
     (root / "classnames.txt").write_text("\n".join(COLOURS))

@@ -32,7 +32,7 @@ from tests.helpers.download import publish_images
 
 
 def drawing(seed: int, side: int = 64) -> Image.Image:
-    """A image of rectangles that follows from its seed; two seeds are far apart by perceptual hash."""
+    """Draw rectangles that follow from the seed; two seeds are far apart by perceptual hash."""
     rng = random.Random(seed)
     image = Image.new("RGB", (side, side), tuple(rng.randrange(256) for _ in range(3)))
     for _ in range(12):
@@ -49,7 +49,7 @@ def encoded(image: Image.Image, quality: int = 95) -> bytes:
 
 
 def fetch(config: str, context: Context, task: Task, progress: Progress) -> Outcome:
-    """Stands in for the download: a folder has one file for the end of each URL."""
+    """Stand in for the download: a folder has one file for the end of each URL."""
     return publish_images(context, task, lambda url: (Path(config) / url.rsplit("/", 1)[1]).read_bytes())
 
 
@@ -66,7 +66,7 @@ def make_run(
     evaluations: tuple[EvaluationSource, ...] = (),
     copies: DedupImageConfig | None = None,
 ) -> Run:
-    """A run over images and captions by name, up to its shards; not yet executed."""
+    """Return a run over images and captions by name, up to its shards; not yet executed."""
     inputs = folder / "inputs"
     inputs.mkdir(parents=True, exist_ok=True)
     for name, data in pictures.items():
@@ -116,7 +116,7 @@ def finish(run: Run) -> Run:
 
 
 def plain_corpus(folder: Path, names: range, *, samples_per_shard: int = 8, source: str = "mine") -> Run:
-    """A finished run of one drawing and one caption for each number."""
+    """Return a finished run of one drawing and one caption for each number."""
     pictures = {f"{number}.jpg": encoded(drawing(number)) for number in names}
     captions = {f"{number}.jpg": f"编号{number:04d}的图片" for number in names}
     run = make_run(folder, pictures, captions, samples_per_shard=samples_per_shard, source=source)

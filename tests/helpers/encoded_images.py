@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 
 def four_colours(size_px: tuple[int, int] = (90, 60)) -> Image.Image:
-    """Four quarters of four colours: no two orientations look alike."""
+    """Return four quarters of four colours: no two orientations look alike."""
     image = Image.new("RGB", size_px, (200, 30, 30))
     draw = ImageDraw.Draw(image)
     width, height = size_px
@@ -38,7 +38,10 @@ def png(
     palette: bytes = b"",
     transparent: bytes = b"",
 ) -> bytes:
-    """A PNG of one channel [H, W], or of several [H, W, C] and 8 or 16 bits; `transparent` is its tRNS."""
+    """Return a PNG of one channel [H, W], or of several [H, W, C] and 8 or 16 bits.
+
+    `transparent` is its tRNS.
+    """
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

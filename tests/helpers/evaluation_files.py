@@ -28,7 +28,7 @@ class ArrayEncoder:
 
 
 def png_bytes(seed: int, size_px: int = 20) -> bytes:
-    """An image of random blocks, different for each seed."""
+    """Return an image of random blocks, different for each seed."""
     blocks = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(blocks).resize((size_px, size_px), Image.Resampling.NEAREST).save(file, "PNG")
@@ -51,7 +51,7 @@ def write_evaluation(
 
 
 def small_evaluation(folder: Path, name: str = "small", count: int = 12) -> str:
-    """`count` images with ids 100, 101, … and one text each; text 0 also names the last image."""
+    """Write `count` images with ids 100, 101, … and one text each; text 0 also names the last image."""
     images = {100 + row: png_bytes(row) for row in range(count)}
     texts = [(row, f"第{row}张图片", [100 + row]) for row in range(count)]
     texts[0] = (0, "第零张图片", [100, 100 + count - 1])
@@ -63,7 +63,7 @@ def shard_key(sample: int) -> str:
 
 
 def write_shards(folder: Path, samples: Sequence[tuple[bytes, str]], per_shard: int) -> str:
-    """Shards of (image, caption) as the stage writes them, with the sidecar columns that are read here."""
+    """Write shards of (image, caption) as the stage does, with the sidecar columns that are read here."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, start in enumerate(range(0, len(samples), per_shard)):
         part = samples[start : start + per_shard]

@@ -29,7 +29,7 @@ class FaultyDisk:
 
     @contextlib.contextmanager
     def failing(self, kind: str = "", number: int = 0, error: BaseException | None = None) -> Iterator[None]:
-        """Inside, the `number`-th call of a kind raises the error; without a kind, calls are only counted."""
+        """Let the `number`-th call of a kind raise the error inside; without a kind, only count calls."""
         self.calls.clear()
         self._fails, self._error = (kind, number), error
         opened = builtins.open

@@ -1,4 +1,4 @@
-"""A run whose data stages never end: its pictures' server takes every request and answers none."""
+"""A run whose data stages never end: its images' server takes every request and answers none."""
 
 import contextlib
 import select
@@ -43,7 +43,7 @@ cpus_prepare = 1
 
 @contextlib.contextmanager
 def hanging_run(folder: Path) -> Iterator[tuple[str, Callable[[], bool]]]:
-    """(path of the run's file, has it begun to ask for pictures?); inside, its server listens."""
+    """Yield (path of the run's file, has it begun to ask for images?); inside, its server listens."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         rows = [f"http://127.0.0.1:{port}/{number}.jpg,一只黑色的猫在看第{number}本书" for number in range(8)]

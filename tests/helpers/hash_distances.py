@@ -7,7 +7,10 @@ from data_prep.rules.image import HASH_BITS
 
 
 def nearest_hash_distances(hashes: list[bytes], references: list[bytes]) -> npt.NDArray[np.int32]:
-    """Bits between each hash and the nearest reference, int32 [len(hashes)]; HASH_BITS without references."""
+    """Return the bits between each hash and the nearest reference, int32 [len(hashes)].
+
+    Without references they are HASH_BITS.
+    """
     one, other = (
         np.frombuffer(b"".join(side), np.uint8).reshape(-1, HASH_BITS // 8) for side in (hashes, references)
     )

@@ -15,7 +15,7 @@ from training.config.job import TrainJob
 
 HELPERS = Path(__file__).parent
 ROOT = HELPERS.parents[1]
-LIMIT_SECONDS = 600  # far more than any of these takes alone; the machine may be busy
+LIMIT_SECONDS = 600  # far more than any of these takes by itself; the machine may be busy
 
 
 def read_metrics(job: TrainJob) -> list[dict[str, Any]]:
@@ -31,7 +31,7 @@ def outputs(job: TrainJob) -> tuple[bytes, bytes]:
 
 
 def launch(job: TrainJob) -> subprocess.Popen[str]:
-    """The real launcher on this machine, in a process group of its own."""
+    """Start the real launcher on this machine, in a process group of its own."""
     path = Path(job.folder) / "job.json"
     path.write_text(job.to_json())
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(job.config.ranks)]
@@ -59,7 +59,7 @@ def run_watched(job: TrainJob) -> subprocess.Popen[str]:
 
 
 def wait_for_steps(job: TrainJob, process: subprocess.Popen[str], count: int) -> None:
-    """Wait until so many steps are taken; fail at once if the process that trains has ended."""
+    """Wait until training took so many steps; fail at once if the process that trains has ended."""
     log, end = Path(job.folder) / "log.jsonl", time.monotonic() + LIMIT_SECONDS
     while not log.exists() or len(log.read_text().splitlines()) < count:
         if process.poll() is not None:
@@ -70,7 +70,7 @@ def wait_for_steps(job: TrainJob, process: subprocess.Popen[str], count: int) ->
 
 
 def ranks_of(launcher_pid: int) -> list[tuple[int, str]]:
-    """(process, its environment) of every rank below a launcher."""
+    """Return (process, its environment) of every rank below a launcher."""
 
     return [
         (child.pid, " ".join(f"{key}={value}" for key, value in child.environ().items()))

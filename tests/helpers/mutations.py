@@ -31,7 +31,7 @@ _ODD_TEXT = (
 
 
 def mutate(data: bytes, rng: random.Random) -> bytes:
-    """One to four accidents: bits, bytes, runs, cuts, sizes, copies, foreign text."""
+    """Cause one to four accidents: bits, bytes, runs, cuts, sizes, copies, foreign text."""
     body = bytearray(data)
     for _ in range(rng.randint(1, 4)):
         if not body:
@@ -59,7 +59,7 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
 
 
 def seed_pictures() -> list[bytes]:
-    """Small images of every format that is decoded, with the parts that parsers trip over."""
+    """Return small images of every format that is decoded, with the parts that parsers trip over."""
     rng = np.random.default_rng(0)
     colour = Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).resize((90, 60))
     exif = Image.Exif()
@@ -107,7 +107,7 @@ def _rows(count: int) -> pl.DataFrame:
 
 
 def seed_tables() -> dict[str, bytes]:
-    """File name → bytes of a small caption table in each form that is read."""
+    """Return file name → bytes of a small caption table in each form that is read."""
     rows = _rows(40)
     parquet, packed = io.BytesIO(), io.BytesIO()
     rows.write_parquet(parquet, compression="zstd", row_group_size=16)
@@ -125,7 +125,7 @@ def seed_tables() -> dict[str, bytes]:
 
 
 def seed_tar(add: Callable[[tarfile.TarFile], None] | None = None) -> bytes:
-    """A tar as img2dataset writes it, and what `add` puts into it."""
+    """Return a tar as img2dataset writes it, and what `add` puts into it."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for number in range(6):

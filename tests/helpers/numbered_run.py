@@ -29,7 +29,7 @@ SAMPLES_PER_SHARD = 8
 
 
 def draw(url: str) -> bytes:
-    """A image that follows from its URL; every ninth is too small."""
+    """Draw an image that follows from its URL; every ninth is too small."""
     rng = random.Random(url)
     side = 8 if int(url.rsplit("/", 1)[1]) % 9 == 0 else 24
     image = Image.new("RGB", (side, side), (rng.randrange(256), rng.randrange(256), rng.randrange(256)))

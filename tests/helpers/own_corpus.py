@@ -38,7 +38,7 @@ lanes = 2
 
 
 def make_own(tmp_path: Path) -> Path:
-    """Twelve images with Chinese file names, a table, an evaluation set and a recipe."""
+    """Write twelve images with Chinese file names, a table, an evaluation set and a recipe."""
     random = np.random.default_rng(0)
     folder = tmp_path / "图片"
     folder.mkdir()

@@ -21,7 +21,7 @@ STRUCTURES = {
 
 
 def cn_clip_model(name: str, seed: int) -> Any:
-    """cn_clip's class at full size, in float32, its weights rounded to what float16 holds."""
+    """Return cn_clip's class at full size, in float32, its weights rounded to what float16 holds."""
     from cn_clip.clip.utils import create_model  # type: ignore[import-untyped]
 
     torch.manual_seed(seed)
@@ -31,7 +31,7 @@ def cn_clip_model(name: str, seed: int) -> Any:
 
 
 def _lively(model: Any) -> Any:
-    """Biases and norms away from zero and one, residual branches open, all rounded to float16."""
+    """Move biases and norms away from zero and one, open residual branches, round all to float16."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
@@ -43,7 +43,7 @@ def _lively(model: Any) -> Any:
 
 
 def hugging_face_model(config: ModelConfig, seed: int) -> Any:
-    """transformers' ChineseCLIPModel of the same sizes."""
+    """Return transformers' ChineseCLIPModel of the same sizes."""
     from transformers import ChineseCLIPConfig, ChineseCLIPModel
 
     vision, text = config.vision, config.text
@@ -73,6 +73,6 @@ def hugging_face_model(config: ModelConfig, seed: int) -> Any:
 
 
 def cn_clip_of(config: ModelConfig, seed: int) -> Any:
-    """cn_clip's class in any size, with weights that float16 holds."""
+    """Return cn_clip's class in any size, with weights that float16 holds."""
     torch.manual_seed(seed)
     return _lively(build(config)).eval()

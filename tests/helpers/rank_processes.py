@@ -19,7 +19,7 @@ def free_port() -> int:
 
 
 def run_ranks(function: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:
-    """Results of `function(*arguments)` by rank; it finds RANK and its like in the environment."""
+    """Return results of `function(*arguments)` by rank; it finds RANK and its like in the environment."""
     port, receivers, processes = free_port(), [], []
     for rank in range(ranks):
         receiver, sender = _CONTEXT.Pipe(duplex=False)

@@ -36,7 +36,7 @@ def scores(r1: float) -> RetrievalScores:
 
 
 def make_data() -> ReportData:
-    """A small run with every section, and hostile text wherever text comes from a corpus."""
+    """Return a small run with every section, and hostile text wherever text comes from a corpus."""
     steps = [("english", 0), ("english", 500), ("stage1", 0), ("stage1", 400), ("stage2", 0), ("stage2", 300)]
     image = Thumbnail(7, True, "image/png", b"\x89PNG not really")
     example = Example(HOSTILE, HOSTILE, HOSTILE, HOSTILE, b"RIFF not really")

@@ -22,7 +22,7 @@ sys.stdin.read()
 
 @contextmanager
 def s3_server() -> Iterator[str]:
-    """Yields `s3://<bucket>`; every process that is started inside the block finds it by its environment."""
+    """Yield `s3://<bucket>`; processes started inside the block find it by their environment."""
     pytest.importorskip("moto", reason="moto is in the extra `dev`")
     pytest.importorskip("s3fs", reason="s3fs is in the extra `s3`")
     process = subprocess.Popen(

@@ -57,7 +57,7 @@ class Site:
 
 
 def write_run(folder: Path) -> None:
-    """Model, vocabulary, an evaluation set, its features and index, where a run has them."""
+    """Write a model, vocabulary, an evaluation set, its features and index, as a run has them."""
     run = folder / "run"
     write_tiny_model(folder)
     for name in ("stage1", "vocabulary", "corpus"):
@@ -80,7 +80,10 @@ def write_run(folder: Path) -> None:
 
 
 def write_shards(folder: Path) -> None:
-    """Two shards of 8 and 6 samples of two sources; sample 4 has a hostile address, sample 5 a good one."""
+    """Write two shards of 8 and 6 samples of two sources.
+
+    Sample 4 has a hostile address, sample 5 a good one.
+    """
     folder.mkdir()
     urls = {4: "javascript:window.hostile=3", 5: "https://pictures.example/5?a=b&c=<d>"}
     for number, samples in enumerate((range(8), range(8, NUM_SAMPLES))):
@@ -99,7 +102,7 @@ def write_shards(folder: Path) -> None:
 
 
 def embed_shards(encoder: EvaluationEncoder, folder: Path) -> None:
-    """Features of the shards' images in reverse order, in two files; the last key is in no shard."""
+    """Write features of the shards' images in reverse order, in two files; the last key is in no shard."""
     order = list(reversed(range(NUM_SAMPLES)))
     with torch.inference_mode():
         image_BCHW = preprocess([png_bytes(100 + row) for row in order], 32)
@@ -115,7 +118,7 @@ def embed_shards(encoder: EvaluationEncoder, folder: Path) -> None:
 def ask(
     site: Site, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
 ) -> tuple[int, dict[str, str], bytes]:
-    """(status, headers, body) of one request: a POST where there is a body."""
+    """Return (status, headers, body) of one request: a POST if there is a body."""
     connection = http.client.HTTPConnection("127.0.0.1", site.server.server_port, timeout=30)
     try:
         connection.request("GET" if body is None else "POST", path, body, headers or {})

@@ -27,7 +27,7 @@ VOCABULARY = (
 
 
 def draw(colour: tuple[int, int, int], shape: str, size_px: int, random: np.random.Generator) -> bytes:
-    """JPEG bytes of one coloured shape on a noisy grey ground."""
+    """Return JPEG bytes of one coloured shape on a noisy grey ground."""
     image = random.integers(150, 200, (size_px, size_px, 3)).astype(np.uint8)
     centre = random.integers(size_px // 3, 2 * size_px // 3, 2)
     radius = int(random.integers(size_px // 6, size_px // 4))
@@ -42,7 +42,7 @@ def draw(colour: tuple[int, int, int], shape: str, size_px: int, random: np.rand
 def write_shards(
     folder: Path, sizes: list[int], *, image_size_px: int = 40, seed: int = 0
 ) -> tuple[Shard, ...]:
-    """One tar and one sidecar for each size; captions name colour and shape."""
+    """Write one tar and one sidecar for each size; captions name colour and shape."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)
     shards = []

@@ -45,7 +45,7 @@ PartitionName=high Nodes={host} PriorityTier=10 MaxTime=INFINITE
 
 
 def why_not() -> str:
-    """Why no Slurm can be started here; empty where it can."""
+    """Return why no Slurm can be started here; empty if one can."""
     missing = [name for name in _NEEDED if shutil.which(name) is None]
     if missing:
         return f"Slurm is not installed: no {', '.join(missing)} (Debian: slurm-wlm, munge)"
@@ -94,18 +94,18 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
 
 
 def output(environment: dict[str, str], *command: str) -> str:
-    """What one of Slurm's commands prints."""
+    """Return what one of Slurm's commands prints."""
     return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
 
 
 def state(environment: dict[str, str], job: str) -> str:
-    """A job's state, such as PENDING, RUNNING or COMPLETED."""
+    """Return a job's state, such as PENDING, RUNNING or COMPLETED."""
     found = output(environment, "scontrol", "show", "job", job, "--oneliner")
     return found.split("JobState=")[1].split()[0]
 
 
 def wait_for(environment: dict[str, str], job: str, *states: str, seconds: float) -> str:
-    """Wait until a job is in one of the states; AssertionError where that takes longer."""
+    """Wait until a job is in one of the states; fail if that takes longer."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if (found := state(environment, job)) in states:

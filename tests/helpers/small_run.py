@@ -62,7 +62,7 @@ class SmallRun:
         return Ended(status, error.getvalue())
 
     def files(self) -> dict[str, bytes]:
-        """All files that count, by path; receipts without their times are in the manifests."""
+        """Return all files that count, by path; receipts without their times are in the manifests."""
         return {
             str(path.relative_to(self.folder)): path.read_bytes()
             for path in sorted(self.folder.rglob("*"))

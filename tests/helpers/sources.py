@@ -69,7 +69,7 @@ def kept(run: Run) -> pl.DataFrame:
 
 
 def cn_clip_set(folder: Path) -> None:
-    """Two images in Chinese-CLIP's layout, with texts and lines of every kind that is set aside."""
+    """Write two images in Chinese-CLIP's layout, with texts and lines of every kind that is set aside."""
     folder.mkdir(exist_ok=True)
     images = {5: picture(), 9: picture((0, 0, 255))}
     lines = [f"{number}\t{base64.b64encode(data).decode()}\n" for number, data in images.items()]

@@ -56,7 +56,7 @@ CALLS = {
 
 
 def prepare() -> None:
-    """A stage's folder with a table, a manifest and a folder to remove."""
+    """Make a stage's folder with a table, a manifest and a folder to remove."""
     store.remove(f"{FOLDER}/stage")
     store.write_text(PATH, "old")
     store.write_text(f"{FOLDER}/stage/old/a.txt", "old")

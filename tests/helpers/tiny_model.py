@@ -11,7 +11,7 @@ from training.weights.weights import save_checkpoint
 
 
 def write_tiny_model(folder: Path, seed: int = 0, *, words: str | None = None) -> tuple[str, str]:
-    """Paths of a checkpoint with random weights and of its vocabulary.
+    """Return the paths of a checkpoint with random weights and of its vocabulary.
 
     `words` are the characters that it knows, after the special tokens and in this order; unset, those of the
     captions of tests, in the order in which a vocabulary is learned.

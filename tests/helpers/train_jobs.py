@@ -29,7 +29,7 @@ CONFIG = TrainConfig(
 
 
 def build_config(changes: Mapping[str, Any]) -> TrainConfig:
-    """CONFIG with changes, as a run's file gives it: checked; tables are merged."""
+    """Return CONFIG with changes, as a run's file gives it: checked; tables are merged."""
     table = dataclasses.asdict(CONFIG)
     for name, value in changes.items():
         plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
@@ -40,7 +40,7 @@ def build_config(changes: Mapping[str, Any]) -> TrainConfig:
 def make_job(
     folder: Path, run: str, *, model: str = "small-vit", sizes: tuple[int, ...] = (20, 20, 9), **changes: Any
 ) -> TrainJob:
-    """A job on shards that all runs of a test's folder share; `changes` are fields of TrainConfig."""
+    """Return a job on shards that all runs of a test's folder share; `changes` are TrainConfig's fields."""
     shards = write_shards(folder / "shards", list(sizes))
     (folder / run).mkdir(exist_ok=True)
     return TrainJob(
@@ -56,7 +56,7 @@ def make_job(
 
 
 def mean_similarity(clip: Any) -> dict[str, dict[str, Any]]:
-    """A stand-in for recall that depends on every weight and buffer."""
+    """Stand in for recall, by a number that depends on every weight and buffer."""
     import torch
 
     assert not clip.training
@@ -70,7 +70,7 @@ def mean_similarity(clip: Any) -> dict[str, dict[str, Any]]:
 
 
 def train_rank(job: TrainJob, *, dropout: float = 0.1) -> None:
-    """What one rank does, with the models of tests."""
+    """Do what one rank does, with the models of tests."""
     from training.model.config import MODELS
     from training.pretrain import pretrain
 
@@ -79,7 +79,7 @@ def train_rank(job: TrainJob, *, dropout: float = 0.1) -> None:
 
 
 def small_models(dropout: float = 0.1) -> dict[str, ModelConfig]:
-    """A ViT, and a ResNet with its batch norms; the large one normalises even a single picture."""
+    """Return a ViT, and a ResNet with its batch norms; the large one normalises even a single image."""
     text = TextConfig(layers=2, width=64, heads=2, max_positions=16, dropout=dropout)
     vit = VisionTransformerConfig(image_size_px=32, patch_size_px=8, layers=2, width=64, heads=2)
     resnet = ModifiedResNetConfig(image_size_px=32, blocks=(1, 1, 1, 1), width=256)

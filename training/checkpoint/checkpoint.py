@@ -65,7 +65,7 @@ class TrainState:
     step: int
     weights: dict[str, Tensor]
     moments: dict[str, Tensor]  # `exp_avg.<name>`, `exp_avg_sq.<name>`; for float16 `loss_scaling.<name>`
-    num_updates: int | None = None  # steps that changed weights, where some were left out; None: all
+    num_updates: int | None = None  # steps that changed weights, if some were left out; None: all
 
 
 def gather_state(engine: Engine, step: int) -> TrainState:
@@ -134,10 +134,11 @@ def save(
 
     These are the steps `keep_also` and, for each one kept, the first of the steps that `rank_steps` gives for
     it, best first, that is still there: a run that falls back to it may end with those weights. Later steps
-    and those that a start found `damaged` count, and stay, only where they are whole. `made_with` says how it
+    and those that a start found `damaged` count, and stay, only if they are whole. `made_with` says how it
     was computed, for whoever resumes from it on other ranks. One rank calls it.
 
-    InputError if the disk is full.
+    Raises:
+        InputError: if the disk is full.
     """
     name = f"step_{state.step:09d}"
     partial, target = os.path.join(root, f".{name}.partial"), os.path.join(root, name)
@@ -183,7 +184,10 @@ def save(
 
 
 def sweep(root: str) -> None:
-    """Delete leftovers of interrupted saves and deletions. Not safe to call concurrently."""
+    """Delete leftovers of interrupted saves and deletions.
+
+    Not safe to call concurrently.
+    """
     for name in os.listdir(root) if os.path.isdir(root) else []:
         if _LEFT_OVER.fullmatch(name):
             shutil.rmtree(os.path.join(root, name), ignore_errors=True)

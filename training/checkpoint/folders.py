@@ -1,4 +1,7 @@
-"""Where a stage's checkpoints are, for whoever looks before training starts. No torch here."""
+"""Where a stage's checkpoints are, for whoever looks before training starts.
+
+No torch here.
+"""
 
 import os
 import re

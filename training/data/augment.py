@@ -1,4 +1,6 @@
-"""What happens to an image between its bytes and the tower, in training. Every draw is a function of the key.
+"""What happens to an image between its bytes and the tower, in training.
+
+Every draw is a function of the key.
 
 The generator is counter-based (Philox): the sample's key is its key, and (seed, epoch) its counter, so
 that a view depends on nothing that happened before it: not on the rank, the batch or the thread.

@@ -47,7 +47,11 @@ def auto_augment(image: Pixels, random: np.random.Generator) -> Pixels:
 
 
 def apply_operations(image: Pixels, operations: Sequence[tuple[str, float]]) -> Pixels:
-    """Apply operations by timm's (name, level); KeyError for a name that the policy lacks."""
+    """Apply operations by timm's (name, level).
+
+    Raises:
+        KeyError: for a name that the policy lacks.
+    """
     work = _Work(image)
     for name, level in operations:
         _OPERATIONS[name](work, level)

@@ -142,7 +142,7 @@ def build(
     Stopped or killed and called again, it continues with the first shard that has none.
 
     `images` gives uint8 views [B, H, W, 3] of (shard, row, epoch); `encode` unit-norm float32 feature_BD of
-    uint8 [B, 3, H, W]; `show` is told (shards done, of all).
+    uint8 [B, 3, H, W]; `show` gets (shards done, of all).
     """
     for done, shard in enumerate(shards):
         show(done, len(shards))

@@ -21,7 +21,7 @@ class SampleOrder:
     `shard_num_samples` gives the sequence of samples; a sample's index is its place in it.
 
     Raises:
-        ConfigError: if the batch is no multiple of the lanes, or larger than the corpus.
+        ConfigError: if the batch is not a multiple of the lanes, or larger than the corpus.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class SampleOrder:
         self.shard_starts: Int64Array = np.concatenate([[0], np.cumsum(shard_num_samples, dtype=np.int64)])
         self.num_samples = int(self.shard_starts[-1])
         if global_batch % lanes:
-            raise ConfigError(f"global_batch = {global_batch} is no multiple of lanes = {lanes}")
+            raise ConfigError(f"global_batch = {global_batch} is not a multiple of lanes = {lanes}")
         if global_batch > self.num_samples:
             raise ConfigError(f"global_batch = {global_batch}, but the corpus has {self.num_samples} samples")
         self._seed = seed

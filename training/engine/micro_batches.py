@@ -34,7 +34,7 @@ def in_micro_batches(engine: Engine, batch: Batch, seed: int) -> tuple[float, Ca
     A batch norm that is trained normalises within a micro-batch, as it does within a rank, and its running
     statistics see every micro-batch once.
 
-    A rank with fewer samples than another has micro-batches computes its first sample again where it has none
+    A rank with fewer samples than another has micro-batches computes its first sample again when it has none
     left: collectives want every rank. What comes of it is dropped.
     """
     towers: Towers = engine.module

@@ -29,7 +29,11 @@ def autocast(device_type: str, dtype: torch.dtype) -> torch.autocast:
 
 
 def check_precision(config: TrainConfig) -> None:
-    """Raise ConfigError if a DeepSpeed file's precision cannot run on this machine."""
+    """Check that a DeepSpeed file's precision runs on this machine.
+
+    Raises:
+        ConfigError: if it cannot.
+    """
     half = half_of(read_deepspeed_file(config.deepspeed))
     on = get_accelerator()
     # DeepSpeed calls fp16 supported on processors that multiply in it; training there was never tried.

@@ -21,7 +21,10 @@ class TeacherFeatures:
 
 
 class Teacher:
-    """A frozen model. It is no part of the module that DeepSpeed wraps, so that nothing of it is trained."""
+    """A frozen model.
+
+    It is no part of the module that DeepSpeed wraps, so that nothing of it is trained.
+    """
 
     def __init__(self, clip: CLIP, config: DistilConfig) -> None:
         self.config = config
@@ -48,8 +51,10 @@ class Teacher:
 def load_teacher(config: TrainConfig, student: CLIP, stage: str) -> Teacher | None:
     """Return the teacher that a stage names, or None.
 
-    ConfigError if it cannot see what the student sees: another vocabulary or image size, or too few
-    positions. InputError if the weights cannot be read.
+    Raises:
+        ConfigError: if it cannot see what the student sees: another vocabulary or image size, or too few
+            positions.
+        InputError: if the weights cannot be read.
     """
     if config.distil is None:
         return None

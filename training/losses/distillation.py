@@ -46,7 +46,10 @@ def distillation_loss(
 
 
 class _DistillationLoss(torch.autograd.Function):
-    """Rows are texts and columns images, as in the contrastive loss. Gradients are made with the loss."""
+    """Rows are texts and columns images, as in the contrastive loss.
+
+    Gradients are made with the loss.
+    """
 
     @staticmethod
     def forward(

@@ -38,7 +38,7 @@ class CLIP(nn.Module):
     def encode_image(self, image_BCHW: torch.Tensor, kept_BP: torch.Tensor | None = None) -> torch.Tensor:
         """Return unit-norm feature_BD in float32 of images that are already resized and normalised.
 
-        `kept_BP` are the patches that a ViT computes on, all where unset. No graph is recorded where the
+        `kept_BP` are the patches that a ViT computes on, all if unset. No graph is recorded if the
         image tower is locked.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.image_tower_locked):
@@ -48,8 +48,10 @@ class CLIP(nn.Module):
     def encode_text(self, tokens_BL: torch.Tensor) -> torch.Tensor:
         """Return unit-norm feature_BD in float32 of integer token ids; id 0 is padding and costs nothing.
 
-        The ids may be on the CPU wherever the model is, which is quicker: they are packed there. ValueError
-        where a row begins with padding.
+        The ids may be on the CPU wherever the model is, which is quicker: they are packed there.
+
+        Raises:
+            ValueError: if a row begins with padding.
         """
         return self.project_text(encode_packed(self.bert, tokens_BL, recompute=self._recompute_text))
 
@@ -86,7 +88,7 @@ class CLIP(nn.Module):
 def build_clip(config: ModelConfig, *, vocab_size: int | None = None) -> CLIP:
     """Build a model with random weights from torch's global generator, in training mode.
 
-    `vocab_size` replaces the configuration's where the vocabulary was learned from the corpus; `CLIP.config`
+    `vocab_size` replaces the configuration's if the vocabulary was learned from the corpus; `CLIP.config`
     then says so.
     """
     if vocab_size is not None:

@@ -47,7 +47,7 @@ class MultilingualTextTower(nn.Module):
         self.projection = nn.Linear(width, embed_dim)
 
     def forward(self, tokens_BL: torch.Tensor) -> torch.Tensor:
-        """feature_BD, not unit-norm, of token ids padded with XLM-R's padding id."""
+        """Return feature_BD, not unit-norm, of token ids padded with XLM-R's padding id."""
         mask_BL = tokens_BL.ne(_PADDING)
         hidden_BLH = self.transformer(input_ids=tokens_BL, attention_mask=mask_BL.long()).last_hidden_state
         weight_BL1 = mask_BL.unsqueeze(2).to(hidden_BLH.dtype)
@@ -70,7 +70,7 @@ class MultilingualText:
         return self.tower.projection.out_features
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        """XLM-R's ids of each text, <s> … </s>, cut at the model's positions."""
+        """Return XLM-R's ids of each text, <s> … </s>, cut at the model's positions."""
         found: list[list[int]] = self._pieces.encode(list(texts), out_type=int)
         return [
             [_START, *(piece + 1 if piece else _UNKNOWN for piece in ids[: self.max_tokens - 2]), _END]
@@ -78,7 +78,7 @@ class MultilingualText:
         ]
 
     def embed(self, texts: Sequence[str]) -> Float32Array:
-        """text_ND, as the tower gives them; texts of like length are encoded together."""
+        """Return text_ND, as the tower gives them; texts of like length are encoded together."""
         tokens = self.tokens(texts)
         feature_ND = np.empty((len(texts), self.embed_dim), np.float32)
         with torch.inference_mode():
@@ -91,7 +91,7 @@ class MultilingualText:
         return feature_ND
 
     def embed_texts(self, texts: Sequence[str]) -> Float32Array:
-        """text_ND, unit-norm."""
+        """Return text_ND, unit-norm."""
         return F.normalize(torch.from_numpy(self.embed(texts)), dim=-1).numpy()
 
 
@@ -108,7 +108,11 @@ class ClipImages:
         return self.tower.embed_dim
 
     def embed_images(self, images: Sequence[bytes]) -> Float32Array:
-        """image_ND, unit-norm, of encoded images; InputError names the position of one that is none."""
+        """Return image_ND, unit-norm, of encoded images.
+
+        Raises:
+            InputError: if one is not an image; it names the position.
+        """
         feature_ND = np.empty((len(images), self.embed_dim), np.float32)
         with torch.inference_mode():
             for start in range(0, len(images), IMAGES_PER_BATCH):
@@ -120,9 +124,11 @@ class ClipImages:
 
 
 def preprocess_openai(images: Sequence[bytes], side_px: int, first: int = 0) -> torch.Tensor:
-    """image_BCHW float32, normalised: shorter side to `side_px` (bicubic), centre crop (owner: OpenAI CLIP).
+    """Return image_BCHW float32, normalised: shorter side to `side_px` (bicubic), centre crop.
 
-    Unlike Chinese CLIP, which squashes. `first` is the position of the first image, for messages.
+    The preprocessing is OpenAI CLIP's.
+
+    Chinese CLIP squashes instead. `first` is the position of the first image, for messages.
     """
     pixels_BHWC = np.empty((len(images), side_px, side_px, 3), np.uint8)
     for at, data in enumerate(images):
@@ -141,7 +147,9 @@ def preprocess_openai(images: Sequence[bytes], side_px: int, first: int = 0) -> 
 
 
 def batches_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Row numbers, every row once, shortest first; rows times the longest of a batch is at most `max_tokens`.
+    """Yield row numbers, every row once, in batches, shortest first.
+
+    Rows times the longest of a batch is at most `max_tokens`.
 
     A row that is longer than `max_tokens` has a batch of its own.
     """
@@ -169,7 +177,7 @@ def find_text_folder(source: str) -> str:
 
 
 def text_files(folder: str) -> list[str]:
-    """The files that make a text tower's features: configuration, SentencePiece model, weights."""
+    """Return the files that make a text tower's features: configuration, SentencePiece model, weights."""
     weights = next((name for name in WEIGHT_FILES if store.exists(store.join(folder, name))), None)
     paths = [
         store.join(folder, name) for name in (CONFIG_FILE, SENTENCEPIECE_FILE, weights or WEIGHT_FILES[1])
@@ -181,7 +189,11 @@ def text_files(folder: str) -> list[str]:
 
 
 def load_text(source: str, device: str) -> MultilingualText:
-    """The text tower of a folder or model id; InputError in one line where something is missing."""
+    """Load the text tower of a folder or model id.
+
+    Raises:
+        InputError: one line if something is missing.
+    """
     folder = find_text_folder(source)
     config_path, pieces_path, weights_path = text_files(folder)
     pieces = _read_pieces(pieces_path)
@@ -241,7 +253,7 @@ def load_text(source: str, device: str) -> MultilingualText:
 
 
 def _heads(config_path: str, width: int) -> int:
-    """Attention heads: of the base's own configuration where that is a local folder, else as in XLM-R."""
+    """Return the number of heads: of the base's own configuration if that is a local folder, else XLM-R's."""
     try:
         base = parse_json(store.read_text(config_path)).get("modelBase", "")
     except (ValueError, AttributeError, OSError) as error:
@@ -253,7 +265,7 @@ def _heads(config_path: str, width: int) -> int:
     if width not in _HEADS:
         raise InputError(
             f"{config_path}: a text tower of width {width} is none of XLM-RoBERTa's, and modelBase names no"
-            f" folder with a {CONFIG_FILE}, so that its heads cannot be told; give its base's folder"
+            f" folder with a {CONFIG_FILE}, so its number of heads is unknown; give its base's folder"
         )
     return _HEADS[width]
 

@@ -37,7 +37,7 @@ def preprocess(
 def preprocess_readable(
     images: Sequence[bytes | Image.Image | BadImageError], image_size_px: int, decode: Decode = "upright"
 ) -> tuple[torch.Tensor, dict[int, str]]:
-    """`preprocess` the images that can be decoded; returns them, and the rows of the others with the reasons.
+    """Preprocess the images that can be decoded; return them, and the rows of the others with the reasons.
 
     What could not even be read may stand in its place as the error.
     """
@@ -66,7 +66,8 @@ def _to_tensor(pixels_BHWC: UInt8Array) -> torch.Tensor:
 
 
 def normalise(image_BCHW: torch.Tensor, mean_C11: torch.Tensor, std_C11: torch.Tensor) -> torch.Tensor:
-    """(pixels - mean) / std in float32 of uint8 images, channels last in memory; all in units of 0…255.
+    """Return (pixels - mean) / std in float32 of uint8 images, channels last in memory; all in units of
+    0…255.
 
     On a CPU it is looked up, with the same bits: there are 256 values a channel, and three passes of
     arithmetic over float32 images take nine times as long.

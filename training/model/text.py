@@ -1,9 +1,9 @@
 """Text tower: transformers' BERT without its pooler, computed on the tokens of a batch and on nothing else.
 
 A batch of captions is one row of tokens, caption after caption, shorter ones first. All that works token by
-token (embeddings, projections, feed-forward layers, norms) sees this row; attention sees each caption alone.
-So no operation is spent on padding, and none needs a mask. The feature is the hidden state at [CLS], so that
-the last layer asks for that of [CLS] alone.
+token (embeddings, projections, feed-forward layers, norms) sees this row; attention sees each caption by
+itself. So no operation is spent on padding, and none needs a mask. The feature is the hidden state at [CLS],
+so that the last layer asks only for that of [CLS].
 """
 
 from collections.abc import Callable, Iterator
@@ -62,8 +62,10 @@ class Packing:
 def pack(tokens_BL: torch.Tensor, device: torch.device) -> Packing:
     """Return the row of non-zero tokens on `device`; `tokens_BL` may be any integers on any device.
 
-    On an accelerator it makes the host wait, once; on the CPU it does not. ValueError if a caption does
-    not begin with a token.
+    On an accelerator it makes the host wait, once; on the CPU it does not.
+
+    Raises:
+        ValueError: if a caption does not begin with a token.
     """
     tokens_BL = tokens_BL.cpu()
     is_token_BL = tokens_BL.ne(0)

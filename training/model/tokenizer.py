@@ -84,7 +84,9 @@ _SPLIT = _CharacterMap(_split)
 
 
 def normalise(text: str) -> str:
-    """A caption as words with spaces between: lower case, curly double quotes straight, Chinese split.
+    """Return a caption as words with spaces between, as BERT splits them.
+
+    Letters become lower case, curly double quotes straight; Chinese characters are words of their own.
 
     A Rust BERT normaliser differs from the reference on private-use and newer characters, so this is Python's
     own Unicode tables, as the reference uses them.
@@ -96,8 +98,9 @@ def normalise(text: str) -> str:
 class Tokenizer:
     """WordPiece over a vocabulary; a token's id is its place in the list.
 
-    InputError where the list lacks a special token, has a duplicate, or does not begin with [PAD]: the model
-    takes id 0 as padding.
+    Raises:
+        InputError: if the list lacks a special token, has a duplicate, or does not begin with [PAD]: the
+            model takes id 0 as padding.
     """
 
     def __init__(self, vocabulary: Sequence[str], *, origin: str = "vocabulary") -> None:
@@ -126,7 +129,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, source: str) -> Self:
-        """From a `vocab.txt` (path or URL), a folder that holds one, or a Hugging Face model id."""
+        """Load a `vocab.txt` (path or URL), a folder that holds one, or a Hugging Face model id."""
         if store.exists(store.join(source, "vocab.txt")):
             path = store.join(source, "vocab.txt")
         elif store.exists(source) and not os.path.isdir(source):
@@ -161,13 +164,15 @@ class Tokenizer:
     def encode(
         self, texts: Sequence[str], context_length: int
     ) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
-        """tokens_NL int32: [CLS], the caption's first `context_length` - 2 word pieces, [SEP], zeros."""
+        """Return tokens_NL int32: [CLS], the caption's first `context_length` - 2 word pieces, [SEP],
+        zeros.
+        """
         return self.encode_counting(texts, context_length)[0]
 
     def encode_counting(
         self, texts: Sequence[str], context_length: int
     ) -> tuple[np.ndarray[tuple[int, int], np.dtype[np.int32]], int]:
-        """What `encode` returns, and how many captions it cut."""
+        """Return what `encode` returns, and how many captions it cut."""
         tokens_NL = np.zeros((len(texts), context_length), dtype=np.int32)
         num_cut = 0
         for row, ids in zip(tokens_NL, self._piece_ids(texts), strict=True):
@@ -177,7 +182,7 @@ class Tokenizer:
         return tokens_NL, num_cut
 
     def num_truncated(self, texts: Sequence[str], context_length: int) -> int:
-        """How many captions `encode` cuts."""
+        """Return how many captions `encode` cuts."""
         return self.encode_counting(texts, context_length)[1]
 
     def _piece_ids(self, texts: Sequence[str]) -> list[list[int]]:
@@ -186,7 +191,7 @@ class Tokenizer:
 
 
 def hugging_face_tokenizer(tokenizer: Tokenizer) -> str:
-    """`tokenizer.json` for Hugging Face's libraries: the nearest that its Rust parts come to `Tokenizer`.
+    """Return a `tokenizer.json` for Hugging Face's libraries: the nearest that they have to `Tokenizer`.
 
     Lower case, accents, Chinese characters (the extension blocks included) and curly quotes as here. It
     differs for characters newer than its Unicode tables, for private use, and in that it takes the text
@@ -223,16 +228,18 @@ def _download_vocabulary(model_id: str) -> str:
 
 
 def learn_vocabulary(captions: Iterable[str], size: int) -> list[str]:
-    """At most `size` word pieces learned from captions: the special tokens, characters, then merges.
+    """Learn at most `size` word pieces from captions: the special tokens, characters, then merges.
 
     Byte-pair merging by count, as BERT vocabularies are commonly learned; ties go to the lexicographically
     first pair, so that the same captions always give the same list, whatever their order. Chinese characters
     are words of their own and never merge. Characters that do not fit and pieces seen once are left out.
-    ValueError where `size` does not exceed the number of special tokens.
+
+    Raises:
+        ValueError: if `size` does not exceed the number of special tokens.
     """
     if size <= len(SPECIAL_TOKENS):
         raise ValueError(
-            f"a vocabulary of {size} has no room beside the {len(SPECIAL_TOKENS)} special tokens"
+            f"a vocabulary of {size} has no room next to the {len(SPECIAL_TOKENS)} special tokens"
         )
     word_counts: Counter[str] = Counter()
     for caption in captions:
@@ -287,7 +294,7 @@ def learn_vocabulary(captions: Iterable[str], size: int) -> list[str]:
 
 
 def _merge(pieces: list[str], left: str, right: str, merged: str) -> list[str]:
-    """The word's pieces with every `left, right` made one, from the left."""
+    """Return the word's pieces with every `left, right` made one, from the left."""
     result: list[str] = []
     for piece in pieces:
         if piece == right and result and result[-1] == left:

@@ -1,6 +1,6 @@
 """Let `import torchvision` work next to a torch that its compiled extension was not built for.
 
-The package index's torchvision is a CUDA build. Beside a CPU-only torch its `_C.so` does not load, and then
+The package index's torchvision is a CUDA build. Next to a CPU-only torch its `_C.so` does not load, and then
 `import torchvision`, `import timm` and every model class of transformers fail with `operator torchvision::nms
 does not exist`, because torchvision registers a fake kernel for an operator that nobody declared. Declaring
 the two operators without an implementation is enough for all that this project uses (transforms, AutoAugment,
@@ -36,7 +36,10 @@ class _DeclareBeforeTorchvision(MetaPathFinder):
 
 
 def install() -> None:
-    """Put the hook in place, once. It imports nothing until somebody imports torchvision."""
+    """Put the hook in place, once.
+
+    It imports nothing until somebody imports torchvision.
+    """
     # By name: an environment may have a copy of this module (`torchvision_site`), and once is enough.
     name = _DeclareBeforeTorchvision.__name__
     installed = any(type(finder).__name__ == name for finder in sys.meta_path)

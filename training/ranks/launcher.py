@@ -43,7 +43,7 @@ _ECHOES = ("CalledProcessError", "ChildFailed", "Connection closed by peer", "Co
 
 
 def launcher_command(launcher: Launcher, entry: str, job_path: str, ranks: int, port: int) -> list[str]:
-    """Command line that starts module `entry` with the job's path as each of `ranks` processes.
+    """Return the command that starts module `entry` with the job's path as each of `ranks` processes.
 
     `local` is what `deepspeed` starts on each machine; started directly, it is our own child and ends with
     us, however we end. `srun` spreads the ranks over the Slurm job we are in; Slurm signals them itself.
@@ -76,10 +76,10 @@ def launcher_command(launcher: Launcher, entry: str, job_path: str, ranks: int, 
 def launcher_environment(
     environment: Mapping[str, str], threads_per_rank: int, *, launcher: Launcher = "local", port: int = 0
 ) -> dict[str, str]:
-    """Environment for the launcher: this interpreter's folder on PATH (ninja is there), threads a rank.
+    """Return the launcher's environment: this interpreter's folder on PATH (for ninja), threads a rank.
 
-    Ranks of a local launcher learn who started it: they compare it when they promise to end with it.
-    Under `srun` also where the ranks meet: rank 0 runs on the first machine of the job, which is this one.
+    Ranks of a local launcher learn who started it: they compare it when they promise to end with it. Under
+    `srun` also where the ranks meet: rank 0 runs on the first machine of the job, which is this one.
     """
     scripts = os.path.dirname(sys.executable)
     settings = {
@@ -102,7 +102,7 @@ def launcher_environment(
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now."""
+    """Return a TCP port that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         port: int = probe.getsockname()[1]
@@ -118,7 +118,7 @@ def watch(
 ) -> int:
     """Run a launcher and return its status; show its `@` lines, and keep every other line in the log.
 
-    One of STOP_SIGNALS to us goes on to the ranks, which end by themselves, with a checkpoint: Stopped with
+    We pass STOP_SIGNALS to the ranks, which end by themselves, with a checkpoint: Stopped with
     what they say of it, or KeyboardInterrupt after Ctrl-C. A second Ctrl-C does not wait for that.
     """
     with (
@@ -182,7 +182,7 @@ def watch(
 
 
 def failure(log_path: str, status: int) -> str:
-    """One line for a failed launch, as an error's text: the log's last error, and where to read on."""
+    """Return one line for a failed launch: the log's last error, and where to read on."""
     with open(log_path, encoding="utf-8", errors="replace") as file:
         lines = [line.strip() for line in file.read().rpartition(_START)[2].splitlines()[-400:]]
     lines = [line for line in lines if line]
@@ -200,7 +200,7 @@ def failure(log_path: str, status: int) -> str:
 
 
 def _killed(lines: Sequence[str], status: int) -> str | None:
-    """Which rank was killed by what, in words; None where none was."""
+    """Return which rank was killed by what, in words; None if none was."""
     for line in lines:
         if (found := _KILLED.match(line)) and found["rank"]:
             return f"{found['rank']} was killed by {found['signal']}"
@@ -239,7 +239,7 @@ class _Signals:
 
 @contextlib.contextmanager
 def _passing_on_signals() -> Iterator[_Signals]:
-    """Inside, STOP_SIGNALS to this process reach the ranks of the launcher; without ranks they end it.
+    """Pass STOP_SIGNALS of this process to the launcher's ranks; without ranks they end it.
 
     Only a main thread can listen for them.
     """
@@ -270,7 +270,7 @@ def _passing_on_signals() -> Iterator[_Signals]:
 
 
 def _rank_processes(launcher_pid: int) -> list[psutil.Process]:
-    """What takes the signal: the ranks of a local launcher, or srun itself, which passes it on to its own."""
+    """Return what takes the signal: a local launcher's ranks, or srun itself, which passes it on."""
     try:
         launcher = psutil.Process(launcher_pid)
         if launcher.name() == "srun":

@@ -24,7 +24,10 @@ class StopRequest:
         return self._received != 0
 
     def listen(self) -> None:
-        """Install handlers for STOP_SIGNALS. Main thread only."""
+        """Install handlers for STOP_SIGNALS.
+
+        Only the main thread may call this.
+        """
         for number in STOP_SIGNALS:
             signal.signal(number, self._remember)
 

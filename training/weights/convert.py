@@ -24,7 +24,10 @@ _LISTED = 12  # tensor names that `inspect` prints of each kind
 
 
 def target_of(out: str, to: str | None) -> Target:
-    """The format to write: `to`, else by the name: `.pt`, `.safetensors`, `.onnx`; else `hugging_face`."""
+    """Return the format to write: `to`, else by the name.
+
+    Names end in `.pt`, `.safetensors` or `.onnx`; any other means `hugging_face`.
+    """
     if to is not None:
         return next(target for target in TARGETS if target == to)
     ending = os.path.splitext(out.rstrip("/"))[1]
@@ -45,9 +48,11 @@ def convert(
     vocabulary: str | None = None,
     image_size_px: int | None = None,
 ) -> list[str]:
-    """Convert weights of any known format; returns lines that say what was written.
+    """Convert weights of any known format; return lines that say what was written.
 
-    ConfigError where `out` is `source`, or the format cannot hold the model. InputError as reading says.
+    Raises:
+        ConfigError: if `out` is `source`, or the format cannot hold the model.
+        InputError: as reading raises it.
     """
     target = target_of(out, to)
     given = source
@@ -145,7 +150,11 @@ class Inspected:
 
 
 def examine(path: str) -> Inspected:
-    """Read weights, a file, a folder or a name, and return what they are; InputError as reading says."""
+    """Read weights, a file, a folder or a name, and return what they are.
+
+    Raises:
+        InputError: as reading raises it.
+    """
     path, origin = locate(path)
     weights = read_weights(path)
     problems = weights.problems()
@@ -186,7 +195,7 @@ def _model(weights: Weights) -> str:
         )
     towers = matching_towers(weights.state)
     side: Literal["image", "text"] = "image" if weights.has_image_tower else "text"
-    return f"{side} tower alone, as in {', '.join(towers[side]) or 'no known model'}"
+    return f"{side} tower only, as in {', '.join(towers[side]) or 'no known model'}"
 
 
 def _listed(names: list[str]) -> str:

@@ -74,7 +74,8 @@ def save_safetensors(
 def save_hugging_face(folder: str, model: CLIP, tokenizer: Tokenizer, facts: Mapping[str, str]) -> None:
     """Write a folder that `ChineseCLIPModel.from_pretrained` and `ChineseCLIPProcessor` load offline.
 
-    ConfigError for a ResNet: the library has no such tower.
+    Raises:
+        ConfigError: for a ResNet, since the library has no such tower.
     """
     config = model.config
     if not isinstance(config.vision, VisionTransformerConfig):
@@ -197,12 +198,14 @@ class _TextSide(nn.Module):
 
 
 def save_onnx(prefix: str, model: CLIP) -> dict[str, float]:
-    """Write `<prefix>image.onnx` and `<prefix>text.onnx`; returns their largest differences in onnxruntime.
+    """Write `<prefix>image.onnx` and `<prefix>text.onnx`; return their largest differences in onnxruntime.
 
     `image` float32 [batch, 3, side, side], preprocessed, gives `image_features` [batch, dim]; `text` int64
     [batch, length], padded with 0, gives `text_features`; both unit-norm; batch and length are free. Weights
-    beyond protobuf's 2 GB stand in `NAME.onnx.data`. ConfigError if the packages are not installed or the
-    results differ by more than ONNX_TOLERANCE.
+    beyond protobuf's 2 GB stand in `NAME.onnx.data`.
+
+    Raises:
+        ConfigError: if the packages are not installed or the results differ by more than ONNX_TOLERANCE.
     """
     try:
         import onnxruntime  # noqa: F401

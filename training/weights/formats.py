@@ -1,7 +1,7 @@
-"""Weights in, whatever wrote them: a file or folder is recognised by its content.
+"""Read weights of any known format, which the content of the file or folder tells.
 
-Read are Chinese CLIP's `.pt`, Hugging Face's ChineseCLIP folder, OpenAI CLIP's TorchScript, OpenCLIP's and
-LAION's state dicts, HFL's RoBERTa and RBT3 folders, this project's checkpoints, and DeepSpeed's folders.
+The formats are Chinese CLIP's `.pt`, Hugging Face's ChineseCLIP folder, OpenAI CLIP's TorchScript, OpenCLIP's
+and LAION's state dicts, HFL's RoBERTa and RBT3 folders, this project's checkpoints, and DeepSpeed's folders.
 """
 
 import math
@@ -69,7 +69,7 @@ class Weights:
     format: str  # for people
     state: dict[str, torch.Tensor]
     dropped: tuple[str, ...]  # names of the file's tensors that have no place in a model
-    config: ModelConfig | None  # sizes, where both towers are there and the sizes can be told
+    config: ModelConfig | None  # sizes, if both towers are there and their sizes are known
     facts: Mapping[str, str] = field(default_factory=dict)  # what the file says about itself
     said: Said = field(default_factory=Said)  # what it says of its towers, beyond the shapes of tensors
     remarks: tuple[str, ...] = ()  # what a user of these weights should know
@@ -83,7 +83,9 @@ class Weights:
         return any(name.startswith("bert.") for name in self.state)
 
     def problems(self) -> dict[str, list[str]]:
-        """Missing, unexpected and misshapen tensors by kind; of a file with one tower, of that tower."""
+        """Return missing, unexpected and misshapen tensors by kind; of a file with one tower, of that
+        tower.
+        """
         config = self.config or self._likely_config()
         if config is None:
             return {}
@@ -141,11 +143,13 @@ def read_weights(path: str) -> Weights:
 
 
 def load_model(path: str, *, image_size_px: int | None = None) -> CLIP:
-    """A whole model from a file or folder of any known format: float32, on the CPU, in evaluation mode.
+    """Load a whole model of any known format: float32, on the CPU, in evaluation mode.
 
     `image_size_px` asks for another resolution than the weights'; position embeddings are then interpolated.
-    InputError names the path and every tensor that is missing, unexpected or of another shape, NaN weights,
-    and files that hold one tower only.
+
+    Raises:
+        InputError: for missing, unexpected or misshapen tensors, which it names, NaN weights, and files with
+            one tower.
     """
     return build_model(read_weights(path), image_size_px=image_size_px)
 
@@ -170,18 +174,22 @@ def build_model(weights: Weights, *, image_size_px: int | None = None) -> CLIP:
 
 
 def resized(config: ModelConfig, image_size_px: int, origin: str) -> ModelConfig:
-    """The configuration at another resolution; InputError where patches do not divide it."""
+    """Return the configuration at another resolution.
+
+    Raises:
+        InputError: if patches do not divide it.
+    """
     vision = config.vision
     cell = vision.patch_size_px if isinstance(vision, VisionTransformerConfig) else 32
     if image_size_px < cell or image_size_px % cell:
         raise InputError(
-            f"{origin}: an image size of {image_size_px} is no multiple of {cell} pixels: choose one"
+            f"{origin}: an image size of {image_size_px} is not a multiple of {cell} pixels: choose one"
         )
     return replace(config, vision=replace(vision, image_size_px=image_size_px))
 
 
 def with_resized_positions(state: Mapping[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
-    """The state with the image tower's position embedding interpolated to the configuration's grid."""
+    """Return the state with the image tower's positions interpolated to the configuration's grid."""
     vision = config.vision
     cell = vision.patch_size_px if isinstance(vision, VisionTransformerConfig) else 32
     side = vision.image_size_px // cell
@@ -192,10 +200,12 @@ def with_resized_positions(state: Mapping[str, torch.Tensor], config: ModelConfi
 
 
 def resize_positions(position_PW: torch.Tensor, side: int) -> torch.Tensor:
-    """A position embedding [1 + n², width] as [1 + side², width]: the class token's kept, the grid bicubic.
+    """Resize a position embedding [1 + n², width] to [1 + side², width].
 
-    As Chinese CLIP does it, with `align_corners=True`. Unchanged where the grid has that size already, or is
-    no square.
+    The class token's row stays; the grid is interpolated bicubically.
+
+    As Chinese CLIP does it, with `align_corners=True`. It stays unchanged if the grid has that size already
+    or is not square.
     """
     old = round((position_PW.shape[0] - 1) ** 0.5)
     if old == side or old * old + 1 != position_PW.shape[0]:
@@ -251,7 +261,11 @@ def _of_file(
 
 
 def _checked(weights: Weights) -> Weights:
-    """The weights with a temperature of shape [], and with remarks; InputError if it is out of all bounds."""
+    """Return the weights with a temperature of shape [] and with remarks.
+
+    Raises:
+        InputError: if the temperature is out of all bounds.
+    """
     remarks = []
     scale = weights.state.get("logit_scale")
     if scale is not None and scale.numel() == 1:
@@ -285,7 +299,7 @@ def said_of(config: ModelConfig) -> Said:
 
 
 def _config_of(state: Mapping[str, torch.Tensor], origin: str, said: Said) -> ModelConfig | None:
-    """Sizes of a whole model; None where it has one tower."""
+    """Return the sizes of a whole model; None if it has one tower."""
     has_image = any(name.startswith("visual.") for name in state)
     has_text = any(name.startswith("bert.") for name in state)
     return infer_config(state, origin, said) if has_image and has_text else None

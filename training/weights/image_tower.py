@@ -1,4 +1,4 @@
-"""An English CLIP's image tower alone, from any file that `training.weights.formats` reads."""
+"""Read only the image tower of an English CLIP, from any file that `training.weights.formats` reads."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -35,7 +35,8 @@ class ImageTower:
 def load_image_tower(path: str, *, activation: Activation = "quick_gelu") -> ImageTower:
     """Return the image tower of OpenAI CLIP's, OpenCLIP's or Chinese CLIP's weights, of any size.
 
-    InputError names the path where it holds no image tower, or one whose sizes cannot be told.
+    Raises:
+        InputError: if the path holds no image tower, or one of unknown sizes.
     """
     weights = read_weights(path)
     vision, embed_dim = infer_vision(weights.state, path, weights.said), _embed_dim(weights)

@@ -22,7 +22,7 @@ _SCALE = "logit_scale"
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """What became of one tensor when weights were taken over."""
+    """What became of one tensor when a model took weights over."""
 
     tensor: str  # name in Chinese CLIP's layout, or in the file's if it was dropped
     outcome: Literal["taken", "interpolated", "initialised", "dropped"]
@@ -35,10 +35,12 @@ def initialise(
     """Take over an image side, a text tower, or both, from files of any known format (A.2).
 
     `image_weights` gives image tower, visual projection and temperature (which may be missing); its position
-    embedding is interpolated where the model has another resolution. `text_weights` gives BERT without
-    pooler. Everything else stays as it is. Returns what became of every tensor, the model's first.
-    InputError names the file and every tensor of the tower that is missing, unexpected, of another shape or
-    not finite; the model is then unchanged on that side.
+    embedding is interpolated if the model has another resolution. `text_weights` gives BERT without pooler.
+    Everything else stays as it is. Returns what became of every tensor, the model's first.
+
+    Raises:
+        InputError: for tensors of the tower that are missing, unexpected, misshapen or not finite, all of
+            which it names; the model is then unchanged on that side.
     """
     slots = tensor_slots(model)
     outcomes = {name: Provenance(name, "initialised") for name in slots}
@@ -81,7 +83,11 @@ def initialise(
 
 
 def _require_heads(weights: Weights, side: Literal["image", "text"], heads: int | None, model: CLIP) -> None:
-    """Raise InputError if the weights say that a tower has another number of heads than the model's."""
+    """Check that the weights have the model's number of heads in a tower, if they say one.
+
+    Raises:
+        InputError: if they have another.
+    """
     tower = model.config.vision if side == "image" else model.config.text
     if heads is not None and heads != tower.heads:
         raise InputError(

@@ -1,7 +1,8 @@
 """Names of tensors: every layout that weights come in, turned into Chinese CLIP's, and Hugging Face's back.
 
 Chinese CLIP's layout is the one of its released `.pt` files: `visual.*` as in OpenAI CLIP, `bert.*` as in
-Hugging Face's BERT, `text_projection`, `logit_scale`. The layout is told by these names, never by the file's.
+Hugging Face's BERT, `text_projection`, `logit_scale`. cnclip tells the layout by
+these names, never by the file's.
 """
 
 import re
@@ -58,10 +59,13 @@ class Renamed:
 
 
 def rename(tensors: Mapping[str, torch.Tensor], origin: str) -> Renamed:
-    """Recognise the layout and translate it; InputError names `origin` if it is none of those known.
+    """Recognise the layout and translate it.
 
     Only what a layout is known to hold besides is dropped; any other tensor keeps its name, so that whoever
     fills a model reports it as unexpected.
+
+    Raises:
+        InputError: if it is none of those known; it names `origin`.
     """
     tensors, prefixes = unwrap(tensors, origin)
     return replace(_rename(tensors, origin), prefixes=prefixes)

@@ -29,10 +29,10 @@ made smaller. A folder has no setting for this.
 def model_card(
     config: ModelConfig, num_parameters: int, facts: Mapping[str, str], *, for_transformers: bool = False
 ) -> str:
-    """Markdown with Hugging Face's header: sizes, data, stage, samples seen, scores, and how inputs are made.
+    """Return Markdown with Hugging Face's header: sizes, data, stage, samples seen, scores, inputs.
 
-    `facts` may have `data`, `stage`, `samples_seen`, `scores` and `source`; what it lacks is said so.
-    `tables` is Markdown that follows: the run's tables beside the paper's. `for_transformers` says that the
+    `facts` may have `data`, `stage`, `samples_seen`, `scores` and `source`; the card says what it lacks.
+    `tables` is Markdown that follows: the run's tables next to the paper's. `for_transformers` says that the
     folder is Hugging Face's, and how its processor gives these very pixels.
     """
     vision = config.vision
@@ -73,12 +73,12 @@ tags:
 
 Images are turned to RGB and resized to the square (bicubic, no crop), scaled to [0, 1] and normalised by
 mean {MEAN} and standard deviation {STD}. Captions are lower-cased, curly double quotes made straight, cut
-into word pieces of the vocabulary beside this file, framed by [CLS] and [SEP], and cut to 52 tokens.
+into word pieces of the vocabulary next to this file, framed by [CLS] and [SEP], and cut to 52 tokens.
 {_PIXELS if for_transformers else ""}{facts.get("tables", "")}"""
 
 
 def facts_of(path: str, recorded: Mapping[str, str]) -> dict[str, str]:
-    """What a card can say of weights at `path`: what the file records, and what their run's folder tells.
+    """Return what a card can say of weights at `path`, from the file and from their run's folder.
 
     A run's folder is the one above the stage's: `run.resolved.toml` names the data, `report/report.json` has
     the scores of its models and the final model's tables, retrieval and classification.
@@ -106,9 +106,9 @@ def facts_of(path: str, recorded: Mapping[str, str]) -> dict[str, str]:
 
 
 def _table(comparison: Mapping[str, Any]) -> str:
-    """One table of `report.json` in Markdown: ours with its interval, the paper's figure, the difference."""
+    """Return one table of `report.json` in Markdown: ours with its interval, the paper's, the difference."""
     number = f"Table {comparison['number']}, " if comparison["number"] is not None else ""
-    beside = f" beside {comparison['paper_model']}" if comparison["paper_model"] else ""
+    beside = f" next to {comparison['paper_model']}" if comparison["paper_model"] else ""
     rows = []
     for line in comparison["lines"]:
         ours, paper, difference = line["ours"], line["paper"], line["difference"]
@@ -129,7 +129,10 @@ def _table(comparison: Mapping[str, Any]) -> str:
 
 
 def _scores(evaluations: Mapping[str, Any], stage: str) -> str:
-    """Recall of a stage's model; an earlier one's stands under `name/stage`, the final one's under `name`."""
+    """Return the recall of a stage's model.
+
+    An earlier stage's stands under `name/stage`, the final one's under `name`.
+    """
     earlier = {name: scores for name, scores in evaluations.items() if "/" in name}
     mine = {name: scores for name, scores in earlier.items() if name.endswith(f"/{stage}")}
     chosen = mine or {name: scores for name, scores in evaluations.items() if name not in earlier}

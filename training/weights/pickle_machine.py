@@ -36,7 +36,7 @@ _DTYPE_OF_STORAGE = {
     "BoolStorage": torch.bool,
     "UntypedStorage": torch.uint8,
 }
-# Classes of Python's own library that settings and counters beside weights are made of.
+# Classes of Python's own library that settings and counters next to weights are made of.
 _HARMLESS = frozenset(
     {
         "_codecs.encode",
@@ -93,10 +93,10 @@ class Foreign(dict[Any, Any]):
     __ne__ = object.__ne__
 
     def append(self, item: Any) -> None:
-        """Items of a list are of no use here."""
+        """Ignore the item: items of a list are of no use here."""
 
     def extend(self, items: Iterable[Any]) -> None:
-        """Items of a list are of no use here."""
+        """Ignore the items: items of a list are of no use here."""
 
     @property
     def is_module(self) -> bool:
@@ -130,7 +130,9 @@ class WeightsUnpickler(_PythonUnpickler):  # type: ignore[misc]
     dispatch: ClassVar[dict[int, Any]] = dict(_PythonUnpickler.dispatch)
 
     def __init__(self, file: Any, data: Storages, places: Mapping[str, tuple[int, int]] | None) -> None:
-        """`places` of the storages by key; None if they are not known yet: tensors are then left out."""
+        """Take the `places` of the storages by key; None if they are not known yet: tensors are then left
+        out.
+        """
         super().__init__(file)
         self._data, self._places = data, places
         self._storages: dict[tuple[str, torch.dtype], _Storage] = {}
@@ -161,7 +163,7 @@ class WeightsUnpickler(_PythonUnpickler):  # type: ignore[misc]
         return self._classes[full]
 
     def persistent_load(self, pid: Any) -> _Storage | None:
-        """The bytes of one storage; the device it was saved from does not matter."""
+        """Return the bytes of one storage; the device it was saved from does not matter."""
         _, dtype, key, _, numel, *view = pid
         if not isinstance(dtype, torch.dtype):
             return None  # of complex or quantised numbers: what is built of it is no tensor for us
@@ -315,7 +317,7 @@ def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) 
 def _rebuild_tensor_v3(
     storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *_: Any
 ) -> Any:
-    """As `_rebuild_tensor`, of a storage that does not say what its bytes are."""
+    """Do what `_rebuild_tensor` does, for a storage that does not say what its bytes are."""
     if isinstance(storage, _Storage) and isinstance(dtype, torch.dtype):
         storage = _Storage(storage.flat.view(dtype))
     return _rebuild_tensor(storage, offset, size, stride)

@@ -18,7 +18,11 @@ _OPEN_CLIP_HEAD_WIDTH = 64  # of a tower whose configuration says nothing of it 
 
 
 def read_object(path: str) -> dict[str, Any]:
-    """Return the JSON object of a file; InputError if it holds anything else."""
+    """Return the JSON object of a file.
+
+    Raises:
+        InputError: if it holds anything else.
+    """
     with foreign(path, "JSON file", _DAMAGED):
         value = parse_json(store.read_bytes(path))
     if not isinstance(value, dict):
@@ -89,9 +93,9 @@ def _tower(settings: Mapping[str, Any], key: str, path: str) -> Mapping[str, Any
 
 
 def _heads(settings: Mapping[str, Any], path: str, prefix: str) -> tuple[int, int | None]:
-    """Return a tower's heads, and the width for which they are said.
+    """Return a tower's heads, and the width that they belong to.
 
-    transformers has 12 heads for every width if nothing is said of them. That is only what a tower was
+    transformers has 12 heads for every width if the file gives none. That is only what a tower was
     trained with if its heads are 64 wide, as they are in every published one of 12.
     """
     width = settings.get("hidden_size")
@@ -112,14 +116,14 @@ def _part(settings: Mapping[str, Any], key: str, path: str) -> Mapping[str, Any]
     part = settings.get(key)
     part = {} if part is None else part
     if not isinstance(part, Mapping):
-        raise InputError(f"{path}: {key} is no object: {_DAMAGED}")
+        raise InputError(f"{path}: {key} is not an object: {_DAMAGED}")
     return part
 
 
 def _number(settings: Mapping[str, Any], key: str, path: str, default: int) -> int:
     number = settings.get(key, default)
     if type(number) is not int or not 0 < number < 10_000:
-        raise InputError(f"{path}: {key} is {str(number)[:40]}, which is no number of them: {_DAMAGED}")
+        raise InputError(f"{path}: {key} is {str(number)[:40]}, which is not a number of them: {_DAMAGED}")
     return number
 
 

@@ -27,7 +27,7 @@ class Said:
     name: str = ""  # of a registered model, perhaps with `@` and the text tower's
     image_heads: int | None = None
     text_heads: int | None = None
-    image_width: int | None = None  # for which `image_heads` are said
+    image_width: int | None = None  # that `image_heads` belong to
     text_width: int | None = None
     activation: str | None = None  # of the image tower: quick_gelu or gelu
 
@@ -48,7 +48,7 @@ def infer_config(state: Mapping[str, torch.Tensor], origin: str, said: Said = _N
     Shapes do not show the number of heads: it is what `said` has, or that of the known tower of this size.
 
     Raises:
-        InputError: if sizes cannot be told, or the heads of a size that is not known are said nowhere.
+        InputError: if sizes are unknown, or nothing gives the heads of a size that is not known.
     """
     vision, text = infer_vision(state, origin, said), infer_text(state, origin, said)
     projection = state.get("text_projection")
@@ -78,7 +78,7 @@ def _with_vocabulary(known: TextConfig, text: TextConfig) -> TextConfig:
 
 
 def _heads(side: str, width: int, known: set[int], named: int | None, said: int | None, origin: str) -> int:
-    """A tower's heads: said by the file, of the model that it names, or of all known ones of its size."""
+    """Return a tower's heads: by the file, by the model that it names, or by all known ones of its size."""
     heads = said if said is not None else named
     if heads is None and len(known) != 1:
         counts = " or ".join(map(str, sorted(known)))
@@ -102,7 +102,7 @@ def _check_width(side: str, width: int, said: int | None, origin: str) -> None:
 
 
 def matching_towers(state: Mapping[str, torch.Tensor]) -> dict[Literal["image", "text"], list[str]]:
-    """Names of the models whose image tower, and whose text tower, has the sizes of the state's."""
+    """Return the names of the models whose image tower, and whose text tower, has the state's sizes."""
     vision, text = _vision_shapes(state), _text_shapes(state)
     return {
         "image": [name for name, known in MODELS.items() if vision and _fits(known.vision, vision)],
@@ -120,7 +120,7 @@ def infer_vision(
     """Return the sizes of the image tower; None if there is none, or what tells them is missing.
 
     Raises:
-        InputError: if its number of heads cannot be told.
+        InputError: if its number of heads is unknown.
     """
     shapes = _vision_shapes(state)
     if shapes is None:
@@ -147,7 +147,7 @@ def infer_text(
     """Return the sizes of the text tower; None if there is none.
 
     Raises:
-        InputError: if its number of heads cannot be told.
+        InputError: if its number of heads is unknown.
     """
     shapes = _text_shapes(state)
     if shapes is None:
@@ -163,7 +163,10 @@ def infer_text(
 
 
 def _vision_shapes(state: Mapping[str, torch.Tensor]) -> VisionConfig | None:
-    """What shapes show of the image tower; a ViT's heads are 0, a ResNet's resolution a multiple of 32."""
+    """Return what shapes show of the image tower.
+
+    A ViT's heads are 0, a ResNet's resolution a multiple of 32.
+    """
     conv = state.get("visual.conv1.weight")
     if conv is None or conv.ndim != 4:
         return None
@@ -183,7 +186,7 @@ def _vision_shapes(state: Mapping[str, torch.Tensor]) -> VisionConfig | None:
 
 
 def _text_shapes(state: Mapping[str, torch.Tensor]) -> TextConfig | None:
-    """What shapes show of the text tower; its heads are 0."""
+    """Return what shapes show of the text tower; its heads are 0."""
     words = state.get("bert.embeddings.word_embeddings.weight")
     positions = state.get("bert.embeddings.position_embeddings.weight")
     if words is None or positions is None or words.ndim != 2 or positions.ndim != 2:
@@ -198,13 +201,13 @@ def _text_shapes(state: Mapping[str, torch.Tensor]) -> TextConfig | None:
 
 
 def _fits(known: VisionConfig, shapes: VisionConfig) -> bool:
-    """True if a known tower has these shapes at some resolution."""
+    """Return whether a known tower has these shapes at some resolution."""
     other = replace(known, image_size_px=shapes.image_size_px)
     return (replace(other, heads=0) if isinstance(other, VisionTransformerConfig) else other) == shapes
 
 
 def _count(names: Mapping[str, object], pattern: str) -> int:
-    """One more than the highest number that the pattern finds in the names."""
+    """Return one more than the highest number that the pattern finds in the names."""
     numbers = (int(match[1]) for name in names if (match := re.match(pattern, name)))
     return min(MOST_LAYERS, 1 + max(numbers, default=-1))
 

@@ -41,7 +41,7 @@ _MOST_SHARING = 3  # tensors that share their bytes (tied embeddings) may have s
 
 @dataclass(frozen=True, slots=True)
 class TensorFile:
-    """The tensors of one file by name, on the CPU, and the plain values beside them."""
+    """The tensors of one file by name, on the CPU, and the plain values next to them."""
 
     container: Container
     tensors: dict[str, torch.Tensor]
@@ -49,10 +49,13 @@ class TensorFile:
 
 
 def read_tensors(path: str) -> TensorFile:
-    """Read a local file or a URL; wrappers such as `state_dict` and prefixes such as `module.` are taken off.
+    """Read the tensors of a local file or a URL.
 
-    InputError names the file: absent, empty, a web page, a Git LFS pointer, cut, damaged, without tensors, of
-    more numbers than it holds, or a pickle that asks for what runs code.
+    Wrappers such as `state_dict` and prefixes such as `module.` are removed.
+
+    Raises:
+        InputError: for a file that is absent, empty, a web page, a Git LFS pointer, cut, damaged, without
+            tensors, or of more numbers than it holds, and for a pickle that asks for what runs code.
     """
     container = _container(path)
     if container == "safetensors":

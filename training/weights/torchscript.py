@@ -42,8 +42,9 @@ _WHAT, _REMEDY = "TorchScript archive of tensors", "give one of OpenAI CLIP's"
 def read_torchscript(path: str) -> dict[str, torch.Tensor]:
     """Return an archive's tensors by dotted name, as `torch.jit.load(path).state_dict()`, on the CPU.
 
-    InputError names the file where it is no TorchScript archive, is damaged, or pickles anything but modules,
-    tensors and plain values.
+    Raises:
+        InputError: if the file is not a TorchScript archive, is damaged, or pickles anything but modules,
+            tensors and plain values.
     """
     root = unpickle(path, _WHAT, _REMEDY)
     with foreign(path, _WHAT, _REMEDY):
@@ -111,7 +112,7 @@ def _tree(parameters: Mapping[str, torch.Tensor], buffers: Mapping[str, torch.Te
 
 
 def _class_sources(node: _Node) -> Iterator[str]:
-    """Return the TorchScript source of a module's class after those of its children."""
+    """Yield the TorchScript source of a module's class after those of its children."""
     for child in node.children.values():
         yield from _class_sources(child)
     yield f"class {node.class_name}(Module):\n"
@@ -126,7 +127,9 @@ def _class_sources(node: _Node) -> Iterator[str]:
 
 
 def _pickle_module(node: _Node, tensors: list[torch.Tensor]) -> bytes:
-    """Opcodes that build the module; appends its tensors, whose places in the list are their keys."""
+    """Write the opcodes that build the module; append its tensors, whose places in the list are their
+    keys.
+    """
     attributes = b""
     for name, tensor in [*node.parameters.items(), *node.buffers.items()]:
         attributes += _pickle_text(name) + _pickle_tensor(tensor, len(tensors), name in node.parameters)
@@ -171,7 +174,7 @@ def _pickle_text(text: str) -> bytes:
 
 
 def _pickle_int(value: int) -> bytes:
-    """As torch writes sizes: four bytes where they do, else eight."""
+    """Write an integer as torch writes sizes: four bytes if they do, else eight."""
     if value < 2**31:
         return pickle.BININT + struct.pack("<i", value)
     return pickle.LONG1 + b"\x08" + struct.pack("<q", value)

@@ -48,7 +48,7 @@ def local_copy(path: str) -> str:
 
 
 def _read_archive(path: str) -> Any:
-    """What a zip of `torch.save` or `torch.jit.save` holds; its tensors are mapped, not copied."""
+    """Read a zip of `torch.save` or `torch.jit.save`; its tensors are mapped, not copied."""
     with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
         entries = {info.filename: info for info in archive.infolist()}
         name = next((name for name in entries if name.endswith("/data.pkl")), None)
@@ -76,7 +76,7 @@ def _read_archive(path: str) -> Any:
 
 
 def _read_legacy(path: str) -> Any:
-    """What a file of the older format without a zip holds."""
+    """Read a file of the older format without a zip."""
     with open(path, "rb") as file:
         data, header, pickles = _MappedFile(file), [], _Limited(file, 2 * _PICKLE_BYTES)
         for _ in range(3):  # magic number, version, sizes of integers
@@ -101,7 +101,7 @@ def _read_legacy(path: str) -> Any:
 
 
 def _place(file: IO[bytes], info: zipfile.ZipInfo, num_bytes: int) -> tuple[int, int]:
-    """Where the bytes of an entry lie in the file, and how many they are."""
+    """Return where the bytes of an entry lie in the file, and how many they are."""
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
         raise pickle.UnpicklingError(
             f"its entry {info.filename} is compressed or encrypted, as torch writes none: unpack the zip, and"

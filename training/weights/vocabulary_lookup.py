@@ -16,11 +16,13 @@ _FILE = "vocab.txt"
 
 
 def find_vocabulary(weights: str, vocab_size: int, *, given: str | None = None) -> Tokenizer:
-    """The vocabulary for weights whose embedding has `vocab_size` rows.
+    """Find the vocabulary for weights whose embedding has `vocab_size` rows.
 
     `given` (what `Tokenizer.load` takes) goes first; then the folder of the weights, or the run that trained
-    them; then Hugging Face's cache, an installed cn_clip, and Hugging Face's hub. InputError names all of
-    these where none has it, and refuses one of another size.
+    them; then Hugging Face's cache, an installed cn_clip, and Hugging Face's hub.
+
+    Raises:
+        InputError: if none of these has one, or it is of another size; it names all of these.
     """
     tokenizer = Tokenizer.load(given) if given is not None else _look(local_path(weights))
     if tokenizer.vocab_size != vocab_size:
@@ -46,7 +48,7 @@ def _look(weights: str) -> Tokenizer:
 
 
 def _beside(weights: str) -> str | None:
-    """`vocab.txt` or `NAME.vocab.txt` next to NAME.pt, or what the run's own job file names."""
+    """Return `vocab.txt` or `NAME.vocab.txt` next to NAME.pt, or what the run's own job file names."""
     if _FILE in store.list_files(weights):
         return store.join(weights, _FILE)
     folder, _, name = weights.rstrip("/").rpartition("/")

@@ -78,7 +78,7 @@ class Slot:
 
 
 def tensor_slots(model: CLIP) -> dict[str, Slot]:
-    """Every tensor of the model by its name in Chinese CLIP's layout."""
+    """Yield every tensor of the model by its name in Chinese CLIP's layout."""
     is_vit = isinstance(model.config.vision, VisionTransformerConfig)
     rules = _VIT_NAMES if is_vit else _RESNET_NAMES
     layouts = _VIT_LAYOUTS if is_vit else {}
@@ -97,7 +97,7 @@ def tensor_slots(model: CLIP) -> dict[str, Slot]:
 
 
 def from_module_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state by the names of `CLIP.state_dict` (as training checkpoints have it) in Chinese CLIP's layout.
+    """Return a state with the names of `CLIP.state_dict`, as in checkpoints, in Chinese CLIP's layout.
 
     A tensor of the image tower that has no name there keeps its own.
     """
@@ -132,7 +132,9 @@ def _unchanged(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def state_for_file(model: CLIP) -> dict[str, torch.Tensor]:
-    """The model's tensors in Chinese CLIP's names and layout, on the CPU; `logit_scale` has shape []."""
+    """Return the model's tensors in Chinese CLIP's names and layout, on the CPU; `logit_scale` has shape
+    [].
+    """
     return {
         name: slot.to_file(slot.target.detach()).cpu().contiguous()
         for name, slot in tensor_slots(model).items()
@@ -140,7 +142,7 @@ def state_for_file(model: CLIP) -> dict[str, torch.Tensor]:
 
 
 def misfits(slots: Mapping[str, Slot], state: Mapping[str, torch.Tensor]) -> dict[str, list[str]]:
-    """Names of a file's tensors that a model lacks and the other way round, by kind; empty where all fit."""
+    """Return names of tensors that only the file or only the model has, by kind; empty if all fit."""
     missing = [name for name in slots if name not in state and not name.endswith(".num_batches_tracked")]
     unexpected = [name for name in state if name not in slots]
     misshapen = [
@@ -153,9 +155,11 @@ def misfits(slots: Mapping[str, Slot], state: Mapping[str, torch.Tensor]) -> dic
 
 
 def fill(slots: Mapping[str, Slot], state: Mapping[str, torch.Tensor], origin: str, remedy: str) -> None:
-    """Copy a file's tensors into the model: all, or none with an InputError that names every misfit.
+    """Copy a file's tensors into the model, all or none.
 
-    InputError too where a tensor holds NaN or infinity: such weights give nothing but NaN.
+    Raises:
+        InputError: for misfits, all of which it names, and if a tensor holds NaN or infinity: such weights
+            give nothing but NaN.
     """
     require_fit(slots, state, origin, remedy)
     if broken := not_finite(state):
@@ -181,7 +185,11 @@ def not_finite(state: Mapping[str, torch.Tensor]) -> list[str]:
 def require_fit(
     slots: Mapping[str, Slot], state: Mapping[str, torch.Tensor], origin: str, remedy: str
 ) -> None:
-    """Raise InputError that names every misfit, if a file's tensors are not those of the model."""
+    """Check that a file's tensors are those of the model.
+
+    Raises:
+        InputError: if they are not; it names every misfit.
+    """
     if found := misfits(slots, state):
         problems = "; ".join(f"{kind}: {_listed(names)}" for kind, names in found.items())
         raise InputError(f"{origin}: does not fit the model: {problems}. {remedy}")
@@ -198,8 +206,11 @@ def _listed(names: Sequence[str], most: int = 24) -> str:
 def save_checkpoint(path: str, model: CLIP, config: ModelConfig, metadata: Mapping[str, str]) -> None:
     """Write a safetensors file in Chinese CLIP's names, with the configuration in its header.
 
-    The same weights, configuration and metadata give the same bytes. ValueError where `config` is not the
-    model's own (`model.config`, which has the size of the vocabulary it was built with).
+    The same weights, configuration and metadata give the same bytes.
+
+    Raises:
+        ValueError: if `config` is not the model's own (`model.config`, which has the size of the vocabulary
+            that it was built with).
     """
     _require_own_config(model, config)
     with store.publish(path) as temporary, naming(path):
@@ -221,8 +232,9 @@ def _require_own_config(model: CLIP, config: ModelConfig) -> None:
 def load_checkpoint(path: str, *, expected: ModelConfig | None = None) -> CLIP:
     """Rebuild the model that `save_checkpoint` wrote, in training mode, float32 on the CPU.
 
-    InputError names the file where it is no checkpoint of ours, is damaged, holds tensors that its
-    configuration does not have (by name), or is another model than `expected`.
+    Raises:
+        InputError: if the file is not a checkpoint of ours, is damaged, holds tensors that its configuration
+            does not have (by name), or is another model than `expected`.
     """
     with _open_safetensors(path) as file:
         config, _ = read_header(path, file.metadata() or {})
@@ -239,13 +251,17 @@ def load_checkpoint(path: str, *, expected: ModelConfig | None = None) -> CLIP:
 
 
 def require_same_model(found: ModelConfig, expected: ModelConfig, path: str) -> None:
-    """InputError where a file's model has another name, size or vocabulary than is asked for."""
+    """Check that a file's model has the name, size and vocabulary that are asked for.
+
+    Raises:
+        InputError: if one of them differs.
+    """
     if found != expected:
         raise InputError(f"{path}: holds another model than asked for: {_differences(found, expected)}")
 
 
 def build_empty(config: ModelConfig) -> CLIP:
-    """A model to be filled: its random weights cost the global generator no draws."""
+    """Build a model to be filled: its random weights cost the global generator no draws."""
     with torch.random.fork_rng(devices=[]):
         return CLIP(config)
 
@@ -256,7 +272,11 @@ def _open_safetensors(path: str) -> Any:
 
 
 def read_header(path: str, header: Mapping[str, str]) -> tuple[ModelConfig, dict[str, str]]:
-    """Configuration and metadata from a safetensors file's metadata; InputError where they are not ours."""
+    """Return configuration and metadata from a safetensors file's metadata.
+
+    Raises:
+        InputError: if they are not ours.
+    """
     text = header.get(METADATA_KEY)
     if text is None:
         raise InputError(
@@ -273,7 +293,11 @@ def read_header(path: str, header: Mapping[str, str]) -> tuple[ModelConfig, dict
 
 
 def _require_sane(config: ModelConfig) -> None:
-    """Raise ValueError for sizes that no model has, before one is built of them."""
+    """Refuse sizes that no model has, before one is built of them.
+
+    Raises:
+        ValueError: for such sizes.
+    """
     for side, tower in (("vision", config.vision), ("text", config.text)):
         for key, value in dataclasses.asdict(tower).items():
             numbers = value if isinstance(value, list | tuple) else (value,)
@@ -302,17 +326,22 @@ def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def is_image_side(name: str) -> bool:
-    """What a Chinese model takes from an English CLIP: image tower, its projection, the temperature."""
+    """Return whether a Chinese model takes this from an English CLIP: image tower, projection,
+    temperature.
+    """
     return name.startswith("visual.") or name == "logit_scale"
 
 
 def save_openai(path: str, model: CLIP, config: ModelConfig) -> None:
     """Write image tower, visual projection and temperature as OpenAI CLIP's archives, but in float32.
 
-    `torch.jit.load(path).state_dict()` gives OpenAI's names and shapes, and beside them the numbers
+    `torch.jit.load(path).state_dict()` gives OpenAI's names and shapes, and next to them the numbers
     `input_resolution`, `context_length` and `vocab_size`. There is no text tower: OpenAI's layout has no
     names for BERT. OpenAI's own code takes a 64th of the width for the heads, which are not ViT-H/14's. The
-    same weights give the same bytes. ValueError where `config` is not the model's own.
+    same weights give the same bytes.
+
+    Raises:
+        ValueError: if `config` is not the model's own.
     """
     _require_own_config(model, config)
     state = {name: tensor for name, tensor in state_for_file(model).items() if is_image_side(name)}

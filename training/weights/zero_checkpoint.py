@@ -32,7 +32,7 @@ def find_zero_checkpoint(folder: str) -> str | None:
     with foreign(latest, "name of a tag's folder", "copy the whole folder again"):
         tag = store.read_text(latest).strip()
     if not tag or tag != os.path.basename(tag) or "\0" in tag:
-        raise InputError(f"{latest}: names the tag {tag[:80]!r}, which is no folder name")
+        raise InputError(f"{latest}: names the tag {tag[:80]!r}, which is not a folder name")
     chosen = store.join(folder, tag)
     if not any(name.endswith(_MODEL_STATES) for name in store.list_files(chosen)):
         raise InputError(
@@ -42,9 +42,10 @@ def find_zero_checkpoint(folder: str) -> str | None:
 
 
 def read_zero_checkpoint(folder: str) -> dict[str, torch.Tensor]:
-    """Return a tag's weights by name, from float32 masters where they exist, at ZeRO stage 0, 1, 2 or 3.
+    """Return a tag's weights by name, from float32 masters if they exist, at ZeRO stage 0, 1, 2 or 3.
 
-    InputError if a rank's file is missing or damaged, or the parts do not add up.
+    Raises:
+        InputError: if a rank's file is missing or damaged, or the parts do not add up.
     """
     names = store.list_files(folder)
     models = [_read(folder, name) for name in _by_rank(names, _MODEL_STATES)]

@@ -15,5 +15,5 @@ def column(name: str) -> "pl.Expr":
 
 
 def is_pattern(name: str) -> bool:
-    """True if polars takes a name for a pattern of names."""
+    """Return whether polars takes a name for a pattern of names."""
     return name == "*" or (name.startswith("^") and name.endswith("$"))

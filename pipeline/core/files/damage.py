@@ -60,7 +60,11 @@ def make_listing(folder: str, paths: Iterable[str]) -> str:
 
 
 def read_listing(path: str) -> list[Shard]:
-    """Return the files that a task's listing names, none if it has none; ValueError if it is damaged."""
+    """Return the files that a task's listing names, none if it has none.
+
+    Raises:
+        ValueError: if the listing is damaged.
+    """
     if not store.exists(path):
         return []
     try:
@@ -71,7 +75,11 @@ def read_listing(path: str) -> list[Shard]:
 
 
 def listed_files(folder: str) -> list[Shard]:
-    """Return the further files of all tasks of a stage; ValueError names a listing that is damaged."""
+    """Return the further files of all tasks of a stage.
+
+    Raises:
+        ValueError: if a listing is damaged; it names the listing.
+    """
     files = []
     receipts = store.join(folder, "receipts")
     for name in store.list_files(receipts):

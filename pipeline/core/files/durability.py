@@ -92,7 +92,7 @@ def sync_outputs(paths: Iterable[str], root: str) -> None:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Inside, each folder that files are published to is synced once: by `sync_outputs`, or at the end.
+    """Sync each folder that files are published to once: by `sync_outputs`, or at the end of the block.
 
     For a task, whose outputs count for nothing before its receipt is there.
     """

@@ -77,7 +77,7 @@ def parse_json(text: str | bytes, *, keep_surrogates: bool = False) -> Any:
         if not keep_surrogates and _HALF_PAIR.search(text if isinstance(text, str) else text.decode()):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError("a string holds half a surrogate pair, which is no text") from None
+        raise ValueError("a string holds half a surrogate pair, which is not text") from None
     except RecursionError:
         raise ValueError("nested too deep") from None
     return value

@@ -1,4 +1,4 @@
-"""Image files in folders: which there are, what is passed over, and how one is read without waiting."""
+"""Image files in folders: which there are, which are skipped, and how to read one without waiting."""
 
 import os
 from collections import Counter
@@ -36,7 +36,7 @@ class FoundImages:
 def find_images(folder: str, endings: Sequence[str], *, below: bool = True) -> FoundImages:
     """Find the images in a local folder and below it, by the endings of their names (`.jpg`, lower case).
 
-    Links are followed. FIFOs, devices and sockets are passed over and named, as are links to nothing or back
+    Links are followed. FIFOs, devices and sockets are skipped and listed, as are links to nothing or back
     to a folder above, and what systems hide: names that begin with a dot, such as macOS's `._cat.jpg`, and
     `__MACOSX`.
     """
@@ -46,7 +46,7 @@ def find_images(folder: str, endings: Sequence[str], *, below: bool = True) -> F
 
 
 def is_hidden(name: str) -> bool:
-    """Is this a file or folder that systems make for themselves?"""
+    """Return whether this is a file or folder that systems make for themselves."""
     return name.startswith(".") or name == "__MACOSX"
 
 

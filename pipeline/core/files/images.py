@@ -112,7 +112,10 @@ def square_of(image: Image.Image, side_px: int, decode: Decode = "upright") -> I
 def squash(
     image: Image.Image, side_px: int, decode: Decode = "upright", layout: str | None = None
 ) -> Image.Image:
-    """Return an opened image as an RGB square; see `decode_square`. The image itself may be changed."""
+    """Return an opened image as an RGB square; see `decode_square`.
+
+    The image itself may be changed.
+    """
     square = (side_px, side_px)
     if decode == "upright":
         return upright(image, layout).resize(square, Image.Resampling.BICUBIC)
@@ -151,7 +154,7 @@ def _check_pixels(image: Image.Image, most: int) -> None:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height as shown: EXIF orientations 5 to 8 lie on their side."""
+    """Return width and height as shown: EXIF orientations 5 to 8 lie on their side."""
     width, height = image.size
     if image.format == "TIFF":
         return width, height  # Pillow turns these itself, and gives their size as turned
@@ -239,10 +242,11 @@ def _scale_transparent_value(image: Image.Image, layout: str) -> None:
 
 
 def _is_plain_jpeg(data: bytes) -> bool:
-    """Is this a JPEG of 8 bits, grey or in colour, without EXIF, XMP or Adobe's marks, which may turn or
-    recolour it?
+    """Return whether this is a JPEG of 8 bits without marks that may turn or recolour it.
 
     Reads the headers up to the frame's, which takes microseconds.
+
+    Such marks are EXIF, XMP and Adobe's. The JPEG may be grey or in colour.
     """
     # OpenCV fills what is cut off with grey.
     if not data.startswith(_JPEG_START) or not data.endswith(_JPEG_END):

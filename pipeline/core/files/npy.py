@@ -1,4 +1,4 @@
-"""Arrays out of `.npy` files that others made: checked against the file's size before memory is taken."""
+"""Read `.npy` files that others made, after a check of their headers against the file's size."""
 
 import io
 import math
@@ -28,13 +28,21 @@ def read_npy(path: str, remedy: str) -> npt.NDArray[Any]:
 
 
 def read_npy_bytes(data: bytes, where: str, remedy: str) -> npt.NDArray[Any]:
-    """Return the array in the bytes of a `.npy` file; InputError as `read_npy` raises it."""
+    """Return the array in the bytes of a `.npy` file.
+
+    Raises:
+        InputError: as `read_npy` raises it.
+    """
     with foreign(where, _WHAT, remedy):
         return _read(io.BytesIO(data), len(data), where, remedy)
 
 
 def map_npy(path: str, remedy: str) -> npt.NDArray[Any]:
-    """Return the array of a local file, mapped and not read; InputError as `read_npy` raises it."""
+    """Return the array of a local file, mapped and not read.
+
+    Raises:
+        InputError: as `read_npy` raises it.
+    """
     with foreign(path, _WHAT, remedy):
         with store.open_read(path) as file:
             _check_header(file, store.num_bytes(path), path, remedy)

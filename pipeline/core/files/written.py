@@ -77,7 +77,11 @@ class ParquetRows:
         self._path, self._writer = path, writer
 
     def write_table(self, table: "pa.Table") -> None:
-        """Write the rows of a table of the file's schema; OSError names the file."""
+        """Write the rows of a table of the file's schema.
+
+        Raises:
+            OSError: if that fails; it names the file.
+        """
         with naming(self._path):
             self._writer.write_table(table)
         self.num_rows += table.num_rows
@@ -108,7 +112,11 @@ def parquet_rows(path: str, schema: "pa.Schema") -> Iterator[ParquetRows]:
 
 
 def check_npy(temporary: str, path: str) -> None:
-    """Raise OSError unless a `.npy` file has all bytes that its header announces."""
+    """Check that a `.npy` file has all bytes that its header announces.
+
+    Raises:
+        OSError: if it does not.
+    """
     with open(temporary, "rb") as file:
         try:
             np.lib.format.read_magic(file)
@@ -119,13 +127,21 @@ def check_npy(temporary: str, path: str) -> None:
 
 
 def check_size(temporary: str, path: str, num_bytes: int) -> None:
-    """Raise OSError unless a file has this size."""
+    """Check that a file has this size.
+
+    Raises:
+        OSError: if it does not.
+    """
     if (found := os.path.getsize(temporary)) != num_bytes:
         raise _cut(path, f"{found} of {num_bytes} bytes were written")
 
 
 def check_parquet(temporary: str, path: str, num_rows: int) -> None:
-    """Raise OSError unless a Parquet file has its end, which names all its parts, and this many rows."""
+    """Check that a Parquet file has its end, which names all its parts, and this many rows.
+
+    Raises:
+        OSError: if it does not.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -138,7 +154,11 @@ def check_parquet(temporary: str, path: str, num_rows: int) -> None:
 
 
 def check_safetensors(temporary: str, path: str) -> None:
-    """Raise OSError unless a safetensors file is as long as its header says."""
+    """Check that a safetensors file is as long as its header says.
+
+    Raises:
+        OSError: if it is not.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -149,7 +169,11 @@ def check_safetensors(temporary: str, path: str) -> None:
 
 
 def check_zip(temporary: str, path: str) -> None:
-    """Raise OSError unless a zip archive, such as `torch.save` writes, has its list of members at its end."""
+    """Check that a zip archive, such as `torch.save` writes, has its list of members at its end.
+
+    Raises:
+        OSError: if it does not.
+    """
     try:
         with zipfile.ZipFile(temporary) as archive:
             last = max(archive.infolist(), key=lambda member: member.header_offset)

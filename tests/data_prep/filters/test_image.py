@@ -156,7 +156,7 @@ def test_a_guard_passes_over_what_is_no_image_file_and_says_so(tmp_path: Path) -
     said = list[str]()
     assert make_guard(str(tmp_path / "set"), "own", str(tmp_path / "guard.parquet"), say=said.append) == 1
     (line,) = said
-    assert "3 are no image files and are passed over" in line
+    assert "3 are not image files and are skipped" in line
     for found in ("._1.png: hidden", "p.jpg: no_file: a FIFO", "zero.jpg: no_file: a device"):
         assert found in line
     (tmp_path / "ids.txt").write_bytes("北京".encode("gbk"))

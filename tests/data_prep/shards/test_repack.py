@@ -143,7 +143,7 @@ def test_a_long_list_is_read_in_ranges(corpus: Run, tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
-        ("keys.txt", "0123\n", "'0123' is no key"),
+        ("keys.txt", "0123\n", "'0123' is not a key"),
         ("keys.csv", "id\n1\n", "no column key; found id"),
         ("keys.json", "[]", "unknown kind of list"),
         ("keys.txt", "", "no keys in it"),

@@ -121,7 +121,7 @@ def test_folders_are_matched_by_key_then_by_name_then_by_number(
             r"has class 3, but the labels name only 3 classes \(found 0, 1, 2, 3\)",
         ),
         (["1990", "1991"], "甲\n乙", r"has class 1991, but the labels name only 2 .*or give --labels"),
-        (["0", "1"], "1\t甲\n2\t乙", r"folder 0 is no key of the labels \(1, 2\), as are 1 of 2 folders"),
+        (["0", "1"], "1\t甲\n2\t乙", r"folder 0 is not a key of the labels \(1, 2\), as are 1 of 2 folders"),
         (["1", "01"], "甲\n乙", r"two folders have the same class id"),
         (["cat", "Cat"], "cat\t甲\ndog\t乙", r"the folders 'Cat' and 'cat' are both class 0"),
         (["a-b"], "a/b\t甲\na_b\t乙", r"no label is called 'a-b'"),
@@ -155,9 +155,9 @@ def test_what_is_passed_over_is_noted(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "set" / "test" / "1" / "p.png")
     assert _classes(root, names) == {"0": "甲", "1": "乙"}
     passed_over, endings, strays, loose = sorted(read_classification(root).notes)
-    assert passed_over.startswith("1 empty folders are no class (zebra)")
-    assert endings == "1 images lie beside the class folders and are no part of the set"
-    assert strays.startswith("4 files or folders are passed over (")
+    assert passed_over.startswith("1 empty folders are not classes (zebra)")
+    assert endings == "1 images lie next to the class folders and are not part of the set"
+    assert strays.startswith("4 files or folders are skipped (")
     for name in (
         "__MACOSX: hidden",
         ".ipynb_checkpoints: hidden",
@@ -165,7 +165,7 @@ def test_what_is_passed_over_is_noted(tmp_path: Path) -> None:
         "p.png: no_file: a FIFO",
     ):
         assert name in strays
-    assert loose == "files with other endings than images are passed over (1 .txt)"
+    assert loose == "files with other endings than images are skipped (1 .txt)"
     assert not is_classification_set(str(tmp_path / "set" / "test" / "0"))
 
 
@@ -244,7 +244,7 @@ def test_submission_order(tmp_path: Path) -> None:
             lambda root: (root / "label_cn.txt").write_text("红\n绿\n", encoding="utf-8"),
             "has class 2, but the labels name only 2",
         ),
-        (lambda root: (root / "label_cn.txt").unlink(), "has no label_cn.txt, and set is no set of ICinW"),
+        (lambda root: (root / "label_cn.txt").unlink(), "has no label_cn.txt, and set is not a set of ICinW"),
         (
             lambda root: (
                 (root / "test" / "zebra").mkdir()

@@ -37,7 +37,7 @@ def test_set_chooses_another_folder(tmp_path: Path) -> None:
     found = find_checkpoint("demo", None, None, [f"run.folder={tmp_path}/other"])
     assert (found.run_folder, found.context_length) == (str(tmp_path / "other"), 64)
     assert find_checkpoint("weights.pt", None, None).path == "weights.pt"
-    with pytest.raises(ConfigError, match=r"--set a.b=1: weights.pt is no run's file"):
+    with pytest.raises(ConfigError, match=r"--set a.b=1: weights.pt is not a run's file"):
         find_checkpoint("weights.pt", None, None, ["a.b=1"])
 
 

@@ -165,7 +165,7 @@ def test_a_rank_without_a_stage_that_trains_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path)
     with pytest.raises(ConfigError, match="which stage"):
         read_job([path])
-    with pytest.raises(ConfigError, match="shards is no training stage"):
+    with pytest.raises(ConfigError, match="shards is not a training stage"):
         read_job([path, "shards"])
     with pytest.raises(ConfigError, match="stage1 waits for corpus, shards; run those first"):
         read_job([path, "stage1", "stage1.epochs=3"])

@@ -88,7 +88,7 @@ def test_ranks_own_whole_lanes_and_together_the_same_batch(ranks: int) -> None:
 
 
 def test_a_batch_that_the_lanes_do_not_divide_is_refused() -> None:
-    with pytest.raises(ConfigError, match="global_batch = 10 is no multiple of lanes = 4"):
+    with pytest.raises(ConfigError, match="global_batch = 10 is not a multiple of lanes = 4"):
         make_order([100], lanes=4, batch=10)
 
 

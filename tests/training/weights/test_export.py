@@ -231,7 +231,7 @@ def test_model_card_says_what_is_known_and_what_is_not(tmp_path: Path) -> None:
     with_tables = {**report, "comparisons": [{**table, "lines": [line], "notes": ["a note"]}]}
     (tmp_path / "run" / "report" / "report.json").write_text(json.dumps(with_tables))
     card = model_card(MODELS["tiny-vit"], 10, facts_of(source, {"stage": "stage2"}))
-    assert "## Table 12, ICinW, zero-shot beside CN-CLIP RN50" in card
+    assert "## Table 12, ICinW, zero-shot next to CN-CLIP RN50" in card
     assert "| MNIST | 51.2 | 50.0 … 52.5 | 50.2 | +1.1 |" in card
     assert "Table 12" not in model_card(MODELS["tiny-vit"], 10, facts_of(source, {"stage": "stage1"}))
     convert(source, str(tmp_path / "again"), to="safetensors")
@@ -275,7 +275,7 @@ def test_inspect_says_what_a_file_is_and_what_it_lacks(tmp_path: Path) -> None:
     torch.save(
         {name: value for name, value in state.items() if name.startswith("bert.")}, tmp_path / "bert.bin"
     )
-    assert "text tower alone, as in tiny-vit" in "\n".join(inspect(str(tmp_path / "bert.bin")))
+    assert "text tower only, as in tiny-vit" in "\n".join(inspect(str(tmp_path / "bert.bin")))
 
 
 def test_another_resolution(tmp_path: Path) -> None:

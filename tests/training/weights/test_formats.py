@@ -214,7 +214,7 @@ def test_position_embedding_is_interpolated_as_cn_clip_does(tmp_path: Path) -> N
     expected = resize_positions(state_for_file(model)["visual.positional_embedding"], 6)
     assert torch.equal(state_for_file(wide)["visual.positional_embedding"], expected)
     assert wide.encode_image(torch.randn(1, 3, 48, 48)).shape == (1, 32)
-    with pytest.raises(InputError, match="an image size of 50 is no multiple of 8 pixels"):
+    with pytest.raises(InputError, match="an image size of 50 is not a multiple of 8 pixels"):
         load_model(path, image_size_px=50)
     target = CLIP(wide.config)
     outcomes = {item.tensor: item.outcome for item in initialise(target, image_weights=path)}

@@ -122,7 +122,7 @@ def test_two_models_of_one_size_are_told_apart_by_name(
     ("change", "said"),
     [
         ({"vision_config": {"num_attention_heads": -2}}, "num_attention_heads is -2"),
-        ({"vision_config": {"num_attention_heads": "2"}}, "num_attention_heads is 2, which is no number"),
+        ({"vision_config": {"num_attention_heads": "2"}}, "num_attention_heads is 2, which is not a number"),
         (
             {"vision_config": {}},
             "its image tower has width 64, but the configuration next to it is of one of",
@@ -132,10 +132,10 @@ def test_two_models_of_one_size_are_told_apart_by_name(
             "num_attention_heads is absent, and its default of 12 is that",
         ),
         ({"text_config": {"hidden_size": 1024}}, "text_config.num_attention_heads is absent"),
-        ({"vision_config": False}, "vision_config is no object"),
-        ({"vision_config_dict": [2]}, "vision_config_dict is no object"),
+        ({"vision_config": False}, "vision_config is not an object"),
+        ({"vision_config_dict": [2]}, "vision_config_dict is not an object"),
         ({"text_config": {"num_attention_heads": 2, "hidden_act": "gelu_new"}}, "text_config.hidden_act is"),
-        ({"text_config": [1]}, "text_config is no object"),
+        ({"text_config": [1]}, "text_config is not an object"),
         ({"vision_config": {"layer_norm_eps": 1e-6, "num_attention_heads": 2}}, "layer_norm_eps is"),
     ],
 )

@@ -45,7 +45,7 @@ def test_a_missing_rank_and_a_missing_tag_are_named(written: Path, tmp_path: Pat
     with pytest.raises(InputError, match=r"latest: names global_step9, but .* holds no \*_model_states"):
         load_model(str(folder))
     (folder / "latest").write_text("../elsewhere")
-    with pytest.raises(InputError, match="which is no folder name"):
+    with pytest.raises(InputError, match="which is not a folder name"):
         find_zero_checkpoint(str(folder))
 
 

@@ -1,4 +1,7 @@
-"""Which files of a model's repository are needed, and which of them is opened. No heavy imports here."""
+"""Which files of a model's repository are needed, and which of them is opened.
+
+No heavy imports here.
+"""
 
 import os
 from collections.abc import Collection

@@ -50,7 +50,7 @@ class Pin:
         return next((file.sha256 for file in self.files if file.name == name), None)
 
     def __str__(self) -> str:
-        """The id of exactly these weights, which every place that takes weights reads."""
+        """Return the id of exactly these weights, which every place that takes weights reads."""
         return f"{self.repo}@{self.commit}:{self.weights}"
 
 
