@@ -25,7 +25,8 @@ from data_prep.formats.parquet import write_table
 from data_prep.sources.local_server import HOST, PACKED
 from data_prep.sources.regions import Converted, Places, malformed_rows
 from data_prep.sources.table import EXEMPT_COLUMN, TableSource, naming_damage
-from data_prep.sources.text_file import MALFORMED_COLUMNS, Malformed, column_names, read_batches
+from data_prep.sources.text_file import column_names, read_batches
+from data_prep.sources.text_rows import MALFORMED_COLUMNS, Malformed
 from pipeline.core import store
 from pipeline.core.files.columns import is_pattern
 from pipeline.core.records import DropReason, InputError
