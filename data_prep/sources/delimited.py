@@ -131,11 +131,13 @@ class _Fields:
         blank = "[ ]*" if separator == "\t" else r"[ \t]*"
         if not quote:
             self.plain = self.any = rf"[^{sep}]*"
+            self.tight = self.plain
             self.inside = self.quoted = None
         else:
             inner = rf"[^{q}{esc}]*(?:{esc}[\s\S][^{q}{esc}]*)*" if escape else rf"[^{q}]*(?:{q}{q}[^{q}]*)*"
             self.plain = rf"{blank}(?:[^{q}{sep} \t][^{sep}]*)?"
             self.quoted = rf"{blank}{q}{inner}{q}{blank}"
+            self.tight = rf"(?:{q}{inner}{q}|{self.plain})"  # no blanks around quotes: what others read, too
             self.any = rf"(?:{blank}{q}{inner}{q}(?:[^{q}{sep}][^{sep}]*)?|{self.plain})"
             self.inside = re.compile(rf"{inner}{q}" if escape else rf"{inner}{q}(?!{q})")
             self._quoted = re.compile(rf"{blank}{q}({inner}){q}{blank}")
@@ -175,7 +177,7 @@ class _Reader:
         self._num = len(dialect.names)
         self._wanted = [dialect.names.index(name) for name in columns]
         sep = re.escape(dialect.separator)
-        strict = self._fields.strict.replace(r"[\s\S]", "(?s:.)")
+        strict = self._fields.tight
         self._one_row = None
         if dialect.quote and self._num <= _MOST_COMPILED_FIELDS:
             self._one_row = f"^{strict}(?:{sep}{strict}){{{self._num - 1}}}$"
@@ -235,11 +237,6 @@ class _Reader:
         """Read lines that are one well-formed row each."""
         if rows.is_empty():
             return self._split(rows)
-        if rows["line"].str.contains(self._blank_before_quote).any():
-            # Rare enough to be read one by one.
-            values = [[self._fields.split(text)[0][at] for at in self._wanted] for text in rows["line"]]
-            table = pl.DataFrame(values, schema=[f"_{n}" for n in range(len(self._wanted))], orient="row")
-            return self._named(table.select(rows["at"], pl.all()))
         names = [str(number) for number in range(self._num)]
         data = rows["line"].str.join("\n").item()
         table = pa.csv.read_csv(
@@ -262,11 +259,6 @@ class _Reader:
         if found.height != rows.height:
             raise AssertionError(f"{rows.height} rows were read as {found.height}")
         return self._named(found.rename(lambda name: f"_{name}").select(rows["at"], pl.all()))
-
-    @property
-    def _blank_before_quote(self) -> str:
-        sep, q = re.escape(self._dialect.separator), re.escape(self._dialect.quote)
-        return rf"(?:^|{sep})[ \t]+{q}|{q}[ \t]+(?:{sep}|$)"
 
     def _named(self, rows: pl.DataFrame) -> pl.DataFrame:
         rows.columns = ["at", *self._columns]
