@@ -7,7 +7,6 @@ README.
 """
 
 import os
-import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +21,7 @@ from data_prep.accounting.drop_table import drops_as_they_come
 from data_prep.corpus_facts import with_exemptions
 from data_prep.formats.lmdb import open_lmdb, unpickle_plain
 from data_prep.formats.parquet import write_table
+from data_prep.formats.tar_images import image_members
 from data_prep.sources.local_server import HOST, PACKED
 from data_prep.sources.regions import Converted, Places, malformed_rows
 from data_prep.sources.table import EXEMPT_COLUMN, TableSource, naming_damage
@@ -75,10 +75,21 @@ def pieces(source: PackedSource) -> list[list[str]]:
         _exist(source, files)
         return [files]
     tars = sorted(folder.glob("*.tar"))
+    if not tars and source.kind == "img2dataset" and any(folder.glob("[0-9]*/*")):
+        raise InputError(
+            f"{source.path}: no .tar, but folders of files, as of img2dataset's output_format=files; write it"
+            f" with output_format=webdataset (source {source.name})"
+        )
     if not tars:
         what = "of a run's shards" if source.kind == "shards" else "of img2dataset's webdataset output"
         raise InputError(f"{source.path}: no .tar {what} (source {source.name})")
     found = [[str(tar), sidecar_of(str(tar))] for tar in tars]
+    for tar_path, table_path in found:
+        if source.kind == "img2dataset" and not os.path.isfile(table_path):
+            raise InputError(
+                f"{table_path}: no such file (source {source.name}): img2dataset writes this table beside"
+                f" {os.path.basename(tar_path)}, and the captions and addresses are read from it; add it"
+            )
     for files in found:
         _exist(source, files)
     return found
@@ -242,17 +253,7 @@ def _read_lmdb(source: PackedSource, files: list[str]) -> _Read:
 
 def _read_img2dataset(source: PackedSource, files: list[str]) -> _Read:
     tar_path, table_path = files
-    members: dict[str, tuple[int, int]] = {}
-    try:
-        with tarfile.open(tar_path, "r:") as tar:  # never one that unpacks to whatever size
-            for member in tar:
-                stem, dot, extension = member.name.rpartition(".")
-                if member.isfile() and dot and extension.lower() not in ("txt", "json"):
-                    members[stem] = (member.offset_data, member.size)
-    except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError) as error:
-        raise InputError(
-            f"{tar_path}: damaged ({_first_line(error)}); download this shard again or remove it"
-        ) from None
+    members = image_members(tar_path)
     with naming_damage(table_path):
         table = pl.read_parquet(table_path)
     missing = [name for name in ("url", "key", "status", "caption") if name not in table.columns]
@@ -261,12 +262,16 @@ def _read_img2dataset(source: PackedSource, files: list[str]) -> _Read:
             f"{table_path}: no column {', '.join(missing)}; found {', '.join(table.columns)}; give"
             f" img2dataset's output made with a caption column"
         )
+    has_numbers = table.schema["key"].is_integer()  # of the names, which have zeros before them
     table = table.with_columns(pl.col("key", "url", "caption").cast(pl.String))
     is_done = (pl.col("status") == "success").fill_null(False)
     end = os.path.getsize(tar_path)
     places = pl.DataFrame(
         [
-            (key, _address(source, os.path.basename(tar_path), offset=offset, size=size))
+            (
+                str(int(key)) if has_numbers and key.isdecimal() else key,
+                _address(source, os.path.basename(tar_path), offset=offset, size=size),
+            )
             for key, (offset, size) in members.items()
             if offset + size <= end  # a tar that was cut off ends inside its last image
         ],
