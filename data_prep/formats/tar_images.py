@@ -2,6 +2,7 @@
 
 import os
 import tarfile
+from dataclasses import dataclass
 
 from pipeline.core.records import InputError
 
@@ -13,11 +14,33 @@ _SIGNATURES = (
     b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\xff\x0a", b"\0\0\0\x0cJXL ",
     b"\0\0\0\x0cjP  ",
 )  # fmt: skip
+TEXTS = ("txt", "caption", "json")  # members that hold a caption, in order
+_MOST_TEXT_BYTES = 1 << 20
 _GZIP = b"\x1f\x8b"
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """What a tar holds."""
+
+    images: dict[str, tuple[int, int]]  # key → offset and size
+    texts: dict[str, dict[str, bytes]]  # key → extension → bytes
 
 
 def image_members(path: str) -> dict[str, tuple[int, int]]:
     """Return key → (offset, size) of the image of each sample; the key is the name without folders.
+
+    Raises:
+        InputError: as `samples_of`.
+    """
+    return samples_of(path).images
+
+
+def samples_of(path: str, *, with_folders: bool = False) -> Samples:
+    """Return what a tar holds by sample, whose members have one name up to their extension.
+
+    `with_folders`: names in different folders are different samples, and an extension begins at the first
+    dot, as webdataset has it; texts are read then.
 
     An image has an image's first bytes; if no member of a sample has, an image's extension. Of several such
     the last counts, as for who unpacks the tar.
@@ -26,6 +49,7 @@ def image_members(path: str) -> dict[str, tuple[int, int]]:
         InputError: if the file is no tar, damaged, or compressed: its members have no place to be read at.
     """
     found: dict[str, tuple[int, int]] = {}
+    texts: dict[str, dict[str, bytes]] = {}
     ranks: dict[str, int] = {}
     try:
         with open(path, "rb") as data:
@@ -35,8 +59,16 @@ def image_members(path: str) -> dict[str, tuple[int, int]]:
                 )
             with tarfile.open(path, "r:") as tar:  # never one that unpacks to whatever size
                 for member in tar:
-                    stem, dot, extension = os.path.basename(member.name).rpartition(".")
-                    if not member.isfile() or not dot or extension.lower() in ("txt", "json"):
+                    folder, name = os.path.split(os.path.normpath(member.name))
+                    stem, dot, extension = name.rpartition(".")
+                    if not member.isfile() or not dot or name.startswith("."):  # ._a.jpg: of Macintosh
+                        continue
+                    if with_folders:
+                        stem = os.path.join(folder, name.partition(".")[0])
+                    if extension.lower() in TEXTS:
+                        if with_folders and member.size <= _MOST_TEXT_BYTES:
+                            data.seek(member.offset_data)
+                            texts.setdefault(stem, {})[extension.lower()] = data.read(member.size)
                         continue
                     data.seek(member.offset_data)
                     rank = 2 if is_image(data.read(16)) else int(extension.lower() in _EXTENSIONS)
@@ -47,7 +79,7 @@ def image_members(path: str) -> dict[str, tuple[int, int]]:
     except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path}: damaged ({reason}); download this shard again or remove it") from None
-    return found
+    return Samples(found, texts)
 
 
 def is_image(start: bytes) -> bool:

@@ -4,14 +4,17 @@ import gzip
 import io
 import tarfile
 from pathlib import Path
+from urllib.parse import parse_qsl, urlsplit
+from urllib.request import urlopen
 
 import polars as pl
 import pytest
 
 from data_prep.formats.tar_images import image_members, is_image
+from data_prep.sources.local_server import serve
 from data_prep.sources.packed import PackedSource, pieces
 from pipeline.core.records import InputError
-from tests.helpers.sources import kept, picture, take_in
+from tests.helpers.sources import kept, manifest, picture, take_in
 
 
 def _tar(path: Path, members: list[tuple[str, bytes]]) -> None:
@@ -68,3 +71,35 @@ def test_other_layouts_are_named(tmp_path: Path) -> None:
     path.write_bytes(gzip.compress((tmp_path / "00000.tar").read_bytes()))
     with pytest.raises(InputError, match="compressed with gzip; unpack it first"):
         image_members(str(path))
+
+
+def test_webdataset_tars_by_themselves(tmp_path: Path) -> None:
+    image, folder = picture(), tmp_path / "sets"
+    (folder / "00").mkdir(parents=True)
+    _tar(
+        folder / "00" / "a.tar",
+        [
+            ("./a.jpg", image), ("./a.npy", b"numbers"), ("./a.txt", "窗台上的一只橘猫\n".encode()),
+            ("one/b.png", image), ("one/b.json", '{"caption": "草地上的一只黑狗", "url": "http://a.cn/b"}'.encode()),
+            ("two/b.seg.png", image), ("two/b.caption", "雪山下的红色小屋".encode()),
+            ("lost.txt", "没有图片的一句话".encode()), ("bad.jpg", image), ("bad.json", b"{"),
+        ],
+    )  # fmt: skip
+    run = take_in(tmp_path / "run", PackedSource(kind="webdataset", path=str(folder), name="w"))
+    found = manifest(run, "corpus")
+    assert found.dropped == {"image_missing": 1, "malformed:json": 1}
+    assert (found.num_in, found.num_kept) == (5, 3)
+    rows = kept(run).sort("caption")
+    assert rows["caption"].to_list() == sorted(["窗台上的一只橘猫", "草地上的一只黑狗", "雪山下的红色小屋"])
+    assert "http://a.cn/b" in rows["url"].to_list()
+    data = (folder / "00" / "a.tar").read_bytes()
+    for address in rows["picture_at"]:
+        place = dict(parse_qsl(urlsplit(address).query))
+        start = int(place["offset"])
+        assert data[start : start + int(place["size"])] == image
+    with serve(None, {}, {"w": str(folder)}) as site:
+        at = urlsplit(rows["picture_at"][0])
+        with urlopen(f"{site}{at.path}?{at.query}") as answer:
+            assert answer.read() == image
+    with pytest.raises(InputError, match=r"no \.tar in it or below it"):
+        pieces(PackedSource(kind="webdataset", path=str(tmp_path / "run" / "filter_text"), name="w"))
