@@ -121,7 +121,7 @@ def plan(config: CorpusStageConfig, context: Context) -> list[Task]:
     return [
         Task(
             name=f"{number:05d}",
-            inputs={**sets, **guards, **_digests(files), **_reading(source)},
+            inputs={**sets, **guards, **_digests(files), **_reading(source, files)},
             arguments=CorpusTask(
                 paths=files, source=source, exemptions=exempt.get(source.name) or None
             ).to_json(),
@@ -152,11 +152,14 @@ def _refuse_carried_rules(corpus: TablesConfig | SourcesConfig) -> None:
             )
 
 
-def _reading(source: TableSource | PackedSource) -> dict[str, str]:
+def _reading(source: TableSource | PackedSource, files: Sequence[str]) -> dict[str, str]:
     """Return how a source is read if that is another way than its description meant before."""
-    if isinstance(source, PackedSource) or not source.has_image_ids or source.joins:
+    if isinstance(source, PackedSource):
         return {}
-    return {"captions": "rows of their own"}
+    found = {"captions": "rows of their own"} if source.has_image_ids and not source.joins else {}
+    if any(text_file.is_text(path) for path in files):
+        found["text"] = "no quote swallows rows"
+    return found
 
 
 def sources_of(config: TablesConfig | SourcesConfig) -> tuple[TableSource | PackedSource, ...]:
@@ -253,6 +256,8 @@ def _take_in(
     facts = CorpusFacts(guards=guards, evaluations=EvaluationFacts.of({}, config.evaluations))
     asked = CorpusTask.from_json(task.arguments)
     paths, source = asked.paths, asked.source
+    if _is_empty_part(paths, source):
+        return _nothing(source, facts)
     table_path, malformed_path = f"tables/{task.name}.parquet", malformed_table(task.name)
     to = regions.Places(
         context.path(table_path), context.path(malformed_path), context.path(drops_path(task.name))
@@ -266,11 +271,13 @@ def _take_in(
         taken = regions.take_captions(paths[0], source, decontamination.guarded_ids(guards), to)
     elif text_file.is_text(paths[0]):
         taken = regions.convert_text(paths[0], source, to)
+    elif caption_table.is_damaged_text(paths[0], source):
+        taken = regions.convert_damaged(paths[0], source, to)
     else:
         return _look_at_table(paths[0], source, task.inputs["table"], facts)
     dropped = dict(taken.dropped)
     num_in = taken.num_rows + sum(dropped.values())
-    if num_in == 0:
+    if num_in == 0 and not _is_part(source):
         _refuse_empty(paths[0], taken.source)
     name = taken.source.name
     pairs = caption_table.encoder_pairs(to.table, taken.source)
@@ -289,8 +296,10 @@ def _take_in(
 
 def _look_at_table(path: str, source: TableSource, digest: str, facts: CorpusFacts) -> Outcome:
     with caption_table.naming_damage(path):
-        num_rows = caption_table.scan(path, source).select(pl.len()).collect().item()
+        num_rows = caption_table.scan(path, source, is_whole=True).select(pl.len()).collect().item()
     if num_rows == 0:
+        if _is_part(source):
+            return _nothing(source, facts)
         _refuse_empty(path, source)
     pairs = caption_table.encoder_pairs(path, source)
     facts = dataclasses.replace(
@@ -300,6 +309,26 @@ def _look_at_table(path: str, source: TableSource, digest: str, facts: CorpusFac
         score_pairs={source.name: pairs} if pairs else {},
     )
     return Outcome({}, num_in=num_rows, num_kept=num_rows, extra=facts.to_json())
+
+
+def _is_part(source: TableSource | PackedSource) -> bool:
+    """Whether a source has several files: some of them may be empty."""
+    return isinstance(source, TableSource) and len(caption_table.find_files(source)) > 1
+
+
+def _is_empty_part(paths: Sequence[str], source: TableSource | PackedSource) -> bool:
+    return (
+        len(paths) == 1
+        and text_file.is_text(paths[0])
+        and store.num_bytes(paths[0]) == 0
+        and _is_part(source)
+    )
+
+
+def _nothing(source: TableSource | PackedSource, facts: CorpusFacts) -> Outcome:
+    """Account for a file without rows."""
+    facts = dataclasses.replace(facts, sources={source.name: SourceCounts()})
+    return Outcome({}, num_in=0, num_kept=0, extra=facts.to_json())
 
 
 def _refuse_empty(path: str, source: TableSource) -> NoReturn:

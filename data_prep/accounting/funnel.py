@@ -104,7 +104,9 @@ def count_planted(context: Context) -> list[PlantedCount]:
 def _keyed(context: Context, table: TablePlace) -> pl.DataFrame:
     path = table.full_path(context.run_folder)
     ids = pl.scan_parquet(path).select("SAMPLE_ID")
-    return pl.concat([with_key(scan(path, table.source)).select("key"), ids], how="horizontal").collect()
+    return pl.concat(
+        [with_key(scan(path, table.source, is_whole=True)).select("key"), ids], how="horizontal"
+    ).collect()
 
 
 def _dropped(context: Context, stage: str) -> pl.DataFrame:

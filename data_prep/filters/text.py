@@ -114,7 +114,7 @@ def run(config: FilterTextConfig, context: Context, task: Task, progress: Progre
     """Judge one table. Kept rows are sorted by key, the order of the shuffled corpus."""
     asked = TextTask.from_json(task.arguments)
     source, path = asked.table.source, asked.table.full_path(context.run_folder)
-    frame = scan(path, source)
+    frame = scan(path, source, is_whole=True)
     names = frame.collect_schema().names()
     with naming_damage(path):
         has_scores = _has_scores(frame)  # of the whole table: all its slices are judged by the same rules

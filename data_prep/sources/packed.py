@@ -7,7 +7,6 @@ README.
 """
 
 import os
-import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,12 +21,15 @@ from data_prep.accounting.drop_table import drops_as_they_come
 from data_prep.corpus_facts import with_exemptions
 from data_prep.formats.lmdb import open_lmdb, unpickle_plain
 from data_prep.formats.parquet import write_table
+from data_prep.formats.tar_images import image_members, samples_of
 from data_prep.sources.local_server import HOST, PACKED
 from data_prep.sources.regions import Converted, Places, malformed_rows
 from data_prep.sources.table import EXEMPT_COLUMN, TableSource, naming_damage
-from data_prep.sources.text_file import MALFORMED_COLUMNS, Malformed, column_names, read_batches
+from data_prep.sources.text_file import column_names, read_batches
+from data_prep.sources.text_rows import MALFORMED_COLUMNS, MALFORMED_JSON, Malformed
 from pipeline.core import store
 from pipeline.core.files.columns import is_pattern
+from pipeline.core.files.foreign import parse_json
 from pipeline.core.records import DropReason, InputError
 from pipeline.core.shard_format import sidecar_of
 
@@ -40,7 +42,7 @@ MALFORMED_IMAGE = DropReason("malformed:picture_line")  # not a number, a tab an
 IMAGE_REPEATED = DropReason("malformed:picture_repeated")  # a later line has the number: that one stays
 IMAGE_AT = "picture_at"
 
-PackedKind = Literal["cn_clip_tsv", "cn_clip_lmdb", "img2dataset", "shards"]
+PackedKind = Literal["cn_clip_tsv", "cn_clip_lmdb", "img2dataset", "shards", "webdataset"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +50,9 @@ class PackedSource:
     """One `[[corpus.sources]]` entry whose images are on disk in a format of the ecosystem."""
 
     kind: PackedKind
-    """Format on disk: Chinese-CLIP's TSV or LMDB, img2dataset output, or the shards of another run."""
+    """Format on disk: Chinese-CLIP's TSV or LMDB, img2dataset output, the shards of another run, or tars of
+    webdataset, with the caption of each image in `.txt`, `.caption` or `.json`.
+    """
     path: str
     """Local folder that holds `<split>_imgs.tsv`, `lmdb/<split>`, or `00000.tar` with `00000.parquet`."""
     carry_columns: tuple[str, ...] = ()
@@ -73,11 +77,30 @@ def pieces(source: PackedSource) -> list[list[str]]:
         files = [str(root / name / "data.mdb") for name in ("pairs", "imgs")]
         _exist(source, files)
         return [files]
+    if source.kind == "webdataset":
+        nested = sorted(str(tar) for tar in folder.rglob("*.tar"))
+        if not nested:
+            packed = next(iter(sorted(folder.rglob("*.tar.gz"))), None)
+            remedy = f"; unpack {packed} and its like with gunzip" if packed else ""
+            raise InputError(f"{source.path}: no .tar in it or below it (source {source.name}){remedy}")
+        return [[tar] for tar in nested]
     tars = sorted(folder.glob("*.tar"))
+    if not tars and source.kind == "img2dataset" and any(folder.glob("[0-9]*/*")):
+        raise InputError(
+            f"{source.path}: no .tar, but folders of files, as of img2dataset's output_format=files; write it"
+            f" with output_format=webdataset (source {source.name})"
+        )
     if not tars:
         what = "of a run's shards" if source.kind == "shards" else "of img2dataset's webdataset output"
         raise InputError(f"{source.path}: no .tar {what} (source {source.name})")
     found = [[str(tar), sidecar_of(str(tar))] for tar in tars]
+    for tar_path, table_path in found:
+        if source.kind == "img2dataset" and not os.path.isfile(table_path):
+            raise InputError(
+                f"{table_path}: no such file (source {source.name}): img2dataset writes this table beside"
+                f" {os.path.basename(tar_path)}, and its captions and addresses are needed; add it, or set"
+                ' kind = "webdataset", which reads tars by themselves'
+            )
     for files in found:
         _exist(source, files)
     return found
@@ -97,6 +120,7 @@ def unpack(
         "cn_clip_tsv": _read_tsv,
         "cn_clip_lmdb": _read_lmdb,
         "img2dataset": _read_img2dataset,
+        "webdataset": _read_webdataset,
         "shards": partial(_read_shards, exemptions=exemptions),
     }
     rows, drops, malformed = read[source.kind](source, files)
@@ -140,6 +164,7 @@ def _known_by(source: PackedSource, image_id: object) -> str:
 _Read = tuple[pl.DataFrame, dict[DropReason, pl.DataFrame], list[Malformed]]
 # Numbers of more digits than 64 bits hold are no numbers of images.
 _MOST_DIGITS = 18
+_CAPTIONS = ("caption", "text", "TEXT")  # of a sample's JSON
 
 
 def _read_tsv(source: PackedSource, files: list[str]) -> _Read:
@@ -241,17 +266,7 @@ def _read_lmdb(source: PackedSource, files: list[str]) -> _Read:
 
 def _read_img2dataset(source: PackedSource, files: list[str]) -> _Read:
     tar_path, table_path = files
-    members: dict[str, tuple[int, int]] = {}
-    try:
-        with tarfile.open(tar_path, "r:") as tar:  # never one that unpacks to whatever size
-            for member in tar:
-                stem, dot, extension = member.name.rpartition(".")
-                if member.isfile() and dot and extension.lower() not in ("txt", "json"):
-                    members[stem] = (member.offset_data, member.size)
-    except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError) as error:
-        raise InputError(
-            f"{tar_path}: damaged ({_first_line(error)}); download this shard again or remove it"
-        ) from None
+    members = image_members(tar_path)
     with naming_damage(table_path):
         table = pl.read_parquet(table_path)
     missing = [name for name in ("url", "key", "status", "caption") if name not in table.columns]
@@ -260,12 +275,16 @@ def _read_img2dataset(source: PackedSource, files: list[str]) -> _Read:
             f"{table_path}: no column {', '.join(missing)}; found {', '.join(table.columns)}; give"
             f" img2dataset's output made with a caption column"
         )
+    has_numbers = table.schema["key"].is_integer()  # of the names, which have zeros before them
     table = table.with_columns(pl.col("key", "url", "caption").cast(pl.String))
     is_done = (pl.col("status") == "success").fill_null(False)
     end = os.path.getsize(tar_path)
     places = pl.DataFrame(
         [
-            (key, _address(source, os.path.basename(tar_path), offset=offset, size=size))
+            (
+                str(int(key)) if has_numbers and key.isdecimal() else key,
+                _address(source, os.path.basename(tar_path), offset=offset, size=size),
+            )
             for key, (offset, size) in members.items()
             if offset + size <= end  # a tar that was cut off ends inside its last image
         ],
@@ -279,6 +298,39 @@ def _read_img2dataset(source: PackedSource, files: list[str]) -> _Read:
         IMAGE_MISSING: done.join(places, on="key", how="anti", maintain_order="left"),
     }
     return rows.select("url", "caption", IMAGE_AT), dropped, []
+
+
+def _read_webdataset(source: PackedSource, files: list[str]) -> _Read:
+    """Tars by themselves: the caption is the text beside the image, or `caption` or `text` of its JSON."""
+    (tar_path,) = files
+    relative = os.path.relpath(tar_path, source.path)
+    found, end = samples_of(tar_path, with_folders=True), os.path.getsize(tar_path)
+    rows, missing, malformed = [], [], list[Malformed]()
+    for key in dict.fromkeys((*found.images, *found.texts)):
+        texts = found.texts.get(key, {})
+        url, caption = f"{_known_by(source, relative)}/{quote(key)}", None
+        try:
+            notes = parse_json(texts["json"]) if "json" in texts else {}
+        except ValueError:
+            notes = None
+        if isinstance(notes, dict):
+            named = notes.get("url")
+            url = named if isinstance(named, str) and named.startswith("http") else url
+            caption = next((value for name in _CAPTIONS if isinstance(value := notes.get(name), str)), None)
+        for extension in ("caption", "txt"):
+            if extension in texts:
+                caption = texts[extension].decode("utf-8", "replace").strip()
+        if notes is None and caption is None:
+            malformed.append(Malformed(MALFORMED_JSON, f"{key}.json"))
+            continue
+        offset, size = found.images.get(key, (end, 1))
+        if offset + size > end:
+            missing.append((url, caption))
+        else:
+            rows.append((url, caption, _address(source, relative, offset=offset, size=size)))
+    pair = {"url": pl.String, "caption": pl.String}
+    dropped = {IMAGE_MISSING: pl.DataFrame(missing, schema=pair, orient="row")}
+    return pl.DataFrame(rows, schema={**pair, IMAGE_AT: pl.String}, orient="row"), dropped, malformed
 
 
 def _read_shards(source: PackedSource, files: list[str], exemptions: Mapping[str, Sequence[str]]) -> _Read:

@@ -21,14 +21,18 @@ from data_prep.accounting.drop_table import DETAIL, DropsAsTheyCome, drops_as_th
 from data_prep.decontamination import GuardedIds
 from data_prep.formats.keys import with_key
 from data_prep.sources import text_file
+from data_prep.sources.parquet_text import read_text_safely
 from data_prep.sources.table import (
     TableSource,
     find_column,
+    found_text,
     naming_damage,
     needed_columns,
     open_parquet,
     resolve,
+    text_layout,
 )
+from data_prep.sources.text_rows import Malformed, TextLayout
 from pipeline.core import store
 from pipeline.core.files.columns import column
 from pipeline.core.files.foreign import foreign
@@ -72,11 +76,11 @@ class MalformedRows:
 
     def __init__(self, writer: ParquetRows) -> None:
         self.counts: Counter[str] = Counter()
-        self.first: text_file.Malformed | None = None
+        self.first: Malformed | None = None
         self._writer = writer
-        self._waiting: list[text_file.Malformed] = []
+        self._waiting: list[Malformed] = []
 
-    def add(self, rows: Sequence[text_file.Malformed]) -> None:
+    def add(self, rows: Sequence[Malformed]) -> None:
         if rows and self.first is None:
             self.first = rows[0]
         self.counts.update(str(row.reason) for row in rows)
@@ -104,11 +108,12 @@ def convert_text(path: str, source: TableSource, to: Places) -> Converted:
 
     InputError where a column is missing, or no row is well formed.
     """
-    columns = needed_columns(path, source, text_file.column_names(path))
+    names, layout = text_layout(path, source)
+    columns = needed_columns(path, source, names)
     schema = pa.schema([(name, pa.large_string()) for name in columns])
     num_rows = 0
     with malformed_rows(to.malformed) as malformed, parquet_rows(to.table, schema) as out:
-        for batch in text_file.read_batches(path, columns, malformed.add):
+        for batch in text_file.read_batches(path, columns, layout):
             malformed.add(batch.malformed)
             num_rows += batch.rows.height
             if batch.rows.height:
@@ -118,6 +123,23 @@ def convert_text(path: str, source: TableSource, to: Places) -> Converted:
             f"{path}: none of its {malformed.counts.total()} rows is well formed, the first is"
             f" {malformed.first.reason}: {malformed.first.text[:60]!r}; write it as UTF-8 with its header"
         )
+    return Converted(source, num_rows, dict(sorted(malformed.counts.items())))
+
+
+def convert_damaged(path: str, source: TableSource, to: Places) -> Converted:
+    """Write a Parquet table with text that is not UTF-8 again, without the rows that hold it."""
+    columns = needed_columns(path, source, open_parquet(path).collect_schema().names())
+    num_rows = 0
+    schema: pa.Schema | None = None
+    with malformed_rows(to.malformed) as malformed, contextlib.ExitStack() as stack:
+        for rows in read_text_safely(path, columns):
+            if schema is None:
+                schema = _schema_of(rows)
+                out = stack.enter_context(parquet_rows(to.table, schema))
+            batch = text_file.without_damaged(rows, found_text(rows.schema))
+            malformed.add(batch.malformed)
+            num_rows += batch.rows.height
+            out.write_table(batch.rows.to_arrow().cast(schema))
     return Converted(source, num_rows, dict(sorted(malformed.counts.items())))
 
 
@@ -261,11 +283,21 @@ def _regions(path: str, source: TableSource, malformed: MalformedRows) -> Iterat
     """image (as text), url, caption and the carried columns of one file, in blocks."""
     is_text = text_file.is_text(path)
     with naming_damage(path):
-        found = text_file.column_names(path) if is_text else open_parquet(path).collect_schema().names()
+        found = (
+            text_file.column_names(path, source.layout)
+            if is_text
+            else open_parquet(path).collect_schema().names()
+        )
     image = find_column(path, source, "image_id_column", ("image_id", "imageid", "id"), found)
     columns = [*dict.fromkeys((*needed_columns(path, source, found), *([image] if image else [])))]
     roles = resolve(path, source, found)
-    for block in _text_blocks(path, columns, malformed) if is_text else _parquet_blocks(path, columns):
+    layout = replace(source.layout, url=roles["url_column"], caption=roles["caption_column"])
+    blocks = (
+        _text_blocks(path, columns, layout, malformed)
+        if is_text
+        else _parquet_blocks(path, columns, malformed)
+    )
+    for block in blocks:
         yield block.select(
             image=column(image or str(roles["url_column"])).cast(pl.String),
             url=column(str(roles["url_column"])).cast(pl.String),
@@ -274,23 +306,19 @@ def _regions(path: str, source: TableSource, malformed: MalformedRows) -> Iterat
         )
 
 
-def _text_blocks(path: str, columns: Sequence[str], malformed: MalformedRows) -> Iterator[pl.DataFrame]:
-    for batch in text_file.read_batches(path, columns, malformed.add):
+def _text_blocks(
+    path: str, columns: Sequence[str], layout: TextLayout, malformed: MalformedRows
+) -> Iterator[pl.DataFrame]:
+    for batch in text_file.read_batches(path, columns, layout):
         malformed.add(batch.malformed)
         yield batch.rows
 
 
-def _parquet_blocks(path: str, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
-    with store.open_read(path) as file:
-        with naming_damage(path):
-            batches = pq.ParquetFile(file).iter_batches(columns=list(columns))
-        while True:
-            with naming_damage(path):
-                batch = next(batches, None)
-                rows = None if batch is None else pl.DataFrame(pl.from_arrow(batch))
-            if rows is None:
-                return
-            yield rows
+def _parquet_blocks(path: str, columns: Sequence[str], malformed: MalformedRows) -> Iterator[pl.DataFrame]:
+    for rows in read_text_safely(path, columns):
+        batch = text_file.without_damaged(rows, found_text(rows.schema))
+        malformed.add(batch.malformed)
+        yield batch.rows
 
 
 def _guarded_numbers(source: TableSource, guarded: GuardedIds) -> frozenset[int]:

@@ -4,17 +4,25 @@ Column names of LAION-5B metadata and of its derivatives are found by themselves
 other names are given in the recipe.
 """
 
+import codecs
 import contextlib
 import dataclasses
+import functools
 import glob
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import polars as pl
+from pydantic import BeforeValidator
 
 from data_prep.sources import text_file
+from data_prep.sources.list_columns import refuse_nested_columns, with_one_caption
 from data_prep.sources.local_server import HOST, IMAGES
+from data_prep.sources.parquet_text import has_bad_text, read_text_safely
+from data_prep.sources.table_files import parts_of
+from data_prep.sources.text_rows import ListCaptions, TextLayout
 from pipeline.core import store
 from pipeline.core.config import IN_DIGEST_IF_SET
 from pipeline.core.files.columns import column as by_name
@@ -23,6 +31,14 @@ from pipeline.core.files.foreign import foreign
 from pipeline.core.records import InputError
 
 Kind = Literal["table", "laion", "wukong", "coco", "visual_genome"]
+
+
+def _column_name(value: Any) -> Any:
+    """A column of a table without a header may be given by its number."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+ColumnName = Annotated[str, BeforeValidator(_column_name)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,30 +50,32 @@ class TableSource:
     """
 
     path: str
-    """A file, a glob pattern or an fsspec URL: `.parquet`, `.csv`, `.tsv` or `.jsonl`."""
+    """A file, a folder of parts, a glob pattern or an fsspec URL: `.parquet`, `.csv`, `.tsv`, `.jsonl`,
+    `.json`, or `.txt` (one caption a line, for the images of `picture_folder` by name). `.gz` is read, too.
+    """
     name: str
     """The source's name in the funnel."""
     kind: Kind = "table"
     """Preset for a known corpus."""
-    url_column: str | None = None
+    url_column: ColumnName | None = None
     """Column of image addresses. Unset: `url` or `URL`."""
-    caption_column: str | None = None
+    caption_column: ColumnName | None = None
     """Column of captions. Unset: `TEXT`, `text` or `caption`."""
-    language_column: str | None = None
+    language_column: ColumnName | None = None
     """Column of language marks. Unset: `LANGUAGE`; a source without it counts as Chinese."""
-    score_column: str | None = None
+    score_column: ColumnName | None = None
     """Column of scores. Unset: `similarity`, or `pair_score` in the sidecars of a run."""
     score_pair: str | None = None
     """Pair of encoders that made the scores; scores of different pairs never meet under one threshold. Unset:
     known for LAION-5B and for the sidecars of a run.
     """
-    nsfw_column: str | None = None
+    nsfw_column: ColumnName | None = None
     """Column of NSFW marks (UNLIKELY, UNSURE, NSFW, LIKELY). Unset: `NSFW`."""
-    unsafe_column: str | None = None
+    unsafe_column: ColumnName | None = None
     """Column of probabilities that an image is unsafe. Unset: `punsafe`."""
-    watermark_column: str | None = None
+    watermark_column: ColumnName | None = None
     """Column of probabilities that an image has a watermark. Unset: `pwatermark`."""
-    image_id_column: str | None = None
+    image_id_column: ColumnName | None = None
     """Column of image numbers. Unset: `image_id` in `coco` and `visual_genome`."""
     image_table: str | None = None
     """Visual Genome's `image_data.json`, which says which images are also in COCO or Flickr."""
@@ -72,6 +90,59 @@ class TableSource:
     """Whether the captions of one image become one text. Unset: only in `visual_genome`, whose captions
     describe regions.
     """
+    separator: str | None = field(default=None, metadata=IN_DIGEST_IF_SET)
+    """Letter between the fields of a CSV or TSV. Unset: a comma, in `.tsv` a tab."""
+    quote: str | None = field(default=None, metadata=IN_DIGEST_IF_SET)
+    """Letter around fields that hold separators or line ends; empty for none. Unset: `"`, and none where a
+    tab separates.
+    """
+    escape: str | None = field(default=None, metadata=IN_DIGEST_IF_SET)
+    """Letter before a quote inside quotes; empty if the quote is doubled. Unset: a backslash where the
+    table's beginning shows that it is one (Spark), else empty.
+    """
+    encoding: str | None = field(default=None, metadata=IN_DIGEST_IF_SET)
+    """Encoding of a text table, such as `gb18030` or `utf-16`. Unset: UTF-8."""
+    header: bool | None = field(default=None, metadata=IN_DIGEST_IF_SET)
+    """Whether the first line of a CSV or TSV names the columns; if not, their names are their numbers from 1.
+    Unset: yes.
+    """
+    list_captions: ListCaptions | None = field(default=None, metadata=IN_DIGEST_IF_SET)
+    """What a list of captions becomes: a row for `each`, or a row with the `first`. Unset: it is refused."""
+
+    def __post_init__(self) -> None:
+        for name in ("separator", "quote", "escape"):
+            value = getattr(self, name)
+            if value is not None and (
+                len(value) > 1 or value in ("\n", "\r") or (name == "separator") > len(value)
+            ):
+                raise ValueError(f"{name} must be one letter, found {value!r}")
+        if self.escape and self.escape in (self.quote, self.separator):
+            raise ValueError(f"escape {self.escape!r} has another use; a doubled quote needs no escape")
+        if self.quote and self.quote == (self.separator or ","):
+            raise ValueError(f"quote {self.quote!r} is the separator")
+        if self.encoding is not None:
+            try:
+                is_text = codecs.lookup(self.encoding)._is_text_encoding
+            except (LookupError, ValueError):
+                is_text = False
+            if not is_text:
+                raise ValueError(
+                    f"encoding {self.encoding!r} is not known; known are utf-16, gb18030, big5 …"
+                )
+
+    @property
+    def layout(self) -> TextLayout:
+        """How a text table of this source is written."""
+        return TextLayout(
+            separator=self.separator,
+            quote=self.quote,
+            escape=self.escape,
+            encoding=self.encoding,
+            header=self.header,
+            list_captions=self.list_captions,
+            addresses=self.picture_folder is None,
+            image_folder=self.picture_folder,
+        )
 
     @property
     def has_image_ids(self) -> bool:
@@ -129,6 +200,7 @@ def find_files(source: TableSource) -> list[str]:
     else:
         fs, pattern = store.remote(source.path)
         files = sorted(fs.unstrip_protocol(name) for name in fs.glob(pattern))
+    files = [part for path in files for part in parts_of(path, source.name)]
     missing = [path for path in files if not store.exists(path)]
     if missing or not files:
         raise InputError(
@@ -138,15 +210,23 @@ def find_files(source: TableSource) -> list[str]:
     return files
 
 
-def scan(path: str, source: TableSource) -> pl.LazyFrame:
+def scan(path: str, source: TableSource, *, is_whole: bool = False) -> pl.LazyFrame:
     """Lazily read one file of a source as the canonical table that every source becomes, rows in file order.
 
+    Rows with bytes that are not UTF-8 are left out, unless the caller knows that there are none (`is_whole`).
     InputError where the file cannot be read or lacks a column: it lists the columns found.
     """
     frame = open_parquet(path)
     with naming_damage(path):
-        found = frame.collect_schema().names()
+        schema = frame.collect_schema()
+    found = schema.names()
     columns = resolve(path, source, found)
+    caption = str(columns["caption_column"])
+    refuse_nested_columns(path, str(columns["url_column"]), caption, schema, source.list_captions)
+    if not is_whole and is_damaged_text(path, source):
+        frame = pl.concat(list(read_text_safely(path, needed_columns(path, source, found)))).lazy()
+        frame = frame.filter(~text_file.is_damaged(found_text(frame.collect_schema())))
+    frame = with_one_caption(frame, caption, source.list_captions)
     width = first_column(found, _WIDTH_COLUMNS)
     height = first_column(found, _HEIGHT_COLUMNS)
 
@@ -173,6 +253,31 @@ def scan(path: str, source: TableSource) -> pl.LazyFrame:
         column("watermark_column", pl.Float32).alias("watermark"),
         *(by_name(name) for name in source.carry_columns),
     )
+
+
+def found_text(schema: pl.Schema) -> list[str]:
+    """The columns of a table that hold text."""
+    return [name for name, dtype in schema.items() if dtype == pl.String]
+
+
+def is_damaged_text(path: str, source: TableSource) -> bool:
+    """Whether the columns of a Parquet file that are read hold bytes that are not UTF-8."""
+    stamp = os.stat(path).st_mtime_ns if store.is_local(path) and os.path.exists(path) else 0
+    return _is_damaged_text(path, source, stamp)
+
+
+@functools.lru_cache(maxsize=64)
+def _is_damaged_text(path: str, source: TableSource, stamp: int) -> bool:
+    frame = open_parquet(path)
+    with naming_damage(path):
+        return has_bad_text(path, frame, needed_columns(path, source, frame.collect_schema().names()))
+
+
+def text_layout(path: str, source: TableSource) -> tuple[list[str], TextLayout]:
+    """The columns of a text table of a source, and how it is written."""
+    names = text_file.column_names(path, source.layout)
+    roles = resolve(path, source, names)
+    return names, dataclasses.replace(source.layout, url=roles["url_column"], caption=roles["caption_column"])
 
 
 def resolve(path: str, source: TableSource, found: list[str]) -> dict[str, str | None]:
@@ -263,7 +368,7 @@ def open_parquet(path: str) -> pl.LazyFrame:
         return pl.scan_parquet(path)
     if text_file.is_text(path):
         raise InputError(f"{path}: a text table is read by the corpus stage first; give its Parquet form")
-    raise InputError(f"{path}: unknown kind of table; give .parquet, .csv, .tsv or .jsonl")
+    raise InputError(f"{path}: unknown kind of table; give .parquet, .csv, .tsv, .jsonl, .json or .txt")
 
 
 def find_column(

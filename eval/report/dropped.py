@@ -100,7 +100,7 @@ def _rows_of_captions(context: Context) -> dict[str, list[dict[str, Any]]]:
         place = tables[int(number)].place
         drops = pl.scan_parquet(context.path_in("filter_text", path))
         try:
-            frame = scan(place.full_path(context.run_folder), place.source)
+            frame = scan(place.full_path(context.run_folder), place.source, is_whole=True)
             frame = frame.slice(int(piece or 0) * ROWS_PER_TASK, ROWS).select(*_COLUMNS)
             # Keys may be of normalised captions: which way they were made shows in what they match.
             for normalise in (False, True):

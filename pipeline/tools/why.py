@@ -140,7 +140,7 @@ def rows_of_tables(
     """Yield the rows of each caption table that are wanted, with key, url, caption, source, row and score."""
     for number, table in enumerate(tables_of(corpus)):
         path, source = table.place.full_path(run.folder), table.place.source
-        groups = by_exemptions(scan(path, source), source)
+        groups = by_exemptions(scan(path, source, is_whole=True), source)
         frame = pl.concat([prepared(part, config, exempt) for exempt, part in groups]).filter(wanted)
         columns = ("key", "url", "caption", "source", "row", "score", "language")
         yield frame.select(*columns, file=pl.lit(number)).collect(engine="streaming")

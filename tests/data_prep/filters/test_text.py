@@ -17,7 +17,7 @@ from data_prep.filters import text as filter_text
 from data_prep.filters.text import FilterTextConfig
 from data_prep.rules import text as text_rules
 from data_prep.sources import regions as convert
-from data_prep.sources import text_file
+from data_prep.sources import text_lines
 from data_prep.sources.packed import PackedSource
 from data_prep.sources.table import TableSource
 from pipeline import runner
@@ -250,7 +250,7 @@ def test_regions_dealt_to_piles_are_those_joined_at_once(
     _write_regions(path, 5000, 7)
     source = TableSource(path=str(path), name="vg", kind="visual_genome")
     nothing = GuardedIds(frozenset(), frozenset())
-    monkeypatch.setattr(text_file, "BLOCK_BYTES", 20_000)
+    monkeypatch.setattr(text_lines, "BLOCK_BYTES", 20_000)
     results = []
     for pile_bytes in (1 << 30, 10_000):
         monkeypatch.setattr(convert, "PILE_BYTES", pile_bytes)
@@ -273,7 +273,7 @@ def test_regions_dealt_to_piles_are_those_joined_at_once(
 
 
 def test_malformed_rows_are_not_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_file, "BLOCK_BYTES", 1 << 18)  # pyarrow reads some 32 of them ahead
+    monkeypatch.setattr(text_lines, "BLOCK_BYTES", 1 << 18)
     monkeypatch.setattr(convert, "_MALFORMED_AT_ONCE", 1000)
     path = tmp_path / "bad.csv"
     with open(path, "w", encoding="utf-8") as file:

@@ -9,7 +9,7 @@ import pytest
 from data_prep.accounting.funnel import by_source
 from data_prep.corpus import SourcesConfig
 from data_prep.filters.text import FilterTextConfig
-from data_prep.sources import text_file
+from data_prep.sources import text_file, text_lines
 from data_prep.sources.packed import PackedSource
 from data_prep.sources.table import TableSource
 from pipeline.core.config import build
@@ -77,7 +77,7 @@ def test_malformed_json_lines(tmp_path: Path) -> None:
 
 
 def test_rows_across_block_boundaries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_file, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(text_lines, "BLOCK_BYTES", 1000)
     expected = [f"第{number}只猫，在草地上" for number in range(500)]
     table, lines = tmp_path / "a.csv", tmp_path / "a.jsonl"
     table.write_text(

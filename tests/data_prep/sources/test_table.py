@@ -92,7 +92,10 @@ def test_lower_case_columns_in_every_format(tmp_path: Path, name: str) -> None:
     elif name.endswith("jsonl"):
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     else:
-        text = frame.write_csv(separator="\t" if name.endswith("tsv") else ",")
+        is_tsv = name.endswith("tsv")
+        text = frame.write_csv(
+            separator="\t" if is_tsv else ",", quote_style="never" if is_tsv else "necessary"
+        )
         data = text.encode()
         path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
     table = _read(path, carry_columns=("extra",))
@@ -138,7 +141,7 @@ def test_a_truncated_parquet_file(tmp_path: Path, share: float) -> None:
 def test_kinds_that_are_no_tables(tmp_path: Path) -> None:
     path = tmp_path / "a.xlsx"
     path.write_bytes(b"PK")
-    assert "unknown kind of table; give .parquet, .csv, .tsv or .jsonl" in _message(path)
+    assert "unknown kind of table; give .parquet, .csv, .tsv, .jsonl, .json or .txt" in _message(path)
     empty = tmp_path / "empty.csv"
     empty.write_bytes(b"")
     assert "cannot be read as a table: it is empty" in _message(empty)

@@ -1,0 +1,56 @@
+"""What readers of text tables share: how a table is written, its rows in batches, and what is no row."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import polars as pl
+
+from pipeline.core.records import DropReason
+
+MALFORMED_COLUMNS = DropReason("malformed:columns")  # more or fewer fields than the header has
+MALFORMED_ENCODING = DropReason("malformed:encoding")  # no text in its encoding, or damaged before (U+FFFD)
+MALFORMED_QUOTE = DropReason("malformed:quote")  # a quote that is never closed
+MALFORMED_HEADER = DropReason("malformed:header")  # the header once more, inside the table
+MALFORMED_JSON = DropReason("malformed:json")  # not one JSON object
+
+SHOWN_CHARACTERS = 300  # of a malformed row, in the table of malformed rows
+
+ListCaptions = Literal["each", "first"]
+
+
+@dataclass(frozen=True, slots=True)
+class Malformed:
+    """A row that was set aside."""
+
+    reason: str
+    text: str  # its beginning
+
+
+@dataclass(frozen=True, slots=True)
+class RowBatch:
+    """Rows of a text file: all columns as strings, and what was set aside among them."""
+
+    rows: pl.DataFrame
+    malformed: list[Malformed]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextLayout:
+    """How a text table is written, as far as its source says; unset: what its name and beginning show."""
+
+    separator: str | None = None
+    quote: str | None = None  # "": quotes are letters
+    escape: str | None = None  # "": a quote inside quotes is doubled
+    encoding: str | None = None
+    header: bool | None = None  # False: columns are called 1, 2, 3
+    list_captions: ListCaptions | None = None
+    # Columns that hold addresses and captions: neither may be a list or an object.
+    url: str | None = None
+    caption: str | None = None
+    addresses: bool = True  # whether the column of addresses holds those of the web, and no paths
+    image_folder: str | None = None  # of a .txt: its images
+
+
+def malformed(reason: DropReason, text: str) -> Malformed:
+    """Return a row that was set aside, with its beginning."""
+    return Malformed(reason, text[:SHOWN_CHARACTERS])
