@@ -138,8 +138,8 @@ def _with_base(table: dict[str, Any], where: str, seen: tuple[str, ...] = ()) ->
 def build(cls: type[T], table: Mapping[str, Any], where: str, *, allow_nan: bool = False) -> T:
     """Check a TOML table against a dataclass and build it.
 
-    Types are strict: a string is not a number and 1.5 not an integer; an integer does for a float. No setting may be
-    nan or inf; with `allow_nan` a table of figures may use nan for what was not measured. Bounds stand in the
+    Types are strict: a string is not a number and 1.5 not an integer; an integer does for a float. No setting
+    may be nan or inf; with `allow_nan` a table of figures may use nan for what was not measured. Bounds stand in the
     types (`Annotated[int, Gt(0)]`), rules across fields in `__post_init__`.
 
     Raises:
