@@ -56,7 +56,7 @@ KEYS: Mapping[str, Mapping[str, str]] = {
         "stages[].title": "what the stage does",
         **_TRAINING,
         "downloads": "a list of lines: weights given by name that unfinished stages would download",
-        "notes": "a list of lines: settings that are out of proportion to the corpus, and what was started",
+        "notes": "a list of lines: settings that are out of proportion to the corpus",
         **_ERRORS,
     },
     "status": {
