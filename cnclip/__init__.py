@@ -8,7 +8,7 @@
     print(model.similarity(images, texts))
 
 `__all__` is the whole of the stable API; docs/guides/python-api.md shows it with outputs. What is heavy is
-imported when it is first used, so `import cnclip` takes milliseconds.
+imported when it is first used, so `import cnclip` is quick.
 """
 
 import importlib

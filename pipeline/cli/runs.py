@@ -206,7 +206,9 @@ def verify(
 )
 def why(
     run_file: RunFile,
-    key_or_url: Annotated[str, typer.Argument(metavar="KEY-or-URL", help="a sample's key, or an image's URL or path")],
+    key_or_url: Annotated[
+        str, typer.Argument(metavar="KEY-or-URL", help="a sample's key, or an image's URL or path")
+    ],
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> int:

@@ -139,8 +139,8 @@ def build(cls: type[T], table: Mapping[str, Any], where: str, *, allow_nan: bool
     """Check a TOML table against a dataclass and build it.
 
     Types are strict: a string is not a number and 1.5 not an integer; an integer does for a float. No setting
-    may be nan or inf; with `allow_nan` a table of figures may use nan for what was not measured. Bounds stand in the
-    types (`Annotated[int, Gt(0)]`), rules across fields in `__post_init__`.
+    may be nan or inf; with `allow_nan` a table of figures may use nan for what was not measured. Bounds stand
+    in the types (`Annotated[int, Gt(0)]`), rules across fields in `__post_init__`.
 
     Raises:
         ConfigError: names `where` (the file), the key, what is wrong and what was found.

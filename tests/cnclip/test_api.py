@@ -56,6 +56,13 @@ for name in (*cnclip.__all__, "__version__"):
         cnclip.lod  # noqa: B018
 
 
+@pytest.mark.parametrize("module", ["data_prep.filters.text", "eval.features.tables", "cnclip.captions"])
+def test_polars_has_numpy_itself_and_no_stand_in(module: str) -> None:
+    program = f"import {module}, polars._dependencies, numpy; print(polars._dependencies.numpy is numpy)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
+
+
 @pytest.mark.parametrize("with_init", [True, False])
 def test_folders_of_the_same_names_where_one_stands_change_nothing(tmp_path: Path, with_init: bool) -> None:
     for name in ("training", "eval", "pipeline", "data_prep"):
