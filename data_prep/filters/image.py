@@ -169,7 +169,7 @@ def stage(config: FilterImageConfig) -> Stage:
     """Return the stage that judges the downloaded images."""
     return Stage(
         "filter_image",
-        title="size, aspect, copies of evaluation pictures",
+        title="size, aspect, copies of evaluation images",
         version=2,
         config=config,
         parents=("corpus", "download"),

@@ -318,7 +318,7 @@ def stage(
     """Return the stage that scores what the stage `rows` kept; `identify` and `load` give the encoders."""
     return Stage(
         "score",
-        title="cosine of picture and caption by two encoders",
+        title="cosine of image and caption by two encoders",
         version=2,
         config=config,
         parents=("corpus", "download", rows),
@@ -333,7 +333,7 @@ def filter_stage(config: FilterScoreConfig, *, rows: str) -> Stage:
     """Return the stage that drops the rows scored below the threshold."""
     return Stage(
         "filter_score",
-        title="pictures that their captions do not describe go",
+        title="drops images that their captions do not describe",
         version=1,
         config=config,
         parents=("corpus", rows, "score"),

@@ -267,7 +267,7 @@ def stage(config: FilterTextConfig) -> Stage:
     """Return the stage that judges captions and addresses."""
     return Stage(
         "filter_text",
-        title="language, score, length, blacklist, addresses of evaluation pictures",
+        title="language, score, length, blacklist, addresses of evaluation images",
         version=3,
         config=config,
         parents=("corpus",),
