@@ -63,8 +63,14 @@ def load_to_start(target: str, overrides: Sequence[str] = ()) -> tuple[Run, RunC
 
 
 def say_differences(target: str) -> None:
-    """Print a note if the run of a file was last started with other settings."""
-    _, config = load(target)
+    """Print a note if the run of a file was last started with other settings.
+
+    A file that no run can be started with has nothing to compare: its model may be there all the same.
+    """
+    try:
+        _, config = load(target)
+    except ConfigError:
+        return
     if (started := _read_started(config.run.folder)) is not None:
         _say_differences(config.run.folder, config, started, target)
 

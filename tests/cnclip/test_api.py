@@ -99,6 +99,7 @@ def test_a_package_of_the_same_name_that_came_first_is_named(tmp_path: Path) -> 
     assert f"another one was imported before it, from {tmp_path / 'training'}" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_in_a_folder_with_packages_of_the_same_names_starts_the_right_children(tmp_path: Path) -> None:
     (tmp_path / "data_prep").mkdir()
     (tmp_path / "data_prep" / "__init__.py").write_text("raise RuntimeError('the wrong package')")

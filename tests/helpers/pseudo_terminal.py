@@ -63,6 +63,7 @@ def run_in_terminal(
     }
     process_id, terminal = pty.fork()
     if process_id == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests in the background of a shell ignore it
         fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         os.chdir(ROOT)
         settings = {"TERM": "xterm-256color", "PYTHONPATH": str(ROOT), **(environment or {})}

@@ -132,6 +132,7 @@ def test_errors_are_one_line(site: Site) -> None:
     assert not (site.folder / "cold" / "hub" / "models--OFA-Sys--chinese-clip-vit-base-patch16").exists()
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_name_and_stays_bound_to_it(site: Site) -> None:
     hub, root = site.hub, site.folder / "own"
     root.mkdir()

@@ -258,6 +258,7 @@ def train_rank_until_killed(job: TrainJob, step: int) -> None:
     train_rank(job)
 
 
+@pytest.mark.slow
 def test_killed_and_launched_again_gives_the_bytes_of_a_run_that_was_not(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"model": "small-rn", "ranks": 2, "epochs": 4, "save_every_steps": 4}
     whole, killed = (make_job(tmp_path, run, **changes) for run in ("whole", "killed"))
