@@ -10,8 +10,8 @@ _LONGEST = (
     "tests/training/ranks/test_watch.py", "tests/training/engine/test_zero.py",
     "tests/training/checkpoint/test_selection.py", "tests/training/data/test_statements.py",
     "tests/pipeline/test_finetune.py", "tests/training/data/test_feature_cache.py",
-    "tests/data_prep/download/test_download.py", "tests/cnclip/test_api.py", "tests/training/test_tracking.py",
-    "tests/docs/test_page_commands.py", "tests/faults/test_weights.py",
+    "tests/data_prep/download/test_download.py", "tests/cnclip/test_api.py",
+    "tests/training/test_tracking.py", "tests/docs/test_page_commands.py", "tests/faults/test_weights.py",
 )  # fmt: skip
 
 
