@@ -76,6 +76,7 @@ def error_of(done: "subprocess.CompletedProcess[str]") -> str:
     return lines[0]
 
 
+@pytest.mark.slow
 def test_inspect_convert_embed_and_eval_by_name(site: Site) -> None:
     hub, folder = site.hub, site.folder
     origin = f"{NAME}@{hub.commit(NAME)}:model.safetensors"
