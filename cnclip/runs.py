@@ -3,7 +3,6 @@
 import json
 import os
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -63,25 +62,11 @@ def run(
     Raises:
         ConfigError, InputError: one line that names the file and the key and says what to do.
     """
-    from pipeline.catalog import load
-    from pipeline.core.run import select
-    from pipeline.last_start import write_started
-    from pipeline.runner import execute
-    from training.stages import TrainStageConfig, check_given_files
+    from pipeline.last_start import start
 
     path = os.fspath(recipe)
-    resolved, config = load(path, [item for key, value in overrides.items() for item in _as_set(key, value)])
-    stages = select(resolved, stage, first, last)
-    for item in stages:
-        if isinstance(item.config, TrainStageConfig):
-            check_given_files(item.config, item.name)
-    num_run = execute(
-        resolved,
-        stages,
-        redo=redo,
-        force=redo and stage is not None,
-        begin=partial(write_started, resolved, config),
-    )
+    items = [item for key, value in overrides.items() for item in _as_set(key, value)]
+    resolved, num_run, _ = start(path, items, only=stage, first=first, last=last, redo=redo)
     return FinishedRun(path, resolved.folder, num_run)
 
 

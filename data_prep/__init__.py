@@ -1,3 +1,2 @@
-# Before polars: if numpy is not imported yet, polars puts a stand-in in its place, which overwrites its own
-# attributes with numpy's and fails at a second look-up ("'module' object does not support item assignment").
+# Before polars: pipeline/__init__.py says why.
 import numpy  # noqa: F401

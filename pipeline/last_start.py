@@ -4,6 +4,7 @@ docs/concepts/runs.md, "Settings of a run", says which command reads them and wh
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -12,8 +13,10 @@ from pipeline.catalog import RunConfig, load, make_run, resolve
 from pipeline.core import store
 from pipeline.core.config import apply_overrides, read_toml, to_toml
 from pipeline.core.records import ConfigError, InputError
-from pipeline.core.run import Run
+from pipeline.core.run import Run, select
 from pipeline.core.terminal import note
+from pipeline.runner import execute
+from training.stages import TrainStageConfig, check_given_files
 
 RESOLVED = "run.resolved.toml"
 _MOST_SAID = 6  # settings in a note
@@ -46,6 +49,33 @@ def load_as_started(target: str, overrides: Sequence[str] = ()) -> tuple[Run, Ru
         return run, config
     _say_differences(run.folder, config, started, target)
     return make_run(started), started
+
+
+def start(
+    target: str,
+    overrides: Sequence[str] = (),
+    *,
+    only: str | None = None,
+    first: str | None = None,
+    last: str | None = None,
+    redo: bool = False,
+    repair: bool = False,
+) -> tuple[Run, int, int]:
+    """Run the stages that are not up to date, for the command line and for Python alike.
+
+    Returns the run, how many stages had to run, and how many were asked for.
+
+    Raises:
+        ConfigError, InputError: one line that names the file and the key and says what to do.
+    """
+    run, config = load_to_start(target, overrides)
+    stages = select(run, only, first, last)
+    for stage in stages:  # a corpus takes days: what training lacks is reported before it starts
+        if isinstance(stage.config, TrainStageConfig):
+            check_given_files(stage.config, stage.name)
+    begin = functools.partial(write_started, run, config)
+    num_run = execute(run, stages, redo=redo, force=redo and only is not None, repair=repair, begin=begin)
+    return run, num_run, len(stages)
 
 
 def load_to_start(target: str, overrides: Sequence[str] = ()) -> tuple[Run, RunConfig]:

@@ -2,7 +2,7 @@
 
 A line without quotes is read by itself, and so is one whose quotes close; both go through compiled readers,
 many at once. Lines that open a quote are followed one by one: the quote must close at a field's end, and the
-row must have as many fields as the header. Where it does not, the first line alone is malformed and reading
+row must have as many fields as the header. If it does not, only the first line is malformed and reading
 starts again at the second, so that no quote swallows rows.
 """
 

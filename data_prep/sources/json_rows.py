@@ -1,4 +1,4 @@
-"""JSON lines and JSON arrays: an object is a row; a value that is no text by mistake costs itself alone."""
+"""JSON lines and JSON arrays: an object is a row; a value that cannot be text costs only itself."""
 
 import json
 import math

@@ -97,7 +97,7 @@ def pieces(source: PackedSource) -> list[list[str]]:
     for tar_path, table_path in found:
         if source.kind == "img2dataset" and not os.path.isfile(table_path):
             raise InputError(
-                f"{table_path}: no such file (source {source.name}): img2dataset writes this table beside"
+                f"{table_path}: no such file (source {source.name}): img2dataset writes this table next to"
                 f" {os.path.basename(tar_path)}, and its captions and addresses are needed; add it, or set"
                 ' kind = "webdataset", which reads tars by themselves'
             )
@@ -301,7 +301,7 @@ def _read_img2dataset(source: PackedSource, files: list[str]) -> _Read:
 
 
 def _read_webdataset(source: PackedSource, files: list[str]) -> _Read:
-    """Tars by themselves: the caption is the text beside the image, or `caption` or `text` of its JSON."""
+    """Tars by themselves: the caption is the text next to the image, or `caption` or `text` of its JSON."""
     (tar_path,) = files
     relative = os.path.relpath(tar_path, source.path)
     found, end = samples_of(tar_path, with_folders=True), os.path.getsize(tar_path)

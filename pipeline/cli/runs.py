@@ -1,6 +1,5 @@
 """The commands that act on a run: run, plan, verify, why, retry, diff, launch and doctor."""
 
-import functools
 import sys
 from typing import Annotated
 
@@ -55,25 +54,18 @@ def run(
     mend: Annotated[bool, typer.Option("--mend", hidden=True)] = False,
 ) -> int:
     from pipeline.cli.tables import closing_words
-    from pipeline.last_start import load_to_start, write_started
-    from pipeline.runner import execute
-    from training.stages import TrainStageConfig, check_given_files
+    from pipeline.last_start import start
 
-    resolved, config = load_to_start(run_file, overrides or ())
-    stages = select(resolved, only, first, last)
-    for stage in stages:  # a corpus takes days: what training lacks is reported before it starts
-        if isinstance(stage.config, TrainStageConfig):
-            check_given_files(stage.config, stage.name)
-    force = redo and only is not None
-    num_run = execute(
-        resolved,
-        stages,
+    resolved, num_run, num_stages = start(
+        run_file,
+        overrides or (),
+        only=only,
+        first=first,
+        last=last,
         redo=redo,
-        force=force,
         repair=repair or mend,
-        begin=functools.partial(write_started, resolved, config),
     )
-    print(closing_words(resolved, num_run, len(stages)))
+    print(closing_words(resolved, num_run, num_stages))
     return EXIT_DONE
 
 
