@@ -65,7 +65,7 @@ def test_other_layouts_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="output_format=files"):
         pieces(source)
     _tar(tmp_path / "00000.tar", [("a.png", picture())])
-    with pytest.raises(InputError, match=r"img2dataset writes this table beside 00000\.tar"):
+    with pytest.raises(InputError, match=r"img2dataset writes this table next to 00000\.tar"):
         pieces(source)
     path = tmp_path / "00001.tar"
     path.write_bytes(gzip.compress((tmp_path / "00000.tar").read_bytes()))
