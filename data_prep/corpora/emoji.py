@@ -22,6 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from data_prep.formats.cnclip import EvaluationText, write_evaluation
 from data_prep.sources.local_server import HOST, Answer, write_site
 from pipeline.core import store
+from pipeline.core.files.foreign import foreign
 from pipeline.core.records import ConfigError, InputError
 
 COLUMNS = ("name_zh", "keywords_zh", "name_en", "keywords_en", "category_en", "png")
@@ -95,16 +96,16 @@ def read_vendor(folder: Path, vendor: str) -> list[Emoji]:
     if not path.is_file():
         found = ", ".join(sorted(file.stem for file in folder.glob("*.parquet"))) or "none"
         raise InputError(f"{path}: no such file; vendors found in {folder}: {found}")
-    try:
+    with foreign(str(path), "table", "build it again"):
         store.refuse_special(str(path))
         columns = pq.read_schema(path).names
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a Parquet file ({error}); build it again") from None
     missing = [name for name in COLUMNS if name not in columns]
     if missing:
         raise InputError(f"{path}: no column {', '.join(missing)}; columns found: {', '.join(columns)}")
+    with foreign(str(path), "table", "build it again"):
+        rows = pq.read_table(path, columns=list(COLUMNS)).to_pylist()
     emojis = []
-    for number, row in enumerate(pq.read_table(path, columns=list(COLUMNS)).to_pylist()):
+    for number, row in enumerate(rows):
         for name in ("name_zh", "name_en", "png"):
             if not row[name]:
                 raise InputError(f"{path}: row {number} has no {name}; remove the row or fill it")

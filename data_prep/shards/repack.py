@@ -22,6 +22,7 @@ from data_prep.sources.table import naming_damage
 from pipeline.core import store
 from pipeline.core.config import NOT_IN_DIGEST, digest
 from pipeline.core.facts import Facts
+from pipeline.core.files.foreign import foreign
 from pipeline.core.records import ConfigError, DropReason, InputError, Shard
 from pipeline.core.shard_format import tar_of
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task, repair_remedy
@@ -326,7 +327,7 @@ def _overlaps(shard: CorpusShard, first: str, end: str | None) -> bool:
 @functools.cache  # two short strings a shard; each task asks for all of them
 def _key_range(table: str) -> tuple[str, str]:
     """Return the lowest and highest key by a sidecar's statistics; the widest range without them."""
-    with store.open_read(table) as file:
+    with foreign(table, "sidecar", "build the shard again"), store.open_read(table) as file:
         metadata = pq.read_metadata(file)
     place = metadata.schema.names.index("key")
     found = [metadata.row_group(group).column(place).statistics for group in range(metadata.num_row_groups)]

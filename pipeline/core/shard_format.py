@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
 from pipeline.core import store
+from pipeline.core.files.foreign import foreign
 from pipeline.core.records import InputError
 
 if TYPE_CHECKING:
@@ -55,11 +56,16 @@ def read_sidecar(path: str, columns: Sequence[str], optional: Sequence[str] = ()
     Raises:
         InputError: if the file cannot be read or lacks one of `columns`.
     """
-    import pyarrow as pa
     from pyarrow import parquet
 
-    try:
-        with store.open_read(path) as file:
+    with foreign(path, "sidecar", "build the shard again"):
+        try:
+            opened = store.open_read(path)
+        except FileNotFoundError:
+            raise InputError(
+                f"{path}: no such file, and every tar needs its sidecar; build the shard again"
+            ) from None
+        with opened as file:
             found = parquet.ParquetFile(file)
             known = found.schema_arrow.names
             missing = [name for name in columns if name not in known]
@@ -71,13 +77,6 @@ def read_sidecar(path: str, columns: Sequence[str], optional: Sequence[str] = ()
             table = found.read(columns=[*columns, *(name for name in optional if name in known)])
             table.validate(full=True)  # bytes that are no UTF-8 would end the process of who reads them
             return table
-    except FileNotFoundError:
-        raise InputError(
-            f"{path}: no such file, and every tar needs its sidecar; build the shard again"
-        ) from None
-    except (OSError, pa.ArrowException) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path}: cannot be read ({reason}); build the shard again") from None
 
 
 def num_rows(path: str) -> int:

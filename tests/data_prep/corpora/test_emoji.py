@@ -184,7 +184,7 @@ def test_bad_input_is_named(folder: Path, tmp_path: Path) -> None:
     assert "columns found: png, name" in message
 
     (folder / "text.parquet").write_text("no table")
-    assert "text.parquet: not a Parquet file" in error(EmojiConfig(folder=str(folder), evaluate=("text",)))
+    assert "text.parquet: not a readable table" in error(EmojiConfig(folder=str(folder), evaluate=("text",)))
     _write(folder, "text", [_row("红", b"no picture")])
     assert "text.parquet: the image of row 0 cannot be decoded" in error(
         EmojiConfig(folder=str(folder), train=("one",), evaluate=("text",))
