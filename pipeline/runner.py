@@ -2,10 +2,12 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import NoReturn
 
 from pipeline.core import drops, store
 from pipeline.core.changes import write_started
+from pipeline.core.failures import Failure, forget_failures, summary, too_many, write_failure
 from pipeline.core.files.damage import find_altered, find_damage, listed_files, summarise
 from pipeline.core.progress import make_progress
 from pipeline.core.records import ConfigError, InputError, Receipt, Stopped, too_few
@@ -20,7 +22,7 @@ from pipeline.core.run import (
     receipts_that_count,
     survey_stage,
 )
-from pipeline.core.stage import Context, Progress, Stage, Task, fold
+from pipeline.core.stage import Context, Progress, Stage, Task, fold, make_receipt
 from pipeline.core.terminal import detail, inform, note, one_line
 from pipeline.executors import local
 from pipeline.planning.downloads import obtain_weights
@@ -233,13 +235,28 @@ def _run_stage(run: Run, stage: Stage, label: str) -> None:
     tasks = stage.plan(stage.config, context)
     store.sweep(context.path())
     write_started(context, stage, tasks)
+    forget_failures(context)
     receipts = receipts_that_count(stage, context, tasks)
     pending = [task for task in tasks if task.name not in receipts]
     progress = make_progress(label)
     if pending:
         progress(len(receipts), len(tasks))
-    for receipt in _receipts(run, stage, context, pending, progress, len(receipts), len(tasks)):
-        receipts[receipt.task] = receipt
+    num_done = len(receipts)
+    failures: list[Failure] = []
+    settled = _receipts(run, stage, context, pending, progress, num_done, len(tasks))
+    with contextlib.closing(settled):
+        for item in settled:
+            if isinstance(item, Receipt):
+                receipts[item.task] = item
+                continue
+            failures.append(item)
+            write_failure(context, item)
+            if too_many(len(failures), len(receipts) - num_done):
+                _refuse_failures(run, stage, context, failures, len(tasks))
+    if failures:
+        if len(failures) > run.max_failed_tasks or stage.set_aside is None:
+            _refuse_failures(run, stage, context, failures, len(tasks))
+        receipts |= _set_aside(stage, context, tasks, failures)
     store.sweep(context.path())  # a machine that was lost leaves behind what its tasks had begun
     manifest = fold(
         stage,
@@ -264,6 +281,46 @@ def _run_stage(run: Run, stage: Stage, label: str) -> None:
     detail(f"{stage.name}: {manifest.num_in:,} in, {manifest.num_kept:,} kept, {seconds:,.1f} s in its tasks")
 
 
+def _refuse_failures(
+    run: Run, stage: Stage, context: Context, failures: Sequence[Failure], num_tasks: int
+) -> NoReturn:
+    """End the stage for the tasks that failed.
+
+    Raises:
+        InputError: always, with an input of the stage that was altered, or else with the tasks.
+    """
+    if kinds := sorted({item.error.partition(":")[0] for item in failures if item.is_unexpected}):
+        _say(f"{stage.name}: unexpected {', '.join(kinds)}, so the bytes of its inputs are checked")
+        if altered := _find_altered_parent(run, stage):
+            raise InputError(altered)
+    raise InputError(summary(context, failures, num_tasks, can_go_on=stage.set_aside is not None))
+
+
+def _set_aside(
+    stage: Stage, context: Context, tasks: Sequence[Task], failures: Sequence[Failure]
+) -> dict[str, Receipt]:
+    """Write receipts of the tasks that failed, which say that their rows are dropped.
+
+    Raises:
+        InputError: if the rows of one cannot be named.
+    """
+    assert stage.set_aside is not None
+    by_name = {task.name: task for task in tasks}
+    receipts = {}
+    for failure in failures:
+        task = by_name[failure.task]
+        try:
+            outcome = stage.set_aside(stage.config, context, task)
+        except (InputError, OSError) as error:
+            raise InputError(
+                f"{failure.error}; task {task.name} of {stage.name} failed, and its rows cannot be dropped:"
+                f" {error}"
+            ) from None
+        receipts[task.name] = make_receipt(stage, context, task, outcome, 0.0)
+        _say(f"warning: {stage.name}: continuing without the {outcome.num_in:,} rows of task {task.name}")
+    return receipts
+
+
 def _receipts(
     run: Run,
     stage: Stage,
@@ -272,7 +329,7 @@ def _receipts(
     progress: Progress,
     num_done: int,
     num_tasks: int,
-) -> Iterator[Receipt]:
+) -> Generator[Receipt | Failure, None, None]:
     if not pending:
         return
     if run.executor == "ray" and stage.parallel:

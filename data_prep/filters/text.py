@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 import polars as pl
 
 from data_prep.accounting.histograms import histogram
-from data_prep.accounting.judged import JudgedFacts, publish_judged
+from data_prep.accounting.judged import JudgedFacts, SourceCounts, publish_judged
 from data_prep.corpus_facts import TablePlace, evaluation_urls, score_pairs, tables_of
 from data_prep.formats.keys import with_key
 from data_prep.rules import chinese_script
@@ -19,6 +19,7 @@ from data_prep.sources.table import EXEMPT_COLUMN, JUDGED_ONLY, TableSource, nam
 from pipeline.core import store
 from pipeline.core.config import digest
 from pipeline.core.facts import Facts
+from pipeline.core.failures import PARTITION_FAILED
 from pipeline.core.records import ConfigError, Manifest
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
@@ -164,6 +165,25 @@ def run(config: FilterTextConfig, context: Context, task: Task, progress: Progre
     )
 
 
+def set_aside(config: FilterTextConfig, context: Context, task: Task) -> Outcome:
+    """Drop the rows of a table, or of a slice of it, as `partition_failed`.
+
+    They have no keys, since the table may be what could not be read.
+    """
+    asked = TextTask.from_json(task.arguments)
+    table = tables_of(context.parents["corpus"])[int(task.name[:5])]
+    count = table.num_rows if asked.count is None else asked.count
+    dropped = {str(PARTITION_FAILED): count}
+    source = asked.table.source.name
+    facts = JudgedFacts(
+        source=source,
+        sources={source: SourceCounts(num_in=count, dropped=dropped)},
+        min_score=config.min_score,
+        rules={},
+    )
+    return Outcome({}, num_in=count, num_kept=0, dropped=dropped, extra=facts.to_json())
+
+
 def by_exemptions(frame: pl.LazyFrame, source: TableSource) -> list[tuple[tuple[str, ...], pl.LazyFrame]]:
     """Divide a canonical table by the rules that do not apply; rows taken back from shards have their own."""
     if EXEMPT_COLUMN not in source.carry_columns:
@@ -273,4 +293,5 @@ def stage(config: FilterTextConfig) -> Stage:
         parents=("corpus",),
         plan=plan,
         run=run,
+        set_aside=set_aside,
     )

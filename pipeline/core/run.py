@@ -42,6 +42,7 @@ class Run:
     executor: Literal["local", "ray"]
     processes: int
     stages: tuple[Stage, ...]
+    max_failed_tasks: int = 0
 
     def stage(self, name: str) -> Stage:
         """Return the stage of that name.
