@@ -132,7 +132,8 @@ def summary(context: Context, failures: Sequence[Failure], num_tasks: int, *, ca
     """Return the line that a stage ends with: the first error, which tasks failed, and what to do."""
     first = min(failures, key=lambda failure: failure.task)
     others = sorted(failure.task for failure in failures if failure is not first)
-    named = f"task {first.task} of {context.stage} failed {first.tries} times, last on {first.machine}"
+    times = f"{first.tries} times, last on" if first.tries > 1 else "on"
+    named = f"task {first.task} of {context.stage} failed {times} {first.machine}"
     if others:
         listed = ", ".join(others[:_MOST_NAMED])
         more = f" and {len(others) - _MOST_NAMED:,} more" if len(others) > _MOST_NAMED else ""

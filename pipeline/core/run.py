@@ -8,6 +8,7 @@ from typing import Literal
 
 from pipeline.core import store
 from pipeline.core.changes import Started, Verdict, judge, read_started
+from pipeline.core.failures import failed_tasks
 from pipeline.core.files.damage import find_damage, summarise
 from pipeline.core.files.lock import exclusive
 from pipeline.core.records import ConfigError, InputError, Manifest, Receipt
@@ -128,8 +129,11 @@ def survey_stage(run: Run, stage: Stage) -> StageStatus:
     done = len(receipts_that_count(stage, context, tasks))
     if verdict.stale:
         return StageStatus(stage, State.STALE, verdict.stale, done, len(tasks), None)
-    why = f"continues with {', '.join(verdict.kept)}" if verdict.kept else ""
-    return StageStatus(stage, State.TO_DO, why, done, len(tasks), None)
+    notes = [f"continues with {', '.join(verdict.kept)}"] if verdict.kept else []
+    if failed := failed_tasks(context):
+        count = "1 task" if len(failed) == 1 else f"{len(failed):,} tasks"
+        notes.append(f"{count} failed when it was last run, see {context.path('failed')}")
+    return StageStatus(stage, State.TO_DO, "; ".join(notes), done, len(tasks), None)
 
 
 def survey(run: Run) -> list[StageStatus]:

@@ -14,7 +14,7 @@ from pipeline.core import store
 from pipeline.core.config import NOT_IN_DIGEST
 from pipeline.core.failures import PARTITION_FAILED, failed_tasks, outage
 from pipeline.core.records import ConfigError, InputError
-from pipeline.core.run import Run, make_context, read_manifest
+from pipeline.core.run import Run, make_context, read_manifest, survey
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 NUM_TASKS = 40
@@ -106,6 +106,8 @@ def test_the_others_are_done_before_the_stage_ends_with_the_list(tmp_path: Path,
     context = make_context(run, run.stage("work"))
     assert context is not None
     assert failed_tasks(context) == ["00001", "00003"]
+    [status] = survey(run)
+    assert status.why == f"2 tasks failed when it was last run, see {context.path('failed')}"
     noted = json.loads((tmp_path / "run" / "work" / "failed" / "00001.json").read_text())
     assert (noted["error"], noted["tries"]) == ("ValueError: odd", 3)
     assert 'raise ValueError("odd")' in noted["trace"]
@@ -123,6 +125,7 @@ def test_a_task_that_kills_its_process_is_found_and_named(tmp_path: Path) -> Non
     assert done(tmp_path) == NUM_TASKS - 1
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_once_costs_nothing(tmp_path: Path) -> None:
     run = run_of(tmp_path, {"00005": ("kill",), "00006": ("kill",)}, processes=2)
     execute(run)
