@@ -77,12 +77,13 @@ def execute(
                 is_judged = True
                 _judge_training(run, stages[position - 1 :])
             with _naming_the_funnel(run, stage):
-                _make_way(run, status, redo=redo, force=force)
+                is_as_surveyed = _make_way(run, status, redo=redo, force=force)
             _refuse_damaged_parents(run, stage)
             if begin is not None and num_run == 0:
                 begin()
             with _naming_the_funnel(run, stage), _blaming_damaged_parents(run, stage):
-                _run_stage(run, stage, label=f"[{position}/{len(stages)}] {stage.name}")
+                label = f"[{position}/{len(stages)}] {stage.name}"
+                _run_stage(run, stage, label, status if is_as_surveyed else None)
             num_run += 1
     return num_run
 
@@ -100,8 +101,8 @@ def _judge_training(run: Run, stages: Sequence[Stage]) -> None:
         note(text)
 
 
-def _make_way(run: Run, status: StageStatus, *, redo: bool, force: bool) -> None:
-    """Discard what is there of a stage that is done anew.
+def _make_way(run: Run, status: StageStatus, *, redo: bool, force: bool) -> bool:
+    """Discard what is there of a stage that is done anew; returns whether everything stayed.
 
     Raises:
         ConfigError: if the stage is stale and nobody agreed to redo it, or could not run so.
@@ -110,7 +111,7 @@ def _make_way(run: Run, status: StageStatus, *, redo: bool, force: bool) -> None
     if status.state is State.TO_DO and not (force and status.manifest is not None):
         if status.manifest is not None:
             store.remove(manifest_path(run, stage.name))  # it was done, and continues from a checkpoint
-        return
+        return True
     if not (redo or _agrees(status)):
         raise ConfigError(
             f"{stage.name} is stale: {status.why}; run with --redo to redo it,"
@@ -120,6 +121,7 @@ def _make_way(run: Run, status: StageStatus, *, redo: bool, force: bool) -> None
     if stage.check is not None and context is not None:
         stage.check(stage.config, context)
     _discard(run, stage, force=force)
+    return False
 
 
 def verify(run: Run, stages: Sequence[Stage]) -> list[str]:
@@ -229,14 +231,18 @@ def _say(line: str) -> None:
     print(one_line(line), file=sys.stderr, flush=True)
 
 
-def _run_stage(run: Run, stage: Stage, label: str) -> None:
+def _run_stage(run: Run, stage: Stage, label: str, status: StageStatus | None) -> None:
+    """Do what is to do of a stage. `status` is what a survey has just found, if that is still so."""
     context = make_context(run, stage)
     assert context is not None  # execute() has checked
-    tasks = stage.plan(stage.config, context)
+    if status is not None and status.tasks is not None and status.receipts is not None:
+        tasks, receipts = list(status.tasks), dict(status.receipts)
+    else:
+        tasks = stage.plan(stage.config, context)
+        receipts = receipts_that_count(stage, context, tasks)
     store.sweep(context.path())
     write_started(context, stage, tasks)
     forget_failures(context)
-    receipts = receipts_that_count(stage, context, tasks)
     pending = [task for task in tasks if task.name not in receipts]
     progress = make_progress(label)
     if pending:
