@@ -111,6 +111,11 @@ def _slices(num_rows: int) -> Iterator[tuple[str, dict[str, int]]]:
         yield f"-{number:05d}", {"first": first, "count": min(ROWS_PER_TASK, num_rows - first)}
 
 
+def task_names(table: int, row: int) -> tuple[str, str]:
+    """Return the names that the task of a row may have: of the whole table, or of the slice with the row."""
+    return f"{table:05d}", f"{table:05d}-{row // ROWS_PER_TASK:05d}"
+
+
 def run(config: FilterTextConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """Judge one table. Kept rows are sorted by key, the order of the shuffled corpus."""
     asked = TextTask.from_json(task.arguments)

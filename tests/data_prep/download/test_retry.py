@@ -21,12 +21,14 @@ from data_prep.download import stage as download
 from data_prep.download.stage import DownloadConfig
 from data_prep.filters import image as filter_image
 from data_prep.filters import text as filter_text
+from data_prep.filters.text import FilterTextConfig
 from data_prep.sources.table import TableSource
 from pipeline import catalog, runner
 from pipeline.core import store
 from pipeline.core.records import ConfigError, InputError
 from pipeline.core.run import Run, State, read_manifest, select, survey
 from pipeline.tools import retry
+from pipeline.tools.why import follow
 from tests.helpers.corpus_files import drawing, encoded, make_run, sidecars
 
 NUM_PICTURES = 60
@@ -387,3 +389,9 @@ def test_a_table_that_cannot_be_read_is_counted_as_its_rows(
     assert (manifest.num_in, manifest.num_kept) == (NUM_PICTURES + 2, NUM_PICTURES)
     assert manifest.dropped == {"partition_failed": 2}
     assert by_source(manifest)["more"] == {"in": 2, "kept": 0, "dropped": {"partition_failed": 2}}
+    monkeypatch.undo()
+    fates = follow(run, FilterTextConfig(), "http://a.cn/1.jpg")
+    assert sorted((fate.source, fate.reason, fate.detail) for fate in fates if fate.stage) == [
+        ("more", "partition_failed", "the run continued without task 00001")
+    ]
+    assert len(fates) == 2
