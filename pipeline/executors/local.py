@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from pipeline.core.failures import TRIES, Failure, is_of_machine
 from pipeline.core.files import durability
-from pipeline.core.processes import die_with_parent, spawning
+from pipeline.core.processes import die_with_parent, sharing_cores, spawning
 from pipeline.core.records import InputError, Receipt
 from pipeline.core.run import receipts_that_count
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task, make_receipt
@@ -215,7 +215,7 @@ def _run_in_pool(
             while begun or (waiting and not is_broken):
                 while waiting and not is_broken and len(begun) < _HANDED_OVER * processes:
                     try:
-                        with spawning():
+                        with spawning(), sharing_cores(processes):
                             begun[pool.submit(try_task, stage, context, waiting[0])] = waiting[0]
                     except concurrent.futures.process.BrokenProcessPool:
                         is_broken = True

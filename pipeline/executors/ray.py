@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.core.failures import TRIES, Failure
-from pipeline.core.processes import say
+from pipeline.core.processes import POLARS_THREADS, say
 from pipeline.core.records import ConfigError, InputError, Receipt
 from pipeline.core.stage import Context, Stage, Task
 
@@ -25,6 +25,7 @@ _MAX_LOST = 5  # machines that a task may lose before it counts as failed: spot 
 _GROUPS_A_PROCESS = 2  # tasks that run together: each process has one, and the next waits for it
 _KNOCK_SECONDS = 10.0
 _WAITING = 2  # calls for each slot of the cluster that Ray holds at once
+_LEAST_WAITING = 16  # by which a cluster that grows sees what is wanted of it
 _MAX_BENCHED = 2  # machines with a full disk or without a network: then it is no machine's own fault
 _LOST = "Ray lost the worker of this task, most often because memory ran out; rerun with more memory a core"
 
@@ -63,17 +64,20 @@ class _Mapping:
 
     def __init__(self, ray: Any, work: Work, stage: Stage, context: Context, tasks: Sequence[Task]) -> None:
         self._ray = ray
-        nodes = self._nodes()
-        # Asking for more cores than any machine has would wait for ever.
-        cores = max(1, min(stage.processes, max(nodes.values(), default=1)))
-        self._slots = max(1, sum(node // cores for node in nodes.values()))
+        # Asking for more cores than any machine has would wait for ever. A cluster that is to grow from a
+        # head without cores tells nothing.
+        largest = max(self._nodes().values(), default=0)
+        self._cores = max(1, min(stage.processes, largest or stage.processes))
         size = 1
         if stage.run_together is not None:
-            size = min(_GROUPS_A_PROCESS * stage.processes, math.ceil(len(tasks) / self._slots))
+            size = min(_GROUPS_A_PROCESS * stage.processes, math.ceil(len(tasks) / self._slots()))
         self._calls = collections.deque(
             _Call(list(tasks[start : start + size])) for start in range(0, len(tasks), size)
         )
-        self._remote = ray.remote(num_cpus=cores, max_retries=0)(_on_node)
+        threads = {} if POLARS_THREADS in os.environ else {POLARS_THREADS: str(self._cores)}
+        self._remote = ray.remote(num_cpus=self._cores, max_retries=0, runtime_env={"env_vars": threads})(
+            _on_node
+        )
         # A manifest of many files travels once to each machine.
         self._shared = [ray.put(item) for item in (work, stage, context)]
         self._running: dict[Any, _Call] = {}
@@ -87,11 +91,16 @@ class _Mapping:
             if node["Alive"]
         }
 
+    def _slots(self) -> int:
+        """Calls that the machines which are there now can do at once; at least one."""
+        return max(1, sum(cores // self._cores for cores in self._nodes().values()))
+
     def results(self) -> Iterator[Receipt | Failure]:
         is_drained = False
         try:
             while self._calls or self._running:
-                while self._calls and len(self._running) < _WAITING * self._slots:
+                most = max(_LEAST_WAITING, _WAITING * self._slots())
+                while self._calls and len(self._running) < most:
                     call = self._calls.popleft()
                     self._running[self._submit(call)] = call
                 ready, _ = self._ray.wait([*self._running])
