@@ -70,6 +70,10 @@ class RunTable:
     """What runs the independent tasks of a stage: processes of this machine, or Ray."""
     processes: Annotated[int, Ge(1)] = 2
     """Tasks at once, if the executor is `local`."""
+    max_failed_tasks: Annotated[int, Ge(0)] = 0
+    """Tasks of a stage that may fail, each three times, before the run stops. Their rows are dropped as
+    `partition_failed`, and `cnclip retry` takes them in later.
+    """
 
 
 _START_WEIGHTS = "start_weights is a whole model: leave out image_weights, text_weights, [english]"
@@ -274,7 +278,9 @@ def make_run(config: RunConfig) -> Run:
     )
     stages.append(report_stage.stage(shown, parents=tuple(stage.name for stage in stages)))
     table = config.run
-    return Run(table.folder, table.seed, table.executor, table.processes, tuple(stages))
+    return Run(
+        table.folder, table.seed, table.executor, table.processes, tuple(stages), table.max_failed_tasks
+    )
 
 
 def _row_stages(config: RunConfig) -> list[Stage]:

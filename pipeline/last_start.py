@@ -6,6 +6,7 @@ docs/concepts/runs.md, "Settings of a run", says which command reads them and wh
 import dataclasses
 import functools
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -60,8 +61,11 @@ def start(
     last: str | None = None,
     redo: bool = False,
     repair: bool = False,
+    without_failed: bool = False,
 ) -> tuple[Run, int, int]:
     """Run the stages that are not up to date, for the command line and for Python alike.
+
+    `without_failed` lets any number of tasks fail, as `[run] max_failed_tasks` lets some.
 
     Returns the run, how many stages had to run, and how many were asked for.
 
@@ -69,6 +73,8 @@ def start(
         ConfigError, InputError: one line that names the file and the key and says what to do.
     """
     run, config = load_to_start(target, overrides)
+    if without_failed:
+        run = dataclasses.replace(run, max_failed_tasks=sys.maxsize)
     stages = select(run, only, first, last)
     for stage in stages:  # a corpus takes days: what training lacks is reported before it starts
         if isinstance(stage.config, TrainStageConfig):

@@ -2,10 +2,12 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import NoReturn
 
 from pipeline.core import drops, store
 from pipeline.core.changes import write_started
+from pipeline.core.failures import Failure, forget_failures, summary, too_many, write_failure
 from pipeline.core.files.damage import find_altered, find_damage, listed_files, summarise
 from pipeline.core.progress import make_progress
 from pipeline.core.records import ConfigError, InputError, Receipt, Stopped, too_few
@@ -20,7 +22,7 @@ from pipeline.core.run import (
     receipts_that_count,
     survey_stage,
 )
-from pipeline.core.stage import Context, Progress, Stage, Task, fold
+from pipeline.core.stage import Context, Progress, Stage, Task, fold, make_receipt
 from pipeline.core.terminal import detail, inform, note, one_line
 from pipeline.executors import local
 from pipeline.planning.downloads import obtain_weights
@@ -75,12 +77,13 @@ def execute(
                 is_judged = True
                 _judge_training(run, stages[position - 1 :])
             with _naming_the_funnel(run, stage):
-                _make_way(run, status, redo=redo, force=force)
+                is_as_surveyed = _make_way(run, status, redo=redo, force=force)
             _refuse_damaged_parents(run, stage)
             if begin is not None and num_run == 0:
                 begin()
             with _naming_the_funnel(run, stage), _blaming_damaged_parents(run, stage):
-                _run_stage(run, stage, label=f"[{position}/{len(stages)}] {stage.name}")
+                label = f"[{position}/{len(stages)}] {stage.name}"
+                _run_stage(run, stage, label, status if is_as_surveyed else None)
             num_run += 1
     return num_run
 
@@ -98,8 +101,8 @@ def _judge_training(run: Run, stages: Sequence[Stage]) -> None:
         note(text)
 
 
-def _make_way(run: Run, status: StageStatus, *, redo: bool, force: bool) -> None:
-    """Discard what is there of a stage that is done anew.
+def _make_way(run: Run, status: StageStatus, *, redo: bool, force: bool) -> bool:
+    """Discard what is there of a stage that is done anew; returns whether everything stayed.
 
     Raises:
         ConfigError: if the stage is stale and nobody agreed to redo it, or could not run so.
@@ -108,7 +111,7 @@ def _make_way(run: Run, status: StageStatus, *, redo: bool, force: bool) -> None
     if status.state is State.TO_DO and not (force and status.manifest is not None):
         if status.manifest is not None:
             store.remove(manifest_path(run, stage.name))  # it was done, and continues from a checkpoint
-        return
+        return True
     if not (redo or _agrees(status)):
         raise ConfigError(
             f"{stage.name} is stale: {status.why}; run with --redo to redo it,"
@@ -118,6 +121,7 @@ def _make_way(run: Run, status: StageStatus, *, redo: bool, force: bool) -> None
     if stage.check is not None and context is not None:
         stage.check(stage.config, context)
     _discard(run, stage, force=force)
+    return False
 
 
 def verify(run: Run, stages: Sequence[Stage]) -> list[str]:
@@ -227,19 +231,38 @@ def _say(line: str) -> None:
     print(one_line(line), file=sys.stderr, flush=True)
 
 
-def _run_stage(run: Run, stage: Stage, label: str) -> None:
+def _run_stage(run: Run, stage: Stage, label: str, status: StageStatus | None) -> None:
+    """Do what is to do of a stage. `status` is what a survey has just found, if that is still so."""
     context = make_context(run, stage)
     assert context is not None  # execute() has checked
-    tasks = stage.plan(stage.config, context)
+    if status is not None and status.tasks is not None and status.receipts is not None:
+        tasks, receipts = list(status.tasks), dict(status.receipts)
+    else:
+        tasks = stage.plan(stage.config, context)
+        receipts = receipts_that_count(stage, context, tasks)
     store.sweep(context.path())
     write_started(context, stage, tasks)
-    receipts = receipts_that_count(stage, context, tasks)
+    forget_failures(context)
     pending = [task for task in tasks if task.name not in receipts]
     progress = make_progress(label)
     if pending:
         progress(len(receipts), len(tasks))
-    for receipt in _receipts(run, stage, context, pending, progress, len(receipts), len(tasks)):
-        receipts[receipt.task] = receipt
+    num_done = len(receipts)
+    failures: list[Failure] = []
+    settled = _receipts(run, stage, context, pending, progress, num_done, len(tasks))
+    with contextlib.closing(settled):
+        for item in settled:
+            if isinstance(item, Receipt):
+                receipts[item.task] = item
+                continue
+            failures.append(item)
+            write_failure(context, item)
+            if too_many(len(failures), len(receipts) - num_done):
+                _refuse_failures(run, stage, context, failures, len(tasks))
+    if failures:
+        if len(failures) > run.max_failed_tasks or stage.set_aside is None:
+            _refuse_failures(run, stage, context, failures, len(tasks))
+        receipts |= _set_aside(stage, context, tasks, failures)
     store.sweep(context.path())  # a machine that was lost leaves behind what its tasks had begun
     manifest = fold(
         stage,
@@ -264,6 +287,46 @@ def _run_stage(run: Run, stage: Stage, label: str) -> None:
     detail(f"{stage.name}: {manifest.num_in:,} in, {manifest.num_kept:,} kept, {seconds:,.1f} s in its tasks")
 
 
+def _refuse_failures(
+    run: Run, stage: Stage, context: Context, failures: Sequence[Failure], num_tasks: int
+) -> NoReturn:
+    """End the stage for the tasks that failed.
+
+    Raises:
+        InputError: always, with an input of the stage that was altered, or else with the tasks.
+    """
+    if kinds := sorted({item.error.partition(":")[0] for item in failures if item.is_unexpected}):
+        _say(f"{stage.name}: unexpected {', '.join(kinds)}, so the bytes of its inputs are checked")
+        if altered := _find_altered_parent(run, stage):
+            raise InputError(altered)
+    raise InputError(summary(context, failures, num_tasks, can_go_on=stage.set_aside is not None))
+
+
+def _set_aside(
+    stage: Stage, context: Context, tasks: Sequence[Task], failures: Sequence[Failure]
+) -> dict[str, Receipt]:
+    """Write receipts of the tasks that failed, which say that their rows are dropped.
+
+    Raises:
+        InputError: if the rows of one cannot be named.
+    """
+    assert stage.set_aside is not None
+    by_name = {task.name: task for task in tasks}
+    receipts = {}
+    for failure in failures:
+        task = by_name[failure.task]
+        try:
+            outcome = stage.set_aside(stage.config, context, task)
+        except (InputError, OSError) as error:
+            raise InputError(
+                f"{failure.error}; task {task.name} of {stage.name} failed, and its rows cannot be dropped:"
+                f" {error}"
+            ) from None
+        receipts[task.name] = make_receipt(stage, context, task, outcome, 0.0)
+        _say(f"warning: {stage.name}: continuing without the {outcome.num_in:,} rows of task {task.name}")
+    return receipts
+
+
 def _receipts(
     run: Run,
     stage: Stage,
@@ -272,7 +335,7 @@ def _receipts(
     progress: Progress,
     num_done: int,
     num_tasks: int,
-) -> Iterator[Receipt]:
+) -> Generator[Receipt | Failure, None, None]:
     if not pending:
         return
     if run.executor == "ray" and stage.parallel:

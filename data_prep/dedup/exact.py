@@ -16,12 +16,14 @@ from annotated_types import Ge, Le
 
 from data_prep.accounting.judged import publish_judged
 from pipeline.core.facts import Facts
-from pipeline.core.records import DropReason
+from pipeline.core.records import ConfigError, DropReason
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 DUPLICATE = DropReason("duplicate")
 _PREFIX_HEX_DIGITS = 8
 _ROWS_PER_TASK = 1_000_000  # about a gigabyte with its sorted copy
+_MAX_PARTITION_ROWS = 2_000_000  # a task holds a partition in memory: 3 GB (1.2 million took 1.8 GB)
+_PARTITION_ROWS = 10_000  # that suit the download
 _MIN_TASKS = 64  # below, one task a partition
 
 
@@ -30,7 +32,9 @@ class DedupConfig:
     """`[dedup]`."""
 
     partitions: Annotated[int, Ge(1), Le(16**_PREFIX_HEX_DIGITS)] = 4
-    """Files that the shuffled corpus is cut into. About 10,000 rows each suits the download."""
+    """Files that the shuffled corpus is cut into. About 10,000 rows each suits the download; a partition of
+    more than 2,000,000 rows is refused.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,11 +49,20 @@ def plan(config: DedupConfig, context: Context) -> list[Task]:
     """Plan one task a partition; of a large corpus in many small partitions, one task some neighbours.
 
     Each task looks into every filtered table, so there are no more of them than memory asks for.
+
+    Raises:
+        ConfigError: if a partition would not fit into memory.
     """
     kept = [shard for shard in context.parents["filter_text"].shards if shard.path.startswith("kept/")]
     inputs = {shard.path: shard.digest for shard in kept}
     width = max(len(str(config.partitions - 1)), 5)
     total = sum(shard.num_samples for shard in kept)
+    if total > config.partitions * _MAX_PARTITION_ROWS:
+        raise ConfigError(
+            f"[dedup] partitions = {config.partitions}: each would hold {total // config.partitions:,} of"
+            f" {total:,} rows in memory; about {_PARTITION_ROWS:,} rows each suit the download: set"
+            f" partitions = {math.ceil(total / _PARTITION_ROWS)}"
+        )
     num_tasks = min(config.partitions, max(_MIN_TASKS, math.ceil(total / _ROWS_PER_TASK)))
     bounds = [number * config.partitions // num_tasks for number in range(num_tasks + 1)]
     return [

@@ -18,6 +18,7 @@ from data_prep.accounting.judged import SourceCounts, sources_from_json
 from data_prep.formats.parquet import write_table
 from pipeline.core import store
 from pipeline.core.facts import Facts
+from pipeline.core.failures import PARTITION_FAILED
 from pipeline.core.records import DropReason, Manifest, Receipt, Shard
 from pipeline.core.stage import Context, Task
 
@@ -25,7 +26,7 @@ from pipeline.core.stage import Context, Task
 LOST_BY_DOWNLOADER = DropReason("lost_by_downloader")
 
 # What another day may repair. Not: 404, a page in place of an image, an owner who opted out, ...
-_PASSING = ("timeout", "connection", "dns", "tls", str(LOST_BY_DOWNLOADER))
+_PASSING = ("timeout", "connection", "dns", "tls", str(LOST_BY_DOWNLOADER), str(PARTITION_FAILED))
 _HTTP_ERROR = "http_error"
 # Request timeout, too early, too many requests (RFC 9110, RFC 8470, RFC 6585), and the server's own errors.
 _PASSING_STATUSES = (408, 425, 429)

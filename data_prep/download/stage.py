@@ -31,8 +31,9 @@ from data_prep.formats.tar import TarWriter
 from data_prep.sources.local_server import SITE_VARIABLE
 from pipeline.core import store
 from pipeline.core.config import NOT_IN_DIGEST
+from pipeline.core.failures import PARTITION_FAILED, is_of_machine, outage
 from pipeline.core.processes import dies_with_us, import_environment, say
-from pipeline.core.records import InputError
+from pipeline.core.records import DropReason, InputError
 from pipeline.core.shard_format import MAX_IMAGE_PIXELS
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 from pipeline.core.terminal import one_line
@@ -100,7 +101,7 @@ def partition_of(path: str) -> str:
 
 def run_together(
     config: DownloadConfig, context: Context, tasks: list[Task], progress: Progress
-) -> Iterator[tuple[Task, Outcome]]:
+) -> Iterator[tuple[Task, Outcome | InputError]]:
     """One img2dataset call for all outstanding partitions, one img2dataset shard each.
 
     Partitions whose tar or table it left damaged, or over which a worker died, are asked for once more.
@@ -114,21 +115,26 @@ def run_together(
         found = [(task, damage) for task, damage in left if damage != _NOT_ASKED]
         for task, _ in found:
             times[task.name] = times.get(task.name, 0) + 1
-        if damaged := [(task, damage) for task, damage in found if times[task.name] >= _CALLS]:
-            break
-        tasks = [task for task, _ in left]
-        words = f"{len(tasks)} partitions are asked for again: {found[0][0].name}: {found[0][1]}"
+        for task, damage in found:
+            if times[task.name] >= _CALLS:
+                yield (
+                    task,
+                    InputError(
+                        f"{context.path()}: img2dataset left partition {task.name} damaged, {_CALLS} times"
+                        f" ({damage}); see {_log_path(context, task)}, look at memory and disk"
+                    ),
+                )
+        tasks = [task for task, _ in left if times.get(task.name, 0) < _CALLS]
+        if not tasks:
+            return
+        first, damage = next(((task, damage) for task, damage in found if task in tasks), left[0])
+        words = f"{len(tasks)} partitions are asked for again: {first.name}: {damage}"
         say(f"download: {one_line(words)}", sys.stderr)
-    first, damage = damaged[0]
-    raise InputError(
-        f"{context.path()}: img2dataset left {len(damaged)} partitions damaged, {_CALLS} times"
-        f" ({first.name}: {damage}); see {_log_path(context, first)}, look at memory and disk, then run again"
-    )
 
 
 def _download(
     config: DownloadConfig, context: Context, tasks: list[Task], raw: Path, progress: Progress
-) -> Generator[tuple[Task, Outcome], None, list[tuple[Task, str]]]:
+) -> Generator[tuple[Task, Outcome | InputError], None, list[tuple[Task, str]]]:
     """Returns the tasks whose files img2dataset left damaged, and what is wrong with them."""
     (raw / "lists").mkdir()
     num_rows: dict[str, int] = {}  # asked for, of each task
@@ -170,14 +176,16 @@ def _download(
                         share = _network_failures(raw, number)
                         suspects.append((task, number))
                     if damage is None and share >= config.outage_share:
-                        raise InputError(
-                            f"{context.path()}: the network seems to be down: {share:.0%} of partition"
-                            f" {task.name} failed by DNS, connection or time-out; repair it and run again, or"
-                            f" raise [download] outage_share"
+                        raise outage(
+                            InputError(
+                                f"{context.path()}: the network seems to be down: {share:.0%} of partition"
+                                f" {task.name} failed by DNS, connection or time-out; repair it and rerun,"
+                                f" or raise [download] outage_share"
+                            )
                         )
                     if share < _SUSPECT_SHARE or not waiting:
                         for finished, its_number in suspects:
-                            yield finished, _pack(context, finished, raw, its_number)
+                            yield finished, _packed(context, finished, raw, its_number)
                             done += num_rows[finished.name]
                             progress(done, sum(counts.values()), "rows")
                         suspects.clear()
@@ -299,10 +307,36 @@ def _asked(context: Context, task: Task) -> pl.DataFrame:
     return rows
 
 
-def _pack(context: Context, task: Task, raw: Path, number: int | None) -> Outcome:
+def _packed(context: Context, task: Task, raw: Path, number: int) -> Outcome | InputError:
+    """Return the outcome of a partition, or what kept it from being packed; the others go on.
+
+    Raises:
+        OSError: if it is the machine's, such as a full disk.
+    """
+    try:
+        return _pack(context, task, raw, number)
+    except (InputError, OSError, pl.exceptions.PolarsError, tarfile.TarError) as error:
+        if is_of_machine(error):
+            raise
+        return InputError(f"{context.path()}: partition {task.name} could not be packed: {error}")
+
+
+def set_aside(config: DownloadConfig, context: Context, task: Task) -> Outcome:
+    """Drop the rows of a partition as `partition_failed`; `cnclip retry` asks for them again."""
+    return _pack(context, task, Path(), None, unanswered=PARTITION_FAILED)
+
+
+def _pack(
+    context: Context,
+    task: Task,
+    raw: Path,
+    number: int | None,
+    unanswered: DropReason = retry.LOST_BY_DOWNLOADER,
+) -> Outcome:
     """Repack one img2dataset shard: images in key order, kept rows with their facts, drops with reasons.
 
-    `number` is img2dataset's; None for a partition without rows.
+    `number` is img2dataset's; None where it was asked for nothing. `unanswered` is the reason of rows of
+    which it says nothing.
     """
     asked = _asked(context, task)
     if number is None:
@@ -321,9 +355,7 @@ def _pack(context: Context, task: Task, raw: Path, number: int | None) -> Outcom
         source_sha256="sha256",
     )
     rows = asked.join(answers, on="key", how="left", maintain_order="left").with_columns(
-        reason=pl.when(pl.col("member").is_null())
-        .then(pl.lit(str(retry.LOST_BY_DOWNLOADER)))
-        .otherwise(pl.col("reason"))
+        reason=pl.when(pl.col("member").is_null()).then(pl.lit(str(unanswered))).otherwise(pl.col("reason"))
     )
     kept = (
         rows.filter(pl.col("reason").is_null())
@@ -385,5 +417,6 @@ def stage(config: DownloadConfig) -> Stage:
         parents=("corpus", "dedup"),
         plan=plan,
         run_together=run_together,
+        set_aside=set_aside,
         processes=config.processes,
     )

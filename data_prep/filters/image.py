@@ -21,6 +21,7 @@ from data_prep.sources.table import EXEMPT_COLUMN
 from pipeline.core import store
 from pipeline.core.evaluation_sets import EvaluationSet, evaluations_of
 from pipeline.core.facts import Facts
+from pipeline.core.failures import PARTITION_FAILED
 from pipeline.core.files.images import UNDECODABLE, BadImageError, decode_upright
 from pipeline.core.shard_format import ByteRangePool
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task, repair_remedy
@@ -146,6 +147,18 @@ def run(config: FilterImageConfig, context: Context, task: Task, progress: Progr
     return publish_judged(context, task, kept, dropped, facts)
 
 
+def set_aside(config: FilterImageConfig, context: Context, task: Task) -> Outcome:
+    """Drop the rows of a partition as `partition_failed`."""
+    asked = ImageTask.from_json(task.arguments)
+    table = pl.read_parquet(context.path_in("download", asked.table))
+    if "tar" not in table.columns:
+        table = table.with_columns(tar=pl.lit(asked.tar))
+    dropped = table.with_columns(reason=pl.lit(str(PARTITION_FAILED)), detail=pl.lit(None, dtype=pl.String))
+    marks = pl.lit(None, dtype=pl.Binary)
+    kept = table.clear().with_columns(perceptual_hash=marks, image_signature=marks)
+    return publish_judged(context, task, kept, dropped, JudgedFacts(rules=image_rules.VERSIONS))
+
+
 @functools.lru_cache(maxsize=1)  # the sets are the same for every task that a process does
 def _references(
     evaluations: tuple[EvaluationSet, ...], guards: tuple[str, ...], digests: tuple[str, ...]
@@ -175,4 +188,5 @@ def stage(config: FilterImageConfig) -> Stage:
         parents=("corpus", "download"),
         plan=plan,
         run=run,
+        set_aside=set_aside,
     )

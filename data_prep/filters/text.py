@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 import polars as pl
 
 from data_prep.accounting.histograms import histogram
-from data_prep.accounting.judged import JudgedFacts, publish_judged
+from data_prep.accounting.judged import JudgedFacts, SourceCounts, publish_judged
 from data_prep.corpus_facts import TablePlace, evaluation_urls, score_pairs, tables_of
 from data_prep.formats.keys import with_key
 from data_prep.rules import chinese_script
@@ -19,6 +19,7 @@ from data_prep.sources.table import EXEMPT_COLUMN, JUDGED_ONLY, TableSource, nam
 from pipeline.core import store
 from pipeline.core.config import digest
 from pipeline.core.facts import Facts
+from pipeline.core.failures import PARTITION_FAILED
 from pipeline.core.records import ConfigError, Manifest
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
@@ -110,6 +111,11 @@ def _slices(num_rows: int) -> Iterator[tuple[str, dict[str, int]]]:
         yield f"-{number:05d}", {"first": first, "count": min(ROWS_PER_TASK, num_rows - first)}
 
 
+def task_names(table: int, row: int) -> tuple[str, str]:
+    """Return the names that the task of a row may have: of the whole table, or of the slice with the row."""
+    return f"{table:05d}", f"{table:05d}-{row // ROWS_PER_TASK:05d}"
+
+
 def run(config: FilterTextConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """Judge one table. Kept rows are sorted by key, the order of the shuffled corpus."""
     asked = TextTask.from_json(task.arguments)
@@ -162,6 +168,25 @@ def run(config: FilterTextConfig, context: Context, task: Task, progress: Progre
         ),
         rows_per_group=_ROWS_PER_GROUP,
     )
+
+
+def set_aside(config: FilterTextConfig, context: Context, task: Task) -> Outcome:
+    """Drop the rows of a table, or of a slice of it, as `partition_failed`.
+
+    They have no keys, since the table may be what could not be read.
+    """
+    asked = TextTask.from_json(task.arguments)
+    table = tables_of(context.parents["corpus"])[int(task.name[:5])]
+    count = table.num_rows if asked.count is None else asked.count
+    dropped = {str(PARTITION_FAILED): count}
+    source = asked.table.source.name
+    facts = JudgedFacts(
+        source=source,
+        sources={source: SourceCounts(num_in=count, dropped=dropped)},
+        min_score=config.min_score,
+        rules={},
+    )
+    return Outcome({}, num_in=count, num_kept=0, dropped=dropped, extra=facts.to_json())
 
 
 def by_exemptions(frame: pl.LazyFrame, source: TableSource) -> list[tuple[tuple[str, ...], pl.LazyFrame]]:
@@ -273,4 +298,5 @@ def stage(config: FilterTextConfig) -> Stage:
         parents=("corpus",),
         plan=plan,
         run=run,
+        set_aside=set_aside,
     )

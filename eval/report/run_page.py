@@ -23,10 +23,11 @@ from pipeline.core.run import (
     StageStatus,
     make_context,
     read_manifest,
+    read_receipts,
     receipts_that_count,
     survey_what_is_there,
 )
-from pipeline.core.stage import Context, fold, receipt_at
+from pipeline.core.stage import Context, fold
 
 _TAIL_BYTES = 1 << 16  # of a log, which hold its last line
 
@@ -98,16 +99,15 @@ def _so_far(run: Run, status: StageStatus) -> Manifest | None:
     stage = status.stage
     if not status.tasks_done or (context := make_context(run, stage)) is None:
         return None
-    receipts = receipts_that_count(stage, context, stage.plan(stage.config, context))
+    receipts = status.receipts
+    if receipts is None:
+        receipts = receipts_that_count(stage, context, stage.plan(stage.config, context))
     return fold(stage, [], {}, list(receipts.values())) if receipts else None
 
 
 def _state(run: Run, status: StageStatus) -> StageState:
-    folder = store.join(run.folder, status.stage.name, "receipts")
-    seconds = 0.0
-    for name in store.list_files(folder):
-        if name.endswith(".json") and (receipt := receipt_at(store.join(folder, name))):
-            seconds += receipt.seconds
+    receipts, _ = read_receipts(run, status.stage.name)
+    seconds = sum(receipt.seconds for receipt in receipts)
     return StageState(status.state.value, status.tasks_done, status.num_tasks, seconds)
 
 

@@ -51,6 +51,13 @@ def run(
             help="hash the outputs of finished tasks; redo the tasks whose files are missing or damaged",
         ),
     ] = False,
+    without_failed: Annotated[
+        bool,
+        typer.Option(
+            "--without-failed",
+            help="continue without the rows of tasks that fail three times (partition_failed)",
+        ),
+    ] = False,
     mend: Annotated[bool, typer.Option("--mend", hidden=True)] = False,
 ) -> int:
     from pipeline.cli.tables import closing_words
@@ -64,6 +71,7 @@ def run(
         last=last,
         redo=redo,
         repair=repair or mend,
+        without_failed=without_failed,
     )
     print(closing_words(resolved, num_run, num_stages))
     return EXIT_DONE

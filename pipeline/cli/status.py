@@ -77,7 +77,7 @@ def status(
 
 def _examples(run: Run, config: "FilterTextConfig", reason: str, number: int) -> "list[Example]":
     """Return dropped rows; ConfigError if no stage dropped a row for this reason."""
-    from pipeline.cli.tables import read_receipts
+    from pipeline.core.run import read_receipts
     from pipeline.tools.examples import STAGES, examples, is_named
 
     names = {stage.name for stage in run.stages}

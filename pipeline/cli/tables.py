@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from data_prep.accounting.funnel import STEPS, threshold_notes
 from pipeline.core import drops, store
-from pipeline.core.records import InputError, Receipt
-from pipeline.core.run import Run, StageStatus, State, read_manifest, survey_stage
-from pipeline.core.stage import receipt_at
+from pipeline.core.records import InputError
+from pipeline.core.run import Run, StageStatus, State, read_manifest, read_receipts, survey_stage
 from pipeline.core.text_table import align
 
 
@@ -120,14 +119,6 @@ def notes(run: Run) -> list[str]:
     found = [manifest for manifest in manifests if manifest]
     notes = [note for manifest in found for note in threshold_notes(manifest)]
     return notes + [said for manifest in found if (said := drops.warning(manifest))]
-
-
-def read_receipts(run: Run, stage: str) -> tuple[list[Receipt], int]:
-    """Return the receipts of a stage, in order of task names, and the number of those that are damaged."""
-    folder = store.join(run.folder, stage, "receipts")
-    names = [name for name in store.list_files(folder) if name.endswith(".json") and not name.startswith(".")]
-    receipts = [receipt for name in names if (receipt := receipt_at(store.join(folder, name)))]
-    return receipts, len(names) - len(receipts)
 
 
 def closing_words(run: Run, num_run: int, num_stages: int) -> str:

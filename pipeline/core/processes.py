@@ -21,6 +21,8 @@ _LIBC = ctypes.CDLL(None, use_errno=True) if _IS_LINUX else None
 # In the environment of ranks that a launcher of ours starts: the process number of the run.
 RUN_VARIABLE = "CNCLIP_RUN_PID"
 
+POLARS_THREADS = "POLARS_MAX_THREADS"
+
 # Ask a training run for a checkpoint and its end. SIGINT is Ctrl-C, which reaches all ranks of a terminal.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -76,6 +78,22 @@ def spawning() -> Iterator[None]:
     finally:
         del main.__spec__
         vars(main).update(hidden)
+
+
+@contextlib.contextmanager
+def sharing_cores(processes: int) -> Iterator[None]:
+    """Give each of the processes that are started in this block its share of the threads that polars takes.
+
+    Polars reads the number when it is imported, and takes all cores otherwise.
+    """
+    if POLARS_THREADS in os.environ:
+        yield
+        return
+    os.environ[POLARS_THREADS] = str(max(1, (os.cpu_count() or 1) // processes))
+    try:
+        yield
+    finally:
+        del os.environ[POLARS_THREADS]
 
 
 def die_with_run() -> None:

@@ -31,6 +31,7 @@ class InputError(_OneLine):
 
     exit_status = 1
     rows_left: int | None = None  # set by `too_few`
+    is_outage: bool = False  # set by `pipeline.core.failures.outage`
 
 
 class ConfigError(_OneLine):

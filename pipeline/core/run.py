@@ -1,17 +1,31 @@
 """A resolved run and what its folder says: which stages are done, which are stale, which are to do."""
 
+import concurrent.futures
 import contextlib
 import enum
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.core import store
 from pipeline.core.changes import Started, Verdict, judge, read_started
-from pipeline.core.files.damage import find_damage, summarise
+from pipeline.core.failures import failed_tasks
+from pipeline.core.files.damage import ListedSizes, find_damage, summarise
 from pipeline.core.files.lock import exclusive
 from pipeline.core.records import ConfigError, InputError, Manifest, Receipt
-from pipeline.core.stage import Context, Stage, Task, read_receipt, receipt_counts, repair_remedy
+from pipeline.core.stage import (
+    Context,
+    Stage,
+    Task,
+    is_of_task,
+    receipt_at,
+    receipt_path,
+    repair_remedy,
+)
+
+_FEW_TASKS = 8  # whose files are asked for one by one: a listing names all files of a stage
+_READERS = 64  # receipts read at once: a store answers each after some 20 ms
 
 
 class State(enum.Enum):
@@ -31,6 +45,9 @@ class StageStatus:
     tasks_done: int
     num_tasks: int | None  # None while the parents are not done
     manifest: Manifest | None  # also of a stage that was done and continues: its state is to do
+    # Of a stage that is to do: its tasks, and the receipts of those that are done. None: not looked for.
+    tasks: Sequence[Task] | None = None
+    receipts: Mapping[str, Receipt] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +59,7 @@ class Run:
     executor: Literal["local", "ray"]
     processes: int
     stages: tuple[Stage, ...]
+    max_failed_tasks: int = 0
 
     def stage(self, name: str) -> Stage:
         """Return the stage of that name.
@@ -91,11 +109,48 @@ def make_context(run: Run, stage: Stage) -> Context | None:
 
 def receipts_that_count(stage: Stage, context: Context, tasks: Sequence[Task]) -> dict[str, Receipt]:
     """Return the receipts of the tasks that are done with this configuration and these inputs, by task."""
+    if len(tasks) > _FEW_TASKS:
+        present = set(store.list_files(context.path("receipts")))
+        tasks = [task for task in tasks if f"{task.name}.json" in present]
+    receipts = receipts_at([receipt_path(context, task) for task in tasks])
+    found = [
+        (task.name, receipt)
+        for task, receipt in zip(tasks, receipts, strict=True)
+        if receipt is not None and is_of_task(receipt, stage, task)
+    ]
+    if len(tasks) > _FEW_TASKS:
+        size_of: Callable[[str], int | None] = ListedSizes(context.path()).of
+    else:
+        size_of = functools.partial(_size_of, context)
     return {
-        task.name: receipt
-        for task in tasks
-        if (receipt := read_receipt(context, task)) and receipt_counts(stage, context, task, receipt)
+        name: receipt
+        for name, receipt in found
+        if all(size_of(output.path) == output.num_bytes for output in receipt.outputs)
     }
+
+
+def _size_of(context: Context, path: str) -> int | None:
+    try:
+        return store.num_bytes(context.path(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def read_receipts(run: Run, stage: str) -> tuple[list[Receipt], int]:
+    """Return the receipts of a stage, in order of task names, and the number of those that are damaged."""
+    folder = store.join(run.folder, stage, "receipts")
+    names = [name for name in store.list_files(folder) if name.endswith(".json") and not name.startswith(".")]
+    found = receipts_at([store.join(folder, name) for name in names])
+    receipts = [receipt for receipt in found if receipt is not None]
+    return receipts, len(names) - len(receipts)
+
+
+def receipts_at(paths: Sequence[str]) -> list[Receipt | None]:
+    """Return what `receipt_at` returns of each path; many are read at once."""
+    if len(paths) <= _FEW_TASKS:
+        return [receipt_at(path) for path in paths]
+    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+        return list(pool.map(receipt_at, paths))
 
 
 def survey_stage(run: Run, stage: Stage) -> StageStatus:
@@ -124,11 +179,15 @@ def survey_stage(run: Run, stage: Stage) -> StageStatus:
         why = f"with {', '.join(verdict.kept)}: the same work" if verdict.kept else ""
         return StageStatus(stage, State.DONE, why, len(tasks), len(tasks), manifest)
     verdict = judge(stage, context, tasks, started, is_done=False) if started else Verdict()
-    done = len(receipts_that_count(stage, context, tasks))
+    receipts = receipts_that_count(stage, context, tasks)
+    done = len(receipts)
     if verdict.stale:
         return StageStatus(stage, State.STALE, verdict.stale, done, len(tasks), None)
-    why = f"continues with {', '.join(verdict.kept)}" if verdict.kept else ""
-    return StageStatus(stage, State.TO_DO, why, done, len(tasks), None)
+    notes = [f"continues with {', '.join(verdict.kept)}"] if verdict.kept else []
+    if failed := failed_tasks(context):
+        count = "1 task" if len(failed) == 1 else f"{len(failed):,} tasks"
+        notes.append(f"{count} failed when it was last run, see {context.path('failed')}")
+    return StageStatus(stage, State.TO_DO, "; ".join(notes), done, len(tasks), None, tasks, receipts)
 
 
 def survey(run: Run) -> list[StageStatus]:

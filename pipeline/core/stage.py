@@ -15,7 +15,7 @@ from pipeline.core import store
 from pipeline.core.config import Binds, digest
 from pipeline.core.files import durability
 from pipeline.core.files.damage import listing_path, make_listing
-from pipeline.core.records import SCHEMA_VERSION, Manifest, Receipt, Shard
+from pipeline.core.records import SCHEMA_VERSION, InputError, Manifest, Receipt, Shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,8 @@ class Stage:
     Every callable is a module-level function, so a stage travels to other processes.
 
     `run` does one task. If tasks must run together (one img2dataset call for all outstanding shards)
-    `run_together` is given instead and yields (task, outcome) pairs as they finish.
+    `run_together` is given instead and yields (task, outcome) pairs as they finish; the error of a task that
+    failed takes the place of its outcome.
     `version` changes when the same configuration would give other bytes than before.
     """
 
@@ -127,10 +128,15 @@ class Stage:
     parents: tuple[str, ...]
     plan: Callable[[Any, Context], list[Task]]
     run: Callable[[Any, Context, Task, Progress], Outcome] | None = None
-    run_together: Callable[[Any, Context, list[Task], Progress], Iterable[tuple[Task, Outcome]]] | None = None
+    run_together: (
+        Callable[[Any, Context, list[Task], Progress], Iterable[tuple[Task, Outcome | InputError]]] | None
+    ) = None
     parallel: bool = True  # tasks may run in several processes at once
     processes: int = 1  # that one call starts: what it needs of a cluster's cores
     may_be_empty: bool = False  # that no row is left is no error
+    # The outcome of a task that a run continues without: its rows dropped as `partition_failed`. None: what
+    # other tasks make depends on it.
+    set_aside: Callable[[Any, Context, Task], Outcome] | None = None
     # Raises what its run would refuse at once: before a redo discards what is there.
     check: Callable[[Any, Context], None] | None = None
     is_seeded: bool = False  # its work follows from the run's seed, which the configuration does not hold
@@ -203,24 +209,16 @@ def read_receipt(context: Context, task: Task) -> Receipt | None:
 
 def receipt_at(path: str) -> Receipt | None:
     """Return the receipt in a file; None if there is none, it is not readable or it is another task's."""
-    if not store.exists(path):
-        return None
     try:
         receipt = Receipt.from_json(store.read_bytes(path))
-    except (ValueError, IsADirectoryError):
+    except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
     return receipt if path.endswith(f"/{receipt.task}.json") else None
 
 
-def receipt_counts(stage: Stage, context: Context, task: Task, receipt: Receipt) -> bool:
-    """Return whether a receipt is of these inputs and this configuration and its outputs are there."""
-    if receipt.inputs_digest != task_digest(task) or receipt.config_digest != stage.config_digest:
-        return False
-    return all(
-        store.exists(path) and store.num_bytes(path) == output.num_bytes
-        for output in receipt.outputs
-        for path in [context.path(output.path)]
-    )
+def is_of_task(receipt: Receipt, stage: Stage, task: Task) -> bool:
+    """Return whether a receipt is of these inputs and this configuration."""
+    return receipt.inputs_digest == task_digest(task) and receipt.config_digest == stage.config_digest
 
 
 def inputs_digest(tasks: list[Task], *, without: frozenset[str] = frozenset()) -> str:

@@ -123,8 +123,17 @@ def num_bytes(path: str) -> int:
 
 
 def read_bytes(path: str) -> bytes:
-    with open_read(path) as file:
-        return bytes(file.read())
+    """Return what a file holds; a remote one is asked for once.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+    if is_local(path):
+        with open_read(path) as file:
+            return bytes(file.read())
+    fs, name = remote(path)
+    # s3fs asks for the size first unless it is to use one connection.
+    return bytes(fs.cat_file(name, **({"max_concurrency": 1} if "s3" in fs.protocol else {})))
 
 
 def read_text(path: str) -> str:
@@ -170,12 +179,7 @@ def list_files(folder: str) -> list[str]:
         if not os.path.isdir(folder):
             return []
         return sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
-    fs, name = remote(folder)
-    if not fs.exists(name):
-        return []
-    return sorted(
-        info["name"].rsplit("/", 1)[-1] for info in fs.ls(name, detail=True) if info["type"] == "file"
-    )
+    return sorted(sizes(folder))
 
 
 def sizes(folder: str) -> dict[str, int]:
@@ -186,9 +190,10 @@ def sizes(folder: str) -> dict[str, int]:
         with os.scandir(folder) as entries:
             return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
     fs, name = remote(folder)
-    if not fs.exists(name):
+    try:
+        found = fs.ls(name, detail=True)
+    except FileNotFoundError:
         return {}
-    found = fs.ls(name, detail=True)
     return {info["name"].rsplit("/", 1)[-1]: int(info["size"]) for info in found if info["type"] == "file"}
 
 

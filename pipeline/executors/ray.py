@@ -1,9 +1,10 @@
 """Spread a stage's tasks over an existing Ray cluster (RAY_ADDRESS), or over one on this machine.
 
-Ray places the work and repeats it when a machine is lost. Only receipts say what is done, so only receipts
-come back. The run's folder and its sources must be where every machine sees them.
+Ray places the work; what is repeated, and where, is decided here. Only receipts say what is done, so only
+receipts come back, and failures. The run's folder and its sources must be where every machine sees them.
 """
 
+import collections
 import logging
 import math
 import os
@@ -12,62 +13,193 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.core.failures import TRIES, Failure
+from pipeline.core.processes import POLARS_THREADS, say
 from pipeline.core.records import ConfigError, InputError, Receipt
 from pipeline.core.stage import Context, Stage, Task
 
-# Lost machines that a task may meet before the run stops: spot machines go, a task that kills its worker
-# each time has to be seen.
-_MAX_RETRIES = 5
-_MAX_GROUP = 4  # partitions a call if tasks run together: start-up is spread, progress is still seen
+_MAX_LOST = 5  # machines that a task may lose before it counts as failed: spot machines come and go
+_GROUPS_A_PROCESS = 2  # tasks that run together: each process has one, and the next waits for it
 _KNOCK_SECONDS = 10.0
-_MAX_WAITING = 2000  # calls handed to Ray at once: its driver holds the arguments of each
+_WAITING = 2  # calls for each slot of the cluster that Ray holds at once
+_LEAST_WAITING = 16  # by which a cluster that grows sees what is wanted of it
+_MAX_BENCHED = 2  # machines with a full disk or without a network: then it is no machine's own fault
+_LOST = "Ray lost the worker of this task, most often because memory ran out; rerun with more memory a core"
 
-Work = Callable[[Stage, Context, Sequence[Task]], list[Receipt]]
+Work = Callable[[Stage, Context, Sequence[Task]], list[Receipt | Failure]]
+
+
+@dataclass(slots=True)
+class _Call:
+    """Tasks that one call does, and what is known of them from earlier calls."""
+
+    tasks: list[Task]
+    before: Failure | None = None  # of a task that is alone in the call
+    lost: int = 0  # machines
+    avoid: set[str] = field(default_factory=set)  # node ids where it failed
 
 
 def map_tasks(
     work: Work, stage: Stage, context: Context, tasks: Sequence[Task], processes: int
-) -> Iterator[Receipt]:
-    """Call `work` on groups of tasks all over the cluster; yield receipts as they come.
+) -> Iterator[Receipt | Failure]:
+    """Call `work` on groups of tasks all over the cluster; yield what they came to, as it comes.
 
-    `processes` is the number of cores that a cluster on this machine only may take.
+    A task that fails is tried again alone, on other machines where there are some. A machine whose disk is
+    full or that has no network gets no further task of this stage. `processes` is the number of cores that
+    a cluster on this machine only may take.
 
     Raises:
-        ConfigError: if Ray is not installed or does not answer.
-        InputError: if a task's machine is lost again and again.
+        ConfigError: if Ray is not installed or does not answer, or as tasks raise it.
+        InputError: if several machines, or all of them, have a full disk or no network.
     """
     ray = _connect(processes)
-    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    cores = max(1, min(stage.processes, max(nodes)))  # asking for more than any machine has waits for ever
-    slots = max(1, sum(node // cores for node in nodes))
-    size = 1 if stage.run_together is None else min(_MAX_GROUP, math.ceil(len(tasks) / slots))
-    groups = [tasks[start : start + size] for start in range(0, len(tasks), size)]
-    remote = ray.remote(num_cpus=cores, max_retries=_MAX_RETRIES)(work)
-    shared = ray.put(stage), ray.put(context)  # a manifest of many files travels once to each machine
-    waiting: list[Any] = []
-    try:
-        while groups or waiting:
-            while groups and len(waiting) < _MAX_WAITING:
-                waiting.append(remote.remote(*shared, groups.pop(0)))
-            ready, waiting = ray.wait(waiting)
-            for receipts in ray.get(ready):
-                yield from receipts
-    except ray.exceptions.RayTaskError as error:
-        # Its text is the whole trace of the other machine; what our code raised there says enough.
-        if isinstance(error.cause, ConfigError | InputError | OSError):
-            raise error.cause from None
-        raise
-    except ray.exceptions.RayError as error:
-        raise InputError(
-            f"{context.path()}: Ray lost a worker {_MAX_RETRIES + 1} times"
-            f" ({type(error).__name__}: {str(error).strip().splitlines()[0]}), most often because memory ran"
-            f" out; rerun with more memory a core"
-        ) from None
-    finally:
-        for call in waiting:
-            ray.cancel(call, force=True)
+    yield from _Mapping(ray, work, stage, context, tasks).results()
+
+
+class _Mapping:
+    """The calls of one stage."""
+
+    def __init__(self, ray: Any, work: Work, stage: Stage, context: Context, tasks: Sequence[Task]) -> None:
+        self._ray = ray
+        # Asking for more cores than any machine has would wait for ever. A cluster that is to grow from a
+        # head without cores tells nothing.
+        largest = max(self._nodes().values(), default=0)
+        self._cores = max(1, min(stage.processes, largest or stage.processes))
+        size = 1
+        if stage.run_together is not None:
+            size = min(_GROUPS_A_PROCESS * stage.processes, math.ceil(len(tasks) / self._slots()))
+        self._calls = collections.deque(
+            _Call(list(tasks[start : start + size])) for start in range(0, len(tasks), size)
+        )
+        threads = {} if POLARS_THREADS in os.environ else {POLARS_THREADS: str(self._cores)}
+        self._remote = ray.remote(num_cpus=self._cores, max_retries=0, runtime_env={"env_vars": threads})(
+            _on_node
+        )
+        # A manifest of many files travels once to each machine.
+        self._shared = [ray.put(item) for item in (work, stage, context)]
+        self._running: dict[Any, _Call] = {}
+        self._benched: dict[str, str] = {}  # node → what is wrong there
+
+    def _nodes(self) -> dict[str, int]:
+        """Cores of each machine by its node id, of those that are there now."""
+        return {
+            node["NodeID"]: int(node["Resources"].get("CPU", 0))
+            for node in self._ray.nodes()
+            if node["Alive"]
+        }
+
+    def _slots(self) -> int:
+        """Calls that the machines which are there now can do at once; at least one."""
+        return max(1, sum(cores // self._cores for cores in self._nodes().values()))
+
+    def results(self) -> Iterator[Receipt | Failure]:
+        is_drained = False
+        try:
+            while self._calls or self._running:
+                most = max(_LEAST_WAITING, _WAITING * self._slots())
+                while self._calls and len(self._running) < most:
+                    call = self._calls.popleft()
+                    self._running[self._submit(call)] = call
+                ready, _ = self._ray.wait([*self._running])
+                for reference in ready:
+                    yield from self._take(reference, self._running.pop(reference))
+            is_drained = True
+        except GeneratorExit:
+            self._drain()
+            is_drained = True
+            raise
+        finally:
+            if not is_drained:
+                for reference in self._running:
+                    self._ray.cancel(reference, force=True)
+
+    def _submit(self, call: _Call) -> Any:
+        avoided = call.avoid | self._benched.keys()
+        remote = self._remote
+        if avoided and (allowed := [node for node in self._nodes() if node not in avoided]):
+            names = ",".join(allowed)
+            remote = remote.options(label_selector={"ray.io/node-id": f"in({names})"})
+        return remote.remote(*self._shared, call.tasks)
+
+    def _take(self, reference: Any, call: _Call) -> Iterator[Receipt | Failure]:
+        """Yield what is settled of a call; what is not is called again."""
+        try:
+            node, found = self._ray.get(reference)
+        except self._ray.exceptions.RayTaskError as error:
+            # Its text is the whole trace of the other machine; what our code raised there says enough.
+            raise (error.cause if isinstance(error.cause, ConfigError) else error) from None
+        except self._ray.exceptions.RayError as error:
+            yield from self._lost(call, error)
+            return
+        by_name = {task.name: task for task in call.tasks}
+        for item in found:
+            if isinstance(item, Failure):
+                yield from self._again(by_name[item.task], item, node, call)
+            else:
+                yield item
+
+    def _again(self, task: Task, found: Failure, node: str, call: _Call) -> Iterator[Failure]:
+        if found.is_of_machine:
+            self._bench(node, found)
+            self._calls.appendleft(_Call([task], call.before, call.lost, call.avoid))
+            return
+        if call.before is not None:
+            found = call.before.again(found)
+        if found.tries >= TRIES:
+            yield found
+            return
+        self._calls.appendleft(_Call([task], found, call.lost, {*call.avoid, node}))
+
+    def _bench(self, node: str, found: Failure) -> None:
+        """Give a machine no further task.
+
+        Raises:
+            InputError: if it is one too many.
+        """
+        if node not in self._benched:
+            self._benched[node] = f"{found.error} (task {found.task} on {found.machine})"
+            say(f"{found.machine} gets no further task of this stage: {found.error}", sys.stderr)
+        left = self._nodes().keys() - self._benched.keys()
+        if len(self._benched) >= _MAX_BENCHED or not left:
+            self._drain()
+            raise InputError("; ".join(self._benched.values()))
+
+    def _lost(self, call: _Call, error: Exception) -> Iterator[Failure]:
+        """Call the tasks of a lost worker again, each alone: one of them may have taken it along."""
+        kinds = self._ray.exceptions
+        is_machines = isinstance(error, kinds.NodeDiedError | kinds.LocalRayletDiedError)
+        for task in call.tasks:
+            if is_machines and call.lost < _MAX_LOST:
+                again = _Call([task], call.before, call.lost + 1, call.avoid)
+            elif len(call.tasks) > 1:
+                again = _Call([task], call.before, call.lost, call.avoid)
+            else:
+                found = Failure(task.name, "a machine of the cluster", f"{_LOST} ({type(error).__name__})")
+                if call.before is not None:
+                    found = call.before.again(found)
+                if found.tries >= TRIES or is_machines:
+                    yield found
+                    continue
+                again = _Call([task], found, call.lost, call.avoid)
+            self._calls.appendleft(again)
+
+    def _drain(self) -> None:
+        """Let the calls that run come to their end: their receipts count at the next start."""
+        if self._running:
+            self._ray.wait([*self._running], num_returns=len(self._running))
+        self._running.clear()
+
+
+def _on_node(
+    work: Work, stage: Stage, context: Context, tasks: Sequence[Task]
+) -> tuple[str, list[Receipt | Failure]]:
+    """Do a call, on the machine that Ray chose; returns its node id, too."""
+    import ray
+
+    return ray.get_runtime_context().get_node_id(), work(stage, context, tasks)
 
 
 def _connect(processes: int) -> Any:

@@ -8,6 +8,7 @@ from data_prep.download import retry
 from data_prep.download import stage as download
 from data_prep.download.retry import Failures
 from pipeline.core import store
+from pipeline.core.failures import PARTITION_FAILED, forget_set_aside
 from pipeline.core.records import ConfigError, InputError, Manifest, Receipt
 from pipeline.core.run import Run, State, locked, make_context, manifest_path, read_manifest, survey_stage
 from pipeline.core.stage import Context, Stage, Task, fold, read_receipt, receipt_path, repair_remedy
@@ -114,12 +115,23 @@ def _receipts(context: Context, tasks: list[Task]) -> list[Receipt]:
     return found
 
 
+def _forget_set_aside(run: Run, stage: Stage) -> None:
+    """Make the tasks to do that the run continued without, and with them the stage."""
+    manifest = read_manifest(run, stage.name)
+    if manifest is not None and PARTITION_FAILED in manifest.dropped:
+        with locked(run):
+            store.remove(manifest_path(run, stage.name))
+            forget_set_aside(_context(run, stage))
+
+
 def _bring_up_to_date(run: Run) -> tuple[str, ...]:
     """Redo the stages after the download, up to the shards, as far as they were done before."""
     names = [stage.name for stage in run.stages]
     last = max(names.index(name) for name in _PACKED if name in names)
     after = run.stages[names.index("download") + 1 : last + 1]
     had = list(itertools.takewhile(lambda stage: read_manifest(run, stage.name) is not None, after))
+    for stage in had:
+        _forget_set_aside(run, stage)
     changed = [stage for stage in had if survey_stage(run, stage).state is not State.DONE]
     if not changed:
         return ()

@@ -15,14 +15,16 @@ import polars as pl
 
 from data_prep.accounting.drop_table import DETAIL, HTTP_STATUS, drops_path
 from data_prep.accounting.funnel import STEPS
+from data_prep.accounting.judged import JudgedFacts
 from data_prep.corpus_facts import facts_of, malformed_table, tables_of
-from data_prep.filters.text import FilterTextConfig, by_exemptions, prepared
+from data_prep.filters.text import FilterTextConfig, by_exemptions, prepared, task_names
 from data_prep.formats.keys import url_hash
 from data_prep.rules import text as text_rules
 from data_prep.sources.local_server import HOST, IMAGES
 from data_prep.sources.regions import JOINED
 from data_prep.sources.table import scan
 from pipeline.core import store
+from pipeline.core.failures import PARTITION_FAILED
 from pipeline.core.records import InputError, Manifest
 from pipeline.core.run import Run, read_manifest
 
@@ -183,7 +185,13 @@ def _without_row(
 def _fate(run: Run, config: FilterTextConfig, row: dict[str, Any]) -> Fate:
     drops = dict(_drops(run, row["key"], row["url"] or ""))
     stage, reason, detail, place = None, None, None, None
-    if found := drops.get("filter_text"):
+    if (failed := _failed_task(run, row)) is not None:
+        stage, reason, detail = (
+            "filter_text",
+            str(PARTITION_FAILED),
+            f"the run continued without task {failed}",
+        )
+    elif found := drops.get("filter_text"):
         stage, reason = "filter_text", found[0]
         detail = _detail(config, *found, row)
     elif "dedup" in drops and not _is_first(run, row):
@@ -196,6 +204,18 @@ def _fate(run: Run, config: FilterTextConfig, row: dict[str, Any]) -> Fate:
     return Fate(
         row["key"], row["source"], row["row"], row["url"], row["caption"], stage, reason, detail, place
     )
+
+
+def _failed_task(run: Run, row: dict[str, Any]) -> str | None:
+    """Return the task of filter_text that was to judge a row and failed; such tasks have no drop table."""
+    manifest = read_manifest(run, "filter_text")
+    if manifest is None or PARTITION_FAILED not in manifest.dropped:
+        return None
+    for task in task_names(row["file"], row["row"]):
+        counts = JudgedFacts.from_json(manifest.extra.get(task, {})).sources.values()
+        if any(PARTITION_FAILED in item.dropped for item in counts):
+            return task
+    return None
 
 
 def _drops(run: Run, key: str, url: str) -> Iterator[tuple[str, tuple[str, str | None]]]:

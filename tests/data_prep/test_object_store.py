@@ -4,8 +4,10 @@ import http.client
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, urlsplit
 
 import polars as pl
@@ -15,11 +17,13 @@ from data_prep.sources.local_server import serve
 from pipeline import runner
 from pipeline.core import store
 from pipeline.core.records import ConfigError
-from pipeline.core.run import Run, manifest_path
+from pipeline.core.run import Run, manifest_path, survey
+from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 from tests.helpers.corpus_files import finish
 from tests.helpers.numbered_run import numbered_rows, numbered_run
 from tests.helpers.s3_server import s3_server
 
+NUM_TASKS = 100
 DATA_STAGES = ("corpus", "filter_text", "dedup", "download", "filter_image", "shards")
 DEMO = {
     "run.processes": 1,
@@ -132,3 +136,38 @@ def test_the_demo_on_s3_gives_the_same_manifests(bucket: str, tmp_path: Path) ->
         parts = (stage, "manifest.json")
         assert store.read_text(store.join(there, *parts)) == store.read_text(store.join(here, *parts)), stage
     _cnclip(there, "verify", "--to", "shards")
+
+
+def write_one(config: None, context: Context, task: Task, progress: Progress) -> Outcome:
+    store.write_text(context.path("made", task.name), task.name)
+    return Outcome({f"made/{task.name}": 1}, 1, 1)
+
+
+def many_tasks(config: None, context: Context) -> list[Task]:
+    return [Task(f"{number:05d}", {"rows": str(number)}) for number in range(NUM_TASKS)]
+
+
+def test_a_stage_is_surveyed_with_little_more_than_a_request_a_task(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Receipts are read once and many at a time; outputs are known by a listing."""
+    stage = Stage("made", "", 1, None, (), many_tasks, write_one)
+    run = finish(Run(store.join(bucket, "counted"), 0, "local", 1, (stage,)))
+    store.remove(manifest_path(run, "made"))
+    store.remove(store.join(run.folder, "made", "receipts", "00007.json"))
+    store.remove(store.join(run.folder, "made", "made", "00009"))
+    s3fs = pytest.importorskip("s3fs")
+    requests = []
+    call = s3fs.S3FileSystem._call_s3
+
+    async def counted(self: Any, method: str, *arguments: Any, **options: Any) -> Any:
+        requests.append(method)
+        return await call(self, method, *arguments, **options)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", counted)
+    [status] = survey(run)
+    assert status.tasks_done == NUM_TASKS - 2
+    assert requests.count("get_object") <= NUM_TASKS
+    assert len(requests) <= 1.2 * NUM_TASKS, Counter(requests)
+    monkeypatch.undo()
+    assert runner.execute(run, run.stages, redo=False) == 1

@@ -83,12 +83,10 @@ def make_run(
             CorpusStageConfig(corpus=TablesConfig(kind="tables", tables=sources), evaluations=evaluations),
             (), corpus.plan, corpus.run,
         ),
-        Stage("filter_text", "", 1, FilterTextConfig(), ("corpus",), filter_text.plan, filter_text.run),
+        filter_text.stage(FilterTextConfig()),
         Stage("dedup", "", 1, DedupConfig(partitions=partitions), ("filter_text",), dedup.plan, dedup.run),
         Stage("download", "", 1, str(inputs), ("corpus", "dedup"), plan_download, fetch),
-        Stage(
-            "filter_image", "", 1, images, ("corpus", "download"), filter_image.plan, filter_image.run
-        ),
+        filter_image.stage(images),
     ]  # fmt: skip
     rows = "filter_image"
     if copies is not None:

@@ -7,15 +7,27 @@ from pipeline.core.files.sealed import seal, unseal
 from pipeline.core.records import Shard
 
 
+class ListedSizes:
+    """The sizes of a folder's files; each folder below it is listed once, when it is first asked for."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+        self._sizes: dict[str, dict[str, int]] = {}
+
+    def of(self, path: str) -> int | None:
+        """Return the size of a file by its path in the folder; None if there is no such file."""
+        place, _, name = path.rpartition("/")
+        if place not in self._sizes:
+            self._sizes[place] = store.sizes(store.join(self._folder, place) if place else self._folder)
+        return self._sizes[place].get(name)
+
+
 def find_damage(folder: str, files: Iterable[Shard]) -> list[str]:
     """Return a line for each file of a stage's folder that is missing or has another size; reads no data."""
-    sizes: dict[str, dict[str, int]] = {}
+    sizes = ListedSizes(folder)
     damage = []
     for file in files:
-        place, _, name = file.path.rpartition("/")
-        if place not in sizes:
-            sizes[place] = store.sizes(store.join(folder, place) if place else folder)
-        found = sizes[place].get(name)
+        found = sizes.of(file.path)
         if found != file.num_bytes:
             size = "missing" if found is None else f"{found:,} bytes"
             damage.append(f"{store.join(folder, file.path)}: {size}, not {file.num_bytes:,} bytes")

@@ -19,11 +19,16 @@ from data_prep.accounting.funnel import by_source
 from data_prep.download import retry as data_retry
 from data_prep.download import stage as download
 from data_prep.download.stage import DownloadConfig
+from data_prep.filters import image as filter_image
+from data_prep.filters import text as filter_text
+from data_prep.filters.text import FilterTextConfig
+from data_prep.sources.table import TableSource
 from pipeline import catalog, runner
 from pipeline.core import store
 from pipeline.core.records import ConfigError, InputError
 from pipeline.core.run import Run, State, read_manifest, select, survey
 from pipeline.tools import retry
+from pipeline.tools.why import follow
 from tests.helpers.corpus_files import drawing, encoded, make_run, sidecars
 
 NUM_PICTURES = 60
@@ -83,12 +88,7 @@ def fake_web(monkeypatch: pytest.MonkeyPatch, web: Web) -> list[int]:
 
 def load(folder: Path) -> Run:
     run = make_run(folder, IMAGES, CAPTIONS)
-    stages = [
-        replace(stage, config=DownloadConfig(), run=None, run_together=download.run_together)
-        if stage.name == "download"
-        else stage
-        for stage in run.stages
-    ]
+    stages = [download.stage(DownloadConfig()) if stage.name == "download" else stage for stage in run.stages]
     return replace(run, stages=tuple(stages))
 
 
@@ -248,7 +248,7 @@ def test_what_img2dataset_leaves_damaged_is_asked_for_once_more(
     monkeypatch.setattr(download, "_downloader", damaging)
     stages = select(run, None, None, "download")
     if for_good:
-        with pytest.raises(InputError, match="img2dataset left 1 partitions damaged, 2 times"):
+        with pytest.raises(InputError, match="img2dataset left partition 00000 damaged, 2 times"):
             runner.execute(run, stages, redo=False)
         calls.clear()
         monkeypatch.setattr(download, "_downloader", downloader)
@@ -305,3 +305,93 @@ def dropped_by(run: Run) -> Counter[str]:
     manifest = read_manifest(run, "download")
     assert manifest is not None
     return Counter(manifest.dropped)
+
+
+def no_errors(number: int) -> str | None:
+    return None
+
+
+def cut_tar(monkeypatch: pytest.MonkeyPatch, partition: str) -> None:
+    """Let one partition come back damaged at each call."""
+    damage = download._damage
+
+    def found(raw: Path, number: int) -> str | None:
+        lists = sorted((raw / "lists").glob("*.parquet"))
+        return "cut" if lists[number].stem == partition else damage(raw, number)
+
+    monkeypatch.setattr(download, "_damage", found)
+
+
+def fail_judging(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    """Let the judge of images stumble over one of them."""
+    read = filter_image.ByteRangePool.read
+
+    def stumble(self: Any, name: str, offset: int, size: int, label: str) -> bytes:
+        if label == f"{key}.jpg":
+            raise ValueError("a parser that never met such bytes")
+        return read(self, name, offset, size, label)
+
+    monkeypatch.setattr(filter_image.ByteRangePool, "read", stumble)
+
+
+@pytest.mark.parametrize("stage", ["download", "filter_image"])
+def test_the_rows_of_a_task_that_failed_come_back_with_a_retry(
+    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_web(monkeypatch, no_errors)
+    good = load(tmp_path / "good")
+    runner.execute(good, good.stages, redo=False)
+    rows = pl.read_parquet(Path(good.folder, "dedup", "kept", "00001.parquet"))
+    with monkeypatch.context() as bad_day:
+        cut_tar(bad_day, "00001") if stage == "download" else fail_judging(bad_day, rows["key"][2])
+        run = load(tmp_path / "bad")
+        with pytest.raises(InputError, match=rf"task 00001 of {stage} failed .*--without-failed"):
+            runner.execute(run, run.stages, redo=False)
+        assert len(list(Path(run.folder, stage, "receipts").glob("*.json"))) == 2
+        run = replace(run, max_failed_tasks=1)
+        runner.execute(run, run.stages, redo=False)
+    manifest = read_manifest(run, stage)
+    assert manifest is not None
+    assert manifest.dropped == {"partition_failed": rows.height}
+    table = pl.read_parquet(Path(run.folder, stage, "dropped", "00001.parquet"))
+    assert set(table["key"]) == set(rows["key"])
+    assert by_source(manifest)["mine"]["kept"] == NUM_PICTURES - rows.height
+    assert len(sidecars(run)) == NUM_PICTURES - rows.height
+    done = retry.do(run)
+    assert done.recovered == (rows.height if stage == "download" else 0)
+    assert done.redone == ("filter_image", "shards")
+    assert shard_bytes(run) == shard_bytes(good)
+
+
+def test_a_table_that_cannot_be_read_is_counted_as_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_web(monkeypatch, no_errors)
+    run = replace(load(tmp_path), max_failed_tasks=1)
+    more = tmp_path / "inputs" / "more.csv"
+    more.write_text("url,caption\nhttp://a.cn/1.jpg,海边的落日\nhttp://a.cn/2.jpg,城市的夜景\n")
+    corpus = run.stages[0].config
+    tables = (*corpus.corpus.tables, TableSource(path=str(more), name="more"))
+    config = replace(corpus, corpus=replace(corpus.corpus, tables=tables))
+    run = replace(run, stages=(replace(run.stages[0], config=config), *run.stages[1:]))
+    runner.execute(run, run.stages[:1], redo=False)
+    scan = filter_text.scan
+
+    def refuse(path: str, source: TableSource, **options: Any) -> Any:
+        if source.name == "more":
+            raise OSError(5, "Input/output error", path)
+        return scan(path, source, **options)
+
+    monkeypatch.setattr(filter_text, "scan", refuse)
+    runner.execute(run, run.stages, redo=False)
+    manifest = read_manifest(run, "filter_text")
+    assert manifest is not None
+    assert (manifest.num_in, manifest.num_kept) == (NUM_PICTURES + 2, NUM_PICTURES)
+    assert manifest.dropped == {"partition_failed": 2}
+    assert by_source(manifest)["more"] == {"in": 2, "kept": 0, "dropped": {"partition_failed": 2}}
+    monkeypatch.undo()
+    fates = follow(run, FilterTextConfig(), "http://a.cn/1.jpg")
+    assert sorted((fate.source, fate.reason, fate.detail) for fate in fates if fate.stage) == [
+        ("more", "partition_failed", "the run continued without task 00001")
+    ]
+    assert len(fates) == 2

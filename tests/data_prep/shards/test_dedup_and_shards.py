@@ -4,6 +4,7 @@ import hashlib
 import io
 import itertools
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -16,7 +17,7 @@ from data_prep.dedup.exact import DedupConfig, partition_of_key, partition_range
 from data_prep.filters import text as filter_text
 from data_prep.formats.keys import with_key
 from pipeline import runner
-from pipeline.core.records import InputError, Manifest
+from pipeline.core.records import ConfigError, InputError, Manifest
 from pipeline.core.run import Run, make_context, read_manifest
 from tests.helpers.corpus_files import finish
 from tests.helpers.numbered_run import (
@@ -63,6 +64,19 @@ def test_copies_go_and_near_copies_stay(finished: Run) -> None:
     assert manifest.num_in == NUM_PAIRS + NUM_COPIES + 2
     assert manifest.num_kept == NUM_PAIRS + 2
     assert manifest.dropped == {"duplicate": NUM_COPIES}
+
+
+def test_partitions_that_do_not_fit_into_memory_are_refused(finished: Run) -> None:
+    context = make_context(finished, finished.stage("dedup"))
+    assert context is not None
+    manifest = context.parents["filter_text"]
+    many = tuple(replace(shard, num_samples=24_000_000) for shard in manifest.shards)
+    large = replace(context, parents={"filter_text": replace(manifest, shards=many)})
+    kept = len([shard for shard in many if shard.path.startswith("kept/")])
+    needed = kept * 2400
+    with pytest.raises(ConfigError, match=rf"partitions = 4: each would hold .*: set partitions = {needed}$"):
+        dedup.plan(DedupConfig(), large)
+    assert len(dedup.plan(DedupConfig(partitions=needed), large)) == 72
 
 
 def test_of_copies_the_lowest_table_and_row_stays(finished: Run) -> None:

@@ -1,14 +1,23 @@
 """One line of TOML moves the work to Ray: two nodes, one of them killed, the same bytes."""
 
+import errno
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from pipeline import runner
+from pipeline.core import store
+from pipeline.core.records import InputError
+from pipeline.core.run import Run
+from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 DATA_STAGES = ("corpus", "filter_text", "dedup", "download", "filter_image", "shards")
 SMALL = {
@@ -23,6 +32,7 @@ SMALL = {
     "shards.samples_per_shard": 16,
 }
 LIMIT_SECONDS = 400
+NUM_TASKS = 30
 
 
 def command(folder: Path, *words: str) -> list[str]:
@@ -40,6 +50,24 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("local") / "demo"
     subprocess.run(command(folder), check=True, timeout=LIMIT_SECONDS)
     return folder
+
+
+@pytest.fixture
+def three_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A Ray cluster of a head that takes no work and three nodes of one core."""
+    ray = pytest.importorskip("ray", reason="Ray is in the extra `ray`")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        for _ in range(3):
+            cluster.add_node(num_cpus=1)
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
 
 
 @pytest.fixture
@@ -93,3 +121,81 @@ def test_no_cluster_there_is_one_line(tmp_path: Path) -> None:
     assert done.returncode == 2, done.stderr
     assert "RAY_ADDRESS=127.0.0.1:1: no Ray cluster answers" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What each task does at each try; `nodes` of the cluster with a full disk are named by their place."""
+
+    journal: str
+    fails: dict[str, tuple[str, ...]]
+    full: int = 0  # of the machines on which tasks ran first
+
+
+def plan_tasks(config: Plan, context: Context) -> list[Task]:
+    return [Task(f"{number:05d}", {"rows": str(number)}) for number in range(NUM_TASKS)]
+
+
+def do_task(config: Plan, context: Context, task: Task, progress: Progress) -> Outcome:
+    import ray
+
+    node = ray.get_runtime_context().get_node_id()
+    tries = len([name for name in os.listdir(config.journal) if name.startswith(f"{task.name}.")])
+    Path(config.journal, f"{task.name}.{tries}.{node}").touch()
+    places = sorted(Path(config.journal).glob("node.*"), key=lambda path: path.read_text())
+    if not any(path.name == f"node.{node}" for path in places):
+        Path(config.journal, f"node.{node}").write_text(str(time.monotonic()))
+        places = sorted(Path(config.journal).glob("node.*"), key=lambda path: path.read_text())
+    if f"node.{node}" in [path.name for path in places[: config.full]]:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/data")
+    time.sleep(0.1)
+    planned = config.fails.get(task.name, ())
+    if tries < len(planned):
+        if planned[tries] == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise InputError(f"part {task.name}: bad row")
+    store.write_text(context.path(f"{task.name}.txt"), "done")
+    return Outcome({f"{task.name}.txt": 1}, 1, 1)
+
+
+def run_of(folder: Path, fails: dict[str, tuple[str, ...]], full: int = 0, max_failed_tasks: int = 0) -> Run:
+    (folder / "journal").mkdir(parents=True, exist_ok=True)
+    plan = Plan(str(folder / "journal"), fails, full)
+    stage = Stage("work", "", 1, plan, (), plan_tasks, do_task)
+    return Run(str(folder / "run"), 0, "ray", 1, (stage,), max_failed_tasks)
+
+
+def num_done(folder: Path) -> int:
+    return len(list((folder / "run" / "work").glob("*.txt")))
+
+
+def places_of(folder: Path, task: str) -> list[str]:
+    return [path.name.rpartition(".")[2] for path in sorted((folder / "journal").glob(f"{task}.*"))]
+
+
+@pytest.mark.slow
+def test_a_task_that_fails_is_tried_elsewhere_and_named(three_nodes: Any, tmp_path: Path) -> None:
+    fails = {"00001": ("kill",) * 9, "00004": ("input",) * 9, "00007": ("input", "kill"), "00009": ("kill",)}
+    run = run_of(tmp_path, fails)
+    with pytest.raises(InputError) as caught:
+        runner.execute(run, run.stages, redo=False)
+    said = str(caught.value)
+    assert said.startswith("Ray lost the worker of this task, most often because memory ran out")
+    assert "task 00001 of work failed 3 times" in said
+    assert "and so did 1 of the other 29 (00004)" in said
+    assert num_done(tmp_path) == NUM_TASKS - 2
+    assert len(set(places_of(tmp_path, "00004"))) == 3
+    assert len(places_of(tmp_path, "00001")) == 3
+
+
+@pytest.mark.slow
+def test_a_machine_with_a_full_disk_is_left_out_and_several_end_the_stage(
+    three_nodes: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_of(tmp_path / "one", {}, full=1)
+    assert runner.execute(run, run.stages, redo=False) == 1
+    assert num_done(tmp_path / "one") == NUM_TASKS
+    assert "gets no further task of this stage: /data: No space left on device" in capsys.readouterr().err
+    run = run_of(tmp_path / "two", {}, full=2)
+    with pytest.raises(InputError, match=r"/data: No space left on device \(task .*; /data: No space left"):
+        runner.execute(run, run.stages, redo=False)
