@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import errno
 import json
 import os
 import socket
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from pipeline.core import store
+from pipeline.core.files.foreign import OF_THE_MACHINE
 from pipeline.core.records import ConfigError, DropReason, InputError, Stopped
 from pipeline.core.stage import Context, Task, receipt_at
 from pipeline.core.terminal import one_line
@@ -20,10 +20,6 @@ TRIES = 3  # of a task, the first included: what a machine or a moment did does 
 _LEAST_FAILED = 10  # tasks that fail before a stage may stop for them
 _MOST_FAILED = 0.1  # share of failed tasks above which something is wrong that concerns them all
 PARTITION_FAILED = DropReason("partition_failed")  # a row of a task that a run goes on without
-# Of the disk, its quota, and the process table: the next task on this machine would meet them, too.
-_OF_THE_MACHINE = (
-    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN,
-)  # fmt: skip
 _MOST_NAMED = 5
 _Error = TypeVar("_Error", bound=InputError)
 
@@ -87,7 +83,7 @@ def outage(error: _Error) -> _Error:
 def is_of_machine(error: BaseException) -> bool:
     """Return whether the next task on this machine would meet the error, too."""
     if isinstance(error, OSError):
-        return error.errno in _OF_THE_MACHINE
+        return error.errno in OF_THE_MACHINE
     return isinstance(error, InputError) and error.is_outage
 
 

@@ -15,8 +15,10 @@ from typing import Any
 from pipeline.core.records import ConfigError, InputError, Stopped
 
 DOWNLOAD_AGAIN = "download it again"
-# The machine's fault, not the file's.
-_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+# The machine's fault, not the file's: of its disk, its memory and its process table.
+OF_THE_MACHINE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN,
+)  # fmt: skip
 _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # of a pair, or by itself
 _LONGEST_REASON = 200  # characters of a foreign message that are worth a reader's time
 
@@ -45,7 +47,7 @@ def foreign(
     except BaseException as found:
         # Readers raise a bare OSError on damaged bytes, too.
         if isinstance(found, OSError) and (found.errno is not None or type(found) is not OSError):
-            if found.errno in _OF_THE_MACHINE:
+            if found.errno in OF_THE_MACHINE:
                 raise
             reason = found.strerror or first_line(found)
             raise error(f"{where}: cannot be read: {reason}; check the path and its permissions") from None

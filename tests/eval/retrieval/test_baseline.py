@@ -107,7 +107,7 @@ def test_bad_shards_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"0\.tar: 0+\.jpg: cannot be decoded"):
         PixelBaseline.from_shards([shard])
     (tmp_path / "0.parquet").write_bytes(b"PAR1 cut")
-    with pytest.raises(InputError, match=r"0\.parquet: cannot be read"):
+    with pytest.raises(InputError, match=r"0\.parquet: not a readable sidecar"):
         PixelBaseline.from_shards([shard])
     with pytest.raises(InputError, match="no training image"):
         PixelBaseline.from_shards([])
