@@ -32,6 +32,7 @@ from pipeline.core import store
 from pipeline.core.config import NOT_IN_DIGEST
 from pipeline.core.evaluation_sets import EvaluationFacts, EvaluationSource, check_size, digest_of
 from pipeline.core.facts import Facts
+from pipeline.core.files.known_digests import digests_of_files
 from pipeline.core.records import ConfigError, InputError
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
@@ -118,15 +119,18 @@ def plan(config: CorpusStageConfig, context: Context) -> list[Task]:
         if isinstance(source, PackedSource) and source.kind == "shards"
     }
     guards = {f"guard {path}": store.digest_file(path) for path in guards_of(config.corpus)}
+    pieces = list(_pieces(config.corpus))
+    paths = [path for _, files in pieces for path in files]
+    digests = dict(zip(paths, digests_of_files(paths), strict=True))
     return [
         Task(
             name=f"{number:05d}",
-            inputs={**sets, **guards, **_digests(files), **_reading(source, files)},
+            inputs={**sets, **guards, **_inputs(files, digests), **_reading(source, files)},
             arguments=CorpusTask(
                 paths=files, source=source, exemptions=exempt.get(source.name) or None
             ).to_json(),
         )
-        for number, (source, files) in enumerate(_pieces(config.corpus))
+        for number, (source, files) in enumerate(pieces)
     ]
 
 
@@ -194,10 +198,10 @@ def _pieces(
             yield from ((source, [path]) for path in caption_table.find_files(source))
 
 
-def _digests(files: list[str]) -> dict[str, str]:
+def _inputs(files: list[str], digests: Mapping[str, str]) -> dict[str, str]:
     if len(files) == 1:
-        return {"table": store.digest_file(files[0])}
-    return {f"table {path}": store.digest_file(path) for path in files}
+        return {"table": digests[files[0]]}
+    return {f"table {path}": digests[path] for path in files}
 
 
 def run(config: CorpusStageConfig, context: Context, task: Task, progress: Progress) -> Outcome:
