@@ -36,6 +36,7 @@ def execute(
     force: bool = False,
     repair: bool = False,
     begin: Callable[[], None] | None = None,
+    after: Callable[[Stage], None] | None = None,
 ) -> int:
     """Run the stages that are not up to date, in order; returns how many had to run.
 
@@ -43,7 +44,7 @@ def execute(
     `force` redoes finished stages too. `repair` hashes the outputs of finished tasks, redoes the tasks whose
     outputs are missing or differ, and folds damaged manifests anew. Without it a finished stage whose outputs
     are missing or have another size stops the run. `begin` is called before the first stage that runs, once
-    nothing speaks against it.
+    nothing speaks against it; `after` after each stage that ran.
     """
     num_run = 0
     names = [stage.name for stage in run.stages]
@@ -82,6 +83,8 @@ def execute(
             with _naming_the_funnel(run, stage), _blaming_damaged_parents(run, stage):
                 _run_stage(run, stage, label=f"[{position}/{len(stages)}] {stage.name}")
             num_run += 1
+            if after is not None:
+                after(stage)
     return num_run
 
 
