@@ -7,7 +7,7 @@ runs, so that a plan prints at once.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
@@ -180,12 +180,16 @@ class RunConfig:
 
     def _of_training(self) -> str | None:
         """Return the first table that is set and does nothing without a training stage."""
-        for name in ("model", "english", "classification", "vocabulary", "index", "tracking", "zeroshot"):
-            field = type(self).__dataclass_fields__[name]
-            default = field.default if field.default is not MISSING else field.default_factory()  # type: ignore[misc]
-            if getattr(self, name) != default:
-                return name
-        return None
+        unset = {
+            "model": None,
+            "english": None,
+            "classification": (),
+            "vocabulary": VocabularyConfig(),
+            "index": IndexConfig(),
+            "tracking": TrackingConfig(),
+            "zeroshot": ZeroshotConfig(),
+        }
+        return next((name for name, value in unset.items() if getattr(self, name) != value), None)
 
     @property
     def trains(self) -> bool:

@@ -68,13 +68,20 @@ def read_address(address: str) -> Address:
 
 
 def redirected(hop: Address, location: str) -> str:
-    """Return where a `Location` leads from an address; http.client gives its bytes as Latin-1."""
+    """Return where a `Location` leads from an address; http.client gives its bytes as Latin-1.
+
+    Raises:
+        AddressRefusedError: if that is no address.
+    """
     data = location.encode("latin-1")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
         text = urllib.parse.quote(data, safe=string.printable)
-    return urllib.parse.urljoin(hop.whole, _clean(text))
+    try:
+        return urllib.parse.urljoin(hop.whole, _clean(text))
+    except ValueError as error:
+        raise AddressRefusedError(f"{text[:80]}: not an address ({error})") from None
 
 
 def _clean(address: str) -> str:

@@ -8,12 +8,11 @@ import socket
 import ssl
 import threading
 import time
-import urllib.parse
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from data_prep.download.address import AddressRefusedError
+from data_prep.download.address import AddressRefusedError, read_address
 from data_prep.download.body import Body, ContentEncodingError, CutOffError, read_body
 from data_prep.download.deadline import TooManyBytesError
 from data_prep.download.opt_out import AGENT, ROBOTS_BYTES, OptedOutError, OptOuts, RobotsTxt, Rules, rules
@@ -129,8 +128,8 @@ _PAUSES = _Pauses()
 
 def _host_of(address: str) -> str:
     try:
-        return urllib.parse.urlsplit(address).hostname or ""
-    except ValueError:
+        return read_address(address).host
+    except AddressRefusedError:
         return ""
 
 

@@ -5,7 +5,6 @@ Only `plugin_of` loads a decoder, the one that it is asked for.
 
 import functools
 import re
-from collections.abc import Sequence
 
 # Bytes that begin in the way of an image and still are none were damaged; others never were an image.
 SIGNATURES = (
@@ -84,7 +83,7 @@ def begins_as_image(data: bytes) -> bool:
 
 
 @functools.cache
-def plugin_of(name: str) -> Sequence[str]:
+def plugin_of(name: str) -> tuple[str, ...]:
     """Load the plugin that reads a format; return the names that Pillow has for it, none without a plugin."""
     try:
         if name in ("heic", "heif"):
@@ -95,4 +94,4 @@ def plugin_of(name: str) -> Sequence[str]:
             import pillow_jxl  # noqa: F401  registers itself
     except ImportError:
         return ()
-    return [_PLUGINS[name]] if name in _PLUGINS else ()
+    return (_PLUGINS[name],) if name in _PLUGINS else ()

@@ -29,7 +29,7 @@ TRUNCATED = DropReason("truncated")
 UNDECODABLE = DropReason("undecodable")
 PIXEL_LIMIT = DropReason("pixel_limit")
 
-FORMAT = "format"  # `format:heic`: an image in a format that is not read, or not without a plugin
+FORMAT = DropReason("format")  # `format:heic`: an image in a format that is not read, or not without a plugin
 
 # What a corpus or an evaluation set holds, as far as Pillow is built with it. Formats outside this list have
 # decoders that see little use and much attack. PPM: the traffic signs of ICinW.
@@ -171,7 +171,8 @@ def _identify(data: bytes) -> Image.Image:
     found = f"starts with {data[:12]!r}" if data else "an empty file"
     if begin.startswith(SIGNATURES) or formats or _NAMES.get(name or "") in _FORMATS:
         raise BadImageError(f"{UNDECODABLE}: {found}")
-    raise BadImageError(f"{DropReason(f'{FORMAT}:{name}') if name else NOT_AN_IMAGE}: {found}")
+    reason = f"{FORMAT}:{name}" if name else NOT_AN_IMAGE
+    raise BadImageError(f"{reason}: {found}")
 
 
 def _check_pixels(image: Image.Image, most: int) -> None:
