@@ -22,7 +22,8 @@ from pipeline.core import store
 from pipeline.core.evaluation_sets import shard_stems
 from pipeline.core.files.foreign import foreign
 from pipeline.core.files.image_files import IMAGE_ENDINGS, find_images, read_image, summary
-from pipeline.core.files.images import SIGNATURES, BadImageError, decode_upright
+from pipeline.core.files.image_formats import LONGEST_START, begins_as_image
+from pipeline.core.files.images import BadImageError, decode_upright
 from pipeline.core.records import InputError
 from pipeline.core.shard_format import (
     TAR,
@@ -193,4 +194,4 @@ def _images(folder: str, say: Callable[[str], None]) -> Iterator[tuple[str, Mark
 
 def _begins_as_image(path: str) -> bool:
     with store.open_read(path) as file:
-        return bytes(file.read(max(map(len, SIGNATURES)))).startswith(SIGNATURES)
+        return begins_as_image(bytes(file.read(LONGEST_START)))

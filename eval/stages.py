@@ -36,8 +36,8 @@ class IndexConfig:
 class ReportConfig:
     """What the report shows besides the numbers."""
 
-    score: EvaluationConfig
-    model: str
+    score: EvaluationConfig | None  # None: a run of the corpus alone
+    model: str | None
     training_stages: tuple[str, ...]  # in order, with stages that are not scored
     titles: Mapping[str, str]  # stage → what it does
 

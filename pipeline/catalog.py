@@ -113,8 +113,8 @@ class RunConfig:
     """Where the run lives."""
     corpus: Annotated[DemoConfig | EmojiConfig | TablesConfig | SourcesConfig, Discriminator("kind")]
     """What the corpus is made from; its `kind` selects one of four tables."""
-    model: ModelTable
-    """The model and its starting weights."""
+    model: ModelTable | None = None
+    """The model and its starting weights. Unset, and without training stages: a run of the corpus alone."""
     evaluation: tuple[EvaluationSource, ...] = ()
     """Retrieval sets."""
     classification: tuple[ClassificationSource, ...] = ()
@@ -157,12 +157,21 @@ class RunConfig:
     """Zero-shot classification."""
 
     def __post_init__(self) -> None:
-        if self.stage1 is None and self.stage2 is None and self.finetune is None:
-            raise ValueError("nothing to train; give [stage1], [stage2] or both, or [finetune]")
+        if self.trains:
+            self._check_training()
+        elif unused := self._of_training():
+            raise ValueError(
+                f"{unused}: nothing to train; give [stage1], [stage2] or both, or [finetune], or leave out"
+                f" [{unused}] for a run of the corpus alone"
+            )
         if self.filter_score is not None and self.score is None:
             raise ValueError(
                 "filter_score: nothing to judge without [score]; give it, or filter_text.min_score"
             )
+
+    def _check_training(self) -> None:
+        if self.model is None:
+            raise ValueError('model: required, but not set; name a size, as in [model] name = "ViT-B-16"')
         if self.english is not None and self.model.start_weights:
             raise ValueError(f"model.{_START_WEIGHTS}")
         if self.english is not None and self.model.image_weights:
@@ -172,6 +181,24 @@ class RunConfig:
             )
         if not self.makes_its_corpus and not self.evaluation:
             raise ValueError("no [[evaluation]]; name at least one set with name and folder")
+
+    def _of_training(self) -> str | None:
+        """Return the first table that is set and does nothing without a training stage."""
+        unset = {
+            "model": None,
+            "english": None,
+            "classification": (),
+            "vocabulary": VocabularyConfig(),
+            "index": IndexConfig(),
+            "tracking": TrackingConfig(),
+            "zeroshot": ZeroshotConfig(),
+        }
+        return next((name for name, value in unset.items() if getattr(self, name) != value), None)
+
+    @property
+    def trains(self) -> bool:
+        """Whether a model is trained; without one the run ends with the shards and the corpus's report."""
+        return not (self.stage1 is None and self.stage2 is None and self.finetune is None)
 
     @property
     def makes_its_corpus(self) -> bool:
@@ -190,7 +217,7 @@ def resolve(table: dict[str, Any], path: str) -> tuple[Run, RunConfig]:
     try:
         config = build(RunConfig, _with_paper_recipes(table, path), path)
         for name in ("english", "stage1", "stage2", "finetune"):
-            if (train := getattr(config, name)) is not None:
+            if (train := getattr(config, name)) is not None and config.model is not None:
                 check_fits(train, MODELS[config.model.name], name)
                 if not config.makes_its_corpus:
                     sets = [item.name for item in config.evaluation] if name != "english" else []
@@ -228,20 +255,11 @@ def _with_paper_recipes(table: dict[str, Any], where: str) -> dict[str, Any]:
 
 def make_run(config: RunConfig) -> Run:
     """The stages of a run, in order."""
-    train_stages = _training_stages(config)
-    # Scored and shown: the stages that end in a Chinese model, in order; the last one is final.
-    scored = tuple(stage.name for stage in train_stages if stage.name != "english")
-    scores = evaluation_stages.EvaluationConfig(
-        stages=scored,
-        vocabulary=config.model.vocabulary,
-        context_length=max(
-            train.context_length for train in (config.stage1, config.stage2, config.finetune) if train
-        ),
-    )
-    learned = () if config.model.vocabulary else ("vocabulary",)
     stages = [
         corpus.stage(
-            corpus.CorpusStageConfig(corpus=config.corpus, evaluations=config.evaluation, are_scored=True)
+            corpus.CorpusStageConfig(
+                corpus=config.corpus, evaluations=config.evaluation, are_scored=config.trains
+            )
         ),
         filter_text.stage(config.filter_text),
         dedup.stage(config.dedup),
@@ -251,7 +269,40 @@ def make_run(config: RunConfig) -> Run:
     ]
     stages += _shard_stages(config, rows=stages[-1].name)
     stages.append(lock.stage(stages))
-    columns = _learned_columns(config, train_stages)
+    scores, train_stages = None, list[Stage]()
+    if config.model is not None:
+        train_stages = _training_stages(config, config.model)
+        scores, after = _model_stages(config, config.model, train_stages)
+        stages += after
+    shown = report_stage.ReportConfig(
+        score=scores,
+        model=config.model.name if config.model is not None else None,
+        training_stages=tuple(stage.name for stage in train_stages),
+        titles={stage.name: stage.title for stage in stages},
+    )
+    stages.append(report_stage.stage(shown, parents=tuple(stage.name for stage in stages)))
+    table = config.run
+    return Run(
+        table.folder, table.seed, table.executor, table.processes, tuple(stages), table.max_failed_tasks
+    )
+
+
+def _model_stages(
+    config: RunConfig, model: ModelTable, train_stages: Sequence[Stage]
+) -> tuple[evaluation_stages.EvaluationConfig, list[Stage]]:
+    """What a run does with its shards: vocabulary, training, and the scores of what was trained."""
+    # Scored and shown: the stages that end in a Chinese model, in order; the last one is final.
+    scored = tuple(stage.name for stage in train_stages if stage.name != "english")
+    scores = evaluation_stages.EvaluationConfig(
+        stages=scored,
+        vocabulary=model.vocabulary,
+        context_length=max(
+            train.context_length for train in (config.stage1, config.stage2, config.finetune) if train
+        ),
+    )
+    learned = () if model.vocabulary else ("vocabulary",)
+    stages: list[Stage] = []
+    columns = _learned_columns(train_stages)
     if columns:
         stages.append(vocabulary.stage(dataclasses.replace(config.vocabulary, columns=columns)))
     stages += train_stages
@@ -266,21 +317,11 @@ def make_run(config: RunConfig) -> Run:
             zeroshot=config.zeroshot,
             sets=config.classification,
             stage=scored[-1],
-            vocabulary=config.model.vocabulary,
+            vocabulary=model.vocabulary,
             context_length=scores.context_length,
         )
         stages.append(zeroshot_stage.stage(sets, learned=learned))
-    shown = report_stage.ReportConfig(
-        score=scores,
-        model=config.model.name,
-        training_stages=tuple(stage.name for stage in train_stages),
-        titles={stage.name: stage.title for stage in stages},
-    )
-    stages.append(report_stage.stage(shown, parents=tuple(stage.name for stage in stages)))
-    table = config.run
-    return Run(
-        table.folder, table.seed, table.executor, table.processes, tuple(stages), table.max_failed_tasks
-    )
+    return scores, stages
 
 
 def _row_stages(config: RunConfig) -> list[Stage]:
@@ -320,7 +361,7 @@ def _shard_stages(config: RunConfig, rows: str) -> list[Stage]:
     ]
 
 
-def _training_stages(config: RunConfig) -> list[Stage]:
+def _training_stages(config: RunConfig, model: ModelTable) -> list[Stage]:
     """english (where asked for) → stage1 → stage2 → finetune: each hands its weights to the next (2.3)."""
     stages: list[Stage] = []
     before: str | None = None
@@ -335,13 +376,13 @@ def _training_stages(config: RunConfig) -> list[Stage]:
         starts_new = before in (None, "english")
         job = training_stage.TrainStageConfig(
             train=train,
-            model=config.model.name,
-            vocabulary=config.model.vocabulary if name != "english" else None,
+            model=model.name,
+            vocabulary=model.vocabulary if name != "english" else None,
             start_stage=None if starts_new else before,
             image_stage="english" if before == "english" else None,
-            image_weights=config.model.image_weights if before is None else None,
-            text_weights=config.model.text_weights if starts_new and name != "english" else None,
-            start_weights=config.model.start_weights if before is None else None,
+            image_weights=model.image_weights if before is None else None,
+            text_weights=model.text_weights if starts_new and name != "english" else None,
+            start_weights=model.start_weights if before is None else None,
             save_openai=name == "english",
             validate=name != "english",
             launcher=config.launch.launcher,
@@ -352,7 +393,7 @@ def _training_stages(config: RunConfig) -> list[Stage]:
     return stages
 
 
-def _learned_columns(config: RunConfig, train_stages: Sequence[Stage]) -> tuple[str, ...]:
+def _learned_columns(train_stages: Sequence[Stage]) -> tuple[str, ...]:
     """Caption columns that need a vocabulary of their own."""
     configs = [stage.config for stage in train_stages if stage.config.vocabulary is None]
     return tuple(sorted({job.train.caption_column for job in configs}))

@@ -15,7 +15,8 @@ from pipeline.core import store
 from pipeline.core.config import apply_overrides, read_toml, to_toml
 from pipeline.core.records import ConfigError, InputError
 from pipeline.core.run import Run, select
-from pipeline.core.terminal import note
+from pipeline.core.stage import Stage
+from pipeline.core.terminal import inform, note, one_line
 from pipeline.runner import execute
 from training.stages import TrainStageConfig, check_given_files
 
@@ -80,8 +81,37 @@ def start(
         if isinstance(stage.config, TrainStageConfig):
             check_given_files(stage.config, stage.name)
     begin = functools.partial(write_started, run, config)
-    num_run = execute(run, stages, redo=redo, force=redo and only is not None, repair=repair, begin=begin)
+    num_run = execute(
+        run,
+        stages,
+        redo=redo,
+        force=redo and only is not None,
+        repair=repair,
+        begin=begin,
+        after=functools.partial(_show_corpus, run, stages),
+    )
     return run, num_run, len(stages)
+
+
+def _show_corpus(run: Run, stages: Sequence[Stage], done: Stage) -> None:
+    """Write the page of a corpus once it is packed, unless its own report is the next thing that is made."""
+    later = stages[stages.index(done) + 1 :]
+    is_next = (
+        later
+        and later[-1].name == "report"
+        and not any(isinstance(stage.config, TrainStageConfig) for stage in later)
+    )
+    if done.name != "shards" or is_next:
+        return
+    from eval.report.run_page import write_run_page
+
+    path = store.join(run.folder, "report.html")
+    try:
+        write_run_page(run, path)
+    except (InputError, OSError) as error:  # training may take weeks, and a page is written again at any time
+        note(f"the report of the corpus is not written: {one_line(str(error))}")
+    else:
+        inform(f"report of the corpus: {path}")
 
 
 def load_to_start(target: str, overrides: Sequence[str] = ()) -> tuple[Run, RunConfig]:

@@ -38,6 +38,7 @@ def execute(
     force: bool = False,
     repair: bool = False,
     begin: Callable[[], None] | None = None,
+    after: Callable[[Stage], None] | None = None,
 ) -> int:
     """Run the stages that are not up to date, in order; returns how many had to run.
 
@@ -45,7 +46,7 @@ def execute(
     `force` redoes finished stages too. `repair` hashes the outputs of finished tasks, redoes the tasks whose
     outputs are missing or differ, and folds damaged manifests anew. Without it a finished stage whose outputs
     are missing or have another size stops the run. `begin` is called before the first stage that runs, once
-    nothing speaks against it.
+    nothing speaks against it; `after` after each stage that ran.
     """
     num_run = 0
     names = [stage.name for stage in run.stages]
@@ -85,6 +86,8 @@ def execute(
                 label = f"[{position}/{len(stages)}] {stage.name}"
                 _run_stage(run, stage, label, status if is_as_surveyed else None)
             num_run += 1
+            if after is not None:
+                after(stage)
     return num_run
 
 

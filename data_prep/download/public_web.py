@@ -7,26 +7,25 @@ the address could not be checked. The whole request, redirects included, has one
 """
 
 import bisect
+import email.utils
 import http.client
 import ipaddress
-import re
 import string
+import time
 import urllib.parse
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from data_prep.download.address import Address, AddressRefusedError, read_address, redirected
 from data_prep.download.deadline import Deadline, connect, get, look_up, secure
+from data_prep.download.opt_out import OptedOutError, OptOuts
 from data_prep.sources.local_server import HOST
 from pipeline.core.shard_format import MAX_IMAGE_BYTES
 
-# In X-Robots-Tag; `none` is noindex and nofollow in one word.
-OPT_OUT_DIRECTIVES = ("noai", "noimageai", "noindex", "noimageindex", "none")
-MAX_REDIRECTS = 5
+MAX_REDIRECTS = 10
 ALLOWED_VARIABLE = "CNCLIP_ALLOWED_NETWORKS"  # environment variable of the download workers
 
 _MAX_OTHER_BYTES = 1 << 20  # headers, interim responses, chunk sizes, trailers, of all hops
 _REDIRECTS = (301, 302, 303, 307, 308)
-_SPACE = string.whitespace + "\u3000\u00a0\ufeff"  # around an address, it is not part of it
 
 # The interpreter's ipaddress changes what it calls global from one patch release to the next, so the networks
 # stand here. IPv4: IANA's IPv4 Special-Purpose Address Registry and multicast (RFC 5771).
@@ -73,10 +72,6 @@ _ISATAP = (0x00005EFE, 0x02005EFE)  # before an IPv4 address in the interface id
 _NAT64 = (ipaddress.IPv6Network("64:ff9b::/96"), ipaddress.IPv6Network("64:ff9b:1::/48"))
 
 
-class AddressRefusedError(Exception):
-    """The address is not one of the public web; says which and why."""
-
-
 class TooManyRedirectsError(OSError):
     """An address leads on and on, most often in a circle."""
 
@@ -84,9 +79,11 @@ class TooManyRedirectsError(OSError):
 class HttpStatusError(Exception):
     """A server answered with a status that is neither success nor a redirect that can be followed."""
 
-    def __init__(self, status: int) -> None:
+    def __init__(self, status: int, host: str, retry_after: float | None) -> None:
         super().__init__(f"HTTP status {status}")
         self.status = status
+        self.host = host  # that answered
+        self.retry_after = retry_after  # seconds until it wants to be asked again; None: it says nothing
 
 
 def _ranges(networks: Sequence[str]) -> tuple[list[int], list[int]]:
@@ -131,56 +128,13 @@ def _translated(ip: ipaddress.IPv6Address) -> ipaddress.IPv4Address:
     return ipaddress.IPv4Address(packed[12:])
 
 
-@dataclass(frozen=True, slots=True)
-class _Address:
-    scheme: str
-    host: str  # ASCII, without brackets
-    port: int
-    target: str  # path and query
-    whole: str
-
-    @property
-    def host_header(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == _PORTS[self.scheme] else f"{host}:{self.port}"
-
-
-_PORTS = {"http": 80, "https": 443}
-_HOST = re.compile(r"[!-~]{1,253}")
-
-
-def _read_address(address: str) -> _Address:
-    """Take an address apart as browsers do: white space around it goes, Chinese in it is encoded.
-
-    Raises:
-        AddressRefusedError: if it is no address, or not one of http or https.
-    """
-    address = address.strip(_SPACE)
-    try:
-        parts = urllib.parse.urlsplit(address)
-        scheme, host, port = parts.scheme.lower(), parts.hostname or "", parts.port
-        if scheme not in _PORTS:
-            raise AddressRefusedError(f"{address[:80]}: only http and https are fetched")
-        if not host.isascii():
-            host = host.encode("idna").decode("ascii")
-        if not _HOST.fullmatch(host) or max(map(len, host.split("."))) > 63 or ".." in host:
-            raise AddressRefusedError(f"{address[:80]}: has no host that can exist")
-        # What is quoted stays so.
-        path = urllib.parse.quote(parts.path or "/", safe=string.punctuation)
-        query = "?" + urllib.parse.quote(parts.query, safe=string.punctuation) if parts.query else ""
-    except ValueError as error:  # UnicodeError included: a label too long, half a surrogate pair
-        raise AddressRefusedError(f"{address[:80]}: not an address ({error})") from None
-    if host.rstrip(".") == HOST:
-        raise AddressRefusedError(f"{address[:80]}: is of a run's own images, which no table can ask for")
-    return _Address(scheme, host, port or _PORTS[scheme], path + query, address)
-
-
 def open_public(
     address: str,
     headers: dict[str, str],
     timeout: float,
     allowed: Sequence[str] = (),
     own_site: str = "",
+    opt_outs: OptOuts | None = None,
 ) -> http.client.HTTPResponse:
     """GET an address, following redirects; return the response, a context manager.
 
@@ -189,7 +143,9 @@ def open_public(
 
     Raises:
         AddressRefusedError: if a hop is not of the public web.
+        OptedOutError: if an owner on the way forbids it.
         HttpStatusError: if the answer is no success.
+        TooManyRedirectsError: if it leads on more than MAX_REDIRECTS times.
         TimeoutError: when the time is over, while the response is read as well.
         OSError, http.client.HTTPException, TooManyBytesError: as the network and the server give them.
     """
@@ -198,27 +154,54 @@ def open_public(
         parts = urllib.parse.urlsplit(address)
         sock = connect(look_up(parts.hostname or "", parts.port or 80, deadline), deadline)
         target = urllib.parse.quote(address.removeprefix(f"http://{parts.netloc}"), safe=string.punctuation)
-        return _successful(get(sock, HOST, target, headers))
+        return _successful(get(sock, HOST, target, headers), HOST, opt_outs)
     for _ in range(MAX_REDIRECTS + 1):
-        hop = _read_address(address)
+        hop = read_address(address)
+        if opt_outs is not None:
+            opt_outs.before(hop, deadline.left())
         response = _ask(hop, headers, deadline, allowed)
         location = response.headers.get("Location")
         if response.status not in _REDIRECTS or not location:
-            return _successful(response)
+            return _successful(response, hop.host, opt_outs)
+        _look_at(response, opt_outs)
         response.close()
-        address = urllib.parse.urljoin(hop.whole, _readable(location).strip(_SPACE))
+        address = redirected(hop, location)
     raise TooManyRedirectsError(f"more than {MAX_REDIRECTS} redirects")
 
 
-def _successful(response: http.client.HTTPResponse) -> http.client.HTTPResponse:
+def _successful(
+    response: http.client.HTTPResponse, host: str, opt_outs: OptOuts | None
+) -> http.client.HTTPResponse:
     if 200 <= response.status < 300:
+        _look_at(response, opt_outs)
         return response
     response.close()
-    raise HttpStatusError(response.status)
+    raise HttpStatusError(response.status, host, _seconds_until(response.headers.get("Retry-After", "")))
+
+
+def _look_at(response: http.client.HTTPResponse, opt_outs: OptOuts | None) -> None:
+    if opt_outs is None:
+        return
+    try:
+        opt_outs.after(response.headers)
+    except OptedOutError:
+        response.close()
+        raise
+
+
+def _seconds_until(when: str) -> float | None:
+    """Return the seconds that a Retry-After asks for: their number, or until a date (RFC 9110, 10.2.3)."""
+    when = when.strip()
+    if when.isascii() and when.isdigit():
+        return float(when[:9])
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(when).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return None
 
 
 def _ask(
-    hop: _Address, headers: dict[str, str], deadline: Deadline, allowed: Sequence[str]
+    hop: Address, headers: dict[str, str], deadline: Deadline, allowed: Sequence[str]
 ) -> http.client.HTTPResponse:
     places = look_up(hop.host, hop.port, deadline)
     for *_, place in places:
@@ -228,11 +211,3 @@ def _ask(
     if hop.scheme == "https":
         sock = secure(sock, hop.host, deadline)
     return get(sock, hop.host_header, hop.target, headers)
-
-
-def _readable(location: str) -> str:
-    """Return a Location as text: http.client reads its bytes as Latin-1, servers mean UTF-8."""
-    try:
-        return location.encode("latin-1").decode("utf-8")
-    except UnicodeError:
-        return location

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.core.files.images import PIXEL_LIMIT, BadImageError, open_image, upright, upright_size
+from pipeline.core.files.images import UNDECODABLE, BadImageError, open_image, upright, upright_size
 
 _MOST_JPEG_PX = 65_500  # libjpeg's limit
 
@@ -33,21 +33,26 @@ class UprightResizer:
         """(jpeg bytes, width, height, original width, original height, None), or five None and the error."""
         data = img_stream.read()
         try:
-            image = open_image(data, self.max_pixels)
-            original_size = upright_size(image)
-            if self.scaled_decode:
-                _draft(image, self.short_side_px)
-            image = upright(image)
+            return self._resized(data)
         except BadImageError as error:
             return None, None, None, None, None, str(error)
+        except MemoryError:
+            raise  # of the machine: the row is worth another try
+        except Exception as error:  # img2dataset would lose the row, and each further try as well
+            return None, None, None, None, None, f"{UNDECODABLE}: {type(error).__name__}: {error}"
+
+    def _resized(self, data: bytes) -> tuple[Any, ...]:
+        image = open_image(data, self.max_pixels)
+        original_size = upright_size(image)
+        if self.scaled_decode:
+            _draft(image, self.short_side_px)
+        image = upright(image)
         original_width, original_height = original_size
-        scale = self.short_side_px / min(original_size)
+        # A strip whose short side is small enough may still have a side that no JPEG can have.
+        scale = min(self.short_side_px / min(original_size), _MOST_JPEG_PX / max(original_size))
         if scale < 1:
             size = (max(1, round(original_width * scale)), max(1, round(original_height * scale)))
             image = _average(image, size) if self.scaled_decode else _reduce(image, size)
-        if max(image.size) > _MOST_JPEG_PX:  # a strip that a smaller short side would not reduce
-            found = f"{image.width} x {image.height} pixels, and a JPEG has at most {_MOST_JPEG_PX} a side"
-            return None, None, None, None, None, f"{PIXEL_LIMIT}: {found}"
         out = io.BytesIO()
         image.save(out, "JPEG", quality=self.jpeg_quality, subsampling=0)
         return out.getvalue(), *image.size, original_width, original_height, None

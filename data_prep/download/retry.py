@@ -15,22 +15,12 @@ import polars as pl
 
 from data_prep.accounting.drop_table import HTTP_STATUS
 from data_prep.accounting.judged import SourceCounts, sources_from_json
+from data_prep.download.reasons import HTTP_ERROR, PASSING, PASSING_STATUSES, SERVER_ERRORS_FROM
 from data_prep.formats.parquet import write_table
 from pipeline.core import store
 from pipeline.core.facts import Facts
-from pipeline.core.failures import PARTITION_FAILED
-from pipeline.core.records import DropReason, Manifest, Receipt, Shard
+from pipeline.core.records import Manifest, Receipt, Shard
 from pipeline.core.stage import Context, Task
-
-# img2dataset met an error of its own on a row and wrote nothing about it.
-LOST_BY_DOWNLOADER = DropReason("lost_by_downloader")
-
-# What another day may repair. Not: 404, a page in place of an image, an owner who opted out, ...
-_PASSING = ("timeout", "connection", "dns", "tls", str(LOST_BY_DOWNLOADER), str(PARTITION_FAILED))
-_HTTP_ERROR = "http_error"
-# Request timeout, too early, too many requests (RFC 9110, RFC 8470, RFC 6585), and the server's own errors.
-_PASSING_STATUSES = (408, 425, 429)
-_SERVER_ERRORS_FROM = 500
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,11 +66,11 @@ def worth_it(drops: pl.LazyFrame) -> pl.LazyFrame:
     if HTTP_STATUS not in drops.collect_schema().names():
         drops = drops.with_columns(pl.lit(None, dtype=pl.Int16).alias(HTTP_STATUS))
     status = pl.col(HTTP_STATUS)
-    passing = status.is_in(_PASSING_STATUSES) | (status >= _SERVER_ERRORS_FROM)
-    of_server = (pl.col("reason") == _HTTP_ERROR) & passing.fill_null(
+    passing = status.is_in(PASSING_STATUSES) | (status >= SERVER_ERRORS_FROM)
+    of_server = (pl.col("reason") == str(HTTP_ERROR)) & passing.fill_null(
         True
     )  # unknown: made before it was kept
-    return drops.filter(pl.col("reason").is_in(_PASSING) | of_server)
+    return drops.filter(pl.col("reason").is_in([str(reason) for reason in PASSING]) | of_server)
 
 
 def failures(context: Context) -> list[Failures]:
@@ -91,7 +81,9 @@ def failures(context: Context) -> list[Failures]:
         again = worth_it(table).select("key", again=pl.lit(True))
         shown = [pl.col("reason")]
         if HTTP_STATUS in table.collect_schema().names():
-            shown.append(pl.when(pl.col("reason") == _HTTP_ERROR).then(pl.col(HTTP_STATUS).cast(pl.String)))
+            shown.append(
+                pl.when(pl.col("reason") == str(HTTP_ERROR)).then(pl.col(HTTP_STATUS).cast(pl.String))
+            )
         name = pl.concat_str(shown, separator=" ", ignore_nulls=True)
         rows = table.join(again, on="key", how="left").select(
             name=name, again=pl.col("again").fill_null(False)

@@ -16,14 +16,18 @@ import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import polars as pl
+from annotated_types import Ge
 
 from data_prep.accounting.drop_table import HTTP_STATUS, drops_path, write_drops
 from data_prep.accounting.judged import count_by_source
 from data_prep.download import own_images, retry
 from data_prep.download.board import BOARD_VARIABLE, Boards
-from data_prep.download.public_web import ALLOWED_VARIABLE, OPT_OUT_DIRECTIVES
+from data_prep.download.opt_out import AGENT, OPT_OUT_DIRECTIVES, RULES_VARIABLE, Rules
+from data_prep.download.public_web import ALLOWED_VARIABLE
+from data_prep.download.reasons import LOST_BY_DOWNLOADER, OF_THE_NETWORK
 from data_prep.download.retry import DownloadFacts, DownloadTask
 from data_prep.download.watch import Watch
 from data_prep.formats.parquet import write_table
@@ -39,7 +43,6 @@ from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 from pipeline.core.terminal import one_line
 
 _POLL_SECONDS = 0.2
-_NETWORK_REASONS = ("connection", "dns", "timeout")
 _LEAST_ROWS = 20  # of a partition that is judged for an outage
 _SUSPECT_SHARE = 0.5
 _CALLS = 2  # of img2dataset, the first included, for what it leaves damaged
@@ -63,7 +66,19 @@ class DownloadConfig:
     timeout_seconds: float = 10.0
     """Limit for a whole request, in seconds."""
     retries: int = 1
-    """Further attempts at an address that returned nothing."""
+    """Further attempts at an address whose failure may pass: a time-out, a lost connection, status 503, …"""
+    retry_after_seconds: Annotated[float, Ge(0)] = 10.0
+    """Longest pause in seconds that a host gets if it asks for one with status 429 or 503 and `Retry-After`.
+    If it asks for longer, the address is left for `cnclip retry`.
+    """
+    robots_txt: bool = False
+    """Whether cnclip reads and obeys each host's robots.txt. Off, as in img2dataset: a table's addresses are
+    not found by crawling, and it costs one more request for each host.
+    """
+    tdm_reservation: bool = False
+    """Whether images with the header `TDM-Reservation: 1` are left out. Off, as in img2dataset;
+    `X-Robots-Tag` always counts.
+    """
     allowed_networks: tuple[str, ...] = ()
     """Networks that may be fetched from although they are not public, such as `10.0.0.0/8`."""
     outage_share: float = field(default=0.9, metadata=NOT_IN_DIGEST)
@@ -226,8 +241,11 @@ def _network_failures(raw: Path, number: int) -> float:
     answers = pl.read_parquet(raw / "shards" / f"{number:05d}.parquet", columns=["error_message"])
     if answers.height < _LEAST_ROWS:
         return 0.0
-    reasons = answers["error_message"].str.split(":").list.first()
-    return float(reasons.is_in(_NETWORK_REASONS).fill_null(False).sum()) / answers.height
+    reasons = answers["error_message"].str.split(": ").list.first()
+    return (
+        float(reasons.is_in([str(reason) for reason in OF_THE_NETWORK]).fill_null(False).sum())
+        / answers.height
+    )
 
 
 @contextlib.contextmanager
@@ -258,7 +276,7 @@ def _downloader(
         "retries": config.retries,
         "compute_hash": "sha256",
         "extract_exif": False,
-        "user_agent_token": "cnclip-pretraining",
+        "user_agent_token": AGENT,
         "disallowed_header_directives": list(OPT_OUT_DIRECTIVES),
         "enable_wandb": False,
     }
@@ -269,6 +287,11 @@ def _downloader(
         "NO_ALBUMENTATIONS_UPDATE": "1",  # its import looks for updates otherwise
         "TQDM_DISABLE": "1",  # no bars in the log
         ALLOWED_VARIABLE: " ".join(config.allowed_networks),
+        RULES_VARIABLE: Rules(
+            robots_txt=config.robots_txt,
+            tdm_reservation=config.tdm_reservation,
+            retry_after_seconds=config.retry_after_seconds,
+        ).to_json(),
         **variables,
     }
     with contextlib.ExitStack() as stack:
@@ -331,7 +354,7 @@ def _pack(
     task: Task,
     raw: Path,
     number: int | None,
-    unanswered: DropReason = retry.LOST_BY_DOWNLOADER,
+    unanswered: DropReason = LOST_BY_DOWNLOADER,
 ) -> Outcome:
     """Repack one img2dataset shard: images in key order, kept rows with their facts, drops with reasons.
 
@@ -346,7 +369,7 @@ def _pack(
     answers = answers.select(
         pl.col("sample_key").alias("key"),
         pl.col("key").alias("member"),
-        reason=pl.col("error_message").str.split(":").list.first(),
+        reason=pl.col("error_message").str.split(": ").list.first(),
         http_status=pl.col("error_message").str.extract(r"^http_\w+: (\d{3})$").cast(pl.Int16),
         original_width_px="original_width",
         original_height_px="original_height",
@@ -412,7 +435,7 @@ def stage(config: DownloadConfig) -> Stage:
     return Stage(
         "download",
         title="img2dataset fetches, turns upright and resizes",
-        version=2,
+        version=3,
         config=config,
         parents=("corpus", "dedup"),
         plan=plan,

@@ -37,7 +37,7 @@ import img2dataset.downloader  # noqa: E402
 import img2dataset.writer  # noqa: E402
 
 from data_prep.download.board import BOARD_VARIABLE, Board, report  # noqa: E402
-from data_prep.download.fetch import fetch_image, shown  # noqa: E402
+from data_prep.download.fetch import fetch_image, fetch_with_retries, shown  # noqa: E402
 from data_prep.download.resize import UprightResizer  # noqa: E402
 
 _board: Board | None = None  # of this process, once it downloads
@@ -51,8 +51,15 @@ def fetch(
     `timeout` counts for the whole request, in seconds. Errors begin with a DropReason and a colon.
     """
     key, address = row
-    with _board.open(shown(address)) if _board is not None else contextlib.nullcontext():
-        return fetch_image(key, address, timeout, user_agent_token, disallowed_header_directives)
+    return fetch_image(key, address, timeout, user_agent_token, disallowed_header_directives)
+
+
+def fetch_patiently(
+    row: Any, timeout: float, retries: int, user_agent_token: str, disallowed_header_directives: Any
+) -> tuple[Any, ...]:
+    """Fetch as img2dataset's `download_image_with_retry`; only what may pass is tried again."""
+    with _board.open(shown(row[1])) if _board is not None else contextlib.nullcontext():
+        return fetch_with_retries(row, timeout, retries, user_agent_token, disallowed_header_directives)
 
 
 def _watched_shard(self: Any, row: Any) -> None:
@@ -99,7 +106,9 @@ def _reporting(method: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+# Both: none of img2dataset's own requests, which ask for any address, is ever to be made.
 img2dataset.downloader.download_image = fetch
+img2dataset.downloader.download_image_with_retry = fetch_patiently
 _download_shard = img2dataset.downloader.Downloader.download_shard
 img2dataset.downloader.Downloader.download_shard = _watched_shard
 _Writer = img2dataset.writer.WebDatasetSampleWriter

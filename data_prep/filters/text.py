@@ -293,7 +293,7 @@ def stage(config: FilterTextConfig) -> Stage:
     return Stage(
         "filter_text",
         title="language, score, length, blacklist, addresses of evaluation images",
-        version=3,
+        version=4,
         config=config,
         parents=("corpus",),
         plan=plan,

@@ -87,8 +87,9 @@ def caption_present() -> TextRule:
 
 def url_valid() -> TextRule:
     """Keep http and https addresses with a host: only these can be downloaded."""
-    valid = pl.col("url").str.contains(r"^(?i)https?://[^/\s?#]+")
-    return TextRule(URL_RULE, 1, _drop(~valid.fill_null(False), URL_INVALID))
+    # Browsers read a backslash as a slash, and so does the download.
+    valid = pl.col("url").str.contains(r"^(?i)https?:[/\\]{2}[^/\\\s?#]+")
+    return TextRule(URL_RULE, 2, _drop(~valid.fill_null(False), URL_INVALID))
 
 
 def not_an_evaluation_url(urls: Sequence[str]) -> TextRule:

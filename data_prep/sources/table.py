@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import polars as pl
 from pydantic import BeforeValidator
 
+from data_prep.rules.address import AROUND
 from data_prep.sources import text_file
 from data_prep.sources.list_columns import refuse_nested_columns, with_one_caption
 from data_prep.sources.local_server import HOST, IMAGES
@@ -108,6 +109,8 @@ class TableSource:
     """
     list_captions: ListCaptions | None = field(default=None, metadata=IN_DIGEST_IF_SET)
     """What a list of captions becomes: a row for `each`, or a row with the `first`. Unset: it is refused."""
+    address_scheme: Literal["http", "https"] | None = field(default=None, metadata=IN_DIGEST_IF_SET)
+    """Scheme of addresses that have none (`//host/a.jpg`). Unset: such rows are dropped as `url_invalid`."""
 
     def __post_init__(self) -> None:
         for name in ("separator", "quote", "escape"):
@@ -337,7 +340,10 @@ def _url(column: str | None, source: TableSource) -> pl.Expr:
     """The address of each row; a path below the image folder becomes one of the loopback site's."""
     url = by_name(str(column)).cast(pl.String)
     if source.picture_folder is None:
-        return url
+        url = url.str.strip_chars(AROUND)
+        if source.address_scheme is None:
+            return url
+        return url.str.replace(r"^[/\\]{2}", f"{source.address_scheme}://")
     # In a file's name these are letters, in an address they would end the path or begin an escape.
     for letter, escape in (("%", "%25"), ("#", "%23"), ("?", "%3F")):
         url = url.str.replace_all(letter, escape, literal=True)

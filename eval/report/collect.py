@@ -67,10 +67,10 @@ def collect(
         model=config.model,
         training_stages=config.training_stages,
         facts={
-            "model": config.model,
+            **({"model": config.model} if config.model else {}),
             **({"pairs": f"{pairs.num_kept:,}"} if pairs else {}),
             "seed": str(context.seed),
-            "final": f"{config.score.stages[-1]}/model.safetensors",
+            **({"final": f"{config.score.stages[-1]}/model.safetensors"} if config.score else {}),
         },
         final_stage=final,
         evaluations=evaluations,
@@ -115,7 +115,8 @@ def _with_images(
             return None
 
     # While a run goes on, it needs its accelerator: the model is loaded when the run has done with it.
-    has_model = {*finished} >= {config.score.stages[-1], "shards", "retrieval"}
+    score = config.score
+    has_model = score is not None and {*finished} >= {score.stages[-1], "shards", "retrieval"}
     with RowLookup(context) as lookup:
         copies = attempt(lambda: copies_of_rules(context, lookup)) or ()
         dropped = attempt(lambda: dropped_by_rules(context, lookup)) or ()
@@ -132,13 +133,15 @@ def _with_images(
         copies=copies,
         samples=(attempt(lambda: wall_of_samples(context)) if "shards" in context.parents else None) or (),
         dropped=dropped,
-        corpus_map=attempt(lambda: corpus_map(context, config.score)) if has_model else None,
+        corpus_map=attempt(lambda: corpus_map(context, score)) if score and has_model else None,
     )
     return dataclasses.replace(shown, missing=tuple(dict.fromkeys(missing)))
 
 
 def _scores(config: ReportConfig, context: Context) -> "tuple[str, dict[str, RetrievalScores]]":
     """Return the last scored stage, and the scores: its own under the sets' names, others with `/stage`."""
+    if config.score is None:
+        return "", {}
     manifest = context.parents.get("retrieval")
     found = [RetrievalFacts.from_json(extra) for extra in (manifest.extra if manifest else {}).values()]
     scored = {item.stage for item in found}
@@ -205,6 +208,8 @@ def comparisons(config: ReportConfig, context: Context) -> "tuple[Comparison, ..
     from eval.retrieval.measure import StoredFeatures, evaluate_retrieval
     from eval.zeroshot.stage import ZeroshotFacts
 
+    if config.score is None or config.model is None:
+        return ()
     final = config.score.stages[-1]
     tables = []
     for item in evaluations_of(context):

@@ -249,10 +249,10 @@ class ReportData:
     in which they are to be shown. `baselines` has the names without stage, each with "chance" and "pixel".
     """
 
-    model: str
+    model: str | None  # None: a run of the corpus alone
     training_stages: tuple[str, ...]  # in order
     facts: Mapping[str, str]  # of the run: key of the words `facts` → value
-    final_stage: str  # name of the stage that made the final model
+    final_stage: str  # name of the stage that made the final model; empty without one
     evaluations: Mapping[str, RetrievalScores]
     baselines: Mapping[str, Mapping[str, RetrievalScores]]
     stages: tuple[StageFacts, ...]

@@ -9,6 +9,8 @@ from eval.report.page import render_html
 from pipeline.core import store
 from pipeline.core.text_table import align
 
+_MOST_REASONS = 3  # of a step in the table for the terminal
+
 
 def write_report(data: ReportData, html_path: str, json_path: str) -> None:
     """Render the page and write both files, each whole or not at all."""
@@ -70,7 +72,9 @@ def report_json(data: ReportData) -> dict[str, Any]:
 
 
 def headline(data: ReportData) -> str:
-    """Return the headline table as plain text in aligned columns."""
+    """Return the headline table as plain text in aligned columns: scores, or of a corpus alone its funnel."""
+    if data.model is None:
+        return _funnel_table(data)
     header = [
         "evaluation",
         "model",
@@ -84,6 +88,19 @@ def headline(data: ReportData) -> str:
             values = [*recall_values(scores["t2i"]), *recall_values(scores["i2t"]), scores["mean_recall"]]
             rows.append([evaluation if position == 0 else "", label, *map(percent, values)])
     return align(rows, (False, False, *[True] * (len(header) - 2)))
+
+
+def _funnel_table(data: ReportData) -> str:
+    rows = [["stage", "rows", "kept", "share", "most often dropped for"]]
+    for step in data.funnel:
+        total = step.total
+        reasons = sorted(total.dropped.items(), key=lambda item: (-item[1], item[0]))[:_MOST_REASONS]
+        share = f"{percent(100 * total.num_kept / max(total.num_in, 1))}%"
+        said = ", ".join(f"{reason} {count:,}" for reason, count in reasons)
+        rows.append([step.stage, f"{total.num_in:,}", f"{total.num_kept:,}", share, said])
+    if (pairs := data.rows_of("shards")) is not None:
+        rows.append(["shards", f"{pairs.num_in:,}", f"{pairs.num_kept:,}", "", ""])
+    return align(rows, (False, True, True, True, False))
 
 
 def _counts_json(counts: RowCounts) -> dict[str, Any]:

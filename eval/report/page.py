@@ -42,7 +42,7 @@ def render_html(data: ReportData) -> str:
     """Return the report's page; Jinja2 escapes every value but the charts, which are made here."""
     live = data.live
     heading = f"{live.name} · {live.date}" if live and live.date else live.name if live else None
-    titles = {one: heading or plain("page.untitled", one, model=data.model) for one in LANGUAGES}
+    titles = {one: heading or _untitled(data, one) for one in LANGUAGES}
     sources = _largest_sources(data)
     rows = {stage.name: stage for stage in data.stages}
     names = live.states if live else rows
@@ -66,6 +66,12 @@ def render_html(data: ReportData) -> str:
         cells=lambda step, what: _cells(step, what, sources, len(_sources(data)) > _SOURCES),
         stage_rows=[(name, rows.get(name), live.states[name] if live else None) for name in names],
     )
+
+
+def _untitled(data: ReportData, language: str) -> str:
+    if data.model is None:
+        return plain("page.untitled_corpus", language)
+    return plain("page.untitled", language, model=data.model)
 
 
 def render_tables(tables: Sequence[Comparison], facts: Mapping[str, str]) -> str:

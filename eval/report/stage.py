@@ -23,7 +23,8 @@ def run(config: ReportConfig, context: Context, task: Task, progress: Progress) 
     data = collect(config, context)
     write_report(data, context.path("report.html"), context.path("report.json"))
     store.write_text(context.path("headline.txt"), headline(data))
-    count = len(data.evaluations)
+    pairs = data.rows_of("shards")
+    count = len(data.evaluations) if data.model is not None or pairs is None else pairs.num_kept
     return Outcome(
         {"report.html": count, "report.json": count, "headline.txt": count}, num_in=count, num_kept=count
     )

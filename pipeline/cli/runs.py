@@ -144,7 +144,9 @@ def plan(
 
     resolved, _ = load_to_start(run_file, overrides or ())
     trainings = trainings_of_run(resolved, samples) if on is not None else []
-    needs = training_table(trainings, on, tokens) if on is not None else ""
+    needs = ""
+    if on is not None:
+        needs = training_table(trainings, on, tokens) if trainings else "this run trains no model"
     statuses, complaints = survey_what_is_there(resolved)
     notes = notes_on_training(resolved, resolved.stages)
     if as_json:

@@ -20,6 +20,7 @@ from data_prep.corpus_facts import facts_of, malformed_table, tables_of
 from data_prep.filters.text import FilterTextConfig, by_exemptions, prepared, task_names
 from data_prep.formats.keys import url_hash
 from data_prep.rules import text as text_rules
+from data_prep.rules.address import AROUND
 from data_prep.sources.local_server import HOST, IMAGES
 from data_prep.sources.regions import JOINED
 from data_prep.sources.table import scan
@@ -99,7 +100,8 @@ def _urls(corpus: Manifest, asked: str) -> list[str]:
     """Return the addresses that tables may hold for what was asked: itself, and those of an image on disk."""
     if (served := _SERVED.fullmatch(asked)) is not None:
         return [asked, f"http://{HOST}/{served[1]}"]
-    found = [asked]
+    bare = asked.strip(AROUND)  # as tables are read
+    found = [asked, bare, *(f"{scheme}:{bare}" for scheme in ("http", "https") if bare.startswith("//"))]
     for source in (table.place.source for table in tables_of(corpus)):
         if source.picture_folder is not None:
             for path in (asked, *_paths_below(source.picture_folder, asked)):

@@ -26,7 +26,7 @@ from tests.helpers.mutations import mutate
 TIMEOUT_SECONDS, MOST_SECONDS, MOST_GROWTH_BYTES = 0.5, 10.0, 2 << 30
 REASONS = {
     "http_404", "http_error", "timeout", "connection", "opted_out", "body_limit", "address_refused", "dns",
-    "tls", "too_many_redirects", "content_encoding",
+    "tls", "too_many_redirects", "content_encoding", "bad_answer",
 }  # fmt: skip
 BODY = bytes(range(256)) * 4
 GZIPPED = gzip.compress(bytes(1 << 20), mtime=0)

@@ -16,6 +16,7 @@ UNREADABLE = DropReason("unreadable")
 # By which a file in a folder is taken for an image, unless a data set's own rule says otherwise.
 IMAGE_ENDINGS = (
     ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif",
+    ".heic", ".heif", ".jxl", ".jp2", ".j2k",
 )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError, features
 
 from pipeline.core.arrays import UInt8Array
+from pipeline.core.files.image_formats import SIGNATURES, name_format, plugin_of, skip_leading
 from pipeline.core.records import DropReason
 from pipeline.core.shard_format import MAX_IMAGE_PIXELS
 
@@ -28,11 +29,16 @@ TRUNCATED = DropReason("truncated")
 UNDECODABLE = DropReason("undecodable")
 PIXEL_LIMIT = DropReason("pixel_limit")
 
-# What a corpus or an evaluation set holds. Formats outside this list have decoders that see little use and
-# much attack. PPM: the traffic signs of ICinW.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", *(["AVIF"] if features.check("avif") else ()))
-# Bytes that begin in the way of an image and still are none were damaged; others never were an image.
-SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF", b"GIF8", b"BM", b"II*\x00", b"MM\x00*")
+FORMAT = DropReason("format")  # `format:heic`: an image in a format that is not read, or not without a plugin
+
+# What a corpus or an evaluation set holds, as far as Pillow is built with it. Formats outside this list have
+# decoders that see little use and much attack. PPM: the traffic signs of ICinW.
+_FORMATS = (
+    *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"),
+    *(["AVIF"] if features.check("avif") else ()),
+    *(["JPEG2000"] if features.check("jpg_2000") else ()),
+)
+_NAMES = {"avif": "AVIF", "jp2": "JPEG2000"}  # in `name_format` and in Pillow
 _TRUNCATION_WORDS = (
     "truncated",
     "broken data stream",
@@ -48,8 +54,9 @@ _JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 _JPEG_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
 _JPEG_EXIF, _JPEG_ADOBE = 0xE1, 0xEE
 
-# Design programs write texts of megabytes into a PNG; a bomb unpacks to gigabytes.
-PngImagePlugin.MAX_TEXT_CHUNK = 8 << 20
+# Design programs write texts and colour profiles of megabytes into a PNG; a bomb unpacks to gigabytes. This
+# is Pillow's own limit for all texts of a file together.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
 class BadImageError(Exception):
@@ -130,21 +137,42 @@ def squash(
 
 
 def open_image(data: bytes, max_pixels: int) -> Image.Image:
-    """Return an image whose header was read and judged, and none of its pixels."""
+    """Return an image whose header was read and judged, and none of its pixels. Of an animation: its first.
+
+    Raises:
+        BadImageError: if the bytes are no image, or promise more than `max_pixels` pixels.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the size is judged below, before any pixel is decoded
-            image = Image.open(io.BytesIO(data), formats=_FORMATS)
-    except UnidentifiedImageError:
-        reason = UNDECODABLE if data.startswith(SIGNATURES) else NOT_AN_IMAGE
-        found = f"starts with {data[:12]!r}" if data else "an empty file"
-        raise BadImageError(f"{reason}: {found}") from None
+            image = _identify(data)
+    except BadImageError:
+        raise
     except Image.DecompressionBombError as error:
         raise BadImageError(f"{PIXEL_LIMIT}: {error}") from None
     except Exception as error:
         raise BadImageError(f"{UNDECODABLE}: {error}") from None
     _check_pixels(image, max_pixels)
     return image
+
+
+def _identify(data: bytes) -> Image.Image:
+    with contextlib.suppress(UnidentifiedImageError):
+        return Image.open(io.BytesIO(data), formats=_FORMATS)
+    begin = skip_leading(data)
+    if len(begin) < len(data):
+        with contextlib.suppress(UnidentifiedImageError):
+            return Image.open(io.BytesIO(begin), formats=_FORMATS)
+    name = name_format(begin)
+    formats = plugin_of(name) if name else ()
+    if formats:
+        with contextlib.suppress(UnidentifiedImageError):
+            return Image.open(io.BytesIO(begin), formats=formats)
+    found = f"starts with {data[:12]!r}" if data else "an empty file"
+    if begin.startswith(SIGNATURES) or formats or _NAMES.get(name or "") in _FORMATS:
+        raise BadImageError(f"{UNDECODABLE}: {found}")
+    reason = f"{FORMAT}:{name}" if name else NOT_AN_IMAGE
+    raise BadImageError(f"{reason}: {found}")
 
 
 def _check_pixels(image: Image.Image, most: int) -> None:
@@ -156,8 +184,8 @@ def _check_pixels(image: Image.Image, most: int) -> None:
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Return width and height as shown: EXIF orientations 5 to 8 lie on their side."""
     width, height = image.size
-    if image.format == "TIFF":
-        return width, height  # Pillow turns these itself, and gives their size as turned
+    if image.format in ("TIFF", "JXL"):
+        return width, height  # their decoders turn these themselves, and give their size as turned
     orientation = 1
     with contextlib.suppress(Exception):
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -172,8 +200,11 @@ def upright(image: Image.Image, layout: str | None = None) -> Image.Image:
     layout = _layout(image) if layout is None else layout  # known only before the pixels are decoded
     try:
         image.load()
-        with contextlib.suppress(Exception):  # a broken orientation tag is no reason to lose the pixels
-            ImageOps.exif_transpose(image, in_place=True)
+        # A broken orientation tag is no reason to lose the pixels. JPEG XL has an orientation of its own, and
+        # that of EXIF does not count (ISO/IEC 18181-2, 9.4).
+        with contextlib.suppress(Exception):
+            if image.format != "JXL":
+                ImageOps.exif_transpose(image, in_place=True)
         return _to_rgb(image, layout)
     except Exception as error:  # decoders raise what they like: OSError, SyntaxError, struct.error, ...
         raise _undecodable(error) from None

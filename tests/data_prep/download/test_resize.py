@@ -25,7 +25,7 @@ def _difference(first: Image.Image, second: Image.Image) -> float:
 def _reason(data: bytes, max_pixels: int = MAX_PIXELS) -> str:
     with pytest.raises(BadImageError) as caught:
         decode_upright(data, max_pixels)
-    reason, colon, _ = str(caught.value).partition(":")
+    reason, colon, _ = str(caught.value).partition(": ")
     assert colon
     return reason
 
@@ -44,12 +44,12 @@ SHOWN = {
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_exif_orientation(orientation: int, image_format: str) -> None:
     stored = four_colours()
     exif = Image.Exif()
     exif[0x0112] = orientation
-    options = {"quality": 95} if image_format != "PNG" else {}
+    options = {"quality": 95} if image_format in ("JPEG", "WEBP") else {}
     data = encode(stored, image_format, exif=exif.tobytes(), **options)
     shown = Image.fromarray(np.ascontiguousarray(SHOWN[orientation](np.asarray(stored))))
     assert _difference(decode_upright(data, MAX_PIXELS), shown) < 4
@@ -129,9 +129,9 @@ PNG = encode(Image.effect_noise((200, 200), 80).convert("RGB"), "PNG")
         (PNG[: len(PNG) // 2], "truncated"),
         (b"", "not_an_image"),
         (b"<!DOCTYPE html><html><body>404</body></html>", "not_an_image"),
-        (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "not_an_image"),
+        (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>', "format:svg"),
         (b"\x00" + bytes(range(256)) * 4, "not_an_image"),
-        (b"%PDF-1.7\n" + bytes(500), "not_an_image"),
+        (b"%PDF-1.7\n" + bytes(500), "format:pdf"),
         (b"\x89PNG\r\n\x1a\n" + b"noise" * 100, "undecodable"),
         (b"RIFF\x10\x00\x00\x00WEBPVP8 " + b"noise" * 20, "undecodable"),
     ],
@@ -165,15 +165,25 @@ def test_small_pictures_are_not_enlarged_and_long_ones_keep_a_pixel() -> None:
     )
 
 
-def test_a_side_that_no_jpeg_can_have_is_a_reason() -> None:
+@pytest.mark.parametrize("scaled_decode", [False, True])
+def test_a_side_that_no_jpeg_can_have_is_reduced(scaled_decode: bool) -> None:
     """Above 65,500 pixels libjpeg fails late: the row would be asked for again at every start."""
-    strip = encode(Image.new("RGB", (65_501, 8)), "PNG")
-    *nothing, error = UprightResizer(256, MAX_PIXELS, 95)(io.BytesIO(strip))
-    assert nothing == [None] * 5
-    assert error.startswith("pixel_limit: 65501 x 8 pixels, and a JPEG has at most 65500 a side")
-    data, width, height, *_, error = UprightResizer(4, MAX_PIXELS, 95)(io.BytesIO(strip))
-    assert (width, height, error) == (32_750, 4, None)
-    assert Image.open(io.BytesIO(data)).size == (32_750, 4)
+    strip = encode(Image.new("RGB", (72_050, 11)), "PNG")
+    for short_side, size in ((256, (65_500, 10)), (4, (26_200, 4))):
+        resizer = UprightResizer(short_side, MAX_PIXELS, 95, scaled_decode)
+        data, width, height, *original, error = resizer(io.BytesIO(strip))
+        assert (width, height, error) == (*size, None)
+        assert original == [72_050, 11]
+        assert Image.open(io.BytesIO(data)).size == size
+
+
+def test_what_fails_each_time_is_a_reason_and_no_lost_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> Image.Image:
+        raise ValueError("no such thing")
+
+    monkeypatch.setattr("data_prep.download.resize._reduce", broken)
+    *nothing, error = UprightResizer(30, MAX_PIXELS, 95)(io.BytesIO(JPEG))
+    assert (nothing, error) == ([None] * 5, "undecodable: ValueError: no such thing")
 
 
 def test_the_same_picture_gives_the_same_bytes() -> None:

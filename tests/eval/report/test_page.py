@@ -10,11 +10,13 @@ import string
 import pytest
 
 from data_prep.accounting.histograms import EDGES
+from data_prep.download import reasons as download_reasons
 from data_prep.rules import image as image_rules
 from data_prep.rules import text as text_rules
 from eval.report.data import Live, StageState
 from eval.report.page import duration, render_html
 from eval.report.words import LANGUAGES, gloss, say, words
+from pipeline.core.files import images
 from pipeline.core.records import DropReason
 from tests.helpers.report_page import HOSTILE, Page, make_data, scores
 
@@ -108,13 +110,14 @@ def test_values_are_escaped_in_both_languages() -> None:
 def test_every_rule_is_explained() -> None:
     reasons = {
         value
-        for module in (text_rules, image_rules)
+        for module in (text_rules, image_rules, download_reasons, images)
         for value in vars(module).values()
         if type(value) is DropReason
     }
     assert len(reasons) > 10
     assert [reason for reason in reasons if not gloss("reasons", reason)] == []
     assert gloss("reasons", "blacklist:advertising") == gloss("reasons", "blacklist")
+    assert gloss("reasons", "format:heic") == gloss("reasons", "format")
     assert gloss("reasons", HOSTILE) == ""
     assert {*EDGES} <= {*words("en")["funnel"]}
 
