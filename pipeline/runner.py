@@ -22,8 +22,9 @@ from pipeline.core.run import (
     receipts_that_count,
     survey_stage,
 )
-from pipeline.core.stage import Context, Progress, Stage, Task, fold, make_receipt
+from pipeline.core.stage import EARLIER, Context, Progress, Stage, Task, fold, make_receipt
 from pipeline.core.terminal import detail, inform, note, one_line
+from pipeline.earlier import keep_earlier, move_earlier
 from pipeline.executors import local
 from pipeline.planning.downloads import obtain_weights
 from pipeline.planning.proportions import check_batches, notes_on_training
@@ -286,6 +287,8 @@ def _run_stage(run: Run, stage: Stage, label: str, status: StageStatus | None) -
     if said := drops.warning(manifest):
         _say(f"warning: {said}")
     store.write_text(manifest_path(run, stage.name), manifest.to_file())
+    if stage.keeps is not None:
+        store.remove(context.path(EARLIER))
     seconds = sum(receipt.seconds for receipt in receipts.values())
     detail(f"{stage.name}: {manifest.num_in:,} in, {manifest.num_kept:,} kept, {seconds:,.1f} s in its tasks")
 
@@ -355,13 +358,16 @@ def _discard(run: Run, stage: Stage, force: bool) -> None:
     context = make_context(run, stage)
     assert context is not None
     path = manifest_path(run, stage.name)
-    if store.exists(path):
-        store.remove(path)  # first: without it nothing here counts as complete
     tasks = [] if force else stage.plan(stage.config, context)
     counting = receipts_that_count(stage, context, tasks)
-    if not counting:
+    is_kept = not force and keep_earlier(run, stage, context)
+    if store.exists(path):
+        store.remove(path)  # first: without it nothing here counts as complete
+    if not counting and not is_kept:
         store.remove(context.path())
         return
+    if is_kept:
+        move_earlier(run, stage, context, counting)
     valid = {name + ending for name in counting for ending in (".json", ".files")}
     for name in store.list_files(context.path("receipts")):
         if name not in valid:

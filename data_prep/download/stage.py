@@ -21,27 +21,27 @@ from typing import Annotated
 import polars as pl
 from annotated_types import Ge
 
-from data_prep.accounting.drop_table import HTTP_STATUS, drops_path, write_drops
-from data_prep.accounting.judged import count_by_source
-from data_prep.download import own_images, retry
+from data_prep.download import own_images
 from data_prep.download.board import BOARD_VARIABLE, Boards
+from data_prep.download.earlier import EarlierBuilds, keeps
 from data_prep.download.opt_out import AGENT, OPT_OUT_DIRECTIVES, RULES_VARIABLE, Rules
+from data_prep.download.own_images import OwnImages
+from data_prep.download.pack import KNOWN_SCHEMA, asked_rows, pack
 from data_prep.download.public_web import ALLOWED_VARIABLE
-from data_prep.download.reasons import LOST_BY_DOWNLOADER, OF_THE_NETWORK
-from data_prep.download.retry import DownloadFacts, DownloadTask
+from data_prep.download.reasons import OF_THE_NETWORK
+from data_prep.download.retry import DownloadTask
 from data_prep.download.watch import Watch
-from data_prep.formats.parquet import write_table
-from data_prep.formats.tar import TarWriter
 from data_prep.sources.local_server import SITE_VARIABLE
 from pipeline.core import store
 from pipeline.core.config import NOT_IN_DIGEST
 from pipeline.core.failures import PARTITION_FAILED, is_of_machine, outage
 from pipeline.core.processes import dies_with_us, import_environment, say
-from pipeline.core.records import DropReason, InputError
+from pipeline.core.records import InputError
 from pipeline.core.shard_format import MAX_IMAGE_PIXELS
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 from pipeline.core.terminal import one_line
 
+NAME = "download"
 _POLL_SECONDS = 0.2
 _LEAST_ROWS = 20  # of a partition that is judged for an outage
 _SUSPECT_SHARE = 0.5
@@ -87,6 +87,8 @@ class DownloadConfig:
     """
     stall_seconds: float = field(default=600.0, metadata=NOT_IN_DIGEST)
     """Seconds without a byte after which a worker counts as hung."""
+    reuse: tuple[str, ...] = field(default=(), metadata=NOT_IN_DIGEST)
+    """Folders of finished runs whose images are taken for rows that this run has in common with them."""
     processes: int = field(default=2, metadata=NOT_IN_DIGEST)
     """Download processes."""
     threads: int = field(default=32, metadata=NOT_IN_DIGEST)
@@ -155,18 +157,25 @@ def _download(
     num_rows: dict[str, int] = {}  # asked for, of each task
     waiting: dict[int, Task] = {}  # number of img2dataset's shard → task
     damaged: list[tuple[Task, str]] = []
+    num_known = 0
     with own_images.served(context) as own:
+        builds = _builds(config, context)
         for task in tasks:
-            rows = _asked(context, task)
+            rows = asked_rows(context, task)
+            known = _known(builds, own, task, rows)
+            rows = rows.join(known, on="key", how="anti", maintain_order="left")
             num_rows[task.name] = rows.height
+            num_known += known.height
             if rows.height == 0:
-                yield task, _pack(context, task, raw, None)
+                yield task, _packed(context, task, raw, None, known)
                 continue
             # Images that are on disk already have an address of the loopback site next to the row's own.
             listed = rows.select(url=own.address(rows.columns), sample_key=pl.col("key"))
             with open(raw / "lists" / f"{task.name}.parquet", "wb") as file:
                 listed.write_parquet(file)
             waiting[len(waiting)] = task
+        if num_known:
+            say(f"download: {num_known:,} rows are known from an earlier build", sys.stderr)
         if not waiting:
             return damaged
         log = _log_path(context, tasks[0])
@@ -200,7 +209,8 @@ def _download(
                         )
                     if share < _SUSPECT_SHARE or not waiting:
                         for finished, its_number in suspects:
-                            yield finished, _packed(context, finished, raw, its_number)
+                            known = _known(builds, own, finished, asked_rows(context, finished))
+                            yield finished, _packed(context, finished, raw, its_number, known)
                             done += num_rows[finished.name]
                             progress(done, sum(counts.values()), "rows")
                         suspects.clear()
@@ -316,28 +326,29 @@ def _downloader(
             process.wait()
 
 
-def _asked(context: Context, task: Task) -> pl.DataFrame:
-    """The rows of one partition, in key order; in a later pass those that are worth another try."""
-    task_facts = DownloadTask.from_json(task.arguments)
-    rows = pl.read_parquet(context.path_in("dedup", task_facts.path))
-    if task_facts.drops is not None:
-        again = (
-            retry.worth_it(pl.scan_parquet(context.path_in("download", task_facts.drops)))
-            .select("key")
-            .collect()
-        )
-        rows = rows.join(again, on="key", how="semi", maintain_order="left")
-    return rows
+def _builds(config: DownloadConfig, context: Context) -> EarlierBuilds | None:
+    """Return the builds that rows may be taken from; None for a later pass: its rows are to be asked for."""
+    return EarlierBuilds(config, context, stage(config).config_digest) if context.stage == NAME else None
 
 
-def _packed(context: Context, task: Task, raw: Path, number: int) -> Outcome | InputError:
+def _known(builds: EarlierBuilds | None, own: OwnImages, task: Task, rows: pl.DataFrame) -> pl.DataFrame:
+    """Return what is known of a partition's rows from the web."""
+    if builds is None:
+        return pl.DataFrame(schema=KNOWN_SCHEMA)
+    from_web = rows.filter(own.address(rows.columns) == pl.col("url"))
+    return builds.known(task.name, from_web["key"])
+
+
+def _packed(
+    context: Context, task: Task, raw: Path, number: int | None, known: pl.DataFrame
+) -> Outcome | InputError:
     """Return the outcome of a partition, or what kept it from being packed; the others go on.
 
     Raises:
         OSError: if it is the machine's, such as a full disk.
     """
     try:
-        return _pack(context, task, raw, number)
+        return pack(context, task, raw, number, known)
     except (InputError, OSError, pl.exceptions.PolarsError, tarfile.TarError) as error:
         if is_of_machine(error):
             raise
@@ -346,94 +357,13 @@ def _packed(context: Context, task: Task, raw: Path, number: int) -> Outcome | I
 
 def set_aside(config: DownloadConfig, context: Context, task: Task) -> Outcome:
     """Drop the rows of a partition as `partition_failed`; `cnclip retry` asks for them again."""
-    return _pack(context, task, Path(), None, unanswered=PARTITION_FAILED)
-
-
-def _pack(
-    context: Context,
-    task: Task,
-    raw: Path,
-    number: int | None,
-    unanswered: DropReason = LOST_BY_DOWNLOADER,
-) -> Outcome:
-    """Repack one img2dataset shard: images in key order, kept rows with their facts, drops with reasons.
-
-    `number` is img2dataset's; None where it was asked for nothing. `unanswered` is the reason of rows of
-    which it says nothing.
-    """
-    asked = _asked(context, task)
-    if number is None:
-        answers = pl.DataFrame(schema=_ANSWER_SCHEMA)
-    else:
-        answers = pl.read_parquet(raw / "shards" / f"{number:05d}.parquet")
-    answers = answers.select(
-        pl.col("sample_key").alias("key"),
-        pl.col("key").alias("member"),
-        reason=pl.col("error_message").str.split(": ").list.first(),
-        http_status=pl.col("error_message").str.extract(r"^http_\w+: (\d{3})$").cast(pl.Int16),
-        original_width_px="original_width",
-        original_height_px="original_height",
-        stored_width_px="width",
-        stored_height_px="height",
-        source_sha256="sha256",
-    )
-    rows = asked.join(answers, on="key", how="left", maintain_order="left").with_columns(
-        reason=pl.when(pl.col("member").is_null()).then(pl.lit(str(unanswered))).otherwise(pl.col("reason"))
-    )
-    kept = (
-        rows.filter(pl.col("reason").is_null())
-        .drop("reason", HTTP_STATUS, "width_px", "height_px")
-        .rename({"original_width_px": "width_px", "original_height_px": "height_px"})
-    )
-    tar_path = f"pictures/{task.name}.tar"
-    with store.publish(context.path(tar_path)) as temporary, contextlib.ExitStack() as stack:
-        writer = stack.enter_context(TarWriter(temporary))
-        places = []
-        if number is not None:
-            raw_tar = raw / "shards" / f"{number:05d}.tar"
-            source = stack.enter_context(tarfile.open(raw_tar))
-            members = {member.name: member for member in source.getmembers() if member.name.endswith(".jpg")}
-            for key, name in zip(kept["key"], kept["member"], strict=True):
-                member = source.extractfile(members[f"{name}.jpg"])
-                assert member is not None
-                places.append(writer.add(f"{key}.jpg", member.read()))
-    kept = kept.drop("member").with_columns(
-        pl.Series("offset_bytes", [place.offset_bytes for place in places], dtype=pl.Int64),
-        pl.Series("size_bytes", [place.size_bytes for place in places], dtype=pl.Int64),
-        pl.Series("image_sha256", [place.sha256 for place in places], dtype=pl.String),
-    )
-    table_path = f"pictures/{task.name}.parquet"
-    write_table(kept, context.path(table_path))
-    failed = rows.filter(pl.col("reason").is_not_null())
-    dropped = write_drops(failed, context.path(drops_path(task.name)))
-    if number is not None:
-        for path in (raw / "shards").glob(f"{number:05d}*"):
-            path.unlink()
-    return Outcome(
-        {tar_path: kept.height, table_path: kept.height, drops_path(task.name): rows.height - kept.height},
-        num_in=asked.height,
-        num_kept=kept.height,
-        dropped=dropped,
-        extra=DownloadFacts(sources=count_by_source(kept, failed)).to_json(),
-    )
-
-
-_ANSWER_SCHEMA = {
-    "sample_key": pl.String,
-    "key": pl.String,
-    "error_message": pl.String,
-    "original_width": pl.Int32,
-    "original_height": pl.Int32,
-    "width": pl.Int32,
-    "height": pl.Int32,
-    "sha256": pl.String,
-}
+    return pack(context, task, Path(), None, pl.DataFrame(schema=KNOWN_SCHEMA), PARTITION_FAILED)
 
 
 def stage(config: DownloadConfig) -> Stage:
     """Return the stage that downloads and resizes the images."""
     return Stage(
-        "download",
+        NAME,
         title="img2dataset fetches, turns upright and resizes",
         version=3,
         config=config,
@@ -441,5 +371,6 @@ def stage(config: DownloadConfig) -> Stage:
         plan=plan,
         run_together=run_together,
         set_aside=set_aside,
+        keeps=keeps,
         processes=config.processes,
     )

@@ -17,6 +17,9 @@ from pipeline.core.files import durability
 from pipeline.core.files.damage import listing_path, make_listing
 from pipeline.core.records import SCHEMA_VERSION, InputError, Manifest, Receipt, Shard
 
+EARLIER = "earlier"  # folder in a stage's with what an earlier build has published, while a redo uses it
+UNFINISHED = "unfinished.json"  # manifest there of a build that was not finished, of the tasks that were done
+
 
 @dataclass(frozen=True, slots=True)
 class Task:
@@ -137,6 +140,9 @@ class Stage:
     # The outcome of a task that a run continues without: its rows dropped as `partition_failed`. None: what
     # other tasks make depends on it.
     set_aside: Callable[[Any, Context, Task], Outcome] | None = None
+    # (configuration, settings of earlier work) → whether a redo can use what that has published. The runner
+    # moves it to EARLIER of the stage's folder, and removes it when the stage is done.
+    keeps: Callable[[Any, Mapping[str, Any]], bool] | None = None
     # Raises what its run would refuse at once: before a redo discards what is there.
     check: Callable[[Any, Context], None] | None = None
     is_seeded: bool = False  # its work follows from the run's seed, which the configuration does not hold

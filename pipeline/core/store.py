@@ -197,6 +197,22 @@ def sizes(folder: str) -> dict[str, int]:
     return {info["name"].rsplit("/", 1)[-1]: int(info["size"]) for info in found if info["type"] == "file"}
 
 
+def move(path: str, target: str) -> None:
+    """Move a file within a folder's store, in place of what is at `target`; in an object store it is copied.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+    if is_local(path):
+        durability.make_folder(os.path.dirname(target))
+        os.replace(path, target)
+        durability.sync_folder(os.path.dirname(target))
+        durability.sync_folder(os.path.dirname(path))
+        return
+    fs, name = remote(path)
+    fs.mv(name, remote(target)[1])
+
+
 def remove(path: str) -> None:
     """Remove a file or a folder with all it holds; nothing happens if there is none.
 

@@ -1,7 +1,6 @@
 """A second pass of the download: what comes back, comes to the shards as if it had never failed."""
 
 import contextlib
-import io
 import json
 import shutil
 import tarfile
@@ -9,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import polars as pl
@@ -18,7 +16,6 @@ import pytest
 from data_prep.accounting.funnel import by_source
 from data_prep.download import retry as data_retry
 from data_prep.download import stage as download
-from data_prep.download.stage import DownloadConfig
 from data_prep.filters import image as filter_image
 from data_prep.filters import text as filter_text
 from data_prep.filters.text import FilterTextConfig
@@ -29,16 +26,12 @@ from pipeline.core.records import ConfigError, InputError
 from pipeline.core.run import Run, State, read_manifest, select, survey
 from pipeline.tools import retry
 from pipeline.tools.why import follow
-from tests.helpers.corpus_files import drawing, encoded, make_run, sidecars
-
-NUM_PICTURES = 60
-IMAGES = {f"{number}.jpg": encoded(drawing(number)) for number in range(NUM_PICTURES)}
-CAPTIONS = {name: f"编号{int(name[:-4]):04d}的图片" for name in IMAGES}
+from tests.helpers.corpus_files import sidecars
+from tests.helpers.fake_web import NUM_PICTURES, Web, fake_web, load, shard_bytes
 
 # What the web says to each image at first: some of it passes, some of it stays.
 ERRORS = ("timeout: 10 s", "http_error: 503", "http_error: 429", "dns: no", "tls: bad", "connection: reset")
 LASTING = ("http_404: 404", "http_error: 403", "opted_out: X-Robots-Tag", "not_an_image: starts with b''")
-Web = Callable[[int], str | None]  # number of an image → error, None where it is given, "" where it is lost
 
 
 def first_time(number: int) -> str | None:
@@ -55,43 +48,6 @@ def still_gone(number: int) -> str | None:
     return first_time(number) if first_time(number) in LASTING else None
 
 
-def fake_web(monkeypatch: pytest.MonkeyPatch, web: Web) -> list[int]:
-    """Stands in for img2dataset and the web: writes the files that it writes. Numbers asked for are noted."""
-    asked: list[int] = []
-
-    @contextlib.contextmanager
-    def downloader(config: Any, raw: Path, *_: Any) -> Iterator[Any]:
-        (raw / "shards").mkdir()
-        for place, path in enumerate(sorted((raw / "lists").glob("*.parquet"))):
-            rows = []
-            with tarfile.open(raw / "shards" / f"{place:05d}.tar", "w") as tar:
-                for index, (url, key) in enumerate(pl.read_parquet(path).iter_rows()):
-                    name = url.rsplit("/", 1)[1]
-                    asked.append(int(name[:-4]))
-                    error = web(asked[-1])
-                    if error == "":
-                        continue
-                    if error is None:
-                        member = tarfile.TarInfo(f"{index:09d}.jpg")
-                        member.size = len(IMAGES[name])
-                        tar.addfile(member, io.BytesIO(IMAGES[name]))
-                    size = 64 if error is None else None
-                    rows.append((key, f"{index:09d}", error, size, size, size, size, "00"))
-            table = pl.DataFrame(rows, schema=download._ANSWER_SCHEMA, orient="row")
-            table.write_parquet(raw / "shards" / f"{place:05d}.parquet")
-            (raw / "shards" / f"{place:05d}_stats.json").write_text("{}")
-        yield SimpleNamespace(poll=lambda: 0)
-
-    monkeypatch.setattr(download, "_downloader", downloader)
-    return asked
-
-
-def load(folder: Path) -> Run:
-    run = make_run(folder, IMAGES, CAPTIONS)
-    stages = [download.stage(DownloadConfig()) if stage.name == "download" else stage for stage in run.stages]
-    return replace(run, stages=tuple(stages))
-
-
 @pytest.fixture
 def failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """A finished run on a bad day."""
@@ -99,10 +55,6 @@ def failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     run = load(tmp_path / "failed")
     runner.execute(run, run.stages, redo=False)
     return run
-
-
-def shard_bytes(run: Run) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(Path(run.folder, "shards").glob("00*"))}
 
 
 def dropped(run: Run) -> dict[str, int]:
