@@ -45,7 +45,9 @@ def whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return execute(load(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize("partitions", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize(
+    "partitions", [3, 5, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 2, 8))]
+)
 def test_new_rows_alone_are_asked_for(
     first: Run, whole: Run, partitions: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,7 +116,7 @@ def test_a_redo_of_the_stage_itself_asks_for_all(first: Run, monkeypatch: pytest
     assert sorted(asked) == list(range(NUM_PICTURES - 5))
 
 
-@pytest.mark.parametrize("moment", ["before", "moving", "asking"])
+@pytest.mark.parametrize("moment", [pytest.param("before", marks=pytest.mark.slow), "moving", "asking"])
 def test_a_redo_that_is_killed_loses_no_image(
     first: Run, whole: Run, moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
