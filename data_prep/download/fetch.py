@@ -1,4 +1,4 @@
-"""Fetches one image's bytes as img2dataset asks for them, or says why not."""
+"""Fetches one image's bytes for img2dataset, or gives the reason why not."""
 
 import io
 import os
@@ -27,7 +27,7 @@ TIMEOUT = DropReason("timeout")
 CONNECTION = DropReason("connection")
 OPTED_OUT = DropReason("opted_out")
 BODY_LIMIT = DropReason("body_limit")
-ADDRESS_REFUSED = DropReason("address_refused")  # not of the public web, or redirected to what is not
+ADDRESS_REFUSED = DropReason("address_refused")  # not on the public web, or redirected away from it
 REDIRECTS = DropReason("too_many_redirects")
 CONTENT_ENCODING = DropReason("content_encoding")  # compressed in a way that was not asked for
 DNS = DropReason("dns")  # no address for the host's name
@@ -40,15 +40,15 @@ _ZLIB_OR_GZIP = 32 + zlib.MAX_WBITS
 
 
 class Body(io.BytesIO):
-    """The bytes that an address gave, for a board to say what is decoded."""
+    """The body from an address, which a board reads to name what is being decoded."""
 
     address: str
 
 
 class _Content:
-    """Decodes what a server packed with gzip or deflate, asked or not; other bytes stay as they are.
+    """Decodes gzip and deflate bodies, requested or not; other bytes stay as they are.
 
-    Servers also name an encoding that they do not use: only bytes that begin as packed ones do are decoded.
+    Some servers name an encoding that they do not use, so only bytes with a gzip or zlib header are decoded.
     """
 
     def __init__(self, *, is_packed: bool) -> None:
@@ -57,7 +57,7 @@ class _Content:
         self._decoder: Any = None
 
     def decode(self, chunk: bytes, most: int) -> bytes:
-        """Return the next bytes, at most so many: a bomb ends at the limit."""
+        """Return the next bytes up to a limit, which stops decompression bombs."""
         if self.num_received == 0 and self._may_be_packed and _begins_packed(chunk):
             self._decoder = zlib.decompressobj(_ZLIB_OR_GZIP)
         self.num_received += len(chunk)
@@ -68,12 +68,12 @@ class _Content:
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing is missing at the end."""
+        """Return whether the data ended where it should."""
         return self._decoder is None or self._decoder.eof
 
 
 def _begins_packed(chunk: bytes) -> bool:
-    """Whether bytes begin as gzip (RFC 1952, 2.3.1) or zlib (RFC 1950, 2.2) do."""
+    """Return whether bytes begin with a gzip (RFC 1952, 2.3.1) or zlib (RFC 1950, 2.2) header."""
     is_zlib = len(chunk) > 1 and chunk[0] & 0x0F == 8 and int.from_bytes(chunk[:2]) % 31 == 0
     return chunk.startswith(b"\x1f\x8b") or is_zlib
 
@@ -81,9 +81,9 @@ def _begins_packed(chunk: bytes) -> bool:
 def fetch_image(
     key: Any, address: str, timeout: float, user_agent_token: str, disallowed_header_directives: Any
 ) -> tuple[Any, Body | None, str | None]:
-    """Return the key, and the body that an address gave, or why it gave none.
+    """Return the key, and the body from an address or the reason why there is none.
 
-    An error begins with a DropReason and a colon. `timeout` counts for the whole request, in seconds.
+    An error begins with a DropReason and a colon. `timeout` limits the whole request, in seconds.
     """
     try:
         with open_public(address, {"User-Agent": USER_AGENT}, timeout, _allowed(), _own_site()) as response:
@@ -124,12 +124,12 @@ def fetch_image(
         return key, None, f"{DNS}: {error}"
     except ssl.SSLError as error:
         return key, None, f"{TLS}: {error}"
-    except Exception as error:  # http.client raises many kinds; each is one address that gave nothing
+    except Exception as error:  # http.client raises many kinds; each costs one address
         return key, None, f"{CONNECTION}: {error}"
 
 
 def _own_site() -> str:
-    """Return how addresses of the run's own site begin: only its stage knows the token in them."""
+    """Return the prefix of the addresses of the run's own site; only its stage knows the token in it."""
     site = os.environ.get(SITE_VARIABLE)
     return f"http://{site}/" if site else ""
 

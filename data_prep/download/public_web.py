@@ -1,9 +1,9 @@
-"""Opens addresses of the public web and no others: what stands in a caption table is not to be trusted.
+"""Opens only addresses on the public web, because a caption table is untrusted input.
 
-A table may name the machine's own services, its network, or a cloud's metadata service, or a public address
-may redirect there. Every hop is checked: its scheme, and the address its name resolves to, which is the one
-then connected to (a second look-up could give another). Proxies of the environment are not used: behind one
-the address could not be checked. The whole request, redirects included, has one deadline.
+A table may name the machine's own services, its network or a cloud's metadata service, and a public address
+may redirect there. This module checks the scheme of every hop and the IP address its name resolves to, and
+connects to that same address (a second look-up could give another). It ignores the environment's proxies,
+because behind one it could not check the address. One deadline covers the whole request with its redirects.
 """
 
 import bisect
@@ -24,12 +24,12 @@ OPT_OUT_DIRECTIVES = ("noai", "noimageai", "noindex", "noimageindex", "none")
 MAX_REDIRECTS = 5
 ALLOWED_VARIABLE = "CNCLIP_ALLOWED_NETWORKS"  # environment variable of the download workers
 
-_MAX_OTHER_BYTES = 1 << 20  # headers, interim responses, chunk sizes, trailers, of all hops
+_MAX_OTHER_BYTES = 1 << 20  # headers, interim responses, chunk sizes and trailers of all hops
 _REDIRECTS = (301, 302, 303, 307, 308)
-_SPACE = string.whitespace + "\u3000\u00a0\ufeff"  # around an address, it is not part of it
+_SPACE = string.whitespace + "\u3000\u00a0\ufeff"  # stripped from both ends of an address
 
-# The interpreter's ipaddress changes what it calls global from one patch release to the next, so the networks
-# stand here. IPv4: IANA's IPv4 Special-Purpose Address Registry and multicast (RFC 5771).
+# What Python's ipaddress calls global changes between patch releases, so the networks are listed here.
+# IPv4: IANA's IPv4 Special-Purpose Address Registry and multicast (RFC 5771).
 _IPV4_REFUSED = (
     "0.0.0.0/8",  # this network, RFC 791
     "10.0.0.0/8",  # private, RFC 1918
@@ -74,15 +74,15 @@ _NAT64 = (ipaddress.IPv6Network("64:ff9b::/96"), ipaddress.IPv6Network("64:ff9b:
 
 
 class AddressRefusedError(Exception):
-    """The address is not one of the public web; says which and why."""
+    """The address is not on the public web; the message says which and why."""
 
 
 class TooManyRedirectsError(OSError):
-    """An address leads on and on, most often in a circle."""
+    """An address redirects too often, usually in a circle."""
 
 
 class HttpStatusError(Exception):
-    """A server answered with a status that is neither success nor a redirect that can be followed."""
+    """A server answered with a status that is neither a success nor a redirect that can be followed."""
 
     def __init__(self, status: int) -> None:
         super().__init__(f"HTTP status {status}")
@@ -99,7 +99,7 @@ _RANGES = {4: _ranges(_IPV4_REFUSED), 6: _ranges(_IPV6_REFUSED)}
 
 
 def is_public(address: str, allowed: Sequence[str] = ()) -> bool:
-    """Return whether an IP address is of the public web, or of one of the allowed networks (`10.0.0.0/8`).
+    """Return whether an IP address is on the public web or in an allowed network (such as `10.0.0.0/8`).
 
     Loopback, private, shared, link-local, multicast, documentation and reserved addresses are not, nor are
     clouds' own services on public numbers, nor any IPv4 address inside an IPv6 one.
@@ -123,8 +123,8 @@ def _translated(ip: ipaddress.IPv6Address) -> ipaddress.IPv4Address:
     """Return the IPv4 address inside a NAT64 one (RFC 6052, figure 1); loopback if there is none."""
     if ip in _NAT64[0]:
         return ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-    # The network chooses the length of its prefix, and with it the place: /48 or /96 are told apart by the
-    # byte that is always 0, and by the zeros after the address.
+    # The length of the network's prefix determines where the address starts: the byte that is always 0 and
+    # the zeros after the address distinguish /48 from /96.
     packed = ip.packed
     if packed[8] == 0 and packed[11:] == bytes(5):
         return ipaddress.IPv4Address(packed[6:8] + packed[9:11])
@@ -150,10 +150,10 @@ _HOST = re.compile(r"[!-~]{1,253}")
 
 
 def _read_address(address: str) -> _Address:
-    """Take an address apart as browsers do: white space around it goes, Chinese in it is encoded.
+    """Parse an address as browsers do: strip white space around it and percent-encode Chinese in it.
 
     Raises:
-        AddressRefusedError: if it is no address, or not one of http or https.
+        AddressRefusedError: if it is not a valid http or https address.
     """
     address = address.strip(_SPACE)
     try:
@@ -165,13 +165,15 @@ def _read_address(address: str) -> _Address:
             host = host.encode("idna").decode("ascii")
         if not _HOST.fullmatch(host) or max(map(len, host.split("."))) > 63 or ".." in host:
             raise AddressRefusedError(f"{address[:80]}: has no host that can exist")
-        # What is quoted stays so.
+        # Existing escapes stay as they are.
         path = urllib.parse.quote(parts.path or "/", safe=string.punctuation)
         query = "?" + urllib.parse.quote(parts.query, safe=string.punctuation) if parts.query else ""
     except ValueError as error:  # UnicodeError included: a label too long, half a surrogate pair
         raise AddressRefusedError(f"{address[:80]}: not an address ({error})") from None
     if host.rstrip(".") == HOST:
-        raise AddressRefusedError(f"{address[:80]}: is of a run's own images, which no table can ask for")
+        raise AddressRefusedError(
+            f"{address[:80]}: belongs to a run's own images, which a table cannot request"
+        )
     return _Address(scheme, host, port or _PORTS[scheme], path + query, address)
 
 
@@ -185,13 +187,13 @@ def open_public(
     """GET an address, following redirects; return the response, a context manager.
 
     `timeout` in seconds is for the whole request: look-ups, all hops, and reading the response. An address
-    that begins with `own_site` is asked of the run's own server, and no redirect leads there or away.
+    that begins with `own_site` goes to the run's own server, and redirects to or from it are refused.
 
     Raises:
-        AddressRefusedError: if a hop is not of the public web.
-        HttpStatusError: if the answer is no success.
-        TimeoutError: when the time is over, while the response is read as well.
-        OSError, http.client.HTTPException, TooManyBytesError: as the network and the server give them.
+        AddressRefusedError: if a hop is not on the public web.
+        HttpStatusError: if the answer is not a success.
+        TimeoutError: if the time runs out, also while the response is read.
+        OSError, http.client.HTTPException, TooManyBytesError: as the network and the server cause them.
     """
     deadline = Deadline(timeout, MAX_IMAGE_BYTES + _MAX_OTHER_BYTES)
     if own_site and address.startswith(own_site):
@@ -231,7 +233,7 @@ def _ask(
 
 
 def _readable(location: str) -> str:
-    """Return a Location as text: http.client reads its bytes as Latin-1, servers mean UTF-8."""
+    """Return a Location header as text: http.client decodes it as Latin-1, but servers send UTF-8."""
     try:
         return location.encode("latin-1").decode("utf-8")
     except UnicodeError:

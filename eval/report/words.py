@@ -1,4 +1,4 @@
-"""What the pages say, in English and in Chinese: both are in a page, and its style sheet shows one."""
+"""The texts of the pages in English and Chinese: a page contains both, and its style sheet shows one."""
 
 import functools
 import tomllib
@@ -37,7 +37,7 @@ def plain(name: str, language: str, **values: object) -> str:
 
 
 def gloss(section: str, key: str) -> "Markup":
-    """Return what a code means, in both languages; empty if nothing is known of it.
+    """Return what a code means, in both languages; empty for an unknown code.
 
     `blacklist:advertising` is explained as `blacklist`.
     """

@@ -212,7 +212,7 @@ def test_a_transformation_that_changes_products_is_refused(
             continue
         for _ in range(2):
             with pytest.raises(
-                InputError, match=r"rows\.index: LinearTransform stretches rows or leaves some"
+                InputError, match=r"rows\.index: LinearTransform stretches rows or drops some"
             ):
                 load_index(path)
     index = faiss.IndexPreTransform(faiss.RemapDimensionsTransform(DIM, 8, True), faiss.IndexFlatIP(8))
