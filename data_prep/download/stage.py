@@ -117,7 +117,7 @@ def run_together(
         if damaged := [(task, damage) for task, damage in found if times[task.name] >= _CALLS]:
             break
         tasks = [task for task, _ in left]
-        words = f"{len(tasks)} partitions are asked for again: {found[0][0].name}: {found[0][1]}"
+        words = f"retrying {len(tasks)} partitions: {found[0][0].name}: {found[0][1]}"
         say(f"download: {one_line(words)}", sys.stderr)
     first, damage = damaged[0]
     raise InputError(

@@ -1,4 +1,4 @@
-"""A resolved run and what its folder says: which stages are done, which are stale, which are to do."""
+"""A resolved run and the state of its stages: done, stale, damaged or to do."""
 
 import contextlib
 import enum
@@ -27,10 +27,10 @@ class StageStatus:
 
     stage: Stage
     state: State
-    why: str  # what changed, if anything did; for to do also what it waits for; else empty
+    why: str  # what changed, or what a stage to do waits for; empty if neither
     tasks_done: int
     num_tasks: int | None  # None while the parents are not done
-    manifest: Manifest | None  # also of a stage that was done and continues: its state is to do
+    manifest: Manifest | None  # also for a done stage that continues, whose state is to do
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Run:
         )
 
     def remedy(self, stage: str) -> str:
-        """Return what errors tell the reader to do about damaged outputs of a stage."""
+        """Return the remedy in errors about damaged outputs of a stage."""
         own = next((item.repair for item in self.stages if item.name == stage), "")
         return own or repair_remedy(stage)
 
@@ -90,7 +90,7 @@ def make_context(run: Run, stage: Stage) -> Context | None:
 
 
 def receipts_that_count(stage: Stage, context: Context, tasks: Sequence[Task]) -> dict[str, Receipt]:
-    """Return the receipts of the tasks that are done with this configuration and these inputs, by task."""
+    """Return the receipts of finished tasks with this configuration and these inputs, by task."""
     return {
         task.name: receipt
         for task in tasks
@@ -99,7 +99,7 @@ def receipts_that_count(stage: Stage, context: Context, tasks: Sequence[Task]) -
 
 
 def survey_stage(run: Run, stage: Stage) -> StageStatus:
-    """Return the state of a stage, judged by digests only; reads no data."""
+    """Return the state of a stage, judged only by digests; this reads no data."""
     manifest = read_manifest(run, stage.name)
     context = make_context(run, stage)
     if context is None:
@@ -113,7 +113,7 @@ def survey_stage(run: Run, stage: Stage) -> StageStatus:
             started.config_digest,
             started.inputs_digest,
         ):
-            made = started  # which names the settings behind the digests
+            made = started  # it names the settings behind the digests
         verdict = judge(stage, context, tasks, made, is_done=True)
         if verdict.stale:
             return StageStatus(stage, State.STALE, verdict.stale, 0, len(tasks), manifest)
@@ -137,7 +137,7 @@ def survey(run: Run) -> list[StageStatus]:
 
 
 def survey_what_is_there(run: Run) -> tuple[list[StageStatus], list[str]]:
-    """Survey the stages; print a line for each input that is missing or unusable, whose stages are to do."""
+    """Survey the stages; print a line for each missing or unusable input, and report its stages as to do."""
     statuses, complaints = [], dict[str, None]()
     for stage in run.stages:
         try:

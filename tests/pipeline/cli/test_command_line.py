@@ -102,7 +102,7 @@ def test_verify_says_what_it_did_not_see(recipe: Path, capsys: pytest.CaptureFix
     folder = recipe.parent / "run"
     status, out, err = _main(capsys, "verify", recipe)
     assert (status, out) == (1, "")
-    assert f"{folder}: no such folder: {recipe} has not been run; check [run] folder" in _one_error(err)
+    assert f"{folder}: no such folder; run {recipe} first, or check [run] folder" in _one_error(err)
     folder.mkdir()
     status, out, err = _main(capsys, "verify", recipe, "--to", "dedup")
     assert (status, out) == (1, "")
@@ -113,7 +113,7 @@ def test_verify_says_what_it_did_not_see(recipe: Path, capsys: pytest.CaptureFix
         0,
         [
             "all outputs match their manifests",
-            "not verified, since not finished: dedup, download (2 of 4 stages; their outputs were not read)",
+            "not verified because they are not finished: dedup, download (2 of 4 stages; their outputs were not read)",
         ],
     )
     assert _main(capsys, "verify", recipe, "--stage", "dedup")[0] == 1

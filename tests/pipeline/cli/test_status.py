@@ -139,9 +139,9 @@ def test_an_unknown_reason(run: str, reason: str, said: str, capsys: pytest.Capt
 
 def test_a_run_without_drops(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     elsewhere = ("--set", f"run.folder={tmp_path}/none")
-    assert _out(capsys, "status", run, "--reasons", *elsewhere) == "no row was dropped\n"
+    assert _out(capsys, "status", run, "--reasons", *elsewhere) == "no rows were dropped\n"
     assert main(["status", run, "--examples", "too_short", *elsewhere]) == 2
-    assert "no row was dropped so far" in capsys.readouterr().err
+    assert "no rows have been dropped yet" in capsys.readouterr().err
 
 
 def test_status_as_a_document(run: str, capsys: pytest.CaptureFixture[str]) -> None:
