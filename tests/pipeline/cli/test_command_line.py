@@ -113,7 +113,8 @@ def test_verify_says_what_it_did_not_see(recipe: Path, capsys: pytest.CaptureFix
         0,
         [
             "all outputs match their manifests",
-            "not verified because they are not finished: dedup, download (2 of 4 stages; their outputs were not read)",
+            "not verified because they are not finished: dedup, download"
+            " (2 of 4 stages; their outputs were not read)",
         ],
     )
     assert _main(capsys, "verify", recipe, "--stage", "dedup")[0] == 1

@@ -104,7 +104,7 @@ def test_memory_is_what_the_name_of_the_hardware_says(capsys: pytest.CaptureFixt
         capsys, "pretrain", "--hardware", "A100-40GB", "--memory", "20"
     )
     assert main(["plan", "pretrain", "--hardware", "A10G"]) == 2
-    assert "--hardware A10G: no data sheet of it here; known: " in capsys.readouterr().err
+    assert "--hardware A10G: unknown device; known: " in capsys.readouterr().err
 
 
 def test_bfloat16_is_not_planned_in_silence_where_there_is_none(
@@ -129,7 +129,7 @@ def test_finetuning(capsys: pytest.CaptureFixture[str]) -> None:
     assert len([line for line in said.splitlines() if line.startswith("ViT-B-16 ")]) == 4 + 2
     days = [line.split()[9:11] for line in said.splitlines() if line.startswith("RN50  ")]
     assert days[:2] == [["24.5min", "45.9s"], ["7.3min", "13.6s"]]  # no day has to be read as 0.0
-    assert "ViT-B-16 coco-cn: how many pairs it has is not known here; give --samples" in said
+    assert "ViT-B-16 coco-cn: unknown number of pairs; give --samples" in said
 
 
 def test_samples_are_for_sets_whose_own_are_not_known(capsys: pytest.CaptureFixture[str]) -> None:
