@@ -59,8 +59,8 @@ class Comparison:
     @property
     def heading(self) -> str:
         table = f"Table {self.number}, " if self.number is not None else ""
-        beside = f" beside {self.paper_model}" if self.paper_model else ""
-        return f"{table}{self.title}, {self.setup}: {self.model}{beside}"
+        peer = f" next to {self.paper_model}" if self.paper_model else ""
+        return f"{table}{self.title}, {self.setup}: {self.model}{peer}"
 
 
 def compare_retrieval(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, TypeVar
 
 from data_prep.accounting import histograms
-from data_prep.accounting.funnel import STEPS, by_source, count_planted, threshold_notes
+from data_prep.accounting.funnel import STEPS, by_source, count_planted, no_op_thresholds
 from eval.datasets.retrieval_set import read_retrieval_set
 from eval.report.copies import copies_of_rules
 from eval.report.data import (
@@ -94,7 +94,9 @@ def collect(
             if step in manifests
             for name, counts in histograms.of_stage(manifests[step].extra.values()).items()
         ),
-        notes=tuple(note for step in STEPS if step in manifests for note in threshold_notes(manifests[step])),
+        notes=tuple(
+            note for step in STEPS if step in manifests for note in no_op_thresholds(manifests[step])
+        ),
     )
     return _with_images(data, config, context, finished, lenient) if with_images else data
 

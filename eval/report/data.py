@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from data_prep.accounting.funnel import NoOpThreshold
 from eval.metrics.recall import RecallAtK, RetrievalScores
 from eval.paper.comparison import Comparison
 
@@ -263,7 +264,7 @@ class ReportData:
     planted: tuple[PlantedClass, ...]  # empty if nothing was planted
     comparisons: tuple[Comparison, ...] = ()  # the final model next to the paper's figures
     histograms: tuple[Histogram, ...] = ()
-    notes: tuple[str, ...] = ()  # sentences about the funnel
+    notes: tuple[NoOpThreshold, ...] = ()  # about the funnel
     copies: tuple[CopiesOfRule, ...] = ()
     samples: tuple[Example, ...] = ()
     dropped: tuple[DroppedByRule, ...] = ()

@@ -45,7 +45,7 @@ def report_json(data: ReportData) -> dict[str, Any]:
             }
             for item in data.histograms
         ],
-        "notes": list(data.notes),
+        "notes": [str(note) for note in data.notes],
         "copies": [
             {
                 "stage": rule.stage,

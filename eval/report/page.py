@@ -25,7 +25,7 @@ from eval.report.data import (
     percent,
     recall_values,
 )
-from eval.report.words import LANGUAGES, gloss, plain, say
+from eval.report.words import LANGUAGES, both, gloss, plain, say, words
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -36,6 +36,7 @@ _SOURCES = 6  # the largest sources, which get a column in the funnel's table
 _MODELS = {"chance": "scores.chance", "pixel neighbour": "scores.pixel"}
 _TERMS = {"ours": "ours", "95 % interval": "interval", "95% interval": "interval"}
 _TERMS |= {"paper": "paper", "difference": "difference"}
+_SETUPS = {"zero-shot": "zero_shot", "finetuned": "finetuned"}
 
 
 def render_html(data: ReportData) -> str:
@@ -102,6 +103,41 @@ def title_of(stage: str, title: str) -> "Markup | str":
     return gloss("steps", stage) or title
 
 
+def figure(label: str) -> "Markup":
+    """Return the name of a figure or table in both languages; names of data sets are the same in both."""
+    return both({language: _figure(label, language) for language in LANGUAGES})
+
+
+def _figure(label: str, language: str) -> str:
+    english = words("en")["figures"]
+    for key in ("by_elevater", "by_voc"):
+        if label.endswith(rule := english[key].format(title="")):
+            return plain(f"figures.{key}", language, title=label.removesuffix(rule))
+    key = next((key for key, text in english.items() if text == label), None)
+    return label if key is None else plain(f"figures.{key}", language)
+
+
+def table_heading(table: Comparison) -> "Markup":
+    """Return `Comparison.heading` in both languages."""
+    name = "paper.own_heading" if table.number is None else "paper.heading"
+    if table.paper_model is not None:
+        name += "_compared"
+    return both(
+        {
+            language: plain(
+                name,
+                language,
+                number=table.number,
+                title=_figure(table.title, language),
+                setup=plain(f"terms.{_SETUPS[table.setup]}", language),
+                model=table.model,
+                paper_model=table.paper_model,
+            )
+            for language in LANGUAGES
+        }
+    )
+
+
 def term(name: str) -> "Markup | str":
     """Return the head of a column of the paper's tables."""
     return say(f"terms.{_TERMS[name]}") if name in _TERMS else name
@@ -141,6 +177,7 @@ def _template(name: str) -> "Template":
     }
     environment.globals |= {
         "say": say, "gloss": gloss, "term": term, "model_name": model_name, "title_of": title_of,
+        "figure": figure, "table_heading": table_heading,
     }  # fmt: skip
     return environment.get_template(name)
 

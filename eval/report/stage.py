@@ -34,7 +34,7 @@ def stage(config: ReportConfig, *, parents: tuple[str, ...]) -> Stage:
     return Stage(
         "report",
         title="one HTML page and report.json",
-        version=5,
+        version=6,
         config=config,
         parents=parents,
         plan=plan,

@@ -27,7 +27,7 @@ def say(name: str, **values: object) -> "Markup":
     """
     section, _, key = name.partition(".")
     texts = {language: words(language)[section][key].format(**values) for language in LANGUAGES}
-    return _both(texts)
+    return both(texts)
 
 
 def plain(name: str, language: str, **values: object) -> str:
@@ -46,10 +46,11 @@ def gloss(section: str, key: str) -> "Markup":
     name = key.partition(":")[0]
     if name not in words("en")[section]:
         return Markup("")
-    return _both({language: words(language)[section][name] for language in LANGUAGES})
+    return both({language: words(language)[section][name] for language in LANGUAGES})
 
 
-def _both(texts: Mapping[str, str]) -> "Markup":
+def both(texts: Mapping[str, str]) -> "Markup":
+    """Return texts by language as one element each, escaped; the style sheet shows one of them."""
     from markupsafe import Markup
 
     spans = (

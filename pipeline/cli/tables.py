@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from data_prep.accounting.funnel import STEPS, threshold_notes
+from data_prep.accounting.funnel import STEPS, no_op_thresholds
 from pipeline.core import drops, store
 from pipeline.core.records import InputError, Receipt
 from pipeline.core.run import Run, StageStatus, State, read_manifest, survey_stage
@@ -118,7 +118,7 @@ def notes(run: Run) -> list[str]:
         with contextlib.suppress(InputError):  # the table shows damage
             manifests.append(read_manifest(run, stage))
     found = [manifest for manifest in manifests if manifest]
-    notes = [note for manifest in found for note in threshold_notes(manifest)]
+    notes = [str(note) for manifest in found for note in no_op_thresholds(manifest)]
     return notes + [said for manifest in found if (said := drops.warning(manifest))]
 
 
