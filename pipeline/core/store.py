@@ -147,7 +147,7 @@ def refuse_special(path: str) -> None:
     if is_local(path) and os.path.exists(path):
         kind = what_else(os.stat(path).st_mode)
         if kind not in (None, "a folder"):  # opening a folder raises anyway
-            raise OSError(errno.EINVAL, f"{kind}, no plain file", path)
+            raise OSError(errno.EINVAL, f"{kind}, not a regular file", path)
 
 
 def open_read(path: str) -> IO[Any]:

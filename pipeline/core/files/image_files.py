@@ -66,7 +66,7 @@ def read_image(path: str) -> bytes:
     try:
         # Opening a FIFO waits for a writer, and a device may have no end.
         if store.is_local(path) and (kind := store.what_else(os.stat(path).st_mode)) is not None:
-            raise BadImageError(f"{NO_FILE}: {kind}, no image file")
+            raise BadImageError(f"{NO_FILE}: {kind}, not an image file")
         with store.open_read(path) as file:
             data = bytes(file.read(MAX_IMAGE_BYTES + 1))
     except FileNotFoundError:

@@ -40,7 +40,9 @@ def exclusive(folder: str) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise
-        raise InputError(f"{path}: a link or no plain file, and no lock; remove it and rerun") from None
+        raise InputError(
+            f"{path}: a link or not a regular file, so not a lock; remove it and rerun"
+        ) from None
     with open(handle, "r+b", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -260,5 +260,7 @@ def test_commands_that_write_a_folder_take_its_lock(
     (tmp_path / "out" / ".lock").unlink()
     (tmp_path / "out" / ".lock").symlink_to(tmp_path / "elsewhere")
     assert command_line.main(["index", features, str(tmp_path / "out")]) == 1
-    assert ".lock: a link or no plain file, and no lock; remove it and rerun" in capsys.readouterr().err
+    assert (
+        ".lock: a link or not a regular file, so not a lock; remove it and rerun" in capsys.readouterr().err
+    )
     assert (tmp_path / "elsewhere").read_text() == "kept"
