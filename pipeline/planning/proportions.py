@@ -12,7 +12,7 @@ _FEW_STEPS = 20
 # with sizes of 0.02 to 0.1; if they cannot move by a fraction of that, they learn nothing.
 _SHORTEST_WAY = 0.005
 _HIGHEST_RATE = 5e-3  # of the learning rate; above it training with Adam usually diverges
-_TINY_CORPUS = 18_341  # pairs; the smallest training set of the paper, COCO-CN's
+_TINY_CORPUS = 18_341  # training images of COCO-CN, the paper's smallest task (Li et al. 2019)
 _PAPER_EPOCHS = 64  # the most passes in Tables 8 and 9: stage 1 of ViT-L/14, over 200 million pairs
 _ENOUGH_STEPS = 2_000  # as `cnclip init` gives a small corpus at most, from random weights
 

@@ -38,8 +38,8 @@ def test_settings_that_fit_need_no_note() -> None:
         ),
         (
             {"epochs": 1000},
-            "epochs = 1,000 show each of only 3,000 pairs 1,000 times (23,437 steps), long after a model knows"
-            " so few by heart; lower epochs, to 86 for example, or set patience = 5",
+            "epochs = 1,000 show each of only 3,000 pairs 1,000 times (23,437 steps), long after a model"
+            " knows so few by heart; lower epochs, to 86 for example, or set patience = 5",
         ),
     ],
 )
