@@ -110,11 +110,11 @@ def figure(label: str) -> "Markup":
 
 def _figure(label: str, language: str) -> str:
     english = words("en")["figures"]
-    for key in ("by_elevater", "by_voc"):
-        if label.endswith(rule := english[key].format(title="")):
-            return plain(f"figures.{key}", language, title=label.removesuffix(rule))
-    key = next((key for key, text in english.items() if text == label), None)
-    return label if key is None else plain(f"figures.{key}", language)
+    for by_rule in ("by_elevater", "by_voc"):
+        if label.endswith(rule := english[by_rule].format(title="")):
+            return plain(f"figures.{by_rule}", language, title=label.removesuffix(rule))
+    keys = {text: key for key, text in english.items()}
+    return plain(f"figures.{keys[label]}", language) if label in keys else label
 
 
 def table_heading(table: Comparison) -> "Markup":

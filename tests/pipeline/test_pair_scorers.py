@@ -1,4 +1,4 @@
-"""The score stage on pictures of a run: by mCLIP and by an own model, resumed, refiltered, not mixed."""
+"""The score stage on a run's images with mCLIP and with a trained model: resumed, refiltered, never mixed."""
 
 import dataclasses
 import functools

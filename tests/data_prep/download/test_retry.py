@@ -1,4 +1,4 @@
-"""A second pass of the download: what comes back, comes to the shards as if it had never failed."""
+"""A second pass of the download: recovered images reach the shards as if they had never failed."""
 
 import contextlib
 import io
@@ -51,7 +51,7 @@ def still_gone(number: int) -> str | None:
 
 
 def fake_web(monkeypatch: pytest.MonkeyPatch, web: Web) -> list[int]:
-    """Stands in for img2dataset and the web: writes the files that it writes. Numbers asked for are noted."""
+    """Replaces img2dataset and the web: writes img2dataset's files and records the requested numbers."""
     asked: list[int] = []
 
     @contextlib.contextmanager

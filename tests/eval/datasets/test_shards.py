@@ -1,4 +1,4 @@
-"""Shards of the project as an evaluation set: alone, in `cnclip eval`, and as an evaluation of a run."""
+"""Shards of the project as an evaluation set: on their own, in `cnclip eval`, and in a run."""
 
 import json
 from pathlib import Path

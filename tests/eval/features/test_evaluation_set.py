@@ -1,4 +1,4 @@
-"""Embedding with a tiny model: its files, their agreement with the validator, and what that leaves alone."""
+"""Embedding with a tiny model: its files, their agreement with the validator, and what embedding does not touch."""
 
 import dataclasses
 from pathlib import Path

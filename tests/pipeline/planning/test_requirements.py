@@ -177,13 +177,13 @@ def test_a_run_shows_its_training_where_hardware_is_given(capsys: pytest.Capture
     (row,) = [line.split() for line in said.splitlines() if line.startswith("tiny-rn  stage2")]
     assert row[2:7] == ["128", "12", f"{12 * 3000 // 128}", "2", "64"]
     assert "paper's" not in said  # it did not train this
-    assert "tiny-rn stage1: how many pairs" in plan(capsys, "demo", folder, "--hardware", "A100")
+    assert "tiny-rn stage1: unknown number of pairs" in plan(capsys, "demo", folder, "--hardware", "A100")
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--hardware", "abacus"), "--hardware abacus: no data sheet"),
+        (("--hardware", "abacus"), "--hardware abacus: unknown device"),
         (("--utilisation", "40"), "--utilisation 40.0: must be greater than 0 and at most 1"),
         (("--memory", "0"), "--memory 0.0: must be greater than 0 GiB"),
         (("--memory", "nan"), "--memory nan: must be greater than 0 GiB"),

@@ -1,4 +1,4 @@
-"""`cnclip init` writes a run that `plan` takes without a note, whatever the data looks like."""
+"""`cnclip init` writes a run that `plan` accepts without a note, for data of any form."""
 
 import json
 import os
