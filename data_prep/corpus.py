@@ -138,7 +138,7 @@ def _refuse_shared_names(corpus: TablesConfig | SourcesConfig) -> None:
         if folders.setdefault(source.name, folder) != folder:
             raise ConfigError(
                 f"corpus.{corpus.kind}: name {source.name!r} is of two sources with different image folders"
-                f" ({folders[source.name]}, {folder}); give each a name of its own"
+                f" ({folders[source.name]}, {folder}); give each a different name"
             )
 
 

@@ -74,7 +74,7 @@ def facts_of(corpus: Manifest) -> dict[str, CorpusFacts]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TablePlace(Facts):
-    """Where a caption table is, and how to read it."""
+    """The place of a caption table, and how to read it."""
 
     stage: str | None  # that wrote it; None: a file outside the run
     path: str  # in the stage's folder

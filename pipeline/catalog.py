@@ -106,7 +106,7 @@ class RunConfig:
     """A run's TOML file."""
 
     run: RunTable
-    """Where the run lives."""
+    """Folder, seed and processes of the run."""
     corpus: Annotated[DemoConfig | EmojiConfig | TablesConfig | SourcesConfig, Discriminator("kind")]
     """What the corpus is made from; its `kind` selects one of four tables."""
     model: ModelTable
@@ -136,7 +136,7 @@ class RunConfig:
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     """Vocabulary that is learned from the captions."""
     english: TrainConfig | None = None
-    """English training that stands in for OpenAI's CLIP when its weights are not available."""
+    """English training that replaces OpenAI's CLIP if its weights are not available."""
     stage1: TrainConfig | None = None
     """Image tower locked (paper, 2.3)."""
     stage2: TrainConfig | None = None
@@ -148,7 +148,7 @@ class RunConfig:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     """Slurm cluster."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    """Where training shows its curves."""
+    """Where training sends its curves."""
     zeroshot: ZeroshotConfig = field(default_factory=ZeroshotConfig)
     """Zero-shot classification."""
 
@@ -303,7 +303,7 @@ def _row_stages(config: RunConfig) -> list[Stage]:
 
 
 def _shard_stages(config: RunConfig, rows: str) -> list[Stage]:
-    """Shards of what the stage `rows` kept; with [split], the rows for validation in a stage of their own."""
+    """Shards of the rows that the stage `rows` kept; with [split], validation rows in a separate stage."""
     packing = shards.stage(config.shards, rows=rows, has_split=config.split is not None)
     if config.split is None:
         return [packing]
@@ -347,6 +347,6 @@ def _training_stages(config: RunConfig) -> list[Stage]:
 
 
 def _learned_columns(config: RunConfig, train_stages: Sequence[Stage]) -> tuple[str, ...]:
-    """Caption columns that need a vocabulary of their own."""
+    """Caption columns that need their own vocabulary."""
     configs = [stage.config for stage in train_stages if stage.config.vocabulary is None]
     return tuple(sorted({job.train.caption_column for job in configs}))

@@ -1,4 +1,4 @@
-"""Where every row went: the funnel of a run, and for the demo whether it equals what was planted."""
+"""Follows every row: the funnel of a run, and whether the demo's funnel equals what was planted."""
 
 from dataclasses import dataclass
 from typing import Any

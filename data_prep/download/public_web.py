@@ -120,7 +120,7 @@ def is_public(address: str, allowed: Sequence[str] = ()) -> bool:
 
 
 def _translated(ip: ipaddress.IPv6Address) -> ipaddress.IPv4Address:
-    """Return the IPv4 address inside a NAT64 one (RFC 6052, figure 1); loopback if there is none."""
+    """Return the IPv4 address inside a NAT64 one (RFC 6052, figure 1); loopback without one."""
     if ip in _NAT64[0]:
         return ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
     # The length of the network's prefix determines where the address starts: the byte that is always 0 and

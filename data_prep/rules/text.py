@@ -130,7 +130,7 @@ def characters_between(at_least: int, at_most: int) -> TextRule:
 
 
 def chinese_share_at_least(share: float) -> TextRule:
-    """Keep captions of which this share of the characters that are no white space is Chinese (script Han)."""
+    """Keep captions with at least this share of Chinese characters (script Han), not counting white space."""
     text = _CAPTION.str.replace_all(r"\s", "")
     length = text.str.len_chars()
     too_few = (length > 0) & (text.str.count_matches(r"\p{Han}") < share * length)

@@ -43,7 +43,7 @@ def first_list(captions: pl.Expr, lists: Sequence[Sequence[str]]) -> pl.Expr:
 
 
 def first_word(captions: pl.Series, words: Sequence[str]) -> pl.Series:
-    """Return for each caption the list's first word that is inside it; null if there is none."""
+    """Return for each caption the list's first word inside it, or null."""
     # Parts of a caption that are words up to the case of A to Z have the words' own lower case.
     known = (
         pl.DataFrame({"word": list(words)})

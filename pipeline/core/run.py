@@ -47,7 +47,7 @@ class Run:
         """Return the stage of that name.
 
         Raises:
-            ConfigError: if there is none.
+            ConfigError: if the run has no such stage.
         """
         for stage in self.stages:
             if stage.name == name:

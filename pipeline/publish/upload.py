@@ -30,7 +30,7 @@ def check_target(repo: str) -> None:
 
 
 def upload(folder: str, repo: str, kind: Kind, message: str, *, private: bool) -> str:
-    """Upload all files of a folder; the repository is made if there is none. Returns the commit's address.
+    """Upload all files of a folder and make the repository if necessary. Return the commit's address.
 
     The token is that of `hf auth login`, or HF_TOKEN.
 

@@ -1,7 +1,7 @@
 """`cnclip status --examples`: rows that were dropped for a reason, with their captions.
 
 The receipts say which drop tables hold the reason; of these, only as many rows are read as are asked for.
-Their captions, addresses and scores stand in the caption tables, which are streamed until all are found.
+Their captions, addresses and scores are in the caption tables, which are streamed until all are found.
 """
 
 import itertools

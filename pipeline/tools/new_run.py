@@ -13,16 +13,14 @@ from training.model.config import MODELS
 from training.weights.hub.names import PUBLISHED
 
 SMALL_MODEL = "small-vit"
-_KEPT = (
-    0.5  # of the usable rows that downloads and filters surely leave; batches and warm-up are chosen for it
-)
-_STEPS_FROM_RANDOM, _STEPS_FROM_WEIGHTS = 2_000, 500  # that training is given, if the corpus is small
+_KEPT = 0.5  # of the usable rows, which surely remain after downloads and filters; batches and warm-up fit it
+_STEPS_FROM_RANDOM, _STEPS_FROM_WEIGHTS = 2_000, 500  # of training on a small corpus
 _FEWEST_EPOCHS, _MOST_EPOCHS = 5, 60
 _STEPS_AN_EPOCH = 8  # at least, so that a batch is never most of the corpus
 _SMALLEST_BATCH, _FEWEST_ROWS = 4, 8  # a pair is learned by telling it from the others in its batch
 _LARGEST_BATCH = 128  # of a small model and of one on the CPU, which holds it without micro-batches
 _GPU_BATCH, _GPU_MICRO_BATCH = 1_024, 64
-_MOST_RANKS = 4  # on the CPU; each holds a model of its own
+_MOST_RANKS = 4  # on the CPU; each holds its own model
 _ROWS_A_PARTITION = 10_000  # suits the download
 # Shorter sides that leave room for a random crop of the model's size; elsewhere twice that size.
 _SHORT_SIDES_PX: Mapping[int, int] = MappingProxyType({224: 256, 336: 384})

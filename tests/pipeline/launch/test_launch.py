@@ -144,7 +144,7 @@ def test_what_cannot_be_launched_is_refused(tmp_path: Path) -> None:
     run, config = load(write(tmp_path), ["run.folder=memory://run"])
     with pytest.raises(ConfigError, match="memory://run: scripts need a folder on a file system"):
         write_scripts(run, config.launch, "my.toml", [])
-    with pytest.raises(ConfigError, match=r"launch.*stop_seconds = 60 leaves nothing"):
+    with pytest.raises(ConfigError, match=r"launch.*stop_seconds = 60 must be less than time_limit_minutes"):
         load(write(tmp_path), ["launch.time_limit_minutes=1", "launch.stop_seconds=60"])
 
 
@@ -163,7 +163,7 @@ def test_a_rank_takes_its_place_from_slurm_where_nobody_else_says_it() -> None:
 
 def test_a_rank_without_a_stage_that_trains_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path)
-    with pytest.raises(ConfigError, match="which stage"):
+    with pytest.raises(ConfigError, match="no stage given"):
         read_job([path])
     with pytest.raises(ConfigError, match="shards is not a training stage"):
         read_job([path, "shards"])
