@@ -1,7 +1,7 @@
 """The whole run on one page: every stage, in order. The only module that imports all the others.
 
-A run's TOML has one table a stage, named as here. Functions that do the work are imported when a stage
-runs, so that a plan prints at once.
+A run's TOML has one table for each stage, with the stage's name. The functions of a stage are imported when
+it runs, so that a plan prints at once.
 """
 
 import dataclasses
@@ -54,20 +54,20 @@ from training.config.train import TrainConfig, check_fits
 from training.model.config import MODELS
 from training.vocabulary import VocabularyConfig
 
-# What each rank of a training stage runs.
+# The program that each rank of a training stage runs.
 RANK_MODULE = "pipeline.rank"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunTable:
-    """`[run]`: where the run lives and how its tasks are spread."""
+    """`[run]`: the folder of the run and how its tasks are distributed."""
 
     folder: str
     """Folder of the run: a local path or an fsspec URL. Each stage has a folder in it."""
     seed: Annotated[int, Ge(0)] = 0
-    """Seed of the order of samples, augmentation, dropout and new weights."""
+    """Seed for the order of samples, augmentation, dropout and new weights."""
     executor: Literal["local", "ray"] = "local"
-    """What runs the independent tasks of a stage: processes of this machine, or Ray."""
+    """How to run the independent tasks of a stage: in processes of this machine, or with Ray."""
     processes: Annotated[int, Ge(1)] = 2
     """Tasks at once, if the executor is `local`."""
 
@@ -83,12 +83,12 @@ def _known_model(name: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelTable:
-    """`[model]`: which of the sizes in training/model/config.py, and what it starts from."""
+    """`[model]`: the size of the model and its starting weights."""
 
     name: Annotated[str, AfterValidator(_known_model)]
     """Size of the model, from `training/model/config.py`."""
     vocabulary: str | None = None
-    """A `vocab.txt`, a folder or a model id. Unset: learned from the captions."""
+    """A `vocab.txt`, a folder or a model id. Unset: learn one from the captions."""
     image_weights: str | None = None
     """Path, name or hub id of an English CLIP for the image tower. Unset: `[english]`, else random."""
     text_weights: str | None = None
@@ -108,7 +108,7 @@ class RunConfig:
     run: RunTable
     """Folder, seed and processes of the run."""
     corpus: Annotated[DemoConfig | EmojiConfig | TablesConfig | SourcesConfig, Discriminator("kind")]
-    """What the corpus is made from; its `kind` selects one of four tables."""
+    """The sources of the corpus; `kind` selects one of four tables."""
     model: ModelTable
     """The model and its starting weights."""
     evaluation: tuple[EvaluationSource, ...] = ()
@@ -124,11 +124,11 @@ class RunConfig:
     filter_image: FilterImageConfig = field(default_factory=FilterImageConfig)
     """Rules for images."""
     dedup_image: DedupImageConfig | None = None
-    """Near-duplicate detection. Unset: copies of images stay, as in the paper."""
+    """Near-duplicate detection. Unset: keep copies of images, as the paper does."""
     score: ScoreConfig | None = None
-    """Scores by a model. Unset: rows whose source has no score are not judged by one."""
+    """Scores by a model. Unset: rows without a score from their source are not judged by score."""
     filter_score: FilterScoreConfig | None = None
-    """Threshold on those scores. Unset: the paper's."""
+    """Threshold on these scores. Unset: the paper's."""
     split: SplitConfig | None = None
     """Rows set aside for validation. Unset: none."""
     shards: ShardsConfig = field(default_factory=ShardsConfig)
@@ -171,7 +171,7 @@ class RunConfig:
 
     @property
     def makes_its_corpus(self) -> bool:
-        """Whether the corpus is one that the project makes, which brings its own evaluation sets."""
+        """Return whether the project generates the corpus, which then has its own evaluation sets."""
         return isinstance(self.corpus, DemoConfig | EmojiConfig)
 
 
@@ -182,7 +182,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> tuple[Run, RunConfig]:
 
 
 def resolve(table: dict[str, Any], path: str) -> tuple[Run, RunConfig]:
-    """Check the table of a run's TOML, which lies at `path`."""
+    """Check the table of a run's TOML from `path`."""
     try:
         config = build(RunConfig, _with_paper_recipes(table, path), path)
         for name in ("english", "stage1", "stage2", "finetune"):
@@ -198,7 +198,7 @@ def resolve(table: dict[str, Any], path: str) -> tuple[Run, RunConfig]:
 
 
 def _with_paper_recipes(table: dict[str, Any], where: str) -> dict[str, Any]:
-    """Fill in stages that say `recipe = …` from training/recipes; values in the file take precedence."""
+    """Fill in stages with `recipe = …` from training/recipes; values in the file take precedence."""
     filled = dict(table)
     own_model = table.get("model")
     model = own_model.get("name", "") if isinstance(own_model, dict) else ""
@@ -216,16 +216,16 @@ def _with_paper_recipes(table: dict[str, Any], where: str) -> dict[str, Any]:
         else:
             raise ConfigError(f'{where}: {stage}.recipe: found {own["recipe"]!r}; the only recipe is "paper"')
         augment = {**paper["augment"], **own.get("augment", {})}
-        del paper["lanes"]  # they follow from the batch, which the file may change
+        del paper["lanes"]  # derived from the batch, which the file may change
         filled[stage] = {**paper, **own, "augment": augment}
         del filled[stage]["recipe"]
     return filled
 
 
 def make_run(config: RunConfig) -> Run:
-    """The stages of a run, in order."""
+    """Return the stages of a run in order."""
     train_stages = _training_stages(config)
-    # Scored and shown: the stages that end in a Chinese model, in order; the last one is final.
+    # The stages that produce a Chinese model, in order, are scored and shown; the last one is final.
     scored = tuple(stage.name for stage in train_stages if stage.name != "english")
     scores = evaluation_stages.EvaluationConfig(
         stages=scored,
@@ -278,7 +278,7 @@ def make_run(config: RunConfig) -> Run:
 
 
 def _row_stages(config: RunConfig) -> list[Stage]:
-    """What a run asks for between the downloaded images and the shards."""
+    """Return the stages that a run requests between the downloaded images and the shards."""
     stages: list[Stage] = []
     before = "filter_image"
     if config.dedup_image is not None:
@@ -294,7 +294,7 @@ def _row_stages(config: RunConfig) -> list[Stage]:
                 rows=before,
                 identify=functools.partial(pair_scorers.identify_pair, run_folder=config.run.folder),
                 load=functools.partial(pair_scorers.load, run_folder=config.run.folder),
-                # On one machine a second process would hold a second copy of both encoders.
+                # On one machine each process would hold a copy of both encoders.
                 parallel=config.run.executor == "ray",
             ),
             score.filter_stage(config.filter_score or FilterScoreConfig(), rows=before),
@@ -303,7 +303,7 @@ def _row_stages(config: RunConfig) -> list[Stage]:
 
 
 def _shard_stages(config: RunConfig, rows: str) -> list[Stage]:
-    """Shards of the rows that the stage `rows` kept; with [split], validation rows in a separate stage."""
+    """Return the stages that pack the kept rows of the stage `rows`, with [split] in two parts."""
     packing = shards.stage(config.shards, rows=rows, has_split=config.split is not None)
     if config.split is None:
         return [packing]
@@ -315,7 +315,7 @@ def _shard_stages(config: RunConfig, rows: str) -> list[Stage]:
 
 
 def _training_stages(config: RunConfig) -> list[Stage]:
-    """english (where asked for) → stage1 → stage2 → finetune: each hands its weights to the next (2.3)."""
+    """Return english (if requested) → stage1 → stage2 → finetune; each passes its weights on (2.3)."""
     stages: list[Stage] = []
     before: str | None = None
     for name, train in (
@@ -347,6 +347,6 @@ def _training_stages(config: RunConfig) -> list[Stage]:
 
 
 def _learned_columns(config: RunConfig, train_stages: Sequence[Stage]) -> tuple[str, ...]:
-    """Caption columns that need their own vocabulary."""
+    """Return the caption columns that need their own vocabulary."""
     configs = [stage.config for stage in train_stages if stage.config.vocabulary is None]
     return tuple(sorted({job.train.caption_column for job in configs}))
