@@ -140,7 +140,7 @@ def load(
         name_or_path: weights (a file, a folder, a name or a hub id), a run's TOML, or the name of a shipped
             recipe that has run.
         device: torch's name of the device, such as "cuda:1" (default: an accelerator, otherwise the CPU).
-        vocabulary: a vocab.txt, its folder or a model id (default: the run's, or one found nearby).
+        vocabulary: a vocab.txt, its folder or a model id (default: the run's, or found automatically).
         context_length: most tokens of a text, including [CLS] and [SEP] (default: the run's, or 52).
         decode: "upright" (EXIF rotation, 16 bits scaled, transparency on white), or "reference" for the
             decoding of Chinese CLIP's published code.

@@ -74,7 +74,7 @@ Vocabulary = Annotated[
     typer.Option(
         "--vocab",
         metavar="PATH-or-ID",
-        help="read a vocab.txt, its folder or a model id (default: the run's, or found nearby)",
+        help="read a vocab.txt, its folder or a model id (default: the run's, or found automatically)",
     ),
 ]
 ContextLength = Annotated[

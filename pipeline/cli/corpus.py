@@ -28,7 +28,7 @@ _Samples = Annotated[
 
 @CORPUS.add(
     "reshard",
-    "rewrite shards with another number of samples in each, keeping their order",
+    "rewrite shards with another number of samples in each, in the same order",
     "runs/mine --out runs/resharded --samples 10000",
 )
 def reshard(

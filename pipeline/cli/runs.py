@@ -249,7 +249,7 @@ _BUILD = "a run's folder or RUN.toml, finished up to the stage `lock`"
 
 @REST.add(
     "diff",
-    "compare two builds of a corpus: settings, funnel, and rows that only one has",
+    "compare two builds of a corpus: settings, funnel, and rows that only one has, with reasons",
     "runs/old runs/new --rows rows.parquet",
 )
 def diff(

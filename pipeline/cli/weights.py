@@ -37,7 +37,7 @@ def convert(
         typer.Option(
             "--vocab",
             metavar="PATH-or-ID",
-            help="read a vocab.txt, its folder or a model id (default: found nearby)",
+            help="read a vocab.txt, its folder or a model id (default: found automatically)",
         ),
     ] = None,
     image_size: Annotated[
