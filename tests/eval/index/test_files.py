@@ -120,7 +120,7 @@ def test_the_same_command_builds_again_what_is_damaged(
         path = tmp_path / "index" / name
         path.write_bytes(path.read_bytes()[:-100] + bytes(100))
         assert command_line.main(words) == 0
-        assert f"{name}: other bytes than were written: built again" in capsys.readouterr().err
+        assert f"{name}: its bytes have changed: built again" in capsys.readouterr().err
         assert {path: path.read_bytes() for path in places} == whole
     # a build that was cut short has no digests yet: what is cut is told by reading it
     (tmp_path / "index" / "index.json").unlink()

@@ -117,7 +117,7 @@ def test_a_changed_value_in_its_state_is_damage_and_not_another_run(
     assert before in text
     path.write_text(text.replace(before, after))
     found, damage = find_newest(root)
-    assert (found.step, damage) == (1, {2: "state.json has other values than were written"})
+    assert (found.step, damage) == (1, {2: "the values of state.json have changed"})
 
 
 def test_damaged_later_ones_do_not_push_out_whole_ones(tmp_path: Path) -> None:
