@@ -251,7 +251,9 @@ def test_weights_of_a_damaged_best_are_not_taken(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(InputError, match=r"step_000000001: damaged \(weights.safetensors has other bytes"):
+    with pytest.raises(
+        InputError, match=r"step_000000001: damaged \(the bytes of weights.safetensors have changed"
+    ):
         checkpoint.load_verified_weights(checkpoint.at_step(str(root), 1))
 
 
