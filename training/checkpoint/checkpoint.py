@@ -257,10 +257,10 @@ def find_damage(checkpoint: Checkpoint) -> str | None:
     try:
         state = parse_json(store.read_text(os.path.join(folder, _STATE)))
         if state.pop(_OWN_DIGEST) != digest(state):
-            return f"the values of {_STATE} have changed"
+            return f"{_STATE} has changed values"
         for file, sha256 in state["sha256"].items():
             if store.digest_file(os.path.join(folder, file)) != sha256:
-                return f"the bytes of {file} have changed"
+                return f"{file} has changed bytes"
     except FileNotFoundError:
         return f"{file} is missing"
     except OSError as error:
