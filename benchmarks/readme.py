@@ -1,8 +1,8 @@
-"""Write benchmarks/README.md: one table of everything that benchmarks/results/*.json hold.
+"""Writes benchmarks/README.md, one table of all results in benchmarks/results/*.json.
 
     python -m benchmarks.readme
 
-A result gives its claim's name; CLAIMS has the words for it. A result without machine or commit takes those
+A result names its claim, and CLAIMS has the text of the claim. A result without machine or commit uses those
 of its file; if the file has none either, the cell says "not recorded".
 """
 
@@ -112,8 +112,8 @@ A script prints its results as one line of JSON: `python benchmarks/training/los
 rounds, with `--device cuda` on a GPU. [gpu/](gpu/README.md) measures the training path on a GPU machine
 without a network.
 
-A ratio above 1 means that ours is better. The brackets after a claim hold what it was measured on, if
-that varies, and the unit. If the outputs of both sides differ, the claim says so.
+A ratio above 1 means that ours is better. Brackets after a claim give the unit and, if it varies, what
+was measured. If the outputs of both sides differ, the claim says so.
 
 | claim | ours | peer | ratio | machine | commit |
 | --- | --- | --- | --- | --- | --- |

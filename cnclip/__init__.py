@@ -7,8 +7,8 @@
     texts = model.embed_texts(["一只猫", "一只狗"])
     print(model.similarity(images, texts))
 
-`__all__` is the whole of the stable API; docs/guides/python-api.md shows it with outputs. What is heavy is
-imported when it is first used, so `import cnclip` is quick.
+`__all__` is the complete stable API; docs/guides/python-api.md shows it with outputs. Heavy modules are
+imported on first use, so `import cnclip` is quick.
 """
 
 import importlib
@@ -63,7 +63,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from its module when it is first used."""
+    """Import a public name from its module on first use."""
     if name == "rules":
         return importlib.import_module("cnclip.rules")
     if name == "__version__":

@@ -2,7 +2,7 @@
 
 import sys
 
-import cnclip  # noqa: F401 - first: it says where the packages below are found
+import cnclip  # noqa: F401 - first, because it locates the packages below
 from pipeline.cli import main
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`cnclip.filter_captions`: the caption rules of a run on a table in memory."""
+"""`cnclip.filter_captions`: applies the caption rules of a run to a table in memory."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
@@ -22,9 +22,9 @@ _ROLES: Mapping[str, Any] = {
 
 
 class Filtered(NamedTuple, Generic[Frame]):
-    """Rows that stay, and rows that do not with their `drop_reason`; both with the columns that came in.
+    """The kept rows, and the dropped rows with their `drop_reason`; both have the input's columns.
 
-    Captions of `kept` are as shards hold them: without control characters and outer white space.
+    Captions of `kept` are as in shards: without control characters and outer white space.
     """
 
     kept: Frame
@@ -32,7 +32,7 @@ class Filtered(NamedTuple, Generic[Frame]):
 
     @property
     def counts(self) -> dict[str, int]:
-        """Return rows for each drop reason, most frequent first."""
+        """Return the number of rows for each drop reason, most frequent first."""
         reasons = pl.Series(REASON, list(self.dropped[REASON]), dtype=pl.String)
         return dict(reasons.value_counts(sort=True).iter_rows())
 
@@ -46,16 +46,16 @@ def filter_captions(
     """Judge every row by the caption rules; the first rule that drops it gives the reason.
 
     Args:
-        frame: a polars or pandas table; what comes back is of the same kind.
+        frame: a polars or pandas table; the result has the same kind.
         rules: settings (`cnclip.rules.CaptionRules`; unset, the paper's) or a list of single rules.
-        columns: role to column, for roles caption, url, language, score, nsfw, unsafe, watermark, where
+        columns: role to column for the roles caption, url, language, score, nsfw, unsafe, watermark, if
             names differ from those of LAION, Wukong and img2dataset (caption or text, url, similarity …).
 
-    Rules on roles that the table lacks do not apply. With settings, a row needs a valid address if there is a
-    column of addresses, and scores are judged if there is one of scores that is not empty, as in a run.
+    Rules on roles that the table lacks do not apply. With settings, as in a run, a row needs a valid address
+    if the table has addresses, and scores are judged if the table has any.
 
     Raises:
-        ValueError: if there is no column of captions, or if a named column or role does not exist.
+        ValueError: if the table has no captions, or if a named column or role does not exist.
     """
     if isinstance(frame, pl.DataFrame):
         return _of_polars(frame, rules, columns or {})
@@ -68,7 +68,7 @@ def _of_polars(
     columns: Mapping[str, str],
 ) -> Filtered[pl.DataFrame]:
     if REASON in frame.columns:
-        raise ValueError(f"the table has a column {REASON!r} already: rename it")
+        raise ValueError(f"the table already has a column {REASON!r}; rename it")
     found = _columns(frame, columns)
     config = rules if isinstance(rules, FilterTextConfig) else FilterTextConfig()
     canonical = frame.lazy().select(_role(role, found[role]) for role in _ROLES)
@@ -105,7 +105,7 @@ def _columns(frame: pl.DataFrame, given: Mapping[str, str]) -> dict[str, str | N
     }
     if found["caption"] is None:
         raise ValueError(
-            f"no column of captions (caption or text); the table has {', '.join(frame.columns)}: give"
+            f"no column of captions (caption or text); the table has {', '.join(frame.columns)}; give"
             ' columns={"caption": "…"}'
         )
     return found
@@ -116,7 +116,7 @@ def _of_pandas(
     rules: FilterTextConfig | Sequence[TextRule] | None,
     columns: Mapping[str, str],
 ) -> Filtered["pd.DataFrame"]:
-    """Judge a pandas table and take its own rows, so that its index and column types stay."""
+    """Judge a pandas table and select its rows, so that index and column types stay."""
     place = "__row__"
     done = _of_polars(pl.from_pandas(frame).with_row_index(place), rules, columns)
     caption = str(_columns(done.kept, columns)["caption"])

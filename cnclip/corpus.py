@@ -1,4 +1,4 @@
-"""`cnclip.Corpus`: a finished corpus as rows, samples, a torch loader, and other libraries' data sets."""
+"""`cnclip.Corpus`: a finished corpus as rows, samples, a torch loader, or another library's data set."""
 
 import bisect
 import itertools
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-_SIDECARS_KEPT = 8  # in memory at once while samples are read
+_SIDECARS_KEPT = 8  # in memory at once while reading samples
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,24 +31,24 @@ class Sample:
     caption: str
     url: str
     source: str
-    image_bytes: bytes  # the JPEG as it is stored
+    image_bytes: bytes  # the stored JPEG
 
     @property
     def image(self) -> "Image.Image":
-        """The image as RGB, upright."""
+        """Return the upright RGB image."""
         from pipeline.core.files.images import decode_upright
 
         return decode_upright(self.image_bytes)
 
 
 class Corpus:
-    """A corpus of finished shards: its pairs in the order of shards, numbered from 0."""
+    """A corpus of finished shards: its pairs in shard order, numbered from 0."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Open the shards of a run's TOML, a run's folder, or a folder of shards.
 
         Raises:
-            InputError: if there are no finished shards of this project.
+            InputError: if the path has no finished shards of this project.
         """
         self.folder = _folder(os.fspath(path))
         self._shards: list[CorpusShard] = corpus_shards(self.folder)
@@ -63,24 +63,24 @@ class Corpus:
         return f"cnclip.Corpus({self.folder!r}, {len(self):,} pairs in {len(self._shards):,} shards)"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave open files behind: workers of a loader open their own."""
+        """Omit open files, because workers of a loader open their own."""
         return {**self.__dict__, "_tars": None, "_sidecars": {}}
 
     @property
     def rows(self) -> pl.LazyFrame:
-        """The sidecars of all shards as one lazy table, a row a pair; nothing is read before `collect`."""
+        """Return the sidecars of all shards as one lazy table with a row per pair, read only by `collect`."""
         return pl.scan_parquet([shard.table for shard in self._shards], extra_columns="ignore")
 
     @property
     def tars(self) -> list[str]:
-        """Paths of the tar files, in order."""
+        """Return the paths of the tar files in order."""
         return [shard.tar for shard in self._shards]
 
     def drop_reasons(self) -> pl.DataFrame:
-        """Return stage, source, reason, rows: what was dropped on the way to these shards, most first.
+        """Return stage, source, reason and rows of all drops before these shards, most frequent first.
 
         Raises:
-            InputError: if the shards lie outside the folder of their run.
+            InputError: if the shards are not in their run's folder.
         """
         run = Run(self.folder, 0, "local", 1, ())
         found = [
@@ -91,19 +91,17 @@ class Corpus:
             for reason, rows in counts["dropped"].items()
         ]
         if read_manifest(run, "corpus") is None:
-            raise InputError(
-                f"{self.folder}: no run's folder, so nothing says what was dropped; give the run's"
-            )
+            raise InputError(f"{self.folder}: not a run's folder, so the drops are unknown; give the run's")
         schema = {"stage": pl.String, "source": pl.String, "reason": pl.String, "rows": pl.Int64}
         return pl.DataFrame(found, schema=schema).sort("rows", descending=True, maintain_order=True)
 
     def __getitem__(self, row: int) -> Sample:
         """Return one pair.
 
-        It reads one byte range of one tar.
+        This reads one byte range of one tar.
 
         Raises:
-            IndexError: if there is no such row.
+            IndexError: if the row does not exist.
             InputError: if the shard is damaged.
         """
         if not -len(self) <= row < len(self):
@@ -134,12 +132,12 @@ class Corpus:
 
         Args:
             batch_size: pairs in a batch; the last one may be smaller.
-            image_size_px: side of the square that images are resized to, as Chinese CLIP's are, when there is
-                no `transform`.
-            shuffle: random order, given by `seed`.
-            seed: of the order.
-            num_workers: processes that read ahead; 0 reads in this one.
-            transform: RGB image to tensor, instead of Chinese CLIP's preprocessing.
+            image_size_px: side of the square to which images are resized, as for Chinese CLIP, without
+                `transform`.
+            shuffle: whether to use a random order, which `seed` determines.
+            seed: seed of the order.
+            num_workers: processes that read ahead; 0 reads in this process.
+            transform: function from an RGB image to a tensor that replaces Chinese CLIP's preprocessing.
         """
         import torch
 
@@ -155,7 +153,7 @@ class Corpus:
     def webdataset(self, **options: Any) -> Any:
         """Return a `webdataset.WebDataset` over the tars, with `jpg` decoded to RGB and `txt` to text.
 
-        `options` go to WebDataset; without them shards are read in order.
+        `options` are passed to WebDataset; by default it reads shards in order.
         """
         try:
             import webdataset
@@ -192,7 +190,7 @@ class Corpus:
 
 
 class _Pairs:
-    """Map-style data set for torch: row → (image tensor, caption)."""
+    """A map-style data set for torch: row → (image tensor, caption)."""
 
     def __init__(self, corpus: Corpus, image_size_px: int, transform: Any) -> None:
         self._corpus = corpus

@@ -1,4 +1,4 @@
-"""`cnclip.evaluate`: a model on every evaluation set under a folder, next to the paper's figures."""
+"""`cnclip.evaluate`: measures a model on all evaluation sets in a folder, next to the paper's figures."""
 
 import os
 import tempfile
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Results(Sequence["Comparison"]):
-    """The tables of an evaluation, one a set; `print` shows them as `cnclip eval` does."""
+    """The tables of an evaluation, one per set; `print` shows them like `cnclip eval`."""
 
     def __init__(self, tables: "Sequence[Comparison]") -> None:
         self.tables = tuple(tables)
@@ -47,11 +47,11 @@ def evaluate(
     """Measure retrieval and zero-shot classification on every set under a folder.
 
     Args:
-        model: what `cnclip.load` returns or takes.
-        sets: folder of evaluation sets in any layout that `cnclip eval --sets` reads; unset, those of the run
-            that the model comes from.
-        out: folder for features, predictions and tables; unset, they are not kept.
-        setup: which of the paper's rows stand next to ours.
+        model: a model from `cnclip.load`, or what `cnclip.load` takes.
+        sets: folder of evaluation sets in any layout that `cnclip eval --sets` reads (default: the sets of
+            the model's run).
+        out: folder for features, predictions and tables (default: they are not kept).
+        setup: the rows of the paper to compare with.
         templates: own, general, paper, or a file with one template a line.
         ensemble: whether a class is the mean of features or of scores over the templates.
 
@@ -70,7 +70,7 @@ def evaluate(
     elif source.run_folder is not None:
         sources = sets_of_run(source.run_folder)
     else:
-        raise ConfigError(f"{source.path}: a lone file has no evaluation sets; give sets=FOLDER")
+        raise ConfigError(f"{source.path}: a single weights file has no evaluation sets; give sets=FOLDER")
     options = Options(setup=setup, templates=templates, ensemble=ensemble)
     with tempfile.TemporaryDirectory() as temporary:
         place = temporary if out is None else os.fspath(out)

@@ -1,4 +1,4 @@
-"""`cnclip.Index`: a FAISS index over features, larger than memory if need be."""
+"""`cnclip.Index`: a FAISS index over features, which may be larger than memory."""
 
 import os
 
@@ -11,16 +11,16 @@ VECTORS = "vectors.npy"
 
 
 class Index:
-    """A folder that `cnclip index` or `Index.build` wrote.
+    """An index in a folder that `cnclip index` or `Index.build` wrote.
 
     Rows are numbered in the order of the features.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        """Open an index and compare its files with what was written.
+        """Open an index and verify its files.
 
         Raises:
-            InputError: if the folder holds no complete index, or one that is damaged.
+            InputError: if the folder holds no complete index, or a damaged one.
         """
         from eval.index.partitioned import PartedIndex
 
@@ -41,14 +41,14 @@ class Index:
         """Build an index of unit-norm vectors, or continue an interrupted build.
 
         Args:
-            vectors: an array [N, D], which is kept in the folder as vectors.npy; or what `cnclip index`
+            vectors: an array [N, D], which is saved in the folder as vectors.npy; or what `cnclip index`
                 takes: a .npy file, a folder of them, or clip-retrieval's folder.
-            folder: where the index goes.
-            factory: FAISS's factory string; unset, one that suits the size, `memory_gib` and `recall`.
-            memory_gib: for the whole index, in GiB.
-            recall: wanted against exact search, 0 to 1.
+            folder: the folder for the index.
+            factory: FAISS's factory string (default: one that suits the size, `memory_gib` and `recall`).
+            memory_gib: memory for the whole index, in GiB.
+            recall: target recall against exact search, 0 to 1.
             rows_per_part: rows of one FAISS file.
-            redo: replace an index of other vectors or settings.
+            redo: whether to replace an index of other vectors or settings.
 
         Raises:
             InputError, ConfigError: for vectors that are not unit-norm, a factory that FAISS refuses, or a
@@ -81,21 +81,21 @@ class Index:
 
     @property
     def dim(self) -> int:
-        """Width D of the vectors."""
+        """Return the width D of the vectors."""
         return self._index.dim
 
     @property
     def factory(self) -> str:
-        """FAISS's factory string."""
+        """Return FAISS's factory string."""
         return self._index.factory
 
     def search(
         self, vectors: Float32Array, k: int = 10, *, parameters: str = ""
     ) -> tuple[Float32Array, Int64Array]:
-        """Return the k best rows of each query: (score_QK, row_QK), best first, equal scores by lower row.
+        """Return the k best rows of each query, (score_QK, row_QK), best first, equal scores by lower row.
 
         Args:
-            vectors: queries [Q, D] or one query [D], unit-norm; of one query k scores and rows come back.
+            vectors: unit-norm queries [Q, D], or one query [D], which returns k scores and rows.
             k: neighbours of each query.
             parameters: FAISS's string, such as "nprobe=16".
 

@@ -1,4 +1,4 @@
-"""`cnclip.load`: a model that embeds, compares and classifies."""
+"""`cnclip.load`: loads a model that embeds, compares and classifies."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ PROMPT = "一张{}的照片。"
 
 @dataclass(frozen=True, slots=True)
 class Classification:
-    """What `Model.classify` found.
+    """The result of `Model.classify`.
 
     `probability_NC` has shape [N, C], float32, in the order of the images and of `classes`; rows sum to 1.
     """
@@ -32,14 +32,14 @@ class Classification:
 
     @property
     def best(self) -> list[str]:
-        """The most probable class of each image, N names."""
+        """Return the most probable class of each image, N names."""
         return [self.classes[column] for column in self.probability_NC.argmax(axis=1)]
 
 
 class Model:
-    """A Chinese CLIP model with its vocabulary, on one device.
+    """A Chinese CLIP model with its vocabulary on one device.
 
-    `load` makes it.
+    Use `load` to get one.
     """
 
     def __init__(self, encoder: "Encoder", source: "ModelSource") -> None:
@@ -51,33 +51,33 @@ class Model:
 
     @property
     def dim(self) -> int:
-        """Width D of its features."""
+        """Return the width D of the features."""
         return int(self.encoder.model.config.embed_dim)
 
     @property
     def image_size_px(self) -> int:
-        """Side of the square that the image tower sees, in pixels."""
+        """Return the side of the image tower's square input, in pixels."""
         return self.encoder.image_size_px
 
     def embed_images(self, images: "Sequence[ImageLike]") -> Float32Array:
         """Return image_ND: float32, unit-norm rows, in the order of the images.
 
         Raises:
-            InputError: if an image cannot be decoded; it names the file or the place in the list.
+            InputError: if an image cannot be decoded; it names the file or the position in the list.
         """
         return self.encoder.embed_images(images)
 
     def embed_texts(self, texts: Sequence[str]) -> Float32Array:
         """Return text_ND: float32, unit-norm rows, in the order of the texts.
 
-        Texts longer than the model's context are cut there, and a warning gives their number.
+        Texts longer than the model's context are truncated, and a warning gives their number.
         """
         return self.encoder.embed_texts(texts, context_length=self.source.context_length)
 
     def similarity(
         self, images: "Float32Array | Sequence[ImageLike]", texts: Float32Array | Sequence[str]
     ) -> Float32Array:
-        """Return cosine_MN of M images and N texts, each given as features or as what `embed_*` takes."""
+        """Return cosine_MN of M images and N texts, each as features or as inputs of `embed_*`."""
         image_MD, text_ND = self._images(images), self._texts(texts)
         if image_MD.shape[1:] != text_ND.shape[1:]:
             raise ValueError(
@@ -94,11 +94,11 @@ class Model:
     ) -> Classification:
         """Classify images zero-shot (paper, section 2.1): softmax over the classes of scaled cosines.
 
-        A class is the mean of its unit features over `templates`, brought back to unit length; each template
-        has `{}` where the name goes.
+        A class is the normalised mean of its unit features over `templates`, each of which has `{}` for the
+        name.
 
         Raises:
-            ValueError: if there are no classes or templates, or if a template has no `{}`.
+            ValueError: if `classes` or `templates` is empty, or a template has no `{}`.
         """
         from eval.datasets.labels import prompts
         from eval.zeroshot.classifier import class_vectors
@@ -137,12 +137,13 @@ def load(
     """Load a model: weights of any known format, or the last trained stage of a run's TOML.
 
     Args:
-        name_or_path: a file or folder of weights, a run's TOML, or the name of a shipped recipe that has run.
-        device: as torch names it, such as "cuda:1"; unset, the accelerator if there is one, else the CPU.
-        vocabulary: a vocab.txt, its folder or a model id; unset, the run's, or looked for.
-        context_length: tokens a text may have with [CLS] and [SEP]; unset, the run's, or 52.
-        decode: "upright" (EXIF turned, 16 bits scaled, transparency on white), or "reference" for what
-            Chinese CLIP's published code sees.
+        name_or_path: weights (a file, a folder, a name or a hub id), a run's TOML, or the name of a shipped
+            recipe that has run.
+        device: torch's name of the device, such as "cuda:1" (default: an accelerator, otherwise the CPU).
+        vocabulary: a vocab.txt, its folder or a model id (default: the run's, or found automatically).
+        context_length: most tokens of a text, including [CLS] and [SEP] (default: the run's, or 52).
+        decode: "upright" (EXIF rotation, 16 bits scaled, transparency on white), or "reference" for the
+            decoding of Chinese CLIP's published code.
 
     Raises:
         InputError, ConfigError: one line that names the file and says what to do.
@@ -160,10 +161,10 @@ def score(
 ) -> Float32Array:
     """Return cosine_N of N pairs: image i with caption i, float32, -1 to 1.
 
-    Features of one batch of pairs are held at a time.
+    Memory holds the features of one batch of pairs.
 
     Raises:
-        ValueError: if there are not as many images as captions.
+        ValueError: if the numbers of images and captions differ.
         InputError: if an image cannot be decoded.
     """
     if len(images) != len(captions):

@@ -1,7 +1,7 @@
-"""Take this project's packages from where `cnclip` is installed, whatever the working directory holds.
+"""Imports this project's packages from where `cnclip` is installed, whatever is in the working directory.
 
-A notebook, a script and `python -m` put their own folder first on `sys.path`. A folder `training/` or `eval/`
-there would otherwise be imported in place of ours.
+A notebook, a script and `python -m` put their own folder first on `sys.path`, so Python would import a folder
+`training/` or `eval/` there instead of the project's package.
 """
 
 import importlib
@@ -14,13 +14,13 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def import_from_here() -> None:
-    """Import PACKAGES from ROOT; their modules are then found there too, by this process and its children.
+    """Import PACKAGES from ROOT, so that this process and its children also find their modules there.
 
-    ROOT goes first on `sys.path` only if another folder would hide it: first is where the standard library's
-    place is.
+    ROOT goes first on `sys.path` only if another folder would hide it, because the first place belongs to the
+    standard library.
 
     Raises:
-        ImportError: if a package of the same name was imported from elsewhere before.
+        ImportError: if a package of the same name has already been imported from elsewhere.
     """
     ahead = itertools.takewhile(lambda entry: os.path.abspath(entry) != ROOT, sys.path)
     hides = [name for entry in ahead for name in PACKAGES if os.path.isdir(os.path.join(entry, name))]

@@ -1,7 +1,7 @@
-"""The paper's caption rules (section 2.2) and further ones, each a polars expression with a drop reason.
+"""The paper's caption rules (section 2.2) and further ones as polars expressions with drop reasons.
 
-`CaptionRules` holds the settings of a run's `[filter_text]`; the functions make single rules, for a list of
-your own. `cnclip.filter_captions` takes either.
+`CaptionRules` holds the settings of a run's `[filter_text]`; the functions make single rules for your own
+list. `cnclip.filter_captions` takes either.
 """
 
 from data_prep.filters.text import FilterTextConfig as CaptionRules

@@ -1,4 +1,4 @@
-"""`cnclip.run`: a whole run, or a part of it, from Python."""
+"""`cnclip.run`: runs all or some stages of a run from Python."""
 
 import json
 import os
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class FinishedRun:
-    """A run's folder after `cnclip.run`, and how many stages had to run."""
+    """A run's folder after `cnclip.run`, and the number of stages that had to run."""
 
     recipe: str
     folder: str
@@ -20,7 +20,7 @@ class FinishedRun:
 
     @property
     def corpus(self) -> "Corpus":
-        """The training shards."""
+        """Return the training shards."""
         from cnclip.corpus import Corpus
 
         return Corpus(self.folder)
@@ -33,7 +33,7 @@ class FinishedRun:
 
     @property
     def report(self) -> str:
-        """Path of the report."""
+        """Return the path of the report."""
         from pipeline.core import store
 
         return store.join(self.folder, "report", "report.html")
@@ -48,14 +48,14 @@ def run(
     redo: bool = False,
     **overrides: Any,
 ) -> FinishedRun:
-    """Run all stages that are not up to date, as `cnclip run` does; a second call is a no-op.
+    """Run all stages that are not up to date, like `cnclip run`; a second call is a no-op.
 
     Args:
         recipe: a run's TOML, or the name of a shipped recipe such as "demo".
-        stage: this stage only.
-        first: from this stage on (`--from`).
-        last: up to and including this stage (`--to`).
-        redo: redo stale stages; without it they are an error.
+        stage: the only stage to run.
+        first: the first stage to run (`--from`).
+        last: the last stage to run (`--to`).
+        redo: whether to redo stale stages, which are otherwise an error.
         overrides: settings by their keys in the TOML, with two underscores for the dot, as in
             stage1__epochs=2; or tables, as in run={"folder": "runs/mine"}.
 
@@ -71,7 +71,7 @@ def run(
 
 
 def _as_set(key: str, value: Any) -> list[str]:
-    """Return `--set` items of one override; a table becomes one a leaf."""
+    """Return the `--set` items of one override; a table becomes one item per leaf."""
     dotted = key.replace("__", ".")
     if isinstance(value, dict):
         return [item for name, leaf in value.items() for item in _as_set(f"{dotted}.{name}", leaf)]
@@ -82,5 +82,5 @@ def _toml(value: Any) -> str:
     import tomli_w
 
     if isinstance(value, str | os.PathLike):
-        return json.dumps(os.fspath(value), ensure_ascii=False)  # a basic string of TOML is one of JSON
+        return json.dumps(os.fspath(value), ensure_ascii=False)  # a JSON string is a basic string of TOML
     return tomli_w.dumps({"value": value}).removeprefix("value = ").rstrip("\n")

@@ -1,8 +1,6 @@
-"""Stage corpus: what goes in.
+"""Stage corpus: names the caption tables and evaluation sets and binds them by digest.
 
-Names the caption tables and evaluation sets and binds them by digest.
-
-The demo and emoji corpora are made here; other sources stay where they are and are only looked at.
+This stage generates the demo and emoji corpora; other sources stay in place and are only read.
 """
 
 import dataclasses
@@ -39,7 +37,7 @@ from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TablesConfig:
-    """`[corpus]` of your own: caption tables, and evaluation sets in Chinese-CLIP's layout."""
+    """`[corpus]` of your own: caption tables, with evaluation sets in Chinese-CLIP's layout."""
 
     kind: Literal["tables"]
     """Chooses this corpus."""
@@ -49,7 +47,7 @@ class TablesConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourcesConfig:
-    """`[corpus]` of several sources: the paper's are in recipes/paper_corpus.toml."""
+    """`[corpus]` of several sources; recipes/paper_corpus.toml has the paper's."""
 
     kind: Literal["sources"]
     """Chooses this corpus."""
@@ -61,20 +59,20 @@ class SourcesConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CorpusStageConfig:
-    """What the corpus stage depends on: `[corpus]` and `[[evaluation]]`."""
+    """The settings of the corpus stage: `[corpus]` and `[[evaluation]]`."""
 
     corpus: DemoConfig | EmojiConfig | TablesConfig | SourcesConfig
     evaluations: tuple[EvaluationSource, ...] = ()
-    are_scored: bool = field(default=False, metadata=NOT_IN_DIGEST)  # and not only kept out of training
+    are_scored: bool = field(default=False, metadata=NOT_IN_DIGEST)  # and not only excluded from training
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CorpusTask(Facts):
-    """What one task reads: a single file, the files whose captions are joined, or a packed piece."""
+    """The input of one task: a single file, files whose captions are joined, or a packed piece."""
 
     paths: list[str]
     source: TableSource | PackedSource
-    # Of shards: source → rules that do not apply to its rows, if there are any.
+    # For shards: source → rules that do not apply to its rows.
     exemptions: Mapping[str, Sequence[str]] | None = None
 
     @classmethod
@@ -91,7 +89,7 @@ class CorpusTask(Facts):
 
 
 def plan(config: CorpusStageConfig, context: Context) -> list[Task]:
-    """Plan one task a table; the demo and emoji corpora are one task."""
+    """Plan one task for each table; the demo and emoji corpora are one task."""
     for item in config.evaluations if config.are_scored else ():
         check_size(item)
     sets = {f"evaluation {item.name}": digest_of(item) for item in config.evaluations}
@@ -135,19 +133,19 @@ def plan(config: CorpusStageConfig, context: Context) -> list[Task]:
 
 
 def _refuse_shared_names(corpus: TablesConfig | SourcesConfig) -> None:
-    """Refuse a name that two sources have if one brings images: rows of the other could ask for them."""
+    """Refuse two sources with one name if one has images, which rows of the other could request."""
     folders: dict[str, str | None] = {}
     for source in sources_of(corpus):
         folder = source.path if isinstance(source, PackedSource) else source.picture_folder
         if folders.setdefault(source.name, folder) != folder:
             raise ConfigError(
                 f"corpus.{corpus.kind}: name {source.name!r} is of two sources with different image folders"
-                f" ({folders[source.name]}, {folder}); give each a name of its own"
+                f" ({folders[source.name]}, {folder}); give each a different name"
             )
 
 
 def _refuse_carried_rules(corpus: TablesConfig | SourcesConfig) -> None:
-    """Refuse a table's own column of the name under which rows of shards keep what they are exempt from."""
+    """Refuse a carried column with the name under which rows of shards keep their exemptions."""
     for source in sources_of(corpus):
         if isinstance(source, TableSource) and caption_table.EXEMPT_COLUMN in source.carry_columns:
             raise ConfigError(
@@ -157,7 +155,7 @@ def _refuse_carried_rules(corpus: TablesConfig | SourcesConfig) -> None:
 
 
 def _reading(source: TableSource | PackedSource, files: Sequence[str]) -> dict[str, str]:
-    """Return how a source is read if that is another way than its description meant before."""
+    """Return how a source is read if the meaning of its description has changed."""
     if isinstance(source, PackedSource):
         return {}
     found = {"captions": "rows of their own"} if source.has_image_ids and not source.joins else {}
@@ -188,7 +186,7 @@ def guards_of(config: TablesConfig | SourcesConfig) -> tuple[str, ...]:
 def _pieces(
     config: TablesConfig | SourcesConfig,
 ) -> Iterator[tuple[TableSource | PackedSource, list[str]]]:
-    """Yield what each task reads: a file, the files whose captions are joined, or a packed piece."""
+    """Yield the input of each task: a file, files whose captions are joined, or a packed piece."""
     for source in sources_of(config):
         if isinstance(source, PackedSource):
             yield from ((source, files) for files in packed.pieces(source))
@@ -205,13 +203,13 @@ def _inputs(files: list[str], digests: Mapping[str, str]) -> dict[str, str]:
 
 
 def run(config: CorpusStageConfig, context: Context, task: Task, progress: Progress) -> Outcome:
-    """Make the demo or emoji corpus, or look at one table of your own."""
+    """Generate the demo or emoji corpus, or read one table."""
     if isinstance(config.corpus, TablesConfig | SourcesConfig):
         return _take_in(config, config.corpus, context, task)
     if store.is_local(context.run_folder):
         folder = Path(context.path())
         _make(config.corpus, folder)
-        # An object store keeps watch over the site's thousands of files itself.
+        # An object store itself protects the site's thousands of files.
         site = sorted(
             path.relative_to(folder).as_posix() for path in (folder / "site").rglob("*") if path.is_file()
         )
@@ -230,7 +228,7 @@ def _make(corpus: DemoConfig | EmojiConfig, folder: Path) -> None:
 
 
 def _describe_made(config: CorpusStageConfig, folder: Path) -> Outcome:
-    """Account for the files of a made corpus, which lies in a local folder."""
+    """Account for the files of a generated corpus in a local folder."""
     tables: dict[str, TableSource] = {}
     outputs: dict[str, int] = {}
     for path in sorted((folder / "tables").glob("*.parquet")):
@@ -255,7 +253,7 @@ def _describe_made(config: CorpusStageConfig, folder: Path) -> Outcome:
 def _take_in(
     config: CorpusStageConfig, corpus: TablesConfig | SourcesConfig, context: Context, task: Task
 ) -> Outcome:
-    """Look at one Parquet table where it lies, or write another source as a table of the run."""
+    """Read one Parquet table in place, or write another source as a table of the run."""
     guards = guards_of(corpus)
     facts = CorpusFacts(guards=guards, evaluations=EvaluationFacts.of({}, config.evaluations))
     asked = CorpusTask.from_json(task.arguments)
@@ -316,7 +314,7 @@ def _look_at_table(path: str, source: TableSource, digest: str, facts: CorpusFac
 
 
 def _is_part(source: TableSource | PackedSource) -> bool:
-    """Whether a source has several files: some of them may be empty."""
+    """Return whether a source has several files, of which some may be empty."""
     return isinstance(source, TableSource) and len(caption_table.find_files(source)) > 1
 
 

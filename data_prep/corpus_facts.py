@@ -1,4 +1,4 @@
-"""What the corpus stage notes, and what later stages ask of it: tables, folders, scores, exemptions."""
+"""The facts that the corpus stage records for later stages: tables, folders, scores, exemptions."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -17,13 +17,13 @@ from pipeline.core.facts import Facts
 from pipeline.core.records import InputError, Manifest, Shard
 from pipeline.core.stage import Context, repair_remedy
 
-# Stages that judge downloaded images, in order; those after the first run only if a run asks for them.
+# Stages that judge downloaded images, in order; all but the first are optional.
 ROW_STAGES = ("filter_image", "dedup_image", "filter_score")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutsideTable(Facts):
-    """A Parquet table that stays where it is."""
+    """A Parquet table that stays in place."""
 
     path: str
     source: TableSource
@@ -74,9 +74,9 @@ def facts_of(corpus: Manifest) -> dict[str, CorpusFacts]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TablePlace(Facts):
-    """Where a caption table is, and how to read it."""
+    """The place of a caption table, and how to read it."""
 
-    stage: str | None  # that wrote it; None: a file outside the run
+    stage: str | None  # the stage that wrote it; None: a file outside the run
     path: str  # in the stage's folder
     source: TableSource
 
@@ -124,12 +124,12 @@ def malformed_table(task: str) -> str:
 
 
 def rows_stage(context: Context) -> str:
-    """Return the parent whose kept rows a stage continues with: the last of ROW_STAGES that it has."""
+    """Return the parent whose kept rows a stage continues with, the last one in ROW_STAGES."""
     return next(name for name in reversed(ROW_STAGES) if name in context.parents)
 
 
 def kept_tables(context: Context, stage: str) -> list[Shard]:
-    """Return the tables of the rows that a stage kept, in order, by their paths in its folder."""
+    """Return the tables of a stage's kept rows in order, by their paths in its folder."""
     return [shard for shard in context.parents[stage].shards if shard.path.startswith("kept/")]
 
 
@@ -139,7 +139,7 @@ def table_name(shard: Shard) -> str:
 
 
 def exemptions(corpus: Manifest) -> dict[str, tuple[str, ...]]:
-    """Return source → names of the rules that do not apply to it."""
+    """Return source → names of the rules that do not apply."""
     return {table.place.source.name: table.place.source.exemptions for table in tables_of(corpus)}
 
 
@@ -149,7 +149,7 @@ def exempt_sources(corpus: Manifest, rule: str) -> list[str]:
 
 
 def is_exempt(corpus: Manifest, rule: str, columns: Sequence[str]) -> pl.Expr:
-    """Return which rows a rule does not apply to: by their source, or by what they say themselves.
+    """Return which rows a rule does not apply to, by their source or by their own exemptions.
 
     `columns` are those of the table of rows.
     """
@@ -160,9 +160,9 @@ def is_exempt(corpus: Manifest, rule: str, columns: Sequence[str]) -> pl.Expr:
 
 
 def exemptions_of_shards(folder: str) -> dict[str, tuple[str, ...]]:
-    """Return source → rules that do not apply to its rows, by the run whose shards lie in a folder.
+    """Return source → rules that do not apply to its rows, from the run of the shards in a folder.
 
-    Empty for shards that lie outside their run.
+    Empty for shards outside their run.
 
     Raises:
         InputError: if the manifest of the run's corpus cannot be read.
@@ -183,9 +183,9 @@ def exemptions_of_shards(folder: str) -> dict[str, tuple[str, ...]]:
 
 
 def with_exemptions(rows: pl.LazyFrame, of_source: Mapping[str, Sequence[str]]) -> pl.LazyFrame:
-    """Add to rows of a sidecar which rules do not apply to each, in EXEMPT_COLUMN.
+    """Add EXEMPT_COLUMN to rows of a sidecar: the rules that do not apply to each.
 
-    Rules that a row names itself stay. Rows stay as they are if no source has an exemption.
+    Rules that a row already names stay. Rows are unchanged if no source has an exemption.
     """
     names = rows.collect_schema().names()
     if not of_source or "source" not in names:
@@ -195,13 +195,13 @@ def with_exemptions(rows: pl.LazyFrame, of_source: Mapping[str, Sequence[str]]) 
     if EXEMPT_COLUMN in names:
         found.insert(0, pl.col(EXEMPT_COLUMN))
     rules = pl.concat_str(found, separator=",", ignore_nulls=True).str.split(",")
-    # In one order, each once: rows with the same rules are judged together.
+    # Sorted and unique, because rows with the same rules are judged together.
     both = rules.list.eval(pl.element().filter(pl.element() != "")).list.unique().list.sort().list.join(",")
     return rows.with_columns(pl.when(both != "").then(both).alias(EXEMPT_COLUMN))
 
 
 def score_pairs(corpus: Manifest) -> dict[str, list[str]]:
-    """Return source → encoder pairs of its own scores, for sources that are judged by them."""
+    """Return source → encoder pairs of its scores, for sources that are judged by score."""
     exempt = exempt_sources(corpus, SCORE_RULE)
     found: dict[str, list[str]] = {}
     for facts in facts_of(corpus).values():
@@ -212,18 +212,18 @@ def score_pairs(corpus: Manifest) -> dict[str, list[str]]:
 
 
 def evaluation_urls(context: Context) -> list[Shard]:
-    """Return the files with the URLs of evaluation images, one a line; one for each set that has URLs."""
+    """Return the files of URLs of evaluation images, one URL a line, for each set that has URLs."""
     return context.shards_of("corpus", "_urls.txt")
 
 
 def site_folder(context: Context) -> str | None:
-    """Return the folder that the download stage serves over loopback, if the corpus brings its own site."""
+    """Return the folder that the download stage serves over loopback, if the corpus has its own site."""
     made = any(facts.site for facts in facts_of(context.parents["corpus"]).values())
     return context.path_in("corpus") if made else None
 
 
 def image_folders(context: Context) -> dict[str, str]:
-    """Return source → folder of images on disk, which the download stage serves over loopback too."""
+    """Return source → folder of images on disk, which the download stage also serves over loopback."""
     sources = [table.place.source for table in tables_of(context.parents["corpus"])]
     return {source.name: source.picture_folder for source in sources if source.picture_folder}
 
@@ -237,5 +237,5 @@ def packed_folders(context: Context) -> dict[str, str]:
 
 
 def guard_paths(corpus: Manifest) -> list[str]:
-    """Return the guards of the run, whose images filter_image removes by their hashes."""
+    """Return the guards of the run, whose images filter_image drops by their hashes."""
     return sorted({path for facts in facts_of(corpus).values() for path in facts.guards})

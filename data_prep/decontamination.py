@@ -1,4 +1,4 @@
-"""Guards: lists that keep an evaluation set out of training, by image id and by what its images look like.
+"""Guards: lists that keep an evaluation set out of training, by image id and by appearance.
 
 `cnclip guard` makes one from a set in Chinese-CLIP's layout, from a folder of images, or from a text file
 of ids such as COCO-CN's `coco-cn_test.txt` and Flickr30K-CN's `ImageSets/*.txt`. A guard is a Parquet file
@@ -42,7 +42,7 @@ _SCHEMA = {
 
 @dataclass(frozen=True, slots=True)
 class GuardedIds:
-    """Numbers of images that stay out of training, in the two numberings that sources share."""
+    """Numbers of images to exclude from training, in the two numberings that sources share."""
 
     coco: frozenset[int]
     flickr: frozenset[int]
@@ -51,9 +51,9 @@ class GuardedIds:
 def make_guard(
     evaluation_set: str, family: Family, out: str, *, say: Callable[[str], None] = lambda _: None
 ) -> int:
-    """Write the guard of an evaluation set; return how many images it names.
+    """Write the guard of an evaluation set and return the number of its images.
 
-    `say` takes what it leaves out.
+    `say` gets a line on skipped files.
 
     `evaluation_set` is a `<name>_imgs.tsv` or the folder that holds one, a folder of shards, a folder of
     images (searched below too; ids are file names without their ending), or a `.txt` file with one id a line.
@@ -104,7 +104,7 @@ def guarded_ids(paths: Sequence[str]) -> GuardedIds:
 
 
 def guarded_marks(path: str) -> Iterator[tuple[str, Marks]]:
-    """Yield (id, hash and signature) of each image that a guard knows by more than its id."""
+    """Yield (id, hash and signature) of each image for which a guard has them."""
     table = read_guard(path).drop_nulls(["perceptual_hash", "image_signature"])
     for name, *marks in table.select("id", "perceptual_hash", "image_signature").iter_rows():
         yield name, Marks(*marks)
@@ -129,7 +129,7 @@ def tsv_marks(path: str) -> Iterator[tuple[str, Marks]]:
 
 
 def set_marks(folder: str, name: str) -> Iterator[tuple[str, Marks]]:
-    """Yield (id, hash and signature) of each image of an evaluation set: of its TSV, or of its shards."""
+    """Yield (id, hash and signature) of each image in an evaluation set's TSV or shards."""
     path = store.join(folder, f"{name}_imgs.tsv")
     stems = [] if store.exists(path) else shard_stems(folder)
     yield from (
@@ -138,9 +138,9 @@ def set_marks(folder: str, name: str) -> Iterator[tuple[str, Marks]]:
 
 
 def _shard_marks(tar: str) -> Iterator[tuple[str, Marks]]:
-    """Yield the marks of a shard's images.
+    """Yield the hashes and signatures of a shard's images.
 
-    They are computed: a sidecar has no signatures, and may be older than hashes.
+    They are computed, because a sidecar has no signatures and may be older than hashes.
     """
     table = read_sidecar_frame(sidecar_of(tar), ("key", "offset_bytes", "size_bytes"))
     with ByteRanges(tar) as images:
@@ -181,7 +181,7 @@ def _members(path: str, say: Callable[[str], None]) -> Iterator[tuple[str, Marks
 
 def _images(folder: str, say: Callable[[str], None]) -> Iterator[tuple[str, Marks]]:
     found = find_images(folder, IMAGE_ENDINGS)
-    # An image under another name is one of the set all the same.
+    # An image under another name still belongs to the set.
     for path in sorted(map(Path, [*found.paths, *filter(_begins_as_image, found.others)])):
         try:
             image = decode_upright(read_image(str(path)))

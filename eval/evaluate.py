@@ -66,7 +66,7 @@ def evaluate(
     `show` draws how far each set is.
 
     Raises:
-        InputError: for an unknown `paper_model`, and whatever a set's reader or the model raises.
+        InputError: for an unknown `paper_model`, and from a set's reader or the model.
     """
     encoder = load_encoder(checkpoint)
     store.remove(store.join(out_folder, "submission"))  # of another model perhaps: never mixed

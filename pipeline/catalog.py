@@ -1,7 +1,7 @@
 """The whole run on one page: every stage, in order. The only module that imports all the others.
 
-A run's TOML has one table a stage, named as here. Functions that do the work are imported when a stage
-runs, so that a plan prints at once.
+A run's TOML has one table for each stage, with the stage's name. The functions of a stage are imported when
+it runs, so that a plan prints at once.
 """
 
 import dataclasses
@@ -54,20 +54,20 @@ from training.config.train import TrainConfig, check_fits
 from training.model.config import MODELS
 from training.vocabulary import VocabularyConfig
 
-# What each rank of a training stage runs.
+# The program that each rank of a training stage runs.
 RANK_MODULE = "pipeline.rank"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunTable:
-    """`[run]`: where the run lives and how its tasks are spread."""
+    """`[run]`: the folder of the run and how its tasks are distributed."""
 
     folder: str
     """Folder of the run: a local path or an fsspec URL. Each stage has a folder in it."""
     seed: Annotated[int, Ge(0)] = 0
-    """Seed of the order of samples, augmentation, dropout and new weights."""
+    """Seed for the order of samples, augmentation, dropout and new weights."""
     executor: Literal["local", "ray"] = "local"
-    """What runs the independent tasks of a stage: processes of this machine, or Ray."""
+    """How to run the independent tasks of a stage: in processes of this machine, or with Ray."""
     processes: Annotated[int, Ge(1)] = 2
     """Tasks at once, if the executor is `local`."""
     max_failed_tasks: Annotated[int, Ge(0)] = 0
@@ -87,12 +87,12 @@ def _known_model(name: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelTable:
-    """`[model]`: which of the sizes in training/model/config.py, and what it starts from."""
+    """`[model]`: the size of the model and its starting weights."""
 
     name: Annotated[str, AfterValidator(_known_model)]
     """Size of the model, from `training/model/config.py`."""
     vocabulary: str | None = None
-    """A `vocab.txt`, a folder or a model id. Unset: learned from the captions."""
+    """A `vocab.txt`, a folder or a model id. Unset: learn one from the captions."""
     image_weights: str | None = None
     """Path, name or hub id of an English CLIP for the image tower. Unset: `[english]`, else random."""
     text_weights: str | None = None
@@ -110,7 +110,7 @@ class RunConfig:
     """A run's TOML file."""
 
     run: RunTable
-    """Where the run lives."""
+    """Folder, seed and processes of the run."""
     corpus: Annotated[DemoConfig | EmojiConfig | TablesConfig | SourcesConfig, Discriminator("kind")]
     """What the corpus is made from; its `kind` selects one of four tables."""
     model: ModelTable | None = None
@@ -128,11 +128,11 @@ class RunConfig:
     filter_image: FilterImageConfig = field(default_factory=FilterImageConfig)
     """Rules for images."""
     dedup_image: DedupImageConfig | None = None
-    """Near-duplicate detection. Unset: copies of images stay, as in the paper."""
+    """Near-duplicate detection. Unset: keep copies of images, as the paper does."""
     score: ScoreConfig | None = None
-    """Scores by a model. Unset: rows whose source has no score are not judged by one."""
+    """Scores by a model. Unset: rows without a score from their source are not judged by score."""
     filter_score: FilterScoreConfig | None = None
-    """Threshold on those scores. Unset: the paper's."""
+    """Threshold on these scores. Unset: the paper's."""
     split: SplitConfig | None = None
     """Rows set aside for validation. Unset: none."""
     shards: ShardsConfig = field(default_factory=ShardsConfig)
@@ -140,7 +140,7 @@ class RunConfig:
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     """Vocabulary that is learned from the captions."""
     english: TrainConfig | None = None
-    """English training that stands in for OpenAI's CLIP when its weights are not available."""
+    """English training that replaces OpenAI's CLIP if its weights are not available."""
     stage1: TrainConfig | None = None
     """Image tower locked (paper, 2.3)."""
     stage2: TrainConfig | None = None
@@ -152,7 +152,7 @@ class RunConfig:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     """Slurm cluster."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    """Where training shows its curves."""
+    """Where training sends its curves."""
     zeroshot: ZeroshotConfig = field(default_factory=ZeroshotConfig)
     """Zero-shot classification."""
 
@@ -202,7 +202,7 @@ class RunConfig:
 
     @property
     def makes_its_corpus(self) -> bool:
-        """Whether the corpus is one that the project makes, which brings its own evaluation sets."""
+        """Return whether the project generates the corpus, which then has its own evaluation sets."""
         return isinstance(self.corpus, DemoConfig | EmojiConfig)
 
 
@@ -213,7 +213,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> tuple[Run, RunConfig]:
 
 
 def resolve(table: dict[str, Any], path: str) -> tuple[Run, RunConfig]:
-    """Check the table of a run's TOML, which lies at `path`."""
+    """Check the table of a run's TOML from `path`."""
     try:
         config = build(RunConfig, _with_paper_recipes(table, path), path)
         for name in ("english", "stage1", "stage2", "finetune"):
@@ -229,7 +229,7 @@ def resolve(table: dict[str, Any], path: str) -> tuple[Run, RunConfig]:
 
 
 def _with_paper_recipes(table: dict[str, Any], where: str) -> dict[str, Any]:
-    """Fill in stages that say `recipe = …` from training/recipes; values in the file take precedence."""
+    """Fill in stages with `recipe = …` from training/recipes; values in the file take precedence."""
     filled = dict(table)
     own_model = table.get("model")
     model = own_model.get("name", "") if isinstance(own_model, dict) else ""
@@ -247,7 +247,7 @@ def _with_paper_recipes(table: dict[str, Any], where: str) -> dict[str, Any]:
         else:
             raise ConfigError(f'{where}: {stage}.recipe: found {own["recipe"]!r}; the only recipe is "paper"')
         augment = {**paper["augment"], **own.get("augment", {})}
-        del paper["lanes"]  # they follow from the batch, which the file may change
+        del paper["lanes"]  # derived from the batch, which the file may change
         filled[stage] = {**paper, **own, "augment": augment}
         del filled[stage]["recipe"]
     return filled
@@ -325,7 +325,7 @@ def _model_stages(
 
 
 def _row_stages(config: RunConfig) -> list[Stage]:
-    """What a run asks for between the downloaded images and the shards."""
+    """Return the stages that a run requests between the downloaded images and the shards."""
     stages: list[Stage] = []
     before = "filter_image"
     if config.dedup_image is not None:
@@ -341,7 +341,7 @@ def _row_stages(config: RunConfig) -> list[Stage]:
                 rows=before,
                 identify=functools.partial(pair_scorers.identify_pair, run_folder=config.run.folder),
                 load=functools.partial(pair_scorers.load, run_folder=config.run.folder),
-                # On one machine a second process would hold a second copy of both encoders.
+                # On one machine each process would hold a copy of both encoders.
                 parallel=config.run.executor == "ray",
             ),
             score.filter_stage(config.filter_score or FilterScoreConfig(), rows=before),
@@ -350,7 +350,7 @@ def _row_stages(config: RunConfig) -> list[Stage]:
 
 
 def _shard_stages(config: RunConfig, rows: str) -> list[Stage]:
-    """Shards of what the stage `rows` kept; with [split], the rows for validation in a stage of their own."""
+    """Return the stages that pack the kept rows of the stage `rows`, with [split] in two parts."""
     packing = shards.stage(config.shards, rows=rows, has_split=config.split is not None)
     if config.split is None:
         return [packing]

@@ -1,6 +1,6 @@
-"""The settings that a run was last started with: `run.resolved.toml` in its folder.
+"""The settings with which a run was last started: `run.resolved.toml` in its folder.
 
-docs/concepts/runs.md, "Settings of a run", says which command reads them and which reads the run's file.
+docs/concepts/runs.md, "Settings of a run", says which commands read them and which read the run's file.
 """
 
 import dataclasses
@@ -26,20 +26,20 @@ _ABSENT = object()
 
 
 def resolved_path(folder: str) -> str:
-    """Return the path of the settings that the run in a folder was last started with."""
+    """Return the path of the settings with which the run in a folder was last started."""
     return store.join(folder, RESOLVED)
 
 
 def write_started(run: Run, config: RunConfig) -> None:
-    """Write every setting, defaults and `--set` included, as the work begins."""
+    """Write all settings, including defaults and `--set`, when the work begins."""
     store.write_text(resolved_path(run.folder), to_toml(config))
 
 
 def load_as_started(target: str, overrides: Sequence[str] = ()) -> tuple[Run, RunConfig]:
-    """Load a run for a command that looks at what it made: with the settings that it was last started with.
+    """Load a run with the settings of its last start, for a command that inspects its results.
 
-    `target` is the run's file, a shipped recipe, or the run's folder. A note says what differs from the file.
-    With `overrides` the file counts, as it does for a run that was not started yet.
+    `target` is the run's file, a shipped recipe, or the run's folder. A note lists differences from the file.
+    With `overrides`, or before the first start, the settings come from the file.
 
     Raises:
         ConfigError: if there is no such file, or if it is no run's.
@@ -77,7 +77,7 @@ def start(
     if without_failed:
         run = dataclasses.replace(run, max_failed_tasks=sys.maxsize)
     stages = select(run, only, first, last)
-    for stage in stages:  # a corpus takes days: what training lacks is reported before it starts
+    for stage in stages:  # a corpus takes days, so report what training lacks before it starts
         if isinstance(stage.config, TrainStageConfig):
             check_given_files(stage.config, stage.name)
     begin = functools.partial(write_started, run, config)
@@ -115,9 +115,10 @@ def _show_corpus(run: Run, stages: Sequence[Stage], done: Stage) -> None:
 
 
 def load_to_start(target: str, overrides: Sequence[str] = ()) -> tuple[Run, RunConfig]:
-    """Load a run for a command that starts it or plans to: with the settings of its file and `overrides`.
+    """Load a run with the settings of its file and `overrides`, for a command that starts or plans it.
 
-    A note says what differs from the settings that it was last started with. A run's folder stands for these.
+    A note lists differences from the last start. If `target` is a run's folder, the settings are those of the
+    last start.
 
     Raises:
         ConfigError: if there is no such file, or if it is no run's.
@@ -129,9 +130,9 @@ def load_to_start(target: str, overrides: Sequence[str] = ()) -> tuple[Run, RunC
 
 
 def say_differences(target: str) -> None:
-    """Print a note if the run of a file was last started with other settings.
+    """Print a note if the run of a file was last started with different settings.
 
-    A file that no run can be started with has nothing to compare: its model may be there all the same.
+    A file that cannot start a run has nothing to compare; its model may still exist.
     """
     try:
         _, config = load(target)
@@ -142,7 +143,7 @@ def say_differences(target: str) -> None:
 
 
 def is_folder(target: str) -> bool:
-    """Return whether a run is named by its folder: by the settings in it, which no TOML file can hold."""
+    """Return whether a target is a run's folder, which it is if it has resolved settings."""
     return not target.endswith(".toml") and store.exists(resolved_path(target))
 
 
@@ -154,7 +155,7 @@ def _load_folder(folder: str, overrides: Sequence[str]) -> tuple[Run, RunConfig]
 
 
 def _read_started(folder: str) -> RunConfig | None:
-    """Return what a run was last started with; None if it was not, or if this release cannot read it."""
+    """Return the settings of a run's last start; None if it has not started or they cannot be read."""
     path = resolved_path(folder)
     if not store.exists(path):
         return None
@@ -167,7 +168,7 @@ def _read_started(folder: str) -> RunConfig | None:
 
 
 def _in_folder(config: RunConfig, folder: str) -> RunConfig:
-    """Return the configuration with the folder where it lies: a run may have been moved."""
+    """Return the configuration with its current folder, because a run may have been moved."""
     return dataclasses.replace(config, run=dataclasses.replace(config.run, folder=folder))
 
 
@@ -188,7 +189,7 @@ def _say_differences(folder: str, config: RunConfig, started: RunConfig, name: s
 
 
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) of what is set and no table; a list is one value."""
+    """Yield (dotted key, value) of everything that is set, except tables; a list is one value."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from _leaves(item, f"{prefix}{key}.")

@@ -1,7 +1,7 @@
-"""Who scores images against captions: Multilingual-CLIP with its CLIP, or a Chinese CLIP trained here.
+"""Scores images against captions with Multilingual-CLIP and its CLIP, or with a Chinese CLIP.
 
-The score stage (`data_prep.filters.score`, whose `PairScorer` both are) may not import the models;
-`pipeline.catalog` hands it these functions.
+The score stage (`data_prep.filters.score`, whose `PairScorer` both implement) may not import the models, so
+`pipeline.catalog` passes it these functions.
 """
 
 import functools
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class PairSettings(Protocol):
-    """What `[score]` says about the encoders (`data_prep.filters.score.ScoreConfig`); hashable."""
+    """The encoders in `[score]` (`data_prep.filters.score.ScoreConfig`); hashable."""
 
     @property
     def text_encoder(self) -> str | None: ...
@@ -40,9 +40,9 @@ class PairSettings(Protocol):
 
 
 def identify_pair(config: PairSettings, *, run_folder: str = "") -> tuple[str, str]:
-    """Return digests of the text and the image encoder: of all that changes a feature.
+    """Return digests of the text and the image encoder, which cover everything that changes a feature.
 
-    Weights that are given by name count as the run in `run_folder` has looked them up; nothing is downloaded.
+    For weights given by name, the look-ups of the run in `run_folder` count; nothing is downloaded.
 
     Raises:
         InputError: if a file is missing.
@@ -61,7 +61,7 @@ def identify_pair(config: PairSettings, *, run_folder: str = "") -> tuple[str, s
     return text, image
 
 
-@functools.lru_cache(maxsize=1)  # one process scores many partitions with one pair
+@functools.lru_cache(maxsize=1)  # one process scores many partitions with the same pair
 def load(config: PairSettings, *, run_folder: str = "") -> "OwnModel | MultilingualPair":
     """Load both encoders into memory, on the accelerator if there is one."""
     if config.model is not None:
@@ -70,7 +70,7 @@ def load(config: PairSettings, *, run_folder: str = "") -> "OwnModel | Multiling
 
 
 class MultilingualPair:
-    """mCLIP: an XLM-R text tower and the image tower of the CLIP that it was taught to meet."""
+    """mCLIP: an XLM-R text tower and the image tower of the CLIP with which it was aligned."""
 
     def __init__(self, config: PairSettings, run_folder: str) -> None:
         import torch
@@ -100,7 +100,7 @@ class MultilingualPair:
 
 
 class OwnModel:
-    """A Chinese CLIP of any known format: as the paper plans it, a corpus scored by the model it trained."""
+    """A Chinese CLIP of any known format, to score a corpus with the model it trained, as the paper plans."""
 
     def __init__(self, config: PairSettings, run_folder: str) -> None:
         from training.encoder import Encoder
@@ -119,7 +119,7 @@ class OwnModel:
 
 
 def _vocabulary_digest(config: PairSettings, run_folder: str) -> str:
-    """Return the digest of the model's vocabulary; of a named model without one, the id that gives it."""
+    """Return the digest of the model's vocabulary, or the id of a named model without one."""
     assert config.model is not None
     if find_id(config.model) is None:
         return _vocabulary(config.model, config).digest

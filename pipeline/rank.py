@@ -1,10 +1,10 @@
-"""What each rank of a training stage runs.
+"""The program that each rank of a training stage runs.
 
     python -m pipeline.rank JOB.json                        started by `cnclip run`
     torchrun … -m pipeline.rank RUN.toml stage1 [KEY=VALUE …]
     deepspeed … --module pipeline.rank RUN.toml stage1 [KEY=VALUE …]
 
-The ranks find each other by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, or by what Slurm says.
+The ranks find each other by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, or by Slurm's variables.
 """
 
 import os
@@ -19,20 +19,20 @@ from training.config.job import TrainJob
 
 
 def main() -> int:
-    """Train; zero-shot recall on the run's evaluation sets comes from eval, which training never imports.
+    """Train, with zero-shot recall on the run's evaluation sets from eval, which training never imports.
 
-    Returns the exit status: 143 where a signal asked for the end and a checkpoint is written.
+    Return the exit status: 143 if a signal stopped the training after a checkpoint.
     """
     die_with_run()
     os.environ.update(ranks_of_slurm(os.environ))
     if missing := [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name not in os.environ]:
         print(
-            f"error: no {missing[0]} in the environment: a rank is started by torchrun, deepspeed, srun or"
+            f"error: no {missing[0]} in the environment: start ranks with torchrun, deepspeed, srun or"
             " `cnclip run`; `cnclip launch` prints the lines",
             file=sys.stderr,
         )
         return ConfigError.exit_status
-    # DeepSpeed's launcher puts --local_rank before our own arguments.
+    # DeepSpeed's launcher puts --local_rank before other arguments.
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local")]
     try:
         job = read_job(arguments)
@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def read_job(arguments: Sequence[str]) -> TrainJob:
-    """Return the job of a JSON file, or of a run's stage whose parents are done."""
+    """Return the job in a JSON file, or that of a run's stage whose parents are done."""
     path, *rest = arguments
     if path.endswith(".json"):
         return TrainJob.from_json(store.read_text(path), path)
@@ -65,7 +65,7 @@ def read_job(arguments: Sequence[str]) -> TrainJob:
     from training.weights.hub.locate import is_pinned
 
     if not rest:
-        raise ConfigError(f"{path}: which stage? give its name after the run, such as stage1")
+        raise ConfigError(f"{path}: no stage given; put its name after the run, such as stage1")
     run, _ = load(path, rest[1:])
     stage = run.stage(rest[0])
     if not isinstance(stage.config, TrainStageConfig):
@@ -73,16 +73,16 @@ def read_job(arguments: Sequence[str]) -> TrainJob:
     context = make_context(run, stage)
     if context is None:
         raise ConfigError(f"{path}: {stage.name} waits for {', '.join(stage.parents)}; run those first")
-    for text in given_weights(stage.config).values():  # many ranks would look up a name at once
+    for text in given_weights(stage.config).values():  # otherwise many ranks would look up a name at once
         if not is_pinned(run.folder, text):
             raise ConfigError(
-                f"{path}: this run has not looked up the weights {text} yet: first give: cnclip launch {path}"
+                f"{path}: this run has not looked up the weights {text} yet; run `cnclip launch {path}` first"
             )
     return make_job(stage.config, context)
 
 
 def ranks_of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return torch's names for what srun tells each task; nothing without srun, or if torch's are there."""
+    """Return torch's variables from those of srun; empty without srun, or if torch's are set."""
     if "SLURM_PROCID" not in environment or "RANK" in environment:
         return {}
     of_nodes = list[str]()  # ranks of each machine; Slurm writes 8,8,4 as 8(x2),4

@@ -1,4 +1,4 @@
-"""`run --repair`: forget what is damaged, so that the run makes it anew and keeps all else."""
+"""`run --repair`: discards what is damaged, so that the run redoes it and keeps everything else."""
 
 import os
 import sys
@@ -24,23 +24,23 @@ from pipeline.core.terminal import one_line
 
 
 def refuse_unusable_folder(run: Run, stage: Stage) -> None:
-    """Refuse a stage's folder that cannot hold files, before anything of it is touched.
+    """Refuse a stage's folder that cannot hold files, before anything in it changes.
 
     Raises:
-        ConfigError: if it cannot.
+        ConfigError: if it is a broken link or a file.
     """
     path = store.join(run.folder, stage.name)
     if not store.is_local(path) or os.path.isdir(path) or not os.path.lexists(path):
         return
     if os.path.islink(path):
         raise ConfigError(
-            f"{path}: a link to {os.readlink(path)}, where no folder is; mount or make it, or remove the link"
+            f"{path}: a broken link to {os.readlink(path)}; mount or make that folder, or remove the link"
         )
-    raise ConfigError(f"{path}: a file where the stage's folder belongs; move it away")
+    raise ConfigError(f"{path}: a file in the place of the stage's folder; move it away")
 
 
 def forget_unreadable(run: Run, stage: Stage) -> None:
-    """Remove a stage's manifest and the note of its start if they cannot be read."""
+    """Remove a stage's manifest and `started.json` if they cannot be read."""
     path = manifest_path(run, stage.name)
     context = Context(run.folder, stage.name, run.seed, {})
     if read_started(context) is None:
@@ -49,11 +49,11 @@ def forget_unreadable(run: Run, stage: Stage) -> None:
         read_manifest(run, stage.name)
     except InputError:
         store.remove(path)
-        _say(f"{stage.name}: its manifest is damaged and is folded anew from the receipts")
+        _say(f"{stage.name}: its manifest is damaged and is rebuilt from the receipts")
 
 
 def restore_started(run: Run, stage: Stage) -> None:
-    """Write the note of a finished stage's start anew if it was damaged or is another's."""
+    """Rewrite `started.json` of a finished stage if it was damaged or belongs to other work."""
     context, manifest = make_context(run, stage), read_manifest(run, stage.name)
     assert context is not None  # the stage is done
     assert manifest is not None
@@ -65,10 +65,10 @@ def restore_started(run: Run, stage: Stage) -> None:
 
 
 def forget_damaged(run: Run, status: StageStatus) -> bool:
-    """Make the tasks to do whose outputs differ from their receipts; True if the stage has changed.
+    """Discard tasks whose outputs differ from their receipts; return whether the stage has changed.
 
-    A manifest that says something else than the receipts goes too, and so does a stale one whose tasks all
-    count: the run folds it anew.
+    A manifest that contradicts the receipts is also removed, as is a stale one whose tasks are all valid; the
+    run rebuilds it.
     """
     stage, manifest = status.stage, status.manifest
     folder = store.join(run.folder, stage.name)
@@ -86,7 +86,7 @@ def forget_damaged(run: Run, status: StageStatus) -> bool:
             damaged.append(path)
         progress(number, len(names))
     if manifest is not None and (damaged or not _is_folded_from(manifest, stage, whole)):
-        store.remove(manifest_path(run, stage.name))  # first: without it nothing here counts as complete
+        store.remove(manifest_path(run, stage.name))  # first: without it nothing is complete
         what = f"{len(damaged)} of {len(names)} tasks are damaged" if damaged else "its manifest is damaged"
         _say(f"{stage.name}: {what}")
     elif not damaged:
@@ -98,7 +98,7 @@ def forget_damaged(run: Run, status: StageStatus) -> bool:
 
 
 def _forget_stale_manifest(run: Run, stage: Stage) -> bool:
-    """Remove what says that a stage is stale if every task counts for the present settings and inputs."""
+    """Remove the marks of a stale stage if all its tasks are valid for the current settings and inputs."""
     context = make_context(run, stage)
     assert context is not None  # it has a state
     tasks = stage.plan(stage.config, context)
@@ -106,15 +106,15 @@ def _forget_stale_manifest(run: Run, stage: Stage) -> bool:
     if len(receipts_that_count(stage, context, tasks)) < len(tasks) or names != set(
         _receipt_names(store.join(run.folder, stage.name))
     ):
-        return False  # it is stale indeed
+        return False  # it really is stale
     store.remove(manifest_path(run, stage.name))
     store.remove(started_path(context))
-    _say(f"{stage.name}: its manifest is damaged, all its receipts count")
+    _say(f"{stage.name}: its manifest is damaged, but all its receipts are valid")
     return True
 
 
 def _receipt_names(folder: str) -> list[str]:
-    """Return the names of what lies where receipts do; a folder there is a damaged receipt."""
+    """Return the names of all entries in the folder of receipts; a folder there is a damaged receipt."""
     place = store.join(folder, "receipts")
     names = store.list_files(place)
     if store.is_local(place) and os.path.isdir(place):
@@ -134,7 +134,7 @@ def _all_whole(folder: str, path: str, receipt: Receipt) -> bool:
 
 
 def _agrees(receipt: Receipt, stage: Stage, manifest: Manifest | None) -> bool:
-    """Return whether the stage's manifest has what a receipt says; if they differ, the task tells again."""
+    """Return whether the stage's manifest agrees with a receipt; if not, the task runs again."""
     if manifest is None:
         return True
     shards = {shard.path: shard for shard in manifest.shards}

@@ -1,4 +1,4 @@
-"""Run and resume a run's stages, and verify what they published."""
+"""Runs and resumes a run's stages, and verifies their outputs."""
 
 import contextlib
 import sys
@@ -41,7 +41,7 @@ def execute(
     begin: Callable[[], None] | None = None,
     after: Callable[[Stage], None] | None = None,
 ) -> int:
-    """Run the stages that are not up to date, in order; returns how many had to run.
+    """Run the stages that are not up to date in order, and return the number of stages that had to run.
 
     A stale stage stops the run, unless `redo` is set or the person at the terminal agrees.
     `force` redoes finished stages too. `repair` hashes the outputs of finished tasks, redoes the tasks whose
@@ -93,10 +93,10 @@ def execute(
 
 
 def _judge_training(run: Run, stages: Sequence[Stage]) -> None:
-    """Say which settings of the trainings to come do not go with the number of pairs, before any begins.
+    """Print notes on training settings that do not suit the number of pairs, before training begins.
 
     Raises:
-        ConfigError: if one cannot train.
+        ConfigError: if a stage cannot train.
     """
     for stage in stages:
         with _naming_the_funnel(run, stage):
@@ -109,7 +109,7 @@ def _make_way(run: Run, status: StageStatus, *, redo: bool, force: bool) -> bool
     """Discard what is there of a stage that is done anew; returns whether everything stayed.
 
     Raises:
-        ConfigError: if the stage is stale and nobody agreed to redo it, or could not run so.
+        ConfigError: if the stage is stale and the user did not agree to redo it, or if it could not run.
     """
     stage = status.stage
     if status.state is State.TO_DO and not (force and status.manifest is not None):
@@ -129,7 +129,7 @@ def _make_way(run: Run, status: StageStatus, *, redo: bool, force: bool) -> bool
 
 
 def verify(run: Run, stages: Sequence[Stage]) -> list[str]:
-    """Hash every output of the finished stages again; returns a line for each that differs."""
+    """Hash all outputs of the finished stages, and return a line for each that differs."""
     complaints = []
     for stage in stages:
         try:
@@ -157,7 +157,7 @@ def verify(run: Run, stages: Sequence[Stage]) -> list[str]:
 
 
 def _refuse_damaged_parents(run: Run, stage: Stage) -> None:
-    """Check the files that the stage may read.
+    """Check the files that a stage may read.
 
     Raises:
         InputError: if one is missing or has another size.
@@ -175,13 +175,13 @@ def _refuse_damaged_parents(run: Run, stage: Stage) -> None:
 
 
 def unseen(run: Run, stages: Sequence[Stage]) -> list[str]:
-    """Return the stages that are not finished, of which `verify` says nothing."""
+    """Return the stages that are not finished, which `verify` ignores."""
     return [stage.name for stage in stages if not store.exists(manifest_path(run, stage.name))]
 
 
 @contextlib.contextmanager
 def _naming_the_funnel(run: Run, stage: Stage) -> Iterator[None]:
-    """Add to an error of too few rows which stages dropped the others."""
+    """Add the stages that dropped rows to an error about too few rows."""
     try:
         yield
     except (InputError, ConfigError) as error:
@@ -195,27 +195,27 @@ def _naming_the_funnel(run: Run, stage: Stage) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _blaming_damaged_parents(run: Run, stage: Stage) -> Iterator[None]:
-    """Explain an error of unknown cause by altered bytes in a parent's files, if there are any.
+    """Explain an error of unknown cause by altered bytes in a parent's files, if any differ.
 
-    What readers raise on them is no list that could be written down.
+    The errors of readers on altered bytes cannot be listed.
     """
     try:
         yield
     except (ConfigError, InputError, Stopped, OSError, MemoryError):
         raise
     except BaseException as error:
-        # A panic is what parsers in Rust answer to bytes that they never expected, and no Exception.
+        # Rust parsers panic on unexpected bytes, and a panic is not an Exception.
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            _say(f"{stage.name}: unexpected {type(error).__name__}, so the bytes of its inputs are checked")
+            _say(f"{stage.name}: unexpected {type(error).__name__}, so its inputs are being checked")
             if altered := _find_altered_parent(run, stage):
                 raise InputError(altered) from None
         raise
 
 
 def _find_altered_parent(run: Run, stage: Stage) -> str | None:
-    """Return a line on the first file of the parents that has other bytes than were written, or None.
+    """Return a line on the first altered file of the parents, or None.
 
-    What cannot be checked explains nothing.
+    Files that cannot be checked explain nothing.
     """
     for name in stage.parents:
         folder = store.join(run.folder, name)
@@ -354,7 +354,7 @@ def _receipts(
 
 
 def _discard(run: Run, stage: Stage, force: bool) -> None:
-    """Make a stale stage to do: keep the tasks whose receipts still count, remove everything else."""
+    """Reset a stale stage: keep the tasks whose receipts are still valid, and remove everything else."""
     context = make_context(run, stage)
     assert context is not None
     path = manifest_path(run, stage.name)

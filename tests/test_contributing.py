@@ -19,7 +19,7 @@ def _quoted() -> Iterator[str]:
 
 
 def _drawn() -> Iterator[str]:
-    """Yield the folders and modules of the picture: a folder's own line, then one line for each inside."""
+    """Yield the folders and modules of the diagram: a folder's line, then one line for each module in it."""
     picture = re.search(r"\n\n```\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
     assert picture is not None
     top = ""

@@ -52,7 +52,7 @@ def manifests(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nobody disturbed."""
+    """An undisturbed run."""
     folder = tmp_path_factory.mktemp("run") / "demo"
     done = cnclip(folder, "run")
     assert done.returncode == 0, done.stderr[-3000:]

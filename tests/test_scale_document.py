@@ -1,4 +1,4 @@
-"""docs/scale.md reckons with the rates that are committed, and both READMEs lead to it."""
+"""docs/scale.md calculates with the committed rates, and both READMEs link to it."""
 
 import json
 import re

@@ -18,7 +18,7 @@ SMALL = (
 
 
 def _installed(folder: Path) -> Path:
-    """Install the wheel into an environment of its own, with the dependencies of this one; returns `bin`."""
+    """Install the wheel into a new environment with the dependencies of this one, and return `bin`."""
     wheels = folder / "wheels"
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(wheels)]
     copy = folder / "source"

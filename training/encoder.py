@@ -44,7 +44,7 @@ class Encoder:
 
         `device` is as torch names it; unset, the accelerator if there is one, else the CPU.
 
-        `decode` says what is seen of images that are no ordinary 8-bit RGB (`pipeline.core.files.images`).
+        `decode` says how images other than 8-bit RGB are decoded (`pipeline.core.files.images`).
 
         Raises:
             InputError: if the vocabulary is of another size than the model's embedding.

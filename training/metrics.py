@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
     from training.data.loader import Batch
 
-# Share of the time that waiting for data may take before it is said.
+# Share of the time spent waiting for data above which the trainer warns.
 MOST_DATA_WAIT = 0.03
 _SECONDS_BETWEEN_PROGRESS = 1.0
 _STEPS_BEFORE_A_VERDICT = 20  # the first batches wait for files to open and caches to fill
 
 
 class Speed:
-    """Where the time of the last steps went."""
+    """How the last steps spent their time."""
 
     def __init__(self) -> None:
         self._started = self._last = time.monotonic()
@@ -163,7 +163,7 @@ class MetricsLog:
                 self._say("progress", {"done": step, "total": self._total_steps, "text": text})
 
     def recalls(self, step: int, recalls: Mapping[str, Mapping[str, Any]]) -> None:
-        """The weights after `step` steps were validated; every rank is told."""
+        """Report the validation of the weights after `step` steps to every rank."""
         lines = []
         for name, recall in recalls.items():
             lines.append(self._line(step, {"evaluation": name, "recall": recall}))
@@ -226,7 +226,7 @@ class MetricsLog:
 
     def _log_what_waits(self) -> None:
         if self.writes:
-            with contextlib.suppress(OSError):  # a full disk: why training ends is said already
+            with contextlib.suppress(OSError):  # a full disk: the reason for the end is already reported
                 self._log.flush()
 
     def _end_tracking(self, end: End) -> None:

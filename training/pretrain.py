@@ -260,7 +260,7 @@ def cache_features(
         for folder in {os.path.dirname(cache.path(shard)) for shard in range(len(job.shards))}:
             store.sweep_shared(folder)
     missing = cache.missing()
-    dist.barrier()  # nobody writes before all have looked
+    dist.barrier()  # no rank writes before all have looked
     if not missing:
         return cache
     towers.to(device)

@@ -1,4 +1,4 @@
-"""The training stages of a run: one task each, run by DeepSpeed's launcher in processes of their own."""
+"""The training stages of a run: one task each, run by DeepSpeed's launcher in separate processes."""
 
 import functools
 import os
@@ -113,7 +113,7 @@ def continues(config: TrainStageConfig, context: Context, change: Change, is_don
     shared = shared_steps(config.train)
     found = [step for step in steps_in(checkpoints_folder(context.path())) if step > 0]
     if not found and not is_done:
-        return True, "starts anew, since there is no checkpoint yet"
+        return True, "starts over, since there is no checkpoint yet"
     steps = [step for step in found if step <= shared]
     if not steps:
         return (
@@ -138,7 +138,7 @@ def begun_with(config: TrainStageConfig, context: Context) -> tuple[TrainStageCo
 
 
 def make_job(config: TrainStageConfig, context: Context) -> TrainJob:
-    """Return what the ranks are told."""
+    """Return the job of the ranks."""
     train = config.train
 
     def bound(text: str | None) -> str | None:

@@ -1,6 +1,6 @@
 """Send a training stage's curves to Weights & Biases and MLflow, without ever stopping the training.
 
-A tracker has a thread of its own, which imports its package, connects and sends: a network that does not
+A tracker has a separate thread, which imports its package, connects and sends: a network that does not
 answer costs the training nothing. The first failure ends a tracker with one notice.
 """
 
@@ -36,7 +36,7 @@ _MOST_LETTERS = 500  # of a setting, which MLflow limits
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Numbers of a step. Kinds are in order by themselves: `train` and `recall` of a step come apart."""
+    """Numbers of a step. Only records of one kind are in order: `train` and `recall` come separately."""
 
     kind: Literal["train", "recall"]
     step: int
@@ -56,7 +56,7 @@ class Subject:
 
 
 class Sink(Protocol):
-    """Where records go."""
+    """A destination of records."""
 
     def open(self, subject: Subject, known: str | None) -> str:
         """Continue the tracked run `known`, or begin one; return its id."""
@@ -84,7 +84,7 @@ class WandbSink:
             config=dict(subject.settings),
             id=known,
             resume="allow",
-            # The log of the ranks is not its business, and its own lines would stand in it.
+            # The tracker must not capture the ranks' log, in which its own lines would appear.
             settings=wandb.Settings(console="off", silent=True),
         )
         return str(self._run.id)
@@ -160,7 +160,7 @@ class _State:
 
 
 class Tracker:
-    """Sends records to a sink from a thread of its own."""
+    """Sends records to a sink from a separate thread."""
 
     def __init__(self, name: str, sink: Sink, subject: Subject) -> None:
         self.name = name

@@ -100,7 +100,7 @@ class Trainer:
         return train_step(self.engine, batch, rate, self.config.max_temperature, self.seed)
 
     def record(self, batch: Batch, result: StepResult) -> int:
-        """Write down what a step did; return the signal that asks all ranks to stop, 0 if there is none."""
+        """Write down what a step did; return the signal that asks all ranks to stop, or 0."""
         self.num_statements += result.num_statements
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
         if result.skipped:
@@ -179,7 +179,7 @@ class Trainer:
             return False  # the weights themselves are written now
         best = self.selection().best
         is_best = self.config.choose == "best" and best is not None and best.step == step
-        # Where no other falls into the warm-up, its end is saved: see `save`.
+        # If no other checkpoint falls into the warm-up, its end is saved: see `save`.
         ends_warmup = (
             step == self.config.warmup_steps and shared_steps(self.config) < self.config.save_every_steps
         )
@@ -208,7 +208,7 @@ class Trainer:
             validations = read_validations(lines, self.config.choose_on)
             return [validation.step for validation in best_first(validations)]
         except (OSError, ValueError, KeyError, TypeError):
-            return []  # corrupt: whoever resumes from it is told
+            return []  # corrupt: a resume from it reports that
 
     def refuse_non_finite(self, batch: Batch, result: StepResult) -> None:
         """Name the samples of a batch that changed nothing; stop, or leave it out, by the rule."""

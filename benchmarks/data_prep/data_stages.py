@@ -5,7 +5,7 @@
 Photographs as in benchmarks/data_prep/resize.py lie in a folder, which the run serves to itself over HTTP on
 loopback; the real stages download (img2dataset and all, one process), filter_image and shards run on
 them. CPU seconds of the download are those of its own processes, without the server, and without what
-starting them costs: the difference of a long and a short run. Each row has an address of its own; files
+starting them costs: the difference of a long and a short run. Each row has its own address; files
 behind them repeat.
 Last line: one JSON list, a record a stage, with bytes stored an image; there is no peer.
 """

@@ -3,8 +3,8 @@
     python benchmarks/data_prep/dedup.py [--full] [--rows N]
 
 A tenth of the rows are copies of others. The stage reads what filter_text would have written (tables
-sorted by key) and runs its tasks one after the other, in a process of its own, as the runner does; polars
-takes `unique` and duckdb `DISTINCT ON` of the same rows in memory, each in a process of its own too.
+sorted by key) and runs its tasks one after the other in a separate process, as the runner does; polars
+takes `unique` and duckdb `DISTINCT ON` of the same rows in memory, each also in a separate process.
 Rates are rows a CPU second; peak memory is the largest resident set of the process. Kept rows are
 compared by key, table and row.
 Last line: one JSON list: rate and peak memory against each peer.

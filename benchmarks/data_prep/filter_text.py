@@ -62,7 +62,7 @@ def make_captions(count: int, words: list[str], rng: random.Random) -> pl.Series
         pool.append(caption)
     frame = pl.DataFrame({"caption": pool})
     indices = pl.int_range(count, eager=True) % len(pool)
-    # A number in front makes every caption a string of its own: no engine answers from a dictionary.
+    # A number in front makes every caption a different string, so that no engine answers from a dictionary.
     numbered = indices.cast(pl.String) + pl.int_range(count, eager=True).cast(pl.String)
     return (numbered + frame["caption"].gather(indices)).alias("caption")
 

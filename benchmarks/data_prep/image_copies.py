@@ -6,7 +6,7 @@ The rules are that of `evaluation_image` (hashes within 32 of 384 bits) and that
 `max_distance = 7`: the peer goes only by the hash, ours by hash and signature. Different images are
 drawings of nine kinds (benchmarks/data_prep/plain_images.py), pieces of photographs in colour and in grey,
 and, from a folder that `data_prep/corpora/build_emoji.py` has made, emoji without flags; every pair of one
-kind is compared, and every pair of all kinds together. Copies are the same images encoded anew, scaled,
+kind is compared, and every pair of all kinds together. Copies are the same images re-encoded, scaled,
 squashed and cropped. Photographs come from scikit-learn and matplotlib; more of them lie in scikit-image's
 wheel (0.25.2, `skimage/data`), which --photographs takes.
 Last line: one JSON list; a false rate counts pairs in 10,000, a share of copies is in percent.
@@ -50,7 +50,7 @@ class Marks:
 
 
 def photographs(folders: list[Path]) -> list[Image.Image]:
-    """Return the pieces of all photographs, in an order of their own; pieces without content are left out."""
+    """Return the pieces of all photographs in a fixed order; pieces without content are left out."""
     pieces = [piece for folder in folders for piece in cut_photographs(folder)]
     pieces = [piece for piece in pieces if np.asarray(piece.convert("L")).std() > 12]
     random.Random(0).shuffle(pieces)

@@ -2,9 +2,9 @@
 
     python benchmarks/data_prep/near_copies.py [--rows N] [--distance BITS] [--full]
 
-Signatures are equal, so that the hashes decide. Hashes are random but for planted copies a few bits away and
-a fifth that share half of their bits, as images on a white ground do. Both sides find the rows that a lower
-row is near to; the sets are compared. `--full` adds a million rows without the peer, whose time grows with
+Signatures are equal, so that the hashes decide. Hashes are random except for planted copies a few bits away
+and a fifth that share half of their bits, as images on a white ground do. Both sides find the rows that have
+a near lower row; the sets are compared. `--full` adds a million rows without the peer, whose time grows with
 the square. Last line: one JSON object.
 """
 

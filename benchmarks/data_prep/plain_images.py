@@ -1,6 +1,6 @@
 """Draw plain images of many kinds, alter images as copies on the web are altered, and cut photographs.
 
-Every image of a kind is drawn from a number of its own, so that none is meant to be a copy of another.
+Every image of a kind is drawn from a different number, so that none is meant to be a copy of another.
 """
 
 import io

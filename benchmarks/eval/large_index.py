@@ -1,6 +1,6 @@
 """Index and search 10 million × 512 vectors in a fraction of the memory that they would take.
 
-`cnclip index` builds the index in a process of its own, another one searches it; the peak memory of each is
+`cnclip index` builds the index in a separate process, another one searches it; the peak memory of each is
 sampled from the system (proportional set size: resident pages of mapped files count). Default: 1 million
 rows; `--full` takes 10 million (10 GB of float16 features and 5 GB of index on disk, in `--folder`).
 """

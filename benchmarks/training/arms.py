@@ -1,7 +1,7 @@
 """Run trainings that differ in one thing: what `cached_views.py`, `figure2.py` and `negation.py` share.
 
 All arms read one corpus and start from one model, both made by `cnclip run RECIPE --to STAGE`. An arm's legs
-are trained by the launcher and rank program that a run's stages use, each in a folder of its own; a leg that
+are trained by the launcher and rank program that a run's stages use, each in its own folder; a leg that
 was stopped resumes from its newest checkpoint, and one that is finished stays.
 """
 

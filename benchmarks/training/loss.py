@@ -83,7 +83,7 @@ def compare_times(name: str, rounds: int, device: str, *, lock_image: bool) -> d
 
 
 def compare_memory(device: str) -> dict[str, Any]:
-    """Compare peak memory beyond the inputs and the imports, each side in a process of its own.
+    """Compare peak memory beyond the inputs and the imports, each side in a separate process.
 
     All samples are on one rank here, which is the most that ours can take.
     """

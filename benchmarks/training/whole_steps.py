@@ -51,7 +51,7 @@ class StepTimes:
 def compare_on_accelerator(
     model: str, device: str, batch_size: int, rounds: int, kinds: tuple[Kind, ...] = KINDS
 ) -> list[dict[str, Any]]:
-    """Return samples a second of both sides, each measured in a process of its own."""
+    """Return samples a second of both sides, each measured in a separate process."""
     config = MODELS[model]
     known = find_device(torch.cuda.get_device_name(device)) if device != "cpu" else None
     peak = None if known is None else PEAK_FLOPS[known]
@@ -100,7 +100,7 @@ def fastest(run: Callable[[bool], StepTimes | None]) -> StepTimes:
 
 
 def alone(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function in a process of its own, which leaves no memory behind."""
+    """Call a function in a separate process, which leaves no memory behind."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 

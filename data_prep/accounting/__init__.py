@@ -1,1 +1,1 @@
-"""Where every row went."""
+"""Accounts for every row."""

@@ -23,7 +23,7 @@ HTTP_STATUS = "http_status"  # of the answer, if there was one: only in the down
 def write_drops(dropped: pl.DataFrame, path: str) -> dict[str, int]:
     """Publish the drop table of a frame with url, key and reason; returns rows per reason.
 
-    Where the frame has a column http_status or detail, the table has it too.
+    If the frame has a column http_status or detail, the table has it too.
     """
     further = [name for name in (HTTP_STATUS, DETAIL) if name in dropped.columns]
     write_table(_as_drops(dropped, further), path)
@@ -39,7 +39,7 @@ def _as_drops(dropped: pl.DataFrame, further: list[str]) -> pl.DataFrame:
 
 
 class DropsAsTheyCome:
-    """A drop table with details, written block by block; without a row there is no file."""
+    """A drop table with details, written block by block; without rows it writes no file."""
 
     def __init__(self, path: str, stack: contextlib.ExitStack) -> None:
         self.counts: Counter[str] = Counter()
@@ -50,7 +50,7 @@ class DropsAsTheyCome:
     def add(self, rows: pl.DataFrame, reason: str, detail: pl.Expr | None = None) -> None:
         """Note rows with url and caption.
 
-        Their keys are the plain ones, whatever a run normalises later.
+        The keys are plain ones, without a run's normalisation.
         """
         if rows.is_empty():
             return

@@ -1,4 +1,4 @@
-"""Where every row went: the funnel of a run, and for the demo whether it equals what was planted."""
+"""Follows every row: the funnel of a run, and whether the demo's funnel equals what was planted."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -27,10 +27,26 @@ def by_source(manifest: Manifest) -> dict[str, dict[str, Any]]:
     return {source: total.to_json() for source, total in sorted(totals.items())}
 
 
-def threshold_notes(manifest: Manifest) -> list[str]:
-    """Return a sentence for each source in which every row passes a stage's threshold on scores.
+@dataclass(frozen=True, slots=True)
+class NoOpThreshold:
+    """A stage's threshold on scores that every row of a source passes; `str` gives a sentence."""
 
-    LAION-5B kept what its own encoders scored high enough: the paper's 0.26 can be a no-op on it.
+    stage: str
+    source: str
+    threshold: float
+    minimum: float  # the lowest score of the source
+
+    def __str__(self) -> str:
+        return (
+            f"{self.stage}: the threshold {self.threshold:g} on scores is a no-op for {self.source}:"
+            f" the minimum seen is {self.minimum:.4f}"
+        )
+
+
+def no_op_thresholds(manifest: Manifest) -> list[NoOpThreshold]:
+    """Return the sources in which every row passes a stage's threshold on scores.
+
+    LAION-5B contains only pairs that its own encoders scored high enough, so the paper's 0.26 can be a no-op.
     """
     lowest: dict[str, float] = {}
     threshold = None
@@ -41,12 +57,11 @@ def threshold_notes(manifest: Manifest) -> list[str]:
             threshold = facts.min_score
     counts = by_source(manifest)
     return [
-        f"{manifest.stage}: the threshold {threshold:g} on scores is a no-op for {source}:"
-        f" the minimum seen is {score:.4f}"
+        NoOpThreshold(manifest.stage, source, threshold, score)
         for source, score in sorted(lowest.items())
         if str(SCORE_BELOW_THRESHOLD) not in counts.get(source, {}).get("dropped", {})
         and threshold is not None
-        and score >= threshold - 1e-6  # rows that an earlier rule drops are seen and not judged
+        and score >= threshold - 1e-6  # rows that an earlier rule drops are seen, but not judged
     ]
 
 

@@ -45,7 +45,7 @@ class DemoConfig:
     seed: int = 0
     """Seed of everything that is drawn."""
     num_clean: Annotated[int, Ge(1)] = 3000
-    """Ordinary training rows, each with an image of its own."""
+    """Ordinary training rows, each with a different image."""
     num_evaluation: Annotated[int, Ge(1)] = 200
     """Evaluation images, each with one caption; they combine things that training never shows together."""
     image_size_px: Annotated[int, Ge(32)] = 96

@@ -129,7 +129,7 @@ def _pixels_digest(path: Path, number: int, png: bytes) -> bytes:
 def evaluation_texts(names: Sequence[str], pixels: Sequence[bytes]) -> list[EvaluationText]:
     """Return one query for each distinct name, in order of first appearance.
 
-    Its hits are the images with that name and those whose pixels equal one of these: nobody could tell them
+    Its hits are the images with that name and those whose pixels equal one of these: they cannot be told
     apart. `names[i]` and `pixels[i]` (any digest) belong to image i.
     """
     by_pixels: dict[bytes, list[int]] = {}

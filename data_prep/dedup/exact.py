@@ -1,8 +1,8 @@
-"""Stage dedup: exact duplicates out, and the rows shuffled, once, before anything is downloaded.
+"""Stage dedup: removes exact duplicates and shuffles the rows once, before the download.
 
-Rows are ordered by key, a digest of (url, caption): equal pairs come together wherever their tables were,
-and the order is as good as random and the same on any number of machines. Partition p of P holds the keys
-of its share of the range, so P files one after the other are the shuffled corpus.
+Rows are ordered by key, a digest of (url, caption): equal pairs meet whatever their tables, and the order is
+as good as random and the same on any number of machines. Partition p of P holds the keys of its share of the
+range, so the P files in sequence are the shuffled corpus.
 """
 
 import itertools
@@ -39,14 +39,14 @@ class DedupConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DedupTask(Facts):
-    """Tables to look into, and the partition after the task's last one (None: it has one)."""
+    """Tables to read, and the partition after the task's last one (None: it has only one)."""
 
     paths: Sequence[str]
     end: int | None = None
 
 
 def plan(config: DedupConfig, context: Context) -> list[Task]:
-    """Plan one task a partition; of a large corpus in many small partitions, one task some neighbours.
+    """Plan one task for each partition, or for several neighbours if a large corpus has many small ones.
 
     Each task looks into every filtered table, so there are no more of them than memory asks for.
 
@@ -84,7 +84,7 @@ def run(config: DedupConfig, context: Context, task: Task, progress: Progress) -
     first, end = partition_range(first_partition, config.partitions)[0], None
     if last_partition + 1 < config.partitions:
         end = partition_range(last_partition, config.partitions)[1]
-    # Files are sorted by key, so whole row groups outside the range are skipped unread.
+    # Files are sorted by key, so row groups outside the range are skipped without reading.
     condition = pl.col("key") >= first
     if end is not None:
         condition &= pl.col("key") < end

@@ -1,7 +1,7 @@
-"""Stages find_copies and dedup_image: drop copies of images, exact or near (not in the paper).
+"""Stages find_copies and dedup_image: drop exact and near copies of images (not in the paper).
 
-Exact copies have the same stored bytes; near copies have near hashes and matching signatures. Pairs are found
-by bands of the hash, not by comparing all: docs/concepts/filtering.md, "Near-duplicate detection".
+Exact copies have the same stored bytes; near copies have near hashes and matching signatures. Bands of the
+hash find pairs without comparing all images: docs/concepts/filtering.md, "Near-duplicate detection".
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,7 +30,7 @@ NEAR_DUPLICATE_IMAGE = DropReason("near_duplicate_image")
 
 WINDOW = 1000
 SIZES = {"perceptual_hash": HASH_BITS // 8, "image_signature": SIGNATURE_BYTES}
-_COMPARED_AT_ONCE = 1 << 19  # pairs; 48 bytes a side
+_COMPARED_AT_ONCE = 1 << 19  # pairs, with 48 bytes on each side
 _SCHEMA = {"key": pl.String, "reason": pl.String, "detail": pl.String}
 
 UInt64Array = npt.NDArray[np.uint64]
@@ -38,18 +38,18 @@ UInt64Array = npt.NDArray[np.uint64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DedupImageConfig:
-    """`[dedup_image]`: a run without this table keeps copies, as the paper does."""
+    """`[dedup_image]`: drop copies of images; a run without this table keeps them, as the paper does."""
 
     exact: bool = True
-    """Whether an image that is stored under several addresses or captions is kept once."""
+    """Whether to keep only one of the rows with the same stored image."""
     max_distance: Annotated[int, Ge(0), Le(31)] | None = None
     """Largest number of differing hash bits (of 384) at which two images may count as near copies; their
-    signatures must match too. Unset: near copies stay. More bits mean more and shorter bands;
+    signatures must match too. Unset: keep near copies. More bits mean more and shorter bands;
     `benchmarks/data_prep/near_copies.py` measures the cost.
     """
     partitions: Annotated[int, Ge(1)] = 1
-    """Tasks for each band. A task holds its share of all keys and hashes: about 100 bytes a row, and 500 a
-    row that has another one within `max_distance`.
+    """Tasks for each band. A task holds its share of all keys and hashes: about 100 bytes a row, and 500 for
+    a row that has another one within `max_distance`.
     """
 
     def __post_init__(self) -> None:
@@ -59,16 +59,16 @@ class DedupImageConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FindTask(Facts):
-    """Which copies a task looks for, and in which share of the rows."""
+    """The kind of copies that a task looks for, and its share of the rows."""
 
     kind: Literal["exact", "near"]
-    band: int  # of the hashes; 0 for exact copies
+    band: int  # band of the hashes; 0 for exact copies
     part: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowsTask(Facts):
-    """A table of rows, by its path in the folder of the stage that kept them."""
+    """A table of rows: its path in the folder of the stage that kept them."""
 
     table: str
 
@@ -116,15 +116,15 @@ def run_find(config: DedupImageConfig, context: Context, task: Task, progress: P
 
 
 def exact_copies(rows: pl.DataFrame) -> pl.DataFrame:
-    """Return copies among rows with key and image_sha256: all but the lowest key of each image."""
+    """Return the copies among rows with key and image_sha256: all except the lowest key of each image."""
     rows = rows.sort("image_sha256", "key").with_columns(first=pl.col("key").first().over("image_sha256"))
     copies = rows.filter(pl.col("key") != pl.col("first"))
     return copies.select("key", reason=pl.lit(str(DUPLICATE_IMAGE)), detail="first")
 
 
 def near_hashes(rows: pl.DataFrame, max_distance: int) -> pl.DataFrame:
-    """Keep of rows with key, perceptual_hash and band those that have another near, of one band's value."""
-    # Rows of one hash stand together: the first answers for all of them.
+    """Keep the rows (key, perceptual_hash, band) that have a near one with the same value of the band."""
+    # Rows with one hash are adjacent, so the first represents all of them.
     rows = rows.sort("band", "perceptual_hash", "key")
     one = rows.unique("perceptual_hash", keep="first", maintain_order=True)
     near = np.zeros(one.height, np.bool_)
@@ -140,11 +140,11 @@ def near_hashes(rows: pl.DataFrame, max_distance: int) -> pl.DataFrame:
 
 
 def with_signatures(rows: pl.DataFrame, paths: Sequence[str]) -> pl.DataFrame:
-    """Add image_signature to rows with `table`, a place among the paths, and `row`, a place in that table.
+    """Add image_signature to rows with `table`, an index into the paths, and `row`, an index into that table.
 
-    Only the row groups that hold such a row are read, one at a time: most images have no other near.
+    This reads only the row groups that hold such rows, one at a time: most images have no near one.
     """
-    # A first part, so that there is a type if there are no rows.
+    # An empty first part, which gives the type if there are no rows.
     parts = [rows.clear().with_columns(image_signature=pl.lit(None, pl.Binary))]
     for of_table in rows.sort("table", "row").partition_by("table", maintain_order=True):
         row_N = of_table["row"].to_numpy()
@@ -163,12 +163,12 @@ def with_signatures(rows: pl.DataFrame, paths: Sequence[str]) -> pl.DataFrame:
 
 
 def near_copies(rows: pl.DataFrame, max_distance: int) -> pl.DataFrame:
-    """Return copies among rows with key, perceptual_hash, image_signature and band, of one band's value."""
+    """Return copies among rows (key, perceptual_hash, image_signature, band) with one value of the band."""
     marks = ["perceptual_hash", "image_signature"]
     rows = rows.with_columns(brightness=pl.Series(brightness(_column_bytes(rows, "image_signature"))))
-    # In this order whatever the work's order is: two signatures are compared the same way in every band.
+    # A fixed order, so that every band compares two signatures in the same way.
     rows = rows.sort("band", "perceptual_hash", "brightness", "image_signature", "key")
-    # Equal marks are one image: what is compared below differs.
+    # Equal marks are one image, so everything compared below differs.
     rows = rows.with_columns(first=pl.col("key").first().over(marks))
     equal = rows.filter(pl.col("key") != pl.col("first")).select("key", detail="first")
     rows = rows.filter(pl.col("key") == pl.col("first")).drop("first")
@@ -182,9 +182,9 @@ def near_copies(rows: pl.DataFrame, max_distance: int) -> pl.DataFrame:
 
 
 def band_values(hash_NB: npt.NDArray[np.uint8], band: int, num_bands: int) -> UInt64Array:
-    """Number the values of a band of each hash, uint64 [N]; equal bits have equal numbers.
+    """Return the value of a band of each hash as a number, uint64 [N]; equal bits have equal numbers.
 
-    A band is the bits band, band + num_bands, … of a hash.
+    A band has the bits band, band + num_bands, … of a hash.
     """
     value_N = np.zeros(len(hash_NB), np.uint64)
     for start in range(0, len(hash_NB), _COMPARED_AT_ONCE):
@@ -192,7 +192,7 @@ def band_values(hash_NB: npt.NDArray[np.uint8], band: int, num_bands: int) -> UI
         packed = np.packbits(bits, axis=1)
         padded = np.pad(packed, ((0, 0), (0, -packed.shape[1] % 8)))
         words = np.ascontiguousarray(padded).view(np.uint64)
-        for column in range(words.shape[1]):  # at most 6: whatever collides is told apart by the whole hash
+        for column in range(words.shape[1]):  # at most 6; the whole hash resolves collisions
             block = value_N[start : start + _COMPARED_AT_ONCE]
             block *= np.uint64(0x9E3779B97F4A7C15)
             block ^= words[:, column]
@@ -219,7 +219,7 @@ def _column_bytes(rows: pl.DataFrame, name: str) -> npt.NDArray[np.uint8]:
 def _near_pairs(
     rows: pl.DataFrame, max_distance: int
 ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-    """Yield places of pairs whose hashes are near, of rows sorted by band and hash, some at a time."""
+    """Yield the positions of pairs with near hashes in blocks, for rows sorted by band and hash."""
     word_NW = np.ascontiguousarray(hash_bytes(rows)).view(np.uint64)
     band_N = rows["band"].to_numpy()
     active = np.arange(rows.height)
@@ -236,7 +236,7 @@ def _near_pairs(
 
 
 def _nearest(rows: pl.DataFrame, max_distance: int) -> npt.NDArray[np.int64]:
-    """Return for sorted rows the rank of the lowest lower key that each copies, int64 [N]; -1 without one."""
+    """Return the rank of the lowest lower key that each sorted row copies, int64 [N]; -1 for no copy."""
     signature_NB = _column_bytes(rows, "image_signature")
     rank_N = rows["key"].rank("ordinal").cast(pl.Int64).to_numpy() - 1
     none = rows.height
@@ -251,14 +251,14 @@ def _nearest(rows: pl.DataFrame, max_distance: int) -> npt.NDArray[np.int64]:
 
 
 def _read(context: Context, column: str) -> Iterator[pl.DataFrame]:
-    """Read key and one column of each table of the rows so far."""
+    """Yield key and one column of each table of rows."""
     stage = rows_stage(context)
     for shard in kept_tables(context, stage):
         yield pl.read_parquet(context.path_in(stage, shard.path), columns=["key", column])
 
 
 def plan(config: DedupImageConfig, context: Context) -> list[Task]:
-    """Plan one task a table of rows, bound to all the copies that were found."""
+    """Plan one task for each table of rows, bound to all copies that were found."""
     copies = {shard.path: shard.digest for shard in context.parents["find_copies"].shards}
     return [
         Task(table_name(shard), {"rows": shard.digest, **copies}, RowsTask(table=shard.path).to_json())
@@ -280,10 +280,10 @@ def run(config: DedupImageConfig, context: Context, task: Task, progress: Progre
 
 
 def _copies_among(context: Context, keys: pl.Series) -> pl.DataFrame:
-    """Return key, reason and detail of the copies among some keys; exact goes before near."""
+    """Return key, reason and detail of the copies among some keys; exact copies take precedence."""
     if not len(keys):
         return pl.DataFrame(schema=_SCHEMA)
-    # Tables of copies are sorted by key, and so are tables of rows: row groups outside are skipped unread.
+    # Tables of copies and of rows are sorted by key, so row groups outside are skipped without reading.
     paths = [shard.path for shard in context.shards_of("find_copies", ".parquet")]
     between = pl.col("key").is_between(pl.lit(keys.min()), pl.lit(keys.max()))
     found = pl.concat([pl.scan_parquet(path).filter(between) for path in paths]).collect()
@@ -291,7 +291,7 @@ def _copies_among(context: Context, keys: pl.Series) -> pl.DataFrame:
 
 
 def find_stage(config: DedupImageConfig, *, rows: str) -> Stage:
-    """Return the stage that looks for copies among what the stage `rows` kept."""
+    """Return the stage that looks for copies among the rows that the stage `rows` kept."""
     return Stage(
         "find_copies",
         title="images that are there already, exactly or nearly",
@@ -304,7 +304,7 @@ def find_stage(config: DedupImageConfig, *, rows: str) -> Stage:
 
 
 def stage(config: DedupImageConfig, *, rows: str) -> Stage:
-    """Return the stage that drops the copies found among what the stage `rows` kept."""
+    """Return the stage that drops the copies among the rows that the stage `rows` kept."""
     return Stage(
         "dedup_image",
         title="copies go, the lowest key of each image stays",

@@ -1,9 +1,9 @@
-"""What the workers of a download are at, in files that the stage reads while they work.
+"""Shared files in which download workers report what they are doing, read by the stage while they work.
 
-img2dataset says nothing until a shard is done, and a worker that dies or meets a full disk is silent for
-ever. So each worker has a board, a file of fixed size in memory: the addresses that it has open, how many it
-is through with, and the shard that it is at. What stops all work, such as a full disk, goes into one more
-file, whose room was taken beforehand.
+img2dataset reports nothing until a shard is done, and a worker that dies or fills the disk never reports
+anything. So each worker has a board, a memory-mapped file of fixed size: the addresses that it has open, how
+many it has finished, and its current shard. Errors that stop all work, such as a full disk, go into another
+file, whose space is reserved beforehand.
 """
 
 import contextlib
@@ -21,16 +21,16 @@ BOARD_VARIABLE = "CNCLIP_DOWNLOAD_BOARD"  # environment variable of the download
 
 _HEAD = struct.Struct("<qq")  # addresses done with, img2dataset's shard + 1 (0: none)
 _HEAD_BYTES = 64
-_SLOT = struct.Struct("<dH")  # since when (time.time(); 0: nothing is open), bytes of the text
+_SLOT = struct.Struct("<dH")  # start (time.time(); 0: nothing is open), bytes of the text
 _SLOT_BYTES = 512
-_NUM_SLOTS = 130  # the first is of the thread that decodes; threads beyond the last one share it
+_NUM_SLOTS = 130  # the first is for the decoding thread; threads beyond the last slot share it
 _FAULT = "fault"
 _FAULT_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """An address that a worker is at."""
+    """An address that a worker is fetching or decoding."""
 
     address: str
     since: float  # time.time()
@@ -38,11 +38,11 @@ class Open:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What all workers of a call are at."""
+    """The current state of all workers of one call."""
 
     num_done: int  # addresses
     open: list[Open]  # longest first
-    num_working: int  # workers that are at a shard
+    num_working: int  # workers that have a shard
     death: tuple[int, list[Open]] | None  # the shard that a worker left unfinished, and what it had open
 
 
@@ -53,7 +53,7 @@ class Board:
         self._num_slots = min(num_threads + 1, _NUM_SLOTS)
         size = _HEAD_BYTES + self._num_slots * _SLOT_BYTES
         with open(os.path.join(folder, str(os.getpid())), "w+b") as file:
-            file.write(bytes(size))  # takes the room now: to run out of it in a mapping is a SIGBUS
+            file.write(bytes(size))  # reserves the space now: running out of it in a mapping raises SIGBUS
             file.flush()
             self._memory = mmap.mmap(file.fileno(), size)
         self._lock = threading.Lock()
@@ -61,11 +61,11 @@ class Board:
         self._next_slot, self._num_done = 1, 0
 
     def begin_shard(self, number: int) -> None:
-        """Say that the worker is at img2dataset's shard `number`."""
+        """Report that the worker has begun img2dataset's shard `number`."""
         self._write_head(number + 1)
 
     def end_shard(self) -> None:
-        """Say that the worker is at no shard; what was open is no longer."""
+        """Report that the worker has no shard and no open addresses."""
         self._write_head(0)
 
     def _write_head(self, shard: int) -> None:
@@ -87,7 +87,7 @@ class Board:
 
     @contextlib.contextmanager
     def decode(self, address: str) -> Iterator[None]:
-        """Mark what came from an address as being decoded."""
+        """Mark the body from an address as being decoded."""
         self._write(0, time.time(), f"decoding {address}")
         try:
             yield
@@ -95,7 +95,7 @@ class Board:
             self._write(0, 0.0, "")
 
     def _slot(self) -> int:
-        # Threads are made anew for each shard; slots go round.
+        # Each shard starts new threads, so slots are reused in turn.
         if not hasattr(self._own, "slot"):
             with self._lock:
                 self._own.slot = self._next_slot
@@ -111,7 +111,7 @@ class Board:
 
 
 def report(folder: str, error: OSError) -> None:
-    """Tell the stage of an error that stops the work; the first one counts."""
+    """Report an error that stops the work to the stage; the first one counts."""
     told = json.dumps([error.errno, error.strerror or str(error)]).encode()[: _FAULT_BYTES - 1]
     with contextlib.suppress(OSError), open(os.path.join(folder, _FAULT), "r+b") as file:
         if file.read(1) == b"\0":
@@ -130,7 +130,7 @@ class Boards:
         self._done_before = 0  # by workers that ended
 
     def fault(self) -> OSError | None:
-        """Return what a worker reported."""
+        """Return the error that a worker reported, or None."""
         told = (self.folder / _FAULT).read_bytes().rstrip(b"\0")
         if not told:
             return None
@@ -141,12 +141,12 @@ class Boards:
         return OSError(number, text)
 
     def look(self) -> View:
-        """Return what the workers are at; boards of workers that ended are removed."""
+        """Return the state of the workers, and remove the boards of workers that have ended."""
         done, working, opened, death = 0, 0, list[Open](), None
         for path in self.folder.iterdir():
             if path.name == _FAULT:
                 continue
-            alive = _is_alive(int(path.name))  # before the board is read: it ends by saying that it is done
+            alive = _is_alive(int(path.name))  # before the board is read, since workers report last
             data = path.read_bytes()
             if len(data) < _HEAD_BYTES:
                 continue
@@ -174,7 +174,7 @@ def _is_alive(process: int) -> bool:
         contextlib.suppress(OSError),
         open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file,
     ):
-        return file.read().rpartition(")")[2].split()[0] not in ("Z", "X")  # no zombie
+        return file.read().rpartition(")")[2].split()[0] not in ("Z", "X")  # a zombie is dead
     return True
 
 
@@ -189,7 +189,7 @@ def _read_slots(data: bytes) -> list[Open]:
 
 
 def name_open(opened: list[Open], most: int = 3) -> str:
-    """Return words that name the addresses open the longest, and for how long."""
+    """Return text that names the addresses open the longest, and for how long."""
     now = time.time()
     named = [f"{item.address} (for {now - item.since:.0f} s)" for item in opened[:most]]
     if len(opened) > most:

@@ -1,8 +1,8 @@
-"""One deadline for all that a request does: the look-up, the connection, TLS, and every byte either way.
+"""One deadline for a whole request: the look-up, the connection, TLS, and every byte in both directions.
 
-A socket's own timeout begins anew with each byte, so that a server which sends one a second is never given
-up. Here each call on a socket gets the time that is left of the whole request, and a request that takes in
-more bytes than any answer may have ends as well.
+A socket's timeout restarts with each byte, so a server that sends one byte a second would never time out.
+Here each call on a socket gets the time that the whole request has left, and a request also ends when it has
+received more bytes than any answer may have.
 """
 
 import contextlib
@@ -17,12 +17,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-# Look-ups that may be under way at once in a process: getaddrinfo cannot be told a time limit, and a resolver
-# that never answers must not leave a thread behind for every row.
+# Concurrent look-ups in a process: getaddrinfo takes no time limit, and a resolver that never answers must
+# not leave a thread behind for every row.
 _MAX_LOOKUPS = 64
-_LONGEST_INTERIM = (
-    64  # header lines of one interim response; http.client has a limit of its own for a final one
-)
+_LONGEST_INTERIM = 64  # header lines of one interim response; http.client itself limits a final one
 
 Places = Sequence[tuple[Any, ...]]  # as getaddrinfo gives them
 
@@ -32,17 +30,17 @@ class TooManyBytesError(Exception):
 
 
 class Deadline:
-    """What is left of one request: `seconds` from now on, and bytes that may still come in."""
+    """The budget of one request: `seconds` from now, and the bytes that it may still receive."""
 
     def __init__(self, seconds: float, max_bytes: int) -> None:
         self._until = time.monotonic() + seconds
         self._bytes_left = max_bytes
 
     def left(self) -> float:
-        """Return the seconds that are left.
+        """Return the remaining seconds.
 
         Raises:
-            TimeoutError: if none are.
+            TimeoutError: if no time is left.
         """
         seconds = self._until - time.monotonic()
         if seconds <= 0:
@@ -50,7 +48,7 @@ class Deadline:
         return seconds
 
     def take_in(self, num_bytes: int) -> int:
-        """Count bytes that came in; TooManyBytesError when they are too many."""
+        """Count received bytes; raise TooManyBytesError if there are too many."""
         self._bytes_left -= num_bytes
         if self._bytes_left < 0:
             raise TooManyBytesError("more bytes than an answer may have")
@@ -83,7 +81,7 @@ class _SSLSocket(ssl.SSLSocket):
 
 
 class _Response(http.client.HTTPResponse):
-    """Passes over any interim response (103 Early Hints, 102): http.client does so for 100 only."""
+    """Skips any interim response (102, 103 Early Hints); http.client skips only 100."""
 
     def _read_status(self) -> tuple[str, int, str]:
         while True:
@@ -114,14 +112,14 @@ def get(sock: socket.socket, host: str, target: str, headers: dict[str, str]) ->
         connection.endheaders()
         return connection.getresponse()
     finally:
-        sock.close()  # a response has a hold of its own on it
+        sock.close()  # the response keeps its own reference
 
 
 def connect(places: Places, deadline: Deadline) -> socket.socket:
-    """Connect to the first place that answers; each has an equal share of the time that is left.
+    """Connect to the first place that answers; each gets an equal share of the remaining time.
 
     Raises:
-        OSError: as the last place gave it.
+        OSError: the error of the last place, if none answers.
     """
     last: OSError = OSError("no address")
     for number, (family, kind, protocol, _, place) in enumerate(places):
@@ -144,7 +142,7 @@ def connect(places: Places, deadline: Deadline) -> socket.socket:
 
 
 def secure(sock: socket.socket, host: str, deadline: Deadline) -> socket.socket:
-    """Put TLS over a connected socket; the handshake has the time that is left."""
+    """Wrap a connected socket in TLS; the handshake gets the remaining time."""
     wrapped = _tls().wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
     wrapped.deadline = deadline  # type: ignore[attr-defined]
     try:
@@ -158,7 +156,7 @@ def secure(sock: socket.socket, host: str, deadline: Deadline) -> socket.socket:
 
 @functools.cache
 def _tls() -> ssl.SSLContext:
-    """Return one context for all requests: reading the certificates takes longer than a request does."""
+    """Return one context for all requests, because reading the certificates takes longer than a request."""
     context = ssl.create_default_context()
     context.set_alpn_protocols(["http/1.1"])
     context.sslsocket_class = _SSLSocket
@@ -166,7 +164,7 @@ def _tls() -> ssl.SSLContext:
 
 
 class _Lookups:
-    """Threads that look names up, started as they are needed and at most _MAX_LOOKUPS."""
+    """Threads that look up names, started when needed, at most _MAX_LOOKUPS."""
 
     def __init__(self) -> None:
         self._waiting: queue.SimpleQueue[tuple[str, int, queue.SimpleQueue[Any]]] = queue.SimpleQueue()
@@ -208,12 +206,12 @@ def _lookups() -> _Lookups:
 
 
 def look_up(host: str, port: int, deadline: Deadline) -> Places:
-    """Return the places of a host.
+    """Return the places (as getaddrinfo gives them) of a host.
 
     Raises:
-        TimeoutError: if the resolver does not answer in the time that is left.
+        TimeoutError: if the resolver does not answer in the remaining time.
         socket.gaierror: if the name has no address.
     """
-    with contextlib.suppress(socket.gaierror):  # numbers in any spelling need no resolver
+    with contextlib.suppress(socket.gaierror):  # numeric addresses in any notation need no resolver
         return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
     return _lookups().ask(host, port, deadline)

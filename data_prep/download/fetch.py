@@ -1,4 +1,4 @@
-"""Fetches one image's bytes as img2dataset asks for them, or says why not."""
+"""Fetches one image's bytes for img2dataset, or gives the reason why not."""
 
 import functools
 import http.client
@@ -67,9 +67,9 @@ class Answer:
 def fetch_image(
     key: Any, address: str, timeout: float, user_agent_token: str, disallowed_header_directives: Iterable[str]
 ) -> tuple[Any, Body | None, str | None]:
-    """Return the key, and the body that an address gave, or why it gave none.
+    """Return the key, and the body from an address or the reason why there is none.
 
-    An error begins with a DropReason and a colon. `timeout` counts for the whole request, in seconds.
+    An error begins with a DropReason and a colon. `timeout` limits the whole request, in seconds.
     """
     answer = _ask(address, timeout, user_agent_token, frozenset(disallowed_header_directives or ()))
     return key, answer.body, answer.error
@@ -210,7 +210,7 @@ def _fetch_robots_txt(address: str, seconds: float) -> bytes | None:
 
 
 def _own_site() -> str:
-    """Return how addresses of the run's own site begin: only its stage knows the token in them."""
+    """Return the prefix of the addresses of the run's own site; only its stage knows the token in it."""
     site = os.environ.get(SITE_VARIABLE)
     return f"http://{site}/" if site else ""
 

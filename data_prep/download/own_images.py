@@ -1,9 +1,9 @@
-"""Which rows may ask the run's own server for images, and their addresses there.
+"""Decides which rows may fetch images from the run's own server, and builds their addresses there.
 
-The server hands out files of the user's disk, so an address of it that stands in a table, or that a redirect
-names, is refused. Only here, where the row's source is known, is an address given the token that the server
-asks for: rows of a table with an image folder and of packed sources for their own files, and the rows of a
-corpus that the project made for its site.
+The server gives out files from the user's disk, so the downloader refuses its addresses if they come from a
+table or a redirect. Only this module, which knows each row's source, adds the token that the server requires:
+for rows of a table with an image folder and of packed sources, for their own files, and for rows of a
+generated corpus, for its site.
 """
 
 import contextlib
@@ -21,22 +21,22 @@ from pipeline.core.stage import Context
 
 @dataclass(frozen=True, slots=True)
 class OwnImages:
-    """The run's own server, if it has one, and what each source may ask of it."""
+    """The run's own server, if it has one, and what each source may request from it."""
 
-    site: str | None = None  # how its addresses begin: http://127.0.0.1:PORT/TOKEN
-    # Source → how the addresses of its images begin, in `url` and in `picture_at`.
+    site: str | None = None  # prefix of its addresses: http://127.0.0.1:PORT/TOKEN
+    # Source → prefix of the addresses of its images, in `url` and in `picture_at`.
     by_url: dict[str, str] = field(default_factory=dict)
     by_place: dict[str, str] = field(default_factory=dict)
 
     def address(self, columns: Sequence[str]) -> pl.Expr:
-        """Return the address that each row's image is asked for at."""
+        """Return the address that each row's image is fetched from."""
         url = self._own(pl.col("url"), self.by_url).fill_null(pl.col("url"))
         if IMAGE_AT not in columns:
             return url
         return pl.coalesce(self._own(pl.col(IMAGE_AT), self.by_place), url)
 
     def _own(self, address: pl.Expr, prefixes: dict[str, str]) -> pl.Expr:
-        """Return the server's address of what its own source names; null for all else."""
+        """Return the server's address of a file that the row's source owns; null for all others."""
         if self.site is None or not prefixes:
             return pl.lit(None, dtype=pl.String)
         prefix = pl.col("source").replace_strict(prefixes, default=None, return_dtype=pl.String)
@@ -46,7 +46,7 @@ class OwnImages:
 
 @contextlib.contextmanager
 def served(context: Context) -> Iterator[OwnImages]:
-    """Serve the corpus's own images on loopback, if it has any, for the length of a `with` block."""
+    """Serve the corpus's own images on loopback, if it has any, for the duration of a `with` block."""
     site, images = corpus_facts.site_folder(context), corpus_facts.image_folders(context)
     packed = corpus_facts.packed_folders(context)
     if site is None and not images and not packed:

@@ -1,9 +1,9 @@
-"""Opens addresses of the public web and no others: what stands in a caption table is not to be trusted.
+"""Opens only addresses on the public web, because a caption table is untrusted input.
 
-A table may name the machine's own services, its network, or a cloud's metadata service, or a public address
-may redirect there. Every hop is checked: its scheme, and the address its name resolves to, which is the one
-then connected to (a second look-up could give another). Proxies of the environment are not used: behind one
-the address could not be checked. The whole request, redirects included, has one deadline.
+A table may name the machine's own services, its network or a cloud's metadata service, and a public address
+may redirect there. This module checks the scheme of every hop and the IP address its name resolves to, and
+connects to that same address (a second look-up could give another). It ignores the environment's proxies,
+because behind one it could not check the address. One deadline covers the whole request with its redirects.
 """
 
 import bisect
@@ -24,11 +24,11 @@ from pipeline.core.shard_format import MAX_IMAGE_BYTES
 MAX_REDIRECTS = 10
 ALLOWED_VARIABLE = "CNCLIP_ALLOWED_NETWORKS"  # environment variable of the download workers
 
-_MAX_OTHER_BYTES = 1 << 20  # headers, interim responses, chunk sizes, trailers, of all hops
+_MAX_OTHER_BYTES = 1 << 20  # headers, interim responses, chunk sizes and trailers of all hops
 _REDIRECTS = (301, 302, 303, 307, 308)
 
-# The interpreter's ipaddress changes what it calls global from one patch release to the next, so the networks
-# stand here. IPv4: IANA's IPv4 Special-Purpose Address Registry and multicast (RFC 5771).
+# What Python's ipaddress calls global changes between patch releases, so the networks are listed here.
+# IPv4: IANA's IPv4 Special-Purpose Address Registry and multicast (RFC 5771).
 _IPV4_REFUSED = (
     "0.0.0.0/8",  # this network, RFC 791
     "10.0.0.0/8",  # private, RFC 1918
@@ -73,11 +73,11 @@ _NAT64 = (ipaddress.IPv6Network("64:ff9b::/96"), ipaddress.IPv6Network("64:ff9b:
 
 
 class TooManyRedirectsError(OSError):
-    """An address leads on and on, most often in a circle."""
+    """An address redirects too often, usually in a circle."""
 
 
 class HttpStatusError(Exception):
-    """A server answered with a status that is neither success nor a redirect that can be followed."""
+    """A server answered with a status that is neither a success nor a redirect that can be followed."""
 
     def __init__(self, status: int, host: str, retry_after: float | None) -> None:
         super().__init__(f"HTTP status {status}")
@@ -96,7 +96,7 @@ _RANGES = {4: _ranges(_IPV4_REFUSED), 6: _ranges(_IPV6_REFUSED)}
 
 
 def is_public(address: str, allowed: Sequence[str] = ()) -> bool:
-    """Return whether an IP address is of the public web, or of one of the allowed networks (`10.0.0.0/8`).
+    """Return whether an IP address is on the public web or in an allowed network (such as `10.0.0.0/8`).
 
     Loopback, private, shared, link-local, multicast, documentation and reserved addresses are not, nor are
     clouds' own services on public numbers, nor any IPv4 address inside an IPv6 one.
@@ -117,11 +117,11 @@ def is_public(address: str, allowed: Sequence[str] = ()) -> bool:
 
 
 def _translated(ip: ipaddress.IPv6Address) -> ipaddress.IPv4Address:
-    """Return the IPv4 address inside a NAT64 one (RFC 6052, figure 1); loopback if there is none."""
+    """Return the IPv4 address inside a NAT64 one (RFC 6052, figure 1); loopback without one."""
     if ip in _NAT64[0]:
         return ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-    # The network chooses the length of its prefix, and with it the place: /48 or /96 are told apart by the
-    # byte that is always 0, and by the zeros after the address.
+    # The length of the network's prefix determines where the address starts: the byte that is always 0 and
+    # the zeros after the address distinguish /48 from /96.
     packed = ip.packed
     if packed[8] == 0 and packed[11:] == bytes(5):
         return ipaddress.IPv4Address(packed[6:8] + packed[9:11])
@@ -139,7 +139,7 @@ def open_public(
     """GET an address, following redirects; return the response, a context manager.
 
     `timeout` in seconds is for the whole request: look-ups, all hops, and reading the response. An address
-    that begins with `own_site` is asked of the run's own server, and no redirect leads there or away.
+    that begins with `own_site` goes to the run's own server, and redirects to or from it are refused.
 
     Raises:
         AddressRefusedError: if a hop is not of the public web.

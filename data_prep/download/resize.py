@@ -1,8 +1,8 @@
-"""The resizer that img2dataset calls: bytes from the web in, one upright 8-bit RGB JPEG out, or a reason.
+"""The resizer that img2dataset calls: it turns bytes from the web into an upright 8-bit RGB JPEG.
 
 img2dataset's own resizer ignores EXIF rotation (and strips the tag), turns 16-bit images white, fills a
-truncated JPEG with grey, and allocates whatever size a header promises. This one decodes with Pillow,
-which says what is wrong, after the header's size was checked.
+truncated JPEG with grey, and allocates any size that a header promises. This one checks the header's size
+first and then decodes with Pillow, which says what is wrong.
 """
 
 import io
@@ -20,17 +20,17 @@ _MOST_JPEG_PX = 65_500  # libjpeg's limit
 
 @dataclass(frozen=True, slots=True)
 class UprightResizer:
-    """Stands in for img2dataset's Resizer; an error it returns begins with a DropReason and a colon."""
+    """Replaces img2dataset's Resizer; its errors begin with a DropReason and a colon."""
 
-    short_side_px: int  # larger images are reduced to it, aspect kept; smaller ones stay as they are
-    max_pixels: int  # of the image as its header promises, before anything is decoded
+    short_side_px: int  # larger images are reduced to it with their aspect; smaller ones stay
+    max_pixels: int  # according to the header, checked before decoding
     jpeg_quality: int
-    # Decode a JPEG at 1/2, 1/4 or 1/8 of its size where that is still large enough (libjpeg's scaled inverse
-    # DCT), and average pixels for the rest of the way: faster, a little softer.
+    # Decode a JPEG at 1/2, 1/4 or 1/8 of its size if that is still large enough (libjpeg's scaled inverse
+    # DCT), and average pixels for the remaining reduction: faster, a little softer.
     scaled_decode: bool = False
 
     def __call__(self, img_stream: Any, blurring_bbox_list: Any = None) -> tuple[Any, ...]:
-        """(jpeg bytes, width, height, original width, original height, None), or five None and the error."""
+        """Return (JPEG bytes, width, height, original width and height, None), or five None and the error."""
         data = img_stream.read()
         try:
             return self._resized(data)
@@ -59,7 +59,7 @@ class UprightResizer:
 
 
 def _draft(image: Image.Image, short_side_px: int) -> None:
-    """Have a JPEG decoded at the smallest of 1, 1/2, 1/4, 1/8 of its size that is at least as large."""
+    """Let Pillow decode a JPEG at the smallest of 1, 1/2, 1/4, 1/8 of its size that is still large enough."""
     scale = short_side_px / min(image.size)
     if scale < 1:
         width, height = image.size
@@ -67,8 +67,8 @@ def _draft(image: Image.Image, short_side_px: int) -> None:
 
 
 def _reduce(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    # Whole blocks of pixels are averaged; the rest of the way, less than a half, is bicubic: twice as fast as
-    # Lanczos on all pixels, and nearer to it than img2dataset's plain average
+    # Average whole blocks of pixels and reduce the rest, less than a half, bicubically: twice as fast as
+    # Lanczos on all pixels, and closer to it than img2dataset's plain average
     # (benchmarks/data_prep/resize.py).
     return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=1.0)
 
@@ -76,6 +76,6 @@ def _reduce(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 def _average(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     import cv2
 
-    # After a scaled decode less than half is left to do, where two neighbours a pixel are average enough.
+    # After a scaled decode the remaining factor is below 2, so averaging two neighbours per pixel is enough.
     kind = cv2.INTER_LINEAR if image.width < 2 * size[0] else cv2.INTER_AREA
     return Image.fromarray(cv2.resize(np.asarray(image), size, interpolation=kind))

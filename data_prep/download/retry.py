@@ -1,9 +1,9 @@
-"""A further pass of the download: which failures are worth another try, and how what came back is merged.
+"""Further passes of the download: decides which failures are worth retrying, and merges the results.
 
-A pass is a stage of the download's own kind (`download/retry1`, `retry2`, …) over the rows that an earlier
-pass gave up on. Merging it gives each partition a new receipt: the images that were there, those that came
-back, one table of both in key order, and the drops that are left. So a row is counted once, and what comes
-after finds the corpus that a better first pass would have given.
+A pass is another download stage (`download/retry1`, `retry2`, …) over the rows that an earlier pass gave up
+on. Merging it gives each partition a new receipt: the old images, the newly downloaded ones, one table of
+both in key order, and the remaining drops. So each row is counted once, and later stages see the corpus that
+a better first pass would have given.
 """
 
 import collections
@@ -33,7 +33,7 @@ class DownloadTask(Facts):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassCounts(Facts):
-    """Rows that a further pass asked for, and those that came."""
+    """Rows that a further pass requested, and rows that it downloaded."""
 
     asked: int
     recovered: int
@@ -54,7 +54,7 @@ class DownloadFacts(Facts):
 
 @dataclass(frozen=True, slots=True)
 class Failures:
-    """Failed rows of one class (`http_error 503`), and whether they are worth another try."""
+    """Failed rows of one class (`http_error 503`), and whether they are worth retrying."""
 
     name: str
     num_rows: int
@@ -97,7 +97,7 @@ def failures(context: Context) -> list[Failures]:
 
 
 def plan(config: Any, context: Context) -> list[Task]:
-    """Return one task a partition that has rows worth another try."""
+    """Return one task for each partition that has rows worth retrying."""
     rows = {shard.path: shard for shard in context.parents["dedup"].shards if shard.path.startswith("kept/")}
     tasks = []
     for name, drops in _drop_tables(context).items():
@@ -112,7 +112,7 @@ def plan(config: Any, context: Context) -> list[Task]:
 
 
 def next_pass(download: Manifest) -> int:
-    """Return the number of the pass that is still to be merged; 1 after the first download."""
+    """Return the number of the next pass to merge; 1 after the first download."""
     merged = [
         number for extra in download.extra.values() for number in DownloadFacts.from_json(extra).passes or {}
     ]
@@ -124,8 +124,8 @@ def merge(
 ) -> Iterator[Receipt]:
     """Return the download's receipts after a pass; `came` has the pass's receipts by partition.
 
-    Writes new files beside the old ones; nothing that the download's manifest names is touched. A partition
-    whose receipt already has the pass, since a merge was killed, is left as it is.
+    New files go next to the old ones; files that the download's manifest names stay untouched. A partition
+    whose receipt already has the pass, because a merge was killed, stays as it is.
     """
     for receipt in receipts:
         is_merged = str(number) in (DownloadFacts.from_json(receipt.extra).passes or {})
@@ -191,7 +191,7 @@ def _merge_one(context: Context, before: Receipt, number: int, came: Receipt) ->
 
 
 def unused_files(context: Context, download: Manifest) -> Iterator[str]:
-    """Return tables of the download that its manifest no longer names: those that a merge has replaced."""
+    """Return tables of the download that its manifest no longer names because a merge replaced them."""
     named = {shard.path for shard in download.shards}
     for folder in ("pictures", "dropped"):
         for name in store.list_files(context.path_in("download", folder)):
@@ -202,7 +202,7 @@ def unused_files(context: Context, download: Manifest) -> Iterator[str]:
 def _sources(
     before: Mapping[str, SourceCounts], asked: pl.DataFrame, came: Mapping[str, SourceCounts]
 ) -> dict[str, SourceCounts]:
-    """Return the funnel by source, with what was retried taken out and what became of it put in."""
+    """Return the funnel by source, in which the results of retried rows replace their old ones."""
     num_kept = {source: counts.num_kept for source, counts in before.items()}
     dropped = {source: dict(counts.dropped) for source, counts in before.items()}
     for source, reason, count in asked.iter_rows():

@@ -1,8 +1,8 @@
-"""Stage download: img2dataset fetches and resizes; what came back is packed in the corpus's order.
+"""Stage download: img2dataset fetches and resizes images, and the stage packs them in the corpus's order.
 
-img2dataset takes any `_stats.json` for "done" and prints what failed; here each partition has a receipt
-that binds its outputs to the rows asked for, and each row that gave no image has its reason.
-Bytes are promised from here on: what the web returned is the snapshot.
+img2dataset treats any `_stats.json` as "done" and only prints failures. Here each partition has a receipt
+that binds its outputs to the requested rows, and each row without an image has a drop reason. From here on
+the bytes are reproducible: the downloaded images are a snapshot of the web.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ NAME = "download"
 _POLL_SECONDS = 0.2
 _LEAST_ROWS = 20  # of a partition that is judged for an outage
 _SUSPECT_SHARE = 0.5
-_CALLS = 2  # of img2dataset, the first included, for what it leaves damaged
+_CALLS = 2  # of img2dataset, including the first, for partitions that it leaves damaged
 _NOT_ASKED = "not asked for yet"
 
 
@@ -103,7 +103,7 @@ class DownloadConfig:
 
 
 def plan(config: DownloadConfig, context: Context) -> list[Task]:
-    """One task a partition of the shuffled rows."""
+    """Plan one task for each partition of the shuffled rows."""
     return [
         Task(Path(shard.path).stem, {"rows": shard.digest}, DownloadTask(path=shard.path).to_json())
         for shard in context.parents["dedup"].shards
@@ -112,7 +112,7 @@ def plan(config: DownloadConfig, context: Context) -> list[Task]:
 
 
 def partition_of(path: str) -> str:
-    """The partition that an output of this stage, or of one after it, belongs to."""
+    """Return the partition that an output of this or a later stage belongs to."""
     return Path(path).name.partition(".")[0]
 
 
@@ -121,11 +121,11 @@ def run_together(
 ) -> Iterator[tuple[Task, Outcome | InputError]]:
     """One img2dataset call for all outstanding partitions, one img2dataset shard each.
 
-    Partitions whose tar or table it left damaged, or over which a worker died, are asked for once more.
+    A second call repeats partitions whose tar or table is damaged, or whose worker died.
     """
-    times: dict[str, int] = {}  # that each task was left damaged
+    times: dict[str, int] = {}  # how often each task was left damaged
     while True:
-        with store.scratch(context.path(), "raw") as raw:  # workers of a killed run can't write into it
+        with store.scratch(context.path(), "raw") as raw:  # workers of a killed run cannot write into it
             left = yield from _download(config, context, tasks, Path(raw), progress)
         if not left:
             return
@@ -145,7 +145,7 @@ def run_together(
         if not tasks:
             return
         first, damage = next(((task, damage) for task, damage in found if task in tasks), left[0])
-        words = f"{len(tasks)} partitions are asked for again: {first.name}: {damage}"
+        words = f"retrying {len(tasks)} partitions: {first.name}: {damage}"
         say(f"download: {one_line(words)}", sys.stderr)
 
 
@@ -154,7 +154,7 @@ def _download(
 ) -> Generator[tuple[Task, Outcome | InputError], None, list[tuple[Task, str]]]:
     """Returns the tasks whose files img2dataset left damaged, and what is wrong with them."""
     (raw / "lists").mkdir()
-    num_rows: dict[str, int] = {}  # asked for, of each task
+    num_rows: dict[str, int] = {}  # requested, of each task
     waiting: dict[int, Task] = {}  # number of img2dataset's shard → task
     damaged: list[tuple[Task, str]] = []
     num_known = 0
@@ -169,7 +169,7 @@ def _download(
             if rows.height == 0:
                 yield task, _packed(context, task, raw, None, known)
                 continue
-            # Images that are on disk already have an address of the loopback site next to the row's own.
+            # Images on disk have an address of the loopback site next to the row's own.
             listed = rows.select(url=own.address(rows.columns), sample_key=pl.col("key"))
             with open(raw / "lists" / f"{task.name}.parquet", "wb") as file:
                 listed.write_parquet(file)
@@ -188,14 +188,14 @@ def _download(
         with _downloader(config, raw, log, max(counts.values()), variables) as process:
             watch = Watch(context.path(), config.stall_seconds, raw, log, process, boards)
             done = 0
-            suspects: list[tuple[Task, int]] = []  # an outage may have begun in them: the next one tells
+            suspects: list[tuple[Task, int]] = []  # an outage may have begun in them: the next one decides
             while waiting:
                 watch.look_before()
                 for number in [n for n in waiting if (raw / "shards" / f"{n:05d}_stats.json").exists()]:
                     task = waiting.pop(number)
                     if (damage := _damage(raw, number)) is not None:
                         damaged.append((task, damage))
-                        share = _SUSPECT_SHARE  # it tells nothing about the network
+                        share = _SUSPECT_SHARE  # it says nothing about the network
                     else:
                         share = _network_failures(raw, number)
                         suspects.append((task, number))
@@ -219,7 +219,7 @@ def _download(
                 if (death := watch.look(len(waiting), len(tasks))) is not None:
                     number, text = death
                     first = waiting.pop(number if number in waiting else next(iter(waiting)))
-                    # Whether an outage began in the suspects, the next partition would have told.
+                    # The suspects' successor would have shown whether an outage began in them.
                     rest = [*(task for task, _ in suspects), *waiting.values()]
                     return [*damaged, (first, text), *((task, _NOT_ASKED) for task in rest)]
                 time.sleep(_POLL_SECONDS)
@@ -227,18 +227,18 @@ def _download(
 
 
 def _log_path(context: Context, first: Task) -> str:
-    """Where img2dataset's output goes; an object store cannot append, so there each call has its own file."""
+    """Return the log of img2dataset's output; each call has its own on object stores, which cannot append."""
     local = store.is_local(context.run_folder)
     return context.path("img2dataset.log" if local else f"img2dataset/{first.name}.log")
 
 
 def _damage(raw: Path, number: int) -> str | None:
-    """What is wrong with one img2dataset shard; None where its tar has every image that its table names."""
+    """Return what is wrong with an img2dataset shard; None if its tar has every image of its table."""
     path = raw / "shards" / f"{number:05d}"
     try:
         answers = pl.read_parquet(f"{path}.parquet", columns=["key", "error_message"])
         with tarfile.open(f"{path}.tar") as tar:
-            members = tar.getnames()  # walks over all headers: a cut is found at the latest at its end
+            members = tar.getnames()  # reads all headers, so a truncated tar raises here at the latest
     except (pl.exceptions.PolarsError, tarfile.TarError, OSError) as error:
         return str(error).splitlines()[0]
     given = answers.filter(pl.col("error_message").is_null()).select(pl.col("key") + ".jpg")
@@ -247,7 +247,7 @@ def _damage(raw: Path, number: int) -> str | None:
 
 
 def _network_failures(raw: Path, number: int) -> float:
-    """Share of one img2dataset shard's addresses that failed for want of a network; 0 for a small shard."""
+    """Return the share of a shard's addresses that failed for lack of a network; 0 for a small shard."""
     answers = pl.read_parquet(raw / "shards" / f"{number:05d}.parquet", columns=["error_message"])
     if answers.height < _LEAST_ROWS:
         return 0.0
@@ -294,7 +294,7 @@ def _downloader(
     environment = {
         **os.environ,
         **import_environment(),
-        "NO_ALBUMENTATIONS_UPDATE": "1",  # its import looks for updates otherwise
+        "NO_ALBUMENTATIONS_UPDATE": "1",  # otherwise its import looks for updates
         "TQDM_DISABLE": "1",  # no bars in the log
         ALLOWED_VARIABLE: " ".join(config.allowed_networks),
         RULES_VARIABLE: Rules(

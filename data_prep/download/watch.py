@@ -1,4 +1,4 @@
-"""Notices when a call of img2dataset cannot end well: it says so late or not at all itself."""
+"""Detects when a call of img2dataset cannot succeed, which img2dataset reports late or not at all."""
 
 import contextlib
 import errno
@@ -12,7 +12,7 @@ from pathlib import Path
 from data_prep.download.board import Boards, name_open
 from pipeline.core.records import InputError
 
-_LEAST_FREE_BYTES = 1 << 20  # on the disk of img2dataset's files: below, and without progress, it is full
+_LEAST_FREE_BYTES = 1 << 20  # below this and without progress, the disk of img2dataset's files counts as full
 _FULL_SECONDS = 3.0
 _COUNT_SECONDS = 2.0  # from one count of the bytes to the next, while nothing else moves
 _START_SECONDS = 240.0
@@ -20,7 +20,7 @@ _START_SECONDS = 240.0
 
 @dataclass
 class Watch:
-    """Notices that img2dataset is at an end, hangs, lost a worker, or has no room on its disk."""
+    """Detects that img2dataset has ended, hangs, has lost a worker, or has no disk space."""
 
     folder: str  # of the stage, for errors
     stall_seconds: float
@@ -35,14 +35,14 @@ class Watch:
         self._ended: int | None = None
 
     def look_before(self) -> None:
-        """Look whether img2dataset has ended, before its files are looked at: what they lack, they lack."""
+        """Record whether img2dataset has ended; called before its files are read, so that they are final."""
         self._ended = self.process.poll()
 
     def look(self, num_waiting: int, num_tasks: int) -> tuple[int, str] | None:
-        """Return the shard over which a worker died and words about it; None if all is well.
+        """Return the shard on which a worker died and a description; None if no worker died.
 
         Raises:
-            OSError: if the disk is full, as a worker or the disk says.
+            OSError: if a worker or the disk itself reports that the disk is full.
             InputError: if img2dataset has ended, or nothing has moved for `stall_seconds`.
         """
         if (fault := self.boards.fault()) is not None:
@@ -53,7 +53,7 @@ class Watch:
             at = f" while at {name_open(its_open)}" if its_open else ""
             return number, f"its worker died, as if killed or out of memory,{at or ' before it asked'}"
         now = time.monotonic()
-        # Counting walks through all files: seldom, and only while no image comes to its end.
+        # Counting reads all folders, so do it rarely and only while no image is finished.
         if view.num_done != self._last_done:
             self._last_change, self._last_done = now, view.num_done
         elif now - max(self._last_count, self._last_change) > min(_COUNT_SECONDS, self.stall_seconds / 4):
@@ -68,7 +68,7 @@ class Watch:
                 f"{self.folder}: img2dataset ended with status {self._ended} and left"
                 f" {num_waiting} of {num_tasks} partitions; see {self.log}, then run again"
             )
-        # Workers import for a while before they begin, longer on a busy machine.
+        # Workers spend a while on imports before they begin, longer on a busy machine.
         limit = self.stall_seconds if view.num_working else max(self.stall_seconds, _START_SECONDS)
         if idle > limit:
             at = f" at {name_open(view.open)}" if view.open else ", and has no address open"
@@ -84,7 +84,7 @@ def _is_full(folder: Path) -> bool:
 
 
 def _num_bytes(raw: Path) -> int:
-    """Bytes and files below the folder that img2dataset writes to: grows while anything is going on."""
+    """Return bytes plus files below img2dataset's output folder; the sum grows while anything happens."""
     total = 0
     for path in raw.rglob("*"):
         with contextlib.suppress(FileNotFoundError):

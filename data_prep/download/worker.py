@@ -1,7 +1,7 @@
-"""Runs img2dataset in a process of its own: `python -m data_prep.download.worker OPTIONS.json`.
+"""Runs img2dataset in a separate process: `python -m data_prep.download.worker OPTIONS.json`.
 
-img2dataset starts its workers by spawning, and each imports this module as its main module: what is set
-at the top holds in all of them.
+img2dataset spawns its workers, and each imports this module as its main module, so settings at module level
+apply to all of them.
 """
 
 import contextlib
@@ -17,8 +17,8 @@ from typing import Any
 from pipeline.core.processes import die_with_parent
 from pipeline.core.terminal import guard
 
-# Before img2dataset, whose import takes seconds in which the run may be killed. The stage makes this promise
-# for the process that it starts (`dies_with_us`), and that process names itself to the workers it spawns.
+# Before img2dataset, whose import takes seconds in which the run may be killed. The stage does this for the
+# process that it starts (`dies_with_us`), and that process names itself to the workers it spawns.
 _STARTED_BY = "CNCLIP_DOWNLOAD_PID"
 if __name__ == "__main__":
     os.environ[_STARTED_BY] = str(os.getpid())
@@ -27,8 +27,8 @@ elif __name__ == "__mp_main__":
 if __name__ in ("__main__", "__mp_main__"):
     sys.stdout, sys.stderr = guard(sys.stdout), guard(sys.stderr)  # the log names addresses
 
-# img2dataset's logger imports wandb, which we never have it use. The real one takes a second and leaves three
-# temporary folders behind in each worker that is killed; the name is all that is needed.
+# img2dataset's logger imports wandb, which this project never uses there. The real one takes a second to
+# import and leaves three temporary folders behind in each worker that is killed; an empty module is enough.
 sys.modules.setdefault(
     "wandb", types.ModuleType("wandb", "Stands in for Weights & Biases, which is not used.")
 )
@@ -40,7 +40,7 @@ from data_prep.download.board import BOARD_VARIABLE, Board, report  # noqa: E402
 from data_prep.download.fetch import fetch_image, fetch_with_retries, shown  # noqa: E402
 from data_prep.download.resize import UprightResizer  # noqa: E402
 
-_board: Board | None = None  # of this process, once it downloads
+_board: Board | None = None  # of this process, after its first shard
 
 
 def fetch(
@@ -48,7 +48,7 @@ def fetch(
 ) -> tuple[Any, ...]:
     """Fetch as img2dataset's `download_image`, with an honest user agent, a deadline and a limit on the body.
 
-    `timeout` counts for the whole request, in seconds. Errors begin with a DropReason and a colon.
+    `timeout` limits the whole request, in seconds. Errors begin with a DropReason and a colon.
     """
     key, address = row
     return fetch_image(key, address, timeout, user_agent_token, disallowed_header_directives)
@@ -63,7 +63,7 @@ def fetch_patiently(
 
 
 def _watched_shard(self: Any, row: Any) -> None:
-    """Download a shard as img2dataset does, with a board that says what this process is at."""
+    """Download a shard as img2dataset does, with a board that reports what this process is doing."""
     global _board
     folder = os.environ.get(BOARD_VARIABLE)
     if folder is None:
@@ -92,7 +92,7 @@ def _watched_shard(self: Any, row: Any) -> None:
 
 
 def _reporting(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a method of img2dataset's writer: it goes on after a full disk, and would lose row after row."""
+    """Wrap a writer method of img2dataset, which would continue on a full disk and lose row after row."""
 
     @functools.wraps(method)
     def wrapped(*arguments: Any, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Stage filter_image: images that are too small, too long, or of an evaluation set go; hashes are made."""
+"""Stage filter_image: drops images that are too small, too long or in an evaluation set; hashes the rest."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ from pipeline.core.files.images import UNDECODABLE, BadImageError, decode_uprigh
 from pipeline.core.shard_format import ByteRangePool
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task, repair_remedy
 
-_NO_MARKS = Marks(bytes(image_rules.HASH_BITS // 8), bytes(SIGNATURE_BYTES))  # of what does not decode
+_NO_MARKS = Marks(bytes(image_rules.HASH_BITS // 8), bytes(SIGNATURE_BYTES))  # of images that do not decode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +38,7 @@ class FilterImageConfig:
     max_aspect: float = 5.0
     """Largest ratio of the longer side to the shorter side."""
     remove_evaluation_copies: bool = True
-    """Whether images of the evaluation sets are removed under whatever address they come (paper, 2.2)."""
+    """Whether images of the evaluation sets are removed whatever their address (paper, 2.2)."""
     evaluation_distance: int = 32
     """Largest number of differing hash bits (of 384) at which an image may be a copy of an evaluation image;
     the signatures decide. On the demo re-encoded copies differ in 0 to 22 bits, other images in 60 or more.
@@ -49,12 +49,12 @@ class FilterImageConfig:
 class ImageTask(Facts):
     """A downloaded partition, by its paths in the folder of stage download."""
 
-    tar: str  # of the first pass; rows of later ones name theirs
+    tar: str  # of the first pass; rows of later passes name their tar
     table: str
 
 
 def plan(config: FilterImageConfig, context: Context) -> list[Task]:
-    """One task a downloaded partition."""
+    """Plan one task for each downloaded partition."""
     evaluations = evaluations_of(context) if config.remove_evaluation_copies else []
     shared = {f"evaluation {item.name}": item.digest for item in evaluations}
     if config.remove_evaluation_copies:
@@ -82,7 +82,7 @@ def plan(config: FilterImageConfig, context: Context) -> list[Task]:
 
 
 def run(config: FilterImageConfig, context: Context, task: Task, progress: Progress) -> Outcome:
-    """Judge one partition's images. Images stay where they are; the table says which are kept."""
+    """Judge one partition's images; they stay in their tar, and the table says which are kept."""
     asked = ImageTask.from_json(task.arguments)
     table = pl.read_parquet(context.path_in("download", asked.table))
     if "tar" not in table.columns:
@@ -163,7 +163,11 @@ def set_aside(config: FilterImageConfig, context: Context, task: Task) -> Outcom
 def _references(
     evaluations: tuple[EvaluationSet, ...], guards: tuple[str, ...], digests: tuple[str, ...]
 ) -> tuple[list[str], MarkedImages]:
-    """Names (`<set>: <id>`) and marks of all evaluation images; InputError names a line that is no image."""
+    """Return names (`<set>: <id>`) and marks of all evaluation images.
+
+    Raises:
+        InputError: if a line is not an image; it names the line.
+    """
     names, marks = [], []
     for evaluation in evaluations:
         for name, item in decontamination.set_marks(evaluation.folder, evaluation.name):

@@ -1,9 +1,9 @@
 """Stages score and filter_score: the cosine of image and caption, and the threshold on it (section 2.2).
 
-Scoring is a stage of its own and drops nothing: another threshold redoes `filter_score` alone, which reads
-numbers. What encodes is given from above (`pipeline.catalog`): Multilingual-CLIP with its CLIP, or a model
-that a run has trained. Scores are kept with the digests of both encoders, so that those of different
-pairs never meet under one threshold.
+Scoring is a separate stage that drops nothing: another threshold reruns only `filter_score`, which just reads
+numbers. The caller provides the encoders (`pipeline.catalog`): Multilingual-CLIP with its CLIP, or a model
+that a run has trained. Scores carry the digests of both encoders, so that one threshold never applies to
+scores of different pairs.
 """
 
 import functools
@@ -30,20 +30,20 @@ from pipeline.core.records import ConfigError, InputError, Manifest
 from pipeline.core.shard_format import ByteRangePool
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task, repair_remedy
 
-# Of the sidecars; `data_prep.sources.table.score_pairs` reads them where a sidecar is a source.
+# Of the sidecars; `data_prep.sources.table.score_pairs` reads them if a sidecar is a source.
 SCORE_COLUMN, TEXT_COLUMN, IMAGE_COLUMN = "pair_score", "pair_text_encoder", "pair_image_encoder"
 _PAIR_COLUMNS = (SCORE_COLUMN, TEXT_COLUMN, IMAGE_COLUMN)
 _ROWS_AT_ONCE = 2048  # images in memory; captions are sorted by length among them
 _DIGEST_DIGITS = 16
 _PAPERS_MIN_SCORE = 0.26
-_STEPS_PER_UNIT = 500  # of the counts that a share is worked out from
+_STEPS_PER_UNIT = 500  # of the counts from which a share is computed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreConfig:
-    """`[score]`: who scores, and which rows. Give text_encoder and image_encoder, or model.
+    """`[score]`: which encoders score, and which rows. Give text_encoder and image_encoder, or model.
 
-    Paths and the device stay out of the digest: the encoders' own digests are what the scores are bound to.
+    Paths and the device stay out of the digest, because the digests of the encoders bind the scores.
     """
 
     text_encoder: str | None = field(default=None, metadata=NOT_IN_DIGEST)
@@ -66,16 +66,16 @@ class ScoreConfig:
     def __post_init__(self) -> None:
         two = (self.text_encoder is not None, self.image_encoder is not None)
         if two != (self.model is None, self.model is None):
-            raise ValueError("give text_encoder and image_encoder, or model alone")
+            raise ValueError("give text_encoder and image_encoder, or only model")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FilterScoreConfig:
-    """`[filter_score]`: the threshold on the scores that the run has made."""
+    """`[filter_score]`: the threshold on the run's scores."""
 
     min_score: float | None = None
-    """Lowest cosine that stays; 0.26 (paper, 2.2) if neither setting is given. Each pair of encoders has its
-    own scale, which the report shows.
+    """Lowest cosine to keep; 0.26 (paper, 2.2) if neither setting is given. Each pair of encoders has its own
+    scale, which the report shows.
     """
     drop_share: Annotated[float, Gt(0), Lt(1)] | None = None
     """Instead of `min_score`: the largest share of the scored rows to drop, lowest scores first. The
@@ -89,7 +89,7 @@ class FilterScoreConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncoderPair(Facts):
-    """The first digits of both encoders' digests."""
+    """Return the first digits of both encoders' digests."""
 
     text: str
     image: str
@@ -125,7 +125,7 @@ class ScoreFacts(Facts):
 
 
 class PairScorer(Protocol):
-    """Both encoders, ready; features of either are unit-norm float32 [len, dim] of one space."""
+    """Both encoders, loaded; each returns unit-norm float32 features [len, dim] in one common space."""
 
     def embed_texts(self, texts: Sequence[str]) -> Float32Array: ...
 
@@ -135,9 +135,9 @@ class PairScorer(Protocol):
 def plan(
     config: ScoreConfig, context: Context, identify: Callable[[ScoreConfig], tuple[str, str]]
 ) -> list[Task]:
-    """One task a partition, bound to the rows, the images and both encoders.
+    """Plan one task for each partition, bound to the rows, the images and both encoders.
 
-    `identify` gives the digests of what makes the two features: a score means nothing without them.
+    `identify` gives the digests of both encoders: a score means nothing without them.
     """
     text, image = (digest[:_DIGEST_DIGITS] for digest in identify(config))
     images: dict[str, dict[str, str]] = {}  # a partition may have several tars: a retry adds one
@@ -168,7 +168,7 @@ def run(
     progress: Progress,
     load: Callable[[ScoreConfig], PairScorer],
 ) -> Outcome:
-    """`scores/<partition>.parquet`: key and pair_score (null where the row was not to be scored)."""
+    """Write `scores/<partition>.parquet`: key and pair_score (null if the row is not to be scored)."""
     asked = ScoreTask.from_json(task.arguments)
     path = context.path_in(rows_stage(context), asked.table)
     rows = pl.read_parquet(path, columns=["key", "caption", "score", "tar", "offset_bytes", "size_bytes"])
@@ -196,7 +196,11 @@ def run(
 
 
 def plan_filter(config: FilterScoreConfig, context: Context) -> list[Task]:
-    """One task a partition; ConfigError where the scores are of more than one pair of encoders."""
+    """Plan one task for each partition.
+
+    Raises:
+        ConfigError: if the scores come from more than one pair of encoders.
+    """
     pairs = {facts.pair for facts in _facts_of(context.parents["score"])}
     if len(pairs) > 1:
         raise ConfigError(
@@ -218,7 +222,7 @@ def plan_filter(config: FilterScoreConfig, context: Context) -> list[Task]:
 
 
 def run_filter(config: FilterScoreConfig, context: Context, task: Task, progress: Progress) -> Outcome:
-    """Rows scored below the threshold go; the others carry the score and both encoders' digests on."""
+    """Drop rows scored below the threshold; the others carry the score and both encoders' digests."""
     asked = ScoreTask.from_json(task.arguments)
     rows = pl.read_parquet(context.path_in(rows_stage(context), asked.table))
     scores = pl.read_parquet(context.path_in("score", f"scores/{task.name}.parquet"))
@@ -257,7 +261,7 @@ def run_filter(config: FilterScoreConfig, context: Context, task: Task, progress
 
 
 def threshold(config: FilterScoreConfig, scores: Manifest) -> float:
-    """The lowest cosine that stays."""
+    """Return the lowest cosine to keep."""
     if config.drop_share is None:
         return _PAPERS_MIN_SCORE if config.min_score is None else config.min_score
     counts: Counter[int] = Counter()
@@ -276,13 +280,13 @@ def _facts_of(scores: Manifest) -> list[ScoreFacts]:
 
 
 def _counts(scores_N: Float32Array) -> dict[str, int]:
-    """Step of 0.002 (as text: it goes into a receipt) → how many scores lie in it, in order."""
+    """Return step of 0.002 (as text, for a receipt) → number of scores in it, in order."""
     steps, counts = np.unique(np.floor(scores_N * _STEPS_PER_UNIT).astype(int), return_counts=True)
     return {str(step): int(count) for step, count in zip(steps, counts, strict=True)}
 
 
 def minimums(rows: pl.DataFrame, column: str) -> dict[str, float]:
-    """Source → lowest score, 4 digits; sources without any score are left out."""
+    """Return source → lowest score with 4 digits, without sources that have no scores."""
     lowest = (
         rows.filter(pl.col(column).is_not_null() & pl.col(column).is_not_nan())
         .group_by("source")
@@ -293,7 +297,7 @@ def minimums(rows: pl.DataFrame, column: str) -> dict[str, float]:
 
 
 def _images(context: Context, rows: pl.DataFrame) -> list[bytes]:
-    """Bytes of the rows' images, in their order."""
+    """Yield the bytes of the rows' images in order."""
     with ByteRangePool(
         lambda name: context.path_in("download", name), remedy=repair_remedy("download")
     ) as tars:
@@ -302,7 +306,7 @@ def _images(context: Context, rows: pl.DataFrame) -> list[bytes]:
 
 
 def given_weights(config: ScoreConfig) -> dict[str, str]:
-    """Return the weights that come from outside the run, by label: paths, or names that a hub knows."""
+    """Return the weights from outside the run by label: paths, or names of hub models."""
     given = {name: getattr(config, name) for name in ("model", "text_encoder", "image_encoder")}
     return {name: text for name, text in given.items() if text is not None}
 

@@ -1,4 +1,4 @@
-"""Stage filter_text: a caption table in; out, rows that pass every text rule, and why the others did not."""
+"""Stage filter_text: keeps rows of caption tables that pass every text rule; drops the rest with reasons."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,9 +23,9 @@ from pipeline.core.failures import PARTITION_FAILED
 from pipeline.core.records import ConfigError, Manifest
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
-# LAION-5B's tables hold some 17 million rows each; a task holds this many of them in memory.
+# LAION-5B's tables have some 17 million rows each; a task holds this many of them in memory.
 ROWS_PER_TASK = 500_000
-# Of a table that each task of dedup reads a range of: the rest of the groups at its ends is read in vain.
+# Each task of dedup reads a range of a table and wastes what it reads of the groups at both ends.
 _ROWS_PER_GROUP = 4_096
 
 
@@ -34,9 +34,9 @@ class FilterTextConfig:
     """`[filter_text]`: which rows of the caption tables stay (paper, section 2.2)."""
 
     language: str = "zh"
-    """LAION-5B language mark to keep, if the source has the column."""
+    """LAION-5B language tag to keep, if the source has the column."""
     min_score: float = 0.26
-    """Lowest mCLIP cosine that stays, if the source has scores."""
+    """Lowest mCLIP cosine to keep, if the source has scores."""
     min_characters: int = 5
     """Fewest characters of a caption."""
     max_characters: int = 50
@@ -83,9 +83,10 @@ class TextTask(Facts):
 
 
 def plan(config: FilterTextConfig, context: Context) -> list[Task]:
-    """One task a table, or a slice of one that is longer than a task should hold in memory.
+    """Plan one task for each table, or for each slice of a table that is too long for memory.
 
-    ConfigError where scores of different encoders would meet under one threshold.
+    Raises:
+        ConfigError: if one threshold would apply to scores of different encoders.
     """
     corpus = context.parents["corpus"]
     _refuse_mixed_scores(corpus)
@@ -103,7 +104,7 @@ def plan(config: FilterTextConfig, context: Context) -> list[Task]:
 
 
 def _slices(num_rows: int) -> Iterator[tuple[str, dict[str, int]]]:
-    """(suffix of the task's name, its rows); a table that one task holds has neither."""
+    """Return (suffix of the task's name, its rows); both are empty if one task holds the whole table."""
     if num_rows <= ROWS_PER_TASK:
         yield "", {}
         return
@@ -123,7 +124,7 @@ def run(config: FilterTextConfig, context: Context, task: Task, progress: Progre
     frame = scan(path, source, is_whole=True)
     names = frame.collect_schema().names()
     with naming_damage(path):
-        has_scores = _has_scores(frame)  # of the whole table: all its slices are judged by the same rules
+        has_scores = _has_scores(frame)  # of the whole table: the same rules judge all its slices
     if asked.first is not None:
         frame = frame.slice(asked.first, asked.count)
     with naming_damage(path):
@@ -146,7 +147,7 @@ def run(config: FilterTextConfig, context: Context, task: Task, progress: Progre
         .sort("key", "row")
     )
     dropped = rows.filter(pl.col("reason").is_not_null())
-    # Kept, since a list is edited after a run: `cnclip why` names the word that hit then.
+    # Record the word, because users edit lists after a run: `cnclip why` names the word that matched then.
     dropped = dropped.with_columns(text_rules.blacklist_words(dropped, _themes(config)))
     scores = rows["score"].drop_nulls().drop_nans()
     judges_scores = text_rules.SCORE_RULE in rules and len(scores) > 0
@@ -158,7 +159,7 @@ def run(config: FilterTextConfig, context: Context, task: Task, progress: Progre
         JudgedFacts(
             source=source.name,
             rules={name: rule.version for name, rule in rules.items()},
-            # If every row already passes, the threshold is a no-op: the minimum shows it.
+            # If every row already passes, the threshold is a no-op, and the minimum shows it.
             min_score=config.min_score,
             score_minimums={source.name: round(float(scores.min()), 4)} if judges_scores else {},  # type: ignore[arg-type]
             histograms={
@@ -190,7 +191,7 @@ def set_aside(config: FilterTextConfig, context: Context, task: Task) -> Outcome
 
 
 def by_exemptions(frame: pl.LazyFrame, source: TableSource) -> list[tuple[tuple[str, ...], pl.LazyFrame]]:
-    """Divide a canonical table by the rules that do not apply; rows taken back from shards have their own."""
+    """Split a canonical table by the rules that do not apply; rows from shards bring their own exemptions."""
     if EXEMPT_COLUMN not in source.carry_columns:
         return [(source.exemptions, frame)]
     own = pl.col(EXEMPT_COLUMN)
@@ -203,9 +204,9 @@ def by_exemptions(frame: pl.LazyFrame, source: TableSource) -> list[tuple[tuple[
 
 
 def prepared(frame: pl.LazyFrame, config: FilterTextConfig, exempt: Sequence[str]) -> pl.LazyFrame:
-    """A canonical table with its keys, and captions as they are judged and kept (see text_rules).
+    """Return a canonical table with its keys, and captions as they are judged and kept (see text_rules).
 
-    Keys are made of what came in, so that a caption can be asked for as its source has it.
+    Keys come from the original caption, so that users can ask for a caption as its source has it.
     """
     normalise = config.normalise_duplicates and text_rules.NORMALISED_DUPLICATES_RULE not in exempt
     return with_key(frame, normalise=normalise).with_columns(
@@ -214,7 +215,7 @@ def prepared(frame: pl.LazyFrame, config: FilterTextConfig, exempt: Sequence[str
 
 
 def judged_caption(caption: pl.Expr, config: FilterTextConfig, exempt: Sequence[str] = ()) -> pl.Expr:
-    """Return a caption as the rules see it and as it is kept, save outer white space."""
+    """Return a caption as the rules see it and as it is kept, apart from outer white space."""
     visible = text_rules.visible(caption)
     if config.traditional == "convert" and text_rules.TRADITIONAL_RULE not in exempt:
         return chinese_script.simplified(visible)
@@ -230,7 +231,7 @@ def _themes(config: FilterTextConfig) -> dict[str, tuple[str, ...]]:
 
 
 def _refuse_mixed_scores(corpus: Manifest) -> None:
-    """A threshold means one encoder pair's cosines (FORMATS of mCLIP: pairs differ by tenths)."""
+    """Check that one threshold applies to the cosines of one encoder pair only; pairs differ by tenths."""
     found: dict[str, str] = {}
     for source, pairs in score_pairs(corpus).items():
         found |= dict.fromkeys(pairs, source)
@@ -245,13 +246,13 @@ def _refuse_mixed_scores(corpus: Manifest) -> None:
 def rules_for(
     config: FilterTextConfig, exempt_from: tuple[str, ...], evaluation_urls: Sequence[str], has_scores: bool
 ) -> list[TextRule]:
-    """Return the rules of one source in the order they are asked; the first that drops a row is the reason.
+    """Return the rules of one source in order; the first that drops a row gives the reason.
 
     `evaluation_urls` are addresses of evaluation images, which stay out of training.
     """
     lists = {f"{text_rules.BLACKLIST_RULE}:{theme}" for theme in config.blacklists}
     known_rules = (*text_rules.SWITCHABLE_RULES, *SWITCHABLE_IMAGE_RULES, *sorted(lists))
-    # A list that another run uses is no mistake.
+    # A word list that only another run uses is not a mistake.
     unknown = sorted({*exempt_from} - {*known_rules} - {f"blacklist:{name}" for name in text_rules.themes()})
     if unknown:
         known = ", ".join(known_rules)
@@ -279,7 +280,7 @@ def rules_for(
 
 
 def _has_scores(frame: pl.LazyFrame) -> bool:
-    """A source without any score (Wukong) is not judged by one; a source with some is (paper: LAION only)."""
+    """Return whether a source has scores; one without (Wukong) is not judged by them (paper: LAION only)."""
     return bool(frame.select(pl.col("score").is_not_null().any()).collect().item())
 
 

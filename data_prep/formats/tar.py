@@ -9,7 +9,7 @@ from typing import Self
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a member's data lies in its tar."""
+    """The position of a member's data in its tar."""
 
     offset_bytes: int
     size_bytes: int

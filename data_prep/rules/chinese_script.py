@@ -1,4 +1,4 @@
-"""Traditional Chinese characters to simplified ones, by OpenCC's `t2s` (characters and phrases)."""
+"""Converts traditional Chinese characters to simplified ones by OpenCC's `t2s` (characters and phrases)."""
 
 import functools
 from typing import Any
@@ -7,13 +7,13 @@ import polars as pl
 
 from pipeline.core.records import ConfigError
 
-# Between captions, so that one call converts a whole column: OpenCC's dictionaries know no control character,
-# and `text_rules.visible` has taken them out of the captions.
+# Separates captions, so that one call converts a whole column: OpenCC's dictionaries have no control
+# characters, and `text_rules.visible` has removed them from the captions.
 _SEPARATOR = "\x1e"
 
 
 def simplified(captions: pl.Expr) -> pl.Expr:
-    """Return captions in simplified characters; nulls and what has no simplified form stay."""
+    """Return captions in simplified characters; nulls and text without a simplified form stay."""
     return captions.map_batches(_convert, return_dtype=pl.String, is_elementwise=True)
 
 

@@ -1,4 +1,4 @@
-"""Which images are copies of each other: the hash proposes pairs, the signatures confirm them."""
+"""Finds images that are copies of each other: hashes propose pairs, and signatures confirm them."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -10,21 +10,21 @@ from data_prep.rules.image import HASH_BITS, perceptual_hash
 from data_prep.rules.image_signature import are_copies, image_signature, signature_array
 
 _INDEXED_AT_ONCE = 32_768  # hashes in one index
-# Hashes in one search: at least so many, and more while few of them are near another.
+# Hashes in one search: at least this number, and more while few of them have near ones.
 _FEWEST_AT_ONCE, _MOST_AT_ONCE = 128, 4_096
-_PAIRS_AT_ONCE = 1 << 22  # that a search may find: 12 bytes each
-_MOST_TRIED = 1_024  # candidates of one image that are compared in a round
+_PAIRS_AT_ONCE = 1 << 22  # that a search may find, 12 bytes each
+_MOST_TRIED = 1_024  # candidates of one image per round
 
 
 class Marks(NamedTuple):
-    """What is kept of an image to tell its copies: 48 and 384 bytes."""
+    """The hash and signature that identify copies of an image: 48 and 384 bytes."""
 
     perceptual_hash: bytes
     image_signature: bytes
 
 
 class Copies(NamedTuple):
-    """Pairs of copies: place of one, place of the other, bits between their hashes, int64 [pairs] each."""
+    """Pairs of copies: index of one, index of the other, bits between their hashes, int64 [pairs] each."""
 
     place: npt.NDArray[np.int64]
     other: npt.NDArray[np.int64]
@@ -32,12 +32,12 @@ class Copies(NamedTuple):
 
 
 def marks_of(image_HWC: npt.NDArray[np.uint8]) -> Marks:
-    """Hash and signature of an RGB image [height, width, 3] uint8."""
+    """Return hash and signature of an RGB image [height, width, 3] uint8."""
     return Marks(perceptual_hash(image_HWC), image_signature(image_HWC))
 
 
 class MarkedImages:
-    """Images that others are compared with, all with all, on every core (FAISS)."""
+    """Images to compare others with, all with all, on every core (FAISS)."""
 
     def __init__(self, hashes: Sequence[bytes], signatures: Sequence[bytes]) -> None:
         import faiss
@@ -70,7 +70,7 @@ class MarkedImages:
         signatures: Sequence[bytes],
         distance: int,
     ) -> None:
-        """Set True for those of these images that have a copy among the arguments; what is True stays so."""
+        """Set True for the images that have a copy among the arguments; True values stay."""
         signature_NB = signature_array(signatures)
         for near in self._near(_hash_array(hashes), distance):
             near = _chosen(near, ~is_copied_N[near.other])
@@ -78,7 +78,7 @@ class MarkedImages:
                 is_copied_N[near.other[found]] = True
 
     def nearest_copies(self, hashes: Sequence[bytes], signatures: Sequence[bytes], distance: int) -> Copies:
-        """Return for each place that is a copy its nearest one: fewest bits, then the first."""
+        """Return the nearest original for each copy: fewest bits, then the first."""
         signature_NB, parts = signature_array(signatures), list[Copies]()
         for near in self._near(_hash_array(hashes), distance):
             near = _chosen(near, np.lexsort((near.other, near.bits, near.place)))
@@ -94,7 +94,7 @@ class MarkedImages:
         return _chosen(copies, np.unique(copies.place, return_index=True)[1])
 
     def _near(self, hash_NB: npt.NDArray[np.uint8], distance: int) -> Iterator[Copies]:
-        """Yield pairs whose hashes are at most `distance` bits apart, some at a time."""
+        """Yield pairs whose hashes are at most `distance` bits apart, in blocks."""
         for number, index in enumerate(self._indices):
             first, step = 0, _FEWEST_AT_ONCE
             while first < len(hash_NB):
@@ -118,9 +118,9 @@ def _first_copies(
     *,
     turned: bool = False,
 ) -> Iterator[npt.NDArray[np.int64]]:
-    """Yield which pairs are copies, of each `one` the first pair that is.
+    """Yield which pairs are copies, the first such pair of each `one`.
 
-    Pairs of one image are tried in rounds, each of twice as many: what follows a copy is compared in vain.
+    Pairs of one image are tried in rounds of doubling size, since pairs after the first copy are wasted work.
     `turned` compares `two` with `one`.
     """
     order = np.argsort(one_P, kind="stable")

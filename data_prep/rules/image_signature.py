@@ -18,7 +18,7 @@ _CROP, _SLACK = 0.045, 0.004  # of a side: how far an edge may lie inside the ot
 _BRIGHTER = 6.0  # levels of 255 that a window of a copy may be off
 _ROUNDS = 12  # of coordinate descent on four edges
 # Squared levels of 255 a luma cell: what JPEG at quality 30 may add to an image, and to a window, without
-# contrast of its own.
+# its own contrast.
 _NOISE, _WINDOW_NOISE = 50.0, 100.0
 _WINDOW = 2  # chroma cells a side
 _MOST, _MOST_IN_WINDOW = 0.1, 0.36  # of the contrast, and of the fine contrast in a window, that may differ

@@ -1,21 +1,19 @@
-"""Rules on captions: pure, vectorised, each giving the reason a row is dropped for, or null.
+"""Rules on captions: pure and vectorised; each gives the drop reason of a row, or null.
 
-A rule is a polars expression over the canonical table (`data_prep.sources.table.scan`), so a
-file is judged in one pass by one engine. Source of the thresholds: the paper, section 2.2; rules that the
-paper does not have are off unless a run asks for them.
+A rule is a polars expression over the canonical table (`data_prep.sources.table.scan`), so one engine judges
+a file in one pass. The thresholds come from the paper, section 2.2; rules that the paper does not have are
+off by default.
 
-What a character is: a Unicode code point of the caption that is seen (`visible`), after white space at both
-ends is cut off. A full-width letter counts one, like a Chinese character; an emoji one for its base and one
-for each skin tone, variation selector and joiner in it; each combining mark one; and every letter of a
-Latin word one.
+A character is a Unicode code point of the visible caption (`visible`) without white space at both ends. A
+full-width letter counts one, like a Chinese character; an emoji counts one for its base and one for each skin
+tone, variation selector and joiner; each combining mark and each letter of a Latin word counts one.
 
-What a caption loses before it is judged, counted and kept: control characters (tab and line ends stay, as
-white space) and the marks that turn the direction of writing or have no width (U+200B, U+200E, U+200F,
-U+061C, U+202A to U+202E, U+2066 to U+2069, U+FEFF): they can hide words from a list and turn a terminal's
-lines around. Joiners stay (U+200C, U+200D), since emoji and some scripts are spelt with them. A row's key
-is made of the caption as it came.
+Before a caption is judged, counted and kept, it loses control characters (tab and line ends stay, as white
+space) and marks that change the direction of writing or have no width (U+200B, U+200E, U+200F, U+061C, U+202A
+to U+202E, U+2066 to U+2069, U+FEFF): they can hide words from a list and reverse lines in a terminal. Joiners
+(U+200C, U+200D) stay, since emoji and some scripts need them. A row's key comes from the original caption.
 
-Traditional characters stay like simplified ones unless a run asks otherwise.
+By default traditional characters stay, like simplified ones.
 """
 
 import functools
@@ -51,8 +49,7 @@ NSFW_RULE = "nsfw"
 WATERMARK_RULE = "watermark"
 TRADITIONAL_RULE = "traditional"
 NORMALISED_DUPLICATES_RULE = "normalised_duplicates"
-# What a source's `exempt_from` may name; `blacklist:<theme>` stands for one list. Image rules have theirs in
-# image_rules.py.
+# Names for a source's `exempt_from`; `blacklist:<theme>` is one list. Names of image rules are in image.py.
 SWITCHABLE_RULES = (
     LANGUAGE_RULE, SCORE_RULE, CHARACTERS_RULE, CHINESE_SHARE_RULE, NSFW_RULE, WATERMARK_RULE, BLACKLIST_RULE,
     TRADITIONAL_RULE, NORMALISED_DUPLICATES_RULE,
@@ -98,7 +95,7 @@ def not_an_evaluation_url(urls: Sequence[str]) -> TextRule:
 
 
 def language_is(language: str) -> TextRule:
-    """Keep rows with LAION-5B's language mark, `zh` in the paper; a source without the column passes."""
+    """Keep rows with LAION-5B's language tag, `zh` in the paper; a source without the column passes."""
     wrong = pl.col("language").is_not_null() & (pl.col("language") != language)
     return TextRule(LANGUAGE_RULE, 1, _drop(wrong, LANGUAGE))
 
@@ -131,7 +128,7 @@ def characters_between(at_least: int, at_most: int) -> TextRule:
 
 
 def chinese_share_at_least(share: float) -> TextRule:
-    """Keep captions of which this share of the characters that are no white space is Chinese (script Han)."""
+    """Keep captions with at least this share of Chinese characters (script Han), not counting white space."""
     text = _CAPTION.str.replace_all(r"\s", "")
     length = text.str.len_chars()
     too_few = (length > 0) & (text.str.count_matches(r"\p{Han}") < share * length)
@@ -141,7 +138,7 @@ def chinese_share_at_least(share: float) -> TextRule:
 def not_nsfw(marks: Sequence[str], max_unsafe: float | None) -> TextRule:
     """Keep rows whose NSFW mark is none of these and whose `punsafe` is at most `max_unsafe`.
 
-    Both columns are LAION-5B's; unknown passes.
+    Both columns are LAION-5B's; unknown values pass.
     """
     hit = pl.col("nsfw").is_in(list(marks)).fill_null(False)
     if max_unsafe is not None:
@@ -150,12 +147,12 @@ def not_nsfw(marks: Sequence[str], max_unsafe: float | None) -> TextRule:
 
 
 def no_watermark(max_watermark: float) -> TextRule:
-    """Keep rows whose `pwatermark`, as LAION-5B has it, is at most this; unknown passes."""
+    """Keep rows whose LAION-5B `pwatermark` is at most this; unknown values pass."""
     return TextRule(WATERMARK_RULE, 2, _drop(_above("watermark", max_watermark), WATERMARK))
 
 
 def _above(column: str, limit: float) -> pl.Expr:
-    """Return whether a known value is above a limit: null and NaN, polars's largest number, are unknown."""
+    """Return whether a known value is above a limit; null and NaN (polars' largest number) are unknown."""
     return (pl.col(column).fill_nan(None) > limit).fill_null(False)
 
 
@@ -165,13 +162,13 @@ def no_traditional_characters() -> TextRule:
 
 
 def not_blacklisted(themes: Mapping[str, Sequence[str]]) -> TextRule:
-    """Keep captions without a word of a blacklist (section 2.2), upper and lower case alike.
+    """Keep captions without a word of a blacklist (section 2.2), ignoring case.
 
-    The reason is `blacklist:<theme>`; the first theme that hits, in the given order, names it.
+    The reason is `blacklist:<theme>` with the first matching theme in the given order.
     """
     if not any(themes.values()):
         return TextRule(BLACKLIST_RULE, 1, pl.lit(None, dtype=pl.String))
-    # Not stripped first: a word neither begins nor ends with white space, and cutting it off costs a third.
+    # Not stripped first: no word begins or ends with white space, and stripping costs a third.
     hit = word_match.first_list(pl.col("caption"), list(themes.values()))
     names = [f"{BLACKLIST_RULE}:{theme}" for theme in themes]
     reason = hit.replace_strict(list(range(len(names))), names, default=None, return_dtype=pl.String)
@@ -179,7 +176,7 @@ def not_blacklisted(themes: Mapping[str, Sequence[str]]) -> TextRule:
 
 
 def blacklist_words(rows: pl.DataFrame, themes: Mapping[str, Sequence[str]]) -> pl.Series:
-    """Return the list's first word inside each row's caption, for reasons `blacklist:<theme>`; else null."""
+    """Return the list's first word in each row's caption for reasons `blacklist:<theme>`, otherwise null."""
     words = pl.repeat(None, rows.height, dtype=pl.String, eager=True)
     for theme, listed in themes.items():
         at = rows.select(
@@ -191,7 +188,7 @@ def blacklist_words(rows: pl.DataFrame, themes: Mapping[str, Sequence[str]]) -> 
 
 
 def first_reason(rules: Sequence[TextRule]) -> pl.Expr:
-    """Return the reason of the first rule that drops a row; null if every rule lets it pass."""
+    """Return the reason of the first rule that drops a row, or null."""
     return pl.coalesce(rule.reason for rule in rules)
 
 

@@ -1,10 +1,9 @@
-"""Which of some word lists has a word inside a caption: the matcher is chosen by the number of words.
+"""Finds the first word list with a word inside a caption; the number of words chooses the matcher.
 
-A handful of words: polars' Aho-Corasick. More: Hyperscan, if it is installed, over the whole column's
-bytes at once; it takes half of the other's processor time from 10 words on and less beyond, since the
-automaton of thousands of words no longer fits a processor's caches (benchmarks/data_prep/filter_text.py has
-both).
-Both give the same answers: bytes compared as they are, letters A to Z like a to z.
+For a handful of words, it is polars' Aho-Corasick. For more, it is Hyperscan, if installed, over the whole
+column's bytes at once; it needs half of the CPU time from 10 words on and less beyond, because the automaton
+of thousands of words does not fit into the CPU's caches (benchmarks/data_prep/filter_text.py has both).
+Both give the same results: they compare bytes, and treat A to Z like a to z.
 """
 
 import functools
@@ -26,7 +25,7 @@ Words = tuple[str, ...]
 
 
 def first_list(captions: pl.Expr, lists: Sequence[Sequence[str]]) -> pl.Expr:
-    """Return the number (UInt32) of the first list with a word inside the caption; null if none has one."""
+    """Return the number (UInt32) of the first list with a word inside the caption, or null."""
     words = tuple(tuple(words) for words in lists)
     if sum(map(len, words)) > HYPERSCAN_FROM_WORDS and has_hyperscan():
         return captions.map_batches(
@@ -43,8 +42,8 @@ def first_list(captions: pl.Expr, lists: Sequence[Sequence[str]]) -> pl.Expr:
 
 
 def first_word(captions: pl.Series, words: Sequence[str]) -> pl.Series:
-    """Return for each caption the list's first word that is inside it; null if there is none."""
-    # Parts of a caption that are words up to the case of A to Z have the words' own lower case.
+    """Return for each caption the list's first word inside it, or null."""
+    # Parts of a caption that equal words up to the case of A to Z have the words' lower case.
     known = (
         pl.DataFrame({"word": list(words)})
         .with_row_index("place")
@@ -77,13 +76,13 @@ def has_hyperscan() -> bool:
 class _Database:
     """Compiled words of some lists.
 
-    Scratch space is a thread's own: the engine calls from several.
+    Each thread has its own scratch space, because the engine calls from several threads.
     """
 
     def __init__(self, lists: tuple[Words, ...]) -> None:
         import hyperscan
 
-        # A word of two lists counts for the first.
+        # A word in two lists counts for the first.
         number: dict[bytes, int] = {}
         for at, words in enumerate(lists):
             for word in words:
@@ -139,7 +138,7 @@ def _scan(captions: pl.Series, lists: tuple[Words, ...]) -> pl.Series:
 
 
 def _scan_array(column: Any, database: _Database) -> npt.NDArray[np.uint32]:
-    """Return the number of the first list for each row of a large_string array; _NONE if none hits."""
+    """Return the number of the first matching list for each row of a large_string array, or _NONE."""
     number_N = np.full(len(column), _NONE, np.uint32)
     offset_N = np.frombuffer(column.buffers()[1], np.int64)[column.offset : column.offset + len(column) + 1]
     data = column.buffers()[2]
@@ -151,7 +150,7 @@ def _scan_array(column: Any, database: _Database) -> npt.NDArray[np.uint32]:
         word_M, end_M = database.ends(memoryview(data)[begin : int(offset_N[end])].tobytes())
         start_M = end_M + begin - database.num_bytes_W[word_M]
         row_M = np.searchsorted(offset_N, start_M, side="right") - 1
-        inside = offset_N[row_M + 1] >= end_M + begin  # what two rows make together is no word of either
+        inside = offset_N[row_M + 1] >= end_M + begin  # a word across two rows belongs to neither
         np.minimum.at(number_N, row_M[inside], database.list_W[word_M[inside]])
         first = end
     return number_N

@@ -1,1 +1,1 @@
-"""Shards: the stage that packs them, and what is made from finished ones."""
+"""Shards: the stage that packs them, and conversions of finished ones."""

@@ -1,7 +1,7 @@
-"""Shards to Chinese-CLIP's training files: TSV with JSON lines, or LMDB (its build_lmdb_dataset.py).
+"""Converts shards to Chinese-CLIP's training files: TSV with JSON lines, or LMDB (its build_lmdb_dataset.py).
 
-A text's id is its row in the corpus, counted from 0; an image's id is the first row that shows it, so equal
-images (by the digest of their bytes) are stored once, and their texts name one image.
+A text's id is its row in the corpus, counted from 0; an image's id is the first row that has it. So images
+with equal bytes are stored once, and their texts name the same image.
 """
 
 import base64
@@ -28,19 +28,19 @@ from pipeline.core.stage import Progress
 Format = Literal["tsv", "lmdb"]
 
 _VERSION = 1
-_ROWS_PER_BUCKET = 4_000_000  # digests held in memory at once when equal images are looked for
+_ROWS_PER_BUCKET = 4_000_000  # digests in memory at once when searching for equal images
 _PUTS_PER_COMMIT = 1000
-_MAP_BYTES = 1 << 40  # as Chinese-CLIP's own script has it: address space, not disk
+_MAP_BYTES = 1 << 40  # as in Chinese-CLIP's script; this is address space, not disk
 
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What an export holds."""
+    """The contents of an export."""
 
     num_images: int
     num_texts: int
     files: tuple[str, ...]
-    is_new: bool  # False: it was there already, whole and of these shards
+    is_new: bool  # False: a complete export of these shards already existed
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +55,11 @@ class _Pair:
 def export(corpus: str, out: str, form: Format, split: str, progress: Progress) -> Exported:
     """Write `<split>_imgs.tsv` and `<split>_texts.jsonl`, or `lmdb/<split>/{imgs,pairs}`, and a manifest.
 
-    Files appear whole; the manifest, `<split>_<form>.json`, is written last.
+    Files appear only when complete; the manifest, `<split>_<form>.json`, is written last.
 
     Raises:
-        ConfigError: if files of these names come from something else.
-        InputError: if the corpus is not whole.
+        ConfigError: if files with these names have another origin.
+        InputError: if the corpus is incomplete.
     """
     shards = corpus_shards(corpus)
     inputs = digest([[shard.digest for shard in shards], split])
@@ -135,7 +135,7 @@ def _pairs(shards: list[CorpusShard], progress: Progress) -> Iterator[_Pair]:
 
 
 def _repeated_images(shards: list[CorpusShard]) -> pl.DataFrame:
-    """Return (row, first): rows whose image an earlier row has, sorted by row."""
+    """Return (row, first) for rows whose image an earlier row has, sorted by row."""
     total = sum(shard.num_samples for shard in shards)
     buckets = total // _ROWS_PER_BUCKET + 1
     tables = [shard.table for shard in shards]
@@ -174,7 +174,7 @@ def _write_lmdb(out: str, split: str, pairs: Iterator[_Pair]) -> tuple[int, int]
         raise ConfigError(f"{out}: LMDB is mapped into memory, so it needs a local folder")
     root = os.path.join(out, "lmdb")
     partial, target = os.path.join(root, f".{split}.partial"), os.path.join(root, split)
-    store.remove(partial)  # of an export that was killed
+    store.remove(partial)  # left by a killed export
     num_images = num_texts = 0
     with contextlib.ExitStack() as stack:
         put_image = stack.enter_context(_lmdb_writer(os.path.join(partial, "imgs")))
@@ -187,7 +187,7 @@ def _write_lmdb(out: str, split: str, pairs: Iterator[_Pair]) -> tuple[int, int]
             num_texts += 1
         put_image("num_images", str(num_images).encode())
         put_pair("num_samples", str(num_texts).encode())
-    shutil.rmtree(target, ignore_errors=True)  # ours: what is not was refused
+    shutil.rmtree(target, ignore_errors=True)  # an export's own folder: others were refused above
     os.rename(partial, target)
     return num_images, num_texts
 
@@ -227,7 +227,7 @@ def _lmdb_writer(path: str) -> Iterator[Callable[[str, bytes], None]]:
                 raise ValueError(f"{found} of {num_entries} entries were written")
     finally:
         environment.close()
-    os.remove(os.path.join(path, "lock.mdb"))  # of this process; readers open without
+    os.remove(os.path.join(path, "lock.mdb"))  # only for this process; readers do not lock
 
 
 def _tsv_names(split: str) -> tuple[str, str]:

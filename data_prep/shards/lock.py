@@ -1,8 +1,8 @@
-"""Stage lock: what a corpus was made of, by which rules, and what became of its rows, in one file.
+"""Stage lock: describes a corpus in one file, with its sources, its rules and the fate of its rows.
 
 `corpus.lock.json` holds no times and none of the run's own paths, so that equal builds have equal bytes;
 `cnclip diff` compares two of them. Its keys: `sources` (tables with rows and digest), `settings` and `rules`
-(rule → version) of each stage, `funnel` (rows in, kept and dropped by reason, of each stage and source) and
+(rule → version) of each stage, `funnel` (rows in, kept and dropped by reason, for each stage and source) and
 `shards` (samples and digest).
 """
 
@@ -20,19 +20,19 @@ from pipeline.core.records import Manifest
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 LOCK_FILE = "corpus.lock.json"
-# Stages whose outputs are a corpus; `validation` where a run has [split].
+# Stages whose outputs are a corpus; `validation` if a run has [split].
 PACKED = ("shards", "validation")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LockConfig:
-    """Settings of the stages that made the corpus, by their names."""
+    """The settings of the stages that made the corpus, by stage name."""
 
     settings: Mapping[str, Any]
 
 
 def plan(config: LockConfig, context: Context) -> list[Task]:
-    """Return one task, over the manifests of all stages of the corpus."""
+    """Plan one task over the manifests of all stages of the corpus."""
     inputs = {name: digest(manifest.to_json()) for name, manifest in context.parents.items()}
     return [Task("lock", inputs)]
 
@@ -44,7 +44,7 @@ def run(config: LockConfig, context: Context, task: Task, progress: Progress) ->
         "sources": [
             {
                 "source": table.place.source.name,
-                # A table that the run wrote itself goes by its place in the stage; others by their own path.
+                # A table that the run wrote is named by its path in the stage, others by their full path.
                 "table": table.place.path,
                 "rows": table.num_rows,
                 "digest": table.digest,
@@ -79,7 +79,7 @@ def run(config: LockConfig, context: Context, task: Task, progress: Progress) ->
 
 
 def _rules(manifest: Manifest | None) -> dict[str, int]:
-    """Return rule → version of all rules that a stage applied to some source."""
+    """Return rule → version of all rules that a stage applied to any source."""
     found: dict[str, int] = {}
     for extra in manifest.extra.values() if manifest else ():
         found |= JudgedFacts.from_json(extra).rules or {}
@@ -87,7 +87,7 @@ def _rules(manifest: Manifest | None) -> dict[str, int]:
 
 
 def stage(corpus_stages: Sequence[Stage]) -> Stage:
-    """Return the stage that describes a corpus made by these stages in one file."""
+    """Return the stage that describes the corpus of these stages in one file."""
     return Stage(
         "lock",
         title="sources, rules, settings and funnel of the corpus in one file",

@@ -1,9 +1,9 @@
-"""Shards to other shards: another number of samples in each, a part of them by key, several corpora in one.
+"""Rewrites shards: with another number of samples in each, with a part of them by key, or merged.
 
-Each is a short run of its own (`pipeline.runner`): a stage `rows` that says which rows of which tars, where
-rows are chosen at all, and a stage `shards` that packs them as every corpus is packed. So they resume where
-they stopped, account for every row, give the same bytes on any number of workers, and what comes out is a
-corpus like the one that went in.
+Each operation is a short run (`pipeline.runner`): a stage `rows` that chooses rows of tars, if rows are
+chosen at all, and a stage `shards` that packs them like every corpus. So it resumes where it stopped,
+accounts for every row and gives the same bytes on any number of workers, and its output is a corpus like its
+input.
 """
 
 import functools
@@ -31,14 +31,14 @@ NOT_LISTED = DropReason("not_listed")  # the row's key is not in the list of key
 KEY_PATTERN = "^[0-9a-f]{32}$"
 
 _REPAIR = "remove this folder of the stage and give the same command again"
-_ROWS_PER_PARTITION = 1_000_000  # held in memory at once when corpora are merged
-_KEYS_PER_BUCKET = 4_000_000  # held in memory at once when a list of keys is read
+_ROWS_PER_PARTITION = 1_000_000  # in memory at once when merging corpora
+_KEYS_PER_BUCKET = 4_000_000  # in memory at once when reading a list of keys
 _BYTES_PER_LINE = 33
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RepackConfig:
-    """What goes in, and the size of what comes out. Corpora are bound by the digests of their shards."""
+    """The inputs, and the size of the output shards. Digests of their shards bind the corpora."""
 
     corpora: tuple[str, ...] = field(metadata=NOT_IN_DIGEST)  # folders, as `corpus_shards` takes them
     samples_per_shard: int
@@ -51,32 +51,32 @@ class RepackConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeysTask(Facts):
-    """The number of ranges that the listed keys are read in."""
+    """The number of ranges of the listed keys."""
 
     buckets: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SubsetTask(Facts):
-    """The sidecar of one shard of the corpus."""
+    """The sidecar of a shard."""
 
     table: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeTask(Facts):
-    """The number of ranges that the rows of all corpora are merged in."""
+    """The number of ranges of the merged rows."""
 
     partitions: int
 
 
 def reshard_stages(config: RepackConfig) -> tuple[Stage, ...]:
-    """Return the stage that keeps samples and order but puts another number into each shard."""
+    """Return the stage that keeps samples and order and changes the number of samples in each shard."""
     return (_packing(config, chosen=False),)
 
 
 def subset_stages(config: RepackConfig) -> tuple[Stage, ...]:
-    """Return the stages that keep the samples whose keys are listed, in the corpus's order."""
+    """Return the stages that keep the samples with listed keys, in the corpus's order."""
     return (
         Stage("keys", "the listed keys, sorted", 1, config, (), plan_keys, run_keys, repair=_REPAIR),
         Stage(
@@ -95,9 +95,9 @@ def subset_stages(config: RepackConfig) -> tuple[Stage, ...]:
 
 
 def merge_stages(config: RepackConfig) -> tuple[Stage, ...]:
-    """Return the stages that put all samples of several corpora in the order of their keys.
+    """Return the stages that merge all samples of several corpora in the order of their keys.
 
-    Of samples with one key the first corpus's stays.
+    If several samples have one key, that of the first corpus stays.
     """
     return (
         Stage(
@@ -129,7 +129,7 @@ def _packing(config: RepackConfig, *, chosen: bool) -> Stage:
 
 
 def plan_shards(config: RepackConfig, context: Context) -> list[Task]:
-    """Plan one task a shard."""
+    """Plan one task for each shard."""
     if "rows" in context.parents:
         if context.parents["rows"].num_kept == 0:
             raise InputError(
@@ -169,7 +169,7 @@ def run_shards(config: RepackConfig, context: Context, task: Task, progress: Pro
 
 
 def plan_keys(config: RepackConfig, context: Context) -> list[Task]:
-    """Plan one task a range of keys; each reads the whole list and holds its range."""
+    """Plan one task for each range of keys; each reads the whole list and holds its range."""
     path = str(config.keys)
     if not store.exists(path):
         raise InputError(f"{path}: no such file; give a list of keys: .txt, .csv or .parquet")
@@ -187,7 +187,7 @@ def run_keys(config: RepackConfig, context: Context, task: Task, progress: Progr
     """Sort one range of the listed keys.
 
     Raises:
-        InputError: for a line that is not a key, and for a list without any.
+        InputError: if a line is not a key, or the list has no keys.
     """
     first, end = partition_range(int(task.name), KeysTask.from_json(task.arguments).buckets)
     condition = pl.col("key") >= first
@@ -240,7 +240,7 @@ def _scan_keys(path: str) -> pl.LazyFrame:
 
 
 def plan_subset(config: RepackConfig, context: Context) -> list[Task]:
-    """Plan one task a shard of the corpus."""
+    """Plan one task for each shard of the corpus."""
     listed = digest([[shard.path, shard.digest] for shard in context.parents["keys"].shards])
     exempt = _exempt(config)
     return [
@@ -254,9 +254,9 @@ def plan_subset(config: RepackConfig, context: Context) -> list[Task]:
 
 
 def run_subset(config: RepackConfig, context: Context, task: Task, progress: Progress) -> Outcome:
-    """Keep the rows of one shard whose keys are listed.
+    """Keep the rows of one shard that have listed keys.
 
-    It reads no more of the list than the shard's range of keys.
+    This reads only the shard's range of keys from the list.
     """
     rows = _sidecar(SubsetTask.from_json(task.arguments).table).collect()
     between = pl.col("key").is_between(pl.lit(rows["key"].min()), pl.lit(rows["key"].max()))
@@ -268,7 +268,7 @@ def run_subset(config: RepackConfig, context: Context, task: Task, progress: Pro
 
 
 def plan_merge(config: RepackConfig, context: Context) -> list[Task]:
-    """Plan one task a range of keys."""
+    """Plan one task for each range of keys."""
     corpora = [corpus_shards(corpus) for corpus in config.corpora]
     total = sum(shard.num_samples for shards in corpora for shard in shards)
     partitions = total // _ROWS_PER_PARTITION + 1
@@ -281,7 +281,7 @@ def plan_merge(config: RepackConfig, context: Context) -> list[Task]:
 
 
 def run_merge(config: RepackConfig, context: Context, task: Task, progress: Progress) -> Outcome:
-    """Sort one range of keys of all corpora; of rows with one key the first corpus's is kept."""
+    """Sort one range of keys of all corpora; of rows with one key, keep that of the first corpus."""
     first, end = partition_range(int(task.name), MergeTask.from_json(task.arguments).partitions)
     condition = pl.col("key") >= first
     if end is not None:
@@ -292,7 +292,7 @@ def run_merge(config: RepackConfig, context: Context, task: Task, progress: Prog
         for shard in corpus_shards(corpus)
         if _overlaps(shard, first, end)
     ]
-    if not frames:  # the columns of any sidecar, and none of its rows
+    if not frames:  # the columns of any sidecar, without rows
         frames = [_sidecar(corpus_shards(config.corpora[0])[0].table).head(0).with_columns(file=pl.lit(0))]
     rows = pl.concat(frames, how="diagonal_relaxed").collect().sort("key", "file", maintain_order=True)
     repeated = pl.col("key") == pl.col("key").shift(1)
@@ -302,7 +302,7 @@ def run_merge(config: RepackConfig, context: Context, task: Task, progress: Prog
 
 
 def _sidecar(table: str) -> pl.LazyFrame:
-    """Return a shard's rows with the tar that they are in and the rules that do not apply to them."""
+    """Return a shard's rows with their tar and the rules that do not apply to them."""
     rows = with_exemptions(pl.scan_parquet(table), _exemptions_of(os.path.dirname(table)))
     return rows.with_columns(tar=pl.lit(tar_of(table)))
 
@@ -313,7 +313,7 @@ def _exemptions_of(folder: str) -> dict[str, tuple[str, ...]]:
 
 
 def _exempt(config: RepackConfig) -> dict[str, str]:
-    """Return what the runs of the corpora say about their sources, as an input of a task, if they do."""
+    """Return the sources of the corpora's runs as an input of a task, if the runs recorded them."""
     folders = {os.path.dirname(shard.table) for corpus in config.corpora for shard in corpus_shards(corpus)}
     found = [exemptions_of_shards(folder) for folder in sorted(folders)]
     return {"exemptions": digest(found)} if any(found) else {}
@@ -324,7 +324,7 @@ def _overlaps(shard: CorpusShard, first: str, end: str | None) -> bool:
     return highest >= first and (end is None or lowest < end)
 
 
-@functools.cache  # two short strings a shard; each task asks for all of them
+@functools.cache  # two short strings per shard; each task needs all of them
 def _key_range(table: str) -> tuple[str, str]:
     """Return the lowest and highest key by a sidecar's statistics; the widest range without them."""
     with foreign(table, "sidecar", "build the shard again"), store.open_read(table) as file:

@@ -1,10 +1,10 @@
-"""Stage split: which images are set aside for validation, so that no copy of one is left in training.
+"""Stage split: sets images aside for validation so that no copy of one remains in training.
 
-Images are ranked by a digest of their perceptual hash (of their bytes if no hash is recorded): all rows
-of one image, and its copies with the same hash, come together, and the order depends on neither partitions
-nor workers. The first in rank become validation, except those that have a near copy (a hash within `distance`
-bits, and a signature that matches) among the training rows; so nothing has to be dropped, and of two copies
-never one is in training and one in validation.
+A digest of the perceptual hash (of the bytes if no hash is recorded) ranks the images: all rows of one image,
+and its copies with the same hash, are adjacent, and the order depends on neither partitions nor workers. The
+first in rank become validation, except those that have a near copy (a hash within `distance` bits, and a
+signature that matches) among the training rows. So no row is dropped, and two copies are never on different
+sides of the split.
 """
 
 from collections.abc import Mapping
@@ -28,14 +28,16 @@ from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 KEYS_FILE = "validation.parquet"
 
 _RANK_HEX_DIGITS = 32
-# Candidates for each row asked for: what is left over makes up for candidates with near copies elsewhere.
+# Candidates for each requested row: the surplus replaces candidates with near copies elsewhere.
 _CANDIDATES_PER_ROW = 4
 _SPARE_CANDIDATES = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitConfig:
-    """`[split]`: without this table every row is for training. Give `share` or `count`."""
+    """`[split]`: set rows aside for validation; without this table all rows are for training. Give `share` or
+    `count`.
+    """
 
     share: Annotated[float, Gt(0), Lt(1)] | None = None
     """Share of all kept rows to set aside."""
@@ -54,7 +56,7 @@ class SplitConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitFacts(Facts):
-    """Rows that were to be set aside, those that are, and how they lie in the tables."""
+    """The requested and the actual number of validation rows, and their distribution over the tables."""
 
     asked: int
     validation: int
@@ -63,17 +65,17 @@ class SplitFacts(Facts):
 
 
 def plan(config: SplitConfig, context: Context) -> list[Task]:
-    """Plan one task: an image's copies may be in any partition."""
+    """Plan one task, because an image's copies may be in any partition."""
     return [Task("split", {shard.path: shard.digest for shard in _kept(context)})]
 
 
 def run(config: SplitConfig, context: Context, task: Task, progress: Progress) -> Outcome:
-    """Write the keys of the validation rows, sorted; memory grows with their number, not with the corpus."""
+    """Write the sorted keys of the validation rows; memory grows with their number, not with the corpus."""
     kept = _kept(context)
     total = sum(shard.num_samples for shard in kept)
     wanted = config.count if config.count is not None else int(total * (config.share or 0))
     if not 0 < wanted < total:
-        found = f"{context.path()}: {wanted} of {total} rows were to be set aside"
+        found = f"{context.path()}: cannot set aside {wanted} of {total} rows"
         raise too_few(InputError(f"{found}; correct [split] share or count"), total)
     candidates = _first_in_rank(context, kept, wanted * _CANDIDATES_PER_ROW + _SPARE_CANDIDATES)
     images = (
@@ -86,7 +88,7 @@ def run(config: SplitConfig, context: Context, task: Task, progress: Progress) -
     keys = candidates.join(chosen.select("rank"), on="rank", how="semi").sort("key")
     if keys.height == 0:
         found = (
-            f"{context.path()}: of {images.height} images each has a near copy that would be left in"
+            f"{context.path()}: all {images.height} candidate images have near copies that would remain in"
             f" training; lower [split] distance or raise its share or count"
         )
         raise too_few(InputError(found), total)
@@ -122,9 +124,9 @@ def _ranked(context: Context, shard: Shard) -> pl.LazyFrame:
 
 
 def _first_in_rank(context: Context, kept: list[Shard], limit: int) -> pl.DataFrame:
-    """Return rows (key, rank, hash, signature, table) of the images first in rank, at most `limit` of them.
+    """Return at most `limit` rows (key, rank, hash, signature, table) of the images first in rank.
 
-    An image whose rows do not all fit is left out, so the border does not depend on the order of tables.
+    An image whose rows do not all fit is left out, so the result does not depend on the order of tables.
     """
     schema = {
         "key": pl.String, "rank": pl.String, "perceptual_hash": pl.Binary, "image_signature": pl.Binary,
@@ -147,13 +149,13 @@ def _first_in_rank(context: Context, kept: list[Shard], limit: int) -> pl.DataFr
 def _near_training(
     config: SplitConfig, context: Context, kept: list[Shard], images: pl.DataFrame, progress: Progress
 ) -> npt.NDArray[np.bool_]:
-    """Return for each candidate image whether a row that is no candidate has a near copy, bool [images]."""
+    """Return whether each candidate image has a near copy among the other rows, bool [images]."""
     near = np.zeros(images.height, dtype=np.bool_)
     if config.distance == 0 or not (marked := _marked(images)).height:
         return near
     index, image = MarkedImages(*_marks(marked)), marked["image"].to_numpy()
     is_copied = np.zeros(marked.height, dtype=np.bool_)
-    border = images["rank"][-1]  # images after it in rank are no candidates
+    border = images["rank"][-1]  # images after it in rank are not candidates
     for number, shard in enumerate(kept, start=1):
         others = _ranked(context, shard).filter(
             pl.col("rank") > border, pl.col("perceptual_hash").is_not_null()
@@ -161,7 +163,7 @@ def _near_training(
         others = others.select("perceptual_hash", "image_signature").unique()
         index.mark_copied(is_copied, *_marks(others.collect(engine="streaming")), config.distance)
         near[image[is_copied]] = True
-        is_copied = near[image]  # an image with several signatures is near by any of them
+        is_copied = near[image]  # any of an image's signatures may match
         progress(number, len(kept), "tables compared")
     return near
 
@@ -169,7 +171,7 @@ def _near_training(
 def _choose(
     config: SplitConfig, images: pl.DataFrame, beside_training: npt.NDArray[np.bool_], wanted: int
 ) -> pl.DataFrame:
-    """Choose the images to set aside: groups of near copies together, in rank, at most `wanted` rows."""
+    """Choose the images to set aside in rank, whole groups of near copies, with at most `wanted` rows."""
     groups = np.arange(images.height)
     if config.distance and (marked := _marked(images)).height:
         groups = _groups_of_copies(images, marked, config.distance)
@@ -184,7 +186,7 @@ def _choose(
     )
     accepted, room = [], wanted
     for group, num_rows in by_group.select("group", "num_rows").iter_rows():
-        if num_rows <= room:  # a group too large is skipped, so that smaller ones fill the rest
+        if num_rows <= room:  # skip a group that is too large, so that smaller ones fill the rest
             accepted.append(group)
             room -= num_rows
         if not room:
@@ -193,7 +195,7 @@ def _choose(
 
 
 def _groups_of_copies(images: pl.DataFrame, marked: pl.DataFrame, distance: int) -> npt.NDArray[np.int64]:
-    """Group of each candidate image, int64 [images]: near copies of near copies are in one group."""
+    """Return the group of each candidate image, int64 [images]; near copies of near copies share a group."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -210,7 +212,7 @@ def _groups_of_copies(images: pl.DataFrame, marked: pl.DataFrame, distance: int)
 
 
 def _marked(images: pl.DataFrame) -> pl.DataFrame:
-    """Return each signature of the images that have a hash, with `image`, its image's place."""
+    """Return the signatures of the images that have a hash, with `image`, the index of the image."""
     placed = images.with_row_index("image").filter(pl.col("perceptual_hash").is_not_null())
     return placed.select("image", "perceptual_hash", image_signature="signatures").explode("image_signature")
 

@@ -1,14 +1,12 @@
-"""Stage shards: what training reads.
+"""Stage shards: packs images in the corpus's order into tars with sidecars, which training reads.
 
-Images packed in the corpus's order, a sidecar next to each tar.
-
-Each tar holds `{key}.jpg` and `{key}.txt` for each sample, and but for the last one the same number of
+Each tar holds `{key}.jpg` and `{key}.txt` for each sample; all tars except the last have the same number of
 samples. The sidecar (Parquet, rows in tar order) holds key, offset_bytes, size_bytes (of the image),
 caption, source, url, score, width_px, height_px (as downloaded from the web), image_sha256 (of the stored
 bytes), perceptual_hash, and the columns that sources carry.
 
-Where a run has `[split]`, stage shards packs the training rows and stage validation, the same way into a
-folder and a manifest of its own, the rows that stage split set aside.
+If a run has `[split]`, stage shards packs the training rows, and stage validation packs the rows that stage
+split set aside, in the same way, into a separate folder with a separate manifest.
 """
 
 import functools
@@ -36,7 +34,7 @@ class ShardsConfig:
 
 
 def plan(config: ShardsConfig, context: Context, part: Part = "train") -> list[Task]:
-    """Return one task a shard: samples number*n to (number+1)*n of this part's kept samples, in order."""
+    """Plan one task per shard: samples number*n to (number+1)*n of this part's kept samples, in order."""
     kept = kept_tables(context, rows_stage(context))
     digests = {shard.path: {shard.path: shard.digest} for shard in kept}
     partitions = {partition_of(shard.path): digests[shard.path] for shard in kept}
@@ -79,7 +77,7 @@ def _rows(context: Context, table: str, part: Part | None) -> pl.LazyFrame:
 
 
 def _part_of(kept: list[Shard], num_validation: Mapping[str, int], part: Part) -> list[Shard]:
-    """Return the tables with the number of rows that this part has in each."""
+    """Return the tables with this part's number of rows in each."""
     return [
         Shard(
             shard.path,
@@ -93,7 +91,7 @@ def _part_of(kept: list[Shard], num_validation: Mapping[str, int], part: Part) -
 
 
 def stage(config: ShardsConfig, *, rows: str, has_split: bool) -> Stage:
-    """Return the stage that packs what the stage `rows` kept; with a split, its training rows."""
+    """Return the stage that packs the rows that the stage `rows` kept; with a split, only training rows."""
     return Stage(
         "shards",
         title="tar shards with a Parquet sidecar: what training reads",

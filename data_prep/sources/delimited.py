@@ -1,9 +1,9 @@
-"""CSV and TSV: every line is in one row, or in one that was set aside, whatever its quotes do.
+"""Reads CSV and TSV so that every line belongs to one row or to one that is set aside.
 
-A line without quotes is read by itself, and so is one whose quotes close; both go through compiled readers,
-many at once. Lines that open a quote are followed one by one: the quote must close at a field's end, and the
-row must have as many fields as the header. If it does not, only the first line is malformed and reading
-starts again at the second, so that no quote swallows rows.
+Compiled readers parse lines without quotes, and lines whose quotes close, many at a time. A line that leaves
+a quote open is followed through the next lines: the quote must close at the end of a field, and the row must
+have as many fields as the header. Otherwise only the first line is malformed and reading restarts at the
+second, so that no quote swallows rows.
 """
 
 import bisect
@@ -30,8 +30,8 @@ from data_prep.sources.text_rows import (
 )
 from pipeline.core.records import InputError
 
-_MOST_COMPILED_FIELDS = 64  # in one expression; rows of wider tables that have quotes are read one by one
-_LOOKED_AT = 1000  # lines with \" in them, to learn what that means
+_MOST_COMPILED_FIELDS = 64  # in one expression; wider rows with quotes are parsed one at a time
+_LOOKED_AT = 1000  # lines with \" that are sampled to learn what it means
 _ADDRESS = re.compile(r"""[\s"']*(https?:)?//[^\s,]+[\s"']*""")
 _IS_ADDRESS = re.compile(r"\s*https?://\S+\s*")
 _SEPARATORS = {"\t": r"\t", ",": ",", ";": ";", "|": "|"}
@@ -39,7 +39,7 @@ _SEPARATORS = {"\t": r"\t", ",": ",", ";": ";", "|": "|"}
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """How a table is written, with nothing left open."""
+    """How a table is written, with every setting resolved."""
 
     names: tuple[str, ...]
     has_header: bool
@@ -49,9 +49,9 @@ class Dialect:
 
 
 def dialect_of(path: str, layout: TextLayout) -> Dialect:
-    """Learn how a table is written from what its source says, its name and its beginning."""
+    """Learn how a table is written from its source's settings, its name and its first lines."""
     separator = layout.separator or ("\t" if plain_name(path).endswith(".tsv") else ",")
-    # TSV has no quotes: a quote at a caption's beginning is a letter of it.
+    # TSV has no quoting: a quote at the start of a caption belongs to the caption.
     quote = layout.quote if layout.quote is not None else ("" if separator == "\t" else '"')
     head = head_of(path, layout)
     first = head.split("\n", 1)[0].rstrip("\r")
@@ -73,7 +73,7 @@ def dialect_of(path: str, layout: TextLayout) -> Dialect:
 
 
 def read_delimited(path: str, columns: Sequence[str], layout: TextLayout) -> Iterator[RowBatch]:
-    """Read a table in batches; an empty field is no value."""
+    """Read a table in batches; an empty field becomes null."""
     dialect = dialect_of(path, layout)
     url = layout.url if layout.addresses else None
     reader = _Reader(dialect, columns, dialect.names.index(url) if url in dialect.names else None)
@@ -85,7 +85,7 @@ def read_delimited(path: str, columns: Sequence[str], layout: TextLayout) -> Ite
         lines, following = left + following[skip:], next(pieces, None)
         skip = 0
         batch, left = reader.read(lines, is_last=following is None)
-        if sum(map(len, left)) > BLOCK_BYTES:  # no value is as long: its quote is never closed
+        if sum(map(len, left)) > BLOCK_BYTES:  # no value is this long: its quote never closes
             batch, left = reader.read(lines, is_last=True)
         yield batch
 
@@ -114,7 +114,7 @@ def _refuse_no_header(path: str, names: list[str], separator: str, quote: str) -
 
 
 def _escapes_by_backslash(head: str, separator: str, quote: str) -> bool:
-    """Whether lines with a backslash before a quote are well formed if it escapes, and not if it does not."""
+    """Return whether more lines are well formed if a backslash escapes the quote after it."""
     doubled, escaped = _Fields(separator, quote, ""), _Fields(separator, quote, "\\")
     lines = (line for line in head.split("\n") if f"\\{quote}" in line)
     seen = [line.rstrip("\r") for line in itertools.islice(lines, _LOOKED_AT)]
@@ -127,7 +127,7 @@ class _Fields:
     def __init__(self, separator: str, quote: str, escape: str) -> None:
         self.separator, self.quote, self.escape = separator, quote, escape
         sep, q, esc = re.escape(separator), re.escape(quote), re.escape(escape)
-        # Blanks around a quoted field belong to no value.
+        # Blanks around a quoted field are not part of the value.
         blank = "[ ]*" if separator == "\t" else r"[ \t]*"
         if not quote:
             self.plain = self.any = rf"[^{sep}]*"
@@ -137,7 +137,7 @@ class _Fields:
             inner = rf"[^{q}{esc}]*(?:{esc}[\s\S][^{q}{esc}]*)*" if escape else rf"[^{q}]*(?:{q}{q}[^{q}]*)*"
             self.plain = rf"{blank}(?:[^{q}{sep} \t][^{sep}]*)?"
             self.quoted = rf"{blank}{q}{inner}{q}{blank}"
-            self.tight = rf"(?:{q}{inner}{q}|{self.plain})"  # no blanks around quotes: what others read, too
+            self.tight = rf"(?:{q}{inner}{q}|{self.plain})"  # no blanks around quotes, as others want it
             self.any = rf"(?:{blank}{q}{inner}{q}(?:[^{q}{sep}][^{sep}]*)?|{self.plain})"
             self.inside = re.compile(rf"{inner}{q}" if escape else rf"{inner}{q}(?!{q})")
             self._quoted = re.compile(rf"{blank}{q}({inner}){q}{blank}")
@@ -148,7 +148,7 @@ class _Fields:
         self._escapes = re.compile(rf"{esc}([{q}{esc}])") if quote and escape else None
 
     def is_strict(self, text: str) -> bool:
-        """Whether each field is either quoted as a whole or begins with no quote."""
+        """Return whether each field is either quoted as a whole or does not begin with a quote."""
         return self._strict.fullmatch(text) is not None
 
     def split(self, text: str) -> tuple[list[str], bool]:
@@ -162,7 +162,7 @@ class _Fields:
 
     def _value(self, field: str) -> str:
         if not self.quote or not (match := self._quoted.fullmatch(field)):
-            return field  # a quote that closes before the field's end is a letter
+            return field  # a quote that closes before the field's end is literal
         if self._escapes:
             return self._escapes.sub(r"\1", match[1])
         return match[1].replace(self._doubled, self.quote)
@@ -183,7 +183,7 @@ class _Reader:
             self._one_row = f"^{strict}(?:{sep}{strict}){{{self._num - 1}}}$"
 
     def read(self, lines: list[str], *, is_last: bool) -> tuple[RowBatch, list[str]]:
-        """Return the rows of some lines, and the lines at the end whose row is not yet complete."""
+        """Return the rows of these lines, and the last lines if their row is still incomplete."""
         frame = pl.DataFrame({"line": lines}, schema={"line": pl.String}).with_row_index("at")
         line = pl.col("line").str.strip_suffix("\r")
         frame = frame.with_columns(line).filter(line != "")
@@ -218,7 +218,7 @@ class _Reader:
         found |= {at: malformed(MALFORMED_COLUMNS, text) for at, text in wrong.iter_rows()}
         aside = [found[at] for at in sorted(found)]
         if self._dialect.has_header and len(self._columns) > 1:
-            # Files that were joined have their headers inside.
+            # Concatenated files repeat their header.
             repeated = pl.all_horizontal(
                 pl.nth(n).str.strip_chars() == c for n, c in enumerate(self._columns)
             )
@@ -265,7 +265,7 @@ class _Reader:
         return rows
 
     def _follow(self, lines: list[str], quoted: pl.DataFrame, *, is_last: bool) -> "_Followed":
-        """Read the lines with quotes that are no well-formed row by themselves."""
+        """Read the lines with quotes that are not a well-formed row on their own."""
         found = _Followed(end=len(lines))
         with_quote = quoted["at"].to_list()
         resume = 0
@@ -295,9 +295,9 @@ class _Reader:
     def _to_the_close(
         self, lines: list[str], first: int, with_quote: list[int]
     ) -> tuple[int | None, list[str]]:
-        """Return the last line of the row that begins at a line, and its values; None if it is none.
+        """Return the last line and the values of the row that begins at a line; None if no row begins there.
 
-        Text after a closing quote means that it was none: a quote of another row, or a letter.
+        Text after a closing quote means that it closed nothing: it belongs to another row or is literal.
         """
         inside: Any = self._fields.inside
         for place in range(bisect.bisect_right(with_quote, first), len(with_quote)):
@@ -316,7 +316,7 @@ class _Reader:
         return None, []
 
     def _has_swallowed(self, lines: Sequence[str], values: list[str]) -> bool:
-        """Whether quotes that happen to close at a field's end hold rows of their own."""
+        """Return whether quotes that happen to close at a field's end enclose whole rows."""
         naive = [line.split(self._dialect.separator) for line in lines]
         if len(values) != self._num:
             return any(_ADDRESS.fullmatch(field) for fields in naive[1:] for field in fields)
@@ -332,7 +332,7 @@ class _Reader:
 
 
 class _Followed:
-    """What became of the lines that were followed one by one."""
+    """The result of following lines one by one."""
 
     def __init__(self, end: int) -> None:
         self.rows = list[tuple[Any, ...]]()

@@ -1,4 +1,4 @@
-"""JSON lines and JSON arrays: an object is a row; a value that cannot be text costs only itself."""
+"""Reads JSON lines and JSON arrays: each object is a row, and a value that cannot be text becomes null."""
 
 import json
 import math
@@ -21,7 +21,11 @@ _LINES = "write one object a line"
 
 
 def is_array(path: str, layout: TextLayout) -> bool:
-    """Whether a file is one JSON array; InputError for one object that is all of the file."""
+    """Return whether a file is one JSON array.
+
+    Raises:
+        InputError: if the whole file is a single object.
+    """
     head = head_of(path, layout).lstrip()
     if not head.startswith("{"):
         return head.startswith("[") and not path.lower().removesuffix(".gz").endswith((".jsonl", ".ndjson"))
@@ -38,7 +42,11 @@ def is_array(path: str, layout: TextLayout) -> bool:
 
 
 def json_columns(path: str, layout: TextLayout) -> list[str]:
-    """Return the keys of the first rows in order of appearance; InputError if there is none."""
+    """Return the keys of the first rows in order of appearance.
+
+    Raises:
+        InputError: if the first rows have no keys.
+    """
     found: dict[str, None] = {}
     if is_array(path, layout):
         for number, row in enumerate(_items(path, layout)):
@@ -67,7 +75,7 @@ def read_json(path: str, columns: Sequence[str], layout: TextLayout) -> Iterator
     for lines in lines_of(path, layout):
         text = pl.DataFrame({"line": lines}, schema={"line": pl.String}).with_row_index("at")
         text = text.with_columns(pl.col("line").str.strip_chars()).filter(pl.col("line") != "")
-        # Rust reads the JSON once a column; a line that is no JSON gives null.
+        # Polars parses the JSON once per column; a line that is not JSON gives null.
         whole = pl.col("line").str.json_path_match("$")
         values = [
             pl.col("line")
@@ -78,7 +86,7 @@ def read_json(path: str, columns: Sequence[str], layout: TextLayout) -> Iterator
         read = text.select(
             "at", "line", *values, _is_row=whole.is_not_null() & pl.col("line").str.starts_with("{")
         )
-        # A text may begin with a bracket as well: what such a value is, only the line itself says.
+        # Plain text may also begin with a bracket; only the original line shows what such a value is.
         nested = [
             pl.col(f"_{number}").str.contains(r"^\s*[\[{]").fill_null(False)
             for number, name in enumerate(columns)
@@ -128,7 +136,11 @@ def _array_batches(path: str, columns: Sequence[str], layout: TextLayout) -> Ite
 
 
 def _items(path: str, layout: TextLayout) -> Iterator[Any]:
-    """Yield the items of an array; InputError where it is damaged: what follows has no beginning."""
+    """Yield the items of an array.
+
+    Raises:
+        InputError: if the array is damaged, since reading cannot resume after the damage.
+    """
     decoder, buffer, at, is_open, seen = json.JSONDecoder(), "", 0, False, 0
     pieces = blocks_of(path, layout)
     while True:
@@ -162,7 +174,7 @@ def _items(path: str, layout: TextLayout) -> Iterator[Any]:
 def _unfolded(
     path: str, row: Mapping[str, Any], columns: Sequence[str], layout: TextLayout
 ) -> list[list[str | None]]:
-    """Return the rows of an object: one, or one for each caption in its list."""
+    """Return the rows of an object: one, or one per caption in its list."""
     if isinstance(address := row.get(layout.url or ""), list | dict):
         raise refuse_nested(path, str(layout.url), "address", address)
     captions: list[Any] = [None]
@@ -196,12 +208,12 @@ def refuse_nested(path: str, name: str, what: str, value: Any) -> InputError:
     fields = f" with {', '.join(map(str, first))[:200]}" if first else ""
     return InputError(
         f"{path}: column {name!r} holds {kind}{fields}, not one {what} as text; name another column, or write"
-        f" the {what} as a column of its own"
+        f" the {what} as a separate column"
     )
 
 
 def as_text(value: Any) -> str | None:
-    """Return a JSON value as text; NaN is no value, and half a surrogate pair no letter."""
+    """Return a JSON value as text; NaN becomes null, and unpaired surrogates are dropped."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return None
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""Columns of lists and structs in Parquet tables: unfolded by a setting, or refused by name."""
+"""Unfolds list columns of Parquet tables if a setting says how, and refuses structs by name."""
 
 import polars as pl
 
@@ -10,7 +10,7 @@ from pipeline.core.files.columns import column
 def refuse_nested_columns(
     path: str, url: str, caption: str, schema: pl.Schema, list_captions: ListCaptions | None
 ) -> None:
-    """Raise InputError where an address or a caption is a struct, or a list that no setting unfolds."""
+    """Raise InputError if addresses or captions are structs, or lists that no setting unfolds."""
     for name, what in ((url, "address"), (caption, "caption")):
         dtype = schema[name]
         inside = dtype.inner if isinstance(dtype, pl.List | pl.Array) else None
@@ -25,7 +25,7 @@ def refuse_nested_columns(
 
 
 def with_one_caption(frame: pl.LazyFrame, caption: str, list_captions: ListCaptions | None) -> pl.LazyFrame:
-    """Return a row for each caption of a list, or for its first; an empty list is no caption."""
+    """Return a row for each caption of a list, or for its first; an empty list gives a null caption."""
     dtype = frame.collect_schema()[caption]
     if not isinstance(dtype, pl.List | pl.Array):
         return frame

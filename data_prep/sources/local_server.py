@@ -1,9 +1,9 @@
-"""A small web site on loopback: it serves the images that a corpus has on disk, with a real web's manners.
+"""A small web site on loopback that serves a corpus's images from disk and can misbehave like the real web.
 
-A site is a folder with `site.json`, which maps a URL's path to an answer, and `site/`, which holds the
+A site is a folder with `site.json`, which maps URL paths to answers, and `site/`, which holds the
 files. In tables its URLs have the host `corpus.invalid` (a name reserved by RFC 2606, so it never resolves),
-so that a corpus has the same bytes wherever and however often it is served. The server answers only those who
-know the token of its run, which `data_prep.download.own_images` puts into the addresses of rows that may ask.
+so that a corpus has the same bytes wherever and however often it is served. The server answers only clients
+that know its run's token, which `data_prep.download.own_images` puts into the addresses of rows that may ask.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from pipeline.core.records import InputError
 from pipeline.core.shard_format import MAX_IMAGE_BASE64_BYTES, ByteRanges
 
 HOST = "corpus.invalid"
-SITE_VARIABLE = "CNCLIP_SITE"  # environment variable: host:port/token of the server, for those who download
+SITE_VARIABLE = "CNCLIP_SITE"  # environment variable of the download workers: host:port/token of the server
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ class Answer:
     status: int = 200
     headers: Mapping[str, str] = field(default_factory=dict)  # besides Content-Type and Content-Length
     hang: bool = False  # accept the request and never answer
-    sent_share: float = 1.0  # of the promised body, before the connection closes; 0 closes without a word
+    sent_share: float = 1.0  # of the promised body, before the connection closes; 0: no answer
 
 
 def write_site(folder: Path, answers: Mapping[str, Answer]) -> None:
@@ -60,7 +60,11 @@ def write_site(folder: Path, answers: Mapping[str, Answer]) -> None:
 
 
 def read_site(folder: Path) -> dict[str, Answer]:
-    """Read `site.json`. InputError where it is missing, malformed, or names a file outside `site/`."""
+    """Read `site.json`.
+
+    Raises:
+        InputError: if it is missing or malformed, or names a file outside `site/`.
+    """
     path = folder / "site.json"
     if not path.is_file():
         raise InputError(
@@ -89,7 +93,7 @@ _TOKEN_BYTES = 24
 
 
 class _Server(ThreadingHTTPServer):
-    daemon_threads = True  # a hanging answer must not keep the run from ending
+    daemon_threads = True  # a hanging answer must not keep the run alive
     block_on_close = False
     request_queue_size = 128  # a downloader opens its connections all at once
 
@@ -98,13 +102,13 @@ class _Server(ThreadingHTTPServer):
         self.token = secrets.token_urlsafe(_TOKEN_BYTES)
         self.answers = read_site(folder) if folder is not None else {}
         self.images, self.packed = dict(images), dict(packed)
-        self.environments: dict[str, Any] = {}  # open LMDBs: a process may open each but once
+        self.environments: dict[str, Any] = {}  # open LMDBs: a process may open each only once
         self.opening = threading.Lock()
         self.stopping = threading.Event()
         super().__init__(("127.0.0.1", 0), _Handler)
 
     def environment(self, path: str) -> Any:
-        """The LMDB at a path, opened at its first use."""
+        """Return the LMDB at a path, opening it on first use."""
         from data_prep.formats.lmdb import open_lmdb
 
         with self.opening:
@@ -113,7 +117,7 @@ class _Server(ThreadingHTTPServer):
             return self.environments[path]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that hang up are part of the web; the default would print a traceback for each."""
+        """Ignore clients that hang up; the default prints a traceback for each."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -139,10 +143,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(answer)
 
     def _path_asked(self) -> str | None:
-        """Path and query behind the token; None for those who have no token or call the server otherwise.
+        """Return the path and query after the token; None if the token or the Host header is wrong.
 
-        A page in a browser of this machine may send requests here, by a name of its own that it lets
-        resolve to loopback; it knows no token, and its Host is its own.
+        A web page open in a browser on this machine can send requests here through a host name that resolves
+        to loopback, but it does not know the token, and its Host header gives it away.
         """
         own = {HOST, f"127.0.0.1:{self.server.server_address[1]}"}
         if not {*self.headers.get_all("Host", [""])} <= own:
@@ -153,7 +157,7 @@ class _Handler(BaseHTTPRequestHandler):
         return slash + path
 
     def _image(self, path: str) -> Answer:
-        """A file below one of the image folders, or 404; never one outside of them."""
+        """Return a file below one of the image folders, otherwise 404; never a file outside them."""
         _, _, rest = path.partition(f"/{IMAGES}/")
         name, _, relative = rest.partition("/")
         file = _below(self.server.images.get(name), relative)
@@ -162,7 +166,7 @@ class _Handler(BaseHTTPRequestHandler):
         return Answer(status=404)
 
     def _packed(self, path: str, query: Mapping[str, list[str]]) -> tuple[int, bytes]:
-        """Status and bytes of an image inside a file below one of the packed folders."""
+        """Return status and bytes of an image inside a file below one of the packed folders."""
         name, _, relative = path.removeprefix(f"/{PACKED}/").partition("/")
         file = _below(self.server.packed.get(name), relative)
         if file is None:
@@ -212,11 +216,11 @@ class _Handler(BaseHTTPRequestHandler):
                 left -= len(block)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Quiet: the download stage counts what it got."""
+        """Log nothing: the download stage counts the results."""
 
 
 def _below(root: str | None, relative: str) -> str | None:
-    """What lies at a path below a local or remote folder; None for nothing and for what is outside."""
+    """Return the full path of a file below a local or remote folder; None if it would lie outside."""
     if root is None or "\0" in relative:
         return None
     if store.is_local(root):
@@ -231,7 +235,7 @@ def _below(root: str | None, relative: str) -> str | None:
 
 @contextmanager
 def local_site(folder: str) -> Iterator[str]:
-    """A corpus folder's site as a local folder: itself, or a copy of a remote one without its tables."""
+    """Return a corpus folder's site as a local folder, copying a remote one without its tables."""
     if store.is_local(folder):
         yield folder
         return
@@ -247,11 +251,11 @@ def serve(
     images: Mapping[str, str] | None = None,
     packed: Mapping[str, str] | None = None,
 ) -> Iterator[str]:
-    """Serve a corpus folder on a free loopback port for the length of a `with` block.
+    """Serve a corpus folder on a free loopback port for the duration of a `with` block.
 
     `images` maps source names to folders, whose files are served as `/pictures/<source>/<path>`; `packed`
-    maps them to folders of TSV, tar or LMDB files, images in which are served by their place in them.
-    Folders may be URLs; LMDBs may not.
+    maps them to folders of TSV, tar or LMDB files, and serves images inside these files by position.
+    Folders may be URLs, except those with LMDBs.
 
     Yields `http://127.0.0.1:PORT/TOKEN`, which stands for `http://corpus.invalid` in the site's URLs.
     Requests without the token or for any other host get 403, unknown paths 404.

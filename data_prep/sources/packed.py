@@ -37,7 +37,7 @@ UNPAIRED = DropReason("unpaired")  # a text whose image_ids are empty: the pairi
 IMAGE_MISSING = DropReason("image_missing")  # a text that names an image which is not there
 NOT_DOWNLOADED = DropReason("not_downloaded")  # img2dataset's own table says so
 MALFORMED_PICKLE = DropReason("malformed:pickle")  # an LMDB pair that is not (image id, text id, text)
-# Lines of _imgs.tsv: each counts as a row, beside the texts that name the image.
+# Lines of _imgs.tsv: each counts as a row, in addition to the texts that name the image.
 MALFORMED_IMAGE = DropReason("malformed:picture_line")  # not a number, a tab and base64
 IMAGE_REPEATED = DropReason("malformed:picture_repeated")  # a later line has the number: that one stays
 IMAGE_AT = "picture_at"

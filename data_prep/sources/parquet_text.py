@@ -1,4 +1,4 @@
-"""Parquet files with text that is not UTF-8: one bad cell costs its row, and not the file."""
+"""Reads Parquet files with text that is not UTF-8: a bad cell costs its row, not the file."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ _REMEDY = "replace the file"
 
 
 def has_bad_text(path: str, frame: pl.LazyFrame, columns: Sequence[str]) -> bool:
-    """Whether a text column of a file holds bytes that are not UTF-8; reads these columns."""
+    """Return whether a file's text columns hold bytes that are not UTF-8; this reads the columns."""
     schema = frame.collect_schema()
     text = [name for name in columns if schema[name] == pl.String]
     if not text:
@@ -31,7 +31,11 @@ def has_bad_text(path: str, frame: pl.LazyFrame, columns: Sequence[str]) -> bool
 
 
 def read_text_safely(path: str, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
-    """Yield a file's rows in order; bytes that are not UTF-8 become U+FFFD. InputError for other damage."""
+    """Yield a file's rows in order; bytes that are not UTF-8 become U+FFFD.
+
+    Raises:
+        InputError: if the file is damaged in another way.
+    """
     with store.open_read(path) as file:
         with foreign(path, "table", _REMEDY):
             batches = pq.ParquetFile(file).iter_batches(columns=list(columns))

@@ -1,8 +1,8 @@
-"""Text tables and region tables become Parquet in the run's folder, with every row accounted for.
+"""Converts text tables and region tables to Parquet in the run's folder and accounts for every row.
 
-Memory is that of a block, however long a table is: malformed rows go to their file as they come, and the
-captions to be joined are first dealt to files by a digest of their image, each small enough to be held.
-Rows that a source has and its table has not are in a drop table, as those of later stages are.
+Memory use is one block, however long a table is: malformed rows are written as they are found, and captions
+to be joined are first partitioned into files by a digest of their image, each small enough for memory.
+A drop table lists the rows that a source has and its table lacks, as in later stages.
 """
 
 import contextlib
@@ -40,14 +40,14 @@ from pipeline.core.files.written import ParquetRows, check_parquet, naming, parq
 from pipeline.core.records import DropReason, InputError
 
 JOINED = DropReason("joined_with_image")  # a caption that became part of its image's one text
-GUARDED_ID = DropReason("guarded_id")  # an image of an evaluation set, by its COCO or Flickr number
+GUARDED_ID = DropReason("guarded_id")  # an evaluation image, recognised by its COCO or Flickr number
 IMAGE_ID_MISSING = DropReason("image_id_missing")
 
 JOINT = "，"  # between the captions of one image
 _MALFORMED_SCHEMA = pa.schema([("reason", pa.large_string()), ("text", pa.large_string())])
 _MALFORMED_AT_ONCE = 10_000
-# Input bytes of the regions that are joined at once; the number of piles, and with it the order of rows,
-# follows from the input alone.
+# Input bytes of the regions that are joined at once; the number of piles, and so the order of rows,
+# depends only on the input.
 PILE_BYTES = 64 << 20
 _MOST_PILES = 1024  # files open at once
 
@@ -59,7 +59,7 @@ class Converted:
     source: TableSource  # how to read it
     num_rows: int
     dropped: Mapping[str, int]
-    num_drops: int = 0  # of the dropped: rows of the drop table; 0: there is none
+    num_drops: int = 0  # rows of the drop table; 0: no drop table
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class Places:
 
 
 class MalformedRows:
-    """The rows set aside, written as they come with the beginning of each."""
+    """Writes the start of each row that is set aside, as soon as it is found."""
 
     def __init__(self, writer: ParquetRows) -> None:
         self.counts: Counter[str] = Counter()
@@ -96,7 +96,7 @@ class MalformedRows:
 
 @contextlib.contextmanager
 def malformed_rows(path: str) -> Iterator[MalformedRows]:
-    """Publish a table of the rows that are added while the block runs."""
+    """Publish a table of the rows that the `with` block adds."""
     with parquet_rows(path, _MALFORMED_SCHEMA) as writer:
         rows = MalformedRows(writer)
         yield rows
@@ -104,9 +104,10 @@ def malformed_rows(path: str) -> Iterator[MalformedRows]:
 
 
 def convert_text(path: str, source: TableSource, to: Places) -> Converted:
-    """Write a CSV, TSV or JSON-lines table as Parquet, columns as strings; memory is that of a block.
+    """Write a CSV, TSV or JSON-lines table as Parquet with string columns; memory use is one block.
 
-    InputError where a column is missing, or no row is well formed.
+    Raises:
+        InputError: if a column is missing, or no row is well formed.
     """
     names, layout = text_layout(path, source)
     columns = needed_columns(path, source, names)
@@ -127,7 +128,7 @@ def convert_text(path: str, source: TableSource, to: Places) -> Converted:
 
 
 def convert_damaged(path: str, source: TableSource, to: Places) -> Converted:
-    """Write a Parquet table with text that is not UTF-8 again, without the rows that hold it."""
+    """Rewrite a Parquet table without the rows that hold text that is not UTF-8."""
     columns = needed_columns(path, source, open_parquet(path).collect_schema().names())
     num_rows = 0
     schema: pa.Schema | None = None
@@ -146,8 +147,8 @@ def convert_damaged(path: str, source: TableSource, to: Places) -> Converted:
 def join_regions(paths: Sequence[str], source: TableSource, guarded: GuardedIds, to: Places) -> Converted:
     """Join the captions of each image into one text, in the order of the tables (paper, section 2.2).
 
-    A caption that repeats another of its image is not repeated. Images of evaluation sets go, by their
-    COCO number, or for Visual Genome by the COCO and Flickr numbers of its own `image_data.json`.
+    A caption that repeats another of its image is not repeated. The images of evaluation sets are dropped by
+    their COCO number, or for Visual Genome by the COCO and Flickr numbers in `image_data.json`.
     """
     own = _guarded_numbers(source, guarded)
     num_piles = min(_MOST_PILES, 1 + sum(store.num_bytes(path) for path in paths) // PILE_BYTES)
@@ -178,7 +179,7 @@ def join_regions(paths: Sequence[str], source: TableSource, guarded: GuardedIds,
 
 
 def take_captions(path: str, source: TableSource, guarded: GuardedIds, to: Places) -> Converted:
-    """Write each caption of one file as a row of its own; images of evaluation sets go by their numbers."""
+    """Write each caption of one file as a separate row, dropping images of evaluation sets by number."""
     own = _guarded_numbers(source, guarded)
     num_rows = 0
     schema: pa.Schema | None = None
@@ -206,7 +207,7 @@ def take_captions(path: str, source: TableSource, guarded: GuardedIds, to: Place
 def _outside_evaluations(
     rows: pl.DataFrame, own: frozenset[int], drops: DropsAsTheyCome, missing: pl.Expr
 ) -> pl.DataFrame:
-    """Return the rows that are whole and of no guarded image; the others go to `drops`."""
+    """Return the complete rows of unguarded images and add the others to `drops`."""
     # COCO_val2014_000000391895.jpg and 391895 are one image: the last run of digits counts.
     number = pl.col("image").str.extract(r"(\d+)\D*$").cast(pl.Int64, strict=False)
     drops.add(rows.filter(missing), IMAGE_ID_MISSING)
@@ -227,7 +228,7 @@ def _empty_schema(source: TableSource) -> pa.Schema:
 
 
 def _note_joined(rows: pl.DataFrame, joined: pl.DataFrame, drops: DropsAsTheyCome) -> None:
-    """Every caption but the first of its image, with the key of the text that it became part of."""
+    """Return every caption except its image's first, with the key of the text that it became part of."""
     texts = with_key(joined.lazy()).select("image", url_of_text="url", key_of_text="key").collect()
     further = rows.filter(~pl.col("image").is_first_distinct()).join(texts, on="image")
     further = further.with_columns(url=pl.coalesce("url", "url_of_text"))
@@ -242,7 +243,7 @@ def _deal(
     malformed: MalformedRows,
     drops: DropsAsTheyCome,
 ) -> pa.Schema:
-    """Write the regions that stay to the pile of their image, in the order of the tables; their schema."""
+    """Write the kept regions to their images' piles in the order of the tables, and return their schema."""
     hashed = plh.col("image").chash.sha2_256().str.slice(0, 8).str.to_integer(base=16)
     missing = pl.col("image").is_null() | pl.col("caption").is_null()
     writers: list[pq.ParquetWriter] = []
@@ -271,7 +272,7 @@ def _plain_type(dtype: pa.DataType) -> pa.DataType:
 
 
 def _folder_of(path: str) -> str | None:
-    """Where the piles lie: beside a local table, for space there is where the table goes."""
+    """Return the piles' folder: next to a local table, since its disk must have room anyway."""
     if not store.is_local(path):
         return None
     folder = os.path.dirname(path)
@@ -280,7 +281,7 @@ def _folder_of(path: str) -> str | None:
 
 
 def _regions(path: str, source: TableSource, malformed: MalformedRows) -> Iterator[pl.DataFrame]:
-    """image (as text), url, caption and the carried columns of one file, in blocks."""
+    """Yield image (as text), url, caption and the carried columns of one file in blocks."""
     is_text = text_file.is_text(path)
     with naming_damage(path):
         found = (
@@ -322,7 +323,7 @@ def _parquet_blocks(path: str, columns: Sequence[str], malformed: MalformedRows)
 
 
 def _guarded_numbers(source: TableSource, guarded: GuardedIds) -> frozenset[int]:
-    """The source's own numbers of images of evaluation sets."""
+    """Return the source's numbers of images that are in evaluation sets."""
     if source.kind == "coco":
         return guarded.coco
     is_foreign = source.kind != "visual_genome" and source.image_table is None
@@ -330,14 +331,14 @@ def _guarded_numbers(source: TableSource, guarded: GuardedIds) -> frozenset[int]
         return frozenset()
     if source.image_table is None:
         raise InputError(
-            f"source {source.name}: guards name COCO or Flickr images by numbers that are not its own;"
+            f"source {source.name}: guards name COCO or Flickr images, and this source has other numbers;"
             f" give image_table, its image_data.json"
         )
     return frozenset(_evaluation_images(source.image_table, guarded))
 
 
 def _evaluation_images(path: str, guarded: GuardedIds) -> list[int]:
-    """Visual Genome's own numbers of the images that are guarded under a COCO or Flickr number."""
+    """Return Visual Genome's numbers of the images that are guarded under a COCO or Flickr number."""
     remedy = "give image_data.json with image_id, coco_id and flickr_id"
     with foreign(path, "table of Visual Genome's images", remedy):
         table = pl.read_json(store.read_bytes(path), infer_schema_length=None)

@@ -1,7 +1,7 @@
 """Caption tables: any Parquet, CSV or JSON-lines file with a URL (or path) column and a caption column.
 
-Column names of LAION-5B metadata and of its derivatives are found by themselves, whatever their case;
-other names are given in the recipe.
+cnclip recognises the column names of LAION-5B metadata and its derivatives in any case; the recipe gives
+other names.
 """
 
 import codecs
@@ -46,8 +46,8 @@ ColumnName = Annotated[str, BeforeValidator(_column_name)]
 class TableSource:
     """One `[[corpus.tables]]` or `[[corpus.sources]]` entry: where a caption table is, its columns.
 
-    Kinds differ in their presets alone: `wukong` has no scores; `coco` and `visual_genome` keep captions of
-    any length; in `visual_genome` the captions of one image are joined into one text.
+    Kinds differ only in their presets: `wukong` has no scores; `coco` and `visual_genome` keep captions of
+    any length; `visual_genome` joins the captions of one image into one text.
     """
 
     path: str
@@ -135,7 +135,7 @@ class TableSource:
 
     @property
     def layout(self) -> TextLayout:
-        """How a text table of this source is written."""
+        """Return how a text table of this source is written."""
         return TextLayout(
             separator=self.separator,
             quote=self.quote,
@@ -149,23 +149,23 @@ class TableSource:
 
     @property
     def has_image_ids(self) -> bool:
-        """Whether images have numbers, by which those of evaluation sets are left out."""
+        """Return whether images have numbers by which images of evaluation sets are dropped."""
         return self.kind in ("coco", "visual_genome")
 
     @property
     def joins(self) -> bool:
-        """Whether captions of one image become one text (paper, section 2.2: Visual Genome's regions)."""
+        """Return whether an image's captions become one text (paper, 2.2: Visual Genome's regions)."""
         return self.kind == "visual_genome" if self.join_captions is None else self.join_captions
 
     @property
     def exemptions(self) -> tuple[str, ...]:
-        """Rules that do not apply: the kind's and the entry's own."""
+        """Return the rules that do not apply: those of the kind and those of the entry."""
         preset = ("score",) if self.kind == "wukong" else self._preset
         return tuple(dict.fromkeys((*preset, *self.exempt_from)))
 
     @property
     def lasting_exemptions(self) -> tuple[str, ...]:
-        """Those that its rows keep in a later run, where a source without scores may well be scored."""
+        """Return the exemptions that rows keep in a later run, which may score a source without scores."""
         return tuple(dict.fromkeys((*self._preset, *self.exempt_from)))
 
     @property
@@ -183,21 +183,25 @@ KNOWN_COLUMNS = {
     "unsafe_column": ("punsafe",),
     "watermark_column": ("pwatermark",),
 }
-_PAIR_COLUMNS = ("pair_text_encoder", "pair_image_encoder")  # beside pair_score (data_prep.filters.score)
+_PAIR_COLUMNS = ("pair_text_encoder", "pair_image_encoder")  # next to pair_score (data_prep.filters.score)
 _REQUIRED = ("url_column", "caption_column")
 _WIDTH_COLUMNS = ("width", "original_width")
 _HEIGHT_COLUMNS = ("height", "original_height")
 
-# Columns of the canonical table that only the text rules read: they go no further than filter_text.
+# Columns of the canonical table that only the text rules read; filter_text does not pass them on.
 JUDGED_ONLY = ("language", "nsfw", "unsafe", "watermark")
 
 
-# Of rows taken back from shards: names of the rules that do not apply to the row, joined by commas.
+# For rows read back from shards: names of the rules that do not apply to the row, joined by commas.
 EXEMPT_COLUMN = "exempt_from"
 
 
 def find_files(source: TableSource) -> list[str]:
-    """Files of a source, sorted; InputError where there is none."""
+    """Return the files of a source, sorted.
+
+    Raises:
+        InputError: if the source has no files.
+    """
     if store.is_local(source.path):
         files = sorted(glob.glob(source.path)) if glob.has_magic(source.path) else [source.path]
     else:
@@ -214,10 +218,13 @@ def find_files(source: TableSource) -> list[str]:
 
 
 def scan(path: str, source: TableSource, *, is_whole: bool = False) -> pl.LazyFrame:
-    """Lazily read one file of a source as the canonical table that every source becomes, rows in file order.
+    """Lazily read one file of a source as the canonical table, rows in file order.
 
-    Rows with bytes that are not UTF-8 are left out, unless the caller knows that there are none (`is_whole`).
-    InputError where the file cannot be read or lacks a column: it lists the columns found.
+    Rows with bytes that are not UTF-8 are left out, unless the caller knows that all text is valid
+    (`is_whole`).
+
+    Raises:
+        InputError: if the file cannot be read or lacks a column; it lists the columns found.
     """
     frame = open_parquet(path)
     with naming_damage(path):
@@ -259,12 +266,12 @@ def scan(path: str, source: TableSource, *, is_whole: bool = False) -> pl.LazyFr
 
 
 def found_text(schema: pl.Schema) -> list[str]:
-    """The columns of a table that hold text."""
+    """Return the columns of a table that hold text."""
     return [name for name, dtype in schema.items() if dtype == pl.String]
 
 
 def is_damaged_text(path: str, source: TableSource) -> bool:
-    """Whether the columns of a Parquet file that are read hold bytes that are not UTF-8."""
+    """Return whether the columns that are read from a Parquet file hold bytes that are not UTF-8."""
     stamp = os.stat(path).st_mtime_ns if store.is_local(path) and os.path.exists(path) else 0
     return _is_damaged_text(path, source, stamp)
 
@@ -277,14 +284,18 @@ def _is_damaged_text(path: str, source: TableSource, stamp: int) -> bool:
 
 
 def text_layout(path: str, source: TableSource) -> tuple[list[str], TextLayout]:
-    """The columns of a text table of a source, and how it is written."""
+    """Return the columns of a source's text table, and how the table is written."""
     names = text_file.column_names(path, source.layout)
     roles = resolve(path, source, names)
     return names, dataclasses.replace(source.layout, url=roles["url_column"], caption=roles["caption_column"])
 
 
 def resolve(path: str, source: TableSource, found: list[str]) -> dict[str, str | None]:
-    """Role → column of a file of this source; InputError lists the columns found where one is missing."""
+    """Return role → column of a file of this source.
+
+    Raises:
+        InputError: if a column is missing; it lists the columns found.
+    """
     columns = {
         role: _resolve(path, source, role, names, found, required=role in _REQUIRED)
         for role, names in KNOWN_COLUMNS.items()
@@ -298,7 +309,7 @@ def resolve(path: str, source: TableSource, found: list[str]) -> dict[str, str |
 
 
 def encoder_pairs(path: str, source: TableSource) -> list[str]:
-    """The encoder pairs that made a table's scores; empty where it has none."""
+    """Return the encoder pairs that made a table's scores; empty if it has no scores."""
     frame = open_parquet(path)
     with naming_damage(path):
         found = frame.collect_schema().names()
@@ -306,7 +317,7 @@ def encoder_pairs(path: str, source: TableSource) -> list[str]:
     if column is None:
         return []
     if source.score_pair is None and {column, *_PAIR_COLUMNS} == {"pair_score", *_PAIR_COLUMNS} <= {*found}:
-        # A sidecar of a run says it itself.
+        # A run's sidecar names its pair in columns.
         both = pl.concat_str([pl.col(name) for name in _PAIR_COLUMNS], separator="+")
         with naming_damage(path):
             pairs = frame.select(both.alias("pair")).drop_nulls().unique().collect()["pair"]
@@ -318,7 +329,7 @@ def encoder_pairs(path: str, source: TableSource) -> list[str]:
 
 
 def needed_columns(path: str, source: TableSource, found: list[str]) -> list[str]:
-    """The columns of a file that `scan` reads, in the file's order."""
+    """Return the columns of a file that `scan` reads, in the file's order."""
     used = {name for name in resolve(path, source, found).values() if name is not None}
     used |= {name for names in (_WIDTH_COLUMNS, _HEIGHT_COLUMNS) if (name := first_column(found, names))}
     used |= set(source.carry_columns)
@@ -328,7 +339,7 @@ def needed_columns(path: str, source: TableSource, found: list[str]) -> list[str
 
 
 def first_column(found: Sequence[str], known: Sequence[str]) -> str | None:
-    """The first of the known names (in lower case) that a file has, whatever its case."""
+    """Return the first known name (in lower case) that a file has in any case."""
     for name in known:
         for candidate in found:
             if candidate.lower() == name:
@@ -337,7 +348,7 @@ def first_column(found: Sequence[str], known: Sequence[str]) -> str | None:
 
 
 def _url(column: str | None, source: TableSource) -> pl.Expr:
-    """The address of each row; a path below the image folder becomes one of the loopback site's."""
+    """Return the address of each row; a path below the image folder becomes a loopback address."""
     url = by_name(str(column)).cast(pl.String)
     if source.picture_folder is None:
         url = url.str.strip_chars(AROUND)
@@ -352,14 +363,14 @@ def _url(column: str | None, source: TableSource) -> pl.Expr:
 
 @contextlib.contextmanager
 def naming_damage(path: str) -> Iterator[None]:
-    """InputError in place of what polars raises where a file's inside is damaged: a scan reads it late."""
+    """Raise InputError instead of polars errors for damaged files, which a lazy scan reads late."""
     with foreign(path, "table", "replace the file"):
         store.refuse_special(path)
         yield
 
 
 def describe(source: TableSource) -> dict[str, object]:
-    """The source as plain values."""
+    """Return the source as plain values."""
     return dataclasses.asdict(source)
 
 
@@ -369,7 +380,7 @@ def from_description(fields: dict[str, object]) -> TableSource:
 
 
 def open_parquet(path: str) -> pl.LazyFrame:
-    """Scan a Parquet file; InputError for any other kind of file."""
+    """Scan a Parquet file; raise InputError for any other kind of file."""
     if path.lower().endswith(".parquet"):
         return pl.scan_parquet(path)
     if text_file.is_text(path):
@@ -380,7 +391,7 @@ def open_parquet(path: str) -> pl.LazyFrame:
 def find_column(
     path: str, source: TableSource, role: str, known: Sequence[str], found: list[str]
 ) -> str | None:
-    """The column for a role: the one that the source names, else the first known; None without one."""
+    """Return the column for a role: the one that the source names, otherwise the first known one, or None."""
     return _resolve(path, source, role, known, found, required=False)
 
 

@@ -8,9 +8,10 @@ from pipeline.core.records import InputError
 
 
 def parts_of(path: str, source: str) -> list[str]:
-    """Return a file by itself, or the tables in a folder and below it, sorted; no `_SUCCESS`, nothing hidden.
+    """Return a file itself, or the sorted tables in and below a folder without `_SUCCESS` and hidden files.
 
-    InputError for a folder without tables.
+    Raises:
+        InputError: if a folder holds no tables.
     """
     if store.is_local(path):
         if not os.path.isdir(path):

@@ -1,8 +1,8 @@
-"""Caption tables that are text (CSV, TSV, JSON, plain lines): read leniently, every malformed row counted.
+"""Reads text caption tables (CSV, TSV, JSON, plain lines) leniently and counts every malformed row.
 
-A web-scale CSV holds rows that no parser likes: too many fields, quotes that never close, bytes that are no
-UTF-8. Such a row is set aside with its reason, the others are kept; Wukong's captions with commas, quotes
-and newlines in them are ordinary rows (RFC 4180).
+A web-scale CSV holds rows that parsers reject: too many fields, quotes that never close, bytes that are not
+UTF-8. The reader sets such a row aside with its reason and keeps the others. Wukong's captions that contain
+commas, quotes and newlines are ordinary rows (RFC 4180).
 """
 
 import os
@@ -39,14 +39,15 @@ _IMAGES = (
 
 
 def is_text(path: str) -> bool:
-    """Return whether this module reads a table, by its name."""
+    """Return whether this module reads a table with this name."""
     return plain_name(path).endswith((*DELIMITED, *JSON, *PLAIN))
 
 
 def column_names(path: str, layout: TextLayout | None = None) -> list[str]:
     """Return a text table's columns: its header, or the first JSON rows' keys in order of appearance.
 
-    InputError if the file is empty or its beginning cannot be read.
+    Raises:
+        InputError: if the file is empty or its beginning cannot be read.
     """
     layout = layout or TextLayout()
     name = plain_name(path)
@@ -58,7 +59,7 @@ def column_names(path: str, layout: TextLayout | None = None) -> list[str]:
 def read_batches(path: str, columns: Sequence[str], layout: TextLayout | None = None) -> Iterator[RowBatch]:
     """Read a text table in batches of bounded size; `columns` must be among `column_names`.
 
-    Malformed rows come with the batches.
+    Each batch also holds its malformed rows.
     """
     layout = layout or TextLayout()
     name = plain_name(path)
@@ -74,7 +75,7 @@ def read_batches(path: str, columns: Sequence[str], layout: TextLayout | None = 
 
 
 def is_damaged(columns: Sequence[str]) -> pl.Expr:
-    """Return which rows have text that was damaged before it came here, or is not in its encoding."""
+    """Return which rows have text that was already damaged, or is not in the declared encoding."""
     return pl.any_horizontal(
         pl.lit(False),
         *(column(name).str.contains(_REPLACEMENT, literal=True).fill_null(False) for name in columns),
@@ -94,7 +95,7 @@ def without_damaged(rows: pl.DataFrame, columns: Sequence[str]) -> RowBatch:
 
 
 def _line_batches(path: str, columns: Sequence[str], layout: TextLayout) -> Iterator[RowBatch]:
-    """A caption a line; the image of each is the folder's next, by name."""
+    """Read one caption per line and pair the lines with the folder's images in order of their names."""
     if layout.image_folder is None:
         raise InputError(
             f"{path}: one caption a line has no address; set picture_folder to the folder of its images, or"
@@ -104,7 +105,7 @@ def _line_batches(path: str, columns: Sequence[str], layout: TextLayout) -> Iter
     count, last = 0, ""
     for lines in lines_of(path, layout):
         count, last = count + len(lines), lines[-1]
-    count -= not last  # what follows the last line's end is no line
+    count -= not last  # nothing follows the last line end
     if count != len(images):
         raise InputError(
             f"{path}: {count} captions, one a line, for {len(images)} images in {layout.image_folder};"
@@ -122,7 +123,7 @@ def _line_batches(path: str, columns: Sequence[str], layout: TextLayout) -> Iter
 
 
 def _images_in_order(folder: str) -> list[str]:
-    """Paths of a folder's images below it: 2.jpg before 10.jpg."""
+    """Return the paths of the images below a folder in natural order: 2.jpg before 10.jpg."""
     found = [
         os.path.relpath(os.path.join(place, name), folder)
         for place, _, names in os.walk(folder)

@@ -1,7 +1,7 @@
-"""The lines of a text table, whatever its encoding, in pieces of bounded size.
+"""Reads the lines of a text table in any encoding, in pieces of bounded size.
 
-Parsers stop at the first wrong byte; here it becomes U+FFFD, so that only the row it stands in is lost. What
-is not UTF-8 as a whole is named, with the setting that reads it.
+Parsers stop at the first invalid byte; here it becomes U+FFFD, so that only its row is lost. If a whole table
+is not UTF-8, the error names its likely encoding and the setting that reads it.
 """
 
 import codecs
@@ -39,7 +39,11 @@ def too_long(path: str) -> InputError:
 
 
 def head_of(path: str, layout: TextLayout) -> str:
-    """Return the beginning of a table, whole lines where it has any; InputError for another encoding."""
+    """Return the beginning of a table, cut at a line end if possible.
+
+    Raises:
+        InputError: if the table is in another encoding.
+    """
     text, is_whole, _ = _look(path, layout)
     return text if is_whole or "\n" not in text else text[: text.rindex("\n")]
 
@@ -74,7 +78,7 @@ def blocks_of(path: str, layout: TextLayout) -> Iterator[str]:
 
 
 def _look(path: str, layout: TextLayout) -> tuple[str, bool, bool]:
-    """The beginning; whether that is all; whether its lines end with CR alone, as on old Macintosh."""
+    """Return the beginning, whether it is the whole table, and whether its lines end with a bare CR."""
     with _open(path) as file:
         raw = _read(file, _HEAD_BYTES, path)
     if layout.encoding is None:
@@ -103,7 +107,7 @@ def _read(file: IO[Any], size: int, path: str) -> bytes:
 
 
 def _refuse_other_encoding(path: str, raw: bytes) -> None:
-    """Raise InputError for a table that is as a whole not UTF-8, if what it is can be told."""
+    """Raise InputError if a whole table is not UTF-8 and its encoding can be recognised."""
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise _other_encoding(path, "UTF-16", "utf-16")
     start = raw[:4096]

@@ -1,4 +1,4 @@
-"""What readers of text tables share: how a table is written, its rows in batches, and what is no row."""
+"""What readers of text tables share: the table's layout, batches of rows, and malformed rows."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,9 +8,9 @@ import polars as pl
 from pipeline.core.records import DropReason
 
 MALFORMED_COLUMNS = DropReason("malformed:columns")  # more or fewer fields than the header has
-MALFORMED_ENCODING = DropReason("malformed:encoding")  # no text in its encoding, or damaged before (U+FFFD)
+MALFORMED_ENCODING = DropReason("malformed:encoding")  # invalid in its encoding, or damaged earlier (U+FFFD)
 MALFORMED_QUOTE = DropReason("malformed:quote")  # a quote that is never closed
-MALFORMED_HEADER = DropReason("malformed:header")  # the header once more, inside the table
+MALFORMED_HEADER = DropReason("malformed:header")  # the header again, inside the table
 MALFORMED_JSON = DropReason("malformed:json")  # not one JSON object
 
 SHOWN_CHARACTERS = 300  # of a malformed row, in the table of malformed rows
@@ -28,7 +28,7 @@ class Malformed:
 
 @dataclass(frozen=True, slots=True)
 class RowBatch:
-    """Rows of a text file: all columns as strings, and what was set aside among them."""
+    """Rows of a text file with all columns as strings, and the malformed rows among them."""
 
     rows: pl.DataFrame
     malformed: list[Malformed]
@@ -36,10 +36,10 @@ class RowBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextLayout:
-    """How a text table is written, as far as its source says; unset: what its name and beginning show."""
+    """How a source says a text table is written; unset fields follow from its name and beginning."""
 
     separator: str | None = None
-    quote: str | None = None  # "": quotes are letters
+    quote: str | None = None  # "": quotes are literal
     escape: str | None = None  # "": a quote inside quotes is doubled
     encoding: str | None = None
     header: bool | None = None  # False: columns are called 1, 2, 3
@@ -47,7 +47,7 @@ class TextLayout:
     # Columns that hold addresses and captions: neither may be a list or an object.
     url: str | None = None
     caption: str | None = None
-    addresses: bool = True  # whether the column of addresses holds those of the web, and no paths
+    addresses: bool = True  # whether the column of addresses holds URLs, not paths
     image_folder: str | None = None  # of a .txt: its images
 
 

@@ -1,8 +1,7 @@
-"""Classification sets whose images lie in a folder for each class: which folder is which class, or what is
-unclear.
+"""Reads classification sets with a folder of images for each class, and maps folders to classes.
 
-A folder is a class by the labels' keys, by their Chinese names, or by its number among all of them, and that
-order is fixed: nothing is guessed from the number of folders.
+A folder's name is matched with the labels' keys, then with their Chinese names, then as a number among all
+classes. The number of folders alone decides nothing.
 """
 
 import os
@@ -16,7 +15,7 @@ from eval.datasets.labels import Labels
 from pipeline.core.files.image_files import find_images, is_hidden, summary
 from pipeline.core.records import InputError
 
-# torchvision's ImageFolder, by which published sets are counted.
+# The endings of torchvision's ImageFolder, on which published counts are based.
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 _REMEDY = "or give --labels with lines `folder name<TAB>Chinese name`"
 
@@ -26,12 +25,12 @@ class ClassImages:
     """Images in order with their classes, and what was skipped."""
 
     paths: list[str]
-    classes: list[Sequence[int]]  # several for one image only in multi-label sets
+    classes: list[Sequence[int]]  # several per image only in multi-label sets
     notes: list[str]
 
 
 def class_folders(split: Path) -> list[Path]:
-    """Return the folders that may be classes, sorted: without those that systems hide."""
+    """Return the folders that may be classes, sorted, without hidden ones."""
     return [path for path in _folders(split) if not is_hidden(path.name)]
 
 
@@ -39,9 +38,8 @@ def read_class_folders(split: Path, labels: Labels, multi_label: bool) -> ClassI
     """Read the images of every class folder, in the order of torchvision's ImageFolder within each.
 
     Raises:
-        InputError: if an image lies in a folder that is no class, or it is unclear which class a folder is;
-        it says
-            what was found.
+        InputError: if an image lies in a folder that is not a class, or the class of a folder is unclear; it
+            says what was found.
     """
     folders = class_folders(split)
     found = {folder.name: find_images(str(folder), IMAGE_ENDINGS) for folder in folders}
@@ -70,7 +68,7 @@ def read_class_folders(split: Path, labels: Labels, multi_label: bool) -> ClassI
 
 
 def match(names: Iterable[str], texts: Sequence[str]) -> dict[str, int] | None:
-    """Return the row of each name in `texts`, whatever case and joining signs; None unless all match."""
+    """Return the row of each name in `texts`, ignoring case and separators; None unless all match."""
     exact = {text: row for row, text in enumerate(texts)}
     alike = Counter(map(plain, texts))
     loose = {plain(text): row for row, text in enumerate(texts) if alike[plain(text)] == 1}
@@ -80,7 +78,7 @@ def match(names: Iterable[str], texts: Sequence[str]) -> dict[str, int] | None:
 
 
 def plain(name: str) -> str:
-    """Return a name without what owners write in different ways; of a number its digits without padding."""
+    """Return a name without case and separators, which owners vary, or a number without its padding."""
     if is_number(name):
         return name.lstrip("0") or "0"
     words = unicodedata.normalize("NFC", name).casefold()
@@ -93,7 +91,7 @@ def is_number(name: str) -> bool:
 
 
 def _classes(split: Path, filled: Sequence[str], empty: Sequence[str], labels: Labels) -> dict[str, int]:
-    """Return the class of every folder with images, and of the empty ones that are classes too."""
+    """Return the class of every folder with images, and of empty folders that are also classes."""
     if not filled:
         return {}
     for texts in (labels.keys, labels.names):
@@ -113,8 +111,8 @@ def _classes(split: Path, filled: Sequence[str], empty: Sequence[str], labels: L
     if numbers:
         others = [name for name in filled if not is_number(name)]
         raise InputError(
-            f"{split}: folders {_some(numbers)} are numbers, but {_some(others)} are not; move away what is"
-            f" no class, {_REMEDY}"
+            f"{split}: folders {_some(numbers)} are numbers, but {_some(others)} are not; move away folders"
+            f" that are not classes, {_REMEDY}"
         )
     both = [*labels.keys, *labels.names]
     known = {name: rows[name] % len(labels.names) for name in filled if (rows := match([name], both))}
@@ -145,7 +143,7 @@ def _distinct(split: Path, filled: Sequence[str], class_of: dict[str, int]) -> d
 
 
 def _by_number(split: Path, names: Sequence[str], num_labels: int) -> dict[str, int]:
-    """Return classes by number, counted from 0, or from 1 where all else is impossible."""
+    """Return classes by number, counted from 0, or from 1 if counting from 0 is impossible."""
     ids = sorted(int(name) for name in names)
     if len(set(ids)) != len(ids):
         raise InputError(f"{split}: two folders have the same class id, such as 1 and 001; rename one")

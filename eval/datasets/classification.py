@@ -4,7 +4,7 @@
     <name>/[test/|val/]<class name>/…                      torchvision's ImageFolder
     <name>/test/nshards.txt, 0.tar …, classnames.txt       CLIP_benchmark
 
-Images are in the order in which the owners' own loaders read them: class after class, paths sorted.
+Images are in the order of the owners' loaders: class after class, with sorted paths.
 """
 
 import tarfile
@@ -23,24 +23,24 @@ from pipeline.core.files.image_files import check_bytes, is_hidden, read_image
 from pipeline.core.files.npy import read_npy_bytes
 from pipeline.core.records import InputError
 
-SPLITS = ("test", "val", "valid", "validation")  # the first that is there is read
+SPLITS = ("test", "val", "valid", "validation")  # the first that exists is read
 _WEB_IMAGES, _WEB_LABELS = ("jpg", "jpeg", "png", "webp", "bmp"), ("cls", "npy")
 _MAX_LABEL_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedImage:
-    """Where one encoded image lies: a file, or a range of a tar."""
+    """The location of one encoded image: a file, or a range of a tar."""
 
     path: str
     offset_bytes: int = 0
     size_bytes: int | None = None  # None: the whole file
 
     def read(self) -> bytes:
-        """Return its bytes.
+        """Return the image's bytes.
 
         Raises:
-            BadImageError: if it is no file, is larger than an image may be, or cannot be read.
+            BadImageError: if it is not a file, is larger than an image may be, or cannot be read.
         """
         if self.size_bytes is None:
             return read_image(self.path)
@@ -52,14 +52,14 @@ class EncodedImage:
 
 @dataclass(frozen=True, slots=True)
 class ClassificationSet:
-    """Images with their right classes; bytes stay on disk."""
+    """Images with their correct classes; the bytes stay on disk."""
 
     name: str
     labels: Labels
     images: tuple[EncodedImage, ...]
-    targets_NC: BoolArray  # right classes; several a row only in multi-label sets
+    targets_NC: BoolArray  # correct classes; several per row only in multi-label sets
     submission_order: Int64Array | None  # ELEVATER's order of images (`index.json`), as rows
-    notes: tuple[str, ...] = ()  # what was skipped in its folders
+    notes: tuple[str, ...] = ()  # files and folders that were skipped
 
     @property
     def num_images(self) -> int:
@@ -84,14 +84,14 @@ def read_classification(
 ) -> ClassificationSet:
     """Read a set in any of the three layouts.
 
-    Labels come from `labels_path`, else from the folder's `label_cn.txt`, else from ours where `name` (the
-    folder's name by default) is a set of ICinW. `multi_label` takes equal file names in several class folders
-    for one image with several classes (VOC 2007). With the templates `paper` the labels that the paper quotes
-    take the place of ours.
+    Labels come from `labels_path`, otherwise from the folder's `label_cn.txt`, otherwise from this package if
+    `name` (by default the folder's name) is a set of ICinW. With `multi_label`, equal file names in several
+    class folders are one image with several classes (VOC 2007). With the templates `paper`, labels that the
+    paper quotes replace the package's labels.
 
     Raises:
-        InputError: for a folder without images, class folders that no label has or that may be several,
-            labels and classes of different number, and a broken `index.json`.
+        InputError: for a folder without images, class folders that match no label or several labels,
+            different numbers of labels and classes, and a broken `index.json`.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -129,7 +129,7 @@ def _split_folder(root: Path) -> Path:
 def _read_web(split: Path) -> tuple[list[EncodedImage], list[Sequence[int]]]:
     """Read CLIP_benchmark's tars.
 
-    They hold `key.jpg` with `key.cls` (a class) or `key.npy` (a vector of 0 and 1).
+    The tars hold `key.jpg` with `key.cls` (a class) or `key.npy` (a vector of 0 and 1).
     """
     text = store.read_bytes(str(split / "nshards.txt")).decode("utf-8", "replace").strip()
     if not (text.isdecimal() and len(text) < 7):
@@ -160,7 +160,7 @@ def _read_web(split: Path) -> tuple[list[EncodedImage], list[Sequence[int]]]:
                         right[key] = _web_classes(f"{path}: {member.name}", kind, file.read(_MAX_LABEL_BYTES))
         except InputError:
             raise
-        except Exception as error:  # tarfile raises what its parts raise
+        except Exception as error:  # tarfile passes on any error of its parts
             raise InputError(f"{path}: not a readable tar ({first_line(error)}); fetch it again") from None
         lonely = sorted(found.keys() ^ right.keys())
         if lonely:
@@ -171,12 +171,12 @@ def _read_web(split: Path) -> tuple[list[EncodedImage], list[Sequence[int]]]:
 
 
 def _rows_of_class_names(path: Path, labels: Labels) -> dict[int, int]:
-    """Return the labels' rows for the classes of CLIP_benchmark's `classnames.txt`, which has its own order.
+    """Return the labels' rows for CLIP_benchmark's `classnames.txt`, which has a different order.
 
-    They are found by name if the labels know all names, else by number.
+    Names find the rows if the labels contain all of them; otherwise the number does.
 
     Raises:
-        InputError: if some names are known and stand elsewhere, and if the numbers of classes differ.
+        InputError: if only some names are known and their order differs, or the numbers of classes differ.
     """
     try:
         names = store.read_text(str(path)).removeprefix("\ufeff").splitlines()

@@ -16,11 +16,11 @@ from pipeline.core.files.images import BadImageError
 from pipeline.core.records import InputError
 from pipeline.core.shard_format import MAX_IMAGE_BASE64_BYTES, too_large
 
-_MAX_LINE_BYTES = MAX_IMAGE_BASE64_BYTES + 32  # with the id
+_MAX_LINE_BYTES = MAX_IMAGE_BASE64_BYTES + 32  # including the id
 
 
 class ImageStore(Protocol):
-    """Where the encoded images of a set lie."""
+    """The location of a set's encoded images."""
 
     def read(self, rows: Sequence[int] | Int64Array) -> Iterator[bytes]: ...
 
@@ -29,8 +29,8 @@ class ImageStore(Protocol):
 class RetrievalSet:
     """Images and texts of one evaluation, both in ascending order of their ids.
 
-    Because rows are in id order, "the lower row" and "the lower id" are the same thing: that is the rule
-    by which equal scores are ordered everywhere (see `eval.metrics.recall`). Image bytes stay in their files.
+    Because rows are in id order, "the lower row" and "the lower id" are the same, which is the rule that
+    orders equal scores everywhere (see `eval.metrics.recall`). Image bytes stay in their files.
     """
 
     name: str
@@ -41,7 +41,7 @@ class RetrievalSet:
     texts: tuple[str, ...]
     images_of_text: tuple[Int64Array, ...]  # per text: the rows of its images, ascending; may be empty
     images: ImageStore
-    image_to_text: bool = True  # False: scored text-to-image only, as MUGE
+    image_to_text: bool = True  # False: scored only text-to-image, like MUGE
 
     @property
     def num_images(self) -> int:
@@ -53,7 +53,7 @@ class RetrievalSet:
 
     @property
     def texts_of_image(self) -> tuple[Int64Array, ...]:
-        """Per image: the rows of the texts that name it, ascending; empty for a mere distractor."""
+        """Return the rows of the texts that name each image, ascending; empty for a distractor."""
         texts: list[list[int]] = [[] for _ in range(self.num_images)]
         for text_row, image_rows in enumerate(self.images_of_text):
             for image_row in image_rows:
@@ -71,7 +71,7 @@ class RetrievalSet:
 
 @dataclass(frozen=True, slots=True)
 class Base64Images:
-    """Images of a TSV by place."""
+    """Images of a TSV by offset."""
 
     path: str
     image_ids: Int64Array  # [num_images]
@@ -82,7 +82,7 @@ class Base64Images:
         """Yield encoded images.
 
         Raises:
-            InputError: if the base64 is broken, or the image larger than one may be.
+            InputError: if the base64 is broken, or the image is too large.
         """
         for row, image in zip(rows, self.try_read(rows), strict=True):
             if isinstance(image, BadImageError):
@@ -93,7 +93,7 @@ class Base64Images:
             yield image
 
     def try_read(self, rows: Sequence[int] | Int64Array) -> Iterator[bytes | BadImageError]:
-        """Yield encoded images; in place of one that cannot be read, the error."""
+        """Yield encoded images, or the error instead of an image that cannot be read."""
         with store.open_read(self.path) as file:
             for row in rows:
                 file.seek(int(self.offsets_bytes[row]))
@@ -107,12 +107,12 @@ class Base64Images:
 def read_evaluation(folder: str, name: str) -> RetrievalSet:
     """Read an evaluation set in CN-CLIP's layout (format: Chinese-CLIP, README "Data format").
 
-    An empty list of `image_ids` is legal there (a test set whose pairing is unknown): such a set can be
-    embedded and searched; scoring it is refused by `check_scorable`.
+    An empty list of `image_ids` is legal (a test set whose pairing is unknown): such a set can be embedded
+    and searched, but `check_scorable` refuses to score it.
 
     Raises:
-        InputError: for missing or empty files, malformed lines, ids that are no integers or occur twice,
-            texts that are empty, and image ids that no image has; it names file and line.
+        InputError: for missing or empty files, malformed lines, ids that are not integers or occur twice,
+            empty texts, and image ids without an image; it names file and line.
     """
     images_path, texts_path = (
         store.join(folder, f"{name}_imgs.tsv"),
@@ -137,7 +137,7 @@ def read_evaluation(folder: str, name: str) -> RetrievalSet:
             text_id, text, ids = _parse_text(line, where)
             if text_id in line_of_text:
                 raise InputError(
-                    f"{where}: text_id {text_id} was given in line {line_of_text[text_id]} already"
+                    f"{where}: text_id {text_id} already appears in line {line_of_text[text_id]}"
                 )
             line_of_text[text_id] = line_number
             unknown = [image_id for image_id in ids if image_id not in row_of_image]
@@ -173,10 +173,10 @@ def read_images(path: str) -> Base64Images:
 def check_scorable(evaluation: RetrievalSet, *, k: int = FEWEST_ITEMS) -> None:
     """Refuse a set on which recall at `k` would be meaningless.
 
-    That is: fewer than `k` images (or texts, for image-to-text), or a text without an image.
+    That is a set with fewer than `k` images (or texts, for image-to-text), or with a text without an image.
 
     Raises:
-        InputError: for such a set.
+        InputError: if the set is refused.
     """
     galleries = [("images", evaluation.num_images, evaluation.images_path)]
     if evaluation.image_to_text:
@@ -202,7 +202,7 @@ def _scan_images(path: str) -> tuple[Int64Array, Int64Array, Int64Array]:
     sizes: list[int] = []
     line_start = 0
     with store.open_read(path) as file:
-        # Not `for line in file`: a line without end would fill the memory.
+        # Not `for line in file`: an endless line would fill the memory.
         for line_number, line in enumerate(iter(lambda: file.readline(_MAX_LINE_BYTES), b""), start=1):
             where = f"{path}:{line_number}"
             if len(line) >= _MAX_LINE_BYTES:
@@ -221,7 +221,7 @@ def _scan_images(path: str) -> tuple[Int64Array, Int64Array, Int64Array]:
                 raise InputError(f"{where}: the image id {found!r} is not an integer") from None
             if image_id in line_of_image:
                 raise InputError(
-                    f"{where}: image id {image_id} was given in line {line_of_image[image_id]} already"
+                    f"{where}: image id {image_id} already appears in line {line_of_image[image_id]}"
                 )
             line_of_image[image_id] = line_number
             offsets.append(start + len(id_field) + 1)

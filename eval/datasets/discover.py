@@ -1,4 +1,4 @@
-"""Evaluation sets under a folder or of a run: found by their files' names, none of them read."""
+"""Finds the evaluation sets in a folder or of a run by file names, without reading the files."""
 
 import re
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from pipeline.core.records import InputError, Manifest
 
 @dataclass(frozen=True, slots=True)
 class RetrievalSource:
-    """A set in Chinese-CLIP's layout: its files' name, their folder, and the protocol that it claims."""
+    """A set in Chinese-CLIP's layout: the name of its files, their folder, and the protocol it claims."""
 
     name: str
     folder: str
@@ -25,23 +25,23 @@ class RetrievalSource:
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """What an evaluation found to measure."""
+    """The sets that an evaluation found."""
 
     retrieval: tuple[RetrievalSource, ...]
     classification: tuple[str, ...]  # folders
-    releases: tuple[Release, ...] = ()  # raw ones, to be written in Chinese-CLIP's layout first
+    releases: tuple[Release, ...] = ()  # raw ones, to be converted to Chinese-CLIP's layout first
 
 
 def find_sets(folder: str) -> Sources:
     """Return the sets in a folder or one level below it, in order of their names.
 
-    `<prefix>_imgs.tsv` with `<prefix>_texts.jsonl` is a retrieval set; its protocol is `<prefix>` where that
-    is a protocol's id, else `<folder>-<prefix>` in lower case, so that Chinese-CLIP's own `MUGE/valid` and
-    `COCO-CN/test` are recognised. A folder of this project's shards is one of the folder's name. Raw releases
-    and LMDB are recognised by `eval.datasets.releases`.
+    `<prefix>_imgs.tsv` with `<prefix>_texts.jsonl` is a retrieval set; its protocol is `<prefix>` if that is
+    a protocol's id, otherwise `<folder>-<prefix>` in lower case, so that Chinese-CLIP's `MUGE/valid` and
+    `COCO-CN/test` are recognised. A folder of this project's shards is a set with the folder's name.
+    `eval.datasets.releases` recognises raw releases and LMDB.
 
     Raises:
-        InputError: if there is no set.
+        InputError: if the folder holds no set.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -84,7 +84,7 @@ def find_sets(folder: str) -> Sources:
 
 
 def _holds_loose_images(releases: Sequence[Release], place: Path) -> bool:
-    """Tell whether the images at or below `place` are files of a release and not classes of a named set."""
+    """Return whether the images in or below `place` belong to a release and not to classes of a named set."""
     is_theirs = any(item.has_loose_images and Path(item.folder) in (place, place.parent) for item in releases)
     return is_theirs and not (
         (place / "label_cn.txt").is_file() or classification_protocol(place.resolve().name)
@@ -92,10 +92,10 @@ def _holds_loose_images(releases: Sequence[Release], place: Path) -> bool:
 
 
 def reported_splits(sources: Sources) -> tuple[Sources, list[str]]:
-    """Leave out splits that the paper does not report; returns the rest, and a line for each set left out.
+    """Leave out splits that the paper does not report; return the rest, and a line for each omitted set.
 
-    An owner's release comes with all its splits, of which some are large and some have no pairs. If a set
-    lies next to its own LMDB, its files are taken.
+    A release contains all its splits, some of which are large or have no pairs. If a set lies next to its
+    own LMDB, its files are used.
 
     Raises:
         InputError: if two sets have the same name, because their results would go into one folder.
@@ -110,7 +110,7 @@ def reported_splits(sources: Sources) -> tuple[Sources, list[str]]:
         taken = reported.get(family, item.protocol)
         if split in ("train", "val", "valid", "test") and taken != item.protocol:
             notes.append(
-                f"{item.protocol}: left out, as the paper reports {taken}; put it into a folder of its own to"
+                f"{item.protocol}: left out, as the paper reports {taken}; put it into a separate folder to"
                 " measure it"
             )
         elif (twin := kept.get(item.protocol)) is None:
@@ -130,7 +130,7 @@ def reported_splits(sources: Sources) -> tuple[Sources, list[str]]:
 
 
 def sets_of_run(run_folder: str) -> Sources:
-    """Return the evaluation sets that a run was given or made itself."""
+    """Return the evaluation sets that a run was given or made."""
     path = store.join(run_folder, "corpus", "manifest.json")
     if not store.exists(path):
         raise InputError(f"{path}: no such file; the run's corpus stage is not done: cnclip run it first")

@@ -1,14 +1,14 @@
-"""Chinese class names and prompt templates: ours for the 20 sets of ICinW, or a user's own files.
+"""Chinese class names and prompt templates: the package's for the 20 sets of ICinW, or a user's files.
 
 `labels_zh/<set>.txt` has one class a line in ELEVATER's order, `English name<TAB>Chinese name`. A user's
-`label_cn.txt` has only Chinese names (Chinese-CLIP's form) or the same two columns. `templates_zh/<set>.txt`
-has one template a line with `{}` where the name goes; `general.txt` holds 80 for any set.
+`label_cn.txt` has only Chinese names (as in Chinese-CLIP) or the same two columns. `templates_zh/<set>.txt`
+has one template a line with `{}` for the name; `general.txt` holds 80 for any set.
 
 The paper does not list its labels and templates, but quotes some in English (section 3.2.3). The folders
-`paper` hold these, translated by us: two templates of FGVC-Aircraft, and the labels of PatchCamelyon and
-KITTI-Distance with which Table 12 was measured. For other sets the paper only says what it took: "around 90
-prompts", "the translation of the templates from OpenAI CLIP". `templates_zh/paper/general.txt` has 90 by our
-choice and translation: OpenAI's 80 for ImageNet, in its order, then 6 others for CIFAR and 4 for cars.
+`paper` hold our translations of these: two templates of FGVC-Aircraft, and the labels of PatchCamelyon and
+KITTI-Distance used for Table 12. For other sets the paper only mentions "around 90 prompts" and "the
+translation of the templates from OpenAI CLIP". `templates_zh/paper/general.txt` has 90 that we chose and
+translated: OpenAI's 80 for ImageNet, in its order, then 6 others for CIFAR and 4 for cars.
 """
 
 import os
@@ -25,9 +25,9 @@ GENERAL, OWN, PAPER = "general", "own", "paper"
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """Classes in order: what data sets call them, and what the model reads."""
+    """Classes in order: their names in data sets, and their Chinese names for the model."""
 
-    keys: tuple[str, ...]  # English names; empty if the file only gives Chinese
+    keys: tuple[str, ...]  # English names; empty if the file has only Chinese names
     names: tuple[str, ...]  # Chinese
 
 
@@ -41,9 +41,9 @@ def shipped_sets() -> list[str]:
 
 
 def shipped_labels(dataset: str, templates: str = OWN) -> Labels | None:
-    """Return our labels for a set of ICinW; None for any other set.
+    """Return the package's labels for a set of ICinW; None for any other set.
 
-    With the templates `paper` they are the paper's.
+    With the templates `paper`, labels that the paper quotes take precedence.
     """
     if dataset not in shipped_sets():
         return None
@@ -55,12 +55,12 @@ def shipped_labels(dataset: str, templates: str = OWN) -> Labels | None:
 
 
 def labels_for(folder: str, dataset: str, path: str | None, templates: str = OWN) -> Labels:
-    """Return the labels of a set: those of `path`, else of the folder's `label_cn.txt`, else ours.
+    """Return a set's labels: from `path`, otherwise from the folder's `label_cn.txt` or from the package.
 
-    With the templates `paper`, those that the paper quotes take the place of ours.
+    With the templates `paper`, labels that the paper quotes replace the package's labels.
 
     Raises:
-        InputError: if the set is none of ICinW and there is no file.
+        InputError: if the set is not in ICinW and has no file.
     """
     own = store.join(folder, "label_cn.txt")
     if path is not None or store.exists(own):
@@ -78,7 +78,7 @@ def read_labels(path: str) -> Labels:
     """Read the labels of a file.
 
     Raises:
-        InputError: for empty or repeated names and for lines of mixed forms.
+        InputError: for empty or repeated names and for lines of mixed formats.
     """
     rows = [line.split("\t") for line in _lines(path)]
     widths = {len(row) for row in rows}
@@ -92,16 +92,17 @@ def read_labels(path: str) -> Labels:
         raise InputError(f"{path}: {repeated[0]!r} names two classes, which a model cannot tell apart")
     keys = tuple(row[0].strip() for row in rows) if len(rows[0]) == 2 else ()
     if empty := [number for number, row in enumerate(rows, start=1) if not all(cell.strip() for cell in row)]:
-        raise InputError(f"{path}:{empty[0]}: a key or a name is empty; give both, divided by a tab")
+        raise InputError(f"{path}:{empty[0]}: a key or a name is empty; give both, separated by a tab")
     if twice := [key for key, count in Counter(keys).items() if count > 1]:
-        raise InputError(f"{path}: the key {twice[0]!r} is given to two classes; correct one")
+        raise InputError(f"{path}: the key {twice[0]!r} belongs to two classes; correct one")
     return Labels(keys, tuple(names))
 
 
 def templates_for(dataset: str, choice: str) -> tuple[str, ...]:
-    """Return templates by choice: `own` (the set's), `general`, `paper`, or a file's path.
+    """Return templates by option: `own` (the set's), `general`, `paper`, or a file's path.
 
-    A set without its own takes the general ones; so do, with `paper`, those for which the paper quotes none.
+    A set without its own templates uses the general ones, as do, with `paper`, sets that the paper does not
+    quote.
 
     Raises:
         InputError: for a template without exactly one `{}`.

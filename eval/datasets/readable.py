@@ -1,4 +1,4 @@
-"""An evaluation set without the images that cannot be decoded: counted, so that its counts tell."""
+"""Leaves images that cannot be decoded out of an evaluation set, and counts them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ class UnreadableImage(InputError):
 
 @dataclass(frozen=True, slots=True)
 class _Subset:
-    """Some of a set's images, by their rows there."""
+    """Some of a set's images, by their rows in the set."""
 
     images: ImageStore
     rows: Int64Array
@@ -32,12 +32,12 @@ class _Subset:
 
 
 def readable_subset(evaluation: RetrievalSet, decode: Decode = "upright") -> tuple[RetrievalSet, str]:
-    """Return the set without unreadable images and texts that only these answer, and a note that counts.
+    """Return the set without unreadable images and texts that only these answer, and a note with the counts.
 
-    Decodes every image.
+    This decodes every image.
 
     Raises:
-        InputError: if none is left.
+        InputError: if no image can be decoded.
     """
     reasons = dict[int, str]()
     for row in range(evaluation.num_images):
@@ -47,7 +47,7 @@ def readable_subset(evaluation: RetrievalSet, decode: Decode = "upright") -> tup
             reasons[row] = str(error)
     kept = np.array([row for row in range(evaluation.num_images) if row not in reasons], dtype=np.int64)
     if not len(kept):
-        raise InputError(f"{evaluation.images_path}: not one image can be decoded; fetch the set again")
+        raise InputError(f"{evaluation.images_path}: no image can be decoded; fetch the set again")
     new_row = np.full(evaluation.num_images, -1, dtype=np.int64)
     new_row[kept] = np.arange(len(kept))
     answers = [new_row[rows][new_row[rows] >= 0] for rows in evaluation.images_of_text]

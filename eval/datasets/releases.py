@@ -1,4 +1,4 @@
-"""Raw releases of retrieval sets, and CN-CLIP's LMDB: recognised in a folder and written in CN-CLIP's layout.
+"""Recognises raw releases of retrieval sets and CN-CLIP's LMDB, and converts them to CN-CLIP's layout.
 
     MUGE          MR_<split>_imgs.tsv, MR_<split>_queries.jsonl {"query_id", "query_text", "item_ids"}
     Flickr30K-CN  ImageSets/<name>.txt, TextData/seg.<name>.caption.txt: `ID#zhb#N words…`, test: `word:POS`
@@ -6,8 +6,9 @@
     ICR           <name>.jsonl or .json with records {"text", "image_path"}
     LMDB          lmdb/<split>/pairs and imgs, as CN-CLIP's build_lmdb_dataset.py writes them
 
-Images of Flickr30K-CN and COCO-CN come with their English owners: put them anywhere below the folder. The
-columns of MUGE's queries, Flickr30K-CN's names and ICR are read leniently; an error lists what was found.
+The images of Flickr30K-CN and COCO-CN come from the English sets: put them anywhere below the folder. The
+reader is lenient about columns of MUGE's queries, Flickr30K-CN's names and ICR; its errors list the names
+found.
 """
 
 import base64
@@ -36,11 +37,11 @@ _IMAGES = (".jpg", ".jpeg", ".png")
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """A set that was recognised, and how to write it."""
+    """A recognised set, and how to convert it."""
 
-    protocol: str  # id of the protocol it is meant for, such as muge-valid
-    folder: str  # that it was found in
-    has_loose_images: bool  # its images are files anywhere below that folder
+    protocol: str  # id of its protocol, such as muge-valid
+    folder: str  # where it was found
+    has_loose_images: bool  # its images are files anywhere below the folder
     write: Callable[[str], None]  # writes `<protocol>_imgs.tsv` and `<protocol>_texts.jsonl` into a folder
 
 
@@ -52,7 +53,7 @@ class _Text:
 
 
 def find_releases(folder: str) -> list[Release]:
-    """Find the releases in a folder, in order of their protocols; none if it holds none."""
+    """Return the releases in a folder in order of their protocols."""
     root = Path(folder)
     found = list[Release]()
     for path in sorted(root.glob("MR_*_queries.jsonl")):
@@ -99,7 +100,7 @@ def _release(
 
 
 def _split_in(name: str) -> str:
-    """Return the split that a file's name speaks of; the name itself if it speaks of none."""
+    """Return the split in a file's name, or the name itself if it has no split."""
     match = re.search(r"test|valid|val|train", name.lower())
     return match.group() if match else name.split(".")[0].lower()
 
@@ -124,7 +125,7 @@ def _tsv(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _standard_base64(encoded: bytes, where: str) -> bytes:
-    """Turn the URL-safe alphabet of MUGE and CN-CLIP's LMDB into the standard one, which our reader takes."""
+    """Convert the URL-safe alphabet of MUGE and CN-CLIP's LMDB to standard base64 for the reader."""
     if len(encoded) > MAX_IMAGE_BASE64_BYTES:
         raise InputError(f"{where}: {too_large()}; leave the image out")
     encoded = encoded.translate(bytes.maketrans(b"-_", b"+/"))
@@ -157,7 +158,7 @@ def _flickr(root: Path, captions: Path) -> tuple[Iterator[tuple[int, bytes]], li
         image, separator, _ = key.partition("#")
         if not separator or not image.isdigit() or not words.strip():
             raise InputError(f"{where}: expected `ID#zhb#N words`, found {line[:80]!r}")
-        # words are divided by spaces and tagged `word:POS` in the test split; a word may be a colon itself
+        # spaces separate words, tagged `word:POS` in the test split; a word may itself be a colon
         joined = " ".join(re.sub(r":[A-Za-z]+$", "", word) for word in words.split())
         text = re.sub(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])", "", joined)  # spaces stay between Latin words
         texts.append(_Text(len(texts), text, (int(image),)))
@@ -197,7 +198,7 @@ def _coco(root: Path, split: Path, captions: Path) -> tuple[Iterator[tuple[int, 
 def _is_icr(path: Path) -> bool:
     """Return whether the first record has ICR's two fields.
 
-    It reads at most a MiB.
+    This reads at most one MiB.
     """
     with store.open_read(str(path)) as file:
         head = file.read(1 << 20).lstrip(b"\xef\xbb\xbf[ \r\n\t")
@@ -223,7 +224,7 @@ def _icr(root: Path, path: Path) -> tuple[Iterator[tuple[int, bytes]], list[_Tex
         for name, image_id in image_ids.items():
             place = (root / name).resolve()
             if not place.is_relative_to(inside):
-                raise InputError(f"{path}: image_path {name!r} leads out of {root}")
+                raise InputError(f"{path}: image_path {name!r} is outside {root}")
             yield image_id, _encoded(place, f"{path}: image_path {name!r}")
 
     return images(), texts

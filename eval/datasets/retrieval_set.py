@@ -1,4 +1,4 @@
-"""A retrieval set by name and folder, in either layout that needs no conversion."""
+"""Reads a retrieval set by name and folder, in either layout that needs no conversion."""
 
 from dataclasses import replace
 
@@ -9,12 +9,12 @@ from pipeline.core.evaluation_sets import SUFFIXES, is_scored_image_to_text, sha
 
 
 def read_retrieval_set(folder: str, name: str) -> RetrievalSet:
-    """Read `<name>_imgs.tsv` with `<name>_texts.jsonl` if one of them is there, else the folder's shards.
+    """Read `<name>_imgs.tsv` with `<name>_texts.jsonl` if either exists, otherwise the folder's shards.
 
-    The set's name and folder say whether it is scored in both directions.
+    The set's name and folder decide whether it is scored in both directions.
 
     Raises:
-        InputError: as the layout's reader raises it, and if the folder holds neither.
+        InputError: if the folder holds neither, or the reader of its layout raises one.
     """
     has_files = any(store.exists(store.join(folder, name + suffix)) for suffix in SUFFIXES)
     by_files = has_files or not shard_stems(folder)

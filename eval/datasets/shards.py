@@ -1,8 +1,8 @@
-"""Shards (`data_prep.shards.stage`) as an evaluation set, and their images by place in the tar.
+"""Reads shards (`data_prep.shards.stage`) as an evaluation set, and their images by offset in the tar.
 
-Images with the same bytes are one image, equal captions are one text: a text's right images are all
-those that carry it. Ids are places in the sequence of all samples, of the first sample that has the image
-or the text. Held in memory are the captions and 24 bytes an image; images stay in the tars.
+Images with the same bytes are one image, and equal captions are one text, whose correct images are all those
+that carry it. The id of an image or a text is the position of its first sample in the sequence of all
+samples. Memory holds the captions and 24 bytes an image; images stay in the tars.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,15 +28,15 @@ from pipeline.core.shard_format import (
 
 @dataclass(frozen=True, slots=True)
 class TarImages:
-    """Images of several tars by place."""
+    """Images of several tars by offset."""
 
     stems: tuple[str, ...]  # paths of the shards without their ending
-    shards: Int64Array  # [num_images], which of `stems`
+    shards: Int64Array  # [num_images], index into `stems`
     offsets_bytes: Int64Array  # [num_images]
     sizes_bytes: Int64Array  # [num_images]
 
     def read(self, rows: Sequence[int] | Int64Array) -> Iterator[bytes]:
-        """Yield encoded images in the order asked for.
+        """Yield encoded images in the order of `rows`.
 
         Raises:
             InputError: if a tar ends before its image.
@@ -52,10 +52,10 @@ class TarImages:
 
 
 def whole_shards(folder: str) -> list[str]:
-    """Return `shard_stems` after a check that each has both its files.
+    """Return `shard_stems` after checking that each has both files.
 
     Raises:
-        InputError: if there are none, and for a tar or a sidecar without the other: a part is missing.
+        InputError: if the folder has no shards, or a tar or a sidecar lacks the other.
     """
     stems = shard_stems(folder)
     if not stems:
@@ -64,7 +64,7 @@ def whole_shards(folder: str) -> list[str]:
     for name in sorted(names):
         other = sidecar_of(name) if name.endswith(TAR) else tar_of(name) if name.endswith(SIDECAR) else name
         if other not in names:
-            raise InputError(f"{folder}: has {name}, but no {other}; the shards are not complete")
+            raise InputError(f"{folder}: has {name}, but no {other}; the shards are incomplete")
     return stems
 
 

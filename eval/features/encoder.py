@@ -38,12 +38,12 @@ class ModelSource:
     vocabulary: str | None  # what `Tokenizer.load` takes; unset, it is looked for
     context_length: int  # tokens with [CLS] and [SEP]
     run_folder: str | None = None  # of the run that trained it, if a run was given
-    decode: Decode = "upright"  # what is seen of images that are no ordinary 8-bit RGB
+    decode: Decode = "upright"  # how images other than 8-bit RGB are decoded
     origin: str | None = None  # id of exactly these weights, if a name stood for them
 
     @property
     def is_finetuned(self) -> bool:
-        """Return whether it is a run's finetuned model; of weights without a run nobody knows."""
+        """Return whether it is a run's finetuned model; false for weights without a run."""
         return self.run_folder is not None and os.path.basename(os.path.dirname(self.path)) == "finetune"
 
 

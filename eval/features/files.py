@@ -47,7 +47,7 @@ class Embedded:
     num_truncated: int  # texts that were cut at the context length
     dim: int
     left_out: list[tuple[str, str]]  # (image, reason) of those that cannot be read or decoded
-    passed_over: list[tuple[str, str]]  # (path, reason) of what is no image file in a folder
+    passed_over: list[tuple[str, str]]  # (path, reason) of files in a folder that are not images
     num_texts_left_out: int  # texts whose image was left out
 
 

@@ -36,7 +36,7 @@ class ImageSource:
     base64: Base64Images | None = None  # CN-CLIP's `_imgs.tsv`
     passed_over: list[tuple[str, str]] = field(
         default_factory=list
-    )  # (path, reason) of what is no image file
+    )  # (path, reason) of files that are not images
 
     def called(self, row: int) -> str:
         """Return what a message calls an image."""

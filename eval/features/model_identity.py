@@ -39,7 +39,7 @@ class ModelIdentity:
 
 
 def identify(model: "CLIP", decode: Decode = "upright") -> ModelIdentity:
-    """Return the identity of a model in memory, on whatever device, that sees images decoded in this way."""
+    """Return the identity of a model in memory, on any device, with this decoding of images."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {list(tensor.shape)}\n".encode())

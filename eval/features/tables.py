@@ -78,7 +78,7 @@ def read_strings(source: str, column: str) -> list[str]:
     """Read one column of a table as text.
 
     Raises:
-        InputError: if there is no row, or one has no text in this column; it names the row.
+        InputError: if the table is empty, or a row has no text in this column; it names the row.
     """
     if source.lower().endswith(".parquet"):
         values = _parquet_strings(source, column)

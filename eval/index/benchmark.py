@@ -1,8 +1,9 @@
-"""`cnclip bench-index`: what an approximate index costs and gives, measured against exact search.
+"""`cnclip bench-index`: measures the cost and quality of approximate indices against exact search.
 
-For each factory string and each setting of its search parameter: recall at k against exact search, queries a
-second, seconds to build, bytes a vector and resident memory. From these the Pareto front (no other point is
-at least as good in recall, speed and size, and better in one) and, for a target, the fastest that meets it.
+For each factory string and each setting of its search parameter, it measures recall at k against exact
+search, queries per second, seconds to build, bytes per vector and resident memory. It reports the Pareto
+front (no other point is at least as good in recall, speed and size, and better in one) and the fastest point
+that meets a target.
 """
 
 import os
@@ -23,31 +24,31 @@ from pipeline.core.arrays import Float32Array, Int64Array
 from pipeline.core.records import InputError
 from pipeline.core.text_table import align
 
-_MIN_SECONDS = 0.2  # a setting is searched again until it took this long
+_MIN_SECONDS = 0.2  # repeat a setting's searches for at least this long
 _BLOCK_ROWS = 16_384
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One index under one setting."""
+    """One index with one setting."""
 
     factory: str
     parameters: str  # empty if the index has none
-    recall: float  # share of the exact k that was found, 0 to 1
+    recall: float  # share of the exact k that it found, 0 to 1
     queries_per_second: float
     build_seconds: float  # training and adding
     bytes_per_vector: float  # of the serialised index
-    resident_bytes: int  # growth of this process's memory over building, as the system counts it
+    resident_bytes: int  # growth of this process's memory during the build
 
     def dominates(self, other: "Point") -> bool:
-        """Return whether it is at least as good in recall, speed and size, and better in one."""
+        """Return whether this point is at least as good in recall, speed and size, and better in one."""
         mine = (self.recall, self.queries_per_second, -self.bytes_per_vector)
         theirs = (other.recall, other.queries_per_second, -other.bytes_per_vector)
         return mine != theirs and all(a >= b for a, b in zip(mine, theirs, strict=True))
 
 
 def default_grid(num_rows: int, dim: int) -> list[str]:
-    """Return factory strings worth trying at this size; lists of about 4 √n, codes of dim / 8 bytes."""
+    """Return factory strings worth trying at this size, with about 4 √n lists and codes of dim / 8 bytes."""
     lists = num_lists(num_rows)
     code = max(1, dim // 8)
     grid = ["Flat", "SQ8", "HNSW32", f"IVF{lists},Flat", f"IVF{lists},SQ8", f"IVF{lists},PQ{code}"]
@@ -56,12 +57,12 @@ def default_grid(num_rows: int, dim: int) -> list[str]:
 
 
 def num_lists(num_rows: int) -> int:
-    """Return the inverted lists for this many rows: a power of two near 4 √n, with 39 rows to train each."""
+    """Return the number of inverted lists: a power of two near 4 √n, with 39 rows to train each list."""
     return int(2 ** np.floor(np.log2(max(1.0, min(4 * num_rows**0.5, num_rows / 39)))))
 
 
 def settings(factory: str, dim: int) -> list[str]:
-    """Return the search parameters to sweep for a factory string: what is in the index says, not its name."""
+    """Return the search parameters to sweep for a factory string, from the index that FAISS builds for it."""
     index = new_index(dim, factory)
     lists = structure.num_lists(index)
     if lists is not None:
@@ -72,7 +73,7 @@ def settings(factory: str, dim: int) -> list[str]:
 
 
 def exact_neighbours(embeddings: Embeddings, queries_QD: Float32Array, k: int) -> Int64Array:
-    """Return rows of the k highest dot products, [Q, k], by plain matrix products a block at a time."""
+    """Return the rows of the k highest dot products, [Q, k], from matrix products of one block at a time."""
     best_scores = np.full((len(queries_QD), k), -np.inf, dtype=np.float32)
     best_rows = np.full((len(queries_QD), k), -1, dtype=np.int64)
     first = 0
@@ -95,10 +96,10 @@ def exact_neighbours(embeddings: Embeddings, queries_QD: Float32Array, k: int) -
 def recall_at(
     embeddings: Embeddings, queries_QD: Float32Array, found_QK: Int64Array, exact_QK: Int64Array
 ) -> float:
-    """Share of the k places of each query that hold a row as near as the k nearest, mean over queries.
+    """Return the mean share of each query's k results that are as near as the k nearest rows.
 
-    Rows that tie with the k-th count: web corpora are full of copies, and which of them comes first is
-    chance. Rows of -1 were not found.
+    Rows that tie with the k-th count, because web corpora contain many duplicates in arbitrary order. Rows of
+    -1 were not found.
     """
     bound = score_error_bound(embeddings.dim)
     rows, inverse = np.unique(np.concatenate([found_QK, exact_QK], axis=1), return_inverse=True)
@@ -125,10 +126,10 @@ def measure(
 ) -> list[Point]:
     """Build and sweep every factory string.
 
-    A string that FAISS refuses at this size is reported and left out.
+    Strings that FAISS refuses at this size are reported and left out.
 
     Raises:
-        InputError: for k above the number of rows, for queries of another width, and if nothing is left.
+        InputError: for k above the number of rows, for queries of another width, and if FAISS refuses all.
         ConfigError: if FAISS has no such device.
     """
     check_device(device)
@@ -170,18 +171,18 @@ def measure(
             points.append(point)
         del empty, built, index
     if not points:
-        raise InputError("no factory string of the grid can be built here")
+        raise InputError("FAISS can build none of the grid's factory strings here")
     return points
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
-    """Return the points that no other dominates, by falling recall."""
+    """Return the points that no other dominates, in order of decreasing recall."""
     front = [point for point in points if not any(other.dominates(point) for other in points)]
     return sorted(front, key=lambda point: (-point.recall, -point.queries_per_second))
 
 
 def best_point(points: Sequence[Point], target_recall: float, bytes_per_vector: float) -> Point | None:
-    """Return the fastest measured point that reaches the recall within the size; None if none does."""
+    """Return the fastest measured point that reaches the recall within the size, or None."""
     fitting = [
         point
         for point in points
@@ -191,12 +192,13 @@ def best_point(points: Sequence[Point], target_recall: float, bytes_per_vector: 
 
 
 def suggest(num_rows: int, dim: int, memory_bytes: float, target_recall: float) -> str:
-    """Return a factory string to start from, by size, memory and target recall.
+    """Return a factory string to start from, for a size, memory and target recall.
 
-    Nothing is measured.
+    This measures nothing.
 
-    Exact below 20,000 rows or for a target of 1. Otherwise the most exact codes that fit: float32, 8 bits or
-    PQ. HNSW where the graph fits and the corpus is under a million: it takes 10 to 20 times as long to add.
+    The index is exact below 20,000 rows or for a target of 1. Otherwise it has the most exact codes that fit:
+    float32, 8 bits or PQ. It is HNSW if the graph fits and the corpus has under a million rows, because
+    adding rows to HNSW takes 10 to 20 times as long.
 
     Raises:
         InputError: if not even the smallest codes fit.
@@ -228,7 +230,7 @@ def suggest(num_rows: int, dim: int, memory_bytes: float, target_recall: float) 
 
 
 def points_table(points: Sequence[Point], k: int) -> str:
-    """Return aligned text, the Pareto front marked with a star."""
+    """Return aligned text that marks the Pareto front with a star."""
     front = pareto_front(points)
     rows = [("", "factory", "setting", f"recall@{k}", "queries/s", "build s", "bytes/vector", "MiB")]
     for point in points:
@@ -248,7 +250,7 @@ def points_table(points: Sequence[Point], k: int) -> str:
 
 
 def front_plot(points: Sequence[Point], k: int) -> str:
-    """Return an SVG: queries a second over recall, a line for each factory string, the front ringed."""
+    """Return an SVG of queries per second over recall: a line for each factory string, rings on the front."""
     import io
 
     from matplotlib import rc_context
@@ -274,7 +276,7 @@ def front_plot(points: Sequence[Point], k: int) -> str:
         )
         axes.set_yscale("log")
         axes.set_xlabel(f"recall@{k} against exact search")
-        axes.set_ylabel("queries a second")
+        axes.set_ylabel("queries per second")
         axes.legend(fontsize=7, frameon=False)
         axes.grid(linewidth=0.4)
         file = io.StringIO()
@@ -283,7 +285,7 @@ def front_plot(points: Sequence[Point], k: int) -> str:
 
 
 def _search(index: Any, queries_QD: Float32Array, k: int) -> tuple[Int64Array, float]:
-    """Return (rows, queries a second), the best of repeated runs: other programs only ever slow one down."""
+    """Return (rows, queries per second) of the fastest repetition, since other programs only slow it down."""
     best, total = float("inf"), 0.0
     while total < _MIN_SECONDS:
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Empty FAISS indices from a factory string, trained, filled, and tried before anybody relies on them."""
+"""Builds FAISS indices from factory strings: trains, fills and tests them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,22 +14,21 @@ from pipeline.core.arrays import Float32Array
 from pipeline.core.records import InputError
 
 _TRIAL_ROWS = 1000
-_REMEDY = "take another factory, such as HNSW32, IVF1024,SQ8 or IVF1024,PQ64"
+_REMEDY = "use another factory, such as HNSW32, IVF1024,SQ8 or IVF1024,PQ64"
 
 
 def new_index(dim: int, factory: str) -> Any:
     """Return an empty inner-product index.
 
     Raises:
-        InputError: for a string that the installed FAISS refuses, and for one that it builds for another
-            measure.
+        InputError: if the installed FAISS refuses the string, or builds it for another metric.
     """
     import faiss
 
     try:
         index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
         reason = why_not_inner_product(index)
-    except Exception as error:  # FAISS throws what its libraries throw, down to std::out_of_range
+    except Exception as error:  # FAISS passes on any error of its libraries, even std::out_of_range
         raise InputError(
             f"FAISS refuses the index {factory!r} at width {dim}: {faiss_reason(error)}; {_REMEDY}"
         ) from None
@@ -39,10 +38,10 @@ def new_index(dim: int, factory: str) -> Any:
 
 
 def train(embeddings: Embeddings, factory: str, train_rows: int, device: Device) -> Any:
-    """Return an empty index, trained on evenly spaced rows and tried on some of them.
+    """Return an empty index, trained on evenly spaced rows and tested on some of them.
 
     Raises:
-        InputError: if FAISS refuses the string or the rows, or if what it builds does not find what is near.
+        InputError: if FAISS refuses the string or the rows, or the index does not find near rows.
     """
     index = new_index(embeddings.dim, factory)
     count = min(train_rows if not index.is_trained else _TRIAL_ROWS, embeddings.num_rows)
@@ -62,7 +61,7 @@ def train(embeddings: Embeddings, factory: str, train_rows: int, device: Device)
 
 
 def try_factory(index: Any, factory: str, rows_ND: Float32Array) -> None:
-    """Add rows to a copy of an empty trained index and check that it finds them again.
+    """Add rows to a copy of an empty trained index and check that it finds them.
 
     Raises:
         InputError: if it does not.
@@ -82,7 +81,7 @@ def try_factory(index: Any, factory: str, rows_ND: Float32Array) -> None:
 
 
 def check_answers(index: Any, factory: str, rows_ND: Float32Array) -> None:
-    """Check that an index of these rows puts near rows first and scores them as it should.
+    """Check that an index of these rows ranks near rows first and returns their inner products.
 
     Raises:
         InputError: if it does not.
@@ -104,12 +103,12 @@ def fill(
     device: Device,
     added: Callable[[int], None] = lambda count: None,
 ) -> Any:
-    """Add rows start … stop - 1 to an empty trained index; return it in the processor's form.
+    """Add rows start … stop - 1 to an empty trained index and return the index in its CPU form.
 
-    `added` hears of each block how many of these rows are in the index.
+    After each block, `added` is called with the number of these rows in the index.
 
     Raises:
-        InputError: for bad rows, for rows that FAISS refuses, and if the answers are out of order.
+        InputError: for bad rows, for rows that FAISS refuses, and if the index does not find near rows.
     """
     index = to_device(index, device, factory)
     count = 0

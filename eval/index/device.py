@@ -1,8 +1,8 @@
-"""Where FAISS computes: on the processor, or on the accelerators that the installed FAISS can use.
+"""Chooses where FAISS computes: on the CPU, or on the GPUs that the installed FAISS can use.
 
-faiss-cpu and faiss-gpu are one module; which one is installed shows in what it has. On accelerators FAISS
-knows flat indices, IVF with flat, scalar and product codes, and transforms before these; not HNSW or RaBitQ.
-What is written to disk is always the processor's form, which any FAISS reads.
+faiss-cpu and faiss-gpu are the same module with different attributes. On GPUs FAISS supports flat indices,
+IVF with flat, scalar and product codes, and transforms before these, but not HNSW or RaBitQ. Indices on disk
+always have the CPU form, which any FAISS reads.
 """
 
 from typing import Any, Literal
@@ -14,10 +14,10 @@ Device = Literal["cpu", "gpu"]
 
 
 def check_device(device: Device) -> None:
-    """Check that FAISS has accelerators here, if they are asked for.
+    """Check that FAISS has a GPU here if one is requested.
 
     Raises:
-        ConfigError: if it has none.
+        ConfigError: if it has no GPU.
     """
     import faiss
 
@@ -25,18 +25,18 @@ def check_device(device: Device) -> None:
         return
     if not hasattr(faiss, "StandardGpuResources"):
         raise ConfigError(
-            f"--device gpu: the installed faiss {faiss.__version__} is built for processors only: put"
-            " faiss-gpu-cu12 in place of faiss-cpu (make gpu), or take --device cpu"
+            f"--device gpu: the installed faiss {faiss.__version__} is built only for CPUs: replace"
+            " faiss-cpu by faiss-gpu-cu12 (make gpu), or use --device cpu"
         )
     if not faiss.get_num_gpus():
-        raise ConfigError("--device gpu: faiss finds no GPU on this machine; take --device cpu")
+        raise ConfigError("--device gpu: faiss finds no GPU on this machine; use --device cpu")
 
 
 def to_device(index: Any, device: Device, factory: str) -> Any:
-    """Return the index on the accelerators (copied to each, queries shared out), or as it is.
+    """Return the index on the GPUs (copied to each, which share the queries), or unchanged for the CPU.
 
     Raises:
-        InputError: for a kind of index that FAISS has for processors only.
+        InputError: if FAISS supports this kind of index only on CPUs.
     """
     import faiss
 
@@ -46,12 +46,12 @@ def to_device(index: Any, device: Device, factory: str) -> Any:
         return faiss.index_cpu_to_all_gpus(index)
     except RuntimeError as error:
         raise InputError(
-            f"FAISS has no {factory!r} for GPUs ({faiss_reason(error)}); take --device cpu"
+            f"FAISS has no {factory!r} for GPUs ({faiss_reason(error)}); use --device cpu"
         ) from None
 
 
 def from_device(index: Any, device: Device) -> Any:
-    """Return the processor's form of an index that `to_device` gave."""
+    """Return the CPU form of an index that `to_device` returned."""
     import faiss
 
     return index if device == "cpu" else faiss.index_gpu_to_cpu(index)

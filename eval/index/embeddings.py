@@ -1,4 +1,4 @@
-"""Features on disk, too many for memory: `.npy` files one after another, read a block at a time."""
+"""Reads features that do not fit into memory from a sequence of `.npy` files, one block at a time."""
 
 import os
 import re
@@ -22,12 +22,12 @@ BLOCK_ROWS = 65_536  # read, checked and added at once: 128 MiB of float32 at 51
 
 @dataclass(frozen=True, slots=True)
 class Embeddings:
-    """`.npy` files one after another, as if they were one matrix."""
+    """A sequence of `.npy` files that acts as one matrix."""
 
     paths: tuple[str, ...]
-    first_rows: tuple[int, ...]  # of each file, and the number of all rows at the end
+    first_rows: tuple[int, ...]  # of each file, followed by the total number of rows
     dim: int
-    model: ModelIdentity | None = None  # None where nothing says
+    model: ModelIdentity | None = None  # None if unknown
 
     @property
     def num_rows(self) -> int:
@@ -38,7 +38,7 @@ class Embeddings:
         """Read the headers of all files.
 
         Raises:
-            InputError: if there are none, and for other types and mixed widths.
+            InputError: if there are no files, and for other types and mixed widths.
         """
         paths = _npy_files(source, side)
         first_rows, dim = [0], 0
@@ -46,12 +46,13 @@ class Embeddings:
             matrix = _open_npy(path)
             if dim and matrix.shape[1] != dim:
                 raise InputError(
-                    f"{path}: features of width {matrix.shape[1]}, but {paths[0]} has {dim}: of another model"
+                    f"{path}: features of width {matrix.shape[1]}, but {paths[0]} has {dim}:"
+                    " they come from different models"
                 )
             dim = matrix.shape[1]
             first_rows.append(first_rows[-1] + len(matrix))
         if not first_rows[-1]:
-            raise InputError(f"{source}: holds files of features, but not one row")
+            raise InputError(f"{source}: holds files of features, but no rows")
         return cls(tuple(paths), tuple(first_rows), dim, read_identity(source))
 
     def blocks(self, start: int, stop: int) -> Iterator[Float32Array]:
@@ -68,7 +69,7 @@ class Embeddings:
             for row in range(low, high, BLOCK_ROWS):
                 last = min(row + BLOCK_ROWS, high)
                 block_BD = np.array(matrix[row - first : last - first], dtype=np.float32)
-                # float16 keeps three digits: bring the length back before it is judged and used
+                # float16 keeps three digits: restore the length before checking and using it
                 if matrix.dtype == np.float16:
                     block_BD = _unit(block_BD)
                 check_vectors(block_BD, f"{path} from row {row - first}")
@@ -88,7 +89,7 @@ class Embeddings:
         return found
 
     def digest(self) -> str:
-        """Hash names, sizes, and the first and last MiB of each file: reading terabytes is not worth more."""
+        """Hash names, sizes, and the first and last MiB of each file, which avoids reading terabytes."""
         return digest([(os.path.basename(path), *store.digest_edges(path)) for path in self.paths])
 
 
@@ -114,7 +115,7 @@ def _open_npy(path: str) -> npt.NDArray[Any]:
     if not store.exists(path):
         raise InputError(f"{path}: no such file; embed first")
     if store.is_local(path) and not os.path.isfile(path):
-        raise InputError(f"{path}: no plain file; give a .npy file, or a folder with img_emb/")
+        raise InputError(f"{path}: not a regular file; give a .npy file, or a folder with img_emb/")
     matrix = map_npy(path, "embed again")
     if matrix.dtype not in (np.float16, np.float32) or matrix.ndim != 2 or not matrix.shape[1]:
         raise InputError(
@@ -125,7 +126,7 @@ def _open_npy(path: str) -> npt.NDArray[Any]:
 
 
 def _unit(block_BD: Float32Array) -> Float32Array:
-    """Give rows unit length if they have it within float16's rounding; others are left to be refused."""
+    """Normalise rows that have unit length within float16's rounding; later checks refuse the others."""
     length_B1 = np.linalg.norm(block_BD, axis=1, keepdims=True)
     unit: Float32Array = np.where(
         np.abs(length_B1 - 1) < 5e-3, block_BD / np.maximum(length_B1, 0.5), block_BD

@@ -1,21 +1,22 @@
-"""The k nearest rows by exact score, in little more time than the bare matrix product."""
+"""Finds the k nearest rows by exact score in little more time than the matrix product takes."""
 
 import numpy as np
 
 from eval.metrics.recall import exact_scores_of_pairs, score_error_bound
 from pipeline.core.arrays import Float32Array, Float64Array, Int64Array
 
-_BLOCK_ELEMENTS = 1 << 23  # scores held at once
-_GROUP = 64  # columns whose highest score stands for them
+_BLOCK_ELEMENTS = 1 << 23  # scores in memory at once
+_GROUP = 64  # columns that their highest score represents
 
 
 def top_k(query_QD: Float32Array, gallery_ND: Float32Array, k: int) -> tuple[Float64Array, Int64Array]:
     """Return (scores, rows) of the k best gallery rows of each query, both [Q, k].
 
-    Features are unit-norm float32; rows come best first, ties by lower row. The matrix product only finds
-    candidates: columns are looked at in groups by their highest score. The k-th highest of those bounds the
-    k-th best score from below, so only groups that reach it, less the product's error, are opened. Candidates
-    are ordered by `eval.metrics.recall.exact_scores`: the answer depends only on the vectors.
+    Features are unit-norm float32; rows are ordered by decreasing score, ties by lower row. The matrix
+    product only finds candidates: the highest score of each group of columns is computed, and the k-th
+    highest of these bounds the k-th best score from below, so only groups that reach it, less the product's
+    error, need a closer look. `eval.metrics.recall.exact_scores` orders the candidates, so the answer depends
+    only on the vectors.
 
     Raises:
         ValueError: if k exceeds the gallery or the widths differ.
@@ -38,7 +39,7 @@ def top_k(query_QD: Float32Array, gallery_ND: Float32Array, k: int) -> tuple[Flo
         part = slice(start, min(start + block, len(query_QD)))
         product_BN = np.matmul(query_QD[part], padded_ND.T, out=products[: part.stop - start])
         product_BN[:, num_rows:] = -np.inf
-        # group g holds columns g, g + num_groups, …: the maximum then runs along memory
+        # group g has columns g, g + num_groups, …, so the maximum reads memory in order
         groups_BWG = product_BN.reshape(len(product_BN), group, num_groups)
         highest_BG = groups_BWG.max(axis=1)
         least_B = np.partition(highest_BG, num_groups - k, axis=1)[:, num_groups - k] - margin

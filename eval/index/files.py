@@ -1,8 +1,8 @@
-"""FAISS files, written whole or not at all, and read without trust in what they say of themselves.
+"""Writes FAISS files whole or not at all, and reads them without trusting their headers.
 
-FAISS's own writer notices a full disk only when it closes the file, where it cannot say so. Its reader takes
-what memory a header asks for. Its memory-mapped reader ends the process if the file is shorter than its
-header says, so another process first tries files that are worth mapping.
+FAISS's writer notices a full disk only when it closes the file, and cannot report it then. Its reader
+allocates as much memory as a header asks for. Its memory-mapped reader crashes the process if the file is
+shorter than its header says, so another process first tests files that are large enough to map.
 """
 
 import hashlib
@@ -21,13 +21,13 @@ from pipeline.core import store
 from pipeline.core.processes import import_environment
 from pipeline.core.records import InputError
 
-MAP_BYTES = 64 << 20  # smaller files are read whole: that takes milliseconds
+MAP_BYTES = 64 << 20  # smaller files are read whole, which takes milliseconds
 _WRITE_BYTES = 1 << 20
-_SPARE_BYTES = 4096  # FAISS counts some vectors generously
-_SLOWEST_BYTES_PER_SECOND = 10 << 20  # of a disk from which an index is tried
+_SPARE_BYTES = 4096  # FAISS overestimates some vectors
+_SLOWEST_BYTES_PER_SECOND = 10 << 20  # of a disk from which an index is tested
 
-_limits = threading.Lock()  # FAISS's limits are the process's
-# Files by what the file system says of them: those that are as they were written, and those that are sound.
+_limits = threading.Lock()  # FAISS's limits apply to the process
+# Files by their metadata in the file system: unchanged ones, and sound ones.
 _written: dict[str, tuple[int, ...]] = {}
 _sound: dict[str, tuple[int, ...]] = {}
 
@@ -55,7 +55,7 @@ def write_index(index: Any, path: str) -> tuple[int, str]:
         try:
             writer: Any = faiss.PyCallbackIOWriter(write, _WRITE_BYTES)  # type: ignore[attr-defined]
             faiss.write_index(index, writer)
-        except Exception as error:  # FAISS's own, or what it makes of ours
+        except Exception as error:  # FAISS's own error, or its translation of ours
             if not failed:
                 raise InputError(f"{path}: FAISS cannot write it ({faiss_reason(error)})") from None
         if failed:
@@ -69,8 +69,8 @@ def load_index(path: str, *, mapped: bool = True) -> Any:
     """Return the inner-product index of a file, memory-mapped if it is large and of a kind that allows it.
 
     Raises:
-        InputError: for a missing or damaged file, one that asks for more memory than it has bytes, one whose
-            parts do not fit each other, and one that ranks by another measure. It names the file.
+        InputError: if the file is missing or damaged, asks for more memory than it has bytes, has
+            inconsistent parts, or ranks by another metric. It names the file.
     """
     if not store.is_local(path):
         with tempfile.TemporaryDirectory() as folder:
@@ -84,13 +84,13 @@ def load_index(path: str, *, mapped: bool = True) -> Any:
 
 
 def vouch(path: str) -> None:
-    """Note that a file is as it was written: by this process, or because its digest is right."""
+    """Record that a file is unchanged: this process wrote it, or its digest is correct."""
     if store.is_local(path):
         _written[os.path.abspath(path)] = _identity(os.stat(path))
 
 
 def faiss_reason(error: BaseException) -> str:
-    """Return what an error of FAISS says, without the C++ function and source file that it comes from."""
+    """Return the text of a FAISS error without its C++ function and source file."""
     lines = str(error).strip().splitlines()
     if not lines:
         return type(error).__name__
@@ -101,14 +101,14 @@ def faiss_reason(error: BaseException) -> str:
 
 
 def read_limited(path: str, num_bytes: int, *, mapped: bool) -> Any:
-    """Return what FAISS reads, with no vector or count larger than the file.
+    """Read an index with FAISS; no vector or count may be larger than the file.
 
     Raises:
-        RuntimeError: and whatever else FAISS raises.
+        RuntimeError: and any other error of FAISS.
     """
     import faiss
 
-    # tables that only an L2 search or a symmetric one reads: they may be a hundred times the file
+    # skip tables for L2 and symmetric searches, which may be a hundred times as large as the file
     flags = faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE | faiss.IO_FLAG_PQ_SKIP_SDC_TABLE
     if mapped:
         flags |= faiss.IO_FLAG_MMAP_IFC
@@ -127,7 +127,7 @@ def try_search(index: Any) -> None:
     """Search for one vector.
 
     Raises:
-        RuntimeError: and whatever else FAISS raises.
+        RuntimeError: and any other error of FAISS.
     """
     import numpy as np
 
@@ -141,7 +141,7 @@ def _load(path: str, name: str, *, mapped: bool) -> Any:
     except OSError:
         raise _missing(name) from None
     if not stat.S_ISREG(found.st_mode):
-        raise InputError(f"{name}: not a readable FAISS index (no plain file); give the file of an index")
+        raise InputError(f"{name}: not a readable FAISS index (not a regular file); give an index file")
     key, known = os.path.abspath(path), _identity(found)
     is_sound = _sound.get(key) == known
     mapped = mapped and found.st_size > MAP_BYTES
@@ -153,10 +153,10 @@ def _load(path: str, name: str, *, mapped: bool) -> Any:
         if not is_sound:
             check_structure(index)
         limit_search(index)
-        if not is_sound and found.st_size <= MAP_BYTES:  # larger ones show it soon enough
+        if not is_sound and found.st_size <= MAP_BYTES:  # larger files fail soon enough
             try_search(index)
         reason = why_not_inner_product(index)
-    except Exception as error:  # FAISS throws what its libraries throw, down to std::bad_alloc
+    except Exception as error:  # FAISS passes on any error of its libraries, even std::bad_alloc
         raise InputError(
             f"{name}: not a readable FAISS index ({faiss_reason(error)}); remove it and build again"
         ) from None
@@ -167,7 +167,7 @@ def _load(path: str, name: str, *, mapped: bool) -> Any:
 
 
 def _try_in_another_process(path: str, num_bytes: int) -> None:
-    """Map and search a file in another process.
+    """Map and search a file in another process, which damage may crash.
 
     Raises:
         ValueError: if that fails, or ends the process.
@@ -183,7 +183,7 @@ def _try_in_another_process(path: str, num_bytes: int) -> None:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise ValueError("FAISS does not come to an end with it") from None
+        raise ValueError("FAISS does not finish reading it") from None
     if done.returncode < 0:
         raise ValueError(f"it ends the process that reads it, by signal {-done.returncode}")
     if done.returncode:

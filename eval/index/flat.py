@@ -1,4 +1,4 @@
-"""FAISS inner-product indices: built by factory string, written to one file, searched in batches."""
+"""Builds FAISS inner-product indices by factory string in one file, and searches them in batches."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ def build_index(vectors_path: str, index_path: str, *, factory: str = "Flat") ->
         if not index.is_trained:
             index.train(vectors_ND)
         index.add(vectors_ND)
-    except Exception as error:  # FAISS throws what its libraries throw
+    except Exception as error:  # FAISS passes on any error of its libraries
         raise InputError(
             f"{vectors_path}: FAISS cannot build the index {factory!r}: {faiss_reason(error)}"
         ) from None
@@ -51,10 +51,10 @@ def search(index: Any, queries_QD: Float32Array, k: int) -> tuple[Float64Array, 
 
     Rows come best first, equal scores by lower row.
 
-    FAISS orders equal scores by its own heap and rounds float32 sums by its own kernels. This function
-    searches the vectors of a flat index by `eval.index.exact_search.top_k` instead, so the answer depends on
-    the vectors alone. From any other index this orders what FAISS returns, with FAISS's scores; rows not
-    found are -1, last.
+    The order of equal scores and the rounding of float32 sums depend on FAISS's heap and kernels. So for a
+    flat index this function searches the vectors with `eval.index.exact_search.top_k`, and the answer depends
+    only on the vectors. For any other index it orders FAISS's results by FAISS's scores; rows not found are
+    -1 and come last.
 
     Raises:
         ValueError: if the index holds fewer than k rows or vectors of another width.
@@ -79,7 +79,7 @@ def search(index: Any, queries_QD: Float32Array, k: int) -> tuple[Float64Array, 
 
 
 def _best_first(scores_BC: Float64Array, rows_BC: Int64Array, k: int) -> tuple[Float64Array, Int64Array]:
-    """Return the first k by (score descending, row ascending); rows of -1 (not found) go last."""
+    """Return the first k by (score descending, row ascending); rows of -1 (not found) come last."""
     missing = rows_BC < 0
     order = np.lexsort((rows_BC, np.where(missing, np.inf, -scores_BC)), axis=1)[:, :k]
     return np.take_along_axis(scores_BC, order, axis=1), np.take_along_axis(rows_BC, order, axis=1)

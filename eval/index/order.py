@@ -1,4 +1,4 @@
-"""Whether an index finds what is near: a look at its answers, whatever FAISS says about its kind."""
+"""Tests whether an index finds near rows by its answers, not by its type in FAISS."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,20 +9,20 @@ from pipeline.core.arrays import Float32Array, Int64Array
 
 NUM_QUERIES = 64
 _NUM_FOUND = 10
-_LEAST_GAIN = 0.1  # of what the best row is better than a random one; right factories reach 0.3 and more
-_MOST_OFF = 0.5  # median difference of a score from the inner product; coarse codes stray by some 0.3
+_LEAST_GAIN = 0.1  # of the best row's advantage over a random one; good factories reach at least 0.3
+_MOST_OFF = 0.5  # median error of a score against the inner product; coarse codes have about 0.3
 
 
 def why_out_of_order(
     index: Any, queries_QD: Float32Array, mean_D: Float32Array, rows_of: Callable[[Int64Array], Float32Array]
 ) -> str | None:
-    """Return what is wrong with an index's answers to some of its own rows, or None.
+    """Return what is wrong with an index's answers to queries that are rows of it, or None.
 
     Args:
         index: holds unit-norm rows.
         queries_QD: rows that it holds.
         mean_D: mean of its rows, or of a sample.
-        rows_of: gives the vectors of ascending ids.
+        rows_of: returns the vectors of ascending ids.
     """
     scores_QK, rows_QK = index.search(queries_QD, min(_NUM_FOUND, index.ntotal))
     is_found = rows_QK >= 0

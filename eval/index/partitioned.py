@@ -1,6 +1,6 @@
-"""Indices over embeddings that do not fit into memory: in parts, memory-mapped, resumable.
+"""Builds indices over embeddings that do not fit into memory: in parts, memory-mapped, resumable.
 
-Embeddings are read a block at a time from `.npy` files, float16 or float32, unit-norm.
+Unit-norm embeddings in float16 or float32 are read from `.npy` files, one block at a time.
 docs/reference/formats.md, "Features and indices", has the layout of the folder that `build_parts` writes.
 """
 
@@ -24,23 +24,23 @@ from pipeline.core.files.lock import exclusive
 from pipeline.core.records import ConfigError, InputError
 from pipeline.core.stage import Progress
 
-_DIGESTED_BYTES = 4 << 30  # an index of this size is read when it is opened: some seconds
+_DIGESTED_BYTES = 4 << 30  # indices up to this size are hashed on opening, which takes seconds
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One FAISS file and which rows it holds."""
+    """One FAISS file and the rows in it."""
 
     path: str  # relative to the index's folder
     first_row: int
     num_rows: int
     num_bytes: int
-    digest: str = ""  # sha256 of the bytes, hex; empty in an index of before digests were kept
+    digest: str = ""  # sha256 of the bytes, hex; empty in old indices without digests
 
 
 @dataclass(frozen=True, slots=True)
 class PartedIndex:
-    """What `index.json` says."""
+    """The contents of `index.json`."""
 
     folder: str
     factory: str
@@ -48,14 +48,14 @@ class PartedIndex:
     num_rows: int
     inputs: str  # digest of embeddings and settings
     parts: tuple[Part, ...]
-    model: ModelIdentity | None = None  # None where nothing said it
+    model: ModelIdentity | None = None  # None if unknown
 
     @classmethod
     def open(cls, folder: str) -> "PartedIndex":
-        """Read the description of an index and look at its parts.
+        """Read the description of an index and check its parts.
 
         Raises:
-            InputError: if the folder holds no complete index, or if a part is not the one that was written.
+            InputError: if the folder holds no complete index, or a part has changed.
         """
         index = cls.read(folder)
         read_all = sum(part.num_bytes for part in index.parts) <= _DIGESTED_BYTES
@@ -69,10 +69,10 @@ class PartedIndex:
 
     @classmethod
     def read(cls, folder: str) -> "PartedIndex":
-        """Read only the description.
+        """Read only the description, without a look at the parts.
 
         Raises:
-            InputError: if there is none or it is damaged.
+            InputError: if it is missing or damaged.
         """
         path = store.join(folder, "index.json")
         try:
@@ -92,7 +92,7 @@ class PartedIndex:
         return index
 
     def check(self) -> None:
-        """Check that the parts follow one another and make up the whole.
+        """Check that the parts are contiguous and complete.
 
         Raises:
             ValueError: if they do not.
@@ -119,7 +119,7 @@ class PartedIndex:
             raise ValueError(f"{self.num_rows} rows of width {self.dim}, but its parts have {row}")
 
     def damage(self, part: Part, *, read_all: bool) -> str | None:
-        """Return why a part is not the file that was written, or None."""
+        """Return how a part differs from the file that was written, or None."""
         path = store.join(self.folder, part.path)
         try:
             found = store.num_bytes(path)
@@ -127,7 +127,7 @@ class PartedIndex:
                 return f"{found} of {part.num_bytes} bytes"
             if read_all and part.digest:
                 if store.digest_file(path) != part.digest:
-                    return "other bytes than were written"
+                    return "its bytes have changed"
                 vouch(path)
         except FileNotFoundError:
             return "no such file"
@@ -142,8 +142,8 @@ class PartedIndex:
     ) -> tuple[Float32Array, Int64Array]:
         """Return the k best rows of each query over all parts: (scores, rows), best first, ties by lower row.
 
-        One part is mapped at a time. `parameters` is FAISS's string, such as `nprobe=16`. Rows that were not
-        found are -1.
+        Only one part is mapped at a time. `parameters` is FAISS's string, such as `nprobe=16`. Rows that were
+        not found are -1.
 
         Raises:
             InputError: for queries of another width and for k above the number of rows.
@@ -191,16 +191,16 @@ def build_parts(
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
 ) -> PartedIndex:
-    """Train on evenly spaced rows, then index part by part; what is there and whole is kept.
+    """Train on evenly spaced rows, then index part by part, keeping intact parts that already exist.
 
-    `device` trains and adds. The same embeddings and settings give the same bytes on one thread of the
-    processor. `progress` counts rows. `say` hears of files that are damaged and built again.
+    Training and adding run on `device`. The same embeddings and settings give the same bytes on one CPU
+    thread. `progress` counts rows. `say` gets a line for each damaged file that is rebuilt.
 
     Raises:
-        ConfigError: if the folder holds an index of other embeddings or settings and `redo` is not set, and
-            if there is no such device.
+        ConfigError: if the folder holds an index of other embeddings or settings and `redo` is not set, or
+            the device does not exist.
         InputError: for a factory string that FAISS refuses or that does not search by inner product, and if
-            another command is at work in the folder.
+            another command is working in the folder.
     """
     check_device(device)
     if rows_per_part < 1 or train_rows < 1:
@@ -242,7 +242,7 @@ def _begin(folder: str, inputs: str, redo: bool) -> None:
 
 
 def _described(folder: str, inputs: str) -> dict[int, Part]:
-    """Return the parts that a finished index of these inputs describes with their digests, by number."""
+    """Return the parts of a finished index of these inputs that have digests, by number."""
     try:
         before = PartedIndex.read(folder)
     except InputError:
@@ -254,7 +254,7 @@ def _described(folder: str, inputs: str) -> dict[int, Part]:
 
 @dataclass(frozen=True, slots=True)
 class _Trained:
-    """The trained index that all parts start from, made when the first part needs it."""
+    """The trained index from which all parts start, made when the first part needs it."""
 
     embeddings: Embeddings
     folder: str
@@ -265,12 +265,12 @@ class _Trained:
     progress: Progress | None
 
     def show(self, num_rows: int) -> None:
-        """Show how many rows are in the parts."""
+        """Show the number of rows in the parts."""
         if self.progress is not None:
             self.progress(num_rows, self.embeddings.num_rows)
 
     def part(self, part: Part) -> Part:
-        """Return the part as it lies in the folder, built if it is missing or damaged."""
+        """Return the part in the folder, and build it if it is missing or damaged."""
         path = store.join(self.folder, part.path)
         if store.exists(path):
             try:
@@ -293,7 +293,7 @@ class _Trained:
         num_bytes, found = store.num_bytes(path), store.digest_file(path)
         if part.digest:
             if (num_bytes, found) != (part.num_bytes, part.digest):
-                raise InputError(f"{path}: other bytes than were written")
+                raise InputError(f"{path}: its bytes have changed")
         else:
             index = load_index(path)
             if (index.d, index.ntotal) != (self.embeddings.dim, part.num_rows):
@@ -327,7 +327,7 @@ def set_parameters(index: Any, parameters: str, device: Device = "cpu") -> None:
     if not parameters:
         return
     kind = faiss.ParameterSpace if device == "cpu" else faiss.GpuParameterSpace
-    space: Any = kind()  # FAISS's stubs know one of its two signatures
+    space: Any = kind()  # FAISS's stubs have only one of its two signatures
     try:
         space.set_index_parameters(index, parameters)
     except RuntimeError as error:

@@ -1,6 +1,6 @@
-"""`python -m eval.index.probe FILE`: map and search an index, so that damage ends this process and no other.
+"""`python -m eval.index.probe FILE`: maps and searches an index, so that damage crashes only this process.
 
-Exit status 0 if that works; else 1 and one line with the reason.
+The exit status is 0 if that works, otherwise 1, with the reason in one line.
 """
 
 import os
@@ -13,8 +13,8 @@ from eval.index.files import faiss_reason, read_limited, try_search
 from eval.index.structure import check_structure, limit_search
 from pipeline.core.processes import die_with_parent
 
-_SPARE_BYTES = 2 << 30  # of address space, beyond twice the file
-_LEAST_SECONDS = 30  # of processor time
+_SPARE_BYTES = 2 << 30  # of address space, in addition to twice the file
+_LEAST_SECONDS = 30  # of CPU time
 _BYTES_PER_SECOND = 20 << 20
 
 

@@ -1,23 +1,23 @@
-"""What a FAISS index is made of: whether all of it ranks by inner product, and whether its parts agree.
+"""Checks the structure of a FAISS index: that all of it ranks by inner product, and that its parts agree.
 
-FAISS checks much while it reads a file, but not that the parts fit each other, and a search over parts that
-do not reads beyond their memory. Its factory builds some kinds for the L2 distance though the inner product
-is asked for, and then the worst row comes first.
+FAISS checks much while it reads a file, but not that the parts fit each other, and a search over inconsistent
+parts reads beyond their memory. Its factory builds some kinds for the L2 distance although the inner product
+is requested, and then the worst row comes first.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
-# Where an index keeps the indices that it is made of.
+# Attributes with the indices inside an index.
 _INSIDE = ("index", "base_index", "refine_index", "quantizer", "storage", "index_ivf")
 _QUANTIZERS = ("pq", "sq", "rq", "lsq", "prq", "plsq", "rabitq")  # fields of kinds that code rows
 _MOST_DEEP = 16
-_MOST_STRETCH = 1e-3  # of a rotation in float32: what is learnt is off by a ten-thousandth at most
-_BLOCK_ROWS = 32  # that the fast scan kinds look at together; the factory makes no others
+_MOST_STRETCH = 1e-3  # of a rotation in float32; learnt ones are off by 1e-4 at most
+_BLOCK_ROWS = 32  # per block of the fast scan kinds; the factory makes no other size
 
 
 def walk(index: Any, depth: int = 0) -> Iterator[Any]:
-    """Yield an index and all indices inside it, each as its own class.
+    """Yield an index and all indices inside it, each downcast to its class.
 
     Raises:
         ValueError: for endless nesting.
@@ -45,42 +45,42 @@ def num_lists(index: Any) -> int | None:
 
 
 def has_graph(index: Any) -> bool:
-    """Return whether rows are found by walking an HNSW graph (and not lists by one)."""
+    """Return whether an HNSW graph finds rows (and not just lists)."""
     import faiss
 
     return num_lists(index) is None and any(isinstance(part, faiss.IndexHNSW) for part in walk(index))
 
 
 def why_not_inner_product(index: Any) -> str | None:
-    """Return why scores of an index are no inner products of the vectors that go in, or None if they are."""
+    """Return why an index's scores are not inner products of the original vectors, or None if they are."""
     import faiss
 
     for part in walk(index):
         name = type(part).__name__
         if isinstance(part, faiss.IndexIDMap | faiss.IndexIDMap2):
-            return f"{name} keeps ids of its own, and rows are found by their place; leave IDMap out"
+            return f"{name} keeps separate ids, but rows are found by position; leave IDMap out"
         if part.metric_type != faiss.METRIC_INNER_PRODUCT:
             return f"{name} ranks by {_measure(part.metric_type)}, not by inner product"
         for step in _transforms(part):
             if isinstance(step, faiss.PCAMatrix) and step.eigen_power != 0:
-                return "PCAW whitens, so scores are not the vectors' inner products; take OPQ or RR"
-            # Scores are those of vectors less their mean: rows near the mean sink in the ranking.
+                return "PCAW whitens, so scores are not the vectors' inner products; use OPQ or RR"
+            # The mean is subtracted from the vectors, so rows near the mean sink in the ranking.
             if isinstance(step, faiss.CenteringTransform | faiss.ITQTransform) or (
                 isinstance(step, faiss.LinearTransform)
                 and step.have_bias
                 and (not step.is_trained or faiss.vector_to_array(step.b).any())
             ):
-                return f"{type(step).__name__} moves rows by their mean, so scores are others; take OPQ or RR"
+                return f"{type(step).__name__} subtracts the rows' mean, which changes scores; use OPQ or RR"
             if step.is_trained and not _keeps_products(step):
                 return (
-                    f"{type(step).__name__} stretches rows or leaves some of their numbers out, so scores are"
-                    " others; take OPQ or RR"
+                    f"{type(step).__name__} stretches rows or drops some of their dimensions, which changes"
+                    " scores; use OPQ or RR"
                 )
     return None
 
 
 def _keeps_products(step: Any) -> bool:
-    """Return whether a step turns or projects vectors and does nothing else to them."""
+    """Return whether a step only rotates or projects vectors."""
     import faiss
     import numpy as np
 
@@ -98,10 +98,10 @@ def _keeps_products(step: Any) -> bool:
 
 
 def limit_search(index: Any) -> None:
-    """Bring what a search looks at down to what an index holds: some kinds fail or reserve memory for more.
+    """Limit search parameters to the size of the index, because some kinds fail or reserve memory for more.
 
-    FAISS keeps these numbers in the file, so that they are anybody's. Call it whenever a file was read. An
-    empty graph keeps its numbers, since it may be filled.
+    FAISS stores these numbers in the file, so they are untrusted: call this after reading a file. An empty
+    graph keeps its numbers, since rows may be added.
     """
     import faiss
 

@@ -19,7 +19,7 @@ FloatArray = npt.NDArray[np.floating]
 
 _RECALL_LEVELS = np.linspace(0, 1, 11)
 _RESAMPLES_OF_MAP = 200  # sorts 20 classes each time
-_ELEVATER_SCALE = 100.0  # of the cosines in ELEVATER's softmax, whatever the model's own factor
+_ELEVATER_SCALE = 100.0  # of the cosines in ELEVATER's softmax, for any factor of the model
 
 
 def measured_metric(metric: Metric, scores_NC: FloatArray, targets_NC: BoolArray) -> Measured:

@@ -37,7 +37,7 @@ class Line:
 
     @property
     def difference(self) -> Measured | None:
-        """Ours - paper, with the interval of ours: the paper prints none for its own."""
+        """Return ours - paper, with the interval of ours: the paper prints no intervals."""
         if self.ours is None or self.paper is None:
             return None
         return Measured(*(value - self.paper for value in (self.ours.value, self.ours.low, self.ours.high)))
@@ -59,8 +59,8 @@ class Comparison:
     @property
     def heading(self) -> str:
         table = f"Table {self.number}, " if self.number is not None else ""
-        beside = f" beside {self.paper_model}" if self.paper_model else ""
-        return f"{table}{self.title}, {self.setup}: {self.model}{beside}"
+        peer = f" next to {self.paper_model}" if self.paper_model else ""
+        return f"{table}{self.title}, {self.setup}: {self.model}{peer}"
 
 
 def compare_retrieval(
@@ -122,7 +122,7 @@ def compare_classification(
 
     The average is there if all sets of Table 12 were measured.
 
-    `notes` are by set. `differing` sets are not those of the protocol: no published figure stands next to
+    `notes` are by set. `differing` sets are not those of the protocol: no published figure appears next to
     them. Table 5 has no row of one checkpoint, so it is shown without differences. `by_elevater` has mAP by
     ELEVATER's rule, which is compared; that of `scores`, by VOC's, stands below it.
     """

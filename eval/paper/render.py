@@ -66,7 +66,7 @@ def to_json(tables: Sequence[Comparison], facts: Mapping[str, Any]) -> str:
 
 
 def to_csv(tables: Sequence[Comparison]) -> str:
-    """Return one row a figure; empty cells where there is none."""
+    """Return one row for each figure, with empty cells for missing values."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(

@@ -1,8 +1,8 @@
-"""Line charts and histograms as SVG elements for the report's page.
+"""Draws line charts and histograms as SVG elements for the report.
 
-They hold only numbers and ASCII labels: matplotlib's fonts have no Chinese, and the page is in two
-languages, so titles and axes are named by the page. Colours and font are the variables of the page's style
-sheet, so that charts follow light and dark.
+The charts contain only numbers and ASCII labels: matplotlib's fonts lack Chinese and the page has two
+languages, so the page itself names titles and axes. Colours and font are CSS variables of the page, so that
+charts follow its light and dark modes.
 """
 
 import io
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-# Placeholders that matplotlib takes for colours → variables of the style sheet.
+# Placeholder colours for matplotlib → variables of the style sheet.
 _INK, _GRID, _SERIES = "#0a0b01", "#0a0b02", ("#0a0b03", "#0a0b04", "#0a0b05")
 _KEPT, _DROPPED, _OTHER = "#0a0b06", "#0a0b07", "#0a0b08"
 _VARIABLES = {
@@ -27,7 +27,7 @@ _VARIABLES = {
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """A line: its name (written once, where the last line of that name ends), colour 0…2, (x, y) points."""
+    """A line: its name (written once, at the last line of that name), colour 0…2, (x, y) points."""
 
     label: str
     colour: int
@@ -42,11 +42,11 @@ def line_chart(
     top: float | None = None,
     contrast: bool = False,
 ) -> str:
-    """Return an SVG element over samples seen, as wide as its container.
+    """Return an SVG line chart over samples seen, as wide as its container.
 
-    `name` keeps its ids apart from other charts'; the page gives the id `<name>-title` to what names it.
-    `boundaries` are (stage, samples seen at its start), then ("", the end). The y axis goes from 0 to `top`;
-    without it, it fits the data. With `contrast` colour 2 is of another hue than colour 1.
+    `name` makes its ids unique on the page, which gives its title the id `<name>-title`. `boundaries` are
+    (stage, samples seen at its start), then ("", the end). The y axis runs from 0 to `top`; without `top` it
+    fits the data. With `contrast` colour 2 has another hue than colour 1.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -87,10 +87,10 @@ def line_chart(
 
 
 def histogram_chart(name: str, edges: Sequence[float], kept: Sequence[int], dropped: Sequence[int]) -> str:
-    """Return an SVG element: rows a bin, those dropped on those kept; empty bins at the ends are left out.
+    """Return an SVG histogram that stacks dropped rows on kept rows, without empty bins at the ends.
 
-    Bin 0 is below the first edge, bin i between the edges i - 1 and i, the last from the last edge on. `name`
-    is as in `line_chart`.
+    Bin 0 is below the first edge, bin i between the edges i - 1 and i, the last one above the last edge.
+    `name` is as in `line_chart`.
 
     Raises:
         ValueError: if every bin is empty.
@@ -109,7 +109,7 @@ def histogram_chart(name: str, edges: Sequence[float], kept: Sequence[int], drop
         axes = figure.add_subplot()
         axes.bar(bins, kept[first : last + 1], width=0.9, color=_KEPT)
         axes.bar(bins, dropped[first : last + 1], width=0.9, bottom=kept[first : last + 1], color=_DROPPED)
-        # An edge stands between its two bins; some eight of them are written.
+        # An edge is drawn between its two bins, and about eight edges get a label.
         inside = [number for number in range(first, last + 2) if 1 <= number <= len(edges)]
         written = inside[:: max(1, len(inside) // 7)]
         places, labels = (
@@ -142,7 +142,7 @@ def _svg(figure: Any) -> str:
 
 
 def _label_lines(axes: Any, last_point: Mapping[str, tuple[float, float]]) -> None:
-    """Names at the ends of the lines, moved apart where lines end close together, and kept inside."""
+    """Draw names at the ends of the lines, apart from each other and inside the chart."""
     low, high = axes.get_ylim()
     gap = 0.085 * (high - low)
     from_below = sorted(last_point.items(), key=lambda item: item[1][1])
@@ -172,7 +172,7 @@ def _inline_svg(svg: str, name: str) -> str:
     svg = re.sub(
         r'(<svg[^>]*?) width="[^"]*"', rf'\1 role="img" aria-labelledby="{name}-title"', svg, count=1
     )
-    svg = re.sub(r'id="([^"]+)"', rf'id="{name}-\1"', svg)  # several charts share a page
+    svg = re.sub(r'id="([^"]+)"', rf'id="{name}-\1"', svg)  # since several charts share a page
     svg = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', svg)
     svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", svg)
     svg = re.sub(r"(font: [^;\"]*?[\d.]+px) [^;\"]*", r"\1 var(--font)", svg)

@@ -1,4 +1,4 @@
-"""Collect what the report shows from the stages of a run that are there: all of them, or those so far."""
+"""Collects what the report shows from a run's stages: all of them, or those that have run so far."""
 
 import dataclasses
 import json
@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, TypeVar
 
 from data_prep.accounting import histograms
-from data_prep.accounting.funnel import STEPS, by_source, count_planted, threshold_notes
+from data_prep.accounting.funnel import STEPS, by_source, count_planted, no_op_thresholds
 from eval.datasets.retrieval_set import read_retrieval_set
 from eval.report.copies import copies_of_rules
 from eval.report.data import (
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 Part = TypeVar("Part")
 
 MAX_GALLERIES = 6  # evaluation sets with examples
-# What the fate of planted rows is read from.
+# The stages that decide the fate of planted rows.
 _COUNTED = {"corpus", "filter_text", "dedup", "download", "filter_image", "shards"}
 
 
@@ -52,8 +52,8 @@ def collect(
     """Return what the page shows of the stages in `context.parents`.
 
     `finished` names those that are complete (default: all); the others have the receipts so far. Without
-    images, examples of rows and answers are left out, and the paper's tables, which read features. A
-    `lenient` page leaves out a part whose files are gone, and says so.
+    `images`, the page has no examples of rows and answers, and no tables of the paper, which need features.
+    A `lenient` page leaves out parts whose files are gone and says so.
 
     Raises:
         InputError: if a file is missing or damaged, unless `lenient`.
@@ -94,7 +94,9 @@ def collect(
             if step in manifests
             for name, counts in histograms.of_stage(manifests[step].extra.values()).items()
         ),
-        notes=tuple(note for step in STEPS if step in manifests for note in threshold_notes(manifests[step])),
+        notes=tuple(
+            note for step in STEPS if step in manifests for note in no_op_thresholds(manifests[step])
+        ),
     )
     return _with_images(data, config, context, finished, lenient) if with_images else data
 
@@ -102,7 +104,7 @@ def collect(
 def _with_images(
     data: ReportData, config: ReportConfig, context: Context, finished: Collection[str], lenient: bool
 ) -> ReportData:
-    """Add what is read from tables, images and features: a bounded part of each."""
+    """Add what tables, images and features provide, reading a bounded part of each."""
     missing: list[str] = []
 
     def attempt(part: Callable[[], Part]) -> Part | None:
@@ -147,7 +149,7 @@ def _scores(config: ReportConfig, context: Context) -> "tuple[str, dict[str, Ret
     scored = {item.stage for item in found}
     final = next((name for name in reversed(config.score.stages) if name in scored), config.score.stages[-1])
     evaluations = {item.evaluation: item.scores for item in found if item.stage == final}
-    # Of an unfinished stage some sets may lack the last model: they are shown with the next run.
+    # If the stage is unfinished, some sets may lack the last model; they appear with the next call.
     evaluations |= {
         f"{item.evaluation}/{item.stage}": item.scores
         for item in found
@@ -200,7 +202,7 @@ def _funnel(config: ReportConfig, context: Context) -> tuple[FunnelStep, ...]:
 
 
 def comparisons(config: ReportConfig, context: Context) -> "tuple[Comparison, ...]":
-    """Compare the final model with the paper: on sets named as its protocols, and on classification sets."""
+    """Compare the final model with the paper on classification sets and on sets named after its protocols."""
     from eval.datasets.retrieval_set import read_retrieval_set
     from eval.evaluate import compare_set
     from eval.paper.comparison import compare_classification

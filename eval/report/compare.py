@@ -1,4 +1,4 @@
-"""`cnclip report A B`: what differs between two runs, finished or not, on one page."""
+"""`cnclip report A B`: one page with the differences between two runs, finished or not."""
 
 import json
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from eval.report.words import LANGUAGES, plain
 from pipeline.core import store
 from pipeline.core.run import Run
 
-MAX_SETTINGS = 200  # that differ, which are shown
+MAX_SETTINGS = 200  # differing settings that are shown
 _MAX_VALUE = 120  # characters of a setting's value
 
 
 @dataclass(frozen=True, slots=True)
 class ScorePair:
-    """The final models' scores on one evaluation set: R@1, R@5, R@10 of both ways, and the mean."""
+    """The final models' scores on one evaluation set: R@1, R@5, R@10 in both directions, and their mean."""
 
     evaluation: str
     a: Sequence[float]
@@ -32,7 +32,7 @@ class ScorePair:
 
 @dataclass(frozen=True, slots=True)
 class CountPair:
-    """Rows of one line of the funnel in both runs; None where a run has no such step."""
+    """Rows of one line of the funnel in both runs; None if a run has no such step."""
 
     stage: str
     what: str  # in, kept, or a drop reason
@@ -46,7 +46,7 @@ class CountPair:
 
 @dataclass(frozen=True, slots=True)
 class SettingPair:
-    """A setting that differs; None where a run does not have it."""
+    """A setting that differs; None if a run does not have it."""
 
     name: str
     a: str | None
@@ -65,7 +65,7 @@ def write_comparison(run_a: Run, run_b: Run, path: str) -> None:
 
 
 def labels(run_a: Run, run_b: Run) -> tuple[str, str]:
-    """Return the runs' names; with their folders where these are equal."""
+    """Return the runs' names, with their folders if the names are equal."""
     names = run_name(run_a), run_name(run_b)
     return names if names[0] != names[1] else (run_a.folder, run_b.folder)
 

@@ -1,8 +1,8 @@
-"""Pairs of images that a rule called copies, for the report: a person sees at once whether they are.
+"""Pairs of images that a rule called copies, so that readers of the report can judge them at a glance.
 
-Of each rule some pairs are taken: those farthest apart if the drop table says how far, else those with the
-lowest keys, which are digests and so a fair sample. An image that is not at hand (a guard has none, and
-downloads may have been removed since) is left blank; the pair is shown all the same.
+Each rule contributes some pairs: the most distant ones if the drop table has distances, otherwise those with
+the lowest keys, which are digests and so a fair sample. If an image is unavailable (guards have none, and
+downloads may have been deleted), the pair appears with a blank.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from pipeline.core.shard_format import (
 )
 from pipeline.core.stage import Context
 
-PAIRS = 24  # of a rule
+PAIRS = 24  # per rule
 _RULES = {
     "filter_image": (EVALUATION_IMAGE,),
     "dedup_image": (NEAR_DUPLICATE_IMAGE, DUPLICATE_IMAGE),
@@ -105,7 +105,7 @@ def _of_rows(drops: pl.DataFrame, lookup: RowLookup) -> list[CopyPair]:
 
 
 class _EvaluationImages:
-    """Small images of evaluation sets by id. Each set's files are read once, for all the ids wanted of it."""
+    """Small images of evaluation sets by id; reads each set's files once for all requested ids."""
 
     def __init__(self, evaluations: Sequence[EvaluationSet], wanted: Iterable[tuple[str, str]]) -> None:
         self._folders = {item.name: item.folder for item in evaluations}
@@ -119,7 +119,7 @@ class _EvaluationImages:
             folder = self._folders.get(name)
             try:
                 self._found[name] = {} if folder is None else self._read(folder, name)
-            except (InputError, OSError, ValueError):  # the set was moved since: its images stay blank
+            except (InputError, OSError, ValueError):  # the set has been moved: its images stay blank
                 self._found[name] = {}
         return self._found[name].get(image_id)
 

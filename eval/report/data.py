@@ -1,17 +1,18 @@
-"""What the report shows, as plain values, and the few figures that page and terminal share."""
+"""What the report shows, as plain values, and the figures that page and terminal share."""
 
 import base64
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from data_prep.accounting.funnel import NoOpThreshold
 from eval.metrics.recall import RecallAtK, RetrievalScores
 from eval.paper.comparison import Comparison
 
 
 @dataclass(frozen=True, slots=True)
 class StageFacts:
-    """One stage of the run, in order. Without times: the same run gives the same report."""
+    """One stage of the run. It has no times, so that the same run gives the same report."""
 
     name: str
     title: str
@@ -41,15 +42,15 @@ class FunnelStep:
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """How a quantity is spread over the rows that a stage kept and dropped.
+    """The distribution of a quantity over the rows that a stage kept and dropped.
 
-    Bin 0 is below the first edge, bin i between the edges i - 1 and i, the last from the last edge on.
+    Bin 0 is below the first edge, bin i between the edges i - 1 and i, the last one above the last edge.
     """
 
     name: str  # one of data_prep.accounting.histograms.EDGES
     stage: str
     edges: Sequence[float]
-    kept: Sequence[int]  # rows a bin
+    kept: Sequence[int]  # rows per bin
     dropped: Sequence[int]
 
 
@@ -60,7 +61,7 @@ class TrainingPoint:
     stage: str
     samples_seen: int
     loss: float
-    temperature: float  # the factor on cosine similarities, exp(logit_scale)
+    temperature: float  # factor on cosine similarities, exp(logit_scale)
     learning_rate: float
 
 
@@ -90,17 +91,17 @@ class Thumbnail:
 
 @dataclass(frozen=True, slots=True)
 class ExampleRow:
-    """A query text, the rank of its first right image within the top 10, and its top five."""
+    """A query text, the rank of its first correct image in the top 10, and its top five results."""
 
     query: str
-    rank: int | None  # None: no right image among the first ten
+    rank: int | None  # None: no correct image in the top ten
     results: tuple[Thumbnail, ...]  # best first
-    answer: Thumbnail | None  # a right image, given where the top five hold none
+    answer: Thumbnail | None  # a correct image, set if the top five have none
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerText:
-    """A text that an image found, or should have found."""
+    """A text that an image retrieved, or should have retrieved."""
 
     text: str
     is_right: bool
@@ -108,22 +109,22 @@ class AnswerText:
 
 @dataclass(frozen=True, slots=True)
 class ImageQuery:
-    """A query image, the rank of its first right text within the top 10, and its top five."""
+    """A query image, the rank of its first correct text in the top 10, and its top five results."""
 
     image: Thumbnail
-    rank: int | None  # None: no right text among the first ten
+    rank: int | None  # None: no correct text in the top ten
     results: tuple[AnswerText, ...]  # best first
-    answer: AnswerText | None  # a right text, given where the top five hold none
+    answer: AnswerText | None  # a correct text, set if the top five have none
 
 
 @dataclass(frozen=True, slots=True)
 class ExampleGallery:
-    """Examples of one evaluation's answers by the final model."""
+    """Examples of the final model's results on one evaluation set."""
 
     evaluation: str
-    hits: tuple[ExampleRow, ...]  # a right image comes first
-    misses: tuple[ExampleRow, ...]  # no right image among the first five
-    image_hits: tuple[ImageQuery, ...] = ()  # the same of image-to-text, where it is scored
+    hits: tuple[ExampleRow, ...]  # a correct image comes first
+    misses: tuple[ExampleRow, ...]  # no correct image in the top five
+    image_hits: tuple[ImageQuery, ...] = ()  # the same for image-to-text, if it is scored
     image_misses: tuple[ImageQuery, ...] = ()
 
 
@@ -132,7 +133,7 @@ class CopyImage:
     """One image of a pair that a rule called copies: a key or an evaluation set's id, and a small WebP."""
 
     name: str
-    data: bytes | None  # None: not at hand
+    data: bytes | None  # None: unavailable
 
     @property
     def data_uri(self) -> str:
@@ -141,7 +142,7 @@ class CopyImage:
 
 @dataclass(frozen=True, slots=True)
 class CopyPair:
-    """The image that stays or is of an evaluation set, the dropped one, and the bits between their hashes."""
+    """The kept image or the one of an evaluation set, the dropped one, and the bits between their hashes."""
 
     kept: CopyImage
     dropped: CopyImage
@@ -150,7 +151,7 @@ class CopyPair:
 
 @dataclass(frozen=True, slots=True)
 class CopiesOfRule:
-    """Some pairs of the rows that a stage dropped for one reason."""
+    """Example pairs of the rows that a stage dropped for one reason."""
 
     stage: str
     reason: str
@@ -160,12 +161,12 @@ class CopiesOfRule:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A row of the corpus with a small image, if it has one that is at hand."""
+    """A row of the corpus with a small image, if one is available."""
 
     caption: str
     source: str
     url: str
-    detail: str  # why it was dropped, such as a blacklist's word; empty if nothing more is known
+    detail: str  # more about the drop, such as the word of a blacklist; may be empty
     data: bytes | None  # WebP
 
     @property
@@ -175,7 +176,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class DroppedByRule:
-    """Some of the rows that a stage dropped for one reason."""
+    """Examples of the rows that a stage dropped for one reason."""
 
     stage: str
     reason: str
@@ -194,29 +195,29 @@ class MapPoint:
 
 @dataclass(frozen=True, slots=True)
 class CorpusMap:
-    """A bounded sample of the corpus on the two main directions of its embeddings."""
+    """A bounded sample of the corpus on the first two principal components of its embeddings."""
 
     stage: str  # whose model embedded it
-    variance_share: float  # of the two directions, 0 to 1
+    variance_share: float  # of the two components, 0 to 1
     points: tuple[MapPoint, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class StageState:
-    """How far a stage is, for the page of a run that is looked at now."""
+    """A stage's progress, for the page of a run in progress."""
 
     state: str  # of pipeline.core.run.State
     tasks_done: int
     num_tasks: int | None  # None while it waits for other stages
-    seconds: float  # that its finished tasks took
+    seconds: float  # taken by its finished tasks
 
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """What only `cnclip report` knows: the stage's own page must not depend on place and time."""
+    """What only `cnclip report` adds: the stage's own page must not depend on place and time."""
 
     name: str  # of the run
-    date: str  # when it ran, such as 2026-11-27; empty if nothing says
+    date: str  # when it ran, such as 2026-11-27; empty if unknown
     written: str  # when the page was written, UTC
     states: Mapping[str, StageState]
     refresh_seconds: int | None  # the page reloads itself
@@ -228,7 +229,7 @@ class Live:
 
 @dataclass(frozen=True, slots=True)
 class PlantedClass:
-    """One class of dirt that the demo planted, and how many rows met the fate that was written for it."""
+    """One class of defects that the demo planted, and how many of its rows met their expected fate."""
 
     name: str
     stage: str
@@ -243,10 +244,10 @@ class PlantedClass:
 
 @dataclass(frozen=True, slots=True)
 class ReportData:
-    """Everything the report shows; plain values only, so that the page is a function of this.
+    """Everything the report shows. It has only plain values, so that the page is a function of it.
 
-    `evaluations` has the plain name for the final model and `name/stage` for each earlier stage, in the order
-    in which they are to be shown. `baselines` has the names without stage, each with "chance" and "pixel".
+    The keys of `evaluations` are `name` for the final model and `name/stage` for each earlier stage, in the
+    order of the page. The keys of `baselines` are names without a stage, each with "chance" and "pixel".
     """
 
     model: str | None  # None: a run of the corpus alone
@@ -260,17 +261,15 @@ class ReportData:
     training: tuple[TrainingPoint, ...]  # stages in the order they ran
     recall: tuple[RecallPoint, ...]
     galleries: tuple[ExampleGallery, ...]
-    planted: tuple[PlantedClass, ...]  # empty where nothing was planted
-    comparisons: tuple[Comparison, ...] = ()  # sets of the paper, the final model next to its figures
+    planted: tuple[PlantedClass, ...]  # empty if nothing was planted
+    comparisons: tuple[Comparison, ...] = ()  # the final model next to the paper's figures
     histograms: tuple[Histogram, ...] = ()
-    notes: tuple[str, ...] = ()  # sentences about the funnel
+    notes: tuple[NoOpThreshold, ...] = ()  # about the funnel
     copies: tuple[CopiesOfRule, ...] = ()
     samples: tuple[Example, ...] = ()
     dropped: tuple[DroppedByRule, ...] = ()
     corpus_map: CorpusMap | None = None
-    missing: tuple[
-        str, ...
-    ] = ()  # why parts of the page are left out: a file that was moved or removed since
+    missing: tuple[str, ...] = ()  # why parts of the page are missing: a file was moved or deleted
     live: Live | None = None
 
     def rows_of(self, stage: str) -> StageFacts | None:
@@ -279,7 +278,7 @@ class ReportData:
 
 
 def headline_rows(data: ReportData) -> list[tuple[str, list[tuple[str, RetrievalScores]]]]:
-    """Evaluation → rows to compare: chance, pixel baseline, earlier stages, final model last."""
+    """Return evaluation → rows to compare: chance, pixel baseline, earlier stages, final model last."""
     names = [name for name in data.evaluations if not _is_earlier_stage(name, data)]
     table: list[tuple[str, list[tuple[str, RetrievalScores]]]] = []
     for name in names:
@@ -305,7 +304,7 @@ def _is_earlier_stage(name: str, data: ReportData) -> bool:
 
 
 def recall_values(recall: RecallAtK | None) -> list[float]:
-    """R@1, R@5, R@10; NaN where the direction is not scored."""
+    """Return R@1, R@5, R@10; NaN if the direction is not scored."""
     return [math.nan] * 3 if recall is None else [recall["r1"], recall["r5"], recall["r10"]]
 
 

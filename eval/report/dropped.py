@@ -1,8 +1,8 @@
-"""Examples of what each rule dropped, so that a person sees whether it is too strict or too lax.
+"""Examples of what each rule dropped, which show whether a rule is too strict or too lax.
 
-Drop tables hold keys. Captions are looked up in what the stage read: for `filter_text` the caption table or a
-slice of it, for every later stage the one table of the key's partition. What is read is bounded: a few drop
-tables of each stage, and of a caption table its first rows.
+Drop tables hold keys. This module looks up captions in the stage's input: for `filter_text` the caption table
+or a slice of it, for every later stage the table of the key's partition. It reads a bounded amount: a few
+drop tables of each stage, and the first rows of a caption table.
 """
 
 from collections.abc import Mapping
@@ -23,12 +23,12 @@ from eval.report.sources import spread
 from pipeline.core.records import InputError
 from pipeline.core.stage import Context
 
-EXAMPLES = 6  # of a reason
-TABLES = 8  # drop tables of a stage that are looked at
-ROWS = 200_000  # of a caption table that are looked at
+EXAMPLES = 6  # per reason
+TABLES = 8  # drop tables read per stage
+ROWS = 200_000  # rows read of a caption table
 SIDE_PX = 96
 _COLUMNS = ("caption", "source", "url")
-# Stage → the stage in whose tables its dropped rows still are.
+# Stage → the stage whose tables still have its dropped rows.
 _READ_FROM = {"dedup": "dedup", "download": "dedup", "filter_image": "download"}
 
 
@@ -57,7 +57,7 @@ def _example(row: Mapping[str, Any], lookup: RowLookup) -> Example:
 
 
 def _rows(context: Context, stage: str, lookup: RowLookup) -> dict[str, list[dict[str, Any]]]:
-    """Reason → rows of a stage after `filter_text`, from its drop tables and from what it read."""
+    """Return reason → rows of a stage after `filter_text`, from its drop tables and its input."""
     drops: dict[str, list[dict[str, Any]]] = {}
     for path in _drop_tables(context, stage):
         some = _some_of_each(pl.scan_parquet(context.path_in(stage, path)))
@@ -73,7 +73,7 @@ def _rows(context: Context, stage: str, lookup: RowLookup) -> dict[str, list[dic
 
 
 def _malformed_rows(context: Context) -> dict[str, list[dict[str, Any]]]:
-    """Reason → the beginnings of rows that were never read; the corpus keeps them in tables of their own."""
+    """Return reason → the beginnings of malformed rows, which the corpus keeps in separate tables."""
     corpus = context.parents["corpus"]
     written = {shard.path for shard in corpus.shards if shard.num_samples}
     paths = {
@@ -92,7 +92,7 @@ def _malformed_rows(context: Context) -> dict[str, list[dict[str, Any]]]:
 
 
 def _rows_of_captions(context: Context) -> dict[str, list[dict[str, Any]]]:
-    """Reason → rows that `filter_text` dropped, from the first rows of some caption tables or slices."""
+    """Return reason → rows dropped by `filter_text`, from the first rows of some caption tables or slices."""
     tables = tables_of(context.parents["corpus"])
     found: dict[str, list[dict[str, Any]]] = {}
     for path in _drop_tables(context, "filter_text"):
@@ -102,13 +102,13 @@ def _rows_of_captions(context: Context) -> dict[str, list[dict[str, Any]]]:
         try:
             frame = scan(place.full_path(context.run_folder), place.source, is_whole=True)
             frame = frame.slice(int(piece or 0) * ROWS_PER_TASK, ROWS).select(*_COLUMNS)
-            # Keys may be of normalised captions: which way they were made shows in what they match.
+            # Keys may come from normalised captions; the form that matches shows which.
             for normalise in (False, True):
                 keyed = with_key(frame, normalise=normalise).join(drops, on="key", how="inner")
                 some = _some_of_each(keyed)
                 if some.height:
                     break
-        except (InputError, OSError, pl.exceptions.ComputeError):  # a table outside the run was moved since
+        except (InputError, OSError, pl.exceptions.ComputeError):  # a table outside the run has been moved
             continue
         for row in some.iter_rows(named=True):
             if len(of_reason := found.setdefault(row["reason"], [])) < EXAMPLES:

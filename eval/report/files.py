@@ -20,7 +20,7 @@ def write_report(data: ReportData, html_path: str, json_path: str) -> None:
 
 
 def report_json(data: ReportData) -> dict[str, Any]:
-    """The numbers, in percent; the form that other programs rely on."""
+    """Return the numbers in percent, in the form that other programs rely on."""
     return {
         "evaluations": {name: dict(scores) for name, scores in data.evaluations.items()},
         "baselines": {
@@ -47,7 +47,7 @@ def report_json(data: ReportData) -> dict[str, Any]:
             }
             for item in data.histograms
         ],
-        "notes": list(data.notes),
+        "notes": [str(note) for note in data.notes],
         "copies": [
             {
                 "stage": rule.stage,

@@ -1,7 +1,7 @@
 """Rows of a run by their keys, with small images.
 
-From `dedup` on, tables hold ranges of keys: only the one table of a key is read, and of it only the row
-groups that can hold it. Whatever was removed since is left out, as an image that nobody has is.
+From `dedup` on, each table holds a range of keys, so a look-up reads one table and only the row groups that
+can hold the key. Files that have been deleted are skipped, as are rows without an image.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ _PLACE = ("tar", "offset_bytes", "size_bytes")
 
 
 class RowLookup(contextlib.AbstractContextManager["RowLookup"]):
-    """Looks rows up in the tables of finished stages; keeps the tars open that it reads images from."""
+    """Looks up rows in the tables of finished stages, and keeps the tars open that it reads images from."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -34,9 +34,9 @@ class RowLookup(contextlib.AbstractContextManager["RowLookup"]):
         self._tars = ByteRangePool(lambda name: context.path_in("download", name))
 
     def find(self, stage: str, keys: Iterable[str], columns: Iterable[str]) -> dict[str, dict[str, Any]]:
-        """Return key → the columns that the tables of `stage` have, for the keys that they hold.
+        """Return key → the row's columns in the tables of `stage`, for the keys that the tables hold.
 
-        Rows of `download` and of the stages after it come with the place of their image.
+        Rows of `download` and later stages include the position of their image.
         """
         tables = self._tables_of(stage)
         wanted: dict[str, list[str]] = {}
@@ -46,10 +46,10 @@ class RowLookup(contextlib.AbstractContextManager["RowLookup"]):
         found: dict[str, dict[str, Any]] = {}
         for path, some in wanted.items():
             full = self._context.path_in(stage, path)
-            with contextlib.suppress(InputError, OSError), foreign(full, "table"):  # removed or damaged since
+            with contextlib.suppress(InputError, OSError), foreign(full, "table"):  # deleted or damaged
                 table = pl.scan_parquet(full)
                 names = table.collect_schema().names()
-                # Tables are sorted by key and have statistics: row groups outside the range stay unread.
+                # Tables are sorted by key and have statistics, so row groups outside the range are not read.
                 table = table.filter(
                     pl.col("key").is_between(pl.lit(min(some)), pl.lit(max(some))) & pl.col("key").is_in(some)
                 )
@@ -65,7 +65,7 @@ class RowLookup(contextlib.AbstractContextManager["RowLookup"]):
         return found
 
     def small(self, row: Mapping[str, Any] | None, side_px: int = 96) -> bytes | None:
-        """Return a small WebP of a row's image; None if it has none, or none that can be read."""
+        """Return a small WebP of a row's image; None if it has no readable image."""
         if row is None or row.get("offset_bytes") is None:
             return None
         try:

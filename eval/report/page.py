@@ -1,8 +1,8 @@
-"""The report as one HTML page, the comparison of two runs as another, and `cnclip eval`'s tables as a third.
+"""Renders three HTML pages: the report, the comparison of two runs, and the tables of `cnclip eval`.
 
-All are self-contained: inline SVG, small images as data URIs, one script of ours that switches the language.
-The content security policy names that script by its digest and forbids every other and every request.
-Captions and names are escaped by Jinja2.
+All are self-contained: inline SVG, small images as data URIs, and one script that switches the language. The
+content security policy allows only that script, by its digest, and no requests. Jinja2 escapes captions and
+names.
 """
 
 import base64
@@ -25,21 +25,22 @@ from eval.report.data import (
     percent,
     recall_values,
 )
-from eval.report.words import LANGUAGES, gloss, plain, say
+from eval.report.words import LANGUAGES, both, gloss, plain, say, words
 
 if TYPE_CHECKING:
     from jinja2 import Template
     from markupsafe import Markup
 
 _FOLDER = Path(__file__).parent / "templates"
-_SOURCES = 6  # with a column of their own in the funnel's table, those with most rows
+_SOURCES = 6  # the largest sources, which get a column in the funnel's table
 _MODELS = {"chance": "scores.chance", "pixel neighbour": "scores.pixel"}
 _TERMS = {"ours": "ours", "95 % interval": "interval", "95% interval": "interval"}
 _TERMS |= {"paper": "paper", "difference": "difference"}
+_SETUPS = {"zero-shot": "zero_shot", "finetuned": "finetuned"}
 
 
 def render_html(data: ReportData) -> str:
-    """Return the report's page; Jinja2 escapes every value but the charts, which are made here."""
+    """Return the report's page; Jinja2 escapes every value except the charts, which are made here."""
     live = data.live
     heading = f"{live.name} · {live.date}" if live and live.date else live.name if live else None
     titles = {one: heading or _untitled(data, one) for one in LANGUAGES}
@@ -75,7 +76,7 @@ def _untitled(data: ReportData, language: str) -> str:
 
 
 def render_tables(tables: Sequence[Comparison], facts: Mapping[str, str]) -> str:
-    """Return a page of tables only, with what was measured on what: `eval.html`."""
+    """Return `eval.html`, a page with only tables and the facts of the measurement."""
     titles = {one: plain("eval.title", one, model=facts["model"]) for one in LANGUAGES}
     rows = [(table, table_rows(table)) for table in tables]
     return render("eval.html", titles, comparison_rows=rows, facts=facts)
@@ -99,13 +100,48 @@ def first_rows(data: ReportData) -> int:
 
 
 def model_name(label: str) -> "Markup | str":
-    """Return a row's name in the table of scores: a baseline in words, a stage as it is."""
+    """Return a row's name in the table of scores: a description for a baseline, the name of a stage."""
     return say(_MODELS[label]) if label in _MODELS else label
 
 
 def title_of(stage: str, title: str) -> "Markup | str":
-    """Return what a stage does, in both languages if it is one that we know."""
+    """Return what a stage does, in both languages if it is a known stage."""
     return gloss("steps", stage) or title
+
+
+def figure(label: str) -> "Markup":
+    """Return the name of a figure or table in both languages; names of data sets are the same in both."""
+    return both({language: _figure(label, language) for language in LANGUAGES})
+
+
+def _figure(label: str, language: str) -> str:
+    english = words("en")["figures"]
+    for by_rule in ("by_elevater", "by_voc"):
+        if label.endswith(rule := english[by_rule].format(title="")):
+            return plain(f"figures.{by_rule}", language, title=label.removesuffix(rule))
+    keys = {text: key for key, text in english.items()}
+    return plain(f"figures.{keys[label]}", language) if label in keys else label
+
+
+def table_heading(table: Comparison) -> "Markup":
+    """Return `Comparison.heading` in both languages."""
+    name = "paper.own_heading" if table.number is None else "paper.heading"
+    if table.paper_model is not None:
+        name += "_compared"
+    return both(
+        {
+            language: plain(
+                name,
+                language,
+                number=table.number,
+                title=_figure(table.title, language),
+                setup=plain(f"terms.{_SETUPS[table.setup]}", language),
+                model=table.model,
+                paper_model=table.paper_model,
+            )
+            for language in LANGUAGES
+        }
+    )
 
 
 def term(name: str) -> "Markup | str":
@@ -114,7 +150,7 @@ def term(name: str) -> "Markup | str":
 
 
 def duration(seconds: float) -> str:
-    """Return a time as people read it: 4 s, 3 min 20 s, 2 h 05 min."""
+    """Return a readable duration: 4 s, 3 min 20 s, 2 h 05 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -123,7 +159,7 @@ def duration(seconds: float) -> str:
 
 
 def signed(value: float) -> str:
-    """Return a difference with its sign; a dash for what is not known."""
+    """Return a difference with its sign, or a dash if it is unknown."""
     if math.isnan(value):
         return "–"
     return f"{value:+.1f}" if round(value, 1) else "0.0"
@@ -147,12 +183,13 @@ def _template(name: str) -> "Template":
     }
     environment.globals |= {
         "say": say, "gloss": gloss, "term": term, "model_name": model_name, "title_of": title_of,
+        "figure": figure, "table_heading": table_heading,
     }  # fmt: skip
     return environment.get_template(name)
 
 
 def _cards(data: ReportData) -> list[dict[str, Any]]:
-    """Return for each evaluation text-to-image R@1 of every row, for the bars at the top of the page."""
+    """Return text-to-image R@1 of every row of each evaluation, for the bars at the top of the page."""
     return [
         {"name": name, "final": rows[-1][1], "bars": [(label, scores["t2i"]["r1"]) for label, scores in rows]}
         for name, rows in headline_rows(data)
@@ -160,7 +197,7 @@ def _cards(data: ReportData) -> list[dict[str, Any]]:
 
 
 def _sources(data: ReportData) -> list[str]:
-    """Return the sources, those with most rows first."""
+    """Return the sources, largest first."""
     rows: dict[str, int] = {}
     for step in data.funnel:
         for source, counts in step.sources.items():
@@ -173,7 +210,7 @@ def _largest_sources(data: ReportData) -> list[str]:
 
 
 def _cells(step: FunnelStep, what: str, sources: Sequence[str], has_others: bool) -> "Markup":
-    """Return the sources' cells in a row of the funnel's table: rows in, kept, or dropped for a reason."""
+    """Return the sources' cells of one row of the funnel's table: rows in, kept, or dropped for a reason."""
     from markupsafe import Markup
 
     if len(sources) < 2:
@@ -213,7 +250,7 @@ def _histogram_charts(data: ReportData) -> list[dict[str, object]]:
 def training_charts(runs: Mapping[str, ReportData]) -> list[dict[str, object]]:
     """Return charts of loss, temperature and learning rate over samples seen.
 
-    Of several runs, by label, each has a colour and a legend is the page's.
+    If there are several runs, by label, each has a colour, and the page adds a legend.
     """
     starts = {label: _stage_axis(data) for label, data in runs.items()}
     boundaries = max((axis[1] for axis in starts.values()), key=lambda one: one[-1][1])
@@ -236,14 +273,14 @@ def training_charts(runs: Mapping[str, ReportData]) -> list[dict[str, object]]:
             for stage, start in starts[label][0].items()
         ]
         name = f"training-{number}"
-        # Two runs need two hues; the curves of one run are told apart by their places.
+        # Two runs need two hues; the position distinguishes the curves of one run.
         svg = line_chart(name, series, boundaries, contrast=len(runs) > 1)
         charts.append(_chart(name, say(f"training.{title}"), svg))
     return charts
 
 
 def _recall_charts(data: ReportData) -> list[tuple[str, list[dict[str, object]]]]:
-    """Return evaluation → charts of recall over samples seen, one for each direction that is scored."""
+    """Return evaluation → charts of recall over samples seen, one for each scored direction."""
     starts, boundaries = _stage_axis(data)
     charts = []
     for number, evaluation in enumerate(dict.fromkeys(point.evaluation for point in data.recall)):
@@ -279,7 +316,7 @@ def _recall(scores: RetrievalScores, direction: str) -> RecallAtK | None:
 
 
 def _stage_axis(data: ReportData) -> tuple[dict[str, int], list[tuple[str, int]]]:
-    """Return where each training stage starts on the axis of samples; the same listed, with the end."""
+    """Return where training stages start on the samples axis, as a mapping and as a list with the end."""
     seen: dict[str, int] = {}
     for stage, samples_seen in [
         *((point.stage, point.samples_seen) for point in data.training),

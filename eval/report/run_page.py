@@ -1,7 +1,7 @@
-"""`cnclip report`: the page of a run as it is now, finished or not, with its name, date and times.
+"""`cnclip report`: the page of a run in its current state, finished or not, with name, date and times.
 
-The stage `report` writes a page that follows from the run's data only, so that equal runs have equal bytes.
-This one belongs to nobody's digest: it lies next to the stages' folders and is written anew at each call.
+The stage `report` writes a page that depends only on the run's data, so that equal runs have equal bytes.
+This page is in no digest: it lies next to the stages' folders, and each call rewrites it.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from pipeline.core.run import (
 )
 from pipeline.core.stage import Context, fold
 
-_TAIL_BYTES = 1 << 16  # of a log, which hold its last line
+_TAIL_BYTES = 1 << 16  # of a log, enough for its last line
 
 
 def run_name(run: Run) -> str:
@@ -53,7 +53,7 @@ def write_run_page(run: Run, path: str, *, refresh_seconds: int | None = None) -
 
 
 def read_run(run: Run, *, refresh_seconds: int | None = None, with_images: bool = True) -> ReportData:
-    """Return what there is of a run; without images only its numbers.
+    """Return the data of a run so far; without images only its numbers.
 
     Raises:
         InputError: if the run has not begun, or a file of a finished stage is missing or damaged.
@@ -95,7 +95,7 @@ def read_run(run: Run, *, refresh_seconds: int | None = None, with_images: bool 
 
 
 def _so_far(run: Run, status: StageStatus) -> Manifest | None:
-    """Return what the receipts of an unfinished stage add up to; None if there is none that counts."""
+    """Return the sums over the receipts of an unfinished stage; None if it has no valid receipt."""
     stage = status.stage
     if not status.tasks_done or (context := make_context(run, stage)) is None:
         return None
@@ -112,10 +112,10 @@ def _state(run: Run, status: StageStatus) -> StageState:
 
 
 def _times(run: Run, config: ReportConfig) -> tuple[float | None, float | None]:
-    """Return when training began and when its last step was logged, by the logs of the training stages.
+    """Return when training began and when it logged its last step, from the logs of the training stages.
 
-    Without a log the beginning is when the corpus stage was started, as its file says: a copy of the folder
-    that keeps no times has another.
+    Without a log, the beginning is the modification time of the corpus stage's file, which a copy of the
+    folder may not preserve.
     """
     logged = [
         found
@@ -132,7 +132,7 @@ def _times(run: Run, config: ReportConfig) -> tuple[float | None, float | None]:
 
 
 def _first_and_last(path: str) -> Iterator[float]:
-    """Yield the times of a log's first line and of the last that can be read."""
+    """Yield the times of a log's first line and of its last readable line."""
     with store.open_read(path) as file:
         lines = [file.readline()]
         file.seek(max(0, store.num_bytes(path) - _TAIL_BYTES))
@@ -141,7 +141,7 @@ def _first_and_last(path: str) -> Iterator[float]:
     for line in lines:
         with contextlib.suppress(
             ValueError, KeyError, TypeError
-        ):  # a line that is cut, or still being written
+        ):  # a truncated line, or one still being written
             found.append(float(parse_json(line)["time"]))
         if len(found) == 2:
             break
@@ -156,7 +156,7 @@ def settings_of(run: Run) -> Mapping[str, object]:
     """Return the settings of a run's stages: `stage.field` → value."""
     found: dict[str, object] = {"seed": run.seed}
     for stage in run.stages:
-        # `lock` has the settings of the stages before it once more.
+        # `lock` repeats the settings of the stages before it.
         if stage.name not in ("lock", "report") and dataclasses.is_dataclass(stage.config):
             found |= dict(_leaves(dataclasses.asdict(stage.config), stage.name))  # type: ignore[arg-type]
     return found

@@ -1,4 +1,4 @@
-"""A bounded sample of the training pairs, and where it lies on a map of the corpus."""
+"""A bounded sample of the training pairs, and its map."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ from pipeline.core.stage import Context
 if TYPE_CHECKING:
     from pipeline.core.records import Shard
 
-WALL = 48  # pairs that are shown
+WALL = 48  # pairs on the wall of samples
 WALL_SIDE_PX = 128
 MAP = 180  # images on the map
 MAP_SIDE_PX = 48
-_SHARDS = 12  # that a sample is taken from: one sidecar is in memory at a time
+_SHARDS = 12  # per sample; one sidecar is in memory at a time
 MAX_CHARACTERS = 200  # of a caption or an address that is shown
 
 
@@ -33,15 +33,15 @@ class _Sample:
 
 
 def wall_of_samples(context: Context) -> tuple[Example, ...]:
-    """Return pairs from shards and rows at even distances, with small images."""
+    """Return evenly spaced pairs from evenly spaced shards, with small images."""
     return tuple(_example(sample, WALL_SIDE_PX) for sample in _samples(context, WALL))
 
 
 def corpus_map(context: Context, config: EvaluationConfig) -> CorpusMap | None:
-    """Embed a sample of the corpus with the final model and project it on its two main directions.
+    """Embed a sample of the corpus with the final model and project it onto two principal components.
 
-    None if fewer than three images can be read. The directions' signs are fixed, so that the same model and
-    corpus give the same map.
+    Return None if fewer than three images can be read. The signs of the components are fixed, so that the
+    same model and corpus give the same map.
     """
     from eval.features.encoder import ModelSource, load_encoder
 
@@ -66,7 +66,7 @@ def corpus_map(context: Context, config: EvaluationConfig) -> CorpusMap | None:
 def project(feature_ND: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float64], float]:
     """Return PCA's first two coordinates [N, 2], each from 0 to 1, and their share of the variance.
 
-    A direction points to where its largest weight is positive.
+    The sign of a component makes its largest weight positive.
     """
     centred_ND = feature_ND.astype(np.float64) - feature_ND.mean(axis=0, dtype=np.float64)
     _, scale_K, direction_KD = np.linalg.svd(centred_ND, full_matrices=False)
@@ -80,7 +80,7 @@ def project(feature_ND: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float64
 
 
 def shortened(text: object) -> str:
-    """Return a caption or an address as it is shown: cut if it is long."""
+    """Return a caption or an address, truncated if it is long."""
     whole = "" if text is None else str(text)
     return whole if len(whole) <= MAX_CHARACTERS else f"{whole[: MAX_CHARACTERS - 1]}…"
 
@@ -95,8 +95,8 @@ def _example(sample: _Sample, side_px: int) -> Example:
 
 
 def _samples(context: Context, count: int) -> Iterator[_Sample]:
-    """Yield `count` pairs, or all if there are fewer: the same number from each of some shards."""
-    # Shards are large: some that are not needed any more may have been removed.
+    """Yield `count` pairs, or all if there are fewer: equally many from each of some shards."""
+    # Users may have deleted shards, which are large.
     sidecars = [
         shard
         for shard in spread([one for one in context.shards_of("shards", SIDECAR) if one.num_samples], _SHARDS)

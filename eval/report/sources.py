@@ -1,4 +1,4 @@
-"""What the report takes from a run's files: logged steps, and examples of answers with small images."""
+"""Reads logged steps and examples of results with small images from a run's files."""
 
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ from pipeline.core.records import InputError
 
 Item = TypeVar("Item")
 
-MAX_POINTS = 1000  # of a stage's curve: more would not be seen, and a page would grow with the training
+MAX_POINTS = 1000  # of a stage's curve, so that the page does not grow with the training
 SHOWN = 5  # answers to a query
 MAX_TEXT = 200  # characters of a text that is shown
 
@@ -32,8 +32,8 @@ MAX_TEXT = 200  # characters of a text that is shown
 def read_training_metrics(path: str, stage: str) -> tuple[list[TrainingPoint], list[RecallPoint]]:
     """Return the points of one stage's `metrics.jsonl`: logged steps and validations.
 
-    Of more than MAX_POINTS steps every n-th is taken, and the last. Steps that training left out are not
-    points. A last line without its end is still being written and is passed over.
+    If there are more than MAX_POINTS steps, every n-th and the last one become points; steps that training
+    skipped do not. A last line without a line end is still being written and is ignored.
 
     Raises:
         InputError: if a line is neither a step nor a validation; it names file and line.
@@ -61,7 +61,7 @@ def read_training_metrics(path: str, stage: str) -> tuple[list[TrainingPoint], l
 
 
 class _Thinned(Generic[Item]):
-    """Every n-th of the points that are added and the last one; n doubles whenever there are too many."""
+    """Keeps every n-th added point and the last one; n doubles whenever there are too many."""
 
     def __init__(self) -> None:
         self._kept: list[Item] = []
@@ -89,10 +89,10 @@ def make_gallery(
     *,
     num_rows: int = 6,
 ) -> ExampleGallery:
-    """Return at most `num_rows` hits and as many misses of each direction, spread over the queries.
+    """Return at most `num_rows` hits and misses each for each direction, spread over the queries.
 
-    A hit has a right answer in the first place, a miss none in the first five. `image_predictions_path` is
-    the file of image-to-text predictions, if that direction is scored.
+    A hit has a correct result in first place, a miss none in the top five. `image_predictions_path` is the
+    file of image-to-text predictions, if that direction is scored.
     """
     image_id = evaluation.image_ids.tolist()
     text_id = evaluation.text_ids.tolist()
@@ -147,7 +147,7 @@ def make_gallery(
 
 
 class _Query:
-    """A query by its row, the rows of its right answers, and what it found."""
+    """A query's row, the rows of its correct answers, and its results."""
 
     def __init__(self, row: int, right: list[int], found: list[int]) -> None:
         self.row, self.right, self.found = row, right, found[:SHOWN]
@@ -155,7 +155,7 @@ class _Query:
 
     @property
     def needs_answer(self) -> bool:
-        """Whether no right answer is among those shown, though there is one."""
+        """Return whether the shown results lack a correct answer although one exists."""
         return bool(self.right) and (self.rank is None or self.rank > SHOWN)
 
 
@@ -179,7 +179,7 @@ def _hits_and_misses(
 
 
 def spread(items: Sequence[Item], count: int) -> list[Item]:
-    """Return `count` items at even distances, or all if there are fewer."""
+    """Return `count` evenly spaced items, or all if there are fewer."""
     if len(items) <= count:
         return list(items)
     return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]

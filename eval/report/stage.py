@@ -14,8 +14,8 @@ def plan(config: ReportConfig, context: Context) -> list[Task]:
 def run(config: ReportConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """Write `report.html`, `report.json` and `headline.txt`.
 
-    They hold neither times nor the run's name or place: the same run gives the same bytes. `cnclip report`
-    writes a page that has them.
+    They contain no times and neither the run's name nor its path, so the same run gives the same bytes.
+    `cnclip report` writes a page that has all of these.
     """
     from eval.report.collect import collect
     from eval.report.files import headline, write_report
@@ -35,7 +35,7 @@ def stage(config: ReportConfig, *, parents: tuple[str, ...]) -> Stage:
     return Stage(
         "report",
         title="one HTML page and report.json",
-        version=5,
+        version=6,
         config=config,
         parents=parents,
         plan=plan,

@@ -1,4 +1,4 @@
-"""What the pages say, in English and in Chinese: both are in a page, and its style sheet shows one."""
+"""The texts of the pages in English and Chinese: a page contains both, and its style sheet shows one."""
 
 import functools
 import tomllib
@@ -27,7 +27,7 @@ def say(name: str, **values: object) -> "Markup":
     """
     section, _, key = name.partition(".")
     texts = {language: words(language)[section][key].format(**values) for language in LANGUAGES}
-    return _both(texts)
+    return both(texts)
 
 
 def plain(name: str, language: str, **values: object) -> str:
@@ -37,7 +37,7 @@ def plain(name: str, language: str, **values: object) -> str:
 
 
 def gloss(section: str, key: str) -> "Markup":
-    """Return what a code means, in both languages; empty if nothing is known of it.
+    """Return what a code means, in both languages; empty for an unknown code.
 
     `blacklist:advertising` is explained as `blacklist`.
     """
@@ -46,10 +46,11 @@ def gloss(section: str, key: str) -> "Markup":
     name = key.partition(":")[0]
     if name not in words("en")[section]:
         return Markup("")
-    return _both({language: words(language)[section][name] for language in LANGUAGES})
+    return both({language: words(language)[section][name] for language in LANGUAGES})
 
 
-def _both(texts: Mapping[str, str]) -> "Markup":
+def both(texts: Mapping[str, str]) -> "Markup":
+    """Return texts by language as one element each, escaped; the style sheet shows one of them."""
     from markupsafe import Markup
 
     spans = (

@@ -1,6 +1,6 @@
 """Retrieval of a set by anything that ranks it: the one place that turns ranks into recall.
 
-`evaluate_retrieval` takes whatever gives features of a set: a model, one that is being trained, or features
+`evaluate_retrieval` takes any source of features of a set: a model, one that is being trained, or features
 on disk. Prediction files and the pixel baseline have ranks of their own and return the same result.
 """
 
@@ -43,7 +43,7 @@ class StoredFeatures:
 
 @dataclass(frozen=True, slots=True)
 class RetrievalResult:
-    """The rank of each query's best right answer, from 1; whatever is beyond the last cutoff counts alike."""
+    """The rank of each query's best right answer, from 1; all ranks beyond the last cutoff are equal."""
 
     t2i_ranks: Int64Array  # of all texts
     i2t_ranks: Int64Array | None  # of the images that some text names; None for text-to-image only (MUGE)

@@ -73,7 +73,7 @@ def retrieve(
 
 
 def rank_text_to_image(predictions_path: str, evaluation: RetrievalSet) -> Int64Array:
-    """Rank the texts of a `{"text_id", "image_ids"}` file by the first of their images; 11 if there is none.
+    """Rank the texts of a `{"text_id", "image_ids"}` file by the first of their images; 11 without one.
 
     Raises:
         InputError: as the official scorer does: for a text without a line, and a line without exactly 10
@@ -189,5 +189,5 @@ def _ranks(
 
 
 def _rank(predicted: Sequence[int], right: set[int]) -> int:
-    """Place (from 1) of the first right id; K + 1 where there is none."""
+    """Return the position (from 1) of the first correct id, or K + 1."""
     return next((place for place, value in enumerate(predicted, start=1) if value in right), K + 1)

@@ -1,4 +1,4 @@
-"""Who may ask the search page, and what the page itself may do."""
+"""Decides which requests the search page answers, and what the page itself may do."""
 
 import base64
 import hashlib
@@ -12,7 +12,7 @@ def host_name(host: str) -> str:
 
 
 def loopback_names(host: str) -> frozenset[str] | None:
-    """Return the names that a loopback address answers to; None for an address that others reach."""
+    """Return the host names allowed for a loopback address; None for an address that other machines reach."""
     try:
         local = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -22,7 +22,7 @@ def loopback_names(host: str) -> frozenset[str] | None:
 
 
 def page_headers(page: bytes) -> dict[str, str]:
-    """Return the headers of every answer: the page may run its own script and style and nothing else."""
+    """Return the headers of every answer: the page may use only its own script and style."""
     hashes = {}
     for tag in (b"script", b"style"):
         inside = page.split(b"<" + tag + b">")[1].split(b"</" + tag + b">")[0]

@@ -1,4 +1,4 @@
-"""What strangers may take of a server: connections, time and bytes are bounded."""
+"""Limits the connections, time and bytes that clients can use up."""
 
 import contextlib
 import io
@@ -12,16 +12,16 @@ from http import HTTPStatus
 from http.server import ThreadingHTTPServer
 from typing import Any
 
-MAX_CONNECTIONS = 32  # at once, each with a thread and at most one upload in memory; more are turned away
+MAX_CONNECTIONS = 32  # each has a thread and at most one upload in memory; further ones are refused
 MAX_CONNECTIONS_OF_ONE = 16  # from one address, unless only this machine can reach the server
-SILENT_SECONDS = 30.0  # a client that says nothing for so long is let go
-REQUEST_SECONDS = 60.0  # from a request's first byte to its last, and more for what comes at the least rate
+SILENT_SECONDS = 30.0  # the server disconnects clients that stay silent for this long
+REQUEST_SECONDS = 60.0  # from a request's first byte to its last; bytes at the minimum rate extend it
 LEAST_BYTES_PER_SECOND = 32 << 10
-DRAIN_SECONDS = 5.0  # for what a refused client still sends
+DRAIN_SECONDS = 5.0  # for bytes that a refused client still sends
 
 
 class RequestReader(io.RawIOBase):
-    """Reads a connection with one deadline a request: a socket's timeout counts anew for every byte."""
+    """Reads a connection with one deadline per request; a socket's timeout restarts with every byte."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
@@ -29,18 +29,22 @@ class RequestReader(io.RawIOBase):
         self._bonus = 1 / LEAST_BYTES_PER_SECOND  # seconds that a byte earns
 
     def next_request(self) -> None:
-        """Wait for another request, whose first byte starts its deadline."""
+        """Wait for another request; its first byte starts the deadline."""
         self._ends, self._bonus = None, 1 / LEAST_BYTES_PER_SECOND
 
     def end_soon(self) -> None:
-        """Allow only a little longer, however much comes."""
+        """Allow only DRAIN_SECONDS more, however many bytes arrive."""
         self._ends, self._bonus = time.monotonic() + DRAIN_SECONDS, 0.0
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Receive what has come. Raises TimeoutError for a client that is silent or too slow."""
+        """Receive available bytes.
+
+        Raises:
+            TimeoutError: if the client is silent or too slow.
+        """
         left = SILENT_SECONDS if self._ends is None else self._ends - time.monotonic()
         if left <= 0:
             raise TimeoutError("the request takes too long")
@@ -53,9 +57,9 @@ class RequestReader(io.RawIOBase):
 
 
 class BoundedServer(ThreadingHTTPServer):
-    """A thread for each connection, up to a number of them; those beyond it are told so and closed."""
+    """Serves each connection in a thread up to a limit; further connections get an error and are closed."""
 
-    daemon_threads = False  # one that is inside torch or FAISS while Python shuts down ends in an abort
+    daemon_threads = False  # a thread inside torch or FAISS while Python shuts down causes an abort
     is_local = True  # only this machine can reach it
     page_headers: Mapping[str, str]  # of every answer
 
@@ -65,7 +69,7 @@ class BoundedServer(ThreadingHTTPServer):
         super().__init__(address, handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Start a thread for a connection, or turn it away."""
+        """Start a thread for a connection, or refuse it."""
         address = str(client_address[0])
         with self._counting:
             of_one = sum(1 for other in self._clients.values() if other == address)
@@ -80,13 +84,13 @@ class BoundedServer(ThreadingHTTPServer):
             super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
-        """Note a connection's end."""
+        """Record the end of a connection."""
         with self._counting:
             self._clients.pop(request, None)
         super().shutdown_request(request)
 
     def server_close(self) -> None:
-        """End what is still open, such as a browser's idle connections, and wait for its threads."""
+        """Close open connections, such as a browser's idle ones, and wait for their threads."""
         with self._counting:
             clients = list(self._clients)
         for connection in clients:
@@ -95,7 +99,7 @@ class BoundedServer(ThreadingHTTPServer):
         super().server_close()
 
     def _turn_away(self, request: Any) -> None:
-        """Answer without waiting for the request: this is the thread that accepts connections."""
+        """Answer without waiting for the request, because this thread accepts connections."""
         body = json.dumps({"error": "too many connections; try again"}).encode()
         status = HTTPStatus.SERVICE_UNAVAILABLE
         headers = {

@@ -1,9 +1,9 @@
-"""Galleries that can be searched: an index, what each of its rows shows, and the image behind the row.
+"""Searchable galleries: an index with a description and an image for each of its rows.
 
 Images come from an evaluation set in Chinese-CLIP's layout, from shards (by offset in the tar), or from
-files: rows of an index are looked up in its metadata (`metadata/metadata_N.parquet`, clip-retrieval's
-layout), by the column `image_id` in the first case, `key` in the second and `image_path` in the third. No
-path in this module comes from the one who searches, and none that the metadata names leaves its folder.
+files. The index's metadata (`metadata/metadata_N.parquet`, clip-retrieval's layout) maps rows to them by the
+column `image_id` in the first case, `key` in the second and `image_path` in the third. No path in this module
+comes from a client, and a path in the metadata cannot leave its folder.
 """
 
 import re
@@ -34,43 +34,47 @@ from pipeline.core.shard_format import SIDECAR, ByteRanges, tar_of
 if TYPE_CHECKING:
     import polars as pl
 
-MAX_CAPTION_CHARACTERS = 500  # of one caption that is shown
-_MAX_CAPTIONS = 5  # of one image that are shown
+MAX_CAPTION_CHARACTERS = 500  # shown of one caption
+_MAX_CAPTIONS = 5  # shown of one image
 
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What is said about an image. All of it is text from outside: show it as text."""
+    """The description of an image. All fields are untrusted: show them as plain text."""
 
     captions: tuple[str, ...]
     source: str
-    url: str  # empty where none is known
+    url: str  # empty if unknown
 
 
 class GalleryImages(Protocol):
-    """Row of an index → what it shows."""
+    """Return the description of a row of the index."""
 
     def describe(self, row: int) -> Description: ...
 
     def read(self, row: int) -> bytes:
-        """The encoded image. Raises InputError where it is not there or damaged."""
+        """Return the encoded image.
+
+        Raises:
+            InputError: if it is missing or damaged.
+        """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Gallery:
-    """An index with the images that its rows stand for."""
+    """An index with the images of its rows."""
 
     name: str
     dim: int
     num_rows: int
     images: GalleryImages
     search: Search  # k ≤ num_rows
-    model: ModelIdentity | None = None  # of the features; None where nothing says
-    sources: Sources | None = None  # None where rows are of one source, or nothing says
+    model: ModelIdentity | None = None  # of the features; None if unknown
+    sources: Sources | None = None  # None if rows have one source, or it is unknown
 
     def nearest(self, feature_D: Float32Array, k: int, source: str | None = None) -> Near:
-        """Return the k best rows, of one source if it is given; fewer if the index finds fewer.
+        """Return the k best rows, optionally of one source; fewer if the index finds fewer.
 
         Raises:
             KeyError: if the gallery has no such source.
@@ -86,15 +90,15 @@ class Gallery:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationImages:
-    """Images of an evaluation set, with every text that names them."""
+    """Images of an evaluation set, with all texts that name them."""
 
     evaluation: RetrievalSet
-    rows: Int64Array  # [num_rows], row in the set of each row of the index
+    rows: Int64Array  # [num_rows]: row in the set for each row of the index
     texts_of_image: tuple[Int64Array, ...]
 
     @classmethod
     def of(cls, evaluation: RetrievalSet, image_ids: Int64Array) -> "EvaluationImages":
-        """`image_ids` [num_rows] are ids of the set, one for each row of the index."""
+        """Take the ids in the set, `image_ids` [num_rows], one for each row of the index."""
         rows = np.searchsorted(evaluation.image_ids, image_ids)
         return cls(evaluation, rows, evaluation.texts_of_image)
 
@@ -112,19 +116,20 @@ class EvaluationImages:
 class ShardImages:
     """Images of shards.
 
-    Memory holds 8 bytes a row and its source's code; captions and places are read when asked for.
+    Memory holds 8 bytes a row and the code of its source; captions and offsets are read on demand.
     """
 
-    sidecars: tuple[str, ...]  # the Parquet files beside the tars
+    sidecars: tuple[str, ...]  # the Parquet files next to the tars
     first_places: Int64Array  # [num_sidecars + 1], place of each sidecar's first sample
     places: Int64Array  # [num_rows], place in the sequence of all samples; -1 for a key that no shard holds
     sources: Sources | None  # of the rows
 
     @classmethod
     def of(cls, folder: str, keys: "pl.Series") -> "ShardImages":
-        """Look up `keys` (one a row of the index) in the shards of a folder.
+        """Look up `keys` (one per row of the index) in the shards of a folder.
 
-        Raises InputError for a folder without shards, a sidecar without keys, and where no key is found.
+        Raises:
+            InputError: for a folder without shards, for a sidecar without keys, and if no key is found.
         """
         import polars as pl
 
@@ -134,7 +139,7 @@ class ShardImages:
         with foreign(folder, "set of sidecars", "build the shards again"):
             counts = [int(pl.scan_parquet(path).select(pl.len()).collect().item()) for path in sidecars]
             table = pl.scan_parquet(sidecars)
-            # Names of sources repeat: as categories they take 4 bytes a row.
+            # Names of sources repeat; as categories they take 4 bytes a row.
             has_source = "source" in table.collect_schema().names()
             source = (pl.col("source") if has_source else pl.lit("")).cast(pl.Categorical)
             known = table.select("key", source.alias("source")).with_row_index("place")
@@ -183,11 +188,11 @@ class ShardImages:
 
 @dataclass(frozen=True, slots=True)
 class FileImages:
-    """Local files that the metadata names, as `cnclip embed --images` and clip-retrieval write it."""
+    """Local files from the metadata that `cnclip embed --images` and clip-retrieval write."""
 
     tables: tuple[str, ...]  # the metadata, read a row at a time
     first_rows: Int64Array  # [num_tables + 1], row of the index of each table's first row
-    folder: str  # that relative paths are relative to, and that no path may leave
+    folder: str  # base of relative paths, which no path may leave
 
     @classmethod
     def of(cls, metadata_folder: str, folder: str) -> "FileImages":
@@ -226,12 +231,13 @@ class FileImages:
 
 
 def galleries_of_run(checkpoint: ModelSource, target: str) -> list[Gallery]:
-    """The indices of the run's `index` stage that belong to this checkpoint, one for each evaluation set.
+    """Return the indices of the run's `index` stage for this checkpoint, one for each evaluation set.
 
-    Raises InputError where the stage has not indexed that model.
+    Raises:
+        InputError: if the stage has not indexed that model.
     """
     if checkpoint.run_folder is None:
-        raise ConfigError(f"{target}: a lone file has no index; give --index FOLDER")
+        raise ConfigError(f"{target}: a single weights file has no index; give --index FOLDER")
     stage = Path(checkpoint.path).parent.name
     galleries = []
     for source in sets_of_run(checkpoint.run_folder).retrieval:
@@ -261,15 +267,16 @@ def open_gallery(
     run_folder: str | None = None,
     parameters: str = "",
 ) -> Gallery:
-    """A gallery of what `cnclip index` wrote, or of a folder with `image.index` as `cnclip eval` writes it.
+    """Return a gallery of an index by `cnclip index`, or of a folder with `image.index` by `cnclip eval`.
 
-    `embeddings_folder` is the folder that was indexed (default: the index's own): its `metadata/` says what
-    each row is. Images are looked up in `images_folder` (shards, evaluation sets, or what file names are
-    relative to), by default in the run's, or where the names say. `parameters` is FAISS's search string, such
-    as `nprobe=16`.
+    `embeddings_folder` is the folder that was indexed (default: the index's folder); its `metadata/`
+    describes each row. `images_folder` holds the images (shards, evaluation sets, or the base of file
+    names); the default is the run's folder, or the paths as given. `parameters` is FAISS's search string,
+    such as `nprobe=16`.
 
-    Raises InputError where one of them is missing or of something else, ConfigError where it is not clear
-    which set or folder is meant.
+    Raises:
+        InputError: if one of them is missing or does not match.
+        ConfigError: if it is not clear which set or folder is meant.
     """
     metadata_folder = embeddings_folder or index_folder
     metadata = _metadata(metadata_folder, ("key", "image_id", "image_path"))
@@ -317,14 +324,18 @@ def _gallery(
         raise InputError(
             f"{folder}: holds {count} rows, but the metadata has {num_rows}: it is of other embeddings"
         )
-    # a damaged part or a parameter that does not apply is said now, not to the first who searches
+    # report damaged parts and wrong parameters now, not at the first search
     found(np.full((1, dim), dim**-0.5, dtype=np.float32), 1)
     sources = images.sources if isinstance(images, ShardImages) else None
     return Gallery(name, dim, count, images, found, model, sources)
 
 
 def _metadata_files(folder: str) -> list[str]:
-    """Paths of `metadata_N.parquet` in order of their numbers. InputError where there is none."""
+    """Return the paths of `metadata_N.parquet` in order of their numbers.
+
+    Raises:
+        InputError: if the folder has no such file.
+    """
     place = store.join(folder, "metadata")
     names = [name for name in store.list_files(place) if re.fullmatch(r"metadata_\d+\.parquet", name)]
     if not names:
@@ -336,7 +347,7 @@ def _metadata_files(folder: str) -> list[str]:
 
 
 def _metadata(folder: str, columns: Sequence[str]) -> "pl.DataFrame":
-    """The first of `columns` that the metadata has, rows of all files in order of their numbers."""
+    """Return the first of `columns` that the metadata has, with the rows of all files in numeric order."""
     import polars as pl
 
     paths = _metadata_files(folder)
@@ -352,7 +363,7 @@ def _metadata(folder: str, columns: Sequence[str]) -> "pl.DataFrame":
 
 
 def _set_of(image_ids: Int64Array, sources: Sequence[RetrievalSource], where: str) -> RetrievalSet:
-    """The one set that holds all these images; of several, the one that holds no others."""
+    """Return the set that holds all these images; if there are several, the one without other images."""
     sets = [read_retrieval_set(source.folder, source.name) for source in sources]
     fitting = [item for item in sets if np.isin(image_ids, item.image_ids).all()]
     exact = [item for item in fitting if item.num_images == len(np.unique(image_ids))]
@@ -362,7 +373,7 @@ def _set_of(image_ids: Int64Array, sources: Sequence[RetrievalSource], where: st
     if len(choice) > 1:
         raise ConfigError(
             f"{where}: its image ids fit {', '.join(item.name for item in choice)} alike; give --images"
-            " FOLDER with the right set alone"
+            " FOLDER with only the right set"
         )
     return choice[0]
 

@@ -1,4 +1,4 @@
-"""One model over galleries: queries become features, and rows become what the page shows."""
+"""Searches galleries with one model: turns queries into features and rows into results for the page."""
 
 import io
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ from pipeline.core.records import InputError
 from pipeline.core.shard_format import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS
 
 MAX_QUERY_CHARACTERS = 1000
-MAX_SOURCES = 200  # of a gallery that the page offers as filters, those with most images
+MAX_SOURCES = 200  # the largest ones of a gallery, which the page offers as filters
 _THUMBNAIL_PX = 320
 
 
 class Refusal(Exception):
-    """A request that is not answered: an HTTP status and one line for the person who asked."""
+    """A refused request: an HTTP status and one line for the user."""
 
     def __init__(self, status: HTTPStatus, message: str) -> None:
         super().__init__(message)
@@ -30,18 +30,22 @@ class Refusal(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What is searched in, and what of it is shown."""
+    """Where to search, and which results to show."""
 
     gallery: int
     k: int
     min_score: float  # cosine
     source: str | None = None  # only its images
-    row: int | None = None  # of the gallery, where it is the query: it is not among its own results
+    row: int | None = None  # row that is the query; left out of its own results
 
 
 @dataclass(frozen=True, slots=True)
 class Searcher:
-    """One model over galleries of its own features. Raises InputError for a gallery of another model."""
+    """One model with galleries of its features.
+
+    Raises:
+        InputError: if a gallery is of another model.
+    """
 
     encoder: EvaluationEncoder
     galleries: Sequence[Gallery]
@@ -75,7 +79,11 @@ class Searcher:
         }
 
     def text_feature(self, text: str) -> tuple[Float32Array, str]:
-        """(feature [dim], a note where the text was cut). Refusal for a text that is empty or too long."""
+        """Return (feature [dim], a note if the text was truncated).
+
+        Raises:
+            Refusal: if the text is empty or too long.
+        """
         text = text.strip()
         if not text:
             raise Refusal(HTTPStatus.BAD_REQUEST, "type a text or give an image")
@@ -88,23 +96,32 @@ class Searcher:
         return feature_D, note
 
     def image_feature(self, data: bytes) -> Float32Array:
-        """Feature [dim] of an encoded image from a stranger. Refusal where it is none or too large."""
+        """Return the feature [dim] of an encoded image from a client.
+
+        Raises:
+            Refusal: if it is not an image or too large.
+        """
         try:
             return self.encoder.image(data)
         except BadImageError as error:
             raise Refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"unsupported image: {error}") from None
 
     def row_feature(self, number: int, row: int) -> Float32Array:
-        """Return the feature [dim] of an image of a gallery. Refusal if the image cannot be decoded."""
+        """Return the feature [dim] of an image of a gallery.
+
+        Raises:
+            Refusal: if the image cannot be decoded.
+        """
         try:
             return self.encoder.image(self.galleries[number].images.read(row))
         except BadImageError as error:
             raise Refusal(HTTPStatus.NOT_FOUND, f"row {row} cannot be decoded: {error}") from None
 
     def results(self, asked: "Asked", feature_D: Float32Array) -> tuple[list[dict[str, Any]], str]:
-        """Return what the page shows of the nearest rows of a gallery, best first, and a note.
+        """Return the results for the nearest rows of a gallery, best first, and a note.
 
-        Refusal for a source that the gallery does not have.
+        Raises:
+            Refusal: if the gallery does not have the source.
         """
         gallery = self.galleries[asked.gallery]
         try:
@@ -131,7 +148,11 @@ class Searcher:
         return found, note
 
     def thumbnail(self, number: int, row: int) -> bytes:
-        """A JPEG of at most 320 px. Refusal where the gallery's image cannot be decoded."""
+        """Return a JPEG of at most 320 px.
+
+        Raises:
+            Refusal: if the gallery's image cannot be decoded.
+        """
         from PIL import Image
 
         try:

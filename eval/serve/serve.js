@@ -21,7 +21,7 @@ const words = {
     keys: "快捷键：/ 输入文本，方向键在结果间移动，回车查找相似图片",
   },
 };
-// What the server says, in Chinese; whatever is not listed is shown as it came.
+// The server's messages in Chinese; others are shown unchanged.
 const chinese = [
   [/^unsupported image/, "不支持的图片"], [/^at most (\d+) characters/, "最多 $1 个字符"],
   [/^too many connections.*/, "连接过多，请稍后再试"], [/^the search failed/, "搜索失败"],
@@ -154,7 +154,7 @@ function show(body) {
   if (body.error) status(inWords(body.error), true);
   else status([results.length ? say.found(results.length) : say.none, inWords(body.note || "")].filter(Boolean).join(" · "));
   at("share").textContent = say.share;
-  at("share").hidden = picture !== null || Boolean(body.error);  // an own image is in no link
+  at("share").hidden = picture !== null || Boolean(body.error);  // a link cannot hold an uploaded image
 }
 
 function clear(text, wrong = false) {

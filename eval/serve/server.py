@@ -7,13 +7,13 @@
     POST /api/search                      images nearest to the image in the body
     GET  /picture?gallery=N&row=N         a small JPEG of one row
 
-Searches take `gallery` (number), `k`, `min_score` (cosine) and `source` (a name) as well, and answer with
+Searches also take `gallery` (number), `k`, `min_score` (cosine) and `source` (a name), and answer with
 `{"results": [{"row", "score", "captions", "source", "url"}], "note"}`; refusals with `{"error"}`.
 
-What a client can send is a text, an image and numbers, never a path. Images are judged by their header
-before a pixel is decoded, and those of a gallery are decoded and encoded anew, so that no byte of a corpus
-from the web reaches the browser as it came. Bound to loopback, the server answers only to loopback names: a
-page elsewhere whose name was pointed at this machine cannot read it.
+A client can send a text, an image and numbers, never a path. The server checks an image's header before it
+decodes a pixel, and re-encodes images of a gallery, so that no original bytes from the web reach the browser.
+Bound to loopback, it answers only to loopback names, so that a foreign page whose name resolves to this
+machine cannot read it.
 """
 
 import io
@@ -43,20 +43,21 @@ from pipeline.core.terminal import one_line
 MAX_RESULTS = 200
 _DEFAULT_RESULTS = 24
 _ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#@\\\s]+")
-_DECODES_AT_ONCE = 4  # images of galleries; bounds the memory that many requests at once can take
+_DECODES_AT_ONCE = 4  # images of galleries; bounds the memory of concurrent requests
 
 Answer = tuple[HTTPStatus, str, bytes]  # status, media type, body
 
 
 class SearchServer(BoundedServer):
-    """Answers until it is shut down; `port` 0 takes a free one, see `server_port`.
+    """Serves the page until it is shut down; `port` 0 takes a free port, see `server_port`.
 
-    Raises ConfigError where the address cannot be bound.
+    Raises:
+        ConfigError: if the address cannot be bound.
     """
 
     def __init__(self, searcher: Searcher, host: str = "127.0.0.1", port: int = 8000) -> None:
         self.searcher = searcher
-        self.computing = threading.Lock()  # one search at a time: torch uses every core for one already
+        self.computing = threading.Lock()  # one search at a time, since torch uses every core
         self.decoding = threading.BoundedSemaphore(_DECODES_AT_ONCE)
         self.page = _page()
         self.page_headers = page_headers(self.page)
@@ -104,10 +105,10 @@ class _Handler(BaseHTTPRequestHandler):
         return True
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Answer what http.server itself refuses in the form, and with the headers, of every answer."""
+        """Send refusals by http.server itself in the form and with the headers of all answers."""
         self.close_connection = True
         self.unread_bytes = 0
-        if self.request_version == "HTTP/0.9":  # else there would be no headers
+        if self.request_version == "HTTP/0.9":  # otherwise there would be no headers
             self.request_version = "HTTP/1.0"
         status = HTTPStatus(code)
         self._send(*_json({"error": status.phrase.lower()}, status))
@@ -126,7 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer({"/api/search": self._search_image})
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: what people search for is theirs."""
+        """Log nothing, because searches are private."""
 
     def _answer(self, routes: Mapping[str, Callable[[dict[str, str]], Answer]]) -> None:
         self.unread_bytes = self._announced()
@@ -141,7 +142,7 @@ class _Handler(BaseHTTPRequestHandler):
         except (ConnectionError, TimeoutError):
             self.close_connection = True
             return
-        except InputError as error:  # names files of this machine: for the one who started the server
+        except InputError as error:  # names files of this machine, so only the terminal shows it
             print(f"error: {one_line(str(error))}", file=sys.stderr)
             status, kind, body = _json(
                 {"error": "the gallery is damaged; the server's terminal says where"},
@@ -173,18 +174,18 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def _drain(self) -> None:
-        """Read what a refused client still sends, within reason: else it sees a reset, not the refusal."""
+        """Read what a refused client still sends, within limits: otherwise it gets a reset, not an answer."""
         left = min(self.unread_bytes, 2 * MAX_IMAGE_BYTES)
         self.reader.end_soon()
         while left > 0 and (chunk := self.rfile.read(min(left, 1 << 16))):
             left -= len(chunk)
 
     def _announced(self) -> int:
-        """Bytes of the body that the client announces."""
+        """Return the number of bytes that the client announces for the body."""
         text = self.headers.get("Content-Length", "0")
         if re.fullmatch(r"[0-9]{1,15}", text) and "Transfer-Encoding" not in self.headers:
             return int(text)
-        self.close_connection = True  # where such a request ends is anybody's guess
+        self.close_connection = True  # the end of such a request is unknown
         return 0
 
     def _check_origin(self) -> None:
@@ -252,7 +253,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _page() -> bytes:
-    """Return the page with its style and script in it, so that it is one answer."""
+    """Return the page with style and script inlined, so that it is one answer."""
     folder = Path(__file__).parent
     page, style, script = (
         (folder / f"serve.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
@@ -265,10 +266,14 @@ def _json(value: object, status: HTTPStatus = HTTPStatus.OK) -> Answer:
 
 
 def _split(address: str, what: str) -> SplitResult:
-    """Take an address apart. Refusal for one that is malformed."""
+    """Parse an address.
+
+    Raises:
+        Refusal: if it is malformed.
+    """
     try:
         parts = urlsplit(address)
-        if parts.port == 0:  # which raises ValueError itself for what is no number
+        if parts.port == 0:  # which itself raises ValueError if it is not a number
             raise ValueError("port 0")
     except ValueError:
         raise Refusal(HTTPStatus.BAD_REQUEST, f"malformed {what}") from None
@@ -276,7 +281,11 @@ def _split(address: str, what: str) -> SplitResult:
 
 
 def _netloc(origin: str) -> str:
-    """Return host and port of an Origin, empty for `null`. Refusal for what is no origin."""
+    """Return host and port of an Origin, empty for `null`.
+
+    Raises:
+        Refusal: if it is not an origin.
+    """
     if origin == "null":
         return ""
     if not _ORIGIN.fullmatch(origin):
@@ -310,5 +319,5 @@ def _score(fields: dict[str, str]) -> float:
         score = math.nan
     if not -1 <= score <= 1:
         raise Refusal(HTTPStatus.BAD_REQUEST, "min_score must be a number from -1 to 1")
-    # exact scores of equal vectors stray from 1 by rounding; -1 leaves nothing out
+    # rounding moves scores of equal vectors off 1; -1 keeps all results
     return score if score > -1 else -math.inf

@@ -1,4 +1,4 @@
-"""Which source each row of an index is of, and the nearest rows of one source."""
+"""Maps rows of an index to sources, and finds the nearest rows of one source."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from pipeline.core.arrays import Float32Array, Int64Array
 if TYPE_CHECKING:
     import polars as pl
 
-MAX_LOOKED_AT = 16_384  # nearest rows that are looked at for those of one source
+MAX_LOOKED_AT = 16_384  # nearest rows that are examined for one source
 
 Found = tuple[npt.NDArray[Any], Int64Array]  # scores and rows [1, k], best first; rows not found are -1
 Search = Callable[[Float32Array, int], Found]  # one query [1, dim] and k
@@ -20,28 +20,28 @@ Search = Callable[[Float32Array, int], Found]  # one query [1, dim] and k
 
 @dataclass(frozen=True, slots=True)
 class Near:
-    """(row, cosine similarity) of the best rows, best first."""
+    """(row, cosine similarity) of the best rows in descending order."""
 
     pairs: list[tuple[int, float]]
-    is_cut: bool = False  # there may be more of the source beyond MAX_LOOKED_AT
+    is_cut: bool = False  # the source may have more rows beyond MAX_LOOKED_AT
 
 
 @dataclass(frozen=True, slots=True)
 class Sources:
     """The source of each row: 1 to 4 bytes a row."""
 
-    counts: dict[str, int]  # source → rows; the key's place is its code
+    counts: dict[str, int]  # source → rows; a key's position is its code
     codes: npt.NDArray[np.unsignedinteger[Any]]  # [num_rows]
 
     @classmethod
     def of(cls, names: "pl.Series") -> "Sources | None":
-        """Build it of a column with a name for each row; None if there are fewer than two names.
+        """Build it from a column with a name for each row; None if there are fewer than two names.
 
-        A row without a name has the empty one.
+        A row without a name gets the empty name.
         """
         import polars as pl
 
-        # By the numbers of the categories: the names as texts would take 16 bytes a row.
+        # Use the categories' codes, because names as text would take 16 bytes a row.
         named = names if names.dtype == pl.Categorical else names.cast(pl.String).cast(pl.Categorical)
         number = named.to_physical()
         table = pl.DataFrame({"name": named, "number": number})
@@ -60,7 +60,7 @@ class Sources:
         return cls(counts, code_by_number[number.fill_null(none).to_numpy()])
 
     def largest(self, count: int) -> list[dict[str, Any]]:
-        """Return name and rows of the sources with most rows."""
+        """Return name and rows of the largest sources."""
         named = ((name, rows) for name, rows in self.counts.items() if name)
         return [{"name": name, "rows": rows} for name, rows in list(named)[:count]]
 
@@ -81,7 +81,7 @@ class Sources:
                 for row, score in zip(rows_1K[0].tolist(), scores_1K[0].tolist(), strict=True)
                 if row >= 0 and self.codes[row] == code
             ]
-            is_all = bool((rows_1K < 0).any())  # the index finds no more, however many are asked for
+            is_all = bool((rows_1K < 0).any())  # the index finds no more rows for any k
             if len(pairs) >= wanted or asked == most or is_all:
                 return Near(pairs[:wanted], is_cut=len(pairs) < wanted and most < len(self.codes))
             asked = min(most, 4 * asked)

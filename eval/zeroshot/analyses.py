@@ -33,7 +33,7 @@ def prompt_sensitivity(
     own: str = "own",
     left_out: dict[int, str] | None = None,
 ) -> list[PromptScore]:
-    """Measure each template by itself, then ensembles: general and own, folded both ways; best first.
+    """Measure each template on its own, then ensembles: general and own, averaged both ways; best first.
 
     Text features are computed once for the union of the templates. `left_out` takes the rows of images that
     cannot be decoded, with the reasons.

@@ -1,4 +1,4 @@
-"""The command line: a module for each group of commands; a command imports what is heavy itself."""
+"""The command line: a module for each group of commands; heavy imports are inside the commands."""
 
 import functools
 import os
@@ -26,7 +26,7 @@ from pipeline.cli.app import Commands, application
 from pipeline.cli.errors import usage_line
 from pipeline.core.terminal import Verbosity, guarded_output, set_verbosity
 
-# In the order of the help; groups with one heading stand under it together.
+# In the order of the help; groups with the same heading share it.
 GROUPS = (
     init.INIT,
     runs.RUN,
@@ -46,7 +46,7 @@ GROUPS = (
 _SET_BY_OPTIONS = (
     "NO_COLOR",
     "HF_HUB_OFFLINE",
-)  # variables of the environment that options set while a command runs
+)  # environment variables that options set while a command runs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with guarded_output(), _own_settings():
         words = list(sys.argv[1:] if arguments is None else arguments)
         try:
-            # Not standalone: what ends a command is said by `pipeline.cli.errors`.
+            # Not standalone: `pipeline.cli.errors` reports what ends a command.
             return int(program().main(args=words or ["--help"], prog_name="cnclip", standalone_mode=False))
         except typer.TyperException as error:
             print(usage_line(error), file=sys.stderr)
@@ -76,7 +76,7 @@ def program() -> Commands:
 
 @contextmanager
 def _own_settings() -> Iterator[None]:
-    """Undo afterwards what the options of one command set for the whole process."""
+    """Restore the process-wide settings that the options of one command change."""
     set_verbosity(Verbosity.NORMAL)
     before = {name: os.environ.get(name) for name in _SET_BY_OPTIONS}
     try:

@@ -32,7 +32,7 @@ _ClassificationSet = Annotated[
 ]
 _Labels = Annotated[
     str | None,
-    typer.Option(metavar="FILE", help="take these Chinese class names instead of the set's or ours"),
+    typer.Option(metavar="FILE", help="use these Chinese class names instead of the set's or built-in ones"),
 ]
 _MetricName = Literal["accuracy", "mean-per-class", "roc-auc", "11-point-map"]
 _Metric = Annotated[
@@ -78,10 +78,10 @@ def prompts(
     templates: Annotated[
         str,
         typer.Option(
-            metavar="own|paper|FILE", help="take the set's own templates, or the paper's with its labels"
+            metavar="own|paper|FILE", help="use the set's own templates, or the paper's with its labels"
         ),
     ] = "own",
-    plot: Annotated[str | None, typer.Option(metavar="OUT.svg", help="draw the scores as well")] = None,
+    plot: Annotated[str | None, typer.Option(metavar="OUT.svg", help="also draw the scores")] = None,
 ) -> int:
     from eval.features.encoder import load_encoder
     from eval.zeroshot.analyses import prompt_sensitivity, prompts_plot, prompts_table
@@ -99,7 +99,7 @@ def prompts(
 
 
 class _PairCommand(Command):
-    """A command whose --pair takes three values, which travel through typer as one."""
+    """A command whose --pair takes three values, which pass through typer as one."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         words, rest = list[str](), list(args)
@@ -143,7 +143,7 @@ def negation(
         str,
         typer.Option(
             metavar="own|general|paper|FILE",
-            help="take these prompts; paper takes the paper's labels too",
+            help="use these prompts; paper also uses the paper's labels",
         ),
     ] = "own",
 ) -> int:
@@ -155,7 +155,7 @@ def negation(
     names = data.labels.names
     pairs = _pairs(pair, names) if pair else list(SHIPPED_PAIRS.get(data.name, ()))
     if not pairs:
-        raise ConfigError(f"{data.name}: no pair ships for this set; give --pair CLASS PLAIN NEGATED")
+        raise ConfigError(f"{data.name}: no built-in pairs for this set; give --pair CLASS PLAIN NEGATED")
     encoder = load_encoder(checkpoint(model, overrides, vocabulary, context_length, decode))
     left_out = dict[int, str]()
     prompts = templates_for(data.name, templates)
@@ -174,7 +174,7 @@ def _pairs(given: Sequence[str], names: Sequence[str]) -> list[Any]:
         row = names.index(which) if which in names else int(which) if which.isdecimal() else -1
         if not 0 <= row < len(names):
             raise ConfigError(
-                f"--pair {which}: no class of that label or number; labels: {'、'.join(names[:20])}"
+                f"--pair {which}: no class with this label or number; labels: {'、'.join(names[:20])}"
             )
         pairs.append(NegationPair(row, plain, negated))
     return pairs

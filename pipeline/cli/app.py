@@ -1,7 +1,7 @@
 """The typer application: how commands are declared and parsed.
 
-Each module of this folder with commands has a `Group`, to which its functions are added; `application` joins
-the groups. A command's function imports what is heavy itself, so that help and `plan` start at once.
+Each module with commands in this folder has a `Group` to which it adds its functions; `application` joins the
+groups. Heavy imports are inside the functions, so that help and `plan` start quickly.
 """
 
 import os
@@ -23,8 +23,8 @@ _EPILOG = (
     "Example: cnclip run demo\n"
     "Exit status: 0 done, 1 the work failed, 2 wrong usage or configuration, 130 interrupted."
 )
-_GENERAL = "General"  # heading of the options that every command has
-# typer's own messages have no colour: they pass the guard of standard output.
+_GENERAL = "General"  # heading of the options of all commands
+# typer's own messages have no colour, because they pass the guard of standard output.
 _SETTINGS = {"help_option_names": ["-h", "--help"], "color": False}
 
 
@@ -40,8 +40,8 @@ class Group:
     ) -> Callable[[Function], Function]:
         """Return a decorator that makes a function the command `name`; it returns the exit status.
 
-        `summary` is imperative; `more` follows it in the command's own help; `example` is what stands behind
-        the command's name in the example that ends the help.
+        `summary` is imperative; `more` follows it in the command's help; `example` follows the command's name
+        in the example that ends the help.
         """
         return self.app.command(
             name,
@@ -55,7 +55,7 @@ class Group:
 
 
 class _Parsed(TyperCommand):
-    """What commands and the program share: how their command line ends the program."""
+    """Shared by commands and the program: turns usage errors and exits into exit statuses."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         try:
@@ -117,12 +117,12 @@ def _be_verbose(value: bool) -> None:
 
 def _use_no_color(value: bool) -> None:
     if value:
-        os.environ["NO_COLOR"] = "1"  # what rich and the programs that are started look at
+        os.environ["NO_COLOR"] = "1"  # read by rich and by child processes
 
 
 def _go_offline(value: bool) -> None:
     if value:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # what huggingface_hub reads, here and in what is started
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub here and in child processes
 
 
 def _program(
@@ -171,7 +171,7 @@ def _program(
         bool,
         typer.Option(
             "--offline",
-            help="ask no hub for weights given by name, as with HF_HUB_OFFLINE=1",
+            help="use only cached weights for names, as with HF_HUB_OFFLINE=1",
             callback=_go_offline,
             is_eager=True,
             expose_value=False,
@@ -179,7 +179,7 @@ def _program(
         ),
     ] = False,
 ) -> None:
-    """Hold the options that stand before a command."""
+    """Define the options that may precede a command."""
 
 
 def application(groups: Sequence[Group]) -> Commands:
@@ -189,7 +189,7 @@ def application(groups: Sequence[Group]) -> Commands:
         epilog=_EPILOG,
         callback=_program,
         context_settings=_SETTINGS,
-        rich_markup_mode=None,  # texts are printed as they are; `help_pages` prints them
+        rich_markup_mode=None,  # texts are plain; `help_pages` prints them
         pretty_exceptions_enable=False,
     )
     for group in groups:

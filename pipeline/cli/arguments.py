@@ -1,4 +1,4 @@
-"""What several commands take, each argument defined once, and how commands end."""
+"""Arguments that several commands share, and the exit statuses."""
 
 import os
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 def _recipes_and_files(incomplete: str) -> list[str]:
-    """Complete a run: shipped recipes, and folders and TOML files that begin so."""
+    """Complete a run: shipped recipes, and matching folders and TOML files."""
     from importlib.resources import files
 
     shipped = [
@@ -35,7 +35,7 @@ def _recipes_and_files(incomplete: str) -> list[str]:
     return [name for name in (*sorted(shipped), *found) if name.startswith(incomplete)]
 
 
-# Of a run: what `pipeline.catalog.load` takes.
+# A run, as `pipeline.catalog.load` takes it.
 RunFile = Annotated[
     str,
     typer.Argument(
@@ -53,14 +53,14 @@ Overrides = Annotated[
     ),
 ]
 
-# What `pipeline.core.run.select` takes.
+# Stages, as `pipeline.core.run.select` takes them.
 OneStage = Annotated[str | None, typer.Option("--stage", metavar="NAME", help="act on this stage only")]
 FirstStage = Annotated[str | None, typer.Option("--from", metavar="NAME", help="start at this stage")]
 LastStage = Annotated[str | None, typer.Option("--to", metavar="NAME", help="stop after this stage")]
 
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON document instead")]
 
-# Of a model: what `checkpoint` takes.
+# A model, as `checkpoint` takes it.
 Model = Annotated[
     str,
     typer.Argument(
@@ -74,7 +74,7 @@ Vocabulary = Annotated[
     typer.Option(
         "--vocab",
         metavar="PATH-or-ID",
-        help="read a vocab.txt, its folder or a model id (default: the run's, else searched for)",
+        help="read a vocab.txt, its folder or a model id (default: the run's, or found automatically)",
     ),
 ]
 ContextLength = Annotated[
@@ -83,14 +83,14 @@ ContextLength = Annotated[
         "--context",
         "--context-length",
         metavar="N",
-        help="cut texts at N tokens, [CLS] and [SEP] included (default: the run's, or 52)",
+        help="truncate texts to N tokens, including [CLS] and [SEP] (default: the run's, or 52)",
     ),
 ]
 Decode = Annotated[
     Literal["upright", "reference"],
     typer.Option(
         metavar="upright|reference",
-        help="decode images upright (EXIF, 16 bits and transparency heeded) or as CN-CLIP's reference code",
+        help="decode images upright (respecting EXIF, 16 bits and transparency) or like CN-CLIP's code",
     ),
 ]
 
@@ -114,16 +114,16 @@ def checkpoint(
 
 
 def corpus_folder(corpus: str) -> str:
-    """Return the folder of a corpus that is given as a folder or as its run's TOML."""
+    """Return the folder of a corpus from a folder or from its run's TOML."""
     if not corpus.endswith(".toml"):
         return corpus
     from pipeline.catalog import load
 
-    run, _ = load(corpus)  # only its folder counts here
+    run, _ = load(corpus)  # only for its folder
     return run.folder
 
 
-# What an index is built from.
+# The input and size of an index.
 EmbeddingsPath = Annotated[
     str,
     typer.Argument(
@@ -133,7 +133,7 @@ EmbeddingsPath = Annotated[
 ]
 Side = Annotated[
     Literal["image", "text"],
-    typer.Option(metavar="image|text", help="take this side of clip-retrieval's folder"),
+    typer.Option(metavar="image|text", help="use this side of clip-retrieval's folder"),
 ]
 TrainRows = Annotated[
     int, typer.Option("--train-rows", metavar="N", help="train FAISS on N evenly spaced rows")
@@ -143,7 +143,7 @@ FaissDevice = Annotated[
     typer.Option("--device", metavar="cpu|gpu", help="run FAISS there; gpu needs faiss-gpu-cu12 (make gpu)"),
 ]
 IndexMemory = Annotated[
-    float, typer.Option("--memory", metavar="GIB", help="let the index take GIB of memory in all")
+    float, typer.Option("--memory", metavar="GIB", help="let the index use GIB of memory in total")
 ]
 IndexRecall = Annotated[
     float,

@@ -1,4 +1,4 @@
-"""The commands that act on corpora outside a run: other shards and formats, and guards."""
+"""Commands for finished corpora: rewriting shards, exporting them, and guards."""
 
 import os
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ _Samples = Annotated[
 
 @CORPUS.add(
     "reshard",
-    "rewrite shards with another number of samples in each; the order stays",
+    "rewrite shards with another number of samples in each, in the same order",
     "runs/mine --out runs/resharded --samples 10000",
 )
 def reshard(
@@ -73,12 +73,12 @@ def subset(
 
 @CORPUS.add(
     "merge",
-    "write several corpora as one, in the order of their keys; each key once",
+    "merge corpora in the order of their keys, each key once",
     "runs/a runs/b --out runs/both",
 )
 def merge(
     corpora: Annotated[
-        list[str], typer.Argument(metavar="CORPUS", help=f"{_WHAT}; the first one's rows go first")
+        list[str], typer.Argument(metavar="CORPUS", help=f"{_WHAT}; the first one takes precedence")
     ],
     out: _Out,
     processes: _Processes = 2,
@@ -130,7 +130,7 @@ def guard(
         Literal["coco", "flickr", "own"],
         typer.Option(
             metavar="coco|flickr|own",
-            help="match ids with this source's image numbers; own: with no source's",
+            help="match ids with the image numbers of this source; own: with none",
         ),
     ] = "own",
 ) -> int:
@@ -150,14 +150,13 @@ def _samples(samples: int | None, corpora: Sequence[str]) -> int:
 
 
 def _do(out: str, processes: int, stages: tuple[Stage, ...]) -> dict[str, Manifest]:
-    """Run the stages in `out`, print what went in and came out, and return their manifests by name."""
+    """Run the stages in `out`, print rows in and out, and return the manifests by stage name."""
     from pipeline.runner import execute
 
     run = Run(out, 0, "local", processes, stages)
     if changed := [status for status in survey(run) if status.state is State.STALE]:
         raise ConfigError(
-            f"{out}: was made from something else ({changed[0].stage.name}: {changed[0].why}); give"
-            f" another --out"
+            f"{out}: has another origin ({changed[0].stage.name}: {changed[0].why}); give another --out"
         )
     if not execute(run, stages, redo=False):
         print("nothing to do: all stages are done")

@@ -1,7 +1,7 @@
 """The JSON documents that commands print with --json, and what their keys mean.
 
-`KEYS` is what docs/reference/cli.md lists; `[]` stands behind a key that holds a list, `{}` behind one that
-maps names, which are not listed. Keys are only ever added.
+docs/reference/cli.md lists `KEYS`; `[]` follows a key that holds a list, `{}` one that maps names, which are
+not listed. Keys are never removed.
 """
 
 import json
@@ -29,18 +29,18 @@ _TRAINING = {
     "hardware": "the device that training is planned for; null if it is not planned",
     "hardware.name": "the device",
     "hardware.memory_gib": "its memory",
-    "hardware.usable_gib": "how much of it is planned with",
+    "hardware.usable_gib": "memory that the plan uses",
     "hardware.utilisation": "share of its 16-bit peak, 0 to 1",
     "trainings": "a list, empty if training is not planned",
     "trainings[].model": "the model's size",
-    "trainings[].name": "the stage, or what is finetuned on",
+    "trainings[].name": "the stage, or the data set of the finetuning",
     "trainings[].global_batch": "samples a step",
     "trainings[].epochs": "epochs",
     "trainings[].ranks": "processes",
     "trainings[].num_samples": "pairs; null if unknown",
     "trainings[].num_steps": "steps; null if unknown",
     "trainings[].micro_batch": "samples at once; 0 if none fits",
-    "trainings[].memory_gib": "a rank's tensors at their fullest",
+    "trainings[].memory_gib": "a rank's tensors at their peak",
     "trainings[].gpu_days": "GPU-days; null if unknown",
     "trainings[].paper_gpu_days": "the paper's (A.2); null if it has none",
 }
@@ -69,8 +69,8 @@ KEYS: Mapping[str, Mapping[str, str]] = {
         "stages[].rows_kept": "rows kept",
         "stages[].rows_dropped": "rows dropped",
         "stages[].share_kept": "kept rows of those that came in, 0 to 1; null if none came in",
-        "stages[].rows_per_second": "rows that one process took in a second; null if nothing was measured",
-        "stages[].seconds": "time of all tasks together",
+        "stages[].rows_per_second": "rows per second of one process; null if nothing was measured",
+        "stages[].seconds": "total time of all tasks",
         "stages[].bytes": "size of the outputs",
         "stages[].dropped{}": "drop reason → rows",
         "notes": "a list of lines: thresholds that remove nothing, stages that removed much",
@@ -82,14 +82,14 @@ KEYS: Mapping[str, Mapping[str, str]] = {
         "examples[].url": "the image's address; null as above",
         "examples[].caption": "the caption; null as above",
         "examples[].score": "the source's score; null if it has none",
-        "examples[].detail": "a word, an HTTP status or the key that a copy is of; null if there is none",
-        "examples[].text": "a malformed row as it was read; else null",
+        "examples[].detail": "a word, an HTTP status or the key of a copy's original; null if there is none",
+        "examples[].text": "a malformed row as it was read; null for other rows",
         **_ERRORS,
     },
     "why": {
         "run": "the run as it was given",
         "folder": "the run's folder",
-        "key_or_url": "what was asked for",
+        "key_or_url": "the key or URL as it was given",
         "rows": "a list of the rows with this key or URL",
         "rows[].key": "the sample's key; null for a malformed row",
         "rows[].source": "the source",
@@ -105,45 +105,45 @@ KEYS: Mapping[str, Mapping[str, str]] = {
     },
     "inspect": {
         "origin": "the path or name that was given, with the revision that it stands for",
-        "path": "the file or folder; of a name, in the cache",
-        "format": "what wrote it, in words",
-        "model": "which model it holds, in words",
+        "path": "the file or folder; for a name, the one in the cache",
+        "format": "the program that wrote it, in words",
+        "model": "the model in it, in words",
         "parameters": "number of parameters",
         "tensors": "number of tensors",
         "dtypes": "a list of their types",
-        "facts{}": "what the file says about itself",
+        "facts{}": "metadata in the file",
         "missing": "a list of tensors that the model needs and the file lacks",
         "unexpected": "a list of tensors that the model does not know",
         "of_another_shape": "a list of tensors whose shape is not the model's",
-        "left_out": "a list of tensors that have no place in a model",
+        "left_out": "a list of tensors that do not belong to a model",
         "notes": "a list of remarks",
         "not_finite": "a list of tensors with NaN or infinity",
     },
     "doctor": {
-        "folder": "where runs are to live",
+        "folder": "the folder for runs",
         "fit": "whether every check passed",
         "checks": "a list",
-        "checks[].check": "what was examined",
-        "checks[].fit": "whether it is enough",
+        "checks[].check": "name of the check",
+        "checks[].fit": "whether the check passed",
         "checks[].found": "what was found",
-        "checks[].remedy": "what to do if it is not enough",
+        "checks[].remedy": "what to do if it did not pass",
     },
     "eval": {
         "model": "the model's size",
         "checkpoint": "the weights",
         "checkpoint_sha256": "their digest",
         "setup": "zero-shot or finetuned",
-        "context_length": "tokens of a text at most",
+        "context_length": "most tokens of a text",
         "ensemble": "what is averaged over templates: features or scores",
         "templates": "own, general, paper or a file",
         "decode": "upright or reference",
-        "published": "where the paper's figures are from",
-        "tables": "a list, one for each table of the paper and each set of one's own",
-        "tables[].number": "the table's number in the paper; null for a set of one's own",
+        "published": "source of the paper's figures",
+        "tables": "a list, one for each table of the paper and each of your sets",
+        "tables[].number": "the table's number in the paper; null for your own set",
         "tables[].title": "what was measured",
         "tables[].setup": "zero-shot or finetuned",
         "tables[].model": "the model's size",
-        "tables[].paper_model": "the paper's row next to it; null if there is none",
+        "tables[].paper_model": "the row of the paper for comparison; null if there is none",
         "tables[].notes": "a list of remarks, such as why a figure is not comparable",
         "tables[].lines": "a list of figures",
         "tables[].lines[].label": "the metric or set",
@@ -152,7 +152,7 @@ KEYS: Mapping[str, Mapping[str, str]] = {
         "tables[].lines[].ours.low": "lower end of its 95% interval",
         "tables[].lines[].ours.high": "upper end",
         "tables[].lines[].paper": "the published figure; null if there is none",
-        "tables[].lines[].difference": "ours less the paper's; null if either is missing",
+        "tables[].lines[].difference": "ours minus the paper's; null if either is missing",
         "tables[].lines[].difference.value": "the difference",
         "tables[].lines[].difference.low": "lower end of its 95% interval",
         "tables[].lines[].difference.high": "upper end",
@@ -167,7 +167,7 @@ def print_document(document: Mapping[str, Any]) -> None:
 
 
 def print_document_of(path: str) -> None:
-    """Print the JSON document that a file holds; what is not a number there becomes null."""
+    """Print the JSON document in a file; NaN becomes null."""
     print_document(json.loads(store.read_text(path), parse_constant=lambda constant: None))
 
 

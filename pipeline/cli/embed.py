@@ -61,7 +61,7 @@ def embed(
 ) -> int:
     if shards is not None:
         if images is not None or texts is not None:
-            raise ConfigError("--shards has images and texts of its own; leave out --images and --texts")
+            raise ConfigError("--shards already has images and texts; leave out --images and --texts")
         if ranks < 1:
             raise ConfigError(f"--ranks {ranks}: give at least 1")
 
@@ -77,7 +77,7 @@ def embed(
     if images is None and texts is None:
         raise ConfigError("embed: nothing to embed; give --images, --texts, both, or --shards")
     if ranks != 1 or redo:
-        raise ConfigError("--ranks and --redo go with --shards")
+        raise ConfigError("--ranks and --redo need --shards")
 
     from eval.features.encoder import load_encoder
     from eval.features.files import embed_files
@@ -95,8 +95,8 @@ def embed(
     )
     if done.num_truncated:
         print(
-            f"{done.num_truncated} of {done.num_texts} texts have more than {encoder.context_length} tokens"
-            " and are cut; raise --context to keep more"
+            f"{done.num_truncated} of {done.num_texts} texts are truncated to {encoder.context_length}"
+            " tokens; raise --context to keep more"
         )
     if done.passed_over:
         print(f"{len(done.passed_over)} passed over: {summary(done.passed_over)}")

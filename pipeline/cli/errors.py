@@ -1,4 +1,4 @@
-"""What ends a command that fails: one line on standard error, and the exit status."""
+"""Ends a command that fails: prints one line on standard error and gives the exit status."""
 
 import difflib
 import errno
@@ -18,17 +18,17 @@ from pipeline.core.terminal import Verbosity, one_line, verbosity
 
 
 class UsageError(typer.TyperException):
-    """A command line that cannot be understood."""
+    """An invalid command line."""
 
     exit_code = EXIT_USAGE
 
     def __init__(self, message: str, ctx: Any = None) -> None:
         super().__init__(message)
-        self.ctx = ctx  # of the command, as typer's own errors have it
+        self.ctx = ctx  # of the command, as in typer's own errors
 
 
 def reported(work: Callable[[], int]) -> int:
-    """Return the exit status of the work; print the error that ends it as one line."""
+    """Return the exit status of the work; print an error that ends it as one line."""
     try:
         return work()
     except (ConfigError, InputError) as error:
@@ -41,10 +41,10 @@ def reported(work: Callable[[], int]) -> int:
         _say("interrupted; rerun the same command to resume")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        return EXIT_DONE  # the reader of our output (head, less) has seen enough
+        return EXIT_DONE  # the reader of the output (head, less) has closed it
     except MemoryError:
         _say(
-            "error: there is not enough memory: free some or take smaller settings, such as [run] processes,"
+            "error: not enough memory: free some or use smaller settings, such as [run] processes,"
             " then rerun the same command to resume"
         )
         return EXIT_FAILED
@@ -57,7 +57,7 @@ def reported(work: Callable[[], int]) -> int:
 
 
 def _say(line: str) -> None:
-    """Print the line below a bar that is left whole; if the command is verbose, also where it comes from."""
+    """Print the line below a finished bar; if the command is verbose, also the traceback."""
     close_progress()
     if verbosity() >= Verbosity.VERBOSE:
         print(traceback.format_exc(), end="", file=sys.stderr)
@@ -77,15 +77,15 @@ def _remedy(error: OSError) -> str:
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Return "; did you mean this or that?" for the names that look like `name`; empty if none does."""
-    # Without the hyphens, in which all options are alike.
+    """Return "; did you mean this or that?" for names similar to `name`, or an empty string."""
+    # Without the hyphens, which all options share.
     bare = {known.lstrip("-"): known for known in names}
     near = [bare[found] for found in difflib.get_close_matches(name.lstrip("-"), list(bare))]
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def usage_line(error: typer.TyperException) -> str:
-    """Return what is wrong with a command line, and where its help is, in one line."""
+    """Return one line on what is wrong with a command line and where to find help."""
     context: Any = getattr(error, "ctx", None)
     path = "cnclip" if context is None else context.command_path
     parameter: Any = getattr(error, "param", None)
@@ -106,7 +106,7 @@ def _visible_options(command: Any) -> list[str]:
 
 
 def _reason(error: typer.TyperException) -> str:
-    """Return why a value does not fit, with the value."""
+    """Return the value and why it is invalid."""
     wrong: Any = error.__cause__
     if wrong is None or not hasattr(wrong, "errors"):
         return "missing" if type(error).__name__ == "MissingParameter" else _decapitalised(error.message)

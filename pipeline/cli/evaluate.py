@@ -50,7 +50,7 @@ def evaluate(
         bool,
         typer.Option(
             "--finetuned",
-            help="compare with the paper's finetuned rows (a run's finetune stage does so by itself)",
+            help="compare with the paper's finetuned rows (the default for a run's finetune stage)",
         ),
     ] = False,
     row: Annotated[
@@ -70,7 +70,7 @@ def evaluate(
         str,
         typer.Option(
             metavar="own|general|paper|FILE",
-            help="classify with these prompts; paper takes the paper's labels too",
+            help="classify with these prompts; paper also uses the paper's labels",
         ),
     ] = "own",
     form: Annotated[
@@ -91,7 +91,7 @@ def evaluate(
     elif source.run_folder is not None:
         sources = sets_of_run(source.run_folder)
     else:
-        raise ConfigError(f"{model}: a lone file has no evaluation sets; give --sets FOLDER")
+        raise ConfigError(f"{model}: a single weights file has no evaluation sets; give --sets FOLDER")
     how = Options(
         setup="finetuned" if finetuned or source.is_finetuned else "zero-shot",
         paper_model=row,
@@ -126,7 +126,7 @@ def predict(
         typer.Option("--image-to-text", help="rank texts for each image (default: images for each text)"),
     ] = False,
     top_k: Annotated[
-        int, typer.Option("--top-k", metavar="K", help="write K ids a line; the official scorer takes 10")
+        int, typer.Option("--top-k", metavar="K", help="write K ids a line; the official scorer needs 10")
     ] = 10,
 ) -> int:
     from eval.retrieval.official_files import predict
@@ -143,7 +143,7 @@ def predict(
 )
 def score(
     reference: Annotated[
-        str, typer.Argument(metavar="REFERENCE.jsonl", help="the ids that are right for each query")
+        str, typer.Argument(metavar="REFERENCE.jsonl", help="the correct ids for each query")
     ],
     predictions: Annotated[
         str, typer.Argument(metavar="PREDICTIONS.jsonl", help="10 ids for each query, best first")

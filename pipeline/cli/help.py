@@ -1,4 +1,4 @@
-"""Help pages: what a command says of itself, printed by rich, or written as Markdown by `reference`."""
+"""Builds help pages, which rich prints and `pipeline.cli.reference` writes as Markdown."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.core.terminal import unguarded
 
 _MAX_WIDTH = 100  # columns on a wide terminal
-_NAMES_WIDTH = 24  # columns of names; longer names have a line of their own
+_NAMES_WIDTH = 24  # columns for names; a longer name gets its own line
 
 Rows = list[tuple[str, str]]
 
@@ -20,12 +20,12 @@ class Page:
 
     usage: str
     texts: tuple[str, ...]  # paragraphs
-    sections: dict[str, Rows]  # heading → (name, what it is)
+    sections: dict[str, Rows]  # heading → (name, description)
     epilog: str
 
 
 def page_of(command: Any, path: str) -> Page:
-    """Return the page of one command; `path` is what is typed to call it."""
+    """Return the page of one command; `path` is the command as users type it."""
     arguments = [param for param in command.params if param.param_type_name == "argument"]
     sections = {"Arguments": [(_name(param), param.help or "") for param in arguments], **_options(command)}
     words = [path, "[OPTIONS]", *(_usage(param) for param in arguments)]
@@ -34,7 +34,7 @@ def page_of(command: Any, path: str) -> Page:
 
 
 def page_of_all(program: Any, path: str, about: str) -> Page:
-    """Return the page of the program: its commands by their headings."""
+    """Return the page of the program with its commands by heading."""
     sections: dict[str, Rows] = {}
     for name, command in program.commands.items():
         if not command.hidden:
@@ -93,9 +93,9 @@ def print_page(page: Page) -> None:
     from rich.text import Text
 
     width = min(_MAX_WIDTH, shutil.get_terminal_size().columns)
-    # With NO_COLOR rich would still write bold.
+    # With NO_COLOR rich still writes bold.
     color = None if os.environ.get("NO_COLOR") else "auto"
-    stream = unguarded(sys.stdout)  # rich writes colours; nothing on a page comes from outside
+    stream = unguarded(sys.stdout)  # rich writes colours, and a page has no foreign text
     console = Console(file=stream, width=width, highlight=False, color_system=color)  # type: ignore[arg-type]
     with console.capture() as captured:
         console.print(Text.assemble(("Usage: ", "bold"), page.usage))

@@ -93,7 +93,7 @@ def bench_index(
     num_queries: Annotated[
         int, typer.Option("--num-queries", metavar="N", help="search N queries at most")
     ] = 1000,
-    k: Annotated[int, typer.Option("--k", metavar="K", help="ask for K neighbours")] = 10,
+    k: Annotated[int, typer.Option("--k", metavar="K", help="search for K neighbours")] = 10,
     grid: Annotated[
         str | None,
         typer.Option(
@@ -136,7 +136,7 @@ def bench_index(
     print(benchmark.points_table(points, k))
     best = benchmark.best_point(points, recall, memory * 2**30 / embeddings.num_rows)
     if best is None:
-        print(f"none reaches recall {recall} within {memory} GiB")
+        print(f"no index reaches recall {recall} within {memory} GiB")
     else:
         print(f"fastest with recall {recall} within {memory} GiB: {best.factory} {best.parameters}")
     if out:

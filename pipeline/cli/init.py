@@ -19,7 +19,7 @@ INIT = Group("Run")
     "init",
     "write a run's TOML that fits your data and this machine",
     "new.toml --data my/captions.csv --images my/pictures --evaluation my/valid",
-    more="It asks for what the options leave out, if there is a terminal.",
+    more="On a terminal, it asks for whatever the options leave out.",
 )
 def init(
     output: Annotated[
@@ -45,7 +45,7 @@ def init(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="train a model of this size; ViT-B-16 and others that are published continue from their"
+            help="train a model of this size; ViT-B-16 and other published sizes continue from their"
             " weights (default: small-vit)",
         ),
     ] = None,
@@ -55,11 +55,11 @@ def init(
     ] = None,
     url_column: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="take addresses from this column (default: found by its values)"),
+        typer.Option(metavar="NAME", help="use this column of addresses (default: found by its values)"),
     ] = None,
     caption_column: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="take captions from this column (default: found by its values)"),
+        typer.Option(metavar="NAME", help="use this column of captions (default: found by its values)"),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="overwrite the file if it exists")] = False,
 ) -> int:
@@ -68,9 +68,9 @@ def init(
     from pipeline.tools.survey_data import evaluation_sets, look_at_data, look_at_machine
 
     if not output.endswith(".toml"):
-        raise ConfigError(f"{output}: a run's file ends in .toml; choose such a name")
+        raise ConfigError(f"{output}: not a .toml file; choose a name that ends in .toml")
     if os.path.lexists(output) and not force:
-        raise ConfigError(f"{output}: exists already; choose another name, or overwrite it with --force")
+        raise ConfigError(f"{output}: already exists; choose another name, or overwrite it with --force")
     asks = sys.stdin.isatty() and sys.stderr.isatty()
     _require(asks, **{"--data TABLE": data, "--evaluation FOLDER": evaluation})
     columns = {"url_column": url_column, "caption_column": caption_column}
@@ -95,7 +95,7 @@ def init(
 def _require(asks: bool, **given: str | None) -> None:
     missing = [name for name, value in given.items() if value is None]
     if missing and not asks:
-        raise UsageError(f"{', '.join(missing)}: missing, and there is no terminal to ask at; give it")
+        raise UsageError(f"{', '.join(missing)}: missing, and without a terminal cnclip cannot ask; give it")
 
 
 def _ask(question: str, default: str | None = None) -> str:
@@ -123,7 +123,7 @@ def _model(name: str) -> str:
 
 
 def _write(path: str, text: str, *, force: bool) -> None:
-    """Write the file whole; without `force` only if there is none, also if one appeared meanwhile."""
+    """Write the whole file; without `force`, never replace one, even one that has just appeared."""
     from pipeline.catalog import resolve
     from pipeline.core import store
     from pipeline.core.config import read_toml
@@ -134,4 +134,4 @@ def _write(path: str, text: str, *, force: bool) -> None:
     else:
         with open(path, "x", encoding="utf-8") as file:
             file.write(text)
-    resolve(read_toml(path), path)  # what is written is checked as any run's file is
+    resolve(read_toml(path), path)  # check the file like any other run's

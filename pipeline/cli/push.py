@@ -1,4 +1,4 @@
-"""`cnclip push`: a model, or the card of a corpus, on a hub."""
+"""`cnclip push`: publishes a model, or the card of a corpus, on a hub."""
 
 from typing import Annotated, Literal
 
@@ -16,7 +16,7 @@ PUSH = Group("Weights")
     "push",
     "publish a model with its card on a hub, or a corpus's card with --corpus",
     "clip_cn_vit-b-16.pt me/my-clip --license apache-2.0 --dry-run my-clip",
-    more="A model's card has its licence, base model, data and scores. The token is that of `hf auth login`"
+    more="A model's card has its licence, base model, data and scores. The token comes from `hf auth login`"
     " or HF_TOKEN.",
 )
 def push(
@@ -33,7 +33,7 @@ def push(
     ],
     corpus: Annotated[bool, typer.Option("--corpus", help="publish the corpus's card instead")] = False,
     images: Annotated[
-        bool, typer.Option("--images", help="with --corpus, upload the shards with their images too")
+        bool, typer.Option("--images", help="with --corpus, also upload the shards with their images")
     ] = False,
     base: Annotated[
         str | None,
@@ -62,11 +62,11 @@ def push(
 
     check_target(repo)
     if images and not corpus:
-        raise ConfigError("--images: only a corpus has them: give --corpus too")
+        raise ConfigError("--images: only a corpus has images; also give --corpus")
     if corpus and (base is not None or vocabulary is not None):
-        raise ConfigError("--base-model and --vocab are a model's: leave them out with --corpus")
+        raise ConfigError("--base-model and --vocab are for models; leave them out with --corpus")
     if dry_run is not None and os.path.isdir(dry_run) and os.listdir(dry_run):
-        raise ConfigError(f"{dry_run}: is not empty: give another folder to --dry-run")
+        raise ConfigError(f"{dry_run}: not empty; give another folder to --dry-run")
     with tempfile.TemporaryDirectory(prefix="cnclip-push-") as scratch:
         folder = dry_run or scratch
         if corpus:

@@ -26,7 +26,7 @@ file, or the name of a shipped recipe such as `demo`.
 | 143 | stopped by a signal; the same command resumes |
 
 Results go to standard output; progress, notes, warnings and errors go to standard error. Without a terminal,
-progress is a plain line now and then. There is no colour without a terminal, with `--no-color`, or with
+progress is an occasional plain line. Output has no colour without a terminal, with `--no-color`, or with
 `NO_COLOR` set.
 
 `cnclip --install-completion` installs completion for the current shell; `cnclip --show-completion` prints its
@@ -35,7 +35,7 @@ script.
 
 _JSON = """#### Keys of its JSON document
 
-`[]` stands behind a list, `{}` behind names that are not listed here. Further keys may be added.
+`[]` follows a list, `{}` follows names that are not listed here. Later releases may add keys.
 """
 
 
@@ -56,7 +56,7 @@ def reference() -> str:
 
 def _general() -> Rows:
     command: Any = next(iter(program().commands.values()))
-    version = ("--version", "print the version (in place of a command)")
+    version = ("--version", "print the version (instead of a command)")
     return [*page_of(command, "cnclip").sections["General"], version]
 
 
@@ -85,7 +85,7 @@ def _cell(text: str) -> str:
 
 
 def main() -> None:
-    """Write the page into the working directory's docs/."""
+    """Write the page to docs/ in the working directory."""
     os.makedirs(os.path.dirname(PATH), exist_ok=True)
     with open(PATH, "w", encoding="utf-8") as file:
         file.write(reference())

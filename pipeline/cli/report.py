@@ -24,7 +24,7 @@ REPORT = Group("Run")
 
 @REPORT.add(
     "report",
-    "write the page of a run as it is now, or compare two runs",
+    "write the page of a run in its current state, or compare two runs",
     "runs/old runs/new --output compared.html",
 )
 def report(
@@ -55,7 +55,7 @@ def report(
     first = _load(run, overrides or [])
     if other is not None:
         if watch:
-            raise ConfigError("--watch goes with one run: leave it out to compare two")
+            raise ConfigError("--watch needs one run; leave it out to compare two")
         from eval.report.compare import write_comparison
         from eval.report.run_page import run_name
 
@@ -80,7 +80,7 @@ def _write(run: "Run", path: str, every_seconds: int | None) -> None:
         time.sleep(every_seconds)
         try:
             is_done = write_run_page(run, path, refresh_seconds=every_seconds)
-        except (InputError, OSError) as error:  # a stage was being redone: its files are there again soon
+        except (InputError, OSError) as error:  # a stage is being redone and its files will return
             print(f"note: the page stays as it was: {one_line(str(error))}", file=sys.stderr, flush=True)
 
 

@@ -28,7 +28,7 @@ from pipeline.core.text_table import align
 
 RUN, REST = Group("Run"), Group("Run")
 
-# What training is planned with unless the command line says otherwise.
+# Defaults of the training plan.
 _HARDWARE = "A100"
 _UTILISATION = 0.4  # share of its 16-bit peak
 _TOKENS = 22  # mean length of a caption
@@ -48,7 +48,7 @@ def run(
         bool,
         typer.Option(
             "--repair",
-            help="hash the outputs of finished tasks; redo the tasks whose files are missing or damaged",
+            help="hash the outputs of finished tasks, and redo tasks whose files are missing or damaged",
         ),
     ] = False,
     without_failed: Annotated[
@@ -77,7 +77,7 @@ def run(
     return EXIT_DONE
 
 
-@RUN.add("plan", "show the state of every stage, and what training needs", "demo --hardware A100")
+@RUN.add("plan", "show the state of every stage and the requirements of training", "demo --hardware A100")
 def plan(
     run_file: RunFile,
     overrides: Overrides = None,
@@ -166,7 +166,7 @@ def plan(
     return EXIT_USAGE if complaints else EXIT_DONE
 
 
-@REST.add("verify", "hash every output again and compare it with the manifests", "demo --stage shards")
+@REST.add("verify", "hash all outputs and compare them with the manifests", "demo --stage shards")
 def verify(
     run_file: RunFile,
     overrides: Overrides = None,
@@ -181,9 +181,7 @@ def verify(
     resolved, _ = load_as_started(run_file, overrides or ())
     stages = select(resolved, only, first, last)
     if not store.exists(resolved.folder):
-        raise InputError(
-            f"{resolved.folder}: no such folder: {run_file} has not been run; check [run] folder"
-        )
+        raise InputError(f"{resolved.folder}: no such folder; run {run_file} first, or check [run] folder")
     missing = unseen(resolved, stages)
     if len(missing) == len(stages):
         raise InputError(
@@ -195,7 +193,7 @@ def verify(
     print(f"{len(complaints)} differ" if complaints else "all outputs match their manifests")
     if missing:
         print(
-            f"not verified, since not finished: {', '.join(missing)}"
+            f"not verified because they are not finished: {', '.join(missing)}"
             f" ({len(missing)} of {len(stages)} stages; their outputs were not read)"
         )
     return EXIT_FAILED if complaints else EXIT_DONE
@@ -241,7 +239,7 @@ def retry(
 
     resolved, _ = load_as_started(run_file, overrides or ())
     failures = retries.plan(resolved)
-    rows = [("failure", "rows", "asked for again")]
+    rows = [("failure", "rows", "retried")]
     rows += [(item.name, f"{item.num_rows:,}", "yes" if item.is_worth_it else "no") for item in failures]
     print(align(rows, (False, True, False)))
     if only_plan:
@@ -250,9 +248,9 @@ def retry(
     if not done.number:
         print("no failed downloads are worth retrying")
     else:
-        print(f"pass {done.number}: {done.recovered:,} of {done.asked:,} rows came back")
+        print(f"pass {done.number}: recovered {done.recovered:,} of {done.asked:,} rows")
     if done.redone:
-        print(f"redone with them: {', '.join(done.redone)}; later stages are stale")
+        print(f"redid {', '.join(done.redone)} with them; later stages are stale")
     return EXIT_DONE
 
 
@@ -261,7 +259,7 @@ _BUILD = "a run's folder or RUN.toml, finished up to the stage `lock`"
 
 @REST.add(
     "diff",
-    "compare two builds of a corpus: settings, funnel, rows that only one has and why",
+    "compare two builds of a corpus: settings, funnel, and rows that only one has, with reasons",
     "runs/old runs/new --rows rows.parquet",
 )
 def diff(

@@ -23,7 +23,7 @@ SERVE = Group("Search")
 
 @SERVE.add(
     "serve",
-    "serve a local page: type a text or drop an image, see the nearest",
+    "serve a local search page for texts and images",
     "my_run.toml --port 8000",
 )
 def serve(
@@ -41,7 +41,7 @@ def serve(
     embeddings: Annotated[
         str | None,
         typer.Option(
-            metavar="FOLDER", help="read what was indexed, with metadata/, here (default: in --index)"
+            metavar="FOLDER", help="read the indexed features with metadata/ here (default: in --index)"
         ),
     ] = None,
     images: Annotated[
@@ -73,7 +73,7 @@ def serve(
         given = {"embeddings": embeddings, "images": images, "parameters": parameters}
         for name, value in given.items():
             if value:
-                raise ConfigError(f"--{name} goes with --index FOLDER")
+                raise ConfigError(f"--{name} needs --index FOLDER")
         galleries = galleries_of_run(source, model)
     else:
         gallery = open_gallery(
@@ -84,7 +84,7 @@ def serve(
             parameters=parameters,
         )
         galleries = [gallery]
-    # A query is decoded as the images that it is compared with: two ways in one page are refused below.
+    # Queries are decoded like the indexed images; a page with two kinds of decoding is refused below.
     known = [
         gallery.model.decode for gallery in galleries if gallery.model is not None and gallery.model.decode
     ]
@@ -96,8 +96,8 @@ def serve(
             inform(f"{gallery.name}: {gallery.num_rows:,} images")
             if gallery.model is not None and not gallery.model.decode:
                 note(
-                    f"{gallery.name}: its features do not say how images were decoded: what EXIF turns,"
-                    " 16 bits and transparency may look otherwise there; embed and index again to be sure"
+                    f"{gallery.name}: its features do not record how images were decoded; EXIF rotation,"
+                    " 16 bits and transparency may differ; embed and index again to be sure"
                 )
         if not server.is_local:
             note("everyone who reaches this address can search and see the images")

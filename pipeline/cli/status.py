@@ -1,4 +1,4 @@
-"""`cnclip status`: what each stage did, why rows were dropped, and which."""
+"""`cnclip status`: shows what each stage did, drop reasons, and examples of dropped rows."""
 
 import sys
 from collections.abc import Sequence
@@ -27,13 +27,13 @@ STATUS = Group("Run")
     "status",
     "show what each stage did: rows, drops, share kept, rate, seconds, bytes",
     "demo --reasons",
-    more="Counts are of finished tasks; rows/s is the rate of one process.",
+    more="Counts cover finished tasks; rows/s is the rate of one process.",
 )
 def status(
     run_file: RunFile,
     overrides: Overrides = None,
     reasons: Annotated[
-        bool, typer.Option("--reasons", help="show how many rows each stage dropped for each reason")
+        bool, typer.Option("--reasons", help="show the rows that each stage dropped for each reason")
     ] = False,
     reason: Annotated[
         str | None,
@@ -84,16 +84,16 @@ def _examples(run: Run, config: "FilterTextConfig", reason: str, number: int) ->
     receipts = [(stage, read_receipts(run, stage)[0]) for stage in STAGES if stage in names]
     known = {name for _, of_stage in receipts for receipt in of_stage for name in receipt.dropped}
     if not any(is_named(name, reason) for name in known):
-        found = f"reasons: {', '.join(sorted(known))}" if known else "no row was dropped so far"
+        found = f"reasons: {', '.join(sorted(known))}" if known else "no rows have been dropped yet"
         raise ConfigError(
-            f"--examples {reason}: no row of {run.folder} was dropped for it"
+            f"--examples {reason}: no row of {run.folder} was dropped for this reason"
             f"{did_you_mean(reason, known) or f'; {found}'}"
         )
     return examples(run, config, receipts, reason, number)
 
 
 def _lines(examples: "Sequence[Example]") -> list[str]:
-    """Return a table of rows with known captions, and lines with the text of malformed ones."""
+    """Return a table of rows with known captions, followed by the text of malformed rows."""
     rows: list[tuple[str, ...]] = [("stage", "drop reason", "key", "score", "caption", "url", "detail")]
     for example in examples:
         if example.text is None:

@@ -1,11 +1,11 @@
-"""Build what the commands print."""
+"""Builds the tables that commands print."""
 
 import contextlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from data_prep.accounting.funnel import STEPS, threshold_notes
+from data_prep.accounting.funnel import STEPS, no_op_thresholds
 from pipeline.core import drops, store
 from pipeline.core.records import InputError
 from pipeline.core.run import Run, StageStatus, State, read_manifest, read_receipts, survey_stage
@@ -13,7 +13,7 @@ from pipeline.core.text_table import align
 
 
 def plan_table(statuses: Sequence[StageStatus]) -> str:
-    """Return a row for each stage: its state, tasks done of all, rows kept, what it does."""
+    """Return a row for each stage: its state, finished tasks, rows kept, what it does."""
     rows = [("stage", "state", "tasks", "rows kept", "what it does")]
     for status in statuses:
         tasks = "" if status.num_tasks is None else f"{status.tasks_done}/{status.num_tasks}"
@@ -25,14 +25,14 @@ def plan_table(statuses: Sequence[StageStatus]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What a stage did so far, from its receipts: whole tasks only."""
+    """What a stage has done so far, from the receipts of its finished tasks."""
 
     num_tasks: int
     num_damaged: int  # receipts that cannot be read
     rows_in: int
     rows_kept: int
     dropped: Mapping[str, int]  # reason → rows, the most frequent first
-    seconds: float  # of all its tasks, also of those that ran at once
+    seconds: float  # sum over all its tasks, including parallel ones
     num_bytes: int
 
     @property
@@ -41,17 +41,17 @@ class Done:
 
     @property
     def share_kept(self) -> float | None:
-        """Kept rows of those that came in, 0 to 1; None if none came in."""
+        """Return the share of the input rows that were kept, 0 to 1; None without input rows."""
         return self.rows_kept / self.rows_in if self.rows_in else None
 
     @property
     def rows_per_second(self) -> float | None:
-        """Rows that one process took in a second; None if nothing was measured."""
+        """Return the rows per second of one process; None if nothing was measured."""
         return self.rows_in / self.seconds if self.rows_in and self.seconds > 0 else None
 
 
 def done_of(run: Run, stage: str) -> Done:
-    """Return what a stage did so far."""
+    """Return what a stage has done so far."""
     receipts, num_damaged = read_receipts(run, stage)
     dropped = Counter[str]()
     for receipt in receipts:
@@ -68,7 +68,7 @@ def done_of(run: Run, stage: str) -> Done:
 
 
 def status_table(run: Run, statuses: Sequence[StageStatus]) -> str:
-    """Return a row for each stage: what it did so far, from its receipts."""
+    """Return a row for each stage: what it has done so far, from its receipts."""
     rows = [("stage", "state", "tasks", "in", "kept", "dropped", "kept %", "rows/s", "seconds", "MB")]
     for status in statuses:
         done = done_of(run, status.stage.name)
@@ -91,13 +91,13 @@ def status_table(run: Run, statuses: Sequence[StageStatus]) -> str:
 
 
 def reasons_table(run: Run, statuses: Sequence[StageStatus]) -> str:
-    """Return a row for each reason of each stage: rows, and their share of what the stage took in."""
+    """Return a row for each reason of each stage: rows, and their share of the stage's input."""
     rows = [("stage", "drop reason", "rows", "share")]
     for status in statuses:
         done = done_of(run, status.stage.name)
         for reason, count in done.dropped.items():
             rows.append((status.stage.name, reason, f"{count:,}", f"{_percent(count / done.rows_in)}%"))
-    return align(rows, (False, False, True, True)) if len(rows) > 1 else "no row was dropped"
+    return align(rows, (False, False, True, True)) if len(rows) > 1 else "no rows were dropped"
 
 
 def _percent(share: float | None) -> str:
@@ -114,15 +114,15 @@ def notes(run: Run) -> list[str]:
     """Return notes on the funnel: thresholds that remove nothing, stages that removed much."""
     manifests = []
     for stage in ("corpus", *STEPS):
-        with contextlib.suppress(InputError):  # the table says what is damaged
+        with contextlib.suppress(InputError):  # the table shows damage
             manifests.append(read_manifest(run, stage))
     found = [manifest for manifest in manifests if manifest]
-    notes = [note for manifest in found for note in threshold_notes(manifest)]
+    notes = [str(note) for manifest in found for note in no_op_thresholds(manifest)]
     return notes + [said for manifest in found if (said := drops.warning(manifest))]
 
 
 def closing_words(run: Run, num_run: int, num_stages: int) -> str:
-    """Return what `cnclip run` ends with: headline table and report path if the report is current."""
+    """Return the last lines of `cnclip run`: headline table and report path if the report is current."""
     lines = [] if num_run else [f"nothing to do: all {num_stages} stages are done"]
     report = survey_stage(run, run.stage("report"))
     if report.state is State.DONE:

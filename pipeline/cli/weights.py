@@ -1,4 +1,4 @@
-"""`cnclip convert` and `cnclip inspect`: the commands that take weights instead of a run."""
+"""`cnclip convert` and `cnclip inspect`: commands that take weights instead of a run."""
 
 from typing import Annotated, Literal
 
@@ -37,7 +37,7 @@ def convert(
         typer.Option(
             "--vocab",
             metavar="PATH-or-ID",
-            help="read a vocab.txt, its folder or a model id (default: searched for)",
+            help="read a vocab.txt, its folder or a model id (default: found automatically)",
         ),
     ] = None,
     image_size: Annotated[
@@ -53,7 +53,7 @@ def convert(
 
 @WEIGHTS.add(
     "inspect",
-    "show what a file of weights is, which model it holds and what it lacks",
+    "show the format of a weights file, its model and missing tensors",
     "clip_cn_vit-b-16.pt",
 )
 def inspect(

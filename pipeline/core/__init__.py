@@ -1,1 +1,1 @@
-"""What every package stands on: records, files, stages, configuration, processes."""
+"""The foundation of all packages: records, files, stages, configuration, processes."""

@@ -1,7 +1,4 @@
-"""Names for NumPy arrays by type.
-
-For modules that import NumPy anyway: it takes a tenth of a second.
-"""
+"""Type aliases of NumPy arrays, for modules that import NumPy anyway (which takes 0.1 s)."""
 
 import numpy as np
 import numpy.typing as npt

@@ -1,4 +1,4 @@
-"""The one-line bar of `pipeline.core.progress`, by rich, which is imported only if a bar is drawn."""
+"""The one-line bar of `pipeline.core.progress`, drawn by rich, which is imported only for a bar."""
 
 import sys
 from collections.abc import Iterable
@@ -11,12 +11,12 @@ from rich.table import Column
 
 from pipeline.core.text_table import display_width
 
-_WIDTH = 78  # columns at most: 80 with the ^C that a terminal may put behind it
+_WIDTH = 78  # columns at most: 80 with the ^C that a terminal may append
 _SHORTEST_BAR = 8
 
 
 class Bar(Progress):
-    """rich's Progress as one line: label, bar, and words that are cut before the line would wrap."""
+    """rich's Progress in one line: label, bar, and text that is truncated before the line would wrap."""
 
     def __init__(self, stream: TextIO, label: str) -> None:
         self._terminal = Console(file=stream)
@@ -26,7 +26,7 @@ class Bar(Progress):
             BarColumn(bar_width=None, table_column=Column(ratio=1)),
             TextColumn("{task.fields[words]}", markup=False, table_column=words),
             console=self._terminal,
-            auto_refresh=False,  # no thread: forks happen meanwhile, and Ctrl-C falls between two drawings
+            auto_refresh=False,  # no thread, since processes fork and Ctrl-C must not hit a drawing
             expand=True,
             # A standard output that goes into a file stays there.
             redirect_stdout=sys.stdout.isatty(),
@@ -36,7 +36,7 @@ class Bar(Progress):
         self._task = self.add_task("", total=None, words="")
 
     def show(self, done: int, total: int, count: str, words: str, left: str) -> None:
-        """Set what the next drawing shows."""
+        """Set the content of the next drawing."""
         width = self._columns()
         label = self._label if display_width(self._label) <= width // 2 else ""
         room = width - display_width(label) - _SHORTEST_BAR - 2
@@ -49,7 +49,7 @@ class Bar(Progress):
         )
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """Draw no wider than a bar may be, whatever the terminal's width."""
+        """Draw at most _WIDTH columns on a terminal of any width."""
         yield Constrain(self.make_tasks_table(self.tasks), self._columns())
 
     def _columns(self) -> int:
@@ -57,7 +57,7 @@ class Bar(Progress):
 
 
 def fit(count: str, words: list[str], left: str, room: int) -> str:
-    """Return count, words and time left in at most `room` columns; the last words go first, then the time."""
+    """Return count, text and time left in at most `room` columns; drop last words first, then the time."""
     for kept in range(len(words), -1, -1):
         line = "  ".join(part for part in (count, " · ".join(words[:kept]), left) if part)
         if display_width(line) <= room:

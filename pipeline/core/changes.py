@@ -1,8 +1,8 @@
-"""What changed since a stage's work was begun, and whether the work is stale for it.
+"""Finds what changed since a stage's work began, and decides whether that makes the work stale.
 
-`started.json` of a stage's folder binds work to its settings and inputs by digest, and holds the settings
-themselves, so that a change can be named and judged by what its fields say of themselves
-(`pipeline.core.config.Binds`). Stages that were begun before settings were written are judged by digest.
+`started.json` in a stage's folder binds work to its settings and inputs by digest. It also holds the settings
+themselves, so that changes can be named and judged by the metadata of their fields
+(`pipeline.core.config.Binds`). Old stages without recorded settings are judged by digest.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ _ABSENT = object()
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """What a stage's work was begun with."""
+    """The settings and inputs with which a stage's work began."""
 
     config_digest: str
     inputs_digest: str
@@ -31,7 +31,7 @@ class Started:
 
     @classmethod
     def of(cls, stage: Stage, context: Context, tasks: list[Task]) -> "Started":
-        """Return what work begins with now."""
+        """Return the settings and inputs with which work would begin now."""
         return cls(
             stage.config_digest,
             inputs_digest(tasks),
@@ -42,11 +42,11 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether work is stale and what a reader should know of the changes."""
+    """Whether work is stale, and what users should know about the changes."""
 
-    stale: str = ""  # why; empty: it is not
+    stale: str = ""  # the reason; empty: not stale
     kept: tuple[str, ...] = ()  # changes that the work continues under, or that finished work stays under
-    goes_on: str = ""  # how finished work continues from an earlier state; empty: it does not
+    goes_on: str = ""  # how finished work continues from an earlier state; empty if it does not
 
 
 @dataclass(slots=True)
@@ -57,14 +57,14 @@ class _Findings:
 
 
 def started_path(context: Context) -> str:
-    """Return the path of the note that binds a stage's half-done work."""
+    """Return the path of the file that binds a stage's half-done work."""
     return context.path("started.json")
 
 
 def read_started(context: Context) -> Started | None:
-    """Return what a stage's work was begun with; None if it was not begun, or if the note is damaged.
+    """Return how a stage's work began; None if it has not begun, or if the file is damaged.
 
-    Receipts and checkpoints say themselves what they are made from.
+    Receipts and checkpoints themselves record what they are made from.
     """
     if not store.exists(started_path(context)):
         return None
@@ -72,19 +72,19 @@ def read_started(context: Context) -> Started | None:
         data = store.read_bytes(started_path(context))
     except IsADirectoryError:
         return None
-    try:  # of what was read only: a store that cannot be asked says nothing of the note
+    try:  # only for parsing: a store that fails says nothing about the file
         return build(Started, unseal(data), started_path(context))
     except (ValueError, ConfigError):
         return None
 
 
 def write_started(context: Context, stage: Stage, tasks: list[Task]) -> None:
-    """Bind half-done work (checkpoints, half a download) to what it is made from."""
+    """Bind half-done work (checkpoints, partial downloads) to its settings and inputs."""
     store.write_text(started_path(context), seal(dataclasses.asdict(Started.of(stage, context, tasks))))
 
 
 def settings_of(stage: Stage, context: Context) -> dict[str, Any]:
-    """Return what the work of a stage follows from in addition to its inputs, in plain values."""
+    """Return what determines the work of a stage in addition to its inputs, as plain values."""
     seed = {"seed": context.seed} if stage.is_seeded else {}
     settings: dict[str, Any] = json.loads(
         json.dumps({"version": stage.version, **seed, "config": plain(stage.config)})
@@ -100,9 +100,9 @@ def judge(
     *,
     is_done: bool,
 ) -> Verdict:
-    """Compare what work was made with (`made`) with what the stage would make it with now.
+    """Compare how work was made (`made`) with how the stage would make it now.
 
-    Work that is done is stale for more changes than half-done work, which a later step can still follow.
+    More changes make finished work stale than half-done work, which can still follow a change.
     """
     now = Started.of(stage, context, tasks)
     if made.settings is None:
@@ -137,7 +137,7 @@ def _judge_change(stage: Stage, context: Context, change: Change, is_done: bool,
 
 
 def changes(stage: Stage, context: Context, before: Mapping[str, Any]) -> list[Change]:
-    """Return the settings that were others in `before`, which `settings_of` gave."""
+    """Return the settings that differ from `before`, a result of `settings_of`."""
     now = settings_of(stage, context)
     old = dict(_leaves(before))
     new = dict(_leaves(now))
@@ -145,13 +145,13 @@ def changes(stage: Stage, context: Context, before: Mapping[str, Any]) -> list[C
     return [
         Change(key, old.get(key), new.get(key), binds.get(key, "always"))
         for key in sorted(old.keys() | new.keys())
-        # A run that was begun before seeds were noted says nothing of its seed.
+        # Old runs did not record their seed.
         if old.get(key, _ABSENT) != new.get(key, _ABSENT) and not (key == "seed" and key not in old)
     ]
 
 
 def _with_settings(stage: Stage, context: Context, made: Started, now: Started) -> Started:
-    """Add the settings to what an earlier release noted, if the stage knows some that have its digest."""
+    """Add settings to the record of an earlier release if the stage knows settings with its digest."""
     begun = stage.begun_with(stage.config, context) if stage.begun_with is not None else None
     if begun is None or made.inputs_digest != now.inputs_digest:
         return made
@@ -173,7 +173,7 @@ def _by_digest(made: Started, now: Started) -> str:
 
 
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) of what is no table; a list is one value."""
+    """Yield (dotted key, value) of everything except tables; a list is one value."""
     if isinstance(value, Mapping) and value:
         for key, item in value.items():
             yield from _leaves(item, f"{prefix}{key}.")
@@ -182,7 +182,7 @@ def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _binds(config: Any, prefix: str) -> Iterator[tuple[str, Binds]]:
-    """Yield (dotted key, what a change of it means) of the fields of nested dataclasses."""
+    """Yield (dotted key, effect of a change) of the fields of nested dataclasses."""
     if not dataclasses.is_dataclass(config):
         return
     for item in dataclasses.fields(config):

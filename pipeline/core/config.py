@@ -24,20 +24,20 @@ from pipeline.core.records import ConfigError
 
 T = TypeVar("T")
 
-_MOST_DEPTH = 64  # of tables and lists in each other; settings have five
+_MOST_DEPTH = 64  # of nested tables and lists; settings have five
 
-# A field that cannot change a stage's output (how many processes, how long to wait) says so in its metadata
-# and stays out of the stage's digest.
+# Metadata of fields that cannot change a stage's output, such as process counts and timeouts. They stay out
+# of the stage's digest.
 NOT_IN_DIGEST: Mapping[str, Any] = types.MappingProxyType({"in_digest": False})
-# For fields of later releases: unset, they leave the digest of a configuration as it was before.
+# For fields of later releases: while unset, they do not change the digest of a configuration.
 IN_DIGEST_IF_SET: Mapping[str, Any] = types.MappingProxyType({"in_digest_if_set": True})
 
-# What a change of a field means for work that is there, in the field's metadata under "binds":
-# "always"     other work: what was made is stale. Fields that say nothing are such.
-# "exactly"    other work, unless the stage finds that it continues exactly (`Stage.continues`).
+# The effect of a change of a field on existing work, in the field's metadata under "binds":
+# "always"     existing work is stale. This is the default.
+# "exactly"    existing work is stale unless the stage finds that it continues exactly (`Stage.continues`).
 # "once done"  half-done work continues; finished work is stale.
-# "never"      the same work computed in another way. The digest has such fields, because that of runs that
-#              were finished before has them; `run` reports a change, which makes nothing stale.
+# "never"      the same work, computed in another way. The digest includes such fields, because digests of
+#              older runs do; `run` reports a change, which makes nothing stale.
 Binds = Literal["always", "exactly", "once done", "never"]
 BINDS_EXACTLY: Mapping[str, Any] = types.MappingProxyType({"binds": "exactly"})
 BINDS_ONCE_DONE: Mapping[str, Any] = types.MappingProxyType({"binds": "once done"})
@@ -78,7 +78,7 @@ def read_toml(path: str) -> dict[str, Any]:
 
 
 def apply_overrides(table: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """Apply `--set key=value` items; the value is TOML, and a bare word is taken as a string."""
+    """Apply `--set key=value` items; the value is TOML, and a bare word is a string."""
     table = copy.deepcopy(table)
     for item in overrides:
         key, sign, text = item.partition("=")
@@ -101,14 +101,14 @@ def apply_overrides(table: dict[str, Any], overrides: Iterable[str]) -> dict[str
 
 
 def read_run(path: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """Return the table of a run's file, joined with that of its `base`, with `--set` items applied."""
+    """Return the table of a run's file, merged with that of its `base`, with `--set` items applied."""
     return apply_overrides(_with_base(read_toml(path), path), overrides)
 
 
 def _with_base(table: dict[str, Any], where: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Join a table with that of its `base`, another run's file, less the tables that `without` removes.
+    """Merge a table with that of its `base`, another run's file, minus the tables that `without` removes.
 
-    Values of the table take precedence; tables are joined key by key, lists are replaced.
+    Values of the table take precedence; tables are merged key by key, lists are replaced.
     """
     own = dict(table)
     base, without = own.pop("base", None), own.pop("without", [])
@@ -138,9 +138,9 @@ def _with_base(table: dict[str, Any], where: str, seen: tuple[str, ...] = ()) ->
 def build(cls: type[T], table: Mapping[str, Any], where: str, *, allow_nan: bool = False) -> T:
     """Check a TOML table against a dataclass and build it.
 
-    Types are strict: a string is not a number and 1.5 not an integer; an integer does for a float. No setting
-    may be nan or inf; with `allow_nan` a table of figures may use nan for what was not measured. Bounds stand
-    in the types (`Annotated[int, Gt(0)]`), rules across fields in `__post_init__`.
+    Types are strict: a string is not a number and 1.5 not an integer, but an integer is valid for a float.
+    No setting may be nan or inf; with `allow_nan` a table of figures may use nan for missing measurements.
+    Bounds are part of the types (`Annotated[int, Gt(0)]`); rules across fields are in `__post_init__`.
 
     Raises:
         ConfigError: names `where` (the file), the key, what is wrong and what was found.
@@ -161,7 +161,7 @@ def build(cls: type[T], table: Mapping[str, Any], where: str, *, allow_nan: bool
             count = len(first["input"]) + len(missing)
             place = _readable_location(table, first["loc"][:-1])
             raise ConfigError(f"{where}: {place}: must have {count} items, found {first['input']}") from None
-        # Union members appear in the location by class name or tag; only keys and indices are for the reader.
+        # The location contains class names or tags of union members; users need only keys and indices.
         location = _readable_location(table, first["loc"])
         message = _complaint(first["type"], first["msg"], first.get("ctx", {}), first["input"])
         if first["type"].startswith("union_tag"):
@@ -177,14 +177,14 @@ def digest(*values: Any) -> str:
 
 
 def to_toml(config: Any) -> str:
-    """Return a resolved configuration as TOML, without values that are not set (None): TOML has no null."""
+    """Return a resolved configuration as TOML without unset values (None), because TOML has no null."""
     import tomli_w
 
     return tomli_w.dumps(_without_none(dataclasses.asdict(config)))
 
 
 def plain(value: Any, *, without: Collection[Binds] = ()) -> Any:
-    """Return dataclasses as mappings of plain values, without fields NOT_IN_DIGEST and those that bind so."""
+    """Return dataclasses as mappings of plain values, without fields NOT_IN_DIGEST and those in `without`."""
     if dataclasses.is_dataclass(value):
         return {
             field.name: plain(getattr(value, field.name), without=without)
@@ -201,7 +201,7 @@ def plain(value: Any, *, without: Collection[Binds] = ()) -> Any:
 
 
 def is_left_out(field: "dataclasses.Field[Any]", value: Any) -> bool:
-    """Return whether a dataclass value leaves a field IN_DIGEST_IF_SET unset."""
+    """Return whether a field of a dataclass value is IN_DIGEST_IF_SET and unset."""
     return "in_digest_if_set" in field.metadata and getattr(value, field.name) is None
 
 
@@ -230,10 +230,10 @@ def _refuse_unknown_keys(cls: Any, table: Any, where: str, prefix: str) -> None:
 
 
 def _refuse_unusable(value: Any, where: str, key: str = "", depth: int = 0) -> None:
-    """Refuse what TOML can hold and no setting is: dates, huge numbers, NUL and no text.
+    """Refuse TOML values that cannot be settings: dates, huge numbers, NUL and invalid text.
 
-    A NUL ends a path for the system; half a surrogate pair is what an argument's byte that is not UTF-8 is
-    turned into.
+    A NUL ends a path for the system; Python turns an argument's bytes that are not UTF-8 into unpaired
+    surrogates.
 
     Raises:
         ConfigError: for each of these.
@@ -269,7 +269,7 @@ def _shorten_text(text: str, limit: int = 80) -> str:
 
 
 def _refuse_non_finite(value: Any, where: str, key: str = "") -> None:
-    """Refuse nan and inf in settings: a comparison with nan lets it pass every limit.
+    """Refuse nan and inf in settings, because comparisons let nan pass every limit.
 
     Raises:
         ConfigError: for each of these.
@@ -285,7 +285,7 @@ def _refuse_non_finite(value: Any, where: str, key: str = "") -> None:
 
 
 def _dataclass_for(hint: Any, table: Any) -> Any:
-    """Return a hint's dataclass: itself, in `X | None` or `tuple[X, ...]`, or the union's by `kind`."""
+    """Return a hint's dataclass: itself, inside `X  None` or `tuple[X, ...]`, or a union's by `kind`."""
     if dataclasses.is_dataclass(hint):
         return hint
     candidates = [found for part in typing.get_args(hint) if (found := _dataclass_for(part, table))]
@@ -311,7 +311,7 @@ def _readable_location(table: Any, location: tuple[int | str, ...]) -> str:
     return ".".join(parts)
 
 
-# What pydantic's types of error are called here; names in braces are of the error's context.
+# Messages for pydantic's error types; names in braces come from the error's context.
 _COMPLAINTS = {
     "greater_than": "must be greater than {gt:g}",
     "greater_than_equal": "must be at least {ge:g}",
@@ -336,8 +336,8 @@ _COMPLAINTS = {
 
 
 def _complaint(kind: str, message: str, facts: Mapping[str, Any], found: Any) -> str:
-    """Return what is wrong with a value, in the words of this project, for one of pydantic's errors."""
-    if kind == "value_error":  # raised by the dataclass itself: it says what it found
+    """Return this project's message for one of pydantic's errors."""
+    if kind == "value_error":  # raised by the dataclass itself, whose message has the value
         return message.removeprefix("Value error, ")
     if kind in ("missing", "union_tag_not_found"):
         return "required, but not set"

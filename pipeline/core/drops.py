@@ -1,15 +1,15 @@
-"""How many rows stages dropped and why, in words: a warning after a stage, the funnel behind an error."""
+"""Describes how many rows stages dropped and why, for warnings after a stage and for errors."""
 
 from collections.abc import Iterable, Mapping
 
 from pipeline.core.records import Manifest
 
-MUCH = 0.2  # share of a stage's rows above which a run says what it dropped
+MUCH = 0.2  # share of dropped rows above which a run prints a warning
 _MOST_REASONS = 4
 
 
 def warning(manifest: Manifest) -> str:
-    """Return a line on a stage that dropped more than `MUCH` of its rows; empty if it did not."""
+    """Return a line about a stage that dropped more than `MUCH` of its rows, otherwise an empty string."""
     dropped = manifest.num_in - manifest.num_kept
     if dropped <= MUCH * manifest.num_in:
         return ""
@@ -20,9 +20,9 @@ def warning(manifest: Manifest) -> str:
 
 
 def funnel(manifests: Iterable[Manifest], rows_left: int) -> str:
-    """Return where the rows of a corpus went, given its finished stages in order; empty if none went.
+    """Return where the rows of a corpus went, given its finished stages in order; empty if none were lost.
 
-    `rows_left` are those that a later stage has; rows that no stage dropped were set aside for validation.
+    `rows_left` are the rows of a later stage; rows that no stage dropped were set aside for validation.
     """
     num_in, left, parts = 0, 0, []
     for manifest in manifests:

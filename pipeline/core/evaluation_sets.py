@@ -17,18 +17,18 @@ from pipeline.core.records import InputError, Manifest
 from pipeline.core.shard_format import MAX_IMAGE_BASE64_BYTES, SIDECAR, TAR, num_rows
 from pipeline.core.stage import Context
 
-FEWEST_ITEMS = 10  # images, and texts, of a set: recall at 10 of fewer says nothing
+FEWEST_ITEMS = 10  # images and texts of a set; recall at 10 of fewer is meaningless
 _MOST_LINE_BYTES = MAX_IMAGE_BASE64_BYTES + 1024
 SUFFIXES = ("_imgs.tsv", "_texts.jsonl")
-# Words of a name that say which part of a set it is, and not which set.
+# Words in a name that denote a part of a set, not a set.
 _SPLITS = frozenset({"mr", "train", "val", "valid", "validation", "dev", "test"})
 
 
 def is_scored_image_to_text(name: str, folder: str = "") -> bool:
-    """Return whether a set's mean recall is of both directions; MUGE's is only of text-to-image (Table 2).
+    """Return whether a set's mean recall covers both directions; MUGE's covers only text-to-image (Table 2).
 
-    A set is MUGE's if its name says so, such as `muge-valid`, or if its name is that of a split and its
-    folder's says so, as in Chinese-CLIP's own `MUGE/valid`.
+    A set is MUGE's if its name contains MUGE, such as `muge-valid`, or if its name is a split and its
+    folder's name contains MUGE, as in Chinese-CLIP's `MUGE/valid`.
     """
     words = _words(name)
     if words <= _SPLITS:
@@ -42,7 +42,7 @@ def _words(name: str) -> set[str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationSource:
-    """Describe a set by `<name>_imgs.tsv` and `<name>_texts.jsonl` in a folder, or by a folder of shards."""
+    """An evaluation set: `<name>_imgs.tsv` and `<name>_texts.jsonl` in a folder, or a folder of shards."""
 
     name: str
     """Name of the set, and of its files `<name>_imgs.tsv` and `<name>_texts.jsonl`."""
@@ -52,17 +52,17 @@ class EvaluationSource:
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """A set's name and folder; its digest is computed at the first use, because that reads its files."""
+    """A set's name and folder; the digest is computed on first use, because that reads the files."""
 
     name: str
     folder: str
-    known_digest: str | None = field(default=None, compare=False)  # of a set that the corpus stage made
+    known_digest: str | None = field(default=None, compare=False)  # for a set that the corpus stage made
 
     @property
     def scored_by(self) -> dict[str, str]:
-        """What a stage whose output depends on the directions that are scored adds to its tasks' inputs.
+        """Return the additional task inputs of stages whose output depends on the scored directions.
 
-        Empty for both directions, so that stages which scored such a set before stay done.
+        Empty for both directions, so that older finished stages stay up to date.
         """
         if is_scored_image_to_text(self.name, self.folder):
             return {}
@@ -70,7 +70,7 @@ class EvaluationSet:
 
     @cached_property
     def digest(self) -> str:
-        """Digest of the set's files.
+        """Return the digest of the set's files.
 
         Raises:
             InputError: if a file is missing.
@@ -82,14 +82,14 @@ class EvaluationSet:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationFacts:
-    """The evaluation sets that the corpus stage notes in its receipts."""
+    """The evaluation sets that the corpus stage records in its receipts."""
 
     made: Mapping[str, str]  # name → folder, relative to the corpus stage's
     given: Mapping[str, str]  # name → absolute folder
 
     @classmethod
     def of(cls, made: Mapping[str, str], given: Iterable[EvaluationSource]) -> "EvaluationFacts":
-        """Note sets that the corpus stage made (folders relative to its own) and those that a run gives."""
+        """Record sets that the corpus stage made (folders relative to its own) and sets of the run."""
         return cls(made, {item.name: store.absolute(item.folder) for item in given})
 
     def to_json(self) -> dict[str, dict[str, str]]:
@@ -108,7 +108,7 @@ class EvaluationFacts:
 
 
 def digest_of(source: EvaluationSource) -> str:
-    """Digest a set's files; of shards the sidecars, which have each image's digest.
+    """Return the digest of a set's files; for shards, that of the sidecars, which have each image's digest.
 
     Raises:
         InputError: if a file is missing or empty.
@@ -130,7 +130,7 @@ def digest_of(source: EvaluationSource) -> str:
 
 
 def check_size(source: EvaluationSource) -> None:
-    """Refuse a set that cannot be scored, before anybody trains for it; reads as little as that needs.
+    """Refuse a set that cannot be scored before training begins, reading as little as possible.
 
     Raises:
         InputError: if it has fewer images than FEWEST_ITEMS, or texts if it is scored image-to-text.
@@ -143,7 +143,7 @@ def check_size(source: EvaluationSource) -> None:
         elif stems := shard_stems(source.folder):
             path, count = source.folder, sum(num_rows(stem + SIDECAR) for stem in stems)
         else:
-            continue  # `digest_of` says what is missing
+            continue  # `digest_of` reports what is missing
         if count < FEWEST_ITEMS:
             raise InputError(
                 f"{path}: {count} {kind} are too few for recall at {FEWEST_ITEMS}; give [[evaluation]]"
@@ -152,7 +152,7 @@ def check_size(source: EvaluationSource) -> None:
 
 
 def _first_lines(path: str) -> int:
-    """Count the first lines of a file that are not empty, up to FEWEST_ITEMS."""
+    """Count the non-empty lines of a file, up to FEWEST_ITEMS."""
     count = 0
     with store.open_read(path) as file:
         while count < FEWEST_ITEMS and (line := file.readline(_MOST_LINE_BYTES)):

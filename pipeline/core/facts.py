@@ -1,4 +1,4 @@
-"""What stages hand to each other: frozen records with one JSON form, in tasks, receipts and manifests."""
+"""Frozen records with one JSON form that stages pass to each other in tasks, receipts and manifests."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ class Facts:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
-        """Build the record from plain values; keys that it does not know are another record's."""
+        """Build the record from plain values, ignoring unknown keys, which belong to other records."""
         names = {field.name for field in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in fields.items() if name in names})
 

@@ -1,4 +1,4 @@
-"""Child processes: how they start and end, what asks them to stop, and that none outlives its parent."""
+"""Child processes: how they start and stop, and how none outlives its parent."""
 
 import contextlib
 import ctypes
@@ -16,9 +16,9 @@ from pipeline.core.terminal import visible
 
 _PR_SET_PDEATHSIG = 1
 _IS_LINUX = sys.platform.startswith("linux")
-# Opened before any fork: a child of a process with threads may find the loader's lock taken for ever.
+# Loaded before any fork: in the child of a threaded process, the loader's lock may stay locked for ever.
 _LIBC = ctypes.CDLL(None, use_errno=True) if _IS_LINUX else None
-# In the environment of ranks that a launcher of ours starts: the process number of the run.
+# In the environment of ranks that this project's launcher starts: the process id of the run.
 RUN_VARIABLE = "CNCLIP_RUN_PID"
 
 POLARS_THREADS = "POLARS_MAX_THREADS"
@@ -28,11 +28,11 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def die_with_parent(parent: int | None = None, with_signal: int = signal.SIGKILL) -> None:
-    """Ask the kernel to end this process when its parent ends, however it ends (Linux; elsewhere a no-op).
+    """Ask the kernel to kill this process when its parent ends in any way (Linux; elsewhere a no-op).
 
-    Without it a killed run leaves workers behind that write into folders the next run already uses. The
-    kernel stays silent about a parent that ended before it was asked. A process that knows who started it
-    gives that process number as `parent`, and is killed at once if somebody else has adopted it since.
+    Otherwise workers of a killed run would write into folders that the next run already uses. The kernel does
+    not report a parent that has already ended, so a process that knows its parent's id passes it as `parent`
+    and is killed at once if another process has adopted it.
     """
     if _LIBC is None:
         return
@@ -42,15 +42,15 @@ def die_with_parent(parent: int | None = None, with_signal: int = signal.SIGKILL
 
 
 def dies_with_us(with_signal: int = signal.SIGKILL) -> Callable[[], None]:
-    """Return a `preexec_fn` for `subprocess`: the program ends when this process ends, from its start on."""
+    """Return a `preexec_fn` for `subprocess` that makes the program end with this process."""
     return functools.partial(die_with_parent, os.getpid(), with_signal)
 
 
 def import_environment() -> dict[str, str]:
-    """Return what makes a child `python -m` import this project's packages, wherever it is started.
+    """Return the environment in which a child `python -m` imports this project's packages in any folder.
 
-    Python puts the working directory first on its path: a folder `training/` or `eval/` there would hide
-    ours. In a clone that is not installed, the working directory may be where ours are found at all.
+    Python puts the working directory first on its path, where a folder `training/` or `eval/` would hide the
+    project's. In a clone that is not installed, only the working directory may lead to the packages.
     """
     root = str(Path(__file__).parents[2])
     settings = {"PYTHONSAFEPATH": "1"}
@@ -62,12 +62,11 @@ def import_environment() -> dict[str, str]:
 
 @contextlib.contextmanager
 def spawning() -> Iterator[None]:
-    """Keep processes that are spawned in this block from importing the main program again.
+    """Prevent processes spawned in this block from importing the main program again.
 
-    It is the user's when a run is started from Python. A script without `if __name__ == "__main__"` would run
-    again in every worker, and one that is read from standard input cannot be imported at all.
-
-    Our work is not in the main program.
+    If a run starts from Python, the main program is the user's. A script without
+    `if __name__ == "__main__"` would run again in every worker, and one from standard input cannot be
+    imported at all. This project's work is never in the main program.
     """
     main = sys.modules["__main__"]
     names: tuple[str, ...] = ("__file__", "__spec__")
@@ -97,20 +96,20 @@ def sharing_cores(processes: int) -> Iterator[None]:
 
 
 def die_with_run() -> None:
-    """Do what `die_with_parent` does, in a rank: its parent is a launcher of the run in RUN_VARIABLE.
+    """Apply `die_with_parent` to a rank, whose parent is a launcher of the run in RUN_VARIABLE.
 
-    A rank that somebody else's launcher starts has no RUN_VARIABLE and compares nothing.
+    A rank of another launcher has no RUN_VARIABLE and compares nothing.
     """
     die_with_parent()
     run = os.environ.get(RUN_VARIABLE)
-    # The launcher dies with the run: as long as it is the run's child, the promise above was made in time.
+    # The launcher dies with the run: while it is still the run's child, the request above was in time.
     if _IS_LINUX and run is not None and _parent_of(os.getppid()) != run:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _parent_of(pid: int) -> str | None:
     try:
-        # Its name, in brackets, may hold spaces and brackets; the state and the parent follow it.
+        # The name in brackets may contain spaces and brackets; state and parent follow it.
         return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[1]
     except (OSError, IndexError):
         return None
@@ -118,9 +117,9 @@ def _parent_of(pid: int) -> str | None:
 
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
-    """Let the garbage collector skip the objects of large imports, such as torch's.
+    """Make the garbage collector skip the objects of large imports, such as torch's.
 
-    Looking through them again and again takes a sixth of a rank's start, and of every full collection later.
+    Scanning them repeatedly takes a sixth of a rank's start and slows every later full collection.
     """
     gc.disable()
     try:
@@ -131,14 +130,14 @@ def importing() -> Iterator[None]:
 
 
 def say(line: str, stream: TextIO | None = None) -> None:
-    """Print a line in one write, since ranks share a pipe and print at once."""
+    """Print a line in one write, because ranks share a pipe and print concurrently."""
     stream = stream or sys.stdout
     stream.write(f"{visible(line)}\n")
     stream.flush()
 
 
 def leave(status: int) -> NoReturn:
-    """End at once: taking torch's modules apart takes a second, and a group of ranks may wait for a peer."""
+    """Exit at once: tearing down torch takes a second, and a process group may wait for a peer."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -1,7 +1,7 @@
 """Progress for people: a bar on a terminal, plain lines elsewhere, nothing if the command is quiet.
 
-A stage has one bar, and there is one bar at a time: a new one closes the one before, and `close_progress`
-leaves the last one whole when a command ends, also by Ctrl-C.
+Each stage has one bar, and only one bar is drawn at a time: a new one closes the previous one, and
+`close_progress` completes the last one when a command ends, also after Ctrl-C.
 """
 
 import os
@@ -41,7 +41,7 @@ def make_progress(label: str, unit: str = "task") -> Progress:
 
 
 def close_progress() -> None:
-    """Leave the bar that is drawn as it is, on a line of its own; nothing happens if there is none."""
+    """End the current bar's line, if there is a bar."""
     global _current
     current, _current = _current, None
     if current is not None:
@@ -53,9 +53,9 @@ def _silent(done: int, total: int, text: str = "") -> None:
 
 
 def _can_draw() -> bool:
-    """Return whether standard error is a terminal that says how large it is and moves its cursor.
+    """Return whether standard error is a terminal that reports its size and can move its cursor.
 
-    On one that does not know its size a bar would be invisible.
+    On a terminal without a size a bar would be invisible.
     """
     return (
         sys.stderr.isatty()
@@ -65,7 +65,7 @@ def _can_draw() -> bool:
 
 
 class _Rate:
-    """Units a second and the time that is left, from the first call on: what was done before took no time."""
+    """Units per second and remaining time since the first call, ignoring units that were already done."""
 
     def __init__(self, unit: str) -> None:
         self._units = f"{unit}s"
@@ -73,13 +73,13 @@ class _Rate:
         self._total: int | None = None
 
     def say(self, done: int, total: int, text: str) -> tuple[str, str]:
-        """Return words and time left, such as ("3.2 rows/s · loss 4.1", "0:09 left").
+        """Return text and remaining time, such as ("3.2 rows/s · loss 4.1", "0:09 left").
 
-        A text of one word names the units; one with a rate of its own, as training's in samples/s, stays so.
+        A text of one word names the units; one with a rate, such as training's samples/s, stays as it is.
         """
         units, words = (text, "") if text.isalpha() else (self._units, text)
         now = time.monotonic()
-        # Another total: a task that counts in units of its own, such as steps, has begun.
+        # The total changed: a task with other units, such as steps, has begun.
         if self._first is None or done < self._first[0] or total != self._total:
             self._first, self._total = (done, now), total
         first, since = self._first
@@ -100,7 +100,7 @@ def _duration(seconds: float) -> str:
 
 
 class _Lines:
-    """A plain line now and then, and one at the end."""
+    """Occasional plain lines, and one at the end."""
 
     def __init__(self, label: str, unit: str) -> None:
         self._label = label
@@ -117,11 +117,11 @@ class _Lines:
         print(one_line(said), file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Do nothing: every line is whole."""
+        """Do nothing, because every line is complete."""
 
 
 class _Bar:
-    """A bar of one line, below whatever else is printed meanwhile."""
+    """A one-line bar, below other output."""
 
     def __init__(self, label: str, unit: str) -> None:
         self._label = one_line(label)
@@ -153,13 +153,13 @@ class _Bar:
         # Imported here: rich takes as long as the rest of a short command.
         from pipeline.core.bar import Bar
 
-        # The bar moves the cursor, which a guarded stream would not let it.
+        # The bar moves the cursor, which a guarded stream would escape.
         return Bar(unguarded(sys.stderr), self._label)
 
     def _start(self, bar: "Bar") -> None:
         self._bar = bar
         before = sys.stdout
         bar.start()
-        # Until the bar is closed rich stands in for the streams, so that what is printed goes above the bar.
+        # Until the bar is closed, rich replaces the streams, so that other output appears above the bar.
         sys.stdout = before if sys.stdout is before else guard(sys.stdout)
         sys.stderr = guard(sys.stderr)

@@ -1,4 +1,4 @@
-"""The records that pass between stages: frozen, slotted, and with one JSON form each."""
+"""The records that pass between stages: frozen, slotted, each with one JSON form."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ _NO_OTHER_KEYS: Mapping[str, Any] = {"extra": "forbid"}  # pydantic's name for k
 
 
 class _OneLine(Exception):
-    """An error whose text is one line, whatever the names and values in it hold."""
+    """An error whose text is always one line, whatever its names and values contain."""
 
     def __str__(self) -> str:
         return one_line(super().__str__())
@@ -45,21 +45,21 @@ _Error = TypeVar("_Error", InputError, ConfigError)
 
 
 def too_few(error: _Error, rows_left: int) -> _Error:
-    """Note that an error comes of a corpus that is too small: the runner adds where its rows went."""
+    """Mark an error as caused by a small corpus, so that the runner adds where its rows went."""
     error.rows_left = rows_left
     return error
 
 
 class Stopped(_OneLine):
-    """A signal stopped the work; what was done is kept, and the same command resumes from there."""
+    """A signal stopped the work; finished parts are kept, and the same command resumes."""
 
-    exit_status = 143  # as a shell says of what SIGTERM ended
+    exit_status = 143  # a shell's status for a process that SIGTERM ended
 
 
 class DropReason(str):
     """Why a row was dropped: a stable code, sometimes with a detail after a colon (`blacklist:advertising`).
 
-    Codes go into drop tables, receipts and the funnel, so a code that was once published keeps its meaning.
+    Drop tables, receipts and the funnel contain codes, so a published code never changes its meaning.
     """
 
     __slots__ = ()
@@ -78,7 +78,7 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What one task did: published after its outputs, so its existence vouches for them.
+    """What one task did; published after the task's outputs, so its existence vouches for them.
 
     `num_in = num_kept + Σ dropped` is checked at construction. `seconds` is for people and never
     part of a digest.
@@ -94,7 +94,7 @@ class Receipt:
     dropped: Mapping[str, Count]
     seconds: Seconds
     extra: Mapping[str, Any] = field(default_factory=dict)  # small facts for the report, deterministic
-    also: str = ""  # sha256, hex, of the listing of further files next to the receipt; empty: there are none
+    also: str = ""  # sha256, hex, of the listing of further files next to the receipt; empty: no listing
     __pydantic_config__: ClassVar = _NO_OTHER_KEYS
 
     def __post_init__(self) -> None:
@@ -108,7 +108,7 @@ class Receipt:
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=1, sort_keys=True)
 
     def to_file(self) -> str:
-        """Return what its file holds: the JSON form, sealed."""
+        """Return the content of its file: the sealed JSON form."""
         return seal(dataclasses.asdict(self))
 
     @classmethod
@@ -125,7 +125,7 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A finished stage: its receipts folded together.
+    """A finished stage: the sum of its receipts.
 
     Its existence marks the stage as complete; it contains no timestamps.
     """
@@ -146,7 +146,7 @@ class Manifest:
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=1, sort_keys=True)
 
     def to_file(self) -> str:
-        """Return what its file holds: the JSON form, sealed."""
+        """Return the content of its file: the sealed JSON form."""
         return seal(dataclasses.asdict(self))
 
     @classmethod
@@ -173,7 +173,7 @@ def _adapter(cls: Any) -> Any:
 
 
 def _check_paths(files: Iterable[Shard]) -> None:
-    """Refuse a file outside the stage's folder: no stage writes there.
+    """Refuse a file outside the stage's folder, where no stage writes.
 
     Raises:
         ValueError: for such a file.
@@ -185,7 +185,7 @@ def _check_paths(files: Iterable[Shard]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingTable:
-    """Unit-norm vectors on disk with what made them."""
+    """Unit-norm vectors on disk with their origin."""
 
     ids: str  # path of the Parquet file with the ids, in row order
     vectors: str  # path of the .npy file, float32 [num_rows, dim]

@@ -1,4 +1,4 @@
-"""A resolved run and what its folder says: which stages are done, which are stale, which are to do."""
+"""A resolved run and the state of its stages: done, stale, damaged or to do."""
 
 import concurrent.futures
 import contextlib
@@ -41,7 +41,7 @@ class StageStatus:
 
     stage: Stage
     state: State
-    why: str  # what changed, if anything did; for to do also what it waits for; else empty
+    why: str  # what changed, or what a stage to do waits for; empty if neither
     tasks_done: int
     num_tasks: int | None  # None while the parents are not done
     manifest: Manifest | None  # also of a stage that was done and continues: its state is to do
@@ -65,7 +65,7 @@ class Run:
         """Return the stage of that name.
 
         Raises:
-            ConfigError: if there is none.
+            ConfigError: if the run has no such stage.
         """
         for stage in self.stages:
             if stage.name == name:
@@ -75,7 +75,7 @@ class Run:
         )
 
     def remedy(self, stage: str) -> str:
-        """Return what errors tell the reader to do about damaged outputs of a stage."""
+        """Return the remedy in errors about damaged outputs of a stage."""
         own = next((item.repair for item in self.stages if item.name == stage), "")
         return own or repair_remedy(stage)
 
@@ -154,7 +154,7 @@ def receipts_at(paths: Sequence[str]) -> list[Receipt | None]:
 
 
 def survey_stage(run: Run, stage: Stage) -> StageStatus:
-    """Return the state of a stage, judged by digests only; reads no data."""
+    """Return the state of a stage, judged only by digests; this reads no data."""
     manifest = read_manifest(run, stage.name)
     context = make_context(run, stage)
     if context is None:
@@ -168,7 +168,7 @@ def survey_stage(run: Run, stage: Stage) -> StageStatus:
             started.config_digest,
             started.inputs_digest,
         ):
-            made = started  # which names the settings behind the digests
+            made = started  # it names the settings behind the digests
         verdict = judge(stage, context, tasks, made, is_done=True)
         if verdict.stale:
             return StageStatus(stage, State.STALE, verdict.stale, 0, len(tasks), manifest)
@@ -196,7 +196,7 @@ def survey(run: Run) -> list[StageStatus]:
 
 
 def survey_what_is_there(run: Run) -> tuple[list[StageStatus], list[str]]:
-    """Survey the stages; print a line for each input that is missing or unusable, whose stages are to do."""
+    """Survey the stages; print a line for each missing or unusable input, and report its stages as to do."""
     statuses, complaints = [], dict[str, None]()
     for stage in run.stages:
         try:

@@ -1,6 +1,6 @@
 """The shard format: a tar of images and captions with one Parquet table next to it, its sidecar.
 
-Whoever writes, reads, repacks or serves shards takes names, columns and byte ranges from here.
+All code that writes, reads, repacks or serves shards takes names, columns and byte ranges from here.
 """
 
 import collections
@@ -18,23 +18,23 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 TAR, SIDECAR = ".tar", ".parquet"
-# In this order; columns that a source carries along follow them. Offsets and sizes are of the image's bytes
-# in the tar, image_sha256 is their digest in hex, perceptual_hash the hash of data_prep.rules.image.
+# In this order, followed by the columns that a source carries. Offsets and sizes refer to the image's bytes
+# in the tar, image_sha256 is their hex digest, perceptual_hash is the hash of data_prep.rules.image.
 SIDECAR_COLUMNS = (
     "key", "offset_bytes", "size_bytes", "caption", "source", "url", "score", "width_px", "height_px",
     "image_sha256", "perceptual_hash",
 )  # fmt: skip
-# The most that one image may have, wherever it comes from: the web, a folder, a table, a tar, a search page.
-# Damaged tables and hostile files ask for gigabytes.
+# The limit for one image from anywhere: the web, a folder, a table, a tar, a search page. Damaged tables and
+# hostile files ask for gigabytes.
 MAX_IMAGE_BYTES = 64 << 20
-MAX_IMAGE_BASE64_BYTES = MAX_IMAGE_BYTES // 3 * 4 + 4  # of the same in base64
-MAX_IMAGE_PIXELS = 100_000_000  # as its header promises, before a pixel is decoded
-BUILD_AGAIN = "build the shard again"  # what to do about a damaged one whose origin is not known
-_OPEN_FILES = 64  # at once in a pool: the rows of one shard may come from any number of tars
+MAX_IMAGE_BASE64_BYTES = MAX_IMAGE_BYTES // 3 * 4 + 4  # the same in base64
+MAX_IMAGE_PIXELS = 100_000_000  # according to the header, before a pixel is decoded
+BUILD_AGAIN = "build the shard again"  # remedy for a damaged shard of unknown origin
+_OPEN_FILES = 64  # in a pool, because the rows of one shard may come from any number of tars
 
 
 def too_large() -> str:
-    """Return what every error says of an image above the limit."""
+    """Return the text of errors about an image above the limit."""
     return f"more than {MAX_IMAGE_BYTES >> 20} MiB, the most that an image may have"
 
 
@@ -49,9 +49,9 @@ def tar_of(sidecar: str) -> str:
 
 
 def read_sidecar(path: str, columns: Sequence[str], optional: Sequence[str] = ()) -> "pa.Table":
-    """Read these columns of a sidecar, and the optional ones that it has, in that order.
+    """Read the given columns of a sidecar, followed by those optional ones that it has.
 
-    By pyarrow: the ranks of a training read it too, and a machine that only trains may have no polars.
+    This uses pyarrow, because training ranks also read sidecars, and a training machine may lack polars.
 
     Raises:
         InputError: if the file cannot be read or lacks one of `columns`.
@@ -75,12 +75,12 @@ def read_sidecar(path: str, columns: Sequence[str], optional: Sequence[str] = ()
                     f" has {', '.join(known)}"
                 )
             table = found.read(columns=[*columns, *(name for name in optional if name in known)])
-            table.validate(full=True)  # bytes that are no UTF-8 would end the process of who reads them
+            table.validate(full=True)  # bytes that are not UTF-8 would crash a reader's process
             return table
 
 
 def num_rows(path: str) -> int:
-    """Return how many rows a sidecar has.
+    """Return the number of rows of a sidecar.
 
     Raises:
         InputError: as `read_sidecar` raises it.
@@ -89,17 +89,17 @@ def num_rows(path: str) -> int:
 
 
 def read_sidecar_frame(path: str, columns: Sequence[str], optional: Sequence[str] = ()) -> "pl.DataFrame":
-    """Read a sidecar as `read_sidecar` does, into polars."""
+    """Read a sidecar like `read_sidecar`, into polars."""
     import polars as pl
 
     return pl.DataFrame(pl.from_arrow(read_sidecar(path, columns, optional)))
 
 
 class ByteRanges(contextlib.AbstractContextManager["ByteRanges"]):
-    """Byte ranges of one file, each an image.
+    """Reads byte ranges of one file, each of which is an image.
 
-    A local file may be read by several threads at once. A remote one reads ahead, for one thread that goes
-    through it in order; with `concurrent` each range is a request of its own, for several threads.
+    Several threads may read a local file concurrently. A remote file reads ahead for one sequential thread;
+    with `concurrent` each range is a separate request, for several threads.
     """
 
     def __init__(
@@ -111,8 +111,8 @@ class ByteRanges(contextlib.AbstractContextManager["ByteRanges"]):
         remedy: str = BUILD_AGAIN,
     ) -> None:
         self.path = path
-        self._remedy = remedy  # what errors tell the reader to do
-        self._max_bytes = max_bytes  # of a range: a damaged table may ask for gigabytes
+        self._remedy = remedy  # the remedy in errors
+        self._max_bytes = max_bytes  # of a range, because a damaged table may ask for gigabytes
         self._file: IO[Any] | None = None
         self._fs: Any = None
         self._is_local = store.is_local(path)
@@ -125,10 +125,10 @@ class ByteRanges(contextlib.AbstractContextManager["ByteRanges"]):
             self._file = store.open_read(path)
 
     def read(self, offset_bytes: int | None, size_bytes: int | None, name: str) -> bytes:
-        """Return the bytes of one range; `name` says in errors what lies there, such as `<key>.jpg`.
+        """Return the bytes of one range; errors use `name`, such as `<key>.jpg`.
 
         Raises:
-            InputError: if the range cannot be one of an image, or the file ends before it does.
+            InputError: if the range cannot be an image, or the file ends inside it.
         """
         if size_bytes is not None and size_bytes > self._max_bytes:
             raise InputError(
@@ -154,7 +154,7 @@ class ByteRanges(contextlib.AbstractContextManager["ByteRanges"]):
         return bytes(self._fs.cat_file(self._name, start=offset_bytes, end=offset_bytes + size_bytes))
 
     def close(self) -> None:
-        """Close the file; reading afterwards is an error."""
+        """Close the file; later reads are errors."""
         if self._file is not None:
             self._file.close()
 
@@ -167,7 +167,7 @@ class ByteRanges(contextlib.AbstractContextManager["ByteRanges"]):
 
 
 class ByteRangePool(contextlib.AbstractContextManager["ByteRangePool"]):
-    """Byte ranges of many files, each opened at its first use; the least recently used is closed first."""
+    """Reads byte ranges of many files, opening each on first use and closing the least recently used."""
 
     def __init__(self, path_of: Callable[[str], str], *, remedy: str = BUILD_AGAIN) -> None:
         self._path_of = path_of
@@ -175,7 +175,7 @@ class ByteRangePool(contextlib.AbstractContextManager["ByteRangePool"]):
         self._open: collections.OrderedDict[str, ByteRanges] = collections.OrderedDict()
 
     def read(self, file: str, offset_bytes: int, size_bytes: int, name: str) -> bytes:
-        """Return a range of the file at `path_of(file)`, as `ByteRanges.read` does."""
+        """Return a range of the file at `path_of(file)`, like `ByteRanges.read`."""
         if file not in self._open:
             if len(self._open) >= _OPEN_FILES:
                 self._open.popitem(last=False)[1].close()

@@ -1,8 +1,8 @@
-"""What a stage is: tasks in, outcomes out, and receipts that say what is done.
+"""Defines stages, their tasks and outcomes, and the receipts that record finished tasks.
 
-A stage turns its parents' manifests into tasks; a task reads named inputs, writes files under the
-stage's folder and accounts for every row. The runner (`pipeline.runner`) decides what has to run and
-publishes receipts and manifests; a stage never looks at them.
+A stage turns its parents' manifests into tasks; a task reads named inputs, writes files in the stage's folder
+and accounts for every row. The runner (`pipeline.runner`) decides what has to run and publishes receipts and
+manifests, which a stage never reads.
 """
 
 import json
@@ -23,10 +23,10 @@ UNFINISHED = "unfinished.json"  # manifest there of a build that was not finishe
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One piece of a stage's work; independent of the others, so they may run anywhere in any order."""
+    """One piece of a stage's work; tasks are independent and may run anywhere in any order."""
 
-    name: str  # file name of its receipt, sorted as the outputs should be
-    inputs: Mapping[str, str]  # what it reads: label → digest
+    name: str  # file name of its receipt; names sort in the order of the outputs
+    inputs: Mapping[str, str]  # label → digest of what it reads
     # Plain values in addition to the stage's configuration.
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
@@ -43,13 +43,13 @@ class Outcome:
     num_kept: int
     dropped: Mapping[str, int] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)  # small deterministic facts for later stages
-    # Further files that later stages need, too many for a receipt: sizes and digests are kept next to it.
+    # Further files for later stages, too many for a receipt; a listing next to it has sizes and digests.
     also: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A setting that had another value when a stage's work was begun."""
+    """A setting that had another value when a stage's work began."""
 
     key: str  # dotted, within the stage's configuration
     before: Any
@@ -66,13 +66,13 @@ def _short(value: Any, limit: int = 40) -> str:
 
 
 class Progress(Protocol):
-    """Called by long tasks; units are the stage's own (shards, steps)."""
+    """Called by long tasks with counts in the stage's units (shards, steps)."""
 
     def __call__(self, done: int, total: int, text: str = "") -> None: ...
 
 
 class Show(Protocol):
-    """Begins a Progress with a label and the name of one unit, as `pipeline.core.progress.make_progress`."""
+    """Starts a Progress from a label and a unit's name, like `pipeline.core.progress.make_progress`."""
 
     def __call__(self, label: str, unit: str) -> Progress: ...
 
@@ -88,7 +88,7 @@ def show_nothing(label: str, unit: str) -> Progress:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """Where a task finds its run: folders, seed and the parents' manifests."""
+    """The run as a task sees it: folders, seed and the parents' manifests."""
 
     run_folder: str
     stage: str
@@ -104,7 +104,7 @@ class Context:
         return store.join(self.run_folder, stage, *parts)
 
     def shards_of(self, stage: str, suffix: str = "") -> list[Shard]:
-        """Return a parent's outputs that end with `suffix`, with their full paths."""
+        """Return a parent's outputs that end with `suffix`, with full paths."""
         return [
             Shard(self.path_in(stage, shard.path), shard.num_samples, shard.num_bytes, shard.digest)
             for shard in self.parents[stage].shards
@@ -116,7 +116,7 @@ class Context:
 class Stage:
     """One stage of a run.
 
-    Every callable is a module-level function, so a stage travels to other processes.
+    All callables are module-level functions, so that a stage can be sent to other processes.
 
     `run` does one task. If tasks must run together (one img2dataset call for all outstanding shards)
     `run_together` is given instead and yields (task, outcome) pairs as they finish; the error of a task that
@@ -125,7 +125,7 @@ class Stage:
     """
 
     name: str
-    title: str  # one line for a reader
+    title: str  # one line for users
     version: int
     config: Any
     parents: tuple[str, ...]
@@ -145,16 +145,16 @@ class Stage:
     keeps: Callable[[Any, Mapping[str, Any]], bool] | None = None
     # Raises what its run would refuse at once: before a redo discards what is there.
     check: Callable[[Any, Context], None] | None = None
-    is_seeded: bool = False  # its work follows from the run's seed, which the configuration does not hold
-    # (configuration, seed) that work of before settings were noted was begun with; None: not known.
+    is_seeded: bool = False  # its work depends on the run's seed, which is not in the configuration
+    # (configuration, seed) with which older work without recorded settings began; None if unknown.
     begun_with: Callable[[Any, Context], tuple[Any, int] | None] | None = None
-    unbound_inputs: frozenset[str] = frozenset()  # labels of inputs that say how it computes, as BINDS_NEVER
+    unbound_inputs: frozenset[str] = frozenset()  # labels of inputs like BINDS_NEVER
     # (configuration, context, a change that BINDS_EXACTLY, whether the stage is done) → (whether its work
     # continues exactly under it, a sentence on how it does or why it does not).
     continues: Callable[[Any, Context, Change, bool], tuple[bool, str]] | None = None
 
-    repair: str = ""  # how to make damaged outputs again; empty: `repair_remedy`, as in any run with a file
-    # configuration → weights from outside the run by label: paths, or names to be looked up before it begins
+    repair: str = ""  # remedy for damaged outputs; empty: `repair_remedy`, as in any run with a file
+    # configuration → weights from outside the run by label: paths, or names that are looked up beforehand
     weights: Callable[[Any], Mapping[str, str]] | None = None
 
     @property
@@ -163,12 +163,12 @@ class Stage:
 
 
 def repair_remedy(stage: str) -> str:
-    """Return what errors tell the reader to do about damaged outputs of a run's stage."""
+    """Return the remedy in errors about damaged outputs of a run's stage."""
     return f"repair it: cnclip run RUN.toml --stage {stage} --repair"
 
 
 def task_digest(task: Task) -> str:
-    """Return the digest of what a task reads: its inputs and arguments."""
+    """Return the digest of a task's inputs and arguments."""
     return digest(dict(task.inputs), dict(task.arguments))
 
 
@@ -177,7 +177,7 @@ def receipt_path(context: Context, task: Task) -> str:
 
 
 def make_receipt(stage: Stage, context: Context, task: Task, outcome: Outcome, seconds: float) -> Receipt:
-    """Sync and digest a task's outputs and write its receipt, the last thing a task does."""
+    """Sync and digest a task's outputs and write its receipt, as the last step of a task."""
     if store.is_local(context.run_folder):
         files = [str(Path(context.path(path))) for path in (*outcome.outputs, *outcome.also)]
         durability.sync_outputs(files, str(Path(context.run_folder)))
@@ -209,7 +209,7 @@ def make_receipt(stage: Stage, context: Context, task: Task, outcome: Outcome, s
 
 
 def read_receipt(context: Context, task: Task) -> Receipt | None:
-    """Return the receipt of a task, whatever it vouches for; None if there is none or it is not readable."""
+    """Return the receipt of a task without judging it; None if it is missing or unreadable."""
     return receipt_at(receipt_path(context, task))
 
 
@@ -228,7 +228,7 @@ def is_of_task(receipt: Receipt, stage: Stage, task: Task) -> bool:
 
 
 def inputs_digest(tasks: list[Task], *, without: frozenset[str] = frozenset()) -> str:
-    """Return the digest of what a whole stage reads, less the inputs with labels in `without`."""
+    """Return the digest of a whole stage's inputs, except those with labels in `without`."""
     if without:
         tasks = [
             replace(task, inputs={label: sha for label, sha in task.inputs.items() if label not in without})
@@ -240,7 +240,7 @@ def inputs_digest(tasks: list[Task], *, without: frozenset[str] = frozenset()) -
 def fold(
     stage: Stage, tasks: list[Task], parent_digests: Mapping[str, str], receipts: list[Receipt]
 ) -> Manifest:
-    """Fold a finished stage's receipts into its manifest, in task order, without times."""
+    """Combine a finished stage's receipts into its manifest, in task order, without times."""
     dropped: dict[str, int] = {}
     for receipt in receipts:
         for reason, count in receipt.dropped.items():

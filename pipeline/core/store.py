@@ -1,4 +1,4 @@
-"""Files: every path is an fsspec URL or a local path; files appear whole or not at all."""
+"""File access: every path is a local path or an fsspec URL, and files appear whole or not at all."""
 
 import contextlib
 import errno
@@ -23,9 +23,9 @@ from pipeline.core.records import ConfigError
 _DIGEST_CHUNK_BYTES = 1 << 20
 _EDGE_BYTES = 1 << 20
 _PARTIAL = ".partial"  # suffix of a file that is still being written
-# A file that `publish` has begun: where its writer runs, and the number of the process there
+# A file that `publish` has begun: its name has the writer's machine and process id
 _WRITER = re.compile(r"\..*\.([0-9a-f]{8})-(\d{1,9})-[0-9a-f]{8}\.partial")
-_ABANDONED_SECONDS = 86_400.0  # nobody writes a file for a day without adding to it
+_ABANDONED_SECONDS = 86_400.0  # a file that has not grown for a day has no writer
 _REMOVING = ".removing"  # suffix or name of a folder that is being removed
 _KINDS = (
     (stat.S_ISFIFO, "a FIFO"),
@@ -34,7 +34,7 @@ _KINDS = (
     (stat.S_ISSOCK, "a socket"),
     (stat.S_ISDIR, "a folder"),
 )
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # only writing can end so
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # only writing raises these
 SCRATCH = ".scratch"  # suffix of a folder that a task works in; `sweep` removes those of killed tasks
 
 
@@ -49,17 +49,17 @@ def join(folder: str, *parts: str) -> str:
 
 
 def absolute(path: str) -> str:
-    """Return a local path from the root on; a URL as it is."""
+    """Return a local path as an absolute path; a URL unchanged."""
     return os.path.abspath(path) if is_local(path) else path
 
 
 def remote(url: str) -> tuple[Any, str]:
     """Return the file system and the name of a URL.
 
-    Listings are asked for anew: other processes write there too.
+    Listings are not cached, because other processes also write there.
 
-    Credentials and endpoints are those of the file system's own environment variables (for S3
-    AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL), which polars reads as well.
+    Credentials and endpoints come from the file system's environment variables (for S3 AWS_ACCESS_KEY_ID,
+    AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL), which polars also reads.
 
     Raises:
         ConfigError: if the scheme is unknown or its package (s3fs, gcsfs) is not installed.
@@ -76,13 +76,13 @@ def remote(url: str) -> tuple[Any, str]:
 
 
 class _Named:
-    """A file system whose errors name the URL, and are none of the package beneath."""
+    """A file system whose errors name the URL instead of being those of the underlying package."""
 
     def __init__(self, fs: Any, url: str) -> None:
         self._fs, self._url = fs, url
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # as copying and pickling ask before there is a store
+        if name.startswith("_"):  # copying and pickling ask for these before the store exists
             raise AttributeError(name)
         found = getattr(self._fs, name)
         return functools.partial(self._call, found) if callable(found) else found
@@ -96,7 +96,7 @@ class _Named:
             raise
         except (ConfigError, ValueError, TypeError, NotImplementedError):
             raise
-        except Exception as error:  # botocore's, aiohttp's and their like share no class
+        except Exception as error:  # errors of botocore, aiohttp and others share no class
             raise ConfigError(
                 f"{self._url}: its store cannot be used ({first_line(error)}): check its credentials and"
                 " address (for S3 AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL)"
@@ -141,29 +141,29 @@ def read_text(path: str) -> str:
 
 
 def what_else(mode: int) -> str | None:
-    """Return what a local path of this mode (`os.stat`) is if it is no regular file, such as `a FIFO`."""
+    """Return what a local path of this mode (`os.stat`) is if it is not a regular file, such as `a FIFO`."""
     return next((name for test, name in _KINDS if test(mode)), None)
 
 
 def refuse_special(path: str) -> None:
-    """Refuse a FIFO, a device or a socket: opening one may wait for ever, and reading never end.
+    """Refuse a FIFO, a device or a socket, because opening or reading one may block for ever.
 
-    Whatever opens a local file that others made calls this first, or `open_read`, which does.
+    Call this, or `open_read`, which does so, before opening a foreign local file.
 
     Raises:
         OSError: for each of these.
     """
     if is_local(path) and os.path.exists(path):
         kind = what_else(os.stat(path).st_mode)
-        if kind not in (None, "a folder"):  # what opens a folder raises by itself
-            raise OSError(errno.EINVAL, f"{kind}, no plain file", path)
+        if kind not in (None, "a folder"):  # opening a folder raises anyway
+            raise OSError(errno.EINVAL, f"{kind}, not a regular file", path)
 
 
 def open_read(path: str) -> IO[Any]:
     """Open a file as a seekable binary handle; ranges of a remote file are fetched as they are read.
 
     Raises:
-        OSError: for what is no regular file, too (`refuse_special`).
+        OSError: if it cannot be opened, or is not a regular file (`refuse_special`).
     """
     if is_local(path):
         refuse_special(path)
@@ -174,7 +174,7 @@ def open_read(path: str) -> IO[Any]:
 
 
 def list_files(folder: str) -> list[str]:
-    """Return the names of the files directly inside a folder, sorted; none if the folder does not exist."""
+    """Return the sorted names of the files directly inside a folder; empty if the folder does not exist."""
     if is_local(folder):
         if not os.path.isdir(folder):
             return []
@@ -183,7 +183,7 @@ def list_files(folder: str) -> list[str]:
 
 
 def sizes(folder: str) -> dict[str, int]:
-    """Return the sizes of the files directly inside a folder, by name; empty if there is no such folder."""
+    """Return the sizes of the files directly inside a folder by name; empty if the folder does not exist."""
     if is_local(folder):
         if not os.path.isdir(folder):
             return {}
@@ -214,10 +214,10 @@ def move(path: str, target: str) -> None:
 
 
 def remove(path: str) -> None:
-    """Remove a file or a folder with all it holds; nothing happens if there is none.
+    """Remove a file, or a folder with its content, if it exists.
 
-    A local folder is renamed first, so that a kill half-way leaves no folder that looks whole. A folder that
-    is a link or a file system of its own stays, empty: somebody chose that place for it.
+    A local folder is renamed first, so that a kill half-way leaves no folder that looks complete. A folder
+    that is a link or a mount point is emptied but stays, because a user chose that place.
     """
     if is_local(path):
         if os.path.isdir(path):
@@ -238,7 +238,7 @@ def remove(path: str) -> None:
 
 
 def _empty(folder: str) -> None:
-    """Remove what a folder holds, first out of sight: a kill half-way leaves nothing that looks whole."""
+    """Move a folder's content aside and remove it, so that a kill leaves nothing that looks complete."""
     doomed = os.path.join(folder, _REMOVING)
     os.makedirs(doomed, exist_ok=True)
     for name in sorted(os.listdir(folder)):
@@ -248,29 +248,29 @@ def _empty(folder: str) -> None:
 
 
 def sweep(folder: str, *, deep: bool = True) -> None:
-    """Remove what killed processes left in a local folder: files and folders being written or removed.
+    """Remove leftovers of killed processes in a local folder: files and folders being written or removed.
 
-    `deep` looks for `publish`'s files in the folders below it too.
+    `deep` also looks for files of `publish` in the folders below.
     """
     if is_local(folder):
         for leftover in (*Path(folder).glob(f"*{SCRATCH}"), *Path(folder).glob(f"*{_REMOVING}")):
             shutil.rmtree(leftover, ignore_errors=True)
         find = Path(folder).rglob if deep else Path(folder).glob
         for leftover in find(f".*{_PARTIAL}"):
-            if leftover.is_file():  # a half-written checkpoint is a folder, and training's own to remove
+            if leftover.is_file():  # a half-written checkpoint is a folder, which training removes
                 leftover.unlink()
 
 
 def sweep_shared(folder: str) -> None:
-    """Remove what killed processes left of `publish` directly inside a local folder that others write to too.
+    """Remove leftovers of `publish` directly inside a local folder that other processes may be writing to.
 
-    A file goes if its writer ran here and is gone, or if nobody has written to it for a day.
+    A file is removed if its writer ran on this machine and is gone, or if it has not changed for a day.
     """
     for entry in os.scandir(folder) if os.path.isdir(folder) else []:
         if not (entry.name.startswith(".") and entry.name.endswith(_PARTIAL)):
             continue
         writer = _WRITER.fullmatch(entry.name)
-        with contextlib.suppress(FileNotFoundError):  # it was published or removed meanwhile
+        with contextlib.suppress(FileNotFoundError):  # already published or removed
             is_old = time.time() - entry.stat().st_mtime > _ABANDONED_SECONDS
             if is_old or (writer is not None and writer[1] == _place() and not _is_running(int(writer[2]))):
                 os.remove(entry.path)
@@ -288,10 +288,10 @@ def _is_running(pid: int) -> bool:
 
 @functools.cache
 def _place() -> str:
-    """Return where this process's number means this process: the start of a machine, and the container.
+    """Return an id of the boot and container in which this process's id is unique.
 
-    Containers on a host may share its name, and each counts its processes from 1. Random if the kernel does
-    not say.
+    Containers on a host may share its name, and each numbers its processes from 1. The id is random if the
+    kernel does not provide one.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
@@ -304,12 +304,12 @@ def _place() -> str:
 def publish(path: str) -> Iterator[str]:
     """Yield a temporary local path to write to; when the block ends well the file appears at `path`.
 
-    Locally by rename in the same folder, with file and folder synced (`durability.together` gathers the
-    folders of a task), on an object store by one upload. When the block fails nothing appears and the
-    temporary file is gone.
+    Local files are renamed in the same folder, with file and folder synced (`durability.together` collects
+    the folders of a task); object stores get one upload. If the block fails, nothing appears and the
+    temporary file is removed.
 
     Raises:
-        OSError: if the disk is full; it names the file, also if what wrote to it does not.
+        OSError: if the disk is full; it names the file even if the writer's error does not.
     """
     if is_local(path):
         target = str(Path(path))
@@ -339,9 +339,9 @@ def publish(path: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def local_folder(folder: str) -> Iterator[str]:
-    """Yield a folder as a local path: itself, or a temporary copy of a remote one.
+    """Yield a folder as a local path: itself, or a temporary copy of a remote folder.
 
-    For programs that know local files only. Nothing that is written there goes back.
+    This is for programs that only read local files; changes to the copy are not uploaded.
     """
     if is_local(folder):
         yield folder
@@ -361,9 +361,9 @@ def put_folder(local: str, folder: str) -> None:
 
 @contextlib.contextmanager
 def scratch(folder: str, name: str) -> Iterator[str]:
-    """Yield a local folder to work in: under a local stage folder, else a temporary one; then remove it.
+    """Yield a local working folder under a local stage folder, otherwise a temporary one; then remove it.
 
-    What a killed process leaves under a stage folder is removed by `sweep`.
+    `sweep` removes leftovers of killed processes under a stage folder.
     """
     if is_local(folder):
         durability.make_folder(str(Path(folder)))
@@ -401,7 +401,7 @@ def digest_file(path: str) -> str:
 
 
 def digest_edges(path: str) -> tuple[int, str]:
-    """Hash a file's size, first and last MiB: for terabytes that are not worth reading."""
+    """Hash a file's size, first and last MiB, to avoid reading terabytes."""
     size = num_bytes(path)
     with open_read(path) as file:
         head = file.read(_EDGE_BYTES)

@@ -1,8 +1,8 @@
-"""Keeps control characters from terminals and logs: names, captions and messages come from anywhere.
+"""Keeps control characters in untrusted names, captions and messages away from terminals and logs.
 
-A file name, a tensor's name or a server's answer may hold escape sequences that recolour a terminal, move its
-cursor or set its title, and marks that turn the direction of what follows. `guarded_output` stands around
-every command, so that whatever is printed passes `visible`.
+A file name, a tensor's name or a server's answer may contain escape sequences that recolour a terminal, move
+its cursor or set its title, and marks that change the direction of text. `guarded_output` wraps every command
+so that all output passes `visible`.
 """
 
 import contextlib
@@ -12,32 +12,32 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, TextIO, cast
 
-# Control characters (C0 but tab and line feed, DEL, C1), line and paragraph separators, marks that change the
-# direction of text (UAX 9), deprecated format characters, and halves of surrogate pairs, which stand for
-# bytes of a name that are not UTF-8 and cannot be encoded.
+# Control characters (C0 except tab and line feed, DEL, C1), line and paragraph separators, marks that change
+# the direction of text (UAX 9), deprecated format characters, and unpaired surrogates, which represent bytes
+# of a name that are not UTF-8 and cannot be encoded.
 _UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ufff9-\ufffb\ud800-\udfff]"
 )
-# Shown of a word, which may be a path, and of a line.
+# Characters shown of a word, which may be a path, and of a line.
 _WORD_CHARACTERS, _LINE_CHARACTERS = 500, 1800
 _LONG_WORD = re.compile(rf"\S{{{_WORD_CHARACTERS + 1},}}")
 
 
 def _escape(found: re.Match[str]) -> str:
     number = ord(found[0])
-    # Above the C0 characters as JSON writes them too: a line that is JSON stays what it is.
+    # The same escapes as JSON for characters above C0, so that a line of JSON stays valid.
     return f"\\x{number:02x}" if number < 0x20 else f"\\u{number:04x}"
 
 
 def visible(text: str) -> str:
-    """Return text with every control character as its escape, such as \\x1b; line ends and tabs stay."""
+    """Return text with control characters escaped, such as \\x1b, except line ends and tabs."""
     return _UNSEEN.sub(_escape, text)
 
 
 def one_line(text: str) -> str:
-    """Return text as `visible` does, its line ends escaped too: a name must not begin a line of its own.
+    """Return text like `visible`, with line ends escaped too, so that a name cannot begin another line.
 
-    Words and lines that no reader would finish lose their middle: a key in a damaged file may be endless.
+    The middle of very long words and lines is cut out, because a key in a damaged file may be endless.
     """
     line = visible(text).replace("\n", "\\n")
     if len(line) > _WORD_CHARACTERS:
@@ -53,18 +53,18 @@ def _shortened(text: str, most: int) -> str:
 
 
 class _Line(enum.Enum):
-    """What the last line of a stream is."""
+    """The kind of a stream's last line."""
 
     EMPTY = enum.auto()
     TEXT = enum.auto()
-    BAR = enum.auto()  # begun with a carriage return: a progress bar draws it again and again
+    BAR = enum.auto()  # begun with a carriage return: a progress bar that redraws itself
 
 
 class _Guarded:
-    """A stream for text that passes `visible` on its way.
+    """A stream that passes text through `visible`.
 
-    On a terminal a carriage return passes if it begins a line, or what has replaced a line so far: that is
-    how bars of tqdm redraw themselves. Behind other text it is escaped, for it would overwrite that text.
+    On a terminal a carriage return passes at the start of a line or of its replacement, since that is how
+    tqdm redraws bars. After other text it is escaped, because it would overwrite that text.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -95,22 +95,22 @@ class _Guarded:
 
 
 def guard(stream: TextIO) -> TextIO:
-    """Return the stream guarded; one that is guarded already stays as it is."""
+    """Return the guarded stream; an already guarded one is returned unchanged."""
     if isinstance(stream, _Guarded) or stream is None:
         return stream
     if (stream.encoding or "").lower().replace("-", "") != "utf8":
-        with contextlib.suppress(AttributeError, ValueError):  # not every stand-in for a stream can
+        with contextlib.suppress(AttributeError, ValueError):  # not every substitute for a stream can
             stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
     return cast(TextIO, _Guarded(stream))
 
 
 def unguarded(stream: TextIO) -> TextIO:
-    """Return the stream itself, for what draws on a terminal; its texts have to pass `one_line`."""
+    """Return the underlying stream, for code that draws on a terminal; its texts must pass `one_line`."""
     return stream.stream if isinstance(stream, _Guarded) else stream
 
 
 class Verbosity(enum.IntEnum):
-    """How much a command tells on standard error, besides warnings and errors."""
+    """How much a command prints on standard error in addition to warnings and errors."""
 
     QUIET = -1  # no progress and no notes
     NORMAL = 0
@@ -121,13 +121,13 @@ _verbosity = Verbosity.NORMAL
 
 
 def set_verbosity(verbosity: Verbosity) -> None:
-    """Set how much this process tells."""
+    """Set how much this process prints."""
     global _verbosity
     _verbosity = verbosity
 
 
 def verbosity() -> Verbosity:
-    """Return how much this process tells."""
+    """Return how much this process prints."""
     return _verbosity
 
 
@@ -149,7 +149,7 @@ def detail(text: str) -> None:
 
 
 def print_lines(lines: Iterable[str]) -> None:
-    """Print lines to standard output; what they quote cannot begin further ones."""
+    """Print lines to standard output; text quoted in them cannot begin further lines."""
     for line in lines:
         print(one_line(line))
 
@@ -158,7 +158,7 @@ def print_lines(lines: Iterable[str]) -> None:
 def guarded_output() -> Iterator[None]:
     """Guard standard output and standard error.
 
-    They stay guarded when an exception leaves the block: the interpreter prints its message then.
+    They stay guarded if an exception leaves the block, because the interpreter then prints its message.
     """
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = guard(sys.stdout), guard(sys.stderr)

@@ -1,15 +1,15 @@
-"""Plain text in aligned columns, with one rule for how wide a character is."""
+"""Aligns plain text in columns, with one rule for the width of a character."""
 
 import unicodedata
 from collections.abc import Sequence
 
 from pipeline.core.terminal import one_line
 
-_TAKE_NO_ROOM = ("Mn", "Me", "Cf")  # combining marks, enclosing marks, and signs such as joiners
+_TAKE_NO_ROOM = ("Mn", "Me", "Cf")  # combining marks, enclosing marks, and format characters such as joiners
 
 
 def align(rows: Sequence[Sequence[str]], numeric: Sequence[bool]) -> str:
-    """Return rows as lines of aligned columns, two spaces apart; `numeric` columns to the right."""
+    """Return rows as lines of columns, two spaces apart; `numeric` columns are right-aligned."""
     rows = [[one_line(cell) for cell in row] for row in rows]
     widths = [max(display_width(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
@@ -20,13 +20,13 @@ def align(rows: Sequence[Sequence[str]], numeric: Sequence[bool]) -> str:
 
 
 def pad(text: str, width: int, numeric: bool = False) -> str:
-    """Return the text filled up to `width` columns with spaces: after it, or before it if `numeric`."""
+    """Return the text padded to `width` columns with spaces after it, or before it if `numeric`."""
     spaces = " " * (width - display_width(text))
     return spaces + text if numeric else text + spaces
 
 
 def display_width(text: str) -> int:
-    """Return how many columns of a terminal a text takes: a wide character (CJK) 2, a combining mark 0."""
+    """Return the terminal columns of a text: a wide character (CJK) takes 2, a combining mark 0."""
     if text.isascii():
         return len(text)
     return sum(map(_width, text))

@@ -228,7 +228,7 @@ def _connect(processes: int) -> Any:
                 f" with `ray start --head`, or unset it to use this machine only"
             ) from None
         if threading.current_thread() is threading.main_thread():
-            # Ray puts a handler of its own there, which exits with another status than a stopped run has.
+            # Ray installs its own handler, whose exit status differs from that of a stopped run.
             signal.signal(signal.SIGTERM, on_sigterm)
         nodes: list[Any] = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
         total = sum(node["Resources"].get("CPU", 0) for node in nodes)

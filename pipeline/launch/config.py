@@ -1,4 +1,4 @@
-"""`[launch]` of a run's TOML: what a Slurm cluster needs to know."""
+"""`[launch]` of a run's TOML: the settings for a Slurm cluster."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -11,9 +11,9 @@ class LaunchConfig:
     """How ranks are started, and what `cnclip launch` writes into its scripts."""
 
     launcher: Literal["local", "srun"] = "local"
-    """How cnclip starts ranks. The Slurm scripts choose `srun`; by hand it needs a Slurm job around it."""
+    """How cnclip starts ranks. The Slurm scripts choose `srun`, which only works inside a Slurm job."""
     ranks_per_node: Annotated[int, Gt(0)] = 8
-    """Ranks on each machine, one for each accelerator that is used."""
+    """Ranks on each machine, one for each used accelerator."""
     gpus_per_node: Annotated[int, Ge(0)] = 8
     """GPUs of each machine; the scripts request one for each rank. 0: none."""
     cpus_per_rank: Annotated[int, Gt(0)] = 8
@@ -33,7 +33,7 @@ class LaunchConfig:
     partition: str | None = None
     """Slurm partition. Unset: the cluster's default."""
     partition_prepare: str | None = None
-    """Slurm partition of the jobs that use no GPU, such as the data's. Unset: `partition`."""
+    """Slurm partition of the jobs without a GPU, such as the data stages. Unset: `partition`."""
     account: str | None = None
     """Slurm account. Unset: yours."""
     setup: tuple[str, ...] = ()
@@ -44,6 +44,6 @@ class LaunchConfig:
     def __post_init__(self) -> None:
         if 60 * self.time_limit_minutes <= self.stop_seconds:
             raise ValueError(
-                f"stop_seconds = {self.stop_seconds} leaves nothing of time_limit_minutes ="
+                f"stop_seconds = {self.stop_seconds} must be less than time_limit_minutes ="
                 f" {self.time_limit_minutes}"
             )

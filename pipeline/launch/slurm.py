@@ -1,9 +1,9 @@
-"""Write what a Slurm cluster needs: one job for each training stage, each waiting for the one before.
+"""Writes Slurm scripts: one job for each training stage, each of which waits for the previous one.
 
-Before the time limit Slurm asks the ranks of a training job to stop, and the script of any other; ranks are
-asked on pre-emption too. They write a checkpoint, other stages keep the tasks that are done, all end with
-status 143, and the script puts its own job back into the queue. A job that dies without a word resumes from
-what it kept when Slurm starts it again.
+Before the time limit Slurm signals the ranks of a training job, and the script of any other job; it also
+signals ranks on pre-emption. Ranks then write a checkpoint, other stages keep their finished tasks, all exit
+with status 143, and the script requeues its job. A job that is killed without a signal resumes from its last
+checkpoint or task when Slurm restarts it.
 """
 
 import os
@@ -23,22 +23,22 @@ from training.stages import TrainStageConfig
 
 _BEFORE, _AFTER = "prepare", "measure"  # jobs before and after training
 _LOGS = "logs"
-_PORT = 29_500  # torchrun's own default
+_PORT = 29_500  # torchrun's default
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One Slurm job: some stages of a run, one after the other."""
+    """One Slurm job, which runs some stages of a run in order."""
 
     name: str
     stages: tuple[str, ...]
-    train: TrainConfig | None  # of a training stage, which has ranks
+    train: TrainConfig | None  # for a training stage, which has ranks
 
     def nodes(self, launch: LaunchConfig) -> int:
         return 1 if self.train is None else -(-self.train.ranks // launch.ranks_per_node)
 
     def gpus(self, launch: LaunchConfig) -> int:
-        """Return how many GPUs it needs on each machine."""
+        """Return the number of GPUs that the job needs on each machine."""
         if self.train is not None:
             return self.ranks_a_node(launch) if launch.gpus_per_node else 0
         return min(launch.gpus_measure, launch.gpus_per_node) if self.name == _AFTER else 0
@@ -62,24 +62,25 @@ def plan_jobs(run: Run) -> list[Job]:
 
 
 def write_scripts(run: Run, launch: LaunchConfig, run_path: str, overrides: Sequence[str]) -> list[str]:
-    """Write `<run>/launch/*.sbatch` and `submit.sh`; returns the lines that tell what to do with them.
+    """Write `<run>/launch/*.sbatch` and `submit.sh`, and return lines that explain how to use them.
 
-    Weights that are given by name are downloaded.
+    This downloads weights that are given by name.
 
-    ConfigError if the ranks do not fill whole machines or have no GPU each, or the run is not on a file
-    system.
+    Raises:
+        ConfigError: if the ranks do not fill whole machines or lack a GPU each, or the run is not on a file
+            system.
     """
     if not store.is_local(run.folder):
         raise ConfigError(f"{run.folder}: scripts need a folder on a file system that all machines see")
     jobs = plan_jobs(run)
     for job in jobs:
         _check_ranks(job, launch)
-    obtain_weights(run, run.stages)  # here: machines that compute often have no way out
+    obtain_weights(run, run.stages)  # here, because compute nodes often have no network
     folder = os.path.join(os.path.abspath(run.folder), "launch")
     arguments = [os.path.abspath(run_path), *(part for item in overrides for part in ("--set", item))]
     for job in jobs:
         store.write_text(os.path.join(folder, f"{job.name}.sbatch"), script(job, launch, folder, arguments))
-    os.makedirs(os.path.join(folder, _LOGS), exist_ok=True)  # Slurm makes no folder for its output
+    os.makedirs(os.path.join(folder, _LOGS), exist_ok=True)  # Slurm does not make the folder for its output
     submit = os.path.join(folder, "submit.sh")
     store.write_text(submit, submission(jobs, folder))
     lines = [
@@ -115,7 +116,7 @@ def script(job: Job, launch: LaunchConfig, folder: str, arguments: Sequence[str]
         ]
         memory_gb = launch.memory_per_rank_gb and ranks * launch.memory_per_rank_gb
     else:
-        # B: the script itself, for it starts no srun whose tasks could be signalled.
+        # B: the script itself, because it starts no srun whose tasks Slurm could signal.
         options += ["--ntasks=1", f"--cpus-per-task={launch.cpus_prepare}"]
         options.append(f"--signal=B:TERM@{launch.stop_seconds}")
         memory_gb = launch.memory_prepare_gb
@@ -145,12 +146,12 @@ def script(job: Job, launch: LaunchConfig, folder: str, arguments: Sequence[str]
 
 
 def requeued(command: str, setup: Sequence[str] = ()) -> list[str]:
-    """Return lines of a script that run a command and requeue their job if it was stopped.
+    """Return script lines that run a command and requeue the job if the command was stopped.
 
-    Bash hears a signal while it waits, not while a command runs in the foreground; a `wait` that a signal cut
-    short says nothing of the command, which continues and has its own status. A signal that comes during the
-    `setup` lines, or before `$run` is known, is passed on as soon as there is a command to hear it.
-    The lines hold under a `set -eu` of the setup, too.
+    Bash handles signals while it waits, but not while a command runs in the foreground. After an interrupted
+    `wait` the command continues and has its own status. A signal during the `setup` lines, or before `$run`
+    is set, is passed on as soon as the command runs.
+    The lines also work if the setup contains `set -eu`.
     """
     return [
         "run= early=",
@@ -186,7 +187,7 @@ def submission(jobs: Sequence[Job], folder: str) -> str:
 
 
 def command_lines(job: Job, launch: LaunchConfig, arguments: Sequence[str]) -> list[str]:
-    """Return lines for the same training with torchrun or DeepSpeed, and one to publish its receipt."""
+    """Return lines that run the same training with torchrun or DeepSpeed, and one to publish its receipt."""
     assert job.train is not None
     nodes, ranks = job.nodes(launch), job.ranks_a_node(launch)
     path, *overrides = arguments
@@ -211,13 +212,13 @@ def _check_ranks(job: Job, launch: LaunchConfig) -> None:
     if 0 < launch.gpus_per_node < ranks:
         raise ConfigError(
             f"[launch] gpus_per_node = {launch.gpus_per_node}, but [{job.name}] has {ranks} ranks on a"
-            f" machine, each with a GPU of its own: take ranks_per_node = {launch.gpus_per_node}, or"
-            " gpus_per_node = 0 on machines without"
+            f" machine, each of which needs a GPU: set ranks_per_node = {launch.gpus_per_node}, or"
+            " gpus_per_node = 0 for machines without GPUs"
         )
     if left := job.train.ranks % ranks:
         raise ConfigError(
             f"[{job.name}] ranks = {job.train.ranks}, but [launch] ranks_per_node = {launch.ranks_per_node}"
-            f" leaves {left} over: take ranks = {job.train.ranks - left} or"
+            f" leaves {left} over: set ranks = {job.train.ranks - left} or"
             f" {job.train.ranks - left + launch.ranks_per_node}"
         )
 

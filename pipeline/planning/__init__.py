@@ -1,1 +1,1 @@
-"""What a training needs, computed before anything starts."""
+"""Plans what a training needs before it starts."""

@@ -1,4 +1,4 @@
-"""Weights that a run is given by name: what it would download, and the download before its first stage."""
+"""Downloads weights that a run names before its first stage, and lists them for a plan."""
 
 from collections.abc import Sequence
 
@@ -16,10 +16,10 @@ _MIB = 1 << 20
 
 
 def obtain_weights(run: Run, stages: Sequence[Stage], *, force: bool = False) -> None:
-    """Look up the weights that stages are given by name, and download those of stages that will need them.
+    """Look up the weights that stages name, and download those of stages that will need them.
 
-    First of all: a corpus takes days, and a name that nobody knows should not be found out after it. `force`
-    says that finished stages need theirs too.
+    This happens first, because a corpus takes days, and an unknown name must not surface after it. With
+    `force`, finished stages also need their weights.
     """
     for stage in stages:
         if stage.weights is not None:
@@ -28,7 +28,7 @@ def obtain_weights(run: Run, stages: Sequence[Stage], *, force: bool = False) ->
 
 
 def downloads(run: Run) -> list[str]:
-    """Return a line for each name whose weights unfinished stages would download, without asking a hub."""
+    """Return a line for each name whose weights unfinished stages would download, without network access."""
     stages: dict[str, list[str]] = {}
     for stage in run.stages:
         if stage.weights is None or store.exists(manifest_path(run, stage.name)):
@@ -53,5 +53,5 @@ def _size(wanted: HubId, num_bytes: int | None) -> str:
         return f"{num_bytes / _MIB:,.0f} MiB"
     name = next((name for name, known in PUBLISHED.items() if known.repo == wanted.repo), None)
     if name is None:
-        return "size not known yet"
+        return "unknown size"
     return f"about {sum(num_parameters(MODELS[name])) * _BYTES_OF_A_PARAMETER / _MIB:,.0f} MiB"

@@ -1,9 +1,7 @@
-"""How long a training stage takes and what it needs, computed before anything is started.
+"""Estimates how long a training stage takes and how much memory it needs, without importing torch.
 
-No torch here.
-
-docs/concepts/memory.md derives each term and says how close the sum is to a measured peak.
-tests/pipeline/planning/test_memory.py counts the activations again.
+docs/concepts/memory.md derives each term and compares the sum with measured peaks.
+tests/pipeline/planning/test_memory.py verifies the activations by counting.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,21 +22,21 @@ from training.model.config import (
 
 Precision = Literal["float32", "autocast", "bfloat16"]
 
-# Bytes kept for the backward pass a token, block and unit of width; of a ResNet, a value of its feature maps.
+# Bytes kept for the backward pass per token, block and unit of width; for a ResNet, per value of its maps.
 _VIT_BYTES: Mapping[Precision, float] = MappingProxyType({"float32": 82, "autocast": 45, "bfloat16": 41})
 _BERT_BYTES: Mapping[Precision, float] = MappingProxyType({"float32": 76, "autocast": 54, "bfloat16": 40})
-_BERT_LAST_BYTES: Mapping[Precision, float] = MappingProxyType(  # of the last block, computed for [CLS] only
+_BERT_LAST_BYTES: Mapping[Precision, float] = MappingProxyType(  # in the last block, computed only for [CLS]
     {"float32": 23, "autocast": 22, "bfloat16": 12}
 )
 _RESNET_BYTES: Mapping[Precision, float] = MappingProxyType({"float32": 8, "autocast": 4, "bfloat16": 4})
 _REUSE_DISTANCE = 1e9  # values; DeepSpeed's default stage3_max_reuse_distance and stage3_max_live_parameters
-USABLE = 0.9  # share of a device's memory: the rest goes to fragments, workspaces and the driver
+USABLE = 0.9  # share of a device's memory; fragments, workspaces and the driver take the rest
 SECONDS_A_DAY = 86_400
 
 
 @dataclass(frozen=True, slots=True)
 class Zero:
-    """What a DeepSpeed file says of where a training's states are."""
+    """Where a DeepSpeed file puts a training's states."""
 
     stage: int = 0
     offloads_optimizer: bool = False  # moments, the float32 copy, and from stage 2 on the gradients
@@ -48,7 +46,7 @@ class Zero:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What one rank holds at its fullest, in bytes."""
+    """The peak memory of one rank, in bytes."""
 
     states: float  # weights, gradients, master weights, moments, buckets
     activations: float
@@ -61,12 +59,12 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """How a global batch falls on the ranks."""
+    """The distribution of a global batch over the ranks."""
 
     smallest: int  # samples of the rank with the fewest
     largest: int
     idle: float  # share of all ranks' time lost by waiting for the largest
-    better_ranks: tuple[int, ...]  # rank counts nearby of which each gets the same; empty where these do
+    better_ranks: tuple[int, ...]  # nearby rank counts that share evenly; empty if this one does
 
 
 def num_parameters(model: ModelConfig) -> tuple[int, int]:
@@ -87,7 +85,7 @@ def memory(
     micro_batch: int,
     tokens: int,
 ) -> Memory:
-    """Return what a rank needs for `micro_batch` samples with captions padded to `tokens`."""
+    """Return the memory of a rank for `micro_batch` samples with captions padded to `tokens`."""
     image_parameters, text_parameters = num_parameters(model)
     all_parameters = image_parameters + text_parameters
     trained = text_parameters if config.lock_image else all_parameters
@@ -101,7 +99,7 @@ def memory(
         weights = 0
     if zero.offloads_optimizer:
         optimizer, gradients = 0, gradients if zero.stage < 2 else 0
-    buckets = (2 if precision == "autocast" else 1) if zero.stage else 0  # one a type of weights' gradients
+    buckets = (2 if precision == "autocast" else 1) if zero.stage else 0  # one per type of gradients
     bucket = buckets * weight_bytes * min(DEEPSPEED_BUCKET_VALUES, trained)
     share = shares(config).largest
     side_px = model.vision.image_size_px
@@ -118,16 +116,16 @@ def memory(
 
 
 def largest_micro_batch(needs: Callable[..., Memory], share: int, memory_bytes: float) -> int:
-    """Return the most samples whose activations fit: the whole share, or a power of two; 0: none.
+    """Return the most samples whose activations fit: the whole share, or a power of two; 0 if none fit.
 
-    `needs` gives the Memory of a `micro_batch`.
+    `needs` returns the Memory of a `micro_batch`.
     """
     sizes = [share, *(2**power for power in range(share.bit_length(), -1, -1) if 2**power < share)]
     return next((size for size in sizes if needs(micro_batch=size).total <= USABLE * memory_bytes), 0)
 
 
 def shares(config: TrainConfig) -> Shares:
-    """Return how many samples each rank gets: whole lanes, so that counts may differ by one lane."""
+    """Return the samples of each rank, which are whole lanes, so that counts may differ by one lane."""
     a_lane = config.global_batch // config.num_lanes
     smallest = config.num_lanes // config.ranks * a_lane
     largest = -(-config.num_lanes // config.ranks) * a_lane
@@ -149,10 +147,10 @@ def gpu_days(
     flops_per_second: float,
     tokens: float,
 ) -> float:
-    """Return the days of all devices together, each at `flops_per_second`.
+    """Return the total device days at `flops_per_second` each.
 
-    Every rank takes as long as the one with the most samples. Micro-batches and checkpointing each run the
-    towers that are trained forward once more.
+    Every rank takes as long as the one with the most samples. Micro-batches and checkpointing each add one
+    forward pass of the trained towers.
 
     `tokens` is a caption's mean length.
     """
@@ -166,13 +164,13 @@ def gpu_days(
 def cache_days(
     model: ModelConfig, config: TrainConfig, *, num_samples: int, flops_per_second: float
 ) -> float:
-    """Return the device days that it takes to compute `cached_views` features of every image."""
+    """Return the device days for computing `cached_views` features of every image."""
     flops = config.cached_views * num_samples * image_forward(model)
     return flops / flops_per_second / SECONDS_A_DAY
 
 
 def zero_of(settings: Mapping[str, Any]) -> Zero:
-    """Return where a DeepSpeed file's content puts the states."""
+    """Return where the content of a DeepSpeed file puts the states."""
     found = settings.get("zero_optimization", {})
     stage = int(found.get("stage", 0))
     gathered = min(
@@ -188,14 +186,14 @@ def zero_of(settings: Mapping[str, Any]) -> Zero:
 
 
 def precision_of(settings: Mapping[str, Any]) -> Precision:
-    """Return what a DeepSpeed file's content computes in; float16 takes what bfloat16 takes."""
+    """Return the precision of a DeepSpeed file's content; float16 needs the same memory as bfloat16."""
     if any(settings.get(key, {}).get("enabled") for key in ("bf16", "fp16")):
         return "bfloat16"
     return "autocast" if settings.get("torch_autocast", {}).get("enabled") else "float32"
 
 
 def _image_activations(config: VisionConfig, train: TrainConfig, precision: Precision) -> float:
-    """Return the bytes a sample that the image tower keeps."""
+    """Return the bytes that the image tower keeps per sample."""
     if train.cached_views:
         return 0
     if isinstance(config, VisionTransformerConfig):
@@ -203,7 +201,7 @@ def _image_activations(config: VisionConfig, train: TrainConfig, precision: Prec
         values, block_bytes = tokens * config.width, _VIT_BYTES[precision]
         return _transformer(config.layers, values, block_bytes, train.lock_image, train)
     whole = _RESNET_BYTES[precision] * _resnet_values(config)
-    return whole / 8 if train.lock_image else whole  # the widest maps, at the stem, are an eighth
+    return whole / 8 if train.lock_image else whole  # the widest maps, in the stem, are an eighth
 
 
 def _text_activations(config: TextConfig, train: TrainConfig, precision: Precision, tokens: int) -> float:
@@ -241,7 +239,7 @@ def _vision_parameters(config: VisionConfig, embed_dim: int) -> int:
 
 
 def _resnet_values(config: ModifiedResNetConfig) -> int:
-    """Return the number of values of all feature maps of one image."""
+    """Return the number of values in all feature maps of one image."""
     stem, side = config.width // 32, config.image_size_px // 2
     total = side**2 * 2 * stem
     side //= 2

@@ -1,4 +1,4 @@
-"""What `cnclip plan` and `cnclip run` say of training settings that are out of proportion to the corpus."""
+"""Notes of `cnclip plan` and `cnclip run` on training settings that are out of proportion to the corpus."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,16 +8,27 @@ from training.config.train import TrainConfig, count_steps
 from training.stages import TrainStageConfig
 
 _FEW_STEPS = 20
-# Adam moves a weight by at most the learning rate a step, and a cosine halves the sum. Weights that start at
-# random are 0.02 to 0.1 in size: those that cannot move by a fraction of it learn nothing.
+# Adam moves a weight by at most the learning rate per step, and a cosine halves the sum. Random weights start
+# with sizes of 0.02 to 0.1; if they cannot move by a fraction of that, they learn nothing.
 _SHORTEST_WAY = 0.005
 _HIGHEST_RATE = 5e-3  # of the learning rate; above it training with Adam usually diverges
+_TINY_CORPUS = 18_341  # training images of COCO-CN, the paper's smallest task (Li et al. 2019)
+_PAPER_EPOCHS = 64  # the most passes in Tables 8 and 9: stage 1 of ViT-L/14, over 200 million pairs
+_ENOUGH_STEPS = 2_000  # as `cnclip init` gives a small corpus at most, from random weights
 
 
 def proportion_notes(
     config: TrainConfig, num_samples: int, *, starts_at_random: bool = False
 ) -> Iterator[str]:
-    """Yield a line for each setting that does not go with this number of training pairs."""
+    """Yield a line for each setting that does not suit this number of training pairs.
+
+    Passes over a tiny corpus stop helping when the model knows its pairs by heart: recall on other images
+    then no longer rises, while every further pass costs as much as the first. The paper found its epochs by
+    validation: at most 64 over 200 million pairs, and 18 to 40 over COCO-CN, its smallest task (Tables 8 and
+    9). So a note appears for a smaller corpus with more than twice 64 epochs. It does not appear for few
+    steps, because a handful of pairs may need many passes, nor with `patience`, which ends the stage when
+    recall stops rising.
+    """
     batch, epochs, rate = config.global_batch, config.epochs, config.peak_learning_rate
     if batch > num_samples:
         yield (
@@ -30,6 +41,18 @@ def proportion_notes(
         yield (
             f"{steps:,} steps in all (epochs = {epochs:,}, global_batch = {batch:,}, {num_samples:,} pairs)"
             " are few to learn from; raise epochs or lower global_batch"
+        )
+    if (
+        num_samples < _TINY_CORPUS
+        and epochs > 2 * _PAPER_EPOCHS
+        and steps > _ENOUGH_STEPS
+        and not config.patience
+    ):
+        yield (
+            f"epochs = {epochs:,} show each of only {num_samples:,} pairs {epochs:,} times ({steps:,} steps),"
+            " long after a model knows so few by heart; lower epochs, to"
+            f" {_fewer_epochs(batch, num_samples):,} for example, or set patience = 5 to stop when recall no"
+            " longer rises"
         )
     if config.warmup_steps > steps:
         yield (
@@ -49,10 +72,15 @@ def proportion_notes(
         )
 
 
+def _fewer_epochs(batch: int, num_samples: int) -> int:
+    """Return the epochs that give a tiny corpus enough steps, and at least as many as the paper's longest."""
+    return max(_PAPER_EPOCHS, -(-_ENOUGH_STEPS * batch // num_samples))
+
+
 def notes_on_training(run: Run, stages: Sequence[Stage]) -> list[str]:
     """Return a line for each setting of these training stages that is out of proportion.
 
-    What depends on the number of pairs is known once the shards are there.
+    Notes that depend on the number of pairs appear when the shards are finished.
     """
     manifest = read_manifest(run, "shards")
     notes = []
@@ -75,10 +103,10 @@ def notes_on_training(run: Run, stages: Sequence[Stage]) -> list[str]:
 
 
 def check_batches(run: Run, stages: Sequence[Stage]) -> None:
-    """Check that no training stage has a batch, or ranks, of more than the pairs in the shards.
+    """Check that no training stage has a batch, or ranks, larger than the number of pairs in the shards.
 
     Raises:
-        ConfigError: if one has.
+        ConfigError: if a stage has.
     """
     manifest = read_manifest(run, "shards")
     for stage in stages:

@@ -1,7 +1,4 @@
-"""What a training needs on given devices: steps, micro-batch, memory and days.
-
-`cnclip plan` uses it.
-"""
+"""Computes what a training needs on given devices for `cnclip plan`: steps, micro-batch, memory and days."""
 
 import functools
 import math
@@ -31,7 +28,7 @@ from training.stages import TrainStageConfig
 
 RECIPES = ("pretrain", "finetune")
 PAPER_PAIRS = 200_000_000  # section 2.2
-# Cards × days that the paper gives (A.2): V100 but for ViT-L-14-336 and ViT-H-14 (A100).
+# Cards × days in the paper (A.2): V100 except for ViT-L-14-336 and ViT-H-14 (A100).
 _PAPER_GPU_DAYS: Mapping[tuple[str, str], float] = MappingProxyType(
     {
         ("RN50", "stage1"): 64 * 1.6,
@@ -45,15 +42,15 @@ _PAPER_GPU_DAYS: Mapping[tuple[str, str], float] = MappingProxyType(
         ("ViT-H-14", "stage2"): 184 * 2.2,
     }
 )
-_WORK = ("epochs", "global_batch", "lock_image")  # what a training computes, in addition to its samples
-# Training pairs of the tasks, where their owners print them; of the others --samples has to say it.
+_WORK = ("epochs", "global_batch", "lock_image")  # determines the computation, in addition to the samples
+# Training pairs of the tasks if their owners publish them; for others --samples must give the number.
 TASK_PAIRS = {"muge": 250_314, "flickr30k-cn": 148_915}
 GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware:
-    """What a plan reckons with."""
+    """The hardware assumptions of a plan."""
 
     name: str
     flops_per_second: float  # of one device: its peak times `utilisation`
@@ -63,44 +60,44 @@ class Hardware:
 
     @property
     def usable_gib(self) -> float:
-        """What of its memory is planned with: fragments, workspaces and the driver take the rest."""
+        """Return the memory that a plan uses; fragments, workspaces and the driver take the rest."""
         return USABLE * self.memory_bytes / GIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
-    """One training to be planned."""
+    """One training in a plan."""
 
     model: str  # key of training.model.config.MODELS
-    name: str  # stage1, stage2, or what it is finetuned on
+    name: str  # stage1, stage2, or the data set of a finetuning
     config: TrainConfig
-    num_samples: int | None  # None: not known yet
+    num_samples: int | None  # None: unknown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Need:
-    """What a training takes on some hardware."""
+    """The requirements of a training on given hardware."""
 
     shares: Shares
-    micro_batch: int  # the run's own; if it sets none, the largest that fits, 0 if none does
-    fitting: int  # the largest that fits; 0: none
+    micro_batch: int  # the run's; if unset, the largest that fits; 0 if none fits
+    fitting: int  # the largest that fits; 0 if none fits
     memory_gib: float  # of a rank with that micro-batch, or with one sample
     share_gib: float  # of a rank that holds its whole share at once
     sample_gib: float  # of a rank that holds one sample at once
-    in_bfloat16: bool  # what matrices are multiplied in
-    num_steps: int | None  # None: how many samples there are is not known
-    gpu_days: float | None  # with the building of a cache of features
+    in_bfloat16: bool  # whether matrix products run in bfloat16
+    num_steps: int | None  # None: unknown number of samples
+    gpu_days: float | None  # including the computation of cached features
 
 
 def hardware(name: str, utilisation: float, memory_gib: float | None) -> Hardware:
-    """Return a device whose data sheet is known.
+    """Return a known device.
 
     Raises:
-        ConfigError: for another device, and for numbers that no device has.
+        ConfigError: if the device is unknown or a number is impossible.
     """
     found = find_device(name)
     if found is None:
-        raise ConfigError(f"--hardware {name}: no data sheet of it here; known: {', '.join(PEAK_FLOPS)}")
+        raise ConfigError(f"--hardware {name}: unknown device; known: {', '.join(PEAK_FLOPS)}")
     if not 0 < utilisation <= 1:
         raise ConfigError(f"--utilisation {utilisation}: must be greater than 0 and at most 1")
     if memory_gib is not None and not (math.isfinite(memory_gib) and memory_gib > 0):
@@ -117,7 +114,7 @@ def hardware(name: str, utilisation: float, memory_gib: float | None) -> Hardwar
 def trainings_of_recipe(recipe: str, num_samples: int | None) -> list[Training]:
     """Return every model and stage of pretrain.toml, or every model and data set of finetune.toml.
 
-    `num_samples` does not change the sets whose pairs their owners print: Table 9's epochs are of those.
+    `num_samples` does not apply to sets with a published number of pairs, on which Table 9 bases its epochs.
     """
     if recipe == "finetune":
         return [
@@ -139,7 +136,7 @@ def trainings_of_recipe(recipe: str, num_samples: int | None) -> list[Training]:
 
 
 def trainings_of_run(run: Run, num_samples: int | None) -> list[Training]:
-    """Return the training stages of a run; samples are counted in its shards once they are there."""
+    """Return the training stages of a run, with the samples of its shards if these are finished."""
     manifest = read_manifest(run, "shards")
     known = num_samples or (manifest.num_kept if manifest is not None else None)
     return [
@@ -150,7 +147,7 @@ def trainings_of_run(run: Run, num_samples: int | None) -> list[Training]:
 
 
 def paper_gpu_days(item: Training) -> float | None:
-    """Return what the paper needed for this training; None for one that it did not do so."""
+    """Return the paper's GPU-days for this training; None if its settings are not the paper's."""
     for stage in pretrained_stages(item.model):
         if stage == item.name and item.num_samples == PAPER_PAIRS:
             recipe = paper_recipe(item.model, stage)
@@ -160,7 +157,7 @@ def paper_gpu_days(item: Training) -> float | None:
 
 
 def need(item: Training, on: Hardware, tokens: int) -> Need:
-    """Return what one training takes; `tokens` is a caption's mean length with [CLS] and [SEP]."""
+    """Return the requirements of one training; `tokens` is the mean caption length with [CLS] and [SEP]."""
     config, model, split = item.config, MODELS[item.model], shares(item.config)
     settings = read_deepspeed_file(config.deepspeed)
     needs = functools.partial(
@@ -169,7 +166,7 @@ def need(item: Training, on: Hardware, tokens: int) -> Need:
         config,
         zero=zero_of(settings),
         precision=precision_of(settings),
-        tokens=config.context_length,  # the longest captions decide
+        tokens=config.context_length,  # the longest captions determine the peak
     )
 
     def gib(micro_batch: int) -> float:

@@ -1,4 +1,4 @@
-"""Build what `cnclip plan` prints of training: a row each, the assumptions, and notes."""
+"""Builds what `cnclip plan` prints about training: a table, its assumptions, and notes."""
 
 from collections.abc import Iterator, Sequence
 
@@ -15,9 +15,9 @@ _HEADER = (
 
 
 def training_table(trainings: Sequence[Training], on: Hardware, tokens: int) -> str:
-    """Return one row a training, the assumptions, and notes on what does not fit or divide.
+    """Return one row for each training, the assumptions, and notes on what does not fit or divide evenly.
 
-    `tokens` is a caption's mean length with [CLS] and [SEP].
+    `tokens` is the mean caption length with [CLS] and [SEP].
 
     Raises:
         ConfigError: if no caption can have that length.
@@ -40,7 +40,7 @@ def training_table(trainings: Sequence[Training], on: Hardware, tokens: int) -> 
 
 
 def _reckoned(trainings: Sequence[Training], on: Hardware, tokens: int, paper: bool) -> str:
-    """Return the table's assumptions, and what its columns mean."""
+    """Return the table's assumptions and the meaning of its columns."""
     return (
         f"Estimates assume {on.name} ({on.memory_bytes / GIB:g} GiB, {on.usable_gib:g} GiB usable) at"
         f" {100 * on.utilisation:g}% of its 16-bit peak and captions of {tokens} tokens on average."
@@ -62,8 +62,8 @@ def _reckoned(trainings: Sequence[Training], on: Hardware, tokens: int, paper: b
 def _note_on_bfloat16(trainings: Sequence[Training], on: Hardware) -> str:
     names = ", ".join(f"{item.model} {item.name}" for item in trainings)
     return (
-        f"{on.name} has no tensor cores for bfloat16, which these compute in; its peak is float16's, for"
-        f' which a ViT takes deepspeed = "zero1_fp16" (a ResNet has no float16 here): {names}'
+        f"{on.name} has no tensor cores for bfloat16, which these trainings use; its peak is for float16,"
+        f' which a ViT uses with deepspeed = "zero1_fp16" (ResNets do not support float16): {names}'
     )
 
 
@@ -82,7 +82,7 @@ def _row(item: Training, needed: Need) -> tuple[str, ...]:
 
 
 def _duration(days: float, digits: int) -> str:
-    """Return days, or hours, minutes or seconds if the digits would show none."""
+    """Return days, or hours, minutes or seconds if days would round to 0."""
     if round(days, digits) > 0 or days == 0:
         return f"{days:,.{digits}f}"
     units = (("h", 24 * days), ("min", 24 * 60 * days), ("s", SECONDS_A_DAY * days))
@@ -106,11 +106,11 @@ def _notes(item: Training, needed: Need, on: Hardware) -> Iterator[str]:
         yield (
             f"{config.ranks} {divides} {config.global_batch:,}; ranks own whole lanes"
             f" ({config.num_lanes}) and hold {_share(needed)}"
-            f" samples: {100 * split.idle:.1f} % of the time is lost in waiting;"
+            f" samples, so {100 * split.idle:.1f}% of the time is spent waiting;"
             f" {better} ranks share evenly"
         )
     if item.num_samples is None:
-        yield "how many pairs it has is not known here; give --samples"
+        yield "unknown number of pairs; give --samples"
     else:
         yield from proportion_notes(config, item.num_samples)
     yield from _notes_on_memory(item, needed, on)
@@ -121,7 +121,7 @@ def _notes_on_memory(item: Training, needed: Need, on: Hardware) -> Iterator[str
     if not needed.fitting:
         yield (
             f"one sample needs {needed.sample_gib:,.2f} of {on.usable_gib:,.2f} GiB; set"
-            f" checkpoint_activations, a higher ZeRO stage, or take a larger device than {on.name}"
+            f" checkpoint_activations or a higher ZeRO stage, or use a larger device than {on.name}"
         )
     elif own is not None and needed.memory_gib > on.usable_gib:
         yield (

@@ -1,4 +1,4 @@
-"""The card of a corpus: counts by source, rules, drop reasons. Images go along only if asked."""
+"""Writes the card of a corpus: counts by source, rules, drop reasons; images only on request."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ from pipeline.core.files.foreign import foreign
 from pipeline.core.records import InputError, Manifest
 
 _RESOLVED = "run.resolved.toml"
-# Tables of a run's TOML that say which rows are kept. What says how to compute is left out.
+# Tables of a run's TOML that determine which rows are kept, not how to compute.
 _RULES = ("filter_text", "dedup", "filter_image", "dedup_image", "filter_score", "split")
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"),
           (10_000_000, "1M<n<10M"), (100_000_000, "10M<n<100M"), (1_000_000_000, "100M<n<1B"))  # fmt: skip
@@ -21,10 +21,10 @@ _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000
 def write_corpus(
     run_folder: str, folder: str, *, repo: str, licence: str, with_images: bool, only_links: bool
 ) -> list[str]:
-    """Write a data set's folder for a hub: README.md, and with images the shards with their sidecars.
+    """Write a data set's folder for a hub: README.md, and with `with_images` the shards with their sidecars.
 
-    `only_links` makes symbolic links to the shards, for a folder that is uploaded and removed. Returns lines
-    that say what is there.
+    `only_links` makes symbolic links to the shards, for a folder that is removed after the upload. Return
+    lines that describe the folder.
 
     Raises:
         InputError: if the corpus has no finished shards.
@@ -64,7 +64,7 @@ def write_corpus(
 
 
 def data_section(run_folder: str) -> str:
-    """Return Markdown about the data of a run: sources, rules, drop reasons; empty if none is known."""
+    """Return Markdown about the data of a run: sources, rules, drop reasons; empty if unknown."""
     steps = _steps(run_folder)
     if not steps:
         return ""
@@ -87,7 +87,7 @@ def data_section(run_folder: str) -> str:
 
 
 def settings(run_folder: str) -> Mapping[str, Any]:
-    """Return what a run was last resolved to; empty if its folder does not say."""
+    """Return the resolved settings of a run's last start; empty if its folder has none."""
     path = os.path.join(run_folder, _RESOLVED)
     if not os.path.isfile(path):
         return {}
@@ -96,7 +96,7 @@ def settings(run_folder: str) -> Mapping[str, Any]:
 
 
 def _steps(run_folder: str) -> list[Manifest]:
-    """Return the manifests of the stages that drop rows, in order, as far as they are done."""
+    """Return the manifests of the finished stages that drop rows, in order."""
     found = (_manifest(run_folder, stage) for stage in STEPS)
     return [manifest for manifest in found if manifest is not None]
 
@@ -110,7 +110,7 @@ def _manifest(run_folder: str, stage: str) -> Manifest | None:
 
 
 def _link(source: str, target: str, *, symbolic: bool) -> None:
-    """Give a file a second name, or copy it to another file system."""
+    """Hard-link a file, or copy it to another file system."""
     if symbolic:
         os.symlink(os.path.abspath(source), target)
         return

@@ -1,4 +1,4 @@
-"""A model's folder for a hub: weights in a layout that loads by name, and a card with scores as metadata."""
+"""Writes a model's folder for a hub: weights that load by name, and a card with scores as metadata."""
 
 import os
 from collections.abc import Mapping
@@ -20,14 +20,14 @@ _STARTS = ("start_weights", "image_weights", "text_weights")
 def write_model(
     weights: str, vocabulary: str | None, folder: str, *, repo: str, licence: str, base: str | None
 ) -> list[str]:
-    """Write a model's folder: Hugging Face's layout for a ViT, else this project's safetensors.
+    """Write a model's folder: Hugging Face's layout for a ViT, otherwise this project's safetensors.
 
-    `weights` is a path; the run's folder above it tells base model, data and scores. Returns lines that say
-    what was written.
+    `weights` is a path; base model, data and scores come from the run's folder above it. Return lines that
+    describe the written files.
 
     Raises:
         InputError: if the weights cannot be read.
-        ConfigError: as converting says.
+        ConfigError: if the weights cannot be converted.
     """
     from huggingface_hub import ModelCardData
 
@@ -54,14 +54,14 @@ def write_model(
         model_name=name if results else None,
         eval_results=results or None,
     )
-    body = text.split("---\n", 2)[2]  # the card begins with its own metadata
+    body = text.split("---\n", 2)[2]  # without the card's own metadata
     section = "" if run_folder is None else data_section(run_folder)
     store.write_text(path, f"---\n{data.to_yaml()}\n---\n{body.rstrip()}\n{section}")
     return [*lines, f"README.md: {licence}, base model {', '.join(bases) or 'none'}, {len(results)} scores"]
 
 
 def run_folder_of(weights: str) -> str | None:
-    """Return the folder of the run that trained weights, or None if they lie in none."""
+    """Return the folder of the run that trained the weights, or None."""
     folder = os.path.dirname(os.path.dirname(os.path.abspath(weights)))
     return folder if settings(folder) else None
 
@@ -76,7 +76,7 @@ def base_models(run_folder: str | None) -> list[str]:
         try:
             wanted = find_id(text)
         except InputError:
-            continue  # a file that was there when the run began
+            continue  # a file that existed before the run
         if wanted is not None:
             found.append(wanted.repo)
     return found

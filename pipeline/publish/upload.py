@@ -1,4 +1,4 @@
-"""Upload a folder to a hub as one commit, and say in one line why that fails."""
+"""Uploads a folder to a hub as one commit, and reports failures in one line."""
 
 import contextlib
 import os
@@ -13,10 +13,10 @@ Kind = Literal["model", "dataset"]
 
 
 def check_target(repo: str) -> None:
-    """Check that `repo` is OWNER/NAME and may be uploaded to.
+    """Check that `repo` is OWNER/NAME and that uploads are allowed.
 
     Raises:
-        ConfigError: if not.
+        ConfigError: if it is not, or the hub is offline.
     """
     from huggingface_hub import errors
     from huggingface_hub.utils import validate_repo_id
@@ -30,12 +30,12 @@ def check_target(repo: str) -> None:
 
 
 def upload(folder: str, repo: str, kind: Kind, message: str, *, private: bool) -> str:
-    """Upload all files of a folder; the repository is made if there is none. Returns the commit's address.
+    """Upload all files of a folder and make the repository if necessary. Return the commit's address.
 
-    The token is that of `hf auth login`, or HF_TOKEN.
+    The token comes from `hf auth login` or HF_TOKEN.
 
     Raises:
-        InputError: if the hub does not answer or does not take it.
+        InputError: if the hub does not answer or refuses the upload.
     """
     from huggingface_hub import HfApi
 

@@ -1,1 +1,1 @@
-"""Commands that ask or change one thing about a run."""
+"""Commands that show or change one thing about a run."""

@@ -186,7 +186,7 @@ def _bare(hint: Any) -> Any:
 
 
 def _parts(hint: Any) -> list[Any]:
-    """Return the hint and whatever it is made of, leaves only."""
+    """Return the leaves of a hint."""
     hint = _bare(hint)
     arguments = typing.get_args(hint)
     if not arguments or typing.get_origin(hint) is typing.Literal:

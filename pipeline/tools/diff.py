@@ -1,7 +1,7 @@
-"""`cnclip diff`: compare two builds of a corpus by their lock files, sidecars and drop tables.
+"""`cnclip diff`: compares two builds of a corpus by their lock files, sidecars and drop tables.
 
-Rows are the same if their keys are (digests of address and caption). Sidecars are in the order of keys, so
-both corpora are read in step and memory holds some shards and the differing rows of a batch.
+Rows with the same key (a digest of address and caption) are the same row. Sidecars are sorted by key, so both
+corpora are read in parallel, and memory holds some shards and the differing rows of a batch.
 """
 
 import bisect
@@ -28,13 +28,13 @@ from pipeline.core.records import InputError
 from pipeline.core.run import Run, read_manifest
 from pipeline.core.text_table import align
 
-_ROWS_AT_ONCE = 250_000  # of the larger corpus, compared in one step
-_BATCH_ROWS = 2_000_000  # differing rows that are looked up in the other build's drop tables in one pass
+_ROWS_AT_ONCE = 250_000  # of the larger corpus per step
+_BATCH_ROWS = 2_000_000  # differing rows per look-up in the other build's drop tables
 _COLUMNS = ("key", "url", "caption", "source", "image_sha256")
 _NOT_THERE = ("corpus", "not_in_sources")
 _SET_ASIDE = ("split", "validation")
 Side = Literal["A", "B"]
-# Of the table of rows that only one build has; `in` says which.
+# Columns of the table of rows that only one build has; `in` says which.
 _ROWS_SCHEMA = pa.schema(
     [(name, pa.large_string()) for name in ("in", "key", "url", "caption", "source", "stage", "reason")]
 )
@@ -67,7 +67,7 @@ class Build:
         return cls(Run(folder, 0, "local", 1, ()), lock)
 
     def files(self, stage: str, prefix: str = "") -> list[str]:
-        """Return the tables that a stage published below `prefix`; none if there is no such stage."""
+        """Return the tables that a stage published below `prefix`; empty without such a stage."""
         manifest = read_manifest(self.run, stage)
         return [
             store.join(self.run.folder, stage, shard.path)
@@ -78,23 +78,23 @@ class Build:
 
 @dataclass(slots=True)
 class RowChanges:
-    """Count the rows of two corpora's training shards by what became of them."""
+    """Counts of the rows of two corpora's training shards by their fate."""
 
     num_rows: dict[Side, int] = field(default_factory=dict)
     kept_by_both: int = 0
-    other_image: int = 0  # of those: the bytes stored for the image differ
+    other_image: int = 0  # of those, rows with different stored bytes of the image
     other_caption: int = 0
-    # Side that has the rows → (stage, reason) by which the other side lacks them → number of rows.
+    # Side that has the rows → (stage, reason) for which the other side lacks them → number of rows.
     missing: dict[Side, Counter[tuple[str, str]]] = field(
         default_factory=lambda: {"A": Counter(), "B": Counter()}
     )
 
 
 def compare(folder_a: str, folder_b: str, rows_path: str | None = None) -> list[str]:
-    """Return lines that say how corpus B differs from corpus A.
+    """Return lines that describe how corpus B differs from corpus A.
 
-    A Parquet table at `rows_path` has a line for each row that only one of them has: in (A or B), key,
-    url, caption, source, and the other build's stage and reason.
+    A Parquet table at `rows_path` lists the rows that only one of them has: in (A or B), key, url, caption,
+    source, and the other build's stage and reason.
 
     Raises:
         InputError: if a build is not finished, or if rows are asked for and the builds make keys differently.
@@ -243,7 +243,7 @@ def row_changes(a: Build, b: Build, rows_path: str | None = None) -> RowChanges:
 
 @dataclass(frozen=True, slots=True)
 class _Sidecars:
-    """Hold the sidecars of a corpus' training shards, and the first key of each."""
+    """The sidecars of a corpus's training shards, and the first key of each."""
 
     paths: list[str]
     first_keys: list[str]
@@ -260,7 +260,7 @@ class _Sidecars:
         return cls(paths, keys, manifest.num_kept)
 
     def rows(self, first: str, end: str | None) -> pl.DataFrame:
-        """Return the rows with keys from `first` on and below `end` (None: to the last)."""
+        """Return the rows with keys from `first` to below `end` (None: no end)."""
         begin = max(0, bisect.bisect_right(self.first_keys, first) - 1)
         stop = len(self.paths) if end is None else bisect.bisect_left(self.first_keys, end)
         condition = pl.col("key") >= first
@@ -275,7 +275,7 @@ class _Sidecars:
 
 
 def _ranges(a: _Sidecars, b: _Sidecars) -> Iterator[tuple[str, str | None]]:
-    """Yield ranges of keys with about _ROWS_AT_ONCE rows of the larger corpus each, first to last."""
+    """Yield ranges of keys in order, each with about _ROWS_AT_ONCE rows of the larger corpus."""
     larger = a if a.num_rows >= b.num_rows else b
     shards_at_once = max(1, len(larger.paths) * _ROWS_AT_ONCE // max(larger.num_rows, 1))
     bounds = ["", *larger.first_keys[shards_at_once::shards_at_once], None]
@@ -285,11 +285,11 @@ def _ranges(a: _Sidecars, b: _Sidecars) -> Iterator[tuple[str, str | None]]:
 
 
 def _with_fate(rows: pl.DataFrame, other: Build) -> pl.DataFrame:
-    """Return rows with the stage and reason by which another build lacks them: the last stage if several."""
+    """Return rows with the stage and reason for which another build lacks them, the last stage if several."""
     first, last = rows["key"].min(), rows["key"].max()
     wanted = rows.lazy().select("key")
-    # A source's captions of one image are joined after it dropped some, so that keys differ: what counts
-    # there is the address. A caption that was joined is no reason: its image's text is in the table.
+    # Captions of one image are joined after some were dropped, so keys differ and the address counts. A
+    # joined caption is not a reason, because its image's text is in the table.
     addresses = rows.lazy().select("key", url_hash().alias("url_hash"))
     found = [
         pl.scan_parquet(path)

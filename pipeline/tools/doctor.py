@@ -1,4 +1,4 @@
-"""Check the environment: each check says what it found and, if that is not enough, what to do."""
+"""Checks the environment: each check reports what it found and, if it fails, what to do."""
 
 import contextlib
 import ipaddress
@@ -19,15 +19,15 @@ from pipeline.core.processes import dies_with_us
 from pipeline.core.text_table import align
 
 _MIN_DISK_GB = 5  # the demo needs about 1 GB in addition to the installation
-_MIN_MEMORY_GB = 6  # what the demo may take
+_MIN_MEMORY_GB = 6  # the demo's limit
 _PYTHON_FROM, _PYTHON_BELOW = (3, 11), (3, 13)  # img2dataset imports imghdr, gone in 3.13
 
-_FAISS, _FAISS_GPU = "faiss-cpu", "faiss-gpu-cu12"  # one module in two builds
+_FAISS, _FAISS_GPU = "faiss-cpu", "faiss-gpu-cu12"  # two builds of one module
 
 _RESOLV_CONF = "/etc/resolv.conf"
-_NAME = "arxiv.org"  # a name that is looked up everywhere, and stays in caches
-_QUESTIONS = 3  # the first fills a cache, the others are answered from it
-_CACHED_MS = 2.0  # a cache on this machine or next to it; another network takes longer
+_NAME = "arxiv.org"  # a popular name, which stays in caches
+_QUESTIONS = 3  # the first fills a cache, which answers the others
+_CACHED_MS = 2.0  # for a cache on this machine or near it; other networks take longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Finding:
 
 
 def examine(folder: str) -> list[Finding]:
-    """Return what each check found; `folder` is where runs will be, and need not exist."""
+    """Return the findings of all checks; `folder`, which need not exist, is for runs."""
     checks = (
         _python,
         _packages,
@@ -56,7 +56,7 @@ def examine(folder: str) -> list[Finding]:
 
 
 def table(findings: list[Finding]) -> str:
-    """Return a table of findings, the remedies of failed checks, and what comes of it."""
+    """Return a table of findings, the remedies of failed checks, and the result."""
     rows = [("check", "", "found")]
     rows += [(finding.check, "ok" if finding.fit else "NOT FIT", finding.found) for finding in findings]
     unfit = [finding for finding in findings if not finding.fit]
@@ -160,7 +160,7 @@ def _ranks(folder: str) -> Finding:
         f"d.init_process_group('gloo', init_method='tcp://127.0.0.1:{free_port()}',"
         " rank=int(sys.argv[1]), world_size=2);"
         "t = torch.ones(1); d.all_reduce(t); d.barrier();"
-        "d.destroy_process_group();"  # in order: a rank that just exits may abort when the other one is gone
+        "d.destroy_process_group();"  # in order: a rank that just exits may abort after the other one
         "sys.exit(int(t.item()) != 2)"
     )
     with _started([[sys.executable, "-c", program, str(rank)] for rank in range(2)]) as processes:
@@ -174,7 +174,7 @@ def _ranks(folder: str) -> Finding:
 
 
 def _resolver(folder: str) -> Finding:
-    """Find out whether a caching resolver answers: on this machine, or one quick at a repeated question."""
+    """Check for a caching resolver, on this machine or one that answers repeated questions quickly."""
     remedy = (
         "name look-ups bind a large download first: run a caching resolver (unbound, dnsmasq) on"
         " this machine, with `nameserver 127.0.0.1` first in /etc/resolv.conf; only downloads need it"
@@ -208,7 +208,7 @@ def nameservers(path: str) -> list[str]:
 
 
 def ask(server: str, port: int = 53, timeout: float = 2.0) -> float | None:
-    """Return the seconds until a name server answers with a result (RFC 1035); None if it does not."""
+    """Return the seconds until a name server answers with a result (RFC 1035), or None."""
     number = secrets.token_bytes(2)
     name = b"".join(bytes([len(part)]) + part for part in _NAME.encode("ascii").split(b".")) + b"\0"
     question = number + b"\x01\x00\0\x01\0\0\0\0\0\0" + name + b"\0\x01\0\x01"
@@ -223,7 +223,7 @@ def ask(server: str, port: int = 53, timeout: float = 2.0) -> float | None:
             seconds = time.perf_counter() - started
     except OSError:
         return None
-    # The same question's number, an answer, and no error, such as that of a resolver that reaches no other.
+    # Require the question's number, an answer, and no error, such as that of a resolver without network.
     is_answer = len(answer) >= 12 and answer[:2] == number and bool(answer[2] & 0x80)
     return seconds if is_answer and answer[3] & 0x0F == 0 else None
 

@@ -1,7 +1,7 @@
-"""`cnclip status --examples`: rows that were dropped for a reason, with their captions.
+"""`cnclip status --examples`: shows rows that were dropped for a reason, with their captions.
 
-The receipts say which drop tables hold the reason; of these, only as many rows are read as are asked for.
-Their captions, addresses and scores stand in the caption tables, which are streamed until all are found.
+Receipts show which drop tables contain the reason; only the requested number of rows is read from these.
+Their captions, addresses and scores are in the caption tables, which are streamed until all are found.
 """
 
 import itertools
@@ -25,7 +25,7 @@ STAGES = ("corpus", *STEPS)
 class Example:
     """One dropped row.
 
-    What is None is not known: a malformed row has its text only.
+    Unknown fields are None: a malformed row has only its text.
     """
 
     stage: str
@@ -35,12 +35,12 @@ class Example:
     url: str | None
     caption: str | None
     score: float | None
-    detail: str | None  # the word of a blacklist, an HTTP status, the key that a copy belongs to
+    detail: str | None  # the word of a blacklist, an HTTP status, the key of a copy's original
     text: str | None  # a malformed row as it was read
 
 
 def is_named(reason: str, name: str) -> bool:
-    """Return whether a name means a reason: the reason itself, or what stands before its colon."""
+    """Return whether a name denotes a reason: the reason itself, or the part before its colon."""
     return reason == name or reason.startswith(f"{name}:")
 
 
@@ -51,7 +51,7 @@ def examples(
     name: str,
     count: int,
 ) -> list[Example]:
-    """Return up to `count` rows that were dropped for a reason, in the order of stages and tasks.
+    """Return at most `count` rows that were dropped for a reason, in the order of stages and tasks.
 
     `receipts` are those of the stages, by name.
     """

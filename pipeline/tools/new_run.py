@@ -1,4 +1,4 @@
-"""Write the TOML of a new run that fits its data and the machine: what `cnclip init` does."""
+"""Writes the TOML of a new run that fits its data and the machine, for `cnclip init`."""
 
 import json
 import math
@@ -13,24 +13,22 @@ from training.model.config import MODELS
 from training.weights.hub.names import PUBLISHED
 
 SMALL_MODEL = "small-vit"
-_KEPT = (
-    0.5  # of the usable rows that downloads and filters surely leave; batches and warm-up are chosen for it
-)
-_STEPS_FROM_RANDOM, _STEPS_FROM_WEIGHTS = 2_000, 500  # that training is given, if the corpus is small
+_KEPT = 0.5  # of the usable rows, which surely remain after downloads and filters; batches and warm-up fit it
+_STEPS_FROM_RANDOM, _STEPS_FROM_WEIGHTS = 2_000, 500  # of training on a small corpus
 _FEWEST_EPOCHS, _MOST_EPOCHS = 5, 60
 _STEPS_AN_EPOCH = 8  # at least, so that a batch is never most of the corpus
 _SMALLEST_BATCH, _FEWEST_ROWS = 4, 8  # a pair is learned by telling it from the others in its batch
 _LARGEST_BATCH = 128  # of a small model and of one on the CPU, which holds it without micro-batches
 _GPU_BATCH, _GPU_MICRO_BATCH = 1_024, 64
-_MOST_RANKS = 4  # on the CPU; each holds a model of its own
+_MOST_RANKS = 4  # on the CPU; each holds its own model
 _ROWS_A_PARTITION = 10_000  # suits the download
-# Shorter sides that leave room for a random crop of the model's size; elsewhere twice that size.
+# Shorter sides that leave room for a random crop of the model's size; for other sizes, twice the size.
 _SHORT_SIDES_PX: Mapping[int, int] = MappingProxyType({224: 256, 336: 384})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
-    """Settings of the one training stage."""
+    """Settings of the only training stage."""
 
     batch: int
     micro_batch: int | None
@@ -43,7 +41,7 @@ class Training:
 
 
 def choose_training(model: str, num_usable: int, machine: Machine) -> Training:
-    """Return settings for a model on a corpus of so many rows."""
+    """Return settings for a model on a corpus with this number of rows."""
     surely = max(1, int(num_usable * _KEPT))
     is_given = model in PUBLISHED
     largest = _GPU_BATCH if is_given and machine.gpus else _LARGEST_BATCH

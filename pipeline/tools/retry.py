@@ -14,22 +14,22 @@ from pipeline.core.run import Run, State, locked, make_context, manifest_path, r
 from pipeline.core.stage import Context, Stage, Task, fold, read_receipt, receipt_path, repair_remedy
 from pipeline.runner import execute
 
-_PACKED = ("shards", "validation", "lock")  # the last stages that a recovered row goes through
-_NO_OUTAGE = 2.0  # these rows failed before, so most of them failing again is no sign of an outage
+_PACKED = ("shards", "validation", "lock")  # the last stages of a recovered row
+_NO_OUTAGE = 2.0  # most of these rows may fail again without an outage
 
 
 @dataclass(frozen=True, slots=True)
 class Retried:
-    """Say what a pass did."""
+    """The result of a pass."""
 
     number: int
     asked: int
     recovered: int
-    redone: tuple[str, ...]  # stages after the download that took the recovered rows in
+    redone: tuple[str, ...]  # stages after the download that processed the recovered rows
 
 
 def plan(run: Run) -> list[Failures]:
-    """Return what the download gave up on, by class.
+    """Return the failures of the download by class.
 
     Raises:
         ConfigError: if the download is not done.
@@ -38,10 +38,10 @@ def plan(run: Run) -> list[Failures]:
 
 
 def do(run: Run) -> Retried:
-    """Retry the rows worth it, merge what comes back, and redo the finished stages up to the shards.
+    """Retry the rows worth it, merge the results, and redo the finished stages up to the shards.
 
-    After a kill at any moment the same call resumes: the pass by its receipts, a merge from its start. Until
-    the merge replaces the download's manifest, as its last step, every stage sees the download as it was.
+    After a kill the same call resumes: the pass from its receipts, a merge from the start. Other stages see
+    the old download until the merge replaces its manifest as the last step.
     """
     stage = _pass_stage(run, _finished(run))
     if not retry.plan(stage.config, _context(run, stage)):
@@ -81,7 +81,7 @@ def _context(run: Run, stage: Stage) -> Context:
 
 
 def _merge(run: Run, stage: Stage) -> Retried:
-    """Replace the receipts of the partitions that the pass asked for, then the manifest, then tidy up."""
+    """Replace the receipts of the retried partitions, then the manifest, then clean up."""
     target = run.stage("download")
     context, of_pass = _context(run, target), _context(run, stage)
     number = retry.next_pass(of_pass.parents["download"])
@@ -125,7 +125,7 @@ def _forget_set_aside(run: Run, stage: Stage) -> None:
 
 
 def _bring_up_to_date(run: Run) -> tuple[str, ...]:
-    """Redo the stages after the download, up to the shards, as far as they were done before."""
+    """Redo the previously finished stages from the download up to the shards."""
     names = [stage.name for stage in run.stages]
     last = max(names.index(name) for name in _PACKED if name in names)
     after = run.stages[names.index("download") + 1 : last + 1]

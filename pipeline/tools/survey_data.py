@@ -1,4 +1,4 @@
-"""Look at what a new run would be made from: caption tables, images, evaluation sets, the machine."""
+"""Inspects the inputs of a new run: caption tables, images, evaluation sets, the machine."""
 
 import itertools
 import os
@@ -11,37 +11,37 @@ from pathlib import Path
 from pipeline.core.evaluation_sets import SUFFIXES, EvaluationSource, check_size, shard_stems
 from pipeline.core.records import InputError
 
-_SAMPLED_ROWS = 1000  # whose columns and addresses are looked at
+_SAMPLED_ROWS = 1000  # for recognising columns and addresses
 _SAMPLED_IMAGES = 50
-_MOST = 0.5  # share of a column's values that says what the column is
+_MOST = 0.5  # share of a column's values that determines its role
 _CHINESE = re.compile(r"[\u3400-\u9fff]")
 _URL = re.compile(r"https?://", re.IGNORECASE)
 _IMAGE_NAME = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?)$", re.IGNORECASE)
-# Where images of a table often lie, below the table's own folder.
+# Common folders of images, below the table's folder.
 _IMAGE_FOLDERS = ("images", "pictures", "imgs", "photos", "图片", "")
 
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """What the caption tables hold."""
+    """The contents of the caption tables."""
 
-    path: str  # as it was given: a file or a pattern
+    path: str  # as given: a file or a pattern
     url_column: str
     caption_column: str
-    are_known: bool  # whether a run finds both columns without being told
+    are_known: bool  # whether a run finds both columns without settings
     num_rows: int
-    num_usable: int  # rows with an address and a caption whose length the bounds admit
-    fewest_characters: int  # bounds that admit the middle 90% of captions, or the paper's
+    num_usable: int  # rows with an address and a caption within the bounds
+    fewest_characters: int  # bounds of the middle 90% of captions, or the paper's
     most_characters: int
     images: str | None  # folder of the images; None: the addresses are URLs
     shortest_side_px: int | None  # of a sample of those images
-    default_characters: tuple[int, int]  # bounds of a run that sets none: the paper's
-    default_side_px: int  # smallest shorter side of such a run
+    default_characters: tuple[int, int]  # default bounds of a run, the paper's
+    default_side_px: int  # default of the smallest shorter side
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What a run can use."""
+    """The resources of this machine."""
 
     cores: int
     gpus: int
@@ -61,7 +61,7 @@ def evaluation_sets(folder: str) -> list[EvaluationSource]:
     """Return the sets in a folder: every NAME_imgs.tsv with NAME_texts.jsonl, or the folder's shards.
 
     Raises:
-        InputError: if there is none, or if one is too small to be scored.
+        InputError: if the folder has no set, or a set is too small to be scored.
     """
     if not os.path.isdir(folder):
         raise InputError(f"--evaluation {folder}: no such folder")
@@ -85,12 +85,12 @@ def evaluation_sets(folder: str) -> list[EvaluationSource]:
 def look_at_data(
     path: str, images: str | None, *, url_column: str | None = None, caption_column: str | None = None
 ) -> Data:
-    """Read the caption tables once and return what they hold.
+    """Read the caption tables once and return their contents.
 
-    `images` is the folder that the address column's paths lie in; None has it searched for near the table.
+    `images` is the folder of the paths in the address column; if None, it is searched for near the table.
 
     Raises:
-        InputError: if there is no table, no column of addresses or captions, or no image where it should be.
+        InputError: if a table, the column of addresses or captions, or the images are missing.
     """
     from data_prep.filters.image import FilterImageConfig
     from data_prep.filters.text import FilterTextConfig
@@ -151,7 +151,7 @@ def _sample(file: str) -> tuple[list[str], dict[str, list[object]]]:
 
 
 def _count(files: Sequence[str], url: str, caption: str) -> tuple[int, Counter[int]]:
-    """Return the rows of all tables, and of those with an address: characters of the caption → rows."""
+    """Return the number of rows, and for rows with an address: characters of the caption → rows."""
     import polars as pl
 
     from data_prep.sources import text_file
@@ -210,7 +210,7 @@ def _first_like(sample: dict[str, list[object]], is_like: Callable[[str], bool])
 
 
 def _image_folder(path: str, file: str, addresses: Sequence[str], given: str | None) -> str:
-    """Return the folder that the addresses lie in."""
+    """Return the folder of the addresses."""
     beside = os.path.dirname(file)
     candidates = [given] if given else [os.path.join(beside, name) for name in _IMAGE_FOLDERS]
     for folder in candidates:
@@ -225,7 +225,7 @@ def _image_folder(path: str, file: str, addresses: Sequence[str], given: str | N
 
 
 def _shortest_side(folder: str, addresses: Sequence[str]) -> int | None:
-    """Return the shortest side, in pixels, of the first images that can be read; None if none can."""
+    """Return the shortest side, in pixels, of the first readable images, or None."""
     from PIL import Image, UnidentifiedImageError
 
     sides = []
@@ -234,12 +234,12 @@ def _shortest_side(folder: str, addresses: Sequence[str]) -> int | None:
             with Image.open(os.path.join(folder, address)) as image:  # reads the header only
                 sides.append(min(image.size))
         except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
-            continue  # the run counts it with its reason
+            continue  # the run will drop it with a reason
     return min(sides, default=None)
 
 
 def _bounds(lengths: dict[int, int], fewest: int, most: int) -> tuple[int, int]:
-    """Return the paper's bounds on characters, each moved if it would drop over a tenth of the captions."""
+    """Return the paper's bounds on characters, each relaxed if it would drop over a tenth of the captions."""
     total = sum(lengths.values())
     short = sum(count for length, count in lengths.items() if length < fewest)
     long = sum(count for length, count in lengths.items() if length > most)

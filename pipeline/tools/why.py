@@ -1,8 +1,8 @@
-"""`cnclip why`: find what became of a row, from tables and drop tables.
+"""`cnclip why`: finds the fate of a row in tables and drop tables.
 
-A row is asked for by its key, by its image's URL, or, if its image is on disk, by the path. Rows that never
-reached their source's caption table are looked up in the corpus stage's drop tables, by the plain key of
-address and caption; malformed ones by the address in the part of their text that is kept.
+The user names a row by its key, by its image's URL, or, if the image is on disk, by the path. Rows that never
+reached their source's caption table are looked up in the corpus stage's drop tables by the plain key of
+address and caption, and malformed ones by the address in the kept part of their text.
 """
 
 import os
@@ -33,24 +33,24 @@ _KEY = re.compile(r"[0-9a-f]{32}")
 _SERVED = re.compile(
     r"http://127\.0\.0\.1:\d+/[^/]+/(.+)"
 )  # an address of the run's own server, with its token
-# As the corpus stage writes a file's path into an address.
+# How the corpus stage writes a file's path into an address.
 _ESCAPES = str.maketrans({"%": "%25", "#": "%23", "?": "%3F"})
 
 
 @dataclass(frozen=True, slots=True)
 class Fate:
-    """What became of a row."""
+    """The fate of a row."""
 
     key: str | None  # None: a malformed row, which has none
     source: str
     row: int | None  # in its source's table; None: it never reached one
     url: str | None
     caption: str | None
-    stage: str | None  # that dropped it; None: it is kept
+    stage: str | None  # the stage that dropped it; None: it is kept
     reason: str | None
     detail: str | None  # more on the reason, in words
-    place: str | None  # where the sample is, if it is in the shards
-    text: str | None = None  # a malformed row as it was read, or what further captions became part of
+    place: str | None  # where the sample is, if it is packed
+    text: str | None = None  # a malformed row as read, or the text that further captions joined
     count: int = 1  # rows of one image that share this fate
 
     def lines(self) -> list[str]:
@@ -70,14 +70,14 @@ class Fate:
 
 
 def explain(run: Run, config: FilterTextConfig, asked: str) -> list[str]:
-    """Return lines that say what became of each row that `follow` finds."""
+    """Return lines that describe the fate of each row that `follow` finds."""
     return [line for fate in follow(run, config, asked) for line in fate.lines()]
 
 
 def follow(run: Run, config: FilterTextConfig, asked: str) -> list[Fate]:
-    """Return what became of each row with this key, URL or path of an image on disk.
+    """Return the fate of each row with this key, URL or path of an image on disk.
 
-    A path is one that the caption table holds, or the file's own, absolute or from the working directory.
+    A path is one in the caption table, or the file's path, absolute or relative to the working directory.
 
     Raises:
         InputError: if the corpus stage is not done, or no table has such a row.
@@ -97,7 +97,7 @@ def follow(run: Run, config: FilterTextConfig, asked: str) -> list[Fate]:
 
 
 def _urls(corpus: Manifest, asked: str) -> list[str]:
-    """Return the addresses that tables may hold for what was asked: itself, and those of an image on disk."""
+    """Return the addresses that tables may hold for the request: itself, and those of an image on disk."""
     if (served := _SERVED.fullmatch(asked)) is not None:
         return [asked, f"http://{HOST}/{served[1]}"]
     bare = asked.strip(AROUND)  # as tables are read
@@ -115,7 +115,7 @@ def _paths_below(folder: str, asked: str) -> list[str]:
         prefix = folder.rstrip("/") + "/"
         return [asked.removeprefix(prefix)] if asked.startswith(prefix) else []
     found = []
-    for plain in (os.path.abspath, os.path.realpath):  # the path may lead through links that the table lacks
+    for plain in (os.path.abspath, os.path.realpath):  # the path may go through links, unlike the table's
         path, root = plain(asked), plain(folder)
         if path.startswith(root.rstrip(os.sep) + os.sep):
             relative = os.path.relpath(path, root)
@@ -124,7 +124,7 @@ def _paths_below(folder: str, asked: str) -> list[str]:
 
 
 def _shown(url: str | None) -> str:
-    """Return an address for a terminal, with control and direction characters written out."""
+    """Return an address for a terminal, with control and direction characters escaped."""
     return "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii")
         for letter in url or "(no address)"
@@ -141,7 +141,7 @@ def _find_rows(
 def rows_of_tables(
     run: Run, corpus: Manifest, config: FilterTextConfig, wanted: pl.Expr
 ) -> Iterator[pl.DataFrame]:
-    """Yield the rows of each caption table that are wanted, with key, url, caption, source, row and score."""
+    """Yield the matching rows of each caption table with key, url, caption, source, row and score."""
     for number, table in enumerate(tables_of(corpus)):
         path, source = table.place.full_path(run.folder), table.place.source
         groups = by_exemptions(scan(path, source, is_whole=True), source)
@@ -151,11 +151,11 @@ def rows_of_tables(
 
 
 def _dropped_by_corpus(run: Run, corpus: Manifest, asked: str, urls: Collection[str]) -> Iterator[Fate]:
-    """Yield the fates of the rows of sources that are in no caption table."""
+    """Yield the fates of source rows that are in no caption table."""
     is_key = _KEY.fullmatch(asked) is not None
     hashes = pl.DataFrame({"url": urls}).select(url_hash()).to_series()
     wanted = pl.col("key") == asked if is_key else pl.col("url_hash").is_in(hashes.implode())
-    # An address or path that begins earlier or continues is another one.
+    # A longer address or path that contains it is a different one.
     inside = re.compile(rf"""(?<![\w./%-]){re.escape(asked)}(?=[\s,"'\\]|$)""")
     written = {shard.path for shard in corpus.shards if shard.num_samples}
     for task, facts in facts_of(corpus).items():
@@ -199,7 +199,7 @@ def _fate(run: Run, config: FilterTextConfig, row: dict[str, Any]) -> Fate:
     elif "dedup" in drops and not _is_first(run, row):
         stage, reason = "dedup", drops["dedup"][0]
         detail = "a lower table and row has the same URL and caption"
-    elif later := next((name for name in STEPS[2:] if name in drops), None):  # what became of the image
+    elif later := next((name for name in STEPS[2:] if name in drops), None):  # the fate of the image
         stage, (reason, detail) = later, drops[later]
     else:
         place = _shard_of(run, row["key"])
@@ -225,7 +225,7 @@ def _drops(run: Run, key: str, url: str) -> Iterator[tuple[str, tuple[str, str |
     hashed = pl.DataFrame({"url": [url]}).select(url_hash()).item()
     for stage in STEPS:
         for path in _outputs(run, stage, "dropped/"):
-            # Drop tables are sorted by URL hash: row groups outside it are skipped unread.
+            # Drop tables are sorted by URL hash, so other row groups are skipped without reading.
             found = pl.scan_parquet(path).filter(url_hash=hashed, key=key).collect()
             if found.height:
                 found_row = found.row(0, named=True)
@@ -244,7 +244,7 @@ def _is_first(run: Run, row: dict[str, Any]) -> bool:
 
 
 def _shard_of(run: Run, key: str) -> str | None:
-    # Rows that [split] set aside for validation are packed like those for training.
+    # Rows that [split] set aside for validation are packed like training rows.
     for path in (*_outputs(run, "shards", "", ".parquet"), *_outputs(run, "validation", "", ".parquet")):
         if pl.scan_parquet(path).filter(key=key).select(pl.len()).collect().item():
             return f"{path.removesuffix('.parquet')}.tar, member {key}.jpg"
@@ -262,7 +262,7 @@ def _outputs(run: Run, stage: str, prefix: str, suffix: str = ".parquet") -> lis
 
 
 def _detail(config: FilterTextConfig, reason: str, detail: str | None, row: dict[str, Any]) -> str | None:
-    """Return the detail of a drop: the word from the drop table (lists are edited), the rest from the row."""
+    """Return the detail of a drop: a word from the drop table (lists may change), the rest from the row."""
     caption = str(row["caption"] or "").strip()
     if detail is not None:
         return f"the word {detail!r}"

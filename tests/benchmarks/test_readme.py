@@ -1,4 +1,4 @@
-"""benchmarks/README.md is what its generator gives, and every script that it links exists."""
+"""benchmarks/README.md equals the output of its generator, and every linked script exists."""
 
 import re
 

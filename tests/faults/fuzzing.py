@@ -1,4 +1,4 @@
-"""Runs a judge over many damaged inputs in a process of its own: tracebacks, hangs and floods are faults.
+"""Runs a judge over many damaged inputs in a separate process: tracebacks, hangs and floods are faults.
 
 A judge is a module-level function `judge(case: Case) -> str`. It makes the input that `case.rng` leads to
 below `case.folder` (empty, gone after the case), gives it to the product, and returns one word for what

@@ -1,4 +1,4 @@
-"""The fuzz helper sees what it is there for: tracebacks, hangs, floods of memory and ended processes."""
+"""The fuzz helper detects tracebacks, hangs, floods of memory and ended processes."""
 
 import os
 import time

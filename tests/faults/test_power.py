@@ -24,7 +24,7 @@ Recorded = tuple[SmallRun, dict[str, bytes], list[DiskState]]
 
 @pytest.fixture(autouse=True)
 def nothing_is_synced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that goes on needs no disk that waits."""
+    """A run that continues needs no disk that waits."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 

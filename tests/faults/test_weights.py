@@ -1,4 +1,4 @@
-"""Damaged weights: read, or refused in one line, whatever chance does to their bytes."""
+"""Weights with random damage are read, or refused in one line."""
 
 import io
 import json
@@ -72,7 +72,7 @@ def seeds() -> dict[str, dict[str, bytes]]:
 
 
 def damaged(case: Case) -> Path:
-    """A file or folder of weights with damage in one of its files: in its bytes, or in its pickle alone."""
+    """A file or folder of weights with damage in one of its files: in its bytes, or only in its pickle."""
     kind, files = list(seeds().items())[case.number % len(seeds())]
     victim = case.rng.choice(list(files))
     root = case.folder / kind

@@ -17,7 +17,7 @@ TINY = MODELS["tiny-vit"]
 
 
 def chinese_clip(folder: Path, *, seed: int = 0, with_pickle: bool = True) -> ModelConfig:
-    """Write what OFA-Sys's repositories hold, `tiny-vit` in size, with files that nobody needs."""
+    """Write what OFA-Sys's repositories hold, `tiny-vit` in size, with files that cnclip does not need."""
     write_tiny_model(folder, seed)  # for its vocabulary
     (folder / "model.safetensors").unlink()
     words = len((folder / "vocab.txt").read_text(encoding="utf-8").splitlines())

@@ -1,4 +1,4 @@
-"""Training jobs started as users start them: by a launcher, in processes of their own."""
+"""Training jobs started as users start them: by a launcher, in separate processes."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def outputs(job: TrainJob) -> tuple[bytes, bytes]:
 
 
 def launch(job: TrainJob) -> subprocess.Popen[str]:
-    """Start the real launcher on this machine, in a process group of its own."""
+    """Start the real launcher on this machine, in a separate process group."""
     path = Path(job.folder) / "job.json"
     path.write_text(job.to_json())
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(job.config.ranks)]
@@ -49,7 +49,7 @@ def launch(job: TrainJob) -> subprocess.Popen[str]:
 
 
 def run_watched(job: TrainJob) -> subprocess.Popen[str]:
-    """Start the ranks as `cnclip run` does; what it prints is to be read."""
+    """Start the ranks like `cnclip run`; the caller must read their output."""
     path = Path(job.folder) / "job.json"
     path.write_text(job.to_json())
     words = [sys.executable, str(HELPERS / "watch_main.py"), str(path)]

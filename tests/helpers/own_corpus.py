@@ -1,4 +1,4 @@
-"""A corpus of somebody's own images, through the command line."""
+"""A corpus of a user's own images, through the command line."""
 
 import json
 import subprocess

@@ -28,7 +28,7 @@ class Shown:
     text: str  # with control sequences
 
     def lines(self) -> list[str]:
-        """Return the lines that are left on the screen: a carriage return begins a line anew."""
+        """Return the lines on the screen; a carriage return restarts a line."""
         lines, line = [], ""
         for part in re.split(r"(\r\n|\r|\x1b\[2K)", self.text):
             if part == "\r\n":

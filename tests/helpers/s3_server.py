@@ -1,4 +1,4 @@
-"""An S3 on loopback for tests: moto's server in a process of its own, a bucket in it, the environment set."""
+"""An S3 on loopback for tests: moto's server in a separate process, a bucket in it, the environment set."""
 
 import subprocess
 import sys

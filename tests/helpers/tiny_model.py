@@ -1,4 +1,4 @@
-"""A tiny model with a vocabulary of its own, on disk."""
+"""A tiny model with its own vocabulary, on disk."""
 
 from pathlib import Path
 

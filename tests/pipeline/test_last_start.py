@@ -7,37 +7,12 @@ import pytest
 
 from pipeline import cli, runner
 from pipeline.core.records import InputError
-
-RUN = """
-[run]
-folder = "{folder}/run"
-processes = 1
-[corpus]
-kind = "tables"
-[[corpus.tables]]
-path = "{folder}/table.csv"
-name = "mine"
-[model]
-name = "tiny-rn"
-[[evaluation]]
-name = "test"
-folder = "{folder}"
-[stage1]
-epochs = 3
-global_batch = 4
-[dedup]
-partitions = 2
-"""
+from tests.helpers.table_run import write_table_run
 
 
 @pytest.fixture
 def run_file(tmp_path: Path) -> Path:
-    (tmp_path / "table.csv").write_text("url,caption\nhttp://a.cn/1.jpg,一只黑色的猫\nhttp://a.cn/2.jpg,猫\n")
-    (tmp_path / "test_imgs.tsv").write_text("".join(f"{number}\tAAAA\n" for number in range(10)))
-    texts = "".join(f'{{"text_id": {n}, "text": "猫", "image_ids": [{n}]}}\n' for n in range(10))
-    (tmp_path / "test_texts.jsonl").write_text(texts)
-    (tmp_path / "run.toml").write_text(RUN.format(folder=tmp_path))
-    return tmp_path / "run.toml"
+    return write_table_run(tmp_path, epochs=3)
 
 
 def main(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:

@@ -192,7 +192,7 @@ def test_ranks_that_somebody_else_starts_want_the_name_looked_up(site: Site) -> 
         command, env={**os.environ, **ranks}, capture_output=True, text=True, timeout=300, check=False
     )
     assert refused.returncode == 2
-    assert f"has not looked up the weights ViT-B-16 yet: first give: cnclip launch {recipe}" in refused.stderr
+    assert f"has not looked up the weights ViT-B-16 yet; run `cnclip launch {recipe}` first" in refused.stderr
     site.succeed("launch", str(recipe), "--set", "launch.gpus_per_node=0", **home)
     assert (root / "run" / "weights.json").exists()
     assert list((root / "home" / "hub").rglob("model.safetensors"))

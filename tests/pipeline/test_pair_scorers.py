@@ -1,4 +1,4 @@
-"""The score stage on pictures of a run: by mCLIP and by an own model, resumed, refiltered, not mixed."""
+"""The score stage on a run's images with mCLIP and with a trained model: resumed, refiltered, never mixed."""
 
 import dataclasses
 import functools
@@ -326,9 +326,9 @@ def test_encoders_of_two_spaces_are_refused(encoders: tuple[ScoreConfig, Any, st
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "give text_encoder and image_encoder, or model alone"),
-        ({"text_encoder": "a"}, "or model alone"),
-        ({"text_encoder": "a", "image_encoder": "b", "model": "c"}, "or model alone"),
+        ({}, "give text_encoder and image_encoder, or only model"),
+        ({"text_encoder": "a"}, "or only model"),
+        ({"text_encoder": "a", "image_encoder": "b", "model": "c"}, "or only model"),
         ({"model": "c", "rows": "some"}, "rows"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Strict configuration: what is refused and how it is said, overrides, unions, digests, shipped recipes."""
+"""Strict configuration: refusals and their messages, overrides, unions, digests, shipped recipes."""
 
 import shutil
 import tomllib

@@ -1,4 +1,4 @@
-"""Makes timm and torchvision importable, whatever a test imports first."""
+"""Makes timm and torchvision importable for tests in any order."""
 
 from collections.abc import Iterator
 from pathlib import Path

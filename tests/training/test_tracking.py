@@ -65,7 +65,7 @@ def train_offline(job: TrainJob, fail_at: int = 0) -> list[str]:
 
 
 def _leveldb_records(data: bytes) -> Iterator[bytes]:
-    """Records of a log in LevelDB's format, which `.wandb` files have after 7 bytes of their own."""
+    """Records of a log in LevelDB's format, which `.wandb` files have after a header of 7 bytes."""
     position, parts = 7, b""
     while position + 7 <= len(data):
         left = _BLOCK - position % _BLOCK

@@ -1,1 +1,1 @@
-"""Checkpoints and the selection among them."""
+"""Checkpoints and checkpoint selection."""

@@ -1,9 +1,9 @@
-"""Checkpoints to resume from: whole or not there, verified when read, and independent of the number of ranks.
+"""Checkpoints to resume from: complete or absent, verified on reading, independent of the number of ranks.
 
 A checkpoint is a folder `step_<step>` with `weights.safetensors` (parameters in float32 and buffers, by the
 model's names), `optimizer.safetensors` (Adam's two moments by the same names), `metrics.jsonl` as it was, and
-`state.json`: the step, what the run is (`identity`), every file's sha256 and, last, a digest of all this.
-There is no random state in it: every draw of a step is a function of the seed and the step.
+`state.json`: the step, the run's `identity`, every file's sha256 and, last, a digest of all this.
+It holds no random state, because every random draw of a step is a function of the seed and the step.
 """
 
 import json
@@ -38,9 +38,9 @@ from training.engine.zero_state import (
     whole_weight,
 )
 
-_LEFT_OVER = re.compile(r"\.step_\d{9}\.partial|step_\d{9}\.removing")  # of a kill while saving or removing
+_LEFT_OVER = re.compile(r"\.step_\d{9}\.partial|step_\d{9}\.removing")  # left by a kill
 _STATE = "state.json"
-_OWN_DIGEST = "digest"  # of what else state.json holds
+_OWN_DIGEST = "digest"  # of everything else in state.json
 _LOSS_SCALING = "loss_scaling."
 _WEIGHTS, _OPTIMIZER, _METRICS = "weights.safetensors", "optimizer.safetensors", "metrics.jsonl"
 
@@ -50,28 +50,29 @@ class Checkpoint:
     """A verified checkpoint on disk."""
 
     folder: str
-    step: int  # optimizer steps that were finished
+    step: int  # finished optimizer steps
 
     @property
     def metrics_path(self) -> str:
-        """Its copy of `metrics.jsonl`, as it was at that step."""
+        """Return the path of its copy of `metrics.jsonl` at that step."""
         return os.path.join(self.folder, _METRICS)
 
 
 @dataclass(frozen=True, slots=True)
 class TrainState:
-    """What a run resumes from, whole and on the CPU."""
+    """The complete state from which a run resumes, on the CPU."""
 
     step: int
     weights: dict[str, Tensor]
-    moments: dict[str, Tensor]  # `exp_avg.<name>`, `exp_avg_sq.<name>`; for float16 `loss_scaling.<name>`
-    num_updates: int | None = None  # steps that changed weights, if some were left out; None: all
+    moments: dict[str, Tensor]  # `exp_avg.<name>`, `exp_avg_sq.<name>`; in float16 also `loss_scaling.<name>`
+    num_updates: int | None = None  # steps that changed weights, if some were skipped; None: all
 
 
 def gather_state(engine: Engine, step: int) -> TrainState:
-    """Put a state together from all ranks for rank 0; a collective, so every rank calls it.
+    """Gather a state from all ranks on rank 0; a collective, so every rank calls it.
 
-    The others get one without weights and moments, and drop each as it comes: ranks share a machine's memory.
+    Other ranks get a state without weights and moments and drop each tensor on arrival, because ranks share
+    a machine's memory.
     """
     moments = {}
     for name, parameter in engine.module.clip.named_parameters():
@@ -87,10 +88,10 @@ def gather_state(engine: Engine, step: int) -> TrainState:
 
 
 def gather_weights(engine: Engine) -> dict[str, Tensor]:
-    """Return all weights and buffers by the names of `CLIP.state_dict`, on rank 0's CPU; others get none.
+    """Return weights and buffers by the names of `CLIP.state_dict` on rank 0's CPU, elsewhere an empty dict.
 
-    Parameters come from their float32 masters; what bfloat16 had to round and nothing trained is as it came.
-    A collective: every rank calls it.
+    Parameters come from their float32 masters; untrained weights that bfloat16 rounds keep their original
+    values. A collective: every rank calls it.
     """
     clip, writes = engine.module.clip, dist.get_rank() == 0
     parameters, weights = dict(clip.named_parameters()), {}
@@ -102,7 +103,7 @@ def gather_weights(engine: Engine) -> dict[str, Tensor]:
 
 
 def restore_state(engine: Engine, state: TrainState) -> None:
-    """Put a state into an engine; each rank keeps its part."""
+    """Load a state into an engine; each rank keeps its part."""
     load_weights(engine, state.weights)
     for values in adam_of(engine).state.values():
         values["step"].fill_(state.step if state.num_updates is None else state.num_updates)
@@ -130,12 +131,13 @@ def save(
     rank_steps: Callable[[Checkpoint], Sequence[int]] = lambda _: (),
     damaged: Collection[int] = (),
 ) -> None:
-    """Publish a checkpoint under `root`; remove all but the newest `keep` and those that they may need.
+    """Publish a checkpoint under `root`; remove all except the newest `keep` and those that they may need.
 
-    These are the steps `keep_also` and, for each one kept, the first of the steps that `rank_steps` gives for
-    it, best first, that is still there: a run that falls back to it may end with those weights. Later steps
-    and those that a start found `damaged` count, and stay, only if they are whole. `made_with` says how it
-    was computed, for whoever resumes from it on other ranks. One rank calls it.
+    The needed ones are the steps `keep_also` and, for each kept checkpoint, the first existing one of the
+    steps that `rank_steps` returns for it, best first: a run that falls back to the checkpoint may end with
+    those weights. Later steps, and those that a start found `damaged`, count and stay only if they are
+    intact. `made_with` records how the checkpoint was computed, for a resume on other ranks. Only one rank
+    calls it.
 
     Raises:
         InputError: if the disk is full.
@@ -158,7 +160,7 @@ def save(
             json.dump({**fields, _OWN_DIGEST: digest(fields)}, file, indent=1)
         for path in (*files, _STATE, ""):
             _flush_to_disk(os.path.join(partial, path))
-        store.remove(target)  # a damaged one of the same step
+        store.remove(target)  # a damaged checkpoint of the same step
         os.rename(partial, target)
         _flush_to_disk(root)
     except (OSError, SafetensorError) as error:
@@ -167,7 +169,7 @@ def save(
             f"{target}: cannot write the checkpoint: {error}; make room and rerun the same command to resume"
         ) from None
     steps = steps_in(root)
-    # Damaged ones would take the place of whole ones.
+    # Damaged checkpoints must not displace intact ones.
     doubtful = [step for step in steps if step > state.step or (step in damaged and step != state.step)]
     whole = set(steps) - {step for step in doubtful if find_damage(at_step(root, step)) is not None}
     earlier = sorted(step for step in whole if step <= state.step)
@@ -196,12 +198,12 @@ def sweep(root: str) -> None:
 def find_newest(
     root: str, identity: Mapping[str, Any], shared_steps: int = 0
 ) -> tuple[Checkpoint | None, dict[int, str]]:
-    """Return the newest whole checkpoint, None if there is none, and the damage of later ones by step.
+    """Return the newest intact checkpoint, or None, and the damage of later ones by step.
 
-    Up to `shared_steps` steps its `epochs` may be others.
+    Up to step `shared_steps`, its `epochs` may differ.
 
     Raises:
-        InputError: if it belongs to another model, corpus or configuration.
+        InputError: if the checkpoint belongs to another model, corpus or configuration.
     """
     damage: dict[int, str] = {}
     for step in sorted(steps_in(root), reverse=True):
@@ -215,12 +217,12 @@ def find_newest(
 
 
 def at_step(root: str, step: int) -> Checkpoint:
-    """Return the checkpoint of a step, not verified."""
+    """Return the checkpoint of a step without verification."""
     return Checkpoint(os.path.join(root, f"step_{step:09d}"), step)
 
 
 def load(checkpoint: Checkpoint) -> TrainState:
-    """Return the state of a checkpoint that was verified; `restore_state` puts it into an engine."""
+    """Return the state of a verified checkpoint, which `restore_state` loads into an engine."""
     return TrainState(
         checkpoint.step,
         load_weights_of(checkpoint),
@@ -230,16 +232,16 @@ def load(checkpoint: Checkpoint) -> TrainState:
 
 
 def load_verified_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Return the weights of a checkpoint that nobody has verified.
+    """Return the weights of a checkpoint after verifying it.
 
     Raises:
         InputError: if it is damaged.
     """
     if (damage := find_damage(checkpoint)) is not None:
         raise InputError(
-            f"{checkpoint.folder}: damaged ({damage}), and it is the best of the stage, whose weights are"
-            " wanted; rerun the same command: it resumes from the newest whole checkpoint and chooses"
-            " among the weights that are left"
+            f"{checkpoint.folder}: damaged ({damage}), and the stage needs its weights as the best ones;"
+            " rerun the same command: it resumes from the newest intact checkpoint and chooses among the"
+            " remaining weights"
         )
     return load_weights_of(checkpoint)
 
@@ -250,15 +252,15 @@ def load_weights_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def find_damage(checkpoint: Checkpoint) -> str | None:
-    """Return what is wrong with a checkpoint on disk, None if it is whole; reads all of it."""
+    """Return what is wrong with a checkpoint on disk, or None if it is intact; this reads all of it."""
     folder, file = checkpoint.folder, _STATE
     try:
         state = parse_json(store.read_text(os.path.join(folder, _STATE)))
         if state.pop(_OWN_DIGEST) != digest(state):
-            return f"{_STATE} has other values than were written"
+            return f"{_STATE} has changed values"
         for file, sha256 in state["sha256"].items():
             if store.digest_file(os.path.join(folder, file)) != sha256:
-                return f"{file} has other bytes than were written"
+                return f"{file} has changed bytes"
     except FileNotFoundError:
         return f"{file} is missing"
     except OSError as error:
@@ -271,9 +273,9 @@ def find_damage(checkpoint: Checkpoint) -> str | None:
 def remove_other_schedules(
     root: str, identity: Mapping[str, Any], shared_steps: int
 ) -> tuple[int, list[int]]:
-    """Remove what followed the schedule of other `epochs`, if an earlier checkpoint is there that did not.
+    """Remove checkpoints of a schedule with other `epochs` if an earlier one precedes the difference.
 
-    Return these epochs and the steps that are gone; 0 and no steps if there is nothing to remove. One rank
+    Return these epochs and the removed steps, or 0 and no steps if there is nothing to remove. Only one rank
     calls it.
     """
     others: dict[int, int] = {}
@@ -286,9 +288,9 @@ def remove_other_schedules(
         try:
             saved = _read_state(checkpoint)["identity"]
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # damaged: `find_newest` tells of it
+            continue  # damaged: `find_newest` reports it
         if [key for key, _, _ in _differences(saved, identity)] != ["epochs"]:
-            return 0, []  # of this run, or of another one, which `find_newest` refuses
+            return 0, []  # it belongs to this run, or to another, which `find_newest` refuses
         others[step] = saved["epochs"]
     else:
         return 0, []
@@ -298,13 +300,13 @@ def remove_other_schedules(
 
 
 def made_with(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """Return how a verified checkpoint was computed; empty if it was saved before that was noted."""
+    """Return how a verified checkpoint was computed; empty if it does not say."""
     found: Mapping[str, Any] = _read_state(checkpoint).get("made_with") or {}
     return found
 
 
 def saved_epochs(checkpoint: Checkpoint) -> int:
-    """Return the epochs that a verified checkpoint's schedule was for."""
+    """Return the number of epochs of a verified checkpoint's schedule."""
     return int(_read_state(checkpoint)["identity"]["epochs"])
 
 
@@ -314,7 +316,7 @@ def _read_state(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _differences(saved: Mapping[str, Any], identity: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    now = json.loads(json.dumps(identity))  # tuples are lists there
+    now = json.loads(json.dumps(identity))  # tuples become lists
     keys = sorted(saved.keys() | now.keys())
     return [(key, saved.get(key), now.get(key)) for key in keys if saved.get(key) != now.get(key)]
 
@@ -326,7 +328,7 @@ def _require_same_run(checkpoint: Checkpoint, identity: Mapping[str, Any], share
             continue
         raise InputError(
             f"{folder}: made with {key} = {before}, but this run has {now}:"
-            f" remove {os.path.dirname(folder)} to train anew, or restore the old value to resume"
+            f" remove {os.path.dirname(folder)} to start over, or restore the old value to resume"
         )
 
 

@@ -1,4 +1,4 @@
-"""The note that a training job is done, for whoever starts it again or publishes its receipt."""
+"""Records that a training job is done, for a later start and for the stage's receipt."""
 
 import json
 
@@ -11,14 +11,14 @@ _NAME = "finished.json"
 
 
 def mark_finished(job: TrainJob) -> None:
-    """Write what was trained and the digests of what came out; the last thing a job does."""
+    """Write the digest of the job and the digests of its outputs, as the last step of a job."""
     outputs = {path: store.digest_file(path) for path in _outputs(job)}
     note = {"job": digest(job), "training": _training(job), "outputs": outputs}
     store.write_text(_path(job), json.dumps(note, indent=1))
 
 
 def is_finished(job: TrainJob) -> bool:
-    """Return whether this very training wrote its outputs, on whatever ranks, and they are intact."""
+    """Return whether this training wrote its outputs, on any number of ranks, and they are intact."""
     if not store.exists(_path(job)):
         return False
     try:
@@ -34,13 +34,13 @@ def is_finished(job: TrainJob) -> bool:
 
 
 def _training(job: TrainJob) -> str:
-    """Return the digest of a job without what only says how it is computed."""
+    """Return the digest of a job without the settings that only affect how it is computed."""
     how: tuple[Binds] = ("never",)
     return digest(plain(job, without=how))
 
 
 def _outputs(job: TrainJob) -> list[str]:
-    """Return the files that count, the metrics among them, so that a receipt never names half of them."""
+    """Return the output files including the metrics, so that a receipt never names half of them."""
     paths = [job.output_model, store.join(job.folder, "metrics.jsonl")]
     return paths if job.openai_model is None else [*paths, job.openai_model]
 

@@ -1,8 +1,8 @@
 """Checkpoint selection and early stopping: the best step, and when training ends (paper, 2.3 and A.2).
 
-A validation's score is the mean of the mean recalls of the evaluation sets that decide: of six numbers each,
-or of MUGE's three. Everything here is a function of the scores so far, which stand in `metrics.jsonl`: a run
-that resumes from a checkpoint decides as one that was never stopped.
+A validation's score is the mean of the mean recalls of the deciding evaluation sets, each over six numbers,
+or over MUGE's three. Everything here is a function of the scores so far in `metrics.jsonl`, so a run that
+resumes from a checkpoint decides like one that was never stopped.
 """
 
 import json
@@ -25,16 +25,17 @@ class Validation:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What the validations so far say."""
+    """The result of the validations so far."""
 
-    best: Validation | None  # highest score, the earliest of equal ones; None before the first validation
+    best: Validation | None  # highest score, earliest if equal; None before the first validation
     steps_without_gain: int  # from the last validation with a salient gain to the newest
 
 
 def select(validations: Sequence[Validation], salient_gain: float) -> Selection:
-    """Return the best validation, and how far the newest is from the last that gained saliently.
+    """Return the best validation and the number of steps since the last salient gain.
 
-    The first gains. Another one does if it beats the last that did by more than `salient_gain` points.
+    The first validation is a salient gain; a later one is if it beats the last salient one by more than
+    `salient_gain` points.
     """
     best: Validation | None = None
     reference: Validation | None = None
@@ -47,17 +48,17 @@ def select(validations: Sequence[Validation], salient_gain: float) -> Selection:
 
 
 def best_first(validations: Iterable[Validation]) -> list[Validation]:
-    """Return validations in the order in which a stage would end with their weights."""
+    """Return validations in the order in which a stage prefers their weights."""
     return sorted(validations, key=lambda validation: (-validation.score, validation.step))
 
 
 def has_no_gain_left(selection: Selection, config: TrainConfig, num_samples: int) -> bool:
-    """Return true if `patience` epochs of `num_samples` samples passed without a salient gain (2.3)."""
+    """Return whether `patience` epochs of `num_samples` samples passed without a salient gain (2.3)."""
     return 0 < config.patience * num_samples <= selection.steps_without_gain * config.global_batch
 
 
 def read_validations(lines: Iterable[str], deciding: Collection[str]) -> list[Validation]:
-    """Read the validations in `metrics.jsonl`, without that of the weights a stage starts from.
+    """Read the validations in `metrics.jsonl`, without the one before the first step.
 
     `deciding` names the evaluation sets that count; empty: all of them.
     """
@@ -71,7 +72,7 @@ def read_validations(lines: Iterable[str], deciding: Collection[str]) -> list[Va
 
 
 def _mean_recall(name: str, recall: Mapping[str, Any]) -> float:
-    """Return a line's mean recall; earlier releases wrote that of six numbers for MUGE too."""
+    """Return a line's mean recall; earlier releases also averaged six numbers for MUGE."""
     if recall.get("i2t") is not None and not is_scored_image_to_text(name):
         of_three: Mapping[str, float] = recall["t2i"]
         return sum(of_three.values()) / len(of_three)
@@ -79,10 +80,10 @@ def _mean_recall(name: str, recall: Mapping[str, Any]) -> float:
 
 
 def check_sets(config: TrainConfig, evaluations: Collection[str], stage: str) -> None:
-    """Check that the run has the evaluation sets that the stage is to choose by.
+    """Check that the run has the evaluation sets by which the stage chooses.
 
     Raises:
-        ConfigError: if it lacks one.
+        ConfigError: if a set is missing.
     """
     for name in config.choose_on:
         if name not in evaluations:

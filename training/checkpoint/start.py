@@ -1,4 +1,4 @@
-"""Where a start of a training job resumes from."""
+"""Decides from which checkpoint a training job resumes."""
 
 import dataclasses
 import json
@@ -23,16 +23,16 @@ from training.config.train import TrainConfig, count_steps, shared_steps
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where a start resumes from, and what it came upon."""
+    """The checkpoint from which a job resumes, and the findings of the search."""
 
-    checkpoint: Checkpoint | None  # None: from the first step on
-    best_before: int | None  # the best validated step up to there whose weights are there to come back to
+    checkpoint: Checkpoint | None  # None: start at the first step
+    best_before: int | None  # the best validated step so far with intact weights
     damaged: frozenset[int]  # steps
     notices: tuple[str, ...]
 
 
 def agree_on_start(job: TrainJob, identity: Mapping[str, Any]) -> Start:
-    """Rank 0 removes what kills left and verifies what is there; all resume from the same step."""
+    """Return the start that rank 0 finds, after removing leftovers of kills; all ranks get the same one."""
     shared = [_find_start(job, identity) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(shared, 0)
     start = shared[0]
@@ -41,19 +41,19 @@ def agree_on_start(job: TrainJob, identity: Mapping[str, Any]) -> Start:
 
 
 def _find_start(job: TrainJob, identity: Mapping[str, Any]) -> Start:
-    """Return the newest whole checkpoint, whether or not the best weights before it are still there."""
+    """Return the newest intact checkpoint, even if the best weights before it are gone."""
     root = checkpoints_folder(job.folder)
     checkpoint.sweep(root)
     shared = shared_steps(job.config)
     epochs, removed = checkpoint.remove_other_schedules(root, identity, shared)
     newest, damage = checkpoint.find_newest(root, identity, shared)
     notices = [
-        f"{checkpoint.at_step(root, step).folder}: damaged ({found}): taking the checkpoint before it"
+        f"{checkpoint.at_step(root, step).folder}: damaged ({found}): using the checkpoint before it"
         for step, found in damage.items()
     ]
     if newest is None:
         if damage:
-            notices.append(f"{root}: no checkpoint is intact: the stage starts from the beginning")
+            notices.append(f"{root}: no checkpoint is intact: the stage starts from the first step")
         return Start(None, None, frozenset(damage), tuple(notices))
     say(f"resuming from {newest.folder}")
     notices += _changes(job, newest, epochs, removed)
@@ -75,13 +75,13 @@ def _find_start(job: TrainJob, identity: Mapping[str, Any]) -> Start:
         left = "" if best is None else f"step {best.step} ({best.score:.2f}) and "
         notices.append(
             f"[{job.stage}] step {ranked[0].step} has the best mean recall so far ({ranked[0].score:.2f}),"
-            f" but its weights are no longer there: the best is chosen among {left}the validations to come"
+            f" but its weights are gone: the best is chosen among {left}the validations to come"
         )
     return Start(newest, None if best is None else best.step, frozenset(damage), tuple(notices))
 
 
 def how_computed(config: TrainConfig) -> dict[str, Any]:
-    """Return what may change between two starts of a job: how it runs, not what it learns from what."""
+    """Return what may change between two starts of a job: how it runs, not what it learns."""
     learned = plain(config, without=("never", "once done"))
     how = {
         field.name: getattr(config, field.name)
@@ -90,12 +90,12 @@ def how_computed(config: TrainConfig) -> dict[str, Any]:
     }
     settings = read_deepspeed_file(config.deepspeed)
     stage = settings.get("zero_optimization", {}).get("stage", 0)
-    found: dict[str, Any] = json.loads(json.dumps(how))  # as a checkpoint gives it back
+    found: dict[str, Any] = json.loads(json.dumps(how))  # as a checkpoint stores it
     return {**found, "ZeRO stage": stage, "precision": computed_in(settings)}
 
 
 def _changes(job: TrainJob, resumed: Checkpoint, epochs_removed: int, removed: list[int]) -> list[str]:
-    """Return what is another way of computing, or another schedule, than when a checkpoint was saved."""
+    """Return notices of changes in computation or schedule since a checkpoint was saved."""
     notices, before, now = [], checkpoint.made_with(resumed), how_computed(job.config)
     if changed := [
         f"{key} {before[key]} → {now[key]}" for key in now if before.get(key, now[key]) != now[key]

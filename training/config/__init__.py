@@ -1,1 +1,1 @@
-"""What a run may say about training."""
+"""The settings of training."""

@@ -1,4 +1,4 @@
-"""The DeepSpeed files: memory, precision and communication, and nothing that training owns. No torch here."""
+"""Reads DeepSpeed files, which set memory, precision and communication only. Imports no torch."""
 
 import difflib
 from importlib import resources
@@ -13,7 +13,7 @@ Half = Literal["bf16", "fp16"]  # weights in 16 bits, with a float32 master
 
 DEEPSPEED_BUCKET_VALUES = 500_000_000  # its default reduce_bucket_size
 
-# What a DeepSpeed file may hold. Everything else is the run's TOML's or changes what is learned.
+# The keys that a DeepSpeed file may have. All others belong in the run's TOML or change what is learned.
 _ALLOWED = (
     "bf16",
     "communication_data_type",
@@ -81,10 +81,11 @@ _TABLES = ("bf16", "fp16", "torch_autocast", "zero_optimization")
 
 
 def read_deepspeed_file(name: str) -> dict[str, Any]:
-    """A file of deepspeed_configs by its stem, or any path that ends in .json.
+    """Return the content of a file of deepspeed_configs by its stem, or of any path that ends in .json.
 
-    ConfigError where there is no such file, it is no JSON, or a key is not about memory, precision or
-    communication.
+    Raises:
+        ConfigError: if the file does not exist, is not JSON, or has a key that is not about memory, precision
+            or communication.
     """
     settings = _read(name)
     foreign = sorted(set(settings) - set(_ALLOWED))
@@ -117,7 +118,7 @@ def read_deepspeed_file(name: str) -> dict[str, Any]:
 
 
 def _check_precisions(name: str, settings: dict[str, Any]) -> None:
-    """Raise ConfigError where a file asks for two precisions at once, or for one that is none."""
+    """Raise ConfigError if a file asks for two precisions at once or for an invalid one."""
     enabled = []
     for key in ("bf16", "fp16", "torch_autocast"):
         found = settings.get(key, {}).get("enabled", False)
@@ -135,13 +136,13 @@ def _check_precisions(name: str, settings: dict[str, Any]) -> None:
 
 
 def half_of(settings: dict[str, Any]) -> Half | None:
-    """Which 16-bit format a DeepSpeed file's content asks for."""
+    """Return the 16-bit format that a DeepSpeed file's content asks for."""
     halves: tuple[Half, ...] = ("bf16", "fp16")
     return next((name for name in halves if settings.get(name, {}).get("enabled")), None)
 
 
 def computes_in_bfloat16(settings: dict[str, Any]) -> bool:
-    """Are matrices multiplied in bfloat16 under a DeepSpeed file's content?"""
+    """Return whether a DeepSpeed file's content makes matrix products run in bfloat16."""
     autocast = settings.get("torch_autocast", {})
     in_autocast = autocast.get("enabled", False) and autocast.get("dtype", "bfloat16") == "bfloat16"
     return half_of(settings) == "bf16" or in_autocast
@@ -155,12 +156,12 @@ def computed_in(settings: dict[str, Any]) -> str:
 
 
 def check_model(name: str, model: ModelConfig, stage: str) -> None:
-    """Raise ConfigError where a DeepSpeed file's precision would lose what the model learns."""
+    """Raise ConfigError if a DeepSpeed file's precision would lose what the model learns."""
     half = half_of(read_deepspeed_file(name))
     if half and isinstance(model.vision, ModifiedResNetConfig):
         raise ConfigError(
             f"[{stage}] deepspeed = {name!r}: {half} rounds the weights of batch norms, whose running"
-            f" statistics are float32; take zero1_autocast for {model.name}, which leaves both as they are"
+            f" statistics are float32; use zero1_autocast for {model.name}, which leaves both as they are"
         )
 
 
@@ -170,7 +171,7 @@ def _read(name: str) -> dict[str, Any]:
             text = store.read_text(name)
         else:
             text = (resources.files("deepspeed_configs") / f"{name}.json").read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:  # ValueError: no text, or a name that no file can have
+    except (OSError, ValueError) as error:  # ValueError: not text, or an impossible file name
         entries = (entry.name for entry in resources.files("deepspeed_configs").iterdir())
         known = ", ".join(sorted(entry.removesuffix(".json") for entry in entries if entry.endswith(".json")))
         why = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"

@@ -1,4 +1,4 @@
-"""What every rank of a training stage is told. No heavy imports here."""
+"""The job that each rank of a training stage receives. No heavy imports here."""
 
 import dataclasses
 import json
@@ -15,26 +15,26 @@ from training.config.train import TrainConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainJob:
-    """Everything a rank needs, written as one JSON file by whoever launches the ranks."""
+    """Everything a rank needs, in one JSON file that the launcher writes."""
 
-    stage: str  # name in messages: english, stage1, stage2
+    stage: str  # its name in messages: english, stage1, stage2
     model: str  # key of training.model.config.MODELS
-    seed: int  # of the order of samples, the augmentation, dropout and new weights
+    seed: int  # for the order of samples, augmentation, dropout and new weights
     shards: tuple[Shard, ...]  # tars in order, each with its .parquet sidecar next to it
     vocabulary: str  # path or model id that Tokenizer.load takes
-    image_weights: str | None = None  # weights of any known format that give a new model its image tower
+    image_weights: str | None = None  # weights of any known format for a new model's image tower
     text_weights: str | None = None  # the same for the text tower
-    start_checkpoint: str | None = None  # our safetensors of the stage before
+    start_checkpoint: str | None = None  # safetensors of the previous stage
     start_weights: str | None = None  # a whole Chinese CLIP of any known format to continue from
     config: TrainConfig
-    evaluations: Mapping[str, str] = field(default_factory=dict)  # name → folder, for whoever validates
+    evaluations: Mapping[str, str] = field(default_factory=dict)  # name → folder, for validation
     folder: str  # checkpoints/, metrics.jsonl, log.jsonl and tokens/ go here
     output_model: str  # the consolidated weights, written last
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)  # where rank 0 shows its curves
-    openai_model: str | None = None  # where to write them in OpenAI CLIP's layout too
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)  # where rank 0 sends its curves
+    openai_model: str | None = None  # where to also write them in OpenAI CLIP's layout
 
     def to_json(self) -> str:
-        """Return the text of a job's file; `from_json` reads it."""
+        """Return the text of a job's file, which `from_json` reads."""
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=1, sort_keys=True)
 
     @classmethod
@@ -42,6 +42,6 @@ class TrainJob:
         """Read a job.
 
         Raises:
-            ConfigError: with `where` (its file) and the key.
+            ConfigError: if a value is wrong; it names `where` (the file) and the key.
         """
         return build(cls, parse_json(text), where)

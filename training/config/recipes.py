@@ -1,4 +1,4 @@
-"""How the paper trained its models, from training/recipes/*.toml."""
+"""Reads how the paper trained its models from training/recipes/*.toml."""
 
 import tomllib
 from importlib import resources
@@ -10,10 +10,10 @@ from training.config.train import TrainConfig
 
 
 def paper_recipe(model: str, stage: Literal["stage1", "stage2"]) -> TrainConfig:
-    """Return how the paper pretrained a model (Table 8, A.2).
+    """Return the settings with which the paper pretrained a model (Table 8, A.2).
 
     Raises:
-        ConfigError: if it did not.
+        ConfigError: if the paper did not pretrain it.
     """
     name = "training/recipes/pretrain.toml"
     recipes = _read_recipes("pretrain")
@@ -27,12 +27,12 @@ def paper_recipe(model: str, stage: Literal["stage1", "stage2"]) -> TrainConfig:
 
 
 def finetune_recipe(model: str, data: str) -> TrainConfig:
-    """Return how the paper finetuned a model on a data set (Table 9, A.3, A.4).
+    """Return the settings with which the paper finetuned a model on a data set (Table 9, A.3, A.4).
 
     `data` is `muge`, `flickr30k-cn`, `coco-cn` or `icr`.
 
     Raises:
-        ConfigError: if it did not.
+        ConfigError: if the paper did not finetune it on this data.
     """
     name = "training/recipes/finetune.toml"
     recipes, pretraining = _read_recipes("finetune"), _read_recipes("pretrain")
@@ -52,7 +52,7 @@ def finetune_recipe(model: str, data: str) -> TrainConfig:
 
 
 def pretrained_stages(model: str) -> list[Literal["stage1", "stage2"]]:
-    """Return the stages in which the paper pretrained a model; none for a model that is not the paper's."""
+    """Return the stages in which the paper pretrained a model; empty for other models."""
     stages: tuple[Literal["stage1", "stage2"], ...] = ("stage1", "stage2")
     recipes = _read_recipes("pretrain")
     return [stage for stage in stages if stage in recipes.get(model, {})]

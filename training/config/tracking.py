@@ -1,4 +1,4 @@
-"""`[tracking]` of a run's TOML: where the curves of its training stages go. No heavy imports here."""
+"""`[tracking]` of a run's TOML: where its training stages send their curves. No heavy imports here."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -10,7 +10,7 @@ _Name = Annotated[str, MinLen(1)]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WandbConfig:
-    """`[tracking.wandb]`: Weights & Biases. Its own variables count, such as WANDB_API_KEY and WANDB_MODE."""
+    """`[tracking.wandb]`: Weights & Biases, which reads its own variables such as WANDB_API_KEY."""
 
     project: _Name
     """Project of the tracked runs, one for each training stage."""
@@ -20,21 +20,21 @@ class WandbConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MlflowConfig:
-    """`[tracking.mlflow]`: MLflow. Its own variables count, such as MLFLOW_TRACKING_TOKEN."""
+    """`[tracking.mlflow]`: MLflow, which reads its own variables such as MLFLOW_TRACKING_TOKEN."""
 
     uri: _Name
     """Tracking server or store, such as `http://host:5000` or `sqlite:///runs/mlflow.db`."""
     experiment: _Name
-    """Experiment of the tracked runs, one for each training stage; made if there is none."""
+    """Experiment of the tracked runs, one for each training stage; created if missing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrackingConfig:
-    """`[tracking]`: what shows the curves besides metrics.jsonl. It never makes a stage stale."""
+    """`[tracking]`: where curves go in addition to metrics.jsonl. Changes never make a stage stale."""
 
     tensorboard: bool = True
     """Write `tensorboard/` into the folder of each training stage."""
     wandb: WandbConfig | None = None
-    """Track training in Weights & Biases (extra `wandb`). Unset: not."""
+    """Track training in Weights & Biases (extra `wandb`). Unset: do not."""
     mlflow: MlflowConfig | None = None
-    """Track training in MLflow (extra `mlflow`). Unset: not."""
+    """Track training in MLflow (extra `mlflow`). Unset: do not."""

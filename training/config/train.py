@@ -1,4 +1,4 @@
-"""What a run may say about training. No heavy imports here."""
+"""The settings of a training stage. No heavy imports here."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -10,7 +10,7 @@ from pipeline.core.records import ConfigError, too_few
 from training.config.deepspeed_file import check_model, read_deepspeed_file
 from training.model.config import ModelConfig
 
-_MOST_LANES = 512  # that a batch which says nothing of lanes is cut into
+_MOST_LANES = 512  # if the file does not set lanes
 CONTEXT_LENGTH = 52  # tokens of a caption with [CLS] and [SEP] (Table 8: 50 without)
 
 PositiveInt = Annotated[int, Gt(0)]
@@ -24,9 +24,9 @@ BelowOne = Annotated[float, Ge(0), Lt(1)]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AugmentConfig:
-    """How an image is changed before a step sees it. The defaults are the paper's and CN-CLIP's (A.2).
+    """How training changes images. The defaults are the paper's and CN-CLIP's (A.2).
 
-    What the paper does not have is off by default. It is for small corpora of drawn images on white.
+    What the paper does not have is off by default and is meant for small corpora of drawn images on white.
     """
 
     crop_area: tuple[PositiveShare, PositiveShare] = (0.9, 1.0)
@@ -48,19 +48,19 @@ class AugmentConfig:
     translation: NotNegative = 0.0
     """Largest shift along each axis in either direction, as a share of the side."""
     brightness: NotNegative = 0.0
-    """Pixel values are multiplied by 1 ± this."""
+    """Largest relative change of pixel values: factors are 1 ± this."""
     contrast: NotNegative = 0.0
-    """The distance to the mean luma is multiplied by 1 ± this."""
+    """Largest relative change of the distance to the mean luma: factors are 1 ± this."""
     saturation: NotNegative = 0.0
-    """The distance to each pixel's luma is multiplied by 1 ± this."""
+    """Largest relative change of the distance to each pixel's luma: factors are 1 ± this."""
     hue: NotNegative = 0.0
-    """Largest turn of the colour circle in either direction, in turns."""
+    """Largest rotation of the hue circle in either direction, in turns."""
     colour_probability: Probability = 1.0
     """Probability that brightness, contrast, saturation and hue change at all."""
     grey_probability: Probability = 0.0
-    """Probability that all colour is dropped."""
+    """Probability of conversion to grey."""
     erase_probability: Probability = 0.0
-    """Probability of one colour over 2–20% of the area (Zhong et al. 2017)."""
+    """Probability of erasing 2–20% of the area with one colour (Zhong et al. 2017)."""
 
     def __post_init__(self) -> None:
         for name in ("crop_area", "crop_aspect", "zoom"):
@@ -71,7 +71,7 @@ class AugmentConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DistilConfig:
-    """A larger model that a smaller one learns from (the paper's future work, section 5)."""
+    """A larger model from which a smaller one learns (the paper's future work, section 5)."""
 
     teacher: str
     """Weights of any known format with both towers; the vocabulary must be the student's."""
@@ -83,10 +83,10 @@ class DistilConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NegationConfig:
-    """Statements that an image shows a thing or does not, true and false (sections 3.2.3 and 5).
+    """True and false statements that an image shows a thing or does not (sections 3.2.3 and 5).
 
-    A thing counts as shown if the caption names it and as absent if it does not: for corpora whose
-    captions name all there is of `objects`.
+    A thing counts as shown if the caption names it and as absent otherwise, so the captions of the corpus
+    must name all the `objects` in their images.
     """
 
     objects: tuple[str, ...]
@@ -111,11 +111,11 @@ class TrainConfig:
     """One training stage. The defaults are the paper's Table 8, ViT column."""
 
     epochs: PositiveInt = field(metadata=BINDS_EXACTLY)
-    """Passes over the corpus; the last incomplete batch of an epoch carries over to the next (A.2). May be
-    raised later from a checkpoint of the warm-up, because the cosine after it depends on the number.
+    """Passes over the corpus; the last incomplete batch of an epoch carries over to the next (A.2). If you
+    raise it later, training resumes from the warm-up, because the cosine after it depends on the number.
     """
     global_batch: PositiveInt = 32_768
-    """Samples that an optimizer step sees over all ranks (Table 8)."""
+    """Samples per optimizer step over all ranks (Table 8)."""
     peak_learning_rate: Positive = 1e-4
     """Learning rate after the warm-up; a cosine then takes it to 0 (Table 8)."""
     warmup_steps: NotNegativeInt = 5_000
@@ -135,28 +135,28 @@ class TrainConfig:
     lock_image: bool = False
     """Whether the image tower stays as it is, byte for byte (stage 1; 2.3)."""
     compile_image: bool = field(default=False, metadata=NOT_IN_DIGEST)
-    """Whether torch compiles the locked tower: some 20 seconds at each start, then faster images."""
+    """Whether torch compiles the locked tower: about 20 seconds at each start, then faster images."""
     cached_views: NotNegativeInt = 0
-    """Augmented views of each image whose features are computed once; 0 computes them anew each time."""
+    """Augmented views of each image whose features are cached; 0 recomputes the features each time."""
     checkpoint_activations: bool = field(default=False, metadata=NOT_IN_DIGEST)
     """Whether both towers recompute activations in the backward pass (A.2)."""
     context_length: Annotated[int, Ge(3)] = CONTEXT_LENGTH
     """Tokens of a caption, including [CLS] and [SEP]."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    """How images are changed before training sees them (A.2)."""
+    """How training changes images (A.2)."""
     caption_column: str = "caption"
     """Caption column of the shards' sidecars."""
     exclude_duplicates: bool = False
-    """Whether pairs with the same image or caption are left out of each other's negatives."""
+    """Whether pairs with the same image or caption are excluded from each other's negatives."""
     patch_mask: BelowOne = 0.0
-    """Share of a ViT's patches that training leaves out at random (FLIP, Li et al. 2023)."""
+    """Share of a ViT's patches that training drops at random (FLIP, Li et al. 2023)."""
     distil: DistilConfig | None = None
-    """A teacher whose similarities the model learns too."""
+    """A teacher whose similarities the model also learns."""
     negation: NegationConfig | None = None
     """Statements about absent objects as hard negatives."""
 
     lanes: PositiveInt | None = None
-    """Streams that the corpus is cut into; must divide `global_batch` and be at least `ranks`. Unset: the
+    """Streams into which the corpus is split; must divide `global_batch` and be at least `ranks`. Unset: the
     largest divisor of `global_batch` up to 512.
     """
     window_shards: PositiveInt = 4
@@ -164,9 +164,9 @@ class TrainConfig:
     ranks: PositiveInt = field(default=1, metadata=BINDS_NEVER)
     """Training processes; batches do not depend on their number."""
     threads_per_rank: PositiveInt = field(default=1, metadata=NOT_IN_DIGEST)
-    """Threads of each rank that compute, and as many that decode images."""
+    """Threads of each rank for computing, and as many for decoding images."""
     micro_batch: PositiveInt | None = field(default=None, metadata=NOT_IN_DIGEST)
-    """Most samples whose activations a rank holds. The gradient stays that of the whole batch. Unset: the
+    """Most samples whose activations a rank holds. The gradient is still that of the whole batch. Unset: the
     rank's whole share.
     """
     deepspeed: str = field(default="zero1", metadata=BINDS_NEVER)
@@ -177,9 +177,9 @@ class TrainConfig:
     these two.
     """
     validate_every_epoch: bool = field(default=False, metadata=BINDS_ONCE_DONE)
-    """Whether the end of each pass over the corpus is validated too (A.3)."""
+    """Whether to validate also after each pass over the corpus (A.3)."""
     choose: Literal["last", "best"] = field(default="last", metadata=BINDS_ONCE_DONE)
-    """Weights that the stage ends with: the last ones, or those with the best mean recall (A.2)."""
+    """Weights with which the stage ends: the last ones, or those with the best mean recall (A.2)."""
     choose_on: tuple[str, ...] = field(default=(), metadata=BINDS_ONCE_DONE)
     """Evaluation sets whose mean recall decides; empty: all of the run's sets."""
     salient_gain: NotNegative = field(default=0.0, metadata=BINDS_ONCE_DONE)
@@ -187,7 +187,7 @@ class TrainConfig:
     patience: NotNegativeInt = field(default=0, metadata=BINDS_ONCE_DONE)
     """Epochs without a salient gain after which the stage ends (2.3); 0: never."""
     on_non_finite: Literal["stop", "skip"] = field(default="stop", metadata=NOT_IN_DIGEST)
-    """What a loss or gradient that is not finite does: stop the run, or skip that batch."""
+    """What to do about a loss or gradient that is not finite: stop the run, or skip the batch."""
     stall_seconds: Positive = field(default=1_800.0, metadata=NOT_IN_DIGEST)
     """Longest time of a step before a rank ends the run, in seconds; validations and checkpoints have 8 times
     as long.
@@ -195,27 +195,27 @@ class TrainConfig:
     save_every_steps: PositiveInt = field(default=1_000, metadata=NOT_IN_DIGEST)
     """Optimizer steps between checkpoints."""
     keep_checkpoints: PositiveInt = field(default=2, metadata=NOT_IN_DIGEST)
-    """Newest checkpoints that stay on disk, next to the best one and the last of the warm-up."""
+    """Newest checkpoints to keep on disk, in addition to the best one and the last of the warm-up."""
 
     def __post_init__(self) -> None:
         if self.cached_views and not self.lock_image:
             raise ValueError(
-                f"cached_views = {self.cached_views}: features can be kept only of an image tower that stays"
-                " as it is; set lock_image = true or cached_views = 0"
+                f"cached_views = {self.cached_views}: only features of a locked image tower can be cached;"
+                " set lock_image = true or cached_views = 0"
             )
         if self.compile_image and not self.lock_image:
             raise ValueError(
-                "compile_image = true: only a tower that stays as it is runs compiled; set lock_image = true"
+                "compile_image = true: only a locked image tower can be compiled; set lock_image = true"
                 " or leave compile_image out"
             )
         for name, wants_images in (("patch_mask", self.patch_mask > 0), ("distil", self.distil is not None)):
             if self.cached_views and wants_images:
                 raise ValueError(
-                    f"{name} needs images, but cached_views = {self.cached_views} reads features in their"
-                    f" place; set cached_views = 0 or leave {name} out"
+                    f"{name} needs images, but cached_views = {self.cached_views} reads features instead;"
+                    f" set cached_views = 0 or leave {name} out"
                 )
         if self.lanes is None:
-            # Set here, so that digests and jobs hold the number. It follows from the batch only, since the
+            # Set here, so that digests and jobs hold the number. It depends only on the batch, because the
             # order of samples must not depend on the number of ranks.
             object.__setattr__(self, "lanes", _largest_divisor(self.global_batch, _MOST_LANES))
             if self.ranks > self.num_lanes:
@@ -226,8 +226,8 @@ class TrainConfig:
                 )
         if self.global_batch % self.num_lanes:
             raise ValueError(
-                f"global_batch = {self.global_batch} is no multiple of lanes = {self.lanes}: every step takes"
-                " the same number of samples from each lane; change one of them"
+                f"global_batch = {self.global_batch} is not a multiple of lanes = {self.lanes}: every step"
+                " takes the same number of samples from each lane; change one of them"
             )
         if self.ranks > self.num_lanes:
             raise ValueError(
@@ -237,7 +237,7 @@ class TrainConfig:
 
     @property
     def num_lanes(self) -> int:
-        """The lanes that the file names, or that follow from the batch."""
+        """Return the number of lanes: from the file, or derived from the batch."""
         assert self.lanes is not None  # __post_init__ has set it
         return self.lanes
 
@@ -248,10 +248,11 @@ def _largest_divisor(number: int, limit: int) -> int:
 
 
 def check_fits(config: TrainConfig, model: ModelConfig, stage: str) -> None:
-    """Check that a model can be trained so.
+    """Check that a model can be trained with these settings.
 
     Raises:
-        ConfigError: if captions are too long for it, or the DeepSpeed file does not fit it or the stage.
+        ConfigError: if captions are too long for the model, or the DeepSpeed file does not suit it or the
+            stage.
     """
     try:
         settings = read_deepspeed_file(config.deepspeed)
@@ -260,7 +261,7 @@ def check_fits(config: TrainConfig, model: ModelConfig, stage: str) -> None:
     if config.compile_image and settings.get("zero_optimization", {}).get("stage") == 3:
         raise ConfigError(
             f"[{stage}] compile_image = true, but {config.deepspeed} is ZeRO 3: it gathers weights while the"
-            " model runs, which cannot be compiled; take a lower stage or leave compile_image out"
+            " model runs, which cannot be compiled; use a lower stage or leave compile_image out"
         )
     check_model(config.deepspeed, model, stage)
     if config.context_length > model.text.max_positions:
@@ -271,10 +272,10 @@ def check_fits(config: TrainConfig, model: ModelConfig, stage: str) -> None:
 
 
 def shared_steps(config: TrainConfig) -> int:
-    """Return after how many steps a training is still the one that it would be with other `epochs`.
+    """Return the number of first steps that do not depend on `epochs`.
 
-    The warm-up depends on no total, nor does the step after it, which has the peak learning rate
-    (`training.engine.optim.learning_rate`). 0 without a warm-up: there is nothing worth returning to.
+    The warm-up does not depend on the total, nor does the step after it, which has the peak learning rate
+    (`training.engine.optim.learning_rate`). Return 0 without a warm-up: a checkpoint at step 0 saves nothing.
     """
     return config.warmup_steps + 1 if config.warmup_steps else 0
 
@@ -283,7 +284,7 @@ def count_steps(config: TrainConfig, num_samples: int, stage: str) -> int:
     """Return the number of optimizer steps of a stage over `num_samples`.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: if the corpus does not fill a batch or has fewer samples than ranks.
     """
     if config.ranks > num_samples:
         found = f"[{stage}] ranks = {config.ranks}, but the corpus has {num_samples} samples"

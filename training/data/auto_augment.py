@@ -1,7 +1,7 @@
 """AutoAugment's policy for ImageNet (Cubuk et al. 2019; A.2) as timm's "original", on arrays.
 
 The sub-policies and magnitudes are timm's, so CN-CLIP's. The operations are written again: timm's run in PIL,
-which costs more, and draw from a global state. What changes each value by itself (posterize, solarize,
+which costs more, and draw from a global state. Operations on single values (posterize, solarize,
 invert, equalize, autocontrast, contrast) is a table of 256 entries a channel; consecutive tables become one,
 and the histogram that equalize and autocontrast need goes through the tables before them.
 """

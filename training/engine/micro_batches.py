@@ -90,7 +90,7 @@ def in_micro_batches(engine: Engine, batch: Batch, seed: int) -> tuple[float, Ca
 
 
 def _seed_dropout(seed: int, step: int, *micro_batch: int) -> None:
-    """Seed dropout here, so that it is the same whatever ran before, also in a resumed run."""
+    """Seed dropout here, so that it does not depend on what ran before, even in a resumed run."""
     purpose = np.random.SeedSequence([seed, step, dist.get_rank(), *micro_batch])
     torch.manual_seed(int(purpose.generate_state(1, np.uint64)[0]))
 

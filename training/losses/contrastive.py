@@ -154,7 +154,7 @@ def _log_sum_exps(logit_RC: Tensor) -> tuple[Tensor, Tensor]:
 
     Overwrites `logit_RC`.
     """
-    # A row with every logit left out has -inf as its highest, and -inf - -inf is no number.
+    # A row with every logit left out has -inf as its highest, and -inf - -inf is NaN.
     highest_R = logit_RC.amax(1).clamp_(min=torch.finfo(logit_RC.dtype).min)
     exp_RC = (logit_RC - highest_R[:, None]).exp_()
     row_lse_R = exp_RC.sum(1).log_() + highest_R

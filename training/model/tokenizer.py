@@ -86,7 +86,7 @@ _SPLIT = _CharacterMap(_split)
 def normalise(text: str) -> str:
     """Return a caption as words with spaces between, as BERT splits them.
 
-    Letters become lower case, curly double quotes straight; Chinese characters are words of their own.
+    Letters become lower case, curly double quotes straight; Chinese characters are separate words.
 
     A Rust BERT normaliser differs from the reference on private-use and newer characters, so this is Python's
     own Unicode tables, as the reference uses them.
@@ -232,7 +232,7 @@ def learn_vocabulary(captions: Iterable[str], size: int) -> list[str]:
 
     Byte-pair merging by count, as BERT vocabularies are commonly learned; ties go to the lexicographically
     first pair, so that the same captions always give the same list, whatever their order. Chinese characters
-    are words of their own and never merge. Characters that do not fit and pieces seen once are left out.
+    are separate words and never merge. Characters that do not fit and pieces seen once are left out.
 
     Raises:
         ValueError: if `size` does not exceed the number of special tokens.

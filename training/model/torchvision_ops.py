@@ -2,7 +2,7 @@
 
 The package index's torchvision is a CUDA build. Next to a CPU-only torch its `_C.so` does not load, and then
 `import torchvision`, `import timm` and every model class of transformers fail with `operator torchvision::nms
-does not exist`, because torchvision registers a fake kernel for an operator that nobody declared. Declaring
+does not exist`, because torchvision registers a fake kernel for an operator that is not declared. Declaring
 the two operators without an implementation is enough for all that this project uses (transforms, AutoAugment,
 model classes); `torchvision.ops.nms` itself stays unusable.
 """
@@ -38,7 +38,7 @@ class _DeclareBeforeTorchvision(MetaPathFinder):
 def install() -> None:
     """Put the hook in place, once.
 
-    It imports nothing until somebody imports torchvision.
+    It imports nothing until torchvision is imported.
     """
     # By name: an environment may have a copy of this module (`torchvision_site`), and once is enough.
     name = _DeclareBeforeTorchvision.__name__

@@ -102,7 +102,7 @@ def launcher_environment(
 
 
 def free_port() -> int:
-    """Return a TCP port that nobody listens on now."""
+    """Return a TCP port that is free now."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         port: int = probe.getsockname()[1]
@@ -118,7 +118,7 @@ def watch(
 ) -> int:
     """Run a launcher and return its status; show its `@` lines, and keep every other line in the log.
 
-    We pass STOP_SIGNALS to the ranks, which end by themselves, with a checkpoint: Stopped with
+    It passes STOP_SIGNALS to the ranks, which then end with a checkpoint: Stopped with
     what they say of it, or KeyboardInterrupt after Ctrl-C. A second Ctrl-C does not wait for that.
     """
     with (
@@ -230,7 +230,7 @@ class _Signals:
     def name_in(self, line: str) -> str:
         """Return a line of a rank that was stopped with the name of the signal that came here first.
 
-        Ranks are told of every signal by SIGUSR1.
+        Ranks receive every signal as SIGUSR1.
         """
         if not self.received:
             return line

@@ -18,8 +18,9 @@ _PERIOD_MS = 500  # between looks for ranks that have started
 class RankFailures:
     """Inside, `say` is called once with a line naming the first rank that dies of a signal, if one does.
 
-    The ranks are our launcher's children, not ours: the kernel tells us when one ends, and shows its status
-    until the launcher asks for it, which DeepSpeed's does once a second. Under `srun` they are nobody's here.
+    The ranks are the launcher's children, not this process's: the kernel reports when one ends, and shows its
+    status until the launcher asks for it, which DeepSpeed's does once a second. Under `srun` no launcher runs
+    here.
     """
 
     def __init__(self, launcher_pid: int, say: Callable[[str], object]) -> None:

@@ -51,7 +51,7 @@ class Watchdog:
                 self._end(doing, limit_seconds, 3 * period_seconds)
 
     def _end(self, doing: str, limit_seconds: float, grace_seconds: float) -> None:
-        with contextlib.suppress(OSError):  # a full disk; what is said below is said all the same
+        with contextlib.suppress(OSError):  # a full disk must not hide the message below
             self._note(self._rank).write_text(json.dumps({"doing": doing}), encoding="utf-8")
         time.sleep(grace_seconds)
         said = [f"rank {rank}: {self._last_words(rank)}" for rank in range(self._ranks)]

@@ -71,7 +71,7 @@ def rename(tensors: Mapping[str, torch.Tensor], origin: str) -> Renamed:
     return replace(_rename(tensors, origin), prefixes=prefixes)
 
 
-# Where a model's own names begin; before them stands what wrapped the model when it was saved.
+# Where a model's own names begin, after the prefix of a wrapper in which the model was saved.
 _ROOT = re.compile(
     r"(?:^|\.)(?=(?:visual|bert|vision_model|text_model|visual_projection)\."
     r"|(?:text_projection|logit_scale|logit_bias)(?:\.weight)?$)"

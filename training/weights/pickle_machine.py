@@ -3,7 +3,7 @@
 It reads what `torch.save` writes, in the zip format and in the older one, and TorchScript's modules. Objects
 of any other class (numpy's scalars, `argparse.Namespace`, a library's settings) become a `Foreign`: their
 arguments, items and attributes, and none of their code. Names of Python's own library are refused unless
-they stand in `_HARMLESS`: nothing that weights come with asks for `os.system`.
+they are listed in `_HARMLESS`: nothing that weights come with asks for `os.system`.
 
 `torch.load(weights_only=True)` is not used: it stops at the first object that it does not know, even far
 from the tensors, and takes memory for storages and memo places that a damaged file makes up.
@@ -122,7 +122,7 @@ class _Storage:
     flat: torch.Tensor
 
 
-# The machine in Python, not the one in C: that takes memory for whatever place in its memo a file names.
+# The machine in Python, because the one in C allocates memory up to any place in its memo that a file names.
 _PythonUnpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]
 
 
@@ -170,7 +170,7 @@ class WeightsUnpickler(_PythonUnpickler):  # type: ignore[misc]
         if not isinstance(key, str) or not isinstance(numel, int):
             raise pickle.UnpicklingError("a storage without a name or a size")
         if view and view[0] is not None:
-            raise pickle.UnpicklingError("a storage that is a part of another one: save it anew")
+            raise pickle.UnpicklingError("a storage that is a part of another one; save it again")
         self.dtypes[key] = dtype
         if self._places is None:
             return None
@@ -285,7 +285,7 @@ class WeightsUnpickler(_PythonUnpickler):  # type: ignore[misc]
 def _set_items(target: Any, items: Any) -> None:
     """Set keys and values, one after the other, of a dict; keys are kept if hashing them is cheap.
 
-    The hash of a tuple is computed anew each time: forty of them in each other would take for ever.
+    The hash of a tuple is recomputed each time: forty nested ones would take for ever.
     """
     if not isinstance(target, dict):
         raise pickle.UnpicklingError(f"it sets items of a {type(target).__name__}")

@@ -117,7 +117,7 @@ def matching_towers(state: Mapping[str, torch.Tensor]) -> dict[Literal["image", 
 def infer_vision(
     state: Mapping[str, torch.Tensor], origin: str, said: Said = _NOTHING_SAID
 ) -> VisionConfig | None:
-    """Return the sizes of the image tower; None if there is none, or what tells them is missing.
+    """Return the sizes of the image tower; None if it or the tensors that show them are missing.
 
     Raises:
         InputError: if its number of heads is unknown.
@@ -144,7 +144,7 @@ def infer_vision(
 def infer_text(
     state: Mapping[str, torch.Tensor], origin: str, said: Said = _NOTHING_SAID
 ) -> TextConfig | None:
-    """Return the sizes of the text tower; None if there is none.
+    """Return the sizes of the text tower, or None without one.
 
     Raises:
         InputError: if its number of heads is unknown.

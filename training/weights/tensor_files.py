@@ -23,7 +23,7 @@ from training.weights.torchscript import read_torchscript
 from training.weights.unpickle import local_copy, unpickle
 
 Container = Literal["safetensors", "torch", "torchscript"]
-# Where files from torch.save keep their tensors, in the order in which they are looked for.
+# Keys under which files from torch.save keep their tensors, in order of preference.
 METADATA_KEY = "cnclip"  # under which this project's files say what model they hold
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "state")
 _PREFIXES = ("module.", "_orig_mod.", "clip.")  # of data parallel, of torch.compile, of this project's engine

@@ -90,7 +90,7 @@ def write_torchscript(
 
 
 class _Node:
-    """One module to write: a class of its own, since classes list their tensors."""
+    """One module to write; each has its own class, because classes list their tensors."""
 
     def __init__(self, class_name: str) -> None:
         self.class_name = class_name

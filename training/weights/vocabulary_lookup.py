@@ -1,4 +1,4 @@
-"""Where the vocabulary of some weights is found: given, next to them, in caches, in an installed cn_clip."""
+"""Finds the vocabulary of weights: given, next to them, in caches, in an installed cn_clip."""
 
 import contextlib
 import importlib.util

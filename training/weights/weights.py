@@ -70,7 +70,7 @@ _MOST_OF_A_SIZE = 1 << 24  # width, positions, pixels, words: of a header from e
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Where a file's tensor lives in the model, and how its layout differs there."""
+    """The place of a file's tensor in the model, and the difference in layout."""
 
     target: torch.Tensor
     to_file: Callable[[torch.Tensor], torch.Tensor]
@@ -219,7 +219,7 @@ def save_checkpoint(path: str, model: CLIP, config: ModelConfig, metadata: Mappi
 
 
 def header_of(config: ModelConfig, metadata: Mapping[str, str]) -> str:
-    """Return what stands under METADATA_KEY in files of ours: configuration and metadata, as JSON."""
+    """Return the JSON under METADATA_KEY in this project's files: configuration and metadata."""
     header = {"config": dataclasses.asdict(config), "metadata": dict(metadata)}
     return json.dumps(header, sort_keys=True, ensure_ascii=False)
 

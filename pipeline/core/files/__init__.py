@@ -1,1 +1,1 @@
-"""How files are read, checked and written: the boundary to what others wrote, durability, locks, damage."""
+"""Reads, checks and writes files: foreign files, durability, locks, damage."""

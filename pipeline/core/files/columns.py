@@ -1,4 +1,4 @@
-"""Columns of tables that others made, by their very names."""
+"""Selects columns of foreign tables by their exact names."""
 
 from typing import TYPE_CHECKING
 
@@ -7,7 +7,7 @@ if TYPE_CHECKING:
 
 
 def column(name: str) -> "pl.Expr":
-    """Return the column of this name, also if it is `*` or `^…$`, which `pl.col` takes for a pattern."""
+    """Return the column with this name, even `*` or `^…$`, which `pl.col` would treat as a pattern."""
     import polars as pl
     import polars.selectors
 
@@ -15,5 +15,5 @@ def column(name: str) -> "pl.Expr":
 
 
 def is_pattern(name: str) -> bool:
-    """Return whether polars takes a name for a pattern of names."""
+    """Return whether polars treats a name as a pattern."""
     return name == "*" or (name.startswith("^") and name.endswith("$"))

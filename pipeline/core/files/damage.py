@@ -1,4 +1,4 @@
-"""What of a finished stage is missing, cut or altered, judged by sizes or by digests."""
+"""Finds missing, truncated and altered files of a finished stage by size or by digest."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -35,7 +35,7 @@ def find_damage(folder: str, files: Iterable[Shard]) -> list[str]:
 
 
 def find_altered(folder: str, files: Iterable[Shard]) -> Iterator[str]:
-    """Yield a line for each file of a stage's folder that is missing or altered; reads them one by one."""
+    """Yield a line for each file of a stage that is missing or altered, reading them one by one."""
     for file in files:
         path = store.join(folder, file.path)
         if not is_whole(path, file):
@@ -43,12 +43,12 @@ def find_altered(folder: str, files: Iterable[Shard]) -> Iterator[str]:
 
 
 def summarise(damage: Sequence[str]) -> str:
-    """Return the first line of what was found and how many there are besides it."""
+    """Return the first finding and the number of further ones."""
     return damage[0] + (f", and {len(damage) - 1:,} more" if len(damage) > 1 else "")
 
 
 def is_whole(path: str, file: Shard) -> bool:
-    """Return whether a file has the size and the digest that were noted of it; reads all of it."""
+    """Return whether a file has the recorded size and digest; this reads all of it."""
     return (
         store.exists(path)
         and store.num_bytes(path) == file.num_bytes
@@ -57,12 +57,12 @@ def is_whole(path: str, file: Shard) -> bool:
 
 
 def listing_path(receipt: str) -> str:
-    """Return where sizes and digests of a task's further files are, for the path of its receipt."""
+    """Return the path of the listing of a task's further files, given the path of its receipt."""
     return receipt.removesuffix(".json") + ".files"
 
 
 def make_listing(folder: str, paths: Iterable[str]) -> str:
-    """Return the listing of a task's further files, by their paths in the stage's folder."""
+    """Return the listing of a task's further files by their paths in the stage's folder."""
     facts: Mapping[str, Sequence[int | str]] = {
         path: [store.num_bytes(full), store.digest_file(full)]
         for path in sorted(paths)
@@ -72,7 +72,7 @@ def make_listing(folder: str, paths: Iterable[str]) -> str:
 
 
 def read_listing(path: str) -> list[Shard]:
-    """Return the files that a task's listing names, none if it has none.
+    """Return the files in a task's listing; empty if it has no listing.
 
     Raises:
         ValueError: if the listing is damaged.

@@ -1,7 +1,7 @@
-"""What outlives a power cut: the bytes of files and the entries of folders, written to disk in this order.
+"""Makes files survive a power cut: syncs the bytes of files and then the entries of folders.
 
-A file system may lose, cut or reorder whatever nobody has synced. A file is safe once its bytes are synced
-and its entry in each folder above it is; a record that vouches for files is written after that.
+A file system may lose, truncate or reorder anything that is not synced. A file is safe when its bytes and its
+entry in each folder above it are synced; records that vouch for files are written after that.
 """
 
 import contextlib
@@ -12,30 +12,30 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-_MANY_FILES = 32  # from here on the whole file system is synced by one call
-# Not every file system can sync a folder; one that cannot has no other way to be asked.
+_MANY_FILES = 32  # from this number on, one call syncs the whole file system
+# Errors of file systems that cannot sync a folder; they have no alternative.
 _CANNOT_SYNC_A_FOLDER = (errno.EINVAL, errno.ENOTSUP)
 
 
 @dataclass(slots=True)
 class _Task:
-    """What the task at work here has published."""
+    """What the current task has published."""
 
-    files: set[str] = field(default_factory=set)  # whose bytes are synced
-    folders: dict[str, None] = field(default_factory=dict)  # whose entries are not yet
+    files: set[str] = field(default_factory=set)  # with synced bytes
+    folders: dict[str, None] = field(default_factory=dict)  # with entries not yet synced
 
 
 _task: contextvars.ContextVar[_Task | None] = contextvars.ContextVar("task", default=None)
-_synced_entries: set[str] = set()  # folders whose own entries are known to be on disk
+_synced_entries: set[str] = set()  # folders whose own entries are on disk
 
 
 def sync_file(path: str) -> None:
-    """Write a file's bytes to disk."""
+    """Sync a file's bytes to disk."""
     _sync(path, os.O_RDONLY)
 
 
 def sync_folder(folder: str) -> None:
-    """Write a folder's entries to disk; inside `together` not yet."""
+    """Sync a folder's entries to disk, or inside `together` defer that."""
     task = _task.get()
     if task is None:
         _sync_entries(folder)
@@ -44,7 +44,7 @@ def sync_folder(folder: str) -> None:
 
 
 def note_published(path: str) -> None:
-    """Take a file's bytes for synced until the task ends, and sync its entry with those of the others."""
+    """Treat a file's bytes as synced until the task ends, and sync its entry with those of other files."""
     task = _task.get()
     if task is not None:
         task.files.add(path)
@@ -52,7 +52,7 @@ def note_published(path: str) -> None:
 
 
 def make_folder(folder: str) -> None:
-    """Make a folder and those above it that are missing, and sync the entries of what is new."""
+    """Make a folder and missing parents, and sync the entries of the new ones."""
     new, above = [], folder
     while not os.path.isdir(above or "."):
         new.append(above)
@@ -64,7 +64,7 @@ def make_folder(folder: str) -> None:
 
 
 def sync_outputs(paths: Iterable[str], root: str) -> None:
-    """Write files below the folder `root` to disk, and the entries that lead to them from above it."""
+    """Sync files below the folder `root` to disk, and the entries that lead to them."""
     task = _task.get() or _Task()
     left = [path for path in paths if path not in task.files]
     if len(left) >= _MANY_FILES:
@@ -92,9 +92,9 @@ def sync_outputs(paths: Iterable[str], root: str) -> None:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Sync each folder that files are published to once: by `sync_outputs`, or at the end of the block.
+    """Sync each folder with published files once, in `sync_outputs` or at the end of the block.
 
-    For a task, whose outputs count for nothing before its receipt is there.
+    This is for tasks, whose outputs do not count before their receipt exists.
     """
     task = _Task()
     token = _task.set(task)
@@ -107,7 +107,7 @@ def together() -> Iterator[None]:
 
 
 def forget_folders() -> None:
-    """Take no folder's entry for synced any more: some folders were removed."""
+    """Forget which folders' entries are synced, because some folders were removed."""
     _synced_entries.clear()
 
 
@@ -115,7 +115,7 @@ def _sync_entries(folder: str) -> None:
     try:
         _sync(folder or ".", os.O_RDONLY | os.O_DIRECTORY)
     except (FileNotFoundError, PermissionError):
-        pass  # removed since; or above the run, in a folder that is not ours to read
+        pass  # already removed, or a folder above the run that may not be read
     except OSError as error:
         if error.errno not in _CANNOT_SYNC_A_FOLDER:
             raise
@@ -133,7 +133,7 @@ def _sync(path: str, flags: int) -> None:
 
 
 def _sync_file_system(folder: str) -> None:
-    """Write everything of the file system that holds a folder to disk: cheaper than many files one by one."""
+    """Sync the whole file system of a folder, which is cheaper than many files one by one."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)

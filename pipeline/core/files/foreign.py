@@ -1,8 +1,8 @@
-"""The boundary around parsers that others wrote: whatever they raise becomes one line with the file's name.
+"""The boundary around third-party parsers: all their errors become one line with the file's name.
 
-torch, safetensors, NumPy, PIL, polars, json and tomllib meet bytes here that nobody checked. What they raise
-on damaged ones is no list that could be written down: MemoryError for a length that a header made up,
-RecursionError for brackets 20,000 deep, AssertionError, TokenError, panics.
+torch, safetensors, NumPy, PIL, polars, json and tomllib read unchecked bytes here. Their errors on damaged
+bytes cannot be listed: MemoryError for a length in a corrupt header, RecursionError for brackets nested
+20,000 deep, AssertionError, TokenError, panics.
 """
 
 import contextlib
@@ -31,10 +31,11 @@ def foreign(
     *,
     error: Callable[[str], Exception] = InputError,
 ) -> Iterator[None]:
-    """Turn whatever is raised inside the block into `error` with one line that names the file.
+    """Turn any exception inside the block into `error` with one line that names the file.
 
-    `where` is the file, or the file and what is read of it; `what` says what it cannot be read as ("a
-    safetensors file"). Errors of this project, of the machine (a full disk) and interruptions pass unchanged.
+    `where` is the file, or the file and the part that is read; `what` is what it cannot be read as
+    ("safetensors file"). Errors of this project, of the machine (a full disk) and interruptions pass
+    unchanged.
     """
     try:
         yield
@@ -45,34 +46,34 @@ def foreign(
             f"{where}: not a readable {what} (it asks for more memory than there is): {remedy}"
         ) from None
     except BaseException as found:
-        # Readers raise a bare OSError on damaged bytes, too.
+        # Readers also raise a bare OSError on damaged bytes.
         if isinstance(found, OSError) and (found.errno is not None or type(found) is not OSError):
             if found.errno in OF_THE_MACHINE:
                 raise
             reason = found.strerror or first_line(found)
             raise error(f"{where}: cannot be read: {reason}; check the path and its permissions") from None
-        # A panic is what parsers in Rust answer to bytes that they never expected, and no Exception.
+        # Rust parsers panic on unexpected bytes, and a panic is not an Exception.
         if not isinstance(found, Exception) and type(found).__name__ != "PanicException":
             raise
         raise error(f"{where}: not a readable {what} ({first_line(found)}): {remedy}") from None
 
 
 def first_line(error: BaseException) -> str:
-    """Return what an error says first, shortened; its kind if it says nothing."""
+    """Return the first line of an error, shortened; the error's type if it has no text."""
     if isinstance(error, RecursionError):
         return "nested too deep"
     lines = str(error).strip().splitlines()
     kind = type(error).__name__
-    if isinstance(error, LookupError | AssertionError) and lines:  # its text by itself says little
+    if isinstance(error, LookupError | AssertionError) and lines:  # its text alone says little
         return f"{kind}: {lines[0][:_LONGEST_REASON]}"
     return lines[0][:_LONGEST_REASON] if lines else kind
 
 
 def parse_json(text: str | bytes, *, keep_surrogates: bool = False) -> Any:
-    """Return what JSON text holds; ValueError is its only error, for text that is nested too deep as well.
+    """Return the content of JSON text; ValueError is the only error, also for text that is nested too deep.
 
-    Half a surrogate pair (`"\\ud83d"`) is no text that a file can hold: it is refused, unless the caller says
-    that it takes care of that.
+    Files cannot hold half a surrogate pair (`"\\ud83d"`), so it is refused unless the caller handles it
+    (`keep_surrogates`).
     """
     try:
         value = json.loads(text)

@@ -1,4 +1,4 @@
-"""Image files in folders: which there are, which are skipped, and how to read one without waiting."""
+"""Finds image files in folders, and reads one without blocking."""
 
 import os
 from collections import Counter
@@ -13,7 +13,7 @@ from pipeline.core.shard_format import MAX_IMAGE_BYTES, too_large
 NO_FILE = DropReason("no_file")  # a FIFO, a device, a socket, or nothing at all
 TOO_LARGE = DropReason("too_large")  # more bytes than an image may have
 UNREADABLE = DropReason("unreadable")
-# By which a file in a folder is taken for an image, unless a data set's own rule says otherwise.
+# Endings of image files, unless a data set has its own rule.
 IMAGE_ENDINGS = (
     ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif",
     ".heic", ".heif", ".jxl", ".jp2", ".j2k",
@@ -22,24 +22,23 @@ IMAGE_ENDINGS = (
 
 @dataclass(frozen=True, slots=True)
 class FoundImages:
-    """Files of a folder, and whatever else there looks like one, with why it is none; both unsorted."""
+    """The images of a folder, and skipped entries with the reason; both unsorted."""
 
     paths: list[str] = field(default_factory=list)
     passed_over: list[tuple[str, str]] = field(default_factory=list)  # (path, reason)
-    others: list[str] = field(default_factory=list)  # files that are no images by their names
+    others: list[str] = field(default_factory=list)  # files without an image's ending
 
     @property
     def other_endings(self) -> Counter[str]:
-        """Count the files that are no images by the endings of their names."""
+        """Count the other files by the endings of their names."""
         return Counter(os.path.splitext(path)[1].lower() or "without ending" for path in self.others)
 
 
 def find_images(folder: str, endings: Sequence[str], *, below: bool = True) -> FoundImages:
-    """Find the images in a local folder and below it, by the endings of their names (`.jpg`, lower case).
+    """Find the images in and below a local folder by the endings of their names (`.jpg`, lower case).
 
-    Links are followed. FIFOs, devices and sockets are skipped and listed, as are links to nothing or back
-    to a folder above, and what systems hide: names that begin with a dot, such as macOS's `._cat.jpg`, and
-    `__MACOSX`.
+    Links are followed. FIFOs, devices, sockets, broken links, links back to a folder above, and hidden
+    entries (names that begin with a dot, such as macOS's `._cat.jpg`, and `__MACOSX`) are skipped and listed.
     """
     found = FoundImages()
     _find(folder, tuple(endings), below, (), found)
@@ -47,12 +46,12 @@ def find_images(folder: str, endings: Sequence[str], *, below: bool = True) -> F
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether this is a file or folder that systems make for themselves."""
+    """Return whether this is a hidden file or folder that an operating system makes."""
     return name.startswith(".") or name == "__MACOSX"
 
 
 def what_else(path: str) -> str | None:
-    """Return what a local path is if it is no regular file: such as `a FIFO`, or `a link to nothing`."""
+    """Return what a local path is if it is not a regular file, such as `a FIFO` or `a link to nothing`."""
     try:
         return store.what_else(os.stat(path).st_mode)
     except OSError:
@@ -63,12 +62,12 @@ def read_image(path: str) -> bytes:
     """Read one image file, local or remote.
 
     Raises:
-        BadImageError: if it is no file, is larger than an image may be, or cannot be read.
+        BadImageError: if it is not a file, is larger than an image may be, or cannot be read.
     """
     try:
         # Opening a FIFO waits for a writer, and a device may have no end.
         if store.is_local(path) and (kind := store.what_else(os.stat(path).st_mode)) is not None:
-            raise BadImageError(f"{NO_FILE}: {kind}, no image file")
+            raise BadImageError(f"{NO_FILE}: {kind}, not an image file")
         with store.open_read(path) as file:
             data = bytes(file.read(MAX_IMAGE_BYTES + 1))
     except FileNotFoundError:
@@ -86,7 +85,7 @@ def check_bytes(num_bytes: int) -> None:
 
 
 def summary(left_out: Iterable[tuple[str, str]], shown: int = 5) -> str:
-    """Return what was left out in one line: the first few, each with its reason, and how many more."""
+    """Return one line on the skipped entries: the first few with their reasons, and the number of others."""
     items = list(left_out)
     named = "; ".join(f"{name}: {reason}" for name, reason in items[:shown])
     return named + (f"; and {len(items) - shown:,} more" if len(items) > shown else "")

@@ -1,7 +1,7 @@
-"""Decoding images: the one place where the bytes of a file become pixels, for every stage and command.
+"""Decodes images for every stage and command: the only place where the bytes of a file become pixels.
 
-Images are upright 8-bit RGB: turned as their EXIF tag says, 16 bits scaled, transparency on white. Of
-ordinary 8-bit RGB the pixels are Pillow's, and so Chinese CLIP's, to the bit.
+Images become upright 8-bit RGB: rotated by their EXIF tag, 16 bits scaled, transparency on white. For
+ordinary 8-bit RGB the pixels are bit-identical to Pillow's, and so to Chinese CLIP's.
 """
 
 import contextlib
@@ -19,8 +19,8 @@ from pipeline.core.files.image_formats import SIGNATURES, name_format, plugin_of
 from pipeline.core.records import DropReason
 from pipeline.core.shard_format import MAX_IMAGE_PIXELS
 
-# What a file's pixels are: `upright` as above; `reference` as Chinese CLIP's own code reads it, which ignores
-# EXIF, cuts 16 bits off at 255, shows what lies under transparency, and squashes before it converts to RGB.
+# How to decode: `upright` as above; `reference` like Chinese CLIP's code, which ignores EXIF, clips 16 bits
+# at 255, shows colours under transparency, and resizes before it converts to RGB.
 Decode = Literal["upright", "reference"]
 DECODES: tuple[Decode, ...] = ("upright", "reference")
 
@@ -46,8 +46,8 @@ _TRUNCATION_WORDS = (
     "premature",
     "not enough image data",
 )
-# Levels of a PNG's grey values by Pillow's name of their layout: Pillow scales the pixels to 255, not the
-# value that its header calls transparent.
+# Levels of a PNG's grey values by Pillow's layout name: Pillow scales the pixels to 255, but not the
+# transparent value in the header.
 _GREY_LEVELS = {"1": 255, "L;2": 85, "L;4": 17}
 _LAYOUT = "_layout_in_file"  # attribute of an image whose pixels `square_of` decoded
 _JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
@@ -60,28 +60,27 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
 class BadImageError(Exception):
-    """`<DropReason>: what was found`."""
+    """An image that cannot be used; the message is `<DropReason>: what was found`."""
 
 
 def decode_upright(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """Decode an image to 8-bit RGB, turned as its EXIF tag says, transparency on white.
+    """Decode an image to 8-bit RGB, rotated by its EXIF tag, with transparency on white.
 
     Raises:
-        BadImageError: if the bytes are no image, are cut off, do not decode, or promise more than
-            `max_pixels` pixels.
+        BadImageError: if the bytes are not an image, are truncated, do not decode, or the header has more
+            than `max_pixels` pixels.
     """
     return upright(open_image(data, max_pixels))
 
 
 def decode_pixels(data: bytes) -> UInt8Array:
-    """Return the pixels of `decode_upright`, [H, W, 3], for training: nothing but plain JPEGs takes the long
-    way.
+    """Return the pixels of `decode_upright`, [H, W, 3], for training, with a shortcut for plain JPEGs.
 
     Raises:
         BadImageError: as `decode_upright`.
     """
     if _is_plain_jpeg(data):
-        # OpenCV has the same decoder and the same bits, and makes no image in between.
+        # OpenCV has the same decoder with the same result and makes no intermediate image.
         pixels = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_COLOR_RGB)
         if pixels is not None:
             return np.asarray(pixels, dtype=np.uint8)
@@ -89,7 +88,7 @@ def decode_pixels(data: bytes) -> UInt8Array:
 
 
 def decode_square(data: bytes, side_px: int, decode: Decode = "upright") -> Image.Image:
-    """Decode an image and squash it to a square (bicubic), without keeping the aspect and without a crop.
+    """Decode an image and resize it to a square (bicubic) without a crop, changing its aspect.
 
     Raises:
         BadImageError: as `decode_upright`.
@@ -98,10 +97,10 @@ def decode_square(data: bytes, side_px: int, decode: Decode = "upright") -> Imag
 
 
 def square_of(image: Image.Image, side_px: int, decode: Decode = "upright") -> Image.Image:
-    """Return the square of `decode_square` of an image that Pillow opened; the image stays as it is.
+    """Return the square of `decode_square` for an image that Pillow opened; the image is not modified.
 
-    Pillow forgets how many bits a grey PNG has when it decodes the pixels. So of one with 2 or 4 bits and a
-    transparent value, give the bytes, or the image as it was opened, before anything else decodes it.
+    Pillow forgets the bit depth of a grey PNG when it decodes the pixels. So for one with 2 or 4 bits and a
+    transparent value, pass the bytes, or the opened image before anything else decodes it.
 
     Raises:
         BadImageError: as `decode_square`.
@@ -121,7 +120,7 @@ def squash(
 ) -> Image.Image:
     """Return an opened image as an RGB square; see `decode_square`.
 
-    The image itself may be changed.
+    The image may be modified.
     """
     square = (side_px, side_px)
     if decode == "upright":
@@ -182,7 +181,7 @@ def _check_pixels(image: Image.Image, most: int) -> None:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Return width and height as shown: EXIF orientations 5 to 8 lie on their side."""
+    """Return width and height as displayed; EXIF orientations 5 to 8 swap them."""
     width, height = image.size
     if image.format in ("TIFF", "JXL"):
         return width, height  # their decoders turn these themselves, and give their size as turned
@@ -193,11 +192,11 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def upright(image: Image.Image, layout: str | None = None) -> Image.Image:
-    """Decode the pixels, turn them as the EXIF tag says, and make them RGB.
+    """Decode the pixels, rotate them by the EXIF tag, and convert them to RGB.
 
-    `layout` is Pillow's name of how the values lie in the file, of an image whose pixels are decoded already.
+    `layout` is Pillow's name of the file's pixel layout, for an image with already decoded pixels.
     """
-    layout = _layout(image) if layout is None else layout  # known only before the pixels are decoded
+    layout = _layout(image) if layout is None else layout  # only known before decoding
     try:
         image.load()
         # A broken orientation tag is no reason to lose the pixels. JPEG XL has an orientation of its own, and
@@ -206,7 +205,7 @@ def upright(image: Image.Image, layout: str | None = None) -> Image.Image:
             if image.format != "JXL":
                 ImageOps.exif_transpose(image, in_place=True)
         return _to_rgb(image, layout)
-    except Exception as error:  # decoders raise what they like: OSError, SyntaxError, struct.error, ...
+    except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ...
         raise _undecodable(error) from None
 
 
@@ -217,7 +216,7 @@ def _undecodable(error: Exception) -> BadImageError:
 
 
 def _layout(image: Image.Image) -> str:
-    """Return Pillow's name of how the values lie in the file, such as `RGB;16B`."""
+    """Return Pillow's name of the pixel layout in the file, such as `RGB;16B`."""
     tiles = getattr(image, "tile", None)
     if not tiles:
         return str(getattr(image, _LAYOUT, ""))
@@ -237,7 +236,7 @@ def _to_rgb(image: Image.Image, layout: str) -> Image.Image:
 
 
 def _scaled(image: Image.Image) -> Image.Image:
-    """Return grey values of more than 8 bits as RGB; Pillow cuts these off at 255."""
+    """Return grey values of more than 8 bits as RGB; Pillow would clip them at 255."""
     values = np.asarray(image)
     # Halves are exact in float32 up to 2^23; 32-bit integers need more, and are rare.
     kind = (
@@ -248,11 +247,9 @@ def _scaled(image: Image.Image) -> Image.Image:
     levels: npt.NDArray[Any] = values.astype(kind)
     np.nan_to_num(levels, copy=False)
     highest = float(levels.max(initial=0.0))
-    if (
-        image.mode == "F"
-    ):  # floats have no range of their own: 0 to 1, as programs write them, or bytes, or 16 bits
+    if image.mode == "F":  # floats have no fixed range: programs write 0 to 1, bytes, or 16 bits
         step = 1 / 255 if highest <= 1 else 1.0 if highest <= 255 else 257.0
-    else:  # the upper byte is what an image of 16 or of 32 bits shows
+    else:  # the upper byte is the visible part of 16 or 32 bits
         step = 257.0 if highest <= 0xFFFF else 257.0 * 0x10001
     np.divide(levels, step, out=levels)
     np.clip(levels, 0, 255, out=levels)
@@ -264,7 +261,7 @@ def _scaled(image: Image.Image) -> Image.Image:
 
 
 def _scale_transparent_value(image: Image.Image, layout: str) -> None:
-    """Bring a PNG's transparent value to the 8 bits that its pixels have by now."""
+    """Scale a PNG's transparent value to the 8 bits of its decoded pixels."""
     value: Any = image.info.get("transparency")
     if isinstance(value, int) and layout in _GREY_LEVELS:
         image.info["transparency"] = min(255, value * _GREY_LEVELS[layout])
@@ -273,13 +270,13 @@ def _scale_transparent_value(image: Image.Image, layout: str) -> None:
 
 
 def _is_plain_jpeg(data: bytes) -> bool:
-    """Return whether this is a JPEG of 8 bits without marks that may turn or recolour it.
+    """Return whether this is an 8-bit JPEG without markers that may rotate or recolour it.
 
     Reads the headers up to the frame's, which takes microseconds.
 
-    Such marks are EXIF, XMP and Adobe's. The JPEG may be grey or in colour.
+    Such markers are EXIF, XMP and Adobe's. The JPEG may be grey or in colour.
     """
-    # OpenCV fills what is cut off with grey.
+    # OpenCV fills missing data with grey.
     if not data.startswith(_JPEG_START) or not data.endswith(_JPEG_END):
         return False
     at = len(_JPEG_START)

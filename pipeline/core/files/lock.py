@@ -1,4 +1,4 @@
-"""One command at a time in a folder."""
+"""Locks a folder so that one command at a time works in it."""
 
 import contextlib
 import errno
@@ -15,20 +15,20 @@ from pipeline.core import store
 from pipeline.core.files import durability
 from pipeline.core.records import InputError
 
-_MOST_BYTES = 200  # of what a holder says of itself
+_MOST_BYTES = 200  # of a holder's description
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 @contextlib.contextmanager
 def exclusive(folder: str) -> Iterator[None]:
-    """Hold a folder's lock for the length of a block; the folder is made if there is none.
+    """Hold a folder's lock for the duration of a block, making the folder if necessary.
 
-    The lock is the kernel's, on the file `.lock`, so it ends with the process that holds it. An object store
-    has none.
+    It is a kernel lock on the file `.lock`, so it ends with the process that holds it. Object stores have no
+    lock.
 
     Raises:
-        InputError: if another command holds it; the line says which, and its process.
+        InputError: if another command holds it; the line names the command and its process.
     """
     if not store.is_local(folder):
         yield
@@ -40,7 +40,9 @@ def exclusive(folder: str) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise
-        raise InputError(f"{path}: a link or no plain file, and no lock; remove it and rerun") from None
+        raise InputError(
+            f"{path}: a link or not a regular file, so not a lock; remove it and rerun"
+        ) from None
     with open(handle, "r+b", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -50,7 +52,7 @@ def exclusive(folder: str) -> Iterator[None]:
             raise InputError(
                 f"{folder}: another command is at work here ({who}); wait for it or stop it"
             ) from None
-        with contextlib.suppress(OSError):  # a full disk is no reason not to resume
+        with contextlib.suppress(OSError):  # a full disk must not prevent a resume
             file.truncate()
             file.write(_own_name().encode("utf-8", "replace")[:_MOST_BYTES])
         try:
@@ -61,7 +63,7 @@ def exclusive(folder: str) -> Iterator[None]:
 
 
 def one_at_a_time(folder: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Make a function hold the lock of the folder that one of its arguments names: `out`, or `job.out`."""
+    """Make a function hold the lock of the folder in one of its arguments, such as `out` or `job.out`."""
     name, *fields = folder.split(".")
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
@@ -79,7 +81,7 @@ def one_at_a_time(folder: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
 
 
 def _own_name() -> str:
-    """Return what this process says of itself: `cnclip index, process 123 on host`."""
+    """Return this process's description: `cnclip index, process 123 on host`."""
     program = os.path.basename(sys.argv[0]) if sys.argv else ""
     words = ["cnclip" if program in ("__main__.py", "") else program, *sys.argv[1:2]]
     return f"{' '.join(words)}, process {os.getpid()} on {socket.gethostname()}"

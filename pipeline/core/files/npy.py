@@ -1,4 +1,4 @@
-"""Read `.npy` files that others made, after a check of their headers against the file's size."""
+"""Reads foreign `.npy` files after checking their headers against the file's size."""
 
 import io
 import math
@@ -18,7 +18,7 @@ def read_npy(path: str, remedy: str) -> npt.NDArray[Any]:
     """Return the array of a file, in memory.
 
     Raises:
-        InputError: if the file is absent, no `.npy` file, or shorter than its header says; it ends with
+        InputError: if the file is absent, not a `.npy` file, or shorter than its header says; it ends with
             `remedy`.
     """
     with foreign(path, _WHAT, remedy):
@@ -38,7 +38,7 @@ def read_npy_bytes(data: bytes, where: str, remedy: str) -> npt.NDArray[Any]:
 
 
 def map_npy(path: str, remedy: str) -> npt.NDArray[Any]:
-    """Return the array of a local file, mapped and not read.
+    """Return the array of a local file, memory-mapped.
 
     Raises:
         InputError: as `read_npy` raises it.
@@ -60,7 +60,7 @@ def _read(file: IO[bytes], num_bytes: int, where: str, remedy: str) -> npt.NDArr
 def _check_header(file: IO[bytes], num_bytes: int, where: str, remedy: str) -> None:
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     version = np.lib.format.read_magic(file)
-    if version not in readers:  # 3.0 is written for field names outside Latin-1 only
+    if version not in readers:  # 3.0 is only for field names outside Latin-1
         raise InputError(f"{where}: .npy version {version[0]}.{version[1]}, not 1.0 or 2.0: {remedy}")
     shape, _, dtype = readers[version](file)
     if dtype.hasobject:

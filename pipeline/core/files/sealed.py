@@ -1,4 +1,4 @@
-"""State files: JSON objects with a digest of themselves, so that no damage goes unseen."""
+"""State files: JSON objects with a digest of their content, which reveals any damage."""
 
 import hashlib
 import json
@@ -14,10 +14,10 @@ def seal(fields: Mapping[str, Any]) -> str:
 
 
 def unseal(text: str | bytes) -> dict[str, Any]:
-    """Return the object that a text holds; one without a seal, from an earlier release, is taken as it is.
+    """Return the object in a text; one from an earlier release, without a seal, is accepted unchecked.
 
     Raises:
-        ValueError: if the text is no JSON object in UTF-8 or has other values than were sealed.
+        ValueError: if the text is not a JSON object in UTF-8, or its values have changed.
     """
     try:
         fields = json.loads(text)

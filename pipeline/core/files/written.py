@@ -1,6 +1,6 @@
-"""Files that others' writers make, looked at before they appear: such a writer may overlook a full disk.
+"""Checks files of third-party writers, which may overlook a full disk, before they are published.
 
-The checks are called on the temporary file inside `store.publish`, so that what is cut never gets its name:
+The checks run on the temporary file inside `store.publish`, so that a truncated file never gets its name:
 
     with store.publish(path) as temporary, naming(path):
         save_file(tensors, temporary)
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-_FULL_BYTES = 1 << 20  # a disk with less is full: writers ask for blocks
+_FULL_BYTES = 1 << 20  # a disk with less counts as full, since writers need blocks
 
 
 @contextlib.contextmanager
 def naming(path: str) -> Iterator[None]:
-    """Turn what a foreign writer raises inside the block into an OSError that names the file.
+    """Turn an exception of a foreign writer inside the block into an OSError that names the file.
 
-    Writers in Rust and C++ wrap what the system says, or say only that fewer bytes were written. Errors of
+    Writers in Rust and C++ wrap the system's error, or only report that fewer bytes were written. Errors of
     this project pass unchanged.
     """
     try:
@@ -80,7 +80,7 @@ class ParquetRows:
         """Write the rows of a table of the file's schema.
 
         Raises:
-            OSError: if that fails; it names the file.
+            OSError: if writing fails; it names the file.
         """
         with naming(self._path):
             self._writer.write_table(table)
@@ -89,7 +89,7 @@ class ParquetRows:
 
 @contextlib.contextmanager
 def parquet_rows(path: str, schema: "pa.Schema") -> Iterator[ParquetRows]:
-    """Publish a Parquet file (zstd) of the tables that are written while the block runs.
+    """Publish a Parquet file (zstd) of the tables that the block writes.
 
     Raises:
         OSError: if the disk is full or fails; it names the file.
@@ -112,7 +112,7 @@ def parquet_rows(path: str, schema: "pa.Schema") -> Iterator[ParquetRows]:
 
 
 def check_npy(temporary: str, path: str) -> None:
-    """Check that a `.npy` file has all bytes that its header announces.
+    """Check that a `.npy` file has all bytes that its header promises.
 
     Raises:
         OSError: if it does not.
@@ -137,7 +137,7 @@ def check_size(temporary: str, path: str, num_bytes: int) -> None:
 
 
 def check_parquet(temporary: str, path: str, num_rows: int) -> None:
-    """Check that a Parquet file has its end, which names all its parts, and this many rows.
+    """Check that a Parquet file has its footer, which lists all its parts, and this number of rows.
 
     Raises:
         OSError: if it does not.
@@ -169,7 +169,7 @@ def check_safetensors(temporary: str, path: str) -> None:
 
 
 def check_zip(temporary: str, path: str) -> None:
-    """Check that a zip archive, such as `torch.save` writes, has its list of members at its end.
+    """Check that a zip archive, as `torch.save` writes it, has its list of members at the end.
 
     Raises:
         OSError: if it does not.

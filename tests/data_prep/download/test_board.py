@@ -161,5 +161,5 @@ def test_a_worker_that_dies_is_noticed_and_its_partition_asked_for_again(
     killer.join()
     assert done["00000"].num_kept == 4
     said = capsys.readouterr().err
-    assert "1 partitions are asked for again: 00000: its worker died" in said
+    assert "retrying 1 partitions: 00000: its worker died" in said
     assert f"as if killed or out of memory, while at {images}/" in said

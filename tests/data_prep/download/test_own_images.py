@@ -1,4 +1,4 @@
-"""Images on disk are given to the rows of the table that owns them, and to nobody else."""
+"""Only rows of the table that owns an image on disk can fetch it."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""A second pass of the download: what comes back, comes to the shards as if it had never failed."""
+"""A second pass of the download: recovered images reach the shards as if they had never failed."""
 
 import contextlib
 import json

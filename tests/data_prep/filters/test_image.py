@@ -299,7 +299,7 @@ def test_bands_find_what_all_pairs_find(max_distance: int) -> None:
 
 
 def test_a_crowded_band_is_bounded_and_still_finds_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """10,000 different hashes share a band's value: each is compared with its neighbours alone."""
+    """10,000 different hashes share a band's value: each is compared only with its neighbours."""
     rng = np.random.default_rng(0)
     hash_NB = rng.integers(0, 256, (10_000, 48), dtype=np.uint8)
     hash_NB[:, ::2] = 0

@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 
 from data_prep import corpus
-from data_prep.accounting.funnel import threshold_notes
+from data_prep.accounting.funnel import no_op_thresholds
 from data_prep.accounting.histograms import EDGES, add, histogram
 from data_prep.corpus import CorpusStageConfig, SourcesConfig
 from data_prep.decontamination import GuardedIds
@@ -188,7 +188,7 @@ def test_a_threshold_that_removes_nothing_says_so_with_the_minimum(tmp_path: Pat
     judged = table(tmp_path / "other.parquet", captions, similarity=[0.2, 0.3, 0.4])
     run = take(tmp_path / "run", no_op, judged)
     sentence = "filter_text: the threshold 0.26 on scores is a no-op for laion: the minimum seen is 0.2604"
-    assert threshold_notes(manifest(run)) == [sentence]
+    assert [str(note) for note in no_op_thresholds(manifest(run))] == [sentence]
     dropped = "filter_text dropped 2 of 6 rows (33%): score_below_threshold 1, score_missing 1"
     assert sorted(notes(run)) == sorted([sentence, dropped])
 

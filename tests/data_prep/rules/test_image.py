@@ -1,4 +1,4 @@
-"""Image rules at their boundaries; what the perceptual hash forgives and what it does not."""
+"""Image rules at their boundaries; which changes the perceptual hash tolerates."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Shards taken back as a source: each row keeps the rules that it was exempt from, from run to run."""
+"""Shards as a source: each row keeps its exemptions from run to run."""
 
 import dataclasses
 import json

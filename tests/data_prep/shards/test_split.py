@@ -139,5 +139,5 @@ def test_wrong_settings() -> None:
 
 
 def test_more_than_there_is(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"of 160 rows were to be set aside; correct \[split\]"):
+    with pytest.raises(InputError, match=r"of 160 rows; correct \[split\]"):
         _split(tmp_path, SplitConfig(count=160))

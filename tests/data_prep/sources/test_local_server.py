@@ -29,7 +29,7 @@ PLAIN = {"/a/1.jpg": Answer(file="a/1.jpg")}
 
 
 def _ask(address: str, path: str, host: str | None = None) -> int:
-    """The status of a request with a Host header of its own."""
+    """Return the status of a request with another Host header."""
     connection = HTTPConnection(urlsplit(address).netloc, timeout=5)
     connection.putrequest("GET", path, skip_host=True)
     if host is not None:

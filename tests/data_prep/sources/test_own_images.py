@@ -1,4 +1,4 @@
-"""Your own captions and images, and what is said where they are bad: through the command line."""
+"""Your own captions and images, and the errors for bad ones, through the command line."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def one_line(done: subprocess.CompletedProcess[str]) -> str:
-    """The error, which is the only line beside the progress lines."""
+    """Return the error, which is the only line next to the progress lines."""
     assert "Traceback" not in done.stderr, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, done.stderr

@@ -42,7 +42,7 @@ IMAGE = base64.b64encode(b"x").decode()
 @pytest.mark.parametrize(
     ("images", "texts", "expected"),
     [
-        (f"1\t{IMAGE}\n1\t{IMAGE}\n", None, "e_imgs.tsv:2: image id 1 was given in line 1 already"),
+        (f"1\t{IMAGE}\n1\t{IMAGE}\n", None, "e_imgs.tsv:2: image id 1 already appears in line 1"),
         (f"1\t{IMAGE}\nabc\t{IMAGE}\n", None, "e_imgs.tsv:2: the image id 'abc' is not an integer"),
         (f"{2**63}\t{IMAGE}\n", None, "does not fit into 64 bits"),
         (f"1 {IMAGE}\n", None, "e_imgs.tsv:1: expected `id<TAB>base64"),
@@ -59,7 +59,7 @@ IMAGE = base64.b64encode(b"x").decode()
         (
             None,
             '{"text_id": 1, "text": "a", "image_ids": [1]}\n' * 2,
-            "e_texts.jsonl:2: text_id 1 was given in line 1 already",
+            "e_texts.jsonl:2: text_id 1 already appears in line 1",
         ),
     ],
 )

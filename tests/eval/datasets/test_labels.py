@@ -118,7 +118,7 @@ def test_a_user_s_labels_in_both_forms(tmp_path: Path) -> None:
         ("cat\t猫\n狗\n", "not both"),
         ("猫\n\n狗\n", ":2: an empty line"),
         ("猫\n猫\n", "'猫' names two classes"),
-        ("1\t猫\n1\t狗\n", "the key '1' is given to two classes"),
+        ("1\t猫\n1\t狗\n", "the key '1' belongs to two classes"),
         ("cat\t猫\n\t狗\n", ":2: a key or a name is empty"),
     ],
 )

@@ -153,7 +153,7 @@ def test_icr(tmp_path: Path, as_list: bool) -> None:
     assert data.name == "icr-test"
     assert pairs(data) == {"第0句": [0], "第1句": [1], "第2句": [1]}
     (root / "icr_test.json").write_text(json.dumps({"text": "x", "image_path": "../../etc/passwd"}))
-    with pytest.raises(InputError, match="leads out of"):
+    with pytest.raises(InputError, match="is outside"):
         converted(root, tmp_path / "out")
     (root / "icr_test.json").write_text(json.dumps({"text": 7, "image_path": "images/a.jpg"}))
     with pytest.raises(InputError, match=r"text and image_path must be strings, found .*7"):

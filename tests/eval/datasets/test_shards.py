@@ -1,4 +1,4 @@
-"""Shards of the project as an evaluation set: alone, in `cnclip eval`, and as an evaluation of a run."""
+"""Shards of the project as an evaluation set: on their own, in `cnclip eval`, and in a run."""
 
 import json
 from pathlib import Path
@@ -111,7 +111,7 @@ def test_bad_shards_are_said_in_one_line(shards: str, tmp_path: Path) -> None:
 
 def test_a_missing_part_of_a_shard_is_said(shards: str) -> None:
     (Path(shards) / "00002.parquet").unlink()
-    with pytest.raises(InputError, match=r"has 00002.tar, but no 00002.parquet; the shards are not complete"):
+    with pytest.raises(InputError, match=r"has 00002.tar, but no 00002.parquet; the shards are incomplete"):
         read_shards(shards, "mine")
 
 

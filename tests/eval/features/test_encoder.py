@@ -16,7 +16,7 @@ def write_trained(folder: Path, resolved: str) -> None:
 
 
 def test_settings_of_a_base_and_of_what_was_resolved(tmp_path: Path) -> None:
-    """`recipe = "icr"` gives 128 tokens; that stands in the resolved file alone."""
+    """`recipe = "icr"` gives 128 tokens, which only the resolved file shows."""
     run = tmp_path / "run"
     (tmp_path / "base.toml").write_text('[model]\nname = "RN50"\nvocabulary = "base.txt"\n')
     (tmp_path / "mine.toml").write_text(

@@ -1,4 +1,4 @@
-"""Embedding with a tiny model: its files, their agreement with the validator, and what that leaves alone."""
+"""Embedding with a tiny model: its files, the validator agrees with them, and what stays untouched."""
 
 import dataclasses
 from pathlib import Path

@@ -60,7 +60,7 @@ def test_folder_and_lines_in_clip_retrievals_layout(
         ("images", "4"),
         ("texts", "3"),
     ]
-    assert "1 of 3 texts have more than 52 tokens and are cut; raise --context to keep more" in printed
+    assert "1 of 3 texts are truncated to 52 tokens; raise --context to keep more" in printed
     image_ND = np.load(out / "img_emb" / "img_emb_0.npy", mmap_mode="r")
     text_ND = np.load(out / "text_emb" / "text_emb_0.npy", mmap_mode="r")
     assert image_ND.dtype == text_ND.dtype == np.float32

@@ -43,7 +43,7 @@ def bytes_of(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> Path:
-    """What a run that nobody disturbed writes."""
+    """The output of an undisturbed run."""
     assert command_line.main(words(folder, folder / "whole")) == 0
     return folder / "whole"
 

@@ -234,7 +234,7 @@ def test_bench_index_leaves_out_what_ranks_otherwise(
     assert command_line.main(words) == 0
     printed = capsys.readouterr()
     assert "left out: FAISS's factory 'HNSW16_PQ8x4': IndexHNSWPQ ranks by L2 distance" in printed.err
-    assert "left out: FAISS's factory 'IDMap,Flat': IndexIDMap keeps ids of its own" in printed.err
+    assert "left out: FAISS's factory 'IDMap,Flat': IndexIDMap keeps separate ids" in printed.err
     assert "HNSW16_PQ8x4" not in printed.out
     assert "SQ8" in printed.out
 

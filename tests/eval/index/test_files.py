@@ -120,7 +120,7 @@ def test_the_same_command_builds_again_what_is_damaged(
         path = tmp_path / "index" / name
         path.write_bytes(path.read_bytes()[:-100] + bytes(100))
         assert command_line.main(words) == 0
-        assert f"{name}: other bytes than were written: built again" in capsys.readouterr().err
+        assert f"{name}: its bytes have changed: built again" in capsys.readouterr().err
         assert {path: path.read_bytes() for path in places} == whole
     # a build that was cut short has no digests yet: what is cut is told by reading it
     (tmp_path / "index" / "index.json").unlink()
@@ -212,7 +212,7 @@ def test_a_transformation_that_changes_products_is_refused(
             continue
         for _ in range(2):
             with pytest.raises(
-                InputError, match=r"rows\.index: LinearTransform stretches rows or leaves some"
+                InputError, match=r"rows\.index: LinearTransform stretches rows or drops some"
             ):
                 load_index(path)
     index = faiss.IndexPreTransform(faiss.RemapDimensionsTransform(DIM, 8, True), faiss.IndexFlatIP(8))
@@ -260,5 +260,7 @@ def test_commands_that_write_a_folder_take_its_lock(
     (tmp_path / "out" / ".lock").unlink()
     (tmp_path / "out" / ".lock").symlink_to(tmp_path / "elsewhere")
     assert command_line.main(["index", features, str(tmp_path / "out")]) == 1
-    assert ".lock: a link or no plain file, and no lock; remove it and rerun" in capsys.readouterr().err
+    assert (
+        ".lock: a link or not a regular file, so not a lock; remove it and rerun" in capsys.readouterr().err
+    )
     assert (tmp_path / "elsewhere").read_text() == "kept"

@@ -1,4 +1,4 @@
-"""The published tables against themselves: sizes, means that the paper prints, and what its text says."""
+"""The published tables are consistent: sizes, printed means, and figures in the paper's text."""
 
 import math
 from typing import get_args

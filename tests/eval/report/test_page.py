@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import re
 import string
+from html import unescape
 
 import pytest
 
@@ -13,8 +14,9 @@ from data_prep.accounting.histograms import EDGES
 from data_prep.download import reasons as download_reasons
 from data_prep.rules import image as image_rules
 from data_prep.rules import text as text_rules
+from eval.paper.comparison import _RECALLS
 from eval.report.data import Live, StageState
-from eval.report.page import duration, render_html
+from eval.report.page import duration, figure, render_html
 from eval.report.words import LANGUAGES, gloss, say, words
 from pipeline.core.files import images
 from pipeline.core.records import DropReason
@@ -97,6 +99,25 @@ def test_both_languages_have_the_same_words_and_values() -> None:
             ]
             assert names[0] == names[1], (section, key)
             assert chinese[section][key].strip()
+
+
+def test_the_chinese_page_has_chinese_figures_and_notes() -> None:
+    said = " ".join(Page(render_html(make_data()), "zh").said.split())
+    assert f"表 4，COCO-CN {HOSTILE}，零样本：RN50 与 CN-CLIP RN50 对比" in said
+    assert "以文搜图 R@1 50.0 48.2 … 51.8 48.1 +1.9" in said
+    assert f"注：filter_text 的分数阈值 0.26 对 {HOSTILE} 不起作用：出现过的最低分为 0.2604。" in said
+    for english in ("text-to-image", "Table 4", "zero-shot", "no-op"):
+        assert english not in said
+
+
+def test_every_figure_of_the_paper_tables_has_a_chinese_name() -> None:
+    labels = [*_RECALLS.values(), "Average", "Classification, own sets"]
+    labels += ["VOC2007, by ELEVATER's rule", "VOC2007, by VOC's own rule"]
+    for label in labels:
+        english, chinese = re.findall(r"<span[^>]*>([^<]*)</span>", str(figure(label)))
+        assert unescape(english) == label
+        assert re.search(r"[\u4e00-\u9fff]", chinese), label
+    assert str(figure("CIFAR-10")).count("CIFAR-10") == 2
 
 
 def test_values_are_escaped_in_both_languages() -> None:

@@ -288,7 +288,7 @@ def test_two_runs_are_compared(begun: Path, tmp_path: Path, capsys: pytest.Captu
     assert main(["report", str(begun), str(tmp_path)]) == 2
     assert f"{tmp_path}: holds no run.resolved.toml" in capsys.readouterr().err
     assert main(["report", str(begun), str(tmp_path / "laxer"), "--watch"]) == 2
-    assert "--watch goes with one run" in capsys.readouterr().err
+    assert "--watch needs one run" in capsys.readouterr().err
 
 
 def test_scores_of_two_runs_are_subtracted(finished: ReportData) -> None:

@@ -1,4 +1,4 @@
-"""The pixel baseline on corpora where its answer is known, and chance beside simulation-free cases."""
+"""The pixel baseline on corpora where its answer is known, and chance on cases without simulation."""
 
 import dataclasses
 import io

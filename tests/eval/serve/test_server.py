@@ -246,9 +246,9 @@ def test_the_command_serves_and_stops(site: Site) -> None:
 def test_bad_usage(site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lone = [str(site.folder / "model.safetensors"), "--vocab", str(site.folder / "vocab.txt")]
     assert command_line.main(["serve", *lone]) == 2
-    assert "a lone file has no index; give --index FOLDER" in capsys.readouterr().err
+    assert "a single weights file has no index; give --index FOLDER" in capsys.readouterr().err
     assert command_line.main(["serve", str(site.recipe), "--pictures", "x"]) == 2
-    assert "--images goes with --index FOLDER" in capsys.readouterr().err
+    assert "--images needs --index FOLDER" in capsys.readouterr().err
     shutil.copytree(site.folder / "run", tmp_path / "run", ignore=shutil.ignore_patterns("index"))
     recipe = tmp_path / "run.toml"
     recipe.write_text(f'[run]\nfolder = "{tmp_path}/run"\n[model]\nname = "tiny-vit"\n', encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a stranger can send to the search page, and take of it: every answer is whole, bounded and alike."""
+"""Untrusted clients of the search page: every answer is complete, bounded and of the same form."""
 
 import contextlib
 import json
@@ -136,7 +136,7 @@ def test_one_address_gets_a_share_of_an_open_server(site: Site, monkeypatch: pyt
     ids=["in the headers", "in the body", "in the first line"],
 )
 def test_a_client_that_trickles_is_let_go(site: Site, monkeypatch: pytest.MonkeyPatch, head: bytes) -> None:
-    """A byte now and then is never silent, and yet it ends."""
+    """A client that sends an occasional byte is never silent, but its request still ends."""
     monkeypatch.setattr(connections, "REQUEST_SECONDS", 1.0)
     with served(site) as server, socket.create_connection(("127.0.0.1", server.server_port)) as slow:
         slow.sendall(head)
@@ -152,7 +152,7 @@ def test_a_client_that_trickles_is_let_go(site: Site, monkeypatch: pytest.Monkey
 
 
 def test_a_slow_upload_that_keeps_coming_is_taken(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The deadline grows with what comes, so that a large image over a thin line is no attack."""
+    """The deadline grows with received bytes, so that a large image over a slow line is not cut off."""
     monkeypatch.setattr(connections, "REQUEST_SECONDS", 1.0)
     monkeypatch.setattr(connections, "LEAST_BYTES_PER_SECOND", 20)
     image = png_bytes(3)

@@ -174,7 +174,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command_line.main(["negation", *model, str(data), "--pair", "蓝色", "蓝色", "没有红色"]) == 0
     assert "没有红色" in capsys.readouterr().out
     assert command_line.main(["negation", *model, str(data), "--pair", "白色", "a", "b"]) == 2
-    assert "--pair 白色: no class of that label" in capsys.readouterr().err
+    assert "--pair 白色: no class with this label" in capsys.readouterr().err
     assert command_line.main(["negation", *model, str(data)]) == 1  # the shipped pair is of a fourth class
     other = tmp_path / "other.txt"
     other.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n猫\n")

@@ -1,4 +1,4 @@
-"""Classification sets of a run: measured by its final model, and beside the paper in its report."""
+"""Classification sets of a run: measured by its final model, and next to the paper in its report."""
 
 import dataclasses
 import json

@@ -13,46 +13,15 @@ import pytest
 
 from pipeline import cli as command_line
 from pipeline.tools import doctor
+from tests.helpers.table_run import KEPT_URL, SHORT_URL, write_table_run
 
 ROOT = Path(__file__).parents[3]
-
-RUN = """
-[run]
-folder = "{folder}/run"
-processes = 1
-[corpus]
-kind = "tables"
-[[corpus.tables]]
-path = "{folder}/table.csv"
-name = "mine"
-[model]
-name = "tiny-rn"
-[[evaluation]]
-name = "test"
-folder = "{folder}"
-[stage1]
-epochs = 1
-global_batch = 4
-peak_learning_rate = 1e-3
-warmup_steps = 1
-weight_decay = 0.1
-lanes = 2
-[dedup]
-partitions = 2
-"""
-URL, BAD_URL = "http://a.cn/1.jpg", "http://a.cn/2.jpg"
 
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     """A run of a table of two rows: one is kept, the caption of the other is too short."""
-    (tmp_path / "table.csv").write_text(f"url,caption\n{URL},一只黑色的猫\n{BAD_URL},猫\n")
-    images = "".join(f"{number}\tAAAA\n" for number in range(10))
-    texts = "".join(f'{{"text_id": {n}, "text": "猫", "image_ids": [{n}]}}\n' for n in range(10))
-    (tmp_path / "test_imgs.tsv").write_text(images)
-    (tmp_path / "test_texts.jsonl").write_text(texts)
-    (tmp_path / "run.toml").write_text(RUN.format(folder=tmp_path))
-    return tmp_path / "run.toml"
+    return write_table_run(tmp_path)
 
 
 def _main(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
@@ -88,10 +57,10 @@ def test_plan_run_status_verify_why(recipe: Path, capsys: pytest.CaptureFixture[
     row = next(line for line in out.splitlines() if line.startswith("filter_text")).split()
     assert row[1:6] == ["done", "1/1", "2", "1", "1"]
     assert _main(capsys, "verify", recipe)[0] == 0
-    status, out, _ = _main(capsys, "why", recipe, BAD_URL)
+    status, out, _ = _main(capsys, "why", recipe, SHORT_URL)
     assert status == 0
     assert "dropped by filter_text: too_short (1 characters; 5 to 50 stay)" in out
-    status, out, _ = _main(capsys, "why", recipe, URL)
+    status, out, _ = _main(capsys, "why", recipe, KEPT_URL)
     assert "kept so far" in out
     status, _, err = _main(capsys, "why", recipe, "http://a.cn/3.jpg")
     assert status == 1
@@ -102,7 +71,7 @@ def test_verify_says_what_it_did_not_see(recipe: Path, capsys: pytest.CaptureFix
     folder = recipe.parent / "run"
     status, out, err = _main(capsys, "verify", recipe)
     assert (status, out) == (1, "")
-    assert f"{folder}: no such folder: {recipe} has not been run; check [run] folder" in _one_error(err)
+    assert f"{folder}: no such folder; run {recipe} first, or check [run] folder" in _one_error(err)
     folder.mkdir()
     status, out, err = _main(capsys, "verify", recipe, "--to", "dedup")
     assert (status, out) == (1, "")
@@ -113,7 +82,8 @@ def test_verify_says_what_it_did_not_see(recipe: Path, capsys: pytest.CaptureFix
         0,
         [
             "all outputs match their manifests",
-            "not verified, since not finished: dedup, download (2 of 4 stages; their outputs were not read)",
+            "not verified because they are not finished: dedup, download"
+            " (2 of 4 stages; their outputs were not read)",
         ],
     )
     assert _main(capsys, "verify", recipe, "--stage", "dedup")[0] == 1

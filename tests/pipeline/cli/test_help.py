@@ -221,4 +221,4 @@ def test_help_needs_no_heavy_package() -> None:
 
 def test_markup_in_a_help_text_is_printed_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = _ends(capsys, "eval", "--help")
-    assert "[CLS] and [SEP] included" in " ".join(out.split())
+    assert "including [CLS] and [SEP]" in " ".join(out.split())

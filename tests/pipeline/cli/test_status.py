@@ -11,33 +11,8 @@ from pipeline.cli import main
 from pipeline.cli.documents import KEYS
 from pipeline.tools import doctor
 from tests.helpers.json_documents import check_keys
+from tests.helpers.table_run import write_table_run
 
-RUN = """
-[run]
-folder = "{folder}/run"
-processes = 1
-[corpus]
-kind = "tables"
-[[corpus.tables]]
-path = "{folder}/table.csv"
-name = "mine"
-[filter_text]
-min_score = 0.26
-[model]
-name = "tiny-rn"
-[[evaluation]]
-name = "test"
-folder = "{folder}"
-[stage1]
-epochs = 1
-global_batch = 4
-peak_learning_rate = 1e-3
-warmup_steps = 1
-weight_decay = 0.1
-lanes = 2
-[dedup]
-partitions = 2
-"""
 ROWS = [
     ("http://a.cn/1.jpg", "一只黑色的猫在屋顶上", 0.31),
     ("http://a.cn/2.jpg", "猫", 0.30),
@@ -53,14 +28,7 @@ ROWS = [
 def run(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A run up to dedup: of seven rows two are kept."""
     folder = tmp_path_factory.mktemp("status")
-    columns = ("url", "caption", "score")
-    table = {name: [row[number] for row in ROWS] for number, name in enumerate(columns)}
-    pl.DataFrame(table).write_csv(folder / "table.csv")
-    (folder / "test_imgs.tsv").write_text("".join(f"{number}\tAAAA\n" for number in range(10)))
-    texts = "".join(f'{{"text_id": {n}, "text": "猫", "image_ids": [{n}]}}\n' for n in range(10))
-    (folder / "test_texts.jsonl").write_text(texts)
-    path = folder / "run.toml"
-    path.write_text(RUN.format(folder=folder))
+    path = write_table_run(folder, ROWS)
     assert main(["run", str(path), "--to", "dedup"]) == 0
     return str(path)
 
@@ -139,9 +107,9 @@ def test_an_unknown_reason(run: str, reason: str, said: str, capsys: pytest.Capt
 
 def test_a_run_without_drops(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     elsewhere = ("--set", f"run.folder={tmp_path}/none")
-    assert _out(capsys, "status", run, "--reasons", *elsewhere) == "no row was dropped\n"
+    assert _out(capsys, "status", run, "--reasons", *elsewhere) == "no rows were dropped\n"
     assert main(["status", run, "--examples", "too_short", *elsewhere]) == 2
-    assert "no row was dropped so far" in capsys.readouterr().err
+    assert "no rows have been dropped yet" in capsys.readouterr().err
 
 
 def test_status_as_a_document(run: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,7 +116,7 @@ def test_a_stage_that_has_no_checkpoint_yet_starts_with_other_epochs(folder: Pat
     for epochs in (2, 3):
         state, why = state_of(f"stage2.epochs={epochs}")
         assert state is State.TO_DO
-        assert f"epochs 1 → {epochs} (starts anew, since there is no checkpoint yet)" in why
+        assert f"epochs 1 → {epochs} (starts over, since there is no checkpoint yet)" in why
     half_done_at = folder / "checkpoints" / "step_000000004"
     half_done_at.mkdir(parents=True)
     assert state_of("stage2.epochs=2")[0] is State.STALE  # beyond the warm-up: the cosine is another one

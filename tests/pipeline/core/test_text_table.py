@@ -1,4 +1,4 @@
-"""Columns line up in a terminal, whatever script is in them."""
+"""Columns line up in a terminal in any script."""
 
 import pytest
 

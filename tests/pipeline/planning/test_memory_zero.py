@@ -1,4 +1,4 @@
-"""Where DeepSpeed keeps the states of a training, against its own buckets and what it gathers."""
+"""Estimates of where DeepSpeed keeps a training's states, against its real buckets and gathers."""
 
 import dataclasses
 import json

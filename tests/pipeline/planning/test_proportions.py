@@ -1,4 +1,4 @@
-"""Settings that do not go with the size of the corpus are said by `plan` and `run`."""
+"""`plan` and `run` print notes on settings that do not suit the size of the corpus."""
 
 import tarfile
 from pathlib import Path
@@ -36,11 +36,36 @@ def test_settings_that_fit_need_no_note() -> None:
             {"peak_learning_rate": 1e-6, "starts_at_random": True},
             "peak_learning_rate = 1e-06 is low for 234 steps from random weights",
         ),
+        (
+            {"epochs": 1000},
+            "epochs = 1,000 show each of only 3,000 pairs 1,000 times (23,437 steps), long after a model"
+            " knows so few by heart; lower epochs, to 86 for example, or set patience = 5",
+        ),
     ],
 )
 def test_a_setting_out_of_proportion_has_a_note(settings: dict[str, Any], start: str) -> None:
     (note,) = notes(**settings)
     assert note.startswith(start)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"epochs": 128},  # twice the paper's most
+        {"epochs": 1000, "samples": 100, "global_batch": 64},  # 1,562 steps: few pairs need many passes
+        {"epochs": 1000, "samples": 20_000},
+        {"epochs": 1000, "patience": 5},
+    ],
+)
+def test_many_epochs_that_may_help_need_no_note(settings: dict[str, Any]) -> None:
+    assert notes(**settings) == []
+
+
+def test_the_epochs_that_a_note_proposes_need_no_note() -> None:
+    for samples in (129, 1000, 3000, 18_340):
+        (note,) = notes(samples=samples, epochs=100_000)
+        proposed = int(note.partition("lower epochs, to ")[2].partition(" for")[0].replace(",", ""))
+        assert notes(samples=samples, epochs=proposed) == []
 
 
 def test_weights_that_are_given_may_learn_slowly() -> None:

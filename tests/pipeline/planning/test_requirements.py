@@ -104,7 +104,7 @@ def test_memory_is_what_the_name_of_the_hardware_says(capsys: pytest.CaptureFixt
         capsys, "pretrain", "--hardware", "A100-40GB", "--memory", "20"
     )
     assert main(["plan", "pretrain", "--hardware", "A10G"]) == 2
-    assert "--hardware A10G: no data sheet of it here; known: " in capsys.readouterr().err
+    assert "--hardware A10G: unknown device; known: " in capsys.readouterr().err
 
 
 def test_bfloat16_is_not_planned_in_silence_where_there_is_none(
@@ -129,7 +129,7 @@ def test_finetuning(capsys: pytest.CaptureFixture[str]) -> None:
     assert len([line for line in said.splitlines() if line.startswith("ViT-B-16 ")]) == 4 + 2
     days = [line.split()[9:11] for line in said.splitlines() if line.startswith("RN50  ")]
     assert days[:2] == [["24.5min", "45.9s"], ["7.3min", "13.6s"]]  # no day has to be read as 0.0
-    assert "ViT-B-16 coco-cn: how many pairs it has is not known here; give --samples" in said
+    assert "ViT-B-16 coco-cn: unknown number of pairs; give --samples" in said
 
 
 def test_samples_are_for_sets_whose_own_are_not_known(capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,13 +177,13 @@ def test_a_run_shows_its_training_where_hardware_is_given(capsys: pytest.Capture
     (row,) = [line.split() for line in said.splitlines() if line.startswith("tiny-rn  stage2")]
     assert row[2:7] == ["128", "12", f"{12 * 3000 // 128}", "2", "64"]
     assert "paper's" not in said  # it did not train this
-    assert "tiny-rn stage1: how many pairs" in plan(capsys, "demo", folder, "--hardware", "A100")
+    assert "tiny-rn stage1: unknown number of pairs" in plan(capsys, "demo", folder, "--hardware", "A100")
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--hardware", "abacus"), "--hardware abacus: no data sheet"),
+        (("--hardware", "abacus"), "--hardware abacus: unknown device"),
         (("--utilisation", "40"), "--utilisation 40.0: must be greater than 0 and at most 1"),
         (("--memory", "0"), "--memory 0.0: must be greater than 0 GiB"),
         (("--memory", "nan"), "--memory nan: must be greater than 0 GiB"),

@@ -1,4 +1,4 @@
-"""`cnclip push` to a hub on loopback: what is published loads by name, and its card says what it is."""
+"""`cnclip push` to a hub on loopback: published models load by name, and their cards are right."""
 
 import json
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ _SCORES = {"t2i": {"r1": 61.5, "r5": 80.0, "r10": 90.25}, "i2t": {"r1": 60.0, "r
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub that takes uploads which come with a token, and a cache of their own."""
+    """A hub that accepts uploads with a token, and a separate cache."""
     with hub_server() as server:
         template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
@@ -39,7 +39,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
-    """Weights in the folder of a run that says what it started from and what it scored."""
+    """Weights in a run's folder that records their origin and scores."""
     run = tmp_path / "run"
     (run / "stage2").mkdir(parents=True)
     (run / "report").mkdir()
@@ -118,7 +118,7 @@ def test_a_corpus_card_counts_rows_and_has_no_images_unless_asked(hub: Hub, tmp_
         (["mine"], "mine: has no owner: give OWNER/NAME"),
         (["me/mi ne"], "me/mi ne: not an id of a hub"),
         (["me/mine", "--images"], "--images: only a corpus has them"),
-        (["me/mine", "--corpus", "--base-model", "a/b"], "--base-model and --vocab are a model's"),
+        (["me/mine", "--corpus", "--base-model", "a/b"], "--base-model and --vocab are for models"),
     ],
 )
 def test_wrong_arguments_are_one_line(

@@ -1,4 +1,4 @@
-"""docs/reference/configuration.md is what its generator gives, and the generator sees every key."""
+"""docs/reference/configuration.md equals the output of its generator, which covers every key."""
 
 import dataclasses
 from pathlib import Path

@@ -106,7 +106,7 @@ def test_another_image_at_an_address_and_rows_set_aside(plain: Run, tmp_path: Pa
 
 
 def test_a_picture_that_the_other_guards_is_no_unknown_row(tmp_path: Path) -> None:
-    """Captions of one picture are joined: the guarded ones have other keys than the text they became."""
+    """Captions of one image are joined, so guarded ones have other keys than the joined text."""
     (tmp_path / "ids.txt").write_text("7\n8\n")
     make_guard(str(tmp_path / "ids.txt"), "coco", str(tmp_path / "guard.parquet"))
     runs = []

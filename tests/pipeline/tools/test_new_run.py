@@ -1,4 +1,4 @@
-"""`cnclip init` writes a run that `plan` takes without a note, whatever the data looks like."""
+"""`cnclip init` writes a run that `plan` accepts without a note, for data of any form."""
 
 import json
 import os
@@ -101,8 +101,8 @@ def test_what_init_writes_runs_and_needs_no_note_after_it(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "--data TABLE, --evaluation FOLDER: missing, and there is no terminal to ask at"),
-        (("--data=own/captions.csv",), "--evaluation FOLDER: missing, and there is no terminal"),
+        ((), "--data TABLE, --evaluation FOLDER: missing, and without a terminal cnclip cannot ask"),
+        (("--data=own/captions.csv",), "--evaluation FOLDER: missing, and without a terminal"),
         (("--data=no.csv", "--evaluation=valid"), "no.csv: no such file"),
         (("--data=moved.csv", "--evaluation=valid"), "moved.csv: its addresses are paths, such as 猫 0.png"),
         (
@@ -142,7 +142,7 @@ def test_a_file_that_exists_stays(world: Path, capsys: pytest.CaptureFixture[str
     Path("my.toml").write_text("mine")
     words = ["init", "--data=names.jsonl", "--evaluation=valid"]
     assert main(words) == 2
-    assert "my.toml: exists already" in capsys.readouterr().err
+    assert "my.toml: already exists" in capsys.readouterr().err
     assert Path("my.toml").read_text() == "mine"
     assert main([*words, "--force"]) == 0
     assert written()["run"]["folder"] == "runs/my"

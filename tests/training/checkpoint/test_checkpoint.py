@@ -117,7 +117,7 @@ def test_a_changed_value_in_its_state_is_damage_and_not_another_run(
     assert before in text
     path.write_text(text.replace(before, after))
     found, damage = find_newest(root)
-    assert (found.step, damage) == (1, {2: "state.json has other values than were written"})
+    assert (found.step, damage) == (1, {2: "state.json has changed values"})
 
 
 def test_damaged_later_ones_do_not_push_out_whole_ones(tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_weights_of_a_damaged_best_are_not_taken(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(InputError, match=r"step_000000001: damaged \(weights.safetensors has other bytes"):
+    with pytest.raises(InputError, match=r"step_000000001: damaged \(weights.safetensors has changed bytes"):
         checkpoint.load_verified_weights(checkpoint.at_step(str(root), 1))
 
 

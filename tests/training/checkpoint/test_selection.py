@@ -251,8 +251,8 @@ def test_where_the_newest_is_the_best_and_damaged_the_one_before_is_enough(tmp_p
         assert (model.read_bytes(), metrics.read_bytes()) == expected
         assert checkpoints_of(job) == sorted({3, 16, 18, 20} - lost)
     said = notices(job)
-    assert "step_000000020: damaged (weights.safetensors has other bytes than were written): taking" in said
-    assert "step 16 has the best mean recall so far (28.00), but its weights are no longer there" in said
+    assert "step_000000020: damaged (weights.safetensors has changed bytes): using" in said
+    assert "step 16 has the best mean recall so far (28.00), but its weights are gone" in said
 
 
 def test_a_damaged_best_costs_no_step_and_the_others_are_chosen_among(tmp_path: Path) -> None:
@@ -266,8 +266,8 @@ def test_a_damaged_best_costs_no_step_and_the_others_are_chosen_among(tmp_path: 
     assert checkpoints_of(job) == [3, 20]
     assert ends_with(job, 20)
     said = notices(job)
-    assert "step_000000008: damaged (weights.safetensors has other bytes than were written)" in said
-    assert "[stage2] step 8 has the best mean recall so far (30.00), but its weights are no longer" in said
+    assert "step_000000008: damaged (weights.safetensors has changed bytes)" in said
+    assert "[stage2] step 8 has the best mean recall so far (30.00), but its weights are gone" in said
     assert "chosen among the validations to come" in said
 
 

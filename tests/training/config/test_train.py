@@ -58,7 +58,7 @@ def test_every_recipe_can_train_and_names_a_model_that_is(
     [
         ({"epochs": 0}, r"run.toml: epochs: must be greater than 0, found 0"),
         ({"warmup_steps": -1}, r"warmup_steps: must be at least 0, found -1"),
-        ({"lanes": 3}, r"global_batch = 16 is no multiple of lanes = 3"),
+        ({"lanes": 3}, r"global_batch = 16 is not a multiple of lanes = 3"),
         ({"ranks": 5}, r"ranks = 5 is more than lanes = 4"),
         ({"adam_beta2": 1.0}, r"adam_beta2: must be less than 1, found 1.0"),
         ({"adam_eps": 0.0}, r"adam_eps: must be greater than 0, found 0.0"),

@@ -72,7 +72,7 @@ def test_files_that_are_there_are_used_and_others_stay_apart(tmp_path: Path) -> 
 
 
 def train_and_stop_after_a_shard(job: TrainJob) -> None:
-    """Rank 0 is told to stop when it has written its first shard's features."""
+    """Rank 0 gets the signal to stop after writing its first shard's features."""
     write = FeatureCache.write
 
     def told(self: FeatureCache, shard: int, feature_NKD: npt.NDArray[np.float16]) -> None:

@@ -146,7 +146,7 @@ def test_a_statement_longer_than_a_caption_may_be_is_refused() -> None:
 
 
 def share_of_right_answers(job: TrainJob, template: str) -> float:
-    """Over new pictures: is "no <absent colour>" nearer to the picture than "no <its colour>"?"""
+    """Compute how often "no <absent colour>" is nearer to a new image than "no <its colour>"."""
     encoder = Encoder(load_checkpoint(job.output_model), Tokenizer(VOCABULARY), device="cpu")
     random = np.random.default_rng(99)
     text_OD = encoder.embed_texts([template.format(colour) for colour in COLOURS], context_length=12)

@@ -23,7 +23,7 @@ LOCKED: dict[str, Any] = {"lock_image": True, "compile_image": True}
 
 
 def test_only_what_can_be_compiled_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="only a tower that stays as it is runs compiled"):
+    with pytest.raises(ConfigError, match="only a locked image tower can be compiled"):
         build_config({"compile_image": True})
     config = build_config({"deepspeed": "zero3", **LOCKED})
     with pytest.raises(ConfigError, match="zero3 is ZeRO 3"):

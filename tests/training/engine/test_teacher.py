@@ -154,7 +154,7 @@ def test_two_ranks_in_micro_batches_learn_as_one_does(tmp_path: Path) -> None:
 
 
 def test_the_teacher_s_similarities_are_learned(tmp_path: Path) -> None:
-    """On its own pictures and captions, the student's matrix comes closer to the teacher's."""
+    """On its own images and captions, the student's matrix moves towards the teacher's."""
     torch.manual_seed(0)
     config = small_models(dropout=0.0)["small-vit"]
     student = build_clip(config, vocab_size=len(VOCABULARY))
@@ -226,7 +226,7 @@ def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], messag
 
 
 def test_a_run_with_another_teacher_is_another_run(tmp_path: Path) -> None:
-    """The stage names the teacher's bytes among what it reads, and a checkpoint what it was made with."""
+    """The stage lists the teacher's bytes as inputs, and a checkpoint lists how it was made."""
     shards = Manifest("shards", 1, "", "", {}, (), 0, 0, {})
     context = Context(str(tmp_path), "stage2", 0, {"shards": shards})
     teacher = tmp_path / "teacher.safetensors"

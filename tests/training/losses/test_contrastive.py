@@ -170,7 +170,7 @@ def test_any_batch_equals_the_plain_formula(
 
 
 def test_a_column_far_below_its_rows_keeps_its_numbers() -> None:
-    """Every row has a logit of 100 in one column, beside which exp() of the others is 0 in float32."""
+    """Every row has a logit of 100 in one column, next to which exp() of the others is 0 in float32."""
     angle = torch.tensor([0.0, 0.0, math.pi])  # two images beside every text, one opposite to all
     image = torch.stack([angle.cos(), angle.sin()], dim=1)
     text = torch.tensor([[1.0, 0.0]]).repeat(3, 1)

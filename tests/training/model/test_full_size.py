@@ -36,7 +36,7 @@ def _tokens() -> torch.Tensor:
 
 
 def _pictures(side: int) -> torch.Tensor:
-    """Two pictures with edges and gradients, through the preprocessing."""
+    """Return two preprocessed images with edges and gradients."""
     y, x = np.mgrid[0:200, 0:300]
     one = np.stack([x * 255 // 299, y * 255 // 199, (x // 30 + y // 30) % 2 * 255], axis=-1)
     two = np.where(((x - 150) ** 2 + (y - 90) ** 2 < 4000)[..., None], [230, 40, 30], [20, 120, 60])
@@ -174,7 +174,7 @@ def test_224_to_336_equals_cn_clip(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["RN50", "ViT-B-16", "ViT-H-14"])
 def test_onnx_at_full_size(name: str, tmp_path: Path) -> None:
-    """ViT-H/14's image tower is larger than a protobuf may be: its weights stand beside."""
+    """ViT-H/14's image tower is too large for a protobuf, so its weights are in a second file."""
     runtime = pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
     pytest.importorskip("onnxscript", reason="the extra `onnx` is not installed")
     from training.weights.export import save_onnx

@@ -45,7 +45,7 @@ cn_clip = pytest.importorskip("cn_clip.clip", reason="cn_clip, Chinese CLIP's ow
 
 
 def _cn_clip_model(config: ModelConfig) -> Any:
-    """cn_clip's own class, with running statistics that fit, so that features differ between pictures."""
+    """cn_clip's own class, with running statistics that fit, so that features differ between images."""
     reference = cn_clip_of(config, 0)
     with torch.no_grad():
         reference.train()
@@ -55,7 +55,7 @@ def _cn_clip_model(config: ModelConfig) -> Any:
 
 
 def _images(config: ModelConfig, size: int) -> torch.Tensor:
-    """Noise in a colour of its own for each picture: plain noise all looks alike to a network."""
+    """Return noise images of different colours, because plain noise all looks alike to a network."""
     side = config.vision.image_size_px
     return torch.randn(size, 3, side, side) + 2 * torch.randn(size, 3, 1, 1)
 

@@ -1,4 +1,4 @@
-"""The hook that makes torchvision importable beside a torch that it was not built for."""
+"""The hook that makes torchvision importable with a torch for which it was not built."""
 
 import subprocess
 import sys

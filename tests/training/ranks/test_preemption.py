@@ -36,7 +36,7 @@ from training.ranks.launcher import watch
 
 
 def train_and_note_keys(job: TrainJob, stop_after: int | None = None) -> list[list[str]]:
-    """Train without dropout; the keys of the rank's part of every step. The signal reaches rank 0 alone."""
+    """Train without dropout; return the keys of the rank's part of each step. Only rank 0 is signalled."""
     from training import trainer as loop
     from training.engine.engine import StepResult, train_step
 

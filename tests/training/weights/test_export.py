@@ -30,7 +30,7 @@ CAPTIONS = ["一只红色的猫", "“蓝色”的狗！", "Big RED cat 12", "",
 
 
 def _source(folder: Path, name: str, image_size_px: int | None = None) -> tuple[CLIP, str]:
-    """A checkpoint of ours with its vocabulary beside it."""
+    """A checkpoint of ours with its vocabulary next to it."""
     torch.manual_seed(0)
     config = MODELS[name]
     if image_size_px is not None:

@@ -1,4 +1,4 @@
-"""Weights of every published format in, with what is said of those that do not fit."""
+"""Reads weights of every published format, and the errors for those that do not fit."""
 
 import dataclasses
 import json
@@ -103,7 +103,7 @@ def test_hugging_face_settings_that_are_not_chinese_clips_are_refused(tmp_path: 
 
 
 def _english(tmp_path: Path) -> dict[str, torch.Tensor]:
-    """An image side as OpenCLIP's state dicts have it, beside an English text tower."""
+    """An image side as in OpenCLIP's state dicts, next to an English text tower."""
     state = state_for_file(_model(seed=3))
     image = {
         name: value for name, value in state.items() if name.startswith("visual.") or name == "logit_scale"

@@ -1,4 +1,4 @@
-"""A model's sizes from its files: what shapes do not show is said by the file, or refused."""
+"""A model's sizes from its files: the file must give what shapes do not show."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Weights in and out: our checkpoints, OpenAI CLIP's archives, and what is said of files that do not fit."""
+"""Weights in and out: our checkpoints, OpenAI CLIP's archives, and the errors for files that do not fit."""
 
 import dataclasses
 import hashlib

@@ -38,7 +38,7 @@ def cached_file(repo: str, commit: str, name: str) -> str | None:
 
 
 def cached_commit(wanted: HubId) -> str | None:
-    """Return the commit that a revision was when the hub was last asked; None if nobody noted it."""
+    """Return the commit that a revision was when the hub was last asked; None if it was not recorded."""
     if wanted.is_commit:
         return wanted.revision
     path = repo_folder(wanted.repo) / "refs" / wanted.revision

@@ -156,7 +156,7 @@ def is_pinned(run_folder: str, text: str) -> bool:
 
 
 def pin_of(run_folder: str, text: str) -> Pin | None:
-    """Return what a name stands for in a run, without asking a hub; None if nobody has looked it up here."""
+    """Return what a name stands for in a run, without asking a hub; None if the run has not looked it up."""
     pin = read_pins(run_folder).get(text) if run_folder else None
     if pin is None and (wanted := find_id(text)) is not None:
         pin = _in_cache(wanted)

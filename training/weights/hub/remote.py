@@ -60,7 +60,7 @@ def list_files(wanted: HubId) -> Listing:
     """Ask the hub for the commit of a revision and its files.
 
     Raises:
-        InputError: if there is no such model or revision, or it is not given to everybody.
+        InputError: if there is no such model or revision, or access to it is restricted.
         Unreachable: if the hub does not answer.
     """
     from huggingface_hub import HfApi, constants

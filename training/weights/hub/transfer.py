@@ -129,7 +129,7 @@ def _append(wanted: HubId, commit: str, file: RemoteFile, part: Path, tell: Call
             return
         hf_raise_for_status(response)
         with part.open("ab") as out:
-            if response.status_code != _PARTIAL_CONTENT:  # a server without ranges begins anew
+            if response.status_code != _PARTIAL_CONTENT:  # a server without ranges starts over
                 out.truncate(0)
             for chunk in response.iter_bytes():  # as they come: what is gathered is lost in a cut
                 out.write(chunk)

@@ -144,7 +144,7 @@ def test_an_argument_that_is_no_utf8_is_named() -> None:
 
 
 def test_a_store_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without credentials, as on a machine where nobody has set them."""
+    """Without credentials, as on a machine that has none."""
     pytest.importorskip("s3fs")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", "AWS_ENDPOINT_URL"):
         monkeypatch.delenv(name, raising=False)

@@ -1,4 +1,4 @@
-"""Which texts are paths, which are names, and what is said of a word that is neither."""
+"""Distinguishes paths from names, and the errors for words that are neither."""
 
 from pathlib import Path
 
