@@ -58,6 +58,9 @@ def test_the_demo_runs_from_the_wheel_in_any_folder(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "report: runs/demo/report/report.html" in done.stdout
     assert (here / "runs" / "demo" / "report" / "report.html").is_file()
+    converted = cnclip("convert", "runs/demo/stage2/model.safetensors", "demo-clip")
+    assert converted.returncode == 0, converted.stderr
+    assert (here / "demo-clip" / "modeling_chinese_clip_resnet.py").is_file()  # package data
     program = "import cnclip, pipeline; print(cnclip.load('runs/demo').dim, pipeline.__file__)"
     python = str(programs / "python")
     loaded = subprocess.run(

@@ -18,6 +18,8 @@ _WEIGHTS = "weights: a file, a folder, a name such as ViT-B-16, or a hub's owner
     "convert",
     "convert weights of any known format to another one",
     "clip_cn_vit-b-16.pt model.safetensors",
+    more="Every model goes to every format. transformers has no Chinese CLIP with a ResNet: a ResNet's folder"
+    " for Hugging Face has the code in it, so load it with trust_remote_code=True.",
 )
 def convert(
     source: Annotated[str, typer.Argument(metavar="IN", help=_WEIGHTS)],

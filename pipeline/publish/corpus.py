@@ -31,7 +31,7 @@ def write_corpus(
     """
     from huggingface_hub import DatasetCardData
 
-    shards = _manifest(run_folder, "shards")
+    shards = manifest_of(run_folder, "shards")
     if shards is None:
         raise InputError(
             f"{run_folder}: no finished shards in it: give a run's folder whose stage shards is done"
@@ -97,11 +97,12 @@ def settings(run_folder: str) -> Mapping[str, Any]:
 
 def _steps(run_folder: str) -> list[Manifest]:
     """Return the manifests of the finished stages that drop rows, in order."""
-    found = (_manifest(run_folder, stage) for stage in STEPS)
+    found = (manifest_of(run_folder, stage) for stage in STEPS)
     return [manifest for manifest in found if manifest is not None]
 
 
-def _manifest(run_folder: str, stage: str) -> Manifest | None:
+def manifest_of(run_folder: str, stage: str) -> Manifest | None:
+    """Return the manifest of a run's stage; None if the stage is not done."""
     path = os.path.join(run_folder, stage, "manifest.json")
     if not os.path.isfile(path):
         return None

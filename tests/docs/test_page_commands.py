@@ -194,13 +194,17 @@ def test_toml_blocks_are_settings(page: str, tmp_path: Path) -> None:
             catalog.load(str(path))
 
 
-@pytest.mark.parametrize("page", [p for p in RUN if any(b.language == "python" for b in blocks(read(p)))])
+def _python(page: str) -> list[Block]:
+    found = [block for block in blocks(read(page)) if block.language == "python"]
+    return [block for block in found if not block.above.startswith(NOT_RUN)]
+
+
+@pytest.mark.parametrize("page", [page for page in RUN if _python(page)])
 def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(make_world(tmp_path))
     names: dict[str, Any] = {}
-    for block in blocks(read(page)):
-        if block.language == "python":
-            exec(compile(block.text, page, "exec"), names)
+    for block in _python(page):
+        exec(compile(block.text, page, "exec"), names)
 
 
 @pytest.mark.parametrize("page", DOCS)

@@ -10,7 +10,9 @@ from training.model.tokenizer import SPECIAL_TOKENS, Tokenizer, learn_vocabulary
 from training.weights.weights import save_checkpoint
 
 
-def write_tiny_model(folder: Path, seed: int = 0, *, words: str | None = None) -> tuple[str, str]:
+def write_tiny_model(
+    folder: Path, seed: int = 0, *, words: str | None = None, name: str = "tiny-vit"
+) -> tuple[str, str]:
     """Return the paths of a checkpoint with random weights and of its vocabulary.
 
     `words` are the characters that it knows, after the special tokens and in this order; unset, those of the
@@ -22,7 +24,7 @@ def write_tiny_model(folder: Path, seed: int = 0, *, words: str | None = None) -
     tokenizer = Tokenizer(learn_vocabulary([text] * 2, 200) if words is None else [*SPECIAL_TOKENS, *words])
     vocabulary = folder / "vocab.txt"
     tokenizer.save_vocabulary(str(vocabulary))
-    model = build_clip(MODELS["tiny-vit"], vocab_size=tokenizer.vocab_size)
+    model = build_clip(MODELS[name], vocab_size=tokenizer.vocab_size)
     weights = folder / "model.safetensors"
     save_checkpoint(str(weights), model, model.config, {})
     return str(weights), str(vocabulary)

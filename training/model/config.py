@@ -126,7 +126,7 @@ TINY_RN = ModelConfig(
         layers=2, width=128, heads=4, vocab_size=3000, max_positions=64, dropout=0.0, init_std=0.09
     ),
 )
-# The same for a ViT, which Hugging Face's ChineseCLIPModel and ONNX can hold.
+# The same for a ViT, which transformers' own ChineseCLIPModel can hold: a ResNet needs code of ours there.
 SMALL_VIT = ModelConfig(
     name="small-vit",
     embed_dim=128,

@@ -8,11 +8,12 @@ from typing import Literal
 from pipeline.core import store
 from pipeline.core.records import ConfigError
 from training.model.clip import CLIP
+from training.model.config import VisionTransformerConfig
 from training.model.tokenizer import Tokenizer
 from training.weights.export import save_cn_clip, save_hugging_face, save_onnx, save_safetensors
 from training.weights.formats import Weights, build_model, read_weights
 from training.weights.hub.locate import locate
-from training.weights.model_card import facts_of
+from training.weights.model_card import RESNET_CODE, facts_of
 from training.weights.sizes import matching_towers
 from training.weights.vocabulary_lookup import find_vocabulary
 from training.weights.weights import not_finite
@@ -75,10 +76,13 @@ def convert(
     elif target == "hugging_face":
         tokenizer = find_vocabulary(source, model.config.text.vocab_size, given=vocabulary)
         save_hugging_face(out, model, tokenizer, facts)
+        is_vit = isinstance(model.config.vision, VisionTransformerConfig)
+        code = "" if is_vit else f"{RESNET_CODE}, "
+        trust = "" if is_vit else " it has a ResNet: load it with AutoModel and trust_remote_code=True;"
         written = (
-            f"{out}: config.json, model.safetensors, the tokenizer's and the processor's files, README.md;"
-            ' load its processor with backend="pil": transformers\' default resizes with other rounding,'
-            " pixels differ by up to 2 of 255, at hard edges by up to about 30"
+            f"{out}: config.json, {code}model.safetensors, the tokenizer's and the processor's files,"
+            f' README.md;{trust} load its processor with backend="pil": transformers\' default resizes with'
+            " other rounding, pixels differ by up to 2 of 255, at hard edges by up to about 30"
         )
     elif target == "safetensors":
         written = _write_safetensors(source, out, model, facts, vocabulary)

@@ -1,4 +1,4 @@
-"""Weights out: Chinese CLIP's `.pt`, Hugging Face's ChineseCLIP folder, safetensors with a card, and ONNX."""
+"""Weights out: Chinese CLIP's `.pt`, a folder for transformers, safetensors with a card, and ONNX."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping
+from importlib import resources
 from typing import Any
 
 import torch
@@ -17,11 +18,12 @@ from pipeline.core.files.written import check_safetensors, check_size, check_zip
 from pipeline.core.records import ConfigError
 from training.config.train import CONTEXT_LENGTH
 from training.model.clip import CLIP
-from training.model.config import ModelConfig, VisionTransformerConfig
+from training.model.config import ModelConfig, TextConfig, VisionTransformerConfig
 from training.model.preprocess import MEAN, STD
 from training.model.tokenizer import SPECIAL_TOKENS, Tokenizer, hugging_face_tokenizer
 from training.weights.layouts import to_hugging_face
-from training.weights.model_card import model_card
+from training.weights.model_card import RESNET_CODE, model_card
+from training.weights.said import RESNET_TYPE
 from training.weights.tensor_files import METADATA_KEY
 from training.weights.weights import header_of, save_checkpoint, state_for_file
 
@@ -72,23 +74,21 @@ def save_safetensors(
 
 
 def save_hugging_face(folder: str, model: CLIP, tokenizer: Tokenizer, facts: Mapping[str, str]) -> None:
-    """Write a folder that `ChineseCLIPModel.from_pretrained` and `ChineseCLIPProcessor` load offline.
+    """Write a folder that transformers loads offline, model and processor.
 
-    Raises:
-        ConfigError: for a ResNet, since the library has no such tower.
+    A ViT's is of the library's own `ChineseCLIPModel`. The library has none with a ResNet: that folder brings
+    its code along (RESNET_CODE), which `AutoModel` takes with `trust_remote_code=True`.
     """
     config = model.config
-    if not isinstance(config.vision, VisionTransformerConfig):
-        raise ConfigError(
-            f"{folder}: {config.name} cannot be written for Hugging Face: its ChineseCLIP has ViT towers"
-            " only, none with a ResNet; write Chinese CLIP's .pt, safetensors or ONNX instead"
-        )
     _write_card(store.join(folder, "README.md"), model, facts, for_transformers=True)
     tokenizer.save_vocabulary(store.join(folder, "vocab.txt"))
     store.write_text(store.join(folder, "tokenizer.json"), hugging_face_tokenizer(tokenizer))
     _write_json(folder, "tokenizer_config.json", _tokenizer_config())
     _write_json(folder, "preprocessor_config.json", _preprocessor_config(config))
-    _write_json(folder, "config.json", _hugging_face_config(config, config.vision))
+    _write_json(folder, "config.json", _hugging_face_config(config))
+    if not isinstance(config.vision, VisionTransformerConfig):
+        code = resources.files("training.model").joinpath(RESNET_CODE).read_text(encoding="utf-8")
+        store.write_text(store.join(folder, RESNET_CODE), code)
     path = store.join(folder, "model.safetensors")
     with store.publish(path) as temporary, naming(path):
         save_file(to_hugging_face(state_for_file(model)), temporary, metadata={"format": "pt"})
@@ -112,6 +112,7 @@ def _tokenizer_config() -> dict[str, Any]:
         # curly quotes.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": CONTEXT_LENGTH,
+        "processor_class": "ChineseCLIPProcessor",
         "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
         **dict(zip(names, SPECIAL_TOKENS, strict=True)),
     }
@@ -121,6 +122,7 @@ def _preprocessor_config(config: ModelConfig) -> dict[str, Any]:
     side = config.vision.image_size_px
     return {
         "image_processor_type": "ChineseCLIPImageProcessor",
+        "processor_class": "ChineseCLIPProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"height": side, "width": side},
@@ -134,43 +136,69 @@ def _preprocessor_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _hugging_face_config(config: ModelConfig, vision: VisionTransformerConfig) -> dict[str, Any]:
-    text = config.text
-    return {
-        "architectures": ["ChineseCLIPModel"],
-        "model_type": "chinese_clip",
+def _hugging_face_config(config: ModelConfig) -> dict[str, Any]:
+    vision = config.vision
+    shared = {
         "projection_dim": config.embed_dim,
         "logit_scale_init_value": 2.6592,
         "torch_dtype": "float32",
-        "text_config": {
-            "model_type": "chinese_clip_text_model",
-            "vocab_size": text.vocab_size,
-            "hidden_size": text.width,
-            "intermediate_size": 4 * text.width,
-            "num_hidden_layers": text.layers,
-            "num_attention_heads": text.heads,
-            "max_position_embeddings": text.max_positions,
-            "hidden_act": "gelu",
-            "layer_norm_eps": 1e-12,
-            "initializer_range": 0.02,
-            "hidden_dropout_prob": text.dropout,
-            "attention_probs_dropout_prob": text.dropout,
-            "type_vocab_size": 2,
-            "pad_token_id": 0,
-        },
+        "text_config": _text_settings(config.text),
+    }
+    if isinstance(vision, VisionTransformerConfig):
+        return {
+            "architectures": ["ChineseCLIPModel"],
+            "model_type": "chinese_clip",
+            **shared,
+            "vision_config": {
+                "model_type": "chinese_clip_vision_model",
+                "hidden_size": vision.width,
+                "intermediate_size": 4 * vision.width,
+                "projection_dim": config.embed_dim,
+                "num_hidden_layers": vision.layers,
+                "num_attention_heads": vision.heads,
+                "image_size": vision.image_size_px,
+                "patch_size": vision.patch_size_px,
+                "hidden_act": "quick_gelu",
+                "layer_norm_eps": 1e-5,
+                "attention_dropout": 0.0,
+            },
+        }
+    module = RESNET_CODE.removesuffix(".py")
+    classes = {
+        "AutoConfig": "ChineseCLIPResNetConfig",
+        "AutoModel": "ChineseCLIPResNetModel",
+        "AutoModelForZeroShotImageClassification": "ChineseCLIPResNetModel",  # what pipelines ask for
+    }
+    return {
+        "architectures": ["ChineseCLIPResNetModel"],
+        "auto_map": {auto: f"{module}.{name}" for auto, name in classes.items()},
+        "model_type": RESNET_TYPE,
+        **shared,
         "vision_config": {
-            "model_type": "chinese_clip_vision_model",
-            "hidden_size": vision.width,
-            "intermediate_size": 4 * vision.width,
-            "projection_dim": config.embed_dim,
-            "num_hidden_layers": vision.layers,
-            "num_attention_heads": vision.heads,
+            "model_type": f"{RESNET_TYPE}_vision_model",
             "image_size": vision.image_size_px,
-            "patch_size": vision.patch_size_px,
-            "hidden_act": "quick_gelu",
-            "layer_norm_eps": 1e-5,
-            "attention_dropout": 0.0,
+            "depths": list(vision.blocks),
+            "hidden_size": vision.width,
         },
+    }
+
+
+def _text_settings(text: TextConfig) -> dict[str, Any]:
+    return {
+        "model_type": "chinese_clip_text_model",
+        "vocab_size": text.vocab_size,
+        "hidden_size": text.width,
+        "intermediate_size": 4 * text.width,
+        "num_hidden_layers": text.layers,
+        "num_attention_heads": text.heads,
+        "max_position_embeddings": text.max_positions,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-12,
+        "initializer_range": 0.02,
+        "hidden_dropout_prob": text.dropout,
+        "attention_probs_dropout_prob": text.dropout,
+        "type_vocab_size": 2,
+        "pad_token_id": 0,
     }
 
 

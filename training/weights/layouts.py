@@ -27,6 +27,13 @@ _HUGGING_FACE = (
     ("vision_model.encoder.layers.", "visual.transformer.resblocks."),
     ("text_model.", "bert."),
 )
+# The same for a ResNet, as training.model.modeling_chinese_clip_resnet names it; OpenAI's names below
+# `vision_model`
+_HUGGING_FACE_RESNET = (
+    ("visual_projection.", "visual.attnpool.c_proj."),
+    ("vision_model.", "visual."),
+    ("text_model.", "bert."),
+)
 _HUGGING_FACE_BLOCK = (
     (".layer_norm1.", ".ln_1."),
     (".layer_norm2.", ".ln_2."),
@@ -34,10 +41,11 @@ _HUGGING_FACE_BLOCK = (
     (".mlp.fc1.", ".mlp.c_fc."),
     (".mlp.fc2.", ".mlp.c_proj."),
 )
-_HUGGING_FACE_TRANSPOSED = (
-    ("visual_projection.weight", "visual.proj"),
-    ("text_projection.weight", "text_projection"),
-)
+_HUGGING_FACE_TRANSPOSED = {
+    "visual_projection.weight": "visual.proj",
+    "text_projection.weight": "text_projection",
+}
+_HUGGING_FACE_RESNET_TRANSPOSED = {"text_projection.weight": "text_projection"}
 _QKV = re.compile(r"(visual\.transformer\.resblocks\.\d+)\.self_attn\.([qkv])_proj\.(weight|bias)")
 _IN_PROJ = re.compile(r"(visual\.transformer\.resblocks\.\d+)\.attn\.in_proj_(weight|bias)")
 _FLASH_TEXT = re.compile(r"(bert\.encoder\.layer\.\d+\.attention\.self)\.Wqkv\.(weight|bias)")
@@ -135,8 +143,7 @@ def _rename(tensors: Mapping[str, torch.Tensor], origin: str) -> Renamed:
         name = original
         if layout == "bert":
             name = name if name.startswith(("bert.", "cls.")) else f"bert.{name}"
-            name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
-            name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
+            name = _modern(name)
         if _LEFT_OUT.match(name) or (layout == "bert" and re.match(r"bert\.(qa_outputs|classifier)\.", name)):
             dropped.append(original)
         elif match := _FLASH_TEXT.fullmatch(name):  # trained with flash attention: one tensor for three
@@ -166,12 +173,14 @@ def _from_hugging_face(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> R
     state: dict[str, torch.Tensor] = {}
     thirds: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
     dropped = []
+    names, transposed = _tables("vision_model.attnpool.positional_embedding" in tensors)
     for old, tensor in tensors.items():
         name = old
-        for theirs, ours in _HUGGING_FACE:
+        for theirs, ours in names:
             name = ours + name.removeprefix(theirs) if name.startswith(theirs) else name
         for theirs, ours in _HUGGING_FACE_BLOCK if name.startswith("visual.") else ():
             name = name.replace(theirs, ours)
+        name = _modern(name)
         english = layout == "hugging_face_english" and (
             name.startswith("bert.") or old == "text_projection.weight"
         )
@@ -179,8 +188,8 @@ def _from_hugging_face(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> R
             dropped.append(old)
         elif match := _QKV.fullmatch(name):
             thirds.setdefault((match[1], match[3]), {})[match[2]] = tensor
-        elif old in dict(_HUGGING_FACE_TRANSPOSED):
-            state[dict(_HUGGING_FACE_TRANSPOSED)[old]] = tensor.T
+        elif old in transposed:
+            state[transposed[old]] = tensor.T
         else:
             state[name] = tensor
     for (block, kind), parts in thirds.items():
@@ -189,23 +198,37 @@ def _from_hugging_face(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> R
     return Renamed(layout, state, tuple(dropped))
 
 
+def _modern(name: str) -> str:
+    """Return PyTorch's name of a norm in BERT; old files, and transformers 5.0, have TensorFlow's."""
+    name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
+    return re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
+
+
 def to_hugging_face(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return a state in Chinese CLIP's names as Hugging Face's ChineseCLIP names it; ViT only."""
+    """Return a state in Chinese CLIP's names as folders for transformers name it, of a ViT or a ResNet."""
     renamed: dict[str, torch.Tensor] = {}
+    names, transposed = _tables("visual.attnpool.positional_embedding" in state)
+    back = {ours: theirs for theirs, ours in transposed.items()}
     for name, tensor in state.items():
         if match := _IN_PROJ.fullmatch(name):
             block = match[1].replace("visual.transformer.resblocks.", "vision_model.encoder.layers.")
             for part, third in zip("qkv", tensor.chunk(3), strict=True):
                 renamed[f"{block}.self_attn.{part}_proj.{match[2]}"] = third.contiguous()
             continue
-        transposed = {ours: theirs for theirs, ours in _HUGGING_FACE_TRANSPOSED}
-        if name in transposed:
-            renamed[transposed[name]] = tensor.T.contiguous()
+        if name in back:
+            renamed[back[name]] = tensor.T.contiguous()
             continue
         new = name
         for theirs, ours in _HUGGING_FACE_BLOCK if name.startswith("visual.") else ():
             new = new.replace(ours, theirs)
-        for theirs, ours in _HUGGING_FACE:
+        for theirs, ours in names:
             new = theirs + new.removeprefix(ours) if new.startswith(ours) else new
         renamed[new] = tensor
     return renamed
+
+
+def _tables(is_resnet: bool) -> tuple[tuple[tuple[str, str], ...], dict[str, str]]:
+    """Return the beginnings of names, theirs and ours, and the names of tensors that are transposed."""
+    if is_resnet:
+        return _HUGGING_FACE_RESNET, _HUGGING_FACE_RESNET_TRANSPOSED
+    return _HUGGING_FACE, _HUGGING_FACE_TRANSPOSED

@@ -11,15 +11,31 @@ from training.model.config import ModelConfig, VisionTransformerConfig
 from training.model.preprocess import MEAN, STD
 
 _UNKNOWN = "not recorded in the file these weights came from"
-# Bounded in tests/training/model/test_preprocess.py
-_PIXELS = """
+FOLDER = "FOLDER"  # in the card's code: what the reader puts a path or a hub's id for
+RESNET_CODE = "modeling_chinese_clip_resnet.py"  # in training/model, and in the folders of ResNets
+RESNET_CODE_LICENCE = "apache-2.0"  # the project's, as the file says in its first line
+_VIT_LINES = f"""
 ```python
 from transformers import ChineseCLIPModel, ChineseCLIPProcessor
 
-model = ChineseCLIPModel.from_pretrained(FOLDER)
-processor = ChineseCLIPProcessor.from_pretrained(FOLDER, backend="pil")
+model = ChineseCLIPModel.from_pretrained({FOLDER})
+processor = ChineseCLIPProcessor.from_pretrained({FOLDER}, backend="pil")
+```
+"""
+_RESNET_LINES = f"""
+```python
+from transformers import AutoModel, AutoProcessor
+
+model = AutoModel.from_pretrained({FOLDER}, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained({FOLDER}, trust_remote_code=True, backend="pil")
 ```
 
+transformers has no Chinese CLIP with a ResNet, so `trust_remote_code=True` is needed: the code is
+`{RESNET_CODE}`, next to this file, under the license {RESNET_CODE_LICENCE}. `model` has
+the methods and outputs of transformers' `ChineseCLIPModel`.
+"""
+# Bounded in tests/training/model/test_preprocess.py
+_PIXELS = """
 With `backend="pil"` the pixels are those of training. Without, transformers resizes with torchvision, which
 rounds otherwise: pixels differ by up to 2 of 255, and by up to about 30 at hard edges of images that are
 made smaller. A folder has no setting for this.
@@ -32,8 +48,8 @@ def model_card(
     """Return Markdown with Hugging Face's header: sizes, data, stage, samples seen, scores, inputs.
 
     `facts` may have `data`, `stage`, `samples_seen`, `scores` and `source`; the card says what it lacks.
-    `tables` is Markdown that follows: the run's tables next to the paper's. `for_transformers` says that the
-    folder is Hugging Face's, and how its processor gives these very pixels.
+    `tables` is Markdown that follows: the run's tables next to the paper's. `for_transformers` says that
+    transformers loads the folder, and how its processor gives these very pixels.
     """
     vision = config.vision
     sizes = (
@@ -54,6 +70,7 @@ def model_card(
         "Scores": facts.get("scores", _UNKNOWN),
         "Converted from": facts.get("source", _UNKNOWN),
     }
+    lines = _VIT_LINES if isinstance(vision, VisionTransformerConfig) else _RESNET_LINES
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     library = "transformers" if for_transformers else "pytorch"
     return f"""---
@@ -74,7 +91,7 @@ tags:
 Images are turned to RGB and resized to the square (bicubic, no crop), scaled to [0, 1] and normalised by
 mean {MEAN} and standard deviation {STD}. Captions are lower-cased, curly double quotes made straight, cut
 into word pieces of the vocabulary next to this file, framed by [CLS] and [SEP], and cut to 52 tokens.
-{_PIXELS if for_transformers else ""}{facts.get("tables", "")}"""
+{lines + _PIXELS if for_transformers else ""}{facts.get("tables", "")}"""
 
 
 def facts_of(path: str, recorded: Mapping[str, str]) -> dict[str, str]:

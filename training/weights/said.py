@@ -8,12 +8,14 @@ from pipeline.core.files.foreign import foreign, parse_json
 from pipeline.core.records import InputError
 from training.weights.sizes import Said
 
+RESNET_TYPE = "chinese_clip_resnet"  # as training.model.modeling_chinese_clip_resnet has it
 _DAMAGED = "download the folder again"
 # What has to be so in a Hugging Face config.json for the features to be Chinese CLIP's.
 _FIXED_VISION = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 _FIXED_TEXT = {"hidden_act": "gelu", "layer_norm_eps": 1e-12}
 # Of a tower whose config.json says nothing of them: transformers' defaults, of all three classes.
 _HUGGING_FACE_HEADS, _HUGGING_FACE_WIDTH = 12, 768
+_RESNET_SIZE_PX = 224  # of one whose config.json says nothing of it, as the class of RESNET_TYPE has it
 _OPEN_CLIP_HEAD_WIDTH = 64  # of a tower whose configuration says nothing of it (open_clip's default)
 
 
@@ -50,17 +52,19 @@ def _of_hugging_face(path: str) -> Said:
         _check(settings, _FIXED_TEXT, path, "")
         heads, width = _heads(settings, path, "")
         return Said(text_heads=heads, text_width=width)
-    if kind not in ("chinese_clip", "clip"):
+    if kind not in ("chinese_clip", RESNET_TYPE, "clip"):
         return Said()
     vision = _tower(settings, "vision_config", path)
+    if kind == RESNET_TYPE:
+        text_heads, text_width = _text_heads(settings, path)
+        size = _number(vision, "image_size", path, _RESNET_SIZE_PX)
+        return Said(text_heads=text_heads, text_width=text_width, image_size_px=size)
     image_heads, image_width = _heads(vision, path, "vision_config.")
     if kind == "clip":  # English: its text tower is left out
         activation = str(vision.get("hidden_act", "quick_gelu"))[:40]
         return Said(image_heads=image_heads, image_width=image_width, activation=activation)
-    text = _tower(settings, "text_config", path)
     _check(vision, _FIXED_VISION, path, "vision_config.")
-    _check(text, _FIXED_TEXT, path, "text_config.")
-    text_heads, text_width = _heads(text, path, "text_config.")
+    text_heads, text_width = _text_heads(settings, path)
     return Said(
         image_heads=image_heads,
         image_width=image_width,
@@ -68,6 +72,13 @@ def _of_hugging_face(path: str) -> Said:
         text_width=text_width,
         activation="quick_gelu",
     )
+
+
+def _text_heads(settings: Mapping[str, Any], path: str) -> tuple[int, int | None]:
+    """Return what `_heads` does, of a Chinese CLIP's text tower."""
+    text = _tower(settings, "text_config", path)
+    _check(text, _FIXED_TEXT, path, "text_config.")
+    return _heads(text, path, "text_config.")
 
 
 def _of_open_clip(path: str) -> Said:

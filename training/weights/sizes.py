@@ -30,6 +30,7 @@ class Said:
     image_width: int | None = None  # that `image_heads` belong to
     text_width: int | None = None
     activation: str | None = None  # of the image tower: quick_gelu or gelu
+    image_size_px: int | None = None  # of a ResNet: its tensors show cells of 32 pixels only
 
     @property
     def model(self) -> ModelConfig | None:
@@ -120,7 +121,7 @@ def infer_vision(
     """Return the sizes of the image tower; None if it or the tensors that show them are missing.
 
     Raises:
-        InputError: if its number of heads is unknown.
+        InputError: if its number of heads is unknown, or it is of another size than said.
     """
     shapes = _vision_shapes(state)
     if shapes is None:
@@ -128,8 +129,16 @@ def infer_vision(
     named = said.model.vision if said.model is not None and _fits(said.model.vision, shapes) else None
     if isinstance(shapes, ModifiedResNetConfig):
         # The grid of 32-pixel cells is all that shows of a resolution.
-        known = [named] if named else [one.vision for one in MODELS.values() if _fits(one.vision, shapes)]
         side = shapes.image_size_px // 32
+        if said.image_size_px is not None:
+            if said.image_size_px // 32 != side:
+                raise InputError(
+                    f"{origin}: its image tower has positions of {side} × {side} cells of 32 pixels, but the"
+                    f" configuration next to it is of one for {said.image_size_px} pixels; give the"
+                    " config.json that belongs to these weights"
+                )
+            return replace(shapes, image_size_px=said.image_size_px)
+        known = [named] if named else [one.vision for one in MODELS.values() if _fits(one.vision, shapes)]
         sizes = [one.image_size_px for one in known if one.image_size_px // 32 == side]
         return replace(shapes, image_size_px=sizes[0] if sizes else shapes.image_size_px)
     _check_width("image", shapes.width, said.image_width, origin)

@@ -9,10 +9,14 @@ import pytest
 from huggingface_hub import DatasetCard, ModelCard, constants
 
 import cnclip
+from eval.metrics.bootstrap import Measured
+from eval.zeroshot.stage import ZeroshotFacts
 from pipeline.cli import main
+from pipeline.core.records import Manifest
 from tests.helpers.corpus_files import plain_corpus
 from tests.helpers.hub_server import Hub, hub_server
 from tests.helpers.tiny_model import write_tiny_model
+from training.weights.model_card import RESNET_CODE
 
 _TOKEN = "hf_secretsecretsecret"
 _TEXTS = ["一张红色的照片", "没有猫"]
@@ -83,6 +87,51 @@ def test_the_cards_metadata_parses_and_has_licence_base_model_and_scores(hub: Hu
     assert results["t2i_r10"].metric_value == 90.25
     assert results["t2i_r1"].dataset_name == "muge"
     assert "# tiny-vit, Chinese CLIP" in card.text
+
+
+def test_zero_shot_scores_are_those_of_the_model_that_they_measured(hub: Hub, weights: Path) -> None:
+    run = weights.parent.parent
+    facts = {
+        "mnist": ZeroshotFacts("mnist", "accuracy", Measured(51.236, 50.0, 52.5), None, (), False),
+        "dtd": ZeroshotFacts("dtd", "mean-per-class", Measured(30.0, 29.0, 31.0), None, (), False),
+    }
+    manifest = Manifest(
+        "zeroshot", 2, "", "", {"vocabulary": "a", "stage2": "b"}, (), 2, 2, {},
+        {name: found.to_json() for name, found in facts.items()},
+    )  # fmt: skip
+    (run / "zeroshot").mkdir()
+    (run / "zeroshot" / "manifest.json").write_text(manifest.to_file(), encoding="utf-8")
+    assert main(["push", str(weights), "me/mine", "--license", "apache-2.0"]) == 0
+    card = ModelCard.load(hub.models["me/mine"] / "README.md")
+    found = {
+        (result.dataset_name, result.metric_type): result.metric_value
+        for result in card.data.eval_results
+        if result.task_type == "zero-shot-image-classification"
+    }
+    assert found == {("mnist", "accuracy"): 51.24, ("dtd", "mean-per-class"): 30.0}
+    assert len(card.data.eval_results) == 8  # recall too
+    weights.parent.rename(run / "stage1")
+    earlier = str(run / "stage1" / weights.name)
+    assert main(["push", earlier, "me/earlier", "--license", "apache-2.0"]) == 0
+    card = ModelCard.load(hub.models["me/earlier"] / "README.md")
+    assert {result.task_type for result in card.data.eval_results} == {"image-text-retrieval"}
+
+
+def test_a_pushed_resnet_says_how_it_is_loaded_and_loads_by_name(hub: Hub, tmp_path: Path) -> None:
+    path, _ = write_tiny_model(tmp_path, name="tiny-rn")
+    assert main(["push", path, "me/mine", "--license", "mit"]) == 0
+    files = {file.name for file in hub.models["me/mine"].iterdir()}
+    assert {"config.json", "model.safetensors", RESNET_CODE, "vocab.txt"} <= files
+    card = ModelCard.load(hub.models["me/mine"] / "README.md")
+    assert card.data.library_name == "transformers"
+    assert card.data.license == "mit"
+    assert 'AutoModel.from_pretrained("me/mine", trust_remote_code=True)' in card.text
+    assert 'AutoProcessor.from_pretrained("me/mine", trust_remote_code=True, backend="pil")' in card.text
+    assert f"`trust_remote_code=True` is needed: the code is\n`{RESNET_CODE}`" in card.text
+    own, theirs = cnclip.load(path), cnclip.load("me/mine")
+    np.testing.assert_array_equal(own.embed_texts(_TEXTS), theirs.embed_texts(_TEXTS))
+    assert hub.asked("GET", ".safetensors")
+    assert hub.asked("GET", ".py") == []  # nor is the code downloaded
 
 
 def test_a_dry_run_writes_the_folder_and_asks_no_hub(hub: Hub, weights: Path, tmp_path: Path) -> None:

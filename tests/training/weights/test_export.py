@@ -52,7 +52,7 @@ def _same(one: CLIP, other: CLIP) -> bool:
 
 
 @pytest.mark.parametrize(("name", "out"), [
-    ("tiny-vit", "a.pt"), ("tiny-rn", "a.pt"), ("tiny-vit", "folder"),
+    ("tiny-vit", "a.pt"), ("tiny-rn", "a.pt"), ("tiny-vit", "folder"), ("tiny-rn", "folder"),
     ("tiny-vit", "a.safetensors"), ("tiny-rn", "a.safetensors"),
 ])  # fmt: skip
 def test_there_and_back_again_is_bit_exact(name: str, out: str, tmp_path: Path) -> None:
@@ -137,15 +137,6 @@ def test_transformers_loads_the_folder_offline(tmp_path: Path, monkeypatch: pyte
     torch.testing.assert_close(image_BD, theirs.image_embeds, atol=1e-5, rtol=0)
     torch.testing.assert_close(text_BD, theirs.text_embeds, atol=1e-5, rtol=0)
     assert peer.get_text_features(**{k: inputs[k] for k in ("input_ids", "attention_mask")}) is not None
-
-
-def test_a_resnet_is_refused_for_hugging_face_with_the_reason(tmp_path: Path) -> None:
-    _, source = _source(tmp_path / "in", "tiny-rn")
-    with pytest.raises(
-        ConfigError, match="tiny-rn cannot be written for Hugging Face: its ChineseCLIP has ViT"
-    ):
-        convert(source, str(tmp_path / "hf"))
-    assert not (tmp_path / "hf").exists()
 
 
 def test_hugging_face_token_ids_equal_ours_on_many_captions() -> None:
