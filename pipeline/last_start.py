@@ -108,7 +108,11 @@ def _show_corpus(run: Run, stages: Sequence[Stage], done: Stage) -> None:
     path = store.join(run.folder, "report.html")
     try:
         write_run_page(run, path)
-    except (InputError, OSError) as error:  # training may take weeks, and a page is written again at any time
+    except (
+        ConfigError,
+        InputError,
+        OSError,
+    ) as error:  # training may take weeks, and a page is written again at any time
         note(f"the report of the corpus is not written: {one_line(str(error))}")
     else:
         inform(f"report of the corpus: {path}")

@@ -97,6 +97,8 @@ def test_a_caption_must_say_something(caption: str | None, missing: bool) -> Non
         ("https://a.cn", True),
         ("HTTPS://A.CN/图.jpg?x=1#y", True),
         ("http://127.0.0.1:8000/a", True),
+        (r"http:\\a.cn\1.jpg", True),  # as browsers read it
+        (r"http://\a.jpg", False),
         (None, False),
         ("", False),
         ("http://", False),

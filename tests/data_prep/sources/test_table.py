@@ -241,3 +241,19 @@ def test_nothing_left_names_the_rule(tmp_path: Path) -> None:
     path.write_text("url,caption\nhttp://a.cn/1,猫\nhttp://a.cn/2,狗\n")
     with pytest.raises(InputError, match=r"no rows left of 2 after filter_text \(too_short removed 2\)"):
         _execute(_run(tmp_path / "run", _source(path)))
+
+
+def test_what_is_around_an_address_is_no_part_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    around = [" ", "\t\r\n", "\u3000", "\xa0", "\ufeff", "\u200b", "\u2028", "\x00"]
+    rows = [f"{mark}http://a.cn/{number}.jpg{mark}" for number, mark in enumerate(around)]
+    pl.DataFrame(
+        {"url": [*rows, None, "//b.cn/1.jpg", r"\\b.cn\2.jpg"], "caption": "一只黑色的猫"}
+    ).write_parquet(path)
+    plain = [f"http://a.cn/{number}.jpg" for number in range(len(around))]
+    assert _read(path)["url"].to_list() == [*plain, None, "//b.cn/1.jpg", r"\\b.cn\2.jpg"]
+    given = _read(path, address_scheme="https")["url"].to_list()
+    assert given == [*plain, None, "https://b.cn/1.jpg", r"https://b.cn\2.jpg"]
+    # A name on disk keeps its blanks.
+    pl.DataFrame({"url": ["a .jpg "], "caption": ["一只黑色的猫"]}).write_parquet(path)
+    assert _read(path, picture_folder=str(tmp_path))["url"][0].endswith("/a .jpg ")

@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from pipeline.cli import main
@@ -81,3 +82,27 @@ def test_a_path_of_no_row_is_one_clear_line(
         f"error: {asked}: not in any caption table of {folder}/run;"
         " give a key, a whole URL, or the path of an image on disk"
     ]
+
+
+@pytest.mark.parametrize("asked", ["\u3000http://a.cn/1.jpg\t", "http://a.cn/1.jpg", "//b.cn/2.jpg"])
+def test_by_an_address_as_its_table_has_it(
+    asked: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = {"url": ["\u3000http://a.cn/1.jpg\t", "//b.cn/2.jpg"], "caption": ["一只黑狗在草地上"] * 2}
+    pl.DataFrame(rows).write_parquet(tmp_path / "table.parquet")
+    (tmp_path / "run.toml").write_text(
+        f'''
+[run]
+folder = "{tmp_path}/run"
+[corpus]
+kind = "tables"
+[[corpus.tables]]
+path = "{tmp_path}/table.parquet"
+name = "mine"
+address_scheme = "http"
+''',
+        encoding="utf-8",
+    )
+    assert main(["run", str(tmp_path / "run.toml"), "--to", "filter_text"]) == 0
+    capsys.readouterr()
+    assert _found(capsys, tmp_path, asked) == ["一只黑狗在草地上"]
