@@ -9,7 +9,6 @@ Attention runs either as the FlashAttention operator for rows of captions, calle
 or, where that kernel does not exist (CPUs, float32, old GPUs), as one call for all captions of one length.
 """
 
-import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertModel
 
+from training.model.compiled import compiled as get_compiled
 from training.model.config import TextConfig
 from training.model.transfer import send
 
@@ -138,7 +138,7 @@ def encode_packed(
     """
     device = bert.embeddings.word_embeddings.weight.device
     packing = pack(tokens_BL, device, multiple=filled_to(len(tokens_BL)) if compiled else 1)
-    through = _Pass(packing, recompute, compiled_finish() if compiled else _finish_layer)
+    through = _Pass(packing, recompute, get_compiled(_finish_layer) if compiled else _finish_layer)
     hidden_TH = bert.embeddings(packing.tokens_T[None], position_ids=packing.position_T[None])[0]
     *layers, last = bert.encoder.layer
     for layer in layers:
@@ -159,9 +159,10 @@ def _compute_layer(layer: Any, hidden_TH: torch.Tensor, through: _Pass, only_fir
     """Compute the parts of transformers' `BertLayer`, whose names the weights fix, around own attention."""
     part, packing = layer.attention.self, through.packing
     asking_TH = hidden_TH[packing.first_B] if only_first else hidden_TH
-    rows = _project(part, asking_TH, hidden_TH)
-    attend = attend_by_offsets if has_flash_kernel(rows[0]) else _attend_by_run
-    found_TH = attend(*rows, packing, part.dropout.p if part.training else 0.0).flatten(1)
+    query_TND, key_TND, value_TND = _project(part, asking_TH, hidden_TH)
+    attend = attend_by_offsets if has_flash_kernel(query_TND) else _attend_by_run
+    dropout = part.dropout.p if part.training else 0.0
+    found_TH = attend(query_TND, key_TND, value_TND, packing, dropout).flatten(1)
     if only_first:  # a row a caption: no filling, and too few to be worth a graph
         num_asked = len(packing.place_B)
         return _finish_layer(layer, found_TH[:num_asked], asking_TH[:num_asked])
@@ -175,14 +176,6 @@ def _finish_layer(layer: Any, found_TH: torch.Tensor, asking_TH: torch.Tensor) -
     return output_TH
 
 
-@functools.cache
-def compiled_finish() -> Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Return what follows attention in a layer as torch compiles it: one graph a shape, for all layers."""
-    compiled: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
-    compiled = torch.compile(_finish_layer, dynamic=False)
-    return compiled
-
-
 def _project(part: Any, asking_TH: torch.Tensor, hidden_TH: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Return query_TND, key_TND and value_TND of a layer; queries are those of the tokens that ask.
 
@@ -191,11 +184,13 @@ def _project(part: Any, asking_TH: torch.Tensor, hidden_TH: torch.Tensor) -> tup
     of a module only while the module itself computes.
     """
     sides, heads = (part.query, part.key, part.value), part.num_attention_heads
+    rows: tuple[torch.Tensor, ...]
     if asking_TH is hidden_TH and _joins_products(part.query.weight):
         weight, bias = (torch.cat([getattr(side, name) for side in sides]) for name in ("weight", "bias"))
-        return F.linear(hidden_TH, weight, bias).unflatten(-1, (3, heads, -1)).unbind(1)
-    rows = (asking_TH, hidden_TH, hidden_TH)
-    return tuple(side(row).unflatten(-1, (heads, -1)) for side, row in zip(sides, rows, strict=True))
+        rows = F.linear(hidden_TH, weight, bias).chunk(3, dim=-1)
+    else:
+        rows = (part.query(asking_TH), part.key(hidden_TH), part.value(hidden_TH))
+    return tuple(row.unflatten(-1, (heads, -1)) for row in rows)  # type: ignore[no-untyped-call]
 
 
 def _joins_products(weight: torch.Tensor) -> bool:
