@@ -47,7 +47,7 @@ class NumbersUnderWay:
         # The signal reaches the ranks at different moments; all others wait for the rank that waits longest.
         dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
         self._event: torch.cuda.Event | None = None
-        self._posted_at = time.monotonic()
+        self._posted_at, self._is_on_cpu = time.monotonic(), numbers.device.type == "cpu"
         if numbers.device.type == "cuda":
             self._numbers = torch.empty_like(numbers, device="cpu", pin_memory=True)
             self._numbers.copy_(numbers, non_blocking=True)
@@ -58,9 +58,9 @@ class NumbersUnderWay:
 
     def read(self) -> StepNumbers:
         """Wait until the step is finished, and return its numbers."""
-        ended_at = self._posted_at  # a CPU has finished what it was asked for
         if self._event is not None:
             self._event.synchronize()
-            ended_at = time.monotonic()
         loss, is_skipped, temperature, signal_number, wait_seconds = self._numbers.tolist()
+        # A CPU had finished the step when its numbers were posted.
+        ended_at = self._posted_at if self._is_on_cpu else time.monotonic()
         return StepNumbers(loss, bool(is_skipped), temperature, int(signal_number), wait_seconds, ended_at)
