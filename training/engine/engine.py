@@ -97,7 +97,8 @@ def _with_own_settings(settings: dict[str, Any], towers: Towers, config: TrainCo
     # DeepSpeed allocates its bucket for gradients whole, however few there are.
     own: dict[str, Any] = {"reduce_bucket_size": min(BUCKET_VALUES, trained)}
     more: dict[str, Any] = {}
-    if overlaps_communication(settings, config.ranks):
+    # A CPU has nothing that could compute meanwhile, and adds up in another order then.
+    if get_accelerator().device_name() != "cpu" and overlaps_communication(settings, config.ranks):
         own["overlap_comm"] = True
     if towers.judges_gradients:  # see `step_if_finite`: DeepSpeed would look at every gradient once more
         if zero.get("stage"):
