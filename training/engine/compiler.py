@@ -40,10 +40,11 @@ def _lacks() -> str:
             return (
                 "Triton, which writes kernels for the GPU, is not installed; install it (pip install triton)"
             )
-        variable, names, package = "CC", ("gcc", "clang", "cc"), "gcc"
+        variable, names, package = "CC", ["gcc", "clang", "cc"], "gcc"
     else:
-        variable, names, package = "CXX", ("g++",), "g++"
-    names = (os.environ[variable],) if os.environ.get(variable) else names
+        variable, names, package = "CXX", ["g++"], "g++"
+    if own := os.environ.get(variable):
+        names = [own]
     if any(shutil.which(name) for name in names):
         return ""
     return f"no compiler: {names[0]} is not there; install one (apt-get install {package}), set {variable}"

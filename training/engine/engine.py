@@ -17,6 +17,7 @@ from training.config.deepspeed_file import (
     BUCKET_VALUES,
     accumulates_in_float32,
     half_of,
+    judges_gradients,
     overlaps_communication,
     read_deepspeed_file,
 )
@@ -62,6 +63,7 @@ def build_engine(towers: Towers, config: TrainConfig) -> Engine:
     `training.engine.precision.check_precision` comes before.
     """
     settings, clip = read_deepspeed_file(config.deepspeed), towers.clip
+    towers.judges_gradients = judges_gradients(settings, towers.num_micro_batches)
     before: dict[str, Tensor] = {}
     if half_of(settings):
         before = {name: parameter.detach().clone() for name, parameter in clip.named_parameters()}

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from training.config.deepspeed_file import judges_gradients, read_deepspeed_file
+from training.config.deepspeed_file import read_deepspeed_file
 from training.config.train import TrainConfig
 from training.data.loader import Batch
 from training.engine.compiler import compiles
@@ -53,7 +53,7 @@ class Towers(nn.Module):
         # Gradients travel while micro-batches go back, so all ranks need the same number of them.
         largest = config.micro_batch or max(num_samples_of_ranks)
         self.num_micro_batches = math.ceil(max(num_samples_of_ranks) / largest)
-        self.judges_gradients = judges_gradients(settings, self.num_micro_batches)
+        self.judges_gradients = False  # `build_engine` sets it: a step does, and not DeepSpeed
         self.max_gradient_norm = config.max_gradient_norm
         # A validation goes around what is compiled: its batches have other shapes.
         self._is_compiled, self._encode_image = compiles(config), clip.encode_image
