@@ -302,7 +302,7 @@ def _refuse_failures(
         InputError: always, with an input of the stage that was altered, or else with the tasks.
     """
     if kinds := sorted({item.error.partition(":")[0] for item in failures if item.is_unexpected}):
-        _say(f"{stage.name}: unexpected {', '.join(kinds)}, so the bytes of its inputs are checked")
+        _say(f"{stage.name}: unexpected {', '.join(kinds)}, so its inputs are being checked")
         if altered := _find_altered_parent(run, stage):
             raise InputError(altered)
     raise InputError(summary(context, failures, num_tasks, can_go_on=stage.set_aside is not None))

@@ -18,7 +18,7 @@ from training.tracking import End, Subject, Trackers
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-    from training.data.loader import Batch
+    from training.engine.numbers import StepNumbers
 
 # Share of the time spent waiting for data above which the trainer warns.
 MOST_DATA_WAIT = 0.03
@@ -36,10 +36,10 @@ class Speed:
         self.total_seconds = self.total_wait_seconds = 0.0  # without the first step of this start
         self.seconds = self.wait_seconds = 0.0  # of the last step
 
-    def step(self, wait_seconds: float) -> None:
-        """A step ended; `wait_seconds` is all the waiting for data since the start."""
-        now = time.monotonic()
-        self.seconds, self._last = now - self._last, now
+    def step(self, wait_seconds: float, ended_at: float) -> None:
+        """A step ended at a moment of `time.monotonic`; `wait_seconds` is all the waiting for data since the
+        start."""
+        self.seconds, self._last = max(ended_at - self._last, 1e-6), ended_at
         self.wait_seconds, self._waited_before = wait_seconds - self._waited_before, wait_seconds
         self.num_steps += 1
         if self.num_steps > 1:
@@ -122,31 +122,20 @@ class MetricsLog:
         """The weights after `step` steps were validated."""
         return step in self._steps_with_recalls
 
-    def step(
-        self,
-        batch: "Batch",
-        loss: float,
-        temperature: float,
-        learning_rate: float,
-        wait_seconds: float,
-        *,
-        skipped: bool = False,
-    ) -> None:
-        """A step ended. `temperature` is the factor on cosines; `wait_seconds` all waiting for data so far,
-        of the rank that waited longest. InputError where the disk is full."""
+    def step(self, step: int, numbers: "StepNumbers", *, learning_rate: float, mean_tokens: float) -> None:
+        """A step ended, counted from 1; its captions had `mean_tokens`. InputError where the disk is full."""
         if not self.writes:
             return
         with self._naming_the_folder():
-            step = batch.step + 1
             learned: dict[str, Any] = {
-                "loss": loss,
-                "temperature": temperature,
+                "loss": numbers.loss,
+                "temperature": numbers.temperature,
                 "learning_rate": learning_rate,
             }
+            skipped = numbers.is_skipped
             self._write_metrics(step, {"skipped": True} if skipped else learned)
-            self._speed.step(wait_seconds)
-            tokens = float(batch.tokens_BL.ne(0).sum(1).float().mean())
-            speed = self._describe_speed(tokens)
+            self._speed.step(numbers.wait_seconds, numbers.ended_at)
+            speed = self._describe_speed(mean_tokens)
             line = {"time": time.time(), "step": step, **speed}
             self._log.write(json.dumps(line) + "\n")
             self._show("train", step, {"train": {**({} if skipped else learned), **speed}})
@@ -156,8 +145,9 @@ class MetricsLog:
                 self._last_progress = now
                 self._log.flush()
                 # A narrow terminal shows what comes first.
-                text = f"loss {loss:.3f} · {speed['samples_per_second']:,.0f} samples/s"
-                text += f" · data wait {100 * self._speed.wait_share:.1f}% · temperature {temperature:.1f}"
+                text = f"loss {numbers.loss:.3f} · {speed['samples_per_second']:,.0f} samples/s"
+                text += f" · data wait {100 * self._speed.wait_share:.1f}%"
+                text += f" · temperature {numbers.temperature:.1f}"
                 if "utilisation" in speed:
                     text += f" · {100 * speed['utilisation']:.0f}% of peak FLOP/s"
                 self._say("progress", {"done": step, "total": self._total_steps, "text": text})

@@ -34,6 +34,7 @@ from training.data.patch_mask import make_patch_mask
 from training.data.sampler import SampleOrder
 from training.data.shard_table import check_shards
 from training.data.statements import Statements
+from training.engine.compiler import check_compiler
 from training.engine.engine import build_engine, join_ranks
 from training.engine.precision import autocast, check_precision
 from training.engine.teacher import load_teacher
@@ -184,20 +185,6 @@ def build_model(job: TrainJob, tokenizer: Tokenizer) -> CLIP:
     return clip
 
 
-def check_compiler(config: TrainConfig, stage: str) -> None:
-    """Check that torch has what it needs to compile a tower, if one is to be compiled.
-
-    Raises:
-        ConfigError: if it does not.
-    """
-    compiler = os.environ.get("CXX", "g++")
-    if config.compile_image and shutil.which(compiler) is None:
-        raise ConfigError(
-            f"[{stage}] compile_image = true: no C++ compiler: {compiler} is not there; install one (apt-get"
-            " install g++), set CXX, or leave compile_image out"
-        )
-
-
 def sample_order(job: TrainJob) -> SampleOrder:
     """Return which samples every step of a job sees."""
     return SampleOrder(
@@ -287,8 +274,7 @@ def cache_features(
         show,
         is_asked_to_stop=stop.is_asked,
     )
-    number, _ = stop.agreed()
-    if number:
+    if number := stop.agreed():
         with_features = len(job.shards) - len(cache.missing())
         raise Stopped(
             f"by {signal.Signals(number).name}, {with_features:,} of {len(job.shards):,} shards have features"

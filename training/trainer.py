@@ -4,10 +4,13 @@ import dataclasses
 import json
 import os
 import signal
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import distributed as dist
 
@@ -20,7 +23,8 @@ from training.checkpoint.selection import Selection, best_first, has_no_gain_lef
 from training.checkpoint.start import how_computed
 from training.config.train import TrainConfig, shared_steps
 from training.data.loader import Batch, Prefetcher
-from training.engine.engine import StepResult, logit_scale, train_step
+from training.engine.engine import StepResult, train_step
+from training.engine.numbers import NumbersUnderWay, StepNumbers
 from training.engine.optim import learning_rate
 from training.engine.towers import Engine
 from training.engine.zero_state import gathered
@@ -34,6 +38,17 @@ Validate = Callable[[CLIP], Recalls]
 
 # Batches left out one after the other: the model is broken, not the batch.
 _MOST_SKIPPED_IN_A_ROW = 10
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A step whose numbers are under way, and what is to be said of it then."""
+
+    step: int  # counted from 1
+    keys: npt.NDArray[np.bytes_]  # [B], this rank's samples
+    mean_tokens: float  # of this rank's captions
+    result: StepResult
+    numbers: NumbersUnderWay
 
 
 @dataclass(slots=True, kw_only=True)
@@ -56,6 +71,7 @@ class Trainer:
     watchdog: Watchdog
     folder: str  # where checkpoints/ are
     identity: Mapping[str, Any]
+    under_way: deque[_Begun] = field(default_factory=deque)
     skipped_in_a_row: int = 0
     num_statements: int = 0  # questions of statements that this rank was asked since this start
 
@@ -71,17 +87,19 @@ class Trainer:
             self.metrics.pause()
         for batch in self.load():
             step = batch.step + 1
-            result = self.step(batch)
-            signal_number = self.record(batch, result)
-            if not signal_number and self.validation_is_due(step):
-                self.validate(step)
-                signal_number, _ = self.stop.agreed()
-            if signal_number or self.save_is_due(step):
-                self.save(step)
-            if signal_number:
-                name = signal.Signals(signal_number).name
-                raise Stopped(f"by {name} after step {step}, a checkpoint is written")
-            self.metrics.pause()
+            self.begin(batch)
+            signal_number = self.settle(but=1)
+            if signal_number or self.is_due(step):
+                signal_number = max(signal_number, self.settle())
+                if not signal_number and self.validation_is_due(step):
+                    self.validate(step)
+                    signal_number = self.stop.agreed()
+                if signal_number or self.save_is_due(step):
+                    self.save(step)
+                if signal_number:
+                    name = signal.Signals(signal_number).name
+                    raise Stopped(f"by {name} after step {step}, a checkpoint is written")
+                self.metrics.pause()
         return step
 
     def load(self) -> Iterator[Batch]:
@@ -93,29 +111,43 @@ class Trainer:
             yield batch
             self.watchdog.alive(f"reading the batch of step {batch.step + 2}")
 
-    def step(self, batch: Batch) -> StepResult:
-        """Take one optimizer step."""
+    def begin(self, batch: Batch) -> None:
+        """Have an optimizer step taken; its numbers are read when a later one runs."""
         self.watchdog.alive(f"computing step {batch.step + 1}")
         rate = learning_rate(batch.step, self.total_steps, self.config)
-        return train_step(self.engine, batch, rate, self.config.max_temperature, self.seed)
-
-    def record(self, batch: Batch, result: StepResult) -> int:
-        """Write down what a step did; return the signal that asks all ranks to stop, or 0."""
-        self.num_statements += result.num_statements
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
-        if result.skipped:
-            self.refuse_non_finite(batch, result)
-        signal_number, wait_seconds = self.stop.agreed(self.batches.wait_seconds)
-        self.metrics.step(
-            batch,
-            result.loss,
-            logit_scale(self.engine).exp().item(),
-            result.learning_rate,
-            wait_seconds,
-            skipped=bool(result.skipped),
+        result = train_step(self.engine, batch, rate, self.config.max_temperature, self.seed)
+        numbers = NumbersUnderWay(
+            result.loss, result.is_skipped, result.temperature, self.stop.received, self.batches.wait_seconds
         )
-        self.warn_of_statements(batch.step + 1)
+        mean_tokens = float(batch.tokens_BL.ne(0).sum(1).float().mean())
+        self.under_way.append(_Begun(batch.step + 1, batch.keys, mean_tokens, result, numbers))
+
+    def settle(self, *, but: int = 0) -> int:
+        """Write down what steps did, all but the newest ones; return the signal that asks all ranks to stop.
+
+        0 if there is none.
+        """
+        signal_number = 0
+        while len(self.under_way) > but:
+            begun = self.under_way.popleft()
+            signal_number = max(signal_number, self.record(begun, begun.numbers.read()))
         return signal_number
+
+    def record(self, begun: "_Begun", numbers: StepNumbers) -> int:
+        """Write down what a step did; return the signal that asks all ranks to stop, 0 if there is none."""
+        self.num_statements += begun.result.num_statements
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if numbers.is_skipped else 0
+        if numbers.is_skipped:
+            self.refuse_non_finite(begun, numbers)
+        self.metrics.step(
+            begun.step, numbers, learning_rate=begun.result.learning_rate, mean_tokens=begun.mean_tokens
+        )
+        self.warn_of_statements(begun.step)
+        return numbers.signal_number
+
+    def is_due(self, step: int) -> bool:
+        """Return true if something follows a step that needs to know what the steps up to it did."""
+        return self.validation_is_due(step) or self.save_is_due(step) or step == self.total_steps
 
     def validate(self, step: int) -> None:
         """Measure the recall of the model as it is on rank 0 while the others wait.
@@ -210,18 +242,18 @@ class Trainer:
         except (OSError, ValueError, KeyError, TypeError):
             return []  # corrupt: a resume from it reports that
 
-    def refuse_non_finite(self, batch: Batch, result: StepResult) -> None:
+    def refuse_non_finite(self, begun: "_Begun", numbers: StepNumbers) -> None:
         """Name the samples of a batch that changed nothing; stop, or leave it out, by the rule."""
-        keys = [key.decode() for key in batch.keys.tolist()]
-        step, rank, in_a_row = batch.step + 1, dist.get_rank(), self.skipped_in_a_row
+        keys = [key.decode() for key in begun.keys.tolist()]
+        step, rank, in_a_row = begun.step, dist.get_rank(), self.skipped_in_a_row
         path = os.path.join(self.folder, f"not_finite_step_{step}_rank_{rank}.json")
-        facts = {"step": step, "loss": str(result.loss), "what": result.skipped, "keys": keys}
+        facts = {"step": step, "loss": str(numbers.loss), "what": numbers.skipped, "keys": keys}
         store.write_text(path, json.dumps(facts))
         # The file of every rank has to be there before the first error ends all of them.
         dist.barrier()
         samples = f"rank {rank} had the samples {', '.join(keys[:3])}, … (all {len(keys)} in {path}"
         samples += ", those of other ranks next to it)" if self.config.ranks > 1 else ")"
-        found = f"[{self.stage}] {result.skipped} at step {step}"
+        found = f"[{self.stage}] {numbers.skipped} at step {step}"
         if self.config.on_non_finite == "skip" and in_a_row <= _MOST_SKIPPED_IN_A_ROW:
             self.metrics.notice(f"{found}: the batch is left out; {samples}")
             return

@@ -1,4 +1,4 @@
-"""Measure the locked image tower compiled by torch (`compile_image`) against the same tower uncompiled.
+"""Measure the locked image tower compiled by torch (`compile = true`) against the same tower uncompiled.
 
     python benchmarks/training/compile_image.py                 # ViT-B/16 at batch 8, one thread; 3 minutes
     python benchmarks/training/compile_image.py --full          # RN50 too, and more rounds
@@ -56,7 +56,7 @@ def compare(model: str, device: str, *, rounds: int) -> dict[str, Any]:
     towers = {
         "peer": Towers(clip, num_samples_of_ranks=(batch,), config=config).to(device),
         "ours": Towers(
-            clip, num_samples_of_ranks=(batch,), config=dataclasses.replace(config, compile_image=True)
+            clip, num_samples_of_ranks=(batch,), config=dataclasses.replace(config, compile=True)
         ).to(device),
     }
     size_px = clip.config.vision.image_size_px

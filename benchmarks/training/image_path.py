@@ -45,7 +45,7 @@ from training.data import auto_augment
 from training.data.augment import augment, sample_generator
 from training.data.loader import BatchReader, ReaderConfig
 from training.data.sampler import SampleOrder
-from training.model.preprocess import MEAN, STD, normalise
+from training.model.preprocess import normalise
 
 NUM_IMAGES, SIZE_PX, SHORT_SIDE_PX = 128, 224, 256
 TOLERANCE = 2.0  # of 255, in the mean
@@ -58,7 +58,6 @@ def main() -> int:
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     jpegs = draw_jpegs()
-    mean_C11, std_C11 = (torch.tensor(values).view(3, 1, 1) * 255 for values in (MEAN, STD))
     with tempfile.TemporaryDirectory() as folder:
         reader = make_reader(Path(folder), jpegs)
         transform = cn_clip_transform(SIZE_PX)
@@ -66,7 +65,7 @@ def main() -> int:
         seconds: dict[str, list[float]] = {"tensor": [], "uint8": [], "peer": []}
         for round_number in range(options.rounds):
             for name, run in (
-                ("tensor", lambda epoch: normalise(read(reader, epoch), mean_C11, std_C11)),
+                ("tensor", lambda epoch: normalise(read(reader, epoch))),
                 ("uint8", lambda epoch: read(reader, epoch)),
                 ("peer", lambda _: [transform(open_as_cn_clip(text)) for text in encoded]),
             ):

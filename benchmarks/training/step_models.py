@@ -33,8 +33,8 @@ def be_the_only_rank() -> None:
 def take_step(engine: Any, batch: Batch, rate: float, config: TrainConfig) -> float:
     """Take one training step in the engine and return its loss; a step that is skipped is an error."""
     result = train_step(engine, batch, rate, config.max_temperature, 0)
-    assert not result.skipped, result.skipped
-    return result.loss
+    assert not result.is_skipped.item()
+    return result.loss.item()
 
 
 def config_of(kind: Kind, batch_size: int) -> TrainConfig:

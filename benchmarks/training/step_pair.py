@@ -11,6 +11,7 @@ from benchmarks.peers import cn_clip_loss
 from benchmarks.training.step_models import Kind, config_of, make_batch, models_of
 from training.engine.towers import Towers
 from training.model.clip import CLIP, build_clip
+from training.model.preprocess import normalise
 from training.weights.weights import state_for_file
 
 BATCH = 8
@@ -32,7 +33,7 @@ class Pair:
         self.towers = Towers(self.clip, num_samples_of_ranks=(BATCH,), config=self.config).to(device)
         image_BCHW, self._tokens_BL = make_batch(model, BATCH)
         self._image: Tensor = image_BCHW.to(device)
-        self._pixel_BCHW = self.towers.normalise(self._image)
+        self._pixel_BCHW = normalise(self._image)
         if kind == "cached":
             with torch.no_grad():
                 self._image = self.clip.encode_image(self._pixel_BCHW).half()

@@ -44,6 +44,14 @@ BINDS_ONCE_DONE: Mapping[str, Any] = types.MappingProxyType({"binds": "once done
 BINDS_NEVER: Mapping[str, Any] = types.MappingProxyType({"binds": "never"})
 
 
+def formerly(name: str, metadata: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a field's metadata with the name that the field had in earlier releases.
+
+    Files that have it keep working: runs keep theirs for years.
+    """
+    return types.MappingProxyType({**metadata, "formerly": name})
+
+
 def find_recipe(name: str) -> str:
     """Return the path of a run's TOML: the file itself, or a shipped recipe (`demo`, `demo.toml`).
 
@@ -147,6 +155,7 @@ def build(cls: type[T], table: Mapping[str, Any], where: str, *, allow_nan: bool
     """
     import pydantic
 
+    table = _with_new_names(cls, table, where, "")
     _refuse_unknown_keys(cls, table, where, "")
     if not allow_nan:
         _refuse_non_finite(table, where)
@@ -211,6 +220,33 @@ def _without_none(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_none(item) for item in value]
     return value
+
+
+def _with_new_names(cls: Any, table: Any, where: str, prefix: str) -> Any:
+    """Return a table in which fields that were renamed have their names of today.
+
+    Raises:
+        ConfigError: if both names of a field are there.
+    """
+    if isinstance(table, list):
+        return [_with_new_names(cls, item, where, prefix) for item in table]
+    cls = _dataclass_for(cls, table)
+    if cls is None or not isinstance(table, Mapping):
+        return table
+    hints, found = typing.get_type_hints(cls), dict(table)
+    for field in dataclasses.fields(cls):
+        old = field.metadata.get("formerly")
+        if old in found:
+            if field.name in found:
+                raise ConfigError(
+                    f"{where}: {prefix}{old}: the earlier name of {prefix}{field.name}, which is set too;"
+                    " leave one out"
+                )
+            found[field.name] = found.pop(old)
+    return {
+        key: _with_new_names(hints[key], value, where, f"{prefix}{key}.") if key in hints else value
+        for key, value in found.items()
+    }
 
 
 def _refuse_unknown_keys(cls: Any, table: Any, where: str, prefix: str) -> None:

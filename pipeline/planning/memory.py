@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
-from training.config.deepspeed_file import DEEPSPEED_BUCKET_VALUES
+from training.config.deepspeed_file import BUCKET_VALUES
 from training.config.train import TrainConfig
 from training.flops import image_forward, text_forward, training_flops
 from training.model.config import (
@@ -93,15 +93,18 @@ def memory(
     ranks = config.ranks
     weights = weight_bytes * all_parameters / (ranks if zero.stage >= 3 else 1)
     gathered = weight_bytes * min(all_parameters, zero.most_gathered) if zero.stage >= 3 else 0
-    gradients = weight_bytes * trained / (ranks if zero.stage >= 2 else 1)
+    share = shares(config).largest
+    adds_up = 4 if precision == "bfloat16" and micro_batch < share else 0  # over micro-batches, in float32
+    gradients = (weight_bytes + adds_up) * trained / (ranks if zero.stage >= 2 else 1)
     optimizer = 8 * trained if zero.stage == 0 else 12 * trained / ranks
     if zero.offloads_weights:
         weights = 0
     if zero.offloads_optimizer:
         optimizer, gradients = 0, gradients if zero.stage < 2 else 0
     buckets = (2 if precision == "autocast" else 1) if zero.stage else 0  # one per type of gradients
-    bucket = buckets * weight_bytes * min(DEEPSPEED_BUCKET_VALUES, trained)
-    share = shares(config).largest
+    if ranks > 1 and zero.stage in (1, 2) and not zero.offloads_optimizer:
+        buckets *= 2  # one is sent while the other fills
+    bucket = buckets * weight_bytes * min(BUCKET_VALUES, trained)
     side_px = model.vision.image_size_px
     images = 0 if config.cached_views else 3 * side_px**2 * share
     features = 4 * model.embed_dim * (4 * config.global_batch + 4 * share)

@@ -240,7 +240,7 @@ def test_a_share_of_the_scored_rows_goes(encoders: tuple[ScoreConfig, Any, str],
 def test_a_killed_stage_goes_on_at_the_next_partition(
     encoders: tuple[ScoreConfig, Any, str], tmp_path: Path
 ) -> None:
-    class KilledError(Exception):
+    class KilledError(KeyboardInterrupt):
         pass
 
     done: list[str] = []

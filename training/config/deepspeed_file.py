@@ -11,7 +11,9 @@ from training.model.config import ModelConfig, ModifiedResNetConfig
 
 Half = Literal["bf16", "fp16"]  # weights in 16 bits, with a float32 master
 
-DEEPSPEED_BUCKET_VALUES = 500_000_000  # its default reduce_bucket_size
+# reduce_bucket_size: some four buckets of ViT-B/16, so that most are sent while the backward pass computes.
+# DeepSpeed's default, 500 million, is a single one for every model here.
+BUCKET_VALUES = 50_000_000
 
 # The keys that a DeepSpeed file may have. All others belong in the run's TOML or change what is learned.
 _ALLOWED = (
@@ -139,6 +141,37 @@ def half_of(settings: dict[str, Any]) -> Half | None:
     """Return the 16-bit format that a DeepSpeed file's content asks for."""
     halves: tuple[Half, ...] = ("bf16", "fp16")
     return next((name for name in halves if settings.get(name, {}).get("enabled")), None)
+
+
+def judges_gradients(settings: dict[str, Any], num_micro_batches: int) -> bool:
+    """Return true if a step measures the gradient itself, on the device, before the optimizer's step.
+
+    DeepSpeed does so, and waits for what it finds, in float16, whose loss it scales; at ZeRO 3; with an
+    offloaded optimizer; and in the optimizer that it takes for bfloat16 weights at ZeRO 1 whose gradients add
+    up in float32.
+    """
+    zero = settings.get("zero_optimization", {})
+    stage, half = zero.get("stage", 0), half_of(settings)
+    adds_up = accumulates_in_float32(settings, num_micro_batches)
+    return half != "fp16" and stage < 3 and not _offloads(zero) and not (stage == 1 and adds_up)
+
+
+def accumulates_in_float32(settings: dict[str, Any], num_micro_batches: int) -> bool:
+    """Return true if gradients of bfloat16 weights add up over micro-batches in float32.
+
+    bfloat16 has 8 bits: from the 256th micro-batch on it would lose what is as large as the mean so far.
+    """
+    return half_of(settings) == "bf16" and num_micro_batches > 1
+
+
+def overlaps_communication(settings: dict[str, Any], ranks: int) -> bool:
+    """Return true if ranks add up gradients while the backward pass computes, where DeepSpeed would wait."""
+    zero = settings.get("zero_optimization", {})
+    return ranks > 1 and zero.get("stage", 0) in (1, 2) and not _offloads(zero)
+
+
+def _offloads(zero: dict[str, Any]) -> bool:
+    return any(zero.get(key) for key in ("offload_optimizer", "cpu_offload", "zenflow"))
 
 
 def computes_in_bfloat16(settings: dict[str, Any]) -> bool:

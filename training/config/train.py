@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
-from pipeline.core.config import BINDS_EXACTLY, BINDS_NEVER, BINDS_ONCE_DONE, NOT_IN_DIGEST
+from pipeline.core.config import BINDS_EXACTLY, BINDS_NEVER, BINDS_ONCE_DONE, NOT_IN_DIGEST, formerly
 from pipeline.core.records import ConfigError, too_few
 from training.config.deepspeed_file import check_model, read_deepspeed_file
 from training.model.config import ModelConfig
@@ -134,8 +134,8 @@ class TrainConfig:
     """Upper limit of the logits' scale, which is clamped to 1 and above (Table 8)."""
     lock_image: bool = False
     """Whether the image tower stays as it is, byte for byte (stage 1; 2.3)."""
-    compile_image: bool = field(default=False, metadata=NOT_IN_DIGEST)
-    """Whether torch compiles the locked tower: about 20 seconds at each start, then faster images."""
+    compile: bool | None = field(default=None, metadata=formerly("compile_image", NOT_IN_DIGEST))
+    """Whether torch compiles the towers' layers, which takes some time at each start. Unset: on a GPU."""
     cached_views: NotNegativeInt = 0
     """Augmented views of each image whose features are cached; 0 recomputes the features each time."""
     checkpoint_activations: bool = field(default=False, metadata=NOT_IN_DIGEST)
@@ -203,11 +203,6 @@ class TrainConfig:
                 f"cached_views = {self.cached_views}: only features of a locked image tower can be cached;"
                 " set lock_image = true or cached_views = 0"
             )
-        if self.compile_image and not self.lock_image:
-            raise ValueError(
-                "compile_image = true: only a locked image tower can be compiled; set lock_image = true"
-                " or leave compile_image out"
-            )
         for name, wants_images in (("patch_mask", self.patch_mask > 0), ("distil", self.distil is not None)):
             if self.cached_views and wants_images:
                 raise ValueError(
@@ -258,10 +253,10 @@ def check_fits(config: TrainConfig, model: ModelConfig, stage: str) -> None:
         settings = read_deepspeed_file(config.deepspeed)
     except ConfigError as error:
         raise ConfigError(f"[{stage}] {error}") from None
-    if config.compile_image and settings.get("zero_optimization", {}).get("stage") == 3:
+    if config.compile and settings.get("zero_optimization", {}).get("stage") == 3:
         raise ConfigError(
-            f"[{stage}] compile_image = true, but {config.deepspeed} is ZeRO 3: it gathers weights while the"
-            " model runs, which cannot be compiled; use a lower stage or leave compile_image out"
+            f"[{stage}] compile = true, but {config.deepspeed} is ZeRO 3: it gathers weights while the model"
+            " runs, which cannot be compiled; use a lower stage or leave compile out"
         )
     check_model(config.deepspeed, model, stage)
     if config.context_length > model.text.max_positions:

@@ -3,8 +3,8 @@
 import datetime
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import deepspeed
 import torch
@@ -13,13 +13,21 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from pipeline.core.records import ConfigError
-from training.config.deepspeed_file import DEEPSPEED_BUCKET_VALUES, half_of, read_deepspeed_file
+from training.config.deepspeed_file import (
+    BUCKET_VALUES,
+    accumulates_in_float32,
+    half_of,
+    judges_gradients,
+    overlaps_communication,
+    read_deepspeed_file,
+)
 from training.config.train import TrainConfig
 from training.data.loader import Batch
+from training.engine.gradients import step_if_finite
 from training.engine.micro_batches import in_micro_batches, whole_batch
 from training.engine.optim import build_optimizer
 from training.engine.towers import Engine, Towers, running_statistics
-from training.engine.zero_state import make_adam_state, set_weight, whole_weight
+from training.engine.zero_state import clamp_weight, make_adam_state, own_master, set_weight
 from training.model.clip import CLIP
 
 # One rank validates or writes while the others wait.
@@ -55,31 +63,18 @@ def build_engine(towers: Towers, config: TrainConfig) -> Engine:
     `training.engine.precision.check_precision` comes before.
     """
     settings, clip = read_deepspeed_file(config.deepspeed), towers.clip
+    towers.judges_gradients = judges_gradients(settings, towers.num_micro_batches)
     before: dict[str, Tensor] = {}
     if half_of(settings):
         before = {name: parameter.detach().clone() for name, parameter in clip.named_parameters()}
         clip.visual.register_forward_pre_hook(_as_the_weights)
     if towers.teacher is not None:
         towers.teacher.prepare(get_accelerator().current_device_name(), towers.compute_dtype)
-    trained = sum(parameter.numel() for parameter in clip.parameters() if parameter.requires_grad)
-    # DeepSpeed allocates its bucket for gradients whole, however few there are.
-    bucket = {"reduce_bucket_size": min(DEEPSPEED_BUCKET_VALUES, trained)}
-    # DeepSpeed's batch size feeds only its own speed report here: a rank's share may be uneven, and the
-    # contrastive loss needs the whole global batch at once, so that micro-batches are ours.
     engine: Engine
     engine, *_ = deepspeed.initialize(
         model=towers,
         optimizer=build_optimizer(clip, config),
-        config={
-            **settings,
-            "zero_optimization": {**bucket, **settings.get("zero_optimization", {})},
-            "gradient_clipping": config.max_gradient_norm or 0.0,
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,
-            # torch's AdamW steps on the CPU too; DeepSpeed's own would have to be compiled.
-            "zero_force_ds_cpu_optimizer": False,
-            "zero_allow_untested_optimizer": True,
-        },
+        config=_with_own_settings(settings, towers, config),
         dist_init_required=False,
     )
     if engine.zero_optimization_partition_weights():
@@ -94,6 +89,41 @@ def build_engine(towers: Towers, config: TrainConfig) -> Engine:
     return engine
 
 
+def _with_own_settings(settings: dict[str, Any], towers: Towers, config: TrainConfig) -> dict[str, Any]:
+    """Return a DeepSpeed file's settings with what training decides.
+
+    Of `zero_optimization`, what the file says goes first.
+    """
+    zero: dict[str, Any] = settings.get("zero_optimization", {})
+    trained = sum(parameter.numel() for parameter in towers.clip.parameters() if parameter.requires_grad)
+    # DeepSpeed allocates its bucket for gradients whole, however few there are.
+    own: dict[str, Any] = {"reduce_bucket_size": min(BUCKET_VALUES, trained)}
+    more: dict[str, Any] = {}
+    # A CPU has nothing that could compute meanwhile, and adds up in another order then.
+    if get_accelerator().device_name() != "cpu" and overlaps_communication(settings, config.ranks):
+        own["overlap_comm"] = True
+    if towers.judges_gradients:  # see `step_if_finite`: DeepSpeed would look at every gradient once more
+        if zero.get("stage"):
+            own["compute_grad_norm"] = False
+        if half_of(settings) == "bf16":
+            more["bf16"] = {**settings["bf16"], "check_grad_overflow": False}
+    if accumulates_in_float32(settings, towers.num_micro_batches):
+        more["data_types"] = {"grad_accum_dtype": "fp32"}
+    return {
+        **settings,
+        **more,
+        "zero_optimization": {**own, **zero},
+        "gradient_clipping": 0.0 if towers.judges_gradients else config.max_gradient_norm or 0.0,
+        # DeepSpeed's batch size feeds only its own speed report here: a rank's share may be uneven, and the
+        # contrastive loss needs the whole global batch at once, so that micro-batches are ours.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        # torch's AdamW steps on the CPU too; DeepSpeed's own would have to be compiled.
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+    }
+
+
 def _as_the_weights(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     dtype = next(module.parameters()).dtype
     return tuple(tensor.to(dtype) for tensor in inputs)
@@ -101,10 +131,11 @@ def _as_the_weights(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tens
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step did."""
+    """What a step did; its tensors are scalars on the device, for which nobody has waited yet."""
 
-    loss: float  # of the global batch
-    skipped: str  # why the step changed nothing: a loss or a gradient that is not finite; empty: it did
+    loss: Tensor  # of the global batch
+    is_skipped: Tensor  # the step changed nothing: the loss or a gradient is not finite
+    temperature: Tensor  # the factor on cosines after it; 0 if only other ranks have it
     num_statements: int  # questions of statements that this rank was asked
     learning_rate: float  # that it was taken with
 
@@ -112,7 +143,7 @@ class StepResult:
 def train_step(
     engine: Engine, batch: Batch, learning_rate: float, max_temperature: float, seed: int
 ) -> StepResult:
-    """Take one optimizer step on a global batch.
+    """Take one optimizer step on a global batch; the host only says what is to be done.
 
     A loss or a gradient that is not finite changes nothing.
     """
@@ -121,45 +152,18 @@ def train_step(
     towers: Towers = engine.module
     statistics = [(tensor, tensor.clone()) for tensor in running_statistics(towers.clip)]
     compute_loss = whole_batch if towers.num_micro_batches == 1 else in_micro_batches
-    value, backward = compute_loss(engine, batch, seed)
-    skipped = "" if math.isfinite(value) else f"the loss is {value}"
-    if not skipped and not _backward_and_step(engine, backward):
-        skipped = "the gradient is not finite"
-    if skipped:
-        for tensor, before in statistics:
-            tensor.copy_(before)
-    else:
-        clamp_temperature(towers.clip, max_temperature)
-        average_batch_norms(towers.clip)
-    num_statements = 0 if batch.questions is None else int(batch.questions.asked_B.sum())
-    return StepResult(value, skipped, num_statements, learning_rate)
-
-
-def _backward_and_step(engine: Engine, backward: Callable[[], None]) -> bool:
-    """Return False if the gradient is not finite: the weights and Adam's state are then as before."""
+    loss, backward = compute_loss(engine, batch, seed)
     backward()
-    if engine.zero_optimization():
-        engine.step()  # looks at the gradient's norm first, over all ranks
-        # In float16 an overflow is how DeepSpeed finds the loss scale: it leaves the step out and continues.
-        return bool(engine.fp16_enabled() or not engine.optimizer.overflow)
-    # Every rank has the whole gradient, already averaged.
-    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    if not bool(torch.stack([gradient.isfinite().all() for gradient in gradients]).all()):
-        engine.zero_grad()
-        return False
-    engine.step()
-    return True
-
-
-def clamp_temperature(clip: CLIP, max_temperature: float) -> None:
-    """Keep the logits' scale in [1, max_temperature] (Table 8), in the float32 master too.
-
-    Clamping only the module would be undone by the next step, which writes the master over it.
-    """
-    master = whole_weight(clip.logit_scale)
-    clamped = master.clamp(0, math.log(max_temperature))
-    if not torch.equal(clamped, master):
-        set_weight(clip.logit_scale, clamped)
+    is_skipped = step_if_finite(engine, loss, towers.max_gradient_norm)
+    average_batch_norms(towers.clip)
+    for tensor, before in statistics:
+        tensor.copy_(torch.where(is_skipped, before, tensor))
+    scale = towers.clip.logit_scale
+    # Table 8's limits of the factor on cosines
+    clamp_weight(scale, 0.0, math.log(max_temperature), unless=is_skipped)
+    temperature = torch.cat([own_master(scale).to(loss.device).exp(), loss.new_zeros(1)]).max()
+    num_statements = 0 if batch.questions is None else int(batch.questions.asked_B.numpy().sum())
+    return StepResult(loss, is_skipped, temperature, num_statements, learning_rate)
 
 
 def average_batch_norms(clip: CLIP) -> None:
@@ -185,8 +189,3 @@ def load_weights(engine: Engine, weights: dict[str, Tensor]) -> None:
     for name, buffer in clip.named_buffers():
         if name in weights:
             buffer.copy_(weights[name])
-
-
-def logit_scale(engine: Engine) -> Tensor:
-    """Return the [1] logarithm of the factor on cosine similarities; a collective."""
-    return whole_weight(engine.module.clip.logit_scale)

@@ -11,20 +11,21 @@ from torch.nn import functional as F
 from training.data.loader import Batch
 from training.engine.teacher import TeacherFeatures
 from training.engine.towers import Engine, Features, Towers, running_statistics
+from training.model.transfer import send
 
 
-def whole_batch(engine: Engine, batch: Batch, seed: int) -> tuple[float, Callable[[], None]]:
-    """Return the loss and what its backward pass is, with all activations held."""
+def whole_batch(engine: Engine, batch: Batch, seed: int) -> tuple[Tensor, Callable[[], None]]:
+    """Return the loss, a scalar on the device, and its backward pass, with all activations held."""
     _seed_dropout(seed, batch.step)
     device = engine.module.clip.logit_scale.device
     image, tokens_XL, kept_BP = _inputs(batch, slice(None), device)
     taught = engine.module.teacher_features(image, tokens_XL[: len(image)])
     loss = engine.module.loss(engine(image, tokens_XL, kept_BP), batch, taught=taught)
     # The loss's gradients add up over ranks; DeepSpeed averages.
-    return float(loss.item()), lambda: engine.backward(loss * dist.get_world_size())
+    return loss.detach(), lambda: engine.backward(_spoilt_if_not_finite(loss) * dist.get_world_size())
 
 
-def in_micro_batches(engine: Engine, batch: Batch, seed: int) -> tuple[float, Callable[[], None]]:
+def in_micro_batches(engine: Engine, batch: Batch, seed: int) -> tuple[Tensor, Callable[[], None]]:
     """Return the same with the activations of one micro-batch held at a time (GradCache, Gao et al. 2021).
 
     A first pass without activations gives every feature; the loss over the whole global batch gives each
@@ -61,7 +62,7 @@ def in_micro_batches(engine: Engine, batch: Batch, seed: int) -> tuple[float, Ca
     loss = towers.loss(leaves, batch, taught=_joined(taught))
 
     def backward() -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
+        _spoilt_if_not_finite(loss).backward()  # type: ignore[no-untyped-call]
         scale_slope = leaves.logit_scale.grad
         assert scale_slope is not None
         for number, part in enumerate(parts):
@@ -86,7 +87,15 @@ def in_micro_batches(engine: Engine, batch: Batch, seed: int) -> tuple[float, Ca
                 for (tensor, _), before in zip(statistics, statistics_before, strict=True):
                     tensor.copy_(before)
 
-    return float(loss.item()), backward
+    return loss.detach(), backward
+
+
+def _spoilt_if_not_finite(loss: Tensor) -> Tensor:
+    """Return the loss with a gradient that is not finite either if the loss is not.
+
+    Whoever looks at the gradient then leaves the step out; nobody has to wait for the loss.
+    """
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
 def _seed_dropout(seed: int, step: int, *micro_batch: int) -> None:
@@ -105,12 +114,8 @@ def _inputs(batch: Batch, part: slice, device: torch.device) -> tuple[Tensor, Te
         texts.append(batch.questions.tokens_B2L[part].flatten(0, 1))
     longest = max(tokens.shape[1] for tokens in texts)
     tokens_XL = torch.cat([F.pad(tokens, (0, longest - tokens.shape[1])) for tokens in texts])
-    kept_BP = None if batch.kept_BP is None else batch.kept_BP[part].to(device, non_blocking=True)
-    return (
-        batch.image[part].to(device, non_blocking=True),
-        tokens_XL,
-        kept_BP,
-    )
+    kept_BP = None if batch.kept_BP is None else send(batch.kept_BP[part], device)
+    return send(batch.image[part], device), tokens_XL, kept_BP
 
 
 def _sides(features: Features) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """What DeepSpeed wraps, and what is used of its engine."""
 
+import functools
 import math
 from typing import Any, NamedTuple, Protocol
 
@@ -9,13 +10,16 @@ from torch import Tensor, nn
 from training.config.deepspeed_file import read_deepspeed_file
 from training.config.train import TrainConfig
 from training.data.loader import Batch
+from training.engine.compiler import compiles
 from training.engine.precision import autocast, autocast_dtype, compute_dtype
 from training.engine.teacher import Teacher, TeacherFeatures
 from training.losses.contrastive import contrastive_loss
 from training.losses.distillation import distillation_loss
 from training.losses.negation import negation_loss
 from training.model.clip import CLIP
-from training.model.preprocess import MEAN, STD, normalise
+from training.model.preprocess import normalise
+from training.model.transfer import send
+from training.model.vision import ImageTransformer
 
 
 class Features(NamedTuple):
@@ -49,13 +53,15 @@ class Towers(nn.Module):
         # Gradients travel while micro-batches go back, so all ranks need the same number of them.
         largest = config.micro_batch or max(num_samples_of_ranks)
         self.num_micro_batches = math.ceil(max(num_samples_of_ranks) / largest)
-        self._mean_C11: Tensor
-        self._std_C11: Tensor
-        self.register_buffer("_mean_C11", torch.tensor(MEAN).view(3, 1, 1) * 255, persistent=False)
-        self.register_buffer("_std_C11", torch.tensor(STD).view(3, 1, 1) * 255, persistent=False)
-        # A validation goes around it: its batches have other sizes, and what is compiled depends on which
-        # came first, which in a start from a checkpoint may be another.
-        self._encode_image = torch.compile(clip.encode_image) if config.compile_image else clip.encode_image
+        self.judges_gradients = False  # `build_engine` sets it: a step does, and not DeepSpeed
+        self.max_gradient_norm = config.max_gradient_norm
+        # A validation goes around what is compiled: its batches have other shapes.
+        self._is_compiled, self._encode_image = compiles(config), clip.encode_image
+        if self._is_compiled and clip.image_tower_locked:
+            # As a whole, and for any number of images, since a shard's last ones are fewer.
+            self._encode_image = torch.compile(clip.encode_image)
+        elif self._is_compiled and isinstance(clip.visual, ImageTransformer):
+            self._encode_image = functools.partial(clip.encode_image, compiled=True)
 
     def forward(self, image: Tensor, tokens_XL: Tensor, kept_BP: Tensor | None = None) -> Features:
         """Return features in float32, unit-norm.
@@ -66,28 +72,25 @@ class Towers(nn.Module):
         """
         scale = self.clip.logit_scale.float().clone()
         image_BD = image.float() if image.ndim == 2 else self.encode_image(image, kept_BP)
-        text_BD, statement_SD = self.clip.encode_text(tokens_XL).tensor_split([len(image)])
+        text_XD = self.clip.encode_text(tokens_XL, compiled=self._is_compiled)
+        text_BD, statement_SD = text_XD.tensor_split([len(image)])
         if not len(statement_SD):
             return Features(image_BD, text_BD, scale)
         return Features(image_BD, text_BD, scale, statement_SD.view(len(image), 2, -1))
 
     def encode_image(self, image_BCHW: Tensor, kept_BP: Tensor | None = None) -> Tensor:
         """Return unit-norm feature_BD in float32 of uint8 images; compiled if the run asks for it."""
-        return self._encode_image(self.normalise(image_BCHW), kept_BP)
-
-    def normalise(self, image_BCHW: Tensor) -> Tensor:
-        """Return float32 pixels as the image tower wants them, of uint8."""
-        return normalise(image_BCHW, self._mean_C11.float(), self._std_C11.float())
+        return self._encode_image(normalise(image_BCHW), kept_BP)
 
     def autocast(self) -> torch.autocast:
         """Return a context that computes as DeepSpeed's engine does, for a pass that goes around it."""
-        return autocast(self._mean_C11.device.type, self._autocast_dtype)
+        return autocast(self.clip.logit_scale.device.type, self._autocast_dtype)
 
     def teacher_features(self, image_BCHW: Tensor, tokens_BL: Tensor) -> TeacherFeatures | None:
         """Return what the teacher gives for uint8 images and captions, if there is one."""
         if self.teacher is None:
             return None
-        return self.teacher.features(self.normalise(image_BCHW), tokens_BL)
+        return self.teacher.features(normalise(image_BCHW), tokens_BL)
 
     def loss(
         self,
@@ -104,8 +107,8 @@ class Towers(nn.Module):
             text_BD,
             logit_scale,
             num_samples_of_ranks=sizes,
-            image_id_B=batch.image_id_B.to(device) if self._exclude_duplicates else None,
-            caption_id_B=batch.caption_id_B.to(device) if self._exclude_duplicates else None,
+            image_id_B=send(batch.image_id_B, device) if self._exclude_duplicates else None,
+            caption_id_B=send(batch.caption_id_B, device) if self._exclude_duplicates else None,
         )
         if self.teacher is not None and taught is not None:
             loss = loss + self.teacher.config.weight * distillation_loss(
@@ -119,7 +122,7 @@ class Towers(nn.Module):
                 num_samples_of_ranks=sizes,
             )
         if self._negation is not None and batch.questions is not None and statement_B2D is not None:
-            asked_B = batch.questions.asked_B.to(device)
+            asked_B = send(batch.questions.asked_B, device)
             loss = loss + self._negation.weight * negation_loss(
                 image_BD, statement_B2D, logit_scale, asked_B, sum(sizes)
             )

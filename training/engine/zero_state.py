@@ -14,6 +14,7 @@ import torch
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
@@ -76,6 +77,41 @@ def set_weight(parameter: nn.Parameter, value: Tensor) -> None:
     if hasattr(parameter, "_hp_mapping"):
         safe_set_full_fp32_param(parameter, value)
     parameter.data.copy_(value)
+
+
+@torch.no_grad()
+def clamp_weight(parameter: nn.Parameter, low: float, high: float, *, unless: Tensor) -> None:
+    """Keep a trained parameter and the float32 master behind it within limits; no collective.
+
+    Clamping only the module would be undone by the next step, which writes the master over it. If `unless`,
+    a scalar on the device, is true, nothing changes.
+    """
+
+    def clamped(part: Tensor) -> Tensor:
+        return torch.where(unless.to(part.device), part, part.clamp(low, high))
+
+    held: Any = parameter
+    if _is_partitioned(parameter):
+        safe_set_local_fp32_param(parameter, clamped(safe_get_local_fp32_param(parameter)))
+        parts = [held.ds_tensor.data]
+    else:
+        parts = [own_master(parameter)]
+    for part in (*parts, parameter.data):
+        part.copy_(clamped(part))
+
+
+def own_master(parameter: nn.Parameter) -> Tensor:
+    """Return this rank's values of a trained parameter's float32 master; none if other ranks have them."""
+    if _is_partitioned(parameter):
+        values: Tensor = safe_get_local_fp32_param(parameter)
+        before: int = dist.get_rank() * parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+        whole: int = parameter.ds_numel  # type: ignore[attr-defined]
+        return values.detach().flatten()[: max(0, whole - before)]
+    if hasattr(parameter, "_hp_mapping"):
+        mapping: Any = parameter._hp_mapping
+        fragment: Tensor = parameter.new_empty(0) if mapping is None else mapping.get_hp_fragment()
+        return fragment.detach()
+    return parameter.detach().flatten()
 
 
 def whole_moment(engine: Engine, parameter: nn.Parameter, moment: str) -> Tensor:

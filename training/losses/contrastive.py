@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from training.losses.tiles import gather, log_sum_exp_over_ranks, num_ranks, own_rank, sum_to_owner, tiles
+from training.losses.tiles import (
+    gather,
+    host_waits_for,
+    log_sum_exp_over_ranks,
+    num_ranks,
+    own_rank,
+    sum_to_owner,
+    tiles,
+)
 
 # A rank's logits are kept for the backward pass if they are few (32 MiB): 256 rows of the paper's 32,768.
 _KEPT_ELEMENTS = 1 << 23
@@ -162,6 +170,7 @@ def _log_sum_exps(logit_RC: Tensor) -> tuple[Tensor, Tensor]:
     sum_C = (highest_R - highest).exp_() @ exp_RC
     # What the rows' shifts took below the smallest number is lost; it may matter only in a sum near there.
     precision = torch.finfo(logit_RC.dtype)
-    if sum_C.min() < len(logit_RC) * precision.tiny / precision.eps:
-        return row_lse_R, logit_RC.logsumexp(0)
-    return row_lse_R, sum_C.log_() + highest
+    is_lossy = sum_C.min() < len(logit_RC) * precision.tiny / precision.eps
+    if host_waits_for(logit_RC):
+        return row_lse_R, torch.where(is_lossy, logit_RC.logsumexp(0), sum_C.log() + highest)
+    return row_lse_R, logit_RC.logsumexp(0) if is_lossy else sum_C.log_() + highest

@@ -23,6 +23,14 @@ def tiles(row_BD: Tensor, column_ND: Tensor) -> Iterator[tuple[slice, slice]]:
             yield rows, slice(first_column, min(first_column + side, len(column_ND)))
 
 
+def host_waits_for(tensor: Tensor) -> bool:
+    """Return true if a branch on a tensor's values makes the host wait for a device.
+
+    There all that a branch may need is computed; a CPU computes only what it needs.
+    """
+    return tensor.device.type != "cpu"
+
+
 def own_rank() -> int:
     """Return this process's rank; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0

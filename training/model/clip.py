@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -35,25 +35,31 @@ class CLIP(nn.Module):
         self.image_tower_locked = False
         self._recompute_text = False
 
-    def encode_image(self, image_BCHW: torch.Tensor, kept_BP: torch.Tensor | None = None) -> torch.Tensor:
+    def encode_image(
+        self, image_BCHW: torch.Tensor, kept_BP: torch.Tensor | None = None, *, compiled: bool = False
+    ) -> torch.Tensor:
         """Return unit-norm feature_BD in float32 of images that are already resized and normalised.
 
-        `kept_BP` are the patches that a ViT computes on, all if unset. No graph is recorded if the
-        image tower is locked.
+        `kept_BP` are the patches that a ViT computes on, all if unset. `compiled` has torch compile a ViT's
+        blocks. No graph is recorded if the image tower is locked.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.image_tower_locked):
-            masked = {} if kept_BP is None else {"kept_BP": kept_BP}
-            return F.normalize(self.visual(image_BCHW, **masked).float(), dim=-1)
+            more: dict[str, Any] = {} if kept_BP is None else {"kept_BP": kept_BP}
+            if compiled:
+                more["compiled"] = True
+            return F.normalize(self.visual(image_BCHW, **more).float(), dim=-1)
 
-    def encode_text(self, tokens_BL: torch.Tensor) -> torch.Tensor:
+    def encode_text(self, tokens_BL: torch.Tensor, *, compiled: bool = False) -> torch.Tensor:
         """Return unit-norm feature_BD in float32 of integer token ids; id 0 is padding and costs nothing.
 
-        The ids may be on the CPU wherever the model is, which is quicker: they are packed there.
+        The ids may be on the CPU wherever the model is, which is quicker: they are packed there. `compiled`
+        has torch compile the layers.
 
         Raises:
             ValueError: if a row begins with padding.
         """
-        return self.project_text(encode_packed(self.bert, tokens_BL, recompute=self._recompute_text))
+        recompute = self._recompute_text
+        return self.project_text(encode_packed(self.bert, tokens_BL, recompute=recompute, compiled=compiled))
 
     def project_text(self, hidden_BH: torch.Tensor) -> torch.Tensor:
         """Return unit-norm feature_BD in float32 of the text tower's hidden states at [CLS]."""

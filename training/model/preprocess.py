@@ -1,5 +1,6 @@
 """Image preprocessing for evaluation: what a stored image becomes before it enters the image tower."""
 
+import functools
 from collections.abc import Sequence
 
 import cv2
@@ -65,13 +66,13 @@ def _to_tensor(pixels_BHWC: UInt8Array) -> torch.Tensor:
     return image_BCHW.sub_(mean_C11).div_(std_C11).contiguous()
 
 
-def normalise(image_BCHW: torch.Tensor, mean_C11: torch.Tensor, std_C11: torch.Tensor) -> torch.Tensor:
-    """Return (pixels - mean) / std in float32 of uint8 images, channels last in memory; all in units of
-    0…255.
+def normalise(image_BCHW: torch.Tensor) -> torch.Tensor:
+    """Return (pixels - mean) / std in float32 of uint8 images, channels last in memory.
 
     On a CPU it is looked up, with the same bits: there are 256 values a channel, and three passes of
     arithmetic over float32 images take nine times as long.
     """
+    mean_C11, std_C11 = _pixel_mean_and_std(image_BCHW.device)
     if image_BCHW.device.type != "cpu":
         return (image_BCHW.float() - mean_C11) / std_C11
     table_VC = (torch.arange(256.0)[:, None] - mean_C11.flatten()) / std_C11.flatten()
@@ -80,3 +81,13 @@ def normalise(image_BCHW: torch.Tensor, mean_C11: torch.Tensor, std_C11: torch.T
     for pixels_HWC, normal_HWC in zip(pixels_BHWC, normal_BHWC, strict=True):
         cv2.LUT(np.ascontiguousarray(pixels_HWC), table_VC.numpy()[None], dst=normal_HWC)
     return torch.from_numpy(normal_BHWC).permute(0, 3, 1, 2)
+
+
+@functools.cache
+def _pixel_mean_and_std(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean_C11 and std_C11 in units of 0…255, in float32 on a device.
+
+    They are no buffers of a module, which a run in bfloat16 would round.
+    """
+    mean_C11, std_C11 = (torch.tensor(values).view(3, 1, 1) * 255 for values in (MEAN, STD))
+    return mean_C11.to(device), std_C11.to(device)

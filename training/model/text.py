@@ -4,8 +4,12 @@ A batch of captions is one row of tokens, caption after caption, shorter ones fi
 token (embeddings, projections, feed-forward layers, norms) sees this row; attention sees each caption by
 itself. So no operation is spent on padding, and none needs a mask. The feature is the hidden state at [CLS],
 so that the last layer asks only for that of [CLS].
+
+Attention runs either as the FlashAttention operator for rows of captions, called with the offsets of the row,
+or, where that kernel does not exist (CPUs, float32, old GPUs), as one call for all captions of one length.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +19,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertModel
 
+from training.model.compiled import compiled as get_compiled
 from training.model.config import TextConfig
+from training.model.transfer import send
 
 
 def build_text_tower(config: TextConfig) -> BertModel:
@@ -48,90 +54,184 @@ def build_text_tower(config: TextConfig) -> BertModel:
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """Where the captions of a batch lie in the row of their tokens: shorter before longer ones."""
+    """Where the captions of a batch lie in the row of their tokens: shorter before longer ones.
+
+    After them may come filling, captions that nobody asked for, which make the row as long as another
+    batch's: what is compiled for a length then serves both.
+    """
 
     tokens_T: torch.Tensor  # int64, all captions' ids one after the other
     position_T: torch.Tensor  # int64, each token's place in its caption
-    first_B: torch.Tensor  # int64, where each caption's [CLS] is, shortest caption first
+    first_B: torch.Tensor  # int64, where each caption's [CLS] is, shortest caption first, filling last
     place_B: torch.Tensor  # int64, which of these is the caption of each row that was given
-    runs: tuple[tuple[int, int], ...]  # (how many captions, of how many tokens each), shortest first
+    runs: tuple[tuple[int, int], ...]  # (how many captions, of how many tokens each), as they lie there
+    longest: int  # tokens of the longest caption
     offset_B1: torch.Tensor  # int32, where each caption begins, and the end
     offset_of_first_B1: torch.Tensor  # int32, the same where only the captions' [CLS] are in the row
 
 
-def pack(tokens_BL: torch.Tensor, device: torch.device) -> Packing:
+def pack(tokens_BL: torch.Tensor, device: torch.device, *, multiple: int = 1) -> Packing:
     """Return the row of non-zero tokens on `device`; `tokens_BL` may be any integers on any device.
 
-    On an accelerator it makes the host wait, once; on the CPU it does not.
+    Filling brings the row to a multiple of so many tokens. Ids that are on an accelerator make the host wait.
 
     Raises:
         ValueError: if a caption does not begin with a token.
     """
     tokens_BL = tokens_BL.cpu()
     is_token_BL = tokens_BL.ne(0)
-    if not is_token_BL.size(1) or not bool(is_token_BL[:, 0].all()):
+    if not is_token_BL.size(1) or not is_token_BL[:, 0].numpy().all():
         raise ValueError("every caption has to begin with a token that is not 0, the id of padding")
     length_B, order_B = is_token_BL.sum(1).sort(stable=True)
     row_T, position_T = is_token_BL[order_B].nonzero(as_tuple=True)
+    tokens_T = tokens_BL[order_B[row_T], position_T].long()
+    if lacking := -len(tokens_T) % multiple:
+        longest = int(length_B.numpy()[-1]) if len(length_B) else 1
+        filling = torch.tensor(
+            [longest] * (lacking // longest) + [lacking % longest] * (lacking % longest > 0)
+        )
+        length_B = torch.cat([length_B, filling])
+        # The id of padding at the first position: embeddings of padding learn nothing.
+        tokens_T, position_T = F.pad(tokens_T, (0, lacking)), F.pad(position_T, (0, lacking))
     lengths, counts = torch.unique_consecutive(length_B, return_counts=True)
     offset_B1 = F.pad(length_B.cumsum(0), (1, 0))
-
-    def there(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(device, non_blocking=True)
-
+    # An empty batch computes too: a rank without samples has to take part in every collective.
+    runs = tuple(zip(counts.tolist(), lengths.tolist(), strict=True)) or ((0, 1),)
     return Packing(
-        tokens_T=there(tokens_BL[order_B[row_T], position_T].long()),
-        position_T=there(position_T),
-        first_B=there(offset_B1[:-1]),
-        place_B=there(order_B.argsort()),
-        # An empty batch computes too: a rank without samples has to take part in every collective.
-        runs=tuple(zip(counts.tolist(), lengths.tolist(), strict=True)) or ((0, 1),),
-        offset_B1=there(offset_B1.int()),
-        offset_of_first_B1=there(torch.arange(len(offset_B1), dtype=torch.int32)),
+        tokens_T=send(tokens_T, device),
+        position_T=send(position_T, device),
+        first_B=send(offset_B1[:-1], device),
+        place_B=send(order_B.argsort(), device),
+        runs=runs,
+        longest=max(length for _, length in runs),
+        offset_B1=send(offset_B1.int(), device),
+        offset_of_first_B1=send(torch.arange(len(offset_B1), dtype=torch.int32), device),
     )
 
 
-def encode_packed(bert: BertModel, tokens_BL: torch.Tensor, *, recompute: bool = False) -> torch.Tensor:
+def filled_to(num_captions: int) -> int:
+    """Return the multiple that a row is filled to for a compiled layer: two tokens a caption, in 64s.
+
+    That is one token of filling a caption in the mean, of the 21.75 that captions have, and by the spread of
+    their lengths (8 tokens) two or three lengths of the row for 256 captions.
+    """
+    return 64 * max(1, math.ceil(2 * num_captions / 64))
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """How a row of tokens passes through the layers."""
+
+    packing: Packing
+    recompute: bool
+    finish: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def encode_packed(
+    bert: BertModel, tokens_BL: torch.Tensor, *, recompute: bool = False, compiled: bool = False
+) -> torch.Tensor:
     """Return hidden_BH at [CLS] of token ids padded with 0, equal to the padded computation but for rounding.
 
     `recompute` gives up each layer's activations and computes them again in the backward pass, with the same
-    dropout.
+    dropout. `compiled` has torch compile what follows attention in each layer, once for each length of the
+    row, and fills the row so that few lengths occur.
     """
-    packing = pack(tokens_BL, bert.embeddings.word_embeddings.weight.device)
+    device = bert.embeddings.word_embeddings.weight.device
+    packing = pack(tokens_BL, device, multiple=filled_to(len(tokens_BL)) if compiled else 1)
+    through = _Pass(packing, recompute, get_compiled(_finish_layer) if compiled else _finish_layer)
     hidden_TH = bert.embeddings(packing.tokens_T[None], position_ids=packing.position_T[None])[0]
     *layers, last = bert.encoder.layer
     for layer in layers:
-        hidden_TH = _layer(layer, hidden_TH, packing, recompute, only_first=False)
-    return _layer(last, hidden_TH, packing, recompute, only_first=True)[packing.place_B]
+        hidden_TH = _layer(layer, hidden_TH, through, only_first=False)
+    return _layer(last, hidden_TH, through, only_first=True)[packing.place_B]
 
 
-def _layer(
-    layer: Any, hidden_TH: torch.Tensor, packing: Packing, recompute: bool, *, only_first: bool
-) -> torch.Tensor:
+def _layer(layer: Any, hidden_TH: torch.Tensor, through: _Pass, *, only_first: bool) -> torch.Tensor:
     """Compute one layer of BERT on the row of tokens; `only_first` returns only the [CLS], hidden_BH."""
     compute: Callable[..., torch.Tensor] = _compute_layer
-    if recompute and torch.is_grad_enabled():
-        found: torch.Tensor = checkpoint(compute, layer, hidden_TH, packing, only_first, use_reentrant=False)
+    if through.recompute and torch.is_grad_enabled():
+        found: torch.Tensor = checkpoint(compute, layer, hidden_TH, through, only_first, use_reentrant=False)
         return found
-    return compute(layer, hidden_TH, packing, only_first)
+    return compute(layer, hidden_TH, through, only_first)
 
 
-def _compute_layer(layer: Any, hidden_TH: torch.Tensor, packing: Packing, only_first: bool) -> torch.Tensor:
+def _compute_layer(layer: Any, hidden_TH: torch.Tensor, through: _Pass, only_first: bool) -> torch.Tensor:
     """Compute the parts of transformers' `BertLayer`, whose names the weights fix, around own attention."""
-    part = layer.attention.self
+    part, packing = layer.attention.self, through.packing
     asking_TH = hidden_TH[packing.first_B] if only_first else hidden_TH
-    attend = _attend_by_run if hidden_TH.device.type == "cpu" else _attend_jagged
-    heads = part.num_attention_heads
-    found_TH = attend(
-        part.query(asking_TH).unflatten(-1, (heads, -1)),
-        part.key(hidden_TH).unflatten(-1, (heads, -1)),
-        part.value(hidden_TH).unflatten(-1, (heads, -1)),
-        packing,
-        part.dropout.p if part.training else 0.0,
-    ).flatten(1)
+    query_TND, key_TND, value_TND = _project(part, asking_TH, hidden_TH)
+    attend = attend_by_offsets if has_flash_kernel(query_TND) else _attend_by_run
+    dropout = part.dropout.p if part.training else 0.0
+    found_TH = attend(query_TND, key_TND, value_TND, packing, dropout).flatten(1)
+    if only_first:  # a row a caption: no filling, and too few to be worth a graph
+        num_asked = len(packing.place_B)
+        return _finish_layer(layer, found_TH[:num_asked], asking_TH[:num_asked])
+    return through.finish(layer, found_TH, asking_TH)
+
+
+def _finish_layer(layer: Any, found_TH: torch.Tensor, asking_TH: torch.Tensor) -> torch.Tensor:
+    """Compute what follows attention in a layer, token by token."""
     attended_TH = layer.attention.output(found_TH, asking_TH)
     output_TH: torch.Tensor = layer.output(layer.intermediate(attended_TH), attended_TH)
     return output_TH
+
+
+def _project(part: Any, asking_TH: torch.Tensor, hidden_TH: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return query_TND, key_TND and value_TND of a layer; queries are those of the tokens that ask.
+
+    On an accelerator all tokens' three products are one, of weights joined for the occasion: they stay three
+    parameters, as files and optimizers know them. A CPU gains nothing by that, and ZeRO 3 lends the weights
+    of a module only while the module itself computes.
+    """
+    sides, heads = (part.query, part.key, part.value), part.num_attention_heads
+    rows: tuple[torch.Tensor, ...]
+    if asking_TH is hidden_TH and _joins_products(part.query.weight):
+        weight, bias = (torch.cat([getattr(side, name) for side in sides]) for name in ("weight", "bias"))
+        rows = F.linear(hidden_TH, weight, bias).chunk(3, dim=-1)
+    else:
+        rows = (part.query(asking_TH), part.key(hidden_TH), part.value(hidden_TH))
+    return tuple(row.unflatten(-1, (heads, -1)) for row in rows)  # type: ignore[no-untyped-call]
+
+
+def _joins_products(weight: torch.Tensor) -> bool:
+    return weight.device.type != "cpu" and not hasattr(weight, "ds_id")
+
+
+def has_flash_kernel(query_TND: torch.Tensor) -> bool:
+    """Return true if FlashAttention computes on such rows: 16 bits, widths of up to 256, on a newer GPU."""
+    return (
+        query_TND.device.type == "cuda"
+        and query_TND.dtype in (torch.bfloat16, torch.float16)
+        and query_TND.shape[2] % 8 == 0
+        and query_TND.shape[2] <= 256
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.cuda.get_device_capability(query_TND.device) >= (8, 0)
+    )
+
+
+def attend_by_offsets(
+    query_TND: torch.Tensor, key_TND: torch.Tensor, value_TND: torch.Tensor, packing: Packing, dropout: float
+) -> torch.Tensor:
+    """Attend within each caption in one call of the operator that takes rows with offsets.
+
+    PyTorch's public function for it (`torch.nn.attention.varlen`) has no dropout.
+    """
+    offset_of_query_B1, longest_query = packing.offset_B1, packing.longest
+    if len(query_TND) < len(key_TND):
+        offset_of_query_B1, longest_query = packing.offset_of_first_B1, 1
+    found: torch.Tensor = torch.ops.aten._flash_attention_forward(
+        query_TND,
+        key_TND,
+        value_TND,
+        offset_of_query_B1,
+        packing.offset_B1,
+        longest_query,
+        packing.longest,
+        dropout,
+        is_causal=False,
+        return_debug_mask=False,
+    )[0]
+    return found
 
 
 def _attend_by_run(
@@ -157,23 +257,3 @@ def _attend_by_run(
         )
     ]
     return torch.cat(found)
-
-
-def _attend_jagged(
-    query_TND: torch.Tensor, key_TND: torch.Tensor, value_TND: torch.Tensor, packing: Packing, dropout: float
-) -> torch.Tensor:
-    """Attend in one call for all captions: an accelerator's kernels take rows of different lengths."""
-    shortest, longest = packing.runs[0][1], packing.runs[-1][1]
-
-    def jagged(row_TND: torch.Tensor) -> torch.Tensor:
-        if len(row_TND) < len(key_TND):
-            offset_B1, least, most = packing.offset_of_first_B1, 1, 1
-        else:
-            offset_B1, least, most = packing.offset_B1, shortest, longest
-        nested = torch.nested.nested_tensor_from_jagged(row_TND, offset_B1, min_seqlen=least, max_seqlen=most)
-        return nested.transpose(1, 2)
-
-    found = F.scaled_dot_product_attention(
-        jagged(query_TND), jagged(key_TND), jagged(value_TND), dropout_p=dropout
-    )
-    return found.transpose(1, 2).values()

@@ -11,6 +11,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from training.model.compiled import call
+from training.model.compiled import compiled as get_compiled
 from training.model.config import ModifiedResNetConfig, VisionConfig, VisionTransformerConfig
 
 
@@ -67,23 +69,40 @@ def _modified_resnet(config: ModifiedResNetConfig, embed_dim: int) -> "ModifiedR
 
 
 class ImageTransformer(VisionTransformer):  # type: ignore[misc]
-    """VisionTransformer that can compute on a part of the patches."""
+    """VisionTransformer that can compute on a part of the patches, and its blocks compiled."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         # timm's place for it, after the positions and before the blocks
         self.patch_drop = _KeptPatches()  # type: ignore[assignment]
+        self._block = call
 
-    def forward(self, x: torch.Tensor, *, kept_BP: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]
-        """Return feature_BD of image_BCHW; `kept_BP` (int64): the patches to compute on; unset: all."""
-        if kept_BP is None:
-            return super().forward(x)
+    def forward(  # type: ignore[override]
+        self, x: torch.Tensor, *, kept_BP: torch.Tensor | None = None, compiled: bool = False
+    ) -> torch.Tensor:
+        """Return feature_BD of image_BCHW.
+
+        `kept_BP` (int64) are the patches to compute on, all if unset. `compiled` has torch compile a block,
+        once for each shape.
+        """
         kept_patches = cast(_KeptPatches, self.patch_drop)
-        kept_patches.kept_BP = kept_BP
+        kept_patches.kept_BP, self._block = kept_BP, get_compiled(call) if compiled else call
         try:
-            return super().forward(x)
+            feature_BD: torch.Tensor = self.forward_head(self.forward_features(x))
+            return feature_BD
         finally:
-            kept_patches.kept_BP = None
+            kept_patches.kept_BP, self._block = None, call
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Return tokens_BTW of image_BCHW: timm's computation, block by block."""
+        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+        for block in self.blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(self._block, block, x, use_reentrant=False)
+            else:
+                x = self._block(block, x)
+        tokens_BTW: torch.Tensor = self.norm(x)
+        return tokens_BTW
 
 
 class _KeptPatches(nn.Module):

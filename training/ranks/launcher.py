@@ -38,6 +38,12 @@ _KILLED = re.compile(
     rf"|srun: error: (?P<machine>\S+): tasks? (?P<tasks>[\d,-]+): (?P<how>Out Of Memory|{_DEATHS}))"
 )
 _START = "=== ranks are started"
+_GPU_DEVICES = (
+    "/dev/nvidiactl",
+    "/dev/nvidia0",
+    "/dev/kfd",
+    "/dev/dxg",
+)  # NVIDIA's, AMD's, Windows' for Linux
 # What others say once one rank has failed, and not why it did.
 _ECHOES = ("CalledProcessError", "ChildFailed", "Connection closed by peer", "Connection reset by peer")
 
@@ -88,7 +94,7 @@ def launcher_environment(
         "TOKENIZERS_PARALLELISM": "false",
         **import_environment(),
     }
-    if shutil.which("nvidia-smi") is None and "DS_ACCELERATOR" not in environment:
+    if "DS_ACCELERATOR" not in environment and not may_have_gpu():
         settings["DS_ACCELERATOR"] = "cpu"
     if launcher == "srun":
         is_one_machine = environment.get("SLURM_JOB_NUM_NODES", "1") == "1"
@@ -99,6 +105,14 @@ def launcher_environment(
     else:
         settings[RUN_VARIABLE] = str(os.getpid())
     return {**environment, **settings}
+
+
+def may_have_gpu() -> bool:
+    """Return false if this machine surely has no GPU; otherwise DeepSpeed asks torch.
+
+    Containers often have a GPU's device, but not the tool that lists it.
+    """
+    return any(map(os.path.exists, _GPU_DEVICES)) or shutil.which("nvidia-smi") is not None
 
 
 def free_port() -> int:

@@ -1,4 +1,4 @@
-"""Stopping on request: a signal asks, all ranks agree at the end of a step, and a checkpoint is written.
+"""Stopping on request: a signal asks, all ranks agree after a step, and a checkpoint is written.
 
 While features of a cache are computed, they agree at the end of a shard.
 """
@@ -19,6 +19,11 @@ class StopRequest:
     def __init__(self) -> None:
         self._received = 0
 
+    @property
+    def received(self) -> int:
+        """The number of the signal that this rank has received; 0: none."""
+        return self._received
+
     def is_asked(self) -> bool:
         """Return true if this rank has received a signal."""
         return self._received != 0
@@ -36,17 +41,15 @@ class StopRequest:
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
-    def agreed(self, wait_seconds: float = 0.0) -> tuple[int, float]:
-        """Return the highest signal number that any rank received (0: none) and the longest `wait_seconds`.
+    def agreed(self) -> int:
+        """Return the highest signal number that any rank received; 0: none.
 
         A collective: the signal reaches the ranks at different moments, so that one rank's own word is not
-        enough; and the rank that waits longest for data is the one that all others wait for.
+        enough. Between steps the number travels with the step's others instead.
         """
-        device = get_accelerator().current_device_name()
-        highest = torch.tensor([self._received, wait_seconds], dtype=torch.float64, device=device)
+        highest = torch.tensor(self._received, device=get_accelerator().current_device_name())
         dist.all_reduce(highest, op=dist.ReduceOp.MAX)
-        number, longest = highest.tolist()
-        return int(number), longest
+        return int(highest)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._received = number

@@ -82,6 +82,18 @@ def tiled(sizes: tuple[int, ...], tile_side: int, locked: bool) -> list[npt.NDAr
     return [loss.detach().numpy(), *((gradient / 3).numpy() for gradient in gradients)]
 
 
+def test_on_a_device_the_loss_waits_for_nothing() -> None:
+    with torch.device("meta"):
+        image, text = torch.rand(2, 5000, D, requires_grad=True)
+        taught = torch.rand(2, 5000, E)
+        scale = torch.rand(1, requires_grad=True)
+    loss = distillation_loss(
+        image, text, scale, *taught, torch.tensor([30.0], device="meta"),
+        temperature=TEMPERATURE, num_samples_of_ranks=(5000,),
+    )  # fmt: skip
+    assert torch.autograd.grad(loss, scale)[0].shape == (1,)
+
+
 @pytest.mark.parametrize("tile_side", [1, 4, 1024])
 def test_loss_and_gradient_are_the_plain_formula_s(tile_side: int) -> None:
     for ours, theirs in zip(tiled((N,), tile_side, False), plain(), strict=True):

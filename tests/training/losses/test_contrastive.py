@@ -169,8 +169,24 @@ def test_any_batch_equals_the_plain_formula(
         assert (mine.double() - plain_gradient).abs().max() <= tolerance * largest
 
 
-def test_a_column_far_below_its_rows_keeps_its_numbers() -> None:
+def test_on_a_device_the_loss_waits_for_nothing() -> None:
+    """Tensors of the meta device have no values: whatever asks for one fails."""
+    with torch.device("meta"):
+        image, text, scale = torch.rand(9000, D), torch.rand(9000, D), torch.rand(1)
+        ids = torch.zeros(9000, dtype=torch.int64)
+    leaves = [tensor.requires_grad_() for tensor in (image, text, scale)]
+    loss = contrastive_loss(
+        image, text, scale, num_samples_of_ranks=(9000,), image_id_B=ids, caption_id_B=ids
+    )
+    assert [gradient.shape for gradient in torch.autograd.grad(loss, leaves)] == [(9000, D)] * 2 + [(1,)]
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_column_far_below_its_rows_keeps_its_numbers(
+    monkeypatch: pytest.MonkeyPatch, on_device: bool
+) -> None:
     """Every row has a logit of 100 in one column, next to which exp() of the others is 0 in float32."""
+    monkeypatch.setattr(loss_module, "host_waits_for", lambda tensor: on_device)
     angle = torch.tensor([0.0, 0.0, math.pi])  # two images beside every text, one opposite to all
     image = torch.stack([angle.cos(), angle.sin()], dim=1)
     text = torch.tensor([[1.0, 0.0]]).repeat(3, 1)

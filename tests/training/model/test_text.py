@@ -1,7 +1,8 @@
 """The packed text tower against transformers' own computation on captions padded to 52."""
 
 import copy
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -46,14 +47,112 @@ def _padded(tower: BertModel, tokens_BL: torch.Tensor) -> torch.Tensor:
     return found
 
 
-ATTENTIONS = {"by run": text._attend_by_run, "jagged": text._attend_jagged}
+def _by_formula(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, of_query: list[int], of_key: list[int]
+) -> torch.Tensor:
+    rows = []
+    for place in range(len(of_query) - 1):
+        asked, read = slice(*of_query[place : place + 2]), slice(*of_key[place : place + 2])
+        logit = torch.einsum("qhd,khd->hqk", query[asked], key[read]) * query.shape[2] ** -0.5
+        rows.append(torch.einsum("hqk,khd->qhd", logit.softmax(2), value[read]))
+    return torch.cat(rows)
 
 
-@pytest.mark.parametrize("name", ATTENTIONS)
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_features_and_gradients_equal_padding_to_52(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`jagged` is what accelerators run; PyTorch computes it on a CPU too, by other kernels."""
-    monkeypatch.setattr(text, "_attend_by_run", ATTENTIONS[name])
+@pytest.fixture
+def flash_operator(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """Give the CPU the operator that GPUs have a kernel for, by its formula; the probabilities of dropout.
+
+    PyTorch's own checks and derivative stay around it, so that calls are what a GPU's kernel would get.
+    """
+    called: list[float] = []
+
+    def forward(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        of_query: torch.Tensor,
+        of_key: torch.Tensor,
+        longest_query: int,
+        longest_key: int,
+        dropout: float,
+        is_causal: bool,
+        gives_mask: bool,
+        **more: Any,
+    ) -> tuple[torch.Tensor, ...]:
+        assert of_query.dtype == of_key.dtype == torch.int32
+        assert (int(of_query[-1]), int(of_key[-1])) == (len(query), len(key))
+        assert (int(of_query.diff().max()), int(of_key.diff().max())) == (longest_query, longest_key)
+        assert not is_causal
+        assert not gives_mask
+        assert all(value is None for value in more.values())
+        assert query.stride(2) == key.stride(2) == value.stride(2) == 1
+        called.append(dropout)
+        found = _by_formula(query, key, value, of_query.tolist(), of_key.tolist())
+        nothing = torch.empty(0)
+        return found, torch.empty(query.shape[1], len(query)), nothing, nothing, nothing
+
+    def backward(
+        gradient: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        found: torch.Tensor,
+        lse: torch.Tensor,
+        of_query: torch.Tensor,
+        of_key: torch.Tensor,
+        *rest: Any,
+        **more: Any,
+    ) -> tuple[torch.Tensor, ...]:
+        _, pull = torch.func.vjp(
+            lambda *rows: _by_formula(*rows, of_query.tolist(), of_key.tolist()), query, key, value
+        )
+        gradients: tuple[torch.Tensor, ...] = pull(gradient)
+        return gradients
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_flash_attention_forward", forward, "CPU")
+    library.impl("_flash_attention_backward", backward, "CPU")
+    monkeypatch.setattr(text, "has_flash_kernel", lambda query: True)
+    monkeypatch.setattr(text, "_joins_products", lambda weight: True)
+    yield called
+    library._destroy()
+
+
+def test_features_and_gradients_equal_padding_to_52() -> None:
+    _check_features_and_gradients()
+
+
+@pytest.mark.parametrize("multiple", [1, 64])
+def test_the_operator_for_rows_with_offsets_gives_the_same(
+    flash_operator: list[float], monkeypatch: pytest.MonkeyPatch, multiple: int
+) -> None:
+    """It is what GPUs run, with filling where torch compiles."""
+    monkeypatch.setattr(text, "pack", functools.partial(pack, multiple=multiple))
+    _check_features_and_gradients()
+    assert flash_operator
+    flash_operator.clear()
+    tower, tokens_BL = _tower(dropout=0.1), _tokens()
+    encode_packed(tower.train(), tokens_BL)
+    encode_packed(tower.eval(), tokens_BL)
+    assert flash_operator == [0.1] * CONFIG.layers + [0.0] * CONFIG.layers
+
+
+def test_filling_brings_every_row_to_one_of_few_lengths() -> None:
+    generator = torch.Generator().manual_seed(2)
+    lengths = set()
+    for _ in range(20):
+        drawn = torch.randint(8, 36, (256,), generator=generator).tolist()
+        packing = pack(_tokens(tuple(drawn)), torch.device("cpu"), multiple=text.filled_to(256))
+        assert sum(count * length for count, length in packing.runs) == len(packing.tokens_T)
+        assert int(packing.offset_B1[-1]) == len(packing.tokens_T) < 1.1 * sum(drawn)
+        assert packing.longest == max(drawn)
+        lengths.add(len(packing.tokens_T))
+    assert len(lengths) <= 3
+    assert text.filled_to(0) == text.filled_to(32) == 64
+    assert len(pack(_tokens(()), torch.device("cpu"), multiple=64).tokens_T) == 0
+
+
+def _check_features_and_gradients() -> None:
     tower, tokens_BL = _tower(), _tokens()
     normalise: Callable[..., torch.Tensor] = torch.nn.functional.normalize
     with torch.inference_mode():

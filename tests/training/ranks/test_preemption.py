@@ -32,11 +32,15 @@ from tests.helpers.launched_jobs import (
 from tests.helpers.rank_processes import free_port, run_ranks
 from tests.helpers.train_jobs import make_job, train_rank
 from training.config.job import TrainJob
-from training.ranks.launcher import watch
+from training.ranks import launcher
+from training.ranks.launcher import launcher_environment, watch
 
 
-def train_and_note_keys(job: TrainJob, stop_after: int | None = None) -> list[list[str]]:
-    """Train without dropout; return the keys of the rank's part of each step. Only rank 0 is signalled."""
+def train_and_note_keys(job: TrainJob, stop: tuple[int, int] | None = None) -> list[list[str]]:
+    """Train without dropout; return the keys of the rank's part of each step.
+
+    `stop`: the signal reaches rank 0 alone, in the first of these steps, and training ends after the second.
+    """
     from training import trainer as loop
     from training.engine.engine import StepResult, train_step
 
@@ -44,16 +48,16 @@ def train_and_note_keys(job: TrainJob, stop_after: int | None = None) -> list[li
 
     def noted(engine: Any, batch: Any, *arguments: Any) -> StepResult:
         found.append([key.decode() for key in batch.keys.tolist()])
-        if batch.step + 1 == stop_after and os.environ["RANK"] == "0":
+        if stop is not None and batch.step + 1 == stop[0] and os.environ["RANK"] == "0":
             os.kill(os.getpid(), signal.SIGTERM)
         return train_step(engine, batch, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "train_step", noted)
-        if stop_after is None:
+        if stop is None:
             train_rank(job, dropout=0.0)
         else:
-            with pytest.raises(Stopped, match=f"by SIGTERM after step {stop_after}"):
+            with pytest.raises(Stopped, match=f"by SIGTERM after step {stop[1]}"):
                 train_rank(job, dropout=0.0)
     return found
 
@@ -65,18 +69,20 @@ def joined(of_ranks: list[list[list[str]]]) -> list[list[str]]:
 
 @pytest.mark.slow
 def test_stopped_at_any_step_and_on_any_ranks_it_sees_the_same_samples(tmp_path: Path) -> None:
-    whole = make_job(tmp_path, "whole", save_every_steps=1000)
+    whole = make_job(tmp_path, "whole", save_every_steps=1000, epochs=3)
     expected = joined(run_ranks(train_and_note_keys, 1, whole))
-    assert len(expected) == 6
-    stopped = make_job(tmp_path, "stopped", save_every_steps=1000)
+    assert len(expected) == 9
+    stopped = make_job(tmp_path, "stopped", save_every_steps=1000, epochs=3)
     seen = []
-    for ranks, micro_batch, stop_after in ((1, None, 1), (2, 3, 3), (4, None, 4), (1, 5, None)):
+    # A signal is known when the next step has begun, or if something follows the step: after 4, a validation.
+    stops = ((1, None, (1, 2)), (2, 3, (4, 4)), (4, None, (6, 7)), (1, 5, None))
+    for ranks, micro_batch, stop in stops:
         changed = dataclasses.replace(stopped.config, ranks=ranks, micro_batch=micro_batch)
         part = dataclasses.replace(stopped, config=changed)
-        seen += joined(run_ranks(train_and_note_keys, ranks, part, stop_after))
-        if stop_after is not None:
+        seen += joined(run_ranks(train_and_note_keys, ranks, part, stop))
+        if stop is not None:
             newest = max((Path(stopped.folder) / "checkpoints").iterdir())
-            assert newest.name == f"step_{stop_after:09d}"
+            assert newest.name == f"step_{stop[1]:09d}"
             assert not Path(stopped.output_model).exists()
     assert seen == expected
     np.testing.assert_allclose(losses(stopped), losses(whole), atol=1e-4)
@@ -87,7 +93,7 @@ def test_stopped_and_gone_on_the_same_way_gives_the_same_bytes(tmp_path: Path) -
     whole, stopped = (make_job(tmp_path, run, **changes) for run in ("whole", "stopped"))
     run_ranks(train_and_note_keys, 2, whole)
     # step 4 is validated: the stop comes before that, and the next start makes up for it
-    run_ranks(train_and_note_keys, 2, stopped, 4)
+    run_ranks(train_and_note_keys, 2, stopped, (4, 4))
     run_ranks(train_and_note_keys, 2, stopped)
     assert outputs(stopped) == outputs(whole)
 
@@ -181,6 +187,20 @@ def test_a_signal_after_the_last_step_does_not_end_a_rank(tmp_path: Path) -> Non
     job = make_job(tmp_path, "run", save_every_steps=1000)
     assert run_ranks(train_and_be_told_to_stop_afterwards, 1, job) == [True]
     assert Path(job.output_model).exists()
+
+
+@pytest.mark.parametrize("has_device", [False, True])
+def test_a_gpu_is_not_overlooked_where_no_tool_lists_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_device: bool
+) -> None:
+    device = tmp_path / "nvidiactl"
+    if has_device:
+        device.touch()
+    monkeypatch.setattr(launcher, "_GPU_DEVICES", (str(device),))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert launcher_environment({}, 1).get("DS_ACCELERATOR") == (None if has_device else "cpu")
+    (tmp_path / "nvidia-smi").touch(mode=0o755)
+    assert "DS_ACCELERATOR" not in launcher_environment({}, 1)
 
 
 def test_a_signal_to_a_launcher_whose_ranks_are_done_stops_the_run_all_the_same(tmp_path: Path) -> None:

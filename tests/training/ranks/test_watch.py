@@ -217,10 +217,10 @@ def copies_while_validating(job: TrainJob) -> list[int]:
         tensors = (item for item in gc.get_objects() if isinstance(item, torch.Tensor))
         return len({found.untyped_storage().data_ptr() for found in tensors if found.shape == shape})
 
-    def counted(clip: CLIP, tokens_BL: torch.Tensor) -> torch.Tensor:
+    def counted(clip: CLIP, tokens_BL: torch.Tensor, **more: Any) -> torch.Tensor:
         if before and not clip.training:
             seen.append(embeddings(clip.bert.embeddings.word_embeddings.weight.shape) - before[-1])
-        return encode_text(clip, tokens_BL)
+        return encode_text(clip, tokens_BL, **more)
 
     validate = validator(job.evaluations, Tokenizer.load(job.vocabulary), job.config.context_length)
 
