@@ -166,7 +166,7 @@ def test_a_corpus_card_counts_rows_and_has_no_images_unless_asked(hub: Hub, tmp_
     [
         (["mine"], "mine: has no owner: give OWNER/NAME"),
         (["me/mi ne"], "me/mi ne: not an id of a hub"),
-        (["me/mine", "--images"], "--images: only a corpus has them"),
+        (["me/mine", "--images"], "--images: only a corpus has images"),
         (["me/mine", "--corpus", "--base-model", "a/b"], "--base-model and --vocab are for models"),
     ],
 )
