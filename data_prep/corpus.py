@@ -23,10 +23,17 @@ from data_prep.accounting.drop_table import drops_path
 from data_prep.accounting.judged import SourceCounts
 from data_prep.corpora.demo import DemoConfig, make_demo
 from data_prep.corpora.emoji import EmojiConfig, make_emoji
-from data_prep.corpus_facts import CorpusFacts, OutsideTable, exemptions_of_shards, malformed_table
+from data_prep.corpus_facts import (
+    CorpusFacts,
+    OutsideTable,
+    exemptions_of_shards,
+    malformed_table,
+    unpacked_images,
+)
 from data_prep.sources import packed, regions, text_file
 from data_prep.sources import table as caption_table
-from data_prep.sources.packed import PackedSource
+from data_prep.sources.readers.places import served_folder
+from data_prep.sources.readers.source import PackedKind, PackedSource
 from data_prep.sources.table import TableSource
 from pipeline.core import store
 from pipeline.core.config import NOT_IN_DIGEST
@@ -79,7 +86,7 @@ class CorpusTask(Facts):
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
         source = fields["source"]
-        if source["kind"] not in typing.get_args(packed.PackedKind):
+        if source["kind"] not in typing.get_args(PackedKind):
             return cls(paths=fields["paths"], source=caption_table.from_description(source))
         lists = {name: tuple(source[name]) for name in ("exempt_from", "carry_columns")}
         return cls(
@@ -121,7 +128,7 @@ def plan(config: CorpusStageConfig, context: Context) -> list[Task]:
     return [
         Task(
             name=f"{number:05d}",
-            inputs={**sets, **guards, **_digests(files), **_reading(source, files)},
+            inputs={**sets, **guards, **_digests(source, files), **_reading(source, files)},
             arguments=CorpusTask(
                 paths=files, source=source, exemptions=exempt.get(source.name) or None
             ).to_json(),
@@ -155,7 +162,7 @@ def _refuse_carried_rules(corpus: TablesConfig | SourcesConfig) -> None:
 def _reading(source: TableSource | PackedSource, files: Sequence[str]) -> dict[str, str]:
     """Return how a source is read if that is another way than its description meant before."""
     if isinstance(source, PackedSource):
-        return {}
+        return {"captions": "UTF-8, or malformed"} if source.kind == "webdataset" else {}
     found = {"captions": "rows of their own"} if source.has_image_ids and not source.joins else {}
     if any(text_file.is_text(path) for path in files):
         found["text"] = "no quote swallows rows"
@@ -194,7 +201,9 @@ def _pieces(
             yield from ((source, [path]) for path in caption_table.find_files(source))
 
 
-def _digests(files: list[str]) -> dict[str, str]:
+def _digests(source: TableSource | PackedSource, files: list[str]) -> dict[str, str]:
+    if isinstance(source, PackedSource) and (found := packed.digests(source, files)) is not None:
+        return found
     if len(files) == 1:
         return {"table": store.digest_file(files[0])}
     return {f"table {path}": store.digest_file(path) for path in files}
@@ -260,10 +269,13 @@ def _take_in(
         return _nothing(source, facts)
     table_path, malformed_path = f"tables/{task.name}.parquet", malformed_table(task.name)
     to = regions.Places(
-        context.path(table_path), context.path(malformed_path), context.path(drops_path(task.name))
+        context.path(table_path),
+        context.path(malformed_path),
+        context.path(drops_path(task.name)),
+        context.path(unpacked_images(task.name)),
     )
     if isinstance(source, PackedSource):
-        facts = dataclasses.replace(facts, packed={source.name: store.absolute(source.path)})
+        facts = dataclasses.replace(facts, packed={source.name: served_folder(source.path)})
         taken = packed.unpack(source, paths, to, asked.exemptions or {})
     elif source.joins:
         taken = regions.join_regions(paths, source, decontamination.guarded_ids(guards), to)
@@ -286,11 +298,14 @@ def _take_in(
         tables={table_path: dataclasses.replace(taken.source, path=table_path)},
         sources={name: SourceCounts(num_in=num_in, num_kept=taken.num_rows, dropped=dropped)},
         score_pairs={name: pairs} if pairs else {},
+        unpacked=(name,) if taken.num_copies else (),
     )
     num_malformed = sum(dropped.values()) - taken.num_drops
     outputs = {table_path: taken.num_rows, malformed_path: num_malformed}
     if taken.num_drops:
         outputs[drops_path(task.name)] = taken.num_drops
+    if taken.num_copies:
+        outputs[unpacked_images(task.name)] = taken.num_copies
     return Outcome(outputs, num_in=num_in, num_kept=taken.num_rows, dropped=dropped, extra=facts.to_json())
 
 
@@ -313,12 +328,15 @@ def _look_at_table(path: str, source: TableSource, digest: str, facts: CorpusFac
 
 def _is_part(source: TableSource | PackedSource) -> bool:
     """Whether a source has several files: some of them may be empty."""
-    return isinstance(source, TableSource) and len(caption_table.find_files(source)) > 1
+    if isinstance(source, PackedSource):
+        return len(packed.pieces(source)) > 1
+    return len(caption_table.find_files(source)) > 1
 
 
 def _is_empty_part(paths: Sequence[str], source: TableSource | PackedSource) -> bool:
     return (
-        len(paths) == 1
+        isinstance(source, TableSource)
+        and len(paths) == 1
         and text_file.is_text(paths[0])
         and store.num_bytes(paths[0]) == 0
         and _is_part(source)

@@ -4,7 +4,6 @@ Column names of LAION-5B metadata and of its derivatives are found by themselves
 other names are given in the recipe.
 """
 
-import codecs
 import contextlib
 import dataclasses
 import functools
@@ -22,7 +21,7 @@ from data_prep.sources.list_columns import refuse_nested_columns, with_one_capti
 from data_prep.sources.local_server import HOST, IMAGES
 from data_prep.sources.parquet_text import has_bad_text, read_text_safely
 from data_prep.sources.table_files import parts_of
-from data_prep.sources.text_rows import ListCaptions, TextLayout
+from data_prep.sources.text_rows import ListCaptions, TextLayout, check_encoding
 from pipeline.core import store
 from pipeline.core.config import IN_DIGEST_IF_SET
 from pipeline.core.files.columns import column as by_name
@@ -121,14 +120,7 @@ class TableSource:
         if self.quote and self.quote == (self.separator or ","):
             raise ValueError(f"quote {self.quote!r} is the separator")
         if self.encoding is not None:
-            try:
-                is_text = codecs.lookup(self.encoding)._is_text_encoding
-            except (LookupError, ValueError):
-                is_text = False
-            if not is_text:
-                raise ValueError(
-                    f"encoding {self.encoding!r} is not known; known are utf-16, gb18030, big5 …"
-                )
+            check_encoding(self.encoding)
 
     @property
     def layout(self) -> TextLayout:
@@ -336,12 +328,15 @@ def first_column(found: Sequence[str], known: Sequence[str]) -> str | None:
 def _url(column: str | None, source: TableSource) -> pl.Expr:
     """The address of each row; a path below the image folder becomes one of the loopback site's."""
     url = by_name(str(column)).cast(pl.String)
-    if source.picture_folder is None:
-        return url
+    return url if source.picture_folder is None else image_address(source.name, url)
+
+
+def image_address(source: str, path: pl.Expr) -> pl.Expr:
+    """Return the address of the run's own server for a path below a source's image folder."""
     # In a file's name these are letters, in an address they would end the path or begin an escape.
     for letter, escape in (("%", "%25"), ("#", "%23"), ("?", "%3F")):
-        url = url.str.replace_all(letter, escape, literal=True)
-    return pl.concat_str(pl.lit(f"http://{HOST}/{IMAGES}/{source.name}/"), url)
+        path = path.str.replace_all(letter, escape, literal=True)
+    return pl.concat_str(pl.lit(f"http://{HOST}/{IMAGES}/{source}/"), path)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """What readers of text tables share: how a table is written, its rows in batches, and what is no row."""
 
+import codecs
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,6 +50,16 @@ class TextLayout:
     caption: str | None = None
     addresses: bool = True  # whether the column of addresses holds those of the web, and no paths
     image_folder: str | None = None  # of a .txt: its images
+
+
+def check_encoding(name: str) -> None:
+    """Raise ValueError for an encoding of text that Python does not know."""
+    try:
+        is_text = codecs.lookup(name)._is_text_encoding
+    except (LookupError, ValueError):
+        is_text = False
+    if not is_text:
+        raise ValueError(f"encoding {name!r} is not known; known are utf-16, gb18030, big5 …")
 
 
 def malformed(reason: DropReason, text: str) -> Malformed:

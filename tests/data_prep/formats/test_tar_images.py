@@ -12,7 +12,8 @@ import pytest
 
 from data_prep.formats.tar_images import image_members, is_image
 from data_prep.sources.local_server import serve
-from data_prep.sources.packed import PackedSource, pieces
+from data_prep.sources.packed import pieces
+from data_prep.sources.readers.source import PackedSource
 from pipeline.core.records import InputError
 from tests.helpers.sources import kept, manifest, picture, take_in
 
