@@ -17,6 +17,7 @@ IMAGE_MISSING = DropReason("image_missing")  # a text that names an image which 
 IMAGE_OUTSIDE = DropReason("image_outside")  # a row that names an image outside its source's folder
 NOT_DOWNLOADED = DropReason("not_downloaded")  # img2dataset's own table says so
 IMAGE_AT = "picture_at"
+_OWN = ("url", "caption", IMAGE_AT)  # columns of every caption table of these sources
 
 PackedKind = Literal[
     "cn_clip_tsv", "cn_clip_lmdb", "img2dataset", "shards", "webdataset", "huggingface", "folder"
@@ -66,6 +67,8 @@ class PackedSource:
         for name, kinds in _KINDS_OF.items():
             if getattr(self, name) is not None and self.kind not in kinds:
                 raise ValueError(f"{name} is a setting of kind {' and '.join(kinds)}, not of {self.kind}")
+        if own := sorted({*self.carry_columns} & {*_OWN}):
+            raise ValueError(f"carry_columns names {own[0]}, which a caption table has anyway; take it out")
         if self.encoding is not None:
             check_encoding(self.encoding)
 

@@ -37,7 +37,7 @@ def texts_of(place: str, key: str, found: Mapping[str, bytes], source: PackedSou
                     text = found[ending].decode(source.encoding or "utf-8-sig")
                 except UnicodeDecodeError:
                     shown = found[ending].decode("utf-8", "replace")
-                    return malformed(MALFORMED_ENCODING, f"{key}.{ending}: {shown}")
+                    return malformed(MALFORMED_ENCODING, f"{key}.{ending} {shown}")
                 return Texts([text.strip()], url)
     if notes is None:
         return malformed(MALFORMED_JSON, f"{key}.json")
