@@ -52,6 +52,11 @@ def find_columns(path: str, schema: pa.Schema, source: PackedSource) -> Columns:
     )
 
 
+def holds_images(schema: pa.Schema) -> bool:
+    """Return whether a table has a column whose type is that of images."""
+    return any(_is_image_struct(field.type) or _is_bytes(field.type) for field in schema)
+
+
 def choose_name(path: str, what: str, setting: str, found: Sequence[str], known: Sequence[str]) -> str:
     """Return the only column of a text table whose name is known. InputError lists the columns."""
     named = [name for name in found if name.lower() in known]
