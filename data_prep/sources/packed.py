@@ -24,6 +24,7 @@ from data_prep.sources.readers.places import find_files, served_folder
 from data_prep.sources.readers.source import IMAGE_AT, PackedSource, Part
 from data_prep.sources.regions import Converted, Places, malformed_rows
 from data_prep.sources.table import TableSource
+from data_prep.sources.text_rows import BETWEEN
 from pipeline.core import store
 from pipeline.core.files.written import ParquetRows, parquet_rows
 from pipeline.core.records import InputError
@@ -99,7 +100,7 @@ def unpack(
         for part in _read(source, files, copied, exemptions):
             malformed.add(part.malformed)
             for reason, dropped in part.dropped.items():
-                listed.add(dropped, reason)
+                listed.add(_with_first_caption(dropped, source), reason)
             table.add(part.rows)
     description = TableSource(
         path=to.table,
@@ -109,11 +110,19 @@ def unpack(
         carry_columns=tuple(name for name in table.columns if name not in ("url", "caption")),
         picture_folder=None if IMAGE_AT in table.columns else served_folder(source.path),
         exempt_from=source.exempt_from,
+        list_captions="random" if source.list_captions == "random" else None,
     )
     counts = dict(sorted((listed.counts + malformed.counts).items()))
     return Converted(
         description, table.num_rows, counts, num_drops=listed.counts.total(), num_copies=copied.count
     )
+
+
+def _with_first_caption(rows: pl.DataFrame, source: PackedSource) -> pl.DataFrame:
+    """Return rows by whose first caption they are known, if a row keeps several."""
+    if source.list_captions != "random":
+        return rows
+    return rows.with_columns(pl.col("caption").str.split(BETWEEN).list.first())
 
 
 def _read(

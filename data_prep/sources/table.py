@@ -17,7 +17,7 @@ import polars as pl
 from pydantic import BeforeValidator
 
 from data_prep.sources import text_file
-from data_prep.sources.list_columns import refuse_nested_columns, with_one_caption
+from data_prep.sources.list_columns import ALL_CAPTIONS, refuse_nested_columns, with_one_caption
 from data_prep.sources.local_server import HOST, IMAGES
 from data_prep.sources.parquet_text import has_bad_text, read_text_safely
 from data_prep.sources.table_files import parts_of
@@ -28,6 +28,7 @@ from pipeline.core.files.columns import column as by_name
 from pipeline.core.files.columns import is_pattern
 from pipeline.core.files.foreign import foreign
 from pipeline.core.records import InputError
+from pipeline.core.shard_format import all_captions
 
 Kind = Literal["table", "laion", "wukong", "coco", "visual_genome"]
 
@@ -106,9 +107,17 @@ class TableSource:
     Unset: yes.
     """
     list_captions: ListCaptions | None = field(default=None, metadata=IN_DIGEST_IF_SET)
-    """What a list of captions becomes: a row for `each`, or a row with the `first`. Unset: it is refused."""
+    """What a list of captions becomes: a row for `each`, a row with the `first`, or a row that keeps all, of
+    which training draws one in each epoch at `random`. Unset: it is refused.
+    """
 
     def __post_init__(self) -> None:
+        if self.list_captions == "random" and (self.joins or self.has_image_ids):
+            raise ValueError(f'list_captions = "random" is not for kind {self.kind} or joined captions')
+        if self.list_captions == "random" and all_captions("caption") in self.carry_columns:
+            raise ValueError(
+                'carry_columns names captions, the column of list_captions = "random"; take it out'
+            )
         for name in ("separator", "quote", "escape"):
             value = getattr(self, name)
             if value is not None and (
@@ -219,6 +228,7 @@ def scan(path: str, source: TableSource, *, is_whole: bool = False) -> pl.LazyFr
         frame = pl.concat(list(read_text_safely(path, needed_columns(path, source, found)))).lazy()
         frame = frame.filter(~text_file.is_damaged(found_text(frame.collect_schema())))
     frame = with_one_caption(frame, caption, source.list_captions)
+    several = [pl.col(ALL_CAPTIONS)] if source.list_captions == "random" else []
     width = first_column(found, _WIDTH_COLUMNS)
     height = first_column(found, _HEIGHT_COLUMNS)
 
@@ -244,6 +254,7 @@ def scan(path: str, source: TableSource, *, is_whole: bool = False) -> pl.LazyFr
         column("unsafe_column", pl.Float32).alias("unsafe"),
         column("watermark_column", pl.Float32).alias("watermark"),
         *(by_name(name) for name in source.carry_columns),
+        *several,
     )
 
 

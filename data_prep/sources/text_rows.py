@@ -16,7 +16,9 @@ MALFORMED_JSON = DropReason("malformed:json")  # not one JSON object
 
 SHOWN_CHARACTERS = 300  # of a malformed row, in the table of malformed rows
 
-ListCaptions = Literal["each", "first"]
+ListCaptions = Literal["each", "first", "random"]
+# Between the captions of one row, where a table has them as one text: a control character (record separator).
+BETWEEN = "\x1e"
 
 
 @dataclass(frozen=True, slots=True)

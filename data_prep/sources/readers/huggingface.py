@@ -17,7 +17,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_prep.sources.list_columns import with_one_caption
+from data_prep.sources.list_columns import with_one_caption, with_one_text
 from data_prep.sources.parquet_text import as_text
 from data_prep.sources.readers.columns import Columns, find_columns
 from data_prep.sources.readers.copies import Copies
@@ -121,7 +121,10 @@ def read_rows(source: PackedSource, path: str, columns: Columns, copies: Copies)
 
 
 def _part(source: PackedSource, columns: Columns, rows: pl.DataFrame) -> Part:
-    rows = with_one_caption(rows.lazy(), "caption", source.list_captions).collect()
+    if source.list_captions == "random":
+        rows = with_one_text(rows.lazy(), "caption").collect()
+    else:
+        rows = with_one_caption(rows.lazy(), "caption", source.list_captions).collect()
     whole = without_damaged(
         rows, [*_TEXT_COLUMNS, *(n for n in columns.carried if rows[n].dtype == pl.String)]
     )

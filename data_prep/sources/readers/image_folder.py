@@ -11,7 +11,7 @@ import polars as pl
 
 from data_prep.formats.tar_images import EXTENSIONS, MOST_TEXT_BYTES, TEXTS
 from data_prep.sources import text_file
-from data_prep.sources.list_columns import refuse_nested_columns, with_one_caption
+from data_prep.sources.list_columns import refuse_nested_columns, with_one_caption, with_one_text
 from data_prep.sources.parquet_text import read_text_safely
 from data_prep.sources.readers.columns import choose_caption, choose_name
 from data_prep.sources.readers.places import files_below, inside, served_folder
@@ -197,7 +197,10 @@ def _parquet_batches(
     source: PackedSource, path: str, columns: Sequence[str], caption: str
 ) -> Iterator[RowBatch]:
     for rows in read_text_safely(path, columns):
-        unfolded = with_one_caption(rows.lazy(), caption, source.list_captions).collect()
+        if source.list_captions == "random":
+            unfolded = with_one_text(rows.lazy(), caption).collect()
+        else:
+            unfolded = with_one_caption(rows.lazy(), caption, source.list_captions).collect()
         yield text_file.without_damaged(unfolded, found_text(unfolded.schema))
 
 

@@ -11,6 +11,7 @@ from data_prep.sources.local_server import HOST, PACKED, UNPACKED
 from data_prep.sources.text_rows import ListCaptions, Malformed, check_encoding
 from pipeline.core.config import IN_DIGEST_IF_SET
 from pipeline.core.records import DropReason
+from pipeline.core.shard_format import all_captions
 
 UNPAIRED = DropReason("unpaired")  # a text whose image_ids are empty: the pairing is unknown
 IMAGE_MISSING = DropReason("image_missing")  # a text that names an image which is not there
@@ -59,7 +60,9 @@ class PackedSource:
     Unset: `caption`, `captions`, `text`, `texts` or `txt`.
     """
     list_captions: ListCaptions | None = field(default=None, metadata=IN_DIGEST_IF_SET)
-    """What a list of captions becomes: a row for `each`, or a row with the `first`. Unset: it is refused."""
+    """What a list of captions becomes: a row for `each`, a row with the `first`, or a row that keeps all, of
+    which training draws one in each epoch at `random`. Unset: it is refused.
+    """
     encoding: str | None = field(default=None, metadata=IN_DIGEST_IF_SET)
     """Encoding of the texts next to images, such as `gb18030`. Unset: UTF-8."""
 
@@ -67,7 +70,7 @@ class PackedSource:
         for name, kinds in _KINDS_OF.items():
             if getattr(self, name) is not None and self.kind not in kinds:
                 raise ValueError(f"{name} is a setting of kind {' and '.join(kinds)}, not of {self.kind}")
-        if own := sorted({*self.carry_columns} & {*_OWN}):
+        if own := sorted({*self.carry_columns} & {*_OWN, all_captions("caption")}):
             raise ValueError(f"carry_columns names {own[0]}, which a caption table has anyway; take it out")
         if self.encoding is not None:
             check_encoding(self.encoding)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from data_prep.sources.json_rows import as_text, refuse_list, refuse_nested
+from data_prep.sources.json_rows import as_text, chosen_captions, refuse_list, refuse_nested
 from data_prep.sources.readers.source import PackedSource
 from data_prep.sources.text_rows import MALFORMED_ENCODING, MALFORMED_JSON, Malformed, malformed
 from pipeline.core.files.foreign import parse_json
@@ -67,5 +67,4 @@ def _unfolded(place: str, name: str, value: Any, source: PackedSource) -> list[s
         raise refuse_nested(place, name, "caption", value)
     if source.list_captions is None:
         raise refuse_list(place, name)
-    chosen = value if source.list_captions == "each" else value[:1]
-    return [as_text(item) for item in chosen] or [None]
+    return chosen_captions(value, source.list_captions)
