@@ -22,6 +22,7 @@ from data_prep.sources import packed
 from data_prep.sources.local_server import HOST
 from data_prep.sources.readers.source import PackedSource
 from data_prep.sources.regions import Converted, Places
+from data_prep.sources.text_rows import BETWEEN
 from pipeline.core.records import InputError
 from pipeline.core.run import make_context
 from tests.helpers.sources import kept, manifest, picture, take_in, why
@@ -248,6 +249,9 @@ def test_lists_of_captions(tmp_path: Path) -> None:
     assert each["url"][2].startswith(f"http://{HOST}/packed/hf/train/a.parquet/1")
     first, _ = _read(_source(path, list_captions="first", carry_columns=("n",)), tmp_path)
     assert first.select("caption", "n").rows() == [("一", 1), (None, 2), (None, 3)]
+    all_of_it, (found,) = _read(_source(path, list_captions="random"), tmp_path)
+    assert all_of_it["caption"].to_list() == [f"一{BETWEEN}二", None, None]  # for one row of the sidecar
+    assert found.source.list_captions == "random"
     with pytest.raises(ValueError, match="carry_columns names url, which a caption table has anyway"):
         _source(path, carry_columns=("url",))
 
