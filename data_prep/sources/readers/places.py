@@ -53,7 +53,7 @@ def find_files(path: str, endings: Sequence[str], source: str) -> list[str]:
         InputError: if a part of a pattern matches nothing, or a file by itself has another ending.
     """
     if os.path.isdir(path):
-        return [file for file in files_below(path) if file.endswith(tuple(endings))]
+        return sorted(file for file in files_below(path) if file.endswith(tuple(endings)))
     if os.path.exists(path):
         if not path.endswith(tuple(endings)):
             raise InputError(f"{path}: neither a folder nor a {' or '.join(endings)} (source {source})")
