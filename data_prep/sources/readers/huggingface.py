@@ -71,6 +71,7 @@ def pieces(source: PackedSource) -> list[list[str]]:
         InputError: if there is none; it says what is there.
     """
     found = find_files(source.path, (*TABLES, *METADATA), source.name)
+    found = [file for file in found if file.endswith(TABLES) or is_metadata(file)]  # and no own_metadata.csv
     files = [file for folder, names in _by_folder(found) for file in _named_by_state(folder, names)]
     if not files:
         raise InputError(

@@ -38,8 +38,8 @@ class PackedSource:
 
     kind: PackedKind
     """Format on disk: Chinese-CLIP's TSV or LMDB, img2dataset output, the shards of another run, tars of
-    webdataset, a folder of Hugging Face `datasets`, or a folder of images; in the last two of webdataset and
-    folder, with the caption of each image in `.txt`, `.caption` or `.json`.
+    webdataset, a folder of Hugging Face `datasets`, or a folder of images. `webdataset` and `folder` take the
+    caption of each image from `.txt`, `.caption` or `.json` of the same name.
     """
     path: str
     """Local folder that holds `<split>_imgs.tsv`, `lmdb/<split>`, `00000.tar` with `00000.parquet`, or what

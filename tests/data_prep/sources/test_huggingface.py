@@ -180,6 +180,8 @@ def test_splits(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"valid-\*\.parquet: no such file"):
         packed.pieces(_source(tmp_path / "set" / "data" / "{train,valid}-*.parquet"))
     (tmp_path / "nothing").mkdir()
+    (tmp_path / "set" / "data" / "own_metadata.csv").write_text("about,columns\n")
+    assert len(packed.pieces(_source(tmp_path / "set"))) == 2
     with pytest.raises(InputError, match="it is empty"):
         packed.pieces(_source(tmp_path / "nothing"))
     (tmp_path / "nothing" / "images.zip").touch()

@@ -9,6 +9,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
+from data_prep.corpus import SourcesConfig
 from data_prep.sources import packed
 from data_prep.sources.local_server import HOST
 from data_prep.sources.readers.image_folder import listing_digest
@@ -139,5 +140,9 @@ def test_settings_of_other_kinds_are_refused() -> None:
     fields = {"kind": "folder", "path": "p", "name": "n"}
     with pytest.raises(ConfigError, match="image_column is a setting of kind huggingface, not of folder"):
         build(PackedSource, {**fields, "image_column": "a"}, "my.toml")
+    with pytest.raises(
+        ConfigError, match=r"must be one of 'table', .* 'webdataset', 'huggingface', 'folder', found"
+    ):
+        build(SourcesConfig, {"kind": "sources", "sources": [{**fields, "kind": "hf"}]}, "my.toml")
     with pytest.raises(ConfigError, match="encoding 'nonsense' is not known"):
         build(PackedSource, {**fields, "encoding": "nonsense"}, "my.toml")
