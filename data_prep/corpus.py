@@ -21,10 +21,17 @@ from data_prep.accounting.drop_table import drops_path
 from data_prep.accounting.judged import SourceCounts
 from data_prep.corpora.demo import DemoConfig, make_demo
 from data_prep.corpora.emoji import EmojiConfig, make_emoji
-from data_prep.corpus_facts import CorpusFacts, OutsideTable, exemptions_of_shards, malformed_table
+from data_prep.corpus_facts import (
+    CorpusFacts,
+    OutsideTable,
+    exemptions_of_shards,
+    malformed_table,
+    unpacked_images,
+)
 from data_prep.sources import packed, regions, text_file
 from data_prep.sources import table as caption_table
-from data_prep.sources.packed import PackedSource
+from data_prep.sources.readers.places import served_folder
+from data_prep.sources.readers.source import PackedKind, PackedSource
 from data_prep.sources.table import TableSource
 from pipeline.core import store
 from pipeline.core.config import NOT_IN_DIGEST
@@ -78,7 +85,7 @@ class CorpusTask(Facts):
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
         source = fields["source"]
-        if source["kind"] not in typing.get_args(packed.PackedKind):
+        if source["kind"] not in typing.get_args(PackedKind):
             return cls(paths=fields["paths"], source=caption_table.from_description(source))
         lists = {name: tuple(source[name]) for name in ("exempt_from", "carry_columns")}
         return cls(
@@ -118,17 +125,15 @@ def plan(config: CorpusStageConfig, context: Context) -> list[Task]:
     }
     guards = {f"guard {path}": store.digest_file(path) for path in guards_of(config.corpus)}
     pieces = list(_pieces(config.corpus))
-    paths = [path for _, files in pieces for path in files]
-    digests = dict(zip(paths, digests_of_files(paths), strict=True))
     return [
         Task(
             name=f"{number:05d}",
-            inputs={**sets, **guards, **_inputs(files, digests), **_reading(source, files)},
+            inputs={**sets, **guards, **files_read, **_reading(source, files)},
             arguments=CorpusTask(
                 paths=files, source=source, exemptions=exempt.get(source.name) or None
             ).to_json(),
         )
-        for number, (source, files) in enumerate(pieces)
+        for number, ((source, files), files_read) in enumerate(zip(pieces, _digests(pieces), strict=True))
     ]
 
 
@@ -157,7 +162,7 @@ def _refuse_carried_rules(corpus: TablesConfig | SourcesConfig) -> None:
 def _reading(source: TableSource | PackedSource, files: Sequence[str]) -> dict[str, str]:
     """Return how a source is read if the meaning of its description has changed."""
     if isinstance(source, PackedSource):
-        return {}
+        return {"captions": "UTF-8, or malformed"} if source.kind == "webdataset" else {}
     found = {"captions": "rows of their own"} if source.has_image_ids and not source.joins else {}
     if any(text_file.is_text(path) for path in files):
         found["text"] = "no quote swallows rows"
@@ -194,6 +199,17 @@ def _pieces(
             yield source, caption_table.find_files(source)
         else:
             yield from ((source, [path]) for path in caption_table.find_files(source))
+
+
+def _digests(pieces: Sequence[tuple[TableSource | PackedSource, list[str]]]) -> list[dict[str, str]]:
+    """Return the inputs of each piece: the digests of its files, or what its kind of source has instead."""
+    own = [packed.digests(item, files) if isinstance(item, PackedSource) else None for item, files in pieces]
+    paths = [path for (_, files), found in zip(pieces, own, strict=True) if found is None for path in files]
+    known = dict(zip(paths, digests_of_files(paths), strict=True))
+    return [
+        found if found is not None else _inputs(files, known)
+        for (_, files), found in zip(pieces, own, strict=True)
+    ]
 
 
 def _inputs(files: list[str], digests: Mapping[str, str]) -> dict[str, str]:
@@ -262,10 +278,13 @@ def _take_in(
         return _nothing(source, facts)
     table_path, malformed_path = f"tables/{task.name}.parquet", malformed_table(task.name)
     to = regions.Places(
-        context.path(table_path), context.path(malformed_path), context.path(drops_path(task.name))
+        context.path(table_path),
+        context.path(malformed_path),
+        context.path(drops_path(task.name)),
+        context.path(unpacked_images(task.name)),
     )
     if isinstance(source, PackedSource):
-        facts = dataclasses.replace(facts, packed={source.name: store.absolute(source.path)})
+        facts = dataclasses.replace(facts, packed={source.name: served_folder(source.path)})
         taken = packed.unpack(source, paths, to, asked.exemptions or {})
     elif source.joins:
         taken = regions.join_regions(paths, source, decontamination.guarded_ids(guards), to)
@@ -288,11 +307,14 @@ def _take_in(
         tables={table_path: dataclasses.replace(taken.source, path=table_path)},
         sources={name: SourceCounts(num_in=num_in, num_kept=taken.num_rows, dropped=dropped)},
         score_pairs={name: pairs} if pairs else {},
+        unpacked=(name,) if taken.num_copies else (),
     )
     num_malformed = sum(dropped.values()) - taken.num_drops
     outputs = {table_path: taken.num_rows, malformed_path: num_malformed}
     if taken.num_drops:
         outputs[drops_path(task.name)] = taken.num_drops
+    if taken.num_copies:
+        outputs[unpacked_images(task.name)] = taken.num_copies
     return Outcome(outputs, num_in=num_in, num_kept=taken.num_rows, dropped=dropped, extra=facts.to_json())
 
 
@@ -315,12 +337,15 @@ def _look_at_table(path: str, source: TableSource, digest: str, facts: CorpusFac
 
 def _is_part(source: TableSource | PackedSource) -> bool:
     """Return whether a source has several files, of which some may be empty."""
-    return isinstance(source, TableSource) and len(caption_table.find_files(source)) > 1
+    if isinstance(source, PackedSource):
+        return len(packed.pieces(source)) > 1
+    return len(caption_table.find_files(source)) > 1
 
 
 def _is_empty_part(paths: Sequence[str], source: TableSource | PackedSource) -> bool:
     return (
-        len(paths) == 1
+        isinstance(source, TableSource)
+        and len(paths) == 1
         and text_file.is_text(paths[0])
         and store.num_bytes(paths[0]) == 0
         and _is_part(source)

@@ -19,6 +19,7 @@ from pipeline.core.stage import Context, repair_remedy
 
 # Stages that judge downloaded images, in order; all but the first are optional.
 ROW_STAGES = ("filter_image", "dedup_image", "filter_score")
+_UNPACKED = "images"  # folder of the corpus stage, for images that can't be read where they are
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +43,8 @@ class CorpusFacts(Facts):
     external: OutsideTable | None = None
     sources: Mapping[str, SourceCounts] = field(default_factory=dict)
     score_pairs: Mapping[str, Sequence[str]] = field(default_factory=dict)  # source → pairs of encoders
-    packed: Mapping[str, str] = field(default_factory=dict)  # source → folder of TSV, tar or LMDB files
+    packed: Mapping[str, str] = field(default_factory=dict)  # source → folder of TSV, tar, … or LMDB files
+    unpacked: Sequence[str] = ()  # sources of whose images the stage's folder has copies
     guards: Sequence[str] = ()  # paths
     site: bool = False  # the stage's folder has a web site that the download stage serves
     evaluations: EvaluationFacts = field(default_factory=lambda: EvaluationFacts({}, {}))
@@ -61,6 +63,7 @@ class CorpusFacts(Facts):
             sources=sources_from_json(fields),
             score_pairs=fields.get("score_pairs", {}),
             packed=fields.get("packed", {}),
+            unpacked=fields.get("unpacked", ()),
             guards=fields.get("guards", ()),
             site=fields.get("site", False),
             evaluations=EvaluationFacts.from_json(fields),
@@ -116,6 +119,11 @@ def tables_of(corpus: Manifest) -> list[CorpusTable]:
             num_rows = facts.sources[outside.source.name].num_in
             tables.append(CorpusTable(place=place, digest=outside.digest, num_rows=num_rows))
     return tables
+
+
+def unpacked_images(task: str) -> str:
+    """Return a task's tar of images that its source keeps compressed, in the stage's folder."""
+    return f"{_UNPACKED}/{task}.tar"
 
 
 def malformed_table(task: str) -> str:
@@ -229,11 +237,17 @@ def image_folders(context: Context) -> dict[str, str]:
 
 
 def packed_folders(context: Context) -> dict[str, str]:
-    """Return source → folder of TSV, tar or LMDB files; the download stage serves the images in them."""
+    """Return source → folder of files that hold images; the download stage serves the images in them."""
     found: dict[str, str] = {}
     for facts in facts_of(context.parents["corpus"]).values():
         found |= facts.packed
     return found
+
+
+def unpacked_folders(context: Context) -> dict[str, str]:
+    """Return source → folder of the copies that the corpus stage made of its images."""
+    names = {name for facts in facts_of(context.parents["corpus"]).values() for name in facts.unpacked}
+    return dict.fromkeys(sorted(names), context.path_in("corpus", _UNPACKED))
 
 
 def guard_paths(corpus: Manifest) -> list[str]:

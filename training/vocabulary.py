@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from pipeline.core.facts import Facts
+from pipeline.core.shard_format import all_captions
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 
@@ -38,7 +39,11 @@ def run(config: VocabularyConfig, context: Context, task: Task, progress: Progre
 
     column = VocabularyTask.from_json(task.arguments).column
     paths = [shard.path for shard in context.shards_of("shards", ".parquet")]
-    captions = pl.scan_parquet(paths).select(column).collect()[column]
+    table = pl.scan_parquet(paths)
+    several = all_captions(column)
+    if isinstance(table.collect_schema().get(several), pl.List):  # where a source keeps them
+        table = table.select(pl.coalesce(several, pl.concat_list(column)).alias(column)).explode(column)
+    captions = table.select(column).collect()[column]
     learned = Tokenizer(learn_vocabulary(captions.to_list(), config.size))
     learned.save_vocabulary(context.path(f"{column}.txt"))
     return Outcome({f"{column}.txt": captions.len()}, num_in=captions.len(), num_kept=captions.len())

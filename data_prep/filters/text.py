@@ -15,12 +15,14 @@ from data_prep.rules import chinese_script
 from data_prep.rules import text as text_rules
 from data_prep.rules.image import SWITCHABLE_IMAGE_RULES
 from data_prep.rules.text import TextRule
+from data_prep.sources.list_columns import ALL_CAPTIONS
 from data_prep.sources.table import EXEMPT_COLUMN, JUDGED_ONLY, TableSource, naming_damage, scan
 from pipeline.core import store
 from pipeline.core.config import digest
 from pipeline.core.facts import Facts
 from pipeline.core.failures import PARTITION_FAILED
 from pipeline.core.records import ConfigError, Manifest
+from pipeline.core.shard_format import all_captions
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 # LAION-5B's tables have some 17 million rows each; a task holds this many of them in memory.
@@ -133,11 +135,16 @@ def run(config: FilterTextConfig, context: Context, task: Task, progress: Progre
     judged, rules = list[pl.LazyFrame](), dict[str, TextRule]()
     for exempt, part in groups:
         of_group = rules_for(config, exempt, urls, has_scores)
-        judged.append(prepared(part, config, exempt).with_columns(reason=text_rules.first_reason(of_group)))
+        judged.append(
+            prepared(part, config, exempt, each=True).with_columns(reason=text_rules.first_reason(of_group))
+        )
         rules |= {rule.name: rule for rule in of_group}
     with naming_damage(path):
         rows = pl.concat(judged).collect(engine="streaming")
-    if len(groups) > 1:
+    if ALL_CAPTIONS in names:
+        rows = _with_all_captions(rows)
+        names[names.index(ALL_CAPTIONS)] = all_captions("caption")
+    elif len(groups) > 1:
         rows = rows.sort("row")
     kept = (
         rows.filter(pl.col("reason").is_null())
@@ -203,15 +210,35 @@ def by_exemptions(frame: pl.LazyFrame, source: TableSource) -> list[tuple[tuple[
     ]
 
 
-def prepared(frame: pl.LazyFrame, config: FilterTextConfig, exempt: Sequence[str]) -> pl.LazyFrame:
+def prepared(
+    frame: pl.LazyFrame, config: FilterTextConfig, exempt: Sequence[str], *, each: bool = False
+) -> pl.LazyFrame:
     """Return a canonical table with its keys, and captions as they are judged and kept (see text_rules).
 
-    Keys come from the original caption, so that users can ask for a caption as its source has it.
+    Keys come from the original caption, so that users can ask for a caption as its source has it. With
+    `each`, a row that keeps several captions is there once for each of them, with the key of the first.
     """
     normalise = config.normalise_duplicates and text_rules.NORMALISED_DUPLICATES_RULE not in exempt
-    return with_key(frame, normalise=normalise).with_columns(
-        caption=judged_caption(pl.col("caption"), config, exempt)
+    keyed = with_key(frame, normalise=normalise)
+    if ALL_CAPTIONS in frame.collect_schema():
+        if each:
+            keyed = keyed.explode(ALL_CAPTIONS, empty_as_null=True).with_columns(caption=ALL_CAPTIONS)
+        keyed = keyed.drop(ALL_CAPTIONS)
+    return keyed.with_columns(caption=judged_caption(pl.col("caption"), config, exempt))
+
+
+def _with_all_captions(rows: pl.DataFrame) -> pl.DataFrame:
+    """Join judged captions to their rows again.
+
+    A row stays with the captions that no rule drops, or goes by the reason of its first.
+    """
+    captions = pl.col("caption").str.strip_chars().unique(maintain_order=True)
+    stays = rows.filter(pl.col("reason").is_null())
+    stays = stays.group_by("row", maintain_order=True).agg(
+        captions.alias(all_captions("caption")), pl.all().exclude("row").first()
     )
+    goes = rows.join(stays, on="row", how="anti").unique("row", keep="first", maintain_order=True)
+    return pl.concat([stays, goes], how="diagonal").sort("row")
 
 
 def judged_caption(caption: pl.Expr, config: FilterTextConfig, exempt: Sequence[str] = ()) -> pl.Expr:

@@ -9,7 +9,15 @@ from typing import Any
 import polars as pl
 
 from data_prep.sources.text_lines import BLOCK_BYTES, blocks_of, head_of, lines_of, too_long, unreadable
-from data_prep.sources.text_rows import MALFORMED_JSON, Malformed, RowBatch, TextLayout, malformed
+from data_prep.sources.text_rows import (
+    BETWEEN,
+    MALFORMED_JSON,
+    ListCaptions,
+    Malformed,
+    RowBatch,
+    TextLayout,
+    malformed,
+)
 from pipeline.core.files.columns import column
 from pipeline.core.files.foreign import parse_json
 from pipeline.core.records import InputError
@@ -183,7 +191,7 @@ def _unfolded(
             raise refuse_nested(path, layout.caption, "caption", value)
         if layout.list_captions is None:
             raise refuse_list(path, layout.caption)
-        captions = (value if layout.list_captions == "each" else value[:1]) or [None]
+        captions = chosen_captions(value, layout.list_captions)
         return [
             [as_text(caption if name == layout.caption else row.get(name)) for name in columns]
             for caption in captions
@@ -191,11 +199,19 @@ def _unfolded(
     return [[as_text(row.get(name)) for name in columns]]
 
 
+def chosen_captions(items: Sequence[Any], list_captions: ListCaptions | None) -> list[str | None]:
+    """Return the captions of a list as rows: each, the first, or all of them in one text."""
+    if list_captions == "random":
+        texts = [text for item in items if (text := as_text(item)) is not None]
+        return [BETWEEN.join(texts) if texts else None]
+    return [as_text(item) for item in (items if list_captions == "each" else items[:1])] or [None]
+
+
 def refuse_list(path: str, name: str) -> InputError:
     """Return the error for lists of captions, if the source does not say what they become."""
     return InputError(
         f'{path}: column {name!r} holds lists of captions; set list_captions = "each" (a row for each'
-        ' caption) or "first" in its source'
+        ' caption), "first" or "random" in its source'
     )
 
 

@@ -88,6 +88,7 @@ def read_site(folder: Path) -> dict[str, Answer]:
 IMAGES = "pictures"  # the site's folder for images that lie on disk: /pictures/<source>/<path>
 # Images inside larger files: /packed/<source>/<path>?offset=&size=[&base64=1], or ?lmdb=<key>.
 PACKED = "packed"
+UNPACKED = "unpacked"  # the same for files that the corpus stage wrote itself
 _BLOCK_BYTES = 1 << 20
 _TOKEN_BYTES = 24
 
@@ -97,11 +98,18 @@ class _Server(ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = 128  # a downloader opens its connections all at once
 
-    def __init__(self, folder: Path | None, images: Mapping[str, str], packed: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        images: Mapping[str, str],
+        packed: Mapping[str, str],
+        unpacked: Mapping[str, str],
+    ) -> None:
         self.root = folder / "site" if folder is not None else Path()
         self.token = secrets.token_urlsafe(_TOKEN_BYTES)
         self.answers = read_site(folder) if folder is not None else {}
-        self.images, self.packed = dict(images), dict(packed)
+        self.images = dict(images)
+        self.inside = {PACKED: dict(packed), UNPACKED: dict(unpacked)}  # folders of larger files
         self.environments: dict[str, Any] = {}  # open LMDBs: a process may open each only once
         self.opening = threading.Lock()
         self.stopping = threading.Event()
@@ -133,9 +141,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(Answer(status=403))
             return
         target = urlsplit(path)
-        if target.path.startswith(f"/{PACKED}/"):
-            self._send_body(*self._packed(unquote(target.path), parse_qs(target.query)))
-            return
+        for kind, folders in self.server.inside.items():
+            if target.path.startswith(f"/{kind}/"):
+                place = unquote(target.path).removeprefix(f"/{kind}/")
+                self._send_body(*self._packed(folders, place, parse_qs(target.query)))
+                return
         answer = self.server.answers.get(path) or self._image(unquote(target.path))
         if answer.hang:
             self.server.stopping.wait()
@@ -165,10 +175,12 @@ class _Handler(BaseHTTPRequestHandler):
             return Answer(file=file, content_type="application/octet-stream")
         return Answer(status=404)
 
-    def _packed(self, path: str, query: Mapping[str, list[str]]) -> tuple[int, bytes]:
-        """Return status and bytes of an image inside a file below one of the packed folders."""
-        name, _, relative = path.removeprefix(f"/{PACKED}/").partition("/")
-        file = _below(self.server.packed.get(name), relative)
+    def _packed(
+        self, folders: Mapping[str, str], place: str, query: Mapping[str, list[str]]
+    ) -> tuple[int, bytes]:
+        """Return status and bytes of an image inside a file below one of the folders."""
+        name, _, relative = place.partition("/")
+        file = _below(folders.get(name), relative)
         if file is None:
             return 404, b""
         try:
@@ -250,17 +262,18 @@ def serve(
     folder: str | Path | None,
     images: Mapping[str, str] | None = None,
     packed: Mapping[str, str] | None = None,
+    unpacked: Mapping[str, str] | None = None,
 ) -> Iterator[str]:
     """Serve a corpus folder on a free loopback port for the duration of a `with` block.
 
     `images` maps source names to folders, whose files are served as `/pictures/<source>/<path>`; `packed`
-    maps them to folders of TSV, tar or LMDB files, and serves images inside these files by position.
-    Folders may be URLs, except those with LMDBs.
+    maps them to folders of TSV, tar, Arrow, Parquet or LMDB files, and serves images inside these files by
+    position; `unpacked` maps them to such folders of the run. Folders may be URLs, except those with LMDBs.
 
     Yields `http://127.0.0.1:PORT/TOKEN`, which stands for `http://corpus.invalid` in the site's URLs.
     Requests without the token or for any other host get 403, unknown paths 404.
     """
-    server = _Server(Path(folder) if folder is not None else None, images or {}, packed or {})
+    server = _Server(Path(folder) if folder is not None else None, images or {}, packed or {}, unpacked or {})
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:

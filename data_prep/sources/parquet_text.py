@@ -48,9 +48,27 @@ def read_text_safely(path: str, columns: Sequence[str]) -> Iterator[pl.DataFrame
             yield rows
 
 
+def as_text(values: pa.Array) -> pa.Array:
+    """Return text, or lists of text, with U+FFFD for bytes that are not UTF-8; other columns as they are."""
+    is_list = pa.types.is_list(values.type) or pa.types.is_large_list(values.type)
+    if not _is_text(values.type.value_type if is_list else values.type):
+        return values
+    try:
+        values.validate(full=True)
+    except pa.ArrowInvalid:
+        plain = pa.large_list(pa.large_binary()) if is_list else pa.large_binary()
+        cells = (cell.as_py() for cell in values.cast(plain, safe=False))
+        if is_list:
+            lists = [None if cell is None else [_decoded(item) for item in cell] for cell in cells]
+            return pa.array(lists, pa.large_list(pa.large_string()))
+        return pa.array([_decoded(cell) for cell in cells], pa.large_string())
+    return values
+
+
 def _rows(batch: pa.RecordBatch) -> pl.DataFrame:
-    values = [_as_text(values) if _is_text(values.type) else values for values in batch.columns]
-    found: Any = pl.from_arrow(pa.table(values, names=batch.schema.names))
+    found: Any = pl.from_arrow(
+        pa.table([as_text(values) for values in batch.columns], names=batch.schema.names)
+    )
     return pl.DataFrame(found)
 
 
@@ -58,16 +76,5 @@ def _is_text(dtype: pa.DataType) -> bool:
     return bool(pa.types.is_string(dtype) or pa.types.is_large_string(dtype))
 
 
-def _as_text(values: pa.Array) -> pa.Array:
-    try:
-        values.validate(full=True)
-    except pa.ArrowInvalid:
-        raw = (
-            values.cast(pa.large_binary(), safe=False)
-            if pa.types.is_large_string(values.type)
-            else (values.cast(pa.binary(), safe=False))
-        )
-        cells = (cell.as_py() for cell in raw)
-        text = [None if cell is None else cell.decode("utf-8", "replace") for cell in cells]
-        return pa.array(text, pa.large_string())
-    return values
+def _decoded(cell: bytes | None) -> str | None:
+    return None if cell is None else cell.decode("utf-8", "replace")

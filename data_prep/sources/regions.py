@@ -60,15 +60,17 @@ class Converted:
     num_rows: int
     dropped: Mapping[str, int]
     num_drops: int = 0  # rows of the drop table; 0: no drop table
+    num_copies: int = 0  # files of images that were copied; 0: there is no tar of copies
 
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where a converted source goes: its table, its malformed rows, its drop table."""
+    """Where a converted source goes: its table, its malformed rows, its drop table, copies of its images."""
 
     table: str
     malformed: str
     drops: str
+    copies: str = ""  # of sources whose images can't be read where they are
 
 
 class MalformedRows:

@@ -4,7 +4,6 @@ cnclip recognises the column names of LAION-5B metadata and its derivatives in a
 other names.
 """
 
-import codecs
 import contextlib
 import dataclasses
 import functools
@@ -19,17 +18,18 @@ from pydantic import BeforeValidator
 
 from data_prep.rules.address import AROUND
 from data_prep.sources import text_file
-from data_prep.sources.list_columns import refuse_nested_columns, with_one_caption
+from data_prep.sources.list_columns import ALL_CAPTIONS, refuse_nested_columns, with_one_caption
 from data_prep.sources.local_server import HOST, IMAGES
 from data_prep.sources.parquet_text import has_bad_text, read_text_safely
 from data_prep.sources.table_files import parts_of
-from data_prep.sources.text_rows import ListCaptions, TextLayout
+from data_prep.sources.text_rows import ListCaptions, TextLayout, check_encoding
 from pipeline.core import store
 from pipeline.core.config import IN_DIGEST_IF_SET
 from pipeline.core.files.columns import column as by_name
 from pipeline.core.files.columns import is_pattern
 from pipeline.core.files.foreign import foreign
 from pipeline.core.records import InputError
+from pipeline.core.shard_format import all_captions
 
 Kind = Literal["table", "laion", "wukong", "coco", "visual_genome"]
 
@@ -108,11 +108,19 @@ class TableSource:
     Unset: yes.
     """
     list_captions: ListCaptions | None = field(default=None, metadata=IN_DIGEST_IF_SET)
-    """What a list of captions becomes: a row for `each`, or a row with the `first`. Unset: it is refused."""
+    """What a list of captions becomes: a row for `each`, a row with the `first`, or a row that keeps all, of
+    which training draws one in each epoch at `random`. Unset: it is refused.
+    """
     address_scheme: Literal["http", "https"] | None = field(default=None, metadata=IN_DIGEST_IF_SET)
     """Scheme of addresses that have none (`//host/a.jpg`). Unset: such rows are dropped as `url_invalid`."""
 
     def __post_init__(self) -> None:
+        if self.list_captions == "random" and (self.joins or self.has_image_ids):
+            raise ValueError(f'list_captions = "random" is not for kind {self.kind} or joined captions')
+        if self.list_captions == "random" and all_captions("caption") in self.carry_columns:
+            raise ValueError(
+                'carry_columns names captions, the column of list_captions = "random"; take it out'
+            )
         for name in ("separator", "quote", "escape"):
             value = getattr(self, name)
             if value is not None and (
@@ -124,14 +132,7 @@ class TableSource:
         if self.quote and self.quote == (self.separator or ","):
             raise ValueError(f"quote {self.quote!r} is the separator")
         if self.encoding is not None:
-            try:
-                is_text = codecs.lookup(self.encoding)._is_text_encoding
-            except (LookupError, ValueError):
-                is_text = False
-            if not is_text:
-                raise ValueError(
-                    f"encoding {self.encoding!r} is not known; known are utf-16, gb18030, big5 …"
-                )
+            check_encoding(self.encoding)
 
     @property
     def layout(self) -> TextLayout:
@@ -237,6 +238,7 @@ def scan(path: str, source: TableSource, *, is_whole: bool = False) -> pl.LazyFr
         frame = pl.concat(list(read_text_safely(path, needed_columns(path, source, found)))).lazy()
         frame = frame.filter(~text_file.is_damaged(found_text(frame.collect_schema())))
     frame = with_one_caption(frame, caption, source.list_captions)
+    several = [pl.col(ALL_CAPTIONS)] if source.list_captions == "random" else []
     width = first_column(found, _WIDTH_COLUMNS)
     height = first_column(found, _HEIGHT_COLUMNS)
 
@@ -262,6 +264,7 @@ def scan(path: str, source: TableSource, *, is_whole: bool = False) -> pl.LazyFr
         column("unsafe_column", pl.Float32).alias("unsafe"),
         column("watermark_column", pl.Float32).alias("watermark"),
         *(by_name(name) for name in source.carry_columns),
+        *several,
     )
 
 
@@ -350,15 +353,20 @@ def first_column(found: Sequence[str], known: Sequence[str]) -> str | None:
 def _url(column: str | None, source: TableSource) -> pl.Expr:
     """Return the address of each row; a path below the image folder becomes a loopback address."""
     url = by_name(str(column)).cast(pl.String)
-    if source.picture_folder is None:
-        url = url.str.strip_chars(AROUND)
-        if source.address_scheme is None:
-            return url
-        return url.str.replace(r"^[/\\]{2}", f"{source.address_scheme}://")
+    if source.picture_folder is not None:
+        return image_address(source.name, url)
+    url = url.str.strip_chars(AROUND)
+    if source.address_scheme is None:
+        return url
+    return url.str.replace(r"^[/\\]{2}", f"{source.address_scheme}://")
+
+
+def image_address(source: str, path: pl.Expr) -> pl.Expr:
+    """Return the address of the run's own server for a path below a source's image folder."""
     # In a file's name these are letters, in an address they would end the path or begin an escape.
     for letter, escape in (("%", "%25"), ("#", "%23"), ("?", "%3F")):
-        url = url.str.replace_all(letter, escape, literal=True)
-    return pl.concat_str(pl.lit(f"http://{HOST}/{IMAGES}/{source.name}/"), url)
+        path = path.str.replace_all(letter, escape, literal=True)
+    return pl.concat_str(pl.lit(f"http://{HOST}/{IMAGES}/{source}/"), path)
 
 
 @contextlib.contextmanager

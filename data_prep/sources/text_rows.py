@@ -1,5 +1,6 @@
 """What readers of text tables share: the table's layout, batches of rows, and malformed rows."""
 
+import codecs
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +16,9 @@ MALFORMED_JSON = DropReason("malformed:json")  # not one JSON object
 
 SHOWN_CHARACTERS = 300  # of a malformed row, in the table of malformed rows
 
-ListCaptions = Literal["each", "first"]
+ListCaptions = Literal["each", "first", "random"]
+# Between the captions of one row, where a table has them as one text: a control character (record separator).
+BETWEEN = "\x1e"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,16 @@ class TextLayout:
     caption: str | None = None
     addresses: bool = True  # whether the column of addresses holds URLs, not paths
     image_folder: str | None = None  # of a .txt: its images
+
+
+def check_encoding(name: str) -> None:
+    """Raise ValueError for an encoding of text that Python does not know."""
+    try:
+        is_text = codecs.lookup(name)._is_text_encoding
+    except (LookupError, ValueError):
+        is_text = False
+    if not is_text:
+        raise ValueError(f"encoding {name!r} is not known; known are utf-16, gb18030, big5 …")
 
 
 def malformed(reason: DropReason, text: str) -> Malformed:

@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,9 @@ from pipeline.cli.app import Group
 from pipeline.cli.arguments import EXIT_DONE
 from pipeline.cli.errors import UsageError, did_you_mean
 from pipeline.core.records import ConfigError
+
+if TYPE_CHECKING:
+    from pipeline.tools.survey_data import Data
 
 INIT = Group("Run")
 
@@ -28,7 +31,9 @@ def init(
     data: Annotated[
         str | None,
         typer.Option(
-            metavar="TABLE", help="read captions from a .parquet, .csv, .tsv or .jsonl file, or a pattern"
+            metavar="TABLE",
+            help="read captions from a .parquet, .csv, .tsv or .jsonl file, a pattern, or a folder:"
+            " Hugging Face datasets, webdataset, img2dataset, Chinese CLIP, images with a text file each",
         ),
     ] = None,
     images: Annotated[
@@ -74,14 +79,14 @@ def init(
     asks = sys.stdin.isatty() and sys.stderr.isatty()
     _require(asks, **{"--data TABLE": data, "--evaluation FOLDER": evaluation})
     columns = {"url_column": url_column, "caption_column": caption_column}
-    data = data or _ask("Table with captions and image addresses")
+    data = data or _ask("Table with captions and image addresses, or folder of pairs")
     try:
         found = look_at_data(data, images, **columns)
     except InputError as error:
         if not (asks and images is None and "--images" in str(error)):
             raise
         found = look_at_data(data, _ask("Folder with the images"), **columns)
-    _say(found.num_rows, found.num_usable, found.url_column, found.caption_column, found.images)
+    _say(found)
     sets = evaluation_sets(evaluation or _ask("Folder with an evaluation set"))
     model = _model(model or (_ask("Model", SMALL_MODEL) if asks else SMALL_MODEL))
     default = f"runs/{Path(output).stem}"
@@ -103,13 +108,14 @@ def _ask(question: str, default: str | None = None) -> str:
     return answer.strip()
 
 
-def _say(num_rows: int, num_usable: int, url: str, caption: str, images: str | None) -> None:
-    where = "URLs" if images is None else f"paths below {images}"
-    print(
-        f"{num_rows:,} rows, {num_usable:,} of them usable: addresses in {url!r} ({where}), captions in"
-        f" {caption!r}",
-        file=sys.stderr,
-    )
+def _say(data: "Data") -> None:
+    counts = f"{data.num_rows:,} rows, {data.num_usable:,} of them usable"
+    if data.kind is not None:
+        print(f"about {counts}, as in its first file: read with kind = {data.kind!r}", file=sys.stderr)
+        return
+    where = "URLs" if data.images is None else f"paths below {data.images}"
+    columns = f"addresses in {data.url_column!r} ({where}), captions in {data.caption_column!r}"
+    print(f"{counts}: {columns}", file=sys.stderr)
 
 
 def _model(name: str) -> str:

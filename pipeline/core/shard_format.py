@@ -38,6 +38,11 @@ def too_large() -> str:
     return f"more than {MAX_IMAGE_BYTES >> 20} MiB, the most that an image may have"
 
 
+def all_captions(column: str) -> str:
+    """Return the column that keeps every caption of a sample, one of which training draws in each epoch."""
+    return f"{column}s"
+
+
 def sidecar_of(tar: str) -> str:
     """Return the path of a tar's sidecar."""
     return tar.removesuffix(TAR) + SIDECAR

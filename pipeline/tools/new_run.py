@@ -88,23 +88,29 @@ def compose(
         f"folder = {_text(folder)}",
         _line("processes", machine.cores, "tasks at once while the corpus is built"),
         "",
-        "[corpus]",
-        'kind = "tables"',
-        "",
-        "[[corpus.tables]]",
-        f"path = {_text(data.path)}",
-        _line("name", '"data"', "in the funnel and in every sample"),
+        *_corpus(data),
     ]
-    if not data.are_known:
-        lines += [f"url_column = {_text(data.url_column)}", f"caption_column = {_text(data.caption_column)}"]
-    if data.images is not None:
-        lines.append(_line("picture_folder", _text(data.images), "the addresses are paths below it"))
     for item in evaluations:
         lines += ["", _commented("[[evaluation]]", "never trained on; copies of its images leave the corpus")]
         lines += [f"name = {_text(item.name)}", f"folder = {_text(item.folder)}"]
     train = choose_training(model, data.num_usable, machine)
     tables = (_filters(data), _packing(data, model), _model(model), _training(train, machine, model))
     return "\n".join([*lines, *(line for table in tables for line in table)]) + "\n"
+
+
+def _corpus(data: Data) -> list[str]:
+    name = _line("name", '"data"', "in the funnel and in every sample")
+    if data.kind is not None:
+        settings = [f"{key} = {_text(value)}" for key, value in data.settings.items()]
+        kind = _line("kind", _text(data.kind), "how the images lie on disk")
+        place = f"path = {_text(data.path)}"
+        return ["[corpus]", 'kind = "sources"', "", "[[corpus.sources]]", kind, place, name, *settings]
+    lines = ["[corpus]", 'kind = "tables"', "", "[[corpus.tables]]", f"path = {_text(data.path)}", name]
+    if not data.are_known:
+        lines += [f"url_column = {_text(data.url_column)}", f"caption_column = {_text(data.caption_column)}"]
+    if data.images is not None:
+        lines.append(_line("picture_folder", _text(data.images), "the addresses are paths below it"))
+    return lines
 
 
 def _filters(data: Data) -> list[str]:

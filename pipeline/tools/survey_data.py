@@ -1,15 +1,24 @@
 """Inspects the inputs of a new run: caption tables, images, evaluation sets, the machine."""
 
+import io
 import itertools
 import os
 import re
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO, TYPE_CHECKING, Literal
+from urllib.request import urlopen
 
 from pipeline.core.evaluation_sets import SUFFIXES, EvaluationSource, check_size, shard_stems
 from pipeline.core.records import InputError
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from data_prep.sources.readers.source import PackedKind
 
 _SAMPLED_ROWS = 1000  # for recognising columns and addresses
 _SAMPLED_IMAGES = 50
@@ -37,6 +46,8 @@ class Data:
     shortest_side_px: int | None  # of a sample of those images
     default_characters: tuple[int, int]  # default bounds of a run, the paper's
     default_side_px: int  # default of the smallest shorter side
+    kind: str | None = None  # of a source whose images are on disk in one of the ecosystem's formats
+    settings: Mapping[str, str] = field(default_factory=dict)  # of that source, besides its columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +96,7 @@ def evaluation_sets(folder: str) -> list[EvaluationSource]:
 def look_at_data(
     path: str, images: str | None, *, url_column: str | None = None, caption_column: str | None = None
 ) -> Data:
-    """Read the caption tables once and return their contents.
+    """Read the caption tables once, or a part of a source that brings its images; return what they hold.
 
     `images` is the folder of the paths in the address column; if None, it is searched for near the table.
 
@@ -94,8 +105,15 @@ def look_at_data(
     """
     from data_prep.filters.image import FilterImageConfig
     from data_prep.filters.text import FilterTextConfig
+    from data_prep.sources.readers.recognise import recognise
     from data_prep.sources.table import KNOWN_COLUMNS, TableSource, find_files, first_column
 
+    if (kind := recognise(path)) is not None:
+        if wrong := "--images" if images else "--url-column" if url_column else None:
+            raise InputError(
+                f"{wrong}: {path} is read with kind = {kind!r}, which has its images: leave it out"
+            )
+        return look_at_source(path, kind, caption_column)
     files = find_files(TableSource(path=path, name="data"))
     names, sample = _sample(files[0])
     known = {role: first_column(names, KNOWN_COLUMNS[role]) for role in ("url_column", "caption_column")}
@@ -129,6 +147,83 @@ def look_at_data(
         default_characters=(paper.min_characters, paper.max_characters),
         default_side_px=FilterImageConfig().min_side_px,
     )
+
+
+def look_at_source(path: str, kind: "PackedKind", caption_column: str | None = None) -> Data:
+    """Read the first piece of a source that brings its images; counts of the others are reckoned from it.
+
+    Raises:
+        InputError: if the source cannot be read.
+    """
+    import polars as pl
+
+    from data_prep.filters.image import FilterImageConfig
+    from data_prep.filters.text import FilterTextConfig
+    from data_prep.sources import packed
+    from data_prep.sources.readers.source import PackedSource
+    from data_prep.sources.regions import Places
+
+    def source(list_captions: Literal["each"] | None) -> PackedSource:
+        try:
+            return PackedSource(
+                kind=kind,
+                path=path,
+                name="data",
+                caption_column=caption_column,
+                list_captions=list_captions,
+            )
+        except ValueError as error:
+            raise InputError(f"{path}: {error}") from None
+
+    settings = {} if caption_column is None else {"caption_column": caption_column}
+    pieces = packed.pieces(source(None))
+    with tempfile.TemporaryDirectory() as place:
+        to = Places(*(os.path.join(place, name) for name in ("table", "malformed", "drops", "copies")))
+        try:
+            found = packed.unpack(source(None), pieces[0], to)
+        except InputError as error:
+            if "list_captions" not in str(error):
+                raise
+            settings["list_captions"] = "each"
+            found = packed.unpack(source("each"), pieces[0], to)
+        rows = pl.read_parquet(to.table)
+        side_px = _shortest_side_packed(path, found.source.picture_folder, rows, place)
+    lengths = Counter(rows["caption"].str.len_chars().drop_nulls().to_list())
+    if not lengths:
+        raise InputError(f"{pieces[0][0]}: no row has both an image and a caption")
+    paper = FilterTextConfig()
+    fewest, most = _bounds(lengths, paper.min_characters, paper.max_characters)
+    num_usable = sum(count for length, count in lengths.items() if fewest <= length <= most)
+    return Data(
+        path=path,
+        url_column="url",
+        caption_column="caption",
+        are_known=True,
+        num_rows=(found.num_rows + sum(found.dropped.values())) * len(pieces),
+        num_usable=num_usable * len(pieces),
+        fewest_characters=fewest,
+        most_characters=most,
+        images=None,
+        shortest_side_px=side_px,
+        default_characters=(paper.min_characters, paper.max_characters),
+        default_side_px=FilterImageConfig().min_side_px,
+        kind=kind,
+        settings=settings,
+    )
+
+
+def _shortest_side_packed(path: str, folder: str | None, rows: "pl.DataFrame", copies: str) -> int | None:
+    """Return the shortest side of a sample of a source's images, wherever they lie."""
+    from data_prep.sources.local_server import HOST, serve
+    from data_prep.sources.readers.places import served_folder
+
+    sample = rows.head(_SAMPLED_IMAGES)
+    if folder is not None:
+        return _shortest_side(folder, sample["url"].to_list())
+    with serve(None, {}, {"data": served_folder(path)}, {"data": copies}) as site:
+        asked = [place.replace(f"http://{HOST}", site) for place in sample["picture_at"]]
+        files = [io.BytesIO(urlopen(address).read()) for address in asked]
+    return _shortest_of(files)
 
 
 def _sample(file: str) -> tuple[list[str], dict[str, list[object]]]:
@@ -226,12 +321,16 @@ def _image_folder(path: str, file: str, addresses: Sequence[str], given: str | N
 
 def _shortest_side(folder: str, addresses: Sequence[str]) -> int | None:
     """Return the shortest side, in pixels, of the first readable images, or None."""
+    return _shortest_of(os.path.join(folder, name) for name in itertools.islice(addresses, _SAMPLED_IMAGES))
+
+
+def _shortest_of(files: Iterable[str | IO[bytes]]) -> int | None:
     from PIL import Image, UnidentifiedImageError
 
     sides = []
-    for address in itertools.islice(addresses, _SAMPLED_IMAGES):
+    for file in files:
         try:
-            with Image.open(os.path.join(folder, address)) as image:  # reads the header only
+            with Image.open(file) as image:  # reads the header only
                 sides.append(min(image.size))
         except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
             continue  # the run will drop it with a reason

@@ -13,7 +13,7 @@ from data_prep import corpus
 from data_prep.corpus import CorpusStageConfig, SourcesConfig
 from data_prep.filters import text as filter_text
 from data_prep.filters.text import FilterTextConfig
-from data_prep.sources.packed import PackedSource
+from data_prep.sources.readers.source import PackedSource
 from data_prep.sources.table import TableSource
 from pipeline import runner
 from pipeline.core.records import Manifest

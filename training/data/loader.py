@@ -54,7 +54,7 @@ class ReaderConfig:
     caption_column: str  # of the sidecars
     context_length: int  # most tokens of a caption, with [CLS] and [SEP]
     token_folder: str  # where token ids are kept
-    seed: int  # of the views
+    seed: int  # of the views, and of which caption a sample with several has in an epoch
     threads: int = 1  # that decode
 
 
@@ -108,7 +108,8 @@ class BatchReader:
         else:
             image = torch.from_numpy(self.images(places)).permute(0, 3, 1, 2)
 
-        tokens = [tables[s].token_ids[slice(*tables[s].token_starts[r : r + 2])] for s, r, _ in places]
+        captions = [(s, tables[s].drawn_caption(r, self._config.seed, e)) for s, r, e in places]
+        tokens = [tables[s].token_ids[slice(*tables[s].token_starts[c : c + 2])] for s, c in captions]
         tokens_BL = np.zeros((len(tokens), max(map(len, tokens))), dtype=np.int64)
         for i, ids in enumerate(tokens):
             tokens_BL[i, : len(ids)] = ids
@@ -116,7 +117,7 @@ class BatchReader:
         keys = np.array([tables[s].keys[r] for s, r, _ in places])
         questions = None
         if self._statements is not None:
-            mentioned = [rows[r] for s, r, _ in places if (rows := tables[s].mentioned) is not None]
+            mentioned = [rows[c] for s, c in captions if (rows := tables[s].mentioned) is not None]
             questions = self._statements.draw(mentioned, keys.tolist(), epoch.tolist())
         kept_BP = None
         if self._patch_mask is not None:

@@ -6,6 +6,7 @@ from hashlib import blake2b
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.core import store
@@ -13,9 +14,11 @@ from pipeline.core.arrays import BoolArray, Int32Array, Int64Array
 from pipeline.core.files.written import check_zip, naming
 from pipeline.core.processes import say
 from pipeline.core.records import InputError, Shard, too_few
-from pipeline.core.shard_format import read_sidecar, sidecar_of
+from pipeline.core.shard_format import all_captions, read_sidecar, sidecar_of
 from training.data.statements import Statements
 from training.data.text_encoder import TextEncoder
+
+_PURPOSE = 3  # a word of the generator's counter; 0 is the view's, 1 the patch mask's, 2 the statements'
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +30,18 @@ class ShardTable:
     size_bytes: Int64Array
     image_id: Int64Array  # equal if the stored images are equal
     token_ids: Int32Array  # all captions' ids one after the other, without padding
-    token_starts: Int64Array  # [num_samples + 1]
-    mentioned: BoolArray | None  # [num_samples, O]: objects that captions name, if statements ask for them
+    token_starts: Int64Array  # [num_captions + 1]
+    caption_starts: Int64Array  # [num_samples + 1]: of each sample's captions
+    mentioned: BoolArray | None  # [num_captions, O]: objects that captions name, if statements ask for them
+
+    def drawn_caption(self, row: int, seed: int, epoch: int) -> int:
+        """Return which caption a sample has in an epoch: a function of (seed, epoch, key)."""
+        first, end = (int(start) for start in self.caption_starts[row : row + 2])
+        if end - first == 1:
+            return first
+        counter = [0, _PURPOSE, epoch, seed]
+        random = np.random.Generator(np.random.Philox(key=int(self.keys[row], 16), counter=counter))
+        return first + int(random.integers(end - first))
 
 
 def check_shards(shards: Sequence[Shard]) -> None:
@@ -70,7 +83,7 @@ def read_shard_table(
     """
     path = sidecar_of(shard.path)
     columns = list(dict.fromkeys(("key", "offset_bytes", "size_bytes", "image_sha256", caption_column)))
-    table = read_sidecar(path, columns)
+    table = read_sidecar(path, columns, optional=(all_captions(caption_column),))
     if table.num_rows != shard.num_samples:
         raise InputError(f"{path}: {table.num_rows} rows, but its manifest says {shard.num_samples} samples")
     for column in columns:
@@ -85,7 +98,7 @@ def read_shard_table(
     if is_outside.any():
         row = int(np.argmax(is_outside))
         raise InputError(f"{path}: row {row}: the image lies outside the tar of {shard.num_bytes} bytes")
-    captions = table[caption_column].to_pylist()
+    captions, caption_starts = _captions(path, table, caption_column)
     token_ids, token_starts = _cached_tokens(path, captions, tokenizer, context_length, token_folder)
     return ShardTable(
         keys=np.array(table["key"].to_pylist(), dtype="S32"),
@@ -94,8 +107,23 @@ def read_shard_table(
         image_id=np.array([image_id_of(sha) for sha in table["image_sha256"].to_pylist()], dtype=np.int64),
         token_ids=token_ids,
         token_starts=token_starts,
+        caption_starts=caption_starts,
         mentioned=None if statements is None else statements.mentions(captions),
     )
+
+
+def _captions(path: str, table: pa.Table, column: str) -> tuple[list[str], Int64Array]:
+    """Return all captions one after the other, and where those of each sample start."""
+    several = all_captions(column)
+    found = table[several].combine_chunks() if several in table.column_names else None
+    if found is None or not (pa.types.is_list(found.type) or pa.types.is_large_list(found.type)):
+        return table[column].to_pylist(), np.arange(table.num_rows + 1, dtype=np.int64)
+    # Rows of sources that keep one caption have no list.
+    lists = [own or [one] for own, one in zip(found.to_pylist(), table[column].to_pylist(), strict=True)]
+    captions = [caption for own in lists for caption in own]
+    if None in captions:
+        raise InputError(f"{path}: column {several} has empty captions")
+    return captions, np.concatenate([[0], np.cumsum([len(own) for own in lists], dtype=np.int64)])
 
 
 def _cached_tokens(

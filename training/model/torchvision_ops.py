@@ -61,6 +61,9 @@ def _declare_operators() -> None:
         except OSError:
             continue
         return
-    _library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
+    try:
+        _library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
+    except RuntimeError:  # a copy of this module has declared them, when somebody only looked for torchvision
+        return
     for schema in _SCHEMAS:
         _library.define(schema)

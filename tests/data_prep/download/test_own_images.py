@@ -21,7 +21,7 @@ from data_prep.download.stage import DownloadConfig
 from data_prep.formats.keys import with_key
 from data_prep.formats.parquet import write_table
 from data_prep.sources.local_server import HOST
-from data_prep.sources.packed import PackedSource
+from data_prep.sources.readers.source import PackedSource
 from data_prep.sources.table import TableSource
 from pipeline.core.records import ConfigError, Manifest, Shard
 from pipeline.core.stage import Context

@@ -18,7 +18,7 @@ from data_prep.filters.text import FilterTextConfig
 from data_prep.rules import text as text_rules
 from data_prep.sources import regions as convert
 from data_prep.sources import text_lines
-from data_prep.sources.packed import PackedSource
+from data_prep.sources.readers.source import PackedSource
 from data_prep.sources.table import TableSource
 from pipeline import runner
 from pipeline.cli.tables import notes

@@ -10,9 +10,11 @@ from urllib.request import urlopen
 import polars as pl
 import pytest
 
-from data_prep.formats.tar_images import image_members, is_image
+from data_prep.filters.text import FilterTextConfig
+from data_prep.formats.tar_images import image_members, is_image, unpack_gzip
 from data_prep.sources.local_server import serve
-from data_prep.sources.packed import PackedSource, pieces
+from data_prep.sources.packed import pieces
+from data_prep.sources.readers.source import PackedSource
 from pipeline.core.records import InputError
 from tests.helpers.sources import kept, manifest, picture, take_in
 
@@ -60,10 +62,12 @@ def test_keys_that_are_numbers_find_their_images(tmp_path: Path) -> None:
 
 def test_other_layouts_are_named(tmp_path: Path) -> None:
     source = PackedSource(kind="img2dataset", path=str(tmp_path), name="a")
-    (tmp_path / "00000").mkdir()
-    (tmp_path / "00000" / "000000000.json").write_text("{}")
-    with pytest.raises(InputError, match="output_format=files"):
+    with pytest.raises(InputError, match=r"neither \.tar nor \.parquet of img2dataset's output"):
         pieces(source)
+    pl.DataFrame({"url": ["a"], "caption": ["b"]}).write_parquet(tmp_path / "00000.parquet")
+    with pytest.raises(InputError, match=r"neither a \.tar nor a folder of that name next to it"):
+        pieces(source)
+    (tmp_path / "00000.parquet").unlink()
     _tar(tmp_path / "00000.tar", [("a.png", picture())])
     with pytest.raises(InputError, match=r"img2dataset writes this table next to 00000\.tar"):
         pieces(source)
@@ -103,3 +107,47 @@ def test_webdataset_tars_by_themselves(tmp_path: Path) -> None:
             assert answer.read() == image
     with pytest.raises(InputError, match=r"no \.tar in it or below it"):
         pieces(PackedSource(kind="webdataset", path=str(tmp_path / "run" / "filter_text"), name="w"))
+
+
+def test_gzipped_tars_patterns_and_keys_of_captions(tmp_path: Path) -> None:
+    image, folder = picture(), tmp_path / "sets"
+    for place, packing in (("a/0.tar.gz", "w:gz"), ("b/1.tgz", "w:gz"), ("c/2.tar", "w")):
+        (folder / place).parent.mkdir(parents=True)
+        with tarfile.open(folder / place, packing) as tar:
+            for name, data in (("x.jpg", image), ("x.json", b'{"zh": "a", "caption": ["b", "c"]}')):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    pattern = str(folder / "{a,b}" / "**" / "*")
+    source = PackedSource(kind="webdataset", path=pattern, name="w", caption_column="zh")
+    filters = FilterTextConfig(min_characters=1)
+    run = take_in(tmp_path / "run", source, filters=filters)
+    rows = kept(run)
+    assert rows["caption"].to_list() == ["a", "a"]
+    assert sorted(rows["url"]) == [
+        f"http://corpus.invalid/packed/w/train/{place}/x" for place in ("a/0.tar.gz", "b/1.tgz")
+    ]
+    with serve(None, {}, {}, {"w": f"{run.folder}/corpus/images"}) as site:
+        for address in rows["picture_at"]:
+            with urlopen(address.replace("http://corpus.invalid", site)) as answer:
+                assert answer.read() == image
+    lists = PackedSource(kind="webdataset", path=str(folder), name="w", list_captions="each")
+    found = manifest(take_in(tmp_path / "lists", lists, filters=filters), "filter_text")
+    assert found.num_kept == 6
+    assert found.num_in == 6
+    (folder / "a" / "0.tar").touch()
+    with pytest.raises(InputError, match=r"0\.tar\.gz: 0\.tar next to it holds the same; remove one"):
+        pieces(lists)
+    with pytest.raises(InputError, match="braces do not match"):
+        pieces(PackedSource(kind="webdataset", path=str(folder / "{a"), name="w"))
+
+
+def test_gzipped_tars_are_read_within_bounds(tmp_path: Path) -> None:
+    bomb, cut = tmp_path / "bomb.tar.gz", tmp_path / "cut.tar.gz"
+    bomb.write_bytes(gzip.compress(bytes(4 << 20)))
+    with pytest.raises(InputError, match=r"bomb\.tar\.gz: holds more than 100 times its own size"):
+        unpack_gzip(str(bomb), str(tmp_path / "out"))
+    _tar(tmp_path / "a.tar", [("a.png", picture())])
+    cut.write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes())[:-9])
+    with pytest.raises(InputError, match=r"cut\.tar\.gz: damaged \(.*\); download this shard again"):
+        unpack_gzip(str(cut), str(tmp_path / "out"))

@@ -10,7 +10,7 @@ import pytest
 from data_prep.corpus import CorpusStageConfig, SourcesConfig
 from data_prep.corpus_facts import exemptions_of_shards, is_exempt, with_exemptions
 from data_prep.filters.text import FilterTextConfig
-from data_prep.sources.packed import PackedSource
+from data_prep.sources.readers.source import PackedSource
 from data_prep.sources.table import TableSource
 from pipeline.cli import main
 from pipeline.core.records import InputError

@@ -265,7 +265,8 @@ def test_export_to_lmdb_is_read_by_cn_clip(repeated: Run, tmp_path: Path) -> Non
 
 def test_what_was_exported_trains_again(repeated: Run, tmp_path: Path) -> None:
     """Our own reader takes the LMDB as a source; texts and images come back."""
-    from data_prep.sources.packed import PackedSource, pieces, unpack
+    from data_prep.sources.packed import pieces, unpack
+    from data_prep.sources.readers.source import PackedSource
     from data_prep.sources.regions import Places
 
     assert main(["export", repeated.folder, "--out", str(tmp_path), "--to", "lmdb"]) == 0

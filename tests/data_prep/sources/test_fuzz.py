@@ -23,7 +23,7 @@ from data_prep.download.resize import UprightResizer
 from data_prep.filters import text as filter_text
 from data_prep.filters.text import FilterTextConfig
 from data_prep.sources.local_server import serve
-from data_prep.sources.packed import PackedSource
+from data_prep.sources.readers.source import PackedSource
 from data_prep.sources.table import TableSource
 from pipeline import runner
 from pipeline.core.files.images import NOT_AN_IMAGE, PIXEL_LIMIT, TRUNCATED, UNDECODABLE

@@ -15,7 +15,7 @@ import pytest
 from data_prep.corpus_facts import packed_folders
 from data_prep.formats.tar import TarWriter
 from data_prep.sources.local_server import HOST, serve
-from data_prep.sources.packed import PackedSource
+from data_prep.sources.readers.source import PackedSource
 from pipeline.core.records import InputError
 from pipeline.core.run import Run, make_context
 from tests.helpers.sources import cn_clip_set, kept, key_of, manifest, picture, take_in, why

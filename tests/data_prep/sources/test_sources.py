@@ -10,7 +10,7 @@ from data_prep.accounting.funnel import by_source
 from data_prep.corpus import SourcesConfig
 from data_prep.filters.text import FilterTextConfig
 from data_prep.sources import text_file, text_lines
-from data_prep.sources.packed import PackedSource
+from data_prep.sources.readers.source import PackedSource
 from data_prep.sources.table import TableSource
 from pipeline.core.config import build
 from pipeline.core.records import ConfigError, InputError

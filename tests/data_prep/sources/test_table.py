@@ -25,6 +25,7 @@ from pipeline import runner
 from pipeline.core.records import ConfigError, InputError
 from pipeline.core.run import Run, read_manifest
 from pipeline.core.stage import Stage
+from tests.helpers.sources import kept, key_of, manifest, take_in, why
 
 LAION = {
     "SAMPLE_ID": [7, 8],
@@ -257,3 +258,30 @@ def test_what_is_around_an_address_is_no_part_of_it(tmp_path: Path) -> None:
     # A name on disk keeps its blanks.
     pl.DataFrame({"url": ["a .jpg "], "caption": ["一只黑色的猫"]}).write_parquet(path)
     assert _read(path, picture_folder=str(tmp_path))["url"][0].endswith("/a .jpg ")
+
+
+def test_a_row_keeps_all_captions_that_the_rules_admit(tmp_path: Path) -> None:
+    lists = [["一只黑色的猫在草地上", "短", "两只白色的狗狗"], ["短"], ["窗台上的一只橘猫"], []]
+    plain = "雪山下的红色小屋"
+    rows = [
+        {"url": f"http://a.cn/{number}", "captions": texts} for number, texts in enumerate([*lists, plain])
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    pl.DataFrame({"url": [row["url"] for row in rows[:4]], "captions": lists}).write_parquet(
+        tmp_path / "a.parquet"
+    )
+    settings: Any = {"name": "s", "caption_column": "captions", "list_captions": "random"}
+    for name, more in (("a.jsonl", [plain]), ("a.parquet", [])):
+        run = take_in(tmp_path / f"run {name}", TableSource(path=str(tmp_path / name), **settings))
+        found = kept(run).sort("row")
+        assert found["captions"].to_list() == [
+            [lists[0][0], lists[0][2]],
+            lists[2],
+            *([text] for text in more),
+        ]
+        assert found["caption"].to_list() == [texts[0] for texts in found["captions"]]
+        assert found["key"][0] == key_of("http://a.cn/0", lists[0][0])
+        assert manifest(run, "filter_text").dropped == {"caption_missing": 1, "too_short": 1}
+        assert why(run, "http://a.cn/1")[1].startswith("  dropped by filter_text: too_short")
+    with pytest.raises(ValueError, match="carry_columns names captions"):
+        TableSource(path="a", carry_columns=("captions",), **settings)

@@ -5,12 +5,15 @@ import os
 import pty
 import subprocess
 import sys
+import tarfile
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -18,7 +21,7 @@ from pipeline.catalog import load
 from pipeline.cli import main
 from pipeline.core.run import read_manifest
 from pipeline.tools.new_run import choose_training
-from pipeline.tools.survey_data import Machine
+from pipeline.tools.survey_data import Machine, look_at_data
 from tests.helpers.own_corpus import write_evaluation
 
 NUM_IMAGES = 80
@@ -177,3 +180,49 @@ def test_settings_fit_half_of_the_rows(num_rows: int, machine: Machine, model: s
     assert steps >= 20
     assert train.warmup_steps <= steps / 10 or train.warmup_steps == 1
     assert train.ranks * train.threads <= max(machine.cores, machine.gpus)
+
+
+def _as_parquet(folder: Path) -> None:
+    image = pa.array([path.read_bytes() for path in sorted(Path("own/images").iterdir())])
+    folder.mkdir()
+    pq.write_table(
+        pa.table({"image": image, "captions": [[text] for text in CAPTIONS]}), folder / "a.parquet"
+    )
+
+
+def _as_folder(folder: Path) -> None:
+    folder.mkdir()
+    for path, caption in zip(sorted(Path("own/images").iterdir()), CAPTIONS, strict=True):
+        (folder / path.name).write_bytes(path.read_bytes())
+        (folder / path.name).with_suffix(".txt").write_text(caption)
+
+
+def _as_tars(folder: Path) -> None:
+    _as_folder(folder.with_name("unpacked"))
+    folder.mkdir()
+    with tarfile.open(folder / "0.tar.gz", "w:gz") as tar:
+        tar.add(folder.with_name("unpacked"), "")
+
+
+@pytest.mark.parametrize(
+    ("write", "kind", "settings"),
+    [
+        (_as_parquet, "huggingface", {"list_captions": "each"}),
+        (_as_folder, "folder", {}),
+        (_as_tars, "webdataset", {}),
+    ],
+)
+def test_folders_that_bring_their_images(
+    world: Path, write: Any, kind: str, settings: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(world / "set")
+    assert main(["init", "--data", "set", "--evaluation", "valid"]) == 0
+    expected = f"about 80 rows, 80 of them usable, as in its first file: read with kind = {kind!r}\n"
+    assert capsys.readouterr().err == expected
+    assert written()["corpus"] == {
+        "kind": "sources", "sources": [{"kind": kind, "path": "set", "name": "data", **settings}],
+    }  # fmt: skip
+    assert look_at_data("set", None).shortest_side_px == 40
+    assert main(["plan", "my.toml"]) == 0
+    assert main(["init", "again.toml", "--data", "set", "--images", "own", "--evaluation", "valid"]) == 1
+    assert f"--images: set is read with kind = {kind!r}, which has its images" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import cv2
 import fsspec
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -298,3 +299,33 @@ def test_lists_of_bytes_as_keys_have_their_full_length(tmp_path: Path) -> None:
     (shard,) = write_shards(tmp_path, [4])
     keys: npt.NDArray[np.bytes_] = read_table(shard, tmp_path).keys
     assert [len(key) for key in keys.tolist()] == [32] * 4
+
+
+def test_of_several_captions_each_epoch_draws_one_whatever_the_ranks(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path, [20, 20])
+    of_key = {}
+    for number, shard in enumerate(shards):
+        table = pq.read_table(sidecar_of(shard.path))
+        lists = [["一个红色的圆"] * (row % 3) + ["图片" * (row % 4 + 1)] for row in range(table.num_rows)]
+        if number == 0:  # the other one has a caption each, as another source of the same run
+            table = table.append_column("captions", pa.array(lists))
+            pq.write_table(table, sidecar_of(shard.path))
+        texts = lists if number == 0 else [[text] for text in table["caption"].to_pylist()]
+        of_key |= dict(zip((key.encode() for key in table["key"].to_pylist()), texts, strict=True))
+    encode = Tokenizer(VOCABULARY).encode
+    whole = make_reader(shards, tmp_path, num_lanes=2)
+    seen: dict[bytes, set[bytes]] = {}
+    for step in range(40):
+        batch = whole.read(step)
+        halves = [
+            make_reader(shards, tmp_path, lanes=range(i, i + 1), num_lanes=2).read(step) for i in range(2)
+        ]
+        ids = [tokens[tokens != 0].tobytes() for half in halves for tokens in half.tokens_BL.numpy()]
+        assert ids == [tokens[tokens != 0].tobytes() for tokens in batch.tokens_BL.numpy()]
+        for key, drawn in zip(batch.keys, ids, strict=True):
+            seen.setdefault(key, set()).add(drawn)
+    for key, drawn in seen.items():
+        tokens = encode(of_key[key], 52).astype(np.int64)
+        assert drawn <= {row[row != 0].tobytes() for row in tokens}
+    both = [key for key in seen if len(set(of_key[key])) > 1]
+    assert sum(len(seen[key]) for key in both) > 1.5 * len(both) > 0

@@ -1,0 +1,1 @@
+"""Readers of images that are on disk already, one module a family of formats."""
