@@ -22,7 +22,7 @@ from data_prep.dedup import near_duplicates as dedup_image
 from data_prep.dedup.exact import DedupConfig
 from data_prep.dedup.near_duplicates import DedupImageConfig
 from data_prep.download import stage as download
-from data_prep.download.stage import DownloadConfig
+from data_prep.download.config import DownloadConfig
 from data_prep.filters import image as filter_image
 from data_prep.filters import score
 from data_prep.filters import text as filter_text

@@ -7,12 +7,13 @@ Before such a redo the runner moves what the download has published to `earlier/
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import polars as pl
 
 from data_prep.accounting.drop_table import HTTP_STATUS
 from data_prep.dedup.exact import partition_of_key, partition_range
+from data_prep.download.config import DownloadConfig
 from data_prep.download.pack import KNOWN_SCHEMA
 from data_prep.download.reasons import may_pass
 from pipeline.core import store
@@ -20,9 +21,6 @@ from pipeline.core.changes import read_started
 from pipeline.core.files.foreign import foreign
 from pipeline.core.records import ConfigError, InputError, Manifest
 from pipeline.core.stage import EARLIER, UNFINISHED, Context
-
-if TYPE_CHECKING:
-    from data_prep.download.stage import DownloadConfig
 
 # Settings that say how an image is stored; others say how it is asked for.
 _STORED_BY = ("short_side_px", "jpeg_quality", "max_pixels", "scaled_decode")
@@ -62,7 +60,7 @@ class _Build:
         return range(low, partition_of_key(last, self.num_partitions) + 1)
 
 
-def keeps(config: "DownloadConfig", before: Mapping[str, Any]) -> bool:
+def keeps(config: DownloadConfig, before: Mapping[str, Any]) -> bool:
     """Return whether images stored with the settings `before` are those that `config` would store."""
     return all(before.get(name) == getattr(config, name) for name in _STORED_BY)
 
@@ -70,7 +68,7 @@ def keeps(config: "DownloadConfig", before: Mapping[str, Any]) -> bool:
 class EarlierBuilds:
     """The builds that a download may take images from."""
 
-    def __init__(self, config: "DownloadConfig", context: Context, config_digest: str) -> None:
+    def __init__(self, config: DownloadConfig, context: Context, config_digest: str) -> None:
         """Look up this run's earlier build and those of `[download] reuse`.
 
         Failures count only if they were met with the same settings, as `config_digest` tells.

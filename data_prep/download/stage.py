@@ -6,7 +6,6 @@ the bytes are reproducible: the downloaded images are a snapshot of the web.
 """
 
 import contextlib
-import ipaddress
 import json
 import os
 import subprocess
@@ -14,15 +13,13 @@ import sys
 import tarfile
 import time
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
 
 import polars as pl
-from annotated_types import Ge
 
 from data_prep.download import own_images
 from data_prep.download.board import BOARD_VARIABLE, Boards
+from data_prep.download.config import DownloadConfig
 from data_prep.download.earlier import EarlierBuilds, keeps
 from data_prep.download.opt_out import AGENT, OPT_OUT_DIRECTIVES, RULES_VARIABLE, Rules
 from data_prep.download.own_images import OwnImages
@@ -33,11 +30,9 @@ from data_prep.download.retry import DownloadTask
 from data_prep.download.watch import Watch
 from data_prep.sources.local_server import SITE_VARIABLE
 from pipeline.core import store
-from pipeline.core.config import NOT_IN_DIGEST
 from pipeline.core.failures import PARTITION_FAILED, is_of_machine, outage
 from pipeline.core.processes import dies_with_us, import_environment, say
 from pipeline.core.records import InputError
-from pipeline.core.shard_format import MAX_IMAGE_PIXELS
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 from pipeline.core.terminal import one_line
 
@@ -47,59 +42,6 @@ _LEAST_ROWS = 20  # of a partition that is judged for an outage
 _SUSPECT_SHARE = 0.5
 _CALLS = 2  # of img2dataset, including the first, for partitions that it leaves damaged
 _NOT_ASKED = "not asked for yet"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DownloadConfig:
-    """`[download]`: settings of img2dataset. The paper trains at 224 px and 336 px (section 2.2)."""
-
-    short_side_px: int = 256
-    """Shorter side to which larger images are reduced, in pixels; 256 leaves room for a crop of 224."""
-    jpeg_quality: int = 95
-    """JPEG quality of the stored image."""
-    max_pixels: int = MAX_IMAGE_PIXELS
-    """Most pixels according to an image's header; larger ones are refused as decompression bombs."""
-    scaled_decode: bool = False
-    """Whether JPEGs are decoded at 1/2, 1/4 or 1/8 of their size if that still exceeds `short_side_px`. This
-    is faster and changes pixels slightly; `benchmarks/data_prep/resize.py` measures both.
-    """
-    timeout_seconds: float = 10.0
-    """Limit for a whole request, in seconds."""
-    retries: int = 1
-    """Further attempts at an address whose failure may pass: a time-out, a lost connection, status 503, …"""
-    retry_after_seconds: Annotated[float, Ge(0)] = 10.0
-    """Longest pause in seconds that a host gets if it asks for one with status 429 or 503 and `Retry-After`.
-    If it asks for longer, the address is left for `cnclip retry`.
-    """
-    robots_txt: bool = False
-    """Whether cnclip reads and obeys each host's robots.txt. Off, as in img2dataset: a table's addresses are
-    not found by crawling, and it costs one more request for each host.
-    """
-    tdm_reservation: bool = False
-    """Whether images with the header `TDM-Reservation: 1` are left out. Off, as in img2dataset;
-    `X-Robots-Tag` always counts.
-    """
-    allowed_networks: tuple[str, ...] = ()
-    """Networks that may be fetched from although they are not public, such as `10.0.0.0/8`."""
-    outage_share: float = field(default=0.9, metadata=NOT_IN_DIGEST)
-    """Share of a partition's addresses that fail for lack of a network (DNS, connection, time-out) at which
-    the stage stops, because that is an outage and not a dead web; above 1 is off.
-    """
-    stall_seconds: float = field(default=600.0, metadata=NOT_IN_DIGEST)
-    """Seconds without a byte after which a worker counts as hung."""
-    reuse: tuple[str, ...] = field(default=(), metadata=NOT_IN_DIGEST)
-    """Folders of finished runs whose images are taken for rows that this run has in common with them."""
-    processes: int = field(default=2, metadata=NOT_IN_DIGEST)
-    """Download processes."""
-    threads: int = field(default=32, metadata=NOT_IN_DIGEST)
-    """Connections of each process."""
-
-    def __post_init__(self) -> None:
-        for network in self.allowed_networks:
-            try:
-                ipaddress.ip_network(network, strict=False)
-            except ValueError as error:
-                raise ValueError(f"allowed_networks: {error}") from None
 
 
 def plan(config: DownloadConfig, context: Context) -> list[Task]:

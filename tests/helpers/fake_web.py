@@ -13,8 +13,8 @@ import polars as pl
 import pytest
 
 from data_prep.download import stage as download
+from data_prep.download.config import DownloadConfig
 from data_prep.download.pack import ANSWER_SCHEMA
-from data_prep.download.stage import DownloadConfig
 from pipeline.core.run import Run
 from tests.helpers.corpus_files import drawing, encoded, make_run
 

@@ -54,9 +54,8 @@ _JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 _JPEG_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
 _JPEG_EXIF, _JPEG_ADOBE = 0xE1, 0xEE
 
-# Design programs write texts and colour profiles of megabytes into a PNG; a bomb unpacks to gigabytes. This
-# is Pillow's own limit for all texts of a file together.
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+# Design programs write texts and colour profiles of megabytes into a PNG; a bomb unpacks to gigabytes.
+PngImagePlugin.MAX_TEXT_CHUNK = 16 << 20
 
 
 class BadImageError(Exception):

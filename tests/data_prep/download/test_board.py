@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from data_prep.download.board import Board, Boards, name_open, report
-from data_prep.download.stage import DownloadConfig
+from data_prep.download.config import DownloadConfig
 from tests.data_prep.download.test_public_web import NEAR, _download
 
 NOISE = io.BytesIO()

@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from data_prep.download import stage as download
-from data_prep.download.stage import DownloadConfig
+from data_prep.download.config import DownloadConfig
 from pipeline import runner
 from pipeline.core.records import ConfigError
 from pipeline.core.run import Run, read_manifest

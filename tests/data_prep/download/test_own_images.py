@@ -17,7 +17,7 @@ from data_prep.accounting.judged import SourceCounts
 from data_prep.corpus import CorpusStageConfig, SourcesConfig
 from data_prep.corpus_facts import CorpusFacts, OutsideTable
 from data_prep.download import stage as download
-from data_prep.download.stage import DownloadConfig
+from data_prep.download.config import DownloadConfig
 from data_prep.formats.keys import with_key
 from data_prep.formats.parquet import write_table
 from data_prep.sources.local_server import HOST
