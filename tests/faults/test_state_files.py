@@ -81,18 +81,18 @@ def _own_folder() -> Path:
     return Path(folder)
 
 
-def _content(path: Path) -> object:
-    """A file's bytes; of a state file what it says, which a further line end leaves as it is."""
-    if path.suffix not in (".json", ".files"):
-        return path.read_bytes()
-    fields = unseal(path.read_bytes())
+def _content(name: str, data: bytes) -> object:
+    """A file's bytes; of a state file what it says: a further line end or a lost seal changes nothing."""
+    if not name.endswith((".json", ".files")):
+        return data
+    fields = unseal(data)
     digests = {"config_digest", "inputs_digest"}
-    return {key: fields[key] for key in digests} if path.name == "started.json" else fields
+    return {key: fields[key] for key in digests} if name.endswith("started.json") else fields
 
 
 def _files(folder: Path) -> dict[str, object]:
     return {
-        str(path.relative_to(folder)): _content(path)
+        str(path.relative_to(folder)): _content(path.name, path.read_bytes())
         for path in sorted(folder.rglob("*"))
         if path.is_file()
         and path.name != ".lock"
@@ -236,7 +236,8 @@ def judge_a_command(case: Case) -> str:
         return "refused"
     assert ended.status == 0, f"{done}: {ended.error}"
     assert run.files().keys() == whole.keys(), done
-    same = {name for name, data in run.files().items() if data == whole[name] or data.strip() == whole[name]}
+    found = run.files()
+    same = {name for name in found if _content(name, found[name]) == _content(name, whole[name])}
     assert same == whole.keys(), f"{done}: {whole.keys() - same}"
     return "repaired"
 
