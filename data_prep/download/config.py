@@ -6,7 +6,7 @@ from typing import Annotated
 
 from annotated_types import Ge
 
-from pipeline.core.config import NOT_IN_DIGEST
+from pipeline.core.config import IN_DIGEST_IF_SET, NOT_IN_DIGEST
 from pipeline.core.shard_format import MAX_IMAGE_PIXELS
 
 
@@ -28,15 +28,15 @@ class DownloadConfig:
     """Limit for a whole request, in seconds."""
     retries: int = 1
     """Further attempts at an address whose failure may pass: a time-out, a lost connection, status 503, …"""
-    retry_after_seconds: Annotated[float, Ge(0)] = 10.0
+    retry_after_seconds: Annotated[float, Ge(0)] = field(default=10.0, metadata=NOT_IN_DIGEST)
     """Longest pause in seconds that a host gets if it asks for one with status 429 or 503 and `Retry-After`.
     If it asks for longer, the address is left for `cnclip retry`.
     """
-    robots_txt: bool = False
+    robots_txt: bool = field(default=False, metadata=IN_DIGEST_IF_SET)
     """Whether cnclip reads and obeys each host's robots.txt. Off, as in img2dataset: a table's addresses are
     not found by crawling, and it costs one more request for each host.
     """
-    tdm_reservation: bool = False
+    tdm_reservation: bool = field(default=False, metadata=IN_DIGEST_IF_SET)
     """Whether images with the header `TDM-Reservation: 1` are left out. Off, as in img2dataset;
     `X-Robots-Tag` always counts.
     """

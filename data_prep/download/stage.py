@@ -307,7 +307,7 @@ def stage(config: DownloadConfig) -> Stage:
     return Stage(
         NAME,
         title="img2dataset fetches, turns upright and resizes",
-        version=3,
+        version=2,
         config=config,
         parents=("corpus", "dedup"),
         plan=plan,

@@ -29,7 +29,7 @@ _MOST_DEPTH = 64  # of nested tables and lists; settings have five
 # Metadata of fields that cannot change a stage's output, such as process counts and timeouts. They stay out
 # of the stage's digest.
 NOT_IN_DIGEST: Mapping[str, Any] = types.MappingProxyType({"in_digest": False})
-# For fields of later releases: while unset, they do not change the digest of a configuration.
+# For fields of later releases: their default does not change the digest of a configuration.
 IN_DIGEST_IF_SET: Mapping[str, Any] = types.MappingProxyType({"in_digest_if_set": True})
 
 # The effect of a change of a field on existing work, in the field's metadata under "binds":
@@ -210,8 +210,8 @@ def plain(value: Any, *, without: Collection[Binds] = ()) -> Any:
 
 
 def is_left_out(field: "dataclasses.Field[Any]", value: Any) -> bool:
-    """Return whether a field of a dataclass value is IN_DIGEST_IF_SET and unset."""
-    return "in_digest_if_set" in field.metadata and getattr(value, field.name) is None
+    """Return whether a field of a dataclass value is IN_DIGEST_IF_SET and has its default."""
+    return "in_digest_if_set" in field.metadata and getattr(value, field.name) == field.default
 
 
 def _without_none(value: Any) -> Any:

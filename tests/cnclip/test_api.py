@@ -163,7 +163,7 @@ def test_a_run_is_loaded_by_its_folder_and_its_toml(
     results = cnclip.evaluate(by_folder)
     assert len(results) >= 1
     assert "mean recall" in repr(results)
-    done = cnclip.run("old_run/run.toml", last="download")
+    done = cnclip.run("old_run/run.toml", last="corpus")
     assert (done.num_run, done.folder) == (0, "old_run/run")
     assert len(done.corpus) == len(cnclip.Corpus("old_run/run.toml")) > 0
     with pytest.raises(cnclip.ConfigError, match="stage1"):
@@ -221,7 +221,7 @@ def test_a_corpus_has_rows_samples_and_drop_reasons(corpus: cnclip.Corpus, old_r
     dropped = reasons.filter(pl.col("stage") == "filter_text")["rows"].sum()
     manifest = json.loads((old_run / "run" / "filter_text" / "manifest.json").read_text())
     assert dropped == sum(manifest["dropped"].values()) > 0
-    with pytest.raises(cnclip.InputError, match="no run's folder"):
+    with pytest.raises(cnclip.InputError, match="not a run's folder"):
         cnclip.Corpus(f"{corpus.folder}/shards").drop_reasons()
     with pytest.raises(cnclip.InputError, match="manifest"):
         cnclip.Corpus("no/such/folder")

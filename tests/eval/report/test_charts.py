@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from data_prep.accounting.funnel import NoOpThreshold
 from eval.report.charts import histogram_chart
 from eval.report.data import Histogram
 from eval.report.files import report_json
@@ -18,16 +19,17 @@ def test_histograms_and_notes_are_shown() -> None:
         Histogram("score", "filter_text", [0.1, 0.2, 0.3], [0, 0, 50, 25], [3, 2, 0, 0]),
         Histogram("short_side_px", "filter_image", [16, 32], [0, 0, 0], [0, 0, 0]),  # nothing came in
     )
-    data = dataclasses.replace(make_data(), histograms=histograms, notes=(f"a no-op for {HOSTILE}",))
+    note = NoOpThreshold("filter_text", HOSTILE, 0.26, 0.28)
+    data = dataclasses.replace(make_data(), histograms=histograms, notes=(note,))
     html = render_html(data)
     said = " ".join(Page(html).said.split())
     assert said.count("Characters of the captions · filter_text") == 1
     assert "Scores of the sources (cosine) · filter_text" in said
     assert "Shorter side of the images" not in said  # of an empty histogram there is nothing to draw
-    assert f"Note: a no-op for {HOSTILE}" in said
+    assert f"is a no-op for {HOSTILE}" in said
     report = report_json(data)
     assert report["histograms"][1]["kept"] == [0, 0, 50, 25]
-    assert report["notes"] == [f"a no-op for {HOSTILE}"]
+    assert report["notes"] == [str(note)]
     page = Page(html)
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))  # charts keep theirs apart

@@ -126,8 +126,8 @@ def above_the_limit() -> bytes:
         (bomb(), "pixel_limit"),
         (above_the_limit(), "pixel_limit: 10001 x 10001 pixels, 100000000 allowed"),
         (png_bytes(1)[:60], "truncated"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not_an_image"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not_an_image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "format:svg"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "format:eps"),
     ],
 )
 def test_what_is_no_image_for_us_is_refused(site: Site, body: bytes, said: str) -> None:
