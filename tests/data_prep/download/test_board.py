@@ -122,6 +122,7 @@ def images() -> Iterator[str]:
         running.shutdown()
 
 
+@pytest.mark.slow
 def test_a_file_that_may_not_grow_is_said_at_once(tmp_path: Path, images: str) -> None:
     """A limit on the size of files fails a write as a full disk does; the real one needs a mount."""
     urls = [f"{images}/{number}.jpg" for number in range(60)]

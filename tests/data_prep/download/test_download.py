@@ -162,6 +162,7 @@ def test_nothing_of_the_download_is_left_behind(finished: Run) -> None:
     assert runner.verify(finished, [finished.stage(name) for name in STAGES]) == []
 
 
+@pytest.mark.slow
 def test_a_killed_download_leaves_no_receipt_and_the_next_run_completes(
     finished: Run, tmp_path: Path
 ) -> None:

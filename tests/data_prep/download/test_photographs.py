@@ -29,6 +29,7 @@ def _stored(folder: Path) -> dict[str, Image.Image]:
     return found
 
 
+@pytest.mark.slow
 def test_photographs_keep_what_they_show(tmp_path: Path) -> None:
     folder = tmp_path / "图片"
     folder.mkdir()

@@ -97,6 +97,7 @@ def test_more_ranks_than_samples(packed: Path, tmp_path: Path) -> None:
     assert "[stage2] ranks = 16, but the corpus has 12 samples" in one_line(done)
 
 
+@pytest.mark.slow
 def test_corrupted_tar_and_truncated_sidecar(packed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(packed / "run", run)
