@@ -37,7 +37,7 @@ def reported(work: Callable[[], int]) -> int:
     except Stopped as stopped:
         _say(f"stopped: {one_line(str(stopped))}")
         return stopped.exit_status
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):  # Ctrl-C, and Ctrl-D at a question
         _say("interrupted; rerun the same command to resume")
         return EXIT_INTERRUPTED
     except BrokenPipeError:

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer
 
 from pipeline import cli as command_line
+from pipeline.cli.errors import reported
 from pipeline.tools import doctor
 from tests.helpers.table_run import KEPT_URL, SHORT_URL, write_table_run
 
@@ -182,6 +184,17 @@ def test_errors_are_one_line(
     found, _, err = _main(capsys, *(recipe if word == "RUN" else word for word in words))
     assert message in _one_error(err)
     assert found == status
+
+
+@pytest.mark.parametrize("ends", [KeyboardInterrupt, typer.Abort])
+def test_ctrl_c_and_ctrl_d_are_one_line(
+    ends: type[BaseException], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def asking() -> int:
+        raise ends
+
+    assert reported(asking) == 130
+    assert capsys.readouterr().err == "interrupted; rerun the same command to resume\n"
 
 
 def test_a_missing_and_an_empty_table(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
