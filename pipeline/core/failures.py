@@ -13,13 +13,13 @@ from typing import TypeVar
 from pipeline.core import store
 from pipeline.core.files.foreign import OF_THE_MACHINE
 from pipeline.core.records import ConfigError, DropReason, InputError, Stopped
-from pipeline.core.stage import Context, Task, receipt_at
+from pipeline.core.stage import Context, Task
 from pipeline.core.terminal import one_line
 
 TRIES = 3  # of a task, the first included: what a machine or a moment did does not come back that often
 _LEAST_FAILED = 10  # tasks that fail before a stage may stop for them
 _MOST_FAILED = 0.1  # share of failed tasks above which something is wrong that concerns them all
-PARTITION_FAILED = DropReason("partition_failed")  # a row of a task that a run goes on without
+PARTITION_FAILED = DropReason("partition_failed")  # a row of a task that a run continues without
 _MOST_NAMED = 5
 _Error = TypeVar("_Error", bound=InputError)
 
@@ -107,15 +107,6 @@ def failed_tasks(context: Context) -> list[str]:
     """Return the names of the tasks of a stage that failed when it was last run, in order."""
     names = [name for name in store.list_files(context.path("failed")) if name.endswith(".json")]
     return sorted(name.removesuffix(".json") for name in names)
-
-
-def forget_set_aside(context: Context) -> None:
-    """Remove the receipts of tasks that a run continued without, so that they are done at the next start."""
-    for name in store.list_files(context.path("receipts")):
-        path = context.path("receipts", name)
-        receipt = receipt_at(path) if name.endswith(".json") else None
-        if receipt is not None and PARTITION_FAILED in receipt.dropped:
-            store.remove(path)
 
 
 def forget_failures(context: Context) -> None:

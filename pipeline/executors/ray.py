@@ -91,6 +91,10 @@ class _Mapping:
             if node["Alive"]
         }
 
+    def _able(self) -> set[str]:
+        """Node ids of the machines that have the cores for a call: a head often has none."""
+        return {node for node, cores in self._nodes().items() if cores >= self._cores}
+
     def _slots(self) -> int:
         """Calls that the machines which are there now can do at once; at least one."""
         return max(1, sum(cores // self._cores for cores in self._nodes().values()))
@@ -119,8 +123,8 @@ class _Mapping:
     def _submit(self, call: _Call) -> Any:
         avoided = call.avoid | self._benched.keys()
         remote = self._remote
-        if avoided and (allowed := [node for node in self._nodes() if node not in avoided]):
-            names = ",".join(allowed)
+        if avoided and (allowed := self._able() - avoided):
+            names = ",".join(sorted(allowed))
             remote = remote.options(label_selector={"ray.io/node-id": f"in({names})"})
         return remote.remote(*self._shared, call.tasks)
 
@@ -162,8 +166,7 @@ class _Mapping:
         if node not in self._benched:
             self._benched[node] = f"{found.error} (task {found.task} on {found.machine})"
             say(f"{found.machine} gets no further task of this stage: {found.error}", sys.stderr)
-        left = self._nodes().keys() - self._benched.keys()
-        if len(self._benched) >= _MAX_BENCHED or not left:
+        if len(self._benched) >= _MAX_BENCHED or not self._able() - self._benched.keys():
             self._drain()
             raise InputError("; ".join(self._benched.values()))
 

@@ -8,9 +8,18 @@ from data_prep.download import retry
 from data_prep.download import stage as download
 from data_prep.download.retry import Failures
 from pipeline.core import store
-from pipeline.core.failures import PARTITION_FAILED, forget_set_aside
+from pipeline.core.failures import PARTITION_FAILED
 from pipeline.core.records import ConfigError, InputError, Manifest, Receipt
-from pipeline.core.run import Run, State, locked, make_context, manifest_path, read_manifest, survey_stage
+from pipeline.core.run import (
+    Run,
+    State,
+    locked,
+    make_context,
+    manifest_path,
+    read_manifest,
+    read_receipts,
+    survey_stage,
+)
 from pipeline.core.stage import Context, Stage, Task, fold, read_receipt, receipt_path, repair_remedy
 from pipeline.runner import execute
 
@@ -121,7 +130,9 @@ def _forget_set_aside(run: Run, stage: Stage) -> None:
     if manifest is not None and PARTITION_FAILED in manifest.dropped:
         with locked(run):
             store.remove(manifest_path(run, stage.name))
-            forget_set_aside(_context(run, stage))
+            for receipt in read_receipts(run, stage.name)[0]:
+                if PARTITION_FAILED in receipt.dropped:
+                    store.remove(_context(run, stage).path("receipts", f"{receipt.task}.json"))
 
 
 def _bring_up_to_date(run: Run) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """One line of TOML moves the work to Ray: two nodes, one of them killed, the same bytes."""
 
+import contextlib
 import errno
 import os
 import signal
@@ -52,15 +53,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def three_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A Ray cluster of a head that takes no work and three nodes of one core."""
+@contextlib.contextmanager
+def cluster_of(num_nodes: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A Ray cluster of a head that takes no work and some nodes of one core, for this process to use."""
     ray = pytest.importorskip("ray", reason="Ray is in the extra `ray`")
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
-        for _ in range(3):
+        for _ in range(num_nodes):
             cluster.add_node(num_cpus=1)
         monkeypatch.setenv("RAY_ADDRESS", cluster.address)
         monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
@@ -68,6 +69,18 @@ def three_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+@pytest.fixture
+def three_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    with cluster_of(3, monkeypatch) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def one_node(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    with cluster_of(1, monkeypatch) as cluster:
+        yield cluster
 
 
 @pytest.fixture
@@ -198,4 +211,15 @@ def test_a_machine_with_a_full_disk_is_left_out_and_several_end_the_stage(
     assert "gets no further task of this stage: /data: No space left on device" in capsys.readouterr().err
     run = run_of(tmp_path / "two", {}, full=2)
     with pytest.raises(InputError, match=r"/data: No space left on device \(task .*; /data: No space left"):
+        runner.execute(run, run.stages, redo=False)
+
+
+@pytest.mark.slow
+def test_the_only_machine_beside_a_head_without_cores_gets_every_try(one_node: Any, tmp_path: Path) -> None:
+    run = run_of(tmp_path / "failing", {"00004": ("input",) * 9})
+    with pytest.raises(InputError, match="task 00004 of work failed 3 times"):
+        runner.execute(run, run.stages, redo=False)
+    assert num_done(tmp_path / "failing") == NUM_TASKS - 1
+    run = run_of(tmp_path / "full", {}, full=1)
+    with pytest.raises(InputError, match=r"/data: No space left on device \(task "):
         runner.execute(run, run.stages, redo=False)
