@@ -298,8 +298,10 @@ def _packed(
 
 
 def set_aside(config: DownloadConfig, context: Context, task: Task) -> Outcome:
-    """Drop the rows of a partition as `partition_failed`; `cnclip retry` asks for them again."""
-    return pack(context, task, Path(), None, pl.DataFrame(schema=KNOWN_SCHEMA), PARTITION_FAILED)
+    """Drop the rows of a partition that no earlier build knows; `cnclip retry` asks for them again."""
+    with own_images.served(context) as own:
+        known = _known(_builds(config, context), own, task, asked_rows(context, task))
+    return pack(context, task, Path(), None, known, PARTITION_FAILED)
 
 
 def stage(config: DownloadConfig) -> Stage:

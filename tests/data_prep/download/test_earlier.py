@@ -1,5 +1,6 @@
 """A redo of the download asks the web only for what no earlier build knows, and gives the same bytes."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -199,3 +200,15 @@ def test_another_run_is_taken_from(
         execute(load(tmp_path / "c", config=DownloadConfig(reuse=(str(tmp_path / "nowhere"),))))
     with pytest.raises(ConfigError, match="stores its images otherwise: its short_side_px, jpeg_quality"):
         execute(load(tmp_path / "d", config=DownloadConfig(jpeg_quality=80, reuse=(first.folder,))))
+
+
+def test_a_partition_that_fails_keeps_the_images_that_it_had(
+    first: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_web(monkeypatch, give)
+    monkeypatch.setattr(download, "_damage", lambda raw, number: "cut")
+    run = dataclasses.replace(load(tmp_path / "a"), max_failed_tasks=3)
+    manifest = read_manifest(execute(run), "download")
+    assert manifest is not None
+    assert manifest.num_kept == NUM_PICTURES - len(NEW)
+    assert manifest.dropped == {"partition_failed": len(NEW)}
