@@ -256,17 +256,17 @@ def run_baseline(config: None, context: Context, task: Task, progress: Progress)
     return Outcome({"baselines.json": num_texts}, num_in=num_texts, num_kept=num_texts)
 
 
-def embed_stage(config: EvaluationConfig, *, learned: tuple[str, ...]) -> Stage:
+def embed_stage(config: EvaluationConfig, *, learned: tuple[str, ...], sets_from: tuple[str, ...]) -> Stage:
     """Return the stage that embeds every evaluation set by every scored model.
 
-    `learned` names the vocabulary stage, if the run has one.
+    `learned` names the vocabulary stage, if the run has one; `sets_from` the stages that know the sets.
     """
     return Stage(
         "embed",
         title="features of the evaluation sets, in clip-retrieval's layout",
         version=3,
         config=config,
-        parents=("corpus", *learned, *config.stages),
+        parents=(*sets_from, *learned, *config.stages),
         plan=plan_embed,
         run=run_embed,
         parallel=False,  # a model in memory for each process is too much
@@ -286,27 +286,27 @@ def index_stage(config: IndexConfig) -> Stage:
     )
 
 
-def retrieval_stage(config: EvaluationConfig) -> Stage:
+def retrieval_stage(config: EvaluationConfig, *, sets_from: tuple[str, ...]) -> Stage:
     """Return the stage that writes predictions and scores."""
     return Stage(
         "retrieval",
         title="predictions and Recall@K in the official files",
         version=1,
         config=config,
-        parents=("corpus", "embed", "index"),
+        parents=(*sets_from, "embed", "index"),
         plan=plan_retrieval,
         run=run_retrieval,
     )
 
 
-def baseline_stage() -> Stage:
+def baseline_stage(*, sets_from: tuple[str, ...]) -> Stage:
     """Return the stage that scores chance and the pixel nearest neighbour."""
     return Stage(
         "baseline",
         title="pixel nearest neighbour and chance, to compare with",
         version=2,
         config=None,
-        parents=("corpus", "shards"),
+        parents=(*sets_from, "shards"),
         plan=plan_baseline,
         run=run_baseline,
     )

@@ -40,7 +40,7 @@ from eval.zeroshot import stage as zeroshot_stage
 from eval.zeroshot.stage import ClassificationSource, ZeroshotConfig
 from pipeline import pair_scorers
 from pipeline.core.config import build, find_recipe, read_run
-from pipeline.core.evaluation_sets import EvaluationSource
+from pipeline.core.evaluation_sets import SET_ASIDE, EvaluationSource
 from pipeline.core.records import ConfigError
 from pipeline.core.run import Run
 from pipeline.core.stage import Stage
@@ -116,7 +116,7 @@ class RunConfig:
     model: ModelTable | None = None
     """The model and its starting weights. Unset, and without training stages: a run of the corpus alone."""
     evaluation: tuple[EvaluationSource, ...] = ()
-    """Retrieval sets."""
+    """Retrieval sets. Unset: the rows that `[split]` sets aside."""
     classification: tuple[ClassificationSource, ...] = ()
     """Classification sets."""
     filter_text: FilterTextConfig = field(default_factory=FilterTextConfig)
@@ -179,8 +179,10 @@ class RunConfig:
                 "model.image_weights and [english] both give the image tower: leave one of them out"
                 ' (without = ["english"] in a run with a base)'
             )
-        if not self.makes_its_corpus and not self.evaluation:
-            raise ValueError("no [[evaluation]]; name at least one set with name and folder")
+        if not self.makes_its_corpus and not self.evaluation and self.split is None:
+            raise ValueError(
+                "no [[evaluation]]; name at least one set with name and folder, or set rows aside: [split]"
+            )
 
     def _of_training(self) -> str | None:
         """Return the first table that is set and does nothing without a training stage."""
@@ -199,6 +201,12 @@ class RunConfig:
     def trains(self) -> bool:
         """Whether a model is trained; without one the run ends with the shards and the corpus's report."""
         return not (self.stage1 is None and self.stage2 is None and self.finetune is None)
+
+    @property
+    def sets_from(self) -> tuple[str, ...]:
+        """Return the stages that know the evaluation sets: without one, the rows of [split] are the set."""
+        has_sets = self.makes_its_corpus or self.evaluation or self.split is None
+        return ("corpus",) if has_sets else ("corpus", SET_ASIDE)
 
     @property
     def makes_its_corpus(self) -> bool:
@@ -220,8 +228,8 @@ def resolve(table: dict[str, Any], path: str) -> tuple[Run, RunConfig]:
             if (train := getattr(config, name)) is not None and config.model is not None:
                 check_fits(train, MODELS[config.model.name], name)
                 if not config.makes_its_corpus:
-                    sets = [item.name for item in config.evaluation] if name != "english" else []
-                    check_sets(train, sets, name)
+                    sets = [item.name for item in config.evaluation] or [SET_ASIDE]
+                    check_sets(train, sets if name != "english" else [], name)
         return make_run(config), config
     except ConfigError as error:
         text = str(error)
@@ -307,10 +315,10 @@ def _model_stages(
         stages.append(vocabulary.stage(dataclasses.replace(config.vocabulary, columns=columns)))
     stages += train_stages
     stages += [
-        evaluation_stages.embed_stage(scores, learned=learned),
+        evaluation_stages.embed_stage(scores, learned=learned, sets_from=config.sets_from),
         evaluation_stages.index_stage(config.index),
-        evaluation_stages.retrieval_stage(scores),
-        evaluation_stages.baseline_stage(),
+        evaluation_stages.retrieval_stage(scores, sets_from=config.sets_from),
+        evaluation_stages.baseline_stage(sets_from=config.sets_from),
     ]
     if config.classification:
         sets = zeroshot_stage.ZeroshotStageConfig(
@@ -388,7 +396,9 @@ def _training_stages(config: RunConfig, model: ModelTable) -> list[Stage]:
             launcher=config.launch.launcher,
             tracking=config.tracking,
         )
-        stages.append(training_stage.stage(name, job, before=before, entry=RANK_MODULE))
+        stages.append(
+            training_stage.stage(name, job, before=before, entry=RANK_MODULE, sets_from=config.sets_from)
+        )
         before = name
     return stages
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from pipeline.core import store
 from pipeline.core.config import NOT_IN_DIGEST
-from pipeline.core.evaluation_sets import evaluations_of
+from pipeline.core.evaluation_sets import SET_ASIDE, check_size, evaluations_of
 from pipeline.core.processes import say
 from pipeline.core.records import ConfigError, InputError
 from pipeline.core.stage import Change, Context, Outcome, Progress, Stage, Task
@@ -175,8 +175,11 @@ def check(config: TrainStageConfig, context: Context) -> None:
 
     Raises:
         ConfigError: if it has fewer samples than a batch or than ranks, or a package is missing.
+        InputError: if too few images are set aside to be scored.
     """
     check_packages(config.tracking)
+    for item in evaluations_of(context) if config.validate and SET_ASIDE in context.parents else ():
+        check_size(item)  # how many images [split] sets aside is known only now
     num_samples = sum(shard.num_samples for shard in context.shards_of("shards", ".tar"))
     count_steps(config.train, num_samples, context.stage)
 
@@ -233,10 +236,13 @@ def title_of(name: str, config: TrainStageConfig) -> str:
     return "; ".join((towers, *more))
 
 
-def stage(name: str, config: TrainStageConfig, *, before: str | None, entry: str) -> Stage:
+def stage(
+    name: str, config: TrainStageConfig, *, before: str | None, entry: str, sets_from: tuple[str, ...]
+) -> Stage:
     """Return a training stage: english, stage1, stage2 or finetune.
 
-    `before` is the training stage that hands its weights on; `entry` the module that each rank runs.
+    `before` is the training stage that hands its weights on; `entry` the module that each rank runs;
+    `sets_from` the stages that know the evaluation sets.
     """
     learned = ("vocabulary",) if config.vocabulary is None else ()
     return Stage(
@@ -244,7 +250,7 @@ def stage(name: str, config: TrainStageConfig, *, before: str | None, entry: str
         title=title_of(name, config),
         version=1,
         config=config,
-        parents=("corpus", "shards", *learned, *(() if before is None else (before,))),
+        parents=(*sets_from, "shards", *learned, *(() if before is None else (before,))),
         plan=plan,
         run=functools.partial(run, entry=entry),
         parallel=False,

@@ -3,28 +3,36 @@
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 
 from pipeline.cli.app import Group
 from pipeline.cli.arguments import EXIT_DONE
 from pipeline.cli.errors import UsageError, did_you_mean
-from pipeline.core.records import ConfigError
+from pipeline.core.records import ConfigError, InputError
+from pipeline.core.terminal import one_line
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pipeline.core.evaluation_sets import EvaluationSource
     from pipeline.tools.survey_data import Data
 
 INIT = Group("Run")
+Answer = TypeVar("Answer")
+NO_MODEL = "none"
 
 
 @INIT.add(
     "init",
     "write a run's TOML that fits your data and this machine",
     "new.toml --data my/captions.csv --images my/pictures --evaluation my/valid",
-    more="On a terminal, it asks for whatever the options leave out.",
+    more="On a terminal, it asks for whatever the options leave out. Without an evaluation set, the run sets"
+    " rows of your data aside and measures the model on them.",
 )
 def init(
+    ctx: typer.Context,
     output: Annotated[
         str, typer.Argument(metavar="FILE.toml", help="write this file (default: my.toml)")
     ] = "my.toml",
@@ -43,15 +51,17 @@ def init(
     evaluation: Annotated[
         str | None,
         typer.Option(
-            metavar="FOLDER", help="measure on the sets here: NAME_imgs.tsv with NAME_texts.jsonl, or shards"
+            metavar="FOLDER",
+            help="measure on the sets here: NAME_imgs.tsv with NAME_texts.jsonl, or shards (default: set rows"
+            " aside)",
         ),
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="train a model of this size; ViT-B-16 and other published sizes continue from their"
-            " weights (default: small-vit)",
+            help="train a model of this size, or none: build the corpus only; ViT-B-16 and other published"
+            " sizes continue from their weights (default: small-vit)",
         ),
     ] = None,
     folder: Annotated[
@@ -66,10 +76,17 @@ def init(
         str | None,
         typer.Option(metavar="NAME", help="use this column of captions (default: found by its values)"),
     ] = None,
+    list_captions: Annotated[
+        Literal["each", "first", "random"] | None,
+        typer.Option(
+            metavar="each|first|random",
+            help="make a row for each caption of a list, for the first, or a row of all that training draws"
+            " from (default: each)",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="overwrite the file if it exists")] = False,
 ) -> int:
-    from pipeline.core.records import InputError
-    from pipeline.tools.new_run import SMALL_MODEL, compose
+    from pipeline.tools.new_run import SMALL_MODEL, compose, num_set_aside
     from pipeline.tools.survey_data import evaluation_sets, look_at_data, look_at_machine
 
     if not output.endswith(".toml"):
@@ -77,35 +94,59 @@ def init(
     if os.path.lexists(output) and not force:
         raise ConfigError(f"{output}: already exists; choose another name, or overwrite it with --force")
     asks = sys.stdin.isatty() and sys.stderr.isatty()
-    _require(asks, **{"--data TABLE": data, "--evaluation FOLDER": evaluation})
-    columns = {"url_column": url_column, "caption_column": caption_column}
-    data = data or _ask("Table with captions and image addresses, or folder of pairs")
-    try:
-        found = look_at_data(data, images, **columns)
-    except InputError as error:
-        if not (asks and images is None and "--images" in str(error)):
-            raise
-        found = look_at_data(data, _ask("Folder with the images"), **columns)
+    if data is None and not asks:
+        raise UsageError("--data TABLE: missing, and without a terminal cnclip cannot ask; give it", ctx)
+
+    def look(path: str, images: str | None = images) -> "Data":
+        try:
+            return look_at_data(
+                path,
+                images,
+                url_column=url_column,
+                caption_column=caption_column,
+                list_captions=list_captions,
+            )
+        except InputError as error:
+            if not (asks and images is None and "--images" in str(error)):
+                raise
+            return _asked("Folder with the images", lambda folder: look(path, folder))
+
+    def sets_in(folder: str) -> "list[EvaluationSource]":
+        return evaluation_sets(folder) if folder else []
+
+    found = (
+        look(data) if data else _asked("Table with captions and image addresses, or folder of pairs", look)
+    )
     _say(found)
-    sets = evaluation_sets(evaluation or _ask("Folder with an evaluation set"))
-    model = _model(model or (_ask("Model", SMALL_MODEL) if asks else SMALL_MODEL))
+    if evaluation is None and asks:
+        sets = _asked("Folder with an evaluation set (Enter: set rows of your data aside)", sets_in, "")
+    else:
+        sets = sets_in(evaluation or "")
+    name = _asked("Model, or none for the corpus only", _model, SMALL_MODEL) if asks and not model else None
+    name = name or _model(model or SMALL_MODEL)
     default = f"runs/{Path(output).stem}"
-    folder = folder or (_ask("Folder of the run", default) if asks else default)
-    text = compose(found, sets, model, folder, look_at_machine())
+    folder = folder or (_asked("Folder of the run", str, default) if asks else default)
+    if name != NO_MODEL and not sets:
+        print(f"sets {num_set_aside(found):,} rows aside to measure the model on: [split]", file=sys.stderr)
+    text = compose(found, sets, None if name == NO_MODEL else name, folder, look_at_machine())
     _write(output, text, force=force)
     print(f"{output}; next: cnclip plan {output}, then cnclip run {output}")
     return EXIT_DONE
 
 
-def _require(asks: bool, **given: str | None) -> None:
-    missing = [name for name, value in given.items() if value is None]
-    if missing and not asks:
-        raise UsageError(f"{', '.join(missing)}: missing, and without a terminal cnclip cannot ask; give it")
-
-
-def _ask(question: str, default: str | None = None) -> str:
-    answer: str = typer.prompt(question, default=default, err=True)
-    return answer.strip()
+def _asked(question: str, use: "Callable[[str], Answer]", default: str | None = None) -> "Answer":
+    """Return what an answer leads to; ask again after one that leads to an error."""
+    while True:
+        answer: str = typer.prompt(
+            question, default=default or "", show_default=bool(default), err=True
+        ).strip()
+        if not answer and default is None:
+            print("nothing was typed: type a path, or press Ctrl-C to leave", file=sys.stderr)
+            continue
+        try:
+            return use(answer)
+        except (InputError, ConfigError) as error:
+            print(one_line(str(error)), file=sys.stderr)
 
 
 def _say(data: "Data") -> None:
@@ -121,9 +162,10 @@ def _say(data: "Data") -> None:
 def _model(name: str) -> str:
     from training.model.config import MODELS
 
-    if name not in MODELS:
+    known = (*MODELS, NO_MODEL)
+    if name not in known:
         raise ConfigError(
-            f"--model {name}: no such model{did_you_mean(name, MODELS) or '; known: ' + ', '.join(MODELS)}"
+            f"--model {name}: no such model{did_you_mean(name, known) or '; known: ' + ', '.join(known)}"
         )
     return name
 

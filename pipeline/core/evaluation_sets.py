@@ -1,4 +1,4 @@
-"""Evaluation sets of a run: given by `[[evaluation]]` or made by the corpus stage.
+"""Evaluation sets of a run: given by `[[evaluation]]`, made by the corpus stage, or set aside by `[split]`.
 
 A set is a folder in Chinese-CLIP's layout: `<name>_imgs.tsv` (id, base64 image) and `<name>_texts.jsonl`;
 or a folder of this project's shards.
@@ -20,6 +20,7 @@ from pipeline.core.stage import Context
 FEWEST_ITEMS = 10  # images and texts of a set; recall at 10 of fewer is meaningless
 _MOST_LINE_BYTES = MAX_IMAGE_BASE64_BYTES + 1024
 SUFFIXES = ("_imgs.tsv", "_texts.jsonl")
+SET_ASIDE = "validation"  # the stage that packs the rows of [split], and the name of its set
 # Words in a name that denote a part of a set, not a set.
 _SPLITS = frozenset({"mr", "train", "val", "valid", "validation", "dev", "test"})
 
@@ -56,7 +57,7 @@ class EvaluationSet:
 
     name: str
     folder: str
-    known_digest: str | None = field(default=None, compare=False)  # for a set that the corpus stage made
+    known_digest: str | None = field(default=None, compare=False)  # for a set that a stage of the run made
 
     @property
     def scored_by(self) -> dict[str, str]:
@@ -129,7 +130,7 @@ def digest_of(source: EvaluationSource) -> str:
     return ":".join(store.digest_file(path) for path in paths)
 
 
-def check_size(source: EvaluationSource) -> None:
+def check_size(source: EvaluationSource | EvaluationSet) -> None:
     """Refuse a set that cannot be scored before training begins, reading as little as possible.
 
     Raises:
@@ -145,9 +146,12 @@ def check_size(source: EvaluationSource) -> None:
         else:
             continue  # `digest_of` reports what is missing
         if count < FEWEST_ITEMS:
+            remedy = "give [[evaluation]] " + source.name
+            if isinstance(source, EvaluationSet):  # of [split]: the run's own table names the others
+                remedy = "raise [split] share or count, to set aside"
             raise InputError(
-                f"{path}: {count} {kind} are too few for recall at {FEWEST_ITEMS}; give [[evaluation]]"
-                f" {source.name} at least {FEWEST_ITEMS} {kind}"
+                f"{path}: {count} {kind} are too few for recall at {FEWEST_ITEMS}; {remedy}"
+                f" at least {FEWEST_ITEMS} {kind}"
             )
 
 
@@ -168,7 +172,10 @@ def shard_stems(folder: str) -> list[str]:
 
 
 def evaluations_of(context: Context) -> list[EvaluationSet]:
-    """Return the run's evaluation sets by name; `corpus` must be one of the stage's parents."""
+    """Return the run's evaluation sets by name; `corpus` must be one of the stage's parents.
+
+    A run that names no set is measured on the rows that [split] sets aside, if `validation` is a parent.
+    """
     found = _found(context)
     return [found[name] for name in sorted(found)]
 
@@ -195,4 +202,7 @@ def _found(context: Context) -> dict[str, EvaluationSet]:
             found[name] = EvaluationSet(name, context.path_in("corpus", folder), ":".join(members))
         for name, folder in noted.given.items():
             found[name] = EvaluationSet(name, folder)
+    if not found and (packed := context.parents.get(SET_ASIDE)) is not None:
+        whole = digest({shard.path: shard.digest for shard in packed.shards})
+        found[SET_ASIDE] = EvaluationSet(SET_ASIDE, context.path_in(SET_ASIDE), whole)
     return found

@@ -6,15 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from pipeline.core.evaluation_sets import EvaluationSource
+from pipeline.core.evaluation_sets import FEWEST_ITEMS, EvaluationSource
 from pipeline.core.records import InputError
 from pipeline.tools.survey_data import Data, Machine
 from training.model.config import MODELS
 from training.weights.hub.names import PUBLISHED
 
 SMALL_MODEL = "small-vit"
+_COMMON_MODEL = "ViT-B-16"  # of unknown models: four of the paper's five see images of its size
 _KEPT = 0.5  # of the usable rows, which surely remain after downloads and filters; batches and warm-up fit it
 _STEPS_FROM_RANDOM, _STEPS_FROM_WEIGHTS = 2_000, 500  # of training on a small corpus
+_MOST_SET_ASIDE = 1_000  # images of a run without an evaluation set
+_FEWEST_SET_ASIDE = 2 * FEWEST_ITEMS  # copies of training images are not set aside
+_SET_ASIDE_ONE_IN = 10
 _FEWEST_EPOCHS, _MOST_EPOCHS = 5, 60
 _STEPS_AN_EPOCH = 8  # at least, so that a batch is never most of the corpus
 _SMALLEST_BATCH, _FEWEST_ROWS = 4, 8  # a pair is learned by telling it from the others in its batch
@@ -65,22 +69,41 @@ def choose_training(model: str, num_usable: int, machine: Machine) -> Training:
     )
 
 
+def num_set_aside(data: Data) -> int:
+    """Return how many rows a run without an evaluation set keeps for validation: a tenth, or what it needs.
+
+    Raises:
+        InputError: if the rows are too few to set some aside.
+    """
+    most, fewest = (
+        math.ceil(number * data.captions_per_image) for number in (_MOST_SET_ASIDE, _FEWEST_SET_ASIDE)
+    )
+    count = max(fewest, min(most, data.num_usable // _SET_ASIDE_ONE_IN))
+    if count > data.num_usable * _KEPT / 2:
+        raise InputError(
+            f"{data.path}: {data.num_usable} usable rows are too few to set some aside for validation; name"
+            " an evaluation set with --evaluation, or leave the model out with --model none"
+        )
+    return count
+
+
 def compose(
-    data: Data, evaluations: Sequence[EvaluationSource], model: str, folder: str, machine: Machine
+    data: Data, evaluations: Sequence[EvaluationSource], model: str | None, folder: str, machine: Machine
 ) -> str:
-    """Return the text of a run's TOML, with a comment on each choice.
+    """Return the text of a run's TOML, with a comment on each choice; without a model, of a corpus alone.
 
     Raises:
         InputError: if the rows are too few to train on.
     """
-    if data.num_usable < _FEWEST_ROWS:
+    if data.num_usable < _FEWEST_ROWS and model is not None:
         raise InputError(
             f"{data.path}: {data.num_usable} usable rows of {data.num_rows} are too few to train on; give at"
             f" least {_FEWEST_ROWS}"
         )
+    what = "an address" if data.kind is None else "an image"
     lines = [
         "# Written by `cnclip init`. docs/reference/configuration.md lists every setting and its default.",
-        f"# Data: {data.num_rows:,} rows, {data.num_usable:,} of them with an address and a caption of"
+        f"# Data: {data.num_rows:,} rows, {data.num_usable:,} of them with {what} and a caption of"
         f" {data.fewest_characters} to {data.most_characters} characters.",
         f"# Machine: {_machine(machine)}.",
         "",
@@ -93,15 +116,24 @@ def compose(
     for item in evaluations:
         lines += ["", _commented("[[evaluation]]", "never trained on; copies of its images leave the corpus")]
         lines += [f"name = {_text(item.name)}", f"folder = {_text(item.folder)}"]
-    train = choose_training(model, data.num_usable, machine)
-    tables = (_filters(data), _packing(data, model), _model(model), _training(train, machine, model))
+    tables = [_filters(data)]
+    num_usable = data.num_usable
+    if model is not None and not evaluations:
+        count = num_set_aside(data)
+        num_usable -= count
+        rows = _line("count", count, "rows for validation, and none of their copies stays for training")
+        tables.append(["", "[split]", rows])
+    tables.append(_packing(data, model))
+    if model is not None:
+        train = choose_training(model, num_usable, machine)
+        tables += [_model(model), _training(train, machine, model)]
     return "\n".join([*lines, *(line for table in tables for line in table)]) + "\n"
 
 
 def _corpus(data: Data) -> list[str]:
+    settings = [f"{key} = {_text(value)}" for key, value in data.settings.items()]
     name = _line("name", '"data"', "in the funnel and in every sample")
     if data.kind is not None:
-        settings = [f"{key} = {_text(value)}" for key, value in data.settings.items()]
         kind = _line("kind", _text(data.kind), "how the images lie on disk")
         place = f"path = {_text(data.path)}"
         return ["[corpus]", 'kind = "sources"', "", "[[corpus.sources]]", kind, place, name, *settings]
@@ -110,7 +142,7 @@ def _corpus(data: Data) -> list[str]:
         lines += [f"url_column = {_text(data.url_column)}", f"caption_column = {_text(data.caption_column)}"]
     if data.images is not None:
         lines.append(_line("picture_folder", _text(data.images), "the addresses are paths below it"))
-    return lines
+    return [*lines, *settings]
 
 
 def _filters(data: Data) -> list[str]:
@@ -131,9 +163,10 @@ def _filters(data: Data) -> list[str]:
     return lines
 
 
-def _packing(data: Data, model: str) -> list[str]:
-    side_px = MODELS[model].vision.image_size_px
+def _packing(data: Data, model: str | None) -> list[str]:
+    side_px = MODELS[model or _COMMON_MODEL].vision.image_size_px
     short_side = _SHORT_SIDES_PX.get(side_px, 2 * side_px)
+    sees = f"the model sees {side_px} pixels" if model else f"most models see {side_px} pixels"
     partitions = max(1, math.ceil(data.num_usable / _ROWS_A_PARTITION))
     samples = min(10_000, max(50, data.num_usable // 8 // 50 * 50))
     return [
@@ -142,7 +175,7 @@ def _packing(data: Data, model: str) -> list[str]:
         _line("partitions", partitions, f"of about {_ROWS_A_PARTITION:,} rows"),
         "",
         "[download]",
-        _line("short_side_px", short_side, f"larger images are reduced; the model sees {side_px} pixels"),
+        _line("short_side_px", short_side, f"larger images are reduced; {sees}"),
         "",
         "[shards]",
         _line("samples_per_shard", samples, "an epoch shuffles whole shards and samples within them"),
@@ -167,7 +200,7 @@ def _training(train: Training, machine: Machine, model: str) -> list[str]:
         "",
         _commented("[stage2]", "both towers are trained"),
         _line("epochs", train.epochs, "passes over the pairs"),
-        _line("global_batch", train.batch, "at most the pairs that the filters leave"),
+        _line("global_batch", train.batch, "pairs a step; the filters must leave at least as many"),
         _line("peak_learning_rate", rate, "after the warm-up; then a cosine to 0"),
         _line("warmup_steps", train.warmup_steps, "a tenth of the steps, or fewer"),
         "weight_decay = 0.1",

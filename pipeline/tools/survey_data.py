@@ -6,10 +6,10 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Literal
+from typing import IO, TYPE_CHECKING, Any
 from urllib.request import urlopen
 
 from pipeline.core.evaluation_sets import SUFFIXES, EvaluationSource, check_size, shard_stems
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import polars as pl
 
     from data_prep.sources.readers.source import PackedKind
+    from data_prep.sources.text_rows import ListCaptions
 
 _SAMPLED_ROWS = 1000  # for recognising columns and addresses
 _SAMPLED_IMAGES = 50
@@ -47,7 +48,8 @@ class Data:
     default_characters: tuple[int, int]  # default bounds of a run, the paper's
     default_side_px: int  # default of the smallest shorter side
     kind: str | None = None  # of a source whose images are on disk in one of the ecosystem's formats
-    settings: Mapping[str, str] = field(default_factory=dict)  # of that source, besides its columns
+    settings: Mapping[str, str] = field(default_factory=dict)  # of its source, besides the columns of tables
+    captions_per_image: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +96,17 @@ def evaluation_sets(folder: str) -> list[EvaluationSource]:
 
 
 def look_at_data(
-    path: str, images: str | None, *, url_column: str | None = None, caption_column: str | None = None
+    path: str,
+    images: str | None,
+    *,
+    url_column: str | None = None,
+    caption_column: str | None = None,
+    list_captions: "ListCaptions | None" = None,
 ) -> Data:
     """Read the caption tables once, or a part of a source that brings its images; return what they hold.
 
     `images` is the folder of the paths in the address column; if None, it is searched for near the table.
+    `list_captions` says what lists of captions become; if None, a row for each.
 
     Raises:
         InputError: if a table, the column of addresses or captions, or the images are missing.
@@ -113,7 +121,7 @@ def look_at_data(
             raise InputError(
                 f"{wrong}: {path} is read with kind = {kind!r}, which has its images: leave it out"
             )
-        return look_at_source(path, kind, caption_column)
+        return look_at_source(path, kind, caption_column, list_captions)
     files = find_files(TableSource(path=path, name="data"))
     names, sample = _sample(files[0])
     known = {role: first_column(names, KNOWN_COLUMNS[role]) for role in ("url_column", "caption_column")}
@@ -127,7 +135,9 @@ def look_at_data(
         raise InputError(f"--images {images}: column {url!r} of {path} holds URLs: leave --images out")
     folder = None if are_urls else _image_folder(path, files[0], addresses, images)
     paper = FilterTextConfig()
-    num_rows, lengths = _count(files, url, caption)
+    if list_captions is None and _are_lists(files[0], url, caption, sample[caption]):
+        list_captions = "each"
+    num_rows, lengths = _count(files, url, caption, list_captions)
     if not sum(lengths.values()):
         raise InputError(
             f"{path}: no row has both {url!r} and {caption!r}; name them: --url-column, --caption-column"
@@ -146,10 +156,17 @@ def look_at_data(
         shortest_side_px=None if folder is None else _shortest_side(folder, addresses),
         default_characters=(paper.min_characters, paper.max_characters),
         default_side_px=FilterImageConfig().min_side_px,
+        settings={} if list_captions is None else {"list_captions": list_captions},
+        captions_per_image=_captions_per_image(files[0], url, caption, list_captions),
     )
 
 
-def look_at_source(path: str, kind: "PackedKind", caption_column: str | None = None) -> Data:
+def look_at_source(
+    path: str,
+    kind: "PackedKind",
+    caption_column: str | None = None,
+    list_captions: "ListCaptions | None" = None,
+) -> Data:
     """Read the first piece of a source that brings its images; counts of the others are reckoned from it.
 
     Raises:
@@ -163,29 +180,26 @@ def look_at_source(path: str, kind: "PackedKind", caption_column: str | None = N
     from data_prep.sources.readers.source import PackedSource
     from data_prep.sources.regions import Places
 
-    def source(list_captions: Literal["each"] | None) -> PackedSource:
+    def source(settings: Mapping[str, Any]) -> PackedSource:
         try:
-            return PackedSource(
-                kind=kind,
-                path=path,
-                name="data",
-                caption_column=caption_column,
-                list_captions=list_captions,
-            )
+            return PackedSource(kind=kind, path=path, name="data", **settings)
         except ValueError as error:
             raise InputError(f"{path}: {error}") from None
 
-    settings = {} if caption_column is None else {"caption_column": caption_column}
-    pieces = packed.pieces(source(None))
+    given = {"caption_column": caption_column, "list_captions": list_captions}
+    settings = {key: value for key, value in given.items() if value is not None}
+    pieces = packed.pieces(source(settings))
+    if kind == "huggingface" and caption_column is None and (likely := _likely_caption(pieces[0][0])):
+        settings["caption_column"] = likely
     with tempfile.TemporaryDirectory() as place:
         to = Places(*(os.path.join(place, name) for name in ("table", "malformed", "drops", "copies")))
         try:
-            found = packed.unpack(source(None), pieces[0], to)
+            found = packed.unpack(source(settings), pieces[0], to)
         except InputError as error:
-            if "list_captions" not in str(error):
+            if "list_captions =" not in str(error):
                 raise
             settings["list_captions"] = "each"
-            found = packed.unpack(source("each"), pieces[0], to)
+            found = packed.unpack(source(settings), pieces[0], to)
         rows = pl.read_parquet(to.table)
         side_px = _shortest_side_packed(path, found.source.picture_folder, rows, place)
     lengths = Counter(rows["caption"].str.len_chars().drop_nulls().to_list())
@@ -209,7 +223,24 @@ def look_at_source(path: str, kind: "PackedKind", caption_column: str | None = N
         default_side_px=FilterImageConfig().min_side_px,
         kind=kind,
         settings=settings,
+        captions_per_image=rows.height / max(1, rows["url"].n_unique()),
     )
+
+
+def _likely_caption(file: str) -> str | None:
+    """Return the column of a Parquet table of images whose texts are Chinese, unless its name tells."""
+    import polars as pl
+
+    from data_prep.sources.readers.columns import CAPTIONS, is_caption
+    from data_prep.sources.readers.tables import read_schema
+
+    if not file.endswith(".parquet"):
+        return None
+    names = [name for field in read_schema(file) if is_caption(field.type) for name in [field.name]]
+    if any(name.lower() in CAPTIONS for name in names):
+        return None
+    rows = pl.scan_parquet(file).select(names).head(_SAMPLED_ROWS).collect()
+    return _like_captions({name: rows[name].to_list() for name in names}, "")
 
 
 def _shortest_side_packed(path: str, folder: str | None, rows: "pl.DataFrame", copies: str) -> int | None:
@@ -245,12 +276,57 @@ def _sample(file: str) -> tuple[list[str], dict[str, list[object]]]:
     return names, {name: rows[name].to_list() for name in names}
 
 
-def _count(files: Sequence[str], url: str, caption: str) -> tuple[int, Counter[int]]:
+def _are_lists(file: str, url: str, caption: str, sample: Sequence[object]) -> bool:
+    """Return whether captions are lists of texts, as JSON or as a column of Parquet."""
+    from data_prep.sources import text_file
+    from data_prep.sources.text_rows import TextLayout
+
+    if not text_file.is_text(file):
+        return any(isinstance(value, list) for value in sample)
+    try:
+        next(iter(text_file.read_batches(file, (url, caption), TextLayout(url=url, caption=caption))), None)
+    except InputError as error:
+        if "list_captions =" not in str(error):
+            raise
+        return True
+    return False
+
+
+def _read(
+    file: str, url: str, caption: str, list_captions: "ListCaptions | None"
+) -> "Iterator[pl.LazyFrame]":
+    """Yield addresses and captions of a table; of a list that keeps all captions, the first."""
+    from data_prep.sources import text_file
+    from data_prep.sources.list_columns import with_one_caption
+    from data_prep.sources.table import open_parquet
+    from data_prep.sources.text_rows import TextLayout
+
+    how = "first" if list_captions == "random" else list_captions
+    if text_file.is_text(file):
+        layout = TextLayout(url=url, caption=caption, list_captions=how)
+        for batch in text_file.read_batches(file, (url, caption), layout):
+            yield batch.rows.lazy()
+    else:
+        yield with_one_caption(open_parquet(file), caption, how)
+
+
+def _captions_per_image(file: str, url: str, caption: str, list_captions: "ListCaptions | None") -> float:
+    """Return the mean number of rows an image, of a table's first rows."""
+    from pipeline.core.files.columns import column
+
+    first = next(_read(file, url, caption, list_captions))
+    counted = first.head(_SAMPLED_ROWS).select(column(url).n_unique().alias("images"), rows=column(url).len())
+    images, rows = counted.collect().row(0)
+    return float(rows / max(1, images))
+
+
+def _count(
+    files: Sequence[str], url: str, caption: str, list_captions: "ListCaptions | None"
+) -> tuple[int, Counter[int]]:
     """Return the number of rows, and for rows with an address: characters of the caption → rows."""
     import polars as pl
 
-    from data_prep.sources import text_file
-    from data_prep.sources.table import naming_damage, open_parquet
+    from data_prep.sources.table import naming_damage
     from pipeline.core.files.columns import column
 
     def counted(rows: pl.LazyFrame) -> pl.LazyFrame:
@@ -261,17 +337,12 @@ def _count(files: Sequence[str], url: str, caption: str) -> tuple[int, Counter[i
 
     num_rows, lengths = 0, Counter[int]()
     for file in files:
-        if text_file.is_text(file):
-            batches = text_file.read_batches(file, (url, caption))
-            tables: Iterable[pl.DataFrame] = (counted(batch.rows.lazy()).collect() for batch in batches)
-        else:
-            with naming_damage(file):
-                tables = [counted(open_parquet(file)).collect(engine="streaming")]
-        for table in tables:
-            for length, rows in table.iter_rows():
-                num_rows += rows
-                if length is not None:
-                    lengths[length] += rows
+        with naming_damage(file):
+            for part in _read(file, url, caption, list_captions):
+                for length, rows in counted(part).collect(engine="streaming").iter_rows():
+                    num_rows += rows
+                    if length is not None:
+                        lengths[length] += rows
     return num_rows, lengths
 
 
@@ -287,18 +358,20 @@ def _column(
 
 def _like_addresses(sample: dict[str, list[object]]) -> str | None:
     """Return the first column most of whose values are URLs or names of images."""
-    return _first_like(sample, lambda text: bool(_URL.match(text) or _IMAGE_NAME.search(text)))
+    texts = {name: values for name, values in sample.items() if not any(isinstance(v, list) for v in values)}
+    return _first_like(texts, lambda text: bool(_URL.match(text) or _IMAGE_NAME.search(text)))
 
 
 def _like_captions(sample: dict[str, list[object]], url: str) -> str | None:
-    """Return the first other column most of whose values have Chinese characters."""
+    """Return the first other column most of whose values, or their first items, have Chinese characters."""
     others = {name: values for name, values in sample.items() if name != url}
     return _first_like(others, lambda text: bool(_CHINESE.search(text)))
 
 
 def _first_like(sample: dict[str, list[object]], is_like: Callable[[str], bool]) -> str | None:
     for name, values in sample.items():
-        texts = [value for value in values if isinstance(value, str) and value]
+        firsts = [value[0] if isinstance(value, list) and value else value for value in values]
+        texts = [value for value in firsts if isinstance(value, str) and value]
         if texts and sum(map(is_like, texts)) > _MOST * len(texts):
             return name
     return None

@@ -62,10 +62,10 @@ def test_stages_from_embed_to_baseline(tmp_path: Path, name: str) -> None:
         return parents[stage.name]
 
     config = EvaluationConfig(stages=("stage2",), vocabulary=None, context_length=52)
-    embedded = done(embed_stage(config, learned=("vocabulary",)))
+    embedded = done(embed_stage(config, learned=("vocabulary",), sets_from=("corpus",)))
     assert f"{name}/stage2/img_emb/img_emb_0.npy" in [shard.path for shard in embedded.shards]
     assert f"{name}/stage2/image.index" in [shard.path for shard in done(index_stage(IndexConfig())).shards]
-    retrieved = done(retrieval_stage(config))
+    retrieved = done(retrieval_stage(config, sets_from=("corpus",)))
     (extra,) = retrieved.extra.values()
     assert (extra["evaluation"], extra["stage"]) == (name, "stage2")
     assert set(extra["scores"]) == {"t2i", "i2t", "mean_recall"}
@@ -73,6 +73,6 @@ def test_stages_from_embed_to_baseline(tmp_path: Path, name: str) -> None:
     written = [shard.path.rpartition("/")[2] for shard in retrieved.shards]
     assert (f"{name}.tr.predictions.jsonl" in written) == (name != "muge-valid")
     assert RetrievalFacts.from_json(extra).to_json() == extra
-    assert done(baseline_stage()).shards[0].path == "baselines.json"
+    assert done(baseline_stage(sets_from=("corpus",))).shards[0].path == "baselines.json"
     baselines = json.loads((run / "baseline" / "baselines.json").read_text())[name]
     assert {(scores["i2t"] is None) for scores in baselines.values()} == {name == "muge-valid"}

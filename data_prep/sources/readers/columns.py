@@ -10,7 +10,7 @@ from data_prep.sources.readers.source import PackedSource
 from pipeline.core.records import InputError
 
 _IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "image_bytes")
-_CAPTIONS = ("caption", "captions", "text", "texts", "txt")
+CAPTIONS = ("caption", "captions", "text", "texts", "txt")
 _URL = "url"
 
 
@@ -67,7 +67,7 @@ def choose_name(path: str, what: str, setting: str, found: Sequence[str], known:
 
 def choose_caption(path: str, found: Sequence[str]) -> str:
     """Return the column of captions of a text table, as `choose_name`."""
-    return choose_name(path, "caption", "caption_column", found, _CAPTIONS)
+    return choose_name(path, "caption", "caption_column", found, CAPTIONS)
 
 
 def type_of(schema: pa.Schema, name: str) -> pa.DataType | None:
@@ -87,6 +87,11 @@ def is_text(dtype: pa.DataType) -> bool:
     return bool(
         pa.types.is_string(dtype) or pa.types.is_large_string(dtype) or pa.types.is_string_view(dtype)
     )
+
+
+def is_caption(dtype: pa.DataType) -> bool:
+    """Return whether a type is text or a list of texts."""
+    return is_text(dtype) or (is_list(dtype) and is_text(dtype.value_type))
 
 
 def is_list(dtype: pa.DataType) -> bool:
@@ -135,9 +140,10 @@ def _image(path: str, schema: pa.Schema, source: PackedSource) -> str:
 def _caption(path: str, schema: pa.Schema, source: PackedSource) -> str:
     name = source.caption_column
     if name is None:
-        named = [field.name for field in schema if field.name.lower() in _CAPTIONS]
+        named = [field.name for field in schema if field.name.lower() in CAPTIONS]
         if len(named) != 1:
-            raise _unclear(path, "caption", "caption_column", named, _listed(schema))
+            texts = pa.schema([field for field in schema if is_caption(field.type)])
+            raise _unclear(path, "caption", "caption_column", named, _listed(texts if len(texts) else schema))
         name = named[0]
     dtype = type_of(schema, name)
     if dtype is None:

@@ -1,5 +1,6 @@
 """`cnclip init` writes a run that `plan` accepts without a note, for data of any form."""
 
+import contextlib
 import json
 import os
 import pty
@@ -104,8 +105,11 @@ def test_what_init_writes_runs_and_needs_no_note_after_it(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "--data TABLE, --evaluation FOLDER: missing, and without a terminal cnclip cannot ask"),
-        (("--data=own/captions.csv",), "--evaluation FOLDER: missing, and without a terminal"),
+        (
+            (),
+            "--data TABLE: missing, and without a terminal cnclip cannot ask; give it; see `cnclip init ",
+        ),
+        (("--data=some.csv",), "some.csv: 79 usable rows are too few to set some aside for validation; name"),
         (("--data=no.csv", "--evaluation=valid"), "no.csv: no such file"),
         (("--data=moved.csv", "--evaluation=valid"), "moved.csv: its addresses are paths, such as 猫 0.png"),
         (
@@ -127,6 +131,9 @@ def test_what_does_not_fit_is_one_line(
     world: Path, words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("moved.csv").write_text(Path("own/captions.csv").read_text("utf-8"), "utf-8")
+    Path("some.csv").write_text(
+        "url,caption\n" + "".join(f"http://a.cn/{n},一只黑色的猫\n" for n in range(79)), "utf-8"
+    )
     Path("few.csv").write_text("url,caption\nhttp://a.cn/1,一只黑色的猫\n", "utf-8")
     Path("letters.csv").write_text("a,b\nc,d\n", "utf-8")
     try:
@@ -151,7 +158,25 @@ def test_a_file_that_exists_stays(world: Path, capsys: pytest.CaptureFixture[str
     assert written()["run"]["folder"] == "runs/my"
 
 
-def test_it_asks_at_a_terminal(world: Path) -> None:
+@pytest.mark.parametrize(
+    ("answers", "model", "expected"),
+    [
+        (("captions.csv", "own/images", "valid", "", "runs/asked"), "small-vit", ()),
+        (
+            ("", "no.csv", "captions.csv", "valid", "own/images", "", "small", "none", "runs/asked"),
+            None,
+            (
+                "nothing was typed",
+                "no.csv: no such file",
+                "--images valid: holds none",
+                "did you mean small-",
+            ),
+        ),
+    ],
+)
+def test_it_asks_at_a_terminal(
+    world: Path, answers: tuple[str, ...], model: str | None, expected: tuple[str, ...]
+) -> None:
     own, theirs = pty.openpty()
     Path("captions.csv").write_text(Path("own/captions.csv").read_text("utf-8"), "utf-8")
     command = [sys.executable, "-m", "pipeline", "init"]
@@ -159,14 +184,21 @@ def test_it_asks_at_a_terminal(world: Path) -> None:
     with subprocess.Popen(
         command, stdin=theirs, stdout=subprocess.PIPE, stderr=theirs, env={**os.environ, "PYTHONPATH": root}
     ) as asking:
-        for answer in ("captions.csv", "own/images", "valid", "", "runs/asked"):
+        for answer in answers:
             os.write(own, f"{answer}\n".encode())
         assert asking.wait(timeout=120) == 0
     os.close(theirs)
+    said = b""
+    with contextlib.suppress(OSError):  # the end of a closed terminal
+        while piece := os.read(own, 65536):
+            said += piece
     os.close(own)
     table = written()
     assert table["run"]["folder"] == "runs/asked"
-    assert table["model"]["name"] == "small-vit"
+    assert table.get("model", {}).get("name") == model
+    assert ("evaluation" in table) == (model is not None)
+    for words in expected:
+        assert words in said.decode()
 
 
 @pytest.mark.parametrize("num_rows", [8, 13, 100, 3000, 50_000, 10_000_000])
@@ -182,12 +214,69 @@ def test_settings_fit_half_of_the_rows(num_rows: int, machine: Machine, model: s
     assert train.ranks * train.threads <= max(machine.cores, machine.gpus)
 
 
+@pytest.mark.parametrize("name", ["lists.parquet", "lists.jsonl"])
+@pytest.mark.parametrize(
+    ("words", "setting", "rows"), [((), "each", 160), (("--list-captions=random",), "random", 80)]
+)
+def test_lists_of_captions(
+    world: Path,
+    name: str,
+    words: tuple[str, ...],
+    setting: str,
+    rows: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    both = [[caption, caption + "看雪"] for caption in CAPTIONS]
+    table = pl.DataFrame({"地址": [f"https://a.cn/{number}" for number in range(NUM_IMAGES)], "说明": both})
+    table.write_parquet(name) if name.endswith("parquet") else table.write_ndjson(name)
+    assert main(["init", f"--data={name}", "--evaluation=valid", *words]) == 0
+    assert capsys.readouterr().err.startswith(
+        f"{rows} rows, {rows} of them usable: addresses in '地址' (URLs)"
+    )
+    assert written()["corpus"]["tables"] == [
+        {
+            "path": name,
+            "name": "data",
+            "url_column": "地址",
+            "caption_column": "说明",
+            "list_captions": setting,
+        }
+    ]
+    assert main(["plan", "my.toml"]) == 0
+
+
+def test_without_an_evaluation_set_rows_are_set_aside(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["init", "--data=own/captions.csv"]) == 0
+    assert "sets 20 rows aside to measure the model on: [split]" in capsys.readouterr().err
+    assert written()["split"] == {"count": 20}
+    stages = {stage.name: stage for stage in load("my.toml")[0].stages}
+    assert "validation" in stages["stage2"].parents
+    assert "validation" in stages["retrieval"].parents
+    assert main(["plan", "my.toml"]) == 0
+    assert "note:" not in "".join(capsys.readouterr())
+
+
+def test_a_run_without_a_model_builds_the_corpus(world: Path) -> None:
+    assert main(["init", "--data=own/captions.csv", "--model=none"]) == 0
+    assert set(written()) == {"run", "corpus", "dedup", "download", "shards"}
+    assert main(["plan", "my.toml"]) == 0
+
+
 def _as_parquet(folder: Path) -> None:
     image = pa.array([path.read_bytes() for path in sorted(Path("own/images").iterdir())])
     folder.mkdir()
     pq.write_table(
         pa.table({"image": image, "captions": [[text] for text in CAPTIONS]}), folder / "a.parquet"
     )
+
+
+def _as_parquet_with_own_names(folder: Path) -> None:
+    image = pa.array([path.read_bytes() for path in sorted(Path("own/images").iterdir())])
+    folder.mkdir()
+    columns = {"id": [str(number) for number in range(NUM_IMAGES)], "image": image, "描述": CAPTIONS}
+    pq.write_table(pa.table(columns), folder / "a.parquet")
 
 
 def _as_folder(folder: Path) -> None:
@@ -208,6 +297,7 @@ def _as_tars(folder: Path) -> None:
     ("write", "kind", "settings"),
     [
         (_as_parquet, "huggingface", {"list_captions": "each"}),
+        (_as_parquet_with_own_names, "huggingface", {"caption_column": "描述"}),
         (_as_folder, "folder", {}),
         (_as_tars, "webdataset", {}),
     ],
