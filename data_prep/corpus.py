@@ -41,6 +41,8 @@ from pipeline.core.files.known_digests import digests_of_files
 from pipeline.core.records import ConfigError, InputError
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
+_SHOWN_NAMES = 3  # of sources and of evaluation sets, in the stage's title
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TablesConfig:
@@ -362,11 +364,29 @@ def _refuse_empty(path: str, source: TableSource) -> NoReturn:
     raise InputError(f"{path}: no rows (source {source.name}); remove it from [corpus] or fill it")
 
 
+def title_of(config: CorpusStageConfig) -> str:
+    """Return in one line what the corpus is made from."""
+    if isinstance(config.corpus, DemoConfig | EmojiConfig):
+        return "caption tables and evaluation sets, bound by digest"
+    shown = [
+        f"{source.name} ({'' if isinstance(source, TableSource) else source.kind + ' '}{source.path})"
+        for source in sources_of(config.corpus)
+    ]
+    sets = [item.name for item in config.evaluations]
+    parts = [f"reads {_some(shown)}", *([f"evaluation sets {_some(sets)}"] if sets else [])]
+    return "; ".join(parts)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - _SHOWN_NAMES
+    return ", ".join(names[:_SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
 def stage(config: CorpusStageConfig) -> Stage:
     """Return the stage that binds caption tables and evaluation sets by digest."""
     return Stage(
         "corpus",
-        title="caption tables and evaluation sets, bound by digest",
+        title=title_of(config),
         version=3,
         config=config,
         parents=(),

@@ -71,6 +71,7 @@ def test_plan_takes_what_init_writes_without_a_note(
     assert main(["plan", "my.toml"]) == 0
     captured = capsys.readouterr()
     assert "note:" not in captured.out + captured.err
+    assert f"reads data ({data}); evaluation sets valid\n" in captured.out
     table = written()
     source = table["corpus"]["tables"][0]
     assert source["path"] == data
@@ -314,5 +315,6 @@ def test_folders_that_bring_their_images(
     }  # fmt: skip
     assert look_at_data("set", None).shortest_side_px == 40
     assert main(["plan", "my.toml"]) == 0
+    assert f"reads data ({kind} set); evaluation sets valid\n" in capsys.readouterr().out
     assert main(["init", "again.toml", "--data", "set", "--images", "own", "--evaluation", "valid"]) == 1
     assert f"--images: set is read with kind = {kind!r}, which has its images" in capsys.readouterr().err
