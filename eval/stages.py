@@ -36,7 +36,7 @@ class IndexConfig:
 class ReportConfig:
     """What the report shows besides the numbers."""
 
-    score: EvaluationConfig | None  # None: a run of the corpus alone
+    score: EvaluationConfig | None  # None: a run without a model
     model: str | None
     training_stages: tuple[str, ...]  # in order, with stages that are not scored
     titles: Mapping[str, str]  # stage → what it does

@@ -114,7 +114,7 @@ class RunConfig:
     corpus: Annotated[DemoConfig | EmojiConfig | TablesConfig | SourcesConfig, Discriminator("kind")]
     """What the corpus is made from; its `kind` selects one of four tables."""
     model: ModelTable | None = None
-    """The model and its starting weights. Unset, and without training stages: a run of the corpus alone."""
+    """The model and its starting weights. Unset, and without training stages: a run of the corpus only."""
     evaluation: tuple[EvaluationSource, ...] = ()
     """Retrieval sets. Unset: the rows that `[split]` sets aside."""
     classification: tuple[ClassificationSource, ...] = ()
@@ -162,7 +162,7 @@ class RunConfig:
         elif unused := self._of_training():
             raise ValueError(
                 f"{unused}: nothing to train; give [stage1], [stage2] or both, or [finetune], or leave out"
-                f" [{unused}] for a run of the corpus alone"
+                f" [{unused}] for a run without a model"
             )
         if self.filter_score is not None and self.score is None:
             raise ValueError(

@@ -177,7 +177,7 @@ class MetricsLog:
             self._say("notice", {"text": text})
 
     def flush(self) -> None:
-        """Bring to the disk what was written so far; InputError where it is full."""
+        """Flush what was written so far to the disk; InputError if it is full."""
         if self.writes:
             with self._naming_the_folder():
                 self._metrics.flush()

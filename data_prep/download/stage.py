@@ -284,7 +284,7 @@ def _known(builds: EarlierBuilds | None, own: OwnImages, task: Task, rows: pl.Da
 def _packed(
     context: Context, task: Task, raw: Path, number: int | None, known: pl.DataFrame
 ) -> Outcome | InputError:
-    """Return the outcome of a partition, or what kept it from being packed; the others go on.
+    """Return the outcome of a partition, or what kept it from being packed; the others continue.
 
     Raises:
         OSError: if it is the machine's, such as a full disk.

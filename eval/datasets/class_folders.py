@@ -1,7 +1,7 @@
 """Reads classification sets with a folder of images for each class, and maps folders to classes.
 
 A folder's name is matched with the labels' keys, then with their Chinese names, then as a number among all
-classes. The number of folders alone decides nothing.
+classes. The number of folders does not decide anything.
 """
 
 import os

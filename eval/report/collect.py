@@ -116,7 +116,7 @@ def _with_images(
             missing.append(str(error))
             return None
 
-    # While a run goes on, it needs its accelerator: the model is loaded when the run has done with it.
+    # A run that is training needs its accelerator: the model is loaded when the training has ended.
     score = config.score
     has_model = score is not None and {*finished} >= {score.stages[-1], "shards", "retrieval"}
     with RowLookup(context) as lookup:

@@ -250,7 +250,7 @@ class ReportData:
     order of the page. The keys of `baselines` are names without a stage, each with "chance" and "pixel".
     """
 
-    model: str | None  # None: a run of the corpus alone
+    model: str | None  # None: a run without a model
     training_stages: tuple[str, ...]  # in order
     facts: Mapping[str, str]  # of the run: key of the words `facts` → value
     final_stage: str  # name of the stage that made the final model; empty without one

@@ -176,7 +176,7 @@ def _run_in_processes(
 ) -> Iterator[Receipt | Failure]:
     failed: dict[str, Failure] = {}  # so far, of tasks that are tried again
     left = {task.name: task for task in tasks}
-    suspects: list[Task] = []  # one of them took its process along: alone in a pool, it shows itself
+    suspects: list[Task] = []  # one of them killed its process: by itself in a pool, it shows which
     while left:
         alone = suspects.pop(0) if suspects else None
         batch = list(left.values()) if alone is None else [alone]

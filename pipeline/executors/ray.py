@@ -47,7 +47,7 @@ def map_tasks(
 ) -> Iterator[Receipt | Failure]:
     """Call `work` on groups of tasks all over the cluster; yield what they came to, as it comes.
 
-    A task that fails is tried again alone, on other machines where there are some. A machine whose disk is
+    A task that fails is tried again by itself, on other machines if there are any. A machine whose disk is
     full or that has no network gets no further task of this stage. `processes` is the number of cores that
     a cluster on this machine only may take.
 
@@ -171,7 +171,7 @@ class _Mapping:
             raise InputError("; ".join(self._benched.values()))
 
     def _lost(self, call: _Call, error: Exception) -> Iterator[Failure]:
-        """Call the tasks of a lost worker again, each alone: one of them may have taken it along."""
+        """Call the tasks of a lost worker again, each by itself: one of them may have killed it."""
         kinds = self._ray.exceptions
         is_machines = isinstance(error, kinds.NodeDiedError | kinds.LocalRayletDiedError)
         for task in call.tasks:

@@ -90,7 +90,7 @@ def num_set_aside(data: Data) -> int:
 def compose(
     data: Data, evaluations: Sequence[EvaluationSource], model: str | None, folder: str, machine: Machine
 ) -> str:
-    """Return the text of a run's TOML, with a comment on each choice; without a model, of a corpus alone.
+    """Return the text of a run's TOML, with a comment on each choice; without a model, of a corpus only.
 
     Raises:
         InputError: if the rows are too few to train on.

@@ -167,7 +167,7 @@ def look_at_source(
     caption_column: str | None = None,
     list_captions: "ListCaptions | None" = None,
 ) -> Data:
-    """Read the first piece of a source that brings its images; counts of the others are reckoned from it.
+    """Read the first piece of a source that brings its images; it estimates the others from it.
 
     Raises:
         InputError: if the source cannot be read.

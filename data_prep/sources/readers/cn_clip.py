@@ -22,7 +22,7 @@ from pipeline.core import store
 from pipeline.core.records import DropReason, InputError
 
 MALFORMED_PICKLE = DropReason("malformed:pickle")  # an LMDB pair that is not (image id, text id, text)
-# Lines of _imgs.tsv: each counts as a row, beside the texts that name the image.
+# Lines of _imgs.tsv: each counts as a row, as do the texts that name the image.
 MALFORMED_IMAGE = DropReason("malformed:picture_line")  # not a number, a tab and base64
 IMAGE_REPEATED = DropReason("malformed:picture_repeated")  # a later line has the number: that one stays
 # Numbers of more digits than 64 bits hold are no numbers of images.
