@@ -72,7 +72,7 @@ def report_json(data: ReportData) -> dict[str, Any]:
 
 
 def headline(data: ReportData) -> str:
-    """Return the headline table as plain text in aligned columns: scores, or the funnel of a run without a model."""
+    """Return the headline table as aligned text: scores, or the funnel of a run without a model."""
     if data.model is None:
         return _funnel_table(data)
     header = [
