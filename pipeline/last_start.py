@@ -94,7 +94,13 @@ def start(
 
 
 def _show_corpus(run: Run, stages: Sequence[Stage], done: Stage) -> None:
-    """Write the page of a corpus once it is packed, unless its own report is the next thing that is made."""
+    """Write the page of a corpus once it is packed, unless its own report is the next thing that is made.
+
+    The report of the whole run replaces it.
+    """
+    path, whole = store.join(run.folder, "report.html"), store.join(run.folder, "report", "report.html")
+    if done.name == "report" and store.exists(path):
+        store.write_text(path, store.read_text(whole))
     later = stages[stages.index(done) + 1 :]
     is_next = (
         later
@@ -105,7 +111,6 @@ def _show_corpus(run: Run, stages: Sequence[Stage], done: Stage) -> None:
         return
     from eval.report.run_page import write_run_page
 
-    path = store.join(run.folder, "report.html")
     try:
         write_run_page(run, path)
     except (

@@ -11,7 +11,7 @@ from pipeline.core.evaluation_sets import SET_ASIDE, check_size, evaluations_of
 from pipeline.core.processes import say
 from pipeline.core.records import ConfigError, InputError
 from pipeline.core.stage import Change, Context, Outcome, Progress, Stage, Task
-from pipeline.core.terminal import one_line
+from pipeline.core.terminal import inform, one_line
 from training.checkpoint.finished import is_finished
 from training.checkpoint.folders import checkpoints_folder, steps_in
 from training.config.job import TrainJob
@@ -207,6 +207,8 @@ def run(config: TrainStageConfig, context: Context, task: Task, progress: Progre
         def notice(text: str) -> None:
             say(one_line(text), sys.stderr)
 
+        if begun := steps_in(checkpoints_folder(context.path())):
+            inform(f"{context.stage}: resumes from step {max(begun):,}")
         command = launcher_command(config.launcher, entry, job_path, ranks, port)
         status = watch(command, environment, log_path, progress, notice)
         if status != 0:

@@ -9,7 +9,7 @@ from eval.datasets.classification import SPLITS, is_classification_set
 from eval.datasets.releases import Release, find_releases
 from eval.paper.published import classification_protocol, retrieval_protocol
 from pipeline.core import store
-from pipeline.core.evaluation_sets import EvaluationFacts, shard_stems
+from pipeline.core.evaluation_sets import SET_ASIDE, sets_of, shard_stems
 from pipeline.core.files.image_files import is_hidden
 from pipeline.core.records import InputError, Manifest
 
@@ -130,12 +130,20 @@ def reported_splits(sources: Sources) -> tuple[Sources, list[str]]:
 
 
 def sets_of_run(run_folder: str) -> Sources:
-    """Return the evaluation sets that a run was given or made."""
-    path = store.join(run_folder, "corpus", "manifest.json")
-    if not store.exists(path):
-        raise InputError(f"{path}: no such file; the run's corpus stage is not done: cnclip run it first")
-    found = dict[str, str]()
-    for noted in EvaluationFacts.all_of(Manifest.from_json(store.read_text(path))):
-        found |= {name: store.join(run_folder, "corpus", folder) for name, folder in noted.made.items()}
-        found |= noted.given
-    return Sources(tuple(RetrievalSource(name, found[name], name) for name in sorted(found)), ())
+    """Return the evaluation sets that a run was given, made or set aside.
+
+    Raises:
+        InputError: if there is none, or none yet.
+    """
+    paths = {name: store.join(run_folder, name, "manifest.json") for name in ("corpus", SET_ASIDE)}
+    if not store.exists(paths["corpus"]):
+        raise InputError(
+            f"{paths['corpus']}: no such file; the run's corpus stage is not done: cnclip run it first"
+        )
+    manifests = {
+        name: Manifest.from_json(store.read_text(path)) for name, path in paths.items() if store.exists(path)
+    }
+    found = sets_of(manifests, run_folder)
+    if not found:
+        raise InputError(f"{run_folder}: the run has no evaluation set; name a folder of sets")
+    return Sources(tuple(RetrievalSource(name, found[name].folder, name) for name in sorted(found)), ())

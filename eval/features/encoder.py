@@ -37,7 +37,7 @@ class ModelSource:
     path: str
     vocabulary: str | None  # what `Tokenizer.load` takes; unset, it is looked for
     context_length: int  # tokens with [CLS] and [SEP]
-    run_folder: str | None = None  # of the run that trained it, if a run was given
+    run_folder: str | None = None  # of the run that trained it, if a run was given, or a file in one
     decode: Decode = "upright"  # how images other than 8-bit RGB are decoded
     origin: str | None = None  # id of exactly these weights, if a name stood for them
 
@@ -203,6 +203,7 @@ def find_checkpoint(
             path,
             vocabulary,
             context_length or CONTEXT_LENGTH,
+            run_folder=_run_of(target),
             origin=None if origin == target else origin,
         )
     path = _find_run(target) if is_word else find_recipe(target)
@@ -228,6 +229,14 @@ def find_checkpoint(
                 folder,
             )
     raise InputError(f"{folder}: holds no trained stage; first give: cnclip run {target}")
+
+
+def _run_of(target: str) -> str | None:
+    """Return the folder of the run that a weights file lies in, if it does."""
+    stage = os.path.dirname(os.path.abspath(target))
+    folder = os.path.dirname(stage)
+    is_in_run = os.path.basename(stage) in _STAGES and os.path.isfile(store.join(folder, _RESOLVED))
+    return folder if is_in_run and os.path.isfile(target) else None
 
 
 def _find_run(word: str) -> str:

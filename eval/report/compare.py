@@ -1,7 +1,7 @@
 """`cnclip report A B`: one page with the differences between two runs, finished or not."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from eval.metrics.recall import RetrievalScores
@@ -10,7 +10,8 @@ from eval.report.page import first_rows, render, training_charts
 from eval.report.run_page import read_run, run_name, settings_of
 from eval.report.words import LANGUAGES, plain
 from pipeline.core import store
-from pipeline.core.run import Run
+from pipeline.core.evaluation_sets import SET_ASIDE, sets_of
+from pipeline.core.run import Run, read_manifest
 
 MAX_SETTINGS = 200  # differing settings that are shown
 _MAX_VALUE = 120  # characters of a setting's value
@@ -61,7 +62,21 @@ def write_comparison(run_a: Run, run_b: Run, path: str) -> None:
     """
     settings = differing_settings(run_a, run_b)
     a, b = (read_run(run, with_images=False) for run in (run_a, run_b))
-    store.write_text(path, render_comparison(a, b, labels(run_a, run_b), settings))
+    store.write_text(
+        path, render_comparison(a, b, labels(run_a, run_b), settings, changed_sets(run_a, run_b))
+    )
+
+
+def changed_sets(run_a: Run, run_b: Run) -> set[str]:
+    """Return the sets of both runs that stages of the runs made, and whose contents differ."""
+    digests = []
+    for run in (run_a, run_b):
+        found = {name: read_manifest(run, name) for name in ("corpus", SET_ASIDE)}
+        manifests = {name: manifest for name, manifest in found.items() if manifest is not None}
+        sets = sets_of(manifests, run.folder) if "corpus" in manifests else {}
+        digests.append({name: item.known_digest for name, item in sets.items()})
+    a, b = digests
+    return {name for name in a.keys() & b.keys() if a[name] and b[name] and a[name] != b[name]}
 
 
 def labels(run_a: Run, run_b: Run) -> tuple[str, str]:
@@ -71,9 +86,13 @@ def labels(run_a: Run, run_b: Run) -> tuple[str, str]:
 
 
 def render_comparison(
-    a: ReportData, b: ReportData, names: tuple[str, str], settings: Sequence[SettingPair]
+    a: ReportData,
+    b: ReportData,
+    names: tuple[str, str],
+    settings: Sequence[SettingPair],
+    changed: Collection[str] = (),
 ) -> str:
-    """Return the page; every text is escaped."""
+    """Return the page; every text is escaped. It leaves out the scores of `changed` sets."""
     titles = {one: plain("compare.title", one, a=names[0], b=names[1]) for one in LANGUAGES}
     return render(
         "compare.html",
@@ -82,7 +101,8 @@ def render_comparison(
         b=b,
         names=names,
         rows=(first_rows(a), first_rows(b)),
-        scores=score_pairs(a, b),
+        scores=[pair for pair in score_pairs(a, b) if pair.evaluation not in changed],
+        changed=[name for name in _sets(a) if name in _sets(b) and name in changed],
         only=[(names[0], name) for name in _sets(a) if name not in _sets(b)]
         + [(names[1], name) for name in _sets(b) if name not in _sets(a)],
         funnel=count_pairs(a, b),

@@ -62,6 +62,7 @@ def render_html(data: ReportData) -> str:
         funnel_start=max([step.total.num_in for step in data.funnel], default=1) or 1,
         first_rows=first_rows(data),
         pairs=rows.get("shards"),
+        num_set_aside=rows["validation"].num_kept if "validation" in rows else 0,
         sources=sources if len(sources) > 1 else [],
         other_sources=max(0, len(_sources(data)) - _SOURCES),
         cells=lambda step, what: _cells(step, what, sources, len(_sources(data)) > _SOURCES),

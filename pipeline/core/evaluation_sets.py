@@ -176,7 +176,7 @@ def evaluations_of(context: Context) -> list[EvaluationSet]:
 
     A run that names no set is measured on the rows that [split] sets aside, if `validation` is a parent.
     """
-    found = _found(context)
+    found = sets_of(context.parents, context.run_folder)
     return [found[name] for name in sorted(found)]
 
 
@@ -186,23 +186,25 @@ def evaluation_named(context: Context, name: str) -> EvaluationSet:
     Raises:
         InputError: if the corpus has no such set.
     """
-    found = _found(context)
+    found = sets_of(context.parents, context.run_folder)
     if name not in found:
         raise InputError(f"{name}: the corpus has no such evaluation set; it has {', '.join(sorted(found))}")
     return found[name]
 
 
-def _found(context: Context) -> dict[str, EvaluationSet]:
-    corpus = context.parents["corpus"]
+def sets_of(manifests: Mapping[str, Manifest], run_folder: str) -> dict[str, EvaluationSet]:
+    """Return a run's evaluation sets by name, from the manifests of `corpus` and of SET_ASIDE, if any."""
+    corpus = manifests["corpus"]
     digests = {shard.path: shard.digest for shard in corpus.shards}
     found: dict[str, EvaluationSet] = {}
     for noted in EvaluationFacts.all_of(corpus):
         for name, folder in noted.made.items():
-            members = [digests[f"{folder}/{name}{suffix}"] for suffix in SUFFIXES]
-            found[name] = EvaluationSet(name, context.path_in("corpus", folder), ":".join(members))
+            members = [digests.get(f"{folder}/{name}{suffix}", "") for suffix in SUFFIXES]
+            known = ":".join(members) if all(members) else None
+            found[name] = EvaluationSet(name, store.join(run_folder, "corpus", folder), known)
         for name, folder in noted.given.items():
             found[name] = EvaluationSet(name, folder)
-    if not found and (packed := context.parents.get(SET_ASIDE)) is not None:
+    if not found and (packed := manifests.get(SET_ASIDE)) is not None:
         whole = digest({shard.path: shard.digest for shard in packed.shards})
-        found[SET_ASIDE] = EvaluationSet(SET_ASIDE, context.path_in(SET_ASIDE), whole)
+        found[SET_ASIDE] = EvaluationSet(SET_ASIDE, store.join(run_folder, SET_ASIDE), whole)
     return found

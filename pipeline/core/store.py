@@ -169,8 +169,7 @@ def open_read(path: str) -> IO[Any]:
         refuse_special(path)
         return open(path, "rb")
     fs, name = remote(path)
-    handle: IO[Any] = fs.open(name, "rb")
-    return handle
+    return io.BufferedReader(fs.open(name, "rb"))  # with the methods of a local file, such as readline(size)
 
 
 def list_files(folder: str) -> list[str]:

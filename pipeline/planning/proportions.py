@@ -11,6 +11,7 @@ _FEW_STEPS = 20
 # Adam moves a weight by at most the learning rate per step, and a cosine halves the sum. Random weights start
 # with sizes of 0.02 to 0.1; if they cannot move by a fraction of that, they learn nothing.
 _SHORTEST_WAY = 0.005
+_LONGEST_WARMUP = 1 / 3  # of a stage; the paper's are at most an eighth: ViT-H/14, stage 2 (Tables 8 and 9)
 _HIGHEST_RATE = 5e-3  # of the learning rate; above it training with Adam usually diverges
 _TINY_CORPUS = 18_341  # training images of COCO-CN, the paper's smallest task (Li et al. 2019)
 _PAPER_EPOCHS = 64  # the most passes in Tables 8 and 9: stage 1 of ViT-L/14, over 200 million pairs
@@ -59,6 +60,11 @@ def proportion_notes(
             f"warmup_steps = {config.warmup_steps:,} is longer than the stage ({steps:,} steps), so the"
             f" learning rate never reaches its peak; lower warmup_steps, to {max(1, steps // 10):,} for"
             " example"
+        )
+    elif config.warmup_steps > steps * _LONGEST_WARMUP and steps >= _FEW_STEPS:
+        yield (
+            f"warmup_steps = {config.warmup_steps:,} is more than a third of the {steps:,} steps; lower"
+            f" warmup_steps, to {max(1, steps // 10):,} for example"
         )
     if rate > _HIGHEST_RATE:
         yield (

@@ -122,7 +122,15 @@ def look_at_data(
                 f"{wrong}: {path} is read with kind = {kind!r}, which has its images: leave it out"
             )
         return look_at_source(path, kind, caption_column, list_captions)
-    files = find_files(TableSource(path=path, name="data"))
+    try:
+        files = find_files(TableSource(path=path, name="data"))
+    except InputError:
+        if os.path.isdir(path):
+            raise InputError(
+                f"--data {path}: a folder without captions; give the table of the captions, and this folder"
+                " to --images"
+            ) from None
+        raise InputError(f"--data {path}: no such file or folder") from None
     names, sample = _sample(files[0])
     known = {role: first_column(names, KNOWN_COLUMNS[role]) for role in ("url_column", "caption_column")}
     url = _column(path, names, "url", url_column, known["url_column"], _like_addresses(sample))

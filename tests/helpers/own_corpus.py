@@ -67,5 +67,9 @@ def write_evaluation(out: Path, pictures: Path, count: int) -> None:
 
 
 def cnclip(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pipeline", words[0], str(root / "run.toml"), *words[1:]]
+    return cnclip_of(root / "run.toml", *words)
+
+
+def cnclip_of(target: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pipeline", words[0], str(target), *words[1:]]
     return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)

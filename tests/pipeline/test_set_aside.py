@@ -8,7 +8,9 @@ import polars as pl
 import pytest
 from PIL import Image
 
-from tests.helpers.own_corpus import cnclip
+from eval.features.encoder import find_checkpoint
+from eval.serve.gallery import galleries_of_run
+from tests.helpers.own_corpus import cnclip, cnclip_of
 
 NUM_IMAGES, NUM_SET_ASIDE = 40, 12
 RECIPE = """
@@ -64,9 +66,15 @@ def test_the_model_is_chosen_and_scored_on_the_rows_set_aside(tmp_path: Path) ->
     assert "validation" in (tmp_path / "run/report/report.html").read_text(encoding="utf-8")
     again = cnclip(tmp_path, "run")
     assert again.returncode == 0
-    assert "up to date" in again.stderr + again.stdout
-    serving = cnclip(tmp_path, "status")
-    assert serving.returncode == 0
+    assert "nothing to do" in again.stdout
+    assert (tmp_path / "run/report.html").read_text() == (tmp_path / "run/report/report.html").read_text()
+    for model in ("run.toml", "run/stage2/model.safetensors"):
+        results = cnclip_of(tmp_path / model, "eval", "--out", str(tmp_path / "results"), "--json")
+        assert results.returncode == 0, results.stderr
+        (table,) = json.loads(results.stdout)["tables"]
+        assert "validation" in table["title"]
+    (gallery,) = galleries_of_run(find_checkpoint(str(tmp_path / "run"), None, None), "run")
+    assert gallery.num_rows == NUM_SET_ASIDE
 
 
 @pytest.mark.slow

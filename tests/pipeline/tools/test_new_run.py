@@ -111,7 +111,7 @@ def test_what_init_writes_runs_and_needs_no_note_after_it(
             "--data TABLE: missing, and without a terminal cnclip cannot ask; give it; see `cnclip init ",
         ),
         (("--data=some.csv",), "some.csv: 79 usable rows are too few to set some aside for validation; name"),
-        (("--data=no.csv", "--evaluation=valid"), "no.csv: no such file"),
+        (("--data=no.csv", "--evaluation=valid"), "--data no.csv: no such file"),
         (("--data=moved.csv", "--evaluation=valid"), "moved.csv: its addresses are paths, such as 猫 0.png"),
         (
             ("--data=own/captions.csv", "--evaluation=valid", "--images=valid"),
@@ -168,7 +168,7 @@ def test_a_file_that_exists_stays(world: Path, capsys: pytest.CaptureFixture[str
             None,
             (
                 "nothing was typed",
-                "no.csv: no such file",
+                "--data no.csv: no such file",
                 "--images valid: holds none",
                 "did you mean small-",
             ),
