@@ -179,7 +179,10 @@ def run(
     asked = ScoreTask.from_json(task.arguments)
     path = context.path_in(rows_stage(context), asked.table)
     columns = ["key", "caption", "score", "tar", "offset_bytes", "size_bytes"]
-    has_several = _CAPTIONS in pl.scan_parquet(path).collect_schema()
+    # A table may also carry a column of this name along, which is nobody's list of captions.
+    has_several = keeps_captions(context.parents["corpus"]) and isinstance(
+        pl.scan_parquet(path).collect_schema().get(_CAPTIONS), pl.List
+    )
     rows = pl.read_parquet(path, columns=[*columns, *([_CAPTIONS] if has_several else [])])
     captions = pl.concat_list("caption")
     if has_several:
@@ -205,8 +208,8 @@ def run(
         pl.col("score").max().alias(SCORE_COLUMN), pl.col("score").alias(SCORES_COLUMN)
     )
     table = rows.with_row_index("at").join(of_row, on="at", how="left", maintain_order="left")
-    several = pl.when(pl.col(_CAPTIONS).list.len() > 0).then(SCORES_COLUMN) if has_several else None
-    table = table.select("key", SCORE_COLUMN, **({} if several is None else {SCORES_COLUMN: several}))
+    several = pl.when(pl.col(_CAPTIONS).list.len() > 0).then(SCORES_COLUMN).alias(SCORES_COLUMN)
+    table = table.select("key", SCORE_COLUMN, *([several] if has_several else []))
     found = table[SCORE_COLUMN].drop_nulls().to_numpy()
     out = f"scores/{task.name}.parquet"
     write_table(table, context.path(out))
