@@ -97,6 +97,26 @@ class CorpusTask(Facts):
         )
 
 
+def refuse_misplaced_kinds(corpus: Any, where: str) -> None:
+    """Refuse a source that brings its images in a place for tables: its settings are unknown there.
+
+    Raises:
+        ConfigError: names `where` (the file), the key, the kind, and where it belongs.
+    """
+    tables = corpus.get("tables") if isinstance(corpus, Mapping) else None
+    entries = {"corpus": corpus} | {
+        f"corpus.tables.{number}": entry
+        for number, entry in enumerate(tables if isinstance(tables, list) else [])
+    }
+    for place, entry in entries.items():
+        kind = entry.get("kind") if isinstance(entry, Mapping) else None
+        if kind in typing.get_args(PackedKind):
+            raise ConfigError(
+                f"{where}: {place}.kind: {kind!r} is a kind of [[corpus.sources]], which bring their images;"
+                f' write [corpus] kind = "sources" and [[corpus.sources]] kind = "{kind}" with its settings'
+            )
+
+
 def plan(config: CorpusStageConfig, context: Context) -> list[Task]:
     """Plan one task for each table; the demo and emoji corpora are one task."""
     for item in config.evaluations if config.are_scored else ():

@@ -121,6 +121,11 @@ def tables_of(corpus: Manifest) -> list[CorpusTable]:
     return tables
 
 
+def keeps_captions(corpus: Manifest) -> bool:
+    """Return whether a row of the corpus may have several captions."""
+    return any(table.place.source.list_captions == "random" for table in tables_of(corpus))
+
+
 def unpacked_images(task: str) -> str:
     """Return a task's tar of images that its source keeps compressed, in the stage's folder."""
     return f"{_UNPACKED}/{task}.tar"

@@ -223,6 +223,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> tuple[Run, RunConfig]:
 def resolve(table: dict[str, Any], path: str) -> tuple[Run, RunConfig]:
     """Check the table of a run's TOML from `path`."""
     try:
+        corpus.refuse_misplaced_kinds(table.get("corpus"), path)
         config = build(RunConfig, _with_paper_recipes(table, path), path)
         for name in ("english", "stage1", "stage2", "finetune"):
             if (train := getattr(config, name)) is not None and config.model is not None:

@@ -1,5 +1,6 @@
 """Follows every row: the funnel of a run, and whether the demo's funnel equals what was planted."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +64,17 @@ def no_op_thresholds(manifest: Manifest) -> list[NoOpThreshold]:
         and threshold is not None
         and score >= threshold - 1e-6  # rows that an earlier rule drops are seen, but not judged
     ]
+
+
+def lost_captions(manifest: Manifest) -> str | None:
+    """Return a sentence on the captions that rows with several lost although they stay; None for none."""
+    totals = Counter[str]()
+    for extra in manifest.extra.values():
+        totals.update(JudgedFacts.from_json(extra).captions_dropped or {})
+    if not totals:
+        return None
+    counts = ", ".join(f"{reason} {count:,}" for reason, count in sorted(totals.items()))
+    return f"{manifest.stage}: rows that stay lost {totals.total():,} of their captions: {counts}"
 
 
 @dataclass(frozen=True, slots=True)

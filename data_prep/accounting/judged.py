@@ -54,6 +54,7 @@ class JudgedFacts(Facts):
     min_score: float | None = None
     score_minimums: Mapping[str, float] | None = None  # source → lowest score seen
     histograms: Mapping[str, Any] | None = None  # see accounting.histograms
+    captions_dropped: Mapping[str, int] | None = None  # drop reason → captions that rows which stay lost
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
@@ -64,6 +65,7 @@ class JudgedFacts(Facts):
             min_score=fields.get("min_score"),
             score_minimums=fields.get("score_minimums"),
             histograms=fields.get("histograms"),
+            captions_dropped=fields.get("captions_dropped"),
         )
 
 

@@ -19,7 +19,7 @@ from annotated_types import Gt, Lt
 from data_prep.accounting.drop_table import DETAIL
 from data_prep.accounting.histograms import histogram
 from data_prep.accounting.judged import JudgedFacts, publish_judged
-from data_prep.corpus_facts import is_exempt, kept_tables, rows_stage, table_name
+from data_prep.corpus_facts import is_exempt, keeps_captions, kept_tables, rows_stage, table_name
 from data_prep.download.stage import partition_of
 from data_prep.formats.parquet import write_table
 from data_prep.rules.text import SCORE_BELOW_THRESHOLD, SCORE_RULE
@@ -27,12 +27,14 @@ from pipeline.core.arrays import Float32Array
 from pipeline.core.config import NOT_IN_DIGEST
 from pipeline.core.facts import Facts
 from pipeline.core.records import ConfigError, InputError, Manifest
-from pipeline.core.shard_format import ByteRangePool
+from pipeline.core.shard_format import ByteRangePool, all_captions
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task, repair_remedy
 
 # Of the sidecars; `data_prep.sources.table.score_pairs` reads them if a sidecar is a source.
 SCORE_COLUMN, TEXT_COLUMN, IMAGE_COLUMN = "pair_score", "pair_text_encoder", "pair_image_encoder"
-_PAIR_COLUMNS = (SCORE_COLUMN, TEXT_COLUMN, IMAGE_COLUMN)
+SCORES_COLUMN = all_captions(SCORE_COLUMN)  # of a row's captions, if it keeps several; pair_score: the best
+_PAIR_COLUMNS = (SCORE_COLUMN, SCORES_COLUMN, TEXT_COLUMN, IMAGE_COLUMN)
+_CAPTIONS = all_captions("caption")
 _ROWS_AT_ONCE = 2048  # images in memory; captions are sorted by length among them
 _DIGEST_DIGITS = 16
 _PAPERS_MIN_SCORE = 0.26
@@ -140,6 +142,7 @@ def plan(
     `identify` gives the digests of both encoders: a score means nothing without them.
     """
     text, image = (digest[:_DIGEST_DIGITS] for digest in identify(config))
+    captions = {"captions": "each scored"} if keeps_captions(context.parents["corpus"]) else {}
     images: dict[str, dict[str, str]] = {}  # a partition may have several tars: a retry adds one
     for shard in context.parents["download"].shards:
         if shard.path.endswith(".tar"):
@@ -150,6 +153,7 @@ def plan(
             name,
             {
                 "rows": shard.digest,
+                **captions,
                 **images[name],
                 "text encoder": text,
                 "image encoder": image,
@@ -168,27 +172,45 @@ def run(
     progress: Progress,
     load: Callable[[ScoreConfig], PairScorer],
 ) -> Outcome:
-    """Write `scores/<partition>.parquet`: key and pair_score (null if the row is not to be scored)."""
+    """Write `scores/<partition>.parquet`: key and pair_score (null if the row is not to be scored).
+
+    If a source keeps several captions of a row, pair_scores has the score of each, and pair_score the best.
+    """
     asked = ScoreTask.from_json(task.arguments)
     path = context.path_in(rows_stage(context), asked.table)
-    rows = pl.read_parquet(path, columns=["key", "caption", "score", "tar", "offset_bytes", "size_bytes"])
+    columns = ["key", "caption", "score", "tar", "offset_bytes", "size_bytes"]
+    # A table may also carry a column of this name along, which is nobody's list of captions.
+    has_several = keeps_captions(context.parents["corpus"]) and isinstance(
+        pl.scan_parquet(path).collect_schema().get(_CAPTIONS), pl.List
+    )
+    rows = pl.read_parquet(path, columns=[*columns, *([_CAPTIONS] if has_several else [])])
+    captions = pl.concat_list("caption")
+    if has_several:
+        captions = pl.when(pl.col(_CAPTIONS).list.len() > 0).then(_CAPTIONS).otherwise(captions)
     wanted = pl.lit(True) if config.rows == "all" else pl.col("score").is_null() | pl.col("score").is_nan()
     chosen = rows.with_row_index("at").filter(wanted)
-    scores_N = np.full(rows.height, np.nan, np.float32)
+    parts = list[pl.DataFrame]()  # the score of each caption
     if chosen.height:
         encoder = load(config)
         for start in range(0, chosen.height, _ROWS_AT_ONCE):
             part = chosen.slice(start, _ROWS_AT_ONCE)
             image_ND = encoder.embed_images(_images(context, part))
-            text_ND = encoder.embed_texts(part["caption"].to_list())
-            scores_N[part["at"].to_numpy()] = np.einsum("nd,nd->n", image_ND, text_ND)
+            texts = part.select("at", text=captions).with_row_index("image").explode("text")
+            for texts_M in texts.iter_slices(_ROWS_AT_ONCE):
+                text_MD = encoder.embed_texts(texts_M["text"].to_list())
+                score_M = np.einsum("md,md->m", image_ND[texts_M["image"].to_numpy()], text_MD)
+                parts.append(texts_M.select("at", score=pl.Series(score_M, dtype=pl.Float32)))
             progress(start + part.height, chosen.height, "pairs")
-    found = scores_N[chosen["at"].to_numpy()]
-    if not np.isfinite(found).all():
+    each = pl.concat(parts) if parts else pl.DataFrame(schema={"at": pl.UInt32, "score": pl.Float32})
+    if not each["score"].is_finite().all():
         raise InputError(f"{path}: a score is not finite; the weights of [score] give NaN features")
-    table = pl.DataFrame(
-        {"key": rows["key"], SCORE_COLUMN: pl.Series(scores_N, dtype=pl.Float32).fill_nan(None)}
+    of_row = each.group_by("at").agg(
+        pl.col("score").max().alias(SCORE_COLUMN), pl.col("score").alias(SCORES_COLUMN)
     )
+    table = rows.with_row_index("at").join(of_row, on="at", how="left", maintain_order="left")
+    several = pl.when(pl.col(_CAPTIONS).list.len() > 0).then(SCORES_COLUMN).alias(SCORES_COLUMN)
+    table = table.select("key", SCORE_COLUMN, *([several] if has_several else []))
+    found = table[SCORE_COLUMN].drop_nulls().to_numpy()
     out = f"scores/{task.name}.parquet"
     write_table(table, context.path(out))
     facts = ScoreFacts(pair=asked.pair, scored=chosen.height, scores=_counts(found))
@@ -222,7 +244,10 @@ def plan_filter(config: FilterScoreConfig, context: Context) -> list[Task]:
 
 
 def run_filter(config: FilterScoreConfig, context: Context, task: Task, progress: Progress) -> Outcome:
-    """Drop rows scored below the threshold; the others carry the score and both encoders' digests."""
+    """Drop rows scored below the threshold; the others carry the score and both encoders' digests.
+
+    A row with several captions stays with those that are not below it, and goes if all are.
+    """
     asked = ScoreTask.from_json(task.arguments)
     rows = pl.read_parquet(context.path_in(rows_stage(context), asked.table))
     scores = pl.read_parquet(context.path_in("score", f"scores/{task.name}.parquet"))
@@ -231,11 +256,10 @@ def run_filter(config: FilterScoreConfig, context: Context, task: Task, progress
     min_score = asked.min_score
     assert min_score is not None  # plan_filter has set it
     exempt = is_exempt(context.parents["corpus"], SCORE_RULE, rows.columns)
-    score = scores[SCORE_COLUMN]
     is_scored = pl.col(SCORE_COLUMN).is_not_null()
     judged = (
         rows.drop(*_PAIR_COLUMNS, strict=False)
-        .with_columns(score)
+        .with_columns(*scores.drop("key").get_columns())
         .with_columns(
             pl.when(is_scored).then(pl.lit(asked.pair.text)).alias(TEXT_COLUMN),
             pl.when(is_scored).then(pl.lit(asked.pair.image)).alias(IMAGE_COLUMN),
@@ -245,6 +269,10 @@ def run_filter(config: FilterScoreConfig, context: Context, task: Task, progress
         )
     )
     kept = judged.filter(pl.col("reason").is_null()).drop("reason")
+    captions_dropped = None
+    if SCORES_COLUMN in kept.columns:
+        kept, num_lost = _without_low_captions(kept, min_score, exempt)
+        captions_dropped = {str(SCORE_BELOW_THRESHOLD): num_lost} if num_lost else {}
     why = pl.format("{} < {}", pl.col(SCORE_COLUMN).round(4), pl.lit(min_score))
     dropped = judged.filter(pl.col("reason").is_not_null()).with_columns(why.alias(DETAIL))
     return publish_judged(
@@ -256,8 +284,24 @@ def run_filter(config: FilterScoreConfig, context: Context, task: Task, progress
             histograms={"pair_score": histogram("pair_score", kept[SCORE_COLUMN], dropped[SCORE_COLUMN])},
             min_score=min_score,
             score_minimums=minimums(judged.filter(~exempt), SCORE_COLUMN),
+            captions_dropped=captions_dropped,
         ),
     )
+
+
+def _without_low_captions(kept: pl.DataFrame, min_score: float, exempt: pl.Expr) -> tuple[pl.DataFrame, int]:
+    """Take the captions below the threshold out of rows that keep several, and return how many these were."""
+    is_high = pl.col(SCORES_COLUMN) >= pl.lit(min_score, dtype=pl.Float32)
+    rows = kept.with_row_index("at").with_columns(_exempt=exempt)
+    each = rows.filter(pl.col(SCORES_COLUMN).is_not_null()).select("at", "_exempt", _CAPTIONS, SCORES_COLUMN)
+    each = each.explode(_CAPTIONS, SCORES_COLUMN)
+    high = each.filter(is_high | pl.col("_exempt"))
+    of_row = high.group_by("at").agg(pl.col(_CAPTIONS, SCORES_COLUMN).name.suffix("_high"))
+    rows = rows.join(of_row, on="at", how="left", maintain_order="left")
+    rows = rows.with_columns(
+        pl.coalesce(f"{name}_high", name).alias(name) for name in (_CAPTIONS, SCORES_COLUMN)
+    ).with_columns(caption=pl.coalesce(pl.col(f"{_CAPTIONS}_high").list.first(), "caption"))
+    return rows.select(kept.columns), each.height - high.height
 
 
 def threshold(config: FilterScoreConfig, scores: Manifest) -> float:

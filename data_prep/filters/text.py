@@ -125,6 +125,7 @@ def run(config: FilterTextConfig, context: Context, task: Task, progress: Progre
     source, path = asked.table.source, asked.table.full_path(context.run_folder)
     frame = scan(path, source, is_whole=True)
     names = frame.collect_schema().names()
+    captions_dropped = None
     with naming_damage(path):
         has_scores = _has_scores(frame)  # of the whole table: the same rules judge all its slices
     if asked.first is not None:
@@ -142,7 +143,7 @@ def run(config: FilterTextConfig, context: Context, task: Task, progress: Progre
     with naming_damage(path):
         rows = pl.concat(judged).collect(engine="streaming")
     if ALL_CAPTIONS in names:
-        rows = _with_all_captions(rows)
+        rows, captions_dropped = _with_all_captions(rows)
         names[names.index(ALL_CAPTIONS)] = all_captions("caption")
     elif len(groups) > 1:
         rows = rows.sort("row")
@@ -173,6 +174,7 @@ def run(config: FilterTextConfig, context: Context, task: Task, progress: Progre
                 "characters": histogram("characters", _length(kept), _length(dropped)),
                 **({"score": histogram("score", kept["score"], dropped["score"])} if len(scores) else {}),
             },
+            captions_dropped=captions_dropped,
         ),
         rows_per_group=_ROWS_PER_GROUP,
     )
@@ -227,8 +229,8 @@ def prepared(
     return keyed.with_columns(caption=judged_caption(pl.col("caption"), config, exempt))
 
 
-def _with_all_captions(rows: pl.DataFrame) -> pl.DataFrame:
-    """Join judged captions to their rows again.
+def _with_all_captions(rows: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, int]]:
+    """Join judged captions to their rows again; also return reason → captions that rows which stay lost.
 
     A row stays with the captions that no rule drops, or goes by the reason of its first.
     """
@@ -238,7 +240,9 @@ def _with_all_captions(rows: pl.DataFrame) -> pl.DataFrame:
         captions.alias(all_captions("caption")), pl.all().exclude("row").first()
     )
     goes = rows.join(stays, on="row", how="anti").unique("row", keep="first", maintain_order=True)
-    return pl.concat([stays, goes], how="diagonal").sort("row")
+    lost = rows.filter(pl.col("reason").is_not_null()).join(stays, on="row", how="semi")
+    counts = dict(lost.group_by("reason").len().sort("reason").iter_rows())
+    return pl.concat([stays, goes], how="diagonal").sort("row"), counts
 
 
 def judged_caption(caption: pl.Expr, config: FilterTextConfig, exempt: Sequence[str] = ()) -> pl.Expr:

@@ -73,7 +73,7 @@ KEYS: Mapping[str, Mapping[str, str]] = {
         "stages[].seconds": "total time of all tasks",
         "stages[].bytes": "size of the outputs",
         "stages[].dropped{}": "drop reason → rows",
-        "notes": "a list of lines: thresholds that remove nothing, stages that removed much",
+        "notes": "a list of lines: thresholds without effect, captions that rows lost, stages that drop much",
         "examples": "with --examples: a list of dropped rows",
         "examples[].stage": "the stage that dropped the row",
         "examples[].reason": "the drop reason",

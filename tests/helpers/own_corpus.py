@@ -1,5 +1,7 @@
 """A corpus of a user's own images, through the command line."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -8,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 from PIL import Image
+
+from pipeline.cli import main
 
 RECIPE = """
 [run]
@@ -64,6 +68,18 @@ def write_evaluation(out: Path, pictures: Path, count: int) -> None:
     (out / "valid_imgs.tsv").write_text("".join(lines))
     texts = [{"text_id": i, "text": f"猫{i}", "image_ids": [i]} for i in range(count)]
     (out / "valid_texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+
+
+def cnclip_here(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in this process, which has imported everything already."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main([words[0], str(root / "run.toml"), *words[1:]])
+    texts = []
+    for stream in (out, err):
+        stream.seek(0)
+        texts.append(stream.read())
+    return subprocess.CompletedProcess(words, status, *texts)
 
 
 def cnclip(root: Path, *words: str) -> subprocess.CompletedProcess[str]:

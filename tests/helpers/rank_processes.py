@@ -9,7 +9,16 @@ from typing import Any
 
 # The server imports the heavy packages once; ranks are forked from it, while it has no threads yet.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "deepspeed", "training.pretrain"])
+# DeepSpeed imports the last but one for every engine, and torch's compiler with it, which takes seconds.
+_CONTEXT.set_forkserver_preload(
+    [
+        "torch",
+        "deepspeed",
+        "training.pretrain",
+        "deepspeed.runtime.zero.muon.muon_optimizer",
+        "torch.utils.tensorboard",
+    ]
+)
 
 
 def free_port() -> int:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data_prep.accounting.funnel import lost_captions
 from data_prep.filters import score
 from data_prep.filters.score import FilterScoreConfig, ScoreConfig
 from data_prep.formats.parquet import write_table
@@ -58,7 +59,12 @@ def make_corpus(config: Any, context: Context, task: Task, progress: Progress) -
     store.write_text(context.path(f"{task.name}.parquet"), "")
     name = "scored" if task.name == "00000" else "plain"
     source = describe(
-        TableSource(path="x", name=name, exempt_from=config["exempt"] if name == "plain" else ())
+        TableSource(
+            path="x",
+            name=name,
+            exempt_from=config["exempt"] if name == "plain" else (),
+            list_captions=config.get("list_captions") if name == "plain" else None,
+        )
     )
     extra = {"tables": {f"{task.name}.parquet": source}}
     return Outcome({f"{task.name}.parquet": 1}, 1, 1, extra=extra)
@@ -91,6 +97,9 @@ def make_rows(config: Any, context: Context, task: Task, progress: Progress) -> 
         },
         schema_overrides={"score": pl.Float32},
     )
+    if config is not None and first:  # the plain source keeps several captions, where it has them
+        lists = [CAPTIONS[number % 5 :] if number < 8 else None for number in range(NUM_ROWS)]
+        table = table.with_columns(captions=pl.Series(lists, dtype=pl.List(pl.String)))
     write_table(table, context.path(f"kept/{task.name}.parquet"))
     return Outcome({f"kept/{task.name}.parquet": NUM_ROWS}, NUM_ROWS, NUM_ROWS)
 
@@ -101,11 +110,13 @@ def make(
     min_score: float | None = 0.0,
     exempt: tuple[str, ...] = (),
     drop_share: float | None = None,
+    list_captions: str | None = None,
 ) -> Run:
+    corpus = {"exempt": exempt, **({"list_captions": list_captions} if list_captions else {})}
     stages = (
-        Stage("corpus", "", 1, {"exempt": exempt}, (), one_task, make_corpus),
+        Stage("corpus", "", 1, corpus, (), one_task, make_corpus),
         Stage("download", "", 1, None, ("corpus",), one_task, make_pictures),
-        Stage("filter_image", "", 1, None, ("corpus", "download"), one_task, make_rows),
+        Stage("filter_image", "", 1, list_captions, ("corpus", "download"), one_task, make_rows),
         Stage(
             "score", "", 1, config, ("corpus", "download", "filter_image"),
             functools.partial(score.plan, identify=pair_scorers.identify_pair),
@@ -124,11 +135,15 @@ def execute(run: Run, redo: bool = False) -> int:
 
 
 def scores(run: Run) -> pl.DataFrame:
-    return pl.concat([pl.read_parquet(p) for p in sorted(Path(run.folder, "score", "scores").glob("*"))])
+    return _all_of(Path(run.folder, "score", "scores"))
 
 
 def kept(run: Run) -> pl.DataFrame:
-    return pl.concat([pl.read_parquet(p) for p in sorted(Path(run.folder, "filter_score/kept").glob("*"))])
+    return _all_of(Path(run.folder, "filter_score", "kept"))
+
+
+def _all_of(folder: Path) -> pl.DataFrame:
+    return pl.concat([pl.read_parquet(path) for path in sorted(folder.glob("*"))], how="diagonal")
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +227,49 @@ def test_another_threshold_costs_no_second_pass(
     exempt = make(tmp_path / "exempt", config, min_score=2.0, exempt=("score",))
     execute(exempt)
     assert kept(exempt)["source"].value_counts().sort("source").rows() == [("plain", 10), ("scored", 5)]
+
+
+def test_each_caption_of_a_row_with_several_is_judged(
+    encoders: tuple[ScoreConfig, Any, str], tmp_path: Path
+) -> None:
+    config = encoders[0]
+    one_each = make(tmp_path / "one", config, min_score=-1.0)
+    execute(one_each)
+    run = make(tmp_path / "several", config, min_score=-1.0, list_captions="random")
+    execute(run)
+    found = scores(run)
+    assert found["pair_scores"].is_null().to_list() == [True] * 10 + [False] * 8 + [True] * 2
+    several = found[10:18]
+    assert several["pair_score"].to_list() == several["pair_scores"].list.max().to_list()
+    # The first caption of each is the one that a corpus with single captions has.
+    firsts = scores(one_each)["pair_score"]
+    assert several["pair_scores"].list.first().to_list() == pytest.approx(firsts[10:18].to_list(), abs=1e-5)
+    assert found["pair_score"][18:].to_list() == pytest.approx(firsts[18:].to_list(), abs=1e-5)
+    middle = float(several["pair_scores"].explode().median())  # type: ignore[arg-type]
+    before = {
+        key: dict(zip(CAPTIONS[int(key, 16) % 5 :], of_row, strict=True))
+        for key, of_row in several.select("key", "pair_scores").iter_rows()
+    }
+    for exempt in ((), ("score",)):
+        again = make(tmp_path / f"{len(exempt)}", config, middle, exempt, list_captions="random")
+        execute(again)
+        rows = kept(again).filter(pl.col("captions").is_not_null())
+        left = {
+            key: dict(zip(captions, of_row, strict=True))
+            for key, captions, of_row in rows.select("key", "captions", "pair_scores").iter_rows()
+        }
+        high = {
+            key: {text: score for text, score in of_row.items() if exempt or score >= np.float32(middle)}
+            for key, of_row in before.items()
+        }
+        assert left == {key: of_row for key, of_row in high.items() if of_row}
+        assert rows["caption"].to_list() == rows["captions"].list.first().to_list()
+        lost = sum(len(before[key]) - len(of_row) for key, of_row in left.items())
+        assert (lost > 0) == (not exempt)
+        said = f"filter_score: rows that stay lost {lost} of their captions: score_below_threshold {lost}"
+        manifest = read_manifest(again, "filter_score")
+        assert manifest is not None
+        assert lost_captions(manifest) == (None if exempt else said)
 
 
 def test_a_share_of_the_scored_rows_goes(encoders: tuple[ScoreConfig, Any, str], tmp_path: Path) -> None:

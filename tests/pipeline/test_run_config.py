@@ -272,6 +272,22 @@ def test_tables_that_exclude_each_other_are_refused(overrides: list[str], messag
     assert f"demo.toml: {message}" in str(caught.value)
 
 
+def test_a_kind_that_brings_images_is_sent_to_the_sources(tmp_path: Path) -> None:
+    path = tmp_path / "my.toml"
+    for corpus, key, kind in (
+        ('kind = "tables"\n[[corpus.tables]]\nkind = "huggingface"\npath = "a"\nname = "a"\n'
+         'image_column = "png"\n', "corpus.tables.0.kind", "huggingface"),
+        ('kind = "webdataset"\npath = "a/*.tar"\n', "corpus.kind", "webdataset"),
+    ):  # fmt: skip
+        path.write_text(f'[run]\nfolder = "run"\n[corpus]\n{corpus}')
+        with pytest.raises(ConfigError) as caught:
+            catalog.load(str(path))
+        assert str(caught.value) == (
+            f"{path}: {key}: {kind!r} is a kind of [[corpus.sources]], which bring their images;"
+            f' write [corpus] kind = "sources" and [[corpus.sources]] kind = "{kind}" with its settings'
+        )
+
+
 def test_a_stage_cannot_choose_by_a_set_that_the_run_lacks() -> None:
     with pytest.raises(ConfigError, match=r"\[stage1\] choose_on: no evaluation set 'nope'; the run has"):
         catalog.load("paper_corpus", ['stage1.choose_on=["nope"]'])

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.core.shard_format import sidecar_of
 from tests.helpers.launched_jobs import (
     LIMIT_SECONDS,
     launch,
@@ -256,6 +259,28 @@ def train_rank_until_killed(job: TrainJob, step: int) -> None:
 
     pytest.MonkeyPatch().setattr(loop, "train_step", killed)
     train_rank(job)
+
+
+def test_killed_while_it_draws_captions_it_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "sizes": (16, 8),
+        "global_batch": 8,
+        "save_every_steps": 2,
+        "deepspeed": "zero0",
+    }
+    whole, killed = (make_job(tmp_path, run, **changes) for run in ("whole", "killed"))
+    for shard in whole.shards:
+        table = pq.read_table(sidecar_of(shard.path))
+        lists = [[text, text[:5], text[4:]] for text in table["caption"].to_pylist()]
+        pq.write_table(table.append_column("captions", pa.array(lists)), sidecar_of(shard.path))
+    run_ranks(train_rank, 1, whole)
+    with pytest.raises(AssertionError, match="the rank died"):
+        run_ranks(train_rank_until_killed, 1, killed, 5)  # of 6 steps; two epochs draw anew
+    assert (Path(killed.folder) / "checkpoints" / "step_000000004").is_dir()
+    run_ranks(train_rank, 1, killed)
+    assert outputs(killed) == outputs(whole)
+    kept = [np.load(path)["token_starts"] for path in (Path(killed.folder) / "tokens").iterdir()]
+    assert sorted(len(starts) - 1 for starts in kept) == [3 * 8, 3 * 16]  # every caption
 
 
 @pytest.mark.slow

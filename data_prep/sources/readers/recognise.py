@@ -18,7 +18,13 @@ _MOST_LOOKED_AT = 10_000  # files of a folder
 
 
 def recognise(path: str) -> PackedKind | None:
-    """Return the kind of source that reads a folder, file or pattern; None for tables and the unknown."""
+    """Return the kind of source that reads a folder, file or pattern; None for tables and the unknown.
+
+    Raises:
+        InputError: if it is the folder of a run, in which several stages keep tars.
+    """
+    if os.path.isfile(manifest := os.path.join(path, "shards", "manifest.json")):
+        raise InputError(f"{path}: the folder of a run; give its shards: {os.path.dirname(manifest)}")
     if os.path.isdir(path):
         files = [os.path.relpath(file, path) for file in islice(files_below(path), _MOST_LOOKED_AT)]
         folder = path
@@ -30,7 +36,7 @@ def recognise(path: str) -> PackedKind | None:
     names = set(files)
     is_there: Mapping[PackedKind, Callable[[], bool]] = {
         "cn_clip_tsv": lambda: {"train_imgs.tsv", "train_texts.jsonl"} <= names,
-        "cn_clip_lmdb": lambda: any(name.endswith("train/imgs/data.mdb") for name in names),
+        "cn_clip_lmdb": lambda: bool({"lmdb/train/imgs/data.mdb", "train/imgs/data.mdb"} & names),
         "shards": lambda: _has_columns(folder, names, "offset_bytes", "image_sha256"),
         "img2dataset": lambda: _has_columns(folder, names, "key", "status", "url", "caption"),
         "webdataset": lambda: any(name.endswith((".tar", ".tar.gz", ".tgz")) for name in names),

@@ -1,9 +1,10 @@
 """Formats of images by their first bytes: those that are read, and the names of those that are not.
 
-Only `plugin_of` loads a decoder, the one that it is asked for.
+Only `plugin_of` loads a decoder, the one that it is asked for, and `name_tiff` Pillow's reader of tags.
 """
 
 import functools
+import io
 import re
 
 # Bytes that begin in the way of an image and still are none were damaged; others never were an image.
@@ -11,6 +12,11 @@ SIGNATURES = (
     b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF", b"GIF8", b"BM",
     b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+",
 )  # fmt: skip
+_TIFF_SIGNATURES = SIGNATURES[-4:]
+# Tags of TIFF 6.0 (Adobe, 1992): size, where the pixels are, bits of each sample, and what they mean.
+_WIDTH, _HEIGHT, _BITS, _STRIPS, _TILES, _SAMPLE_FORMAT = 256, 257, 258, 273, 324, 339
+_FLOAT = 3
+_SAMPLE_FORMATS = {1: "integers", 2: "signed integers", _FLOAT: "floats", 5: "complex", 6: "complex"}
 # What careless scripts send before an image, and browsers pass over: line ends, blanks, the mark of UTF-8.
 _LEADING = b"\xef\xbb\xbf\r\n\t "
 LONGEST_START = 4096  # bytes that `name_format` looks at
@@ -74,6 +80,28 @@ def name_format(data: bytes) -> str | None:
     if _SVG.match(data[:LONGEST_START]):
         return "svg"
     return "ico" if _ICO.match(data) else None
+
+
+def name_tiff(data: bytes) -> tuple[str, str] | None:
+    """Return name and layout of a TIFF that Pillow refuses although its header is whole, None for others."""
+    if not data.startswith(_TIFF_SIGNATURES):
+        return None
+    from PIL import TiffImagePlugin
+
+    try:
+        file = io.BytesIO(data)
+        tags = TiffImagePlugin.ImageFileDirectory_v2(file.read(16 if b"+" in data[:4] else 8))
+        file.seek(tags.next)
+        tags.load(file)
+        if not {_WIDTH, _HEIGHT} <= {*tags} or not {_STRIPS, _TILES} & {*tags}:
+            return None
+        bits = tags.get(_BITS, (1,))
+        formats = tags.get(_SAMPLE_FORMAT, (1,))
+    except Exception:  # of damaged bytes
+        return None
+    kind = _SAMPLE_FORMATS.get(formats[0], f"values of format {formats[0]}")
+    layout = f"{len(bits)} x {bits[0]} bits a pixel, {kind}"
+    return ("tiff_float" if formats[0] == _FLOAT else "tiff_layout"), layout
 
 
 def begins_as_image(data: bytes) -> bool:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError, features
 
 from pipeline.core.arrays import UInt8Array
-from pipeline.core.files.image_formats import SIGNATURES, name_format, plugin_of, skip_leading
+from pipeline.core.files.image_formats import SIGNATURES, name_format, name_tiff, plugin_of, skip_leading
 from pipeline.core.records import DropReason
 from pipeline.core.shard_format import MAX_IMAGE_PIXELS
 
@@ -166,6 +166,8 @@ def _identify(data: bytes) -> Image.Image:
     if formats:
         with contextlib.suppress(UnidentifiedImageError):
             return Image.open(io.BytesIO(begin), formats=formats)
+    if (tiff := name_tiff(begin)) is not None:
+        raise BadImageError(f"{FORMAT}:{tiff[0]}: {tiff[1]}")
     found = f"starts with {data[:12]!r}" if data else "an empty file"
     if begin.startswith(SIGNATURES) or formats or _NAMES.get(name or "") in _FORMATS:
         raise BadImageError(f"{UNDECODABLE}: {found}")

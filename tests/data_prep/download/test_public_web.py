@@ -261,8 +261,10 @@ def test_packed_data_that_is_broken_is_a_reason(server: str, monkeypatch: pytest
     assert (error or "").startswith("content_encoding: cannot be decoded")
 
 
-def _download(folder: Path, urls: list[list[str]], config: DownloadConfig) -> dict[str, Outcome]:
-    """The download stage over partitions with these addresses; outcomes by task."""
+def _download(
+    folder: Path, urls: list[list[str]], config: DownloadConfig, done: dict[str, Outcome] | None = None
+) -> dict[str, Outcome]:
+    """The download stage over partitions with these addresses; outcomes by task, added to `done`."""
     shards = []
     for number, addresses in enumerate(urls):
         frame = pl.DataFrame({"url": addresses, "caption": ["一只黑色的猫"] * len(addresses)})
@@ -276,18 +278,11 @@ def _download(folder: Path, urls: list[list[str]], config: DownloadConfig) -> di
     context = Context(str(folder), "download", 0, {"corpus": empty, "dedup": dedup})
     (folder / "download").mkdir()
     tasks: list[Task] = download.plan(config, context)
-    done: dict[str, Outcome] = {}
+    done = {} if done is None else done
     with contextlib.closing(iter(download.run_together(config, context, tasks, lambda *_: None))) as outcomes:  # type: ignore[type-var]
         for task, outcome in outcomes:
             done[task.name] = outcome
     return done
-
-
-def test_the_download_refuses_private_addresses_and_says_so(tmp_path: Path, server: str) -> None:
-    urls = [f"{server}/{number}" for number in range(3)] + ["http://169.254.169.254/latest", "http://[::1]/a"]
-    done = _download(tmp_path, [urls], DownloadConfig(processes=1, retries=0, timeout_seconds=2.0))
-    assert done["00000"].dropped == {"address_refused": 5}
-    assert done["00000"].extra["sources"]["a"] == {"in": 5, "kept": 0, "dropped": {"address_refused": 5}}
 
 
 NEAR: dict[str, Any] = {"processes": 1, "retries": 0, "allowed_networks": ("127.0.0.0/8",)}
@@ -297,10 +292,19 @@ def _dead(part: int) -> list[str]:
     return [f"http://127.0.0.1:1/{part}/{number}" for number in range(25)]
 
 
-def test_an_outage_stops_the_stage_and_publishes_nothing_of_it(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"the network seems to be down: 100% of partition 00000"):
-        _download(tmp_path, [_dead(0)], DownloadConfig(**NEAR))
-    assert not list(tmp_path.glob("download/pictures/*"))
+def test_private_addresses_are_refused_and_an_outage_stops_the_stage(tmp_path: Path, server: str) -> None:
+    """An outage publishes nothing of its partition; refused addresses are none, and are published."""
+    urls = [f"{server}/{number}" for number in range(3)] + ["http://169.254.169.254/latest", "http://[::1]/a"]
+    dead = [address.replace("127.0.0.1", "127.0.0.2") for address in _dead(1)]
+    config = DownloadConfig(
+        processes=1, retries=0, timeout_seconds=2.0, allowed_networks=("127.0.0.2/32",)
+    )  # which is not the server's
+    done: dict[str, Outcome] = {}
+    with pytest.raises(InputError, match=r"the network seems to be down: 100% of partition 00001"):
+        _download(tmp_path, [urls, dead], config, done)
+    assert done["00000"].dropped == {"address_refused": 5}
+    assert done["00000"].extra["sources"]["a"] == {"in": 5, "kept": 0, "dropped": {"address_refused": 5}}
+    assert not list(tmp_path.glob("download/pictures/00001*"))
 
 
 @pytest.mark.slow

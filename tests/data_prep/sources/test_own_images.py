@@ -8,7 +8,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from tests.helpers.own_corpus import cnclip, make_own, write_evaluation
+from tests.helpers.own_corpus import cnclip, cnclip_here, make_own, write_evaluation
 
 
 @pytest.fixture
@@ -42,34 +42,34 @@ def test_pictures_on_disk_become_shards(packed: Path) -> None:
 
 def test_missing_file(own: Path) -> None:
     (own / "captions.csv").unlink()
-    done = cnclip(own, "run")
+    done = cnclip_here(own, "run")
     assert done.returncode == 1
     assert "captions.csv: no such file (source mine)" in one_line(done)
 
 
 def test_empty_source(own: Path) -> None:
     (own / "captions.csv").write_text("url,caption\n")
-    done = cnclip(own, "run")
+    done = cnclip_here(own, "run")
     assert done.returncode == 1
     assert "captions.csv: no rows (source mine)" in one_line(done)
 
 
 def test_source_without_the_columns(own: Path) -> None:
     (own / "captions.csv").write_text("地址,说明\na,b\n")
-    done = cnclip(own, "run")
+    done = cnclip_here(own, "run")
     assert done.returncode == 1
     assert "found 地址, 说明; name it with url_column" in one_line(done)
 
 
 def test_no_rows_left_names_the_rules(own: Path) -> None:
-    done = cnclip(own, "run", "--set=filter_text.min_characters=40")
+    done = cnclip_here(own, "run", "--set=filter_text.min_characters=40")
     assert done.returncode == 1
     assert "no rows left of 13 after filter_text (too_short removed 13)" in one_line(done)
 
 
 def test_evaluation_set_without_files(own: Path) -> None:
     (own / "valid" / "valid_texts.jsonl").unlink()
-    done = cnclip(own, "run")
+    done = cnclip_here(own, "run")
     assert done.returncode == 1
     assert "valid_texts.jsonl: no such file" in one_line(done)
 
@@ -77,7 +77,7 @@ def test_evaluation_set_without_files(own: Path) -> None:
 def test_evaluation_set_smaller_than_k(own: Path) -> None:
     shutil.rmtree(own / "valid")
     write_evaluation(own / "valid", own / "图片", 4)
-    done = cnclip(own, "run")
+    done = cnclip_here(own, "run")
     assert done.returncode == 1
     assert "4" in one_line(done)
     assert "10" in one_line(done)
@@ -92,7 +92,7 @@ def test_more_ranks_than_samples(packed: Path, tmp_path: Path) -> None:
         "stage2.lanes=16",
         "stage2.global_batch=16",
     )
-    done = cnclip(packed, "run", *(f"--set={item}" for item in sets))
+    done = cnclip_here(packed, "run", *(f"--set={item}" for item in sets))
     assert done.returncode == 2
     assert "[stage2] ranks = 16, but the corpus has 12 samples" in one_line(done)
 

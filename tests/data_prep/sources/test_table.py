@@ -9,6 +9,7 @@ import polars as pl
 import pytest
 
 from data_prep import corpus
+from data_prep.accounting.funnel import lost_captions
 from data_prep.corpus import CorpusStageConfig, TablesConfig
 from data_prep.filters import text as filter_text
 from data_prep.filters.text import FilterTextConfig
@@ -282,6 +283,9 @@ def test_a_row_keeps_all_captions_that_the_rules_admit(tmp_path: Path) -> None:
         assert found["caption"].to_list() == [texts[0] for texts in found["captions"]]
         assert found["key"][0] == key_of("http://a.cn/0", lists[0][0])
         assert manifest(run, "filter_text").dropped == {"caption_missing": 1, "too_short": 1}
+        assert lost_captions(manifest(run, "filter_text")) == (
+            "filter_text: rows that stay lost 1 of their captions: too_short 1"
+        )
         assert why(run, "http://a.cn/1")[1].startswith("  dropped by filter_text: too_short")
     with pytest.raises(ValueError, match="carry_columns names captions"):
         TableSource(path="a", carry_columns=("captions",), **settings)

@@ -92,8 +92,8 @@ def test_errors_that_name_a_file_are_guarded(capsys: pytest.CaptureFixture[str],
         assert len([line for line in err.splitlines() if line.startswith("error:")]) == 1, err
 
 
-def test_names_inside_weights_are_guarded(tmp_path: Path) -> None:
-    """Names of tensors and keys, through a real process: nothing but the escapes is printed."""
+def test_names_inside_weights_are_guarded(tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    """Names of tensors and keys: nothing but the escapes reaches the descriptors of the process."""
     for number, state in enumerate(
         (
             {f"visual.{HOSTILE.encode('utf-8', 'replace').decode()}\nx": torch.zeros(1)},
@@ -102,8 +102,8 @@ def test_names_inside_weights_are_guarded(tmp_path: Path) -> None:
     ):
         path = tmp_path / f"{number}.pt"
         torch.save(state, path)
-        done = subprocess.run([sys.executable, "-m", "pipeline", "inspect", str(path)], capture_output=True)
-        text = (done.stdout + done.stderr).decode()
+        main(["inspect", str(path)])
+        text = b"".join(capfdbinary.readouterr()).decode()
         assert "Traceback" not in text
         assert text
         assert not (UNSEEN - {"\udc80"}) & set(text), text

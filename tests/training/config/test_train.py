@@ -114,7 +114,8 @@ def test_weights_that_are_not_there_are_said_before_the_corpus_is_built(
     assert main(["run", "demo", *settings]) == 1
     assert "/none.pt: no such file or folder; correct [model] text_weights" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-    assert main(["run", "demo", *settings, "--to", "corpus"]) == 0  # who builds a corpus alone needs none
+    small = [f"--set=corpus.{key}" for key in ("num_clean=20", "num_evaluation=12", "dirt=0.01")]
+    assert main(["run", "demo", *settings, *small, "--to", "corpus"]) == 0  # a corpus alone needs none
 
 
 def test_two_sources_of_the_image_tower_are_refused() -> None:

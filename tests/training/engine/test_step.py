@@ -1,5 +1,6 @@
 """What a step makes the host wait for: nothing, wherever DeepSpeed leaves the gradient to it."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -80,7 +81,7 @@ def waits_of_a_step(job: TrainJob, cases: list[dict[str, Any]]) -> list[list[str
                 patch.setattr(contrastive, "host_waits_for", lambda tensor: True)
             for step in range(3):
                 batch = reader.read(step)
-                with count:
+                with count if step == 2 else contextlib.nullcontext():  # counting slows every operation
                     result = train_step(engine, batch, 1e-4, 100.0, 0)
                     numbers = NumbersUnderWay(
                         result.loss, result.is_skipped, result.temperature, step, float(rank)
@@ -89,8 +90,6 @@ def waits_of_a_step(job: TrainJob, cases: list[dict[str, Any]]) -> list[list[str
                 assert not read.is_skipped
                 assert (read.signal_number, read.wait_seconds) == (step, ranks - 1)
                 assert 1 < read.temperature < 100
-                if step < 2:
-                    count.found.clear()
         all_found.append(count.found)
     return all_found
 

@@ -146,7 +146,7 @@ def test_a_signal_that_comes_before_there_are_ranks_is_not_lost(tmp_path: Path) 
 
 
 def test_a_rank_that_waits_for_another_to_come_ends_too(tmp_path: Path) -> None:
-    job = make_job(tmp_path, "run", ranks=2, stall_seconds=1.0)  # 8 times that between steps
+    job = make_job(tmp_path, "run", ranks=2, stall_seconds=0.25)  # 8 times that between steps
     path = Path(job.folder) / "job.json"
     path.write_text(job.to_json())
     here = {"RANK": "0", "LOCAL_RANK": "0", "LOCAL_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}
@@ -160,7 +160,7 @@ def test_a_rank_that_waits_for_another_to_come_ends_too(tmp_path: Path) -> None:
         timeout=LIMIT_SECONDS,
     )
     assert ended.returncode == 1
-    assert "no sign of life for 8 s; rank 0: starting; rank 1: no response" in ended.stderr
+    assert "no sign of life for 2 s; rank 0: starting; rank 1: no response" in ended.stderr
 
 
 @pytest.mark.parametrize("is_full", [False, True])

@@ -120,6 +120,7 @@ def test_a_run_that_left_batches_out_goes_on_with_the_same_bytes(tmp_path: Path)
     assert Path(again.output_model).read_bytes() == Path(whole.output_model).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_run_with_its_cause(tmp_path: Path) -> None:
     job = make_job(tmp_path, "run", ranks=2, epochs=100_000)
     with run_watched(job) as process:
@@ -155,12 +156,12 @@ def train_slowly(job: TrainJob, slow_rank: str) -> None:
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_waiting_for_data_is_said_and_speed_is_written(tmp_path: Path, ranks: int) -> None:
     steps_alone = {"validate_every_steps": 0, "save_every_steps": 1000}
-    job = make_job(tmp_path, "run", epochs=8, ranks=ranks, **steps_alone)  # 24 steps
+    job = make_job(tmp_path, "run", epochs=7, ranks=ranks, **steps_alone)
     run_ranks(train_slowly, ranks, job, str(ranks - 1))  # the last rank's wait is everybody's
     log, notices = read_log(job)
     assert len(notices) == 2  # once when it is sure, once at the end
-    assert "% of the time of 24 steps went into waiting for data (more than 3 %)" in notices[1]
-    assert len(log) == 24
+    assert "% of the time of 21 steps went into waiting for data (more than 3 %)" in notices[1]
+    assert len(log) == 21
     assert sum(line["data_wait_seconds"] for line in log[1:]) > 0.03 * sum(
         line["seconds"] for line in log[1:]
     )

@@ -275,6 +275,7 @@ def test_another_resolution(tmp_path: Path) -> None:
     assert load(str(tmp_path / "wide.safetensors")).image_size_px == 64
 
 
+@pytest.mark.slow
 def test_cn_clips_own_loader_takes_rn50_at_full_size(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 import struct
 import zlib
 
+import cv2
 import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageCms, features
@@ -85,6 +86,23 @@ def test_damage_in_a_format_that_is_read_is_called_so() -> None:
         if features.check(built):
             with pytest.raises(BadImageError, match=r"^undecodable: "):
                 decode_upright(data)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "reason"),
+    [
+        (np.ones((20, 30, 3), np.float32), "format:tiff_float: 3 x 32 bits a pixel, floats"),
+        (np.ones((20, 30), np.float64), "format:tiff_float: 1 x 64 bits a pixel, floats"),
+        (np.ones((20, 30, 3), np.int16), "format:tiff_layout: 3 x 16 bits a pixel, signed integers"),
+    ],
+)
+def test_a_tiff_whose_pixels_are_not_read_says_what_they_are(pixels: np.ndarray, reason: str) -> None:
+    data = cv2.imencode(".tiff", pixels)[1].tobytes()
+    with pytest.raises(BadImageError, match=f"^{reason}$"):
+        decode_upright(data)
+    for damaged in (data[:12], data[: len(data) // 2], data[:4] + b"\xff" * 4 + data[8:]):
+        with pytest.raises(BadImageError, match=r"^undecodable: starts with"):
+            decode_upright(damaged)
 
 
 def _off(data: bytes, shown: Image.Image) -> int:
