@@ -151,6 +151,10 @@ def _asked(question: str, use: "Callable[[str], Answer]", default: str | None = 
 
 def _say(data: "Data") -> None:
     counts = f"{data.num_rows:,} rows, {data.num_usable:,} of them usable"
+    if how := data.settings.get("list_captions"):
+        images = round(data.num_rows / data.captions_per_image)
+        what = {"each": "a row for each", "first": "a row with the first", "random": "a row that keeps all"}
+        counts += f" (lists of captions of about {images:,} images, {what[how]}; --list-captions chooses)"
     if data.kind is not None:
         print(f"about {counts}, as in its first file: read with kind = {data.kind!r}", file=sys.stderr)
         return

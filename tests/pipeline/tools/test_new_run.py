@@ -231,9 +231,11 @@ def test_lists_of_captions(
     table = pl.DataFrame({"地址": [f"https://a.cn/{number}" for number in range(NUM_IMAGES)], "说明": both})
     table.write_parquet(name) if name.endswith("parquet") else table.write_ndjson(name)
     assert main(["init", f"--data={name}", "--evaluation=valid", *words]) == 0
-    assert capsys.readouterr().err.startswith(
-        f"{rows} rows, {rows} of them usable: addresses in '地址' (URLs)"
+    said = capsys.readouterr().err
+    assert said.startswith(
+        f"{rows} rows, {rows} of them usable (lists of captions of about 80 images, a row "
     )
+    assert "addresses in '地址' (URLs)" in said
     assert written()["corpus"]["tables"] == [
         {
             "path": name,
@@ -308,8 +310,10 @@ def test_folders_that_bring_their_images(
 ) -> None:
     write(world / "set")
     assert main(["init", "--data", "set", "--evaluation", "valid"]) == 0
-    expected = f"about 80 rows, 80 of them usable, as in its first file: read with kind = {kind!r}\n"
-    assert capsys.readouterr().err == expected
+    said = capsys.readouterr().err
+    assert said.startswith("about 80 rows, 80 of them usable")
+    assert said.endswith(f", as in its first file: read with kind = {kind!r}\n")
+    assert ("a row for each; --list-captions chooses" in said) == ("list_captions" in settings)
     assert written()["corpus"] == {
         "kind": "sources", "sources": [{"kind": kind, "path": "set", "name": "data", **settings}],
     }  # fmt: skip
