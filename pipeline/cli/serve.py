@@ -41,7 +41,7 @@ def serve(
     embeddings: Annotated[
         str | None,
         typer.Option(
-            metavar="FOLDER", help="read the features' metadata/ here (default: where --index says)"
+            metavar="FOLDER", help="read the features' metadata/ here (default: in --index)"
         ),
     ] = None,
     images: Annotated[
