@@ -32,7 +32,7 @@ class DedupConfig:
     """`[dedup]`."""
 
     partitions: Annotated[int, Ge(1), Le(16**_PREFIX_HEX_DIGITS)] = 4
-    """Files that the shuffled corpus is cut into. About 10,000 rows each suits the download; a partition of
+    """Files that the shuffled corpus is cut into. About 10,000 rows each suit the download; a partition of
     more than 2,000,000 rows is refused.
     """
 
