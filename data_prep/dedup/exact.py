@@ -129,7 +129,7 @@ def stage(config: DedupConfig) -> Stage:
     """Return the stage that removes exact duplicates and shuffles the rows once."""
     return Stage(
         "dedup",
-        title="exact duplicates out; rows shuffled, once",
+        title="drops exact duplicates and shuffles the rows once",
         version=1,
         config=config,
         parents=("filter_text",),

@@ -138,7 +138,7 @@ def measure(
     if queries_QD.shape[1] != embeddings.dim:
         raise InputError(
             f"queries of width {queries_QD.shape[1]} do not fit embeddings of width {embeddings.dim}:"
-            " they are of another model"
+            " they belong to another model"
         )
     exact_QK = exact_neighbours(embeddings, queries_QD, k)
     points = []

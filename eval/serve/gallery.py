@@ -253,8 +253,8 @@ def galleries_of_run(checkpoint: ModelSource, target: str) -> list[Gallery]:
             galleries.append(_gallery(source.name, indices, images, len(image_ids), "", features))
     if not galleries:
         raise InputError(
-            f"{checkpoint.run_folder}: the run has not indexed {stage}; first give: cnclip run {target},"
-            " or give --index FOLDER"
+            f"{checkpoint.run_folder}: the run has not indexed {stage}; run `cnclip run {target}`"
+            " first, or give --index FOLDER"
         )
     return galleries
 
@@ -322,7 +322,7 @@ def _gallery(
 
     if count != num_rows:
         raise InputError(
-            f"{folder}: holds {count} rows, but the metadata has {num_rows}: it is of other embeddings"
+            f"{folder}: holds {count} rows, but the metadata has {num_rows}: it belongs to other embeddings"
         )
     # report damaged parts and wrong parameters now, not at the first search
     found(np.full((1, dim), dim**-0.5, dtype=np.float32), 1)
@@ -372,7 +372,7 @@ def _set_of(image_ids: Int64Array, sources: Sequence[RetrievalSource], where: st
         raise InputError(f"{where}: no evaluation set holds its images; give --images FOLDER")
     if len(choice) > 1:
         raise ConfigError(
-            f"{where}: its image ids fit {', '.join(item.name for item in choice)} alike; give --images"
+            f"{where}: its image ids fit {', '.join(item.name for item in choice)} equally; give --images"
             " FOLDER with only the right set"
         )
     return choice[0]

@@ -158,7 +158,8 @@ def _do(out: str, processes: int, stages: tuple[Stage, ...]) -> dict[str, Manife
     run = Run(out, 0, "local", processes, stages)
     if changed := [status for status in survey(run) if status.state is State.STALE]:
         raise ConfigError(
-            f"{out}: has another origin ({changed[0].stage.name}: {changed[0].why}); give another --out"
+            f"{out}: was made from something else ({changed[0].stage.name}: {changed[0].why}); give another"
+            " --out"
         )
     if not execute(run, stages, redo=False):
         print("nothing to do: all stages are done")

@@ -100,7 +100,7 @@ def embed(
             " tokens; raise --context to keep more"
         )
     if done.passed_over:
-        print(f"{len(done.passed_over)} passed over: {summary(done.passed_over)}")
+        print(f"{len(done.passed_over)} skipped: {summary(done.passed_over)}")
     if done.left_out:
         with_texts = f", with {done.num_texts_left_out} texts of theirs" if done.num_texts_left_out else ""
         print(

@@ -97,7 +97,7 @@ def init(
         raise ConfigError(f"{output}: already exists; choose another name, or overwrite it with --force")
     asks = sys.stdin.isatty() and sys.stderr.isatty()
     if data is None and not asks:
-        raise UsageError("--data TABLE: missing, and without a terminal cnclip cannot ask; give it", ctx)
+        raise UsageError("--data TABLE: missing; give it, because cnclip cannot ask without a terminal", ctx)
 
     def look(path: str, images: str | None = images) -> "Data":
         try:
@@ -143,7 +143,7 @@ def _asked(question: str, use: "Callable[[str], Answer]", default: str | None = 
             question, default=default or "", show_default=bool(default), err=True
         ).strip()
         if not answer and default is None:
-            print("nothing was typed: type a path, or press Ctrl-C to leave", file=sys.stderr)
+            print("no answer: type a path, or press Ctrl-C to quit", file=sys.stderr)
             continue
         try:
             return use(answer)
@@ -154,7 +154,7 @@ def _asked(question: str, use: "Callable[[str], Answer]", default: str | None = 
 def _say(data: "Data") -> None:
     counts = f"{data.num_rows:,} rows, {data.num_usable:,} of them usable"
     if data.kind is not None:
-        print(f"about {counts}, as in its first file: read with kind = {data.kind!r}", file=sys.stderr)
+        print(f"about {counts}, judging by the first file: read with kind = {data.kind!r}", file=sys.stderr)
         return
     where = "URLs" if data.images is None else f"paths below {data.images}"
     columns = f"addresses in {data.url_column!r} ({where}), captions in {data.caption_column!r}"

@@ -85,7 +85,7 @@ def _write(run: "Run", path: str, every_seconds: int | None) -> None:
         try:
             is_done = write_run_page(run, path, refresh_seconds=every_seconds)
         except (InputError, OSError) as error:  # a stage is being redone and its files will return
-            print(f"note: the page stays as it was: {one_line(str(error))}", file=sys.stderr, flush=True)
+            print(f"note: the page was not updated: {one_line(str(error))}", file=sys.stderr, flush=True)
 
 
 def _load(target: str, overrides: list[str]) -> "Run":

@@ -40,9 +40,7 @@ def serve(
     ] = None,
     embeddings: Annotated[
         str | None,
-        typer.Option(
-            metavar="FOLDER", help="read the features' metadata/ here (default: in --index)"
-        ),
+        typer.Option(metavar="FOLDER", help="read the features' metadata/ here (default: in --index)"),
     ] = None,
     images: Annotated[
         str | None,
@@ -100,7 +98,7 @@ def serve(
                     " 16 bits and transparency may differ; embed and index again to be sure"
                 )
         if not server.is_local:
-            note("everyone who reaches this address can search and see the images")
+            note("anyone who can reach this address can search and see the images")
         print(f"{server.url}  (Ctrl-C stops)", flush=True)
         try:
             server.serve_forever()

@@ -36,7 +36,7 @@ run's folder holds all keys. cnclip refuses an unknown key and names the nearest
 - *yes*: the stage must be redone; *training*: the training stages must be redone;
 - *no*: the work stays valid;
 - *once done*: a half-done stage continues, a finished one is stale;
-- *unless exact*: the stage continues if the result equals that of a run that had the new value from the start.
+- *unless exact*: the stage continues if the result equals that of a run with the new value from the start.
 
 ## Top level
 
