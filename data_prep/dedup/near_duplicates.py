@@ -48,8 +48,8 @@ class DedupImageConfig:
     `benchmarks/data_prep/near_copies.py` measures the cost.
     """
     partitions: Annotated[int, Ge(1)] = 1
-    """Tasks for each band. A task holds its share of all keys and hashes: about 100 bytes a row, and 500 for
-    a row that has another one within `max_distance`.
+    """Tasks for each band. A task holds its share of all keys and hashes: about 100 bytes per row, and 500
+    for a row that has another one within `max_distance`.
     """
 
     def __post_init__(self) -> None:

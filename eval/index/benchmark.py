@@ -224,7 +224,7 @@ def suggest(num_rows: int, dim: int, memory_bytes: float, target_recall: float) 
         if code and per_vector >= code + ids:
             return f"OPQ{code},IVF{lists},PQ{code}"
     raise InputError(
-        f"{memory_bytes / 2**20:.0f} MiB for {num_rows} rows are {per_vector:.1f} bytes a vector; the"
+        f"{memory_bytes / 2**20:.0f} MiB for {num_rows} rows are {per_vector:.1f} bytes per vector; the"
         f" smallest codes offered take {dim // 16 + ids}: give more memory or split the corpus"
     )
 

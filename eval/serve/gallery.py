@@ -116,7 +116,7 @@ class EvaluationImages:
 class ShardImages:
     """Images of shards.
 
-    Memory holds 8 bytes a row and the code of its source; captions and offsets are read on demand.
+    Memory holds 8 bytes per row and the code of its source; captions and offsets are read on demand.
     """
 
     sidecars: tuple[str, ...]  # the Parquet files next to the tars
@@ -139,7 +139,7 @@ class ShardImages:
         with foreign(folder, "set of sidecars", "build the shards again"):
             counts = [int(pl.scan_parquet(path).select(pl.len()).collect().item()) for path in sidecars]
             table = pl.scan_parquet(sidecars)
-            # Names of sources repeat; as categories they take 4 bytes a row.
+            # Names of sources repeat; as categories they take 4 bytes per row.
             has_source = "source" in table.collect_schema().names()
             source = (pl.col("source") if has_source else pl.lit("")).cast(pl.Categorical)
             known = table.select("key", source.alias("source")).with_row_index("place")

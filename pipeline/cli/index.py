@@ -70,7 +70,7 @@ def index(
     )
     print(
         f"{out}: {chosen}, {built.num_rows:,} rows of width {built.dim} in {len(built.parts)} parts,"
-        f" {built.bytes_per_vector:.1f} bytes a vector"
+        f" {built.bytes_per_vector:.1f} bytes per vector"
     )
     return EXIT_DONE
 
