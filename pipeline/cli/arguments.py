@@ -90,7 +90,8 @@ Decode = Annotated[
     Literal["upright", "reference"],
     typer.Option(
         metavar="upright|reference",
-        help="rotate by EXIF, scale 16 bits and fill transparency (upright), or decode as CN-CLIP's code",
+        help="rotate by EXIF, scale 16 bits and fill transparency (upright), or decode as"
+        " CN-CLIP's code does",
     ),
 ]
 
@@ -140,7 +141,9 @@ TrainRows = Annotated[
 ]
 FaissDevice = Annotated[
     Literal["cpu", "gpu"],
-    typer.Option("--device", metavar="cpu|gpu", help="run FAISS on it; gpu needs faiss-gpu-cu12 (make gpu)"),
+    typer.Option(
+        "--device", metavar="cpu|gpu", help="run FAISS on this device; gpu needs faiss-gpu-cu12 (make gpu)"
+    ),
 ]
 IndexMemory = Annotated[
     float, typer.Option("--memory", metavar="GIB", help="let the whole index use this much memory")

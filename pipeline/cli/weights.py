@@ -11,7 +11,7 @@ from pipeline.core.terminal import print_lines
 
 WEIGHTS = Group("Weights")
 
-_WEIGHTS = "weights: a file, a folder, a name such as ViT-B-16, or a hub's owner/name"
+_WEIGHTS = "weights: a file, a folder, a name such as ViT-B-16, or a hub id"
 
 
 @WEIGHTS.add(
