@@ -166,7 +166,7 @@ def _refuse_shared_names(corpus: TablesConfig | SourcesConfig) -> None:
         folder = source.path if isinstance(source, PackedSource) else source.picture_folder
         if folders.setdefault(source.name, folder) != folder:
             raise ConfigError(
-                f"corpus.{corpus.kind}: name {source.name!r} is of two sources with different image folders"
+                f"corpus.{corpus.kind}: two sources named {source.name!r} have different image folders"
                 f" ({folders[source.name]}, {folder}); give each a different name"
             )
 

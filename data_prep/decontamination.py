@@ -81,7 +81,7 @@ def read_guard(path: str) -> pl.DataFrame:
         if "perceptual_hash" in table.columns and "image_signature" not in table.columns:
             if table["perceptual_hash"].null_count() < table.height:
                 raise InputError(
-                    f"{path}: has hashes and no column image_signature, without which plain images of another"
+                    f"{path}: has hashes but no column image_signature, without which plain images of another"
                     f" kind count as copies; make it again with cnclip guard"
                 )
             table = table.with_columns(image_signature=pl.lit(None, pl.Binary))
@@ -123,7 +123,7 @@ def tsv_marks(path: str) -> Iterator[tuple[str, Marks]]:
                 image = decode_upright(decode_base64_image(encoded.strip()))
             except (ValueError, BadImageError) as error:
                 raise InputError(
-                    f"{path}: line {number}: no image in base64 ({error}); repair the line"
+                    f"{path}: line {number}: not an image in base64 ({error}); repair the line"
                 ) from None
             yield name.decode("utf-8", "replace"), marks_of(np.asarray(image))
 
@@ -174,8 +174,8 @@ def _members(path: str, say: Callable[[str], None]) -> Iterator[tuple[str, Marks
             yield from _images(path, say)
     else:
         raise InputError(
-            f"{path}: no evaluation set; give NAME_imgs.tsv, a folder with it, shards or images, or a .txt"
-            " of ids"
+            f"{path}: not an evaluation set; give NAME_imgs.tsv, a folder with it, shards or images, or a"
+            " .txt of ids"
         )
 
 

@@ -290,7 +290,7 @@ def retrieval_stage(config: EvaluationConfig, *, sets_from: tuple[str, ...]) -> 
     """Return the stage that writes predictions and scores."""
     return Stage(
         "retrieval",
-        title="predictions and Recall@K in the official files",
+        title="predictions and Recall@K in the official file formats",
         version=1,
         config=config,
         parents=(*sets_from, "embed", "index"),

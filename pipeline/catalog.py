@@ -69,10 +69,10 @@ class RunTable:
     executor: Literal["local", "ray"] = "local"
     """How to run the independent tasks of a stage: in processes of this machine, or with Ray."""
     processes: Annotated[int, Ge(1)] = 2
-    """Tasks at once, if the executor is `local`."""
+    """Number of tasks at once if the executor is `local`."""
     max_failed_tasks: Annotated[int, Ge(0)] = 0
     """Tasks of a stage that may fail, each three times, before the run stops. Their rows are dropped as
-    `partition_failed`, and `cnclip retry` takes them in later.
+    `partition_failed`, and `cnclip retry` brings them back later.
     """
 
 

@@ -115,7 +115,7 @@ class Encoder:
         tokens_NL, cut = self.tokenizer.encode_counting(texts, self._checked(context_length))
         if cut:
             warnings.warn(
-                f"{cut} of {len(texts)} texts are longer than {context_length} tokens and were cut",
+                f"{cut} of {len(texts)} texts are longer than {context_length} tokens and were truncated",
                 stacklevel=2,
             )
         return self.embed_tokens(tokens_NL)

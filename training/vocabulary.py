@@ -12,7 +12,7 @@ class VocabularyConfig:
     """`[vocabulary]`: learned only if `[model] vocabulary` names none."""
 
     size: int = 4_000
-    """Most tokens. Chinese characters come first, then pieces of words."""
+    """Largest number of tokens. Chinese characters come first, then pieces of words."""
     columns: tuple[str, ...] = ("caption",)
     """Caption columns of the shards, one vocabulary each."""
 

@@ -113,7 +113,7 @@ def main() -> int:
     print(f"peak memory: building {build_gib:.2f} GiB, searching {search_gib:.2f} GiB")
     print(
         f"recall@{K} {found['recall']:.3f}, {found['queries_per_second']:.0f} queries/s in batches of"
-        f" {NUM_QUERIES}, {found['bytes_per_vector']:.0f} bytes a vector"
+        f" {NUM_QUERIES}, {found['bytes_per_vector']:.0f} bytes per vector"
     )
     ours, flat = max(build_gib, search_gib), num_rows * DIM * 4 / 2**30
     equal = found["recall"] >= 0.9 and ours <= LIMIT_GIB

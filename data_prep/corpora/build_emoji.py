@@ -166,7 +166,7 @@ def fetch(package: Package, cache: Path) -> Path:
                 preexec_fn=dies_with_us(),
             )
         except subprocess.TimeoutExpired:
-            raise InputError(f"npm pack {wanted}: no end after {NPM_TIMEOUT_S} s; run again") from None
+            raise InputError(f"npm pack {wanted}: not finished after {NPM_TIMEOUT_S} s; run again") from None
         tarballs = list(Path(folder).glob("*.tgz"))
         if result.returncode != 0 or len(tarballs) != 1:
             reason = (result.stderr.strip() or "no tarball").splitlines()[-1]

@@ -31,7 +31,7 @@ UNSCORED_CATEGORY = "Flags"  # nearly the same image in every style: matching pi
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmojiConfig:
-    """`[corpus]` of the emoji run: which vendors' images are learned from and which are scored."""
+    """`[corpus]` of the emoji run: which vendors' images to train on and which to score."""
 
     kind: Literal["emoji"] = "emoji"
     """Chooses this corpus."""
@@ -44,7 +44,7 @@ class EmojiConfig:
     captions_per_picture: Annotated[int, Ge(1)] = 3
     """Rows for each image: its name, then the name with some of its keywords."""
     max_keywords: Annotated[int, Ge(1)] = 3
-    """Most keywords in one caption."""
+    """Largest number of keywords in one caption."""
     seed: int = 0
     """Seed of the choice of keywords."""
 

@@ -32,7 +32,7 @@ class DedupConfig:
     """`[dedup]`."""
 
     partitions: Annotated[int, Ge(1), Le(16**_PREFIX_HEX_DIGITS)] = 4
-    """Files that the shuffled corpus is cut into. About 10,000 rows each suits the download; a partition of
+    """Files that the shuffled corpus is cut into. About 10,000 rows each suit the download; a partition of
     more than 2,000,000 rows is refused.
     """
 
@@ -129,7 +129,7 @@ def stage(config: DedupConfig) -> Stage:
     """Return the stage that removes exact duplicates and shuffles the rows once."""
     return Stage(
         "dedup",
-        title="exact duplicates out; rows shuffled, once",
+        title="drops exact duplicates and shuffles the rows once",
         version=1,
         config=config,
         parents=("filter_text",),

@@ -48,8 +48,8 @@ class DedupImageConfig:
     `benchmarks/data_prep/near_copies.py` measures the cost.
     """
     partitions: Annotated[int, Ge(1)] = 1
-    """Tasks for each band. A task holds its share of all keys and hashes: about 100 bytes a row, and 500 for
-    a row that has another one within `max_distance`.
+    """Tasks for each band. A task holds its share of all keys and hashes: about 100 bytes per row, and 500
+    for a row that has another one within `max_distance`.
     """
 
     def __post_init__(self) -> None:
@@ -294,7 +294,7 @@ def find_stage(config: DedupImageConfig, *, rows: str) -> Stage:
     """Return the stage that looks for copies among the rows that the stage `rows` kept."""
     return Stage(
         "find_copies",
-        title="images that are there already, exactly or nearly",
+        title="finds copies of images, exact or near",
         version=2,
         config=config,
         parents=("corpus", rows),
@@ -307,7 +307,7 @@ def stage(config: DedupImageConfig, *, rows: str) -> Stage:
     """Return the stage that drops the copies among the rows that the stage `rows` kept."""
     return Stage(
         "dedup_image",
-        title="copies go, the lowest key of each image stays",
+        title="drops copies; the lowest key of each image stays",
         version=1,
         config=config,
         parents=("corpus", rows, "find_copies"),

@@ -19,7 +19,7 @@ class DownloadConfig:
     jpeg_quality: int = 95
     """JPEG quality of the stored image."""
     max_pixels: int = MAX_IMAGE_PIXELS
-    """Most pixels according to an image's header; larger ones are refused as decompression bombs."""
+    """Largest number of pixels in an image's header; above it, it is refused as a decompression bomb."""
     scaled_decode: bool = False
     """Whether JPEGs are decoded at 1/2, 1/4 or 1/8 of their size if that still exceeds `short_side_px`. This
     is faster and changes pixels slightly; `benchmarks/data_prep/resize.py` measures both.
@@ -27,7 +27,7 @@ class DownloadConfig:
     timeout_seconds: float = 10.0
     """Limit for a whole request, in seconds."""
     retries: int = 1
-    """Further attempts at an address whose failure may pass: a time-out, a lost connection, status 503, …"""
+    """Further attempts after a failure that may be transient: a time-out, a lost connection, status 503, …"""
     retry_after_seconds: Annotated[float, Ge(0)] = field(default=10.0, metadata=NOT_IN_DIGEST)
     """Longest pause in seconds that a host gets if it asks for one with status 429 or 503 and `Retry-After`.
     If it asks for longer, the address is left for `cnclip retry`.
@@ -44,7 +44,7 @@ class DownloadConfig:
     """Networks that may be fetched from although they are not public, such as `10.0.0.0/8`."""
     outage_share: float = field(default=0.9, metadata=NOT_IN_DIGEST)
     """Share of a partition's addresses that fail for lack of a network (DNS, connection, time-out) at which
-    the stage stops, because that is an outage and not a dead web; above 1 is off.
+    the stage stops, because that is an outage rather than dead links; above 1 is off.
     """
     stall_seconds: float = field(default=600.0, metadata=NOT_IN_DIGEST)
     """Seconds without a byte after which a worker counts as hung."""

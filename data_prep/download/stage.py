@@ -308,7 +308,7 @@ def stage(config: DownloadConfig) -> Stage:
     """Return the stage that downloads and resizes the images."""
     return Stage(
         NAME,
-        title="img2dataset fetches, turns upright and resizes",
+        title="img2dataset downloads, rotates upright and resizes",
         version=2,
         config=config,
         parents=("corpus", "dedup"),

@@ -40,9 +40,9 @@ class FilterTextConfig:
     min_score: float = 0.26
     """Lowest mCLIP cosine to keep, if the source has scores."""
     min_characters: int = 5
-    """Fewest characters of a caption."""
+    """Smallest number of characters in a caption."""
     max_characters: int = 50
-    """Most characters of a caption."""
+    """Largest number of characters in a caption."""
     blacklists: tuple[str, ...] = ("advertising", "file_name")
     """Word lists in `data_prep/blacklists/`, applied in this order."""
     # The paper has none of the following.

@@ -66,4 +66,4 @@ def open_lmdb(path: str) -> Any:
     try:
         return lmdb.open(path, readonly=True, create=False, lock=False, readahead=False)
     except lmdb.Error as error:
-        raise InputError(f"{path}: no LMDB ({error}); give the folder that holds lmdb/<split>") from None
+        raise InputError(f"{path}: not an LMDB ({error}); give the folder that holds lmdb/<split>") from None

@@ -201,7 +201,7 @@ def themes() -> list[str]:
 
 @functools.cache
 def blacklist(theme: str) -> tuple[str, ...]:
-    """Return the words of `data_prep/blacklists/<theme>.txt`: one a line, `#` starts a comment."""
+    """Return the words of `data_prep/blacklists/<theme>.txt`: one per line, `#` starts a comment."""
     file = resources.files("data_prep") / "blacklists" / f"{theme}.txt"
     if not file.is_file():
         raise ConfigError(f"filter_text.blacklists: no list {theme!r}; known lists: {', '.join(themes())}")

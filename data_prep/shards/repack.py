@@ -218,7 +218,7 @@ def _refuse_other_than_keys(path: str, keys: pl.LazyFrame) -> None:
             " column key"
         )
     if keys.head(1).collect().is_empty():
-        raise InputError(f"{path}: no keys in it; give one a line, or in a column key")
+        raise InputError(f"{path}: no keys in it; give one per line, or in a column key")
 
 
 def _scan_keys(path: str) -> pl.LazyFrame:

@@ -42,7 +42,7 @@ class SplitConfig:
     share: Annotated[float, Gt(0), Lt(1)] | None = None
     """Share of all kept rows to set aside."""
     count: Annotated[int, Ge(1)] | None = None
-    """Most rows to set aside; the rows of one image stay together."""
+    """Largest number of rows to set aside; the rows of one image stay together."""
     distance: Annotated[int, Ge(0), Lt(HASH_BITS)] = 32
     """Largest number of differing hash bits (of 384) at which two images count as copies if their signatures
     match; 0: only equal hashes do. On the demo re-encoded copies differ in 0 to 22 bits, other images in 60

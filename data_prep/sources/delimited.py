@@ -96,7 +96,7 @@ def _refuse_no_header(path: str, names: list[str], separator: str, quote: str) -
         others = [number for number in range(1, len(names) + 1) if number not in where]
         caption = f', caption_column = "{others[0]}"' if len(others) == 1 else ", caption_column = its number"
         raise InputError(
-            f"{path}: its first line is a row and no header: column {where[0]} holds an address; set header ="
+            f"{path}: its first line is a row, not a header: column {where[0]} holds an address; set header ="
             f' false, url_column = "{where[0]}"{caption} in its source'
         )
     if not quote and len(names) > 1 and all(re.fullmatch('".*"', name) for name in names):
@@ -105,8 +105,8 @@ def _refuse_no_header(path: str, names: list[str], separator: str, quote: str) -
         for other, shown in _SEPARATORS.items():
             if other != separator and other in names[0]:
                 raise InputError(
-                    f'{path}: its header {names[0][:80]!r} is one column: set separator = "{shown}" in its'
-                    " source, if that is what separates the columns"
+                    f'{path}: its header {names[0][:80]!r} is a single column: set separator = "{shown}" in'
+                    " its source, if that is what separates the columns"
                 )
     for number, name in enumerate(names):
         if name in names[:number]:

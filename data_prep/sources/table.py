@@ -52,7 +52,7 @@ class TableSource:
 
     path: str
     """A file, a folder of parts, a glob pattern or an fsspec URL: `.parquet`, `.csv`, `.tsv`, `.jsonl`,
-    `.json`, or `.txt` (one caption a line, for the images of `picture_folder` by name). `.gz` is read, too.
+    `.json`, or `.txt` (one caption per line, for the images of `picture_folder` by name). Also `.gz`.
     """
     name: str
     """The source's name in the funnel."""
@@ -92,14 +92,14 @@ class TableSource:
     describe regions.
     """
     separator: str | None = field(default=None, metadata=IN_DIGEST_IF_SET)
-    """Letter between the fields of a CSV or TSV. Unset: a comma, in `.tsv` a tab."""
+    """Character between the fields of a CSV or TSV. Unset: a comma, in `.tsv` a tab."""
     quote: str | None = field(default=None, metadata=IN_DIGEST_IF_SET)
-    """Letter around fields that hold separators or line ends; empty for none. Unset: `"`, and none where a
+    """Character around fields that hold separators or line ends; empty for none. Unset: `"`, and none if a
     tab separates.
     """
     escape: str | None = field(default=None, metadata=IN_DIGEST_IF_SET)
-    """Letter before a quote inside quotes; empty if the quote is doubled. Unset: a backslash where the
-    table's beginning shows that it is one (Spark), else empty.
+    """Character before a quote inside quotes; empty if quotes are doubled. Unset: a backslash if the table's
+    beginning shows that it is one (Spark), else empty.
     """
     encoding: str | None = field(default=None, metadata=IN_DIGEST_IF_SET)
     """Encoding of a text table, such as `gb18030` or `utf-16`. Unset: UTF-8."""
@@ -109,7 +109,7 @@ class TableSource:
     """
     list_captions: ListCaptions | None = field(default=None, metadata=IN_DIGEST_IF_SET)
     """What a list of captions becomes: a row for `each`, a row with the `first`, or a row that keeps all, of
-    which training draws one in each epoch at `random`. Unset: it is refused.
+    which training draws one in each epoch at `random`. Unset: lists are refused.
     """
     address_scheme: Literal["http", "https"] | None = field(default=None, metadata=IN_DIGEST_IF_SET)
     """Scheme of addresses that have none (`//host/a.jpg`). Unset: such rows are dropped as `url_invalid`."""
@@ -126,7 +126,7 @@ class TableSource:
             if value is not None and (
                 len(value) > 1 or value in ("\n", "\r") or (name == "separator") > len(value)
             ):
-                raise ValueError(f"{name} must be one letter, found {value!r}")
+                raise ValueError(f"{name} must be one character, found {value!r}")
         if self.escape and self.escape in (self.quote, self.separator):
             raise ValueError(f"escape {self.escape!r} has another use; a doubled quote needs no escape")
         if self.quote and self.quote == (self.separator or ","):

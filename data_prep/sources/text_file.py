@@ -108,7 +108,7 @@ def _line_batches(path: str, columns: Sequence[str], layout: TextLayout) -> Iter
     count -= not last  # nothing follows the last line end
     if count != len(images):
         raise InputError(
-            f"{path}: {count} captions, one a line, for {len(images)} images in {layout.image_folder};"
+            f"{path}: {count} captions, one per line, for {len(images)} images in {layout.image_folder};"
             " give as many, or a .csv with the path of each image"
         )
     first = 0

@@ -69,7 +69,7 @@ def labels_for(folder: str, dataset: str, path: str | None, templates: str = OWN
     if shipped is None:
         raise InputError(
             f"{folder}: has no label_cn.txt, and {dataset} is not a set of ICinW; write the Chinese class"
-            f" names into {own}, one a line in class order"
+            f" names into {own}, one per line in class order"
         )
     return shipped
 
@@ -118,7 +118,7 @@ def templates_for(dataset: str, choice: str) -> tuple[str, ...]:
 
 
 def read_templates(path: str) -> tuple[str, ...]:
-    """Read the templates of a file, one a line."""
+    """Read the templates of a file, one per line."""
     lines = _lines(path)
     for number, line in enumerate(lines, start=1):
         if line.count("{}") != 1:

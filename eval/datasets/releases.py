@@ -180,7 +180,7 @@ def _coco(root: Path, split: Path, captions: Path) -> tuple[Iterator[tuple[int, 
     names = [line for _, line in _lines(split)]
     ids = {name: int(name.rsplit("_", 1)[-1]) for name in names if name.rsplit("_", 1)[-1].isdigit()}
     if len(ids) != len(names) or len(set(ids.values())) != len(names):
-        raise InputError(f"{split}: expected distinct names such as COCO_val2014_000000000042, one a line")
+        raise InputError(f"{split}: expected distinct names such as COCO_val2014_000000000042, one per line")
     texts = list[_Text]()
     for where, line in _lines(captions):
         key, tab, text = line.partition("\t")

@@ -228,7 +228,7 @@ def find_checkpoint(
                 context_length or max(lengths, default=CONTEXT_LENGTH),
                 folder,
             )
-    raise InputError(f"{folder}: holds no trained stage; first give: cnclip run {target}")
+    raise InputError(f"{folder}: holds no trained stage; run `cnclip run {target}` first")
 
 
 def _run_of(target: str) -> str | None:

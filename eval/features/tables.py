@@ -36,7 +36,7 @@ def read_texts(source: str, known: Sequence[str]) -> list[str]:
         return read_strings(source, find_column(source, known, "texts"))
     if source.lower().endswith(_OTHER_TABLES):
         raise InputError(
-            f"{source}: no table that is read here ({', '.join(TABLE_ENDINGS)}), nor lines of text"
+            f"{source}: not a table that cnclip reads ({', '.join(TABLE_ENDINGS)}), nor lines of text"
         )
     with _lines(source) as lines:
         texts = [line.removesuffix("\n").removesuffix("\r") for line in lines]
@@ -122,7 +122,7 @@ def _parquet_strings(source: str, column: str) -> list[str]:
             values = pq.read_table(file, columns=[column]).column(0)
         kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-            raise InputError(f"{source}: column {column} holds {kind}, no text; write it as strings")
+            raise InputError(f"{source}: column {column} holds {kind}, not text; write it as strings")
         found = values.to_pylist()
     if values.null_count:
         raise InputError(
@@ -159,7 +159,7 @@ def _json_string(source: str, number: int, record: dict[str, Any], column: str) 
     value = record[column]
     if not isinstance(value, str):
         shown = json.dumps(value, ensure_ascii=False)[:60]
-        raise InputError(f"{source}:{number}: {column!r} is {shown}, no text; write it in quotes")
+        raise InputError(f"{source}:{number}: {column!r} is {shown}, not text; write it in quotes")
     return value
 
 

@@ -138,7 +138,7 @@ def measure(
     if queries_QD.shape[1] != embeddings.dim:
         raise InputError(
             f"queries of width {queries_QD.shape[1]} do not fit embeddings of width {embeddings.dim}:"
-            " they are of another model"
+            " they belong to another model"
         )
     exact_QK = exact_neighbours(embeddings, queries_QD, k)
     points = []
@@ -224,7 +224,7 @@ def suggest(num_rows: int, dim: int, memory_bytes: float, target_recall: float) 
         if code and per_vector >= code + ids:
             return f"OPQ{code},IVF{lists},PQ{code}"
     raise InputError(
-        f"{memory_bytes / 2**20:.0f} MiB for {num_rows} rows are {per_vector:.1f} bytes a vector; the"
+        f"{memory_bytes / 2**20:.0f} MiB for {num_rows} rows are {per_vector:.1f} bytes per vector; the"
         f" smallest codes offered take {dim // 16 + ids}: give more memory or split the corpus"
     )
 

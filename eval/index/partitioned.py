@@ -151,7 +151,7 @@ class PartedIndex:
         if queries_QD.ndim != 2 or queries_QD.shape[1] != self.dim:
             raise InputError(
                 f"{self.folder}: queries of shape {list(queries_QD.shape)} do not fit an index of width"
-                f" {self.dim}: it is of another model"
+                f" {self.dim}: it belongs to another model"
             )
         if not 0 < k <= self.num_rows:
             raise InputError(f"{self.folder}: k = {k}, but the index holds {self.num_rows} rows")

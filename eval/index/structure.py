@@ -137,7 +137,7 @@ def check_structure(index: Any) -> None:
         elif isinstance(part, faiss.IndexFlatCodes):
             _same(name, "bytes of codes", part.codes.size(), part.ntotal * part.code_size)
             if isinstance(part, faiss.IndexFlat):
-                _same(name, "bytes a row", part.code_size, 4 * part.d)
+                _same(name, "bytes per row", part.code_size, 4 * part.d)
         elif isinstance(part, faiss.IndexHNSW):
             _check_hnsw(part)
         elif isinstance(part, faiss.IndexNSG):

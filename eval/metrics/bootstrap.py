@@ -14,7 +14,7 @@ _BLOCK_ELEMENTS = 1 << 22  # resampled rows held at once
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A score in percent with its 95 % interval (2.5th and 97.5th percentile of the resamples)."""
+    """A score in percent with its 95% interval (2.5th and 97.5th percentile of the resamples)."""
 
     value: float
     low: float

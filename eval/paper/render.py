@@ -19,7 +19,7 @@ def table_rows(table: Comparison) -> list[tuple[str, ...]]:
     Other published rows follow only if none is comparable.
     """
     others = () if table.paper_model else table.others
-    rows = [("", "ours", "95 % interval", "paper", "difference", *others)]
+    rows = [("", "ours", "95% interval", "paper", "difference", *others)]
     for line in table.lines:
         shown = line.others if others else ()
         shown = shown or tuple(None for _ in others)
@@ -141,7 +141,7 @@ def to_card(tables: Sequence[Comparison], facts: Mapping[str, Any]) -> str:
             "",
             f"## {table.heading}",
             "",
-            "| | ours | 95 % interval | paper | difference |",
+            "| | ours | 95% interval | paper | difference |",
             "|---|--:|--:|--:|--:|",
         ]
         lines += [

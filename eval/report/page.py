@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _FOLDER = Path(__file__).parent / "templates"
 _SOURCES = 6  # the largest sources, which get a column in the funnel's table
 _MODELS = {"chance": "scores.chance", "pixel neighbour": "scores.pixel"}
-_TERMS = {"ours": "ours", "95 % interval": "interval", "95% interval": "interval"}
+_TERMS = {"ours": "ours", "95% interval": "interval"}
 _TERMS |= {"paper": "paper", "difference": "difference"}
 _SETUPS = {"zero-shot": "zero_shot", "finetuned": "finetuned"}
 

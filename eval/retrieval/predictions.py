@@ -155,7 +155,7 @@ def _write_predictions(
     if index.d != vectors_ND.shape[1]:
         raise InputError(
             f"{index_path}: an index of width {index.d}, but {features_path} has {vectors_ND.shape[1]}: it"
-            " is of another model; build it again"
+            " belongs to another model; build it again"
         )
     with store.publish(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for start in range(0, len(query_rows), _QUERIES_PER_WRITE):

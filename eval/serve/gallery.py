@@ -116,7 +116,7 @@ class EvaluationImages:
 class ShardImages:
     """Images of shards.
 
-    Memory holds 8 bytes a row and the code of its source; captions and offsets are read on demand.
+    Memory holds 8 bytes per row and the code of its source; captions and offsets are read on demand.
     """
 
     sidecars: tuple[str, ...]  # the Parquet files next to the tars
@@ -139,7 +139,7 @@ class ShardImages:
         with foreign(folder, "set of sidecars", "build the shards again"):
             counts = [int(pl.scan_parquet(path).select(pl.len()).collect().item()) for path in sidecars]
             table = pl.scan_parquet(sidecars)
-            # Names of sources repeat; as categories they take 4 bytes a row.
+            # Names of sources repeat; as categories they take 4 bytes per row.
             has_source = "source" in table.collect_schema().names()
             source = (pl.col("source") if has_source else pl.lit("")).cast(pl.Categorical)
             known = table.select("key", source.alias("source")).with_row_index("place")
@@ -253,8 +253,8 @@ def galleries_of_run(checkpoint: ModelSource, target: str) -> list[Gallery]:
             galleries.append(_gallery(source.name, indices, images, len(image_ids), "", features))
     if not galleries:
         raise InputError(
-            f"{checkpoint.run_folder}: the run has not indexed {stage}; first give: cnclip run {target},"
-            " or give --index FOLDER"
+            f"{checkpoint.run_folder}: the run has not indexed {stage}; run `cnclip run {target}`"
+            " first, or give --index FOLDER"
         )
     return galleries
 
@@ -322,7 +322,7 @@ def _gallery(
 
     if count != num_rows:
         raise InputError(
-            f"{folder}: holds {count} rows, but the metadata has {num_rows}: it is of other embeddings"
+            f"{folder}: holds {count} rows, but the metadata has {num_rows}: it belongs to other embeddings"
         )
     # report damaged parts and wrong parameters now, not at the first search
     found(np.full((1, dim), dim**-0.5, dtype=np.float32), 1)
@@ -372,7 +372,7 @@ def _set_of(image_ids: Int64Array, sources: Sequence[RetrievalSource], where: st
         raise InputError(f"{where}: no evaluation set holds its images; give --images FOLDER")
     if len(choice) > 1:
         raise ConfigError(
-            f"{where}: its image ids fit {', '.join(item.name for item in choice)} alike; give --images"
+            f"{where}: its image ids fit {', '.join(item.name for item in choice)} equally; give --images"
             " FOLDER with only the right set"
         )
     return choice[0]

@@ -56,7 +56,7 @@ class Searcher:
             if gallery.dim != dim:
                 raise InputError(
                     f"{gallery.name}: an index of width {gallery.dim}, but {self.encoder.name} gives {dim}:"
-                    " it is of another model"
+                    " it belongs to another model"
                 )
         if any(gallery.model is not None for gallery in self.galleries):
             own = identify(self.encoder.base.model, self.encoder.base.decode)

@@ -28,7 +28,7 @@ class Near:
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """The source of each row: 1 to 4 bytes a row."""
+    """The source of each row: 1 to 4 bytes per row."""
 
     counts: dict[str, int]  # source → rows; a key's position is its code
     codes: npt.NDArray[np.unsignedinteger[Any]]  # [num_rows]
@@ -41,7 +41,7 @@ class Sources:
         """
         import polars as pl
 
-        # Use the categories' codes, because names as text would take 16 bytes a row.
+        # Use the categories' codes, because names as text would take 16 bytes per row.
         named = names if names.dtype == pl.Categorical else names.cast(pl.String).cast(pl.Categorical)
         number = named.to_physical()
         table = pl.DataFrame({"name": named, "number": number})

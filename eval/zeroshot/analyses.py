@@ -133,7 +133,7 @@ def negation(
 
 def prompts_table(scores: Sequence[PromptScore]) -> str:
     """Return aligned text: kind, prompt, score, interval."""
-    rows = [("", "prompt", "score", "95 % interval")]
+    rows = [("", "prompt", "score", "95% interval")]
     for item in scores:
         interval = f"{item.measured.low:.1f} … {item.measured.high:.1f}"
         rows.append((item.kind, item.prompt, f"{item.measured.value:.1f}", interval))
@@ -142,7 +142,7 @@ def prompts_table(scores: Sequence[PromptScore]) -> str:
 
 def negation_table(scores: Sequence[NegationScore], names: Sequence[str]) -> str:
     """Return aligned text: each pair's two wordings with the set's score and the class's recall."""
-    rows = [("class", "wording", "score", "95 % interval", "class found")]
+    rows = [("class", "wording", "score", "95% interval", "class found")]
     for item in scores:
         for wording, measured, recall in (
             (item.pair.plain, item.plain, item.plain_recall),

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 ANALYSES = Group("Evaluate")
 
 _ClassificationSet = Annotated[
-    str, typer.Argument(metavar="FOLDER", help="a classification set in any of the three layouts")
+    str,
+    typer.Argument(metavar="FOLDER", help="a classification set in any layout that cnclip eval recognises"),
 ]
 _Labels = Annotated[
     str | None,
@@ -39,7 +40,7 @@ _Metric = Annotated[
     _MetricName | None,
     typer.Option(
         metavar="METRIC",
-        help="accuracy, mean-per-class, roc-auc or 11-point-map (default: the set's in Table 11)",
+        help="measure accuracy, mean-per-class, roc-auc or 11-point-map (default: as the paper's Table 11)",
     ),
 ]
 
@@ -63,8 +64,8 @@ def _print_notes(data: "ClassificationSet", left_out: Mapping[int, str]) -> None
 
 @ANALYSES.add(
     "prompts",
-    "measure each template and the ensembles (paper, 3.2.3)",
-    "my_run.toml datasets/cifar-10",
+    "measure each prompt template and the ensembles (paper, 3.2.3)",
+    "my.toml datasets/cifar-10",
 )
 def prompts(
     model: Model,
@@ -81,7 +82,7 @@ def prompts(
             metavar="own|paper|FILE", help="use the set's own templates, or the paper's with its labels"
         ),
     ] = "own",
-    plot: Annotated[str | None, typer.Option(metavar="OUT.svg", help="also draw the scores")] = None,
+    plot: Annotated[str | None, typer.Option(metavar="OUT.svg", help="also plot the scores")] = None,
 ) -> int:
     from eval.features.encoder import load_encoder
     from eval.zeroshot.analyses import prompt_sensitivity, prompts_plot, prompts_table
@@ -118,8 +119,8 @@ class _PairCommand(Command):
 
 @ANALYSES.add(
     "negation",
-    "compare a label worded with and without negation (paper, 3.2.3)",
-    "my_run.toml datasets/patch-camelyon",
+    "compare labels worded with and without negation (paper, 3.2.3)",
+    "my.toml datasets/patch-camelyon",
     cls=_PairCommand,
 )
 def negation(
@@ -143,7 +144,7 @@ def negation(
         str,
         typer.Option(
             metavar="own|general|paper|FILE",
-            help="use these prompts; paper also uses the paper's labels",
+            help="use the set's templates, 80 general ones, the paper's (with its labels), or a file's",
         ),
     ] = "own",
 ) -> int:

@@ -20,8 +20,7 @@ Function = TypeVar("Function", bound=Callable[..., int])
 
 ABOUT = "Rebuild the Chinese CLIP corpus, pretrain in two stages, measure retrieval."
 _EPILOG = (
-    "Example: cnclip run demo\n"
-    "Exit status: 0 done, 1 the work failed, 2 wrong usage or configuration, 130 interrupted."
+    "Example: cnclip run demo\nExit status: 0 done, 1 failed, 2 wrong usage or settings, 130 interrupted."
 )
 _GENERAL = "General"  # heading of the options of all commands
 # typer's own messages have no colour, because they pass the guard of standard output.
@@ -149,7 +148,7 @@ def _program(
         typer.Option(
             "-v",
             "--verbose",
-            help="also print a line for each stage, and where an error was raised",
+            help="also print a line per stage and where errors arise",
             callback=_be_verbose,
             is_eager=True,
             expose_value=False,
@@ -171,7 +170,7 @@ def _program(
         bool,
         typer.Option(
             "--offline",
-            help="use only cached weights for names, as with HF_HUB_OFFLINE=1",
+            help="use only cached weights, as with HF_HUB_OFFLINE=1",
             callback=_go_offline,
             is_eager=True,
             expose_value=False,

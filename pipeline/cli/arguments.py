@@ -40,7 +40,7 @@ RunFile = Annotated[
     str,
     typer.Argument(
         metavar="RUN.toml",
-        help="the run's file, its folder once it was started, or a shipped recipe such as demo",
+        help="a run's TOML file, the folder of a started run, or a shipped recipe such as demo",
         autocompletion=_recipes_and_files,
     ),
 ]
@@ -49,7 +49,7 @@ Overrides = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="override a setting of the run, as in --set stage1.epochs=2; may be repeated",
+        help="override a setting, as in --set stage1.epochs=2; may be repeated",
     ),
 ]
 
@@ -64,8 +64,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="print one JSON document in
 Model = Annotated[
     str,
     typer.Argument(
-        metavar="RUN-or-CHECKPOINT",
-        help="a run's TOML (its last trained stage), or weights: a path, ViT-B-16 or a hub's owner/name",
+        metavar="RUN-or-WEIGHTS",
+        help="a run (its last trained stage), or weights: a path, a name such as ViT-B-16, or a hub id",
         autocompletion=_recipes_and_files,
     ),
 ]
@@ -74,7 +74,7 @@ Vocabulary = Annotated[
     typer.Option(
         "--vocab",
         metavar="PATH-or-ID",
-        help="read a vocab.txt, its folder or a model id (default: the run's, or found automatically)",
+        help="use this vocab.txt, folder with one, or hub id (default: the run's, or found automatically)",
     ),
 ]
 ContextLength = Annotated[
@@ -90,7 +90,8 @@ Decode = Annotated[
     Literal["upright", "reference"],
     typer.Option(
         metavar="upright|reference",
-        help="decode images upright (respecting EXIF, 16 bits and transparency) or like CN-CLIP's code",
+        help="rotate by EXIF, scale 16 bits and fill transparency (upright), or decode as"
+        " CN-CLIP's code does",
     ),
 ]
 
@@ -128,24 +129,26 @@ EmbeddingsPath = Annotated[
     str,
     typer.Argument(
         metavar="EMBEDDINGS",
-        help="a .npy file, a folder of them, or clip-retrieval's folder with img_emb/ and text_emb/",
+        help="a .npy file, a folder of them, or a clip-retrieval folder with img_emb/ and text_emb/",
     ),
 ]
 Side = Annotated[
     Literal["image", "text"],
-    typer.Option(metavar="image|text", help="use this side of clip-retrieval's folder"),
+    typer.Option(metavar="image|text", help="use this side of a clip-retrieval folder"),
 ]
 TrainRows = Annotated[
     int, typer.Option("--train-rows", metavar="N", help="train FAISS on N evenly spaced rows")
 ]
 FaissDevice = Annotated[
     Literal["cpu", "gpu"],
-    typer.Option("--device", metavar="cpu|gpu", help="run FAISS there; gpu needs faiss-gpu-cu12 (make gpu)"),
+    typer.Option(
+        "--device", metavar="cpu|gpu", help="run FAISS on this device; gpu needs faiss-gpu-cu12 (make gpu)"
+    ),
 ]
 IndexMemory = Annotated[
-    float, typer.Option("--memory", metavar="GIB", help="let the index use GIB of memory in total")
+    float, typer.Option("--memory", metavar="GIB", help="let the whole index use this much memory")
 ]
 IndexRecall = Annotated[
     float,
-    typer.Option("--recall", metavar="R", help="reach recall R against exact search, 0 to 1"),
+    typer.Option("--recall", metavar="R", help="aim for this recall compared with exact search, 0 to 1"),
 ]

@@ -16,20 +16,20 @@ from pipeline.core.terminal import note
 
 CORPUS = Group("Corpus")
 
-_WHAT = "finished shards: their folder, their run's folder, or its RUN.toml"
+_WHAT = "finished shards: their folder, their run's folder or its TOML file"
 _Corpus = Annotated[str, typer.Argument(metavar="CORPUS", help=_WHAT)]
-_Out = Annotated[str, typer.Option("--out", metavar="DIR", help="write shards/ into this folder")]
+_Out = Annotated[str, typer.Option("--out", metavar="FOLDER", help="write shards/ into this folder")]
 _Processes = Annotated[int, typer.Option(metavar="N", help="pack N shards at once")]
 _Samples = Annotated[
     int | None,
-    typer.Option(metavar="N", help="put N samples into each shard (default: as the corpus has)"),
+    typer.Option(metavar="N", help="put N samples into each shard (default: as in the corpus)"),
 ]
 
 
 @CORPUS.add(
     "reshard",
-    "rewrite shards with another number of samples in each, in the same order",
-    "runs/mine --out runs/resharded --samples 10000",
+    "rewrite shards with N samples in each, in the same order",
+    "runs/my --out runs/resharded --samples 10000",
 )
 def reshard(
     corpus: _Corpus,
@@ -46,15 +46,16 @@ def reshard(
 
 @CORPUS.add(
     "subset",
-    "write the samples whose keys are listed, in the corpus's order",
-    "runs/mine --keys keys.txt --out runs/subset",
+    "copy the samples with the listed keys, in the corpus's order",
+    "runs/my --keys keys.txt --out runs/subset",
 )
 def subset(
     corpus: _Corpus,
     keys: Annotated[
         str,
         typer.Option(
-            metavar="FILE", help="read keys from a .txt, one a line, or the column key of a .csv or .parquet"
+            metavar="FILE",
+            help="read keys from a .txt, one per line, or from the column key of a .csv or .parquet",
         ),
     ],
     out: _Out,
@@ -73,12 +74,13 @@ def subset(
 
 @CORPUS.add(
     "merge",
-    "merge corpora in the order of their keys, each key once",
+    "merge corpora, sorted by key, with each key once",
     "runs/a runs/b --out runs/both",
 )
 def merge(
     corpora: Annotated[
-        list[str], typer.Argument(metavar="CORPUS", help=f"{_WHAT}; the first one takes precedence")
+        list[str],
+        typer.Argument(metavar="CORPUS", help=f"{_WHAT}; if several have a key, the first one wins"),
     ],
     out: _Out,
     processes: _Processes = 2,
@@ -95,11 +97,11 @@ def merge(
 @CORPUS.add(
     "export",
     "write shards as Chinese-CLIP's training files",
-    "runs/mine --out datasets/mine --to lmdb",
+    "runs/my --out datasets/my --to lmdb",
 )
 def export(
     corpus: _Corpus,
-    out: Annotated[str, typer.Option(metavar="DIR", help="write the files into this folder")],
+    out: Annotated[str, typer.Option(metavar="FOLDER", help="write the files into this folder")],
     to: Annotated[Literal["tsv", "lmdb"], typer.Option(metavar="tsv|lmdb", help="write this format")] = "tsv",
     split: Annotated[str, typer.Option(metavar="NAME", help="name the files after this split")] = "train",
 ) -> int:
@@ -122,7 +124,7 @@ def guard(
         str,
         typer.Argument(
             metavar="EVALUATION-SET",
-            help="NAME_imgs.tsv, a folder with it, shards or images, or a .txt with one image id a line",
+            help="NAME_imgs.tsv, a folder with it, with shards or with images, or a .txt of image ids",
         ),
     ],
     out: Annotated[str, typer.Option(metavar="FILE.parquet", help="write the guard to this file")],
@@ -130,7 +132,7 @@ def guard(
         Literal["coco", "flickr", "own"],
         typer.Option(
             metavar="coco|flickr|own",
-            help="match ids with the image numbers of this source; own: with none",
+            help="compare ids with the image numbers of this source; own: with none",
         ),
     ] = "own",
 ) -> int:
@@ -156,7 +158,8 @@ def _do(out: str, processes: int, stages: tuple[Stage, ...]) -> dict[str, Manife
     run = Run(out, 0, "local", processes, stages)
     if changed := [status for status in survey(run) if status.state is State.STALE]:
         raise ConfigError(
-            f"{out}: has another origin ({changed[0].stage.name}: {changed[0].why}); give another --out"
+            f"{out}: was made from something else ({changed[0].stage.name}: {changed[0].why}); give another"
+            " --out"
         )
     if not execute(run, stages, redo=False):
         print("nothing to do: all stages are done")

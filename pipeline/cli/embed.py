@@ -22,12 +22,12 @@ EMBED = Group("Search")
 
 @EMBED.add(
     "embed",
-    "compute features of images and texts in clip-retrieval's layout",
-    "my_run.toml --images photos --out features",
+    "compute features of images and texts, in clip-retrieval's layout",
+    "my.toml --images photos --out features",
 )
 def embed(
     model: Model,
-    out: Annotated[str, typer.Option(metavar="DIR", help="write the features into this folder")],
+    out: Annotated[str, typer.Option(metavar="FOLDER", help="write the features into this folder")],
     images: Annotated[
         str | None,
         typer.Option(
@@ -36,12 +36,12 @@ def embed(
     ] = None,
     texts: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="embed texts: one a line, or a table with a column of them"),
+        typer.Option(metavar="FILE", help="embed texts: one per line, or a table with a column of them"),
     ] = None,
     shards: Annotated[
         str | None,
         typer.Option(
-            metavar="FOLDER", help="embed images and texts of a run's shards instead; rerun to resume"
+            metavar="FOLDER", help="embed the images and texts of these shards instead; rerun to resume"
         ),
     ] = None,
     overrides: Overrides = None,
@@ -50,13 +50,14 @@ def embed(
     decode: Decode = "upright",
     dtype: Annotated[
         Literal["float16", "float32"],
-        typer.Option(metavar="float16|float32", help="store features in this type"),
+        typer.Option(metavar="float16|float32", help="store features as this type"),
     ] = "float32",
     ranks: Annotated[
         int, typer.Option(metavar="N", help="with --shards: start N processes, one per accelerator")
     ] = 1,
     redo: Annotated[
-        bool, typer.Option("--redo", help="with --shards: replace features of another model or setting")
+        bool,
+        typer.Option("--redo", help="with --shards: replace features of another model or other settings"),
     ] = False,
 ) -> int:
     if shards is not None:
@@ -99,7 +100,7 @@ def embed(
             " tokens; raise --context to keep more"
         )
     if done.passed_over:
-        print(f"{len(done.passed_over)} passed over: {summary(done.passed_over)}")
+        print(f"{len(done.passed_over)} skipped: {summary(done.passed_over)}")
     if done.left_out:
         with_texts = f", with {done.num_texts_left_out} texts of theirs" if done.num_texts_left_out else ""
         print(

@@ -29,7 +29,7 @@ EVALUATE = Group("Evaluate")
 @EVALUATE.add(
     "eval",
     "measure a model and print its figures next to the paper's",
-    "my_run.toml --out results",
+    "my.toml --out results",
 )
 def evaluate(
     model: Model,
@@ -60,7 +60,7 @@ def evaluate(
         ),
     ] = None,
     json_features: Annotated[
-        bool, typer.Option("--json-features", help="also write features as CN-CLIP's JSON lines")
+        bool, typer.Option("--json-features", help="also write features as JSON lines, as CN-CLIP does")
     ] = False,
     ensemble: Annotated[
         Literal["features", "scores"],
@@ -70,7 +70,7 @@ def evaluate(
         str,
         typer.Option(
             metavar="own|general|paper|FILE",
-            help="classify with these prompts; paper also uses the paper's labels",
+            help="use the set's templates, 80 general ones, the paper's (with its labels), or a file's",
         ),
     ] = "own",
     form: Annotated[
@@ -110,7 +110,7 @@ def evaluate(
 
 @EVALUATE.add(
     "predict",
-    "write a prediction file from CN-CLIP's feature files",
+    "write a prediction file from feature files in CN-CLIP's format",
     "img_feat.jsonl txt_feat.jsonl predictions.jsonl",
 )
 def predict(
@@ -126,7 +126,7 @@ def predict(
         typer.Option("--image-to-text", help="rank texts for each image (default: images for each text)"),
     ] = False,
     top_k: Annotated[
-        int, typer.Option("--top-k", metavar="K", help="write K ids a line; the official scorer needs 10")
+        int, typer.Option("--top-k", metavar="K", help="write K ids per line; the official scorer needs 10")
     ] = 10,
 ) -> int:
     from eval.retrieval.official_files import predict

@@ -31,14 +31,14 @@ INDEX = Group("Search")
 )
 def index(
     embeddings_path: EmbeddingsPath,
-    out: Annotated[str, typer.Argument(metavar="OUT", help="the index's folder")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="folder for the index")],
     side: Side = "image",
     train_rows: TrainRows = 262_144,
     factory: Annotated[
         str | None,
         typer.Option(
             metavar="STRING",
-            help="use this FAISS factory, such as IVF4096,SQ8 (default: from --memory and --recall)",
+            help="use this FAISS factory, such as IVF4096,SQ8 (default: by --memory and --recall)",
         ),
     ] = None,
     memory: IndexMemory = 4.0,
@@ -48,7 +48,7 @@ def index(
         int, typer.Option("--rows-per-part", metavar="N", help="put N rows into each FAISS file")
     ] = 500_000,
     redo: Annotated[
-        bool, typer.Option("--redo", help="replace an index of other embeddings or settings")
+        bool, typer.Option("--redo", help="replace an index of other embeddings or other settings")
     ] = False,
 ) -> int:
     from eval.index.benchmark import suggest
@@ -70,7 +70,7 @@ def index(
     )
     print(
         f"{out}: {chosen}, {built.num_rows:,} rows of width {built.dim} in {len(built.parts)} parts,"
-        f" {built.bytes_per_vector:.1f} bytes a vector"
+        f" {built.bytes_per_vector:.1f} bytes per vector"
     )
     return EXIT_DONE
 
@@ -87,17 +87,19 @@ def bench_index(
     queries: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE.npy", help="search these features (default: --num-queries rows of the embeddings)"
+            metavar="FILE.npy",
+            help="search for these features (default: --num-queries rows of the embeddings)",
         ),
     ] = None,
     num_queries: Annotated[
-        int, typer.Option("--num-queries", metavar="N", help="search N queries at most")
+        int, typer.Option("--num-queries", metavar="N", help="use at most N queries")
     ] = 1000,
     k: Annotated[int, typer.Option("--k", metavar="K", help="search for K neighbours")] = 10,
     grid: Annotated[
         str | None,
         typer.Option(
-            metavar="STRINGS", help="measure these factories, separated by semicolons (default: by size)"
+            metavar="STRINGS",
+            help="measure these factories, separated by semicolons (default: chosen by size)",
         ),
     ] = None,
     memory: IndexMemory = 4.0,

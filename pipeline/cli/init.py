@@ -28,8 +28,8 @@ NO_MODEL = "none"
     "init",
     "write a run's TOML that fits your data and this machine",
     "new.toml --data my/captions.csv --images my/pictures --evaluation my/valid",
-    more="On a terminal, it asks for whatever the options leave out. Without an evaluation set, the run sets"
-    " rows of your data aside and measures the model on them.",
+    more="On a terminal it asks for whatever the options leave out. Without an evaluation set the run sets"
+    " some rows of your data aside and measures the model on them.",
 )
 def init(
     ctx: typer.Context,
@@ -40,48 +40,50 @@ def init(
         str | None,
         typer.Option(
             metavar="TABLE",
-            help="read captions from a .parquet, .csv, .tsv or .jsonl file, a pattern, or a folder:"
-            " Hugging Face datasets, webdataset, img2dataset, Chinese CLIP, images with a text file each",
+            help="read captions from a .parquet, .csv, .tsv or .jsonl file, a pattern, or a folder: Hugging"
+            " Face datasets, webdataset, img2dataset, Chinese-CLIP, or images with a text file each",
         ),
     ] = None,
     images: Annotated[
         str | None,
-        typer.Option(metavar="FOLDER", help="find images here, if the table holds paths instead of URLs"),
+        typer.Option(metavar="FOLDER", help="look for images here if the table holds paths instead of URLs"),
     ] = None,
     evaluation: Annotated[
         str | None,
         typer.Option(
             metavar="FOLDER",
-            help="measure on the sets here: NAME_imgs.tsv with NAME_texts.jsonl, or shards (default: set rows"
-            " aside)",
+            help="measure the model on the sets in this folder: NAME_imgs.tsv with NAME_texts.jsonl, or"
+            " shards (default: set rows of the data aside)",
         ),
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="train a model of this size, or none: build the corpus only; ViT-B-16 and other published"
-            " sizes continue from their weights (default: small-vit)",
+            help="train a model of this size; published ones such as ViT-B-16 start from their weights; none"
+            " builds only the corpus (default: small-vit)",
         ),
     ] = None,
     folder: Annotated[
         str | None,
-        typer.Option(metavar="FOLDER", help="keep the run here (default: runs/ and the file's name)"),
+        typer.Option(metavar="FOLDER", help="keep the run in this folder (default: runs/NAME for NAME.toml)"),
     ] = None,
     url_column: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="use this column of addresses (default: found by its values)"),
+        typer.Option(
+            metavar="NAME", help="read image addresses from this column (default: found by its values)"
+        ),
     ] = None,
     caption_column: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="use this column of captions (default: found by its values)"),
+        typer.Option(metavar="NAME", help="read captions from this column (default: found by its values)"),
     ] = None,
     list_captions: Annotated[
         Literal["each", "first", "random"] | None,
         typer.Option(
             metavar="each|first|random",
-            help="make a row for each caption of a list, for the first, or a row of all that training draws"
-            " from (default: each)",
+            help="if captions are lists: make a row of each, keep the first, or keep all in one row, of which"
+            " training draws one at random (default: each)",
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="overwrite the file if it exists")] = False,
@@ -95,7 +97,7 @@ def init(
         raise ConfigError(f"{output}: already exists; choose another name, or overwrite it with --force")
     asks = sys.stdin.isatty() and sys.stderr.isatty()
     if data is None and not asks:
-        raise UsageError("--data TABLE: missing, and without a terminal cnclip cannot ask; give it", ctx)
+        raise UsageError("--data TABLE: missing; give it, because cnclip cannot ask without a terminal", ctx)
 
     def look(path: str, images: str | None = images) -> "Data":
         try:
@@ -141,7 +143,7 @@ def _asked(question: str, use: "Callable[[str], Answer]", default: str | None = 
             question, default=default or "", show_default=bool(default), err=True
         ).strip()
         if not answer and default is None:
-            print("nothing was typed: type a path, or press Ctrl-C to leave", file=sys.stderr)
+            print("no answer: type a path, or press Ctrl-C to quit", file=sys.stderr)
             continue
         try:
             return use(answer)
@@ -156,7 +158,7 @@ def _say(data: "Data") -> None:
         what = {"each": "a row for each", "first": "a row with the first", "random": "a row that keeps all"}
         counts += f" (lists of captions of about {images:,} images, {what[how]}; --list-captions chooses)"
     if data.kind is not None:
-        print(f"about {counts}, as in its first file: read with kind = {data.kind!r}", file=sys.stderr)
+        print(f"about {counts}, judging by the first file: read with kind = {data.kind!r}", file=sys.stderr)
         return
     where = "URLs" if data.images is None else f"paths below {data.images}"
     columns = f"addresses in {data.url_column!r} ({where}), captions in {data.caption_column!r}"

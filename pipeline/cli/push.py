@@ -14,17 +14,17 @@ PUSH = Group("Weights")
 
 @PUSH.add(
     "push",
-    "publish a model with its card on a hub, or a corpus's card with --corpus",
+    "publish a model and its card on a hub, or a corpus's card",
     "clip_cn_vit-b-16.pt me/my-clip --license apache-2.0 --dry-run my-clip",
-    more="A model's card has its licence, base model, data and scores. The token comes from `hf auth login`"
-    " or HF_TOKEN.",
+    more="A model's card names its licence, base model, data and scores. The token comes from `hf auth"
+    " login` or HF_TOKEN.",
 )
 def push(
     source: Annotated[
         str,
         typer.Argument(
             metavar="RUN-or-WEIGHTS",
-            help="a run (its last trained stage) or weights; with --corpus a run with finished shards",
+            help="a run (its last trained stage) or weights; with --corpus, a run with finished shards",
         ),
     ],
     repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="name of the repository on the hub")],
@@ -46,13 +46,17 @@ def push(
         typer.Option(
             "--vocab",
             metavar="PATH-or-ID",
-            help="read a vocab.txt, its folder or a model id (default: the run's)",
+            help="use this vocab.txt, folder with one, or hub id (default: the run's)",
         ),
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="make a new repository private")] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="if the repository is new, make it private")
+    ] = False,
     dry_run: Annotated[
         str | None,
-        typer.Option("--dry-run", metavar="OUT", help="write the files into this folder and upload nothing"),
+        typer.Option(
+            "--dry-run", metavar="FOLDER", help="write the files into this folder and upload nothing"
+        ),
     ] = None,
 ) -> int:
     import os

@@ -14,8 +14,8 @@ _INTRO = """# Command line
 
 <!-- Written by `python -m pipeline.cli.reference`; change the commands, not this file. -->
 
-`cnclip` alone lists the commands; `cnclip COMMAND --help` shows one of them. `RUN.toml` is a run's
-file, or the name of a shipped recipe such as `demo`.
+`cnclip` alone lists the commands; `cnclip COMMAND --help` describes one. A *hub id* is the `owner/name` of a
+model on a hub; [weights by name](../guides/weights.md) lists all forms.
 
 | exit status | meaning |
 | --- | --- |
@@ -33,9 +33,9 @@ progress is an occasional plain line. Output has no colour without a terminal, w
 script.
 """
 
-_JSON = """#### Keys of its JSON document
+_JSON = """#### JSON document
 
-`[]` follows a list, `{}` follows names that are not listed here. Later releases may add keys.
+`[]` marks the items of a list, `{}` keys that vary. Later releases may add keys.
 """
 
 
@@ -56,7 +56,7 @@ def reference() -> str:
 
 def _general() -> Rows:
     command: Any = next(iter(program().commands.values()))
-    version = ("--version", "print the version (instead of a command)")
+    version = ("--version", "print the version; needs no command")
     return [*page_of(command, "cnclip").sections["General"], version]
 
 

@@ -24,30 +24,34 @@ REPORT = Group("Run")
 
 @REPORT.add(
     "report",
-    "write the page of a run in its current state, or compare two runs",
+    "write a run's report in its current state, or compare two runs",
     "runs/old runs/new --output compared.html",
 )
 def report(
     run: Annotated[
-        str, typer.Argument(metavar="RUN", help="a run's file, its folder, or a shipped recipe such as demo")
+        str,
+        typer.Argument(
+            metavar="RUN",
+            help="a run's TOML file, the folder of a started run, or a shipped recipe such as demo",
+        ),
     ],
     other: Annotated[
-        str | None, typer.Argument(metavar="RUN", help="compare the first run with this one")
+        str | None, typer.Argument(metavar="RUN2", help="another run to compare the first one with")
     ] = None,
     overrides: Overrides = None,
     output: Annotated[
         str | None,
         typer.Option(
             metavar="FILE",
-            help="write the page here (default: report.html in the run's folder; of two runs"
+            help="write the page to this file (default: report.html in the run's folder; for two runs,"
             " compared_with_NAME.html in the second one's)",
         ),
     ] = None,
     watch: Annotated[
-        bool, typer.Option("--watch", help="write the page again until the run is finished")
+        bool, typer.Option("--watch", help="keep rewriting the page until the run is finished")
     ] = False,
     every: Annotated[
-        int, typer.Option(metavar="SECONDS", help="with --watch, wait this long in between")
+        int, typer.Option(metavar="SECONDS", help="with --watch: wait this long between two pages")
     ] = _EVERY_SECONDS,
 ) -> int:
     if every < 1:
@@ -81,7 +85,7 @@ def _write(run: "Run", path: str, every_seconds: int | None) -> None:
         try:
             is_done = write_run_page(run, path, refresh_seconds=every_seconds)
         except (InputError, OSError) as error:  # a stage is being redone and its files will return
-            print(f"note: the page stays as it was: {one_line(str(error))}", file=sys.stderr, flush=True)
+            print(f"note: the page was not updated: {one_line(str(error))}", file=sys.stderr, flush=True)
 
 
 def _load(target: str, overrides: list[str]) -> "Run":

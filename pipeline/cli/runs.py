@@ -48,14 +48,14 @@ def run(
         bool,
         typer.Option(
             "--repair",
-            help="hash the outputs of finished tasks, and redo tasks whose files are missing or damaged",
+            help="hash the outputs of finished tasks and redo tasks whose files are missing or damaged",
         ),
     ] = False,
     without_failed: Annotated[
         bool,
         typer.Option(
             "--without-failed",
-            help="continue without the rows of tasks that fail three times (partition_failed)",
+            help="drop the rows of tasks that fail three times (as partition_failed) and continue",
         ),
     ] = False,
     mend: Annotated[bool, typer.Option("--mend", hidden=True)] = False,
@@ -77,7 +77,7 @@ def run(
     return EXIT_DONE
 
 
-@RUN.add("plan", "show the state of every stage and the requirements of training", "demo --hardware A100")
+@RUN.add("plan", "show the state of every stage and what training needs", "demo --hardware A100")
 def plan(
     run_file: RunFile,
     overrides: Overrides = None,
@@ -92,24 +92,27 @@ def plan(
     utilisation: Annotated[
         float | None,
         typer.Option(
-            metavar="U", help=f"assume this share of the device's 16-bit peak (default: {_UTILISATION})"
+            metavar="U",
+            help=f"assume that training reaches this share of the 16-bit peak (default: {_UTILISATION})",
         ),
     ] = None,
     memory: Annotated[
         float | None,
-        typer.Option(metavar="GIB", help="assume this memory (default: the device's data sheet)"),
+        typer.Option(metavar="GIB", help="assume this much device memory (default: from its data sheet)"),
     ] = None,
     samples: Annotated[
         int | None,
         typer.Option(
             metavar="N",
-            help="plan for N pairs (default: those in the shards; pretrain: 200 million; finetune: only for"
-            " sets of unknown size)",
+            help="plan for N pairs (default: those in the shards; 200 million for pretrain; finetune needs it"
+            " only for sets of unknown size)",
         ),
     ] = None,
     mean_tokens: Annotated[
         int | None,
-        typer.Option("--tokens", metavar="L", help=f"assume captions of L tokens (default: {_TOKENS})"),
+        typer.Option(
+            "--tokens", metavar="L", help=f"assume a mean caption length of L tokens (default: {_TOKENS})"
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> int:
@@ -201,8 +204,8 @@ def verify(
 
 @REST.add(
     "why",
-    "show where a row went: kept, or dropped by which stage and why",
-    "demo http://a.cn/1.jpg",
+    "show whether a row was kept, or which stage dropped it and why",
+    "my.toml https://example.com/cat.jpg",
 )
 def why(
     run_file: RunFile,
@@ -226,8 +229,8 @@ def why(
 
 @REST.add(
     "retry",
-    "retry failed downloads that may be transient and merge the results",
-    "my_run.toml --plan",
+    "retry downloads whose failure may be transient, and merge the results",
+    "my.toml --plan",
 )
 def retry(
     run_file: RunFile,
@@ -254,12 +257,12 @@ def retry(
     return EXIT_DONE
 
 
-_BUILD = "a run's folder or RUN.toml, finished up to the stage `lock`"
+_BUILD = "a run's folder or TOML file, finished up to the stage lock"
 
 
 @REST.add(
     "diff",
-    "compare two builds of a corpus: settings, funnel, and rows that only one has, with reasons",
+    "compare two builds of a corpus: settings, funnel and rows",
     "runs/old runs/new --rows rows.parquet",
 )
 def diff(
@@ -279,7 +282,7 @@ def diff(
 @REST.add(
     "launch",
     "write Slurm scripts and print command lines for torchrun and deepspeed",
-    "my_run.toml",
+    "my.toml",
 )
 def launch(run_file: RunFile, overrides: Overrides = None) -> int:
     from pipeline.catalog import load
@@ -293,12 +296,15 @@ def launch(run_file: RunFile, overrides: Overrides = None) -> int:
 
 @REST.add(
     "doctor",
-    "check the environment: Python, disk, memory, accelerator, ranks, DNS resolver, compiler",
+    "check Python, packages, disk, memory, compiler, accelerator and DNS",
     "/data/runs",
 )
 def doctor(
     folder: Annotated[
-        str, typer.Argument(metavar="FOLDER", help="check the disk of this folder, where runs will live")
+        str,
+        typer.Argument(
+            metavar="FOLDER", help="check the disk that will hold this folder of runs (default: .)"
+        ),
     ] = ".",
     as_json: AsJson = False,
 ) -> int:

@@ -24,7 +24,7 @@ SERVE = Group("Search")
 @SERVE.add(
     "serve",
     "serve a local search page for texts and images",
-    "my_run.toml --port 8000",
+    "my.toml --port 8000",
 )
 def serve(
     model: Model,
@@ -35,32 +35,30 @@ def serve(
         str | None,
         typer.Option(
             metavar="FOLDER",
-            help="search an index of `cnclip index`, or a folder with image.index (default: the run's)",
+            help="search this index of cnclip index, or folder with image.index (default: the run's)",
         ),
     ] = None,
     embeddings: Annotated[
         str | None,
-        typer.Option(
-            metavar="FOLDER", help="read the indexed features with metadata/ here (default: in --index)"
-        ),
+        typer.Option(metavar="FOLDER", help="read the features' metadata/ here (default: in --index)"),
     ] = None,
     images: Annotated[
         str | None,
         typer.Option(
             metavar="FOLDER",
-            help="show images from here: shards, evaluation sets, or the folder of the file names (default:"
-            " the run's, or the working directory)",
+            help="show images from here: shards, evaluation sets, or the folder that file names start from"
+            " (default: the run's, or the working directory)",
         ),
     ] = None,
     pictures: Annotated[str | None, typer.Option("--pictures", hidden=True)] = None,
     parameters: Annotated[
-        str, typer.Option(metavar="STRING", help="search with FAISS's parameters, such as nprobe=16")
+        str, typer.Option(metavar="STRING", help="search with these FAISS parameters, such as nprobe=16")
     ] = "",
     host: Annotated[
         str,
-        typer.Option(metavar="ADDRESS", help="listen on this address; 127.0.0.1 answers this machine only"),
+        typer.Option(metavar="ADDRESS", help="listen on this address; 127.0.0.1 is for this machine only"),
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(metavar="N", help="listen on this port; 0 takes a free one")] = 8000,
+    port: Annotated[int, typer.Option(metavar="N", help="listen on this port; 0 picks a free one")] = 8000,
 ) -> int:
     from eval.features.encoder import load_encoder
     from eval.serve.gallery import galleries_of_run, open_gallery
@@ -100,7 +98,7 @@ def serve(
                     " 16 bits and transparency may differ; embed and index again to be sure"
                 )
         if not server.is_local:
-            note("everyone who reaches this address can search and see the images")
+            note("anyone who can reach this address can search and see the images")
         print(f"{server.url}  (Ctrl-C stops)", flush=True)
         try:
             server.serve_forever()

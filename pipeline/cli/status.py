@@ -25,7 +25,7 @@ STATUS = Group("Run")
 
 @STATUS.add(
     "status",
-    "show what each stage did: rows, drops, share kept, rate, seconds, bytes",
+    "show rows, drops, rate, time and size of each stage",
     "demo --reasons",
     more="Counts cover finished tasks; rows/s is the rate of one process.",
 )
@@ -33,18 +33,18 @@ def status(
     run_file: RunFile,
     overrides: Overrides = None,
     reasons: Annotated[
-        bool, typer.Option("--reasons", help="show the rows that each stage dropped for each reason")
+        bool, typer.Option("--reasons", help="count the rows that each stage dropped, by reason")
     ] = False,
     reason: Annotated[
         str | None,
         typer.Option(
             "--examples",
             metavar="REASON",
-            help="show rows that were dropped for this reason, such as too_short",
+            help="show some rows dropped for this reason, such as too_short",
         ),
     ] = None,
     number: Annotated[
-        int, typer.Option("-n", "--number", metavar="N", min=1, help="with --examples: show N rows at most")
+        int, typer.Option("-n", "--number", metavar="N", min=1, help="with --examples: show at most N rows")
     ] = 10,
     as_json: AsJson = False,
 ) -> int:

@@ -11,15 +11,15 @@ from pipeline.core.terminal import print_lines
 
 WEIGHTS = Group("Weights")
 
-_WEIGHTS = "weights: a file, a folder, a name such as ViT-B-16, or a hub's owner/name"
+_WEIGHTS = "weights: a file, a folder, a name such as ViT-B-16, or a hub id"
 
 
 @WEIGHTS.add(
     "convert",
-    "convert weights of any known format to another one",
+    "convert weights from any known format to another",
     "clip_cn_vit-b-16.pt model.safetensors",
-    more="Every model goes to every format. transformers has no Chinese CLIP with a ResNet: a ResNet's folder"
-    " for Hugging Face has the code in it, so load it with trust_remote_code=True.",
+    more="Every model can be written in every format. transformers has no Chinese CLIP with a ResNet, so the"
+    " Hugging Face folder of a ResNet contains the code: load it with trust_remote_code=True.",
 )
 def convert(
     source: Annotated[str, typer.Argument(metavar="IN", help=_WEIGHTS)],
@@ -30,8 +30,8 @@ def convert(
         Literal["cn_clip", "hugging_face", "safetensors", "onnx"] | None,
         typer.Option(
             metavar="FORMAT",
-            help="write cn_clip, hugging_face, safetensors or onnx (default: by OUT's ending; a folder is for"
-            " Hugging Face)",
+            help="write cn_clip, hugging_face, safetensors or onnx (default: from OUT's ending; hugging_face"
+            " for a folder)",
         ),
     ] = None,
     vocabulary: Annotated[
@@ -39,12 +39,14 @@ def convert(
         typer.Option(
             "--vocab",
             metavar="PATH-or-ID",
-            help="read a vocab.txt, its folder or a model id (default: found automatically)",
+            help="use this vocab.txt, folder with one, or hub id (default: found automatically)",
         ),
     ] = None,
     image_size: Annotated[
         int | None,
-        typer.Option("--image-size", metavar="PX", help="change the resolution; positions are interpolated"),
+        typer.Option(
+            "--image-size", metavar="PX", help="change the resolution by interpolating the positions"
+        ),
     ] = None,
 ) -> int:
     from training.weights.convert import convert
@@ -55,11 +57,11 @@ def convert(
 
 @WEIGHTS.add(
     "inspect",
-    "show the format of a weights file, its model and missing tensors",
+    "show the format of weights, their model and missing tensors",
     "clip_cn_vit-b-16.pt",
 )
 def inspect(
-    file: Annotated[str, typer.Argument(metavar="FILE", help=_WEIGHTS)],
+    file: Annotated[str, typer.Argument(metavar="WEIGHTS", help=_WEIGHTS)],
     as_json: AsJson = False,
 ) -> int:
     from dataclasses import asdict

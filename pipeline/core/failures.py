@@ -75,20 +75,20 @@ def _text(error: BaseException) -> str:
 
 
 def outage(error: _Error) -> _Error:
-    """Note that an error is of the machine or its network, and would meet the next task, too."""
+    """Note that an error is of the machine or its network, and would also meet the next task."""
     error.is_outage = True
     return error
 
 
 def is_of_machine(error: BaseException) -> bool:
-    """Return whether the next task on this machine would meet the error, too."""
+    """Return whether the next task on this machine would also meet the error."""
     if isinstance(error, OSError):
         return error.errno in OF_THE_MACHINE
     return isinstance(error, InputError) and error.is_outage
 
 
 def too_many(num_failed: int, num_done: int) -> bool:
-    """Return whether so many tasks fail that trying the others is in vain."""
+    """Return whether so many tasks fail that trying the others is pointless."""
     return num_failed > _LEAST_FAILED and num_failed > _MOST_FAILED * (num_failed + num_done)
 
 

@@ -199,7 +199,7 @@ class _Mapping:
 def _on_node(
     work: Work, stage: Stage, context: Context, tasks: Sequence[Task]
 ) -> tuple[str, list[Receipt | Failure]]:
-    """Do a call, on the machine that Ray chose; returns its node id, too."""
+    """Do a call on the machine that Ray chose; also return its node id."""
     import ray
 
     return ray.get_runtime_context().get_node_id(), work(stage, context, tasks)

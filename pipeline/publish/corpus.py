@@ -34,7 +34,7 @@ def write_corpus(
     shards = manifest_of(run_folder, "shards")
     if shards is None:
         raise InputError(
-            f"{run_folder}: no finished shards in it: give a run's folder whose stage shards is done"
+            f"{run_folder}: no finished shards: give the folder of a run whose shards stage is done"
         )
     data = DatasetCardData(
         language="zh",

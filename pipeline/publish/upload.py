@@ -40,7 +40,7 @@ def upload(folder: str, repo: str, kind: Kind, message: str, *, private: bool) -
     from huggingface_hub import HfApi
 
     if is_offline():
-        raise ConfigError(f"{repo}: HF_HUB_OFFLINE is set: unset it, or write a folder with --dry-run OUT")
+        raise ConfigError(f"{repo}: HF_HUB_OFFLINE is set: unset it, or write a folder with --dry-run FOLDER")
     with _telling(repo):
         api = HfApi(endpoint=endpoint())
         api.create_repo(repo, repo_type=kind, private=private, exist_ok=True)

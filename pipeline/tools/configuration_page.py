@@ -27,16 +27,16 @@ HEAD = """# Configuration
 
 `python -m pipeline.tools.configuration_page` writes this page from the code; do not edit it by hand.
 
-A run is one TOML file. Every key that a file leaves out has the default below, and `run.resolved.toml` in
-the run's folder holds them all. cnclip refuses an unknown key and names the nearest known one.
+A run is one TOML file. A key that the file leaves out has the default below; `run.resolved.toml` in the
+run's folder holds all keys. cnclip refuses an unknown key and names the nearest known one.
 `--set stage1.epochs=2` overrides a key for one command.
 
-"Makes stale" says what a changed value means for work that exists ([runs](../concepts/runs.md)):
+"Makes stale" says what a changed value means for existing work ([runs](../concepts/runs.md)):
 
 - *yes*: the stage must be redone; *training*: the training stages must be redone;
-- *no*: it is the same work, computed in another way;
+- *no*: the work stays valid;
 - *once done*: a half-done stage continues, a finished one is stale;
-- *unless exact*: the stage continues if the result is that of a run that had the new value from the start.
+- *unless exact*: the stage continues if the result equals that of a run with the new value from the start.
 
 ## Top level
 
@@ -71,8 +71,8 @@ _BOUNDS: Mapping[type, tuple[str, str]] = {
     annotated_types.Lt: ("< ", "lt"),
     annotated_types.Le: ("≤ ", "le"),
     annotated_types.MultipleOf: ("multiple of ", "multiple_of"),
-    annotated_types.MinLen: ("items ≥ ", "min_length"),
-    annotated_types.MaxLen: ("items ≤ ", "max_length"),
+    annotated_types.MinLen: ("length ≥ ", "min_length"),
+    annotated_types.MaxLen: ("length ≤ ", "max_length"),
 }
 # Stages of training share one dataclass, and so one section.
 _TRAINING = ("english", "stage1", "stage2", "finetune")
@@ -156,8 +156,8 @@ def _section(cls: type, title: str, path: str, level: str, text: str = "") -> It
 
 
 def _stale(path: str, field: "dataclasses.Field[Any]") -> str:
-    """Return what a change means: the runner's own tables enter no stage's digest, except for the seed."""
-    if path in ("run", "launch"):
+    """Return what a change means: some tables enter no stage's digest, except for the seed."""
+    if path.partition(".")[0] in ("run", "launch", "tracking"):
         return "training" if field.name == "seed" else "no"
     in_digest = field.metadata.get("in_digest", True)
     return _STALE[field.metadata.get("binds", "always")] if in_digest else "no"

@@ -58,13 +58,13 @@ def examine(folder: str) -> list[Finding]:
 def table(findings: list[Finding]) -> str:
     """Return a table of findings, the remedies of failed checks, and the result."""
     rows = [("check", "", "found")]
-    rows += [(finding.check, "ok" if finding.fit else "NOT FIT", finding.found) for finding in findings]
+    rows += [(finding.check, "ok" if finding.fit else "FAILED", finding.found) for finding in findings]
     unfit = [finding for finding in findings if not finding.fit]
     return "\n".join(
         [
             align(rows, (False, False, False)),
             *(f"{finding.check}: {finding.remedy}" for finding in unfit),
-            "this machine is fit" if not unfit else f"{len(unfit)} of {len(findings)} checks failed",
+            "all checks passed" if not unfit else f"{len(unfit)} of {len(findings)} checks failed",
         ]
     )
 
@@ -129,7 +129,7 @@ def _shared_memory(folder: str) -> Finding:
     if not os.path.isdir("/dev/shm"):
         return Finding("shared memory", True, "no /dev/shm on this system")
     free_mb = shutil.disk_usage("/dev/shm").free / 1e6
-    remedy = "ranks on one machine talk through it: start the container with --shm-size=1g"
+    remedy = "ranks on one machine communicate through it: start the container with --shm-size=1g"
     return Finding("shared memory", free_mb >= 64, f"{free_mb:.0f} MB free in /dev/shm", remedy)
 
 
@@ -190,7 +190,7 @@ def _resolver(folder: str) -> Finding:
     again_ms = 1000 * min(answered[1:], default=answered[0])
     found = f"{first} ({where}) answers, again in {again_ms:.1f} ms"
     caches = len(answered) == _QUESTIONS and again_ms <= _CACHED_MS
-    text = f"{found}: it caches" if caches else f"{found}: no cache near. {remedy}"
+    text = f"{found}: it caches" if caches else f"{found}: no cache nearby. {remedy}"
     return Finding("DNS resolver", True, text)
 
 

@@ -74,7 +74,7 @@ def _pass_stage(run: Run, done: Manifest) -> Stage:
     return dataclasses.replace(
         before,
         name=f"download/retry{retry.next_pass(done)}",
-        title="rows that failed and may not fail again",
+        title="retries rows whose failure may be transient",
         config=dataclasses.replace(before.config, outage_share=_NO_OUTAGE),
         parents=("corpus", "dedup", "download"),
         plan=retry.plan,

@@ -29,7 +29,7 @@ def test_guard_of_pictures_gives_ids_and_hashes(tmp_path: Path, capsys: pytest.C
     (_, first), (_, second) = (next(guarded_marks(path)) for path in guards)
     assert first.perceptual_hash == second.perceptual_hash  # the same image at another size
     pl.read_parquet(guards[0]).drop("image_signature").write_parquet(tmp_path / "old.parquet")
-    with pytest.raises(InputError, match=r"old.parquet: has hashes and no column image_signature"):
+    with pytest.raises(InputError, match=r"old.parquet: has hashes but no column image_signature"):
         guarded_ids([str(tmp_path / "old.parquet")])
     (pictures / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     assert main(["guard", str(tmp_path / "pictures"), "--out", str(tmp_path / "x.parquet")]) == 1

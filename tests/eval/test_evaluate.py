@@ -210,7 +210,7 @@ def test_a_run_brings_its_model_vocabulary_and_sets(
     recipe.write_text(f'[run]\nfolder = "{run_folder}"\n[model]\nname = "tiny-vit"\n')
     words = ["eval", str(recipe), "--out", str(tmp_path / "out")]
     assert command_line.main(words) == 1
-    assert "holds no trained stage; first give: cnclip run" in capsys.readouterr().err
+    assert "holds no trained stage; run `cnclip run" in capsys.readouterr().err
     shutil.copy(folder / "model.safetensors", run_folder / "stage1" / "model.safetensors")
     shutil.copy(folder / "vocab.txt", run_folder / "vocabulary" / "caption.txt")
     assert command_line.main(words) == 1

@@ -80,7 +80,7 @@ def test_batches_are_about_as_many_tokens_and_hold_every_row_once() -> None:
 def test_longer_texts_are_counted_and_longer_contexts_work(weights: str) -> None:
     model = load(weights)
     texts = ["猫" * 50, "猫" * 51, "狗" * 200]
-    with pytest.warns(UserWarning, match="2 of 3 texts are longer than 52 tokens and were cut"):
+    with pytest.warns(UserWarning, match="2 of 3 texts are longer than 52 tokens and were truncated"):
         cut = model.embed_texts(texts)
     np.testing.assert_array_equal(cut[0], cut[1])
     with pytest.warns(UserWarning, match="1 of 3 texts are longer than 64"):

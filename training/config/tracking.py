@@ -10,17 +10,17 @@ _Name = Annotated[str, MinLen(1)]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WandbConfig:
-    """`[tracking.wandb]`: Weights & Biases, which reads its own variables such as WANDB_API_KEY."""
+    """Weights & Biases, which reads its own variables such as WANDB_API_KEY."""
 
     project: _Name
     """Project of the tracked runs, one for each training stage."""
     entity: str | None = None
-    """Team or user. Unset: your default one."""
+    """Team or user. Unset: your default entity."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MlflowConfig:
-    """`[tracking.mlflow]`: MLflow, which reads its own variables such as MLFLOW_TRACKING_TOKEN."""
+    """MLflow, which reads its own variables such as MLFLOW_TRACKING_TOKEN."""
 
     uri: _Name
     """Tracking server or store, such as `http://host:5000` or `sqlite:///runs/mlflow.db`."""
@@ -33,8 +33,8 @@ class TrackingConfig:
     """`[tracking]`: where curves go in addition to metrics.jsonl. Changes never make a stage stale."""
 
     tensorboard: bool = True
-    """Write `tensorboard/` into the folder of each training stage."""
+    """Whether to write `tensorboard/` into the folder of each training stage."""
     wandb: WandbConfig | None = None
-    """Track training in Weights & Biases (extra `wandb`). Unset: do not."""
+    """Where to track training in Weights & Biases (extra `wandb`). Unset: nowhere."""
     mlflow: MlflowConfig | None = None
-    """Track training in MLflow (extra `mlflow`). Unset: do not."""
+    """Where to track training in MLflow (extra `mlflow`). Unset: nowhere."""

@@ -166,8 +166,8 @@ class TrainConfig:
     threads_per_rank: PositiveInt = field(default=1, metadata=NOT_IN_DIGEST)
     """Threads of each rank for computing, and as many for decoding images."""
     micro_batch: PositiveInt | None = field(default=None, metadata=NOT_IN_DIGEST)
-    """Most samples whose activations a rank holds. The gradient is still that of the whole batch. Unset: the
-    rank's whole share.
+    """Largest number of samples whose activations a rank holds at once. The gradient is still that of the
+    whole batch. Unset: the rank's whole share.
     """
     deepspeed: str = field(default="zero1", metadata=BINDS_NEVER)
     """File of `deepspeed_configs/` or a path ending in `.json`: memory, precision, communication."""

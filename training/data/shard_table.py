@@ -63,7 +63,7 @@ def check_shards(shards: Sequence[Shard]) -> None:
         if num_bytes != shard.num_bytes:
             raise InputError(
                 f"{shard.path}: {num_bytes} bytes, but its manifest says {shard.num_bytes}:"
-                " the tar is cut or was changed; run the shards stage again"
+                " the tar is cut short or was changed; run the shards stage again"
             )
 
 
@@ -139,7 +139,7 @@ def _cached_tokens(
             with store.open_read(path) as file, np.load(file, allow_pickle=False) as arrays:
                 return arrays["token_ids"], arrays["token_starts"]
         except Exception as error:  # damaged bytes surface as whatever zipfile and numpy trip over
-            say(f"{path}: cannot be read ({error}): token ids are made again")
+            say(f"{path}: cannot be read ({error}): cnclip makes the token ids again")
     tokens_NL = tokenizer.encode(captions, context_length)
     full = [caption for caption, last in zip(captions, tokens_NL[:, -1], strict=True) if last]
     if full and (num_cut := tokenizer.num_truncated(full, context_length)):

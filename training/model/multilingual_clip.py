@@ -210,7 +210,7 @@ def load_text(source: str, device: str) -> MultilingualText:
             " LinearTransformation.*)"
         ) from None
     if len(kinds) != 1:
-        raise InputError(f"{weights_path}: its base is no XLM-RoBERTa; give an XLM-Roberta-* text tower")
+        raise InputError(f"{weights_path}: its base is not XLM-RoBERTa; give an XLM-Roberta-* text tower")
     if len(pieces) + 2 != len(words):
         raise InputError(
             f"{pieces_path}: {len(pieces)} pieces, but the embedding has {len(words)} rows, which takes"
@@ -264,8 +264,8 @@ def _heads(config_path: str, width: int) -> int:
             return int(parse_json(store.read_text(path)).get("num_attention_heads", _DEFAULT_HEADS))
     if width not in _HEADS:
         raise InputError(
-            f"{config_path}: a text tower of width {width} is none of XLM-RoBERTa's, and modelBase names no"
-            f" folder with a {CONFIG_FILE}, so its number of heads is unknown; give its base's folder"
+            f"{config_path}: a text tower of width {width} is not one of XLM-RoBERTa's, and modelBase names"
+            f" no folder with a {CONFIG_FILE}, so its number of heads is unknown; give its base's folder"
         )
     return _HEADS[width]
 
@@ -281,5 +281,5 @@ def _read_pieces(path: str) -> Any:
         return sentencepiece.SentencePieceProcessor(model_file=path)
     except (RuntimeError, OSError) as error:
         raise InputError(
-            f"{path}: no SentencePiece model ({str(error).strip()}); download it again"
+            f"{path}: not a SentencePiece model ({str(error).strip()}); download it again"
         ) from None

@@ -118,9 +118,7 @@ class Tokenizer:
             )
         if len(ids) != len(self.vocabulary):
             token, count = Counter(self.vocabulary).most_common(1)[0]
-            raise InputError(
-                f"{origin}: the token {token!r} stands there {count} times; each token needs one line"
-            )
+            raise InputError(f"{origin}: the token {token!r} occurs {count} times; each token needs one line")
         self._cls, self._sep = ids[CLS], ids[SEP]
         self._word_pieces = WordPieceTokenizer(
             WordPiece(ids, unk_token=UNK, max_input_chars_per_word=_MAX_WORD_CHARACTERS)
@@ -138,12 +136,12 @@ class Tokenizer:
             path = _download_vocabulary(source)
         else:
             raise InputError(
-                f"{source}: no vocabulary file, folder with a vocab.txt, or model id like owner/name"
+                f"{source}: not a vocabulary file, folder with a vocab.txt, or model id like owner/name"
             )
         try:
             lines = store.read_text(path).split("\n")
         except UnicodeDecodeError:
-            raise InputError(f"{path}: not UTF-8 text; expected one token a line") from None
+            raise InputError(f"{path}: not UTF-8 text; expected one token per line") from None
         if lines[-1] == "":
             lines.pop()
         return cls([line.rstrip("\r") for line in lines], origin=path)

@@ -59,7 +59,7 @@ def convert(
     given = source
     source, origin = locate(given)
     if store.is_local(source) and os.path.exists(out) and os.path.samefile(source, out):
-        raise ConfigError(f"{out}: is the file that is read: give another path")
+        raise ConfigError(f"{out}: is also the input: give another path")
     weights = read_weights(source)
     model = build_model(weights, image_size_px=image_size_px)
     facts = facts_of(source, weights.facts)

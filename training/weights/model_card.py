@@ -140,7 +140,7 @@ def _table(comparison: Mapping[str, Any]) -> str:
     notes = "".join(f"\nNote: {note}.\n" for note in comparison["notes"])
     return (
         f"\n## {number}{comparison['title']}, {comparison['setup']}{beside}\n\n"
-        "| | ours | 95 % interval | paper | difference |\n|---|--:|--:|--:|--:|\n"
+        "| | ours | 95% interval | paper | difference |\n|---|--:|--:|--:|--:|\n"
         f"{''.join(rows)}{notes}"
     )
 

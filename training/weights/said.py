@@ -90,8 +90,8 @@ def _of_open_clip(path: str) -> Said:
     head_width = _number(vision, "head_width", path, _OPEN_CLIP_HEAD_WIDTH)
     if width % head_width:
         raise InputError(
-            f"{path}: head_width {head_width} does not divide width {width}: how many attention heads the"
-            f" image tower has cannot be told; {_DAMAGED}"
+            f"{path}: head_width {head_width} does not divide width {width}: the number of attention"
+            f" heads of the image tower is unknown; {_DAMAGED}"
         )
     activation = "quick_gelu" if settings.get("quick_gelu") else "gelu"
     return Said(image_heads=width // head_width, image_width=width, activation=activation)

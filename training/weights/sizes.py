@@ -55,7 +55,7 @@ def infer_config(state: Mapping[str, torch.Tensor], origin: str, said: Said = _N
     projection = state.get("text_projection")
     if vision is None or text is None or projection is None or projection.ndim != 2:
         raise InputError(
-            f"{origin}: its sizes cannot be told, since {_what_is_lacking(state)}; give a whole model"
+            f"{origin}: its sizes are unknown, because {_what_is_lacking(state)}; give a whole model"
         )
     found = ModelConfig(name="custom", embed_dim=int(projection.shape[1]), vision=vision, text=text)
     same = [
@@ -85,7 +85,7 @@ def _heads(side: str, width: int, known: set[int], named: int | None, said: int 
         counts = " or ".join(map(str, sorted(known)))
         why = f"known models of this size have {counts}" if known else "no known model has its size"
         raise InputError(
-            f"{origin}: how many attention heads its {side} tower has cannot be told: shapes do not show it,"
+            f"{origin}: the number of attention heads of its {side} tower is unknown: shapes do not show it,"
             f" and {why}; give a Hugging Face folder with its config.json, or a checkpoint of this project"
         )
     heads = heads if heads is not None else next(iter(known))

@@ -170,7 +170,7 @@ def _container(path: str) -> Container:
         header_bytes = int.from_bytes(head[:8], "little")
         if header_bytes > size - 8:
             raise InputError(
-                f"{path}: cut: {size} bytes, but its header alone has {header_bytes}: {DOWNLOAD_AGAIN}"
+                f"{path}: cut short: {size} bytes, but its header alone has {header_bytes}: {DOWNLOAD_AGAIN}"
             )
         return "safetensors"
     if head.startswith(b"\x80"):

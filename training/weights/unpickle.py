@@ -36,7 +36,7 @@ def unpickle(path: str, what: str, remedy: str) -> Any:
             return _read_archive(local) if is_zip else _read_legacy(local)
         except RefusedName as refused:
             raise InputError(
-                f"{path}: its pickle asks for {refused}, which weights have no need of: nothing was run;"
+                f"{path}: its pickle asks for {refused}, which weights do not need: nothing was run;"
                 " do not use this file"
             ) from None
 

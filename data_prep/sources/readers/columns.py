@@ -155,7 +155,7 @@ def _caption(path: str, schema: pa.Schema, source: PackedSource) -> str:
         fields = {field.name: None for field in inner}
         raise refuse_nested(path, name, "caption", [fields] if is_list(dtype) else fields)
     if not is_text(inner):
-        raise InputError(f"{path}: column {name!r} is {dtype}, no text; found {_listed(schema)}")
+        raise InputError(f"{path}: column {name!r} is {dtype}, not text; found {_listed(schema)}")
     if source.list_captions is None:
         raise refuse_list(path, name)
     return name

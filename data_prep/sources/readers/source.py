@@ -37,31 +37,31 @@ class PackedSource:
     """One `[[corpus.sources]]` entry whose images are on disk in a format of the ecosystem."""
 
     kind: PackedKind
-    """Format on disk: Chinese-CLIP's TSV or LMDB, img2dataset output, the shards of another run, tars of
-    webdataset, a folder of Hugging Face `datasets`, or a folder of images. `webdataset` and `folder` take the
+    """Format on disk: Chinese-CLIP's TSV or LMDB, img2dataset output, the shards of another run, webdataset
+    tars, a folder of Hugging Face `datasets`, or a folder of images. `webdataset` and `folder` take the
     caption of each image from `.txt`, `.caption` or `.json` of the same name.
     """
     path: str
     """Local folder that holds `<split>_imgs.tsv`, `lmdb/<split>`, `00000.tar` with `00000.parquet`, or what
-    the kind says. For `webdataset` and `huggingface` also a file or a pattern such as `sets/{a,b}/**/*.tar`.
+    the kind needs. For `webdataset` and `huggingface` also a file or a pattern such as `sets/{a,b}/**/*.tar`.
     """
     carry_columns: tuple[str, ...] = ()
-    """Further columns to keep, of the sidecars of shards or of a Hugging Face table."""
+    """Further columns to keep, from the sidecars of shards or from a Hugging Face table."""
     name: str
     """The source's name in the funnel."""
     split: str = "train"
-    """Split to read, for Chinese-CLIP's formats, and for Hugging Face folders that have splits."""
+    """Split to read, for Chinese-CLIP's formats and for Hugging Face folders that have splits."""
     exempt_from: tuple[str, ...] = ()
     """Rules that do not apply to this source."""
     image_column: str | None = field(default=None, metadata=IN_DIGEST_IF_SET)
-    """Column of images of a Hugging Face table, or of their files' names. Unset: found by type and name."""
+    """Column of a Hugging Face table with images or with their file names. Unset: found by type and name."""
     caption_column: str | None = field(default=None, metadata=IN_DIGEST_IF_SET)
-    """Column of captions of a Hugging Face table, or key of captions in each `.json`, and only there.
+    """Column of captions of a Hugging Face table, or key in `.json` files, which are then the only captions.
     Unset: `caption`, `captions`, `text`, `texts` or `txt`.
     """
     list_captions: ListCaptions | None = field(default=None, metadata=IN_DIGEST_IF_SET)
     """What a list of captions becomes: a row for `each`, a row with the `first`, or a row that keeps all, of
-    which training draws one in each epoch at `random`. Unset: it is refused.
+    which training draws one in each epoch at `random`. Unset: lists are refused.
     """
     encoding: str | None = field(default=None, metadata=IN_DIGEST_IF_SET)
     """Encoding of the texts next to images, such as `gb18030`. Unset: UTF-8."""

@@ -27,7 +27,7 @@ def unseal(text: str | bytes) -> dict[str, Any]:
     except RecursionError:
         raise ValueError("nested too deep") from None
     if not is_whole:
-        raise ValueError("it has other values than were written")
+        raise ValueError("its values differ from those that were written")
     return fields
 
 

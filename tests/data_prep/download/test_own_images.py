@@ -121,5 +121,5 @@ def test_a_name_is_not_shared_by_sources_with_different_images(tmp_path: Path) -
     ]
     for pair in sources:
         config = CorpusStageConfig(corpus=SourcesConfig(kind="sources", sources=pair))
-        with pytest.raises(ConfigError, match=r"corpus\.sources: name 'mine' is of two sources"):
+        with pytest.raises(ConfigError, match=r"corpus\.sources: two sources named 'mine'"):
             corpus.plan(config, context)

@@ -72,7 +72,7 @@ def test_again_is_nothing_to_do_and_another_size_is_refused(
     assert main([*words, "16"]) == 0
     assert "nothing to do" in capsys.readouterr().out
     assert main([*words, "12"]) == 2
-    assert "has another origin (shards: its configuration changed" in capsys.readouterr().err
+    assert "was made from something else (shards: its configuration changed" in capsys.readouterr().err
     assert tree(tmp_path / "out") == first
 
 

@@ -258,7 +258,7 @@ def test_a_caption_a_line(tmp_path: Path) -> None:
     assert read(path, picture_folder=str(images))[:2] == (["1.PNG", "2.jpg", "10.jpg"], ["甲", "乙", "丙"])
     with pytest.raises(InputError, match="set picture_folder"):
         read(path)
-    with pytest.raises(InputError, match="2 captions, one a line, for 3 images"):
+    with pytest.raises(InputError, match="2 captions, one per line, for 3 images"):
         read(table(tmp_path, "甲\n乙", "b.txt"), picture_folder=str(images))
 
 

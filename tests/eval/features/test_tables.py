@@ -60,12 +60,12 @@ def test_text_is_text(tmp_path: Path, name: str, content: str, texts: list[str])
         ("a.csv", b"", r"a\.csv: is empty"),
         ("a.csv", b"caption\n", r"a\.csv: holds no rows"),
         ("a.jsonl", b'{"text": "x"}\n{"other": 1}\n', r"a\.jsonl:2: has no 'text'; it has other"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": null}\n', r"a\.jsonl:2: 'text' is null, no text"),
-        ("a.jsonl", b'{"text": 7}\n', r"a\.jsonl:1: 'text' is 7, no text; write it in quotes"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": null}\n', r"a\.jsonl:2: 'text' is null, not text"),
+        ("a.jsonl", b'{"text": 7}\n', r"a\.jsonl:1: 'text' is 7, not text; write it in quotes"),
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a\.jsonl:2: not a line of JSON"),
         ("a.jsonl", b"[" * 20_000 + b"\n", r"a\.jsonl:1: not a line of JSON"),
         ("a.jsonl", b'["x"]\n', r"a\.jsonl:1: expected an object"),
-        ("a.json", b'["x"]\n', r"a\.json: no table that is read here"),
+        ("a.json", b'["x"]\n', r"a\.json: not a table that cnclip reads"),
         ("a.parquet", b"PAR1 and nothing", r"a\.parquet: not a readable table"),
     ],
 )
@@ -83,8 +83,8 @@ def test_parquet_has_types_and_they_must_be_text(tmp_path: Path) -> None:
     pl.DataFrame({"text": ["a", "b", "a"]}, schema={"text": pl.Categorical}).write_parquet(path)
     assert read_texts(path, KNOWN) == ["a", "b", "a"]
     for values, message in (
-        ([7.0], "column text holds double, no text"),
-        ([["x"]], "column text holds .*list.*, no text"),
+        ([7.0], "column text holds double, not text"),
+        ([["x"]], "column text holds .*list.*, not text"),
         (["x", None], "row 1: column text is null, as in 1 of 2 rows"),
     ):
         pq.write_table(pa.table({"text": values}), path)
@@ -114,5 +114,5 @@ def test_images_of_tables(tmp_path: Path) -> None:
     assert first == data
     assert str(second) == "no_file: the row has no bytes"
     pq.write_table(pa.table({"image": [1, 2]}), tmp_path / "numbers.parquet")
-    with pytest.raises(InputError, match="column image holds int64, no text"):
+    with pytest.raises(InputError, match="column image holds int64, not text"):
         open_images(str(tmp_path / "numbers.parquet"))

@@ -125,7 +125,7 @@ def test_float16_is_read_and_brought_to_unit_length(folder: Path) -> None:
 def test_bad_input_is_one_line(folder: Path) -> None:
     build(folder)
     index = PartedIndex.open(str(folder / "index"))
-    with pytest.raises(InputError, match="it is of another model"):
+    with pytest.raises(InputError, match="it belongs to another model"):
         index.search(np.ones((1, DIM + 1), dtype=np.float32), 3)
     with pytest.raises(InputError, match="k = 3001, but the index holds 3000"):
         index.search(unit_rows(1), 3001)

@@ -253,7 +253,7 @@ def test_bad_usage(site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str
     recipe = tmp_path / "run.toml"
     recipe.write_text(f'[run]\nfolder = "{tmp_path}/run"\n[model]\nname = "tiny-vit"\n', encoding="utf-8")
     assert command_line.main(["serve", str(recipe)]) == 1
-    assert "the run has not indexed stage1; first give: cnclip run" in capsys.readouterr().err
+    assert "the run has not indexed stage1; run `cnclip run" in capsys.readouterr().err
     assert command_line.main(["serve", str(site.recipe), "--port", "70000"]) == 2
     assert "port 70000" in capsys.readouterr().err
 

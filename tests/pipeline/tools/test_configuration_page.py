@@ -48,11 +48,17 @@ def test_every_table_and_key_is_on_it() -> None:
         assert f"\n| `{field.name}` | " in page
 
 
+def test_tracking_makes_nothing_stale() -> None:
+    section = configuration_page.page().partition("## `[tracking]`")[2].partition("\n## ")[0]
+    assert "| no |" in section
+    assert "| yes |" not in section
+
+
 def test_a_section_shows_type_default_bounds_and_docstring() -> None:
     lines = "".join(configuration_page._section(Basket, "`[basket]`", "basket", "##", "Fruit.")).splitlines()
     assert lines[1:4] == ["## `[basket]`", "", "Fruit."]
     assert "| `weight` | number | `0.001` | ≥ 0, < 10 | yes | Weight in kilograms. |" in lines
-    assert '| `fruit` | list of strings | `["apple"]` | items ≥ 1 | yes | Names. |' in lines
+    assert '| `fruit` | list of strings | `["apple"]` | length ≥ 1 | yes | Names. |' in lines
     assert '| `lid` | `"open"`, `"shut"` | unset | – | yes | How it is closed. |' in lines
 
 

@@ -108,7 +108,7 @@ def test_what_init_writes_runs_and_needs_no_note_after_it(
     [
         (
             (),
-            "--data TABLE: missing, and without a terminal cnclip cannot ask; give it; see `cnclip init ",
+            "--data TABLE: missing; give it, because cnclip cannot ask without a terminal; see `cnclip init ",
         ),
         (("--data=some.csv",), "some.csv: 79 usable rows are too few to set some aside for validation; name"),
         (("--data=no.csv", "--evaluation=valid"), "--data no.csv: no such file"),
@@ -167,7 +167,7 @@ def test_a_file_that_exists_stays(world: Path, capsys: pytest.CaptureFixture[str
             ("", "no.csv", "captions.csv", "valid", "own/images", "", "small", "none", "runs/asked"),
             None,
             (
-                "nothing was typed",
+                "no answer",
                 "--data no.csv: no such file",
                 "--images valid: holds none",
                 "did you mean small-",
@@ -312,7 +312,7 @@ def test_folders_that_bring_their_images(
     assert main(["init", "--data", "set", "--evaluation", "valid"]) == 0
     said = capsys.readouterr().err
     assert said.startswith("about 80 rows, 80 of them usable")
-    assert said.endswith(f", as in its first file: read with kind = {kind!r}\n")
+    assert said.endswith(f", judging by the first file: read with kind = {kind!r}\n")
     assert ("a row for each; --list-captions chooses" in said) == ("list_captions" in settings)
     assert written()["corpus"] == {
         "kind": "sources", "sources": [{"kind": kind, "path": "set", "name": "data", **settings}],

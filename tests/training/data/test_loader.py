@@ -207,13 +207,16 @@ def test_token_ids_are_made_once_for_a_vocabulary(tmp_path: Path, capsys: pytest
     damaged = read_table(shard, tokens, tokenizer)
     assert tokenizer.calls == 3
     np.testing.assert_array_equal(first.token_ids, damaged.token_ids)
-    assert "token ids are made again" in capsys.readouterr().out
+    assert "cnclip makes the token ids again" in capsys.readouterr().out
     file = max(tokens.iterdir(), key=lambda path: path.stat().st_size)  # the one that was made again
     data = bytearray(file.read_bytes())
     data[data.index(b"PK\x01\x02") + 10] = 99  # a way of compressing that zipfile does not know
     file.write_bytes(data)
     read_table(shard, tokens, tokenizer)
-    assert "That compression method is not supported): token ids are made again" in capsys.readouterr().out
+    assert (
+        "That compression method is not supported): cnclip makes the token ids again"
+        in capsys.readouterr().out
+    )
 
 
 def test_captions_that_are_cut_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

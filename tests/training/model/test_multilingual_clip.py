@@ -86,7 +86,7 @@ def test_batches_by_length() -> None:
     ("damage", "message"),
     [
         (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
-        (lambda f: (f / "sentencepiece.bpe.model").write_bytes(b"x"), "no SentencePiece model"),
+        (lambda f: (f / "sentencepiece.bpe.model").write_bytes(b"x"), "not a SentencePiece model"),
         (lambda f: (f / "pytorch_model.bin").unlink(), "pytorch_model.bin: no such file"),
         (lambda f: torch.save({"a": torch.ones(2)}, f / "pytorch_model.bin"), "no tensor 'LinearTransf"),
         (lambda f: (f / "config.json").write_text("{"), "not readable JSON"),
@@ -184,7 +184,7 @@ def test_the_image_tower_is_open_clips(tmp_path: Path) -> None:
         path = tmp_path / activation / "open_clip_pytorch_model.bin"
         path.parent.mkdir()
         torch.save({f"visual.{name}": tensor for name, tensor in peer.state_dict().items()}, path)
-        with pytest.raises(InputError, match="how many attention heads its image tower has cannot be told"):
+        with pytest.raises(InputError, match="the number of attention heads of its image tower is unknown"):
             load_image_tower(str(path))
         settings = {"vision_cfg": dataclasses.asdict(config), "quick_gelu": quick}
         (path.parent / "open_clip_config.json").write_text(json.dumps({"model_cfg": settings}))

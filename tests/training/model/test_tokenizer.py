@@ -83,9 +83,9 @@ def test_unreachable_model_id_is_one_plain_line(tmp_path: Path, monkeypatch: pyt
 
 
 def test_bad_vocabularies_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no vocabulary file"):
+    with pytest.raises(InputError, match="not a vocabulary file"):
         Tokenizer.load(str(tmp_path / "absent.txt"))
-    with pytest.raises(InputError, match="no vocabulary file"):
+    with pytest.raises(InputError, match="not a vocabulary file"):
         Tokenizer.load(str(tmp_path))
     (tmp_path / "vocab.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match=r"vocab\.txt: not UTF-8"):
@@ -94,7 +94,7 @@ def test_bad_vocabularies_are_refused(tmp_path: Path) -> None:
         Tokenizer([token for token in VOCABULARY if token != "[MASK]"])
     with pytest.raises(InputError, match=r"\[PAD\] is line 2"):
         Tokenizer(["猫", *SPECIAL_TOKENS])
-    with pytest.raises(InputError, match="'猫' stands there 2 times"):
+    with pytest.raises(InputError, match="'猫' occurs 2 times"):
         Tokenizer([*VOCABULARY, "猫"])
 
 

@@ -236,7 +236,7 @@ def test_formats_are_chosen_by_name_and_the_source_is_never_overwritten(tmp_path
     ]  # fmt: skip
     assert target_of("a.pt", "onnx") == "onnx"
     _, source = _source(tmp_path / "in", "tiny-vit")
-    with pytest.raises(ConfigError, match="is the file that is read"):
+    with pytest.raises(ConfigError, match="is also the input"):
         convert(source, source)
 
 

@@ -294,7 +294,7 @@ BAD_FILES = {
     "text": (b"not found", "not a weights file: begins with b'not foun'"),
     "pickle": (pickle.dumps([1, 2]), "refuses|holds a list"),
     "zip": (b"PK\x03\x04rest", "cut or damaged"),
-    "header": ((10**6).to_bytes(8, "little") + b'{"a"', "cut: 12 bytes"),
+    "header": ((10**6).to_bytes(8, "little") + b'{"a"', "cut short: 12 bytes"),
     "json": ((4).to_bytes(8, "little") + b"{abc", "safetensors"),
 }
 
@@ -344,7 +344,7 @@ def test_states_of_no_known_layout_are_named(tmp_path: Path) -> None:
         load_model(str(tmp_path / "folder"))
     state = state_for_file(_model())
     torch.save({name: value for name, value in state.items() if name != "visual.conv1.weight"}, path)
-    with pytest.raises(InputError, match=r"cannot be told, since it lacks visual\.conv1\.weight"):
+    with pytest.raises(InputError, match=r"its sizes are unknown, because it lacks visual\.conv1\.weight"):
         load_model(str(path))
 
 

@@ -90,7 +90,7 @@ def test_heads_that_nothing_says_are_refused_and_never_guessed(tmp_path: Path) -
     model = _model(_custom())
     torch.save({"state_dict": state_for_file(model)}, tmp_path / "a.pt")
     with pytest.raises(
-        InputError, match=r"a\.pt: how many attention heads its image tower has cannot be told"
+        InputError, match=r"a\.pt: the number of attention heads of its image tower is unknown"
     ):
         load_model(str(tmp_path / "a.pt"))
     save_cn_clip(str(tmp_path / "b.pt"), model)

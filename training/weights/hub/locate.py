@@ -70,7 +70,7 @@ def look_up(wanted: HubId) -> Pin:
         return _at_hub(wanted)
     except Unreachable as error:
         if (pin := _in_cache(wanted)) is not None:
-            say(f"{wanted}: {error}: takes the commit {pin.commit[:12]}, which is in the cache", sys.stderr)
+            say(f"{wanted}: {error}: using the cached commit {pin.commit[:12]}", sys.stderr)
             return pin
         raise _unreachable(wanted, error) from None
 

@@ -203,7 +203,7 @@ def test_no_network(
     capfd.readouterr()
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert local_path(NAME) == path
-    assert "takes the commit" in capfd.readouterr().err
+    assert "using the cached commit" in capfd.readouterr().err
     hub.busy = True
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     assert local_path(NAME) == path
