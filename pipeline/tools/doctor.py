@@ -186,7 +186,8 @@ def _resolver(folder: str) -> Finding:
     answered = [seconds for _ in range(_QUESTIONS) if (seconds := ask(first)) is not None]
     where = "on this machine" if ipaddress.ip_address(first).is_loopback else "not on this machine"
     if not answered:
-        return Finding("DNS resolver", True, f"{first} ({where}) does not resolve {_NAME}: only a download from the web needs it")
+        found = f"{first} ({where}) does not resolve {_NAME}: only a download from the web needs it"
+        return Finding("DNS resolver", True, found)
     again_ms = 1000 * min(answered[1:], default=answered[0])
     found = f"{first} ({where}) answers, again in {again_ms:.1f} ms"
     caches = len(answered) == _QUESTIONS and again_ms <= _CACHED_MS
