@@ -7,12 +7,13 @@ the bytes are reproducible: the downloaded images are a snapshot of the web.
 
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
 from pathlib import Path
 
 import polars as pl
@@ -127,7 +128,7 @@ def _download(
             BOARD_VARIABLE: str(boards.folder),
             SITE_VARIABLE: (own.site or "").removeprefix("http://"),
         }
-        with _downloader(config, raw, log, max(counts.values()), variables) as process:
+        with _downloader(config, raw, log, counts.values(), variables) as process:
             watch = Watch(context.path(), config.stall_seconds, raw, log, process, boards)
             done = 0
             suspects: list[tuple[Task, int]] = []  # an outage may have begun in them: the next one decides
@@ -205,9 +206,11 @@ def _downloader(
     config: DownloadConfig,
     raw: Path,
     log_path: str,
-    max_rows: int,
+    num_rows: Collection[int],
     variables: dict[str, str],
 ) -> Iterator[subprocess.Popen[bytes]]:
+    """Start img2dataset on partitions with so many rows."""
+    num_processes = max(1, min(config.processes, len(num_rows)))
     options = {
         "resizer": {
             "short_side_px": config.short_side_px,
@@ -221,7 +224,7 @@ def _downloader(
         "save_additional_columns": ["sample_key"],
         "output_format": "webdataset",
         "output_folder": str(raw / "shards"),
-        "number_sample_per_shard": max(max_rows, 2),
+        "number_sample_per_shard": max(*num_rows, 2),
         "processes_count": config.processes,
         "thread_count": config.threads,
         "timeout": config.timeout_seconds,
@@ -243,6 +246,9 @@ def _downloader(
             robots_txt=config.robots_txt,
             tdm_reservation=config.tdm_reservation,
             retry_after_seconds=config.retry_after_seconds,
+            host_requests_per_second=config.host_requests_per_second / num_processes,
+            host_connections=math.ceil(config.host_connections / num_processes),
+            host_failures=config.host_failures,
         ).to_json(),
         **variables,
     }

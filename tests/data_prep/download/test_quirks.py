@@ -14,8 +14,9 @@ from PIL import Image
 
 from data_prep.download import fetch
 from data_prep.download.address import Address, read_address, redirected
-from data_prep.download.fetch import fetch_image, fetch_with_retries
+from data_prep.download.fetch import fetch_image, fetch_or_wait, host_of, hosts
 from data_prep.download.opt_out import AGENT, OPT_OUT_DIRECTIVES, RULES_VARIABLE, Rules, forbids
+from data_prep.download.pool import HostPool
 from data_prep.download.public_web import ALLOWED_VARIABLE
 from data_prep.download.reasons import may_pass
 from tests.helpers.encoded_images import encode
@@ -165,7 +166,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Server]:
     monkeypatch.setenv(ALLOWED_VARIABLE, "127.0.0.0/8")
-    monkeypatch.setattr(fetch, "_PAUSES", fetch._Pauses())
+    fetch._hosts.cache_clear()
     fetch._robots_txt.cache_clear()
     with _Server() as running:
         threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -249,8 +250,12 @@ def test_a_host_without_a_readable_robots_txt(
 def _patiently(server: _Server, path: str, retries: int = 1) -> tuple[str, int, float]:
     """Return the fate of an address with further tries, the requests that it took, and the seconds."""
     start = time.monotonic()
-    row = (0, server.places["base"] + path)
-    _, body, error = fetch_with_retries(row, 5, retries, AGENT, OPT_OUT_DIRECTIVES)
+    ask = functools.partial(
+        fetch_or_wait, timeout=5, retries=retries, user_agent_token=AGENT,
+        disallowed_header_directives=OPT_OUT_DIRECTIVES,
+    )  # fmt: skip
+    with HostPool(2, hosts(), host_of, most_running=2) as pool:
+        [(_, body, error)] = pool.imap_unordered(ask, [(0, server.places["base"] + path)])
     return error or ("kept" if body else ""), server.asked[path], time.monotonic() - start
 
 
