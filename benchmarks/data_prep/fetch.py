@@ -4,9 +4,9 @@
 
 Both sides run img2dataset's own `Downloader` on one list of addresses: ours with the functions and the pool
 of `data_prep.download.worker`, the peer untouched. Its resizer passes the bytes on and its writer keeps their
-digests, so that what is measured is fetching and img2dataset's own work a row. A server in another process
+digests, which img2dataset makes: what is measured is fetching and its own work a row. A server in another process
 gives 30 kB an image with nine headers, as a CDN sends them; its CPU time does not count. Each round is a
-process of its own, the sides take turns, and a side's rate is that of its best round.
+process of its own (a fork), the sides take turns, and a side's rate is that of its best round.
 
 `plain` and `tls`: 16 hosts (names of loopback), as tables have many addresses of few CDNs. `plain/once` and
 `tls/once`: the server hangs up after each answer, as if no host came twice. `memory` is what a connection
@@ -24,7 +24,6 @@ import asyncio
 import contextlib
 import datetime
 import functools
-import hashlib
 import importlib
 import ipaddress
 import json
@@ -32,15 +31,26 @@ import multiprocessing
 import os
 import resource
 import ssl
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
 
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # otherwise its import looks for updates
+import img2dataset.downloader
 import numpy as np
+import pyarrow as pa
 
 from benchmarks.harness import line, parse, parser, record, report
+
+_MODULE = img2dataset.downloader
+# Of img2dataset, before the worker puts its own in their place.
+UNTOUCHED = {
+    (_MODULE, "download_image"): _MODULE.download_image,
+    (_MODULE, "download_image_with_retry"): _MODULE.download_image_with_retry,
+    (_MODULE.Downloader, "download_shard"): _MODULE.Downloader.download_shard,
+}
+importlib.import_module("data_prep.download.worker")
 
 NUM_HOSTS = 16
 NUM_THREADS = 16
@@ -101,20 +111,21 @@ def serve(certificate: str, folder: str) -> None:
         context.load_cert_chain(certificate)
         ports, servers = {}, []
         for case in CASES:
-            server = await asyncio.start_server(
-                functools.partial(answer, case.endswith("once")),
-                "127.0.0.1",
-                0,
-                ssl=context if case.startswith("tls") else None,
-                backlog=4096,
-            )
-            ports[case] = server.sockets[0].getsockname()[1]
-            servers.append(server)
+            ports[case] = 0  # a free one, for the first host
+            for number in range(NUM_HOSTS):
+                server = await asyncio.start_server(
+                    functools.partial(answer, case.endswith("once")),
+                    host_name(number),
+                    ports[case],
+                    ssl=context if case.startswith("tls") else None,
+                    backlog=4096,
+                )
+                ports[case] = server.sockets[0].getsockname()[1]
+                servers.append(server)
         Path(folder, "ports.part").write_text(json.dumps(ports))
         os.rename(Path(folder, "ports.part"), Path(folder, "ports.json"))
         await asyncio.gather(*(server.serve_forever() for server in servers))
 
-    _raise_file_limit()
     asyncio.run(main())
 
 
@@ -174,19 +185,27 @@ class _Writer:
         type(self).found = {}
 
     def write(self, data: bytes | None, key: str, caption: Any, meta: dict[str, Any]) -> None:
-        self.found[key] = hashlib.sha256(data).hexdigest() if data else str(meta["error_message"])
+        self.found[key] = str(meta["sha256"] or meta["error_message"])
 
     def close(self) -> None: ...
 
 
-def fetch_all(side: str, urls: list[str], num_threads: int) -> None:
-    """Fetch addresses in this process; print seconds of CPU, peak memory and what came."""
-    import img2dataset.downloader
-    import pyarrow as pa
+def measure(side: str, urls: list[str], num_threads: int = NUM_THREADS) -> dict[str, Any]:
+    """Fetch addresses in a process of its own; return seconds of CPU, peak memory and what came."""
+    fork = multiprocessing.get_context("fork")  # the imports take longer than the work
+    receiver, sender = fork.Pipe(duplex=False)
+    process = fork.Process(target=_fetch_all, args=(side, urls, num_threads, sender))
+    process.start()
+    sender.close()
+    found: dict[str, Any] = receiver.recv()
+    process.join()
+    return found
 
-    if side == "ours":
-        importlib.import_module("data_prep.download.worker")  # puts its functions in place of img2dataset's
-    _raise_file_limit()
+
+def _fetch_all(side: str, urls: list[str], num_threads: int, sender: Any) -> None:
+    if side == "img2dataset":
+        for (place, name), function in UNTOUCHED.items():
+            setattr(place, name, function)
     with tempfile.TemporaryDirectory() as folder:
         table = pa.table({"url": urls})
         with pa.OSFile(f"{folder}/list.feather", "wb") as file, pa.ipc.new_file(file, table.schema) as out:
@@ -195,27 +214,11 @@ def fetch_all(side: str, urls: list[str], num_threads: int) -> None:
             _Writer, _Resizer(), num_threads, False, False, folder, ["url"], 300, len(urls), 5, "sha256",
             None, "jpg", 0, "benchmark", ["noai"],
         )  # fmt: skip
-        start, wall = time.process_time(), time.perf_counter()
+        start = time.process_time()
         downloader.download_shard((0, f"{folder}/list.feather"))
-        found = {
-            "seconds": time.process_time() - start,
-            "wall": time.perf_counter() - wall,
-            "megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-            "came": _Writer.found,
-        }
-    print(json.dumps(found))
-
-
-def measure(side: str, urls: list[str], bundle: str, num_threads: int = NUM_THREADS) -> dict[str, Any]:
-    environment = os.environ | {
-        "SSL_CERT_FILE": bundle, "CNCLIP_ALLOWED_NETWORKS": "127.0.0.0/8", "CNCLIP_DOWNLOAD_RULES": "{}",
-        "NO_ALBUMENTATIONS_UPDATE": "1",
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, __file__, "--side", side, "--threads", str(num_threads)],
-        input=json.dumps(urls), env=environment, stdout=subprocess.PIPE, text=True, check=True,
-    )  # fmt: skip
-    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+        seconds = time.process_time() - start
+    megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    sender.send({"seconds": seconds, "megabytes": megabytes, "came": _Writer.found})
 
 
 def _outcome(text: str) -> str:
@@ -227,7 +230,7 @@ def _outcome(text: str) -> str:
 def server(folder: Path) -> Iterator[tuple[dict[str, int], str]]:
     """Start the server; yield its ports and the bundle of certificates."""
     certificate, bundle = make_certificate(folder)
-    process = multiprocessing.get_context("spawn").Process(target=serve, args=(certificate, str(folder)))
+    process = multiprocessing.get_context("fork").Process(target=serve, args=(certificate, str(folder)))
     process.start()
     try:
         while not (folder / "ports.json").exists():
@@ -243,13 +246,13 @@ def addresses(case: str, port: int, count: int) -> list[str]:
     return [f"{scheme}://{host_name(number)}:{port}/a/{number}.jpg" for number in range(count)]
 
 
-def compare(case: str, port: int, bundle: str, count: int, rounds: int) -> dict[str, Any]:
+def compare(case: str, port: int, count: int, rounds: int) -> dict[str, Any]:
     """Return the record of a case."""
     best = dict.fromkeys(SIDES, float("inf"))
     came: dict[str, list[dict[str, str]]] = {side: [] for side in SIDES}
     for _ in range(rounds):
         for side in SIDES:
-            found = measure(side, addresses(case, port, count), bundle)
+            found = measure(side, addresses(case, port, count))
             best[side] = min(best[side], found["seconds"])
             came[side].append({key: _outcome(text) for key, text in found["came"].items()})
     first = came["ours"][0]
@@ -265,7 +268,7 @@ def compare(case: str, port: int, bundle: str, count: int, rounds: int) -> dict[
     )
 
 
-def memory_a_connection(port: int, bundle: str, scheme: str, many: int) -> dict[str, Any]:
+def memory_a_connection(port: int, scheme: str, many: int) -> dict[str, Any]:
     """Return the record of what a connection takes."""
     taken = {}
     for side in SIDES:
@@ -273,7 +276,7 @@ def memory_a_connection(port: int, bundle: str, scheme: str, many: int) -> dict[
         for threads in (8, many):
             gate = f"/wait/{side}/{threads}"
             urls = [f"{scheme}://{host_name(number)}:{port}{gate}/{number}" for number in range(threads)]
-            peaks.append(measure(side, urls, bundle, threads)["megabytes"])
+            peaks.append(measure(side, urls, threads)["megabytes"])
         taken[side] = 1024 * (peaks[1] - peaks[0]) / (many - 8)
     return record(f"fetch/memory/{scheme}", taken["ours"], taken["img2dataset"], "kB", connections=many)
 
@@ -281,23 +284,19 @@ def memory_a_connection(port: int, bundle: str, scheme: str, many: int) -> dict[
 def main() -> int:
     made = parser(__doc__, full="4,000 images over http, 1,000 over https", rounds=(3, 5))
     made.add_argument("--images", type=int)
-    made.add_argument(
-        "--side", choices=SIDES, help="fetch addresses of the standard input (for the benchmark)"
-    )
-    made.add_argument("--threads", type=int, default=NUM_THREADS)
     options = parse(made)
-    if options.side:
-        fetch_all(options.side, json.load(sys.stdin), options.threads)
-        return 0
     records = []
+    _raise_file_limit()
+    os.environ["CNCLIP_ALLOWED_NETWORKS"] = "127.0.0.0/8"
     with tempfile.TemporaryDirectory(prefix="fetch-") as folder, server(Path(folder)) as (ports, bundle):
+        os.environ["SSL_CERT_FILE"] = bundle
         for case in CASES:
             usual = (1000, 100) if not options.full else (4000, 1000)
             count = options.images or usual[case.startswith("tls")]
-            records.append(compare(case, ports[case], bundle, count, options.rounds))
+            records.append(compare(case, ports[case], count, options.rounds))
             print(line(records[-1]))
         for case, scheme, many in (("plain", "http", 1000), ("tls", "https", 200)):
-            records.append(memory_a_connection(ports[case], bundle, scheme, many))
+            records.append(memory_a_connection(ports[case], scheme, many))
             print(line(records[-1]))
     return report(records)
 

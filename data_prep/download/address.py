@@ -5,6 +5,7 @@ is not ASCII in a path is escaped. A redirect's `Location` may be in UTF-8 or in
 GBK: its bytes go back as they came, and only a host must be understood.
 """
 
+import functools
 import re
 import string
 import urllib.parse
@@ -39,6 +40,7 @@ class Address:
         return host if self.port == _PORTS[self.scheme] else f"{host}:{self.port}"
 
 
+@functools.lru_cache(maxsize=256)  # a request's host is looked at more than once
 def read_address(address: str) -> Address:
     """Take an address apart.
 

@@ -144,7 +144,7 @@ def _ask_once(address: str, timeout: float, agent: str, directives: frozenset[st
     for host in asked[:-1]:
         hosts().answered(host)  # it redirects
     for host in asked[1:]:
-        hosts().ask(host, time.monotonic())  # the pool has taken the first one's token
+        hosts().ask(host, time.monotonic(), may_wait=False)  # the pool has taken the first one's token
     if asked:
         if answer.reason in UNREACHABLE:
             hosts().failed(asked[-1], answer.reason, answer.found, is_no_name=answer.is_no_name)

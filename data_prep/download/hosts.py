@@ -48,23 +48,25 @@ class Hosts:
         self._limit = _MOST_HOSTS
         self._lock = threading.Lock()
 
-    def ready_at(self, name: str, now: float) -> float:
-        """Return when a host may be asked next (time.monotonic())."""
-        with self._lock:
-            host = self._hosts.get(name)
-            if host is None or host.given_up_until > now:  # then nobody asks
-                return now
-            full = max(0.0, 1.0 - 1.0 / host.rate) if host.rate else 0.0
-            return max(host.paused_until, host.empty_until - full)
+    def ask(self, name: str, now: float, *, may_wait: bool = True) -> float:
+        """Take a token for a request; return `now`, or when the host may be asked (time.monotonic()).
 
-    def ask(self, name: str, now: float) -> None:
-        """Take a token for a request."""
+        A host that is given up may be asked for without a token: nobody will send the request. `may_wait` is
+        false for a request that is sent anyhow.
+        """
         if not name:
-            return
+            return now
         with self._lock:
             host = self._host(name, now)
-            if host.rate and host.given_up_until <= now:
+            if host.given_up_until > now:
+                return now
+            full = max(0.0, 1.0 - 1.0 / host.rate) if host.rate else 0.0
+            at = max(host.paused_until, host.empty_until - full)
+            if at > now and may_wait:
+                return at
+            if host.rate:
                 host.empty_until = max(host.empty_until, now) + 1.0 / host.rate
+            return now
 
     def answered(self, name: str) -> None:
         """Note an answer, of whatever kind."""

@@ -36,8 +36,8 @@ class HostPool:
     """Calls a function on rows in threads, in the order in which their hosts may be asked.
 
     Has of multiprocessing's ThreadPool what img2dataset uses. A host has at most `most_running` rows running,
-    the one named `""` as many as there are threads. At most twice as many rows as threads run or wait to be
-    taken.
+    the one named `""` as many as there are threads. About twice as many rows as threads run or wait to be
+    taken at most.
     """
 
     def __init__(
@@ -53,7 +53,8 @@ class HostPool:
         self._lock = threading.Lock()
         self._work_is_there = threading.Condition(self._lock)
         self._clock = threading.Condition(self._lock)
-        self._room = threading.Semaphore(2 * num_threads)
+        self._room = threading.Condition(self._lock)
+        self._is_full = False  # a thread waits for room
         self._results: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
 
@@ -69,7 +70,7 @@ class HostPool:
             self._lines.setdefault(self._host_of(row), _Line()).rows.append(row)
             self._num_left += 1
         for host, line in self._lines.items():
-            self._push(host, line)
+            self._push(host, line, time.monotonic())
         num_rows = self._num_left
         for _ in range(min(self._num_threads, num_rows)):
             thread = threading.Thread(target=self._work, args=(function,), daemon=True)
@@ -80,14 +81,16 @@ class HostPool:
             if isinstance(found, BaseException):
                 raise found
             yield found
-            self._room.release()
+            if self._is_full and self._results.qsize() < self._num_threads:
+                with self._lock:
+                    self._is_full = False
+                    self._room.notify_all()
 
     def terminate(self) -> None:
         """Let every thread end after the row that it has."""
         with self._lock:
             self._is_stopped = True
             self._wake_all()
-        self._room.release(self._num_threads)
 
     def join(self) -> None:
         """Wait until all threads have ended."""
@@ -95,39 +98,42 @@ class HostPool:
             thread.join()
 
     def _work(self, function: Callable[[Any], Any]) -> None:
-        while True:
-            self._room.acquire()
-            taken = self._take()
-            if taken is None:
-                return
+        taken = self._take()
+        while taken is not None:
             host, row = taken
             found: Any
             try:
                 found = function(row)
             except BaseException as error:
                 found = error
-            self._end(host, found)
-            if isinstance(found, Later):
-                self._room.release()
-            else:
+            if not isinstance(found, Later):
                 self._results.put(found)
+            taken = self._take(host, found)
 
-    def _take(self) -> tuple[str, Any] | None:
-        """Return the next row and its host when its turn has come; None if there is none left."""
+    def _take(self, last: str | None = None, found: Any = None) -> tuple[str, Any] | None:
+        """End a row of host `last`, and return the next row and its host when its turn has come.
+
+        Returns None if no row is left.
+        """
         with self._lock:
+            if last is not None:
+                self._end(last, found)
             while not self._is_stopped and self._num_left:
+                if self._results.qsize() >= self._num_threads:
+                    self._is_full = True
+                    self._room.wait()
+                    continue
                 now = time.monotonic()
                 if self._due and self._due[0][0] <= now:
                     host = heapq.heappop(self._due)[2]
                     line = self._lines[host]
                     line.is_due = False
-                    if self._hosts.ready_at(host, now) > now:  # since it was put there
-                        self._push(host, line)
+                    if (at := self._hosts.ask(host, now)) > now:
+                        self._push(host, line, at)
                         continue
-                    self._hosts.ask(host, now)
                     line.num_running += 1
                     row = line.rows.popleft()
-                    self._push(host, line)
+                    self._push(host, line, now)
                     if self._due and not self._is_timed:
                         self._work_is_there.notify()
                     return host, row
@@ -140,27 +146,27 @@ class HostPool:
             return None
 
     def _end(self, host: str, found: Any) -> None:
-        with self._lock:
-            line = self._lines[host]
-            line.num_running -= 1
-            if isinstance(found, Later):
-                line.rows.append(found.row)
-            else:
-                self._num_left -= 1
-            if not self._num_left:
-                self._wake_all()
-            elif self._push(host, line):
-                (self._clock if self._is_timed else self._work_is_there).notify()
+        line = self._lines[host]
+        line.num_running -= 1
+        if isinstance(found, Later):
+            line.rows.append(found.row)
+        else:
+            self._num_left -= 1
+        if not self._num_left:
+            self._wake_all()
+        elif self._push(host, line, time.monotonic()):
+            (self._clock if self._is_timed else self._work_is_there).notify()
 
     def _wake_all(self) -> None:
         self._work_is_there.notify_all()
         self._clock.notify_all()
+        self._room.notify_all()
 
-    def _push(self, host: str, line: _Line) -> bool:
+    def _push(self, host: str, line: _Line, at: float) -> bool:
         """Put a host into the heap, if it has a row that may run; return whether it was put there."""
         if line.is_due or not line.rows or (host and line.num_running >= self._most_running):
             return False
         line.is_due = True
         self._num_pushed += 1
-        heapq.heappush(self._due, (self._hosts.ready_at(host, time.monotonic()), self._num_pushed, host))
+        heapq.heappush(self._due, (at, self._num_pushed, host))
         return True

@@ -30,6 +30,16 @@ def test_every_row_is_done_once() -> None:
         assert list(pool.imap_unordered(lambda row: row, [])) == []
 
 
+def test_hosts_take_turns() -> None:
+    rows = [(f"{host}.cn", number) for host in range(5) for number in range(4)]
+    hosts = Hosts(0.0, 0, 10.0)
+    for host, _ in rows:
+        hosts.ask(host, time.monotonic())
+    with HostPool(1, hosts, _host_of, 100) as pool:
+        found = list(pool.imap_unordered(lambda row: row, rows))
+    assert [host for host, _ in found] == [f"{number}.cn" for number in range(5)] * 4
+
+
 def test_a_host_that_waits_holds_up_nobody() -> None:
     """Six rows of a host of two a second take two seconds; the others end long before."""
     start = time.monotonic()
