@@ -2,11 +2,10 @@
 
     python benchmarks/data_prep/fetch.py [--full] [--images N]
 
-Both sides run img2dataset's own `Downloader` on one list of addresses: ours with the functions and the pool
-of `data_prep.download.worker`, the peer untouched. Its resizer passes the bytes on and its writer keeps their
-digests, which img2dataset makes: what is measured is fetching and its own work a row. A server in another process
-gives 30 kB an image with nine headers, as a CDN sends them; its CPU time does not count. Each round is a
-process of its own (a fork), the sides take turns, and a side's rate is that of its best round.
+Both sides do what img2dataset does with the addresses of a shard, up to the bytes of each image: the peer
+with its function and its pool of threads, ours with those of `data_prep.download.worker`. A server in another
+process gives 30 kB an image with nine headers, as a CDN sends them; its CPU time does not count. Each round
+is a process of its own (a fork), the sides take turns, and a side's rate is that of its best round.
 
 `plain` and `tls`: 16 hosts (names of loopback), as tables have many addresses of few CDNs. `plain/once` and
 `tls/once`: the server hangs up after each answer, as if no host came twice. `memory` is what a connection
@@ -24,6 +23,7 @@ import asyncio
 import contextlib
 import datetime
 import functools
+import hashlib
 import importlib
 import ipaddress
 import json
@@ -34,23 +34,19 @@ import ssl
 import tempfile
 import time
 from collections.abc import Iterator
+from multiprocessing.pool import ThreadPool
 from typing import Any
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # otherwise its import looks for updates
 import img2dataset.downloader
 import numpy as np
-import pyarrow as pa
 
 from benchmarks.harness import line, parse, parser, record, report
 
 _MODULE = img2dataset.downloader
-# Of img2dataset, before the worker puts its own in their place.
-UNTOUCHED = {
-    (_MODULE, "download_image"): _MODULE.download_image,
-    (_MODULE, "download_image_with_retry"): _MODULE.download_image_with_retry,
-    (_MODULE.Downloader, "download_shard"): _MODULE.Downloader.download_shard,
-}
-importlib.import_module("data_prep.download.worker")
+# Before the worker puts its own in their place.
+DOWNLOAD_IMAGE, DOWNLOAD_WITH_RETRY = _MODULE.download_image, _MODULE.download_image_with_retry
+worker = importlib.import_module("data_prep.download.worker")
 
 NUM_HOSTS = 16
 NUM_THREADS = 16
@@ -171,25 +167,6 @@ def make_certificate(folder: Path) -> tuple[str, str]:
     return str(own), str(all_of_them)
 
 
-class _Resizer:
-    def __call__(self, stream: Any, boxes: Any = None) -> tuple[Any, ...]:
-        return stream.read(), 1, 1, 1, 1, None
-
-
-class _Writer:
-    """Keeps digests and errors in place of files."""
-
-    found: dict[str, str]
-
-    def __init__(self, *_: Any) -> None:
-        type(self).found = {}
-
-    def write(self, data: bytes | None, key: str, caption: Any, meta: dict[str, Any]) -> None:
-        self.found[key] = str(meta["sha256"] or meta["error_message"])
-
-    def close(self) -> None: ...
-
-
 def measure(side: str, urls: list[str], num_threads: int = NUM_THREADS) -> dict[str, Any]:
     """Fetch addresses in a process of its own; return seconds of CPU, peak memory and what came."""
     fork = multiprocessing.get_context("fork")  # the imports take longer than the work
@@ -203,22 +180,26 @@ def measure(side: str, urls: list[str], num_threads: int = NUM_THREADS) -> dict[
 
 
 def _fetch_all(side: str, urls: list[str], num_threads: int, sender: Any) -> None:
+    settings: dict[str, Any] = {
+        "timeout": 300,
+        "retries": 0,
+        "user_agent_token": "benchmark",
+        "disallowed_header_directives": ["noai"],
+    }
     if side == "img2dataset":
-        for (place, name), function in UNTOUCHED.items():
-            setattr(place, name, function)
-    with tempfile.TemporaryDirectory() as folder:
-        table = pa.table({"url": urls})
-        with pa.OSFile(f"{folder}/list.feather", "wb") as file, pa.ipc.new_file(file, table.schema) as out:
-            out.write_table(table)
-        downloader = img2dataset.downloader.Downloader(
-            _Writer, _Resizer(), num_threads, False, False, folder, ["url"], 300, len(urls), 5, "sha256",
-            None, "jpg", 0, "benchmark", ["noai"],
-        )  # fmt: skip
-        start = time.process_time()
-        downloader.download_shard((0, f"{folder}/list.feather"))
-        seconds = time.process_time() - start
+        _MODULE.download_image = DOWNLOAD_IMAGE  # its other function calls this one
+        fetch, pool = functools.partial(DOWNLOAD_WITH_RETRY, **settings), ThreadPool(num_threads)
+    else:
+        fetch, pool = functools.partial(worker.fetch_in_turn, **settings), worker.pool_of(num_threads, 0)
+    start = time.process_time()
+    with pool:
+        came = list(pool.imap_unordered(fetch, list(enumerate(urls))))
+        pool.terminate()
+        pool.join()
+    seconds = time.process_time() - start
     megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    sender.send({"seconds": seconds, "megabytes": megabytes, "came": _Writer.found})
+    found = {key: error or hashlib.sha256(stream.getvalue()).hexdigest() for key, stream, error in came}
+    sender.send({"seconds": seconds, "megabytes": megabytes, "came": found})
 
 
 def _outcome(text: str) -> str:
@@ -249,7 +230,7 @@ def addresses(case: str, port: int, count: int) -> list[str]:
 def compare(case: str, port: int, count: int, rounds: int) -> dict[str, Any]:
     """Return the record of a case."""
     best = dict.fromkeys(SIDES, float("inf"))
-    came: dict[str, list[dict[str, str]]] = {side: [] for side in SIDES}
+    came: dict[str, list[dict[int, str]]] = {side: [] for side in SIDES}
     for _ in range(rounds):
         for side in SIDES:
             found = measure(side, addresses(case, port, count))
@@ -291,7 +272,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="fetch-") as folder, server(Path(folder)) as (ports, bundle):
         os.environ["SSL_CERT_FILE"] = bundle
         for case in CASES:
-            usual = (1000, 100) if not options.full else (4000, 1000)
+            usual = (2000, 100) if not options.full else (4000, 1000)
             count = options.images or usual[case.startswith("tls")]
             records.append(compare(case, ports[case], count, options.rounds))
             print(line(records[-1]))

@@ -11,18 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from data_prep.download.address import AddressRefusedError, read_address
-from data_prep.download.body import Body, ContentEncodingError, CutOffError, read_body
-from data_prep.download.deadline import TooManyBytesError
-from data_prep.download.hosts import Hosts
-from data_prep.download.opt_out import AGENT, ROBOTS_BYTES, OptedOutError, OptOuts, RobotsTxt, Rules, rules
 from data_prep.download.pool import Later
-from data_prep.download.public_web import (
-    ALLOWED_VARIABLE,
-    HttpStatusError,
-    TooManyRedirectsError,
-    open_public,
-)
 from data_prep.download.reasons import (
     ADDRESS_REFUSED,
     BAD_ANSWER,
@@ -38,6 +27,26 @@ from data_prep.download.reasons import (
     TLS,
     UNREACHABLE,
     may_pass,
+)
+from data_prep.download.web.address import AddressRefusedError
+from data_prep.download.web.address import host_of as host_of_address
+from data_prep.download.web.body import Body, ContentEncodingError, CutOffError, read_body
+from data_prep.download.web.deadline import TooManyBytesError
+from data_prep.download.web.hosts import Hosts
+from data_prep.download.web.opt_out import (
+    AGENT,
+    ROBOTS_BYTES,
+    OptedOutError,
+    OptOuts,
+    RobotsTxt,
+    Rules,
+    rules,
+)
+from data_prep.download.web.public_web import (
+    ALLOWED_VARIABLE,
+    HttpStatusError,
+    TooManyRedirectsError,
+    open_public,
 )
 from data_prep.sources.local_server import HOST, SITE_VARIABLE
 from pipeline.core.records import DropReason
@@ -108,12 +117,7 @@ def fetch_or_wait(
 def host_of(row: tuple[Any, ...]) -> str:
     """Return the host of a row's address; `""` if it is the run's own site, or there is none."""
     site = _own_site()
-    if site and row[1].startswith(site):
-        return ""
-    try:
-        return read_address(row[1]).host
-    except AddressRefusedError:
-        return ""
+    return "" if site and row[1].startswith(site) else host_of_address(row[1])
 
 
 def hosts() -> Hosts:
@@ -230,5 +234,5 @@ def shown(address: str) -> str:
     return f"http://{HOST}/{address.removeprefix(site)}" if site and address.startswith(site) else address
 
 
-def _allowed() -> list[str]:
-    return os.environ.get(ALLOWED_VARIABLE, "").split()
+def _allowed() -> tuple[str, ...]:
+    return tuple(os.environ.get(ALLOWED_VARIABLE, "").split())

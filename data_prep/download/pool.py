@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from data_prep.download.hosts import Hosts
+from data_prep.download.web.hosts import Hosts
 
 
 @dataclass(frozen=True, slots=True)

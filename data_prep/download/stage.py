@@ -22,13 +22,13 @@ from data_prep.download import own_images
 from data_prep.download.board import BOARD_VARIABLE, Boards
 from data_prep.download.config import DownloadConfig
 from data_prep.download.earlier import EarlierBuilds, keeps
-from data_prep.download.opt_out import AGENT, OPT_OUT_DIRECTIVES, RULES_VARIABLE, Rules
 from data_prep.download.own_images import OwnImages
 from data_prep.download.pack import KNOWN_SCHEMA, asked_rows, pack
-from data_prep.download.public_web import ALLOWED_VARIABLE
 from data_prep.download.reasons import OF_THE_NETWORK
 from data_prep.download.retry import DownloadTask
 from data_prep.download.watch import Watch
+from data_prep.download.web.opt_out import AGENT, OPT_OUT_DIRECTIVES, RULES_VARIABLE, Rules
+from data_prep.download.web.public_web import ALLOWED_VARIABLE
 from data_prep.sources.local_server import SITE_VARIABLE
 from pipeline.core import store
 from pipeline.core.failures import PARTITION_FAILED, is_of_machine, outage

@@ -39,9 +39,9 @@ import img2dataset.writer  # noqa: E402
 
 from data_prep.download.board import BOARD_VARIABLE, Board, report  # noqa: E402
 from data_prep.download.fetch import fetch_image, fetch_or_wait, host_of, hosts, shown  # noqa: E402
-from data_prep.download.opt_out import rules  # noqa: E402
 from data_prep.download.pool import HostPool, Later  # noqa: E402
 from data_prep.download.resize import UprightResizer  # noqa: E402
+from data_prep.download.web.opt_out import rules  # noqa: E402
 
 # img2dataset hands out twice as many rows as it has threads; the pool has to see all of a shard to put off
 # those of busy hosts.
@@ -69,7 +69,7 @@ def fetch_in_turn(
         return fetch_or_wait(row, timeout, retries, user_agent_token, disallowed_header_directives)
 
 
-def _pool_of(num_threads: int, _: int) -> HostPool:
+def pool_of(num_threads: int, _: int) -> HostPool:
     """Return img2dataset's pool for a shard; its own number is that of the rows that it hands out at once."""
     return HostPool(num_threads, hosts(), host_of, rules().host_connections or num_threads)
 
@@ -79,7 +79,7 @@ def _watched_shard(self: Any, row: Any) -> None:
     global _board
     folder = os.environ.get(BOARD_VARIABLE)
     num_threads = self.thread_count
-    img2dataset.downloader.ThreadPool = functools.partial(_pool_of, num_threads)
+    img2dataset.downloader.ThreadPool = functools.partial(pool_of, num_threads)
     self.thread_count = _ALL_ROWS
     try:
         if folder is None:

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from data_prep.download import connections, public_web
-from data_prep.download.address import AddressRefusedError
-from data_prep.download.body import CutOffError, read_body
-from data_prep.download.connections import Connections
-from data_prep.download.public_web import HttpStatusError, open_public
+from data_prep.download.web import connections, public_web
+from data_prep.download.web.address import AddressRefusedError
+from data_prep.download.web.body import CutOffError, read_body
+from data_prep.download.web.connections import Connections
+from data_prep.download.web.public_web import HttpStatusError, open_public
 
 OK = b"HTTP/1.1 200 OK\r\n"
 ABC = b"Content-Length: 3\r\n\r\nabc"

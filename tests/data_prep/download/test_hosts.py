@@ -2,9 +2,9 @@
 
 import pytest
 
-from data_prep.download import hosts
-from data_prep.download.hosts import Hosts
 from data_prep.download.reasons import CONNECTION, DNS
+from data_prep.download.web import hosts
+from data_prep.download.web.hosts import Hosts
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from data_prep.download.hosts import Hosts
 from data_prep.download.pool import HostPool, Later
+from data_prep.download.web.hosts import Hosts
 
 
 def _host_of(row: tuple[Any, ...]) -> str:

@@ -13,12 +13,13 @@ import pytest
 from PIL import Image
 
 from data_prep.download import fetch
-from data_prep.download.address import Address, read_address, redirected
 from data_prep.download.fetch import fetch_image, fetch_or_wait, host_of, hosts
-from data_prep.download.opt_out import AGENT, OPT_OUT_DIRECTIVES, RULES_VARIABLE, Rules, forbids
 from data_prep.download.pool import HostPool
-from data_prep.download.public_web import ALLOWED_VARIABLE
 from data_prep.download.reasons import may_pass
+from data_prep.download.web.address import Address, read_address, redirected
+from data_prep.download.web.address import host_of as host_of_address
+from data_prep.download.web.opt_out import AGENT, OPT_OUT_DIRECTIVES, RULES_VARIABLE, Rules, forbids
+from data_prep.download.web.public_web import ALLOWED_VARIABLE
 from tests.helpers.encoded_images import encode
 
 JPEG = encode(Image.new("RGB", (9, 6), (200, 30, 30)), "JPEG")
@@ -329,6 +330,20 @@ def test_x_robots_tag(tags: list[str], is_forbidden: bool) -> None:
 )
 def test_hosts_are_asked_for_as_browsers_do(given: str, host: str) -> None:
     assert read_address(given).host == host
+    assert host_of_address(given) == host
+
+
+def test_the_short_way_to_a_host_is_the_long_one() -> None:
+    for given in (
+        "http://A.cn/b",
+        "https://a.cn:8443/b",
+        "http://a.cn",
+        "http://[2606::1]/a",
+        "HTTP://a.cn/",
+    ):
+        assert host_of_address(given) == read_address(given).host
+    assert host_of_address("http://u:p@b.cn/a@c.cn/") == "b.cn"
+    assert host_of_address("ftp://a.cn/") == host_of_address("http://a..cn:x/") == ""
 
 
 def test_a_location_keeps_its_bytes() -> None:

@@ -7,16 +7,27 @@ import http
 import http.client
 import socket
 from collections.abc import Callable
-from typing import Any
+from typing import Any, BinaryIO
 
-from data_prep.download.deadline import AtOnce, Deadline
-from data_prep.download.headers import Headers, read_headers
+from data_prep.download.web.deadline import AtOnce, Deadline
+from data_prep.download.web.headers import Headers, read_headers
 
 # The rest of an answer that nobody wants is read if that spares a new connection.
 _MOST_UNWANTED_BYTES = 16 << 10
 _UNWANTED_SECONDS = 0.1
+_BUFFER_BYTES = 64 << 10
 
 Keep = Callable[[socket.socket], None]
+
+
+class _Source:
+    """What http.client wants of a socket, with a larger buffer."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
+    def makefile(self, mode: str) -> BinaryIO:
+        return self._sock.makefile("rb", _BUFFER_BYTES)
 
 
 class Response(http.client.HTTPResponse):
@@ -26,6 +37,10 @@ class Response(http.client.HTTPResponse):
     keep: Keep
     connection: socket.socket | None = None  # for the next request, if all goes well
     _has_more = False
+
+    def __init__(self, sock: socket.socket) -> None:
+        """Read from a socket, in pieces that most images fit into."""
+        super().__init__(_Source(sock), method="GET")  # type: ignore[arg-type]
 
     def begin(self) -> None:
         """Read the status line and the headers, as http.client does."""
@@ -114,7 +129,7 @@ def get(
     response = None
     try:
         sock.sendall("\r\n".join([*lines, "", ""]).encode("ascii"))
-        response = Response(sock, method="GET")
+        response = Response(sock)
         response.begin()
     except BaseException:
         if response is not None:

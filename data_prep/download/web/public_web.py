@@ -18,11 +18,11 @@ import time
 import urllib.parse
 from collections.abc import Sequence
 
-from data_prep.download.address import Address, AddressRefusedError, read_address, redirected
-from data_prep.download.connections import connections
-from data_prep.download.deadline import Deadline, connect, look_up, secure
-from data_prep.download.opt_out import OptedOutError, OptOuts
-from data_prep.download.response import Response, get
+from data_prep.download.web.address import Address, AddressRefusedError, read_address, redirected
+from data_prep.download.web.connections import connections
+from data_prep.download.web.deadline import Deadline, connect, look_up, secure
+from data_prep.download.web.opt_out import OptedOutError, OptOuts
+from data_prep.download.web.response import Response, get
 from data_prep.sources.local_server import HOST
 from pipeline.core.shard_format import MAX_IMAGE_BYTES
 
@@ -229,5 +229,10 @@ def _ask(hop: Address, headers: dict[str, str], deadline: Deadline, allowed: Seq
 
 
 def _refuse_private(hop: Address, place: Sequence[object], allowed: Sequence[str]) -> None:
-    if not is_public(str(place[0]), allowed):
+    if not _is_public(str(place[0]), tuple(allowed)):
         raise AddressRefusedError(f"{hop.host} is {place[0]}, which is not a public address")
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_public(address: str, allowed: tuple[str, ...]) -> bool:
+    return is_public(address, allowed)

@@ -4,8 +4,8 @@ import io
 import zlib
 from typing import Any
 
-from data_prep.download.deadline import TooManyBytesError
-from data_prep.download.response import Response
+from data_prep.download.web.deadline import TooManyBytesError
+from data_prep.download.web.response import Response
 from pipeline.core.files.image_formats import begins_as_image
 
 _CHUNK_BYTES = 1 << 16

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 
 import protego
 
-from data_prep.download.address import Address
-from data_prep.download.headers import Headers
 from data_prep.download.reasons import OPTED_OUT, ROBOTS_TXT, TDM_RESERVATION
+from data_prep.download.web.address import Address
+from data_prep.download.web.headers import Headers
 from pipeline.core.records import DropReason
 
 RULES_VARIABLE = "CNCLIP_DOWNLOAD_RULES"  # environment variable of the download workers

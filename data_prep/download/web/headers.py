@@ -10,25 +10,33 @@ _MOST_LINES = 100  # http.client's limits
 _MOST_BYTES = 65_536  # of a line
 
 
+# Those that the download or http.client asks for; taking the others apart would be in vain.
+_READ = frozenset(
+    b"connection content-encoding content-length keep-alive location proxy-connection retry-after"
+    b" tdm-reservation transfer-encoding x-robots-tag".split()
+)
+
+
 class Headers:
-    """Names in small letters, each with its values in their order; what no header can be is passed over."""
+    """Those that are read, each with its values in their order; what no header can be is passed over."""
 
     def __init__(self, lines: list[bytes]) -> None:
         self._values: dict[str, list[str]] = {}
         last: list[str] | None = None
         for line in lines:
-            text = line.decode("latin-1")
-            if text[0] in " \t":  # the last one goes on, RFC 9112, 5.2
+            if line[0] in b" \t":  # the last one goes on, RFC 9112, 5.2
                 if last is not None:
-                    last[-1] = f"{last[-1]} {text.strip()}".strip()
+                    last[-1] = f"{last[-1]} {line.decode('latin-1').strip()}".strip()
                 continue
-            name, colon, value = text.partition(":")
-            last = self._values.setdefault(name.strip().lower(), []) if colon else None
-            if last is not None:
-                last.append(value.strip())
+            name, _, value = line.partition(b":")
+            name = name.strip().lower()
+            last = None
+            if name in _READ:
+                last = self._values.setdefault(name.decode("ascii"), [])
+                last.append(value.decode("latin-1").strip())
 
     def get(self, name: str, default: str | None = None) -> str | None:
-        """Return the first value."""
+        """Return the first value of a header; its name in small letters."""
         return self._values.get(name, [default])[0]
 
     def get_all(self, name: str) -> list[str]:
