@@ -201,6 +201,18 @@ def _network_failures(raw: Path, number: int) -> float:
     )
 
 
+def rules_of(config: DownloadConfig, num_processes: int) -> Rules:
+    """Return the rules of each of some processes; what is limited on a machine they share equally."""
+    return Rules(
+        robots_txt=config.robots_txt,
+        tdm_reservation=config.tdm_reservation,
+        retry_after_seconds=config.retry_after_seconds,
+        host_requests_per_second=config.host_requests_per_second / num_processes,
+        host_connections=math.ceil(config.host_connections / num_processes),
+        host_failures=config.host_failures,
+    )
+
+
 @contextlib.contextmanager
 def _downloader(
     config: DownloadConfig,
@@ -210,7 +222,6 @@ def _downloader(
     variables: dict[str, str],
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Start img2dataset on partitions with so many rows."""
-    num_processes = max(1, min(config.processes, len(num_rows)))
     options = {
         "resizer": {
             "short_side_px": config.short_side_px,
@@ -242,14 +253,7 @@ def _downloader(
         "NO_ALBUMENTATIONS_UPDATE": "1",  # otherwise its import looks for updates
         "TQDM_DISABLE": "1",  # no bars in the log
         ALLOWED_VARIABLE: " ".join(config.allowed_networks),
-        RULES_VARIABLE: Rules(
-            robots_txt=config.robots_txt,
-            tdm_reservation=config.tdm_reservation,
-            retry_after_seconds=config.retry_after_seconds,
-            host_requests_per_second=config.host_requests_per_second / num_processes,
-            host_connections=math.ceil(config.host_connections / num_processes),
-            host_failures=config.host_failures,
-        ).to_json(),
+        RULES_VARIABLE: rules_of(config, min(config.processes, len(num_rows))).to_json(),
         **variables,
     }
     with contextlib.ExitStack() as stack:

@@ -2,9 +2,13 @@
 
 import pytest
 
+from data_prep.download.config import DownloadConfig
 from data_prep.download.reasons import CONNECTION, DNS
+from data_prep.download.stage import rules_of
 from data_prep.download.web import hosts
 from data_prep.download.web.hosts import Hosts
+from pipeline.core.config import build
+from pipeline.core.records import ConfigError
 
 
 @pytest.fixture
@@ -114,3 +118,12 @@ def test_hosts_with_nothing_to_remember_are_forgotten(
         clock[0] += 1
     assert len(known._hosts) <= 20
     assert {f"dead{number}.cn" for number in range(5)} < known._hosts.keys()
+
+
+def test_the_processes_of_a_machine_share_its_limits() -> None:
+    found = rules_of(DownloadConfig(host_requests_per_second=30.0, host_connections=10, host_failures=7), 4)
+    assert (found.host_requests_per_second, found.host_connections, found.host_failures) == (7.5, 3, 7)
+    free = rules_of(DownloadConfig(host_requests_per_second=0.0, host_connections=0, host_failures=0), 4)
+    assert (free.host_requests_per_second, free.host_connections, free.host_failures) == (0, 0, 0)
+    with pytest.raises(ConfigError, match="host_connections"):
+        build(DownloadConfig, {"host_connections": -1}, "run.toml")

@@ -4,10 +4,12 @@ import functools
 import gzip
 import http.server
 import io
+import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -279,6 +281,42 @@ def test_only_what_may_pass_is_tried_again(
 ) -> None:
     monkeypatch.setenv(RULES_VARIABLE, Rules(retry_after_seconds=0.2).to_json())
     assert _patiently(server, path)[:2] == (fate, requests)
+
+
+def test_a_host_that_is_not_there_is_asked_a_few_times(
+    server: _Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dead name is looked up once, a dead server asked three times, and a living one is not held up."""
+    monkeypatch.setenv(RULES_VARIABLE, Rules(host_failures=3, retry_after_seconds=1).to_json())
+    looked_up = Counter[str]()
+    getaddrinfo = socket.getaddrinfo
+
+    def look_up(host: str, *arguments: Any, **options: Any) -> Any:
+        if host.endswith(".example"):
+            looked_up[host] += not options.get("flags")
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return getaddrinfo(host, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    places = [
+        f"{base}/{number}.jpg"
+        for number in range(6)
+        for base in ("http://no.example", "http://127.0.0.9:1", f"{server.places['base']}/a.jpg?")
+    ]
+    ask = functools.partial(
+        fetch_or_wait, timeout=5, retries=1, user_agent_token=AGENT,
+        disallowed_header_directives=OPT_OUT_DIRECTIVES,
+    )  # fmt: skip
+    with HostPool(1, hosts(), host_of, most_running=1) as pool:
+        found = {key: error for key, _, error in pool.imap_unordered(ask, list(enumerate(places)))}
+    assert looked_up == {"no.example": 1}
+    names = [found[key] for key in range(0, 18, 3)]
+    assert names[0] == "dns: [Errno -2] Name or service not known"
+    assert set(names[1:]) == {f"dns: no.example failed: {names[0].removeprefix('dns: ')}"}
+    dead = [found[key] for key in range(1, 18, 3)]
+    assert all(str(error).startswith("connection: ") for error in dead)
+    assert sum("127.0.0.9 failed 3 times in a row" in str(error) for error in dead) >= 4
+    assert {found[key] for key in range(2, 18, 3)} == {"http_404: 404"}
 
 
 def test_a_busy_host_is_left_alone_for_as_long_as_it_asks(
