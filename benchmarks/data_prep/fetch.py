@@ -272,7 +272,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="fetch-") as folder, server(Path(folder)) as (ports, bundle):
         os.environ["SSL_CERT_FILE"] = bundle
         for case in CASES:
-            usual = (2000, 100) if not options.full else (4000, 1000)
+            usual = (2000, 300) if not options.full else (4000, 1000)
             count = options.images or usual[case.startswith("tls")]
             records.append(compare(case, ports[case], count, options.rounds))
             print(line(records[-1]))

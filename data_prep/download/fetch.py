@@ -53,6 +53,7 @@ from pipeline.core.records import DropReason
 from pipeline.core.shard_format import MAX_IMAGE_BYTES, too_large
 
 USER_AGENT = f"{AGENT} (https://arxiv.org/abs/2211.01335; image-text research)"
+_NO_NAME = (socket.EAI_NONAME, socket.EAI_NODATA)  # others are faults of the resolver or of this machine
 _AMPERSAND = re.compile(r"&(amp|#38|#x26);", re.IGNORECASE)
 
 
@@ -169,7 +170,7 @@ def _answer(address: str, timeout: float, agent: str, directives: frozenset[str]
         reason = HTTP_404 if error.status in (404, 410) else HTTP_ERROR
         return Answer(None, reason, str(error.status), error.status, error.host, error.retry_after)
     except Exception as error:  # http.client raises many kinds; each is one address that gave nothing
-        is_no_name = isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN
+        is_no_name = isinstance(error, socket.gaierror) and error.errno in _NO_NAME
         return Answer(None, *_fault(error, timeout), is_no_name=is_no_name)
 
 

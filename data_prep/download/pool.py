@@ -54,6 +54,8 @@ class HostPool:
         self._work_is_there = threading.Condition(self._lock)
         self._clock = threading.Condition(self._lock)
         self._room = threading.Condition(self._lock)
+        # Two at least: whoever takes the last but one still sees that a thread waits for room.
+        self._most_results = max(2, num_threads)
         self._is_full = False  # a thread waits for room
         self._results: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
@@ -81,7 +83,7 @@ class HostPool:
             if isinstance(found, BaseException):
                 raise found
             yield found
-            if self._is_full and self._results.qsize() < self._num_threads:
+            if self._is_full and self._results.qsize() < self._most_results:
                 with self._lock:
                     self._is_full = False
                     self._room.notify_all()
@@ -119,7 +121,7 @@ class HostPool:
             if last is not None:
                 self._end(last, found)
             while not self._is_stopped and self._num_left:
-                if self._results.qsize() >= self._num_threads:
+                if self._results.qsize() >= self._most_results:
                     self._is_full = True
                     self._room.wait()
                     continue

@@ -5,9 +5,10 @@ http.client reads status lines, bodies and chunks.
 
 import http
 import http.client
+import io
 import socket
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import Any
 
 from data_prep.download.web.deadline import AtOnce, Deadline
 from data_prep.download.web.headers import Headers, read_headers
@@ -26,7 +27,7 @@ class _Source:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
 
-    def makefile(self, mode: str) -> BinaryIO:
+    def makefile(self, mode: str) -> io.IOBase:
         return self._sock.makefile("rb", _BUFFER_BYTES)
 
 

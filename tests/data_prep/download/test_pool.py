@@ -26,8 +26,11 @@ def test_every_row_is_done_once() -> None:
         pool.terminate()
         pool.join()
     assert sorted(found, key=lambda row: row[1]) == rows
-    with _pool(4) as pool:
-        assert list(pool.imap_unordered(lambda row: row, [])) == []
+    for number in (1, 2, 4):
+        with _pool(number) as pool:
+            assert list(pool.imap_unordered(lambda row: row, [])) == []
+        with _pool(number) as pool:
+            assert len(list(pool.imap_unordered(lambda row: row, rows))) == 2000
 
 
 def test_hosts_take_turns() -> None:
