@@ -35,9 +35,9 @@ class Headers:
                 last = self._values.setdefault(name.decode("ascii"), [])
                 last.append(value.decode("latin-1").strip())
 
-    def get(self, name: str, default: str | None = None) -> str | None:
+    def get(self, name: str) -> str | None:
         """Return the first value of a header; its name in small letters."""
-        return self._values.get(name, [default])[0]
+        return self._values[name][0] if name in self._values else None
 
     def get_all(self, name: str) -> list[str]:
         """Return all values; none if there is no such header."""

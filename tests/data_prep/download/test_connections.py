@@ -2,17 +2,20 @@
 
 import contextlib
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from data_prep.download.web import connections, public_web
+from data_prep.download.web import connections, deadline, public_web
 from data_prep.download.web.address import AddressRefusedError
 from data_prep.download.web.body import CutOffError, read_body
 from data_prep.download.web.connections import Connections
 from data_prep.download.web.public_web import HttpStatusError, open_public
+from tests.data_prep.download.test_deadline import certificate as certificate
 
 OK = b"HTTP/1.1 200 OK\r\n"
 ABC = b"Content-Length: 3\r\n\r\nabc"
@@ -40,9 +43,11 @@ KEPT = ["length", "chunked", "hint", "missing", "missing, chunked"]
 class _Server:
     """Answers requests on each connection, and knows which request came on which."""
 
-    def __init__(self) -> None:
+    def __init__(self, context: ssl.SSLContext | None = None) -> None:
+        self._context = context
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self.base = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        port = self._listener.getsockname()[1]
+        self.base = f"http://127.0.0.1:{port}" if context is None else f"https://localhost:{port}"
         self.asked: list[tuple[int, str]] = []  # connection, path
         self.hangs_up_after = 1 << 30  # requests
         self.drops = False  # a request after the first of a connection
@@ -56,6 +61,8 @@ class _Server:
 
     def _serve(self, number: int, sock: socket.socket) -> None:
         with contextlib.suppress(OSError), sock:
+            if self._context is not None:
+                sock = self._context.wrap_socket(sock, server_side=True)
             for count in range(self.hangs_up_after):
                 request = b""
                 while not request.endswith(b"\r\n\r\n"):
@@ -103,6 +110,21 @@ def test_a_connection_is_used_again_if_its_answer_is_over(server: _Server, path:
         time.sleep(0.3)
     assert server.get("length") == b"abc"
     assert server.asked == [(0, path), (0 if path in KEPT else 1, "length")]
+
+
+def test_connections_of_tls_are_used_again_too(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Connections()
+    monkeypatch.setattr(public_web, "connections", lambda: own)
+    trusting = ssl.create_default_context(cafile=str(certificate))
+    trusting.sslsocket_class = deadline._SSLSocket
+    monkeypatch.setattr(deadline, "_tls", lambda: trusting)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    server = _Server(context)
+    for path in ("length", "chunked", "more", "length", "length"):
+        assert server.get(path) == b"abc"
+    assert [number for number, _ in server.asked] == [0, 0, 0, 1, 1]
+    server.close()
 
 
 def test_an_answer_that_nobody_read_is_not_followed(server: _Server) -> None:
