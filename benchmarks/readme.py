@@ -53,6 +53,18 @@ CLAIMS: dict[str, tuple[str, str]] = {
         "training/feature_cache.py",
     ),
     "features_io": ("write and read 30,000 features: `.npy` against JSON lines", "eval/features_io.py"),
+    "fetch/plain": ("fetch over http, 16 hosts: ours against img2dataset", "data_prep/fetch.py"),
+    "fetch/plain/once": (
+        "fetch over http, a connection an image: ours against img2dataset",
+        "data_prep/fetch.py",
+    ),
+    "fetch/tls": ("fetch over https, 16 hosts: ours against img2dataset", "data_prep/fetch.py"),
+    "fetch/tls/once": (
+        "fetch over https, a connection an image: ours against img2dataset",
+        "data_prep/fetch.py",
+    ),
+    "fetch/memory/http": ("memory of an open http request: ours against img2dataset", "data_prep/fetch.py"),
+    "fetch/memory/https": ("memory of an open https request: ours against img2dataset", "data_prep/fetch.py"),
     "filter_memory": (
         "memory of the text filter by rows: ours against the limit",
         "data_prep/filter_memory.py",

@@ -32,6 +32,16 @@ class DownloadConfig:
     """Longest pause in seconds that a host gets if it asks for one with status 429 or 503 and `Retry-After`.
     If it asks for longer, the address is left for `cnclip retry`.
     """
+    host_requests_per_second: Annotated[float, Ge(0)] = field(default=50.0, metadata=NOT_IN_DIGEST)
+    """Most requests a second to one host, of all processes of a machine; 0 is no limit. Status 429 and 503
+    halve a host's rate, and answers restore it.
+    """
+    host_connections: Annotated[int, Ge(0)] = field(default=32, metadata=NOT_IN_DIGEST)
+    """Most connections to one host, of all processes of a machine, but at least one each; 0 is no limit."""
+    host_failures: Annotated[int, Ge(0)] = field(default=10, metadata=NOT_IN_DIGEST)
+    """Failures in a row (connection, time-out, TLS, status 429 or 503) after which a host is left alone for a
+    minute, then for two, …; its addresses fail meanwhile and are left for `cnclip retry`. 0 is never.
+    """
     robots_txt: bool = field(default=False, metadata=IN_DIGEST_IF_SET)
     """Whether cnclip reads and obeys each host's robots.txt. Off, as in img2dataset: a table's addresses are
     not found by crawling, and it costs one more request for each host.

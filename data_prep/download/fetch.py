@@ -6,22 +6,12 @@ import os
 import re
 import socket
 import ssl
-import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from data_prep.download.address import AddressRefusedError, read_address
-from data_prep.download.body import Body, ContentEncodingError, CutOffError, read_body
-from data_prep.download.deadline import TooManyBytesError
-from data_prep.download.opt_out import AGENT, ROBOTS_BYTES, OptedOutError, OptOuts, RobotsTxt, Rules, rules
-from data_prep.download.public_web import (
-    ALLOWED_VARIABLE,
-    HttpStatusError,
-    TooManyRedirectsError,
-    open_public,
-)
+from data_prep.download.pool import Later
 from data_prep.download.reasons import (
     ADDRESS_REFUSED,
     BAD_ANSWER,
@@ -35,15 +25,35 @@ from data_prep.download.reasons import (
     REDIRECTS,
     TIMEOUT,
     TLS,
+    UNREACHABLE,
     may_pass,
+)
+from data_prep.download.web.address import AddressRefusedError
+from data_prep.download.web.address import host_of as host_of_address
+from data_prep.download.web.body import Body, ContentEncodingError, CutOffError, read_body
+from data_prep.download.web.deadline import TooManyBytesError
+from data_prep.download.web.hosts import Hosts
+from data_prep.download.web.opt_out import (
+    AGENT,
+    ROBOTS_BYTES,
+    OptedOutError,
+    OptOuts,
+    RobotsTxt,
+    Rules,
+    rules,
+)
+from data_prep.download.web.public_web import (
+    ALLOWED_VARIABLE,
+    HttpStatusError,
+    TooManyRedirectsError,
+    open_public,
 )
 from data_prep.sources.local_server import HOST, SITE_VARIABLE
 from pipeline.core.records import DropReason
 from pipeline.core.shard_format import MAX_IMAGE_BYTES, too_large
 
 USER_AGENT = f"{AGENT} (https://arxiv.org/abs/2211.01335; image-text research)"
-# A host that says 429 or 503 and not until when is left alone for so long, in seconds.
-_PAUSE_SECONDS = 1.0
+_NO_NAME = (socket.EAI_NONAME, socket.EAI_NODATA)  # others are faults of the resolver or of this machine
 _AMPERSAND = re.compile(r"&(amp|#38|#x26);", re.IGNORECASE)
 
 
@@ -55,8 +65,9 @@ class Answer:
     reason: DropReason | None = None
     found: str = ""
     status: int | None = None  # of an answer that was no success
-    host: str = ""  # that gave this status
+    host: str = ""  # that was asked last
     retry_after: float | None = None  # seconds that it asked for
+    is_no_name: bool = False  # the host's name has no address
 
     @property
     def error(self) -> str | None:
@@ -75,62 +86,49 @@ def fetch_image(
     return key, answer.body, answer.error
 
 
-def fetch_with_retries(
-    row: tuple[Any, str],
+def fetch_or_wait(
+    row: tuple[Any, ...],
     timeout: float,
     retries: int,
     user_agent_token: str,
     disallowed_header_directives: Iterable[str],
-) -> tuple[Any, Body | None, str | None]:
-    """Return what `fetch_image` does after up to `retries` further tries, as img2dataset's function does.
+) -> tuple[Any, Body | None, str | None] | Later:
+    """Return what `fetch_image` does, or Later if the row is to be asked for again, at most `retries` times.
 
-    Only what may pass is tried again. A host that answers 429 or 503 is left alone by all threads of the
-    process for as long as it asks, at most as long as the run allows; if it asks for longer, the row is left
-    for a later pass.
+    `row` is key, address and, of what Later gave, the tries so far. Only what may pass at once is tried
+    again: no status 404, no opt-out, no name without an address. A host that is given up is not asked, and
+    one that wants a longer pause than the run allows is left for a later pass.
     """
-    key, address = row
-    directives = frozenset(disallowed_header_directives or ())
-    longest = rules().retry_after_seconds
-    for _ in range(retries + 1):
-        _PAUSES.wait(_host_of(address))
-        answer = _ask(address, timeout, user_agent_token, directives)
-        if answer.status in BUSY_STATUSES:
-            asked = _PAUSE_SECONDS if answer.retry_after is None else answer.retry_after
-            _PAUSES.begin(answer.host, min(asked, longest))
-            if asked > longest:
-                break
-        if answer.reason is None or not may_pass(answer.reason, answer.status):
-            break
+    key, address, *rest = row
+    tries = rest[0] if rest else 0
+    if (error := hosts().given_up(host_of(row))) is not None:
+        return key, None, error
+    answer = _ask(address, timeout, user_agent_token, frozenset(disallowed_header_directives or ()))
+    if answer.reason is None or not may_pass(answer.reason, answer.status) or answer.is_no_name:
+        is_worth_it = False
+    elif answer.status in BUSY_STATUSES:
+        is_worth_it = hosts().refused(answer.host, answer.status, answer.retry_after)
+    else:
+        is_worth_it = True
+    if is_worth_it and tries < retries:
+        return Later((key, address, tries + 1))
     return key, answer.body, answer.error
 
 
-class _Pauses:
-    """Hosts that asked to be left alone, and until when (time.monotonic())."""
-
-    def __init__(self) -> None:
-        self._until: dict[str, float] = {}
-        self._lock = threading.Lock()
-
-    def begin(self, host: str, seconds: float) -> None:
-        now = time.monotonic()
-        with self._lock:
-            self._until = {name: until for name, until in self._until.items() if until > now}
-            self._until[host] = max(now + seconds, self._until.get(host, now))
-
-    def wait(self, host: str) -> None:
-        seconds = self._until.get(host, 0.0) - time.monotonic()
-        if seconds > 0:
-            time.sleep(seconds)
+def host_of(row: tuple[Any, ...]) -> str:
+    """Return the host of a row's address; `""` if it is the run's own site, or there is none."""
+    site = _own_site()
+    return "" if site and row[1].startswith(site) else host_of_address(row[1])
 
 
-_PAUSES = _Pauses()
+def hosts() -> Hosts:
+    """Return what this process knows of hosts."""
+    return _hosts(rules())
 
 
-def _host_of(address: str) -> str:
-    try:
-        return read_address(address).host
-    except AddressRefusedError:
-        return ""
+@functools.lru_cache(maxsize=1)
+def _hosts(asked: Rules) -> Hosts:
+    return Hosts(asked.host_requests_per_second, asked.host_failures, asked.retry_after_seconds)
 
 
 def _ask(address: str, timeout: float, agent: str, directives: frozenset[str]) -> Answer:
@@ -146,10 +144,25 @@ def _ask(address: str, timeout: float, agent: str, directives: frozenset[str]) -
 
 
 def _ask_once(address: str, timeout: float, agent: str, directives: frozenset[str]) -> Answer:
+    asked: list[str] = []
+    answer = _answer(address, timeout, agent, directives, asked)
+    for host in asked[:-1]:
+        hosts().answered(host)  # it redirects
+    for host in asked[1:]:
+        hosts().ask(host, time.monotonic(), may_wait=False)  # the pool has taken the first one's token
+    if asked:
+        if answer.reason in UNREACHABLE:
+            hosts().failed(asked[-1], answer.reason, answer.found, is_no_name=answer.is_no_name)
+        elif answer.status not in BUSY_STATUSES:
+            hosts().answered(asked[-1])
+    return answer
+
+
+def _answer(address: str, timeout: float, agent: str, directives: frozenset[str], asked: list[str]) -> Answer:
     try:
         headers = {"User-Agent": USER_AGENT}
         opt_outs = _opt_outs(agent, directives, rules())
-        with open_public(address, headers, timeout, _allowed(), _own_site(), opt_outs) as response:
+        with open_public(address, headers, timeout, _allowed(), _own_site(), opt_outs, asked) as response:
             body = read_body(response, MAX_IMAGE_BYTES)
         body.address = address
         return Answer(body)
@@ -157,7 +170,8 @@ def _ask_once(address: str, timeout: float, agent: str, directives: frozenset[st
         reason = HTTP_404 if error.status in (404, 410) else HTTP_ERROR
         return Answer(None, reason, str(error.status), error.status, error.host, error.retry_after)
     except Exception as error:  # http.client raises many kinds; each is one address that gave nothing
-        return Answer(None, *_fault(error, timeout))
+        is_no_name = isinstance(error, socket.gaierror) and error.errno in _NO_NAME
+        return Answer(None, *_fault(error, timeout), is_no_name=is_no_name)
 
 
 def _fault(error: Exception, timeout: float) -> tuple[DropReason, str]:
@@ -221,5 +235,5 @@ def shown(address: str) -> str:
     return f"http://{HOST}/{address.removeprefix(site)}" if site and address.startswith(site) else address
 
 
-def _allowed() -> list[str]:
-    return os.environ.get(ALLOWED_VARIABLE, "").split()
+def _allowed() -> tuple[str, ...]:
+    return tuple(os.environ.get(ALLOWED_VARIABLE, "").split())

@@ -24,6 +24,8 @@ LOST_BY_DOWNLOADER = DropReason("lost_by_downloader")
 PASSING = (TIMEOUT, CONNECTION, DNS, TLS, LOST_BY_DOWNLOADER, PARTITION_FAILED)
 # What an outage of the network looks like.
 OF_THE_NETWORK = (CONNECTION, DNS, TIMEOUT)
+# What a host gives that is not there.
+UNREACHABLE = (*OF_THE_NETWORK, TLS)
 # Request timeout, too early, too many requests (RFC 9110, RFC 8470, RFC 6585), and the server's own errors.
 PASSING_STATUSES = (408, 425, 429)
 SERVER_ERRORS_FROM = 500

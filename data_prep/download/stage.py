@@ -7,12 +7,13 @@ the bytes are reproducible: the downloaded images are a snapshot of the web.
 
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
 from pathlib import Path
 
 import polars as pl
@@ -21,13 +22,13 @@ from data_prep.download import own_images
 from data_prep.download.board import BOARD_VARIABLE, Boards
 from data_prep.download.config import DownloadConfig
 from data_prep.download.earlier import EarlierBuilds, keeps
-from data_prep.download.opt_out import AGENT, OPT_OUT_DIRECTIVES, RULES_VARIABLE, Rules
 from data_prep.download.own_images import OwnImages
 from data_prep.download.pack import KNOWN_SCHEMA, asked_rows, pack
-from data_prep.download.public_web import ALLOWED_VARIABLE
 from data_prep.download.reasons import OF_THE_NETWORK
 from data_prep.download.retry import DownloadTask
 from data_prep.download.watch import Watch
+from data_prep.download.web.opt_out import AGENT, OPT_OUT_DIRECTIVES, RULES_VARIABLE, Rules
+from data_prep.download.web.public_web import ALLOWED_VARIABLE
 from data_prep.sources.local_server import SITE_VARIABLE
 from pipeline.core import store
 from pipeline.core.failures import PARTITION_FAILED, is_of_machine, outage
@@ -127,7 +128,7 @@ def _download(
             BOARD_VARIABLE: str(boards.folder),
             SITE_VARIABLE: (own.site or "").removeprefix("http://"),
         }
-        with _downloader(config, raw, log, max(counts.values()), variables) as process:
+        with _downloader(config, raw, log, counts.values(), variables) as process:
             watch = Watch(context.path(), config.stall_seconds, raw, log, process, boards)
             done = 0
             suspects: list[tuple[Task, int]] = []  # an outage may have begun in them: the next one decides
@@ -200,14 +201,27 @@ def _network_failures(raw: Path, number: int) -> float:
     )
 
 
+def rules_of(config: DownloadConfig, num_processes: int) -> Rules:
+    """Return the rules of each of some processes; what is limited on a machine they share equally."""
+    return Rules(
+        robots_txt=config.robots_txt,
+        tdm_reservation=config.tdm_reservation,
+        retry_after_seconds=config.retry_after_seconds,
+        host_requests_per_second=config.host_requests_per_second / num_processes,
+        host_connections=math.ceil(config.host_connections / num_processes),
+        host_failures=config.host_failures,
+    )
+
+
 @contextlib.contextmanager
 def _downloader(
     config: DownloadConfig,
     raw: Path,
     log_path: str,
-    max_rows: int,
+    num_rows: Collection[int],
     variables: dict[str, str],
 ) -> Iterator[subprocess.Popen[bytes]]:
+    """Start img2dataset on partitions with so many rows."""
     options = {
         "resizer": {
             "short_side_px": config.short_side_px,
@@ -221,7 +235,7 @@ def _downloader(
         "save_additional_columns": ["sample_key"],
         "output_format": "webdataset",
         "output_folder": str(raw / "shards"),
-        "number_sample_per_shard": max(max_rows, 2),
+        "number_sample_per_shard": max(*num_rows, 2),
         "processes_count": config.processes,
         "thread_count": config.threads,
         "timeout": config.timeout_seconds,
@@ -239,11 +253,7 @@ def _downloader(
         "NO_ALBUMENTATIONS_UPDATE": "1",  # otherwise its import looks for updates
         "TQDM_DISABLE": "1",  # no bars in the log
         ALLOWED_VARIABLE: " ".join(config.allowed_networks),
-        RULES_VARIABLE: Rules(
-            robots_txt=config.robots_txt,
-            tdm_reservation=config.tdm_reservation,
-            retry_after_seconds=config.retry_after_seconds,
-        ).to_json(),
+        RULES_VARIABLE: rules_of(config, min(config.processes, len(num_rows))).to_json(),
         **variables,
     }
     with contextlib.ExitStack() as stack:

@@ -9,6 +9,7 @@ import functools
 import importlib
 import json
 import os
+import resource
 import sys
 import types
 from collections.abc import Callable
@@ -37,8 +38,14 @@ import img2dataset.downloader  # noqa: E402
 import img2dataset.writer  # noqa: E402
 
 from data_prep.download.board import BOARD_VARIABLE, Board, report  # noqa: E402
-from data_prep.download.fetch import fetch_image, fetch_with_retries, shown  # noqa: E402
+from data_prep.download.fetch import fetch_image, fetch_or_wait, host_of, hosts, shown  # noqa: E402
+from data_prep.download.pool import HostPool, Later  # noqa: E402
 from data_prep.download.resize import UprightResizer  # noqa: E402
+from data_prep.download.web.opt_out import rules  # noqa: E402
+
+# img2dataset hands out twice as many rows as it has threads; the pool has to see all of a shard to put off
+# those of busy hosts.
+_ALL_ROWS = 1 << 40
 
 _board: Board | None = None  # of this process, after its first shard
 
@@ -54,24 +61,32 @@ def fetch(
     return fetch_image(key, address, timeout, user_agent_token, disallowed_header_directives)
 
 
-def fetch_patiently(
+def fetch_in_turn(
     row: Any, timeout: float, retries: int, user_agent_token: str, disallowed_header_directives: Any
-) -> tuple[Any, ...]:
-    """Fetch as img2dataset's `download_image_with_retry`; only what may pass is tried again."""
+) -> tuple[Any, ...] | Later:
+    """Fetch as img2dataset's `download_image_with_retry`, for a pool that gives `Later` again."""
     with _board.open(shown(row[1])) if _board is not None else contextlib.nullcontext():
-        return fetch_with_retries(row, timeout, retries, user_agent_token, disallowed_header_directives)
+        return fetch_or_wait(row, timeout, retries, user_agent_token, disallowed_header_directives)
+
+
+def pool_of(num_threads: int, _: int) -> HostPool:
+    """Return img2dataset's pool for a shard; its own number is that of the rows that it hands out at once."""
+    return HostPool(num_threads, hosts(), host_of, rules().host_connections or num_threads)
 
 
 def _watched_shard(self: Any, row: Any) -> None:
     """Download a shard as img2dataset does, with a board that reports what this process is doing."""
     global _board
     folder = os.environ.get(BOARD_VARIABLE)
-    if folder is None:
-        _download_shard(self, row)
-        return
+    num_threads = self.thread_count
+    img2dataset.downloader.ThreadPool = functools.partial(pool_of, num_threads)
+    self.thread_count = _ALL_ROWS
     try:
+        if folder is None:
+            _download_shard(self, row)
+            return
         if _board is None:
-            _board = Board(folder, self.thread_count)
+            _board = Board(folder, num_threads)
         board = _board
         resizer = self.resizer
 
@@ -87,8 +102,11 @@ def _watched_shard(self: Any, row: Any) -> None:
             self.resizer = resizer
             board.end_shard()
     except OSError as error:
-        report(folder, error)
+        if folder is not None:
+            report(folder, error)
         raise
+    finally:
+        self.thread_count = num_threads
 
 
 def _reporting(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -108,7 +126,7 @@ def _reporting(method: Callable[..., Any]) -> Callable[..., Any]:
 
 # Both: none of img2dataset's own requests, which ask for any address, is ever to be made.
 img2dataset.downloader.download_image = fetch
-img2dataset.downloader.download_image_with_retry = fetch_patiently
+img2dataset.downloader.download_image_with_retry = fetch_in_turn
 _download_shard = img2dataset.downloader.Downloader.download_shard
 img2dataset.downloader.Downloader.download_shard = _watched_shard
 _Writer = img2dataset.writer.WebDatasetSampleWriter
@@ -116,10 +134,18 @@ for _name in ("__init__", "write", "close"):
     setattr(_Writer, _name, _reporting(getattr(_Writer, _name)))
 
 
+def _raise_file_limit() -> None:
+    """Allow as many connections as the machine does; the usual 1,024 files are too few for them."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # some machines promise more than they give
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def main() -> None:
     """Read the options that `data_prep.download.stage` wrote and download."""
     with open(sys.argv[1], encoding="utf-8") as file:
         options = json.load(file)
+    _raise_file_limit()
     resizer = UprightResizer(**options.pop("resizer"))
     program = importlib.import_module("img2dataset.main")  # the package hides it behind a function
     program.Resizer = lambda **_: resizer  # type: ignore[attr-defined]

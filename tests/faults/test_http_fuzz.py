@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from data_prep.download.fetch import fetch_image
-from data_prep.download.public_web import ALLOWED_VARIABLE
+from data_prep.download.web.public_web import ALLOWED_VARIABLE
 from pipeline.core.shard_format import MAX_IMAGE_BYTES
 from tests.helpers.mutations import mutate
 

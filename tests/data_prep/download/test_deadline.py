@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from data_prep.download import deadline
-from data_prep.download.deadline import Deadline, look_up
-from data_prep.download.public_web import open_public
+from data_prep.download.web import deadline
+from data_prep.download.web.deadline import Deadline, look_up
+from data_prep.download.web.public_web import open_public
 
 TIMEOUT_SECONDS, MOST_SECONDS = 1.0, 4.0  # a busy machine is late
 Server = Callable[[socket.socket], None]
@@ -269,7 +269,7 @@ def test_each_address_of_a_name_has_its_share(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_hung_look_up_does_not_keep_the_process() -> None:
     code = (
-        "import socket, threading; from data_prep.download import deadline\n"
+        "import socket, threading; from data_prep.download.web import deadline\n"
         "socket.getaddrinfo = lambda host, *a, flags=0, **k: (_ for _ in ()).throw(socket.gaierror) if flags"
         " else threading.Event().wait()\n"
         "try: deadline.look_up('slow.example', 80, deadline.Deadline(0.1, 0))\n"

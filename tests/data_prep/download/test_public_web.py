@@ -15,11 +15,11 @@ import polars as pl
 import pytest
 
 from data_prep.download import stage as download
-from data_prep.download.address import AddressRefusedError
 from data_prep.download.config import DownloadConfig
 from data_prep.download.fetch import fetch_image
-from data_prep.download.opt_out import OPT_OUT_DIRECTIVES
-from data_prep.download.public_web import ALLOWED_VARIABLE, is_public, open_public
+from data_prep.download.web.address import AddressRefusedError
+from data_prep.download.web.opt_out import OPT_OUT_DIRECTIVES
+from data_prep.download.web.public_web import ALLOWED_VARIABLE, is_public, open_public
 from data_prep.formats.keys import with_key
 from data_prep.formats.parquet import write_table
 from pipeline.core.config import build

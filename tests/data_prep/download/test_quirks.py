@@ -4,20 +4,24 @@ import functools
 import gzip
 import http.server
 import io
+import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from data_prep.download import fetch
-from data_prep.download.address import Address, read_address, redirected
-from data_prep.download.fetch import fetch_image, fetch_with_retries
-from data_prep.download.opt_out import AGENT, OPT_OUT_DIRECTIVES, RULES_VARIABLE, Rules, forbids
-from data_prep.download.public_web import ALLOWED_VARIABLE
+from data_prep.download.fetch import fetch_image, fetch_or_wait, host_of, hosts
+from data_prep.download.pool import HostPool
 from data_prep.download.reasons import may_pass
+from data_prep.download.web.address import Address, read_address, redirected
+from data_prep.download.web.address import host_of as host_of_address
+from data_prep.download.web.opt_out import AGENT, OPT_OUT_DIRECTIVES, RULES_VARIABLE, Rules, forbids
+from data_prep.download.web.public_web import ALLOWED_VARIABLE
 from tests.helpers.encoded_images import encode
 
 JPEG = encode(Image.new("RGB", (9, 6), (200, 30, 30)), "JPEG")
@@ -165,7 +169,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Server]:
     monkeypatch.setenv(ALLOWED_VARIABLE, "127.0.0.0/8")
-    monkeypatch.setattr(fetch, "_PAUSES", fetch._Pauses())
+    fetch._hosts.cache_clear()
     fetch._robots_txt.cache_clear()
     with _Server() as running:
         threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -249,8 +253,12 @@ def test_a_host_without_a_readable_robots_txt(
 def _patiently(server: _Server, path: str, retries: int = 1) -> tuple[str, int, float]:
     """Return the fate of an address with further tries, the requests that it took, and the seconds."""
     start = time.monotonic()
-    row = (0, server.places["base"] + path)
-    _, body, error = fetch_with_retries(row, 5, retries, AGENT, OPT_OUT_DIRECTIVES)
+    ask = functools.partial(
+        fetch_or_wait, timeout=5, retries=retries, user_agent_token=AGENT,
+        disallowed_header_directives=OPT_OUT_DIRECTIVES,
+    )  # fmt: skip
+    with HostPool(2, hosts(), host_of, most_running=2) as pool:
+        [(_, body, error)] = pool.imap_unordered(ask, [(0, server.places["base"] + path)])
     return error or ("kept" if body else ""), server.asked[path], time.monotonic() - start
 
 
@@ -273,6 +281,42 @@ def test_only_what_may_pass_is_tried_again(
 ) -> None:
     monkeypatch.setenv(RULES_VARIABLE, Rules(retry_after_seconds=0.2).to_json())
     assert _patiently(server, path)[:2] == (fate, requests)
+
+
+def test_a_host_that_is_not_there_is_asked_a_few_times(
+    server: _Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dead name is looked up once, a dead server asked three times, and a living one is not held up."""
+    monkeypatch.setenv(RULES_VARIABLE, Rules(host_failures=3, retry_after_seconds=1).to_json())
+    looked_up = Counter[str]()
+    getaddrinfo = socket.getaddrinfo
+
+    def look_up(host: str, *arguments: Any, **options: Any) -> Any:
+        if host.endswith(".example"):
+            looked_up[host] += not options.get("flags")
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return getaddrinfo(host, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    places = [
+        f"{base}/{number}.jpg"
+        for number in range(6)
+        for base in ("http://no.example", "http://127.0.0.9:1", f"{server.places['base']}/a.jpg?")
+    ]
+    ask = functools.partial(
+        fetch_or_wait, timeout=5, retries=1, user_agent_token=AGENT,
+        disallowed_header_directives=OPT_OUT_DIRECTIVES,
+    )  # fmt: skip
+    with HostPool(1, hosts(), host_of, most_running=1) as pool:
+        found = {key: error for key, _, error in pool.imap_unordered(ask, list(enumerate(places)))}
+    assert looked_up == {"no.example": 1}
+    names = [found[key] for key in range(0, 18, 3)]
+    assert names[0] == "dns: [Errno -2] Name or service not known"
+    assert set(names[1:]) == {f"dns: no.example failed: {names[0].removeprefix('dns: ')}"}
+    dead = [found[key] for key in range(1, 18, 3)]
+    assert all(str(error).startswith("connection: ") for error in dead)
+    assert sum("127.0.0.9 failed 3 times in a row" in str(error) for error in dead) >= 4
+    assert {found[key] for key in range(2, 18, 3)} == {"http_404: 404"}
 
 
 def test_a_busy_host_is_left_alone_for_as_long_as_it_asks(
@@ -324,6 +368,20 @@ def test_x_robots_tag(tags: list[str], is_forbidden: bool) -> None:
 )
 def test_hosts_are_asked_for_as_browsers_do(given: str, host: str) -> None:
     assert read_address(given).host == host
+    assert host_of_address(given) == host
+
+
+def test_the_short_way_to_a_host_is_the_long_one() -> None:
+    for given in (
+        "http://A.cn/b",
+        "https://a.cn:8443/b",
+        "http://a.cn",
+        "http://[2606::1]/a",
+        "HTTP://a.cn/",
+    ):
+        assert host_of_address(given) == read_address(given).host
+    assert host_of_address("http://u:p@b.cn/a@c.cn/") == "b.cn"
+    assert host_of_address("ftp://a.cn/") == host_of_address("http://a..cn:x/") == ""
 
 
 def test_a_location_keeps_its_bytes() -> None:

@@ -15,6 +15,7 @@ from data_prep.sources.local_server import HOST
 
 _PORTS = {"http": 80, "https": 443}
 _HOST = re.compile(r"[0-9A-Za-z_~!$&'()*+,;=:.-]{1,253}")
+_PLAIN = re.compile(r"https?://([0-9A-Za-z.-]+)(?::[0-9]+)?/")
 _LONGEST_LABEL = 63  # RFC 1035, 2.3.4
 _BEFORE_QUERY = re.compile(r"[^?#]*")
 
@@ -65,6 +66,16 @@ def read_address(address: str) -> Address:
     if host.rstrip(".") == HOST:
         raise AddressRefusedError(f"{address[:80]}: is of a run's own images, which no table can ask for")
     return Address(scheme, host, port or _PORTS[scheme], path + query, address)
+
+
+def host_of(address: str) -> str:
+    """Return the host of an address as `read_address` does; `""` if it is no address."""
+    if (plain := _PLAIN.match(address)) is not None:
+        return plain[1].lower()
+    try:
+        return read_address(address).host
+    except AddressRefusedError:
+        return ""
 
 
 def redirected(hop: Address, location: str) -> str:

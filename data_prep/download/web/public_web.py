@@ -7,17 +7,22 @@ because behind one it could not check the address. One deadline covers the whole
 """
 
 import bisect
+import contextlib
 import email.utils
+import functools
 import http.client
 import ipaddress
+import ssl
 import string
 import time
 import urllib.parse
 from collections.abc import Sequence
 
-from data_prep.download.address import Address, AddressRefusedError, read_address, redirected
-from data_prep.download.deadline import Deadline, connect, get, look_up, secure
-from data_prep.download.opt_out import OptedOutError, OptOuts
+from data_prep.download.web.address import Address, AddressRefusedError, read_address, redirected
+from data_prep.download.web.connections import connections
+from data_prep.download.web.deadline import Deadline, connect, look_up, secure
+from data_prep.download.web.opt_out import OptedOutError, OptOuts
+from data_prep.download.web.response import Response, get
 from data_prep.sources.local_server import HOST
 from pipeline.core.shard_format import MAX_IMAGE_BYTES
 
@@ -135,11 +140,13 @@ def open_public(
     allowed: Sequence[str] = (),
     own_site: str = "",
     opt_outs: OptOuts | None = None,
-) -> http.client.HTTPResponse:
+    asked: list[str] | None = None,
+) -> Response:
     """GET an address, following redirects; return the response, a context manager.
 
     `timeout` in seconds is for the whole request: look-ups, all hops, and reading the response. An address
     that begins with `own_site` goes to the run's own server, and redirects to or from it are refused.
+    `asked` gets the hosts of the hops, each before it is asked.
 
     Raises:
         AddressRefusedError: if a hop is not of the public web.
@@ -157,10 +164,12 @@ def open_public(
         return _successful(get(sock, HOST, target, headers), HOST, opt_outs)
     for _ in range(MAX_REDIRECTS + 1):
         hop = read_address(address)
+        if asked is not None:
+            asked.append(hop.host)
         if opt_outs is not None:
             opt_outs.before(hop, deadline.left())
         response = _ask(hop, headers, deadline, allowed)
-        location = response.headers.get("Location")
+        location = response.headers.get("location")
         if response.status not in _REDIRECTS or not location:
             return _successful(response, hop.host, opt_outs)
         _look_at(response, opt_outs)
@@ -169,17 +178,15 @@ def open_public(
     raise TooManyRedirectsError(f"more than {MAX_REDIRECTS} redirects")
 
 
-def _successful(
-    response: http.client.HTTPResponse, host: str, opt_outs: OptOuts | None
-) -> http.client.HTTPResponse:
+def _successful(response: Response, host: str, opt_outs: OptOuts | None) -> Response:
     if 200 <= response.status < 300:
         _look_at(response, opt_outs)
         return response
     response.close()
-    raise HttpStatusError(response.status, host, _seconds_until(response.headers.get("Retry-After", "")))
+    raise HttpStatusError(response.status, host, _seconds_until(response.headers.get("retry-after") or ""))
 
 
-def _look_at(response: http.client.HTTPResponse, opt_outs: OptOuts | None) -> None:
+def _look_at(response: Response, opt_outs: OptOuts | None) -> None:
     if opt_outs is None:
         return
     try:
@@ -200,14 +207,32 @@ def _seconds_until(when: str) -> float | None:
         return None
 
 
-def _ask(
-    hop: Address, headers: dict[str, str], deadline: Deadline, allowed: Sequence[str]
-) -> http.client.HTTPResponse:
+# What a request meets on a connection that the server closed while nobody used it.
+_CLOSED_BEFORE = (ConnectionError, http.client.BadStatusLine, ssl.SSLEOFError, ssl.SSLZeroReturnError)
+
+
+def _ask(hop: Address, headers: dict[str, str], deadline: Deadline, allowed: Sequence[str]) -> Response:
+    origin = (hop.scheme, hop.host, hop.port)
+    keep = functools.partial(connections().keep, origin)
+    if (sock := connections().take(origin)) is not None:
+        with contextlib.suppress(*_CLOSED_BEFORE):
+            _refuse_private(hop, sock.getpeername(), allowed)
+            sock.deadline = deadline  # type: ignore[attr-defined]
+            return get(sock, hop.host_header, hop.target, headers, keep)
     places = look_up(hop.host, hop.port, deadline)
     for *_, place in places:
-        if not is_public(str(place[0]), allowed):
-            raise AddressRefusedError(f"{hop.host} is {place[0]}, which is not a public address")
+        _refuse_private(hop, place, allowed)
     sock = connect(places, deadline)
     if hop.scheme == "https":
         sock = secure(sock, hop.host, deadline)
-    return get(sock, hop.host_header, hop.target, headers)
+    return get(sock, hop.host_header, hop.target, headers, keep)
+
+
+def _refuse_private(hop: Address, place: Sequence[object], allowed: Sequence[str]) -> None:
+    if not _is_public(str(place[0]), tuple(allowed)):
+        raise AddressRefusedError(f"{hop.host} is {place[0]}, which is not a public address")
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_public(address: str, allowed: tuple[str, ...]) -> bool:
+    return is_public(address, allowed)

@@ -1,11 +1,11 @@
 """Reads what an answer holds, with a limit, and unpacks what its server packed without being asked to."""
 
-import http.client
 import io
 import zlib
 from typing import Any
 
-from data_prep.download.deadline import TooManyBytesError
+from data_prep.download.web.deadline import TooManyBytesError
+from data_prep.download.web.response import Response
 from pipeline.core.files.image_formats import begins_as_image
 
 _CHUNK_BYTES = 1 << 16
@@ -70,7 +70,7 @@ def _begins_packed(chunk: bytes) -> bool:
     return chunk.startswith(b"\x1f\x8b") or is_zlib
 
 
-def read_body(response: http.client.HTTPResponse, most: int, *, is_start_enough: bool = False) -> Body:
+def read_body(response: Response, most: int, *, is_start_enough: bool = False) -> Body:
     """Return a response's content, unpacked; if so asked, only its start if it has more than `most` bytes.
 
     Raises:
@@ -78,7 +78,7 @@ def read_body(response: http.client.HTTPResponse, most: int, *, is_start_enough:
         CutOffError: if it ends too early.
         ContentEncodingError: if it is packed in a way that cannot be read.
     """
-    named = ",".join(response.headers.get_all("Content-Encoding", []))
+    named = ",".join(response.headers.get_all("content-encoding"))
     content = _Content([name.strip().lower() for name in named.split(",")])
     body = Body()
     while chunk := response.read1(_CHUNK_BYTES):
@@ -87,7 +87,7 @@ def read_body(response: http.client.HTTPResponse, most: int, *, is_start_enough:
             if is_start_enough:
                 return body
             raise TooManyBytesError("more bytes than an answer may have")
-    promised = response.headers.get("Content-Length", "")
+    promised = response.headers.get("content-length") or ""
     if promised.isascii() and promised.isdigit() and content.num_received < int(promised[:20]):
         raise CutOffError(f"{content.num_received} of {promised[:20]} bytes")
     if not content.is_whole:

@@ -11,12 +11,12 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from email.message import Message
 
 import protego
 
-from data_prep.download.address import Address
 from data_prep.download.reasons import OPTED_OUT, ROBOTS_TXT, TDM_RESERVATION
+from data_prep.download.web.address import Address
+from data_prep.download.web.headers import Headers
 from pipeline.core.records import DropReason
 
 RULES_VARIABLE = "CNCLIP_DOWNLOAD_RULES"  # environment variable of the download workers
@@ -40,11 +40,14 @@ class OptedOutError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What a run asks of owners beside X-Robots-Tag, and how long it waits for busy hosts."""
+    """What a run asks of owners next to X-Robots-Tag, and how a process treats hosts; 0 is no limit."""
 
     robots_txt: bool = False
     tdm_reservation: bool = False
     retry_after_seconds: float = 0.0
+    host_requests_per_second: float = 0.0
+    host_connections: int = 0
+    host_failures: int = 0
 
     def to_json(self) -> str:
         """Return the value of RULES_VARIABLE."""
@@ -96,12 +99,12 @@ class OptOuts:
         if self.robots is not None and not self.robots.allows(hop, self.agent, seconds):
             raise OptedOutError(ROBOTS_TXT, f"of {hop.host_header}")
 
-    def after(self, headers: Message) -> None:
+    def after(self, headers: Headers) -> None:
         """Look at the headers of an answer; OptedOutError if they forbid its use."""
-        if forbids(headers.get_all("X-Robots-Tag", []), self.agent, self.directives):
+        if forbids(headers.get_all("x-robots-tag"), self.agent, self.directives):
             raise OptedOutError(OPTED_OUT, "X-Robots-Tag")
         # TDM Reservation Protocol, W3C community group, 5.1: 1 reserves the rights, 0 gives them.
-        if self.reads_tdm and "1" in (value.strip() for value in headers.get_all("TDM-Reservation", [])):
+        if self.reads_tdm and "1" in (value.strip() for value in headers.get_all("tdm-reservation")):
             raise OptedOutError(TDM_RESERVATION, "TDM-Reservation")
 
 

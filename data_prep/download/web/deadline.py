@@ -6,9 +6,8 @@ received more bytes than any answer may have.
 """
 
 import contextlib
+import errno
 import functools
-import http
-import http.client
 import queue
 import socket
 import ssl
@@ -20,7 +19,6 @@ from typing import Any
 # Concurrent look-ups in a process: getaddrinfo takes no time limit, and a resolver that never answers must
 # not leave a thread behind for every row.
 _MAX_LOOKUPS = 64
-_LONGEST_INTERIM = 64  # header lines of one interim response; http.client itself limits a final one
 
 Places = Sequence[tuple[Any, ...]]  # as getaddrinfo gives them
 
@@ -55,6 +53,19 @@ class Deadline:
         return num_bytes
 
 
+class AtOnce(Deadline):
+    """Lets a socket give only what has come already."""
+
+    def __init__(self) -> None:
+        super().__init__(0.0, 0)
+
+    def left(self) -> float:
+        return 0.0
+
+    def take_in(self, num_bytes: int) -> int:
+        return num_bytes
+
+
 class _Socket(socket.socket):
     deadline: Deadline
 
@@ -73,46 +84,14 @@ class _SSLSocket(ssl.SSLSocket):
     def recv_into(self, *arguments: Any) -> int:
         # OpenSSL reads whole records; CPython gives it the timeout for all of one call.
         self.settimeout(self.deadline.left())
-        return self.deadline.take_in(super().recv_into(*arguments))
+        try:
+            return self.deadline.take_in(super().recv_into(*arguments))
+        except ssl.SSLWantReadError:  # only with `AtOnce`
+            raise BlockingIOError(errno.EAGAIN, "nothing has come") from None
 
     def send(self, *arguments: Any) -> int:
         self.settimeout(self.deadline.left())
         return super().send(*arguments)
-
-
-class _Response(http.client.HTTPResponse):
-    """Skips any interim response (102, 103 Early Hints); http.client skips only 100."""
-
-    def _read_status(self) -> tuple[str, int, str]:
-        while True:
-            version, status, reason = super()._read_status()  # type: ignore[misc]
-            if not 100 < status < 200 or status == http.HTTPStatus.SWITCHING_PROTOCOLS:
-                return version, status, reason
-            for _ in range(_LONGEST_INTERIM):
-                if self.fp.readline(65537) in (b"\r\n", b"\n", b""):
-                    break
-            else:
-                raise http.client.HTTPException(
-                    f"more than {_LONGEST_INTERIM} headers in an interim response"
-                )
-
-
-class _Connection(http.client.HTTPConnection):
-    response_class = _Response
-
-
-def get(sock: socket.socket, host: str, target: str, headers: dict[str, str]) -> http.client.HTTPResponse:
-    """Send one GET over a connected socket; the response owns the socket."""
-    connection = _Connection("")
-    connection.sock = sock
-    try:
-        connection.putrequest("GET", target, skip_host=True)
-        for name, value in {"Host": host, **headers, "Connection": "close"}.items():
-            connection.putheader(name, value)
-        connection.endheaders()
-        return connection.getresponse()
-    finally:
-        sock.close()  # the response keeps its own reference
 
 
 def connect(places: Places, deadline: Deadline) -> socket.socket:
