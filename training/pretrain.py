@@ -226,18 +226,21 @@ def make_reader(
     )
 
 
-def start_workers(job: TrainJob, reader: BatchReader, clip: CLIP, most_images: int) -> ImageWorkers:
-    """Start the rank's processes that decode images, in the model's image size; end them with `close`."""
-    config = job.config
-    views = ViewConfig(
+def view_config(job: TrainJob, reader: BatchReader, clip: CLIP) -> ViewConfig:
+    """Return what a job's images become, in the model's image size."""
+    return ViewConfig(
         paths=tuple(shard.path for shard in job.shards),
         image_size_px=clip.config.vision.image_size_px,
-        augment=config.augment,
+        augment=job.config.augment,
         seed=job.seed,
         open_shards=reader.open_shards,
     )
-    pinned = get_accelerator().device_name() == "cuda"
-    return ImageWorkers(config.num_workers, views, most_images=most_images, pinned=pinned)
+
+
+def start_workers(job: TrainJob, reader: BatchReader, clip: CLIP, most_images: int) -> ImageWorkers:
+    """Start the rank's processes that decode images; `close` ends them."""
+    views, pinned = view_config(job, reader, clip), get_accelerator().device_name() == "cuda"
+    return ImageWorkers(job.config.num_workers, views, most_images=most_images, pinned=pinned)
 
 
 def cache_features(

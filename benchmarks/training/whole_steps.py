@@ -134,7 +134,7 @@ def measure(
     make = {"ours": our_training, "peer": peer_training}[side]
     try:
         with contextlib.ExitStack() as opened:
-            source = opened.enter_context(_source(model, batch_size))
+            source = opened.enter_context(made_source(model, batch_size))
             step, optimizer = make(model, kind, device, source, checkpointing, opened)
             losses, times = [], []
             for number in range(WARM_UP + rounds):
@@ -165,7 +165,7 @@ def _timed_inside(step: Callable[[], float], optimizer: Any, device: str) -> flo
 
 
 @contextlib.contextmanager
-def _source(model: str, batch_size: int) -> Iterator[Source]:
+def made_source(model: str, batch_size: int) -> Iterator[Source]:
     """Yield a shard of as many images as a batch has, each step of which is an epoch."""
     config = MODELS[model]
     jpegs = list(itertools.islice(itertools.cycle(draw_jpegs(UNIQUE_IMAGES)), batch_size))
