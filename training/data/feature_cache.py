@@ -159,7 +159,7 @@ def _block(dim: int) -> np.dtype[np.void]:
 
 def _crc32(feature_SD: Float16Array, view: int, block: int) -> int:
     """Return the CRC of the bytes and of their place: features in another's place are damage too."""
-    return zlib.crc32(memoryview(feature_SD), zlib.crc32(f"{view} {block}".encode()))
+    return zlib.crc32(feature_SD.data, zlib.crc32(f"{view} {block}".encode()))
 
 
 def requests(
