@@ -24,6 +24,10 @@ README = RESULTS.parent / "README.md"
 
 # What a record's name (up to "@") claims, and the script that measures it.
 CLAIMS: dict[str, tuple[str, str]] = {
+    "cached_reading": (
+        "a batch of cached features and captions: ours against a loop over samples",
+        "training/cached_reading.py",
+    ),
     "compile_image": (
         "locked image tower: compiled by torch against uncompiled",
         "training/compile_image.py",
@@ -53,6 +57,10 @@ CLAIMS: dict[str, tuple[str, str]] = {
         "training/feature_cache.py",
     ),
     "features_io": ("write and read 30,000 features: `.npy` against JSON lines", "eval/features_io.py"),
+    "feeding": (
+        "JPEG to batch in training: our workers against cn_clip in a DataLoader",
+        "training/feeding.py",
+    ),
     "fetch/plain": ("fetch over http, 16 hosts: ours against img2dataset", "data_prep/fetch.py"),
     "fetch/plain/once": (
         "fetch over http, a connection an image: ours against img2dataset",

@@ -254,7 +254,7 @@ class MetricsLog:
             self._has_complained = True
             self.notice(
                 f"{100 * share:.1f} % of the time of {num_steps} steps went into waiting for data (more than"
-                f" {100 * MOST_DATA_WAIT:g} %): raise threads_per_rank, set cached_views where the image"
+                f" {100 * MOST_DATA_WAIT:g} %): raise workers_per_rank, set cached_views where the image"
                 " tower is locked, or put the shards on a faster disk"
             )
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
-import cv2
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger as deepspeed_logger
@@ -28,12 +27,15 @@ from training.checkpoint.selection import check_sets
 from training.checkpoint.start import agree_on_start
 from training.config.job import TrainJob
 from training.config.train import TrainConfig, check_fits, count_steps
-from training.data.feature_cache import FeatureCache, build, cache_key
-from training.data.loader import BatchReader, Prefetcher, ReaderConfig
+from training.data.feature_cache import FeatureCache, build, cache_key, most_images, requests
+from training.data.feeder import Feeder
+from training.data.image_workers import ImageWorkers
+from training.data.loader import BatchReader, CaptionConfig
 from training.data.patch_mask import make_patch_mask
 from training.data.sampler import SampleOrder
 from training.data.shard_table import check_shards
 from training.data.statements import Statements
+from training.data.views import ViewConfig
 from training.engine.compiler import check_compiler
 from training.engine.engine import build_engine, join_ranks
 from training.engine.precision import autocast, check_precision
@@ -67,7 +69,6 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
     die_with_run()
     deepspeed_logger.setLevel("WARNING")
     torch.set_num_threads(job.config.threads_per_rank)
-    cv2.setNumThreads(1)  # the reader has its own threads
     config, num_samples = job.config, sum(shard.num_samples for shard in job.shards)
     check_sets(config, job.evaluations if validate is not None else (), job.stage)
     total_steps = count_steps(config, num_samples, job.stage)
@@ -123,31 +124,35 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
     for text in start.notices:
         metrics.notice(text)
     first_step = 0 if resumed is None else resumed.step
-    batches = Prefetcher(reader, first_step, total_steps)
+    workers = None
+    if reader.features is None:
+        workers = start_workers(job, reader, clip, order.rank_num_samples(rank, config.ranks))
     engine.train()
-    trainer = Trainer(
-        stage=job.stage,
-        config=config,
-        seed=job.seed,
-        engine=engine,
-        batches=batches,
-        first_step=first_step,
-        best_before=start.best_before,
-        damaged=start.damaged,
-        total_steps=total_steps,
-        num_samples=num_samples,
-        recalls_of=validate,
-        metrics=metrics,
-        stop=stop,
-        watchdog=watchdog,
-        folder=job.folder,
-        identity=identity,
-    )
-    with metrics.tracked():
-        last_step = trainer.train()
-    stop.close()
-    watchdog.alive("writing the model", between_steps=True)
-    batches.close()
+    with Feeder(
+        reader.requests(first_step, total_steps), workers, get_accelerator().current_device_name()
+    ) as batches:
+        trainer = Trainer(
+            stage=job.stage,
+            config=config,
+            seed=job.seed,
+            engine=engine,
+            batches=batches,
+            first_step=first_step,
+            best_before=start.best_before,
+            damaged=start.damaged,
+            total_steps=total_steps,
+            num_samples=num_samples,
+            recalls_of=validate,
+            metrics=metrics,
+            stop=stop,
+            watchdog=watchdog,
+            folder=job.folder,
+            identity=identity,
+        )
+        with metrics.tracked():
+            last_step = trainer.train()
+        stop.close()
+        watchdog.alive("writing the model", between_steps=True)
     best = trainer.selection().best if config.choose == "best" else None
     if last_step < total_steps:
         metrics.notice(
@@ -199,7 +204,7 @@ def sample_order(job: TrainJob) -> SampleOrder:
 def make_reader(
     job: TrainJob, order: SampleOrder, tokenizer: Tokenizer, clip: CLIP, *, lanes: range
 ) -> BatchReader:
-    """Return a reader of the part of a job's batches that these lanes hold, in the model's image size."""
+    """Return a reader of the part of a job's batches that these lanes hold."""
     config, statements = job.config, None
     if config.negation is not None:
         statements = Statements(
@@ -209,19 +214,33 @@ def make_reader(
         job.shards,
         order,
         tokenizer,
-        ReaderConfig(
-            image_size_px=clip.config.vision.image_size_px,
-            augment=config.augment,
-            caption_column=config.caption_column,
+        CaptionConfig(
+            column=config.caption_column,
             context_length=config.context_length,
             token_folder=os.path.join(job.folder, "tokens"),
             seed=job.seed,
-            threads=config.threads_per_rank,
         ),
         lanes=lanes,
         patch_mask=make_patch_mask(config, clip.config, job.stage, job.seed),
         statements=statements,
     )
+
+
+def view_config(job: TrainJob, reader: BatchReader, clip: CLIP) -> ViewConfig:
+    """Return what a job's images become, in the model's image size."""
+    return ViewConfig(
+        paths=tuple(shard.path for shard in job.shards),
+        image_size_px=clip.config.vision.image_size_px,
+        augment=job.config.augment,
+        seed=job.seed,
+        open_shards=reader.open_shards,
+    )
+
+
+def start_workers(job: TrainJob, reader: BatchReader, clip: CLIP, most_images: int) -> ImageWorkers:
+    """Start the rank's processes that decode images; `close` ends them."""
+    views, pinned = view_config(job, reader, clip), get_accelerator().device_name() == "cuda"
+    return ImageWorkers(job.config.num_workers, views, most_images=most_images, pinned=pinned)
 
 
 def cache_features(
@@ -254,7 +273,6 @@ def cache_features(
 
     def encode(image_BCHW: torch.Tensor) -> torch.Tensor:
         watchdog.alive("computing features of the locked tower", between_steps=True)
-        image_BCHW = image_BCHW.to(device)
         with torch.no_grad(), autocast(image_BCHW.device.type, towers.compute_dtype):
             return towers.encode_image(image_BCHW)
 
@@ -264,16 +282,10 @@ def cache_features(
             progress = {"done": done, "total": total, "text": text}
             say(f"@progress {json.dumps(progress)}")
 
-    own = missing[dist.get_rank() :: config.ranks]
-    build(
-        cache,
-        own,
-        lambda shard: job.shards[shard].num_samples,
-        reader.images,
-        encode,
-        show,
-        is_asked_to_stop=stop.is_asked,
-    )
+    if own := missing[dist.get_rank() :: config.ranks]:
+        workers = start_workers(job, reader, clip, most_images(config.cached_views))
+        with Feeder(requests(cache, own, reader.visits), workers, device) as images:
+            build(cache, own, iter(images), encode, show, is_asked_to_stop=stop.is_asked)
     if number := stop.agreed():
         with_features = len(job.shards) - len(cache.missing())
         raise Stopped(

@@ -22,7 +22,8 @@ from training.checkpoint.folders import checkpoints_folder, steps_in
 from training.checkpoint.selection import Selection, best_first, has_no_gain_left, read_validations, select
 from training.checkpoint.start import how_computed
 from training.config.train import TrainConfig, shared_steps
-from training.data.loader import Batch, Prefetcher
+from training.data.feeder import Feeder
+from training.data.loader import Batch
 from training.engine.engine import StepResult, train_step
 from training.engine.numbers import NumbersUnderWay, StepNumbers
 from training.engine.optim import learning_rate
@@ -59,7 +60,7 @@ class Trainer:
     config: TrainConfig
     seed: int
     engine: Engine
-    batches: Prefetcher
+    batches: Feeder[Batch]
     first_step: int  # steps that were finished before
     best_before: int | None  # the best validated step before it whose weights are there to come back to
     damaged: frozenset[int]  # steps of checkpoints that this start found corrupt

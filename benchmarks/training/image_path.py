@@ -5,10 +5,10 @@
 
 The peer is what CN-CLIP 1.6.0's data set does with an image in training: base64, PIL, and timm's
 `create_transform` with its arguments (random crop of 90-100%, flip, AutoAugment, bicubic). Ours reads the
-same images from a shard, with the check of each image's digest, and has the same augmentation; its batch
-is normalised as the engine does. Times are CPU seconds of one thread. `image_path@uint8` stops at the uint8
-tensor that goes to an accelerator, where normalising is free; there is no --device, since the rest is work of
-the CPU.
+same images from a shard as an image worker does, with the check of each image's digest, and has the same
+augmentation; its batch is normalised as the engine does. Times are CPU seconds of one thread.
+`image_path@uint8` stops at the uint8 tensor that goes to an accelerator, where normalising is free; there is
+no --device, since the rest is work of the CPU.
 
 `equal` compares pixels for the same draws, ours: PIL and timm repeat each image's crop, flip and AutoAugment
 operations; the mean absolute difference is under 2 of 255.
@@ -25,6 +25,8 @@ import io
 import tarfile
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -39,12 +41,15 @@ from benchmarks.harness import line, medians, parse, parser, record, report
 from benchmarks.peers import cn_clip_transform, open_as_cn_clip
 from pipeline.core.files.images import decode_pixels
 from pipeline.core.records import Shard
-from training.config.train import AugmentConfig, TrainConfig
+from training.config.train import AugmentConfig
 from training.data import augment as ours_augment
 from training.data import auto_augment
 from training.data.augment import augment, sample_generator
-from training.data.loader import BatchReader, ReaderConfig
+from training.data.loader import BatchReader, CaptionConfig
 from training.data.sampler import SampleOrder
+from training.data.text_encoder import TextEncoder
+from training.data.views import ViewConfig, ViewReader
+from training.model import torchvision_ops
 from training.model.preprocess import normalise
 
 NUM_IMAGES, SIZE_PX, SHORT_SIDE_PX = 128, 224, 256
@@ -59,14 +64,14 @@ def main() -> int:
     cv2.setNumThreads(1)
     jpegs = draw_jpegs()
     with tempfile.TemporaryDirectory() as folder:
-        reader = make_reader(Path(folder), jpegs)
+        source = make_source(Path(folder), jpegs)
         transform = cn_clip_transform(SIZE_PX)
         encoded = [base64.urlsafe_b64encode(jpeg).decode() for jpeg in jpegs]
         seconds: dict[str, list[float]] = {"tensor": [], "uint8": [], "peer": []}
         for round_number in range(options.rounds):
             for name, run in (
-                ("tensor", lambda epoch: normalise(read(reader, epoch))),
-                ("uint8", lambda epoch: read(reader, epoch)),
+                ("tensor", lambda epoch: normalise(read(source, epoch))),
+                ("uint8", lambda epoch: read(source, epoch)),
                 ("peer", lambda _: [transform(open_as_cn_clip(text)) for text in encoded]),
             ):
                 start = time.process_time()
@@ -90,11 +95,11 @@ def main() -> int:
     return report(results)
 
 
-def draw_jpegs() -> list[bytes]:
+def draw_jpegs(number: int = NUM_IMAGES) -> list[bytes]:
     """Return images with the spectrum of photographs (amplitude 1/f), 256 pixels on the short side."""
     random = np.random.default_rng(0)
     jpegs = []
-    for _ in range(NUM_IMAGES):
+    for _ in range(number):
         aspect = float(random.choice(list(ASPECTS), p=list(ASPECTS.values())))
         height, width = (round(SHORT_SIDE_PX * max(1.0, side)) for side in (1 / aspect, aspect))
         shape = np.fft.rfft2(random.normal(size=(height, width, 3)), axes=(0, 1))
@@ -119,10 +124,19 @@ class OneToken:
         return 0
 
 
-def make_reader(
-    folder: Path, jpegs: list[bytes], threads: int = TrainConfig(epochs=1).threads_per_rank
-) -> BatchReader:
-    """Return a reader of one shard with the images."""
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A shard with images, and what reads it."""
+
+    reader: BatchReader
+    views: ViewConfig
+    jpegs: tuple[bytes, ...]
+
+
+def make_source(
+    folder: Path, jpegs: Sequence[bytes], *, tokenizer: TextEncoder | None = None, size_px: int = SIZE_PX
+) -> Source:
+    """Return a shard of the images, each step of which is an epoch."""
     keys = [hashlib.sha256(str(number).encode()).hexdigest()[:32] for number in range(len(jpegs))]
     tar_path = folder / "00000.tar"
     with tarfile.open(tar_path, "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -140,27 +154,27 @@ def make_reader(
         "size_bytes": [len(jpeg) for jpeg in jpegs],
     }
     pq.write_table(pa.table(table), tar_path.with_suffix(".parquet"))
-    shard = Shard(str(tar_path), len(jpegs), tar_path.stat().st_size, "")
+    shard = Shard(str(tar_path), len(jpegs), tar_path.stat().st_size, "0" * 64)
     order = SampleOrder([len(jpegs)], seed=0, global_batch=len(jpegs), lanes=1, window_shards=1)
-    return BatchReader(
-        [shard],
-        order,
-        OneToken(),
-        ReaderConfig(
-            image_size_px=SIZE_PX,
-            augment=AugmentConfig(),
-            caption_column="caption",
-            context_length=4,
-            token_folder=str(folder / "tokens"),
-            seed=0,
-            threads=threads,
-        ),
-        lanes=range(1),
+    captions = CaptionConfig(column="caption", context_length=52, token_folder=str(folder / "tokens"), seed=0)
+    reader = BatchReader([shard], order, tokenizer or OneToken(), captions, lanes=range(1))
+    views = ViewConfig(
+        paths=[shard.path],
+        image_size_px=size_px,
+        augment=AugmentConfig(),
+        seed=0,
+        open_shards=reader.open_shards,
     )
+    return Source(reader, views, tuple(jpegs))
 
 
-def read(reader: BatchReader, step: int) -> torch.Tensor:
-    return reader.read(step).image
+def read(source: Source, step: int) -> torch.Tensor:
+    """Return a step's images, uint8 [B, 3, H, W], decoded in this process."""
+    visits = source.reader.request(step).visits
+    assert visits is not None
+    image_BHWC = np.empty((len(visits), SIZE_PX, SIZE_PX, 3), np.uint8)
+    ViewReader(source.views).read(visits, image_BHWC)
+    return torch.from_numpy(image_BHWC).permute(0, 3, 1, 2)
 
 
 def pixel_difference(jpegs: list[bytes]) -> float:
@@ -205,7 +219,11 @@ def pixel_difference(jpegs: list[bytes]) -> float:
 
 
 def by_timm(image: Image.Image, name: str, level: float) -> Image.Image:
-    found = [each for pair in auto_augment.original_policy() for each in pair if each.name == name]
+    torchvision_ops.install()  # timm imports torchvision, which does not load next to a CPU-only torch
+    from timm.data.auto_augment import auto_augment_policy
+
+    policy: Any = auto_augment_policy("original", {"interpolation": Image.Resampling.BICUBIC})  # type: ignore[no-untyped-call]
+    found = [each for pair in policy for each in pair if each.name == name]
     arguments: tuple[float, ...] = ()
     if found[0].level_fn is not None:
         arguments = (int(level) if name == "PosterizeOriginal" else level,)

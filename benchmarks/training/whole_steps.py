@@ -1,40 +1,58 @@
-"""Measure whole training steps on an accelerator, optimizer included: the engine's, and cn_clip's."""
+"""Measure whole training steps on an accelerator, optimizer included: the engine's, and cn_clip's.
 
+Both get their batches as training does, from shards by worker processes, which is generous to the peer.
+"""
+
+import contextlib
 import functools
+import itertools
 import multiprocessing
+import os
 import statistics
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from benchmarks.harness import record, seconds
 from benchmarks.peers import cn_clip_loss
+from benchmarks.training.image_path import Source, draw_jpegs, make_source
 from benchmarks.training.step_models import (
+    CONTEXT_LENGTH,
     KINDS,
     MEAN_TOKENS,
     Kind,
     be_the_only_rank,
     config_of,
-    make_batch,
+    make_tokens,
     models_of,
     take_step,
     without_dropout,
 )
 from benchmarks.training.step_pair import Pair
-from training.data.loader import Batch
+from pipeline.core.records import Shard
+from training.data.feature_cache import FeatureCache, build, most_images, requests
+from training.data.feeder import Feeder, Request
+from training.data.image_workers import ImageWorkers
+from training.data.loader import Batch, BatchReader
 from training.engine.engine import Towers, build_engine, join_ranks
 from training.flops import PEAK_FLOPS, find_device, training_flops
 from training.model.config import MODELS
+from training.model.preprocess import normalise
 
 Side = Literal["ours", "peer"]
 
 BF16_TOLERANCE = 0.05  # of losses
 WARM_UP, LEARNING_RATE = 3, 1e-6
+STEPS = 10**6  # never reached
+UNIQUE_IMAGES = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,14 +133,16 @@ def measure(
     """Measure one side's whole steps in bfloat16; None if they do not fit into memory."""
     make = {"ours": our_training, "peer": peer_training}[side]
     try:
-        step, optimizer = make(model, kind, device, batch_size, checkpointing)
-        losses, times = [], []
-        for number in range(WARM_UP + rounds):
-            start = seconds(device)
-            losses.append(step())
-            if number >= WARM_UP:
-                times.append(seconds(device) - start)
-        optimizer_seconds = _timed_inside(step, optimizer, device)
+        with contextlib.ExitStack() as opened:
+            source = opened.enter_context(made_source(model, batch_size))
+            step, optimizer = make(model, kind, device, source, checkpointing, opened)
+            losses, times = [], []
+            for number in range(WARM_UP + rounds):
+                start = seconds(device)
+                losses.append(step())
+                if number >= WARM_UP:
+                    times.append(seconds(device) - start)
+            optimizer_seconds = _timed_inside(step, optimizer, device)
     except torch.OutOfMemoryError:
         return None
     peak = 0 if device == "cpu" else torch.cuda.max_memory_allocated(device)
@@ -144,40 +164,101 @@ def _timed_inside(step: Callable[[], float], optimizer: Any, device: str) -> flo
     return sum(spent)
 
 
+@contextlib.contextmanager
+def made_source(model: str, batch_size: int) -> Iterator[Source]:
+    """Yield a shard of as many images as a batch has, each step of which is an epoch."""
+    config = MODELS[model]
+    jpegs = list(itertools.islice(itertools.cycle(draw_jpegs(UNIQUE_IMAGES)), batch_size))
+    with tempfile.TemporaryDirectory() as folder:
+        yield make_source(
+            Path(folder),
+            jpegs,
+            tokenizer=_LikeFlickr(config.text.vocab_size),
+            size_px=config.vision.image_size_px,
+        )
+
+
+class _LikeFlickr:
+    """Turn captions into random tokens of usual lengths."""
+
+    digest = "like Flickr30K-CN"
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+
+    def encode(self, texts: Any, context_length: int) -> npt.NDArray[np.int32]:
+        return make_tokens(len(texts), self._vocab_size).numpy().astype(np.int32)[:, :context_length]
+
+    def num_truncated(self, texts: Any, context_length: int) -> int:
+        return 0
+
+
+def _workers(source: Source, device: str, images: int) -> ImageWorkers:
+    return ImageWorkers(
+        len(os.sched_getaffinity(0)), source.views, most_images=images, pinned=device != "cpu"
+    )
+
+
+def _with_features(source: Source, towers: Towers, device: str) -> None:
+    """Have the reader give features of each image's view of epoch 0."""
+    num_samples = len(source.jpegs)
+    shard = Shard(source.views.paths[0], num_samples, 1, "0" * 64)
+    cache = FeatureCache([shard], "benchmark", num_views=1, dim=towers.clip.config.embed_dim)
+
+    def encode(image_BCHW: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return towers.encode_image(image_BCHW)
+
+    with Feeder(
+        requests(cache, [0], source.reader.visits), _workers(source, device, most_images(1)), device
+    ) as images:
+        build(cache, [0], iter(images), encode, lambda *_: None, lambda: False)
+    source.reader.features = cache
+
+
+def _views_of_features(reader: BatchReader) -> Iterator[Request[Batch]]:
+    """Yield requests for the images whose features the other side reads."""
+    for step in range(STEPS):
+        request = reader.request(step)
+        assert request.visits is not None
+        request.visits["epoch"] = 0
+        yield request
+
+
 def our_training(
-    model: str, kind: Kind, device: str, batch_size: int, checkpointing: bool
+    model: str,
+    kind: Kind,
+    device: str,
+    source: Source,
+    checkpointing: bool,
+    opened: contextlib.ExitStack,
 ) -> tuple[Callable[[], float], Any]:
     """Return (a step that gives its loss, what has the optimizer's `step`) of the engine that trains."""
     be_the_only_rank()
+    batch_size = len(source.jpegs)
     config = replace(
         config_of(kind, batch_size), deepspeed="zero1_bf16", checkpoint_activations=checkpointing
     )
     join_ranks(config)
     clip = without_dropout(model, kind)
     clip.set_activation_checkpointing(checkpointing)
-    image, tokens_BL = make_batch(model, batch_size)
-    image = image.to(device)
     towers = Towers(clip, num_samples_of_ranks=(batch_size,), config=config).to(device)
     if kind == "cached":
-        with torch.no_grad():
-            parts = [clip.encode_image(towers.normalise(part)).half() for part in image.split(32)]
-        image = torch.cat(parts)
+        _with_features(source, towers, device)
+    workers = None if kind == "cached" else _workers(source, device, batch_size)
+    batches = iter(opened.enter_context(Feeder(source.reader.requests(0, STEPS), workers, device)))
     engine = build_engine(towers, config)
     engine.train()
-    ids_B = torch.arange(batch_size)
-    batch = Batch(
-        step=0,
-        keys=np.array([f"{row:032x}".encode() for row in range(batch_size)]),
-        image=image,
-        tokens_BL=tokens_BL,
-        image_id_B=ids_B,
-        caption_id_B=ids_B,
-    )
-    return lambda: take_step(engine, batch, LEARNING_RATE, config), engine
+    return lambda: take_step(engine, next(batches), LEARNING_RATE, config), engine
 
 
 def peer_training(
-    model: str, kind: Kind, device: str, batch_size: int, checkpointing: bool
+    model: str,
+    kind: Kind,
+    device: str,
+    source: Source,
+    checkpointing: bool,
+    opened: contextlib.ExitStack,
 ) -> tuple[Callable[[], float], Any]:
     """Return the same of cn_clip: automatic mixed precision in bfloat16, and AdamW on float32 weights."""
     _, peer = models_of(model, kind)
@@ -187,16 +268,15 @@ def peer_training(
     adam = torch.optim.AdamW(
         [p for p in peer.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0
     )
-    image_BCHW, tokens_BL = make_batch(model, batch_size)
-    config = config_of(kind, batch_size)
-    normalise = (
-        Towers(without_dropout("tiny-vit", kind), num_samples_of_ranks=(1,), config=config)
-        .to(device)
-        .normalise
-    )
-    pixel_BCHW, tokens_BL = normalise(image_BCHW.to(device)), tokens_BL.to(device)
+    reader = source.reader
+    wanted = _views_of_features(reader) if kind == "cached" else reader.requests(0, STEPS)
+    workers = _workers(source, device, len(source.jpegs))
+    batches = iter(opened.enter_context(Feeder(wanted, workers, device)))
 
     def step() -> float:
+        batch = next(batches)
+        pixel_BCHW, tokens_BL = normalise(batch.image), batch.tokens_BL.to(device)
+        tokens_BL = torch.nn.functional.pad(tokens_BL, (0, CONTEXT_LENGTH - tokens_BL.shape[1]))
         adam.zero_grad()
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             loss = cn_clip_loss(peer, pixel_BCHW, tokens_BL)

@@ -106,7 +106,7 @@ def memory(
         buckets *= 2  # one is sent while the other fills
     bucket = buckets * weight_bytes * min(BUCKET_VALUES, trained)
     side_px = model.vision.image_size_px
-    images = 0 if config.cached_views else 3 * side_px**2 * share
+    images = 0 if config.cached_views else 2 * 3 * side_px**2 * share  # the next batch's lie there already
     features = 4 * model.embed_dim * (4 * config.global_batch + 4 * share)
     per_sample = _image_activations(model.vision, config, precision) + _text_activations(
         model.text, config, precision, tokens

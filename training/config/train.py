@@ -164,7 +164,11 @@ class TrainConfig:
     ranks: PositiveInt = field(default=1, metadata=BINDS_NEVER)
     """Training processes; batches do not depend on their number."""
     threads_per_rank: PositiveInt = field(default=1, metadata=NOT_IN_DIGEST)
-    """Threads of each rank for computing, and as many for decoding images."""
+    """Threads of each rank for computing."""
+    workers_per_rank: PositiveInt | None = field(default=None, metadata=NOT_IN_DIGEST)
+    """Processes of each rank that decode and augment images, several hundred a second each. Unset: as many as
+    `threads_per_rank`.
+    """
     micro_batch: PositiveInt | None = field(default=None, metadata=NOT_IN_DIGEST)
     """Largest number of samples whose activations a rank holds at once. The gradient is still that of the
     whole batch. Unset: the rank's whole share.
@@ -229,6 +233,11 @@ class TrainConfig:
                 f"ranks = {self.ranks} is more than lanes = {self.lanes}: a rank owns whole lanes; raise"
                 " lanes or use fewer ranks"
             )
+
+    @property
+    def num_workers(self) -> int:
+        """Return how many processes of each rank decode."""
+        return self.workers_per_rank or self.threads_per_rank
 
     @property
     def num_lanes(self) -> int:

@@ -1,22 +1,20 @@
 """AutoAugment's policy for ImageNet (Cubuk et al. 2019; A.2) as timm's "original", on arrays.
 
 The sub-policies and magnitudes are timm's, so CN-CLIP's. The operations are written again: timm's run in PIL,
-which costs more, and draw from a global state. Operations on single values (posterize, solarize,
-invert, equalize, autocontrast, contrast) is a table of 256 entries a channel; consecutive tables become one,
-and the histogram that equalize and autocontrast need goes through the tables before them.
+which costs more, and draw from a global state; and the processes that augment do without timm, which imports
+torch. An operation on single values (posterize, solarize, invert, equalize, autocontrast, contrast) is a
+table of 256 entries a channel; consecutive tables become one, and the histogram that equalize and
+autocontrast need goes through the tables before them.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import cv2
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from pipeline.core.arrays import Int64Array, UInt8Array
-from training.model import torchvision_ops
 
 Pixels = UInt8Array  # [height, width, 3], RGB
 Table = UInt8Array  # [256, 3]: the new value of each old one, by channel
@@ -28,21 +26,63 @@ _FILL = (128.0, 128.0, 128.0)  # what comes in from outside, timm's
 _VALUES = np.arange(256)
 _IDENTITY = np.repeat(_VALUES[:, None], 3, axis=1).astype(np.uint8)
 
+# The 25 sub-policies (Cubuk et al. 2019, appendix), two operations each: timm's name, the probability and the
+# magnitude, from 0 to 10.
+ORIGINAL_POLICY = (
+    (("PosterizeOriginal", 0.4, 8), ("Rotate", 0.6, 9)),
+    (("Solarize", 0.6, 5), ("AutoContrast", 0.6, 5)),
+    (("Equalize", 0.8, 8), ("Equalize", 0.6, 3)),
+    (("PosterizeOriginal", 0.6, 7), ("PosterizeOriginal", 0.6, 6)),
+    (("Equalize", 0.4, 7), ("Solarize", 0.2, 4)),
+    (("Equalize", 0.4, 4), ("Rotate", 0.8, 8)),
+    (("Solarize", 0.6, 3), ("Equalize", 0.6, 7)),
+    (("PosterizeOriginal", 0.8, 5), ("Equalize", 1.0, 2)),
+    (("Rotate", 0.2, 3), ("Solarize", 0.6, 8)),
+    (("Equalize", 0.6, 8), ("PosterizeOriginal", 0.4, 6)),
+    (("Rotate", 0.8, 8), ("Color", 0.4, 0)),
+    (("Rotate", 0.4, 9), ("Equalize", 0.6, 2)),
+    (("Equalize", 0.0, 7), ("Equalize", 0.8, 8)),
+    (("Invert", 0.6, 4), ("Equalize", 1.0, 8)),
+    (("Color", 0.6, 4), ("Contrast", 1.0, 8)),
+    (("Rotate", 0.8, 8), ("Color", 1.0, 2)),
+    (("Color", 0.8, 8), ("Solarize", 0.8, 7)),
+    (("Sharpness", 0.4, 7), ("Invert", 0.6, 8)),
+    (("ShearX", 0.6, 5), ("Equalize", 1.0, 9)),
+    (("Color", 0.4, 0), ("Equalize", 0.6, 3)),
+    (("Equalize", 0.4, 7), ("Solarize", 0.2, 4)),
+    (("Solarize", 0.6, 5), ("AutoContrast", 0.6, 5)),
+    (("Invert", 0.6, 4), ("Equalize", 1.0, 8)),
+    (("Color", 0.6, 4), ("Contrast", 1.0, 8)),
+    (("Equalize", 0.8, 8), ("Equalize", 0.6, 3)),
+)
+
+
+def level_of(operation: str, magnitude: int) -> float:
+    """Return what an operation takes for a magnitude, as timm computes it; the sign is drawn apart."""
+    share = magnitude / 10
+    match operation:
+        case "PosterizeOriginal":
+            return float(int(share * 4) + 4)  # bits that stay
+        case "Solarize":
+            return float(min(256, int(share * 256)))  # values from here on are inverted
+        case "Rotate":
+            return share * 30  # degrees
+        case "ShearX":
+            return share * 0.3
+        case "Color" | "Contrast" | "Sharpness":
+            return share * 1.8 + 0.1
+    return 0.0  # operations without a level
+
 
 def auto_augment(image: Pixels, random: np.random.Generator) -> Pixels:
     """Apply one of the 25 sub-policies, drawn; each of its two operations has its own probability."""
-    policy = original_policy()
     drawn = []
-    for operation in policy[int(random.integers(len(policy)))]:
-        applies, negative = random.random() < operation.prob, random.random() < 0.5
+    for operation, probability, magnitude in ORIGINAL_POLICY[int(random.integers(len(ORIGINAL_POLICY)))]:
+        applies, negative = random.random() < probability, random.random() < 0.5
         if not applies:
             continue
-        level = 0.0
-        if operation.level_fn is not None:
-            level = float(operation.level_fn(operation.magnitude, operation.hparams)[0])
-        if operation.name in _SIGNED_OPERATIONS:
-            level = -abs(level) if negative else abs(level)
-        drawn.append((operation.name, level))
+        level = level_of(operation, magnitude)
+        drawn.append((operation, -level if negative and operation in _SIGNED_OPERATIONS else level))
     return apply_operations(image, drawn)
 
 
@@ -56,17 +96,6 @@ def apply_operations(image: Pixels, operations: Sequence[tuple[str, float]]) -> 
     for name, level in operations:
         _OPERATIONS[name](work, level)
     return work.finished()
-
-
-@functools.cache
-def original_policy() -> list[list[Any]]:
-    """Return the 25 sub-policies, two operations each, as timm's objects: name, prob, magnitude, level_fn."""
-    torchvision_ops.install()  # timm imports torchvision, which does not load next to a CPU-only torch
-    from timm.data.auto_augment import auto_augment_policy
-
-    bicubic_always = {"interpolation": Image.Resampling.BICUBIC}
-    policy: list[list[Any]] = auto_augment_policy("original", bicubic_always)  # type: ignore[no-untyped-call]
-    return policy
 
 
 class _Work:

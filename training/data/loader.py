@@ -1,33 +1,23 @@
-"""From shards to batches: reading samples without making the step wait."""
+"""From shards to batches: what each step reads."""
 
 import functools
-import queue
-import threading
-import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from hashlib import blake2b, sha256
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.core.files.images import BadImageError, decode_pixels
-from pipeline.core.records import InputError, Shard
-from pipeline.core.shard_format import ByteRanges
-from training.config.train import AugmentConfig
-from training.data.augment import augment, sample_generator
-from training.data.auto_augment import Pixels
+from pipeline.core.arrays import Int64Array
+from pipeline.core.records import Shard
 from training.data.feature_cache import FeatureCache
+from training.data.feeder import Request
 from training.data.patch_mask import PatchMask
-from training.data.sampler import SampleOrder
-from training.data.shard_table import ShardTable, image_id_of, read_shard_table
+from training.data.sampler import SampleOrder, by_shard
+from training.data.shard_table import ShardTable, read_shard_table
 from training.data.statements import Questions, Statements
 from training.data.text_encoder import TextEncoder
-
-_BATCHES_AHEAD = 4
+from training.data.views import VISIT, Visits
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,172 +36,125 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReaderConfig:
-    """How samples are read: what a view and a caption are, and with how many threads."""
+class CaptionConfig:
+    """Which captions are read, and how."""
 
-    image_size_px: int
-    augment: AugmentConfig
-    caption_column: str  # of the sidecars
+    column: str  # of the sidecars
     context_length: int  # most tokens of a caption, with [CLS] and [SEP]
     token_folder: str  # where token ids are kept
-    seed: int  # of the views, and of which caption a sample with several has in an epoch
-    threads: int = 1  # that decode
+    seed: int  # of which caption a sample with several has in an epoch
 
 
 class BatchReader:
-    """Reads, decodes and augments one rank's part of any step."""
+    """Reads one rank's part of any step, except for its images: it says which they are."""
 
     def __init__(
         self,
         shards: Sequence[Shard],
         order: SampleOrder,
         tokenizer: TextEncoder,
-        config: ReaderConfig,
+        config: CaptionConfig,
         *,
         lanes: range,
         patch_mask: PatchMask | None = None,
         statements: Statements | None = None,
     ) -> None:
-        self._shards, self._order, self._lanes, self._config = shards, order, lanes, config
+        self._order, self._lanes, self._seed = order, lanes, config.seed
         self.features: FeatureCache | None = None  # if set, batches have these instead of images
         self._patch_mask, self._statements = patch_mask, statements
-        self._pool = ThreadPoolExecutor(config.threads, "decode") if config.threads > 1 else None
         # As many as a rank's lanes have open at once, and the next of each.
-        open_shards = len(lanes) * (order.window_shards + 1) + 1
-        self._table = functools.lru_cache(maxsize=open_shards)(
+        self.open_shards = len(lanes) * (order.window_shards + 1) + 1
+        self._table = functools.lru_cache(maxsize=self.open_shards)(
             lambda shard: read_shard_table(
                 shards[shard],
                 tokenizer,
-                caption_column=config.caption_column,
+                caption_column=config.column,
                 context_length=config.context_length,
                 token_folder=config.token_folder,
                 statements=statements,
             )
         )
-        self._tar = functools.lru_cache(maxsize=open_shards)(
-            lambda shard: ByteRanges(shards[shard].path, concurrent=True)
-        )
 
-    def read(self, step: int) -> Batch:
-        """Return the rank's part of a step.
+    def requests(self, first_step: int, end_step: int) -> Iterator[Request[Batch]]:
+        """Yield what the batches of steps [first, end) need."""
+        return (self.request(step) for step in range(first_step, end_step))
+
+    def request(self, step: int) -> Request[Batch]:
+        """Return what the rank's part of a step needs.
 
         Raises:
-            InputError: with the tar and key of an image that cannot be read.
+            InputError: with the sidecar or the file of features that cannot be read.
         """
-        index, epoch = self._order.batch(step, self._lanes)
-        shard = np.searchsorted(self._order.shard_starts, index, side="right") - 1
-        row = index - self._order.shard_starts[shard]
-        tables = {int(s): self._table(int(s)) for s in np.unique(shard)}
-        places = list(zip(shard.tolist(), row.tolist(), epoch.tolist(), strict=True))
-        if self.features is not None:
-            image = torch.from_numpy(np.stack([self.features.read(*place) for place in places]))
-        else:
-            image = torch.from_numpy(self.images(places)).permute(0, 3, 1, 2)
+        index, epoch_B = self._order.batch(step, self._lanes)
+        shard_B = np.searchsorted(self._order.shard_starts, index, side="right") - 1
+        row_B = index - self._order.shard_starts[shard_B]
+        parts = [_Part(shard, at, self._table(shard)) for shard, at in by_shard(shard_B)]
 
-        captions = [(s, tables[s].drawn_caption(r, self._config.seed, e)) for s, r, e in places]
-        tokens = [tables[s].token_ids[slice(*tables[s].token_starts[c : c + 2])] for s, c in captions]
-        tokens_BL = np.zeros((len(tokens), max(map(len, tokens))), dtype=np.int64)
-        for i, ids in enumerate(tokens):
-            tokens_BL[i, : len(ids)] = ids
-        caption_id = [int.from_bytes(blake2b(ids.tobytes(), digest_size=7).digest()) for ids in tokens]
-        keys = np.array([tables[s].keys[r] for s, r, _ in places])
+        caption_B = np.empty_like(row_B)
+        for part in parts:
+            caption_B[part.at] = part.table.drawn_captions(row_B[part.at], self._seed, epoch_B[part.at])
+        keys, image_id_B = np.empty(len(row_B), "S32"), np.empty_like(row_B)
+        caption_id_B, length_B = np.empty_like(row_B), np.empty_like(row_B)
+        for part in parts:
+            row, caption = row_B[part.at], caption_B[part.at]
+            keys[part.at], image_id_B[part.at] = part.table.keys[row], part.table.image_id[row]
+            caption_id_B[part.at] = part.table.caption_id[caption]
+            length_B[part.at] = part.table.num_tokens[caption]
+        tokens_BL = np.zeros((len(row_B), length_B.max()), dtype=np.int64)
+        for part in parts:
+            part.table.copy_tokens(caption_B[part.at], tokens_BL, part.at)
+
         questions = None
         if self._statements is not None:
-            mentioned = [rows[c] for s, c in captions if (rows := tables[s].mentioned) is not None]
-            questions = self._statements.draw(mentioned, keys.tolist(), epoch.tolist())
+            mentioned = np.empty((len(row_B), self._statements.num_objects), dtype=np.bool_)
+            for part in parts:
+                assert part.table.mentioned is not None
+                mentioned[part.at] = part.table.mentioned[caption_B[part.at]]
+            questions = self._statements.draw(list(mentioned), keys.tolist(), epoch_B.tolist())
         kept_BP = None
         if self._patch_mask is not None:
-            kept_BP = self._patch_mask.draw(keys.tolist(), epoch.tolist())
-        return Batch(
-            step=step,
-            keys=keys,
-            image=image,
-            tokens_BL=torch.from_numpy(tokens_BL),
-            image_id_B=torch.tensor([int(tables[s].image_id[r]) for s, r, _ in places]),
-            caption_id_B=torch.tensor(caption_id),
-            kept_BP=kept_BP,
-            questions=questions,
-        )
+            kept_BP = self._patch_mask.draw(keys.tolist(), epoch_B.tolist())
 
-    def images(self, places: list[tuple[int, int, int]]) -> Pixels:
-        """Return augmented views, uint8 [B, H, W, 3], of samples named by (shard, row, epoch)."""
-        side, threads = self._config.image_size_px, self._config.threads
-        image_BHWC = np.empty((len(places), side, side, 3), dtype=np.uint8)
-
-        def fill(part: range) -> None:
-            for i in part:
-                s, r, e = places[i]
-                image_BHWC[i] = self._view(s, self._table(s), r, e)
-
-        if self._pool is None:
-            fill(range(len(places)))
-        else:
-            list(self._pool.map(fill, [range(i, len(places), threads) for i in range(threads)]))
-        return image_BHWC
-
-    def _view(self, shard: int, table: ShardTable, row: int, epoch: int) -> Pixels:
-        key = bytes(table.keys[row])
-        data = self._tar(shard).read(
-            int(table.offset_bytes[row]), int(table.size_bytes[row]), f"{key.decode()}.jpg"
-        )
-        # Hashing costs a tenth of decoding, and a damaged JPEG often still decodes, to another image.
-        if image_id_of(sha256(data).hexdigest()) != table.image_id[row]:
-            raise InputError(
-                f"{self._shards[shard].path}: {key.decode()}.jpg is not the image whose digest its sidecar"
-                " holds: the tar is corrupt or not its sidecar's; run the shards stage again"
+        def finish(image: torch.Tensor) -> Batch:
+            return Batch(
+                step=step,
+                keys=keys,
+                image=image,
+                tokens_BL=torch.from_numpy(tokens_BL),
+                image_id_B=torch.from_numpy(image_id_B),
+                caption_id_B=torch.from_numpy(caption_id_B),
+                kept_BP=kept_BP,
+                questions=questions,
             )
-        try:
-            pixels = decode_pixels(data)
-        except BadImageError as error:
-            raise InputError(
-                f"{self._shards[shard].path}: {key.decode()}.jpg cannot be decoded ({error}); leave the"
-                " sample out: run filter_image and shards again"
-            ) from None
-        random = sample_generator(self._config.seed, epoch, key)
-        return augment(pixels, self._config.image_size_px, self._config.augment, random)
+
+        if self.features is not None:
+            return Request(finish, ready=self.features.read(shard_B, row_B, epoch_B))
+        visits = np.empty(len(row_B), VISIT)
+        for part in parts:
+            visits[part.at] = self._visits(part.shard, row_B[part.at], epoch_B[part.at])
+        return Request(finish, visits=visits)
+
+    def visits(self, shard: int, rows: range) -> Visits:
+        """Return which images these rows of a shard have, in epoch 0."""
+        return self._visits(shard, np.arange(rows.start, rows.stop), np.zeros(len(rows), np.int64))
+
+    def _visits(self, shard: int, row: Int64Array, epoch: Int64Array) -> Visits:
+        table, visits = self._table(shard), np.empty(len(row), VISIT)
+        visits["shard"], visits["epoch"] = shard, epoch
+        for name, column in (
+            ("offset_bytes", table.offset_bytes),
+            ("size_bytes", table.size_bytes),
+            ("key", table.keys),
+            ("image_id", table.image_id),
+        ):
+            visits[name] = column[row]
+        return visits
 
 
-class Prefetcher:
-    """Batches of steps [first, end) in order, read ahead by a thread; iterating raises what reading did."""
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The samples of a batch that lie in one shard."""
 
-    def __init__(self, reader: BatchReader, first_step: int, end_step: int) -> None:
-        self.wait_seconds = 0.0  # how long iterating has waited so far
-        self._end_step = end_step
-        self._queue: queue.Queue[Batch | Exception] = queue.Queue(_BATCHES_AHEAD)
-        self._stopped = threading.Event()
-        self._next_step = first_step
-        self._thread = threading.Thread(
-            target=self._read_ahead, args=(reader, first_step), name="prefetch", daemon=True
-        )
-        self._thread.start()
-
-    def __iter__(self) -> Iterator[Batch]:
-        while self._next_step < self._end_step:
-            start = time.perf_counter()
-            item = self._queue.get()
-            self.wait_seconds += time.perf_counter() - start
-            if isinstance(item, Exception):
-                raise item
-            self._next_step += 1
-            yield item
-
-    def close(self) -> None:
-        """Stop the thread; batches read ahead are dropped."""
-        self._stopped.set()
-        self._thread.join()
-
-    def _read_ahead(self, reader: BatchReader, first_step: int) -> None:
-        for step in range(first_step, self._end_step):
-            item: Any
-            try:
-                item = reader.read(step)
-            except Exception as error:
-                item = error
-            while not self._stopped.is_set():
-                try:
-                    self._queue.put(item, timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
-            if self._stopped.is_set() or isinstance(item, Exception):
-                return
+    shard: int
+    at: Int64Array  # their places in the batch
+    table: ShardTable

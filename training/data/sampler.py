@@ -5,7 +5,7 @@ docs/concepts/determinism.md, "The order of samples", defines lanes and windows.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -107,3 +107,10 @@ class SampleOrder:
 
     def _random(self, *purpose: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(np.random.SeedSequence([self._seed, *purpose])))
+
+
+def by_shard(shard_B: Int64Array) -> Iterator[tuple[int, Int64Array]]:
+    """Yield each shard of some samples with the places of those that lie in it."""
+    order = np.argsort(shard_B, kind="stable")
+    shards, starts = np.unique(shard_B[order], return_index=True)
+    return zip(shards.tolist(), np.split(order, starts[1:]), strict=True)

@@ -17,7 +17,9 @@ from pipeline.core.records import InputError, Shard, too_few
 from pipeline.core.shard_format import all_captions, read_sidecar, sidecar_of
 from training.data.statements import Statements
 from training.data.text_encoder import TextEncoder
+from training.data.views import IMAGE_ID_DIGITS
 
+_DIGESTS = {"key": 32, "image_sha256": 64}  # columns with their hexadecimal digits
 _PURPOSE = 3  # a word of the generator's counter; 0 is the view's, 1 the patch mask's, 2 the statements'
 
 
@@ -32,16 +34,29 @@ class ShardTable:
     token_ids: Int32Array  # all captions' ids one after the other, without padding
     token_starts: Int64Array  # [num_captions + 1]
     caption_starts: Int64Array  # [num_samples + 1]: of each sample's captions
+    num_tokens: Int64Array  # [num_captions]
+    caption_id: Int64Array  # [num_captions], equal for captions of equal tokens
     mentioned: BoolArray | None  # [num_captions, O]: objects that captions name, if statements ask for them
 
-    def drawn_caption(self, row: int, seed: int, epoch: int) -> int:
-        """Return which caption a sample has in an epoch: a function of (seed, epoch, key)."""
-        first, end = (int(start) for start in self.caption_starts[row : row + 2])
-        if end - first == 1:
-            return first
-        counter = [0, _PURPOSE, epoch, seed]
-        random = np.random.Generator(np.random.Philox(key=int(self.keys[row], 16), counter=counter))
-        return first + int(random.integers(end - first))
+    def drawn_captions(self, row_N: Int64Array, seed: int, epoch_N: Int64Array) -> Int64Array:
+        """Return which caption each sample has in an epoch: a function of (seed, epoch, key)."""
+        caption_N = self.caption_starts[row_N]
+        several = np.flatnonzero(self.caption_starts[row_N + 1] - caption_N > 1)
+        for at in several.tolist():
+            row = int(row_N[at])
+            counter = [0, _PURPOSE, int(epoch_N[at]), seed]
+            random = np.random.Generator(np.random.Philox(key=int(self.keys[row], 16), counter=counter))
+            caption_N[at] += random.integers(int(self.caption_starts[row + 1] - caption_N[at]))
+        return caption_N
+
+    def copy_tokens(self, caption_N: Int64Array, tokens_BL: Int64Array, at_N: Int64Array) -> None:
+        """Copy the token ids of captions into rows of a batch, which are 0 and long enough."""
+        length_N = self.num_tokens[caption_N]
+        place_NL = np.arange(length_N.max())
+        is_token_NL = place_NL < length_N[:, None]
+        source_NL = self.token_starts[caption_N][:, None] + place_NL
+        rows, columns = is_token_NL.nonzero()
+        tokens_BL[at_N[rows], columns] = self.token_ids[source_NL[is_token_NL]]
 
 
 def check_shards(shards: Sequence[Shard]) -> None:
@@ -89,8 +104,7 @@ def read_shard_table(
     for column in columns:
         if num_empty := table[column].null_count:
             raise InputError(f"{path}: column {column} has {num_empty} empty rows")
-    if not pc.all(pc.match_substring_regex(table["key"], "^[0-9a-f]{32}$"), min_count=0).as_py():
-        raise InputError(f"{path}: column key: expected 32 hexadecimal digits in every row")
+    hexadecimal = {name: _hexadecimal(path, table, name, size) for name, size in _DIGESTS.items()}
     offset_bytes, size_bytes = (
         np.asarray(table[name].to_numpy(), dtype=np.int64) for name in ("offset_bytes", "size_bytes")
     )
@@ -101,38 +115,86 @@ def read_shard_table(
     captions, caption_starts = _captions(path, table, caption_column)
     token_ids, token_starts = _cached_tokens(path, captions, tokenizer, context_length, token_folder)
     return ShardTable(
-        keys=np.array(table["key"].to_pylist(), dtype="S32"),
+        keys=hexadecimal["key"],
         offset_bytes=offset_bytes,
         size_bytes=size_bytes,
-        image_id=np.array([image_id_of(sha) for sha in table["image_sha256"].to_pylist()], dtype=np.int64),
+        image_id=_image_ids(hexadecimal["image_sha256"]),
         token_ids=token_ids,
         token_starts=token_starts,
         caption_starts=caption_starts,
+        num_tokens=np.diff(token_starts),
+        caption_id=_caption_ids(token_ids, token_starts),
         mentioned=None if statements is None else statements.mentions(captions),
     )
 
 
-def _captions(path: str, table: pa.Table, column: str) -> tuple[list[str], Int64Array]:
+def _hexadecimal(path: str, table: pa.Table, column: str, size: int) -> npt.NDArray[np.bytes_]:
+    """Return a column of texts of `size` hexadecimal digits each."""
+    if not pc.all(pc.match_substring_regex(table[column], f"^[0-9a-f]{{{size}}}$"), min_count=0).as_py():
+        raise InputError(f"{path}: column {column}: expected {size} hexadecimal digits in every row")
+    return np.frombuffer(_bytes_of(table[column])[1], dtype=f"S{size}")
+
+
+def _image_ids(sha256_N: npt.NDArray[np.bytes_]) -> Int64Array:
+    """Return `training.data.views.image_id_of` each digest."""
+    digit_N15 = sha256_N.view(np.uint8).reshape(-1, 64)[:, :IMAGE_ID_DIGITS].astype(np.int64)
+    value_N15 = digit_N15 - np.where(digit_N15 > ord("9"), ord("a") - 10, ord("0"))
+    return value_N15 @ (16 ** np.arange(IMAGE_ID_DIGITS - 1, -1, -1))
+
+
+def _caption_ids(token_ids: Int32Array, token_starts: Int64Array) -> Int64Array:
+    """Return a number for each caption by its tokens: a sum with random factors, one for each place.
+
+    Two captions that differ have equal numbers with a probability of at most 2⁻⁴⁶, since token ids are below
+    2¹⁷ (multilinear hashing: Lemire and Kaser, "Strongly universal string hashing is fast", 2014).
+    """
+    length_C = np.diff(token_starts)
+    place_T = np.arange(len(token_ids)) - np.repeat(token_starts[:-1], length_C)
+    factor_L: npt.NDArray[np.uint64] = np.random.Philox(key=0).random_raw(int(length_C.max()))
+    sum_C = np.add.reduceat(token_ids.astype(np.uint64) * factor_L[place_T], token_starts[:-1])
+    return (sum_C >> np.uint64(1)).astype(np.int64)
+
+
+def _captions(path: str, table: pa.Table, column: str) -> tuple[pa.Array, Int64Array]:
     """Return all captions one after the other, and where those of each sample start."""
-    several = all_captions(column)
-    found = table[several].combine_chunks() if several in table.column_names else None
+    several, single = all_captions(column), _joined(table[column]).cast(pa.large_string())
+    found = _joined(table[several]) if several in table.column_names else None
     if found is None or not (pa.types.is_list(found.type) or pa.types.is_large_list(found.type)):
-        return table[column].to_pylist(), np.arange(table.num_rows + 1, dtype=np.int64)
-    # Rows of sources that keep one caption have no list.
-    lists = [own or [one] for own, one in zip(found.to_pylist(), table[column].to_pylist(), strict=True)]
-    captions = [caption for own in lists for caption in own]
-    if None in captions:
+        return single, np.arange(table.num_rows + 1, dtype=np.int64)
+    lists = pc.list_flatten(found).cast(pa.large_string())
+    if lists.null_count:
         raise InputError(f"{path}: column {several} has empty captions")
-    return captions, np.concatenate([[0], np.cumsum([len(own) for own in lists], dtype=np.int64)])
+    # Rows of sources that keep one caption have no list.
+    num_listed = np.asarray(pc.fill_null(pc.list_value_length(found), 0).to_numpy(zero_copy_only=False))
+    starts = np.concatenate([[0], np.cumsum(np.maximum(num_listed, 1), dtype=np.int64)])
+    row_C = np.repeat(np.arange(table.num_rows), np.diff(starts))
+    is_single_C = num_listed[row_C] == 0
+    source_C = np.where(is_single_C, len(lists) + row_C, np.cumsum(~is_single_C) - 1)
+    return pa.concat_arrays([lists, single]).take(pa.array(source_C)), starts
+
+
+def _joined(column: pa.ChunkedArray) -> pa.Array:
+    found = column.combine_chunks()
+    return found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found
+
+
+def _bytes_of(texts: pa.Array | pa.ChunkedArray) -> tuple[Int64Array, bytes]:
+    """Return the lengths of texts, and their bytes one after the other."""
+    texts = _joined(texts) if isinstance(texts, pa.ChunkedArray) else texts
+    texts = texts.cast(pa.large_string())
+    _, starts, data = texts.buffers()
+    offset_N1 = np.frombuffer(starts, np.int64)[texts.offset : texts.offset + len(texts) + 1]
+    return np.diff(offset_N1), memoryview(data)[offset_N1[0] : offset_N1[-1]].tobytes()
 
 
 def _cached_tokens(
-    sidecar: str, captions: list[str], tokenizer: TextEncoder, context_length: int, token_folder: str
+    sidecar: str, captions: pa.Array, tokenizer: TextEncoder, context_length: int, token_folder: str
 ) -> tuple[Int32Array, Int64Array]:
     # The name holds all that the ids depend on, so that a file that is there is right and never stale.
     digest = blake2b(f"{tokenizer.digest} {context_length} ".encode(), digest_size=16)
-    for caption in captions:
-        digest.update(blake2b(caption.encode(), digest_size=16).digest())
+    lengths, data = _bytes_of(captions)
+    digest.update(lengths.tobytes())
+    digest.update(data)
     path = store.join(token_folder, f"{digest.hexdigest()}.npz")
     if store.exists(path):
         try:
@@ -140,8 +202,9 @@ def _cached_tokens(
                 return arrays["token_ids"], arrays["token_starts"]
         except Exception as error:  # damaged bytes surface as whatever zipfile and numpy trip over
             say(f"{path}: cannot be read ({error}): cnclip makes the token ids again")
-    tokens_NL = tokenizer.encode(captions, context_length)
-    full = [caption for caption, last in zip(captions, tokens_NL[:, -1], strict=True) if last]
+    texts = captions.to_pylist()
+    tokens_NL = tokenizer.encode(texts, context_length)
+    full = [caption for caption, last in zip(texts, tokens_NL[:, -1], strict=True) if last]
     if full and (num_cut := tokenizer.num_truncated(full, context_length)):
         say(f"{sidecar}: {num_cut} of {len(captions)} captions cut to {context_length} tokens")
     is_token = tokens_NL != 0
@@ -152,8 +215,3 @@ def _cached_tokens(
             np.savez(file, token_ids=token_ids, token_starts=token_starts)
         check_zip(temporary, path)
     return token_ids, token_starts
-
-
-def image_id_of(image_sha256: str) -> int:
-    """Return the number that stands for an image with this digest."""
-    return int(image_sha256[:15], 16)  # 60 bits: what an int64 holds of the digest

@@ -52,10 +52,14 @@ class Statements:
         longest = int((tokens_SL != 0).sum(1).max())
         self._tokens_TOL = tokens_SL[:, :longest].reshape(len(templates), len(config.objects), longest)
 
-    def mentions(self, captions: Sequence[str]) -> BoolArray:
+    @property
+    def num_objects(self) -> int:
+        """Return the number of objects that statements are about."""
+        return len(self.config.objects)
+
+    def mentions(self, captions: pa.Array) -> BoolArray:
         """Return mentioned_NO: which objects each caption names."""
-        column = pa.array(captions, pa.string())
-        found = [pc.match_substring(column, thing) for thing in self.config.objects]
+        found = [pc.match_substring(captions, thing) for thing in self.config.objects]
         return np.stack([each.to_numpy(zero_copy_only=False) for each in found], axis=1).astype(np.bool_)
 
     def draw(self, mentioned: Sequence[BoolArray], keys: Sequence[bytes], epochs: Sequence[int]) -> Questions:

@@ -1,3 +1,6 @@
+import functools
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -5,7 +8,8 @@ from PIL import Image
 
 from training.config.train import AugmentConfig
 from training.data.augment import augment, sample_generator
-from training.data.auto_augment import apply_operations, auto_augment, original_policy
+from training.data.auto_augment import ORIGINAL_POLICY, apply_operations, auto_augment, level_of
+from training.model import torchvision_ops
 
 KEY = b"0123456789abcdef0123456789abcdef"
 
@@ -20,8 +24,18 @@ def picture(seed: int, height: int = 60, width: int = 60) -> npt.NDArray[np.uint
     return image
 
 
+@functools.cache
+def timm_policy() -> list[list[Any]]:
+    torchvision_ops.install()
+    from timm.data.auto_augment import auto_augment_policy
+
+    bicubic_always = {"interpolation": Image.Resampling.BICUBIC}
+    policy: list[list[Any]] = auto_augment_policy("original", bicubic_always)  # type: ignore[no-untyped-call]
+    return policy
+
+
 def by_timm(image: npt.NDArray[np.uint8], name: str, level: float) -> npt.NDArray[np.uint8]:
-    operation = next(found for pair in original_policy() for found in pair if found.name == name)
+    operation = next(found for pair in timm_policy() for found in pair if found.name == name)
     arguments = () if operation.level_fn is None else (int(level) if name == "PosterizeOriginal" else level,)
     return np.asarray(operation.aug_fn(Image.fromarray(image), *arguments, **operation.kwargs))
 
@@ -42,9 +56,17 @@ EXACT = ("PosterizeOriginal", "Solarize", "Invert", "Equalize", "AutoContrast")
 
 
 def test_every_operation_of_the_policy_is_here() -> None:
-    assert {operation.name for pair in original_policy() for operation in pair} == set(LEVELS)
+    assert {name for pair in ORIGINAL_POLICY for name, _, _ in pair} == set(LEVELS)
     with pytest.raises(KeyError):
         apply_operations(picture(0), [("Cutout", 1.0)])
+
+
+def test_the_policy_and_its_levels_are_timm_s() -> None:
+    for ours, theirs in zip(ORIGINAL_POLICY, timm_policy(), strict=True):
+        for (name, probability, magnitude), operation in zip(ours, theirs, strict=True):
+            assert (name, probability, magnitude) == (operation.name, operation.prob, operation.magnitude)
+            level = operation.level_fn and operation.level_fn(magnitude, operation.hparams)[0]
+            assert level_of(name, magnitude) == abs(level or 0.0)
 
 
 @pytest.mark.parametrize("name", LEVELS)

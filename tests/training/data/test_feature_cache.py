@@ -30,7 +30,12 @@ def losses(job: TrainJob) -> list[float]:
 
 def features_of(job: TrainJob) -> dict[str, npt.NDArray[np.float16]]:
     folder = Path(job.shards[0].path).parent / "features"
-    return {path.name: np.load(path)["feature"] for path in sorted(folder.iterdir())}
+    paths = sorted(folder.iterdir())
+    return {path.name: np.load(path)["feature"] for path in paths}
+
+
+def read_one(cache: FeatureCache, row: int, epoch: int) -> npt.NDArray[np.float16]:
+    return cache.read(np.array([0]), np.array([row]), np.array([epoch]))[0]
 
 
 def test_as_many_views_as_epochs_train_as_live_does(tmp_path: Path) -> None:
@@ -48,8 +53,8 @@ def test_as_many_views_as_epochs_train_as_live_does(tmp_path: Path) -> None:
         (tmp_path / "shards" / "features" / name).unlink()
     again = make_job(tmp_path, "again", cached_views=2, ranks=2, micro_batch=3, **LOCKED)
     run_ranks(train_without_dropout, 2, again)
-    for name, feature_NKD in features_of(again).items():
-        np.testing.assert_allclose(feature_NKD, made[name], atol=1e-3)
+    for name, feature_KCSD in features_of(again).items():
+        np.testing.assert_allclose(feature_KCSD, made[name], atol=1e-3)
     np.testing.assert_allclose(losses(again), losses(cached), atol=1e-3)
 
 
@@ -75,8 +80,8 @@ def train_and_stop_after_a_shard(job: TrainJob) -> None:
     """Rank 0 gets the signal to stop after writing its first shard's features."""
     write = FeatureCache.write
 
-    def told(self: FeatureCache, shard: int, feature_NKD: npt.NDArray[np.float16]) -> None:
-        write(self, shard, feature_NKD)
+    def told(self: FeatureCache, shard: int, feature_KND: npt.NDArray[np.float16]) -> None:
+        write(self, shard, feature_KND)
         if os.environ["RANK"] == "0":
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -117,51 +122,77 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
     run_ranks(train_without_dropout, 1, again)
 
 
-@pytest.mark.parametrize("byte", ["feature", "crc32"])
-def test_a_flipped_bit_is_noticed_when_it_is_read(tmp_path: Path, byte: str) -> None:
-    shards = write_shards(tmp_path / "shards", [5, 3])
+@pytest.mark.parametrize("byte", ["feature", "padding", "crc32"])
+def test_a_flipped_bit_is_noticed_when_its_block_is_read(tmp_path: Path, byte: str) -> None:
+    shards = write_shards(tmp_path / "shards", [70, 3])
     cache = FeatureCache(shards, "0123", num_views=2, dim=4)
-    feature_NKD = np.random.default_rng(0).normal(size=(5, 2, 4)).astype(np.float16)
-    cache.write(0, feature_NKD)
+    feature_KND = np.random.default_rng(0).normal(size=(2, 70, 4)).astype(np.float16)
+    cache.write(0, feature_KND)
     assert cache.missing() == [1]
-    np.testing.assert_array_equal(cache.read(0, 3, 7), feature_NKD[3, 1])
-    record_bytes = 4 * 2 + 4
+    np.testing.assert_array_equal(read_one(cache, 67, 7), feature_KND[1, 67])
+    block_bytes = 64 * 4 * 2 + 4  # two of them a view
     data = bytearray(Path(cache.path(0)).read_bytes())
-    place = len(data) - 5 * 2 * record_bytes + (3 * 2 + 1) * record_bytes
-    data[place + (5 if byte == "feature" else 8)] ^= 1
+    last = len(data) - block_bytes  # view 1, rows 64 to 69
+    data[last + {"feature": 5, "padding": 10 * 8, "crc32": 64 * 8}[byte]] ^= 1
     Path(cache.path(0)).write_bytes(data)
     again = FeatureCache(shards, "0123", num_views=2, dim=4)
-    np.testing.assert_array_equal(again.read(0, 3, 0), feature_NKD[3, 0])
-    with pytest.raises(
-        InputError, match=r"0123-.*\.npy: row 3, view 1: .*remove the file: cnclip builds it again"
-    ):
-        again.read(0, 3, 1)
+    np.testing.assert_array_equal(read_one(again, 67, 0), feature_KND[0, 67])
+    np.testing.assert_array_equal(read_one(again, 63, 1), feature_KND[1, 63])
+    message = r"0123-.*\.npy: view 1, rows 64 to 127: .*remove the file: cnclip builds it again"
+    for epoch in (1, 3):
+        with pytest.raises(InputError, match=message):
+            read_one(again, 67, epoch)
+
+
+def test_every_epoch_compares_the_blocks_again(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards", [5])
+    cache = FeatureCache(shards, "0123", num_views=1, dim=4)
+    cache.write(0, np.zeros((1, 5, 4), np.float16))
+    read_one(cache, 2, 0)
+    with open(cache.path(0), "r+b") as file:  # the file that is mapped
+        file.seek(-5, os.SEEK_END)
+        file.write(b"\1")
+    read_one(cache, 3, 0)
+    with pytest.raises(InputError, match="view 0, rows 0 to 63"):
+        read_one(cache, 3, 1)
+
+
+def test_samples_of_several_shards_and_epochs_are_read_at_once(tmp_path: Path) -> None:
+    shards, random = write_shards(tmp_path / "shards", [130, 64, 5]), np.random.default_rng(0)
+    cache = FeatureCache(shards, "0123", num_views=3, dim=4)
+    features = [random.normal(size=(3, shard.num_samples, 4)).astype(np.float16) for shard in shards]
+    for shard, feature_KND in enumerate(features):
+        cache.write(shard, feature_KND)
+    shard_B, epoch_B = random.integers(3, size=200), random.integers(10, size=200)
+    row_B = random.integers([shards[shard].num_samples for shard in shard_B])
+    expected = [features[s][e % 3, r] for s, r, e in zip(shard_B, row_B, epoch_B, strict=True)]
+    np.testing.assert_array_equal(cache.read(shard_B, row_B, epoch_B), expected)
 
 
 def test_whatever_the_header_has_become_the_file_is_named(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards", [5])
     made = FeatureCache(shards, "0123", num_views=1, dim=4)
-    made.write(0, np.zeros((5, 1, 4), np.float16))
+    made.write(0, np.zeros((1, 5, 4), np.float16))
     path = Path(made.path(0))
     whole = path.read_bytes()
-    for data in (b"", whole[:9], whole.replace(b"(5, 1)", b"((5, 1"), whole.replace(b"(5, 1)", b"'5, 1)")):
+    for data in (b"", whole[:9], whole.replace(b"(1, 1)", b"((1, 1"), whole.replace(b"(1, 1)", b"'1, 1)")):
         path.write_bytes(data)
         cache = FeatureCache(shards, "0123", num_views=1, dim=4)
         with pytest.raises(
             InputError, match=rf"{path}: not a readable .npy file .*remove the file: cnclip builds it again"
         ):
-            cache.read(0, 2, 0)
+            read_one(cache, 2, 0)
 
 
-def test_features_in_each_others_place_are_noticed(tmp_path: Path) -> None:
-    shards = write_shards(tmp_path / "shards", [5])
+def test_blocks_in_each_others_place_are_noticed(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards", [150])
     cache = FeatureCache(shards, "0123", num_views=1, dim=4)
-    cache.write(0, np.arange(20, dtype=np.float16).reshape(5, 1, 4))
-    records = np.load(cache.path(0))
-    np.save(cache.path(0), records[::-1])
-    cache.read(0, 2, 0)  # the middle stays where it was
-    with pytest.raises(InputError, match="row 1, view 0"):
-        cache.read(0, 1, 0)
+    cache.write(0, np.arange(600, dtype=np.float16).reshape(1, 150, 4))
+    blocks = np.load(cache.path(0))
+    np.save(cache.path(0), blocks[:, ::-1])
+    read_one(cache, 64, 0)  # the middle stays where it was
+    with pytest.raises(InputError, match="view 0, rows 0 to 63"):
+        read_one(cache, 1, 0)
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 
 from pipeline.core.records import ConfigError, InputError, Shard
 from pipeline.core.shard_format import sidecar_of
+from tests.helpers.batches import WholeBatches
 from tests.helpers.shard_files import VOCABULARY, write_shards
 from training.config.train import AugmentConfig
-from training.data.loader import BatchReader, Prefetcher, ReaderConfig
+from training.data.loader import BatchReader, CaptionConfig
 from training.data.sampler import SampleOrder
 from training.data.shard_table import check_shards, read_shard_table
+from training.data.views import ViewConfig, image_id_of
 from training.model.tokenizer import Tokenizer
 
 
@@ -107,19 +109,19 @@ NO_CHANGE = AugmentConfig(
 
 
 def make_reader(
-    shards: Sequence[Shard], folder: Path, *, lanes: range = range(2), num_lanes: int = 2, **changes: Any
-) -> BatchReader:
+    shards: Sequence[Shard],
+    folder: Path,
+    *,
+    lanes: range = range(2),
+    num_lanes: int = 2,
+    augment: AugmentConfig = NO_CHANGE,
+) -> WholeBatches:
     order = make_order([shard.num_samples for shard in shards], lanes=num_lanes, batch=4 * num_lanes)
-    options: dict[str, Any] = {
-        "image_size_px": 32,
-        "augment": NO_CHANGE,
-        "caption_column": "caption",
-        "context_length": 16,
-        "token_folder": str(folder / "tokens"),
-        "seed": 0,
-        "threads": 1,
-    }
-    return BatchReader(shards, order, Tokenizer(VOCABULARY), ReaderConfig(**options | changes), lanes=lanes)
+    captions = CaptionConfig(column="caption", context_length=16, token_folder=str(folder / "tokens"), seed=0)
+    reader = BatchReader(shards, order, Tokenizer(VOCABULARY), captions, lanes=lanes)
+    paths = [shard.path for shard in shards]
+    views = ViewConfig(paths=paths, image_size_px=32, augment=augment, seed=0, open_shards=reader.open_shards)
+    return WholeBatches(reader, views)
 
 
 def test_a_batch_holds_the_images_and_captions_of_its_keys(tmp_path: Path) -> None:
@@ -152,13 +154,11 @@ def test_a_batch_holds_the_images_and_captions_of_its_keys(tmp_path: Path) -> No
     assert len(seen) == 16
 
 
-def test_a_sample_looks_the_same_on_any_rank_and_thread(tmp_path: Path) -> None:
+def test_a_sample_looks_the_same_on_any_rank(tmp_path: Path) -> None:
     shards = write_shards(tmp_path, [20, 20])
     change: dict[str, Any] = {"augment": AugmentConfig(crop_area=(0.3, 1.0)), "num_lanes": 2}
     whole = make_reader(shards, tmp_path, **change).read(3)
-    halves = [
-        make_reader(shards, tmp_path, lanes=range(i, i + 1), threads=3, **change).read(3) for i in range(2)
-    ]
+    halves = [make_reader(shards, tmp_path, lanes=range(i, i + 1), **change).read(3) for i in range(2)]
     together = np.concatenate([half.image.numpy() for half in halves])
     np.testing.assert_array_equal(whole.image.numpy(), together)
     other_epoch = make_reader(shards, tmp_path, **change).read(8)
@@ -264,19 +264,6 @@ def test_shards_that_are_not_whole_are_refused_at_the_start(tmp_path: Path) -> N
         check_shards([])
 
 
-def test_batches_come_in_order_and_errors_come_through(tmp_path: Path) -> None:
-    shards = write_shards(tmp_path, [20, 20])
-    steps = Prefetcher(make_reader(shards, tmp_path), 3, 12)
-    assert [batch.step for batch in steps] == list(range(3, 12))
-    steps.close()
-    tar = Path(shards[1].path)
-    tar.write_bytes(b"\0" * len(tar.read_bytes()))
-    steps = Prefetcher(make_reader(shards, tmp_path), 0, 12)
-    with pytest.raises(InputError, match=r"00001.tar: [0-9a-f]{32}.jpg is not the image"):
-        list(steps)
-    steps.close()
-
-
 def test_a_damaged_image_that_still_decodes_is_refused(tmp_path: Path) -> None:
     (shard,) = write_shards(tmp_path, [8])
     tar = Path(shard.path)
@@ -291,17 +278,12 @@ def test_a_damaged_image_that_still_decodes_is_refused(tmp_path: Path) -> None:
         make_reader([shard], tmp_path).read(0)
 
 
-def test_a_reader_that_is_ahead_stops_when_told(tmp_path: Path) -> None:
-    steps = Prefetcher(make_reader(write_shards(tmp_path, [20]), tmp_path), 0, 1000)
-    assert next(iter(steps)).step == 0
-    steps.close()
-    assert not steps._thread.is_alive()
-
-
-def test_lists_of_bytes_as_keys_have_their_full_length(tmp_path: Path) -> None:
+def test_keys_and_digests_come_whole_out_of_the_column(tmp_path: Path) -> None:
     (shard,) = write_shards(tmp_path, [4])
-    keys: npt.NDArray[np.bytes_] = read_table(shard, tmp_path).keys
-    assert [len(key) for key in keys.tolist()] == [32] * 4
+    table, sidecar = read_table(shard, tmp_path), pq.read_table(sidecar_of(shard.path))
+    keys: npt.NDArray[np.bytes_] = table.keys
+    assert [key.decode() for key in keys.tolist()] == sidecar["key"].to_pylist()
+    assert table.image_id.tolist() == [image_id_of(sha) for sha in sidecar["image_sha256"].to_pylist()]
 
 
 def test_of_several_captions_each_epoch_draws_one_whatever_the_ranks(tmp_path: Path) -> None:
@@ -310,10 +292,13 @@ def test_of_several_captions_each_epoch_draws_one_whatever_the_ranks(tmp_path: P
     for number, shard in enumerate(shards):
         table = pq.read_table(sidecar_of(shard.path))
         lists = [["一个红色的圆"] * (row % 3) + ["图片" * (row % 4 + 1)] for row in range(table.num_rows)]
+        lists[5], lists[7] = [], []  # rows of a source that keeps one caption
         if number == 0:  # the other one has a caption each, as another source of the same run
-            table = table.append_column("captions", pa.array(lists))
+            table = table.append_column("captions", pa.array([found or None for found in lists]))
             pq.write_table(table, sidecar_of(shard.path))
-        texts = lists if number == 0 else [[text] for text in table["caption"].to_pylist()]
+        else:
+            lists = [[] for _ in lists]
+        texts = [found or [text] for found, text in zip(lists, table["caption"].to_pylist(), strict=True)]
         of_key |= dict(zip((key.encode() for key in table["key"].to_pylist()), texts, strict=True))
     encode = Tokenizer(VOCABULARY).encode
     whole = make_reader(shards, tmp_path, num_lanes=2)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from torch.nn import functional as F
@@ -35,7 +36,7 @@ def words(tokens: torch.Tensor) -> str:
 
 def test_true_statements_are_true_and_false_ones_false() -> None:
     made = statements()
-    mentioned_NO = made.mentions(CAPTIONS)
+    mentioned_NO = made.mentions(pa.array(CAPTIONS))
     assert mentioned_NO.tolist() == [[True, False], [False, True], [True, True], [False, False]]
     seen = set()
     for epoch in range(40):
@@ -115,7 +116,10 @@ def test_braces_beside_the_place_of_the_thing_are_text() -> None:
     config = dataclasses.replace(CONFIG_OF_SHAPES, affirmed=("{}零{x}",), negated=("{零}{}",))
     assert build_config({"negation": config}).negation == config
     made = Statements(config, Tokenizer([*VOCABULARY, "{", "}", "x"]), context_length=12, seed=7)
-    mentioned_NO, keys = made.mentions(CAPTIONS[:1] * 20), [f"{row:032x}".encode() for row in range(20)]
+    mentioned_NO, keys = (
+        made.mentions(pa.array(CAPTIONS[:1] * 20)),
+        [f"{row:032x}".encode() for row in range(20)],
+    )
     words = [*VOCABULARY, "{", "}", "x"]
     true_B = made.draw(list(mentioned_NO), keys, [0] * 20).tokens_B2L[:, 0]
     read = {"".join(words[token] for token in row if token not in (0, 2, 3)) for row in true_B.tolist()}

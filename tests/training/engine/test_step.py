@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.helpers.batches import WholeBatches
 from tests.helpers.rank_processes import run_ranks
 from tests.helpers.train_jobs import make_job, small_models
 from training.config.job import TrainJob
@@ -59,7 +60,7 @@ def waits_of_a_step(job: TrainJob, cases: list[dict[str, Any]]) -> list[list[str
     from training.model import text
     from training.model.config import MODELS
     from training.model.tokenizer import Tokenizer
-    from training.pretrain import build_model, make_reader, sample_order
+    from training.pretrain import build_model, make_reader, sample_order, view_config
 
     MODELS.update(small_models())
     join_ranks(job.config)
@@ -71,6 +72,7 @@ def waits_of_a_step(job: TrainJob, cases: list[dict[str, Any]]) -> list[list[str
         one = dataclasses.replace(job, config=config, model=case.get("model", job.model))
         clip, order = build_model(one, tokenizer), sample_order(one)
         reader = make_reader(one, order, tokenizer, clip, lanes=order.rank_lanes(rank, ranks))
+        whole = WholeBatches(reader, view_config(one, reader, clip))
         sizes = tuple(order.rank_num_samples(each, ranks) for each in range(ranks))
         engine = build_engine(Towers(clip, num_samples_of_ranks=sizes, config=one.config), one.config)
         engine.train()
@@ -80,7 +82,7 @@ def waits_of_a_step(job: TrainJob, cases: list[dict[str, Any]]) -> list[list[str
             if not case.get("branches"):  # as on a device
                 patch.setattr(contrastive, "host_waits_for", lambda tensor: True)
             for step in range(3):
-                batch = reader.read(step)
+                batch = whole.read(step)
                 with count if step == 2 else contextlib.nullcontext():  # counting slows every operation
                     result = train_step(engine, batch, 1e-4, 100.0, 0)
                     numbers = NumbersUnderWay(

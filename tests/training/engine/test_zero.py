@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.helpers.batches import WholeBatches
 from tests.helpers.rank_processes import run_ranks
 from tests.helpers.shard_files import VOCABULARY
 from tests.helpers.train_jobs import make_job, small_models, train_rank
@@ -66,18 +67,19 @@ def train_plainly(job: TrainJob) -> Plain:
     from training.model.config import MODELS
     from training.model.preprocess import MEAN, STD
     from training.model.tokenizer import Tokenizer
-    from training.pretrain import build_model, make_reader, sample_order
+    from training.pretrain import build_model, make_reader, sample_order, view_config
 
     MODELS.update(small_models(dropout=0.0))
     config, tokenizer = job.config, Tokenizer.load(job.vocabulary)
     clip = build_model(job, tokenizer).train()
     reader = make_reader(job, sample_order(job), tokenizer, clip, lanes=range(config.num_lanes))
+    batches = WholeBatches(reader, view_config(job, reader, clip))
     adam = build_optimizer(clip, config)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     start = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
     found = []
     for step in range(STEPS):
-        batch = reader.read(step)
+        batch = batches.read(step)
         image_BD = clip.encode_image((batch.image.float() / 255 - mean) / std)
         logits = clip.logit_scale.exp() * image_BD @ clip.encode_text(batch.tokens_BL).T
         target = torch.arange(len(logits))

@@ -141,15 +141,15 @@ def train_slowly(job: TrainJob, slow_rank: str) -> None:
     """Train where one rank's reader takes longer than a step."""
     from training.data.loader import BatchReader
 
-    read = BatchReader.read
+    request = BatchReader.request
 
     def slow(self: BatchReader, step: int) -> Any:
         if os.environ["RANK"] == slow_rank:
             time.sleep(0.3)
-        return read(self, step)
+        return request(self, step)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(BatchReader, "read", slow)
+        patch.setattr(BatchReader, "request", slow)
         train_rank(job)
 
 
