@@ -12,14 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from eval.index import structure
-from eval.index.build import fill, new_index, train
+from eval.index.build import fill, new_index, rows_to_train, train
 from eval.index.device import Device, check_device, to_device
 from eval.index.embeddings import Embeddings
-from eval.index.partitioned import set_parameters
-from eval.metrics.recall import exact_scores_of_pairs, score_error_bound
+from eval.index.parameters import set_parameters
+from eval.index.suggest import num_lists
+from eval.index.truth import exact_neighbours, recall_of
 from pipeline.core.arrays import Float32Array, Int64Array
 from pipeline.core.records import InputError
 from pipeline.core.text_table import align
@@ -56,11 +55,6 @@ def default_grid(num_rows: int, dim: int) -> list[str]:
     return grid
 
 
-def num_lists(num_rows: int) -> int:
-    """Return the number of inverted lists: a power of two near 4 √n, with 39 rows to train each list."""
-    return int(2 ** np.floor(np.log2(max(1.0, min(4 * num_rows**0.5, num_rows / 39)))))
-
-
 def settings(factory: str, dim: int) -> list[str]:
     """Return the search parameters to sweep for a factory string, from the index that FAISS builds for it."""
     index = new_index(dim, factory)
@@ -72,55 +66,13 @@ def settings(factory: str, dim: int) -> list[str]:
     return [""]
 
 
-def exact_neighbours(embeddings: Embeddings, queries_QD: Float32Array, k: int) -> Int64Array:
-    """Return the rows of the k highest dot products, [Q, k], from matrix products of one block at a time."""
-    best_scores = np.full((len(queries_QD), k), -np.inf, dtype=np.float32)
-    best_rows = np.full((len(queries_QD), k), -1, dtype=np.int64)
-    first = 0
-    for block_BD in embeddings.blocks(0, embeddings.num_rows):
-        for start in range(0, len(block_BD), _BLOCK_ROWS):
-            part = block_BD[start : start + _BLOCK_ROWS]
-            scores = np.concatenate([best_scores, queries_QD @ part.T], axis=1)
-            rows = np.arange(first, first + len(part))
-            first += len(part)
-            all_rows = np.concatenate(
-                [best_rows, np.broadcast_to(rows, (len(queries_QD), len(rows)))], axis=1
-            )
-            top = np.argpartition(-scores, k - 1, axis=1)[:, :k]
-            best_scores = np.take_along_axis(scores, top, axis=1)
-            best_rows = np.take_along_axis(all_rows, top, axis=1)
-    order = np.lexsort((best_rows, -best_scores), axis=1)
-    return np.take_along_axis(best_rows, order, axis=1)
-
-
-def recall_at(
-    embeddings: Embeddings, queries_QD: Float32Array, found_QK: Int64Array, exact_QK: Int64Array
-) -> float:
-    """Return the mean share of each query's k results that are as near as the k nearest rows.
-
-    Rows that tie with the k-th count, because web corpora contain many duplicates in arbitrary order. Rows of
-    -1 were not found.
-    """
-    bound = score_error_bound(embeddings.dim)
-    rows, inverse = np.unique(np.concatenate([found_QK, exact_QK], axis=1), return_inverse=True)
-    vectors_RD = np.zeros((len(rows), embeddings.dim), dtype=np.float32)
-    vectors_RD[rows >= 0] = embeddings.rows(rows[rows >= 0])
-    num_queries, k = found_QK.shape
-    query_rows = np.repeat(np.arange(num_queries), 2 * k)
-    scores_QK2 = exact_scores_of_pairs(queries_QD, query_rows, vectors_RD, inverse.ravel()).reshape(
-        num_queries, 2 * k
-    )
-    least_Q1 = scores_QK2[:, k:].min(axis=1, keepdims=True) - bound
-    return float(((scores_QK2[:, :k] >= least_Q1) & (found_QK >= 0)).mean())
-
-
 def measure(
     embeddings: Embeddings,
     queries_QD: Float32Array,
     grid: Sequence[str],
     *,
     k: int,
-    train_rows: int,
+    train_rows: int | None,
     device: Device = "cpu",
     say: Callable[[str], None],
 ) -> list[Point]:
@@ -140,13 +92,14 @@ def measure(
             f"queries of width {queries_QD.shape[1]} do not fit embeddings of width {embeddings.dim}:"
             " they are of another model"
         )
-    exact_QK = exact_neighbours(embeddings, queries_QD, k)
+    truth = exact_neighbours(embeddings, queries_QD, k)
     points = []
     for factory in grid:
         memory = _resident_bytes()
         start = time.perf_counter()
         try:
-            empty = train(embeddings, factory, train_rows, device)
+            rows = rows_to_train(embeddings.dim, factory) if train_rows is None else train_rows
+            empty = train(embeddings, factory, rows, device)
             built = fill(empty, embeddings, 0, embeddings.num_rows, factory, device)
         except InputError as error:
             say(f"left out: {error}")
@@ -161,7 +114,7 @@ def measure(
             point = Point(
                 factory,
                 parameters,
-                recall_at(embeddings, queries_QD, found_QK, exact_QK),
+                recall_of(embeddings, queries_QD, found_QK, truth).with_ties,
                 speed,
                 seconds,
                 size,
@@ -189,44 +142,6 @@ def best_point(points: Sequence[Point], target_recall: float, bytes_per_vector: 
         if point.recall >= target_recall and point.bytes_per_vector <= bytes_per_vector
     ]
     return max(fitting, key=lambda point: point.queries_per_second, default=None)
-
-
-def suggest(num_rows: int, dim: int, memory_bytes: float, target_recall: float) -> str:
-    """Return a factory string to start from, for a size, memory and target recall.
-
-    This measures nothing.
-
-    The index is exact below 20,000 rows or for a target of 1. Otherwise it has the most exact codes that fit:
-    float32, 8 bits or PQ. It is HNSW if the graph fits and the corpus has under a million rows, because
-    adding rows to HNSW takes 10 to 20 times as long.
-
-    Raises:
-        InputError: if not even the smallest codes fit.
-    """
-    per_vector = memory_bytes / num_rows
-    if num_rows < 20_000 or target_recall >= 1:
-        if per_vector < 4 * dim:
-            raise InputError(
-                f"exact search over {num_rows} rows takes {4 * dim * num_rows / 2**30:.1f} GiB; give more"
-                " memory or a recall below 1"
-            )
-        return "Flat"
-    lists = num_lists(num_rows)
-    ids = 8
-    if num_rows < 1_000_000 and target_recall >= 0.95 and per_vector >= 4 * dim + 4 * 2 * 32 + ids:
-        return "HNSW32"
-    if per_vector >= 4 * dim + ids:
-        return f"IVF{lists},Flat"
-    if per_vector >= dim + ids:
-        return f"IVF{lists},SQ8"
-    for divisor in (4, 8, 16):
-        code = dim // divisor
-        if code and per_vector >= code + ids:
-            return f"OPQ{code},IVF{lists},PQ{code}"
-    raise InputError(
-        f"{memory_bytes / 2**20:.0f} MiB for {num_rows} rows are {per_vector:.1f} bytes a vector; the"
-        f" smallest codes offered take {dim // 16 + ids}: give more memory or split the corpus"
-    )
 
 
 def points_table(points: Sequence[Point], k: int) -> str:

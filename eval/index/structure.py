@@ -51,6 +51,35 @@ def has_graph(index: Any) -> bool:
     return num_lists(index) is None and any(isinstance(part, faiss.IndexHNSW) for part in walk(index))
 
 
+def is_exact(index: Any) -> bool:
+    """Return whether every search compares the query with all rows as they are."""
+    import faiss
+
+    return isinstance(faiss.downcast_index(index), faiss.IndexFlat)
+
+
+def has_nsg(index: Any) -> bool:
+    """Return whether an NSG graph finds rows."""
+    import faiss
+
+    return any(isinstance(part, faiss.IndexNSG) for part in walk(index))
+
+
+def set_search_l(index: Any, candidates: int) -> None:
+    """Set the candidates of NSG's search.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    import faiss
+
+    if candidates < 1:
+        raise ValueError(f"search_L={candidates}: at least 1")
+    for part in walk(index):
+        if isinstance(part, faiss.IndexNSG):
+            part.nsg.search_L = candidates
+
+
 def why_not_inner_product(index: Any) -> str | None:
     """Return why an index's scores are not inner products of the original vectors, or None if they are."""
     import faiss

@@ -250,7 +250,7 @@ def galleries_of_run(checkpoint: ModelSource, target: str) -> list[Gallery]:
             if not np.isin(image_ids, evaluation.image_ids).all():
                 raise InputError(f"{features}: of another set than {source.folder}; embed again")
             images = EvaluationImages.of(evaluation, image_ids)
-            galleries.append(_gallery(source.name, indices, images, len(image_ids), "", features))
+            galleries.append(_gallery(source.name, indices, images, len(image_ids), None, features))
     if not galleries:
         raise InputError(
             f"{checkpoint.run_folder}: the run has not indexed {stage}; first give: cnclip run {target},"
@@ -265,14 +265,14 @@ def open_gallery(
     embeddings_folder: str | None = None,
     images_folder: str | None = None,
     run_folder: str | None = None,
-    parameters: str = "",
+    parameters: str | None = None,
 ) -> Gallery:
     """Return a gallery of an index by `cnclip index`, or of a folder with `image.index` by `cnclip eval`.
 
     `embeddings_folder` is the folder that was indexed (default: the index's folder); its `metadata/`
     describes each row. `images_folder` holds the images (shards, evaluation sets, or the base of file
     names); the default is the run's folder, or the paths as given. `parameters` is FAISS's search string,
-    such as `nprobe=16`.
+    such as `nprobe=16`; the default is what the index was tuned to.
 
     Raises:
         InputError: if one of them is missing or does not match.
@@ -302,7 +302,7 @@ def open_gallery(
 
 
 def _gallery(
-    name: str, folder: str, images: GalleryImages, num_rows: int, parameters: str, features: str
+    name: str, folder: str, images: GalleryImages, num_rows: int, parameters: str | None, features: str
 ) -> Gallery:
     found: Callable[[Float32Array, int], Found]
     if store.exists(store.join(folder, "image.index")):

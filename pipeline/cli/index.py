@@ -9,16 +9,18 @@ import typer
 from pipeline.cli.app import Group
 from pipeline.cli.arguments import (
     EXIT_DONE,
+    Centre,
     EmbeddingsPath,
     FaissDevice,
     IndexMemory,
     IndexRecall,
+    Neighbours,
     Side,
     TrainRows,
 )
 from pipeline.core import store
 from pipeline.core.progress import make_progress
-from pipeline.core.records import ConfigError
+from pipeline.core.records import ConfigError, InputError
 from pipeline.core.terminal import inform
 
 INDEX = Group("Search")
@@ -26,14 +28,14 @@ INDEX = Group("Search")
 
 @INDEX.add(
     "index",
-    "build a FAISS index in parts; rerun to resume",
-    "features indices/features --memory 4",
+    "build a FAISS index in parts and tune it to a recall; rerun to resume",
+    "features indices/features --memory 4 --recall 0.95",
 )
 def index(
     embeddings_path: EmbeddingsPath,
     out: Annotated[str, typer.Argument(metavar="OUT", help="the index's folder")],
     side: Side = "image",
-    train_rows: TrainRows = 262_144,
+    train_rows: TrainRows = None,
     factory: Annotated[
         str | None,
         typer.Option(
@@ -43,6 +45,21 @@ def index(
     ] = None,
     memory: IndexMemory = 4.0,
     recall: IndexRecall = 0.95,
+    centre: Centre = False,
+    queries: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.npy",
+            help="tune with these features (default: the other side's, or rows of the embeddings)",
+        ),
+    ] = None,
+    num_queries: Annotated[
+        int,
+        typer.Option(
+            "--num-queries", metavar="N", help="tune on one half of N queries, measure on the other half"
+        ),
+    ] = 4000,
+    k: Neighbours = 10,
     device: FaissDevice = "cpu",
     rows_per_part: Annotated[
         int, typer.Option("--rows-per-part", metavar="N", help="put N rows into each FAISS file")
@@ -51,20 +68,26 @@ def index(
         bool, typer.Option("--redo", help="replace an index of other embeddings or settings")
     ] = False,
 ) -> int:
-    from eval.index.benchmark import suggest
+    from eval.index.build import rows_to_train
     from eval.index.embeddings import Embeddings
     from eval.index.partitioned import build_parts
+    from eval.index.queries import choose_queries
+    from eval.index.suggest import suggest
+    from eval.index.tuning import Tuning
 
     embeddings = Embeddings.open(embeddings_path, side=side)
-    chosen = factory or suggest(embeddings.num_rows, embeddings.dim, memory * 2**30, recall)
+    tuning = Tuning(choose_queries(embeddings_path, embeddings, side, num_queries, queries), recall, k)
+    chosen = factory or suggest(embeddings.num_rows, embeddings.dim, memory * 2**30, recall, train_rows)
     built = build_parts(
         embeddings,
         out,
         factory=chosen,
         rows_per_part=rows_per_part,
-        train_rows=train_rows,
+        train_rows=rows_to_train(embeddings.dim, chosen) if train_rows is None else train_rows,
         device=device,
         redo=redo,
+        centre=centre,
+        tuning=tuning,
         progress=make_progress("index", "row"),
         say=lambda line: print(line, file=sys.stderr),
     )
@@ -72,6 +95,13 @@ def index(
         f"{out}: {chosen}, {built.num_rows:,} rows of width {built.dim} in {len(built.parts)} parts,"
         f" {built.bytes_per_vector:.1f} bytes a vector"
     )
+    assert built.tuned is not None  # since `tuning` was given
+    print(f"{out}: {built.tuned}")
+    if not built.tuned.reached:
+        raise InputError(
+            f"{out}: {chosen} reaches at most recall {built.tuned.recall:.3f} on these queries, not"
+            f" {recall:g}; give a lower --recall, more --memory, or another --factory with --redo"
+        )
     return EXIT_DONE
 
 
@@ -83,7 +113,7 @@ def index(
 def bench_index(
     embeddings_path: EmbeddingsPath,
     side: Side = "image",
-    train_rows: TrainRows = 262_144,
+    train_rows: TrainRows = None,
     queries: Annotated[
         str | None,
         typer.Option(
@@ -93,7 +123,7 @@ def bench_index(
     num_queries: Annotated[
         int, typer.Option("--num-queries", metavar="N", help="search N queries at most")
     ] = 1000,
-    k: Annotated[int, typer.Option("--k", metavar="K", help="search for K neighbours")] = 10,
+    k: Neighbours = 10,
     grid: Annotated[
         str | None,
         typer.Option(

@@ -54,8 +54,12 @@ def serve(
     ] = None,
     pictures: Annotated[str | None, typer.Option("--pictures", hidden=True)] = None,
     parameters: Annotated[
-        str, typer.Option(metavar="STRING", help="search with FAISS's parameters, such as nprobe=16")
-    ] = "",
+        str | None,
+        typer.Option(
+            metavar="STRING",
+            help="search with FAISS's parameters, such as nprobe=16 (default: those the index was tuned to)",
+        ),
+    ] = None,
     host: Annotated[
         str,
         typer.Option(metavar="ADDRESS", help="listen on this address; 127.0.0.1 answers this machine only"),

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from eval.index import benchmark as bench_index
-from eval.index.benchmark import Point, best_point, exact_neighbours, pareto_front, recall_at, suggest
+from eval.index.benchmark import Point, best_point, pareto_front
 from eval.index.partitioned import Embeddings, PartedIndex, build_parts
+from eval.index.truth import exact_neighbours, recall_of
 from pipeline import cli as command_line
 from pipeline.core.records import ConfigError, InputError
 
@@ -83,9 +83,9 @@ def test_parts_find_what_the_one_index_finds(folder: Path, factory: str) -> None
     whole.add(unit_rows(3000))
     if parameters:
         faiss.ParameterSpace().set_index_parameters(whole, parameters)
-    recall = recall_at(embeddings, queries, whole.search(queries, 10)[1], exact)
+    recall = recall_of(embeddings, queries, whole.search(queries, 10)[1], exact).strict
     parted = in_parts.search(queries, 10, parameters=parameters)[1]
-    assert recall_at(embeddings, queries, parted, exact) > recall - 0.1
+    assert recall_of(embeddings, queries, parted, exact).strict > recall - 0.1
 
 
 def test_a_killed_build_goes_on_and_gives_the_same_bytes(
@@ -148,26 +148,6 @@ def test_bad_input_is_one_line(folder: Path) -> None:
         Embeddings.open(str(folder / "nowhere"))
 
 
-def test_exact_neighbours_and_recall(tmp_path: Path) -> None:
-    np.save(tmp_path / "rows.npy", unit_rows(12))
-    embeddings = Embeddings.open(str(tmp_path / "rows.npy"))
-    queries = unit_rows(2)
-    exact = exact_neighbours(embeddings, queries, 3)
-    worst = int(np.argsort(embeddings.rows(np.arange(12)) @ queries[0])[0])
-    found = np.array([[exact[0, 2], worst, exact[0, 0]], [-1, -1, exact[1, 1]]])
-    assert recall_at(embeddings, queries, found, exact) == pytest.approx(3 / 6)
-
-
-def test_a_copy_is_as_good_as_its_original(tmp_path: Path) -> None:
-    """Twelve rows, four times each: which copies an index returns says nothing against it."""
-    np.save(tmp_path / "rows.npy", np.tile(unit_rows(12), (4, 1)))
-    embeddings = Embeddings.open(str(tmp_path / "rows.npy"))
-    queries = unit_rows(12)
-    exact = exact_neighbours(embeddings, queries, 2)
-    assert recall_at(embeddings, queries, (exact + 1) % 48, exact) == 0
-    assert recall_at(embeddings, queries, (exact + 24) % 48, exact) == 1.0
-
-
 def point(recall: float, speed: float, size: float) -> Point:
     return Point("X", "", recall, speed, 0.0, size, 0)
 
@@ -184,25 +164,6 @@ def test_pareto_front_and_the_best_point() -> None:
     assert best_point(points, 0.9, 100) == points[1]
     assert best_point(points, 0.9, 50) == points[3]
     assert best_point(points, 0.99, 50) is None
-
-
-def test_suggestions_can_be_built_and_fit() -> None:
-    gib = 2**30
-    assert suggest(10_000, 512, gib, 0.9) == "Flat"
-    assert suggest(500_000, 512, 2 * gib, 0.95) == "HNSW32"
-    assert suggest(10_000_000, 512, 30 * gib, 0.95).endswith(",Flat")
-    assert suggest(10_000_000, 512, 6 * gib, 0.95).endswith(",SQ8")
-    assert suggest(10_000_000, 512, 1 * gib, 0.95).endswith("PQ64")
-    for memory in (30, 6, 1):
-        faiss.index_factory(512, suggest(10_000_000, 512, memory * gib, 0.95), faiss.METRIC_INNER_PRODUCT)
-    with pytest.raises(InputError, match="the smallest codes"):
-        suggest(10_000_000, 512, gib / 100, 0.9)
-    with pytest.raises(InputError, match="exact search over"):
-        suggest(10_000_000, 512, gib, 1.0)
-    for count in (1, 39, 100, 10_000, 10_000_000):
-        lists = bench_index.num_lists(count)
-        assert lists & (lists - 1) == 0
-        assert lists == 1 or lists <= min(count / 39, 4 * count**0.5) <= 2 * lists
 
 
 def test_commands(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

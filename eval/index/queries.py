@@ -1,0 +1,130 @@
+"""Chooses queries for tuning and measuring an index: the other side's features, or rows of the base.
+
+Text queries lie outside the distribution of the images that they search, and an index needs more work to
+answer them than to answer images. So if both sides were embedded, the other side asks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from eval.features.layout import EMBEDDING_FOLDERS, Side, check_vectors
+from eval.features.model_identity import check_same_model
+from eval.index.embeddings import Embeddings
+from eval.index.views import evenly_spaced
+from pipeline.core import store
+from pipeline.core.arrays import Float32Array, Int64Array
+from pipeline.core.config import digest
+from pipeline.core.records import ConfigError, InputError
+
+QuerySide = Literal["image", "text", "held-out"]
+
+
+@dataclass(frozen=True, slots=True)
+class Queries:
+    """Queries, and where they come from."""
+
+    name: str  # image, text, held-out, or the name of a file
+    source: str  # for people: which features
+    vectors_QD: Float32Array
+    rows_Q: Int64Array  # in their source
+    are_own: bool = False  # rows of the base, which an index must not return for themselves
+
+    def __len__(self) -> int:
+        return len(self.vectors_QD)
+
+    @property
+    def digest(self) -> str:
+        """Hash the vectors."""
+        return digest([self.name, store.digest_bytes(self.vectors_QD.tobytes())])
+
+    def part(self, start: int, step: int) -> "Queries":
+        """Return every `step`-th query from `start`."""
+        part = slice(start, None, step)
+        return Queries(self.name, self.source, self.vectors_QD[part], self.rows_Q[part], self.are_own)
+
+
+def other_side(path: str, side: Side) -> Side | None:
+    """Return the side that asks an index of `side` of these features, or None if it was not embedded."""
+    other: Side = "text" if side == "image" else "image"
+    if path.endswith(".npy"):
+        return None
+    names = store.list_files(store.join(path, EMBEDDING_FOLDERS[other]))
+    return other if any(name.endswith(".npy") for name in names) else None
+
+
+def queries_of_side(path: str, base: Embeddings, side: Side, count: int) -> Queries:
+    """Return `count` evenly spaced features of the other side.
+
+    Raises:
+        InputError: if there are none, or they do not fit the base.
+    """
+    source = Embeddings.open(path, side=side)
+    rows_Q = evenly_spaced(count, source.num_rows)
+    name = f"{len(rows_Q):,} {side} features of {path}"
+    return _fitting(base, Queries(side, name, source.rows(rows_Q), rows_Q), path)
+
+
+def queries_of_file(path: str, base: Embeddings, base_path: str, count: int) -> Queries:
+    """Return `count` evenly spaced features of a file or folder.
+
+    Raises:
+        InputError: if they are of another model or do not fit the base.
+    """
+    source = Embeddings.open(path)
+    check_same_model(base_path, base.model, source.model)
+    rows_Q = evenly_spaced(count, source.num_rows)
+    name = f"{len(rows_Q):,} features of {path}"
+    return _fitting(base, Queries(path, name, source.rows(rows_Q), rows_Q), path)
+
+
+def queries_of_array(vectors_QD: Float32Array, base: Embeddings) -> Queries:
+    """Return queries from memory.
+
+    Raises:
+        InputError: if they are not unit-norm or do not fit the base.
+    """
+    check_vectors(vectors_QD, "queries")
+    name = f"{len(vectors_QD):,} queries given"
+    return _fitting(base, Queries("given", name, vectors_QD, np.arange(len(vectors_QD))), "queries")
+
+
+def own_rows(base: Embeddings, count: int, keep: Sequence[int] | Int64Array = ()) -> Queries:
+    """Return `count` evenly spaced rows of the base, none of `keep`.
+
+    Raises:
+        InputError: if no rows would remain to be searched.
+    """
+    rows_Q = np.setdiff1d(evenly_spaced(count, base.num_rows), np.asarray(keep, dtype=np.int64))
+    if not len(rows_Q) or len(rows_Q) >= base.num_rows:
+        raise InputError(
+            f"{base.paths[0]}: {base.num_rows} rows, too few to hold {count} out as queries; give fewer"
+            " (--num-queries), or --queries FILE"
+        )
+    name = f"{len(rows_Q):,} rows of the index"
+    return Queries("held-out", name, base.rows(rows_Q), rows_Q, are_own=True)
+
+
+def choose_queries(path: str, base: Embeddings, side: Side, count: int, file: str | None) -> Queries:
+    """Return the queries that tune an index: a file's, else the other side's, else rows of the base."""
+    if count < 2:
+        raise ConfigError(
+            f"--num-queries {count}: give at least 2, to tune on one half and measure on the other"
+        )
+    if file is not None:
+        return queries_of_file(file, base, path, count)
+    other = other_side(path, side)
+    if other is not None:
+        return queries_of_side(path, base, other, count)
+    return own_rows(base, min(count, max(1, base.num_rows // 2)))
+
+
+def _fitting(base: Embeddings, queries: Queries, path: str) -> Queries:
+    if queries.vectors_QD.shape[1] != base.dim:
+        raise InputError(
+            f"{path}: queries of width {queries.vectors_QD.shape[1]} do not fit embeddings of width"
+            f" {base.dim}: they are of another model"
+        )
+    return queries
