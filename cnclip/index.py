@@ -65,9 +65,9 @@ class Index:
         from eval.index.build import rows_to_train
         from eval.index.embeddings import Embeddings
         from eval.index.partitioned import build_parts
-        from eval.index.queries import choose_queries, queries_of_array
-        from eval.index.suggest import suggest
-        from eval.index.tuning import NUM_QUERIES, Tuning
+        from eval.index.tuning.queries import choose_queries, queries_of_array
+        from eval.index.tuning.suggest import suggest
+        from eval.index.tuning.tune import NUM_QUERIES, Tuning
 
         place = os.fspath(folder)
         source = vectors if isinstance(vectors, str) else _keep(vectors, place)

@@ -16,8 +16,8 @@ from eval.index.build import DEFAULT_TRAIN_ROWS, fill, train
 from eval.index.device import Device, check_device
 from eval.index.embeddings import Embeddings as Embeddings
 from eval.index.files import faiss_reason, load_index, vouch, write_index
-from eval.index.parameters import Tuned, set_parameters
-from eval.index.tuning import Tuning, tune_index
+from eval.index.tuning.parameters import Tuned, set_parameters
+from eval.index.tuning.tune import Tuning, tune_index
 from eval.index.views import Centred, Vectors, mean_of
 from pipeline.core import store
 from pipeline.core.arrays import Float32Array, Int64Array

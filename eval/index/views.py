@@ -36,6 +36,13 @@ def evenly_spaced(count: int, num_rows: int) -> Int64Array:
     return np.arange(count, dtype=np.int64) * num_rows // count
 
 
+def rows_without(left_out: Int64Array, numbers: Int64Array) -> Int64Array:
+    """Return the rows with these numbers if rows are counted without `left_out`, ascending and distinct."""
+    before = left_out - np.arange(len(left_out))  # counted rows before each that is left out
+    rows: Int64Array = numbers + np.searchsorted(before, numbers, side="right")
+    return rows
+
+
 @dataclass(frozen=True, slots=True)
 class Without:
     """All rows but some, which are queries and must not be answers; the others move up."""
@@ -76,10 +83,7 @@ class Without:
         return moved
 
     def _in_base(self, rows: Int64Array) -> Int64Array:
-        # Before held-out row h (the i-th) there are h - i kept rows.
-        before = self.held_out - np.arange(len(self.held_out))
-        found: Int64Array = rows + np.searchsorted(before, rows, side="right")
-        return found
+        return rows_without(self.held_out, rows)
 
 
 @dataclass(frozen=True, slots=True)

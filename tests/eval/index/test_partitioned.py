@@ -1,6 +1,5 @@
-"""Indices in parts: the same answers as one index, resumed, refused; and the benchmark over them."""
+"""Indices in parts: the same answers as one index, resumed, refused."""
 
-import json
 import os
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from eval.index.benchmark import Point, best_point, pareto_front
 from eval.index.partitioned import Embeddings, PartedIndex, build_parts
 from eval.index.truth import exact_neighbours, recall_of
 from pipeline import cli as command_line
@@ -148,24 +146,6 @@ def test_bad_input_is_one_line(folder: Path) -> None:
         Embeddings.open(str(folder / "nowhere"))
 
 
-def point(recall: float, speed: float, size: float) -> Point:
-    return Point("X", "", recall, speed, 0.0, size, 0)
-
-
-def test_pareto_front_and_the_best_point() -> None:
-    points = [
-        point(1.0, 10, 100),
-        point(0.9, 100, 100),
-        point(0.9, 90, 100),
-        point(0.9, 50, 20),
-        point(0.5, 60, 20),
-    ]
-    assert pareto_front(points) == [points[0], points[1], points[3], points[4]]
-    assert best_point(points, 0.9, 100) == points[1]
-    assert best_point(points, 0.9, 50) == points[3]
-    assert best_point(points, 0.99, 50) is None
-
-
 def test_commands(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     features, out = str(folder / "features"), str(folder / "out")
     assert command_line.main(["index", features, out, "--rows-per-part", "2000"]) == 0
@@ -174,25 +154,3 @@ def test_commands(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "index: 3,000 of 3,000" in captured.err
     assert command_line.main(["index", features, out, "--rows-per-part", "2000", "--quiet"]) == 0
     assert capsys.readouterr().err == ""
-    words = [
-        "bench-index",
-        features,
-        "--num-queries",
-        "100",
-        "--grid",
-        "Flat;IVF16,Flat;Nonsense",
-        "--recall",
-        "0.9",
-    ]
-    assert command_line.main([*words, "--out", out]) == 0
-    captured = capsys.readouterr()
-    assert "left out: FAISS refuses the index 'Nonsense'" in captured.err
-    assert "fastest with recall 0.9" in captured.out
-    points = {
-        (p["factory"], p["parameters"]): p for p in json.loads((folder / "out" / "points.json").read_text())
-    }
-    assert points["Flat", ""]["recall"] == 1.0
-    assert points["IVF16,Flat", "nprobe=1"]["recall"] < points["IVF16,Flat", "nprobe=16"]["recall"] == 1.0
-    assert (folder / "out" / "front.svg").read_text(encoding="utf-8").count("IVF16,Flat") == 1
-    assert command_line.main(["bench-index", features, "--k", "3001"]) == 1
-    assert "k = 3001, but there are 3000 rows" in capsys.readouterr().err

@@ -11,9 +11,9 @@ import cnclip
 from benchmarks.eval.clip_like import ClipLike, write
 from eval.index.embeddings import Embeddings
 from eval.index.partitioned import PartedIndex, build_parts
-from eval.index.queries import choose_queries, own_rows
-from eval.index.suggest import FAMILIES, num_lists, suggest
-from eval.index.tuning import Knobs, Tuning, tune
+from eval.index.tuning.queries import choose_queries, own_rows
+from eval.index.tuning.suggest import FAMILIES, num_lists, suggest
+from eval.index.tuning.tune import Knobs, Tuning, tune
 from pipeline import cli as command_line
 from pipeline.core.records import ConfigError, InputError
 

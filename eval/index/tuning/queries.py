@@ -6,20 +6,19 @@ answer them than to answer images. So if both sides were embedded, the other sid
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from eval.features.layout import EMBEDDING_FOLDERS, Side, check_vectors
 from eval.features.model_identity import check_same_model
 from eval.index.embeddings import Embeddings
-from eval.index.views import evenly_spaced
+from eval.index.views import evenly_spaced, rows_without
 from pipeline.core import store
 from pipeline.core.arrays import Float32Array, Int64Array
 from pipeline.core.config import digest
 from pipeline.core.records import ConfigError, InputError
 
-QuerySide = Literal["image", "text", "held-out"]
+_SIDES = ("image", "text", "held-out")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +45,14 @@ class Queries:
         return Queries(self.name, self.source, self.vectors_QD[part], self.rows_Q[part], self.are_own)
 
 
+def other_of(side: Side) -> Side:
+    """Return the side that asks a side."""
+    return "text" if side == "image" else "image"
+
+
 def other_side(path: str, side: Side) -> Side | None:
     """Return the side that asks an index of `side` of these features, or None if it was not embedded."""
-    other: Side = "text" if side == "image" else "image"
+    other = other_of(side)
     if path.endswith(".npy"):
         return None
     names = store.list_files(store.join(path, EMBEDDING_FOLDERS[other]))
@@ -97,8 +101,9 @@ def own_rows(base: Embeddings, count: int, keep: Sequence[int] | Int64Array = ()
     Raises:
         InputError: if no rows would remain to be searched.
     """
-    rows_Q = np.setdiff1d(evenly_spaced(count, base.num_rows), np.asarray(keep, dtype=np.int64))
-    if not len(rows_Q) or len(rows_Q) >= base.num_rows:
+    kept = np.unique(np.asarray(keep, dtype=np.int64))
+    rows_Q = rows_without(kept, evenly_spaced(count, base.num_rows - len(kept)))
+    if len(rows_Q) < count or len(rows_Q) >= base.num_rows:
         raise InputError(
             f"{base.paths[0]}: {base.num_rows} rows, too few to hold {count} out as queries; give fewer"
             " (--num-queries), or --queries FILE"
@@ -119,6 +124,54 @@ def choose_queries(path: str, base: Embeddings, side: Side, count: int, file: st
     if other is not None:
         return queries_of_side(path, base, other, count)
     return own_rows(base, min(count, max(1, base.num_rows // 2)))
+
+
+def query_sets(
+    path: str,
+    base: Embeddings,
+    side: Side,
+    count: int,
+    wanted: Sequence[str],
+    file: str | None,
+    keep: Sequence[Int64Array] = (),
+) -> list[Queries]:
+    """Return the sets of queries that measure an index.
+
+    Args:
+        path: the features.
+        base: its indexed side.
+        side: which that is.
+        count: queries of each set at most.
+        wanted: names of sides, or held-out (default: the other side if it was embedded, and held-out).
+        file: features to search for instead.
+        keep: rows of the base that no held-out set may take.
+
+    Raises:
+        ConfigError: for a side that was not embedded or is indexed itself.
+    """
+    if count < 1:
+        raise ConfigError(f"--num-queries {count}: give at least 1")
+    if file is not None:
+        if wanted:
+            raise ConfigError("--queries and --query-side exclude each other")
+        return [queries_of_file(file, base, path, count)]
+    other = other_side(path, side)
+    found = []
+    for name in dict.fromkeys(wanted or (["held-out"] if other is None else [other, "held-out"])):
+        if name not in _SIDES:
+            raise ConfigError(f"--query-side {name}: give one of {', '.join(_SIDES)}")
+        if name == "held-out":
+            rows = np.concatenate(keep) if keep else ()
+            found.append(own_rows(base, count, rows))
+        elif name == side:
+            raise ConfigError(
+                f"--query-side {name}: the {name} features are the index, so each finds itself; use held-out"
+            )
+        elif other is None:
+            raise ConfigError(f"--query-side {name}: {path} has no {EMBEDDING_FOLDERS[other_of(side)]}/")
+        else:
+            found.append(queries_of_side(path, base, other, count))
+    return found
 
 
 def _fitting(base: Embeddings, queries: Queries, path: str) -> Queries:

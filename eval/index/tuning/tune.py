@@ -8,14 +8,14 @@ parameters, and the clock decides between those. Half of the queries choose, the
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from eval.index import structure
-from eval.index.parameters import Tuned
-from eval.index.queries import Queries
 from eval.index.truth import Truth, exact_neighbours, recall_of, without_own
+from eval.index.tuning.parameters import Tuned
+from eval.index.tuning.queries import Queries
 from eval.index.views import Vectors
 from pipeline.core.arrays import Float32Array, Int64Array
 from pipeline.core.records import ConfigError, InputError
@@ -41,8 +41,8 @@ class Knobs:
     mean_codes: float | None = None  # rows of one list; None for an index without lists
 
     @classmethod
-    def of(cls, index: Any) -> "Knobs":
-        """Return the parameters of a FAISS index with its rows."""
+    def of(cls, index: Any, num_rows: int) -> "Knobs":
+        """Return the parameters of a FAISS index of so many rows; it may be empty still."""
         import faiss
 
         space: Any = faiss.ParameterSpace()
@@ -56,8 +56,8 @@ class Knobs:
         )
         lists = structure.num_lists(index)
         if lists is not None:
-            return cls("nprobe", lists, others, index.ntotal / lists)
-        candidates = max(1, min(index.ntotal, MOST_CANDIDATES))
+            return cls("nprobe", lists, others, num_rows / lists)
+        candidates = max(1, min(num_rows, MOST_CANDIDATES))
         if "efSearch" in names:
             return cls("efSearch", candidates, others)
         if structure.has_nsg(index):
@@ -68,10 +68,14 @@ class Knobs:
     def is_empty(self) -> bool:
         return self.effort is None and not self.others
 
-    def settings(self) -> Iterator[str]:
-        """Yield every combination of the further parameters, the cheapest first."""
-        for values in itertools.product(*(values for _, values in self.others)):
-            yield join_parameters(dict(zip((name for name, _ in self.others), values, strict=True)))
+    def settings(self, only: Mapping[str, tuple[int, ...]] | None = None) -> Iterator[str]:
+        """Yield every combination of the further parameters, the cheapest first.
+
+        `only` has the values of some of them that are to be tried.
+        """
+        others = {name: (only or {}).get(name, values) for name, values in self.others}
+        for values in itertools.product(*others.values()):
+            yield join_parameters(dict(zip(others, values, strict=True)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +212,8 @@ def tune_index(
     search: Callable[[Float32Array, int, str], Int64Array],
     vectors: Vectors,
     tuning: Tuning,
+    *,
+    is_for_file: bool = False,
 ) -> Tuned:
     """Tune an index on half of the queries and measure it on the other half.
 
@@ -216,13 +222,15 @@ def tune_index(
         search: (queries, k, parameters) → rows of all parts.
         vectors: its rows, which tell the exact neighbours.
         tuning: queries, target and k.
+        is_for_file: whether FAISS's file must hold the parameters and equal inputs give equal bytes: the
+            clock does not choose, and codes are not limited, which the file has no place for.
 
     Queries that are rows of the index do not count as their own answers.
 
     Raises:
         InputError: if the index holds fewer rows than are asked for.
     """
-    queries, k, knobs = tuning.queries, tuning.k, Knobs.of(sample)
+    queries, k, knobs = tuning.queries, tuning.k, Knobs.of(sample, sample.ntotal)
     asked = k + queries.are_own  # one more, since each finds itself
     if asked > vectors.num_rows:
         raise InputError(
@@ -253,7 +261,10 @@ def tune_index(
         search(few_QD, k, parameters)
         return time.perf_counter() - start
 
-    chosen = tune(knobs, recall_on(choosing), seconds_of, tuning.target)
+    if is_for_file:
+        knobs = replace(knobs, mean_codes=None)
+    cost_of = (lambda parameters: 0.0) if is_for_file else seconds_of  # equal costs: the first
+    chosen = tune(knobs, recall_on(choosing), cost_of, tuning.target)
     recall = recall_on(measuring)(chosen.parameters)
     return Tuned(
         chosen.parameters,
