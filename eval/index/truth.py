@@ -165,17 +165,9 @@ def check_truth(path: str, vectors: Vectors, queries_QD: Float32Array, truth: Tr
 
 def _equal_blocks(vectors: Vectors) -> Iterator[Float32Array]:
     """Yield blocks of one size, also from many small files: FAISS is slow on small ones."""
-    waiting, count = list[Float32Array](), 0
-    for block_BD in vectors.blocks(0, vectors.num_rows):
-        for start in range(0, len(block_BD), _BLOCK_ROWS):
-            part_BD = block_BD[start : start + _BLOCK_ROWS]
-            if waiting and count + len(part_BD) > _BLOCK_ROWS:
-                yield np.concatenate(waiting) if len(waiting) > 1 else waiting[0]
-                waiting, count = [], 0
-            waiting.append(part_BD)
-            count += len(part_BD)
-    if waiting:
-        yield np.concatenate(waiting) if len(waiting) > 1 else waiting[0]
+    for start in range(0, vectors.num_rows, _BLOCK_ROWS):
+        parts = list(vectors.blocks(start, min(start + _BLOCK_ROWS, vectors.num_rows)))
+        yield parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _once(found_QK: Int64Array) -> Int64Array:

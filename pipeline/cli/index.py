@@ -237,5 +237,5 @@ def bench_index(
             store.write_text(store.join(out, "points.json"), json.dumps(body, indent=1))
             store.write_text(store.join(out, "front.svg"), measured.front_plot(first, k))
     if others:
-        print(compared(others, first))
+        print(compared([*found.results, *others]))
     return EXIT_DONE

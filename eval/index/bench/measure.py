@@ -108,6 +108,7 @@ class Measurement:
     """Everything that was measured."""
 
     points: list[Point]
+    results: list[Result]  # the same, with what they depend on
     exact: dict[str, dict[str, Measured]]  # the task's recall of exact search, by set of queries
 
 
@@ -137,19 +138,19 @@ def measure(plan: Plan, grid: Sequence[str], out: str | None, say: Callable[[str
     """
     results = Results(out)
     asked = [_asked(plan, queries, out, say) for queries in plan.queries]
-    points = list[Point]()
+    measured = list[Result]()
     with _workplace(out) as folder:
         for factory in grid:
             try:
-                points += _measure_factory(plan, factory, asked, results, folder, say)
+                measured += _measure_factory(plan, factory, asked, results, folder, say)
             except InputError as error:
                 say(f"left out: {error}")
-    if not points:
+    if not measured:
         raise InputError("FAISS can build none of the grid's factory strings here")
     exact = {
         each.queries.name: task for each in asked if (task := each.task_of(each.truth.rows_QK)) is not None
     }
-    return Measurement(with_gaps(points), exact)
+    return Measurement(with_gaps([result.point for result in measured]), measured, exact)
 
 
 def _asked(plan: Plan, queries: Queries, out: str | None, say: Callable[[str], None]) -> _Asked:
@@ -183,8 +184,8 @@ def _measure_factory(
     results: Results,
     folder: Path,
     say: Callable[[str], None],
-) -> list[Point]:
-    """Return the points of one factory string: those that are known, and the rest measured."""
+) -> list[Result]:
+    """Return the results of one factory string: those that are known, and the rest measured."""
     swept = settings(factory, plan.embeddings.dim, plan.vectors.num_rows)
     facts = {each.queries.name: plan.facts(each.queries, factory) for each in asked}
     known = {
@@ -205,7 +206,7 @@ def _measure_factory(
             results.add(Result(facts[point.queries], point))
     else:
         say(f"{factory}: measured before")
-    return [known[each.queries.name, setting] for each, setting in wanted]
+    return [Result(facts[each.queries.name], known[each.queries.name, setting]) for each, setting in wanted]
 
 
 def _searched(

@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from eval.index.bench.points import Point
+from eval.index.bench.points import Point, pareto_front
 from eval.metrics.bootstrap import Measured
 from pipeline.core import store
 from pipeline.core.files.foreign import foreign, parse_json
 from pipeline.core.records import InputError
+from pipeline.core.text_table import align
 
 RESULTS = "results.jsonl"
 _REMEDY = "remove the line, or give another --out"
@@ -96,10 +97,9 @@ def machine() -> dict[str, Any]:
     return {"processor": name, "cores": len(os.sched_getaffinity(0)), "faiss": faiss.__version__}
 
 
-def compared(results: Sequence[Result], front: Sequence[Point]) -> str:
-    """Return aligned text of results of several runs and machines."""
-    from pipeline.core.text_table import align
-
+def compared(results: Sequence[Result]) -> str:
+    """Return aligned text of results of several runs and machines, with a star on their Pareto front."""
+    front = pareto_front([result.point for result in results])
     head = (
         "",
         "factory",

@@ -19,6 +19,7 @@ from pipeline.core.config import digest
 from pipeline.core.records import ConfigError, InputError
 
 _SIDES = ("image", "text", "held-out")
+_SHARE_HELD_OUT = 10  # of so many rows one at most is held out, unless more are asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,21 +96,12 @@ def queries_of_array(vectors_QD: Float32Array, base: Embeddings) -> Queries:
     return _fitting(base, Queries("given", name, vectors_QD, np.arange(len(vectors_QD))), "queries")
 
 
-def own_rows(base: Embeddings, count: int, keep: Sequence[int] | Int64Array = ()) -> Queries:
-    """Return `count` evenly spaced rows of the base, none of `keep`.
-
-    Raises:
-        InputError: if no rows would remain to be searched.
-    """
-    kept = np.unique(np.asarray(keep, dtype=np.int64))
+def own_rows(base: Embeddings, count: int, keep: Sequence[Int64Array] = ()) -> Queries:
+    """Return `count` evenly spaced rows of the base, or all if there are fewer; none of `keep`."""
+    kept = np.unique(np.concatenate(keep)) if keep else np.zeros(0, dtype=np.int64)
     rows_Q = rows_without(kept, evenly_spaced(count, base.num_rows - len(kept)))
-    if len(rows_Q) < count or len(rows_Q) >= base.num_rows:
-        raise InputError(
-            f"{base.paths[0]}: {base.num_rows} rows, too few to hold {count} out as queries; give fewer"
-            " (--num-queries), or --queries FILE"
-        )
-    name = f"{len(rows_Q):,} rows of the index"
-    return Queries("held-out", name, base.rows(rows_Q), rows_Q, are_own=True)
+    vectors_QD = base.rows(rows_Q) if len(rows_Q) else np.zeros((0, base.dim), dtype=np.float32)
+    return Queries("held-out", f"{len(rows_Q):,} rows of the index", vectors_QD, rows_Q, are_own=True)
 
 
 def choose_queries(path: str, base: Embeddings, side: Side, count: int, file: str | None) -> Queries:
@@ -123,7 +115,7 @@ def choose_queries(path: str, base: Embeddings, side: Side, count: int, file: st
     other = other_side(path, side)
     if other is not None:
         return queries_of_side(path, base, other, count)
-    return own_rows(base, min(count, max(1, base.num_rows // 2)))
+    return own_rows(base, count)
 
 
 def query_sets(
@@ -142,12 +134,14 @@ def query_sets(
         base: its indexed side.
         side: which that is.
         count: queries of each set at most.
-        wanted: names of sides, or held-out (default: the other side if it was embedded, and held-out).
+        wanted: names of sides, or held-out (default: the other side if it was embedded, and held-out with a
+            tenth of the rows at most).
         file: features to search for instead.
         keep: rows of the base that no held-out set may take.
 
     Raises:
         ConfigError: for a side that was not embedded or is indexed itself.
+        InputError: if there are too few rows to hold some out.
     """
     if count < 1:
         raise ConfigError(f"--num-queries {count}: give at least 1")
@@ -156,13 +150,21 @@ def query_sets(
             raise ConfigError("--queries and --query-side exclude each other")
         return [queries_of_file(file, base, path, count)]
     other = other_side(path, side)
+    num_held_out = count
+    if not wanted:
+        num_held_out = min(count, base.num_rows // _SHARE_HELD_OUT)
+        wanted = ([] if other is None else [other]) + (["held-out"] if num_held_out or other is None else [])
     found = []
-    for name in dict.fromkeys(wanted or (["held-out"] if other is None else [other, "held-out"])):
+    for name in dict.fromkeys(wanted):
         if name not in _SIDES:
             raise ConfigError(f"--query-side {name}: give one of {', '.join(_SIDES)}")
         if name == "held-out":
-            rows = np.concatenate(keep) if keep else ()
-            found.append(own_rows(base, count, rows))
+            found.append(own_rows(base, num_held_out, keep))
+            if not 0 < len(found[-1]) == num_held_out < base.num_rows:
+                raise InputError(
+                    f"{base.paths[0]}: {base.num_rows} rows, too few to hold {num_held_out or count} out as"
+                    " queries; give fewer (--num-queries), or --queries FILE"
+                )
         elif name == side:
             raise ConfigError(
                 f"--query-side {name}: the {name} features are the index, so each finds itself; use held-out"

@@ -228,18 +228,20 @@ def tune_index(
     Queries that are rows of the index do not count as their own answers.
 
     Raises:
-        InputError: if the index holds fewer rows than are asked for.
+        InputError: if the index holds fewer rows than are asked for, or there is one query.
     """
     queries, k, knobs = tuning.queries, tuning.k, Knobs.of(sample, sample.ntotal)
     asked = k + queries.are_own  # one more, since each finds itself
+    if structure.is_exact(sample):
+        source = "exact search needs no queries"
+        return Tuned("", k, tuning.target, 1.0, True, source, queries.digest, 0, 0)
     if asked > vectors.num_rows:
         raise InputError(
             f"{vectors.paths[0]}: {vectors.num_rows} rows, fewer than the {asked} that are asked for; give a"
             " smaller --k"
         )
-    if structure.is_exact(sample):
-        source = "exact search needs no queries"
-        return Tuned("", k, tuning.target, 1.0, True, source, queries.digest, 0, 0)
+    if len(queries) < 2:
+        raise InputError(f"{queries.source}: tuning takes one to choose and one to measure; give more")
 
     def found(asking: Queries, parameters: str) -> Int64Array:
         found_QK = search(asking.vectors_QD, asked, parameters)

@@ -122,9 +122,13 @@ def test_results_of_both_sides_and_of_the_task_are_kept_and_resumed(
     assert (facts["k"], facts["threads"], facts["held_out"], facts["num_rows"]) == (10, 1, 150, ROWS - 150)
     assert (out / "front.svg").read_text(encoding="utf-8").count("IVF16,Flat") == 1
     assert len(list((out / "ground_truth").iterdir())) == 2
-    other = [*words[:-6], "--query-side", "held-out", "--grid", "Flat", "--merge", str(out)]
+    other = [*words[:-6], "--query-side", "held-out", "--grid", "Flat", "--centre", "--merge", str(out)]
     assert command_line.main(other) == 0
-    assert "faiss " + faiss.__version__ in capsys.readouterr().out
+    compared = capsys.readouterr().out
+    assert "faiss " + faiss.__version__ in compared
+    (centred,) = [line for line in compared.splitlines() if "Flat centred" in line]
+    assert "held-out  1.0000" in centred
+    assert compared.count("IVF16,Flat") == 6
 
 
 def test_the_memory_is_that_of_the_index(features: Path, tmp_path: Path) -> None:
@@ -160,7 +164,7 @@ def test_ground_truth_from_a_file(features: Path, tmp_path: Path, capsys: pytest
         (["--query-side", "image"], "--query-side image: the image features are the index"),
         (["--query-side", "texts"], "--query-side texts: give one of image, text, held-out"),
         (["--num-queries", "0"], "--num-queries 0: give at least 1"),
-        (["--num-queries", "5000"], "too few to hold 5000 out as queries"),
+        (["--query-side", "held-out", "--num-queries", "5000"], "too few to hold 5000 out as queries"),
         (["--threads", "0"], "--threads 0: give at least 1"),
         (["--ground-truth", "x.ibin"], "--ground-truth belongs to --queries FILE"),
         (["--k", "2951", "--num-queries", "50"], "k = 2951, but there are 2950 rows"),
