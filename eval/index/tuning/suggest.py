@@ -22,18 +22,20 @@ class Family:
     is_graph: bool = False
 
 
-# The fastest first, of those that reach the target.
+# The fastest first, of those that reach the target. The ceilings are those of 20,000 × 512 features and 300
+# texts of `benchmarks/eval/clip_like.py`, with all 64 lists. Refined codes of one bit reach 0.98 there, but less
+# the more rows compete for the 64 k that are refined: 0.89 at 200,000.
 FAMILIES = (
     Family("HNSW32", lambda dim: 4 * dim + _GRAPH_BYTES, 0.99, is_graph=True),
-    Family("HNSW32_SQ8", lambda dim: dim + _GRAPH_BYTES, 0.97, is_graph=True),
-    Family("IVF{lists},RaBitQ,RFlat", lambda dim: dim / 8 + 8 + _ID_BYTES + 4 * dim, 0.99),
-    Family("IVF{lists},RaBitQ,Refine(SQfp16)", lambda dim: dim / 8 + 8 + _ID_BYTES + 2 * dim, 0.99),
-    Family("IVF{lists},SQfp16", lambda dim: 2 * dim + _ID_BYTES, 0.99),
-    Family("IVF{lists},RaBitQ,Refine(SQ8)", lambda dim: dim / 8 + 8 + _ID_BYTES + dim, 0.97),
-    Family("IVF{lists},SQ8", lambda dim: dim + _ID_BYTES, 0.97),
-    Family("IVF{lists},RaBitQ4", lambda dim: dim / 2 + 20 + _ID_BYTES, 0.8),
+    Family("HNSW32_SQ8", lambda dim: dim + _GRAPH_BYTES, 0.98, is_graph=True),
+    Family("IVF{lists},RaBitQ,RFlat", lambda dim: dim / 8 + 8 + _ID_BYTES + 4 * dim, 0.89),
+    Family("IVF{lists},Flat", lambda dim: 4 * dim + _ID_BYTES, 1.0),
+    Family("IVF{lists},RaBitQ,Refine(SQ8)", lambda dim: dim / 8 + 8 + _ID_BYTES + dim, 0.88),
+    Family("IVF{lists},SQfp16", lambda dim: 2 * dim + _ID_BYTES, 1.0),
+    Family("IVF{lists},SQ8", lambda dim: dim + _ID_BYTES, 0.99),
+    Family("IVF{lists},RaBitQ4", lambda dim: dim / 2 + 20 + _ID_BYTES, 0.84),
     Family("OPQ{code},IVF{lists},PQ{code}", lambda dim: max(1, dim // 8) + _ID_BYTES, 0.5),
-    Family("IVF{lists},RaBitQ", lambda dim: dim / 8 + 8 + _ID_BYTES, 0.3),
+    Family("IVF{lists},RaBitQ", lambda dim: dim / 8 + 8 + _ID_BYTES, 0.32),
 )
 
 
