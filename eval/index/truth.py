@@ -8,6 +8,7 @@ float32 scores [queries, k]. ivecs files and the HDF5 files of ann-benchmarks ar
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -51,8 +52,9 @@ def exact_neighbours(vectors: Vectors, queries_QD: Float32Array, k: int, device:
     from faiss import METRIC_INNER_PRODUCT
     from faiss.contrib.exhaustive_search import knn_ground_truth
 
+    find: Any = knn_ground_truth  # FAISS has no types for it
     queries_QD = np.ascontiguousarray(queries_QD, dtype=np.float32)
-    scores_QK, rows_QK = knn_ground_truth(
+    scores_QK, rows_QK = find(
         queries_QD, _equal_blocks(vectors), k, METRIC_INNER_PRODUCT, ngpu=-1 if device == "gpu" else 0
     )
     order = np.lexsort((rows_QK, -scores_QK), axis=1)
