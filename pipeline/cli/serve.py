@@ -98,6 +98,8 @@ def serve(
     with SearchServer(searcher, host, port) as server:
         for gallery in galleries:
             inform(f"{gallery.name}: {gallery.num_rows:,} images")
+            if gallery.tuned is not None:
+                inform(f"{gallery.name}: {gallery.tuned}")
             if gallery.model is not None and not gallery.model.decode:
                 note(
                     f"{gallery.name}: its features do not record how images were decoded; EXIF rotation,"

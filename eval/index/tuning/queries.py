@@ -135,7 +135,7 @@ def query_sets(
         side: which that is.
         count: queries of each set at most.
         wanted: names of sides, or held-out (default: the other side if it was embedded, and held-out with a
-            tenth of the rows at most).
+            tenth of the rows at most, if `keep` leaves some).
         file: features to search for instead.
         keep: rows of the base that no held-out set may take.
 
@@ -152,7 +152,8 @@ def query_sets(
     other = other_side(path, side)
     num_held_out = count
     if not wanted:
-        num_held_out = min(count, base.num_rows // _SHARE_HELD_OUT)
+        free = base.num_rows - (len(np.unique(np.concatenate(keep))) if keep else 0)
+        num_held_out = min(count, free, base.num_rows // _SHARE_HELD_OUT)
         wanted = ([] if other is None else [other]) + (["held-out"] if num_held_out or other is None else [])
     found = []
     for name in dict.fromkeys(wanted):

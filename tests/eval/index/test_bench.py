@@ -13,6 +13,7 @@ from eval.index.bench.points import Point, best_point, pareto_front
 from eval.index.bench.results import read_results
 from eval.index.bench.task import ranks, read_labels
 from eval.index.embeddings import Embeddings
+from eval.index.tuning.queries import query_sets
 from eval.index.views import Without
 from eval.metrics.recall import Positives
 from pipeline import cli as command_line
@@ -202,6 +203,18 @@ def test_labels_of_a_set_map_ids_to_rows(tmp_path: Path) -> None:
     np.save(tmp_path / "labels.npy", np.array([0, 5]))
     with pytest.raises(InputError, match="query 1 has the label 5, but there are 2 rows"):
         read_labels(str(tmp_path / "labels.npy"), str(tmp_path), "image", 2)
+
+
+def test_rows_that_labels_name_are_not_held_out(features: Path) -> None:
+    base = Embeddings.open(str(features))
+    keep = list(np.arange(0, ROWS, 2)[:, None])
+    text, held_out = query_sets(str(features), base, "image", 200, [], None, keep)
+    assert (text.name, len(text), len(held_out)) == ("text", 200, 200)
+    assert (held_out.rows_Q % 2 == 1).all()
+    keep = list(np.arange(ROWS)[:, None])
+    assert [each.name for each in query_sets(str(features), base, "image", 200, [], None, keep)] == ["text"]
+    with pytest.raises(InputError, match="too few to hold 200 out"):
+        query_sets(str(features), base, "image", 200, ["held-out"], None, keep)
 
 
 def test_ranks_of_right_rows() -> None:
