@@ -16,6 +16,7 @@ from eval.index.build import DEFAULT_TRAIN_ROWS, fill, train
 from eval.index.device import Device, check_device
 from eval.index.embeddings import Embeddings as Embeddings
 from eval.index.files import faiss_reason, load_index, vouch, write_index
+from eval.index.structure import limit_search
 from eval.index.tuning.parameters import Tuned, set_parameters
 from eval.index.tuning.tune import Tuning, tune_index
 from eval.index.views import Centred, Vectors, mean_of
@@ -204,6 +205,7 @@ class PartedIndex:
                     f" {self.dim}; build it again: cnclip index --redo"
                 )
             set_parameters(index, parameters)
+            limit_search(index)
             try:
                 scores_QK, rows_QK = index.search(queries_QD, min(k, part.num_rows))
             except Exception as error:

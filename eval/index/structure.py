@@ -13,6 +13,8 @@ _INSIDE = ("index", "base_index", "refine_index", "quantizer", "storage", "index
 _QUANTIZERS = ("pq", "sq", "rq", "lsq", "prq", "plsq", "rabitq")  # fields of kinds that code rows
 _MOST_DEEP = 16
 _MOST_STRETCH = 1e-3  # of a rotation in float32; learnt ones are off by 1e-4 at most
+_MOST_REFINED = 1024.0  # times k rows get exact scores
+_MOST_INT = 2**31 - 1
 _BLOCK_ROWS = 32  # per block of the fast scan kinds; the factory makes no other size
 
 
@@ -77,7 +79,7 @@ def set_search_l(index: Any, candidates: int) -> None:
         raise ValueError(f"search_L={candidates}: at least 1")
     for part in walk(index):
         if isinstance(part, faiss.IndexNSG):
-            part.nsg.search_L = candidates
+            part.nsg.search_L = min(candidates, _MOST_INT)
 
 
 def why_not_inner_product(index: Any) -> str | None:
@@ -129,14 +131,16 @@ def _keeps_products(step: Any) -> bool:
 def limit_search(index: Any) -> None:
     """Limit search parameters to the size of the index, because some kinds fail or reserve memory for more.
 
-    FAISS stores these numbers in the file, so they are untrusted: call this after reading a file. An empty
-    graph keeps its numbers, since rows may be added.
+    FAISS stores these numbers in the file and `index.json` names them, so they are untrusted: call this after
+    reading either. An empty graph keeps its numbers, since rows may be added.
     """
     import faiss
 
     for part in walk(index):
         if isinstance(part, faiss.IndexIVF):
             part.nprobe = max(1, min(part.nprobe, part.nlist))
+        elif isinstance(part, faiss.IndexRefine):
+            part.k_factor = max(1.0, min(part.k_factor, _MOST_REFINED))
         elif not part.ntotal:
             continue
         elif isinstance(part, faiss.IndexHNSW):

@@ -23,8 +23,8 @@ class Family:
 
 
 # The fastest first, of those that reach the target. The ceilings are those of 20,000 × 512 features and 300
-# texts of `benchmarks/eval/clip_like.py`, with all 64 lists. Refined codes of one bit reach 0.98 there, but less
-# the more rows compete for the 64 k that are refined: 0.89 at 200,000.
+# texts of `benchmarks/eval/clip_like.py`, with all 64 lists. Refined codes of one bit reach 0.98 there, but
+# less the more rows compete for the 64 k that are refined: 0.89 at 200,000.
 FAMILIES = (
     Family("HNSW32", lambda dim: 4 * dim + _GRAPH_BYTES, 1.0, is_graph=True),
     Family("HNSW32_SQ8", lambda dim: dim + _GRAPH_BYTES, 0.99, is_graph=True),

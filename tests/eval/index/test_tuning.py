@@ -107,6 +107,29 @@ def test_a_wrong_description_of_the_search_is_refused(search: object, features: 
         PartedIndex.open(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("factory", "parameters"),
+    [
+        ("HNSW8", "efSearch=2000000000"),
+        ("NSG8", f"search_L={10**30}"),
+        ("IVF8,SQ8,RFlat", "k_factor_rf=1e18,nprobe=1e18"),
+    ],
+)
+def test_parameters_in_the_description_are_limited(factory: str, parameters: str, tmp_path: Path) -> None:
+    rows_ND = LIKE.images(0, 400)
+    np.save(tmp_path / "rows.npy", rows_ND)
+    embeddings = Embeddings.open(str(tmp_path / "rows.npy"))
+    build_parts(
+        embeddings, str(tmp_path / "index"), factory=factory, rows_per_part=400, train_rows=400,
+        tuning=Tuning(own_rows(embeddings, 20), 0.5),
+    )  # fmt: skip
+    path = tmp_path / "index" / "index.json"
+    fields = json.loads(path.read_text())
+    fields["search"]["parameters"] = parameters
+    path.write_text(json.dumps(fields))
+    assert PartedIndex.open(str(tmp_path / "index")).search(rows_ND[:9], 1)[1].ravel().tolist() == [*range(9)]
+
+
 def test_rows_of_the_index_do_not_find_themselves(features: Path, tmp_path: Path) -> None:
     path = str(features / "img_emb")
     embeddings = Embeddings.open(path)
