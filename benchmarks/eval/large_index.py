@@ -105,7 +105,8 @@ def main() -> int:
         folder = Path(name)
         write_features(folder / "features", num_rows)
         cnclip = [sys.executable, "-m", "pipeline", "index", str(folder / "features"), str(folder / "index")]
-        build_seconds, build_gib = watch([*cnclip, "--factory", options.factory, "--train-rows", "65536"])
+        settings = ["--factory", options.factory, "--train-rows", "65536", "--num-queries", "500"]
+        build_seconds, build_gib = watch([*cnclip, *settings])
         again = [sys.executable, __file__, "--search", str(folder), "--parameters", options.parameters]
         _, search_gib = watch(again)
         found = json.loads((folder / "found.json").read_text())
