@@ -77,7 +77,9 @@ def index(
 
     embeddings = Embeddings.open(embeddings_path, side=side)
     tuning = Tuning(choose_queries(embeddings_path, embeddings, side, num_queries, queries), recall, k)
-    chosen = factory or suggest(embeddings.num_rows, embeddings.dim, memory * 2**30, recall, train_rows)
+    chosen = factory or suggest(
+        embeddings.num_rows, embeddings.dim, memory * 2**30, recall, train_rows, centre=centre
+    )
     built = build_parts(
         embeddings,
         out,

@@ -199,6 +199,7 @@ def test_suggestions_can_be_built_and_fit() -> None:
     assert suggest(500_000, 512, 2 * gib, 0.95) == "HNSW32"
     assert suggest(10_000_000, 512, 30 * gib, 0.85).endswith(",RFlat")
     assert suggest(10_000_000, 512, 30 * gib, 0.95).endswith(",Flat")
+    assert suggest(10_000_000, 512, 30 * gib, 0.95, centre=True).endswith(",RFlat")
     assert suggest(10_000_000, 512, 6 * gib, 0.95).endswith(",SQ8")
     for memory in (30, 11, 6, 3, 1):
         factory = suggest(10_000_000, 512, memory * gib, 0.95)
