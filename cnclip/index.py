@@ -1,6 +1,7 @@
 """`cnclip.Index`: a FAISS index over features, which may be larger than memory."""
 
 import os
+import warnings
 
 import numpy as np
 
@@ -13,7 +14,7 @@ VECTORS = "vectors.npy"
 class Index:
     """An index in a folder that `cnclip index` or `Index.build` wrote.
 
-    Rows are numbered in the order of the features.
+    Rows are numbered in the order of the features. Searches use the parameters that the index was tuned to.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -35,10 +36,13 @@ class Index:
         factory: str | None = None,
         memory_gib: float = 4.0,
         recall: float = 0.95,
+        centre: bool = False,
+        queries: "Float32Array | None" = None,
+        k: int = 10,
         rows_per_part: int = 500_000,
         redo: bool = False,
     ) -> "Index":
-        """Build an index of unit-norm vectors, or continue an interrupted build.
+        """Build an index of unit-norm vectors and tune it, or continue an interrupted build.
 
         Args:
             vectors: an array [N, D], which is saved in the folder as vectors.npy; or what `cnclip index`
@@ -46,7 +50,11 @@ class Index:
             folder: the folder for the index.
             factory: FAISS's factory string (default: one that suits the size, `memory_gib` and `recall`).
             memory_gib: memory for the whole index, in GiB.
-            recall: target recall against exact search, 0 to 1.
+            recall: target recall against exact search, 0 to 1. Python warns if the index cannot reach it.
+            centre: whether to subtract the vectors' mean before coding them.
+            queries: unit-norm vectors [Q, D] to tune with (default: text features in the same folder, or rows
+                of `vectors`).
+            k: neighbours of each query for which the recall is meant.
             rows_per_part: rows of one FAISS file.
             redo: whether to replace an index of other vectors or settings.
 
@@ -54,22 +62,39 @@ class Index:
             InputError, ConfigError: for vectors that are not unit-norm, a factory that FAISS refuses, or a
                 folder that holds another index.
         """
-        from eval.index.benchmark import suggest
+        from eval.index.build import rows_to_train
         from eval.index.embeddings import Embeddings
         from eval.index.partitioned import build_parts
+        from eval.index.tuning.queries import choose_queries, queries_of_array
+        from eval.index.tuning.suggest import suggest
+        from eval.index.tuning.tune import NUM_QUERIES, Tuning
 
         place = os.fspath(folder)
         source = vectors if isinstance(vectors, str) else _keep(vectors, place)
         embeddings = Embeddings.open(source)
-        chosen = factory or suggest(embeddings.num_rows, embeddings.dim, memory_gib * 2**30, recall)
-        build_parts(
+        chosen = factory or suggest(
+            embeddings.num_rows, embeddings.dim, memory_gib * 2**30, recall, centre=centre
+        )
+        asking = (
+            choose_queries(source, embeddings, "image", NUM_QUERIES, None)
+            if queries is None
+            else queries_of_array(np.asarray(queries, dtype=np.float32), embeddings)
+        )
+        built = build_parts(
             embeddings,
             place,
             factory=chosen,
             rows_per_part=rows_per_part,
-            train_rows=262_144,
+            train_rows=rows_to_train(embeddings.dim, chosen),
             redo=redo,
+            centre=centre,
+            tuning=Tuning(asking, recall, k),
         )
+        if built.tuned is not None and not built.tuned.reached:
+            warnings.warn(
+                f"{place}: {chosen} reaches at most {built.tuned}; give more memory_gib or another factory",
+                stacklevel=2,
+            )
         return cls(place)
 
     def __len__(self) -> int:
@@ -89,15 +114,25 @@ class Index:
         """Return FAISS's factory string."""
         return self._index.factory
 
+    @property
+    def parameters(self) -> str:
+        """Return FAISS's string of the parameters that searches use; empty for its defaults."""
+        return "" if self._index.tuned is None else self._index.tuned.parameters
+
+    @property
+    def recall(self) -> float | None:
+        """Return the recall that was measured with these parameters, 0 to 1; None if none was."""
+        return None if self._index.tuned is None else self._index.tuned.recall
+
     def search(
-        self, vectors: Float32Array, k: int = 10, *, parameters: str = ""
+        self, vectors: Float32Array, k: int = 10, *, parameters: str | None = None
     ) -> tuple[Float32Array, Int64Array]:
         """Return the k best rows of each query, (score_QK, row_QK), best first, equal scores by lower row.
 
         Args:
             vectors: unit-norm queries [Q, D], or one query [D], which returns k scores and rows.
             k: neighbours of each query.
-            parameters: FAISS's string, such as "nprobe=16".
+            parameters: FAISS's string, such as "nprobe=16" (default: those of `parameters`).
 
         Rows that were not found are -1 with a score of -inf.
 

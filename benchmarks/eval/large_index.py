@@ -20,8 +20,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from benchmarks.harness import parse, parser, record, report
-from eval.index.benchmark import exact_neighbours, recall_at
 from eval.index.partitioned import Embeddings, PartedIndex
+from eval.index.truth import exact_neighbours, recall_of
 from pipeline.core.arrays import Float32Array
 
 DIM, K, NUM_QUERIES = 512, 10, 256
@@ -81,10 +81,10 @@ def search(folder: Path, parameters: str) -> None:
         start = time.perf_counter()
         _, rows_QK = index.search(query_QD, K, parameters=parameters)
         seconds.append(time.perf_counter() - start)
-    exact_QK = exact_neighbours(embeddings, query_QD, K)
+    truth = exact_neighbours(embeddings, query_QD, K)
     found = {
         "queries_per_second": NUM_QUERIES / min(seconds),
-        "recall": recall_at(embeddings, query_QD, rows_QK, exact_QK),
+        "recall": recall_of(embeddings, query_QD, rows_QK, truth).with_ties,
         "bytes_per_vector": index.bytes_per_vector,
     }
     (folder / "found.json").write_text(json.dumps(found))
@@ -105,7 +105,8 @@ def main() -> int:
         folder = Path(name)
         write_features(folder / "features", num_rows)
         cnclip = [sys.executable, "-m", "pipeline", "index", str(folder / "features"), str(folder / "index")]
-        build_seconds, build_gib = watch([*cnclip, "--factory", options.factory, "--train-rows", "65536"])
+        settings = ["--factory", options.factory, "--train-rows", "65536", "--num-queries", "500"]
+        build_seconds, build_gib = watch([*cnclip, *settings])
         again = [sys.executable, __file__, "--search", str(folder), "--parameters", options.parameters]
         _, search_gib = watch(again)
         found = json.loads((folder / "found.json").read_text())

@@ -128,23 +128,12 @@ def read_evaluation(folder: str, name: str) -> RetrievalSet:
     row_of_image = {int(image_id): row for row, image_id in enumerate(image_ids)}
 
     records: list[tuple[int, str, Int64Array]] = []
-    line_of_text: dict[int, int] = {}
-    with store.open_read(texts_path) as file:
-        for line_number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{texts_path}:{line_number}"
-            text_id, text, ids = _parse_text(line, where)
-            if text_id in line_of_text:
-                raise InputError(
-                    f"{where}: text_id {text_id} already appears in line {line_of_text[text_id]}"
-                )
-            line_of_text[text_id] = line_number
-            unknown = [image_id for image_id in ids if image_id not in row_of_image]
-            if unknown:
-                raise InputError(f"{where}: image_ids names {unknown[0]}, which {images_path} does not hold")
-            rows = sorted({row_of_image[image_id] for image_id in ids})
-            records.append((text_id, text, np.array(rows, dtype=np.int64)))
+    for where, text_id, text, ids in scan_texts(texts_path):
+        unknown = [image_id for image_id in ids if image_id not in row_of_image]
+        if unknown:
+            raise InputError(f"{where}: image_ids names {unknown[0]}, which {images_path} does not hold")
+        rows = sorted({row_of_image[image_id] for image_id in ids})
+        records.append((text_id, text, np.array(rows, dtype=np.int64)))
     if not records:
         raise InputError(f"{texts_path}: holds no texts; an evaluation needs at least one")
     records.sort(key=lambda record: record[0])
@@ -159,6 +148,27 @@ def read_evaluation(folder: str, name: str) -> RetrievalSet:
         images_of_text=tuple(rows for _, _, rows in records),
         images=Base64Images(images_path, image_ids, offsets[image_order], sizes[image_order]),
     )
+
+
+def scan_texts(path: str) -> Iterator[tuple[str, int, str, list[int]]]:
+    """Yield (file and line, text id, text, image ids) of each line of a `_texts.jsonl`.
+
+    Raises:
+        InputError: if a line is malformed or repeats an id; it names the line.
+    """
+    line_of_text: dict[int, int] = {}
+    with store.open_read(path) as file:
+        for line_number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}:{line_number}"
+            text_id, text, ids = _parse_text(line, where)
+            if text_id in line_of_text:
+                raise InputError(
+                    f"{where}: text_id {text_id} already appears in line {line_of_text[text_id]}"
+                )
+            line_of_text[text_id] = line_number
+            yield where, text_id, text, ids
 
 
 def read_images(path: str) -> Base64Images:

@@ -6,13 +6,15 @@ from typing import Any
 import numpy as np
 
 from eval.index.device import Device, from_device, to_device
-from eval.index.embeddings import Embeddings
 from eval.index.files import faiss_reason
 from eval.index.order import NUM_QUERIES, why_out_of_order
-from eval.index.structure import check_structure, why_not_inner_product
+from eval.index.structure import check_structure, num_lists, walk, why_not_inner_product
+from eval.index.views import Centred, Vectors, evenly_spaced
 from pipeline.core.arrays import Float32Array
 from pipeline.core.records import InputError
 
+DEFAULT_TRAIN_ROWS = 262_144
+TRAIN_ROWS_PER_LIST = 39  # FAISS's min_points_per_centroid: with fewer it warns that lists are poor
 _TRIAL_ROWS = 1000
 _REMEDY = "use another factory, such as HNSW32, IVF1024,SQ8 or IVF1024,PQ64"
 
@@ -37,16 +39,29 @@ def new_index(dim: int, factory: str) -> Any:
     return index
 
 
-def train(embeddings: Embeddings, factory: str, train_rows: int, device: Device) -> Any:
+def rows_to_train(dim: int, factory: str) -> int:
+    """Return on how many rows to train: enough for each list.
+
+    Raises:
+        InputError: as `new_index` raises it.
+    """
+    lists = num_lists(new_index(dim, factory)) or 0
+    return max(DEFAULT_TRAIN_ROWS, TRAIN_ROWS_PER_LIST * lists)
+
+
+def train(vectors: Vectors, factory: str, train_rows: int, device: Device) -> Any:
     """Return an empty index, trained on evenly spaced rows and tested on some of them.
 
     Raises:
         InputError: if FAISS refuses the string or the rows, or the index does not find near rows.
     """
-    index = new_index(embeddings.dim, factory)
-    count = min(train_rows if not index.is_trained else _TRIAL_ROWS, embeddings.num_rows)
-    rows_ND = embeddings.rows(np.arange(count) * embeddings.num_rows // count)
+    index = new_index(vectors.dim, factory)
+    wanted = evenly_spaced(train_rows if not index.is_trained else _TRIAL_ROWS, vectors.num_rows)
+    count = len(wanted)
+    rows_ND = vectors.rows(wanted)
     if not index.is_trained:
+        if isinstance(vectors, Centred):
+            _let_centroids_be_short(index)
         index = to_device(index, device, factory)
         try:
             index.train(rows_ND)
@@ -58,6 +73,18 @@ def train(embeddings: Embeddings, factory: str, train_rows: int, device: Device)
     few = min(_TRIAL_ROWS, count)
     try_factory(index, factory, rows_ND[np.arange(few) * count // few])
     return index
+
+
+def _let_centroids_be_short(index: Any) -> None:
+    """Keep k-means from stretching centroids to unit length, as FAISS does for inner products.
+
+    Centred rows are shorter, and codes hold a row's difference to its centroid.
+    """
+    import faiss
+
+    for part in walk(index):
+        if isinstance(part, faiss.IndexIVF):
+            part.cp.spherical = False
 
 
 def try_factory(index: Any, factory: str, rows_ND: Float32Array) -> None:
@@ -96,7 +123,7 @@ def check_answers(index: Any, factory: str, rows_ND: Float32Array) -> None:
 
 def fill(
     index: Any,
-    embeddings: Embeddings,
+    vectors: Vectors,
     start: int,
     stop: int,
     factory: str,
@@ -112,7 +139,7 @@ def fill(
     """
     index = to_device(index, device, factory)
     count = 0
-    for block_BD in embeddings.blocks(start, stop):
+    for block_BD in vectors.blocks(start, stop):
         try:
             index.add(block_BD)
         except Exception as error:
@@ -121,10 +148,10 @@ def fill(
         added(count)
     index = from_device(index, device)
     places = np.unique(np.linspace(start, stop - 1, NUM_QUERIES).astype(np.int64))
-    queries_QD = embeddings.rows(places)
+    queries_QD = vectors.rows(places)
     try:
         reason = why_not_inner_product(index) or why_out_of_order(
-            index, queries_QD, queries_QD.mean(axis=0), lambda rows: embeddings.rows(rows + start)
+            index, queries_QD, queries_QD.mean(axis=0), lambda rows: vectors.rows(rows + start)
         )
     except Exception as error:
         raise InputError(f"FAISS cannot search the index {factory!r}: {faiss_reason(error)}") from None

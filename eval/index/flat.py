@@ -6,19 +6,30 @@ import numpy as np
 
 from eval.features.layout import read_vectors
 from eval.index.build import check_answers, new_index
+from eval.index.embeddings import Embeddings
 from eval.index.exact_search import top_k
 from eval.index.files import faiss_reason, load_index, write_index
+from eval.index.structure import is_exact
+from eval.index.tuning.parameters import Tuned, set_parameters
+from eval.index.tuning.queries import queries_of_file
+from eval.index.tuning.tune import NUM_QUERIES, Tuning, tune_index
 from pipeline.core.arrays import Float32Array, Float64Array, Int64Array
 from pipeline.core.records import InputError
 
+TARGET = 0.95
+_K = 10
 _QUERIES_PER_BATCH = 256
 
 
-def build_index(vectors_path: str, index_path: str, *, factory: str = "Flat") -> None:
+def build_index(
+    vectors_path: str, index_path: str, *, factory: str = "Flat", queries_path: str | None = None
+) -> Tuned | None:
     """Index the vectors of a `.npy` file by inner product; row i of the file is id i of the index.
 
     `factory` is a FAISS factory string (https://github.com/facebookresearch/faiss/wiki/The-index-factory);
-    "Flat" is exact. The same vectors give the same bytes.
+    "Flat" is exact. With the features of `queries_path` the index gets the search parameters that reach a
+    recall of `TARGET`, which its file keeps, and this function returns what they reach; None if the index is
+    exact or too small to tune. The same vectors give the same bytes.
 
     Raises:
         InputError: for bad vectors or a string that FAISS refuses.
@@ -34,7 +45,26 @@ def build_index(vectors_path: str, index_path: str, *, factory: str = "Flat") ->
             f"{vectors_path}: FAISS cannot build the index {factory!r}: {faiss_reason(error)}"
         ) from None
     check_answers(index, factory, vectors_ND)
+    tuned = None if queries_path is None else _tune(index, vectors_path, queries_path)
     write_index(index, index_path)
+    return tuned
+
+
+def _tune(index: Any, vectors_path: str, queries_path: str) -> Tuned | None:
+    """Find and set the search parameters of a filled index."""
+    vectors = Embeddings.open(vectors_path)
+    queries = queries_of_file(queries_path, vectors, vectors_path, NUM_QUERIES)
+    if is_exact(index) or vectors.num_rows < _K or len(queries) < 2:
+        return None
+
+    def found(queries_QD: Float32Array, k: int, parameters: str) -> Int64Array:
+        set_parameters(index, parameters)
+        rows_QK: Int64Array = index.search(queries_QD, k)[1]
+        return rows_QK
+
+    tuned = tune_index(index, found, vectors, Tuning(queries, TARGET, _K), is_for_file=True)
+    set_parameters(index, tuned.parameters)
+    return tuned
 
 
 def read_index(path: str) -> Any:

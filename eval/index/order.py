@@ -19,8 +19,8 @@ def why_out_of_order(
     """Return what is wrong with an index's answers to queries that are rows of it, or None.
 
     Args:
-        index: holds unit-norm rows.
-        queries_QD: rows that it holds.
+        index: holds rows that are unit-norm, or were before their mean was subtracted.
+        queries_QD: rows that it holds, unit-norm or centred.
         mean_D: mean of its rows, or of a sample.
         rows_of: returns the vectors of ascending ids.
     """
@@ -37,7 +37,8 @@ def why_out_of_order(
     wanted, inverse = np.unique(np.where(is_found, rows_QK, rows_QK.max()), return_inverse=True)
     true_QK = np.einsum("qd,qkd->qk", queries_QD, rows_of(wanted)[inverse.reshape(rows_QK.shape)])
     random_Q = queries_QD @ mean_D
-    to_gain = float((1 - random_Q).mean())  # a row's product with itself is 1
+    own_Q = np.einsum("qd,qd->q", queries_QD, queries_QD)
+    to_gain = float((own_Q - random_Q).mean())
     gain = float((true_QK[:, 0] - random_Q).mean())
     if to_gain > 1e-3 and gain < _LEAST_GAIN * to_gain:
         return f"the rows that it puts first are {gain / to_gain:.0%} of the way from random rows to the best"

@@ -12,18 +12,25 @@ from typing import Any
 import numpy as np
 
 from eval.features.model_identity import ModelIdentity
-from eval.index.build import fill, train
+from eval.index.build import DEFAULT_TRAIN_ROWS, fill, train
 from eval.index.device import Device, check_device
 from eval.index.embeddings import Embeddings as Embeddings
 from eval.index.files import faiss_reason, load_index, vouch, write_index
+from eval.index.structure import limit_search
+from eval.index.tuning.parameters import Tuned, set_parameters
+from eval.index.tuning.tune import Tuning, tune_index
+from eval.index.views import Centred, Vectors, mean_of
 from pipeline.core import store
 from pipeline.core.arrays import Float32Array, Int64Array
 from pipeline.core.config import digest
 from pipeline.core.files.foreign import parse_json
 from pipeline.core.files.lock import exclusive
+from pipeline.core.files.npy import read_npy
+from pipeline.core.files.written import write_npy
 from pipeline.core.records import ConfigError, InputError
 from pipeline.core.stage import Progress
 
+CENTRE = "centre.npy"
 _DIGESTED_BYTES = 4 << 30  # indices up to this size are hashed on opening, which takes seconds
 
 
@@ -49,6 +56,8 @@ class PartedIndex:
     inputs: str  # digest of embeddings and settings
     parts: tuple[Part, ...]
     model: ModelIdentity | None = None  # None if unknown
+    tuned: Tuned | None = None  # `search` in the file; None for an index that was not tuned
+    centre: str | None = None  # sha256 of centre.npy, the mean that was subtracted from all rows
 
     @classmethod
     def open(cls, folder: str) -> "PartedIndex":
@@ -65,6 +74,7 @@ class PartedIndex:
                     f"{store.join(folder, part.path)}: not a readable FAISS index ({reason}); build it again:"
                     " cnclip index"
                 )
+        index.mean()
         return index
 
     @classmethod
@@ -78,9 +88,13 @@ class PartedIndex:
         try:
             fields = parse_json(store.read_text(path))
             parts = tuple(Part(**part) for part in fields.pop("parts"))
-            model = fields.pop("model", None)
+            model, tuned = fields.pop("model", None), fields.pop("search", None)
             index = cls(
-                folder=folder, parts=parts, model=None if model is None else ModelIdentity(**model), **fields
+                folder=folder,
+                parts=parts,
+                model=None if model is None else ModelIdentity(**model),
+                tuned=None if tuned is None else Tuned(**tuned),
+                **fields,
             )
             index.check()
         except FileNotFoundError:
@@ -100,6 +114,10 @@ class PartedIndex:
         for name, value in (("factory", self.factory), ("inputs", self.inputs)):
             if not isinstance(value, str):
                 raise ValueError(f"{name} is not text")
+        if not isinstance(self.centre, str | None):
+            raise ValueError("centre is not text")
+        if self.tuned is not None:
+            self.tuned.check()
         row = 0
         for number, part in enumerate(self.parts):
             counts = (part.first_row, part.num_rows, part.num_bytes)
@@ -137,13 +155,28 @@ class PartedIndex:
     def bytes_per_vector(self) -> float:
         return sum(part.num_bytes for part in self.parts) / self.num_rows
 
+    def mean(self) -> Float32Array | None:
+        """Return the mean that was subtracted from all rows, float32 [dim], or None.
+
+        Raises:
+            InputError: if its file is missing or has changed.
+        """
+        if self.centre is None:
+            return None
+        path = store.join(self.folder, CENTRE)
+        mean_D = read_npy(path, "build the index again")
+        if store.digest_file(path) != self.centre or mean_D.shape != (self.dim,):
+            raise InputError(f"{path}: its bytes have changed; build the index again: cnclip index --redo")
+        return np.asarray(mean_D, dtype=np.float32)
+
     def search(
-        self, queries_QD: Float32Array, k: int, *, parameters: str = ""
+        self, queries_QD: Float32Array, k: int, *, parameters: str | None = None
     ) -> tuple[Float32Array, Int64Array]:
         """Return the k best rows of each query over all parts: (scores, rows), best first, ties by lower row.
 
-        Only one part is mapped at a time. `parameters` is FAISS's string, such as `nprobe=16`. Rows that were
-        not found are -1.
+        Only one part is mapped at a time. `parameters` is FAISS's string, such as `nprobe=16`, or empty for
+        FAISS's defaults; without it the index searches with the parameters that it was tuned to. Rows that
+        were not found are -1.
 
         Raises:
             InputError: for queries of another width and for k above the number of rows.
@@ -155,7 +188,10 @@ class PartedIndex:
             )
         if not 0 < k <= self.num_rows:
             raise InputError(f"{self.folder}: k = {k}, but the index holds {self.num_rows} rows")
+        if parameters is None:
+            parameters = self.tuned.parameters if self.tuned is not None else ""
         queries_QD = np.ascontiguousarray(queries_QD, dtype=np.float32)
+        mean_D = self.mean()
         best = (
             np.full((len(queries_QD), k), -np.inf, dtype=np.float32),
             np.full((len(queries_QD), k), -1, dtype=np.int64),
@@ -169,6 +205,7 @@ class PartedIndex:
                     f" {self.dim}; build it again: cnclip index --redo"
                 )
             set_parameters(index, parameters)
+            limit_search(index)
             try:
                 scores_QK, rows_QK = index.search(queries_QD, min(k, part.num_rows))
             except Exception as error:
@@ -176,6 +213,8 @@ class PartedIndex:
             rows_QK = np.where(rows_QK >= 0, rows_QK + part.first_row, -1)
             scores_QK = np.where(rows_QK >= 0, scores_QK, -np.inf)
             best = _merge(best, (scores_QK, rows_QK), k)
+        if mean_D is not None:
+            best[0][:] += (queries_QD @ mean_D)[:, None]
         return best
 
 
@@ -188,13 +227,17 @@ def build_parts(
     train_rows: int,
     device: Device = "cpu",
     redo: bool = False,
+    centre: bool = False,
+    tuning: Tuning | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
 ) -> PartedIndex:
     """Train on evenly spaced rows, then index part by part, keeping intact parts that already exist.
 
     Training and adding run on `device`. The same embeddings and settings give the same bytes on one CPU
-    thread. `progress` counts rows. `say` gets a line for each damaged file that is rebuilt.
+    thread. With `centre` the rows' mean is subtracted from all of them and added to the scores again.
+    `tuning` finds the search parameters, unless the folder has those of the same queries and target.
+    `progress` counts rows. `say` gets a line for each damaged file that is rebuilt.
 
     Raises:
         ConfigError: if the folder holds an index of other embeddings or settings and `redo` is not set, or
@@ -206,22 +249,37 @@ def build_parts(
     if rows_per_part < 1 or train_rows < 1:
         raise ConfigError("rows per part and rows to train on must be at least 1")
     with exclusive(folder):
-        inputs = digest([embeddings.digest(), factory, rows_per_part, train_rows])
+        bound = [embeddings.digest(), factory, rows_per_part, train_rows]
+        inputs = digest([*bound, "centre"] if centre else bound)
         _begin(folder, inputs, redo)
-        trained = _Trained(
-            embeddings, folder, factory, train_rows, device, say or (lambda line: None), progress
-        )
-        before = _described(folder, inputs)
+        earlier = _described(folder, inputs)
+        mean_D = _mean(embeddings, folder) if centre else None
+        vectors = embeddings if mean_D is None else Centred(embeddings, mean_D)
+        trained = _Trained(vectors, folder, factory, train_rows, device, say or (lambda line: None), progress)
+        before = {} if earlier is None else dict(enumerate(earlier.parts))
         starts = range(0, embeddings.num_rows, rows_per_part)
         parts = []
         for number, start in enumerate(starts):
             stop = min(start + rows_per_part, embeddings.num_rows)
-            part = before.get(number) or Part(_part_name(number), start, stop - start, 0)
+            part = before.get(number)
+            if part is None or not part.digest:
+                part = Part(_part_name(number), start, stop - start, 0)
             parts.append(trained.part(part))
         result = PartedIndex(
             folder, factory, embeddings.dim, embeddings.num_rows, inputs, tuple(parts), embeddings.model
         )
+        if centre:
+            result = replace(result, centre=store.digest_file(store.join(folder, CENTRE)))
+        known = None if earlier is None else earlier.tuned
+        if tuning is None or (known is not None and tuning.is_of(known)):
+            result = replace(result, tuned=known)
+        else:
+            result = replace(result, tuned=_tune(result, embeddings, tuning))
         fields = asdict(result)
+        fields["search"] = fields.pop("tuned")
+        for name in ("search", "centre"):
+            if fields[name] is None:
+                del fields[name]
         del fields["folder"]
         store.write_text(store.join(folder, "index.json"), json.dumps(fields, indent=1))
     return result
@@ -235,28 +293,43 @@ def _begin(folder: str, inputs: str, redo: bool) -> None:
             raise ConfigError(
                 f"{folder}: holds an index of other embeddings or settings; give --redo or another folder"
             )
-        for name in ("index.json", "trained.index", "parts"):
+        for name in ("index.json", "trained.index", CENTRE, "parts"):
             store.remove(store.join(folder, name))
     store.sweep(folder)
     store.write_text(plan_path, inputs)
 
 
-def _described(folder: str, inputs: str) -> dict[int, Part]:
-    """Return the parts of a finished index of these inputs that have digests, by number."""
+def _described(folder: str, inputs: str) -> PartedIndex | None:
+    """Return what the folder says of a finished index of these inputs, or None."""
     try:
         before = PartedIndex.read(folder)
     except InputError:
-        return {}
-    if before.inputs != inputs:
-        return {}
-    return {number: part for number, part in enumerate(before.parts) if part.digest}
+        return None
+    return before if before.inputs == inputs else None
+
+
+def _mean(embeddings: Embeddings, folder: str) -> Float32Array:
+    """Return the mean of the rows, and write it into the folder."""
+    mean_D = mean_of(embeddings, DEFAULT_TRAIN_ROWS)
+    write_npy(store.join(folder, CENTRE), mean_D)
+    return mean_D
+
+
+def _tune(index: PartedIndex, embeddings: Embeddings, tuning: Tuning) -> Tuned:
+    """Find the search parameters of an index whose parts are written."""
+
+    def search(queries_QD: Float32Array, k: int, parameters: str) -> Int64Array:
+        return index.search(queries_QD, k, parameters=parameters)[1]
+
+    first = load_index(store.join(index.folder, index.parts[0].path))
+    return tune_index(first, search, embeddings, tuning)
 
 
 @dataclass(frozen=True, slots=True)
 class _Trained:
     """The trained index from which all parts start, made when the first part needs it."""
 
-    embeddings: Embeddings
+    vectors: Vectors
     folder: str
     factory: str
     train_rows: int
@@ -267,7 +340,7 @@ class _Trained:
     def show(self, num_rows: int) -> None:
         """Show the number of rows in the parts."""
         if self.progress is not None:
-            self.progress(num_rows, self.embeddings.num_rows)
+            self.progress(num_rows, self.vectors.num_rows)
 
     def part(self, part: Part) -> Part:
         """Return the part in the folder, and build it if it is missing or damaged."""
@@ -285,7 +358,7 @@ class _Trained:
         def added(count: int) -> None:
             self.show(start + count)
 
-        index = fill(self._empty(), self.embeddings, start, stop, self.factory, self.device, added)
+        index = fill(self._empty(), self.vectors, start, stop, self.factory, self.device, added)
         num_bytes, found = write_index(index, path)
         return replace(part, num_bytes=num_bytes, digest=found)
 
@@ -296,7 +369,7 @@ class _Trained:
                 raise InputError(f"{path}: its bytes have changed")
         else:
             index = load_index(path)
-            if (index.d, index.ntotal) != (self.embeddings.dim, part.num_rows):
+            if (index.d, index.ntotal) != (self.vectors.dim, part.num_rows):
                 raise InputError(f"{path}: {index.ntotal} rows of width {index.d}, {part.num_rows} wanted")
         vouch(path)
         return replace(part, num_bytes=num_bytes, digest=found)
@@ -308,30 +381,12 @@ class _Trained:
                 return load_index(path, mapped=False)
             except InputError as error:
                 self.say(f"{error}: built again")
-        write_index(train(self.embeddings, self.factory, self.train_rows, self.device), path)
+        write_index(train(self.vectors, self.factory, self.train_rows, self.device), path)
         return load_index(path, mapped=False)
 
 
 def _part_name(number: int) -> str:
     return f"parts/{number:05d}.index"
-
-
-def set_parameters(index: Any, parameters: str, device: Device = "cpu") -> None:
-    """Set FAISS's search parameters, such as `nprobe=16`.
-
-    Raises:
-        ConfigError: if they do not apply.
-    """
-    import faiss
-
-    if not parameters:
-        return
-    kind = faiss.ParameterSpace if device == "cpu" else faiss.GpuParameterSpace
-    space: Any = kind()  # FAISS's stubs have only one of its two signatures
-    try:
-        space.set_index_parameters(index, parameters)
-    except RuntimeError as error:
-        raise ConfigError(f"search parameters {parameters!r}: {faiss_reason(error)}") from None
 
 
 def _merge(

@@ -13,6 +13,8 @@ _INSIDE = ("index", "base_index", "refine_index", "quantizer", "storage", "index
 _QUANTIZERS = ("pq", "sq", "rq", "lsq", "prq", "plsq", "rabitq")  # fields of kinds that code rows
 _MOST_DEEP = 16
 _MOST_STRETCH = 1e-3  # of a rotation in float32; learnt ones are off by 1e-4 at most
+_MOST_REFINED = 1024.0  # times k rows get exact scores
+_MOST_INT = 2**31 - 1
 _BLOCK_ROWS = 32  # per block of the fast scan kinds; the factory makes no other size
 
 
@@ -49,6 +51,35 @@ def has_graph(index: Any) -> bool:
     import faiss
 
     return num_lists(index) is None and any(isinstance(part, faiss.IndexHNSW) for part in walk(index))
+
+
+def is_exact(index: Any) -> bool:
+    """Return whether every search compares the query with all rows as they are."""
+    import faiss
+
+    return isinstance(faiss.downcast_index(index), faiss.IndexFlat)
+
+
+def has_nsg(index: Any) -> bool:
+    """Return whether an NSG graph finds rows."""
+    import faiss
+
+    return any(isinstance(part, faiss.IndexNSG) for part in walk(index))
+
+
+def set_search_l(index: Any, candidates: int) -> None:
+    """Set the candidates of NSG's search.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    import faiss
+
+    if candidates < 1:
+        raise ValueError(f"search_L={candidates}: at least 1")
+    for part in walk(index):
+        if isinstance(part, faiss.IndexNSG):
+            part.nsg.search_L = min(candidates, _MOST_INT)
 
 
 def why_not_inner_product(index: Any) -> str | None:
@@ -100,14 +131,16 @@ def _keeps_products(step: Any) -> bool:
 def limit_search(index: Any) -> None:
     """Limit search parameters to the size of the index, because some kinds fail or reserve memory for more.
 
-    FAISS stores these numbers in the file, so they are untrusted: call this after reading a file. An empty
-    graph keeps its numbers, since rows may be added.
+    FAISS stores these numbers in the file and `index.json` names them, so they are untrusted: call this after
+    reading either. An empty graph keeps its numbers, since rows may be added.
     """
     import faiss
 
     for part in walk(index):
         if isinstance(part, faiss.IndexIVF):
             part.nprobe = max(1, min(part.nprobe, part.nlist))
+        elif isinstance(part, faiss.IndexRefine):
+            part.k_factor = max(1.0, min(part.k_factor, _MOST_REFINED))
         elif not part.ntotal:
             continue
         elif isinstance(part, faiss.IndexHNSW):

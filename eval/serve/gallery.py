@@ -21,6 +21,7 @@ from eval.features.encoder import ModelSource
 from eval.features.model_identity import ModelIdentity, read_identity
 from eval.index.flat import read_index, search
 from eval.index.partitioned import PartedIndex
+from eval.index.tuning.parameters import Tuned
 from eval.serve.sources import Found, Near, Search, Sources
 from pipeline.core import store
 from pipeline.core.arrays import Float32Array, Int64Array
@@ -72,6 +73,7 @@ class Gallery:
     search: Search  # k ≤ num_rows
     model: ModelIdentity | None = None  # of the features; None if unknown
     sources: Sources | None = None  # None if rows have one source, or it is unknown
+    tuned: Tuned | None = None  # the search parameters in use and what they reach; None if that is unknown
 
     def nearest(self, feature_D: Float32Array, k: int, source: str | None = None) -> Near:
         """Return the k best rows, optionally of one source; fewer if the index finds fewer.
@@ -250,7 +252,7 @@ def galleries_of_run(checkpoint: ModelSource, target: str) -> list[Gallery]:
             if not np.isin(image_ids, evaluation.image_ids).all():
                 raise InputError(f"{features}: of another set than {source.folder}; embed again")
             images = EvaluationImages.of(evaluation, image_ids)
-            galleries.append(_gallery(source.name, indices, images, len(image_ids), "", features))
+            galleries.append(_gallery(source.name, indices, images, len(image_ids), None, features))
     if not galleries:
         raise InputError(
             f"{checkpoint.run_folder}: the run has not indexed {stage}; run `cnclip run {target}`"
@@ -265,14 +267,14 @@ def open_gallery(
     embeddings_folder: str | None = None,
     images_folder: str | None = None,
     run_folder: str | None = None,
-    parameters: str = "",
+    parameters: str | None = None,
 ) -> Gallery:
     """Return a gallery of an index by `cnclip index`, or of a folder with `image.index` by `cnclip eval`.
 
     `embeddings_folder` is the folder that was indexed (default: the index's folder); its `metadata/`
     describes each row. `images_folder` holds the images (shards, evaluation sets, or the base of file
     names); the default is the run's folder, or the paths as given. `parameters` is FAISS's search string,
-    such as `nprobe=16`.
+    such as `nprobe=16`; the default is what the index was tuned to.
 
     Raises:
         InputError: if one of them is missing or does not match.
@@ -302,9 +304,10 @@ def open_gallery(
 
 
 def _gallery(
-    name: str, folder: str, images: GalleryImages, num_rows: int, parameters: str, features: str
+    name: str, folder: str, images: GalleryImages, num_rows: int, parameters: str | None, features: str
 ) -> Gallery:
     found: Callable[[Float32Array, int], Found]
+    tuned: Tuned | None = None
     if store.exists(store.join(folder, "image.index")):
         if parameters:
             raise ConfigError(f"{folder}: search parameters apply to an index by `cnclip index`")
@@ -316,6 +319,7 @@ def _gallery(
     else:
         parted = PartedIndex.open(folder)
         dim, count, model = parted.dim, parted.num_rows, parted.model
+        tuned = parted.tuned if parameters is None else None
 
         def found(query_1D: Float32Array, k: int) -> Found:
             return parted.search(query_1D, k, parameters=parameters)
@@ -327,7 +331,7 @@ def _gallery(
     # report damaged parts and wrong parameters now, not at the first search
     found(np.full((1, dim), dim**-0.5, dtype=np.float32), 1)
     sources = images.sources if isinstance(images, ShardImages) else None
-    return Gallery(name, dim, count, images, found, model, sources)
+    return Gallery(name, dim, count, images, found, model, sources, tuned)
 
 
 def _metadata_files(folder: str) -> list[str]:

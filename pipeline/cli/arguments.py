@@ -137,8 +137,20 @@ Side = Annotated[
     typer.Option(metavar="image|text", help="use this side of a clip-retrieval folder"),
 ]
 TrainRows = Annotated[
-    int, typer.Option("--train-rows", metavar="N", help="train FAISS on N evenly spaced rows")
+    int | None,
+    typer.Option(
+        "--train-rows",
+        metavar="N",
+        help="train FAISS on N evenly spaced rows (default: 262,144, or 39 for each list if that is more)",
+    ),
 ]
+Centre = Annotated[
+    bool,
+    typer.Option(
+        "--centre", help="subtract the rows' mean before coding them; scores and exact ranks stay the same"
+    ),
+]
+Neighbours = Annotated[int, typer.Option("--k", metavar="K", help="search for K neighbours")]
 FaissDevice = Annotated[
     Literal["cpu", "gpu"],
     typer.Option(

@@ -9,16 +9,18 @@ import typer
 from pipeline.cli.app import Group
 from pipeline.cli.arguments import (
     EXIT_DONE,
+    Centre,
     EmbeddingsPath,
     FaissDevice,
     IndexMemory,
     IndexRecall,
+    Neighbours,
     Side,
     TrainRows,
 )
 from pipeline.core import store
 from pipeline.core.progress import make_progress
-from pipeline.core.records import ConfigError
+from pipeline.core.records import ConfigError, InputError
 from pipeline.core.terminal import inform
 
 INDEX = Group("Search")
@@ -26,14 +28,14 @@ INDEX = Group("Search")
 
 @INDEX.add(
     "index",
-    "build a FAISS index in parts; rerun to resume",
-    "features indices/features --memory 4",
+    "build a FAISS index in parts and tune it to a recall; rerun to resume",
+    "features indices/features --memory 4 --recall 0.95",
 )
 def index(
     embeddings_path: EmbeddingsPath,
     out: Annotated[str, typer.Argument(metavar="OUT", help="folder for the index")],
     side: Side = "image",
-    train_rows: TrainRows = 262_144,
+    train_rows: TrainRows = None,
     factory: Annotated[
         str | None,
         typer.Option(
@@ -43,6 +45,21 @@ def index(
     ] = None,
     memory: IndexMemory = 4.0,
     recall: IndexRecall = 0.95,
+    centre: Centre = False,
+    queries: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.npy",
+            help="tune with these features (default: the other side's, or rows of the embeddings)",
+        ),
+    ] = None,
+    num_queries: Annotated[
+        int,
+        typer.Option(
+            "--num-queries", metavar="N", help="tune on one half of N queries, measure on the other half"
+        ),
+    ] = 4000,
+    k: Neighbours = 10,
     device: FaissDevice = "cpu",
     rows_per_part: Annotated[
         int, typer.Option("--rows-per-part", metavar="N", help="put N rows into each FAISS file")
@@ -51,20 +68,28 @@ def index(
         bool, typer.Option("--redo", help="replace an index of other embeddings or other settings")
     ] = False,
 ) -> int:
-    from eval.index.benchmark import suggest
+    from eval.index.build import rows_to_train
     from eval.index.embeddings import Embeddings
     from eval.index.partitioned import build_parts
+    from eval.index.tuning.queries import choose_queries
+    from eval.index.tuning.suggest import suggest
+    from eval.index.tuning.tune import Tuning
 
     embeddings = Embeddings.open(embeddings_path, side=side)
-    chosen = factory or suggest(embeddings.num_rows, embeddings.dim, memory * 2**30, recall)
+    tuning = Tuning(choose_queries(embeddings_path, embeddings, side, num_queries, queries), recall, k)
+    chosen = factory or suggest(
+        embeddings.num_rows, embeddings.dim, memory * 2**30, recall, train_rows, centre=centre
+    )
     built = build_parts(
         embeddings,
         out,
         factory=chosen,
         rows_per_part=rows_per_part,
-        train_rows=train_rows,
+        train_rows=rows_to_train(embeddings.dim, chosen) if train_rows is None else train_rows,
         device=device,
         redo=redo,
+        centre=centre,
+        tuning=tuning,
         progress=make_progress("index", "row"),
         say=lambda line: print(line, file=sys.stderr),
     )
@@ -72,6 +97,13 @@ def index(
         f"{out}: {chosen}, {built.num_rows:,} rows of width {built.dim} in {len(built.parts)} parts,"
         f" {built.bytes_per_vector:.1f} bytes per vector"
     )
+    assert built.tuned is not None  # since `tuning` was given
+    print(f"{out}: {built.tuned}")
+    if not built.tuned.reached:
+        raise InputError(
+            f"{out}: {chosen} reaches at most recall {built.tuned.recall:.3f} on these queries, not"
+            f" {recall:g}; give a lower --recall, more --memory, or another --factory with --redo"
+        )
     return EXIT_DONE
 
 
@@ -83,18 +115,37 @@ def index(
 def bench_index(
     embeddings_path: EmbeddingsPath,
     side: Side = "image",
-    train_rows: TrainRows = 262_144,
-    queries: Annotated[
-        str | None,
+    train_rows: TrainRows = None,
+    query_side: Annotated[
+        list[str] | None,
         typer.Option(
-            metavar="FILE.npy",
-            help="search for these features (default: --num-queries rows of the embeddings)",
+            metavar="image|text|held-out",
+            help="search for features of that side, or for rows that are then not indexed; may be repeated"
+            " (default: the other side if it was embedded, and held-out)",
         ),
     ] = None,
+    queries: Annotated[
+        str | None, typer.Option(metavar="FILE.npy", help="search for these features instead")
+    ] = None,
     num_queries: Annotated[
-        int, typer.Option("--num-queries", metavar="N", help="use at most N queries")
+        int, typer.Option("--num-queries", metavar="N", help="search for N queries of each set at most")
     ] = 1000,
-    k: Annotated[int, typer.Option("--k", metavar="K", help="search for K neighbours")] = 10,
+    ground_truth: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="read the exact neighbours of --queries from big-ann's file, .ivecs or .hdf5",
+        ),
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="also measure Recall@1, 5 and 10 of the right rows: a .npy with the row of each query, or a"
+            " set's NAME_texts.jsonl",
+        ),
+    ] = None,
+    k: Neighbours = 10,
     grid: Annotated[
         str | None,
         typer.Option(
@@ -104,46 +155,90 @@ def bench_index(
     ] = None,
     memory: IndexMemory = 4.0,
     recall: IndexRecall = 0.95,
+    centre: Centre = False,
     device: FaissDevice = "cpu",
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", help="let FAISS use N threads (default: all cores)")
+    ] = None,
+    merge: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FOLDER", help="compare with the results in another --out folder; may be repeated"
+        ),
+    ] = None,
     out: Annotated[
         str | None,
-        typer.Option(metavar="FOLDER", help="write points.json and front.svg into this folder"),
+        typer.Option(
+            metavar="FOLDER",
+            help="write results.jsonl, points.json and front.svg into this folder; rerun to resume",
+        ),
     ] = None,
 ) -> int:
+    import contextlib
+    import os
     from dataclasses import asdict
 
-    import numpy as np
-
-    from eval.features.model_identity import check_same_model
-    from eval.index import benchmark
+    from eval.index.bench import points as measured
+    from eval.index.bench.measure import Plan, measure
+    from eval.index.bench.results import RESULTS, compared, read_results
+    from eval.index.bench.task import read_labels
     from eval.index.embeddings import Embeddings
+    from eval.index.tuning.queries import query_sets
+    from pipeline.core.files.lock import exclusive
 
-    if num_queries < 1:
-        raise ConfigError(f"--num-queries {num_queries}: give at least 1")
+    if threads is not None and threads < 1:
+        raise ConfigError(f"--threads {threads}: give at least 1")
+    if ground_truth is not None and queries is None:
+        raise ConfigError("--ground-truth belongs to --queries FILE")
     embeddings = Embeddings.open(embeddings_path, side=side)
-    source = embeddings if queries is None else Embeddings.open(queries)
-    check_same_model(embeddings_path, embeddings.model, source.model)
-    count = min(num_queries, source.num_rows)
-    queries_QD = source.rows(np.arange(count) * source.num_rows // count)
-    factories = grid.split(";") if grid else benchmark.default_grid(embeddings.num_rows, embeddings.dim)
-    points = benchmark.measure(
+    known = None if labels is None else read_labels(labels, embeddings_path, side, embeddings.num_rows)
+    sets = query_sets(
+        embeddings_path,
         embeddings,
-        queries_QD,
-        [text.strip() for text in factories if text.strip()],
+        side,
+        num_queries,
+        query_side or [],
+        queries,
+        keep=() if known is None else known.rows_of_query,
+    )
+    plan = Plan(
+        path=embeddings_path,
+        side=side,
+        embeddings=embeddings,
+        queries=sets,
         k=k,
         train_rows=train_rows,
+        centre=centre,
         device=device,
-        say=inform,
+        threads=threads or len(os.sched_getaffinity(0)),
+        labels=known,
+        truth_path=ground_truth,
     )
-    print(benchmark.points_table(points, k))
-    best = benchmark.best_point(points, recall, memory * 2**30 / embeddings.num_rows)
-    if best is None:
-        print(f"no index reaches recall {recall} within {memory} GiB")
-    else:
-        print(f"fastest with recall {recall} within {memory} GiB: {best.factory} {best.parameters}")
-    if out:
-        front = benchmark.pareto_front(points)
-        body = [{**asdict(point), "front": point in front} for point in points]
-        store.write_text(store.join(out, "points.json"), json.dumps(body, indent=1))
-        store.write_text(store.join(out, "front.svg"), benchmark.front_plot(points, k))
+    factories = grid.split(";") if grid else measured.default_grid(embeddings.num_rows, embeddings.dim)
+    others = [item for folder in merge or [] for item in read_results(store.join(folder, RESULTS))]
+    with contextlib.nullcontext() if out is None else exclusive(out):
+        found = measure(plan, [text.strip() for text in factories if text.strip()], out, inform)
+        points = found.points
+        print(measured.points_table(points, k, found.exact))
+        asking = sets[0].name
+        first = [point for point in points if point.queries == asking]
+        best = measured.best_point(first, recall, memory * 2**30 / embeddings.num_rows)
+        if best is None:
+            ceiling = max(first, key=lambda point: point.recall)
+            print(
+                f"no index reaches recall {recall} within {memory} GiB for {asking} queries; the best is"
+                f" {ceiling.recall:.4f}: {ceiling.factory} {ceiling.parameters}"
+            )
+        else:
+            print(
+                f"fastest with recall {recall} within {memory} GiB for {asking} queries: {best.factory}"
+                f" {best.parameters}"
+            )
+        if out is not None:
+            front = measured.pareto_front(points)
+            body = [{**asdict(point), "front": point in front} for point in points]
+            store.write_text(store.join(out, "points.json"), json.dumps(body, indent=1))
+            store.write_text(store.join(out, "front.svg"), measured.front_plot(first, k))
+    if others:
+        print(compared([*found.results, *others]))
     return EXIT_DONE

@@ -52,8 +52,12 @@ def serve(
     ] = None,
     pictures: Annotated[str | None, typer.Option("--pictures", hidden=True)] = None,
     parameters: Annotated[
-        str, typer.Option(metavar="STRING", help="search with these FAISS parameters, such as nprobe=16")
-    ] = "",
+        str | None,
+        typer.Option(
+            metavar="STRING",
+            help="search with FAISS's parameters, such as nprobe=16 (default: those the index was tuned to)",
+        ),
+    ] = None,
     host: Annotated[
         str,
         typer.Option(metavar="ADDRESS", help="listen on this address; 127.0.0.1 is for this machine only"),
@@ -92,6 +96,8 @@ def serve(
     with SearchServer(searcher, host, port) as server:
         for gallery in galleries:
             inform(f"{gallery.name}: {gallery.num_rows:,} images")
+            if gallery.tuned is not None:
+                inform(f"{gallery.name}: {gallery.tuned}")
             if gallery.model is not None and not gallery.model.decode:
                 note(
                     f"{gallery.name}: its features do not record how images were decoded; EXIF rotation,"

@@ -64,7 +64,11 @@ def test_stages_from_embed_to_baseline(tmp_path: Path, name: str) -> None:
     config = EvaluationConfig(stages=("stage2",), vocabulary=None, context_length=52)
     embedded = done(embed_stage(config, learned=("vocabulary",), sets_from=("corpus",)))
     assert f"{name}/stage2/img_emb/img_emb_0.npy" in [shard.path for shard in embedded.shards]
-    assert f"{name}/stage2/image.index" in [shard.path for shard in done(index_stage(IndexConfig())).shards]
+    for factory in ("IVF2,Flat", "Flat"):
+        indexed = done(index_stage(IndexConfig(factory=factory)))
+        files = {shard.path.rpartition("/")[2] for shard in indexed.shards}
+        assert {"image.index", "text.index"} <= files
+        assert ("image.search.json" in files) == (factory != "Flat")  # what the search was tuned to
     retrieved = done(retrieval_stage(config, sets_from=("corpus",)))
     (extra,) = retrieved.extra.values()
     assert (extra["evaluation"], extra["stage"]) == (name, "stage2")

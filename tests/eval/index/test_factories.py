@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from eval.index import benchmark
+from eval.index.bench.points import settings
 from eval.index.build import new_index, try_factory
 from eval.index.embeddings import Embeddings
 from eval.index.flat import build_index, read_index
@@ -213,10 +213,14 @@ def test_lists_are_counted_in_the_index_and_not_in_its_name() -> None:
         ("HNSW32", None),
     ):
         assert num_lists(new_index(DIM, factory)) == count, factory
-    assert benchmark.settings("IVF64_HNSW32,Flat", DIM)[-1] == "nprobe=64"
-    assert benchmark.settings("IVF16k,Flat", DIM)[-1] == "nprobe=256"
-    assert benchmark.settings("HNSW32", DIM) == ["efSearch=16", "efSearch=64", "efSearch=256"]
-    assert benchmark.settings("SQ8", DIM) == [""]
+    assert settings("IVF64_HNSW32,Flat", DIM, ROWS)[-1] == "quantizer_efSearch=256,nprobe=64"
+    assert settings("IVF16k,Flat", DIM, ROWS)[-1] == "nprobe=16384"
+    efforts = ["efSearch=16", "efSearch=64", "efSearch=256", "efSearch=1024", "efSearch=2048"]
+    assert settings("HNSW32", DIM, 10**6) == efforts
+    assert settings("NSG32", DIM, 100) == ["search_L=16", "search_L=64", "search_L=100"]
+    refined = ["k_factor_rf=1", "k_factor_rf=4", "k_factor_rf=16", "k_factor_rf=64"]
+    assert settings("RaBitQ,RFlat", DIM, ROWS) == refined
+    assert settings("SQ8", DIM, ROWS) == [""]
 
 
 def test_an_index_file_of_another_measure_is_refused(rows: npt.NDArray[np.float32], tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
-"""Indices in parts: the same answers as one index, resumed, refused; and the benchmark over them."""
+"""Indices in parts: the same answers as one index, resumed, refused."""
 
-import json
 import os
 from pathlib import Path
 
@@ -9,9 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from eval.index import benchmark as bench_index
-from eval.index.benchmark import Point, best_point, exact_neighbours, pareto_front, recall_at, suggest
 from eval.index.partitioned import Embeddings, PartedIndex, build_parts
+from eval.index.truth import exact_neighbours, recall_of
 from pipeline import cli as command_line
 from pipeline.core.records import ConfigError, InputError
 
@@ -83,9 +81,9 @@ def test_parts_find_what_the_one_index_finds(folder: Path, factory: str) -> None
     whole.add(unit_rows(3000))
     if parameters:
         faiss.ParameterSpace().set_index_parameters(whole, parameters)
-    recall = recall_at(embeddings, queries, whole.search(queries, 10)[1], exact)
+    recall = recall_of(embeddings, queries, whole.search(queries, 10)[1], exact).strict
     parted = in_parts.search(queries, 10, parameters=parameters)[1]
-    assert recall_at(embeddings, queries, parted, exact) > recall - 0.1
+    assert recall_of(embeddings, queries, parted, exact).strict > recall - 0.1
 
 
 def test_a_killed_build_goes_on_and_gives_the_same_bytes(
@@ -148,63 +146,6 @@ def test_bad_input_is_one_line(folder: Path) -> None:
         Embeddings.open(str(folder / "nowhere"))
 
 
-def test_exact_neighbours_and_recall(tmp_path: Path) -> None:
-    np.save(tmp_path / "rows.npy", unit_rows(12))
-    embeddings = Embeddings.open(str(tmp_path / "rows.npy"))
-    queries = unit_rows(2)
-    exact = exact_neighbours(embeddings, queries, 3)
-    worst = int(np.argsort(embeddings.rows(np.arange(12)) @ queries[0])[0])
-    found = np.array([[exact[0, 2], worst, exact[0, 0]], [-1, -1, exact[1, 1]]])
-    assert recall_at(embeddings, queries, found, exact) == pytest.approx(3 / 6)
-
-
-def test_a_copy_is_as_good_as_its_original(tmp_path: Path) -> None:
-    """Twelve rows, four times each: which copies an index returns says nothing against it."""
-    np.save(tmp_path / "rows.npy", np.tile(unit_rows(12), (4, 1)))
-    embeddings = Embeddings.open(str(tmp_path / "rows.npy"))
-    queries = unit_rows(12)
-    exact = exact_neighbours(embeddings, queries, 2)
-    assert recall_at(embeddings, queries, (exact + 1) % 48, exact) == 0
-    assert recall_at(embeddings, queries, (exact + 24) % 48, exact) == 1.0
-
-
-def point(recall: float, speed: float, size: float) -> Point:
-    return Point("X", "", recall, speed, 0.0, size, 0)
-
-
-def test_pareto_front_and_the_best_point() -> None:
-    points = [
-        point(1.0, 10, 100),
-        point(0.9, 100, 100),
-        point(0.9, 90, 100),
-        point(0.9, 50, 20),
-        point(0.5, 60, 20),
-    ]
-    assert pareto_front(points) == [points[0], points[1], points[3], points[4]]
-    assert best_point(points, 0.9, 100) == points[1]
-    assert best_point(points, 0.9, 50) == points[3]
-    assert best_point(points, 0.99, 50) is None
-
-
-def test_suggestions_can_be_built_and_fit() -> None:
-    gib = 2**30
-    assert suggest(10_000, 512, gib, 0.9) == "Flat"
-    assert suggest(500_000, 512, 2 * gib, 0.95) == "HNSW32"
-    assert suggest(10_000_000, 512, 30 * gib, 0.95).endswith(",Flat")
-    assert suggest(10_000_000, 512, 6 * gib, 0.95).endswith(",SQ8")
-    assert suggest(10_000_000, 512, 1 * gib, 0.95).endswith("PQ64")
-    for memory in (30, 6, 1):
-        faiss.index_factory(512, suggest(10_000_000, 512, memory * gib, 0.95), faiss.METRIC_INNER_PRODUCT)
-    with pytest.raises(InputError, match="the smallest codes"):
-        suggest(10_000_000, 512, gib / 100, 0.9)
-    with pytest.raises(InputError, match="exact search over"):
-        suggest(10_000_000, 512, gib, 1.0)
-    for count in (1, 39, 100, 10_000, 10_000_000):
-        lists = bench_index.num_lists(count)
-        assert lists & (lists - 1) == 0
-        assert lists == 1 or lists <= min(count / 39, 4 * count**0.5) <= 2 * lists
-
-
 def test_commands(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     features, out = str(folder / "features"), str(folder / "out")
     assert command_line.main(["index", features, out, "--rows-per-part", "2000"]) == 0
@@ -213,25 +154,3 @@ def test_commands(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "index: 3,000 of 3,000" in captured.err
     assert command_line.main(["index", features, out, "--rows-per-part", "2000", "--quiet"]) == 0
     assert capsys.readouterr().err == ""
-    words = [
-        "bench-index",
-        features,
-        "--num-queries",
-        "100",
-        "--grid",
-        "Flat;IVF16,Flat;Nonsense",
-        "--recall",
-        "0.9",
-    ]
-    assert command_line.main([*words, "--out", out]) == 0
-    captured = capsys.readouterr()
-    assert "left out: FAISS refuses the index 'Nonsense'" in captured.err
-    assert "fastest with recall 0.9" in captured.out
-    points = {
-        (p["factory"], p["parameters"]): p for p in json.loads((folder / "out" / "points.json").read_text())
-    }
-    assert points["Flat", ""]["recall"] == 1.0
-    assert points["IVF16,Flat", "nprobe=1"]["recall"] < points["IVF16,Flat", "nprobe=16"]["recall"] == 1.0
-    assert (folder / "out" / "front.svg").read_text(encoding="utf-8").count("IVF16,Flat") == 1
-    assert command_line.main(["bench-index", features, "--k", "3001"]) == 1
-    assert "k = 3001, but there are 3000 rows" in capsys.readouterr().err

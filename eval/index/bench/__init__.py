@@ -1,0 +1,1 @@
+"""`cnclip bench-index`: the cost and quality of indices against exact search."""

@@ -1,0 +1,133 @@
+"""`python -m eval.index.bench.child JOB.json`: builds or searches one index in a process of its own.
+
+So its memory is that of one index, and a kill or a crash costs one index. The job's `do` is `build` or
+`search`. A line of JSON on standard output is one result; a search also writes the rows that it found.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from eval.features.layout import Side
+from eval.index.build import fill, train
+from eval.index.device import Device, to_device
+from eval.index.embeddings import Embeddings
+from eval.index.files import read_limited, write_index
+from eval.index.tuning.parameters import set_parameters
+from eval.index.views import Centred, Vectors, Without, mean_of
+from pipeline.core.arrays import Float32Array, Int64Array
+from pipeline.core.files.foreign import parse_json
+from pipeline.core.processes import die_with_parent
+from pipeline.core.records import ConfigError, InputError
+
+_MIN_SECONDS = 0.2  # repeat a setting's searches for at least this long
+INDEX, MEAN, FOUND = "index", "mean.npy", "found.npy"
+REFUSED = 3  # exit status if FAISS refuses the factory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One index to build or search."""
+
+    do: Literal["build", "search"]
+    folder: str  # where the index and the results lie
+    embeddings: str
+    side: Side
+    held_out: str | None  # .npy of the rows that are left out, ascending
+    factory: str
+    train_rows: int
+    centre: bool
+    device: Device
+    threads: int
+    k: int = 10
+    searches: Sequence[tuple[str, str]] = field(default_factory=tuple)  # (.npy of queries, parameters)
+
+
+def write_job(path: Path, job: Job) -> None:
+    path.write_text(json.dumps(asdict(job)), encoding="utf-8")
+
+
+def view_of(embeddings: Embeddings, held_out: Int64Array | None) -> Embeddings | Without:
+    """Return the rows that are indexed."""
+    return embeddings if held_out is None else Without(embeddings, held_out)
+
+
+def build(job: Job) -> None:
+    """Train and fill an index, and write it into the folder."""
+    held_out = None if job.held_out is None else np.load(job.held_out)
+    vectors: Vectors = view_of(Embeddings.open(job.embeddings, side=job.side), held_out)
+    start = time.perf_counter()
+    if job.centre:
+        mean_D = mean_of(vectors, job.train_rows)
+        np.save(Path(job.folder) / MEAN, mean_D)
+        vectors = Centred(vectors, mean_D)
+    empty = train(vectors, job.factory, job.train_rows, job.device)
+    index = fill(empty, vectors, 0, vectors.num_rows, job.factory, job.device)
+    seconds = time.perf_counter() - start
+    num_bytes, _ = write_index(index, str(Path(job.folder) / INDEX))
+    _say({"seconds": seconds, "num_bytes": num_bytes, "peak_bytes": _memory("VmHWM")})
+
+
+def search(job: Job) -> None:
+    """Load the index, and search it with each setting."""
+    queries = {path: np.load(path) for path, _ in job.searches}
+    path = Path(job.folder) / INDEX
+    before = _memory("VmRSS")
+    loaded = read_limited(str(path), path.stat().st_size, mapped=False)
+    resident = _memory("VmRSS") - before
+    index = to_device(loaded, job.device, job.factory)
+    for name, parameters in job.searches:
+        set_parameters(index, parameters, job.device)
+        found_QK, speed = _search(index, queries[name], job.k)
+        np.save(Path(job.folder) / FOUND, found_QK)
+        peak = _memory("VmHWM") - before
+        _say({"queries_per_second": speed, "resident_bytes": max(0, resident), "peak_bytes": max(0, peak)})
+        if not sys.stdin.readline():  # the parent has taken what was found
+            return
+
+
+def _search(index: Any, queries_QD: Float32Array, k: int) -> tuple[Int64Array, float]:
+    """Return (rows, queries per second) of the fastest repetition, since other programs only slow it down."""
+    best, total = float("inf"), 0.0
+    while total < _MIN_SECONDS:
+        start = time.perf_counter()
+        _, found_QK = index.search(queries_QD, k)
+        seconds = time.perf_counter() - start
+        best, total = min(best, seconds), total + seconds
+    return found_QK, len(queries_QD) / best
+
+
+def _memory(name: str) -> int:
+    """Return a number of bytes from /proc/self/status."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) << 10
+    raise OSError(f"/proc/self/status has no {name}")
+
+
+def _say(result: dict[str, Any]) -> None:
+    print(json.dumps(result), flush=True)
+
+
+def main(path: str) -> int:
+    import faiss
+
+    job = Job(**parse_json(Path(path).read_text(encoding="utf-8")))
+    faiss.omp_set_num_threads(job.threads)
+    try:
+        {"build": build, "search": search}[job.do](job)
+    except (InputError, ConfigError) as error:
+        _say({"refused": str(error)})
+        return REFUSED
+    return 0
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,224 @@
+"""Exact nearest neighbours, the files that hold them, and recall against them.
+
+FAISS's `knn_ground_truth` finds the neighbours from one block of rows at a time. A file has the layout of
+big-ann-benchmarks (https://big-ann-benchmarks.com): uint32 queries, uint32 k, int32 rows [queries, k],
+float32 scores [queries, k]. ivecs files and the HDF5 files of ann-benchmarks are read as well.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from eval.index.device import Device
+from eval.index.views import Vectors
+from eval.metrics.recall import exact_scores_of_pairs
+from pipeline.core import store
+from pipeline.core.arrays import Float32Array, Int64Array
+from pipeline.core.files.foreign import foreign
+from pipeline.core.records import InputError
+
+# Rows whose scores differ by less count as equal, as in big-ann-benchmarks; float32 products are off by less.
+TIE = 1e-6
+_BLOCK_ROWS = 32_768  # 64 MiB at width 512, and FAISS's copy
+_REMEDY = "compute it again, or leave --ground-truth out"
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """The k nearest rows of each query, nearest first."""
+
+    rows_QK: Int64Array
+    scores_QK: Float32Array | None = None  # inner products; None if a file holds only rows
+
+    def first(self, k: int) -> "Truth":
+        """Return the first k columns."""
+        return Truth(self.rows_QK[:, :k], None if self.scores_QK is None else self.scores_QK[:, :k])
+
+
+@dataclass(frozen=True, slots=True)
+class Recall:
+    """Shares of the k nearest rows that a search found, 0 to 1, each row counted once."""
+
+    strict: float  # the rows of the ground truth themselves
+    with_ties: float  # rows that are as near as the k-th; corpora from the web contain many duplicates
+
+
+def exact_neighbours(vectors: Vectors, queries_QD: Float32Array, k: int, device: Device = "cpu") -> Truth:
+    """Return the k rows of the highest inner products for each query, equal scores by lower row."""
+    from faiss import METRIC_INNER_PRODUCT
+    from faiss.contrib.exhaustive_search import knn_ground_truth
+
+    find: Any = knn_ground_truth  # FAISS has no types for it
+    queries_QD = np.ascontiguousarray(queries_QD, dtype=np.float32)
+    scores_QK, rows_QK = find(
+        queries_QD, _equal_blocks(vectors), k, METRIC_INNER_PRODUCT, ngpu=-1 if device == "gpu" else 0
+    )
+    order = np.lexsort((rows_QK, -scores_QK), axis=1)
+    return Truth(np.take_along_axis(rows_QK, order, axis=1), np.take_along_axis(scores_QK, order, axis=1))
+
+
+def without_own(truth: Truth, own_rows_Q: Int64Array) -> Truth:
+    """Return one column less: without each query's own row, or without the last one if that is not there."""
+    keep_QK = _but_one(truth.rows_QK == own_rows_Q[:, None])
+    shape = (len(own_rows_Q), -1)
+    scores = None if truth.scores_QK is None else truth.scores_QK[keep_QK].reshape(shape)
+    return Truth(truth.rows_QK[keep_QK].reshape(shape), scores)
+
+
+def recall_of(vectors: Vectors, queries_QD: Float32Array, found_QK: Int64Array, truth: Truth) -> Recall:
+    """Return the recall of the rows found, where -1 is not found.
+
+    Raises:
+        ValueError: if the ground truth has other queries or fewer neighbours.
+    """
+    num_queries, k = found_QK.shape
+    if len(truth.rows_QK) != num_queries or truth.rows_QK.shape[1] < k:
+        raise ValueError(f"a ground truth of {truth.rows_QK.shape} for {num_queries} queries and k = {k}")
+    exact_QK = truth.rows_QK[:, :k]
+    found_QK = _once(found_QK)
+    base = vectors.num_rows + 1
+    query_Q1 = np.arange(num_queries)[:, None] * base
+    is_exact_QK = np.isin(found_QK + query_Q1, exact_QK + query_Q1) & (found_QK >= 0)
+    strict = int(is_exact_QK.sum())
+    # Exact scores only of the rows that may tie, and of each query's k-th.
+    query, place = np.nonzero(~is_exact_QK & (found_QK >= 0))
+    asked, inverse = np.unique(query, return_inverse=True)
+    if not len(asked):
+        return Recall(strict / found_QK.size, strict / found_QK.size)
+    rows = np.concatenate([found_QK[query, place], exact_QK[asked, -1]])
+    needed, where = np.unique(rows, return_inverse=True)
+    scores = exact_scores_of_pairs(
+        queries_QD, np.concatenate([query, asked]), vectors.rows(needed), where.reshape(-1)
+    )
+    ties = int((scores[: len(query)] >= scores[len(query) :][inverse.reshape(-1)] - TIE).sum())
+    return Recall(strict / found_QK.size, (strict + ties) / found_QK.size)
+
+
+def write_truth(path: str, truth: Truth) -> None:
+    """Write a file in big-ann-benchmarks's layout.
+
+    Raises:
+        ValueError: if the truth has no scores.
+    """
+    if truth.scores_QK is None:
+        raise ValueError("a ground truth without scores")
+    head = np.array(truth.rows_QK.shape, dtype="<u4").tobytes()
+    body = truth.rows_QK.astype("<i4").tobytes() + truth.scores_QK.astype("<f4").tobytes()
+    store.write_bytes(path, head + body)
+
+
+def read_truth(path: str, *, num_queries: int, num_rows: int, k: int) -> Truth:
+    """Read a ground truth: big-ann-benchmarks's layout, .ivecs, or ann-benchmarks's .hdf5.
+
+    A file may hold more queries and neighbours than wanted: the first ones are taken.
+
+    Raises:
+        InputError: for a file of another kind, of fewer queries or neighbours, or with rows that are not in
+            the base. It names the file.
+    """
+    with foreign(path, "ground truth", _REMEDY):
+        if path.endswith((".hdf5", ".h5")):
+            truth = _read_hdf5(path)
+        elif path.endswith(".ivecs"):
+            truth = Truth(_read_ivecs(path))
+        else:
+            truth = _read_big_ann(path)
+    found_queries, found_k = truth.rows_QK.shape
+    if found_queries < num_queries or found_k < k:
+        raise InputError(
+            f"{path}: {found_k} neighbours of {found_queries} queries, but {k} of {num_queries} are needed:"
+            f" {_REMEDY}"
+        )
+    scores = None if truth.scores_QK is None else truth.scores_QK[:num_queries, :k]
+    truth = Truth(truth.rows_QK[:num_queries, :k], scores)
+    outside = np.argwhere((truth.rows_QK < 0) | (truth.rows_QK >= num_rows))
+    if len(outside):
+        query, place = outside[0].tolist()
+        raise InputError(
+            f"{path}: query {query} has row {truth.rows_QK[query, place]} as a neighbour, but there are"
+            f" {num_rows} rows: it is of other vectors"
+        )
+    return truth
+
+
+def check_truth(path: str, vectors: Vectors, queries_QD: Float32Array, truth: Truth) -> None:
+    """Check on some queries that the neighbours come in the order of their inner products.
+
+    Raises:
+        InputError: if they do not: the file is of other vectors, other queries or another metric.
+    """
+    some_Q = np.unique(np.linspace(0, len(queries_QD) - 1, 100).astype(np.int64))
+    rows_QK = truth.rows_QK[some_Q]
+    needed, where = np.unique(rows_QK, return_inverse=True)
+    k = rows_QK.shape[1]
+    scores = exact_scores_of_pairs(queries_QD, np.repeat(some_Q, k), vectors.rows(needed), where.reshape(-1))
+    rise_Q = np.diff(scores.reshape(-1, k), axis=1).max(axis=1, initial=-np.inf)
+    wrong = np.flatnonzero(rise_Q > 10 * TIE)
+    if len(wrong):
+        raise InputError(
+            f"{path}: the neighbours of query {some_Q[wrong[0]]} are not in the order of inner products: it"
+            f" is of other vectors, other queries or another metric; {_REMEDY}"
+        )
+
+
+def _equal_blocks(vectors: Vectors) -> Iterator[Float32Array]:
+    """Yield blocks of one size, also from many small files: FAISS is slow on small ones."""
+    for start in range(0, vectors.num_rows, _BLOCK_ROWS):
+        parts = list(vectors.blocks(start, min(start + _BLOCK_ROWS, vectors.num_rows)))
+        yield parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _once(found_QK: Int64Array) -> Int64Array:
+    """Return the rows with -1 for every repetition of a row in its query."""
+    ordered_QK = np.sort(found_QK, axis=1)
+    ordered_QK[:, 1:][ordered_QK[:, 1:] == ordered_QK[:, :-1]] = -1
+    return ordered_QK
+
+
+def _but_one(is_own_QK: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Return which columns stay if one goes from each row: the one that is marked, or the last."""
+    keep_QK = ~is_own_QK
+    keep_QK[keep_QK.all(axis=1), -1] = False
+    return keep_QK
+
+
+def _read_big_ann(path: str) -> Truth:
+    data = store.read_bytes(path)
+    if len(data) < 8:
+        raise InputError(f"{path}: {len(data)} bytes are no ground truth: {_REMEDY}")
+    num_queries, k = (int(number) for number in np.frombuffer(data, "<u4", 2))
+    size = num_queries * k
+    if len(data) not in (8 + 4 * size, 8 + 8 * size) or not size:
+        raise InputError(
+            f"{path}: its first 8 bytes say {k} neighbours of {num_queries} queries, which do not fit"
+            f" {len(data):,} bytes: {_REMEDY}"
+        )
+    rows_QK = np.frombuffer(data, "<u4", size, offset=8).reshape(num_queries, k).astype(np.int64)
+    if len(data) == 8 + 4 * size:
+        return Truth(rows_QK)
+    return Truth(rows_QK, np.frombuffer(data, "<f4", size, offset=8 + 4 * size).reshape(num_queries, k))
+
+
+def _read_ivecs(path: str) -> Int64Array:
+    numbers = np.frombuffer(store.read_bytes(path), "<i4")
+    k = int(numbers[0])
+    if k < 1 or len(numbers) % (k + 1) or (numbers[:: k + 1] != k).any():
+        raise InputError(f"{path}: not an .ivecs file with rows of one length: {_REMEDY}")
+    return numbers.reshape(-1, k + 1)[:, 1:].astype(np.int64)
+
+
+def _read_hdf5(path: str) -> Truth:
+    try:
+        import h5py
+    except ImportError:
+        raise InputError(f"{path}: reading it needs h5py: pip install h5py") from None
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file")
+    with h5py.File(path, "r") as file:
+        if "neighbors" not in file:
+            raise InputError(f"{path}: has no data set `neighbors`, found {', '.join(file) or 'none'}")
+        return Truth(np.asarray(file["neighbors"], dtype=np.int64))

@@ -1,0 +1,1 @@
+"""Chooses an index and its search parameters for a recall."""

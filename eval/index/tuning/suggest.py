@@ -1,0 +1,106 @@
+"""Suggests a FAISS factory string for a size, memory and recall."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from eval.index.build import TRAIN_ROWS_PER_LIST
+from pipeline.core.records import InputError
+
+EXACT_ROWS = 20_000  # up to here exact search takes milliseconds
+GRAPH_ROWS = 1_000_000  # adding rows to a graph takes 10 to 20 times as long as to lists
+_ID_BYTES = 8  # of a row in an inverted list
+_GRAPH_BYTES = 4 * (2 * 32 + 2)  # links of HNSW32: 64 at the lowest level, few above
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A kind of index, with what a row takes and what it reaches."""
+
+    factory: str  # with {lists} and {code}
+    row_bytes: Callable[[int], float]  # by width
+    ceiling: float  # recall@10 of text queries that it reaches with all lists or 2,048 candidates
+    is_graph: bool = False
+    centred_ceiling: float | None = None  # the same of centred rows, if that is known to be more
+
+    def reaches(self, *, centre: bool) -> float:
+        """Return the ceiling, with or without centring."""
+        return self.centred_ceiling if centre and self.centred_ceiling is not None else self.ceiling
+
+
+# The fastest first, of those that reach the target. The ceilings are those of 20,000 × 512 features and 300
+# texts of `benchmarks/eval/clip_like.py`, with all 64 lists. Refined codes of one bit reach 0.98 there, but
+# less the more rows compete for the 64 k that are refined: 0.91 at 200,000, and 0.997 if they are centred.
+FAMILIES = (
+    Family("HNSW32", lambda dim: 4 * dim + _GRAPH_BYTES, 1.0, is_graph=True),
+    Family("HNSW32_SQ8", lambda dim: dim + _GRAPH_BYTES, 0.99, is_graph=True),
+    Family(
+        "IVF{lists},RaBitQ,RFlat",
+        lambda dim: dim / 8 + 8 + _ID_BYTES + 4 * dim,
+        0.91,
+        centred_ceiling=0.99,
+    ),
+    Family("IVF{lists},Flat", lambda dim: 4 * dim + _ID_BYTES, 1.0),
+    Family("IVF{lists},RaBitQ,Refine(SQ8)", lambda dim: dim / 8 + 8 + _ID_BYTES + dim, 0.9),
+    Family("IVF{lists},SQfp16", lambda dim: 2 * dim + _ID_BYTES, 1.0),
+    Family("IVF{lists},SQ8", lambda dim: dim + _ID_BYTES, 0.99),
+    Family("IVF{lists},RaBitQ4", lambda dim: dim / 2 + 20 + _ID_BYTES, 0.84),
+    Family("OPQ{code},IVF{lists},PQ{code}", lambda dim: max(1, dim // 8) + _ID_BYTES, 0.5),
+    Family("IVF{lists},RaBitQ", lambda dim: dim / 8 + 8 + _ID_BYTES, 0.32),
+)
+
+
+def num_lists(num_rows: int, train_rows: int | None = None) -> int:
+    """Return the number of inverted lists: a power of two near 4 √n, with 39 rows to train each list."""
+    trained = num_rows if train_rows is None else min(num_rows, train_rows)
+    most = min(4 * num_rows**0.5, trained / TRAIN_ROWS_PER_LIST)
+    return 1 << max(0, int(most).bit_length() - 1)
+
+
+def suggest(
+    num_rows: int,
+    dim: int,
+    memory_bytes: float,
+    target_recall: float,
+    train_rows: int | None = None,
+    *,
+    centre: bool = False,
+) -> str:
+    """Return a factory string for a size, memory and target recall.
+
+    This measures nothing: `cnclip index` does, and says what the index reaches. The index is exact below
+    20,000 rows or for a target of 1. Otherwise it is the first of `FAMILIES` that fits the memory and reaches
+    the target, or the one that fits and reaches most. Graphs are for less than a million rows.
+
+    Args:
+        num_rows: rows of the base.
+        dim: their width.
+        memory_bytes: for the whole index.
+        target_recall: against exact search, 0 to 1.
+        centre: whether the rows' mean is subtracted.
+        train_rows: rows to train on, which limit the number of lists (default: as many as the lists need).
+
+    Raises:
+        InputError: if not even the smallest codes fit.
+    """
+    per_row = memory_bytes / num_rows
+    if num_rows < EXACT_ROWS or target_recall >= 1:
+        if per_row < 4 * dim:
+            raise InputError(
+                f"exact search over {num_rows} rows takes {4 * dim * num_rows / 2**30:.1f} GiB; give more"
+                " memory or a recall below 1"
+            )
+        return "Flat"
+    fitting = [
+        family
+        for family in FAMILIES
+        if per_row >= family.row_bytes(dim) and (num_rows < GRAPH_ROWS or not family.is_graph)
+    ]
+    if not fitting:
+        least = min(family.row_bytes(dim) for family in FAMILIES)
+        raise InputError(
+            f"{memory_bytes / 2**20:.0f} MiB for {num_rows} rows are {per_row:.1f} bytes per vector; the"
+            f" smallest codes offered take {least:.0f}: give more memory or split the corpus"
+        )
+    best = max(fitting, key=lambda family: family.reaches(centre=centre))
+    chosen = next((family for family in fitting if family.reaches(centre=centre) >= target_recall), best)
+    return chosen.factory.format(lists=num_lists(num_rows, train_rows), code=max(1, dim // 8))

@@ -1,0 +1,135 @@
+"""Exact neighbours, the files that hold them, and recall as the published evaluators count it."""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from eval.index.embeddings import Embeddings
+from eval.index.truth import (
+    Truth,
+    check_truth,
+    exact_neighbours,
+    read_truth,
+    recall_of,
+    without_own,
+    write_truth,
+)
+from pipeline.core.records import InputError
+
+DIM = 24
+
+
+def unit_rows(count: int, seed: int = 0) -> npt.NDArray[np.float32]:
+    rows = np.random.default_rng(seed).normal(size=(count, DIM))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def saved(rows: npt.NDArray[np.float32], folder: Path, files: int = 1) -> Embeddings:
+    (folder / "rows").mkdir()
+    for number, part in enumerate(np.array_split(rows, files)):
+        np.save(folder / "rows" / f"{number}.npy", part)
+    return Embeddings.open(str(folder / "rows"))
+
+
+def test_neighbours_are_those_of_a_full_sort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eval.index.truth._BLOCK_ROWS", 70)
+    rows, queries = unit_rows(500), unit_rows(30, seed=1)
+    truth = exact_neighbours(saved(rows, tmp_path, files=12), queries, 7)
+    assert np.array_equal(truth.rows_QK, np.argsort(-(queries @ rows.T), axis=1, kind="stable")[:, :7])
+    assert truth.scores_QK is not None
+    expected = np.take_along_axis(queries @ rows.T, truth.rows_QK, axis=1)
+    np.testing.assert_allclose(truth.scores_QK, expected, atol=1e-6)
+
+
+def test_recall_counts_each_row_once(tmp_path: Path) -> None:
+    embeddings, queries = saved(unit_rows(12), tmp_path), unit_rows(2)
+    truth = exact_neighbours(embeddings, queries, 3)
+    exact = truth.rows_QK
+    worst = int(np.argsort(unit_rows(12) @ queries[0])[0])
+    found = np.array([[exact[0, 2], worst, exact[0, 0]], [-1, exact[1, 1], exact[1, 1]]])
+    recall = recall_of(embeddings, queries, found, truth)
+    assert recall.strict == recall.with_ties == pytest.approx(3 / 6)
+
+
+def test_copies_count_only_with_ties(tmp_path: Path) -> None:
+    """Twelve rows, four times each: which copies an index returns says nothing against it."""
+    embeddings, queries = saved(np.tile(unit_rows(12), (4, 1)), tmp_path), unit_rows(12)
+    truth = exact_neighbours(embeddings, queries, 2)
+    copies = recall_of(embeddings, queries, (truth.rows_QK + 24) % 48, truth)
+    assert (copies.strict, copies.with_ties) == (0, 1)
+    others = recall_of(embeddings, queries, (truth.rows_QK + 1) % 48, truth)
+    assert (others.strict, others.with_ties) == (0, 0)
+
+
+def test_recall_is_that_of_the_published_evaluators(tmp_path: Path) -> None:
+    """big-ann-benchmarks: ids in common, with all ids that tie with the k-th within 1e-6."""
+    rng = np.random.default_rng(3)
+    rows = unit_rows(300)
+    rows[150:] = rows[:150]  # a tie for every row
+    embeddings, queries, k = saved(rows, tmp_path), unit_rows(40, seed=1), 5
+    longer = exact_neighbours(embeddings, queries, 20)
+    found = np.stack([rng.permutation(longer.rows_QK[query, :10])[:k] for query in range(40)])
+    assert longer.scores_QK is not None
+    strict = with_ties = 0
+    for query in range(40):
+        least = longer.scores_QK[query, k - 1]
+        near = longer.rows_QK[query][np.abs(longer.scores_QK[query] - least) < 1e-6]
+        strict += len({*longer.rows_QK[query, :k].tolist()} & {*found[query].tolist()})
+        with_ties += len({*longer.rows_QK[query, :k].tolist(), *near.tolist()} & {*found[query].tolist()})
+    recall = recall_of(embeddings, queries, found, longer)
+    assert strict < with_ties < 40 * k
+    assert recall.strict == pytest.approx(strict / (40 * k), abs=1e-4)
+    assert recall.with_ties == pytest.approx(with_ties / (40 * k), abs=1e-4)
+
+
+def test_own_rows_are_no_answers() -> None:
+    truth = Truth(np.array([[5, 1, 2], [0, 1, 2], [8, 9, 7]]), np.array([[3, 2, 1]] * 3, np.float32))
+    rest = without_own(truth, np.array([5, 2, 4]))
+    assert rest.rows_QK.tolist() == [[1, 2], [0, 1], [8, 9]]
+    assert rest.scores_QK is not None
+    assert rest.scores_QK.tolist() == [[2, 1], [3, 2], [3, 2]]
+
+
+def test_files_hold_what_was_found(tmp_path: Path) -> None:
+    rows, queries = unit_rows(100), unit_rows(9, seed=1)
+    embeddings = saved(rows, tmp_path)
+    truth = exact_neighbours(embeddings, queries, 6)
+    paths = {name: str(tmp_path / name) for name in ("a.ibin", "ids.ibin", "a.ivecs")}
+    write_truth(paths["a.ibin"], truth)
+    assert truth.scores_QK is not None
+    head = np.array([9, 6], "<u4").tobytes()
+    ids = truth.rows_QK.astype("<u4")
+    assert Path(paths["a.ibin"]).read_bytes() == head + ids.tobytes() + truth.scores_QK.tobytes()
+    Path(paths["ids.ibin"]).write_bytes(head + ids.tobytes())
+    np.insert(ids, 0, 6, axis=1).tofile(paths["a.ivecs"])
+    for path in paths.values():
+        read = read_truth(path, num_queries=8, num_rows=100, k=5)
+        assert np.array_equal(read.rows_QK, truth.rows_QK[:8, :5])
+        check_truth(path, embeddings, queries[:8], read)
+        with pytest.raises(InputError, match=r"not in the order of inner products"):
+            check_truth(path, embeddings, unit_rows(8, seed=2), read)
+        with pytest.raises(InputError, match="6 neighbours of 9 queries, but 7 of 9"):
+            read_truth(path, num_queries=9, num_rows=100, k=7)
+        with pytest.raises(InputError, match="as a neighbour, but there are 50 rows"):
+            read_truth(path, num_queries=9, num_rows=50, k=6)
+
+
+def test_the_hdf5_of_ann_benchmarks_is_read(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "a.hdf5", "w") as file:
+        file["neighbors"] = np.arange(12, dtype=np.int32).reshape(3, 4)
+    read = read_truth(str(tmp_path / "a.hdf5"), num_queries=3, num_rows=12, k=4)
+    assert read.rows_QK.tolist() == np.arange(12).reshape(3, 4).tolist()
+
+
+@pytest.mark.parametrize("data", [b"", b"\1\0\0\0", b"\2\0\0\0\3\0\0\0" + bytes(20), bytes(8)])
+def test_what_is_no_ground_truth_is_refused(data: bytes, tmp_path: Path) -> None:
+    for name in ("a.ibin", "a.ivecs", "a.hdf5"):
+        path = tmp_path / name
+        path.write_bytes(data)
+        with pytest.raises(InputError, match=name):
+            read_truth(str(path), num_queries=1, num_rows=9, k=1)
+    with pytest.raises(InputError, match=r"none\.ibin"):
+        read_truth(str(tmp_path / "none.ibin"), num_queries=1, num_rows=9, k=1)
