@@ -77,10 +77,8 @@ def forget_damaged(run: Run, status: StageStatus) -> bool:
     names = _receipt_names(folder)
     paths = [store.join(folder, "receipts", name) for name in names]
     listings = read_listings(store.join(folder, "receipts"))
-    files: dict[
-        str, list[Shard]
-    ] = {}  # path of a receipt that is right as far as it goes → what it vouches for
-    receipts: dict[str, Receipt] = {}
+    receipts: dict[str, Receipt] = {}  # those that are right as far as they go, by path
+    files: dict[str, list[Shard]] = {}  # what they vouch for
     for path, receipt in zip(paths, receipts_at(paths), strict=True):
         if receipt is not None and _agrees(receipt, stage, manifest):
             also = _also(receipt, listings.get(os.path.basename(listing_path(path))))

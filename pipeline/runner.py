@@ -24,7 +24,7 @@ from pipeline.core.run import (
     receipts_that_count,
     survey_stage,
 )
-from pipeline.core.stage import EARLIER, Context, Progress, Stage, Task, fold, make_receipt
+from pipeline.core.stage import EARLIER, FIGURES, Context, Progress, Stage, Task, fold, make_receipt
 from pipeline.core.stored_manifests import without_manifests
 from pipeline.core.terminal import detail, inform, note, one_line
 from pipeline.earlier import keep_earlier, move_earlier
@@ -293,6 +293,7 @@ def _run_stage(run: Run, stage: Stage, label: str, status: StageStatus | None) -
     if said := drops.warning(manifest):
         _say(f"warning: {said}")
     store.write_text(manifest_path(run, stage.name), manifest.to_file())
+    store.remove(context.path(FIGURES))
     if stage.keeps is not None:
         store.remove(context.path(EARLIER))
     seconds = sum(receipt.seconds for receipt in receipts.values())

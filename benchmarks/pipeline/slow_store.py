@@ -1,18 +1,19 @@
-"""An S3 on loopback that serves a folder, answers each request late, and counts requests by kind.
+"""An S3 on loopback that serves some files, answers each request late, and counts requests by kind.
 
 It knows what a survey asks: GET, HEAD, a listing in pages of 1,000, and PUT.
 """
 
 import asyncio
+import bisect
 import contextlib
 import json
 import multiprocessing
 import os
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from email.utils import formatdate
-from pathlib import Path
+from hashlib import md5
 from typing import Any
 from xml.sax.saxutils import escape
 
@@ -21,11 +22,11 @@ _PAGE = 1000  # names in a page of a listing, as S3 has them
 
 
 @contextlib.contextmanager
-def slow_store(folder: Path, latency_seconds: float) -> Iterator["SlowStore"]:
-    """Serve the files of a folder as `s3://runs/…` from a process of its own while the block runs."""
+def slow_store(files: Mapping[str, bytes], latency_seconds: float) -> Iterator["SlowStore"]:
+    """Serve files by name as `s3://runs/NAME` from a process of its own while the block runs."""
     spawn = multiprocessing.get_context("spawn")
     here, there = spawn.Pipe()
-    process = spawn.Process(target=_serve, args=(str(folder), latency_seconds, there), daemon=True)
+    process = spawn.Process(target=_serve, args=(dict(files), latency_seconds, there), daemon=True)
     process.start()
     url = f"http://127.0.0.1:{here.recv()}"
     settings = {
@@ -60,11 +61,9 @@ class SlowStore:
             return Counter(json.load(answer))
 
 
-def _serve(folder: str, latency_seconds: float, ready: Any) -> None:
+def _serve(files: dict[str, bytes], latency_seconds: float, ready: Any) -> None:
     from aiohttp import web
 
-    root = Path(folder)
-    files = {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
     names = sorted(files)
     counts: Counter[str] = Counter()
     written = formatdate(usegmt=True)
@@ -80,17 +79,17 @@ def _serve(folder: str, latency_seconds: float, ready: Any) -> None:
         query = request.query
         if not key:
             counts["LIST"] += 1
-            return web.Response(text=_listing(names, files, query, written), content_type="application/xml")
+            return web.Response(text=_listing(names, files, query), content_type="application/xml")
         counts[request.method] += 1
         if request.method == "PUT":
             if key not in files:
                 names = sorted([*names, key])
             files[key] = await request.read()
-            return web.Response(headers={"ETag": '"0"'})
+            return web.Response(headers={"ETag": _tag(files[key])})
         if key not in files:
-            return web.Response(status=404, text="<Error><Code>NoSuchKey</Code></Error>", content_type="application/xml")
-        headers = {"Last-Modified": written, "ETag": f'"{len(files[key])}"'}
-        return web.Response(body=files[key], headers=headers)
+            text = "<Error><Code>NoSuchKey</Code></Error>"
+            return web.Response(status=404, text=text, content_type="application/xml")
+        return web.Response(body=files[key], headers={"Last-Modified": written, "ETag": _tag(files[key])})
 
     async def run() -> None:
         app = web.Application(client_max_size=1 << 30)
@@ -105,38 +104,38 @@ def _serve(folder: str, latency_seconds: float, ready: Any) -> None:
     asyncio.run(run())
 
 
-def _listing(names: list[str], files: dict[str, bytes], query: Any, written: str) -> str:
-    """Return a page of ListObjectsV2; the token is the last name of the page before."""
-    import bisect
+def _tag(data: bytes) -> str:
+    return f'"{md5(data, usedforsecurity=False).hexdigest()}"'
 
-    prefix, delimiter, after = query.get("prefix", ""), query.get("delimiter", ""), query.get("continuation-token", "")
+
+def _listing(names: list[str], files: Mapping[str, bytes], query: Mapping[str, str]) -> str:
+    """Return a page of ListObjectsV2; the token is the last name of the page before."""
+    prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
+    after = query.get("continuation-token", "")
     most = min(int(query.get("max-keys", _PAGE)), _PAGE)
     keys: list[str] = []
     folders: list[str] = []
     at = bisect.bisect_right(names, after) if after else bisect.bisect_left(names, prefix)
-    last = ""
     while at < len(names) and names[at].startswith(prefix) and len(keys) + len(folders) < most:
-        name = names[at]
-        rest = name[len(prefix) :]
-        if delimiter and delimiter in rest:
-            folder = prefix + rest.partition(delimiter)[0] + delimiter
-            folders.append(folder)
-            at = bisect.bisect_left(names, folder + "\U0010ffff", at)
-            last = names[at - 1]
+        inside, found, _ = names[at][len(prefix) :].partition(delimiter) if delimiter else ("", "", "")
+        if found:
+            folders.append(f"{prefix}{inside}{delimiter}")
+            at = bisect.bisect_left(names, f"{folders[-1]}\U0010ffff", at)
         else:
-            keys.append(name)
-            last = name
+            keys.append(names[at])
             at += 1
-    more = at < len(names) and names[at].startswith(prefix)
-    parts = ["<ListBucketResult xmlns='http://s3.amazonaws.com/doc/2006-03-01/'>"]
-    parts += [f"<Name>{BUCKET}</Name><Prefix>{escape(prefix)}</Prefix><KeyCount>{len(keys) + len(folders)}</KeyCount>"]
-    parts += [f"<MaxKeys>{most}</MaxKeys><IsTruncated>{str(more).lower()}</IsTruncated>"]
-    if more:
-        parts.append(f"<NextContinuationToken>{escape(last)}</NextContinuationToken>")
+    parts = [
+        "<ListBucketResult xmlns='http://s3.amazonaws.com/doc/2006-03-01/'>"
+        f"<Name>{BUCKET}</Name><Prefix>{escape(prefix)}</Prefix><MaxKeys>{most}</MaxKeys>"
+        f"<KeyCount>{len(keys) + len(folders)}</KeyCount>"
+    ]
+    if at < len(names) and names[at].startswith(prefix):
+        token = escape(names[at - 1])
+        parts.append(f"<IsTruncated>true</IsTruncated><NextContinuationToken>{token}</NextContinuationToken>")
     for key in keys:
         parts.append(
             f"<Contents><Key>{escape(key)}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
-            f"<ETag>0</ETag><Size>{len(files[key])}</Size><StorageClass>STANDARD</StorageClass></Contents>"
+            f"<ETag>{escape(_tag(files[key]))}</ETag><Size>{len(files[key])}</Size></Contents>"
         )
     parts += [f"<CommonPrefixes><Prefix>{escape(folder)}</Prefix></CommonPrefixes>" for folder in folders]
     return "".join([*parts, "</ListBucketResult>"])

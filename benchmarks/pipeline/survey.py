@@ -1,43 +1,107 @@
-"""How long a stage of many finished tasks takes to survey on an S3 of 20 ms, and what it asks."""
+"""Measure how long a stage of many finished tasks takes to survey in an object store, and what it asks.
+
+    python benchmarks/pipeline/survey.py
+
+An S3 on loopback answers each request after 20 ms. The tasks are as those of the download: three outputs and
+a receipt with the funnel of two sources. Seconds are those of the clock, because a survey mostly waits. The
+peer is the same survey without the file in which the driver folds receipts: it reads each by itself.
+"""
+
 import sys
 from pathlib import Path
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import dataclasses, tempfile, time, os
-from benchmarks.harness import parse, parser, record, report
-from benchmarks.pipeline.slow_store import BUCKET, slow_store
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.harness import line, parse, parser, record, report
+from benchmarks.pipeline.slow_store import BUCKET, SlowStore, slow_store
+from pipeline.core import store
+from pipeline.core.files.folded_receipts import fold_receipts
 from pipeline.core.records import Receipt, Shard
-from pipeline.core.run import Run, survey
+from pipeline.core.run import Run, StageStatus, survey_stage
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task, task_digest
 
-def many(config, context):
-    return [Task(f"{n:05d}", {"rows": f"{n:064x}"}, {"path": f"kept/{n:05d}.parquet"}) for n in range(config)]
+LATENCY_SECONDS = 0.02
+FEW, MANY = 3_000, 30_000
+NAME = "download"
 
-def run_one(config, context, task, progress): raise AssertionError
 
-def build(folder, n):
-    stage = Stage("made", "", 1, n, (), many, run_one)
-    ctx = Context(str(folder), "made", 0, {})
-    for sub in ("receipts", "pictures", "dropped"):
-        os.makedirs(folder / "made" / sub)
-    for task in many(n, ctx):
-        outs = []
-        for p in (f"pictures/{task.name}.tar", f"pictures/{task.name}.parquet", f"dropped/{task.name}.parquet"):
-            (folder / "made" / p).write_bytes(b"x")
-            outs.append(Shard(p, 7000, 1, f"{int(task.name):064x}"))
-        src = {f"laion{i}": {"in": 1000, "kept": 700, "dropped": {"http_404": 100, "timeout": 100, "dns": 100}} for i in range(2)}
-        r = Receipt("made", task.name, task_digest(task), stage.config_digest, tuple(outs), 10000, 7000, {"http_404": 1000, "timeout": 1000, "dns": 1000}, 100.0, {"sources": src})
-        (folder / "made" / "receipts" / f"{task.name}.json").write_text(r.to_file())
-    return stage
+def plan(num_tasks: int, context: Context) -> list[Task]:
+    """Plan tasks that read one partition each."""
+    return [
+        Task(f"{number:05d}", {"rows": f"{number:064x}"}, {"path": f"kept/{number:05d}.parquet"})
+        for number in range(num_tasks)
+    ]
+
+
+def run(num_tasks: int, context: Context, task: Task, progress: Progress) -> Outcome:
+    """Refuse to do what is done already."""
+    raise AssertionError(f"task {task.name} is done")
+
+
+def receipts_of(stage: Stage) -> Iterator[Receipt]:
+    """Yield the receipts of a stage whose tasks are all done."""
+    drops = {"http_404": 1500, "timeout": 900, "dns": 600}
+    for task in plan(stage.config, Context("", NAME, 0, {})):
+        paths = (f"pictures/{task.name}.tar", f"pictures/{task.name}.parquet", f"dropped/{task.name}.parquet")
+        yield Receipt(
+            NAME,
+            task.name,
+            task_digest(task),
+            stage.config_digest,
+            tuple(Shard(path, 7000, 1, task.inputs["rows"]) for path in paths),
+            num_in=10_000,
+            num_kept=7_000,
+            dropped=drops,
+            seconds=100.0,
+            extra={"sources": {f"part{n}": {"in": 5000, "kept": 3500, "dropped": drops} for n in range(2)}},
+        )
+
+
+def survey(stage: Stage, served: SlowStore) -> tuple[StageStatus, dict[str, Any]]:
+    """Return what a survey finds, and its seconds and requests."""
+    served.counts()
+    started, worked = time.perf_counter(), time.process_time()
+    status = survey_stage(Run(f"s3://{BUCKET}", 0, "local", 1, (stage,)), stage)
+    facts = {
+        "seconds": time.perf_counter() - started,
+        "cpu_seconds": round(time.process_time() - worked, 2),
+    }
+    requests = served.counts()
+    return status, {**facts, "requests": requests.total(), "requests_by_kind": dict(requests)}
+
+
+def main() -> int:
+    """Measure a stage of 3,000 tasks both ways, and one of 30,000."""
+    parse(parser(__doc__, full="also read 30,000 receipts one by one"))
+    found = []
+    for num_tasks in (FEW, MANY):
+        stage = Stage(NAME, "", 1, num_tasks, (), plan, run)
+        receipts = {receipt.task: receipt for receipt in receipts_of(stage)}
+        files = {f"{NAME}/receipts/{task}.json": item.to_file().encode() for task, item in receipts.items()}
+        files |= {f"{NAME}/{out.path}": b"x" for item in receipts.values() for out in item.outputs}
+        with slow_store(files, LATENCY_SECONDS) as served:
+            peer = None
+            if num_tasks == FEW or "--full" in sys.argv:
+                alone, peer = survey(stage, served)
+            fold_receipts(store.join(f"s3://{BUCKET}", NAME, "receipts"), receipts)
+            status, ours = survey(stage, served)
+        is_right = status.tasks_done == num_tasks and (peer is None or status.receipts == alone.receipts)
+        seconds = ours.pop("seconds")
+        more = {**ours, "requests_a_task": round(ours["requests"] / num_tasks, 4)}
+        if peer is not None:
+            more["peer_requests"], more["peer_cpu_seconds"] = peer["requests"], peer["cpu_seconds"]
+        found.append(
+            record(
+                f"survey/receipts@{num_tasks}", seconds, peer and peer["seconds"], "s", equal=is_right, **more
+            )
+        )
+        print(line(found[-1]), {key: found[-1][key] for key in more})
+    return report(found)
+
 
 if __name__ == "__main__":
-    n = int(sys.argv[1])
-    with tempfile.TemporaryDirectory() as f:
-        f = Path(f)
-        stage = build(f, n)
-        t=time.time(); c=time.process_time()
-        [s] = survey(Run(str(f), 0, "local", 1, (stage,)))
-        print("local", s.tasks_done, time.time()-t, time.process_time()-c)
-        with slow_store(f, 0.02) as st:
-            t=time.time(); c=time.process_time()
-            [s] = survey(Run(f"s3://{BUCKET}", 0, "local", 1, (stage,)))
-            print("s3", s.tasks_done, time.time()-t, time.process_time()-c, st.counts())
+    sys.exit(main())

@@ -39,8 +39,10 @@ import img2dataset.writer  # noqa: E402
 from data_prep.download.board import BOARD_VARIABLE, Board, report  # noqa: E402
 from data_prep.download.fetch import fetch_image, fetch_with_retries, shown  # noqa: E402
 from data_prep.download.resize import UprightResizer  # noqa: E402
+from data_prep.download.tally import FOLDER, Tally  # noqa: E402
 
 _board: Board | None = None  # of this process, after its first shard
+_tally: Tally | None = None  # likewise
 
 
 def fetch(
@@ -59,20 +61,24 @@ def fetch_patiently(
 ) -> tuple[Any, ...]:
     """Fetch as img2dataset's `download_image_with_retry`; only what may pass is tried again."""
     with _board.open(shown(row[1])) if _board is not None else contextlib.nullcontext():
-        return fetch_with_retries(row, timeout, retries, user_agent_token, disallowed_header_directives)
+        found = fetch_with_retries(row, timeout, retries, user_agent_token, disallowed_header_directives)
+    if _tally is not None:
+        _tally.note(row[1], found[2])
+    return found
 
 
 def _watched_shard(self: Any, row: Any) -> None:
     """Download a shard as img2dataset does, with a board that reports what this process is doing."""
-    global _board
+    global _board, _tally
     folder = os.environ.get(BOARD_VARIABLE)
     if folder is None:
         _download_shard(self, row)
         return
     try:
-        if _board is None:
+        if _board is None or _tally is None:
             _board = Board(folder, self.thread_count)
-        board = _board
+            _tally = Tally(os.path.join(os.path.dirname(folder), FOLDER))
+        board, tally = _board, _tally
         resizer = self.resizer
 
         def resize(stream: Any, boxes: Any = None) -> Any:
@@ -85,6 +91,7 @@ def _watched_shard(self: Any, row: Any) -> None:
             _download_shard(self, row)
         finally:
             self.resizer = resizer
+            tally.write()
             board.end_shard()
     except OSError as error:
         report(folder, error)

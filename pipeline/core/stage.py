@@ -20,6 +20,7 @@ from pipeline.core.records import SCHEMA_VERSION, InputError, Manifest, Receipt,
 
 EARLIER = "earlier"  # folder in a stage's with what an earlier build has published, while a redo uses it
 UNFINISHED = "unfinished.json"  # manifest there of a build that was not finished, of the tasks that were done
+FIGURES = "figures"  # folder in a stage's with what its calls have done so far, until the stage is done
 _FEW = 8  # receipts that are read one after the other
 _READERS = 64  # receipts read at once: a store answers each after some 20 ms
 
@@ -209,11 +210,6 @@ def make_receipt(stage: Stage, context: Context, task: Task, outcome: Outcome, s
         store.remove(listing_path(receipt_path(context, task)))
     store.write_text(receipt_path(context, task), receipt.to_file())
     return receipt
-
-
-def read_receipt(context: Context, task: Task) -> Receipt | None:
-    """Return the receipt of a task without judging it; None if it is missing or unreadable."""
-    return receipt_at(receipt_path(context, task))
 
 
 def receipt_at(path: str) -> Receipt | None:

@@ -25,7 +25,7 @@ class Checked:
 
     task: str
     num_files: int
-    altered: dict[str, str]  # path in the stage's folder → what is wrong
+    altered: dict[int, str]  # number of a file → what is wrong
 
 
 def find_altered(
@@ -41,21 +41,21 @@ def find_altered(
     """
     folder = store.join(run.folder, stage)
     sizes = ListedSizes(folder)
-    to_read: dict[str, Shard] = {}
+    to_read: list[Shard] = []
     for file in files:
         size = sizes.of(file.path)
         if size == file.num_bytes:
-            to_read[file.path] = file
+            to_read.append(file)
         else:
             yield file, MISSING if size is None else DIFFERENT
     progress = make_progress(label, "file") if label and to_read else None
     done = 0
-    is_little = sum(file.num_bytes for file in to_read.values()) <= _FEW_BYTES
-    tasks = _tasks(list(to_read.values()), 1 if is_little else _TASK_FILES)
+    is_little = sum(file.num_bytes for file in to_read) <= _FEW_BYTES
+    tasks = _tasks(to_read, 1 if is_little else _TASK_FILES)
     check = functools.partial(_check, folder)
     for checked in map(check, tasks) if is_little else map_anywhere(run, check, tasks):
-        for path, what in checked.altered.items():
-            yield to_read[path], what
+        for number, what in checked.altered.items():
+            yield to_read[number], what
         done += checked.num_files
         if progress is not None:
             progress(done, len(to_read))
@@ -63,30 +63,27 @@ def find_altered(
 
 def _tasks(files: Sequence[Shard], most_files: int) -> list[Task]:
     """Return the tasks that read some files: one file or many, so that none takes long or is too short."""
-    groups: list[list[Shard]] = []
+    groups: list[list[tuple[int, str, str]]] = []
     num_bytes = 0
-    for file in files:
+    for number, file in enumerate(files):
         if not groups or num_bytes + file.num_bytes > _TASK_BYTES or len(groups[-1]) >= most_files:
             groups.append([])
             num_bytes = 0
-        groups[-1].append(file)
+        groups[-1].append((number, file.path, file.digest))
         num_bytes += file.num_bytes
-    return [
-        Task(f"{number:05d}", {}, {"files": [(file.path, file.digest) for file in group]})
-        for number, group in enumerate(groups)
-    ]
+    return [Task(f"{number:05d}", {}, {"files": group}) for number, group in enumerate(groups)]
 
 
 def _check(folder: str, task: Task) -> Checked:
     altered = {}
-    files: Sequence[tuple[str, str]] = task.arguments["files"]
-    for name, digest in files:
+    files: Sequence[tuple[int, str, str]] = task.arguments["files"]
+    for number, name, digest in files:
         path = store.join(folder, name)
         try:
             if store.digest_file(path) != digest:
-                altered[name] = DIFFERENT
+                altered[number] = DIFFERENT
         except FileNotFoundError:
-            altered[name] = MISSING
+            altered[number] = MISSING
         except OSError as error:
             error.filename = error.filename or path  # a disk that cannot read names no file
             raise

@@ -194,14 +194,8 @@ def run_group(stage: Stage, context: Context, tasks: Sequence[Task]) -> list[Rec
 
 
 def do_group(do: Callable[[Task], Found | Failure], tasks: Sequence[Task]) -> list[Found | Failure]:
-    """Call `do` on some tasks on the machine that calls it; what it raises is the task's failure."""
-    found: list[Found | Failure] = []
-    for task in tasks:
-        try:
-            found.append(do(task))
-        except BaseException as error:
-            found.append(Failure.of(task, error))
-    return found
+    """Return what `do` returns of some tasks, on the machine that calls it."""
+    return [do(task) for task in tasks]
 
 
 def _silent(done: int, total: int, text: str = "") -> None:

@@ -226,14 +226,10 @@ def _connect(processes: int) -> Any:
         try:
             if address:
                 _knock(address)
-                ray.init(log_to_driver=False, logging_level=logging.ERROR)
+                begun = ray.init(log_to_driver=False, logging_level=logging.ERROR)
             else:
-                ray.init(
-                    address="local",
-                    num_cpus=processes,
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
+                begun = ray.init(
+                    address="local", num_cpus=processes, log_to_driver=False, logging_level=logging.ERROR
                 )
         except (OSError, RuntimeError, ValueError) as error:
             raise ConfigError(
@@ -247,8 +243,17 @@ def _connect(processes: int) -> Any:
         total = sum(node["Resources"].get("CPU", 0) for node in nodes)
         place = f"cluster at {address}" if address else "on this machine"
         machines = "1 machine" if len(nodes) == 1 else f"{len(nodes)} machines"
-        print(f"Ray {place}: {machines}, {total:g} cores", file=sys.stderr, flush=True)
+        print(
+            f"Ray {place}: {machines}, {total:g} cores{_dashboard(begun.dashboard_url)}",
+            file=sys.stderr,
+            flush=True,
+        )
     return ray
+
+
+def _dashboard(url: str | None) -> str:
+    """Return where the cluster's own dashboard is, in words; Ray starts one if its packages are there."""
+    return f"; dashboard: http://{url}" if url else '; no dashboard: pip install "ray[default]" adds it'
 
 
 def _knock(address: str) -> None:

@@ -77,12 +77,9 @@ def parse_listing(data: bytes) -> list[Shard]:
 def read_listings(receipts: str) -> dict[str, bytes]:
     """Return what the listings in a folder of receipts hold, by name; many are read at once."""
     names = [name for name in store.list_files(receipts) if name.endswith(LISTING)]
+    paths = [store.join(receipts, name) for name in names]
     with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-        return dict(
-            zip(
-                names, pool.map(store.read_bytes, [store.join(receipts, name) for name in names]), strict=True
-            )
-        )
+        return dict(zip(names, pool.map(store.read_bytes, paths), strict=True))
 
 
 def listed_files(folder: str) -> list[Shard]:

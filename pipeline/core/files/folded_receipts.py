@@ -25,25 +25,39 @@ _NAME = ".folded"
 _LEVEL = 1  # of zlib: receipts of one stage are much alike
 _DIGEST_BYTES = 64  # hex, before the data
 
+Seen = dict[str, tuple[str, Receipt]]  # name → its stamp when it was read, and what it held
 
-def read_receipts_in(folder: str, names: Collection[str] | None = None) -> dict[str, Receipt | None]:
+
+def read_receipts_in(
+    folder: str, names: Collection[str] | None = None, seen: Seen | None = None
+) -> dict[str, Receipt | None]:
     """Return name → receipt of the files in a folder of receipts, in order; None for one that is damaged.
 
-    `names`: those that are wanted, such as `00000.json`; None: all. What is not there has no entry.
+    `names`: those that are wanted, such as `00000.json`; None: all. What is not there has no entry. `seen`
+    has what earlier calls read, and gets what this one reads.
     """
     found = {
         name: stamp
         for name, stamp in sorted(stamps(folder).items())
         if name.endswith(".json") and not name.startswith(".") and (names is None or name in names)
     }
-    known = _read(folder) if len(found) >= LEAST else {}
-    receipts: dict[str, Receipt | None] = {}
-    for name, stamp in found.items():
-        seen, receipt = known.get(name, ("", None))
-        receipts[name] = receipt if stamp and seen == stamp else None
-    unknown = [name for name, receipt in receipts.items() if receipt is None]
-    receipts.update(zip(unknown, receipts_at([store.join(folder, name) for name in unknown]), strict=True))
-    return receipts
+    receipts = _that_fit(found, seen or {})
+    if found.keys() - receipts.keys() and len(found) >= LEAST:
+        receipts |= _that_fit({name: found[name] for name in found.keys() - receipts.keys()}, _read(folder))
+    unknown = [name for name in found if name not in receipts]
+    receipts |= zip(unknown, receipts_at([store.join(folder, name) for name in unknown]), strict=True)
+    if seen is not None:
+        seen |= {name: (found[name], receipt) for name, receipt in receipts.items() if receipt is not None}
+    return {name: receipts[name] for name in found}
+
+
+def _that_fit(found: Mapping[str, str], known: Seen) -> dict[str, Receipt | None]:
+    """Return the known receipts of files that are still what they were."""
+    return {
+        name: known[name][1]
+        for name, stamp in found.items()
+        if stamp and name in known and known[name][0] == stamp
+    }
 
 
 def fold_receipts(folder: str, receipts: Mapping[str, Receipt]) -> None:
@@ -96,7 +110,7 @@ class Folding:
         self._last = time.monotonic()
 
 
-def _read(folder: str) -> dict[str, tuple[str, Receipt]]:
+def _read(folder: str) -> Seen:
     """Return name → (stamp, receipt) of what was folded; nothing if that is missing or damaged."""
     try:
         data = store.read_bytes(store.join(folder, _NAME))
