@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from data_prep.download.figures import CallFigures
 from data_prep.download.tally import FETCHED, Tallies, add
@@ -20,6 +21,8 @@ from pipeline.core.files.stamps import stamps
 from pipeline.core.records import Receipt
 from pipeline.core.run import Run, make_context, manifest_path
 from pipeline.core.stage import FIGURES, Context, Stage
+
+Float64Array = npt.NDArray[np.float64]
 
 _HOURS = 6.0  # of the curve, at most
 _LEAST_SECONDS = 600.0  # of the curve, at least
@@ -159,7 +162,7 @@ class Watcher:
         return list(calls.values())
 
     def _failures(self) -> list[tuple[str, int, Sequence[Failure]]]:
-        found = []
+        found: list[tuple[str, int, Sequence[Failure]]] = []
         for stage in self.run.stages[: len(self._finished) + 1]:
             context = Context(self.run.folder, stage.name, self.run.seed, {})
             if names := failed_tasks(context):
@@ -254,7 +257,7 @@ def _curve(calls: Sequence[CallFigures], now: float) -> list[Bar]:
     ]
 
 
-def _cumulative(calls: Sequence[CallFigures], times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _cumulative(calls: Sequence[CallFigures], times: Float64Array) -> tuple[Float64Array, Float64Array]:
     """Return how many addresses were done, and how many fetched, until some times, float64 [times] each."""
     done, fetched = np.zeros(len(times)), np.zeros(len(times))
     for call in calls:
