@@ -78,7 +78,7 @@ def _watched_shard(self: Any, row: Any) -> None:
         if _board is None or _tally is None:
             _board = Board(folder, self.thread_count)
             _tally = Tally(os.path.join(os.path.dirname(folder), FOLDER))
-        board, tally = _board, _tally
+        board = _board
         resizer = self.resizer
 
         def resize(stream: Any, boxes: Any = None) -> Any:
@@ -91,7 +91,6 @@ def _watched_shard(self: Any, row: Any) -> None:
             _download_shard(self, row)
         finally:
             self.resizer = resizer
-            tally.write()
             board.end_shard()
     except OSError as error:
         report(folder, error)
@@ -113,6 +112,18 @@ def _reporting(method: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def _counting(close: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the writer's `close`, after which the stage takes the shard for done: its counts come before."""
+
+    @functools.wraps(close)
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        if _tally is not None:
+            _tally.write()
+        return close(*arguments, **options)
+
+    return wrapped
+
+
 # Both: none of img2dataset's own requests, which ask for any address, is ever to be made.
 img2dataset.downloader.download_image = fetch
 img2dataset.downloader.download_image_with_retry = fetch_patiently
@@ -121,6 +132,7 @@ img2dataset.downloader.Downloader.download_shard = _watched_shard
 _Writer = img2dataset.writer.WebDatasetSampleWriter
 for _name in ("__init__", "write", "close"):
     setattr(_Writer, _name, _reporting(getattr(_Writer, _name)))
+_Writer.close = _counting(_Writer.close)
 
 
 def main() -> None:

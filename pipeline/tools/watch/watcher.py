@@ -145,8 +145,10 @@ class Watcher:
         if self._planned[0] != stage.name:
             self._receipts, self._calls = {}, {}
             self._counts.clear()
-            context = make_context(self.run, stage)
-            num_tasks = None if context is None else len(stage.plan(stage.config, context))
+            context, num_tasks = make_context(self.run, stage), None
+            # To plan a stage that reads sources or weights would hash them, once for each who watches.
+            if context is not None and stage.parents and stage.weights is None:
+                num_tasks = len(stage.plan(stage.config, context))
             self._planned = (stage.name, context, num_tasks)
         return self._planned[1:]
 

@@ -31,6 +31,10 @@ def _no_tasks(config: None, context: Context) -> list[Task]:
     return []
 
 
+def _never_planned(config: None, context: Context) -> list[Task]:
+    raise AssertionError("planning reads the sources")
+
+
 def _four(config: None, context: Context) -> list[Task]:
     return [Task(f"{number:05d}", {}) for number in range(4)]
 
@@ -123,9 +127,12 @@ def test_files_that_have_not_changed_are_not_read_again(
 def test_another_stage_has_its_tasks_and_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [NOW]
     monkeypatch.setattr(time, "time", lambda: clock[0])
-    stage = Stage("filter_text", "", 1, None, (), _four, _run)
-    run = Run(str(tmp_path), 0, "local", 1, (stage,))
+    corpus = Stage("corpus", "", 1, None, (), _never_planned, _run)
+    stage = Stage("filter_text", "", 1, None, ("corpus",), _four, _run)
+    run = Run(str(tmp_path), 0, "local", 1, (corpus, stage))
     watcher = Watcher(run)
+    assert lines_of(watcher.look())[1] == "0 of ? tasks · 0 rows · 0.0 rows/s"
+    store.write_text(manifest_path(run, "corpus"), Manifest("corpus", 1, "", "", {}, (), 0, 0, {}).to_file())
     assert lines_of(watcher.look())[1] == "0 of 4 tasks · 0 rows · 0.0 rows/s"
     context = Context(run.folder, "filter_text", 0, {})
     for name in ("00000", "00001"):
