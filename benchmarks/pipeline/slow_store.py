@@ -17,6 +17,8 @@ from hashlib import md5
 from typing import Any
 from xml.sax.saxutils import escape
 
+import s3fs
+
 BUCKET = "runs"
 _PAGE = 1000  # names in a page of a listing, as S3 has them
 
@@ -37,6 +39,7 @@ def slow_store(files: Mapping[str, bytes], latency_seconds: float) -> Iterator["
     }
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
+    s3fs.S3FileSystem.clear_instance_cache()  # those of a store before this one have its address
     try:
         yield SlowStore(url)
     finally:
