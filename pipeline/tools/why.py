@@ -160,7 +160,7 @@ def _places_of_key(run: Run, tables: KeyTables, key: str) -> list[tuple[int, int
 
     None while the rows are not shuffled yet: any row may have it. A key leads to one partition of the
     shuffled rows, which also says whether dedup dropped copies. A key that is not there belongs to a row that
-    `filter_text` dropped, if to any.
+    `filter_text` dropped, or to one of a task that the run continued without, if to any.
     """
     if tables.manifest("dedup") is None:
         return None
@@ -170,7 +170,8 @@ def _places_of_key(run: Run, tables: KeyTables, key: str) -> list[tuple[int, int
     if kept is not None:  # tables of text that is kept are sorted by key: row groups without it are not read
         copies = _tables_with_key(run, tables.all("filter_text", "kept/"), key)
         return [rows_of_task(name) for name in copies]
-    return [rows_of_task(name) for name in _tables_with_key(run, tables.all("filter_text", "dropped/"), key)]
+    dropped = _tables_with_key(run, tables.all("filter_text", "dropped/"), key)
+    return [rows_of_task(name) for name in (*dropped, *_failed_tasks(tables))]
 
 
 def _tables_with_key(run: Run, paths: list[str], key: str) -> list[str]:
@@ -305,14 +306,20 @@ def _fate(tables: KeyTables, config: FilterTextConfig, row: dict[str, Any]) -> F
 
 def _failed_task(tables: KeyTables, row: dict[str, Any]) -> str | None:
     """Return the task of filter_text that was to judge a row and failed; such tasks have no drop table."""
+    failed = _failed_tasks(tables)
+    return next((task for task in task_names(row["file"], row["row"]) if task in failed), None)
+
+
+def _failed_tasks(tables: KeyTables) -> list[str]:
+    """Return the tasks of filter_text that the run continued without."""
     manifest = tables.manifest("filter_text")
     if manifest is None or PARTITION_FAILED not in manifest.dropped:
-        return None
-    for task in task_names(row["file"], row["row"]):
-        counts = JudgedFacts.from_json(manifest.extra.get(task, {})).sources.values()
-        if any(PARTITION_FAILED in item.dropped for item in counts):
-            return task
-    return None
+        return []
+    return [
+        task
+        for task, extra in manifest.extra.items()
+        if any(PARTITION_FAILED in item.dropped for item in JudgedFacts.from_json(extra).sources.values())
+    ]
 
 
 def _dropped_text(tables: KeyTables, row: dict[str, Any]) -> Mapping[str, Any] | None:

@@ -1,15 +1,18 @@
 """A key leads to one table of each stage, whatever their number."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
 
+from data_prep.accounting.judged import JudgedFacts, SourceCounts
 from data_prep.dedup.exact import partition_of_key
 from pipeline.catalog import load
 from pipeline.cli import main
 from pipeline.core import store
+from pipeline.core.failures import PARTITION_FAILED
 from pipeline.core.records import InputError, Manifest, Shard
 from pipeline.core.run import Run, manifest_path
 from pipeline.tools import why
@@ -94,6 +97,18 @@ def test_a_key_that_the_text_filter_dropped(
         monkeypatch.setattr(why, "_FEW_TABLES", 1)
     [fate] = _follow(folder, key)
     assert (fate.row, fate.caption, fate.stage, fate.reason) == (61, "猫", "filter_text", "too_short")
+
+
+def test_a_key_may_be_of_a_task_that_the_run_continued_without(folder: Path) -> None:
+    run, _ = load(str(folder / "run.toml"), [f"dedup.partitions={NUM_PARTITIONS}"])
+    tables = KeyTables(run)
+    judged = tables.manifest("filter_text")
+    assert judged is not None
+    dropped = {str(PARTITION_FAILED): 500_000}
+    facts = JudgedFacts(sources={"mine": SourceCounts(num_in=500_000, dropped=dropped)})
+    failed = replace(judged, dropped=dropped, extra={"00000": {}, "00001-00002": facts.to_json()})
+    tables._manifests["filter_text"] = failed
+    assert why._places_of_key(run, tables, "f" * 32) == [(1, 1_000_000, 500_000)]
 
 
 def test_a_key_of_no_row(folder: Path) -> None:
