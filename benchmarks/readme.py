@@ -110,6 +110,14 @@ CLAIMS: dict[str, tuple[str, str]] = {
     "retrieval/matmul": ("features to score file: ours against the bare matrix product", "eval/retrieval.py"),
     "shards/copy": ("write shards: ours against a plain copy of the bytes", "data_prep/shards.py"),
     "shards/webdataset": ("write shards: ours against webdataset", "data_prep/shards.py"),
+    "survey/requests": (
+        "survey a stage of finished tasks in an object store: receipts folded against each by itself",
+        "pipeline/survey.py",
+    ),
+    "survey/time": (
+        "survey a stage of finished tasks in an object store: receipts folded against each by itself",
+        "pipeline/survey.py",
+    ),
     "train_step/cached": (
         "a step of stage 1: ours on cached features against cn_clip",
         "training/train_step.py",

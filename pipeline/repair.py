@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from pipeline.core import store
 from pipeline.core.changes import Started, read_started, started_path, write_started
 from pipeline.core.config import digest
-from pipeline.core.files.damage import is_whole, listing_path, read_listing
-from pipeline.core.progress import make_progress
-from pipeline.core.records import SCHEMA_VERSION, ConfigError, InputError, Manifest, Receipt
+from pipeline.core.files.damage import listing_path, parse_listing, read_listings
+from pipeline.core.records import SCHEMA_VERSION, ConfigError, InputError, Manifest, Receipt, Shard
 from pipeline.core.run import (
     Run,
     StageStatus,
@@ -19,8 +18,9 @@ from pipeline.core.run import (
     read_manifest,
     receipts_that_count,
 )
-from pipeline.core.stage import Context, Stage, receipt_at
+from pipeline.core.stage import Context, Stage, receipts_at
 from pipeline.core.terminal import one_line
+from pipeline.executors.checks import find_altered
 
 
 def refuse_unusable_folder(run: Run, stage: Stage) -> None:
@@ -75,16 +75,23 @@ def forget_damaged(run: Run, status: StageStatus) -> bool:
     if status.state is State.STALE:
         return _forget_stale_manifest(run, stage)
     names = _receipt_names(folder)
-    progress = make_progress(f"repair {stage.name}", "task")
-    damaged, whole = [], dict[str, Receipt]()
-    for number, name in enumerate(names, start=1):
-        path = store.join(folder, "receipts", name)
-        receipt = receipt_at(path)
-        if receipt is not None and _all_whole(folder, path, receipt) and _agrees(receipt, stage, manifest):
-            whole[receipt.task] = receipt
-        else:
-            damaged.append(path)
-        progress(number, len(names))
+    paths = [store.join(folder, "receipts", name) for name in names]
+    listings = read_listings(store.join(folder, "receipts"))
+    receipts: dict[str, Receipt] = {}  # those that are right as far as they go, by path
+    files: dict[str, list[Shard]] = {}  # what they vouch for
+    for path, receipt in zip(paths, receipts_at(paths), strict=True):
+        if receipt is not None and _agrees(receipt, stage, manifest):
+            also = _also(receipt, listings.get(os.path.basename(listing_path(path))))
+            if also is not None:
+                files[path], receipts[path] = [*receipt.outputs, *also], receipt
+    every = [file for of_task in files.values() for file in of_task]
+    altered = {file.path for file, _ in find_altered(run, stage.name, every, f"repair {stage.name}")}
+    whole = {
+        receipt.task: receipt
+        for path, receipt in receipts.items()
+        if altered.isdisjoint(file.path for file in files[path])
+    }
+    damaged = [path for path in paths if path not in receipts or receipts[path].task not in whole]
     if manifest is not None and (damaged or not _is_folded_from(manifest, stage, whole)):
         store.remove(manifest_path(run, stage.name))  # first: without it nothing is complete
         what = f"{len(damaged)} of {len(names)} tasks are damaged" if damaged else "its manifest is damaged"
@@ -122,15 +129,14 @@ def _receipt_names(folder: str) -> list[str]:
     return sorted(name for name in names if name.endswith(".json") and not name.startswith("."))
 
 
-def _all_whole(folder: str, path: str, receipt: Receipt) -> bool:
-    listing = listing_path(path)
+def _also(receipt: Receipt, listing: bytes | None) -> list[Shard] | None:
+    """Return the further files of a task; None if their listing is missing or damaged."""
+    if receipt.also and (listing is None or store.digest_bytes(listing) != receipt.also):
+        return None
     try:
-        also = read_listing(listing)
+        return [] if listing is None else parse_listing(listing)
     except ValueError:
-        return False
-    if receipt.also and not (store.exists(listing) and store.digest_file(listing) == receipt.also):
-        return False
-    return all(is_whole(store.join(folder, file.path), file) for file in (*receipt.outputs, *also))
+        return None
 
 
 def _agrees(receipt: Receipt, stage: Stage, manifest: Manifest | None) -> bool:

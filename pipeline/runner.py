@@ -1,6 +1,7 @@
 """Runs and resumes a run's stages, and verifies their outputs."""
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import NoReturn
@@ -8,7 +9,8 @@ from typing import NoReturn
 from pipeline.core import drops, store
 from pipeline.core.changes import write_started
 from pipeline.core.failures import Failure, forget_failures, summary, too_many, write_failure
-from pipeline.core.files.damage import find_altered, find_damage, listed_files, summarise
+from pipeline.core.files.damage import find_damage, listed_files, summarise
+from pipeline.core.files.folded_receipts import folding
 from pipeline.core.progress import make_progress
 from pipeline.core.records import ConfigError, InputError, Receipt, Stopped, too_few
 from pipeline.core.run import (
@@ -22,10 +24,12 @@ from pipeline.core.run import (
     receipts_that_count,
     survey_stage,
 )
-from pipeline.core.stage import EARLIER, Context, Progress, Stage, Task, fold, make_receipt
+from pipeline.core.stage import EARLIER, FIGURES, Context, Progress, Stage, Task, fold, make_receipt
+from pipeline.core.stored_manifests import without_manifests
 from pipeline.core.terminal import detail, inform, note, one_line
 from pipeline.earlier import keep_earlier, move_earlier
 from pipeline.executors import local
+from pipeline.executors.checks import find_altered
 from pipeline.planning.downloads import obtain_weights
 from pipeline.planning.proportions import check_batches, notes_on_training
 from pipeline.repair import forget_damaged, forget_unreadable, refuse_unusable_folder, restore_started
@@ -145,14 +149,11 @@ def verify(run: Run, stages: Sequence[Stage]) -> list[str]:
             files += listed_files(store.join(run.folder, stage.name))
         except ValueError as error:
             complaints.append(f"{error}; {remedy}")
-        progress = make_progress(f"verify {stage.name}", "file")
-        for number, file in enumerate(files, start=1):
-            path = store.join(run.folder, stage.name, file.path)
-            if not store.exists(path):
-                complaints.append(f"{path}: missing; {remedy}")
-            elif store.digest_file(path) != file.digest:
-                complaints.append(f"{path}: bytes differ from what was written; {remedy}")
-            progress(number, len(files))
+        altered = {
+            file.path: f"{store.join(run.folder, stage.name, file.path)}: {what}; {remedy}"
+            for file, what in find_altered(run, stage.name, files, f"verify {stage.name}")
+        }
+        complaints += [altered[file.path] for file in files if file.path in altered]
     return complaints
 
 
@@ -223,11 +224,15 @@ def _find_altered_parent(run: Run, stage: Stage) -> str | None:
             manifest = read_manifest(run, name)
             shards = manifest.shards if manifest is not None else ()
             try:
-                damage = next(find_altered(folder, [*shards, *listed_files(folder)]), None)
+                with contextlib.closing(find_altered(run, name, [*shards, *listed_files(folder)])) as found:
+                    file = next(found, (None, ""))[0]
             except ValueError as error:
                 damage = str(error)
-            if damage is not None:
-                return f"{damage}; {stage.name} needs {name}; {run.remedy(name)}"
+            else:
+                if file is None:
+                    continue
+                damage = f"{store.join(folder, file.path)}: not the bytes that were written"
+            return f"{damage}; {stage.name} needs {name}; {run.remedy(name)}"
     return None
 
 
@@ -254,8 +259,9 @@ def _run_stage(run: Run, stage: Stage, label: str, status: StageStatus | None) -
     num_done = len(receipts)
     failures: list[Failure] = []
     settled = _receipts(run, stage, context, pending, progress, num_done, len(tasks))
-    with contextlib.closing(settled):
+    with folding(context.path("receipts"), receipts) as fold_now, contextlib.closing(settled):
         for item in settled:
+            fold_now.look()
             if isinstance(item, Receipt):
                 receipts[item.task] = item
                 continue
@@ -263,10 +269,10 @@ def _run_stage(run: Run, stage: Stage, label: str, status: StageStatus | None) -
             write_failure(context, item)
             if too_many(len(failures), len(receipts) - num_done):
                 _refuse_failures(run, stage, context, failures, len(tasks))
-    if failures:
-        if len(failures) > run.max_failed_tasks or stage.set_aside is None:
-            _refuse_failures(run, stage, context, failures, len(tasks))
-        receipts |= _set_aside(stage, context, tasks, failures)
+        if failures:
+            if len(failures) > run.max_failed_tasks or stage.set_aside is None:
+                _refuse_failures(run, stage, context, failures, len(tasks))
+            receipts |= _set_aside(stage, context, tasks, failures)
     store.sweep(context.path())  # a machine that was lost leaves behind what its tasks had begun
     manifest = fold(
         stage,
@@ -287,6 +293,7 @@ def _run_stage(run: Run, stage: Stage, label: str, status: StageStatus | None) -
     if said := drops.warning(manifest):
         _say(f"warning: {said}")
     store.write_text(manifest_path(run, stage.name), manifest.to_file())
+    store.remove(context.path(FIGURES))
     if stage.keeps is not None:
         store.remove(context.path(EARLIER))
     seconds = sum(receipt.seconds for receipt in receipts.values())
@@ -347,7 +354,9 @@ def _receipts(
     if run.executor == "ray" and stage.parallel:
         from pipeline.executors.ray import map_tasks
 
-        found = map_tasks(local.run_group, stage, context, pending, run.processes)
+        work = functools.partial(local.run_group, stage, without_manifests(context))
+        together = stage.run_together is not None
+        found = map_tasks(work, pending, run.processes, cores=stage.processes, together=together)
         yield from local.counted(found, progress, num_done, num_tasks)
         return
     yield from local.run_tasks(stage, context, pending, run.processes, progress, num_done, num_tasks)

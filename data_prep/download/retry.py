@@ -7,6 +7,7 @@ a better first pass would have given.
 """
 
 import collections
+import concurrent.futures
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -21,6 +22,8 @@ from pipeline.core import store
 from pipeline.core.facts import Facts
 from pipeline.core.records import Manifest, Receipt, Shard
 from pipeline.core.stage import Context, Task
+
+_READERS = 32  # drop tables read at once: a store answers each after some 20 ms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,40 +78,65 @@ def worth_it(drops: pl.LazyFrame) -> pl.LazyFrame:
 
 def failures(context: Context) -> list[Failures]:
     """Return what the download gave up on, by class, the largest first."""
+    paths = [
+        context.path_in("download", drops.path)
+        for drops in _drop_tables(context).values()
+        if drops.num_samples
+    ]
     counts: collections.Counter[tuple[str, bool]] = collections.Counter()
-    for drops in _drop_tables(context).values():
-        table = pl.scan_parquet(context.path_in("download", drops.path))
-        again = worth_it(table).select("key", again=pl.lit(True))
-        shown = [pl.col("reason")]
-        if HTTP_STATUS in table.collect_schema().names():
-            shown.append(
-                pl.when(pl.col("reason") == str(HTTP_ERROR)).then(pl.col(HTTP_STATUS).cast(pl.String))
-            )
-        name = pl.concat_str(shown, separator=" ", ignore_nulls=True)
-        rows = table.join(again, on="key", how="left").select(
-            name=name, again=pl.col("again").fill_null(False)
-        )
-        for row in rows.group_by("name", "again").len().collect().iter_rows():
-            counts[row[0], row[1]] += row[2]
+    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+        for of_table in pool.map(_classes, paths):
+            counts.update(of_table)
     return [
         Failures(name, count, again)
         for (name, again), count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     ]
 
 
+def _classes(path: str) -> dict[tuple[str, bool], int]:
+    """Return (class, whether it is worth another try) → rows of a drop table."""
+    table = pl.scan_parquet(path)
+    again = worth_it(table).select("key", again=pl.lit(True))
+    shown = [pl.col("reason")]
+    if HTTP_STATUS in table.collect_schema().names():
+        shown.append(pl.when(pl.col("reason") == str(HTTP_ERROR)).then(pl.col(HTTP_STATUS).cast(pl.String)))
+    name = pl.concat_str(shown, separator=" ", ignore_nulls=True)
+    rows = table.join(again, on="key", how="left").select(name=name, again=pl.col("again").fill_null(False))
+    return {
+        (name, again): count
+        for name, again, count in rows.group_by("name", "again").len().collect().iter_rows()
+    }
+
+
 def plan(config: Any, context: Context) -> list[Task]:
-    """Return one task for each partition that has rows worth retrying."""
+    """Return one task for each partition that has rows worth retrying.
+
+    The reasons in the manifest decide; only what a status decides is looked up in drop tables.
+    """
     rows = {shard.path: shard for shard in context.parents["dedup"].shards if shard.path.startswith("kept/")}
+    extra = context.parents["download"].extra
+    is_worth: dict[str, bool] = {}
+    unclear: dict[str, str] = {}
+    tables = {name: drops for name, drops in _drop_tables(context).items() if drops.num_samples}
+    for name, drops in tables.items():
+        sources = DownloadFacts.from_json(extra[name]).sources.values()
+        reasons = {reason for counts in sources for reason, count in counts.dropped.items() if count}
+        is_worth[name] = not reasons.isdisjoint(PASSING)
+        if not is_worth[name] and HTTP_ERROR in reasons:
+            unclear[name] = context.path_in("download", drops.path)
+    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+        is_worth |= zip(unclear, pool.map(_has_worth, unclear.values()), strict=True)
     tasks = []
-    for name, drops in _drop_tables(context).items():
-        if not drops.num_samples:
-            continue
-        table = pl.scan_parquet(context.path_in("download", drops.path))
-        if worth_it(table).select(pl.len()).collect().item():
+    for name, drops in tables.items():
+        if is_worth[name]:
             path = f"kept/{name}.parquet"
             inputs = {"rows": rows[path].digest, "drops": drops.digest}
             tasks.append(Task(name, inputs, DownloadTask(path=path, drops=drops.path).to_json()))
     return tasks
+
+
+def _has_worth(path: str) -> bool:
+    return bool(worth_it(pl.scan_parquet(path)).select(pl.len()).collect().item())
 
 
 def next_pass(download: Manifest) -> int:
@@ -119,22 +147,16 @@ def next_pass(download: Manifest) -> int:
     return 1 + max(map(int, merged), default=0)
 
 
-def merge(
-    context: Context, receipts: list[Receipt], number: int, came: dict[str, Receipt]
-) -> Iterator[Receipt]:
-    """Return the download's receipts after a pass; `came` has the pass's receipts by partition.
+def is_merged(receipt: Receipt, number: int) -> bool:
+    """Return whether a partition's receipt has a pass already, because a merge was killed."""
+    return str(number) in (DownloadFacts.from_json(receipt.extra).passes or {})
 
-    New files go next to the old ones; files that the download's manifest names stay untouched. A partition
-    whose receipt already has the pass, because a merge was killed, stays as it is.
+
+def merge(context: Context, number: int, before: Receipt, came: Receipt) -> Receipt:
+    """Return the download's receipt of a partition after a pass, which came to `came`.
+
+    New files go next to the old ones; files that the download's manifest names stay untouched.
     """
-    for receipt in receipts:
-        is_merged = str(number) in (DownloadFacts.from_json(receipt.extra).passes or {})
-        if receipt.task in came and not is_merged:
-            receipt = _merge_one(context, receipt, number, came[receipt.task])
-        yield receipt
-
-
-def _merge_one(context: Context, before: Receipt, number: int, came: Receipt) -> Receipt:
     folder = f"retry{number}"
     outputs = {output.path: output for output in before.outputs}
     came_outputs = {output.path: output for output in came.outputs}

@@ -22,10 +22,12 @@ from data_prep.download import own_images
 from data_prep.download.board import BOARD_VARIABLE, Boards
 from data_prep.download.config import DownloadConfig
 from data_prep.download.earlier import EarlierBuilds, keeps
+from data_prep.download.figures import figures_of_call
 from data_prep.download.own_images import OwnImages
 from data_prep.download.pack import KNOWN_SCHEMA, asked_rows, pack
 from data_prep.download.reasons import OF_THE_NETWORK
 from data_prep.download.retry import DownloadTask
+from data_prep.download.tally import FOLDER
 from data_prep.download.watch import Watch
 from data_prep.download.web.opt_out import AGENT, OPT_OUT_DIRECTIVES, RULES_VARIABLE, Rules
 from data_prep.download.web.public_web import ALLOWED_VARIABLE
@@ -128,7 +130,10 @@ def _download(
             BOARD_VARIABLE: str(boards.folder),
             SITE_VARIABLE: (own.site or "").removeprefix("http://"),
         }
-        with _downloader(config, raw, log, counts.values(), variables) as process:
+        with (
+            figures_of_call(context, tasks[0], sum(counts.values()), raw / FOLDER) as figures,
+            _downloader(config, raw, log, counts.values(), variables) as process,
+        ):
             watch = Watch(context.path(), config.stall_seconds, raw, log, process, boards)
             done = 0
             suspects: list[tuple[Task, int]] = []  # an outage may have begun in them: the next one decides
@@ -157,6 +162,7 @@ def _download(
                             done += num_rows[finished.name]
                             progress(done, sum(counts.values()), "rows")
                         suspects.clear()
+                figures.look(done)
                 if not waiting:
                     break
                 if (death := watch.look(len(waiting), len(tasks))) is not None:

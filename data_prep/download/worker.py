@@ -41,6 +41,7 @@ from data_prep.download.board import BOARD_VARIABLE, Board, report  # noqa: E402
 from data_prep.download.fetch import fetch_image, fetch_or_wait, host_of, hosts, shown  # noqa: E402
 from data_prep.download.pool import HostPool, Later  # noqa: E402
 from data_prep.download.resize import UprightResizer  # noqa: E402
+from data_prep.download.tally import FOLDER, Tally  # noqa: E402
 from data_prep.download.web.opt_out import rules  # noqa: E402
 
 # img2dataset hands out twice as many rows as it has threads; the pool has to see all of a shard to put off
@@ -48,6 +49,7 @@ from data_prep.download.web.opt_out import rules  # noqa: E402
 _ALL_ROWS = 1 << 40
 
 _board: Board | None = None  # of this process, after its first shard
+_tally: Tally | None = None  # likewise
 
 
 def fetch(
@@ -66,7 +68,10 @@ def fetch_in_turn(
 ) -> tuple[Any, ...] | Later:
     """Fetch as img2dataset's `download_image_with_retry`, for a pool that gives `Later` again."""
     with _board.open(shown(row[1])) if _board is not None else contextlib.nullcontext():
-        return fetch_or_wait(row, timeout, retries, user_agent_token, disallowed_header_directives)
+        found = fetch_or_wait(row, timeout, retries, user_agent_token, disallowed_header_directives)
+    if _tally is not None and not isinstance(found, Later):
+        _tally.note(row[1], found[2])
+    return found
 
 
 def pool_of(num_threads: int, _: int) -> HostPool:
@@ -76,7 +81,7 @@ def pool_of(num_threads: int, _: int) -> HostPool:
 
 def _watched_shard(self: Any, row: Any) -> None:
     """Download a shard as img2dataset does, with a board that reports what this process is doing."""
-    global _board
+    global _board, _tally
     folder = os.environ.get(BOARD_VARIABLE)
     num_threads = self.thread_count
     img2dataset.downloader.ThreadPool = functools.partial(pool_of, num_threads)
@@ -85,8 +90,9 @@ def _watched_shard(self: Any, row: Any) -> None:
         if folder is None:
             _download_shard(self, row)
             return
-        if _board is None:
+        if _board is None or _tally is None:
             _board = Board(folder, num_threads)
+            _tally = Tally(os.path.join(os.path.dirname(folder), FOLDER))
         board = _board
         resizer = self.resizer
 
@@ -124,6 +130,18 @@ def _reporting(method: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def _counting(close: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the writer's `close`, after which the stage takes the shard for done: its counts come before."""
+
+    @functools.wraps(close)
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        if _tally is not None:
+            _tally.write()
+        return close(*arguments, **options)
+
+    return wrapped
+
+
 # Both: none of img2dataset's own requests, which ask for any address, is ever to be made.
 img2dataset.downloader.download_image = fetch
 img2dataset.downloader.download_image_with_retry = fetch_in_turn
@@ -132,6 +150,7 @@ img2dataset.downloader.Downloader.download_shard = _watched_shard
 _Writer = img2dataset.writer.WebDatasetSampleWriter
 for _name in ("__init__", "write", "close"):
     setattr(_Writer, _name, _reporting(getattr(_Writer, _name)))
+_Writer.close = _counting(_Writer.close)
 
 
 def _raise_file_limit() -> None:

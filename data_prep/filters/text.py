@@ -119,6 +119,12 @@ def task_names(table: int, row: int) -> tuple[str, str]:
     return f"{table:05d}", f"{table:05d}-{row // ROWS_PER_TASK:05d}"
 
 
+def rows_of_task(name: str) -> tuple[int, int | None, int | None]:
+    """Return the table, first row and number of rows that the task of a name judges; None, None: all rows."""
+    table, _, piece = name.partition("-")
+    return (int(table), int(piece) * ROWS_PER_TASK, ROWS_PER_TASK) if piece else (int(table), None, None)
+
+
 def run(config: FilterTextConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """Judge one table. Kept rows are sorted by key, the order of the shuffled corpus."""
     asked = TextTask.from_json(task.arguments)

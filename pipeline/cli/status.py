@@ -46,12 +46,33 @@ def status(
     number: Annotated[
         int, typer.Option("-n", "--number", metavar="N", min=1, help="with --examples: show at most N rows")
     ] = 10,
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch",
+            help="show what the run is doing until it is done or Ctrl-C: rates by machine, answers by reason"
+            " and host, the last hours, failed tasks, time left",
+        ),
+    ] = False,
+    page: Annotated[
+        str | None,
+        typer.Option(metavar="FILE.html", help="with --watch: also write a page that reloads itself"),
+    ] = None,
     as_json: AsJson = False,
 ) -> int:
     from pipeline.cli.tables import done_of, notes, reasons_table, status_table
     from pipeline.last_start import load_as_started
 
+    if watch and (as_json or reasons or reason is not None):
+        raise ConfigError("--watch: goes with --page only; leave out --json, --reasons and --examples")
+    if page is not None and not watch:
+        raise ConfigError(f"--page {page}: is written while a run is watched; give --watch too")
     run, config = load_as_started(run_file, overrides or ())
+    if watch:
+        from pipeline.tools.watch.live import watch_run
+
+        watch_run(run, page)
+        return EXIT_DONE
     statuses, complaints = survey_what_is_there(run)
     shown = None if reason is None else _examples(run, config.filter_text, reason, number)
     if as_json:

@@ -109,6 +109,14 @@ def failed_tasks(context: Context) -> list[str]:
     return sorted(name.removesuffix(".json") for name in names)
 
 
+def read_failure(context: Context, task: str) -> Failure | None:
+    """Return the note on a task that failed; None if it is gone, or of another release."""
+    try:
+        return Failure(**json.loads(store.read_bytes(failed_path(context, task))))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
+
 def forget_failures(context: Context) -> None:
     """Remove the notes of an earlier start, whose tasks are tried again."""
     with contextlib.suppress(FileNotFoundError):

@@ -89,11 +89,11 @@ class _Rate:
         rate = f"{a_second:,.0f} {units}/s" if a_second >= 10 else f"{a_second:.1f} {units}/s"
         if a_second < 1:
             rate = f"{1 / a_second:,.1f} s each"
-        left = f"{_duration((total - done) / a_second)} left" if done < total else ""
+        left = f"{duration((total - done) / a_second)} left" if done < total else ""
         return " · ".join(part for part in ("" if "/s" in words else rate, words) if part), left
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

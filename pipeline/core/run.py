@@ -1,6 +1,5 @@
 """A resolved run and the state of its stages: done, stale, damaged or to do."""
 
-import concurrent.futures
 import contextlib
 import enum
 import functools
@@ -12,6 +11,7 @@ from pipeline.core import store
 from pipeline.core.changes import Started, Verdict, judge, read_started
 from pipeline.core.failures import failed_tasks
 from pipeline.core.files.damage import ListedSizes, find_damage, summarise
+from pipeline.core.files.folded_receipts import read_receipts_in
 from pipeline.core.files.lock import exclusive
 from pipeline.core.records import ConfigError, InputError, Manifest, Receipt
 from pipeline.core.stage import (
@@ -19,13 +19,12 @@ from pipeline.core.stage import (
     Stage,
     Task,
     is_of_task,
-    receipt_at,
     receipt_path,
+    receipts_at,
     repair_remedy,
 )
 
 _FEW_TASKS = 8  # whose files are asked for one by one: a listing names all files of a stage
-_READERS = 64  # receipts read at once: a store answers each after some 20 ms
 
 
 class State(enum.Enum):
@@ -107,18 +106,27 @@ def make_context(run: Run, stage: Stage) -> Context | None:
     return Context(run.folder, stage.name, run.seed, finished)
 
 
-def receipts_that_count(stage: Stage, context: Context, tasks: Sequence[Task]) -> dict[str, Receipt]:
-    """Return the receipts of the tasks that are done with this configuration and these inputs, by task."""
-    if len(tasks) > _FEW_TASKS:
-        present = set(store.list_files(context.path("receipts")))
-        tasks = [task for task in tasks if f"{task.name}.json" in present]
-    receipts = receipts_at([receipt_path(context, task) for task in tasks])
+def receipts_that_count(
+    stage: Stage, context: Context, tasks: Sequence[Task], *, by_listing: bool | None = None
+) -> dict[str, Receipt]:
+    """Return the receipts of the tasks that are done with this configuration and these inputs, by task.
+
+    `by_listing` says whether the stage's files are listed, or only those of these tasks asked for; None: as
+    suits most of a stage's tasks.
+    """
+    if by_listing is None:
+        by_listing = len(tasks) > _FEW_TASKS
+    if by_listing:
+        read = read_receipts_in(context.path("receipts"), {f"{task.name}.json" for task in tasks})
+        receipts = [read.get(f"{task.name}.json") for task in tasks]
+    else:
+        receipts = receipts_at([receipt_path(context, task) for task in tasks])
     found = [
         (task.name, receipt)
         for task, receipt in zip(tasks, receipts, strict=True)
         if receipt is not None and is_of_task(receipt, stage, task)
     ]
-    if len(tasks) > _FEW_TASKS:
+    if by_listing:
         size_of: Callable[[str], int | None] = ListedSizes(context.path()).of
     else:
         size_of = functools.partial(_size_of, context)
@@ -138,19 +146,9 @@ def _size_of(context: Context, path: str) -> int | None:
 
 def read_receipts(run: Run, stage: str) -> tuple[list[Receipt], int]:
     """Return the receipts of a stage, in order of task names, and the number of those that are damaged."""
-    folder = store.join(run.folder, stage, "receipts")
-    names = [name for name in store.list_files(folder) if name.endswith(".json") and not name.startswith(".")]
-    found = receipts_at([store.join(folder, name) for name in names])
-    receipts = [receipt for receipt in found if receipt is not None]
-    return receipts, len(names) - len(receipts)
-
-
-def receipts_at(paths: Sequence[str]) -> list[Receipt | None]:
-    """Return what `receipt_at` returns of each path; many are read at once."""
-    if len(paths) <= _FEW_TASKS:
-        return [receipt_at(path) for path in paths]
-    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-        return list(pool.map(receipt_at, paths))
+    found = read_receipts_in(store.join(run.folder, stage, "receipts"))
+    receipts = [receipt for receipt in found.values() if receipt is not None]
+    return receipts, len(found) - len(receipts)
 
 
 def survey_stage(run: Run, stage: Stage) -> StageStatus:

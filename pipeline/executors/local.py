@@ -2,11 +2,13 @@
 
 import collections
 import concurrent.futures
+import functools
 import multiprocessing
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, TypeVar
 
 from pipeline.core.failures import TRIES, Failure, is_of_machine
 from pipeline.core.files import durability
@@ -14,6 +16,17 @@ from pipeline.core.processes import die_with_parent, sharing_cores, spawning
 from pipeline.core.records import InputError, Receipt
 from pipeline.core.run import receipts_that_count
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task, make_receipt
+from pipeline.core.stored_manifests import without_manifests
+
+
+class OfTask(Protocol):
+    """What a task came to, which names the task."""
+
+    @property
+    def task(self) -> str: ...
+
+
+Found = TypeVar("Found", bound=OfTask)
 
 _HANDED_OVER = 4  # tasks for each process that wait in its pool
 _KILLED = (
@@ -49,10 +62,23 @@ def run_tasks(
         yield from _run_in_turn(stage, context, pending, progress, num_done, num_tasks)
         return
     if len(pending) > 1 and processes > 1:
-        found = _run_in_processes(stage, context, pending, processes)
+        context = without_manifests(context)
+    do = functools.partial(try_task, stage, context)
+    yield from counted(each(do, pending, processes), progress, num_done, num_tasks)
+
+
+def each(
+    do: Callable[[Task], Found | Failure], tasks: Sequence[Task], processes: int
+) -> Iterator[Found | Failure]:
+    """Yield what `do` returns of each task, in any order; one that fails is tried again.
+
+    `do` is called in up to `processes` other processes, to which it is sent with each task, or in this one if
+    there is only one task or process.
+    """
+    if len(tasks) > 1 and processes > 1:
+        yield from _each_in_processes(do, tasks, processes)
     else:
-        found = (_tried(stage, context, task) for task in pending)
-    yield from counted(found, progress, num_done, num_tasks)
+        yield from (_tried(do, task) for task in tasks)
 
 
 def _run_in_turn(
@@ -98,11 +124,11 @@ def _unless_of_machine(item: Receipt | Failure) -> Receipt | Failure:
     return item
 
 
-def _tried(stage: Stage, context: Context, task: Task) -> Receipt | Failure:
+def _tried(do: Callable[[Task], Found | Failure], task: Task) -> Found | Failure:
     """Do one task here, up to `TRIES` times."""
-    found = try_task(stage, context, task)
+    found = do(task)
     while isinstance(found, Failure) and found.tries < TRIES:
-        later = try_task(stage, context, task)
+        later = do(task)
         found = found.again(later) if isinstance(later, Failure) else later
     return found
 
@@ -151,7 +177,7 @@ def run_group(stage: Stage, context: Context, tasks: Sequence[Task]) -> list[Rec
     Every task has a receipt or a failure in the list. What ends a group as a whole is a failure of each task
     that is not done.
     """
-    found: dict[str, Receipt | Failure] = {**receipts_that_count(stage, context, tasks)}
+    found: dict[str, Receipt | Failure] = {**receipts_that_count(stage, context, tasks, by_listing=False)}
     left = [task for task in tasks if task.name not in found]
     try:
         if stage.run_together is None:
@@ -167,13 +193,18 @@ def run_group(stage: Stage, context: Context, tasks: Sequence[Task]) -> list[Rec
     return list(found.values())
 
 
+def do_group(do: Callable[[Task], Found | Failure], tasks: Sequence[Task]) -> list[Found | Failure]:
+    """Return what `do` returns of some tasks, on the machine that calls it."""
+    return [do(task) for task in tasks]
+
+
 def _silent(done: int, total: int, text: str = "") -> None:
     """Show nothing: the progress of a task that runs next to others, where the stage's bar counts tasks."""
 
 
-def _run_in_processes(
-    stage: Stage, context: Context, tasks: Sequence[Task], processes: int
-) -> Iterator[Receipt | Failure]:
+def _each_in_processes(
+    do: Callable[[Task], Found | Failure], tasks: Sequence[Task], processes: int
+) -> Iterator[Found | Failure]:
     failed: dict[str, Failure] = {}  # so far, of tasks that are tried again
     left = {task.name: task for task in tasks}
     suspects: list[Task] = []  # one of them killed its process: by itself in a pool, it shows which
@@ -181,7 +212,7 @@ def _run_in_processes(
         alone = suspects.pop(0) if suspects else None
         batch = list(left.values()) if alone is None else [alone]
         unfinished = []
-        for item in _run_in_pool(stage, context, batch, processes, failed):
+        for item in _each_in_pool(do, batch, processes, failed):
             if isinstance(item, Task):
                 unfinished.append(item)
             else:
@@ -199,14 +230,17 @@ def _run_in_processes(
                 suspects.insert(0, alone)
 
 
-def _run_in_pool(
-    stage: Stage, context: Context, tasks: Sequence[Task], processes: int, failed: dict[str, Failure]
-) -> Iterator[Receipt | Failure | Task]:
+def _each_in_pool(
+    do: Callable[[Task], Found | Failure],
+    tasks: Sequence[Task],
+    processes: int,
+    failed: dict[str, Failure],
+) -> Iterator[Found | Failure | Task]:
     """Yield what tasks came to; a task itself if a process of the pool was killed before it was done."""
     # Spawned, not forked: polars and torch hold threads and locks that a fork would copy half-way.
     spawn = multiprocessing.get_context("spawn")
     waiting = collections.deque(tasks)
-    begun: dict[concurrent.futures.Future[Receipt | Failure], Task] = {}
+    begun: dict[concurrent.futures.Future[Found | Failure], Task] = {}
     is_broken = False
     with concurrent.futures.ProcessPoolExecutor(
         min(processes, len(tasks)), mp_context=spawn, initializer=die_with_parent, initargs=(os.getpid(),)
@@ -216,7 +250,7 @@ def _run_in_pool(
                 while waiting and not is_broken and len(begun) < _HANDED_OVER * processes:
                     try:
                         with spawning(), sharing_cores(processes):
-                            begun[pool.submit(try_task, stage, context, waiting[0])] = waiting[0]
+                            begun[pool.submit(do, waiting[0])] = waiting[0]
                     except concurrent.futures.process.BrokenProcessPool:
                         is_broken = True
                     else:

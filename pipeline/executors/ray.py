@@ -14,12 +14,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic
 
 from pipeline.core.failures import TRIES, Failure
 from pipeline.core.processes import POLARS_THREADS, say
-from pipeline.core.records import ConfigError, InputError, Receipt
-from pipeline.core.stage import Context, Stage, Task
+from pipeline.core.records import ConfigError, InputError
+from pipeline.core.stage import Task
+from pipeline.executors.local import Found
 
 _MAX_LOST = 5  # machines that a task may lose before it counts as failed: spot machines come and go
 _GROUPS_A_PROCESS = 2  # tasks that run together: each process has one, and the next waits for it
@@ -28,8 +29,6 @@ _WAITING = 2  # calls for each slot of the cluster that Ray holds at once
 _LEAST_WAITING = 16  # by which a cluster that grows sees what is wanted of it
 _MAX_BENCHED = 2  # machines with a full disk or without a network: then it is no machine's own fault
 _LOST = "Ray lost the worker of this task, most often because memory ran out; rerun with more memory a core"
-
-Work = Callable[[Stage, Context, Sequence[Task]], list[Receipt | Failure]]
 
 
 @dataclass(slots=True)
@@ -43,34 +42,46 @@ class _Call:
 
 
 def map_tasks(
-    work: Work, stage: Stage, context: Context, tasks: Sequence[Task], processes: int
-) -> Iterator[Receipt | Failure]:
-    """Call `work` on groups of tasks all over the cluster; yield what they came to, as it comes.
+    work: Callable[[Sequence[Task]], list[Found | Failure]],
+    tasks: Sequence[Task],
+    processes: int,
+    *,
+    cores: int = 1,
+    together: bool = False,
+) -> Iterator[Found | Failure]:
+    """Call `work` on tasks all over the cluster; yield what they came to, as it comes.
 
-    A task that fails is tried again by itself, on other machines if there are any. A machine whose disk is
-    full or that has no network gets no further task of this stage. `processes` is the number of cores that
-    a cluster on this machine only may take.
+    A call takes `cores` of a machine, and several tasks if they run `together`. A task that fails is tried
+    again by itself, on other machines if there are any. A machine whose disk is full or that has no network
+    gets no further task. `processes` is the number of cores that a cluster on this machine only may take.
 
     Raises:
         ConfigError: if Ray is not installed or does not answer, or as tasks raise it.
         InputError: if several machines, or all of them, have a full disk or no network.
     """
     ray = _connect(processes)
-    yield from _Mapping(ray, work, stage, context, tasks).results()
+    yield from _Mapping(ray, work, tasks, cores, together).results()
 
 
-class _Mapping:
+class _Mapping(Generic[Found]):
     """The calls of one stage."""
 
-    def __init__(self, ray: Any, work: Work, stage: Stage, context: Context, tasks: Sequence[Task]) -> None:
+    def __init__(
+        self,
+        ray: Any,
+        work: Callable[[Sequence[Task]], list[Found | Failure]],
+        tasks: Sequence[Task],
+        cores: int,
+        together: bool,
+    ) -> None:
         self._ray = ray
         # Asking for more cores than any machine has would wait for ever. A cluster that is to grow from a
         # head without cores tells nothing.
         largest = max(self._nodes().values(), default=0)
-        self._cores = max(1, min(stage.processes, largest or stage.processes))
+        self._cores = max(1, min(cores, largest or cores))
         size = 1
-        if stage.run_together is not None:
-            size = min(_GROUPS_A_PROCESS * stage.processes, math.ceil(len(tasks) / self._slots()))
+        if together:
+            size = min(_GROUPS_A_PROCESS * cores, math.ceil(len(tasks) / self._slots()))
         self._calls = collections.deque(
             _Call(list(tasks[start : start + size])) for start in range(0, len(tasks), size)
         )
@@ -78,8 +89,7 @@ class _Mapping:
         self._remote = ray.remote(num_cpus=self._cores, max_retries=0, runtime_env={"env_vars": threads})(
             _on_node
         )
-        # A manifest of many files travels once to each machine.
-        self._shared = [ray.put(item) for item in (work, stage, context)]
+        self._work = ray.put(work)  # travels once to each machine
         self._running: dict[Any, _Call] = {}
         self._benched: dict[str, str] = {}  # node → what is wrong there
 
@@ -99,7 +109,7 @@ class _Mapping:
         """Calls that the machines which are there now can do at once; at least one."""
         return max(1, sum(cores // self._cores for cores in self._nodes().values()))
 
-    def results(self) -> Iterator[Receipt | Failure]:
+    def results(self) -> Iterator[Found | Failure]:
         is_drained = False
         try:
             while self._calls or self._running:
@@ -126,9 +136,9 @@ class _Mapping:
         if avoided and (allowed := self._able() - avoided):
             names = ",".join(sorted(allowed))
             remote = remote.options(label_selector={"ray.io/node-id": f"in({names})"})
-        return remote.remote(*self._shared, call.tasks)
+        return remote.remote(self._work, call.tasks)
 
-    def _take(self, reference: Any, call: _Call) -> Iterator[Receipt | Failure]:
+    def _take(self, reference: Any, call: _Call) -> Iterator[Found | Failure]:
         """Yield what is settled of a call; what is not is called again."""
         try:
             node, found = self._ray.get(reference)
@@ -197,12 +207,12 @@ class _Mapping:
 
 
 def _on_node(
-    work: Work, stage: Stage, context: Context, tasks: Sequence[Task]
-) -> tuple[str, list[Receipt | Failure]]:
+    work: Callable[[Sequence[Task]], list[Found | Failure]], tasks: Sequence[Task]
+) -> tuple[str, list[Found | Failure]]:
     """Do a call on the machine that Ray chose; also return its node id."""
     import ray
 
-    return ray.get_runtime_context().get_node_id(), work(stage, context, tasks)
+    return ray.get_runtime_context().get_node_id(), work(tasks)
 
 
 def _connect(processes: int) -> Any:
@@ -216,14 +226,10 @@ def _connect(processes: int) -> Any:
         try:
             if address:
                 _knock(address)
-                ray.init(log_to_driver=False, logging_level=logging.ERROR)
+                begun = ray.init(log_to_driver=False, logging_level=logging.ERROR)
             else:
-                ray.init(
-                    address="local",
-                    num_cpus=processes,
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
+                begun = ray.init(
+                    address="local", num_cpus=processes, log_to_driver=False, logging_level=logging.ERROR
                 )
         except (OSError, RuntimeError, ValueError) as error:
             raise ConfigError(
@@ -237,8 +243,17 @@ def _connect(processes: int) -> Any:
         total = sum(node["Resources"].get("CPU", 0) for node in nodes)
         place = f"cluster at {address}" if address else "on this machine"
         machines = "1 machine" if len(nodes) == 1 else f"{len(nodes)} machines"
-        print(f"Ray {place}: {machines}, {total:g} cores", file=sys.stderr, flush=True)
+        print(
+            f"Ray {place}: {machines}, {total:g} cores{_dashboard(begun.dashboard_url)}",
+            file=sys.stderr,
+            flush=True,
+        )
     return ray
+
+
+def _dashboard(url: str | None) -> str:
+    """Return where the cluster's own dashboard is, in words; Ray starts one if its packages are there."""
+    return f"; dashboard: http://{url}" if url else '; no dashboard: pip install "ray[default]" adds it'
 
 
 def _knock(address: str) -> None:

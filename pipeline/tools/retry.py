@@ -1,6 +1,8 @@
 """`cnclip retry`: retry failed downloads that may be transient and carry the results to the shards."""
 
+import concurrent.futures
 import dataclasses
+import functools
 import itertools
 from dataclasses import dataclass
 
@@ -9,6 +11,7 @@ from data_prep.download import stage as download
 from data_prep.download.retry import Failures
 from pipeline.core import store
 from pipeline.core.failures import PARTITION_FAILED
+from pipeline.core.files.folded_receipts import fold_receipts, read_receipts_in
 from pipeline.core.records import ConfigError, InputError, Manifest, Receipt
 from pipeline.core.run import (
     Run,
@@ -20,10 +23,13 @@ from pipeline.core.run import (
     read_receipts,
     survey_stage,
 )
-from pipeline.core.stage import Context, Stage, Task, fold, read_receipt, receipt_path, repair_remedy
+from pipeline.core.stage import Context, Stage, Task, fold, receipt_path, repair_remedy
+from pipeline.executors.anywhere import map_anywhere
 from pipeline.runner import execute
 
 _PACKED = ("shards", "validation", "lock")  # the last stages of a recovered row
+_FEW = 8  # partitions that are merged here: other processes take as long to start
+_AT_ONCE = 64  # files written or removed
 _NO_OUTAGE = 2.0  # most of these rows may fail again without an outage
 
 
@@ -96,15 +102,23 @@ def _merge(run: Run, stage: Stage) -> Retried:
     number = retry.next_pass(of_pass.parents["download"])
     tasks = target.plan(target.config, context)
     came = {item.task: item for item in _receipts(of_pass, stage.plan(stage.config, of_pass))}
-    merged = list(retry.merge(of_pass, _receipts(context, tasks), number, came))
+    before = _receipts(context, tasks)
+    pairs = [
+        Task(item.task, {}, {"before": item, "came": came[item.task]})
+        for item in before
+        if item.task in came and not retry.is_merged(item, number)
+    ]
+    merge = functools.partial(_merge_one, dataclasses.replace(of_pass, parents={}), number)
+    done = map(merge, pairs) if len(pairs) <= _FEW else map_anywhere(run, merge, pairs)
+    by_task = {receipt.task: receipt for receipt in done}
+    merged = [by_task.get(item.task, item) for item in before]
     parents = {name: store.digest_bytes(item.to_json().encode()) for name, item in context.parents.items()}
     manifest = fold(target, tasks, parents, merged)
-    for receipt, task in zip(merged, tasks, strict=True):
-        if receipt.task in came:
-            store.write_text(receipt_path(context, task), receipt.to_file())
-    store.write_text(manifest_path(run, "download"), manifest.to_file())
-    for path in list(retry.unused_files(of_pass, manifest)):
-        store.remove(path)
+    with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
+        list(pool.map(functools.partial(_write, context), by_task.values()))
+        fold_receipts(context.path("receipts"), {receipt.task: receipt for receipt in merged})
+        store.write_text(manifest_path(run, "download"), manifest.to_file())
+        list(pool.map(store.remove, list(retry.unused_files(of_pass, manifest))))
     asked, recovered = (
         sum(item.num_in for item in came.values()),
         sum(item.num_kept for item in came.values()),
@@ -112,10 +126,19 @@ def _merge(run: Run, stage: Stage) -> Retried:
     return Retried(number, asked, recovered, ())
 
 
+def _merge_one(context: Context, number: int, task: Task) -> Receipt:
+    return retry.merge(context, number, task.arguments["before"], task.arguments["came"])
+
+
+def _write(context: Context, receipt: Receipt) -> None:
+    store.write_text(context.path("receipts", f"{receipt.task}.json"), receipt.to_file())
+
+
 def _receipts(context: Context, tasks: list[Task]) -> list[Receipt]:
+    read = read_receipts_in(context.path("receipts"))
     found = []
     for task in tasks:
-        receipt = read_receipt(context, task)
+        receipt = read.get(f"{task.name}.json")
         if receipt is None:
             raise InputError(
                 f"{receipt_path(context, task)}: missing or damaged; {repair_remedy(context.stage)}"

@@ -5,9 +5,10 @@ reached their source's caption table are looked up in the corpus stage's drop ta
 address and caption, and malformed ones by the address in the kept part of their text.
 """
 
+import functools
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,8 @@ from data_prep.accounting.drop_table import DETAIL, HTTP_STATUS, drops_path
 from data_prep.accounting.funnel import STEPS
 from data_prep.accounting.judged import JudgedFacts
 from data_prep.corpus_facts import facts_of, malformed_table, tables_of
-from data_prep.filters.text import FilterTextConfig, by_exemptions, prepared, task_names
+from data_prep.dedup.exact import DUPLICATE
+from data_prep.filters.text import FilterTextConfig, by_exemptions, prepared, rows_of_task, task_names
 from data_prep.formats.keys import url_hash
 from data_prep.rules import text as text_rules
 from data_prep.rules.address import AROUND
@@ -27,12 +29,17 @@ from data_prep.sources.table import scan
 from pipeline.core import store
 from pipeline.core.failures import PARTITION_FAILED
 from pipeline.core.records import InputError, Manifest
-from pipeline.core.run import Run, read_manifest
+from pipeline.core.run import Run
+from pipeline.core.stage import Task
+from pipeline.executors.anywhere import map_anywhere
+from pipeline.tools.key_tables import KeyTables
 
 _KEY = re.compile(r"[0-9a-f]{32}")
 _SERVED = re.compile(
     r"http://127\.0\.0\.1:\d+/[^/]+/(.+)"
 )  # an address of the run's own server, with its token
+_FEW_ROWS = 2_000_000  # of caption tables that are read here: other processes take as long to start
+_FEW_TABLES = 64  # drop tables that are read here, or by one task
 # How the corpus stage writes a file's path into an address.
 _ESCAPES = str.maketrans({"%": "%25", "#": "%23", "?": "%3F"})
 
@@ -82,18 +89,19 @@ def follow(run: Run, config: FilterTextConfig, asked: str) -> list[Fate]:
     Raises:
         InputError: if the corpus stage is not done, or no table has such a row.
     """
-    corpus = read_manifest(run, "corpus")
+    tables = KeyTables(run)
+    corpus = tables.manifest("corpus")
     if corpus is None:
         raise InputError(f"{run.folder}: the corpus stage is not done; run it first")
     urls = _urls(corpus, asked)
-    rows = _find_rows(run, corpus, config, asked, urls)
+    rows = _find_rows(run, tables, corpus, config, asked, urls)
     fates = list(_dropped_by_corpus(run, corpus, asked, urls))
     if rows.height == 0 and not fates:
         raise InputError(
             f"{_shown(asked)}: not in any caption table of {run.folder}; give a key, a whole URL,"
             " or the path of an image on disk"
         )
-    return fates + [_fate(run, config, row) for row in rows.iter_rows(named=True)]
+    return fates + [_fate(tables, config, row) for row in rows.iter_rows(named=True)]
 
 
 def _urls(corpus: Manifest, asked: str) -> list[str]:
@@ -132,22 +140,113 @@ def _shown(url: str | None) -> str:
 
 
 def _find_rows(
-    run: Run, corpus: Manifest, config: FilterTextConfig, asked: str, urls: Collection[str]
+    run: Run,
+    tables: KeyTables,
+    corpus: Manifest,
+    config: FilterTextConfig,
+    asked: str,
+    urls: Collection[str],
 ) -> pl.DataFrame:
-    wanted = pl.col("key") == asked if _KEY.fullmatch(asked) else pl.col("url").is_in(urls)
-    return pl.concat(rows_of_tables(run, corpus, config, wanted))
+    if not _KEY.fullmatch(asked):
+        found = list(rows_of_tables(run, corpus, config, pl.col("url").is_in(urls)))
+    else:
+        places = _places_of_key(run, tables, asked)
+        found = list(rows_of_tables(run, corpus, config, pl.col("key") == asked, places))
+    return pl.concat(found).sort("file", "row") if found else pl.DataFrame()
+
+
+def _places_of_key(run: Run, tables: KeyTables, key: str) -> list[tuple[int, int | None, int | None]] | None:
+    """Return the rows of caption tables that may have a key: table, first row, number of rows (None: all).
+
+    None while the rows are not shuffled yet: any row may have it. A key leads to one partition of the
+    shuffled rows, which also says whether dedup dropped copies. A key that is not there belongs to a row that
+    `filter_text` dropped, or to one of a task that the run continued without, if to any.
+    """
+    if tables.manifest("dedup") is None:
+        return None
+    kept = tables.find("dedup", "kept/", key, ("file", "row"))
+    if kept is not None and tables.find("dedup", "dropped/", key, ("reason",)) is None:
+        return [(kept["file"], kept["row"], 1)]
+    if kept is not None:  # tables of text that is kept are sorted by key: row groups without it are not read
+        copies = _tables_with_key(run, tables.all("filter_text", "kept/"), key)
+        return [rows_of_task(name) for name in copies]
+    dropped = _tables_with_key(run, tables.all("filter_text", "dropped/"), key)
+    return [rows_of_task(name) for name in (*dropped, *_failed_tasks(tables))]
+
+
+def _tables_with_key(run: Run, paths: list[str], key: str) -> list[str]:
+    """Return the names of the tasks whose tables have a row with a key."""
+    groups = [paths[start : start + _FEW_TABLES] for start in range(0, len(paths), _FEW_TABLES)]
+    tasks = [Task(f"{number:05d}", {}, {"paths": group}) for number, group in enumerate(groups)]
+    look = functools.partial(_look_for_key, key)
+    found = map(look, tasks) if len(tasks) == 1 else map_anywhere(run, look, tasks)
+    return sorted(name for item in found for name in item.names)
+
+
+@dataclass(frozen=True, slots=True)
+class _Holding:
+    """The tasks of a stage, among some, whose tables have a key."""
+
+    task: str
+    names: tuple[str, ...]
+
+
+def _look_for_key(key: str, task: Task) -> _Holding:
+    names = []
+    for path in task.arguments["paths"]:
+        found = pl.scan_parquet(path).filter(key=key).select(pl.len()).collect(engine="streaming").item()
+        if found:
+            names.append(os.path.basename(path).removesuffix(".parquet"))
+    return _Holding(task.name, tuple(names))
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """The rows of a caption table that are asked for."""
+
+    task: str
+    rows: pl.DataFrame
 
 
 def rows_of_tables(
-    run: Run, corpus: Manifest, config: FilterTextConfig, wanted: pl.Expr
+    run: Run,
+    corpus: Manifest,
+    config: FilterTextConfig,
+    wanted: pl.Expr,
+    places: Collection[tuple[int, int | None, int | None]] | None = None,
 ) -> Iterator[pl.DataFrame]:
-    """Yield the matching rows of each caption table with key, url, caption, source, row and score."""
-    for number, table in enumerate(tables_of(corpus)):
-        path, source = table.place.full_path(run.folder), table.place.source
-        groups = by_exemptions(scan(path, source, is_whole=True), source)
-        frame = pl.concat([prepared(part, config, exempt) for exempt, part in groups]).filter(wanted)
-        columns = ("key", "url", "caption", "source", "row", "score", "language")
-        yield frame.select(*columns, file=pl.lit(number)).collect(engine="streaming")
+    """Yield the matching rows of each caption table with key, url, caption, source, row and score.
+
+    `places` are the rows that may match: table, first row and number of rows, both None for all; None: any.
+    Large tables are read by the run's executor.
+    """
+    tables = tables_of(corpus)
+    if places is None:
+        places = [(number, None, None) for number in range(len(tables))]
+    tasks = [
+        Task(
+            f"{number:05d}",
+            {},
+            {"place": tables[table].place, "number": table, "first": first, "count": count},
+        )
+        for number, (table, first, count) in enumerate(places)
+    ]
+    num_rows = sum(tables[table].num_rows if count is None else count for table, _, count in places)
+    read = functools.partial(_read_rows, run.folder, config, wanted)
+    for item in map(read, tasks) if num_rows <= _FEW_ROWS else map_anywhere(run, read, tasks):
+        yield item.rows
+
+
+def _read_rows(folder: str, config: FilterTextConfig, wanted: pl.Expr, task: Task) -> _Rows:
+    asked = task.arguments
+    path, source = asked["place"].full_path(folder), asked["place"].source
+    frame = scan(path, source, is_whole=True)
+    if asked["count"] is not None:
+        frame = frame.slice(asked["first"], asked["count"])
+    groups = by_exemptions(frame, source)
+    rows = pl.concat([prepared(part, config, exempt) for exempt, part in groups]).filter(wanted)
+    columns = ("key", "url", "caption", "source", "row", "score", "language")
+    return _Rows(task.name, rows.select(*columns, file=pl.lit(asked["number"])).collect(engine="streaming"))
 
 
 def _dropped_by_corpus(run: Run, corpus: Manifest, asked: str, urls: Collection[str]) -> Iterator[Fate]:
@@ -184,81 +283,65 @@ def _without_row(
     return Fate(key, source, None, None, None, "corpus", reason, None, None, text, count)
 
 
-def _fate(run: Run, config: FilterTextConfig, row: dict[str, Any]) -> Fate:
-    drops = dict(_drops(run, row["key"], row["url"] or ""))
+def _fate(tables: KeyTables, config: FilterTextConfig, row: dict[str, Any]) -> Fate:
+    key = row["key"]
     stage, reason, detail, place = None, None, None, None
-    if (failed := _failed_task(run, row)) is not None:
-        stage, reason, detail = (
-            "filter_text",
-            str(PARTITION_FAILED),
-            f"the run continued without task {failed}",
-        )
-    elif found := drops.get("filter_text"):
-        stage, reason = "filter_text", found[0]
-        detail = _detail(config, *found, row)
-    elif "dedup" in drops and not _is_first(run, row):
-        stage, reason = "dedup", drops["dedup"][0]
+    kept = tables.find("dedup", "kept/", key, ("file", "row"))
+    is_first = kept is not None and (kept["file"], kept["row"]) == (row["file"], row["row"])
+    if (failed := _failed_task(tables, row)) is not None:
+        stage, reason = "filter_text", str(PARTITION_FAILED)
+        detail = f"the run continued without task {failed}"
+    elif not is_first and (found := _dropped_text(tables, row)) is not None:
+        stage, reason = "filter_text", found["reason"]
+        detail = _detail(config, reason, found.get(DETAIL), row)
+    elif kept is not None and not is_first:
+        stage, reason = "dedup", str(DUPLICATE)
         detail = "a lower table and row has the same URL and caption"
-    elif later := next((name for name in STEPS[2:] if name in drops), None):  # the fate of the image
-        stage, (reason, detail) = later, drops[later]
+    elif (later := _dropped_image(tables, key)) is not None:  # the fate of the image
+        stage, reason, detail = later
     else:
-        place = _shard_of(run, row["key"])
-    return Fate(
-        row["key"], row["source"], row["row"], row["url"], row["caption"], stage, reason, detail, place
-    )
+        place = tables.shard_of(key)
+    return Fate(key, row["source"], row["row"], row["url"], row["caption"], stage, reason, detail, place)
 
 
-def _failed_task(run: Run, row: dict[str, Any]) -> str | None:
+def _failed_task(tables: KeyTables, row: dict[str, Any]) -> str | None:
     """Return the task of filter_text that was to judge a row and failed; such tasks have no drop table."""
-    manifest = read_manifest(run, "filter_text")
+    failed = _failed_tasks(tables)
+    return next((task for task in task_names(row["file"], row["row"]) if task in failed), None)
+
+
+def _failed_tasks(tables: KeyTables) -> list[str]:
+    """Return the tasks of filter_text that the run continued without."""
+    manifest = tables.manifest("filter_text")
     if manifest is None or PARTITION_FAILED not in manifest.dropped:
-        return None
-    for task in task_names(row["file"], row["row"]):
-        counts = JudgedFacts.from_json(manifest.extra.get(task, {})).sources.values()
-        if any(PARTITION_FAILED in item.dropped for item in counts):
-            return task
-    return None
-
-
-def _drops(run: Run, key: str, url: str) -> Iterator[tuple[str, tuple[str, str | None]]]:
-    """Yield (stage, (reason, detail)) of the drop tables that hold a row."""
-    hashed = pl.DataFrame({"url": [url]}).select(url_hash()).item()
-    for stage in STEPS:
-        for path in _outputs(run, stage, "dropped/"):
-            # Drop tables are sorted by URL hash, so other row groups are skipped without reading.
-            found = pl.scan_parquet(path).filter(url_hash=hashed, key=key).collect()
-            if found.height:
-                found_row = found.row(0, named=True)
-                status = found_row.get(HTTP_STATUS)
-                detail = found_row.get(DETAIL) or (str(status) if status else None)
-                yield stage, (found_row["reason"], detail)
-                break
-
-
-def _is_first(run: Run, row: dict[str, Any]) -> bool:
-    for path in _outputs(run, "dedup", "kept/"):
-        found = pl.scan_parquet(path).filter(key=row["key"]).select("file", "row").collect()
-        if found.height:
-            return found.row(0) == (row["file"], row["row"])
-    return False
-
-
-def _shard_of(run: Run, key: str) -> str | None:
-    # Rows that [split] set aside for validation are packed like training rows.
-    for path in (*_outputs(run, "shards", "", ".parquet"), *_outputs(run, "validation", "", ".parquet")):
-        if pl.scan_parquet(path).filter(key=key).select(pl.len()).collect().item():
-            return f"{path.removesuffix('.parquet')}.tar, member {key}.jpg"
-    return None
-
-
-def _outputs(run: Run, stage: str, prefix: str, suffix: str = ".parquet") -> list[str]:
-    manifest: Manifest | None = read_manifest(run, stage)
-    shards = manifest.shards if manifest else ()
+        return []
     return [
-        store.join(run.folder, stage, shard.path)
-        for shard in shards
-        if shard.path.startswith(prefix) and shard.path.endswith(suffix) and shard.num_samples
+        task
+        for task, extra in manifest.extra.items()
+        if any(PARTITION_FAILED in item.dropped for item in JudgedFacts.from_json(extra).sources.values())
     ]
+
+
+def _dropped_text(tables: KeyTables, row: dict[str, Any]) -> Mapping[str, Any] | None:
+    """Return a row of the drop table of the task that judged a row, if it dropped the row."""
+    hashed = pl.DataFrame({"url": [row["url"] or ""]}).select(url_hash()).item()
+    paths = [drops_path(task) for task in task_names(row["file"], row["row"])]
+    for path in tables.among("filter_text", paths):
+        # Drop tables are sorted by URL hash, so other row groups are skipped without reading.
+        found = pl.scan_parquet(path).filter(url_hash=hashed, key=row["key"]).collect()
+        if found.height:
+            return found.row(0, named=True)
+    return None
+
+
+def _dropped_image(tables: KeyTables, key: str) -> tuple[str, str, str | None] | None:
+    """Return the stage that dropped the image of a row, the reason and more on it."""
+    for stage in STEPS[2:]:
+        found = tables.find(stage, "dropped/", key)
+        if found is not None:
+            status = found.get(HTTP_STATUS)
+            return stage, found["reason"], found.get(DETAIL) or (str(status) if status else None)
+    return None
 
 
 def _detail(config: FilterTextConfig, reason: str, detail: str | None, row: dict[str, Any]) -> str | None:

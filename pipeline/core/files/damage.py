@@ -1,10 +1,17 @@
-"""Finds missing, truncated and altered files of a finished stage by size or by digest."""
+"""Finds missing and truncated files of a finished stage; listings of files that no receipt names.
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+`pipeline.executors.checks` also reads the files.
+"""
+
+import concurrent.futures
+from collections.abc import Iterable, Mapping, Sequence
 
 from pipeline.core import store
 from pipeline.core.files.sealed import seal, unseal
 from pipeline.core.records import Shard
+
+LISTING = ".files"  # suffix of the listing of a task's further files
+_READERS = 64  # listings read at once
 
 
 class ListedSizes:
@@ -34,31 +41,14 @@ def find_damage(folder: str, files: Iterable[Shard]) -> list[str]:
     return damage
 
 
-def find_altered(folder: str, files: Iterable[Shard]) -> Iterator[str]:
-    """Yield a line for each file of a stage that is missing or altered, reading them one by one."""
-    for file in files:
-        path = store.join(folder, file.path)
-        if not is_whole(path, file):
-            yield f"{path}: not the bytes that were written"
-
-
 def summarise(damage: Sequence[str]) -> str:
     """Return the first finding and the number of further ones."""
     return damage[0] + (f", and {len(damage) - 1:,} more" if len(damage) > 1 else "")
 
 
-def is_whole(path: str, file: Shard) -> bool:
-    """Return whether a file has the recorded size and digest; this reads all of it."""
-    return (
-        store.exists(path)
-        and store.num_bytes(path) == file.num_bytes
-        and store.digest_file(path) == file.digest
-    )
-
-
 def listing_path(receipt: str) -> str:
     """Return the path of the listing of a task's further files, given the path of its receipt."""
-    return receipt.removesuffix(".json") + ".files"
+    return receipt.removesuffix(".json") + LISTING
 
 
 def make_listing(folder: str, paths: Iterable[str]) -> str:
@@ -71,19 +61,25 @@ def make_listing(folder: str, paths: Iterable[str]) -> str:
     return seal({"files": facts})
 
 
-def read_listing(path: str) -> list[Shard]:
-    """Return the files in a task's listing; empty if it has no listing.
+def parse_listing(data: bytes) -> list[Shard]:
+    """Return the files in a task's listing.
 
     Raises:
         ValueError: if the listing is damaged.
     """
-    if not store.exists(path):
-        return []
     try:
-        files: Mapping[str, tuple[int, str]] = unseal(store.read_bytes(path))["files"]
+        files: Mapping[str, tuple[int, str]] = unseal(data)["files"]
         return [Shard(name, 0, size, sha256) for name, (size, sha256) in files.items()]
-    except (TypeError, KeyError, AttributeError, IsADirectoryError) as error:
+    except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(repr(error)) from None
+
+
+def read_listings(receipts: str) -> dict[str, bytes]:
+    """Return what the listings in a folder of receipts hold, by name; many are read at once."""
+    names = [name for name in store.list_files(receipts) if name.endswith(LISTING)]
+    paths = [store.join(receipts, name) for name in names]
+    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+        return dict(zip(names, pool.map(store.read_bytes, paths), strict=True))
 
 
 def listed_files(folder: str) -> list[Shard]:
@@ -94,11 +90,9 @@ def listed_files(folder: str) -> list[Shard]:
     """
     files = []
     receipts = store.join(folder, "receipts")
-    for name in store.list_files(receipts):
-        if name.endswith(".files"):
-            path = store.join(receipts, name)
-            try:
-                files += read_listing(path)
-            except ValueError as error:
-                raise ValueError(f"{path}: damaged: {error}") from None
+    for name, data in read_listings(receipts).items():
+        try:
+            files += parse_listing(data)
+        except ValueError as error:
+            raise ValueError(f"{store.join(receipts, name)}: damaged: {error}") from None
     return files

@@ -19,6 +19,8 @@ import psutil
 import pytest
 from PIL import Image
 
+from data_prep.download.figures import CallFigures, FiguresFile
+from data_prep.download.tally import FETCHED, OWN_HOST
 from data_prep.formats.keys import with_key
 from pipeline import catalog, runner
 from pipeline.catalog import RunConfig
@@ -51,10 +53,21 @@ def _execute(run: Run) -> None:
     runner.execute(run, select(run, None, None, STAGES[-1]), redo=False)
 
 
+FIGURES: list[CallFigures] = []  # as the download wrote them
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
     run, _ = _load(tmp_path_factory.mktemp("run") / "demo")
-    _execute(run)
+    write = FiguresFile.write
+
+    def noted(file: FiguresFile, **options: bool) -> None:
+        write(file, **options)
+        FIGURES.append(CallFigures.from_json(json.loads(Path(file._path).read_text())))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FiguresFile, "write", noted)
+        _execute(run)
     return run
 
 
@@ -155,6 +168,17 @@ def test_why_tells_the_fate_of_a_row_of_each_class(finished: Run, rows: pl.DataF
             assert any(wanted in line for line in lines), (planted, lines)
     with pytest.raises(InputError, match="not in any caption table"):
         explain(finished, config.filter_text, "http://corpus.invalid/none.jpg")
+
+
+def test_every_address_was_in_the_figures(finished: Run) -> None:
+    manifest, figures = _manifest(finished, "download"), FIGURES[-1]
+    assert figures.is_over
+    assert figures.num_rows == figures.num_packed == figures.num_done == manifest.num_in
+    reasons = sum(map(Counter, figures.hosts.values()), Counter[str]())
+    assert reasons.total() == manifest.num_in
+    assert figures.hosts[OWN_HOST][FETCHED] == reasons.pop(FETCHED) >= manifest.num_kept  # some are no images
+    assert reasons.items() <= manifest.dropped.items()
+    assert "http_404" in reasons
 
 
 def test_nothing_of_the_download_is_left_behind(finished: Run) -> None:
