@@ -4,7 +4,7 @@ import contextlib
 import enum
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pipeline.core import store
@@ -202,7 +202,22 @@ def survey_what_is_there(run: Run) -> tuple[list[StageStatus], list[str]]:
         except InputError as error:
             complaints[str(error)] = None  # one file may stop many stages
             statuses.append(StageStatus(stage, State.TO_DO, "an input is missing, see below", 0, None, None))
-    return statuses, list(complaints)
+    return _naming_what_follows(statuses), list(complaints)
+
+
+def _naming_what_follows(statuses: list[StageStatus]) -> list[StageStatus]:
+    """Say of each finished stage behind a stale one that other output of that one makes it stale, too."""
+    named, behind = [], dict[str, str]()  # stage → the stale stage before it
+    for status in statuses:
+        stage = status.stage
+        stale = next((behind[parent] for parent in stage.parents if parent in behind), None)
+        if status.state is State.STALE:
+            behind[stage.name] = stale or stage.name
+        elif status.state is State.DONE and stale is not None:
+            behind[stage.name] = stale
+            status = replace(status, why=f"again if the output of {stale} changes")
+        named.append(status)
+    return named
 
 
 def select(run: Run, only: str | None, first: str | None, last: str | None) -> list[Stage]:

@@ -78,6 +78,15 @@ def test_an_old_run_verifies(old_run: Path, capsys: pytest.CaptureFixture[str]) 
     assert "report.html" in capsys.readouterr().out
 
 
+def test_plan_names_what_a_redo_may_lead_to(old_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", RECIPE]) == 0
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert "stale (its configuration changed)" in rows["filter_text"]
+    for stage in ("dedup", "stage2", "retrieval"):
+        assert "done (again if the output of filter_text changes)" in rows[stage]
+    assert "again if" not in rows["corpus"]
+
+
 def test_a_changed_setting_makes_a_stage_of_an_old_run_stale(old_run: Path) -> None:
     run, _ = load(RECIPE, ["filter_text.min_characters=6"])
     assert {status.stage.name for status in survey(run) if status.state is State.STALE} == {
