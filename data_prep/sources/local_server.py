@@ -93,6 +93,14 @@ _BLOCK_BYTES = 1 << 20
 _TOKEN_BYTES = 24
 
 
+def shown_address(address: str) -> str:
+    """Return an address for people: of an image on disk, which the run serves to itself, the table's path."""
+    of_run = f"http://{HOST}/{IMAGES}/"
+    if not address.startswith(of_run):
+        return address
+    return unquote(address.removeprefix(of_run).partition("/")[2])
+
+
 class _Server(ThreadingHTTPServer):
     daemon_threads = True  # a hanging answer must not keep the run alive
     block_on_close = False

@@ -15,6 +15,7 @@ from data_prep.accounting.funnel import STEPS
 from data_prep.corpus_facts import facts_of, malformed_table, tables_of
 from data_prep.filters.text import ROWS_PER_TASK
 from data_prep.formats.keys import with_key
+from data_prep.sources.local_server import shown_address
 from data_prep.sources.table import scan
 from eval.report.data import DroppedByRule, Example
 from eval.report.lookup import RowLookup
@@ -51,7 +52,7 @@ def dropped_by_rules(context: Context, lookup: RowLookup) -> tuple[DroppedByRule
 
 
 def _example(row: Mapping[str, Any], lookup: RowLookup) -> Example:
-    caption, url = shortened(row.get("caption")), shortened(row.get("url"))
+    caption, url = shortened(row.get("caption")), shortened(shown_address(row.get("url") or ""))
     detail = shortened(row.get(DETAIL) or (f"HTTP {status}" if (status := row.get(HTTP_STATUS)) else ""))
     return Example(caption, str(row.get("source") or ""), url, detail, lookup.small(row, SIDE_PX))
 

@@ -35,7 +35,7 @@ def stage(config: ReportConfig, *, parents: tuple[str, ...]) -> Stage:
     return Stage(
         "report",
         title="one HTML page and report.json",
-        version=6,
+        version=7,
         config=config,
         parents=parents,
         plan=plan,

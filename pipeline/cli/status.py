@@ -115,11 +115,14 @@ def _examples(run: Run, config: "FilterTextConfig", reason: str, number: int) ->
 
 def _lines(examples: "Sequence[Example]") -> list[str]:
     """Return a table of rows with known captions, followed by the text of malformed rows."""
+    from data_prep.sources.local_server import shown_address
+
     rows: list[tuple[str, ...]] = [("stage", "drop reason", "key", "score", "caption", "url", "detail")]
     for example in examples:
         if example.text is None:
             score = "" if example.score is None else f"{example.score:.4f}"
-            cells = (example.key, score, example.caption, example.url, example.detail)
+            url = example.url and shown_address(example.url)
+            cells = (example.key, score, example.caption, url, example.detail)
             rows.append((example.stage, example.reason, *(cell or "" for cell in cells)))
     filled = [column for column in range(len(rows[0])) if column < 2 or any(row[column] for row in rows[1:])]
     table = [[row[column] for column in filled] for row in rows]

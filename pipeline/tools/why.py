@@ -23,7 +23,7 @@ from data_prep.filters.text import FilterTextConfig, by_exemptions, prepared, ro
 from data_prep.formats.keys import url_hash
 from data_prep.rules import text as text_rules
 from data_prep.rules.address import AROUND
-from data_prep.sources.local_server import HOST, IMAGES
+from data_prep.sources.local_server import HOST, IMAGES, shown_address
 from data_prep.sources.regions import JOINED
 from data_prep.sources.table import scan
 from pipeline.core import store
@@ -135,7 +135,7 @@ def _shown(url: str | None) -> str:
     """Return an address for a terminal, with control and direction characters escaped."""
     return "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii")
-        for letter in url or "(no address)"
+        for letter in (shown_address(url) if url else "(no address)")
     )
 
 
