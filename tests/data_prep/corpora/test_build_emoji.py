@@ -15,20 +15,13 @@ import pytest
 from PIL import Image
 
 from data_prep.corpora import build_emoji
-from data_prep.corpora.build_emoji import (
-    PACKAGES,
-    SIDE_PX,
-    Package,
-    build,
-    code_points,
-    fetch,
-    integrity_of,
-    normalise_code,
-    on_white,
-    read_members,
-    slug,
-)
+from data_prep.corpora.build_emoji import PACKAGES, build, slug
 from data_prep.corpora.emoji import EmojiConfig, make_emoji
+from data_prep.corpora.packages.archives import read_members
+from data_prep.corpora.packages.cldr import code_points, normalise_code
+from data_prep.corpora.packages.drawing import SIDE_PX, on_white
+from data_prep.corpora.packages.fetch import fetch, integrity_of
+from data_prep.corpora.packages.table import Package
 from pipeline.core.records import ConfigError, InputError
 
 
