@@ -46,8 +46,10 @@ class PicturesConfig:
     """Chooses this corpus."""
     folder: str
     """Folder of the `<style>.parquet` files."""
-    unseen_styles: tuple[str, ...] = UNSEEN_STYLES
-    """Styles to score on and not to train on; one that the folder lacks is an error."""
+    unseen_styles: tuple[str, ...] = ()
+    """Styles to score on and not to train on. Empty: Fluent's emoji, icons-colour, flags-circle, office-sukapura
+    and characters-kai, as far as the folder has them.
+    """
     unseen_concepts: Annotated[float, Gt(0), Lt(1)] = 0.1
     """Share of the concepts that are kept out of training in every style, to be scored on."""
     captions_per_picture: Annotated[int, Ge(1)] = 3
@@ -116,14 +118,13 @@ def make_pictures(config: PicturesConfig, out: str | Path) -> None:
     """
     folder, out = Path(config.folder), Path(out)
     found = sorted(path.stem for path in folder.glob("*.parquet"))
-    missing = sorted(set(config.unseen_styles) - set(found))
-    if missing and found:
+    if missing := sorted(set(config.unseen_styles) - set(found)):
         raise ConfigError(
             f"corpus.unseen_styles: {folder} has no {', '.join(missing)}; name styles that it has:"
-            f" {', '.join(found)}"
+            f" {', '.join(found) or 'none, build it first'}"
         )
-    seen_styles = [style for style in found if style not in config.unseen_styles]
-    if not seen_styles:
+    unseen_styles = config.unseen_styles or tuple(style for style in UNSEEN_STYLES if style in found)
+    if not set(found) - set(unseen_styles):
         raise ConfigError(f"corpus.unseen_styles: no style is left to train on in {folder}; name fewer")
     images = [
         Shown(style, number, emoji, pixels_digest(folder / f"{style}.parquet", number, emoji.png))
@@ -133,7 +134,7 @@ def make_pictures(config: PicturesConfig, out: str | Path) -> None:
     unseen = _unseen(images, config)
     sets: dict[str, list[Shown]] = {"train": [], "style": [], "concept": [], "both": []}
     for image, is_unseen in zip(images, unseen, strict=True):
-        names = ("style", "both") if image.style in config.unseen_styles else ("train", "concept")
+        names = ("style", "both") if image.style in unseen_styles else ("train", "concept")
         sets[names[is_unseen]].append(image)
     _write_training(
         config, sets["train"], {image.emoji.name_zh for image in sets["concept"] + sets["both"]}, out
