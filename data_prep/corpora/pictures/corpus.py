@@ -47,8 +47,8 @@ class PicturesConfig:
     folder: str
     """Folder of the `<style>.parquet` files."""
     unseen_styles: tuple[str, ...] = ()
-    """Styles to score on and not to train on. Empty: Fluent's emoji, icons-colour, flags-circle, office-sukapura
-    and characters-kai, as far as the folder has them.
+    """Styles to score on and not to train on. Empty: Fluent's emoji, icons-colour, flags-circle,
+    office-sukapura and characters-kai, as far as the folder has them.
     """
     unseen_concepts: Annotated[float, Gt(0), Lt(1)] = 0.1
     """Share of the concepts that are kept out of training in every style, to be scored on."""
