@@ -80,8 +80,9 @@ def concepts(names: Sequence[str], pixels: Sequence[bytes]) -> list[int]:
     from scipy.sparse.csgraph import connected_components
 
     number: dict[str | bytes, int] = {}
-    for key in (*names, *pixels):
-        number.setdefault(key, len(number))
+    for name, digest in zip(names, pixels, strict=True):
+        number.setdefault(name, len(number))
+        number.setdefault(digest, len(number))
     ends = [number[name] for name in names], [number[digest] for digest in pixels]
     graph = coo_array((np.ones(len(names)), ends), shape=(len(number), len(number)))
     component = connected_components(graph, directed=False)[1]

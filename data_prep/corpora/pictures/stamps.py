@@ -37,11 +37,11 @@ def captions_of(text: str) -> tuple[str, str]:
 
 
 def read_stamps(files: Mapping[str, Path], images: str) -> Iterator[Item]:
-    """Read the stamps that have a Chinese caption; the SVG where there is one beside the PNG."""
+    """Read the stamps that have a Chinese caption; the PNG if it is there as PNG and SVG."""
     found = dict(read_members(files[images], lambda path: path.startswith(_ROOT) and path.endswith(_ENDINGS)))
     for path in sorted(found):
         stem, ending = path[:-4], path[-4:]
-        if ending == ".txt" or (ending == ".png" and f"{stem}.svg" in found) or f"{stem}.txt" not in found:
+        if ending == ".txt" or (ending == ".svg" and f"{stem}.png" in found) or f"{stem}.txt" not in found:
             continue
         english, chinese = captions_of(found[f"{stem}.txt"].decode("utf-8", "replace"))
         group = PurePosixPath(path.removeprefix(_ROOT)).parts[0]

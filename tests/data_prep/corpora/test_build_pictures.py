@@ -184,9 +184,9 @@ FILES: dict[str, dict[str, bytes]] = {
     "stamps": {
         _COPYRIGHT.format("tuxpaint-stamps-default"): b"licence",
         f"{_STAMPS}animals/birds/owl.png": _png(),
+        f"{_STAMPS}animals/birds/owl.svg": b"the PNG comes first",
         f"{_STAMPS}animals/birds/owl.txt": "An owl.\nzh_cn.utf8=猫头鹰。\n".encode(),
         f"{_STAMPS}food/bread.svg": SVG,
-        f"{_STAMPS}food/bread.png": b"the SVG comes first",
         f"{_STAMPS}food/bread.txt": "Bread\nde.utf8=Brot\nzh_cn.utf8=面包\n".encode(),
         f"{_STAMPS}food/plain.png": _png(),
         f"{_STAMPS}food/plain.txt": b"Not in Chinese\n",
