@@ -29,7 +29,8 @@ def _labels(package: Path) -> dict[str, tuple[str, ...]]:
             continue
         found = {prop.get(f"{_OOR}name"): prop.findtext("value") or "" for prop in node.findall("prop")}
         labels.setdefault(name.removeprefix(".uno:"), []).extend(
-            _MENU_KEY.sub("", found.get(key, "")) for key in ("Label", "TooltipLabel", "ContextLabel")
+            _MENU_KEY.sub("", found.get(key, "").replace("%PRODUCTNAME", "LibreOffice"))
+            for key in ("Label", "TooltipLabel", "ContextLabel")
         )
     cleaned = {command: distinct(texts) for command, texts in labels.items()}
     return {command: texts for command, texts in cleaned.items() if texts and is_chinese(texts[0])}

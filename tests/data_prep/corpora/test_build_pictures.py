@@ -87,7 +87,7 @@ def _png() -> bytes:
 LABELS = """<oor:data xmlns:oor="http://openoffice.org/2001/registry"><node oor:name="Commands">
 <node oor:name=".uno:InsertTable"><prop oor:name="Label"><value>表格(~T)...</value></prop>
 <prop oor:name="TooltipLabel"><value>插入表格</value></prop></node>
-<node oor:name=".uno:Bold"><prop oor:name="Label"><value>粗体</value></prop></node>
+<node oor:name=".uno:Bold"><prop oor:name="Label"><value>%PRODUCTNAME 粗体</value></prop></node>
 <node oor:name=".uno:Other"><prop oor:name="Label"><value>没有图标</value></prop></node></node></oor:data>"""
 _OFFICE = {"cmd/lc_inserttable.svg": SVG, "cmd/sc_inserttable.svg": b"smaller", "cmd/32/b.svg": SVG}
 _STAMPS = "usr/share/tuxpaint/stamps/"
@@ -248,6 +248,7 @@ def test_packages_of_every_kind_become_tables(
         assert set(office) == {"InsertTable", "Bold"}
         table = office["InsertTable"]
         assert (table["name_zh"], table["keywords_zh"]) == ("表格", ["插入表格"])
+        assert office["Bold"]["name_zh"] == "LibreOffice 粗体"
         assert table["name_en"] == "insert table"
         stamps = _rows(out, "stamps")
         assert {key: row["name_zh"] for key, row in stamps.items()} == {
