@@ -40,7 +40,7 @@ UNSEEN_STYLES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PicturesConfig:
-    """`[corpus]` of the pictures run: which styles and which concepts are kept out of training."""
+    """`[corpus]` of free images: which styles and which concepts are kept out of training."""
 
     kind: Literal["pictures"]
     """Chooses this corpus."""
