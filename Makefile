@@ -4,8 +4,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV := .venv
 BIN := $(VENV)/bin
 EMOJI ?= corpora/emoji_zh
+PICTURES ?= corpora/pictures
 
-.PHONY: install gpu demo test test-slow lint emoji clean
+.PHONY: install gpu demo test test-slow lint emoji pictures clean
 
 install: $(VENV)/installed
 
@@ -52,6 +53,10 @@ lint: install
 emoji: install
 	test -f $(EMOJI)/README.md || $(BIN)/python -m data_prep.corpora.build_emoji $(EMOJI)
 	$(BIN)/cnclip run pipeline/recipes/emoji_zh.toml --set corpus.folder=$(EMOJI)
+
+pictures: install
+	test -f $(PICTURES)/README.md || $(BIN)/python -m data_prep.corpora.build_pictures $(PICTURES)
+	@echo "built: $(PICTURES); train on it with \`$(BIN)/cnclip run pictures --set corpus.folder=$(PICTURES)\`"
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,6 +1,6 @@
 """Stage corpus: names the caption tables and evaluation sets and binds them by digest.
 
-This stage generates the demo and emoji corpora; other sources stay in place and are only read.
+This stage generates the demo, emoji and pictures corpora; other sources stay in place and are only read.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from data_prep.accounting.drop_table import drops_path
 from data_prep.accounting.judged import SourceCounts
 from data_prep.corpora.demo import DemoConfig, make_demo
 from data_prep.corpora.emoji import EmojiConfig, make_emoji
+from data_prep.corpora.pictures.corpus import PicturesConfig, make_pictures
 from data_prep.corpus_facts import (
     CorpusFacts,
     OutsideTable,
@@ -70,7 +71,7 @@ class SourcesConfig:
 class CorpusStageConfig:
     """The settings of the corpus stage: `[corpus]` and `[[evaluation]]`."""
 
-    corpus: DemoConfig | EmojiConfig | TablesConfig | SourcesConfig
+    corpus: DemoConfig | EmojiConfig | PicturesConfig | TablesConfig | SourcesConfig
     evaluations: tuple[EvaluationSource, ...] = ()
     are_scored: bool = field(default=False, metadata=NOT_IN_DIGEST)  # and not only excluded from training
 
@@ -118,22 +119,21 @@ def refuse_misplaced_kinds(corpus: Any, where: str) -> None:
 
 
 def plan(config: CorpusStageConfig, context: Context) -> list[Task]:
-    """Plan one task for each table; the demo and emoji corpora are one task."""
+    """Plan one task for each table; a corpus that the project makes is one task."""
     for item in config.evaluations if config.are_scored else ():
         check_size(item)
     sets = {f"evaluation {item.name}": digest_of(item) for item in config.evaluations}
     if isinstance(config.corpus, DemoConfig):
         return [Task("demo", sets)]
-    if isinstance(config.corpus, EmojiConfig):
+    if isinstance(config.corpus, EmojiConfig | PicturesConfig):
+        kind = config.corpus.kind
         if not os.path.isdir(config.corpus.folder):
             raise InputError(
-                f"{config.corpus.folder}: no such folder; `make emoji` builds it, or name another one with"
+                f"{config.corpus.folder}: no such folder; `make {kind}` builds it, or name another one with"
                 f" --set corpus.folder=DIR"
             )
         files = sorted(glob.glob(os.path.join(config.corpus.folder, "*.parquet")))
-        return [
-            Task("emoji", {**sets, **{os.path.basename(path): store.digest_file(path) for path in files}})
-        ]
+        return [Task(kind, {**sets, **{os.path.basename(path): store.digest_file(path) for path in files}})]
     if not sources_of(config.corpus):
         raise ConfigError(
             f"corpus.{config.corpus.kind}: empty; name at least one [[corpus.{config.corpus.kind}]]"
@@ -241,7 +241,7 @@ def _inputs(files: list[str], digests: Mapping[str, str]) -> dict[str, str]:
 
 
 def run(config: CorpusStageConfig, context: Context, task: Task, progress: Progress) -> Outcome:
-    """Generate the demo or emoji corpus, or read one table."""
+    """Generate a corpus that the project makes, or read one table."""
     if isinstance(config.corpus, TablesConfig | SourcesConfig):
         return _take_in(config, config.corpus, context, task)
     if store.is_local(context.run_folder):
@@ -258,9 +258,11 @@ def run(config: CorpusStageConfig, context: Context, task: Task, progress: Progr
         return _describe_made(config, Path(place))
 
 
-def _make(corpus: DemoConfig | EmojiConfig, folder: Path) -> None:
+def _make(corpus: DemoConfig | EmojiConfig | PicturesConfig, folder: Path) -> None:
     if isinstance(corpus, DemoConfig):
         make_demo(corpus, folder)
+    elif isinstance(corpus, PicturesConfig):
+        make_pictures(corpus, folder)
     else:
         make_emoji(corpus, folder)
 
@@ -386,7 +388,7 @@ def _refuse_empty(path: str, source: TableSource) -> NoReturn:
 
 def title_of(config: CorpusStageConfig) -> str:
     """Return in one line what the corpus is made from."""
-    if isinstance(config.corpus, DemoConfig | EmojiConfig):
+    if isinstance(config.corpus, DemoConfig | EmojiConfig | PicturesConfig):
         return "caption tables and evaluation sets, bound by digest"
     shown = [
         f"{source.name} ({'' if isinstance(source, TableSource) else source.kind + ' '}{source.path})"

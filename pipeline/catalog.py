@@ -16,6 +16,7 @@ from pydantic import AfterValidator, Discriminator
 from data_prep import corpus
 from data_prep.corpora.demo import DemoConfig
 from data_prep.corpora.emoji import EmojiConfig
+from data_prep.corpora.pictures.corpus import PicturesConfig
 from data_prep.corpus import SourcesConfig, TablesConfig
 from data_prep.dedup import exact as dedup
 from data_prep.dedup import near_duplicates as dedup_image
@@ -111,8 +112,10 @@ class RunConfig:
 
     run: RunTable
     """Folder, seed and processes of the run."""
-    corpus: Annotated[DemoConfig | EmojiConfig | TablesConfig | SourcesConfig, Discriminator("kind")]
-    """What the corpus is made from; its `kind` selects one of four tables."""
+    corpus: Annotated[
+        DemoConfig | EmojiConfig | PicturesConfig | TablesConfig | SourcesConfig, Discriminator("kind")
+    ]
+    """What the corpus is made from; its `kind` selects one of five tables."""
     model: ModelTable | None = None
     """The model and its starting weights. Unset, and without training stages: a run of the corpus only."""
     evaluation: tuple[EvaluationSource, ...] = ()
@@ -211,7 +214,7 @@ class RunConfig:
     @property
     def makes_its_corpus(self) -> bool:
         """Return whether the project generates the corpus, which then has its own evaluation sets."""
-        return isinstance(self.corpus, DemoConfig | EmojiConfig)
+        return isinstance(self.corpus, DemoConfig | EmojiConfig | PicturesConfig)
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> tuple[Run, RunConfig]:

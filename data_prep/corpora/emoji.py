@@ -7,11 +7,11 @@ of others an evaluation set: same names, a style never seen.
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 from urllib.parse import quote
 
 import pyarrow as pa
@@ -116,7 +116,7 @@ def read_vendor(folder: Path, vendor: str) -> list[Emoji]:
     return emojis
 
 
-def _pixels_digest(path: Path, number: int, png: bytes) -> bytes:
+def pixels_digest(path: Path, number: int, png: bytes) -> bytes:
     """Return a digest of what a reader sees: size and RGB pixels, transparent ones on white."""
     try:
         image = Image.open(io.BytesIO(png)).convert("RGBA")
@@ -143,18 +143,32 @@ def evaluation_texts(names: Sequence[str], pixels: Sequence[bytes]) -> list[Eval
     ]
 
 
-def _url_path(vendor: str, number: int) -> str:
+def url_path(vendor: str, number: int) -> str:
+    """Return the path of the image of a table's row on the corpus's site."""
     return f"/{quote(vendor)}/{number:05d}.png"
 
 
-def _write_training(config: EmojiConfig, vendor: str, emojis: list[Emoji], out: Path) -> dict[str, Answer]:
-    """Write the caption table and the images of one vendor; gives the site's answers."""
+class CaptionChoice(Protocol):
+    """The settings that choose captions."""
+
+    @property
+    def captions_per_picture(self) -> int: ...
+    @property
+    def max_keywords(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def write_training(
+    config: CaptionChoice, vendor: str, emojis: Mapping[int, Emoji], out: Path
+) -> dict[str, Answer]:
+    """Write the caption table and the images of one vendor, by row number; gives the site's answers."""
     rows: list[dict[str, str]] = []
     answers: dict[str, Answer] = {}
     (out / "site" / vendor).mkdir(parents=True, exist_ok=True)
     (out / "tables").mkdir(exist_ok=True)
-    for number, emoji in enumerate(emojis):
-        path = _url_path(vendor, number)
+    for number, emoji in emojis.items():
+        path = url_path(vendor, number)
         answers[path] = Answer(file=f"{vendor}/{number:05d}.png", content_type="image/png")
         (out / "site" / vendor / f"{number:05d}.png").write_bytes(emoji.png)
         both = [
@@ -196,9 +210,9 @@ def _write_evaluation(folder: Path, vendor: str, emojis: list[Emoji], out: Path)
         [emoji.png for _, emoji in scored],
         evaluation_texts(
             [emoji.name_zh for _, emoji in scored],
-            [_pixels_digest(path, number, emoji.png) for number, emoji in scored],
+            [pixels_digest(path, number, emoji.png) for number, emoji in scored],
         ),
-        [f"http://{HOST}{_url_path(vendor, number)}" for number, _ in scored],
+        [f"http://{HOST}{url_path(vendor, number)}" for number, _ in scored],
     )
 
 
@@ -226,7 +240,7 @@ def make_emoji(config: EmojiConfig, out: str | Path) -> None:
         raise InputError(f"{folder}: no file to train on besides the evaluated {', '.join(config.evaluate)}")
     answers: dict[str, Answer] = {}
     for vendor in train:
-        answers |= _write_training(config, vendor, read_vendor(folder, vendor), out)
+        answers |= write_training(config, vendor, dict(enumerate(read_vendor(folder, vendor))), out)
     write_site(out, answers)
     for vendor, emojis in evaluated.items():
         _write_evaluation(folder, vendor, emojis, out)

@@ -248,7 +248,7 @@ def test_bad_usage(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_renderers_hold_every_figure_and_escape() -> None:
     line = comparison.Line("a_b & 50% 中文", measured(12.34), 10.0)
     table = comparison.Comparison(2, "MUGE #1", "zero-shot", "m", "p", (line,))
-    assert "a_b & 50% 中文  12.3    11.3 … 13.3   10.0        +2.3" in to_text([table])
+    assert "a_b & 50% 中文  12.3   11.3 … 13.3   10.0        +2.3" in to_text([table])
     latex = to_latex([table])
     assert r"a\_b \& 50\% 中文 & 12.3 & 11.3 \dots{} 13.3 & 10.0 & $+2.3$ \\" in latex
     assert r"MUGE \#1" in latex

@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import json
-import os
 import sys
 import tarfile
 from pathlib import Path
@@ -15,29 +14,15 @@ import pytest
 from PIL import Image
 
 from data_prep.corpora import build_emoji
-from data_prep.corpora.build_emoji import (
-    PACKAGES,
-    SIDE_PX,
-    Package,
-    build,
-    code_points,
-    fetch,
-    integrity_of,
-    normalise_code,
-    on_white,
-    read_members,
-    slug,
-)
+from data_prep.corpora.build_emoji import PACKAGES, build, slug
 from data_prep.corpora.emoji import EmojiConfig, make_emoji
+from data_prep.corpora.packages.archives import read_members
+from data_prep.corpora.packages.cldr import code_points, normalise_code
+from data_prep.corpora.packages.drawing import SIDE_PX, on_white
+from data_prep.corpora.packages.fetch import fetch, integrity_of
+from data_prep.corpora.packages.table import Package
 from pipeline.core.records import ConfigError, InputError
-
-
-def _tarball(path: Path, files: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w:gz") as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(f"package/{name}")
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
+from tests.helpers.registries import serve_packages, tarball
 
 
 def _png(colour: tuple[int, ...]) -> bytes:
@@ -113,28 +98,8 @@ FILES: dict[str, dict[str, bytes]] = {
 
 @pytest.fixture
 def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Package]:
-    """Small packages, and an `npm` on the PATH that packs them and notes each call in calls.txt."""
-    store = tmp_path / "store"
-    store.mkdir()
-    small = {}
-    for role, package in PACKAGES.items():
-        path = store / f"{package.name}@{package.version}"
-        _tarball(path, FILES[role])
-        small[role] = dataclasses.replace(package, integrity=integrity_of(path))
-    npm = tmp_path / "bin/npm"
-    npm.parent.mkdir()
-    npm.write_text(
-        f"#!{sys.executable}\n"
-        "import pathlib, shutil, sys\n"
-        f"store, calls = pathlib.Path({str(store)!r}), {str(tmp_path / 'calls.txt')!r}\n"
-        "print(sys.argv[2], file=open(calls, 'a'))\n"
-        "if not (store / sys.argv[2]).exists(): sys.exit('npm error 404 no such package')\n"
-        "folder = pathlib.Path(sys.argv[sys.argv.index('--pack-destination') + 1])\n"
-        "shutil.copy(store / sys.argv[2], folder / 'package.tgz')\n"
-    )
-    npm.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{npm.parent}{os.pathsep}{os.environ['PATH']}")
-    return small
+    """Small packages, which an `npm` on the PATH packs; it notes each call in calls.txt."""
+    return serve_packages(tmp_path, monkeypatch, PACKAGES, FILES)
 
 
 def _calls(tmp_path: Path) -> list[str]:
@@ -232,7 +197,7 @@ def test_the_command_ends_with_one_line_and_the_status(
 
 
 def test_a_package_without_the_file_is_named(packages: dict[str, Package], tmp_path: Path) -> None:
-    _tarball(tmp_path / "store" / "cldr-annotations-full@47.0.0", {"LICENSE": b"only"})
+    tarball(tmp_path / "store" / "cldr-annotations-full@47.0.0", {"LICENSE": b"only"})
     integrity = integrity_of(tmp_path / "store" / "cldr-annotations-full@47.0.0")
     packages["cldr"] = dataclasses.replace(packages["cldr"], integrity=integrity)
     with pytest.raises(InputError, match=r"no file annotations/zh/annotations\.json in it"):

@@ -67,7 +67,7 @@ def test_ids_that_fit_two_sets_are_asked_about(site: Site, tmp_path: Path) -> No
         Embeddings.open(features), str(tmp_path / "index"), factory="HNSW8", rows_per_part=100, train_rows=12
     )
     where = {"embeddings_folder": features, "images_folder": str(tmp_path / "sets")}
-    with pytest.raises(ConfigError, match="fit one, two alike"):
+    with pytest.raises(ConfigError, match="fit one, two equally"):
         open_gallery(str(tmp_path / "index"), **where)
     shutil.rmtree(tmp_path / "sets" / "two")
     gallery = open_gallery(str(tmp_path / "index"), **where)

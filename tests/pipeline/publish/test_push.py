@@ -194,4 +194,4 @@ def test_a_run_without_shards_is_no_corpus(
 ) -> None:
     run = str(weights.parent.parent)
     assert main(["push", run, "me/corpus", "--corpus", "--license", "mit"]) == 1
-    assert f"{run}: no finished shards in it" in capsys.readouterr().err
+    assert f"{run}: no finished shards: give" in capsys.readouterr().err

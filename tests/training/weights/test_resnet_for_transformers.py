@@ -288,5 +288,7 @@ def test_names_and_licence_are_those_of_the_file(exported: Exported) -> None:
     assert f"under the license {RESNET_CODE_LICENCE}" in card
     assert "library_name: transformers" in card
     page = read("docs/guides/convert.md")
-    (lines,) = (block.text for block in blocks(page) if block.language == "python")
+    (lines,) = (
+        block.text for block in blocks(page) if "demo-clip" in block.text and block.language == "python"
+    )
     assert lines.replace('"demo-clip"', "FOLDER") in card

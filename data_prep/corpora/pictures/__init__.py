@@ -1,0 +1,1 @@
+"""The pictures corpus: drawings, icons, flags, stamps and characters with Chinese names."""
