@@ -27,6 +27,7 @@ from data_prep.sources.local_server import HOST, IMAGES, shown_address
 from data_prep.sources.regions import JOINED
 from data_prep.sources.table import scan
 from pipeline.core import store
+from pipeline.core.evaluation_sets import SET_ASIDE
 from pipeline.core.failures import PARTITION_FAILED
 from pipeline.core.records import InputError, Manifest
 from pipeline.core.run import Run
@@ -73,7 +74,10 @@ class Fate:
         if self.stage is not None:
             detail = f" ({self.detail})" if self.detail else ""
             return [head, f"  dropped by {self.stage}: {self.reason}{detail}"]
-        return [head, f"  kept: {self.place}" if self.place else "  kept so far; the shards are not made yet"]
+        if self.place is None:
+            return [head, "  kept so far; the shards are not made yet"]
+        is_aside = f"/{SET_ASIDE}/" in self.place
+        return [head, f"  {'set aside by [split], never trained on' if is_aside else 'kept'}: {self.place}"]
 
 
 def explain(run: Run, config: FilterTextConfig, asked: str) -> list[str]:

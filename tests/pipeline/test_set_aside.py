@@ -73,6 +73,9 @@ def test_the_model_is_chosen_and_scored_on_the_rows_set_aside(tmp_path: Path) ->
         assert results.returncode == 0, results.stderr
         (table,) = json.loads(results.stdout)["tables"]
         assert "validation" in table["title"]
+    key = pl.concat(packed)["key"][0]
+    told = cnclip(tmp_path, "why", key).stdout
+    assert f"set aside by [split], never trained on: {tmp_path}/run/validation/" in told
     (gallery,) = galleries_of_run(find_checkpoint(str(tmp_path / "run"), None, None), "run")
     assert gallery.num_rows == NUM_SET_ASIDE
 
