@@ -17,7 +17,7 @@ from pipeline.core.records import InputError
 
 # The endings of torchvision's ImageFolder, on which published counts are based.
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-_REMEDY = "or give --labels with lines `folder name<TAB>Chinese name`"
+_REMEDY = "or write `folder name<TAB>Chinese name` lines into label_cn.txt, or the file that --labels names"
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,8 +68,8 @@ def labels_for(folder: str, dataset: str, path: str | None, templates: str = OWN
     shipped = shipped_labels(dataset, templates)
     if shipped is None:
         raise InputError(
-            f"{folder}: has no label_cn.txt, and {dataset} is not a set of ICinW; write the Chinese class"
-            f" names into {own}, one per line in class order"
+            f"{folder}: has no label_cn.txt, and {dataset} is not a set of ICinW; write lines of folder name,"
+            f" tab and Chinese name into {own}, or for folders 000, 001, … only the names in their order"
         )
     return shipped
 

@@ -136,7 +136,10 @@ def _read_predictions(
         if not isinstance(record, dict) or query_key not in record:
             advice = ""
             if isinstance(record, dict) and gallery_key.removesuffix("s") in record:
-                advice = f"; the reference is {direction.name}, these predictions are of the other direction"
+                advice = (
+                    f"; the reference is {direction.name}, these predictions are of the other direction: give"
+                    f' a reference with lines {{"{gallery_key.removesuffix("s")}": …, "{query_key}s": […]}}'
+                )
             raise InputError(f"{where}: There exists one line not containing {lower}: {line[:200]}{advice}")
         query_id = record[query_key]
         if not isinstance(query_id, int):

@@ -188,6 +188,21 @@ class ShardImages:
         return path, table.select(known).slice(within, 1).collect().row(0, named=True)
 
 
+def _ends_with_one_side(table: str) -> bool:
+    """Return whether only the last rows lack an image or a caption: there were more of the other side."""
+    import polars as pl
+
+    rows = pl.scan_parquet(table)
+    for name in {"image_path", "caption"} & set(rows.collect_schema().names()):
+        is_there = pl.col(name).is_not_null()
+        nulls, last = (
+            rows.select(pl.col(name).null_count(), last=is_there.reverse().arg_max()).collect().row(0)
+        )
+        if nulls and nulls == last:
+            return True
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class FileImages:
     """Local files from the metadata that `cnclip embed --images` and clip-retrieval write."""
@@ -195,6 +210,7 @@ class FileImages:
     tables: tuple[str, ...]  # the metadata, read a row at a time
     first_rows: Int64Array  # [num_tables + 1], row of the index of each table's first row
     folder: str  # base of relative paths, which no path may leave
+    are_pairs: bool  # whether each image has its caption; otherwise texts and images only share the table
 
     @classmethod
     def of(cls, metadata_folder: str, folder: str) -> "FileImages":
@@ -202,12 +218,14 @@ class FileImages:
 
         tables = _metadata_files(metadata_folder)
         counts = [int(pl.scan_parquet(path).select(pl.len()).collect().item()) for path in tables]
-        return cls(tuple(tables), np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]), folder)
+        starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        return cls(tuple(tables), starts, folder, not any(map(_ends_with_one_side, tables)))
 
     def describe(self, row: int) -> Description:
         found = self._row(row)
         source = Path(found.get("image_path") or "no file").name
-        return Description((_shortened(found.get("caption") or ""),), source, found.get("url") or "")
+        caption = found.get("caption") if self.are_pairs else None
+        return Description((_shortened(caption or ""),), source, found.get("url") or "")
 
     def read(self, row: int) -> bytes:
         path = self._row(row).get("image_path")

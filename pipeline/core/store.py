@@ -22,6 +22,9 @@ from pipeline.core.records import ConfigError
 
 _DIGEST_CHUNK_BYTES = 1 << 20
 _EDGE_BYTES = 1 << 20
+_PRIVATE = 0o600
+_UMASK = os.umask(0o077)  # it can only be read by setting it, which other threads would notice later
+os.umask(_UMASK)
 _PARTIAL = ".partial"  # suffix of a file that is still being written
 # A file that `publish` has begun: its name has the writer's machine and process id
 _WRITER = re.compile(r"\..*\.([0-9a-f]{8})-(\d{1,9})-[0-9a-f]{8}\.partial")
@@ -318,6 +321,7 @@ def publish(path: str) -> Iterator[str]:
         temporary = os.path.join(folder, f".{name}.{writer}{_PARTIAL}")
         try:
             yield temporary
+            _as_others_may_read(temporary)
             durability.sync_file(temporary)
             os.replace(temporary, target)
             durability.note_published(target)
@@ -334,6 +338,12 @@ def publish(path: str) -> Iterator[str]:
             yield temporary
             fs, name = remote(path)
             fs.put_file(temporary, name)
+
+
+def _as_others_may_read(path: str) -> None:
+    """Give a file that its writer made private, as safetensors does, the mode of any new file."""
+    if stat.S_IMODE(os.stat(path).st_mode) == _PRIVATE:
+        os.chmod(path, 0o666 & ~_UMASK)
 
 
 @contextlib.contextmanager

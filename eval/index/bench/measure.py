@@ -199,7 +199,7 @@ def _measure_factory(
     if missing:
         for point in _searched(plan, factory, missing, folder):
             say(
-                f"{factory} {point.parameters}, {point.queries}: recall {point.recall:.3f},"
+                f"{f'{factory} {point.parameters}'.strip()}, {point.queries}: recall {point.recall:.3f},"
                 f" {point.queries_per_second:,.0f} queries/s"
             )
             known[point.queries, point.parameters] = point

@@ -120,7 +120,7 @@ def test_folders_are_matched_by_key_then_by_name_then_by_number(
             "甲\n乙\n丙",
             r"has class 3, but the labels name only 3 classes \(found 0, 1, 2, 3\)",
         ),
-        (["1990", "1991"], "甲\n乙", r"has class 1991, but the labels name only 2 .*or give --labels"),
+        (["1990", "1991"], "甲\n乙", r"has class 1991, but the labels name only 2 .*into label_cn.txt"),
         (["0", "1"], "1\t甲\n2\t乙", r"folder 0 is not a key of the labels \(1, 2\), as are 1 of 2 folders"),
         (["1", "01"], "甲\n乙", r"two folders have the same class id"),
         (["cat", "Cat"], "cat\t甲\ndog\t乙", r"the folders 'Cat' and 'cat' are both class 0"),

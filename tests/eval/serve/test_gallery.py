@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from eval.index.partitioned import Embeddings, build_parts
-from eval.serve.gallery import EvaluationImages, Gallery, open_gallery
+from eval.serve.gallery import EvaluationImages, FileImages, Gallery, open_gallery
 from eval.serve.server import Searcher, SearchServer
 from pipeline import cli as command_line
 from pipeline.core.records import ConfigError, InputError
@@ -108,3 +108,22 @@ def test_an_index_over_files_shows_them(site: Site, tmp_path: Path) -> None:
     (tmp_path / "images" / "3.png").unlink()
     with pytest.raises(InputError, match=r"3\.png: cannot be read"):
         gallery.images.read(3)
+
+
+@pytest.mark.parametrize(
+    ("images", "captions", "shown"),
+    [
+        (["a.jpg", "b.jpg", "c.jpg"], ["甲", "乙", "丙"], True),
+        (["a.jpg", "b.jpg", "c.jpg"], ["甲", None, "丙"], True),  # one image has no caption
+        (["a.jpg", "b.jpg", "c.jpg"], ["甲", None, None], False),  # a text, but no caption
+        (["a.jpg", None, None], ["甲", "乙", "丙"], False),
+    ],
+)
+def test_texts_that_were_embedded_with_images_are_no_captions(
+    images: list[str | None], captions: list[str | None], shown: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "metadata").mkdir()
+    table = pl.DataFrame({"image_path": images, "caption": captions})
+    table.write_parquet(tmp_path / "metadata" / "metadata_0.parquet")
+    found = FileImages.of(str(tmp_path), str(tmp_path))
+    assert found.describe(0).captions == (("甲",) if shown else ("",))

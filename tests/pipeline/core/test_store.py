@@ -220,3 +220,10 @@ def test_writers_of_the_same_number_do_not_meet(tmp_path: Path, monkeypatch: pyt
         writer.join()
     assert failed == []
     assert [path.name for path in tmp_path.iterdir()] == ["tokens.npz"]
+
+
+def test_a_file_that_its_writer_made_private_gets_the_mode_of_any_new_file(tmp_path: Path) -> None:
+    (tmp_path / "any").touch()
+    with store.publish(str(tmp_path / "weights")) as temporary:
+        Path(temporary).touch(mode=0o600)  # as safetensors does
+    assert (tmp_path / "weights").stat().st_mode == (tmp_path / "any").stat().st_mode
