@@ -75,6 +75,10 @@ def evaluate(
         raise InputError(
             f"--as {options.paper_model}: no such row; choose from {', '.join(PAPER_MODELS.values())}"
         )
+    # A set that cannot be read ends the work before hours of embedding, not after them.
+    classification = {
+        folder: open_classification(folder, templates=options.templates) for folder in sources.classification
+    }
     tables = []
     written = []
     for release in sources.releases:
@@ -90,10 +94,9 @@ def evaluate(
             if _NOT_COMPARABLE in note:
                 say(f"note: {note}")
     sets = list[ClassificationResult]()
-    for folder in sources.classification:
+    for folder, (data, metric) in classification.items():
         name = Path(folder).resolve().name
         say(f"{name}: classification")
-        data, metric = open_classification(folder, templates=options.templates)
         sets.append(
             evaluate_classification(
                 _showing(encoder, name, show),

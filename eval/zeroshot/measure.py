@@ -14,6 +14,8 @@ from eval.paper.published import Metric, classification_protocol, mismatch
 from eval.zeroshot.classifier import Ensemble, class_vectors, classify, submission_record, text_features
 from pipeline.core.files.image_files import summary
 
+_SHOWN_NAMES = 3  # of classes that the vocabulary cannot write
+
 
 @dataclass(frozen=True, slots=True)
 class ClassificationResult:
@@ -85,6 +87,12 @@ def evaluate_classification(
     notes, differs, submission = [f"{name}: {note}" for note in data.notes], False, None
     if classified.num_unreadable:
         notes.append(unreadable_note(data, left_out))
+    if unknown := encoder.base.tokenizer.with_unknown(data.labels.names):
+        some = ", ".join(unknown[:_SHOWN_NAMES]) + (", …" if len(unknown) > _SHOWN_NAMES else "")
+        notes.append(
+            f"{name}: the vocabulary lacks parts of {len(unknown)} of {len(data.labels.names)} class names"
+            f" ({some}), which the model cannot tell apart by them"
+        )
     by_elevater = None
     if metric == "11-point-map":
         by_elevater = measured_elevater_map(classified.scores_NC, data.targets_NC[rows_N])

@@ -1,5 +1,6 @@
 """`cnclip eval`, `cnclip predict` and `cnclip score`."""
 
+import os
 import sys
 from typing import Annotated, Literal
 
@@ -83,6 +84,8 @@ def evaluate(
     from eval.evaluate import Options
     from eval.evaluate import evaluate as measure
 
+    if os.path.isfile(out):
+        raise ConfigError(f"--out {out}: a file; give a folder")
     source = checkpoint(model, overrides, vocabulary, context_length, decode)
     if sets is not None:
         sources, notes = reported_splits(find_sets(sets))

@@ -243,6 +243,8 @@ def test_bad_usage(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     lone = [str(folder / "model.safetensors"), "--vocab", str(folder / "vocab.txt")]
     assert command_line.main(["eval", *lone, "--out", str(tmp_path)]) == 2
     assert "give --sets FOLDER" in capsys.readouterr().err
+    assert run(folder, "--out", str(folder / "vocab.txt")) == 2
+    assert "vocab.txt: a file; give a folder" in capsys.readouterr().err
 
 
 def test_renderers_hold_every_figure_and_escape() -> None:
@@ -258,3 +260,25 @@ def test_renderers_hold_every_figure_and_escape() -> None:
     assert json.loads(to_json([table], {}))["tables"][0]["lines"][0]["difference"]["value"] == pytest.approx(
         2.34
     )
+
+
+def test_a_set_that_cannot_be_read_is_named_before_anything_is_embedded(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder / "sets", tmp_path / "sets")
+    (tmp_path / "sets" / "colours" / "label_cn.txt").unlink()
+    sets = ["--sets", str(tmp_path / "sets"), "--out", str(tmp_path / "out")]
+    assert run(folder, *sets) == 1
+    assert "colours: has no label_cn.txt" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "coco-cn-test").exists()
+
+
+def test_class_names_that_the_vocabulary_cannot_write_are_noted(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder / "sets" / "colours", tmp_path / "sets" / "colours")
+    labels = tmp_path / "sets" / "colours" / "label_cn.txt"
+    names = labels.read_text(encoding="utf-8").splitlines()
+    labels.write_text("\n".join(["龘", *names[1:]]) + "\n", encoding="utf-8")
+    assert run(folder, "--sets", str(tmp_path / "sets"), "--out", str(tmp_path / "out")) == 0
+    assert f"lacks parts of 1 of {len(names)} class names (龘)" in capsys.readouterr().out

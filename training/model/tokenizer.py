@@ -183,6 +183,11 @@ class Tokenizer:
         """Return how many captions `encode` cuts."""
         return self.encode_counting(texts, context_length)[1]
 
+    def with_unknown(self, texts: Sequence[str]) -> list[str]:
+        """Return the texts that have a part which the vocabulary lacks: the model reads it as [UNK]."""
+        unknown = self.vocabulary.index(UNK)
+        return [text for text, ids in zip(texts, self._piece_ids(texts), strict=True) if unknown in ids]
+
     def _piece_ids(self, texts: Sequence[str]) -> list[list[int]]:
         normalised = [normalise(text) for text in texts]
         return [encoding.ids for encoding in self._word_pieces.encode_batch_fast(normalised)]

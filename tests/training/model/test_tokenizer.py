@@ -139,3 +139,8 @@ def test_learned_vocabulary_keeps_the_commonest_characters_when_full() -> None:
     assert learn_vocabulary(["猫猫猫狗狗鸟"], 7) == [*SPECIAL_TOKENS, "猫", "狗"]
     with pytest.raises(ValueError, match="no room"):
         learn_vocabulary(["猫"], 5)
+
+
+def test_texts_that_the_vocabulary_cannot_write_are_found() -> None:
+    tokenizer = Tokenizer([*SPECIAL_TOKENS, "红", "色", "猫"])
+    assert tokenizer.with_unknown(["红色", "红色的猫", "狗", ""]) == ["红色的猫", "狗"]
