@@ -27,7 +27,7 @@ PackedKind = Literal[
 _KINDS_OF: Mapping[str, tuple[PackedKind, ...]] = {
     "image_column": ("huggingface",),
     "caption_column": ("huggingface", "webdataset", "folder"),
-    "list_captions": ("huggingface", "webdataset", "folder"),
+    "list_captions": ("huggingface", "webdataset", "folder", "shards"),
     "encoding": ("webdataset", "folder"),
 }
 

@@ -11,6 +11,7 @@ import polars as pl
 
 from data_prep.corpus_facts import with_exemptions
 from data_prep.formats.tar_images import EXTENSIONS, image_members, is_gzipped, samples_of
+from data_prep.sources.json_rows import refuse_list
 from data_prep.sources.readers.columns import Columns
 from data_prep.sources.readers.copies import Copies
 from data_prep.sources.readers.huggingface import read_rows
@@ -26,9 +27,10 @@ from data_prep.sources.readers.source import (
 )
 from data_prep.sources.readers.texts import texts_of
 from data_prep.sources.table import EXEMPT_COLUMN, naming_damage
-from data_prep.sources.text_rows import Malformed
+from data_prep.sources.text_rows import BETWEEN, ListCaptions, Malformed
 from pipeline.core.files.columns import is_pattern
 from pipeline.core.records import InputError
+from pipeline.core.shard_format import all_captions
 
 _FORMATS = ("jpg", "png", "webp")  # img2dataset's encode_format
 
@@ -151,6 +153,7 @@ def read_shards(
             f"{table_path}: no column {', '.join(missing)}; found {', '.join(table.columns)}; give the folder"
             f" of a run's shards"
         )
+    table = _with_chosen_captions(table_path, table, source.list_captions)
     end = pl.col("offset_bytes") + pl.col("size_bytes")
     is_whole = (end <= os.path.getsize(tar_path)).fill_null(False)
     whole = table.filter(is_whole)
@@ -162,3 +165,16 @@ def read_shards(
     )
     rows = whole.select("url", "caption", at.alias(IMAGE_AT), *columns[4:])
     yield Part(rows, {IMAGE_MISSING: table.filter(~is_whole)})
+
+
+def _with_chosen_captions(path: str, table: pl.DataFrame, list_captions: ListCaptions | None) -> pl.DataFrame:
+    """Return rows that keep several captions as a row for each, for the first, or with all as one text."""
+    several = all_captions("caption")
+    if several not in table.columns or list_captions == "first":
+        return table
+    if list_captions is None:
+        raise refuse_list(path, several)
+    captions = pl.coalesce(pl.col(several).list.drop_nulls(), pl.concat_list("caption"))
+    if list_captions == "each":
+        return table.with_columns(captions.alias("caption")).explode("caption")
+    return table.with_columns(captions.list.join(BETWEEN).alias("caption"))

@@ -194,6 +194,40 @@ def test_a_runs_shards_are_a_source(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ("random", ["左边红色的图片", "左边蓝色的图片"]),
+        ("first", ["左边红色的图片", "左边蓝色的图片"]),
+        ("each", ["左边红色的图片", "红色的方块在左", "左边蓝色的图片"]),
+        (None, []),
+    ],
+)
+def test_shards_whose_rows_keep_several_captions(tmp_path: Path, how: Any, expected: list[str]) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    with TarWriter(str(folder / "00000.tar")) as tar:
+        places = [tar.add(f"{number}.jpg", picture()) for number in range(2)]
+    rows = {
+        "key": ["a", "b"],
+        "url": ["http://a.cn/0.jpg", "http://a.cn/1.jpg"],
+        "caption": ["左边红色的图片", "左边蓝色的图片"],
+        "captions": [["左边红色的图片", "红色的方块在左"], None],
+        "offset_bytes": [place.offset_bytes for place in places],
+        "size_bytes": [place.size_bytes for place in places],
+    }
+    pl.DataFrame(rows).write_parquet(folder / "00000.parquet")
+    source = PackedSource(kind="shards", path=str(folder), name="first", list_captions=how)
+    if how is None:
+        with pytest.raises(InputError, match="'captions' holds lists of captions; set list_captions"):
+            take_in(tmp_path / "run", source)
+        return
+    found = kept(take_in(tmp_path / "run", source))
+    assert found["caption"].to_list() == expected
+    if how == "random":
+        assert found["captions"].to_list() == [rows["captions"][0], ["左边蓝色的图片"]]
+
+
+@pytest.mark.parametrize(
     "path", ["../secret.txt?offset=0&size=3", "%2e%2e/secret.txt?offset=0&size=3", "a?offset=0"]
 )
 def test_the_site_serves_nothing_outside_a_packed_folder(tmp_path: Path, path: str) -> None:
