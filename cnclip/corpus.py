@@ -28,7 +28,7 @@ class Sample:
     """One pair of the corpus."""
 
     key: str
-    caption: str
+    caption: str  # the first, if the sample keeps several
     url: str
     source: str
     image_bytes: bytes  # the stored JPEG

@@ -22,7 +22,7 @@ from pipeline.core.config import digest
 from pipeline.core.files.lock import one_at_a_time
 from pipeline.core.files.written import naming
 from pipeline.core.records import SCHEMA_VERSION, ConfigError, Manifest, Shard
-from pipeline.core.shard_format import ByteRanges, read_sidecar_frame
+from pipeline.core.shard_format import ByteRanges, all_captions, read_sidecar_frame, with_each_caption
 from pipeline.core.stage import Progress
 
 Format = Literal["tsv", "lmdb"]
@@ -45,6 +45,7 @@ class Exported:
 
 @dataclass(frozen=True, slots=True)
 class _Pair:
+    text: int  # number of the caption among all
     row: int
     image: int  # row of the first pair with this image
     data: bytes | None  # the image's; None if an earlier pair had it
@@ -119,18 +120,21 @@ def _finished(place: str, out: str, inputs: str) -> Exported | None:
 
 def _pairs(shards: list[CorpusShard], progress: Progress) -> Iterator[_Pair]:
     repeats = _repeated_images(shards)
-    row = 0
+    row = text = 0
     for number, shard in enumerate(shards, start=1):
-        rows = read_sidecar_frame(shard.table, ("key", "offset_bytes", "size_bytes", "caption"))
+        columns = ("key", "offset_bytes", "size_bytes", "caption")
+        rows = read_sidecar_frame(shard.table, columns, (all_captions("caption"),)).with_row_index("row")
         own = repeats.filter(pl.col("row").is_between(row, row + rows.height - 1))
         first = dict(own.iter_rows())
         with ByteRanges(shard.tar) as tar:
-            for key, offset, size, caption in rows.iter_rows():
-                data = None
-                if row not in first:
+            last = -1
+            for within, key, offset, size, caption in with_each_caption(rows).iter_rows():
+                at, data = row + within, None
+                if within != last and at not in first:
                     data = tar.read(offset, size, f"{key}.jpg")
-                yield _Pair(row, first.get(row, row), data, caption)
-                row += 1
+                yield _Pair(text, at, first.get(at, at), data, caption)
+                last, text = within, text + 1
+        row += rows.height
         progress(number, len(shards), "shards")
 
 
@@ -163,7 +167,7 @@ def _write_tsv(out: str, split: str, pairs: Iterator[_Pair]) -> tuple[int, int]:
             if pair.data is not None:
                 table.write(b"%d\t%b\n" % (pair.row, base64.b64encode(pair.data)))
                 num_images += 1
-            text = {"text_id": pair.row, "text": pair.caption, "image_ids": [pair.image]}
+            text = {"text_id": pair.text, "text": pair.caption, "image_ids": [pair.image]}
             lines.write(json.dumps(text, ensure_ascii=False) + "\n")
             num_texts += 1
     return num_images, num_texts
@@ -183,7 +187,7 @@ def _write_lmdb(out: str, split: str, pairs: Iterator[_Pair]) -> tuple[int, int]
             if pair.data is not None:
                 put_image(str(pair.row), base64.b64encode(pair.data))
                 num_images += 1
-            put_pair(str(num_texts), pickle.dumps((pair.image, pair.row, pair.caption)))
+            put_pair(str(num_texts), pickle.dumps((pair.image, pair.text, pair.caption)))
             num_texts += 1
         put_image("num_images", str(num_images).encode())
         put_pair("num_samples", str(num_texts).encode())

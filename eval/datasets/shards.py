@@ -1,8 +1,9 @@
 """Reads shards (`data_prep.shards.stage`) as an evaluation set, and their images by offset in the tar.
 
 Images with the same bytes are one image, and equal captions are one text, whose correct images are all those
-that carry it. The id of an image or a text is the position of its first sample in the sequence of all
-samples. Memory holds the captions and 24 bytes an image; images stay in the tars.
+that carry it. A sample that keeps several captions gives a text for each. The id of an image is the position
+of its first sample among all samples; that of a text is its first position among all captions. Memory holds
+the captions and 24 bytes an image; images stay in the tars.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,9 +21,12 @@ from pipeline.core.shard_format import (
     SIDECAR,
     TAR,
     ByteRanges,
+    all_captions,
+    num_rows,
     read_sidecar_frame,
     sidecar_of,
     tar_of,
+    with_each_caption,
 )
 
 
@@ -77,9 +81,13 @@ def read_shards(folder: str, name: str) -> RetrievalSet:
     """
     stems = whole_shards(folder)
     columns = ("key", "caption", "image_sha256", "offset_bytes", "size_bytes")
-    tables = []
+    tables, num_samples = [], 0
     for number, stem in enumerate(stems):
-        table = read_sidecar_frame(stem + SIDECAR, columns).with_columns(shard=pl.lit(number, pl.Int64))
+        table = read_sidecar_frame(stem + SIDECAR, columns, (all_captions("caption"),))
+        table = with_each_caption(table.with_row_index("place")).with_columns(
+            pl.col("place").cast(pl.Int64) + num_samples, shard=pl.lit(number, pl.Int64)
+        )
+        num_samples = num_rows(stem + SIDECAR) + num_samples
         blank = table.filter(pl.col("caption").str.strip_chars().fill_null("") == "")
         if blank.height:
             raise InputError(
@@ -87,14 +95,14 @@ def read_shards(folder: str, name: str) -> RetrievalSet:
                 " leave them out of the evaluation"
             )
         tables.append(table)
-    samples = pl.concat(tables).with_row_index("place").with_columns(pl.col("place").cast(pl.Int64))
+    samples = pl.concat(tables).with_row_index("text").with_columns(pl.col("text").cast(pl.Int64))
     if not samples.height:
         raise InputError(f"{folder}: its shards hold no samples")
     samples = samples.with_columns(
-        image_id=pl.col("place").min().over("image_sha256"), text_id=pl.col("place").min().over("caption")
+        image_id=pl.col("place").min().over("image_sha256"), text_id=pl.col("text").min().over("caption")
     )
-    images = samples.filter(pl.col("place") == pl.col("image_id"))
-    texts = samples.filter(pl.col("place") == pl.col("text_id"))
+    images = samples.filter(pl.col("place") == pl.col("image_id")).unique("place", maintain_order=True)
+    texts = samples.filter(pl.col("text") == pl.col("text_id"))
     image_ids, text_ids = images["image_id"].to_numpy(), texts["text_id"].to_numpy()
     pairs = samples.select("text_id", "image_id").unique().sort("text_id", "image_id")
     image_rows = np.searchsorted(image_ids, pairs["image_id"].to_numpy())

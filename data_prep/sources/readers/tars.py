@@ -30,7 +30,7 @@ from data_prep.sources.table import EXEMPT_COLUMN, naming_damage
 from data_prep.sources.text_rows import BETWEEN, ListCaptions, Malformed
 from pipeline.core.files.columns import is_pattern
 from pipeline.core.records import InputError
-from pipeline.core.shard_format import all_captions
+from pipeline.core.shard_format import all_captions, with_each_caption
 
 _FORMATS = ("jpg", "png", "webp")  # img2dataset's encode_format
 
@@ -174,7 +174,7 @@ def _with_chosen_captions(path: str, table: pl.DataFrame, list_captions: ListCap
         return table
     if list_captions is None:
         raise refuse_list(path, several)
-    captions = pl.coalesce(pl.col(several).list.drop_nulls(), pl.concat_list("caption"))
     if list_captions == "each":
-        return table.with_columns(captions.alias("caption")).explode("caption")
-    return table.with_columns(captions.list.join(BETWEEN).alias("caption"))
+        return with_each_caption(table)
+    joined = pl.col(several).list.drop_nulls().list.join(BETWEEN).replace("", None)
+    return table.with_columns(pl.coalesce(joined, "caption").alias("caption"))

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import polars as pl
@@ -17,6 +18,7 @@ from PIL import Image
 from data_prep.shards import repack
 from pipeline.cli import main
 from pipeline.core.run import Run
+from pipeline.core.shard_format import read_sidecar_frame
 from tests.helpers.corpus_files import drawing, encoded, finish, make_run, plain_corpus, sidecars
 
 
@@ -228,6 +230,32 @@ def test_export_to_tsv(
     assert [(images[text["image_ids"][0]], text["text"]) for text in texts] == [
         (picture, caption) for _, picture, caption in samples
     ]
+
+
+def test_export_writes_every_caption_of_a_sample(
+    repeated: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(path: str, columns: Sequence[str], optional: Sequence[str]) -> pl.DataFrame:
+        """Read a sidecar whose second sample keeps two captions."""
+        table = read_sidecar_frame(path, columns, optional)
+        lists = [["甲", "乙"] if row == 1 else None for row in range(table.height)]
+        return table.with_columns(pl.Series("captions", lists, dtype=pl.List(pl.String)))
+
+    monkeypatch.setattr("data_prep.shards.export.read_sidecar_frame", read)
+    assert main(["export", repeated.folder, "--out", str(tmp_path), "--split", "valid"]) == 0
+    samples = pictures_of(Path(repeated.folder, "shards"))
+    lines = (tmp_path / "valid_imgs.tsv").read_text().splitlines()
+    assert len(lines) == 18
+    images = {int(name): base64.b64decode(data) for name, data in (line.split("\t") for line in lines)}
+    texts = [json.loads(line) for line in (tmp_path / "valid_texts.jsonl").read_text().splitlines()]
+    per_shard = heights(Path(repeated.folder, "shards"))
+    expected = list[tuple[bytes, str]]()
+    for size in per_shard:
+        shard, samples = samples[:size], samples[size:]
+        for row, (_, image, caption) in enumerate(shard):
+            expected += [(image, text) for text in (["甲", "乙"] if row == 1 else [caption])]
+    assert [(images[text["image_ids"][0]], text["text"]) for text in texts] == expected
+    assert [text["text_id"] for text in texts] == list(range(24 + len(per_shard)))
 
 
 CN_CLIP = """

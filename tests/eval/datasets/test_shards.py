@@ -127,3 +127,27 @@ def test_a_caption_that_is_no_utf8_is_one_line(shards: str) -> None:
     assert sidecar.read_bytes() != data
     with pytest.raises(InputError, match=r"not a readable sidecar \(.*Invalid UTF8 sequence"):
         read_shards(shards, "mine")
+
+
+def with_captions(folder: str, captions: dict[int, list[str]]) -> None:
+    """Let samples of the first shard keep these captions; others of it keep their one."""
+    path = Path(folder) / "00000.parquet"
+    table = pl.read_parquet(path)
+    lists = [captions.get(row) for row in range(table.height)]
+    table.with_columns(pl.Series("captions", lists, dtype=pl.List(pl.String))).write_parquet(path)
+
+
+def test_every_caption_of_a_sample_is_a_text(shards: str) -> None:
+    with_captions(shards, {1: ["第1张图片", "另一种说法"], 3: ["又一种说法", "第0张图片"]})
+    evaluation = read_shards(shards, "mine")
+    assert evaluation.image_ids.tolist() == list(range(15))
+    positives = {
+        text: evaluation.image_ids[rows].tolist()
+        for text, rows in zip(evaluation.texts, evaluation.images_of_text, strict=True)
+    }
+    assert positives["第1张图片"] == positives["另一种说法"] == [1]
+    assert positives["第0张图片"] == [0, 3]
+    assert positives["又一种说法"] == [3]
+    assert "第3张图片" not in positives
+    assert positives["第5张图片"] == [5, 9]
+    assert positives["第15张图片"] == [3]

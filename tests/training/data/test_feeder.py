@@ -112,9 +112,12 @@ def test_signals_that_ask_a_rank_to_stop_leave_its_workers_alone(tmp_path: Path)
     workers = ImageWorkers(1, whole.views, most_images=8)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         os.kill(workers.processes[0], number)  # also while it starts
+    steps = []
     with Feeder(whole.reader.requests(0, 5), workers, "cpu") as feeder:
-        for _ in feeder:
+        for item in feeder:
+            steps.append(item.step)
             os.kill(workers.processes[0], signal.SIGTERM)
+    assert steps == list(range(5))
 
 
 def test_a_feeder_that_is_ahead_ends_when_it_is_closed(tmp_path: Path) -> None:
