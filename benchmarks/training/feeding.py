@@ -46,7 +46,7 @@ class Rate:
     """Images of a second."""
 
     by_cpu: float  # of all processes together
-    of_workers: float  # by the CPU seconds of the workers alone
+    of_workers: float  # by the CPU seconds of the workers only
     by_clock: float
 
 

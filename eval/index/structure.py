@@ -46,13 +46,6 @@ def num_lists(index: Any) -> int | None:
     return None
 
 
-def has_graph(index: Any) -> bool:
-    """Return whether an HNSW graph finds rows (and not just lists)."""
-    import faiss
-
-    return num_lists(index) is None and any(isinstance(part, faiss.IndexHNSW) for part in walk(index))
-
-
 def is_exact(index: Any) -> bool:
     """Return whether every search compares the query with all rows as they are."""
     import faiss

@@ -35,7 +35,7 @@ class Package:
 
     @property
     def source(self) -> str:
-        """Registry, name and version, as they stand beside each image."""
+        """Registry, name and version, as they stand next to each image."""
         return f"{self.registry} {self.name} {self.version}"
 
 
