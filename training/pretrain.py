@@ -182,8 +182,13 @@ def build_model(job: TrainJob, tokenizer: Tokenizer) -> CLIP:
             dataclasses.replace(start.config, name=clip.config.name), clip.config, job.start_weights
         )
         clip.load_state_dict(start.state_dict())
+    if job.config.loss == "sigmoid":
+        clip.add_logit_bias()
     if job.start_checkpoint is not None:
-        clip.load_state_dict(load_checkpoint(job.start_checkpoint, expected=clip.config).state_dict())
+        earlier = load_checkpoint(job.start_checkpoint, expected=clip.config)
+        if clip.logit_bias is None or earlier.logit_bias is None:  # a bias belongs to the sigmoid loss alone
+            earlier.logit_bias = clip.logit_bias
+        clip.load_state_dict(earlier.state_dict())
     if job.config.lock_image:
         clip.lock_image_tower()
     clip.set_activation_checkpointing(job.config.checkpoint_activations)
@@ -328,6 +333,8 @@ def write_model(job: TrainJob, engine: Engine, last_step: int, chosen_step: int)
             weights = checkpoint.load_verified_weights(chosen)
         clip: CLIP = engine.module.clip
         final = CLIP(clip.config)
+        if clip.logit_bias is not None:
+            final.add_logit_bias()
         final.load_state_dict(weights)
         samples_seen = str(chosen_step * job.config.global_batch)
         metadata: Mapping[str, str] = {"stage": job.stage, "samples_seen": samples_seen}

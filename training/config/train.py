@@ -5,7 +5,14 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
-from pipeline.core.config import BINDS_EXACTLY, BINDS_NEVER, BINDS_ONCE_DONE, NOT_IN_DIGEST, formerly
+from pipeline.core.config import (
+    BINDS_EXACTLY,
+    BINDS_NEVER,
+    BINDS_ONCE_DONE,
+    IN_DIGEST_IF_SET,
+    NOT_IN_DIGEST,
+    formerly,
+)
 from pipeline.core.records import ConfigError, too_few
 from training.config.deepspeed_file import check_model, read_deepspeed_file
 from training.model.config import ModelConfig
@@ -148,6 +155,12 @@ class TrainConfig:
     """Caption column of the shards' sidecars."""
     exclude_duplicates: bool = False
     """Whether pairs with the same image or caption are excluded from each other's negatives."""
+    several_positives: bool = field(default=False, metadata=IN_DIGEST_IF_SET)
+    """Whether pairs with the same image or caption are positives of each other (UniCL, Yang et al. 2022)."""
+    loss: Literal["softmax", "sigmoid"] = field(default="softmax", metadata=IN_DIGEST_IF_SET)
+    """The contrastive loss: cross-entropy over the batch (2.1), or a question of its own for each pair, with
+    a bias that is learned (SigLIP, Zhai et al. 2023).
+    """
     patch_mask: BelowOne = 0.0
     """Share of a ViT's patches that training drops at random (FLIP, Li et al. 2023)."""
     distil: DistilConfig | None = None
@@ -202,6 +215,11 @@ class TrainConfig:
     """Newest checkpoints to keep on disk, in addition to the best one and the last of the warm-up."""
 
     def __post_init__(self) -> None:
+        if self.several_positives and self.exclude_duplicates:
+            raise ValueError(
+                "several_positives = true, but exclude_duplicates = true: pairs with the same image or"
+                " caption cannot be positives of each other and left out; set one of them to false"
+            )
         if self.cached_views and not self.lock_image:
             raise ValueError(
                 f"cached_views = {self.cached_views}: only features of a locked image tower can be cached;"
