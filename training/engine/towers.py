@@ -73,9 +73,8 @@ class Towers(nn.Module):
         captions, and after them a true and a false statement each if the run asks. `kept_BP` are the
         patches to compute on.
         """
-        scale, bias = self.clip.logit_scale.float().clone(), self.clip.logit_bias
-        if bias is not None:
-            bias = bias.float().clone()
+        scale = self.clip.logit_scale.float().clone()
+        bias = None if self.clip.logit_bias is None else self.clip.logit_bias.float().clone()
         image_BD = image.float() if image.ndim == 2 else self.encode_image(image, kept_BP)
         text_XD = self.clip.encode_text(tokens_XL, compiled=self._is_compiled)
         text_BD, statement_SD = text_XD.tensor_split([len(image)])
