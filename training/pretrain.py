@@ -26,7 +26,7 @@ from training.checkpoint.folders import checkpoints_folder
 from training.checkpoint.selection import check_sets
 from training.checkpoint.start import agree_on_start
 from training.config.job import TrainJob
-from training.config.train import TrainConfig, check_fits, count_steps
+from training.config.train import TrainConfig, check_fits, count_steps, sized
 from training.data.feature_cache import FeatureCache, build, cache_key, most_images, requests
 from training.data.feeder import Feeder
 from training.data.image_workers import ImageWorkers
@@ -51,8 +51,8 @@ from training.ranks.watchdog import Watchdog
 from training.trainer import Trainer, Validate
 from training.weights.formats import load_model
 from training.weights.hub.locate import local_path
-from training.weights.initialise import initialise, write_provenance
-from training.weights.weights import load_checkpoint, require_same_model, save_checkpoint, save_openai
+from training.weights.initialise import continue_from, initialise, write_provenance
+from training.weights.weights import require_same_model, save_checkpoint, save_openai
 
 
 def pretrain(job: TrainJob, validate: Validate | None) -> None:
@@ -170,7 +170,7 @@ def build_model(job: TrainJob, tokenizer: Tokenizer) -> CLIP:
         raise ConfigError(f"[{job.stage}] model = {job.model!r}: unknown; known: {', '.join(sorted(MODELS))}")
     torch.manual_seed(job.seed)
     check_fits(job.config, MODELS[job.model], job.stage)
-    clip = build_clip(MODELS[job.model], vocab_size=tokenizer.vocab_size)
+    clip = build_clip(sized(MODELS[job.model], job.config), vocab_size=tokenizer.vocab_size)
     if job.image_weights is not None or job.text_weights is not None:
         taken = initialise(clip, image_weights=job.image_weights, text_weights=job.text_weights)
         if int(os.environ.get("RANK", "0")) == 0:
@@ -185,10 +185,7 @@ def build_model(job: TrainJob, tokenizer: Tokenizer) -> CLIP:
     if job.config.loss == "sigmoid":
         clip.add_logit_bias()
     if job.start_checkpoint is not None:
-        earlier = load_checkpoint(job.start_checkpoint, expected=clip.config)
-        if clip.logit_bias is None or earlier.logit_bias is None:  # a bias belongs to the sigmoid loss alone
-            earlier.logit_bias = clip.logit_bias
-        clip.load_state_dict(earlier.state_dict())
+        continue_from(clip, job.start_checkpoint)
     if job.config.lock_image:
         clip.lock_image_tower()
     clip.set_activation_checkpointing(job.config.checkpoint_activations)

@@ -15,7 +15,7 @@ from pipeline.core.config import (
 )
 from pipeline.core.records import ConfigError, too_few
 from training.config.deepspeed_file import check_model, read_deepspeed_file
-from training.model.config import ModelConfig
+from training.model.config import ModelConfig, at_size
 
 _MOST_LANES = 512  # if the file does not set lanes
 CONTEXT_LENGTH = 52  # tokens of a caption with [CLS] and [SEP] (Table 8: 50 without)
@@ -114,6 +114,32 @@ class NegationConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseConfig:
+    """A training before the stage's own, with smaller images or shorter captions (CLIPA, Li et al. 2023).
+
+    What it does not set is as in the stage. Each phase has its own warm-up, cosine and optimizer, and its own
+    folder, `<stage>_phase1` and so on; position embeddings are interpolated from one to the next.
+    """
+
+    epochs: PositiveInt
+    """Passes over the corpus."""
+    image_size_px: PositiveInt | None = None
+    """Side of the images in pixels."""
+    context_length: Annotated[int, Ge(3)] | None = None
+    """Tokens of a caption, including [CLS] and [SEP]."""
+    patch_mask: BelowOne | None = None
+    """Share of a ViT's patches that training drops at random."""
+    global_batch: PositiveInt | None = None
+    """Samples per optimizer step over all ranks; lanes are then derived from it."""
+    micro_batch: PositiveInt | None = field(default=None, metadata=NOT_IN_DIGEST)
+    """Largest number of samples whose activations a rank holds at once."""
+    peak_learning_rate: Positive | None = None
+    """Learning rate after the warm-up."""
+    warmup_steps: NotNegativeInt | None = None
+    """Steps of linear warm-up."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
     """One training stage. The defaults are the paper's Table 8, ViT column."""
 
@@ -149,6 +175,10 @@ class TrainConfig:
     """Whether both towers recompute activations in the backward pass (A.2)."""
     context_length: Annotated[int, Ge(3)] = CONTEXT_LENGTH
     """Tokens of a caption, including [CLS] and [SEP]."""
+    image_size_px: PositiveInt | None = field(default=None, metadata=IN_DIGEST_IF_SET)
+    """Side of the images in pixels, a multiple of the patch's. Unset: the model's."""
+    phases: tuple[PhaseConfig, ...] = field(default=(), metadata=IN_DIGEST_IF_SET)
+    """Cheaper trainings before this one, in order."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """How training changes images (A.2)."""
     caption_column: str = "caption"
@@ -277,8 +307,8 @@ def check_fits(config: TrainConfig, model: ModelConfig, stage: str) -> None:
             stage.
     """
     try:
-        settings = read_deepspeed_file(config.deepspeed)
-    except ConfigError as error:
+        settings, model = read_deepspeed_file(config.deepspeed), sized(model, config)
+    except (ConfigError, ValueError) as error:
         raise ConfigError(f"[{stage}] {error}") from None
     if config.compile and settings.get("zero_optimization", {}).get("stage") == 3:
         raise ConfigError(
@@ -291,6 +321,15 @@ def check_fits(config: TrainConfig, model: ModelConfig, stage: str) -> None:
             f"[{stage}] context_length = {config.context_length}, but {model.name} has"
             f" {model.text.max_positions} positions"
         )
+
+
+def sized(model: ModelConfig, config: TrainConfig) -> ModelConfig:
+    """Return a model at the size of a training's images.
+
+    Raises:
+        ValueError: if the size is no multiple of the patch's.
+    """
+    return model if config.image_size_px is None else at_size(model, config.image_size_px)
 
 
 def shared_steps(config: TrainConfig) -> int:

@@ -17,7 +17,7 @@ from pipeline.core.files.foreign import foreign
 from pipeline.core.processes import say
 from pipeline.core.records import InputError
 from training.model.clip import CLIP
-from training.model.config import MODELS, ModelConfig, VisionTransformerConfig
+from training.model.config import MODELS, ModelConfig, VisionTransformerConfig, at_size
 from training.weights.hub.cache import is_snapshot
 from training.weights.hub.locate import local_path
 from training.weights.layouts import Layout, rename
@@ -179,13 +179,10 @@ def resized(config: ModelConfig, image_size_px: int, origin: str) -> ModelConfig
     Raises:
         InputError: if patches do not divide it.
     """
-    vision = config.vision
-    cell = vision.patch_size_px if isinstance(vision, VisionTransformerConfig) else 32
-    if image_size_px < cell or image_size_px % cell:
-        raise InputError(
-            f"{origin}: an image size of {image_size_px} is not a multiple of {cell} pixels: choose one"
-        )
-    return replace(config, vision=replace(vision, image_size_px=image_size_px))
+    try:
+        return at_size(config, image_size_px)
+    except ValueError as error:
+        raise InputError(f"{origin}: {error}") from None
 
 
 def with_resized_positions(state: Mapping[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
