@@ -221,6 +221,7 @@ def make_reader(
             context_length=config.context_length,
             token_folder=os.path.join(job.folder, "tokens"),
             seed=job.seed,
+            cut=config.caption_cut,
         ),
         lanes=lanes,
         patch_mask=make_patch_mask(config, clip.config, job.stage, job.seed),

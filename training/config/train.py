@@ -20,6 +20,7 @@ from training.model.config import ModelConfig, at_size
 _MOST_LANES = 512  # if the file does not set lanes
 CONTEXT_LENGTH = 52  # tokens of a caption with [CLS] and [SEP] (Table 8: 50 without)
 
+CaptionCut = Literal["end", "words", "random"]
 PositiveInt = Annotated[int, Gt(0)]
 NotNegativeInt = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0)]
@@ -127,6 +128,8 @@ class PhaseConfig:
     """Side of the images in pixels."""
     context_length: Annotated[int, Ge(3)] | None = None
     """Tokens of a caption, including [CLS] and [SEP]."""
+    caption_cut: CaptionCut | None = None
+    """Which words of a longer caption are kept."""
     patch_mask: BelowOne | None = None
     """Share of a ViT's patches that training drops at random."""
     global_batch: PositiveInt | None = None
@@ -175,6 +178,10 @@ class TrainConfig:
     """Whether both towers recompute activations in the backward pass (A.2)."""
     context_length: Annotated[int, Ge(3)] = CONTEXT_LENGTH
     """Tokens of a caption, including [CLS] and [SEP]."""
+    caption_cut: CaptionCut = field(default="end", metadata=IN_DIGEST_IF_SET)
+    """Which words of a longer caption are kept: the first ones (`end`), nouns, then verbs and adjectives,
+    then others (`words`), or random ones (`random`).
+    """
     image_size_px: PositiveInt | None = field(default=None, metadata=IN_DIGEST_IF_SET)
     """Side of the images in pixels, a multiple of the patch's. Unset: the model's."""
     phases: tuple[PhaseConfig, ...] = field(default=(), metadata=IN_DIGEST_IF_SET)

@@ -10,6 +10,7 @@ import torch
 
 from pipeline.core.arrays import Int64Array
 from pipeline.core.records import Shard
+from training.config.train import CaptionCut
 from training.data.feature_cache import FeatureCache
 from training.data.feeder import Request
 from training.data.patch_mask import PatchMask
@@ -43,6 +44,7 @@ class CaptionConfig:
     context_length: int  # most tokens of a caption, with [CLS] and [SEP]
     token_folder: str  # where token ids are kept
     seed: int  # of which caption a sample with several has in an epoch
+    cut: CaptionCut = "end"  # which words of a longer one are kept
 
 
 class BatchReader:
@@ -71,6 +73,7 @@ class BatchReader:
                 caption_column=config.column,
                 context_length=config.context_length,
                 token_folder=config.token_folder,
+                cut=config.cut,
                 statements=statements,
             )
         )

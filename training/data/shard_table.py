@@ -15,6 +15,8 @@ from pipeline.core.files.written import check_zip, naming
 from pipeline.core.processes import say
 from pipeline.core.records import InputError, Shard, too_few
 from pipeline.core.shard_format import all_captions, read_sidecar, sidecar_of
+from training.config.train import CaptionCut
+from training.data.short_captions import identity, shorten
 from training.data.statements import Statements
 from training.data.text_encoder import TextEncoder
 from training.data.views import IMAGE_ID_DIGITS
@@ -89,6 +91,7 @@ def read_shard_table(
     caption_column: str,
     context_length: int,
     token_folder: str,
+    cut: CaptionCut = "end",
     statements: Statements | None = None,
 ) -> ShardTable:
     """Read a shard's sidecar; the token ids come from `token_folder` or are made and kept there.
@@ -113,7 +116,7 @@ def read_shard_table(
         row = int(np.argmax(is_outside))
         raise InputError(f"{path}: row {row}: the image lies outside the tar of {shard.num_bytes} bytes")
     captions, caption_starts = _captions(path, table, caption_column)
-    token_ids, token_starts = _cached_tokens(path, captions, tokenizer, context_length, token_folder)
+    token_ids, token_starts = _cached_tokens(path, captions, tokenizer, context_length, token_folder, cut)
     return ShardTable(
         keys=hexadecimal["key"],
         offset_bytes=offset_bytes,
@@ -188,10 +191,15 @@ def _bytes_of(texts: pa.Array | pa.ChunkedArray) -> tuple[Int64Array, bytes]:
 
 
 def _cached_tokens(
-    sidecar: str, captions: pa.Array, tokenizer: TextEncoder, context_length: int, token_folder: str
+    sidecar: str,
+    captions: pa.Array,
+    tokenizer: TextEncoder,
+    context_length: int,
+    token_folder: str,
+    cut: CaptionCut,
 ) -> tuple[Int32Array, Int64Array]:
     # The name holds all that the ids depend on, so that a file that is there is right and never stale.
-    digest = blake2b(f"{tokenizer.digest} {context_length} ".encode(), digest_size=16)
+    digest = blake2b(f"{tokenizer.digest} {context_length} {identity(cut)}".encode(), digest_size=16)
     lengths, data = _bytes_of(captions)
     digest.update(lengths.tobytes())
     digest.update(data)
@@ -204,9 +212,14 @@ def _cached_tokens(
             say(f"{path}: cannot be read ({error}): cnclip makes the token ids again")
     texts = captions.to_pylist()
     tokens_NL = tokenizer.encode(texts, context_length)
-    full = [caption for caption, last in zip(texts, tokens_NL[:, -1], strict=True) if last]
-    if full and (num_cut := tokenizer.num_truncated(full, context_length)):
-        say(f"{sidecar}: {num_cut} of {len(captions)} captions cut to {context_length} tokens")
+    row_C = np.flatnonzero(tokens_NL[:, -1])
+    if len(row_C):  # full; longer ones have a token more
+        row_C = row_C[tokenizer.encode([texts[row] for row in row_C], context_length + 1)[:, -1] != 0]
+    if len(row_C):
+        say(f"{sidecar}: {len(row_C)} of {len(captions)} captions cut to {context_length} tokens")
+        if cut != "end":
+            short = shorten([texts[row] for row in row_C], cut, tokenizer, context_length)
+            tokens_NL[row_C] = tokenizer.encode(short, context_length)
     is_token = tokens_NL != 0
     token_ids = tokens_NL[is_token]
     token_starts = np.concatenate([[0], np.cumsum(is_token.sum(axis=1), dtype=np.int64)])
