@@ -319,7 +319,10 @@ def _model_stages(
     stages: list[Stage] = []
     columns = _learned_columns(train_stages)
     if columns:
-        stages.append(vocabulary.stage(dataclasses.replace(config.vocabulary, columns=columns)))
+        together = _learned_together(train_stages) or None
+        stages.append(
+            vocabulary.stage(dataclasses.replace(config.vocabulary, columns=columns, together=together))
+        )
     stages += train_stages
     stages += [
         evaluation_stages.embed_stage(scores, learned=learned, sets_from=config.sets_from),
@@ -429,3 +432,16 @@ def _learned_columns(train_stages: Sequence[Stage]) -> tuple[str, ...]:
     """Caption columns that need a vocabulary of their own."""
     configs = [stage.config for stage in train_stages if stage.config.vocabulary is None]
     return tuple(sorted({job.train.caption_column for job in configs}))
+
+
+def _learned_together(train_stages: Sequence[Stage]) -> dict[str, tuple[str, ...]]:
+    """Vocabularies that cover more columns than their own, since trainings draw captions from these too.
+
+    The stages that share a vocabulary hand their weights on, so that it is one for all of their columns.
+    """
+    together: dict[str, set[str]] = {}
+    for stage in train_stages:
+        train = stage.config.train
+        if stage.config.vocabulary is None:
+            together.setdefault(train.caption_column, set()).update(train.weight_of_columns)
+    return {name: tuple(sorted(columns)) for name, columns in together.items() if columns != {name}}

@@ -217,7 +217,7 @@ def make_reader(
         order,
         tokenizer,
         CaptionConfig(
-            column=config.caption_column,
+            weights=config.weight_of_columns,
             context_length=config.context_length,
             token_folder=os.path.join(job.folder, "tokens"),
             seed=job.seed,

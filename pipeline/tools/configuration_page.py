@@ -212,6 +212,8 @@ def _type(hint: Any) -> str:
         if inside[-1] is Ellipsis:
             return f"list of {_type(inside[0])}s"
         return f"list of {len(inside)} {_type(inside[0])}s"
+    if typing.get_origin(hint) is Mapping:
+        return f"table of {_type(typing.get_args(hint)[1])}s"
     return _PLAIN[hint]
 
 

@@ -108,3 +108,13 @@ def test_a_plan_counts_smaller_images(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(write(tmp_path, RUN.replace(old, new)))
+
+
+def test_a_vocabulary_covers_all_columns_that_are_drawn(tmp_path: Path) -> None:
+    text = RUN.replace("epochs = 3\n", "epochs = 3\ncaption_weights = { caption = 3, caption_en = 1 }\n")
+    run, _ = load(write(tmp_path, text.replace("[english]", '[english]\ncaption_column = "caption_en"')))
+    (vocabulary,) = [stage for stage in run.stages if stage.name == "vocabulary"]
+    assert vocabulary.config.columns == ("caption", "caption_en")
+    assert vocabulary.config.together == {"caption": ("caption", "caption_en")}
+    with pytest.raises(ConfigError, match=r"stage2\.caption_weights\.caption: must be greater than 0"):
+        load(write(tmp_path, text.replace("caption = 3", "caption = 0")))

@@ -1,5 +1,6 @@
 """The settings of a training stage. No heavy imports here."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -190,6 +191,12 @@ class TrainConfig:
     """How training changes images (A.2)."""
     caption_column: str = "caption"
     """Caption column of the shards' sidecars."""
+    caption_weights: Annotated[Mapping[str, Positive], MinLen(1)] | None = field(
+        default=None, metadata=IN_DIGEST_IF_SET
+    )
+    """Several caption columns, and how often each is drawn, as in `{ caption = 3, caption_en = 1 }`. A sample
+    without a caption in one has more of the others. Unset: `caption_column` alone.
+    """
     exclude_duplicates: bool = False
     """Whether pairs with the same image or caption are excluded from each other's negatives."""
     several_positives: bool = field(default=False, metadata=IN_DIGEST_IF_SET)
@@ -288,6 +295,11 @@ class TrainConfig:
                 f"ranks = {self.ranks} is more than lanes = {self.lanes}: a rank owns whole lanes; raise"
                 " lanes or use fewer ranks"
             )
+
+    @property
+    def weight_of_columns(self) -> Mapping[str, float]:
+        """Return the caption columns with the weights by which they are drawn."""
+        return self.caption_weights or {self.caption_column: 1.0}
 
     @property
     def num_workers(self) -> int:

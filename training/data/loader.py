@@ -1,7 +1,7 @@
 """From shards to batches: what each step reads."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,7 +40,7 @@ class Batch:
 class CaptionConfig:
     """Which captions are read, and how."""
 
-    column: str  # of the sidecars
+    weights: Mapping[str, float]  # columns of the sidecars, and how often each is drawn
     context_length: int  # most tokens of a caption, with [CLS] and [SEP]
     token_folder: str  # where token ids are kept
     seed: int  # of which caption a sample with several has in an epoch
@@ -70,7 +70,7 @@ class BatchReader:
             lambda shard: read_shard_table(
                 shards[shard],
                 tokenizer,
-                caption_column=config.column,
+                caption_weights=config.weights,
                 context_length=config.context_length,
                 token_folder=config.token_folder,
                 cut=config.cut,

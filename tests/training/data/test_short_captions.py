@@ -58,7 +58,7 @@ def test_a_shard_has_the_short_captions_ids(tmp_path: Path, cut: CaptionCut) -> 
         kind: read_shard_table(
             shard,
             tokenizer,
-            caption_column="caption",
+            caption_weights={"caption": 1.0},
             context_length=length,
             token_folder=str(tmp_path / "tokens"),
             cut=cut if kind == "short" else "end",
