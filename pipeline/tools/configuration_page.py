@@ -213,7 +213,8 @@ def _type(hint: Any) -> str:
             return f"list of {_type(inside[0])}s"
         return f"list of {len(inside)} {_type(inside[0])}s"
     if typing.get_origin(hint) is Mapping:
-        return f"table of {_type(typing.get_args(hint)[1])}s"
+        inside = _type(typing.get_args(hint)[1])
+        return f"table of {inside.replace('list', 'lists')}" if "list" in inside else f"table of {inside}s"
     return _PLAIN[hint]
 
 
