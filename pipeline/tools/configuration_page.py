@@ -213,8 +213,8 @@ def _type(hint: Any) -> str:
             return f"list of {_type(inside[0])}s"
         return f"list of {len(inside)} {_type(inside[0])}s"
     if typing.get_origin(hint) is Mapping:
-        inside = _type(typing.get_args(hint)[1])
-        return f"table of {inside.replace('list', 'lists')}" if "list" in inside else f"table of {inside}s"
+        item = _type(typing.get_args(hint)[1])
+        return f"table of {item.replace('list', 'lists')}" if "list" in item else f"table of {item}s"
     return _PLAIN[hint]
 
 
