@@ -33,7 +33,7 @@ def law(
     ] = "1,2,4,8",
     rates: Annotated[
         str,
-        typer.Option(metavar="F,…", help="train each at the peak learning rate times these"),
+        typer.Option(metavar="F,…", help="train each at the peak learning rate times these numbers"),
     ] = "1",
     stage: Annotated[
         str | None,
@@ -49,8 +49,8 @@ def law(
         list[str] | None,
         typer.Option(
             metavar="MODEL:SAMPLES",
-            help="predict this training, as in ViT-B-16:3e9 samples seen; may be repeated (default: four times"
-            " the largest compute)",
+            help="predict this training, as in ViT-B-16:3e9 samples seen; may be repeated (default: four"
+            " times the largest compute)",
         ),
     ] = None,
 ) -> int:
