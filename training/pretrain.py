@@ -25,6 +25,7 @@ from training.checkpoint.finished import mark_finished
 from training.checkpoint.folders import checkpoints_folder
 from training.checkpoint.selection import check_sets
 from training.checkpoint.start import agree_on_start
+from training.checkpoint.writer import CheckpointWriter
 from training.config.job import TrainJob
 from training.config.train import TrainConfig, check_fits, count_steps, sized
 from training.data.feature_cache import FeatureCache, build, cache_key, most_images, requests
@@ -128,9 +129,12 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
     if reader.features is None:
         workers = start_workers(job, reader, clip, order.rank_num_samples(rank, config.ranks))
     engine.train()
-    with Feeder(
-        reader.requests(first_step, total_steps), workers, get_accelerator().current_device_name()
-    ) as batches:
+    with (
+        Feeder(
+            reader.requests(first_step, total_steps), workers, get_accelerator().current_device_name()
+        ) as batches,
+        CheckpointWriter() as writer,
+    ):
         trainer = Trainer(
             stage=job.stage,
             config=config,
@@ -144,6 +148,7 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
             num_samples=num_samples,
             recalls_of=validate,
             metrics=metrics,
+            writer=writer,
             stop=stop,
             watchdog=watchdog,
             folder=job.folder,
