@@ -213,7 +213,8 @@ def run(config: TrainStageConfig, context: Context, task: Task, progress: Progre
         status = watch(command, environment, log_path, progress, notice)
         if status != 0:
             raise InputError(failure(log_path, status))
-    outputs = dict.fromkeys((MODEL_FILE, METRICS_FILE), 0)
+    averaged = () if config.train.averages is None else config.train.averages.files
+    outputs = dict.fromkeys((MODEL_FILE, METRICS_FILE, *averaged), 0)
     if config.save_openai:
         outputs[OPENAI_FILE] = 0
     return Outcome(outputs, num_in=num_samples, num_kept=num_samples)

@@ -125,6 +125,9 @@ class Trainer:
         self.watchdog.alive(f"computing step {batch.step + 1}")
         rate = learning_rate(batch.step, self.total_steps, self.config)
         result = train_step(self.engine, batch, rate, self.config.max_temperature, self.seed)
+        towers = self.engine.module
+        if towers.averages is not None:
+            towers.averages.update(towers.clip, batch.step + 1)
         numbers = NumbersUnderWay(
             result.loss, result.is_skipped, result.temperature, self.stop.received, self.batches.wait_seconds
         )

@@ -65,7 +65,8 @@ class TrainState:
 
     step: int
     weights: dict[str, Tensor]
-    moments: dict[str, Tensor]  # `exp_avg.<name>`, `exp_avg_sq.<name>`; in float16 also `loss_scaling.<name>`
+    # `exp_avg.<name>`, `exp_avg_sq.<name>`; in float16 also `loss_scaling.<name>`, and averages of weights
+    moments: dict[str, Tensor]
     num_updates: int | None = None  # steps that changed weights, if some were skipped; None: all
 
 
@@ -84,6 +85,8 @@ def gather_state(engine: Engine, step: int, memory: HostMemory) -> TrainState:
                     moments[f"{moment}.{name}"] = memory.copy(f"{moment}.{name}", whole)
     for name, value in loss_scaling(engine).items():
         moments[f"{_LOSS_SCALING}{name}"] = tensor(value, dtype=float64)
+    if (averages := engine.module.averages) is not None:
+        moments |= {name: memory.copy(name, value) for name, value in averages.state().items()}
     num_updates = int(next(iter(adam_of(engine).state.values()))["step"].item())
     weights = gather_weights(engine, memory)
     memory.wait()
@@ -122,6 +125,8 @@ def restore_state(engine: Engine, state: TrainState) -> None:
         if name.startswith(_LOSS_SCALING)
     }
     set_loss_scaling(engine, scaling)
+    if (averages := engine.module.averages) is not None:
+        averages.restore(state.moments, state.step, engine.module.clip)
 
 
 def save(

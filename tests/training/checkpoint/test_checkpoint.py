@@ -214,9 +214,9 @@ def train_into_a_limit(job: TrainJob, limit_bytes: int) -> str:
 
     write = pretrain.write_model
 
-    def limited(*arguments: Any) -> None:
+    def limited(*arguments: Any, **more: Any) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, resource.RLIM_INFINITY))
-        write(*arguments)
+        write(*arguments, **more)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrain, "write_model", limited)
