@@ -90,7 +90,6 @@ def test_a_finished_cell_is_measured(path: str) -> None:
     steps = [
         {"step": 1, "teraflops": 9.0, "seconds": 9.0},
         *({"step": n, "teraflops": 2.0, "seconds": 3.0} for n in (1, 2)),
-        {"step": 2, "validation_seconds": 5.0, "validation_share": 0.5},
     ]
     steps.append({"step": 2, "validation_seconds": 1.0})
     (folder / "log.jsonl").write_text("\n".join(map(json.dumps, steps)))
