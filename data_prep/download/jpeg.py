@@ -12,6 +12,8 @@ _METADATA = (*range(0xE0, 0xF0), _COMMENT)
 _YCBCR = b"\x01"  # the transform in Adobe's segment
 # Of the three components of a frame. libjpeg takes other numbers for other colours if no segment says more.
 _NUMBERS = (1, 2, 3)
+_MOST_SEGMENTS = 1000  # a progressive JPEG has some 40; a hostile one may have millions
+_LEAST_LENGTH = 2  # of a segment: its own two bytes
 # In a scan, a marker other than a restart; FF00 is a byte of data.
 _NEXT_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 
@@ -26,8 +28,11 @@ def plain_jpeg(data: bytes) -> bytes | None:
     if not data.startswith(_START):
         return None
     parts, at, has_frame, has_scan = [_START], len(_START), False, False
-    while at + 4 <= len(data) and data[at] == 0xFF:
-        marker, end = data[at + 1], at + 2 + int.from_bytes(data[at + 2 : at + 4])
+    for _ in range(_MOST_SEGMENTS):
+        length = int.from_bytes(data[at + 2 : at + 4])
+        if data[at : at + 1] != b"\xff" or length < _LEAST_LENGTH:
+            return None
+        marker, end = data[at + 1], at + 2 + length
         segment = data[at:end]
         if marker in _FRAMES:
             if has_frame or not _is_colour(segment):

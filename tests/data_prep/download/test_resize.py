@@ -273,3 +273,7 @@ def test_what_is_no_whole_jpeg_is_not_kept() -> None:
     for end in range(len(PLAIN)):
         assert plain_jpeg(PLAIN[:end]) is None
     assert plain_jpeg(PLAIN) == PLAIN
+    comment = b"\xff\xfe\x00\x02"
+    assert plain_jpeg(PLAIN[:2] + 900 * comment + PLAIN[2:]) == PLAIN
+    assert plain_jpeg(PLAIN[:2] + 1000 * comment + PLAIN[2:]) is None
+    assert plain_jpeg(PLAIN[:2] + b"\xff\xfe\x00\x01" + PLAIN[2:]) is None
