@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from typing import Literal
 
 import numpy as np
 
@@ -41,26 +42,30 @@ class Index:
         k: int = 10,
         rows_per_part: int = 500_000,
         redo: bool = False,
+        metric: Literal["cosine", "ip", "l2"] | None = None,
     ) -> "Index":
-        """Build an index of unit-norm vectors and tune it, or continue an interrupted build.
+        """Build an index of vectors and tune it, or continue an interrupted build.
 
         Args:
             vectors: an array [N, D], which is saved in the folder as vectors.npy; or what `cnclip index`
-                takes: a .npy file, a folder of them, or clip-retrieval's folder.
+                takes: a file (.npy, .fbin, .fvecs, .hdf5, .parquet:COLUMN …), a folder of .npy files, or
+                clip-retrieval's folder.
             folder: the folder for the index.
             factory: FAISS's factory string (default: one that suits the size, `memory_gib` and `recall`).
             memory_gib: memory for the whole index, in GiB.
             recall: target recall against exact search, 0 to 1. Python warns if the index cannot reach it.
             centre: whether to subtract the vectors' mean before coding them.
-            queries: unit-norm vectors [Q, D] to tune with (default: text features in the same folder, or rows
+            queries: vectors [Q, D] to tune with (default: text features in the same folder, or rows
                 of `vectors`).
             k: neighbours of each query for which the recall is meant.
             rows_per_part: rows of one FAISS file.
             redo: whether to replace an index of other vectors or settings.
+            metric: "cosine" of rows brought to unit length, "ip" for inner products, "l2" for distances
+                (default: cosine of rows that have unit length, or what an HDF5 file names).
 
         Raises:
-            InputError, ConfigError: for vectors that are not unit-norm, a factory that FAISS refuses, or a
-                folder that holds another index.
+            InputError, ConfigError: for vectors that do not suit the metric, a factory that FAISS refuses,
+                or a folder that holds another index.
         """
         from eval.index.build import rows_to_train
         from eval.index.embeddings import Embeddings
@@ -71,7 +76,7 @@ class Index:
 
         place = os.fspath(folder)
         source = vectors if isinstance(vectors, str) else _keep(vectors, place)
-        embeddings = Embeddings.open(source)
+        embeddings = Embeddings.open(source, metric=metric)
         chosen = factory or suggest(
             embeddings.num_rows, embeddings.dim, memory_gib * 2**30, recall, centre=centre
         )
@@ -129,12 +134,15 @@ class Index:
     ) -> tuple[Float32Array, Int64Array]:
         """Return the k best rows of each query, (score_QK, row_QK), best first, equal scores by lower row.
 
+        Scores are inner products, or squared distances for the metric "l2". Queries are taken as they are:
+        for cosines they have unit length.
+
         Args:
-            vectors: unit-norm queries [Q, D], or one query [D], which returns k scores and rows.
+            vectors: queries [Q, D], or one query [D], which returns k scores and rows.
             k: neighbours of each query.
             parameters: FAISS's string, such as "nprobe=16" (default: those of `parameters`).
 
-        Rows that were not found are -1 with a score of -inf.
+        Rows that were not found are -1 with a score of -inf, or a distance of inf.
 
         Raises:
             InputError: for queries of another width, or for k above the number of rows.

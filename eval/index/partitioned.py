@@ -1,6 +1,6 @@
 """Builds indices over embeddings that do not fit into memory: in parts, memory-mapped, resumable.
 
-Unit-norm embeddings in float16 or float32 are read from `.npy` files, one block at a time.
+Embeddings are read one block at a time.
 docs/reference/formats.md, "Features and indices", has the layout of the folder that `build_parts` writes.
 """
 
@@ -16,6 +16,7 @@ from eval.index.build import DEFAULT_TRAIN_ROWS, fill, train
 from eval.index.device import Device, check_device
 from eval.index.embeddings import Embeddings as Embeddings
 from eval.index.files import faiss_reason, load_index, vouch, write_index
+from eval.index.metric import METRICS, Metric
 from eval.index.structure import limit_search
 from eval.index.tuning.parameters import Tuned, set_parameters
 from eval.index.tuning.tune import Tuning, tune_index
@@ -58,6 +59,7 @@ class PartedIndex:
     model: ModelIdentity | None = None  # None if unknown
     tuned: Tuned | None = None  # `search` in the file; None for an index that was not tuned
     centre: str | None = None  # sha256 of centre.npy, the mean that was subtracted from all rows
+    metric: Metric = "cosine"
 
     @classmethod
     def open(cls, folder: str) -> "PartedIndex":
@@ -116,6 +118,8 @@ class PartedIndex:
                 raise ValueError(f"{name} is not text")
         if not isinstance(self.centre, str | None):
             raise ValueError("centre is not text")
+        if self.metric not in METRICS:
+            raise ValueError(f"its metric is none of {', '.join(METRICS)}")
         if self.tuned is not None:
             self.tuned.check()
         row = 0
@@ -198,7 +202,7 @@ class PartedIndex:
         )
         for part in self.parts:
             path = store.join(self.folder, part.path)
-            index = load_index(path)
+            index = load_index(path, metric=self.metric)
             if (index.d, index.ntotal) != (self.dim, part.num_rows):
                 raise InputError(
                     f"{path}: {index.ntotal} rows of width {index.d}, but index.json has {part.num_rows} of"
@@ -211,11 +215,13 @@ class PartedIndex:
             except Exception as error:
                 raise InputError(f"{path}: FAISS cannot search it ({faiss_reason(error)})") from None
             rows_QK = np.where(rows_QK >= 0, rows_QK + part.first_row, -1)
+            if self.metric == "l2":
+                scores_QK = -scores_QK
             scores_QK = np.where(rows_QK >= 0, scores_QK, -np.inf)
             best = _merge(best, (scores_QK, rows_QK), k)
         if mean_D is not None:
             best[0][:] += (queries_QD @ mean_D)[:, None]
-        return best
+        return (-best[0], best[1]) if self.metric == "l2" else best
 
 
 def build_parts(
@@ -248,6 +254,8 @@ def build_parts(
     check_device(device)
     if rows_per_part < 1 or train_rows < 1:
         raise ConfigError("rows per part and rows to train on must be at least 1")
+    if centre and embeddings.metric == "l2":
+        raise ConfigError("--centre is for inner products; distances do not change when rows are moved")
     with exclusive(folder):
         bound = [embeddings.digest(), factory, rows_per_part, train_rows]
         inputs = digest([*bound, "centre"] if centre else bound)
@@ -268,6 +276,7 @@ def build_parts(
         result = PartedIndex(
             folder, factory, embeddings.dim, embeddings.num_rows, inputs, tuple(parts), embeddings.model
         )
+        result = replace(result, metric=embeddings.metric)
         if centre:
             result = replace(result, centre=store.digest_file(store.join(folder, CENTRE)))
         known = None if earlier is None else earlier.tuned
@@ -277,8 +286,8 @@ def build_parts(
             result = replace(result, tuned=_tune(result, embeddings, tuning))
         fields = asdict(result)
         fields["search"] = fields.pop("tuned")
-        for name in ("search", "centre"):
-            if fields[name] is None:
+        for name, usual in (("search", None), ("centre", None), ("metric", "cosine")):
+            if fields[name] == usual:
                 del fields[name]
         del fields["folder"]
         store.write_text(store.join(folder, "index.json"), json.dumps(fields, indent=1))
@@ -321,7 +330,7 @@ def _tune(index: PartedIndex, embeddings: Embeddings, tuning: Tuning) -> Tuned:
     def search(queries_QD: Float32Array, k: int, parameters: str) -> Int64Array:
         return index.search(queries_QD, k, parameters=parameters)[1]
 
-    first = load_index(store.join(index.folder, index.parts[0].path))
+    first = load_index(store.join(index.folder, index.parts[0].path), metric=index.metric)
     return tune_index(first, search, embeddings, tuning)
 
 
@@ -368,7 +377,7 @@ class _Trained:
             if (num_bytes, found) != (part.num_bytes, part.digest):
                 raise InputError(f"{path}: its bytes have changed")
         else:
-            index = load_index(path)
+            index = load_index(path, metric=self.vectors.metric)
             if (index.d, index.ntotal) != (self.vectors.dim, part.num_rows):
                 raise InputError(f"{path}: {index.ntotal} rows of width {index.d}, {part.num_rows} wanted")
         vouch(path)
@@ -378,11 +387,11 @@ class _Trained:
         path = store.join(self.folder, "trained.index")
         if store.exists(path):
             try:
-                return load_index(path, mapped=False)
+                return load_index(path, mapped=False, metric=self.vectors.metric)
             except InputError as error:
                 self.say(f"{error}: built again")
         write_index(train(self.vectors, self.factory, self.train_rows, self.device), path)
-        return load_index(path, mapped=False)
+        return load_index(path, mapped=False, metric=self.vectors.metric)
 
 
 def _part_name(number: int) -> str:

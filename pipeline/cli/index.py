@@ -2,7 +2,7 @@
 
 import json
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -17,6 +17,7 @@ from pipeline.cli.arguments import (
     Neighbours,
     Side,
     TrainRows,
+    VectorMetric,
 )
 from pipeline.core import store
 from pipeline.core.progress import make_progress
@@ -35,6 +36,7 @@ def index(
     embeddings_path: EmbeddingsPath,
     out: Annotated[str, typer.Argument(metavar="OUT", help="folder for the index")],
     side: Side = "image",
+    metric: VectorMetric = None,
     train_rows: TrainRows = None,
     factory: Annotated[
         str | None,
@@ -49,8 +51,9 @@ def index(
     queries: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE.npy",
-            help="tune with these features (default: the other side's, or rows of the embeddings)",
+            metavar="FILE",
+            help="tune with these vectors (default: the other side's, an HDF5 file's own, or rows of the"
+            " embeddings)",
         ),
     ] = None,
     num_queries: Annotated[
@@ -75,7 +78,7 @@ def index(
     from eval.index.tuning.suggest import suggest
     from eval.index.tuning.tune import Tuning
 
-    embeddings = Embeddings.open(embeddings_path, side=side)
+    embeddings = Embeddings.open(embeddings_path, side=side, metric=metric)
     tuning = Tuning(choose_queries(embeddings_path, embeddings, side, num_queries, queries), recall, k)
     chosen = factory or suggest(
         embeddings.num_rows, embeddings.dim, memory * 2**30, recall, train_rows, centre=centre
@@ -115,6 +118,7 @@ def index(
 def bench_index(
     embeddings_path: EmbeddingsPath,
     side: Side = "image",
+    metric: VectorMetric = None,
     train_rows: TrainRows = None,
     query_side: Annotated[
         list[str] | None,
@@ -125,7 +129,7 @@ def bench_index(
         ),
     ] = None,
     queries: Annotated[
-        str | None, typer.Option(metavar="FILE.npy", help="search for these features instead")
+        str | None, typer.Option(metavar="FILE", help="search for these features instead")
     ] = None,
     num_queries: Annotated[
         int, typer.Option("--num-queries", metavar="N", help="search for N queries of each set at most")
@@ -160,6 +164,13 @@ def bench_index(
     threads: Annotated[
         int | None, typer.Option(metavar="N", help="let FAISS use N threads (default: all cores)")
     ] = None,
+    export: Annotated[
+        Literal["ann-benchmarks", "big-ann"] | None,
+        typer.Option(
+            metavar="ann-benchmarks|big-ann",
+            help="also write what each setting found into --out, as that benchmark's own tools read it",
+        ),
+    ] = None,
     merge: Annotated[
         list[str] | None,
         typer.Option(
@@ -183,14 +194,22 @@ def bench_index(
     from eval.index.bench.results import RESULTS, compared, read_results
     from eval.index.bench.task import read_labels
     from eval.index.embeddings import Embeddings
-    from eval.index.tuning.queries import query_sets
+    from eval.index.formats.export import Export
+    from eval.index.tuning.queries import has_test, query_sets
     from pipeline.core.files.lock import exclusive
 
     if threads is not None and threads < 1:
         raise ConfigError(f"--threads {threads}: give at least 1")
-    if ground_truth is not None and queries is None:
+    has_own = has_test(embeddings_path) and queries is None and not query_side
+    if ground_truth is not None and queries is None and not has_own:
         raise ConfigError("--ground-truth belongs to --queries FILE")
-    embeddings = Embeddings.open(embeddings_path, side=side)
+    if export is not None and out is None:
+        raise ConfigError("--export writes into the folder of --out; give --out FOLDER")
+    embeddings = Embeddings.open(embeddings_path, side=side, metric=metric)
+    if has_own and ground_truth is None and metric is None and not labels:
+        from eval.index.formats.hdf5 import num_neighbours
+
+        ground_truth = embeddings_path if num_neighbours(embeddings_path) >= k else None
     known = None if labels is None else read_labels(labels, embeddings_path, side, embeddings.num_rows)
     sets = query_sets(
         embeddings_path,
@@ -213,6 +232,7 @@ def bench_index(
         threads=threads or len(os.sched_getaffinity(0)),
         labels=known,
         truth_path=ground_truth,
+        export=None if export is None or out is None else Export(export, out, embeddings_path, k),
     )
     factories = grid.split(";") if grid else measured.default_grid(embeddings.num_rows, embeddings.dim)
     others = [item for folder in merge or [] for item in read_results(store.join(folder, RESULTS))]

@@ -19,6 +19,7 @@ from eval.index.build import fill, train
 from eval.index.device import Device, to_device
 from eval.index.embeddings import Embeddings
 from eval.index.files import read_limited, write_index
+from eval.index.metric import Metric
 from eval.index.tuning.parameters import set_parameters
 from eval.index.views import Centred, Vectors, Without, mean_of
 from pipeline.core.arrays import Float32Array, Int64Array
@@ -39,6 +40,7 @@ class Job:
     folder: str  # where the index and the results lie
     embeddings: str
     side: Side
+    metric: Metric | None  # as `Embeddings.open` takes it
     held_out: str | None  # .npy of the rows that are left out, ascending
     factory: str
     train_rows: int
@@ -61,7 +63,7 @@ def view_of(embeddings: Embeddings, held_out: Int64Array | None) -> Embeddings |
 def build(job: Job) -> None:
     """Train and fill an index, and write it into the folder."""
     held_out = None if job.held_out is None else np.load(job.held_out)
-    vectors: Vectors = view_of(Embeddings.open(job.embeddings, side=job.side), held_out)
+    vectors: Vectors = view_of(Embeddings.open(job.embeddings, side=job.side, metric=job.metric), held_out)
     start = time.perf_counter()
     if job.centre:
         mean_D = mean_of(vectors, job.train_rows)
