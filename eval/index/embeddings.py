@@ -9,7 +9,9 @@ import numpy as np
 
 from eval.features.layout import EMBEDDING_FOLDERS, Side
 from eval.features.model_identity import ModelIdentity, read_identity
-from eval.index.formats.matrix import BIN, HDF5, VECS, Role, file_of, is_vectors, open_matrix, suffix_of
+from eval.index.formats.files import open_matrix
+from eval.index.formats.hdf5 import metric_of
+from eval.index.formats.matrix import BIN, HDF5, VECS, Role, file_of, is_vectors, suffix_of
 from eval.index.metric import METRICS, Metric, prepared
 from pipeline.core import store
 from pipeline.core.arrays import Float32Array, Int64Array
@@ -128,8 +130,6 @@ def _metric_of(source: str, metric: Metric | None) -> tuple[Metric, bool]:
         return metric, metric == "cosine"
     suffix = suffix_of(source)
     if suffix in HDF5 and os.path.isfile(source):
-        from eval.index.formats.hdf5 import metric_of
-
         return metric_of(source), True
     if suffix in BIN or suffix in VECS:
         raise ConfigError(

@@ -10,6 +10,7 @@ from pipeline.core.arrays import Float32Array, Int64Array
 
 NUM_QUERIES = 64
 _NUM_FOUND = 10
+_LEAST_FINDING = 0.9  # of its own rows find any row; a list of a small part may be empty
 _LEAST_GAIN = 0.1  # of the best row's advantage over a random one; good factories reach at least 0.3
 _MOST_OFF = 0.5  # median error of a cosine against the exact one; coarse codes have about 0.3
 
@@ -32,8 +33,13 @@ def why_out_of_order(
     """
     scores_QK, rows_QK = index.search(queries_QD, min(_NUM_FOUND, index.ntotal))
     is_found = rows_QK >= 0
-    if not is_found.any(axis=1).all():
+    finds_Q = is_found.any(axis=1)
+    if finds_Q.mean() < _LEAST_FINDING:
         return "it finds nothing for some of its own rows"
+    # A row between two lists may be put into one and, rounded in another batch, searched for in the other.
+    queries_QD, scores_QK, rows_QK, is_found = (
+        each[finds_Q] for each in (queries_QD, scores_QK, rows_QK, is_found)
+    )
     scores_QK = np.where(is_found, -scores_QK if metric == "l2" else scores_QK, 0)
     if not np.isfinite(scores_QK).all():
         return "its scores are not finite"

@@ -14,6 +14,7 @@ from pipeline.cli import (
     embed,
     evaluate,
     index,
+    index_rows,
     init,
     push,
     report,
@@ -40,6 +41,7 @@ GROUPS = (
     analyses.ANALYSES,
     embed.EMBED,
     index.INDEX,
+    index_rows.ROWS,
     serve.SERVE,
 )
 

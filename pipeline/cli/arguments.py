@@ -137,6 +137,13 @@ Side = Annotated[
     Literal["image", "text"],
     typer.Option(metavar="image|text", help="use this side of a clip-retrieval folder"),
 ]
+Where = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SQL",
+        help="only rows whose metadata fulfil a condition, such as \"source = 'laion' AND width > 300\"",
+    ),
+]
 VectorMetric = Annotated[
     Literal["cosine", "ip", "l2"] | None,
     typer.Option(

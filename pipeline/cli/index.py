@@ -18,6 +18,7 @@ from pipeline.cli.arguments import (
     Side,
     TrainRows,
     VectorMetric,
+    Where,
 )
 from pipeline.core import store
 from pipeline.core.progress import make_progress
@@ -67,6 +68,13 @@ def index(
     rows_per_part: Annotated[
         int, typer.Option("--rows-per-part", metavar="N", help="put N rows into each FAISS file")
     ] = 500_000,
+    append: Annotated[
+        bool,
+        typer.Option(
+            "--append",
+            help="add the files by which the features have grown, without training or tuning again",
+        ),
+    ] = False,
     redo: Annotated[
         bool, typer.Option("--redo", help="replace an index of other embeddings or other settings")
     ] = False,
@@ -79,6 +87,12 @@ def index(
     from eval.index.tuning.tune import Tuning
 
     embeddings = Embeddings.open(embeddings_path, side=side, metric=metric)
+    if append:
+        from eval.index.parts.change import append_grown
+
+        grown, count = append_grown(embeddings, out, progress=make_progress("index", "row"))
+        print(f"{out}: {count:,} rows appended, {grown.num_rows:,} rows in {len(grown.parts)} parts")
+        return EXIT_DONE
     tuning = Tuning(choose_queries(embeddings_path, embeddings, side, num_queries, queries), recall, k)
     chosen = factory or suggest(
         embeddings.num_rows, embeddings.dim, memory * 2**30, recall, train_rows, centre=centre
@@ -160,6 +174,15 @@ def bench_index(
     memory: IndexMemory = 4.0,
     recall: IndexRecall = 0.95,
     centre: Centre = False,
+    index_folder: Annotated[
+        str | None,
+        typer.Option(
+            "--index",
+            metavar="FOLDER",
+            help="measure this index of the features as it is served: in parts, memory-mapped, cold and warm",
+        ),
+    ] = None,
+    where: Where = None,
     device: FaissDevice = "cpu",
     threads: Annotated[
         int | None, typer.Option(metavar="N", help="let FAISS use N threads (default: all cores)")
@@ -200,6 +223,27 @@ def bench_index(
 
     if threads is not None and threads < 1:
         raise ConfigError(f"--threads {threads}: give at least 1")
+    if index_folder is not None:
+        given = {"--grid": grid, "--merge": merge, "--labels": labels, "--export": export}
+        given |= {"--ground-truth": ground_truth, "--centre": centre or None, "--train-rows": train_rows}
+        for name, value in given.items():
+            if value is not None:
+                raise ConfigError(f"--index measures the index as it is: leave {name} out")
+        return _bench_served(
+            embeddings_path,
+            side,
+            metric,
+            index_folder,
+            query_side,
+            queries,
+            num_queries,
+            k,
+            where,
+            threads,
+            out,
+        )
+    if where is not None:
+        raise ConfigError("--where belongs to --index FOLDER")
     has_own = has_test(embeddings_path) and queries is None and not query_side
     if ground_truth is not None and queries is None and not has_own:
         raise ConfigError("--ground-truth belongs to --queries FILE")
@@ -261,4 +305,45 @@ def bench_index(
             store.write_text(store.join(out, "front.svg"), measured.front_plot(first, k))
     if others:
         print(compared([*found.results, *others]))
+    return EXIT_DONE
+
+
+def _bench_served(
+    path: str,
+    side: Literal["image", "text"],
+    metric: Literal["cosine", "ip", "l2"] | None,
+    folder: str,
+    query_side: list[str] | None,
+    queries: str | None,
+    num_queries: int,
+    k: int,
+    where: str | None,
+    threads: int | None,
+    out: str | None,
+) -> int:
+    """Measure an index in parts as it is served."""
+    import os
+
+    from eval.index.bench.served import measure_served, served_table
+    from eval.index.embeddings import Embeddings
+    from eval.index.parts.selection import rows_where
+    from eval.index.tuning.queries import choose_queries, own_rows, queries_of_side
+
+    embeddings = Embeddings.open(path, side=side, metric=metric)
+    if query_side and len(query_side) > 1:
+        raise ConfigError("--index measures one set of queries: give --query-side once")
+    if query_side and query_side[0] == "held-out":
+        asking = own_rows(embeddings, num_queries)
+    elif query_side:
+        name = query_side[0]
+        if name not in ("image", "text") or name == side:
+            raise ConfigError(f"--query-side {name}: give the other side, or held-out")
+        asking = queries_of_side(path, embeddings, "text" if name == "text" else "image", num_queries)
+    else:
+        asking = choose_queries(path, embeddings, side, num_queries, queries)
+    allowed = None if where is None else rows_where(path, where, embeddings.num_rows)
+    found = measure_served(
+        folder, embeddings, asking, k, allowed, threads or len(os.sched_getaffinity(0)), out, inform
+    )
+    print(served_table(found))
     return EXIT_DONE

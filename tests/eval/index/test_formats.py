@@ -11,7 +11,7 @@ import pytest
 import cnclip
 from eval.index.embeddings import Embeddings
 from eval.index.formats.export import Export
-from eval.index.formats.matrix import open_matrix
+from eval.index.formats.files import open_matrix
 from eval.index.partitioned import PartedIndex
 from eval.index.tuning.queries import query_sets
 from pipeline import cli as command_line
