@@ -81,9 +81,7 @@ def main() -> int:
             texts_QD,
         )
         more = times["ours"] - times["faiss"]
-        print(
-            f"one query: {times['ours']:.3f} ms over 20 parts, {times['faiss']:.3f} ms in one FAISS index"
-        )
+        print(f"one query: {times['ours']:.3f} ms over 20 parts, {times['faiss']:.3f} ms in one FAISS index")
         results.append(
             record(
                 "parted_index/query",

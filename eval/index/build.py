@@ -28,6 +28,11 @@ def new_index(dim: int, factory: str, metric: Metric = "cosine") -> Any:
     """
     import faiss
 
+    if "CAGRA" in factory.upper():
+        raise InputError(
+            f"FAISS's factory has no {factory!r}: CAGRA graphs are built by cuVS only and not by cnclip; use"
+            " HNSW32, or IVF with --device gpu"
+        )
     try:
         index = faiss.index_factory(dim, factory, faiss_metric(metric))
         reason = why_other_metric(index, metric)

@@ -174,6 +174,14 @@ FaissDevice = Annotated[
         "--device", metavar="cpu|gpu", help="run FAISS on this device; gpu needs faiss-gpu-cu12 (make gpu)"
     ),
 ]
+SearchDevice = Annotated[
+    Literal["cpu", "gpu", "gpu-shards"],
+    typer.Option(
+        "--device",
+        metavar="cpu|gpu|gpu-shards",
+        help="run FAISS on this device; with gpu each GPU holds the index, with gpu-shards a share of its rows",
+    ),
+]
 IndexMemory = Annotated[
     float, typer.Option("--memory", metavar="GIB", help="let the whole index use this much memory")
 ]

@@ -15,6 +15,7 @@ from pipeline.cli.arguments import (
     IndexMemory,
     IndexRecall,
     Neighbours,
+    SearchDevice,
     Side,
     TrainRows,
     VectorMetric,
@@ -183,7 +184,7 @@ def bench_index(
         ),
     ] = None,
     where: Where = None,
-    device: FaissDevice = "cpu",
+    device: SearchDevice = "cpu",
     threads: Annotated[
         int | None, typer.Option(metavar="N", help="let FAISS use N threads (default: all cores)")
     ] = None,

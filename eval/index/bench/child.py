@@ -16,7 +16,7 @@ import numpy as np
 
 from eval.features.layout import Side
 from eval.index.build import fill, train
-from eval.index.device import Device, to_device
+from eval.index.device import Device, to_build, to_device
 from eval.index.embeddings import Embeddings
 from eval.index.files import read_limited, write_index
 from eval.index.metric import Metric
@@ -69,8 +69,8 @@ def build(job: Job) -> None:
         mean_D = mean_of(vectors, job.train_rows)
         np.save(Path(job.folder) / MEAN, mean_D)
         vectors = Centred(vectors, mean_D)
-    empty = train(vectors, job.factory, job.train_rows, job.device)
-    index = fill(empty, vectors, 0, vectors.num_rows, job.factory, job.device)
+    empty = train(vectors, job.factory, job.train_rows, to_build(job.device))
+    index = fill(empty, vectors, 0, vectors.num_rows, job.factory, to_build(job.device))
     seconds = time.perf_counter() - start
     num_bytes, _ = write_index(index, str(Path(job.folder) / INDEX))
     _say({"seconds": seconds, "num_bytes": num_bytes, "peak_bytes": _memory("VmHWM")})

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from eval.index.bench.energy import UNKNOWN, Meter, counters
 from eval.index.bench.points import settings
 from eval.index.bench.results import machine
 from eval.index.embeddings import Embeddings
@@ -49,6 +50,7 @@ class ServedPoint:
     p95_ms: float
     p99_ms: float
     queries_per_second: float  # all queries at once, median of the rounds
+    joules_per_query: float | None  # of the whole machine, all queries at once; None without counters
     proportional_bytes: int  # growth of the process's proportional set size, mapped pages included
 
 
@@ -161,6 +163,7 @@ def served_table(served: Served) -> str:
         "p99",
         "queries/s",
         "MiB",
+        "J/query",
     )
     rows = [head]
     for point in served.points:
@@ -175,13 +178,16 @@ def served_table(served: Served) -> str:
                 *(f"{one:.3f}" for one in times),
                 f"{point.queries_per_second:,.0f}",
                 f"{point.proportional_bytes / 2**20:.0f}",
+                "" if point.joules_per_query is None else f"{point.joules_per_query:.4f}",
             )
         )
     size = f"{facts['bytes_per_vector']:.1f} bytes per vector"
     share = f"{facts['share']:.1%} of {facts['num_rows']:,} rows may answer"
-    return f"{facts['index']}: {facts['factory']} in {facts['num_parts']} parts, {size}, {share}\n" + align(
-        rows, (False, False, *[True] * 8)
-    )
+    text = f"{facts['index']}: {facts['factory']} in {facts['num_parts']} parts, {size}, {share}\n"
+    text += align(rows, (False, False, *[True] * 9))
+    if all(point.joules_per_query is None for point in served.points):
+        text += f"\nno J/query: {UNKNOWN}"
+    return text
 
 
 def _searched(
@@ -214,7 +220,7 @@ def _searched(
             process.kill()
 
 
-def search(job: dict[str, Any], number: int) -> dict[str, float]:
+def search(job: dict[str, Any], number: int) -> dict[str, float | None]:
     """Search cold, one query at a time, and with all at once; write what was found."""
     work = Path(job["work"])
     queries_QD = np.load(work / _QUERIES)
@@ -233,10 +239,12 @@ def search(job: dict[str, Any], number: int) -> dict[str, float]:
     few = [queries_QD[query : query + 1] for query in range(min(_SINGLE, len(queries_QD)))]
     once(queries_QD)  # warms up
     single = [once(query)[0] for query in few for _ in range(2)]
+    meter = Meter(counters())
     whole, found_QK = [], np.zeros(0)
     for _ in range(_ROUNDS):
         seconds, found_QK = once(queries_QD)
         whole.append(seconds)
+    joules = meter.joules()
     np.save(work / _FOUND.format(number), found_QK)
     low, high, highest = np.percentile(single, [50, 95, 99])
     return {
@@ -245,6 +253,7 @@ def search(job: dict[str, Any], number: int) -> dict[str, float]:
         "p95_ms": 1e3 * high,
         "p99_ms": 1e3 * highest,
         "queries_per_second": len(queries_QD) / float(np.median(whole)),
+        "joules_per_query": None if joules is None else joules / (_ROUNDS * len(queries_QD)),
         "proportional_bytes": max(0, _proportional() - before),
     }
 
