@@ -35,8 +35,8 @@ def check_device(device: Device) -> None:
 def to_device(index: Any, device: Device, factory: str) -> Any:
     """Return the index on the GPUs, or unchanged for the CPU.
 
-    With "gpu" each GPU has a copy, and they share the queries. With "gpu-shards" each has a share of the rows,
-    for an index that is larger than one GPU's memory; rows must be in the index already.
+    With "gpu" each GPU has a copy, and they share the queries. With "gpu-shards" each has a share of the
+    rows, for an index that is larger than one GPU's memory; rows must be in the index already.
 
     Raises:
         InputError: if FAISS supports this kind of index only on CPUs.

@@ -63,7 +63,7 @@ def exact_neighbours(vectors: Vectors, queries_QD: Float32Array, k: int, device:
         _equal_blocks(vectors),
         k,
         faiss_metric(vectors.metric),
-        ngpu=-1 if device == "gpu" else 0,
+        ngpu=0 if device == "cpu" else -1,
     )
     order = np.lexsort((rows_QK, scores_QK if vectors.metric == "l2" else -scores_QK), axis=1)
     return Truth(np.take_along_axis(rows_QK, order, axis=1), np.take_along_axis(scores_QK, order, axis=1))

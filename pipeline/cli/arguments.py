@@ -179,7 +179,7 @@ SearchDevice = Annotated[
     typer.Option(
         "--device",
         metavar="cpu|gpu|gpu-shards",
-        help="run FAISS on this device; with gpu each GPU holds the index, with gpu-shards a share of its rows",
+        help="run FAISS on this device; with gpu each GPU holds the index, with gpu-shards a share of it",
     ),
 ]
 IndexMemory = Annotated[
