@@ -15,10 +15,13 @@ from pipeline.core.files.foreign import foreign
 from pipeline.core.records import ConfigError, InputError
 from pipeline.core.text_table import align
 
-# Rates of one core, as benchmarks/eval/index_scale.py measures them (benchmarks/results/index_scale.json).
-ASSIGN_GFLOPS = 25.0  # of training and of finding a row's list
-SCAN_GB_PER_SECOND = 1.0  # of 8-bit codes that a query is compared with
-FLOAT_GB_PER_SECOND = 4.0  # of centroids that it is compared with first
+# Rates of one core. The first two are those of benchmarks/eval/index_scale.py. The others follow from
+# benchmarks/results/large_index.json, 10 million × 512 in IVF1024,SQ8 on two cores: 85.8 queries a second that
+# read 8 of the lists, and 283 s to build, less 44 s of assignment.
+ASSIGN_GFLOPS = 120.0  # of training and of finding a row's list
+FLOAT_GB_PER_SECOND = 15.0  # of centroids that a query is compared with first
+SCAN_GB_PER_SECOND = 1.7  # of mapped codes that it is compared with then
+ROW_SECONDS = 48e-6  # to read, check, code and write a row
 _TRAIN_ITERATIONS = 10  # FAISS's for the lists of IVF
 _USABLE = 0.8  # of a machine's memory, the rest is for the system and for queries
 _FLOAT16_BYTES, _FLOAT32_BYTES = 2, 4
@@ -104,7 +107,8 @@ def _plan_of(family: Family, num_rows: int, dim: int, nprobe: int, machine: Mach
     num_machines = math.ceil(num_rows * row_bytes / usable)
     train_rows = min(num_rows, max(DEFAULT_TRAIN_ROWS, TRAIN_ROWS_PER_LIST * lists))
     flops = 2 * dim * lists * (_TRAIN_ITERATIONS * train_rows + num_rows / num_machines)
-    build_seconds = flops / (1e9 * ASSIGN_GFLOPS * machine.cores)
+    core_seconds = flops / (1e9 * ASSIGN_GFLOPS) + ROW_SECONDS * num_rows / num_machines
+    build_seconds = core_seconds / machine.cores
     scanned = nprobe / lists * num_rows / num_machines * row_bytes
     query_seconds = (scanned / SCAN_GB_PER_SECOND + centroids / FLOAT_GB_PER_SECOND) / 1e9
     queries_per_second = machine.cores / query_seconds
@@ -124,7 +128,15 @@ def _plan_of(family: Family, num_rows: int, dim: int, nprobe: int, machine: Mach
 
 def plan_table(num_rows: int, dim: int, recall: float, nprobe: int, plans: list[IndexPlan]) -> str:
     """Return aligned text, the lowest price first, and what it assumes."""
-    head = ("machine", "index", "machines", "features GiB", "index GiB", "build h", "queries/s")
+    head: tuple[str, ...] = (
+        "machine",
+        "index",
+        "machines",
+        "features GiB",
+        "index GiB",
+        "build h",
+        "queries/s",
+    )
     head += ("build price", "per million")
     rows: list[tuple[str, ...]] = [head]
     for plan in sorted(plans, key=lambda plan: plan.price_per_million or 0.0):

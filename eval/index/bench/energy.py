@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RAPL = "/sys/class/powercap"
-UNKNOWN = "this machine shows no energy counter (RAPL needs read access to /sys/class/powercap, NVML a GPU)"
+UNKNOWN = (
+    f"this machine shows no energy counter (RAPL needs read access to {RAPL}, NVML a GPU and nvidia-ml-py)"
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -165,7 +165,7 @@ def served_table(served: Served) -> str:
         "MiB",
         "J/query",
     )
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     for point in served.points:
         times = (point.p50_ms, point.p95_ms, point.p99_ms)
         rows.append(
