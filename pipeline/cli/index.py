@@ -225,7 +225,7 @@ def bench_index(
     if threads is not None and threads < 1:
         raise ConfigError(f"--threads {threads}: give at least 1")
     if index_folder is not None:
-        given = {"--grid": grid, "--merge": merge, "--labels": labels, "--export": export}
+        given: dict[str, object] = {"--grid": grid, "--merge": merge, "--labels": labels, "--export": export}
         given |= {"--ground-truth": ground_truth, "--centre": centre or None, "--train-rows": train_rows}
         for name, value in given.items():
             if value is not None:
