@@ -14,6 +14,7 @@ from pipeline.cli import (
     embed,
     evaluate,
     index,
+    index_rows,
     init,
     law,
     push,
@@ -42,6 +43,7 @@ GROUPS = (
     law.LAW,
     embed.EMBED,
     index.INDEX,
+    index_rows.ROWS,
     serve.SERVE,
 )
 

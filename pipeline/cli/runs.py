@@ -114,8 +114,38 @@ def plan(
             "--tokens", metavar="L", help=f"assume a mean caption length of L tokens (default: {_TOKENS})"
         ),
     ] = None,
+    vectors: Annotated[
+        float | None, typer.Option(metavar="N", help="with index: plan for N vectors, such as 1e9")
+    ] = None,
+    dim: Annotated[
+        int | None, typer.Option(metavar="D", help="with index: width of the vectors (default: 512)")
+    ] = None,
+    recall: Annotated[
+        float | None, typer.Option(metavar="R", help="with index: aim for this recall (default: 0.95)")
+    ] = None,
+    nprobe: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="with index: assume that a query searches N lists (default: 64)"),
+    ] = None,
+    prices: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.toml",
+            help="with index: compare this price table's machines (default: this one)",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> int:
+    if run_file == "index":
+        if overrides or any(each is not None for each in (device, utilisation, memory, samples, mean_tokens)):
+            raise ConfigError(
+                "cnclip plan index takes only --vectors, --dim, --recall, --nprobe, --prices and --json"
+            )
+        return _plan_index(
+            vectors, dim or 512, 0.95 if recall is None else recall, nprobe or 64, prices, as_json=as_json
+        )
+    if any(value is not None for value in (vectors, dim, recall, nprobe, prices)):
+        raise ConfigError("--vectors, --dim, --recall, --nprobe and --prices belong to `cnclip plan index`")
     from pipeline.planning.requirements import RECIPES, hardware, trainings_of_recipe, trainings_of_run
     from pipeline.planning.table import training_table
 
@@ -316,3 +346,31 @@ def doctor(
     else:
         print(table(findings))
     return EXIT_DONE if all(finding.fit for finding in findings) else EXIT_FAILED
+
+
+def _plan_index(
+    vectors: float | None, dim: int, recall: float, nprobe: int, prices: str | None, *, as_json: bool
+) -> int:
+    """Plan an index; no run is read."""
+    import os
+    from dataclasses import asdict
+
+    import psutil
+
+    from eval.index.planning import Machine, plan_index, plan_table, read_machines
+
+    if vectors is None or not 1 <= vectors <= 1e15 or vectors != int(vectors):
+        raise ConfigError("cnclip plan index needs --vectors N, a whole number such as 1e9")
+    if prices is not None:
+        machines = read_machines(prices)
+    else:
+        memory = psutil.virtual_memory().total / 2**30
+        machines = [Machine("this machine", len(os.sched_getaffinity(0)), memory)]
+    plans = [plan_index(int(vectors), dim, recall, nprobe, machine) for machine in machines]
+    if as_json:
+        print_document({"vectors": int(vectors), "plans": [asdict(plan) for plan in plans]})
+    else:
+        print(plan_table(int(vectors), dim, recall, nprobe, plans))
+        if prices is None:
+            print("give --prices FILE.toml for prices and other machines")
+    return EXIT_DONE
