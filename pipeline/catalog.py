@@ -14,6 +14,8 @@ from annotated_types import Ge
 from pydantic import AfterValidator, Discriminator
 
 from data_prep import corpus
+from data_prep.concepts import stages as concepts
+from data_prep.concepts.stages import BalanceConfig, ConceptsConfig
 from data_prep.corpora.demo import DemoConfig
 from data_prep.corpora.emoji import EmojiConfig
 from data_prep.corpora.pictures.corpus import PicturesConfig
@@ -136,6 +138,10 @@ class RunConfig:
     """Scores by a model. Unset: rows without a score from their source are not judged by score."""
     filter_score: FilterScoreConfig | None = None
     """Threshold on these scores. Unset: the paper's."""
+    concepts: ConceptsConfig | None = None
+    """Concepts of the captions, counted. Unset: none are."""
+    balance: BalanceConfig | None = None
+    """Balance of these concepts. Unset: keep every row, as the paper does."""
     split: SplitConfig | None = None
     """Rows set aside for validation. Unset: none."""
     shards: ShardsConfig = field(default_factory=ShardsConfig)
@@ -170,6 +176,11 @@ class RunConfig:
         if self.filter_score is not None and self.score is None:
             raise ValueError(
                 "filter_score: nothing to judge without [score]; give it, or filter_text.min_score"
+            )
+
+        if self.balance is not None and self.concepts is None:
+            raise ValueError(
+                "balance: no concepts to balance; give [concepts] with files of entries, ngrams, or both"
             )
 
     def _check_training(self) -> None:
@@ -277,9 +288,9 @@ def make_run(config: RunConfig) -> Run:
         dedup.stage(config.dedup),
         download.stage(config.download),
         filter_image.stage(config.filter_image),
-        *_row_stages(config),
     ]
-    stages += _shard_stages(config, rows=stages[-1].name)
+    judging, rows = _row_stages(config)
+    stages += [*judging, *_shard_stages(config, rows)]
     stages.append(lock.stage(stages))
     scores, train_stages = None, list[Stage]()
     if config.model is not None:
@@ -336,8 +347,11 @@ def _model_stages(
     return scores, stages
 
 
-def _row_stages(config: RunConfig) -> list[Stage]:
-    """Return the stages that a run requests between the downloaded images and the shards."""
+def _row_stages(config: RunConfig) -> tuple[list[Stage], str]:
+    """Return the stages that a run requests between the downloaded images and the shards.
+
+    Also returns the one whose rows are packed.
+    """
     stages: list[Stage] = []
     before = "filter_image"
     if config.dedup_image is not None:
@@ -358,7 +372,13 @@ def _row_stages(config: RunConfig) -> list[Stage]:
             ),
             score.filter_stage(config.filter_score or FilterScoreConfig(), rows=before),
         ]
-    return stages
+        before = "filter_score"
+    if config.concepts is not None:
+        stages += concepts.count_stages(config.concepts, rows=before)
+    if config.balance is not None:
+        stages.append(concepts.stage(config.balance, rows=before))
+        before = "balance"
+    return stages, before
 
 
 def _shard_stages(config: RunConfig, rows: str) -> list[Stage]:

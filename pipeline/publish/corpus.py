@@ -13,7 +13,16 @@ from pipeline.core.records import InputError, Manifest
 
 _RESOLVED = "run.resolved.toml"
 # Tables of a run's TOML that determine which rows are kept, not how to compute.
-_RULES = ("filter_text", "dedup", "filter_image", "dedup_image", "filter_score", "split")
+_RULES = (
+    "filter_text",
+    "dedup",
+    "filter_image",
+    "dedup_image",
+    "filter_score",
+    "concepts",
+    "balance",
+    "split",
+)
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"),
           (10_000_000, "1M<n<10M"), (100_000_000, "10M<n<100M"), (1_000_000_000, "100M<n<1B"))  # fmt: skip
 
