@@ -26,6 +26,10 @@ from data_prep.dedup.exact import DedupConfig
 from data_prep.dedup.near_duplicates import DedupImageConfig
 from data_prep.download import stage as download
 from data_prep.download.config import DownloadConfig
+from data_prep.features import semantic
+from data_prep.features import stage as image_features
+from data_prep.features.semantic import DedupSemanticConfig
+from data_prep.features.stage import ImageFeaturesConfig
 from data_prep.filters import image as filter_image
 from data_prep.filters import score
 from data_prep.filters import text as filter_text
@@ -41,7 +45,7 @@ from eval.report import stage as report_stage
 from eval.stages import IndexConfig
 from eval.zeroshot import stage as zeroshot_stage
 from eval.zeroshot.stage import ClassificationSource, ZeroshotConfig
-from pipeline import pair_scorers
+from pipeline import image_encoders, pair_scorers
 from pipeline.core.config import build, find_recipe, read_run
 from pipeline.core.evaluation_sets import SET_ASIDE, EvaluationSource
 from pipeline.core.records import ConfigError
@@ -134,6 +138,10 @@ class RunConfig:
     """Rules for images."""
     dedup_image: DedupImageConfig | None = None
     """Near-duplicate detection. Unset: keep copies of images, as the paper does."""
+    image_features: ImageFeaturesConfig | None = None
+    """Features of the images, for semantic duplicates. Unset: none."""
+    dedup_semantic: DedupSemanticConfig | None = None
+    """Semantic duplicates. Unset: keep them, as the paper does."""
     score: ScoreConfig | None = None
     """Scores by a model. Unset: rows without a score from their source are not judged by score."""
     filter_score: FilterScoreConfig | None = None
@@ -178,6 +186,10 @@ class RunConfig:
                 "filter_score: nothing to judge without [score]; give it, or filter_text.min_score"
             )
 
+        if self.dedup_semantic is not None and self.image_features is None:
+            raise ValueError(
+                "dedup_semantic: no features to compare; give [image_features] with image_encoder or model"
+            )
         if self.balance is not None and self.concepts is None:
             raise ValueError(
                 "balance: no concepts to balance; give [concepts] with files of entries, ngrams, or both"
@@ -360,6 +372,19 @@ def _row_stages(config: RunConfig) -> tuple[list[Stage], str]:
             dedup_image.stage(config.dedup_image, rows=before),
         ]
         before = "dedup_image"
+    if config.image_features is not None:
+        stages.append(
+            image_features.stage(
+                config.image_features,
+                rows=before,
+                identify=functools.partial(image_encoders.identify, run_folder=config.run.folder),
+                load=functools.partial(image_encoders.load, run_folder=config.run.folder),
+                parallel=config.run.executor == "ray",  # as for [score]
+            )
+        )
+    if config.dedup_semantic is not None:
+        stages += semantic.stages(config.dedup_semantic, rows=before)
+        before = "dedup_semantic"
     if config.score is not None:
         stages += [
             score.stage(
@@ -369,6 +394,7 @@ def _row_stages(config: RunConfig) -> tuple[list[Stage], str]:
                 load=functools.partial(pair_scorers.load, run_folder=config.run.folder),
                 # On one machine each process would hold a copy of both encoders.
                 parallel=config.run.executor == "ray",
+                features=config.image_features is not None,
             ),
             score.filter_stage(config.filter_score or FilterScoreConfig(), rows=before),
         ]

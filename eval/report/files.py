@@ -49,7 +49,7 @@ def report_json(data: ReportData) -> dict[str, Any]:
             for item in data.histograms
         ],
         "notes": [str(note) for note in data.notes],
-        "concepts": dataclasses.asdict(data.concepts) if data.concepts is not None else None,
+        **({"concepts": dataclasses.asdict(data.concepts)} if data.concepts is not None else {}),
         "copies": [
             {
                 "stage": rule.stage,

@@ -112,7 +112,7 @@ def _rate(rows_per_second: float | None) -> str:
 
 
 def notes(run: Run) -> list[str]:
-    """Return notes on the funnel: thresholds that do nothing, captions lost, concepts, stages that drop much."""
+    """Return notes: thresholds that remove nothing, captions lost, concepts, stages that removed much."""
     manifests = []
     for stage in ("corpus", *STEPS, "count_concepts"):
         with contextlib.suppress(InputError):  # the table shows damage

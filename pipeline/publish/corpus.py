@@ -18,6 +18,7 @@ _RULES = (
     "dedup",
     "filter_image",
     "dedup_image",
+    "dedup_semantic",
     "filter_score",
     "concepts",
     "balance",
