@@ -26,8 +26,9 @@ from data_prep.dedup.exact import DedupConfig
 from data_prep.dedup.near_duplicates import DedupImageConfig
 from data_prep.download import stage as download
 from data_prep.download.config import DownloadConfig
-from data_prep.features import semantic
+from data_prep.features import classify, semantic
 from data_prep.features import stage as image_features
+from data_prep.features.classify import ClassifierSource
 from data_prep.features.semantic import DedupSemanticConfig
 from data_prep.features.stage import ImageFeaturesConfig
 from data_prep.filters import image as filter_image
@@ -45,7 +46,7 @@ from eval.report import stage as report_stage
 from eval.stages import IndexConfig
 from eval.zeroshot import stage as zeroshot_stage
 from eval.zeroshot.stage import ClassificationSource, ZeroshotConfig
-from pipeline import image_encoders, pair_scorers
+from pipeline import image_encoders, image_heads, pair_scorers
 from pipeline.core.config import build, find_recipe, read_run
 from pipeline.core.evaluation_sets import SET_ASIDE, EvaluationSource
 from pipeline.core.records import ConfigError
@@ -139,13 +140,15 @@ class RunConfig:
     dedup_image: DedupImageConfig | None = None
     """Near-duplicate detection. Unset: keep copies of images, as the paper does."""
     image_features: ImageFeaturesConfig | None = None
-    """Features of the images, for semantic duplicates. Unset: none."""
+    """Features of the images, for semantic duplicates and classifiers. Unset: none."""
     dedup_semantic: DedupSemanticConfig | None = None
     """Semantic duplicates. Unset: keep them, as the paper does."""
     score: ScoreConfig | None = None
     """Scores by a model. Unset: rows without a score from their source are not judged by score."""
     filter_score: FilterScoreConfig | None = None
     """Threshold on these scores. Unset: the paper's."""
+    classifier: tuple[ClassifierSource, ...] = ()
+    """Classifiers of the images. Unset: none, as in the paper."""
     concepts: ConceptsConfig | None = None
     """Concepts of the captions, counted. Unset: none are."""
     balance: BalanceConfig | None = None
@@ -190,6 +193,13 @@ class RunConfig:
             raise ValueError(
                 "dedup_semantic: no features to compare; give [image_features] with image_encoder or model"
             )
+        if self.classifier and self.image_features is None:
+            raise ValueError(
+                "classifier: no features to classify; give [image_features] with image_encoder or model"
+            )
+        names = [item.name for item in self.classifier]
+        if repeated := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"classifier: two have the name {repeated!r}; give each its own")
         if self.balance is not None and self.concepts is None:
             raise ValueError(
                 "balance: no concepts to balance; give [concepts] with files of entries, ngrams, or both"
@@ -399,6 +409,11 @@ def _row_stages(config: RunConfig) -> tuple[list[Stage], str]:
             score.filter_stage(config.filter_score or FilterScoreConfig(), rows=before),
         ]
         before = "filter_score"
+    if config.classifier:
+        stages += classify.stages(
+            config.classifier, rows=before, identify=image_heads.identify, load=image_heads.load
+        )
+        before = "filter_classes"
     if config.concepts is not None:
         stages += concepts.count_stages(config.concepts, rows=before)
     if config.balance is not None:

@@ -20,6 +20,7 @@ _RULES = (
     "dedup_image",
     "dedup_semantic",
     "filter_score",
+    "classifier",
     "concepts",
     "balance",
     "split",
@@ -91,8 +92,10 @@ def data_section(run_folder: str) -> str:
     rules = settings(run_folder)
     lines += ["", "### Rules", "", "| step | setting | value |", "| --- | --- | --- |"]
     for table in _RULES:
-        for name, value in rules.get(table, {}).items():
-            lines.append(f"| {table} | {name} | {_cell(str(value))} |")
+        given = rules.get(table, {})
+        for one in given if isinstance(given, list) else [given]:
+            for name, value in one.items():
+                lines.append(f"| {table} | {name} | {_cell(str(value))} |")
     return "\n".join(lines) + "\n"
 
 
