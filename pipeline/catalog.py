@@ -87,7 +87,8 @@ class RunTable:
 _START_WEIGHTS = "start_weights is a whole model: leave out image_weights, text_weights, [english]"
 
 
-def _known_model(name: str) -> str:
+def known_model(name: str) -> str:
+    """Refuse a name that is no model's."""
     if name not in MODELS:
         raise ValueError(f"no model {name!r}; known: {', '.join(MODELS)}")
     return name
@@ -97,7 +98,7 @@ def _known_model(name: str) -> str:
 class ModelTable:
     """`[model]`: the size of the model and its starting weights."""
 
-    name: Annotated[str, AfterValidator(_known_model)]
+    name: Annotated[str, AfterValidator(known_model)]
     """Size of the model, from `training/model/config.py`."""
     vocabulary: str | None = None
     """A `vocab.txt`, a folder or a model id. Unset: learn one from the captions."""

@@ -47,8 +47,8 @@ class ClassifierSource:
     name: Annotated[str, AfterValidator(_plain_name)]
     """Name in the sidecar's column (`classifier_NAME`) and in the drop reason."""
     weights: str
-    """An ONNX file, or linear layers in safetensors, a `torch.save` file or TorchScript. Only tensors are read
-    from these; no code of a file runs.
+    """An ONNX file, or linear layers in safetensors, a `torch.save` file or TorchScript. No code of a file
+    runs, since only its tensors are read.
     """
     activation: Literal["none", "relu", "gelu"] = "none"
     """What comes between the linear layers of a file of tensors."""
