@@ -66,7 +66,8 @@ def lists(row_M: npt.NDArray[np.int64], value_M: Any, num_rows: int) -> pl.Serie
 
 def counted(matches: pl.Series, num_entries: int) -> npt.NDArray[np.int64]:
     """Return the number of texts that have each entry, int64 [num_entries]."""
-    return np.bincount(matches.explode(empty_as_null=False).to_numpy(), minlength=num_entries)
+    numbers_M = matches.explode(empty_as_null=False).to_numpy()
+    return np.bincount(numbers_M, minlength=num_entries).astype(np.int64)
 
 
 def entry_seeds(entries: pl.Series) -> pl.Series:
@@ -83,7 +84,7 @@ def key_seeds(keys: pl.Series) -> pl.Series:
 def draws(seed: int, key_M: UInt64Array, entry_M: UInt64Array) -> npt.NDArray[np.float64]:
     """Return a number in [0, 1) for each pair of a row and an entry, a function of these three alone."""
     mixed_M = _mix(entry_M ^ _mix(key_M ^ _mix(np.full(1, seed, np.uint64))))
-    numbers_M: npt.NDArray[np.float64] = (mixed_M >> np.uint64(11)) * 2.0**-53
+    numbers_M: npt.NDArray[np.float64] = (mixed_M >> np.uint64(11)).astype(np.float64) * 2.0**-53
     return numbers_M
 
 

@@ -19,8 +19,10 @@ from data_prep.accounting.judged import JudgedFacts, publish_judged
 from data_prep.concepts import matching
 from data_prep.concepts.entries import LONGEST_NGRAM, count_ngrams, plain, read_entries, sampled
 from data_prep.corpus_facts import is_exempt, kept_tables, rows_stage, table_name
+from data_prep.dedup.exact import DUPLICATE
 from data_prep.formats.parquet import write_table
 from data_prep.rules.image import BALANCE_RULE
+from data_prep.rules.text import TOO_SHORT
 from pipeline.core import store
 from pipeline.core.config import NOT_IN_DIGEST
 from pipeline.core.facts import Facts
@@ -118,15 +120,17 @@ def _until(tables: Sequence[Shard], limit: int) -> Iterator[Shard]:
 def run_entries(config: ConceptsConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """Write `concepts.parquet`: entry, as `plain` gives it, and origin (a file's name or `captions`).
 
+    Entries that are too short, and those that are there already, are counted as dropped.
+
     Raises:
         InputError: if no entry is left.
     """
-    parts = []
+    parts, num_short = list[pl.DataFrame](), 0
     for path in config.files:
-        listed = pl.DataFrame({"entry": read_entries(path)}).filter(
-            pl.col("entry").str.len_chars() >= config.min_characters
-        )
-        parts.append(listed.with_columns(origin=pl.lit(path.rstrip("/").rpartition("/")[2])))
+        listed = pl.DataFrame({"entry": read_entries(path)})
+        long = listed.filter(pl.col("entry").str.len_chars() >= config.min_characters)
+        num_short += listed.height - long.height
+        parts.append(long.with_columns(origin=pl.lit(path.rstrip("/").rpartition("/")[2])))
     if config.ngrams:
         asked = TablesTask.from_json(task.arguments).tables
         paths = [context.path_in(rows_stage(context), table) for table in asked]
@@ -138,25 +142,27 @@ def run_entries(config: ConceptsConfig, context: Context, task: Task, progress: 
             config.ngram_min_cohesion,
         )
         parts.append(counted.select("entry", origin=pl.lit("captions")))
-    entries = (
-        pl.concat(parts)
-        .with_columns(plain(pl.col("entry")))
-        .filter(pl.col("entry").str.strip_chars() != "")
-        .unique("entry", keep="first", maintain_order=True)
-    )
+    listed = pl.concat(parts).with_columns(plain(pl.col("entry")))
+    entries = listed.unique("entry", keep="first", maintain_order=True)
+    dropped = {str(TOO_SHORT): num_short, str(DUPLICATE): listed.height - entries.height}
     if entries.is_empty():
         raise InputError(
             f"{context.path()}: no entry is long or frequent enough; lower [concepts] min_characters,"
             " ngram_min_count or ngram_min_cohesion"
         )
     write_table(entries, context.path(ENTRIES_FILE))
-    return Outcome({ENTRIES_FILE: entries.height}, num_in=entries.height, num_kept=entries.height)
+    return Outcome(
+        {ENTRIES_FILE: entries.height},
+        num_in=num_short + listed.height,
+        num_kept=entries.height,
+        dropped={reason: count for reason, count in dropped.items() if count},
+    )
 
 
 def plan_match(config: None, context: Context) -> list[Task]:
     """Plan one task for neighbouring tables of some two million rows: each builds one automaton."""
     entries = context.shards_of("concepts", ENTRIES_FILE)[0].digest
-    tasks, group, rows = [], list[Shard](), 0
+    tasks, group, rows = list[Task](), list[Shard](), 0
     tables = kept_tables(context, rows_stage(context))
     for table, after in itertools.pairwise([*tables, None]):
         assert table is not None
@@ -178,7 +184,7 @@ def run_match(config: None, context: Context, task: Task, progress: Progress) ->
     parts = [matching.texts_of(pl.scan_parquet(path)).collect() for path in paths]
     rows = pl.concat(parts)
     rows = rows.select("key", matching.match(rows["text"], entries).alias(CONCEPTS_COLUMN))
-    outputs, first = {}, 0
+    outputs, first = dict[str, int](), 0
     for table, part in zip(tables, parts, strict=True):
         path = table.replace("kept/", "matches/", 1)
         write_table(rows.slice(first, part.height), context.path(path))

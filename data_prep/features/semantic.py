@@ -37,7 +37,7 @@ _ROWS_PER_TASK = 1_000_000  # features of 512 dimensions: 1 GB in float16, 2 in 
 _POINTS_PER_CLUSTER = 256  # of the sample that k-means learns from: what faiss takes at most
 _MOST_POINTS = 4_000_000  # of the sample, in memory
 _ITERATIONS = 20
-_COMPARED_AT_ONCE = 2048  # rows of a cluster against those before them
+_COMPARED_AT_ONCE, _OTHERS_AT_ONCE = 2048, 16_384  # rows of a cluster, and those before them: 128 MB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +161,7 @@ def run_assign(config: None, context: Context, task: Task, progress: Progress) -
 
     asked = TablesTask.from_json(task.arguments)
     centre_KD = _read(context.path_in("cluster_images", CENTRES_FILE), "cluster_images")
-    parts, features = [], []
+    parts, features = list[pl.DataFrame](), list[npt.NDArray[np.float16]]()
     for table in asked.tables:
         keys = _keys(context, table)
         feature_ND = _features(context, table, keys)
@@ -240,16 +240,21 @@ def _assigned(context: Context, asked: RangeTask) -> tuple[pl.DataFrame, Float32
 def copies_in(keys: pl.Series, feature_ND: Float32Array, max_similarity: float) -> pl.DataFrame:
     """Return key, reason and detail of the rows of one cluster that are too like one before them.
 
-    Blocks of rows are compared with all before them, so memory is that of a block.
+    Blocks of rows are compared with blocks of those before them, so memory is that of two blocks.
     """
-    likest_N, place_N = np.full(len(keys), -1.0, np.float32), np.zeros(len(keys), np.int64)
+    likest_N, place_N = np.full(len(keys), -np.inf, np.float32), np.zeros(len(keys), np.int64)
     for start in range(0, len(keys), _COMPARED_AT_ONCE):
         end = min(start + _COMPARED_AT_ONCE, len(keys))
-        cosine_BN = feature_ND[start:end] @ feature_ND[:end].T
-        own = np.arange(start, end)
-        cosine_BN[np.arange(end)[None, :] >= own[:, None]] = -1.0  # only those before a row
-        place_N[start:end] = cosine_BN.argmax(axis=1)
-        likest_N[start:end] = np.take_along_axis(cosine_BN, place_N[start:end, None], axis=1)[:, 0]
+        own_B = np.arange(start, end)
+        for first in range(0, end, _OTHERS_AT_ONCE):
+            last = min(first + _OTHERS_AT_ONCE, end)
+            cosine_BN = feature_ND[start:end] @ feature_ND[first:last].T
+            cosine_BN[np.arange(first, last)[None, :] >= own_B[:, None]] = -np.inf  # only those before a row
+            place_B = cosine_BN.argmax(axis=1)
+            found_B = np.take_along_axis(cosine_BN, place_B[:, None], axis=1)[:, 0]
+            is_more_B = found_B > likest_N[start:end]
+            likest_N[own_B[is_more_B]] = found_B[is_more_B]
+            place_N[own_B[is_more_B]] = first + place_B[is_more_B]
     is_copy_N = likest_N > max_similarity
     return pl.DataFrame(
         {

@@ -169,7 +169,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "caption": [f"第{number}幅{KINDS[kind]}" for number, kind in enumerate(kinds)],
     }
     pl.DataFrame(rows).write_csv(tmp_path / "captions.csv")
-    (tmp_path / "entries.txt").write_text("橘猫\n白狗\n熊猫\n猫\n", encoding="utf-8")
+    (tmp_path / "entries.txt").write_text("橘猫\n白狗\n熊猫\n猫\n橘猫\n", encoding="utf-8")
     (tmp_path / "my.toml").write_text(RUN.format(root=tmp_path), encoding="utf-8")
 
     def fetch(
@@ -194,6 +194,8 @@ def test_a_run_balances_and_says_why(root: Path, capsys: pytest.CaptureFixture[s
     run = root / "run"
     counts = pl.read_parquet(run / "count_concepts/counts.parquet")
     assert dict(counts.select("entry", "count").iter_rows()) == {"橘猫": 20, "白狗": 3, "熊猫": 0}
+    gathered = json.loads((run / "concepts/manifest.json").read_text())
+    assert gathered["dropped"] == {"duplicate": 1, "too_short": 1}
     corpus = cnclip.Corpus(toml)
     rows = corpus.rows.collect()
     cats = rows.filter(pl.col("caption").str.contains("猫"))
@@ -230,6 +232,14 @@ def test_a_run_balances_and_says_why(root: Path, capsys: pytest.CaptureFixture[s
     assert f"dropped by balance: concept_balance ({detail})" in capsys.readouterr().out
     assert main(["why", toml, "http://a.cn/24.jpg"]) == 0
     assert "dropped by balance: no_concept\n" in capsys.readouterr().out
+
+    # A part of the shards keeps the concepts of its rows.
+    (root / "keys.txt").write_text("\n".join(rows["key"][:3]) + "\n", encoding="utf-8")
+    assert main(["subset", toml, "--keys", str(root / "keys.txt"), "--out", str(root / "few")]) == 0
+    few = cnclip.Corpus(root / "few")
+    assert few.rows.collect()["concepts"].to_list() == rows["concepts"][:3].to_list()
+    assert few.concepts()["rows"].sum() == 3
+    capsys.readouterr()
 
     # Another cap reruns only the balance and what follows; another seed draws anew.
     assert main(["plan", toml, "--set", "run.seed=1"]) in (0, 2)

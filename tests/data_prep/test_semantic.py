@@ -37,8 +37,9 @@ def test_pruning_is_as_published_whatever_the_blocks(monkeypatch: pytest.MonkeyP
     keys = pl.Series([f"{number:032x}" for number in range(90)])
     expected = published(list(range(90)), feature_ND, 0.9)
     assert 10 < len(expected) < 80
-    for at_once in (7, 90, 2048):
+    for at_once, others in ((7, 5), (7, 200), (90, 31), (2048, 16_384)):
         monkeypatch.setattr(semantic, "_COMPARED_AT_ONCE", at_once)
+        monkeypatch.setattr(semantic, "_OTHERS_AT_ONCE", others)
         found = semantic.copies_in(keys, feature_ND, 0.9)
         assert {int(key, 16) for key in found["key"]} == expected
         for key, _, detail in found.iter_rows():
