@@ -12,7 +12,7 @@ from training.weights.hub.locate import digest_of, pinned_path
 from training.weights.hub.names import find_id
 
 if TYPE_CHECKING:
-    from data_prep.features.stage import ImageEncoder
+    from training.model.multilingual_clip import ClipImages
 
 _IMAGES_PER_BATCH = 32
 
@@ -46,7 +46,7 @@ def identify(config: EncoderSettings, *, run_folder: str = "") -> str:
 
 
 @functools.lru_cache(maxsize=1)  # one process encodes many tables
-def load(config: EncoderSettings, *, run_folder: str = "") -> "ImageEncoder":
+def load(config: EncoderSettings, *, run_folder: str = "") -> "ChineseImages | ClipImages":
     """Load the encoder into memory, on the accelerator if there is one."""
     import torch
 

@@ -5,7 +5,8 @@
 
 import functools
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -14,13 +15,25 @@ from pipeline.core.arrays import Float32Array
 from pipeline.core.files.foreign import foreign
 from pipeline.core.records import InputError
 
-if TYPE_CHECKING:
-    from data_prep.features.classify import Head, LoadedHead
-
 _ROWS_AT_ONCE = 65_536
 
 
-def identify(head: "Head") -> str:
+class HeadSettings(Protocol):
+    """A `[[classifier]]` (`data_prep.features.classify.Head`); hashable."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def weights(self) -> str: ...
+    @property
+    def activation(self) -> Literal["none", "relu", "gelu"]: ...
+    @property
+    def output(self) -> Literal["raw", "sigmoid", "softmax"]: ...
+    @property
+    def index(self) -> int: ...
+
+
+def identify(head: HeadSettings) -> str:
     """Return the digest of a head's weights.
 
     Raises:
@@ -32,13 +45,13 @@ def identify(head: "Head") -> str:
 
 
 @functools.lru_cache(maxsize=16)  # one process classifies many tables
-def load(head: "Head") -> "LoadedHead":
+def load(head: HeadSettings) -> Callable[[Float32Array], Float32Array]:
     """Load a head into memory; it computes on the CPU."""
     made = OnnxHead(head) if head.weights.endswith(".onnx") else LinearHead(head)
     return functools.partial(_scores, head, made)
 
 
-def _scores(head: "Head", made: Any, feature_ND: Float32Array) -> Float32Array:
+def _scores(head: HeadSettings, made: Any, feature_ND: Float32Array) -> Float32Array:
     from scipy.special import expit, softmax
 
     found = []
@@ -68,7 +81,7 @@ def _scores(head: "Head", made: Any, feature_ND: Float32Array) -> Float32Array:
 class LinearHead:
     """Linear layers in the order of their names, such as LAION's aesthetic predictors have them."""
 
-    def __init__(self, head: "Head") -> None:
+    def __init__(self, head: HeadSettings) -> None:
         from training.weights.tensor_files import read_tensors
 
         self._head = head
@@ -127,7 +140,7 @@ def _activated(value_NC: Float32Array, activation: str) -> Float32Array:
     return value_NC
 
 
-def _check_dim(head: "Head", feature_ND: Float32Array, wanted: int) -> None:
+def _check_dim(head: HeadSettings, feature_ND: Float32Array, wanted: int) -> None:
     if feature_ND.shape[1] != wanted:
         raise InputError(
             f"{head.weights}: classifier {head.name} takes {wanted} numbers, but a feature of"
@@ -138,7 +151,7 @@ def _check_dim(head: "Head", feature_ND: Float32Array, wanted: int) -> None:
 class OnnxHead:
     """An ONNX model from features [N, dim] to numbers [N] or [N, classes]."""
 
-    def __init__(self, head: "Head") -> None:
+    def __init__(self, head: HeadSettings) -> None:
         try:
             import onnxruntime
         except ImportError:
