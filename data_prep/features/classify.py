@@ -103,7 +103,7 @@ class FilterClassesConfig:
 class LoadedHead(Protocol):
     """Returns one score for each feature: float32 [N] from unit-norm float32 [N, dim]."""
 
-    def __call__(self, feature_ND: Float32Array) -> Float32Array: ...
+    def __call__(self, feature_ND: Float32Array, /) -> Float32Array: ...
 
 
 def plan(config: ClassifyConfig, context: Context, identify: Callable[[Head], str]) -> list[Task]:

@@ -250,6 +250,7 @@ def test_a_run_balances_and_says_why(root: Path, capsys: pytest.CaptureFixture[s
     assert json.loads((run / "balance/manifest.json").read_text())["dropped"] == {"no_concept": 2}
 
 
+@pytest.mark.slow
 def test_sources_may_be_exempt(root: Path) -> None:
     text = (root / "my.toml").read_text(encoding="utf-8")
     text = text.replace('name = "mine"', 'name = "mine"\nexempt_from = ["balance"]')
