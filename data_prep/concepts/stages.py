@@ -35,7 +35,7 @@ CONCEPT_BALANCE = DropReason("concept_balance")
 ENTRIES_FILE, COUNTS_FILE = "concepts.parquet", "counts.parquet"
 CONCEPTS_COLUMN, CHANCE_COLUMN = "concepts", "concept_chance"  # of sidecars
 SHOWN_ENTRIES = 20  # the most frequent, in the report
-_ROWS_PER_TASK = 2_000_000  # so that building the automaton is a small part: about 1 GB in memory
+_ROWS_PER_TASK = 2_000_000  # so that building the automaton is a small part of a task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
