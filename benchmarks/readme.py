@@ -32,6 +32,14 @@ CLAIMS: dict[str, tuple[str, str]] = {
         "locked image tower: compiled by torch against uncompiled",
         "training/compile_image.py",
     ),
+    "concepts/ahocorasick_rs": (
+        "captions matched with N entries: ours against ahocorasick_rs in a loop",
+        "data_prep/concepts.py",
+    ),
+    "concepts/published": (
+        "concept balancing: ours against MetaCLIP's algorithm as a loop",
+        "data_prep/concepts.py",
+    ),
     "data_stages/download": ("download: fetch, decode, resize, pack", "data_prep/data_stages.py"),
     "data_stages/download/scaled": ("download with `scaled_decode`", "data_prep/data_stages.py"),
     "data_stages/filter_image": (

@@ -14,6 +14,8 @@ from annotated_types import Ge
 from pydantic import AfterValidator, Discriminator
 
 from data_prep import corpus
+from data_prep.concepts import stages as concepts
+from data_prep.concepts.stages import BalanceConfig, ConceptsConfig
 from data_prep.corpora.demo import DemoConfig
 from data_prep.corpora.emoji import EmojiConfig
 from data_prep.corpora.pictures.corpus import PicturesConfig
@@ -24,6 +26,11 @@ from data_prep.dedup.exact import DedupConfig
 from data_prep.dedup.near_duplicates import DedupImageConfig
 from data_prep.download import stage as download
 from data_prep.download.config import DownloadConfig
+from data_prep.features import classify, semantic
+from data_prep.features import stage as image_features
+from data_prep.features.classify import ClassifierSource
+from data_prep.features.semantic import DedupSemanticConfig
+from data_prep.features.stage import ImageFeaturesConfig
 from data_prep.filters import image as filter_image
 from data_prep.filters import score
 from data_prep.filters import text as filter_text
@@ -39,7 +46,7 @@ from eval.report import stage as report_stage
 from eval.stages import IndexConfig
 from eval.zeroshot import stage as zeroshot_stage
 from eval.zeroshot.stage import ClassificationSource, ZeroshotConfig
-from pipeline import pair_scorers
+from pipeline import image_encoders, image_heads, pair_scorers
 from pipeline.core.config import build, find_recipe, read_run
 from pipeline.core.evaluation_sets import SET_ASIDE, EvaluationSource
 from pipeline.core.records import ConfigError
@@ -82,7 +89,8 @@ class RunTable:
 _START_WEIGHTS = "start_weights is a whole model: leave out image_weights, text_weights, [english]"
 
 
-def _known_model(name: str) -> str:
+def known_model(name: str) -> str:
+    """Refuse a name that is no model's."""
     if name not in MODELS:
         raise ValueError(f"no model {name!r}; known: {', '.join(MODELS)}")
     return name
@@ -92,7 +100,7 @@ def _known_model(name: str) -> str:
 class ModelTable:
     """`[model]`: the size of the model and its starting weights."""
 
-    name: Annotated[str, AfterValidator(_known_model)]
+    name: Annotated[str, AfterValidator(known_model)]
     """Size of the model, from `training/model/config.py`."""
     vocabulary: str | None = None
     """A `vocab.txt`, a folder or a model id. Unset: learn one from the captions."""
@@ -134,10 +142,20 @@ class RunConfig:
     """Rules for images."""
     dedup_image: DedupImageConfig | None = None
     """Near-duplicate detection. Unset: keep copies of images, as the paper does."""
+    image_features: ImageFeaturesConfig | None = None
+    """Features of the images, for semantic duplicates and classifiers. Unset: none."""
+    dedup_semantic: DedupSemanticConfig | None = None
+    """Semantic duplicates. Unset: keep them, as the paper does."""
     score: ScoreConfig | None = None
     """Scores by a model. Unset: rows without a score from their source are not judged by score."""
     filter_score: FilterScoreConfig | None = None
     """Threshold on these scores. Unset: the paper's."""
+    classifier: tuple[ClassifierSource, ...] = ()
+    """Classifiers of the images. Unset: none, as in the paper."""
+    concepts: ConceptsConfig | None = None
+    """Concepts of the captions, counted. Unset: none are."""
+    balance: BalanceConfig | None = None
+    """Balance of these concepts. Unset: keep every row, as the paper does."""
     split: SplitConfig | None = None
     """Rows set aside for validation. Unset: none."""
     shards: ShardsConfig = field(default_factory=ShardsConfig)
@@ -172,6 +190,22 @@ class RunConfig:
         if self.filter_score is not None and self.score is None:
             raise ValueError(
                 "filter_score: nothing to judge without [score]; give it, or filter_text.min_score"
+            )
+
+        if self.dedup_semantic is not None and self.image_features is None:
+            raise ValueError(
+                "dedup_semantic: no features to compare; give [image_features] with image_encoder or model"
+            )
+        if self.classifier and self.image_features is None:
+            raise ValueError(
+                "classifier: no features to classify; give [image_features] with image_encoder or model"
+            )
+        names = [item.name for item in self.classifier]
+        if repeated := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"classifier: two have the name {repeated!r}; give each its own")
+        if self.balance is not None and self.concepts is None:
+            raise ValueError(
+                "balance: no concepts to balance; give [concepts] with files of entries, ngrams, or both"
             )
 
     def _check_training(self) -> None:
@@ -280,9 +314,9 @@ def make_run(config: RunConfig) -> Run:
         dedup.stage(config.dedup),
         download.stage(config.download),
         filter_image.stage(config.filter_image),
-        *_row_stages(config),
     ]
-    stages += _shard_stages(config, rows=stages[-1].name)
+    judging, rows = _row_stages(config)
+    stages += [*judging, *_shard_stages(config, rows)]
     stages.append(lock.stage(stages))
     scores, train_stages = None, list[Stage]()
     if config.model is not None:
@@ -342,8 +376,11 @@ def _model_stages(
     return scores, stages
 
 
-def _row_stages(config: RunConfig) -> list[Stage]:
-    """Return the stages that a run requests between the downloaded images and the shards."""
+def _row_stages(config: RunConfig) -> tuple[list[Stage], str]:
+    """Return the stages that a run requests between the downloaded images and the shards.
+
+    Also returns the one whose rows are packed.
+    """
     stages: list[Stage] = []
     before = "filter_image"
     if config.dedup_image is not None:
@@ -352,6 +389,19 @@ def _row_stages(config: RunConfig) -> list[Stage]:
             dedup_image.stage(config.dedup_image, rows=before),
         ]
         before = "dedup_image"
+    if config.image_features is not None:
+        stages.append(
+            image_features.stage(
+                config.image_features,
+                rows=before,
+                identify=functools.partial(image_encoders.identify, run_folder=config.run.folder),
+                load=functools.partial(image_encoders.load, run_folder=config.run.folder),
+                parallel=config.run.executor == "ray",  # as for [score]
+            )
+        )
+    if config.dedup_semantic is not None:
+        stages += semantic.stages(config.dedup_semantic, rows=before)
+        before = "dedup_semantic"
     if config.score is not None:
         stages += [
             score.stage(
@@ -361,10 +411,22 @@ def _row_stages(config: RunConfig) -> list[Stage]:
                 load=functools.partial(pair_scorers.load, run_folder=config.run.folder),
                 # On one machine each process would hold a copy of both encoders.
                 parallel=config.run.executor == "ray",
+                features=config.image_features is not None,
             ),
             score.filter_stage(config.filter_score or FilterScoreConfig(), rows=before),
         ]
-    return stages
+        before = "filter_score"
+    if config.classifier:
+        stages += classify.stages(
+            config.classifier, rows=before, identify=image_heads.identify, load=image_heads.load
+        )
+        before = "filter_classes"
+    if config.concepts is not None:
+        stages += concepts.count_stages(config.concepts, rows=before)
+    if config.balance is not None:
+        stages.append(concepts.stage(config.balance, rows=before))
+        before = "balance"
+    return stages, before
 
 
 def _shard_stages(config: RunConfig, rows: str) -> list[Stage]:

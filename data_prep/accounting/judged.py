@@ -55,6 +55,7 @@ class JudgedFacts(Facts):
     score_minimums: Mapping[str, float] | None = None  # source → lowest score seen
     histograms: Mapping[str, Any] | None = None  # see accounting.histograms
     captions_dropped: Mapping[str, int] | None = None  # drop reason → captions that rows which stay lost
+    concepts: Mapping[str, int] | None = None  # entry → rows kept that have it, of the most frequent
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
@@ -66,6 +67,7 @@ class JudgedFacts(Facts):
             score_minimums=fields.get("score_minimums"),
             histograms=fields.get("histograms"),
             captions_dropped=fields.get("captions_dropped"),
+            concepts=fields.get("concepts"),
         )
 
 

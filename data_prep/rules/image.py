@@ -23,7 +23,11 @@ EVALUATION_IMAGE = DropReason("evaluation_image")
 
 # What a source's `exempt_from` may name of the rules on images.
 SIZE_RULE, ASPECT_RULE, IMAGE_DUPLICATES_RULE = "size", "aspect", "image_duplicates"
-SWITCHABLE_IMAGE_RULES = (SIZE_RULE, ASPECT_RULE, IMAGE_DUPLICATES_RULE)
+SEMANTIC_DUPLICATES_RULE, CLASSIFIERS_RULE, BALANCE_RULE = "semantic_duplicates", "classifiers", "balance"
+SWITCHABLE_IMAGE_RULES = (
+    SIZE_RULE, ASPECT_RULE, IMAGE_DUPLICATES_RULE, SEMANTIC_DUPLICATES_RULE, CLASSIFIERS_RULE,
+    BALANCE_RULE,
+)  # fmt: skip
 # Raised when a rule would judge an image otherwise than before, as a TextRule's version is.
 VERSIONS = {SIZE_RULE: 1, ASPECT_RULE: 1, "perceptual_hash": 1, "image_signature": 1}
 
