@@ -104,8 +104,8 @@ def plan(
         int | None,
         typer.Option(
             metavar="N",
-            help="plan for N pairs (default: those in the shards; 200 million for pretrain; finetune needs it"
-            " only for sets of unknown size)",
+            help="plan for N pairs (default: those in the shards; 200 million for pretrain and larger;"
+            " finetune needs it only for sets of unknown size)",
         ),
     ] = None,
     mean_tokens: Annotated[
@@ -130,7 +130,7 @@ def plan(
     if recipe in RECIPES and on is not None:
         if overrides:
             raise ConfigError(
-                f"--set {overrides[0]}: {recipe} is the paper's and has no settings to override; plan a run"
+                f"--set {overrides[0]}: {recipe} is a fixed recipe without settings to override; plan a run"
                 ' of your own with [stage1] recipe = "paper" and --hardware'
             )
         trainings = trainings_of_recipe(recipe, samples)

@@ -24,6 +24,10 @@ Precision = Literal["float32", "autocast", "bfloat16"]
 
 # Bytes kept for the backward pass per token, block and unit of width; for a ResNet, per value of its maps.
 _VIT_BYTES: Mapping[Precision, float] = MappingProxyType({"float32": 82, "autocast": 45, "bfloat16": 41})
+# Of these, per unit of the feed-forward layers' width: what QuickGELU keeps (its input, a sigmoid and the
+# product), and what GELU keeps (its input and its output).
+_QUICK_GELU_BYTES: Mapping[Precision, float] = MappingProxyType({"float32": 12, "autocast": 6, "bfloat16": 6})
+_GELU_BYTES: Mapping[Precision, float] = MappingProxyType({"float32": 8, "autocast": 4, "bfloat16": 4})
 _BERT_BYTES: Mapping[Precision, float] = MappingProxyType({"float32": 76, "autocast": 54, "bfloat16": 40})
 _BERT_LAST_BYTES: Mapping[Precision, float] = MappingProxyType(  # in the last block, computed only for [CLS]
     {"float32": 23, "autocast": 22, "bfloat16": 12}
@@ -201,10 +205,17 @@ def _image_activations(config: VisionConfig, train: TrainConfig, precision: Prec
         return 0
     if isinstance(config, VisionTransformerConfig):
         tokens = config.num_kept(train.patch_mask) + 1
-        values, block_bytes = tokens * config.width, _VIT_BYTES[precision]
+        values, block_bytes = tokens * config.width, _vit_block_bytes(config, precision)
         return _transformer(config.layers, values, block_bytes, train.lock_image, train)
     whole = _RESNET_BYTES[precision] * _resnet_values(config)
     return whole / 8 if train.lock_image else whole  # the widest maps, in the stem, are an eighth
+
+
+def _vit_block_bytes(config: VisionTransformerConfig, precision: Precision) -> float:
+    """Return the bytes that a ViT's block keeps per token and unit of width."""
+    quick = _QUICK_GELU_BYTES[precision]
+    own = quick if config.activation == "quick_gelu" else _GELU_BYTES[precision]
+    return _VIT_BYTES[precision] - 4 * quick + own * config.feed_forward_width / config.width
 
 
 def _text_activations(config: TextConfig, train: TrainConfig, precision: Precision, tokens: int) -> float:
@@ -225,7 +236,8 @@ def _vision_parameters(config: VisionConfig, embed_dim: int) -> int:
     if isinstance(config, VisionTransformerConfig):
         width, patches = config.width, (config.image_size_px // config.patch_size_px) ** 2
         ends = (3 * config.patch_size_px**2 + 1 + patches + 1 + 4 + embed_dim) * width
-        return ends + config.layers * (12 * width**2 + 13 * width)
+        between = config.feed_forward_width
+        return ends + config.layers * (4 * width**2 + 2 * width * between + 9 * width + between)
     stem = config.width // 32
     half = stem // 2
     total = 9 * (3 * half + half * half + half * stem) + 2 * (half + half + stem)

@@ -20,13 +20,21 @@ from pipeline.planning.memory import (
     zero_of,
 )
 from training.config.deepspeed_file import computes_in_bfloat16, read_deepspeed_file
-from training.config.recipes import finetune_recipe, finetuned_data, paper_recipe, pretrained_stages
+from training.config.recipes import (
+    STAGES,
+    finetune_recipe,
+    finetuned_data,
+    larger_models,
+    larger_recipe,
+    paper_recipe,
+    pretrained_stages,
+)
 from training.config.train import TrainConfig
 from training.flops import PEAK_FLOPS, WITHOUT_BFLOAT16, device_gib, find_device
 from training.model.config import MODELS
 from training.stages import TrainStageConfig
 
-RECIPES = ("pretrain", "finetune")
+RECIPES = ("pretrain", "finetune", "larger")
 PAPER_PAIRS = 200_000_000  # section 2.2
 # Cards × days in the paper (A.2): V100 except for ViT-L-14-336 and ViT-H-14 (A100).
 _PAPER_GPU_DAYS: Mapping[tuple[str, str], float] = MappingProxyType(
@@ -112,7 +120,7 @@ def hardware(name: str, utilisation: float, memory_gib: float | None) -> Hardwar
 
 
 def trainings_of_recipe(recipe: str, num_samples: int | None) -> list[Training]:
-    """Return every model and stage of pretrain.toml, or every model and data set of finetune.toml.
+    """Return every model and stage of pretrain.toml or larger.toml, or model and data set of finetune.toml.
 
     `num_samples` does not apply to sets with a published number of pairs, on which Table 9 bases its epochs.
     """
@@ -128,6 +136,12 @@ def trainings_of_recipe(recipe: str, num_samples: int | None) -> list[Training]:
             for data in finetuned_data(model)
         ]
     pairs = num_samples or PAPER_PAIRS
+    if recipe == "larger":
+        return [
+            Training(model=model, name=stage, config=larger_recipe(model, stage), num_samples=pairs)
+            for model in larger_models()
+            for stage in STAGES
+        ]
     return [
         Training(model=model, name=stage, config=paper_recipe(model, stage), num_samples=pairs)
         for model in MODELS

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli import main
-from training.flops import image_forward
+from training.flops import image_forward, text_forward
 from training.model.config import MODELS
 
 
@@ -29,6 +29,27 @@ def test_every_stage_of_every_model_of_the_paper(capsys: pytest.CaptureFixture[s
     assert "ViT-H-14 stage1: 184 does not divide 32,768; " in said
     assert "128 or 256 ranks share evenly" in said
     assert said.count("does not divide") == 2
+
+
+def test_models_beyond_the_paper(capsys: pytest.CaptureFixture[str]) -> None:
+    said = plan(capsys, "larger", "--hardware", "H100")
+    rows = [line.split() for line in said.splitlines()[1:5]]
+    assert [row[:2] for row in rows] == [
+        [model, stage] for model in ("ViT-g-14", "ViT-bigG-14") for stage in ("stage1", "stage2")
+    ]
+    # as many samples as ViT-H/14's, so that days are as FLOPs
+    huge = [line.split() for line in plan(capsys, "pretrain", "--hardware", "H100").splitlines()[8:10]]
+    assert [row[4] for row in rows] == 2 * [row[4] for row in huge]
+    for row in rows:
+        text = 3 * text_forward(MODELS[row[0]].text, 22)
+        flops = text + image_forward(MODELS[row[0]]) * (1 if row[1] == "stage1" else 3)
+        if row[1] == "stage2":  # checkpointing computes both towers once more
+            flops *= 4 / 3
+        samples = int(row[4].replace(",", "")) * 32_768
+        assert float(row[9]) == pytest.approx(flops * samples / (0.4 * 989e12) / 86_400, rel=0.001)
+    assert "does not divide" not in said
+    assert main(["plan", "larger", "--set", "stage1.epochs=2"]) == 2
+    assert "larger is a fixed recipe without settings to override" in capsys.readouterr().err
 
 
 def test_the_hardware_counts(capsys: pytest.CaptureFixture[str]) -> None:
@@ -189,7 +210,7 @@ def test_a_run_shows_its_training_where_hardware_is_given(capsys: pytest.Capture
         (("--memory", "nan"), "--memory nan: must be greater than 0 GiB"),
         (("--tokens", "2"), "--tokens 2: must be from 3 ([CLS], one, [SEP]) to 52"),
         (("--tokens", "53"), "--tokens 53: must be from 3"),
-        (("--set", "stage1.epochs=3"), "--set stage1.epochs=3: pretrain is the paper's"),
+        (("--set", "stage1.epochs=3"), "--set stage1.epochs=3: pretrain is a fixed recipe"),
         (("--samples", "0"), "--samples 0: must be greater than 0"),
     ],
 )
