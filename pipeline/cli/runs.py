@@ -93,12 +93,19 @@ def plan(
         float | None,
         typer.Option(
             metavar="U",
-            help=f"assume that training reaches this share of the 16-bit peak (default: {_UTILISATION})",
+            help=f"assume this share of the 16-bit peak while a device computes (default: {_UTILISATION})",
         ),
     ] = None,
     memory: Annotated[
         float | None,
         typer.Option(metavar="GIB", help="assume this much device memory (default: from its data sheet)"),
+    ] = None,
+    network: Annotated[
+        float | None,
+        typer.Option(
+            metavar="GB/S",
+            help="assume this bandwidth of collectives for each device (default: 350 in one node, 45 beyond)",
+        ),
     ] = None,
     samples: Annotated[
         int | None,
@@ -122,11 +129,12 @@ def plan(
     if samples is not None and samples <= 0:
         raise ConfigError(f"--samples {samples}: must be greater than 0")
     recipe = run_file.removeprefix("training/recipes/").removesuffix(".toml")
-    asked = (device, utilisation, memory, samples, mean_tokens)
+    asked = (device, utilisation, memory, network, samples, mean_tokens)
     tokens = _TOKENS if mean_tokens is None else mean_tokens
     on = None
     if recipe in RECIPES or any(value is not None for value in asked):
-        on = hardware(device or _HARDWARE, _UTILISATION if utilisation is None else utilisation, memory)
+        used = _UTILISATION if utilisation is None else utilisation
+        on = hardware(device or _HARDWARE, used, memory, network)
     if recipe in RECIPES and on is not None:
         if overrides:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""Estimates how long a training stage takes and how much memory it needs, without importing torch.
+"""Estimates how much memory a training stage needs, without importing torch.
 
 docs/concepts/memory.md derives each term and compares the sum with measured peaks.
 tests/pipeline/planning/test_memory.py verifies the activations by counting.
@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from training.config.deepspeed_file import BUCKET_VALUES
 from training.config.train import TrainConfig
-from training.flops import image_forward, text_forward, training_flops
 from training.model.config import (
     ModelConfig,
     ModifiedResNetConfig,
@@ -143,37 +142,6 @@ def shares(config: TrainConfig) -> Shares:
     below = [ranks for ranks in even if ranks < config.ranks]
     above = [ranks for ranks in even if ranks > config.ranks]
     return Shares(smallest, largest, idle, (*below[-1:], *above[:1]))
-
-
-def gpu_days(
-    model: ModelConfig,
-    config: TrainConfig,
-    *,
-    num_steps: int,
-    micro_batch: int,
-    flops_per_second: float,
-    tokens: float,
-) -> float:
-    """Return the total device days at `flops_per_second` each.
-
-    Every rank takes as long as the one with the most samples. Micro-batches and checkpointing each add one
-    forward pass of the trained towers.
-
-    `tokens` is a caption's mean length.
-    """
-    largest = shares(config).largest
-    again = int(config.checkpoint_activations) + int(micro_batch < largest)
-    forward = text_forward(model.text, tokens) + (0 if config.lock_image else image_forward(model))
-    flops = training_flops(model, config, tokens) + again * forward
-    return flops * largest * config.ranks * num_steps / flops_per_second / SECONDS_A_DAY
-
-
-def cache_days(
-    model: ModelConfig, config: TrainConfig, *, num_samples: int, flops_per_second: float
-) -> float:
-    """Return the device days for computing `cached_views` features of every image."""
-    flops = config.cached_views * num_samples * image_forward(model)
-    return flops / flops_per_second / SECONDS_A_DAY
 
 
 def zero_of(settings: Mapping[str, Any]) -> Zero:

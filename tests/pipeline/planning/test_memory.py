@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.planning.memory import (
     Precision,
     Zero,
-    gpu_days,
     largest_micro_batch,
     memory,
     num_parameters,
@@ -20,7 +19,7 @@ from pipeline.planning.memory import (
 from tests.helpers.large_twins import TWINS
 from tests.helpers.rank_processes import run_ranks
 from training.config.train import TrainConfig
-from training.flops import device_gib, find_device, image_forward, text_forward, training_flops
+from training.flops import device_gib, find_device, image_forward, text_forward
 from training.model.clip import CLIP, build_clip
 from training.model.config import MODELS, Activation, ModelConfig, VisionTransformerConfig
 
@@ -197,34 +196,6 @@ def test_ranks_that_do_not_divide_the_batch_are_told_better_ones() -> None:
     assert found.idle == pytest.approx(1 - 32_768 / 184 / 192)
     even = shares(dataclasses.replace(huge, ranks=128))
     assert (even.smallest, even.largest, even.idle, even.better_ranks) == (256, 256, 0.0, ())
-
-
-def test_days_count_what_is_computed_and_what_is_computed_twice() -> None:
-    model = MODELS["ViT-B-16"]
-    config = TrainConfig(epochs=1, global_batch=1024, lanes=8, ranks=8)
-    text, image = text_forward(model.text, 20), image_forward(model)
-
-    def days(micro_batch: int, **changes: Any) -> float:
-        return gpu_days(
-            model,
-            dataclasses.replace(config, **changes),
-            num_steps=86_400,
-            micro_batch=micro_batch,
-            flops_per_second=1024.0,
-            tokens=20,
-        )
-
-    assert days(128) == pytest.approx(3 * (text + image))
-    assert days(64) == pytest.approx(4 * (text + image))
-    assert days(128, checkpoint_activations=True) == pytest.approx(4 * (text + image))
-    assert days(128, lock_image=True) == pytest.approx(3 * text + image)
-    assert days(64, lock_image=True) == pytest.approx(4 * text + image)
-    assert days(128, lock_image=True, cached_views=4) == pytest.approx(3 * text)
-    assert training_flops(model, config, 20) == 3 * (text + image)
-    # On 5 ranks of 8 lanes two ranks hold one lane and three hold two: all take as long as those.
-    assert days(256, ranks=5) == pytest.approx(3 * (text + image) * 5 * 256 / 1024)
-    masked = training_flops(model, dataclasses.replace(config, patch_mask=0.5), 20)
-    assert 3 * text + 1.4 * image < masked < 3 * text + 1.5 * image  # half of the patches, and no longer n²
 
 
 @pytest.mark.parametrize(
