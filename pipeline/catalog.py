@@ -57,7 +57,7 @@ from training import stages as training_stage
 from training import vocabulary
 from training.checkpoint.selection import check_sets
 from training.config.phases import with_phases
-from training.config.recipes import finetune_recipe, paper_recipe
+from training.config.recipes import finetune_recipe, larger_recipe, paper_recipe
 from training.config.tracking import TrackingConfig
 from training.config.train import TrainConfig, check_fits
 from training.model.config import MODELS
@@ -293,8 +293,12 @@ def _with_paper_recipes(table: dict[str, Any], where: str) -> dict[str, Any]:
             paper = dataclasses.asdict(finetune_recipe(model, own["recipe"]))
         elif own["recipe"] == "paper":
             paper = dataclasses.asdict(paper_recipe(model, stage))
+        elif own["recipe"] == "larger":
+            paper = dataclasses.asdict(larger_recipe(model, stage))
         else:
-            raise ConfigError(f'{where}: {stage}.recipe: found {own["recipe"]!r}; the only recipe is "paper"')
+            raise ConfigError(
+                f'{where}: {stage}.recipe: found {own["recipe"]!r}; recipes are "paper" and "larger"'
+            )
         augment = {**paper["augment"], **own.get("augment", {})}
         del paper["lanes"]  # derived from the batch, which the file may change
         filled[stage] = {**paper, **own, "augment": augment}

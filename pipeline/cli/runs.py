@@ -93,19 +93,26 @@ def plan(
         float | None,
         typer.Option(
             metavar="U",
-            help=f"assume that training reaches this share of the 16-bit peak (default: {_UTILISATION})",
+            help=f"assume this share of the 16-bit peak while a device computes (default: {_UTILISATION})",
         ),
     ] = None,
     memory: Annotated[
         float | None,
         typer.Option(metavar="GIB", help="assume this much device memory (default: from its data sheet)"),
     ] = None,
+    network: Annotated[
+        float | None,
+        typer.Option(
+            metavar="GB/S",
+            help="assume this bandwidth of collectives for each device (default: 350 in one node, 45 beyond)",
+        ),
+    ] = None,
     samples: Annotated[
         int | None,
         typer.Option(
             metavar="N",
-            help="plan for N pairs (default: those in the shards; 200 million for pretrain; finetune needs it"
-            " only for sets of unknown size)",
+            help="plan for N pairs (default: those in the shards; 200 million for pretrain and larger;"
+            " finetune needs it only for sets of unknown size)",
         ),
     ] = None,
     mean_tokens: Annotated[
@@ -152,15 +159,16 @@ def plan(
     if samples is not None and samples <= 0:
         raise ConfigError(f"--samples {samples}: must be greater than 0")
     recipe = run_file.removeprefix("training/recipes/").removesuffix(".toml")
-    asked = (device, utilisation, memory, samples, mean_tokens)
+    asked = (device, utilisation, memory, network, samples, mean_tokens)
     tokens = _TOKENS if mean_tokens is None else mean_tokens
     on = None
     if recipe in RECIPES or any(value is not None for value in asked):
-        on = hardware(device or _HARDWARE, _UTILISATION if utilisation is None else utilisation, memory)
+        used = _UTILISATION if utilisation is None else utilisation
+        on = hardware(device or _HARDWARE, used, memory, network)
     if recipe in RECIPES and on is not None:
         if overrides:
             raise ConfigError(
-                f"--set {overrides[0]}: {recipe} is the paper's and has no settings to override; plan a run"
+                f"--set {overrides[0]}: {recipe} is a fixed recipe without settings to override; plan a run"
                 ' of your own with [stage1] recipe = "paper" and --hardware'
             )
         trainings = trainings_of_recipe(recipe, samples)

@@ -292,9 +292,9 @@ def _checked(weights: Weights) -> Weights:
 def said_of(config: ModelConfig) -> Said:
     """Return what a whole configuration says of the towers."""
     vision = config.vision
-    heads = vision.heads if isinstance(vision, VisionTransformerConfig) else None
-    activation = "quick_gelu" if heads is not None else None
-    return Said(config.name, heads, config.text.heads, activation=activation)
+    if isinstance(vision, VisionTransformerConfig):
+        return Said(config.name, vision.heads, config.text.heads, activation=vision.activation)
+    return Said(config.name, None, config.text.heads)
 
 
 def _config_of(state: Mapping[str, torch.Tensor], origin: str, said: Said) -> ModelConfig | None:

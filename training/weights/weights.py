@@ -222,7 +222,11 @@ def save_checkpoint(path: str, model: CLIP, config: ModelConfig, metadata: Mappi
 
 def header_of(config: ModelConfig, metadata: Mapping[str, str]) -> str:
     """Return the JSON under METADATA_KEY in this project's files: configuration and metadata."""
-    header = {"config": dataclasses.asdict(config), "metadata": dict(metadata)}
+    sizes = dataclasses.asdict(config)
+    for key, paper in (("feed_forward", None), ("activation", "quick_gelu")):
+        if sizes["vision"].get(key) == paper:  # so that files of the paper's models keep their bytes
+            sizes["vision"].pop(key, None)
+    header = {"config": sizes, "metadata": dict(metadata)}
     return json.dumps(header, sort_keys=True, ensure_ascii=False)
 
 

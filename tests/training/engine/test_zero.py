@@ -237,6 +237,18 @@ def train_at(job: TrainJob, names: tuple[str, ...]) -> list[list[float]]:
     return found
 
 
+@pytest.mark.slow
+def test_a_twin_of_vit_bigg_trains_at_every_stage(tmp_path: Path) -> None:
+    """Weights and gradients distributed, with GELU and feed-forward layers that are not 4 × as wide."""
+    changes: dict[str, Any] = {"ranks": 2, "epochs": 1, "micro_batch": 4, "validate_every_steps": 0}
+    job = job_of_20_steps(tmp_path, "run", model="twin-ViT-bigG-14", checkpoint_activations=True, **changes)
+    whole, *sharded, bf16 = run_ranks(train_at, 2, job, ("zero0", "zero1", "zero3", "zero3_bf16"))[0]
+    assert whole[-1] < whole[0]
+    for found in sharded:
+        np.testing.assert_allclose(found, whole, atol=1e-5)
+    np.testing.assert_allclose(bf16, whole, atol=0.1)
+
+
 def test_gradients_are_clipped_as_deepspeed_clips_them(tmp_path: Path, plain: Plain) -> None:
     """At ZeRO 3 DeepSpeed clips; below, training does, on the device."""
     changes: dict[str, Any] = {"ranks": 2, "epochs": 1, "max_gradient_norm": 0.05, "validate_every_steps": 0}
