@@ -33,6 +33,7 @@ from training.data.image_workers import ImageWorkers
 from training.data.loader import BatchReader, CaptionConfig
 from training.data.patch_mask import make_patch_mask
 from training.data.sampler import SampleOrder
+from training.data.shard_cache import ShardCache
 from training.data.shard_table import check_shards
 from training.data.statements import Statements
 from training.data.views import ViewConfig
@@ -124,13 +125,18 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
     for text in start.notices:
         metrics.notice(text)
     first_step = 0 if resumed is None else resumed.step
+    if reader.features is None:
+        reader.cache = make_cache(job, order, reader, rank, range(first_step, total_steps))
     workers = None
     if reader.features is None:
         workers = start_workers(job, reader, clip, order.rank_num_samples(rank, config.ranks))
     engine.train()
-    with Feeder(
-        reader.requests(first_step, total_steps), workers, get_accelerator().current_device_name()
-    ) as batches:
+    with (
+        Feeder(
+            reader.requests(first_step, total_steps), workers, get_accelerator().current_device_name()
+        ) as batches,
+        reader.cache or contextlib.nullcontext(),  # closed first: requests may wait for it
+    ):
         trainer = Trainer(
             stage=job.stage,
             config=config,
@@ -147,6 +153,7 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
             stop=stop,
             watchdog=watchdog,
             folder=job.folder,
+            store_folder=job.store_folder,
             identity=identity,
         )
         with metrics.tracked():
@@ -161,6 +168,8 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
         )
     metrics.close()
     write_model(job, engine, last_step, last_step if best is None else best.step)
+    if reader.cache is not None:
+        reader.cache.remove()
     watchdog.close()
 
 
@@ -226,6 +235,40 @@ def make_reader(
     )
 
 
+def make_cache(
+    job: TrainJob, order: SampleOrder, reader: BatchReader, rank: int, steps: range
+) -> ShardCache | None:
+    """Return a cache that begins to fetch a rank's part of shards in an object store; None if all are local.
+
+    Each rank has a folder of its own on its machine; those of ranks of an earlier start are removed.
+
+    Raises:
+        ConfigError: if it is too small.
+        InputError: if the disk is.
+    """
+    if all(store.is_local(shard.path) for shard in job.shards):
+        return None
+    here = int(os.environ["LOCAL_RANK"])
+    # DeepSpeed's launcher says LOCAL_SIZE, torchrun the other.
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["LOCAL_SIZE"])
+    root = os.path.join(job.folder, "shard_cache")
+    if here == 0:
+        os.makedirs(root, exist_ok=True)
+        for name in set(os.listdir(root)) - {str(number) for number in range(ranks_here)}:
+            shutil.rmtree(os.path.join(root, name), ignore_errors=True)
+    dist.barrier()
+    return ShardCache(
+        job.shards,
+        order,
+        order.rank_lanes(rank, job.config.ranks),
+        os.path.join(root, str(here)),
+        size_gb=job.config.cache_gb,
+        ranks_here=ranks_here,
+        byte_range=reader.byte_range,
+        steps=steps,
+    )
+
+
 def view_config(job: TrainJob, reader: BatchReader, clip: CLIP) -> ViewConfig:
     """Return what a job's images become, in the model's image size."""
     return ViewConfig(
@@ -234,6 +277,7 @@ def view_config(job: TrainJob, reader: BatchReader, clip: CLIP) -> ViewConfig:
         augment=job.config.augment,
         seed=job.seed,
         open_shards=reader.open_shards,
+        cache_folder="" if reader.cache is None else reader.cache.folder,
     )
 
 

@@ -16,7 +16,7 @@ from torch import distributed as dist
 
 from pipeline.core import store
 from pipeline.core.records import InputError, Stopped
-from training.checkpoint import checkpoint
+from training.checkpoint import checkpoint, object_store
 from training.checkpoint.checkpoint import Checkpoint
 from training.checkpoint.folders import checkpoints_folder, steps_in
 from training.checkpoint.selection import Selection, best_first, has_no_gain_left, read_validations, select
@@ -71,6 +71,7 @@ class Trainer:
     stop: StopRequest
     watchdog: Watchdog
     folder: str  # where checkpoints/ are
+    store_folder: str | None  # where they are copied to
     identity: Mapping[str, Any]
     under_way: deque[_Begun] = field(default_factory=deque)
     skipped_in_a_row: int = 0
@@ -190,6 +191,8 @@ class Trainer:
                 rank_steps=self.ranked_steps,
                 damaged=self.damaged,
             )
+            if self.store_folder is not None:
+                object_store.send(self.folder, self.store_folder, self.metrics.notice)
         dist.barrier()
 
     def validation_is_due(self, step: int) -> bool:

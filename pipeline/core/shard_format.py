@@ -5,6 +5,7 @@ All code that writes, reads, repacks or serves shards takes names, columns and b
 
 import collections
 import contextlib
+import io
 import os
 from collections.abc import Callable, Sequence
 from typing import IO, TYPE_CHECKING, Any
@@ -65,7 +66,8 @@ def read_sidecar(path: str, columns: Sequence[str], optional: Sequence[str] = ()
 
     with foreign(path, "sidecar", "build the shard again"):
         try:
-            opened = store.open_read(path)
+            # A remote one in a single request: its columns are most of its bytes.
+            opened = store.open_read(path) if store.is_local(path) else io.BytesIO(store.read_bytes(path))
         except FileNotFoundError:
             raise InputError(
                 f"{path}: no such file, and every tar needs its sidecar; build the shard again"

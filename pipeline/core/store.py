@@ -184,6 +184,24 @@ def list_files(folder: str) -> list[str]:
     return sorted(sizes(folder))
 
 
+def list_folders(folder: str) -> list[str]:
+    """Return the sorted names of the folders directly inside a folder; empty if the folder does not exist."""
+    if is_local(folder):
+        return (
+            sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+            if os.path.isdir(folder)
+            else []
+        )
+    fs, name = remote(folder)
+    try:
+        found = fs.ls(name, detail=True)
+    except FileNotFoundError:
+        return []
+    return sorted(
+        info["name"].rstrip("/").rsplit("/", 1)[-1] for info in found if info["type"] == "directory"
+    )
+
+
 def sizes(folder: str) -> dict[str, int]:
     """Return the sizes of the files directly inside a folder by name; empty if the folder does not exist."""
     if is_local(folder):
@@ -196,7 +214,8 @@ def sizes(folder: str) -> dict[str, int]:
         found = fs.ls(name, detail=True)
     except FileNotFoundError:
         return {}
-    return {info["name"].rsplit("/", 1)[-1]: int(info["size"]) for info in found if info["type"] == "file"}
+    files = [info for info in found if info["type"] == "file" and info["name"] != name]  # a file lists itself
+    return {info["name"].rsplit("/", 1)[-1]: int(info["size"]) for info in files}
 
 
 def move(path: str, target: str) -> None:
