@@ -102,16 +102,16 @@ def read_sidecar_frame(path: str, columns: Sequence[str], optional: Sequence[str
     return pl.DataFrame(pl.from_arrow(read_sidecar(path, columns, optional)))
 
 
-def with_each_caption(samples: "pl.DataFrame") -> "pl.DataFrame":
+def with_each_caption(samples: "pl.DataFrame", column: str = "caption") -> "pl.DataFrame":
     """Return a row for each caption of a sample, in order; samples that keep one have no list of them."""
     import polars as pl
 
-    several = all_captions("caption")
-    if several not in samples.columns:
+    several = all_captions(column)
+    if not isinstance(samples.schema.get(several), pl.List):
         return samples
     listed = pl.col(several).list.drop_nulls()
-    captions = pl.when(listed.list.len() > 0).then(listed).otherwise(pl.concat_list("caption"))
-    return samples.with_columns(captions.alias("caption")).drop(several).explode("caption")
+    captions = pl.when(listed.list.len() > 0).then(listed).otherwise(pl.concat_list(column))
+    return samples.with_columns(captions.alias(column)).drop(several).explode(column)
 
 
 class ByteRanges(contextlib.AbstractContextManager["ByteRanges"]):
