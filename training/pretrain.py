@@ -33,7 +33,7 @@ from training.data.image_workers import ImageWorkers
 from training.data.loader import BatchReader, CaptionConfig
 from training.data.patch_mask import make_patch_mask
 from training.data.sampler import SampleOrder
-from training.data.shard_cache import ShardCache
+from training.data.shard_cache import cache_of_rank
 from training.data.shard_table import check_shards
 from training.data.statements import Statements
 from training.data.views import ViewConfig
@@ -120,15 +120,23 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
             **dataclasses.asdict(config),
         },
         identity=digest(identity),
+        store_folder=job.store_folder,
     )
     metrics.start_at(resumed)
     for text in start.notices:
         metrics.notice(text)
     first_step = 0 if resumed is None else resumed.step
-    if reader.features is None:
-        reader.cache = make_cache(job, order, reader, rank, range(first_step, total_steps))
     workers = None
     if reader.features is None:
+        reader.cache = cache_of_rank(
+            job.shards,
+            order,
+            order.rank_lanes(rank, config.ranks),
+            job.folder,
+            size_gb=config.cache_gb,
+            byte_range=reader.byte_range,
+            steps=range(first_step, total_steps),
+        )
         workers = start_workers(job, reader, clip, order.rank_num_samples(rank, config.ranks))
     engine.train()
     with (
@@ -232,40 +240,6 @@ def make_reader(
         lanes=lanes,
         patch_mask=make_patch_mask(config, clip.config, job.stage, job.seed),
         statements=statements,
-    )
-
-
-def make_cache(
-    job: TrainJob, order: SampleOrder, reader: BatchReader, rank: int, steps: range
-) -> ShardCache | None:
-    """Return a cache that begins to fetch a rank's part of shards in an object store; None if all are local.
-
-    Each rank has a folder of its own on its machine; those of ranks of an earlier start are removed.
-
-    Raises:
-        ConfigError: if it is too small.
-        InputError: if the disk is.
-    """
-    if all(store.is_local(shard.path) for shard in job.shards):
-        return None
-    here = int(os.environ["LOCAL_RANK"])
-    # DeepSpeed's launcher says LOCAL_SIZE, torchrun the other.
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["LOCAL_SIZE"])
-    root = os.path.join(job.folder, "shard_cache")
-    if here == 0:
-        os.makedirs(root, exist_ok=True)
-        for name in set(os.listdir(root)) - {str(number) for number in range(ranks_here)}:
-            shutil.rmtree(os.path.join(root, name), ignore_errors=True)
-    dist.barrier()
-    return ShardCache(
-        job.shards,
-        order,
-        order.rank_lanes(rank, job.config.ranks),
-        os.path.join(root, str(here)),
-        size_gb=job.config.cache_gb,
-        ranks_here=ranks_here,
-        byte_range=reader.byte_range,
-        steps=steps,
     )
 
 

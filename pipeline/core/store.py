@@ -187,19 +187,16 @@ def list_files(folder: str) -> list[str]:
 def list_folders(folder: str) -> list[str]:
     """Return the sorted names of the folders directly inside a folder; empty if the folder does not exist."""
     if is_local(folder):
-        return (
-            sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-            if os.path.isdir(folder)
-            else []
-        )
+        if not os.path.isdir(folder):
+            return []
+        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     fs, name = remote(folder)
     try:
         found = fs.ls(name, detail=True)
     except FileNotFoundError:
         return []
-    return sorted(
-        info["name"].rstrip("/").rsplit("/", 1)[-1] for info in found if info["type"] == "directory"
-    )
+    names = [info["name"].rstrip("/") for info in found if info["type"] == "directory"]
+    return sorted(name.rsplit("/", 1)[-1] for name in names)
 
 
 def sizes(folder: str) -> dict[str, int]:

@@ -8,6 +8,7 @@ No torch here: the stage itself uses this before training starts.
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from training.checkpoint.folders import STATE_FILE, checkpoints_folder, step_fol
 _NOTE = "work.json"  # in the stage's folder; removed with it, so that a redo finds no checkpoint of before
 _CONTINUED = ("log.jsonl", "tracking.wandb.json", "tracking.mlflow.json")  # files that a start appends to
 _CURVES = "tensorboard"
+_ID = re.compile(r"[0-9a-f]{16}")
 
 
 def work_folder(stage_folder: str, cache_folder: str | None, *, begin: bool = False) -> str:
@@ -31,19 +33,28 @@ def work_folder(stage_folder: str, cache_folder: str | None, *, begin: bool = Fa
     `begin` names the work of a stage that has none yet.
 
     Raises:
-        ConfigError: if the stage has no work yet.
+        ConfigError: if the stage has no work yet, or its note is damaged.
     """
     if store.is_local(stage_folder):
         return stage_folder
     path = store.join(stage_folder, _NOTE)
-    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-        return os.path.join(
-            _places(cache_folder), _place_of(stage_folder), parse_json(store.read_text(path))["id"]
+    if not store.exists(path):
+        if not begin:
+            raise ConfigError(
+                f"{path}: no such file: the stage was never started; start it with `cnclip run`"
+            )
+        store.write_text(path, json.dumps({"id": secrets.token_hex(8)}))
+    try:
+        name = str(parse_json(store.read_text(path))["id"])
+    except (ValueError, KeyError, TypeError):
+        name = ""
+    if not _ID.fullmatch(name):  # folders next to it are removed, so it must not lead elsewhere
+        raise ConfigError(
+            f"{path}: holds no id of 16 hexadecimal digits; remove it: a rerun resumes from the checkpoints next"
+            " to it"
         )
-    if not begin:
-        raise ConfigError(f"{path}: no such file: the stage was never started; start it with `cnclip run`")
-    store.write_text(path, json.dumps({"id": secrets.token_hex(8)}))
-    return work_folder(stage_folder, cache_folder)
+    base = os.path.abspath(cache_folder or platformdirs.user_cache_dir("cnclip"))
+    return os.path.join(base, "training", digest(stage_folder)[:16], name)
 
 
 def prepare(stage_folder: str, cache_folder: str | None) -> str:
@@ -191,11 +202,3 @@ def _copying(source: str, target: str) -> Iterator[None]:
             f"{target}: cannot be copied from {source} ({error}): make room or check the store, and rerun the"
             " same command to resume"
         ) from None
-
-
-def _places(cache_folder: str | None) -> str:
-    return os.path.join(os.path.abspath(cache_folder or platformdirs.user_cache_dir("cnclip")), "training")
-
-
-def _place_of(stage_folder: str) -> str:
-    return digest(stage_folder)[:16]

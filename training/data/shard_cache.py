@@ -335,3 +335,44 @@ class ShardCache(contextlib.AbstractContextManager["ShardCache"]):
         shard, first, end = self._place(piece)
         found = self._shards[shard]
         return -(-found.num_bytes * (end - first) // found.num_samples)
+
+
+def cache_of_rank(
+    shards: Sequence[Shard],
+    order: SampleOrder,
+    lanes: range,
+    folder: str,
+    *,
+    size_gb: float,
+    byte_range: ByteRange,
+    steps: range,
+) -> ShardCache | None:
+    """Return the cache of this rank below a stage's folder; None if no shard is in an object store.
+
+    Ranks of a machine have a folder each and equal parts of `size_gb`. Folders of ranks that an earlier start
+    had more of are removed.
+
+    Raises:
+        ConfigError: if it is too small.
+        InputError: if the disk is.
+    """
+    if all(store.is_local(shard.path) for shard in shards):
+        return None
+    here = int(os.environ["LOCAL_RANK"])
+    # DeepSpeed's launcher says LOCAL_SIZE, torchrun the other.
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["LOCAL_SIZE"])
+    root = os.path.join(folder, "shard_cache")
+    os.makedirs(root, exist_ok=True)
+    if here == 0:
+        for name in set(os.listdir(root)) - {str(number) for number in range(ranks_here)}:
+            shutil.rmtree(os.path.join(root, name), ignore_errors=True)
+    return ShardCache(
+        shards,
+        order,
+        lanes,
+        os.path.join(root, str(here)),
+        size_gb=size_gb,
+        ranks_here=ranks_here,
+        byte_range=byte_range,
+        steps=steps,
+    )

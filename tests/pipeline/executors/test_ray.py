@@ -6,9 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -223,3 +224,24 @@ def test_the_only_machine_beside_a_head_without_cores_gets_every_try(one_node: A
     run = run_of(tmp_path / "full", {}, full=1)
     with pytest.raises(InputError, match=r"/data: No space left on device \(task "):
         runner.execute(run, run.stages, redo=False)
+
+
+@pytest.mark.slow
+def test_a_cluster_that_grows_from_no_machine_takes_what_comes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A call that asks for more cores than the first machine has is made smaller."""
+    from pipeline.executors import ray as executor
+
+    monkeypatch.setattr(executor, "_PATIENCE_SECONDS", 1.0)
+    with cluster_of(0, monkeypatch) as cluster:
+        run = run_of(tmp_path / "grown", {})
+        run = replace(run, stages=(replace(run.stages[0], processes=16),))
+        timer = threading.Timer(4.0, cluster.add_node, kwargs={"num_cpus": 2})
+        timer.start()
+        assert runner.execute(run, run.stages, redo=False) == 1
+        timer.join()
+    assert num_done(tmp_path / "grown") == NUM_TASKS
+    said = capsys.readouterr().err
+    assert said.count("the Ray cluster has no machine with cores yet: ") == 1
+    assert "calls of 16 cores wait for one" in said
