@@ -50,8 +50,8 @@ def work_folder(stage_folder: str, cache_folder: str | None, *, begin: bool = Fa
         name = ""
     if not _ID.fullmatch(name):  # folders next to it are removed, so it must not lead elsewhere
         raise ConfigError(
-            f"{path}: holds no id of 16 hexadecimal digits; remove it: a rerun resumes from the checkpoints next"
-            " to it"
+            f"{path}: holds no id of 16 hexadecimal digits; remove it: a rerun resumes from the checkpoints"
+            " next to it"
         )
     base = os.path.abspath(cache_folder or platformdirs.user_cache_dir("cnclip"))
     return os.path.join(base, "training", digest(stage_folder)[:16], name)

@@ -228,20 +228,24 @@ def test_the_only_machine_beside_a_head_without_cores_gets_every_try(one_node: A
 
 @pytest.mark.slow
 def test_a_cluster_that_grows_from_no_machine_takes_what_comes(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A call that asks for more cores than the first machine has is made smaller."""
     from pipeline.executors import ray as executor
 
     monkeypatch.setattr(executor, "_PATIENCE_SECONDS", 1.0)
+    said: list[str] = []
     with cluster_of(0, monkeypatch) as cluster:
+
+        def grow(text: str, *_: Any) -> None:
+            said.append(text)
+            threading.Thread(target=cluster.add_node, kwargs={"num_cpus": 2}).start()
+
+        monkeypatch.setattr(executor, "say", grow)
         run = run_of(tmp_path / "grown", {})
         run = replace(run, stages=(replace(run.stages[0], processes=16),))
-        timer = threading.Timer(4.0, cluster.add_node, kwargs={"num_cpus": 2})
-        timer.start()
         assert runner.execute(run, run.stages, redo=False) == 1
-        timer.join()
     assert num_done(tmp_path / "grown") == NUM_TASKS
-    said = capsys.readouterr().err
-    assert said.count("the Ray cluster has no machine with cores yet: ") == 1
-    assert "calls of 16 cores wait for one" in said
+    (waits,) = said
+    assert "the Ray cluster has no machine with cores yet: " in waits
+    assert "calls of 16 cores wait for one" in waits
