@@ -104,6 +104,16 @@ CLAIMS: dict[str, tuple[str, str]] = {
     ),
     "loss/memory": ("extra memory of the loss: ours against cn_clip", "training/loss.py"),
     "loss/time": ("loss of one rank of 8: ours against cn_clip", "training/loss.py"),
+    "pair_losses/positives": (
+        "the loss with several positives: ours against the plain formula",
+        "training/pair_losses.py",
+    ),
+    "pair_losses/positives_memory": (
+        "its extra memory: ours against the plain formula",
+        "training/pair_losses.py",
+    ),
+    "pair_losses/sigmoid": ("the sigmoid loss: ours against open_clip", "training/pair_losses.py"),
+    "pair_losses/sigmoid_memory": ("its extra memory: ours against open_clip", "training/pair_losses.py"),
     "resize/plain": ("decode and resize: ours against img2dataset", "data_prep/resize.py"),
     "resize/scaled": ("decode and resize with `scaled_decode`: ours against the peer", "data_prep/resize.py"),
     "retrieval": ("features to score file: ours against CN-CLIP's loop", "eval/retrieval.py"),

@@ -49,6 +49,7 @@ from pipeline.launch.config import LaunchConfig
 from training import stages as training_stage
 from training import vocabulary
 from training.checkpoint.selection import check_sets
+from training.config.phases import with_phases
 from training.config.recipes import finetune_recipe, paper_recipe
 from training.config.tracking import TrackingConfig
 from training.config.train import TrainConfig, check_fits
@@ -57,6 +58,7 @@ from training.vocabulary import VocabularyConfig
 
 # The program that each rank of a training stage runs.
 RANK_MODULE = "pipeline.rank"
+_TRAINING = ("english", "stage1", "stage2", "finetune")  # in order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,9 +230,10 @@ def resolve(table: dict[str, Any], path: str) -> tuple[Run, RunConfig]:
     try:
         corpus.refuse_misplaced_kinds(table.get("corpus"), path)
         config = build(RunConfig, _with_paper_recipes(table, path), path)
-        for name in ("english", "stage1", "stage2", "finetune"):
+        for name in _TRAINING:
             if (train := getattr(config, name)) is not None and config.model is not None:
-                check_fits(train, MODELS[config.model.name], name)
+                for phase, settings in phases_of(name, train):
+                    check_fits(settings, MODELS[config.model.name], phase)
                 if not config.makes_its_corpus:
                     sets = [item.name for item in config.evaluation] or [SET_ASIDE]
                     check_sets(train, sets if name != "english" else [], name)
@@ -304,7 +307,7 @@ def _model_stages(
 ) -> tuple[evaluation_stages.EvaluationConfig, list[Stage]]:
     """What a run does with its shards: vocabulary, training, and the scores of what was trained."""
     # Scored and shown: the stages that end in a Chinese model, in order; the last one is final.
-    scored = tuple(stage.name for stage in train_stages if stage.name != "english")
+    scored = tuple(stage.name for stage in train_stages if stage.name in _TRAINING[1:])
     scores = evaluation_stages.EvaluationConfig(
         stages=scored,
         vocabulary=model.vocabulary,
@@ -316,7 +319,10 @@ def _model_stages(
     stages: list[Stage] = []
     columns = _learned_columns(train_stages)
     if columns:
-        stages.append(vocabulary.stage(dataclasses.replace(config.vocabulary, columns=columns)))
+        together = _learned_together(train_stages) or None
+        stages.append(
+            vocabulary.stage(dataclasses.replace(config.vocabulary, columns=columns, together=together))
+        )
     stages += train_stages
     stages += [
         evaluation_stages.embed_stage(scores, learned=learned, sets_from=config.sets_from),
@@ -374,29 +380,32 @@ def _shard_stages(config: RunConfig, rows: str) -> list[Stage]:
 
 
 def _training_stages(config: RunConfig, model: ModelTable) -> list[Stage]:
-    """english (where asked for) → stage1 → stage2 → finetune: each hands its weights to the next (2.3)."""
+    """english (where asked for) → stage1 → stage2 → finetune: each hands its weights to the next (2.3).
+
+    The phases of a stage come before it.
+    """
     stages: list[Stage] = []
     before: str | None = None
-    for name, train in (
-        ("english", config.english),
-        ("stage1", config.stage1),
-        ("stage2", config.stage2),
-        ("finetune", config.finetune),
-    ):
-        if train is None:
-            continue
+    trainings = (
+        (*named, stage)
+        for stage in _TRAINING
+        if (whole := getattr(config, stage)) is not None
+        for named in phases_of(stage, whole)
+    )
+    for name, train, stage in trainings:
+        is_english = stage == "english"
         starts_new = before in (None, "english")
         job = training_stage.TrainStageConfig(
             train=train,
             model=model.name,
-            vocabulary=model.vocabulary if name != "english" else None,
+            vocabulary=model.vocabulary if not is_english else None,
             start_stage=None if starts_new else before,
             image_stage="english" if before == "english" else None,
             image_weights=model.image_weights if before is None else None,
-            text_weights=model.text_weights if starts_new and name != "english" else None,
+            text_weights=model.text_weights if starts_new and not is_english else None,
             start_weights=model.start_weights if before is None else None,
             save_openai=name == "english",
-            validate=name != "english",
+            validate=not is_english,
             launcher=config.launch.launcher,
             tracking=config.tracking,
         )
@@ -407,7 +416,32 @@ def _training_stages(config: RunConfig, model: ModelTable) -> list[Stage]:
     return stages
 
 
+def phases_of(stage: str, train: TrainConfig) -> list[tuple[str, TrainConfig]]:
+    """Return what a training stage consists of, `training.config.phases.with_phases`.
+
+    Raises:
+        ConfigError: if the settings of a phase do not fit together.
+    """
+    try:
+        return with_phases(stage, train)
+    except ValueError as error:
+        raise ConfigError(f"[{stage}] {error}") from None
+
+
 def _learned_columns(train_stages: Sequence[Stage]) -> tuple[str, ...]:
     """Caption columns that need a vocabulary of their own."""
     configs = [stage.config for stage in train_stages if stage.config.vocabulary is None]
     return tuple(sorted({job.train.caption_column for job in configs}))
+
+
+def _learned_together(train_stages: Sequence[Stage]) -> dict[str, tuple[str, ...]]:
+    """Vocabularies that cover more columns than their own, since trainings draw captions from these too.
+
+    The stages that share a vocabulary hand their weights on, so that it is one for all of their columns.
+    """
+    together: dict[str, set[str]] = {}
+    for stage in train_stages:
+        train = stage.config.train
+        if stage.config.vocabulary is None:
+            together.setdefault(train.caption_column, set()).update(train.weight_of_columns)
+    return {name: tuple(sorted(columns)) for name, columns in together.items() if columns != {name}}

@@ -17,7 +17,7 @@ from training.checkpoint.folders import checkpoints_folder, steps_in
 from training.checkpoint.object_store import finish, prepare, send_log, work_folder
 from training.config.job import TrainJob
 from training.config.tracking import TrackingConfig
-from training.config.train import TrainConfig, count_steps, shared_steps
+from training.config.train import CONTEXT_LENGTH, TrainConfig, count_steps, shared_steps
 from training.ranks.launcher import (
     Launcher,
     failure,
@@ -231,8 +231,8 @@ def run(config: TrainStageConfig, context: Context, task: Task, progress: Progre
 
 
 def title_of(name: str, config: TrainStageConfig) -> str:
-    """Return in one line what a training stage does with these settings."""
-    train = config.train
+    """Return in one line what a training stage, or a phase of it, does with these settings."""
+    train, name = config.train, name.partition("_phase")[0]
     towers = "image tower locked, text tower trained" if train.lock_image else "both towers trained"
     if name == "english":
         what = "from English captions, as the paper starts from OpenAI's CLIP"
@@ -242,6 +242,10 @@ def title_of(name: str, config: TrainStageConfig) -> str:
     more = []
     if train.distil is not None:
         more.append(f"learning from {train.distil.teacher}")
+    if train.image_size_px is not None:
+        more.append(f"images of {train.image_size_px} px")
+    if train.context_length != CONTEXT_LENGTH:
+        more.append(f"captions cut at {train.context_length} tokens")
     if train.patch_mask:
         more.append(f"{100 * train.patch_mask:g}% of the patches left out")
     if train.negation is not None:
@@ -252,7 +256,7 @@ def title_of(name: str, config: TrainStageConfig) -> str:
 def stage(
     name: str, config: TrainStageConfig, *, before: str | None, entry: str, sets_from: tuple[str, ...]
 ) -> Stage:
-    """Return a training stage: english, stage1, stage2 or finetune.
+    """Return a training stage: english, stage1, stage2 or finetune, or a phase of one.
 
     `before` is the training stage that hands its weights on; `entry` the module that each rank runs;
     `sets_from` the stages that know the evaluation sets.

@@ -21,7 +21,7 @@ from pipeline.planning.memory import (
 )
 from training.config.deepspeed_file import computes_in_bfloat16, read_deepspeed_file
 from training.config.recipes import finetune_recipe, finetuned_data, paper_recipe, pretrained_stages
-from training.config.train import TrainConfig
+from training.config.train import TrainConfig, sized
 from training.flops import PEAK_FLOPS, WITHOUT_BFLOAT16, device_gib, find_device
 from training.model.config import MODELS
 from training.stages import TrainStageConfig
@@ -42,7 +42,8 @@ _PAPER_GPU_DAYS: Mapping[tuple[str, str], float] = MappingProxyType(
         ("ViT-H-14", "stage2"): 184 * 2.2,
     }
 )
-_WORK = ("epochs", "global_batch", "lock_image")  # determines the computation, in addition to the samples
+_WORK = ("epochs", "global_batch", "lock_image", "image_size_px", "context_length", "patch_mask", "phases")
+# determines the computation, in addition to the samples
 # Training pairs of the tasks if their owners publish them; for others --samples must give the number.
 TASK_PAIRS = {"muge": 250_314, "flickr30k-cn": 148_915}
 GIB = 2**30
@@ -158,7 +159,8 @@ def paper_gpu_days(item: Training) -> float | None:
 
 def need(item: Training, on: Hardware, tokens: int) -> Need:
     """Return the requirements of one training; `tokens` is the mean caption length with [CLS] and [SEP]."""
-    config, model, split = item.config, MODELS[item.model], shares(item.config)
+    config, split = item.config, shares(item.config)
+    model = sized(MODELS[item.model], config)
     settings = read_deepspeed_file(config.deepspeed)
     needs = functools.partial(
         memory,

@@ -212,6 +212,9 @@ def _type(hint: Any) -> str:
         if inside[-1] is Ellipsis:
             return f"list of {_type(inside[0])}s"
         return f"list of {len(inside)} {_type(inside[0])}s"
+    if typing.get_origin(hint) is Mapping:
+        item = _type(typing.get_args(hint)[1])
+        return f"table of {item.replace('list', 'lists')}" if "list" in item else f"table of {item}s"
     return _PLAIN[hint]
 
 

@@ -131,7 +131,9 @@ def test_the_work_of_a_stage_stays_in_one_folder_until_it_is_redone(stage: Path,
     assert not stage.exists()
     assert object_store.prepare(str(tmp_path), None) == str(tmp_path)
     store.write_text(store.join(STAGE, "work.json"), '{"id": "/"}')
-    with pytest.raises(ConfigError, match=r"work.json: holds no id of 16 hexadecimal digits; remove it: a rerun"):
+    with pytest.raises(
+        ConfigError, match=r"work.json: holds no id of 16 hexadecimal digits; remove it: a rerun"
+    ):
         object_store.prepare(STAGE, cache)
 
 

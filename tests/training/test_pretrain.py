@@ -26,6 +26,8 @@ from tests.helpers.rank_processes import run_ranks
 from tests.helpers.train_jobs import make_job, small_models, train_rank
 from training.config.job import TrainJob
 from training.config.train import AugmentConfig
+from training.weights.formats import resize_positions
+from training.weights.weights import load_checkpoint
 
 
 def train_rank_without_dropout(job: TrainJob) -> None:
@@ -48,6 +50,30 @@ def test_ranks_and_zero_stages_make_no_difference(tmp_path: Path) -> None:
         ours, theirs = load_file(other.output_model), load_file(one.output_model)
         for name, tensor in theirs.items():
             torch.testing.assert_close(ours[name], tensor, atol=1e-3, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("model", ["small-vit", "small-rn-64"])
+def test_a_larger_image_size_continues_from_a_smaller_one(tmp_path: Path, model: str) -> None:
+    """The position embedding is interpolated; all else is taken as it is."""
+    small, large = (32, 64) if model == "small-rn-64" else (16, 32)
+    first = make_job(tmp_path, "first", model=model, image_size_px=small, epochs=1)
+    run_ranks(train_rank_without_dropout, 1, first)
+    second = make_job(tmp_path, "second", model=model, epochs=1, peak_learning_rate=1e-12)
+    second = dataclasses.replace(second, start_checkpoint=first.output_model)
+    run_ranks(train_rank_without_dropout, 1, second)
+    before, after = (load_checkpoint(job.output_model) for job in (first, second))
+    assert [clip.config.vision.image_size_px for clip in (before, after)] == [small, large]
+    assert before.config.name == after.config.name == model
+    earlier, later = before.state_dict(), after.state_dict()
+    changed = {name for name, tensor in earlier.items() if tensor.shape != later[name].shape}
+    assert changed == {"visual.pos_embed" if model == "small-vit" else "visual.head.pos_embed"}
+    (name,) = changed
+    grid = later[name].reshape(-1, later[name].shape[-1])
+    expected = resize_positions(earlier[name].reshape(-1, grid.shape[-1]), round((len(grid) - 1) ** 0.5))
+    torch.testing.assert_close(grid, expected, atol=1e-6, rtol=0)
+    for name in earlier.keys() - changed:
+        if "running" not in name and "batches" not in name:
+            torch.testing.assert_close(earlier[name], later[name], atol=1e-6, rtol=0)
 
 
 def test_it_learns_and_writes_what_it_promises(tmp_path: Path) -> None:

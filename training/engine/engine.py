@@ -79,8 +79,9 @@ def build_engine(towers: Towers, config: TrainConfig) -> Engine:
     )
     if engine.zero_optimization_partition_weights():
         # `Towers` uses them outside of the module that owns them.
-        for parameter in (clip.logit_scale, clip.text_projection):
-            deepspeed.zero.register_external_parameter(engine.module, parameter)
+        for parameter in (clip.logit_scale, clip.logit_bias, clip.text_projection):
+            if parameter is not None:
+                deepspeed.zero.register_external_parameter(engine.module, parameter)
     make_adam_state(engine)
     for name, parameter in clip.named_parameters():
         if name in before and parameter.requires_grad:

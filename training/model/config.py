@@ -7,7 +7,7 @@ Facts that the tables do not print, from the released weights:
 - the released RoBERTa-wwm-large has 16 heads, although Table 6 prints 24: 16 is used here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -71,6 +71,19 @@ class ModelConfig:
     embed_dim: int  # width of the shared space (Tables 6 and 7)
     vision: VisionConfig
     text: TextConfig
+
+
+def at_size(model: ModelConfig, image_size_px: int) -> ModelConfig:
+    """Return a model for images of another size, under the same name.
+
+    Raises:
+        ValueError: if the size is no multiple of a patch, or of a ResNet's cell of 32 pixels.
+    """
+    vision = model.vision
+    cell = vision.patch_size_px if isinstance(vision, VisionTransformerConfig) else 32
+    if image_size_px < cell or image_size_px % cell:
+        raise ValueError(f"an image size of {image_size_px} is not a multiple of {cell} pixels: choose one")
+    return replace(model, vision=replace(vision, image_size_px=image_size_px))
 
 
 RBT3 = TextConfig(layers=3, width=768, heads=12)

@@ -70,7 +70,9 @@ def make_batches(
     shards: Any, folder: Path, *, size_gb: float | None = None, steps: range = range(2 * EPOCH_STEPS)
 ) -> WholeBatches:
     order = make_order()
-    captions = CaptionConfig(column="caption", context_length=16, token_folder=str(folder / "tokens"), seed=0)
+    captions = CaptionConfig(
+        weights={"caption": 1.0}, context_length=16, token_folder=str(folder / "tokens"), seed=0
+    )
     reader = BatchReader(shards, order, Tokenizer(VOCABULARY), captions, lanes=range(LANES))
     if size_gb is not None:
         reader.cache = ShardCache(
