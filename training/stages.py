@@ -222,7 +222,8 @@ def run(config: TrainStageConfig, context: Context, task: Task, progress: Progre
                 send_log(folder, job.store_folder)
         if status != 0:
             raise InputError(failure(log_path, status))
-    outputs = dict.fromkeys((MODEL_FILE, METRICS_FILE), 0)
+    averaged = () if config.train.averages is None else config.train.averages.files
+    outputs = dict.fromkeys((MODEL_FILE, METRICS_FILE, *averaged), 0)
     if config.save_openai:
         outputs[OPENAI_FILE] = 0
     if job.store_folder is not None:

@@ -116,6 +116,7 @@ def measure(run: Run, cell: Cell, evaluation: str | None) -> Point:
     flops_of_step = {
         line["step"]: line["teraflops"] * 1e12 * line["seconds"]
         for line in _lines(store.join(folder, _LOG_FILE))
+        if "teraflops" in line  # validations and checkpoints have lines too
     }
     return Point(sum(flops_of_step.values()), 100 - sum(recalls) / len(recalls), cell.name)
 

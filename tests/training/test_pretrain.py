@@ -87,9 +87,15 @@ def test_it_learns_and_writes_what_it_promises(tmp_path: Path) -> None:
     assert metrics[-1]["samples_seen"] == 56 * 32
     checkpoints = list((Path(job.folder) / "checkpoints").iterdir())
     assert len(checkpoints) == job.config.keep_checkpoints + 1  # and that of the warm-up
-    speed = json.loads((Path(job.folder) / "log.jsonl").read_text().splitlines()[-1])
-    assert speed["samples_per_second"] > 0
-    assert speed["data_wait_seconds"] >= 0
+    log = [json.loads(line) for line in (Path(job.folder) / "log.jsonl").read_text().splitlines()]
+    speed = [line for line in log if "samples_per_second" in line]
+    assert len(speed) == 56
+    assert speed[-1]["samples_per_second"] > 0
+    assert speed[-1]["data_wait_seconds"] >= 0
+    # Of the time between steps: each part and its shares of all time so far.
+    assert [line["step"] for line in log if "validation_seconds" in line] == [*range(0, 57, 4)]
+    assert [line["step"] for line in log if "checkpoint_seconds" in line] == [*range(3, 56, 3), 56]
+    assert 0 < log[-1]["checkpoint_share"] + log[-1]["validation_share"] < 1
 
 
 def test_a_locked_image_tower_stays_as_it_is_byte_for_byte(tmp_path: Path) -> None:
@@ -274,8 +280,9 @@ def test_the_temperature_is_clamped_in_the_master_too(tmp_path: Path, deepspeed:
 
 
 def train_rank_until_killed(job: TrainJob, step: int) -> None:
-    """Die as by `kill -9`, in the middle of a step."""
+    """Die as by `kill -9`, in the middle of a step; checkpoints before it are written."""
     from training import trainer as loop
+    from training.checkpoint.writer import CheckpointWriter
     from training.engine.engine import StepResult, train_step
 
     def killed(engine: Any, batch: Any, *arguments: Any) -> StepResult:
@@ -283,6 +290,7 @@ def train_rank_until_killed(job: TrainJob, step: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return train_step(engine, batch, *arguments)
 
+    pytest.MonkeyPatch().setattr(CheckpointWriter, "start", lambda writer, write: write())
     pytest.MonkeyPatch().setattr(loop, "train_step", killed)
     train_rank(job)
 

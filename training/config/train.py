@@ -15,6 +15,7 @@ from pipeline.core.config import (
     formerly,
 )
 from pipeline.core.records import ConfigError, too_few
+from training.config.averages import AveragesConfig
 from training.config.deepspeed_file import check_model, read_deepspeed_file
 from training.model.config import ModelConfig, at_size
 
@@ -211,6 +212,8 @@ class TrainConfig:
     """A teacher whose similarities the model also learns."""
     negation: NegationConfig | None = None
     """Statements about absent objects as hard negatives."""
+    averages: AveragesConfig | None = field(default=None, metadata=IN_DIGEST_IF_SET)
+    """Averages of weights, scored next to the plain ones."""
 
     lanes: PositiveInt | None = None
     """Streams into which the corpus is split; must divide `global_batch` and be at least `ranks`. Unset: the
@@ -337,6 +340,11 @@ def check_fits(config: TrainConfig, model: ModelConfig, stage: str) -> None:
         raise ConfigError(
             f"[{stage}] compile = true, but {config.deepspeed} is ZeRO 3: it gathers weights while the model"
             " runs, which cannot be compiled; use a lower stage or leave compile out"
+        )
+    if config.averages is not None and settings.get("zero_optimization", {}).get("stage") == 3:
+        raise ConfigError(
+            f"[{stage}.averages] with {config.deepspeed}, which is ZeRO 3: no rank has whole weights to"
+            " average; use a lower stage or leave averages out"
         )
     check_model(config.deepspeed, model, stage)
     if config.context_length > model.text.max_positions:

@@ -30,7 +30,7 @@ from training.engine.towers import Engine, Towers, running_statistics
 from training.engine.zero_state import clamp_weight, make_adam_state, own_master, set_weight
 from training.model.clip import CLIP
 
-# One rank validates or writes while the others wait.
+# One rank may work while the others wait: it ranks, or writes the model.
 _COLLECTIVE_TIMEOUT = datetime.timedelta(hours=4)
 
 

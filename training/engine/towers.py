@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from training.config.deepspeed_file import read_deepspeed_file
 from training.config.train import TrainConfig
 from training.data.loader import Batch
+from training.engine.averages import RunningAverages
 from training.engine.compiler import compiles
 from training.engine.precision import autocast, autocast_dtype, compute_dtype
 from training.engine.teacher import Teacher, TeacherFeatures
@@ -46,6 +47,7 @@ class Towers(nn.Module):
     ) -> None:
         super().__init__()
         self.clip = clip
+        self.averages: RunningAverages | None = None  # rank 0 has them, if the stage averages weights
         self.teacher, self._negation = teacher, config.negation
         self._num_samples_of_ranks = num_samples_of_ranks
         self._knows_ids = config.exclude_duplicates or config.several_positives

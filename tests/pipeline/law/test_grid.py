@@ -91,6 +91,7 @@ def test_a_finished_cell_is_measured(path: str) -> None:
         {"step": 1, "teraflops": 9.0, "seconds": 9.0},
         *({"step": n, "teraflops": 2.0, "seconds": 3.0} for n in (1, 2)),
     ]
+    steps.append({"step": 2, "validation_seconds": 1.0})
     (folder / "log.jsonl").write_text("\n".join(map(json.dumps, steps)))
     assert measure(run, cell, None) == Point(12e12, 80.0, cell.name)
     assert measure(run, cell, "b").error == 70.0
