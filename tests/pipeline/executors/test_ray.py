@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -239,7 +238,7 @@ def test_a_cluster_that_grows_from_no_machine_takes_what_comes(
 
         def grow(text: str, *_: Any) -> None:
             said.append(text)
-            threading.Thread(target=cluster.add_node, kwargs={"num_cpus": 2}).start()
+            cluster.add_node(num_cpus=2)
 
         monkeypatch.setattr(executor, "say", grow)
         run = run_of(tmp_path / "grown", {})
