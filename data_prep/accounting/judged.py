@@ -84,10 +84,11 @@ def publish_judged(
     `rows_per_group` is for tables of which others read a range. `facts` need no `sources`: they are
     counted here.
     """
-    outputs = {}
+    outputs, digests = {}, {}
     for name, piece in (pieces or {task.name: kept}).items():
-        write_table(piece, context.path(f"kept/{name}.parquet"), rows_per_group)
-        outputs[f"kept/{name}.parquet"] = piece.height
+        path = f"kept/{name}.parquet"
+        digests[path] = write_table(piece, context.path(path), rows_per_group)
+        outputs[path] = piece.height
     counts = write_drops(dropped, context.path(drops_path(task.name)))
     return Outcome(
         {**outputs, drops_path(task.name): dropped.height},
@@ -95,6 +96,7 @@ def publish_judged(
         num_kept=kept.height,
         dropped=counts,
         extra=replace(facts or JudgedFacts(), sources=count_by_source(kept, dropped)).to_json(),
+        digests=digests,
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_prep.accounting.funnel import STEPS, by_source
+from data_prep.formats.shards import ShardFacts
 from pipeline.core import store
 from pipeline.core.files.foreign import foreign
 from pipeline.core.records import InputError, Manifest
@@ -44,9 +45,14 @@ def write_corpus(
         task_categories=["zero-shot-image-classification", "image-to-text", "text-to-image"],
         tags=["clip", "chinese-clip"],
     )
-    images = "The images are in `shards/`, as tars with a Parquet sidecar each." if with_images else (
-        "This repository has no images: it documents the corpus."
-    )  # fmt: skip
+    images = "This repository has no images: it documents the corpus."
+    if with_images:
+        images = "The images are in `shards/`, as tars with a Parquet sidecar each."
+        if unlisted := ShardFacts.total(shards):
+            images += (
+                f" Read the samples that the sidecars list: the tars have {unlisted:,} others, which the"
+                " steps below dropped or set aside."
+            )
     card = (
         f"---\n{data.to_yaml()}\n---\n\n# {repo.partition('/')[2]}\n\n"
         f"{shards.num_kept:,} images with Chinese captions. {images}\n"

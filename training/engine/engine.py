@@ -30,7 +30,7 @@ from training.engine.towers import Engine, Towers, running_statistics
 from training.engine.zero_state import clamp_weight, make_adam_state, own_master, set_weight
 from training.model.clip import CLIP
 
-# One rank may work while the others wait: it ranks, or writes the model.
+# Rank 0 may wait for a checkpoint, or write the model, while the others wait for it.
 _COLLECTIVE_TIMEOUT = datetime.timedelta(hours=4)
 
 

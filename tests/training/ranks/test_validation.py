@@ -69,7 +69,7 @@ def train_and_note(job: TrainJob) -> tuple[list[int], list[int], list[bytes]]:
     return decoded, texts, features
 
 
-@pytest.mark.parametrize("deepspeed", ["zero1_autocast", "zero3"])
+@pytest.mark.parametrize("deepspeed", ["zero1_autocast", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_ranks_share_a_validation_and_give_the_numbers_of_one(tmp_path: Path, deepspeed: str) -> None:
     from training.pretrain import build_model
 
