@@ -36,8 +36,6 @@ from pipeline.core.records import EmbeddingTable
 from training.config.train import CONTEXT_LENGTH
 
 if TYPE_CHECKING:
-    import torch
-
     from training.model.clip import CLIP
     from training.model.tokenizer import Tokenizer
 
@@ -110,7 +108,7 @@ class _ModelInTraining:
 
     model: "CLIP"
     tokens: Mapping[str, Int32Array]  # evaluation name → tokens_NL
-    pixels: dict[str, UInt8Array]  # evaluation name → pixels_NCHW; filled at the first use
+    pixels: dict[str, UInt8Array]  # evaluation name → pixels_NHWC; filled at the first use
     batch_size: int
 
     def encode(self, evaluation: RetrievalSet) -> tuple[Float32Array, Float32Array]:
@@ -120,7 +118,7 @@ class _ModelInTraining:
         name, model = evaluation.name, self.model
         if name not in self.pixels:
             images = decoded_batches(evaluation, model.config.vision.image_size_px, self.batch_size)
-            self.pixels[name] = np.concatenate([_to_uint8(image_BCHW) for image_BCHW in images])
+            self.pixels[name] = np.concatenate(list(images))
         with evaluating(model):
             image_ND: Float32Array = np.concatenate(
                 [
@@ -133,9 +131,13 @@ class _ModelInTraining:
         check_vectors(text_ND, f"evaluation `{name}`, texts")
         return image_ND, text_ND
 
-    def _encode_images(self, pixels_BCHW: UInt8Array) -> Float32Array:
-        images = _from_uint8(pixels_BCHW).to(self.model.logit_scale.device)
-        image_BD: Float32Array = self.model.encode_image(images).float().cpu().numpy()
+    def _encode_images(self, pixels_BHWC: UInt8Array) -> Float32Array:
+        import torch
+
+        from training.model.preprocess import standardise
+
+        image_BCHW = torch.from_numpy(pixels_BHWC).to(self.model.logit_scale.device).permute(0, 3, 1, 2)
+        image_BD: Float32Array = self.model.encode_image(standardise(image_BCHW)).float().cpu().numpy()
         return image_BD
 
 
@@ -152,31 +154,6 @@ def evaluating(model: "CLIP") -> "Iterator[None]":
     finally:
         for module, mode in modes:
             module.training = mode  # not .train(mode): that would also set the modules below
-
-
-def _to_uint8(image_BCHW: "torch.Tensor") -> UInt8Array:
-    """Return the pixel values that `preprocess` normalised, exactly: they were whole numbers in 0…255."""
-    import torch
-
-    mean_C11, std_C11 = _mean_and_std()
-    pixels: UInt8Array = (image_BCHW * std_C11 + mean_C11).mul(255).round().to(torch.uint8).numpy()
-    return pixels
-
-
-def _from_uint8(pixels_BCHW: UInt8Array) -> "torch.Tensor":
-    """Invert `_to_uint8`, by the same operations as `preprocess`: the same bits."""
-    import torch
-
-    mean_C11, std_C11 = _mean_and_std()
-    return torch.from_numpy(pixels_BCHW).to(torch.float32).div_(255).sub_(mean_C11).div_(std_C11)
-
-
-def _mean_and_std() -> "tuple[torch.Tensor, torch.Tensor]":
-    import torch
-
-    from training.model.preprocess import MEAN, STD
-
-    return torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
 
 
 def _caption_of_images(evaluation: RetrievalSet) -> list[str]:

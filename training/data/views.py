@@ -41,14 +41,9 @@ class ViewConfig:
     seed: int
     open_shards: int  # tars that stay open
 
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Some visits of a request, for one worker."""
-
-    visits: Visits
-    first_image: int  # of the ring, where the first view goes
-    num_images: int
+    def open(self) -> "ViewReader":
+        """Return what reads by these settings."""
+        return ViewReader(self)
 
 
 class ViewReader:

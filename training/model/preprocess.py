@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeline.core.arrays import UInt8Array
-from pipeline.core.files.images import BadImageError, Decode, decode_square, square_of
+from pipeline.core.files.images import BadImageError, Decode
 from pipeline.core.records import InputError
+from training.data.squares import SquareConfig
 
 # Per channel, of pixel values in [0, 1]: OpenAI CLIP's, kept by Chinese CLIP.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -43,27 +43,23 @@ def preprocess_readable(
     What could not even be read may stand in its place as the error.
     """
     pixels_BHWC = np.empty((len(images), image_size_px, image_size_px, 3), dtype=np.uint8)
-    left_out = dict[int, str]()
-    for row, image in enumerate(images):
-        try:
-            if isinstance(image, BadImageError):
-                raise image
-            if isinstance(image, bytes):
-                square = decode_square(image, image_size_px, decode)
-            else:
-                square = square_of(image, image_size_px, decode)
-        except BadImageError as error:
-            left_out[row] = str(error)
-            continue
-        pixels_BHWC[row - len(left_out)] = np.asarray(square)
-    return _to_tensor(pixels_BHWC[: len(images) - len(left_out)]), left_out
+    left_out = SquareConfig(image_size_px=image_size_px, decode=decode).open().read(images, pixels_BHWC)
+    kept_BHWC = np.delete(pixels_BHWC, list(left_out), axis=0) if left_out else pixels_BHWC
+    return standardise(torch.from_numpy(kept_BHWC).permute(0, 3, 1, 2)), left_out
 
 
-def _to_tensor(pixels_BHWC: UInt8Array) -> torch.Tensor:
-    image_BCHW = torch.from_numpy(pixels_BHWC).permute(0, 3, 1, 2).to(torch.float32).div_(255)
-    mean_C11 = torch.tensor(MEAN).view(3, 1, 1)
-    std_C11 = torch.tensor(STD).view(3, 1, 1)
-    return image_BCHW.sub_(mean_C11).div_(std_C11).contiguous()
+def standardise(image_BCHW: torch.Tensor) -> torch.Tensor:
+    """Return (pixels / 255 - mean) / std in float32 of uint8 images, as torchvision computes it.
+
+    On a CPU it is looked up, as `normalise` does; a GPU's result may differ in the last bit.
+    """
+    mean_C11, std_C11 = (
+        torch.tensor(values, device=image_BCHW.device).view(3, 1, 1) for values in (MEAN, STD)
+    )
+    if image_BCHW.device.type != "cpu":
+        return image_BCHW.float().div_(255).sub_(mean_C11).div_(std_C11)
+    table_VC = (torch.arange(256.0)[:, None] / 255 - mean_C11.flatten()) / std_C11.flatten()
+    return _look_up(image_BCHW, table_VC).contiguous()
 
 
 def normalise(image_BCHW: torch.Tensor) -> torch.Tensor:
@@ -76,6 +72,11 @@ def normalise(image_BCHW: torch.Tensor) -> torch.Tensor:
     if image_BCHW.device.type != "cpu":
         return (image_BCHW.float() - mean_C11) / std_C11
     table_VC = (torch.arange(256.0)[:, None] - mean_C11.flatten()) / std_C11.flatten()
+    return _look_up(image_BCHW, table_VC)
+
+
+def _look_up(image_BCHW: torch.Tensor, table_VC: torch.Tensor) -> torch.Tensor:
+    """Return the table's values for uint8 images, float32, channels last in memory."""
     pixels_BHWC = image_BCHW.permute(0, 2, 3, 1).numpy()
     normal_BHWC = np.empty(pixels_BHWC.shape, dtype=np.float32)
     for pixels_HWC, normal_HWC in zip(pixels_BHWC, normal_BHWC, strict=True):
