@@ -43,6 +43,30 @@ def test_neighbours_are_those_of_a_full_sort(tmp_path: Path, monkeypatch: pytest
     np.testing.assert_allclose(truth.scores_QK, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize(("num_rows", "k"), [(500, 7), (500, 100), (60, 60)])
+def test_torch_finds_what_faiss_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_rows: int, k: int
+) -> None:
+    """Rows have four values of 0.5 or -0.5: float32 products are exact, and many rows have equal scores."""
+    random = np.random.default_rng(0)
+    values = np.zeros((num_rows + 30, DIM), np.float32)
+    values[:, :4] = random.choice([-0.5, 0.5], (num_rows + 30, 4))
+    rows, queries = np.split(random.permuted(values, axis=1), [num_rows])
+    embeddings = saved(rows, tmp_path, files=3)
+    by_faiss = exact_neighbours(embeddings, queries, k)
+    monkeypatch.setattr("eval.index.truth.torch_device", lambda: "cpu")
+    monkeypatch.setattr("eval.index.gpu_search.MAX_BLOCK_ROWS", 70)
+    by_torch = exact_neighbours(embeddings, queries, k)
+    assert by_torch.scores_QK is not None
+    assert by_faiss.scores_QK is not None
+    assert by_torch.scores_QK.dtype == np.float32
+    np.testing.assert_allclose(by_torch.scores_QK, by_faiss.scores_QK, atol=1e-6)
+    # FAISS takes any of the rows that share the k-th score; torch the lowest, as a stable sort does.
+    is_above = by_faiss.scores_QK > by_faiss.scores_QK[:, -1:]
+    assert np.array_equal(by_torch.rows_QK[is_above], by_faiss.rows_QK[is_above])
+    assert np.array_equal(by_torch.rows_QK, np.argsort(-(queries @ rows.T), axis=1, kind="stable")[:, :k])
+
+
 def test_recall_counts_each_row_once(tmp_path: Path) -> None:
     embeddings, queries = saved(unit_rows(12), tmp_path), unit_rows(2)
     truth = exact_neighbours(embeddings, queries, 3)
