@@ -53,9 +53,7 @@ def standardise(image_BCHW: torch.Tensor) -> torch.Tensor:
 
     On a CPU it is looked up, as `normalise` does; a GPU's result may differ in the last bit.
     """
-    mean_C11, std_C11 = (
-        torch.tensor(values, device=image_BCHW.device).view(3, 1, 1) for values in (MEAN, STD)
-    )
+    mean_C11, std_C11 = _mean_and_std(image_BCHW.device, 1)
     if image_BCHW.device.type != "cpu":
         return image_BCHW.float().div_(255).sub_(mean_C11).div_(std_C11)
     table_VC = (torch.arange(256.0)[:, None] / 255 - mean_C11.flatten()) / std_C11.flatten()
@@ -68,7 +66,7 @@ def normalise(image_BCHW: torch.Tensor) -> torch.Tensor:
     On a CPU it is looked up, with the same bits: there are 256 values a channel, and three passes of
     arithmetic over float32 images take nine times as long.
     """
-    mean_C11, std_C11 = _pixel_mean_and_std(image_BCHW.device)
+    mean_C11, std_C11 = _mean_and_std(image_BCHW.device, 255)
     if image_BCHW.device.type != "cpu":
         return (image_BCHW.float() - mean_C11) / std_C11
     table_VC = (torch.arange(256.0)[:, None] - mean_C11.flatten()) / std_C11.flatten()
@@ -85,10 +83,11 @@ def _look_up(image_BCHW: torch.Tensor, table_VC: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def _pixel_mean_and_std(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean_C11 and std_C11 in units of 0…255, in float32 on a device.
+def _mean_and_std(device: torch.device, white: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean_C11 and std_C11 for pixels of 0 to `white`, in float32 on a device.
 
-    They are no buffers of a module, which a run in bfloat16 would round.
+    They are no buffers of a module, which a run in bfloat16 would round, and the host waits for a GPU only
+    when they are made.
     """
-    mean_C11, std_C11 = (torch.tensor(values).view(3, 1, 1) * 255 for values in (MEAN, STD))
+    mean_C11, std_C11 = (torch.tensor(values).view(3, 1, 1) * white for values in (MEAN, STD))
     return mean_C11.to(device), std_C11.to(device)
