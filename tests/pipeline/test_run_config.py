@@ -302,5 +302,5 @@ def test_a_precision_of_features_reaches_its_stages_and_the_default_changes_no_d
     assert before.pop("precision") == "float32"
     assert digest(plain.stage("embed").config) == digest(before)
     assert digest(rounded.stage("embed").config) != digest(before)
-    with pytest.raises(ConfigError, match=r"embed\.precision: must be one of 'float32', 'bf16'"):
+    with pytest.raises(ConfigError, match=r"embed\.precision: must be 'float32' or 'bf16'"):
         catalog.load("demo", ["embed.precision=fp16"])
