@@ -1,9 +1,11 @@
 """Stage vocabulary: WordPiece learned from the corpus's own captions, for runs that are given none."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
+from pipeline.core.config import IN_DIGEST_IF_SET
 from pipeline.core.facts import Facts
-from pipeline.core.shard_format import all_captions
+from pipeline.core.shard_format import all_captions, read_sidecar_frame, with_each_caption
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 
@@ -15,6 +17,8 @@ class VocabularyConfig:
     """Largest number of tokens. Chinese characters come first, then pieces of words."""
     columns: tuple[str, ...] = ("caption",)
     """Caption columns of the shards, one vocabulary each."""
+    together: Mapping[str, tuple[str, ...]] | None = field(default=None, metadata=IN_DIGEST_IF_SET)
+    """Columns from which a vocabulary is learned if it is not only its own: those of `caption_weights`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,21 +36,30 @@ def plan(config: VocabularyConfig, context: Context) -> list[Task]:
 
 
 def run(config: VocabularyConfig, context: Context, task: Task, progress: Progress) -> Outcome:
-    """Learn one vocabulary; file `<column>.txt`, one token a line."""
-    import polars as pl
+    """Learn one vocabulary of a column or of several; file `<column>.txt`, one token a line.
 
+    Captions come from one sidecar after the other, so that memory holds the distinct words only.
+    """
     from training.model.tokenizer import Tokenizer, learn_vocabulary
 
     column = VocabularyTask.from_json(task.arguments).column
     paths = [shard.path for shard in context.shards_of("shards", ".parquet")]
-    table = pl.scan_parquet(paths)
-    several = all_captions(column)
-    if isinstance(table.collect_schema().get(several), pl.List):  # where a source keeps them
-        table = table.select(pl.coalesce(several, pl.concat_list(column)).alias(column)).explode(column)
-    captions = table.select(column).collect()[column]
-    learned = Tokenizer(learn_vocabulary(captions.to_list(), config.size))
+    columns = (config.together or {}).get(column, (column,))
+    num_captions = 0
+
+    def captions() -> Iterator[str]:
+        nonlocal num_captions
+        for number, path in enumerate(paths, start=1):
+            for name in columns:
+                samples = read_sidecar_frame(path, (name,), optional=(all_captions(name),))
+                found = with_each_caption(samples, name)[name].drop_nulls().to_list()
+                num_captions += len(found)
+                yield from found
+            progress(number, len(paths), "sidecars read")
+
+    learned = Tokenizer(learn_vocabulary(captions(), config.size))
     learned.save_vocabulary(context.path(f"{column}.txt"))
-    return Outcome({f"{column}.txt": captions.len()}, num_in=captions.len(), num_kept=captions.len())
+    return Outcome({f"{column}.txt": num_captions}, num_in=num_captions, num_kept=num_captions)
 
 
 def stage(config: VocabularyConfig) -> Stage:

@@ -71,10 +71,10 @@ def readable_subset(evaluation: RetrievalSet, decode: Decode = "upright") -> tup
     )
 
 
-def decoded_batches(
-    evaluation: RetrievalSet, image_size_px: int, batch_size: int, decode: Decode = "upright"
-) -> Iterator[UInt8Array]:
-    """Yield squares_BHWC, uint8 RGB, in row order.
+def decoded_rows(
+    evaluation: RetrievalSet, rows: Int64Array, image_size_px: int, decode: Decode = "upright"
+) -> UInt8Array:
+    """Return squares_BHWC, uint8 RGB, of some rows.
 
     Raises:
         UnreadableImage: if an image cannot be decoded; it names the image's id.
@@ -82,19 +82,17 @@ def decoded_batches(
     from training.data.squares import SquareConfig
 
     reader = SquareConfig(image_size_px=image_size_px, decode=decode).open()
-    for start in range(0, evaluation.num_images, batch_size):
-        rows = range(start, min(start + batch_size, evaluation.num_images))
-        squares_BHWC = np.empty((len(rows), image_size_px, image_size_px, 3), np.uint8)
-        refuse(evaluation, start, reader.read(list(evaluation.image_bytes(rows)), squares_BHWC))
-        yield squares_BHWC
+    squares_BHWC = np.empty((len(rows), image_size_px, image_size_px, 3), np.uint8)
+    refuse(evaluation, rows, reader.read(list(evaluation.image_bytes(rows)), squares_BHWC))
+    return squares_BHWC
 
 
-def refuse(evaluation: RetrievalSet, start: int, left_out: Mapping[int, str]) -> None:
-    """Raise if images cannot be decoded; `left_out` has their rows, counted from `start`, with the reasons.
+def refuse(evaluation: RetrievalSet, rows: Sequence[int] | Int64Array, left_out: Mapping[int, str]) -> None:
+    """Raise if images cannot be decoded; `left_out` has their places in `rows`, with the reasons.
 
     Raises:
         UnreadableImage: it names the first image's id.
     """
-    for row, reason in left_out.items():
-        image_id = evaluation.image_ids[start + row]
+    for at, reason in left_out.items():
+        image_id = evaluation.image_ids[rows[at]]
         raise UnreadableImage(f"{evaluation.images_path}: image {image_id}: cannot be decoded: {reason}")

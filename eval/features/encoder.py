@@ -86,7 +86,7 @@ class EvaluationEncoder:
         progress(0, evaluation.num_images)
         features = list[Float32Array]()
         for feature_BD, left_out, num_images in self.base.image_features(images, batch_size=self.batch_size):
-            refuse(evaluation, done, left_out)
+            refuse(evaluation, range(done, done + num_images), left_out)
             features.append(feature_BD)
             done += num_images
             progress(done, evaluation.num_images)

@@ -14,15 +14,16 @@ import numpy as np
 import numpy.typing as npt
 
 from eval.index.device import Device, torch_device
+from eval.index.formats.hdf5 import open_hdf5
+from eval.index.metric import faiss_metric, pair_scores
 from eval.index.views import Vectors
-from eval.metrics.recall import exact_scores_of_pairs
 from pipeline.core import store
 from pipeline.core.arrays import Float32Array, Int64Array
 from pipeline.core.files.foreign import foreign
 from pipeline.core.records import InputError
 
 # Rows whose scores differ by less count as equal, as in big-ann-benchmarks; float32 products are off by less.
-TIE = 1e-6
+TIE = 1e-6  # of scores up to 1; a share of larger ones
 _BLOCK_ROWS = 32_768  # 64 MiB at width 512, and FAISS's copy
 _REMEDY = "compute it again, or leave --ground-truth out"
 
@@ -32,11 +33,15 @@ class Truth:
     """The k nearest rows of each query, nearest first."""
 
     rows_QK: Int64Array
-    scores_QK: Float32Array | None = None  # inner products; None if a file holds only rows
+    scores_QK: Float32Array | None = None  # inner products or squared distances; None: only rows are known
 
     def first(self, k: int) -> "Truth":
         """Return the first k columns."""
         return Truth(self.rows_QK[:, :k], None if self.scores_QK is None else self.scores_QK[:, :k])
+
+    def of(self, queries: Int64Array) -> "Truth":
+        """Return the neighbours of these queries."""
+        return Truth(self.rows_QK[queries], None if self.scores_QK is None else self.scores_QK[queries])
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +53,17 @@ class Recall:
 
 
 def exact_neighbours(vectors: Vectors, queries_QD: Float32Array, k: int, device: Device = "cpu") -> Truth:
-    """Return the k rows of the highest inner products for each query, equal scores by lower row.
+    """Return the k nearest rows of each query, equal scores by lower row.
 
-    A GPU computes the products: by FAISS if `device` is "gpu", else by torch if there is one. Of rows with
-    the k-th score torch gives the lowest, and FAISS any.
+    FAISS finds them, on the GPUs unless `device` is "cpu"; for inner products and cosines on "cpu", torch
+    does if it has a GPU. Of rows with the k-th score torch gives the lowest, and FAISS any.
     """
-    found_by = None if device == "gpu" else torch_device()
+    found_by = torch_device() if device == "cpu" and vectors.metric != "l2" else None
     if found_by is not None:
         from eval.index.gpu_search import MAX_BLOCK_ROWS, nearest
 
         exact_QK, rows_QK = nearest(queries_QD, _equal_blocks(vectors, MAX_BLOCK_ROWS), k, found_by)
         return Truth(rows_QK, exact_QK.astype(np.float32))
-    from faiss import METRIC_INNER_PRODUCT
     from faiss.contrib.exhaustive_search import knn_ground_truth
 
     find: Any = knn_ground_truth  # FAISS has no types for it
@@ -68,10 +72,10 @@ def exact_neighbours(vectors: Vectors, queries_QD: Float32Array, k: int, device:
         queries_QD,
         _equal_blocks(vectors, _BLOCK_ROWS),
         k,
-        METRIC_INNER_PRODUCT,
-        ngpu=-1 if device == "gpu" else 0,
+        faiss_metric(vectors.metric),
+        ngpu=0 if device == "cpu" else -1,
     )
-    order = np.lexsort((rows_QK, -scores_QK), axis=1)
+    order = np.lexsort((rows_QK, scores_QK if vectors.metric == "l2" else -scores_QK), axis=1)
     return Truth(np.take_along_axis(rows_QK, order, axis=1), np.take_along_axis(scores_QK, order, axis=1))
 
 
@@ -105,10 +109,15 @@ def recall_of(vectors: Vectors, queries_QD: Float32Array, found_QK: Int64Array, 
         return Recall(strict / found_QK.size, strict / found_QK.size)
     rows = np.concatenate([found_QK[query, place], exact_QK[asked, -1]])
     needed, where = np.unique(rows, return_inverse=True)
-    scores = exact_scores_of_pairs(
-        queries_QD, np.concatenate([query, asked]), vectors.rows(needed), where.reshape(-1)
+    scores = pair_scores(
+        queries_QD,
+        np.concatenate([query, asked]),
+        vectors.rows(needed),
+        where.reshape(-1),
+        vectors.metric,
     )
-    ties = int((scores[: len(query)] >= scores[len(query) :][inverse.reshape(-1)] - TIE).sum())
+    kth = scores[len(query) :][inverse.reshape(-1)]
+    ties = int((scores[: len(query)] >= kth - TIE * np.maximum(1, np.abs(kth))).sum())
     return Recall(strict / found_QK.size, (strict + ties) / found_QK.size)
 
 
@@ -136,7 +145,7 @@ def read_truth(path: str, *, num_queries: int, num_rows: int, k: int) -> Truth:
     """
     with foreign(path, "ground truth", _REMEDY):
         if path.endswith((".hdf5", ".h5")):
-            truth = _read_hdf5(path)
+            truth = Truth(_read_hdf5(path))
         elif path.endswith(".ivecs"):
             truth = Truth(_read_ivecs(path))
         else:
@@ -160,7 +169,7 @@ def read_truth(path: str, *, num_queries: int, num_rows: int, k: int) -> Truth:
 
 
 def check_truth(path: str, vectors: Vectors, queries_QD: Float32Array, truth: Truth) -> None:
-    """Check on some queries that the neighbours come in the order of their inner products.
+    """Check on some queries that the neighbours come in the order of their scores.
 
     Raises:
         InputError: if they do not: the file is of other vectors, other queries or another metric.
@@ -169,12 +178,15 @@ def check_truth(path: str, vectors: Vectors, queries_QD: Float32Array, truth: Tr
     rows_QK = truth.rows_QK[some_Q]
     needed, where = np.unique(rows_QK, return_inverse=True)
     k = rows_QK.shape[1]
-    scores = exact_scores_of_pairs(queries_QD, np.repeat(some_Q, k), vectors.rows(needed), where.reshape(-1))
+    scores = pair_scores(
+        queries_QD, np.repeat(some_Q, k), vectors.rows(needed), where.reshape(-1), vectors.metric
+    )
+    scale = max(1.0, float(np.abs(scores).max()))
     rise_Q = np.diff(scores.reshape(-1, k), axis=1).max(axis=1, initial=-np.inf)
-    wrong = np.flatnonzero(rise_Q > 10 * TIE)
+    wrong = np.flatnonzero(rise_Q > 10 * TIE * scale)
     if len(wrong):
         raise InputError(
-            f"{path}: the neighbours of query {some_Q[wrong[0]]} are not in the order of inner products: it"
+            f"{path}: the neighbours of query {some_Q[wrong[0]]} are not in the order of their scores: it"
             f" is of other vectors, other queries or another metric; {_REMEDY}"
         )
 
@@ -225,14 +237,8 @@ def _read_ivecs(path: str) -> Int64Array:
     return numbers.reshape(-1, k + 1)[:, 1:].astype(np.int64)
 
 
-def _read_hdf5(path: str) -> Truth:
-    try:
-        import h5py
-    except ImportError:
-        raise InputError(f"{path}: reading it needs h5py: pip install h5py") from None
+def _read_hdf5(path: str) -> Int64Array:
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file")
-    with h5py.File(path, "r") as file:
-        if "neighbors" not in file:
-            raise InputError(f"{path}: has no data set `neighbors`, found {', '.join(file) or 'none'}")
-        return Truth(np.asarray(file["neighbors"], dtype=np.int64))
+    matrix = open_hdf5(path, "neighbors")
+    return matrix.block(0, matrix.shape[0]).astype(np.int64)

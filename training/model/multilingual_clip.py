@@ -20,7 +20,7 @@ from pipeline.core import store
 from pipeline.core.arrays import Float32Array
 from pipeline.core.files.foreign import foreign, parse_json
 from pipeline.core.records import InputError
-from training.data.squares import SquareConfig
+from training.data.squares import Fit, SquareConfig
 from training.image_encoder import (
     IMAGES_PER_BATCH_ACCELERATED,
     ImageEncoder,
@@ -103,9 +103,11 @@ class MultilingualText:
 
 
 class ClipImages:
-    """An English CLIP's image tower with OpenAI's preprocessing, on one device."""
+    """A CLIP's image tower with its preprocessing, OpenAI's if no other `fit` is given, on one device."""
 
-    def __init__(self, tower: ImageTower, device: str, precision: Precision = "float32") -> None:
+    def __init__(
+        self, tower: ImageTower, device: str, precision: Precision = "float32", fit: Fit = "crop"
+    ) -> None:
         """Compile a ViT for a GPU, which takes a minute: whoever scores has many images."""
         tower.module.to(device)
         compiled = can_compile(tower.module, device)
@@ -114,7 +116,7 @@ class ClipImages:
         self._batch_size = IMAGES_PER_BATCH if is_cpu else IMAGES_PER_BATCH_ACCELERATED
         self._images = ImageEncoder(
             functools.partial(tower.encode, compiled=compiled),
-            SquareConfig(image_size_px=tower.image_size_px, fit="crop"),
+            SquareConfig(image_size_px=tower.image_size_px, fit=fit),
             device,
             embed_dim=tower.embed_dim,
             precision=precision,

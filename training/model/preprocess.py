@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeline.core.files.images import BadImageError, Decode
+from pipeline.core.files.images import Decode
 from pipeline.core.records import InputError
 from training.data.squares import SquareConfig
 
@@ -29,23 +29,11 @@ def preprocess(
     Raises:
         InputError: if an image cannot be decoded; it names its position.
     """
-    image_BCHW, left_out = preprocess_readable(images, image_size_px, decode)
-    for row, reason in left_out.items():
-        raise InputError(f"image {row} of {len(images)} cannot be decoded: {reason}")
-    return image_BCHW
-
-
-def preprocess_readable(
-    images: Sequence[bytes | Image.Image | BadImageError], image_size_px: int, decode: Decode = "upright"
-) -> tuple[torch.Tensor, dict[int, str]]:
-    """Preprocess the images that can be decoded; return them, and the rows of the others with the reasons.
-
-    What could not even be read may stand in its place as the error.
-    """
     pixels_BHWC = np.empty((len(images), image_size_px, image_size_px, 3), dtype=np.uint8)
     left_out = SquareConfig(image_size_px=image_size_px, decode=decode).open().read(images, pixels_BHWC)
-    kept_BHWC = np.delete(pixels_BHWC, list(left_out), axis=0) if left_out else pixels_BHWC
-    return standardise(torch.from_numpy(kept_BHWC).permute(0, 3, 1, 2)), left_out
+    for row, reason in left_out.items():
+        raise InputError(f"image {row} of {len(images)} cannot be decoded: {reason}")
+    return standardise(torch.from_numpy(pixels_BHWC).permute(0, 3, 1, 2))
 
 
 def standardise(image_BCHW: torch.Tensor) -> torch.Tensor:

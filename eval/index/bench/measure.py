@@ -25,6 +25,7 @@ from eval.index.bench.task import Labels, ranks, task_recall
 from eval.index.build import rows_to_train
 from eval.index.device import Device, check_device
 from eval.index.embeddings import Embeddings
+from eval.index.formats.export import Export
 from eval.index.truth import Truth, check_truth, exact_neighbours, read_truth, recall_of, write_truth
 from eval.index.tuning.queries import Queries
 from eval.index.views import Without
@@ -35,7 +36,7 @@ from pipeline.core.arrays import Int64Array
 from pipeline.core.config import digest
 from pipeline.core.files.foreign import parse_json
 from pipeline.core.processes import import_environment
-from pipeline.core.records import InputError
+from pipeline.core.records import ConfigError, InputError
 
 _STDERR = "stderr.txt"  # of the process at work
 
@@ -59,9 +60,12 @@ class Plan:
     threads: int
     labels: Labels | None = None
     truth_path: str | None = None  # a file with the exact neighbours of the only set of queries
+    export: Export | None = None  # also writes what each setting found
 
     def __post_init__(self) -> None:
         check_device(self.device)
+        if self.centre and self.embeddings.metric == "l2":
+            raise ConfigError("--centre is for inner products; distances do not change when rows are moved")
         if not 0 < self.k <= self.vectors.num_rows:
             raise InputError(f"{self.path}: k = {self.k}, but there are {self.vectors.num_rows} rows")
 
@@ -91,6 +95,7 @@ class Plan:
             "num_rows": self.vectors.num_rows,
             "held_out": 0 if self.held_out is None else len(self.held_out),
             "dim": self.embeddings.dim,
+            "metric": self.embeddings.metric,
             "train_rows": self.rows_to_train(factory),
             "centred": self.centre,
             "device": self.device,
@@ -157,7 +162,9 @@ def _asked(plan: Plan, queries: Queries, out: str | None, say: Callable[[str], N
     """Return a set of queries with its exact neighbours, from a file if there is one."""
     vectors, k = plan.vectors, plan.searched
     if plan.truth_path is not None:
-        truth = read_truth(plan.truth_path, num_queries=len(queries), num_rows=vectors.num_rows, k=k)
+        num_queries = int(queries.rows_Q.max()) + 1
+        truth = read_truth(plan.truth_path, num_queries=num_queries, num_rows=vectors.num_rows, k=k)
+        truth = truth.of(queries.rows_Q)
         check_truth(plan.truth_path, vectors, queries.vectors_QD, truth)
     else:
         held_out = None if plan.held_out is None else store.digest_bytes(plan.held_out.tobytes())
@@ -193,6 +200,7 @@ def _measure_factory(
         for each in asked
         for point in results.of(facts[each.queries.name])
         if point.factory == factory
+        and (plan.export is None or plan.export.has(factory, point.parameters, each.queries))
     }
     wanted = [(each, setting) for setting in swept for each in asked]
     missing = [(each, setting) for each, setting in wanted if (each.queries.name, setting) not in known]
@@ -226,6 +234,7 @@ def _searched(
         folder=str(folder),
         embeddings=plan.path,
         side=plan.side,
+        metric=plan.embeddings.asked_metric,
         held_out=held_out,
         factory=factory,
         train_rows=plan.rows_to_train(factory),
@@ -245,6 +254,8 @@ def _searched(
             assert process.stdin is not None
             process.stdin.write("\n")
             process.stdin.flush()
+            if plan.export is not None:
+                plan.export.write(factory, setting, each.queries, vectors, found_QK, answer, built)
             recall = recall_of(vectors, each.queries.vectors_QD, found_QK[:, : plan.k], each.truth)
             yield Point(
                 factory=factory,
