@@ -59,6 +59,14 @@ CLAIMS: dict[str, tuple[str, str]] = {
     ),
     "encode/text": ("encode texts: ours against cn_clip", "training/encode.py"),
     "encode/tokenise": ("tokenise: ours against cn_clip", "training/encode.py"),
+    "encode_corpus/clock": (
+        "encode a shard, by the clock: decoded by workers meanwhile against in turn",
+        "training/encode_corpus.py",
+    ),
+    "encode_corpus/cpu": (
+        "encode a shard, in CPU seconds: decoded by workers meanwhile against in turn",
+        "training/encode_corpus.py",
+    ),
     "engine": ("a training step: DeepSpeed against PyTorch's DDP", "training/engine.py"),
     "feature_cache": (
         "a sample in stage 1: cached features against live images",

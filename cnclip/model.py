@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from eval.features.encoder import ModelSource
     from pipeline.core.files.images import Decode
     from training.encoder import Encoder
+    from training.image_encoder import Precision
 
     ImageLike = str | bytes | Image.Image  # a path, the bytes of a file, or a decoded image
 
@@ -133,6 +134,7 @@ def load(
     vocabulary: str | None = None,
     context_length: int | None = None,
     decode: "Decode" = "upright",
+    precision: "Precision" = "float32",
 ) -> Model:
     """Load a model: weights of any known format, or the last trained stage of a run's TOML.
 
@@ -144,6 +146,7 @@ def load(
         context_length: most tokens of a text, including [CLS] and [SEP] (default: the run's, or 52).
         decode: "upright" (EXIF rotation, 16 bits scaled, transparency on white), or "reference" for the
             decoding of Chinese CLIP's published code.
+        precision: "float32", or "bf16" for matrix products on a GPU that keep three digits of a feature.
 
     Raises:
         InputError, ConfigError: one line that names the file and says what to do.
@@ -152,7 +155,8 @@ def load(
 
     from eval.features.encoder import find_checkpoint, load_encoder
 
-    source = replace(find_checkpoint(name_or_path, vocabulary, context_length), decode=decode)
+    source = find_checkpoint(name_or_path, vocabulary, context_length)
+    source = replace(source, decode=decode, precision=precision)
     return Model(load_encoder(source, device=device).base, source)
 
 

@@ -222,6 +222,7 @@ def _write(
         "ensemble": options.ensemble,
         "templates": options.templates,
         "decode": checkpoint.decode,
+        "precision": checkpoint.precision,
         "published": "Chinese CLIP, arXiv 2211.01335v3",
     }
     for name, text in (

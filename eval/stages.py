@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
 
 from eval.metrics.recall import RetrievalScores
 from pipeline.core import store
+from pipeline.core.config import IN_DIGEST_IF_SET
 from pipeline.core.evaluation_sets import EvaluationSet, evaluation_named, evaluations_of
 from pipeline.core.facts import Facts
 from pipeline.core.stage import Context, Outcome, Progress, Show, Stage, Task
@@ -22,6 +23,16 @@ class EvaluationConfig:
     stages: tuple[str, ...]  # training stages whose models are scored, in order; the last one is final
     vocabulary: str | None  # unset: the vocabulary stage's
     context_length: int  # tokens with [CLS] and [SEP]
+    precision: Literal["float32", "bf16"] = field(default="float32", metadata=IN_DIGEST_IF_SET)  # of products
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbedConfig:
+    """`[embed]`: how evaluation sets are embedded, those of `[[classification]]` too."""
+
+    precision: Literal["float32", "bf16"] = field(default="float32", metadata=IN_DIGEST_IF_SET)
+    """Precision of the models' matrix products. `bf16` is for GPUs, and keeps some three digits of a feature.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +130,8 @@ def run_embed(config: EvaluationConfig, context: Context, task: Task, progress: 
     folder = pair.folder
     vocabulary = config.vocabulary or context.path_in("vocabulary", "caption.txt")
     weights = context.path_in(pair.stage, "model.safetensors")
-    encoder = load_encoder(ModelSource(weights, vocabulary, config.context_length))
+    source = ModelSource(weights, vocabulary, config.context_length, precision=config.precision)
+    encoder = load_encoder(source)
     encoder = replace(encoder, show=_counting_both_sides(progress, evaluation))
     embed_evaluation(encoder, evaluation, context.path(folder))
     outputs = {

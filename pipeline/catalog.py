@@ -43,7 +43,7 @@ from data_prep.shards.split import SplitConfig
 from data_prep.shards.stage import ShardsConfig
 from eval import stages as evaluation_stages
 from eval.report import stage as report_stage
-from eval.stages import IndexConfig
+from eval.stages import EmbedConfig, IndexConfig
 from eval.zeroshot import stage as zeroshot_stage
 from eval.zeroshot.stage import ClassificationSource, ZeroshotConfig
 from pipeline import image_encoders, image_heads, pair_scorers
@@ -170,6 +170,8 @@ class RunConfig:
     """Everything trained (paper, 2.3)."""
     finetune: TrainConfig | None = None
     """Training on the pairs of a downstream task (paper, A.3)."""
+    embed: EmbedConfig = field(default_factory=EmbedConfig)
+    """Features of the evaluation sets."""
     index: IndexConfig = field(default_factory=IndexConfig)
     """FAISS index."""
     launch: LaunchConfig = field(default_factory=LaunchConfig)
@@ -230,6 +232,7 @@ class RunConfig:
             "english": None,
             "classification": (),
             "vocabulary": VocabularyConfig(),
+            "embed": EmbedConfig(),
             "index": IndexConfig(),
             "tracking": TrackingConfig(),
             "zeroshot": ZeroshotConfig(),
@@ -352,6 +355,7 @@ def _model_stages(
         context_length=max(
             train.context_length for train in (config.stage1, config.stage2, config.finetune) if train
         ),
+        precision=config.embed.precision,
     )
     learned = () if model.vocabulary else ("vocabulary",)
     stages: list[Stage] = []
@@ -375,6 +379,7 @@ def _model_stages(
             stage=scored[-1],
             vocabulary=model.vocabulary,
             context_length=scores.context_length,
+            precision=scores.precision,
         )
         stages.append(zeroshot_stage.stage(sets, learned=learned))
     return scores, stages

@@ -37,6 +37,8 @@ class PairSettings(Protocol):
     def context_length(self) -> int: ...
     @property
     def device(self) -> str | None: ...
+    @property
+    def precision(self) -> Literal["float32", "bf16"]: ...
 
 
 def identify_pair(config: PairSettings, *, run_folder: str = "") -> tuple[str, str]:
@@ -47,17 +49,18 @@ def identify_pair(config: PairSettings, *, run_folder: str = "") -> tuple[str, s
     Raises:
         InputError: if a file is missing.
     """
+    rounded = () if config.precision == "float32" else (config.precision,)
     if config.model is not None:
         _exists(config.model, "model")
         weights = digest_of(run_folder, config.model)
         vocabulary = _vocabulary_digest(config, run_folder)
-        text = digest("chinese clip", weights, vocabulary, config.context_length)
-        return text, digest("chinese clip", weights)
+        text = digest("chinese clip", weights, vocabulary, config.context_length, *rounded)
+        return text, digest("chinese clip", weights, *rounded)
     assert config.text_encoder is not None
     assert config.image_encoder is not None
     _exists(config.image_encoder, "image_encoder")
-    text = digest("mclip", _text_digests(config.text_encoder, run_folder))
-    image = digest("clip", digest_of(run_folder, config.image_encoder), config.image_activation)
+    text = digest("mclip", _text_digests(config.text_encoder, run_folder), *rounded)
+    image = digest("clip", digest_of(run_folder, config.image_encoder), config.image_activation, *rounded)
     return text, image
 
 
@@ -83,9 +86,10 @@ class MultilingualPair:
         if find_id(text) is not None:  # the folder of the cache that the named weights are in
             text = os.path.dirname(pinned_path(run_folder, text))
         self._text = load_text(text, device)
+        self._text.precision = config.precision
         image = pinned_path(run_folder, str(config.image_encoder))
         tower = load_image_tower(image, activation=config.image_activation)
-        self._images = ClipImages(tower, device)
+        self._images = ClipImages(tower, device, config.precision)
         if self._text.embed_dim != self._images.embed_dim:
             raise InputError(
                 f"score: {config.text_encoder} ends in {self._text.embed_dim} dimensions,"
@@ -107,7 +111,13 @@ class OwnModel:
         from training.weights.formats import load_model
 
         path = pinned_path(run_folder, str(config.model))
-        self._encoder = Encoder(load_model(path), _vocabulary(path, config), device=config.device)
+        self._encoder = Encoder(
+            load_model(path),
+            _vocabulary(path, config),
+            device=config.device,
+            precision=config.precision,
+            many=True,
+        )
         self._context_length = min(config.context_length, self._encoder.model.config.text.max_positions)
 
     def embed_texts(self, texts: Sequence[str]) -> Float32Array:

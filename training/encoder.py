@@ -7,8 +7,9 @@ texts = model.embed_texts(["一只猫", "一只狗", "一辆汽车"])
 print(model.probabilities(images, texts))
 """
 
+import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -20,8 +21,16 @@ from pipeline.core.files.images import BadImageError, Decode
 from pipeline.core.records import InputError
 from pipeline.core.stage import Progress
 from training.config.train import CONTEXT_LENGTH
+from training.data.squares import AnyImage, ImageRange, SquareConfig
+from training.image_encoder import (
+    IMAGES_PER_BATCH_ACCELERATED,
+    ImageEncoder,
+    ImageFeatures,
+    Precision,
+    can_compile,
+    computing,
+)
 from training.model.clip import CLIP
-from training.model.preprocess import preprocess_readable
 from training.model.tokenizer import Tokenizer
 from training.weights.formats import load_model
 from training.weights.hub.locate import local_path
@@ -38,13 +47,23 @@ class Encoder:
     """A model with its vocabulary, on one device."""
 
     def __init__(
-        self, model: CLIP, tokenizer: Tokenizer, *, device: str | None = None, decode: Decode = "upright"
+        self,
+        model: CLIP,
+        tokenizer: Tokenizer,
+        *,
+        device: str | None = None,
+        decode: Decode = "upright",
+        precision: Precision = "float32",
+        many: bool = False,
     ) -> None:
         """Put a model on a device.
 
         `device` is as torch names it; unset, the accelerator if there is one, else the CPU.
 
         `decode` says how images other than 8-bit RGB are decoded (`pipeline.core.files.images`).
+
+        `precision` is what matrices are multiplied in. With `many` images to come, torch compiles a ViT for a
+        GPU, which takes a minute.
 
         Raises:
             InputError: if the vocabulary is of another size than the model's embedding.
@@ -58,6 +77,18 @@ class Encoder:
         self.model = model.eval().to(self.device)
         self.tokenizer = tokenizer
         self.decode = decode
+        self.precision: Precision = precision
+        is_cpu = torch.device(self.device).type == "cpu"
+        self.images_per_batch = IMAGES_PER_BATCH if is_cpu else IMAGES_PER_BATCH_ACCELERATED
+        compiled = many and can_compile(model.visual, self.device)
+        self._images = ImageEncoder(
+            functools.partial(model.encode_image, compiled=compiled),
+            SquareConfig(image_size_px=self.image_size_px, decode=decode),
+            self.device,
+            embed_dim=model.config.embed_dim,
+            precision=precision,
+            fixed_batches=compiled,
+        )
 
     @property
     def image_size_px(self) -> int:
@@ -74,34 +105,32 @@ class Encoder:
             InputError: if one is not an image; it names the image.
         """
         features = [np.empty((0, self.model.config.embed_dim), np.float32)]
-        for start in range(0, len(images), IMAGES_PER_BATCH):
-            feature_BD, left_out = self.embed_readable(images[start : start + IMAGES_PER_BATCH])
+        start = 0
+        for feature_BD, left_out, num_images in self.image_features(images):
             for row, reason in left_out.items():
                 image, number = images[start + row], start + row
                 unnamed = image if isinstance(image, str) else f"image {number + 1} of {len(images)}"
                 name = names[number] if names else unnamed
                 raise InputError(f"{name}: no image that can be decoded: {reason}")
             features.append(feature_BD)
+            start += num_images
         return np.concatenate(features)
 
-    def embed_readable(
-        self, images: Sequence[ImageSource | BadImageError]
-    ) -> tuple[Float32Array, dict[int, str]]:
-        """Return image_ND, unit-norm, of images that can be read, and the rows of the others with reasons."""
-        features = [np.empty((0, self.model.config.embed_dim), np.float32)]
-        left_out = dict[int, str]()
-        for start in range(0, len(images), IMAGES_PER_BATCH):
-            encoded = [_encoded(image) for image in images[start : start + IMAGES_PER_BATCH]]
-            image_BCHW, bad = preprocess_readable(encoded, self.image_size_px, self.decode)
-            if len(image_BCHW):
-                features.append(self.embed_pixels(image_BCHW))
-            left_out |= {start + row: reason for row, reason in bad.items()}
-        return np.concatenate(features), left_out
+    def image_features(
+        self, images: Iterable[ImageSource | ImageRange | BadImageError], *, batch_size: int | None = None
+    ) -> Iterator[ImageFeatures]:
+        """Yield the features of images, a batch at a time; what could not even be read stands as its error.
+
+        Worker processes decode many images; on a CPU the batch sets the rounding of features.
+
+        Raises:
+            InputError: if a tar cannot be read where an image should be, or a worker has died.
+        """
+        yield from self._images.features(map(_encoded, images), batch_size or self.images_per_batch)
 
     def embed_pixels(self, image_BCHW: torch.Tensor) -> Float32Array:
         """Return image_BD, unit-norm, of preprocessed images."""
-        with torch.inference_mode():
-            image_BD: Float32Array = self.model.encode_image(image_BCHW.to(self.device)).cpu().numpy()
+        image_BD: Float32Array = self._images.encode_pixels(image_BCHW.to(self.device)).cpu().numpy()
         return image_BD
 
     def embed_texts(self, texts: Sequence[str], *, context_length: int = CONTEXT_LENGTH) -> Float32Array:
@@ -122,7 +151,7 @@ class Encoder:
 
     def embed_tokens(self, tokens_NL: Int32Array, progress: Progress | None = None) -> Float32Array:
         """Return text_ND, unit-norm, of padded token ids; `progress` counts texts."""
-        with torch.inference_mode():
+        with torch.inference_mode(), computing(self.precision, torch.device(self.device).type):
             return encode_tokens(self.model, tokens_NL, progress)
 
     def probabilities(self, image_MD: Float32Array, text_ND: Float32Array) -> Float32Array:
@@ -149,10 +178,13 @@ def load(
     image_size_px: int | None = None,
     device: str | None = None,
     decode: Decode = "upright",
+    precision: Precision = "float32",
+    many: bool = False,
 ) -> Encoder:
     """Load weights of any format that `training.weights.formats` reads, by path or by name.
 
-    `vocabulary` is a `vocab.txt`, its folder or a model id; unset, it is looked for.
+    `vocabulary` is a `vocab.txt`, its folder or a model id; unset, it is looked for. The other settings are
+    those of `Encoder`.
 
     Raises:
         InputError: one line if weights, vocabulary or their sizes are wrong.
@@ -160,7 +192,7 @@ def load(
     path = local_path(path)  # once, so that model and vocabulary are of one commit
     model = load_model(path, image_size_px=image_size_px)
     tokenizer = find_vocabulary(path, model.config.text.vocab_size, given=vocabulary)
-    return Encoder(model, tokenizer, device=device, decode=decode)
+    return Encoder(model, tokenizer, device=device, decode=decode, precision=precision, many=many)
 
 
 def encode_tokens(model: CLIP, tokens_NL: Int32Array, progress: Progress | None = None) -> Float32Array:
@@ -194,7 +226,7 @@ def batches_of_tokens(tokens_NL: Int32Array, size: int) -> list[Int64Array]:
     return np.split(order_N, np.flatnonzero(np.diff(batch_N)) + 1) if len(order_N) else []
 
 
-def _encoded(image: ImageSource | BadImageError) -> bytes | Image.Image | BadImageError:
+def _encoded(image: ImageSource | ImageRange | BadImageError) -> AnyImage:
     """Read what is given by its path; the rest stays as it is."""
     if not isinstance(image, str):
         return image

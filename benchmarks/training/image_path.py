@@ -172,7 +172,7 @@ def make_source(
 
 def read(source: Source, step: int) -> torch.Tensor:
     """Return a step's images, uint8 [B, 3, H, W], decoded in this process."""
-    visits = source.reader.request(step).visits
+    visits = source.reader.request(step).wanted
     assert visits is not None
     image_BHWC = np.empty((len(visits), SIZE_PX, SIZE_PX, 3), np.uint8)
     ViewReader(source.views).read(visits, image_BHWC)

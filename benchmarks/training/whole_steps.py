@@ -220,8 +220,8 @@ def _views_of_features(reader: BatchReader) -> Iterator[Request[Batch]]:
     """Yield requests for the images whose features the other side reads."""
     for step in range(STEPS):
         request = reader.request(step)
-        assert request.visits is not None
-        request.visits["epoch"] = 0
+        assert request.wanted is not None
+        request.wanted["epoch"] = 0
         yield request
 
 

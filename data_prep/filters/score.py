@@ -65,6 +65,9 @@ class ScoreConfig:
     """Which rows are scored: those whose source has no score (paper, 2.2), or all."""
     device: str | None = field(default=None, metadata=NOT_IN_DIGEST)
     """Device as torch names it. Unset: the GPU if there is one."""
+    precision: Literal["float32", "bf16"] = field(default="float32", metadata=NOT_IN_DIGEST)
+    """Precision of the encoders' matrix products. `bf16` is for GPUs, and keeps some three digits of a score.
+    """
 
     def __post_init__(self) -> None:
         two = (self.text_encoder is not None, self.image_encoder is not None)

@@ -1,19 +1,15 @@
 """Leaves images that cannot be decoded out of an evaluation set, and counts them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from eval.datasets.cnclip_tsv import ImageStore, RetrievalSet
-from pipeline.core.arrays import Int64Array
+from pipeline.core.arrays import Int64Array, UInt8Array
 from pipeline.core.files.image_files import summary
 from pipeline.core.files.images import BadImageError, Decode, decode_square
 from pipeline.core.records import InputError
-
-if TYPE_CHECKING:
-    import torch
 
 
 class UnreadableImage(InputError):
@@ -75,31 +71,28 @@ def readable_subset(evaluation: RetrievalSet, decode: Decode = "upright") -> tup
     )
 
 
-def decoded_batches(
-    evaluation: RetrievalSet, image_size_px: int, batch_size: int, decode: Decode = "upright"
-) -> "Iterator[torch.Tensor]":
-    """Yield image_BCHW float32, normalised, in row order.
-
-    Raises:
-        UnreadableImage: if an image cannot be decoded; it names the image's id.
-    """
-    for start in range(0, evaluation.num_images, batch_size):
-        rows = np.arange(start, min(start + batch_size, evaluation.num_images))
-        yield decoded_rows(evaluation, rows, image_size_px, decode)
-
-
 def decoded_rows(
     evaluation: RetrievalSet, rows: Int64Array, image_size_px: int, decode: Decode = "upright"
-) -> "torch.Tensor":
-    """Return image_BCHW float32, normalised, of some rows.
+) -> UInt8Array:
+    """Return squares_BHWC, uint8 RGB, of some rows.
 
     Raises:
         UnreadableImage: if an image cannot be decoded; it names the image's id.
     """
-    from training.model.preprocess import preprocess_readable
+    from training.data.squares import SquareConfig
 
-    image_BCHW, left_out = preprocess_readable(list(evaluation.image_bytes(rows)), image_size_px, decode)
-    for row, reason in left_out.items():
-        image_id = evaluation.image_ids[rows[row]]
+    reader = SquareConfig(image_size_px=image_size_px, decode=decode).open()
+    squares_BHWC = np.empty((len(rows), image_size_px, image_size_px, 3), np.uint8)
+    refuse(evaluation, rows, reader.read(list(evaluation.image_bytes(rows)), squares_BHWC))
+    return squares_BHWC
+
+
+def refuse(evaluation: RetrievalSet, rows: Sequence[int] | Int64Array, left_out: Mapping[int, str]) -> None:
+    """Raise if images cannot be decoded; `left_out` has their places in `rows`, with the reasons.
+
+    Raises:
+        UnreadableImage: it names the first image's id.
+    """
+    for at, reason in left_out.items():
+        image_id = evaluation.image_ids[rows[at]]
         raise UnreadableImage(f"{evaluation.images_path}: image {image_id}: cannot be decoded: {reason}")
-    return image_BCHW

@@ -1,6 +1,5 @@
 """A model ready to turn texts and images into features: the one place where evaluation loads weights."""
 
-import itertools
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ import numpy as np
 
 from eval.datasets.classification import EncodedImage
 from eval.datasets.cnclip_tsv import RetrievalSet
-from eval.datasets.readable import decoded_batches
+from eval.datasets.readable import refuse
 from eval.features.layout import check_vectors
 from pipeline.core import store
 from pipeline.core.arrays import Float32Array, Int64Array
@@ -23,9 +22,11 @@ from training.weights.hub.locate import locate
 from training.weights.hub.names import PUBLISHED, find_id, is_name
 
 if TYPE_CHECKING:
+    from training.data.squares import ImageRange
     from training.encoder import Encoder as TextAndImageEncoder
+    from training.image_encoder import Precision
 
-BATCH_SIZE = 64  # images that are decoded and encoded at once
+BATCH_SIZE = 64  # images that a CPU encodes at once
 _RESOLVED = "run.resolved.toml"  # in a run's folder
 _STAGES = ("stage1", "stage2", "finetune")  # that end in a model, in order
 
@@ -39,6 +40,7 @@ class ModelSource:
     context_length: int  # tokens with [CLS] and [SEP]
     run_folder: str | None = None  # of the run that trained it, if a run was given, or a file in one
     decode: Decode = "upright"  # how images other than 8-bit RGB are decoded
+    precision: "Precision" = "float32"  # in which matrices are multiplied
     origin: str | None = None  # id of exactly these weights, if a name stood for them
 
     @property
@@ -53,7 +55,7 @@ class EvaluationEncoder:
 
     base: "TextAndImageEncoder"
     context_length: int
-    batch_size: int  # images that are decoded and encoded at once
+    batch_size: int  # images that are encoded at once
     show: Show = show_nothing  # draws how far a set's images and texts are
 
     @property
@@ -79,13 +81,14 @@ class EvaluationEncoder:
         Raises:
             UnreadableImage: if an image cannot be decoded; it names the image's id.
         """
-        images = decoded_batches(evaluation, self.base.image_size_px, self.batch_size, self.base.decode)
+        images = evaluation.image_bytes(range(evaluation.num_images))
         progress, done = self.show(f"{evaluation.name}: images", "image"), 0
         progress(0, evaluation.num_images)
         features = list[Float32Array]()
-        for image_BCHW in images:
-            features.append(self.base.embed_pixels(image_BCHW))
-            done += len(image_BCHW)
+        for feature_BD, left_out, num_images in self.base.image_features(images, batch_size=self.batch_size):
+            refuse(evaluation, range(done, done + num_images), left_out)
+            features.append(feature_BD)
+            done += num_images
             progress(done, evaluation.num_images)
         image_ND: Float32Array = np.concatenate(features)
         tokens_NL = self.base.tokenizer.encode(evaluation.texts, self.context_length)
@@ -129,28 +132,23 @@ class EvaluationEncoder:
 
     def encoded_images(
         self,
-        encoded: Iterable[bytes | BadImageError],
+        encoded: "Iterable[bytes | ImageRange | BadImageError]",
         *,
         left_out: dict[int, str] | None = None,
         progress: Callable[[int], None] = lambda done: None,
     ) -> tuple[Float32Array, Int64Array]:
-        """Return what `images` does for encoded bytes, read a batch at a time; empty if none can be decoded.
+        """Return what `images` does for bytes or places in tars, in turn; empty if none can be decoded.
 
         `progress` hears how many were read so far.
         """
-        from training.model.preprocess import preprocess_readable
-
         features, kept = list[Float32Array](), list[int]()
         first = 0
-        items = iter(encoded)
-        while batch := list(itertools.islice(items, self.batch_size)):
-            image_BCHW, bad = preprocess_readable(batch, self.base.image_size_px, self.base.decode)
-            if len(image_BCHW):
-                features.append(self.base.embed_pixels(image_BCHW))
-            kept += [first + row for row in range(len(batch)) if row not in bad]
+        for feature_BD, bad, num_images in self.base.image_features(encoded, batch_size=self.batch_size):
+            features.append(feature_BD)
+            kept += [first + row for row in range(num_images) if row not in bad]
             if left_out is not None:
                 left_out |= {first + row: reason for row, reason in bad.items()}
-            first += len(batch)
+            first += num_images
             progress(first)
         feature_ND = np.concatenate([np.empty((0, self.base.model.config.embed_dim), np.float32), *features])
         if kept:
@@ -163,7 +161,7 @@ class EvaluationEncoder:
         Raises:
             BadImageError: if it cannot be decoded.
         """
-        feature_ND, left_out = self.base.embed_readable([data])
+        feature_ND, left_out, _ = next(self.base.image_features([data]))
         if left_out:
             raise BadImageError(left_out[0])
         feature_D: Float32Array = feature_ND[0]
@@ -255,23 +253,31 @@ def _find_run(word: str) -> str:
 
 
 def load_encoder(
-    checkpoint: ModelSource, *, batch_size: int = BATCH_SIZE, device: str | None = None
+    checkpoint: ModelSource, *, batch_size: int | None = None, device: str | None = None, many: bool = False
 ) -> EvaluationEncoder:
     """Load weights of any format that `training.weights.formats` reads.
 
     The model is on the accelerator if there is one.
 
-    `device` is torch's name of another one.
+    `device` is torch's name of another one. With `many` images to come, torch compiles the model for a GPU.
 
     Raises:
         ConfigError: if the model has fewer positions than the context length.
     """
     from training.encoder import load
 
-    base = load(checkpoint.path, vocabulary=checkpoint.vocabulary, device=device, decode=checkpoint.decode)
+    base = load(
+        checkpoint.path,
+        vocabulary=checkpoint.vocabulary,
+        device=device,
+        decode=checkpoint.decode,
+        precision=checkpoint.precision,
+        many=many,
+    )
     positions = base.model.config.text.max_positions
     if not 3 <= checkpoint.context_length <= positions:
         raise ConfigError(
             f"--context {checkpoint.context_length}: {checkpoint.path} takes 3 to {positions} tokens"
         )
-    return EvaluationEncoder(base, checkpoint.context_length, batch_size)
+    fitting = max(BATCH_SIZE, base.images_per_batch)
+    return EvaluationEncoder(base, checkpoint.context_length, batch_size or fitting)

@@ -36,12 +36,8 @@ from pipeline.core.records import EmbeddingTable
 from training.config.train import CONTEXT_LENGTH
 
 if TYPE_CHECKING:
-    import torch
-
     from training.model.clip import CLIP
     from training.model.tokenizer import Tokenizer
-
-_BATCH_SIZE_ACCELERATED = 512  # images at once in validation: fewer leave a GPU waiting for the host
 
 
 def embed_evaluation(
@@ -105,10 +101,11 @@ def validator(
     pixels: dict[tuple[str, int], UInt8Array] = {}
 
     def validate(model: "CLIP") -> dict[str, RetrievalScores]:
-        size = batch_size
-        if size is None:
-            size = BATCH_SIZE if model.logit_scale.device.type == "cpu" else _BATCH_SIZE_ACCELERATED
-        encoder = _ModelInTraining(model, tokens, pixels, size)
+        from training.image_encoder import IMAGES_PER_BATCH_ACCELERATED
+
+        is_cpu = model.logit_scale.device.type == "cpu"
+        fitting = BATCH_SIZE if is_cpu else IMAGES_PER_BATCH_ACCELERATED
+        encoder = _ModelInTraining(model, tokens, pixels, batch_size or fitting)
         return {
             evaluation.name: evaluate_retrieval(encoder, evaluation, encoder.rank).scores
             for evaluation in sets
@@ -123,7 +120,7 @@ class _ModelInTraining:
 
     model: "CLIP"
     tokens: Mapping[str, Int32Array]  # evaluation name → tokens_NL
-    pixels: dict[tuple[str, int], UInt8Array]  # evaluation name and batch → pixels_BCHW; of this rank's
+    pixels: dict[tuple[str, int], UInt8Array]  # evaluation name and batch → pixels_BHWC; of this rank's
     batch_size: int
 
     def encode(self, evaluation: RetrievalSet) -> tuple[Float32Array, Float32Array]:
@@ -132,6 +129,8 @@ class _ModelInTraining:
 
         from training.encoder import batches_of_tokens, tokens_per_batch
         from training.engine.shared_work import embed_by_all
+        from training.model.preprocess import standardise
+        from training.model.transfer import send
 
         name, model = evaluation.name, self.model
         device, tokens_NL = model.logit_scale.device, self.tokens[name]
@@ -141,9 +140,10 @@ class _ModelInTraining:
 
         def embed_images(number: int) -> "torch.Tensor":
             if (name, number) not in self.pixels:
-                image_BCHW = decoded_rows(evaluation, images[number], model.config.vision.image_size_px)
-                self.pixels[name, number] = _to_uint8(image_BCHW)
-            return model.encode_image(_from_uint8(self.pixels[name, number], device))
+                side_px = model.config.vision.image_size_px
+                self.pixels[name, number] = decoded_rows(evaluation, images[number], side_px)
+            image_BHWC = send(torch.from_numpy(self.pixels[name, number]), device)
+            return model.encode_image(standardise(image_BHWC.permute(0, 3, 1, 2)))
 
         def embed_texts(number: int) -> "torch.Tensor":
             return model.encode_text(torch.from_numpy(tokens_NL[texts[number]]))
@@ -183,34 +183,6 @@ def evaluating(model: "CLIP") -> "Iterator[None]":
     finally:
         for module, mode in modes:
             module.training = mode  # not .train(mode): that would also set the modules below
-
-
-def _to_uint8(image_BCHW: "torch.Tensor") -> UInt8Array:
-    """Return the pixel values that `preprocess` normalised, exactly: they were whole numbers in 0…255."""
-    import torch
-
-    mean_C11, std_C11 = _mean_and_std()
-    pixels: UInt8Array = (image_BCHW * std_C11 + mean_C11).mul(255).round().to(torch.uint8).numpy()
-    return pixels
-
-
-def _from_uint8(pixels_BCHW: UInt8Array, device: "torch.device") -> "torch.Tensor":
-    """Invert `_to_uint8` on a device, by the same operations as `preprocess`: on a CPU the same bits."""
-    import torch
-
-    from training.model.transfer import send
-
-    mean_C11, std_C11 = (tensor.to(device) for tensor in _mean_and_std())
-    image_BCHW = send(torch.from_numpy(pixels_BCHW), device).to(torch.float32)
-    return image_BCHW.div_(255).sub_(mean_C11).div_(std_C11)
-
-
-def _mean_and_std() -> "tuple[torch.Tensor, torch.Tensor]":
-    import torch
-
-    from training.model.preprocess import MEAN, STD
-
-    return torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
 
 
 def _caption_of_images(evaluation: RetrievalSet) -> list[str]:

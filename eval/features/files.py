@@ -28,13 +28,12 @@ from pipeline.core.stage import Show, show_nothing
 if TYPE_CHECKING:
     from training.encoder import Encoder
 
-Precision = Literal["float16", "float32"]
+FeatureType = Literal["float16", "float32"]  # in files
 T = TypeVar("T")
 
 _LEFT_OUT = "left_out.jsonl"
 _TEXT_COLUMNS = ("caption", "text", "query_text", "TEXT", "name_zh")
 FEATURE_TYPES = {"float16": "<f2", "float32": "<f4"}
-_IMAGES_PER_STEP = 256
 _TEXTS_PER_STEP = 16_384  # grouped by length among themselves
 
 
@@ -59,7 +58,7 @@ def embed_files(
     texts: str | None,
     out: str,
     context_length: int,
-    dtype: Precision = "float32",
+    dtype: FeatureType = "float32",
     show: Show = show_nothing,
 ) -> Embedded:
     """Embed and write; `images` is a folder (in the order of its sorted file names, subfolders included) or a
@@ -116,12 +115,11 @@ def _image_features(
 ) -> Iterator[Float32Array]:
     first, progress = 0, show("images", "image")
     progress(0, len(source.names))
-    for chunk in _chunks(source.read(), _IMAGES_PER_STEP):
-        feature_ND, bad = encoder.embed_readable(chunk)
+    for feature_BD, bad, num_images in encoder.image_features(source.read()):
         left_out |= {first + row: reason for row, reason in bad.items()}
-        first += len(chunk)
+        first += num_images
         progress(min(first, len(source.names)), len(source.names))
-        yield feature_ND
+        yield feature_BD
     if first != len(source.names):
         raise InputError(
             f"{source.origin}: the input has {first} rows now, {len(source.names)} before: it"
@@ -151,7 +149,7 @@ def _chunks(items: Iterable[T], size: int) -> Iterator[Sequence[T]]:
         yield chunk
 
 
-def _write_features(path: str, chunks: Iterable[Float32Array], dim: int, dtype: Precision) -> None:
+def _write_features(path: str, chunks: Iterable[Float32Array], dim: int, dtype: FeatureType) -> None:
     """Write a .npy chunk by chunk; it appears once whole.
 
     Raises:
@@ -174,7 +172,7 @@ def _write_features(path: str, chunks: Iterable[Float32Array], dim: int, dtype: 
         check_npy(temporary, path)
 
 
-def _write_header(file: IO[bytes], num_rows: int, dim: int, dtype: Precision) -> None:
+def _write_header(file: IO[bytes], num_rows: int, dim: int, dtype: FeatureType) -> None:
     np.lib.format.write_array_header_1_0(
         file, {"descr": FEATURE_TYPES[dtype], "fortran_order": False, "shape": (num_rows, dim)}
     )

@@ -7,15 +7,15 @@ one shard's features for each rank. docs/concepts/evaluation.md, "Features of a 
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
 from eval.datasets.shards import whole_shards
 from eval.features.encoder import EvaluationEncoder, ModelSource, load_encoder
-from eval.features.files import FEATURE_TYPES, Precision
+from eval.features.files import FEATURE_TYPES, FeatureType
 from eval.features.layout import EMBEDDING_FOLDERS, check_vectors
 from eval.features.model_identity import identify, write_identity
 from pipeline.core import store
@@ -28,6 +28,9 @@ from pipeline.core.shard_format import SIDECAR, TAR, ByteRanges, read_sidecar_fr
 from pipeline.core.stage import Progress
 from pipeline.core.terminal import one_line
 
+if TYPE_CHECKING:
+    from training.data.squares import ImageRange
+
 
 @dataclass(frozen=True, slots=True)
 class ShardJob:
@@ -36,7 +39,7 @@ class ShardJob:
     checkpoint: ModelSource
     shards: str  # folder
     out: str
-    dtype: Precision
+    dtype: FeatureType
     num_ranks: int
 
 
@@ -101,10 +104,12 @@ def _encoder(job: ShardJob, rank: int) -> EvaluationEncoder:
     """Load the model on this rank's accelerator, or with its share of the processor's threads."""
     import torch
 
-    if torch.cuda.is_available():
-        return load_encoder(job.checkpoint, device=f"cuda:{rank % torch.cuda.device_count()}")
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // job.num_ranks))
-    return load_encoder(job.checkpoint, device="cpu")
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // job.num_ranks))  # and as many image workers
+    if not torch.cuda.is_available():
+        return load_encoder(job.checkpoint, device="cpu")
+    device = f"cuda:{rank % torch.cuda.device_count()}"
+    torch.cuda.set_device(device)  # where what torch compiles runs
+    return load_encoder(job.checkpoint, device=device, many=True)
 
 
 def _begin(job: ShardJob, encoder: EvaluationEncoder, stems: Sequence[str], redo: bool) -> None:
@@ -116,6 +121,7 @@ def _begin(job: ShardJob, encoder: EvaluationEncoder, stems: Sequence[str], redo
         "context_length": job.checkpoint.context_length,
         "dtype": job.dtype,
         "decode": job.checkpoint.decode,
+        **({} if job.checkpoint.precision == "float32" else {"precision": job.checkpoint.precision}),
         "shards": digest([(os.path.basename(stem), store.digest_edges(stem + SIDECAR)) for stem in stems]),
     }
     path = store.join(job.out, "plan.json")
@@ -146,13 +152,7 @@ def _embed_rank(
 def _embed_shard(job: ShardJob, encoder: EvaluationEncoder, stem: str, number: int, num_shards: int) -> None:
     columns = ("key", "caption", "offset_bytes", "size_bytes")
     samples = read_sidecar_frame(stem + SIDECAR, columns, ("source", "url"))
-    with ByteRanges(stem + TAR) as images:
-        image_ND, kept_N = encoder.encoded_images(
-            images.read(offset_bytes, size_bytes, f"{key}.jpg")
-            for key, offset_bytes, size_bytes in samples.select(
-                "key", "offset_bytes", "size_bytes"
-            ).iter_rows()
-        )
+    image_ND, kept_N = encoder.encoded_images(_images(stem + TAR, samples))
     metadata = samples[kept_N].drop("offset_bytes", "size_bytes")
     captions = metadata["caption"].fill_null("").to_list()
     tokens_NL = encoder.base.tokenizer.encode(captions, job.checkpoint.context_length)
@@ -166,6 +166,26 @@ def _embed_shard(job: ShardJob, encoder: EvaluationEncoder, stem: str, number: i
     with store.publish(path) as temporary, naming(path):
         metadata.write_parquet(temporary)
         check_parquet(temporary, path, metadata.height)
+
+
+def _images(tar: str, samples: pl.DataFrame) -> "Iterator[bytes | ImageRange]":
+    """Yield where a shard's images lie; of a remote tar, which is better read in order, the images.
+
+    Raises:
+        InputError: if the tar is damaged.
+    """
+    from training.data.squares import ImageRange
+
+    places = (
+        (offset_bytes, size_bytes, f"{key}.jpg")
+        for key, offset_bytes, size_bytes in samples.select("key", "offset_bytes", "size_bytes").iter_rows()
+    )
+    if store.is_local(tar):
+        yield from (ImageRange(tar, *place) for place in places)
+        return
+    with ByteRanges(tar) as images:
+        for place in places:
+            yield images.read(*place)
 
 
 def _path(job: ShardJob, name: str, number: int, num_shards: int) -> str:

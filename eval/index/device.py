@@ -2,9 +2,12 @@
 
 faiss-cpu and faiss-gpu are the same module with different attributes. On GPUs FAISS supports flat indices,
 IVF with flat, scalar and product codes, and transforms before these, but not HNSW or RaBitQ. Indices on disk
-always have the CPU form, which any FAISS reads.
+always have the CPU form, which any FAISS reads. Exact search also has a GPU without FAISS's
+(`eval.index.gpu_search`).
 """
 
+import ctypes
+import functools
 from typing import Any, Literal
 
 from eval.index.files import faiss_reason
@@ -30,6 +33,21 @@ def check_device(device: Device) -> None:
         )
     if not faiss.get_num_gpus():
         raise ConfigError(f"--device {device}: faiss finds no GPU on this machine; use --device cpu")
+
+
+@functools.cache
+def torch_device() -> str | None:
+    """Return torch's name of the GPU for exact search, or None without one.
+
+    It looks for the driver first, since torch takes seconds to import.
+    """
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else None
 
 
 def to_device(index: Any, device: Device, factory: str) -> Any:

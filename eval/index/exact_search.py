@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from eval.index.device import torch_device
 from eval.metrics.recall import exact_scores_of_pairs, score_error_bound
 from pipeline.core.arrays import Float32Array, Float64Array, Int64Array
 
@@ -16,7 +17,7 @@ def top_k(query_QD: Float32Array, gallery_ND: Float32Array, k: int) -> tuple[Flo
     product only finds candidates: the highest score of each group of columns is computed, and the k-th
     highest of these bounds the k-th best score from below, so only groups that reach it, less the product's
     error, need a closer look. `eval.metrics.recall.exact_scores` orders the candidates, so the answer depends
-    only on the vectors.
+    only on the vectors. If there is a GPU, it computes the products.
 
     Raises:
         ValueError: if k exceeds the gallery or the widths differ.
@@ -26,6 +27,12 @@ def top_k(query_QD: Float32Array, gallery_ND: Float32Array, k: int) -> tuple[Flo
         raise ValueError(
             f"{k} rows of width {query_QD.shape[1]} asked from a gallery of {num_rows} rows of width {dim}"
         )
+    device = torch_device()
+    if device is not None:
+        from eval.index.gpu_search import MAX_BLOCK_ROWS, nearest
+
+        starts = range(0, num_rows, MAX_BLOCK_ROWS)
+        return nearest(query_QD, (gallery_ND[row : row + MAX_BLOCK_ROWS] for row in starts), k, device)
     group = max(1, min(_GROUP, num_rows // (4 * k)))
     num_groups = -(-num_rows // group)
     padded_ND = np.zeros((num_groups * group, dim), dtype=np.float32)

@@ -1,8 +1,8 @@
 """Exact nearest neighbours, the files that hold them, and recall against them.
 
-FAISS's `knn_ground_truth` finds the neighbours from one block of rows at a time. A file has the layout of
-big-ann-benchmarks (https://big-ann-benchmarks.com): uint32 queries, uint32 k, int32 rows [queries, k],
-float32 scores [queries, k]. ivecs files and the HDF5 files of ann-benchmarks are read as well.
+FAISS's `knn_ground_truth`, or torch on a GPU, finds the neighbours from one block of rows at a time. A file
+has the layout of big-ann-benchmarks (https://big-ann-benchmarks.com): uint32 queries, uint32 k, int32 rows
+[queries, k], float32 scores [queries, k]. ivecs files and the HDF5 files of ann-benchmarks are read as well.
 """
 
 import os
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from eval.index.device import Device
+from eval.index.device import Device, torch_device
 from eval.index.formats.hdf5 import open_hdf5
 from eval.index.metric import faiss_metric, pair_scores
 from eval.index.views import Vectors
@@ -53,14 +53,24 @@ class Recall:
 
 
 def exact_neighbours(vectors: Vectors, queries_QD: Float32Array, k: int, device: Device = "cpu") -> Truth:
-    """Return the k nearest rows of each query, equal scores by lower row."""
+    """Return the k nearest rows of each query, equal scores by lower row.
+
+    FAISS finds them, on the GPUs unless `device` is "cpu"; for inner products and cosines on "cpu", torch
+    does if it has a GPU. Of rows with the k-th score torch gives the lowest, and FAISS any.
+    """
+    found_by = torch_device() if device == "cpu" and vectors.metric != "l2" else None
+    if found_by is not None:
+        from eval.index.gpu_search import MAX_BLOCK_ROWS, nearest
+
+        exact_QK, rows_QK = nearest(queries_QD, _equal_blocks(vectors, MAX_BLOCK_ROWS), k, found_by)
+        return Truth(rows_QK, exact_QK.astype(np.float32))
     from faiss.contrib.exhaustive_search import knn_ground_truth
 
     find: Any = knn_ground_truth  # FAISS has no types for it
     queries_QD = np.ascontiguousarray(queries_QD, dtype=np.float32)
     scores_QK, rows_QK = find(
         queries_QD,
-        _equal_blocks(vectors),
+        _equal_blocks(vectors, _BLOCK_ROWS),
         k,
         faiss_metric(vectors.metric),
         ngpu=0 if device == "cpu" else -1,
@@ -181,10 +191,10 @@ def check_truth(path: str, vectors: Vectors, queries_QD: Float32Array, truth: Tr
         )
 
 
-def _equal_blocks(vectors: Vectors) -> Iterator[Float32Array]:
+def _equal_blocks(vectors: Vectors, size: int) -> Iterator[Float32Array]:
     """Yield blocks of one size, also from many small files: FAISS is slow on small ones."""
-    for start in range(0, vectors.num_rows, _BLOCK_ROWS):
-        parts = list(vectors.blocks(start, min(start + _BLOCK_ROWS, vectors.num_rows)))
+    for start in range(0, vectors.num_rows, size):
+        parts = list(vectors.blocks(start, min(start + size, vectors.num_rows)))
         yield parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 

@@ -3,16 +3,16 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from eval.datasets.labels import labels_for, templates_for
 from eval.metrics.bootstrap import Measured
 from eval.paper.published import Metric, classification_protocol
 from eval.zeroshot.classifier import Ensemble
 from pipeline.core import store
-from pipeline.core.config import digest
+from pipeline.core.config import IN_DIGEST_IF_SET, digest
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 
@@ -51,6 +51,7 @@ class ZeroshotStageConfig:
     stage: str  # training stage of the final model
     vocabulary: str | None  # unset: the vocabulary stage's
     context_length: int  # tokens with [CLS] and [SEP]
+    precision: Literal["float32", "bf16"] = field(default="float32", metadata=IN_DIGEST_IF_SET)  # of products
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +141,8 @@ def run(config: ZeroshotStageConfig, context: Context, task: Task, progress: Pro
     item = next(item for item in config.sets if item.name == ZeroshotTask.from_json(task.arguments).name)
     vocabulary = config.vocabulary or context.path_in("vocabulary", "caption.txt")
     weights = context.path_in(config.stage, "model.safetensors")
-    encoder = load_encoder(ModelSource(weights, vocabulary, config.context_length))
+    source = ModelSource(weights, vocabulary, config.context_length, precision=config.precision)
+    encoder = load_encoder(source)
     data, metric = open_classification(
         item.folder,
         name=item.name,

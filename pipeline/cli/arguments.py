@@ -95,6 +95,14 @@ Decode = Annotated[
     ),
 ]
 
+Precision = Annotated[
+    Literal["float32", "bf16"],
+    typer.Option(
+        metavar="float32|bf16",
+        help="multiply matrices in this precision; bf16 is for GPUs (features: 3 digits)",
+    ),
+]
+
 
 def checkpoint(
     model: str,
@@ -102,6 +110,7 @@ def checkpoint(
     vocabulary: str | None,
     context_length: int | None,
     decode: Literal["upright", "reference"] | None = None,
+    precision: Literal["float32", "bf16"] = "float32",
 ) -> "ModelSource":
     """Return the weights that a command's arguments name."""
     from eval.features.encoder import find_checkpoint
@@ -111,7 +120,7 @@ def checkpoint(
         from pipeline.last_start import say_differences
 
         say_differences(model)
-    return found if decode is None else replace(found, decode=decode)
+    return replace(found, decode=decode or found.decode, precision=precision)
 
 
 def corpus_folder(corpus: str) -> str:

@@ -144,6 +144,7 @@ KEYS: Mapping[str, Mapping[str, str]] = {
         "ensemble": "what is averaged over templates: features or scores",
         "templates": "own, general, paper or a file",
         "decode": "upright or reference",
+        "precision": "float32 or bf16",
         "published": "source of the paper's figures",
         "tables": "a list, one for each table of the paper and each of your sets",
         "tables[].number": "the table's number in the paper; null for your own set",

@@ -11,6 +11,7 @@ from pipeline.cli.arguments import (
     Decode,
     Model,
     Overrides,
+    Precision,
     Vocabulary,
     checkpoint,
 )
@@ -48,6 +49,7 @@ def embed(
     vocabulary: Vocabulary = None,
     context_length: ContextLength = None,
     decode: Decode = "upright",
+    precision: Precision = "float32",
     dtype: Annotated[
         Literal["float16", "float32"],
         typer.Option(metavar="float16|float32", help="store features as this type"),
@@ -68,7 +70,7 @@ def embed(
 
         from eval.features.shards import ShardJob, embed_shards
 
-        source = checkpoint(model, overrides, vocabulary, context_length, decode)
+        source = checkpoint(model, overrides, vocabulary, context_length, decode, precision)
         job = ShardJob(source, shards, out, dtype, ranks)
         pairs = embed_shards(job, redo=redo, progress=make_progress("embed", "shard"))
         if pairs.num_unreadable:
@@ -84,7 +86,7 @@ def embed(
     from eval.features.files import embed_files
     from pipeline.core.files.image_files import summary
 
-    encoder = load_encoder(checkpoint(model, overrides, vocabulary, context_length, decode))
+    encoder = load_encoder(checkpoint(model, overrides, vocabulary, context_length, decode, precision))
     done = embed_files(
         encoder.base,
         images=images,

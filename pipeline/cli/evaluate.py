@@ -15,6 +15,7 @@ from pipeline.cli.arguments import (
     Decode,
     Model,
     Overrides,
+    Precision,
     Vocabulary,
     checkpoint,
 )
@@ -47,6 +48,7 @@ def evaluate(
     vocabulary: Vocabulary = None,
     context_length: ContextLength = None,
     decode: Decode = "upright",
+    precision: Precision = "float32",
     finetuned: Annotated[
         bool,
         typer.Option(
@@ -86,7 +88,7 @@ def evaluate(
 
     if os.path.isfile(out):
         raise ConfigError(f"--out {out}: a file; give a folder")
-    source = checkpoint(model, overrides, vocabulary, context_length, decode)
+    source = checkpoint(model, overrides, vocabulary, context_length, decode, precision)
     if sets is not None:
         sources, notes = reported_splits(find_sets(sets))
         for text in notes:

@@ -19,7 +19,7 @@ class WholeBatches:
     def read(self, step: int) -> Batch:
         """Return a step's batch."""
         request, side = self.reader.request(step), self.views.image_size_px
-        assert request.visits is not None
-        image_BHWC = np.empty((len(request.visits), side, side, 3), np.uint8)
-        ViewReader(self.views).read(request.visits, image_BHWC)
+        assert request.wanted is not None
+        image_BHWC = np.empty((len(request.wanted), side, side, 3), np.uint8)
+        ViewReader(self.views).read(request.wanted, image_BHWC)
         return request.finish(torch.from_numpy(image_BHWC).permute(0, 3, 1, 2))

@@ -355,6 +355,11 @@ def test_one_of_our_models_scores_both_sides(tmp_path: Path) -> None:
     image_ND = encoder.embed_images([picture(n) for n in range(10)])
     text_ND = encoder.embed_texts([CAPTIONS[n % 5] for n in range(10)])
     np.testing.assert_allclose(found[:10].to_numpy(), (image_ND * text_ND).sum(1), atol=1e-5)
+    rounded = make(tmp_path / "run", dataclasses.replace(config, precision="bf16"), min_score=-1.0)
+    assert survey_stage(rounded, rounded.stage("score")).state is State.STALE
+    execute(rounded, redo=True)
+    off = np.abs(scores(rounded)["pair_score"].to_numpy() - found.to_numpy())
+    assert 1e-5 < off.max() < 0.02
 
 
 def test_pairs_are_not_mixed(encoders: tuple[ScoreConfig, Any, str], tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Strict configuration: refusals and their messages, overrides, unions, digests, shipped recipes."""
 
+import dataclasses
 import shutil
 import tomllib
 from dataclasses import dataclass, field
@@ -291,3 +292,15 @@ def test_a_kind_that_brings_images_is_sent_to_the_sources(tmp_path: Path) -> Non
 def test_a_stage_cannot_choose_by_a_set_that_the_run_lacks() -> None:
     with pytest.raises(ConfigError, match=r"\[stage1\] choose_on: no evaluation set 'nope'; the run has"):
         catalog.load("paper_corpus", ['stage1.choose_on=["nope"]'])
+
+
+def test_a_precision_of_features_reaches_its_stages_and_the_default_changes_no_digest() -> None:
+    plain, _ = catalog.load("demo")
+    rounded, _ = catalog.load("demo", ["embed.precision=bf16"])
+    assert rounded.stage("embed").config.precision == "bf16"
+    before = dataclasses.asdict(plain.stage("embed").config)
+    assert before.pop("precision") == "float32"
+    assert digest(plain.stage("embed").config) == digest(before)
+    assert digest(rounded.stage("embed").config) != digest(before)
+    with pytest.raises(ConfigError, match=r"embed\.precision: must be 'float32' or 'bf16'"):
+        catalog.load("demo", ["embed.precision=fp16"])

@@ -171,7 +171,7 @@ def requests(
     """
     for shard in shards:
         for rows in _parts(cache.num_samples(shard)):
-            yield Request(lambda image: image, visits=visits(shard, rows), num_views=cache.num_views)
+            yield Request(lambda image: image, wanted=visits(shard, rows), num_views=cache.num_views)
 
 
 def most_images(num_views: int) -> int:

@@ -5,7 +5,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from training.data.image_parts import LeftOut, Wanted
 from training.data.image_workers import REQUESTS_AHEAD, ImageWorkers, Views
-from training.data.views import Visits
 from training.model.transfer import send
 
 T = TypeVar("T")
@@ -27,9 +27,10 @@ class Request(Generic[T]):
     """What an item needs, and how it is put together."""
 
     finish: Callable[[Tensor], T]  # takes the images, uint8 [B, C, H, W] and channels last in memory
-    visits: Visits | None = None  # of the images that the workers decode
-    num_views: int = 1  # of each visit, one after the other
+    wanted: Wanted | None = None  # images that the workers decode
+    num_views: int = 1  # of each image, one after the other
     ready: npt.NDArray[Any] | None = None  # what `finish` takes instead, if no image has to be decoded
+    left_out: LeftOut = field(default_factory=dict)  # filled in before `finish`: rows without an image
 
 
 class Feeder(contextlib.AbstractContextManager["Feeder[T]"], Generic[T]):
@@ -40,11 +41,20 @@ class Feeder(contextlib.AbstractContextManager["Feeder[T]"], Generic[T]):
     """
 
     def __init__(
-        self, requests: Iterable[Request[T]], workers: ImageWorkers | None, device: torch.device | str
+        self,
+        requests: Iterable[Request[T]],
+        workers: ImageWorkers | None,
+        device: torch.device | str,
+        *,
+        keep_workers: bool = False,
     ) -> None:
-        """`workers` decode the visits of requests, and are closed with it."""
+        """`workers` decode the images of requests, and are closed with it.
+
+        With `keep_workers` they are kept if every item was taken: then they are idle.
+        """
         self.wait_seconds = 0.0  # how long iterating has waited so far
         self._workers, self._device = workers, torch.device(device)
+        self._keep_workers, self._is_finished = keep_workers, False
         self._closed = threading.Event()
         self._asked: queue.Queue[Any] = queue.Queue(REQUESTS_AHEAD)
         self._ready: queue.Queue[Any] = queue.Queue(1)
@@ -63,18 +73,19 @@ class Feeder(contextlib.AbstractContextManager["Feeder[T]"], Generic[T]):
             self.wait_seconds += time.perf_counter() - start
             self._may_copy.release()
             if found is None:
+                self._is_finished = True
                 return
             if isinstance(found, Exception):
                 raise found
             request, image = found
             if image.is_cuda:  # its memory belongs to the stream that copied it
-                image.record_stream(torch.cuda.current_stream())
+                image.record_stream(torch.cuda.current_stream(image.device))
             yield request.finish(image)
 
     def close(self) -> None:
         """End threads and workers; what was read ahead is dropped."""
         self._closed.set()
-        if self._workers is not None:
+        if self._workers is not None and not (self._keep_workers and self._is_finished):
             self._workers.close()
         for thread in self._threads:
             thread.join()
@@ -90,9 +101,9 @@ class Feeder(contextlib.AbstractContextManager["Feeder[T]"], Generic[T]):
         try:
             for request in requests:
                 views: Views | None = None
-                if request.visits is not None:
+                if request.wanted is not None:
                     assert self._workers is not None
-                    views = self._workers.request(request.visits, request.num_views)
+                    views = self._workers.request(request.wanted, request.num_views)
                     if views is None:
                         return
                 if not self._put(self._asked, (request, views)):
@@ -122,6 +133,7 @@ class Feeder(contextlib.AbstractContextManager["Feeder[T]"], Generic[T]):
                         return
                 image = self._on_device(source, stream, is_lent=views is not None)
                 if views is not None and self._workers is not None:
+                    request.left_out.update(views.left_out)
                     self._workers.give_back(views)
             except Exception as error:
                 self._put(self._ready, error)

@@ -1,4 +1,4 @@
-"""Processes that decode and augment a rank's images into a ring of memory that they share with it."""
+"""Processes that decode images into a ring of memory that they share with the process that wants them."""
 
 import collections
 import contextlib
@@ -19,7 +19,7 @@ import numpy as np
 from pipeline.core.processes import STOP_SIGNALS, import_environment
 from pipeline.core.records import InputError
 from training.data.auto_augment import Pixels
-from training.data.views import Part, ViewConfig, Visits
+from training.data.image_parts import LeftOut, Part, ReaderConfig, Wanted
 from training.model.transfer import pin, unpin
 
 REQUESTS_AHEAD = 3  # that the ring holds: one that is taken out, and two that are filled
@@ -34,6 +34,7 @@ class Views:
         self.slot, self._views_BHWC, self._missing = slot, views_BHWC, num_parts
         self._lock, self._done = threading.Lock(), threading.Event()
         self._errors: dict[int, Exception] = {}
+        self.left_out: LeftOut = {}  # once they are there: rows without an image, with the reasons
 
     def wait(self) -> Pixels:
         """Return the views, uint8 RGB [B, H, W, 3]; they are the ring's memory until it is given back.
@@ -46,12 +47,14 @@ class Views:
             raise self._errors[min(self._errors)]
         return self._views_BHWC
 
-    def finish_part(self, first_image: int, error: Exception | None) -> None:
-        """Note that a part is there, or what it raised."""
+    def finish_part(self, first_row: int, answer: LeftOut | Exception | None) -> None:
+        """Note that a part is there, and what it left out or raised."""
         with self._lock:
             self._missing -= 1
-            if error is not None:
-                self._errors[first_image] = error
+            if isinstance(answer, Exception):
+                self._errors[first_row] = answer
+            elif answer:
+                self.left_out |= {first_row + row: reason for row, reason in answer.items()}
             if not self._missing:
                 self._done.set()
 
@@ -78,9 +81,20 @@ class ImageWorkers(contextlib.AbstractContextManager["ImageWorkers"]):
     The thread that makes it must outlive it: the kernel ends the workers with that thread.
     """
 
-    def __init__(self, number: int, config: ViewConfig, *, most_images: int, pinned: bool = False) -> None:
-        """Start the processes; `pinned` memory can be copied to a GPU behind the host's back."""
-        self._config, self._most_images = config, most_images
+    def __init__(
+        self,
+        number: int,
+        config: ReaderConfig,
+        *,
+        most_images: int,
+        pinned: bool = False,
+        remedy: str = "lower workers_per_rank",
+    ) -> None:
+        """Start the processes; `pinned` memory can be copied to a GPU behind the host's back.
+
+        `remedy` is what the message of a worker's death says to do if there was no memory left.
+        """
+        self._config, self.most_images, self._remedy = config, most_images, remedy
         side = config.image_size_px
         # Without a name anywhere: it is gone with the last process that has it open, however that ended.
         with contextlib.closing(_Memory(REQUESTS_AHEAD * most_images * side * side * 3)) as memory:
@@ -108,8 +122,13 @@ class ImageWorkers(contextlib.AbstractContextManager["ImageWorkers"]):
         """Return the workers' process ids."""
         return [worker.process.pid for worker in self._workers]
 
-    def request(self, visits: Visits, num_views: int = 1) -> Views | None:
-        """Have so many views of each visit computed; wait for a free slot, and return None if closed.
+    @property
+    def are_running(self) -> bool:
+        """Return whether they can take requests: they end with the thread that made them, at the latest."""
+        return self._error is None and all(worker.process.poll() is None for worker in self._workers)
+
+    def request(self, wanted: Wanted, num_views: int = 1) -> Views | None:
+        """Have so many views of each image computed; wait for a free slot, and return None if closed.
 
         Raises:
             InputError: if a worker has died.
@@ -117,17 +136,17 @@ class ImageWorkers(contextlib.AbstractContextManager["ImageWorkers"]):
         slot = self._free.get()
         if slot is None:
             return None
-        first, num_images = slot * self._most_images, len(visits) * num_views
-        at_once = max(1, min(_IMAGES_OF_PART // num_views, -(-len(visits) // len(self._workers))))
-        starts = range(0, len(visits), at_once)
+        first, num_images = slot * self.most_images, len(wanted) * num_views
+        at_once = max(1, min(_IMAGES_OF_PART // num_views, -(-len(wanted) // len(self._workers))))
+        starts = range(0, len(wanted), at_once)
         views = Views(slot, self._ring_RHWC[first : first + num_images], len(starts))
         with self._lock:
             if self._error is not None:
                 raise self._error
             self._requests.add(views)
         for start in starts:
-            some = visits[start : start + at_once]
-            self._parts.put((Part(some, first + start * num_views, len(some) * num_views), views))
+            some = wanted[start : start + at_once]
+            self._parts.put((Part(some, first, start * num_views, len(some) * num_views), views))
         return views
 
     def give_back(self, views: Views) -> None:
@@ -173,9 +192,9 @@ class ImageWorkers(contextlib.AbstractContextManager["ImageWorkers"]):
                     worker.connection.send(found[0])
                 answer = worker.connection.recv()
                 part, views = worker.under_way.popleft()
-                views.finish_part(part.first_image, answer)
+                views.finish_part(part.first_row, answer)
         except (EOFError, OSError):
-            self._fail(InputError(_describe(worker, worker.process.wait())))
+            self._fail(InputError(_describe(worker, worker.process.wait(), self._remedy)))
         finally:
             worker.connection.close()
 
@@ -225,14 +244,14 @@ def _start(number: int, ring_fd: int) -> _Worker:
     return _Worker(number, process, ours)
 
 
-def _describe(worker: _Worker, status: int) -> str:
-    rank = os.environ.get("RANK", "0")
-    name = f"image worker {worker.number} of rank {rank} (process {worker.process.pid})"
+def _describe(worker: _Worker, status: int, remedy: str) -> str:
+    rank = f" of rank {os.environ['RANK']}" if "RANK" in os.environ else ""
+    name = f"image worker {worker.number}{rank} (process {worker.process.pid})"
     if status >= 0:
         return (
             f"{name} ended with status {status}: what it said stands above; rerun the same command to resume"
         )
     return (
         f"{name} was killed by {signal.Signals(-status).name}: most often the machine had no memory left; if"
-        " so, lower workers_per_rank; rerun the same command to resume"
+        f" so, {remedy}; rerun the same command to resume"
     )

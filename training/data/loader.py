@@ -148,7 +148,7 @@ class BatchReader:
         visits = np.empty(len(row_B), VISIT)
         for part in parts:
             visits[part.at] = self._visits(part.shard, row_B[part.at], epoch_B[part.at])
-        return Request(finish, visits=visits)
+        return Request(finish, wanted=visits)
 
     def visits(self, shard: int, rows: range) -> Visits:
         """Return which images these rows of a shard have, in epoch 0."""

@@ -48,14 +48,9 @@ class ViewConfig:
     open_shards: int  # tars that stay open
     cache_folder: str = ""  # of the pieces that visits name
 
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Some visits of a request, for one worker."""
-
-    visits: Visits
-    first_image: int  # of the ring, where the first view goes
-    num_images: int
+    def open(self) -> "ViewReader":
+        """Return what reads by these settings."""
+        return ViewReader(self)
 
 
 class ViewReader:

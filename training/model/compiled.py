@@ -1,6 +1,9 @@
 """Compiling the layers of a model: one graph for each shape, which serves every layer of its kind."""
 
 import functools
+import importlib.util
+import os
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -28,3 +31,20 @@ def call(layer: nn.Module, *tensors: Any) -> Tensor:
     """Call a layer."""
     found: Tensor = layer(*tensors)
     return found
+
+
+def lacks(*, on_gpu: bool) -> str:
+    """Say what compiling needs and this machine does not have, and what to do; empty if all is there."""
+    if on_gpu:
+        if importlib.util.find_spec("triton") is None:
+            return (
+                "Triton, which writes kernels for the GPU, is not installed; install it (pip install triton)"
+            )
+        variable, names, package = "CC", ["gcc", "clang", "cc"], "gcc"
+    else:
+        variable, names, package = "CXX", ["g++"], "g++"
+    if own := os.environ.get(variable):
+        names = [own]
+    if any(shutil.which(name) for name in names):
+        return ""
+    return f"no compiler: {names[0]} is not there; install one (apt-get install {package}), set {variable}"

@@ -5,6 +5,7 @@ linear layer (owner: github.com/FreddeFrallan/Multilingual-CLIP, `pt_multilingua
 tower belongs to it says its name: `XLM-Roberta-Large-Vit-B-32` and `-Vit-L-14` go with OpenAI's CLIP.
 """
 
+import functools
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -12,16 +13,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
 from pipeline.core import store
 from pipeline.core.arrays import Float32Array
 from pipeline.core.files.foreign import foreign, parse_json
-from pipeline.core.files.images import BadImageError, decode_upright
 from pipeline.core.records import InputError
-from training.model.preprocess import MEAN, STD
+from training.data.squares import Fit, SquareConfig
+from training.image_encoder import (
+    IMAGES_PER_BATCH_ACCELERATED,
+    ImageEncoder,
+    Precision,
+    can_compile,
+    computing,
+)
 from training.weights.hub.locate import local_path
 from training.weights.hub.names import find_id
 from training.weights.image_tower import ImageTower
@@ -63,6 +69,7 @@ class MultilingualText:
         self.tower = tower.eval().to(device)
         self.max_tokens = max_tokens
         self.device = device
+        self.precision: Precision = "float32"  # in which matrices are multiplied
         self._pieces = pieces
 
     @property
@@ -81,7 +88,7 @@ class MultilingualText:
         """Return text_ND, as the tower gives them; texts of like length are encoded together."""
         tokens = self.tokens(texts)
         feature_ND = np.empty((len(texts), self.embed_dim), np.float32)
-        with torch.inference_mode():
+        with torch.inference_mode(), computing(self.precision, torch.device(self.device).type):
             for rows in batches_by_length([len(ids) for ids in tokens], TOKENS_PER_BATCH):
                 longest = max(len(tokens[row]) for row in rows)
                 tokens_BL = torch.full((len(rows), longest), _PADDING, dtype=torch.long)
@@ -96,16 +103,25 @@ class MultilingualText:
 
 
 class ClipImages:
-    """An English CLIP's image tower with OpenAI's preprocessing, on one device."""
+    """A CLIP's image tower with its preprocessing, OpenAI's if no other `fit` is given, on one device."""
 
-    def __init__(self, tower: ImageTower, device: str) -> None:
-        self.tower = tower
-        self.device = device
+    def __init__(
+        self, tower: ImageTower, device: str, precision: Precision = "float32", fit: Fit = "crop"
+    ) -> None:
+        """Compile a ViT for a GPU, which takes a minute: whoever scores has many images."""
         tower.module.to(device)
-
-    @property
-    def embed_dim(self) -> int:
-        return self.tower.embed_dim
+        compiled = can_compile(tower.module, device)
+        is_cpu = torch.device(device).type == "cpu"
+        self.embed_dim = tower.embed_dim
+        self._batch_size = IMAGES_PER_BATCH if is_cpu else IMAGES_PER_BATCH_ACCELERATED
+        self._images = ImageEncoder(
+            functools.partial(tower.encode, compiled=compiled),
+            SquareConfig(image_size_px=tower.image_size_px, fit=fit),
+            device,
+            embed_dim=tower.embed_dim,
+            precision=precision,
+            fixed_batches=compiled,
+        )
 
     def embed_images(self, images: Sequence[bytes]) -> Float32Array:
         """Return image_ND, unit-norm, of encoded images.
@@ -113,37 +129,13 @@ class ClipImages:
         Raises:
             InputError: if one is not an image; it names the position.
         """
-        feature_ND = np.empty((len(images), self.embed_dim), np.float32)
-        with torch.inference_mode():
-            for start in range(0, len(images), IMAGES_PER_BATCH):
-                batch = images[start : start + IMAGES_PER_BATCH]
-                image_BCHW = preprocess_openai(batch, self.tower.image_size_px, start)
-                features = self.tower.encode(image_BCHW.to(self.device))
-                feature_ND[start : start + len(batch)] = features.cpu().numpy()
-        return feature_ND
-
-
-def preprocess_openai(images: Sequence[bytes], side_px: int, first: int = 0) -> torch.Tensor:
-    """Return image_BCHW float32, normalised: shorter side to `side_px` (bicubic), centre crop.
-
-    The preprocessing is OpenAI CLIP's.
-
-    Chinese CLIP squashes instead. `first` is the position of the first image, for messages.
-    """
-    pixels_BHWC = np.empty((len(images), side_px, side_px, 3), np.uint8)
-    for at, data in enumerate(images):
-        try:
-            rgb = decode_upright(data)
-        except BadImageError as error:
-            raise InputError(f"image {first + at} cannot be decoded: {error}") from None
-        short = min(rgb.size)
-        width_px, height_px = (side_px if edge == short else int(side_px * edge / short) for edge in rgb.size)
-        rgb = rgb.resize((width_px, height_px), Image.Resampling.BICUBIC)
-        left, top = (round((edge - side_px) / 2) for edge in rgb.size)
-        pixels_BHWC[at] = np.asarray(rgb.crop((left, top, left + side_px, top + side_px)))
-    image_BCHW = torch.from_numpy(pixels_BHWC).permute(0, 3, 1, 2).to(torch.float32).div_(255)
-    mean_C11, std_C11 = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
-    return image_BCHW.sub_(mean_C11).div_(std_C11).contiguous()
+        features, first = [np.empty((0, self.embed_dim), np.float32)], 0
+        for feature_BD, left_out, num_images in self._images.features(images, self._batch_size):
+            for row, reason in left_out.items():
+                raise InputError(f"image {first + row} cannot be decoded: {reason}")
+            features.append(feature_BD)
+            first += num_images
+        return np.concatenate(features)
 
 
 def batches_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeline.core.arrays import UInt8Array
-from pipeline.core.files.images import BadImageError, Decode, decode_square, square_of
+from pipeline.core.files.images import Decode
 from pipeline.core.records import InputError
+from training.data.squares import SquareConfig
 
 # Per channel, of pixel values in [0, 1]: OpenAI CLIP's, kept by Chinese CLIP.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -29,41 +29,23 @@ def preprocess(
     Raises:
         InputError: if an image cannot be decoded; it names its position.
     """
-    image_BCHW, left_out = preprocess_readable(images, image_size_px, decode)
+    pixels_BHWC = np.empty((len(images), image_size_px, image_size_px, 3), dtype=np.uint8)
+    left_out = SquareConfig(image_size_px=image_size_px, decode=decode).open().read(images, pixels_BHWC)
     for row, reason in left_out.items():
         raise InputError(f"image {row} of {len(images)} cannot be decoded: {reason}")
-    return image_BCHW
+    return standardise(torch.from_numpy(pixels_BHWC).permute(0, 3, 1, 2))
 
 
-def preprocess_readable(
-    images: Sequence[bytes | Image.Image | BadImageError], image_size_px: int, decode: Decode = "upright"
-) -> tuple[torch.Tensor, dict[int, str]]:
-    """Preprocess the images that can be decoded; return them, and the rows of the others with the reasons.
+def standardise(image_BCHW: torch.Tensor) -> torch.Tensor:
+    """Return (pixels / 255 - mean) / std in float32 of uint8 images, as torchvision computes it.
 
-    What could not even be read may stand in its place as the error.
+    On a CPU it is looked up, as `normalise` does; a GPU's result may differ in the last bit.
     """
-    pixels_BHWC = np.empty((len(images), image_size_px, image_size_px, 3), dtype=np.uint8)
-    left_out = dict[int, str]()
-    for row, image in enumerate(images):
-        try:
-            if isinstance(image, BadImageError):
-                raise image
-            if isinstance(image, bytes):
-                square = decode_square(image, image_size_px, decode)
-            else:
-                square = square_of(image, image_size_px, decode)
-        except BadImageError as error:
-            left_out[row] = str(error)
-            continue
-        pixels_BHWC[row - len(left_out)] = np.asarray(square)
-    return _to_tensor(pixels_BHWC[: len(images) - len(left_out)]), left_out
-
-
-def _to_tensor(pixels_BHWC: UInt8Array) -> torch.Tensor:
-    image_BCHW = torch.from_numpy(pixels_BHWC).permute(0, 3, 1, 2).to(torch.float32).div_(255)
-    mean_C11 = torch.tensor(MEAN).view(3, 1, 1)
-    std_C11 = torch.tensor(STD).view(3, 1, 1)
-    return image_BCHW.sub_(mean_C11).div_(std_C11).contiguous()
+    mean_C11, std_C11 = _mean_and_std(image_BCHW.device, 1)
+    if image_BCHW.device.type != "cpu":
+        return image_BCHW.float().div_(255).sub_(mean_C11).div_(std_C11)
+    table_VC = (torch.arange(256.0)[:, None] / 255 - mean_C11.flatten()) / std_C11.flatten()
+    return _look_up(image_BCHW, table_VC).contiguous()
 
 
 def normalise(image_BCHW: torch.Tensor) -> torch.Tensor:
@@ -72,10 +54,15 @@ def normalise(image_BCHW: torch.Tensor) -> torch.Tensor:
     On a CPU it is looked up, with the same bits: there are 256 values a channel, and three passes of
     arithmetic over float32 images take nine times as long.
     """
-    mean_C11, std_C11 = _pixel_mean_and_std(image_BCHW.device)
+    mean_C11, std_C11 = _mean_and_std(image_BCHW.device, 255)
     if image_BCHW.device.type != "cpu":
         return (image_BCHW.float() - mean_C11) / std_C11
     table_VC = (torch.arange(256.0)[:, None] - mean_C11.flatten()) / std_C11.flatten()
+    return _look_up(image_BCHW, table_VC)
+
+
+def _look_up(image_BCHW: torch.Tensor, table_VC: torch.Tensor) -> torch.Tensor:
+    """Return the table's values for uint8 images, float32, channels last in memory."""
     pixels_BHWC = image_BCHW.permute(0, 2, 3, 1).numpy()
     normal_BHWC = np.empty(pixels_BHWC.shape, dtype=np.float32)
     for pixels_HWC, normal_HWC in zip(pixels_BHWC, normal_BHWC, strict=True):
@@ -84,10 +71,11 @@ def normalise(image_BCHW: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def _pixel_mean_and_std(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean_C11 and std_C11 in units of 0…255, in float32 on a device.
+def _mean_and_std(device: torch.device, white: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean_C11 and std_C11 for pixels of 0 to `white`, in float32 on a device.
 
-    They are no buffers of a module, which a run in bfloat16 would round.
+    They are no buffers of a module, which a run in bfloat16 would round, and the host waits for a GPU only
+    when they are made.
     """
-    mean_C11, std_C11 = (torch.tensor(values).view(3, 1, 1) * 255 for values in (MEAN, STD))
+    mean_C11, std_C11 = (torch.tensor(values).view(3, 1, 1) * white for values in (MEAN, STD))
     return mean_C11.to(device), std_C11.to(device)

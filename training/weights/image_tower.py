@@ -25,9 +25,10 @@ class ImageTower:
     image_size_px: int
     embed_dim: int
 
-    def encode(self, image_BCHW: torch.Tensor) -> torch.Tensor:
-        """Return unit-norm feature_BD in float32 of normalised images."""
-        return F.normalize(self.module(image_BCHW).float(), dim=-1)
+    def encode(self, image_BCHW: torch.Tensor, *, compiled: bool = False) -> torch.Tensor:
+        """Return unit-norm feature_BD in float32 of normalised images; `compiled` is for a ViT only."""
+        more = {"compiled": True} if compiled else {}
+        return F.normalize(self.module(image_BCHW, **more).float(), dim=-1)
 
 
 def load_image_tower(path: str, *, activation: Activation = "quick_gelu") -> ImageTower:

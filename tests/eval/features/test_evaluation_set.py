@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from eval.datasets.cnclip_tsv import read_evaluation
-from eval.features import evaluation_set as embed
 from eval.features.encoder import EvaluationEncoder, ModelSource, load_encoder
 from eval.features.evaluation_set import embed_evaluation, validator
 from eval.index.flat import build_index
@@ -18,7 +17,6 @@ from pipeline.core.records import InputError
 from tests.helpers.evaluation_files import png_bytes, small_evaluation, write_evaluation
 from training.model.clip import CLIP, build_clip
 from training.model.config import MODELS
-from training.model.preprocess import preprocess
 from training.model.tokenizer import Tokenizer, learn_vocabulary
 from training.weights.weights import load_checkpoint, save_checkpoint
 
@@ -104,13 +102,6 @@ def test_validator_leaves_modes_weights_and_random_numbers_alone(folder: Path) -
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random_state)
     assert torch.is_grad_enabled()
-
-
-def test_images_kept_as_uint8_come_back_bit_for_bit() -> None:
-    image_BCHW = preprocess([png_bytes(seed, 37) for seed in range(4)], 32)
-    pixels = embed._to_uint8(image_BCHW)
-    assert pixels.dtype == np.uint8
-    assert torch.equal(embed._from_uint8(pixels, torch.device("cpu")), image_BCHW)
 
 
 def test_a_model_that_diverged_and_a_broken_image_are_named(folder: Path, tmp_path: Path) -> None:

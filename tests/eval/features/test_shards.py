@@ -124,13 +124,18 @@ def test_another_model_setting_or_corpus_is_refused(
     assert command_line.main(words(folder, tmp_path, *rest)) == 0
     assert command_line.main(words(folder, tmp_path, *rest, "--dtype", "float16")) == 2
     assert command_line.main(words(folder, tmp_path, *rest, "--context", "20")) == 2
+    assert command_line.main(words(folder, tmp_path, *rest, "--precision", "bf16")) == 2
     other = tmp_path / "other"
     other.mkdir()
     weights, vocabulary = write_tiny_model(other, seed=1)
     command = ["embed", weights, "--vocab", vocabulary, *rest]
     assert command_line.main(command) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert sum("holds features of another model, setting or corpus" in line for line in errors) == 3
+    assert sum("holds features of another model, setting or corpus" in line for line in errors) == 4
+    exact_ND = np.load(tmp_path / "out" / "img_emb" / "img_emb_0.npy")
+    assert command_line.main(words(folder, tmp_path, *rest, "--precision", "bf16", "--redo")) == 0
+    rounded_ND = np.load(tmp_path / "out" / "img_emb" / "img_emb_0.npy")
+    assert 1e-5 < np.abs(rounded_ND - exact_ND).max() < 0.02
     assert command_line.main([*command, "--redo"]) == 0
     assert json.loads((tmp_path / "out" / "model.json").read_text())["name"] == "tiny-vit"
 

@@ -4,6 +4,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from eval.index import exact_search, gpu_search
 from eval.index.exact_search import top_k
 from eval.metrics.recall import exact_scores
 
@@ -21,6 +22,15 @@ def by_sorting(
         scores = exact_scores(np.broadcast_to(query_D, gallery_ND.shape), gallery_ND)
         rows.append(np.lexsort((np.arange(len(scores)), -scores))[:k])
     return np.array(rows)
+
+
+@pytest.fixture(params=["NumPy", "torch"], autouse=True)
+def _products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a GPU's code compute on the CPU, in small blocks and for few queries at once."""
+    if request.param == "torch":
+        monkeypatch.setattr(exact_search, "torch_device", lambda: "cpu")
+        monkeypatch.setattr(gpu_search, "MAX_BLOCK_ROWS", 300)
+        monkeypatch.setattr(gpu_search, "_MAX_SCORES", 2400)
 
 
 @pytest.mark.parametrize(

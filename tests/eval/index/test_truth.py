@@ -7,6 +7,7 @@ import numpy.typing as npt
 import pytest
 
 from eval.index.embeddings import Embeddings
+from eval.index.metric import Metric
 from eval.index.truth import (
     Truth,
     check_truth,
@@ -26,11 +27,13 @@ def unit_rows(count: int, seed: int = 0) -> npt.NDArray[np.float32]:
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
-def saved(rows: npt.NDArray[np.float32], folder: Path, files: int = 1) -> Embeddings:
+def saved(
+    rows: npt.NDArray[np.float32], folder: Path, files: int = 1, metric: Metric = "cosine"
+) -> Embeddings:
     (folder / "rows").mkdir()
     for number, part in enumerate(np.array_split(rows, files)):
         np.save(folder / "rows" / f"{number}.npy", part)
-    return Embeddings.open(str(folder / "rows"))
+    return Embeddings.open(str(folder / "rows"), metric=metric)
 
 
 def test_neighbours_are_those_of_a_full_sort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,6 +44,41 @@ def test_neighbours_are_those_of_a_full_sort(tmp_path: Path, monkeypatch: pytest
     assert truth.scores_QK is not None
     expected = np.take_along_axis(queries @ rows.T, truth.rows_QK, axis=1)
     np.testing.assert_allclose(truth.scores_QK, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("num_rows", "k"), [(500, 7), (500, 100), (60, 60)])
+def test_torch_finds_what_faiss_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_rows: int, k: int
+) -> None:
+    """Rows have four values of 0.5 or -0.5: float32 products are exact, and many rows have equal scores."""
+    random = np.random.default_rng(0)
+    values = np.zeros((num_rows + 30, DIM), np.float32)
+    values[:, :4] = random.choice([-0.5, 0.5], (num_rows + 30, 4))
+    rows, queries = np.split(random.permuted(values, axis=1), [num_rows])
+    embeddings = saved(rows, tmp_path, files=3)
+    by_faiss = exact_neighbours(embeddings, queries, k)
+    monkeypatch.setattr("eval.index.truth.torch_device", lambda: "cpu")
+    monkeypatch.setattr("eval.index.gpu_search.MAX_BLOCK_ROWS", 70)
+    by_torch = exact_neighbours(embeddings, queries, k)
+    assert by_torch.scores_QK is not None
+    assert by_faiss.scores_QK is not None
+    assert by_torch.scores_QK.dtype == np.float32
+    np.testing.assert_allclose(by_torch.scores_QK, by_faiss.scores_QK, atol=1e-6)
+    # FAISS takes any of the rows that share the k-th score; torch the lowest, as a stable sort does.
+    is_above = by_faiss.scores_QK > by_faiss.scores_QK[:, -1:]
+    assert np.array_equal(by_torch.rows_QK[is_above], by_faiss.rows_QK[is_above])
+    assert np.array_equal(by_torch.rows_QK, np.argsort(-(queries @ rows.T), axis=1, kind="stable")[:, :k])
+
+
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+def test_with_torch_each_metric_has_the_neighbours_of_a_full_sort(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: Metric
+) -> None:
+    rows, queries = unit_rows(200) * np.linspace(1, 9, 200, dtype=np.float32)[:, None], unit_rows(20, seed=1)
+    monkeypatch.setattr("eval.index.truth.torch_device", lambda: "cpu")
+    truth = exact_neighbours(saved(rows, tmp_path, files=3, metric=metric), queries, 7)
+    score_QN = queries @ rows.T if metric == "ip" else -np.square(queries[:, None] - rows).sum(axis=-1)
+    assert np.array_equal(truth.rows_QK, np.argsort(-score_QN, axis=1, kind="stable")[:, :7])
 
 
 def test_recall_counts_each_row_once(tmp_path: Path) -> None:

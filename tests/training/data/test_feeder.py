@@ -61,7 +61,7 @@ def test_several_views_of_one_decoding_are_those_of_epochs(tmp_path: Path) -> No
 def test_errors_come_through_at_their_step(tmp_path: Path) -> None:
     shards = write_shards(tmp_path, [20, 20])
     whole = make_reader(shards, tmp_path)
-    visits = [whole.reader.request(step).visits for step in range(12)]
+    visits = [whole.reader.request(step).wanted for step in range(12)]
     first = next(step for step, found in enumerate(visits) if found is not None and found["shard"].any())
     tar = Path(shards[1].path)
     tar.write_bytes(b"\0" * len(tar.read_bytes()))
@@ -87,9 +87,7 @@ def test_a_worker_that_dies_is_named_and_ends_the_iteration(tmp_path: Path) -> N
         batches = iter(feeder)
         next(batches)
         os.kill(workers.processes[1], signal.SIGKILL)
-        message = (
-            rf"image worker 1 of rank 0 \(process {workers.processes[1]}\) was killed by SIGKILL: most often"
-        )
+        message = rf"image worker 1 \(process {workers.processes[1]}\) was killed by SIGKILL: most often"
         with pytest.raises(InputError, match=message):
             list(batches)
     assert not any(map(psutil.pid_exists, workers.processes))
@@ -107,7 +105,7 @@ def test_a_worker_that_is_idle_when_it_dies_is_named_at_the_next_request(tmp_pat
 
         os.kill(workers.processes[0], signal.SIGKILL)
         for _ in range(2):
-            with pytest.raises(InputError, match=r"image worker 0 of rank 0 .* was killed by SIGKILL"):
+            with pytest.raises(InputError, match=r"image worker 0 .* was killed by SIGKILL"):
                 ask()
 
 

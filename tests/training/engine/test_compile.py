@@ -57,14 +57,14 @@ def test_the_setting_s_earlier_name_keeps_working() -> None:
 
 def test_a_gpu_compiles_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler, "_computes_on_gpu", lambda: True)
-    monkeypatch.setattr(compiler.importlib.util, "find_spec", lambda name: name == "triton")
+    monkeypatch.setattr(layers.importlib.util, "find_spec", lambda name: name == "triton")
     monkeypatch.setenv("CC", sys.executable)
     assert compiles(CONFIG)
     assert not compiles(dataclasses.replace(CONFIG, compile=False))
     assert not compiles(dataclasses.replace(CONFIG, deepspeed="zero3"))
     monkeypatch.setenv("CC", "/nowhere/cc")
     assert not compiles(CONFIG)
-    monkeypatch.setattr(compiler.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(layers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"Triton, .* is not installed; .* or set compile = false"):
         check_compiler(dataclasses.replace(CONFIG, compile=True), "stage2")
 

@@ -15,9 +15,11 @@ from torch.nn import functional as F
 
 from pipeline.core.records import InputError
 from tests.helpers.mclip_files import write_mclip
+from training.data.squares import SquareConfig
 from training.model.clip import build_clip
 from training.model.config import MODELS
-from training.model.multilingual_clip import batches_by_length, load_text, preprocess_openai
+from training.model.multilingual_clip import batches_by_length, load_text
+from training.model.preprocess import standardise
 from training.weights.image_tower import load_image_tower
 from training.weights.weights import save_openai
 
@@ -151,7 +153,10 @@ def test_preprocessing_is_openais(size: tuple[int, int]) -> None:
     )
     data = _picture(*size)
     expected = peer(Image.open(io.BytesIO(data)).convert("RGB"))
-    torch.testing.assert_close(preprocess_openai([data], 32)[0], expected, atol=1e-6, rtol=0)
+    square_BHWC = np.empty((1, 32, 32, 3), np.uint8)
+    SquareConfig(image_size_px=32, fit="crop").open().read([data], square_BHWC)
+    found = standardise(torch.from_numpy(square_BHWC).permute(0, 3, 1, 2))[0]
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
 def test_the_image_tower_alone_is_the_whole_models(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pipeline.core.files.images import Decode
 from pipeline.core.records import InputError
 from tests.helpers.encoded_images import png
 from training.model.config import MODELS
-from training.model.preprocess import MEAN, STD, normalise, preprocess
+from training.model.preprocess import MEAN, STD, normalise, preprocess, standardise
 from training.weights.export import _preprocessor_config
 
 
@@ -29,6 +29,13 @@ def test_one_colour_is_normalised_exactly() -> None:
     assert image_BCHW.dtype == torch.float32
     expected = [(value / 255 - mean) / std for value, mean, std in zip((255, 0, 51), MEAN, STD, strict=True)]
     torch.testing.assert_close(image_BCHW[0, :, 4, 4], torch.tensor(expected))
+
+
+def test_looked_up_values_have_the_bits_of_torchvisions_arithmetic() -> None:
+    image_BCHW = torch.arange(256, dtype=torch.uint8).view(2, 1, 8, 16).expand(2, 3, 8, 16)
+    mean_C11, std_C11 = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    expected = image_BCHW.float().div(255).sub(mean_C11).div(std_C11)
+    assert torch.equal(standardise(image_BCHW), expected)
 
 
 def test_the_whole_picture_is_squashed_into_the_square() -> None:
