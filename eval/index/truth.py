@@ -17,7 +17,7 @@ from eval.index.device import Device
 from eval.index.views import Vectors
 from eval.metrics.recall import exact_scores_of_pairs
 from pipeline.core import store
-from pipeline.core.arrays import Float32Array, Int64Array
+from pipeline.core.arrays import Float32Array, Float64Array, Int64Array
 from pipeline.core.files.foreign import foreign
 from pipeline.core.records import InputError
 
@@ -45,6 +45,7 @@ class Recall:
 
     strict: float  # the rows of the ground truth themselves
     with_ties: float  # rows that are as near as the k-th; corpora from the web contain many duplicates
+    error: float = 0.0  # standard error of `with_ties`, had other queries been drawn
 
 
 def exact_neighbours(vectors: Vectors, queries_QD: Float32Array, k: int, device: Device = "cpu") -> Truth:
@@ -84,18 +85,25 @@ def recall_of(vectors: Vectors, queries_QD: Float32Array, found_QK: Int64Array, 
     query_Q1 = np.arange(num_queries)[:, None] * base
     is_exact_QK = np.isin(found_QK + query_Q1, exact_QK + query_Q1) & (found_QK >= 0)
     strict = int(is_exact_QK.sum())
+    hits_Q = is_exact_QK.sum(axis=1)
     # Exact scores only of the rows that may tie, and of each query's k-th.
     query, place = np.nonzero(~is_exact_QK & (found_QK >= 0))
     asked, inverse = np.unique(query, return_inverse=True)
     if not len(asked):
-        return Recall(strict / found_QK.size, strict / found_QK.size)
+        return Recall(strict / found_QK.size, strict / found_QK.size, _standard_error(hits_Q / k))
     rows = np.concatenate([found_QK[query, place], exact_QK[asked, -1]])
     needed, where = np.unique(rows, return_inverse=True)
     scores = exact_scores_of_pairs(
         queries_QD, np.concatenate([query, asked]), vectors.rows(needed), where.reshape(-1)
     )
-    ties = int((scores[: len(query)] >= scores[len(query) :][inverse.reshape(-1)] - TIE).sum())
-    return Recall(strict / found_QK.size, (strict + ties) / found_QK.size)
+    is_tie = scores[: len(query)] >= scores[len(query) :][inverse.reshape(-1)] - TIE
+    hits_Q = hits_Q + np.bincount(query[is_tie], minlength=num_queries)
+    recall = int(hits_Q.sum()) / found_QK.size
+    return Recall(strict / found_QK.size, recall, _standard_error(hits_Q / k))
+
+
+def _standard_error(share_Q: Float64Array) -> float:
+    return float(share_Q.std(ddof=1) / len(share_Q) ** 0.5) if len(share_Q) > 1 else 1.0
 
 
 def write_truth(path: str, truth: Truth) -> None:

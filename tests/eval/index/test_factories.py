@@ -235,6 +235,7 @@ def test_bench_index_leaves_out_what_ranks_otherwise(
     features: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["bench-index", features, "--num-queries", "50", "--grid", "SQ8;HNSW16_PQ8x4;IDMap,Flat"]
+    words += ["--rounds", "2"]
     assert command_line.main(words) == 0
     printed = capsys.readouterr()
     assert "left out: FAISS's factory 'HNSW16_PQ8x4': IndexHNSWPQ ranks by L2 distance" in printed.err
