@@ -9,6 +9,7 @@ import numpy as np
 
 from eval.index.bench.timing import Round
 from eval.index.build import new_index
+from eval.index.structure import quantised_bits
 from eval.index.tuning.suggest import num_lists
 from eval.index.tuning.tune import Knobs, join_parameters
 from eval.metrics.bootstrap import Measured
@@ -16,6 +17,7 @@ from eval.metrics.bootstrap import Measured
 IN_DISTRIBUTION = "held-out"  # the queries with which others are compared
 PERCENTILES = (50, 95, 99)
 _SWEPT_REFINE = (1, 4, 16, 64)
+_SWEPT_BITS = (4, 8)  # of RaBitQ's queries: FAISS's default, and from where on recall stays
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +95,7 @@ def default_grid(num_rows: int, dim: int) -> list[str]:
     lists = num_lists(num_rows)
     code = max(1, dim // 8)
     grid = ["Flat", "SQ8", "HNSW32", f"IVF{lists},Flat", f"IVF{lists},SQ8", f"IVF{lists},PQ{code}"]
-    grid += [f"OPQ{code},IVF{lists},PQ{code}", f"IVF{lists},RaBitQ"]
+    grid += [f"OPQ{code},IVF{lists},PQ{code}", f"IVF{lists},RaBitQ", f"IVF{lists},RaBitQ,Refine(SQ8)"]
     return grid
 
 
@@ -102,7 +104,8 @@ def settings(factory: str, dim: int, num_rows: int) -> list[str]:
 
     The last ones look at all lists, 2,048 candidates and 64 times k refined rows.
     """
-    knobs = Knobs.of(new_index(dim, factory), num_rows)
+    index = new_index(dim, factory)
+    knobs = Knobs.of(index, num_rows)
     efforts = [1 if knobs.effort == "nprobe" else min(16, knobs.most)]
     while efforts[-1] < knobs.most:
         efforts.append(min(4 * efforts[-1], knobs.most))
@@ -111,7 +114,13 @@ def settings(factory: str, dim: int, num_rows: int) -> list[str]:
         swept += (
             [join_parameters({knobs.effort: value}, more) for value in efforts] if knobs.effort else [more]
         )
-    return swept
+    if quantised_bits(index) is None:
+        return swept
+    return [
+        ",".join(part for part in (f"qb={bits}", setting) if part)
+        for bits in _SWEPT_BITS
+        for setting in swept
+    ]
 
 
 def with_gaps(points: Sequence[Point]) -> list[Point]:
