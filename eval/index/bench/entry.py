@@ -18,7 +18,7 @@ from eval.index.bench.plan import Asked, Plan
 from eval.index.bench.points import Point, settings
 from eval.index.bench.results import Result, Results
 from eval.index.bench.timing import Round
-from eval.index.truth import recall_of
+from eval.index.truth import recall_of, recall_of_ann_benchmarks, recall_of_big_ann
 from pipeline.core import store
 from pipeline.core.config import digest
 from pipeline.core.files.foreign import parse_json
@@ -85,13 +85,17 @@ class Entry:
                 with contextlib.suppress(BrokenPipeError):  # it is gone; the next answer says why
                     print(file=process.stdin, flush=True)
                 k = plan.k
-                found = recall_of(vectors, each.queries.vectors_QD, found_QK[:, :k], each.truth.first(k))
+                asking_QD, best_QK = each.queries.vectors_QD, found_QK[:, :k]
+                found = recall_of(vectors, asking_QD, best_QK, each.truth)
+                has_scores = each.truth.scores_QK is not None
                 yield Point(
                     factory=self._factory,
                     parameters=setting,
                     queries=each.queries.name,
                     recall=found.with_ties,
                     strict_recall=found.strict,
+                    ann_benchmarks_recall=recall_of_ann_benchmarks(vectors, asking_QD, best_QK, each.truth),
+                    big_ann_recall=recall_of_big_ann(best_QK, each.truth) if has_scores else None,
                     recall_error=found.error,
                     queries_per_second=0.0,
                     build_seconds=built["seconds"],

@@ -29,6 +29,8 @@ class Point:
     queries: str = IN_DISTRIBUTION  # name of the set
     recall: float  # share of the exact k that it found, 0 to 1; rows as near as the k-th count
     strict_recall: float = 0.0  # only the rows of the ground truth count
+    ann_benchmarks_recall: float | None = None  # as its evaluator counts
+    big_ann_recall: float | None = None  # as its evaluator counts; None for a ground truth without scores
     recall_error: float = 0.0  # standard error of the recall, had other queries asked
     queries_per_second: float  # median of the rounds; 0 before the first
     build_seconds: float  # training and adding
