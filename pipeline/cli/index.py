@@ -236,7 +236,8 @@ def bench_index(
         print(plan.conditions())
         for queries_of in sets:
             asked = [point for point in points if point.queries == queries_of.name]
-            print("\n".join(noise_lines(noise_of(asked), asked, len(queries_of)) + ceiling_lines(asked)))
+            for told in (*noise_lines(noise_of(asked), asked, len(queries_of)), *ceiling_lines(asked)):
+                print(told)
         asking = sets[0].name
         first = [point for point in points if point.queries == asking]
         best = best_point(first, recall, most_bytes)

@@ -57,12 +57,12 @@ def as_fast(best: Point, points: Sequence[Point]) -> list[Point]:
 
 
 def noise_of(points: Sequence[Point]) -> Noise:
-    """Return what tells points of one set of queries apart."""
+    """Return what tells points of one set of queries apart; nothing if there is one point."""
+    if len(points) < 2:
+        return Noise(np.inf, np.inf)
     speeds, error_P = _Speeds.of(points), _recall_errors(points)
     by_speed = [np.delete(_leads(speeds, place)[1], place) for place in range(len(points))]
     by_recall = [np.delete(_recall_noise(error_P, place), place) for place in range(len(points))]
-    if len(points) < 2:
-        return Noise(np.inf, np.inf)
     with np.errstate(over="ignore"):
         return Noise(
             float(np.exp(np.median(np.concatenate(by_speed)))), float(np.median(np.concatenate(by_recall)))

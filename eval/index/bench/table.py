@@ -66,7 +66,12 @@ def points_table(
 
 
 def noise_lines(noise: Noise, points: Sequence[Point], num_queries: int) -> list[str]:
-    """Return what the noise hides among points of one set of queries, and what would lower it."""
+    """Return what the noise hides among points of one set of queries, and what would lower it.
+
+    Nothing for a single point.
+    """
+    if len(points) < 2:
+        return []
     rounds = min(len(point.rounds) for point in points)
     told = f"{points[0].queries} queries: a lead in recall counts from {noise.recall:.3f} on"
     if noise.recall > _FEW:

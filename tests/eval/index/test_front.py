@@ -90,6 +90,7 @@ def test_a_lead_within_the_noise_has_no_star() -> None:
     assert "one in speed from " in told
     two = [point(0.9, [100.0, 110]), point(0.8, [500.0, 500])]
     assert "none in speed in 2 rounds (more: --rounds)" in noise_lines(noise_of(two), two, 1000)[0]
+    assert noise_lines(noise_of(two[:1]), two[:1], 1000) == []
     apart = [point(0.9, 100), point(0.8, 150, session="b")]  # measured at different times
     assert pareto_front(apart) == apart
 
