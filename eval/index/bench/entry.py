@@ -40,7 +40,7 @@ class Entry:
             InputError: if FAISS refuses the string.
         """
         self.name = factory if not copy else f"{factory} #{copy + 1}"
-        self._plan, self._factory, self._copy, self._asked = plan, factory, copy, asked
+        self._plan, self._factory, self._copy = plan, factory, copy
         swept = settings(factory, plan.embeddings.dim, plan.vectors.num_rows)
         self.wanted = [(each, setting) for setting in swept for each in asked]
         self.facts = {each.queries.name: plan.facts(each.queries, factory) for each in asked}

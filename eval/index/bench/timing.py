@@ -69,8 +69,9 @@ def reset_counts() -> None:
     """Set FAISS's counts of distances to zero."""
     import faiss
 
-    faiss.cvar.indexIVF_stats.reset()
-    faiss.cvar.hnsw_stats.reset()
+    counts: Any = faiss.cvar  # FAISS has no types for it
+    counts.indexIVF_stats.reset()
+    counts.hnsw_stats.reset()
 
 
 def distances(index: Any, num_queries: int, k: int) -> float | None:
@@ -88,8 +89,9 @@ def distances(index: Any, num_queries: int, k: int) -> float | None:
         return None if inside is None else inside + min(index.ntotal, index.k_factor * k)
     if structure.has_nsg(index):
         return None
-    graph = faiss.cvar.hnsw_stats.ndis / num_queries
+    counts: Any = faiss.cvar
+    graph = counts.hnsw_stats.ndis / num_queries
     if isinstance(index, faiss.IndexIVF):
-        lists = faiss.cvar.indexIVF_stats.ndis / num_queries
+        lists = counts.indexIVF_stats.ndis / num_queries
         return float(lists + (graph or index.quantizer.ntotal))
     return float(graph or index.ntotal)
