@@ -236,12 +236,12 @@ def records(name: str, found: dict[str, dict[str, Any]], options: argparse.Names
         if peer == "cnclip":
             continue
         speed = statistics.median(theirs["equal_speeds"])
-        ratios = [a / b for a, b in zip(ours["speeds"], theirs["equal_speeds"], strict=True)]
+        ratios = [a / b for a, b in zip(ours["equal_speeds"], theirs["equal_speeds"], strict=True)]
         kept = ("factory", "parameters", "recall", "bytes_per_vector", "build_seconds", "speeds")
         made.append(
             record(
                 f"index_tools/{peer}@memory {name}",
-                statistics.median(ours["speeds"]),
+                statistics.median(ours["equal_speeds"]),
                 speed if theirs["reaches"] and reached else None,
                 "queries/s",
                 rows=options.rows,
@@ -251,6 +251,7 @@ def records(name: str, found: dict[str, dict[str, Any]], options: argparse.Names
                 threads=options.threads,
                 ours_is={key: ours[key] for key in kept},
                 peer_is={key: theirs[key] for key in (*kept, "equal_parameters", "equal_recall", "reaches")},
+                load=round(os.getloadavg()[0], 1),
                 ratio_by_round=[round(ratio, 2) for ratio in ratios],
             )
         )
