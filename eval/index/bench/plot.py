@@ -27,13 +27,12 @@ def front_plot(points: Sequence[Point], front: Sequence[Point], k: int) -> str:
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
-    settings: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": "bench-index", "font.size": 9}
-    with rc_context(settings):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "bench-index", "font.size": 9}):
         figure = Figure(figsize=(8.0, 4.6), layout="constrained")
         axes = figure.add_subplot()
         sizes = [point.bytes_per_vector for point in points]
         norm = LogNorm(min(sizes) / 1.01, max(sizes) * 1.01)
-        colours = ScalarMappable(norm, colormaps["viridis_r"])
+        colours: Any = ScalarMappable(norm, colormaps["viridis_r"])
         names = list(dict.fromkeys(point.name for point in points))
         for place, name in enumerate(names):
             mark = _MARKS[place % len(_MARKS)]
