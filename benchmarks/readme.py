@@ -32,6 +32,14 @@ CLAIMS: dict[str, tuple[str, str]] = {
         "locked image tower: compiled by torch against uncompiled",
         "training/compile_image.py",
     ),
+    "concepts/ahocorasick_rs": (
+        "captions matched with N entries: ours against ahocorasick_rs in a loop",
+        "data_prep/concepts.py",
+    ),
+    "concepts/published": (
+        "concept balancing: ours against MetaCLIP's algorithm as a loop",
+        "data_prep/concepts.py",
+    ),
     "data_stages/download": ("download: fetch, decode, resize, pack", "data_prep/data_stages.py"),
     "data_stages/download/scaled": ("download with `scaled_decode`", "data_prep/data_stages.py"),
     "data_stages/filter_image": (
@@ -116,6 +124,16 @@ CLAIMS: dict[str, tuple[str, str]] = {
     ),
     "loss/memory": ("extra memory of the loss: ours against cn_clip", "training/loss.py"),
     "loss/time": ("loss of one rank of 8: ours against cn_clip", "training/loss.py"),
+    "pair_losses/positives": (
+        "the loss with several positives: ours against the plain formula",
+        "training/pair_losses.py",
+    ),
+    "pair_losses/positives_memory": (
+        "its extra memory: ours against the plain formula",
+        "training/pair_losses.py",
+    ),
+    "pair_losses/sigmoid": ("the sigmoid loss: ours against open_clip", "training/pair_losses.py"),
+    "pair_losses/sigmoid_memory": ("its extra memory: ours against open_clip", "training/pair_losses.py"),
     "resize/plain": ("decode and resize: ours against img2dataset", "data_prep/resize.py"),
     "resize/scaled": ("decode and resize with `scaled_decode`: ours against the peer", "data_prep/resize.py"),
     "retrieval": ("features to score file: ours against CN-CLIP's loop", "eval/retrieval.py"),

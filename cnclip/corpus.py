@@ -95,6 +95,27 @@ class Corpus:
         schema = {"stage": pl.String, "source": pl.String, "reason": pl.String, "rows": pl.Int64}
         return pl.DataFrame(found, schema=schema).sort("rows", descending=True, maintain_order=True)
 
+    def concepts(self) -> pl.DataFrame:
+        """Return entry and rows of each concept in these shards, most frequent first.
+
+        If the shards are in the folder of the run that made them, `count` has the rows before balancing.
+
+        Raises:
+            InputError: if the corpus was not balanced.
+        """
+        if "concepts" not in self.rows.collect_schema():
+            raise InputError(
+                f"{self.folder}: its rows have no concepts; make it with [concepts] and [balance]"
+            )
+        entries = self.rows.select(entry=pl.col("concepts")).explode("entry", empty_as_null=False)
+        found = entries.group_by("entry").agg(rows=pl.len()).collect(engine="streaming")
+        path = store.join(self.folder, "count_concepts", "counts.parquet")
+        if store.exists(path):
+            counts = pl.read_parquet(path, columns=["entry", "count"])
+            counts = counts.with_columns(pl.col("entry").str.strip_chars())
+            found = counts.join(found, on="entry", how="left").with_columns(pl.col("rows").fill_null(0))
+        return found.sort("rows", "entry", descending=[True, False])
+
     def __getitem__(self, row: int) -> Sample:
         """Return one pair.
 

@@ -18,7 +18,7 @@ from pipeline.core.records import InputError, Manifest, Shard
 from pipeline.core.stage import Context, repair_remedy
 
 # Stages that judge downloaded images, in order; all but the first are optional.
-ROW_STAGES = ("filter_image", "dedup_image", "filter_score")
+ROW_STAGES = ("filter_image", "dedup_image", "dedup_semantic", "filter_score", "filter_classes", "balance")
 _UNPACKED = "images"  # folder of the corpus stage, for images that can't be read where they are
 
 

@@ -14,6 +14,8 @@ from annotated_types import Ge
 from pydantic import AfterValidator, Discriminator
 
 from data_prep import corpus
+from data_prep.concepts import stages as concepts
+from data_prep.concepts.stages import BalanceConfig, ConceptsConfig
 from data_prep.corpora.demo import DemoConfig
 from data_prep.corpora.emoji import EmojiConfig
 from data_prep.corpora.pictures.corpus import PicturesConfig
@@ -24,6 +26,11 @@ from data_prep.dedup.exact import DedupConfig
 from data_prep.dedup.near_duplicates import DedupImageConfig
 from data_prep.download import stage as download
 from data_prep.download.config import DownloadConfig
+from data_prep.features import classify, semantic
+from data_prep.features import stage as image_features
+from data_prep.features.classify import ClassifierSource
+from data_prep.features.semantic import DedupSemanticConfig
+from data_prep.features.stage import ImageFeaturesConfig
 from data_prep.filters import image as filter_image
 from data_prep.filters import score
 from data_prep.filters import text as filter_text
@@ -39,7 +46,7 @@ from eval.report import stage as report_stage
 from eval.stages import IndexConfig
 from eval.zeroshot import stage as zeroshot_stage
 from eval.zeroshot.stage import ClassificationSource, ZeroshotConfig
-from pipeline import pair_scorers
+from pipeline import image_encoders, image_heads, pair_scorers
 from pipeline.core.config import build, find_recipe, read_run
 from pipeline.core.evaluation_sets import SET_ASIDE, EvaluationSource
 from pipeline.core.records import ConfigError
@@ -49,7 +56,8 @@ from pipeline.launch.config import LaunchConfig
 from training import stages as training_stage
 from training import vocabulary
 from training.checkpoint.selection import check_sets
-from training.config.recipes import finetune_recipe, paper_recipe
+from training.config.phases import with_phases
+from training.config.recipes import finetune_recipe, larger_recipe, paper_recipe
 from training.config.tracking import TrackingConfig
 from training.config.train import TrainConfig, check_fits
 from training.model.config import MODELS
@@ -57,6 +65,7 @@ from training.vocabulary import VocabularyConfig
 
 # The program that each rank of a training stage runs.
 RANK_MODULE = "pipeline.rank"
+_TRAINING = ("english", "stage1", "stage2", "finetune")  # in order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +89,8 @@ class RunTable:
 _START_WEIGHTS = "start_weights is a whole model: leave out image_weights, text_weights, [english]"
 
 
-def _known_model(name: str) -> str:
+def known_model(name: str) -> str:
+    """Refuse a name that is no model's."""
     if name not in MODELS:
         raise ValueError(f"no model {name!r}; known: {', '.join(MODELS)}")
     return name
@@ -90,7 +100,7 @@ def _known_model(name: str) -> str:
 class ModelTable:
     """`[model]`: the size of the model and its starting weights."""
 
-    name: Annotated[str, AfterValidator(_known_model)]
+    name: Annotated[str, AfterValidator(known_model)]
     """Size of the model, from `training/model/config.py`."""
     vocabulary: str | None = None
     """A `vocab.txt`, a folder or a model id. Unset: learn one from the captions."""
@@ -132,10 +142,20 @@ class RunConfig:
     """Rules for images."""
     dedup_image: DedupImageConfig | None = None
     """Near-duplicate detection. Unset: keep copies of images, as the paper does."""
+    image_features: ImageFeaturesConfig | None = None
+    """Features of the images, for semantic duplicates and classifiers. Unset: none."""
+    dedup_semantic: DedupSemanticConfig | None = None
+    """Semantic duplicates. Unset: keep them, as the paper does."""
     score: ScoreConfig | None = None
     """Scores by a model. Unset: rows without a score from their source are not judged by score."""
     filter_score: FilterScoreConfig | None = None
     """Threshold on these scores. Unset: the paper's."""
+    classifier: tuple[ClassifierSource, ...] = ()
+    """Classifiers of the images. Unset: none, as in the paper."""
+    concepts: ConceptsConfig | None = None
+    """Concepts of the captions, counted. Unset: none are."""
+    balance: BalanceConfig | None = None
+    """Balance of these concepts. Unset: keep every row, as the paper does."""
     split: SplitConfig | None = None
     """Rows set aside for validation. Unset: none."""
     shards: ShardsConfig = field(default_factory=ShardsConfig)
@@ -170,6 +190,22 @@ class RunConfig:
         if self.filter_score is not None and self.score is None:
             raise ValueError(
                 "filter_score: nothing to judge without [score]; give it, or filter_text.min_score"
+            )
+
+        if self.dedup_semantic is not None and self.image_features is None:
+            raise ValueError(
+                "dedup_semantic: no features to compare; give [image_features] with image_encoder or model"
+            )
+        if self.classifier and self.image_features is None:
+            raise ValueError(
+                "classifier: no features to classify; give [image_features] with image_encoder or model"
+            )
+        names = [item.name for item in self.classifier]
+        if repeated := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"classifier: two have the name {repeated!r}; give each its own")
+        if self.balance is not None and self.concepts is None:
+            raise ValueError(
+                "balance: no concepts to balance; give [concepts] with files of entries, ngrams, or both"
             )
 
     def _check_training(self) -> None:
@@ -228,9 +264,10 @@ def resolve(table: dict[str, Any], path: str) -> tuple[Run, RunConfig]:
     try:
         corpus.refuse_misplaced_kinds(table.get("corpus"), path)
         config = build(RunConfig, _with_paper_recipes(table, path), path)
-        for name in ("english", "stage1", "stage2", "finetune"):
+        for name in _TRAINING:
             if (train := getattr(config, name)) is not None and config.model is not None:
-                check_fits(train, MODELS[config.model.name], name)
+                for phase, settings in phases_of(name, train):
+                    check_fits(settings, MODELS[config.model.name], phase)
                 if not config.makes_its_corpus:
                     sets = [item.name for item in config.evaluation] or [SET_ASIDE]
                     check_sets(train, sets if name != "english" else [], name)
@@ -256,8 +293,12 @@ def _with_paper_recipes(table: dict[str, Any], where: str) -> dict[str, Any]:
             paper = dataclasses.asdict(finetune_recipe(model, own["recipe"]))
         elif own["recipe"] == "paper":
             paper = dataclasses.asdict(paper_recipe(model, stage))
+        elif own["recipe"] == "larger":
+            paper = dataclasses.asdict(larger_recipe(model, stage))
         else:
-            raise ConfigError(f'{where}: {stage}.recipe: found {own["recipe"]!r}; the only recipe is "paper"')
+            raise ConfigError(
+                f'{where}: {stage}.recipe: found {own["recipe"]!r}; recipes are "paper" and "larger"'
+            )
         augment = {**paper["augment"], **own.get("augment", {})}
         del paper["lanes"]  # derived from the batch, which the file may change
         filled[stage] = {**paper, **own, "augment": augment}
@@ -277,9 +318,9 @@ def make_run(config: RunConfig) -> Run:
         dedup.stage(config.dedup),
         download.stage(config.download),
         filter_image.stage(config.filter_image),
-        *_row_stages(config),
     ]
-    stages += _shard_stages(config, rows=stages[-1].name)
+    judging, rows = _row_stages(config)
+    stages += [*judging, *_shard_stages(config, rows)]
     stages.append(lock.stage(stages))
     scores, train_stages = None, list[Stage]()
     if config.model is not None:
@@ -304,7 +345,7 @@ def _model_stages(
 ) -> tuple[evaluation_stages.EvaluationConfig, list[Stage]]:
     """What a run does with its shards: vocabulary, training, and the scores of what was trained."""
     # Scored and shown: the stages that end in a Chinese model, in order; the last one is final.
-    scored = tuple(stage.name for stage in train_stages if stage.name != "english")
+    scored = tuple(stage.name for stage in train_stages if stage.name in _TRAINING[1:])
     scores = evaluation_stages.EvaluationConfig(
         stages=scored,
         vocabulary=model.vocabulary,
@@ -316,7 +357,10 @@ def _model_stages(
     stages: list[Stage] = []
     columns = _learned_columns(train_stages)
     if columns:
-        stages.append(vocabulary.stage(dataclasses.replace(config.vocabulary, columns=columns)))
+        together = _learned_together(train_stages) or None
+        stages.append(
+            vocabulary.stage(dataclasses.replace(config.vocabulary, columns=columns, together=together))
+        )
     stages += train_stages
     stages += [
         evaluation_stages.embed_stage(scores, learned=learned, sets_from=config.sets_from),
@@ -336,8 +380,11 @@ def _model_stages(
     return scores, stages
 
 
-def _row_stages(config: RunConfig) -> list[Stage]:
-    """Return the stages that a run requests between the downloaded images and the shards."""
+def _row_stages(config: RunConfig) -> tuple[list[Stage], str]:
+    """Return the stages that a run requests between the downloaded images and the shards.
+
+    Also returns the one whose rows are packed.
+    """
     stages: list[Stage] = []
     before = "filter_image"
     if config.dedup_image is not None:
@@ -346,6 +393,19 @@ def _row_stages(config: RunConfig) -> list[Stage]:
             dedup_image.stage(config.dedup_image, rows=before),
         ]
         before = "dedup_image"
+    if config.image_features is not None:
+        stages.append(
+            image_features.stage(
+                config.image_features,
+                rows=before,
+                identify=functools.partial(image_encoders.identify, run_folder=config.run.folder),
+                load=functools.partial(image_encoders.load, run_folder=config.run.folder),
+                parallel=config.run.executor == "ray",  # as for [score]
+            )
+        )
+    if config.dedup_semantic is not None:
+        stages += semantic.stages(config.dedup_semantic, rows=before)
+        before = "dedup_semantic"
     if config.score is not None:
         stages += [
             score.stage(
@@ -355,10 +415,22 @@ def _row_stages(config: RunConfig) -> list[Stage]:
                 load=functools.partial(pair_scorers.load, run_folder=config.run.folder),
                 # On one machine each process would hold a copy of both encoders.
                 parallel=config.run.executor == "ray",
+                features=config.image_features is not None,
             ),
             score.filter_stage(config.filter_score or FilterScoreConfig(), rows=before),
         ]
-    return stages
+        before = "filter_score"
+    if config.classifier:
+        stages += classify.stages(
+            config.classifier, rows=before, identify=image_heads.identify, load=image_heads.load
+        )
+        before = "filter_classes"
+    if config.concepts is not None:
+        stages += concepts.count_stages(config.concepts, rows=before)
+    if config.balance is not None:
+        stages.append(concepts.stage(config.balance, rows=before))
+        before = "balance"
+    return stages, before
 
 
 def _shard_stages(config: RunConfig, rows: str) -> list[Stage]:
@@ -374,29 +446,32 @@ def _shard_stages(config: RunConfig, rows: str) -> list[Stage]:
 
 
 def _training_stages(config: RunConfig, model: ModelTable) -> list[Stage]:
-    """english (where asked for) → stage1 → stage2 → finetune: each hands its weights to the next (2.3)."""
+    """english (where asked for) → stage1 → stage2 → finetune: each hands its weights to the next (2.3).
+
+    The phases of a stage come before it.
+    """
     stages: list[Stage] = []
     before: str | None = None
-    for name, train in (
-        ("english", config.english),
-        ("stage1", config.stage1),
-        ("stage2", config.stage2),
-        ("finetune", config.finetune),
-    ):
-        if train is None:
-            continue
+    trainings = (
+        (*named, stage)
+        for stage in _TRAINING
+        if (whole := getattr(config, stage)) is not None
+        for named in phases_of(stage, whole)
+    )
+    for name, train, stage in trainings:
+        is_english = stage == "english"
         starts_new = before in (None, "english")
         job = training_stage.TrainStageConfig(
             train=train,
             model=model.name,
-            vocabulary=model.vocabulary if name != "english" else None,
+            vocabulary=model.vocabulary if not is_english else None,
             start_stage=None if starts_new else before,
             image_stage="english" if before == "english" else None,
             image_weights=model.image_weights if before is None else None,
-            text_weights=model.text_weights if starts_new and name != "english" else None,
+            text_weights=model.text_weights if starts_new and not is_english else None,
             start_weights=model.start_weights if before is None else None,
             save_openai=name == "english",
-            validate=name != "english",
+            validate=not is_english,
             launcher=config.launch.launcher,
             tracking=config.tracking,
         )
@@ -407,7 +482,32 @@ def _training_stages(config: RunConfig, model: ModelTable) -> list[Stage]:
     return stages
 
 
+def phases_of(stage: str, train: TrainConfig) -> list[tuple[str, TrainConfig]]:
+    """Return what a training stage consists of, `training.config.phases.with_phases`.
+
+    Raises:
+        ConfigError: if the settings of a phase do not fit together.
+    """
+    try:
+        return with_phases(stage, train)
+    except ValueError as error:
+        raise ConfigError(f"[{stage}] {error}") from None
+
+
 def _learned_columns(train_stages: Sequence[Stage]) -> tuple[str, ...]:
     """Caption columns that need a vocabulary of their own."""
     configs = [stage.config for stage in train_stages if stage.config.vocabulary is None]
     return tuple(sorted({job.train.caption_column for job in configs}))
+
+
+def _learned_together(train_stages: Sequence[Stage]) -> dict[str, tuple[str, ...]]:
+    """Vocabularies that cover more columns than their own, since trainings draw captions from these too.
+
+    The stages that share a vocabulary hand their weights on, so that it is one for all of their columns.
+    """
+    together: dict[str, set[str]] = {}
+    for stage in train_stages:
+        train = stage.config.train
+        if stage.config.vocabulary is None:
+            together.setdefault(train.caption_column, set()).update(train.weight_of_columns)
+    return {name: tuple(sorted(columns)) for name, columns in together.items() if columns != {name}}

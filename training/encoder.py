@@ -166,8 +166,7 @@ def load(
 def encode_tokens(model: CLIP, tokens_NL: Int32Array, progress: Progress | None = None) -> Float32Array:
     """Return text_ND, unit-norm, in row order, of token ids padded with 0, by the model as it is set."""
     text_ND = np.empty((len(tokens_NL), model.config.embed_dim), np.float32)
-    is_cpu = model.logit_scale.device.type == "cpu"
-    size = TOKENS_PER_BATCH if is_cpu else TOKENS_PER_BATCH_ACCELERATED
+    size = tokens_per_batch(model.logit_scale.device)
     done = 0
     if progress is not None:
         progress(0, len(tokens_NL))
@@ -177,6 +176,11 @@ def encode_tokens(model: CLIP, tokens_NL: Int32Array, progress: Progress | None 
         if progress is not None:
             progress(done, len(tokens_NL))
     return text_ND
+
+
+def tokens_per_batch(device: torch.device) -> int:
+    """Return how many tokens of texts, counted without padding, suit a device at once."""
+    return TOKENS_PER_BATCH if device.type == "cpu" else TOKENS_PER_BATCH_ACCELERATED
 
 
 def batches_of_tokens(tokens_NL: Int32Array, size: int) -> list[Int64Array]:

@@ -1,9 +1,9 @@
 """Floating-point operations of a training step, and what devices can do: for planning and for utilisation.
 
 A multiply and an add count as two. The count covers matrix products and convolutions, which are all but a
-few percent: per token and block 24 · width² for the projections and the 4 × wide feed-forward, and
-4 · tokens · width for the two products of attention (Kaplan et al. 2020, Table 1, with attention). A backward
-pass costs twice a forward pass.
+few percent: per token and block 8 · width² for the projections, 4 · width · feed_forward_width for the
+feed-forward (24 · width² together where that is 4 × as wide), and 4 · tokens · width for the two products of
+attention (Kaplan et al. 2020, Table 1, with attention). A backward pass costs twice a forward pass.
 """
 
 import re
@@ -96,7 +96,8 @@ def image_forward(model: ModelConfig, patch_mask: float = 0.0) -> float:
     if isinstance(config, VisionTransformerConfig):
         patches = config.num_patches  # all are embedded, masked or not
         patch_values = 3 * config.patch_size_px**2
-        blocks = config.layers * _block(config.num_kept(patch_mask) + 1, config.width)
+        tokens = config.num_kept(patch_mask) + 1
+        blocks = config.layers * _block(tokens, config.width, config.feed_forward_width)
         return 2 * patches * patch_values * config.width + blocks + 2 * config.width * model.embed_dim
     return _modified_resnet(config, model.embed_dim)
 
@@ -107,7 +108,7 @@ def text_forward(config: TextConfig, tokens: float) -> float:
     The last block is computed only for [CLS]; keys and values are still made of every token there.
     """
     last = 4 * tokens * config.width**2 + 20 * config.width**2 + 4 * tokens * config.width
-    return (config.layers - 1) * _block(tokens, config.width) + last
+    return (config.layers - 1) * _block(tokens, config.width, 4 * config.width) + last
 
 
 def training_flops(model: ModelConfig, config: TrainConfig, tokens: float) -> float:
@@ -123,9 +124,9 @@ def training_flops(model: ModelConfig, config: TrainConfig, tokens: float) -> fl
     return text + image_forward(model, config.patch_mask) * (1 if config.lock_image else 3)
 
 
-def _block(tokens: float, width: int) -> float:
+def _block(tokens: float, width: int, feed_forward: int) -> float:
     """Return FLOPs of a transformer block over `tokens` tokens."""
-    return tokens * (24 * width**2 + 4 * tokens * width)
+    return tokens * (8 * width**2 + 4 * width * feed_forward + 4 * tokens * width)
 
 
 def _modified_resnet(config: ModifiedResNetConfig, embed_dim: int) -> float:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 MOST_DATA_WAIT = 0.03
 _SECONDS_BETWEEN_PROGRESS = 1.0
 _STEPS_BEFORE_A_VERDICT = 20  # the first batches wait for files to open and caches to fill
+Between = Literal["validation", "checkpoint"]
+BETWEEN_STEPS: tuple[Between, ...] = ("validation", "checkpoint")
 
 
 class Speed:
@@ -34,6 +36,7 @@ class Speed:
         self._waited_before = 0.0
         self.num_steps = 0
         self.total_seconds = self.total_wait_seconds = 0.0  # without the first step of this start
+        self.seconds_between = dict.fromkeys(BETWEEN_STEPS, 0.0)  # spent on each, since the start
         self.seconds = self.wait_seconds = 0.0  # of the last step
 
     def step(self, wait_seconds: float, ended_at: float) -> None:
@@ -52,8 +55,13 @@ class Speed:
 
     @property
     def wait_share(self) -> float:
-        """Share of the time so far that was spent waiting for data."""
+        """Share of the steps' time so far that was spent waiting for data."""
         return self.total_wait_seconds / self.total_seconds if self.total_seconds else 0.0
+
+    def shares_between(self) -> dict[Between, float]:
+        """Return the shares of all time since the start that steps waited for other work."""
+        whole = max(time.monotonic() - self._started, 1e-6)
+        return {what: seconds / whole for what, seconds in self.seconds_between.items()}
 
 
 class MetricsLog:
@@ -150,6 +158,8 @@ class MetricsLog:
                 text += f" · temperature {numbers.temperature:.1f}"
                 if "utilisation" in speed:
                     text += f" · {100 * speed['utilisation']:.0f}% of peak FLOP/s"
+                for what, share in self._speed.shares_between().items():
+                    text += f" · {what} {100 * share:.1f}%" if share else ""
                 self._say("progress", {"done": step, "total": self._total_steps, "text": text})
 
     def recalls(self, step: int, recalls: Mapping[str, Mapping[str, Any]]) -> None:
@@ -164,6 +174,17 @@ class MetricsLog:
             means = {name: recall["mean_recall"] for name, recall in recalls.items()}
             self._show("recall", step, {"mean_recall": means})
             self.flush()
+
+    def spent(self, what: Between, step: int, seconds: float) -> None:
+        """Steps waited for something after `step` of them; InputError if the disk is full."""
+        self._speed.seconds_between[what] += seconds
+        if self.writes:
+            shares = {
+                f"{name}_share": round(share, 4) for name, share in self._speed.shares_between().items()
+            }
+            line = {"time": time.time(), "step": step, f"{what}_seconds": round(seconds, 4), **shares}
+            with self._naming_the_folder():
+                self._log.write(json.dumps(line) + "\n")
 
     def pause(self) -> None:
         """What took place since the last step, such as a validation or a checkpoint, belongs to no step."""

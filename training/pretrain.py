@@ -1,32 +1,27 @@
 """One training stage on one rank: everything from the job to the consolidated weights."""
 
-import contextlib
 import dataclasses
 import json
 import os
-import shutil
 import signal
-from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger as deepspeed_logger
-from safetensors import SafetensorError
 from torch import distributed as dist
 
 from pipeline.core import store
 from pipeline.core.config import digest, plain
 from pipeline.core.processes import die_with_run, say
-from pipeline.core.records import ConfigError, InputError, Stopped
+from pipeline.core.records import ConfigError, Stopped
 from training.checkpoint import checkpoint
-from training.checkpoint.finished import mark_finished
-from training.checkpoint.folders import checkpoints_folder
 from training.checkpoint.selection import check_sets
 from training.checkpoint.start import agree_on_start
+from training.checkpoint.writer import CheckpointWriter
 from training.config.job import TrainJob
-from training.config.train import TrainConfig, check_fits, count_steps
+from training.config.train import TrainConfig, check_fits, count_steps, sized
 from training.data.feature_cache import FeatureCache, build, cache_key, most_images, requests
 from training.data.feeder import Feeder
 from training.data.image_workers import ImageWorkers
@@ -36,11 +31,13 @@ from training.data.sampler import SampleOrder
 from training.data.shard_table import check_shards
 from training.data.statements import Statements
 from training.data.views import ViewConfig
+from training.engine.averages import RunningAverages
 from training.engine.compiler import check_compiler
 from training.engine.engine import build_engine, join_ranks
 from training.engine.precision import autocast, check_precision
 from training.engine.teacher import load_teacher
-from training.engine.towers import Engine, Towers
+from training.engine.towers import Towers
+from training.final_weights import write_model
 from training.flops import PEAK_FLOPS, find_device, matmul_flops, training_flops
 from training.metrics import MetricsLog
 from training.model.clip import CLIP, build_clip
@@ -51,8 +48,8 @@ from training.ranks.watchdog import Watchdog
 from training.trainer import Trainer, Validate
 from training.weights.formats import load_model
 from training.weights.hub.locate import local_path
-from training.weights.initialise import initialise, write_provenance
-from training.weights.weights import load_checkpoint, require_same_model, save_checkpoint, save_openai
+from training.weights.initialise import continue_from, initialise, write_provenance
+from training.weights.weights import require_same_model
 
 
 def pretrain(job: TrainJob, validate: Validate | None) -> None:
@@ -97,6 +94,8 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
     if config.cached_views:
         reader.features = cache_features(job, towers, reader, watchdog, stop)
     watchdog.alive("building the engine", between_steps=True)
+    if config.averages is not None and rank == 0:
+        towers.averages = RunningAverages(config.averages, total_steps)
     engine = build_engine(towers, config)
     identity = describe(job, clip, tokenizer)
     start = agree_on_start(job, identity)
@@ -128,9 +127,12 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
     if reader.features is None:
         workers = start_workers(job, reader, clip, order.rank_num_samples(rank, config.ranks))
     engine.train()
-    with Feeder(
-        reader.requests(first_step, total_steps), workers, get_accelerator().current_device_name()
-    ) as batches:
+    with (
+        Feeder(
+            reader.requests(first_step, total_steps), workers, get_accelerator().current_device_name()
+        ) as batches,
+        CheckpointWriter() as writer,
+    ):
         trainer = Trainer(
             stage=job.stage,
             config=config,
@@ -144,6 +146,7 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
             num_samples=num_samples,
             recalls_of=validate,
             metrics=metrics,
+            writer=writer,
             stop=stop,
             watchdog=watchdog,
             folder=job.folder,
@@ -159,8 +162,16 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
             f"[{job.stage}] ended after step {last_step} of {total_steps}: {config.patience} epochs"
             f" without a gain of {config.salient_gain:g} points of mean recall"
         )
+    write_model(
+        job,
+        engine,
+        last_step,
+        last_step if best is None else best.step,
+        validate=validate,
+        start=lambda: build_model(job, tokenizer),
+        notice=metrics.notice,
+    )
     metrics.close()
-    write_model(job, engine, last_step, last_step if best is None else best.step)
     watchdog.close()
 
 
@@ -170,7 +181,7 @@ def build_model(job: TrainJob, tokenizer: Tokenizer) -> CLIP:
         raise ConfigError(f"[{job.stage}] model = {job.model!r}: unknown; known: {', '.join(sorted(MODELS))}")
     torch.manual_seed(job.seed)
     check_fits(job.config, MODELS[job.model], job.stage)
-    clip = build_clip(MODELS[job.model], vocab_size=tokenizer.vocab_size)
+    clip = build_clip(sized(MODELS[job.model], job.config), vocab_size=tokenizer.vocab_size)
     if job.image_weights is not None or job.text_weights is not None:
         taken = initialise(clip, image_weights=job.image_weights, text_weights=job.text_weights)
         if int(os.environ.get("RANK", "0")) == 0:
@@ -182,8 +193,10 @@ def build_model(job: TrainJob, tokenizer: Tokenizer) -> CLIP:
             dataclasses.replace(start.config, name=clip.config.name), clip.config, job.start_weights
         )
         clip.load_state_dict(start.state_dict())
+    if job.config.loss == "sigmoid":
+        clip.add_logit_bias()
     if job.start_checkpoint is not None:
-        clip.load_state_dict(load_checkpoint(job.start_checkpoint, expected=clip.config).state_dict())
+        continue_from(clip, job.start_checkpoint)
     if job.config.lock_image:
         clip.lock_image_tower()
     clip.set_activation_checkpointing(job.config.checkpoint_activations)
@@ -215,10 +228,11 @@ def make_reader(
         order,
         tokenizer,
         CaptionConfig(
-            column=config.caption_column,
+            weights=config.weight_of_columns,
             context_length=config.context_length,
             token_folder=os.path.join(job.folder, "tokens"),
             seed=job.seed,
+            cut=config.caption_cut,
         ),
         lanes=lanes,
         patch_mask=make_patch_mask(config, clip.config, job.stage, job.seed),
@@ -314,47 +328,6 @@ def describe(job: TrainJob, clip: CLIP, tokenizer: Tokenizer) -> dict[str, Any]:
         "start_checkpoint": job.start_checkpoint and store.digest_file(job.start_checkpoint),
         **learning,
     }
-
-
-def write_model(job: TrainJob, engine: Engine, last_step: int, chosen_step: int) -> None:
-    """Consolidate and write the weights of a step by rank 0; every rank calls it.
-
-    The engine holds those of `last_step`; those of an earlier one come from its checkpoint.
-    """
-    weights = checkpoint.gather_weights(engine) if chosen_step == last_step else None
-    if dist.get_rank() == 0:
-        if weights is None:
-            chosen = checkpoint.at_step(checkpoints_folder(job.folder), chosen_step)
-            weights = checkpoint.load_verified_weights(chosen)
-        clip: CLIP = engine.module.clip
-        final = CLIP(clip.config)
-        final.load_state_dict(weights)
-        samples_seen = str(chosen_step * job.config.global_batch)
-        metadata: Mapping[str, str] = {"stage": job.stage, "samples_seen": samples_seen}
-        if job.openai_model is not None:
-            with _disk_may_be_full(job.openai_model, job.folder):
-                save_openai(job.openai_model, final, final.config)
-        with _disk_may_be_full(job.output_model, job.folder):
-            save_checkpoint(job.output_model, final, final.config, metadata)
-            mark_finished(job)
-    dist.barrier()
-
-
-@contextlib.contextmanager
-def _disk_may_be_full(path: str, folder: str) -> Iterator[None]:
-    """Explain a model that cannot be written; a rerun resumes from the newest checkpoint.
-
-    Raises:
-        InputError: if it cannot.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        free = shutil.disk_usage(folder).free
-        raise InputError(
-            f"{path}: cannot write the model: {error}; {folder} has {free / 1e9:.2f} GB free; make room and"
-            " rerun the same command to resume"
-        ) from None
 
 
 def peak_flops_of_ranks(config: TrainConfig) -> float | None:

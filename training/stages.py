@@ -16,7 +16,7 @@ from training.checkpoint.finished import is_finished
 from training.checkpoint.folders import checkpoints_folder, steps_in
 from training.config.job import TrainJob
 from training.config.tracking import TrackingConfig
-from training.config.train import TrainConfig, count_steps, shared_steps
+from training.config.train import CONTEXT_LENGTH, TrainConfig, count_steps, shared_steps
 from training.ranks.launcher import (
     Launcher,
     failure,
@@ -213,15 +213,16 @@ def run(config: TrainStageConfig, context: Context, task: Task, progress: Progre
         status = watch(command, environment, log_path, progress, notice)
         if status != 0:
             raise InputError(failure(log_path, status))
-    outputs = dict.fromkeys((MODEL_FILE, METRICS_FILE), 0)
+    averaged = () if config.train.averages is None else config.train.averages.files
+    outputs = dict.fromkeys((MODEL_FILE, METRICS_FILE, *averaged), 0)
     if config.save_openai:
         outputs[OPENAI_FILE] = 0
     return Outcome(outputs, num_in=num_samples, num_kept=num_samples)
 
 
 def title_of(name: str, config: TrainStageConfig) -> str:
-    """Return in one line what a training stage does with these settings."""
-    train = config.train
+    """Return in one line what a training stage, or a phase of it, does with these settings."""
+    train, name = config.train, name.partition("_phase")[0]
     towers = "image tower locked, text tower trained" if train.lock_image else "both towers trained"
     if name == "english":
         what = "from English captions, as the paper starts from OpenAI's CLIP"
@@ -231,6 +232,10 @@ def title_of(name: str, config: TrainStageConfig) -> str:
     more = []
     if train.distil is not None:
         more.append(f"learning from {train.distil.teacher}")
+    if train.image_size_px is not None:
+        more.append(f"images of {train.image_size_px} px")
+    if train.context_length != CONTEXT_LENGTH:
+        more.append(f"captions cut at {train.context_length} tokens")
     if train.patch_mask:
         more.append(f"{100 * train.patch_mask:g}% of the patches left out")
     if train.negation is not None:
@@ -241,7 +246,7 @@ def title_of(name: str, config: TrainStageConfig) -> str:
 def stage(
     name: str, config: TrainStageConfig, *, before: str | None, entry: str, sets_from: tuple[str, ...]
 ) -> Stage:
-    """Return a training stage: english, stage1, stage2 or finetune.
+    """Return a training stage: english, stage1, stage2 or finetune, or a phase of one.
 
     `before` is the training stage that hands its weights on; `entry` the module that each rank runs;
     `sets_from` the stages that know the evaluation sets.

@@ -4,9 +4,11 @@ import dataclasses
 import json
 import os
 import signal
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from training.checkpoint.checkpoint import Checkpoint
 from training.checkpoint.folders import checkpoints_folder, steps_in
 from training.checkpoint.selection import Selection, best_first, has_no_gain_left, read_validations, select
 from training.checkpoint.start import how_computed
+from training.checkpoint.writer import CheckpointWriter
 from training.config.train import TrainConfig, shared_steps
 from training.data.feeder import Feeder
 from training.data.loader import Batch
@@ -68,6 +71,7 @@ class Trainer:
     num_samples: int  # of the corpus
     recalls_of: Validate | None
     metrics: MetricsLog
+    writer: CheckpointWriter
     stop: StopRequest
     watchdog: Watchdog
     folder: str  # where checkpoints/ are
@@ -80,6 +84,7 @@ class Trainer:
         """Train until the last step or until early stopping triggers; return how many steps are finished.
 
         Raises:
+            InputError: if training fails, or a checkpoint cannot be written.
             Stopped: if a signal asked for it, after a checkpoint.
         """
         step = self.first_step
@@ -89,6 +94,7 @@ class Trainer:
         for batch in self.load():
             step = batch.step + 1
             self.begin(batch)
+            self.writer.check()
             signal_number = self.settle(but=1)
             if signal_number or self.is_due(step):
                 signal_number = max(signal_number, self.settle())
@@ -98,9 +104,11 @@ class Trainer:
                 if signal_number or self.save_is_due(step):
                     self.save(step)
                 if signal_number:
+                    self.finish_saving(step)
                     name = signal.Signals(signal_number).name
                     raise Stopped(f"by {name} after step {step}, a checkpoint is written")
                 self.metrics.pause()
+        self.finish_saving(step)
         return step
 
     def load(self) -> Iterator[Batch]:
@@ -117,6 +125,9 @@ class Trainer:
         self.watchdog.alive(f"computing step {batch.step + 1}")
         rate = learning_rate(batch.step, self.total_steps, self.config)
         result = train_step(self.engine, batch, rate, self.config.max_temperature, self.seed)
+        towers = self.engine.module
+        if towers.averages is not None:
+            towers.averages.update(towers.clip, batch.step + 1)
         numbers = NumbersUnderWay(
             result.loss, result.is_skipped, result.temperature, self.stop.received, self.batches.wait_seconds
         )
@@ -151,46 +162,55 @@ class Trainer:
         return self.validation_is_due(step) or self.save_is_due(step) or step == self.total_steps
 
     def validate(self, step: int) -> None:
-        """Measure the recall of the model as it is on rank 0 while the others wait.
-
-        If every rank has only a part of each weight, all embed, since each needs the others' parts.
-        """
+        """Measure the recall of the model as it is: all ranks embed, in the precision of training."""
         if self.recalls_of is None:
             return
         self.watchdog.alive(f"validating after step {step}", between_steps=True)
-        clip = self.engine.module.clip
-        recalls: Recalls = {}
-        if self.metrics.writes or self.engine.zero_optimization_partition_weights():
-            clip.eval()
-            with gathered(clip.text_projection, clip.logit_scale):
-                recalls = self.recalls_of(clip)
-            clip.train()
-        shared = [recalls]  # all ranks decide alike: by rank 0's numbers
-        dist.broadcast_object_list(shared, 0)
+        started, towers = time.monotonic(), self.engine.module
+        clip = towers.clip
+        clip.eval()
+        with gathered(clip.text_projection, clip.logit_scale), towers.autocast():
+            shared = [self.recalls_of(clip)]
+        clip.train()
+        dist.broadcast_object_list(shared, 0)  # all ranks decide alike: by rank 0's numbers
         self.metrics.recalls(step, shared[0])
+        self.metrics.spent("validation", step, time.monotonic() - started)
 
     def save(self, step: int) -> None:
-        """Put a checkpoint together from all ranks; rank 0 writes it."""
-        self.watchdog.alive(f"writing the checkpoint of step {step}", between_steps=True)
+        """Put a copy of the state together from all ranks; a thread of rank 0 writes it."""
+        self.watchdog.alive(f"writing the checkpoint before that of step {step}", between_steps=True)
+        started = time.monotonic()
+        self.writer.wait()
+        self.watchdog.alive(f"copying the checkpoint of step {step}", between_steps=True)
         best = self.selection().best if self.config.choose == "best" else None
-        state = checkpoint.gather_state(self.engine, step)
+        state = checkpoint.gather_state(self.engine, step, self.writer.memory)
         if self.metrics.writes:
             self.metrics.flush()
             root = checkpoints_folder(self.folder)
             # The last one of the warm-up stays: from it `epochs` may be raised.
             warm = [found for found in steps_in(root) if found <= shared_steps(self.config)]
-            checkpoint.save(
-                root,
-                state,
-                self.identity,
-                self.metrics.metrics_path,
-                keep=self.config.keep_checkpoints,
-                keep_also={*([] if best is None else [best.step]), *([max(warm)] if warm else [])},
-                made_with=how_computed(self.config),
-                rank_steps=self.ranked_steps,
-                damaged=self.damaged,
+            self.writer.start(
+                partial(
+                    checkpoint.save,
+                    root,
+                    state,
+                    self.identity,
+                    store.read_bytes(self.metrics.metrics_path),
+                    keep=self.config.keep_checkpoints,
+                    keep_also={*([] if best is None else [best.step]), *([max(warm)] if warm else [])},
+                    made_with=how_computed(self.config),
+                    rank_steps=self.ranked_steps,
+                    damaged=self.damaged,
+                )
             )
-        dist.barrier()
+        self.metrics.spent("checkpoint", step, time.monotonic() - started)
+
+    def finish_saving(self, step: int) -> None:
+        """Wait until the last checkpoint is written."""
+        self.watchdog.alive("writing the last checkpoint", between_steps=True)
+        started = time.monotonic()
+        self.writer.wait()
+        self.metrics.spent("checkpoint", step, time.monotonic() - started)
 
     def validation_is_due(self, step: int) -> bool:
         """Return true before the first step, at the asked intervals and after the last step."""

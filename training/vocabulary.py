@@ -1,7 +1,9 @@
 """Stage vocabulary: WordPiece learned from the corpus's own captions, for runs that are given none."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+from pipeline.core.config import IN_DIGEST_IF_SET
 from pipeline.core.facts import Facts
 from pipeline.core.shard_format import all_captions
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
@@ -15,6 +17,8 @@ class VocabularyConfig:
     """Largest number of tokens. Chinese characters come first, then pieces of words."""
     columns: tuple[str, ...] = ("caption",)
     """Caption columns of the shards, one vocabulary each."""
+    together: Mapping[str, tuple[str, ...]] | None = field(default=None, metadata=IN_DIGEST_IF_SET)
+    """Columns from which a vocabulary is learned if it is not only its own: those of `caption_weights`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,21 +36,22 @@ def plan(config: VocabularyConfig, context: Context) -> list[Task]:
 
 
 def run(config: VocabularyConfig, context: Context, task: Task, progress: Progress) -> Outcome:
-    """Learn one vocabulary; file `<column>.txt`, one token a line."""
+    """Learn one vocabulary of a column or of several; file `<column>.txt`, one token a line."""
     import polars as pl
 
     from training.model.tokenizer import Tokenizer, learn_vocabulary
 
     column = VocabularyTask.from_json(task.arguments).column
     paths = [shard.path for shard in context.shards_of("shards", ".parquet")]
-    table = pl.scan_parquet(paths)
-    several = all_captions(column)
-    if isinstance(table.collect_schema().get(several), pl.List):  # where a source keeps them
-        table = table.select(pl.coalesce(several, pl.concat_list(column)).alias(column)).explode(column)
-    captions = table.select(column).collect()[column]
-    learned = Tokenizer(learn_vocabulary(captions.to_list(), config.size))
+    captions = list[str]()
+    for name in (config.together or {}).get(column, (column,)):
+        table, several = pl.scan_parquet(paths), all_captions(name)
+        if isinstance(table.collect_schema().get(several), pl.List):  # where a source keeps them
+            table = table.select(pl.coalesce(several, pl.concat_list(name)).alias(name)).explode(name)
+        captions += table.select(name).collect()[name].drop_nulls().to_list()
+    learned = Tokenizer(learn_vocabulary(captions, config.size))
     learned.save_vocabulary(context.path(f"{column}.txt"))
-    return Outcome({f"{column}.txt": captions.len()}, num_in=captions.len(), num_kept=captions.len())
+    return Outcome({f"{column}.txt": len(captions)}, num_in=len(captions), num_kept=len(captions))
 
 
 def stage(config: VocabularyConfig) -> Stage:

@@ -49,6 +49,8 @@ processes = 1
 scaled_decode = {scaled}
 [filter_image]
 remove_evaluation_copies = false
+[shards]
+samples_per_shard = 10000
 [model]
 name = "tiny-rn"
 [stage2]

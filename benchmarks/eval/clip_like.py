@@ -99,17 +99,21 @@ class ClipLike:
 def write(
     folder: Path, like: ClipLike, num_rows: int, num_texts: int, dtype: npt.DTypeLike = np.float32
 ) -> None:
-    """Write the layout above; held-out images are as many as texts."""
+    """Write the layout above; held-out images are as many as texts. Files that are there stay."""
     for name in ("img_emb", "text_emb"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for number, first in enumerate(range(0, num_rows, ROWS_PER_FILE)):
         count = min(ROWS_PER_FILE, num_rows - first)
         path = folder / "img_emb" / f"img_emb_{number}.npy"
-        matrix = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(count, like.dim))
+        if path.exists() and np.load(path, mmap_mode="r").shape == (count, like.dim):
+            continue  # of a run that was interrupted
+        begun = path.with_suffix(".part")
+        matrix = np.lib.format.open_memmap(begun, mode="w+", dtype=dtype, shape=(count, like.dim))
         for row in range(0, count, BLOCK_ROWS):
             stop = min(row + BLOCK_ROWS, count)
             matrix[row:stop] = like.images(first + row, first + stop)
         del matrix
+        begun.rename(path)
     np.save(folder / "text_emb" / "text_emb_0.npy", like.texts(num_texts, num_rows).astype(dtype))
     np.save(folder / "labels.npy", like.labels(num_texts, num_rows))
     np.save(folder / "held_out.npy", like.held_out(num_texts).astype(dtype))

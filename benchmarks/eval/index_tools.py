@@ -194,7 +194,7 @@ class Trial:
                 for speeds, parameters in (("speeds", "parameters"), ("equal_speeds", "equal_parameters")):
                     set_parameters(loaded[name], found[name][parameters])
                     batch = len(self.measuring_QD)
-                    speed, _ = time_batches(loaded[name], self.measuring_QD, K, batch)
+                    speed, _ = time_batches(loaded[name].search, self.measuring_QD, K, batch)
                     found[name][speeds].append(round(speed, 1))
             print(f"round {number + 1}, load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
         return found

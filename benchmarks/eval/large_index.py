@@ -73,7 +73,7 @@ def watch(command: Sequence[str]) -> tuple[float, float]:
 def search(folder: Path, parameters: str) -> None:
     """Search in the second process, compare with exact search, write `found.json`."""
     embeddings = Embeddings.open(str(folder / "features"))
-    index = PartedIndex.open(str(folder / "index"))
+    index = PartedIndex.open(str(folder / "index"), keep_open=False)
     sample = np.arange(NUM_QUERIES) * embeddings.num_rows // NUM_QUERIES
     query_QD = rows_near(embeddings.rows(sample), 0.5, np.random.default_rng(1))
     seconds = []

@@ -55,7 +55,7 @@ def main() -> int:
             [SAMPLES] * NUM_SHARDS, seed=0, global_batch=BATCH, lanes=LANES, window_shards=WINDOW
         )
         captions = CaptionConfig(
-            column="caption", context_length=52, token_folder=str(Path(folder) / "tokens"), seed=0
+            weights={"caption": 1.0}, context_length=52, token_folder=str(Path(folder) / "tokens"), seed=0
         )
         reader = BatchReader(shards, order, tokenizer, captions, lanes=range(LANES))
         reader.features = cache
@@ -115,7 +115,7 @@ def table_of(shard: Shard, tokenizer: Tokenizer, captions: CaptionConfig) -> Sha
     return read_shard_table(
         shard,
         tokenizer,
-        caption_column=captions.column,
+        caption_weights=captions.weights,
         context_length=captions.context_length,
         token_folder=captions.token_folder,
     )
@@ -160,7 +160,7 @@ class Loop:
 
     def _tokens(self, shard: int, row: int) -> npt.NDArray[np.int32]:
         table = self._tables[shard]
-        caption = int(table.caption_starts[row])
+        caption = int(table.caption_starts[0, row])
         return table.token_ids[slice(*table.token_starts[caption : caption + 2])]
 
     def _feature(self, shard: int, row: int, epoch: int) -> Float16Array:

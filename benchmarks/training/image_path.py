@@ -156,7 +156,9 @@ def make_source(
     pq.write_table(pa.table(table), tar_path.with_suffix(".parquet"))
     shard = Shard(str(tar_path), len(jpegs), tar_path.stat().st_size, "0" * 64)
     order = SampleOrder([len(jpegs)], seed=0, global_batch=len(jpegs), lanes=1, window_shards=1)
-    captions = CaptionConfig(column="caption", context_length=52, token_folder=str(folder / "tokens"), seed=0)
+    captions = CaptionConfig(
+        weights={"caption": 1.0}, context_length=52, token_folder=str(folder / "tokens"), seed=0
+    )
     reader = BatchReader([shard], order, tokenizer or OneToken(), captions, lanes=range(1))
     views = ViewConfig(
         paths=[shard.path],

@@ -54,7 +54,7 @@ def main() -> int:
     options_of.add_argument("--extra-memory", choices=("ours", "peer"), help=argparse.SUPPRESS)
     options = parse(options_of)
     if options.extra_memory:
-        print(extra_memory_mb(options.extra_memory, options.device))
+        print(extra_memory_of(options.extra_memory, options.device))
         return 0
     torch.set_num_threads(1)
     results = [
@@ -97,22 +97,30 @@ def compare_memory(device: str) -> dict[str, Any]:
     return record("loss/memory", **found, unit="MB", equal=equal, device=device)
 
 
-def extra_memory_mb(side: str, device: str) -> float:
+def extra_memory_of(side: str, device: str) -> float:
     image_ND, text_ND = features(MEMORY_SAMPLES, device)
     wire = Wire(image_ND, text_ND, slice(0, MEMORY_SAMPLES))
     small = Wire(image_ND[:64], text_ND[:64], slice(0, 64))
     run = {"ours": Wire.run_ours, "peer": Wire.run_peer}[side]
-    run(small, False)  # what a first call allocates for good is not the loss's
     inputs = wire.leaves(False)
     wire.leaves = lambda _: inputs  # type: ignore[method-assign]
+    return extra_memory_mb(lambda: run(wire, False), lambda: run(small, False), device)
+
+
+def extra_memory_mb(run: Callable[[], object], run_small: Callable[[], object], device: str) -> float:
+    """Return how much more memory a run takes at its peak than was taken before it.
+
+    `run_small` comes first: what a first call allocates for good is not the loss's.
+    """
+    run_small()
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats(device)
         allocated = torch.cuda.memory_allocated(device)
-        run(wire, False)
+        run()
         return (torch.cuda.max_memory_allocated(device) - allocated) / 1e6
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here (Linux, proc(5))
     before = _memory_kb("VmRSS")
-    run(wire, False)
+    run()
     return (_memory_kb("VmHWM") - before) / 1e3
 
 

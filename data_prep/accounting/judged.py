@@ -55,6 +55,7 @@ class JudgedFacts(Facts):
     score_minimums: Mapping[str, float] | None = None  # source → lowest score seen
     histograms: Mapping[str, Any] | None = None  # see accounting.histograms
     captions_dropped: Mapping[str, int] | None = None  # drop reason → captions that rows which stay lost
+    concepts: Mapping[str, int] | None = None  # entry → rows kept that have it, of the most frequent
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
@@ -66,6 +67,7 @@ class JudgedFacts(Facts):
             score_minimums=fields.get("score_minimums"),
             histograms=fields.get("histograms"),
             captions_dropped=fields.get("captions_dropped"),
+            concepts=fields.get("concepts"),
         )
 
 
@@ -84,10 +86,11 @@ def publish_judged(
     `rows_per_group` is for tables of which others read a range. `facts` need no `sources`: they are
     counted here.
     """
-    outputs = {}
+    outputs, digests = {}, {}
     for name, piece in (pieces or {task.name: kept}).items():
-        write_table(piece, context.path(f"kept/{name}.parquet"), rows_per_group)
-        outputs[f"kept/{name}.parquet"] = piece.height
+        path = f"kept/{name}.parquet"
+        digests[path] = write_table(piece, context.path(path), rows_per_group)
+        outputs[path] = piece.height
     counts = write_drops(dropped, context.path(drops_path(task.name)))
     return Outcome(
         {**outputs, drops_path(task.name): dropped.height},
@@ -95,6 +98,7 @@ def publish_judged(
         num_kept=kept.height,
         dropped=counts,
         extra=replace(facts or JudgedFacts(), sources=count_by_source(kept, dropped)).to_json(),
+        digests=digests,
     )
 
 

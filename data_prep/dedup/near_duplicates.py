@@ -31,7 +31,7 @@ NEAR_DUPLICATE_IMAGE = DropReason("near_duplicate_image")
 WINDOW = 1000
 SIZES = {"perceptual_hash": HASH_BITS // 8, "image_signature": SIGNATURE_BYTES}
 _COMPARED_AT_ONCE = 1 << 19  # pairs, with 48 bytes on each side
-_SCHEMA = {"key": pl.String, "reason": pl.String, "detail": pl.String}
+COPIES_SCHEMA = {"key": pl.String, "reason": pl.String, "detail": pl.String}
 
 UInt64Array = npt.NDArray[np.uint64]
 
@@ -257,21 +257,28 @@ def _read(context: Context, column: str) -> Iterator[pl.DataFrame]:
         yield pl.read_parquet(context.path_in(stage, shard.path), columns=["key", column])
 
 
-def plan(config: DedupImageConfig, context: Context) -> list[Task]:
-    """Plan one task for each table of rows, bound to all copies that were found."""
-    copies = {shard.path: shard.digest for shard in context.parents["find_copies"].shards}
+def plan(config: Any, context: Context, finder: str = "find_copies") -> list[Task]:
+    """Plan one task for each table of rows, bound to all copies that the stage `finder` found."""
+    copies = {shard.path: shard.digest for shard in context.parents[finder].shards}
     return [
         Task(table_name(shard), {"rows": shard.digest, **copies}, RowsTask(table=shard.path).to_json())
         for shard in kept_tables(context, rows_stage(context))
     ]
 
 
-def run(config: DedupImageConfig, context: Context, task: Task, progress: Progress) -> Outcome:
-    """Drop the copies of one table, except those of sources that `exempt_from` keeps."""
+def run(
+    config: Any,
+    context: Context,
+    task: Task,
+    progress: Progress,
+    finder: str = "find_copies",
+    rule: str = IMAGE_DUPLICATES_RULE,
+) -> Outcome:
+    """Drop the copies of one table, except those of sources that are exempt from `rule`."""
     table = RowsTask.from_json(task.arguments).table
     rows = pl.read_parquet(context.path_in(rows_stage(context), table))
-    found = _copies_among(context, rows["key"])
-    stays = is_exempt(context.parents["corpus"], IMAGE_DUPLICATES_RULE, rows.columns)
+    found = _copies_among(context, finder, rows["key"])
+    stays = is_exempt(context.parents["corpus"], rule, rows.columns)
     judged = rows.join(found, on="key", how="left", maintain_order="left").with_columns(
         pl.when(~stays).then(pl.col(name)).alias(name) for name in ("reason", "detail")
     )
@@ -279,12 +286,12 @@ def run(config: DedupImageConfig, context: Context, task: Task, progress: Progre
     return publish_judged(context, task, kept, judged.filter(pl.col("reason").is_not_null()))
 
 
-def _copies_among(context: Context, keys: pl.Series) -> pl.DataFrame:
+def _copies_among(context: Context, finder: str, keys: pl.Series) -> pl.DataFrame:
     """Return key, reason and detail of the copies among some keys; exact copies take precedence."""
     if not len(keys):
-        return pl.DataFrame(schema=_SCHEMA)
+        return pl.DataFrame(schema=COPIES_SCHEMA)
     # Tables of copies and of rows are sorted by key, so row groups outside are skipped without reading.
-    paths = [shard.path for shard in context.shards_of("find_copies", ".parquet")]
+    paths = [shard.path for shard in context.shards_of(finder, ".parquet")]
     between = pl.col("key").is_between(pl.lit(keys.min()), pl.lit(keys.max()))
     found = pl.concat([pl.scan_parquet(path).filter(between) for path in paths]).collect()
     return found.sort("key", "reason", "detail").unique("key", keep="first", maintain_order=True)

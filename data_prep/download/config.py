@@ -17,7 +17,9 @@ class DownloadConfig:
     short_side_px: int = 256
     """Shorter side to which larger images are reduced, in pixels; 256 leaves room for a crop of 224."""
     jpeg_quality: int = 95
-    """JPEG quality of the stored image."""
+    """JPEG quality of images that are encoded. An upright RGB JPEG that is not larger than `short_side_px`
+    keeps its bytes, without its metadata.
+    """
     max_pixels: int = MAX_IMAGE_PIXELS
     """Largest number of pixels in an image's header; above it, it is refused as a decompression bomb."""
     scaled_decode: bool = False

@@ -16,6 +16,7 @@ from data_prep.dedup.exact import partition_of_key, partition_range
 from data_prep.download.config import DownloadConfig
 from data_prep.download.pack import KNOWN_SCHEMA
 from data_prep.download.reasons import may_pass
+from data_prep.rules.copies import Marks
 from pipeline.core import store
 from pipeline.core.changes import read_started
 from pipeline.core.files.foreign import foreign
@@ -135,7 +136,10 @@ def _images(build: _Build, path: str, wanted: pl.DataFrame) -> pl.DataFrame:
         return pl.DataFrame(schema=KNOWN_SCHEMA)
     with foreign(full, "table of images", "repair that run, or take it out of [download] reuse"):
         table = pl.scan_parquet(full)
-        tar = pl.col("tar") if "tar" in table.collect_schema().names() else pl.lit(_first_tar(path))
+        names = table.collect_schema().names()
+        tar = pl.col("tar") if "tar" in names else pl.lit(_first_tar(path))
+        # Older builds marked the images in a later stage.
+        marks = [name if name in names else pl.lit(None, pl.Binary).alias(name) for name in Marks._fields]
         return (
             table.join(wanted.lazy(), on="key", how="semi")
             .select(
@@ -147,6 +151,7 @@ def _images(build: _Build, path: str, wanted: pl.DataFrame) -> pl.DataFrame:
                 "stored_width_px",
                 "stored_height_px",
                 "source_sha256",
+                *marks,
                 (pl.lit(f"{build.folder}/") + tar).alias("at_tar"),
                 pl.col("offset_bytes").alias("at_offset_bytes"),
                 pl.col("size_bytes").alias("at_size_bytes"),

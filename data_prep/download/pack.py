@@ -6,7 +6,7 @@ Images are img2dataset's of this call, or those of an earlier build (`data_prep.
 import contextlib
 import hashlib
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import polars as pl
@@ -18,13 +18,17 @@ from data_prep.download.reasons import LOST_BY_DOWNLOADER
 from data_prep.download.retry import DownloadFacts, DownloadTask
 from data_prep.formats.parquet import write_table
 from data_prep.formats.tar import Place, TarWriter
+from data_prep.rules.copies import Marks, marks_of
 from pipeline.core import store
+from pipeline.core.files.images import BadImageError, decode_pixels
 from pipeline.core.records import DropReason, InputError
 from pipeline.core.shard_format import ByteRangePool
 from pipeline.core.stage import Context, Outcome, Task
 
 # Where an earlier build has an image: path of the tar, place in it, digest.
 _WHERE = ("at_tar", "at_offset_bytes", "at_size_bytes", "at_sha256")
+_MARKS = dict.fromkeys(Marks._fields, pl.Binary)
+_MARKS_SCHEMA = {"key": pl.String, **_MARKS}
 # Rows that an earlier build knows: an image and where it is, or the reason why there is none.
 KNOWN_SCHEMA = {
     "key": pl.String,
@@ -35,6 +39,7 @@ KNOWN_SCHEMA = {
     "stored_width_px": pl.Int32,
     "stored_height_px": pl.Int32,
     "source_sha256": pl.String,
+    **_MARKS,
     "at_tar": pl.String,
     "at_offset_bytes": pl.Int64,
     "at_size_bytes": pl.Int64,
@@ -50,6 +55,7 @@ ANSWER_SCHEMA = {
     "width": pl.Int32,
     "height": pl.Int32,
     "sha256": pl.String,
+    **_MARKS,
 }
 
 
@@ -75,7 +81,9 @@ def pack(
     known: pl.DataFrame,
     unanswered: DropReason = LOST_BY_DOWNLOADER,
 ) -> Outcome:
-    """Repack one img2dataset shard: images in key order, kept rows with their facts, drops with reasons.
+    """Repack one img2dataset shard: samples in key order, kept rows with their facts, drops with reasons.
+
+    The tar is a shard as training reads it, so that the shards stage need not write these bytes again.
 
     `number` is img2dataset's; None where it was asked for nothing. `known` has the rows that an earlier build
     knows (`KNOWN_SCHEMA`). `unanswered` is the reason of rows of which neither says anything.
@@ -89,13 +97,25 @@ def pack(
     )
     tar_path = f"pictures/{task.name}.tar"
     places: dict[str, Place] = {}
+    marks: dict[str, Marks] = {}  # of images from builds that did not keep them
     with store.publish(context.path(tar_path)) as temporary, contextlib.ExitStack() as stack:
         writer = stack.enter_context(TarWriter(temporary))
         read = _reader(raw, number, stack)
-        given = rows.filter(pl.col("reason").is_null()).select("key", "member", *_WHERE)
-        for key, *where in given.iter_rows():
-            if (data := read(key, *where)) is not None:
+        is_marked = pl.all_horizontal(pl.col(*Marks._fields).is_not_null())
+        given = rows.filter(pl.col("reason").is_null()).select(
+            "key", "caption", is_marked.alias("is_marked"), "member", *_WHERE
+        )
+        for key, caption, has_marks, *where in given.iter_rows():
+            data = read(key, *where)
+            if data is not None and not has_marks:
+                try:
+                    marks[key] = marks_of(decode_pixels(data))
+                except BadImageError:
+                    data = None
+            if data is not None:
                 places[key] = writer.add(f"{key}.jpg", data)
+                writer.append(f"{key}.txt", caption.encode("utf-8"))
+    rows = _with_marks(rows, marks)
     is_lost = pl.col("reason").is_null() & ~pl.col("key").is_in(list(places))
     rows = rows.with_columns(
         reason=pl.when(is_lost).then(pl.lit(str(LOST_BY_DOWNLOADER))).otherwise(pl.col("reason"))
@@ -111,7 +131,7 @@ def pack(
         )
     )
     table_path = f"pictures/{task.name}.parquet"
-    write_table(kept, context.path(table_path))
+    table_digest = write_table(kept, context.path(table_path))
     failed = rows.filter(pl.col("reason").is_not_null())
     dropped = write_drops(failed, context.path(drops_path(task.name)))
     if number is not None:
@@ -123,7 +143,18 @@ def pack(
         num_kept=kept.height,
         dropped=dropped,
         extra=DownloadFacts(sources=count_by_source(kept, failed)).to_json(),
+        digests={tar_path: writer.sha256, table_path: table_digest},
     )
+
+
+def _with_marks(rows: pl.DataFrame, marks: Mapping[str, Marks]) -> pl.DataFrame:
+    """Return the rows with the marks of those that had none, by key."""
+    if not marks:
+        return rows
+    made = pl.DataFrame([(key, *found) for key, found in marks.items()], _MARKS_SCHEMA, orient="row")
+    rows = rows.join(made, on="key", how="left", maintain_order="left", suffix="_made")
+    both = [pl.coalesce(name, f"{name}_made").alias(name) for name in Marks._fields]
+    return rows.with_columns(both).drop(f"{name}_made" for name in Marks._fields)
 
 
 def _answers(raw: Path, number: int | None) -> pl.DataFrame:
@@ -134,6 +165,7 @@ def _answers(raw: Path, number: int | None) -> pl.DataFrame:
     return answers.select(
         pl.col("sample_key").alias("key"),
         pl.col("key").alias("member"),
+        *Marks._fields,
         reason=pl.col("error_message").str.split(": ").list.first(),
         http_status=pl.col("error_message").str.extract(r"^http_\w+: (\d{3})$").cast(pl.Int16),
         original_width_px="original_width",

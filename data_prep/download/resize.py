@@ -1,5 +1,7 @@
 """The resizer that img2dataset calls: it turns bytes from the web into an upright 8-bit RGB JPEG.
 
+A JPEG that is one already, and not larger than asked for, keeps its bytes, without its metadata.
+
 img2dataset's own resizer ignores EXIF rotation (and strips the tag), turns 16-bit images white, fills a
 truncated JPEG with grey, and allocates any size that a header promises. This one checks the header's size
 first and then decodes with Pillow, which says what is wrong.
@@ -13,9 +15,24 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.core.files.images import UNDECODABLE, BadImageError, open_image, upright, upright_size
+from data_prep.download.jpeg import plain_jpeg
+from data_prep.rules.copies import Marks, marks_of
+from pipeline.core.files.images import (
+    UNDECODABLE,
+    BadImageError,
+    is_turned,
+    open_image,
+    upright,
+    upright_size,
+)
 
 _MOST_JPEG_PX = 65_500  # libjpeg's limit
+
+
+class StoredImage(bytes):
+    """The bytes of an image as it is stored, with the marks of its pixels, which are in hand here only."""
+
+    marks: Marks
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +47,7 @@ class UprightResizer:
     scaled_decode: bool = False
 
     def __call__(self, img_stream: Any, blurring_bbox_list: Any = None) -> tuple[Any, ...]:
-        """Return (JPEG bytes, width, height, original width and height, None), or five None and the error."""
+        """Return (`StoredImage`, width, height, original width, height, None), or five None and the error."""
         data = img_stream.read()
         try:
             return self._resized(data)
@@ -44,6 +61,7 @@ class UprightResizer:
     def _resized(self, data: bytes) -> tuple[Any, ...]:
         image = open_image(data, self.max_pixels)
         original_size = upright_size(image)
+        is_upright = not is_turned(image)
         if self.scaled_decode:
             _draft(image, self.short_side_px)
         image = upright(image)
@@ -53,9 +71,15 @@ class UprightResizer:
         if scale < 1:
             size = (max(1, round(original_width * scale)), max(1, round(original_height * scale)))
             image = _average(image, size) if self.scaled_decode else _reduce(image, size)
+        as_it_came = plain_jpeg(data) if is_upright and scale >= 1 else None
+        stored = StoredImage(self._encoded(image) if as_it_came is None else as_it_came)
+        stored.marks = marks_of(np.asarray(image))
+        return stored, *image.size, original_width, original_height, None
+
+    def _encoded(self, image: Image.Image) -> bytes:
         out = io.BytesIO()
         image.save(out, "JPEG", quality=self.jpeg_quality, subsampling=0)
-        return out.getvalue(), *image.size, original_width, original_height, None
+        return out.getvalue()
 
 
 def _draft(image: Image.Image, short_side_px: int) -> None:

@@ -325,7 +325,7 @@ def stage(config: DownloadConfig) -> Stage:
     return Stage(
         NAME,
         title="img2dataset downloads, rotates upright and resizes",
-        version=2,
+        version=3,
         config=config,
         parents=("corpus", "dedup"),
         plan=plan,

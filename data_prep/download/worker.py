@@ -36,13 +36,15 @@ sys.modules.setdefault(
 
 import img2dataset.downloader  # noqa: E402
 import img2dataset.writer  # noqa: E402
+import pyarrow as pa  # noqa: E402
 
 from data_prep.download.board import BOARD_VARIABLE, Board, report  # noqa: E402
 from data_prep.download.fetch import fetch_image, fetch_or_wait, host_of, hosts, shown  # noqa: E402
 from data_prep.download.pool import HostPool, Later  # noqa: E402
-from data_prep.download.resize import UprightResizer  # noqa: E402
+from data_prep.download.resize import StoredImage, UprightResizer  # noqa: E402
 from data_prep.download.tally import FOLDER, Tally  # noqa: E402
 from data_prep.download.web.opt_out import rules  # noqa: E402
+from data_prep.rules.copies import Marks  # noqa: E402
 
 # img2dataset hands out twice as many rows as it has threads; the pool has to see all of a shard to put off
 # those of busy hosts.
@@ -142,12 +144,36 @@ def _counting(close: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def _with_marks(begin: Callable[..., None]) -> Callable[..., None]:
+    """Wrap the writer's `__init__` so that its table has columns for the marks of images."""
+
+    @functools.wraps(begin)
+    def wrapped(
+        self: Any, shard: int, folder: str, save_caption: bool, digits: int, schema: Any, encoding: str
+    ) -> None:
+        for name in Marks._fields:
+            schema = schema.append(pa.field(name, pa.binary()))
+        begin(self, shard, folder, save_caption, digits, schema, encoding)
+
+    return wrapped
+
+
+def _write(self: Any, image: StoredImage | None, key: str, caption: None, row: dict[str, Any]) -> None:
+    """Write an image and its row as the writer's `write`, without a copy of the row as JSON in the tar."""
+    if image is not None:
+        self.tarwriter.write({"__key__": key, self.encode_format: bytes(image)})
+    marks = dict.fromkeys(Marks._fields) if image is None else image.marks._asdict()
+    self.buffered_parquet_writer.write(row | marks)
+
+
 # Both: none of img2dataset's own requests, which ask for any address, is ever to be made.
 img2dataset.downloader.download_image = fetch
 img2dataset.downloader.download_image_with_retry = fetch_in_turn
 _download_shard = img2dataset.downloader.Downloader.download_shard
 img2dataset.downloader.Downloader.download_shard = _watched_shard
 _Writer = img2dataset.writer.WebDatasetSampleWriter
+_Writer.__init__ = _with_marks(_Writer.__init__)
+_Writer.write = _write
 for _name in ("__init__", "write", "close"):
     setattr(_Writer, _name, _reporting(getattr(_Writer, _name)))
 _Writer.close = _counting(_Writer.close)

@@ -1,32 +1,27 @@
-"""Stage filter_image: drops images that are too small, too long or in an evaluation set; hashes the rest."""
+"""Stage filter_image: drops images that are too small, too long or in an evaluation set.
 
-import dataclasses
+It reads tables only: the download has measured and hashed the images while their pixels were in hand.
+"""
+
 import functools
-import math
 import os
 from dataclasses import dataclass
 
-import numpy as np
 import polars as pl
 
 from data_prep import decontamination
 from data_prep.accounting.histograms import histogram
 from data_prep.accounting.judged import JudgedFacts, publish_judged
-from data_prep.corpus_facts import exemptions, guard_paths
+from data_prep.corpus_facts import guard_paths, is_exempt
 from data_prep.download.stage import partition_of
 from data_prep.rules import image as image_rules
-from data_prep.rules.copies import MarkedImages, Marks, marks_of
-from data_prep.rules.image_signature import SIGNATURE_BYTES
-from data_prep.sources.table import EXEMPT_COLUMN
+from data_prep.rules.copies import MarkedImages, Marks
 from pipeline.core import store
 from pipeline.core.evaluation_sets import EvaluationSet, evaluations_of
 from pipeline.core.facts import Facts
 from pipeline.core.failures import PARTITION_FAILED
-from pipeline.core.files.images import UNDECODABLE, BadImageError, decode_upright
-from pipeline.core.shard_format import ByteRangePool
-from pipeline.core.stage import Context, Outcome, Progress, Stage, Task, repair_remedy
-
-_NO_MARKS = Marks(bytes(image_rules.HASH_BITS // 8), bytes(SIGNATURE_BYTES))  # of images that do not decode
+from pipeline.core.records import Shard
+from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,80 +56,36 @@ def plan(config: FilterImageConfig, context: Context) -> list[Task]:
         shared |= {
             f"guard {path}": store.digest_file(path) for path in guard_paths(context.parents["corpus"])
         }
-    tasks: dict[str, Task] = {}
-    tables = {
-        partition_of(shard.path): shard
-        for shard in context.parents["download"].shards
-        if shard.path.startswith("pictures/") and shard.path.endswith(".parquet")
-    }
+    first_tars: dict[str, Shard] = {}
+    tables: dict[str, Shard] = {}
     for shard in context.parents["download"].shards:
-        if not shard.path.endswith(".tar"):
-            continue
-        name = partition_of(shard.path)
-        if name not in tasks:
-            inputs = {**shared, "pictures": shard.digest, "rows": tables[name].digest}
-            asked = ImageTask(tar=shard.path, table=tables[name].path)
-            tasks[name] = Task(name, inputs, asked.to_json())
-        else:  # a later pass of the download has added images
-            inputs = {**tasks[name].inputs, f"pictures {shard.path}": shard.digest}
-            tasks[name] = dataclasses.replace(tasks[name], inputs=inputs)
-    return list(tasks.values())
+        if shard.path.endswith(".tar"):
+            first_tars.setdefault(partition_of(shard.path), shard)
+        elif shard.path.startswith("pictures/"):
+            tables[partition_of(shard.path)] = shard
+    return [
+        Task(
+            name,
+            {**shared, "rows": table.digest},
+            ImageTask(tar=first_tars[name].path, table=table.path).to_json(),
+        )
+        for name, table in tables.items()
+    ]
 
 
 def run(config: FilterImageConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """Judge one partition's images; they stay in their tar, and the table says which are kept."""
-    asked = ImageTask.from_json(task.arguments)
-    table = pl.read_parquet(context.path_in("download", asked.table))
-    if "tar" not in table.columns:
-        table = table.with_columns(tar=pl.lit(asked.tar))
-    exempt_from = exemptions(context.parents["corpus"])
-    reasons: list[str | None] = []
-    marks: list[Marks] = []
-    with ByteRangePool(
-        lambda name: context.path_in("download", name), remedy=repair_remedy("download")
-    ) as tars:
-        own = pl.col(EXEMPT_COLUMN) if EXEMPT_COLUMN in table.columns else pl.lit(None).alias(EXEMPT_COLUMN)
-        for tar, offset, size, width, height, key, source, own_rules in table.select(
-            "tar", "offset_bytes", "size_bytes", "width_px", "height_px", "key", "source", own
-        ).iter_rows():
-            data = tars.read(tar, offset, size, f"{key}.jpg")
-            try:
-                image = decode_upright(data, max_pixels=width * height)
-            except BadImageError:
-                reasons.append(UNDECODABLE)
-                marks.append(_NO_MARKS)
-                continue
-            exempt = (*exempt_from.get(source, ()), *(own_rules or "").split(","))
-            reasons.append(
-                image_rules.size(
-                    width,
-                    height,
-                    1 if image_rules.SIZE_RULE in exempt else config.min_side_px,
-                    math.inf if image_rules.ASPECT_RULE in exempt else config.max_aspect,
-                )
-            )
-            marks.append(marks_of(np.asarray(image)))
-    hashes, signatures = [item.perceptual_hash for item in marks], [item.image_signature for item in marks]
-    details: list[str | None] = [None] * len(marks)
-    if config.remove_evaluation_copies:
-        names, references = _references(
-            tuple(evaluations_of(context)),
-            tuple(guard_paths(context.parents["corpus"])),
-            tuple(
-                digest for label, digest in task.inputs.items() if label.startswith(("evaluation ", "guard "))
-            ),
-        )
-        copies = references.nearest_copies(hashes, signatures, config.evaluation_distance)
-        for row, reference, bits in zip(*copies, strict=True):
-            if reasons[row] is None:
-                reasons[row] = image_rules.EVALUATION_IMAGE
-                details[row] = f"{names[reference]} ({bits} bits)"
-    judged = table.with_columns(
-        pl.Series("perceptual_hash", hashes, dtype=pl.Binary),
-        pl.Series("image_signature", signatures, dtype=pl.Binary),
-        pl.Series("reason", [None if reason is None else str(reason) for reason in reasons], dtype=pl.String),
-        pl.Series("detail", details, dtype=pl.String),
+    table = _rows(context, ImageTask.from_json(task.arguments))
+    corpus, names = context.parents["corpus"], table.columns
+    reason = image_rules.size(
+        pl.when(is_exempt(corpus, image_rules.SIZE_RULE, names)).then(1).otherwise(config.min_side_px),
+        pl.when(is_exempt(corpus, image_rules.ASPECT_RULE, names))
+        .then(float("inf"))
+        .otherwise(config.max_aspect),
     )
+    judged = table.with_columns(reason=reason, detail=pl.lit(None, pl.String))
+    if config.remove_evaluation_copies:
+        judged = _without_evaluation_images(config, context, task, judged)
     kept = judged.filter(pl.col("reason").is_null()).drop("reason", "detail")
     dropped = judged.filter(pl.col("reason").is_not_null())
     short_side = [
@@ -149,14 +100,43 @@ def run(config: FilterImageConfig, context: Context, task: Task, progress: Progr
 
 def set_aside(config: FilterImageConfig, context: Context, task: Task) -> Outcome:
     """Drop the rows of a partition as `partition_failed`."""
-    asked = ImageTask.from_json(task.arguments)
+    table = _rows(context, ImageTask.from_json(task.arguments))
+    dropped = table.with_columns(reason=pl.lit(str(PARTITION_FAILED)), detail=pl.lit(None, pl.String))
+    return publish_judged(context, task, table.clear(), dropped, JudgedFacts(rules=image_rules.VERSIONS))
+
+
+def _rows(context: Context, asked: ImageTask) -> pl.DataFrame:
     table = pl.read_parquet(context.path_in("download", asked.table))
-    if "tar" not in table.columns:
-        table = table.with_columns(tar=pl.lit(asked.tar))
-    dropped = table.with_columns(reason=pl.lit(str(PARTITION_FAILED)), detail=pl.lit(None, dtype=pl.String))
-    marks = pl.lit(None, dtype=pl.Binary)
-    kept = table.clear().with_columns(perceptual_hash=marks, image_signature=marks)
-    return publish_judged(context, task, kept, dropped, JudgedFacts(rules=image_rules.VERSIONS))
+    return table if "tar" in table.columns else table.with_columns(tar=pl.lit(asked.tar))
+
+
+def _without_evaluation_images(
+    config: FilterImageConfig, context: Context, task: Task, judged: pl.DataFrame
+) -> pl.DataFrame:
+    """Return the rows with reason and detail of those whose image is a copy of an evaluation image."""
+    names, references = _references(
+        tuple(evaluations_of(context)),
+        tuple(guard_paths(context.parents["corpus"])),
+        tuple(digest for label, digest in task.inputs.items() if label.startswith(("evaluation ", "guard "))),
+    )
+    hashes, signatures = (judged[name].to_list() for name in Marks._fields)
+    copies = references.nearest_copies(hashes, signatures, config.evaluation_distance)
+    found = pl.DataFrame(
+        {
+            "at": pl.Series(copies.place, dtype=pl.UInt32),
+            "copy_of": [
+                f"{names[reference]} ({bits} bits)"
+                for reference, bits in zip(copies.other, copies.bits, strict=True)
+            ],
+        },
+        schema={"at": pl.UInt32, "copy_of": pl.String},
+    )
+    rows = judged.with_row_index("at").join(found, on="at", how="left", maintain_order="left")
+    is_copy = pl.col("reason").is_null() & pl.col("copy_of").is_not_null()
+    return rows.with_columns(
+        reason=pl.when(is_copy).then(pl.lit(str(image_rules.EVALUATION_IMAGE))).otherwise("reason"),
+        detail=pl.when(is_copy).then("copy_of"),
+    ).drop("at", "copy_of")
 
 
 @functools.lru_cache(maxsize=1)  # the sets are the same for every task that a process does
@@ -187,7 +167,7 @@ def stage(config: FilterImageConfig) -> Stage:
     return Stage(
         "filter_image",
         title="size, aspect, copies of evaluation images",
-        version=2,
+        version=3,
         config=config,
         parents=("corpus", "download"),
         plan=plan,

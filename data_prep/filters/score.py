@@ -21,6 +21,7 @@ from data_prep.accounting.histograms import histogram
 from data_prep.accounting.judged import JudgedFacts, publish_judged
 from data_prep.corpus_facts import is_exempt, keeps_captions, kept_tables, rows_stage, table_name
 from data_prep.download.stage import partition_of
+from data_prep.features.stage import FeaturesFacts, digests_of_features, read_features
 from data_prep.formats.parquet import write_table
 from data_prep.rules.text import SCORE_BELOW_THRESHOLD, SCORE_RULE
 from pipeline.core.arrays import Float32Array
@@ -104,11 +105,11 @@ class ScoreTask(Facts):
     table: str
     pair: EncoderPair
     min_score: float | None = None
+    has_features: bool | None = None  # True: the run has the images' features by the same encoder
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
-        pair = EncoderPair.from_json(fields["pair"])
-        return cls(table=fields["table"], pair=pair, min_score=fields.get("min_score"))
+        return cls(**{**fields, "pair": EncoderPair.from_json(fields["pair"])})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +149,10 @@ def plan(
         if shard.path.endswith(".tar"):
             found = images.setdefault(partition_of(shard.path), {})
             found[f"pictures {shard.path}"] = shard.digest
+    features: Mapping[str, Mapping[str, str]] = {}
+    stored = context.parents.get("image_features")
+    if stored is not None and FeaturesFacts.of(stored).encoder == image:
+        features = digests_of_features(context)
     return [
         Task(
             name,
@@ -155,10 +160,15 @@ def plan(
                 "rows": shard.digest,
                 **captions,
                 **images[name],
+                **features.get(name, {}),
                 "text encoder": text,
                 "image encoder": image,
             },
-            ScoreTask(table=shard.path, pair=EncoderPair(text=text, image=image)).to_json(),
+            ScoreTask(
+                table=shard.path,
+                pair=EncoderPair(text=text, image=image),
+                has_features=True if features else None,
+            ).to_json(),
         )
         for shard in kept_tables(context, rows_stage(context))
         for name in [table_name(shard)]
@@ -194,7 +204,10 @@ def run(
         encoder = load(config)
         for start in range(0, chosen.height, _ROWS_AT_ONCE):
             part = chosen.slice(start, _ROWS_AT_ONCE)
-            image_ND = encoder.embed_images(_images(context, part))
+            if asked.has_features:
+                image_ND = read_features(context, task.name, part["key"])
+            else:
+                image_ND = encoder.embed_images(_images(context, part))
             texts = part.select("at", text=captions).with_row_index("image").explode("text")
             for texts_M in texts.iter_slices(_ROWS_AT_ONCE):
                 text_MD = encoder.embed_texts(texts_M["text"].to_list())
@@ -362,14 +375,18 @@ def stage(
     identify: Callable[[ScoreConfig], tuple[str, str]],
     load: Callable[[ScoreConfig], PairScorer],
     parallel: bool,
+    features: bool = False,
 ) -> Stage:
-    """Return the stage that scores what the stage `rows` kept; `identify` and `load` give the encoders."""
+    """Return the stage that scores what the stage `rows` kept; `identify` and `load` give the encoders.
+
+    With `features`, the images' features are read from `image_features` if its encoder is the same.
+    """
     return Stage(
         "score",
         title="cosine of image and caption by two encoders",
         version=2,
         config=config,
-        parents=("corpus", "download", rows),
+        parents=("corpus", "download", rows, *(("image_features",) if features else ())),
         plan=functools.partial(plan, identify=identify),
         run=functools.partial(run, load=load),
         parallel=parallel,

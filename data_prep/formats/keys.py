@@ -3,7 +3,7 @@
 import polars as pl
 import polars_hash as plh
 
-_KEY_HEX_DIGITS = 32  # 128 bits: no collision to be expected among billions of rows
+KEY_HEX_DIGITS = 32  # 128 bits: no collision to be expected among billions of rows
 _URL_HASH_HEX_DIGITS = 16
 _SEPARATOR = "\u0000"
 
@@ -23,7 +23,7 @@ def with_key(frame: pl.LazyFrame, normalise: bool = False) -> pl.LazyFrame:
     pair = pl.concat_str([url, caption], separator=_SEPARATOR)
     return (
         frame.with_columns(_pair=pair)
-        .with_columns(key=plh.col("_pair").chash.sha2_256().str.slice(0, _KEY_HEX_DIGITS))
+        .with_columns(key=plh.col("_pair").chash.sha2_256().str.slice(0, KEY_HEX_DIGITS))
         .drop("_pair")
     )
 

@@ -86,15 +86,45 @@ class Piece(Facts):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Whole(Facts):
+    """A finished tar in the folder of another stage, which becomes a shard as it is."""
+
+    tar: str
+    digest: str
+    num_samples: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ShardTask(Facts):
-    """The rows of one shard; `part` says of which part of a corpus that is split."""
+    """The rows of one shard; `part` says of which part of a corpus that is split.
+
+    `whole` is the tar that has all of them, if their bytes need not be written again.
+    """
 
     pieces: Sequence[Piece]
     part: Part | None = None
+    whole: Whole | None = None
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
-        return cls(pieces=[Piece.from_json(piece) for piece in fields["pieces"]], part=fields.get("part"))
+        whole = fields.get("whole")
+        return cls(
+            pieces=[Piece.from_json(piece) for piece in fields["pieces"]],
+            part=fields.get("part"),
+            whole=Whole.from_json(whole) if whole else None,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardFacts(Facts):
+    """What a shard's tar has besides its samples."""
+
+    unlisted: int = 0  # samples in the tar that are not in the sidecar: later stages dropped them
+
+    @classmethod
+    def total(cls, manifest: Manifest) -> int:
+        """Return the number of such samples in all shards of a manifest."""
+        return sum(cls.from_json(extra).unlisted for extra in manifest.extra.values())
 
 
 def cut(tables: Sequence[Shard], samples_per_shard: int) -> Iterator[list[Piece]]:
@@ -136,8 +166,7 @@ def write_shard(
     Raises:
         InputError: if an image is not whole in its file; the text ends with `remedy`.
     """
-    tar_path, table_path = name + TAR, sidecar_of(name + TAR)
-    with store.publish(context.path(tar_path)) as temporary, contextlib.ExitStack() as stack:
+    with store.publish(context.path(name + TAR)) as temporary, contextlib.ExitStack() as stack:
         writer = stack.enter_context(TarWriter(temporary))
         sources = stack.enter_context(ByteRangePool(path_of, remedy=remedy))
         places = []
@@ -149,9 +178,36 @@ def write_shard(
             if places[-1].sha256 != sha256:
                 raise InputError(f"{path_of(tar)}: the bytes at {offset} are not {key}.jpg; {remedy}")
             writer.append(f"{key}.txt", caption.encode("utf-8"))
+    offsets = pl.Series("offset_bytes", [place.offset_bytes for place in places], dtype=pl.Int64)
+    return _published(context, name, rows.with_columns(offsets), writer.sha256)
+
+
+def adopt_shard(
+    context: Context, name: str, rows: pl.DataFrame, whole: Whole, tar: str, remedy: str = _REPAIR_DOWNLOAD
+) -> Outcome:
+    """Publish the finished tar at `tar` as `<name>.tar`, under a second name, and a sidecar of some samples.
+
+    The sidecar is the mask: what it does not list, no reader of shards sees. On a disk the tar is read once,
+    to compare it with its digest; an object store copies it by itself.
+
+    Raises:
+        InputError: if the tar has other bytes; the text ends with `remedy`.
+    """
+    if store.is_local(tar) and store.digest_file(tar) != whole.digest:
+        raise InputError(f"{tar}: not the bytes that were written; {remedy}")
+    store.link(tar, context.path(name + TAR))
+    return _published(context, name, rows, whole.digest, whole.num_samples - rows.height)
+
+
+def _published(context: Context, name: str, rows: pl.DataFrame, digest: str, unlisted: int = 0) -> Outcome:
+    """Publish the sidecar of a shard whose tar is there, and return what the task did."""
+    tar_path, table_path = name + TAR, sidecar_of(name + TAR)
     carried = [column for column in rows.columns if column not in SIDECAR_COLUMNS and column not in _INTERNAL]
-    sidecar = rows.with_columns(
-        pl.Series("offset_bytes", [place.offset_bytes for place in places], dtype=pl.Int64)
-    ).select(*SIDECAR_COLUMNS, *carried)
-    write_table(sidecar, context.path(table_path))
-    return Outcome({tar_path: rows.height, table_path: rows.height}, num_in=rows.height, num_kept=rows.height)
+    table_digest = write_table(rows.select(*SIDECAR_COLUMNS, *carried), context.path(table_path))
+    return Outcome(
+        {tar_path: rows.height, table_path: rows.height},
+        num_in=rows.height,
+        num_kept=rows.height,
+        extra=ShardFacts(unlisted=unlisted).to_json() if unlisted else {},
+        digests={tar_path: digest, table_path: table_digest},
+    )

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+from pipeline.core.files.written import check_size
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -20,11 +22,14 @@ class TarWriter:
     """Writes members so that the same samples give the same bytes: no times, owners or padding of chance.
 
     The bytes are those of Python's tarfile (USTAR), whose header takes longer to make than an image to copy.
+    They are hashed as they are written, so that nobody has to read the file back.
     """
 
     def __init__(self, path: str) -> None:
+        self._path = path
         self._file = open(path, "wb", buffering=_BUFFER_BYTES)  # noqa: SIM115
         self._offset = 0
+        self._digest = hashlib.sha256()
 
     def __enter__(self) -> Self:
         return self
@@ -33,16 +38,27 @@ class TarWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._file:
-            self._file.write(bytes(2 * tarfile.BLOCKSIZE))
-            self._file.write(bytes(-(self._offset + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE))
+            end = bytes(2 * tarfile.BLOCKSIZE)
+            end += bytes(-(self._offset + len(end)) % tarfile.RECORDSIZE)
+            self._write(end)
+        if error is None:
+            check_size(self._path, self._path, self._offset + len(end))
+
+    @property
+    def sha256(self) -> str:
+        """The digest of the whole file, hex, once the block has ended."""
+        return self._digest.hexdigest()
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._digest.update(data)
 
     def append(self, name: str, data: bytes) -> int:
         """Append one member and return where its data begins, in bytes."""
         offset_bytes = self._offset + tarfile.BLOCKSIZE  # USTAR: one header block, then the data
         padding = bytes(-len(data) % tarfile.BLOCKSIZE)
-        self._file.write(_header(name, len(data)))
-        self._file.write(data)
-        self._file.write(padding)
+        for piece in (_header(name, len(data)), data, padding):
+            self._write(piece)
         self._offset = offset_bytes + len(data) + len(padding)
         return offset_bytes
 

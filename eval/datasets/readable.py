@@ -83,12 +83,23 @@ def decoded_batches(
     Raises:
         UnreadableImage: if an image cannot be decoded; it names the image's id.
     """
+    for start in range(0, evaluation.num_images, batch_size):
+        rows = np.arange(start, min(start + batch_size, evaluation.num_images))
+        yield decoded_rows(evaluation, rows, image_size_px, decode)
+
+
+def decoded_rows(
+    evaluation: RetrievalSet, rows: Int64Array, image_size_px: int, decode: Decode = "upright"
+) -> "torch.Tensor":
+    """Return image_BCHW float32, normalised, of some rows.
+
+    Raises:
+        UnreadableImage: if an image cannot be decoded; it names the image's id.
+    """
     from training.model.preprocess import preprocess_readable
 
-    for start in range(0, evaluation.num_images, batch_size):
-        rows = range(start, min(start + batch_size, evaluation.num_images))
-        image_BCHW, left_out = preprocess_readable(list(evaluation.image_bytes(rows)), image_size_px, decode)
-        for row, reason in left_out.items():
-            image_id = evaluation.image_ids[start + row]
-            raise UnreadableImage(f"{evaluation.images_path}: image {image_id}: cannot be decoded: {reason}")
-        yield image_BCHW
+    image_BCHW, left_out = preprocess_readable(list(evaluation.image_bytes(rows)), image_size_px, decode)
+    for row, reason in left_out.items():
+        image_id = evaluation.image_ids[rows[row]]
+        raise UnreadableImage(f"{evaluation.images_path}: image {image_id}: cannot be decoded: {reason}")
+    return image_BCHW

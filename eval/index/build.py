@@ -7,8 +7,9 @@ import numpy as np
 
 from eval.index.device import Device, from_device, to_device
 from eval.index.files import faiss_reason
+from eval.index.metric import Metric, faiss_metric
 from eval.index.order import NUM_QUERIES, why_out_of_order
-from eval.index.structure import check_structure, num_lists, walk, why_not_inner_product
+from eval.index.structure import check_structure, num_lists, walk, why_other_metric
 from eval.index.views import Centred, Vectors, evenly_spaced
 from pipeline.core.arrays import Float32Array
 from pipeline.core.records import InputError
@@ -19,17 +20,22 @@ _TRIAL_ROWS = 1000
 _REMEDY = "use another factory, such as HNSW32, IVF1024,SQ8 or IVF1024,PQ64"
 
 
-def new_index(dim: int, factory: str) -> Any:
-    """Return an empty inner-product index.
+def new_index(dim: int, factory: str, metric: Metric = "cosine") -> Any:
+    """Return an empty index.
 
     Raises:
         InputError: if the installed FAISS refuses the string, or builds it for another metric.
     """
     import faiss
 
+    if "CAGRA" in factory.upper():
+        raise InputError(
+            f"FAISS's factory has no {factory!r}: CAGRA graphs are built by cuVS only and not by cnclip; use"
+            " HNSW32, or IVF with --device gpu"
+        )
     try:
-        index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
-        reason = why_not_inner_product(index)
+        index = faiss.index_factory(dim, factory, faiss_metric(metric))
+        reason = why_other_metric(index, metric)
     except Exception as error:  # FAISS passes on any error of its libraries, even std::out_of_range
         raise InputError(
             f"FAISS refuses the index {factory!r} at width {dim}: {faiss_reason(error)}; {_REMEDY}"
@@ -55,7 +61,7 @@ def train(vectors: Vectors, factory: str, train_rows: int, device: Device) -> An
     Raises:
         InputError: if FAISS refuses the string or the rows, or the index does not find near rows.
     """
-    index = new_index(vectors.dim, factory)
+    index = new_index(vectors.dim, factory, vectors.metric)
     wanted = evenly_spaced(train_rows if not index.is_trained else _TRIAL_ROWS, vectors.num_rows)
     count = len(wanted)
     rows_ND = vectors.rows(wanted)
@@ -71,7 +77,7 @@ def train(vectors: Vectors, factory: str, train_rows: int, device: Device) -> An
             ) from None
         index = from_device(index, device)
     few = min(_TRIAL_ROWS, count)
-    try_factory(index, factory, rows_ND[np.arange(few) * count // few])
+    try_factory(index, factory, rows_ND[np.arange(few) * count // few], vectors.metric)
     return index
 
 
@@ -87,7 +93,7 @@ def _let_centroids_be_short(index: Any) -> None:
             part.cp.spherical = False
 
 
-def try_factory(index: Any, factory: str, rows_ND: Float32Array) -> None:
+def try_factory(index: Any, factory: str, rows_ND: Float32Array, metric: Metric = "cosine") -> None:
     """Add rows to a copy of an empty trained index and check that it finds them.
 
     Raises:
@@ -104,18 +110,20 @@ def try_factory(index: Any, factory: str, rows_ND: Float32Array) -> None:
             f"FAISS cannot fill the index {factory!r} with {len(rows_ND)} rows: {faiss_reason(error)};"
             f" {_REMEDY}"
         ) from None
-    check_answers(copy, factory, rows_ND)
+    check_answers(copy, factory, rows_ND, metric)
 
 
-def check_answers(index: Any, factory: str, rows_ND: Float32Array) -> None:
-    """Check that an index of these rows ranks near rows first and returns their inner products.
+def check_answers(index: Any, factory: str, rows_ND: Float32Array, metric: Metric = "cosine") -> None:
+    """Check that an index of these rows ranks near rows first and returns their scores.
 
     Raises:
         InputError: if it does not.
     """
     places = np.unique(np.linspace(0, len(rows_ND) - 1, NUM_QUERIES).astype(np.int64))
     try:
-        reason = why_out_of_order(index, rows_ND[places], rows_ND.mean(axis=0), lambda rows: rows_ND[rows])
+        reason = why_out_of_order(
+            index, rows_ND[places], rows_ND.mean(axis=0), lambda rows: rows_ND[rows], metric
+        )
     except Exception as error:
         raise InputError(f"FAISS cannot search the index {factory!r}: {faiss_reason(error)}") from None
     _refuse(factory, reason)
@@ -150,8 +158,12 @@ def fill(
     places = np.unique(np.linspace(start, stop - 1, NUM_QUERIES).astype(np.int64))
     queries_QD = vectors.rows(places)
     try:
-        reason = why_not_inner_product(index) or why_out_of_order(
-            index, queries_QD, queries_QD.mean(axis=0), lambda rows: vectors.rows(rows + start)
+        reason = why_other_metric(index, vectors.metric) or why_out_of_order(
+            index,
+            queries_QD,
+            queries_QD.mean(axis=0),
+            lambda rows: vectors.rows(rows + start),
+            vectors.metric,
         )
     except Exception as error:
         raise InputError(f"FAISS cannot search the index {factory!r}: {faiss_reason(error)}") from None

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from eval.index.files import faiss_reason
 from pipeline.core.records import ConfigError, InputError
 
-Device = Literal["cpu", "gpu"]
+Device = Literal["cpu", "gpu", "gpu-shards"]
 
 
 def check_device(device: Device) -> None:
@@ -25,15 +25,18 @@ def check_device(device: Device) -> None:
         return
     if not hasattr(faiss, "StandardGpuResources"):
         raise ConfigError(
-            f"--device gpu: the installed faiss {faiss.__version__} is built only for CPUs: replace"
+            f"--device {device}: the installed faiss {faiss.__version__} is built only for CPUs: replace"
             " faiss-cpu by faiss-gpu-cu12 (make gpu), or use --device cpu"
         )
     if not faiss.get_num_gpus():
-        raise ConfigError("--device gpu: faiss finds no GPU on this machine; use --device cpu")
+        raise ConfigError(f"--device {device}: faiss finds no GPU on this machine; use --device cpu")
 
 
 def to_device(index: Any, device: Device, factory: str) -> Any:
-    """Return the index on the GPUs (copied to each, which share the queries), or unchanged for the CPU.
+    """Return the index on the GPUs, or unchanged for the CPU.
+
+    With "gpu" each GPU has a copy, and they share the queries. With "gpu-shards" each has a share of the
+    rows, for an index that is larger than one GPU's memory; rows must be in the index already.
 
     Raises:
         InputError: if FAISS supports this kind of index only on CPUs.
@@ -43,11 +46,18 @@ def to_device(index: Any, device: Device, factory: str) -> Any:
     if device == "cpu":
         return index
     try:
-        return faiss.index_cpu_to_all_gpus(index)
+        options: Any = faiss.GpuMultipleClonerOptions()  # type: ignore[attr-defined]
+        options.shard = device == "gpu-shards"
+        return faiss.index_cpu_to_all_gpus(index, co=options)
     except RuntimeError as error:
         raise InputError(
             f"FAISS has no {factory!r} for GPUs ({faiss_reason(error)}); use --device cpu"
         ) from None
+
+
+def to_build(device: Device) -> Device:
+    """Return where an index is filled: rows are added to copies, not to shards."""
+    return "gpu" if device == "gpu-shards" else device
 
 
 def from_device(index: Any, device: Device) -> Any:

@@ -16,7 +16,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from eval.index.structure import check_structure, limit_search, why_not_inner_product
+from eval.index.metric import Metric
+from eval.index.structure import check_structure, limit_search, why_other_metric
 from pipeline.core import store
 from pipeline.core.processes import import_environment
 from pipeline.core.records import InputError
@@ -65,8 +66,8 @@ def write_index(index: Any, path: str) -> tuple[int, str]:
     return num_bytes, digest.hexdigest()
 
 
-def load_index(path: str, *, mapped: bool = True) -> Any:
-    """Return the inner-product index of a file, memory-mapped if it is large and of a kind that allows it.
+def load_index(path: str, *, mapped: bool = True, metric: Metric = "cosine") -> Any:
+    """Return the index of a file, memory-mapped if it is large and of a kind that allows it.
 
     Raises:
         InputError: if the file is missing or damaged, asks for more memory than it has bytes, has
@@ -79,8 +80,8 @@ def load_index(path: str, *, mapped: bool = True) -> Any:
                 Path(copy).write_bytes(store.read_bytes(path))
             except FileNotFoundError:
                 raise _missing(path) from None
-            return _load(copy, path, mapped=False)
-    return _load(path, path, mapped=mapped)
+            return _load(copy, path, mapped=False, metric=metric)
+    return _load(path, path, mapped=mapped, metric=metric)
 
 
 def vouch(path: str) -> None:
@@ -135,7 +136,7 @@ def try_search(index: Any) -> None:
         index.search(np.full((1, index.d), index.d**-0.5, dtype=np.float32), min(10, index.ntotal))
 
 
-def _load(path: str, name: str, *, mapped: bool) -> Any:
+def _load(path: str, name: str, *, mapped: bool, metric: Metric) -> Any:
     try:
         found = os.stat(path)
     except OSError:
@@ -155,13 +156,13 @@ def _load(path: str, name: str, *, mapped: bool) -> Any:
         limit_search(index)
         if not is_sound and found.st_size <= MAP_BYTES:  # larger files fail soon enough
             try_search(index)
-        reason = why_not_inner_product(index)
+        reason = why_other_metric(index, metric)
     except Exception as error:  # FAISS passes on any error of its libraries, even std::bad_alloc
         raise InputError(
             f"{name}: not a readable FAISS index ({faiss_reason(error)}); remove it and build again"
         ) from None
     if reason is not None:
-        raise InputError(f"{name}: {reason}; build an index for the inner product: cnclip index")
+        raise InputError(f"{name}: {reason}; build the index again: cnclip index")
     _sound[key] = known
     return index
 

@@ -1,4 +1,4 @@
-"""Checks the structure of a FAISS index: that all of it ranks by inner product, and that its parts agree.
+"""Checks the structure of a FAISS index: that all of it ranks by one metric, and that its parts agree.
 
 FAISS checks much while it reads a file, but not that the parts fit each other, and a search over inconsistent
 parts reads beyond their memory. Its factory builds some kinds for the L2 distance although the inner product
@@ -7,6 +7,8 @@ is requested, and then the worst row comes first.
 
 from collections.abc import Iterator
 from typing import Any
+
+from eval.index.metric import Metric, faiss_metric
 
 # Attributes with the indices inside an index.
 _INSIDE = ("index", "base_index", "refine_index", "quantizer", "storage", "index_ivf")
@@ -103,24 +105,30 @@ def set_quantised_bits(index: Any, bits: int) -> None:
             part.qb = bits
 
 
-def why_not_inner_product(index: Any) -> str | None:
-    """Return why an index's scores are not inner products of the original vectors, or None if they are."""
+def why_other_metric(index: Any, metric: Metric = "cosine") -> str | None:
+    """Return why an index's scores are not the metric's of the original vectors, or None if they are."""
     import faiss
 
     for part in walk(index):
         name = type(part).__name__
         if isinstance(part, faiss.IndexIDMap | faiss.IndexIDMap2):
             return f"{name} keeps separate ids, but rows are found by position; leave IDMap out"
-        if part.metric_type != faiss.METRIC_INNER_PRODUCT:
-            return f"{name} ranks by {_measure(part.metric_type)}, not by inner product"
+        if part.metric_type != faiss_metric(metric):
+            return f"{name} ranks by {_measure(part.metric_type)}, not by {_measure(faiss_metric(metric))}"
         for step in _transforms(part):
             if isinstance(step, faiss.PCAMatrix) and step.eigen_power != 0:
                 return "PCAW whitens, so scores are not the vectors' inner products; use OPQ or RR"
-            # The mean is subtracted from the vectors, so rows near the mean sink in the ranking.
-            if isinstance(step, faiss.CenteringTransform | faiss.ITQTransform) or (
-                isinstance(step, faiss.LinearTransform)
-                and step.have_bias
-                and (not step.is_trained or faiss.vector_to_array(step.b).any())
+            # The mean is subtracted from the vectors, so rows near the mean sink in the ranking, but not by
+            # their distance.
+            if (
+                isinstance(step, faiss.ITQTransform)
+                or (metric != "l2" and isinstance(step, faiss.CenteringTransform))
+                or (
+                    metric != "l2"
+                    and isinstance(step, faiss.LinearTransform)
+                    and step.have_bias
+                    and (not step.is_trained or faiss.vector_to_array(step.b).any())
+                )
             ):
                 return f"{type(step).__name__} subtracts the rows' mean, which changes scores; use OPQ or RR"
             if step.is_trained and not _keeps_products(step):
@@ -324,7 +332,11 @@ def _transforms(part: Any) -> list[Any]:
 def _measure(metric: int) -> str:
     import faiss
 
-    names = {faiss.METRIC_L2: "L2 distance", faiss.METRIC_L1: "L1 distance"}
+    names = {
+        faiss.METRIC_INNER_PRODUCT: "inner product",
+        faiss.METRIC_L2: "L2 distance",
+        faiss.METRIC_L1: "L1 distance",
+    }
     return names.get(metric, f"FAISS's measure {metric}")
 
 

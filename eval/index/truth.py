@@ -14,15 +14,16 @@ import numpy as np
 import numpy.typing as npt
 
 from eval.index.device import Device
+from eval.index.formats.hdf5 import open_hdf5
+from eval.index.metric import distances_of, faiss_metric, pair_scores
 from eval.index.views import Vectors
-from eval.metrics.recall import exact_scores_of_pairs
 from pipeline.core import store
 from pipeline.core.arrays import Float32Array, Float64Array, Int64Array
 from pipeline.core.files.foreign import foreign
 from pipeline.core.records import InputError
 
 # Rows whose scores differ by less count as equal, as in big-ann-benchmarks; float32 products are off by less.
-TIE = 1e-6
+TIE = 1e-6  # of scores up to 1; a share of larger ones
 _ANN_BENCHMARKS_TIE = 1e-3
 _BLOCK_ROWS = 32_768  # 64 MiB at width 512, and FAISS's copy
 _REMEDY = "compute it again, or leave --ground-truth out"
@@ -33,7 +34,11 @@ class Truth:
     """The k nearest rows of each query, nearest first."""
 
     rows_QK: Int64Array
-    scores_QK: Float32Array | None = None  # inner products; None if a file holds only rows
+    scores_QK: Float32Array | None = None  # inner products or squared distances; None: only rows are known
+
+    def of(self, queries: Int64Array) -> "Truth":
+        """Return the neighbours of these queries."""
+        return Truth(self.rows_QK[queries], None if self.scores_QK is None else self.scores_QK[queries])
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +51,19 @@ class Recall:
 
 
 def exact_neighbours(vectors: Vectors, queries_QD: Float32Array, k: int, device: Device = "cpu") -> Truth:
-    """Return the k rows of the highest inner products for each query, equal scores by lower row."""
-    from faiss import METRIC_INNER_PRODUCT
+    """Return the k nearest rows of each query, equal scores by lower row."""
     from faiss.contrib.exhaustive_search import knn_ground_truth
 
     find: Any = knn_ground_truth  # FAISS has no types for it
     queries_QD = np.ascontiguousarray(queries_QD, dtype=np.float32)
     scores_QK, rows_QK = find(
-        queries_QD, _equal_blocks(vectors), k, METRIC_INNER_PRODUCT, ngpu=-1 if device == "gpu" else 0
+        queries_QD,
+        _equal_blocks(vectors),
+        k,
+        faiss_metric(vectors.metric),
+        ngpu=0 if device == "cpu" else -1,
     )
-    order = np.lexsort((rows_QK, -scores_QK), axis=1)
+    order = np.lexsort((rows_QK, scores_QK if vectors.metric == "l2" else -scores_QK), axis=1)
     return Truth(np.take_along_axis(rows_QK, order, axis=1), np.take_along_axis(scores_QK, order, axis=1))
 
 
@@ -90,10 +98,15 @@ def recall_of(vectors: Vectors, queries_QD: Float32Array, found_QK: Int64Array, 
         return Recall(strict / found_QK.size, strict / found_QK.size, _standard_error(hits_Q / k))
     rows = np.concatenate([found_QK[query, place], exact_QK[asked, -1]])
     needed, where = np.unique(rows, return_inverse=True)
-    scores = exact_scores_of_pairs(
-        queries_QD, np.concatenate([query, asked]), vectors.rows(needed), where.reshape(-1)
+    scores = pair_scores(
+        queries_QD,
+        np.concatenate([query, asked]),
+        vectors.rows(needed),
+        where.reshape(-1),
+        vectors.metric,
     )
-    is_tie = scores[: len(query)] >= scores[len(query) :][inverse.reshape(-1)] - TIE
+    kth = scores[len(query) :][inverse.reshape(-1)]
+    is_tie = scores[: len(query)] >= kth - TIE * np.maximum(1, np.abs(kth))
     hits_Q = hits_Q + np.bincount(query[is_tie], minlength=num_queries)
     recall = int(hits_Q.sum()) / found_QK.size
     return Recall(strict / found_QK.size, recall, _standard_error(hits_Q / k))
@@ -105,16 +118,16 @@ def recall_of_ann_benchmarks(
     """Return the recall that ann-benchmarks's evaluator computes from these answers.
 
     It counts the first k answers whose distance is at most that of the k-th neighbour plus 0.001 (its `knn`
-    metric, https://github.com/erikbern/ann-benchmarks); for its angular distance that is 1 - inner product.
-    A row that is found twice counts twice there.
+    metric, https://github.com/erikbern/ann-benchmarks). A row that is found twice counts twice there.
     """
     query, place = np.nonzero(found_QK >= 0)
     rows = np.concatenate([found_QK[query, place], truth.rows_QK[:, found_QK.shape[1] - 1]])
     needed, where = np.unique(rows, return_inverse=True)
     asked = np.concatenate([query, np.arange(len(found_QK))])
-    scores = exact_scores_of_pairs(queries_QD, asked, vectors.rows(needed), where.reshape(-1))
-    least_Q = scores[len(query) :] - _ANN_BENCHMARKS_TIE
-    return float((scores[: len(query)] >= least_Q[query]).sum() / found_QK.size)
+    scores = pair_scores(queries_QD, asked, vectors.rows(needed), where.reshape(-1), vectors.metric)
+    away = distances_of(scores, vectors.metric)
+    most_Q = away[len(query) :] + _ANN_BENCHMARKS_TIE
+    return float((away[: len(query)] <= most_Q[query]).sum() / found_QK.size)
 
 
 def recall_of_big_ann(found_QK: Int64Array, truth: Truth) -> float:
@@ -174,7 +187,7 @@ def read_truth(path: str, *, num_queries: int, num_rows: int, k: int) -> Truth:
     """
     with foreign(path, "ground truth", _REMEDY):
         if path.endswith((".hdf5", ".h5")):
-            truth = _read_hdf5(path)
+            truth = Truth(_read_hdf5(path))
         elif path.endswith(".ivecs"):
             truth = Truth(_read_ivecs(path))
         else:
@@ -198,7 +211,7 @@ def read_truth(path: str, *, num_queries: int, num_rows: int, k: int) -> Truth:
 
 
 def check_truth(path: str, vectors: Vectors, queries_QD: Float32Array, truth: Truth) -> None:
-    """Check on some queries that the neighbours come in the order of their inner products.
+    """Check on some queries that the neighbours come in the order of their scores.
 
     Raises:
         InputError: if they do not: the file is of other vectors, other queries or another metric.
@@ -207,12 +220,15 @@ def check_truth(path: str, vectors: Vectors, queries_QD: Float32Array, truth: Tr
     rows_QK = truth.rows_QK[some_Q]
     needed, where = np.unique(rows_QK, return_inverse=True)
     k = rows_QK.shape[1]
-    scores = exact_scores_of_pairs(queries_QD, np.repeat(some_Q, k), vectors.rows(needed), where.reshape(-1))
+    scores = pair_scores(
+        queries_QD, np.repeat(some_Q, k), vectors.rows(needed), where.reshape(-1), vectors.metric
+    )
+    scale = max(1.0, float(np.abs(scores).max()))
     rise_Q = np.diff(scores.reshape(-1, k), axis=1).max(axis=1, initial=-np.inf)
-    wrong = np.flatnonzero(rise_Q > 10 * TIE)
+    wrong = np.flatnonzero(rise_Q > 10 * TIE * scale)
     if len(wrong):
         raise InputError(
-            f"{path}: the neighbours of query {some_Q[wrong[0]]} are not in the order of inner products: it"
+            f"{path}: the neighbours of query {some_Q[wrong[0]]} are not in the order of their scores: it"
             f" is of other vectors, other queries or another metric; {_REMEDY}"
         )
 
@@ -263,14 +279,8 @@ def _read_ivecs(path: str) -> Int64Array:
     return numbers.reshape(-1, k + 1)[:, 1:].astype(np.int64)
 
 
-def _read_hdf5(path: str) -> Truth:
-    try:
-        import h5py
-    except ImportError:
-        raise InputError(f"{path}: reading it needs h5py: pip install h5py") from None
+def _read_hdf5(path: str) -> Int64Array:
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file")
-    with h5py.File(path, "r") as file:
-        if "neighbors" not in file:
-            raise InputError(f"{path}: has no data set `neighbors`, found {', '.join(file) or 'none'}")
-        return Truth(np.asarray(file["neighbors"], dtype=np.int64))
+    matrix = open_hdf5(path, "neighbors")
+    return matrix.block(0, matrix.shape[0]).astype(np.int64)

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
+from eval.index.metric import Metric
 from pipeline.core.arrays import Float32Array, Int64Array
 
 
@@ -20,6 +21,9 @@ class Vectors(Protocol):
 
     @property
     def num_rows(self) -> int: ...
+
+    @property
+    def metric(self) -> Metric: ...
 
     def blocks(self, start: int, stop: int) -> Iterator[Float32Array]:
         """Yield rows start … stop - 1 in order, float32 [rows, dim]."""
@@ -57,6 +61,10 @@ class Without:
     @property
     def dim(self) -> int:
         return self.base.dim
+
+    @property
+    def metric(self) -> Metric:
+        return self.base.metric
 
     @property
     def num_rows(self) -> int:
@@ -109,6 +117,10 @@ class Centred:
     @property
     def dim(self) -> int:
         return self.base.dim
+
+    @property
+    def metric(self) -> Metric:
+        return self.base.metric
 
     @property
     def num_rows(self) -> int:

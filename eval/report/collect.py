@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 from data_prep.accounting import histograms
 from data_prep.accounting.funnel import STEPS, by_source, count_planted, no_op_thresholds
+from data_prep.concepts import stages as concepts
 from eval.datasets.retrieval_set import read_retrieval_set
 from eval.report.copies import copies_of_rules
 from eval.report.data import (
+    ConceptRow,
+    Concepts,
     ExampleGallery,
     FunnelStep,
     Histogram,
@@ -27,7 +30,7 @@ from eval.report.sources import make_gallery, read_training_metrics
 from eval.stages import ReportConfig, RetrievalFacts, folder_of
 from pipeline.core import store
 from pipeline.core.evaluation_sets import evaluations_of
-from pipeline.core.records import InputError
+from pipeline.core.records import InputError, Manifest
 from pipeline.core.stage import Context
 
 if TYPE_CHECKING:
@@ -97,8 +100,24 @@ def collect(
         notes=tuple(
             note for step in STEPS if step in manifests for note in no_op_thresholds(manifests[step])
         ),
+        concepts=_concepts(manifests) if "count_concepts" in finished else None,
     )
     return _with_images(data, config, context, finished, lenient) if with_images else data
+
+
+def _concepts(manifests: Mapping[str, Manifest]) -> Concepts:
+    counted = concepts.facts_of(manifests["count_concepts"])
+    kept = concepts.kept_of(manifests["balance"]) if "balance" in manifests else None
+    return Concepts(
+        counted.entries,
+        counted.found,
+        counted.captions,
+        counted.matched,
+        tuple(
+            ConceptRow(entry, rows, kept[entry] if kept is not None else None)
+            for entry, rows in counted.top.items()
+        ),
+    )
 
 
 def _with_images(

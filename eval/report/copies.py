@@ -13,6 +13,8 @@ import polars as pl
 
 from data_prep.accounting.drop_table import DETAIL
 from data_prep.dedup.near_duplicates import DUPLICATE_IMAGE, NEAR_DUPLICATE_IMAGE
+from data_prep.features.semantic import SEMANTIC_DUPLICATE
+from data_prep.formats.keys import KEY_HEX_DIGITS
 from data_prep.rules.image import EVALUATION_IMAGE
 from eval.datasets.retrieval_set import read_retrieval_set
 from eval.report.data import CopiesOfRule, CopyImage, CopyPair
@@ -33,6 +35,7 @@ PAIRS = 24  # per rule
 _RULES = {
     "filter_image": (EVALUATION_IMAGE,),
     "dedup_image": (NEAR_DUPLICATE_IMAGE, DUPLICATE_IMAGE),
+    "dedup_semantic": (SEMANTIC_DUPLICATE,),
 }
 _NAMED = re.compile(r"(?P<set>.+?): (?P<id>.+) \((?P<bits>\d+) bits\)", re.DOTALL)
 
@@ -56,7 +59,8 @@ def copies_of_rules(context: Context, lookup: RowLookup) -> tuple[CopiesOfRule, 
 
 def _some_drops(context: Context, stage: str, reason: str) -> pl.DataFrame:
     """Return key and detail of some drops, farthest first."""
-    bits = pl.col(DETAIL).str.extract(r"\((\d+) bits\)$").cast(pl.Int64)
+    bits = pl.col(DETAIL).str.extract(r"\((\d+) bits\)$").cast(pl.Float64)
+    cosine = pl.col(DETAIL).str.extract(r"\(cosine ([\d.]+)\)$").cast(pl.Float64)
     some = []
     for shard in context.parents[stage].shards:
         if not shard.path.startswith("dropped/") or not shard.num_samples:
@@ -64,9 +68,11 @@ def _some_drops(context: Context, stage: str, reason: str) -> pl.DataFrame:
         drops = pl.scan_parquet(context.path_in(stage, shard.path))
         if DETAIL not in drops.collect_schema():
             continue
-        drops = drops.filter(pl.col("reason") == reason).select("key", DETAIL, bits=bits.fill_null(0))
+        drops = drops.filter(pl.col("reason") == reason).select(
+            "key", DETAIL, far=pl.coalesce(bits, 1 - cosine, 0.0)
+        )
         some.append(drops.collect(engine="streaming"))
-        some = [pl.concat(some).sort("bits", "key", descending=[True, False]).head(PAIRS)]
+        some = [pl.concat(some).sort("far", "key", descending=[True, False]).head(PAIRS)]
     return some[0] if some else pl.DataFrame(schema={"key": pl.String, DETAIL: pl.String})
 
 
@@ -90,6 +96,7 @@ def _of_evaluations(context: Context, drops: pl.DataFrame, lookup: RowLookup) ->
 
 
 def _of_rows(drops: pl.DataFrame, lookup: RowLookup) -> list[CopyPair]:
+    drops = drops.with_columns(pl.col(DETAIL).str.head(KEY_HEX_DIGITS))  # a cosine may follow
     rows = lookup.find("filter_image", [*drops["key"], *drops[DETAIL].drop_nulls()], ("perceptual_hash",))
     pairs = []
     for key, kept in drops.select("key", DETAIL).iter_rows():

@@ -55,6 +55,26 @@ class Histogram:
 
 
 @dataclass(frozen=True, slots=True)
+class ConceptRow:
+    """A concept, the rows that had it, and the kept ones."""
+
+    entry: str
+    rows: int
+    kept: int | None  # None: the run does not balance
+
+
+@dataclass(frozen=True, slots=True)
+class Concepts:
+    """The most frequent concepts of the corpus, and how many entries and captions have met."""
+
+    entries: int
+    found: int  # entries that some caption has
+    captions: int
+    matched: int  # captions that have an entry
+    top: tuple[ConceptRow, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class TrainingPoint:
     """One logged step. `samples_seen` counts from the start of its stage."""
 
@@ -265,6 +285,7 @@ class ReportData:
     comparisons: tuple[Comparison, ...] = ()  # the final model next to the paper's figures
     histograms: tuple[Histogram, ...] = ()
     notes: tuple[NoOpThreshold, ...] = ()  # about the funnel
+    concepts: Concepts | None = None
     copies: tuple[CopiesOfRule, ...] = ()
     samples: tuple[Example, ...] = ()
     dropped: tuple[DroppedByRule, ...] = ()

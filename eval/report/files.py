@@ -1,5 +1,6 @@
 """The report's files: a page for people, `report.json` for programs, the headline table for the terminal."""
 
+import dataclasses
 import json
 from typing import Any
 
@@ -48,6 +49,7 @@ def report_json(data: ReportData) -> dict[str, Any]:
             for item in data.histograms
         ],
         "notes": [str(note) for note in data.notes],
+        **({"concepts": dataclasses.asdict(data.concepts)} if data.concepts is not None else {}),
         "copies": [
             {
                 "stage": rule.stage,

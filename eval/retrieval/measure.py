@@ -4,6 +4,7 @@
 on disk. Prediction files and the pixel baseline have ranks of their own and return the same result.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +21,9 @@ from eval.metrics.recall import (
     retrieval_scores,
 )
 from pipeline.core.arrays import Float32Array, Int64Array
+
+# What `ranks_from_features` does
+Rank = Callable[[Float32Array, Float32Array, Positives], Int64Array]
 
 
 class SetEncoder(Protocol):
@@ -59,14 +63,16 @@ class RetrievalResult:
         return recall_intervals(self.t2i_ranks, self.i2t_ranks)
 
 
-def evaluate_retrieval(encoder: SetEncoder, evaluation: RetrievalSet) -> RetrievalResult:
-    """Rank the directions of a set that are scored."""
+def evaluate_retrieval(
+    encoder: SetEncoder, evaluation: RetrievalSet, rank: Rank = ranks_from_features
+) -> RetrievalResult:
+    """Rank the directions of a set that are scored, by `rank`."""
     image_ND, text_ND = encoder.encode(evaluation)
-    t2i_ranks = ranks_from_features(text_ND, image_ND, Positives.of(evaluation.images_of_text))
+    t2i_ranks = rank(text_ND, image_ND, Positives.of(evaluation.images_of_text))
     if not evaluation.image_to_text:
         return RetrievalResult(t2i_ranks, None)
     rows, positives = image_queries(evaluation)
-    return RetrievalResult(t2i_ranks, ranks_from_features(image_ND[rows], text_ND, positives))
+    return RetrievalResult(t2i_ranks, rank(image_ND[rows], text_ND, positives))
 
 
 def image_queries(evaluation: RetrievalSet) -> tuple[Int64Array, Positives]:

@@ -336,6 +336,10 @@ def _gallery(
             return search(whole, query_1D, k)
     else:
         parted = PartedIndex.open(folder)
+        if parted.metric == "l2":
+            raise InputError(
+                f"{folder}: an index of L2 distances; features of a model are compared by cosine"
+            )
         dim, count, model = parted.dim, parted.num_rows, parted.model
         tuned = parted.tuned if parameters is None else None
 

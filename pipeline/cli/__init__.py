@@ -14,7 +14,9 @@ from pipeline.cli import (
     embed,
     evaluate,
     index,
+    index_rows,
     init,
+    law,
     push,
     report,
     runs,
@@ -38,8 +40,10 @@ GROUPS = (
     push.PUSH,
     evaluate.EVALUATE,
     analyses.ANALYSES,
+    law.LAW,
     embed.EMBED,
     index.INDEX,
+    index_rows.ROWS,
     serve.SERVE,
 )
 

@@ -129,12 +129,29 @@ EmbeddingsPath = Annotated[
     str,
     typer.Argument(
         metavar="EMBEDDINGS",
-        help="a .npy file, a folder of them, or a clip-retrieval folder with img_emb/ and text_emb/",
+        help="a file (.npy, .fbin, .u8bin, .i8bin, .fvecs, .bvecs, .ivecs, .hdf5, or .parquet:COLUMN), a"
+        " folder of .npy files, or a clip-retrieval folder with img_emb/ and text_emb/",
     ),
 ]
 Side = Annotated[
     Literal["image", "text"],
     typer.Option(metavar="image|text", help="use this side of a clip-retrieval folder"),
+]
+Where = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SQL",
+        help="only rows whose metadata fulfil a condition, such as \"source = 'laion' AND width > 300\"",
+    ),
+]
+VectorMetric = Annotated[
+    Literal["cosine", "ip", "l2"] | None,
+    typer.Option(
+        "--metric",
+        metavar="cosine|ip|l2",
+        help="compare by cosine of rows brought to unit length, inner product, or L2 distance (default:"
+        " cosine of unit-norm rows, or what an HDF5 file names)",
+    ),
 ]
 TrainRows = Annotated[
     int | None,
@@ -155,6 +172,14 @@ FaissDevice = Annotated[
     Literal["cpu", "gpu"],
     typer.Option(
         "--device", metavar="cpu|gpu", help="run FAISS on this device; gpu needs faiss-gpu-cu12 (make gpu)"
+    ),
+]
+SearchDevice = Annotated[
+    Literal["cpu", "gpu", "gpu-shards"],
+    typer.Option(
+        "--device",
+        metavar="cpu|gpu|gpu-shards",
+        help="run FAISS on this device; with gpu each GPU holds the index, with gpu-shards a share of it",
     ),
 ]
 IndexMemory = Annotated[

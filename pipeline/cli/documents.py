@@ -42,6 +42,13 @@ _TRAINING = {
     "trainings[].micro_batch": "samples that a rank holds at once; 0 if not even one fits",
     "trainings[].memory_gib": "peak memory of a rank's tensors",
     "trainings[].gpu_days": "GPU-days; null if unknown",
+    "trainings[].step_seconds": "seconds of a step",
+    "trainings[].exposed_seconds": "of these, on the network while devices wait",
+    "trainings[].bytes_sent": "bytes that a rank sends in a step",
+    "trainings[].utilisation": "share of the peak that a step uses, 0 to 1",
+    "trainings[].suitable_ranks": "the most ranks that use their devices well",
+    "trainings[].cores": "cores of a rank that decode, or read cached features",
+    "trainings[].bytes_read_per_second": "bytes that a rank reads in a second",
     "trainings[].paper_gpu_days": "GPU-days of the paper (A.2); null if it gives none",
 }
 _ERRORS = {"errors": "a list of lines, one for each missing or unusable input"}
@@ -233,6 +240,13 @@ def _trainings(trainings: Sequence["Training"], on: "Hardware", tokens: int) -> 
                 "micro_batch": needed.micro_batch,
                 "memory_gib": needed.memory_gib,
                 "gpu_days": needed.gpu_days,
+                "step_seconds": needed.step.total,
+                "exposed_seconds": needed.step.exposed,
+                "bytes_sent": needed.wire.total,
+                "utilisation": needed.utilisation,
+                "suitable_ranks": needed.suitable_ranks,
+                "cores": needed.feed.cores,
+                "bytes_read_per_second": needed.feed.bytes_a_second,
                 "paper_gpu_days": paper_gpu_days(item),
             }
         )

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,8 +15,11 @@ from pipeline.cli.arguments import (
     IndexMemory,
     IndexRecall,
     Neighbours,
+    SearchDevice,
     Side,
     TrainRows,
+    VectorMetric,
+    Where,
 )
 from pipeline.core import store
 from pipeline.core.progress import make_progress
@@ -35,6 +38,7 @@ def index(
     embeddings_path: EmbeddingsPath,
     out: Annotated[str, typer.Argument(metavar="OUT", help="folder for the index")],
     side: Side = "image",
+    metric: VectorMetric = None,
     train_rows: TrainRows = None,
     factory: Annotated[
         str | None,
@@ -49,8 +53,9 @@ def index(
     queries: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE.npy",
-            help="tune with these features (default: the other side's, or rows of the embeddings)",
+            metavar="FILE",
+            help="tune with these vectors (default: the other side's, an HDF5 file's own, or rows of the"
+            " embeddings)",
         ),
     ] = None,
     num_queries: Annotated[
@@ -64,6 +69,13 @@ def index(
     rows_per_part: Annotated[
         int, typer.Option("--rows-per-part", metavar="N", help="put N rows into each FAISS file")
     ] = 500_000,
+    append: Annotated[
+        bool,
+        typer.Option(
+            "--append",
+            help="add the files by which the features have grown, without training or tuning again",
+        ),
+    ] = False,
     redo: Annotated[
         bool, typer.Option("--redo", help="replace an index of other embeddings or other settings")
     ] = False,
@@ -75,7 +87,13 @@ def index(
     from eval.index.tuning.suggest import suggest
     from eval.index.tuning.tune import Tuning
 
-    embeddings = Embeddings.open(embeddings_path, side=side)
+    embeddings = Embeddings.open(embeddings_path, side=side, metric=metric)
+    if append:
+        from eval.index.parts.change import append_grown
+
+        grown, count = append_grown(embeddings, out, progress=make_progress("index", "row"))
+        print(f"{out}: {count:,} rows appended, {grown.num_rows:,} rows in {len(grown.parts)} parts")
+        return EXIT_DONE
     tuning = Tuning(choose_queries(embeddings_path, embeddings, side, num_queries, queries), recall, k)
     chosen = factory or suggest(
         embeddings.num_rows, embeddings.dim, memory * 2**30, recall, train_rows, centre=centre
@@ -115,6 +133,7 @@ def index(
 def bench_index(
     embeddings_path: EmbeddingsPath,
     side: Side = "image",
+    metric: VectorMetric = None,
     train_rows: TrainRows = None,
     query_side: Annotated[
         list[str] | None,
@@ -125,7 +144,7 @@ def bench_index(
         ),
     ] = None,
     queries: Annotated[
-        str | None, typer.Option(metavar="FILE.npy", help="search for these features instead")
+        str | None, typer.Option(metavar="FILE", help="search for these features instead")
     ] = None,
     num_queries: Annotated[
         int, typer.Option("--num-queries", metavar="N", help="search for N queries of each set at most")
@@ -156,7 +175,16 @@ def bench_index(
     memory: IndexMemory = 4.0,
     recall: IndexRecall = 0.95,
     centre: Centre = False,
-    device: FaissDevice = "cpu",
+    index_folder: Annotated[
+        str | None,
+        typer.Option(
+            "--index",
+            metavar="FOLDER",
+            help="measure this index of the features as it is served: in parts, memory-mapped, cold and warm",
+        ),
+    ] = None,
+    where: Where = None,
+    device: SearchDevice = "cpu",
     threads: Annotated[
         int | None, typer.Option(metavar="N", help="let FAISS use N threads (default: all cores)")
     ] = None,
@@ -166,6 +194,13 @@ def bench_index(
     rounds: Annotated[
         int, typer.Option(metavar="N", help="time every index N times, in turns with the others")
     ] = 7,
+    export: Annotated[
+        Literal["ann-benchmarks", "big-ann"] | None,
+        typer.Option(
+            metavar="ann-benchmarks|big-ann",
+            help="also write what each setting found into --out, as that benchmark's own tools read it",
+        ),
+    ] = None,
     merge: Annotated[
         list[str] | None,
         typer.Option(
@@ -176,8 +211,8 @@ def bench_index(
         str | None,
         typer.Option(
             metavar="FOLDER",
-            help="write results.jsonl, points.json, front.svg and front.html into this folder; rerun to"
-            " resume",
+            help="write results.jsonl, points.json, front.svg and front.html (with --index served.json)"
+            " into this folder; rerun to resume",
         ),
     ] = None,
 ) -> int:
@@ -193,14 +228,45 @@ def bench_index(
     from eval.index.bench.table import ceiling_lines, noise_lines, points_table
     from eval.index.bench.task import read_labels
     from eval.index.embeddings import Embeddings
-    from eval.index.tuning.queries import query_sets
+    from eval.index.formats.export import Export
+    from eval.index.tuning.queries import has_test, query_sets
     from pipeline.core.files.lock import exclusive
 
     if threads is not None and threads < 1:
         raise ConfigError(f"--threads {threads}: give at least 1")
-    if ground_truth is not None and queries is None:
+    if index_folder is not None:
+        given: dict[str, object] = {"--grid": grid, "--merge": merge, "--labels": labels, "--export": export}
+        given |= {"--ground-truth": ground_truth, "--centre": centre or None, "--train-rows": train_rows}
+        for name, value in given.items():
+            if value is not None:
+                raise ConfigError(f"--index measures the index as it is: leave {name} out")
+        return _bench_served(
+            embeddings_path,
+            side,
+            metric,
+            index_folder,
+            query_side,
+            queries,
+            num_queries,
+            k,
+            where,
+            threads,
+            batch,
+            rounds,
+            out,
+        )
+    if where is not None:
+        raise ConfigError("--where belongs to --index FOLDER")
+    has_own = has_test(embeddings_path) and queries is None and not query_side
+    if ground_truth is not None and queries is None and not has_own:
         raise ConfigError("--ground-truth belongs to --queries FILE")
-    embeddings = Embeddings.open(embeddings_path, side=side)
+    if export is not None and out is None:
+        raise ConfigError("--export writes into the folder of --out; give --out FOLDER")
+    embeddings = Embeddings.open(embeddings_path, side=side, metric=metric)
+    if has_own and ground_truth is None and metric is None and not labels:
+        from eval.index.formats.hdf5 import num_neighbours
+
+        ground_truth = embeddings_path if num_neighbours(embeddings_path) >= k else None
     known = None if labels is None else read_labels(labels, embeddings_path, side, embeddings.num_rows)
     sets = query_sets(
         embeddings_path,
@@ -225,6 +291,7 @@ def bench_index(
         rounds=rounds,
         labels=known,
         truth_path=ground_truth,
+        export=None if export is None or out is None else Export(export, out, embeddings_path, k),
     )
     factories = grid.split(";") if grid else default_grid(embeddings.num_rows, embeddings.dim)
     others = [item for folder in merge or [] for item in read_results(store.join(folder, RESULTS))]
@@ -269,4 +336,56 @@ def bench_index(
             store.write_text(store.join(out, "front.html"), page)
     if others:
         print(compared([*found.results, *others]))
+    return EXIT_DONE
+
+
+def _bench_served(
+    path: str,
+    side: Literal["image", "text"],
+    metric: Literal["cosine", "ip", "l2"] | None,
+    folder: str,
+    query_side: list[str] | None,
+    queries: str | None,
+    num_queries: int,
+    k: int,
+    where: str | None,
+    threads: int | None,
+    batch: int | None,
+    rounds: int,
+    out: str | None,
+) -> int:
+    """Measure an index in parts as it is served."""
+    import os
+
+    from eval.index.bench.served import measure_served, served_table
+    from eval.index.embeddings import Embeddings
+    from eval.index.parts.selection import rows_where
+    from eval.index.tuning.queries import choose_queries, own_rows, queries_of_side
+
+    embeddings = Embeddings.open(path, side=side, metric=metric)
+    if query_side and len(query_side) > 1:
+        raise ConfigError("--index measures one set of queries: give --query-side once")
+    if query_side and query_side[0] == "held-out":
+        asking = own_rows(embeddings, num_queries)
+    elif query_side:
+        name = query_side[0]
+        if name not in ("image", "text") or name == side:
+            raise ConfigError(f"--query-side {name}: give the other side, or held-out")
+        asking = queries_of_side(path, embeddings, "text" if name == "text" else "image", num_queries)
+    else:
+        asking = choose_queries(path, embeddings, side, num_queries, queries)
+    allowed = None if where is None else rows_where(path, where, embeddings.num_rows)
+    found = measure_served(
+        folder,
+        embeddings,
+        asking,
+        k,
+        allowed,
+        threads or len(os.sched_getaffinity(0)),
+        batch,
+        rounds,
+        out,
+        inform,
+    )
+    print(served_table(found))
     return EXIT_DONE

@@ -93,19 +93,26 @@ def plan(
         float | None,
         typer.Option(
             metavar="U",
-            help=f"assume that training reaches this share of the 16-bit peak (default: {_UTILISATION})",
+            help=f"assume this share of the 16-bit peak while a device computes (default: {_UTILISATION})",
         ),
     ] = None,
     memory: Annotated[
         float | None,
         typer.Option(metavar="GIB", help="assume this much device memory (default: from its data sheet)"),
     ] = None,
+    network: Annotated[
+        float | None,
+        typer.Option(
+            metavar="GB/S",
+            help="assume this bandwidth of collectives for each device (default: 350 in one node, 45 beyond)",
+        ),
+    ] = None,
     samples: Annotated[
         int | None,
         typer.Option(
             metavar="N",
-            help="plan for N pairs (default: those in the shards; 200 million for pretrain; finetune needs it"
-            " only for sets of unknown size)",
+            help="plan for N pairs (default: those in the shards; 200 million for pretrain and larger;"
+            " finetune needs it only for sets of unknown size)",
         ),
     ] = None,
     mean_tokens: Annotated[
@@ -114,23 +121,54 @@ def plan(
             "--tokens", metavar="L", help=f"assume a mean caption length of L tokens (default: {_TOKENS})"
         ),
     ] = None,
+    vectors: Annotated[
+        float | None, typer.Option(metavar="N", help="with index: plan for N vectors, such as 1e9")
+    ] = None,
+    dim: Annotated[
+        int | None, typer.Option(metavar="D", help="with index: width of the vectors (default: 512)")
+    ] = None,
+    recall: Annotated[
+        float | None, typer.Option(metavar="R", help="with index: aim for this recall (default: 0.95)")
+    ] = None,
+    nprobe: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="with index: assume that a query searches N lists (default: 64)"),
+    ] = None,
+    prices: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.toml",
+            help="with index: compare this price table's machines (default: this one)",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> int:
+    if run_file == "index":
+        if overrides or any(each is not None for each in (device, utilisation, memory, samples, mean_tokens)):
+            raise ConfigError(
+                "cnclip plan index takes only --vectors, --dim, --recall, --nprobe, --prices and --json"
+            )
+        return _plan_index(
+            vectors, dim or 512, 0.95 if recall is None else recall, nprobe or 64, prices, as_json=as_json
+        )
+    if any(value is not None for value in (vectors, dim, recall, nprobe, prices)):
+        raise ConfigError("--vectors, --dim, --recall, --nprobe and --prices belong to `cnclip plan index`")
     from pipeline.planning.requirements import RECIPES, hardware, trainings_of_recipe, trainings_of_run
     from pipeline.planning.table import training_table
 
     if samples is not None and samples <= 0:
         raise ConfigError(f"--samples {samples}: must be greater than 0")
     recipe = run_file.removeprefix("training/recipes/").removesuffix(".toml")
-    asked = (device, utilisation, memory, samples, mean_tokens)
+    asked = (device, utilisation, memory, network, samples, mean_tokens)
     tokens = _TOKENS if mean_tokens is None else mean_tokens
     on = None
     if recipe in RECIPES or any(value is not None for value in asked):
-        on = hardware(device or _HARDWARE, _UTILISATION if utilisation is None else utilisation, memory)
+        used = _UTILISATION if utilisation is None else utilisation
+        on = hardware(device or _HARDWARE, used, memory, network)
     if recipe in RECIPES and on is not None:
         if overrides:
             raise ConfigError(
-                f"--set {overrides[0]}: {recipe} is the paper's and has no settings to override; plan a run"
+                f"--set {overrides[0]}: {recipe} is a fixed recipe without settings to override; plan a run"
                 ' of your own with [stage1] recipe = "paper" and --hardware'
             )
         trainings = trainings_of_recipe(recipe, samples)
@@ -316,3 +354,31 @@ def doctor(
     else:
         print(table(findings))
     return EXIT_DONE if all(finding.fit for finding in findings) else EXIT_FAILED
+
+
+def _plan_index(
+    vectors: float | None, dim: int, recall: float, nprobe: int, prices: str | None, *, as_json: bool
+) -> int:
+    """Plan an index; no run is read."""
+    import os
+    from dataclasses import asdict
+
+    import psutil
+
+    from eval.index.planning import Machine, plan_index, plan_table, read_machines
+
+    if vectors is None or not 1 <= vectors <= 1e15 or vectors != int(vectors):
+        raise ConfigError("cnclip plan index needs --vectors N, a whole number such as 1e9")
+    if prices is not None:
+        machines = read_machines(prices)
+    else:
+        memory = psutil.virtual_memory().total / 2**30
+        machines = [Machine("this machine", len(os.sched_getaffinity(0)), memory)]
+    plans = [plan_index(int(vectors), dim, recall, nprobe, machine) for machine in machines]
+    if as_json:
+        print_document({"vectors": int(vectors), "plans": [asdict(plan) for plan in plans]})
+    else:
+        print(plan_table(int(vectors), dim, recall, nprobe, plans))
+        if prices is None:
+            print("give --prices FILE.toml for prices and other machines")
+    return EXIT_DONE

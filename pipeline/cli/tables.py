@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from data_prep.accounting.funnel import STEPS, lost_captions, no_op_thresholds
+from data_prep.concepts import stages as concepts
 from pipeline.core import drops, store
 from pipeline.core.records import InputError
 from pipeline.core.run import Run, StageStatus, State, read_manifest, read_receipts, survey_stage
@@ -111,14 +112,15 @@ def _rate(rows_per_second: float | None) -> str:
 
 
 def notes(run: Run) -> list[str]:
-    """Return notes on the funnel: thresholds that remove nothing, captions lost, stages that removed much."""
+    """Return notes: thresholds that remove nothing, captions lost, concepts, stages that removed much."""
     manifests = []
-    for stage in ("corpus", *STEPS):
+    for stage in ("corpus", *STEPS, "count_concepts"):
         with contextlib.suppress(InputError):  # the table shows damage
             manifests.append(read_manifest(run, stage))
     found = [manifest for manifest in manifests if manifest]
     notes = [str(note) for manifest in found for note in no_op_thresholds(manifest)]
     notes += [said for manifest in found if (said := lost_captions(manifest))]
+    notes += [concepts.note(manifest) for manifest in found if manifest.stage == "count_concepts"]
     return notes + [said for manifest in found if (said := drops.warning(manifest))]
 
 

@@ -47,6 +47,8 @@ class Outcome:
     num_kept: int
     dropped: Mapping[str, int] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)  # small deterministic facts for later stages
+    # Output → its sha256, hex, where it is known from writing it; the others are read back.
+    digests: Mapping[str, str] = field(default_factory=dict)
     # Further files for later stages, too many for a receipt; a listing next to it has sizes and digests.
     also: Sequence[str] = ()
 
@@ -187,7 +189,7 @@ def make_receipt(stage: Stage, context: Context, task: Task, outcome: Outcome, s
         durability.sync_outputs(files, str(Path(context.run_folder)))
     listing = make_listing(context.path(), outcome.also)
     outputs = tuple(
-        Shard(path, num_samples, store.num_bytes(full), store.digest_file(full))
+        Shard(path, num_samples, store.num_bytes(full), outcome.digests.get(path) or store.digest_file(full))
         for path, num_samples in outcome.outputs.items()
         for full in [context.path(path)]
     )

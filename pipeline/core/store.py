@@ -199,6 +199,28 @@ def sizes(folder: str) -> dict[str, int]:
     return {info["name"].rsplit("/", 1)[-1]: int(info["size"]) for info in found if info["type"] == "file"}
 
 
+def link(path: str, target: str) -> None:
+    """Give a file a second name in its store; no bytes pass through this process.
+
+    On a disk both names are of one file, or of a copy where the file system has no such names; an object
+    store makes a copy by itself.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+    if not is_local(path):
+        fs, name = remote(path)
+        fs.cp_file(name, remote(target)[1])
+        return
+    with publish(target) as temporary:
+        try:
+            os.link(path, temporary)
+        except FileNotFoundError:
+            raise
+        except OSError:
+            shutil.copyfile(path, temporary)
+
+
 def move(path: str, target: str) -> None:
     """Move a file within a folder's store, in place of what is at `target`; in an object store it is copied.
 

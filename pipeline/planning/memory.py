@@ -1,4 +1,4 @@
-"""Estimates how long a training stage takes and how much memory it needs, without importing torch.
+"""Estimates how much memory a training stage needs, without importing torch.
 
 docs/concepts/memory.md derives each term and compares the sum with measured peaks.
 tests/pipeline/planning/test_memory.py verifies the activations by counting.
@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from training.config.deepspeed_file import BUCKET_VALUES
 from training.config.train import TrainConfig
-from training.flops import image_forward, text_forward, training_flops
 from training.model.config import (
     ModelConfig,
     ModifiedResNetConfig,
@@ -24,6 +23,10 @@ Precision = Literal["float32", "autocast", "bfloat16"]
 
 # Bytes kept for the backward pass per token, block and unit of width; for a ResNet, per value of its maps.
 _VIT_BYTES: Mapping[Precision, float] = MappingProxyType({"float32": 82, "autocast": 45, "bfloat16": 41})
+# Of these, per unit of the feed-forward layers' width: what QuickGELU keeps (its input, a sigmoid and the
+# product), and what GELU keeps (its input and its output).
+_QUICK_GELU_BYTES: Mapping[Precision, float] = MappingProxyType({"float32": 12, "autocast": 6, "bfloat16": 6})
+_GELU_BYTES: Mapping[Precision, float] = MappingProxyType({"float32": 8, "autocast": 4, "bfloat16": 4})
 _BERT_BYTES: Mapping[Precision, float] = MappingProxyType({"float32": 76, "autocast": 54, "bfloat16": 40})
 _BERT_LAST_BYTES: Mapping[Precision, float] = MappingProxyType(  # in the last block, computed only for [CLS]
     {"float32": 23, "autocast": 22, "bfloat16": 12}
@@ -141,37 +144,6 @@ def shares(config: TrainConfig) -> Shares:
     return Shares(smallest, largest, idle, (*below[-1:], *above[:1]))
 
 
-def gpu_days(
-    model: ModelConfig,
-    config: TrainConfig,
-    *,
-    num_steps: int,
-    micro_batch: int,
-    flops_per_second: float,
-    tokens: float,
-) -> float:
-    """Return the total device days at `flops_per_second` each.
-
-    Every rank takes as long as the one with the most samples. Micro-batches and checkpointing each add one
-    forward pass of the trained towers.
-
-    `tokens` is a caption's mean length.
-    """
-    largest = shares(config).largest
-    again = int(config.checkpoint_activations) + int(micro_batch < largest)
-    forward = text_forward(model.text, tokens) + (0 if config.lock_image else image_forward(model))
-    flops = training_flops(model, config, tokens) + again * forward
-    return flops * largest * config.ranks * num_steps / flops_per_second / SECONDS_A_DAY
-
-
-def cache_days(
-    model: ModelConfig, config: TrainConfig, *, num_samples: int, flops_per_second: float
-) -> float:
-    """Return the device days for computing `cached_views` features of every image."""
-    flops = config.cached_views * num_samples * image_forward(model)
-    return flops / flops_per_second / SECONDS_A_DAY
-
-
 def zero_of(settings: Mapping[str, Any]) -> Zero:
     """Return where the content of a DeepSpeed file puts the states."""
     found = settings.get("zero_optimization", {})
@@ -201,10 +173,17 @@ def _image_activations(config: VisionConfig, train: TrainConfig, precision: Prec
         return 0
     if isinstance(config, VisionTransformerConfig):
         tokens = config.num_kept(train.patch_mask) + 1
-        values, block_bytes = tokens * config.width, _VIT_BYTES[precision]
+        values, block_bytes = tokens * config.width, _vit_block_bytes(config, precision)
         return _transformer(config.layers, values, block_bytes, train.lock_image, train)
     whole = _RESNET_BYTES[precision] * _resnet_values(config)
     return whole / 8 if train.lock_image else whole  # the widest maps, in the stem, are an eighth
+
+
+def _vit_block_bytes(config: VisionTransformerConfig, precision: Precision) -> float:
+    """Return the bytes that a ViT's block keeps per token and unit of width."""
+    quick = _QUICK_GELU_BYTES[precision]
+    own = quick if config.activation == "quick_gelu" else _GELU_BYTES[precision]
+    return _VIT_BYTES[precision] - 4 * quick + own * config.feed_forward_width / config.width
 
 
 def _text_activations(config: TextConfig, train: TrainConfig, precision: Precision, tokens: int) -> float:
@@ -225,7 +204,8 @@ def _vision_parameters(config: VisionConfig, embed_dim: int) -> int:
     if isinstance(config, VisionTransformerConfig):
         width, patches = config.width, (config.image_size_px // config.patch_size_px) ** 2
         ends = (3 * config.patch_size_px**2 + 1 + patches + 1 + 4 + embed_dim) * width
-        return ends + config.layers * (12 * width**2 + 13 * width)
+        between = config.feed_forward_width
+        return ends + config.layers * (4 * width**2 + 2 * width * between + 9 * width + between)
     stem = config.width // 32
     half = stem // 2
     total = 9 * (3 * half + half * half + half * stem) + 2 * (half + half + stem)

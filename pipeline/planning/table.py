@@ -1,4 +1,4 @@
-"""Builds what `cnclip plan` prints about training: a table, its assumptions, and notes."""
+"""Builds what `cnclip plan` prints about training: two tables, their assumptions, and notes."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,15 +7,21 @@ from pipeline.core.text_table import align
 from pipeline.planning.memory import SECONDS_A_DAY
 from pipeline.planning.proportions import proportion_notes
 from pipeline.planning.requirements import GIB, Hardware, Need, Training, need, paper_gpu_days
+from pipeline.planning.speed import HOST_SECONDS_A_LAYER, NETWORKS, RANKS_OF_A_NODE, SUITS
 
 _HEADER = (
     *("model", "training", "batch", "epochs", "steps", "ranks", "samples/rank", "micro-batch"),
     *("GiB", "GPU-days", "days", "paper's"),
 )
+_STEP_HEADER = (
+    *("training", "ranks", "step", "device", "host", "hidden", "exposed", "MB sent", "of peak"),
+    *("suits", "samples/s", "cores", "MB/s read"),
+)
+_STEP_SIDES = (False, *(True,) * (len(_STEP_HEADER) - 1))
 
 
 def training_table(trainings: Sequence[Training], on: Hardware, tokens: int) -> str:
-    """Return one row for each training, the assumptions, and notes on what does not fit or divide evenly.
+    """Return two rows for each training, the assumptions, and notes on what does not fit or suit.
 
     `tokens` is the mean caption length with [CLS] and [SEP].
 
@@ -36,19 +42,26 @@ def training_table(trainings: Sequence[Training], on: Hardware, tokens: int) -> 
     ]
     if not on.has_bfloat16 and any(needed.in_bfloat16 for _, needed in planned):
         notes.insert(0, _note_on_bfloat16([item for item, needed in planned if needed.in_bfloat16], on))
-    return "\n".join([table, "", _reckoned(trainings, on, tokens, paper), *notes])
+    steps = align([_STEP_HEADER, *(_step_row(item, needed) for item, needed in planned)], _STEP_SIDES)
+    return "\n".join([table, "", steps, "", _reckoned(trainings, on, tokens, paper), *notes])
 
 
 def _reckoned(trainings: Sequence[Training], on: Hardware, tokens: int, paper: bool) -> str:
     """Return the table's assumptions and the meaning of its columns."""
     return (
         f"Estimates assume {on.name} ({on.memory_bytes / GIB:g} GiB, {on.usable_gib:g} GiB usable) at"
-        f" {100 * on.utilisation:g}% of its 16-bit peak and captions of {tokens} tokens on average."
+        f" {100 * on.utilisation:g}% of its 16-bit peak while it computes, {_network(on)}, and captions of"
+        f" {tokens} tokens on average; no utilisation has been measured on a GPU (docs/scale.md)."
         " micro-batch: the training's own, or if it sets none the most samples whose activations a rank"
         " can hold at once. GiB: a rank's tensors at their fullest (pipeline/planning/memory.py); counted"
         " ones were 5 % less (RN50) to 45 % more (the tiny models in bfloat16), and a process needs more"
         " than its tensors: allocator and libraries. days: by the clock, on all ranks; GPU-days: that times"
-        " ranks, with the time that some wait for the fullest."
+        " ranks, with all that devices wait for."
+        " The second table, in milliseconds: a step is the longer of what the device computes and what the"
+        f" host takes to launch it ({1e3 * HOST_SECONDS_A_LAYER:g} per layer), and the network's time that"
+        " computing does not hide. of peak: what is left of the peak. suits: the most ranks that come within"
+        f" {100 - 100 * SUITS:.0f}% of the best number's share of peak. samples/s, cores that decode, and"
+        " MB/s read: of each rank."
         + (
             " GPU-days of a training with cached_views hold the building of its cache, K views of every"
             " image through the locked tower once; a cache that is there already saves them."
@@ -57,6 +70,14 @@ def _reckoned(trainings: Sequence[Training], on: Hardware, tokens: int, paper: b
         )
         + (" paper's: its GPU-days (A.2), on V100 or A100; they come to 5 to 19 % of peak." if paper else "")
     )
+
+
+def _network(on: Hardware) -> str:
+    """Return the bandwidth of collectives in words."""
+    if on.bandwidth is not None:
+        return f"collectives at {on.bandwidth / 1e9:g} GB/s per rank"
+    one, several = (NETWORKS[key] / 1e9 for key in ("one node", "several"))
+    return f"collectives at {one:g} GB/s per rank up to {RANKS_OF_A_NODE} ranks and {several:g} beyond"
 
 
 def _note_on_bfloat16(trainings: Sequence[Training], on: Hardware) -> str:
@@ -78,6 +99,17 @@ def _row(item: Training, needed: Need) -> tuple[str, ...]:
         *(item.model, item.name, f"{config.global_batch:,}", str(config.epochs), steps, str(config.ranks)),
         *(_share(needed), f"{needed.micro_batch:,}" if needed.micro_batch else "none fits"),
         *(f"{needed.memory_gib:,.1f}", days, wall, f"{paper:,.0f}" if paper is not None else ""),
+    )
+
+
+def _step_row(item: Training, needed: Need) -> tuple[str, ...]:
+    took, fed = needed.step, needed.feed
+    parts = (took.total, took.device, took.host, took.hidden, took.exposed)
+    return (
+        *(f"{item.name} of {item.model}", str(item.config.ranks)),
+        *(f"{1e3 * seconds:,.1f}" for seconds in parts),
+        *(f"{needed.wire.total / 1e6:,.0f}", f"{100 * needed.utilisation:.0f}%", str(needed.suitable_ranks)),
+        *(f"{fed.samples_a_second:,.0f}", f"{fed.cores:.1f}", f"{fed.bytes_a_second / 1e6:,.0f}"),
     )
 
 
@@ -114,6 +146,11 @@ def _notes(item: Training, needed: Need, on: Hardware) -> Iterator[str]:
     else:
         yield from proportion_notes(config, item.num_samples)
     yield from _notes_on_memory(item, needed, on)
+    if config.ranks > needed.suitable_ranks and needed.utilisation < on.utilisation / 2:
+        yield (
+            f"{config.ranks} ranks of {_share(needed)} samples reach {100 * needed.utilisation:.0f}% of peak"
+            f" instead of {100 * on.utilisation:g}%; at most {needed.suitable_ranks} ranks suit this batch"
+        )
 
 
 def _notes_on_memory(item: Training, needed: Need, on: Hardware) -> Iterator[str]:

@@ -7,13 +7,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_prep.accounting.funnel import STEPS, by_source
+from data_prep.formats.shards import ShardFacts
 from pipeline.core import store
 from pipeline.core.files.foreign import foreign
 from pipeline.core.records import InputError, Manifest
 
 _RESOLVED = "run.resolved.toml"
 # Tables of a run's TOML that determine which rows are kept, not how to compute.
-_RULES = ("filter_text", "dedup", "filter_image", "dedup_image", "filter_score", "split")
+_RULES = (
+    "filter_text",
+    "dedup",
+    "filter_image",
+    "dedup_image",
+    "dedup_semantic",
+    "filter_score",
+    "classifier",
+    "concepts",
+    "balance",
+    "split",
+)
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"),
           (10_000_000, "1M<n<10M"), (100_000_000, "10M<n<100M"), (1_000_000_000, "100M<n<1B"))  # fmt: skip
 
@@ -44,9 +56,14 @@ def write_corpus(
         task_categories=["zero-shot-image-classification", "image-to-text", "text-to-image"],
         tags=["clip", "chinese-clip"],
     )
-    images = "The images are in `shards/`, as tars with a Parquet sidecar each." if with_images else (
-        "This repository has no images: it documents the corpus."
-    )  # fmt: skip
+    images = "This repository has no images: it documents the corpus."
+    if with_images:
+        images = "The images are in `shards/`, as tars with a Parquet sidecar each."
+        if unlisted := ShardFacts.total(shards):
+            images += (
+                f" Read the samples that the sidecars list: the tars have {unlisted:,} others, which the"
+                " steps below dropped or set aside."
+            )
     card = (
         f"---\n{data.to_yaml()}\n---\n\n# {repo.partition('/')[2]}\n\n"
         f"{shards.num_kept:,} images with Chinese captions. {images}\n"
@@ -81,8 +98,10 @@ def data_section(run_folder: str) -> str:
     rules = settings(run_folder)
     lines += ["", "### Rules", "", "| step | setting | value |", "| --- | --- | --- |"]
     for table in _RULES:
-        for name, value in rules.get(table, {}).items():
-            lines.append(f"| {table} | {name} | {_cell(str(value))} |")
+        given = rules.get(table, {})
+        for one in given if isinstance(given, list) else [given]:
+            for name, value in one.items():
+                lines.append(f"| {table} | {name} | {_cell(str(value))} |")
     return "\n".join(lines) + "\n"
 
 

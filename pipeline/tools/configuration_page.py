@@ -18,7 +18,7 @@ from typing import Any
 import annotated_types
 from pydantic import AfterValidator
 
-from pipeline.catalog import RunConfig
+from pipeline.catalog import RunConfig, known_model
 from training.model.config import MODELS
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "configuration.md"
@@ -49,7 +49,8 @@ run's folder holds all keys. cnclip refuses an unknown key and names the nearest
 _RECIPE = """
 `[stage1]`, `[stage2]` and `[finetune]` also take `recipe`: `"paper"`, or for `[finetune]` one of `"muge"`,
 `"flickr30k-cn"`, `"coco-cn"` and `"icr"`. It fills in the paper's values for `[model] name`; keys that the
-table holds take precedence.
+table holds take precedence. For models larger than the paper's, `ViT-g-14` and `ViT-bigG-14`, `"larger"`
+fills in ViT-H-14's values with 128 ranks.
 """
 
 _TABLE_SOURCES = """
@@ -138,7 +139,7 @@ def _section(cls: type, title: str, path: str, level: str, text: str = "") -> It
             f"`{field.name}`",
             kind or ("list of tables" if tables else _type(hints[field.name])),
             _default(field, is_table=kind is not None),
-            ", ".join(_bounds(field.name, hints[field.name])) or "–",
+            ", ".join(_bounds(hints[field.name])) or "–",
             _stale(path, field),
             _doc(cls, docs, field.name),
         ]
@@ -212,6 +213,9 @@ def _type(hint: Any) -> str:
         if inside[-1] is Ellipsis:
             return f"list of {_type(inside[0])}s"
         return f"list of {len(inside)} {_type(inside[0])}s"
+    if typing.get_origin(hint) is Mapping:
+        item = _type(typing.get_args(hint)[1])
+        return f"table of {item.replace('list', 'lists')}" if "list" in item else f"table of {item}s"
     return _PLAIN[hint]
 
 
@@ -240,23 +244,23 @@ def _value(value: Any) -> str:
     return f"{value:_}" if value >= 10_000 else str(value)
 
 
-def _bounds(name: str, hint: Any) -> Iterator[str]:
+def _bounds(hint: Any) -> Iterator[str]:
     """Yield the bounds of a field or, of a list, those of its items."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         for part in typing.get_args(hint):
-            yield from _bounds(name, part)
+            yield from _bounds(part)
     elif typing.get_origin(hint) is typing.Annotated:
         inside, *marks = typing.get_args(hint)
-        yield from _bounds(name, inside)
+        yield from _bounds(inside)
         for mark in marks:
             if type(mark) in _BOUNDS:
                 sign, attribute = _BOUNDS[type(mark)]
                 bound = getattr(mark, attribute)
                 yield f"{sign}{bound:_}" if isinstance(bound, int) else f"{sign}{bound:g}"
-            elif isinstance(mark, AfterValidator) and name == "name":
+            elif isinstance(mark, AfterValidator) and mark.func is known_model:
                 yield ", ".join(f"`{model}`" for model in MODELS)
     elif typing.get_origin(hint) is tuple:
-        yield from _bounds(name, typing.get_args(hint)[0])
+        yield from _bounds(typing.get_args(hint)[0])
 
 
 def main() -> int:

@@ -168,18 +168,19 @@ def _packing(data: Data, model: str | None) -> list[str]:
     short_side = _SHORT_SIDES_PX.get(side_px, 2 * side_px)
     sees = f"the model sees {side_px} pixels" if model else f"most models see {side_px} pixels"
     partitions = max(1, math.ceil(data.num_usable / _ROWS_A_PARTITION))
-    samples = min(10_000, max(50, data.num_usable // 8 // 50 * 50))
-    return [
+    samples = max(50, data.num_usable // 8 // 50 * 50)
+    lines = [
         "",
         "[dedup]",
         _line("partitions", partitions, f"of about {_ROWS_A_PARTITION:,} rows"),
         "",
         "[download]",
         _line("short_side_px", short_side, f"larger images are reduced; {sees}"),
-        "",
-        "[shards]",
-        _line("samples_per_shard", samples, "an epoch shuffles whole shards and samples within them"),
     ]
+    if samples < _ROWS_A_PARTITION:  # otherwise the partitions are shards of that size, without a copy
+        comment = "an epoch shuffles whole shards and samples within them"
+        lines += ["", "[shards]", _line("samples_per_shard", samples, comment)]
+    return lines
 
 
 def _model(model: str) -> list[str]:

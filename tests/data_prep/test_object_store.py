@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -20,8 +21,9 @@ from pipeline.core.records import ConfigError
 from pipeline.core.run import Run, manifest_path, survey
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 from tests.helpers.corpus_files import finish
+from tests.helpers.fake_web import fake_web, load
 from tests.helpers.numbered_run import numbered_rows, numbered_run
-from tests.helpers.s3_server import s3_server
+from tests.helpers.s3_server import requests_in, s3_server
 
 NUM_TASKS = 100
 DATA_STAGES = ("corpus", "filter_text", "dedup", "download", "filter_image", "shards")
@@ -38,8 +40,13 @@ DEMO = {
 
 
 @pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    with s3_server() as url:
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("s3") / "requests"
+
+
+@pytest.fixture(scope="module")
+def bucket(log: Path) -> Iterator[str]:
+    with s3_server(str(log)) as url:
         yield url
 
 
@@ -95,6 +102,37 @@ def test_tables_and_run_on_s3_give_the_same_manifests(bucket: str, tmp_path: Pat
     assert _manifests(there) == _manifests(here)
     assert runner.verify(there, there.stages) == []
     assert runner.execute(there, there.stages, redo=False) == 0  # all is done, and seen to be
+
+
+@pytest.mark.parametrize(
+    ("samples_per_shard", "most_up", "most_down"),
+    [(None, 1, 0), pytest.param(1000, 2, 1, marks=pytest.mark.slow)],
+)
+def test_images_pass_through_the_machine_once(
+    samples_per_shard: int | None,
+    most_up: int,
+    most_down: int,
+    bucket: str,
+    log: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Up to finished shards each image is uploaded once and never read; packing it anew doubles that."""
+    fake_web(monkeypatch, lambda number: "timeout: 10 s" if number < 5 else None)
+    here = finish(load(tmp_path, samples_per_shard=samples_per_shard))
+    there = finish(replace(here, folder=store.join(bucket, f"once-{samples_per_shard}")))
+    assert _manifests(there) == _manifests(here)
+    total = sum(path.stat().st_size for path in Path(here.folder, "download", "pictures").glob("*.tar"))
+    of_tars = [
+        request
+        for request in requests_in(str(log))
+        if request.path.endswith(".tar") and f"/once-{samples_per_shard}/" in request.path
+    ]
+    assert total <= sum(request.bytes_up for request in of_tars) <= 1.05 * most_up * total
+    assert (
+        sum(request.bytes_down for request in of_tars if request.method == "GET") <= 1.05 * most_down * total
+    )
+    assert runner.verify(there, there.stages) == []
 
 
 def test_pictures_on_s3_are_served(bucket: str) -> None:

@@ -23,6 +23,7 @@ import pytest
 import tomli_w
 from PIL import Image
 
+from eval.index.planning import read_machines
 from pipeline import catalog
 from pipeline.cli import main, program
 from tests.helpers.hub_models import chinese_clip
@@ -190,8 +191,12 @@ def test_toml_blocks_are_settings(page: str, tmp_path: Path) -> None:
     for block in blocks(read(page)):
         if block.language == "toml":
             path = tmp_path / "block.toml"
-            path.write_text(tomli_w.dumps(_joined(tomllib.loads(block.text))), encoding="utf-8")
-            catalog.load(str(path))
+            tables = tomllib.loads(block.text)
+            path.write_text(tomli_w.dumps(_joined(tables)), encoding="utf-8")
+            if "machine" in tables:  # prices, which `cnclip plan index` reads
+                read_machines(str(path))
+            else:
+                catalog.load(str(path))
 
 
 def _python(page: str) -> list[Block]:

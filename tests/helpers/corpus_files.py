@@ -59,7 +59,7 @@ def make_run(
     captions: Mapping[str, str],
     *,
     partitions: int = 3,
-    samples_per_shard: int = 8,
+    samples_per_shard: int | None = 8,
     splitting: SplitConfig | None = None,
     processes: int = 1,
     source: str = "mine",

@@ -10,7 +10,9 @@ from data_prep.accounting.drop_table import drops_path, write_drops
 from data_prep.download.retry import DownloadTask
 from data_prep.formats.parquet import write_table
 from data_prep.formats.tar import TarWriter
+from data_prep.rules.copies import marks_of
 from pipeline.core import store
+from pipeline.core.files.images import decode_pixels
 from pipeline.core.stage import Context, Outcome, Task
 
 
@@ -19,8 +21,12 @@ def publish_images(context: Context, task: Task, image_of: Callable[[str], bytes
     rows = pl.read_parquet(context.path_in("dedup", DownloadTask.from_json(task.arguments).path))
     tar_path, table_path = f"pictures/{task.name}.tar", f"pictures/{task.name}.parquet"
     images = [image_of(url) for url in rows["url"]]
+    places = []
     with store.publish(context.path(tar_path)) as temporary, TarWriter(temporary) as tar:
-        places = [tar.add(f"{key}.jpg", data) for key, data in zip(rows["key"], images, strict=True)]
+        for key, caption, data in zip(rows["key"], rows["caption"], images, strict=True):
+            places.append(tar.add(f"{key}.jpg", data))
+            tar.append(f"{key}.txt", caption.encode("utf-8"))
+    marks = [marks_of(decode_pixels(data)) for data in images]
     sizes = [Image.open(io.BytesIO(data)).size for data in images]
     table = rows.drop("width_px", "height_px").with_columns(
         pl.Series("width_px", [size[0] for size in sizes], dtype=pl.Int32),
@@ -28,8 +34,10 @@ def publish_images(context: Context, task: Task, image_of: Callable[[str], bytes
         pl.Series("offset_bytes", [place.offset_bytes for place in places], dtype=pl.Int64),
         pl.Series("size_bytes", [place.size_bytes for place in places], dtype=pl.Int64),
         pl.Series("image_sha256", [place.sha256 for place in places], dtype=pl.String),
+        pl.Series("perceptual_hash", [item.perceptual_hash for item in marks], dtype=pl.Binary),
+        pl.Series("image_signature", [item.image_signature for item in marks], dtype=pl.Binary),
     )
     write_table(table, context.path(table_path))
     write_drops(rows.head(0).with_columns(reason=pl.lit("")), context.path(drops_path(task.name)))
     outputs = {tar_path: rows.height, table_path: rows.height, drops_path(task.name): 0}
-    return Outcome(outputs, rows.height, rows.height)
+    return Outcome(outputs, rows.height, rows.height, digests={tar_path: tar.sha256})

@@ -15,11 +15,14 @@ import pytest
 from data_prep.download import stage as download
 from data_prep.download.config import DownloadConfig
 from data_prep.download.pack import ANSWER_SCHEMA
+from data_prep.rules.copies import marks_of
+from pipeline.core.files.images import decode_pixels
 from pipeline.core.run import Run
 from tests.helpers.corpus_files import drawing, encoded, make_run
 
 NUM_PICTURES = 60
 IMAGES = {f"{number}.jpg": encoded(drawing(number)) for number in range(NUM_PICTURES)}
+MARKS = {name: marks_of(decode_pixels(data)) for name, data in IMAGES.items()}
 CAPTIONS = {name: f"编号{int(name[:-4]):04d}的图片" for name in IMAGES}
 
 Web = Callable[[int], str | None]  # number of an image → error, None where it is given, "" where it is lost
@@ -46,7 +49,8 @@ def fake_web(monkeypatch: pytest.MonkeyPatch, web: Web) -> list[int]:
                         member.size = len(IMAGES[name])
                         tar.addfile(member, io.BytesIO(IMAGES[name]))
                     size = 64 if error is None else None
-                    rows.append((key, f"{index:09d}", error, size, size, size, size, "00"))
+                    marks = MARKS[name] if error is None else (None, None)
+                    rows.append((key, f"{index:09d}", error, size, size, size, size, "00", *marks))
             table = pl.DataFrame(rows, schema=ANSWER_SCHEMA, orient="row")
             table.write_parquet(raw / "shards" / f"{place:05d}.parquet")
             (raw / "shards" / f"{place:05d}_stats.json").write_text("{}")
@@ -61,11 +65,18 @@ def load(
     numbers: range = range(NUM_PICTURES),
     config: DownloadConfig | None = None,
     partitions: int = 3,
+    samples_per_shard: int | None = 8,
 ) -> Run:
     """Return a run, not yet executed, over some of the drawings."""
     names = [f"{number}.jpg" for number in numbers]
     captions = {name: CAPTIONS[name] for name in names}
-    run = make_run(folder, {name: IMAGES[name] for name in names}, captions, partitions=partitions)
+    run = make_run(
+        folder,
+        {name: IMAGES[name] for name in names},
+        captions,
+        partitions=partitions,
+        samples_per_shard=samples_per_shard,
+    )
     stages = [
         download.stage(config or DownloadConfig()) if stage.name == "download" else stage
         for stage in run.stages

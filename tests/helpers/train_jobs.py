@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from pipeline.core.config import build
+from tests.helpers.large_twins import TWINS
 from tests.helpers.shard_files import write_shards, write_vocabulary
 from training.config.job import TrainJob
 from training.config.train import AugmentConfig, TrainConfig
@@ -83,7 +84,9 @@ def small_models(dropout: float = 0.1) -> dict[str, ModelConfig]:
     text = TextConfig(layers=2, width=64, heads=2, max_positions=16, dropout=dropout)
     vit = VisionTransformerConfig(image_size_px=32, patch_size_px=8, layers=2, width=64, heads=2)
     resnet = ModifiedResNetConfig(image_size_px=32, blocks=(1, 1, 1, 1), width=256)
+    twin = TWINS["ViT-bigG-14"]
     return {
+        twin.name: dataclasses.replace(twin, text=text),
         "small-vit": ModelConfig(name="small-vit", embed_dim=32, vision=vit, text=text),
         "small-rn": ModelConfig(name="small-rn", embed_dim=32, vision=resnet, text=text),
         "small-rn-64": ModelConfig(

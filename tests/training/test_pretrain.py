@@ -26,6 +26,8 @@ from tests.helpers.rank_processes import run_ranks
 from tests.helpers.train_jobs import make_job, small_models, train_rank
 from training.config.job import TrainJob
 from training.config.train import AugmentConfig
+from training.weights.formats import resize_positions
+from training.weights.weights import load_checkpoint
 
 
 def train_rank_without_dropout(job: TrainJob) -> None:
@@ -50,6 +52,30 @@ def test_ranks_and_zero_stages_make_no_difference(tmp_path: Path) -> None:
             torch.testing.assert_close(ours[name], tensor, atol=1e-3, rtol=1e-3, msg=name)
 
 
+@pytest.mark.parametrize("model", ["small-vit", "small-rn-64"])
+def test_a_larger_image_size_continues_from_a_smaller_one(tmp_path: Path, model: str) -> None:
+    """The position embedding is interpolated; all else is taken as it is."""
+    small, large = (32, 64) if model == "small-rn-64" else (16, 32)
+    first = make_job(tmp_path, "first", model=model, image_size_px=small, epochs=1)
+    run_ranks(train_rank_without_dropout, 1, first)
+    second = make_job(tmp_path, "second", model=model, epochs=1, peak_learning_rate=1e-12)
+    second = dataclasses.replace(second, start_checkpoint=first.output_model)
+    run_ranks(train_rank_without_dropout, 1, second)
+    before, after = (load_checkpoint(job.output_model) for job in (first, second))
+    assert [clip.config.vision.image_size_px for clip in (before, after)] == [small, large]
+    assert before.config.name == after.config.name == model
+    earlier, later = before.state_dict(), after.state_dict()
+    changed = {name for name, tensor in earlier.items() if tensor.shape != later[name].shape}
+    assert changed == {"visual.pos_embed" if model == "small-vit" else "visual.head.pos_embed"}
+    (name,) = changed
+    grid = later[name].reshape(-1, later[name].shape[-1])
+    expected = resize_positions(earlier[name].reshape(-1, grid.shape[-1]), round((len(grid) - 1) ** 0.5))
+    torch.testing.assert_close(grid, expected, atol=1e-6, rtol=0)
+    for name in earlier.keys() - changed:
+        if "running" not in name and "batches" not in name:
+            torch.testing.assert_close(earlier[name], later[name], atol=1e-6, rtol=0)
+
+
 def test_it_learns_and_writes_what_it_promises(tmp_path: Path) -> None:
     job = make_job(tmp_path, "run", sizes=(60, 60, 8), epochs=14, global_batch=32, exclude_duplicates=True)
     run_ranks(train_rank_without_dropout, 1, job)  # with dropout it is luck whether so few steps learn
@@ -61,9 +87,15 @@ def test_it_learns_and_writes_what_it_promises(tmp_path: Path) -> None:
     assert metrics[-1]["samples_seen"] == 56 * 32
     checkpoints = list((Path(job.folder) / "checkpoints").iterdir())
     assert len(checkpoints) == job.config.keep_checkpoints + 1  # and that of the warm-up
-    speed = json.loads((Path(job.folder) / "log.jsonl").read_text().splitlines()[-1])
-    assert speed["samples_per_second"] > 0
-    assert speed["data_wait_seconds"] >= 0
+    log = [json.loads(line) for line in (Path(job.folder) / "log.jsonl").read_text().splitlines()]
+    speed = [line for line in log if "samples_per_second" in line]
+    assert len(speed) == 56
+    assert speed[-1]["samples_per_second"] > 0
+    assert speed[-1]["data_wait_seconds"] >= 0
+    # Of the time between steps: each part and its shares of all time so far.
+    assert [line["step"] for line in log if "validation_seconds" in line] == [*range(0, 57, 4)]
+    assert [line["step"] for line in log if "checkpoint_seconds" in line] == [*range(3, 56, 3), 56]
+    assert 0 < log[-1]["checkpoint_share"] + log[-1]["validation_share"] < 1
 
 
 def test_a_locked_image_tower_stays_as_it_is_byte_for_byte(tmp_path: Path) -> None:
@@ -248,8 +280,9 @@ def test_the_temperature_is_clamped_in_the_master_too(tmp_path: Path, deepspeed:
 
 
 def train_rank_until_killed(job: TrainJob, step: int) -> None:
-    """Die as by `kill -9`, in the middle of a step."""
+    """Die as by `kill -9`, in the middle of a step; checkpoints before it are written."""
     from training import trainer as loop
+    from training.checkpoint.writer import CheckpointWriter
     from training.engine.engine import StepResult, train_step
 
     def killed(engine: Any, batch: Any, *arguments: Any) -> StepResult:
@@ -257,6 +290,7 @@ def train_rank_until_killed(job: TrainJob, step: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return train_step(engine, batch, *arguments)
 
+    pytest.MonkeyPatch().setattr(CheckpointWriter, "start", lambda writer, write: write())
     pytest.MonkeyPatch().setattr(loop, "train_step", killed)
     train_rank(job)
 

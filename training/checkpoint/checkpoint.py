@@ -26,6 +26,7 @@ from pipeline.core.files.foreign import parse_json
 from pipeline.core.files.written import check_safetensors
 from pipeline.core.records import InputError
 from training.checkpoint.folders import steps_in
+from training.checkpoint.host_memory import HostMemory
 from training.engine.engine import load_weights
 from training.engine.towers import Engine
 from training.engine.zero_state import (
@@ -64,12 +65,13 @@ class TrainState:
 
     step: int
     weights: dict[str, Tensor]
-    moments: dict[str, Tensor]  # `exp_avg.<name>`, `exp_avg_sq.<name>`; in float16 also `loss_scaling.<name>`
+    # `exp_avg.<name>`, `exp_avg_sq.<name>`; in float16 also `loss_scaling.<name>`, and averages of weights
+    moments: dict[str, Tensor]
     num_updates: int | None = None  # steps that changed weights, if some were skipped; None: all
 
 
-def gather_state(engine: Engine, step: int) -> TrainState:
-    """Gather a state from all ranks on rank 0; a collective, so every rank calls it.
+def gather_state(engine: Engine, step: int, memory: HostMemory) -> TrainState:
+    """Gather a copy of the state from all ranks in rank 0's memory; a collective, so every rank calls it.
 
     Other ranks get a state without weights and moments and drop each tensor on arrival, because ranks share
     a machine's memory.
@@ -80,25 +82,31 @@ def gather_state(engine: Engine, step: int) -> TrainState:
             for moment in MOMENTS:
                 whole = whole_moment(engine, parameter, moment)
                 if dist.get_rank() == 0:
-                    moments[f"{moment}.{name}"] = whole.cpu().contiguous()
+                    moments[f"{moment}.{name}"] = memory.copy(f"{moment}.{name}", whole)
     for name, value in loss_scaling(engine).items():
         moments[f"{_LOSS_SCALING}{name}"] = tensor(value, dtype=float64)
+    if (averages := engine.module.averages) is not None:
+        moments |= {name: memory.copy(name, value) for name, value in averages.state().items()}
     num_updates = int(next(iter(adam_of(engine).state.values()))["step"].item())
-    return TrainState(step, gather_weights(engine), moments, num_updates)
+    weights = gather_weights(engine, memory)
+    memory.wait()
+    return TrainState(step, weights, moments, num_updates)
 
 
-def gather_weights(engine: Engine) -> dict[str, Tensor]:
+def gather_weights(engine: Engine, memory: HostMemory | None = None) -> dict[str, Tensor]:
     """Return weights and buffers by the names of `CLIP.state_dict` on rank 0's CPU, elsewhere an empty dict.
 
-    Parameters come from their float32 masters; untrained weights that bfloat16 rounds keep their original
-    values. A collective: every rank calls it.
+    They are copies if `memory` takes them, else perhaps the model's own. Parameters come from their float32
+    masters; untrained weights that bfloat16 rounds keep their original values. A collective: every rank calls
+    it.
     """
     clip, writes = engine.module.clip, dist.get_rank() == 0
     parameters, weights = dict(clip.named_parameters()), {}
     for name, value in {**clip.state_dict(), **parameters}.items():
         whole = whole_weight(parameters[name]) if name in parameters else value
         if writes:
-            weights[name] = engine.module.exact.get(name, whole).detach().cpu().contiguous()
+            exact = engine.module.exact.get(name, whole).detach()
+            weights[name] = exact.cpu().contiguous() if memory is None else memory.copy(name, exact)
     return weights
 
 
@@ -117,13 +125,15 @@ def restore_state(engine: Engine, state: TrainState) -> None:
         if name.startswith(_LOSS_SCALING)
     }
     set_loss_scaling(engine, scaling)
+    if (averages := engine.module.averages) is not None:
+        averages.restore(state.moments, state.step, engine.module.clip)
 
 
 def save(
     root: str,
     state: TrainState,
     identity: Mapping[str, Any],
-    metrics_path: str,
+    metrics: bytes,
     *,
     keep: int,
     keep_also: Collection[int] = (),
@@ -136,8 +146,8 @@ def save(
     The needed ones are the steps `keep_also` and, for each kept checkpoint, the first existing one of the
     steps that `rank_steps` returns for it, best first: a run that falls back to the checkpoint may end with
     those weights. Later steps, and those that a start found `damaged`, count and stay only if they are
-    intact. `made_with` records how the checkpoint was computed, for a resume on other ranks. Only one rank
-    calls it.
+    intact. `metrics` are the bytes of `metrics.jsonl` at that step. `made_with` records how the checkpoint
+    was computed, for a resume on other ranks. Only one rank calls it.
 
     Raises:
         InputError: if the disk is full.
@@ -152,12 +162,13 @@ def save(
         save_file(state.moments, os.path.join(partial, _OPTIMIZER))
         for name in (_WEIGHTS, _OPTIMIZER):
             check_safetensors(os.path.join(partial, name), os.path.join(target, name))
-        shutil.copyfile(metrics_path, os.path.join(partial, _METRICS))
+        with open(os.path.join(partial, _METRICS), "wb") as file:
+            file.write(metrics)
         files = {file: store.digest_file(os.path.join(partial, file)) for file in sorted(os.listdir(partial))}
-        with open(os.path.join(partial, _STATE), "w", encoding="utf-8") as file:
+        with open(os.path.join(partial, _STATE), "w", encoding="utf-8") as text:
             fields = {"step": state.step, "num_updates": state.num_updates, "made_with": made_with}
             fields = json.loads(json.dumps({**fields, "identity": identity, "sha256": files}))
-            json.dump({**fields, _OWN_DIGEST: digest(fields)}, file, indent=1)
+            json.dump({**fields, _OWN_DIGEST: digest(fields)}, text, indent=1)
         for path in (*files, _STATE, ""):
             _flush_to_disk(os.path.join(partial, path))
         store.remove(target)  # a damaged checkpoint of the same step

@@ -42,6 +42,8 @@ def _training(job: TrainJob) -> str:
 def _outputs(job: TrainJob) -> list[str]:
     """Return the output files including the metrics, so that a receipt never names half of them."""
     paths = [job.output_model, store.join(job.folder, "metrics.jsonl")]
+    if job.config.averages is not None:
+        paths += [store.join(job.folder, name) for name in job.config.averages.files]
     return paths if job.openai_model is None else [*paths, job.openai_model]
 
 

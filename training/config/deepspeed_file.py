@@ -146,9 +146,10 @@ def half_of(settings: dict[str, Any]) -> Half | None:
 def judges_gradients(settings: dict[str, Any], num_micro_batches: int) -> bool:
     """Return true if a step measures the gradient itself, on the device, before the optimizer's step.
 
-    DeepSpeed does so, and waits for what it finds, in float16, whose loss it scales; at ZeRO 3; with an
-    offloaded optimizer; and in the optimizer that it takes for bfloat16 weights at ZeRO 1 whose gradients add
-    up in float32.
+    DeepSpeed does so, and waits for what it finds, in float16, whose loss it scales; at ZeRO 3, where it also
+    waits for its stream after each backward pass; with an offloaded optimizer, whose gradients the host
+    needs; and in the optimizer that it takes for bfloat16 weights at ZeRO 1 whose gradients add up in
+    float32.
     """
     zero = settings.get("zero_optimization", {})
     stage, half = zero.get("stage", 0), half_of(settings)

@@ -7,6 +7,10 @@ from typing import Any, Literal
 from pipeline.core.config import build
 from pipeline.core.records import ConfigError
 from training.config.train import TrainConfig
+from training.model.config import MODELS, VIT_H_14, VisionTransformerConfig
+
+STAGES: tuple[Literal["stage1", "stage2"], ...] = ("stage1", "stage2")
+_PRETRAIN = "training/recipes/pretrain.toml"
 
 
 def paper_recipe(model: str, stage: Literal["stage1", "stage2"]) -> TrainConfig:
@@ -15,15 +19,46 @@ def paper_recipe(model: str, stage: Literal["stage1", "stage2"]) -> TrainConfig:
     Raises:
         ConfigError: if the paper did not pretrain it.
     """
-    name = "training/recipes/pretrain.toml"
+    return build(TrainConfig, _paper_table(model, stage), _PRETRAIN)
+
+
+def _paper_table(model: str, stage: Literal["stage1", "stage2"]) -> dict[str, Any]:
     recipes = _read_recipes("pretrain")
-    common, stages = recipes.pop("common"), {key: recipes.pop(key) for key in ("stage1", "stage2")}
+    common, stages = recipes.pop("common"), {key: recipes.pop(key) for key in STAGES}
     own: dict[str, Any] = recipes.get(model, {})
     if stage not in own:
         trained = ", ".join(key for key, table in recipes.items() if stage in table)
-        raise ConfigError(f"{name}: the paper has no {stage} of {model!r}; it has that of {trained}")
+        larger = '; set recipe = "larger" for yours' if model in larger_models() else ""
+        raise ConfigError(
+            f"{_PRETRAIN}: the paper has no {stage} of {model!r}; it has that of {trained}{larger}"
+        )
     of_all_stages = {key: value for key, value in own.items() if key not in stages}
-    return build(TrainConfig, {**common, **stages[stage], **of_all_stages, **own[stage]}, name)
+    return {**common, **stages[stage], **of_all_stages, **own[stage]}
+
+
+def larger_models() -> list[str]:
+    """Return the names of the ViTs that are wider than the paper's largest."""
+    largest = VIT_H_14.vision.width
+    return [
+        name
+        for name, config in MODELS.items()
+        if isinstance(config.vision, VisionTransformerConfig) and config.vision.width > largest
+    ]
+
+
+def larger_recipe(model: str, stage: Literal["stage1", "stage2"]) -> TrainConfig:
+    """Return settings for a ViT that is wider than the paper's largest: that one's, and larger.toml's.
+
+    Raises:
+        ConfigError: if it is not wider.
+    """
+    if model not in larger_models():
+        raise ConfigError(
+            f'recipe = "larger": {model!r} is not larger than the paper\'s models; it is for'
+            f' {", ".join(larger_models())}; for the paper\'s own, set recipe = "paper"'
+        )
+    table = {**_paper_table(VIT_H_14.name, stage), **_read_recipes("larger")}
+    return build(TrainConfig, table, "training/recipes/larger.toml")
 
 
 def finetune_recipe(model: str, data: str) -> TrainConfig:
@@ -53,9 +88,8 @@ def finetune_recipe(model: str, data: str) -> TrainConfig:
 
 def pretrained_stages(model: str) -> list[Literal["stage1", "stage2"]]:
     """Return the stages in which the paper pretrained a model; empty for other models."""
-    stages: tuple[Literal["stage1", "stage2"], ...] = ("stage1", "stage2")
     recipes = _read_recipes("pretrain")
-    return [stage for stage in stages if stage in recipes.get(model, {})]
+    return [stage for stage in STAGES if stage in recipes.get(model, {})]
 
 
 def finetuned_data(model: str) -> list[str]:
@@ -64,5 +98,5 @@ def finetuned_data(model: str) -> list[str]:
     return [data for data in recipes["data"] if data in recipes.get(model, {})]
 
 
-def _read_recipes(name: Literal["pretrain", "finetune"]) -> dict[str, Any]:
+def _read_recipes(name: Literal["pretrain", "finetune", "larger"]) -> dict[str, Any]:
     return tomllib.loads((resources.files("training.recipes") / f"{name}.toml").read_text("utf-8"))

@@ -1,18 +1,28 @@
 """The settings of a training stage. No heavy imports here."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
-from pipeline.core.config import BINDS_EXACTLY, BINDS_NEVER, BINDS_ONCE_DONE, NOT_IN_DIGEST, formerly
+from pipeline.core.config import (
+    BINDS_EXACTLY,
+    BINDS_NEVER,
+    BINDS_ONCE_DONE,
+    IN_DIGEST_IF_SET,
+    NOT_IN_DIGEST,
+    formerly,
+)
 from pipeline.core.records import ConfigError, too_few
+from training.config.averages import AveragesConfig
 from training.config.deepspeed_file import check_model, read_deepspeed_file
-from training.model.config import ModelConfig
+from training.model.config import ModelConfig, at_size
 
 _MOST_LANES = 512  # if the file does not set lanes
 CONTEXT_LENGTH = 52  # tokens of a caption with [CLS] and [SEP] (Table 8: 50 without)
 
+CaptionCut = Literal["end", "words", "random"]
 PositiveInt = Annotated[int, Gt(0)]
 NotNegativeInt = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0)]
@@ -107,6 +117,34 @@ class NegationConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseConfig:
+    """A training before the stage's own, with smaller images or shorter captions (CLIPA, Li et al. 2023).
+
+    What it does not set is as in the stage. Each phase has its own warm-up, cosine and optimizer, and its own
+    folder, `<stage>_phase1` and so on; position embeddings are interpolated from one to the next.
+    """
+
+    epochs: PositiveInt
+    """Passes over the corpus."""
+    image_size_px: PositiveInt | None = None
+    """Side of the images in pixels."""
+    context_length: Annotated[int, Ge(3)] | None = None
+    """Tokens of a caption, including [CLS] and [SEP]."""
+    caption_cut: CaptionCut | None = None
+    """Which words of a longer caption are kept."""
+    patch_mask: BelowOne | None = None
+    """Share of a ViT's patches that training drops at random."""
+    global_batch: PositiveInt | None = None
+    """Samples per optimizer step over all ranks; lanes are then derived from it."""
+    micro_batch: PositiveInt | None = field(default=None, metadata=NOT_IN_DIGEST)
+    """Largest number of samples whose activations a rank holds at once."""
+    peak_learning_rate: Positive | None = None
+    """Learning rate after the warm-up."""
+    warmup_steps: NotNegativeInt | None = None
+    """Steps of linear warm-up."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
     """One training stage. The defaults are the paper's Table 8, ViT column."""
 
@@ -142,18 +180,40 @@ class TrainConfig:
     """Whether both towers recompute activations in the backward pass (A.2)."""
     context_length: Annotated[int, Ge(3)] = CONTEXT_LENGTH
     """Tokens of a caption, including [CLS] and [SEP]."""
+    caption_cut: CaptionCut = field(default="end", metadata=IN_DIGEST_IF_SET)
+    """Which words of a longer caption are kept: the first ones (`end`), nouns, then verbs and adjectives,
+    then others (`words`), or random ones (`random`).
+    """
+    image_size_px: PositiveInt | None = field(default=None, metadata=IN_DIGEST_IF_SET)
+    """Side of the images in pixels, a multiple of the patch's. Unset: the model's."""
+    phases: tuple[PhaseConfig, ...] = field(default=(), metadata=IN_DIGEST_IF_SET)
+    """Cheaper trainings before this one, in order."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """How training changes images (A.2)."""
     caption_column: str = "caption"
     """Caption column of the shards' sidecars."""
+    caption_weights: Annotated[Mapping[str, Positive], MinLen(1)] | None = field(
+        default=None, metadata=IN_DIGEST_IF_SET
+    )
+    """Several caption columns, and how often each is drawn, as in `{ caption = 3, caption_en = 1 }`. A sample
+    without a caption in one has more of the others. Unset: `caption_column` alone.
+    """
     exclude_duplicates: bool = False
     """Whether pairs with the same image or caption are excluded from each other's negatives."""
+    several_positives: bool = field(default=False, metadata=IN_DIGEST_IF_SET)
+    """Whether pairs with the same image or caption are positives of each other (UniCL, Yang et al. 2022)."""
+    loss: Literal["softmax", "sigmoid"] = field(default="softmax", metadata=IN_DIGEST_IF_SET)
+    """The contrastive loss: cross-entropy over the batch (2.1), or a question of its own for each pair, with
+    a bias that is learned (SigLIP, Zhai et al. 2023).
+    """
     patch_mask: BelowOne = 0.0
     """Share of a ViT's patches that training drops at random (FLIP, Li et al. 2023)."""
     distil: DistilConfig | None = None
     """A teacher whose similarities the model also learns."""
     negation: NegationConfig | None = None
     """Statements about absent objects as hard negatives."""
+    averages: AveragesConfig | None = field(default=None, metadata=IN_DIGEST_IF_SET)
+    """Averages of weights, scored next to the plain ones."""
 
     lanes: PositiveInt | None = None
     """Streams into which the corpus is split; must divide `global_batch` and be at least `ranks`. Unset: the
@@ -202,6 +262,11 @@ class TrainConfig:
     """Newest checkpoints to keep on disk, in addition to the best one and the last of the warm-up."""
 
     def __post_init__(self) -> None:
+        if self.several_positives and self.exclude_duplicates:
+            raise ValueError(
+                "several_positives = true, but exclude_duplicates = true: pairs with the same image or"
+                " caption cannot be positives of each other and left out; set one of them to false"
+            )
         if self.cached_views and not self.lock_image:
             raise ValueError(
                 f"cached_views = {self.cached_views}: only features of a locked image tower can be cached;"
@@ -235,6 +300,11 @@ class TrainConfig:
             )
 
     @property
+    def weight_of_columns(self) -> Mapping[str, float]:
+        """Return the caption columns with the weights by which they are drawn."""
+        return self.caption_weights or {self.caption_column: 1.0}
+
+    @property
     def num_workers(self) -> int:
         """Return how many processes of each rank decode."""
         return self.workers_per_rank or self.threads_per_rank
@@ -259,13 +329,18 @@ def check_fits(config: TrainConfig, model: ModelConfig, stage: str) -> None:
             stage.
     """
     try:
-        settings = read_deepspeed_file(config.deepspeed)
-    except ConfigError as error:
+        settings, model = read_deepspeed_file(config.deepspeed), sized(model, config)
+    except (ConfigError, ValueError) as error:
         raise ConfigError(f"[{stage}] {error}") from None
     if config.compile and settings.get("zero_optimization", {}).get("stage") == 3:
         raise ConfigError(
             f"[{stage}] compile = true, but {config.deepspeed} is ZeRO 3: it gathers weights while the model"
             " runs, which cannot be compiled; use a lower stage or leave compile out"
+        )
+    if config.averages is not None and settings.get("zero_optimization", {}).get("stage") == 3:
+        raise ConfigError(
+            f"[{stage}.averages] with {config.deepspeed}, which is ZeRO 3: no rank has whole weights to"
+            " average; use a lower stage or leave averages out"
         )
     check_model(config.deepspeed, model, stage)
     if config.context_length > model.text.max_positions:
@@ -273,6 +348,15 @@ def check_fits(config: TrainConfig, model: ModelConfig, stage: str) -> None:
             f"[{stage}] context_length = {config.context_length}, but {model.name} has"
             f" {model.text.max_positions} positions"
         )
+
+
+def sized(model: ModelConfig, config: TrainConfig) -> ModelConfig:
+    """Return a model at the size of a training's images.
+
+    Raises:
+        ValueError: if the size is no multiple of the patch's.
+    """
+    return model if config.image_size_px is None else at_size(model, config.image_size_px)
 
 
 def shared_steps(config: TrainConfig) -> int:

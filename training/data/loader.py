@@ -1,7 +1,7 @@
 """From shards to batches: what each step reads."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 
 from pipeline.core.arrays import Int64Array
 from pipeline.core.records import Shard
+from training.config.train import CaptionCut
 from training.data.feature_cache import FeatureCache
 from training.data.feeder import Request
 from training.data.patch_mask import PatchMask
@@ -39,10 +40,11 @@ class Batch:
 class CaptionConfig:
     """Which captions are read, and how."""
 
-    column: str  # of the sidecars
+    weights: Mapping[str, float]  # columns of the sidecars, and how often each is drawn
     context_length: int  # most tokens of a caption, with [CLS] and [SEP]
     token_folder: str  # where token ids are kept
     seed: int  # of which caption a sample with several has in an epoch
+    cut: CaptionCut = "end"  # which words of a longer one are kept
 
 
 class BatchReader:
@@ -68,9 +70,10 @@ class BatchReader:
             lambda shard: read_shard_table(
                 shards[shard],
                 tokenizer,
-                caption_column=config.column,
+                caption_weights=config.weights,
                 context_length=config.context_length,
                 token_folder=config.token_folder,
+                cut=config.cut,
                 statements=statements,
             )
         )

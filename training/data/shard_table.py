@@ -1,6 +1,6 @@
 """What is known of a shard's samples without opening its tar, with their captions as token ids."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -10,11 +10,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.core import store
-from pipeline.core.arrays import BoolArray, Int32Array, Int64Array
+from pipeline.core.arrays import BoolArray, Float64Array, Int32Array, Int64Array
 from pipeline.core.files.written import check_zip, naming
 from pipeline.core.processes import say
 from pipeline.core.records import InputError, Shard, too_few
 from pipeline.core.shard_format import all_captions, read_sidecar, sidecar_of
+from training.config.train import CaptionCut
+from training.data.short_captions import identity, shorten
 from training.data.statements import Statements
 from training.data.text_encoder import TextEncoder
 from training.data.views import IMAGE_ID_DIGITS
@@ -33,20 +35,30 @@ class ShardTable:
     image_id: Int64Array  # equal if the stored images are equal
     token_ids: Int32Array  # all captions' ids one after the other, without padding
     token_starts: Int64Array  # [num_captions + 1]
-    caption_starts: Int64Array  # [num_samples + 1]: of each sample's captions
+    caption_starts: Int64Array  # [num_columns, num_samples + 1]: of each sample's captions in a column
+    column_weights: Float64Array  # [num_columns]: how often a sample's caption is drawn from each
     num_tokens: Int64Array  # [num_captions]
     caption_id: Int64Array  # [num_captions], equal for captions of equal tokens
     mentioned: BoolArray | None  # [num_captions, O]: objects that captions name, if statements ask for them
 
     def drawn_captions(self, row_N: Int64Array, seed: int, epoch_N: Int64Array) -> Int64Array:
-        """Return which caption each sample has in an epoch: a function of (seed, epoch, key)."""
-        caption_N = self.caption_starts[row_N]
-        several = np.flatnonzero(self.caption_starts[row_N + 1] - caption_N > 1)
-        for at in several.tolist():
-            row = int(row_N[at])
+        """Return which caption each sample has in an epoch: a function of (seed, epoch, key).
+
+        A column is drawn by weight among those in which the sample has captions, then one of these.
+        """
+        start_KN = self.caption_starts[:, row_N]
+        count_KN = self.caption_starts[:, row_N + 1] - start_KN
+        column_N = (count_KN > 0).argmax(axis=0)  # the only one, for most
+        caption_N: Int64Array = np.take_along_axis(start_KN, column_N[None], axis=0)[0]
+        for at in np.flatnonzero(count_KN.sum(axis=0) > 1).tolist():
             counter = [0, _PURPOSE, int(epoch_N[at]), seed]
-            random = np.random.Generator(np.random.Philox(key=int(self.keys[row], 16), counter=counter))
-            caption_N[at] += random.integers(int(self.caption_starts[row + 1] - caption_N[at]))
+            key = int(self.keys[row_N[at]], 16)
+            random = np.random.Generator(np.random.Philox(key=key, counter=counter))
+            column = 0
+            if len(self.column_weights) > 1:
+                limit_K = np.cumsum(self.column_weights * (count_KN[:, at] > 0))
+                column = int(np.searchsorted(limit_K, random.random() * limit_K[-1], side="right"))
+            caption_N[at] = start_KN[column, at] + random.integers(int(count_KN[column, at]))
         return caption_N
 
     def copy_tokens(self, caption_N: Int64Array, tokens_BL: Int64Array, at_N: Int64Array) -> None:
@@ -86,9 +98,10 @@ def read_shard_table(
     shard: Shard,
     tokenizer: TextEncoder,
     *,
-    caption_column: str,
+    caption_weights: Mapping[str, float],
     context_length: int,
     token_folder: str,
+    cut: CaptionCut = "end",
     statements: Statements | None = None,
 ) -> ShardTable:
     """Read a shard's sidecar; the token ids come from `token_folder` or are made and kept there.
@@ -97,11 +110,13 @@ def read_shard_table(
         InputError: if the sidecar is missing, truncated, lacks a column or does not fit its tar.
     """
     path = sidecar_of(shard.path)
-    columns = list(dict.fromkeys(("key", "offset_bytes", "size_bytes", "image_sha256", caption_column)))
-    table = read_sidecar(path, columns, optional=(all_captions(caption_column),))
+    columns = list(dict.fromkeys(("key", "offset_bytes", "size_bytes", "image_sha256", *caption_weights)))
+    table = read_sidecar(path, columns, optional=[all_captions(column) for column in caption_weights])
     if table.num_rows != shard.num_samples:
         raise InputError(f"{path}: {table.num_rows} rows, but its manifest says {shard.num_samples} samples")
     for column in columns:
+        if len(caption_weights) > 1 and column in caption_weights:
+            continue  # one of them is enough
         if num_empty := table[column].null_count:
             raise InputError(f"{path}: column {column} has {num_empty} empty rows")
     hexadecimal = {name: _hexadecimal(path, table, name, size) for name, size in _DIGESTS.items()}
@@ -112,8 +127,8 @@ def read_shard_table(
     if is_outside.any():
         row = int(np.argmax(is_outside))
         raise InputError(f"{path}: row {row}: the image lies outside the tar of {shard.num_bytes} bytes")
-    captions, caption_starts = _captions(path, table, caption_column)
-    token_ids, token_starts = _cached_tokens(path, captions, tokenizer, context_length, token_folder)
+    captions, caption_starts = _captions_of_columns(path, table, list(caption_weights))
+    token_ids, token_starts = _cached_tokens(path, captions, tokenizer, context_length, token_folder, cut)
     return ShardTable(
         keys=hexadecimal["key"],
         offset_bytes=offset_bytes,
@@ -122,6 +137,7 @@ def read_shard_table(
         token_ids=token_ids,
         token_starts=token_starts,
         caption_starts=caption_starts,
+        column_weights=np.array(list(caption_weights.values()), dtype=np.float64),
         num_tokens=np.diff(token_starts),
         caption_id=_caption_ids(token_ids, token_starts),
         mentioned=None if statements is None else statements.mentions(captions),
@@ -155,19 +171,41 @@ def _caption_ids(token_ids: Int32Array, token_starts: Int64Array) -> Int64Array:
     return (sum_C >> np.uint64(1)).astype(np.int64)
 
 
-def _captions(path: str, table: pa.Table, column: str) -> tuple[pa.Array, Int64Array]:
-    """Return all captions one after the other, and where those of each sample start."""
+def _captions_of_columns(path: str, table: pa.Table, columns: Sequence[str]) -> tuple[pa.Array, Int64Array]:
+    """Return all captions, column by column, and where those of each sample start in each."""
+    found = [_captions(path, table, column, may_lack=len(columns) > 1) for column in columns]
+    num_before = np.cumsum([0, *(len(captions) for captions, _ in found[:-1])])
+    starts_KS = np.stack([starts for _, starts in found]) + num_before[:, None]
+    num_S = np.diff(starts_KS).sum(axis=0)
+    if not num_S.all():
+        raise InputError(
+            f"{path}: row {int(np.argmin(num_S))} has no caption in any of the columns {', '.join(columns)}"
+        )
+    return pa.concat_arrays([captions for captions, _ in found]), starts_KS
+
+
+def _captions(path: str, table: pa.Table, column: str, *, may_lack: bool) -> tuple[pa.Array, Int64Array]:
+    """Return all captions of a column one after the other, and where those of each sample start.
+
+    With `may_lack`, a sample with an empty caption has none.
+    """
     several, single = all_captions(column), _joined(table[column]).cast(pa.large_string())
+    has_single_N = np.ones(len(single), dtype=np.bool_)
+    if may_lack:
+        length_N = pc.fill_null(pc.binary_length(single), 0)
+        has_single_N = np.asarray(length_N.to_numpy(zero_copy_only=False)) > 0
     found = _joined(table[several]) if several in table.column_names else None
     if found is None or not (pa.types.is_list(found.type) or pa.types.is_large_list(found.type)):
-        return single, np.arange(table.num_rows + 1, dtype=np.int64)
+        starts: Int64Array = np.concatenate([[0], np.cumsum(has_single_N, dtype=np.int64)])
+        return single.filter(pa.array(has_single_N)), starts
     lists = pc.list_flatten(found).cast(pa.large_string())
     if lists.null_count:
         raise InputError(f"{path}: column {several} has empty captions")
     # Rows of sources that keep one caption have no list.
     num_listed = np.asarray(pc.fill_null(pc.list_value_length(found), 0).to_numpy(zero_copy_only=False))
-    starts = np.concatenate([[0], np.cumsum(np.maximum(num_listed, 1), dtype=np.int64)])
-    row_C = np.repeat(np.arange(table.num_rows), np.diff(starts))
+    num_captions = np.maximum(num_listed, has_single_N)
+    starts = np.concatenate([[0], np.cumsum(num_captions, dtype=np.int64)])
+    row_C = np.repeat(np.arange(table.num_rows), num_captions)
     is_single_C = num_listed[row_C] == 0
     source_C = np.where(is_single_C, len(lists) + row_C, np.cumsum(~is_single_C) - 1)
     return pa.concat_arrays([lists, single]).take(pa.array(source_C)), starts
@@ -188,10 +226,15 @@ def _bytes_of(texts: pa.Array | pa.ChunkedArray) -> tuple[Int64Array, bytes]:
 
 
 def _cached_tokens(
-    sidecar: str, captions: pa.Array, tokenizer: TextEncoder, context_length: int, token_folder: str
+    sidecar: str,
+    captions: pa.Array,
+    tokenizer: TextEncoder,
+    context_length: int,
+    token_folder: str,
+    cut: CaptionCut,
 ) -> tuple[Int32Array, Int64Array]:
     # The name holds all that the ids depend on, so that a file that is there is right and never stale.
-    digest = blake2b(f"{tokenizer.digest} {context_length} ".encode(), digest_size=16)
+    digest = blake2b(f"{tokenizer.digest} {context_length} {identity(cut)}".encode(), digest_size=16)
     lengths, data = _bytes_of(captions)
     digest.update(lengths.tobytes())
     digest.update(data)
@@ -204,9 +247,14 @@ def _cached_tokens(
             say(f"{path}: cannot be read ({error}): cnclip makes the token ids again")
     texts = captions.to_pylist()
     tokens_NL = tokenizer.encode(texts, context_length)
-    full = [caption for caption, last in zip(texts, tokens_NL[:, -1], strict=True) if last]
-    if full and (num_cut := tokenizer.num_truncated(full, context_length)):
-        say(f"{sidecar}: {num_cut} of {len(captions)} captions cut to {context_length} tokens")
+    row_C = np.flatnonzero(tokens_NL[:, -1])
+    if len(row_C):  # full; longer ones have a token more
+        row_C = row_C[tokenizer.encode([texts[row] for row in row_C], context_length + 1)[:, -1] != 0]
+    if len(row_C):
+        say(f"{sidecar}: {len(row_C)} of {len(captions)} captions cut to {context_length} tokens")
+        if cut != "end":
+            short = shorten([texts[row] for row in row_C], cut, tokenizer, context_length)
+            tokens_NL[row_C] = tokenizer.encode(short, context_length)
     is_token = tokens_NL != 0
     token_ids = tokens_NL[is_token]
     token_starts = np.concatenate([[0], np.cumsum(is_token.sum(axis=1), dtype=np.int64)])

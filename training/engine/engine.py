@@ -30,7 +30,7 @@ from training.engine.towers import Engine, Towers, running_statistics
 from training.engine.zero_state import clamp_weight, make_adam_state, own_master, set_weight
 from training.model.clip import CLIP
 
-# One rank validates or writes while the others wait.
+# Rank 0 may wait for a checkpoint, or write the model, while the others wait for it.
 _COLLECTIVE_TIMEOUT = datetime.timedelta(hours=4)
 
 
@@ -79,8 +79,9 @@ def build_engine(towers: Towers, config: TrainConfig) -> Engine:
     )
     if engine.zero_optimization_partition_weights():
         # `Towers` uses them outside of the module that owns them.
-        for parameter in (clip.logit_scale, clip.text_projection):
-            deepspeed.zero.register_external_parameter(engine.module, parameter)
+        for parameter in (clip.logit_scale, clip.logit_bias, clip.text_projection):
+            if parameter is not None:
+                deepspeed.zero.register_external_parameter(engine.module, parameter)
     make_adam_state(engine)
     for name, parameter in clip.named_parameters():
         if name in before and parameter.requires_grad:

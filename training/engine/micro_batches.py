@@ -63,8 +63,7 @@ def in_micro_batches(engine: Engine, batch: Batch, seed: int) -> tuple[Tensor, C
 
     def backward() -> None:
         _spoilt_if_not_finite(loss).backward()  # type: ignore[no-untyped-call]
-        scale_slope = leaves.logit_scale.grad
-        assert scale_slope is not None
+        factors = _factors(leaves)
         for number, part in enumerate(parts):
             is_last = number == len(parts) - 1
             engine.set_gradient_accumulation_boundary(is_last)
@@ -75,8 +74,11 @@ def in_micro_batches(engine: Engine, batch: Batch, seed: int) -> tuple[Tensor, C
             statistics_before = [tensor.clone() for tensor, _ in statistics]
             again = engine(image, tokens_XL, kept_BP)
             is_extra = number >= num_parts
-            # The temperature's gradient is the whole batch's, so it goes back once.
-            surrogate = (again.logit_scale * scale_slope * is_last).sum()
+            surrogate = again.logit_scale.new_zeros(())
+            # The temperature's gradient, and the bias's, are the whole batch's, so they go back once.
+            for leaf, factor in zip(factors, _factors(again), strict=True):
+                assert leaf.grad is not None
+                surrogate = surrogate + (factor * leaf.grad * is_last).sum()
             # Linear in the features, with the slope that the loss has there.
             for leaf, feature in zip(_sides(leaves), _sides(again), strict=True):
                 if leaf.grad is not None:
@@ -118,6 +120,12 @@ def _inputs(batch: Batch, part: slice, device: torch.device) -> tuple[Tensor, Te
     return send(batch.image[part], device), tokens_XL, kept_BP
 
 
+def _factors(features: Features) -> list[Tensor]:
+    """Return what has no row a sample: the temperature's logarithm, and the bias if there is one."""
+    factors = (features.logit_scale, features.logit_bias)
+    return [factor for factor in factors if factor is not None]
+
+
 def _sides(features: Features) -> list[Tensor]:
     """Return the features that have a row a sample."""
     sides = (features.image_BD, features.text_BD, features.statement_B2D)
@@ -127,10 +135,11 @@ def _sides(features: Features) -> list[Tensor]:
 def _as_leaves(parts: Sequence[Features], *, image_wants_gradient: bool) -> Features:
     """Return the parts' features joined, each a leaf that gathers its gradient."""
     image_BD, *texts = (torch.cat(side) for side in zip(*map(_sides, parts), strict=True))
-    for leaf in (*texts, parts[0].logit_scale):
+    for leaf in (*texts, *_factors(parts[0])):
         leaf.requires_grad_()
     image_BD.requires_grad_(image_wants_gradient)
-    return Features(image_BD, texts[0], parts[0].logit_scale, texts[1] if len(texts) > 1 else None)
+    statements = texts[1] if len(texts) > 1 else None
+    return Features(image_BD, texts[0], parts[0].logit_scale, statements, parts[0].logit_bias)
 
 
 def _joined(taught: list[TeacherFeatures]) -> TeacherFeatures | None:

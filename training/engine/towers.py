@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from training.config.deepspeed_file import read_deepspeed_file
 from training.config.train import TrainConfig
 from training.data.loader import Batch
+from training.engine.averages import RunningAverages
 from training.engine.compiler import compiles
 from training.engine.precision import autocast, autocast_dtype, compute_dtype
 from training.engine.teacher import Teacher, TeacherFeatures
 from training.losses.contrastive import contrastive_loss
 from training.losses.distillation import distillation_loss
 from training.losses.negation import negation_loss
+from training.losses.sigmoid import sigmoid_loss
 from training.model.clip import CLIP
 from training.model.preprocess import normalise
 from training.model.transfer import send
@@ -29,6 +31,7 @@ class Features(NamedTuple):
     text_BD: Tensor
     logit_scale: Tensor  # [1], the logarithm of the factor on cosines
     statement_B2D: Tensor | None = None  # the true and the false statement, if the run asks
+    logit_bias: Tensor | None = None  # [1], added to scaled cosines by the sigmoid loss
 
 
 class Towers(nn.Module):
@@ -44,9 +47,11 @@ class Towers(nn.Module):
     ) -> None:
         super().__init__()
         self.clip = clip
+        self.averages: RunningAverages | None = None  # rank 0 has them, if the stage averages weights
         self.teacher, self._negation = teacher, config.negation
         self._num_samples_of_ranks = num_samples_of_ranks
-        self._exclude_duplicates = config.exclude_duplicates
+        self._knows_ids = config.exclude_duplicates or config.several_positives
+        self._several_positives = config.several_positives
         settings = read_deepspeed_file(config.deepspeed)
         self._autocast_dtype, self.compute_dtype = autocast_dtype(settings), compute_dtype(settings)
         self.exact: dict[str, Tensor] = {}  # parameters that are not trained, if the model rounds them
@@ -71,12 +76,13 @@ class Towers(nn.Module):
         patches to compute on.
         """
         scale = self.clip.logit_scale.float().clone()
+        bias = None if self.clip.logit_bias is None else self.clip.logit_bias.float().clone()
         image_BD = image.float() if image.ndim == 2 else self.encode_image(image, kept_BP)
         text_XD = self.clip.encode_text(tokens_XL, compiled=self._is_compiled)
         text_BD, statement_SD = text_XD.tensor_split([len(image)])
         if not len(statement_SD):
-            return Features(image_BD, text_BD, scale)
-        return Features(image_BD, text_BD, scale, statement_SD.view(len(image), 2, -1))
+            return Features(image_BD, text_BD, scale, logit_bias=bias)
+        return Features(image_BD, text_BD, scale, statement_SD.view(len(image), 2, -1), bias)
 
     def encode_image(self, image_BCHW: Tensor, kept_BP: Tensor | None = None) -> Tensor:
         """Return unit-norm feature_BD in float32 of uint8 images; compiled if the run asks for it."""
@@ -100,16 +106,18 @@ class Towers(nn.Module):
         taught: TeacherFeatures | None = None,
     ) -> Tensor:
         """Return the loss of the global batch, a scalar: contrastive, and what else the run asks for."""
-        image_BD, text_BD, logit_scale, statement_B2D = features
+        image_BD, text_BD, logit_scale, statement_B2D, logit_bias = features
         device, sizes = image_BD.device, self._num_samples_of_ranks
-        loss = contrastive_loss(
-            image_BD,
-            text_BD,
-            logit_scale,
-            num_samples_of_ranks=sizes,
-            image_id_B=send(batch.image_id_B, device) if self._exclude_duplicates else None,
-            caption_id_B=send(batch.caption_id_B, device) if self._exclude_duplicates else None,
-        )
+        of_pairs: Any = {
+            "num_samples_of_ranks": sizes,
+            "image_id_B": send(batch.image_id_B, device) if self._knows_ids else None,
+            "caption_id_B": send(batch.caption_id_B, device) if self._knows_ids else None,
+            "are_positives": self._several_positives,
+        }
+        if logit_bias is None:
+            loss = contrastive_loss(image_BD, text_BD, logit_scale, **of_pairs)
+        else:
+            loss = sigmoid_loss(image_BD, text_BD, logit_scale, logit_bias, **of_pairs)
         if self.teacher is not None and taught is not None:
             loss = loss + self.teacher.config.weight * distillation_loss(
                 image_BD,

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from training.losses.pairs import Pairs
 from training.losses.tiles import (
     gather,
     host_waits_for,
     log_sum_exp_over_ranks,
     num_ranks,
-    own_rank,
     sum_to_owner,
     tiles,
 )
@@ -34,6 +34,7 @@ def contrastive_loss(
     num_samples_of_ranks: tuple[int, ...],
     image_id_B: Tensor | None = None,
     caption_id_B: Tensor | None = None,
+    are_positives: bool = False,
 ) -> Tensor:
     """Return the mean cross-entropy of both directions over the global batch, the same on every rank.
 
@@ -45,7 +46,12 @@ def contrastive_loss(
         loss = (F.cross_entropy(logits_NN, target_N) + F.cross_entropy(logits_NN.T, target_N)) / 2
 
     where shares_NN says which pairs i ≠ j have the same image id or the same caption id: they are no
-    negatives of each other.
+    negatives of each other. With `are_positives`, they are positives of each other in equal parts (UniCL,
+    Yang et al. 2022); shares_NN then holds i = j too, no logit is filled, and
+
+        target_NN = shares_NN / shares_NN.sum(1, keepdim=True)
+
+    holds probabilities instead of numbers of classes.
 
     `image_BD` and `text_BD` are this rank's unit-norm features, `logit_scale` the [1] logarithm of the factor
     on their products, `num_samples_of_ranks` how many rows each rank has.
@@ -54,16 +60,18 @@ def contrastive_loss(
     ranks, parameter gradients are those of the plain formula.
 
     Raises:
-        ValueError: if the ids of only one side are given.
+        ValueError: if the ids of only one side are given, or positives are asked for without ids.
     """
-    if (image_id_B is None) != (caption_id_B is None):
-        raise ValueError("give the ids of both images and captions, or of neither")
+    pairs = Pairs(
+        image_id_B,
+        caption_id_B,
+        num_samples_of_ranks,
+        are_positives=are_positives,
+        device=image_BD.device,
+    )
     # Rows are the side that surely wants a gradient: then columns, which travel, may need none.
-    ids_B2 = None
-    if image_id_B is not None and caption_id_B is not None:
-        ids_B2 = torch.stack([image_id_B, caption_id_B], dim=1)
     loss: Tensor = _ContrastiveLoss.apply(  # type: ignore[no-untyped-call]
-        text_BD, image_BD, logit_scale, num_samples_of_ranks, ids_B2
+        text_BD, image_BD, logit_scale, num_samples_of_ranks, pairs
     )
     return loss
 
@@ -76,21 +84,22 @@ class _ContrastiveLoss(torch.autograd.Function):
         column_BD: Tensor,
         logit_scale: Tensor,
         num_samples_of_ranks: tuple[int, ...],
-        ids_B2: Tensor | None,
+        pairs: Pairs,
     ) -> Tensor:
         row_BD, column_BD = row_BD.detach(), column_BD.detach()
         column_ND = gather(column_BD, num_samples_of_ranks)
-        ids_N2 = None if ids_B2 is None else gather(ids_B2, num_samples_of_ranks)
-        first_row = sum(num_samples_of_ranks[: own_rank()])
         scale = logit_scale.detach().exp()
 
         row_lse_B = row_BD.new_full((len(row_BD),), -torch.inf)
         column_lse_N = row_BD.new_full((len(column_ND),), -torch.inf)
+        positive_B = torch.zeros_like(row_lse_B)
         logit_BN = None
         if len(row_BD) * len(column_ND) <= _KEPT_ELEMENTS:
             logit_BN = row_BD.new_empty(len(row_BD), len(column_ND))
         for rows, columns in tiles(row_BD, column_ND):
-            logit = _logits(row_BD, column_ND, scale, rows, columns, first_row, ids_N2)
+            logit = _logits(row_BD, column_ND, scale, rows, columns, pairs)
+            if pairs.are_positives:
+                positive_B[rows] += pairs.targets(rows, columns, logit.dtype).mul_(logit).sum(1)
             if logit_BN is not None:
                 logit_BN[rows, columns] = logit
             row_lse, column_lse = _log_sum_exps(logit)
@@ -98,21 +107,23 @@ class _ContrastiveLoss(torch.autograd.Function):
             column_lse_N[columns] = torch.logaddexp(column_lse_N[columns], column_lse)
         column_lse_N = log_sum_exp_over_ranks(column_lse_N)
 
-        own = slice(first_row, first_row + len(row_BD))
-        diagonal_B = torch.linalg.vecdot(row_BD, column_BD) * scale
-        loss: Tensor = (row_lse_B + column_lse_N[own] - 2 * diagonal_B).sum() / (2 * len(column_ND))
+        own = slice(pairs.first_row, pairs.first_row + len(row_BD))
+        if not pairs.are_positives:
+            positive_B = 2 * (torch.linalg.vecdot(row_BD, column_BD) * scale)
+        loss: Tensor = (row_lse_B + column_lse_N[own] - positive_B).sum() / (2 * len(column_ND))
         if num_ranks() > 1:
             dist.all_reduce(loss)
-        ctx.save_for_backward(row_BD, column_ND, scale, row_lse_B, column_lse_N, logit_BN, ids_N2)
-        ctx.num_samples_of_ranks, ctx.first_row = num_samples_of_ranks, first_row
+        ctx.save_for_backward(row_BD, column_ND, scale, row_lse_B, column_lse_N, logit_BN)
+        ctx.num_samples_of_ranks, ctx.pairs = num_samples_of_ranks, pairs
         return loss
 
     @staticmethod
     def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor | None, ...]:
-        row_BD, column_ND, scale, row_lse_B, column_lse_N, logit_BN, ids_N2 = ctx.saved_tensors
+        row_BD, column_ND, scale, row_lse_B, column_lse_N, logit_BN = ctx.saved_tensors
+        pairs: Pairs = ctx.pairs
         wants_row, wants_column = ctx.needs_input_grad[:2]
         factor = output_gradients[0] / (2 * len(column_ND))
-        own_column_BD = column_ND[ctx.first_row : ctx.first_row + len(row_BD)]
+        own_column_BD = column_ND[pairs.first_row : pairs.first_row + len(row_BD)]
 
         grad_row_BD = torch.zeros_like(row_BD)
         grad_column_ND = torch.zeros_like(column_ND) if wants_column else None
@@ -120,19 +131,24 @@ class _ContrastiveLoss(torch.autograd.Function):
             if logit_BN is not None:
                 logit = logit_BN[rows, columns]
             else:
-                logit = _logits(row_BD, column_ND, scale, rows, columns, ctx.first_row, ids_N2)
+                logit = _logits(row_BD, column_ND, scale, rows, columns, pairs)
             weight = (logit - row_lse_B[rows, None]).exp_()
             weight += (logit - column_lse_N[columns]).exp_()
+            if pairs.are_positives:
+                weight -= pairs.targets(rows, columns, weight.dtype)
             grad_row_BD[rows].addmm_(weight, column_ND[columns])
             if grad_column_ND is not None:
                 grad_column_ND[columns].addmm_(weight.T, row_BD[rows])
-        grad_row_BD.sub_(own_column_BD, alpha=2)  # the positives
+        if not pairs.are_positives:
+            grad_row_BD.sub_(own_column_BD, alpha=2)
         # Logits are scale × row · column, so that the sum of logit × its gradient is that of row × its own.
         grad_logit_scale = torch.linalg.vecdot(row_BD, grad_row_BD).sum() * scale * factor
         grad_column_BD = None
         if grad_column_ND is not None:
             grad_column_BD = sum_to_owner(grad_column_ND, ctx.num_samples_of_ranks)
-            grad_column_BD.sub_(row_BD, alpha=2).mul_(factor * scale)
+            if not pairs.are_positives:
+                grad_column_BD.sub_(row_BD, alpha=2)
+            grad_column_BD.mul_(factor * scale)
         grad_row_BD.mul_(factor * scale)
         return grad_row_BD if wants_row else None, grad_column_BD, grad_logit_scale.reshape(1), None, None
 
@@ -143,17 +159,11 @@ def _logits(
     scale: Tensor,
     rows: slice,
     columns: slice,
-    first_row: int,
-    ids_N2: Tensor | None,
+    pairs: Pairs,
 ) -> Tensor:
-    """Return the logits of some rows with some columns; -inf if a pair is no negative of the other."""
+    """Return the logits of some rows with some columns; -inf if a pair is left out."""
     logit_RC = (row_BD[rows] * scale) @ column_ND[columns].T
-    if ids_N2 is not None:
-        row_number_R = torch.arange(rows.start, rows.stop, device=row_BD.device) + first_row
-        column_number_C = torch.arange(columns.start, columns.stop, device=row_BD.device)
-        shares_RC = (ids_N2[row_number_R, None] == ids_N2[columns]).any(2)
-        shares_RC &= row_number_R[:, None] != column_number_C
-        logit_RC.masked_fill_(shares_RC, -torch.inf)
+    pairs.leave_out(logit_RC, rows, columns)
     return logit_RC
 
 

@@ -13,6 +13,7 @@ from training.model.text import build_text_tower, encode_packed
 from training.model.vision import build_image_tower
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
+INITIAL_LOGIT_BIAS = -10.0  # SigLIP, Zhai et al. 2023, section 3: most pairs are negatives
 
 
 class CLIP(nn.Module):
@@ -20,7 +21,10 @@ class CLIP(nn.Module):
 
     `logit_scale` is the logarithm of the factor on cosine similarities. Its shape is [1] here, since
     DeepSpeed cannot hold a parameter without dimensions; files store shape [] as Chinese CLIP's do.
+    `logit_bias`, which the sigmoid loss adds to scaled cosines, is there after `add_logit_bias`.
     """
+
+    logit_bias: nn.Parameter | None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -32,8 +36,13 @@ class CLIP(nn.Module):
             torch.randn(config.text.width, config.embed_dim) * config.text.width**-0.5
         )
         self.logit_scale = nn.Parameter(torch.full((1,), INITIAL_LOGIT_SCALE))
+        self.register_parameter("logit_bias", None)
         self.image_tower_locked = False
         self._recompute_text = False
+
+    def add_logit_bias(self) -> None:
+        """Give the model the bias of the sigmoid loss, [1], where that loss starts."""
+        self.logit_bias = nn.Parameter(torch.full((1,), INITIAL_LOGIT_BIAS))
 
     def encode_image(
         self, image_BCHW: torch.Tensor, kept_BP: torch.Tensor | None = None, *, compiled: bool = False

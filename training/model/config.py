@@ -1,14 +1,18 @@
-"""The model sizes: the paper's five (Tables 1, 6 and 7) as literals, ViT-B/32, and two small ones.
+"""The model sizes: the paper's five (Tables 1, 6 and 7) as literals, ViT-B/32, two larger, and small ones.
+
+A model is one literal here: parameters, FLOPs, memory, weights and recipes follow from its sizes.
 
 Facts that the tables do not print, from the released weights:
-- every ViT uses QuickGELU, ViT-H/14 included (LAION trained its weights with GELU; Chinese CLIP runs them
-  with QuickGELU, and so does this project);
-- ViT-H/14 has 16 heads of width 80, all other ViTs heads of width 64;
+- every ViT of the paper uses QuickGELU, ViT-H/14 included (LAION trained its weights with GELU; Chinese CLIP
+  runs them with QuickGELU, and so does this project);
+- ViT-H/14 has 16 heads of width 80, the paper's other ViTs heads of width 64;
 - the released RoBERTa-wwm-large has 16 heads, although Table 6 prints 24: 16 is used here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
+
+Activation = Literal["quick_gelu", "gelu"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,8 +23,15 @@ class VisionTransformerConfig:
     image_size_px: int  # side of the square input, pixels (Table 1)
     patch_size_px: int  # side of one patch, pixels
     layers: int  # transformer blocks
-    width: int  # hidden width; the feed-forward layers are 4 × as wide
+    width: int  # hidden width
     heads: int  # attention heads
+    feed_forward: int | None = None  # width of the feed-forward layers; unset: 4 × `width`, as in the paper
+    activation: Activation = "quick_gelu"  # of the feed-forward layers; the paper's models have QuickGELU
+
+    @property
+    def feed_forward_width(self) -> int:
+        """Width of the feed-forward layers."""
+        return 4 * self.width if self.feed_forward is None else self.feed_forward
 
     @property
     def num_patches(self) -> int:
@@ -73,6 +84,19 @@ class ModelConfig:
     text: TextConfig
 
 
+def at_size(model: ModelConfig, image_size_px: int) -> ModelConfig:
+    """Return a model for images of another size, under the same name.
+
+    Raises:
+        ValueError: if the size is no multiple of a patch, or of a ResNet's cell of 32 pixels.
+    """
+    vision = model.vision
+    cell = vision.patch_size_px if isinstance(vision, VisionTransformerConfig) else 32
+    if image_size_px < cell or image_size_px % cell:
+        raise ValueError(f"an image size of {image_size_px} is not a multiple of {cell} pixels: choose one")
+    return replace(model, vision=replace(vision, image_size_px=image_size_px))
+
+
 RBT3 = TextConfig(layers=3, width=768, heads=12)
 ROBERTA_WWM_BASE = TextConfig(layers=12, width=768, heads=12)
 ROBERTA_WWM_LARGE = TextConfig(layers=24, width=1024, heads=16)
@@ -114,6 +138,36 @@ VIT_H_14 = ModelConfig(
     vision=VisionTransformerConfig(image_size_px=224, patch_size_px=14, layers=32, width=1280, heads=16),
     text=ROBERTA_WWM_LARGE,
 )
+# Beyond the paper: OpenCLIP's two largest image towers (Cherti et al. 2023; sizes from its configurations)
+# with the GELU that they were trained with, and the paper's largest text tower.
+VIT_G_14 = ModelConfig(
+    name="ViT-g-14",
+    embed_dim=1024,
+    vision=VisionTransformerConfig(
+        image_size_px=224,
+        patch_size_px=14,
+        layers=40,
+        width=1408,
+        heads=16,
+        feed_forward=6144,
+        activation="gelu",
+    ),
+    text=ROBERTA_WWM_LARGE,
+)
+VIT_BIGG_14 = ModelConfig(
+    name="ViT-bigG-14",
+    embed_dim=1280,
+    vision=VisionTransformerConfig(
+        image_size_px=224,
+        patch_size_px=14,
+        layers=48,
+        width=1664,
+        heads=16,
+        feed_forward=8192,
+        activation="gelu",
+    ),
+    text=ROBERTA_WWM_LARGE,
+)
 
 # Trained from scratch on a laptop: the demo and the emoji run. Without dropout, since their corpora are a few
 # thousand images and the augmentation already regularises.
@@ -143,5 +197,8 @@ TINY_VIT = ModelConfig(
 
 MODELS: dict[str, ModelConfig] = {
     config.name: config
-    for config in (RN50, VIT_B_32, VIT_B_16, VIT_L_14, VIT_L_14_336, VIT_H_14, TINY_RN, SMALL_VIT, TINY_VIT)
+    for config in (
+        *(RN50, VIT_B_32, VIT_B_16, VIT_L_14, VIT_L_14_336, VIT_H_14, VIT_G_14, VIT_BIGG_14),
+        *(TINY_RN, SMALL_VIT, TINY_VIT),
+    )
 }

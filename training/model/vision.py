@@ -28,17 +28,18 @@ def build_image_tower(config: VisionConfig, embed_dim: int) -> "ImageTransformer
 
 
 def _vision_transformer(config: VisionTransformerConfig, embed_dim: int) -> "ImageTransformer":
-    """Build timm's `vit_*_clip_quickgelu_*`, save that the projection has no bias, as in CLIP."""
+    """Build timm's `vit_*_clip_quickgelu_*`, or `vit_*_clip_*` with GELU; the projection has no bias."""
     tower = ImageTransformer(
         img_size=config.image_size_px,
         patch_size=config.patch_size_px,
         embed_dim=config.width,
         depth=config.layers,
         num_heads=config.heads,
+        mlp_ratio=(config.feed_forward_width + 0.5) / config.width,  # timm rounds the product down
         num_classes=embed_dim,
         pre_norm=True,
         norm_layer=partial(nn.LayerNorm, eps=1e-5),
-        act_layer="quick_gelu",
+        act_layer=config.activation,
     )
     projection = nn.Linear(config.width, embed_dim, bias=False)
     nn.init.normal_(projection.weight, std=config.width**-0.5)

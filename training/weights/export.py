@@ -42,7 +42,20 @@ def save_cn_clip(path: str, model: CLIP) -> None:
 
     The reference halves what it loads, so that there float32 weights come back rounded; here they do not. The
     same weights give the same bytes.
+
+    Raises:
+        ConfigError: for an image tower that cn_clip has no code for.
     """
+    vision = model.config.vision
+    if isinstance(vision, VisionTransformerConfig) and (vision.activation, vision.feed_forward) != (
+        "quick_gelu",
+        None,
+    ):
+        raise ConfigError(
+            f"{path}: cn_clip's ViT has QuickGELU and feed-forward layers of {4 * vision.width}, but"
+            f" {model.config.name} has {vision.activation} and {vision.feed_forward_width}: write another"
+            " format, such as safetensors"
+        )
     state = {f"module.{name}": tensor for name, tensor in state_for_file(model).items()}
     payload = {
         "epoch": 0,
@@ -152,13 +165,13 @@ def _hugging_face_config(config: ModelConfig) -> dict[str, Any]:
             "vision_config": {
                 "model_type": "chinese_clip_vision_model",
                 "hidden_size": vision.width,
-                "intermediate_size": 4 * vision.width,
+                "intermediate_size": vision.feed_forward_width,
                 "projection_dim": config.embed_dim,
                 "num_hidden_layers": vision.layers,
                 "num_attention_heads": vision.heads,
                 "image_size": vision.image_size_px,
                 "patch_size": vision.patch_size_px,
-                "hidden_act": "quick_gelu",
+                "hidden_act": vision.activation,
                 "layer_norm_eps": 1e-5,
                 "attention_dropout": 0.0,
             },

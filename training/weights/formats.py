@@ -17,7 +17,7 @@ from pipeline.core.files.foreign import foreign
 from pipeline.core.processes import say
 from pipeline.core.records import InputError
 from training.model.clip import CLIP
-from training.model.config import MODELS, ModelConfig, VisionTransformerConfig
+from training.model.config import MODELS, ModelConfig, VisionTransformerConfig, at_size
 from training.weights.hub.cache import is_snapshot
 from training.weights.hub.locate import local_path
 from training.weights.layouts import Layout, rename
@@ -25,6 +25,7 @@ from training.weights.said import read_object, read_said
 from training.weights.sizes import Said, infer_config, matching_towers
 from training.weights.tensor_files import METADATA_KEY, TensorFile, read_tensors
 from training.weights.weights import (
+    LOGIT_BIAS,
     build_empty,
     fill,
     misfits,
@@ -54,7 +55,6 @@ _WEIGHT_FILES = (
     "weights.safetensors",
 )
 _GIVE_WHOLE = "Give a whole Chinese CLIP model"
-_BIAS = "logit_bias"
 MAX_FACTOR = 100  # on cosines: training clamps the temperature there (section 2.2 of CLIP's paper)
 _LARGEST_LOGIT_SCALE = 88.0  # its exponential is the largest of float32
 _WEIGHT_ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
@@ -179,13 +179,10 @@ def resized(config: ModelConfig, image_size_px: int, origin: str) -> ModelConfig
     Raises:
         InputError: if patches do not divide it.
     """
-    vision = config.vision
-    cell = vision.patch_size_px if isinstance(vision, VisionTransformerConfig) else 32
-    if image_size_px < cell or image_size_px % cell:
-        raise InputError(
-            f"{origin}: an image size of {image_size_px} is not a multiple of {cell} pixels: choose one"
-        )
-    return replace(config, vision=replace(vision, image_size_px=image_size_px))
+    try:
+        return at_size(config, image_size_px)
+    except ValueError as error:
+        raise InputError(f"{origin}: {error}") from None
 
 
 def with_resized_positions(state: Mapping[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
@@ -240,7 +237,9 @@ def _of_file(
         own_config, metadata = read_header(origin, facts)
         said = said_of(own_config)
         if file.container == "safetensors":
-            return _checked(Weights(path, _OWN, file.tensors, (), own_config, metadata, said))
+            state = {name: tensor for name, tensor in file.tensors.items() if name != LOGIT_BIAS}
+            dropped = tuple(name for name in file.tensors if name not in state)
+            return _checked(Weights(path, _OWN, state, dropped, own_config, metadata, said))
         del facts[METADATA_KEY]  # in a .pt that this project wrote
     renamed = rename(file.tensors, origin)
     name = _FORMATS[renamed.layout]
@@ -282,9 +281,9 @@ def _checked(weights: Weights) -> Weights:
                 f" {MAX_FACTOR}, to which training clamps it; probabilities are"
                 " sharper than a Chinese CLIP's"
             )
-    if _BIAS in weights.dropped:
+    if LOGIT_BIAS in weights.dropped:
         remarks.append(
-            f"{_BIAS} is left out: these weights were trained with SigLIP's loss, whose bias changes no"
+            f"{LOGIT_BIAS} is left out: these weights were trained with SigLIP's loss, whose bias changes no"
             " ranking; probabilities by softmax are not those of its training"
         )
     return replace(weights, remarks=tuple(remarks))
@@ -293,9 +292,9 @@ def _checked(weights: Weights) -> Weights:
 def said_of(config: ModelConfig) -> Said:
     """Return what a whole configuration says of the towers."""
     vision = config.vision
-    heads = vision.heads if isinstance(vision, VisionTransformerConfig) else None
-    activation = "quick_gelu" if heads is not None else None
-    return Said(config.name, heads, config.text.heads, activation=activation)
+    if isinstance(vision, VisionTransformerConfig):
+        return Said(config.name, vision.heads, config.text.heads, activation=vision.activation)
+    return Said(config.name, None, config.text.heads)
 
 
 def _config_of(state: Mapping[str, torch.Tensor], origin: str, said: Said) -> ModelConfig | None:

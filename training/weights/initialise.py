@@ -14,8 +14,18 @@ from pipeline.core import store
 from pipeline.core.processes import say
 from pipeline.core.records import InputError
 from training.model.clip import CLIP
+from training.model.config import at_size
 from training.weights.formats import Weights, read_weights, with_resized_positions
-from training.weights.weights import Slot, fill, is_image_side, tensor_slots
+from training.weights.weights import (
+    LOGIT_BIAS,
+    Slot,
+    fill,
+    is_image_side,
+    load_checkpoint,
+    require_same_model,
+    state_for_file,
+    tensor_slots,
+)
 
 _SCALE = "logit_scale"
 
@@ -80,6 +90,24 @@ def initialise(
         )
         _take(weights, ours, state, remedy, outcomes, dropped)
     return [*outcomes.values(), *dropped]
+
+
+def continue_from(model: CLIP, path: str) -> None:
+    """Take over all weights of an earlier stage; position embeddings are interpolated to the model's images.
+
+    A bias of the sigmoid loss is taken over if both have one.
+
+    Raises:
+        InputError: if the file is damaged or holds another model.
+    """
+    earlier = load_checkpoint(path)
+    same_size = at_size(earlier.config, model.config.vision.image_size_px)
+    require_same_model(same_size, model.config, path)
+    slots, state = tensor_slots(model), with_resized_positions(state_for_file(earlier), model.config)
+    if not (LOGIT_BIAS in slots and LOGIT_BIAS in state):
+        slots.pop(LOGIT_BIAS, None)
+        state.pop(LOGIT_BIAS, None)
+    fill(slots, state, path, "Train the earlier stage again")
 
 
 def _require_heads(weights: Weights, side: Literal["image", "text"], heads: int | None, model: CLIP) -> None:

@@ -1,17 +1,18 @@
 """What the configuration next to weights says of them: heads and activation, which no shape shows."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast, get_args
 
 from pipeline.core import store
 from pipeline.core.files.foreign import foreign, parse_json
 from pipeline.core.records import InputError
+from training.model.config import Activation
 from training.weights.sizes import Said
 
 RESNET_TYPE = "chinese_clip_resnet"  # as training.model.modeling_chinese_clip_resnet has it
 _DAMAGED = "download the folder again"
 # What has to be so in a Hugging Face config.json for the features to be Chinese CLIP's.
-_FIXED_VISION = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+_FIXED_VISION = {"layer_norm_eps": 1e-5}
 _FIXED_TEXT = {"hidden_act": "gelu", "layer_norm_eps": 1e-12}
 # Of a tower whose config.json says nothing of them: transformers' defaults, of all three classes.
 _HUGGING_FACE_HEADS, _HUGGING_FACE_WIDTH = 12, 768
@@ -61,7 +62,7 @@ def _of_hugging_face(path: str) -> Said:
         return Said(text_heads=text_heads, text_width=text_width, image_size_px=size)
     image_heads, image_width = _heads(vision, path, "vision_config.")
     if kind == "clip":  # English: its text tower is left out
-        activation = str(vision.get("hidden_act", "quick_gelu"))[:40]
+        activation = _activation(vision, path, "English CLIPs have")
         return Said(image_heads=image_heads, image_width=image_width, activation=activation)
     _check(vision, _FIXED_VISION, path, "vision_config.")
     text_heads, text_width = _text_heads(settings, path)
@@ -70,7 +71,18 @@ def _of_hugging_face(path: str) -> Said:
         image_width=image_width,
         text_heads=text_heads,
         text_width=text_width,
-        activation="quick_gelu",
+        activation=_activation(vision, path, "Chinese CLIP has"),
+    )
+
+
+def _activation(vision: Mapping[str, Any], path: str, who: str) -> Activation:
+    found = vision.get("hidden_act", "quick_gelu")
+    for known in get_args(Activation):
+        if found == known:
+            return cast(Activation, known)
+    raise InputError(
+        f"{path}: vision_config.hidden_act is {str(found)[:80]!r}, but {who}"
+        f" {' or '.join(map(repr, get_args(Activation)))}: features differ"
     )
 
 
@@ -93,7 +105,7 @@ def _of_open_clip(path: str) -> Said:
             f"{path}: head_width {head_width} does not divide width {width}: the number of attention"
             f" heads of the image tower is unknown; {_DAMAGED}"
         )
-    activation = "quick_gelu" if settings.get("quick_gelu") else "gelu"
+    activation: Activation = "quick_gelu" if settings.get("quick_gelu") else "gelu"
     return Said(image_heads=width // head_width, image_width=width, activation=activation)
 
 

@@ -11,6 +11,7 @@ import torch
 from pipeline.core.records import InputError
 from training.model.config import (
     MODELS,
+    Activation,
     ModelConfig,
     ModifiedResNetConfig,
     TextConfig,
@@ -29,7 +30,7 @@ class Said:
     text_heads: int | None = None
     image_width: int | None = None  # that `image_heads` belong to
     text_width: int | None = None
-    activation: str | None = None  # of the image tower: quick_gelu or gelu
+    activation: Activation | None = None  # of the image tower
     image_size_px: int | None = None  # of a ResNet: its tensors show cells of 32 pixels only
 
     @property
@@ -147,7 +148,16 @@ def infer_vision(
         heads = {_PUBLISHED_HEADS[shapes.layers, shapes.width]}
     named_heads = named.heads if named is not None else None
     found = _heads("image", shapes.width, heads, named_heads, said.image_heads, origin)
-    return replace(shapes, heads=found)
+    return replace(shapes, heads=found, activation=_activation(shapes, said))
+
+
+def _activation(shapes: VisionTransformerConfig, said: Said) -> Activation:
+    """Return what a file says of a ViT's activation, else that of the known towers of its size."""
+    if said.activation is not None:
+        return said.activation
+    known = (one.vision for one in MODELS.values() if _fits(one.vision, shapes))
+    found = {one.activation for one in known if isinstance(one, VisionTransformerConfig)}
+    return "gelu" if found == {"gelu"} else "quick_gelu"
 
 
 def infer_text(
@@ -186,8 +196,15 @@ def _vision_shapes(state: Mapping[str, torch.Tensor]) -> VisionConfig | None:
     if "visual.positional_embedding" in state:
         width, patch = int(conv.shape[0]), int(conv.shape[-1])
         layers = _count(state, r"visual\.transformer\.resblocks\.(\d{1,4})\.")
+        between = state.get("visual.transformer.resblocks.0.mlp.c_fc.weight")
+        feed_forward = 4 * width if between is None or between.ndim != 2 else int(between.shape[0])
         return VisionTransformerConfig(
-            image_size_px=side * patch, patch_size_px=patch, layers=layers, width=width, heads=0
+            image_size_px=side * patch,
+            patch_size_px=patch,
+            layers=layers,
+            width=width,
+            heads=0,
+            feed_forward=None if feed_forward == 4 * width else feed_forward,
         )
     one, two, three, four = (_count(state, rf"visual\.layer{stage}\.(\d{{1,4}})\.") for stage in (1, 2, 3, 4))
     width = int(positions.shape[1])
@@ -212,7 +229,9 @@ def _text_shapes(state: Mapping[str, torch.Tensor]) -> TextConfig | None:
 def _fits(known: VisionConfig, shapes: VisionConfig) -> bool:
     """Return whether a known tower has these shapes at some resolution."""
     other = replace(known, image_size_px=shapes.image_size_px)
-    return (replace(other, heads=0) if isinstance(other, VisionTransformerConfig) else other) == shapes
+    if isinstance(other, VisionTransformerConfig) and isinstance(shapes, VisionTransformerConfig):
+        other = replace(other, heads=0, activation=shapes.activation)  # which no shape shows
+    return other == shapes
 
 
 def _count(names: Mapping[str, object], pattern: str) -> int:

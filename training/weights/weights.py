@@ -64,6 +64,8 @@ _VIT_LAYOUTS: dict[str, _Layout] = {
     "head.weight": (lambda tensor_DW: tensor_DW.T, lambda tensor_WD: tensor_WD.T),
 }
 
+LOGIT_BIAS = "logit_bias"  # only weights that the sigmoid loss trained have it
+
 MOST_LAYERS = 200  # of a tower, or of a stage of it: a name with more is no layer's
 _MOST_OF_A_SIZE = 1 << 24  # width, positions, pixels, words: of a header from elsewhere
 
@@ -84,7 +86,7 @@ def tensor_slots(model: CLIP) -> dict[str, Slot]:
     layouts = _VIT_LAYOUTS if is_vit else {}
     slots: dict[str, Slot] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if name == "logit_scale":
+        if name in ("logit_scale", LOGIT_BIAS):
             slots[name] = Slot(tensor, lambda tensor_1: tensor_1[0], lambda tensor_: tensor_.reshape(1))
         elif name.startswith("visual."):
             timm_name = name.removeprefix("visual.")
@@ -220,7 +222,11 @@ def save_checkpoint(path: str, model: CLIP, config: ModelConfig, metadata: Mappi
 
 def header_of(config: ModelConfig, metadata: Mapping[str, str]) -> str:
     """Return the JSON under METADATA_KEY in this project's files: configuration and metadata."""
-    header = {"config": dataclasses.asdict(config), "metadata": dict(metadata)}
+    sizes = dataclasses.asdict(config)
+    for key, paper in (("feed_forward", None), ("activation", "quick_gelu")):
+        if sizes["vision"].get(key) == paper:  # so that files of the paper's models keep their bytes
+            sizes["vision"].pop(key, None)
+    header = {"config": sizes, "metadata": dict(metadata)}
     return json.dumps(header, sort_keys=True, ensure_ascii=False)
 
 
@@ -244,9 +250,16 @@ def load_checkpoint(path: str, *, expected: ModelConfig | None = None) -> CLIP:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     remedy = "The file was not written by this version: train again"
     with torch.device("meta"):  # before memory is taken for sizes that a damaged header makes up
-        require_fit(tensor_slots(build_empty(config)), state, path, remedy)
-    model = build_empty(config)
+        require_fit(tensor_slots(_empty_for(config, state)), state, path, remedy)
+    model = _empty_for(config, state)
     fill(tensor_slots(model), state, path, remedy)
+    return model
+
+
+def _empty_for(config: ModelConfig, state: Mapping[str, torch.Tensor]) -> CLIP:
+    model = build_empty(config)
+    if LOGIT_BIAS in state:
+        model.add_logit_bias()
     return model
 
 

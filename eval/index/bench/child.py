@@ -18,9 +18,10 @@ import numpy as np
 from eval.features.layout import Side
 from eval.index.bench.timing import distances, reset_counts, time_batches, time_single
 from eval.index.build import fill, train
-from eval.index.device import Device, to_device
+from eval.index.device import Device, to_build, to_device
 from eval.index.embeddings import Embeddings
 from eval.index.files import read_limited, write_index
+from eval.index.metric import Metric
 from eval.index.tuning.parameters import set_parameters
 from eval.index.views import Centred, Vectors, mean_of, view_of
 from pipeline.core.files.foreign import parse_json
@@ -39,6 +40,7 @@ class Job:
     folder: str  # where the index and the results lie
     embeddings: str
     side: Side
+    metric: Metric | None  # as `Embeddings.open` takes it
     held_out: str | None  # .npy of the rows that are left out, ascending
     factory: str
     train_rows: int
@@ -57,14 +59,14 @@ def write_job(path: Path, job: Job) -> None:
 def build(job: Job) -> None:
     """Train and fill an index, and write it into the folder."""
     held_out = None if job.held_out is None else np.load(job.held_out)
-    vectors: Vectors = view_of(Embeddings.open(job.embeddings, side=job.side), held_out)
+    vectors: Vectors = view_of(Embeddings.open(job.embeddings, side=job.side, metric=job.metric), held_out)
     start = time.perf_counter()
     if job.centre:
         mean_D = mean_of(vectors, job.train_rows)
         np.save(Path(job.folder) / MEAN, mean_D)
         vectors = Centred(vectors, mean_D)
-    empty = train(vectors, job.factory, job.train_rows, job.device)
-    index = fill(empty, vectors, 0, vectors.num_rows, job.factory, job.device)
+    empty = train(vectors, job.factory, job.train_rows, to_build(job.device))
+    index = fill(empty, vectors, 0, vectors.num_rows, job.factory, to_build(job.device))
     seconds = time.perf_counter() - start
     num_bytes, _ = write_index(index, str(Path(job.folder) / INDEX))
     _say({"seconds": seconds, "num_bytes": num_bytes, "peak_bytes": _memory("VmHWM")})
@@ -82,8 +84,8 @@ def search(job: Job) -> None:
         set_parameters(index, parameters, job.device)
         queries_QD = queries[name]
         if job.do == "time":
-            speed, cpu_ms = time_batches(index, queries_QD, job.k, job.batch or len(queries_QD))
-            single = time_single(index, queries_QD, job.k)
+            speed, cpu_ms = time_batches(index.search, queries_QD, job.k, job.batch or len(queries_QD))
+            single = time_single(index.search, queries_QD, job.k)
             _say({"queries_per_second": speed, "cpu_ms": cpu_ms, "latencies_us": single})
             continue
         reset_counts()

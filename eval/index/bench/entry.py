@@ -72,6 +72,33 @@ class Entry:
         """Return all points in the order of the sweep."""
         return [self.keep(self.known[self.key(*wanted)]) for wanted in self.wanted]
 
+    def due(self, rounds: int) -> list[tuple[Asked, str]]:
+        """Return what was timed in fewer rounds."""
+        return [wanted for wanted in self.wanted if len(self.known[self.key(*wanted)].rounds) < rounds]
+
+    def missing(self, rounds: int) -> list[tuple[Asked, str]]:
+        """Return what has no recall yet, or is to be exported and has no rows."""
+        return [wanted for wanted in self.wanted if self._is_missing(rounds, *wanted)]
+
+    def _is_missing(self, rounds: int, each: Asked, setting: str) -> bool:
+        export, known = self._plan.export, self.known.get(self.key(each, setting))
+        if known is None:
+            return True
+        if export is None or self._found(each, setting).exists():
+            return False
+        return len(known.rounds) < rounds or not export.has(self.name, setting, each.queries)
+
+    def export(self) -> None:
+        """Write what each setting found with its speed, unless a run before did."""
+        export, vectors = self._plan.export, self._plan.vectors
+        for each, setting in self.wanted:
+            if export is not None and (path := self._found(each, setting)).exists():
+                export.write(self.known[self.key(each, setting)], each.queries, vectors, np.load(path))
+
+    def _found(self, each: Asked, setting: str) -> Path:
+        """Return the file of the rows that a setting found, until they are exported."""
+        return self._folder / f"found_{digest([self.facts[each.queries.name], setting])[:16]}.npy"
+
     def searched(self, missing: Sequence[tuple[Asked, str]]) -> Iterator[Point]:
         """Search the index in a process, and yield each point once its recall is known."""
         plan, vectors = self._plan, self._plan.vectors
@@ -84,6 +111,8 @@ class Entry:
                 assert process.stdin is not None
                 with contextlib.suppress(BrokenPipeError):  # it is gone; the next answer says why
                     print(file=process.stdin, flush=True)
+                if plan.export is not None:
+                    np.save(self._found(each, setting), found_QK)
                 k = plan.k
                 asking_QD, best_QK = each.queries.vectors_QD, found_QK[:, :k]
                 found = recall_of(vectors, asking_QD, best_QK, each.truth)
@@ -148,6 +177,7 @@ class Entry:
             folder=str(folder),
             embeddings=plan.path,
             side=plan.side,
+            metric=plan.embeddings.asked_metric,
             held_out=held_out,
             factory=self._factory,
             train_rows=plan.rows_to_train(self._factory),

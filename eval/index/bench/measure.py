@@ -43,13 +43,15 @@ def measure(plan: Plan, grid: Sequence[str], out: str | None, say: Callable[[str
         for place, factory in enumerate(grid):
             try:
                 entry = Entry(plan, factory, list(grid[:place]).count(factory), asked, folder)
-                _sweep(entry, results, say)
+                _sweep(plan.rounds, entry, results, say)
                 entries.append(entry)
             except InputError as error:
                 say(f"left out: {error}")
         if not entries:
             raise InputError("FAISS can build none of the grid's factory strings here")
         _time(plan.rounds, entries, results, say)
+        for entry in entries:
+            entry.export()
     measured = [result for entry in entries for result in entry.results()]
     exact = {
         each.queries.name: task for each in asked if (task := each.task_of(each.truth.rows_QK)) is not None
@@ -57,14 +59,16 @@ def measure(plan: Plan, grid: Sequence[str], out: str | None, say: Callable[[str
     return Measurement(with_gaps([result.point for result in measured]), measured, exact)
 
 
-def _sweep(entry: Entry, results: Results, say: Callable[[str], None]) -> None:
+def _sweep(rounds: int, entry: Entry, results: Results, say: Callable[[str], None]) -> None:
     """Measure the recall of all settings of an index that `results` does not have."""
     entry.take(results)
-    missing = [wanted for wanted in entry.wanted if entry.key(*wanted) not in entry.known]
+    missing = entry.missing(rounds)
     if not missing:
         say(f"{entry.name}: measured before")
         return
     for point in entry.searched(missing):
+        if point.key in entry.known:  # with its rounds; only the export lacked what it finds
+            continue
         say(f"{f'{point.name} {point.parameters}'.strip()}, {point.queries}: recall {point.recall:.3f}")
         results.add(entry.keep(point))
 
@@ -74,7 +78,7 @@ def _time(rounds: int, entries: Sequence[Entry], results: Results, say: Callable
     session = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S}Z {socket.gethostname()} {os.getpid()}"
     for number in range(rounds):
         for entry in entries if number % 2 == 0 else reversed(entries):
-            due = [wanted for wanted in entry.wanted if len(entry.known[entry.key(*wanted)].rounds) < rounds]
+            due = entry.due(rounds)
             for point in entry.timed(due, session, number) if due else ():
                 results.add(entry.keep(point))
             if due:

@@ -9,9 +9,11 @@ from eval.features.layout import Side
 from eval.index.bench.results import machine
 from eval.index.bench.task import K as TASK_K
 from eval.index.bench.task import Labels, ranks, task_recall
+from eval.index.bench.timing import check_timing
 from eval.index.build import rows_to_train
 from eval.index.device import Device, check_device
 from eval.index.embeddings import Embeddings
+from eval.index.formats.export import Export
 from eval.index.truth import Truth, check_truth, exact_neighbours, read_truth, write_truth
 from eval.index.tuning.queries import Queries
 from eval.index.views import Vectors, Without, view_of
@@ -29,7 +31,7 @@ class Plan:
 
     Raises:
         InputError: if there are fewer rows than k, besides those that are held out.
-        ConfigError: for fewer than 2 rounds, or an empty batch.
+        ConfigError: for fewer than 2 rounds, an empty batch, or centring for distances.
     """
 
     path: str  # of the features
@@ -45,13 +47,13 @@ class Plan:
     rounds: int = 7  # of timing
     labels: Labels | None = None
     truth_path: str | None = None  # a file with the exact neighbours of the only set of queries
+    export: Export | None = None  # also writes what each setting found
 
     def __post_init__(self) -> None:
         check_device(self.device)
-        if self.rounds < 2:
-            raise ConfigError(f"--rounds {self.rounds}: give at least 2, which tell the noise")
-        if self.batch is not None and self.batch < 1:
-            raise ConfigError(f"--batch {self.batch}: give at least 1")
+        check_timing(self.rounds, self.batch)
+        if self.centre and self.embeddings.metric == "l2":
+            raise ConfigError("--centre is for inner products; distances do not change when rows are moved")
         if not 0 < self.k <= self.vectors.num_rows:
             raise InputError(f"{self.path}: k = {self.k}, but there are {self.vectors.num_rows} rows")
 
@@ -81,6 +83,7 @@ class Plan:
             "num_rows": self.vectors.num_rows,
             "held_out": 0 if self.held_out is None else len(self.held_out),
             "dim": self.embeddings.dim,
+            "metric": self.embeddings.metric,
             "train_rows": self.rows_to_train(factory),
             "centred": self.centre,
             "device": self.device,
@@ -126,7 +129,9 @@ def ask(plan: Plan, queries: Queries, out: str | None, say: Callable[[str], None
     """Return a set of queries with its exact neighbours, from a file if there is one."""
     vectors, k = plan.vectors, plan.searched
     if plan.truth_path is not None:
-        truth = read_truth(plan.truth_path, num_queries=len(queries), num_rows=vectors.num_rows, k=k)
+        num_queries = int(queries.rows_Q.max()) + 1
+        truth = read_truth(plan.truth_path, num_queries=num_queries, num_rows=vectors.num_rows, k=k)
+        truth = truth.of(queries.rows_Q)
         check_truth(plan.truth_path, vectors, queries.vectors_QD, truth)
     else:
         held_out = None if plan.held_out is None else store.digest_bytes(plan.held_out.tobytes())

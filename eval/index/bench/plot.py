@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
-from eval.index.bench.points import PERCENTILES, Point
+from eval.index.bench.points import Point
+from eval.index.bench.timing import PERCENTILES
 
 _MARKS = "osD^vP*X<>ph"  # one for each index
 

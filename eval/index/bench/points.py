@@ -5,9 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
-
-from eval.index.bench.timing import Round
+from eval.index.bench.timing import PERCENTILES, Round, percentile_ms, spread_of
 from eval.index.build import new_index
 from eval.index.structure import quantised_bits
 from eval.index.tuning.suggest import num_lists
@@ -15,7 +13,6 @@ from eval.index.tuning.tune import Knobs, join_parameters
 from eval.metrics.bootstrap import Measured
 
 IN_DISTRIBUTION = "held-out"  # the queries with which others are compared
-PERCENTILES = (50, 95, 99)
 _SWEPT_REFINE = (1, 4, 16, 64)
 _SWEPT_BITS = (4, 8)  # of RaBitQ's queries: FAISS's default, and from where on recall stays
 
@@ -61,12 +58,7 @@ class Point:
     @property
     def spread(self) -> float | None:
         """Return half the middle half of the rounds' speeds as a share of the median, or None below 3."""
-        if len(self.rounds) < 3:
-            return None
-        low, _, high = statistics.quantiles(
-            [each.queries_per_second for each in self.rounds], method="inclusive"
-        )
-        return (high - low) / 2 / self.queries_per_second
+        return spread_of([each.queries_per_second for each in self.rounds])
 
     @property
     def cpu_ms(self) -> float | None:
@@ -75,10 +67,7 @@ class Point:
 
     def latency_ms(self, percentile: int) -> float | None:
         """Return a percentile of the milliseconds of single queries in all rounds, or None for too few."""
-        taken = [taken for each in self.rounds for taken in each.latencies_us]
-        if len(taken) * (100 - percentile) < 100:  # less than one query lies above
-            return None
-        return float(np.percentile(taken, percentile)) / 1000
+        return percentile_ms([taken for each in self.rounds for taken in each.latencies_us], percentile)
 
     def with_round(self, timed: Round) -> "Point":
         """Return the point with one round more."""

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from eval.index.bench.front import Noise
-from eval.index.bench.points import PERCENTILES, Point
+from eval.index.bench.points import Point
+from eval.index.bench.timing import PERCENTILES
 from eval.metrics.bootstrap import Measured
 from pipeline.core.text_table import align
 

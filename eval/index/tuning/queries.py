@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.features.layout import EMBEDDING_FOLDERS, Side, check_vectors
+from eval.features.layout import EMBEDDING_FOLDERS, Side
 from eval.features.model_identity import check_same_model
 from eval.index.embeddings import Embeddings
+from eval.index.formats.matrix import HDF5, is_vectors, suffix_of
+from eval.index.metric import prepared
 from eval.index.views import evenly_spaced, rows_without
 from pipeline.core import store
 from pipeline.core.arrays import Float32Array, Int64Array
@@ -54,10 +56,15 @@ def other_of(side: Side) -> Side:
 def other_side(path: str, side: Side) -> Side | None:
     """Return the side that asks an index of `side` of these features, or None if it was not embedded."""
     other = other_of(side)
-    if path.endswith(".npy"):
+    if is_vectors(path):
         return None
     names = store.list_files(store.join(path, EMBEDDING_FOLDERS[other]))
     return other if any(name.endswith(".npy") for name in names) else None
+
+
+def has_test(path: str) -> bool:
+    """Return whether a file of vectors has its own queries: the `test` of ann-benchmarks' HDF5 files."""
+    return suffix_of(path) in HDF5
 
 
 def queries_of_side(path: str, base: Embeddings, side: Side, count: int) -> Queries:
@@ -66,7 +73,7 @@ def queries_of_side(path: str, base: Embeddings, side: Side, count: int) -> Quer
     Raises:
         InputError: if there are none, or they do not fit the base.
     """
-    source = Embeddings.open(path, side=side)
+    source = Embeddings.open(path, side=side, metric=base.asked_metric)
     rows_Q = evenly_spaced(count, source.num_rows)
     name = f"{len(rows_Q):,} {side} features of {path}"
     return _fitting(base, Queries(side, name, source.rows(rows_Q), rows_Q), path)
@@ -78,7 +85,7 @@ def queries_of_file(path: str, base: Embeddings, base_path: str, count: int) -> 
     Raises:
         InputError: if they are of another model or do not fit the base.
     """
-    source = Embeddings.open(path)
+    source = Embeddings.open(path, metric=base.asked_metric, role="queries")
     check_same_model(base_path, base.model, source.model)
     rows_Q = evenly_spaced(count, source.num_rows)
     name = f"{len(rows_Q):,} features of {path}"
@@ -89,9 +96,9 @@ def queries_of_array(vectors_QD: Float32Array, base: Embeddings) -> Queries:
     """Return queries from memory.
 
     Raises:
-        InputError: if they are not unit-norm or do not fit the base.
+        InputError: if they are not unit-norm although the base is, or do not fit it.
     """
-    check_vectors(vectors_QD, "queries")
+    vectors_QD = prepared(vectors_QD, base.metric, "queries", normalise=base.normalises)
     name = f"{len(vectors_QD):,} queries given"
     return _fitting(base, Queries("given", name, vectors_QD, np.arange(len(vectors_QD))), "queries")
 
@@ -110,8 +117,8 @@ def choose_queries(path: str, base: Embeddings, side: Side, count: int, file: st
         raise ConfigError(
             f"--num-queries {count}: give at least 2, to tune on one half and measure on the other"
         )
-    if file is not None:
-        return queries_of_file(file, base, path, count)
+    if file is not None or has_test(path):
+        return queries_of_file(file or path, base, path, count)
     other = other_side(path, side)
     if other is not None:
         return queries_of_side(path, base, other, count)
@@ -136,7 +143,7 @@ def query_sets(
         count: queries of each set at most.
         wanted: names of sides, or held-out (default: the other side if it was embedded, and held-out with a
             tenth of the rows at most, if `keep` leaves some).
-        file: features to search for instead.
+        file: features to search for instead; an HDF5 file has its own, if no side is wanted.
         keep: rows of the base that no held-out set may take.
 
     Raises:
@@ -149,6 +156,8 @@ def query_sets(
         if wanted:
             raise ConfigError("--queries and --query-side exclude each other")
         return [queries_of_file(file, base, path, count)]
+    if has_test(path) and not wanted:
+        return [queries_of_file(path, base, path, count)]
     other = other_side(path, side)
     num_held_out = count
     if not wanted:

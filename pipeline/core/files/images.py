@@ -186,10 +186,19 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     width, height = image.size
     if image.format in ("TIFF", "JXL"):
         return width, height  # their decoders turn these themselves, and give their size as turned
+    return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
+
+
+def is_turned(image: Image.Image) -> bool:
+    """Return whether an opened image's EXIF tells to turn or mirror its pixels."""
+    return _orientation(image) in range(2, 9)
+
+
+def _orientation(image: Image.Image) -> int:
     orientation = 1
     with contextlib.suppress(Exception):
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    return (height, width) if orientation in (5, 6, 7, 8) else (width, height)
+    return orientation
 
 
 def upright(image: Image.Image, layout: str | None = None) -> Image.Image:

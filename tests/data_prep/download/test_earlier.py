@@ -10,6 +10,7 @@ import pytest
 
 from data_prep.download import stage as download
 from data_prep.download.config import DownloadConfig
+from data_prep.rules.copies import Marks
 from pipeline import runner
 from pipeline.core.records import ConfigError
 from pipeline.core.run import Run, read_manifest
@@ -62,6 +63,17 @@ def test_new_rows_alone_are_asked_for(
     assert not Path(again.folder, "download", "earlier").exists()
     assert runner.execute(again, again.stages, redo=False) == 0
     assert runner.verify(again, again.stages) == []
+
+
+def test_images_of_a_build_that_did_not_mark_them_are_marked_now(
+    whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in Path(whole.folder, "download", "pictures").glob("*.parquet"):
+        pl.read_parquet(path).drop(*Marks._fields).write_parquet(path)
+    asked = fake_web(monkeypatch, give)
+    again = execute(load(tmp_path / "b", config=DownloadConfig(reuse=(whole.folder,))))
+    assert asked == []
+    assert shard_bytes(again) == shard_bytes(whole)
 
 
 def test_fewer_rows_ask_for_nothing(first: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

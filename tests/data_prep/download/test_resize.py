@@ -7,9 +7,11 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
+from data_prep.download.jpeg import plain_jpeg
 from data_prep.download.resize import UprightResizer
+from data_prep.rules.copies import marks_of
 from pipeline.core.files.images import BadImageError, decode_upright
 from tests.helpers.encoded_images import encode, four_colours, png16, sixteen_bits
 
@@ -209,3 +211,69 @@ def test_scaled_decode_leaves_other_pictures_alone() -> None:
         assert resizer(io.BytesIO(data)) == UprightResizer(96, MAX_PIXELS, 95)(io.BytesIO(data))
     assert resizer(io.BytesIO(encode(four_colours((400, 384)), "PNG")))[1:5] == (100, 96, 400, 384)
     assert resizer(io.BytesIO(JPEG[:-30]))[5].startswith("truncated: ")
+
+
+def _exif(orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif.tobytes()
+
+
+PLAIN = encode(four_colours((90, 60)), "JPEG", quality=80)
+PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+ADOBE = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00"  # and the transform: 1 is YCbCr
+
+
+@pytest.mark.parametrize("side", [60, 96])
+@pytest.mark.parametrize(
+    "data",
+    [
+        PLAIN,
+        encode(four_colours((90, 60)), "JPEG", quality=80, exif=_exif(1)),
+        encode(four_colours((90, 60)), "JPEG", quality=80, icc_profile=PROFILE, comment=b"who"),
+        PLAIN[:2] + ADOBE + b"\x01" + PLAIN[2:],
+        PLAIN + b"trailing \xff\xd9 bytes",
+    ],
+    ids=["plain", "exif", "profile", "adobe", "trailing"],
+)
+def test_an_upright_jpeg_that_is_not_too_large_keeps_its_bytes(data: bytes, side: int) -> None:
+    stored, *sizes, error = UprightResizer(side, MAX_PIXELS, 95)(io.BytesIO(data))
+    assert (stored, sizes, error) == (PLAIN, [90, 60, 90, 60], None)
+    assert stored.marks == marks_of(np.asarray(decode_upright(data)))
+
+
+def test_a_progressive_jpeg_keeps_its_bytes() -> None:
+    data = encode(four_colours((90, 60)), "JPEG", quality=80, progressive=True, subsampling=2)
+    assert UprightResizer(96, MAX_PIXELS, 95)(io.BytesIO(data))[0] == data
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encode(four_colours((90, 60)), "JPEG", exif=_exif(6)),
+        encode(four_colours((90, 60)).convert("L"), "JPEG"),
+        encode(four_colours((90, 60)).convert("CMYK"), "JPEG"),
+        encode(four_colours((90, 60)), "JPEG", keep_rgb=True),
+        PLAIN[:2] + ADOBE + b"\x00" + PLAIN[2:],
+        PLAIN[:2] + b"\xff" + PLAIN[2:],  # a byte of padding that decoders skip
+        encode(four_colours((90, 60)), "PNG"),
+        encode(four_colours((300, 97)), "JPEG"),
+    ],
+    ids=["turned", "grey", "cmyk", "rgb", "rgb by adobe", "padded", "png", "too large"],
+)
+def test_other_images_are_encoded(data: bytes) -> None:
+    stored, width, height, *_ = UprightResizer(96, MAX_PIXELS, 95)(io.BytesIO(data))
+    assert stored != data
+    assert plain_jpeg(stored) == stored
+    shown = decode_upright(data).resize((width, height), Image.Resampling.LANCZOS)
+    assert _difference(Image.open(io.BytesIO(stored)), shown) < 6
+
+
+def test_what_is_no_whole_jpeg_is_not_kept() -> None:
+    for end in range(len(PLAIN)):
+        assert plain_jpeg(PLAIN[:end]) is None
+    assert plain_jpeg(PLAIN) == PLAIN
+    comment = b"\xff\xfe\x00\x02"
+    assert plain_jpeg(PLAIN[:2] + 900 * comment + PLAIN[2:]) == PLAIN
+    assert plain_jpeg(PLAIN[:2] + 1000 * comment + PLAIN[2:]) is None
+    assert plain_jpeg(PLAIN[:2] + b"\xff\xfe\x00\x01" + PLAIN[2:]) is None

@@ -276,14 +276,14 @@ def cut_tar(monkeypatch: pytest.MonkeyPatch, partition: str) -> None:
 
 def fail_judging(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     """Let the judge of images stumble over one of them."""
-    read = filter_image.ByteRangePool.read
+    publish = filter_image.publish_judged
 
-    def stumble(self: Any, name: str, offset: int, size: int, label: str) -> bytes:
-        if label == f"{key}.jpg":
+    def stumble(context: Any, task: Any, kept: pl.DataFrame, *rest: Any) -> Any:
+        if key in kept["key"]:
             raise ValueError("a parser that never met such bytes")
-        return read(self, name, offset, size, label)
+        return publish(context, task, kept, *rest)
 
-    monkeypatch.setattr(filter_image.ByteRangePool, "read", stumble)
+    monkeypatch.setattr(filter_image, "publish_judged", stumble)
 
 
 @pytest.mark.parametrize("stage", ["download", "filter_image"])

@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import numpy.typing as npt
+import polars as pl
 import pytest
 from PIL import Image, ImageDraw
 
@@ -26,7 +27,8 @@ from tests.helpers.hash_distances import nearest_hash_distances
     ],
 )
 def test_size_at_the_boundaries(size_px: tuple[int, int], reason: str | None) -> None:
-    assert image_rules.size(*size_px, min_side_px=16, max_aspect=5.0) == reason
+    row = pl.DataFrame([size_px], schema=["width_px", "height_px"], orient="row")
+    assert row.select(image_rules.size(min_side_px=16, max_aspect=5.0)).item() == reason
 
 
 def _picture(colour: str = "red", background: str = "white", place: int = 30) -> Image.Image:

@@ -110,7 +110,7 @@ def test_images_kept_as_uint8_come_back_bit_for_bit() -> None:
     image_BCHW = preprocess([png_bytes(seed, 37) for seed in range(4)], 32)
     pixels = embed._to_uint8(image_BCHW)
     assert pixels.dtype == np.uint8
-    assert torch.equal(embed._from_uint8(pixels), image_BCHW)
+    assert torch.equal(embed._from_uint8(pixels, torch.device("cpu")), image_BCHW)
 
 
 def test_a_model_that_diverged_and_a_broken_image_are_named(folder: Path, tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ def test_ground_truth_from_a_file(features: Path, tmp_path: Path, capsys: pytest
     exact_QK[:, 0] = 5
     np.insert(exact_QK, 0, 10, axis=1).astype("<i4").tofile(tmp_path / "truth.ivecs")
     assert command_line.main(words) == 1
-    assert "are not in the order of inner products" in capsys.readouterr().err
+    assert "are not in the order of their scores" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ def test_a_gpu_builds_what_the_processor_searches(features: str, tmp_path: Path)
     assert np.mean(found_QK == expected_QK) > 0.99
     words = ["bench-index", features, "--grid", "Flat;IVF16,SQ8", "--device", "gpu", "--num-queries", "50"]
     assert command_line.main(words) == 0
+    assert command_line.main([*words[:-3], "gpu-shards", *words[-2:]]) == 0
     with pytest.raises(InputError, match="FAISS has no 'HNSW32' for GPUs"):
         build_parts(
             embeddings, str(tmp_path / "no"), factory="HNSW32", rows_per_part=4000, train_rows=4000,
@@ -47,10 +48,14 @@ def test_a_gpu_builds_what_the_processor_searches(features: str, tmp_path: Path)
 def test_a_gpu_that_is_not_there_is_said(
     features: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for words in (["index", features, str(tmp_path / "out")], ["bench-index", features]):
-        assert command_line.main([*words, "--device", "gpu"]) == 2
+    for words in (
+        ["index", features, str(tmp_path / "out"), "--device", "gpu"],
+        ["bench-index", features, "--device", "gpu"],
+        ["bench-index", features, "--device", "gpu-shards"],
+    ):
+        assert command_line.main(words) == 2
         error = capsys.readouterr().err
-        assert error.startswith("error: --device gpu: ")
+        assert error.startswith(f"error: --device {words[-1]}: ")
         assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="--device gpu"):

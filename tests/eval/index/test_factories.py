@@ -198,7 +198,7 @@ def test_the_worst_first_is_seen_whatever_an_index_says_of_itself(rows: npt.NDAr
 
     assert "the worst comes first" in reason(Reversed())
     assert "of the way from random rows" in reason(Negated())
-    assert "off the inner products" in reason(Scaled())
+    assert "off the exact ones" in reason(Scaled())
     flat = faiss.IndexFlatIP(DIM)
     flat.add(rows)
     assert reason(flat) == "None"

@@ -110,7 +110,7 @@ def test_files_hold_what_was_found(tmp_path: Path) -> None:
         read = read_truth(path, num_queries=8, num_rows=100, k=5)
         assert np.array_equal(read.rows_QK, truth.rows_QK[:8])  # all neighbours of the first queries
         check_truth(path, embeddings, queries[:8], read)
-        with pytest.raises(InputError, match=r"not in the order of inner products"):
+        with pytest.raises(InputError, match=r"not in the order of their scores"):
             check_truth(path, embeddings, unit_rows(8, seed=2), read)
         with pytest.raises(InputError, match="6 neighbours of 9 queries, but 7 of 9"):
             read_truth(path, num_queries=9, num_rows=100, k=7)

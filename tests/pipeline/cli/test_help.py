@@ -184,7 +184,7 @@ def test_completion_is_installed_for_the_shell_that_asks(tmp_path: Path) -> None
     ("line", "found"),
     [
         ("cnclip st", {"status"}),
-        ("cnclip plan paper_", {"paper_corpus", "paper_corpus_336"}),
+        ("cnclip plan paper_", {"paper_corpus", "paper_corpus_336", "paper_corpus_larger"}),
         ("cnclip plan demo --hard", {"--hardware"}),
         ("cnclip export runs/a --to l", {"lmdb"}),
         ("cnclip run demo --m", set()),  # hidden

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli import main
-from training.flops import image_forward
+from training.flops import image_forward, text_forward
 from training.model.config import MODELS
 
 
@@ -31,13 +31,32 @@ def test_every_stage_of_every_model_of_the_paper(capsys: pytest.CaptureFixture[s
     assert said.count("does not divide") == 2
 
 
+def test_models_beyond_the_paper(capsys: pytest.CaptureFixture[str]) -> None:
+    said = plan(capsys, "larger", "--hardware", "H100")
+    rows = [line.split() for line in said.splitlines()[1:5]]
+    assert [row[:2] for row in rows] == [
+        [model, stage] for model in ("ViT-g-14", "ViT-bigG-14") for stage in ("stage1", "stage2")
+    ]
+    huge = [line.split() for line in plan(capsys, "pretrain", "--hardware", "H100").splitlines()[8:10]]
+    assert [row[4] for row in rows] == 2 * [row[4] for row in huge]
+    used = [line.split()[10] for line in said.splitlines()[7:11]]
+    for row, share in zip(rows, used, strict=True):
+        text = 3 * text_forward(MODELS[row[0]].text, 22)
+        flops = text + image_forward(MODELS[row[0]]) * (1 if row[1] == "stage1" else 3)
+        days = flops * int(row[4].replace(",", "")) * 32_768 / 989e12 / 86_400
+        assert float(row[9]) == pytest.approx(days / (float(share.rstrip("%")) / 100), rel=0.02)
+    assert "does not divide" not in said
+    assert main(["plan", "larger", "--set", "stage1.epochs=2"]) == 2
+    assert "larger is a fixed recipe without settings to override" in capsys.readouterr().err
+
+
 def test_the_hardware_counts(capsys: pytest.CaptureFixture[str]) -> None:
     def days(*words: str) -> float:
         return float(plan(capsys, "pretrain", *words).splitlines()[1].split()[9].replace(",", ""))
 
-    # two devices, one of 2.5 times the other's peak, at a fifth of the utilisation
-    assert days("--hardware", "V100", "--utilisation", "0.08") == pytest.approx(
-        days("--hardware", "A100", "--utilisation", "0.4") * 312 / 125 * 5, rel=0.02
+    # two devices, one of 2.5 times the other's peak, at a fifth of a utilisation that lets nothing else count
+    assert days("--hardware", "V100", "--utilisation", "0.0008") == pytest.approx(
+        days("--hardware", "A100", "--utilisation", "0.004") * 312 / 125 * 5, rel=0.02
     )
     half = days("--samples", "100000000")
     assert days() == pytest.approx(2 * half, rel=0.02)
@@ -128,7 +147,7 @@ def test_finetuning(capsys: pytest.CaptureFixture[str]) -> None:
     said = plan(capsys, "finetune", "--hardware", "H100")
     assert len([line for line in said.splitlines() if line.startswith("ViT-B-16 ")]) == 4 + 2
     days = [line.split()[9:11] for line in said.splitlines() if line.startswith("RN50  ")]
-    assert days[:2] == [["24.5min", "45.9s"], ["7.3min", "13.6s"]]  # no day has to be read as 0.0
+    assert days[:2] == [["29.8min", "55.9s"], ["8.8min", "16.5s"]]  # no day has to be read as 0.0
     assert "ViT-B-16 coco-cn: unknown number of pairs; give --samples" in said
 
 
@@ -189,7 +208,7 @@ def test_a_run_shows_its_training_where_hardware_is_given(capsys: pytest.Capture
         (("--memory", "nan"), "--memory nan: must be greater than 0 GiB"),
         (("--tokens", "2"), "--tokens 2: must be from 3 ([CLS], one, [SEP]) to 52"),
         (("--tokens", "53"), "--tokens 53: must be from 3"),
-        (("--set", "stage1.epochs=3"), "--set stage1.epochs=3: pretrain is the paper's"),
+        (("--set", "stage1.epochs=3"), "--set stage1.epochs=3: pretrain is a fixed recipe"),
         (("--samples", "0"), "--samples 0: must be greater than 0"),
     ],
 )

@@ -14,6 +14,7 @@ from tests.helpers.rank_processes import run_ranks
 from tests.helpers.train_jobs import make_job, train_rank
 from training.checkpoint import checkpoint
 from training.checkpoint.checkpoint import Checkpoint, TrainState
+from training.checkpoint.host_memory import HostMemory
 from training.config.job import TrainJob
 
 IDENTITY = {"model": "small-vit", "crop_area": (0.9, 1.0)}
@@ -33,18 +34,16 @@ def save(
     ranked: Mapping[int, list[int]] | None = None,
 ) -> None:
     """`ranked`: what a checkpoint may end with, best first, by its step."""
-    metrics = root.parent / "metrics.jsonl"
 
     def rank_steps(found: Checkpoint) -> list[int]:
         return (ranked or {}).get(found.step, [])
 
     for step in steps:
-        metrics.write_text(f"{step}\n")
         checkpoint.save(
             str(root),
             make_state(step),
             IDENTITY,
-            str(metrics),
+            b"%d\n" % step,
             keep=keep,
             damaged=damaged,
             rank_steps=rank_steps,
@@ -184,8 +183,8 @@ def held_at_saves(job: TrainJob) -> list[tuple[int, int]]:
     """How many weights and moments a rank holds when checkpoints are put together."""
     gather, held = checkpoint.gather_state, []
 
-    def counted(engine: Any, step: int) -> TrainState:
-        state = gather(engine, step)
+    def counted(engine: Any, step: int, memory: HostMemory) -> TrainState:
+        state = gather(engine, step, memory)
         held.append((len(state.weights), len(state.moments)))
         return state
 
@@ -215,9 +214,9 @@ def train_into_a_limit(job: TrainJob, limit_bytes: int) -> str:
 
     write = pretrain.write_model
 
-    def limited(*arguments: Any) -> None:
+    def limited(*arguments: Any, **more: Any) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, resource.RLIM_INFINITY))
-        write(*arguments)
+        write(*arguments, **more)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrain, "write_model", limited)

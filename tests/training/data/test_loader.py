@@ -117,7 +117,9 @@ def make_reader(
     augment: AugmentConfig = NO_CHANGE,
 ) -> WholeBatches:
     order = make_order([shard.num_samples for shard in shards], lanes=num_lanes, batch=4 * num_lanes)
-    captions = CaptionConfig(column="caption", context_length=16, token_folder=str(folder / "tokens"), seed=0)
+    captions = CaptionConfig(
+        weights={"caption": 1.0}, context_length=16, token_folder=str(folder / "tokens"), seed=0
+    )
     reader = BatchReader(shards, order, Tokenizer(VOCABULARY), captions, lanes=lanes)
     paths = [shard.path for shard in shards]
     views = ViewConfig(paths=paths, image_size_px=32, augment=augment, seed=0, open_shards=reader.open_shards)
@@ -188,7 +190,11 @@ def test_shards_at_a_url_read_the_same(tmp_path: Path) -> None:
 
 
 def read_table(shard: Shard, folder: Path, tokenizer: Tokenizer | None = None, **changes: Any) -> Any:
-    options: dict[str, Any] = {"caption_column": "caption", "context_length": 16, "token_folder": str(folder)}
+    options: dict[str, Any] = {
+        "caption_weights": {"caption": 1.0},
+        "context_length": 16,
+        "token_folder": str(folder),
+    }
     return read_shard_table(shard, tokenizer or Tokenizer(VOCABULARY), **options | changes)
 
 
@@ -199,7 +205,7 @@ def test_token_ids_are_made_once_for_a_vocabulary(tmp_path: Path, capsys: pytest
     again = read_table(shard, tokens, tokenizer)
     assert tokenizer.calls == 1
     np.testing.assert_array_equal(first.token_ids, again.token_ids)
-    read_table(shard, tokens, tokenizer, caption_column="caption_en")
+    read_table(shard, tokens, tokenizer, caption_weights={"caption_en": 1.0})
     read_table(shard, tokens, CountingTokenizer([*VOCABULARY, "新"]))
     assert len(list(tokens.iterdir())) == 3
     for file in tokens.iterdir():
@@ -236,7 +242,7 @@ def test_damaged_or_foreign_shards_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"00000.parquet: 6 rows, but its manifest says 7 samples"):
         read_table(dataclasses.replace(shard, num_samples=7), tmp_path)
     with pytest.raises(InputError, match=r"00000.parquet: has no column title, .* it has key, caption,"):
-        read_table(shard, tmp_path, caption_column="title")
+        read_table(shard, tmp_path, caption_weights={"title": 1.0})
     with pytest.raises(InputError, match=r"row .: the image lies outside the tar of 3000 bytes"):
         read_table(dataclasses.replace(shard, num_bytes=3000), tmp_path)
     sidecar.write_bytes(whole[: len(whole) // 2])
@@ -317,3 +323,37 @@ def test_of_several_captions_each_epoch_draws_one_whatever_the_ranks(tmp_path: P
         assert drawn <= {row[row != 0].tobytes() for row in tokens}
     both = [key for key in seen if len(set(of_key[key])) > 1]
     assert sum(len(seen[key]) for key in both) > 1.5 * len(both) > 0
+
+
+def test_columns_of_captions_are_drawn_by_weight(tmp_path: Path) -> None:
+    """A sample without a caption in one has the others; where there is one column, nothing changes."""
+    (shard,) = write_shards(tmp_path, [40])
+    path = sidecar_of(shard.path)
+    table = pq.read_table(path)
+    english = pa.array([("红" if row % 4 else [None, ""][row // 4 % 2]) for row in range(40)], pa.string())
+    keywords = pa.array([["蓝", "绿"] if row % 2 else None for row in range(40)], pa.list_(pa.string()))
+    table = table.append_column("title", english).append_column("tag", english)
+    pq.write_table(table.append_column("tags", keywords), path)
+    weights = {"caption": 3.0, "title": 1.0, "tag": 2.0}
+    read = read_table(shard, tmp_path, caption_weights=weights)
+    ids = Tokenizer(VOCABULARY).encode(["红", "蓝", "绿"], 3)[:, 1]
+    drawn = np.stack([read.drawn_captions(np.arange(40), 5, np.full(40, epoch)) for epoch in range(200)])
+    is_short = read.num_tokens[drawn] == 3
+    first_id = read.token_ids[read.token_starts[drawn] + 1]
+    title, blue, green = ((first_id == one) & is_short for one in ids)
+    row = np.arange(40)
+    both, listed = row % 4 > 0, row % 2 == 1
+    share = {"title": title.mean(0), "blue": blue.mean(0), "green": green.mean(0)}
+    np.testing.assert_allclose(share["title"][both & listed].mean(), 1 / 6, atol=0.02)
+    np.testing.assert_allclose(share["blue"][both & listed].mean(), 2 / 6 / 2, atol=0.02)
+    np.testing.assert_allclose(share["green"][both & listed].mean(), 2 / 6 / 2, atol=0.02)
+    np.testing.assert_allclose(share["title"][both & ~listed].mean(), 3 / 6, atol=0.03)  # title and tag alike
+    assert not (title | blue | green)[:, ~both].any()
+    alone = read_table(shard, tmp_path)
+    np.testing.assert_array_equal(alone.drawn_captions(row, 5, row), row)
+    lacking = table.set_column(table.column_names.index("caption"), "caption", english)
+    pq.write_table(lacking, path)
+    with pytest.raises(
+        InputError, match=r"00000.parquet: row 0 has no caption in any of the columns caption"
+    ):
+        read_table(shard, tmp_path, caption_weights={"caption": 1.0, "title": 1.0})

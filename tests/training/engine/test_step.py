@@ -101,7 +101,7 @@ def test_a_step_waits_for_nothing(tmp_path: Path) -> None:
         {"deepspeed": "zero1", "exclude_duplicates": True},
         {"deepspeed": "zero1_autocast", "micro_batch": 3, "max_gradient_norm": 0.1},
         {"deepspeed": "zero1_bf16", "checkpoint_activations": True},
-        {"deepspeed": "zero2_bf16", "micro_batch": 3},
+        {"deepspeed": "zero2_bf16", "micro_batch": 3, "loss": "sigmoid", "several_positives": True},
         {"deepspeed": "zero0", "model": "small-rn", "max_gradient_norm": 0.1},
         {"deepspeed": "zero1", "branches": True},
     ]

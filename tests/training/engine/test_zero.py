@@ -17,12 +17,23 @@ from tests.helpers.rank_processes import run_ranks
 from tests.helpers.shard_files import VOCABULARY
 from tests.helpers.train_jobs import make_job, small_models, train_rank
 from training.config.job import TrainJob
-from training.model.clip import build_clip
+from training.model.clip import INITIAL_LOGIT_BIAS, build_clip
+from training.weights.formats import read_weights
 from training.weights.weights import load_checkpoint, save_checkpoint
 
 STEPS = 20
 # Root mean square of a weight's gradients; below, they are rounding, and Adam steps as far on that as on any.
 NOISE = 1e-6
+
+
+def bias_at_the_start(job: TrainJob) -> float | None:
+    from training.model.config import MODELS
+    from training.model.tokenizer import Tokenizer
+    from training.pretrain import build_model
+
+    MODELS.update(small_models(dropout=0.0))
+    bias = build_model(job, Tokenizer.load(job.vocabulary)).logit_bias
+    return None if bias is None else bias.item()
 
 
 def job_of_20_steps(folder: Path, run: str, **changes: Any) -> TrainJob:
@@ -82,8 +93,16 @@ def train_plainly(job: TrainJob) -> Plain:
         batch = batches.read(step)
         image_BD = clip.encode_image((batch.image.float() / 255 - mean) / std)
         logits = clip.logit_scale.exp() * image_BD @ clip.encode_text(batch.tokens_BL).T
-        target = torch.arange(len(logits))
-        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        if config.loss == "sigmoid":
+            assert clip.logit_bias is not None
+            is_positive = (batch.image_id_B[:, None] == batch.image_id_B) | (
+                batch.caption_id_B[:, None] == batch.caption_id_B
+            )
+            sign = torch.where(is_positive, 1.0, -1.0)
+            loss = -F.logsigmoid(sign * (logits + clip.logit_bias)).sum() / len(logits)
+        else:
+            target = torch.arange(len(logits))
+            loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         adam.param_groups[0]["lr"] = adam.param_groups[1]["lr"] = learning_rate(step, STEPS, config)
         adam.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -154,6 +173,28 @@ def test_twenty_steps_are_those_of_plain_pytorch(
 
 
 @pytest.mark.parametrize(
+    ("deepspeed", "micro_batch"), [("zero1", 3), pytest.param("zero3", None, marks=pytest.mark.slow)]
+)
+def test_the_sigmoid_loss_learns_its_bias(tmp_path: Path, deepspeed: str, micro_batch: int | None) -> None:
+    """Also with several positives; a later stage starts with the bias, and other readers leave it out."""
+    changes: dict[str, Any] = {"loss": "sigmoid", "several_positives": True}
+    plain = train_plainly(job_of_20_steps(tmp_path, "plain", **changes))
+    job = job_of_20_steps(tmp_path, "run", deepspeed=deepspeed, ranks=2, micro_batch=micro_batch, **changes)
+    run_ranks(train_without_dropout, 2, job)
+    assert_as_plain(job, plain)
+    bias = load_checkpoint(job.output_model).logit_bias
+    assert bias is not None
+    assert abs(bias.item() - INITIAL_LOGIT_BIAS) > 1e-4
+    next_stage = dataclasses.replace(job, start_checkpoint=job.output_model)
+    softmax = dataclasses.replace(next_stage, config=dataclasses.replace(job.config, loss="softmax"))
+    assert run_ranks(bias_at_the_start, 1, next_stage) == [bias.item()]
+    assert run_ranks(bias_at_the_start, 1, softmax) == [None]
+    weights = read_weights(job.output_model)
+    assert weights.dropped == ("logit_bias",)
+    assert weights.problems() == {}
+
+
+@pytest.mark.parametrize(
     ("deepspeed", "micro_batch"),
     [
         ("zero1_autocast", None),
@@ -194,6 +235,18 @@ def train_at(job: TrainJob, names: tuple[str, ...]) -> list[list[float]]:
         train_without_dropout(one)
         found.append(losses(one))
     return found
+
+
+@pytest.mark.slow
+def test_a_twin_of_vit_bigg_trains_at_every_stage(tmp_path: Path) -> None:
+    """Weights and gradients distributed, with GELU and feed-forward layers that are not 4 × as wide."""
+    changes: dict[str, Any] = {"ranks": 2, "epochs": 1, "micro_batch": 4, "validate_every_steps": 0}
+    job = job_of_20_steps(tmp_path, "run", model="twin-ViT-bigG-14", checkpoint_activations=True, **changes)
+    whole, *sharded, bf16 = run_ranks(train_at, 2, job, ("zero0", "zero1", "zero3", "zero3_bf16"))[0]
+    assert whole[-1] < whole[0]
+    for found in sharded:
+        np.testing.assert_allclose(found, whole, atol=1e-5)
+    np.testing.assert_allclose(bf16, whole, atol=0.1)
 
 
 def test_gradients_are_clipped_as_deepspeed_clips_them(tmp_path: Path, plain: Plain) -> None:

@@ -1,6 +1,6 @@
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from open_clip.loss import SigLipLoss
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,8 +16,10 @@ from tests.helpers.rank_processes import run_ranks
 from training.losses import contrastive as loss_module
 from training.losses import tiles
 from training.losses.contrastive import contrastive_loss
+from training.losses.sigmoid import sigmoid_loss
 
 N, D = 22, 8
+BIAS = -3.0  # of the sigmoid loss
 
 
 def make_inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -28,34 +31,64 @@ def make_inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Ten
     return image.to(dtype), text.to(dtype), scale, image_id, caption_id
 
 
-def plain_loss(image: Tensor, text: Tensor, scale: Tensor, shares: Tensor | None) -> Tensor:
-    """The formula with its N × N matrix."""
-    logits = scale.exp() * F.normalize(image, dim=1) @ F.normalize(text, dim=1).T
-    if shares is not None:
-        logits = logits.masked_fill(shares & ~torch.eye(N, dtype=torch.bool), -torch.inf)
-    target = torch.arange(N)
+# What pairs that share an image or a caption are to each other.
+Sharing = Literal["negatives", "left out", "positives"]
+SHARING: tuple[Sharing, ...] = get_args(Sharing)
+
+
+def plain_loss(image: Tensor, text: Tensor, scale: Tensor, shares: Tensor, sharing: Sharing) -> Tensor:
+    """The formula with its N × N matrix, of unit-norm features."""
+    logits = scale.exp() * image @ text.T
+    target = torch.eye(len(image), dtype=logits.dtype)
+    if sharing == "positives":
+        target = shares.to(logits.dtype) / shares.sum(1, keepdim=True)
+    if sharing == "left out":
+        logits = logits.masked_fill(shares & (target == 0), -torch.inf)
+        target = torch.arange(len(image))
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def plain_sigmoid_loss(
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, shares: Tensor, sharing: Sharing
+) -> Tensor:
+    """The formula with its N × N matrix, of unit-norm features."""
+    logits, same = scale.exp() * image @ text.T + bias, torch.eye(len(image), dtype=torch.bool)
+    sign = torch.where(shares if sharing == "positives" else same, 1.0, -1.0)
+    is_asked = ~shares | same if sharing == "left out" else torch.ones_like(same)
+    return -(F.logsigmoid(sign * logits) * is_asked).sum() / len(image)
 
 
 def shares_image_or_caption(image_id: Tensor, caption_id: Tensor) -> Tensor:
     return (image_id[:, None] == image_id) | (caption_id[:, None] == caption_id)
 
 
-def plain(exclude: bool) -> tuple[Tensor, ...]:
+def plain(sharing: Sharing, *, sigmoid: bool = False) -> tuple[Tensor, ...]:
     image, text, scale, image_id, caption_id = make_inputs()
     leaves = [tensor.requires_grad_() for tensor in (image, text, scale)]
-    shares = shares_image_or_caption(image_id, caption_id) if exclude else None
-    loss = plain_loss(image, text, scale, shares)
+    shares = shares_image_or_caption(image_id, caption_id)
+    image, text = F.normalize(image, dim=1), F.normalize(text, dim=1)
+    if not sigmoid:
+        loss = plain_loss(image, text, scale, shares, sharing)
+    else:
+        leaves.append(torch.tensor([BIAS], dtype=torch.float64, requires_grad=True))
+        loss = plain_sigmoid_loss(image, text, scale, leaves[-1], shares, sharing)
     return (loss.detach(), *torch.autograd.grad(loss, leaves))
 
 
 def tiled(
-    sizes: tuple[int, ...], exclude: bool, locked: bool, tile_side: int, kept_elements: int = 0
+    sizes: tuple[int, ...],
+    sharing: Sharing,
+    locked: bool,
+    tile_side: int,
+    kept_elements: int = 0,
+    *,
+    sigmoid: bool = False,
 ) -> list[npt.NDArray[np.float64]]:
     """Loss and this rank's gradients; run in a rank."""
     rank = 0
     if len(sizes) > 1:
-        torch.distributed.init_process_group("gloo")
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo")
         rank = torch.distributed.get_rank()
     tiles._TILE_SIDE, loss_module._KEPT_ELEMENTS = tile_side, kept_elements
     own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
@@ -64,11 +97,24 @@ def tiled(
     leaves = [text.requires_grad_(), scale.requires_grad_()]
     if not locked:
         leaves.insert(0, image.requires_grad_())
-    ids = {"image_id_B": image_id[own], "caption_id_B": caption_id[own]} if exclude else {}
-    loss = contrastive_loss(
-        F.normalize(image, dim=1), F.normalize(text, dim=1), scale, num_samples_of_ranks=sizes, **ids
-    )
+    more: dict[str, Any] = {}
+    if sharing != "negatives":
+        more = {"image_id_B": image_id[own], "caption_id_B": caption_id[own]}
+        more["are_positives"] = sharing == "positives"
+    image, text = F.normalize(image, dim=1), F.normalize(text, dim=1)
+    if not sigmoid:
+        loss = contrastive_loss(image, text, scale, num_samples_of_ranks=sizes, **more)
+    else:
+        leaves.append(torch.tensor([BIAS], dtype=scale.dtype, requires_grad=True))
+        loss = sigmoid_loss(image, text, scale, leaves[-1], num_samples_of_ranks=sizes, **more)
     return [tensor.detach().numpy() for tensor in (loss, *torch.autograd.grad(loss, leaves))]
+
+
+def tiled_cases(
+    sizes: tuple[int, ...], cases: list[tuple[Sharing, bool]], locked: bool, tile_side: int
+) -> list[list[npt.NDArray[np.float64]]]:
+    """What `tiled` gives in each case; run in a rank."""
+    return [tiled(sizes, sharing, locked, tile_side, sigmoid=sigmoid) for sharing, sigmoid in cases]
 
 
 @pytest.fixture
@@ -79,33 +125,61 @@ def _tile_sizes_as_before() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_tile_sizes_as_before")
-@pytest.mark.parametrize("exclude", [False, True])
+@pytest.mark.parametrize("sharing", SHARING)
+@pytest.mark.parametrize("sigmoid", [False, True])
 @pytest.mark.parametrize(("tile_side", "kept"), [(1, 0), (5, 0), (5, N * N), (N, 0), (1024, 1 << 23)])
-def test_one_rank_equals_the_plain_formula(exclude: bool, tile_side: int, kept: int) -> None:
-    found = tiled((N,), exclude, False, tile_side, kept)
-    for ours, theirs in zip(found, plain(exclude), strict=True):
+def test_one_rank_equals_the_plain_formula(
+    sharing: Sharing, sigmoid: bool, tile_side: int, kept: int
+) -> None:
+    found = tiled((N,), sharing, False, tile_side, kept, sigmoid=sigmoid)
+    for ours, theirs in zip(found, plain(sharing, sigmoid=sigmoid), strict=True):
         torch.testing.assert_close(torch.from_numpy(ours), theirs, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize(
-    ("sizes", "exclude", "locked"),
-    [
-        ((11, 11), True, False),
-        ((12, 10), False, True),
-        ((6, 5, 6, 5), True, False),
-        ((6, 5, 6, 5), True, True),
-    ],
+    ("sizes", "locked"), [((11, 11), False), ((12, 10), True), ((6, 5, 6, 5), False), ((6, 5, 6, 5), True)]
 )
-def test_ranks_together_equal_the_plain_formula(sizes: tuple[int, ...], exclude: bool, locked: bool) -> None:
-    loss, image_grad, text_grad, scale_grad = plain(exclude)
-    results = run_ranks(tiled, len(sizes), sizes, exclude, locked, 4)
-    found = [[torch.from_numpy(array) for array in rank] for rank in results]
-    for rank in found:
-        torch.testing.assert_close(rank[0], loss, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(torch.cat([rank[-2] for rank in found]), text_grad, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(sum(rank[-1] for rank in found), scale_grad, rtol=1e-9, atol=1e-12)
-    if not locked:
-        torch.testing.assert_close(torch.cat([rank[1] for rank in found]), image_grad, rtol=1e-9, atol=1e-12)
+def test_ranks_together_equal_the_plain_formula(sizes: tuple[int, ...], locked: bool) -> None:
+    cases: list[tuple[Sharing, bool]] = [
+        (sharing, sigmoid) for sharing in SHARING for sigmoid in (False, True)
+    ]
+    results = run_ranks(tiled_cases, len(sizes), sizes, cases, locked, 4)
+    for (sharing, sigmoid), *of_ranks in zip(cases, *results, strict=True):
+        loss, image_grad, text_grad, *slopes = plain(sharing, sigmoid=sigmoid)
+        found = [[torch.from_numpy(array) for array in rank] for rank in of_ranks]
+        rows = [text_grad] if locked else [image_grad, text_grad]
+        for rank in found:
+            torch.testing.assert_close(rank[0], loss, rtol=1e-10, atol=1e-12)
+        for place, expected in enumerate(rows, start=1):
+            together = torch.cat([rank[place] for rank in found])
+            torch.testing.assert_close(together, expected, rtol=1e-9, atol=1e-12)
+        for place, expected in enumerate(slopes, start=1 + len(rows)):
+            together = sum(rank[place] for rank in found)
+            torch.testing.assert_close(together, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_sigmoid_loss_equals_that_of_open_clip() -> None:
+    """In float32 to 1e-6, with one rank; the logits' scale and the bias have shape [] there."""
+    generator = torch.Generator().manual_seed(5)
+    features = torch.randn(2, 300, 64, generator=generator)
+    for sharpness, bias in ((10.0, -10.0), (100.0, -16.5)):
+        image, text = (F.normalize(side, dim=1).requires_grad_() for side in (features[0], features.sum(0)))
+        scale, offset = torch.tensor([math.log(sharpness)]), torch.tensor([bias])
+        theirs = SigLipLoss()(image, text, scale.exp()[0], offset[0])
+        ours = sigmoid_loss(image, text, scale, offset, num_samples_of_ranks=(300,))
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+        for mine, peer in zip(
+            torch.autograd.grad(ours, (image, text)), torch.autograd.grad(theirs, (image, text)), strict=True
+        ):
+            torch.testing.assert_close(mine, peer, rtol=1e-6, atol=1e-6 * peer.abs().max().item())
+
+
+def test_positives_without_ids_are_refused() -> None:
+    image, text, scale, image_id, _ = make_inputs()
+    with pytest.raises(ValueError, match="ids that make samples positives"):
+        contrastive_loss(image, text, scale, num_samples_of_ranks=(N,), are_positives=True)
+    with pytest.raises(ValueError, match="of both images and captions"):
+        contrastive_loss(image, text, scale, num_samples_of_ranks=(N,), image_id_B=image_id)
 
 
 def test_all_pairs_share_a_caption_leaves_a_loss_of_zero() -> None:
@@ -122,16 +196,14 @@ def test_all_pairs_share_a_caption_leaves_a_loss_of_zero() -> None:
 
 
 @st.composite
-def batches(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Features of any number and width, a temperature, and ids that repeat or are not asked for."""
+def batches(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Features of any number and width, a temperature, and ids that repeat."""
     num_samples, dim = draw(st.integers(1, 23)), draw(st.integers(1, 9))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
     image, text = F.normalize(
         torch.randn(2, num_samples, dim, generator=generator, dtype=torch.float64), dim=-1
     )
     scale = torch.tensor([draw(st.floats(0, math.log(100)))], dtype=torch.float64)
-    if not draw(st.booleans()):
-        return image, text, scale, None, None
     kinds = draw(st.integers(1, 30))
     image_id, caption_id = torch.randint(0, kinds, (2, num_samples), generator=generator)
     return image, text, scale, image_id, caption_id
@@ -139,9 +211,16 @@ def batches(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Ten
 
 @pytest.mark.usefixtures("_tile_sizes_as_before")
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@given(batch=batches(), tile_side=st.integers(1, 24), keeps=st.booleans(), wide=st.booleans())
+@given(
+    batch=batches(),
+    sharing=st.sampled_from(SHARING),
+    tile_side=st.integers(1, 24),
+    keeps=st.booleans(),
+    wide=st.booleans(),
+)
 def test_any_batch_equals_the_plain_formula(
-    batch: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
+    batch: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    sharing: Sharing,
     tile_side: int,
     keeps: bool,
     wide: bool,
@@ -150,16 +229,14 @@ def test_any_batch_equals_the_plain_formula(
     tiles._TILE_SIDE, loss_module._KEPT_ELEMENTS = tile_side, 1 << 23 if keeps else 0
     image, text, scale, image_id, caption_id = batch
     expected = [leaf.clone().requires_grad_() for leaf in (image, text, scale)]
-    logits = expected[2].exp() * expected[0] @ expected[1].T
-    if image_id is not None and caption_id is not None:
-        others = ~torch.eye(len(image), dtype=torch.bool)
-        logits = logits.masked_fill(shares_image_or_caption(image_id, caption_id) & others, -torch.inf)
-    target = torch.arange(len(image))
-    theirs = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    theirs = plain_loss(*expected, shares_image_or_caption(image_id, caption_id), sharing)
     dtype, tolerance = (torch.float64, 1e-6) if wide else (torch.float32, 1e-5)
     found = [leaf.to(dtype).requires_grad_() for leaf in (image, text, scale)]
-    sizes = (len(image),)
-    ours = contrastive_loss(*found, num_samples_of_ranks=sizes, image_id_B=image_id, caption_id_B=caption_id)
+    more: dict[str, Any] = {}
+    if sharing != "negatives":
+        more = {"image_id_B": image_id, "caption_id_B": caption_id}
+        more["are_positives"] = sharing == "positives"
+    ours = contrastive_loss(*found, num_samples_of_ranks=(len(image),), **more)
     assert abs(ours.item() - theirs.item()) <= tolerance * max(1.0, scale.exp().item())
     for mine, plain_gradient in zip(
         torch.autograd.grad(ours, found), torch.autograd.grad(theirs, expected), strict=True
@@ -174,11 +251,15 @@ def test_on_a_device_the_loss_waits_for_nothing() -> None:
     with torch.device("meta"):
         image, text, scale = torch.rand(9000, D), torch.rand(9000, D), torch.rand(1)
         ids = torch.zeros(9000, dtype=torch.int64)
-    leaves = [tensor.requires_grad_() for tensor in (image, text, scale)]
-    loss = contrastive_loss(
-        image, text, scale, num_samples_of_ranks=(9000,), image_id_B=ids, caption_id_B=ids
-    )
-    assert [gradient.shape for gradient in torch.autograd.grad(loss, leaves)] == [(9000, D)] * 2 + [(1,)]
+    leaves, sizes = [tensor.requires_grad_() for tensor in (image, text, scale)], (9000,)
+    for are_positives in (False, True):
+        more: dict[str, Any] = {"image_id_B": ids, "caption_id_B": ids, "are_positives": are_positives}
+        for loss in (
+            contrastive_loss(image, text, scale, num_samples_of_ranks=sizes, **more),
+            sigmoid_loss(image, text, scale, scale, num_samples_of_ranks=sizes, **more),
+        ):
+            shapes = [gradient.shape for gradient in torch.autograd.grad(loss, leaves)]
+            assert shapes == [(9000, D)] * 2 + [(1,)]
 
 
 @pytest.mark.parametrize("on_device", [False, True])
@@ -203,12 +284,18 @@ def plain_value(image: Tensor, text: Tensor, scale: Tensor) -> float:
     return ((F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2).item()
 
 
-def test_no_tensor_has_the_size_of_the_batch_squared() -> None:
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_no_tensor_has_the_size_of_the_batch_squared(sigmoid: bool) -> None:
     num_samples = 4096
     feature = F.normalize(torch.randn(num_samples, 16), dim=1)
     image, text = feature.clone().requires_grad_(), feature.flip(0).requires_grad_()
     with torch.profiler.profile(profile_memory=True) as profile:
-        loss = contrastive_loss(image, text, torch.zeros(1), num_samples_of_ranks=(num_samples,))
+        zero, sizes = torch.zeros(1), (num_samples,)
+        loss = (
+            sigmoid_loss(image, text, zero, zero, num_samples_of_ranks=sizes)
+            if sigmoid
+            else contrastive_loss(image, text, zero, num_samples_of_ranks=sizes)
+        )
         torch.autograd.grad(loss, (image, text))
     largest = max(event.cpu_memory_usage for event in profile.events())
     assert tiles._TILE_SIDE**2 * 4 <= largest <= num_samples**2 * 4 // 8

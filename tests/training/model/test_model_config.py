@@ -46,7 +46,8 @@ def test_widths_divide_into_heads(config: ModelConfig) -> None:
     assert config.text.width % config.text.heads == 0
     if isinstance(config.vision, VisionTransformerConfig):
         head_width = config.vision.width // config.vision.heads
-        assert head_width == {"ViT-H-14": 80, "tiny-vit": 32}.get(config.name, 64)
+        other = {"ViT-H-14": 80, "ViT-g-14": 88, "ViT-bigG-14": 104, "tiny-vit": 32}
+        assert head_width == other.get(config.name, 64)
         assert config.vision.image_size_px % config.vision.patch_size_px == 0
     else:
         assert config.vision.width == 64 * config.vision.heads

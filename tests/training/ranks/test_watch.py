@@ -32,7 +32,7 @@ from training.config.job import TrainJob
 def read_log(job: TrainJob) -> tuple[list[dict[str, Any]], list[str]]:
     """Lines of speed, and notices."""
     lines = [json.loads(line) for line in (Path(job.folder) / "log.jsonl").read_text().splitlines()]
-    speed = [line for line in lines if "notice" not in line]
+    speed = [line for line in lines if "samples_per_second" in line]
     return speed, [line["notice"] for line in lines if "notice" in line]
 
 

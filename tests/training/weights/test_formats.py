@@ -94,10 +94,10 @@ def test_hugging_face_folder_made_by_transformers(tmp_path: Path) -> None:
 def test_hugging_face_settings_that_are_not_chinese_clips_are_refused(tmp_path: Path) -> None:
     hugging_face_model(VIT, 1).save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "config.json").read_text())
-    settings["vision_config"]["hidden_act"] = "gelu"
+    settings["vision_config"]["hidden_act"] = "gelu_new"
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(
-        InputError, match=r"config\.json: vision_config\.hidden_act is 'gelu', but Chinese CLIP"
+        InputError, match=r"config\.json: vision_config\.hidden_act is 'gelu_new', but Chinese CLIP"
     ):
         load_model(str(tmp_path))
 

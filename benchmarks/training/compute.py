@@ -1,0 +1,229 @@
+"""Train the pictures run by the paper's recipe and by cheaper ones: recall for the compute that it took.
+
+    make pictures                                         # the corpus, once
+    python benchmarks/training/compute.py                 # trains for 270 s; call again to resume
+    python benchmarks/training/compute.py --seconds 9000  # in one go
+
+Every arm starts from one image tower, a ViT that learned English names, and sees the same corpus. `paper` is
+the paper's two stages: the tower locked for a third of the epochs, then everything trained. Each other arm
+changes one thing, and `together` has several of them. Recall is that after the last step, on drawings in
+styles never seen and of concepts never seen. FLOPs are those of matrix products and convolutions, forward and
+backward, as `cnclip plan` counts them; seconds are by the clock, with validation and start.
+
+Writes benchmarks/results/compute.{json,svg} when all arms have all seeds.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.harness import RESULTS
+from benchmarks.training.arms import (
+    Experiment,
+    OutOfTime,
+    header,
+    is_finished,
+    mean_and_spread,
+    parser,
+    seconds_of,
+)
+from training.config.job import TrainJob
+from training.config.phases import with_phases
+from training.config.train import PhaseConfig, TrainConfig
+
+PAPER = "paper"
+SETS = ("style", "concept")
+# What an arm changes in the paper's stage 2, and its epochs of both stages as shares of the paper's.
+ARMS: dict[str, tuple[tuple[float, float], dict[str, Any]]] = {
+    PAPER: ((1.0, 1.0), {}),
+    "a third of the epochs": ((1 / 3, 1 / 3), {}),
+    "without stage 1": ((0.0, 1.0), {}),
+    "several positives": ((1.0, 1.0), {"exclude_duplicates": False, "several_positives": True}),
+    "sigmoid loss": ((1.0, 1.0), {"exclude_duplicates": False, "several_positives": True, "loss": "sigmoid"}),
+    "half of the patches": ((1.0, 0.25), {"mask": 0.5, "phase": 0.75}),
+    "small images first": ((1.0, 0.25), {"image_size_px": 24, "phase": 0.75}),
+    "together": (
+        (0.0, 0.2),
+        {"exclude_duplicates": False, "several_positives": True, "image_size_px": 24, "phase": 0.8},
+    ),
+}
+
+
+def main() -> int:
+    flags = parser(__doc__, "runs/compute")
+    flags.add_argument("--corpus", default="corpora/pictures", help="folder that `make pictures` built")
+    flags.add_argument("--epochs", type=int, default=9, help="of the paper's arm; a third of them is stage 1")
+    flags.add_argument("--english-epochs", type=int, default=6, help="of the image tower's own training")
+    flags.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="default: all")
+    options = flags.parse_args()
+    try:
+        experiment = pictures_experiment(options)
+    except OutOfTime:
+        print("the image tower is not trained yet: rerun the same command to resume")
+        return 0
+    legs = {
+        (name, seed): legs_of(experiment, name, seed, options.epochs)
+        for seed in options.seeds
+        for name in options.arms
+    }
+    try:
+        for arm in legs.values():
+            for leg in arm:
+                experiment.train(leg)
+    except OutOfTime:
+        print("out of time: rerun the same command to resume")
+    runs = [
+        {"arm": name, "seed": seed, **measured(arm)}
+        for (name, seed), arm in legs.items()
+        if all(map(is_finished, arm))
+    ]
+    report = {
+        **header(),
+        "what": f"`pictures` with small-vit, {options.epochs} epochs of the paper's two stages, image tower"
+        f" from {options.english_epochs} epochs of English names; mean recall in %",
+        "runs": runs,
+    }
+    print_table(runs)
+    print(json.dumps(report))
+    if len(runs) == len(ARMS) * len(options.seeds):
+        (RESULTS / "compute.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        plot(runs, str(RESULTS / "compute.svg"))
+    return 0
+
+
+def pictures_experiment(options: argparse.Namespace) -> Experiment:
+    """Return the pictures corpus and the English image tower."""
+    overrides = [
+        f"corpus.folder={options.corpus}",
+        f"english.epochs={options.english_epochs}",
+        "model.name=small-vit",
+        "classification=[]",
+    ]
+    folder = Path(options.folder).parent / f"pictures_english_{options.english_epochs}"
+    return Experiment(options, "pictures", overrides, str(folder), last="english", first="stage1")
+
+
+def legs_of(experiment: Experiment, name: str, seed: int, epochs: int) -> list[TrainJob]:
+    """Return an arm's trainings in order; each starts with the weights of the one before."""
+    (share1, share2), changes = ARMS[name]
+    stage1, stage2 = experiment.config.stage1, experiment.config.stage2
+    assert stage1 is not None
+    assert stage2 is not None
+    often = {"validate_every_steps": 0, "save_every_steps": 200}
+    trainings: list[TrainConfig] = []
+    if share1:
+        trainings.append(dataclasses.replace(stage1, epochs=max(1, round(epochs / 3 * share1)), **often))
+    own = {key: value for key, value in changes.items() if key not in ("phase", "mask", "image_size_px")}
+    whole = epochs - round(epochs / 3)
+    last = max(1, round(whole * share2))
+    phases: tuple[PhaseConfig, ...] = ()
+    if "phase" in changes:
+        phases = (
+            PhaseConfig(
+                epochs=max(1, round(whole * changes["phase"])),
+                image_size_px=changes.get("image_size_px"),
+                patch_mask=changes.get("mask"),
+            ),
+        )
+    stage = dataclasses.replace(stage2, epochs=last, phases=phases, **often, **own)
+    trainings += [config for _, config in with_phases("stage2", stage)]
+    legs: list[TrainJob] = []
+    for number, config in enumerate(trainings, start=1):
+        legs.append(
+            experiment.leg(
+                f"{name.replace(' ', '_')}_{number}",
+                seed,
+                config,
+                tower=not legs,
+                start=legs[-1] if legs else None,
+            )
+        )
+    return legs
+
+
+def measured(legs: Sequence[TrainJob]) -> dict[str, Any]:
+    """Return recall at the end, and what all legs took."""
+    return {
+        "recall": recall_at_the_end(legs[-1]),
+        "petaflops": round(sum(map(flops_of, legs)) / 1e15, 3),
+        "seconds": round(sum(map(seconds_of, legs))),
+        "samples": sum(samples_of(leg) for leg in legs),
+    }
+
+
+def recall_at_the_end(leg: TrainJob) -> dict[str, float]:
+    """Return mean recall by evaluation set."""
+    found: dict[str, float] = {}
+    for line in _lines(leg, "metrics.jsonl"):
+        if "evaluation" in line:
+            found[line["evaluation"]] = round(line["recall"]["mean_recall"], 2)
+    return found
+
+
+def flops_of(leg: TrainJob) -> float:
+    """Return the FLOPs of all steps; a step that was taken again after a stop counts once."""
+    of_step = {
+        line["step"]: line["teraflops"] * 1e12 * line["seconds"]
+        for line in _lines(leg, "log.jsonl")
+        if "teraflops" in line
+    }
+    return sum(of_step.values())
+
+
+def samples_of(leg: TrainJob) -> int:
+    return int(max(line["samples_seen"] for line in _lines(leg, "metrics.jsonl")))
+
+
+def _lines(leg: TrainJob, name: str) -> list[dict[str, Any]]:
+    text = (Path(leg.folder) / name).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def print_table(runs: Sequence[dict[str, Any]]) -> None:
+    """Print every arm's recall and cost, the paper's as 100%."""
+    of_arm: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        of_arm.setdefault(run["arm"], []).append(run)
+    paper = of_arm.get(PAPER, [])
+    print(f"{'arm':<24} {'style':>12} {'concept':>12} {'FLOPs':>7} {'seconds':>8}  seeds")
+    for name, found in of_arm.items():
+        recalls = (mean_and_spread([run["recall"][one] for run in found]) for one in SETS)
+        costs = ["", ""]
+        if paper:
+            costs = [
+                f"{np.mean([run[key] for run in found]) / np.mean([run[key] for run in paper]):.0%}"
+                for key in ("petaflops", "seconds")
+            ]
+        print(f"{name:<24} {next(recalls):>12} {next(recalls):>12} {costs[0]:>7} {costs[1]:>8}  {len(found)}")
+
+
+def plot(runs: Sequence[dict[str, Any]], path: str) -> None:
+    """Draw recall over FLOPs, a point for each run, the mean of both sets."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "compute", "font.size": 9}):
+        figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+        axes = figure.add_subplot()
+        for name in dict.fromkeys(run["arm"] for run in runs):
+            found = [run for run in runs if run["arm"] == name]
+            recalls = [np.mean([run["recall"][one] for one in SETS]) for run in found]
+            axes.scatter([run["petaflops"] for run in found], recalls, s=18, label=name)
+        axes.set_xscale("log")
+        axes.set_xlabel("petaFLOPs")
+        axes.set_ylabel("mean recall on styles and concepts never seen, %")
+        axes.legend(frameon=False, fontsize=7)
+        figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Concepts of captions, and a corpus balanced by them."""

@@ -1,0 +1,1 @@
+"""Indices in parts after they are built: searched, filtered, extended, and rows removed."""

@@ -1,0 +1,137 @@
+"""The grid of small trainings: stages of the run that its other stages do not wait for."""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.catalog import RANK_MODULE, RunConfig
+from pipeline.core import store
+from pipeline.core.records import ConfigError, InputError
+from pipeline.core.run import Run
+from pipeline.core.stage import Stage
+from pipeline.law.fit import Point
+from training import stages as training_stages
+from training.config.train import TrainConfig, check_fits
+from training.model.config import MODELS
+from training.stages import METRICS_FILE, TrainStageConfig
+
+_LOG_FILE = "log.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One training of the grid."""
+
+    model: str  # key of training.model.config.MODELS
+    epochs: int
+    rate: float  # peak learning rate
+
+    @property
+    def name(self) -> str:
+        """Return the name of its stage and folder."""
+        return f"law_{self.model}_{self.epochs}_epochs_{self.rate:g}"
+
+
+def make_grid(models: Sequence[str], epochs: Sequence[int], rates: Sequence[float]) -> list[Cell]:
+    """Return every combination, the cheapest first.
+
+    Raises:
+        ConfigError: if a model is unknown, or a number is not above 0.
+    """
+    for model in models:
+        if model not in MODELS:
+            raise ConfigError(f"--models {model}: unknown; known: {', '.join(sorted(MODELS))}")
+    for option, numbers in (("--epochs", epochs), ("--rates", rates)):
+        for number in numbers:
+            if not number > 0:
+                raise ConfigError(f"{option} {number:g}: must be greater than 0")
+    return [
+        Cell(*values)
+        for values in itertools.product(dict.fromkeys(models), sorted({*epochs}), sorted({*rates}))
+    ]
+
+
+def with_grid(run: Run, config: RunConfig, stage: str, cells: Sequence[Cell]) -> Run:
+    """Return a run that ends with the grid instead of its own trainings, in the same folder.
+
+    Every cell has the settings of the training stage `stage`, and starts from nothing: weights fit one size.
+
+    Raises:
+        ConfigError: if the run has no such training, or it locks the image tower.
+    """
+    own = run.stage(stage)
+    if not isinstance(own.config, TrainStageConfig):
+        raise ConfigError(f"--stage {stage}: not a training stage")
+    if own.config.train.lock_image:
+        raise ConfigError(
+            f"--stage {stage} locks the image tower, which the grid starts from nothing: name a stage that"
+            " trains both towers"
+        )
+    first = next(
+        number for number, item in enumerate(run.stages) if isinstance(item.config, TrainStageConfig)
+    )
+    grid = [_stage_of(cell, own.config, config) for cell in cells]
+    return dataclasses.replace(run, stages=(*run.stages[:first], *grid))
+
+
+def _stage_of(cell: Cell, own: TrainStageConfig, config: RunConfig) -> Stage:
+    train = dataclasses.replace(
+        own.train,
+        epochs=cell.epochs,
+        peak_learning_rate=cell.rate,
+        validate_every_steps=0,
+        validate_every_epoch=False,
+        choose="last",
+        patience=0,
+    )
+    check_fits(train, MODELS[cell.model], cell.name)
+    job = TrainStageConfig(
+        train=train,
+        model=cell.model,
+        vocabulary=own.vocabulary,
+        launcher=own.launcher,
+        tracking=own.tracking,
+    )
+    return training_stages.stage(cell.name, job, before=None, entry=RANK_MODULE, sets_from=config.sets_from)
+
+
+def measure(run: Run, cell: Cell, evaluation: str | None) -> Point:
+    """Return what a finished cell reached: on one evaluation set, or the mean over all.
+
+    Raises:
+        InputError: if the run does not have that set.
+    """
+    folder = store.join(run.folder, cell.name)
+    last: dict[str, float] = {}
+    for line in _lines(store.join(folder, METRICS_FILE)):
+        if "evaluation" in line:
+            last[line["evaluation"]] = line["recall"]["mean_recall"]
+    if evaluation is not None and evaluation not in last:
+        raise InputError(f"--on {evaluation}: no such evaluation set; the run has {', '.join(sorted(last))}")
+    recalls = [last[evaluation]] if evaluation is not None else list(last.values())
+    # A step that was taken again after a stop has a line more.
+    flops_of_step = {
+        line["step"]: line["teraflops"] * 1e12 * line["seconds"]
+        for line in _lines(store.join(folder, _LOG_FILE))
+        if "teraflops" in line  # validations and checkpoints have lines too
+    }
+    return Point(sum(flops_of_step.values()), 100 - sum(recalls) / len(recalls), cell.name)
+
+
+def settings_of(run: Run, stage: str) -> TrainConfig:
+    """Return the settings of a run's training stage.
+
+    Raises:
+        ConfigError: if it has no such stage, or this is no training.
+    """
+    config: Any = run.stage(stage).config
+    if not isinstance(config, TrainStageConfig):
+        raise ConfigError(f"--stage {stage}: not a training stage")
+    return config.train
+
+
+def _lines(path: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in store.read_text(path).splitlines()]

@@ -1,0 +1,49 @@
+"""What a run on a GPU machine left, as records and shares; the results here stand in for a GPU's."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.gpu import records
+
+STEP = {
+    "step": "steps", "name": "train_step/stage2@ViT-L-14", "ours": 1000, "peer": 300, "unit": "samples/s",
+    "ratio": 3.333, "equal": True, "machine": "NVIDIA H100 80GB HBM3, 16 cores", "utilisation": 0.5,
+}  # fmt: skip
+PROFILE = [
+    {"step": "profile", "name": "profile/ViT-L-14", "ms_profiled": 100.0, "busy_ms": 90.0,
+     "idle_ms_inside": 6.0},
+    {"step": "profile", "name": "profile/ViT-L-14/ms a step", "matmul": 60.0, "attention": 10.0,
+     "elementwise": 15.0, "layer norm": 5.0},
+]  # fmt: skip
+
+
+def test_records_have_the_devices_name_and_a_steps_shares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(*lines: dict[str, Any]) -> int:
+        (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        monkeypatch.setattr("sys.argv", ["records", str(tmp_path), "--results", str(tmp_path)])
+        return records.main()
+
+    on_cpu = {**STEP, "machine": "AMD EPYC, 2 cores, Python 3.11.7"}
+    assert write(on_cpu, STEP, *PROFILE) == 0
+    body = json.loads((tmp_path / "gpu_nvidia_h100_80gb_hbm3.json").read_text())
+    assert (body["machine"], body["results"][0]["name"]) == (STEP["machine"], STEP["name"])
+    assert len(body["results"]) == 1
+    assert body["results"][0].keys() == STEP.keys() - {"step", "machine"}
+    assert body["shares"]["ViT-L-14"] == {
+        "products": 0.6, "attention": 0.1, "memory-bound": 0.2, "host": 0.04, "idle": 0.06,
+    }  # fmt: skip
+    assert "| ViT-L-14 | 60% | 10% | 20% | 4% | 6% |" in capsys.readouterr().out
+    for lines, why in (
+        ([on_cpu, *PROFILE], "no result of a known GPU"),
+        (
+            [STEP, {**STEP, "machine": "NVIDIA H200, 16 cores"}],
+            "results of NVIDIA H100 80GB HBM3 and NVIDIA H200",
+        ),
+    ):
+        assert write(*lines) == 1
+        assert why in capsys.readouterr().err
