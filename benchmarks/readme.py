@@ -97,6 +97,7 @@ CLAIMS: dict[str, tuple[str, str]] = {
         "match captions with a list of words: ours against a Python loop",
         "data_prep/filter_text.py",
     ),
+    "growth": ("how a stage's CPU seconds grow with the corpus; 1 is linear", "pipeline/growth.py"),
     "image_path": ("JPEG to augmented tensor: ours against cn_clip", "training/image_path.py"),
     "large_index/memory": (
         "memory to index and search 10 million vectors: ours against flat",

@@ -84,10 +84,12 @@ class MetricsLog:
         tracking: TrackingConfig | None = None,
         settings: Mapping[str, Any] | None = None,
         identity: str = "",
+        store_folder: str | None = None,
     ) -> None:
         """`deciding`: evaluation sets of the validations, empty for all; `flops_of_sample` takes the mean
         length of the captions in tokens; `peak_flops` is that of all ranks together, where it is known.
-        Trackers show `settings`; `identity` is the digest of what makes this training another one."""
+        Trackers show `settings`; `identity` is the digest of what makes this training another one.
+        `store_folder` is the stage's if that is not `folder`."""
         self.writes = writes
         self.validations: list[Validation] = []
         self.metrics_path = os.path.join(folder, "metrics.jsonl")
@@ -95,7 +97,7 @@ class MetricsLog:
         self._curves_path = os.path.join(folder, "tensorboard")
         self._curves: SummaryWriter | None = None
         self._tracking = tracking or TrackingConfig()
-        run, stage = os.path.split(os.path.abspath(folder))
+        run, stage = os.path.split(store_folder or os.path.abspath(folder))
         name = os.path.basename(run)
         self._subject = Subject(f"{name}/{stage}", name, folder, settings or {}, identity)
         self._trackers: Trackers | None = None

@@ -1,5 +1,6 @@
 """One training stage on one rank: everything from the job to the consolidated weights."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -28,6 +29,7 @@ from training.data.image_workers import ImageWorkers
 from training.data.loader import BatchReader, CaptionConfig
 from training.data.patch_mask import make_patch_mask
 from training.data.sampler import SampleOrder
+from training.data.shard_cache import cache_of_rank
 from training.data.shard_table import check_shards
 from training.data.statements import Statements
 from training.data.views import ViewConfig
@@ -118,6 +120,7 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
             **dataclasses.asdict(config),
         },
         identity=digest(identity),
+        store_folder=job.store_folder,
     )
     metrics.start_at(resumed)
     for text in start.notices:
@@ -125,12 +128,22 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
     first_step = 0 if resumed is None else resumed.step
     workers = None
     if reader.features is None:
+        reader.cache = cache_of_rank(
+            job.shards,
+            order,
+            order.rank_lanes(rank, config.ranks),
+            job.folder,
+            size_gb=config.cache_gb,
+            byte_range=reader.byte_range,
+            steps=range(first_step, total_steps),
+        )
         workers = start_workers(job, reader, clip, order.rank_num_samples(rank, config.ranks))
     engine.train()
     with (
         Feeder(
             reader.requests(first_step, total_steps), workers, get_accelerator().current_device_name()
         ) as batches,
+        reader.cache or contextlib.nullcontext(),  # closed before the feeder: requests may wait for it
         CheckpointWriter() as writer,
     ):
         trainer = Trainer(
@@ -150,6 +163,7 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
             stop=stop,
             watchdog=watchdog,
             folder=job.folder,
+            store_folder=job.store_folder,
             identity=identity,
         )
         with metrics.tracked():
@@ -172,6 +186,8 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
         notice=metrics.notice,
     )
     metrics.close()
+    if reader.cache is not None:
+        reader.cache.remove()
     watchdog.close()
 
 
@@ -248,6 +264,7 @@ def view_config(job: TrainJob, reader: BatchReader, clip: CLIP) -> ViewConfig:
         augment=job.config.augment,
         seed=job.seed,
         open_shards=reader.open_shards,
+        cache_folder="" if reader.cache is None else reader.cache.folder,
     )
 
 

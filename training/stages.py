@@ -14,6 +14,7 @@ from pipeline.core.stage import Change, Context, Outcome, Progress, Stage, Task
 from pipeline.core.terminal import inform, one_line
 from training.checkpoint.finished import is_finished
 from training.checkpoint.folders import checkpoints_folder, steps_in
+from training.checkpoint.object_store import finish, prepare, send_log, work_folder
 from training.config.job import TrainJob
 from training.config.tracking import TrackingConfig
 from training.config.train import CONTEXT_LENGTH, TrainConfig, count_steps, shared_steps
@@ -141,6 +142,8 @@ def make_job(config: TrainStageConfig, context: Context) -> TrainJob:
     """Return the job of the ranks."""
     train = config.train
 
+    folder = work_folder(context.path(), train.cache_folder)
+
     def bound(text: str | None) -> str | None:
         return None if text is None else pinned_id(context.run_folder, text)
 
@@ -163,10 +166,11 @@ def make_job(config: TrainStageConfig, context: Context) -> TrainJob:
         start_checkpoint=context.path_in(config.start_stage, MODEL_FILE) if config.start_stage else None,
         config=train,
         evaluations={item.name: item.folder for item in evaluations_of(context)} if config.validate else {},
-        folder=context.path(),
-        output_model=context.path(MODEL_FILE),
+        folder=folder,
+        output_model=store.join(folder, MODEL_FILE),
         tracking=config.tracking,
-        openai_model=context.path(OPENAI_FILE) if config.save_openai else None,
+        openai_model=store.join(folder, OPENAI_FILE) if config.save_openai else None,
+        store_folder=None if store.is_local(context.path()) else context.path(),
     )
 
 
@@ -194,12 +198,13 @@ def run(config: TrainStageConfig, context: Context, task: Task, progress: Progre
         InputError: with the end of the log, if a rank fails.
     """
     check(config, context)  # before any process starts
+    folder = prepare(context.path(), config.train.cache_folder)
     job = make_job(config, context)
     num_samples = sum(shard.num_samples for shard in job.shards)
     if not is_finished(job):
         job_path = context.path(_JOB_FILE)
         store.write_text(job_path, job.to_json())
-        log_path, port, ranks = context.path("train.log"), free_port(), config.train.ranks
+        log_path, port, ranks = store.join(folder, "train.log"), free_port(), config.train.ranks
         environment = launcher_environment(
             os.environ, config.train.threads_per_rank, launcher=config.launcher, port=port
         )
@@ -210,13 +215,19 @@ def run(config: TrainStageConfig, context: Context, task: Task, progress: Progre
         if begun := steps_in(checkpoints_folder(context.path())):
             inform(f"{context.stage}: resumes from step {max(begun):,}")
         command = launcher_command(config.launcher, entry, job_path, ranks, port)
-        status = watch(command, environment, log_path, progress, notice)
+        try:
+            status = watch(command, environment, log_path, progress, notice)
+        finally:
+            if job.store_folder is not None:
+                send_log(folder, job.store_folder)
         if status != 0:
             raise InputError(failure(log_path, status))
     averaged = () if config.train.averages is None else config.train.averages.files
     outputs = dict.fromkeys((MODEL_FILE, METRICS_FILE, *averaged), 0)
     if config.save_openai:
         outputs[OPENAI_FILE] = 0
+    if job.store_folder is not None:
+        finish(folder, job.store_folder, list(outputs))
     return Outcome(outputs, num_in=num_samples, num_kept=num_samples)
 
 

@@ -18,7 +18,7 @@ from torch import distributed as dist
 
 from pipeline.core import store
 from pipeline.core.records import InputError, Stopped
-from training.checkpoint import checkpoint
+from training.checkpoint import checkpoint, object_store
 from training.checkpoint.checkpoint import Checkpoint
 from training.checkpoint.folders import checkpoints_folder, steps_in
 from training.checkpoint.selection import Selection, best_first, has_no_gain_left, read_validations, select
@@ -75,6 +75,7 @@ class Trainer:
     stop: StopRequest
     watchdog: Watchdog
     folder: str  # where checkpoints/ are
+    store_folder: str | None  # where they are copied to
     identity: Mapping[str, Any]
     under_way: deque[_Begun] = field(default_factory=deque)
     skipped_in_a_row: int = 0
@@ -189,21 +190,26 @@ class Trainer:
             root = checkpoints_folder(self.folder)
             # The last one of the warm-up stays: from it `epochs` may be raised.
             warm = [found for found in steps_in(root) if found <= shared_steps(self.config)]
-            self.writer.start(
-                partial(
-                    checkpoint.save,
-                    root,
-                    state,
-                    self.identity,
-                    store.read_bytes(self.metrics.metrics_path),
-                    keep=self.config.keep_checkpoints,
-                    keep_also={*([] if best is None else [best.step]), *([max(warm)] if warm else [])},
-                    made_with=how_computed(self.config),
-                    rank_steps=self.ranked_steps,
-                    damaged=self.damaged,
-                )
+            save = partial(
+                checkpoint.save,
+                root,
+                state,
+                self.identity,
+                store.read_bytes(self.metrics.metrics_path),
+                keep=self.config.keep_checkpoints,
+                keep_also={*([] if best is None else [best.step]), *([max(warm)] if warm else [])},
+                made_with=how_computed(self.config),
+                rank_steps=self.ranked_steps,
+                damaged=self.damaged,
             )
+            self.writer.start(partial(self.write, save))
         self.metrics.spent("checkpoint", step, time.monotonic() - started)
+
+    def write(self, save: Callable[[], None]) -> None:
+        """Write a checkpoint, and copy it to the stage's folder if that is in an object store."""
+        save()
+        if self.store_folder is not None:
+            object_store.send(self.folder, self.store_folder, self.metrics.notice)
 
     def finish_saving(self, step: int) -> None:
         """Wait until the last checkpoint is written."""

@@ -1,11 +1,11 @@
 """Stage vocabulary: WordPiece learned from the corpus's own captions, for runs that are given none."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from pipeline.core.config import IN_DIGEST_IF_SET
 from pipeline.core.facts import Facts
-from pipeline.core.shard_format import all_captions
+from pipeline.core.shard_format import all_captions, read_sidecar_frame, with_each_caption
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 
@@ -36,22 +36,30 @@ def plan(config: VocabularyConfig, context: Context) -> list[Task]:
 
 
 def run(config: VocabularyConfig, context: Context, task: Task, progress: Progress) -> Outcome:
-    """Learn one vocabulary of a column or of several; file `<column>.txt`, one token a line."""
-    import polars as pl
+    """Learn one vocabulary of a column or of several; file `<column>.txt`, one token a line.
 
+    Captions come from one sidecar after the other, so that memory holds the distinct words only.
+    """
     from training.model.tokenizer import Tokenizer, learn_vocabulary
 
     column = VocabularyTask.from_json(task.arguments).column
     paths = [shard.path for shard in context.shards_of("shards", ".parquet")]
-    captions = list[str]()
-    for name in (config.together or {}).get(column, (column,)):
-        table, several = pl.scan_parquet(paths), all_captions(name)
-        if isinstance(table.collect_schema().get(several), pl.List):  # where a source keeps them
-            table = table.select(pl.coalesce(several, pl.concat_list(name)).alias(name)).explode(name)
-        captions += table.select(name).collect()[name].drop_nulls().to_list()
-    learned = Tokenizer(learn_vocabulary(captions, config.size))
+    columns = (config.together or {}).get(column, (column,))
+    num_captions = 0
+
+    def captions() -> Iterator[str]:
+        nonlocal num_captions
+        for number, path in enumerate(paths, start=1):
+            for name in columns:
+                samples = read_sidecar_frame(path, (name,), optional=(all_captions(name),))
+                found = with_each_caption(samples, name)[name].drop_nulls().to_list()
+                num_captions += len(found)
+                yield from found
+            progress(number, len(paths), "sidecars read")
+
+    learned = Tokenizer(learn_vocabulary(captions(), config.size))
     learned.save_vocabulary(context.path(f"{column}.txt"))
-    return Outcome({f"{column}.txt": len(captions)}, num_in=len(captions), num_kept=len(captions))
+    return Outcome({f"{column}.txt": num_captions}, num_in=num_captions, num_kept=num_captions)
 
 
 def stage(config: VocabularyConfig) -> Stage:

@@ -24,6 +24,7 @@ _PREFIX_HEX_DIGITS = 8
 _ROWS_PER_TASK = 1_000_000  # about a gigabyte with its sorted copy
 _MAX_PARTITION_ROWS = 2_000_000  # a task holds a partition in memory: 3 GB (1.2 million took 1.8 GB)
 _PARTITION_ROWS = 10_000  # that suit the download
+_FEWEST_PARTITIONS = 4  # several processes share a small corpus
 _MIN_TASKS = 64  # below, one task a partition
 
 
@@ -31,9 +32,9 @@ _MIN_TASKS = 64  # below, one task a partition
 class DedupConfig:
     """`[dedup]`."""
 
-    partitions: Annotated[int, Ge(1), Le(16**_PREFIX_HEX_DIGITS)] = 4
-    """Files that the shuffled corpus is cut into. About 10,000 rows each suit the download; a partition of
-    more than 2,000,000 rows is refused.
+    partitions: Annotated[int, Ge(1), Le(16**_PREFIX_HEX_DIGITS)] | None = None
+    """Files that the shuffled corpus is cut into; one of more than 2,000,000 rows is refused. Unset: one for
+    each 10,000 rows, which suits the download, but at least 4.
     """
 
 
@@ -43,6 +44,7 @@ class DedupTask(Facts):
 
     paths: Sequence[str]
     end: int | None = None
+    partitions: int | None = None  # of all, unless the run says how many
 
 
 def plan(config: DedupConfig, context: Context) -> list[Task]:
@@ -55,35 +57,39 @@ def plan(config: DedupConfig, context: Context) -> list[Task]:
     """
     kept = [shard for shard in context.parents["filter_text"].shards if shard.path.startswith("kept/")]
     inputs = {shard.path: shard.digest for shard in kept}
-    width = max(len(str(config.partitions - 1)), 5)
     total = sum(shard.num_samples for shard in kept)
-    if total > config.partitions * _MAX_PARTITION_ROWS:
+    fitting = max(_FEWEST_PARTITIONS, math.ceil(total / _PARTITION_ROWS))
+    partitions = config.partitions or fitting
+    width = max(len(str(partitions - 1)), 5)
+    if total > partitions * _MAX_PARTITION_ROWS:
         raise ConfigError(
-            f"[dedup] partitions = {config.partitions}: each would hold {total // config.partitions:,} of"
-            f" {total:,} rows in memory; about {_PARTITION_ROWS:,} rows each suit the download: set"
-            f" partitions = {math.ceil(total / _PARTITION_ROWS)}"
+            f"[dedup] partitions = {partitions}: each would hold {total // partitions:,} of {total:,} rows in"
+            f" memory; leave partitions out, or set {fitting}, which suits the download"
         )
-    num_tasks = min(config.partitions, max(_MIN_TASKS, math.ceil(total / _ROWS_PER_TASK)))
-    bounds = [number * config.partitions // num_tasks for number in range(num_tasks + 1)]
-    return [
-        Task(
-            f"{first:0{width}d}",
-            inputs,
-            DedupTask(paths=[shard.path for shard in kept], end=end if end > first + 1 else None).to_json(),
+    num_tasks = min(partitions, max(_MIN_TASKS, math.ceil(total / _ROWS_PER_TASK)))
+    bounds = [number * partitions // num_tasks for number in range(num_tasks + 1)]
+    tasks = []
+    for first, end in itertools.pairwise(bounds):
+        asked = DedupTask(
+            paths=[shard.path for shard in kept],
+            end=end if end > first + 1 else None,
+            partitions=None if config.partitions else partitions,
         )
-        for first, end in itertools.pairwise(bounds)
-    ]
+        tasks.append(Task(f"{first:0{width}d}", inputs, asked.to_json()))
+    return tasks
 
 
 def run(config: DedupConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """Sort some partitions' rows by key and keep the lowest (table, row) of each; one file a partition."""
     asked = DedupTask.from_json(task.arguments)
     paths = [context.path_in("filter_text", path) for path in asked.paths]
+    partitions = config.partitions or asked.partitions
+    assert partitions is not None  # `plan` has set it
     first_partition = int(task.name)
     last_partition = (asked.end or first_partition + 1) - 1
-    first, end = partition_range(first_partition, config.partitions)[0], None
-    if last_partition + 1 < config.partitions:
-        end = partition_range(last_partition, config.partitions)[1]
+    first, end = partition_range(first_partition, partitions)[0], None
+    if last_partition + 1 < partitions:
+        end = partition_range(last_partition, partitions)[1]
     # Files are sorted by key, so row groups outside the range are skipped without reading.
     condition = pl.col("key") >= first
     if end is not None:
@@ -97,9 +103,7 @@ def run(config: DedupConfig, context: Context, task: Task, progress: Progress) -
     if last_partition == first_partition:
         return publish_judged(context, task, kept, dropped)
     ends = [
-        kept["key"].search_sorted(end)
-        if (end := partition_range(number, config.partitions)[1])
-        else kept.height
+        kept["key"].search_sorted(end) if (end := partition_range(number, partitions)[1]) else kept.height
         for number in range(first_partition, last_partition + 1)
     ]
     pieces = {

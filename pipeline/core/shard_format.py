@@ -5,6 +5,7 @@ All code that writes, reads, repacks or serves shards takes names, columns and b
 
 import collections
 import contextlib
+import io
 import os
 from collections.abc import Callable, Sequence
 from typing import IO, TYPE_CHECKING, Any
@@ -65,7 +66,8 @@ def read_sidecar(path: str, columns: Sequence[str], optional: Sequence[str] = ()
 
     with foreign(path, "sidecar", "build the shard again"):
         try:
-            opened = store.open_read(path)
+            # A remote one in a single request: its columns are most of its bytes.
+            opened = store.open_read(path) if store.is_local(path) else io.BytesIO(store.read_bytes(path))
         except FileNotFoundError:
             raise InputError(
                 f"{path}: no such file, and every tar needs its sidecar; build the shard again"
@@ -100,16 +102,16 @@ def read_sidecar_frame(path: str, columns: Sequence[str], optional: Sequence[str
     return pl.DataFrame(pl.from_arrow(read_sidecar(path, columns, optional)))
 
 
-def with_each_caption(samples: "pl.DataFrame") -> "pl.DataFrame":
+def with_each_caption(samples: "pl.DataFrame", column: str = "caption") -> "pl.DataFrame":
     """Return a row for each caption of a sample, in order; samples that keep one have no list of them."""
     import polars as pl
 
-    several = all_captions("caption")
-    if several not in samples.columns:
+    several = all_captions(column)
+    if not isinstance(samples.schema.get(several), pl.List):
         return samples
     listed = pl.col(several).list.drop_nulls()
-    captions = pl.when(listed.list.len() > 0).then(listed).otherwise(pl.concat_list("caption"))
-    return samples.with_columns(captions.alias("caption")).drop(several).explode("caption")
+    captions = pl.when(listed.list.len() > 0).then(listed).otherwise(pl.concat_list(column))
+    return samples.with_columns(captions.alias(column)).drop(several).explode(column)
 
 
 class ByteRanges(contextlib.AbstractContextManager["ByteRanges"]):

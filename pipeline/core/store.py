@@ -184,6 +184,21 @@ def list_files(folder: str) -> list[str]:
     return sorted(sizes(folder))
 
 
+def list_folders(folder: str) -> list[str]:
+    """Return the sorted names of the folders directly inside a folder; empty if the folder does not exist."""
+    if is_local(folder):
+        if not os.path.isdir(folder):
+            return []
+        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    fs, name = remote(folder)
+    try:
+        found = fs.ls(name, detail=True)
+    except FileNotFoundError:
+        return []
+    names = [info["name"].rstrip("/") for info in found if info["type"] == "directory"]
+    return sorted(name.rsplit("/", 1)[-1] for name in names)
+
+
 def sizes(folder: str) -> dict[str, int]:
     """Return the sizes of the files directly inside a folder by name; empty if the folder does not exist."""
     if is_local(folder):
@@ -196,7 +211,8 @@ def sizes(folder: str) -> dict[str, int]:
         found = fs.ls(name, detail=True)
     except FileNotFoundError:
         return {}
-    return {info["name"].rsplit("/", 1)[-1]: int(info["size"]) for info in found if info["type"] == "file"}
+    files = [info for info in found if info["type"] == "file" and info["name"] != name]  # a file lists itself
+    return {info["name"].rsplit("/", 1)[-1]: int(info["size"]) for info in files}
 
 
 def link(path: str, target: str) -> None:

@@ -27,6 +27,9 @@ _GROUPS_A_PROCESS = 2  # tasks that run together: each process has one, and the 
 _KNOCK_SECONDS = 10.0
 _WAITING = 2  # calls for each slot of the cluster that Ray holds at once
 _LEAST_WAITING = 16  # by which a cluster that grows sees what is wanted of it
+_PATIENCE_SECONDS = (
+    60.0  # for a machine with the cores that a call asks for; one that is started takes minutes
+)
 _MAX_BENCHED = 2  # machines with a full disk or without a network: then it is no machine's own fault
 _LOST = "Ray lost the worker of this task, most often because memory ran out; rerun with more memory a core"
 
@@ -85,13 +88,16 @@ class _Mapping(Generic[Found]):
         self._calls = collections.deque(
             _Call(list(tasks[start : start + size])) for start in range(0, len(tasks), size)
         )
-        threads = {} if POLARS_THREADS in os.environ else {POLARS_THREADS: str(self._cores)}
-        self._remote = ray.remote(num_cpus=self._cores, max_retries=0, runtime_env={"env_vars": threads})(
-            _on_node
-        )
+        self._remote = self._make_remote()
         self._work = ray.put(work)  # travels once to each machine
         self._running: dict[Any, _Call] = {}
         self._benched: dict[str, str] = {}  # node → what is wrong there
+        self._has_said_waiting = False
+
+    def _make_remote(self) -> Any:
+        threads = {} if POLARS_THREADS in os.environ else {POLARS_THREADS: str(self._cores)}
+        options = {"num_cpus": self._cores, "max_retries": 0, "runtime_env": {"env_vars": threads}}
+        return self._ray.remote(**options)(_on_node)
 
     def _nodes(self) -> dict[str, int]:
         """Cores of each machine by its node id, of those that are there now."""
@@ -117,7 +123,9 @@ class _Mapping(Generic[Found]):
                 while self._calls and len(self._running) < most:
                     call = self._calls.popleft()
                     self._running[self._submit(call)] = call
-                ready, _ = self._ray.wait([*self._running])
+                ready, _ = self._ray.wait([*self._running], timeout=_PATIENCE_SECONDS)
+                if not ready and not self._able():
+                    self._fit()
                 for reference in ready:
                     yield from self._take(reference, self._running.pop(reference))
             is_drained = True
@@ -129,6 +137,24 @@ class _Mapping(Generic[Found]):
             if not is_drained:
                 for reference in self._running:
                     self._ray.cancel(reference, force=True)
+
+    def _fit(self) -> None:
+        """Ask for fewer cores if only smaller machines came; say once that there is no machine at all."""
+        largest = max(self._nodes().values(), default=0)
+        if largest:
+            for reference, call in self._running.items():
+                self._ray.cancel(reference, force=True)  # none has begun: no machine can take one
+                self._calls.append(call)
+            self._running.clear()
+            self._cores = largest
+            self._remote = self._make_remote()
+        elif not self._has_said_waiting:
+            self._has_said_waiting = True
+            say(
+                "the Ray cluster has no machine with cores yet:"
+                f" {len(self._calls) + len(self._running)} calls of {self._cores} cores wait for one",
+                sys.stderr,
+            )
 
     def _submit(self, call: _Call) -> Any:
         avoided = call.avoid | self._benched.keys()

@@ -75,6 +75,9 @@ def test_files_on_s3(bucket: str, tmp_path: Path) -> None:
         assert Path(copy, "deep", "b.bin").stat().st_size == 3_000_000
     assert not Path(copy).exists()
     assert store.list_files(store.join(bucket, "files")) == ["a.txt"]
+    assert store.list_folders(store.join(bucket, "files")) == ["deep"]
+    assert store.list_files(path) == store.list_folders(path) == []
+    assert store.digest_tree(path) == store.digest_file(path)
     store.remove(store.join(bucket, "files"))
     assert not store.exists(path)
 

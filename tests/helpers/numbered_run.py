@@ -52,7 +52,7 @@ def numbered_rows() -> list[tuple[str, str]]:
     return rows
 
 
-def numbered_run(folder: Path | str, tables: Sequence[Path | str], partitions: int = 3) -> Run:
+def numbered_run(folder: Path | str, tables: Sequence[Path | str], partitions: int | None = 3) -> Run:
     sources = tuple(TableSource(path=str(path), name=Path(path).stem) for path in tables)
     images = FilterImageConfig()
     stages = (

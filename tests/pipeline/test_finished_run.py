@@ -33,6 +33,8 @@ def old_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     with tarfile.open(Path(__file__).parent / "data" / "finished_run.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path)
+    with open(RECIPE, "a", encoding="utf-8") as file:
+        file.write("\n[dedup]\npartitions = 4\n")  # the default at that time; now it follows the rows
     return tmp_path / "old_run" / "run"
 
 

@@ -25,7 +25,7 @@ from pipeline.core.files import durability
 from pipeline.core.files.foreign import parse_json
 from pipeline.core.files.written import check_safetensors
 from pipeline.core.records import InputError
-from training.checkpoint.folders import steps_in
+from training.checkpoint.folders import STATE_FILE, step_folder, steps_in
 from training.checkpoint.host_memory import HostMemory
 from training.engine.engine import load_weights
 from training.engine.towers import Engine
@@ -40,7 +40,7 @@ from training.engine.zero_state import (
 )
 
 _LEFT_OVER = re.compile(r"\.step_\d{9}\.partial|step_\d{9}\.removing")  # left by a kill
-_STATE = "state.json"
+_STATE = STATE_FILE
 _OWN_DIGEST = "digest"  # of everything else in state.json
 _LOSS_SCALING = "loss_scaling."
 _WEIGHTS, _OPTIMIZER, _METRICS = "weights.safetensors", "optimizer.safetensors", "metrics.jsonl"
@@ -229,7 +229,7 @@ def find_newest(
 
 def at_step(root: str, step: int) -> Checkpoint:
     """Return the checkpoint of a step without verification."""
-    return Checkpoint(os.path.join(root, f"step_{step:09d}"), step)
+    return Checkpoint(step_folder(root, step), step)
 
 
 def load(checkpoint: Checkpoint) -> TrainState:

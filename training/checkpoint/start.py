@@ -12,7 +12,7 @@ from torch import distributed as dist
 from pipeline.core import store
 from pipeline.core.config import plain
 from pipeline.core.processes import say
-from training.checkpoint import checkpoint
+from training.checkpoint import checkpoint, object_store
 from training.checkpoint.checkpoint import Checkpoint
 from training.checkpoint.folders import checkpoints_folder
 from training.checkpoint.selection import best_first, read_validations
@@ -32,11 +32,24 @@ class Start:
 
 
 def agree_on_start(job: TrainJob, identity: Mapping[str, Any]) -> Start:
-    """Return the start that rank 0 finds, after removing leftovers of kills; all ranks get the same one."""
+    """Return the start that rank 0 finds, after removing leftovers of kills; all ranks get the same one.
+
+    Its checkpoint is on every rank's machine.
+
+    Raises:
+        InputError: if the checkpoint is another run's, or cannot be copied from an object store.
+    """
+    if job.store_folder is not None and dist.get_rank() == 0:
+        object_store.bring(job.folder, job.store_folder)
     shared = [_find_start(job, identity) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(shared, 0)
     start = shared[0]
     assert start is not None
+    if job.store_folder is not None and start.checkpoint is not None:
+        if os.environ["LOCAL_RANK"] == "0":  # of another machine than rank 0's, which has it
+            root, remote_root = map(checkpoints_folder, (job.folder, job.store_folder))
+            object_store.bring_checkpoint(root, remote_root, start.checkpoint.step)
+        dist.barrier()
     return start
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
-from pipeline.core.config import build
+from pipeline.core.config import NOT_IN_DIGEST, build
 from pipeline.core.files.foreign import parse_json
 from pipeline.core.records import Shard
 from training.config.tracking import TrackingConfig
@@ -32,6 +32,8 @@ class TrainJob:
     output_model: str  # the consolidated weights, written last
     tracking: TrackingConfig = field(default_factory=TrackingConfig)  # where rank 0 sends its curves
     openai_model: str | None = None  # where to also write them in OpenAI CLIP's layout
+    # The stage's folder if it is in an object store: checkpoints and curves are copied there.
+    store_folder: str | None = field(default=None, metadata=NOT_IN_DIGEST)
 
     def to_json(self) -> str:
         """Return the text of a job's file, which `from_json` reads."""

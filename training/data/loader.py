@@ -1,6 +1,7 @@
 """From shards to batches: what each step reads."""
 
 import functools
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pipeline.core import store
 from pipeline.core.arrays import Int64Array
 from pipeline.core.records import Shard
 from training.config.train import CaptionCut
@@ -15,10 +17,13 @@ from training.data.feature_cache import FeatureCache
 from training.data.feeder import Request
 from training.data.patch_mask import PatchMask
 from training.data.sampler import SampleOrder, by_shard
+from training.data.shard_cache import ShardCache
 from training.data.shard_table import ShardTable, read_shard_table
 from training.data.statements import Questions, Statements
 from training.data.text_encoder import TextEncoder
-from training.data.views import VISIT, Visits
+from training.data.views import NO_PIECE, VISIT, Visits
+
+_TABLE_LOCKS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +68,11 @@ class BatchReader:
     ) -> None:
         self._order, self._lanes, self._seed = order, lanes, config.seed
         self.features: FeatureCache | None = None  # if set, batches have these instead of images
+        self.cache: ShardCache | None = None  # if set, it holds the images' bytes on this machine
         self._patch_mask, self._statements = patch_mask, statements
-        # As many as a rank's lanes have open at once, and the next of each.
-        self.open_shards = len(lanes) * (order.window_shards + 1) + 1
+        # As many as a rank's lanes have open at once, and the next of each. A cache reads a window ahead.
+        is_remote = not all(store.is_local(shard.path) for shard in shards)
+        self.open_shards = len(lanes) * (order.window_shards * (2 if is_remote else 1) + 1) + 1
         self._table = functools.lru_cache(maxsize=self.open_shards)(
             lambda shard: read_shard_table(
                 shards[shard],
@@ -77,6 +84,8 @@ class BatchReader:
                 statements=statements,
             )
         )
+        # Threads of a cache that want the same shard wait for the first of them.
+        self._table_locks = [threading.Lock() for _ in range(_TABLE_LOCKS)]
 
     def requests(self, first_step: int, end_step: int) -> Iterator[Request[Batch]]:
         """Yield what the batches of steps [first, end) need."""
@@ -88,6 +97,8 @@ class BatchReader:
         Raises:
             InputError: with the sidecar or the file of features that cannot be read.
         """
+        if self.cache is not None:
+            self.cache.wait(step)
         index, epoch_B = self._order.batch(step, self._lanes)
         shard_B = np.searchsorted(self._order.shard_starts, index, side="right") - 1
         row_B = index - self._order.shard_starts[shard_B]
@@ -119,6 +130,8 @@ class BatchReader:
             kept_BP = self._patch_mask.draw(keys.tolist(), epoch_B.tolist())
 
         def finish(image: torch.Tensor) -> Batch:
+            if self.cache is not None:
+                self.cache.done(step)
             return Batch(
                 step=step,
                 keys=keys,
@@ -151,7 +164,17 @@ class BatchReader:
             ("image_id", table.image_id),
         ):
             visits[name] = column[row]
+        visits["piece"], visits["piece_start_bytes"] = NO_PIECE, 0
+        if self.cache is not None:
+            visits["piece"], visits["piece_start_bytes"] = self.cache.places(shard, row)
         return visits
+
+    def byte_range(self, shard: int, first_row: int, end_row: int) -> tuple[int, int]:
+        """Return where in a shard's tar the images of rows [first, end) begin and end."""
+        with self._table_locks[shard % len(self._table_locks)]:
+            table = self._table(shard)
+        offset = table.offset_bytes[first_row:end_row]
+        return int(offset.min()), int((offset + table.size_bytes[first_row:end_row]).max())
 
 
 @dataclass(frozen=True, slots=True)

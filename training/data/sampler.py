@@ -6,6 +6,7 @@ docs/concepts/determinism.md, "The order of samples", defines lanes and windows.
 
 import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,6 +14,15 @@ from pipeline.core.arrays import Int64Array
 from pipeline.core.records import ConfigError
 
 _PIECE_ORDER, _SAMPLE_ORDER = 1, 2  # purposes of a draw, so that two of them never share a generator
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A window of a lane, and the steps that take samples of it."""
+
+    first_step: int
+    last_step: int
+    pieces: tuple[int, ...]  # places in `SampleOrder.piece_starts`
 
 
 class SampleOrder:
@@ -40,8 +50,11 @@ class SampleOrder:
         if global_batch > self.num_samples:
             raise ConfigError(f"global_batch = {global_batch}, but the corpus has {self.num_samples} samples")
         self._seed = seed
-        self._lanes = lanes
-        self._samples_per_lane = global_batch // lanes
+        self.num_lanes = lanes
+        lane_starts = [self._lane_start(lane) for lane in range(lanes)]
+        # Where the pieces begin: the parts of a shard that lie in one lane.
+        self.piece_starts: Int64Array = np.unique(np.concatenate([self.shard_starts, lane_starts]))
+        self.samples_per_lane = global_batch // lanes
         self.window_shards = window_shards
         # A window serves many steps in a row; two a lane, since a batch may reach from one into the next.
         self._window_samples = functools.lru_cache(maxsize=2 * lanes)(self._permuted_window)
@@ -49,20 +62,40 @@ class SampleOrder:
 
     def rank_lanes(self, rank: int, ranks: int) -> range:
         """Return the whole lanes that a rank owns; counts differ by at most one."""
-        return range(rank * self._lanes // ranks, (rank + 1) * self._lanes // ranks)
+        return range(rank * self.num_lanes // ranks, (rank + 1) * self.num_lanes // ranks)
 
     def rank_num_samples(self, rank: int, ranks: int) -> int:
         """Return how many samples of every global batch a rank sees."""
-        return len(self.rank_lanes(rank, ranks)) * self._samples_per_lane
+        return len(self.rank_lanes(rank, ranks)) * self.samples_per_lane
 
     def batch(self, step: int, lanes: range) -> tuple[Int64Array, Int64Array]:
         """Return (sample index, lane epoch) of the samples that `step`, from 0, takes of these lanes."""
         parts = [self._lane_batch(step, lane) for lane in lanes]
         return np.concatenate([index for index, _ in parts]), np.concatenate([epoch for _, epoch in parts])
 
+    def lane_pieces(self, lane: int) -> range:
+        """Return the pieces of a lane."""
+        first, end = np.searchsorted(self.piece_starts, [self._lane_start(lane), self._lane_start(lane + 1)])
+        return range(int(first), int(end))
+
+    def windows(self, lane: int, first_step: int, end_step: int) -> Iterator[Window]:
+        """Yield the windows of a lane that steps [first, end) take samples of, in their order."""
+        lane_size = self._lane_start(lane + 1) - self._lane_start(lane)
+        position, end = first_step * self.samples_per_lane, end_step * self.samples_per_lane
+        for epoch in range(position // lane_size, -(-end // lane_size)):
+            windows, window_starts = self._windows(lane, epoch)
+            starts = (epoch * lane_size + window_starts).tolist()
+            for pieces, start, stop in zip(windows, starts[:-1], starts[1:], strict=True):
+                if stop > position and start < end:
+                    yield Window(
+                        first_step=max(start, position) // self.samples_per_lane,
+                        last_step=(min(stop, end) - 1) // self.samples_per_lane,
+                        pieces=tuple(np.searchsorted(self.piece_starts, pieces[:, 0]).tolist()),
+                    )
+
     def _lane_batch(self, step: int, lane: int) -> tuple[Int64Array, Int64Array]:
         lane_size = self._lane_start(lane + 1) - self._lane_start(lane)
-        position, end = step * self._samples_per_lane, (step + 1) * self._samples_per_lane
+        position, end = step * self.samples_per_lane, (step + 1) * self.samples_per_lane
         indices, epochs = [], []
         while position < end:
             epoch, within = divmod(position, lane_size)
@@ -103,7 +136,7 @@ class SampleOrder:
         return self._random(_SAMPLE_ORDER, lane, epoch, window).permutation(samples)
 
     def _lane_start(self, lane: int) -> int:
-        return lane * self.num_samples // self._lanes
+        return lane * self.num_samples // self.num_lanes
 
     def _random(self, *purpose: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(np.random.SeedSequence([self._seed, *purpose])))

@@ -1,6 +1,7 @@
 """Augmented views of stored images, without torch: what an image worker computes."""
 
 import functools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -9,13 +10,15 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.core.files.images import BadImageError, decode_pixels
+from pipeline.core.processes import say
 from pipeline.core.records import InputError
 from pipeline.core.shard_format import ByteRanges
 from training.config.train import AugmentConfig
 from training.data.augment import augment, sample_generator
 from training.data.auto_augment import Pixels
 
-# Which image to read, where it lies, and the epoch whose view is drawn.
+# Which image to read, where it lies, and the epoch whose view is drawn. `piece` is the file of the cache that
+# has the tar's bytes from `piece_start_bytes` on, NO_PIECE without a cache (training.data.shard_cache).
 VISIT = np.dtype(
     [
         ("shard", "<i4"),
@@ -24,8 +27,11 @@ VISIT = np.dtype(
         ("key", "S32"),
         ("image_id", "<i8"),
         ("epoch", "<i8"),
+        ("piece", "<i4"),
+        ("piece_start_bytes", "<i8"),
     ]
 )
+NO_PIECE = -1
 IMAGE_ID_DIGITS = 15  # hexadecimal ones of an image's digest: 60 bits, what an int64 holds
 
 Visits = npt.NDArray[np.void]  # [N] of VISIT
@@ -40,6 +46,7 @@ class ViewConfig:
     augment: AugmentConfig
     seed: int
     open_shards: int  # tars that stay open
+    cache_folder: str = ""  # of the pieces that visits name
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +87,11 @@ class ViewReader:
 
     def _pixels(self, visit: np.void, key: bytes) -> Pixels:
         shard, name = int(visit["shard"]), f"{key.decode()}.jpg"
-        data = self._tar(shard).read(int(visit["offset_bytes"]), int(visit["size_bytes"]), name)
+        data = self._cached(visit, name)
+        if data is None:
+            data = self._tar(shard).read(int(visit["offset_bytes"]), int(visit["size_bytes"]), name)
         # Hashing costs a tenth of decoding, and a damaged JPEG often still decodes, to another image.
-        if image_id_of(sha256(data).hexdigest()) != visit["image_id"]:
+        if not _is_image(data, visit):
             raise InputError(
                 f"{self._config.paths[shard]}: {name} is not the image whose digest its sidecar"
                 " holds: the tar is corrupt or not its sidecar's; run the shards stage again"
@@ -94,6 +103,37 @@ class ViewReader:
                 f"{self._config.paths[shard]}: {name} cannot be decoded ({error}); leave the"
                 " sample out: run filter_image and shards again"
             ) from None
+
+    def _cached(self, visit: np.void, name: str) -> bytes | None:
+        """Return an image's bytes from the cache; None without a cache, or if the disk has damaged them.
+
+        Each read opens the file anew: the cache removes it once its samples are done, and an open file would
+        keep its space.
+        """
+        if visit["piece"] == NO_PIECE:
+            return None
+        path = piece_path(self._config.cache_folder, int(visit["piece"]))
+        start = int(visit["offset_bytes"] - visit["piece_start_bytes"])
+        try:
+            with ByteRanges(path) as piece:
+                data = piece.read(start, int(visit["size_bytes"]), name)
+        except (InputError, OSError):
+            data = b""
+        if _is_image(data, visit):
+            return data
+        say(
+            f"{path}: {name} is damaged: cnclip reads it from {self._config.paths[int(visit['shard'])]} again"
+        )
+        return None
+
+
+def piece_path(folder: str, piece: int) -> str:
+    """Return the file of a piece in the folder of a cache."""
+    return os.path.join(folder, f"{piece:08d}")
+
+
+def _is_image(data: bytes, visit: np.void) -> bool:
+    return bool(image_id_of(sha256(data).hexdigest()) == visit["image_id"])
 
 
 def image_id_of(image_sha256: str) -> int:

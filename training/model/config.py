@@ -91,6 +91,8 @@ def at_size(model: ModelConfig, image_size_px: int) -> ModelConfig:
         ValueError: if the size is no multiple of a patch, or of a ResNet's cell of 32 pixels.
     """
     vision = model.vision
+    if image_size_px == vision.image_size_px:  # a small ResNet's own size may be no multiple
+        return model
     cell = vision.patch_size_px if isinstance(vision, VisionTransformerConfig) else 32
     if image_size_px < cell or image_size_px % cell:
         raise ValueError(f"an image size of {image_size_px} is not a multiple of {cell} pixels: choose one")

@@ -2,6 +2,7 @@
 
 import io
 import math
+import tempfile
 from typing import IO, Any
 
 import numpy as np
@@ -38,11 +39,17 @@ def read_npy_bytes(data: bytes, where: str, remedy: str) -> npt.NDArray[Any]:
 
 
 def map_npy(path: str, remedy: str) -> npt.NDArray[Any]:
-    """Return the array of a local file, memory-mapped.
+    """Return the array of a file, memory-mapped; of a URL, a temporary copy that goes with the array.
 
     Raises:
         InputError: as `read_npy` raises it.
     """
+    if not store.is_local(path):
+        with tempfile.NamedTemporaryFile(prefix="cnclip-", suffix=".npy") as copy:
+            with foreign(path, _WHAT, remedy):
+                fs, name = store.remote(path)
+                fs.get_file(name, copy.name)
+            return map_npy(copy.name, remedy)
     with foreign(path, _WHAT, remedy):
         with store.open_read(path) as file:
             _check_header(file, store.num_bytes(path), path, remedy)

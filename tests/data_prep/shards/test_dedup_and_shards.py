@@ -74,9 +74,31 @@ def test_partitions_that_do_not_fit_into_memory_are_refused(finished: Run) -> No
     large = replace(context, parents={"filter_text": replace(manifest, shards=many)})
     kept = len([shard for shard in many if shard.path.startswith("kept/")])
     needed = kept * 2400
-    with pytest.raises(ConfigError, match=rf"partitions = 4: each would hold .*: set partitions = {needed}$"):
-        dedup.plan(DedupConfig(), large)
+    with pytest.raises(ConfigError, match=rf"partitions = 4: each would hold .* out, or set {needed}, which"):
+        dedup.plan(DedupConfig(partitions=4), large)
     assert len(dedup.plan(DedupConfig(partitions=needed), large)) == 72
+
+
+def test_partitions_follow_the_number_of_rows(finished: Run, tables: list[Path], tmp_path: Path) -> None:
+    context = make_context(finished, finished.stage("dedup"))
+    assert context is not None
+    manifest = context.parents["filter_text"]
+    for rows, partitions in ((100, 4), (60_001, 7)):
+        shards = [replace(shard, num_samples=0) for shard in manifest.shards]
+        shards[0] = replace(shards[0], path="kept/0.parquet", num_samples=rows)
+        sized = replace(context, parents={"filter_text": replace(manifest, shards=tuple(shards))})
+        tasks = dedup.plan(DedupConfig(), sized)
+        assert [task.name for task in tasks] == [f"{number:05d}" for number in range(partitions)]
+        assert {task.arguments["partitions"] for task in tasks} == {partitions}
+    unset = numbered_run(tmp_path, tables, None)
+    runner.execute(
+        unset,
+        [stage for stage in unset.stages if stage.name in ("corpus", "filter_text", "dedup")],
+        redo=False,
+    )
+    kept = [sorted(Path(run.folder, "dedup", "kept").iterdir()) for run in (unset, finished)]
+    assert [len(paths) for paths in kept] == [4, 3]
+    assert pl.read_parquet(kept[0]).equals(pl.read_parquet(kept[1]))
 
 
 def test_of_copies_the_lowest_table_and_row_stays(finished: Run) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -223,3 +223,28 @@ def test_the_only_machine_beside_a_head_without_cores_gets_every_try(one_node: A
     run = run_of(tmp_path / "full", {}, full=1)
     with pytest.raises(InputError, match=r"/data: No space left on device \(task "):
         runner.execute(run, run.stages, redo=False)
+
+
+@pytest.mark.slow
+def test_a_cluster_that_grows_from_no_machine_takes_what_comes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A call that asks for more cores than the first machine has is made smaller."""
+    from pipeline.executors import ray as executor
+
+    monkeypatch.setattr(executor, "_PATIENCE_SECONDS", 1.0)
+    said: list[str] = []
+    with cluster_of(0, monkeypatch) as cluster:
+
+        def grow(text: str, *_: Any) -> None:
+            said.append(text)
+            cluster.add_node(num_cpus=2)
+
+        monkeypatch.setattr(executor, "say", grow)
+        run = run_of(tmp_path / "grown", {})
+        run = replace(run, stages=(replace(run.stages[0], processes=16),))
+        assert runner.execute(run, run.stages, redo=False) == 1
+    assert num_done(tmp_path / "grown") == NUM_TASKS
+    (waits,) = said
+    assert "the Ray cluster has no machine with cores yet: " in waits
+    assert "calls of 16 cores wait for one" in waits
