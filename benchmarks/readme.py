@@ -111,6 +111,18 @@ CLAIMS: dict[str, tuple[str, str]] = {
         "memory to index and search 10 million vectors: ours against flat",
         "eval/large_index.py",
     ),
+    "index_tools/autofaiss": (
+        "queries/s at equal recall and memory: the index of `cnclip index` against autofaiss's",
+        "eval/index_tools.py",
+    ),
+    "index_tools/faiss's tuner": (
+        "queries/s at equal recall: the index of `cnclip index` against IVF with FAISS's ParameterSpace",
+        "eval/index_tools.py",
+    ),
+    "index_tools/plain script": (
+        "queries/s at equal recall: the index of `cnclip index` against a plain IVF script",
+        "eval/index_tools.py",
+    ),
     "image_copies/false": (
         "different images that count as copies: hash and signature against only the hash",
         "data_prep/image_copies.py",

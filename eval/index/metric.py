@@ -61,3 +61,10 @@ def pair_scores(
         apart_BD = query_QD[query_P[part]].astype(np.float64) - row_ND[row_P[part]]
         score_P[part] = -np.einsum("bd,bd->b", apart_BD, apart_BD)
     return score_P
+
+
+def distances_of(score_P: Float64Array, metric: Metric) -> Float64Array:
+    """Return ann-benchmarks' distances for scores: 1 - cosine, L2, or the negative inner product."""
+    if metric == "l2":
+        return np.sqrt(-score_P)
+    return 1 - score_P if metric == "cosine" else -score_P

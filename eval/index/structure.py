@@ -77,6 +77,34 @@ def set_search_l(index: Any, candidates: int) -> None:
             part.nsg.search_L = min(candidates, _MOST_INT)
 
 
+def quantised_bits(index: Any) -> int | None:
+    """Return the bits of a query's numbers in a search of RaBitQ codes (0: not rounded), or None.
+
+    None if there are no such codes; the fast scan kinds take no other number.
+    """
+    import faiss
+
+    for part in walk(index):
+        if isinstance(part, faiss.IndexRaBitQ | faiss.IndexIVFRaBitQ):
+            return int(part.qb)
+    return None
+
+
+def set_quantised_bits(index: Any, bits: int) -> None:
+    """Set the bits of a query's numbers in a search of RaBitQ codes.
+
+    Raises:
+        ValueError: for less than 0 or more than 8.
+    """
+    import faiss
+
+    if not 0 <= bits <= 8:
+        raise ValueError(f"qb={bits}: 0 to 8")
+    for part in walk(index):
+        if isinstance(part, faiss.IndexRaBitQ | faiss.IndexIVFRaBitQ):
+            part.qb = bits
+
+
 def why_other_metric(index: Any, metric: Metric = "cosine") -> str | None:
     """Return why an index's scores are not the metric's of the original vectors, or None if they are."""
     import faiss

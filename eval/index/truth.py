@@ -15,15 +15,16 @@ import numpy.typing as npt
 
 from eval.index.device import Device, torch_device
 from eval.index.formats.hdf5 import open_hdf5
-from eval.index.metric import faiss_metric, pair_scores
+from eval.index.metric import distances_of, faiss_metric, pair_scores
 from eval.index.views import Vectors
 from pipeline.core import store
-from pipeline.core.arrays import Float32Array, Int64Array
+from pipeline.core.arrays import Float32Array, Float64Array, Int64Array
 from pipeline.core.files.foreign import foreign
 from pipeline.core.records import InputError
 
 # Rows whose scores differ by less count as equal, as in big-ann-benchmarks; float32 products are off by less.
 TIE = 1e-6  # of scores up to 1; a share of larger ones
+_ANN_BENCHMARKS_TIE = 1e-3
 _BLOCK_ROWS = 32_768  # 64 MiB at width 512, and FAISS's copy
 _REMEDY = "compute it again, or leave --ground-truth out"
 
@@ -34,10 +35,6 @@ class Truth:
 
     rows_QK: Int64Array
     scores_QK: Float32Array | None = None  # inner products or squared distances; None: only rows are known
-
-    def first(self, k: int) -> "Truth":
-        """Return the first k columns."""
-        return Truth(self.rows_QK[:, :k], None if self.scores_QK is None else self.scores_QK[:, :k])
 
     def of(self, queries: Int64Array) -> "Truth":
         """Return the neighbours of these queries."""
@@ -50,6 +47,7 @@ class Recall:
 
     strict: float  # the rows of the ground truth themselves
     with_ties: float  # rows that are as near as the k-th; corpora from the web contain many duplicates
+    error: float = 0.0  # standard error of `with_ties`, had other queries been drawn
 
 
 def exact_neighbours(vectors: Vectors, queries_QD: Float32Array, k: int, device: Device = "cpu") -> Truth:
@@ -102,11 +100,12 @@ def recall_of(vectors: Vectors, queries_QD: Float32Array, found_QK: Int64Array, 
     query_Q1 = np.arange(num_queries)[:, None] * base
     is_exact_QK = np.isin(found_QK + query_Q1, exact_QK + query_Q1) & (found_QK >= 0)
     strict = int(is_exact_QK.sum())
+    hits_Q = is_exact_QK.sum(axis=1)
     # Exact scores only of the rows that may tie, and of each query's k-th.
     query, place = np.nonzero(~is_exact_QK & (found_QK >= 0))
     asked, inverse = np.unique(query, return_inverse=True)
     if not len(asked):
-        return Recall(strict / found_QK.size, strict / found_QK.size)
+        return Recall(strict / found_QK.size, strict / found_QK.size, _standard_error(hits_Q / k))
     rows = np.concatenate([found_QK[query, place], exact_QK[asked, -1]])
     needed, where = np.unique(rows, return_inverse=True)
     scores = pair_scores(
@@ -117,8 +116,60 @@ def recall_of(vectors: Vectors, queries_QD: Float32Array, found_QK: Int64Array, 
         vectors.metric,
     )
     kth = scores[len(query) :][inverse.reshape(-1)]
-    ties = int((scores[: len(query)] >= kth - TIE * np.maximum(1, np.abs(kth))).sum())
-    return Recall(strict / found_QK.size, (strict + ties) / found_QK.size)
+    is_tie = scores[: len(query)] >= kth - TIE * np.maximum(1, np.abs(kth))
+    hits_Q = hits_Q + np.bincount(query[is_tie], minlength=num_queries)
+    recall = int(hits_Q.sum()) / found_QK.size
+    return Recall(strict / found_QK.size, recall, _standard_error(hits_Q / k))
+
+
+def recall_of_ann_benchmarks(
+    vectors: Vectors, queries_QD: Float32Array, found_QK: Int64Array, truth: Truth
+) -> float:
+    """Return the recall that ann-benchmarks's evaluator computes from these answers.
+
+    It counts the first k answers whose distance is at most that of the k-th neighbour plus 0.001 (its `knn`
+    metric, https://github.com/erikbern/ann-benchmarks). A row that is found twice counts twice there.
+    """
+    query, place = np.nonzero(found_QK >= 0)
+    rows = np.concatenate([found_QK[query, place], truth.rows_QK[:, found_QK.shape[1] - 1]])
+    needed, where = np.unique(rows, return_inverse=True)
+    asked = np.concatenate([query, np.arange(len(found_QK))])
+    scores = pair_scores(queries_QD, asked, vectors.rows(needed), where.reshape(-1), vectors.metric)
+    away = distances_of(scores, vectors.metric)
+    most_Q = away[len(query) :] + _ANN_BENCHMARKS_TIE
+    return float((away[: len(query)] <= most_Q[query]).sum() / found_QK.size)
+
+
+def recall_of_big_ann(found_QK: Int64Array, truth: Truth) -> float:
+    """Return the recall that big-ann-benchmarks's evaluator computes from these answers.
+
+    It groups neighbours whose distances differ by less than 1e-6 from the first of their group, and accepts
+    the rows of the first k groups (https://github.com/harsha-simhadri/big-ann-benchmarks). With ties among
+    the first k these are more than k rows, as many as the ground truth holds.
+
+    Raises:
+        ValueError: if the ground truth has no scores.
+    """
+    if truth.scores_QK is None:
+        raise ValueError("a ground truth without scores")
+    k, found_QK = found_QK.shape[1], _once(found_QK)
+    group_Q = np.zeros(len(found_QK), dtype=np.int64)
+    first_Q = truth.scores_QK[:, 0].astype(np.float64)
+    accepted_QK = np.zeros(truth.rows_QK.shape, dtype=bool)
+    for place in range(truth.rows_QK.shape[1]):
+        score_Q = truth.scores_QK[:, place].astype(np.float64)
+        is_new_Q = np.abs(score_Q - first_Q) >= TIE
+        group_Q += is_new_Q
+        first_Q = np.where(is_new_Q, score_Q, first_Q)
+        accepted_QK[:, place] = group_Q < k
+    base = int(max(found_QK.max(initial=0), truth.rows_QK.max())) + 2
+    query_Q1 = np.arange(len(found_QK))[:, None] * base
+    accepted = (truth.rows_QK + query_Q1)[accepted_QK]
+    return float((np.isin(found_QK + query_Q1, accepted) & (found_QK >= 0)).sum() / found_QK.size)
+
+
+def _standard_error(share_Q: Float64Array) -> float:
+    return float(share_Q.std(ddof=1) / len(share_Q) ** 0.5) if len(share_Q) > 1 else 1.0
 
 
 def write_truth(path: str, truth: Truth) -> None:
@@ -137,7 +188,8 @@ def write_truth(path: str, truth: Truth) -> None:
 def read_truth(path: str, *, num_queries: int, num_rows: int, k: int) -> Truth:
     """Read a ground truth: big-ann-benchmarks's layout, .ivecs, or ann-benchmarks's .hdf5.
 
-    A file may hold more queries and neighbours than wanted: the first ones are taken.
+    A file may hold more queries than wanted: the first ones are taken. Further neighbours are returned, too:
+    big-ann-benchmarks's evaluator counts them.
 
     Raises:
         InputError: for a file of another kind, of fewer queries or neighbours, or with rows that are not in
@@ -156,8 +208,8 @@ def read_truth(path: str, *, num_queries: int, num_rows: int, k: int) -> Truth:
             f"{path}: {found_k} neighbours of {found_queries} queries, but {k} of {num_queries} are needed:"
             f" {_REMEDY}"
         )
-    scores = None if truth.scores_QK is None else truth.scores_QK[:num_queries, :k]
-    truth = Truth(truth.rows_QK[:num_queries, :k], scores)
+    scores = None if truth.scores_QK is None else truth.scores_QK[:num_queries]
+    truth = Truth(truth.rows_QK[:num_queries], scores)
     outside = np.argwhere((truth.rows_QK < 0) | (truth.rows_QK >= num_rows))
     if len(outside):
         query, place = outside[0].tolist()

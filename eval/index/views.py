@@ -94,6 +94,11 @@ class Without:
         return rows_without(self.held_out, rows)
 
 
+def view_of(base: Vectors, held_out: Int64Array | None) -> Vectors:
+    """Return the rows that are indexed: all but those held out."""
+    return base if held_out is None else Without(base, held_out)
+
+
 @dataclass(frozen=True, slots=True)
 class Centred:
     """Rows with their mean subtracted.

@@ -188,6 +188,12 @@ def bench_index(
     threads: Annotated[
         int | None, typer.Option(metavar="N", help="let FAISS use N threads (default: all cores)")
     ] = None,
+    batch: Annotated[
+        int | None, typer.Option(metavar="N", help="time N queries in one call (default: all of a set)")
+    ] = None,
+    rounds: Annotated[
+        int, typer.Option(metavar="N", help="time every index N times, in turns with the others")
+    ] = 7,
     export: Annotated[
         Literal["ann-benchmarks", "big-ann"] | None,
         typer.Option(
@@ -205,17 +211,21 @@ def bench_index(
         str | None,
         typer.Option(
             metavar="FOLDER",
-            help="write results.jsonl, points.json and front.svg into this folder; rerun to resume",
+            help="write results.jsonl, points.json, front.svg and front.html (with --index served.json)"
+            " into this folder; rerun to resume",
         ),
     ] = None,
 ) -> int:
     import contextlib
     import os
-    from dataclasses import asdict
 
-    from eval.index.bench import points as measured
-    from eval.index.bench.measure import Plan, measure
+    from eval.index.bench.front import as_fast, noise_of, pareto_front
+    from eval.index.bench.measure import measure
+    from eval.index.bench.plan import Plan
+    from eval.index.bench.plot import front_page, front_plot
+    from eval.index.bench.points import best_point, default_grid
     from eval.index.bench.results import RESULTS, compared, read_results
+    from eval.index.bench.table import ceiling_lines, noise_lines, points_table
     from eval.index.bench.task import read_labels
     from eval.index.embeddings import Embeddings
     from eval.index.formats.export import Export
@@ -241,6 +251,8 @@ def bench_index(
             k,
             where,
             threads,
+            batch,
+            rounds,
             out,
         )
     if where is not None:
@@ -275,35 +287,53 @@ def bench_index(
         centre=centre,
         device=device,
         threads=threads or len(os.sched_getaffinity(0)),
+        batch=batch,
+        rounds=rounds,
         labels=known,
         truth_path=ground_truth,
         export=None if export is None or out is None else Export(export, out, embeddings_path, k),
     )
-    factories = grid.split(";") if grid else measured.default_grid(embeddings.num_rows, embeddings.dim)
+    factories = grid.split(";") if grid else default_grid(embeddings.num_rows, embeddings.dim)
     others = [item for folder in merge or [] for item in read_results(store.join(folder, RESULTS))]
     with contextlib.nullcontext() if out is None else exclusive(out):
         found = measure(plan, [text.strip() for text in factories if text.strip()], out, inform)
-        points = found.points
-        print(measured.points_table(points, k, found.exact))
+        points, most_bytes = found.points, memory * 2**30 / embeddings.num_rows
+        front = pareto_front(points, most_bytes)
+        print(points_table(points, front, k, found.exact))
+        print(plan.conditions())
+        for queries_of in sets:
+            asked = [point for point in points if point.queries == queries_of.name]
+            for told in (*noise_lines(noise_of(asked), asked, len(queries_of)), *ceiling_lines(asked)):
+                print(told)
         asking = sets[0].name
         first = [point for point in points if point.queries == asking]
-        best = measured.best_point(first, recall, memory * 2**30 / embeddings.num_rows)
+        best = best_point(first, recall, most_bytes)
         if best is None:
             ceiling = max(first, key=lambda point: point.recall)
             print(
                 f"no index reaches recall {recall} within {memory} GiB for {asking} queries; the best is"
-                f" {ceiling.recall:.4f}: {ceiling.factory} {ceiling.parameters}"
+                f" {ceiling.recall:.4f}: {ceiling.name} {ceiling.parameters}"
             )
         else:
             print(
-                f"fastest with recall {recall} within {memory} GiB for {asking} queries: {best.factory}"
+                f"fastest with recall {recall} within {memory} GiB for {asking} queries: {best.name}"
                 f" {best.parameters}"
             )
+            reaching = [point for point in first if point.recall >= recall]
+            if others_as_fast := [
+                f"{point.name} {point.parameters}".strip()
+                for point in as_fast(best, reaching)
+                if point.bytes_per_vector <= most_bytes
+            ]:
+                print(f"as fast within the noise: {'; '.join(others_as_fast)}")
         if out is not None:
-            front = measured.pareto_front(points)
-            body = [{**asdict(point), "front": point in front} for point in points]
+            starred = {point.key for point in front}
+            body = [{**point.figures(), "front": point.key in starred} for point in points]
             store.write_text(store.join(out, "points.json"), json.dumps(body, indent=1))
-            store.write_text(store.join(out, "front.svg"), measured.front_plot(first, k))
+            of_first = [point for point in front if point.queries == asking]
+            store.write_text(store.join(out, "front.svg"), front_plot(first, of_first, k))
+            page = front_page(first, of_first, k, f"{embeddings_path}: {plan.conditions()}")
+            store.write_text(store.join(out, "front.html"), page)
     if others:
         print(compared([*found.results, *others]))
     return EXIT_DONE
@@ -320,6 +350,8 @@ def _bench_served(
     k: int,
     where: str | None,
     threads: int | None,
+    batch: int | None,
+    rounds: int,
     out: str | None,
 ) -> int:
     """Measure an index in parts as it is served."""
@@ -344,7 +376,16 @@ def _bench_served(
         asking = choose_queries(path, embeddings, side, num_queries, queries)
     allowed = None if where is None else rows_where(path, where, embeddings.num_rows)
     found = measure_served(
-        folder, embeddings, asking, k, allowed, threads or len(os.sched_getaffinity(0)), out, inform
+        folder,
+        embeddings,
+        asking,
+        k,
+        allowed,
+        threads or len(os.sched_getaffinity(0)),
+        batch,
+        rounds,
+        out,
+        inform,
     )
     print(served_table(found))
     return EXIT_DONE

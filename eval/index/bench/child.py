@@ -1,7 +1,8 @@
-"""`python -m eval.index.bench.child JOB.json`: builds or searches one index in a process of its own.
+"""`python -m eval.index.bench.child JOB.json`: builds, searches or times one index in a process of its own.
 
-So its memory is that of one index, and a kill or a crash costs one index. The job's `do` is `build` or
-`search`. A line of JSON on standard output is one result; a search also writes the rows that it found.
+So its memory is that of one index, and a kill or a crash costs one index. The job's `do` is `build`,
+`search` or `time`. A line of JSON on standard output is one result; a search also writes the rows that it
+found.
 """
 
 import json
@@ -15,19 +16,18 @@ from typing import Any, Literal
 import numpy as np
 
 from eval.features.layout import Side
+from eval.index.bench.timing import distances, reset_counts, time_batches, time_single
 from eval.index.build import fill, train
 from eval.index.device import Device, to_build, to_device
 from eval.index.embeddings import Embeddings
 from eval.index.files import read_limited, write_index
 from eval.index.metric import Metric
 from eval.index.tuning.parameters import set_parameters
-from eval.index.views import Centred, Vectors, Without, mean_of
-from pipeline.core.arrays import Float32Array, Int64Array
+from eval.index.views import Centred, Vectors, mean_of, view_of
 from pipeline.core.files.foreign import parse_json
 from pipeline.core.processes import die_with_parent
 from pipeline.core.records import ConfigError, InputError
 
-_MIN_SECONDS = 0.2  # repeat a setting's searches for at least this long
 INDEX, MEAN, FOUND = "index", "mean.npy", "found.npy"
 REFUSED = 3  # exit status if FAISS refuses the factory
 
@@ -36,7 +36,7 @@ REFUSED = 3  # exit status if FAISS refuses the factory
 class Job:
     """One index to build or search."""
 
-    do: Literal["build", "search"]
+    do: Literal["build", "search", "time"]
     folder: str  # where the index and the results lie
     embeddings: str
     side: Side
@@ -48,16 +48,12 @@ class Job:
     device: Device
     threads: int
     k: int = 10
+    batch: int | None = None  # queries in one call of a timed search; None: all
     searches: Sequence[tuple[str, str]] = field(default_factory=tuple)  # (.npy of queries, parameters)
 
 
 def write_job(path: Path, job: Job) -> None:
     path.write_text(json.dumps(asdict(job)), encoding="utf-8")
-
-
-def view_of(embeddings: Embeddings, held_out: Int64Array | None) -> Embeddings | Without:
-    """Return the rows that are indexed."""
-    return embeddings if held_out is None else Without(embeddings, held_out)
 
 
 def build(job: Job) -> None:
@@ -77,7 +73,7 @@ def build(job: Job) -> None:
 
 
 def search(job: Job) -> None:
-    """Load the index, and search it with each setting."""
+    """Load the index, and search or time it with each setting."""
     queries = {path: np.load(path) for path, _ in job.searches}
     path = Path(job.folder) / INDEX
     before = _memory("VmRSS")
@@ -86,23 +82,20 @@ def search(job: Job) -> None:
     index = to_device(loaded, job.device, job.factory)
     for name, parameters in job.searches:
         set_parameters(index, parameters, job.device)
-        found_QK, speed = _search(index, queries[name], job.k)
+        queries_QD = queries[name]
+        if job.do == "time":
+            speed, cpu_ms = time_batches(index.search, queries_QD, job.k, job.batch or len(queries_QD))
+            single = time_single(index.search, queries_QD, job.k)
+            _say({"queries_per_second": speed, "cpu_ms": cpu_ms, "latencies_us": single})
+            continue
+        reset_counts()
+        _, found_QK = index.search(queries_QD, job.k)
+        compared = distances(loaded, len(queries_QD), job.k) if job.device == "cpu" else None
         np.save(Path(job.folder) / FOUND, found_QK)
-        peak = _memory("VmHWM") - before
-        _say({"queries_per_second": speed, "resident_bytes": max(0, resident), "peak_bytes": max(0, peak)})
+        peak = max(0, _memory("VmHWM") - before)
+        _say({"resident_bytes": max(0, resident), "peak_bytes": peak, "distances": compared})
         if not sys.stdin.readline():  # the parent has taken what was found
             return
-
-
-def _search(index: Any, queries_QD: Float32Array, k: int) -> tuple[Int64Array, float]:
-    """Return (rows, queries per second) of the fastest repetition, since other programs only slow it down."""
-    best, total = float("inf"), 0.0
-    while total < _MIN_SECONDS:
-        start = time.perf_counter()
-        _, found_QK = index.search(queries_QD, k)
-        seconds = time.perf_counter() - start
-        best, total = min(best, seconds), total + seconds
-    return found_QK, len(queries_QD) / best
 
 
 def _memory(name: str) -> int:
@@ -123,7 +116,7 @@ def main(path: str) -> int:
     job = Job(**parse_json(Path(path).read_text(encoding="utf-8")))
     faiss.omp_set_num_threads(job.threads)
     try:
-        {"build": build, "search": search}[job.do](job)
+        {"build": build, "search": search, "time": search}[job.do](job)
     except (InputError, ConfigError) as error:
         _say({"refused": str(error)})
         return REFUSED

@@ -1,7 +1,7 @@
 """`results.jsonl`: what was measured, a line for each point, with all that it depends on.
 
-A line is written as soon as its point is measured, so a kill loses one setting. Lines of other machines and
-settings stay in the file.
+A line is written as soon as its point is measured, and again with each round of its timing, so a kill loses
+one setting of one round. Lines of other machines and settings stay in the file.
 """
 
 import json
@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from eval.index.bench.points import Point, pareto_front
+from eval.index.bench.front import pareto_front
+from eval.index.bench.points import Point
+from eval.index.bench.timing import Round
 from eval.metrics.bootstrap import Measured
 from pipeline.core import store
 from pipeline.core.files.foreign import foreign, parse_json
@@ -52,8 +54,13 @@ class Results:
         return [result.point for result in self._all if result.facts == facts]
 
     def add(self, result: Result) -> None:
-        """Add a point, and write it to the disk."""
-        self._all.append(result)
+        """Add a point or replace it, and write it to the disk."""
+        for place, known in enumerate(self._all):
+            if known.facts == result.facts and known.point.key == result.point.key:
+                self._all[place] = result
+                break
+        else:
+            self._all.append(result)
         if self._path is not None:
             store.write_text(self._path, "".join(result.to_json() + "\n" for result in self._all))
 
@@ -72,7 +79,8 @@ def read_results(path: str) -> list[Result]:
             record = parse_json(line)
             facts, task = record.pop("facts"), record.pop("task")
             measured = None if task is None else {name: Measured(**one) for name, one in task.items()}
-            point = Point(**record, task=measured)
+            rounds = tuple(Round(**one) for one in record.pop("rounds", ()))
+            point = Point(**record, task=measured, rounds=rounds)
             numbers = [getattr(point, field.name) for field in fields(Point) if field.type in (int, float)]
             if not isinstance(facts, dict) or not all(isinstance(value, int | float) for value in numbers):
                 raise ValueError("facts and numbers are missing")
@@ -99,6 +107,7 @@ def machine() -> dict[str, Any]:
 
 def compared(results: Sequence[Result]) -> str:
     """Return aligned text of results of several runs and machines, with a star on their Pareto front."""
+    results = [result for result in results if result.point.queries_per_second > 0]  # killed before
     front = pareto_front([result.point for result in results])
     head = (
         "",
@@ -119,7 +128,7 @@ def compared(results: Sequence[Result]) -> str:
         rows.append(
             (
                 "*" if point in front else "",
-                point.factory + (" centred" if facts.get("centred") else ""),
+                point.name + (" centred" if facts.get("centred") else ""),
                 point.parameters,
                 point.queries,
                 f"{point.recall:.4f}",

@@ -7,12 +7,14 @@ same time some of them may come back.
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,14 @@ import numpy as np
 from eval.index.bench.energy import UNKNOWN, Meter, counters
 from eval.index.bench.points import settings
 from eval.index.bench.results import machine
+from eval.index.bench.timing import (
+    PERCENTILES,
+    check_timing,
+    percentile_ms,
+    spread_of,
+    time_batches,
+    time_single,
+)
 from eval.index.embeddings import Embeddings
 from eval.index.partitioned import PartedIndex
 from eval.index.parts.selection import Mask
@@ -33,7 +43,6 @@ from pipeline.core.processes import die_with_parent, import_environment
 from pipeline.core.records import InputError
 from pipeline.core.text_table import align
 
-_ROUNDS, _SINGLE = 3, 200  # of all queries; queries that are asked one at a time
 _FOUND, _QUERIES, _ROWS = "found_{}.npy", "queries.npy", "rows.npy"
 
 
@@ -46,11 +55,13 @@ class ServedPoint:
     recall: float  # rows as near as the k-th count
     strict_recall: float
     cold_first_ms: float  # the first query, with opening the parts
-    p50_ms: float  # one query at a time, warm
-    p95_ms: float
-    p99_ms: float
-    queries_per_second: float  # all queries at once, median of the rounds
-    joules_per_query: float | None  # of the whole machine, all queries at once; None without counters
+    p50_ms: float | None  # one query at a time, warm; None for too few queries
+    p95_ms: float | None
+    p99_ms: float | None
+    queries_per_second: float  # in batches, median of the rounds
+    spread: float | None  # half the middle half of the rounds' speeds, as a share of their median
+    cpu_ms: float  # of all threads for one query in a batch
+    joules_per_query: float | None  # of the whole machine, in batches; None without counters
     proportional_bytes: int  # growth of the process's proportional set size, mapped pages included
 
 
@@ -69,6 +80,8 @@ def measure_served(
     k: int,
     allowed: Mask | None,
     threads: int,
+    batch: int | None,
+    rounds: int,
     out: str | None,
     say: Callable[[str], None],
 ) -> Served:
@@ -81,12 +94,16 @@ def measure_served(
         k: neighbours of each.
         allowed: which rows may answer; None for all.
         threads: of FAISS.
+        batch: queries in one call; None for all.
+        rounds: how often each setting is timed.
         out: folder that gets `served.json`, or None.
         say: gets a line for each setting.
 
     Raises:
         InputError: if the features are not those of the index, or too few rows may answer.
+        ConfigError: for fewer than 2 rounds, or an empty batch.
     """
+    check_timing(rounds, batch)
     index = PartedIndex.open(folder)
     if (embeddings.num_rows, embeddings.dim) != (index.num_rows, index.dim):
         raise InputError(
@@ -118,6 +135,8 @@ def measure_served(
         "queries": queries.source,
         "num_queries": len(queries),
         "threads": threads,
+        "batch": len(queries) if batch is None else min(batch, len(queries)),
+        "rounds": rounds,
         **machine(),
     }
     points = []
@@ -125,7 +144,8 @@ def measure_served(
         np.save(Path(name) / _QUERIES, queries.vectors_QD)
         if allowed is not None:
             np.save(Path(name) / _ROWS, allowed)
-        answers = _searched(Path(name), folder, swept, asked, threads)
+        job = {"folder": folder, "swept": swept, "k": asked, "threads": threads, "work": name}
+        answers = _searched(job | {"batch": facts["batch"], "rounds": rounds})
         for number, (parameters, answer) in enumerate(zip(swept, answers, strict=True)):
             found_QK = np.load(Path(name) / _FOUND.format(number))
             if queries.are_own:
@@ -140,7 +160,7 @@ def measure_served(
             )
             say(
                 f"{parameters or 'no parameters'}: recall {point.recall:.3f}, cold {point.cold_first_ms:.1f}"
-                f" ms, then {point.p50_ms:.3f} ms a query, {point.queries_per_second:,.0f} queries/s at once"
+                f" ms, then {point.queries_per_second:,.0f} queries/s"
             )
             points.append(point)
             if out is not None:
@@ -162,6 +182,8 @@ def served_table(served: Served) -> str:
         "p95",
         "p99",
         "queries/s",
+        "spread",
+        "CPU ms",
         "MiB",
         "J/query",
     )
@@ -175,8 +197,10 @@ def served_table(served: Served) -> str:
                 f"{point.recall:.4f}",
                 f"{point.strict_recall:.4f}",
                 f"{point.cold_first_ms:.1f}",
-                *(f"{one:.3f}" for one in times),
+                *("" if one is None else f"{one:.3f}" for one in times),
                 f"{point.queries_per_second:,.0f}",
+                "" if point.spread is None else f"±{point.spread:.0%}",
+                f"{point.cpu_ms:.3f}",
                 f"{point.proportional_bytes / 2**20:.0f}",
                 "" if point.joules_per_query is None else f"{point.joules_per_query:.4f}",
             )
@@ -184,17 +208,15 @@ def served_table(served: Served) -> str:
     size = f"{facts['bytes_per_vector']:.1f} bytes per vector"
     share = f"{facts['share']:.1%} of {facts['num_rows']:,} rows may answer"
     text = f"{facts['index']}: {facts['factory']} in {facts['num_parts']} parts, {size}, {share}\n"
-    text += align(rows, (False, False, *[True] * 9))
+    text += align(rows, (False, False, *[True] * 11))
     if all(point.joules_per_query is None for point in served.points):
         text += f"\nno J/query: {UNKNOWN}"
     return text
 
 
-def _searched(
-    work: Path, folder: str, swept: Sequence[str], k: int, threads: int
-) -> Iterator[dict[str, Any]]:
+def _searched(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield what another process measures with each setting."""
-    job = {"folder": folder, "swept": swept, "k": k, "threads": threads, "work": str(work)}
+    work = Path(job["work"])
     (work / "job.json").write_text(json.dumps(job), encoding="utf-8")
     with (
         open(work / "stderr.txt", "w+b") as stderr,
@@ -208,52 +230,49 @@ def _searched(
     ):
         assert process.stdout is not None
         try:
-            for _ in swept:
+            for _ in job["swept"]:
                 line = process.stdout.readline()
                 if not line:
                     status = process.wait()
                     said = (work / "stderr.txt").read_text(encoding="utf-8", errors="replace").splitlines()
                     reason = said[-1] if said else f"status {status}"
-                    raise InputError(f"{folder}: the process that was to search it ended: {reason}")
+                    raise InputError(f"{job['folder']}: the process that was to search it ended: {reason}")
                 yield parse_json(line)
         finally:
             process.kill()
 
 
 def search(job: dict[str, Any], number: int) -> dict[str, float | None]:
-    """Search cold, one query at a time, and with all at once; write what was found."""
-    work = Path(job["work"])
+    """Search cold, then write what is found, and time batches and single queries in rounds."""
+    work, k = Path(job["work"]), job["k"]
     queries_QD = np.load(work / _QUERIES)
     rows = np.load(work / _ROWS) if (work / _ROWS).exists() else None
     index = PartedIndex.read(job["folder"])
     for part in index.parts:
         _out_of_cache(store.join(job["folder"], part.path))
     before = _proportional()
-
-    def once(some_QD: Any) -> tuple[float, Any]:
-        start = time.perf_counter()
-        found = index.search(some_QD, job["k"], parameters=job["swept"][number], rows=rows)[1]
-        return time.perf_counter() - start, found
-
-    cold, _ = once(queries_QD[:1])
-    few = [queries_QD[query : query + 1] for query in range(min(_SINGLE, len(queries_QD)))]
-    once(queries_QD)  # warms up
-    single = [once(query)[0] for query in few for _ in range(2)]
-    meter = Meter(counters())
-    whole, found_QK = [], np.zeros(0)
-    for _ in range(_ROUNDS):
-        seconds, found_QK = once(queries_QD)
-        whole.append(seconds)
-    joules = meter.joules()
-    np.save(work / _FOUND.format(number), found_QK)
-    low, high, highest = np.percentile(single, [50, 95, 99])
+    find = partial(index.search, parameters=job["swept"][number], rows=rows)
+    start = time.perf_counter()
+    find(queries_QD[:1], k)
+    cold = time.perf_counter() - start
+    np.save(work / _FOUND.format(number), find(queries_QD, k)[1])
+    speeds, cpu_ms, single, joules = list[float](), list[float](), list[int](), list[float]()
+    for _ in range(job["rounds"]):
+        meter, start = Meter(counters()), time.perf_counter()
+        speed, cpu = time_batches(find, queries_QD, k, job["batch"])
+        used, seconds = meter.joules(), time.perf_counter() - start
+        speeds.append(speed)
+        cpu_ms.append(cpu)
+        single += time_single(find, queries_QD, k)
+        if used is not None:
+            joules.append(used / seconds / speed)
     return {
         "cold_first_ms": 1e3 * cold,
-        "p50_ms": 1e3 * low,
-        "p95_ms": 1e3 * high,
-        "p99_ms": 1e3 * highest,
-        "queries_per_second": len(queries_QD) / float(np.median(whole)),
-        "joules_per_query": None if joules is None else joules / (_ROUNDS * len(queries_QD)),
+        **{f"p{percentile}_ms": percentile_ms(single, percentile) for percentile in PERCENTILES},
+        "queries_per_second": statistics.median(speeds),
+        "spread": spread_of(speeds),
+        "cpu_ms": statistics.median(cpu_ms),
+        "joules_per_query": statistics.median(joules) if joules else None,
         "proportional_bytes": max(0, _proportional() - before),
     }
 

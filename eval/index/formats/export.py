@@ -8,16 +8,16 @@ big-ann-benchmarks means seconds for all.
 import os
 import re
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
+from eval.index.bench.points import Point
 from eval.index.formats.hdf5 import import_h5py
 from eval.index.formats.matrix import file_of
-from eval.index.metric import Metric, pair_scores
+from eval.index.metric import Metric, distances_of, pair_scores
 from eval.index.tuning.queries import Queries
 from eval.index.views import Vectors
 from pipeline.core import store
@@ -52,40 +52,34 @@ class Export:
 
     def write(
         self,
-        factory: str,
-        parameters: str,
+        point: Point,
         queries: Queries,
         vectors: Vectors,
         found_QK: Int64Array,
-        searched: Mapping[str, Any],
-        built: Mapping[str, Any],
     ) -> None:
         """Write one setting.
 
         Args:
-            factory: FAISS's factory string.
-            parameters: the search parameters.
+            point: what was measured; the fastest of its rounds counts, as in those benchmarks.
             queries: what was searched for.
             vectors: the rows that were searched.
             found_QK: their numbers, -1 for none.
-            searched: `queries_per_second`.
-            built: `seconds` and `num_bytes`.
         """
-        path = self.path(factory, parameters, queries)
+        path = self.path(point.name, point.parameters, queries)
         h5py = import_h5py(path)
         found_QK = found_QK[:, : self.k]
-        seconds = 1 / searched["queries_per_second"]
+        seconds = 1 / max(timed.queries_per_second for timed in point.rounds)
         is_ann = self.shape == "ann-benchmarks"
         attributes = {
             "algo": _ALGORITHM,
-            "name": f"{factory} {parameters}".strip(),
+            "name": f"{point.name} {point.parameters}".strip(),
             "dataset": os.path.splitext(os.path.basename(file_of(self.dataset)))[0],
             "distance": _NAMES[vectors.metric],
             "count": self.k,
-            "build_time": built["seconds"],
-            "index_size": built["num_bytes"] / 1024,
+            "build_time": point.build_seconds,
+            "index_size": point.bytes_per_vector * vectors.num_rows / 1024,
             "best_search_time": seconds if is_ann else seconds * len(found_QK),
-            "run_count": 1,
+            "run_count": len(point.rounds),
         }
         if is_ann:
             candidates = float((found_QK >= 0).sum(axis=1).mean())
@@ -108,9 +102,6 @@ def distances(vectors: Vectors, queries_QD: Float32Array, found_QK: Int64Array) 
     needed, where = np.unique(np.maximum(found_QK, 0), return_inverse=True)
     query_P = np.repeat(np.arange(len(found_QK)), found_QK.shape[1])
     score_P = pair_scores(queries_QD, query_P, vectors.rows(needed), where.reshape(-1), vectors.metric)
-    if vectors.metric == "l2":
-        away_P = np.sqrt(-score_P)
-    else:
-        away_P = 1 - score_P if vectors.metric == "cosine" else -score_P
+    away_P = distances_of(score_P, vectors.metric)
     away_QK: Float32Array = np.where(found_QK < 0, np.inf, away_P.reshape(found_QK.shape)).astype(np.float32)
     return away_QK

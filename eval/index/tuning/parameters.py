@@ -52,7 +52,9 @@ class Tuned:
 
 
 def set_parameters(index: Any, parameters: str, device: Device = "cpu") -> None:
-    """Set search parameters: FAISS's, such as `nprobe=16`, and `search_L` of NSG, which it has no name for.
+    """Set search parameters: FAISS's, such as `nprobe=16`, and two that it has no name for.
+
+    These are `search_L` of NSG and `qb` of RaBitQ.
 
     Raises:
         ConfigError: if they do not apply.
@@ -68,6 +70,8 @@ def set_parameters(index: Any, parameters: str, device: Device = "cpu") -> None:
             name, _, value = part.partition("=")
             if name == "search_L" and structure.has_nsg(index):
                 structure.set_search_l(index, int(value))
+            elif name == "qb" and structure.quantised_bits(index) is not None:
+                structure.set_quantised_bits(index, int(value))
             else:
                 space.set_index_parameters(index, part)
     except (RuntimeError, ValueError) as error:

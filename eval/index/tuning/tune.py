@@ -214,6 +214,7 @@ def tune_index(
     tuning: Tuning,
     *,
     is_for_file: bool = False,
+    measuring: Queries | None = None,
 ) -> Tuned:
     """Tune an index on half of the queries and measure it on the other half.
 
@@ -224,6 +225,7 @@ def tune_index(
         tuning: queries, target and k.
         is_for_file: whether FAISS's file must hold the parameters and equal inputs give equal bytes: the
             clock does not choose, and codes are not limited, which the file has no place for.
+        measuring: queries that measure it instead, so that all of the tuning's queries choose.
 
     Queries that are rows of the index do not count as their own answers.
 
@@ -244,18 +246,19 @@ def tune_index(
         raise InputError(f"{queries.source}: tuning takes one to choose and one to measure; give more")
 
     def found(asking: Queries, parameters: str) -> Int64Array:
-        found_QK = search(asking.vectors_QD, asked, parameters)
+        found_QK = search(asking.vectors_QD, k + asking.are_own, parameters)
         return drop_own(found_QK, asking.rows_Q) if asking.are_own else found_QK
 
     def recall_on(asking: Queries) -> Callable[[str], float]:
-        truth = exact_neighbours(vectors, asking.vectors_QD, asked)
+        truth = exact_neighbours(vectors, asking.vectors_QD, k + asking.are_own)
         if asking.are_own:
             truth = without_own(truth, asking.rows_Q)
         return lambda parameters: (
             recall_of(vectors, asking.vectors_QD, found(asking, parameters), truth).with_ties
         )
 
-    choosing, measuring = queries.part(0, 2), queries.part(1, 2)
+    choosing = queries if measuring is not None else queries.part(0, 2)
+    measuring = measuring or queries.part(1, 2)
     few_QD = choosing.vectors_QD[:_TIMED_QUERIES]
 
     def seconds_of(parameters: str) -> float:
@@ -274,7 +277,7 @@ def tune_index(
         tuning.target,
         round(recall, 6),
         chosen.is_reached,
-        queries.source,
+        measuring.source,
         queries.digest,
         len(measuring),
         len(choosing),

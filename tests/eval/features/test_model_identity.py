@@ -73,7 +73,8 @@ def test_bench_index_refuses_queries_of_another_model(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     queries = str(folder / "features1" / "text_emb" / "text_emb_0.npy")
-    words = ["bench-index", str(folder / "features0"), "--grid", "Flat", "--k", "3", "--queries"]
+    words = ["bench-index", str(folder / "features0"), "--grid", "Flat", "--k", "3", "--rounds", "2"]
+    words += ["--queries"]
     assert command_line.main([*words, queries]) == 1
     assert "features of two models cannot be compared" in capsys.readouterr().err
     assert command_line.main([*words, queries.replace("features1", "features0")]) == 0

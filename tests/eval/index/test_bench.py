@@ -2,14 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
 import pytest
 
 from benchmarks.eval.clip_like import ClipLike, write
-from eval.index.bench import measure as measuring
-from eval.index.bench.points import Point, best_point, pareto_front
+from eval.index.bench import entry as measuring
 from eval.index.bench.results import read_results
 from eval.index.bench.task import ranks, read_labels
 from eval.index.embeddings import Embeddings
@@ -31,35 +31,6 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def point(recall: float, speed: float, size: float, queries: str = "text") -> Point:
-    return Point(
-        factory="X",
-        parameters="",
-        queries=queries,
-        recall=recall,
-        queries_per_second=speed,
-        build_seconds=0,
-        bytes_per_vector=size,
-        resident_bytes=0,
-    )
-
-
-def test_pareto_front_and_the_best_point() -> None:
-    points = [
-        point(1.0, 10, 100),
-        point(0.9, 100, 100),
-        point(0.9, 90, 100),
-        point(0.9, 50, 20),
-        point(0.5, 60, 20),
-    ]
-    assert pareto_front(points) == [points[0], points[1], points[3], points[4]]
-    assert best_point(points, 0.9, 100) == points[1]
-    assert best_point(points, 0.9, 50) == points[3]
-    assert best_point(points, 0.99, 50) is None
-    other = point(0.8, 5, 200, queries="held-out")  # worse than all, but of other queries
-    assert other in pareto_front([*points, other])
-
-
 def test_rows_that_are_held_out_are_nowhere(features: Path) -> None:
     base = Embeddings.open(str(features))
     whole_ND = LIKE.images(0, ROWS)
@@ -75,11 +46,20 @@ def test_rows_that_are_held_out_are_nowhere(features: Path) -> None:
     assert np.array_equal(rest_ND[view.moved(np.array([2, 8, 1499, 1501]))], whole_ND[[2, 8, 1499, 1501]])
 
 
+def _no_build(make_job: Any) -> Any:
+    def made(entry: object, do: str, searches: object) -> object:
+        assert do != "build"
+        return make_job(entry, do, searches)
+
+    return made
+
+
 def test_results_of_both_sides_and_of_the_task_are_kept_and_resumed(
     features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     words = ["bench-index", str(features), "--num-queries", "150", "--threads", "1", "--out", str(out)]
+    words += ["--rounds", "2", "--batch", "64"]
     words += ["--labels", str(features / "labels.npy"), "--recall", "0.9"]
     grid = ["--grid", "Flat;IVF16,Flat;Nonsense"]
     real, calls = measuring.recall_of, []
@@ -94,11 +74,16 @@ def test_results_of_both_sides_and_of_the_task_are_kept_and_resumed(
         patch.setattr(measuring, "recall_of", killed)
         assert command_line.main([*words, *grid]) == 130
     assert len(read_results(str(out / "results.jsonl"))) == 4
-    assert not (out / "work").exists()
+    built = [path.stat().st_mtime_ns for path in sorted((out / "work").glob("*/index"))]
+    assert len(built) == 2
     capsys.readouterr()
-    assert command_line.main([*words, *grid]) == 0
+    with monkeypatch.context() as patch:  # only what is missing is built
+        patch.setattr(measuring.Entry, "_job", _no_build(measuring.Entry._job))
+        assert command_line.main([*words, *grid]) == 0
     captured = capsys.readouterr()
     assert "Flat: measured before" in captured.err
+    assert "round 2 of 2: IVF16,Flat, load " in captured.err
+    assert not (out / "work").exists()
     assert "left out: FAISS refuses the index 'Nonsense'" in captured.err
     assert "fastest with recall 0.9 within 4.0 GiB for text queries: " in captured.out
     points = json.loads((out / "points.json").read_text())
@@ -121,9 +106,34 @@ def test_results_of_both_sides_and_of_the_task_are_kept_and_resumed(
     assert "R@10 (loss)" in captured.out
     facts = read_results(str(out / "results.jsonl"))[0].facts
     assert (facts["k"], facts["threads"], facts["held_out"], facts["num_rows"]) == (10, 1, 150, ROWS - 150)
-    assert (out / "front.svg").read_text(encoding="utf-8").count("IVF16,Flat") == 1
+    assert few["distances"] < found["IVF16,Flat", "nprobe=16", "text"]["distances"] == ROWS - 150 + 16
+    assert few["p95_ms"] >= few["p50_ms"] > 0 < few["cpu_ms"]
+    assert few["p99_ms"] is not None  # of 100 searches
+    rounds = few["rounds"]
+    assert few["queries_per_second"] == pytest.approx(sum(each["queries_per_second"] for each in rounds) / 2)
+    assert len({(each["session"], each["number"]) for each in rounds}) == 2
+    assert "batches of 64; median of 2 rounds; load " in captured.out
+    assert "text queries: a lead in recall counts from " in captured.out
+    assert "IVF16,Flat reaches recall" not in captured.out
+    svg = (out / "front.svg").read_text(encoding="utf-8")
+    assert svg.count("<title>") == 4  # of the text queries
+    assert "IVF16,Flat nprobe=4\nrecall 0." in svg
+    page = (out / "front.html").read_text(encoding="utf-8")
+    assert "{{" not in page
+    assert page.count('id="point-') == 4
     assert len(list((out / "ground_truth").iterdir())) == 2
-    other = [*words[:-6], "--query-side", "held-out", "--grid", "Flat", "--centre", "--merge", str(out)]
+    other = [
+        *words[:2],
+        *words[6:8],
+        "--rounds",
+        "2",
+        "--query-side",
+        "held-out",
+        "--grid",
+        "Flat",
+        "--centre",
+    ]
+    other += ["--merge", str(out)]
     assert command_line.main(other) == 0
     compared = capsys.readouterr().out
     assert "faiss " + faiss.__version__ in compared
@@ -137,7 +147,7 @@ def test_the_memory_is_that_of_the_index(features: Path, tmp_path: Path) -> None
     np.save(tmp_path / "rows.npy", rows_ND / np.linalg.norm(rows_ND, axis=1, keepdims=True))
     out = str(tmp_path / "out")
     words = ["bench-index", str(tmp_path / "rows.npy"), "--grid", "Flat", "--num-queries", "5", "--out", out]
-    assert command_line.main([*words, "--threads", "1"]) == 0
+    assert command_line.main([*words, "--threads", "1", "--rounds", "2"]) == 0
     (found,) = json.loads((tmp_path / "out" / "points.json").read_text())
     num_bytes = found["bytes_per_vector"] * 59_995
     assert abs(found["resident_bytes"] - num_bytes) < 0.05 * num_bytes + (30 << 20)
@@ -150,7 +160,7 @@ def test_ground_truth_from_a_file(features: Path, tmp_path: Path, capsys: pytest
     exact_QK = np.argsort(-(queries_QD @ LIKE.images(0, ROWS).T), axis=1)[:, :10].astype("<i4")
     np.insert(exact_QK, 0, 10, axis=1).astype("<i4").tofile(tmp_path / "truth.ivecs")
     words = ["bench-index", str(features), "--queries", str(tmp_path / "queries.npy"), "--grid", "Flat"]
-    words += ["--threads", "1", "--ground-truth", str(tmp_path / "truth.ivecs")]
+    words += ["--threads", "1", "--rounds", "2", "--ground-truth", str(tmp_path / "truth.ivecs")]
     assert command_line.main(words) == 0
     assert "1.0000" in capsys.readouterr().out
     exact_QK[:, 0] = 5
@@ -167,6 +177,8 @@ def test_ground_truth_from_a_file(features: Path, tmp_path: Path, capsys: pytest
         (["--num-queries", "0"], "--num-queries 0: give at least 1"),
         (["--query-side", "held-out", "--num-queries", "5000"], "too few to hold 5000 out as queries"),
         (["--threads", "0"], "--threads 0: give at least 1"),
+        (["--rounds", "1"], "--rounds 1: give at least 2"),
+        (["--batch", "0"], "--batch 0: give at least 1"),
         (["--ground-truth", "x.ibin"], "--ground-truth belongs to --queries FILE"),
         (["--k", "2951", "--num-queries", "50"], "k = 2951, but there are 2950 rows"),
         (["--labels", "labels.txt"], "labels.txt: of an unknown kind"),

@@ -13,9 +13,10 @@ from eval.index.embeddings import Embeddings
 from eval.index.flat import build_index, read_index
 from eval.index.order import why_out_of_order
 from eval.index.partitioned import PartedIndex, build_parts
-from eval.index.structure import num_lists
+from eval.index.structure import num_lists, quantised_bits
+from eval.index.tuning.parameters import set_parameters
 from pipeline import cli as command_line
-from pipeline.core.records import InputError
+from pipeline.core.records import ConfigError, InputError
 
 DIM, ROWS = 16, 600
 
@@ -219,7 +220,27 @@ def test_lists_are_counted_in_the_index_and_not_in_its_name() -> None:
     assert settings("HNSW32", DIM, 10**6) == efforts
     assert settings("NSG32", DIM, 100) == ["search_L=16", "search_L=64", "search_L=100"]
     refined = ["k_factor_rf=1", "k_factor_rf=4", "k_factor_rf=16", "k_factor_rf=64"]
-    assert settings("RaBitQ,RFlat", DIM, ROWS) == refined
+    assert settings("PQ8x4,RFlat", DIM, ROWS) == refined
+    bits = [f"qb={bits},{setting}" for bits in (4, 8) for setting in refined]
+    assert settings("RaBitQ,RFlat", DIM, ROWS) == bits
+    assert settings("IVF8,RaBitQ4", DIM, ROWS)[-1] == "qb=8,nprobe=8"
+    assert settings("RaBitQfs", DIM, ROWS) == [""]  # the fast scan takes no other number
+
+
+def test_bits_of_queries_are_set_and_limited(rows: npt.NDArray[np.float32]) -> None:
+    index = new_index(DIM, "RR16,IVF8,RaBitQ,RFlat")
+    index.train(rows)
+    index.add(rows)
+    found = {}
+    for bits in (1, 8):
+        set_parameters(index, f"qb={bits},k_factor_rf=1,nprobe=8")
+        assert quantised_bits(index) == bits
+        found[bits] = (index.search(rows[:100], 1)[1][:, 0] == np.arange(100)).mean()
+    assert found[8] > found[1]
+    with pytest.raises(ConfigError, match="qb=9: 0 to 8"):
+        set_parameters(index, "qb=9")
+    with pytest.raises(ConfigError, match="'qb=4'"):
+        set_parameters(new_index(DIM, "Flat"), "qb=4")
     assert settings("SQ8", DIM, ROWS) == [""]
 
 
@@ -235,6 +256,7 @@ def test_bench_index_leaves_out_what_ranks_otherwise(
     features: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["bench-index", features, "--num-queries", "50", "--grid", "SQ8;HNSW16_PQ8x4;IDMap,Flat"]
+    words += ["--rounds", "2"]
     assert command_line.main(words) == 0
     printed = capsys.readouterr()
     assert "left out: FAISS's factory 'HNSW16_PQ8x4': IndexHNSWPQ ranks by L2 distance" in printed.err

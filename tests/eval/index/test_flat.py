@@ -54,19 +54,24 @@ def test_other_factories_are_trained_and_searched(tmp_path: Path) -> None:
     assert np.mean(rows[:, 0] == np.arange(50)) == 1.0
 
 
-def test_an_index_keeps_the_parameters_that_the_other_side_needs(tmp_path: Path) -> None:
+def test_an_index_keeps_parameters_that_its_rows_choose_and_queries_measure(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     gallery = saved(tmp_path / "images.npy", unit(rng.normal(size=(900, 16))))
     queries = saved(tmp_path / "texts.npy", unit(rng.normal(size=(200, 16)) + 0.5))
     tuned = build_index(gallery, str(tmp_path / "v.index"), factory="IVF16,SQ8,RFlat", queries_path=queries)
     assert tuned is not None
     assert tuned.reached
-    assert tuned.num_queries == tuned.num_tuned == 100
-    _, found = search(read_index(str(tmp_path / "v.index")), np.load(queries)[1::2], 10)
-    exact = plain_search(np.load(queries)[1::2], np.load(gallery), 10)
+    assert (tuned.num_queries, tuned.num_tuned, tuned.target) == (200, 900, 0.99)
+    _, found = search(read_index(str(tmp_path / "v.index")), np.load(queries), 10)
+    exact = plain_search(np.load(queries), np.load(gallery), 10)
     shares = [np.isin(one, other).mean() for one, other in zip(found, exact, strict=True)]
     assert np.mean(shares) == pytest.approx(tuned.recall, abs=1e-6)
-    build_index(gallery, str(tmp_path / "w.index"), factory="IVF16,SQ8,RFlat", queries_path=queries)
+    # Other queries change what is measured, and not a byte of the index.
+    others = saved(tmp_path / "others.npy", unit(rng.normal(size=(150, 16)) - 0.9))
+    again = build_index(gallery, str(tmp_path / "w.index"), factory="IVF16,SQ8,RFlat", queries_path=others)
+    assert again is not None
+    assert again.parameters == tuned.parameters
+    assert again.recall != tuned.recall
     assert (tmp_path / "v.index").read_bytes() == (tmp_path / "w.index").read_bytes()
     assert build_index(gallery, str(tmp_path / "x.index"), queries_path=queries) is None
 

@@ -2,6 +2,7 @@
 
 import struct
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -9,6 +10,8 @@ import numpy.typing as npt
 import pytest
 
 import cnclip
+from eval.index.bench.points import Point
+from eval.index.bench.timing import Round
 from eval.index.embeddings import Embeddings
 from eval.index.formats.export import Export
 from eval.index.formats.files import open_matrix
@@ -134,38 +137,52 @@ def test_sift_as_it_is_published_and_its_results(tmp_path: Path, capsys: pytest.
     base, queries = rows_of(2000).astype(np.float32), rows_of(60, seed=1).astype(np.float32)
     path = save_hdf5(tmp_path / "sift-16-euclidean.hdf5", base, queries, "euclidean")
     out = tmp_path / "out"
-    words = ["bench-index", path, "--grid", "IVF16,Flat", "--threads", "1", "--out", str(out)]
-    assert command_line.main([*words, "--export", "ann-benchmarks"]) == 0
+    words = ["bench-index", path, "--grid", "IVF4,Flat", "--threads", "1", "--out", str(out)]
+    assert command_line.main([*words, "--rounds", "2", "--export", "ann-benchmarks"]) == 0
     assert "exact neighbours" not in capsys.readouterr().err  # they are the file's
     files = sorted((out / "ann-benchmarks").rglob("*.hdf5"))
-    assert len(files) == 3
+    assert len(files) == 2
     points = {point["parameters"]: point for point in cnclip_points(out)}
     for file in files:
         with h5py.File(file) as run:
             setting = run.attrs["name"].split()[1]
             assert dict(run.attrs)["distance"] == "euclidean"
+            fastest = max(timed["queries_per_second"] for timed in points[setting]["rounds"])
+            assert run.attrs["best_search_time"] == pytest.approx(1 / fastest)
             assert run["neighbors"].shape == run["distances"].shape == (60, 10)
         assert ann_recall(file, path, 10) == pytest.approx(points[setting]["recall"], abs=1e-4)
-    assert points["nprobe=16"]["recall"] == 1.0 > points["nprobe=1"]["recall"]
+        recall = points[setting]["ann_benchmarks_recall"]
+        assert ann_recall(file, path, 10) == pytest.approx(recall, abs=1e-6)
+    assert points["nprobe=4"]["recall"] == 1.0 > points["nprobe=1"]["recall"]
     export = Export("big-ann", str(out), path, 10)
     embeddings = Embeddings.open(path)
     (asking,) = query_sets(path, embeddings, "image", 60, [], None)
     with h5py.File(files[0]) as run:
         found = run["neighbors"][:].astype(np.int64)
-    searched, built = {"queries_per_second": 100.0}, {"seconds": 1.0, "num_bytes": 5}
-    export.write("SQ8", "", asking, embeddings, found, searched, built)
+    rounds = [Round("one", number, speed, 1.0, [1], 0.0) for number, speed in enumerate([80.0, 100.0])]
+    point = Point(
+        factory="SQ8",
+        parameters="",
+        recall=1.0,
+        queries_per_second=90.0,
+        build_seconds=1.0,
+        bytes_per_vector=16.0,
+        resident_bytes=0,
+        rounds=tuple(rounds),
+    )
+    export.write(point, asking, embeddings, found)
     assert export.has("SQ8", "", asking)
     assert not export.has("SQ4", "", asking)
     with h5py.File(out / "big-ann/results/sift-16-euclidean/10/cnclip/SQ8.hdf5") as run:
         assert np.array_equal(run["neighbors"], found)
-        assert run.attrs["best_search_time"] == pytest.approx(0.6)  # of all 60 queries
+        assert run.attrs["best_search_time"] == pytest.approx(0.6)  # of all 60 queries in the fastest round
         assert run.attrs["type"] == "knn"
 
 
-def cnclip_points(out: Path) -> list[dict[str, float]]:
+def cnclip_points(out: Path) -> list[dict[str, Any]]:
     import json
 
-    found: list[dict[str, float]] = json.loads((out / "points.json").read_text())
+    found: list[dict[str, Any]] = json.loads((out / "points.json").read_text())
     return found
 
 
@@ -184,10 +201,23 @@ def test_text2image_as_it_is_published(tmp_path: Path, capsys: pytest.CaptureFix
     words = ["bench-index", str(tmp_path / "base.fbin"), "--metric", "ip", "--threads", "1"]
     words += ["--queries", str(tmp_path / "query.fbin"), "--ground-truth", str(tmp_path / "gt.ibin")]
     words += ["--num-queries", "20", "--grid", "Flat;HNSW32"]  # every second query, and its neighbours
-    assert command_line.main(words) == 0
+    words += ["--out", str(tmp_path / "out"), "--rounds"]
+    assert command_line.main([*words, "2"]) == 0
     (flat,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("*  Flat")]
     assert flat.split()[2] == "1.0000"
-    assert command_line.main([*words[:3], "l2", *words[4:]]) == 1
+    before = cnclip_points(tmp_path / "out")
+    for rounds in (2, 3):  # exported after it was measured, and again with one round more
+        assert command_line.main([*words, str(rounds), "--export", "big-ann"]) == 0
+        files = list((tmp_path / "out" / "big-ann").rglob("*.hdf5"))
+        points = cnclip_points(tmp_path / "out")
+        assert len(files) == len(points) == len(before)
+        for file in files:
+            with h5py.File(file) as run:
+                assert run.attrs["run_count"] == rounds
+        for point, old in zip(points, before, strict=True):
+            assert point["rounds"][:2] == old["rounds"]
+            assert len(point["rounds"]) == rounds
+    assert command_line.main([*words[:3], "l2", *words[4:], "2"]) == 1
     assert "of other vectors, other queries or another metric" in capsys.readouterr().err
 
 

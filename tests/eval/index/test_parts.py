@@ -266,8 +266,8 @@ def test_an_index_as_it_is_served_is_measured(
     folder = built(features).folder
     np.save(tmp_path / "queries.npy", unit_rows(40, seed=9))
     words = ["bench-index", str(features), "--index", folder, "--queries", str(tmp_path / "queries.npy")]
-    words += ["--threads", "1", "--out", str(tmp_path / "out")]
-    assert command_line.main([*words, "--where", "source = 'book'"]) == 0
+    words += ["--threads", "1", "--rounds", "3", "--out", str(tmp_path / "out")]
+    assert command_line.main([*words, "--rounds", "2", "--where", "source = 'book'"]) == 0
     assert "33.3% of 900 rows may answer" in capsys.readouterr().out
     assert command_line.main(words) == 0
     measured = json.loads((tmp_path / "out" / "served.json").read_text())
@@ -275,7 +275,10 @@ def test_an_index_as_it_is_served_is_measured(
     assert (every["parameters"], every["recall"]) == ("nprobe=8", 1.0)
     assert every["cold_first_ms"] > 0
     assert every["p50_ms"] <= every["p99_ms"]
+    assert every["spread"] >= 0 < every["cpu_ms"]
     assert measured["facts"]["num_parts"] == 4
+    assert command_line.main([*words, "--rounds", "1"]) == 2
+    assert "--rounds 1: give at least 2" in capsys.readouterr().err
     assert command_line.main([*words, "--grid", "Flat"]) == 2
     assert "--index measures the index as it is: leave --grid out" in capsys.readouterr().err
     np.save(features / "img_emb" / "img_emb_3.npy", unit_rows(5, seed=3))

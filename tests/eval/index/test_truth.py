@@ -14,6 +14,8 @@ from eval.index.truth import (
     exact_neighbours,
     read_truth,
     recall_of,
+    recall_of_ann_benchmarks,
+    recall_of_big_ann,
     without_own,
     write_truth,
 )
@@ -144,7 +146,7 @@ def test_files_hold_what_was_found(tmp_path: Path) -> None:
     np.insert(ids, 0, 6, axis=1).tofile(paths["a.ivecs"])
     for path in paths.values():
         read = read_truth(path, num_queries=8, num_rows=100, k=5)
-        assert np.array_equal(read.rows_QK, truth.rows_QK[:8, :5])
+        assert np.array_equal(read.rows_QK, truth.rows_QK[:8])  # all neighbours of the first queries
         check_truth(path, embeddings, queries[:8], read)
         with pytest.raises(InputError, match=r"not in the order of their scores"):
             check_truth(path, embeddings, unit_rows(8, seed=2), read)
@@ -171,3 +173,51 @@ def test_what_is_no_ground_truth_is_refused(data: bytes, tmp_path: Path) -> None
             read_truth(str(path), num_queries=1, num_rows=9, k=1)
     with pytest.raises(InputError, match=r"none\.ibin"):
         read_truth(str(tmp_path / "none.ibin"), num_queries=1, num_rows=9, k=1)
+
+
+def accepted_by_big_ann(rows: list[int], distances: list[float], k: int) -> set[int]:
+    """Return which rows big-ann-benchmarks accepts, by its published definition.
+
+    Neighbours closer than 1e-6 to the first of their group count as equal, and the first k groups count
+    (https://github.com/harsha-simhadri/big-ann-benchmarks/blob/main/benchmark/plotting/metrics.py).
+    """
+    groups: list[tuple[float, list[int]]] = []
+    for row, distance in zip(rows, distances, strict=True):
+        if not groups or abs(distance - groups[-1][0]) >= 1e-6:
+            groups.append((distance, []))
+        groups[-1][1].append(row)
+    return {row for _, members in groups[:k] for row in members}
+
+
+def test_recalls_are_those_of_the_published_evaluators(tmp_path: Path) -> None:
+    rng, k = np.random.default_rng(3), 10
+    rows = unit_rows(400)
+    rows[200:260] = rows[:60]  # ties in the first k and around the k-th
+    queries = (rows[::8] + 0.2 * unit_rows(50, seed=2)).astype(np.float32)
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    base = saved(rows, tmp_path)
+    write_truth(str(tmp_path / "truth.ibin"), exact_neighbours(base, queries, 30))
+    truth = read_truth(str(tmp_path / "truth.ibin"), num_queries=50, num_rows=400, k=k)
+    assert truth.rows_QK.shape == (50, 30)
+    assert truth.scores_QK is not None
+    # An index that misses some rows and finds some near misses.
+    found = np.stack([rng.choice(each[:16], size=k, replace=False) for each in truth.rows_QK])
+    found[::7, -1] = -1
+    distances = 1 - np.einsum("qd,qkd->qk", queries, rows[found])
+    distances[found < 0] = np.inf
+    # ann-benchmarks: distances up to that of the k-th neighbour plus 0.001
+    # (https://github.com/erikbern/ann-benchmarks/blob/main/ann_benchmarks/plotting/metrics.py).
+    limit = 1 - truth.scores_QK[:, k - 1 : k] + 1e-3
+    wanted = (distances <= limit).mean()
+    assert recall_of_ann_benchmarks(base, queries, found, truth) == pytest.approx(wanted, abs=1e-4)
+    hits, strict = 0, 0
+    for exact, scores, answer in zip(truth.rows_QK, truth.scores_QK, found, strict=True):
+        hits += len(accepted_by_big_ann(exact.tolist(), scores.tolist(), k) & set(answer.tolist()))
+        strict += len(set(exact[:k].tolist()) & set(answer.tolist()))
+    ours = recall_of(base, queries, found, truth)
+    assert recall_of_big_ann(found, truth) == pytest.approx(hits / found.size, abs=1e-4)
+    assert ours.strict == pytest.approx(strict / found.size, abs=1e-4)
+    assert ours.strict < ours.with_ties <= recall_of_big_ann(found, truth)
+    assert 0 < ours.error < 0.1
+    with pytest.raises(ValueError, match="without scores"):
+        recall_of_big_ann(found, Truth(truth.rows_QK))
