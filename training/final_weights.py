@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 from safetensors import SafetensorError
@@ -34,20 +34,23 @@ def write_model(
     validate: Validate | None,
     start: Callable[[], CLIP],
     notice: Callable[[str], None],
+    alive: Callable[[str], None],
 ) -> None:
     """Consolidate and write the weights of a step by rank 0; every rank calls it.
 
     The engine holds those of `last_step`; those of an earlier one come from its checkpoint. If the stage
     averages weights, `validate` scores the averages, `start` gives the model that the stage started from, and
-    `notice` hears the scores.
+    `notice` hears the scores. `alive` hears what comes next: each part has the watchdog's time for itself.
     """
+    alive("writing the model")
     weights = checkpoint.gather_weights(engine) if chosen_step == last_step else {}
     if dist.get_rank() == 0 and chosen_step != last_step:
         chosen = checkpoint.at_step(checkpoints_folder(job.folder), chosen_step)
         weights = checkpoint.load_verified_weights(chosen)
     averages = job.config.averages
     if averages is not None:
-        weights = _with_averages(job, averages, engine.module, weights, validate, start, notice)
+        weights = _with_averages(job, averages, engine.module, weights, validate, start, notice, alive)
+        alive("writing the model")
     if dist.get_rank() == 0:
         metadata = {"stage": job.stage, "samples_seen": str(chosen_step * job.config.global_batch)}
         final = _filled(engine.module.clip, weights)
@@ -68,6 +71,7 @@ def _with_averages(
     validate: Validate | None,
     start: Callable[[], CLIP],
     notice: Callable[[str], None],
+    alive: Callable[[str], None],
 ) -> dict[str, Tensor]:
     """Score and write every average; return the weights with which the stage ends, on rank 0."""
     plain = {name: tensor.clone() for name, tensor in plain.items()}  # they may be the model's own
@@ -78,25 +82,24 @@ def _with_averages(
         first = start().state_dict() if config.interpolate else {}
         for share in config.interpolate:
             found[f"interpolated_{share:g}"] = interpolated(first, plain, share)
-    names: list[list[str]] = [[name for name in config.names if name in found]]
-    dist.broadcast_object_list(names, 0)
     scores: dict[str, Recalls] = {}
-    for name in names[0]:
+    for name in config.names:
+        alive(f"scoring the {name} weights")
         _put(towers.clip, found.get(name, {}))
         scores[name] = _score(towers, validate)
-    means = {name: _mean(recalls) for name, recalls in scores.items()}
-    used: str = config.use if config.use in names[0] else "plain"
+    means = {name: _mean(recalls, job.config.choose_on) for name, recalls in scores.items()}
+    used: str = config.use
     if config.use == "best":
         used = max(means, key=lambda name: means[name] or 0.0)
     listed = ", ".join(f"{name} {mean:.2f}" for name, mean in means.items() if mean is not None)
-    missing = [name for name in config.names if name not in names[0]]
-    also = f"; without {', '.join(missing)}: the stage ended before its steps" if missing else ""
-    notice(f"[{job.stage}] mean recall of {listed or 'no set'}; the stage ends with {used}{also}")
+    recall = f"mean recall: {listed}" if listed else "no evaluation set to score the averages on"
+    notice(f"[{job.stage}] {recall}; the stage ends with the {used} weights")
     if dist.get_rank() == 0:
         for name in config.names:
+            alive(f"writing the {name} weights")
             path = store.join(job.folder, f"model_{name}.safetensors")
             with _disk_may_be_full(path, job.folder):
-                model = _filled(towers.clip, found.get(name, plain))
+                model = _filled(towers.clip, found[name])
                 save_checkpoint(path, model, model.config, {"stage": job.stage, "average": name})
         document = {"used": used, "mean_recall": means, "recalls": scores}
         store.write_text(os.path.join(job.folder, "averages.json"), json.dumps(document, indent=1))
@@ -124,8 +127,11 @@ def _score(towers: Towers, validate: Validate | None) -> Recalls:
     return shared[0]
 
 
-def _mean(recalls: Recalls) -> float | None:
-    found = [float(recall["mean_recall"]) for recall in recalls.values()]
+def _mean(recalls: Recalls, deciding: Collection[str]) -> float | None:
+    """Return the mean over the evaluation sets that decide, over all of them if none is named."""
+    found = [
+        float(recall["mean_recall"]) for name, recall in recalls.items() if not deciding or name in deciding
+    ]
     return sum(found) / len(found) if found else None
 
 

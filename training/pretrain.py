@@ -169,7 +169,6 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
         with metrics.tracked():
             last_step = trainer.train()
         stop.close()
-        watchdog.alive("writing the model", between_steps=True)
     best = trainer.selection().best if config.choose == "best" else None
     if last_step < total_steps:
         metrics.notice(
@@ -184,6 +183,7 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
         validate=validate,
         start=lambda: build_model(job, tokenizer),
         notice=metrics.notice,
+        alive=partial(watchdog.alive, between_steps=True),
     )
     metrics.close()
     if reader.cache is not None:

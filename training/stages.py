@@ -96,9 +96,8 @@ def plan(config: TrainStageConfig, context: Context) -> list[Task]:
         train = config.train
         for item in evaluations_of(context):
             inputs[f"evaluation {item.name}"] = item.digest
-            # The directions count only if the set's recall decides which weights are kept.
-            decides = train.choose == "best" or train.patience > 0
-            if decides and (not train.choose_on or item.name in train.choose_on):
+            # The directions count only if the set's recall decides.
+            if train.ends_by_recall and (not train.choose_on or item.name in train.choose_on):
                 inputs |= item.scored_by
     return [Task("train", inputs)]
 

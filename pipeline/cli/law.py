@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from typing import Annotated
+import math
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -14,6 +15,7 @@ from pipeline.core.terminal import print_lines
 from pipeline.core.text_table import align
 
 LAW = Group("Evaluate")
+Number = TypeVar("Number", int, float)
 
 
 @LAW.add(
@@ -37,7 +39,10 @@ def law(
     ] = "1",
     stage: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="take the settings of this training stage (default: the last one)"),
+        typer.Option(
+            metavar="NAME",
+            help="take the settings of this training stage (default: the last that trains both towers)",
+        ),
     ] = None,
     evaluation: Annotated[
         str | None,
@@ -53,29 +58,25 @@ def law(
             " times the largest compute)",
         ),
     ] = None,
+    redo: Annotated[bool, typer.Option("--redo", help="redo stale stages")] = False,
 ) -> int:
     from pipeline.catalog import load
     from pipeline.core.run import select
     from pipeline.law.grid import make_grid, measure, settings_of, with_grid
     from pipeline.law.report import conclude
     from pipeline.runner import execute
-    from training.stages import TrainStageConfig
 
     run, config = load(run_file, overrides or [])
-    trainings = [item.name for item in run.stages if isinstance(item.config, TrainStageConfig)]
-    if not trainings or config.model is None:
-        raise ConfigError(f"{run_file}: trains no model")
-    stage = stage or trainings[-1]
-    train = settings_of(run, stage)
+    own = settings_of(run, stage)
     cells = make_grid(
-        _texts(models or config.model.name),
-        [int(number) for number in _numbers("--epochs", epochs)],
-        [factor * train.peak_learning_rate for factor in _numbers("--rates", rates)],
+        _texts(own.model if models is None else models),
+        _numbers("--epochs", epochs, int),
+        [factor * own.train.peak_learning_rate for factor in _numbers("--rates", rates, float)],
     )
     asked = [_asked(text) for text in predict or ()]
-    run = with_grid(run, config, stage, cells)
-    execute(run, select(run, None, None, None), redo=False)
-    found = conclude([measure(run, cell, evaluation) for cell in cells], asked, train)
+    run = with_grid(run, config, own, cells)
+    execute(run, select(run, None, None, None), redo=redo)
+    found = conclude([measure(run, cell, evaluation) for cell in cells], asked, own.train)
     print(align(found.rows, [False, True, True, False]))
     print_lines(found.sentences)
     path = store.join(run.folder, "law.json")
@@ -88,11 +89,15 @@ def _texts(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _numbers(option: str, text: str) -> list[float]:
+def _numbers(option: str, text: str, kind: type[Number]) -> list[Number]:
     try:
-        return [float(part) for part in _texts(text)]
+        found = [kind(part) for part in _texts(text)]
     except ValueError:
-        raise ConfigError(f"{option} {text}: expected numbers with commas between") from None
+        found = []
+    if not found or not all(map(math.isfinite, found)):
+        numbers = "whole numbers" if kind is int else "numbers"
+        raise ConfigError(f"{option} {text}: expected {numbers} with commas between")
+    return found
 
 
 def _asked(text: str) -> tuple[str, float]:
@@ -103,7 +108,7 @@ def _asked(text: str) -> tuple[str, float]:
         number = float(samples)
     except ValueError:
         number = 0.0
-    if model not in MODELS or not number > 0:
+    if model not in MODELS or not 0 < number < math.inf:
         raise ConfigError(
             f"--predict {text}: expected a model and samples seen, as in ViT-B-16:3e9; models:"
             f" {', '.join(MODELS)}"

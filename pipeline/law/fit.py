@@ -67,8 +67,12 @@ def fit(points: Sequence[Point]) -> Law:
     """Return the law of some trainings.
 
     Raises:
-        InputError: if they are fewer than FEWEST, or all of one compute.
+        InputError: if fewer than FEWEST differ in compute, or one has no error left.
     """
+    if perfect := next((point for point in points if not point.error > 0), None):
+        raise InputError(
+            f"{perfect.name}: mean recall is 100, and no law has an error of 0: take a harder evaluation set"
+        )
     if len({point.flops for point in points}) < FEWEST:
         raise InputError(
             f"a law needs {FEWEST} trainings that differ in compute, but the frontier has {len(points)}: give"

@@ -12,9 +12,9 @@ from pipeline.core import store
 from pipeline.core.records import ConfigError, InputError
 from pipeline.core.run import Run
 from pipeline.core.stage import Stage
-from pipeline.law.fit import Point
+from pipeline.law.fit import FEWEST, Point
 from training import stages as training_stages
-from training.config.train import TrainConfig, check_fits
+from training.config.train import check_fits
 from training.model.config import MODELS
 from training.stages import METRICS_FILE, TrainStageConfig
 
@@ -39,7 +39,7 @@ def make_grid(models: Sequence[str], epochs: Sequence[int], rates: Sequence[floa
     """Return every combination, the cheapest first.
 
     Raises:
-        ConfigError: if a model is unknown, or a number is not above 0.
+        ConfigError: if a model is unknown, a number is not above 0, or too few trainings differ in compute.
     """
     for model in models:
         if model not in MODELS:
@@ -48,32 +48,52 @@ def make_grid(models: Sequence[str], epochs: Sequence[int], rates: Sequence[floa
         for number in numbers:
             if not number > 0:
                 raise ConfigError(f"{option} {number:g}: must be greater than 0")
-    return [
-        Cell(*values)
-        for values in itertools.product(dict.fromkeys(models), sorted({*epochs}), sorted({*rates}))
-    ]
+    sizes = list(itertools.product(dict.fromkeys(models), sorted({*epochs})))
+    if len(sizes) < FEWEST:
+        raise ConfigError(
+            f"--models and --epochs give {len(sizes)} trainings that differ in compute, but a law needs"
+            f" {FEWEST}: give more of either"
+        )
+    return [Cell(*size, rate) for size in sizes for rate in sorted({*rates})]
 
 
-def with_grid(run: Run, config: RunConfig, stage: str, cells: Sequence[Cell]) -> Run:
-    """Return a run that ends with the grid instead of its own trainings, in the same folder.
-
-    Every cell has the settings of the training stage `stage`, and starts from nothing: weights fit one size.
+def settings_of(run: Run, stage: str | None) -> TrainStageConfig:
+    """Return the settings of a run's training stage; of the last one that a grid can have for None.
 
     Raises:
-        ConfigError: if the run has no such training, or it locks the image tower.
+        ConfigError: if it has no such training, or a grid cannot have its settings.
     """
-    own = run.stage(stage)
-    if not isinstance(own.config, TrainStageConfig):
+    if stage is None:
+        trainings = [item for item in run.stages if isinstance(item.config, TrainStageConfig)]
+        if not trainings:
+            raise ConfigError("the run trains no model: add [stage2], for example")
+        fitting = [item.name for item in trainings if _reason_against(item.config) is None]
+        stage = fitting[-1] if fitting else trainings[-1].name
+    config: Any = run.stage(stage).config
+    if not isinstance(config, TrainStageConfig):
         raise ConfigError(f"--stage {stage}: not a training stage")
-    if own.config.train.lock_image:
+    if reason := _reason_against(config):
         raise ConfigError(
-            f"--stage {stage} locks the image tower, which the grid starts from nothing: name a stage that"
-            " trains both towers"
+            f"--stage {stage} {reason}: name a stage that trains both towers on Chinese captions"
         )
+    return config
+
+
+def _reason_against(config: TrainStageConfig) -> str | None:
+    if config.train.lock_image:
+        return "locks the image tower, which the grid starts from nothing"
+    return None if config.validate else "is not scored"
+
+
+def with_grid(run: Run, config: RunConfig, own: TrainStageConfig, cells: Sequence[Cell]) -> Run:
+    """Return a run that ends with the grid instead of its own trainings, in the same folder.
+
+    Every cell has the settings of a training stage, `own`, and starts from nothing: weights fit one size.
+    """
     first = next(
         number for number, item in enumerate(run.stages) if isinstance(item.config, TrainStageConfig)
     )
-    grid = [_stage_of(cell, own.config, config) for cell in cells]
+    grid = [_stage_of(cell, own, config) for cell in cells]
     return dataclasses.replace(run, stages=(*run.stages[:first], *grid))
 
 
@@ -86,6 +106,7 @@ def _stage_of(cell: Cell, own: TrainStageConfig, config: RunConfig) -> Stage:
         validate_every_epoch=False,
         choose="last",
         patience=0,
+        averages=None,
     )
     check_fits(train, MODELS[cell.model], cell.name)
     job = TrainStageConfig(
@@ -102,13 +123,17 @@ def measure(run: Run, cell: Cell, evaluation: str | None) -> Point:
     """Return what a finished cell reached: on one evaluation set, or the mean over all.
 
     Raises:
-        InputError: if the run does not have that set.
+        InputError: if the run does not have that set, or none at all.
     """
     folder = store.join(run.folder, cell.name)
     last: dict[str, float] = {}
     for line in _lines(store.join(folder, METRICS_FILE)):
         if "evaluation" in line:
             last[line["evaluation"]] = line["recall"]["mean_recall"]
+    if not last:
+        raise InputError(
+            f"{folder}: not scored on any evaluation set; give the run an [[evaluation]] or [split]"
+        )
     if evaluation is not None and evaluation not in last:
         raise InputError(f"--on {evaluation}: no such evaluation set; the run has {', '.join(sorted(last))}")
     recalls = [last[evaluation]] if evaluation is not None else list(last.values())
@@ -119,18 +144,6 @@ def measure(run: Run, cell: Cell, evaluation: str | None) -> Point:
         if "teraflops" in line  # validations and checkpoints have lines too
     }
     return Point(sum(flops_of_step.values()), 100 - sum(recalls) / len(recalls), cell.name)
-
-
-def settings_of(run: Run, stage: str) -> TrainConfig:
-    """Return the settings of a run's training stage.
-
-    Raises:
-        ConfigError: if it has no such stage, or this is no training.
-    """
-    config: Any = run.stage(stage).config
-    if not isinstance(config, TrainStageConfig):
-        raise ConfigError(f"--stage {stage}: not a training stage")
-    return config.train
 
 
 def _lines(path: str) -> list[dict[str, Any]]:

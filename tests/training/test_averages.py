@@ -14,9 +14,12 @@ from torch import Tensor
 from pipeline.core.records import ConfigError
 from tests.helpers.rank_processes import run_ranks
 from tests.helpers.train_jobs import CONFIG, build_config, make_job, small_models, train_rank
+from training.checkpoint.selection import check_sets
 from training.config.averages import AveragesConfig
 from training.config.job import TrainJob
 from training.config.train import check_fits
+from training.engine.averages import RunningAverages
+from training.model.clip import CLIP, build_clip
 from training.weights.weights import load_checkpoint
 
 AVERAGES = {"ema": 0.9, "last_steps": 3, "interpolate": [0.5]}
@@ -24,8 +27,6 @@ AVERAGES = {"ema": 0.9, "last_steps": 3, "interpolate": [0.5]}
 
 def train_and_note(job: TrainJob) -> list[dict[str, npt.NDArray[Any]]]:
     """Train a rank; the weights after each step."""
-    from training.engine.averages import RunningAverages
-
     found, update = list[dict[str, npt.NDArray[Any]]](), RunningAverages.update
 
     def noted(self: RunningAverages, clip: Any, step: int) -> None:
@@ -109,9 +110,48 @@ def test_a_resumed_run_has_the_averages_of_one_that_was_never_stopped(tmp_path: 
         assert ours.read_bytes() == theirs.read_bytes(), name
 
 
+def averages_of_steps(config: AveragesConfig, total_steps: int, steps: range, clip: CLIP) -> RunningAverages:
+    """Averages of weights that are all equal to the number of the step."""
+    averages = RunningAverages(config, total_steps)
+    for step in steps:
+        with torch.no_grad():
+            for parameter in clip.parameters():
+                if parameter.requires_grad:
+                    parameter.fill_(step)
+        averages.update(clip, step)
+    return averages
+
+
+def test_a_stage_of_fewer_steps_averages_all_of_them_and_leaves_locked_weights_out() -> None:
+    clip = build_clip(small_models()["small-vit"], vocab_size=20)
+    clip.lock_image_tower()
+    averages = averages_of_steps(AveragesConfig(last_steps=9), 4, range(1, 5), clip)
+    plain = {name: torch.full_like(value, -1.0) for name, value in clip.state_dict().items()}
+    last = averages.weights(plain)["last"]
+    assert set(last) == set(plain)
+    for name, value in last.items():
+        assert torch.all(value == (-1.0 if name.startswith("visual.") else 2.5)), name
+
+
+@pytest.mark.parametrize(("total_steps", "mean"), [(6, 5.0), (7, 6.5), (9, 8.0)])
+def test_with_more_epochs_the_even_average_begins_later(total_steps: int, mean: float) -> None:
+    """A checkpoint of step 5 of 6 has the mean of two steps; a longer run takes only later ones."""
+    clip, config = build_clip(small_models()["small-vit"], vocab_size=20), AveragesConfig(last_steps=3)
+    before = averages_of_steps(config, 6, range(1, 6), clip).state()
+    resumed = averages_of_steps(config, total_steps, range(0), clip)
+    resumed.restore(before, 5, clip)
+    for step in range(6, total_steps + 1):
+        with torch.no_grad():
+            clip.logit_scale.fill_(step)
+        resumed.update(clip, step)
+    last = resumed.weights(clip.state_dict())["last"]["logit_scale"]
+    assert last.item() == pytest.approx(mean)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"interpolate": [0.5, 0.25, 0.5]}, r"interpolate = \[0\.5, 0\.25, 0\.5\]: give each share once"),
         ({"use": "best"}, "averages: nothing to average; give ema, last_steps or interpolate"),
         ({"ema": 0.9, "use": "last"}, 'use = "last", but last_steps is not set'),
         ({"ema": 1.0}, r"averages\.ema: must be less than 1"),
@@ -121,6 +161,17 @@ def test_a_resumed_run_has_the_averages_of_one_that_was_never_stopped(tmp_path: 
 def test_what_averages_nothing_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_config({"averages": settings})
+
+
+def test_a_stage_that_may_end_early_has_no_last_steps() -> None:
+    with pytest.raises(ConfigError, match=r"averages\.last_steps = 3, but patience = 2: a stage that may"):
+        build_config({"averages": AVERAGES, "patience": 2})
+
+
+def test_the_best_average_needs_an_evaluation_set() -> None:
+    config = build_config({"averages": {"ema": 0.9, "use": "best"}})
+    with pytest.raises(ConfigError, match=r'\[english\] averages\.use = "best" needs an evaluation set'):
+        check_sets(config, [], "english")
 
 
 def test_zero_3_has_no_whole_weights_to_average() -> None:

@@ -89,6 +89,8 @@ def check_sets(config: TrainConfig, evaluations: Collection[str], stage: str) ->
         if name not in evaluations:
             known = ", ".join(sorted(evaluations)) or "none"
             raise ConfigError(f"[{stage}] choose_on: no evaluation set {name!r}; the run has {known}")
-    if (config.choose == "best" or config.patience) and not evaluations:
-        key = 'choose = "best"' if config.choose == "best" else f"patience = {config.patience}"
+    if config.ends_by_recall and not evaluations:
+        key = 'averages.use = "best"'
+        if config.choose == "best" or config.patience:
+            key = 'choose = "best"' if config.choose == "best" else f"patience = {config.patience}"
         raise ConfigError(f"[{stage}] {key} needs an evaluation set, and the run has none")

@@ -29,6 +29,8 @@ class AveragesConfig:
     def __post_init__(self) -> None:
         if len(self.names) == 1:
             raise ValueError("averages: nothing to average; give ema, last_steps or interpolate")
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(f"averages: interpolate = {list(self.interpolate)}: give each share once")
         if self.use in ("ema", "last") and self.use not in self.names:
             setting = {"ema": "ema", "last": "last_steps"}[self.use]
             raise ValueError(f'averages: use = "{self.use}", but {setting} is not set')

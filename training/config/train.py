@@ -271,6 +271,11 @@ class TrainConfig:
                 "several_positives = true, but exclude_duplicates = true: pairs with the same image or"
                 " caption cannot be positives of each other and left out; set one of them to false"
             )
+        if self.patience and self.averages is not None and self.averages.last_steps:
+            raise ValueError(
+                f"averages.last_steps = {self.averages.last_steps}, but patience = {self.patience}: a stage"
+                " that may end early does not know its last steps; leave one of them out"
+            )
         if self.cached_views and not self.lock_image:
             raise ValueError(
                 f"cached_views = {self.cached_views}: only features of a locked image tower can be cached;"
@@ -307,6 +312,12 @@ class TrainConfig:
     def weight_of_columns(self) -> Mapping[str, float]:
         """Return the caption columns with the weights by which they are drawn."""
         return self.caption_weights or {self.caption_column: 1.0}
+
+    @property
+    def ends_by_recall(self) -> bool:
+        """Return whether recall decides when the stage ends, or with which weights."""
+        is_best = self.averages is not None and self.averages.use == "best"
+        return self.choose == "best" or self.patience > 0 or is_best
 
     @property
     def num_workers(self) -> int:

@@ -10,27 +10,37 @@ from training.config.averages import AveragesConfig
 from training.model.clip import CLIP
 
 PREFIX = "average."  # of their names in a checkpoint
+_NUM_LAST = f"{PREFIX}num_last"  # steps in the even average
 
 
 class RunningAverages:
     """Exponential and even averages in float32 of all weights and running statistics, after every step.
 
-    In bfloat16 they average the rounded weights that compute, which the average of many steps undoes.
+    Locked weights are left out: their average is what they are, and what computes may be rounded. In bfloat16
+    the average of the weights that compute is one of rounded weights, which many steps undo.
     """
 
     def __init__(self, config: AveragesConfig, total_steps: int) -> None:
         self._decay, self._num_last = config.ema, config.last_steps
-        self._first_of_last = total_steps - config.last_steps  # steps before the even average begins
+        # Steps before the even average begins; a stage that is shorter averages all of its steps.
+        self._before_last = max(0, total_steps - config.last_steps)
+        self._steps_in_last = 0
         self._averages: dict[str, dict[str, Tensor]] = {}
 
     @torch.no_grad()
     def update(self, clip: CLIP, step: int) -> None:
         """Take in the weights after `step` steps; the host waits for nothing."""
-        now = {name: value for name, value in clip.state_dict().items() if value.is_floating_point()}
+        locked = {name for name, parameter in clip.named_parameters() if not parameter.requires_grad}
+        now = {
+            name: value
+            for name, value in clip.state_dict().items()
+            if value.is_floating_point() and name not in locked
+        }
         if self._decay is not None:
             self._lerp("ema", now, 1 - min(self._decay, (1 + step) / (10 + step)))
-        if self._num_last and step > self._first_of_last:
-            self._lerp("last", now, 1 / (step - self._first_of_last))
+        if self._num_last and step > self._before_last:
+            self._steps_in_last += 1
+            self._lerp("last", now, 1 / self._steps_in_last)
 
     def _lerp(self, kind: str, now: Mapping[str, Tensor], weight: float) -> None:
         if kind not in self._averages:
@@ -40,7 +50,7 @@ class RunningAverages:
         torch._foreach_lerp_(list(held.values()), [now[name].float() for name in held], weight)
 
     def weights(self, plain: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """Return each average as whole weights on the CPU; counters are those of the plain weights."""
+        """Return each average as whole weights on the CPU; locked weights and counters are the plain ones."""
         return {
             kind: {**plain, **{name: value.cpu() for name, value in held.items()}}
             for kind, held in self._averages.items()
@@ -48,20 +58,26 @@ class RunningAverages:
 
     def state(self) -> dict[str, Tensor]:
         """Return what a checkpoint holds of them."""
-        return {
+        held = {
             f"{PREFIX}{kind}.{name}": value
             for kind, held in self._averages.items()
             for name, value in held.items()
         }
+        return {**held, _NUM_LAST: torch.tensor(self._steps_in_last)}
 
     def restore(self, state: Mapping[str, Tensor], step: int, like: CLIP) -> None:
-        """Take over a checkpoint's; an even average that its run began earlier than this one is left out."""
+        """Take over a checkpoint's averages; the even one only if this run begins it at the same step.
+
+        With more epochs it begins later than in the run that wrote the checkpoint.
+        """
         device: Any = like.logit_scale.device
-        self._averages = {}
+        num_last = int(state[_NUM_LAST])
+        is_same = step - num_last == self._before_last
+        self._averages, self._steps_in_last = {}, num_last if is_same else 0
         for key, value in state.items():
-            if key.startswith(PREFIX):
+            if key.startswith(PREFIX) and key != _NUM_LAST:
                 kind, _, name = key.removeprefix(PREFIX).partition(".")
-                if kind != "last" or step > self._first_of_last:
+                if kind != "last" or is_same:
                     self._averages.setdefault(kind, {})[name] = value.to(device)
 
 

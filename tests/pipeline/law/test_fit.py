@@ -58,3 +58,8 @@ def test_the_frontier_leaves_out_what_costs_more_for_less() -> None:
 def test_too_few_trainings_are_refused() -> None:
     with pytest.raises(InputError, match="a law needs 3 trainings that differ in compute"):
         fit(points([1e12, 2e12], [80.0, 70.0]))
+
+
+def test_a_perfect_training_has_no_law() -> None:
+    with pytest.raises(InputError, match="law_2: mean recall is 100, and no law has an error of 0"):
+        fit(points([1e12, 2e12, 3e12], [80.0, 70.0, 0.0]))

@@ -9,7 +9,7 @@ from pipeline.catalog import load
 from pipeline.cli import main
 from pipeline.core.records import ConfigError, InputError
 from pipeline.law.fit import Point
-from pipeline.law.grid import Cell, make_grid, measure, with_grid
+from pipeline.law.grid import Cell, make_grid, measure, settings_of, with_grid
 from pipeline.law.report import conclude
 from training.flops import training_flops
 from training.model.config import MODELS
@@ -32,6 +32,7 @@ global_batch = 64
 peak_learning_rate = 1e-3
 choose = "best"
 patience = 2
+averages.ema = 0.9
 [[stage2.phases]]
 epochs = 1
 image_size_px = 16
@@ -48,13 +49,14 @@ def test_cells_are_stages_that_start_from_nothing(path: str) -> None:
     run, config = load(path)
     cells = make_grid(["tiny-vit", "small-vit"], [2, 1], [1e-3])
     assert [(cell.model, cell.epochs) for cell in cells[:2]] == [("tiny-vit", 1), ("tiny-vit", 2)]
-    grid = with_grid(run, config, "stage2", cells)
+    grid = with_grid(run, config, settings_of(run, "stage2"), cells)
     names = [stage.name for stage in grid.stages]
     assert names[-5:] == ["vocabulary", *(cell.name for cell in cells)]
     assert names[-1] == "law_small-vit_2_epochs_0.001"
     last = grid.stages[-1].config
     assert (last.model, last.train.epochs, last.train.global_batch) == ("small-vit", 2, 64)
     assert (last.train.choose, last.train.patience, last.train.validate_every_steps) == ("last", 0, 0)
+    assert last.train.averages is None
     assert (last.start_stage, last.image_stage, last.image_weights) == (None, None, None)
 
 
@@ -62,11 +64,21 @@ def test_cells_are_stages_that_start_from_nothing(path: str) -> None:
     ("arguments", "message"),
     [
         (["--models", "ViT-X"], "--models ViT-X: unknown; known: RN50"),
-        (["--epochs", "0,1"], "--epochs 0: must be greater than 0"),
-        (["--epochs", "1;2"], "--epochs 1;2: expected numbers with commas between"),
+        (["--epochs", "0,1,2"], "--epochs 0: must be greater than 0"),
+        (["--epochs", "1;2"], "--epochs 1;2: expected whole numbers with commas between"),
+        (["--epochs", "1,1.5,2"], "--epochs 1,1.5,2: expected whole numbers"),
+        (
+            ["--epochs", "1,2"],
+            "--models and --epochs give 2 trainings that differ in compute, but a law needs 3",
+        ),
+        (["--models", ","], "--models and --epochs give 0 trainings"),
+        (["--rates", "1,inf"], "--rates 1,inf: expected numbers with commas between"),
+        (["--stage", "english"], "--stage english is not scored: name a stage that trains both towers"),
         (["--stage", "stage1"], "--stage stage1 locks the image tower"),
         (["--stage", "dedup"], "--stage dedup: not a training stage"),
         (["--predict", "ViT-B-16"], "--predict ViT-B-16: expected a model and samples seen"),
+        (["--predict", "ViT-B-16:inf"], "--predict ViT-B-16:inf: expected a model and samples seen"),
+        (["--set", "stage2.lock_image=true"], "--stage stage2 locks the image tower"),
     ],
 )
 def test_what_cannot_be_is_refused(
@@ -97,6 +109,16 @@ def test_a_finished_cell_is_measured(path: str) -> None:
     assert measure(run, cell, "b").error == 70.0
     with pytest.raises(InputError, match="--on c: no such evaluation set; the run has a, b"):
         measure(run, cell, "c")
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}')
+    with pytest.raises(InputError, match="not scored on any evaluation set"):
+        measure(run, cell, None)
+
+
+def test_the_last_stage_that_trains_both_towers_lends_its_settings(path: str) -> None:
+    run, _ = load(path)
+    assert settings_of(run, None) is run.stage("stage2").config
+    locked, _ = load(path, ["finetune.epochs=1", "finetune.lock_image=true"])
+    assert settings_of(locked, None) is locked.stage("stage2").config
 
 
 def test_a_grid_predicts_its_largest_training_and_larger_ones(path: str) -> None:
