@@ -73,7 +73,7 @@ class Corpus:
 
     @property
     def tars(self) -> list[str]:
-        """Return the paths of the tar files in order."""
+        """Return the paths of the tar files in order; they may have samples that are not in the corpus."""
         return [shard.tar for shard in self._shards]
 
     def drop_reasons(self) -> pl.DataFrame:
@@ -174,15 +174,15 @@ class Corpus:
     def webdataset(self, **options: Any) -> Any:
         """Return a `webdataset.WebDataset` over the tars, with `jpg` decoded to RGB and `txt` to text.
 
-        `options` are passed to WebDataset; by default it reads shards in order.
+        It leaves out samples that the sidecars do not list. `options` are passed to WebDataset; by default
+        it reads shards in order.
         """
         try:
             import webdataset
         except ImportError:
             raise InputError("webdataset is not installed: pip install webdataset") from None
-        return webdataset.WebDataset(
-            self.tars, **{"shardshuffle": False, "empty_check": False, **options}
-        ).decode("pilrgb")
+        tars = webdataset.WebDataset(self.tars, **{"shardshuffle": False, "empty_check": False, **options})
+        return tars.select(_Listed(self._shards)).decode("pilrgb")
 
     def datasets(self) -> Any:
         """Return a streaming `datasets.IterableDataset` of key, caption, url, source and image."""
@@ -228,6 +228,21 @@ class _Pairs:
         from training.model.preprocess import preprocess
 
         return preprocess([sample.image_bytes], self._image_size_px)[0], sample.caption
+
+
+class _Listed:
+    """Tells which of webdataset's samples are in the sidecar of their tar; a tar's come one after another."""
+
+    def __init__(self, shards: list[CorpusShard]) -> None:
+        self._tables = {shard.tar: shard.table for shard in shards}
+        self._tar = ""
+        self._keys = frozenset[str]()
+
+    def __call__(self, sample: dict[str, Any]) -> bool:
+        if sample["__url__"] != self._tar:
+            self._tar = sample["__url__"]
+            self._keys = frozenset(read_sidecar_frame(self._tables[self._tar], ("key",))["key"])
+        return sample["__key__"] in self._keys
 
 
 def _collate(pairs: "list[tuple[torch.Tensor, str]]") -> "tuple[torch.Tensor, list[str]]":

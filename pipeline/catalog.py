@@ -440,7 +440,9 @@ def _row_stages(config: RunConfig) -> tuple[list[Stage], str]:
 
 def _shard_stages(config: RunConfig, rows: str) -> list[Stage]:
     """Return the stages that pack the kept rows of the stage `rows`, with [split] in two parts."""
-    packing = shards.stage(config.shards, rows=rows, has_split=config.split is not None)
+    packing = shards.stage(
+        config.shards, rows=rows, has_scores=config.score is not None, has_split=config.split is not None
+    )
     if config.split is None:
         return [packing]
     return [

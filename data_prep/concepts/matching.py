@@ -28,7 +28,8 @@ def texts_of(rows: pl.LazyFrame) -> pl.LazyFrame:
     """Return key and text of rows: a row that keeps several captions has the entries of all of them."""
     caption = pl.col("caption")
     if isinstance(rows.collect_schema().get(_SEVERAL), pl.List):
-        caption = pl.coalesce(pl.col(_SEVERAL).list.join(_BETWEEN), caption)
+        several = pl.col(_SEVERAL).list
+        caption = pl.when(several.len() > 0).then(several.join(_BETWEEN)).otherwise(caption)
     return rows.select("key", text=caption)
 
 

@@ -25,7 +25,7 @@ from data_prep.rules.image import SEMANTIC_DUPLICATES_RULE
 from pipeline.core import store
 from pipeline.core.arrays import Float32Array
 from pipeline.core.facts import Facts
-from pipeline.core.files.npy import map_npy, read_npy
+from pipeline.core.files.npy import read_npy, read_npy_rows
 from pipeline.core.records import DropReason, Shard
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task, repair_remedy
 
@@ -75,7 +75,8 @@ class RangeTask(Facts):
 
 def plan_clusters(config: ClustersConfig, context: Context) -> list[Task]:
     """Plan one task over a sample: the first rows, which are in random order."""
-    tables = kept_tables(context, rows_stage(context))
+    # Features of a table without rows have no dimension.
+    tables = [table for table in kept_tables(context, rows_stage(context)) if table.num_samples]
     features = digests_of_features(context)
     num_rows = sum(table.num_samples for table in tables)
     clusters = min(config.clusters or math.ceil(num_rows / _ROWS_PER_CLUSTER), max(num_rows, 1))
@@ -160,7 +161,8 @@ def run_assign(config: None, context: Context, task: Task, progress: Progress) -
     import faiss
 
     asked = TablesTask.from_json(task.arguments)
-    centre_KD = _read(context.path_in("cluster_images", CENTRES_FILE), "cluster_images")
+    path = context.path_in("cluster_images", CENTRES_FILE)
+    centre_KD = read_npy(path, repair_remedy("cluster_images"))
     parts, features = list[pl.DataFrame](), list[npt.NDArray[np.float16]]()
     for table in asked.tables:
         keys = _keys(context, table)
@@ -185,10 +187,6 @@ def run_assign(config: None, context: Context, task: Task, progress: Progress) -
     _save(context.path(npy_path), stored[rows["at"].to_numpy()])
     write_table(rows.drop("at"), context.path(table_path))
     return Outcome({table_path: rows.height, npy_path: rows.height}, num_in=rows.height, num_kept=rows.height)
-
-
-def _read(path: str, stage: str) -> npt.NDArray[Any]:
-    return (map_npy if store.is_local(path) else read_npy)(path, repair_remedy(stage))
 
 
 def plan_find(config: DedupSemanticConfig, context: Context) -> list[Task]:
@@ -227,8 +225,8 @@ def _assigned(context: Context, asked: RangeTask) -> tuple[pl.DataFrame, Float32
         rows = pl.scan_parquet(shard.path).with_row_index("at").filter(between).collect()
         if rows.height:
             begin = rows["at"][0]  # sorted by cluster: one piece
-            stored = _read(shard.path.removesuffix(".parquet") + ".npy", "assign_clusters")
-            features.append(np.asarray(stored[begin : begin + rows.height], np.float32))
+            path, remedy = shard.path.removesuffix(".parquet") + ".npy", repair_remedy("assign_clusters")
+            features.append(read_npy_rows(path, begin, begin + rows.height, remedy).astype(np.float32))
             tables.append(rows.with_columns(pl.col("at") - begin + first))
             first += rows.height
     if not tables:

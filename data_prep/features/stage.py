@@ -18,7 +18,7 @@ from pipeline.core import store
 from pipeline.core.arrays import Float32Array
 from pipeline.core.config import NOT_IN_DIGEST
 from pipeline.core.facts import Facts
-from pipeline.core.files.npy import map_npy, read_npy
+from pipeline.core.files.npy import map_npy
 from pipeline.core.records import InputError, Manifest
 from pipeline.core.shard_format import ByteRangePool
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task, repair_remedy
@@ -162,8 +162,8 @@ def read_features(context: Context, name: str, keys: pl.Series) -> Float32Array:
     Raises:
         InputError: if a row has none.
     """
-    path, remedy = context.path_in("image_features", _features_file(name)), repair_remedy("image_features")
-    stored_ND = map_npy(path, remedy) if store.is_local(path) else read_npy(path, remedy)
+    path = context.path_in("image_features", _features_file(name))
+    stored_ND = map_npy(path, repair_remedy("image_features"))
     known = pl.read_parquet(context.path_in("image_features", _keys_file(name))).with_row_index("at")
     places = keys.to_frame("key").join(known, on="key", how="left", maintain_order="left")["at"]
     if places.null_count() or len(stored_ND) != known.height:

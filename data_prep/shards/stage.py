@@ -87,7 +87,8 @@ def _plan_partitions(
     for shard in context.parents["download"].shards:
         if shard.path.endswith(".tar"):
             tars.setdefault(partition_of(shard.path), []).append(shard)
-    judged = context.parents[rows_stage(context)].extra
+    scored = context.parents.get("filter_score")
+    judged = {} if scored is None else scored.extra
     tasks = []
     for table in kept:
         if not table.num_samples:
@@ -145,14 +146,18 @@ def _part_of(kept: list[Shard], num_validation: Mapping[str, int], part: Part) -
     ]
 
 
-def stage(config: ShardsConfig, *, rows: str, has_split: bool) -> Stage:
-    """Return the stage that packs the rows that the stage `rows` kept; with a split, only training rows."""
+def stage(config: ShardsConfig, *, rows: str, has_scores: bool, has_split: bool) -> Stage:
+    """Return the stage that packs the rows that the stage `rows` kept; with a split, only training rows.
+
+    With `has_scores`, it asks the stage filter_score, which need not be the last one, whose captions it took.
+    """
+    scores = ("filter_score",) if has_scores and rows != "filter_score" else ()
     return Stage(
         "shards",
         title="tar shards with a Parquet sidecar: what training reads",
         version=1,
         config=config,
-        parents=("download", rows, *(("split",) if has_split else ())),
+        parents=("download", *scores, rows, *(("split",) if has_split else ())),
         plan=plan,
         run=run,
     )

@@ -56,10 +56,14 @@ def test_an_entry_in_an_entry_and_twice_in_a_text_counts_once() -> None:
 
 def test_texts_of_a_row_are_all_its_captions_but_no_entry_lies_across_two() -> None:
     rows = pl.LazyFrame(
-        {"key": ["a", "b"], "caption": ["红色", "猫咪"], "captions": [["红色", "手机"], None]}
+        {
+            "key": ["a", "b", "c"],
+            "caption": ["红色", "猫咪", "手机"],
+            "captions": [["红色", "手机"], None, []],
+        }
     )
     texts = matching.texts_of(rows).collect()
-    assert numbers(texts["text"].to_list(), ["红色", "手机", "色手", "猫咪"]) == [[0, 1], [3]]
+    assert numbers(texts["text"].to_list(), ["红色", "手机", "色手", "猫咪"]) == [[0, 1], [3], [1]]
 
 
 def published(

@@ -38,6 +38,22 @@ def read_npy_bytes(data: bytes, where: str, remedy: str) -> npt.NDArray[Any]:
         return _read(io.BytesIO(data), len(data), where, remedy)
 
 
+def read_npy_rows(path: str, first: int, end: int, remedy: str) -> npt.NDArray[Any]:
+    """Return rows [first, end) of the array in a file, in memory; no others are read.
+
+    Raises:
+        InputError: as `read_npy` raises it, or if the array is stored by columns.
+    """
+    with foreign(path, _WHAT, remedy), store.open_read(path) as file:
+        (num_rows, *rest), by_columns, dtype = _check_header(file, store.num_bytes(path), path, remedy)
+        if by_columns:
+            raise InputError(f"{path}: stored by columns (Fortran order): {remedy}")
+        row_bytes = math.prod(rest) * dtype.itemsize
+        file.seek(first * row_bytes, io.SEEK_CUR)
+        data = file.read((min(end, num_rows) - first) * row_bytes)
+        return np.frombuffer(data, dtype).reshape(-1, *rest)
+
+
 def map_npy(path: str, remedy: str) -> npt.NDArray[Any]:
     """Return the array of a file, memory-mapped; of a URL, a temporary copy that goes with the array.
 
@@ -64,12 +80,15 @@ def _read(file: IO[bytes], num_bytes: int, where: str, remedy: str) -> npt.NDArr
     return array
 
 
-def _check_header(file: IO[bytes], num_bytes: int, where: str, remedy: str) -> None:
+def _check_header(
+    file: IO[bytes], num_bytes: int, where: str, remedy: str
+) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Return shape, Fortran order and type of the array that the file begins with; its data is next."""
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     version = np.lib.format.read_magic(file)
     if version not in readers:  # 3.0 is only for field names outside Latin-1
         raise InputError(f"{where}: .npy version {version[0]}.{version[1]}, not 1.0 or 2.0: {remedy}")
-    shape, _, dtype = readers[version](file)
+    shape, by_columns, dtype = readers[version](file)
     if dtype.hasobject:
         raise InputError(f"{where}: holds Python objects, which are not read: save plain numbers")
     wanted, held = math.prod(shape) * dtype.itemsize, num_bytes - file.tell()
@@ -78,3 +97,4 @@ def _check_header(file: IO[bytes], num_bytes: int, where: str, remedy: str) -> N
             f"{where}: its header names an array {list(shape)} of {dtype} ({wanted:,} bytes), but {held:,}"
             f" bytes follow: {remedy}"
         )
+    return shape, by_columns, dtype

@@ -9,6 +9,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+import cnclip
 from data_prep.accounting.judged import JudgedFacts
 from data_prep.dedup.near_duplicates import DedupImageConfig
 from data_prep.formats.shards import ShardFacts
@@ -84,6 +85,9 @@ def test_its_readers_see_the_corpus_of_packed_shards(tmp_path: Path) -> None:
     assert exports[0].num_images == exports[1].num_images == 36
     for name in exports[0].files:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    corpus = cnclip.Corpus(kept.folder)
+    views = [[sample.key for sample in corpus], [item["__key__"] for item in corpus.webdataset()]]
+    assert views == [sidecars(kept)["key"].to_list()] * 2
     config = RepackConfig(corpora=(kept.folder,), samples_per_shard=8)
     again = finish(Run(str(tmp_path / "again"), 0, "local", 1, reshard_stages(config)))
     assert shard_bytes(again) == shard_bytes(packed)
@@ -135,9 +139,11 @@ def test_captions_that_a_threshold_took_are_in_no_tar(tmp_path: Path) -> None:
     rows = context.parents["filter_image"]
     lost = JudgedFacts(captions_dropped={"score_below_threshold": 1}).to_json()
     scored = replace(rows, extra={**rows.extra, "00001": {**rows.extra["00001"], **lost}})
-    context = replace(context, parents={**context.parents, "filter_image": scored})
-    tasks = shards.plan(run.stage("shards").config, context)
-    assert ["whole" in task.arguments for task in tasks] == [True, False, True]
+    # The threshold need not be the last stage that judges rows.
+    for later in ({}, {"balance": rows}):
+        parents = {**context.parents, "filter_score": scored, **later}
+        tasks = shards.plan(run.stage("shards").config, replace(context, parents=parents))
+        assert ["whole" in task.arguments for task in tasks] == [True, False, True]
 
 
 def test_a_second_name_is_a_copy_where_there_are_no_links(

@@ -13,7 +13,7 @@ from pipeline.core import store
 from pipeline.core.config import apply_overrides, read_toml
 from pipeline.core.files.columns import column
 from pipeline.core.files.foreign import foreign, parse_json
-from pipeline.core.files.npy import map_npy, read_npy, read_npy_bytes
+from pipeline.core.files.npy import map_npy, read_npy, read_npy_bytes, read_npy_rows
 from pipeline.core.records import ConfigError, InputError, Stopped
 
 
@@ -80,6 +80,7 @@ def test_arrays_are_checked_before_memory_is_taken(header: str, said: str, tmp_p
     for read in (
         lambda: read_npy(str(path), "embed again"),
         lambda: map_npy(str(path), "embed again"),
+        lambda: read_npy_rows(str(path), 0, 1, "embed again"),
         lambda: read_npy_bytes(path.read_bytes(), str(path), "embed again"),
     ):
         tracemalloc.start()
@@ -98,6 +99,11 @@ def test_whole_arrays_are_read(tmp_path: Path) -> None:
         (tmp_path / "a.npy").write_bytes(buffer.getvalue())
         assert np.array_equal(read_npy(str(tmp_path / "a.npy"), ""), array)
         assert np.array_equal(map_npy(str(tmp_path / "a.npy"), ""), array)
+        with pytest.raises(InputError, match=r"a\.npy: stored by columns"):
+            read_npy_rows(str(tmp_path / "a.npy"), 0, 1, "")
+    np.save(tmp_path / "rows.npy", array)
+    for first, end in ((1, 2), (0, 3), (3, 3)):
+        assert np.array_equal(read_npy_rows(str(tmp_path / "rows.npy"), first, end, ""), array[first:end])
     np.save(tmp_path / "empty.npy", np.empty((0, 4), np.float32))
     assert read_npy(str(tmp_path / "empty.npy"), "").shape == (0, 4)
     with pytest.raises(InputError, match=r"none\.npy: cannot be read: No such file"):
