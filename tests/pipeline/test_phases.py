@@ -93,7 +93,7 @@ def test_a_plan_counts_smaller_images(tmp_path: Path) -> None:
         (
             "image_size_px = 112",
             "image_size_px = 100",
-            r"\[stage2_phase1\] an image size of 100 is not a mult",
+            r"\[stage2_phase1\] image_size_px: an image size of 100 is not a multiple of 16 pixels",
         ),
         ("global_batch = 4_000\n", "cached_views = 2\n", r"stage2\.phases\.cached_views: unknown key"),
         ("epochs = 20\n", "", r"stage2\.phases\.0\.epochs: required"),
@@ -102,6 +102,11 @@ def test_a_plan_counts_smaller_images(tmp_path: Path) -> None:
             "[stage2]\n",
             "[stage2]\nlock_image = true\ncached_views = 2\n",
             r"\[stage2\] phase 1: patch_mask needs images, but cached_views = 2",
+        ),
+        (
+            "[[stage2.phases]]\nepochs = 20",
+            'distil.teacher = "x"\n[[stage2.phases]]\nepochs = 20',
+            r"\[stage2\] phase 1: image_size_px = 112, but distil\.teacher reads images of the stage's size",
         ),
     ],
 )
