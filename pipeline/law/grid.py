@@ -54,7 +54,7 @@ def make_grid(models: Sequence[str], epochs: Sequence[int], rates: Sequence[floa
             f"--models and --epochs give {len(sizes)} trainings that differ in compute, but a law needs"
             f" {FEWEST}: give more of either"
         )
-    return [Cell(*size, rate) for size in sizes for rate in sorted({*rates})]
+    return [Cell(model, number, rate) for model, number in sizes for rate in sorted({*rates})]
 
 
 def settings_of(run: Run, stage: str | None) -> TrainStageConfig:
