@@ -121,5 +121,8 @@ def test_a_vocabulary_covers_all_columns_that_are_drawn(tmp_path: Path) -> None:
     (vocabulary,) = [stage for stage in run.stages if stage.name == "vocabulary"]
     assert vocabulary.config.columns == ("caption", "caption_en")
     assert vocabulary.config.together == {"caption": ("caption", "caption_en")}
+    for key in ("columns=['title']", "together.caption=['title']"):
+        with pytest.raises(ConfigError, match=r"vocabulary\.\w+: the run takes it from the caption_column"):
+            load(write(tmp_path, text), [f"vocabulary.{key}"])
     with pytest.raises(ConfigError, match=r"stage2\.caption_weights\.caption: must be greater than 0"):
         load(write(tmp_path, text.replace("caption = 3", "caption = 0")))
