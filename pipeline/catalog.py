@@ -189,6 +189,12 @@ class RunConfig:
                 f"{unused}: nothing to train; give [stage1], [stage2] or both, or [finetune], or leave out"
                 f" [{unused}] for a run without a model"
             )
+        for name in ("columns", "together"):
+            if getattr(self.vocabulary, name) != getattr(VocabularyConfig(), name):
+                raise ValueError(
+                    f"vocabulary.{name}: the run takes it from the caption_column and caption_weights of its"
+                    " trainings; leave it out"
+                )
         if self.filter_score is not None and self.score is None:
             raise ValueError(
                 "filter_score: nothing to judge without [score]; give it, or filter_text.min_score"

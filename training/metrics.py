@@ -263,7 +263,7 @@ class MetricsLog:
             "seconds": round(self._speed.seconds, 4),
             "data_wait_seconds": round(self._speed.wait_seconds, 4),
             "samples_per_second": round(samples_per_second, 1),
-            "teraflops": round(flops_per_second / 1e12, 4),
+            "teraflops": float(f"{flops_per_second / 1e12:.6g}"),  # small models on a CPU reach a hundredth
         }
         if self._peak_flops is not None:
             speed["utilisation"] = round(flops_per_second / self._peak_flops, 4)

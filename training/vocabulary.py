@@ -16,9 +16,9 @@ class VocabularyConfig:
     size: int = 4_000
     """Largest number of tokens. Chinese characters come first, then pieces of words."""
     columns: tuple[str, ...] = ("caption",)
-    """Caption columns of the shards, one vocabulary each."""
+    """Not to be set: the run takes the caption columns of its trainings, one vocabulary each."""
     together: Mapping[str, tuple[str, ...]] | None = field(default=None, metadata=IN_DIGEST_IF_SET)
-    """Columns from which a vocabulary is learned if it is not only its own: those of `caption_weights`."""
+    """Not to be set: the run takes the columns of `caption_weights`, from which one vocabulary is learned."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

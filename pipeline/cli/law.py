@@ -63,7 +63,7 @@ def law(
     from pipeline.catalog import load
     from pipeline.core.run import select
     from pipeline.law.grid import make_grid, measure, settings_of, with_grid
-    from pipeline.law.report import conclude
+    from pipeline.law.report import LEGEND, conclude, table_of
     from pipeline.runner import execute
 
     run, config = load(run_file, overrides or [])
@@ -76,8 +76,10 @@ def law(
     asked = [_asked(text) for text in predict or ()]
     run = with_grid(run, config, own, cells)
     execute(run, select(run, None, None, None), redo=redo)
-    found = conclude([measure(run, cell, evaluation) for cell in cells], asked, own.train)
-    print(align(found.rows, [False, True, True, False]))
+    points = [measure(run, cell, evaluation) for cell in cells]
+    print(align(table_of(points), [False, True, True, False]))
+    print_lines([LEGEND])
+    found = conclude(points, asked, own.train)
     print_lines(found.sentences)
     path = store.join(run.folder, "law.json")
     store.write_text(path, json.dumps(dataclasses.asdict(found.document), indent=1) + "\n")

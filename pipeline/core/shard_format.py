@@ -77,10 +77,10 @@ def read_sidecar(path: str, columns: Sequence[str], optional: Sequence[str] = ()
             known = found.schema_arrow.names
             missing = [name for name in columns if name not in known]
             if missing:
-                raise InputError(
-                    f"{path}: has no column {missing[0]}, so it is not a sidecar of this project's shards; it"
-                    f" has {', '.join(known)}"
-                )
+                said = ": name one that it has:"
+                if missing[0] in SIDECAR_COLUMNS:
+                    said = ", so it is not a sidecar of this project's shards; it has"
+                raise InputError(f"{path}: has no column {missing[0]}{said} {', '.join(known)}")
             table = found.read(columns=[*columns, *(name for name in optional if name in known)])
             table.validate(full=True)  # bytes that are not UTF-8 would crash a reader's process
             return table

@@ -75,7 +75,7 @@ def fit(points: Sequence[Point]) -> Law:
         )
     if len({point.flops for point in points}) < FEWEST:
         raise InputError(
-            f"a law needs {FEWEST} trainings that differ in compute, but the frontier has {len(points)}: give"
+            f"a law needs {FEWEST} trainings that no cheaper one equals, but the grid has {len(points)}: give"
             " more --models or --epochs"
         )
     x, y = (np.log([getattr(point, name) for point in points]) for name in ("flops", "error"))

@@ -8,6 +8,7 @@ from training.config.train import TrainConfig, sized
 from training.flops import training_flops
 from training.model.config import MODELS
 
+LEGEND = "error: 100 - mean recall, in points; *: no training reached it with less compute"
 _TOKENS = 22  # mean length of a caption, as `cnclip plan` assumes
 _FAR = 100  # times the largest compute: farther than anything that the grid can vouch for
 
@@ -29,8 +30,22 @@ class Conclusion:
     """A document with the lines for a terminal."""
 
     document: Document
-    rows: list[list[str]]
     sentences: list[str]
+
+
+def table_of(points: Sequence[Point]) -> list[list[str]]:
+    """Return the rows of a grid's table, the cheapest training first."""
+    best = frontier(points)
+    rows = [["training", "petaFLOPs", "error", ""]]
+    return rows + [
+        [
+            point.name.removeprefix("law_"),
+            f"{point.flops / 1e15:.4g}",
+            f"{point.error:.2f}",
+            "*" if point in best else "",
+        ]
+        for point in sorted(points, key=lambda point: point.flops)
+    ]
 
 
 def conclude(points: Sequence[Point], asked: Sequence[tuple[str, float]], train: TrainConfig) -> Conclusion:
@@ -43,18 +58,7 @@ def conclude(points: Sequence[Point], asked: Sequence[tuple[str, float]], train:
     """
     best = frontier(points)
     law = fit(best)
-    rows = [["training", "petaFLOPs", "error", ""]]
-    rows += [
-        [
-            point.name.removeprefix("law_"),
-            f"{point.flops / 1e15:.4g}",
-            f"{point.error:.2f}",
-            "*" if point in best else "",
-        ]
-        for point in sorted(points, key=lambda point: point.flops)
-    ]
     sentences = [
-        "error: 100 - mean recall, in points; *: no training reached it with less compute",
         f"law: error = {law.factor:.3g} × (FLOPs / {law.center:.3g})^-{law.exponent:.3g}, over"
         f" {law.num_points} trainings",
     ]
@@ -84,7 +88,7 @@ def conclude(points: Sequence[Point], asked: Sequence[tuple[str, float]], train:
     document = Document(
         tuple(points), tuple(point.name for point in best), law, largest, predicted, predictions
     )
-    return Conclusion(document, rows, sentences)
+    return Conclusion(document, sentences)
 
 
 def _interval(prediction: Prediction) -> str:

@@ -51,7 +51,7 @@ class Zero:
 class Memory:
     """The peak memory of one rank, in bytes."""
 
-    states: float  # weights, gradients, master weights, moments, buckets
+    states: float  # weights, gradients, master weights, moments, buckets, averages of weights
     activations: float
     batch: float  # images, and features with their gradients
 
@@ -88,7 +88,7 @@ def memory(
     micro_batch: int,
     tokens: int,
 ) -> Memory:
-    """Return the memory of a rank for `micro_batch` samples with captions padded to `tokens`."""
+    """Return the memory of rank 0, the fullest, for `micro_batch` samples with captions of `tokens`."""
     image_parameters, text_parameters = num_parameters(model)
     all_parameters = image_parameters + text_parameters
     trained = text_parameters if config.lock_image else all_parameters
@@ -108,6 +108,7 @@ def memory(
     if ranks > 1 and zero.stage in (1, 2) and not zero.offloads_optimizer:
         buckets *= 2  # one is sent while the other fills
     bucket = buckets * weight_bytes * min(BUCKET_VALUES, trained)
+    averages = 0 if config.averages is None else 4 * trained * config.averages.num_running  # by rank 0
     side_px = model.vision.image_size_px
     images = 0 if config.cached_views else 2 * 3 * side_px**2 * share  # the next batch's lie there already
     features = 4 * model.embed_dim * (4 * config.global_batch + 4 * share)
@@ -115,7 +116,7 @@ def memory(
         model.text, config, precision, tokens
     )
     return Memory(
-        states=weights + gathered + gradients + optimizer + bucket,
+        states=weights + gathered + gradients + optimizer + bucket + averages,
         activations=micro_batch * per_sample,
         batch=images + features,
     )

@@ -63,8 +63,8 @@ _PAPER_GPU_DAYS: Mapping[tuple[str, str], float] = MappingProxyType(
         ("ViT-H-14", "stage2"): 184 * 2.2,
     }
 )
-_WORK = ("epochs", "global_batch", "lock_image", "image_size_px", "context_length", "patch_mask", "phases")
-# determines the computation, in addition to the samples
+# What determines the computation, in addition to the samples.
+_WORK = ("epochs", "global_batch", "lock_image", "image_size_px", "context_length", "patch_mask")
 # Training pairs of the tasks if their owners publish them; for others --samples must give the number.
 TASK_PAIRS = {"muge": 250_314, "flickr30k-cn": 148_915}
 GIB = 2**30

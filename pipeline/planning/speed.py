@@ -73,7 +73,9 @@ def device_flops(model: ModelConfig, config: TrainConfig, *, micro_batch: int, t
     mean length.
     """
     again = int(config.checkpoint_activations) + int(micro_batch < shares(config).largest)
-    forward = text_forward(model.text, tokens) + (0 if config.lock_image else image_forward(model))
+    forward = text_forward(model.text, tokens)
+    if not config.lock_image:
+        forward += image_forward(model, config.patch_mask)
     return training_flops(model, config, tokens) + again * forward
 
 

@@ -93,7 +93,7 @@ def test_a_plan_counts_smaller_images(tmp_path: Path) -> None:
         (
             "image_size_px = 112",
             "image_size_px = 100",
-            r"\[stage2_phase1\] an image size of 100 is not a mult",
+            r"\[stage2_phase1\] image_size_px: an image size of 100 is not a multiple of 16 pixels",
         ),
         ("global_batch = 4_000\n", "cached_views = 2\n", r"stage2\.phases\.cached_views: unknown key"),
         ("epochs = 20\n", "", r"stage2\.phases\.0\.epochs: required"),
@@ -102,6 +102,11 @@ def test_a_plan_counts_smaller_images(tmp_path: Path) -> None:
             "[stage2]\n",
             "[stage2]\nlock_image = true\ncached_views = 2\n",
             r"\[stage2\] phase 1: patch_mask needs images, but cached_views = 2",
+        ),
+        (
+            "[[stage2.phases]]\nepochs = 20",
+            'distil.teacher = "x"\n[[stage2.phases]]\nepochs = 20',
+            r"\[stage2\] phase 1: image_size_px = 112, but distil\.teacher reads images of the stage's size",
         ),
     ],
 )
@@ -116,5 +121,8 @@ def test_a_vocabulary_covers_all_columns_that_are_drawn(tmp_path: Path) -> None:
     (vocabulary,) = [stage for stage in run.stages if stage.name == "vocabulary"]
     assert vocabulary.config.columns == ("caption", "caption_en")
     assert vocabulary.config.together == {"caption": ("caption", "caption_en")}
+    for key in ("columns=['title']", "together.caption=['title']"):
+        with pytest.raises(ConfigError, match=r"vocabulary\.\w+: the run takes it from the caption_column"):
+            load(write(tmp_path, text), [f"vocabulary.{key}"])
     with pytest.raises(ConfigError, match=r"stage2\.caption_weights\.caption: must be greater than 0"):
         load(write(tmp_path, text.replace("caption = 3", "caption = 0")))

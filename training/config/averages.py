@@ -38,8 +38,16 @@ class AveragesConfig:
     @property
     def names(self) -> tuple[str, ...]:
         """Return the names of the weights that are scored, the plain ones first."""
-        running = [name for name, is_set in (("ema", self.ema), ("last", self.last_steps)) if is_set]
-        return ("plain", *running, *(f"interpolated_{share:g}" for share in self.interpolate))
+        return ("plain", *self._running, *(f"interpolated_{share:g}" for share in self.interpolate))
+
+    @property
+    def num_running(self) -> int:
+        """Return the number of averages that are kept while the stage trains."""
+        return len(self._running)
+
+    @property
+    def _running(self) -> list[str]:
+        return [name for name, is_set in (("ema", self.ema), ("last", self.last_steps)) if is_set]
 
     @property
     def files(self) -> tuple[str, ...]:

@@ -21,6 +21,14 @@ def with_phases(name: str, train: TrainConfig) -> list[tuple[str, TrainConfig]]:
             for field in dataclasses.fields(phase)
             if getattr(phase, field.name) is not None
         }
+        if (
+            train.distil is not None
+            and given.get("image_size_px", train.image_size_px) != train.image_size_px
+        ):
+            raise ValueError(
+                f"phase {number}: image_size_px = {phase.image_size_px}, but distil.teacher reads images of"
+                " the stage's size in every phase; leave one of them out"
+            )
         if given.get("global_batch", train.global_batch) != train.global_batch:
             given["lanes"] = None  # derived from the batch
         try:

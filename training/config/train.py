@@ -344,9 +344,13 @@ def check_fits(config: TrainConfig, model: ModelConfig, stage: str) -> None:
             stage.
     """
     try:
-        settings, model = read_deepspeed_file(config.deepspeed), sized(model, config)
-    except (ConfigError, ValueError) as error:
+        settings = read_deepspeed_file(config.deepspeed)
+    except ConfigError as error:
         raise ConfigError(f"[{stage}] {error}") from None
+    try:
+        model = sized(model, config)
+    except ValueError as error:
+        raise ConfigError(f"[{stage}] image_size_px: {error}") from None
     if config.compile and settings.get("zero_optimization", {}).get("stage") == 3:
         raise ConfigError(
             f"[{stage}] compile = true, but {config.deepspeed} is ZeRO 3: it gathers weights while the model"

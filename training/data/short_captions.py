@@ -30,6 +30,8 @@ def shorten(
 ) -> list[str]:
     """Return captions of at most `context_length` tokens with [CLS] and [SEP], their words in order.
 
+    A caption none of whose words fits is returned whole.
+
     "words" keeps nouns first, then verbs and adjectives, then the rest; "random" draws, by the caption alone.
     Among equals the earlier word is kept. A word that no longer fits is passed over for a shorter one.
     """
@@ -51,6 +53,7 @@ def shorten(
             if 0 < num_tokens[pairs[place][0]] <= left:
                 left -= num_tokens[pairs[place][0]]
                 kept.append(place)
-        # Spaces part Latin words; around Chinese ones they change no token.
-        shortened.append(" ".join(pairs[place][0] for place in sorted(kept)))
+        # Spaces part Latin words; around Chinese ones they change no token. If no word fits, the caption
+        # stays as it is and is cut at its end: its first tokens are more than none.
+        shortened.append(" ".join(pairs[place][0] for place in sorted(kept)) or caption)
     return shortened

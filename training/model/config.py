@@ -95,7 +95,9 @@ def at_size(model: ModelConfig, image_size_px: int) -> ModelConfig:
         return model
     cell = vision.patch_size_px if isinstance(vision, VisionTransformerConfig) else 32
     if image_size_px < cell or image_size_px % cell:
-        raise ValueError(f"an image size of {image_size_px} is not a multiple of {cell} pixels: choose one")
+        raise ValueError(
+            f"an image size of {image_size_px} is not a multiple of {cell} pixels: choose a multiple"
+        )
     return replace(model, vision=replace(vision, image_size_px=image_size_px))
 
 

@@ -10,7 +10,7 @@ from pipeline.cli import main
 from pipeline.core.records import ConfigError, InputError
 from pipeline.law.fit import Point
 from pipeline.law.grid import Cell, make_grid, measure, settings_of, with_grid
-from pipeline.law.report import conclude
+from pipeline.law.report import conclude, table_of
 from training.flops import training_flops
 from training.model.config import MODELS
 
@@ -127,7 +127,8 @@ def test_a_grid_predicts_its_largest_training_and_larger_ones(path: str) -> None
     grid = [Point(flops, 90 * (flops / 1e12) ** -0.1, f"law_{flops:g}") for flops in (1e12, 3e12, 1e13, 3e13)]
     worse = Point(2e13, 95.0, "law_worse")
     found = conclude([*grid, worse], [("ViT-B-16", 1e6)], config.stage2)
-    assert "*" not in next(row for row in found.rows if row[0] == "worse")
+    marked = {name: mark for name, _, _, mark in table_of([*grid, worse])[1:]}
+    assert marked == {"1e+12": "*", "3e+12": "*", "1e+13": "*", "worse": "", "3e+13": "*"}
     assert any("the largest, 3e+13, lies in the interval" in text for text in found.sentences)
     flops = 1e6 * training_flops(MODELS["ViT-B-16"], config.stage2, 22)
     predicted = found.document.predictions["ViT-B-16, 1e+06 samples"]

@@ -18,6 +18,7 @@ from pipeline.planning.memory import (
 )
 from tests.helpers.large_twins import TWINS
 from tests.helpers.rank_processes import run_ranks
+from training.config.averages import AveragesConfig
 from training.config.train import TrainConfig
 from training.flops import device_gib, find_device, image_forward, text_forward
 from training.model.clip import CLIP, build_clip
@@ -175,6 +176,19 @@ def test_a_rank_of_vit_b_16_takes_what_is_estimated() -> None:
     config = dataclasses.replace(CONFIG, global_batch=8, lanes=1, lock_image=True)
     ((measured, estimate),) = run_ranks(peak_bytes, 1, "ViT-B-16", config)
     assert estimate == pytest.approx(measured, rel=0.25), (measured / 2**30, estimate / 2**30)
+
+
+def test_running_averages_take_four_bytes_of_each_trained_weight() -> None:
+    def states(**changes: Any) -> float:
+        config = dataclasses.replace(CONFIG, **changes)
+        model, zero = MODELS["tiny-vit"], Zero(1)
+        return memory(model, config, zero=zero, precision="bfloat16", micro_batch=1, tokens=LENGTH).states
+
+    image, text = num_parameters(MODELS["tiny-vit"])
+    both = AveragesConfig(ema=0.9, last_steps=3, interpolate=(0.5,))
+    assert states(averages=both) - states() == 2 * 4 * (image + text)
+    locked = states(averages=AveragesConfig(ema=0.9), lock_image=True) - states(lock_image=True)
+    assert locked == 4 * text
 
 
 def test_what_fits_is_the_share_or_a_power_of_two() -> None:

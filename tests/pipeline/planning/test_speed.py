@@ -73,6 +73,7 @@ def test_a_device_computes_some_things_twice() -> None:
     assert flops(64, lock_image=True) == pytest.approx(4 * text + image)
     assert flops(128, lock_image=True, cached_views=4) == pytest.approx(3 * text)
     masked = training_flops(B16, dataclasses.replace(CONFIG, patch_mask=0.5), 20)
+    assert flops(64, patch_mask=0.5) == pytest.approx(masked + text + image_forward(B16, 0.5))
     assert 3 * text + 1.4 * image < masked < 3 * text + 1.5 * image  # half of the patches, and no longer n²
 
 
