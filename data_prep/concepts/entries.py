@@ -44,9 +44,14 @@ def read_entries(path: str) -> pl.Series:
     """
     try:
         data = store.read_bytes(path)
-        text = (gzip.decompress(data) if path.endswith(".gz") else data).decode("utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; correct [concepts] files") from None
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror or error}); correct [concepts] files"
+        ) from None
+    try:
+        text = (gzip.decompress(data) if path.endswith(".gz") else data).decode("utf-8-sig")
     except (OSError, EOFError, zlib.error):
         raise InputError(f"{path}: cannot be unpacked; give a whole .gz file") from None
     except UnicodeDecodeError as error:

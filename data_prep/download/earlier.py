@@ -16,6 +16,7 @@ from data_prep.dedup.exact import partition_of_key, partition_range
 from data_prep.download.config import DownloadConfig
 from data_prep.download.pack import KNOWN_SCHEMA
 from data_prep.download.reasons import may_pass
+from data_prep.formats.keys import KEY_HEX_DIGITS
 from data_prep.rules.copies import Marks
 from pipeline.core import store
 from pipeline.core.changes import read_started
@@ -25,7 +26,6 @@ from pipeline.core.stage import EARLIER, UNFINISHED, Context
 
 # Settings that say how an image is stored; others say how it is asked for.
 _STORED_BY = ("short_side_px", "jpeg_quality", "max_pixels", "scaled_decode")
-_HEX_DIGITS = 32  # of a key
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +54,10 @@ class _Build:
     def partitions_of(self, number: int, num_partitions: int) -> range:
         """Return its partitions that may hold rows of a partition of a build with another number of them."""
         first, end = partition_range(number, num_partitions)
-        low = partition_of_key(first.ljust(_HEX_DIGITS, "0"), self.num_partitions)
+        low = partition_of_key(first.ljust(KEY_HEX_DIGITS, "0"), self.num_partitions)
         if end is None:
             return range(low, self.num_partitions)
-        last = f"{int(end, 16) - 1:0{len(end)}x}".ljust(_HEX_DIGITS, "f")
+        last = f"{int(end, 16) - 1:0{len(end)}x}".ljust(KEY_HEX_DIGITS, "f")
         return range(low, partition_of_key(last, self.num_partitions) + 1)
 
 

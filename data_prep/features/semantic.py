@@ -19,7 +19,7 @@ from annotated_types import Ge, Gt, Le
 
 from data_prep.corpus_facts import kept_tables, rows_stage, table_name
 from data_prep.dedup import near_duplicates
-from data_prep.features.stage import FeaturesFacts, digests_of_features, read_features
+from data_prep.features.stage import FeaturesFacts, digests_of_features, read_features, table_name_of
 from data_prep.formats.parquet import write_table
 from data_prep.rules.image import SEMANTIC_DUPLICATES_RULE
 from pipeline.core import store
@@ -126,7 +126,7 @@ def _keys(context: Context, table: str) -> pl.Series:
 
 
 def _features(context: Context, table: str, keys: pl.Series) -> Float32Array:
-    return read_features(context, table.rpartition("/")[2].removesuffix(".parquet"), keys)
+    return read_features(context, table_name_of(table), keys)
 
 
 def _save(path: str, array: npt.NDArray[Any]) -> None:

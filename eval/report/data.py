@@ -65,7 +65,7 @@ class ConceptRow:
 
 @dataclass(frozen=True, slots=True)
 class Concepts:
-    """The most frequent concepts of the corpus, and how many entries and captions have met."""
+    """The most frequent concepts of the corpus, how many entries occur, and how many captions have one."""
 
     entries: int
     found: int  # entries that some caption has

@@ -216,17 +216,21 @@ def sizes(folder: str) -> dict[str, int]:
 
 
 def link(path: str, target: str) -> None:
-    """Give a file a second name in its store; no bytes pass through this process.
+    """Give a file a second name in its store.
 
-    On a disk both names are of one file, or of a copy where the file system has no such names; an object
-    store makes a copy by itself.
+    On a disk both names are of one file, or of a copy if the file system has no such names. An object store
+    makes a copy by itself; the bytes pass through this process only if it cannot.
 
     Raises:
         FileNotFoundError: if there is no such file.
     """
     if not is_local(path):
         fs, name = remote(path)
-        fs.cp_file(name, remote(target)[1])
+        try:
+            fs.cp_file(name, remote(target)[1])
+        except NotImplementedError:
+            with publish(target) as temporary:
+                fs.get_file(name, temporary)
         return
     with publish(target) as temporary:
         try:

@@ -143,6 +143,8 @@ def test_files_of_entries(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(data)
         with pytest.raises(InputError, match=f"{name}: {said}"):
             read_entries(str(tmp_path / name))
+    with pytest.raises(InputError, match=r"cannot be read \(Is a directory\); correct \[concepts\] files"):
+        read_entries(str(tmp_path))
 
 
 RUN = """

@@ -234,7 +234,9 @@ class TrainConfig:
     whole batch. Unset: the rank's whole share.
     """
     cache_folder: str | None = field(default=None, metadata=NOT_IN_DIGEST)
-    """Local folder for shards, checkpoints and logs of a run in an object store. Unset: this user's cache."""
+    """Folder on a disk of each machine's own, for shards, checkpoints and logs of a run in an object store.
+    Unset: this user's cache.
+    """
     cache_gb: Positive = field(default=100.0, metadata=NOT_IN_DIGEST)
     """Most GB of an object store's shards on a machine at once; two windows of each lane must fit."""
     deepspeed: str = field(default="zero1", metadata=BINDS_NEVER)

@@ -60,17 +60,20 @@ def map_npy(path: str, remedy: str) -> npt.NDArray[Any]:
     Raises:
         InputError: as `read_npy` raises it.
     """
-    if not store.is_local(path):
-        with tempfile.NamedTemporaryFile(prefix="cnclip-", suffix=".npy") as copy:
-            with foreign(path, _WHAT, remedy):
-                fs, name = store.remote(path)
-                fs.get_file(name, copy.name)
-            return map_npy(copy.name, remedy)
     with foreign(path, _WHAT, remedy):
-        with store.open_read(path) as file:
-            _check_header(file, store.num_bytes(path), path, remedy)
-        mapped: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-        return mapped
+        if store.is_local(path):
+            return _map(path, path, remedy)
+        with tempfile.NamedTemporaryFile(prefix="cnclip-", suffix=".npy") as copy:
+            fs, name = store.remote(path)
+            fs.get_file(name, copy.name)
+            return _map(copy.name, path, remedy)
+
+
+def _map(path: str, where: str, remedy: str) -> npt.NDArray[Any]:
+    with store.open_read(path) as file:
+        _check_header(file, store.num_bytes(path), where, remedy)
+    mapped: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    return mapped
 
 
 def _read(file: IO[bytes], num_bytes: int, where: str, remedy: str) -> npt.NDArray[Any]:

@@ -159,3 +159,16 @@ def test_a_second_name_is_a_copy_where_there_are_no_links(
     with pytest.raises(FileNotFoundError):
         store.link(str(tmp_path / "none"), str(tmp_path / "c"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "deep"]
+
+
+def test_a_store_that_cannot_copy_gets_the_bytes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.cp_file", refuse)
+    store.write_bytes("memory://link/a", b"data")
+    store.link("memory://link/a", "memory://link/deep/b")
+    assert store.read_bytes("memory://link/deep/b") == b"data"
+    with pytest.raises(FileNotFoundError):
+        store.link("memory://link/none", "memory://link/c")
+    store.remove("memory://link")
