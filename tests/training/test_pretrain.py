@@ -34,6 +34,7 @@ def train_rank_without_dropout(job: TrainJob) -> None:
     train_rank(job, dropout=0.0)
 
 
+@pytest.mark.slow
 def test_ranks_and_zero_stages_make_no_difference(tmp_path: Path) -> None:
     changes: dict[str, Any] = {
         "exclude_duplicates": True,
@@ -52,7 +53,7 @@ def test_ranks_and_zero_stages_make_no_difference(tmp_path: Path) -> None:
             torch.testing.assert_close(ours[name], tensor, atol=1e-3, rtol=1e-3, msg=name)
 
 
-@pytest.mark.parametrize("model", ["small-vit", "small-rn-64"])
+@pytest.mark.parametrize("model", [pytest.param("small-vit", marks=pytest.mark.slow), "small-rn-64"])
 def test_a_larger_image_size_continues_from_a_smaller_one(tmp_path: Path, model: str) -> None:
     """The position embedding is interpolated; all else is taken as it is."""
     small, large = (32, 64) if model == "small-rn-64" else (16, 32)
@@ -183,7 +184,12 @@ def notices(job: TrainJob) -> str:
     ("deepspeed", "ranks", "said"),
     [
         ("zero1", 1, "ranks 2 → 1"),
-        ("zero3", 3, "ranks 2 → 3, deepspeed zero1 → zero3, ZeRO stage 1 → 3"),
+        pytest.param(
+            "zero3",
+            3,
+            "ranks 2 → 3, deepspeed zero1 → zero3, ZeRO stage 1 → 3",
+            marks=pytest.mark.slow,
+        ),
         pytest.param("zero0", 1, "ZeRO stage 1 → 0", marks=pytest.mark.slow),
         pytest.param("zero2", 3, "ZeRO stage 1 → 2", marks=pytest.mark.slow),
     ],
@@ -295,6 +301,7 @@ def train_rank_until_killed(job: TrainJob, step: int) -> None:
     train_rank(job)
 
 
+@pytest.mark.slow
 def test_killed_while_it_draws_captions_it_ends_in_the_same_bytes(tmp_path: Path) -> None:
     changes: dict[str, Any] = {
         "sizes": (16, 8),

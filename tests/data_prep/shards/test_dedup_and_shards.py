@@ -125,7 +125,8 @@ def test_keys_are_the_digest_of_the_pair_and_give_the_order(finished: Run) -> No
     assert numbers != sorted(numbers)
 
 
-@pytest.mark.parametrize("partitions", [1, 7, 60])  # 60: more than rows, so some are empty
+# 60: more than rows, so some are empty
+@pytest.mark.parametrize("partitions", [1, 7, pytest.param(60, marks=pytest.mark.slow)])
 def test_shards_do_not_depend_on_the_number_of_partitions(
     finished: Run, tables: list[Path], tmp_path: Path, partitions: int
 ) -> None:

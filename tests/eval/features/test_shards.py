@@ -67,6 +67,7 @@ def test_rows_are_the_samples_in_the_layout_that_others_read(folder: Path, whole
     assert Embeddings.open(str(whole)).num_rows == 22
 
 
+@pytest.mark.slow
 def test_two_ranks_in_float16(folder: Path, whole: Path, tmp_path: Path) -> None:
     assert command_line.main(words(folder, tmp_path, "--ranks", "2", "--dtype", "float16")) == 0
     for number in range(NUM_SHARDS):

@@ -54,6 +54,7 @@ def _no_build(make_job: Any) -> Any:
     return made
 
 
+@pytest.mark.slow
 def test_results_of_both_sides_and_of_the_task_are_kept_and_resumed(
     features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,6 +143,7 @@ def test_results_of_both_sides_and_of_the_task_are_kept_and_resumed(
     assert compared.count("IVF16,Flat") == 6
 
 
+@pytest.mark.slow
 def test_the_memory_is_that_of_the_index(features: Path, tmp_path: Path) -> None:
     rows_ND = np.random.default_rng(0).normal(size=(60_000, 256)).astype(np.float32)
     np.save(tmp_path / "rows.npy", rows_ND / np.linalg.norm(rows_ND, axis=1, keepdims=True))

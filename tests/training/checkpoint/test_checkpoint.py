@@ -194,7 +194,7 @@ def held_at_saves(job: TrainJob) -> list[tuple[int, int]]:
     return held
 
 
-@pytest.mark.parametrize("deepspeed", ["zero1", "zero3"])
+@pytest.mark.parametrize("deepspeed", ["zero1", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_only_the_rank_that_writes_holds_the_state(tmp_path: Path, deepspeed: str) -> None:
     job = make_job(tmp_path, "run", ranks=2, epochs=1, save_every_steps=2, deepspeed=deepspeed)
     writes, other = run_ranks(held_at_saves, 2, job)

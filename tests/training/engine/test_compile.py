@@ -86,7 +86,7 @@ def num_graphs() -> int:
 
 
 @pytest.mark.usefixtures("without_inductor")
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_layers_give_features_and_gradients_of_uncompiled_ones(recompute: bool) -> None:
     check_features_and_gradients(recompute)
     # The image tower has one for each size of a batch; the text tower fills its rows to one length.

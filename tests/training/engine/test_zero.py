@@ -140,8 +140,8 @@ def assert_as_plain(job: TrainJob, plain: Plain) -> None:
     [
         ("zero1", 1, 3),
         ("zero1", 2, None),
-        ("overlapped zero2", 2, 3),  # as on GPUs
-        ("zero3", 2, None),
+        pytest.param("overlapped zero2", 2, 3, marks=pytest.mark.slow),  # as on GPUs
+        pytest.param("zero3", 2, None, marks=pytest.mark.slow),
         pytest.param("overlapped zero1", 2, 3, marks=pytest.mark.slow),
         pytest.param("zero2", 2, 3, marks=pytest.mark.slow),
         # 4, 4 and 8 samples: two ranks have none in the last micro-batches
@@ -197,7 +197,7 @@ def test_the_sigmoid_loss_learns_its_bias(tmp_path: Path, deepspeed: str, micro_
 @pytest.mark.parametrize(
     ("deepspeed", "micro_batch"),
     [
-        ("zero1_autocast", None),
+        pytest.param("zero1_autocast", None, marks=pytest.mark.slow),
         ("zero2_bf16", None),
         pytest.param("zero1_bf16", None, marks=pytest.mark.slow),
         pytest.param("zero3_bf16", None, marks=pytest.mark.slow),

@@ -387,7 +387,7 @@ def largest_errors_of_random_batches(ranks: int, cases: int) -> list[tuple[float
     return found
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_any_batch_over_ranks_equals_the_plain_formula(ranks: int) -> None:
     """Random shapes, uneven ranks, duplicates: 1e-6 in float64, 1e-5 in float32, of what logits reach."""
     for found in run_ranks(largest_errors_of_random_batches, ranks, ranks, 40):
