@@ -122,6 +122,7 @@ def test_a_word_that_names_nothing(
     assert said in error
 
 
+@pytest.mark.slow
 def test_errors_are_one_line(site: Site) -> None:
     def error(*words: str, **environment: str) -> str:
         return error_of(site.cnclip(*words, **environment))

@@ -363,6 +363,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     assert outputs(killed) == outputs(whole)
 
 
+@pytest.mark.slow
 def test_an_error_of_one_rank_ends_all_and_is_shown(tmp_path: Path) -> None:
     job = make_job(tmp_path, "run", ranks=2)
     last = Path(job.shards[-1].path)

@@ -249,6 +249,7 @@ def test_a_twin_of_vit_bigg_trains_at_every_stage(tmp_path: Path) -> None:
     np.testing.assert_allclose(bf16, whole, atol=0.1)
 
 
+@pytest.mark.slow
 def test_gradients_are_clipped_as_deepspeed_clips_them(tmp_path: Path, plain: Plain) -> None:
     """At ZeRO 3 DeepSpeed clips; below, training does, on the device."""
     changes: dict[str, Any] = {"ranks": 2, "epochs": 1, "max_gradient_norm": 0.05, "validate_every_steps": 0}

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from training.model.torchvision_site import remove_hook, torchvision_loads, write_hook
 
 _PROGRAM = """
@@ -21,6 +23,7 @@ def _run(folder: Path, program: str = _PROGRAM) -> subprocess.CompletedProcess[s
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_transformers_gives_its_chinese_clip_in_a_fresh_interpreter(tmp_path: Path) -> None:
     if not torchvision_loads():  # what `make install` looks at
         write_hook(tmp_path)

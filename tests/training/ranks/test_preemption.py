@@ -98,6 +98,7 @@ def test_stopped_and_gone_on_the_same_way_gives_the_same_bytes(tmp_path: Path) -
     assert outputs(stopped) == outputs(whole)
 
 
+@pytest.mark.slow
 def test_the_launcher_passes_a_signal_on_and_says_that_it_was_stopped(tmp_path: Path) -> None:
     job = make_job(tmp_path, "run", ranks=2, epochs=2000, save_every_steps=100_000)
     with run_watched(job) as process:
