@@ -43,7 +43,7 @@ CLAIMS: dict[str, tuple[str, str]] = {
     "data_stages/download": ("download: fetch, decode, resize, pack", "data_prep/data_stages.py"),
     "data_stages/download/scaled": ("download with `scaled_decode`", "data_prep/data_stages.py"),
     "data_stages/filter_image": (
-        "filter_image: sizes, hashes, copies of evaluation images",
+        "filter_image when it still hashed: sizes, hashes, copies of evaluation images",
         "data_prep/data_stages.py",
     ),
     "data_stages/shards": ("shards: pack images and captions", "data_prep/data_stages.py"),

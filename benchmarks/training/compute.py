@@ -36,6 +36,7 @@ from benchmarks.training.arms import (
     parser,
     seconds_of,
 )
+from pipeline.law.grid import flops_of_steps, recalls_at_the_end
 from training.config.job import TrainJob
 from training.config.phases import with_phases
 from training.config.train import PhaseConfig, TrainConfig
@@ -153,39 +154,16 @@ def legs_of(experiment: Experiment, name: str, seed: int, epochs: int) -> list[T
 def measured(legs: Sequence[TrainJob]) -> dict[str, Any]:
     """Return recall at the end, and what all legs took."""
     return {
-        "recall": recall_at_the_end(legs[-1]),
-        "petaflops": round(sum(map(flops_of, legs)) / 1e15, 3),
+        "recall": {name: round(recall, 2) for name, recall in recalls_at_the_end(legs[-1].folder).items()},
+        "petaflops": round(sum(flops_of_steps(leg.folder) for leg in legs) / 1e15, 3),
         "seconds": round(sum(map(seconds_of, legs))),
         "samples": sum(samples_of(leg) for leg in legs),
     }
 
 
-def recall_at_the_end(leg: TrainJob) -> dict[str, float]:
-    """Return mean recall by evaluation set."""
-    found: dict[str, float] = {}
-    for line in _lines(leg, "metrics.jsonl"):
-        if "evaluation" in line:
-            found[line["evaluation"]] = round(line["recall"]["mean_recall"], 2)
-    return found
-
-
-def flops_of(leg: TrainJob) -> float:
-    """Return the FLOPs of all steps; a step that was taken again after a stop counts once."""
-    of_step = {
-        line["step"]: line["teraflops"] * 1e12 * line["seconds"]
-        for line in _lines(leg, "log.jsonl")
-        if "teraflops" in line
-    }
-    return sum(of_step.values())
-
-
 def samples_of(leg: TrainJob) -> int:
-    return int(max(line["samples_seen"] for line in _lines(leg, "metrics.jsonl")))
-
-
-def _lines(leg: TrainJob, name: str) -> list[dict[str, Any]]:
-    text = (Path(leg.folder) / name).read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    lines = (Path(leg.folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return max(int(json.loads(line)["samples_seen"]) for line in lines)
 
 
 def print_table(runs: Sequence[dict[str, Any]]) -> None:

@@ -126,10 +126,7 @@ def measure(run: Run, cell: Cell, evaluation: str | None) -> Point:
         InputError: if the run does not have that set, or none at all.
     """
     folder = store.join(run.folder, cell.name)
-    last: dict[str, float] = {}
-    for line in _lines(store.join(folder, METRICS_FILE)):
-        if "evaluation" in line:
-            last[line["evaluation"]] = line["recall"]["mean_recall"]
+    last = recalls_at_the_end(folder)
     if not last:
         raise InputError(
             f"{folder}: not scored on any evaluation set; give the run an [[evaluation]] or [split]"
@@ -137,13 +134,24 @@ def measure(run: Run, cell: Cell, evaluation: str | None) -> Point:
     if evaluation is not None and evaluation not in last:
         raise InputError(f"--on {evaluation}: no such evaluation set; the run has {', '.join(sorted(last))}")
     recalls = [last[evaluation]] if evaluation is not None else list(last.values())
-    # A step that was taken again after a stop has a line more.
-    flops_of_step = {
+    return Point(flops_of_steps(folder), 100 - sum(recalls) / len(recalls), cell.name)
+
+
+def recalls_at_the_end(folder: str) -> dict[str, float]:
+    """Return a training's last mean recall on each evaluation set, in percent."""
+    lines = _lines(store.join(folder, METRICS_FILE))
+    return {line["evaluation"]: line["recall"]["mean_recall"] for line in lines if "evaluation" in line}
+
+
+def flops_of_steps(folder: str) -> float:
+    """Return the FLOPs of all steps of a training; one that was taken again after a stop counts once."""
+    of_step = {
         line["step"]: line["teraflops"] * 1e12 * line["seconds"]
         for line in _lines(store.join(folder, _LOG_FILE))
         if "teraflops" in line  # validations and checkpoints have lines too
     }
-    return Point(sum(flops_of_step.values()), 100 - sum(recalls) / len(recalls), cell.name)
+    total: float = sum(of_step.values())
+    return total
 
 
 def _lines(path: str) -> list[dict[str, Any]]:
