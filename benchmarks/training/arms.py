@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -103,7 +104,7 @@ class Experiment:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "job.json"
         path.write_text(job.to_json(), encoding="utf-8")
-        start = time.monotonic()
+        start, cpu = time.monotonic(), _cpu_seconds_of_children()
         try:
             self._call(
                 launcher_command("local", RANK_MODULE, str(path), job.config.ranks, free_port()),
@@ -111,7 +112,7 @@ class Experiment:
             )
         finally:
             with open(folder / "seconds.txt", "a", encoding="utf-8") as file:
-                file.write(f"{time.monotonic() - start}\n")
+                file.write(f"{time.monotonic() - start} {_cpu_seconds_of_children() - cpu}\n")
 
     def _call(self, command: list[str], stop: signal.Signals) -> None:
         seconds = self._end - time.monotonic()
@@ -142,7 +143,21 @@ def is_finished(job: TrainJob) -> bool:
 
 def seconds_of(job: TrainJob) -> float:
     """Return wall seconds of a leg, over all its starts."""
-    return sum(map(float, (Path(job.folder) / "seconds.txt").read_text().split()))
+    return float(_seconds(job)[0])
+
+
+def cpu_seconds_of(job: TrainJob) -> float:
+    """Return CPU seconds of a leg, over all its starts: they hold on a machine that other work shares."""
+    return float(_seconds(job)[1])
+
+
+def _seconds(job: TrainJob) -> np.ndarray:
+    return np.loadtxt(Path(job.folder) / "seconds.txt", ndmin=2).sum(axis=0)
+
+
+def _cpu_seconds_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def mean_and_spread(values: list[float]) -> str:

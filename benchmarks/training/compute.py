@@ -8,7 +8,8 @@ Every arm starts from one image tower, a ViT that learned English names, and see
 the paper's two stages: the tower locked for a third of the epochs, then everything trained. Each other arm
 changes one thing, and `together` has several of them. Recall is that after the last step, on drawings in
 styles never seen and of concepts never seen. FLOPs are those of matrix products and convolutions, forward and
-backward, as `cnclip plan` counts them; seconds are by the clock, with validation and start.
+backward, as `cnclip plan` counts them; seconds are by the clock, and CPU seconds of all processes, with
+validation and start.
 
 Writes benchmarks/results/compute.{json,svg} when all arms have all seeds.
 """
@@ -30,6 +31,7 @@ from benchmarks.harness import RESULTS
 from benchmarks.training.arms import (
     Experiment,
     OutOfTime,
+    cpu_seconds_of,
     header,
     is_finished,
     mean_and_spread,
@@ -157,6 +159,7 @@ def measured(legs: Sequence[TrainJob]) -> dict[str, Any]:
         "recall": {name: round(recall, 2) for name, recall in recalls_at_the_end(legs[-1].folder).items()},
         "petaflops": round(sum(flops_of_steps(leg.folder) for leg in legs) / 1e15, 3),
         "seconds": round(sum(map(seconds_of, legs))),
+        "cpu_seconds": round(sum(map(cpu_seconds_of, legs))),
         "samples": sum(samples_of(leg) for leg in legs),
     }
 
@@ -172,16 +175,17 @@ def print_table(runs: Sequence[dict[str, Any]]) -> None:
     for run in runs:
         of_arm.setdefault(run["arm"], []).append(run)
     paper = of_arm.get(PAPER, [])
-    print(f"{'arm':<24} {'style':>12} {'concept':>12} {'FLOPs':>7} {'seconds':>8}  seeds")
+    print(f"{'arm':<24} {'style':>12} {'concept':>12} {'FLOPs':>7} {'seconds':>8} {'CPU s':>7}  seeds")
     for name, found in of_arm.items():
         recalls = (mean_and_spread([run["recall"][one] for run in found]) for one in SETS)
-        costs = ["", ""]
+        costs = ["", "", ""]
         if paper:
             costs = [
                 f"{np.mean([run[key] for run in found]) / np.mean([run[key] for run in paper]):.0%}"
-                for key in ("petaflops", "seconds")
+                for key in ("petaflops", "seconds", "cpu_seconds")
             ]
-        print(f"{name:<24} {next(recalls):>12} {next(recalls):>12} {costs[0]:>7} {costs[1]:>8}  {len(found)}")
+        shares = f"{costs[0]:>7} {costs[1]:>8} {costs[2]:>7}"
+        print(f"{name:<24} {next(recalls):>12} {next(recalls):>12} {shares}  {len(found)}")
 
 
 def plot(runs: Sequence[dict[str, Any]], path: str) -> None:
