@@ -117,10 +117,11 @@ def _with_part(rows: pl.DataFrame, config: DedupImageConfig, kind: Kind, band: i
     """Return the columns that a search reads, with `part`, the task that reads the row."""
     if kind == "exact":
         leading = pl.col("image_sha256").str.slice(0, 8).str.to_integer(base=16)
-        return rows.select("key", "image_sha256", part=(leading % config.partitions).cast(pl.UInt32))
+        return rows.select((leading % config.partitions).cast(pl.UInt32).alias("part"), "key", "image_sha256")
     assert config.max_distance is not None
     value = pl.Series(band_values(hash_bytes(rows), band, config.max_distance + 1))
-    return rows.select("key", *SIZES, part=(value % config.partitions).cast(pl.UInt32))
+    # The long signatures come last, so that what is read before them is one range of bytes.
+    return rows.select((value % config.partitions).cast(pl.UInt32).alias("part"), "key", *SIZES)
 
 
 def plan_find(config: DedupImageConfig, context: Context) -> list[Task]:
@@ -191,7 +192,7 @@ def with_signatures(rows: pl.DataFrame, paths: Sequence[str]) -> pl.DataFrame:
     parts = [rows.clear().with_columns(image_signature=pl.lit(None, pl.Binary))]
     for of_table in rows.sort("table", "row").partition_by("table", maintain_order=True):
         row_N = of_table["row"].to_numpy()
-        with store.open_read(paths[of_table["table"][0]]) as file:
+        with store.open_read(paths[of_table["table"][0]], ahead=False) as file:
             table = pq.ParquetFile(file)
             start = 0
             for group in range(table.num_row_groups):
