@@ -166,6 +166,7 @@ def make_table(num_tables: int, context: Context, task: Task, progress: Progress
     return publish_judged(context, task, rows, rows.clear().with_columns(reason=pl.lit(None, pl.String)))
 
 
+@pytest.mark.slow
 def test_requests_for_copies_of_images_grow_as_the_tables(bucket: str, log: Path) -> None:
     """Four times the tables, and as many more parts: four times the requests, not sixteen times."""
     counts = []
