@@ -96,6 +96,20 @@ class TablePlace(Facts):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RowsTask(Facts):
+    """A table of rows: its path in the folder of the stage that kept them."""
+
+    table: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NeighboursTask(Facts):
+    """Neighbouring tables of rows: their paths in the folder of the stage that kept them."""
+
+    tables: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CorpusTable:
     """A caption table of the corpus."""
 
@@ -144,6 +158,18 @@ def rows_stage(context: Context) -> str:
 def kept_tables(context: Context, stage: str) -> list[Shard]:
     """Return the tables of a stage's kept rows in order, by their paths in its folder."""
     return [shard for shard in context.parents[stage].shards if shard.path.startswith("kept/")]
+
+
+def neighbours(tables: Sequence[Shard], num_rows: int) -> list[list[Shard]]:
+    """Cut tables into groups of neighbours with at most `num_rows` rows, or one table, in each."""
+    groups, rows = list[list[Shard]](), 0
+    for table in tables:
+        if not groups or rows + table.num_samples > num_rows:
+            groups.append([])
+            rows = 0
+        groups[-1].append(table)
+        rows += table.num_samples
+    return groups
 
 
 def table_name(shard: Shard) -> str:

@@ -399,10 +399,7 @@ def _row_stages(config: RunConfig) -> tuple[list[Stage], str]:
     stages: list[Stage] = []
     before = "filter_image"
     if config.dedup_image is not None:
-        stages += [
-            dedup_image.find_stage(config.dedup_image, rows=before),
-            dedup_image.stage(config.dedup_image, rows=before),
-        ]
+        stages += dedup_image.stages(config.dedup_image, rows=before)
         before = "dedup_image"
     if config.image_features is not None:
         stages.append(

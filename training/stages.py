@@ -174,17 +174,24 @@ def make_job(config: TrainStageConfig, context: Context) -> TrainJob:
 
 
 def check(config: TrainStageConfig, context: Context) -> None:
-    """Check that the corpus is large enough and the trackers are installed.
+    """Check that the corpus is large enough and in the right place, and the trackers are installed.
 
     Raises:
-        ConfigError: if it has fewer samples than a batch or than ranks, or a package is missing.
+        ConfigError: if it has fewer samples than a batch or than ranks, a package is missing, or features are
+            to be cached next to shards in an object store.
         InputError: if too few images are set aside to be scored.
     """
     check_packages(config.tracking)
     for item in evaluations_of(context) if config.validate and SET_ASIDE in context.parents else ():
         check_size(item)  # how many images [split] sets aside is known only now
-    num_samples = sum(shard.num_samples for shard in context.shards_of("shards", ".tar"))
-    count_steps(config.train, num_samples, context.stage)
+    shards = context.shards_of("shards", ".tar")
+    if config.train.cached_views and shards and not store.is_local(shards[0].path):
+        raise ConfigError(
+            f"[{context.stage}] cached_views = {config.train.cached_views}, but the shards are in an object"
+            f" store ({context.path_in('shards')}): features lie next to their shards and are read by memory"
+            " map; set cached_views = 0, or copy the run to a disk that all machines share and set run.folder"
+        )
+    count_steps(config.train, sum(shard.num_samples for shard in shards), context.stage)
 
 
 def run(config: TrainStageConfig, context: Context, task: Task, progress: Progress, entry: str) -> Outcome:

@@ -3,9 +3,11 @@
     python benchmarks/pipeline/growth.py [--full] [--rows N …] [--images N …] [--out growth.json]
 
 One table of made pairs goes through corpus, filter_text and dedup; a folder of made images of 96 px, served
-on loopback, through the stages from the download to the vocabulary. Each size runs in a process of its own,
-with one thread and one process a stage. `--out` keeps each size as soon as it is measured, and a rerun
-measures only what is missing. `--full`: 1, 4 and 16 million rows, and 1, 4 and 16 thousand images.
+on loopback, through the stages from the download to the vocabulary. 125 images are a table and 1,000 a part
+of the search for copies, so that files grow in number as those of a large corpus. Each size runs in a process
+of its own, with one thread and one process a stage; another makes its data. `--out` keeps each size as soon
+as it is measured, and a rerun measures only what is missing. `--full`: 1, 4 and 16 million rows, and 1, 4 and
+16 thousand images.
 Last line: one JSON list, a record a stage: `ours` is the exponent x of the fit cost = c * size^x (least
 squares of the logarithms), `cost` the CPU seconds of each size, `peak_mb` the memory of the process up to
 the end of the stage. 1 is linear; below 1 a fixed cost shows.
@@ -35,7 +37,12 @@ from benchmarks.harness import parse, parser, record, report
 ROWS, IMAGES = [62_500, 250_000, 1_000_000], [125, 500, 2_000]
 FULL_ROWS, FULL_IMAGES = [1_000_000, 4_000_000, 16_000_000], [1_000, 4_000, 16_000]
 OF_ROWS = ("corpus", "filter_text", "dedup")
-OF_IMAGES = ("download", "filter_image", "find_copies", "dedup_image", "split", "shards", "vocabulary")
+OF_IMAGES = (
+    "download", "filter_image", "gather_hashes", "find_copies", "merge_copies", "dedup_image", "split",
+    "shards", "vocabulary",
+)  # fmt: skip
+IMAGES_OF_TABLE, IMAGES_OF_PART = 125, 1_000
+ROWS_AT_ONCE = 1_000_000  # while they are made
 COPIES = 0.1  # share of rows that repeat an earlier one
 SIDE_PX, CELLS = 96, 8
 RECIPE = """
@@ -48,6 +55,7 @@ kind = "tables"
 path = "{root}/captions.parquet"
 name = "made"
 picture_folder = "{root}/pictures"
+{tables}
 [download]
 processes = 1
 short_side_px = 96
@@ -58,6 +66,7 @@ min_side_px = 32
 remove_evaluation_copies = false
 [dedup_image]
 max_distance = 3
+partitions = {parts}
 [split]
 share = 0.05
 [model]
@@ -72,16 +81,23 @@ lanes = 2
 def make_rows(folder: Path, count: int) -> None:
     """Write one table of pairs, a tenth of which repeat another one."""
     import polars as pl
+    import pyarrow.parquet as pq
 
     from benchmarks.data_prep.filter_text import make_captions, make_words
 
     rng = random.Random(0)
-    captions = make_captions(count, make_words(100, rng), rng)
-    distinct = count - int(COPIES * count)
-    number = pl.int_range(count, eager=True) % distinct
-    url = "https://host" + (number % 997).cast(pl.String) + ".example.com/" + number.cast(pl.String) + ".jpg"
-    frame = pl.DataFrame({"url": url, "caption": captions.gather(number)})
-    frame.write_parquet(folder / "captions.parquet", row_group_size=100_000)
+    pool = make_captions(50_000, make_words(100, rng), rng)
+    distinct, writer = count - int(COPIES * count), None
+    for start in range(0, count, ROWS_AT_ONCE):
+        number = pl.int_range(start, min(start + ROWS_AT_ONCE, count), eager=True) % distinct
+        text = number.cast(pl.String)
+        url = "https://host" + (number % 997).cast(pl.String) + ".example.com/" + text + ".jpg"
+        frame = pl.DataFrame({"url": url, "caption": text + pool.gather(number % len(pool))})
+        table = frame.to_arrow(compat_level=pl.CompatLevel.oldest())
+        writer = writer or pq.ParquetWriter(folder / "captions.parquet", table.schema)
+        writer.write_table(table, row_group_size=100_000)
+    assert writer is not None
+    writer.close()
 
 
 def make_images(folder: Path, count: int) -> None:
@@ -107,11 +123,13 @@ def measure(kind: str, count: int) -> dict[str, dict[str, float]]:
     with tempfile.TemporaryDirectory(prefix="growth-") as root:
         folder = Path(root)
         (folder / "pictures").mkdir()
-        (make_rows if kind == "rows" else make_images)(folder, count)
-        recipe = RECIPE
-        if kind == "rows":  # with addresses of their own
-            recipe = recipe.replace('picture_folder = "{root}/pictures"\n', "")
-        (folder / "run.toml").write_text(recipe.format(root=root), encoding="utf-8")
+        # In a process of its own: the peak of this one is then that of the stages.
+        subprocess.run([sys.executable, __file__, "--make", kind, str(count), root], check=True)
+        recipe, tables = RECIPE, f"[dedup]\npartitions = {max(4, count // IMAGES_OF_TABLE)}"
+        if kind == "rows":  # with addresses of their own, and as many tables as a run makes by itself
+            recipe, tables = recipe.replace('picture_folder = "{root}/pictures"\n', ""), ""
+        filled = recipe.format(root=root, tables=tables, parts=max(1, count // IMAGES_OF_PART))
+        (folder / "run.toml").write_text(filled, encoding="utf-8")
         run, _ = catalog.load(str(folder / "run.toml"))
         for stage in run.stages:
             before = _used(stage.name)
@@ -156,7 +174,14 @@ def main() -> int:
     made.add_argument("--images", type=int, nargs="+")
     made.add_argument("--out", type=Path, help="file that keeps what is measured")
     made.add_argument("--one", nargs=2, metavar=("KIND", "N"), help="measure one size in this process")
+    made.add_argument(
+        "--make", nargs=3, metavar=("KIND", "N", "FOLDER"), help="only make the data of one size"
+    )
     options = parse(made)
+    if options.make is not None:
+        kind, count, folder = options.make
+        (make_rows if kind == "rows" else make_images)(Path(folder), int(count))
+        return 0
     if options.one is not None:
         kind, count = options.one
         print(json.dumps(measure(kind, int(count))))

@@ -1,4 +1,4 @@
-"""Stages find_copies and dedup_image: drop exact and near copies of images (not in the paper).
+"""Stages gather_hashes to dedup_image: drop exact and near copies of images (not in the paper).
 
 Exact copies have the same stored bytes; near copies have near hashes and matching signatures. Bands of the
 hash find pairs without comparing all images: docs/concepts/filtering.md, "Near-duplicate detection".
@@ -15,14 +15,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from annotated_types import Ge, Le
 
-from data_prep.accounting.judged import publish_judged
-from data_prep.corpus_facts import is_exempt, kept_tables, rows_stage, table_name
+from data_prep.corpus_facts import NeighboursTask, kept_tables, neighbours, rows_stage, table_name
+from data_prep.dedup import copies
+from data_prep.dedup.parts import read_part, write_parts
 from data_prep.formats.parquet import write_table
 from data_prep.rules.image import HASH_BITS, IMAGE_DUPLICATES_RULE
 from data_prep.rules.image_signature import SIGNATURE_BYTES, are_copies, brightness
 from pipeline.core import store
 from pipeline.core.facts import Facts
-from pipeline.core.records import DropReason
+from pipeline.core.records import DropReason, Shard
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 
 DUPLICATE_IMAGE = DropReason("duplicate_image")
@@ -31,8 +32,9 @@ NEAR_DUPLICATE_IMAGE = DropReason("near_duplicate_image")
 WINDOW = 1000
 SIZES = {"perceptual_hash": HASH_BITS // 8, "image_signature": SIGNATURE_BYTES}
 _COMPARED_AT_ONCE = 1 << 19  # pairs, with 48 bytes on each side
-COPIES_SCHEMA = {"key": pl.String, "reason": pl.String, "detail": pl.String}
+_ROWS_GATHERED = 500_000  # about half a gigabyte with a sorted copy
 
+Kind = Literal["exact", "near"]
 UInt64Array = npt.NDArray[np.uint64]
 
 
@@ -61,65 +63,107 @@ class DedupImageConfig:
 class FindTask(Facts):
     """The kind of copies that a task looks for, and its share of the rows."""
 
-    kind: Literal["exact", "near"]
+    kind: Kind
     band: int  # band of the hashes; 0 for exact copies
     part: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowsTask(Facts):
-    """A table of rows: its path in the folder of the stage that kept them."""
+def _searches(config: DedupImageConfig) -> list[tuple[Kind, int]]:
+    """Return each kind of copies and each band that a run looks at."""
+    num_bands = 0 if config.max_distance is None else config.max_distance + 1
+    exact: list[tuple[Kind, int]] = [("exact", 0)] if config.exact else []
+    return [*exact, *(("near", band) for band in range(num_bands))]
 
-    table: str
+
+def plan_gather(config: DedupImageConfig, context: Context) -> list[Task]:
+    """Plan one task for neighbouring tables of some hundred thousand rows."""
+    return [
+        Task(
+            table_name(group[0]),
+            {shard.path: shard.digest for shard in group},
+            NeighboursTask(tables=[shard.path for shard in group]).to_json(),
+        )
+        for group in neighbours(kept_tables(context, rows_stage(context)), _ROWS_GATHERED)
+    ]
+
+
+def run_gather(config: DedupImageConfig, context: Context, task: Task, progress: Progress) -> Outcome:
+    """Write `hashes/<kind>.<band>.<task>.parquet`, in which the rows of each part are adjacent.
+
+    So who looks for copies opens as many files as there are such tasks, not every table of rows.
+    """
+    columns = ["key"]
+    columns += ["image_sha256"] if config.exact else []
+    columns += SIZES if config.max_distance is not None else ()
+    stage = rows_stage(context)
+    paths = [context.path_in(stage, table) for table in NeighboursTask.from_json(task.arguments).tables]
+    rows = pl.concat([pl.read_parquet(path, columns=columns) for path in paths])
+    outputs, digests = {}, {}
+    searches = _searches(config)
+    for number, (kind, band) in enumerate(searches, start=1):
+        path = gathered_path(kind, band, task.name)
+        digests[path] = write_parts(_with_part(rows, config, kind, band), context.path(path))
+        outputs[path] = rows.height
+        progress(number, len(searches), "bands")
+    return Outcome(outputs, num_in=rows.height, num_kept=rows.height, digests=digests)
+
+
+def gathered_path(kind: Kind, band: int, task: str) -> str:
+    """Return the file in the folder of gather_hashes that a search reads of one task."""
+    return f"hashes/{kind}.{band:02d}.{task}.parquet"
+
+
+def _with_part(rows: pl.DataFrame, config: DedupImageConfig, kind: Kind, band: int) -> pl.DataFrame:
+    """Return the columns that a search reads, with `part`, the task that reads the row."""
+    if kind == "exact":
+        leading = pl.col("image_sha256").str.slice(0, 8).str.to_integer(base=16)
+        return rows.select((leading % config.partitions).cast(pl.UInt32).alias("part"), "key", "image_sha256")
+    assert config.max_distance is not None
+    value = pl.Series(band_values(hash_bytes(rows), band, config.max_distance + 1))
+    # The long signatures come last, so that what is read before them is one range of bytes.
+    return rows.select((value % config.partitions).cast(pl.UInt32).alias("part"), "key", *SIZES)
 
 
 def plan_find(config: DedupImageConfig, context: Context) -> list[Task]:
-    """Plan one task for each band (and for exact copies) and partition.
+    """Plan one task for each band (and for exact copies) and partition."""
+    tasks = []
+    for kind, band in _searches(config):
+        inputs = {shard.path: shard.digest for shard in _gathered(context, kind, band)}
+        for part in range(config.partitions):
+            asked = FindTask(kind=kind, band=band, part=part)
+            tasks.append(Task(f"{kind}.{band:02d}.{part:04d}", inputs, asked.to_json()))
+    return tasks
 
-    Each reads two columns of every table.
-    """
-    tables = kept_tables(context, rows_stage(context))
-    inputs = {shard.path: shard.digest for shard in tables}
-    num_bands = 0 if config.max_distance is None else config.max_distance + 1
-    kinds: list[tuple[Literal["exact", "near"], int]] = [("exact", 0)] if config.exact else []
-    kinds += [("near", band) for band in range(num_bands)]
-    return [
-        Task(f"{kind}.{band:02d}.{part:04d}", inputs, FindTask(kind=kind, band=band, part=part).to_json())
-        for kind, band in kinds
-        for part in range(config.partitions)
-    ]
+
+def _gathered(context: Context, kind: Kind, band: int) -> list[Shard]:
+    beginning = gathered_path(kind, band, "").removesuffix(".parquet")
+    return [shard for shard in context.parents["gather_hashes"].shards if shard.path.startswith(beginning)]
 
 
 def run_find(config: DedupImageConfig, context: Context, task: Task, progress: Progress) -> Outcome:
     """Write `copies/<task>.parquet`: key of each copy, reason, and key of the image that it is a copy of."""
-    asked, stage = FindTask.from_json(task.arguments), rows_stage(context)
+    asked = FindTask.from_json(task.arguments)
+    shards = _gathered(context, asked.kind, asked.band)
+    paths = [context.path_in("gather_hashes", shard.path) for shard in shards]
     if asked.kind == "exact":
-        rows = _read(context, "image_sha256")
-        leading = pl.col("image_sha256").str.slice(0, 8).str.to_integer(base=16)
-        wanted = (frame.filter(leading % config.partitions == asked.part) for frame in rows)
-        found = exact_copies(pl.concat(wanted))
+        found = exact_copies(read_part(paths, asked.part, ["key", "image_sha256"]))
     else:
         assert config.max_distance is not None
-        num_bands = config.max_distance + 1
-        parts = []
-        for number, frame in enumerate(_read(context, "perceptual_hash")):
-            frame = frame.with_row_index("row").with_columns(table=pl.lit(number, pl.UInt32))
-            frame = frame.with_columns(band=pl.Series(band_values(hash_bytes(frame), asked.band, num_bands)))
-            parts.append(frame.filter(pl.col("band") % config.partitions == asked.part))
-        near = near_hashes(pl.concat(parts), config.max_distance)
-        paths = [context.path_in(stage, shard.path) for shard in kept_tables(context, stage)]
+        rows = read_part(paths, asked.part, ["key", "perceptual_hash"])
+        values = band_values(hash_bytes(rows), asked.band, config.max_distance + 1)
+        near = near_hashes(rows.with_columns(band=pl.Series(values)), config.max_distance)
         found = near_copies(with_signatures(near, paths), config.max_distance)
     path = f"copies/{task.name}.parquet"
-    write_table(found.sort("key"), context.path(path))
-    num_rows = context.parents[stage].num_kept
-    return Outcome({path: found.height}, num_in=num_rows, num_kept=num_rows)
+    digest = write_table(found.sort("key"), context.path(path))
+    num_rows = context.parents["gather_hashes"].num_kept
+    return Outcome({path: found.height}, num_in=num_rows, num_kept=num_rows, digests={path: digest})
 
 
 def exact_copies(rows: pl.DataFrame) -> pl.DataFrame:
     """Return the copies among rows with key and image_sha256: all except the lowest key of each image."""
     rows = rows.sort("image_sha256", "key").with_columns(first=pl.col("key").first().over("image_sha256"))
-    copies = rows.filter(pl.col("key") != pl.col("first"))
-    return copies.select("key", reason=pl.lit(str(DUPLICATE_IMAGE)), detail="first")
+    others = rows.filter(pl.col("key") != pl.col("first"))
+    return others.select("key", reason=pl.lit(str(DUPLICATE_IMAGE)), detail="first")
 
 
 def near_hashes(rows: pl.DataFrame, max_distance: int) -> pl.DataFrame:
@@ -148,7 +192,7 @@ def with_signatures(rows: pl.DataFrame, paths: Sequence[str]) -> pl.DataFrame:
     parts = [rows.clear().with_columns(image_signature=pl.lit(None, pl.Binary))]
     for of_table in rows.sort("table", "row").partition_by("table", maintain_order=True):
         row_N = of_table["row"].to_numpy()
-        with store.open_read(paths[of_table["table"][0]]) as file:
+        with store.open_read(paths[of_table["table"][0]], ahead=False) as file:
             table = pq.ParquetFile(file)
             start = 0
             for group in range(table.num_row_groups):
@@ -177,8 +221,10 @@ def near_copies(rows: pl.DataFrame, max_distance: int) -> pl.DataFrame:
         pl.col("nearest") >= 0
     )
     by_rank = rows["key"].sort()
-    copies = pairs.select("key", detail=by_rank.gather(pairs["nearest"]))
-    return pl.concat([equal, copies]).select("key", reason=pl.lit(str(NEAR_DUPLICATE_IMAGE)), detail="detail")
+    near_ones = pairs.select("key", detail=by_rank.gather(pairs["nearest"]))
+    return pl.concat([equal, near_ones]).select(
+        "key", reason=pl.lit(str(NEAR_DUPLICATE_IMAGE)), detail="detail"
+    )
 
 
 def band_values(hash_NB: npt.NDArray[np.uint8], band: int, num_bands: int) -> UInt64Array:
@@ -242,82 +288,42 @@ def _nearest(rows: pl.DataFrame, max_distance: int) -> npt.NDArray[np.int64]:
     none = rows.height
     nearest_N = np.full(rows.height, none, np.int64)
     for one, two in _near_pairs(rows, max_distance):
-        copies = are_copies(signature_NB, signature_NB, one, two)
-        one, two = one[copies], two[copies]
+        match = are_copies(signature_NB, signature_NB, one, two)
+        one, two = one[match], two[match]
         higher = np.where(rank_N[one] > rank_N[two], one, two)
         np.minimum.at(nearest_N, higher, np.minimum(rank_N[one], rank_N[two]))
     nearest_N[nearest_N == none] = -1
     return nearest_N
 
 
-def _read(context: Context, column: str) -> Iterator[pl.DataFrame]:
-    """Yield key and one column of each table of rows."""
-    stage = rows_stage(context)
-    for shard in kept_tables(context, stage):
-        yield pl.read_parquet(context.path_in(stage, shard.path), columns=["key", column])
-
-
-def plan(config: Any, context: Context, finder: str = "find_copies") -> list[Task]:
-    """Plan one task for each table of rows, bound to all copies that the stage `finder` found."""
-    copies = {shard.path: shard.digest for shard in context.parents[finder].shards}
+def stages(config: DedupImageConfig, *, rows: str) -> list[Stage]:
+    """Return the stages that drop the copies among the rows that the stage `rows` kept."""
     return [
-        Task(table_name(shard), {"rows": shard.digest, **copies}, RowsTask(table=shard.path).to_json())
-        for shard in kept_tables(context, rows_stage(context))
+        Stage(
+            "gather_hashes",
+            title="sorts the hashes of images by who compares them",
+            version=1,
+            config=config,
+            parents=("corpus", rows),
+            plan=plan_gather,
+            run=run_gather,
+        ),
+        Stage(
+            "find_copies",
+            title="finds copies of images, exact or near",
+            version=2,
+            config=config,
+            parents=("gather_hashes",),
+            plan=plan_find,
+            run=run_find,
+        ),
+        *copies.stages(
+            config,
+            rows=rows,
+            finder="find_copies",
+            merger="merge_copies",
+            dropper="dedup_image",
+            rule=IMAGE_DUPLICATES_RULE,
+            title="drops copies; the lowest key of each image stays",
+        ),
     ]
-
-
-def run(
-    config: Any,
-    context: Context,
-    task: Task,
-    progress: Progress,
-    finder: str = "find_copies",
-    rule: str = IMAGE_DUPLICATES_RULE,
-) -> Outcome:
-    """Drop the copies of one table, except those of sources that are exempt from `rule`."""
-    table = RowsTask.from_json(task.arguments).table
-    rows = pl.read_parquet(context.path_in(rows_stage(context), table))
-    found = _copies_among(context, finder, rows["key"])
-    stays = is_exempt(context.parents["corpus"], rule, rows.columns)
-    judged = rows.join(found, on="key", how="left", maintain_order="left").with_columns(
-        pl.when(~stays).then(pl.col(name)).alias(name) for name in ("reason", "detail")
-    )
-    kept = judged.filter(pl.col("reason").is_null()).drop("reason", "detail")
-    return publish_judged(context, task, kept, judged.filter(pl.col("reason").is_not_null()))
-
-
-def _copies_among(context: Context, finder: str, keys: pl.Series) -> pl.DataFrame:
-    """Return key, reason and detail of the copies among some keys; exact copies take precedence."""
-    if not len(keys):
-        return pl.DataFrame(schema=COPIES_SCHEMA)
-    # Tables of copies and of rows are sorted by key, so row groups outside are skipped without reading.
-    paths = [shard.path for shard in context.shards_of(finder, ".parquet")]
-    between = pl.col("key").is_between(pl.lit(keys.min()), pl.lit(keys.max()))
-    found = pl.concat([pl.scan_parquet(path).filter(between) for path in paths]).collect()
-    return found.sort("key", "reason", "detail").unique("key", keep="first", maintain_order=True)
-
-
-def find_stage(config: DedupImageConfig, *, rows: str) -> Stage:
-    """Return the stage that looks for copies among the rows that the stage `rows` kept."""
-    return Stage(
-        "find_copies",
-        title="finds copies of images, exact or near",
-        version=2,
-        config=config,
-        parents=("corpus", rows),
-        plan=plan_find,
-        run=run_find,
-    )
-
-
-def stage(config: DedupImageConfig, *, rows: str) -> Stage:
-    """Return the stage that drops the copies among the rows that the stage `rows` kept."""
-    return Stage(
-        "dedup_image",
-        title="drops copies; the lowest key of each image stays",
-        version=1,
-        config=config,
-        parents=("corpus", rows, "find_copies"),
-        plan=plan,
-        run=run,
-    )

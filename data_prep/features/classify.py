@@ -16,8 +16,7 @@ from pydantic import AfterValidator
 
 from data_prep.accounting.drop_table import DETAIL
 from data_prep.accounting.judged import JudgedFacts, publish_judged
-from data_prep.corpus_facts import is_exempt, kept_tables, rows_stage, table_name
-from data_prep.dedup.near_duplicates import RowsTask
+from data_prep.corpus_facts import RowsTask, is_exempt, kept_tables, rows_stage, table_name
 from data_prep.features.stage import digests_of_features, read_features, table_name_of
 from data_prep.formats.parquet import write_table
 from data_prep.rules.image import CLASSIFIERS_RULE

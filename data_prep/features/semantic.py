@@ -5,7 +5,6 @@ images stand in the order of their similarity to its centre, the least similar f
 cosine with one before it is above the threshold. So the less typical one of two stays, as in the paper.
 """
 
-import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -17,8 +16,8 @@ import numpy.typing as npt
 import polars as pl
 from annotated_types import Ge, Gt, Le
 
-from data_prep.corpus_facts import kept_tables, rows_stage, table_name
-from data_prep.dedup import near_duplicates
+from data_prep.corpus_facts import kept_tables, neighbours, rows_stage, table_name
+from data_prep.dedup import copies
 from data_prep.features.stage import FeaturesFacts, digests_of_features, read_features, table_name_of
 from data_prep.formats.parquet import write_table
 from data_prep.rules.image import SEMANTIC_DUPLICATES_RULE
@@ -138,18 +137,13 @@ def plan_assign(config: None, context: Context) -> list[Task]:
     """Plan one task for neighbouring tables of some million rows."""
     features = digests_of_features(context)
     centres = context.shards_of("cluster_images", CENTRES_FILE)[0]
-    tasks, group, rows = list[Task](), list[Shard](), 0
-    for table, after in itertools.pairwise([*kept_tables(context, rows_stage(context)), None]):
-        assert table is not None
-        group.append(table)
-        rows += table.num_samples
-        if after is None or rows + after.num_samples > _ROWS_PER_TASK:
-            inputs = {"centres": centres.digest, **{item.path: item.digest for item in group}}
-            for item in group:
-                inputs |= features[table_name(item)]
-            asked = TablesTask(tables=[item.path for item in group], clusters=centres.num_samples)
-            tasks.append(Task(table_name(group[0]), inputs, asked.to_json()))
-            group, rows = [], 0
+    tasks = []
+    for group in neighbours(kept_tables(context, rows_stage(context)), _ROWS_PER_TASK):
+        inputs = {"centres": centres.digest, **{item.path: item.digest for item in group}}
+        for item in group:
+            inputs |= features[table_name(item)]
+        asked = TablesTask(tables=[item.path for item in group], clusters=centres.num_samples)
+        tasks.append(Task(table_name(group[0]), inputs, asked.to_json()))
     return tasks
 
 
@@ -206,15 +200,15 @@ def run_find(config: DedupSemanticConfig, context: Context, task: Task, progress
     """Write `copies/<task>.parquet`: key of each copy, reason, and the image that it is like."""
     asked = RangeTask.from_json(task.arguments)
     rows, feature_ND = _assigned(context, asked)
-    found = [pl.DataFrame(schema=near_duplicates.COPIES_SCHEMA)]
+    found = [pl.DataFrame(schema=copies.COPIES_SCHEMA)]
     for number, of_cluster in enumerate(rows.partition_by("cluster", maintain_order=True), start=1):
         ordered = of_cluster.sort("similarity", "key")
         found.append(copies_in(ordered["key"], feature_ND[ordered["at"].to_numpy()], config.max_similarity))
         progress(number, asked.end - asked.first, "clusters")
-    copies = pl.concat(found).sort("key")
+    merged = pl.concat(found).sort("key")
     path = f"copies/{task.name}.parquet"
-    write_table(copies, context.path(path))
-    return Outcome({path: copies.height}, num_in=rows.height, num_kept=rows.height)
+    write_table(merged, context.path(path))
+    return Outcome({path: merged.height}, num_in=rows.height, num_kept=rows.height)
 
 
 def _assigned(context: Context, asked: RangeTask) -> tuple[pl.DataFrame, Float32Array]:
@@ -299,13 +293,13 @@ def stages(config: DedupSemanticConfig, *, rows: str) -> list[Stage]:
             plan=plan_find,
             run=run_find,
         ),
-        Stage(
-            "dedup_semantic",
+        *copies.stages(
+            config,
+            rows=rows,
+            finder=finder,
+            merger="merge_semantic_copies",
+            dropper="dedup_semantic",
+            rule=SEMANTIC_DUPLICATES_RULE,
             title="drops semantic duplicates; of two the less typical stays",
-            version=1,
-            config=config,
-            parents=("corpus", rows, finder),
-            plan=functools.partial(near_duplicates.plan, finder=finder),
-            run=functools.partial(near_duplicates.run, finder=finder, rule=SEMANTIC_DUPLICATES_RULE),
         ),
     ]

@@ -7,7 +7,9 @@ signature that matches) among the training rows. So no row is dropped, and two c
 sides of the split.
 """
 
-from collections.abc import Mapping
+import collections
+import concurrent.futures
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -31,6 +33,7 @@ _RANK_HEX_DIGITS = 32
 # Candidates for each requested row: the surplus replaces candidates with near copies elsewhere.
 _CANDIDATES_PER_ROW = 4
 _SPARE_CANDIDATES = 1000
+_READ_AHEAD = 16  # tables of some 10,000 rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +126,18 @@ def _ranked(context: Context, shard: Shard) -> pl.LazyFrame:
     )
 
 
+def _collected(frames: Iterable[pl.LazyFrame]) -> Iterator[pl.DataFrame]:
+    """Yield the rows of tables in order, with some read ahead: an object store answers after some 20 ms."""
+    with concurrent.futures.ThreadPoolExecutor(_READ_AHEAD) as pool:
+        coming = collections.deque[concurrent.futures.Future[pl.DataFrame]]()
+        for frame in frames:
+            coming.append(pool.submit(frame.collect, engine="streaming"))
+            if len(coming) == _READ_AHEAD:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
+
+
 def _first_in_rank(context: Context, kept: list[Shard], limit: int) -> pl.DataFrame:
     """Return at most `limit` rows (key, rank, hash, signature, table) of the images first in rank.
 
@@ -134,12 +149,16 @@ def _first_in_rank(context: Context, kept: list[Shard], limit: int) -> pl.DataFr
     }  # fmt: skip
     found = pl.DataFrame(schema=schema)
     border: str | None = None
-    for number, shard in enumerate(kept):
-        rows = _ranked(context, shard)
-        if border is not None:
+
+    def frames() -> Iterator[pl.LazyFrame]:
+        for number, shard in enumerate(kept):
+            rows = _ranked(context, shard).with_columns(table=pl.lit(number, dtype=pl.UInt32))
+            yield rows if border is None else rows.filter(pl.col("rank") < border)
+
+    for rows in _collected(frames()):
+        if border is not None:  # it may have moved since the table was asked for
             rows = rows.filter(pl.col("rank") < border)
-        rows = rows.with_columns(table=pl.lit(number, dtype=pl.UInt32))
-        found = pl.concat([found, rows.collect(engine="streaming")]).sort("rank", "key")
+        found = pl.concat([found, rows]).sort("rank", "key")
         if found.height > limit:
             border = str(found["rank"][limit])
             found = found.filter(pl.col("rank") < border)
@@ -156,12 +175,15 @@ def _near_training(
     index, image = MarkedImages(*_marks(marked)), marked["image"].to_numpy()
     is_copied = np.zeros(marked.height, dtype=np.bool_)
     border = images["rank"][-1]  # images after it in rank are not candidates
-    for number, shard in enumerate(kept, start=1):
-        others = _ranked(context, shard).filter(
-            pl.col("rank") > border, pl.col("perceptual_hash").is_not_null()
-        )
-        others = others.select("perceptual_hash", "image_signature").unique()
-        index.mark_copied(is_copied, *_marks(others.collect(engine="streaming")), config.distance)
+    others = (
+        _ranked(context, shard)
+        .filter(pl.col("rank") > border, pl.col("perceptual_hash").is_not_null())
+        .select("perceptual_hash", "image_signature")
+        .unique()
+        for shard in kept
+    )
+    for number, rows in enumerate(_collected(others), start=1):
+        index.mark_copied(is_copied, *_marks(rows), config.distance)
         near[image[is_copied]] = True
         is_copied = near[image]  # any of an image's signatures may match
         progress(number, len(kept), "tables compared")

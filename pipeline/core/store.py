@@ -162,8 +162,10 @@ def refuse_special(path: str) -> None:
             raise OSError(errno.EINVAL, f"{kind}, not a regular file", path)
 
 
-def open_read(path: str) -> IO[Any]:
+def open_read(path: str, *, ahead: bool = True) -> IO[Any]:
     """Open a file as a seekable binary handle; ranges of a remote file are fetched as they are read.
+
+    With `ahead` more than was read is fetched, up to 50 MB, which suits who reads on from there.
 
     Raises:
         OSError: if it cannot be opened, or is not a regular file (`refuse_special`).
@@ -172,7 +174,10 @@ def open_read(path: str) -> IO[Any]:
         refuse_special(path)
         return open(path, "rb")
     fs, name = remote(path)
-    return io.BufferedReader(fs.open(name, "rb"))  # with the methods of a local file, such as readline(size)
+    options = {} if ahead else {"cache_type": "none"}
+    return io.BufferedReader(
+        fs.open(name, "rb", **options)
+    )  # with the methods of a local file, such as readline(size)
 
 
 def list_files(folder: str) -> list[str]:

@@ -11,14 +11,20 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+import numpy as np
 import polars as pl
 import pytest
 
+from data_prep.accounting.judged import publish_judged
+from data_prep.dedup import near_duplicates
+from data_prep.dedup.near_duplicates import DedupImageConfig
+from data_prep.shards import split
+from data_prep.shards.split import SplitConfig
 from data_prep.sources.local_server import serve
 from pipeline import runner
 from pipeline.core import store
 from pipeline.core.records import ConfigError
-from pipeline.core.run import Run, manifest_path, survey
+from pipeline.core.run import Run, manifest_path, read_manifest, survey
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
 from tests.helpers.corpus_files import finish
 from tests.helpers.fake_web import fake_web, load
@@ -26,6 +32,7 @@ from tests.helpers.numbered_run import numbered_rows, numbered_run
 from tests.helpers.s3_server import requests_in, s3_server
 
 NUM_TASKS = 100
+ROWS_OF_TABLE = 8
 DATA_STAGES = ("corpus", "filter_text", "dedup", "download", "filter_image", "shards")
 DEMO = {
     "run.processes": 1,
@@ -136,6 +143,61 @@ def test_images_pass_through_the_machine_once(
         sum(request.bytes_down for request in of_tars if request.method == "GET") <= 1.05 * most_down * total
     )
     assert runner.verify(there, there.stages) == []
+
+
+def made_tables(num_tables: int, context: Context) -> list[Task]:
+    return [Task(f"{number:05d}", {}) for number in range(num_tables)]
+
+
+def make_table(num_tables: int, context: Context, task: Task, progress: Progress) -> Outcome:
+    """Write a table of images that all differ, but for the first, which is in every table."""
+    number, rng = int(task.name), np.random.default_rng(int(task.name))
+    images = [bytes(432), *(rng.bytes(432) for _ in range(ROWS_OF_TABLE - 1))]
+    rows = pl.DataFrame(
+        {
+            "key": [f"{number:08x}{row:024x}" for row in range(ROWS_OF_TABLE)],
+            "source": "made",
+            "url": [f"http://made.cn/{number}/{row}" for row in range(ROWS_OF_TABLE)],
+            "image_sha256": [store.digest_bytes(image) for image in images],
+            "perceptual_hash": [image[:48] for image in images],
+            "image_signature": [image[48:] for image in images],
+        }
+    )
+    return publish_judged(context, task, rows, rows.clear().with_columns(reason=pl.lit(None, pl.String)))
+
+
+@pytest.mark.slow
+def test_requests_for_copies_of_images_grow_as_the_tables(bucket: str, log: Path) -> None:
+    """Four times the tables, and as many more parts: four times the requests, not sixteen times."""
+    counts = []
+    for num_tables in (2, 8):
+        config = DedupImageConfig(max_distance=0, partitions=num_tables // 2)
+        stages = (
+            Stage("corpus", "", 1, 0, (), made_tables, make_table, may_be_empty=True),
+            Stage("filter_image", "", 1, num_tables, (), made_tables, make_table),
+            *near_duplicates.stages(config, rows="filter_image"),
+            split.stage(SplitConfig(count=2), rows="dedup_image"),
+        )
+        run = finish(Run(store.join(bucket, f"copies-{num_tables}"), 0, "local", 1, stages))
+        manifest = read_manifest(run, "dedup_image")
+        assert manifest is not None
+        assert manifest.dropped == {"duplicate_image": num_tables - 1}
+        asked = Counter(
+            request.path.split("/")[3]
+            for request in requests_in(str(log))
+            if f"/copies-{num_tables}/" in request.path and request.path.endswith(".parquet")
+        )
+        counts.append(asked)
+    assert set(counts[1]) == {
+        "filter_image",
+        "gather_hashes",
+        "find_copies",
+        "merge_copies",
+        "dedup_image",
+        "split",
+    }
+    for stage, few in counts[0].items():
+        assert counts[1][stage] <= 4 * few, (stage, counts)
 
 
 def test_pictures_on_s3_are_served(bucket: str) -> None:

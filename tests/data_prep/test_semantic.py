@@ -136,8 +136,8 @@ def test_a_run_drops_semantic_duplicates_and_says_why(root: Path, capsys: pytest
     assert "(cosine " in said
 
     # Another threshold clusters nothing again; with more clusters no pair across two is found.
-    assert start(toml, ["dedup_semantic.max_similarity=1"], redo=True, last="dedup_semantic")[1] == 2
-    assert start(toml, ["dedup_semantic.clusters=5"], redo=True, last="dedup_semantic")[1] == 4
+    assert start(toml, ["dedup_semantic.max_similarity=1"], redo=True, last="dedup_semantic")[1] == 3
+    assert start(toml, ["dedup_semantic.clusters=5"], redo=True, last="dedup_semantic")[1] == 5
     cluster = dict(_rows(run, "assign_clusters", "assigned").select("key", "cluster").iter_rows())
     assert len(set(cluster.values())) == 5
     fewer = _rows(run, "dedup_semantic", "dropped")

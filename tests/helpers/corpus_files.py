@@ -90,7 +90,7 @@ def make_run(
     ]  # fmt: skip
     rows = "filter_image"
     if copies is not None:
-        stages += [near_duplicates.find_stage(copies, rows=rows), near_duplicates.stage(copies, rows=rows)]
+        stages += near_duplicates.stages(copies, rows=rows)
         rows = "dedup_image"
     parents: tuple[str, ...] = ("download", rows)
     if splitting is not None:

@@ -12,8 +12,9 @@ import fsspec
 import pytest
 
 from pipeline.core import store
-from pipeline.core.records import ConfigError
+from pipeline.core.records import ConfigError, Manifest, Shard
 from pipeline.core.shard_format import sidecar_of
+from pipeline.core.stage import Context
 from tests.helpers.counting_proxy import CountingProxy, counting_proxy
 from tests.helpers.launched_jobs import outputs
 from tests.helpers.rank_processes import run_ranks
@@ -23,6 +24,8 @@ from tests.training.test_pretrain import train_rank_until_killed
 from training.checkpoint import object_store
 from training.checkpoint.folders import STATE_FILE, checkpoints_folder, step_folder, steps_in
 from training.config.job import TrainJob
+from training.config.train import TrainConfig
+from training.stages import TrainStageConfig, check
 
 ENVIRONMENT = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION")
 SIZES = (40, 40, 40, 40, 40, 23)
@@ -78,7 +81,7 @@ def test_two_ranks_train_from_a_store_as_from_the_disk(
     assert outputs(there) == outputs(here)
     needed = sum(shard.num_bytes + store.num_bytes(sidecar_of(shard.path)) for shard in here.shards)
     assert needed < read <= 1.1 * needed
-    assert not list(Path(there.folder, "shard_cache").rglob("*.*"))
+    assert not [path for path in Path(there.folder, "shard_cache").rglob("*") if path.is_file()]
 
     killed = put_shards(make_job(tmp_path, "killed", **changes), store.join(url, "killed"))
     with pytest.raises(AssertionError, match="the rank died"):
@@ -189,3 +192,15 @@ def test_a_store_that_does_not_answer_costs_a_notice(stage: Path, monkeypatch: p
     assert "memory://run/stage2: the checkpoint cannot be copied there (no answer): training" in said[0]
     object_store.send(str(stage), STAGE, refuse)
     assert read_there(3) == "weights of 3"
+
+
+def test_cached_views_in_a_store_are_refused_before_ranks_start() -> None:
+    train = TrainConfig(epochs=1, lock_image=True, cached_views=2)
+    config = TrainStageConfig(train=train, model="tiny-vit", vocabulary="v.txt", validate=False)
+    tar = Shard("00000.tar", 1, 1, "0" * 64)
+    shards = Manifest("shards", 1, "", "", {}, (tar,), 1, 1, {})
+    with pytest.raises(
+        ConfigError,
+        match=r"^\[stage1\] cached_views = 2, .* \(memory://run/shards\).* set cached_views = 0, or copy",
+    ):
+        check(config, Context("memory://run", "stage1", 0, {"shards": shards}))

@@ -234,11 +234,11 @@ class TrainConfig:
     whole batch. Unset: the rank's whole share.
     """
     cache_folder: str | None = field(default=None, metadata=NOT_IN_DIGEST)
-    """Folder on a disk of each machine's own, for shards, checkpoints and logs of a run in an object store.
-    Unset: this user's cache.
+    """Folder for shards, checkpoints and logs of a run in an object store; best on a disk of each machine's
+    own. Unset: this user's cache.
     """
     cache_gb: Positive = field(default=100.0, metadata=NOT_IN_DIGEST)
-    """Most GB of an object store's shards on a machine at once; two windows of each lane must fit."""
+    """Most GB of an object store's shards that a machine keeps; two windows of each lane must fit."""
     deepspeed: str = field(default="zero1", metadata=BINDS_NEVER)
     """File of `deepspeed_configs/` or a path ending in `.json`: memory, precision, communication."""
 

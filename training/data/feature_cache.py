@@ -66,8 +66,8 @@ class FeatureCache:
         found = self._shards[shard]
         if not store.is_local(found.path):
             raise InputError(
-                f"{found.path}: cached_views needs shards on a file system: features are read by memory map;"
-                " copy the shards, or train with cached_views = 0"
+                f"{found.path}: cached_views needs shards on a file system: features lie next to them and are"
+                " read by memory map; set cached_views = 0, or copy the shards to a disk"
             )
         name = f"{self._key}-{found.digest[:32]}.npy"
         return os.path.join(os.path.dirname(found.path), "features", name)

@@ -10,7 +10,9 @@ import contextlib
 import os
 import re
 import shutil
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -29,6 +31,8 @@ _THREADS = 8  # of a rank, each with a request under way
 _REQUEST_BYTES = 16 << 20
 _PIECE_FILE = re.compile(r"\d{8}")
 _WAITS_SECONDS = (1, 2, 4, 8, 16, 32)  # between tries: an outage of a minute does not end a training
+_ABANDONED_SECONDS = 24 * 3600  # a machine's folder that has not been marked as in use for that long
+_MARK_SECONDS = 600
 
 # (shard, first row, end row) → where in the tar the images of these rows begin and end
 ByteRange = Callable[[int, int, int], tuple[int, int]]
@@ -73,10 +77,12 @@ class ShardCache(contextlib.AbstractContextManager["ShardCache"]):
         ranks_here: int,
         byte_range: ByteRange,
         steps: range,
+        in_use: str | None = None,
     ) -> None:
         """Begin to fetch what `steps` need, into a folder that is this rank's alone.
 
-        `size_gb` is the size of the caches of all `ranks_here`, the ranks on this machine.
+        `size_gb` is the size of the caches of all `ranks_here`, the ranks on this machine. `in_use` is a
+        folder whose time of change tells other machines that it is in use.
 
         Raises:
             ConfigError: if two windows of each lane do not fit into it.
@@ -87,6 +93,7 @@ class ShardCache(contextlib.AbstractContextManager["ShardCache"]):
         )
         self._shards, self._order, self._byte_range = shards, order, byte_range
         self._max_bytes = int(1e9 * size_gb / ranks_here)
+        self._in_use, self._marked = in_use, time.monotonic()
         self._condition = threading.Condition()
         self._error: Exception | None = None
         self._closed = threading.Event()
@@ -125,6 +132,9 @@ class ShardCache(contextlib.AbstractContextManager["ShardCache"]):
             self._done_step = max(self._done_step, step)
             if not self._closed.is_set():
                 self._plan()
+        if self._in_use is not None and time.monotonic() - self._marked > _MARK_SECONDS:
+            os.utime(self._in_use)
+            self._marked = time.monotonic()
 
     def places(self, shard: int, row: Int64Array) -> tuple[Int64Array, Int64Array]:
         """Return the pieces of rows of a shard, and where in the tar these begin."""
@@ -349,30 +359,56 @@ def cache_of_rank(
 ) -> ShardCache | None:
     """Return the cache of this rank below a stage's folder; None if no shard is in an object store.
 
-    Ranks of a machine have a folder each and equal parts of `size_gb`. Folders of ranks that an earlier start
-    had more of are removed.
+    Machines that share the folder have one each in it, and each keeps `size_gb`. Its ranks have a folder each
+    and equal parts. Folders of ranks that an earlier start had more of are removed, and those of machines
+    that have not used theirs for a day.
 
     Raises:
-        ConfigError: if it is too small.
+        ConfigError: if it is too small, or the number of ranks on this machine is not known.
         InputError: if the disk is.
     """
     if all(store.is_local(shard.path) for shard in shards):
         return None
-    here = int(os.environ["LOCAL_RANK"])
-    # DeepSpeed's launcher says LOCAL_SIZE, torchrun the other.
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["LOCAL_SIZE"])
+    here, num_ranks = int(os.environ["LOCAL_RANK"]), ranks_here()
     root = os.path.join(folder, "shard_cache")
-    os.makedirs(root, exist_ok=True)
+    machine = os.path.join(root, socket.gethostname())
+    os.makedirs(machine, exist_ok=True)
     if here == 0:
-        for name in set(os.listdir(root)) - {str(number) for number in range(ranks_here)}:
-            shutil.rmtree(os.path.join(root, name), ignore_errors=True)
+        os.utime(machine)
+        for entry in os.scandir(root):
+            with contextlib.suppress(FileNotFoundError):  # another machine removes it, too
+                if entry.path != machine and time.time() - entry.stat().st_mtime > _ABANDONED_SECONDS:
+                    shutil.rmtree(entry.path, ignore_errors=True)
+        for name in set(os.listdir(machine)) - {str(number) for number in range(num_ranks)}:
+            shutil.rmtree(os.path.join(machine, name), ignore_errors=True)
     return ShardCache(
         shards,
         order,
         lanes,
-        os.path.join(root, str(here)),
+        os.path.join(machine, str(here)),
         size_gb=size_gb,
-        ranks_here=ranks_here,
+        ranks_here=num_ranks,
         byte_range=byte_range,
         steps=steps,
+        in_use=machine,
+    )
+
+
+def ranks_here() -> int:
+    """Return the number of ranks on this machine, from the environment that their launcher gives them.
+
+    Raises:
+        ConfigError: if none does.
+    """
+    # torchrun says LOCAL_WORLD_SIZE, DeepSpeed's launcher the other.
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        if (text := os.environ.get(name)) is not None:
+            if text.isdecimal() and int(text) > 0:
+                return int(text)
+            raise ConfigError(f"{name} = {text!r}: set it to the number of ranks on this machine")
+    if os.environ["WORLD_SIZE"] == "1":
+        return 1
+    raise ConfigError(
+        f"no LOCAL_WORLD_SIZE in the environment of one of {os.environ['WORLD_SIZE']} ranks: those of a"
+        " machine share cache_gb, so set it to their number, as torchrun, deepspeed and `cnclip launch` do"
     )

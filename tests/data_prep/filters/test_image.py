@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 from data_prep import corpus
 from data_prep.corpus import CorpusStageConfig, SourcesConfig
 from data_prep.decontamination import make_guard
+from data_prep.dedup import copies as near_copies_stages
 from data_prep.dedup import exact as dedup
 from data_prep.dedup import near_duplicates as dedup_image
 from data_prep.dedup.exact import DedupConfig
@@ -98,15 +99,7 @@ def make(
     ]  # fmt: skip
     last = "filter_image"
     if copies is not None:
-        stages += [
-            Stage(
-                "find_copies", "", 1, copies, ("corpus", last), dedup_image.plan_find, dedup_image.run_find
-            ),
-            Stage(
-                "dedup_image", "", 1, copies, ("corpus", last, "find_copies"),
-                dedup_image.plan, dedup_image.run,
-            ),
-        ]  # fmt: skip
+        stages += dedup_image.stages(copies, rows=last)
         last = "dedup_image"
     stages.append(Stage("shards", "", 1, ShardsConfig(), ("download", last), shards.plan, shards.run))
     run = Run(str(folder / "run"), 0, "local", 1, tuple(stages))
@@ -204,6 +197,27 @@ def test_of_exact_copies_the_lowest_key_stays(tmp_path: Path, partitions: int) -
         explain(run, FilterTextConfig(), gone["key"])[1]
         == f"  dropped by dedup_image: duplicate_image ({lowest})"
     )
+
+
+def test_copies_do_not_depend_on_how_rows_are_gathered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one file or in many, with one part or several: the same rows stay, to the byte."""
+    drawings = [draw(number % 5, (200, 150 + number % 2)) for number in range(14)]
+    tables = {"a": web(*(jpeg(image, 60 + number) for number, image in enumerate(drawings)))}
+    found = []
+    for parts in (1, 3):
+        config = DedupImageConfig(max_distance=20, partitions=parts)
+        run = make(tmp_path / str(parts), tables, copies=config, partitions=4)
+        manifest = read_manifest(run, "dedup_image")
+        assert manifest is not None
+        found.append((manifest.shards, manifest.dropped))
+        monkeypatch.setattr(dedup_image, "_ROWS_GATHERED", 6)
+        monkeypatch.setattr(near_copies_stages, "_ROWS_MERGED", 6)
+    assert found[0] == found[1]
+    assert sum(found[0][1].values()) == 9
+    assert len(list(Path(run.folder, "gather_hashes", "hashes").iterdir())) > 22  # of one task
+    assert len(list(Path(run.folder, "merge_copies", "copies").iterdir())) > 1
 
 
 def test_signatures_are_read_of_the_row_groups_that_are_asked_for(
@@ -328,7 +342,8 @@ def test_what_is_not_asked_for_is_not_there() -> None:
     run, _ = load("demo", ["dedup_image.max_distance=7", "score.model=m"])
     names = [stage.name for stage in run.stages]
     assert names[names.index("filter_image") : names.index("shards")] == [
-        "filter_image", "find_copies", "dedup_image", "score", "filter_score",
+        "filter_image", "gather_hashes", "find_copies", "merge_copies", "dedup_image", "score",
+        "filter_score",
     ]  # fmt: skip
     paper, _ = load("paper_corpus")
     assert not {"dedup_image", "score"} & {stage.name for stage in paper.stages}

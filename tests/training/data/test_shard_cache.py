@@ -3,6 +3,8 @@ import dataclasses
 import errno
 import os
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from training.config.train import AugmentConfig
 from training.data import shard_cache
 from training.data.loader import BatchReader, CaptionConfig
 from training.data.sampler import SampleOrder
-from training.data.shard_cache import ShardCache
+from training.data.shard_cache import ShardCache, cache_of_rank, ranks_here
 from training.data.views import ViewConfig
 from training.model.tokenizer import Tokenizer
 
@@ -168,6 +170,62 @@ def test_a_resumed_rank_takes_what_an_earlier_start_left(away: Store, tmp_path: 
     resumed.reader.cache.close()
     assert len(os.listdir(tmp_path / "cache")) == 1
     assert sorted(Path(resumed.reader.cache.folder).iterdir()) == pieces
+
+
+def cache_here(away: Store, folder: Path, machine: str, monkeypatch: pytest.MonkeyPatch) -> ShardCache:
+    """Return the cache of the only rank of a machine in a folder, once all that the steps need is there."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setattr(socket, "gethostname", lambda: machine)
+    reader, lanes = make_batches(away.shards, folder / machine).reader, range(LANES)
+    more: Any = {"size_gb": 1.0, "byte_range": reader.byte_range, "steps": range(EPOCH_STEPS)}
+    cache = cache_of_rank(away.shards, make_order(), lanes, str(folder), **more)
+    assert cache is not None
+    with cache:
+        for step in range(EPOCH_STEPS):
+            cache.wait(step)
+            cache.done(step)
+    return cache
+
+
+def test_machines_that_share_a_folder_keep_their_pieces_apart(
+    away: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = cache_here(away, tmp_path, "node1", monkeypatch)
+    pieces = bytes_in(Path(one.folder))
+    assert pieces
+    monkeypatch.setattr(shard_cache, "_MARK_SECONDS", -1)
+    other = cache_here(away, tmp_path, "node2", monkeypatch)
+    assert Path(one.folder).parents[1:] != Path(other.folder).parents[1:]
+    assert bytes_in(Path(one.folder)) == bytes_in(Path(other.folder)) == pieces
+    # A machine that is gone for a day loses its pieces; one that works, however long, does not.
+    folders = {name: tmp_path / "shard_cache" / name for name in ("node1", "node2", "node3")}
+    long_ago = time.time() - 2 * shard_cache._ABANDONED_SECONDS
+    os.utime(folders["node2"], (long_ago, long_ago))
+    other.done(EPOCH_STEPS)
+    os.utime(folders["node1"], (long_ago, long_ago))
+    (folders["node2"] / "1").mkdir()  # of a second rank that an earlier start had
+    cache_here(away, tmp_path, "node3", monkeypatch)
+    assert [name for name, folder in folders.items() if folder.exists()] == ["node2", "node3"]
+    away.num_bytes = 0
+    cache_here(away, tmp_path, "node2", monkeypatch)
+    assert os.listdir(folders["node2"]) == ["0"]
+    assert not away.num_bytes
+
+
+def test_ranks_that_are_not_counted_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert ranks_here() == 1
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    with pytest.raises(ConfigError, match=r"^no LOCAL_WORLD_SIZE in the environment of one of 16 ranks"):
+        ranks_here()
+    monkeypatch.setenv("LOCAL_SIZE", "8")
+    assert ranks_here() == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "eight")
+    with pytest.raises(ConfigError, match=r"LOCAL_WORLD_SIZE = 'eight': set it to the number of ranks"):
+        ranks_here()
 
 
 def test_a_damaged_piece_is_read_from_the_store(
