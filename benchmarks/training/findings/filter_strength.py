@@ -130,7 +130,7 @@ def experiment_on(options: argparse.Namespace, corpus: str, judge: TrainJob | No
         tables += "[filter_score]\ndrop_share = 0.5\n"
     return styles_experiment(
         options,
-        corpus if judge is None else Path(judge.folder).name,
+        corpus if judge is None else f"kept_by_{Path(judge.folder).name}",
         train=POOL,
         evaluate=SCORED,
         corpus=str(Path(options.folder) / corpus),
