@@ -63,7 +63,7 @@ def _sums_table(trainings: Sequence[Training], on: Hardware, tokens: int) -> lis
             (
                 *(each.model, each.recipe, f"{each.num_steps:,}", f"{each.samples:,}"),
                 *(f"{each.flops / 1e18:,.1f}", _duration(each.gpu_days, digits=1)),
-                f"{each.gpu_days / pair[1].gpu_days:.0%}",
+                f"{each.gpu_days / pair[1].gpu_days:.0%}" if pair[1].gpu_days else "?",  # less than a step
             )
             for each in pair
         ]

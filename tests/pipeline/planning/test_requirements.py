@@ -75,6 +75,8 @@ def test_fast_trainings_stand_next_to_the_papers(capsys: pytest.CaptureFixture[s
     assert ["ViT-B-16", *by_hand[1:]] in [line.split() for line in run.splitlines()]
     assert "EFLOPs" not in plan_of_an_absent_corpus(capsys, "fast_vit_b_16", "--set=stage2.epochs=4")
     assert "EFLOPs" not in plan(capsys, "pretrain")
+    tiny = plan(capsys, "fast", "--samples", "1000").split("\n\n")[2]  # of which some fill no batch
+    assert {line.split()[-1] for line in tiny.splitlines() if line.startswith("ViT-L-14-336")} == {"?"}
 
 
 def plan_of_an_absent_corpus(capsys: pytest.CaptureFixture[str], *words: str) -> str:
