@@ -114,6 +114,10 @@ def write_corpora(corpus: Path, out: Path) -> dict[str, int]:
         "middle": {name for name in concepts if 1 < count[name] < HEAD},
         "frequent": {name for name in concepts if count[name] == HEAD},
     }
+    if empty := [band for band, names in bands.items() if not names]:
+        raise SystemExit(
+            f"{corpus}: {len(concepts)} concepts in all styles, none of them {empty[0]}: build it whole"
+        )
     for folder, wanted in (("zipf", count), ("uniform", share)):
         chosen: dict[str, list[int]] = defaultdict(list)
         for name, number in wanted.items():
