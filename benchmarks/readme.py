@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import json
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,6 +167,27 @@ CLAIMS: dict[str, tuple[str, str]] = {
     # Trainings that are compared by what they learn
     "cached_views": ("mean recall of stage 1: cached views against live images", "training/cached_views.py"),
     "emoji_zh": ("mean recall of `make emoji`: stage 2 against", "../pipeline/recipes/emoji_zh.toml"),
+    "balancing": (
+        "mean recall by how often a concept occurs: against pairs as in Zipf's law",
+        "training/findings/balancing.py",
+    ),
+    "bilingual": (
+        "mean recall of Chinese names: English captions too against Chinese alone",
+        "training/findings/bilingual.py",
+    ),
+    "caption_cut": (
+        "mean recall after a phase of short captions: against those cut at the end",
+        "training/findings/caption_cut.py",
+    ),
+    "compute": ("mean recall on `make pictures`: against the paper's two stages", "training/compute.py"),
+    "filter_strength": (
+        "mean recall of a model trained on what a filter keeps: against all pairs",
+        "training/findings/filter_strength.py",
+    ),
+    "locking": (
+        "mean recall: image tower locked against not locked",
+        "training/findings/locking.py",
+    ),
     "figure2": ("mean recall: two stages against", "training/figure2.py"),
     "negation": ("the demo after stage 2: with negation statements against without", "training/negation.py"),
 }
@@ -283,7 +304,37 @@ def negation(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield trained(f"negation@{asked}", statistics.fmean(shares), peer)
 
 
-TRAININGS = {"cached_views": cached_views, "emoji_zh": emoji_zh, "figure2": figure2, "negation": negation}
+def arms(name: str, peer_of: Callable[[str], str | None]) -> Callable[[Mapping[str, Any]], Any]:
+    """Return a function that yields each arm's recall on each set, in the mean over seeds, against a peer."""
+
+    def results(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        recalls: dict[tuple[str, str], list[float]] = {}
+        for run in found["runs"]:
+            for evaluation, recall in run["recall"].items():
+                recalls.setdefault((run["arm"], evaluation), []).append(recall)
+        for (arm, evaluation), values in recalls.items():
+            peer = peer_of(arm)
+            if peer is not None and peer != arm:
+                mean = statistics.fmean(recalls[peer, evaluation])
+                yield trained(
+                    f"{name}@{arm}, {evaluation}, {len(values)} seeds", statistics.fmean(values), mean
+                )
+
+    return results
+
+
+TRAININGS = {
+    "balancing": arms("balancing", lambda _: "zipf"),
+    "bilingual": arms("bilingual", lambda _: "Chinese"),
+    "cached_views": cached_views,
+    "caption_cut": arms("caption_cut", lambda _: "end"),
+    "compute": arms("compute", lambda _: "paper"),
+    "emoji_zh": emoji_zh,
+    "figure2": figure2,
+    "filter_strength": arms("filter_strength", lambda _: "all pairs"),
+    "locking": arms("locking", lambda arm: f"not {arm}" if arm.startswith("locked") else None),
+    "negation": negation,
+}
 
 
 def page() -> str:

@@ -57,7 +57,7 @@ from training import stages as training_stage
 from training import vocabulary
 from training.checkpoint.selection import check_sets
 from training.config.phases import with_phases
-from training.config.recipes import finetune_recipe, larger_recipe, paper_recipe
+from training.config.recipes import fast_recipe, finetune_recipe, larger_recipe, paper_recipe
 from training.config.tracking import TrackingConfig
 from training.config.train import TrainConfig, check_fits
 from training.model.config import MODELS
@@ -66,6 +66,7 @@ from training.vocabulary import VocabularyConfig
 # The program that each rank of a training stage runs.
 RANK_MODULE = "pipeline.rank"
 _TRAINING = ("english", "stage1", "stage2", "finetune")  # in order
+_PRETRAINING_RECIPES = {"paper": paper_recipe, "larger": larger_recipe, "fast": fast_recipe}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -300,14 +301,11 @@ def _with_paper_recipes(table: dict[str, Any], where: str) -> dict[str, Any]:
             raise ConfigError(f"{where}: {stage}: recipe must be a string, and augment a table")
         if stage == "finetune":
             paper = dataclasses.asdict(finetune_recipe(model, own["recipe"]))
-        elif own["recipe"] == "paper":
-            paper = dataclasses.asdict(paper_recipe(model, stage))
-        elif own["recipe"] == "larger":
-            paper = dataclasses.asdict(larger_recipe(model, stage))
+        elif own["recipe"] in _PRETRAINING_RECIPES:
+            paper = dataclasses.asdict(_PRETRAINING_RECIPES[own["recipe"]](model, stage))
         else:
-            raise ConfigError(
-                f'{where}: {stage}.recipe: found {own["recipe"]!r}; recipes are "paper" and "larger"'
-            )
+            known = ", ".join(f'"{name}"' for name in _PRETRAINING_RECIPES)
+            raise ConfigError(f"{where}: {stage}.recipe: found {own['recipe']!r}; recipes are {known}")
         augment = {**paper["augment"], **own.get("augment", {})}
         del paper["lanes"]  # derived from the batch, which the file may change
         filled[stage] = {**paper, **own, "augment": augment}

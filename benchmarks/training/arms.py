@@ -1,4 +1,4 @@
-"""Run trainings that differ in one thing: what `cached_views.py`, `figure2.py` and `negation.py` share.
+"""Run trainings that differ in one thing: what the scripts next to this file share.
 
 All arms read one corpus and start from one model, both made by `cnclip run RECIPE --to STAGE`. An arm's legs
 are trained by the launcher and rank program that a run's stages use, each in its own folder; a leg that
@@ -14,19 +14,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import machine
+from benchmarks.harness import RESULTS, machine
 from pipeline.catalog import RANK_MODULE, load
 from pipeline.core.run import make_context
+from pipeline.law.grid import recalls_at_the_end
 from training.config.job import TrainJob
 from training.config.train import TrainConfig
 from training.ranks.launcher import free_port, launcher_command, launcher_environment
 from training.stages import make_job
+
+STARTED = time.monotonic()  # of this call, whose --seconds all its trainings share
 
 
 class OutOfTime(Exception):
@@ -70,7 +73,7 @@ class Experiment:
         last: str,
         first: str,
     ) -> None:
-        self.folder, self._end = Path(options.folder), time.monotonic() + options.seconds
+        self.folder, self._end = Path(options.folder), STARTED + options.seconds
         overrides = [f"run.folder={run_folder}", *overrides]
         sets = [part for override in overrides for part in ("--set", override)]
         command = [sys.executable, "-m", "pipeline", "run", recipe, *sets, "--to", last]
@@ -128,6 +131,44 @@ class Experiment:
             raise OutOfTime from None
         if status:
             raise SystemExit(f"{' '.join(command[:4])} … ended with status {status}")
+
+
+Arms = Mapping[tuple[str, int], Sequence[TrainJob]]  # by name and seed: trainings, one after the other
+
+
+def train_arms(experiment: Experiment, arms: Arms) -> bool:
+    """Train as far as the time goes; return whether all are finished."""
+    try:
+        for legs in arms.values():
+            for leg in legs:
+                experiment.train(leg)
+    except OutOfTime:
+        print("out of time: rerun the same command to resume")
+        return False
+    return True
+
+
+def report_arms(name: str, what: str, arms: Arms, **facts: Any) -> None:
+    """Print the finished arms' recall, and write benchmarks/results/<name>.json once all are finished."""
+    runs = [
+        {
+            "arm": arm,
+            "seed": seed,
+            "recall": {key: round(value, 2) for key, value in recalls_at_the_end(legs[-1].folder).items()},
+            "seconds": round(sum(map(seconds_of, legs))),
+        }
+        for (arm, seed), legs in arms.items()
+        if all(map(is_finished, legs))
+    ]
+    for arm in dict.fromkeys(str(run["arm"]) for run in runs):
+        recalls: list[dict[str, float]] = [run["recall"] for run in runs if run["arm"] == arm]
+        columns = (f"{key} {mean_and_spread([recall[key] for recall in recalls])}" for key in recalls[0])
+        print(f"{arm:<36} {', '.join(columns)}; {len(recalls)} seeds")
+    report = {**header(), "load": round(os.getloadavg()[2], 1), "what": what, **facts, "runs": runs}
+    print(json.dumps(report, ensure_ascii=False))
+    if len(runs) == len(arms):
+        path = RESULTS / f"{name}.json"
+        path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def curve(job: TrainJob) -> dict[int, Mapping[str, Any]]:

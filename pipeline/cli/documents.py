@@ -41,6 +41,7 @@ _TRAINING = {
     "trainings[].num_steps": "steps; null if unknown",
     "trainings[].micro_batch": "samples that a rank holds at once; 0 if not even one fits",
     "trainings[].memory_gib": "peak memory of a rank's tensors",
+    "trainings[].flops": "FLOPs of all steps; null if unknown",
     "trainings[].gpu_days": "GPU-days; null if unknown",
     "trainings[].step_seconds": "seconds of a step",
     "trainings[].exposed_seconds": "of these, on the network while devices wait",
@@ -50,6 +51,13 @@ _TRAINING = {
     "trainings[].cores": "cores of a rank that decode, or read cached features",
     "trainings[].bytes_read_per_second": "bytes that a rank reads in a second",
     "trainings[].paper_gpu_days": "GPU-days of the paper (A.2); null if it gives none",
+    "sums": 'what trainings by `recipe = "fast"` and the paper\'s need, one after the other',
+    "sums[].model": "the model's size",
+    "sums[].recipe": "`fast` or `paper`",
+    "sums[].num_steps": "steps of all stages",
+    "sums[].samples": "samples seen",
+    "sums[].flops": "FLOPs of all steps",
+    "sums[].gpu_days": "GPU-days on this hardware",
 }
 _ERRORS = {"errors": "a list of lines, one for each missing or unusable input"}
 
@@ -211,7 +219,9 @@ def plan_document(
         }
         for status in statuses
     ]
-    planned = {"hardware": None, "trainings": []} if on is None else _trainings(trainings, on, tokens)
+    planned = (
+        {"hardware": None, "trainings": [], "sums": []} if on is None else _trainings(trainings, on, tokens)
+    )
     return {
         "run": name,
         "folder": folder,
@@ -224,7 +234,7 @@ def plan_document(
 
 
 def _trainings(trainings: Sequence["Training"], on: "Hardware", tokens: int) -> dict[str, Any]:
-    from pipeline.planning.requirements import GIB, need, paper_gpu_days
+    from pipeline.planning.requirements import GIB, need, next_to_the_paper, paper_gpu_days
 
     rows = []
     for item in trainings:
@@ -240,6 +250,7 @@ def _trainings(trainings: Sequence["Training"], on: "Hardware", tokens: int) -> 
                 "num_steps": needed.num_steps,
                 "micro_batch": needed.micro_batch,
                 "memory_gib": needed.memory_gib,
+                "flops": needed.flops,
                 "gpu_days": needed.gpu_days,
                 "step_seconds": needed.step.total,
                 "exposed_seconds": needed.step.exposed,
@@ -257,7 +268,8 @@ def _trainings(trainings: Sequence["Training"], on: "Hardware", tokens: int) -> 
         "usable_gib": on.usable_gib,
         "utilisation": on.utilisation,
     }
-    return {"hardware": hardware, "trainings": rows}
+    sums = [asdict(each) for pair in next_to_the_paper(trainings, on, tokens) for each in pair]
+    return {"hardware": hardware, "trainings": rows, "sums": sums}
 
 
 def status_document(

@@ -111,7 +111,7 @@ def plan(
         int | None,
         typer.Option(
             metavar="N",
-            help="plan for N pairs (default: those in the shards; 200 million for pretrain and larger;"
+            help="plan for N pairs (default: those in the shards; 200 million for pretrain, larger and fast;"
             " finetune needs it only for sets of unknown size)",
         ),
     ] = None,
@@ -153,7 +153,13 @@ def plan(
         )
     if any(value is not None for value in (vectors, dim, recall, nprobe, prices)):
         raise ConfigError("--vectors, --dim, --recall, --nprobe and --prices belong to `cnclip plan index`")
-    from pipeline.planning.requirements import RECIPES, hardware, trainings_of_recipe, trainings_of_run
+    from pipeline.planning.requirements import (
+        RECIPES,
+        hardware,
+        is_fast,
+        trainings_of_recipe,
+        trainings_of_run,
+    )
     from pipeline.planning.table import training_table
 
     if samples is not None and samples <= 0:
@@ -184,7 +190,9 @@ def plan(
     from pipeline.planning.proportions import notes_on_training
 
     resolved, _ = load_to_start(run_file, overrides or ())
-    trainings = trainings_of_run(resolved, samples) if on is not None else []
+    trainings = trainings_of_run(resolved, samples)
+    if on is None and is_fast(trainings):  # what it costs is what it is for
+        on = hardware(_HARDWARE, _UTILISATION, None)
     needs = ""
     if on is not None:
         needs = training_table(trainings, on, tokens) if trainings else "this run trains no model"

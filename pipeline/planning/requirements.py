@@ -1,7 +1,7 @@
 """Computes what a training needs on given devices for `cnclip plan`: steps, micro-batch, memory and days."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -33,8 +33,11 @@ from pipeline.planning.speed import (
     wire,
 )
 from training.config.deepspeed_file import computes_in_bfloat16, read_deepspeed_file
+from training.config.phases import with_phases
 from training.config.recipes import (
     STAGES,
+    fast_models,
+    fast_recipe,
     finetune_recipe,
     finetuned_data,
     larger_models,
@@ -43,11 +46,11 @@ from training.config.recipes import (
     pretrained_stages,
 )
 from training.config.train import TrainConfig, sized
-from training.flops import PEAK_FLOPS, WITHOUT_BFLOAT16, device_gib, find_device
+from training.flops import PEAK_FLOPS, WITHOUT_BFLOAT16, device_gib, find_device, training_flops
 from training.model.config import MODELS, ModelConfig
 from training.stages import TrainStageConfig
 
-RECIPES = ("pretrain", "finetune", "larger")
+RECIPES = ("pretrain", "finetune", "larger", "fast")
 PAPER_PAIRS = 200_000_000  # section 2.2
 # Cards × days in the paper (A.2): V100 except for ViT-L-14-336 and ViT-H-14 (A100).
 _PAPER_GPU_DAYS: Mapping[tuple[str, str], float] = MappingProxyType(
@@ -103,6 +106,18 @@ class Training:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sum:
+    """What all trainings of a model by one recipe need together."""
+
+    model: str
+    recipe: str  # fast or paper
+    num_steps: int
+    samples: int  # seen, an epoch's each time
+    flops: float  # without what is computed twice
+    gpu_days: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Need:
     """The requirements of a training on given hardware."""
 
@@ -114,6 +129,7 @@ class Need:
     sample_gib: float  # of a rank that holds one sample at once
     in_bfloat16: bool  # whether matrix products run in bfloat16
     num_steps: int | None  # None: unknown number of samples
+    flops: float | None  # of all steps, without what is computed twice
     gpu_days: float | None  # including the computation of cached features
     step: Step
     wire: Wire
@@ -150,7 +166,7 @@ def hardware(
 
 
 def trainings_of_recipe(recipe: str, num_samples: int | None) -> list[Training]:
-    """Return every model and stage of pretrain.toml or larger.toml, or model and data set of finetune.toml.
+    """Return every model and stage of a recipe, or of finetune.toml every model and data set.
 
     `num_samples` does not apply to sets with a published number of pairs, on which Table 9 bases its epochs.
     """
@@ -172,22 +188,75 @@ def trainings_of_recipe(recipe: str, num_samples: int | None) -> list[Training]:
             for model in larger_models()
             for stage in STAGES
         ]
+    if recipe == "fast":
+        return [item for model in fast_models() for item in _fast_trainings(model, pairs)]
+    return [item for model in MODELS for item in _paper_trainings(model, pairs)]
+
+
+def _fast_trainings(model: str, num_samples: int) -> list[Training]:
     return [
-        Training(model=model, name=stage, config=paper_recipe(model, stage), num_samples=pairs)
-        for model in MODELS
+        Training(model=model, name=name, config=config, num_samples=num_samples)
+        for name, config in with_phases("stage2", fast_recipe(model, "stage2"))
+    ]
+
+
+def _paper_trainings(model: str, num_samples: int) -> list[Training]:
+    return [
+        Training(model=model, name=stage, config=paper_recipe(model, stage), num_samples=num_samples)
         for stage in pretrained_stages(model)
     ]
 
 
+def is_fast(trainings: Sequence[Training]) -> bool:
+    """Return whether trainings of one model are those of `recipe = "fast"`, on any number of ranks."""
+    model = trainings[0].model if trainings else ""
+    if model not in fast_models():
+        return False
+    recipe = _fast_trainings(model, PAPER_PAIRS)
+    return [item.name for item in trainings] == [item.name for item in recipe] and not any(
+        _differs(item.config, its.config) for item, its in zip(trainings, recipe, strict=True)
+    )
+
+
+def next_to_the_paper(trainings: Sequence[Training], on: Hardware, tokens: int) -> list[tuple[Sum, Sum]]:
+    """Return what each model costs by the fast recipe, and by the paper's; other trainings have no pair."""
+    found = []
+    for model in dict.fromkeys(item.model for item in trainings):
+        own = [item for item in trainings if item.model == model]
+        pairs = own[0].num_samples
+        if pairs is not None and is_fast(own):
+            paper = _paper_trainings(model, pairs)
+            found.append((_sum("fast", own, on, tokens), _sum("paper", paper, on, tokens)))
+    return found
+
+
+def _sum(recipe: str, trainings: Sequence[Training], on: Hardware, tokens: int) -> Sum:
+    needs = [need(item, on, tokens) for item in trainings]
+    return Sum(
+        model=trainings[0].model,
+        recipe=recipe,
+        num_steps=sum(found.num_steps or 0 for found in needs),
+        samples=sum(item.config.epochs * (item.num_samples or 0) for item in trainings),
+        flops=sum(found.flops or 0.0 for found in needs),
+        gpu_days=sum(found.gpu_days or 0.0 for found in needs),
+    )
+
+
 def trainings_of_run(run: Run, num_samples: int | None) -> list[Training]:
-    """Return the training stages of a run, with the samples of its shards if these are finished."""
+    """Return the training stages of a run, with the samples of its shards if these are finished.
+
+    Those of `recipe = "fast"` then have the paper's number of pairs, with whose cost theirs is compared.
+    """
     manifest = read_manifest(run, "shards")
     known = num_samples or (manifest.num_kept if manifest is not None else None)
-    return [
+    found = [
         Training(model=stage.config.model, name=stage.name, config=stage.config.train, num_samples=known)
         for stage in run.stages
         if isinstance(stage.config, TrainStageConfig)
     ]
+    if known is None and is_fast(found):
+        return [replace(item, num_samples=PAPER_PAIRS) for item in found]
+    return found
 
 
 def paper_gpu_days(item: Training) -> float | None:
@@ -195,9 +264,12 @@ def paper_gpu_days(item: Training) -> float | None:
     for stage in pretrained_stages(item.model):
         if stage == item.name and item.num_samples == PAPER_PAIRS:
             recipe = paper_recipe(item.model, stage)
-            differs = any(getattr(recipe, name) != getattr(item.config, name) for name in _WORK)
-            return None if differs else _PAPER_GPU_DAYS[item.model, stage]
+            return None if _differs(recipe, item.config) else _PAPER_GPU_DAYS[item.model, stage]
     return None
+
+
+def _differs(a: TrainConfig, b: TrainConfig) -> bool:
+    return any(getattr(a, name) != getattr(b, name) for name in _WORK)
 
 
 def need(item: Training, on: Hardware, tokens: int) -> Need:
@@ -209,9 +281,10 @@ def need(item: Training, on: Hardware, tokens: int) -> Need:
         model, config, zero_of(settings), precision_of(settings), on, min(tokens, config.context_length)
     )
     micro_batch, found = plan.micro_batch, plan.step
-    num_steps = days = None
+    num_steps = flops = days = None
     if item.num_samples is not None:
         num_steps = config.epochs * item.num_samples // config.global_batch
+        flops = num_steps * config.global_batch * training_flops(model, config, plan.tokens)
         days = gpu_days(config, found, num_steps) + cache_days(
             model, config, num_samples=item.num_samples, flops_per_second=on.flops_per_second
         )
@@ -224,6 +297,7 @@ def need(item: Training, on: Hardware, tokens: int) -> Need:
         sample_gib=plan.gib(1),
         in_bfloat16=computes_in_bfloat16(settings),
         num_steps=num_steps,
+        flops=flops,
         gpu_days=days,
         step=found,
         wire=wire(model, config, zero=plan.zero, precision=plan.precision),

@@ -6,7 +6,15 @@ from pipeline.core.records import ConfigError
 from pipeline.core.text_table import align
 from pipeline.planning.memory import SECONDS_A_DAY
 from pipeline.planning.proportions import proportion_notes
-from pipeline.planning.requirements import GIB, Hardware, Need, Training, need, paper_gpu_days
+from pipeline.planning.requirements import (
+    GIB,
+    Hardware,
+    Need,
+    Training,
+    need,
+    next_to_the_paper,
+    paper_gpu_days,
+)
 from pipeline.planning.speed import HOST_SECONDS_A_LAYER, NETWORKS, RANKS_OF_A_NODE, SUITS
 
 _HEADER = (
@@ -43,7 +51,23 @@ def training_table(trainings: Sequence[Training], on: Hardware, tokens: int) -> 
     if not on.has_bfloat16 and any(needed.in_bfloat16 for _, needed in planned):
         notes.insert(0, _note_on_bfloat16([item for item, needed in planned if needed.in_bfloat16], on))
     steps = align([_STEP_HEADER, *(_step_row(item, needed) for item, needed in planned)], _STEP_SIDES)
-    return "\n".join([table, "", steps, "", _reckoned(trainings, on, tokens, paper), *notes])
+    sums = _sums_table(trainings, on, tokens)
+    return "\n".join([table, "", steps, "", *sums, _reckoned(trainings, on, tokens, paper), *notes])
+
+
+def _sums_table(trainings: Sequence[Training], on: Hardware, tokens: int) -> list[str]:
+    """Return the lines of a table of what fast trainings and the paper's need; empty without fast ones."""
+    rows = [("model", "recipe", "steps", "samples", "EFLOPs", "GPU-days", "of the paper's")]
+    for pair in next_to_the_paper(trainings, on, tokens):
+        rows += [
+            (
+                *(each.model, each.recipe, f"{each.num_steps:,}", f"{each.samples:,}"),
+                *(f"{each.flops / 1e18:,.1f}", _duration(each.gpu_days, digits=1)),
+                f"{each.gpu_days / pair[1].gpu_days:.0%}" if pair[1].gpu_days else "?",  # less than a step
+            )
+            for each in pair
+        ]
+    return [align(rows, (False, False, *(True,) * 5)), ""] if len(rows) > 1 else []
 
 
 def _reckoned(trainings: Sequence[Training], on: Hardware, tokens: int, paper: bool) -> str:

@@ -50,7 +50,8 @@ _RECIPE = """
 `[stage1]`, `[stage2]` and `[finetune]` also take `recipe`: `"paper"`, or for `[finetune]` one of `"muge"`,
 `"flickr30k-cn"`, `"coco-cn"` and `"icr"`. It fills in the paper's values for `[model] name`; keys that the
 table holds take precedence. For models larger than the paper's, `ViT-g-14` and `ViT-bigG-14`, `"larger"`
-fills in ViT-H-14's values with 128 ranks.
+fills in ViT-H-14's values with 128 ranks. In `[stage2]`, `"fast"` fills in settings that take a part of the
+paper's compute, with `phases`; it has no stage 1.
 """
 
 _TABLE_SOURCES = """

@@ -27,3 +27,21 @@ def test_different_outputs_are_part_of_the_claim() -> None:
     (row,) = readme.rows_of("new", {"results": [result], "machine": "m", "commit": "c"})
     assert row.cells()[0].endswith("; outputs differ")
     assert row.cells()[1:] == ["2", "–", "–", "m", "c"]
+
+
+def test_arms_stand_against_their_peer_in_the_mean_over_seeds() -> None:
+    def runs(**means: float) -> dict[str, object]:
+        names = [(arm, seed) for arm in means for seed in (0, 1)]
+        return {
+            "runs": [
+                {"arm": arm, "seed": seed, "recall": {"style": means[arm] + seed - 0.5}}
+                for arm, seed in names
+            ]
+        }
+
+    (row,) = readme.rows_of("compute", runs(paper=40.0, together=50.0))
+    assert (row.ours, row.peer, row.ratio) == (50.0, 40.0, 1.25)
+    assert row.cells()[0].endswith("(training/compute.py) (together, style, 2 seeds, %)")
+    locked = {"locked, seen": 20.0, "not locked, seen": 25.0}
+    (row,) = readme.rows_of("locking", runs(**locked))
+    assert (row.ours, row.peer) == (20.0, 25.0)

@@ -61,6 +61,30 @@ def larger_recipe(model: str, stage: Literal["stage1", "stage2"]) -> TrainConfig
     return build(TrainConfig, table, "training/recipes/larger.toml")
 
 
+def fast_models() -> list[str]:
+    """Return the names of the models that fast.toml has."""
+    return [name for name in _read_recipes("fast") if name in MODELS]
+
+
+def fast_recipe(model: str, stage: Literal["stage1", "stage2"]) -> TrainConfig:
+    """Return settings that take a part of the paper's compute: its stage 2 with fast.toml's values.
+
+    Raises:
+        ConfigError: if there are none for this model, or for stage 1.
+    """
+    recipes = _read_recipes("fast")
+    common, own = recipes.pop("common"), recipes.get(model)
+    if own is None:
+        raise ConfigError(f'recipe = "fast": it has no {model!r}; it has {", ".join(recipes)}')
+    if stage == "stage1":
+        raise ConfigError('recipe = "fast" has no stage 1: remove [stage1], or without = ["stage1"]')
+    table = {**_paper_table(model, stage), **common, **own}
+    table.pop("phase")
+    if "phase" in own:
+        table["phases"] = [{**common["phase"], **own["phase"]}]
+    return build(TrainConfig, table, "training/recipes/fast.toml")
+
+
 def finetune_recipe(model: str, data: str) -> TrainConfig:
     """Return the settings with which the paper finetuned a model on a data set (Table 9, A.3, A.4).
 
@@ -98,5 +122,5 @@ def finetuned_data(model: str) -> list[str]:
     return [data for data in recipes["data"] if data in recipes.get(model, {})]
 
 
-def _read_recipes(name: Literal["pretrain", "finetune", "larger"]) -> dict[str, Any]:
+def _read_recipes(name: Literal["pretrain", "finetune", "larger", "fast"]) -> dict[str, Any]:
     return tomllib.loads((resources.files("training.recipes") / f"{name}.toml").read_text("utf-8"))

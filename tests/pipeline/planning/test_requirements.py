@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli import main
+from training.config.recipes import fast_models
 from training.flops import image_forward, text_forward
-from training.model.config import MODELS
+from training.model.config import MODELS, at_size
 
 
 def plan(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -48,6 +49,39 @@ def test_models_beyond_the_paper(capsys: pytest.CaptureFixture[str]) -> None:
     assert "does not divide" not in said
     assert main(["plan", "larger", "--set", "stage1.epochs=2"]) == 2
     assert "larger is a fixed recipe without settings to override" in capsys.readouterr().err
+
+
+def test_fast_trainings_stand_next_to_the_papers(capsys: pytest.CaptureFixture[str]) -> None:
+    said = plan(capsys, "fast").split("\n\n")
+    sums = [line.split() for line in said[2].splitlines()[1:]]
+    assert [row[:2] for row in sums] == [
+        [model, name] for model in fast_models() for name in ("fast", "paper")
+    ]
+    for fast, paper in zip(sums[::2], sums[1::2], strict=True):
+        for column in range(2, 6):  # steps, samples, EFLOPs, GPU-days
+            assert float(fast[column].replace(",", "")) < float(paper[column].replace(",", ""))
+        assert paper[6] == "100%"
+    own = [line.split() for line in said[0].splitlines()[1:] if line.startswith("ViT-B-16 ")]
+    (by_hand,) = [row for row in sums if row[:2] == ["ViT-B-16", "fast"]]
+    steps = [int(row[4].replace(",", "")) for row in own]
+    assert by_hand[2] == f"{sum(steps):,}"
+    model = MODELS["ViT-B-16"]
+    text = text_forward(model.text, 22)
+    flops = [3 * (text + image_forward(at_size(model, side))) for side in (112, 224)]
+    work = steps[0] * 32_768 * flops[0] + steps[1] * 16_384 * flops[1]
+    assert float(by_hand[4]) == pytest.approx(work / 1e18, abs=0.1)
+
+    run = plan_of_an_absent_corpus(capsys, "fast_vit_b_16")  # without --hardware and --samples
+    assert ["ViT-B-16", *by_hand[1:]] in [line.split() for line in run.splitlines()]
+    assert "EFLOPs" not in plan_of_an_absent_corpus(capsys, "fast_vit_b_16", "--set=stage2.epochs=4")
+    assert "EFLOPs" not in plan(capsys, "pretrain")
+    tiny = plan(capsys, "fast", "--samples", "1000").split("\n\n")[2]  # of which some fill no batch
+    assert {line.split()[-1] for line in tiny.splitlines() if line.startswith("ViT-L-14-336")} == {"?"}
+
+
+def plan_of_an_absent_corpus(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(["plan", *words]) == 2
+    return capsys.readouterr().out
 
 
 def test_the_hardware_counts(capsys: pytest.CaptureFixture[str]) -> None:
