@@ -1,12 +1,12 @@
-"""Measure images a CPU second of the stages that handle images, for docs/scale.md.
+"""Measure images a CPU second of the stages that read or write images' bytes, for docs/scale.md.
 
     python benchmarks/data_prep/data_stages.py [--full] [--images N]
 
 Photographs as in benchmarks/data_prep/resize.py lie in a folder, which the run serves to itself over HTTP on
-loopback; the real stages download (img2dataset and all, one process), filter_image and shards run on
-them. CPU seconds of the download are those of its own processes, without the server, and without what
-starting them costs: the difference of a long and a short run. Each row has its own address; files
-behind them repeat.
+loopback; the real stages download (img2dataset and all, one process) and shards (packing anew) run on them,
+and a check of all bytes. CPU seconds of the download are those of its own processes, without the server.
+What starting costs is left out of every rate: it is that of the difference of a long and a short run. Each
+row has its own address; files behind them repeat.
 Last line: one JSON list, a record a stage, with bytes stored an image; there is no peer.
 """
 
@@ -61,7 +61,7 @@ lanes = 2
 
 
 def cpu_seconds(folder: Path, count: int, scaled: bool) -> tuple[dict[str, float], float, float]:
-    """Return CPU seconds of each stage, and bytes an image on the wire and stored."""
+    """Return CPU seconds of each stage and of `verify`, and bytes an image on the wire and stored."""
     (folder / "pictures").mkdir(parents=True)
     (folder / "valid").mkdir()
     for suffix in ("_imgs.tsv", "_texts.jsonl"):  # never read beyond its size
@@ -88,6 +88,9 @@ def cpu_seconds(folder: Path, count: int, scaled: bool) -> tuple[dict[str, float
         found[stage.name] = theirs if stage.name == "download" else own
         if stage.name == "shards":
             break
+    started = time.process_time()
+    assert not runner.verify(run, [run.stage("download")])
+    found["verify"] = time.process_time() - started
     manifest = read_manifest(run, "shards")
     assert manifest is not None
     assert manifest.num_kept == count, f"{manifest.num_kept} of {count} images came through"
@@ -106,7 +109,7 @@ def main() -> None:
         for scaled in (False, True):
             short, _, _ = cpu_seconds(folder / f"short{scaled}", SHORT_RUN, scaled)
             long, received, stored = cpu_seconds(folder / f"long{scaled}", count, scaled)
-            for stage in ("download",) if scaled else ("download", "filter_image", "shards"):
+            for stage in ("download",) if scaled else ("download", "shards", "verify"):
                 rate = (count - SHORT_RUN) / (long[stage] - short[stage])
                 name = f"data_stages/{stage}" + ("/scaled" if scaled else "")
                 print(f"{name:<30} {rate:8.1f} images/CPU s")

@@ -17,6 +17,7 @@ from pipeline.cli import (
     index_rows,
     init,
     law,
+    plan,
     push,
     report,
     runs,
@@ -32,6 +33,7 @@ from pipeline.core.terminal import Verbosity, guarded_output, set_verbosity
 GROUPS = (
     init.INIT,
     runs.RUN,
+    plan.PLAN,
     status.STATUS,
     report.REPORT,
     runs.REST,
