@@ -24,7 +24,7 @@ def check_float8(deepspeed: str, model: ModelConfig, *, locks_image: bool, stage
             f"[{stage}] fp8 = true, but {deepspeed} is ZeRO 3: it takes weights back before the backward"
             " pass, for which float8 products keep them; use a lower stage or leave fp8 out"
         )
-    widths = {"text tower": (model.text.width,)}
+    widths: dict[str, tuple[int, ...]] = {"text tower": (model.text.width,)}
     if isinstance(model.vision, VisionTransformerConfig) and not locks_image:
         widths["image tower"] = (model.vision.width, model.vision.feed_forward_width)
     for tower, found in widths.items():

@@ -155,6 +155,11 @@ def test_loss_and_gradients_are_near_those_of_float32() -> None:
     distances = apart(in_float8, gradients, names)
     assert max(distances) < 0.25
     assert statistics.fmean(distances) > 2 * statistics.fmean(apart(in_bf16, gradients, names))
+    clip.float().load_state_dict(small_clip().state_dict())
+    with torch.autocast("cpu", torch.bfloat16):
+        found, in_autocast = loss_and_gradients(clip, torch.float32)
+    assert found == pytest.approx(exact, abs=0.02)
+    assert max(apart(in_autocast, gradients, names)) < 0.25
 
 
 @pytest.fixture
