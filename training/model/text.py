@@ -141,7 +141,8 @@ def encode_packed(
     device = bert.embeddings.word_embeddings.weight.device
     packing = pack(tokens_BL, device, multiple=filled_to(len(tokens_BL)) if compiled else 1)
     # A plain product is one kernel already; one in float8 is several, which torch joins.
-    fuses_projection = compiled and type(bert.encoder.layer[0].attention.self.query) is not nn.Linear
+    first: Any = bert.encoder.layer[0]
+    fuses_projection = compiled and type(first.attention.self.query) is not nn.Linear
     through = _Pass(
         packing,
         recompute,
