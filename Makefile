@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 EMOJI ?= corpora/emoji_zh
 PICTURES ?= corpora/pictures
 
-.PHONY: install gpu demo test test-slow lint emoji pictures clean
+.PHONY: install gpu demo test test-slow test-float8 lint emoji pictures clean
 
 install: $(VENV)/installed
 
@@ -44,6 +44,11 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# transformers imports torchao wherever it is installed, in every process: here it has a folder of its own.
+test-float8: install
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt --target $(VENV)/float8 --upgrade torchao
+	PYTHONPATH=$(VENV)/float8 $(BIN)/python -m pytest -m "slow or not slow" tests/training/engine/test_float8.py
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -147,6 +147,11 @@ CLAIMS: dict[str, tuple[str, str]] = {
     "resize/scaled": ("decode and resize with `scaled_decode`: ours against the peer", "data_prep/resize.py"),
     "retrieval": ("features to score file: ours against CN-CLIP's loop", "eval/retrieval.py"),
     "retrieval/matmul": ("features to score file: ours against the bare matrix product", "eval/retrieval.py"),
+    "float8/loss": (
+        "the loss after training in float8 against bfloat16, both ours",
+        "training/float8.py",
+    ),
+    "float8/step": ("a step of stage 2: float8 against bfloat16, both ours", "training/float8.py"),
     "shards/copy": ("write shards: ours against a plain copy of the bytes", "data_prep/shards.py"),
     "shards/webdataset": ("write shards: ours against webdataset", "data_prep/shards.py"),
     "survey/requests": (
@@ -163,6 +168,18 @@ CLAIMS: dict[str, tuple[str, str]] = {
     ),
     "train_step/live": ("a step of stage 1: ours against cn_clip", "training/train_step.py"),
     "train_step/stage2": ("a step of stage 2: ours against cn_clip", "training/train_step.py"),
+    "train_step/cached/open_clip": (
+        "a step of stage 1: ours on cached features against open_clip, compiled",
+        "training/train_step.py",
+    ),
+    "train_step/live/open_clip": (
+        "a step of stage 1: ours against open_clip, compiled",
+        "training/train_step.py",
+    ),
+    "train_step/stage2/open_clip": (
+        "a step of stage 2: ours against open_clip, compiled",
+        "training/train_step.py",
+    ),
     "zeroshot": ("classify: folded templates against every prompt scored", "eval/zeroshot.py"),
     # Trainings that are compared by what they learn
     "cached_views": ("mean recall of stage 1: cached views against live images", "training/cached_views.py"),

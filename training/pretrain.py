@@ -36,6 +36,7 @@ from training.data.views import ViewConfig
 from training.engine.averages import RunningAverages
 from training.engine.compiler import check_compiler
 from training.engine.engine import build_engine, join_ranks
+from training.engine.float8 import check_device
 from training.engine.precision import autocast, check_precision
 from training.engine.teacher import load_teacher
 from training.engine.towers import Towers
@@ -84,6 +85,7 @@ def pretrain(job: TrainJob, validate: Validate | None) -> None:
     clip = build_model(job, tokenizer)
     check_precision(config)
     check_compiler(config, job.stage)
+    check_device(config, job.stage)
     order = sample_order(job)
     reader = make_reader(job, order, tokenizer, clip, lanes=order.rank_lanes(rank, config.ranks))
     teacher = load_teacher(config, clip, job.stage)

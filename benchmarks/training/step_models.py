@@ -1,4 +1,4 @@
-"""Make both sides of a training step: our model and cn_clip's with the same weights, and a batch for them."""
+"""Make both sides of a training step: our model and a peer's with the same weights, and a batch for them."""
 
 import os
 from dataclasses import replace
@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from benchmarks.peers import cn_clip_of
+from benchmarks.peers import Peer, cn_clip_of, named_as_open_clip, open_clip_of
 from training.config.train import TrainConfig
 from training.data.loader import Batch
 from training.engine.engine import train_step
@@ -59,18 +59,22 @@ def without_dropout(model: str, kind: Kind) -> CLIP:
     return clip.train()
 
 
-def models_of(model: str, kind: Kind) -> tuple[CLIP, Any]:
-    """Return our model and cn_clip's with the same weights, in training mode."""
+def models_of(model: str, kind: Kind, peer_name: Peer = "cn_clip") -> tuple[CLIP, Any]:
+    """Return our model and a peer's with the same weights, in training mode."""
     clip = without_dropout(model, kind)
-    peer = cn_clip_of(clip.config)
-    found = peer.load_state_dict(state_for_file(clip), strict=False)
+    state = state_for_file(clip)
+    if peer_name == "open_clip":
+        peer, state = open_clip_of(clip.config), named_as_open_clip(state)
+    else:
+        peer = cn_clip_of(clip.config)
+    found = peer.load_state_dict(state, strict=False)
     lacking = [key for key in found.missing_keys if "pooler" not in key and "position_ids" not in key]
     assert not lacking, lacking
     assert not found.unexpected_keys, found.unexpected_keys
     if kind != "stage2":
         for parameter_name, parameter in peer.named_parameters():
             if parameter_name.startswith("visual."):
-                parameter.requires_grad = False  # as its `--freeze-vision`
+                parameter.requires_grad = False  # as their `--freeze-vision` and `--lock-image`
     return clip, peer.train()
 
 

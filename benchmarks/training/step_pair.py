@@ -1,5 +1,6 @@
 """Compare a step of both sides in float32: losses, gradients, and seconds."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import in_turns, medians, seconds
-from benchmarks.peers import cn_clip_loss
+from benchmarks.peers import Peer, cn_clip_loss, named_as_chinese_clip, open_clip_loss
 from benchmarks.training.step_models import Kind, config_of, make_batch, models_of
 from training.engine.towers import Towers
 from training.model.clip import CLIP, build_clip
@@ -19,15 +20,17 @@ TOLERANCE = 1e-4  # of losses; of a gradient relative to its length ten times th
 CACHE_TOLERANCE = 2e-3  # of the loss on float16 features
 # Gradients shorter than this share of the longest are rounding (those of keys' biases are 0 by formula).
 NOISE = 1e-4
+LOSSES: dict[Peer, Callable[..., Tensor]] = {"cn_clip": cn_clip_loss, "open_clip": open_clip_loss}
 
 
 class Pair:
     """Both sides in float32, with the same weights, on one batch of 8."""
 
-    def __init__(self, model: str, kind: Kind, device: str) -> None:
+    def __init__(self, model: str, kind: Kind, device: str, peer: Peer = "cn_clip") -> None:
         self.config = config_of(kind, BATCH)
         self._device = device
-        self.clip, self.peer = models_of(model, kind)
+        self.clip, self.peer = models_of(model, kind, peer)
+        self._loss_of_peer = LOSSES[peer]
         self.clip.to(device)
         self.peer.to(device)
         self.towers = Towers(self.clip, num_samples_of_ranks=(BATCH,), config=self.config).to(device)
@@ -47,7 +50,7 @@ class Pair:
         return loss.detach()
 
     def peer_step(self) -> Tensor:
-        loss = cn_clip_loss(self.peer, self._pixel_BCHW, self._tokens_BL.to(self._device))
+        loss = self._loss_of_peer(self.peer, self._pixel_BCHW, self._tokens_BL.to(self._device))
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
@@ -80,7 +83,7 @@ class Pair:
 
 
 def gradients_of(model: Any) -> dict[str, Tensor]:
-    """Return gradients of our model or of cn_clip's, by the names in cn_clip's files."""
+    """Return gradients of our model or of a peer's, by the names in cn_clip's files."""
     if isinstance(model, CLIP):
         trained = {name for name, tensor in model.named_parameters() if tensor.grad is not None}
         holder = build_clip(model.config)
@@ -92,5 +95,7 @@ def gradients_of(model: Any) -> dict[str, Tensor]:
         )
         found = state_for_file(holder)
     else:
-        found = {name: tensor.grad for name, tensor in model.named_parameters() if tensor.grad is not None}
+        found = named_as_chinese_clip(
+            {name: tensor.grad for name, tensor in model.named_parameters() if tensor.grad is not None}
+        )
     return {name: tensor.detach().float().cpu() for name, tensor in found.items() if tensor.any()}

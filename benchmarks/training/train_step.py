@@ -19,6 +19,10 @@ memory asks for it. cn_clip's image tower attends by PyTorch's fused kernels; `-
 own wants the interface of flash-attn 1, which later ones no longer have, and is left out. Utilisation counts
 the operations that the model needs for captions as long as they are, by the data sheet's peak. `equal` asks
 for float32 on the GPU too, and for losses of the bfloat16 steps that agree to 0.05.
+
+A GPU's second peer is open_clip with both towers on the same weights: its own image tower, and transformers'
+BERT by its `HFTextEncoder`. It trains as its `--precision amp_bf16 --torchcompile --local-loss
+--gather-with-grad` does, with fused AdamW; a record says whether torch compiled it.
 """
 
 import sys

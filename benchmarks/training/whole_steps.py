@@ -1,10 +1,11 @@
-"""Measure whole training steps on an accelerator, optimizer included: the engine's, and cn_clip's.
+"""Measure whole training steps on an accelerator, optimizer included: the engine's, and the peers'.
 
-Both get their batches as training does, from shards by worker processes, which is generous to the peer.
+All get their batches as training does, from shards by worker processes, which is generous to the peers.
 """
 
 import contextlib
 import functools
+import importlib.metadata
 import itertools
 import multiprocessing
 import os
@@ -20,9 +21,10 @@ from unittest import mock
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
 from benchmarks.harness import record, seconds
-from benchmarks.peers import cn_clip_loss
+from benchmarks.peers import Peer
 from benchmarks.training.image_path import Source, draw_jpegs, make_source
 from benchmarks.training.step_models import (
     CONTEXT_LENGTH,
@@ -36,7 +38,7 @@ from benchmarks.training.step_models import (
     take_step,
     without_dropout,
 )
-from benchmarks.training.step_pair import Pair
+from benchmarks.training.step_pair import LOSSES, Pair
 from pipeline.core.records import Shard
 from training.data.feature_cache import FeatureCache, build, most_images, requests
 from training.data.feeder import Feeder, Request
@@ -44,15 +46,24 @@ from training.data.image_workers import ImageWorkers
 from training.data.loader import Batch, BatchReader
 from training.engine.engine import Towers, build_engine, join_ranks
 from training.flops import PEAK_FLOPS, find_device, training_flops
+from training.model.compiled import lacks
 from training.model.config import MODELS
 from training.model.preprocess import normalise
 
-Side = Literal["ours", "peer"]
+Side = Literal["ours"] | Peer
 
 BF16_TOLERANCE = 0.05  # of losses
 WARM_UP, LEARNING_RATE = 3, 1e-6
 STEPS = 10**6  # never reached
 UNIQUE_IMAGES = 32
+# Distributions, and how a record says which settings of the peer were measured.
+PEERS: dict[Peer, tuple[str, str]] = {
+    "cn_clip": ("cn_clip", "bf16 autocast, PyTorch's attention, AdamW"),
+    "open_clip": (
+        "open_clip_torch",
+        "bf16 autocast, fused AdamW, text by HFTextEncoder: transformers' BERT with our weights",
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,49 +75,60 @@ class StepTimes:
     losses: tuple[float, ...]
     peak_bytes: int
     checkpointing: bool
+    compiled: bool
 
 
 def compare_on_accelerator(
     model: str, device: str, batch_size: int, rounds: int, kinds: tuple[Kind, ...] = KINDS
-) -> list[dict[str, Any]]:
-    """Return samples a second of both sides, each measured in a separate process."""
-    config = MODELS[model]
-    known = find_device(torch.cuda.get_device_name(device)) if device != "cpu" else None
-    peak = None if known is None else PEAK_FLOPS[known]
-    results = []
+) -> Iterator[dict[str, Any]]:
+    """Yield samples a second of ours and of each peer, as soon as they are known.
+
+    Each side is measured in a separate process.
+    """
     for kind in kinds:
-        equal = alone(agree_in_float32, model, kind, device)
         sides: dict[Side, StepTimes] = {}
-        for side in ("ours", "peer"):
+        for side in ("ours", *PEERS):
             sides[side] = fastest(
                 functools.partial(alone, measure, side, model, kind, device, batch_size, rounds)
             )
-        ours, peer = sides["ours"], sides["peer"]
-        loss_apart = max(abs(a - b) for a, b in zip(ours.losses, peer.losses, strict=True))
-        flops = training_flops(config, config_of(kind, batch_size), MEAN_TOKENS)
-        # The peer has no features to read: what its model needs is a live step.
-        peer_flops = training_flops(
-            config, config_of("live" if kind == "cached" else kind, batch_size), MEAN_TOKENS
-        )
-        results.append(
-            record(
-                f"train_step/{kind}@{model}",
-                ours=batch_size / ours.step_seconds,
-                peer=batch_size / peer.step_seconds,
-                unit="samples/s",
-                equal=bool(equal and loss_apart < BF16_TOLERANCE),
-                device=device,
-                losses_apart=round(loss_apart, 5),
-                batch=batch_size,
-                utilisation=share(flops * batch_size / ours.step_seconds, peak),
-                peer_utilisation=share(peer_flops * batch_size / peer.step_seconds, peak),
-                optimizer_seconds=round(ours.optimizer_seconds, 5),
-                peer_optimizer_seconds=round(peer.optimizer_seconds, 5),
-                checkpointing={"ours": ours.checkpointing, "peer": peer.checkpointing},
-                peak_gib={"ours": gib(ours.peak_bytes), "peer": gib(peer.peak_bytes)},
-            )
-        )
-    return results
+            if side != "ours":
+                yield _compared(side, sides, model, kind, device, batch_size)
+
+
+def _compared(
+    peer_name: Peer, sides: dict[Side, StepTimes], model: str, kind: Kind, device: str, batch_size: int
+) -> dict[str, Any]:
+    """Return the record of ours against a peer."""
+    equal = alone(agree_in_float32, model, kind, device, peer_name)
+    config = MODELS[model]
+    known = find_device(torch.cuda.get_device_name(device)) if device != "cpu" else None
+    peak = None if known is None else PEAK_FLOPS[known]
+    ours, peer = sides["ours"], sides[peer_name]
+    loss_apart = max(abs(a - b) for a, b in zip(ours.losses, peer.losses, strict=True))
+    flops = training_flops(config, config_of(kind, batch_size), MEAN_TOKENS)
+    # The peer has no features to read: what its model needs is a live step.
+    peer_flops = training_flops(
+        config, config_of("live" if kind == "cached" else kind, batch_size), MEAN_TOKENS
+    )
+    distribution, settings = PEERS[peer_name]
+    return record(
+        f"train_step/{kind}@{model}" if peer_name == "cn_clip" else f"train_step/{kind}/{peer_name}@{model}",
+        ours=batch_size / ours.step_seconds,
+        peer=batch_size / peer.step_seconds,
+        unit="samples/s",
+        equal=bool(equal and loss_apart < BF16_TOLERANCE),
+        device=device,
+        peer_is=f"{distribution} {importlib.metadata.version(distribution)}: {settings}",
+        losses_apart=round(loss_apart, 5),
+        batch=batch_size,
+        utilisation=share(flops * batch_size / ours.step_seconds, peak),
+        peer_utilisation=share(peer_flops * batch_size / peer.step_seconds, peak),
+        optimizer_seconds=round(ours.optimizer_seconds, 5),
+        peer_optimizer_seconds=round(peer.optimizer_seconds, 5),
+        compiled={"ours": ours.compiled, "peer": peer.compiled},
+        checkpointing={"ours": ours.checkpointing, "peer": peer.checkpointing},
+        peak_gib={"ours": gib(ours.peak_bytes), "peer": gib(peer.peak_bytes)},
+    )
 
 
 def fastest(run: Callable[[bool], StepTimes | None]) -> StepTimes:
@@ -123,19 +145,32 @@ def alone(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(function, *arguments).result()
 
 
-def agree_in_float32(model: str, kind: Kind, device: str) -> bool:
-    return Pair(model, kind, device).agree()
+def agree_in_float32(model: str, kind: Kind, device: str, peer: Peer) -> bool:
+    return Pair(model, kind, device, peer).agree()
 
 
 def measure(
-    side: Side, model: str, kind: Kind, device: str, batch_size: int, rounds: int, checkpointing: bool
+    side: Side,
+    model: str,
+    kind: Kind,
+    device: str,
+    batch_size: int,
+    rounds: int,
+    checkpointing: bool,
+    compiled: bool | None = None,
 ) -> StepTimes | None:
-    """Measure one side's whole steps in bfloat16; None if they do not fit into memory."""
-    make = {"ours": our_training, "peer": peer_training}[side]
+    """Measure one side's whole steps in bfloat16; None if they do not fit into memory.
+
+    By default ours and open_clip are compiled if there is a GPU with all that it takes; open_clip is measured
+    uncompiled if torch fails to compile it.
+    """
+    make = our_training if side == "ours" else functools.partial(peer_training, side)
+    if compiled is None:
+        compiled = side != "cn_clip" and device != "cpu" and not lacks(on_gpu=True)
     try:
         with contextlib.ExitStack() as opened:
             source = opened.enter_context(made_source(model, batch_size))
-            step, optimizer = make(model, kind, device, source, checkpointing, opened)
+            step, optimizer = make(model, kind, device, source, checkpointing, opened, compiled=compiled)
             losses, times = [], []
             for number in range(WARM_UP + rounds):
                 start = seconds(device)
@@ -145,8 +180,15 @@ def measure(
             optimizer_seconds = _timed_inside(step, optimizer, device)
     except torch.OutOfMemoryError:
         return None
+    except TorchDynamoException as error:
+        if side == "ours" or not compiled:
+            raise
+        print(f"{side} is measured uncompiled: {type(error).__name__}: {error}", flush=True)
+        return measure(side, model, kind, device, batch_size, rounds, checkpointing, compiled=False)
     peak = 0 if device == "cpu" else torch.cuda.max_memory_allocated(device)
-    return StepTimes(statistics.median(times), optimizer_seconds, tuple(losses), peak, checkpointing)
+    return StepTimes(
+        statistics.median(times), optimizer_seconds, tuple(losses), peak, checkpointing, compiled
+    )
 
 
 def _timed_inside(step: Callable[[], float], optimizer: Any, device: str) -> float:
@@ -232,12 +274,17 @@ def our_training(
     source: Source,
     checkpointing: bool,
     opened: contextlib.ExitStack,
+    *,
+    compiled: bool | None = None,
 ) -> tuple[Callable[[], float], Any]:
     """Return (a step that gives its loss, what has the optimizer's `step`) of the engine that trains."""
     be_the_only_rank()
     batch_size = len(source.jpegs)
     config = replace(
-        config_of(kind, batch_size), deepspeed="zero1_bf16", checkpoint_activations=checkpointing
+        config_of(kind, batch_size),
+        deepspeed="zero1_bf16",
+        checkpoint_activations=checkpointing,
+        compile=compiled,
     )
     join_ranks(config)
     clip = without_dropout(model, kind)
@@ -253,20 +300,28 @@ def our_training(
 
 
 def peer_training(
+    peer_name: Peer,
     model: str,
     kind: Kind,
     device: str,
     source: Source,
     checkpointing: bool,
     opened: contextlib.ExitStack,
+    *,
+    compiled: bool,
 ) -> tuple[Callable[[], float], Any]:
-    """Return the same of cn_clip: automatic mixed precision in bfloat16, and AdamW on float32 weights."""
-    _, peer = models_of(model, kind)
+    """Return the same of a peer: automatic mixed precision in bfloat16, and AdamW on float32 weights."""
+    _, peer = models_of(model, kind, peer_name)
     peer.to(device)
     if checkpointing:
         peer.set_grad_checkpointing()
+    forward = torch.compile(peer) if compiled else peer  # the whole model, as open_clip's `--torchcompile`
+    loss_of = LOSSES[peer_name]
     adam = torch.optim.AdamW(
-        [p for p in peer.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0
+        [p for p in peer.parameters() if p.requires_grad],
+        lr=LEARNING_RATE,
+        weight_decay=0,
+        fused=True if peer_name == "open_clip" else None,
     )
     reader = source.reader
     wanted = _views_of_features(reader) if kind == "cached" else reader.requests(0, STEPS)
@@ -279,10 +334,10 @@ def peer_training(
         tokens_BL = torch.nn.functional.pad(tokens_BL, (0, CONTEXT_LENGTH - tokens_BL.shape[1]))
         adam.zero_grad()
         with torch.autocast(torch.device(device).type, torch.bfloat16):
-            loss = cn_clip_loss(peer, pixel_BCHW, tokens_BL)
+            loss = loss_of(forward, pixel_BCHW, tokens_BL)
         loss.backward()  # type: ignore[no-untyped-call]
         adam.step()
-        peer.logit_scale.data = torch.clamp(peer.logit_scale.data, 0, 4.6052)  # as its `train` does
+        peer.logit_scale.data = torch.clamp(peer.logit_scale.data, 0, 4.6052)  # as their training loops do
         return loss.item()
 
     return step, adam

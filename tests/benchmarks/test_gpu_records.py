@@ -12,6 +12,10 @@ STEP = {
     "step": "steps", "name": "train_step/stage2@ViT-L-14", "ours": 1000, "peer": 300, "unit": "samples/s",
     "ratio": 3.333, "equal": True, "machine": "NVIDIA H100 80GB HBM3, 16 cores", "utilisation": 0.5,
 }  # fmt: skip
+SECOND_PEER = {
+    **STEP, "name": "train_step/stage2/open_clip@ViT-L-14", "peer": 500, "ratio": 2.0,
+    "peer_is": "open_clip_torch 3.3.0", "compiled": {"ours": True, "peer": True},
+}  # fmt: skip
 PROFILE = [
     {"step": "profile", "name": "profile/ViT-L-14", "ms_profiled": 100.0, "busy_ms": 90.0,
      "idle_ms_inside": 6.0},
@@ -29,10 +33,11 @@ def test_records_have_the_devices_name_and_a_steps_shares(
         return records.main()
 
     on_cpu = {**STEP, "machine": "AMD EPYC, 2 cores, Python 3.11.7"}
-    assert write(on_cpu, STEP, *PROFILE) == 0
+    assert write(on_cpu, STEP, SECOND_PEER, *PROFILE) == 0
     body = json.loads((tmp_path / "gpu_nvidia_h100_80gb_hbm3.json").read_text())
     assert (body["machine"], body["results"][0]["name"]) == (STEP["machine"], STEP["name"])
-    assert len(body["results"]) == 1
+    assert [(row["ratio"], row["utilisation"]) for row in body["results"]] == [(3.333, 0.5), (2.0, 0.5)]
+    assert body["results"][1]["compiled"]["peer"]
     assert body["results"][0].keys() == STEP.keys() - {"step", "machine"}
     assert body["shares"]["ViT-L-14"] == {
         "products": 0.6, "attention": 0.1, "memory-bound": 0.2, "host": 0.04, "idle": 0.06,

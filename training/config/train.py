@@ -17,6 +17,7 @@ from pipeline.core.config import (
 from pipeline.core.records import ConfigError, too_few
 from training.config.averages import AveragesConfig
 from training.config.deepspeed_file import check_model, read_deepspeed_file
+from training.config.float8 import check_float8
 from training.model.config import ModelConfig, at_size
 
 _MOST_LANES = 512  # if the file does not set lanes
@@ -241,6 +242,8 @@ class TrainConfig:
     """Most GB of an object store's shards that a machine keeps; two windows of each lane must fit."""
     deepspeed: str = field(default="zero1", metadata=BINDS_NEVER)
     """File of `deepspeed_configs/` or a path ending in `.json`: memory, precision, communication."""
+    fp8: bool = field(default=False, metadata=BINDS_NEVER)
+    """Whether the towers' largest matrix products run in float8: on Hopper, Ada or newer, next to bf16."""
 
     validate_every_steps: NotNegativeInt = field(default=1_000, metadata=BINDS_ONCE_DONE)
     """Steps between validations; one before the first step and one after the last always take place. 0: only
@@ -364,6 +367,8 @@ def check_fits(config: TrainConfig, model: ModelConfig, stage: str) -> None:
             " average; use a lower stage or leave averages out"
         )
     check_model(config.deepspeed, model, stage)
+    if config.fp8:
+        check_float8(config.deepspeed, model, locks_image=config.lock_image, stage=stage)
     if config.context_length > model.text.max_positions:
         raise ConfigError(
             f"[{stage}] context_length = {config.context_length}, but {model.name} has"

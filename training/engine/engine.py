@@ -23,6 +23,7 @@ from training.config.deepspeed_file import (
 )
 from training.config.train import TrainConfig
 from training.data.loader import Batch
+from training.engine.float8 import multiply_in_float8
 from training.engine.gradients import step_if_finite
 from training.engine.micro_batches import in_micro_batches, whole_batch
 from training.engine.optim import build_optimizer
@@ -60,7 +61,7 @@ def join_ranks(config: TrainConfig) -> None:
 def build_engine(towers: Towers, config: TrainConfig) -> Engine:
     """Build a DeepSpeed engine around the towers; its optimizer holds only the trainable parameters.
 
-    `training.engine.precision.check_precision` comes before.
+    `training.engine.precision.check_precision` and `training.engine.float8.check_device` come before.
     """
     settings, clip = read_deepspeed_file(config.deepspeed), towers.clip
     towers.judges_gradients = judges_gradients(settings, towers.num_micro_batches)
@@ -68,6 +69,8 @@ def build_engine(towers: Towers, config: TrainConfig) -> Engine:
     if half_of(settings):
         before = {name: parameter.detach().clone() for name, parameter in clip.named_parameters()}
         clip.visual.register_forward_pre_hook(_as_the_weights)
+    if config.fp8:
+        multiply_in_float8(clip)
     if towers.teacher is not None:
         towers.teacher.prepare(get_accelerator().current_device_name(), towers.compute_dtype)
     engine: Engine

@@ -17,13 +17,13 @@ _MOST_GRAPHS = 64
 
 
 @functools.cache
-def compiled(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def compiled(compute: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function of a layer and tensors as torch compiles it, at its first call with each shape.
 
     What it computes for a shape does not depend on the shapes that came before.
     """
     torch._dynamo.config.recompile_limit = max(_MOST_GRAPHS, torch._dynamo.config.recompile_limit)
-    made: Callable[..., Tensor] = torch.compile(compute, dynamic=False)
+    made: Callable[..., Any] = torch.compile(compute, dynamic=False)
     return made
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertModel
@@ -124,6 +125,7 @@ class _Pass:
 
     packing: Packing
     recompute: bool
+    project: Callable[..., tuple[torch.Tensor, ...]]
     finish: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -138,7 +140,15 @@ def encode_packed(
     """
     device = bert.embeddings.word_embeddings.weight.device
     packing = pack(tokens_BL, device, multiple=filled_to(len(tokens_BL)) if compiled else 1)
-    through = _Pass(packing, recompute, get_compiled(_finish_layer) if compiled else _finish_layer)
+    # A plain product is one kernel already; one in float8 is several, which torch joins.
+    first: Any = bert.encoder.layer[0]
+    fuses_projection = compiled and type(first.attention.self.query) is not nn.Linear
+    through = _Pass(
+        packing,
+        recompute,
+        get_compiled(_project) if fuses_projection else _project,
+        get_compiled(_finish_layer) if compiled else _finish_layer,
+    )
     hidden_TH = bert.embeddings(packing.tokens_T[None], position_ids=packing.position_T[None])[0]
     *layers, last = bert.encoder.layer
     for layer in layers:
@@ -159,7 +169,8 @@ def _compute_layer(layer: Any, hidden_TH: torch.Tensor, through: _Pass, only_fir
     """Compute the parts of transformers' `BertLayer`, whose names the weights fix, around own attention."""
     part, packing = layer.attention.self, through.packing
     asking_TH = hidden_TH[packing.first_B] if only_first else hidden_TH
-    query_TND, key_TND, value_TND = _project(part, asking_TH, hidden_TH)
+    project = _project if only_first else through.project  # few queries: too few to be worth a graph
+    query_TND, key_TND, value_TND = project(part, asking_TH, hidden_TH)
     attend = attend_by_offsets if has_flash_kernel(query_TND) else _attend_by_run
     dropout = part.dropout.p if part.training else 0.0
     found_TH = attend(query_TND, key_TND, value_TND, packing, dropout).flatten(1)
@@ -180,12 +191,12 @@ def _project(part: Any, asking_TH: torch.Tensor, hidden_TH: torch.Tensor) -> tup
     """Return query_TND, key_TND and value_TND of a layer; queries are those of the tokens that ask.
 
     On an accelerator all tokens' three products are one, of weights joined for the occasion: they stay three
-    parameters, as files and optimizers know them. A CPU gains nothing by that, and ZeRO 3 lends the weights
-    of a module only while the module itself computes.
+    parameters, as files and optimizers know them. A CPU gains nothing by that, ZeRO 3 lends the weights of a
+    module only while the module itself computes, and one in float8 scales its own weights.
     """
     sides, heads = (part.query, part.key, part.value), part.num_attention_heads
     rows: tuple[torch.Tensor, ...]
-    if asking_TH is hidden_TH and _joins_products(part.query.weight):
+    if asking_TH is hidden_TH and _joins_products(part.query):
         weight, bias = (torch.cat([getattr(side, name) for side in sides]) for name in ("weight", "bias"))
         rows = F.linear(hidden_TH, weight, bias).chunk(3, dim=-1)
     else:
@@ -193,8 +204,9 @@ def _project(part: Any, asking_TH: torch.Tensor, hidden_TH: torch.Tensor) -> tup
     return tuple(row.unflatten(-1, (heads, -1)) for row in rows)  # type: ignore[no-untyped-call]
 
 
-def _joins_products(weight: torch.Tensor) -> bool:
-    return weight.device.type != "cpu" and not hasattr(weight, "ds_id")
+def _joins_products(product: nn.Linear) -> bool:
+    weight = product.weight
+    return type(product) is nn.Linear and weight.device.type != "cpu" and not hasattr(weight, "ds_id")
 
 
 def has_flash_kernel(query_TND: torch.Tensor) -> bool:
