@@ -15,7 +15,7 @@ from eval.index.files import load_index
 from eval.index.metric import Metric, scores_of
 from eval.index.parts.part import Part
 from eval.index.parts.selection import Allowed, reason_of, search_parameters
-from eval.index.structure import limit_search
+from eval.index.structure import limit_search, refines_hamming
 from eval.index.tuning.parameters import set_parameters
 from pipeline.core import store
 from pipeline.core.arrays import Float32Array, Int64Array
@@ -105,6 +105,10 @@ class Searcher:
         )
         with self.opened.lock:
             for part, path, kept, limits in self._parts():
+                if refines_hamming(kept.index):
+                    raise InputError(
+                        f"{path}: differing bits of LSH have no radius in scores; search for the k nearest"
+                    )
                 try:
                     ends_Q, scores_R, rows_R = kept.index.range_search(queries_QD, radius, params=limits)
                 except Exception as error:

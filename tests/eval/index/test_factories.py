@@ -189,6 +189,8 @@ def test_bits_of_lsh_choose_rows_for_cosines(
     assert np.allclose(search(read_index(str(tmp_path / "one.index")), rows[:9], 1)[0], 1, atol=1e-5)
     with pytest.raises(InputError, match="FAISS cannot filter a search of IndexLSH"):
         index.search(rows[:1], 1, rows=[3])
+    with pytest.raises(InputError, match="have no radius in scores; search for the k nearest"):
+        list(index.search_range(rows[:1], 0.5))
     with pytest.raises(InputError, match="LSH ranks unit vectors only; leave --centre out"):
         build_parts(
             embeddings, folder, factory="LSH,RFlat", rows_per_part=9, train_rows=9, redo=True, centre=True
