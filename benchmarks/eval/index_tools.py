@@ -139,9 +139,10 @@ class Trial:
         import faiss
 
         index, factory = self._by_hand()
-        criterion = faiss.IntersectionCriterion(len(self.tuning_QD), K)
+        kinds: Any = faiss  # its stubs have other arguments
+        criterion = kinds.IntersectionCriterion(len(self.tuning_QD), K)
         criterion.set_groundtruth(None, self.truth["tuning"].rows_QK)
-        space: Any = faiss.ParameterSpace()
+        space = kinds.ParameterSpace()
         space.verbose = 0
         space.initialize(index)
         points = space.explore(index, self.tuning_QD, criterion)
