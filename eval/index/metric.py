@@ -70,7 +70,10 @@ def scores_of(index: Any, found_QK: Float32Array, metric: Metric) -> Float32Arra
     """
     if metric == "l2":
         return -found_QK
-    return found_QK if index.metric_type == faiss_metric("ip") else 1 - found_QK / 2
+    if index.metric_type == faiss_metric("ip"):
+        return found_QK
+    cosine_QK: Float32Array = np.float32(1) - found_QK / np.float32(2)
+    return cosine_QK
 
 
 def distances_of(score_P: Float64Array, metric: Metric) -> Float64Array:

@@ -126,7 +126,8 @@ def why_other_metric(index: Any, metric: Metric = "cosine") -> str | None:
         # Bits only choose the rows, so what stands before them may move or stretch vectors.
         if metric == "ip":
             return "LSH's bits tell angles, not inner products; use --metric cosine, or RaBitQ,RFlat"
-        return why_other_metric(faiss.downcast_index(index).refine_index, "l2")
+        refine: Any = faiss.downcast_index(index)
+        return why_other_metric(refine.refine_index, "l2")
     for part in walk(index):
         name = type(part).__name__
         if isinstance(part, faiss.IndexLSH):

@@ -76,7 +76,7 @@ class Searcher:
                         if lists is None or lists[0] != ivf.nlist:
                             moved_QD = _through_steps(kept.index, queries_QD)
                             lists = (ivf.nlist, moved_QD, ivf.quantizer.search(moved_QD, ivf.nprobe))
-                        scores_QK, rows_QK = _search_lists(ivf, *lists[1:], num_found)
+                        scores_QK, rows_QK = _search_lists(ivf, lists[1], lists[2], num_found)
                 except Exception as error:
                     raise reason_of(path, error) from None
                 found.append((scores_of(kept.index, scores_QK, self.metric), rows_QK, part.first_row))
