@@ -109,9 +109,11 @@ def write(
             continue  # of a run that was interrupted
         begun = path.with_suffix(".part")
         matrix = np.lib.format.open_memmap(begun, mode="w+", dtype=dtype, shape=(count, like.dim))
-        for row in range(0, count, BLOCK_ROWS):
-            stop = min(row + BLOCK_ROWS, count)
+        row = 0
+        while row < count:  # whole blocks: half of one costs as much
+            stop = min(count, ((first + row) // BLOCK_ROWS + 1) * BLOCK_ROWS - first)
             matrix[row:stop] = like.images(first + row, first + stop)
+            row = stop
         del matrix
         begun.rename(path)
     np.save(folder / "text_emb" / "text_emb_0.npy", like.texts(num_texts, num_rows).astype(dtype))

@@ -15,14 +15,15 @@ from typing import IO, TYPE_CHECKING, Literal, TypeVar
 import numpy as np
 
 from eval.features.image_source import ImageSource, open_images
-from eval.features.layout import vectors_path
-from eval.features.model_identity import identify, write_identity
+from eval.features.layout import EMBEDDING_FOLDERS, vectors_path
+from eval.features.model_identity import ModelIdentity, identify, read_identity, write_identity
 from eval.features.tables import read_texts
 from pipeline.core import store
 from pipeline.core.arrays import Float32Array
+from pipeline.core.files.foreign import foreign
 from pipeline.core.files.lock import one_at_a_time
 from pipeline.core.files.written import check_npy, check_parquet, naming
-from pipeline.core.records import InputError
+from pipeline.core.records import ConfigError, InputError
 from pipeline.core.stage import Show, show_nothing
 
 if TYPE_CHECKING:
@@ -59,15 +60,18 @@ def embed_files(
     out: str,
     context_length: int,
     dtype: FeatureType = "float32",
+    redo: bool = False,
     show: Show = show_nothing,
 ) -> Embedded:
     """Embed and write; `images` is a folder (in the order of its sorted file names, subfolders included) or a
     table, CN-CLIP's `_imgs.tsv` among them; `texts` a file with one text a line, or a table.
 
     Images that cannot be read or decoded are left out and listed. If there are as many texts as images, row i
-    of both is a pair, and goes as one. `show` draws how far each side is.
+    of both is a pair, and goes as one. `out` may hold what an earlier call wrote of the same model and input,
+    or of fewer images and texts of it; `redo` replaces other features. `show` draws how far each side is.
 
     Raises:
+        ConfigError: if `out` holds other features and `redo` is not set.
         InputError: if an input is empty, no image can be decoded, or a table has no known column or a row
         without
             text.
@@ -77,6 +81,9 @@ def embed_files(
     source = None if images is None else open_images(images)
     if texts is not None:
         captions = read_texts(texts, _TEXT_COLUMNS)
+    identity = identify(encoder.model, encoder.decode)
+    _make_room(out, identity, [] if source is None else source.names, captions, redo=redo)
+    write_identity(out, identity)
     left_out, num_texts_left_out = dict[int, str](), 0
     if source is not None:
         _write_features(
@@ -103,11 +110,52 @@ def embed_files(
 
         _write_features(vectors_path(out, "text"), embedded(), dim, dtype)
         num_truncated = sum(counts)
-    write_identity(out, identify(encoder.model, encoder.decode))
     _write_metadata(store.join(out, "metadata", "metadata_0.parquet"), names, captions)
     bad = [] if source is None else [(source.called(row), reason) for row, reason in left_out.items()]
     passed_over = [] if source is None else source.passed_over
     return Embedded(len(names), len(captions), num_truncated, dim, bad, passed_over, num_texts_left_out)
+
+
+def _make_room(
+    out: str, identity: ModelIdentity, names: Sequence[str], captions: Sequence[str], *, redo: bool
+) -> None:
+    """Refuse to replace features of another model or input; with `redo` remove them.
+
+    A killed run leaves features of its model without metadata, which the next run replaces.
+    """
+    folders = [store.join(out, folder) for folder in (*EMBEDDING_FOLDERS.values(), "metadata")]
+    held = [store.join(folder, name) for folder in folders for name in store.list_files(folder)]
+    if redo:
+        for folder in folders:
+            store.remove(folder)
+    elif held and (found := _other_features(out, held, identity, names, captions)):
+        raise ConfigError(f"{out}: holds {found}; give another --out, or --redo to replace them")
+
+
+def _other_features(
+    out: str, held: Sequence[str], identity: ModelIdentity, names: Sequence[str], captions: Sequence[str]
+) -> str | None:
+    """Return which other features the files of a folder are, or None if they are of this model and input."""
+    import pyarrow.parquet as pq
+
+    found = read_identity(out)
+    if found is None:
+        return "features of an unknown model"
+    if found != identity:
+        return f"features of {found} with --decode {found.decode or 'unknown'}"
+    if any(not name.rpartition(".")[0].endswith("_0") for name in held):
+        return "features of several files, as of shards"
+    path = store.join(out, "metadata", "metadata_0.parquet")
+    if path not in held:
+        return None
+    with foreign(path, "table", "embed into another folder"):
+        table = pq.read_table(path)
+    for column, what, given in (("image_path", "images", names), ("caption", "texts", captions)):
+        before = set(table[column].to_pylist()) - {None} if column in table.column_names else set()
+        others = before - set(map(_whole, given))
+        if others:
+            return f"features of other {what}, {min(others)!r} among them"
+    return None
 
 
 def _image_features(

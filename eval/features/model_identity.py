@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 from eval.features.layout import EMBEDDING_FOLDERS
 from pipeline.core import store
 from pipeline.core.files.foreign import parse_json
-from pipeline.core.files.images import Decode
 from pipeline.core.records import InputError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # images are decoded with OpenCV, which takes long to import
+    from pipeline.core.files.images import Decode
     from training.model.clip import CLIP
 
 _FILE = "model.json"
@@ -38,7 +38,7 @@ class ModelIdentity:
         return f"{self.name} {self.weights_sha256[:12]}"
 
 
-def identify(model: "CLIP", decode: Decode = "upright") -> ModelIdentity:
+def identify(model: "CLIP", decode: "Decode" = "upright") -> ModelIdentity:
     """Return the identity of a model in memory, on any device, with this decoding of images."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):

@@ -1,5 +1,6 @@
 """Builds FAISS indices from factory strings: trains, fills and tests them."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ from eval.index.device import Device, from_device, to_device
 from eval.index.files import faiss_reason
 from eval.index.metric import Metric, faiss_metric
 from eval.index.order import NUM_QUERIES, why_out_of_order
-from eval.index.structure import check_structure, num_lists, walk, why_other_metric
+from eval.index.structure import check_structure, num_lists, refines_hamming, walk, why_other_metric
 from eval.index.views import Centred, Vectors, evenly_spaced
 from pipeline.core.arrays import Float32Array
 from pipeline.core.records import InputError
@@ -34,7 +35,9 @@ def new_index(dim: int, factory: str, metric: Metric = "cosine") -> Any:
             " HNSW32, or IVF with --device gpu"
         )
     try:
-        index = faiss.index_factory(dim, factory, faiss_metric(metric))
+        # FAISS has LSH for distances only, which order unit vectors as their cosine does.
+        built_for: Metric = "l2" if re.search(r"\bLSH", factory) else metric
+        index = faiss.index_factory(dim, factory, faiss_metric(built_for))
         reason = why_other_metric(index, metric)
     except Exception as error:  # FAISS passes on any error of its libraries, even std::out_of_range
         raise InputError(
@@ -62,6 +65,11 @@ def train(vectors: Vectors, factory: str, train_rows: int, device: Device) -> An
         InputError: if FAISS refuses the string or the rows, or the index does not find near rows.
     """
     index = new_index(vectors.dim, factory, vectors.metric)
+    if isinstance(vectors, Centred) and refines_hamming(index):
+        raise InputError(
+            f"{factory}: --centre changes the lengths of rows, and LSH ranks unit vectors only; leave"
+            " --centre out (ITQ subtracts the mean itself)"
+        )
     wanted = evenly_spaced(train_rows if not index.is_trained else _TRIAL_ROWS, vectors.num_rows)
     count = len(wanted)
     rows_ND = vectors.rows(wanted)

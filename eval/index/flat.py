@@ -9,6 +9,7 @@ from eval.index.build import check_answers, new_index
 from eval.index.embeddings import Embeddings
 from eval.index.exact_search import top_k
 from eval.index.files import faiss_reason, load_index, write_index
+from eval.index.metric import scores_of
 from eval.index.structure import is_exact
 from eval.index.tuning.parameters import Tuned, set_parameters
 from eval.index.tuning.queries import own_rows, queries_of_file
@@ -106,7 +107,8 @@ def search(index: Any, queries_QD: Float32Array, k: int) -> tuple[Float64Array, 
     for start in range(0, len(queries_QD), _QUERIES_PER_BATCH):
         part = slice(start, start + _QUERIES_PER_BATCH)
         coarse_BK, found_BK = index.search(np.ascontiguousarray(queries_QD[part]), k)
-        scores_QK[part], rows_QK[part] = _best_first(coarse_BK.astype(np.float64), found_BK, k)
+        coarse_BK = scores_of(index, coarse_BK, "cosine").astype(np.float64)
+        scores_QK[part], rows_QK[part] = _best_first(coarse_BK, found_BK, k)
     return scores_QK, rows_QK
 
 

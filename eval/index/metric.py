@@ -63,6 +63,19 @@ def pair_scores(
     return score_P
 
 
+def scores_of(index: Any, found_QK: Float32Array, metric: Metric) -> Float32Array:
+    """Return scores for what a FAISS index found: more is nearer, so an L2 distance is negative.
+
+    An index of unit vectors may rank by L2 distance, which is 2 - 2 × cosine: both give the same order.
+    """
+    if metric == "l2":
+        return -found_QK
+    if index.metric_type == faiss_metric("ip"):
+        return found_QK
+    cosine_QK: Float32Array = np.float32(1) - found_QK / np.float32(2)
+    return cosine_QK
+
+
 def distances_of(score_P: Float64Array, metric: Metric) -> Float64Array:
     """Return ann-benchmarks' distances for scores: 1 - cosine, L2, or the negative inner product."""
     if metric == "l2":

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.index.metric import Metric, pair_scores
+from eval.index.metric import Metric, pair_scores, scores_of
 from pipeline.core.arrays import Float32Array, Int64Array
 
 NUM_QUERIES = 64
@@ -40,7 +40,7 @@ def why_out_of_order(
     queries_QD, scores_QK, rows_QK, is_found = (
         each[finds_Q] for each in (queries_QD, scores_QK, rows_QK, is_found)
     )
-    scores_QK = np.where(is_found, -scores_QK if metric == "l2" else scores_QK, 0)
+    scores_QK = np.where(is_found, scores_of(index, scores_QK, metric), 0)
     if not np.isfinite(scores_QK).all():
         return "its scores are not finite"
     fall_QK = np.where(is_found[:, 1:], scores_QK[:, :-1] - scores_QK[:, 1:], 0)

@@ -77,6 +77,19 @@ def set_search_l(index: Any, candidates: int) -> None:
             part.nsg.search_L = min(candidates, _MOST_INT)
 
 
+def refines_hamming(index: Any) -> bool:
+    """Return whether an index finds rows by the Hamming distance of LSH's codes, and then refines them."""
+    import faiss
+
+    index = faiss.downcast_index(index)
+    if not isinstance(index, faiss.IndexRefine):
+        return False
+    base = faiss.downcast_index(index.base_index)
+    while isinstance(base, faiss.IndexPreTransform):
+        base = faiss.downcast_index(base.index)
+    return isinstance(base, faiss.IndexLSH)
+
+
 def quantised_bits(index: Any) -> int | None:
     """Return the bits of a query's numbers in a search of RaBitQ codes (0: not rounded), or None.
 
@@ -109,8 +122,19 @@ def why_other_metric(index: Any, metric: Metric = "cosine") -> str | None:
     """Return why an index's scores are not the metric's of the original vectors, or None if they are."""
     import faiss
 
+    if refines_hamming(index):
+        # Bits only choose the rows, so what stands before them may move or stretch vectors.
+        if metric == "ip":
+            return "LSH's bits tell angles, not inner products; use --metric cosine, or RaBitQ,RFlat"
+        refine: Any = faiss.downcast_index(index)
+        return why_other_metric(refine.refine_index, "l2")
     for part in walk(index):
         name = type(part).__name__
+        if isinstance(part, faiss.IndexLSH):
+            return (
+                "LSH counts bits that differ, which are no scores; let exact scores order what it finds:"
+                " LSH,RFlat or ITQ,LSH,RFlat"
+            )
         if isinstance(part, faiss.IndexIDMap | faiss.IndexIDMap2):
             return f"{name} keeps separate ids, but rows are found by position; leave IDMap out"
         if part.metric_type != faiss_metric(metric):
@@ -130,7 +154,10 @@ def why_other_metric(index: Any, metric: Metric = "cosine") -> str | None:
                     and (not step.is_trained or faiss.vector_to_array(step.b).any())
                 )
             ):
-                return f"{type(step).__name__} subtracts the rows' mean, which changes scores; use OPQ or RR"
+                return (
+                    f"{type(step).__name__} subtracts the rows' mean, which changes scores; use OPQ or RR, or"
+                    " codes that only choose rows for exact scores: ITQ,LSH,RFlat"
+                )
             if step.is_trained and not _keeps_products(step):
                 return (
                     f"{type(step).__name__} stretches rows or drops some of their dimensions, which changes"
@@ -200,6 +227,8 @@ def check_structure(index: Any) -> None:
             _same(name, "bytes of codes", part.codes.size(), part.ntotal * part.code_size)
             if isinstance(part, faiss.IndexFlat):
                 _same(name, "bytes per row", part.code_size, 4 * part.d)
+            elif isinstance(part, faiss.IndexLSH):
+                _check_bits(part)
         elif isinstance(part, faiss.IndexHNSW):
             _check_hnsw(part)
         elif isinstance(part, faiss.IndexNSG):
@@ -245,6 +274,26 @@ def _check_lists(part: Any) -> None:
         ids = faiss.rev_swig_ptr(lists.get_ids(number), int(sizes[number]))
         if ids.min() < 0 or ids.max() >= part.ntotal:
             raise ValueError(f"{name}: list {number} names rows outside of {part.ntotal}")
+
+
+def _check_bits(part: Any) -> None:
+    """Check LSH, which takes the signs of a vector's numbers, or of their rotation, for its bits."""
+    _same("IndexLSH", "bytes a code", part.code_size, -(-part.nbits // 8))
+    if part.rotate_data:
+        rotation = part.rrot
+        _same("IndexLSH", "width into its rotation", rotation.d_in, part.d)
+        _same("IndexLSH", "bits after its rotation", rotation.d_out, part.nbits)
+        _check_matrix("IndexLSH", rotation)
+    elif not 0 < part.nbits <= part.d:
+        raise ValueError(f"IndexLSH: {part.nbits} bits for width {part.d}")
+    if part.train_thresholds:
+        _same("IndexLSH", "thresholds", part.thresholds.size(), part.nbits)
+
+
+def _check_matrix(name: str, step: Any) -> None:
+    _same(name, "numbers in a matrix", step.A.size(), step.d_in * step.d_out)
+    if step.have_bias:
+        _same(name, "numbers in a bias", step.b.size(), step.d_out)
 
 
 def _check_blocks(part: Any) -> None:
@@ -302,8 +351,18 @@ def _check_nsg(part: Any) -> None:
 
 
 def _check_chain(part: Any) -> None:
+    import faiss
+
     name, width = type(part).__name__, part.d
     for step in _transforms(part):
+        if isinstance(step, faiss.ITQTransform):
+            _same("ITQTransform", "numbers in a mean", step.mean.size(), step.d_in)
+            inner = step.pca_then_itq
+            _same("ITQTransform", "width inside", inner.d_in, step.d_in)
+            _same("ITQTransform", "width after it", inner.d_out, step.d_out)
+            _check_matrix("ITQTransform", inner)
+        elif isinstance(step, faiss.LinearTransform):
+            _check_matrix(type(step).__name__, step)
         if not step.is_trained:
             raise ValueError(f"{type(step).__name__} is not trained")
         _same(name, "width into a step", step.d_in, width)

@@ -59,7 +59,7 @@ def embed(
     ] = 1,
     redo: Annotated[
         bool,
-        typer.Option("--redo", help="with --shards: replace features of another model or other settings"),
+        typer.Option("--redo", help="replace features of another model, input or other settings"),
     ] = False,
 ) -> int:
     if shards is not None:
@@ -79,8 +79,8 @@ def embed(
         return EXIT_DONE
     if images is None and texts is None:
         raise ConfigError("embed: nothing to embed; give --images, --texts, both, or --shards")
-    if ranks != 1 or redo:
-        raise ConfigError("--ranks and --redo need --shards")
+    if ranks != 1:
+        raise ConfigError("--ranks needs --shards")
 
     from eval.features.encoder import load_encoder
     from eval.features.files import embed_files
@@ -94,6 +94,7 @@ def embed(
         out=out,
         context_length=encoder.context_length,
         dtype=dtype,
+        redo=redo,
         show=make_progress,
     )
     if done.num_truncated:

@@ -7,13 +7,14 @@ from typing import Any
 
 from eval.index.bench.timing import PERCENTILES, Round, percentile_ms, spread_of
 from eval.index.build import new_index
-from eval.index.structure import quantised_bits
+from eval.index.structure import quantised_bits, refines_hamming
 from eval.index.tuning.suggest import num_lists
 from eval.index.tuning.tune import Knobs, join_parameters
 from eval.metrics.bootstrap import Measured
 
 IN_DISTRIBUTION = "held-out"  # the queries with which others are compared
 _SWEPT_REFINE = (1, 4, 16, 64)
+_SWEPT_MORE = (256, 1024)  # the same for LSH
 _SWEPT_BITS = (4, 8)  # of RaBitQ's queries: FAISS's default, and from where on recall stays
 
 
@@ -93,7 +94,7 @@ def default_grid(num_rows: int, dim: int) -> list[str]:
 def settings(factory: str, dim: int, num_rows: int) -> list[str]:
     """Return the search parameters to sweep for a factory string, from the index that FAISS builds for it.
 
-    The last ones look at all lists, 2,048 candidates and 64 times k refined rows.
+    The last ones look at all lists, 2,048 candidates and 64 times k refined rows (1,024 for LSH).
     """
     index = new_index(dim, factory)
     knobs = Knobs.of(index, num_rows)
@@ -101,7 +102,8 @@ def settings(factory: str, dim: int, num_rows: int) -> list[str]:
     while efforts[-1] < knobs.most:
         efforts.append(min(4 * efforts[-1], knobs.most))
     swept = []
-    for more in knobs.settings({"k_factor_rf": _SWEPT_REFINE}):
+    refine = (*_SWEPT_REFINE, *_SWEPT_MORE) if refines_hamming(index) else _SWEPT_REFINE
+    for more in knobs.settings({"k_factor_rf": refine}):
         swept += (
             [join_parameters({knobs.effort: value}, more) for value in efforts] if knobs.effort else [more]
         )

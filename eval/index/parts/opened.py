@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from eval.index.files import load_index
-from eval.index.metric import Metric
+from eval.index.metric import Metric, scores_of
 from eval.index.parts.part import Part
 from eval.index.parts.selection import Allowed, reason_of, search_parameters
-from eval.index.structure import limit_search
+from eval.index.structure import limit_search, refines_hamming
 from eval.index.tuning.parameters import set_parameters
 from pipeline.core import store
 from pipeline.core.arrays import Float32Array, Int64Array
@@ -26,12 +26,25 @@ _MOST_FOUND = 1 << 22  # rows of all parts before they are merged
 _CENTRED_QUERIES = 64  # of one range search; their radii differ
 
 
+# Scores [Q, C], more is nearer; rows of a part [Q, C], -1 for none; and the number of the part's first row.
+_Found = tuple[Float32Array, Int64Array, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A part's FAISS index with the parameters that are set in it."""
+
+    parameters: str
+    index: Any
+    ivf: Any  # the IVF in it, if its lists can be found once for all parts
+
+
 @dataclass(slots=True)
 class Opened:
     """What stays in memory of an index: FAISS indices of parts by path, with their parameters."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
-    parts: dict[str, tuple[str, Any]] = field(default_factory=dict)
+    parts: dict[str, _Kept] = field(default_factory=dict)
     keeps: bool | None = None  # unknown until the first search
     allowed: Allowed | None = None  # rows that are not removed
     mean_D: Float32Array | None = None
@@ -51,40 +64,26 @@ class Searcher:
 
     def nearest(self, queries_QD: Float32Array, k: int) -> tuple[Float32Array, Int64Array]:
         """Return the k best rows of each query: (scores, rows); -inf and -1 for none."""
-        found: list[tuple[Float32Array, Int64Array]] = [
-            (
-                np.full((len(queries_QD), k), -np.inf, dtype=np.float32),
-                np.full((len(queries_QD), k), -1, dtype=np.int64),
-            )
-        ]
+        found, num_columns = list[_Found](), 0
         lists: tuple[int, Any, Any] | None = None
         with self.opened.lock:
-            for part, path, index, limits in self._parts():
+            for part, path, kept, limits in self._parts():
+                ivf, num_found = kept.ivf if limits is None else None, min(k, part.num_rows)
                 try:
-                    ivf = _plain_lists(index) if limits is None else None
                     if ivf is None:
-                        scores_QK, rows_QK = index.search(queries_QD, min(k, part.num_rows), params=limits)
+                        scores_QK, rows_QK = kept.index.search(queries_QD, num_found, params=limits)
                     else:
                         if lists is None or lists[0] != ivf.nlist:
-                            moved_QD = _through_steps(index, queries_QD)
+                            moved_QD = _through_steps(kept.index, queries_QD)
                             lists = (ivf.nlist, moved_QD, ivf.quantizer.search(moved_QD, ivf.nprobe))
-                        _, moved_QD, (near_QP, list_QP) = lists
-                        scores_QK, rows_QK = ivf.search_preassigned(
-                            moved_QD, min(k, part.num_rows), list_QP, near_QP
-                        )
+                        scores_QK, rows_QK = _search_lists(ivf, lists[1], lists[2], num_found)
                 except Exception as error:
                     raise reason_of(path, error) from None
-                is_found_QK = rows_QK >= 0
-                scores_QK = -scores_QK if self.metric == "l2" else scores_QK
-                found.append(
-                    (
-                        np.where(is_found_QK, scores_QK, -np.inf).astype(np.float32),
-                        np.where(is_found_QK, rows_QK + part.first_row, -1),
-                    )
-                )
-                if sum(rows.size for _, rows in found) > _MOST_FOUND:
-                    found = [_merge(found, k)]
-        return _merge(found, k)
+                found.append((scores_of(kept.index, scores_QK, self.metric), rows_QK, part.first_row))
+                num_columns += num_found
+                if num_columns * len(queries_QD) > _MOST_FOUND:
+                    found, num_columns = [(*_merge(found, len(queries_QD), k), 0)], k
+        return _merge(found, len(queries_QD), k)
 
     def within(
         self, queries_QD: Float32Array, radius_Q: Float32Array
@@ -105,9 +104,13 @@ class Searcher:
             np.nextafter(np.float32(-least if is_l2 else least), np.float32(np.inf if is_l2 else -np.inf))
         )
         with self.opened.lock:
-            for part, path, index, limits in self._parts():
+            for part, path, kept, limits in self._parts():
+                if refines_hamming(kept.index):
+                    raise InputError(
+                        f"{path}: differing bits of LSH have no radius in scores; search for the k nearest"
+                    )
                 try:
-                    ends_Q, scores_R, rows_R = index.range_search(queries_QD, radius, params=limits)
+                    ends_Q, scores_R, rows_R = kept.index.range_search(queries_QD, radius, params=limits)
                 except Exception as error:
                     raise reason_of(path, error) from None
                 owner.append(np.repeat(np.arange(len(queries_QD)), np.diff(ends_Q.astype(np.int64))))
@@ -121,7 +124,7 @@ class Searcher:
         for first, end in itertools.pairwise(ends_Q.tolist()):
             yield all_scores[order[first:end]], all_rows[order[first:end]]
 
-    def _parts(self) -> Iterator[tuple[Part, str, Any, Any]]:
+    def _parts(self) -> Iterator[tuple[Part, str, "_Kept", Any]]:
         """Yield each part that may answer, its path, its index, and FAISS's parameters if it is filtered."""
         share = 1.0 if self.allowed is None else self.allowed.share
         for part in self.parts:
@@ -131,15 +134,15 @@ class Searcher:
                 if selector is None:
                     continue
             path = store.join(self.folder, part.path)
-            index = self._open(part, path)
-            limits = None if selector is None else search_parameters(index, selector, share)
-            yield part, path, index, limits
+            kept = self._open(part, path)
+            limits = None if selector is None else search_parameters(kept.index, selector, share)
+            yield part, path, kept, limits
 
-    def _open(self, part: Part, path: str) -> Any:
+    def _open(self, part: Part, path: str) -> "_Kept":
         opened = self.opened
         kept = opened.parts.get(path)
-        if kept is not None and kept[0] == self.parameters:
-            return kept[1]
+        if kept is not None and kept.parameters == self.parameters:
+            return kept
         opened.parts.pop(path, None)  # other parameters: those that are not named go back to their defaults
         index = load_index(path, metric=self.metric)
         if (index.d, index.ntotal) != (self.dim, part.num_rows):
@@ -152,9 +155,29 @@ class Searcher:
         if opened.keeps is None:
             size = sum(part.num_bytes for part in self.parts)
             opened.keeps = _SHARE_OF_MEMORY * size <= _available_bytes()
+        kept = _Kept(self.parameters, index, _plain_lists(index))
         if opened.keeps:
-            opened.parts[path] = self.parameters, index
-        return index
+            opened.parts[path] = kept
+        return kept
+
+
+def _search_lists(
+    ivf: Any, moved_QD: Float32Array, nearest: tuple[Float32Array, Int64Array], k: int
+) -> tuple[Float32Array, Int64Array]:
+    """Return what one part has in the nearest lists: (scores, rows of the part).
+
+    FAISS's Python method for this checks and converts its arguments, which takes longer than the search of a
+    part for one query; here they are as its C++ wants them.
+    """
+    import faiss
+
+    near_QP, list_QP = nearest
+    scores_QK = np.empty((len(moved_QD), k), dtype=np.float32)
+    rows_QK = np.empty((len(moved_QD), k), dtype=np.int64)
+    arrays = (moved_QD, list_QP, near_QP, scores_QK, rows_QK)
+    moved, lists, near, scores, rows = (faiss.swig_ptr(array) for array in arrays)
+    ivf.search_preassigned_c(len(moved_QD), moved, k, lists, near, scores, rows, False)
+    return scores_QK, rows_QK
 
 
 def _plain_lists(index: Any) -> Any:
@@ -178,9 +201,17 @@ def _through_steps(index: Any, queries_QD: Float32Array) -> Float32Array:
     return queries_QD
 
 
-def _merge(found: list[tuple[Float32Array, Int64Array]], k: int) -> tuple[Float32Array, Int64Array]:
-    scores_QC, rows_QC = (np.concatenate(each, axis=1) for each in zip(*found, strict=True))
-    order_QK = np.lexsort((np.where(rows_QC < 0, np.iinfo(np.int64).max, rows_QC), -scores_QC), axis=1)[:, :k]
+def _merge(found: list[_Found], num_queries: int, k: int) -> tuple[Float32Array, Int64Array]:
+    """Return the k best of all columns, ties by lower row; -inf and -1 if there are fewer."""
+    none_QK = np.full((num_queries, k), -1, dtype=np.int64)
+    found = [*found, (np.full((num_queries, k), -np.inf, dtype=np.float32), none_QK, 0)]
+    scores_QC, rows_QC = (np.concatenate([each[axis] for each in found], axis=1) for axis in (0, 1))
+    first_C = np.repeat([first for _, _, first in found], [rows.shape[1] for _, rows, _ in found])
+    is_found_QC = rows_QC >= 0
+    scores_QC = np.where(is_found_QC, scores_QC, -np.inf).astype(np.float32, copy=False)
+    sorting_QC = np.where(is_found_QC, rows_QC + first_C, np.iinfo(np.int64).max)
+    order_QK = np.lexsort((sorting_QC, -scores_QC), axis=1)[:, :k]
+    rows_QC = np.where(is_found_QC, sorting_QC, -1)
     return np.take_along_axis(scores_QC, order_QK, axis=1), np.take_along_axis(rows_QC, order_QK, axis=1)
 
 

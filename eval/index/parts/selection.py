@@ -141,7 +141,7 @@ def search_parameters(index: Any, selector: Any, share: float) -> Any:
     if isinstance(index, faiss.IndexHNSW):
         effort = more(index.hnsw.efSearch, max(1, index.ntotal))
         return kinds.SearchParametersHNSW(sel=selector, efSearch=effort)
-    if isinstance(index, faiss.IndexFlatCodes) and not isinstance(index, faiss.IndexPQ):
+    if isinstance(index, faiss.IndexFlatCodes) and not isinstance(index, faiss.IndexPQ | faiss.IndexLSH):
         return kinds.SearchParameters(sel=selector)
     raise InputError(
         f"FAISS cannot filter a search of {type(index).__name__}; use an index with IVF, HNSW, Flat or SQ"

@@ -23,6 +23,7 @@ from pipeline.core.records import ConfigError, InputError
 NUM_QUERIES = 4000  # half of them choose: a recall of 0.5 is then known to ±0.01
 MOST_CANDIDATES = 2048  # efSearch and search_L
 _REFINE = (1, 2, 4, 8, 16, 32, 64)  # k_factor_rf: candidates for exact scores, in multiples of k
+_MORE_REFINE = (128, 256, 512, 1024)  # the same for LSH's bits, which order rows coarsely
 _QUANTIZER = (16, 64, 256)  # quantizer_efSearch
 _CLOSE = 0.005  # recall above the target from which fewer codes are tried
 _CEILING = 0.001  # recall that is not worth a dearer setting if the target is out of reach
@@ -49,9 +50,10 @@ class Knobs:
         space.initialize(index)
         ranges = space.parameter_ranges
         names = [ranges.at(number).name for number in range(ranges.size())]
+        refine = (*_REFINE, *_MORE_REFINE) if structure.refines_hamming(index) else _REFINE
         others = tuple(
             (name, values)
-            for name, values in (("k_factor_rf", _REFINE), ("quantizer_efSearch", _QUANTIZER))
+            for name, values in (("k_factor_rf", refine), ("quantizer_efSearch", _QUANTIZER))
             if name in names
         )
         lists = structure.num_lists(index)

@@ -13,7 +13,7 @@ from PIL import ExifTags, Image
 
 from eval.features.files import embed_files
 from pipeline.cli import main
-from pipeline.core.records import InputError
+from pipeline.core.records import ConfigError, InputError
 from tests.helpers.tiny_model import write_tiny_model
 from training.encoder import load
 
@@ -115,7 +115,7 @@ def test_cn_clips_own_tables(weights: str, images: Path, tmp_path: Path) -> None
     images.write_text(
         f"90\t{base64.b64encode(data[0]).decode()}\n7\t{base64.b64encode(b'<html>').decode()}\n"
     )
-    done = embed_files(encoder, images=str(images), texts=None, out=str(out), context_length=52)
+    done = embed_files(encoder, images=str(images), texts=None, out=str(out), context_length=52, redo=True)
     ((name, reason),) = done.left_out
     assert (name, reason[:13]) == (f"{images}: image 7", "not_an_image:")
 
@@ -212,8 +212,25 @@ def test_a_pair_whose_image_cannot_be_read_goes_as_one(weights: str, images: Pat
     assert metadata.rows() == [("b.png", "猫"), ("a.png", "红")]
     assert "no_file: no such file" in (tmp_path / "out" / "left_out.jsonl").read_text()
     pl.DataFrame({"image_path": names[:1], "caption": captions[:1]}).write_csv(images / "table.csv")
-    embed_files(encoder, images=table, texts=table, out=out, context_length=52)
+    with pytest.raises(ConfigError, match=r"other images, 'a\.png' among them; give another"):
+        embed_files(encoder, images=table, texts=table, out=out, context_length=52)
+    embed_files(encoder, images=table, texts=table, out=out, context_length=52, redo=True)
     assert not (tmp_path / "out" / "left_out.jsonl").exists()
+    pl.DataFrame({"image_path": names[::2], "caption": captions[::2]}).write_csv(images / "table.csv")
+    assert embed_files(encoder, images=table, texts=table, out=out, context_length=52).num_images == 2
+    with pytest.raises(ConfigError, match="of other images"):
+        embed_files(encoder, images=None, texts=table, out=out, context_length=52)
+    (tmp_path / "out" / "metadata" / "metadata_0.parquet").unlink()  # as a kill leaves it
+    embed_files(encoder, images=table, texts=table, out=out, context_length=52)
+    (tmp_path / "out" / "img_emb" / "img_emb_1.npy").touch()
+    with pytest.raises(ConfigError, match="features of several files"):
+        embed_files(encoder, images=table, texts=table, out=out, context_length=52)
+    encoder.decode = "reference"
+    with pytest.raises(ConfigError, match=r"holds features of .* with --decode upright; give another --out"):
+        embed_files(encoder, images=table, texts=table, out=out, context_length=52)
+    (tmp_path / "out" / "model.json").unlink()
+    with pytest.raises(ConfigError, match="features of an unknown model"):
+        embed_files(encoder, images=table, texts=table, out=out, context_length=52)
 
 
 def test_decoding_is_chosen_and_noted(weights: str, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from eval.index.bench.points import settings
 from eval.index.build import new_index, try_factory
 from eval.index.embeddings import Embeddings
-from eval.index.flat import build_index, read_index
+from eval.index.flat import build_index, read_index, search
 from eval.index.order import why_out_of_order
 from eval.index.partitioned import PartedIndex, build_parts
 from eval.index.structure import num_lists, quantised_bits
@@ -77,6 +77,10 @@ RIGHT = {
     "IVF8,PQ8x4fs,RFlat": 0.95,
     "PQ8x4,RFlat": 1.0,
     "HNSW16_SQ8,RFlat": 1.0,
+    "LSH,RFlat": 1.0,
+    "LSH64r,RFlat": 1.0,
+    "ITQ12,LSHt,RFlat": 1.0,
+    "LSHr,Refine(SQ8)": 1.0,
     "RR12,Flat": 0.9,
     "Pad32,Flat": 1.0,
     "L2norm,Flat": 1.0,
@@ -169,6 +173,30 @@ def test_what_ranks_otherwise_is_refused_in_one_line(factory: str, features: str
         build_index(features, str(tmp_path / "one.index"), factory=factory)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "one.index").exists()
+
+
+def test_bits_of_lsh_choose_rows_for_cosines(
+    rows: npt.NDArray[np.float32], features: str, tmp_path: Path
+) -> None:
+    folder, embeddings = str(tmp_path / "index"), Embeddings.open(features)
+    index = build_parts(embeddings, folder, factory="LSH64r,RFlat", rows_per_part=350, train_rows=ROWS)
+    found = [index.search(rows[:9], 5, parameters=f"k_factor_rf={times}") for times in (1, 1024)]
+    cosines = np.sort(rows[:9] @ rows.T, axis=1)[:, ::-1][:, :5]
+    assert np.allclose(found[1][0], cosines, atol=1e-5)
+    assert (found[0][0] <= found[1][0] + 1e-6).all()
+    assert settings("LSH64r,RFlat", DIM, ROWS)[-1] == "k_factor_rf=1024"
+    build_index(features, str(tmp_path / "one.index"), factory="LSH64r,RFlat")
+    assert np.allclose(search(read_index(str(tmp_path / "one.index")), rows[:9], 1)[0], 1, atol=1e-5)
+    with pytest.raises(InputError, match="FAISS cannot filter a search of IndexLSH"):
+        index.search(rows[:1], 1, rows=[3])
+    with pytest.raises(InputError, match="have no radius in scores; search for the k nearest"):
+        list(index.search_range(rows[:1], 0.5))
+    with pytest.raises(InputError, match="LSH ranks unit vectors only; leave --centre out"):
+        build_parts(
+            embeddings, folder, factory="LSH,RFlat", rows_per_part=9, train_rows=9, redo=True, centre=True
+        )
+    with pytest.raises(InputError, match="not inner products; use --metric cosine"):
+        new_index(DIM, "LSH,RFlat", "ip")
 
 
 def test_the_worst_first_is_seen_whatever_an_index_says_of_itself(rows: npt.NDArray[np.float32]) -> None:
