@@ -41,7 +41,7 @@ import pytest
 from pipeline.core.records import ConfigError, InputError
 
 # `make test` takes a few hundred cases of each kind, `make test-slow` ten thousand others.
-COUNTS = [pytest.param(200, id="some"), pytest.param(10_000, id="many", marks=pytest.mark.slow)]
+COUNTS = [pytest.param(300, id="some"), pytest.param(10_000, id="many", marks=pytest.mark.slow)]
 SECONDS_A_CASE = 10.0
 SECONDS_TO_START = 180.0  # imports, on a machine that is busy with other tests
 BYTES_A_CASE = int(os.environ.get("CNCLIP_FUZZ_BYTES_A_CASE", 2 << 30))
