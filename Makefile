@@ -38,7 +38,9 @@ demo: install
 	$(BIN)/cnclip run pipeline/recipes/demo.toml
 
 # Two files at once, each whole in one process: tests of a file share what they have made. tests/conftest.py gives the
-# order; by the number of their tests the longest files would come last.
+# order; by the number of their tests the longest files would come last. They start hundreds of processes: without
+# bytecode, which a shell's PYTHONDONTWRITEBYTECODE forbids to write, each would compile all modules anew.
+test test-slow: export PYTHONDONTWRITEBYTECODE =
 test: install
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 

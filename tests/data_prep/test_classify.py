@@ -1,7 +1,6 @@
 """Classifiers: heads from every kind of file, limits without a second pass, features that [score] reads."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from data_prep.download import stage as download
 from data_prep.features.classify import Head
 from pipeline import image_encoders, image_heads, pair_scorers
 from pipeline.catalog import load
 from pipeline.cli import main
 from pipeline.core.records import ConfigError, InputError
-from pipeline.core.stage import Context, Outcome, Task
 from pipeline.last_start import start
 from pipeline.publish.corpus import data_section
-from tests.helpers.corpus_files import drawing, encoded
-from tests.helpers.download import publish_images
+from tests.helpers.corpus_files import answer_with_drawings
 
 FEATURES = torch.nn.functional.normalize(torch.randn(9, 6, generator=torch.Generator().manual_seed(0)), dim=1)
 
@@ -170,18 +166,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_file({"weight": torch.tensor([[0.0, 1.0]])}, tmp_path / "nice.safetensors")
     (tmp_path / "my.toml").write_text(RUN.format(root=tmp_path), encoding="utf-8")
 
-    def fetch(
-        config: Any, context: Context, tasks: list[Task], progress: Any
-    ) -> Iterator[tuple[Task, Outcome]]:
-        for task in tasks:
-            yield (
-                task,
-                publish_images(
-                    context, task, lambda url: encoded(drawing(int(url.rsplit("/", 1)[1].partition(".")[0])))
-                ),
-            )
-
-    monkeypatch.setattr(download, "run_together", fetch)
+    answer_with_drawings(monkeypatch)
     monkeypatch.setattr(image_encoders, "load", lambda config, run_folder: Angles())
     monkeypatch.setattr(pair_scorers, "load", lambda config, run_folder: Texts())
     image = image_encoders.identify(load(str(tmp_path / "my.toml"))[1].image_features)  # type: ignore[arg-type]

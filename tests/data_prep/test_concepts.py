@@ -4,7 +4,6 @@ import gzip
 import json
 import random
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,11 @@ import pytest
 import cnclip
 from data_prep.concepts import matching
 from data_prep.concepts.entries import count_ngrams, plain, read_entries
-from data_prep.download import stage as download
 from pipeline.catalog import load
 from pipeline.cli import main
 from pipeline.core.records import ConfigError, InputError
-from pipeline.core.stage import Context, Outcome, Task
 from pipeline.last_start import start
-from tests.helpers.corpus_files import drawing, encoded
-from tests.helpers.download import publish_images
+from tests.helpers.corpus_files import answer_with_drawings
 
 
 def as_compared(texts: list[str]) -> pl.Series:
@@ -178,18 +174,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "entries.txt").write_text("橘猫\n白狗\n熊猫\n猫\n橘猫\n", encoding="utf-8")
     (tmp_path / "my.toml").write_text(RUN.format(root=tmp_path), encoding="utf-8")
 
-    def fetch(
-        config: Any, context: Context, tasks: list[Task], progress: Any
-    ) -> Iterator[tuple[Task, Outcome]]:
-        for task in tasks:
-            yield (
-                task,
-                publish_images(
-                    context, task, lambda url: encoded(drawing(int(url.rsplit("/", 1)[1].partition(".")[0])))
-                ),
-            )
-
-    monkeypatch.setattr(download, "run_together", fetch)
+    answer_with_drawings(monkeypatch)
     return tmp_path
 
 

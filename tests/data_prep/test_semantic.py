@@ -1,7 +1,6 @@
 """Semantic duplicates: pruning as published, clusters that change nothing, and the stages of a run."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +8,13 @@ import numpy as np
 import polars as pl
 import pytest
 
-from data_prep.download import stage as download
 from data_prep.features import semantic
 from pipeline import image_encoders
 from pipeline.catalog import load
 from pipeline.cli import main
 from pipeline.core.records import ConfigError, InputError
-from pipeline.core.stage import Context, Outcome, Task
 from pipeline.last_start import start
-from tests.helpers.corpus_files import drawing, encoded
-from tests.helpers.download import publish_images
+from tests.helpers.corpus_files import answer_with_drawings
 
 
 def published(order: list[int], feature_ND: Any, max_similarity: float) -> set[int]:
@@ -86,18 +82,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     (tmp_path / "my.toml").write_text(RUN.format(root=tmp_path), encoding="utf-8")
 
-    def fetch(
-        config: Any, context: Context, tasks: list[Task], progress: Any
-    ) -> Iterator[tuple[Task, Outcome]]:
-        for task in tasks:
-            yield (
-                task,
-                publish_images(
-                    context, task, lambda url: encoded(drawing(int(url.rsplit("/", 1)[1].partition(".")[0])))
-                ),
-            )
-
-    monkeypatch.setattr(download, "run_together", fetch)
+    answer_with_drawings(monkeypatch)
     monkeypatch.setattr(image_encoders, "load", lambda config, run_folder: Brightness())
     return tmp_path
 

@@ -27,8 +27,8 @@ from eval.index.planning import read_machines
 from pipeline import catalog
 from pipeline.cli import main, program
 from tests.helpers.hub_models import chinese_clip
-from tests.helpers.hub_server import Hub, hub_server
-from tests.helpers.own_corpus import write_evaluation
+from tests.helpers.hub_server import Hub, ask_here, hub_server
+from tests.helpers.own_corpus import main_here, write_evaluation
 from tests.helpers.pages import CHINESE, NOT_RUN, PAGES, ROOT, SLOW, Block, blocks, read
 from tests.helpers.tiny_model import write_tiny_model
 
@@ -53,7 +53,7 @@ def _write_images(folder: Path, count: int, seed: int) -> None:
         Image.fromarray(pixels).resize((64, 64)).save(folder / f"{number}.png")
 
 
-def make_world(folder: Path) -> Path:
+def make_world(folder: Path) -> None:
     """Fill the user's folder with what the pages' commands find there."""
     _write_images(folder / "my" / "pictures", NUM_IMAGES, 0)
     _write_images(folder / "photos", 40, 1)
@@ -76,7 +76,22 @@ def make_world(folder: Path) -> Path:
     (folder / "bin").mkdir()
     (folder / "bin" / "cnclip").write_text(f'#!/bin/sh\nexec {sys.executable} -m pipeline "$@"\n')
     (folder / "bin" / "cnclip").chmod(0o755)
+
+
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made") / "world"
+    folder.mkdir()
+    make_world(folder)
     return folder
+
+
+@pytest.fixture
+def world(made_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the user's folder, for one test alone, which works in it."""
+    shutil.copytree(made_once, tmp_path / "world")
+    monkeypatch.chdir(tmp_path / "world")
+    return tmp_path / "world"
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +102,15 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     with hub_server() as server:
         server.models.update(dict.fromkeys(NAMED_WEIGHTS, folder))
         yield server
+
+
+def run_commands(block: Block, page: str) -> None:
+    """Run the commands of a shell block one by one in this process, which has imported everything already."""
+    for line in block.text.replace("\\\n", " ").splitlines():
+        name, *words = shlex.split(line)
+        assert name == "cnclip", f"{page}:{block.line}: {line}"
+        done = main_here(*words)
+        assert done.returncode == 0, f"{page}:{block.line}: {done.stdout[-1000:]}{done.stderr[-3000:]}"
 
 
 def run_block(block: Block, world: Path, page: str, hub: Hub | None = None) -> None:
@@ -118,11 +142,11 @@ def test_a_block_that_is_not_run_says_why(page: str) -> None:
 @pytest.mark.parametrize(
     "page", [page for page in RUN if any(not block.above.startswith("<!--") for block in _shell(page))]
 )
-def test_quick_commands_work(page: str, tmp_path: Path, hub: Hub) -> None:
-    world = make_world(tmp_path)
-    quick = [block for block in _shell(page) if not block.above.startswith("<!--")]
-    for block in quick:
-        run_block(block, world, page, hub)
+def test_quick_commands_work(page: str, world: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask_here(hub, world / "home", monkeypatch)
+    for block in _shell(page):
+        if not block.above.startswith("<!--"):
+            run_commands(block, page)
 
 
 @pytest.mark.parametrize("block", _shell(REFERENCE), ids=lambda block: block.text.split()[1])
@@ -131,23 +155,23 @@ def test_examples_of_the_reference_parse(block: Block) -> None:
     program().commands[name].make_context(name, arguments)
 
 
-def test_the_example_of_report_compares_two_runs(tmp_path: Path) -> None:
-    world = make_world(tmp_path)
+def test_the_example_of_report_compares_two_runs(world: Path) -> None:
     for name, least in (("old", 5), ("new", 6)):
         settings = f"--set run.folder=runs/{name} --set filter_text.min_characters={least}"
         command = f"cnclip run my.toml --to filter_text {settings}\n"
-        run_block(Block("sh", command, "", 0), world, "fixture")
+        run_commands(Block("sh", command, "", 0), "fixture")
     example = next(block for block in _shell(REFERENCE) if block.text.startswith("cnclip report "))
-    run_block(example, world, REFERENCE)
+    run_commands(example, REFERENCE)
     compared = (world / "compared.html").read_text(encoding="utf-8")
     assert 'data-title-en="old and new"' in compared
     assert "min_characters" in compared
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(made_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The world after `cnclip run my.toml`, with the beginning of a small demo."""
-    world = make_world(tmp_path_factory.mktemp("world"))
+    world = tmp_path_factory.mktemp("finished") / "world"
+    shutil.copytree(made_once, world)
     shutil.rmtree(world / "runs")
     sets = " ".join(f"--set {item}" for item in SMALL_DEMO)
     text = f"cnclip run my.toml\ncnclip run demo {sets} --to shards\n"
@@ -204,8 +228,8 @@ def _python(page: str) -> list[Block]:
 
 
 @pytest.mark.parametrize("page", [page for page in RUN if _python(page)])
-def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(make_world(tmp_path))
+@pytest.mark.usefixtures("world")
+def test_python_blocks_run(page: str) -> None:
     names: dict[str, Any] = {}
     for block in _python(page):
         exec(compile(block.text, page, "exec"), names)

@@ -243,7 +243,7 @@ def judge_a_command(case: Case) -> str:
 
 
 @pytest.mark.parametrize(
-    "count", [pytest.param(10, id="some"), pytest.param(500, id="many", marks=pytest.mark.slow)]
+    "count", [pytest.param(10, id="some"), pytest.param(200, id="many", marks=pytest.mark.slow)]
 )
 def test_commands_survive_a_damaged_state_file(count: int) -> None:
     assert fuzz(judge_a_command, count)["repaired"] > 0.8 * count

@@ -2,10 +2,12 @@
 
 import io
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import polars as pl
+import pytest
 from PIL import Image, ImageDraw
 
 from data_prep import corpus
@@ -14,7 +16,7 @@ from data_prep.dedup import exact as dedup
 from data_prep.dedup import near_duplicates
 from data_prep.dedup.exact import DedupConfig
 from data_prep.dedup.near_duplicates import DedupImageConfig
-from data_prep.download.stage import plan as plan_download
+from data_prep.download import stage as download
 from data_prep.filters import image as filter_image
 from data_prep.filters import text as filter_text
 from data_prep.filters.image import FilterImageConfig
@@ -53,6 +55,21 @@ def fetch(config: str, context: Context, task: Task, progress: Progress) -> Outc
     return publish_images(context, task, lambda url: (Path(config) / url.rsplit("/", 1)[1]).read_bytes())
 
 
+def answer_with_drawings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the download of this process's runs answer: the image at `…/7.jpg` is the drawing of seed 7."""
+
+    def image_of(url: str) -> bytes:
+        return encoded(drawing(int(url.rsplit("/", 1)[1].removesuffix(".jpg"))))
+
+    def fetch(
+        config: Any, context: Context, tasks: list[Task], progress: Any
+    ) -> Iterator[tuple[Task, Outcome]]:
+        for task in tasks:
+            yield task, publish_images(context, task, image_of)
+
+    monkeypatch.setattr(download, "run_together", fetch)
+
+
 def make_run(
     folder: Path,
     pictures: Mapping[str, bytes],
@@ -85,7 +102,7 @@ def make_run(
         ),
         filter_text.stage(FilterTextConfig()),
         Stage("dedup", "", 1, DedupConfig(partitions=partitions), ("filter_text",), dedup.plan, dedup.run),
-        Stage("download", "", 1, str(inputs), ("corpus", "dedup"), plan_download, fetch),
+        Stage("download", "", 1, str(inputs), ("corpus", "dedup"), download.plan, fetch),
         filter_image.stage(images),
     ]  # fmt: skip
     rows = "filter_image"

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
+
 _INFO = re.compile(r"/api/models/(?P<repo>.+?)(?:/revision/(?P<revision>.+))?")
 _FILE = re.compile(r"/(?P<repo>[^/]+/[^/]+|[^/]+)/resolve/(?P<revision>[^/]+)/(?P<name>.+)")
 _REPO = r"/api/(?P<kind>models|datasets)/(?P<repo>[^/]+/[^/]+)"
@@ -292,3 +294,15 @@ def hub_server() -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def ask_here(hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have this process ask the hub, and keep what it gives in a cache of its own."""
+    from huggingface_hub import constants
+
+    template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)

@@ -48,11 +48,11 @@ def launch(job: TrainJob) -> subprocess.Popen[str]:
     )
 
 
-def run_watched(job: TrainJob) -> subprocess.Popen[str]:
-    """Start the ranks like `cnclip run`; the caller must read their output."""
+def run_watched(job: TrainJob, entry: str = "tests.helpers.rank_main") -> subprocess.Popen[str]:
+    """Start the ranks, each as module `entry`, like `cnclip run`; the caller must read their output."""
     path = Path(job.folder) / "job.json"
     path.write_text(job.to_json())
-    words = [sys.executable, str(HELPERS / "watch_main.py"), str(path)]
+    words = [sys.executable, str(HELPERS / "watch_main.py"), str(path), entry]
     python_path = str(ROOT)
     environment = os.environ | {"PYTHONPATH": python_path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)

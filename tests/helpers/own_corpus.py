@@ -71,10 +71,14 @@ def write_evaluation(out: Path, pictures: Path, count: int) -> None:
 
 
 def cnclip_here(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return main_here(words[0], str(root / "run.toml"), *words[1:])
+
+
+def main_here(*words: str) -> subprocess.CompletedProcess[str]:
     """Run a command in this process, which has imported everything already."""
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = main([words[0], str(root / "run.toml"), *words[1:]])
+        status = main(words)
     texts = []
     for stream in (out, err):
         stream.seek(0)

@@ -9,10 +9,10 @@ from training.config.job import TrainJob
 from training.ranks.launcher import failure, free_port, launcher_command, launcher_environment, watch
 
 
-def main(path: str) -> int:
+def main(path: str, entry: str) -> int:
     job = TrainJob.from_json(Path(path).read_text(), path)
     log_path = str(Path(job.folder) / "train.log")
-    command = launcher_command("local", "tests.helpers.rank_main", path, job.config.ranks, free_port())
+    command = launcher_command("local", entry, path, job.config.ranks, free_port())
     try:
         status = watch(
             command, launcher_environment(os.environ, 1), log_path, lambda done, total, text="": None, print
@@ -26,4 +26,4 @@ def main(path: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

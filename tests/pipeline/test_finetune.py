@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers.own_corpus import cnclip, make_own
+from tests.helpers.own_corpus import cnclip, cnclip_here, make_own
 from training.model.clip import build_clip
 from training.model.config import MODELS
 from training.model.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -69,7 +69,7 @@ def losses(root: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = make_run(tmp_path_factory.mktemp("finetune"), rate=1e-3, size_px=64)
-    done = cnclip(root, "run", "--to", "finetune")
+    done = cnclip_here(root, "run", "--to", "finetune")
     assert done.returncode == 0, done.stderr[-2000:]
     shutil.copytree(root / "run", root / "finished")
     return root
@@ -108,7 +108,7 @@ def test_a_task_is_finetuned_from_weights_of_another_resolution(finished: Path) 
 
 def test_a_batch_larger_than_what_is_left_names_what_dropped_the_rest(finished: Path) -> None:
     words = ("--stage", "finetune", "--redo", "--set=finetune.global_batch=64", "--set=finetune.lanes=64")
-    done = cnclip(finished, "run", *words)
+    done = cnclip_here(finished, "run", *words)
     assert done.returncode == 2
     assert (
         "[finetune] global_batch = 64, but the corpus has 12 samples: lower global_batch (and lanes, if"

@@ -349,7 +349,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     whole, killed = (make_job(tmp_path, run, **changes) for run in ("whole", "killed"))
     run_ranks(train_rank, 2, whole)
     random = np.random.default_rng(0)
-    for _ in range(20):
+    for _ in range(10):
         process = launch(killed)
         try:
             process.communicate(timeout=random.uniform(1, 25))

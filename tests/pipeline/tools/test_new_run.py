@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -37,22 +38,30 @@ def write_images(folder: Path, count: int, seed: int) -> None:
         Image.fromarray(pixels).resize((40, 40)).save(folder / f"猫 {number}.png")
 
 
-@pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three tables: paths with images next to them, URLs as in LAION-5B, and other names of columns."""
-    monkeypatch.chdir(tmp_path)
-    write_images(tmp_path / "own" / "images", NUM_IMAGES, 0)
-    write_images(tmp_path / "others", 12, 1)
-    write_evaluation(tmp_path / "valid", tmp_path / "others", 12)
+    world = tmp_path_factory.mktemp("world")
+    write_images(world / "own" / "images", NUM_IMAGES, 0)
+    write_images(world / "others", 12, 1)
+    write_evaluation(world / "valid", world / "others", 12)
     paths = [f"猫 {number}.png" for number in range(NUM_IMAGES)]
     urls = [f"https://example.com/{number}" for number in range(NUM_IMAGES)]
-    pl.DataFrame({"url": paths, "caption": CAPTIONS}).write_csv("own/captions.csv")
+    pl.DataFrame({"url": paths, "caption": CAPTIONS}).write_csv(world / "own" / "captions.csv")
     laion = pl.DataFrame({"URL": urls, "TEXT": CAPTIONS, "similarity": [0.3] * NUM_IMAGES})
     for part in range(2):
-        laion[part * 40 : part * 40 + 40].write_parquet(f"part{part}.parquet")
+        laion[part * 40 : part * 40 + 40].write_parquet(world / f"part{part}.parquet")
     rows = [{"编号": number, "图片": urls[number], "标题": f"猫{number}"[:2]} for number in range(NUM_IMAGES)]
-    Path("names.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tmp_path
+    (world / "names.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return world
+
+
+@pytest.fixture
+def world(made_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the tables in a folder for one test alone, which works in it."""
+    shutil.copytree(made_once, tmp_path / "world")
+    monkeypatch.chdir(tmp_path / "world")
+    return tmp_path / "world"
 
 
 def written(path: str = "my.toml") -> dict[str, Any]:

@@ -19,7 +19,6 @@ import pytest
 
 from pipeline.core.records import Stopped
 from tests.helpers.launched_jobs import (
-    HELPERS,
     LIMIT_SECONDS,
     ROOT,
     launch,
@@ -29,7 +28,7 @@ from tests.helpers.launched_jobs import (
     run_watched,
     wait_for_steps,
 )
-from tests.helpers.rank_processes import free_port, run_ranks
+from tests.helpers.rank_processes import run_ranks
 from tests.helpers.train_jobs import make_job, train_rank
 from training.config.job import TrainJob
 from training.ranks import launcher
@@ -114,11 +113,14 @@ def test_the_launcher_passes_a_signal_on_and_says_that_it_was_stopped(tmp_path: 
 
 
 def test_a_second_interrupt_does_not_wait_for_the_ranks(tmp_path: Path) -> None:
-    job = make_job(tmp_path, "run", epochs=2000, save_every_steps=100_000)
-    with run_watched(job) as process:
-        wait_for_steps(job, process, 3)
-        ((rank, _),) = ranks_of(process.pid)
-        os.kill(rank, signal.SIGSTOP)  # a step that takes for ever
+    job = make_job(tmp_path, "run")
+    started = Path(job.folder) / "rank"
+    with run_watched(job, "tests.helpers.deaf_rank") as process:
+        end = time.monotonic() + LIMIT_SECONDS
+        while not started.exists():
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        rank = int(started.read_text())
         process.send_signal(signal.SIGINT)
         time.sleep(0.5)
         assert process.poll() is None
@@ -146,22 +148,20 @@ def test_a_signal_that_comes_before_there_are_ranks_is_not_lost(tmp_path: Path) 
     assert "stopped: no rank was training; rerun the same command to resume" in said
 
 
+def wait_for_another(job: TrainJob, errors: str) -> None:
+    """Be the first of two ranks, the second of which never comes; `errors` takes standard error."""
+    os.environ |= {"LOCAL_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}
+    with open(errors, "wb") as file:
+        os.dup2(file.fileno(), 2)
+    train_rank(job)
+
+
 def test_a_rank_that_waits_for_another_to_come_ends_too(tmp_path: Path) -> None:
     job = make_job(tmp_path, "run", ranks=2, stall_seconds=0.25)  # 8 times that between steps
-    path = Path(job.folder) / "job.json"
-    path.write_text(job.to_json())
-    here = {"RANK": "0", "LOCAL_RANK": "0", "LOCAL_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    python_path = {"PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(
-        [sys.executable, str(HELPERS / "rank_main.py"), str(path)],
-        env=os.environ | here | meeting | python_path,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_SECONDS,
-    )
-    assert ended.returncode == 1
-    assert "no sign of life for 2 s; rank 0: starting; rank 1: no response" in ended.stderr
+    with pytest.raises(AssertionError, match="the rank died"):
+        run_ranks(wait_for_another, 1, job, str(tmp_path / "errors"))
+    said = (tmp_path / "errors").read_text()
+    assert "no sign of life for 2 s; rank 0: starting; rank 1: no response" in said
 
 
 @pytest.mark.parametrize("is_full", [False, True])

@@ -152,13 +152,23 @@ def test_hugging_face_token_ids_equal_ours_on_many_captions() -> None:
         assert row[row != 0].tolist() == encoding.ids
 
 
-@pytest.mark.parametrize("name", ["tiny-vit", pytest.param("tiny-rn", marks=pytest.mark.slow)])
-def test_onnx_of_both_towers_with_free_batch_and_length(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "stand_beside"), [("tiny-vit", False), pytest.param("tiny-rn", True, marks=pytest.mark.slow)]
+)
+def test_onnx_of_both_towers_with_free_batch_and_length(
+    name: str, stand_beside: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights beyond protobuf's limit stand in a file beside."""
     runtime = pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
     pytest.importorskip("onnxscript", reason="the extra `onnx` is not installed")
+    if stand_beside:
+        monkeypatch.setattr("training.weights.export._ONNX_INLINE_BYTES", 200_000)
     model, source = _source(tmp_path / "in", name)
     lines = convert(source, str(tmp_path / "clip.onnx"))
     assert "under onnxruntime" in lines[-1]
+    beside = {path.name: path.stat().st_size for path in tmp_path.glob("*.data")}
+    assert set(beside) == ({"clip.image.onnx.data", "clip.text.onnx.data"} if stand_beside else set())
+    assert all(size > 200_000 for size in beside.values())
     side = model.config.vision.image_size_px
     generator = torch.Generator().manual_seed(3)
     image_BCHW = torch.randn(5, 3, side, side, generator=generator)
@@ -171,23 +181,6 @@ def test_onnx_of_both_towers_with_free_batch_and_length(name: str, tmp_path: Pat
             (found,) = session.run([f"{kind}_features"], {kind: batch.numpy()})
             with torch.no_grad():
                 torch.testing.assert_close(torch.from_numpy(found), encode(batch), atol=1e-4, rtol=0)
-
-
-def test_onnx_weights_beyond_protobufs_limit_stand_beside(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runtime = pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
-    pytest.importorskip("onnxscript", reason="the extra `onnx` is not installed")
-    monkeypatch.setattr("training.weights.export._ONNX_INLINE_BYTES", 200_000)
-    model, source = _source(tmp_path / "in", "tiny-vit")
-    convert(source, str(tmp_path / "clip.onnx"))
-    data = tmp_path / "clip.text.onnx.data"
-    assert data.stat().st_size > 200_000
-    session = runtime.InferenceSession(tmp_path / "clip.text.onnx", providers=["CPUExecutionProvider"])
-    tokens_BL = torch.tensor([[2, 7, 8, 3], [2, 9, 3, 0]])
-    (found,) = session.run(None, {"text": tokens_BL.numpy()})
-    with torch.no_grad():
-        torch.testing.assert_close(torch.from_numpy(found), model.encode_text(tokens_BL), atol=1e-4, rtol=0)
 
 
 def test_model_card_says_what_is_known_and_what_is_not(tmp_path: Path) -> None:
