@@ -42,11 +42,8 @@ CLAIMS: dict[str, tuple[str, str]] = {
     ),
     "data_stages/download": ("download: fetch, decode, resize, pack", "data_prep/data_stages.py"),
     "data_stages/download/scaled": ("download with `scaled_decode`", "data_prep/data_stages.py"),
-    "data_stages/filter_image": (
-        "filter_image when it still hashed: sizes, hashes, copies of evaluation images",
-        "data_prep/data_stages.py",
-    ),
-    "data_stages/shards": ("shards: pack images and captions", "data_prep/data_stages.py"),
+    "data_stages/shards": ("shards: pack images and captions anew", "data_prep/data_stages.py"),
+    "data_stages/verify": ("verify: hash images' bytes", "data_prep/data_stages.py"),
     "dedup/duckdb": ("exact duplicates: ours against duckdb", "data_prep/dedup.py"),
     "dedup/keys": ("keys of a table read without a hit", "data_prep/dedup.py"),
     "dedup/memory/duckdb": ("memory for exact duplicates: ours against duckdb", "data_prep/dedup.py"),

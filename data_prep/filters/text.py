@@ -11,12 +11,21 @@ from data_prep.accounting.histograms import histogram
 from data_prep.accounting.judged import JudgedFacts, SourceCounts, publish_judged
 from data_prep.corpus_facts import TablePlace, evaluation_urls, score_pairs, tables_of
 from data_prep.formats.keys import with_key
+from data_prep.formats.parquet import holds_values
 from data_prep.rules import chinese_script
 from data_prep.rules import text as text_rules
 from data_prep.rules.image import SWITCHABLE_IMAGE_RULES
 from data_prep.rules.text import TextRule
 from data_prep.sources.list_columns import ALL_CAPTIONS
-from data_prep.sources.table import EXEMPT_COLUMN, JUDGED_ONLY, TableSource, naming_damage, scan
+from data_prep.sources.table import (
+    EXEMPT_COLUMN,
+    JUDGED_ONLY,
+    TableSource,
+    naming_damage,
+    open_parquet,
+    resolve,
+    scan,
+)
 from pipeline.core import store
 from pipeline.core.config import digest
 from pipeline.core.facts import Facts
@@ -129,14 +138,12 @@ def run(config: FilterTextConfig, context: Context, task: Task, progress: Progre
     """Judge one table. Kept rows are sorted by key, the order of the shuffled corpus."""
     asked = TextTask.from_json(task.arguments)
     source, path = asked.table.source, asked.table.full_path(context.run_folder)
-    frame = scan(path, source, is_whole=True)
+    frame = scan(path, source, is_whole=True, first=asked.first or 0, count=asked.count)
     names = frame.collect_schema().names()
     captions_dropped = None
     with naming_damage(path):
-        has_scores = _has_scores(frame)  # of the whole table: the same rules judge all its slices
-    if asked.first is not None:
-        frame = frame.slice(asked.first, asked.count)
-    with naming_damage(path):
+        # Of the whole table: the same rules judge all its slices.
+        has_scores = _has_scores(path, source)
         groups = by_exemptions(frame, source)
     urls = [url for file in evaluation_urls(context) for url in store.read_text(file.path).splitlines()]
     judged, rules = list[pl.LazyFrame](), dict[str, TextRule]()
@@ -316,9 +323,14 @@ def rules_for(
     return [rule for rule in rules if rule.name not in exempt_from]
 
 
-def _has_scores(frame: pl.LazyFrame) -> bool:
-    """Return whether a source has scores; one without (Wukong) is not judged by them (paper: LAION only)."""
-    return bool(frame.select(pl.col("score").is_not_null().any()).collect().item())
+def _has_scores(path: str, source: TableSource) -> bool:
+    """Return whether a table has scores; one without (Wukong) is not judged by them (paper: LAION only)."""
+    column = resolve(path, source, open_parquet(path).collect_schema().names())["score_column"]
+    told = False if column is None else holds_values(path, column)
+    if told is not None:
+        return told  # no slice of a long table reads the scores of all others
+    scores = scan(path, source, is_whole=True).select(pl.col("score").is_not_null().any())
+    return bool(scores.collect().item())
 
 
 def _words_digest(theme: str) -> Any:

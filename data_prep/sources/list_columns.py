@@ -38,6 +38,11 @@ def with_one_text(frame: pl.LazyFrame, caption: str) -> pl.LazyFrame:
     return frame.with_columns(text.replace("", None).alias(caption))
 
 
+def becomes_rows(schema: pl.Schema, caption: str, list_captions: ListCaptions | None) -> bool:
+    """Return whether each caption of a list becomes a row of its own."""
+    return isinstance(schema[caption], pl.List | pl.Array) and list_captions not in ("random", "first")
+
+
 def with_one_caption(frame: pl.LazyFrame, caption: str, list_captions: ListCaptions | None) -> pl.LazyFrame:
     """Return a row for each caption of a list, or for its first; an empty list is no caption.
 

@@ -18,7 +18,12 @@ from pydantic import BeforeValidator
 
 from data_prep.rules.address import AROUND
 from data_prep.sources import text_file
-from data_prep.sources.list_columns import ALL_CAPTIONS, refuse_nested_columns, with_one_caption
+from data_prep.sources.list_columns import (
+    ALL_CAPTIONS,
+    becomes_rows,
+    refuse_nested_columns,
+    with_one_caption,
+)
 from data_prep.sources.local_server import HOST, IMAGES
 from data_prep.sources.parquet_text import has_bad_text, read_text_safely
 from data_prep.sources.table_files import parts_of
@@ -218,11 +223,18 @@ def find_files(source: TableSource) -> list[str]:
     return files
 
 
-def scan(path: str, source: TableSource, *, is_whole: bool = False) -> pl.LazyFrame:
+def scan(
+    path: str,
+    source: TableSource,
+    *,
+    is_whole: bool = False,
+    first: int = 0,
+    count: int | None = None,
+) -> pl.LazyFrame:
     """Lazily read one file of a source as the canonical table, rows in file order.
 
     Rows with bytes that are not UTF-8 are left out, unless the caller knows that all text is valid
-    (`is_whole`).
+    (`is_whole`). Of these, `count` rows from `first` on, under their own numbers.
 
     Raises:
         InputError: if the file cannot be read or lacks a column; it lists the columns found.
@@ -234,6 +246,9 @@ def scan(path: str, source: TableSource, *, is_whole: bool = False) -> pl.LazyFr
     columns = resolve(path, source, found)
     caption = str(columns["caption_column"])
     refuse_nested_columns(path, str(columns["url_column"]), caption, schema, source.list_captions)
+    is_cut_late = becomes_rows(schema, caption, source.list_captions)
+    if not is_cut_late:
+        frame = frame.slice(first, count)  # before rows are numbered: polars then skips what lies before
     if not is_whole and is_damaged_text(path, source):
         frame = pl.concat(list(read_text_safely(path, needed_columns(path, source, found)))).lazy()
         frame = frame.filter(~text_file.is_damaged(found_text(frame.collect_schema())))
@@ -251,7 +266,10 @@ def scan(path: str, source: TableSource, *, is_whole: bool = False) -> pl.LazyFr
             return pl.lit(None, dtype=pl.Int32)
         return by_name(name).cast(pl.Float64, strict=False).cast(pl.Int32, strict=False)  # "30.0" is 30
 
-    return frame.with_row_index("row").select(
+    frame = frame.with_row_index("row", offset=0 if is_cut_late else first)
+    if is_cut_late:
+        frame = frame.slice(first, count)
+    return frame.select(
         pl.lit(source.name).alias("source"),
         pl.col("row").cast(pl.Int64),
         _url(columns["url_column"], source).alias("url"),

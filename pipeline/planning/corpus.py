@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.core.config import apply_overrides
 from pipeline.core.records import ConfigError
 from pipeline.core.text_table import align
+from pipeline.planning.speed import IMAGE_BYTES
 
 # Rates of one core, per CPU second, as this repository's benchmarks measured them (docs/scale.md names each
 # record).
@@ -44,7 +45,7 @@ class Assumed:
     alive: float = 0.7
     https: float = 0.8
     wire_bytes: float = 191_244.0
-    stored_bytes: float = 55_859.0
+    stored_bytes: float = IMAGE_BYTES
     machines: float = 10
     cores: float = 16
     gigabits: float = 10.0

@@ -22,7 +22,7 @@ RANKS_OF_A_NODE = 8
 # Measured by this repository's benchmarks (benchmarks/results/feeding.json, cached_reading.json, scale.json).
 IMAGES_A_CORE = 742.0  # decoded and augmented, per second
 CACHED_SAMPLES_A_CORE = 301_708.0  # read, per second
-IMAGE_BYTES = 55_859.0  # of a stored image with its caption, 256 px
+IMAGE_BYTES = 55_857.0  # of a stored image with its caption, 256 px
 _TOKEN_BYTES = 90  # of a cached sample: its tokens' ids and its key
 SUITS = 0.9  # of the utilisation that few ranks reach: a number of ranks with less does not suit
 

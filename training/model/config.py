@@ -12,6 +12,8 @@ Facts that the tables do not print, from the released weights:
 from dataclasses import dataclass, replace
 from typing import Literal
 
+RESNET_CELL_PX = 32  # of an image becomes one cell of a ResNet's last map
+
 Activation = Literal["quick_gelu", "gelu"]
 
 
@@ -93,7 +95,7 @@ def at_size(model: ModelConfig, image_size_px: int) -> ModelConfig:
     vision = model.vision
     if image_size_px == vision.image_size_px:  # a small ResNet's own size may be no multiple
         return model
-    cell = vision.patch_size_px if isinstance(vision, VisionTransformerConfig) else 32
+    cell = vision.patch_size_px if isinstance(vision, VisionTransformerConfig) else RESNET_CELL_PX
     if image_size_px < cell or image_size_px % cell:
         raise ValueError(
             f"an image size of {image_size_px} is not a multiple of {cell} pixels: choose a multiple"

@@ -8,7 +8,7 @@ from typing import Literal
 from pipeline.core import store
 from pipeline.core.records import ConfigError
 from training.model.clip import CLIP
-from training.model.config import VisionTransformerConfig
+from training.model.config import RESNET_CELL_PX, VisionTransformerConfig
 from training.model.tokenizer import Tokenizer
 from training.weights.export import save_cn_clip, save_hugging_face, save_onnx, save_safetensors
 from training.weights.formats import Weights, build_model, read_weights
@@ -73,6 +73,12 @@ def convert(
             beside = f"{os.path.splitext(out)[0]}.vocab.txt"
             find_vocabulary(source, model.config.text.vocab_size, given=vocabulary).save_vocabulary(beside)
             written += f" and its vocabulary {beside}"
+        vision = model.config.vision
+        if not isinstance(vision, VisionTransformerConfig) and vision.image_size_px % RESNET_CELL_PX:
+            written += (
+                f"; cn_clip's image features differ: of {vision.image_size_px} px it drops rows and columns"
+                f" that this project keeps, as of any size that is no multiple of {RESNET_CELL_PX}"
+            )
     elif target == "hugging_face":
         tokenizer = find_vocabulary(source, model.config.text.vocab_size, given=vocabulary)
         save_hugging_face(out, model, tokenizer, facts)

@@ -13,6 +13,7 @@ from data_prep.accounting.funnel import lost_captions
 from data_prep.corpus import CorpusStageConfig, TablesConfig
 from data_prep.filters import text as filter_text
 from data_prep.filters.text import FilterTextConfig
+from data_prep.formats.parquet import holds_values
 from data_prep.sources import regions as convert
 from data_prep.sources import text_file
 from data_prep.sources.table import (
@@ -289,3 +290,40 @@ def test_a_row_keeps_all_captions_that_the_rules_admit(tmp_path: Path) -> None:
         assert why(run, "http://a.cn/1")[1].startswith("  dropped by filter_text: too_short")
     with pytest.raises(ValueError, match="carry_columns names captions"):
         TableSource(path="a", carry_columns=("captions",), **settings)
+
+
+@pytest.mark.parametrize("list_captions", [None, "each", "first"])
+def test_a_part_of_a_table_has_the_rows_and_numbers_that_the_whole_has(
+    list_captions: Any, tmp_path: Path
+) -> None:
+    texts = [[f"第{row}只猫", f"第{row}条狗"][: 1 + row % 2] for row in range(50)]
+    captions = texts if list_captions else [text[0] for text in texts]
+    urls = [f"http://a.cn/{row}" for row in range(50)]
+    path = str(tmp_path / "a.parquet")
+    pl.DataFrame({"url": urls, "caption": captions}).write_parquet(path, row_group_size=7)
+    source = _source(path, list_captions=list_captions)
+    whole = scan(path, source, is_whole=True).collect()
+    assert len(whole) == (75 if list_captions == "each" else 50)
+    for first, count in ((0, 10), (9, 20), (40, 35), (60, 10)):
+        part = scan(path, source, is_whole=True, first=first, count=count).collect()
+        assert part.equals(whole.slice(first, count))
+
+
+@pytest.mark.parametrize(
+    ("scores", "told"),
+    [
+        (pl.Series([None] * 6, dtype=pl.Float32), False),
+        (pl.Series([None, None, None, None, 0.3, None], dtype=pl.Float64), True),
+        (pl.Series([1, 2, 3, 4, 5, 6], dtype=pl.Int64), True),
+        (pl.Series(["0.3", None, None, None, None, None]), None),
+    ],
+)
+def test_a_footer_tells_whether_a_table_has_scores(
+    scores: pl.Series, told: bool | None, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "a.parquet")
+    pl.DataFrame({"similarity": scores}).write_parquet(path, row_group_size=2)
+    assert holds_values(path, "similarity") is told
+    assert holds_values(path, "other") is None
+    pl.DataFrame({"similarity": scores}).write_parquet(path, statistics=False)
+    assert holds_values(path, "similarity") is None

@@ -115,7 +115,7 @@ def test_what_a_rank_reads() -> None:
     one_second = Step(1.0, 0.0, 0.0, 0.0)
     live = feed(B16, CONFIG, one_second)
     assert (live.samples_a_second, live.cores) == (128, pytest.approx(128 / 742))
-    assert live.bytes_a_second == pytest.approx(128 * 55_859)
+    assert live.bytes_a_second == pytest.approx(128 * 55_857)
     cached = feed(B16, dataclasses.replace(CONFIG, lock_image=True, cached_views=4), one_second)
     assert cached.bytes_a_second == pytest.approx(128 * (1028 + 90))
     assert cached.cores < live.cores / 400
