@@ -178,9 +178,13 @@ def _plan_corpus(overrides: Sequence[str], *, as_json: bool) -> int:
 
     on = assumed(overrides)
     if as_json:
-        found = {"steps": steps(on), "failures": failures(on)}
-        document = {key: [asdict(item) for item in items] for key, items in found.items()}
-        print_document({"assumed": asdict(on), **document})
+        print_document(
+            {
+                "assumed": asdict(on),
+                "steps": [asdict(step) for step in steps(on)],
+                "failures": [asdict(failure) for failure in failures(on)],
+            }
+        )
     else:
         print(plan_table(on))
     return EXIT_DONE

@@ -242,7 +242,8 @@ def plan_table(on: Assumed) -> str:
 
 def timetable(on: Assumed) -> list[tuple[str, ...]]:
     """Return a row of text for each stage, as the plan and docs/scale.md have it."""
-    rows, start = [], 0.0
+    rows: list[tuple[str, ...]] = []
+    start = 0.0
     for step in steps(on):
         end = start + step.seconds
         busy = step.core_seconds / (step.seconds * on.machines * on.cores)
