@@ -15,14 +15,14 @@ from pipeline.planning.speed import IMAGE_BYTES
 
 # Rates of one core, per CPU second, as this repository's benchmarks measured them (docs/scale.md names each
 # record).
-TABLE_ROWS = 2_600_000.0  # through `corpus`
-TEXT_ROWS = 260_000.0  # through `filter_text`
-DEDUP_ROWS = 300_000.0  # through `dedup`
-DOWNLOADED = 125.2  # fetched over http from loopback, reduced, hashed and packed
-JUDGED = 20_000.0  # images through `filter_image`, which reads tables only
-TLS_SECONDS = 2.166e-3  # what https adds to a request to a host that is asked once
-SURVEY_SECONDS = 114.0  # by the clock, of 30,000 finished tasks in an object store
-HASHED_BYTES = 1.29e9  # read and hashed by `verify`
+TABLE_ROWS = 3_371_000.0  # through `corpus`
+TEXT_ROWS = 305_200.0  # through `filter_text`
+DEDUP_ROWS = 646_200.0  # through `dedup`
+DOWNLOADED = 115.8  # fetched over http from loopback, reduced, hashed and packed
+JUDGED = 11_760.0  # images through `filter_image`, which reads tables only
+TLS_SECONDS = 2.169e-3  # what https adds to a request to a host that is asked once
+SURVEY_SECONDS = 17.2  # by the clock, of 30,000 finished tasks in an object store
+HASHED_BYTES = 1.554e9  # read and hashed by `verify`
 
 _PARTITION_ROWS = 10_000
 _ROWS_OF_A_SLICE, _ROWS_OF_A_TASK = 500_000, 1_000_000  # of `filter_text`, of `dedup`
