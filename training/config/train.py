@@ -242,7 +242,7 @@ class TrainConfig:
     """Most GB of an object store's shards that a machine keeps; two windows of each lane must fit."""
     deepspeed: str = field(default="zero1", metadata=BINDS_NEVER)
     """File of `deepspeed_configs/` or a path ending in `.json`: memory, precision, communication."""
-    fp8: bool = field(default=False, metadata=BINDS_NEVER)
+    fp8: bool = field(default=False, metadata={**BINDS_NEVER, **IN_DIGEST_IF_SET})
     """Whether the towers' largest matrix products run in float8: on Hopper, Ada or newer, next to bf16."""
 
     validate_every_steps: NotNegativeInt = field(default=1_000, metadata=BINDS_ONCE_DONE)

@@ -203,7 +203,7 @@ def test_the_worst_first_is_seen_whatever_an_index_says_of_itself(rows: npt.NDAr
     """Scores of inner products that are ranked as if they were distances, and scores of another scale."""
 
     class Reversed:
-        ntotal = ROWS
+        ntotal, metric_type = ROWS, faiss.METRIC_INNER_PRODUCT
 
         def search(self, queries: npt.NDArray[np.float32], k: int) -> tuple[object, object]:
             scores = queries @ rows.T
