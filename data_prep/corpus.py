@@ -223,6 +223,15 @@ def _pieces(
             yield from ((source, [path]) for path in caption_table.find_files(source))
 
 
+def sources(config: CorpusStageConfig) -> list[str]:
+    """Return the caption tables that tasks are bound to by their bytes."""
+    if not isinstance(config.corpus, TablesConfig | SourcesConfig):
+        return []  # a corpus that the project makes
+    return [
+        path for source, files in _pieces(config.corpus) if isinstance(source, TableSource) for path in files
+    ]
+
+
 def _digests(pieces: Sequence[tuple[TableSource | PackedSource, list[str]]]) -> list[dict[str, str]]:
     """Return the inputs of each piece: the digests of its files, or what its kind of source has instead."""
     own = [packed.digests(item, files) if isinstance(item, PackedSource) else None for item, files in pieces]
@@ -414,4 +423,5 @@ def stage(config: CorpusStageConfig) -> Stage:
         parents=(),
         plan=plan,
         run=run,
+        sources=sources,
     )

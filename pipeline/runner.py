@@ -30,6 +30,7 @@ from pipeline.core.terminal import detail, inform, note, one_line
 from pipeline.earlier import keep_earlier, move_earlier
 from pipeline.executors import local
 from pipeline.executors.checks import find_altered
+from pipeline.executors.sources import hash_sources
 from pipeline.planning.downloads import obtain_weights
 from pipeline.planning.proportions import check_batches, notes_on_training
 from pipeline.repair import forget_damaged, forget_unreadable, refuse_unusable_folder, restore_started
@@ -64,6 +65,7 @@ def execute(
             refuse_unusable_folder(run, stage)
             if repair:
                 forget_unreadable(run, stage)
+            hash_sources(run, stage)
             status = survey_stage(run, stage)
             if status.num_tasks is None:
                 raise ConfigError(

@@ -162,6 +162,8 @@ class Stage:
     repair: str = ""  # remedy for damaged outputs; empty: `repair_remedy`, as in any run with a file
     # configuration → weights from outside the run by label: paths, or names that are looked up beforehand
     weights: Callable[[Any], Mapping[str, str]] | None = None
+    # configuration → files from outside the run whose `digests_of_files` `plan` takes
+    sources: Callable[[Any], Sequence[str]] | None = None
 
     @property
     def config_digest(self) -> str:

@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import platformdirs
@@ -23,11 +23,14 @@ _MOST_THREADS = 16
 _Stamp = tuple[int, str]  # bytes, and what changes whenever a file is written
 
 
-def digests_of_files(paths: Sequence[str]) -> list[str]:
+def digests_of_files(
+    paths: Sequence[str], hash_all: Callable[[Sequence[str]], Iterable[str]] | None = None
+) -> list[str]:
     """Return the sha256, hex, of each file, as `store.digest_file`; from memory where a file is as it was.
 
-    Files are hashed several at once. What is known is kept for all runs of a user, in `cnclip/digests.json`
-    of the user's cache folder (XDG_CACHE_HOME).
+    Other files are hashed by `hash_all`, which returns their digests in order; unset: several at once by
+    threads. What is known is kept for all runs of a user, in `cnclip/digests.json` of the user's cache folder
+    (XDG_CACHE_HOME).
     """
     with concurrent.futures.ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
         stamps = list(pool.map(_stamp, paths))
@@ -38,7 +41,8 @@ def digests_of_files(paths: Sequence[str]) -> list[str]:
             if stamp is not None and (sha256 := known.get(_name(path), {}).get(_text(stamp)))
         }
         unknown = [path for path in dict.fromkeys(paths) if path not in found]
-        hashed = dict(zip(unknown, pool.map(store.digest_file, unknown), strict=True))
+        digests = pool.map(store.digest_file, unknown) if hash_all is None else hash_all(unknown)
+        hashed = dict(zip(unknown, digests, strict=True))
         again = list(pool.map(_stamp, unknown))
     before = dict(zip(paths, stamps, strict=True))
     settled = {

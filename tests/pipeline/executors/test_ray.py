@@ -14,11 +14,16 @@ from typing import Any
 
 import pytest
 
+from data_prep import corpus
+from data_prep.corpus import CorpusStageConfig, TablesConfig
+from data_prep.sources.table import TableSource
 from pipeline import runner
 from pipeline.core import store
+from pipeline.core.files.known_digests import digests_of_files
 from pipeline.core.records import InputError
 from pipeline.core.run import Run
 from pipeline.core.stage import Context, Outcome, Progress, Stage, Task
+from pipeline.executors import sources
 
 DATA_STAGES = ("corpus", "filter_text", "dedup", "download", "filter_image", "shards")
 SMALL = {
@@ -121,6 +126,26 @@ def test_a_node_killed_half_way_changes_no_byte(
         assert (folder / name / "manifest.json").read_text() == manifests(finished)[name], name
     left = [path for path in folder.rglob("*") if path.name.endswith((".partial", ".scratch"))]
     assert left == []
+
+
+@pytest.mark.slow
+def test_source_tables_are_hashed_on_the_cluster(
+    one_node: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(sources, "_FEW_BYTES", 0)
+    tables = [tmp_path / f"{number}.parquet" for number in range(3)]
+    for number, table in enumerate(tables):
+        table.write_bytes(bytes([number]) * (1 << 20))
+        os.utime(table, ns=(10**18, 10**18))
+    right = [store.digest_bytes(table.read_bytes()) for table in tables]
+    monkeypatch.setattr(store, "digest_file", lambda path: pytest.fail(f"{path} is hashed by the driver"))
+    config = CorpusStageConfig(
+        corpus=TablesConfig(kind="tables", tables=(TableSource(path=str(tmp_path), name="t"),))
+    )
+    stage = corpus.stage(config)
+    sources.hash_sources(Run(str(tmp_path / "run"), 0, "ray", 1, (stage,)), stage)
+    assert digests_of_files([str(table) for table in tables]) == right
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Digests of large files are remembered, and never of other bytes."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,21 @@ def test_a_large_file_is_hashed_once_and_a_small_one_each_time(tmp_path: Path, h
     for _ in range(2):
         assert digests_of_files([large, small, large]) == right(large, small, large)
     assert hashed == ["large", "small", "small"]
+
+
+def test_others_may_hash_what_is_unknown(tmp_path: Path, hashed: list[str]) -> None:
+    known, new = write(tmp_path / "known", bytes(LARGE)), write(tmp_path / "new", bytes(LARGE + 1))
+    digests_of_files([known])
+    asked: list[str] = []
+
+    def hash_all(paths: Sequence[str]) -> list[str]:
+        asked.extend(paths)
+        return right(*paths)
+
+    assert digests_of_files([new, known, new], hash_all) == right(new, known, new)
+    assert asked == [new]
+    assert digests_of_files([new]) == right(new)
+    assert hashed == ["known"]
 
 
 @pytest.mark.parametrize("same_time", [True, False])
