@@ -29,6 +29,7 @@ from benchmarks.training.arms import (
     mean_and_spread,
     parser,
     seconds_of,
+    train_arms,
 )
 
 VIEWS = (0, 8, 4, 1)  # 0: live
@@ -39,7 +40,6 @@ def main() -> int:
     add_emoji_options(flags)
     flags.add_argument("--epochs", type=int, default=12, help="of stage 1")
     options = flags.parse_args()
-    done = True
     try:
         experiment = emoji_experiment(options)
     except OutOfTime:
@@ -56,12 +56,7 @@ def main() -> int:
         for seed in options.seeds
         for views in VIEWS
     }
-    try:
-        for leg in legs.values():
-            experiment.train(leg)
-    except OutOfTime:
-        done = False
-        print("out of time: rerun the same command to resume")
+    done = train_arms(experiment, {arm: [leg] for arm, leg in legs.items()})
 
     rows = []
     for views in VIEWS:

@@ -37,6 +37,7 @@ from benchmarks.training.arms import (
     mean_and_spread,
     parser,
     seconds_of,
+    train_arms,
 )
 from pipeline.law.grid import flops_of_steps, recalls_at_the_end
 from training.config.job import TrainJob
@@ -78,12 +79,7 @@ def main() -> int:
         for seed in options.seeds
         for name in options.arms
     }
-    try:
-        for arm in legs.values():
-            for leg in arm:
-                experiment.train(leg)
-    except OutOfTime:
-        print("out of time: rerun the same command to resume")
+    train_arms(experiment, legs)
     runs = [
         {"arm": name, "seed": seed, **measured(arm)}
         for (name, seed), arm in legs.items()

@@ -32,6 +32,7 @@ from benchmarks.training.arms import (
     is_finished,
     mean_and_spread,
     parser,
+    train_arms,
 )
 from training.config.job import TrainJob
 
@@ -52,13 +53,7 @@ def main() -> int:
     arms = {
         (name, seed): legs for seed in options.seeds for name, legs in _arms(experiment, seed, options.epochs)
     }
-    try:
-        for legs in arms.values():
-            for leg in legs:
-                experiment.train(leg)
-    except OutOfTime:
-        print("out of time: rerun the same command to resume")
-
+    train_arms(experiment, arms)
     curves: dict[str, dict[int, dict[int, float]]] = {}
     for (name, seed), legs in arms.items():
         if all(map(is_finished, legs)):

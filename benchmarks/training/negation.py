@@ -33,6 +33,7 @@ from benchmarks.training.arms import (
     is_finished,
     mean_and_spread,
     parser,
+    train_arms,
 )
 from data_prep.corpora.demo_scenes import SHAPES
 from eval.datasets.cnclip_tsv import read_evaluation
@@ -71,11 +72,7 @@ def main() -> int:
         for name, negation in (("without", None), ("with", NEGATION)):
             leg = experiment.leg(name, seed, dataclasses.replace(config, negation=negation), tower=False)
             legs[name, seed] = dataclasses.replace(leg, start_checkpoint=start)
-    try:
-        for leg in legs.values():
-            experiment.train(leg)
-    except OutOfTime:
-        print("out of time: rerun the same command to resume")
+    train_arms(experiment, {arm: [leg] for arm, leg in legs.items()})
 
     rows: dict[str, dict[str, list[float]]] = {}
     for (name, _), leg in legs.items():

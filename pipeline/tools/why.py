@@ -244,9 +244,7 @@ def rows_of_tables(
 def _read_rows(folder: str, config: FilterTextConfig, wanted: pl.Expr, task: Task) -> _Rows:
     asked = task.arguments
     path, source = asked["place"].full_path(folder), asked["place"].source
-    frame = scan(path, source, is_whole=True)
-    if asked["count"] is not None:
-        frame = frame.slice(asked["first"], asked["count"])
+    frame = scan(path, source, is_whole=True, first=asked["first"] or 0, count=asked["count"])
     groups = by_exemptions(frame, source)
     rows = pl.concat([prepared(part, config, exempt) for exempt, part in groups]).filter(wanted)
     columns = ("key", "url", "caption", "source", "row", "score", "language")

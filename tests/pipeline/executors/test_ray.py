@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 
 from data_prep import corpus
@@ -134,18 +135,27 @@ def test_source_tables_are_hashed_on_the_cluster(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(sources, "_FEW_BYTES", 0)
-    tables = [tmp_path / f"{number}.parquet" for number in range(3)]
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    tables = [str(folder / f"{number}.parquet") for number in range(3)]
     for number, table in enumerate(tables):
-        table.write_bytes(bytes([number]) * (1 << 20))
+        urls = pl.Series([store.digest_bytes(f"{number} {row}".encode()) for row in range(40_000)])
+        pl.DataFrame({"url": urls, "caption": urls}).write_parquet(table)
         os.utime(table, ns=(10**18, 10**18))
-    right = [store.digest_bytes(table.read_bytes()) for table in tables]
-    monkeypatch.setattr(store, "digest_file", lambda path: pytest.fail(f"{path} is hashed by the driver"))
+    right = [store.digest_file(table) for table in tables]
+    digest_file = store.digest_file
+
+    def not_of_a_table(path: str) -> str:
+        assert path not in tables, f"{path} is hashed by the driver"
+        return digest_file(path)
+
+    monkeypatch.setattr(store, "digest_file", not_of_a_table)
     config = CorpusStageConfig(
-        corpus=TablesConfig(kind="tables", tables=(TableSource(path=str(tmp_path), name="t"),))
+        corpus=TablesConfig(kind="tables", tables=(TableSource(path=str(folder), name="t"),))
     )
-    stage = corpus.stage(config)
-    sources.hash_sources(Run(str(tmp_path / "run"), 0, "ray", 1, (stage,)), stage)
-    assert digests_of_files([str(table) for table in tables]) == right
+    run = Run(str(tmp_path / "run"), 0, "ray", 1, (corpus.stage(config),))
+    assert runner.execute(run, run.stages, redo=False) == 1
+    assert digests_of_files(tables) == right
 
 
 @pytest.mark.slow
