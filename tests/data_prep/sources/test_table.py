@@ -307,6 +307,9 @@ def test_a_part_of_a_table_has_the_rows_and_numbers_that_the_whole_has(
     for first, count in ((0, 10), (9, 20), (40, 35), (60, 10)):
         part = scan(path, source, is_whole=True, first=first, count=count).collect()
         assert part.equals(whole.slice(first, count))
+    # A slice of its own in the plan would mean that what lies before it is read, too.
+    plan = scan(path, source, is_whole=True, first=9, count=20).explain()
+    assert ("SLICE[" in plan) == (list_captions == "each")
 
 
 @pytest.mark.parametrize(
