@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli import main
+from pipeline.planning.requirements import hardware, next_to_the_paper, trainings_of_recipe
 from training.config.recipes import fast_models
 from training.flops import image_forward, text_forward
 from training.model.config import MODELS, at_size
@@ -276,3 +277,12 @@ def test_training_is_planned_before_its_data_are_there(
     (row,) = [line.split() for line in said.out.splitlines() if line.startswith("ViT-B-16  stage1")]
     assert row[4] == "268,554"
     assert said.err.startswith("error: evaluation/muge/muge-valid_imgs.tsv: no such file; ")
+
+
+def test_the_training_guide_has_what_the_fast_recipes_take() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "guides" / "train.md").read_text(encoding="utf-8")
+    pairs = next_to_the_paper(trainings_of_recipe("fast", None), hardware("A100", 0.4, None), 22)
+    assert len(pairs) == 5
+    for fast, paper in pairs:
+        days = f"{fast.gpu_days:,.1f} | {paper.gpu_days:,.1f} | {fast.gpu_days / paper.gpu_days:.0%}"
+        assert f" | {days} | {fast.flops / 1e18:,.1f} | {paper.flops / 1e18:,.1f} |" in page, fast.model
