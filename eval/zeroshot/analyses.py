@@ -131,13 +131,28 @@ def negation(
     return found
 
 
-def prompts_table(scores: Sequence[PromptScore]) -> str:
-    """Return aligned text: kind, prompt, score, interval."""
-    rows = [("", "prompt", "score", "95% interval")]
-    for item in scores:
-        interval = f"{item.measured.low:.1f} … {item.measured.high:.1f}"
-        rows.append((item.kind, item.prompt, f"{item.measured.value:.1f}", interval))
+def prompts_table(scores: Sequence[PromptScore], *, num_ends: int | None = None) -> str:
+    """Return aligned text: kind, prompt, score, interval.
+
+    With `num_ends`, only this many of the best and of the worst templates, and how many lie between them.
+    """
+    ensembles = [item for item in scores if item.kind == "ensemble"]
+    templates = [item for item in scores if item.kind == "template"]
+    ends = len(templates) if num_ends is None else num_ends
+    between = len(templates) - 2 * ends
+    rows = [("", "prompt", "score", "95% interval"), *map(_prompt_row, ensembles)]
+    if between > 0:
+        rows += map(_prompt_row, templates[:ends])
+        rows.append(("", f"… {between} templates between", "", ""))
+        rows += map(_prompt_row, templates[-ends:])
+    else:
+        rows += map(_prompt_row, templates)
     return align(rows, (False, False, True, True))
+
+
+def _prompt_row(item: PromptScore) -> tuple[str, str, str, str]:
+    interval = f"{item.measured.low:.1f} … {item.measured.high:.1f}"
+    return item.kind, item.prompt, f"{item.measured.value:.1f}", interval
 
 
 def negation_table(scores: Sequence[NegationScore], names: Sequence[str]) -> str:

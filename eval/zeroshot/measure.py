@@ -110,6 +110,8 @@ def evaluate_classification(
         differs = any(found)
         if not classified.num_unreadable:
             submission = submission_record(data, classified, encoder)
+    else:
+        notes.append(f"{name}: {classified.num_images:,} images of {len(data.labels.names):,} classes")
     return ClassificationResult(
         name,
         metric,

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 ANALYSES = Group("Evaluate")
 
+_SHOWN_TEMPLATES = 5  # at each end of some 85
+
 _ClassificationSet = Annotated[
     str,
     typer.Argument(metavar="FOLDER", help="a classification set in any layout that cnclip eval recognises"),
@@ -83,6 +85,10 @@ def prompts(
         ),
     ] = "own",
     plot: Annotated[str | None, typer.Option(metavar="OUT.svg", help="also plot the scores")] = None,
+    every: Annotated[
+        bool,
+        typer.Option("--all", help=f"print every template (default: the {_SHOWN_TEMPLATES} best and worst)"),
+    ] = False,
 ) -> int:
     from eval.features.encoder import load_encoder
     from eval.zeroshot.analyses import prompt_sensitivity, prompts_plot, prompts_table
@@ -93,7 +99,7 @@ def prompts(
     scores = prompt_sensitivity(encoder, data, measure, own=templates, left_out=left_out)
     _print_notes(data, left_out)
     print(f"{data.name}, {measure}, {encoder.name}")
-    print(prompts_table(scores))
+    print(prompts_table(scores, num_ends=None if every else _SHOWN_TEMPLATES))
     if plot:
         store.write_text(plot, prompts_plot(scores, f"{data.name}, {measure}"))
     return EXIT_DONE

@@ -146,6 +146,10 @@ def test_prompt_sensitivity_has_every_template_and_both_ensembles(
     again = classify(data, image_ND, rows_N, vectors_CD, "accuracy", num_templates=1)
     assert again.measured == alone[0].measured
     assert len(prompts_table(scores).splitlines()) == 1 + len(scores)
+    short = prompts_table(scores, num_ends=5)
+    assert len(short.splitlines()) == 1 + len(ensembles) + 5 + 1 + 5
+    assert "… 75 templates between" in short
+    assert all(item.prompt in short for item in (*ensembles, *alone[:5], *alone[-5:]))
     assert prompts_plot(scores, "mnist").count("<path") > 3
 
 
