@@ -186,7 +186,7 @@ CLAIMS: dict[str, tuple[str, str]] = {
         "training/findings/balancing.py",
     ),
     "bilingual": (
-        "mean recall of Chinese names: English captions too against Chinese alone",
+        "mean recall of Chinese names: English captions too against only Chinese",
         "training/findings/bilingual.py",
     ),
     "caption_cut": (

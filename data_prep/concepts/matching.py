@@ -83,7 +83,7 @@ def key_seeds(keys: pl.Series) -> pl.Series:
 
 
 def draws(seed: int, key_M: UInt64Array, entry_M: UInt64Array) -> npt.NDArray[np.float64]:
-    """Return a number in [0, 1) for each pair of a row and an entry, a function of these three alone."""
+    """Return a number in [0, 1) for each pair of a row and an entry, which only depends on these three."""
     mixed_M = _mix(entry_M ^ _mix(key_M ^ _mix(np.full(1, seed, np.uint64))))
     numbers_M: npt.NDArray[np.float64] = (mixed_M >> np.uint64(11)).astype(np.float64) * 2.0**-53
     return numbers_M

@@ -1,7 +1,7 @@
 """Stages concepts, match_concepts, count_concepts and balance: a corpus in which no concept prevails.
 
 The first three only count: which entries, which captions have them, how many of each. `balance` drops rows
-by the counts, so another cap reruns it alone. docs/guides/balancing.md shows how to use them.
+by the counts, so after another cap only `balance` runs again. docs/guides/balancing.md shows how to use them.
 """
 
 import itertools

@@ -19,7 +19,7 @@ def write_table(frame: pl.DataFrame, path: str, rows_per_group: int = ROWS_PER_G
 
 
 def holds_values(path: str, column: str) -> bool | None:
-    """Return whether a column of numbers has a value that is no null, from the file's footer alone.
+    """Return whether a column of numbers has a value other than null, reading only the file's footer.
 
     None: the footer does not tell, because it lacks counts, or the column holds no numbers.
     """

@@ -197,7 +197,7 @@ class TrainConfig:
         default=None, metadata=IN_DIGEST_IF_SET
     )
     """Several caption columns, and how often each is drawn, as in `{ caption = 3, caption_en = 1 }`. A sample
-    without a caption in one has more of the others. Unset: `caption_column` alone.
+    without a caption in one has more of the others. Unset: only `caption_column`.
     """
     exclude_duplicates: bool = False
     """Whether pairs with the same image or caption are excluded from each other's negatives."""

@@ -79,7 +79,7 @@ class ShardCache(contextlib.AbstractContextManager["ShardCache"]):
         steps: range,
         in_use: str | None = None,
     ) -> None:
-        """Begin to fetch what `steps` need, into a folder that is this rank's alone.
+        """Begin to fetch what `steps` need, into a folder that only this rank uses.
 
         `size_gb` is the size of the caches of all `ranks_here`, the ranks on this machine. `in_use` is a
         folder whose time of change tells other machines that it is in use.

@@ -32,7 +32,7 @@ def shorten(
 
     A caption none of whose words fits is returned whole.
 
-    "words" keeps nouns first, then verbs and adjectives, then the rest; "random" draws, by the caption alone.
+    "words" keeps nouns first, then verbs and adjectives, then the rest; "random" draws by the caption only.
     Among equals the earlier word is kept. A word that no longer fits is passed over for a shorter one.
     """
     import rjieba

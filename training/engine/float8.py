@@ -46,7 +46,7 @@ def multiply_in_float8(clip: CLIP) -> list[str]:
 
     Inputs and weights are scaled to float8 (e4m3) by their largest value at each use, gradients to e5m2;
     sums and results are as before. Parameters stay the same objects under the same names. A locked image
-    tower is left alone, so that its features are those of a cache. A CPU computes the same numbers without
+    tower is not converted, so that its features are those of a cache. A CPU computes the same numbers without
     float8 hardware, slowly: for tests and benchmarks.
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training

@@ -6,7 +6,7 @@
 Filters are models that learned two emoji styles for FILTER_EPOCHS. The pool is four other styles, in which
 half of the images have another image's name. Each filter scores the pool ([score]) and keeps its better
 half ([filter_score]); a model is trained on that from random weights, and for comparison on the whole pool
-and on the good pairs alone, all for about the same number of samples. The report has each filter's recall
+and on only the good pairs, all for about the same number of samples. The report has each filter's recall
 on a style never seen, its accuracy on the planted pairs, and the trained model's recall on that style.
 
 Small: small-vit, one caption an image, 10 epochs of half of the pool. Writes

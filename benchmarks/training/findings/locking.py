@@ -4,7 +4,7 @@
     python benchmarks/training/findings/locking.py        # trains for 270 s; call again to resume
 
 The paper's exception: on MUGE, training without locking was slightly ahead. Here two image towers learn
-English names, one of emoji and of Chinese characters in three fonts, the other of emoji alone. From each
+English names, one of emoji and of Chinese characters in three fonts, the other only of emoji. From each
 start two trainings on Chinese names of both kinds: with the tower locked, and with everything trained.
 Recall is that on an emoji style and on a font that no training has seen. The harm of locking is what the
 second training gains.

@@ -24,7 +24,7 @@ class Headers:
         self._values: dict[str, list[str]] = {}
         last: list[str] | None = None
         for line in lines:
-            if line[0] in b" \t":  # the last one goes on, RFC 9112, 5.2
+            if line[0] in b" \t":  # the last one continues, RFC 9112, 5.2
                 if last is not None:
                     last[-1] = f"{last[-1]} {line.decode('latin-1').strip()}".strip()
                 continue

@@ -64,7 +64,7 @@ def first_line(error: BaseException) -> str:
         return "nested too deep"
     lines = str(error).strip().splitlines()
     kind = type(error).__name__
-    if isinstance(error, LookupError | AssertionError) and lines:  # its text alone says little
+    if isinstance(error, LookupError | AssertionError) and lines:  # its text says little by itself
         return f"{kind}: {lines[0][:_LONGEST_REASON]}"
     return lines[0][:_LONGEST_REASON] if lines else kind
 

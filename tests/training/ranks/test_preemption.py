@@ -38,7 +38,7 @@ from training.ranks.launcher import launcher_environment, watch
 def train_and_note_keys(job: TrainJob, stop: tuple[int, int] | None = None) -> list[list[str]]:
     """Train without dropout; return the keys of the rank's part of each step.
 
-    `stop`: the signal reaches rank 0 alone, in the first of these steps, and training ends after the second.
+    `stop`: the signal reaches only rank 0, in the first of these steps, and training ends after the second.
     """
     from training import trainer as loop
     from training.engine.engine import StepResult, train_step

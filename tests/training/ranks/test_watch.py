@@ -39,7 +39,7 @@ def read_log(job: TrainJob) -> tuple[list[dict[str, Any]], list[str]]:
 def train_with_poison(job: TrainJob, steps: tuple[int, ...], what: str) -> list[str]:
     """Train where the batches of these steps give a loss or a gradient that is not finite; the running means.
 
-    The gradient is poisoned on rank 0 alone, where its own part of the batch is to blame.
+    The gradient is poisoned only on rank 0, whose own part of the batch is to blame.
     """
     from training.engine import engine as engines
     from training.engine.towers import Features, Towers
