@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.index.device import Device, from_device, to_device
+from eval.index.device import Device, build_cagra, from_device, is_cagra, new_cagra, to_device
 from eval.index.files import faiss_reason
 from eval.index.metric import Metric, faiss_metric
 from eval.index.order import NUM_QUERIES, why_out_of_order
@@ -29,11 +29,8 @@ def new_index(dim: int, factory: str, metric: Metric = "cosine") -> Any:
     """
     import faiss
 
-    if "CAGRA" in factory.upper():
-        raise InputError(
-            f"FAISS's factory has no {factory!r}: CAGRA graphs are built by cuVS only and not by cnclip; use"
-            " HNSW32, or IVF with --device gpu"
-        )
+    if is_cagra(factory):
+        return new_cagra(dim, factory, metric)
     try:
         # FAISS has LSH for distances only, which order unit vectors as their cosine does.
         built_for: Metric = "l2" if re.search(r"\bLSH", factory) else metric
@@ -153,16 +150,13 @@ def fill(
     Raises:
         InputError: for bad rows, for rows that FAISS refuses, and if the index does not find near rows.
     """
-    index = to_device(index, device, factory)
-    count = 0
-    for block_BD in vectors.blocks(start, stop):
-        try:
-            index.add(block_BD)
-        except Exception as error:
-            raise InputError(f"{factory} on {stop - start} rows: {faiss_reason(error)}") from None
-        count += len(block_BD)
-        added(count)
-    index = from_device(index, device)
+    if is_cagra(factory):
+        rows_ND = np.concatenate(list(vectors.blocks(start, stop)))
+        index = build_cagra(rows_ND, factory, vectors.metric, device)
+        added(len(rows_ND))
+    else:
+        index = _add(to_device(index, device, factory), vectors, start, stop, factory, added)
+        index = from_device(index, device)
     places = np.unique(np.linspace(start, stop - 1, NUM_QUERIES).astype(np.int64))
     queries_QD = vectors.rows(places)
     try:
@@ -176,6 +170,20 @@ def fill(
     except Exception as error:
         raise InputError(f"FAISS cannot search the index {factory!r}: {faiss_reason(error)}") from None
     _refuse(factory, reason)
+    return index
+
+
+def _add(
+    index: Any, vectors: Vectors, start: int, stop: int, factory: str, added: Callable[[int], None]
+) -> Any:
+    count = 0
+    for block_BD in vectors.blocks(start, stop):
+        try:
+            index.add(block_BD)
+        except Exception as error:
+            raise InputError(f"{factory} on {stop - start} rows: {faiss_reason(error)}") from None
+        count += len(block_BD)
+        added(count)
     return index
 
 

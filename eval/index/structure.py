@@ -17,6 +17,7 @@ _MOST_DEEP = 16
 _MOST_STRETCH = 1e-3  # of a rotation in float32; learnt ones are off by 1e-4 at most
 _MOST_REFINED = 1024.0  # times k rows get exact scores
 _MOST_INT = 2**31 - 1
+_MOST_ENTRIES = 1 << 16  # random rows at which a search of a CAGRA graph starts; FAISS's default is 32 or 256
 _BLOCK_ROWS = 32  # per block of the fast scan kinds; the factory makes no other size
 
 
@@ -321,7 +322,12 @@ def _check_hnsw(part: Any) -> None:
     room = per_level[levels].astype(np.uint64)
     if len(offsets) != len(levels) + 1 or offsets[-1] != len(neighbours) or (np.diff(offsets) != room).any():
         raise ValueError(f"{name}: places in the graph that do not fit its levels")
-    if not 0 <= graph.entry_point < part.ntotal or graph.max_level > levels[graph.entry_point] - 1:
+    kinds: Any = faiss  # its stubs lack CAGRA's
+    if isinstance(part, kinds.IndexHNSWCagra) and part.base_level_only:
+        # Its searches start at random rows and know no upper levels, which may be empty.
+        if not 1 <= part.num_base_level_search_entrypoints <= _MOST_ENTRIES:
+            raise ValueError(f"{name} enters at {part.num_base_level_search_entrypoints} rows")
+    elif not 0 <= graph.entry_point < part.ntotal or graph.max_level > levels[graph.entry_point] - 1:
         raise ValueError(f"{name}: a graph that is entered at row {graph.entry_point} of {part.ntotal}")
     if len(neighbours) and (neighbours.min() < -1 or neighbours.max() >= part.ntotal):
         raise ValueError(f"{name}: a graph with rows outside of {part.ntotal}")

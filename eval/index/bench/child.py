@@ -18,7 +18,7 @@ import numpy as np
 from eval.features.layout import Side
 from eval.index.bench.timing import distances, reset_counts, time_batches, time_single
 from eval.index.build import fill, train
-from eval.index.device import Device, to_build, to_device
+from eval.index.device import Device, to_build, to_device, to_search
 from eval.index.embeddings import Embeddings
 from eval.index.files import read_limited, write_index
 from eval.index.metric import Metric
@@ -79,9 +79,10 @@ def search(job: Job) -> None:
     before = _memory("VmRSS")
     loaded = read_limited(str(path), path.stat().st_size, mapped=False)
     resident = _memory("VmRSS") - before
-    index = to_device(loaded, job.device, job.factory)
+    device = to_search(job.device, job.factory)
+    index = to_device(loaded, device, job.factory)
     for name, parameters in job.searches:
-        set_parameters(index, parameters, job.device)
+        set_parameters(index, parameters, device)
         queries_QD = queries[name]
         if job.do == "time":
             speed, cpu_ms = time_batches(index.search, queries_QD, job.k, job.batch or len(queries_QD))
@@ -90,7 +91,7 @@ def search(job: Job) -> None:
             continue
         reset_counts()
         _, found_QK = index.search(queries_QD, job.k)
-        compared = distances(loaded, len(queries_QD), job.k) if job.device == "cpu" else None
+        compared = distances(loaded, len(queries_QD), job.k) if device == "cpu" else None
         np.save(Path(job.folder) / FOUND, found_QK)
         peak = max(0, _memory("VmHWM") - before)
         _say({"resident_bytes": max(0, resident), "peak_bytes": peak, "distances": compared})
