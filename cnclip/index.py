@@ -85,9 +85,7 @@ class Index:
         place = os.fspath(folder)
         source = vectors if isinstance(vectors, str) else _keep(vectors, place)
         embeddings = Embeddings.open(source, metric=metric)
-        chosen = factory or suggest(
-            embeddings.num_rows, embeddings.dim, memory_gib * 2**30, recall, centre=centre
-        )
+        chosen = factory or suggest(embeddings.num_rows, embeddings.dim, memory_gib * 2**30, recall)
         asking = (
             choose_queries(source, embeddings, "image", NUM_QUERIES, None)
             if queries is None

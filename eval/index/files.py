@@ -25,6 +25,8 @@ from pipeline.core.records import InputError
 MAP_BYTES = 64 << 20  # smaller files are read whole, which takes milliseconds
 _WRITE_BYTES = 1 << 20
 _SPARE_BYTES = 4096  # FAISS overestimates some vectors
+# A list has 4 bytes a dimension in the file, and in the table 16 × 4 a code, which has a dimension or more.
+_TABLE_FACTOR, _MOST_TABLE_BYTES = 16, 2 << 30
 _SLOWEST_BYTES_PER_SECOND = 10 << 20  # of a disk from which an index is tested
 
 _limits = threading.Lock()  # FAISS's limits apply to the process
@@ -104,9 +106,22 @@ def faiss_reason(error: BaseException) -> str:
 def read_limited(path: str, num_bytes: int, *, mapped: bool) -> Any:
     """Read an index with FAISS; no vector or count may be larger than the file.
 
+    FAISS also holds the table that it might compute for the fast scan of lists against this limit, though it
+    computes none for inner products. So such a file may have a table of a few times its own size.
+
     Raises:
         RuntimeError: and any other error of FAISS.
     """
+    try:
+        return _read_limited(path, num_bytes + _SPARE_BYTES, mapped=mapped)
+    except RuntimeError as error:
+        with_table = min(_TABLE_FACTOR * num_bytes, max(num_bytes, _MOST_TABLE_BYTES))
+        if "precomputed_table" not in str(error) or with_table <= num_bytes:
+            raise
+        return _read_limited(path, with_table + _SPARE_BYTES, mapped=mapped)
+
+
+def _read_limited(path: str, most_bytes: int, *, mapped: bool) -> Any:
     import faiss
 
     # skip tables for L2 and symmetric searches, which may be a hundred times as large as the file
@@ -115,8 +130,8 @@ def read_limited(path: str, num_bytes: int, *, mapped: bool) -> Any:
         flags |= faiss.IO_FLAG_MMAP_IFC
     with _limits:
         before = faiss.get_deserialization_vector_byte_limit(), faiss.get_deserialization_loop_limit()
-        faiss.set_deserialization_vector_byte_limit(num_bytes + _SPARE_BYTES)
-        faiss.set_deserialization_loop_limit(num_bytes + _SPARE_BYTES)
+        faiss.set_deserialization_vector_byte_limit(most_bytes)
+        faiss.set_deserialization_loop_limit(most_bytes)
         try:
             return faiss.read_index(path, flags)
         finally:

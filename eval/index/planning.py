@@ -75,9 +75,7 @@ def read_machines(path: str) -> list[Machine]:
     return found
 
 
-def plan_index(
-    num_rows: int, dim: int, recall: float, nprobe: int, machine: Machine, *, centre: bool = False
-) -> IndexPlan:
+def plan_index(num_rows: int, dim: int, recall: float, nprobe: int, machine: Machine) -> IndexPlan:
     """Return the cheapest index that reaches the recall: of the fewest machines, then of the most queries.
 
     Raises:
@@ -86,7 +84,9 @@ def plan_index(
     if num_rows < 1 or dim < 1 or nprobe < 1 or not 0 < recall < 1:
         raise ConfigError("--vectors, --dim and --nprobe are at least 1, --recall is between 0 and 1")
     fitting = [
-        family for family in FAMILIES if not family.is_graph and family.reaches(centre=centre) >= recall
+        family
+        for family in FAMILIES
+        if not family.is_graph and family.takes(dim) and family.ceiling >= recall
     ]
     if not fitting:
         raise ConfigError(f"--recall {recall:g}: no kind of index with lists reaches it; give less")
@@ -109,13 +109,13 @@ def _plan_of(family: Family, num_rows: int, dim: int, nprobe: int, machine: Mach
     flops = 2 * dim * lists * (_TRAIN_ITERATIONS * train_rows + num_rows / num_machines)
     core_seconds = flops / (1e9 * ASSIGN_GFLOPS) + ROW_SECONDS * num_rows / num_machines
     build_seconds = core_seconds / machine.cores
-    scanned = nprobe / lists * num_rows / num_machines * row_bytes
+    scanned = nprobe / lists * num_rows / num_machines * family.scanned_bytes(dim)
     query_seconds = (scanned / SCAN_GB_PER_SECOND + centroids / FLOAT_GB_PER_SECOND) / 1e9
     queries_per_second = machine.cores / query_seconds
     price = None if machine.price_per_hour is None else machine.price_per_hour * num_machines
     return IndexPlan(
         machine=machine,
-        factory=family.factory.format(lists=lists, code=max(1, dim // 8)),
+        factory=family.factory(dim, lists),
         num_machines=num_machines,
         index_bytes=num_rows * row_bytes + num_machines * centroids,
         feature_bytes=float(num_rows * dim * _FLOAT16_BYTES),

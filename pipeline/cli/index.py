@@ -96,7 +96,7 @@ def index(
         return EXIT_DONE
     tuning = Tuning(choose_queries(embeddings_path, embeddings, side, num_queries, queries), recall, k)
     chosen = factory or suggest(
-        embeddings.num_rows, embeddings.dim, memory * 2**30, recall, train_rows, centre=centre
+        embeddings.num_rows, embeddings.dim, memory * 2**30, recall, train_rows, device=device
     )
     built = build_parts(
         embeddings,

@@ -1,6 +1,7 @@
 """Searches the parts of an index, which stay open between searches if memory allows.
 
-All parts are copies of one trained index, so a query's nearest lists are found once for all of them.
+All parts are copies of one trained index, so a query's nearest lists are found once for all of them, also if
+other codes then refine what the lists give.
 """
 
 import itertools
@@ -14,6 +15,7 @@ import numpy as np
 from eval.index.files import load_index
 from eval.index.metric import Metric, scores_of
 from eval.index.parts.part import Part
+from eval.index.parts.refine import refined
 from eval.index.parts.selection import Allowed, reason_of, search_parameters
 from eval.index.structure import limit_search, refines_hamming
 from eval.index.tuning.parameters import set_parameters
@@ -36,7 +38,13 @@ class _Kept:
 
     parameters: str
     index: Any
+    base: Any  # the index whose answers are refined, or the index itself
     ivf: Any  # the IVF in it, if its lists can be found once for all parts
+
+    @property
+    def k_factor(self) -> float:
+        """How many times k rows of the base get exact scores."""
+        return 1.0 if self.base is self.index else float(self.index.k_factor)
 
 
 @dataclass(slots=True)
@@ -74,9 +82,14 @@ class Searcher:
                         scores_QK, rows_QK = kept.index.search(queries_QD, num_found, params=limits)
                     else:
                         if lists is None or lists[0] != ivf.nlist:
-                            moved_QD = _through_steps(kept.index, queries_QD)
+                            moved_QD = _through_steps(kept.base, queries_QD)
                             lists = (ivf.nlist, moved_QD, ivf.quantizer.search(moved_QD, ivf.nprobe))
-                        scores_QK, rows_QK = _search_lists(ivf, lists[1], lists[2], num_found)
+                        num_first = min(int(num_found * kept.k_factor), part.num_rows)
+                        scores_QK, rows_QK = _search_lists(ivf, lists[1], lists[2], num_first)
+                        if kept.base is not kept.index:
+                            scores_QK, rows_QK = refined(
+                                kept.index.refine_index, queries_QD, rows_QK, num_found
+                            )
                 except Exception as error:
                     raise reason_of(path, error) from None
                 found.append((scores_of(kept.index, scores_QK, self.metric), rows_QK, part.first_row))
@@ -139,6 +152,8 @@ class Searcher:
             yield part, path, kept, limits
 
     def _open(self, part: Part, path: str) -> "_Kept":
+        import faiss
+
         opened = self.opened
         kept = opened.parts.get(path)
         if kept is not None and kept.parameters == self.parameters:
@@ -155,7 +170,8 @@ class Searcher:
         if opened.keeps is None:
             size = sum(part.num_bytes for part in self.parts)
             opened.keeps = _SHARE_OF_MEMORY * size <= _available_bytes()
-        kept = _Kept(self.parameters, index, _plain_lists(index))
+        base = faiss.downcast_index(index.base_index) if isinstance(index, faiss.IndexRefine) else index
+        kept = _Kept(self.parameters, index, base, _plain_lists(base))
         if opened.keeps:
             opened.parts[path] = kept
         return kept

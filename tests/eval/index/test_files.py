@@ -222,6 +222,23 @@ def test_a_transformation_that_changes_products_is_refused(
         load_index(path)
 
 
+def test_fast_scan_of_many_lists_is_read_but_not_its_table(
+    rows: npt.NDArray[np.float32], tmp_path: Path
+) -> None:
+    """FAISS refuses a file for the size of a table of 8 times the centroids, which it does not compute."""
+    index = faiss.index_factory(DIM, "IVF200,PQ8x4fsr,RFlat", faiss.METRIC_INNER_PRODUCT)
+    index.train(rows)
+    for count in (0, 100):
+        if count:
+            index.add(rows[:count])
+        faiss.write_index(index, str(tmp_path / "index"))
+        size = (tmp_path / "index").stat().st_size
+        assert size + files._SPARE_BYTES < 200 * 8 * 16 * 4
+        read = load_index(str(tmp_path / "index"))
+        assert read.ntotal == count
+        assert faiss.downcast_index(faiss.extract_index_ivf(read)).precomputed_table.size() == 0
+
+
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.index")
     for name in ("pipe.index", "nothing.index", "."):

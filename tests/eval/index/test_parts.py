@@ -14,6 +14,7 @@ from eval.index import partitioned
 from eval.index.embeddings import Embeddings
 from eval.index.partitioned import PartedIndex, build_parts
 from eval.index.parts import opened as opening
+from eval.index.tuning.parameters import set_parameters
 from pipeline import cli as command_line
 from pipeline.core.records import ConfigError, InputError
 
@@ -65,11 +66,13 @@ def test_parts_stay_open_and_answer_as_one_index(features: Path, monkeypatch: py
 
     monkeypatch.setattr(opening, "load_index", counted)
     queries = unit_rows(20, seed=9)
-    for factory in ("IVF8,Flat", "RR32,IVF8,SQ8", "IVF8,RaBitQ", "HNSW8", "SQ8"):
+    refined = ("IVF8,PQ16x4fsr,RFlat", "RR32,IVF8,PQ16x4fs,Refine(SQ8)")
+    for factory in ("IVF8,Flat", "RR32,IVF8,SQ8", "IVF8,RaBitQ", "HNSW8", "SQ8", *refined):
         shutil.rmtree(features.parent / "index", ignore_errors=True)
         index = built(features, factory)
         loads.clear()
         parameters = "nprobe=3" if "IVF" in factory else ""
+        parameters += ",k_factor_rf=4" if factory in refined else ""
         kept = [index.search(queries, 7, parameters=parameters) for _ in range(3)][-1]
         assert len(loads) == 4, factory
         with monkeypatch.context() as patch:
@@ -83,8 +86,7 @@ def test_parts_stay_open_and_answer_as_one_index(features: Path, monkeypatch: py
             assert np.array_equal(kept[0], one[0])
         plain = [real(f"{index.folder}/{part.path}") for part in index.parts]
         for part in plain:
-            if parameters:
-                faiss.extract_index_ivf(part).nprobe = 3
+            set_parameters(part, parameters)
         found = [part.search(queries, 7) for part in plain]
         scores = np.concatenate([each[0] for each in found], axis=1)
         assert np.allclose(kept[0], -np.sort(-scores, axis=1)[:, :7], atol=1e-5), factory

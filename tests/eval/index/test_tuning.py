@@ -196,15 +196,17 @@ def test_the_fastest_of_several_parameters_is_taken() -> None:
 def test_suggestions_can_be_built_and_fit() -> None:
     gib = 2**30
     assert suggest(10_000, 512, gib, 0.9) == "Flat"
-    assert suggest(500_000, 512, 2 * gib, 0.95) == "HNSW32"
-    assert suggest(10_000_000, 512, 30 * gib, 0.85).endswith(",RFlat")
-    assert suggest(10_000_000, 512, 30 * gib, 0.95).endswith(",Flat")
-    assert suggest(10_000_000, 512, 30 * gib, 0.95, centre=True).endswith(",RFlat")
-    assert suggest(10_000_000, 512, 6 * gib, 0.95).endswith(",SQ8")
+    assert suggest(500_000, 512, 2 * gib, 0.95) == "IVF2048,PQ256x4fsr,RFlat"
+    assert suggest(500_000, 511, 2 * gib, 0.95) == "HNSW32"
+    assert suggest(10_000_000, 512, 30 * gib, 0.95) == "IVF8192,PQ256x4fsr,RFlat"
+    assert suggest(10_000_000, 512, 30 * gib, 0.95, device="gpu") == "IVF8192,Flat"
+    assert suggest(10_000_000, 512, 6.5 * gib, 0.95) == "IVF8192,PQ256x4fsr,Refine(SQ8)"
+    assert suggest(10_000_000, 512, 15 * gib, 0.99) == "IVF8192,SQfp16"
+    assert suggest(10_000_000, 512, 5 * gib, 0.95).endswith(",SQ8")
     for memory in (30, 11, 6, 3, 1):
         factory = suggest(10_000_000, 512, memory * gib, 0.95)
         faiss.index_factory(512, factory, faiss.METRIC_INNER_PRODUCT)
-        family = next(f for f in FAMILIES if f.factory.format(lists=8192, code=64) == factory)
+        family = next(family for family in FAMILIES if family.factory(512, 8192) == factory)
         assert family.row_bytes(512) <= memory * gib / 10_000_000
     with pytest.raises(InputError, match="the smallest codes"):
         suggest(10_000_000, 512, gib / 100, 0.9)
