@@ -120,6 +120,18 @@ CLAIMS: dict[str, tuple[str, str]] = {
         "queries/s at equal recall: the index of `cnclip index` against a plain IVF script",
         "eval/index_tools.py",
     ),
+    "parted_index/query": (
+        "one query: an index in 20 parts against one FAISS index",
+        "eval/parted_index.py",
+    ),
+    "parted_index/filtered": (
+        "recall if 50% of the rows may answer, against all of them",
+        "eval/parted_index.py",
+    ),
+    "parted_index/append": (
+        "add 1% of the rows to an index against building it",
+        "eval/parted_index.py",
+    ),
     "image_copies/false": (
         "different images that count as copies: hash and signature against only the hash",
         "data_prep/image_copies.py",
