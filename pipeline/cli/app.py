@@ -13,7 +13,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from pipeline.cli import help as help_pages
-from pipeline.cli.errors import UsageError, did_you_mean, reported
+from pipeline.cli.errors import UsageError, did_you_mean, reported, with_run_file
+from pipeline.core.records import ConfigError, InputError
 from pipeline.core.terminal import Verbosity, set_verbosity
 
 Function = TypeVar("Function", bound=Callable[..., int])
@@ -69,6 +70,13 @@ class _Parsed(TyperCommand):
 
 class Command(_Parsed):
     """One command."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ConfigError, InputError) as error:
+            error.args = (with_run_file(str(error), ctx.params.get("run_file")),)
+            raise
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         help_pages.print_page(help_pages.page_of(self, ctx.command_path))

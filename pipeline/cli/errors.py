@@ -14,6 +14,7 @@ import typer
 from pipeline.cli.arguments import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE
 from pipeline.core.progress import close_progress
 from pipeline.core.records import ConfigError, InputError, Stopped
+from pipeline.core.stage import RUN_FILE
 from pipeline.core.terminal import Verbosity, one_line, verbosity
 
 
@@ -54,6 +55,11 @@ def reported(work: Callable[[], int]) -> int:
         return EXIT_FAILED
     finally:
         close_progress()
+
+
+def with_run_file(text: str, run_file: str | None) -> str:
+    """Return a message whose remedies name the run that the command was given."""
+    return text if run_file is None else text.replace(f"cnclip run {RUN_FILE}", f"cnclip run {run_file}")
 
 
 def _say(line: str) -> None:

@@ -17,6 +17,7 @@ from pipeline.cli.arguments import (
     corpus_folder,
 )
 from pipeline.cli.documents import doctor_document, print_document, why_document
+from pipeline.cli.errors import with_run_file
 from pipeline.core import store
 from pipeline.core.config import find_recipe
 from pipeline.core.records import InputError
@@ -94,7 +95,7 @@ def verify(
             f" `cnclip run {run_file}` first"
         )
     complaints = verify_stages(resolved, stages)
-    print_lines(complaints)
+    print_lines([with_run_file(line, run_file) for line in complaints])
     print(f"{len(complaints)} differ" if complaints else "all outputs match their manifests")
     if missing:
         print(

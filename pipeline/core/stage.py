@@ -170,9 +170,12 @@ class Stage:
         return digest(self.name, self.version, self.config)
 
 
+RUN_FILE = "RUN.toml"  # stands for the run's file in remedies; a command puts the file in that it was given
+
+
 def repair_remedy(stage: str) -> str:
     """Return the remedy in errors about damaged outputs of a run's stage."""
-    return f"repair it: cnclip run RUN.toml --stage {stage} --repair"
+    return f"repair it: cnclip run {RUN_FILE} --stage {stage} --repair"
 
 
 def task_digest(task: Task) -> str:
