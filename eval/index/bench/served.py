@@ -5,6 +5,7 @@ Cold is the first search after the parts have left the page cache; on a disk tha
 same time some of them may come back.
 """
 
+import contextlib
 import json
 import os
 import statistics
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -43,6 +44,7 @@ from pipeline.core.processes import die_with_parent, import_environment
 from pipeline.core.records import InputError
 from pipeline.core.text_table import align
 
+_NO_MORE = 0.0005  # recall that four times the effort has to add; else more effort adds nothing either
 _FOUND, _QUERIES, _ROWS = "found_{}.npy", "queries.npy", "rows.npy"
 
 
@@ -86,6 +88,8 @@ def measure_served(
     say: Callable[[str], None],
 ) -> Served:
     """Search an index with its tuned parameters and a sweep of others.
+
+    The sweep of one parameter ends early if four times the effort finds no more.
 
     Args:
         folder: the index.
@@ -140,12 +144,15 @@ def measure_served(
         **machine(),
     }
     points = []
-    with tempfile.TemporaryDirectory(prefix="bench-index-") as name:
+    with contextlib.ExitStack() as stack:
+        name = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-index-"))
         np.save(Path(name) / _QUERIES, queries.vectors_QD)
         if allowed is not None:
             np.save(Path(name) / _ROWS, allowed)
         job = {"folder": folder, "swept": swept, "k": asked, "threads": threads, "work": name}
-        answers = _searched(job | {"batch": facts["batch"], "rounds": rounds})
+        answers = stack.enter_context(
+            contextlib.closing(_searched(job | {"batch": facts["batch"], "rounds": rounds}))
+        )
         for number, (parameters, answer) in enumerate(zip(swept, answers, strict=True)):
             found_QK = np.load(Path(name) / _FOUND.format(number))
             if queries.are_own:
@@ -166,6 +173,9 @@ def measure_served(
             if out is not None:
                 body = {"facts": facts, "points": [asdict(each) for each in points]}
                 store.write_text(store.join(out, "served.json"), json.dumps(body, indent=1))
+            if number > 1 and "," not in parameters and recall.with_ties <= points[-2].recall + _NO_MORE:
+                say(f"{parameters}: finds no more than {points[-2].parameters}, so the sweep ends")
+                break
     return Served(facts, points)
 
 
@@ -214,7 +224,7 @@ def served_table(served: Served) -> str:
     return text
 
 
-def _searched(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _searched(job: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
     """Yield what another process measures with each setting."""
     work = Path(job["work"])
     (work / "job.json").write_text(json.dumps(job), encoding="utf-8")
