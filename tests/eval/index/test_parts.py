@@ -288,6 +288,17 @@ def test_an_index_as_it_is_served_is_measured(
     assert "905 rows, but the index has 900" in capsys.readouterr().err
 
 
+def test_a_sweep_ends_when_more_effort_finds_no_more(
+    features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = built(features, "IVF70,Flat").folder  # 1, 4, 16, 64 and 70 lists
+    words = ["bench-index", str(features), "--index", folder, "--num-queries", "40", "--threads", "1"]
+    assert command_line.main([*words, "--rounds", "2", "--out", str(tmp_path / "out")]) == 0
+    assert "nprobe=16: finds no more than nprobe=4, so the sweep ends" in capsys.readouterr().err
+    measured = json.loads((tmp_path / "out" / "served.json").read_text())
+    assert [point["parameters"] for point in measured["points"]][-1] == "nprobe=16"
+
+
 def test_append_needs_to_know_how_an_index_was_built(features: Path) -> None:
     index = built(features)
     path = Path(index.folder, "index.json")
