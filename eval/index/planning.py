@@ -86,7 +86,7 @@ def plan_index(num_rows: int, dim: int, recall: float, nprobe: int, machine: Mac
     fitting = [
         family
         for family in FAMILIES
-        if not family.is_graph and family.takes(dim) and family.ceiling >= recall
+        if not family.is_graph and family.takes(dim, recall) and family.ceiling >= recall
     ]
     if not fitting:
         raise ConfigError(f"--recall {recall:g}: no kind of index with lists reaches it; give less")

@@ -10,6 +10,7 @@ from pipeline.core.records import InputError
 EXACT_ROWS = 20_000  # up to here exact search takes milliseconds
 GRAPH_ROWS = 1_000_000  # adding rows to a graph takes 10 to 20 times as long as to lists
 _ID_BYTES = 8  # of a row in an inverted list
+_FINE_TARGET = 0.8  # from here on one more list or candidate adds less than 0.01
 _GRAPH_BYTES = 4 * (2 * 32 + 2)  # links of HNSW32: 64 at the lowest level, few above
 
 
@@ -27,10 +28,11 @@ class Family:
     is_graph: bool = False
     on_gpu: bool = False  # whether FAISS also has it for GPUs
     first_bytes: Callable[[int], float] | None = None  # of a row's first codes, if only the best are refined
+    least_target: float = 0.0  # below it, the steps of its parameters are too coarse to meet a target
 
-    def takes(self, dim: int) -> bool:
-        """Return whether rows of this width can be coded: {half} has two numbers in each code."""
-        return dim % 2 == 0 or "{half}" not in self.pattern
+    def takes(self, dim: int, target_recall: float) -> bool:
+        """Return whether it codes rows of this width ({half} takes two numbers) and can meet the target."""
+        return target_recall >= self.least_target and (dim % 2 == 0 or "{half}" not in self.pattern)
 
     def factory(self, dim: int, lists: int) -> str:
         """Return FAISS's factory string."""
@@ -52,14 +54,16 @@ FAMILIES = (
         lambda dim: dim / 4 + _ID_BYTES + 4 * dim,
         1.0,
         first_bytes=_fast_scan_bytes,
+        least_target=_FINE_TARGET,
     ),
     Family(
         "IVF{lists},PQ{half}x4fsr,Refine(SQ8)",
         lambda dim: dim / 4 + _ID_BYTES + dim,
         0.97,
         first_bytes=_fast_scan_bytes,
+        least_target=_FINE_TARGET,
     ),
-    Family("HNSW32", lambda dim: 4 * dim + _GRAPH_BYTES, 1.0, is_graph=True),
+    Family("HNSW32", lambda dim: 4 * dim + _GRAPH_BYTES, 1.0, is_graph=True, least_target=_FINE_TARGET),
     Family("IVF{lists},Flat", lambda dim: 4 * dim + _ID_BYTES, 1.0, on_gpu=True),
     Family("IVF{lists},SQfp16", lambda dim: 2 * dim + _ID_BYTES, 1.0, on_gpu=True),
     Family("IVF{lists},SQ8", lambda dim: dim + _ID_BYTES, 0.97, on_gpu=True),
@@ -110,7 +114,11 @@ def suggest(
                 " memory or a recall below 1"
             )
         return "Flat"
-    possible = [family for family in FAMILIES if family.takes(dim) and (device == "cpu" or family.on_gpu)]
+    possible = [
+        family
+        for family in FAMILIES
+        if family.takes(dim, target_recall) and (device == "cpu" or family.on_gpu)
+    ]
     fitting = [
         family
         for family in possible

@@ -198,6 +198,7 @@ def test_suggestions_can_be_built_and_fit() -> None:
     assert suggest(10_000, 512, gib, 0.9) == "Flat"
     assert suggest(500_000, 512, 2 * gib, 0.95) == "IVF2048,PQ256x4fsr,RFlat"
     assert suggest(500_000, 511, 2 * gib, 0.95) == "HNSW32"
+    assert suggest(500_000, 512, 1.1 * gib, 0.5) == "IVF2048,Flat"  # meets it exactly, by max_codes
     assert suggest(10_000_000, 512, 30 * gib, 0.95) == "IVF8192,PQ256x4fsr,RFlat"
     assert suggest(10_000_000, 512, 30 * gib, 0.95, device="gpu") == "IVF8192,Flat"
     assert suggest(10_000_000, 512, 6.5 * gib, 0.95) == "IVF8192,PQ256x4fsr,Refine(SQ8)"
