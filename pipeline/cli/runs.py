@@ -49,8 +49,7 @@ def run(
         bool,
         typer.Option(
             "--without-failed",
-            help="drop the rows of tasks of filter_text, download and filter_image that fail three times"
-            " (as partition_failed) and continue",
+            help="drop the rows of tasks that fail three times (as partition_failed) and continue",
         ),
     ] = False,
     mend: Annotated[bool, typer.Option("--mend", hidden=True)] = False,

@@ -56,7 +56,7 @@ def find_recipe(name: str) -> str:
     """Return the path of a run's TOML: the file itself, or a shipped recipe (`demo`, `demo.toml`).
 
     Raises:
-        ConfigError: if neither exists; for a name without a folder it lists the shipped recipes.
+        ConfigError: if neither exists; it names the shipped recipes.
     """
     if os.path.isfile(name):
         return name
@@ -66,8 +66,6 @@ def find_recipe(name: str) -> str:
         os.path.dirname(name) in ("", os.path.join("pipeline", "recipes"))
     ):
         return str(shipped / f"{stem}.toml")
-    if os.path.dirname(name):
-        raise ConfigError(f"{name}: no such file or folder; give a run's TOML file or its folder")
     known = ", ".join(sorted(entry.name for entry in shipped.iterdir() if entry.name.endswith(".toml")))
     raise ConfigError(f"{name}: no such file; give a run's TOML file or one of the shipped recipes: {known}")
 

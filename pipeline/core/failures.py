@@ -136,9 +136,4 @@ def summary(context: Context, failures: Sequence[Failure], num_tasks: int, *, ca
     remedy = "repair it and rerun to try again"
     if can_go_on:
         remedy += ", or continue without these rows with --without-failed"
-    else:
-        remedy += (
-            f"; {context.stage} cannot continue without a task, also with --without-failed: take an input"
-            " that is beyond repair out of the run file"
-        )
     return f"{first.error}; {named}; see {context.path('failed')}; {remedy}"

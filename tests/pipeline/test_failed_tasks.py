@@ -1,6 +1,5 @@
 """Tasks that fail: tried again, set aside, counted; the others are done all the same."""
 
-import dataclasses
 import errno
 import json
 import os
@@ -90,13 +89,6 @@ def test_a_task_that_fails_twice_is_done_the_third_time(tmp_path: Path, processe
     assert (manifest.num_kept, manifest.dropped) == (ROWS * NUM_TASKS, {})
     assert len(os.listdir(tmp_path / "journal")) == NUM_TASKS + 3
     assert not (tmp_path / "run" / "work" / "failed").exists()
-
-
-def test_a_stage_that_needs_every_task_says_so(tmp_path: Path) -> None:
-    run = run_of(tmp_path, {"00003": ("input",) * 3}, max_failed_tasks=9)
-    mixing = dataclasses.replace(run, stages=(dataclasses.replace(run.stage("work"), set_aside=None),))
-    with pytest.raises(InputError, match="work cannot continue without a task, also with --without-failed"):
-        execute(mixing)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
