@@ -81,12 +81,8 @@ def test_the_command_prints_both_tables(capsys: pytest.CaptureFixture[str]) -> N
     [
         (["--set", "machine=1"], r"--set machine: cnclip plan corpus has rows, row_bytes"),
         (["--set", "alive=2"], "--set alive=2: a share is at most 1"),
-        (["--set", "rows=x"], "--set rows=x: give a number, such as 200000000 or 2e8"),
-        (["--set", "images=200,000,000"], "images=200,000,000: give a number, such as 200000000 or 2e8"),
-        (["--set", "cores=true"], "--set cores=True: give a number, such as"),
-        (["--set", "cores=0"], "--set cores=0: give a number above 0"),
-        (["--set", "machines=2.5"], "--set machines=2.5: give a whole number"),
-        (["--set", "rows=1000"], "need at least 285,714,286 rows; give more rows, or fewer images"),
+        (["--set", "rows=x"], "--set rows=x: give a number above 0"),
+        (["--set", "cores=true"], "--set cores=True: give a number above 0"),
         (["--tokens", "22"], "takes only --set and --json"),
     ],
 )
