@@ -414,6 +414,17 @@ def _refuse_empty(path: str, source: TableSource) -> NoReturn:
     raise InputError(f"{path}: no rows (source {source.name}); remove it from [corpus] or fill it")
 
 
+def _without_task(config: CorpusStageConfig) -> str:
+    """Return what to do about a source's file that nothing repairs; its rows cannot be counted as dropped."""
+    if not isinstance(config.corpus, TablesConfig | SourcesConfig):
+        return ""
+    return (
+        f"a corpus does not continue without a file of its sources, with --without-failed either: to leave it"
+        f" out, move it out of the pattern or folder in [[corpus.{config.corpus.kind}]] path, or remove its"
+        f" entry"
+    )
+
+
 def title_of(config: CorpusStageConfig) -> str:
     """Return in one line what the corpus is made from."""
     if isinstance(config.corpus, DemoConfig | EmojiConfig | PicturesConfig):
@@ -444,4 +455,5 @@ def stage(config: CorpusStageConfig) -> Stage:
         run=run,
         sources=sources,
         check=check,
+        without_task=_without_task(config),
     )

@@ -308,7 +308,11 @@ def _refuse_failures(
         _say(f"{stage.name}: unexpected {', '.join(kinds)}, so its inputs are being checked")
         if altered := _find_altered_parent(run, stage):
             raise InputError(altered)
-    raise InputError(summary(context, failures, num_tasks, can_go_on=stage.set_aside is not None))
+    can_go_on = stage.set_aside is not None
+    instead = stage.without_task
+    if not can_go_on and not instead and run.max_failed_tasks:
+        instead = f"{stage.name} cannot continue without a task, as --without-failed and max_failed_tasks ask"
+    raise InputError(summary(context, failures, num_tasks, can_go_on=can_go_on, instead=instead))
 
 
 def _set_aside(

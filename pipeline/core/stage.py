@@ -156,6 +156,7 @@ class Stage:
     # The outcome of a task that a run continues without: its rows dropped as `partition_failed`. None: what
     # other tasks make depends on it.
     set_aside: Callable[[Any, Context, Task], Outcome] | None = None
+    without_task: str = ""  # if `set_aside` is None: what to do about a task that nothing repairs
     # (configuration, settings of earlier work) → whether a redo can use what that has published. The runner
     # moves it to EARLIER of the stage's folder, and removes it when the stage is done.
     keeps: Callable[[Any, Mapping[str, Any]], bool] | None = None
