@@ -266,8 +266,9 @@ class RunConfig:
 
 def load(path: str, overrides: Sequence[str] = ()) -> tuple[Run, RunConfig]:
     """Read, override and check a run's TOML (a path, or the name of a shipped recipe)."""
-    path = find_recipe(path)
-    return resolve(read_run(path, overrides), path)
+    file = find_recipe(path)
+    run, config = resolve(read_run(file, overrides), file)
+    return dataclasses.replace(run, name=path), config
 
 
 def resolve(table: dict[str, Any], path: str) -> tuple[Run, RunConfig]:

@@ -50,7 +50,7 @@ def load_as_started(target: str, overrides: Sequence[str] = ()) -> tuple[Run, Ru
     if overrides or (started := _read_started(run.folder)) is None:
         return run, config
     _say_differences(run.folder, config, started, target)
-    return make_run(started), started
+    return dataclasses.replace(make_run(started), name=target), started
 
 
 def start(
@@ -160,7 +160,7 @@ def _load_folder(folder: str, overrides: Sequence[str]) -> tuple[Run, RunConfig]
     path = resolved_path(folder)
     _, config = resolve(apply_overrides(read_toml(path), overrides), path)
     config = _in_folder(config, folder.rstrip("/"))
-    return make_run(config), config
+    return dataclasses.replace(make_run(config), name=folder), config
 
 
 def _read_started(folder: str) -> RunConfig | None:

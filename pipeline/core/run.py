@@ -59,6 +59,7 @@ class Run:
     processes: int
     stages: tuple[Stage, ...]
     max_failed_tasks: int = 0
+    name: str = "RUN.toml"  # what the user called it: a file, a shipped recipe or the run's folder
 
     def stage(self, name: str) -> Stage:
         """Return the stage of that name.
@@ -76,7 +77,7 @@ class Run:
     def remedy(self, stage: str) -> str:
         """Return the remedy in errors about damaged outputs of a stage."""
         own = next((item.repair for item in self.stages if item.name == stage), "")
-        return own or repair_remedy(stage)
+        return own or repair_remedy(stage, self.name)
 
 
 def manifest_path(run: Run, stage: str) -> str:

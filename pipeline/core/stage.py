@@ -7,6 +7,7 @@ manifests, which a stage never reads.
 
 import concurrent.futures
 import json
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -181,9 +182,9 @@ class Stage:
         return digest(self.name, self.version, self.config)
 
 
-def repair_remedy(stage: str) -> str:
-    """Return the remedy in errors about damaged outputs of a run's stage."""
-    return f"repair it: cnclip run RUN.toml --stage {stage} --repair"
+def repair_remedy(stage: str, run: str = "RUN.toml") -> str:
+    """Return the remedy in errors about damaged outputs of a run's stage; `run` is what commands call it."""
+    return f"repair it: cnclip run {shlex.quote(run)} --stage {stage} --repair"
 
 
 def task_digest(task: Task) -> str:

@@ -122,7 +122,9 @@ def test_repair_redoes_what_is_damaged(recipe: Path, capsys: pytest.CaptureFixtu
     assert _main(capsys, "run", recipe, "--to", "filter_text")[0] == 0
     path = recipe.parent / "run" / "filter_text" / "kept" / "00000.parquet"
     path.write_bytes(path.read_bytes()[:-1] + b"!")
-    assert "repair it: cnclip run RUN.toml --stage filter_text --repair" in _main(capsys, "verify", recipe)[1]
+    assert (
+        f"repair it: cnclip run {recipe} --stage filter_text --repair" in _main(capsys, "verify", recipe)[1]
+    )
     assert _main(capsys, "run", recipe, "--stage", "filter_text", flag)[0] == 0
     status, out, _ = _main(capsys, "verify", recipe)
     assert (status, out.splitlines()[0]) == (0, "all outputs match their manifests")

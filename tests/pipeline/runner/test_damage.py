@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from pipeline import runner
+from pipeline.catalog import load
 from pipeline.core import store
 from pipeline.core.records import InputError
 from pipeline.core.run import State, manifest_path, survey
+from pipeline.last_start import load_as_started, write_started
 from tests.helpers.number_stages import EvenConfig, execute, manifest_of, manifests, number_run
 
 
@@ -186,3 +188,11 @@ def test_a_damaged_manifest_is_named(numbers: Path, tmp_path: Path) -> None:
     Path(manifest_path(run, "source")).write_text('{"stage": "source"}')
     with pytest.raises(InputError, match=r"source/manifest\.json: damaged manifest"):
         survey(run)
+
+
+def test_the_remedy_names_the_run_as_it_was_given(tmp_path: Path) -> None:
+    given, _ = load("demo", (f"run.folder={tmp_path}",))
+    assert given.remedy("shards") == "repair it: cnclip run demo --stage shards --repair"
+    write_started(*load("demo", (f"run.folder={tmp_path}/my run",)))
+    found, _ = load_as_started(f"{tmp_path}/my run")
+    assert found.remedy("shards") == f"repair it: cnclip run '{tmp_path}/my run' --stage shards --repair"
