@@ -140,6 +140,8 @@ def plan(config: CorpusStageConfig, context: Context) -> list[Task]:
         )
     _refuse_shared_names(config.corpus)
     _refuse_carried_rules(config.corpus)
+    if not store.exists(context.path("manifest.json")):  # finished work outlives its images
+        check(config, context)
     exempt = {
         source.name: exemptions_of_shards(source.path)
         for source in sources_of(config.corpus)
@@ -157,6 +159,23 @@ def plan(config: CorpusStageConfig, context: Context) -> list[Task]:
         )
         for number, ((source, files), files_read) in enumerate(zip(pieces, _digests(pieces), strict=True))
     ]
+
+
+def check(config: CorpusStageConfig, context: Context) -> None:
+    """Refuse a local image folder that does not exist, which only the download would find.
+
+    Raises:
+        InputError: names the folder and its source.
+    """
+    if not isinstance(config.corpus, TablesConfig | SourcesConfig):
+        return
+    for source in sources_of(config.corpus):
+        folder = source.picture_folder if isinstance(source, TableSource) else None
+        if folder is not None and store.is_local(folder) and not os.path.isdir(folder):
+            raise InputError(
+                f"{folder}: no such folder (picture_folder of source {source.name}); correct it in"
+                f" [[corpus.{config.corpus.kind}]], or put the images there"
+            )
 
 
 def _refuse_shared_names(corpus: TablesConfig | SourcesConfig) -> None:
@@ -395,6 +414,17 @@ def _refuse_empty(path: str, source: TableSource) -> NoReturn:
     raise InputError(f"{path}: no rows (source {source.name}); remove it from [corpus] or fill it")
 
 
+def _without_task(config: CorpusStageConfig) -> str:
+    """Return what to do about a source's file that nothing repairs; its rows cannot be counted as dropped."""
+    if not isinstance(config.corpus, TablesConfig | SourcesConfig):
+        return ""
+    return (
+        f"a corpus does not continue without a file of its sources, with --without-failed either: to leave it"
+        f" out, move it out of the pattern or folder in [[corpus.{config.corpus.kind}]] path, or remove its"
+        f" entry"
+    )
+
+
 def title_of(config: CorpusStageConfig) -> str:
     """Return in one line what the corpus is made from."""
     if isinstance(config.corpus, DemoConfig | EmojiConfig | PicturesConfig):
@@ -424,4 +454,6 @@ def stage(config: CorpusStageConfig) -> Stage:
         plan=plan,
         run=run,
         sources=sources,
+        check=check,
+        without_task=_without_task(config),
     )

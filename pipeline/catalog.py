@@ -82,8 +82,9 @@ class RunTable:
     processes: Annotated[int, Ge(1)] = 2
     """Number of tasks at once if the executor is `local`."""
     max_failed_tasks: Annotated[int, Ge(0)] = 0
-    """Tasks of a stage that may fail, each three times, before the run stops. Their rows are dropped as
-    `partition_failed`, and `cnclip retry` brings them back later.
+    """Tasks of `filter_text`, `download` or `filter_image` that may fail, each three times, before the run
+    stops; other stages stop at the first. Their rows are dropped as `partition_failed`, and `cnclip retry`
+    brings back those of `download` and `filter_image`.
     """
 
 

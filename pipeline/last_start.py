@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.catalog import RunConfig, load, make_run, resolve
 from pipeline.core import store
 from pipeline.core.config import apply_overrides, read_toml, to_toml
+from pipeline.core.leaves import differing
 from pipeline.core.records import ConfigError, InputError
 from pipeline.core.run import Run, select
 from pipeline.core.stage import Stage
@@ -22,7 +23,6 @@ from training.stages import TrainStageConfig, check_given_files
 
 RESOLVED = "run.resolved.toml"
 _MOST_SAID = 6  # settings in a note
-_ABSENT = object()
 
 
 def resolved_path(folder: str) -> str:
@@ -183,17 +183,16 @@ def _in_folder(config: RunConfig, folder: str) -> RunConfig:
 
 def _say_differences(folder: str, config: RunConfig, started: RunConfig, name: str) -> None:
     before, now = dict(_leaves(dataclasses.asdict(started))), dict(_leaves(dataclasses.asdict(config)))
-    keys = [
-        key
+    found = [
+        difference
         for key in {**before, **now}
-        if before.get(key, _ABSENT) != now.get(key, _ABSENT) and key != "run.folder"
+        if key != "run.folder"
+        for difference in differing(key, before.get(key), now.get(key))
     ]
-    if not keys:
+    if not found:
         return
-    said = [
-        f"{key} = {_shown(before.get(key))} ({name}: {_shown(now.get(key))})" for key in keys[:_MOST_SAID]
-    ]
-    more = f" and {len(keys) - _MOST_SAID} more" if len(keys) > _MOST_SAID else ""
+    said = [f"{key} = {_shown(old)} ({name}: {_shown(new)})" for key, old, new in found[:_MOST_SAID]]
+    more = f" and {len(found) - _MOST_SAID} more" if len(found) > _MOST_SAID else ""
     note(f"{folder} was started with {', '.join(said)}{more}")
 
 

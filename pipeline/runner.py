@@ -12,7 +12,7 @@ from pipeline.core.failures import Failure, forget_failures, summary, too_many, 
 from pipeline.core.files.damage import find_damage, listed_files, summarise
 from pipeline.core.files.folded_receipts import folding
 from pipeline.core.progress import make_progress
-from pipeline.core.records import ConfigError, InputError, Receipt, Stopped, too_few
+from pipeline.core.records import ConfigError, InputError, Receipt, Stopped
 from pipeline.core.run import (
     Run,
     StageStatus,
@@ -283,15 +283,9 @@ def _run_stage(run: Run, stage: Stage, label: str, status: StageStatus | None) -
         [receipts[task.name] for task in tasks],
     )
     if manifest.num_kept == 0 and not stage.may_be_empty:
-        removed = ", ".join(
-            f"{reason} removed {count:,}"
-            for reason, count in sorted(manifest.dropped.items(), key=lambda item: -item[1])
-        )
-        found = (
-            f"{context.path()}: no rows left of {manifest.num_in:,} after {stage.name}"
-            f" ({removed or 'its input was empty'}); loosen [{stage.name}] or check the source"
-        )
-        raise too_few(InputError(found), manifest.num_in)
+        before = run.stages[: run.stages.index(stage)]
+        finished = [found for item in before if (found := read_manifest(run, item.name))]
+        raise InputError(f"{context.path()}: {drops.nothing_left(manifest, finished)}")
     if said := drops.warning(manifest):
         _say(f"warning: {said}")
     store.write_text(manifest_path(run, stage.name), manifest.to_file())
@@ -314,7 +308,11 @@ def _refuse_failures(
         _say(f"{stage.name}: unexpected {', '.join(kinds)}, so its inputs are being checked")
         if altered := _find_altered_parent(run, stage):
             raise InputError(altered)
-    raise InputError(summary(context, failures, num_tasks, can_go_on=stage.set_aside is not None))
+    can_go_on = stage.set_aside is not None
+    instead = stage.without_task
+    if not can_go_on and not instead and run.max_failed_tasks:
+        instead = f"{stage.name} cannot continue without a task, as --without-failed and max_failed_tasks ask"
+    raise InputError(summary(context, failures, num_tasks, can_go_on=can_go_on, instead=instead))
 
 
 def _set_aside(

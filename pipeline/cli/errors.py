@@ -4,6 +4,7 @@ import difflib
 import errno
 import os
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -59,7 +60,7 @@ def reported(work: Callable[[], int]) -> int:
 
 def with_run_file(text: str, run_file: str | None) -> str:
     """Return a message whose remedies name the run that the command was given."""
-    return text if run_file is None else text.replace(f"cnclip run {RUN_FILE}", f"cnclip run {run_file}")
+    return text if run_file is None else text.replace(RUN_FILE, shlex.quote(run_file))
 
 
 def _say(line: str) -> None:

@@ -49,7 +49,8 @@ def run(
         bool,
         typer.Option(
             "--without-failed",
-            help="drop the rows of tasks that fail three times (as partition_failed) and continue",
+            help="continue without tasks of filter_text, download and filter_image that fail three times, and"
+            " drop their rows as partition_failed; other stages stop",
         ),
     ] = False,
     mend: Annotated[bool, typer.Option("--mend", hidden=True)] = False,

@@ -27,7 +27,8 @@ STATUS = Group("Run")
     "status",
     "show rows, drops, rate, time and size of each stage",
     "demo --reasons",
-    more="Counts cover finished tasks; rows/s is the rate of one process.",
+    more="Counts cover finished tasks; rows/s is the rate of one process. A running command"
+    " works on the stage that is `working`.",
 )
 def status(
     run_file: RunFile,

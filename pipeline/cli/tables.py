@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from data_prep.accounting.funnel import STEPS, lost_captions, no_op_thresholds
 from data_prep.concepts import stages as concepts
 from pipeline.core import drops, store
+from pipeline.core.files.lock import holder
 from pipeline.core.records import InputError
 from pipeline.core.run import Run, StageStatus, State, read_manifest, read_receipts, survey_stage
 from pipeline.core.text_table import align
@@ -69,7 +70,12 @@ def done_of(run: Run, stage: str) -> Done:
 
 
 def status_table(run: Run, statuses: Sequence[StageStatus]) -> str:
-    """Return a row for each stage: what it has done so far, from its receipts."""
+    """Return a row for each stage: what it has done so far, from its receipts.
+
+    While a command works on the run, the first stage that is to do is the one that it works on.
+    """
+    current = next((status for status in statuses if status.state is not State.DONE), None)
+    is_working = current is not None and current.state is State.TO_DO and holder(run.folder) != ""
     rows = [("stage", "state", "tasks", "in", "kept", "dropped", "kept %", "rows/s", "seconds", "MB")]
     for status in statuses:
         done = done_of(run, status.stage.name)
@@ -77,7 +83,7 @@ def status_table(run: Run, statuses: Sequence[StageStatus]) -> str:
         rows.append(
             (
                 status.stage.name,
-                status.state.value + damaged,
+                ("working" if is_working and status is current else status.state.value) + damaged,
                 f"{done.num_tasks}/{'?' if status.num_tasks is None else status.num_tasks}",
                 f"{done.rows_in:,}",
                 f"{done.rows_kept:,}",

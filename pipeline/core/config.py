@@ -66,6 +66,14 @@ def find_recipe(name: str) -> str:
         os.path.dirname(name) in ("", os.path.join("pipeline", "recipes"))
     ):
         return str(shipped / f"{stem}.toml")
+    if os.path.dirname(name) and not name.endswith(".toml"):
+        if store.exists(name):
+            raise ConfigError(
+                f"{name}: neither a TOML file nor the folder of a started run; give a run's TOML file"
+            )
+        raise ConfigError(
+            f"{name}: no such folder or file; give a run's TOML file, or its folder once started"
+        )
     known = ", ".join(sorted(entry.name for entry in shipped.iterdir() if entry.name.endswith(".toml")))
     raise ConfigError(f"{name}: no such file; give a run's TOML file or one of the shipped recipes: {known}")
 

@@ -123,8 +123,13 @@ def forget_failures(context: Context) -> None:
         store.remove(context.path("failed"))
 
 
-def summary(context: Context, failures: Sequence[Failure], num_tasks: int, *, can_go_on: bool) -> str:
-    """Return the line that a stage ends with: the first error, which tasks failed, and what to do."""
+def summary(
+    context: Context, failures: Sequence[Failure], num_tasks: int, *, can_go_on: bool, instead: str = ""
+) -> str:
+    """Return the line that a stage ends with: the first error, which tasks failed, and what to do.
+
+    `instead` says what to do if nothing repairs a task of a stage that cannot continue without it.
+    """
     first = min(failures, key=lambda failure: failure.task)
     others = sorted(failure.task for failure in failures if failure is not first)
     times = f"{first.tries} times, last on" if first.tries > 1 else "on"
@@ -136,4 +141,6 @@ def summary(context: Context, failures: Sequence[Failure], num_tasks: int, *, ca
     remedy = "repair it and rerun to try again"
     if can_go_on:
         remedy += ", or continue without these rows with --without-failed"
+    elif instead:
+        remedy += f"; {instead}"
     return f"{first.error}; {named}; see {context.path('failed')}; {remedy}"

@@ -16,6 +16,7 @@ from pipeline.core import store
 from pipeline.core.config import Binds, digest
 from pipeline.core.files import durability
 from pipeline.core.files.damage import listing_path, make_listing
+from pipeline.core.leaves import differing
 from pipeline.core.records import SCHEMA_VERSION, InputError, Manifest, Receipt, Shard
 
 EARLIER = "earlier"  # folder in a stage's with what an earlier build has published, while a redo uses it
@@ -63,7 +64,16 @@ class Change:
     binds: Binds
 
     def __str__(self) -> str:
-        return f"{self.key.rpartition('.')[2]} {_short(self.before)} → {_short(self.now)}"
+        name = self.key.rpartition(".")[2]
+        said = [
+            f"{key} {_short(before)} → {_short(now)}"
+            for key, before, now in differing(name, self.before, self.now)
+        ]
+        more = f" and {len(said) - _MOST_SAID} more" if len(said) > _MOST_SAID else ""
+        return ", ".join(said[:_MOST_SAID]) + more
+
+
+_MOST_SAID = 4  # differences inside one setting
 
 
 def _short(value: Any, limit: int = 40) -> str:
@@ -146,6 +156,7 @@ class Stage:
     # The outcome of a task that a run continues without: its rows dropped as `partition_failed`. None: what
     # other tasks make depends on it.
     set_aside: Callable[[Any, Context, Task], Outcome] | None = None
+    without_task: str = ""  # if `set_aside` is None: what to do about a task that nothing repairs
     # (configuration, settings of earlier work) → whether a redo can use what that has published. The runner
     # moves it to EARLIER of the stage's folder, and removes it when the stage is done.
     keeps: Callable[[Any, Mapping[str, Any]], bool] | None = None

@@ -4,6 +4,7 @@ docs/scale.md derives each term, and says what was measured and what is assumed.
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,8 @@ _PARTITION_ROWS = 10_000
 _ROWS_OF_A_SLICE, _ROWS_OF_A_TASK = 500_000, 1_000_000  # of `filter_text`, of `dedup`
 _ATTEMPTS = 3  # of a task before it is set aside
 _HOUR = 3600.0
+_MAY_BE_NONE = ("https", "busiest_host")  # shares
+_IN_THOUSANDS = re.compile(r"\d{1,3}(,\d{3})+")  # as this module's own tables write numbers
 HEADER = ("stage", "from h", "to h", "bound by", "core-hours", "cores busy", "TB read", "TB written")
 FAILURE_HEADER = ("what fails", "what is done again", "machine-hours", "later by")
 _TB = 1e12
@@ -59,10 +62,20 @@ class Assumed:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e15:
-                raise ConfigError(f"--set {field.name}={value}: give a number above 0")
-            if field.name in ("alive", "https", "busiest_host") and value > 1:
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not 0 <= value < 1e15 or (value == 0 and field.name not in _MAY_BE_NONE):
+                raise ConfigError(
+                    f"--set {field.name}={value}: give a number above 0, such as 200e6 or 200,000,000"
+                )
+            if field.name in ("alive", *_MAY_BE_NONE) and value > 1:
                 raise ConfigError(f"--set {field.name}={value}: a share is at most 1")
+            if field.name in ("rows", "images", "machines", "cores") and value != int(value):
+                raise ConfigError(f"--set {field.name}={value}: give a whole number")
+        if self.rows < self.asked:
+            raise ConfigError(
+                f"--set rows={self.rows:,.0f}: fewer than the {self.asked:,.0f} addresses that"
+                f" {self.images:,.0f} images at alive={self.alive:g} need; raise rows or lower images"
+            )
 
     @property
     def asked(self) -> float:
@@ -120,6 +133,9 @@ def assumed(overrides: Sequence[str]) -> Assumed:
         ConfigError: for another key, and for a value that is no number in range.
     """
     table: dict[str, Any] = apply_overrides({}, overrides)
+    for key, value in table.items():
+        if isinstance(value, str) and _IN_THOUSANDS.fullmatch(value):
+            table[key] = int(value.replace(",", ""))
     names = [field.name for field in dataclasses.fields(Assumed)]
     for key in table:
         if key not in names:
@@ -231,8 +247,9 @@ def plan_table(on: Assumed) -> str:
     said = ", ".join(f"{name}={value:g}" for name, value in values.items())
     costs = [FAILURE_HEADER, *failure_rows(on)]
     return (
-        f"{on.images:,.0f} images from {on.rows:,.0f} rows of metadata on {on.machines:g} machines of"
-        f" {on.cores:g} cores: {total:,.1f} hours, {total * on.machines:,.0f} machine-hours\n\n"
+        f"{on.images:,.0f} images from {on.rows:,.0f} rows of metadata on"
+        f" {_counted(on.machines, 'machine')} of {_counted(on.cores, 'core')}:"
+        f" {total:,.1f} hours, {total * on.machines:,.0f} machine-hours\n\n"
         + align(rows, (False, True, True, False, *[True] * 4))
         + "\n\n"
         + align(costs, (False, False, True, True))
@@ -263,6 +280,10 @@ def failure_rows(on: Assumed) -> list[tuple[str, ...]]:
     return [
         (item.name, item.again, f"{item.machine_hours:,.2f}", _duration(item.delay)) for item in failures(on)
     ]
+
+
+def _counted(number: float, what: str) -> str:
+    return f"{number:,.0f} {what}{'' if number == 1 else 's'}"
 
 
 def _duration(seconds: float | None) -> str:

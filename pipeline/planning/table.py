@@ -1,5 +1,6 @@
 """Builds what `cnclip plan` prints about training: two tables, their assumptions, and notes."""
 
+import textwrap
 from collections.abc import Iterator, Sequence
 
 from pipeline.core.records import ConfigError
@@ -25,6 +26,7 @@ _STEP_HEADER = (
     *("training", "ranks", "step", "device", "host", "hidden", "exposed", "MB sent", "of peak"),
     *("suits", "samples/s", "cores", "MB/s read"),
 )
+_COLUMNS = 100  # of the text below the tables
 _STEP_SIDES = (False, *(True,) * (len(_STEP_HEADER) - 1))
 
 
@@ -71,28 +73,37 @@ def _sums_table(trainings: Sequence[Training], on: Hardware, tokens: int) -> lis
 
 
 def _reckoned(trainings: Sequence[Training], on: Hardware, tokens: int, paper: bool) -> str:
-    """Return the table's assumptions and the meaning of its columns."""
-    return (
+    """Return the table's assumptions and the meaning of its columns, an item each."""
+    items = [
         f"Estimates assume {on.name} ({on.memory_bytes / GIB:g} GiB, {on.usable_gib:g} GiB usable) at"
         f" {100 * on.utilisation:g}% of its 16-bit peak while it computes, {_network(on)}, and captions of"
-        f" {tokens} tokens on average; no utilisation has been measured on a GPU (docs/scale.md)."
-        " micro-batch: the training's own, or if it sets none the most samples whose activations a rank"
-        " can hold at once. GiB: a rank's tensors at their fullest (pipeline/planning/memory.py); counted"
-        " ones were 5 % less (RN50) to 45 % more (the tiny models in bfloat16), and a process needs more"
-        " than its tensors: allocator and libraries. days: by the clock, on all ranks; GPU-days: that times"
-        " ranks, with all that devices wait for."
-        " The second table, in milliseconds: a step is the longer of what the device computes and what the"
-        f" host takes to launch it ({1e3 * HOST_SECONDS_A_LAYER:g} per layer), and the network's time that"
-        " computing does not hide. of peak: what is left of the peak. suits: the most ranks that come within"
-        f" {100 - 100 * SUITS:.0f}% of the best number's share of peak. samples/s, cores that decode, and"
-        " MB/s read: of each rank."
-        + (
-            " GPU-days of a training with cached_views hold the building of its cache, K views of every"
-            " image through the locked tower once; a cache that is there already saves them."
+        f" {tokens} tokens on average; no utilisation has been measured on a GPU (docs/scale.md).",
+        "micro-batch: the training's own, or if it sets none the most samples whose activations a rank can"
+        " hold at once.",
+        "GiB: a rank's tensors at their fullest (pipeline/planning/memory.py); counted ones were 5% less"
+        " (RN50) to 45% more (the tiny models in bfloat16), and a process needs more than its tensors:"
+        " allocator and libraries.",
+        "days: by the clock, on all ranks.",
+        "GPU-days: that times ranks, with all that devices wait for.",
+        *(
+            [
+                "GPU-days of a training with cached_views hold the building of its cache, K views of every"
+                " image through the locked tower once; a cache that is there already saves them."
+            ]
             if any(item.config.cached_views for item in trainings)
-            else ""
-        )
-        + (" paper's: its GPU-days (A.2), on V100 or A100; they come to 5 to 19 % of peak." if paper else "")
+            else []
+        ),
+        *(["paper's: its GPU-days (A.2), on V100 or A100; they come to 5 to 19% of peak."] if paper else []),
+        "step, device, host, hidden, exposed: milliseconds. A step is the longer of what the device computes"
+        f" and what the host takes to launch it ({1e3 * HOST_SECONDS_A_LAYER:g} per layer), and the network's"
+        " time that computing does not hide.",
+        "of peak: what is left of the peak.",
+        f"suits: the most ranks that come within {100 - 100 * SUITS:.0f}% of the best share of peak.",
+        "samples/s, cores that decode, and MB/s read: of each rank.",
+    ]
+    return "\n".join(
+        textwrap.fill(item, _COLUMNS, initial_indent="- ", subsequent_indent="  ", break_long_words=False)
+        for item in items
     )
 
 

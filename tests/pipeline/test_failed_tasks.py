@@ -1,5 +1,6 @@
 """Tasks that fail: tried again, set aside, counted; the others are done all the same."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -114,6 +115,26 @@ def test_the_others_are_done_before_the_stage_ends_with_the_list(tmp_path: Path,
     execute(run)  # each has failed as often as it was to
     assert done(tmp_path) == NUM_TASKS
     assert failed_tasks(context) == []
+
+
+def test_a_stage_that_needs_all_its_tasks_says_so(tmp_path: Path) -> None:
+    run = run_of(tmp_path, {"00003": ("input",) * 9}, 1)
+    [stage] = run.stages
+    for more, end in (
+        ({}, "; repair it and rerun to try again"),
+        (
+            {"max_failed_tasks": 9},
+            "; work cannot continue without a task, as --without-failed and max_failed_tasks ask",
+        ),
+        (
+            {"stages": (dataclasses.replace(stage, set_aside=None, without_task="remove it"),)},
+            "again; remove it",
+        ),
+    ):
+        given = dataclasses.replace(run, **{"stages": (dataclasses.replace(stage, set_aside=None),), **more})
+        with pytest.raises(InputError) as caught:
+            execute(given)
+        assert str(caught.value).endswith(end)
 
 
 def test_a_task_that_kills_its_process_is_found_and_named(tmp_path: Path) -> None:

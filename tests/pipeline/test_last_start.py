@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import cli, runner
-from pipeline.core.records import InputError
+from pipeline.core.records import ConfigError, InputError
+from pipeline.last_start import load_as_started
 from tests.helpers.table_run import write_table_run
 
 
@@ -105,3 +106,13 @@ def test_settings_that_cannot_be_read_are_passed_over(
     assert status == 0
     assert err.startswith(f"note: {resolved}: of_another_release: unknown key")
     assert main(capsys, "status", resolved.parent)[0] == 2
+
+
+def test_a_folder_that_is_no_run_is_refused_without_a_list_of_recipes(tmp_path: Path) -> None:
+    for folder, said in (
+        (tmp_path / "none", "no such folder or file"),
+        (tmp_path, "neither a TOML file nor"),
+    ):
+        with pytest.raises(ConfigError, match=said) as caught:
+            load_as_started(str(folder))
+        assert "demo.toml" not in str(caught.value)

@@ -62,6 +62,27 @@ def exclusive(folder: str) -> Iterator[None]:
                 file.truncate(0)
 
 
+def holder(folder: str) -> str:
+    """Return the command that holds a folder's lock, empty if none does or nothing can tell."""
+    if not store.is_local(folder):
+        return ""
+    try:
+        handle = os.open(os.path.join(folder, ".lock"), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return ""
+    with open(handle, "rb", buffering=0) as file:
+        named = file.read(_MOST_BYTES).decode("utf-8", "replace").strip()
+        if not named:
+            return ""  # an idle folder's lock is never touched, so a command that starts now gets it
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return named if named.isprintable() else "its process is not known"
+        except OSError:
+            return ""
+        return ""  # it was killed, and its name stayed
+
+
 def one_at_a_time(folder: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Make a function hold the lock of the folder in one of its arguments, such as `out` or `job.out`."""
     name, *fields = folder.split(".")

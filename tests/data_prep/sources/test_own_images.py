@@ -54,6 +54,15 @@ def test_empty_source(own: Path) -> None:
     assert "captions.csv: no rows (source mine)" in one_line(done)
 
 
+def test_missing_image_folder_is_found_before_the_first_task(own: Path) -> None:
+    (own / "图片").rename(own / "moved")
+    for command, status in (("plan", 2), ("run", 1)):
+        done = cnclip_here(own, command)
+        assert done.returncode == status
+        assert "图片: no such folder (picture_folder of source mine); correct it in" in one_line(done)
+    assert not (own / "run" / "corpus" / "receipts").exists()
+
+
 def test_source_without_the_columns(own: Path) -> None:
     (own / "captions.csv").write_text("地址,说明\na,b\n")
     done = cnclip_here(own, "run")

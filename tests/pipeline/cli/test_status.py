@@ -9,6 +9,8 @@ import pytest
 
 from pipeline.cli import main
 from pipeline.cli.documents import KEYS
+from pipeline.core.files.lock import exclusive
+from pipeline.last_start import load_as_started
 from pipeline.tools import doctor
 from tests.helpers.json_documents import check_keys
 from tests.helpers.table_run import write_table_run
@@ -186,3 +188,16 @@ def test_a_quiet_and_a_verbose_run(run: str, tmp_path: Path, capsys: pytest.Capt
     assert len(err.splitlines()) == 1
     assert main(["-v", *words, f"run.folder={tmp_path}/verbose"]) == 0
     assert "filter_text: 7 in, 3 kept, " in capsys.readouterr().err
+
+
+def test_the_stage_that_a_command_works_on_is_working(run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def working() -> list[str]:
+        return [row.split()[0] for row in _out(capsys, "status", run).splitlines() if " working " in row]
+
+    folder = load_as_started(run)[0].folder
+    assert working() == []
+    with exclusive(folder):
+        assert working() == ["download"]
+    assert working() == []
+    Path(folder, ".lock").write_text("cnclip run, process 1")  # it was killed
+    assert working() == []

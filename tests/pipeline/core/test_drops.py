@@ -1,3 +1,4 @@
+from data_prep.rules.text import URL_INVALID
 from pipeline.core import drops
 from pipeline.core.records import SCHEMA_VERSION, Manifest
 
@@ -33,3 +34,25 @@ def test_the_funnel_names_the_greatest_loss_first() -> None:
     )
     assert drops.funnel(stages, 60).endswith("no_chinese 2), 7 were set aside")
     assert drops.funnel(stages[:1], 300) == ""
+
+
+def test_a_stage_without_rows_says_what_it_and_the_stages_before_it_dropped() -> None:
+    before = [
+        manifest("corpus", 308),
+        manifest("filter_text", 308, too_short=3),
+        manifest("dedup", 305, twin=1),
+    ]
+    assert drops.nothing_left(manifest("download", 304, http_404=304), before) == (
+        "no rows left of 304 after download (http_404 removed 304); loosen [download] or check the source;"
+        " before it, filter_text dropped 3 as too_short, dedup dropped 1 as twin"
+    )
+    assert drops.nothing_left(manifest("download", 0), before[:1]) == (
+        "no rows left of 0 after download (its input was empty); loosen [download] or check the source"
+    )
+
+
+def test_paths_that_are_no_urls_ask_for_their_folder() -> None:
+    most, some = (manifest("filter_text", 10, **{URL_INVALID: count}) for count in (6, 5))
+    assert "set picture_folder" in drops.warning(most)
+    assert "set picture_folder" in drops.nothing_left(most, [])
+    assert "set picture_folder" not in drops.warning(some)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline import cli as command_line
+from pipeline.core.records import ConfigError
 from pipeline.planning import corpus as planning
 from pipeline.planning.corpus import Assumed, assumed, failure_rows, failures, steps, timetable
 
@@ -114,3 +115,24 @@ def test_the_readmes_lead_to_it() -> None:
 def _records(name: str) -> dict[str, Any]:
     found = json.loads((RESULTS / name).read_text(encoding="utf-8"))
     return {record["name"]: record for record in found.get("results", [])} if isinstance(found, dict) else {}
+
+
+def test_settings_are_read_as_the_plan_writes_them_and_may_be_no_share() -> None:
+    on = assumed(["images=200,000,000", "https=0", "busiest_host=0.0", "machines=1"])
+    assert (on.images, on.https) == (200_000_000, 0)
+    assert "on 1 machine of 16 cores:" in planning.plan_table(on)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("rows=1,000", "rows=1,000: fewer than the 285,714,286 addresses that 200,000,000 images"),
+        ("machines=2.5", "machines=2.5: give a whole number"),
+        ("images=20,00", "images=20,00: give a number above 0, such as 200e6 or 200,000,000"),
+        ("https=1.1", "a share is at most 1"),
+        ("alive=0", "alive=0: give a number above 0"),
+    ],
+)
+def test_impossible_settings_are_refused(given: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        assumed([given])

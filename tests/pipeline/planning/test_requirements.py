@@ -225,6 +225,9 @@ def test_a_warm_up_longer_than_its_training_is_told(capsys: pytest.CaptureFixtur
 def test_a_run_shows_its_training_where_hardware_is_given(capsys: pytest.CaptureFixture[str]) -> None:
     folder = "--set=run.folder=/nowhere/demo"
     assert "Estimates assume" not in plan(capsys, "demo", folder)
+    listed = plan(capsys, "pretrain").partition("- Estimates assume")[2].splitlines()
+    assert any(line.startswith("- GPU-days: ") for line in listed)
+    assert max(len(line) for line in listed if line.startswith(("- ", "  "))) <= 100
     assert main(["plan", "demo", folder, "--hardware", "abacus"]) == 2
     assert capsys.readouterr().out == ""  # refused before anything is shown
     said = plan(capsys, "demo", folder, "--hardware", "A100", "--samples", "3000")
