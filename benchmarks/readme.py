@@ -108,6 +108,10 @@ CLAIMS: dict[str, tuple[str, str]] = {
         "memory to index and search 10 million vectors: ours against flat",
         "eval/large_index.py",
     ),
+    "index_scale/memory": (
+        "memory to build, tune and search 10 million cross-modal vectors: ours against flat",
+        "eval/index_scale.py",
+    ),
     "index_tools/autofaiss": (
         "queries/s at equal recall and memory: the index of `cnclip index` against autofaiss's",
         "eval/index_tools.py",

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.core import store
-from pipeline.core.arrays import Float32Array
+from pipeline.core.arrays import Float32Array, Int64Array
 from pipeline.core.files.npy import read_npy
 from pipeline.core.files.written import write_npy
 from pipeline.core.records import InputError
@@ -49,8 +49,13 @@ def read_vectors(path: str) -> Float32Array:
     return features_ND
 
 
-def check_vectors(vectors_ND: npt.NDArray[Any], name: str) -> None:
+def check_vectors(
+    vectors_ND: npt.NDArray[Any], name: str, *, numbers_N: Int64Array | None = None, remedy: str = ""
+) -> None:
     """Check that these are finite, unit-norm float32 vectors.
+
+    `numbers_N` are the rows' numbers in the file `name`, by default 0, 1, …; `remedy` ends the error about
+    rows of another length.
 
     Raises:
         InputError: if they are not.
@@ -61,14 +66,17 @@ def check_vectors(vectors_ND: npt.NDArray[Any], name: str) -> None:
             f" {list(vectors_ND.shape)}"
         )
     norms_N = np.sqrt(np.einsum("nd,nd->n", vectors_ND, vectors_ND, dtype=np.float64))
+    numbers_N = np.arange(len(vectors_ND)) if numbers_N is None else numbers_N
     not_finite = np.flatnonzero(~np.isfinite(norms_N))
     if len(not_finite):
         raise InputError(
             f"{name}: {len(not_finite)} of {len(vectors_ND)} features are NaN or infinite, the first in row"
-            f" {not_finite[0]}; the model diverged: train again with a lower peak_learning_rate"
+            f" {numbers_N[not_finite[0]]}; remove such rows or write the file again (a model that diverged"
+            " makes them: train it with a lower peak_learning_rate)"
         )
     off_norm = np.flatnonzero(np.abs(norms_N - 1) > 1e-3)
     if len(off_norm):
+        row = off_norm[0]
         raise InputError(
-            f"{name}: row {off_norm[0]} has norm {norms_N[off_norm[0]]:.4f}; features must be unit-norm"
+            f"{name}: row {numbers_N[row]} has norm {norms_N[row]:.4f}; features must be unit-norm{remedy}"
         )

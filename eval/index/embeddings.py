@@ -89,9 +89,8 @@ class Embeddings:
             matrix = open_matrix(path, self.role)
             for row in range(low, high, BLOCK_ROWS):
                 last = min(row + BLOCK_ROWS, high)
-                yield self._prepared(
-                    matrix.block(row - first, last - first), f"{path} from row {row - first}"
-                )
+                numbers_B = np.arange(row - first, last - first)
+                yield self._prepared(matrix.block(row - first, last - first), path, numbers_B)
 
     def rows(self, wanted: Int64Array) -> Float32Array:
         """Return these rows (ascending), gathered file by file."""
@@ -100,16 +99,16 @@ class Embeddings:
             inside = wanted[(wanted >= first) & (wanted < end)] - first
             if len(inside):
                 matrix = open_matrix(path, self.role)
-                parts.append(self._prepared(matrix.rows(inside), f"{path}, some rows"))
+                parts.append(self._prepared(matrix.rows(inside), path, inside))
         return np.concatenate(parts)
 
-    def _prepared(self, rows_BD: np.ndarray, where: str) -> Float32Array:
+    def _prepared(self, rows_BD: np.ndarray, path: str, numbers_B: Int64Array) -> Float32Array:
         """Return checked rows in float32."""
         block_BD = rows_BD.astype(np.float32)
         # float16 keeps three digits: restore the length before checking and using it
         if rows_BD.dtype == np.float16 and self.metric == "cosine":
             block_BD = _unit(block_BD)
-        return prepared(block_BD, self.metric, where, normalise=self.normalises)
+        return prepared(block_BD, self.metric, path, normalise=self.normalises, numbers_N=numbers_B)
 
     def digest(self) -> str:
         """Hash names, sizes, and the first and last MiB of each file, which avoids reading terabytes."""
@@ -141,6 +140,8 @@ def _metric_of(source: str, metric: Metric | None) -> tuple[Metric, bool]:
 def _files(source: str, side: Side) -> list[str]:
     if is_vectors(source):
         return [source]
+    if store.is_local(source) and not os.path.exists(source):
+        raise InputError(f"{source}: no such file or folder; give vectors or a folder of features")
     inner = store.join(source, EMBEDDING_FOLDERS[side])
     folder = inner if store.list_files(inner) else source
     names = [store.join(folder, name) for name in store.list_files(folder) if name.endswith(".npy")]

@@ -21,29 +21,43 @@ def faiss_metric(metric: Metric) -> Any:
     return faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
 
 
-def prepared(rows_ND: Float32Array, metric: Metric, where: str, *, normalise: bool) -> Float32Array:
+_OTHER_METRIC = "; give --metric cosine to bring rows to unit length, or --metric ip or l2 to keep theirs"
+
+
+def prepared(
+    rows_ND: Float32Array,
+    metric: Metric,
+    where: str,
+    *,
+    normalise: bool,
+    numbers_N: Int64Array | None = None,
+) -> Float32Array:
     """Return rows as an index of this metric takes them: checked, and of unit length if `normalise`.
+
+    `numbers_N` are the rows' numbers in the file `where`, by default 0, 1, …
 
     Raises:
         InputError: for rows that are not finite; for cosine for those that have no direction, or are not
             unit-norm although they should be.
     """
     if metric == "cosine" and not normalise:
-        check_vectors(rows_ND, where)
+        check_vectors(rows_ND, where, numbers_N=numbers_N, remedy=_OTHER_METRIC)
         return rows_ND
+    numbers_N = np.arange(len(rows_ND)) if numbers_N is None else numbers_N
     squares_N = np.einsum("nd,nd->n", rows_ND, rows_ND, dtype=np.float64)
     bad = np.flatnonzero(~np.isfinite(squares_N))
     if len(bad):
         raise InputError(
-            f"{where}: {len(bad)} of {len(rows_ND)} vectors are NaN or infinite, the first in row {bad[0]}:"
-            " remove them or write the file again"
+            f"{where}: {len(bad)} of {len(rows_ND)} vectors are NaN or infinite, the first in row"
+            f" {numbers_N[bad[0]]}: remove them or write the file again"
         )
     if metric != "cosine":
         return rows_ND
     empty = np.flatnonzero(squares_N == 0)
     if len(empty):
         raise InputError(
-            f"{where}: row {empty[0]} is all zeros, which has no cosine: remove it, or use --metric l2"
+            f"{where}: row {numbers_N[empty[0]]} is all zeros, which has no cosine: remove it, or use"
+            " --metric l2"
         )
     unit_ND: Float32Array = (rows_ND / np.sqrt(squares_N)[:, None]).astype(np.float32)
     return unit_ND

@@ -15,9 +15,10 @@ from pipeline.core.files.foreign import foreign
 from pipeline.core.records import ConfigError, InputError
 from pipeline.core.text_table import align
 
-# Rates of one core. The first two are those of benchmarks/eval/index_scale.py. The others follow from
-# benchmarks/results/large_index.json, 10 million × 512 in IVF1024,SQ8 on two cores: 85.8 queries a second
-# that read 8 of the lists, and 283 s to build, less 44 s of assignment.
+# Rates of one core. The first two are below those that an Intel core reached (165 and 20.7 in
+# benchmarks/results/index_scale.json). The others follow from benchmarks/results/large_index.json, 10 million
+# × 512 in IVF1024,SQ8 on two cores: 85.8 queries a second that read 8 of the lists, and 283 s to build, less
+# 44 s of assignment.
 ASSIGN_GFLOPS = 120.0  # of training and of finding a row's list
 FLOAT_GB_PER_SECOND = 15.0  # of centroids that a query is compared with first
 SCAN_GB_PER_SECOND = 1.7  # of mapped codes that it is compared with then

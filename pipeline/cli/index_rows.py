@@ -38,7 +38,8 @@ def search_index(
         float | None,
         typer.Option(
             metavar="SCORE",
-            help="find all rows with at least this score (L2: at most this squared distance) instead of K",
+            help="find the rows with at least this score (L2: at most this squared distance) instead of K, as"
+            " far as the index finds them",
         ),
     ] = None,
     where: Where = None,

@@ -180,7 +180,7 @@ def measure_served(
 
 
 def served_table(served: Served) -> str:
-    """Return aligned text; a star marks the parameters that searches use."""
+    """Return aligned text; "tuned" marks the parameters that searches use."""
     facts = served.facts
     head = (
         "",
@@ -202,7 +202,7 @@ def served_table(served: Served) -> str:
         times = (point.p50_ms, point.p95_ms, point.p99_ms)
         rows.append(
             (
-                "*" if point.is_tuned else "",
+                "tuned" if point.is_tuned else "",
                 point.parameters,
                 f"{point.recall:.4f}",
                 f"{point.strict_recall:.4f}",

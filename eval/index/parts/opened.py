@@ -21,7 +21,7 @@ from eval.index.structure import limit_search, refines_hamming
 from eval.index.tuning.parameters import set_parameters
 from pipeline.core import store
 from pipeline.core.arrays import Float32Array, Int64Array
-from pipeline.core.records import InputError
+from pipeline.core.records import ConfigError, InputError
 
 _SHARE_OF_MEMORY = 2  # parts stay open if they take less than half of the available memory
 _MOST_FOUND = 1 << 22  # rows of all parts before they are merged
@@ -165,7 +165,12 @@ class Searcher:
                 f"{path}: {index.ntotal} rows of width {index.d}, but index.json has {part.num_rows} of"
                 f" {self.dim}; build it again: cnclip index --redo"
             )
-        set_parameters(index, self.parameters)
+        try:
+            set_parameters(index, self.parameters)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{self.folder}: {error}; correct them, or tune the index again if its index.json has them"
+            ) from None
         limit_search(index)
         if opened.keeps is None:
             size = sum(part.num_bytes for part in self.parts)

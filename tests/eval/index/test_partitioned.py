@@ -137,12 +137,19 @@ def test_bad_input_is_one_line(folder: Path) -> None:
     bad = unit_rows(10)
     bad[4] = np.nan
     np.save(folder / "features" / "img_emb" / "img_emb_0.npy", bad)
-    with pytest.raises(InputError, match=r"img_emb_0.npy from row 0: 1 of 10 features are NaN .* row 4"):
+    with pytest.raises(InputError, match=r"img_emb_0.npy: 1 of 10 features are NaN .* row 4"):
         build(folder, redo=True)
     np.save(folder / "features" / "img_emb" / "img_emb_3.npy", np.ones((3, DIM + 1), dtype=np.float32))
     with pytest.raises(InputError, match=r"img_emb_3.npy: features of width 33, but .* has 32"):
         Embeddings.open(str(folder / "features"))
-    with pytest.raises(InputError, match=r"holds no .npy features"):
+    rows = np.zeros((400, DIM), dtype=np.float32)
+    rows[:, 0] = 1
+    rows[300] *= 2
+    np.save(folder / "long.npy", rows)
+    sampled = Embeddings.open(str(folder / "long.npy"))
+    with pytest.raises(InputError, match=r"long.npy: row 300 has norm 2.0000; .*give --metric cosine"):
+        sampled.rows(np.arange(0, 400, 100))  # the row's number in the file, not among those read
+    with pytest.raises(InputError, match=r"nowhere: no such file or folder"):
         Embeddings.open(str(folder / "nowhere"))
 
 
