@@ -419,9 +419,8 @@ def _without_task(config: CorpusStageConfig) -> str:
     if not isinstance(config.corpus, TablesConfig | SourcesConfig):
         return ""
     return (
-        f"a corpus does not continue without a file of its sources, with --without-failed either: to leave it"
-        f" out, move it out of the pattern or folder in [[corpus.{config.corpus.kind}]] path, or remove its"
-        f" entry"
+        "a corpus cannot continue without a file of its sources, not even with --without-failed; to leave it"
+        f" out, move it away from the path in [[corpus.{config.corpus.kind}]], or remove its entry"
     )
 
 
