@@ -66,21 +66,23 @@ def holder(folder: str) -> str:
     """Return the command that holds a folder's lock, empty if none does or nothing can tell."""
     if not store.is_local(folder):
         return ""
+    path = os.path.join(folder, ".lock")
     try:
-        handle = os.open(os.path.join(folder, ".lock"), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(path, "rb", buffering=0, opener=_without_waiting) as file:
+            named = (file.read(_MOST_BYTES) or b"").decode("utf-8", "replace").strip()
+            if not named:
+                return ""  # an idle folder's lock is never touched, so a command that starts now gets it
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return named if named.isprintable() else "its process is not known"
     except OSError:
         return ""
-    with open(handle, "rb", buffering=0) as file:
-        named = file.read(_MOST_BYTES).decode("utf-8", "replace").strip()
-        if not named:
-            return ""  # an idle folder's lock is never touched, so a command that starts now gets it
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return named if named.isprintable() else "its process is not known"
-        except OSError:
-            return ""
-        return ""  # it was killed, and its name stayed
+    return ""  # it was killed, and its name stayed
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
 def one_at_a_time(folder: str) -> Callable[[Callable[P, T]], Callable[P, T]]:

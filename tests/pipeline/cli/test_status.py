@@ -201,3 +201,6 @@ def test_the_stage_that_a_command_works_on_is_working(run: str, capsys: pytest.C
     assert working() == []
     Path(folder, ".lock").write_text("cnclip run, process 1")  # it was killed
     assert working() == []
+    Path(folder, ".lock").unlink()
+    Path(folder, ".lock").mkdir()
+    assert working() == []
