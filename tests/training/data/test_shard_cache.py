@@ -235,7 +235,8 @@ def test_a_damaged_piece_is_read_from_the_store(
     with batches.reader.cache or pytest.fail("no cache") as cache:
         cache.wait(0)
         for piece in Path(cache.folder).iterdir():
-            piece.write_bytes(bytes(piece.stat().st_size))
+            if piece.suffix != ".partial":  # of a later step, which is still being fetched
+                piece.write_bytes(bytes(piece.stat().st_size))
         assert batches.read(0).image.equal(here.read(0).image)
     assert "jpg is damaged: cnclip reads it from memory://cached/0000" in capsys.readouterr().out
 
