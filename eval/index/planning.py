@@ -110,6 +110,7 @@ def _plan_of(family: Family, num_rows: int, dim: int, nprobe: int, machine: Mach
     flops = 2 * dim * lists * (_TRAIN_ITERATIONS * train_rows + num_rows / num_machines)
     core_seconds = flops / (1e9 * ASSIGN_GFLOPS) + ROW_SECONDS * num_rows / num_machines
     build_seconds = core_seconds / machine.cores
+    # Fast scan is taken to read its codes no faster than other codes, which is on the safe side.
     scanned = nprobe / lists * num_rows / num_machines * family.scanned_bytes(dim)
     query_seconds = (scanned / SCAN_GB_PER_SECOND + centroids / FLOAT_GB_PER_SECOND) / 1e9
     queries_per_second = machine.cores / query_seconds
