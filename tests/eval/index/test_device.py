@@ -97,6 +97,13 @@ def test_a_cagra_graph_is_tuned_and_served_on_the_processor(
     assert np.mean(recalls) > 0.93
 
 
+def test_only_a_cagra_graph_leaves_the_gpu_for_its_searches() -> None:
+    assert device.to_search("gpu", "CAGRA64") == "cpu"
+    assert [device.to_search(each, "IVF8,Flat") for each in ("cpu", "gpu", "gpu-shards")] == [
+        "cpu", "gpu", "gpu-shards",
+    ]  # fmt: skip
+
+
 def test_a_damaged_cagra_graph_is_refused(tmp_path: Path) -> None:
     rows_ND = np.random.default_rng(0).normal(size=(300, 16)).astype(np.float32)
     path = tmp_path / "index"

@@ -21,6 +21,7 @@ from eval.zeroshot.classifier import (
     text_features,
     write_submission,
 )
+from eval.zeroshot.measure import evaluate_classification
 from pipeline import cli as command_line
 from pipeline.core.records import InputError
 from tests.helpers.classification_files import write_cnclip
@@ -168,12 +169,28 @@ def test_negation_changes_one_label_alone(encoder: EvaluationEncoder, tmp_path: 
         negation(encoder, data, "accuracy", [NegationPair(3, "a", "b")], ["{}"])
 
 
+def test_a_set_of_ones_own_says_its_counts(encoder: EvaluationEncoder, tmp_path: Path) -> None:
+    own, of_the_paper = (read_classification(str(write_cnclip(tmp_path / name))) for name in ("own", "mnist"))
+    found = evaluate_classification(encoder, own, "accuracy")
+    assert "own: 12 images of 3 classes" in found.notes
+    assert (
+        "mnist: 12 images of 3 classes"
+        not in evaluate_classification(encoder, of_the_paper, "accuracy").notes
+    )
+
+
 def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights, vocabulary = write_tiny_model(tmp_path)
     data = write_cnclip(tmp_path / "kitti-distance")
     model = [weights, "--vocab", vocabulary]
     assert command_line.main(["prompts", *model, str(data), "--plot", str(tmp_path / "p.svg")]) == 0
-    assert "kitti-distance, accuracy, tiny-vit" in capsys.readouterr().out
+    short = capsys.readouterr().out
+    assert "kitti-distance, accuracy, tiny-vit" in short
+    assert "templates between" in short
+    assert command_line.main(["prompts", *model, str(data), "--all"]) == 0
+    every = capsys.readouterr().out
+    assert "templates between" not in every
+    assert len(every.splitlines()) > len(short.splitlines()) + 60
     assert (tmp_path / "p.svg").read_text(encoding="utf-8").lstrip().startswith("<?xml")
     assert command_line.main(["negation", *model, str(data), "--pair", "蓝色", "蓝色", "没有红色"]) == 0
     assert "没有红色" in capsys.readouterr().out
